@@ -1,0 +1,225 @@
+"""Every setting of every run. One dataclass per group; the doc of a field stands under it.
+
+Sections that change results are part of a stage's identity (config/identity.py); `parallel`, `tracker`, `cluster` and the
+execution fields of `rollout` are not: they change how a result is computed, not what it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ModelConfig:
+    path: str = "???"
+    """Hugging Face model directory (config.json, safetensors, tokenizer)."""
+    dtype: str = "auto"
+    """float32, bfloat16 or auto: bfloat16 on a GPU, float32 on a CPU."""
+
+
+@dataclass
+class ParallelConfig:
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    """Ranks = tensor * pipeline * data."""
+    stage_layers: list[int] = field(default_factory=list)
+    """Layers per pipeline stage; empty: boundaries at the exits nearest to an even split."""
+    sequence_parallel: bool = False
+    micro_batch_size: int = 8
+    """Sequences per micro-batch."""
+    recompute: bool = False
+    """Recompute every layer in the backward pass instead of storing its activations."""
+    timeout_s: int = 1800
+    """Deadline of every collective, seconds."""
+
+
+@dataclass
+class ExitsConfig:
+    depths: list[int] = field(default_factory=list)
+    """Exit depths (layers run); empty: every fifth layer and the stage boundaries."""
+    gate_width: int = 2
+    """Hidden width of a gate in units of the model's hidden size."""
+    gate_input: str = "normalised"
+    """normalised (residual stream over its root mean square) or raw (the paper's)."""
+
+
+@dataclass
+class AdapterConfig:
+    rank: int = 32
+    alpha: float = 64.0
+    dropout: float = 0.0
+    """Only in calibration and teacher training; 0 keeps learner and rollouts exactly alike."""
+    targets: str = "all"
+    """attention (q, k, v, o, the paper's) or all (MLP too)."""
+
+
+@dataclass
+class TaskConfig:
+    name: str = "arithmetic"
+    """arithmetic (built in), gsm8k or jsonl."""
+    families: list[str] = field(default_factory=lambda: ["product", "sum", "word"])
+    """For `arithmetic`: product, sum, word, chain."""
+    path: str = ""
+    """For gsm8k and jsonl: a .jsonl or .parquet file, or a directory with train/test files."""
+    question_column: str = "question"
+    answer_column: str = "answer"
+    train: int = 0
+    """Training problems; 0: all there are."""
+    validation: int = 200
+    evaluation: int = 400
+    seed: int = 0
+    """Decides which problems belong to which split."""
+    verifier_workers: int = 1
+    verifier_deadline_s: float = 5.0
+
+
+@dataclass
+class TeacherConfig:
+    enabled: bool = True
+    """false: the model at model.path is the teacher as it is (a reasoning model on GSM8K)."""
+    shots: int = 4
+    problems: int = 330
+    samples: int = 4
+    temperature: float = 0.7
+    epochs: int = 4
+    batch_size: int = 16
+    learning_rate: float = 5e-4
+    seed: int = 0
+
+
+@dataclass
+class TracesConfig:
+    problems: int = 1150
+    samples: int = 1
+    temperature: float = 0.7
+    top_k: int = 16
+    """Kept teacher log-probabilities per position; the rest is one lumped tail."""
+    only_correct: bool = False
+    seed: int = 0
+
+
+@dataclass
+class CalibrateConfig:
+    epochs: float = 2.0
+    patterns: int = 4
+    """S: exit patterns drawn per sequence and epoch."""
+    batch_size: int = 32
+    """Sequences (traces x patterns) per update."""
+    kl_factor: float = 1.0
+    """c in s* = 2(1 - sigmoid(c d))."""
+    kl_direction: str = "student_teacher"
+    """student_teacher, teacher_student or jensen_shannon."""
+    gate_targets: str = "sampled"
+    """sampled (negative log-likelihood of the drawn exit) or soft (cross-entropy to the target hazards)."""
+    uniform_patterns: float = 0.0
+    """Share of patterns drawn uniformly over the exits instead of from the target: trains shallow readouts too."""
+    adapter_lr: float = 1e-3
+    gate_lr: float = 1e-3
+    warmup: float = 0.05
+    """Share of the updates with a rising learning rate; then it falls linearly to a tenth."""
+    gate_weight: float = 1.0
+    checkpoint_every: int = 20
+    seed: int = 0
+
+
+@dataclass
+class RLConfig:
+    steps: int = 12
+    prompts_per_step: int = 16
+    group_size: int = 4
+    """K rollouts per prompt."""
+    temperature: float = 1.0
+    lambda_exit: float = 0.5
+    """Price of depth: reward falls by lambda times the mean depth as a fraction of the layers."""
+    depth_cost: str = "mean"
+    """mean (of depth/L over the answer's tokens) or total (sum, divided by cost_length)."""
+    cost_length: int = 32
+    beta: float = 0.05
+    """Weight of the k1 estimate of KL(policy || reference) in the reward."""
+    advantage: str = "rloo"
+    """rloo, mean, grpo or none."""
+    importance_cap: float = 2.0
+    """Truncation of the importance ratio learner/rollout (token and exit together)."""
+    adapter_lr: float = 3e-4
+    gate_lr: float = 1e-3
+    checkpoint_every: int = 1
+    seed: int = 0
+
+
+@dataclass
+class RolloutConfig:
+    backend: str = "ray"
+    """ray (actors in their own processes) or local (in process)."""
+    actors: int = 1
+    threads: int = 2
+    """Torch threads per actor on a CPU."""
+    rows: int = 64
+    """Sequences in flight per actor."""
+    max_new_tokens: int = 48
+    stop: list[str] = field(default_factory=lambda: ["\n"])
+    prompt_template: str = "plain"
+    """plain (Question: ... Answer:) or chat (the tokenizer's chat template)."""
+    start_timeout_s: float = 180.0
+    timeout_s: float = 600.0
+    """Deadline of one generate or trace call on an actor."""
+    failure_budget: int = 3
+    """Actor deaths after which a run stops."""
+
+
+@dataclass
+class EvaluateConfig:
+    split: str = "evaluation"
+    thresholds: list[float] = field(default_factory=lambda: [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+    """Hazard thresholds tried on the validation split."""
+    tolerance: float = 0.02
+    """Chosen: the least depth whose validation accuracy is within this of the best."""
+    answers: int = 12
+    """Answers kept token by token for the report."""
+    seed: int = 0
+
+
+@dataclass
+class DeepspeedConfig:
+    zero_stage: int = 1
+    gradient_clipping: float = 1.0
+
+
+@dataclass
+class TrackerConfig:
+    wandb: str = "auto"
+    """auto (online with a key, else offline), online, offline or disabled."""
+    project: str = "ee-megatron"
+    tensorboard: bool = False
+
+
+@dataclass
+class ClusterConfig:
+    nodes: int = 1
+    gpus_per_node: int = 0
+    requeue_limit: int = 20
+
+
+@dataclass
+class RunConfig:
+    name: str = "???"
+    """Results go to <runs>/<name>/<stage>-<hash of what the stage depends on>."""
+    runs: str = "runs"
+    device: str = "auto"
+    """auto (cuda where there is one), cpu or cuda."""
+    start: str = ""
+    """rl, evaluate: a policy checkpoint to use instead of this configuration's own calibration."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    exits: ExitsConfig = field(default_factory=ExitsConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    traces: TracesConfig = field(default_factory=TracesConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    deepspeed: DeepspeedConfig = field(default_factory=DeepspeedConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -1,0 +1,144 @@
+"""Pure functions on exits: where they are, and the probability that a token takes each of them.
+
+Shapes: M exits, L layers, [...] any leading axes. Depths count the layers that changed the residual stream; the outcome
+"no exit" has depth L and index M. Formulas: docs/method.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ExitLayout:
+    """The exit depths of a model. A property of the model, stored with it; the pipeline layout belongs to the run.
+
+    Raises ValueError unless 1 <= e_1 < ... < e_M <= L-1.
+    """
+
+    num_layers: int
+    depths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "depths", tuple(int(d) for d in self.depths))
+        bad = [d for d in self.depths if not 1 <= d <= self.num_layers - 1]
+        if bad:
+            raise ValueError(
+                f"exits.depths: {bad} outside 1..{self.num_layers - 1} (the model has {self.num_layers} layers); "
+                f"set depths between 1 and {self.num_layers - 1}"
+            )
+        if list(self.depths) != sorted(set(self.depths)):
+            raise ValueError(f"exits.depths: {list(self.depths)} must increase strictly; set {sorted(set(self.depths))}")
+
+    @property
+    def outcomes(self) -> tuple[int, ...]:
+        """The M exit depths and L, in order: outcome i has depth outcomes[i]."""
+        return (*self.depths, self.num_layers)
+
+    def index_of(self, depths: Tensor) -> Tensor:
+        """Depths [...] -> outcome indices int64 [...] in 0..M. Raises ValueError for a depth that is no outcome."""
+        table = torch.tensor(self.outcomes, device=depths.device)
+        index = torch.searchsorted(table, depths.to(table.dtype).contiguous()).clamp(max=len(self.depths))
+        if not bool((table[index] == depths).all()):
+            raise ValueError(f"exit depths outside {list(self.outcomes)}")
+        return index
+
+    @staticmethod
+    def default(num_layers: int, pipeline: int = 1) -> ExitLayout:
+        """Every fifth layer, and the boundaries of an even pipeline split."""
+        step = [d for d in range(5, num_layers, 5)]
+        edges = [round(num_layers * s / pipeline) for s in range(1, pipeline)]
+        return ExitLayout(num_layers, tuple(sorted({d for d in (*step, *edges) if 1 <= d < num_layers})))
+
+    def stage_sizes(self, pipeline: int, requested: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Layers per pipeline stage such that every inner boundary is an exit depth.
+
+        Without `requested` the boundaries are the exits nearest to an even split. Raises ValueError, naming the
+        nearest fix, if there are too few exits or a requested boundary is none.
+        """
+        if requested:
+            sizes = tuple(int(s) for s in requested)
+            if len(sizes) != pipeline or sum(sizes) != self.num_layers or min(sizes) < 1:
+                raise ValueError(
+                    f"parallel.stage_layers: {list(sizes)} must be {pipeline} positive numbers that sum to {self.num_layers}"
+                )
+            edges = [sum(sizes[: s + 1]) for s in range(pipeline - 1)]
+            for edge in edges:
+                if edge not in self.depths:
+                    near = min(self.depths, key=lambda d: abs(d - edge), default=None)
+                    hint = f"move the boundary to {near} or add {edge} to exits.depths" if near else f"add {edge} to exits.depths"
+                    raise ValueError(f"stage boundary after layer {edge} is not an exit depth {list(self.depths)}; {hint}")
+            return sizes
+        if len(self.depths) < pipeline - 1:
+            raise ValueError(
+                f"parallel.pipeline={pipeline} needs {pipeline - 1} stage boundaries at exits, but exits.depths has only "
+                f"{len(self.depths)}: {list(self.depths)}; add depths near "
+                f"{[round(self.num_layers * s / pipeline) for s in range(1, pipeline)]}"
+            )
+        edges = _nearest_increasing(self.depths, [self.num_layers * s / pipeline for s in range(1, pipeline)])
+        bounds = [0, *edges, self.num_layers]
+        return tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+
+
+def _nearest_increasing(choices: Sequence[int], targets: Sequence[float]) -> list[int]:
+    """Strictly increasing choices, one per target, with the least total distance (dynamic programme)."""
+    best: dict[int, tuple[float, list[int]]] = {-1: (0.0, [])}
+    for target in targets:
+        step: dict[int, tuple[float, list[int]]] = {}
+        for last, (cost, path) in best.items():
+            for i in range(last + 1, len(choices)):
+                option = (cost + abs(choices[i] - target), [*path, choices[i]])
+                if i not in step or option[0] < step[i][0]:
+                    step[i] = option
+        best = step
+    return min(best.values(), key=lambda option: option[0])[1] if targets else []
+
+
+def log_exit_distribution(gate_logits: Tensor) -> Tensor:
+    """Gate logits z [..., M] -> log q [..., M+1] by stick-breaking in log space.
+
+    log q_i = logsigmoid(z_i) + sum_{j<i} logsigmoid(-z_j);  log q_{M+1} = sum_j logsigmoid(-z_j).
+    """
+    go_on = F.logsigmoid(-gate_logits)
+    before = torch.cumsum(go_on, dim=-1)
+    zero = torch.zeros_like(before[..., :1])
+    stop = F.logsigmoid(gate_logits)
+    stop = torch.cat([stop, torch.zeros_like(before[..., :1])], dim=-1)
+    return stop + torch.cat([zero, before], dim=-1)
+
+
+def gate_log_term(gate_logit: Tensor, exit_depths: Tensor, depth: int) -> Tensor:
+    """The share of log q(prescribed exit) that the gate at `depth` owns; the sum over all gates is log q.
+
+    z [...], prescribed depths [...] -> [...]: logsigmoid(z) where the position exits here, logsigmoid(-z) where it goes
+    deeper, 0 where it had exited before (this gate was never asked).
+    """
+    here = F.logsigmoid(gate_logit)
+    deeper = F.logsigmoid(-gate_logit)
+    zero = torch.zeros_like(gate_logit)
+    return torch.where(exit_depths == depth, here, torch.where(exit_depths > depth, deeper, zero))
+
+
+def target_hazards(divergences: Tensor, kl_factor: float) -> Tensor:
+    """Calibration targets s* = 2 (1 - sigmoid(c d)) = 1 - tanh(c d / 2) from divergences d >= 0 in nats, same shape."""
+    return 1.0 - torch.tanh(0.5 * kl_factor * divergences.clamp(min=0))
+
+
+def exit_distribution(hazards: Tensor) -> Tensor:
+    """Hazards s [..., M] in [0, 1] -> q [..., M+1] by stick-breaking."""
+    survive = torch.cumprod(1.0 - hazards, dim=-1)
+    one = torch.ones_like(survive[..., :1])
+    stop = torch.cat([hazards, one], dim=-1)
+    return stop * torch.cat([one, survive], dim=-1)
+
+
+def sample_exits(hazards: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Hazards [..., M] -> outcome indices int64 [...]: the first gate that fires, M if none does."""
+    fire = torch.rand(hazards.shape, generator=generator, device=hazards.device) < hazards
+    never = torch.ones_like(fire[..., :1])
+    return torch.cat([fire, never], dim=-1).int().argmax(dim=-1)

@@ -1,0 +1,21 @@
+"""Model families. A new one is a module like these and one entry in FAMILIES."""
+
+from __future__ import annotations
+
+from . import llama, qwen2, qwen3
+from .base import ModelDims, inverse_frequencies
+
+FAMILIES = {module.MODEL_TYPE: module for module in (llama, qwen2, qwen3)}
+
+
+def dims_from_config(config: dict) -> ModelDims:
+    """A config.json as a dict -> dimensions. Raises ValueError for an unsupported architecture or field."""
+    kind = config.get("model_type")
+    if kind == "early_exit":
+        kind = config.get("base_model_type")
+    if kind not in FAMILIES:
+        raise ValueError(f"model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[kind].read_dims(config)
+
+
+__all__ = ["FAMILIES", "ModelDims", "dims_from_config", "inverse_frequencies"]

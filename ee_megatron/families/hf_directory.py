@@ -1,0 +1,103 @@
+"""Reading a Hugging Face model directory: config, tensor index, tensors one at a time."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from . import ModelDims, dims_from_config
+
+
+class HFDirectory:
+    """A directory with config.json and safetensors, checked when it is opened, read lazily.
+
+    Raises FileNotFoundError or ValueError with one line that names the file: nothing there, an unsupported
+    architecture, a shard that is missing or truncated, a tensor that is missing, unexpected or of another shape.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        config = self.path / "config.json"
+        if not config.is_file():
+            raise FileNotFoundError(
+                f"{self.path}: no config.json there; expected a Hugging Face model directory (config.json + *.safetensors)"
+            )
+        try:
+            self.config: dict = json.loads(config.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{config}: not valid JSON ({error}); copy the model again") from None
+        self.dims: ModelDims = dims_from_config(self.config)
+        self._shards: dict[str, Path] = self._index()
+        self._open: dict[Path, object] = {}
+        self._check()
+
+    def names(self) -> list[str]:
+        return list(self._shards)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor as stored, on the CPU."""
+        return self._handle(self._shards[name]).get_tensor(name)
+
+    def slice(self, name: str):
+        """A safetensors slice: index it to read a part without loading the rest."""
+        return self._handle(self._shards[name]).get_slice(name)
+
+    def _handle(self, shard: Path):
+        if shard not in self._open:
+            self._open[shard] = safe_open(shard, framework="pt")
+        return self._open[shard]
+
+    def _index(self) -> dict[str, Path]:
+        index = self.path / "model.safetensors.index.json"
+        if index.is_file():
+            table = json.loads(index.read_text())["weight_map"]
+            files = {name: self.path / file for name, file in table.items()}
+            for shard in sorted(set(files.values())):
+                listed = {name for name, file in files.items() if file == shard}
+                found = set(_header(shard))
+                if listed - found:
+                    raise ValueError(f"{shard}: lacks {sorted(listed - found)[0]}, which the index lists there")
+        else:
+            shard = self.path / "model.safetensors"
+            files = dict.fromkeys(_header(shard), shard)
+        # A tied head may be stored all the same, and an early-exit export carries its gates beside the base.
+        skip = ("rotary_emb.inv_freq",)
+        return {n: f for n, f in files.items() if not n.endswith(skip) and not n.startswith("gates.")
+                and not (self.dims.tied and n == "lm_head.weight")}
+
+    def _check(self) -> None:
+        expected = self.dims.tensor_shapes()
+        missing, extra = sorted(expected.keys() - self._shards), sorted(self._shards.keys() - expected)
+        if missing or extra:
+            found = f"missing {missing[:3]}" if missing else f"unexpected {extra[:3]}"
+            count = len(missing) or len(extra)
+            raise ValueError(f"{self.path}: {found} ({count} in all) for model_type {self.dims.family!r}; config.json and weights disagree")
+        for shard in sorted(set(self._shards.values())):
+            for name, entry in _header(shard).items():
+                if name in expected and tuple(entry["shape"]) != expected[name]:
+                    raise ValueError(f"{shard}: {name} has shape {entry['shape']}, config.json implies {list(expected[name])}")
+
+
+def _header(shard: Path) -> dict[str, dict]:
+    """The tensor table of a safetensors file; checks that the file has the length that the table promises."""
+    if not shard.is_file():
+        raise FileNotFoundError(f"{shard}: no such file; the model directory is incomplete, copy it again")
+    size = shard.stat().st_size
+    with shard.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > size - 8:
+            raise ValueError(f"{shard}: not a safetensors file or truncated ({size} bytes); copy it again")
+        try:
+            table = json.loads(file.read(length))
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            raise ValueError(f"{shard}: not a safetensors file; expected safetensors, not a pickle") from None
+    table.pop("__metadata__", None)
+    end = 8 + length + max((entry["data_offsets"][1] for entry in table.values()), default=0)
+    if end != size:
+        raise ValueError(f"{shard}: truncated or damaged: {size} bytes, its header promises {end}; copy it again")
+    return table

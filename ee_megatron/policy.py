@@ -1,0 +1,147 @@
+"""The policy's own tensors (LoRA adapters and gates): what they are called, how they start, how a version is identified.
+
+The base stays frozen, so these tensors are all that travels from the learner to the rollout pool and all that a
+checkpoint has to hold. Names are layout-free: every body of the model maps them onto its own modules.
+
+    model.layers.{i}.{linear}.lora_A.weight [r, in]     model.layers.{i}.{linear}.lora_B.weight [out, r]
+    gates.{depth}.fc1.weight [w·D, D]  .fc1.bias [w·D]  .fc2.weight [1, w·D]  .fc2.bias [1]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .exits import ExitLayout
+from .families import ModelDims
+
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """Which adapters and gates a policy has.
+
+    exit_depths as in `ExitLayout`; rank 0 means no adapters; `targets` are linear names within a block; the LoRA
+    product is scaled by alpha / rank. `gate_input` is "normalised" (the residual stream divided by its root mean
+    square, no gain) or "raw" (the stream itself, as in the paper).
+    """
+
+    num_layers: int
+    exit_depths: tuple[int, ...]
+    rank: int = 32
+    alpha: float = 64.0
+    targets: tuple[str, ...] = ATTENTION + MLP
+    gate_width: int = 2
+    gate_input: str = "normalised"
+
+    @property
+    def layout(self) -> ExitLayout:
+        return ExitLayout(self.num_layers, tuple(self.exit_depths))
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank if self.rank else 0.0
+
+    def adapter_shapes(self, dims: ModelDims) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        linears = dims.linear_shapes()
+        for layer in range(dims.num_layers if self.rank else 0):
+            for target in self.targets:
+                rows, columns = linears[target]
+                shapes[f"model.layers.{layer}.{target}.lora_A.weight"] = (self.rank, columns)
+                shapes[f"model.layers.{layer}.{target}.lora_B.weight"] = (rows, self.rank)
+        return shapes
+
+    def gate_shapes(self, dims: ModelDims) -> dict[str, tuple[int, ...]]:
+        width = self.gate_width * dims.hidden
+        shapes: dict[str, tuple[int, ...]] = {}
+        for depth in self.exit_depths:
+            shapes[f"gates.{depth}.fc1.weight"] = (width, dims.hidden)
+            shapes[f"gates.{depth}.fc1.bias"] = (width,)
+            shapes[f"gates.{depth}.fc2.weight"] = (1, width)
+            shapes[f"gates.{depth}.fc2.bias"] = (1,)
+        return shapes
+
+    def tensor_shapes(self, dims: ModelDims) -> dict[str, tuple[int, ...]]:
+        return {**self.adapter_shapes(dims), **self.gate_shapes(dims)}
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict) -> PolicySpec:
+        return PolicySpec(**{**data, "exit_depths": tuple(data["exit_depths"]), "targets": tuple(data["targets"])})
+
+
+# Before calibration a gate should stay shut: sigmoid(-4) = 0.018.
+INITIAL_GATE_BIAS = -4.0
+
+
+def initial_policy(dims: ModelDims, spec: PolicySpec, seed: int) -> dict[str, Tensor]:
+    """Start values, float32, the same whatever the parallel layout: LoRA A uniform, B zero; gates nearly shut.
+
+    LoRA: Hu et al. 2021 (arXiv 2106.09685), A by the Kaiming rule with a = sqrt(5) as in the authors' code.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for name, shape in spec.tensor_shapes(dims).items():
+        if name.endswith("lora_B.weight") or ".fc2.weight" in name:
+            tensors[name] = torch.zeros(shape)
+        elif name.endswith("fc2.bias"):
+            tensors[name] = torch.full(shape, INITIAL_GATE_BIAS)
+        elif name.endswith("fc1.bias"):
+            tensors[name] = torch.zeros(shape)
+        else:
+            bound = 1.0 / math.sqrt(shape[1])
+            tensors[name] = (torch.rand(shape, generator=generator) * 2 - 1) * bound
+    return tensors
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names, shapes, dtypes and bytes in name order: two sides hold the same weights iff digests agree."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+@dataclass
+class WeightSet:
+    """One version of the policy's tensors, as it travels from the learner to the pool."""
+
+    version: int
+    tensors: dict[str, Tensor]
+    digest: str = field(default="")
+
+    def __post_init__(self) -> None:
+        self.digest = self.digest or digest(self.tensors)
+
+
+def save_policy(directory: Path, spec: PolicySpec, tensors: dict[str, Tensor]) -> None:
+    """Write policy.safetensors and policy.json into an existing directory (the caller makes it appear whole)."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, directory / "policy.safetensors")
+    (directory / "policy.json").write_text(json.dumps({**spec.to_json(), "sha256": digest(tensors)}, indent=1))
+
+
+def load_policy(directory: str | Path) -> tuple[PolicySpec, dict[str, Tensor]]:
+    """Read what `save_policy` wrote. Raises FileNotFoundError or ValueError (damaged: the digest differs)."""
+    directory = Path(directory)
+    if not (directory / "policy.json").is_file():
+        raise FileNotFoundError(f"{directory}: no policy.json there; expected a policy checkpoint")
+    data = json.loads((directory / "policy.json").read_text())
+    expected = data.pop("sha256")
+    tensors = load_file(directory / "policy.safetensors")
+    if digest(tensors) != expected:
+        raise ValueError(f"{directory}/policy.safetensors: contents do not match the digest in policy.json; the file is damaged")
+    return PolicySpec.from_json(data), tensors

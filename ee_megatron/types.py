@@ -1,0 +1,89 @@
+"""The plain records that travel between tasks, rollout pool, learner and evaluation.
+
+They hold numpy arrays and Python scalars only, so that they cross process boundaries (Ray, broadcast, disk) unchanged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem.
+
+    `text` is what the model reads (few-shot examples included); `answer` is the reference that the task's verifier
+    compares with; `group` names the underlying problem (its operands, say), by which splits are kept apart.
+    """
+
+    id: str
+    text: str
+    answer: str
+    task: str
+    group: str = ""
+
+
+@dataclass
+class Rollout:
+    """One generated answer with everything that the learner needs to replay it.
+
+    P = prompt length, T = number of generated tokens (the end-of-sequence token is included where one was produced).
+    Entry t belongs to generated token t and to the position that *predicted* it (position P-1+t of the sequence).
+
+    - prompt_tokens  int64 [P]
+    - tokens         int64 [T]
+    - exit_depths    int32 [T]; layers that changed the residual stream of the predicting position. Entry 0 is always L:
+      its predicting position is the prompt's last and prompt positions never exit.
+    - token_logprobs float32 [T], natural log, under the distribution that was sampled from (temperature applied)
+    - exit_logprobs  float32 [T], log q(exit); 0 for entry 0
+    - finished: an end-of-sequence token or a stop string ended it, not the length limit
+    - weight_version: the weights it was generated under
+    """
+
+    prompt_id: str
+    prompt_tokens: np.ndarray
+    tokens: np.ndarray
+    exit_depths: np.ndarray
+    token_logprobs: np.ndarray
+    exit_logprobs: np.ndarray
+    text: str
+    finished: bool
+    weight_version: int
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass
+class Group:
+    """K rollouts of one prompt with their task rewards (float32 [K]) and whether each answer was right (bool [K])."""
+
+    prompt: Prompt
+    rollouts: list[Rollout]
+    rewards: np.ndarray
+    correct: np.ndarray
+
+
+@dataclass
+class Trace:
+    """A teacher's answer with what calibration needs; method.md, stage 1. P, T as in `Rollout`, M exits, k kept tokens.
+
+    - prompt_tokens int64 [P]; tokens int64 [T]
+    - divergences   float32 [T, M]: KL(p_final ‖ p_readout_i) in nats at the position that predicts token t
+    - topk_ids      int32 [T, k], topk_logprobs float32 [T, k]: the teacher's most probable tokens, full-depth, T = 1
+    - entropy       float32 [T]: of the teacher's full-depth distribution, nats
+    """
+
+    prompt_id: str
+    prompt_tokens: np.ndarray
+    tokens: np.ndarray
+    divergences: np.ndarray
+    topk_ids: np.ndarray
+    topk_logprobs: np.ndarray
+    entropy: np.ndarray
+    correct: bool
+    text: str = ""
+    meta: dict = field(default_factory=dict)

@@ -1,0 +1,224 @@
+"""Scoring and learning on a batch whose exits are prescribed. Every rank calls every method with the same arguments."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from ..checkpoint.mapping import gather_policy_tensors, load_base, load_policy_tensors, policy_parameters
+from ..exits import gate_log_term
+from ..families.hf_directory import HFDirectory
+from ..model.config import megatron_config
+from ..model.gpt import EarlyExitGPT, build_stage
+from ..parallel.groups import Degrees
+from ..parallel.schedule import run_schedule
+from ..parallel.vocabulary import Head, lumped_kl
+from ..policy import PolicySpec
+from .batch import ReplayBatch
+from .engine import Trainable, make_engine, split_groups, sum_replicated_gradients
+
+
+@dataclass
+class Scores:
+    """Per position, fp32 [B, S] on the CPU, 0 where nothing was computed, the same on every rank.
+
+    token_logprobs: log p(next token) at the prescribed exits; exit_logprobs: log q(prescribed exit);
+    kl: divergence from the teacher's distribution where the batch brings one, else 0.
+    """
+
+    token_logprobs: Tensor
+    exit_logprobs: Tensor
+    kl: Tensor
+
+
+class Learner:
+    """A Megatron model under one layout with its DeepSpeed engine.
+
+    `stage_sizes`: layers per pipeline stage. `policy`: whole tensors (policy.py) to start from.
+    """
+
+    def __init__(
+        self,
+        source: HFDirectory,
+        spec: PolicySpec,
+        policy: dict[str, Tensor],
+        degrees: Degrees,
+        stage_sizes: tuple[int, ...],
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        sequence_parallel: bool = False,
+        recompute: bool = False,
+        micro_batch_size: int = 8,
+        zero_stage: int = 1,
+        gradient_clipping: float = 1.0,
+        adapter_dropout: float = 0.0,
+        kl_direction: str = "student_teacher",
+    ):
+        self.spec, self.dims, self.degrees = spec, source.dims, degrees
+        self.micro_batch_size, self.device = micro_batch_size, device
+        self.kl_direction = kl_direction
+        self.config = megatron_config(
+            source.dims,
+            spec,
+            stage_sizes,
+            tensor=degrees.tensor,
+            sequence_parallel=sequence_parallel,
+            recompute=recompute,
+            dtype=dtype,
+            on_cpu=device.type == "cpu",
+            adapter_dropout=adapter_dropout,
+        )
+        self.model: EarlyExitGPT = build_stage(self.config).to(device)
+        load_base(self.model, source)
+        load_policy_tensors(self.model, policy)
+        self.model.trainable_policy()
+        self.engine = make_engine(
+            Trainable(split_groups(policy_parameters(self.model))),
+            zero_stage=zero_stage,
+            gradient_clipping=gradient_clipping,
+            on_cpu=device.type == "cpu",
+        )
+
+    # -- what the loops call ------------------------------------------------------------------------------------------
+
+    def score(self, batch: ReplayBatch, *, reference: bool = False) -> Scores:
+        """Scores without gradients. `reference`: adapters off, full depth, no exits (the teacher)."""
+        if reference:
+            with self.model.adapters_off():
+                return self._run(batch, train=False, exits=False)
+        return self._run(batch, train=False, exits=True)
+
+    def step(self, batch: ReplayBatch, *, adapter_lr: float, gate_lr: float, objective: str) -> tuple[Scores, float]:
+        """One optimizer update; returns the scores seen on the way and the gradient norm before clipping.
+
+        objective "likelihood": loss = - sum token_weight * log p(token); "distill": + sum token_weight * KL to the
+        teacher. Both: - sum exit_weight * log q(exit) (or its soft-target form).
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = gate_lr if group.get("name") == "gates" else adapter_lr
+        self.model.train()
+        with self.engine.coalesce_grad_reduction():
+            scores = self._run(batch, train=True, exits=True, objective=objective)
+            sum_replicated_gradients(self.model.parameters())
+        self.engine.step()
+        self.model.eval()
+        return scores, float(self.engine.get_global_grad_norm() or 0.0)
+
+    def export_policy(self) -> dict[str, Tensor]:
+        """The whole policy, fp32, on every rank."""
+        return gather_policy_tensors(self.model)
+
+    def save(self, directory: Path) -> None:
+        """This rank's optimizer state into an existing directory; the policy itself is saved by the caller."""
+        state = {"optimizer": self.engine.optimizer.state_dict()}
+        torch.save(state, directory / f"optimizer_rank{dist.get_rank()}.pt")
+
+    def load(self, directory: Path) -> None:
+        """The inverse of `save` under the same layout (the policy is loaded first, by the constructor).
+
+        Raises FileNotFoundError when the directory was written by another number of ranks.
+        """
+        file = directory / f"optimizer_rank{dist.get_rank()}.pt"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no optimizer state of this rank; resume with the layout that saved it")
+        state = torch.load(file, map_location=self.device, weights_only=False)
+        self.engine.optimizer.load_state_dict([state["optimizer"]], load_optimizer_states=True)
+
+    # -- one pass -----------------------------------------------------------------------------------------------------
+
+    def _run(self, batch: ReplayBatch, *, train: bool, exits: bool, objective: str = "likelihood") -> Scores:
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        block = self.micro_batch_size * ranks
+        rows = -(-batch.rows // block) * block
+        padded = batch.pad_rows(rows)
+        share = rows // ranks
+        local = padded.select(slice(rank * share, (rank + 1) * share)).to(self.device)
+        micro_batches = [local.select(slice(i, i + self.micro_batch_size)) for i in range(0, share, self.micro_batch_size)]
+        passes = _Pass(self, exits=exits, objective=objective, scale=float(ranks))
+        with self.model.recording_gates() if exits else contextlib.nullcontext():
+            run_schedule(
+                self.model,
+                micro_batches,
+                passes.forward,
+                passes.loss,
+                sequence=batch.tokens.size(1),
+                rows=self.micro_batch_size,
+                train=train,
+            )
+        return self._collect(passes, share, rows, batch.rows)
+
+    def _collect(self, passes: _Pass, share: int, rows: int, wanted: int) -> Scores:
+        """Put the stages' parts together (a sum: each part is 0 where another stage owns it), then the data ranks'."""
+        width = passes.exit_logprobs[0].size(1)
+        last = bool(passes.token_logprobs)
+        empty = [torch.zeros(share, width, device=self.device)]
+        parts = torch.stack(
+            [
+                torch.cat(passes.token_logprobs if last else empty),
+                torch.cat(passes.exit_logprobs),
+                torch.cat(passes.kl if last else empty),
+            ]
+        )
+        dist.all_reduce(parts, group=parallel_state.get_pipeline_model_parallel_group())
+        group = parallel_state.get_data_parallel_group()
+        if dist.get_world_size(group) > 1:
+            gathered = [torch.empty_like(parts) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(gathered, parts, group=group)
+            parts = torch.cat(gathered, dim=1)
+        parts = parts[:, :wanted].cpu()
+        return Scores(parts[0], parts[1], parts[2])
+
+
+class _Pass:
+    """The two callables of one schedule run and what they leave behind, per micro-batch in order."""
+
+    def __init__(self, learner: Learner, *, exits: bool, objective: str, scale: float):
+        self.learner, self.exits, self.objective = learner, exits, objective
+        # DeepSpeed averages gradients over data-parallel ranks; the weights are normalised over all of them already.
+        self.scale = scale
+        self.token_logprobs: list[Tensor] = []
+        self.exit_logprobs: list[Tensor] = []
+        self.kl: list[Tensor] = []
+
+    def forward(self, model: EarlyExitGPT, batch: ReplayBatch) -> Tensor:
+        control = batch.control() if self.exits else None
+        if control is not None:
+            control[..., 1] *= self.scale
+        output = model(batch.tokens, control)
+        total = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
+        for depth, logit in model.take_gates().items() if self.exits else ():
+            total += gate_log_term(logit.transpose(0, 1), batch.depths, depth)
+        self.exit_logprobs.append(torch.where(batch.asked, total, torch.zeros_like(total)))
+        return output
+
+    def loss(self, batch: ReplayBatch, output: Tensor) -> Tensor:
+        learner = self.learner
+        # The last stage returns [S, B, D]; only positions that predict a generated token are read out.
+        hidden = output.transpose(0, 1)[batch.counts]
+        head = Head(
+            learner.model.readout_weight(), learner.dims.vocab, replicated_input=not learner.config.sequence_parallel
+        )
+        weight = batch.token_weight[batch.counts] * self.scale
+        labels = batch.labels()[batch.counts]
+        if self.objective == "distill":
+            assert batch.teacher_ids is not None and batch.teacher_logprobs is not None
+            ids = torch.cat([batch.teacher_ids[batch.counts], labels.unsqueeze(-1)], dim=-1)
+            found = head.log_probs_at(hidden, ids)
+            kl = lumped_kl(found[:, :-1], batch.teacher_logprobs[batch.counts], learner.kl_direction)
+            logprobs, loss = found[:, -1].detach(), (weight * kl).sum()
+        else:
+            logprobs = head.log_probs_of(hidden, labels)
+            kl, loss = torch.zeros_like(logprobs), -(weight * logprobs).sum()
+        for store, value in ((self.token_logprobs, logprobs), (self.kl, kl)):
+            whole = torch.zeros(batch.tokens.shape, device=output.device)
+            whole[batch.counts] = value.detach()
+            store.append(whole)
+        return loss
+

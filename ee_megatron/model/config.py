@@ -1,0 +1,90 @@
+"""From a model's dimensions and a run's layout to megatron-core's TransformerConfig."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from ..families import ModelDims
+from ..policy import PolicySpec
+
+
+@dataclass
+class EarlyExitConfig(TransformerConfig):
+    """TransformerConfig plus what the exits need.
+
+    dims: the model's dimensions; spec: adapters and gates (None: the plain model, no gates, no adapters);
+    adapter_dropout: probability of dropping an input of an adapter in training mode.
+    """
+
+    dims: ModelDims | None = None
+    spec: PolicySpec | None = None
+    adapter_dropout: float = 0.0
+
+
+def padded_vocab(vocab: int, tensor: int) -> int:
+    """The vocabulary, rounded up to a multiple of the tensor-parallel degree; rows beyond `vocab` are never trained."""
+    return (vocab + tensor - 1) // tensor * tensor
+
+
+def megatron_config(
+    dims: ModelDims,
+    spec: PolicySpec | None,
+    stage_sizes: tuple[int, ...],
+    *,
+    tensor: int = 1,
+    sequence_parallel: bool = False,
+    recompute: bool = False,
+    dtype: torch.dtype = torch.float32,
+    on_cpu: bool = True,
+    adapter_dropout: float = 0.0,
+) -> EarlyExitConfig:
+    """The config of one run. `stage_sizes`: layers per pipeline stage, their sum is L.
+
+    Weights are never initialised here: they are loaded right after the build.
+    """
+    pipeline = len(stage_sizes)
+    layout = "|".join("t" * size for size in stage_sizes)
+    fused = not on_cpu
+    return EarlyExitConfig(
+        dims=dims,
+        spec=spec,
+        adapter_dropout=adapter_dropout,
+        num_layers=dims.num_layers,
+        hidden_size=dims.hidden,
+        ffn_hidden_size=dims.intermediate,
+        num_attention_heads=dims.heads,
+        num_query_groups=dims.kv_heads,
+        kv_channels=dims.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=dims.rms_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=dims.qkv_bias,
+        qk_layernorm=dims.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        pipeline_model_parallel_layout=f"E{layout}L" if pipeline > 1 else None,
+        sequence_parallel=sequence_parallel and tensor > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=on_cpu,
+        perform_initialization=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=fused,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        batch_p2p_sync=False,
+        # The loss arrives already normalised over the global batch, so the schedule must not divide it again.
+        calculate_per_token_loss=True,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
+    )

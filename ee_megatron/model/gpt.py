@@ -1,0 +1,162 @@
+"""The early-exit GPT: megatron-core's GPTModel with this project's layers, returning hidden states, not logits.
+
+Logits over a large vocabulary are the biggest tensor of a training step, so the loss asks for them in chunks
+(`readout`), only where a position counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import Tensor
+
+from ..families import inverse_frequencies
+from .config import EarlyExitConfig, padded_vocab
+from .layer import EarlyExitLayer
+from .lora import DownLinear, GateUpLinear, LoRAPair, OutLinear, QKVLinear
+from .parts import CausalAttention, HeadNorm, RMSNorm
+
+
+def layer_spec(config: EarlyExitConfig) -> ModuleSpec:
+    norm = HeadNorm if config.qk_layernorm else None
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=QKVLinear,
+            core_attention=CausalAttention,
+            linear_proj=OutLinear,
+            q_layernorm=norm,
+            k_layernorm=norm,
+        ),
+    )
+    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=GateUpLinear, linear_fc2=DownLinear))
+    return ModuleSpec(
+        module=EarlyExitLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+class EarlyExitGPT(GPTModel):
+    """One pipeline stage's part of the model.
+
+    `forward(tokens [b, s], control [s, b, C] | None)` returns this stage's hidden states [s, b, D] (sharded along s
+    under sequence parallelism); on the last stage they are final_norm(h) and whole along s.
+    """
+
+    def forward(self, tokens: Tensor, control: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        extra = None if control is None else {"context": control}
+        return super().forward(tokens, positions, None, extra_block_kwargs=extra)
+
+    def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        if self.post_process and self.config.sequence_parallel:
+            # Whole along the sequence, because the loss picks single positions out of it. Every rank computes the same
+            # loss on it up to its own vocabulary shard, so the backward pass sums over ranks (reduce-scatter).
+            return gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=True, group=self.pg_collection.tp
+            )
+        return hidden_states
+
+    def readout_weight(self) -> Tensor:
+        """The head's local rows [V_padded / tensor, D]."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def early_exit_layers(self) -> list[EarlyExitLayer]:
+        return list(self.decoder.layers)
+
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """Inside, the model is the teacher: the same weights without adapters, bit for bit."""
+        pairs = [module for module in self.modules() if isinstance(module, LoRAPair)]
+        for pair in pairs:
+            pair.enabled = False
+        try:
+            yield
+        finally:
+            for pair in pairs:
+                pair.enabled = True
+
+    @contextmanager
+    def recording_gates(self) -> Iterator[None]:
+        """Inside, every gated layer keeps its logits of the latest forward pass for `take_gates`."""
+        for layer in self.early_exit_layers():
+            layer.record = layer.gate is not None
+        try:
+            yield
+        finally:
+            for layer in self.early_exit_layers():
+                layer.record, layer.recorded = False, None
+
+    def take_gates(self) -> dict[int, Tensor]:
+        """Gate logits of the latest forward pass by depth, fp32 [s, b], whole along s; this stage's gates only."""
+        taken: dict[int, Tensor] = {}
+        for layer in self.early_exit_layers():
+            if layer.recorded is not None:
+                logit = layer.recorded
+                if self.config.sequence_parallel:
+                    logit = gather_from_sequence_parallel_region(logit, group=self.pg_collection.tp)
+                taken[layer.depth] = logit
+                layer.recorded = None
+        return taken
+
+    def trainable_policy(self) -> None:
+        """Freeze the base, leave adapters and gates trainable."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(".adapters." in name or ".gate." in name)
+
+
+def _ask_for_gradient(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() else output
+
+
+def build_stage(config: EarlyExitConfig, vp_stage: int | None = None) -> EarlyExitGPT:
+    """Build this rank's stage (process groups must exist). Its weights are uninitialised until they are loaded."""
+    dims = config.dims
+    assert dims is not None
+    spec = layer_spec(config)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    block = TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm)
+    pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+    model = EarlyExitGPT(
+        config,
+        block,
+        vocab_size=padded_vocab(dims.vocab, config.tensor_model_parallel_size),
+        max_sequence_length=dims.max_positions,
+        pre_process=pp_rank == 0,
+        post_process=pp_rank == config.pipeline_model_parallel_size - 1,
+        parallel_output=True,
+        share_embeddings_and_output_weights=dims.tied,
+        position_embedding_type="rope",
+        rotary_base=int(dims.rope_theta),
+        vp_stage=vp_stage,
+    )
+    if model.pre_process and config.recompute_granularity is not None:
+        # A recomputed layer passes gradients on only if its input asks for one; a frozen embedding's output doesn't.
+        model.embedding.register_forward_hook(_ask_for_gradient)
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(dims).to(model.rotary_pos_emb.inv_freq.device)
+    return model
+
+

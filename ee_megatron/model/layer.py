@@ -1,0 +1,103 @@
+"""The transformer layer that knows "frozen", and the gate's share of the loss.
+
+What a layer must know about each position travels beside the hidden states in one tensor, megatron-core's `context`
+argument: `control` fp32 [s, b, C]. Each pipeline stage takes it from its own data; it never crosses a stage boundary.
+
+    channel 0      prescribed exit depth (layers that may change the position; L = no exit)
+    channel 1      weight of the position in the exit loss; 0 where no gate is asked (prompt, padding)
+    channel 2 + i  optional soft target of gate i; absent: the prescribed depth is the target
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from ..exits import gate_log_term
+from .config import EarlyExitConfig
+from .parts import Gate
+
+DEPTH, WEIGHT, TARGETS = 0, 1, 2
+
+
+class _AttachLoss(torch.autograd.Function):
+    """Identity on the activation; in the backward pass the loss receives the gradient 1.
+
+    So a loss that lives on one pipeline stage is differentiated there, in the pass that the schedule runs anyway.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, activation: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(loss)
+        return activation
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        (loss,) = ctx.saved_tensors
+        return grad, torch.ones_like(loss)
+
+
+def gate_loss(gate_logit: Tensor, control: Tensor, depth: int, index: int) -> Tensor:
+    """Weighted exit loss of one gate, a scalar: - sum over positions of weight * log-likelihood.
+
+    gate_logit [s, b]; control [s, b, C]. With soft targets s*: cross-entropy of the hazard, for every position that
+    reaches the gate; else the gate's term of log q(prescribed exit).
+    """
+    depths, weight = control[..., DEPTH], control[..., WEIGHT]
+    if control.size(-1) > TARGETS:
+        target = control[..., TARGETS + index]
+        like = target * F.logsigmoid(gate_logit) + (1 - target) * F.logsigmoid(-gate_logit)
+        like = torch.where(depths >= depth, like, torch.zeros_like(like))
+    else:
+        like = gate_log_term(gate_logit, depths, depth)
+    return -(weight * like).sum()
+
+
+class EarlyExitLayer(TransformerLayer):
+    """Layer l (1-based). Positions whose exit depth is below l keep their residual stream; their keys and values are
+    still computed, from the frozen stream, because they are computed from whatever enters the layer.
+
+    If l - 1 is an exit depth, the layer owns that exit's gate, which reads the stream that enters the layer.
+    """
+
+    def __init__(self, config: EarlyExitConfig, submodules: Any, layer_number: int = 1, **kwargs: Any):
+        super().__init__(config=config, submodules=submodules, layer_number=layer_number, **kwargs)
+        self.depth = self.layer_number - 1
+        self.gate: Gate | None = None
+        if config.spec is not None and self.depth in config.spec.exit_depths:
+            self.gate = Gate(config)
+            self.gate_index = config.spec.exit_depths.index(self.depth)
+        # Gate logits of the last forward pass [s, b] (local positions), for scoring; set by the model's `record_gates`.
+        self.record = False
+        self.recorded: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, context: Tensor | None = None, **kwargs: Any):
+        """hidden [s, b, D], control [s, b, C] or None (no exits: the plain layer) -> (hidden, control)."""
+        if context is None:
+            return super().forward(hidden_states, **kwargs)
+        control = context
+        if self.config.sequence_parallel:
+            control = scatter_to_sequence_parallel_region(context, group=self.tp_group)
+        if self.gate is not None and (self.record or torch.is_grad_enabled()):
+            logit = self.gate(hidden_states)
+            if self.record:
+                self.recorded = logit.detach()
+            if logit.requires_grad:
+                loss = gate_loss(logit, control, self.depth, self.gate_index)
+                hidden_states = _AttachLoss.apply(hidden_states, loss)
+        frozen = control[..., DEPTH : DEPTH + 1] < self.layer_number
+        output, _ = super().forward(hidden_states, context=None, **kwargs)
+        return torch.where(frozen, hidden_states, output), context
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any):
+        """The base tensors only: gates are saved by name, without regard to the layout (policy.py)."""
+        gate, self.gate = self.gate, None
+        try:
+            return super().sharded_state_dict(*args, **kwargs)
+        finally:
+            self.gate = gate

@@ -60,10 +60,11 @@ class Learner:
         gradient_clipping: float = 1.0,
         adapter_dropout: float = 0.0,
         kl_direction: str = "student_teacher",
+        temperature: float = 1.0,
     ):
         self.spec, self.dims, self.degrees = spec, source.dims, degrees
         self.micro_batch_size, self.device = micro_batch_size, device
-        self.kl_direction = kl_direction
+        self.kl_direction, self.temperature = kl_direction, temperature
         self.config = megatron_config(
             source.dims,
             spec,
@@ -116,20 +117,24 @@ class Learner:
         return gather_policy_tensors(self.model)
 
     def save(self, directory: Path) -> None:
-        """This rank's optimizer state into an existing directory; the policy itself is saved by the caller."""
-        state = {"optimizer": self.engine.optimizer.state_dict()}
+        """This rank's share of the optimizer state into an existing directory; the policy is saved by the caller."""
+        zero = self.engine.optimizer
+        state = {"adam": zero.optimizer.state_dict(), "master": list(zero.single_partition_of_fp32_groups)}
         torch.save(state, directory / f"optimizer_rank{dist.get_rank()}.pt")
 
     def load(self, directory: Path) -> None:
-        """The inverse of `save` under the same layout (the policy is loaded first, by the constructor).
+        """The inverse of `save` under the same layout (the policy is loaded before, by the constructor).
 
         Raises FileNotFoundError when the directory was written by another number of ranks.
         """
         file = directory / f"optimizer_rank{dist.get_rank()}.pt"
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no optimizer state of this rank; resume with the layout that saved it")
-        state = torch.load(file, map_location=self.device, weights_only=False)
-        self.engine.optimizer.load_state_dict([state["optimizer"]], load_optimizer_states=True)
+        state = torch.load(file, map_location=self.device, weights_only=True)
+        zero = self.engine.optimizer
+        zero.optimizer.load_state_dict(state["adam"])
+        for mine, saved in zip(zero.single_partition_of_fp32_groups, state["master"], strict=True):
+            mine.data.copy_(saved)
 
     # -- one pass -----------------------------------------------------------------------------------------------------
 
@@ -203,7 +208,10 @@ class _Pass:
         # The last stage returns [S, B, D]; only positions that predict a generated token are read out.
         hidden = output.transpose(0, 1)[batch.counts]
         head = Head(
-            learner.model.readout_weight(), learner.dims.vocab, replicated_input=not learner.config.sequence_parallel
+            learner.model.readout_weight(),
+            learner.dims.vocab,
+            replicated_input=not learner.config.sequence_parallel,
+            temperature=learner.temperature,
         )
         weight = batch.token_weight[batch.counts] * self.scale
         labels = batch.labels()[batch.counts]

@@ -26,11 +26,13 @@ class Head:
 
     weight [V_local, D]; `vocab` is the true vocabulary (rows beyond it are padding and get probability 0).
     `replicated_input`: the hidden states are the same on all tensor-parallel ranks and their gradient has to be summed
-    here (plain tensor parallelism; under sequence parallelism the model's gather does it).
+    here (plain tensor parallelism; under sequence parallelism the model's gather does it). `temperature` divides the
+    logits: the distribution is the one that was sampled from.
     """
 
-    def __init__(self, weight: Tensor, vocab: int, replicated_input: bool = True, chunk: int = CHUNK):
-        self.weight, self.vocab, self.chunk = weight, vocab, chunk
+    def __init__(self, weight: Tensor, vocab: int, replicated_input: bool = True, chunk: int = CHUNK,
+                 temperature: float = 1.0):
+        self.weight, self.vocab, self.chunk, self.temperature = weight, vocab, chunk, temperature
         self.group = parallel_state.get_tensor_model_parallel_group()
         self.ranks = dist.get_world_size(self.group)
         self.start = dist.get_rank(self.group) * weight.size(0)
@@ -60,6 +62,8 @@ class Head:
     def _select(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """log p at ids [N, k], and log of the partition sum [N, 1]."""
         logits = (hidden @ self.weight.t()).float()
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
         padding = self.start + logits.size(1) - self.vocab
         if padding > 0:
             logits[:, logits.size(1) - padding :] = float("-inf")

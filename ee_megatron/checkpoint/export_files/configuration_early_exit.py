@@ -1,0 +1,79 @@
+"""Configuration of a decoder whose tokens may leave it early. Needs transformers only."""
+
+from __future__ import annotations
+
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+BASE_MODEL_TYPES = ("llama", "qwen2", "qwen3")
+OWN_FIELDS = ("base_model_type", "exit_depths", "gate_width", "gate_input", "exit_policy")
+POLICY_KINDS = ("threshold", "sample", "off", "fixed")
+
+
+def check_exit_policy(policy: dict, exit_depths: list[int], num_layers: int) -> None:
+    """Raise ValueError unless `policy` is one of
+
+    {"kind": "threshold", "value": s}  exit at the first gate whose hazard is above s (0 <= s <= 1)
+    {"kind": "sample"}                 exit at a gate with the probability that is its hazard
+    {"kind": "fixed", "value": depth}  every generated position exits at that depth
+    {"kind": "off"}                    never exit: the plain model
+    """
+    kind, value = policy.get("kind"), policy.get("value")
+    if kind not in POLICY_KINDS:
+        raise ValueError(f"exit_policy kind {kind!r} is unknown; choose one of {', '.join(POLICY_KINDS)}")
+    if kind == "threshold" and not (isinstance(value, (int, float)) and 0 <= value <= 1):
+        raise ValueError(f"exit_policy threshold needs a value between 0 and 1, got {value!r}")
+    if kind == "fixed" and value not in (*exit_depths, num_layers):
+        raise ValueError(f"exit_policy fixed needs a value out of {[*exit_depths, num_layers]}, got {value!r}")
+
+
+class EarlyExitConfig(PretrainedConfig):
+    """The base model's own fields, flat, and where and how tokens exit.
+
+    base_model_type: llama, qwen2 or qwen3, whose layers are used unchanged. exit_depths: layers that have run at each
+    exit, increasing. gate_width: a gate's hidden width in units of hidden_size. gate_input: "normalised" (the residual
+    stream over its root mean square) or "raw". exit_policy: the default of `generate`, see `check_exit_policy`.
+    """
+
+    model_type = "early_exit"
+
+    def __init__(
+        self,
+        base_model_type: str = "llama",
+        exit_depths: list[int] | None = None,
+        gate_width: int = 2,
+        gate_input: str = "normalised",
+        exit_policy: dict | None = None,
+        **kwargs,
+    ):
+        if base_model_type not in BASE_MODEL_TYPES:
+            raise ValueError(f"base_model_type {base_model_type!r} is unknown; choose one of {BASE_MODEL_TYPES}")
+        kwargs.pop("model_type", None)
+        # The base's class fills in its defaults and brings older spellings of fields into today's form.
+        fields = CONFIG_MAPPING[base_model_type](**kwargs).to_dict()
+        fields.pop("model_type", None)
+        super().__init__(**{**fields, **kwargs, "rope_parameters": fields["rope_parameters"]})
+        self.use_cache = fields.get("use_cache", True)
+        self.base_model_type = base_model_type
+        self.exit_depths = [int(depth) for depth in exit_depths or []]
+        self.gate_width = gate_width
+        self.gate_input = gate_input
+        self.exit_policy = dict(exit_policy or {"kind": "threshold", "value": 0.5})
+        # Files of full-attention Qwen models may name a window that is switched off; the cache must not follow it.
+        self.sliding_window = None
+        self.layer_types = ["full_attention"] * self.num_hidden_layers
+        increasing = sorted({depth for depth in self.exit_depths if 1 <= depth < self.num_hidden_layers})
+        if increasing != self.exit_depths:
+            raise ValueError(f"exit_depths {self.exit_depths} must increase within 1..{self.num_hidden_layers - 1}")
+        if gate_input not in ("normalised", "raw"):
+            raise ValueError(f"gate_input {gate_input!r} is unknown; choose normalised or raw")
+        check_exit_policy(self.exit_policy, self.exit_depths, self.num_hidden_layers)
+
+    def base_config(self) -> PretrainedConfig:
+        """The configuration of the base model whose modules are used."""
+        fields = {name: value for name, value in self.to_dict().items() if name not in OWN_FIELDS}
+        for name in ("model_type", "auto_map", "architectures", "transformers_version"):
+            fields.pop(name, None)
+        return CONFIG_MAPPING[self.base_model_type](**fields)
+
+
+__all__ = ["EarlyExitConfig"]

@@ -1,0 +1,118 @@
+"""Bookkeeping of a conversion: every tensor is used exactly once, and what was written can be checked afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+class Ledger:
+    """Which tensors a conversion has still to use. A tensor is named "<source>:<name>"."""
+
+    def __init__(self, **sources: Iterable[str]):
+        self._known = {f"{source}:{name}" for source, names in sources.items() for name in names}
+        self._left = set(self._known)
+
+    def take(self, *keys: str) -> list[str]:
+        """Mark tensors as used and return their names. Raises ValueError for one that is unknown or was used before."""
+        for key in keys:
+            if key not in self._left:
+                reason = "was used twice" if key in self._known else "does not exist"
+                raise ValueError(f"conversion: tensor {key} {reason}; the name map is wrong")
+            self._left.remove(key)
+        return list(keys)
+
+    def close(self) -> None:
+        """Raises ValueError, naming the first few, if a tensor was left unused."""
+        if self._left:
+            names = sorted(self._left)
+            raise ValueError(f"conversion: {len(names)} tensors were not used: {names[:3]}; nothing was written")
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """sha256 of the tensor's bytes in row-major order."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+
+
+def entry(tensor: Tensor, sources: list[str], file: str) -> dict:
+    """One line of the manifest: shape, dtype, sha256, the tensors it came from, the file it is in."""
+    return {
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "sha256": tensor_sha256(tensor),
+        "source": sources,
+        "file": file,
+    }
+
+
+def write_manifest(directory: Path, kind: str, tensors: dict[str, dict], **facts: object) -> None:
+    """manifest.json: what kind of directory this is, facts about it, and `entry` per tensor name."""
+    total = hashlib.sha256("".join(f"{name} {tensors[name]['sha256']}\n" for name in sorted(tensors)).encode())
+    content = {"kind": kind, **facts, "sha256": total.hexdigest(), "tensors": tensors}
+    (directory / MANIFEST).write_text(json.dumps(content, indent=1))
+
+
+def read_manifest(directory: Path) -> dict:
+    """The manifest of a directory. Raises FileNotFoundError or ValueError."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory}: no {MANIFEST} there; expected a directory that the converter wrote")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); the directory is damaged, convert again") from None
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copy tokenizer, chat templates and generation config, those that exist; returns the copied names."""
+    copied = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for name in copied:
+        shutil.copyfile(source / name, target / name)
+    if (source / "chat_templates").is_dir():
+        shutil.copytree(source / "chat_templates", target / "chat_templates")
+        copied.append("chat_templates")
+    return copied
+
+
+@contextmanager
+def whole_directory(out: Path) -> Iterator[Path]:
+    """A temporary sibling of `out` that becomes `out` when the block ends well, and disappears when it does not.
+
+    Raises ValueError if `out` exists and is not an empty directory: nothing is ever overwritten.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists already; remove it or choose another output directory")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield temporary
+        # Temporary directories and safetensors files are born private; a model is meant to be shared.
+        for path in (temporary, *temporary.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,210 @@
+"""`ee-megatron <command>`: parses, checks the configuration, calls; the work is in training/ and checkpoint/.
+
+torch is imported by what is called, never here: help and wrong settings answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .config.schema import RunConfig
+
+STAGES = {
+    "teacher": "stage 0: sample answers with examples in the prompt, keep the right ones, fine-tune and merge",
+    "traces": "stage 1a: the teacher's answers with each exit's divergence, kept on disk",
+    "calibrate": "stage 1b: self-distillation of adapters and gates on the traces",
+    "rl": "stage 2: reinforcement learning; right answers are rewarded, depth is charged for",
+    "evaluate": "accuracy against depth of teacher, calibrated and reinforced model",
+}
+RUN = "the whole method: every stage in order, then the report; finished stages are skipped"
+REPORT = "one HTML file (and PNG plots) from what the stages have written"
+GENERATE = "answer one prompt, token by token, each with its depth"
+CONVERT = "policy checkpoint -> Hugging Face directory, and between parallel layouts"
+
+EPILOG = """\
+examples:
+  ee-megatron run experiment=demo_cpu
+  ee-megatron rl experiment=demo_cpu rl.lambda_exit=0.3 rl.steps=5
+  ee-megatron rl experiment=rl_7b --dry-run
+  ee-megatron report experiment=demo_cpu
+  ee-megatron convert --help
+
+Settings are key=value; `--dry-run` prints all of them. EE_DEBUG=1 shows the full traceback of an error.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code: 0, 1 (it failed while running), 2 (bad input), 130 (interrupted)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["convert"]:
+        return _guarded(lambda: _convert(arguments[1:]))
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    wrong = [text for text in rest if text.startswith("-")]
+    if wrong or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(wrong or rest)}")
+    # argparse stops collecting settings at the first option; what follows it arrives in `rest`.
+    options.overrides = [*options.overrides, *rest]
+    return _guarded(lambda: options.handler(options))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ee-megatron",
+        description="Early-exit transformers: calibration and reinforcement learning.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
+    _add(commands, "run", RUN, _run, dry_run=True)
+    for stage, text in STAGES.items():
+        _add(commands, stage, text, _stage, dry_run=True).set_defaults(stage=stage)
+    _add(commands, "report", REPORT, _report)
+    generate = _add(
+        commands,
+        "generate",
+        GENERATE,
+        _generate,
+        example="--prompt 'Question: What is 7 times 8?' --exits threshold:0.7",
+    )
+    generate.add_argument("--prompt", required=True, help="text that the model reads")
+    generate.add_argument(
+        "--exits",
+        default="threshold:0.5",
+        metavar="RULE",
+        help="threshold:HAZARD, sample, fixed:DEPTH, confidence:PROBABILITY or off (default: threshold:0.5)",
+    )
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token (default: 0)")
+    generate.add_argument("--max-new-tokens", type=int, default=None, help="default: rollout.max_new_tokens")
+    # Only for the list of commands: main() hands its arguments on unread.
+    commands.add_parser("convert", help=CONVERT, add_help=False)
+    return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    text: str,
+    handler: Callable[[argparse.Namespace], int],
+    *,
+    dry_run: bool = False,
+    example: str = "",
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=f"example:\n  ee-megatron {name} experiment=demo_cpu {example}".rstrip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="experiment=..., group choices and single settings"
+    )
+    if dry_run:
+        parser.add_argument(
+            "--dry-run", action="store_true", help="check, print settings, ranks and directories; start nothing"
+        )
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def _configured(options: argparse.Namespace, *, with_model: bool = False) -> RunConfig:
+    from .config.load import load
+    from .config.validate import read_dims, validate
+
+    cfg = load(options.overrides)
+    validate(cfg, None)
+    if with_model:
+        validate(cfg, read_dims(cfg))
+    return cfg
+
+
+def _stage(options: argparse.Namespace) -> int:
+    cfg = _configured(options, with_model=not options.dry_run)
+    if options.dry_run:
+        return _print_plan(cfg, options.stage)
+    from .training import launch
+
+    launch.run_stage(options.stage, cfg, options.overrides)
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    cfg = _configured(options, with_model=not options.dry_run)
+    if options.dry_run:
+        return _print_plan(cfg, "evaluate")
+    from .training import launch
+
+    launch.run_method(cfg, options.overrides)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    cfg = _configured(options)
+    from .training import launch
+
+    print(launch.report(cfg))
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    cfg = _configured(options, with_model=True)
+    if options.temperature < 0:
+        raise ValueError(f"--temperature {options.temperature}: expected a number >= 0")
+    tokens = cfg.rollout.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
+    if tokens < 1:
+        raise ValueError(f"--max-new-tokens {tokens}: expected a number >= 1")
+    from .training import launch
+
+    launch.generate(cfg, options.prompt, options.exits, options.temperature, tokens)
+    return 0
+
+
+def _convert(arguments: list[str]) -> int:
+    from .checkpoint import convert
+
+    return int(convert.main(arguments) or 0)
+
+
+def _print_plan(cfg: RunConfig, last: str) -> int:
+    """The plan up to stage `last` on stdout; without a model directory what depends on the model is left out."""
+    from .config.identity import STAGES as ORDER
+    from .config.identity import stage_dir, to_yaml
+    from .config.validate import ranks, read_dims, resolve_exits, validate
+
+    parallel = cfg.parallel
+    lines = [f"ranks: {ranks(cfg)} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {parallel.data}"]
+    if (Path(cfg.model.path) / "config.json").is_file():
+        dims = read_dims(cfg)
+        validate(cfg, dims)
+        exits = resolve_exits(cfg, dims)
+        sizes = exits.stage_sizes(parallel.pipeline, parallel.stage_layers)
+        lines.append(f"exits: {list(exits.depths)} of {dims.num_layers} layers; layers per stage: {list(sizes)}")
+    else:
+        lines.append(f"exits: not checked against the model: no {cfg.model.path}/config.json here")
+    lines.append(f"rollouts: {cfg.rollout.backend}, {cfg.rollout.actors} actor(s)")
+    names = list(ORDER)
+    lines += [f"{name}: {stage_dir(cfg, name)}" for name in names[: names.index(last) + 1]]
+    print(to_yaml(cfg) + "".join(f"# {line}\n" for line in lines), end="")
+    return 0
+
+
+def _guarded(action: Callable[[], int]) -> int:
+    try:
+        return action()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, FileNotFoundError, RuntimeError, OSError, ImportError) as error:
+        if os.environ.get("EE_DEBUG") == "1":
+            raise
+        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError | FileNotFoundError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

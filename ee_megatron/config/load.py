@@ -1,0 +1,162 @@
+"""Command-line settings -> one `RunConfig`, through Hydra's compose API and the structured schema.
+
+Hydra accepts `+anything=1` and knows nothing of a key's type in a plain YAML file. So it only composes here; what it
+composed is then compared with the schema key by key and merged into it, whether a value came from a file or a terminal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .schema import RunConfig
+
+ENVIRONMENT_VARIABLE = "EE_CONFIG_DIR"
+
+
+def load(overrides: list[str], config_dir: Path | None = None) -> RunConfig:
+    """Compose `configs/config.yaml`, the chosen group files and `key=value` settings, later ones winning.
+
+    `config_dir` falls back to the environment variable EE_CONFIG_DIR, then to the repository's configs/.
+    Raises ValueError (unknown key or choice, wrong type, missing value; one line) or FileNotFoundError (no configs).
+    """
+    directory = find_config_dir(config_dir)
+    groups = list_groups(directory)
+    plain = [_plain(override, groups) for override in _parse(overrides)]
+    composed = _compose(directory, [text for text in plain if text != "experiment=null"])
+    _check_keys(composed)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), composed)
+        OmegaConf.resolve(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(_explain(error)) from None
+    missing = sorted(cast("set[str]", OmegaConf.missing_keys(merged)))
+    if missing:
+        experiments = ", ".join(groups.get("experiment", [])) or "none found"
+        raise ValueError(
+            f"{', '.join(missing)}: not set; give {' '.join(f'{key}=...' for key in missing)} "
+            f"or a whole run by experiment=... ({experiments})"
+        )
+    return cast(RunConfig, OmegaConf.to_object(merged))
+
+
+def find_config_dir(config_dir: Path | None = None) -> Path:
+    """The directory that holds config.yaml, absolute. Raises FileNotFoundError that says where it was looked for."""
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    directory = config_dir or (Path(named) if named else Path(__file__).parents[2] / "configs")
+    directory = Path(directory).resolve()
+    if not (directory / "config.yaml").is_file():
+        raise FileNotFoundError(
+            f"{directory}: no config.yaml there; install from a checkout (pip install -e .) "
+            f"or set {ENVIRONMENT_VARIABLE} to its configs directory"
+        )
+    return directory
+
+
+def list_groups(directory: Path) -> dict[str, list[str]]:
+    """Config groups and the choices of each: {"experiment": ["demo_cpu", ...], ...}."""
+    folders = sorted(path for path in directory.iterdir() if path.is_dir())
+    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+
+
+def _parse(overrides: list[str]) -> Iterator[Override]:
+    parser = OverridesParser.create()
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            raise ValueError(
+                f"{text}: not a setting; expected key=value, e.g. rl.steps=5 ({_one_line(error)})"
+            ) from None
+        if override.is_delete():
+            raise ValueError(f"{text}: settings cannot be deleted; give another value instead")
+        if override.is_sweep_override():
+            raise ValueError(f"{text}: several values for one run; give one value, or a list as key=[a,b]")
+        yield override
+
+
+def _plain(override: Override, groups: Mapping[str, list[str]]) -> str:
+    """Check one setting's key and rewrite it so that Hydra takes it whether or not a file names the key."""
+    key = override.key_or_group
+    value = str(override.input_line).split("=", 1)[1]
+    if key in groups and (key == "experiment" or not isinstance(override.value(), dict)):
+        if override.value() is not None and value not in groups[key]:
+            raise ValueError(f"{key}={value}: no such choice; there are {', '.join(groups[key])}")
+        return f"{key}={value}"
+    if key not in _known_keys():
+        raise ValueError(_unknown(key, [*_known_keys(), *groups]))
+    return f"++{key}={value}"
+
+
+def _compose(directory: Path, overrides: list[str]) -> DictConfig:
+    try:
+        with initialize_config_dir(str(directory), version_base="1.3"):
+            config = compose("config", overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(f"{directory}: {_one_line(error)}") from None
+    OmegaConf.set_struct(config, False)
+    return config
+
+
+def _check_keys(config: DictConfig) -> None:
+    known = _known_keys()
+    for key, value in _walk(OmegaConf.to_container(config, resolve=False), ""):
+        if key not in known:
+            raise ValueError(_unknown(key, known))
+        if known[key] is None and not isinstance(value, dict):
+            field = next(name for name in known if name.startswith(f"{key}."))
+            raise ValueError(f"{key}={value}: {key} is a section; set one of its fields, e.g. {field}=...")
+
+
+def _walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        key = f"{prefix}{name}"
+        yield key, value
+        if isinstance(value, dict):
+            yield from _walk(value, f"{key}.")
+
+
+def _known_keys(schema: Any = RunConfig, prefix: str = "") -> dict[str, str | None]:
+    """Every dotted key of the schema -> the name of its type, None for a section."""
+    keys: dict[str, str | None] = {}
+    for field in dataclasses.fields(schema):
+        section = field.default_factory
+        key = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(section):
+            keys[key] = None
+            keys.update(_known_keys(section, f"{key}."))
+        else:
+            keys[key] = str(field.type)
+    return keys
+
+
+def _unknown(key: str, known: Iterable[str]) -> str:
+    names = list(known)
+    last = key.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.8)
+    near += [name for name in names if name.rsplit(".", 1)[-1] == last]
+    near += difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]}?" if near else "`--dry-run` prints every setting"
+    return f"{key}: no such setting; {hint}"
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    key = str(error.full_key or "")
+    expected = _known_keys().get(key.split("[")[0])
+    wanted = f"; expected {expected}" if expected else ""
+    return f"{key or 'settings'}: {str(error.msg or error).splitlines()[0]}{wanted}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,296 @@
+"""What the schema's types cannot say: choices, ranges, and whether model, exits and parallel layout fit each other.
+
+torch is imported only where exits or dimensions are built, so that checks without a model cost nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .schema import RunConfig
+
+if TYPE_CHECKING:
+    from ..exits import ExitLayout
+    from ..families import ModelDims
+    from ..policy import PolicySpec
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "device": ("auto", "cpu", "cuda"),
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "exits.gate_input": ("normalised", "raw"),
+    "adapter.targets": ("attention", "all"),
+    "task.name": ("arithmetic", "gsm8k", "jsonl"),
+    "calibrate.kl_direction": ("student_teacher", "teacher_student", "jensen_shannon"),
+    "calibrate.gate_targets": ("sampled", "soft"),
+    "rl.depth_cost": ("mean", "total"),
+    "rl.advantage": ("rloo", "mean", "grpo", "none"),
+    "rollout.backend": ("ray", "local"),
+    "rollout.prompt_template": ("plain", "chat"),
+    "evaluate.split": ("train", "validation", "evaluation"),
+    "tracker.wandb": ("auto", "online", "offline", "disabled"),
+}
+ARITHMETIC_FAMILIES = ("product", "sum", "word", "chain")
+
+POSITIVE: dict[str, tuple[str, ...]] = {
+    "parallel": (
+        "tensor",
+        "pipeline",
+        "data",
+        "micro_batch_size",
+        "timeout_s",
+    ),
+    "exits": ("gate_width",),
+    "adapter": ("alpha",),
+    "task": (
+        "validation",
+        "evaluation",
+        "verifier_workers",
+        "verifier_deadline_s",
+    ),
+    "teacher": (
+        "problems",
+        "samples",
+        "temperature",
+        "epochs",
+        "batch_size",
+        "learning_rate",
+    ),
+    "traces": (
+        "problems",
+        "samples",
+        "temperature",
+        "top_k",
+    ),
+    "calibrate": (
+        "epochs",
+        "patterns",
+        "batch_size",
+        "kl_factor",
+        "checkpoint_every",
+    ),
+    "rl": (
+        "steps",
+        "prompts_per_step",
+        "group_size",
+        "temperature",
+        "cost_length",
+        "importance_cap",
+        "checkpoint_every",
+    ),
+    "rollout": (
+        "actors",
+        "threads",
+        "rows",
+        "max_new_tokens",
+        "start_timeout_s",
+        "timeout_s",
+    ),
+    "cluster": ("nodes",),
+}
+NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
+    "adapter": ("rank",),
+    "task": (
+        "train",
+        "seed",
+    ),
+    "teacher": (
+        "shots",
+        "seed",
+    ),
+    "traces": ("seed",),
+    "calibrate": (
+        "seed",
+        "adapter_lr",
+        "gate_lr",
+        "gate_weight",
+    ),
+    "rl": (
+        "seed",
+        "lambda_exit",
+        "beta",
+        "adapter_lr",
+        "gate_lr",
+    ),
+    "rollout": ("failure_budget",),
+    "evaluate": (
+        "tolerance",
+        "answers",
+        "seed",
+    ),
+    "deepspeed": ("gradient_clipping",),
+    "cluster": (
+        "gpus_per_node",
+        "requeue_limit",
+    ),
+}
+
+
+def validate(cfg: RunConfig, dims: ModelDims | None) -> None:
+    """Check everything that can be checked before a process starts; `dims` None skips what needs the model.
+
+    Raises ValueError, one line: the setting, what was found, what was expected.
+    """
+    values = dict(_settings(cfg, ""))
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key}={value}: expected a finite number")
+    for key, choices in CHOICES.items():
+        if values[key] not in choices:
+            raise ValueError(f"{key}={values[key]}: expected one of {', '.join(choices)}")
+    for key in _dotted(POSITIVE):
+        if values[key] <= 0:
+            raise ValueError(f"{key}={values[key]}: expected a number > 0")
+    for key in _dotted(NOT_NEGATIVE):
+        if values[key] < 0:
+            raise ValueError(f"{key}={values[key]}: expected a number >= 0")
+    _check_names(cfg)
+    _check_task(cfg)
+    _check_training(cfg)
+    _check_parallel(cfg)
+    if dims is not None:
+        _check_tensor(cfg, dims)
+        resolve_exits(cfg, dims).stage_sizes(cfg.parallel.pipeline, cfg.parallel.stage_layers)
+
+
+def ranks(cfg: RunConfig) -> int:
+    """Learner processes: tensor x pipeline x data."""
+    return cfg.parallel.tensor * cfg.parallel.pipeline * cfg.parallel.data
+
+
+def read_dims(cfg: RunConfig) -> ModelDims:
+    """Dimensions from the model directory's config.json; weights are not looked at.
+
+    Raises FileNotFoundError (no such directory or file) or ValueError (not JSON, unsupported architecture).
+    """
+    from ..families import dims_from_config
+
+    file = Path(cfg.model.path) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"model.path={cfg.model.path}: no config.json there; expected a Hugging Face model directory: "
+            "give model.path=<directory>, or run `make demo` once, which fetches the demo's"
+        )
+    try:
+        return dims_from_config(json.loads(file.read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: not valid JSON ({error}); copy the model again") from None
+
+
+def resolve_exits(cfg: RunConfig, dims: ModelDims) -> ExitLayout:
+    """The model's exits: exits.depths, or every fifth layer and the stage boundaries where none are given."""
+    from ..exits import ExitLayout
+
+    if cfg.exits.depths:
+        return ExitLayout(dims.num_layers, tuple(cfg.exits.depths))
+    sizes = cfg.parallel.stage_layers
+    if not sizes:
+        return ExitLayout.default(dims.num_layers, cfg.parallel.pipeline)
+    edges = {sum(sizes[: stage + 1]) for stage in range(len(sizes) - 1)}
+    depths = edges | set(ExitLayout.default(dims.num_layers).depths)
+    return ExitLayout(dims.num_layers, tuple(sorted(depths)))
+
+
+def policy_spec(cfg: RunConfig, dims: ModelDims) -> PolicySpec:
+    """The adapters and gates that this configuration trains."""
+    from ..policy import ATTENTION, MLP, PolicySpec
+
+    return PolicySpec(
+        num_layers=dims.num_layers,
+        exit_depths=resolve_exits(cfg, dims).depths,
+        rank=cfg.adapter.rank,
+        alpha=cfg.adapter.alpha,
+        targets=ATTENTION if cfg.adapter.targets == "attention" else ATTENTION + MLP,
+        gate_width=cfg.exits.gate_width,
+        gate_input=cfg.exits.gate_input,
+    )
+
+
+def _settings(section: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for field in fields(section):
+        value = getattr(section, field.name)
+        if is_dataclass(value):
+            yield from _settings(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", value
+
+
+def _dotted(table: dict[str, tuple[str, ...]]) -> Iterator[str]:
+    return (f"{section}.{name}" for section, names in table.items() for name in names)
+
+
+def _check_names(cfg: RunConfig) -> None:
+    if not cfg.name or Path(cfg.name).name != cfg.name or cfg.name in (".", ".."):
+        raise ValueError(f"name={cfg.name!r}: expected a plain name without slashes; it is a directory in {cfg.runs}")
+    if not cfg.model.path:
+        raise ValueError("model.path: empty; expected a Hugging Face model directory")
+
+
+def _check_task(cfg: RunConfig) -> None:
+    task = cfg.task
+    if task.name == "arithmetic":
+        unknown = [family for family in task.families if family not in ARITHMETIC_FAMILIES]
+        if unknown or not task.families:
+            raise ValueError(f"task.families={task.families}: expected some of {', '.join(ARITHMETIC_FAMILIES)}")
+    elif not task.path:
+        raise ValueError(
+            f"task.path: not set; task.name={task.name} reads a .jsonl or .parquet file or a directory of them"
+        )
+
+
+def _check_training(cfg: RunConfig) -> None:
+    if not 0 <= cfg.adapter.dropout < 1:
+        raise ValueError(f"adapter.dropout={cfg.adapter.dropout}: expected 0 <= dropout < 1")
+    if cfg.teacher.enabled and cfg.adapter.rank == 0:
+        raise ValueError(
+            "adapter.rank=0: the teacher is trained through adapters; give a rank > 0 or teacher.enabled=false"
+        )
+    for key, share in (("uniform_patterns", cfg.calibrate.uniform_patterns), ("warmup", cfg.calibrate.warmup)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"calibrate.{key}={share}: expected a share from 0 to 1")
+    if cfg.rl.advantage != "none" and cfg.rl.group_size < 2:
+        raise ValueError(
+            f"rl.group_size={cfg.rl.group_size}: rl.advantage={cfg.rl.advantage} compares the rollouts of one prompt; "
+            "expected at least 2, or rl.advantage=none"
+        )
+    outside = [threshold for threshold in cfg.evaluate.thresholds if not 0 <= threshold <= 1]
+    if outside:
+        raise ValueError(f"evaluate.thresholds: {outside} are no hazards; expected values from 0 to 1")
+
+
+def _check_parallel(cfg: RunConfig) -> None:
+    parallel, stage = cfg.parallel, cfg.deepspeed.zero_stage
+    if parallel.sequence_parallel and parallel.tensor == 1:
+        raise ValueError("parallel.sequence_parallel=true: needs parallel.tensor > 1, found 1")
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(
+            f"deepspeed.zero_stage={stage}: expected 0, 1, 2, or 3 without tensor and pipeline parallelism"
+        )
+    if stage == 3 and parallel.tensor * parallel.pipeline > 1:
+        raise ValueError(
+            f"deepspeed.zero_stage=3: trains only with parallel.tensor=1 and parallel.pipeline=1, found "
+            f"{parallel.tensor} and {parallel.pipeline}; use zero_stage 1 or 2"
+        )
+    devices = cfg.cluster.nodes * cfg.cluster.gpus_per_node
+    if cfg.cluster.gpus_per_node and devices < ranks(cfg):
+        raise ValueError(
+            f"parallel: {parallel.tensor} x {parallel.pipeline} x {parallel.data} = {ranks(cfg)} ranks, but "
+            f"cluster.nodes={cfg.cluster.nodes} x cluster.gpus_per_node={cfg.cluster.gpus_per_node} = {devices} devices"
+        )
+
+
+def _check_tensor(cfg: RunConfig, dims: ModelDims) -> None:
+    tensor = cfg.parallel.tensor
+    sizes = {"attention heads": dims.heads, "key-value heads": dims.kv_heads, "intermediate size": dims.intermediate}
+    bad = [f"{size} {name}" for name, size in sizes.items() if size % tensor]
+    if bad:
+        valid = [d for d in range(1, dims.kv_heads + 1) if not any(size % d for size in sizes.values())]
+        near = sorted(valid, key=lambda degree: abs(degree - tensor))[:2]
+        raise ValueError(
+            f"parallel.tensor={tensor} does not divide {', '.join(bad)} of {cfg.model.path}; "
+            f"nearest degrees that do: {', '.join(map(str, sorted(near)))}"
+        )

@@ -1,0 +1,8 @@
+"""Evaluation: answers → one row per model and exit policy, the choice of a threshold, results.json."""
+
+from .evaluate import Answer, evaluate_model, exit_label
+from .results import table, write_results
+from .summary import Row, summarise
+from .threshold import choose_threshold
+
+__all__ = ["Answer", "Row", "choose_threshold", "evaluate_model", "exit_label", "summarise", "table", "write_results"]

@@ -1,0 +1,115 @@
+"""One model under one exit policy on one set of prompts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TypedDict
+
+import numpy as np
+
+from ..rollout.pool import RolloutPool
+from ..rollout.sampling import ExitPolicy, SamplingParams
+from ..tasks.base import Task
+from ..tasks.verifier import VerifierPool
+from ..types import Prompt, Rollout
+from .summary import Row, summarise
+
+
+class Token(TypedDict):
+    """One generated token; natural logs, entropy of the teacher's distribution in nats (None: not measured)."""
+
+    text: str
+    depth: int
+    logprob: float
+    exit_logprob: float
+    entropy: float | None
+
+
+class Answer(TypedDict):
+    """One answer as the report shows it. `id` is the prompt's, `text` excludes the stop string, `tokens` does not."""
+
+    id: str
+    prompt: str
+    reference: str
+    model: str
+    exits: str
+    correct: bool
+    text: str
+    tokens: list[Token]
+
+
+def exit_label(exits: ExitPolicy) -> str:
+    """An exit policy in words, as it stands in the tables."""
+    words = {
+        "off": "full depth",
+        "sample": "sampled",
+        "threshold": f"hazard > {exits.value:g}",
+        "confidence": f"confidence > {exits.value:g}",
+        "fixed": f"fixed {exits.value:g}",
+    }
+    return words.get(exits.kind, exits.kind)
+
+
+def evaluate_model(
+    pool: RolloutPool,
+    task: Task,
+    verifier: VerifierPool,
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+    exits: ExitPolicy,
+    *,
+    label: str,
+    num_layers: int,
+    decode: Callable[[int], str],
+    with_divergence: bool = False,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Row, list[Answer]]:
+    """One answer to each prompt by the weights that the pool holds, judged and summarised.
+
+    `label` is the model's name in the tables; `decode` gives the text of a token id. With `with_divergence` the answers
+    are read again by model and teacher (another pass over all of them), which fills `Row.kl` and the tokens' entropy.
+    The time behind tokens_per_s is that of generation alone.
+
+    Raises ValueError if the verifier is another task's, or if there are no prompts.
+    """
+    if verifier.task_name != task.name:
+        raise ValueError(f"the verifier judges {verifier.task_name!r}, the prompts are {task.name!r}'s; use one task")
+    if not prompts:
+        raise ValueError(f"no prompts to evaluate on; task {task.name!r} has none in this split")
+    begun = time.perf_counter()
+    rollouts = [answers[0] for answers in pool.generate(prompts, 1, sampling, exits, seed, progress)]
+    seconds = time.perf_counter() - begun
+    verdicts = verifier.verify_many([(p, r.text) for p, r in zip(prompts, rollouts, strict=True)])
+    scores = pool.score(rollouts) if with_divergence else None
+    divergences = [score.divergence for score in scores] if scores is not None else None
+    policy = exit_label(exits)
+    row = summarise(prompts, rollouts, verdicts, num_layers, divergences, seconds, model=label, exits=policy)
+    answers = [
+        Answer(
+            id=prompt.id,
+            prompt=prompt.text,
+            reference=prompt.answer,
+            model=label,
+            exits=policy,
+            correct=verdicts[i].correct,
+            text=rollout.text,
+            tokens=_tokens(rollout, scores[i].teacher_entropy if scores is not None else None, decode),
+        )
+        for i, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True))
+    ]
+    return row, answers
+
+
+def _tokens(rollout: Rollout, entropy: np.ndarray | None, decode: Callable[[int], str]) -> list[Token]:
+    return [
+        Token(
+            text=decode(int(token)),
+            depth=int(rollout.exit_depths[t]),
+            logprob=round(float(rollout.token_logprobs[t]), 5),
+            exit_logprob=round(float(rollout.exit_logprobs[t]), 5),
+            entropy=round(float(entropy[t]), 5) if entropy is not None else None,
+        )
+        for t, token in enumerate(rollout.tokens)
+    ]

@@ -1,0 +1,170 @@
+"""The evaluation's results: a file for the report, a table for the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .evaluate import Answer
+from .statistics import mcnemar_exact, spearman_interval
+from .summary import Row
+
+BINS = 8
+"""Entropy bins, each with as many tokens."""
+REFERENCE = "teacher"
+
+
+def write_results(
+    path: Path,
+    rows: Sequence[Row],
+    answers: Sequence[Answer],
+    meta: Mapping[str, Any],
+    keep: int | None = None,
+) -> None:
+    """Write results.json at `path`, whole or not at all:
+
+    {"meta", "rows", "answers", "depth_by_entropy", "exit_histogram", "paired"}; NaN becomes null.
+
+    The statistics are over all `answers`; the file keeps those to the first `keep` prompts (None: all), so that every
+    model is shown on the same ones.
+    """
+    prompts = list(dict.fromkeys(answer["id"] for answer in answers))
+    kept = set(prompts if keep is None else prompts[:keep])
+    data = {
+        "meta": dict(meta),
+        "rows": [row.to_json() for row in rows],
+        "answers": [answer for answer in answers if answer["id"] in kept],
+        "depth_by_entropy": depth_by_entropy(answers),
+        "exit_histogram": exit_histogram(answers),
+        "paired": paired_with_teacher(answers),
+    }
+    text = json.dumps(_finite(data), ensure_ascii=False, indent=1, allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files that only their owner can read; results are for colleagues too.
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _label(answer: Answer) -> str:
+    return f"{answer['model']}, {answer['exits']}"
+
+
+def _by_label(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
+    groups: dict[str, list[Answer]] = {}
+    for answer in answers:
+        groups.setdefault(_label(answer), []).append(answer)
+    return groups
+
+
+def exit_histogram(answers: Sequence[Answer]) -> dict[str, dict[str, int]]:
+    """{"model, exits": {depth: tokens}}, depths in order (as strings, JSON's keys)."""
+    histogram: dict[str, dict[str, int]] = {}
+    for label, group in _by_label(answers).items():
+        depths, counts = np.unique([t["depth"] for a in group for t in a["tokens"]], return_counts=True)
+        histogram[label] = {str(int(d)): int(c) for d, c in zip(depths, counts, strict=True)}
+    return histogram
+
+
+def depth_by_entropy(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
+    """Whether hard tokens go deeper: per "model, exits" the rank correlation of depth and the teacher's entropy.
+
+    {"spearman", "low", "high" (95%, answers resampled), "tokens", "answers", "bins": [{"entropy", "depth", "tokens"}]}.
+    Left out are the first token of an answer, whose depth is no choice, tokens without a measured entropy, and models
+    whose depth never varies.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for label, group in _by_label(answers).items():
+        pairs = [[(t["depth"], t["entropy"]) for t in a["tokens"][1:] if t["entropy"] is not None] for a in group]
+        columns = [np.array(p, dtype=np.float64) for p in pairs if p]
+        if not columns or len(np.unique(np.concatenate(columns)[:, 0])) < 2:
+            continue
+        estimate = spearman_interval([c[:, 0] for c in columns], [c[:, 1] for c in columns])
+        tokens = np.concatenate(columns)
+        ordered = tokens[np.argsort(tokens[:, 1], kind="stable")]
+        parts = [part for part in np.array_split(ordered, BINS) if len(part)]
+        found[label] = {
+            "spearman": estimate.value,
+            "low": estimate.low,
+            "high": estimate.high,
+            "tokens": len(tokens),
+            "answers": len(columns),
+            "bins": [
+                {"entropy": float(p[:, 1].mean()), "depth": float(p[:, 0].mean()), "tokens": len(p)} for p in parts
+            ],
+        }
+    return found
+
+
+def paired_with_teacher(answers: Sequence[Answer]) -> dict[str, dict[str, float | int]]:
+    """Exact McNemar test of every "model, exits" against the teacher on the prompts that both answered."""
+    groups = _by_label(answers)
+    teacher = next((group for group in groups.values() if group[0]["model"] == REFERENCE), None)
+    if teacher is None:
+        return {}
+    right = {answer["id"]: answer["correct"] for answer in teacher}
+    tests: dict[str, dict[str, float | int]] = {}
+    for label, group in groups.items():
+        shared = [answer for answer in group if answer["id"] in right]
+        if group is teacher or not shared:
+            continue
+        test = mcnemar_exact([right[a["id"]] for a in shared], [a["correct"] for a in shared])
+        tests[label] = {
+            "n": len(shared),
+            "only_teacher": test.only_first,
+            "only_model": test.only_second,
+            "p_value": test.p_value,
+        }
+    return tests
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text in aligned columns; depth as a share of the layers, total depth in layers, KL in nats."""
+    heads = ("model", "exits", "accuracy", "n", "mean depth", "total depth", "length", "KL", "tok/s")
+    cells = [
+        (
+            row.model,
+            row.exits,
+            f"{row.accuracy:.1%} [{row.low:.1%}, {row.high:.1%}]",
+            str(row.n),
+            f"{row.mean_depth:.3f}",
+            f"{row.total_depth:.0f}",
+            f"{row.length:.1f}",
+            "–" if row.kl is None else f"{row.kl:.4f}",
+            "–" if row.tokens_per_s is None else f"{row.tokens_per_s:.0f}",
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[i]) for line in (heads, *cells)) for i in range(len(heads))]
+
+    def line(texts: Sequence[str]) -> str:
+        # Names stand left, figures right.
+        padded = [t.ljust(w) if i < 2 else t.rjust(w) for i, (t, w) in enumerate(zip(texts, widths, strict=True))]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join(line(texts) for texts in (heads, ["-" * width for width in widths], *cells))

@@ -1,0 +1,139 @@
+"""The statistics behind every reported figure, in numpy and the standard library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+Z_95 = 1.959963984540054
+"""The 0.975 quantile of the standard normal distribution."""
+
+
+class Interval(NamedTuple):
+    low: float
+    high: float
+
+
+class Estimate(NamedTuple):
+    """A value with its interval; NaN where the data do not define it."""
+
+    value: float
+    low: float
+    high: float
+
+
+class PairedTest(NamedTuple):
+    """only_first, only_second: items that one of the two got right and the other did not; p_value, two-sided."""
+
+    only_first: int
+    only_second: int
+    p_value: float
+
+
+def wilson_interval(successes: int, n: int, z: float = Z_95) -> Interval:
+    """Score interval of a proportion; (0, 1) for n = 0.
+
+    (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n), p = successes/n: Wilson, JASA 22 (1927), 209-212.
+    Raises ValueError unless 0 <= successes <= n.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes of {n}: expected 0 <= successes <= n")
+    if n == 0:
+        return Interval(0.0, 1.0)
+    p, square = successes / n, z * z
+    centre = p + square / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + square / (4 * n * n))
+    low, high = (centre - half) / (1 + square / n), (centre + half) / (1 + square / n)
+    # At the ends the formula is exact in theory only.
+    return Interval(0.0 if successes == 0 else low, 1.0 if successes == n else high)
+
+
+def mcnemar_exact(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
+    """Whether two models differ in accuracy on the same items (bool [n] each), by the discordant pairs alone.
+
+    p = min(1, 2 Σ_{i <= min(b, c)} C(b+c, i) / 2^(b+c)): McNemar, Psychometrika 12 (1947), with the binomial
+    distribution instead of its chi-square approximation. Raises ValueError for unequal lengths.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"paired test of {len(first)} and {len(second)} items; give both models the same items")
+    only_first = sum(bool(a) and not b for a, b in zip(first, second, strict=True))
+    only_second = sum(bool(b) and not a for a, b in zip(first, second, strict=True))
+    discordant = only_first + only_second
+    tail = sum(math.comb(discordant, i) for i in range(min(only_first, only_second) + 1))
+    # Integers: 2**discordant overflows a float from 1024 on.
+    return PairedTest(only_first, only_second, min(1.0, (2 * tail) / (1 << discordant)))
+
+
+def bootstrap_interval(
+    values: Sequence[float] | np.ndarray,
+    statistic: Callable[[np.ndarray], float] = lambda sample: float(np.mean(sample)),
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """A statistic of values [n] with its percentile bootstrap interval: Efron, Annals of Statistics 7 (1979).
+
+    Rows of a 2-D array [n, ...] are resampled as wholes. NaN for n = 0.
+    """
+    data = np.asarray(values, dtype=np.float64)
+    if len(data) == 0:
+        return Estimate(math.nan, math.nan, math.nan)
+    rng = np.random.default_rng(seed)
+    draws = np.array([statistic(data[rng.integers(len(data), size=len(data))]) for _ in range(resamples)])
+    return Estimate(float(statistic(data)), *_percentiles(draws, level))
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Rank correlation of x [n] and y [n]: Pearson's r of the ranks, ties sharing their mean rank; Spearman (1904).
+
+    NaN if n < 2 or one side is constant.
+    """
+    if len(x) != len(y):
+        raise ValueError(f"rank correlation of {len(x)} and {len(y)} values; expected as many of each")
+    if len(x) < 2:
+        return math.nan
+    a, b = (ranks - ranks.mean() for ranks in (mean_ranks(x), mean_ranks(y)))
+    scale = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / scale if scale > 0 else math.nan
+
+
+def mean_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks 1..n (float64 [n]) of values [n]; ties get the mean of the ranks that they share."""
+    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def spearman_interval(
+    xs: Sequence[np.ndarray],
+    ys: Sequence[np.ndarray],
+    level: float = 0.95,
+    resamples: int = 300,
+    seed: int = 0,
+) -> Estimate:
+    """Rank correlation over the tokens of many answers (xs[i], ys[i]: [T_i]) with a bootstrap interval.
+
+    Whole answers are resampled, since tokens of one answer are not independent (cluster bootstrap: Davison and
+    Hinkley 1997, section 3.8).
+    """
+    if len(xs) != len(ys):
+        raise ValueError(f"rank correlation of {len(xs)} and {len(ys)} answers; expected as many of each")
+    if not xs:
+        return Estimate(math.nan, math.nan, math.nan)
+    value = spearman(np.concatenate(xs), np.concatenate(ys))
+    rng = np.random.default_rng(seed)
+    draws = []
+    for _ in range(resamples if not math.isnan(value) else 0):
+        chosen = rng.integers(len(xs), size=len(xs))
+        draws.append(spearman(np.concatenate([xs[i] for i in chosen]), np.concatenate([ys[i] for i in chosen])))
+    return Estimate(value, *_percentiles(np.array(draws), level))
+
+
+def _percentiles(draws: np.ndarray, level: float) -> Interval:
+    finite = draws[np.isfinite(draws)]
+    if len(finite) == 0:
+        return Interval(math.nan, math.nan)
+    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high))

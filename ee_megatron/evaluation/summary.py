@@ -1,0 +1,90 @@
+"""One row of the result table: what a model does under one exit policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from ..tasks.base import Verdict
+from ..types import Prompt, Rollout
+from .statistics import wilson_interval
+
+
+@dataclass(frozen=True)
+class Row:
+    """- model: teacher, calibrated or reinforced; exits: the exit policy, in words
+    - n answers, correct of them; accuracy = correct/n with its 95% Wilson interval [low, high]
+    - mean_depth: mean of depth/L over all generated tokens of all answers, none left out (the first token of an answer,
+      which never exits, counts as 1)
+    - total_depth: layers per answer, i.e. the mean over answers of the sum of depths over their tokens
+    - length: tokens per answer
+    - kl: mean over the same tokens of KL(teacher at full depth ‖ model at its exits), nats; None: not measured
+    - tokens_per_s: generated tokens per second of wall-clock time, prompts included in the time; None: not timed
+    - timed_out: answers without a verdict; they count as wrong
+    """
+
+    model: str
+    exits: str
+    n: int
+    correct: int
+    accuracy: float
+    low: float
+    high: float
+    mean_depth: float
+    total_depth: float
+    length: float
+    kl: float | None = None
+    tokens_per_s: float | None = None
+    timed_out: int = 0
+
+    def to_json(self) -> dict[str, str | int | float | None]:
+        return asdict(self)
+
+
+def summarise(
+    prompts: Sequence[Prompt],
+    rollouts: Sequence[Rollout],
+    verdicts: Sequence[Verdict],
+    num_layers: int,
+    divergences: Sequence[np.ndarray] | None = None,
+    seconds: float | None = None,
+    *,
+    model: str = "",
+    exits: str = "",
+) -> Row:
+    """n prompts, their n answers and n verdicts (and float [T] divergences per answer) -> the row.
+
+    Raises ValueError if there is nothing to summarise or the inputs do not belong together.
+    """
+    counts = {len(prompts), len(rollouts), len(verdicts), len(divergences if divergences is not None else rollouts)}
+    if len(counts) != 1 or counts == {0}:
+        raise ValueError(
+            f"{len(prompts)} prompts, {len(rollouts)} answers, {len(verdicts)} verdicts"
+            + (f", {len(divergences)} divergences" if divergences is not None else "")
+            + ": expected equal numbers, at least one"
+        )
+    strangers = [r.prompt_id for p, r in zip(prompts, rollouts, strict=True) if p.id != r.prompt_id]
+    if strangers:
+        raise ValueError(f"answers are not in the order of the prompts: {strangers[0]!r} is out of place")
+    n, correct = len(rollouts), sum(verdict.correct for verdict in verdicts)
+    interval = wilson_interval(correct, n)
+    depths = np.concatenate([np.asarray(rollout.exit_depths, dtype=np.float64) for rollout in rollouts])
+    tokens = len(depths)
+    kl = None if divergences is None or not tokens else float(np.concatenate(list(divergences)).mean(dtype=np.float64))
+    return Row(
+        model=model,
+        exits=exits,
+        n=n,
+        correct=correct,
+        accuracy=correct / n,
+        low=interval.low,
+        high=interval.high,
+        mean_depth=float(depths.mean()) / num_layers if tokens else 1.0,
+        total_depth=float(depths.sum()) / n,
+        length=tokens / n,
+        kl=kl,
+        tokens_per_s=tokens / seconds if seconds else None,
+        timed_out=sum(verdict.timed_out for verdict in verdicts),
+    )

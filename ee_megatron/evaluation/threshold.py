@@ -1,0 +1,23 @@
+"""Which hazard threshold to deploy, decided on the validation split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .summary import Row
+
+
+def choose_threshold(rows: Sequence[Row], tolerance: float) -> Row:
+    """The row of least mean depth whose accuracy is within `tolerance` of the best row's, full depth among them or not.
+
+    Among equal depths the more accurate wins, then the first in alphabetical order of `exits`: the result does not
+    depend on the order of the rows. Raises ValueError for no rows or a negative tolerance.
+    """
+    if not rows or tolerance < 0:
+        raise ValueError(
+            f"threshold choice among {len(rows)} rows with tolerance {tolerance}; expected at least one row and "
+            "evaluate.tolerance >= 0"
+        )
+    # Accuracies are ratios of integers: the slack keeps "exactly within" on the inside.
+    bar = max(row.accuracy for row in rows) - tolerance - 1e-9
+    return min((row for row in rows if row.accuracy >= bar), key=lambda row: (row.mean_depth, -row.accuracy, row.exits))

@@ -1,0 +1,186 @@
+"""Numbers of a run over its steps: metrics.jsonl always, Weights & Biases and TensorBoard where wanted."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import threading
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, SupportsFloat, cast
+
+from .rundir import write_atomic
+
+logger = logging.getLogger(__name__)
+
+WANDB_MODES = ("auto", "offline", "online", "disabled")
+INIT_TIMEOUT_S = 30.0
+FINISH_TIMEOUT_S = 60.0
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, each with an integer "step"; null (a value that was not finite) becomes nan.
+
+    A last line without its end, left by a writer that was killed, is passed over. Raises ValueError for any other
+    line that is not a row, FileNotFoundError if there is no file.
+    """
+    rows: list[dict] = []
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+        try:
+            row = json.loads(line)
+            rows.append({k: math.nan if v is None else v for k, v in row.items()} | {"step": int(row["step"])})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            found = line[:60].decode(errors="replace")
+            raise ValueError(
+                f'{path}, line {number}: expected a JSON object with "step", found {found!r}; delete that line'
+            ) from None
+    return rows
+
+
+class Metrics:
+    """Writes one JSON line per `log` call and forwards it to the trackers. Trackers that fail are dropped, never fatal.
+
+    Args:
+        run_dir: metrics.jsonl, wandb/ and tensorboard/ go here.
+        wandb_mode: auto (online with WANDB_API_KEY, else offline), offline, online or disabled.
+        config: what the trackers show as the run's configuration.
+        resume_step: lines of later steps are cut, so that a resumed run writes them anew; None keeps every line.
+
+    Raises ValueError for an unknown mode.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | str,
+        wandb_mode: str = "auto",
+        project: str = "ee-megatron",
+        name: str = "",
+        config: Mapping[str, Any] | None = None,
+        tensorboard: bool = False,
+        resume_step: int | None = None,
+    ) -> None:
+        if wandb_mode not in WANDB_MODES:
+            raise ValueError(f"tracker.wandb: {wandb_mode!r} is none of {', '.join(WANDB_MODES)}; choose one of them")
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.path = self.run_dir / "metrics.jsonl"
+        self._mend(resume_step)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._warned: set[str] = set()
+        self._wandb = _start_wandb(self.run_dir, wandb_mode, project, name, dict(config or {}))
+        self._board = _start_tensorboard(self.run_dir, resume_step) if tensorboard else None
+
+    def _mend(self, resume_step: int | None) -> None:
+        if not self.path.exists():
+            return
+        rows = read_metrics(self.path)
+        kept = rows if resume_step is None else [row for row in rows if row["step"] <= resume_step]
+        if len(kept) < len(rows) or not self.path.read_bytes().endswith(b"\n"):
+            write_atomic(self.path, "".join(_line(row) for row in kept))
+
+    def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        """Append {"step": step, name: value, …}. Values that are not finite are written as null and warned of once."""
+        row: dict[str, Any] = {"step": int(step), **{k: float(v) for k, v in values.items() if k != "step"}}
+        for key, value in row.items():
+            if not math.isfinite(value) and key not in self._warned:
+                self._warned.add(key)
+                logger.warning("metric %s is %s at step %d", key, value, step)
+        # One write call: after a kill the file holds whole lines and at most one partial one, the last.
+        os.write(self._file, _line(row).encode())
+        if self._wandb is not None:
+            try:
+                self._wandb.log(row)
+            except Exception as error:
+                logger.warning("wandb is dropped for the rest of the run: %s", error)
+                self._wandb = None
+        if self._board is not None:
+            try:
+                for key, value in row.items():
+                    if key != "step":
+                        self._board.add_scalar(key, value, step)
+                self._board.flush()
+            except Exception as error:
+                logger.warning("tensorboard is dropped for the rest of the run: %s", error)
+                self._board = None
+
+    def close(self) -> None:
+        """Waits for wandb's upload at most FINISH_TIMEOUT_S; what it has not sent by then stays in its directory."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+        run, self._wandb = self._wandb, None
+        if run is not None:
+            ending = threading.Thread(target=_finish_wandb, args=(run,), daemon=True)
+            ending.start()
+            ending.join(FINISH_TIMEOUT_S)
+            if ending.is_alive():
+                logger.warning("wandb did not finish within %g s; `wandb sync` sends the rest", FINISH_TIMEOUT_S)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def _start_wandb(run_dir: Path, mode: str, project: str, name: str, config: dict[str, Any]) -> Any:
+    if mode == "auto":
+        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    if mode == "disabled":
+        return None
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    try:
+        import wandb
+
+        # The id is kept, so that a resumed run goes on in the same wandb run.
+        identity = run_dir / "wandb" / "run_id"
+        identity.parent.mkdir(exist_ok=True)
+        if not identity.exists():
+            write_atomic(identity, uuid.uuid4().hex[:12])
+        settings = wandb.Settings(
+            silent=True, console="off", init_timeout=INIT_TIMEOUT_S, disable_git=True, disable_code=True
+        )
+        run = wandb.init(
+            project=project, name=name or None, id=identity.read_text().strip(), config=config, dir=str(run_dir),
+            mode=cast(Any, mode), resume="allow" if mode == "online" else None, settings=settings,
+        )  # fmt: skip
+        # An own step axis: wandb refuses steps that it has already seen, which a resumed run repeats.
+        run.define_metric("*", step_metric="step")
+        return run
+    except Exception as error:
+        logger.warning("wandb is not used: %s: %s", type(error).__name__, error)
+        return None
+
+
+def _finish_wandb(run: Any) -> None:
+    try:
+        run.finish(quiet=True)
+    except Exception as error:
+        logger.warning("wandb did not finish: %s", error)
+
+
+def _start_tensorboard(run_dir: Path, resume_step: int | None) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = None if resume_step is None else resume_step + 1
+        return SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+    except Exception as error:
+        logger.warning("tensorboard is not used: %s: %s", type(error).__name__, error)
+        return None

@@ -1,0 +1,110 @@
+"""PNG copies of the report's charts, for slides and papers (matplotlib's Agg canvas, no display)."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .charts import Point
+from .palette import LIGHT, SERIES, scale
+from .rundir import write_atomic
+
+MARKERS = ("o", "s", "^", "D")
+Curve = Sequence[tuple[int, float]]
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomic(path, buffer.getvalue())
+    return path
+
+
+def tradeoff(series: Sequence[tuple[str, list[Point]]], path: Path) -> Path:
+    figure = _figure(5.2, 3.9)
+    axes = figure.subplots()
+    for index, (name, points) in enumerate(series):
+        colour = SERIES[index % 4]
+        xs, ys = [p.x for p in points], [p.y for p in points]
+        spans = [[p.y - p.low for p in points], [p.high - p.y for p in points]]
+        axes.errorbar(xs, ys, spans, fmt=MARKERS[index % 4], color=colour, label=name, ms=5, elinewidth=0.8, alpha=0.9)
+        for p in points:
+            axes.annotate(p.mark, (p.x, p.y), (5, 4), textcoords="offset points", fontsize=7, color="0.35")
+    axes.set(xlabel="mean depth (fraction of the layers)", ylabel="accuracy")
+    axes.grid(alpha=0.2, lw=0.6)
+    axes.legend(frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
+def histogram(rows: Sequence[tuple[str, dict[int, float]]], outcomes: Sequence[int], path: Path) -> Path:
+    figure = _figure(5.6, 1.1 + 0.38 * len(rows))
+    axes = figure.subplots()
+    colours = scale(len(outcomes), LIGHT)
+    for row, (_, counts) in enumerate(rows):
+        total, start = sum(counts.values()) or 1.0, 0.0
+        for index, depth in enumerate(outcomes):
+            share = counts.get(depth, 0.0) / total
+            axes.barh(row, share, left=start, color=colours[index], height=0.62, label=str(depth) if row == 0 else None)
+            start += share
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1), xlabel="share of tokens")
+    axes.legend(
+        title="exit depth",
+        frameon=False,
+        fontsize=7,
+        title_fontsize=7,
+        ncols=1,
+        bbox_to_anchor=(1, 1),
+        loc="upper left",
+    )
+    return _save(figure, path)
+
+
+def scatter(
+    series: Sequence[tuple[int, str, list[tuple[float, float]], list[tuple[float, float, float, int]]]], path: Path
+) -> Path:
+    figure = _figure(5.2, 3.9)
+    axes = figure.subplots()
+    for index, name, points, bins in series:
+        colour = SERIES[index % 4]
+        axes.scatter([x for x, _ in points], [y for _, y in points], s=5, color=colour, alpha=0.18, lw=0)
+        xs, ys, errors = [b[0] for b in bins], [b[1] for b in bins], [b[2] for b in bins]
+        axes.errorbar(xs, ys, errors, fmt=MARKERS[index % 4] + "-", color=colour, label=name, ms=4, lw=1.2)
+    axes.set(xlabel="teacher's entropy (nats)", ylabel="depth (fraction of the layers)", ylim=(0, 1.06))
+    axes.grid(alpha=0.2, lw=0.6)
+    axes.legend(frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
+def training(curves: Mapping[str, Curve], path: Path) -> Path:
+    """Small multiples of one stage's metrics."""
+    columns = min(4, len(curves))
+    rows = math.ceil(len(curves) / columns)
+    figure = _figure(2.7 * columns, 1.8 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in panels[len(curves) :]:
+        axes.set_axis_off()
+    for axes, (name, points) in zip(panels, curves.items(), strict=False):
+        axes.plot(
+            [s for s, _ in points],
+            [v for _, v in points],
+            color=SERIES[1],
+            lw=1.2,
+            marker="." if len(points) < 40 else "",
+        )
+        axes.set_title(name, fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.2, lw=0.6)
+    return _save(figure, path)

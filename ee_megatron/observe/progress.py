@@ -1,0 +1,120 @@
+"""How far a stage is: a live bar on a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+
+PERCENT = ("accuracy",)
+
+
+class Progress:
+    """Shows a stage's step, its latest figures and the time left.
+
+        with Progress("reinforce", total=12) as bar:
+            bar.detail("rollouts", 32, 64)
+            bar.advance(1, reward=0.71, accuracy=0.8, depth=0.62)
+
+    On a terminal a bar is redrawn in place; elsewhere (pipe, file) at most one plain line per `interval` seconds is
+    written, and one at the end. `done` is where a resumed stage starts. The time left is extrapolated from the steps
+    of this process only. `enabled=False` (ranks other than 0) shows nothing.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        total: int,
+        enabled: bool = True,
+        *,
+        done: int = 0,
+        stream: TextIO | None = None,
+        interval: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.stage, self.total, self.done, self.enabled = stage, total, done, enabled
+        self._stream = stream or sys.stdout
+        self._interval, self._clock = interval, clock
+        self._first = done
+        self._start = self._last_line = clock()
+        self._values: dict[str, float] = {}
+        self._detail = ""
+        self._rich: RichProgress | None = None
+        self._task = TaskID(0)
+
+    def __enter__(self) -> Progress:
+        self._start = self._last_line = self._clock()
+        if self.enabled and self._stream.isatty():
+            self._rich = RichProgress(
+                TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("{task.fields[left]}"),
+                TextColumn("[dim]{task.fields[detail]}"), console=Console(file=self._stream), refresh_per_second=4,
+            )  # fmt: skip
+            self._task = self._rich.add_task(self.stage, total=self.total, completed=self.done, **self._fields())
+            self._rich.start()
+        return self
+
+    def advance(self, steps: int = 1, **values: float) -> None:
+        """`steps` more are done; `values` (reward, accuracy, depth, loss, …) replace the figures of the same name."""
+        self.done += steps
+        self._values.update({name: float(value) for name, value in values.items()})
+        self._detail = ""
+        self._show()
+
+    def detail(self, name: str, done: int, total: int) -> None:
+        """What the step in progress is busy with; gone at the next `advance`."""
+        self._detail = f"{name} {done}/{total}"
+        self._show()
+
+    def _fields(self) -> dict[str, Any]:
+        return {"figures": self._figures(), "left": self._left(), "detail": self._detail}
+
+    def _figures(self) -> str:
+        return "  ".join(
+            f"{name} {value:.1%}" if name in PERCENT else f"{name} {value:.3g}" for name, value in self._values.items()
+        )
+
+    def _left(self) -> str:
+        new = self.done - self._first
+        if new <= 0 or self.done >= self.total:
+            return ""
+        seconds = (self._clock() - self._start) / new * (self.total - self.done)
+        return f"{duration(seconds)} left"
+
+    def line(self) -> str:
+        """The plain form: stage step/total, figures, elapsed, time left, detail."""
+        parts = [f"{self.stage} {self.done}/{self.total}", self._figures(), duration(self._clock() - self._start)]
+        return "  ".join(part for part in (*parts, self._left(), self._detail) if part)
+
+    def _show(self) -> None:
+        if not self.enabled:
+            return
+        if self._rich is not None:
+            self._rich.update(self._task, completed=self.done, **self._fields())
+        elif self._clock() - self._last_line >= self._interval:
+            self._write()
+
+    def _write(self) -> None:
+        self._last_line = self._clock()
+        print(self.line(), file=self._stream, flush=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._rich is not None:
+            self._rich.stop()
+        elif self.enabled:
+            self._write()
+
+
+def duration(seconds: float) -> str:
+    """90 -> "1:30", 3700 -> "1:01:40"."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -1,0 +1,225 @@
+"""The directory of a run. Files and checkpoints appear whole or not at all, and one process writes at a time.
+
+config.yaml  metrics.jsonl  log.txt  checkpoints/step_N/ (…, COMPLETE)  .lock
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from .lock import RunLock, process_start
+
+logger = logging.getLogger(__name__)
+
+COMPLETE = "COMPLETE"
+_STEP = re.compile(r"step_(\d+)")
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>new|old)-(?P<host>.+)-(?P<pid>\d+)-\d+")
+_serial = itertools.count()
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write `data` (text as UTF-8) so that `path` holds either all of it or what it held before, also after a crash."""
+    temporary = _sibling(path, "new")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_directory(final: Path) -> Iterator[Path]:
+    """Yield a temporary sibling directory that becomes `final` when the block ends, and vanishes if it raises.
+
+    An existing `final` is replaced. Leftovers of writers that were killed are cleared first. Several processes may
+    write into the yielded directory; the one that holds the block must outwait them.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    clean_leftovers(final.parent)
+    temporary = _sibling(final, "new")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+        old = _sibling(final, "old") if final.exists() else None
+        if old:
+            os.rename(final, old)
+        try:
+            os.rename(temporary, final)
+        except OSError:
+            if old:
+                os.rename(old, final)
+            raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(final.parent)
+    if old:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def clean_leftovers(directory: Path) -> None:
+    """Remove temporaries of dead processes of this host; put back what a killed writer had moved out of the way."""
+    for entry in list(directory.iterdir()):
+        match = _LEFTOVER.fullmatch(entry.name)
+        if not match or match["host"] != socket.gethostname() or process_start(int(match["pid"])) is not None:
+            continue
+        final = directory / match["name"]
+        if match["kind"] == "old" and not final.exists():
+            os.rename(entry, final)
+        elif entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def seal(directory: Path) -> None:
+    """Write COMPLETE: a JSON object of every file's relative name and size in bytes. The last thing to be written."""
+    sizes = {
+        str(file.relative_to(directory)): file.stat().st_size
+        for file in sorted(directory.rglob("*"))
+        if file.is_file() and file != directory / COMPLETE
+    }
+    write_atomic(directory / COMPLETE, json.dumps(sizes, indent=1))
+
+
+def fault(directory: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None. An empty COMPLETE vouches for everything; a list, for names and sizes.
+
+    Contents are not hashed: a checkpoint of a large model takes minutes to read, and its loader checks it anyway.
+    """
+    marker = directory / COMPLETE
+    if not marker.is_file():
+        return f"no {COMPLETE} file"
+    try:
+        sizes = json.loads(marker.read_text() or "{}")
+        for name, size in sizes.items():
+            found = (directory / name).stat().st_size if (directory / name).is_file() else None
+            if found != size:
+                return f"{name} has {found} bytes, {size} were written" if found is not None else f"{name} is missing"
+    except (ValueError, AttributeError):
+        return f"{COMPLETE} is damaged"
+    return None
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest usable checkpoint of a run, whoever has it open; unusable ones are passed over with a warning."""
+    for _, directory in _checkpoints(run):
+        reason = fault(directory)
+        if reason is None:
+            return directory
+        logger.warning("checkpoint %s is skipped: %s", directory, reason)
+    return None
+
+
+def _checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """Newest first."""
+    folder = run / "checkpoints"
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    steps = [(int(match[1]), e) for e in entries if e.is_dir() and (match := _STEP.fullmatch(e.name))]
+    return sorted(steps, reverse=True)
+
+
+class RunDirectory:
+    """A run's directory, locked for this process and logging the package's messages to log.txt until it is closed.
+
+    Only the rank that writes (rank 0) should open one. Raises RuntimeError if another live process has it open.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = RunLock(self.path / ".lock")
+        self._lock.acquire()
+        clean_leftovers(self.path)
+        self._handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        root = logging.getLogger("ee_megatron")
+        if root.level == logging.NOTSET:
+            root.setLevel(logging.INFO)
+        root.addHandler(self._handler)
+
+    def write_atomic(self, path: Path | str, data: bytes | str) -> Path:
+        """`write_atomic` at a path relative to the run (or absolute); parents are made. Returns the whole path."""
+        target = self.path / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(target, data)
+        return target
+
+    def atomic_directory(self, final: Path | str) -> contextlib.AbstractContextManager[Path]:
+        return atomic_directory(self.path / final)
+
+    def write_config(self, yaml_text: str) -> Path:
+        return self.write_atomic("config.yaml", yaml_text)
+
+    def checkpoint_dir(self, step: int) -> Path:
+        """Where the checkpoint of a step goes. `write_checkpoint` makes it."""
+        return self.path / "checkpoints" / f"step_{step}"
+
+    @contextlib.contextmanager
+    def write_checkpoint(self, step: int) -> Iterator[Path]:
+        """`atomic_directory` for a checkpoint, sealed at the end of the block."""
+        with atomic_directory(self.checkpoint_dir(step)) as temporary:
+            yield temporary
+            seal(temporary)
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest usable checkpoint; unusable ones are passed over with a warning."""
+        return latest_checkpoint(self.path)
+
+    def keep_last(self, count: int) -> None:
+        """Delete all checkpoints older than the `count` newest usable ones. Raises ValueError if count < 1."""
+        if count < 1:
+            raise ValueError(f"keep_last: {count} checkpoints would leave none to resume from; keep at least 1")
+        usable = 0
+        for _, directory in _checkpoints(self.path):
+            if usable >= count:
+                # Renamed first, so that a half-deleted checkpoint is never taken for a checkpoint.
+                doomed = _sibling(directory, "new")
+                os.rename(directory, doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+            elif fault(directory) is None:
+                usable += 1
+
+    def close(self) -> None:
+        logging.getLogger("ee_megatron").removeHandler(self._handler)
+        self._handler.close()
+        self._lock.release()
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _sibling(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}-{socket.gethostname()}-{os.getpid()}-{next(_serial)}")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,168 @@
+"""The rollout pool: training and evaluation ask it for answers, traces and scores, wherever they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from ..policy import PolicySpec, WeightSet, digest
+from ..types import Prompt, Rollout, Trace
+from . import scheduler, scoring
+from .decoder import Decoder
+from .sampling import ExitPolicy, SamplingParams
+from .scheduler import Progress
+from .scoring import Score
+
+# What a pool that holds the teacher reports as its weights.
+TEACHER: tuple[int, str] = (0, "teacher")
+
+
+def identity(weights: WeightSet | None) -> tuple[int, str]:
+    """(version, digest) of what is to be loaded; `TEACHER` for None."""
+    return TEACHER if weights is None else (weights.version, weights.digest)
+
+
+class RolloutPool(Protocol):
+    """One interface for the pool in process and the pool of actors. Results are in the order of what was asked."""
+
+    def load(self, weights: WeightSet | None) -> None:
+        """Hold these weights from now on (None: the teacher). Raises ValueError if they don't arrive as sent."""
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        samples: int,
+        sampling: SamplingParams,
+        exits: ExitPolicy,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> list[list[Rollout]]:
+        """`samples` answers to each prompt; a pure function of weights, prompts, settings and seed."""
+        ...
+
+    def trace(self, rollouts: Sequence[Rollout], top_k: int, progress: Progress | None = None) -> list[Trace]:
+        """Full-depth traces of answers under the weights held."""
+        ...
+
+    def score(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[Score]:
+        """Answers read again under the weights held and under the teacher."""
+        ...
+
+    def divergence_to_teacher(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+        """KL(teacher at full depth ‖ policy at the rollout's exits) per token, float32 [T] each."""
+        ...
+
+    def health(self) -> dict:
+        """backend, actors, alive, restarts, version, digest."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class ReplicaSettings:
+    """What it takes to make a decoder in any process."""
+
+    model_path: str
+    spec: PolicySpec | None
+    dtype: torch.dtype
+    device: str
+    rows: int
+    threads: int
+
+
+class LocalPool:
+    """A pool of one replica in this process. Sets torch's thread count if `threads` > 0 and the device is a CPU."""
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        spec: PolicySpec | None,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        rows: int = 64,
+        threads: int = 0,
+    ):
+        if threads > 0 and device == "cpu":
+            torch.set_num_threads(threads)
+        self.decoder = Decoder.from_hf(model_path, spec, dtype, device)
+        self.tokenizer = AutoTokenizer.from_pretrained(str(model_path), local_files_only=True)
+        self.rows = rows
+        self._weights: WeightSet | None = None
+
+    @property
+    def version(self) -> int:
+        return identity(self._weights)[0]
+
+    def load(self, weights: WeightSet | None) -> None:
+        """Raises ValueError if the tensors are not those that the digest names, or do not fit the policy."""
+        if weights is not None:
+            found = digest(weights.tensors)
+            if found != weights.digest:
+                raise ValueError(
+                    f"weights version {weights.version}: tensors have digest {found[:12]}, "
+                    f"expected {weights.digest[:12]}; send them again"
+                )
+        self.decoder.load_policy(weights.tensors if weights else None)
+        self._weights = weights
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        samples: int,
+        sampling: SamplingParams,
+        exits: ExitPolicy,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> list[list[Rollout]]:
+        return scheduler.generate(
+            self.decoder, self.tokenizer, prompts, samples, sampling, exits, seed, self.version, progress, self.rows
+        )
+
+    def trace(self, rollouts: Sequence[Rollout], top_k: int, progress: Progress | None = None) -> list[Trace]:
+        return scoring.trace(self.decoder, rollouts, top_k, progress)
+
+    def score(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[Score]:
+        tensors = self._weights.tensors if self._weights else None
+        return scoring.score(self.decoder, tensors, rollouts, progress)
+
+    def divergence_to_teacher(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+        return [entry.divergence for entry in self.score(rollouts)]
+
+    def health(self) -> dict:
+        version, name = identity(self._weights)
+        return {"backend": "local", "actors": 1, "alive": 1, "restarts": 0, "version": version, "digest": name}
+
+    def close(self) -> None:
+        """Nothing to end: the replica goes with the object."""
+
+
+def make_pool(
+    backend: str,
+    model_path: str | Path,
+    spec: PolicySpec | None,
+    dtype: torch.dtype,
+    device: str,
+    rows: int = 64,
+    threads: int = 2,
+    actors: int = 1,
+    start_timeout_s: float = 180.0,
+    timeout_s: float = 600.0,
+    failure_budget: int = 3,
+) -> RolloutPool:
+    """The pool that `rollout.backend` names: "local" or "ray". Raises ValueError for another name."""
+    if backend == "local":
+        return LocalPool(model_path, spec, dtype, device, rows, threads)
+    if backend == "ray":
+        from .ray_pool import RayPool
+
+        replica = ReplicaSettings(str(Path(model_path).resolve()), spec, dtype, device, rows, threads)
+        return RayPool(replica, actors, start_timeout_s, timeout_s, failure_budget)
+    raise ValueError(f"rollout.backend {backend!r} is unknown; expected 'local' or 'ray'")

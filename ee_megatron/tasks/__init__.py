@@ -1,0 +1,7 @@
+"""Tasks: prompts, worked examples, verifiers. Start at `make_task` and `VerifierPool`."""
+
+from .base import ChatTemplate, Split, Task, Verdict
+from .registry import TASKS, make_task
+from .verifier import VerifierPool
+
+__all__ = ["TASKS", "ChatTemplate", "Split", "Task", "Verdict", "VerifierPool", "make_task"]

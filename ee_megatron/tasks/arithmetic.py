@@ -1,0 +1,197 @@
+"""Built-in arithmetic: products, sums, one-step word problems and three-term chains, held out by operand pair."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from typing import cast
+
+from ..types import Prompt
+from .arithmetic_templates import FAMILIES, Kind, Pair, Range
+from .base import SPLITS, ChatTemplate, Problem, PromptFormat, Split, Verdict, check_split
+from .numbers import MAX_NUMBER, last_number, number_value
+
+SHARES = {"train": 0.66, "validation": 0.12, "evaluation": 0.22}
+FAMILY_LIMIT = 1500
+"""Problems per family in a split that asks for all there are; sums and word problems could go on for long."""
+EXAMPLES = 16
+"""Training problems per family that are set aside as worked examples: no prompt is ever its own example."""
+_ATTEMPTS = 12
+
+INSTRUCTION = 'Write the calculation on one line and end it with "The answer is <number>".'
+_WELL_FORMED = re.compile(r"The answer is (-?[0-9]+)\.?")
+_MARK = "The answer is"
+
+
+class PairSplit:
+    """Which split an unordered pair of operands belongs to, in whatever family or template it occurs.
+
+    The small pairs (2..12), of which there are only 66, are dealt out in exact shares; all others by a hash.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        pairs = [(a, b) for a in range(2, 13) for b in range(a, 13)]
+        random.Random(f"pairs/{seed}").shuffle(pairs)
+        first, second = round(SHARES["train"] * len(pairs)), round(SHARES["validation"] * len(pairs))
+        splits = ["train"] * first + ["validation"] * second + ["evaluation"] * (len(pairs) - first - second)
+        self._small = dict(zip(pairs, splits, strict=True))
+
+    def __call__(self, a: int, b: int) -> str:
+        pair = (min(a, b), max(a, b))
+        if pair in self._small:
+            return self._small[pair]
+        point = int(hashlib.sha256(f"{self.seed}:{pair[0]},{pair[1]}".encode()).hexdigest()[:8], 16) / 2**32
+        for split in SPLITS:
+            point -= SHARES[split]
+            if point < 0:
+                return split
+        return SPLITS[-1]
+
+
+class ArithmeticTask:
+    """Deterministic in its arguments; see `make_task` for them.
+
+    `Prompt.group` lists the operand pairs of the problem, "3,8" or, for a chain, "3,8;5,24".
+    """
+
+    name = "arithmetic"
+
+    def __init__(
+        self,
+        families: Sequence[str] = ("product", "sum", "word"),
+        *,
+        train: int = 0,
+        validation: int = 200,
+        evaluation: int = 400,
+        seed: int = 0,
+        chat: ChatTemplate | None = None,
+    ) -> None:
+        unknown = [family for family in families if family not in FAMILIES]
+        if unknown or not families or len(set(families)) != len(families):
+            raise ValueError(
+                f"task.families: {list(families)}; choose one or more, each once, of {', '.join(FAMILIES)}"
+            )
+        sizes = {"train": train, "validation": validation, "evaluation": evaluation}
+        if any(size < 0 for size in sizes.values()):
+            raise ValueError(f"task sizes must not be negative: {sizes}; 0 means all there are")
+        self.families, self.sizes, self.seed = tuple(families), sizes, seed
+        self.format = PromptFormat(INSTRUCTION, chat)
+        self._pair_split = PairSplit(seed)
+        self._problems: dict[str, list[tuple[Prompt, Problem]]] = {}
+
+    def __getstate__(self) -> dict:
+        # A verifier process needs no problems, and a chat template may not be picklable.
+        return {**self.__dict__, "_problems": {}, "format": PromptFormat(INSTRUCTION)}
+
+    def prompts(self, split: Split) -> list[Prompt]:
+        check_split(split)
+        return [prompt for prompt, _ in self._built(split)]
+
+    def few_shot(self, prompt: Prompt, shots: int, seed: int) -> Prompt:
+        if not 0 <= shots <= EXAMPLES:
+            raise ValueError(f"shots: {shots}; {self.name} has 0 to {EXAMPLES} worked examples per family")
+        family, split = self._locate(prompt)
+        question = next((p.question for known, p in self._built(cast(Split, split)) if known.id == prompt.id), None)
+        if question is None:
+            raise ValueError(f"prompt {prompt.id!r} is not one of this task; pass a prompt that prompts() returned")
+        examples = self._draw(family, "train", EXAMPLES)
+        # Kinds alternate in `examples`, so a rotation keeps the mixture where a sample would not.
+        start = random.Random(f"shots/{seed}").randrange(EXAMPLES)
+        chosen = [examples[(start + i) % EXAMPLES] for i in range(shots)]
+        text = self.format.render(question, [(p.question, p.worked) for p in chosen])
+        return Prompt(prompt.id, text, prompt.answer, prompt.task, prompt.group)
+
+    def verify(self, prompt: Prompt, text: str) -> Verdict:
+        return verify_line(prompt.answer, text)
+
+    def _locate(self, prompt: Prompt) -> tuple[str, str]:
+        parts = prompt.id.split("/")
+        if len(parts) != 4 or parts[0] != self.name or parts[1] not in self.families or parts[2] not in SPLITS:
+            raise ValueError(f"prompt {prompt.id!r} is not one of this task; pass a prompt that prompts() returned")
+        return parts[1], parts[2]
+
+    def _built(self, split: Split) -> list[tuple[Prompt, Problem]]:
+        if split not in self._problems:
+            self._problems[split] = self._build(split)
+        return self._problems[split]
+
+    def _build(self, split: str) -> list[tuple[Prompt, Problem]]:
+        """Families in blocks of one problem each, every block in its own random order."""
+        size, count = self.sizes[split], len(self.families)
+        wanted = -(-size // count) if size else FAMILY_LIMIT
+        skip = EXAMPLES if split == "train" else 0
+        drawn = {family: self._draw(family, split, wanted + skip)[skip:] for family in self.families}
+        least = min(drawn, key=lambda family: len(drawn[family]))
+        if size and len(drawn[least]) < wanted:
+            most = count * len(drawn[least])
+            raise ValueError(f"task.{split}: {size} problems, but family {least} allows at most {most}; ask for fewer")
+        order = random.Random(f"order/{self.seed}/{split}")
+        built: list[tuple[Prompt, Problem]] = []
+        for index in range(len(drawn[least])):
+            block = list(self.families)
+            order.shuffle(block)
+            for family in block:
+                problem = drawn[family][index]
+                name = f"{self.name}/{family}/{split}/{index:05d}"
+                text = self.format.render(problem.question)
+                built.append((Prompt(name, text, problem.answer, f"{self.name}.{family}", problem.group), problem))
+        return built[: size or None]
+
+    def _draw(self, family: str, split: str, limit: int) -> list[Problem]:
+        """The first `limit` problems of a family and split, its kinds in turn; fewer if one kind has run out.
+
+        A longer draw starts with a shorter one.
+        """
+        seen: set[str] = set()
+        streams = [self._stream(kind, family, split, seen) for kind in FAMILIES[family]]
+        problems: list[Problem] = []
+        while len(problems) < limit:
+            round_ = [problem for problem in (next(stream, None) for stream in streams) if problem is not None]
+            if len(round_) < len(streams):
+                break
+            problems += round_
+        return problems[:limit]
+
+    def _stream(self, kind: Kind, family: str, split: str, seen: set[str]) -> Iterator[Problem]:
+        """Distinct problems, going round all pairs of the split before any pair comes again in other words."""
+        rng = random.Random(f"{self.seed}/{family}/{kind.name}/{split}")
+        pairs = [pair for pair in _pairs(kind.numbers) if self._pair_split(*pair) == split]
+        fresh = True
+        while fresh:
+            fresh = False
+            rng.shuffle(pairs)
+            for pair in pairs:
+                for _ in range(_ATTEMPTS):
+                    problem = kind.render(*pair, rng, lambda a, b: self._pair_split(a, b) == split)
+                    if problem is not None and problem.question not in seen:
+                        seen.add(problem.question)
+                        fresh = True
+                        yield problem
+                        break
+
+
+def _pairs(numbers: Range) -> list[Pair]:
+    low, high = numbers
+    return [(a, b) for a in range(low, high + 1) for b in range(a, high + 1)]
+
+
+def verify_line(reference: str, text: str) -> Verdict:
+    """The verdict on the first line of an answer; what comes after it (a run-on second question) does not count.
+
+    Well formed: the line ends in "The answer is N", N an integer. Otherwise the line's last number is the answer.
+    """
+    line = text.strip()[:20000].split("\n", 1)[0].split("Question:", 1)[0].rstrip()
+    at = line.rfind(_MARK)
+    match = _WELL_FORMED.fullmatch(line, at) if at >= 0 else None
+    if match is not None:
+        written = match[1]
+        correct = len(written) <= MAX_NUMBER and int(written) == int(reference)
+        return Verdict(correct=correct, well_formed=True, answered=True)
+    found = last_number(line)
+    if found is None:
+        return Verdict(correct=False, well_formed=False, answered=False)
+    return Verdict(correct=number_value(found) == Decimal(reference), well_formed=False, answered=True)

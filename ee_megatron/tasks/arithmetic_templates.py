@@ -1,0 +1,156 @@
+"""The wording of the arithmetic problems: short, because every later stage pays for each prompt token."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .base import Problem
+
+Pair = tuple[int, int]
+Range = tuple[int, int]
+Inside = Callable[[int, int], bool]
+"""Whether a pair of operands belongs to the split that is being drawn."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of problem in a family: operands from `numbers` (both ends included); None: this draw does not work."""
+
+    name: str
+    numbers: Range
+    render: Callable[[int, int, random.Random, Inside], Problem | None]
+
+
+# fmt: off
+NAMES = (
+    "Ada", "Ben", "Cara", "Dan", "Ella", "Finn", "Gina", "Hugo", "Ivy", "Jack",
+    "Kate", "Leo", "Mia", "Noah", "Olga", "Paul", "Rosa", "Sam", "Tom", "Uma",
+)
+THINGS = (
+    "apples", "books", "cards", "coins", "eggs", "flowers", "keys", "marbles", "nuts", "pears", "pens", "plums",
+    "shells", "stamps", "stones",
+)
+HOLDERS = ("bags", "boxes", "jars", "baskets", "trays", "drawers", "crates", "cups")
+# fmt: on
+
+PRODUCT = (
+    "What is {a} times {b}?",
+    "What is {a} x {b}?",
+    "What is {a} multiplied by {b}?",
+    "What is the product of {a} and {b}?",
+    "How much is {a} times {b}?",
+    "How much is {a} x {b}?",
+    "Multiply {a} by {b}.",
+    "Compute {a} x {b}.",
+    "Compute {a} times {b}.",
+    "Calculate {a} x {b}.",
+    "Calculate {a} times {b}.",
+    "Work out {a} x {b}.",
+    "Find the product of {a} and {b}.",
+    "{a} x {b} = ?",
+)
+SUM = (
+    "What is {a} plus {b}?",
+    "What is {a} + {b}?",
+    "What is the sum of {a} and {b}?",
+    "How much is {a} plus {b}?",
+    "Add {a} and {b}.",
+    "Compute {a} + {b}.",
+    "{a} + {b} = ?",
+)
+WORD_PRODUCT = (
+    "{name} has {a} {holders} with {b} {things} in each. How many {things} are there?",
+    "{name} fills {a} {holders}, each with {b} {things}. How many {things} is that?",
+    "{name} buys {a} {holders} of {b} {things}. How many {things} does {name} buy?",
+    "There are {b} {things} in each of {a} {holders}. How many {things} are there?",
+)
+WORD_SUM = (
+    "{name} has {a} {things} and gets {b} more. How many {things} does {name} have now?",
+    "{name} has {a} {things} and {friend} has {b}. How many {things} do they have together?",
+    "{name} finds {a} {things}, then {b} more. How many {things} is that?",
+)
+WORD_DIFFERENCE = (
+    "{name} has {a} {things} and gives {b} away. How many {things} are left?",
+    "{name} has {a} {things} and loses {b}. How many {things} does {name} still have?",
+    "Of {a} {things}, {name} sells {b}. How many {things} remain?",
+)
+CHAIN = ("What is {term}?", "Compute {term}.", "How much is {term}?", "Work out {term}.", "{term} = ?")
+
+_SYMBOLS: dict[str, Callable[[int, int], int]] = {
+    "x": lambda a, b: a * b,
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+}
+
+
+def _group(a: int, b: int) -> str:
+    return f"{min(a, b)},{max(a, b)}"
+
+
+def _step(a: int, symbol: str, b: int) -> tuple[str, int]:
+    result = _SYMBOLS[symbol](a, b)
+    return f" {a} {symbol} {b} = {result}.", result
+
+
+def _one_step(question: str, a: int, symbol: str, b: int) -> Problem:
+    step, result = _step(a, symbol, b)
+    return Problem(question, str(result), f"{step} The answer is {result}", _group(a, b))
+
+
+def _either_order(a: int, b: int, rng: random.Random) -> Pair:
+    return (a, b) if rng.random() < 0.5 else (b, a)
+
+
+def _bare(symbol: str, templates: tuple[str, ...]) -> Callable[[int, int, random.Random, Inside], Problem | None]:
+    def render(a: int, b: int, rng: random.Random, inside: Inside) -> Problem | None:
+        a, b = _either_order(a, b, rng)
+        return _one_step(rng.choice(templates).format(a=a, b=b), a, symbol, b)
+
+    return render
+
+
+def _word(symbol: str, templates: tuple[str, ...]) -> Callable[[int, int, random.Random, Inside], Problem | None]:
+    def render(a: int, b: int, rng: random.Random, inside: Inside) -> Problem | None:
+        a, b = (max(a, b), min(a, b)) if symbol == "-" else _either_order(a, b, rng)
+        if symbol == "-" and a == b:
+            return None
+        name, friend = rng.sample(NAMES, 2)
+        words = {"name": name, "friend": friend, "things": rng.choice(THINGS), "holders": rng.choice(HOLDERS)}
+        return _one_step(rng.choice(templates).format(a=a, b=b, **words), a, symbol, b)
+
+    return render
+
+
+def _chain(first: str, second: str) -> Callable[[int, int, random.Random, Inside], Problem | None]:
+    def render(a: int, b: int, rng: random.Random, inside: Inside) -> Problem | None:
+        a, b = _either_order(a, b, rng)
+        step, middle = _step(a, first, b)
+        choices = [c for c in range(2, 21) if inside(middle, c) and (second == "+" or c < middle)]
+        if not choices:
+            return None
+        c = rng.choice(choices)
+        last, result = _step(middle, second, c)
+        question = rng.choice(CHAIN).format(term=f"{a} {first} {b} {second} {c}")
+        worked = f"{step}{last} The answer is {result}"
+        return Problem(question, str(result), worked, f"{_group(a, b)};{_group(middle, c)}")
+
+    return render
+
+
+FAMILIES: dict[str, tuple[Kind, ...]] = {
+    "product": (Kind("product", (2, 12), _bare("x", PRODUCT)),),
+    "sum": (Kind("sum", (10, 99), _bare("+", SUM)),),
+    "word": (
+        Kind("product", (2, 12), _word("x", WORD_PRODUCT)),
+        Kind("sum", (3, 30), _word("+", WORD_SUM)),
+        Kind("difference", (3, 30), _word("-", WORD_DIFFERENCE)),
+    ),
+    "chain": (
+        Kind("product-sum", (2, 9), _chain("x", "+")),
+        Kind("sum-sum", (2, 20), _chain("+", "+")),
+        Kind("product-difference", (2, 9), _chain("x", "-")),
+        Kind("sum-difference", (2, 20), _chain("+", "-")),
+    ),
+}

@@ -1,0 +1,180 @@
+"""Verdicts from processes that can be killed: no answer, however odd, holds a run up for longer than its deadline."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+
+from ..types import Prompt
+from .base import Task, Verdict
+
+START_TIMEOUT_S = 60.0
+TIMED_OUT = Verdict(correct=False, well_formed=False, answered=False, timed_out=True)
+_START = "from ee_megatron.tasks.worker import main; main()"
+log = logging.getLogger(__name__)
+
+
+class _Worker:
+    """One verifier process, its connection, and what it is doing: `item` is the index it works on, None while idle."""
+
+    def __init__(self, task: bytes, deadline_s: float) -> None:
+        self.connection, theirs = Pipe()
+        self.deadline_s = deadline_s
+        self.ready = False
+        self.item: int | None = None
+        self.until = time.monotonic() + START_TIMEOUT_S
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        # Not multiprocessing's own start: that imports the parent's main module again, and with it torch.
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _START, str(theirs.fileno()), str(deadline_s)],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=environment,
+        )
+        theirs.close()
+        self._send(task)
+
+    def give(self, index: int, item: tuple[Prompt, str]) -> None:
+        self.item, self.until = index, time.monotonic() + self.deadline_s
+        self._send(pickle.dumps(item))
+
+    def _send(self, data: bytes) -> None:
+        # If it died, the connection reads as ended, which is where deaths are dealt with.
+        with contextlib.suppress(OSError):
+            self.connection.send_bytes(data)
+
+    def stop(self) -> None:
+        self.connection.close()
+        self.process.kill()
+        self.process.wait()
+
+
+class VerifierPool:
+    """Runs `task.verify` in `workers` processes, each answer within `deadline_s` seconds.
+
+    A process that misses the deadline or dies is killed and replaced, and its answer gets a verdict with `timed_out`.
+    `timeouts` counts these. `failures` counts answers at which `verify` raised an exception; they are treated alike,
+    and the first exception is logged.
+
+    Raises ValueError for bad settings; RuntimeError if a process can't start.
+    """
+
+    def __init__(self, task: Task, workers: int = 1, deadline_s: float = 5.0) -> None:
+        if workers < 1 or deadline_s <= 0:
+            raise ValueError(
+                f"task.verifier_workers={workers}, task.verifier_deadline_s={deadline_s}: both must be positive"
+            )
+        self.timeouts = 0
+        self.failures = 0
+        self.deadline_s = deadline_s
+        self.task_name = task.name
+        self._task = pickle.dumps(task)
+        self._workers = [_Worker(self._task, deadline_s) for _ in range(workers)]
+        self._closed = False
+
+    def verify_many(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
+        """Verdicts on (prompt, answer) pairs, in their order."""
+        if self._closed:
+            raise RuntimeError("the verifier pool is closed; make a new one")
+        verdicts: list[Verdict | None] = [None] * len(items)
+        waiting = iter(range(len(items)))
+        left = len(items)
+        self._replace_idle_dead()
+        try:
+            while left:
+                for worker in self._workers:
+                    if worker.ready and worker.item is None and (index := next(waiting, None)) is not None:
+                        worker.give(index, items[index])
+                left -= self._collect(verdicts)
+        except BaseException:
+            # Verdicts still under way would be taken for those of the next call.
+            self._replace_busy()
+            raise
+        return [verdict if verdict is not None else TIMED_OUT for verdict in verdicts]
+
+    def close(self) -> None:
+        """End the processes. Safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            for worker in self._workers:
+                worker.stop()
+
+    def __enter__(self) -> VerifierPool:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _collect(self, verdicts: list[Verdict | None]) -> int:
+        """Wait for the next event, at most until the next deadline; the number of answers that are now settled."""
+        active = {w.connection: i for i, w in enumerate(self._workers) if w.item is not None or not w.ready}
+        nearest = min(self._workers[i].until for i in active.values())
+        spoke = wait(list(active), timeout=max(0.0, nearest - time.monotonic()))
+        settled = 0
+        for connection in spoke:
+            assert isinstance(connection, Connection)
+            settled += self._receive(active[connection], verdicts)
+        for index in active.values():
+            worker = self._workers[index]
+            if (worker.item is not None or not worker.ready) and time.monotonic() > worker.until:
+                settled += self._lose(index, verdicts, "missed the deadline")
+        return settled
+
+    def _receive(self, index: int, verdicts: list[Verdict | None]) -> int:
+        worker = self._workers[index]
+        try:
+            kind, value = worker.connection.recv()
+        except (EOFError, OSError):
+            return self._lose(index, verdicts, "died")
+        if kind == "failed":
+            raise RuntimeError(f"a verifier process can't start: {value}")
+        if kind == "ready":
+            worker.ready = True
+            return 0
+        assert worker.item is not None
+        if kind == "error":
+            if self.failures == 0:
+                log.warning("a verifier raised %s; such answers count as timed out", value)
+            self.failures += 1
+            value = TIMED_OUT
+        verdicts[worker.item] = value
+        worker.item = None
+        return 1
+
+    def _lose(self, index: int, verdicts: list[Verdict | None], how: str) -> int:
+        """Kill and replace a process; its answer, if it had one, is settled as timed out."""
+        worker = self._workers[index]
+        worker.stop()
+        if not worker.ready:
+            raise RuntimeError(
+                f"a verifier process {how} while starting (exit code {worker.process.returncode}, "
+                f"{START_TIMEOUT_S:.0f} s allowed); its messages are on standard error"
+            )
+        self._workers[index] = _Worker(self._task, self.deadline_s)
+        if worker.item is None:
+            return 0
+        self.timeouts += 1
+        verdicts[worker.item] = TIMED_OUT
+        return 1
+
+    def _replace_idle_dead(self) -> None:
+        """A process that something else ended between two calls costs no answer."""
+        for index, worker in enumerate(self._workers):
+            if worker.ready and worker.process.poll() is not None:
+                worker.stop()
+                self._workers[index] = _Worker(self._task, self.deadline_s)
+
+    def _replace_busy(self) -> None:
+        for index, worker in enumerate(self._workers):
+            if worker.item is not None or not worker.ready:
+                worker.stop()
+                self._workers[index] = _Worker(self._task, self.deadline_s)

@@ -1,0 +1,42 @@
+"""The verifier process: receives a task, then answers, and sends verdicts back. Started by `VerifierPool` only."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import pickle
+import signal
+import sys
+from multiprocessing.connection import Connection
+
+
+def main() -> None:
+    """Arguments: the descriptor of the connection and the deadline of one answer in seconds."""
+    descriptor, deadline_s = int(sys.argv[1]), float(sys.argv[2])
+    # Ctrl-C reaches the whole terminal group; the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = Connection(descriptor)
+    try:
+        task = pickle.loads(connection.recv_bytes())
+        getattr(task, "warm_up", lambda: None)()
+    except Exception as error:
+        connection.send(("failed", f"{type(error).__name__}: {error}"))
+        return
+    connection.send(("ready", None))
+    silence = os.open(os.devnull, os.O_WRONLY)
+    while True:
+        try:
+            prompt, text = connection.recv()
+        except (EOFError, OSError):
+            return
+        # If the parent is gone, nobody ends a verifier that hangs: this timer needs no interpreter to do so.
+        faulthandler.dump_traceback_later(2 * deadline_s + 10, exit=True, file=silence)
+        try:
+            reply = ("verdict", task.verify(prompt, text))
+        except Exception as error:
+            reply = ("error", f"{type(error).__name__}: {error}")
+        faulthandler.cancel_dump_traceback_later()
+        try:
+            connection.send(reply)
+        except OSError:
+            return

@@ -1,0 +1,1 @@
+"""The loops: teacher, traces, calibration, reinforcement; and what starts them."""

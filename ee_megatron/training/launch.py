@@ -1,0 +1,156 @@
+"""Starting stages: in this process, on ranks of its own (torchrun), or as one rank of a Slurm step."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from ..config.identity import stage_dir
+from ..config.schema import RunConfig
+from ..config.validate import ranks
+from . import stages
+
+
+def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
+    """Run one stage to its end; nothing happens if it has finished before with the same settings.
+
+    Learning stages with several ranks are started under torchrun, unless this process already is a rank (RANK, or
+    SLURM_PROCID in a step of several tasks). Raises RuntimeError if ranks fail; SystemExit carries their exit code.
+    """
+    adopt_slurm_rank()
+    if stages.is_done(cfg, stage):
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"{stage}: finished before, in {stage_dir(cfg, stage)}")
+        return
+    stages.check_inputs(cfg, stage)
+    world = ranks(cfg)
+    if stage in stages.LEARNS and world > 1 and "RANK" not in os.environ:
+        _torchrun(stage, overrides, world)
+        return
+    _run_here(stage, cfg)
+
+
+def _run_here(stage: str, cfg: RunConfig) -> None:
+    quiet_libraries()
+    if stage == "teacher":
+        from .teacher import train_teacher
+
+        train_teacher(cfg)
+    elif stage == "traces":
+        from .traces import make_traces
+
+        make_traces(cfg, stages.base_model(cfg))
+    elif stage == "calibrate":
+        from .calibrate import calibrate
+
+        calibrate(cfg, stages.base_model(cfg), stages.traces(cfg))
+    elif stage == "rl":
+        from .reinforce import reinforce
+
+        reinforce(cfg, stages.base_model(cfg), stages.calibrated(cfg))
+    else:
+        from .evaluate import evaluate
+
+        evaluate(cfg, stages.base_model(cfg))
+
+
+def quiet_libraries() -> None:
+    """Libraries that speak on import or at every warning; their real errors are exceptions and still arrive."""
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+
+
+def adopt_slurm_rank() -> None:
+    """Under `srun` with several tasks each process is a rank already; say so in the variables that torch reads.
+
+    MASTER_ADDR and MASTER_PORT come from the batch script, which knows the first learner node.
+    """
+    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) < 2 or "SLURM_PROCID" not in os.environ:
+        return
+    if "MASTER_ADDR" not in os.environ:
+        raise ValueError("SLURM_PROCID is set but MASTER_ADDR is not; start ranks through slurm/*.sh, or export it")
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+    os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ.get("SLURM_NTASKS_PER_NODE", os.environ["SLURM_NTASKS"])
+    os.environ.setdefault("MASTER_PORT", "29500")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _torchrun(stage: str, overrides: list[str], world: int) -> None:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={world}",
+        "--master-addr=127.0.0.1", f"--master-port={_free_port()}", "-m", "ee_megatron.cli", stage, *overrides,
+    ]  # fmt: skip
+    # Ranks share the cores; more than one thread each would cost more than it brings.
+    environment = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_ERROR_FILE": os.devnull, **os.environ}
+    code = subprocess.run(command, env=environment, check=False).returncode
+    if code:
+        raise SystemExit(code)
+
+
+def run_method(cfg: RunConfig, overrides: list[str]) -> None:
+    """Every stage in order, each in processes of its own, then the exported model and the report."""
+    from ..config.validate import read_dims, validate
+
+    validate(cfg, read_dims(cfg))
+    for stage in stages.order(cfg):
+        if stages.is_done(cfg, stage):
+            print(f"{stage}: finished before, in {stage_dir(cfg, stage)}")
+            continue
+        command = [sys.executable, "-m", "ee_megatron.cli", stage, *overrides]
+        code = subprocess.run(command, check=False).returncode
+        if code:
+            raise SystemExit(code)
+    exported = export(cfg)
+    page = report(cfg)
+    print((stage_dir(cfg, "evaluate") / "table.txt").read_text())
+    print(f"exported model: {exported}\nreport: {page}")
+
+
+def export(cfg: RunConfig) -> Path:
+    """The reinforced model as a Hugging Face directory whose `generate` exits early, at the chosen threshold."""
+    import json
+
+    out = stage_dir(cfg, "rl").with_name(stage_dir(cfg, "rl").name.replace("rl-", "export-"))
+    if out.is_dir():
+        return out
+    quiet_libraries()
+    from ..checkpoint.hf_export import export_hf
+
+    results = json.loads((stage_dir(cfg, "evaluate") / "results.json").read_text())
+    threshold = float(results["meta"].get("threshold_reinforced", 0.5))
+    policy = {"kind": "threshold", "value": threshold}
+    return export_hf(stages.base_model(cfg), stages.reinforced(cfg), out, "merge", "embed", exit_policy=policy)
+
+
+def report(cfg: RunConfig) -> Path:
+    """Write report.html from whatever stages there are. Raises ValueError if there is none."""
+    from ..observe.report import write_report
+
+    found = {stage: stage_dir(cfg, stage) for stage in stages.order(cfg) if stage_dir(cfg, stage).is_dir()}
+    if not found:
+        raise ValueError(f"{Path(cfg.runs) / cfg.name}: no stage has run with these settings; start with `ee-megatron run`")
+    return write_report(found, Path(cfg.runs) / cfg.name / "report.html")
+
+
+def generate(cfg: RunConfig, prompt: str, exits: str, temperature: float, max_new_tokens: int) -> None:
+    """Answer one prompt with the newest policy of this configuration (reinforced, else calibrated, else the base)."""
+    quiet_libraries()
+    from .generate import stream_answer
+
+    stream_answer(cfg, prompt, exits, temperature, max_new_tokens)

@@ -1,0 +1,204 @@
+"""One stage of one run, on every rank: where things are, who writes, what is shared.
+
+Rank 0 leads: it alone talks to the rollout pool, writes files and shows progress; the other ranks receive what it found.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ..config.identity import stage_dir, to_yaml
+from ..config.schema import RunConfig
+from ..config.validate import policy_spec
+from ..families.hf_directory import HFDirectory
+from ..learner.learner import Learner
+from ..observe.metrics import Metrics
+from ..observe.progress import Progress
+from ..observe.rundir import RunDirectory
+from ..parallel import groups
+from ..parallel.groups import Degrees
+from ..policy import PolicySpec, save_policy
+from ..rollout.pool import RolloutPool, make_pool
+from ..tasks import Task, VerifierPool, make_task
+from .stages import DONE
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def pick_device(cfg: RunConfig) -> str:
+    """ "cuda" or "cpu". Raises ValueError if cuda is asked for and absent."""
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch finds no GPU here; set device=cpu or device=auto")
+    return "cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def pick_dtype(cfg: RunConfig, device: str) -> torch.dtype:
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return names.get(cfg.model.dtype, torch.bfloat16 if device == "cuda" else torch.float32)
+
+
+class Session:
+    """A stage at work. Enter it once; leaving closes pool, files and process groups, whatever happened.
+
+    `model_path`: the Hugging Face directory of the model that this stage builds on.
+    """
+
+    def __init__(self, cfg: RunConfig, stage: str, model_path: Path, *, learner: bool):
+        self.cfg, self.stage, self.model_path, self.learns = cfg, stage, Path(model_path), learner
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.leads = self.rank == 0
+        self.path = stage_dir(cfg, stage)
+        self.device_type = pick_device(cfg)
+        self.dtype = pick_dtype(cfg, self.device_type)
+        self.source = HFDirectory(self.model_path)
+        self.spec: PolicySpec = policy_spec(cfg, self.source.dims)
+        self.stack = ExitStack()
+        self.directory: RunDirectory | None = None
+        self.metrics: Metrics | None = None
+
+    def __enter__(self) -> Session:
+        if self.leads:
+            self.directory = self.stack.enter_context(RunDirectory(self.path))
+            self.directory.write_config(to_yaml(self.cfg))
+        if self.learns:
+            p = self.cfg.parallel
+            self.degrees = Degrees(p.tensor, p.pipeline, p.data)
+            self.device = groups.initialise(self.degrees, device=self.device_type, timeout_s=p.timeout_s)
+            self.stack.callback(groups.finish)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.stack.close()
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    def make_learner(self, policy: dict[str, torch.Tensor], **options: Any) -> Learner:
+        p, sizes = self.cfg.parallel, self.spec.layout.stage_sizes(self.cfg.parallel.pipeline, self.cfg.parallel.stage_layers)
+        return Learner(
+            self.source,
+            self.spec,
+            policy,
+            self.degrees,
+            sizes,
+            device=self.device,
+            dtype=self.dtype,
+            sequence_parallel=p.sequence_parallel,
+            recompute=p.recompute,
+            micro_batch_size=p.micro_batch_size,
+            zero_stage=self.cfg.deepspeed.zero_stage,
+            gradient_clipping=self.cfg.deepspeed.gradient_clipping,
+            **options,
+        )
+
+    def make_pool(self, spec: PolicySpec | None) -> RolloutPool:
+        """The rollout pool round this stage's model; the leader's only."""
+        r = self.cfg.rollout
+        pool = make_pool(
+            r.backend,
+            self.model_path,
+            spec,
+            dtype=self.dtype,
+            device=self.device_type,
+            actors=r.actors,
+            threads=r.threads,
+            rows=r.rows,
+            start_timeout_s=r.start_timeout_s,
+            timeout_s=r.timeout_s,
+            failure_budget=r.failure_budget,
+        )
+        self.stack.callback(pool.close)
+        return pool
+
+    def make_task(self) -> Task:
+        return task_of(self.cfg, self.model_path)
+
+    def make_verifier(self, task: Task) -> VerifierPool:
+        t = self.cfg.task
+        return self.stack.enter_context(VerifierPool(task, t.verifier_workers, t.verifier_deadline_s))
+
+    def open_metrics(self, resume_step: int | None) -> None:
+        """The leader's metrics.jsonl and trackers."""
+        if self.leads:
+            t = self.cfg.tracker
+            config = {"stage": self.stage, "yaml": to_yaml(self.cfg)}
+            self.metrics = self.stack.enter_context(
+                Metrics(self.path, t.wandb, t.project, f"{self.cfg.name}-{self.path.name}", config, t.tensorboard, resume_step)
+            )
+
+    def progress(self, total: int, done: int = 0) -> Progress:
+        return self.stack.enter_context(Progress(self.stage, total, enabled=self.leads, done=done))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        if self.metrics is not None:
+            self.metrics.log(step, values)
+
+    # -- together -----------------------------------------------------------------------------------------------------
+
+    def from_leader(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, on every rank. Plain records and arrays only."""
+        box: list[Any] = [make() if self.leads else None]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    @contextmanager
+    def checkpoint(self, step: int) -> Iterator[Path]:
+        """A directory that all ranks write into; it gets its name when all have finished."""
+        with ExitStack() as stack:
+            mine = stack.enter_context(self.directory.write_checkpoint(step)) if self.directory else None
+            yield Path(self.from_leader(lambda: str(mine)))
+            if dist.get_world_size() > 1:
+                dist.barrier()
+        if self.directory:
+            self.directory.keep_last(2)
+
+    def save(self, learner: Learner, step: int) -> None:
+        """Checkpoint of the policy and every rank's optimizer state after `step` updates."""
+        tensors = learner.export_policy()
+        with self.checkpoint(step) as directory:
+            learner.save(directory)
+            if self.leads:
+                save_policy(directory, self.spec, tensors)
+
+    def latest(self) -> tuple[int, Path | None]:
+        """(updates done, checkpoint) of this stage as the leader finds it; (0, None) at the start."""
+        found = self.from_leader(lambda: str(self.directory.latest_checkpoint() or "") if self.directory else "")
+        return (int(Path(found).name.split("_")[1]), Path(found)) if found else (0, None)
+
+    def finish(self, text: str = "") -> None:
+        if self.directory:
+            self.directory.write_atomic(DONE, text + "\n")
+
+
+def task_of(cfg: RunConfig, model_path: Path) -> Task:
+    """The task of a configuration; the chat template, where one is asked for, is the model's."""
+    t, chat = cfg.task, None
+    if cfg.rollout.prompt_template == "chat":
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(model_path), local_files_only=True)
+
+        def chat(messages: list[dict[str, str]]) -> str:
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    return make_task(
+        t.name,
+        families=t.families,
+        path=t.path,
+        question_column=t.question_column,
+        answer_column=t.answer_column,
+        train=t.train,
+        validation=t.validation,
+        evaluation=t.evaluation,
+        seed=t.seed,
+        **({"chat": chat} if chat else {}),
+    )

@@ -1,0 +1,77 @@
+"""What each stage reads and writes, and whether it is there. No torch: the command line asks before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..config.identity import stage_dir
+from ..config.schema import RunConfig
+from ..observe.rundir import latest_checkpoint
+
+DONE = "DONE"
+"""Name of the file that marks a finished stage; written last."""
+
+LEARNS = ("teacher", "calibrate", "rl")
+
+
+def order(cfg: RunConfig) -> list[str]:
+    """The stages of the whole method under this configuration."""
+    return [*(["teacher"] if cfg.teacher.enabled else []), "traces", "calibrate", "rl", "evaluate"]
+
+
+def is_done(cfg: RunConfig, stage: str) -> bool:
+    return (stage_dir(cfg, stage) / DONE).is_file()
+
+
+def base_model(cfg: RunConfig) -> Path:
+    """The model that traces, calibration and RL build on. Raises FileNotFoundError if the teacher is not made yet."""
+    if not cfg.teacher.enabled:
+        return Path(cfg.model.path)
+    if not is_done(cfg, "teacher"):
+        raise FileNotFoundError(_missing(cfg, "teacher"))
+    return stage_dir(cfg, "teacher") / "model"
+
+
+def traces(cfg: RunConfig) -> Path:
+    if not is_done(cfg, "traces"):
+        raise FileNotFoundError(_missing(cfg, "traces"))
+    return stage_dir(cfg, "traces") / "dataset"
+
+
+def calibrated(cfg: RunConfig) -> Path:
+    """The policy checkpoint that RL starts from: `start`, or this configuration's own calibration."""
+    if cfg.start:
+        given = Path(cfg.start)
+        found = given if (given / "policy.json").is_file() else latest_checkpoint(given)
+        if found is None:
+            raise FileNotFoundError(f"start={cfg.start}: no policy checkpoint there; give a stage or checkpoint directory")
+        return found
+    return _finished(cfg, "calibrate")
+
+
+def reinforced(cfg: RunConfig) -> Path:
+    return _finished(cfg, "rl")
+
+
+def _finished(cfg: RunConfig, stage: str) -> Path:
+    found = latest_checkpoint(stage_dir(cfg, stage)) if is_done(cfg, stage) else None
+    if found is None:
+        raise FileNotFoundError(_missing(cfg, stage))
+    return found
+
+
+def _missing(cfg: RunConfig, stage: str) -> str:
+    return (
+        f"{stage_dir(cfg, stage)}: stage {stage!r} has not finished with these settings; "
+        f"run `ee-megatron {stage}` with the same settings first, or `ee-megatron run` for all stages"
+    )
+
+
+def check_inputs(cfg: RunConfig, stage: str) -> None:
+    """Raises FileNotFoundError, naming the command that helps, if what `stage` reads is not there."""
+    if stage != "teacher":
+        base_model(cfg)
+    if stage == "calibrate":
+        traces(cfg)
+    if stage in ("rl", "evaluate"):
+        calibrated(cfg)

@@ -1,0 +1,96 @@
+"""Stage 0: make a teacher that reasons in the task's format, by rejection sampling and a short fine-tuning.
+
+    answers <- K samples per problem with worked examples in the prompt        (rollout pool, full depth)
+    keep one right answer per problem                                          (verifier)
+    maximise log p(answer | problem without examples)                          (learner, adapters, full depth)
+    merge the adapters -> the model that everything below calls the base
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from ..checkpoint.hf_export import export_hf
+from ..config.schema import RunConfig
+from ..learner.batch import mean_weights, pack
+from ..policy import initial_policy
+from ..rollout.sampling import ExitPolicy, SamplingParams
+from .losses import schedule
+from .session import Session
+
+logger = logging.getLogger(__name__)
+
+
+def train_teacher(cfg: RunConfig) -> Path:
+    """Run or resume the stage; returns the teacher's Hugging Face directory."""
+    with Session(cfg, "teacher", Path(cfg.model.path), learner=True) as session:
+        examples = session.from_leader(lambda: sample_examples(session))
+        t = cfg.teacher
+        learner = session.make_learner(
+            initial_policy(session.source.dims, session.spec, t.seed), adapter_dropout=cfg.adapter.dropout
+        )
+        session.open_metrics(resume_step=0)
+        order = np.random.default_rng(t.seed)
+        picks = np.concatenate([order.permutation(len(examples)) for _ in range(t.epochs)])
+        updates = -(-len(picks) // t.batch_size)
+        bar = session.progress(updates)
+        for step in range(updates):
+            chosen = [examples[i] for i in picks[step * t.batch_size : (step + 1) * t.batch_size]]
+            batch = pack([p for p, _ in chosen], [a for _, a in chosen], None, session.spec.num_layers)
+            batch.token_weight = mean_weights(batch, batch.counts)
+            rate = t.learning_rate * schedule(step, updates, 0.1)
+            scores, norm = learner.step(batch, adapter_lr=rate, gate_lr=0.0, objective="likelihood")
+            loss = -float((scores.token_logprobs * batch.token_weight).sum())
+            session.log(step + 1, {"loss": loss, "grad_norm": norm, "learning_rate": rate})
+            bar.advance(1, loss=loss)
+        tensors = learner.export_policy()
+        out = session.path / "model"
+        if session.leads:
+            export_hf(session.source, (session.spec, tensors), out, adapters="merge", gates="drop")
+        session.finish(f"{len(examples)} examples")
+        return out
+
+
+def sample_examples(session: Session) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(prompt tokens without examples, tokens of one right answer) for every problem that was answered right once."""
+    t, r = session.cfg.teacher, session.cfg.rollout
+    task = session.make_task()
+    verifier = session.make_verifier(task)
+    prompts = task.prompts("train")[: t.problems]
+    shown = [task.few_shot(prompt, t.shots, t.seed) for prompt in prompts]
+    pool = session.make_pool(None)
+    bar = session.progress(len(prompts) * t.samples)
+    groups = pool.generate(
+        shown,
+        t.samples,
+        SamplingParams(t.temperature, r.max_new_tokens, tuple(r.stop)),
+        ExitPolicy("off"),
+        t.seed,
+        lambda done, total: bar.advance(done - bar.done),
+    )
+    pool.close()
+    verdicts = verifier.verify_many([(p, a.text) for p, g in zip(prompts, groups, strict=True) for a in g])
+    tokenizer = AutoTokenizer.from_pretrained(str(session.model_path), local_files_only=True)
+    examples, right, cursor = [], 0, 0
+    for prompt, answers in zip(prompts, groups, strict=True):
+        marks = [v.correct and v.well_formed for v in verdicts[cursor : cursor + len(answers)]]
+        cursor += len(answers)
+        right += sum(marks)
+        kept = next((a for a, good in zip(answers, marks, strict=True) if good and a.finished), None)
+        if kept is not None:
+            tokens = tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+            examples.append((np.array(tokens, dtype=np.int64), kept.tokens))
+    logger.info("teacher: %d of %d samples right, %d of %d problems kept", right, cursor, len(examples), len(prompts))
+    print(f"teacher: {right}/{cursor} samples right; one answer kept for {len(examples)} of {len(prompts)} problems")
+    if len(examples) < t.batch_size:
+        raise ValueError(
+            f"only {len(examples)} problems were answered right, fewer than one batch of {t.batch_size}; "
+            "raise teacher.samples or teacher.problems, or choose easier task.families"
+        )
+    torch.set_num_threads(1)
+    return examples

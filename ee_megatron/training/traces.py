@@ -1,0 +1,42 @@
+"""Stage 1, first half: the teacher answers prompts at full depth; each position keeps what every exit would have cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..config.schema import RunConfig
+from ..rollout.sampling import ExitPolicy, SamplingParams
+from .session import Session
+from .trace_store import save_traces
+
+
+def make_traces(cfg: RunConfig, model_path: Path) -> None:
+    """Run the stage: an inference job without a learner."""
+    t, r = cfg.traces, cfg.rollout
+    with Session(cfg, "traces", model_path, learner=False) as session:
+        task = session.make_task()
+        verifier = session.make_verifier(task)
+        prompts = task.prompts("train")[: t.problems]
+        pool = session.make_pool(session.spec)
+        bar = session.progress(2 * len(prompts) * t.samples)
+        answers = pool.generate(
+            prompts,
+            t.samples,
+            SamplingParams(t.temperature, r.max_new_tokens, tuple(r.stop)),
+            ExitPolicy("off"),
+            t.seed,
+            lambda done, total: bar.advance(done - bar.done),
+        )
+        flat = [(p, a) for p, group in zip(prompts, answers, strict=True) for a in group]
+        verdicts = verifier.verify_many([(p, a.text) for p, a in flat])
+        kept = [
+            (a, v.correct) for (_, a), v in zip(flat, verdicts, strict=True) if v.correct or not t.only_correct
+        ]
+        half = len(flat)
+        traces = pool.trace([a for a, _ in kept], t.top_k, lambda done, total: bar.advance(half + done - bar.done))
+        for trace, (answer, correct) in zip(traces, kept, strict=True):
+            trace.correct, trace.text = bool(correct), answer.text
+        save_traces(session.path / "dataset", traces)
+        accuracy = sum(v.correct for v in verdicts) / len(verdicts)
+        print(f"traces: {len(traces)} answers, {sum(len(t.tokens) for t in traces)} tokens, {accuracy:.3f} right")
+        session.finish(f"{len(traces)} traces")

@@ -1,0 +1,98 @@
+"""A headless Chromium driven over the DevTools protocol on a pipe: no port, no further package."""
+
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars --remote-debugging-pipe"
+)
+EXECUTABLE = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+class Browser:
+    """One page. Every wait ends after `deadline` seconds; `events` holds what the page reported meanwhile."""
+
+    def __init__(self, profile: Path, deadline: float = 60.0) -> None:
+        assert EXECUTABLE is not None
+        self.deadline, self.events, self._buffer, self._serial = deadline, [], b"", 0
+        read_here, write_there = os.pipe()
+        read_there, self._out = os.pipe()
+        self._in = read_here
+        # Chromium reads commands from descriptor 3 and writes answers to descriptor 4.
+        script = f'exec "$0" "$@" 3<&{read_there} 4>&{write_there} >/dev/null 2>&1'
+        command = ["bash", "-c", script, EXECUTABLE, *FLAGS.split(), f"--user-data-dir={profile}", "about:blank"]
+        self._process = subprocess.Popen(command, pass_fds=(read_there, write_there))
+        os.close(read_there)
+        os.close(write_there)
+        self._session: str | None = None
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.send(f"{domain}.enable")
+
+    def _receive(self, until: float) -> dict:
+        while b"\0" not in self._buffer:
+            left = until - time.monotonic()
+            if left <= 0 or not select.select([self._in], [], [], left)[0]:
+                raise TimeoutError(f"chromium did not answer within {self.deadline} s")
+            data = os.read(self._in, 1 << 20)
+            if not data:
+                raise RuntimeError("chromium ended")
+            self._buffer += data
+        message, _, self._buffer = self._buffer.partition(b"\0")
+        return json.loads(message)
+
+    def send(self, method: str, **params: object) -> dict:
+        self._serial += 1
+        message = {"id": self._serial, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        until = time.monotonic() + self.deadline
+        while True:
+            answer = self._receive(until)
+            if answer.get("id") == self._serial:
+                assert "error" not in answer, answer
+                return answer["result"]
+            self.events.append(answer)
+
+    def open(self, page: Path, width: int, height: int, dark: bool) -> None:
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.send("Emulation.setEmulatedMedia", features=[scheme])
+        self.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
+        self.events.clear()
+        self.send("Page.navigate", url=page.as_uri())
+        until = time.monotonic() + self.deadline
+        while not any(e.get("method") == "Page.loadEventFired" for e in self.events):
+            self.events.append(self._receive(until))
+
+    def evaluate(self, expression: str) -> object:
+        answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def press(self, key: str) -> None:
+        for kind in ("rawKeyDown", "keyUp"):
+            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+
+    def point(self, x: float, y: float) -> None:
+        self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def screenshot(self, whole: bool = True) -> bytes:
+        import base64
+
+        return base64.b64decode(self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"])
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait(10)
+        os.close(self._in)
+        os.close(self._out)

@@ -1,0 +1,122 @@
+"""Ray actors: the same answers as in process, deaths survived, weights checked."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
+from ee_megatron.rollout import ExitPolicy, LocalPool, ReplicaSettings, SamplingParams
+from ee_megatron.rollout.ray_pool import RayPool
+from ee_megatron.types import Prompt, Rollout
+from tests.tiny import tiny_hf
+
+SPEC = PolicySpec(6, (1, 3, 4), rank=4, alpha=8.0)
+PROMPTS = [Prompt(id=f"p{i}", text=f"Question: {i} x {i * 7 % 13}\nAnswer:", answer="", task="") for i in range(24)]
+SAMPLING, EXITS = SamplingParams(1.0, 24, ("~",)), ExitPolicy("sample")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_hf("qwen3", tmp_path_factory.mktemp("model"))
+
+
+def weights(path: Path, version: int) -> WeightSet:
+    tensors = initial_policy(HFDirectory(path).dims, SPEC, seed=version)
+    generator = torch.Generator().manual_seed(version)
+    tensors = {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in tensors.items()}
+    return WeightSet(version, {n: t + 3.5 if n.endswith("fc2.bias") else t for n, t in tensors.items()})
+
+
+@pytest.fixture
+def pool(path: Path) -> Iterator[RayPool]:
+    settings = ReplicaSettings(str(path), SPEC, torch.float32, "cpu", rows=8, threads=1)
+    pool = RayPool(settings, actors=2, start_timeout_s=120, timeout_s=120, failure_budget=3)
+    yield pool
+    pool.close()
+
+
+def flat(answers: list[list[Rollout]]) -> list[Rollout]:
+    return [rollout for group in answers for rollout in group]
+
+
+def same(found: list[list[Rollout]], expected: list[list[Rollout]]) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(flat(found), flat(expected), strict=True):
+        assert (a.prompt_id, a.text, a.finished, a.weight_version) == (
+            b.prompt_id,
+            b.text,
+            b.finished,
+            b.weight_version,
+        )
+        assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.exit_depths, b.exit_depths)
+        np.testing.assert_allclose(a.token_logprobs, b.token_logprobs, atol=1e-4)
+        np.testing.assert_allclose(a.exit_logprobs, b.exit_logprobs, atol=1e-4)
+
+
+def test_actors_answer_as_the_local_pool_does_and_survive_a_kill(path: Path, pool: RayPool):
+    local = LocalPool(path, SPEC, rows=8)
+    # Teacher, then a policy: traces, answers and scores agree.
+    local.load(None)
+    pool.load(None)
+    off = ExitPolicy("off")
+    taught = pool.generate(PROMPTS, 2, SAMPLING, off, seed=3)
+    same(taught, local.generate(PROMPTS, 2, SAMPLING, off, seed=3))
+    ours, theirs = pool.trace(flat(taught), top_k=4), local.trace(flat(taught), top_k=4)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.prompt_id == b.prompt_id
+        np.testing.assert_allclose(a.divergences, b.divergences, atol=1e-4)
+    local.load(weights(path, 7))
+    pool.load(weights(path, 7))
+    seen: list[tuple[int, int]] = []
+    expected = local.generate(PROMPTS, 4, SAMPLING, EXITS, seed=5)
+    same(pool.generate(PROMPTS, 4, SAMPLING, EXITS, seed=5, progress=lambda *at: seen.append(at)), expected)
+    assert seen[-1] == (96, 96) and len(seen) > 1
+    for a, b in zip(pool.score(flat(expected)), local.score(flat(expected)), strict=True):
+        np.testing.assert_allclose(a.divergence, b.divergence, atol=1e-4)
+    assert pool.health()["version"] == 7 and pool.health()["alive"] == 2
+
+    victim = pool.health()["pids"][0]
+    killer = threading.Timer(0.15, os.kill, (victim, signal.SIGKILL))
+    long = SamplingParams(1.0, 150)
+    killer.start()
+    found = pool.generate(PROMPTS, 8, long, EXITS, seed=6)
+    killer.join()
+    same(found, local.generate(PROMPTS, 8, long, EXITS, seed=6))
+    health = pool.health()
+    assert health["restarts"] == 1 and health["last_death"]
+    pool.load(weights(path, 8))
+    assert pool.health()["alive"] == 2 and victim not in pool.health()["pids"]
+    local.load(weights(path, 8))
+    same(pool.generate(PROMPTS, 1, SAMPLING, EXITS, seed=5), local.generate(PROMPTS, 1, SAMPLING, EXITS, seed=5))
+
+
+def test_work_for_other_weights_is_refused_and_losses_have_a_budget(path: Path, pool: RayPool):
+    import ray
+
+    current = weights(path, 2)
+    pool.load(current)
+    handle = pool._actors[0].handle
+    for wrong in [(3, current.digest), (2, "0" * 64)]:
+        with pytest.raises(ValueError, match="expected version"):
+            ray.get(handle.call.remote(wrong, "generate", (PROMPTS, 1, SAMPLING, EXITS, 0)), timeout=60)
+    broken = WeightSet(3, current.tensors, digest="f" * 64)
+    with pytest.raises(ValueError, match="digest"):
+        pool.load(broken)
+    pool.load(current)
+    assert pool.health()["alive"] == 2
+    with pytest.raises(RuntimeError, match="failure_budget is 3"):
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            for pid in pool.health()["pids"]:
+                os.kill(pid, signal.SIGKILL)
+            pool.generate(PROMPTS, 1, SAMPLING, EXITS, seed=0)

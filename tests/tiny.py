@@ -1,0 +1,83 @@
+"""Tiny random models with a real tokenizer, written to disk as Hugging Face directories. No network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+CONFIGS: dict[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+EOS, PAD = "<|end|>", "<|pad|>"
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per ASCII byte (0..127), then end-of-sequence (128) and padding (129): 130 tokens."""
+    visible = range(ord("!"), ord("~") + 1)
+    hidden = [byte for byte in range(128) if byte not in visible]
+    # Byte-level BPE writes the bytes that have no visible form as chr(256 + n), n counting those bytes upwards.
+    symbol = {byte: chr(byte) for byte in visible} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
+    vocab = {symbol[byte]: byte for byte in range(128)}
+    vocab.update({EOS: 128, PAD: 129})
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
+
+
+def tiny_hf(
+    family: str,
+    path: Path,
+    tied: bool = True,
+    layers: int = 6,
+    hidden: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    intermediate: int = 96,
+    vocab: int = 130,
+    seed: int = 0,
+    scale: float = 0.08,
+    **overrides,
+) -> Path:
+    """Write a random float32 model of a family (llama, qwen2, qwen3) with its tokenizer into `path`; return `path`.
+
+    Norm gains and biases are perturbed: their initial ones and zeros would hide mistakes. `scale` is the standard
+    deviation of the weights; `overrides` go into the config (rope_parameters, head_dim, attention_bias, ...).
+    """
+    torch.manual_seed(seed)
+    if family == "qwen3":
+        overrides.setdefault("head_dim", hidden // heads)
+    config = CONFIGS[family](
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=intermediate,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        initializer_range=scale,
+        bos_token_id=None,
+        eos_token_id=128,
+        pad_token_id=129,
+        **overrides,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    path.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path

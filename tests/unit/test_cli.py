@@ -1,0 +1,119 @@
+"""The command line, run as a user runs it: help at once, one-line errors, a dry run that starts nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from ee_megatron import cli
+from ee_megatron.config import load as loading
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ("run", "teacher", "traces", "calibrate", "rl", "evaluate", "report", "generate")
+
+
+def command(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ee_megatron.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
+
+
+def test_help_lists_every_command_and_is_quick() -> None:
+    start = time.monotonic()
+    done = command("--help")
+    assert done.returncode == 0 and time.monotonic() - start < 3
+    listed = {line.split()[0] for line in done.stdout.splitlines() if line.startswith("    ") and line.split()}
+    assert {*COMMANDS, "convert"} <= listed
+    assert "examples:" in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([name, "--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0 and f"ee-megatron {name} experiment=" in text and "key=value" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["rl", "experiment=demo_cpu", "rl.lamda_exit=1"], ["error: rl.lamda_exit", "did you mean rl.lambda_exit?"]),
+        (["rl", "experiment=nothing"], ["error: experiment=nothing", "demo_cpu"]),
+        (["run", "experiment=demo_cpu", "rl.group_size=1"], ["error: rl.group_size=1"]),
+        (["calibrate", "experiment=demo_cpu", "model.path=no/where"], ["error: model.path=no/where", "no config.json"]),
+        (["generate", "experiment=demo_cpu", "--prompt", "x", "--temperature", "-1"], ["error:"]),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(arguments: list[str], parts: list[str]) -> None:
+    done = command(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and all(part in done.stderr for part in parts), done.stderr
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = command("rl", "experiment=nothing", EE_DEBUG="1")
+    assert done.returncode != 0 and "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["rl", "--nonsense"], ["report", "--dry-run"], [], ["sing"]])
+def test_unknown_options_and_commands_are_refused(arguments: list[str]) -> None:
+    done = command(*arguments)
+    assert done.returncode == 2 and "error:" in done.stderr
+
+
+def test_dry_run_prints_settings_ranks_and_directories_and_starts_nothing(tmp_path: Path) -> None:
+    done = command("rl", "experiment=rl_7b", "--dry-run", "rl.steps=3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert OmegaConf.create(done.stdout).rl.steps == 3
+    comments = [line for line in done.stdout.splitlines() if line.startswith("# ")]
+    assert "# ranks: 8 = tensor 2 x pipeline 2 x data 2" in comments
+    assert [line.split("-")[0] for line in comments if "runs/rl_7b/" in line] == [
+        f"# {stage}: runs/rl_7b/{stage}" for stage in ("teacher", "traces", "calibrate", "rl")
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_checks_the_layout_against_the_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,'
+        ' "num_hidden_layers": 12, "intermediate_size": 128, "vocab_size": 100}'
+    )
+    model = ["name=x", f"model.path={tmp_path}"]
+    good = command("run", *model, "parallel.pipeline=2", "--dry-run")
+    assert "# exits: [5, 6, 10] of 12 layers; layers per stage: [6, 6]" in good.stdout
+    assert "# evaluate: runs/x/evaluate-" in good.stdout
+    bad = command("run", *model, "parallel.tensor=4", "--dry-run")
+    assert bad.returncode == 2 and "nearest degrees that do: 1, 2" in bad.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("two\n  lines"), 2, "error: two lines\n"),
+        (FileNotFoundError("gone"), 2, "error: gone\n"),
+        (RuntimeError("broke"), 1, "error: broke\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_exit_codes(
+    error: BaseException, code: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(overrides: list[str]) -> None:
+        raise error
+
+    monkeypatch.delenv("EE_DEBUG", raising=False)
+    monkeypatch.setattr(loading, "load", fail)
+    assert cli.main(["rl", "experiment=demo_cpu"]) == code
+    assert capsys.readouterr().err == line

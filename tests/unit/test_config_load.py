@@ -1,0 +1,165 @@
+"""Settings: what is accepted lands in the typed schema, everything else is one line before anything starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from ee_megatron.config.identity import to_yaml
+from ee_megatron.config.load import find_config_dir, list_groups, load
+from ee_megatron.config.schema import RunConfig
+from ee_megatron.config.validate import ranks, validate
+
+EXPERIMENTS = ("demo_cpu", "rl_1.5b", "rl_7b", "rl_32b")
+DEMO = "experiment=demo_cpu"
+
+
+def refused(*overrides: str, config_dir: Path | None = None) -> str:
+    with pytest.raises(ValueError) as caught:
+        load([DEMO, *overrides], config_dir)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_is_a_whole_valid_run(experiment: str) -> None:
+    cfg = load([f"experiment={experiment}"])
+    assert isinstance(cfg, RunConfig) and cfg.name == experiment
+    validate(cfg, None)
+
+
+def test_the_experiments_are_the_files_there_are() -> None:
+    assert set(list_groups(find_config_dir())["experiment"]) == set(EXPERIMENTS)
+
+
+def test_command_line_wins_over_experiment_over_default() -> None:
+    plain = load(["name=a", "model.path=m"])
+    assert (plain.rl.adapter_lr, plain.rl.steps) == (RunConfig().rl.adapter_lr, RunConfig().rl.steps)
+    paper = load(["experiment=rl_7b"])
+    assert (paper.rl.adapter_lr, paper.rl.gate_lr, paper.rl.lambda_exit, paper.rl.beta) == (1e-4, 1e-5, 0.5, 0.05)
+    assert load(["experiment=rl_7b", "rl.adapter_lr=3e-3"]).rl.adapter_lr == 3e-3
+    assert load(["rl.adapter_lr=3e-3", "experiment=rl_7b"]).rl.adapter_lr == 3e-3
+
+
+def test_group_choices_and_lists() -> None:
+    cfg = load(
+        [
+            "experiment=rl_7b",
+            "parallel=single",
+            "deepspeed=zero2",
+            "tracker=disabled",
+            "exits.depths=[7,14]",
+            "rollout=local",
+        ]
+    )
+    assert (cfg.parallel.tensor, cfg.deepspeed.zero_stage, cfg.tracker.wandb) == (1, 2, "disabled")
+    assert (cfg.exits.depths, cfg.rollout.backend, cfg.rollout.stop) == ([7, 14], "local", [])
+
+
+def test_rl_7b_is_two_by_two_by_two_on_gsm8k() -> None:
+    cfg = load(["experiment=rl_7b"])
+    assert (cfg.parallel.tensor, cfg.parallel.pipeline, cfg.parallel.data, ranks(cfg)) == (2, 2, 2, 8)
+    assert (cfg.task.name, cfg.teacher.enabled, cfg.rollout.prompt_template) == ("gsm8k", False, "chat")
+    assert 14 in cfg.exits.depths and cfg.rollout.max_new_tokens == 900
+
+
+@pytest.mark.parametrize("sign", ["", "+", "++"])
+def test_an_unknown_key_names_the_nearest_one(sign: str) -> None:
+    message = refused(f"{sign}rl.lamda_exit=0.3")
+    assert message == "rl.lamda_exit: no such setting; did you mean rl.lambda_exit?"
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("lambda_exit=1", "rl.lambda_exit"),
+        ("experimnt=demo_cpu", "experiment"),
+        ("paralel.tensor=2", "parallel.tensor"),
+        ("rl.steps.x=1", "rl.steps"),
+        ("rl={stepz: 3}", "rl.steps"),
+        ("hydra.verbose=true", "`--dry-run`"),
+    ],
+)
+def test_other_unknown_keys(override: str, nearest: str) -> None:
+    message = refused(override)
+    assert "no such setting" in message and nearest in message
+
+
+def test_an_unknown_key_in_a_file_is_refused_too(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("defaults: [_self_]\nname: a\nmodel: {path: m}\nrl: {lamda_exit: 1}\n")
+    message = refused_plain(tmp_path)
+    assert message == "rl.lamda_exit: no such setting; did you mean rl.lambda_exit?"
+
+
+def refused_plain(directory: Path) -> str:
+    with pytest.raises(ValueError) as caught:
+        load([], directory)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("rl.steps=many", ("rl.steps", "'many'", "expected int")),
+        ("rl.steps=1.5", ("rl.steps", "1.5", "expected int")),
+        ("rl.steps=null", ("rl.steps", "None", "expected int")),
+        ("parallel.recompute=perhaps", ("parallel.recompute", "'perhaps'", "expected bool")),
+        ("exits.depths=[a]", ("exits.depths", "'a'", "expected list[int]")),
+        ("rl=5", ("rl is a section", "rl.steps")),
+        ("model.path=${oc.env:EE_NOT_SET_ANYWHERE}", ("settings: ", "EE_NOT_SET_ANYWHERE")),
+        ("rl.steps=1,2", ("several values",)),
+        ("~rl.steps", ("cannot be deleted",)),
+        ("rl.steps", ("expected key=value",)),
+        ("task=chess", ("task=chess", "arithmetic, gsm8k")),
+    ],
+)
+def test_wrong_values_are_one_line(override: str, parts: tuple[str, ...]) -> None:
+    message = refused(override)
+    assert all(part in message for part in parts), message
+
+
+def test_an_unknown_experiment_lists_those_that_exist() -> None:
+    with pytest.raises(ValueError, match="experiment=demo: no such choice") as caught:
+        load(["experiment=demo"])
+    assert all(name in str(caught.value) for name in EXPERIMENTS)
+
+
+def test_missing_values_say_which_and_how() -> None:
+    with pytest.raises(ValueError) as caught:
+        load([])
+    assert all(part in str(caught.value) for part in ("name=...", "model.path=...", "demo_cpu")), caught.value
+
+
+def test_plus_on_a_known_key_is_an_ordinary_setting() -> None:
+    assert load([f"+{DEMO}", "++rl.steps=7", "+rl.beta=0.1"]).rl.steps == 7
+
+
+def test_config_dir_from_argument_environment_and_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.yaml").write_text("defaults: [_self_]\nname: elsewhere\nmodel: {path: m}\n")
+    assert load([], tmp_path).name == "elsewhere"
+    monkeypatch.setenv("EE_CONFIG_DIR", str(tmp_path))
+    assert load([]).name == "elsewhere"
+    monkeypatch.setenv("EE_CONFIG_DIR", str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match="EE_CONFIG_DIR"):
+        load([])
+
+
+def test_yaml_holds_every_setting_and_loads_again(tmp_path: Path) -> None:
+    cfg = load([DEMO, "rl.steps=3", 'rollout.stop=["\\n\\n"]'])
+    (tmp_path / "config.yaml").write_text(to_yaml(cfg))
+    assert load([], tmp_path) == cfg
+    assert OmegaConf.create(to_yaml(cfg)).rl.steps == 3
+
+
+def test_loading_and_refusing_do_not_import_torch() -> None:
+    code = (
+        "import sys\nfrom ee_megatron.config.load import load\nfrom ee_megatron.config.validate import validate\n"
+        "from ee_megatron.config.identity import stage_dir\n"
+        f"cfg = load(['{DEMO}'])\nvalidate(cfg, None)\nstage_dir(cfg, 'rl')\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=Path(__file__).parents[2])

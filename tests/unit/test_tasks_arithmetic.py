@@ -1,0 +1,184 @@
+"""Arithmetic problems: right by construction, held out by operand pair, the same for the same seed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ee_megatron.tasks import Verdict, make_task
+from ee_megatron.tasks.arithmetic import ArithmeticTask, PairSplit, verify_line
+
+ALL = ("product", "sum", "word", "chain")
+SPLITS = ("train", "validation", "evaluation")
+
+
+@pytest.fixture(scope="module")
+def task() -> ArithmeticTask:
+    return ArithmeticTask(ALL, train=3000, validation=400, evaluation=500)
+
+
+def pairs_in(text: str) -> set[tuple[int, int]]:
+    """Operand pairs as a reader of the question and its worked answer sees them."""
+    steps = re.findall(r"(\d+) [x+-] (\d+) =", text)
+    return {(min(int(a), int(b)), max(int(a), int(b))) for a, b in steps}
+
+
+def worked(task: ArithmeticTask, split: str) -> list[tuple[str, str, str, str]]:
+    return [(p.text, problem.worked, p.answer, p.group) for p, problem in task._built(split)]  # type: ignore[arg-type]
+
+
+def test_no_operand_pair_of_a_held_out_split_occurs_in_training_in_any_family(task: ArithmeticTask) -> None:
+    seen = {split: set().union(*(pairs_in(w) for _, w, _, _ in worked(task, split))) for split in SPLITS}
+    assert all(len(found) > 50 for found in seen.values())
+    assert not seen["train"] & seen["validation"]
+    assert not seen["train"] & seen["evaluation"]
+    assert not seen["validation"] & seen["evaluation"]
+
+
+def test_examples_come_from_training_pairs_and_are_no_prompt_themselves(task: ArithmeticTask) -> None:
+    held_out = set().union(*(pairs_in(w) for split in SPLITS[1:] for _, w, _, _ in worked(task, split)))
+    questions = {p.text for split in SPLITS for p in task.prompts(split)}
+    for family in ALL:
+        prompt = next(p for p in task.prompts("evaluation") if p.task == f"arithmetic.{family}")
+        header = task.few_shot(prompt, 16, 0).text.removesuffix(prompt.text)
+        shown = pairs_in(" ".join(line for line in header.splitlines() if line.startswith("Answer:")))
+        assert len(shown) >= 10
+        assert not shown & held_out
+        assert not {f"{block.split('Answer:')[0]}Answer:" for block in header.split("\n\n") if block} & questions
+
+
+def test_every_worked_answer_is_true_and_ends_in_the_reference(task: ArithmeticTask) -> None:
+    for split in SPLITS:
+        for text, steps, answer, group in worked(task, split):
+            for a, symbol, b, c in re.findall(r"(\d+) ([x+-]) (\d+) = (\d+)\.", steps):
+                assert {"x": int(a) * int(b), "+": int(a) + int(b), "-": int(a) - int(b)}[symbol] == int(c)
+            assert steps.endswith(f"= {answer}. The answer is {answer}"), text
+            assert group == ";".join(
+                f"{min(int(a), int(b))},{max(int(a), int(b))}" for a, b in re.findall(r"(\d+) [x+-] (\d+) =", steps)
+            )
+            assert set(re.findall(r"\d+", text)) <= set(re.findall(r"\d+", steps))
+
+
+def test_the_default_task_is_large_enough_balanced_and_without_repetition() -> None:
+    task = make_task("arithmetic")
+    sizes = {split: len(task.prompts(split)) for split in SPLITS}  # type: ignore[arg-type]
+    assert sizes["train"] >= 3000 and sizes["validation"] == 200 and sizes["evaluation"] == 400
+    for split in SPLITS:
+        prompts = task.prompts(split)  # type: ignore[arg-type]
+        assert len({p.text for p in prompts}) == len({p.id for p in prompts}) == len(prompts)
+        for start in range(0, len(prompts) - 3, 3):
+            assert len({p.task for p in prompts[start : start + 3]}) == 3
+        assert len({tuple(p.task for p in prompts[start : start + 3]) for start in range(0, 150, 3)}) > 3
+
+
+def test_same_arguments_same_prompts_also_in_another_process_and_a_shorter_list_is_a_prefix() -> None:
+    texts = [p.text for p in ArithmeticTask(ALL, train=300).prompts("train")]
+    code = (
+        "from ee_megatron.tasks.arithmetic import ArithmeticTask as T;"
+        f"print('|'.join(p.text for p in T({ALL!r}, train=300).prompts('train')))"
+    )
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert again.stdout.rstrip("\n") == "|".join(texts)
+    assert [p.text for p in ArithmeticTask(ALL, train=80).prompts("train")] == texts[:80]
+    assert [p.text for p in ArithmeticTask(ALL, train=80, seed=1).prompts("train")] != texts[:80]
+
+
+def test_the_seed_decides_the_split_in_fixed_shares() -> None:
+    shares = [sum(PairSplit(seed)(a, b) == "train" for a in range(2, 13) for b in range(a, 13)) for seed in (0, 1)]
+    assert shares == [44, 44]
+    assert any(PairSplit(0)(a, b) != PairSplit(1)(a, b) for a in range(2, 13) for b in range(a, 13))
+    assert PairSplit(0)(7, 41) == PairSplit(0)(41, 7)
+
+
+def test_all_prompts_of_a_family_share_one_header(task: ArithmeticTask) -> None:
+    prompts = [p for p in task.prompts("validation") if p.task == "arithmetic.word"][:20]
+    shown = [task.few_shot(p, 4, 3) for p in prompts]
+    headers = {s.text.removesuffix(p.text) for s, p in zip(shown, prompts, strict=True)}
+    assert len(headers) == 1 and headers.pop().count("The answer is") == 4
+    assert [s.id for s in shown] == [p.id for p in prompts]
+    assert len({task.few_shot(prompts[0], 4, seed).text for seed in range(8)}) > 1
+    assert task.few_shot(prompts[0], 0, 0).text == prompts[0].text
+
+
+def test_a_chat_template_gets_turns_and_an_instruction() -> None:
+    def chat(messages: list[dict[str, str]]) -> str:
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+
+    task = ArithmeticTask(("sum",), train=3, chat=chat)
+    prompt = task.prompts("train")[0]
+    assert prompt.text.startswith("<user>") and "The answer is <number>" in prompt.text
+    assert task.few_shot(prompt, 2, 0).text.count("<assistant>") == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "correct", "well_formed", "answered", "reward"),
+    [
+        (" 3 x 8 = 24. The answer is 24", True, True, True, 1.0),
+        (" The answer is 24.", True, True, True, 1.0),
+        (" The answer is 024", True, True, True, 1.0),
+        (" 3 x 8 = 24", True, False, True, 0.5),
+        (" 24.0", True, False, True, 0.5),
+        (" The answer is 24 apples", True, False, True, 0.5),
+        (" 3 x 8 = 25. The answer is 25", False, True, True, 0.0),
+        (" The answer is 24. The answer is 25", False, True, True, 0.0),
+        (" The answer is -24", False, True, True, 0.0),
+        (" The answer is 240", False, True, True, 0.0),
+        (" 24 or 25", False, False, True, 0.0),
+        (" The answer is 25\nThe answer is 24", False, True, True, 0.0),
+        (" The answer is 25 Question: What is 3 x 8? Answer: The answer is 24", False, True, True, 0.0),
+        (" I do not know", False, False, False, -1.0),
+        ("", False, False, False, -1.0),
+        (" The answer is ２４", False, False, False, -1.0),
+    ],
+)
+def test_verdict_on_a_line(text: str, correct: bool, well_formed: bool, answered: bool, reward: float) -> None:
+    verdict = verify_line("24", text)
+    assert verdict == Verdict(correct, well_formed, answered)
+    assert verdict.reward == reward
+
+
+def test_a_timed_out_verdict_is_worth_nothing_either_way() -> None:
+    assert Verdict(False, False, False, timed_out=True).reward == 0.0
+
+
+@given(st.integers(-(10**6), 10**6), st.integers(-(10**6), 10**6))
+def test_the_stated_number_is_right_iff_it_is_the_reference(reference: int, stated: int) -> None:
+    assert verify_line(str(reference), f" The answer is {stated}").correct == (reference == stated)
+    assert verify_line(str(reference), f" it is {stated}").correct == (reference == stated)
+
+
+@given(st.text(max_size=300))
+def test_any_text_gets_a_verdict(text: str) -> None:
+    verdict = verify_line("24", text)
+    assert verdict.answered or not verdict.correct
+
+
+@pytest.mark.parametrize("text", ["7" * 100_000, " The answer is " + "7" * 100_000, "1" + "," * 100_000, "-" * 100_000])
+def test_enormous_answers_are_judged_at_once(text: str) -> None:
+    assert not verify_line("7", text).correct
+
+
+def test_bad_requests_say_what_is_possible() -> None:
+    with pytest.raises(ValueError, match=r"no task 'arithmetics'; did you mean 'arithmetic'"):
+        make_task("arithmetics")
+    with pytest.raises(ValueError, match="choose one or more, each once, of product, sum, word, chain"):
+        make_task("arithmetic", families=["products"])
+    with pytest.raises(ValueError, match=r"100000 problems, but family product allows at most \d+"):
+        make_task("arithmetic", train=100_000).prompts("train")
+    task = make_task("arithmetic", train=3)
+    with pytest.raises(ValueError, match="unknown split 'test'"):
+        task.prompts("test")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="0 to 16 worked examples"):
+        task.few_shot(task.prompts("train")[0], 17, 0)
+
+
+def test_tasks_need_no_torch() -> None:
+    heavy = ("torch", "transformers", "datasets")
+    code = f"import sys, ee_megatron.tasks; print([m for m in {heavy} if m in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert shown.stdout.strip() == "[]"

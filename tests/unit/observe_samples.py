@@ -21,7 +21,7 @@ def write_run(root: Path, steps: int = 40) -> dict[str, Path]:
     names = {
         "teacher": ["loss"],
         "calibrate": ["loss", "kl", "gate_nll", "mean_depth_target"],
-        "rl": "reward accuracy mean_depth total_depth length kl token_mismatch exit_mismatch seconds odd_name".split(),
+        "rl": ["reward", "accuracy", "mean_depth", "total_depth", "length", "kl", "seconds", "odd_name"],
     }
     for stage, metrics in names.items():
         rows = [
@@ -66,11 +66,17 @@ def results(rng: random.Random) -> dict:
             )
     meta = {"name": "demo: SmolLM2-135M", "num_layers": LAYERS, "exit_depths": DEPTHS, "date": "2026-03-01"}
     meta |= {"command": "ee-megatron run experiment=demo_cpu", "versions": {"torch": "2.13", "megatron-core": "0.16.1"}}
-    correlation = {m: {"spearman": 0.5, "low": 0.42, "high": 0.57, "n": 3100} for m in ("calibrated", "reinforced")}
+    labels = [label for label in histogram if not label.startswith("teacher")]
+    correlation = {}
+    for i, label in enumerate(labels):
+        bins = [{"entropy": 0.1 + 0.4 * b, "depth": 18.0 - 1.5 * i + 2.8 * b, "tokens": 387} for b in range(5)]
+        correlation[label] = {"spearman": 0.5 - i / 50, "low": 0.3, "high": 0.6, "tokens": 3100, "bins": bins}
+    paired = {label: {"n": 400, "only_teacher": 21, "only_model": 14, "p_value": 0.3105} for label in labels}
     return {
         "meta": meta,
         "rows": rows,
         "answers": answers,
         "depth_by_entropy": correlation,
         "exit_histogram": histogram,
+        "paired": paired,
     }

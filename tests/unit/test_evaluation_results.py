@@ -40,7 +40,8 @@ def test_summary_of_planted_answers() -> None:
     rollouts = [rollout("a", [10, 5]), rollout("b", [10, 5, 5, 5, 5, 5]), rollout("c", [10, 10])]
     divergences = [np.array([0.0, 1.0]), np.full(6, 2.0), np.array([3.0, 4.0])]
     found = summarise(
-        [prompt(n) for n in "abc"], rollouts, [RIGHT, WRONG, LOST], 10, divergences, 0.5, model="teacher", exits="fixed 5"
+        [prompt(n) for n in "abc"], rollouts, [RIGHT, WRONG, LOST], 10, divergences, 0.5,
+        model="teacher", exits="fixed 5",
     )  # fmt: skip
     assert (found.n, found.correct, found.accuracy, found.timed_out) == (3, 1, 1 / 3, 1)
     assert (found.low, found.high) == wilson_interval(1, 3)

@@ -1,0 +1,141 @@
+"""The Megatron model under real layouts against the reference on transformers' layers: scores, gradients, updates."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from ranks import Ranks
+from reference import Reference, random_policy
+from tiny import tiny_hf
+
+from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.learner.batch import mean_weights, pack
+from ee_megatron.policy import PolicySpec
+
+SPEC = PolicySpec(6, (1, 2, 3, 4), rank=4, alpha=8.0)
+OUTCOMES = [1, 2, 3, 4, 6]
+
+# family, (tensor, pipeline, data), layers per stage, options
+LAYOUTS = [
+    ("llama", (1, 1, 1), (6,), {"recompute": True}),
+    ("qwen2", (1, 2, 1), (2, 4), {}),
+    ("qwen3", (2, 1, 1), (6,), {}),
+    ("llama", (1, 1, 2), (6,), {"zero_stage": 2}),
+    ("qwen3", (2, 2, 1), (4, 2), {"sequence_parallel": True}),
+]
+
+
+def make_batch(seed: int = 0, rows: int = 5):
+    generator = np.random.default_rng(seed)
+    prompts = [generator.integers(0, 128, n) for n in generator.integers(2, 10, rows)]
+    answers = [generator.integers(0, 128, n) for n in generator.integers(1, 10, rows)]
+    depths = [np.concatenate([[6], generator.choice(OUTCOMES, len(a) - 1)]) for a in answers]
+    batch = pack(prompts, answers, depths, 6)
+    scale = torch.linspace(-1, 1.5, rows)[:, None]
+    batch.token_weight = scale * mean_weights(batch, batch.counts)
+    batch.exit_weight = 0.7 * scale * mean_weights(batch, batch.asked)
+    return batch
+
+
+def reference_scores(path, policy, batch):
+    reference = Reference(path, SPEC, policy)
+    log_probs = torch.log_softmax(reference.logits(batch.tokens, batch.depths), -1)
+    tokens = log_probs.gather(-1, batch.labels()[..., None])[..., 0] * batch.counts
+    exits = reference.log_q(reference.gate_logits(batch.tokens, batch.depths), batch.depths) * batch.asked
+    return tokens, exits
+
+
+def adamw(policy):
+    groups = [
+        {"params": [v for k, v in policy.items() if not k.startswith("gates")], "lr": 1e-3},
+        {"params": [v for k, v in policy.items() if k.startswith("gates")], "lr": 3e-3},
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+@pytest.mark.parametrize(("family", "degrees", "stages", "options"), LAYOUTS, ids=lambda v: str(v).replace(" ", ""))
+def test_scores_and_updates_equal_the_reference(family, degrees, stages, options, tmp_path):
+    """Two clipped AdamW updates under the layout equal two of a single process on transformers' layers."""
+    path = tiny_hf(family, tmp_path / "model", tied=family != "qwen2")
+    policy, batch = random_policy(HFDirectory(path).dims, SPEC), make_batch()
+    with Ranks(int(np.prod(degrees)), tmp_path / "ranks") as ranks:
+        ranks.call(
+            "parallel_cases:make_learner", path=path, spec=SPEC, policy=policy, degrees=degrees, stages=stages,
+            options={"micro_batch_size": 2, "gradient_clipping": 0.3, **options},
+        )  # fmt: skip
+        scores = ranks.call("parallel_cases:score", batch=batch)
+        teacher = ranks.call("parallel_cases:score", batch=batch, reference=True)
+        steps = ranks.call("parallel_cases:step", batch=batch, times=2)
+    for value in policy.values():
+        value.requires_grad_()
+    tokens, exits = reference_scores(path, policy, batch)
+    for found in (*scores, *(seen for seen, _, _ in steps)):
+        torch.testing.assert_close(found.token_logprobs, tokens.detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.exit_logprobs, exits.detach(), rtol=1e-5, atol=1e-5)
+    plain = Reference(path).logits(batch.tokens, torch.full_like(batch.depths, 6)).log_softmax(-1)
+    plain = plain.gather(-1, batch.labels()[..., None])[..., 0] * batch.counts
+    torch.testing.assert_close(teacher[0].token_logprobs, plain, rtol=1e-5, atol=1e-5)
+
+    optimizer = adamw(policy)
+    for update in range(2):
+        optimizer.zero_grad()
+        tokens, exits = reference_scores(path, policy, batch)
+        (-(tokens * batch.token_weight).sum() - (exits * batch.exit_weight).sum()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(list(policy.values()), 0.3)
+        optimizer.step()
+        if update == 0:
+            assert steps[0][1] == pytest.approx(float(norm), rel=1e-5)
+    assert float(norm) > 0.3, "clipping was not active"
+    for _, _, after in steps:
+        assert after.keys() == policy.keys()
+        for name, value in policy.items():
+            # AdamW's first steps are lr * sign(gradient) where a gradient is tiny, hence an absolute bound of 10% of lr.
+            torch.testing.assert_close(after[name], value.detach(), rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_gradients_of_distillation_equal_the_reference(tmp_path):
+    """The top-k plus tail divergence in both directions, at PP2 with a soft gate target, through one plain update."""
+    path = tiny_hf("llama", tmp_path / "model")
+    dims = HFDirectory(path).dims
+    policy, batch = random_policy(dims, SPEC), make_batch(3)
+    batch.token_weight, batch.exit_weight = batch.token_weight.abs(), batch.exit_weight.abs()
+    generator = torch.Generator().manual_seed(5)
+    teacher = torch.randn(*batch.tokens.shape, dims.vocab, generator=generator).mul(2).log_softmax(-1)
+    batch.teacher_logprobs, batch.teacher_ids = teacher.topk(8, dim=-1)
+    batch.soft_targets = torch.rand(*batch.tokens.shape, 4, generator=generator)
+    with Ranks(2, tmp_path / "ranks") as ranks:
+        ranks.call(
+            "parallel_cases:make_learner", path=path, spec=SPEC, policy=policy, degrees=(1, 2, 1), stages=(3, 3),
+            options={"micro_batch_size": 5, "gradient_clipping": 0.0},
+        )  # fmt: skip
+        seen, norm, _ = ranks.call("parallel_cases:step", batch=batch, objective="distill")[0]
+    for value in policy.values():
+        value.requires_grad_()
+    reference = Reference(path, SPEC, policy)
+    student = reference.logits(batch.tokens, batch.depths).log_softmax(-1).gather(-1, batch.teacher_ids)
+    p, q = (torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).log()], -1) for x in (student, batch.teacher_logprobs))
+    kl = (p.exp() * (p - q)).sum(-1)
+    torch.testing.assert_close(seen.kl, (kl * batch.counts).detach(), rtol=1e-4, atol=1e-4)
+    hazards = torch.sigmoid(reference.gate_logits(batch.tokens, batch.depths))
+    entropy = torch.nn.functional.binary_cross_entropy(hazards, batch.soft_targets, reduction="none")
+    reached = batch.depths[..., None] >= torch.tensor(SPEC.exit_depths)
+    loss = (kl * batch.token_weight).sum() + ((entropy * reached).sum(-1) * batch.exit_weight).sum()
+    loss.backward()
+    expected = torch.stack([v.grad.norm() for v in policy.values()]).norm()
+    assert norm == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_resume_repeats_the_undisturbed_run_to_the_bit(tmp_path):
+    path = tiny_hf("llama", tmp_path / "model")
+    policy, batch = random_policy(HFDirectory(path).dims, SPEC), make_batch()
+    with Ranks(2, tmp_path / "ranks") as ranks:
+        ranks.call(
+            "parallel_cases:make_learner", path=path, spec=SPEC, policy=policy, degrees=(1, 2, 1), stages=(3, 3),
+            options={"micro_batch_size": 2},
+        )  # fmt: skip
+        ranks.call("parallel_cases:step", batch=batch, times=2)
+        result = ranks.call("parallel_cases:save_then_resume", directory=tmp_path / "state", batch=batch, more=3)[0]
+    assert result["moved"] > 1e-4
+    for name, value in result["straight"].items():
+        assert torch.equal(value, result["again"][name]), name

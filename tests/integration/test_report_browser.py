@@ -1,0 +1,91 @@
+"""The report in a real browser: it draws, it logs no error, it fetches nothing, its tooltips and keys work."""
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "unit")]
+from browser import EXECUTABLE, Browser
+from observe_samples import write_run
+
+from ee_megatron.observe.report import write_report
+
+pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no chromium on PATH (Debian: apt-get install chromium)")
+TIP = "(() => { const t = document.getElementById('tip'); return t.hidden ? null : t.innerText })()"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    root = tmp_path_factory.mktemp("report")
+    return write_report(write_run(root / "run"), root / "report.html")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    page = Browser(tmp_path_factory.mktemp("profile"))
+    yield page
+    page.close()
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [1180, 390])
+def test_it_draws_without_errors_requests_or_overflow(browser, report, width, dark):
+    browser.open(report, width, 900, dark)
+    image = np.asarray(Image.open(io.BytesIO(browser.screenshot())).convert("L"))
+    assert image.shape[1] == width and image.std() > 10
+    assert (image.mean() < 100) == dark
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    wide = (
+        "[...document.querySelectorAll('main *')].filter(e => !e.closest('pre, svg') && e.getBoundingClientRect().right"
+    )
+    assert browser.evaluate(f"{wide} > innerWidth + 1 && getComputedStyle(e).position !== 'absolute').length") == 0
+    bad = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
+    assert [e for e in browser.events if e.get("method") in bad] == []
+    urls = [e["params"]["request"]["url"] for e in browser.events if e.get("method") == "Network.requestWillBeSent"]
+    assert all(url.startswith(("file://", "data:")) for url in urls) and urls
+
+
+def test_pointing_at_a_token_shows_its_figures_inside_the_window(browser, report):
+    browser.open(report, 390, 800, False)
+    assert browser.evaluate(TIP) is None
+    browser.evaluate("document.querySelectorAll('.t')[15].scrollIntoView({block: 'center', behavior: 'instant'})")
+    box = browser.evaluate("(() => { const b = document.querySelectorAll('.t')[15].getClientRects()[0];"
+                           " return [b.left + b.width / 2, b.top + b.height / 2] })()")  # fmt: skip
+    browser.point(*box)
+    shown = browser.evaluate(TIP)
+    assert shown == browser.evaluate("document.querySelectorAll('.t')[15].dataset.tip")
+    assert all(word in shown for word in ("depth", "\nprobability", "\nexit probability", "\nentropy"))
+    inside = "(() => { const b = document.getElementById('tip').getBoundingClientRect();"
+    assert browser.evaluate(f"{inside} return b.left >= 0 && b.right <= innerWidth && b.top >= 0 }})()")
+    browser.point(2, 2)
+    assert browser.evaluate(TIP) is None
+
+
+def test_keys_walk_an_answers_tokens_and_tab_goes_to_the_next_answer(browser, report):
+    browser.open(report, 1180, 900, False)
+    browser.evaluate("document.querySelector('.t').focus()")
+    seen = [browser.evaluate(TIP)]
+    for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "End", "Home"):
+        browser.press(key)
+        seen.append(browser.evaluate(TIP))
+    tips = browser.evaluate("[...document.querySelector('.tokens').querySelectorAll('.t')].map(t => t.dataset.tip)")
+    assert seen == [tips[i] for i in (0, 1, 2, 1, len(tips) - 1, 0)]
+    assert browser.evaluate("document.activeElement.getAttribute('aria-describedby')") == "tip"
+    browser.press("Tab")
+    second = "document.querySelectorAll('.tokens')[1].contains(document.activeElement)"
+    assert browser.evaluate(second) is True
+    browser.press("Escape")
+    assert browser.evaluate(TIP) is None
+
+
+def test_a_chart_mark_answers_the_pointer(browser, report):
+    browser.open(report, 1180, 900, False)
+    browser.evaluate("document.querySelector('.mark[data-tip]').scrollIntoView({block: 'center', behavior: 'instant'})")
+    box = browser.evaluate("(() => { const b = document.querySelector('.mark[data-tip]').getBoundingClientRect();"
+                           " return [b.left + b.width / 2, b.top + b.height / 2] })()")  # fmt: skip
+    browser.point(*box)
+    assert "accuracy 86.0 [82.5, 89.3] %" in browser.evaluate(TIP)

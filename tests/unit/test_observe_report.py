@@ -1,0 +1,204 @@
+"""The report: everything in the files is in the page, escaped; what is missing is named; nothing is fetched."""
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from observe_samples import RULES, write_run
+
+from ee_megatron.observe import charts
+from ee_megatron.observe.palette import DARK, LIGHT, ink, luminance, scale
+from ee_megatron.observe.report import write_report
+from ee_megatron.observe.report_data import binned
+
+
+class Page(HTMLParser):
+    """Tags with attributes, visible text, and unclosed elements of a page."""
+
+    VOID = frozenset({"meta", "link", "br", "img", "circle", "rect", "line", "path", "polyline"})
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(path.read_text())
+        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.words.append(data)
+
+    def of(self, name: str, css: str = "") -> list[dict[str, str | None]]:
+        return [a for tag, a in self.tags if tag == name and (not css or css in (a.get("class") or "").split())]
+
+
+def _edit(stages: dict[str, Path], change) -> None:
+    path = stages["evaluate"] / "results.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def test_every_row_metric_and_token_of_the_files_is_in_the_page(tmp_path):
+    stages = write_run(tmp_path / "run")
+    page = Page(write_report(stages, tmp_path / "report.html"))
+    assert page.open == []
+    for words in (
+        "86.0 [82.5, 89.3] %",
+        "0.760",
+        "hazard > 0.9",
+        "Spearman ρ 0.50 [0.30, 0.60]",
+        "odd name",
+        "gate nll",
+    ):
+        assert words in page.text
+    data = json.loads((stages["evaluate"] / "results.json").read_text())
+    tokens = page.of("span", "t")
+    assert len(tokens) == sum(len(a["tokens"]) for a in data["answers"])
+    first = data["answers"][1]["tokens"][1]
+    tip = tokens[len(data["answers"][0]["tokens"]) + 1]["data-tip"]
+    assert f"depth {first['depth']} of 30" in tip and f"entropy {first['entropy']:.3f} nats" in tip
+    assert re.search(r"\nprobability 0\.\d{3}\nexit probability 0\.\d{3}\n", tip)
+    assert len(page.of("svg")) > 12 and "learning_rate: 1.0e-3" in page.text and "megatron-core 0.16.1" in page.text
+    names = {p.name for p in (tmp_path / "plots").iterdir()}
+    assert names == {"accuracy_depth.png", "depth_entropy.png", "exit_histogram.png"} | {
+        f"training_{s}.png" for s in ("teacher", "calibrate", "rl")
+    }
+    assert all((tmp_path / "plots" / n).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for n in names)
+
+
+def test_the_same_prompt_stands_side_by_side_in_the_order_of_the_method(tmp_path):
+    stages = write_run(tmp_path / "run")
+    _edit(stages, lambda data: data["answers"].reverse())
+    page = Page(write_report(stages, tmp_path / "report.html"))
+    labels = [a["aria-label"] for a in page.of("section") if "aria-label" in a]
+    assert [label.split(",")[0] for label in labels] == list(RULES) * 4
+    assert len(page.of("article")) == 4
+
+
+def test_an_answer_is_one_tab_stop(tmp_path):
+    page = Page(write_report(write_run(tmp_path / "run"), tmp_path / "report.html"))
+    stops = [a["tabindex"] for a in page.of("span", "t")]
+    assert stops.count("0") == 12 and set(stops) == {"0", "-1"}
+
+
+def test_hostile_text_stays_text(tmp_path):
+    stages, evil = write_run(tmp_path / "run"), '"><script>alert(1)</script><img src=x onerror=alert(2)>&amp;'
+
+    def poison(data):
+        data["meta"]["name"] = data["meta"]["machine"] = evil
+        for row in data["rows"]:
+            row["exits"] = evil
+        for answer in data["answers"]:
+            answer.update(prompt=evil, reference=evil, exits=evil, text=evil)
+            answer["tokens"][0]["text"] = evil
+        data["exit_histogram"] = {evil: {"10": 3}}
+        data["depth_by_entropy"] = {evil: {"spearman": 0.1, "low": 0.0, "high": 0.2}}
+
+    _edit(stages, poison)
+    (stages["rl"] / "config.yaml").write_text(evil)
+    (stages["rl"] / "metrics.jsonl").write_text(json.dumps({"step": 1, evil: 1.0}) + "\n")
+    page = Page(write_report(stages, tmp_path / "report.html"))
+    assert len(page.of("script")) == 1 and not page.of("img") and page.text.count("<script>alert(1)") > 20
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+
+
+def test_the_page_needs_nothing_but_itself(tmp_path):
+    path = write_report(write_run(tmp_path / "run"), tmp_path / "report.html")
+    page = Page(path)
+    sources = [v for _, a in page.tags for k, v in a.items() if k in ("src", "href", "srcset", "action")]
+    assert all(s.startswith(("#", "data:")) for s in sources)
+    assert not re.search(r"@import|url\(|https?://", path.read_text())
+    assert any("default-src 'none'" in (a.get("content") or "") for a in page.of("meta"))
+
+
+@pytest.mark.parametrize("stage", ["teacher", "calibrate", "rl", "evaluate"])
+def test_a_missing_stage_is_named_and_the_rest_is_shown(tmp_path, stage):
+    stages = write_run(tmp_path / "run")
+    del stages[stage]
+    page = Page(write_report(stages, tmp_path / "report.html"))
+    assert f"{stage}: not part of this run, or not run yet" in page.text
+    assert "Training" in page.text
+
+
+def test_missing_and_damaged_files_are_named(tmp_path):
+    stages = write_run(tmp_path / "run")
+    (stages["teacher"] / "config.yaml").unlink()
+    (stages["calibrate"] / "metrics.jsonl").unlink()
+    (stages["rl"] / "metrics.jsonl").write_text("rubbish\n")
+    (stages["evaluate"] / "results.json").write_text("{")
+    text = Page(write_report(stages, tmp_path / "report.html")).text
+    for words in ("teacher: config.yaml is missing", "calibrate: metrics.jsonl is missing", "results.json is not JSON"):
+        assert words in text
+    assert "rl: metrics.jsonl, line 1" in text
+
+
+def test_rows_without_optional_figures_and_answers_without_tokens_are_shown(tmp_path):
+    stages = write_run(tmp_path / "run")
+
+    def strip(data):
+        data["rows"] = [{"model": "teacher", "exits": "off", "accuracy": 0.5}, {"model": "other", "mean_depth": None}]
+        data["answers"] = [{"prompt": "p", "model": "teacher", "correct": True, "text": "plain answer", "tokens": []}]
+        for part in ("meta", "depth_by_entropy", "exit_histogram", "paired"):
+            del data[part]
+
+    _edit(stages, strip)
+    text = Page(write_report(stages, tmp_path / "report.html")).text
+    assert "50.0 %" in text and "plain answer" in text and "results.json has no exit_histogram" in text
+
+
+def test_no_stage_at_all_is_an_error_of_one_line(tmp_path):
+    for stages in ({}, {"rl": tmp_path / "none"}):
+        with pytest.raises(ValueError, match="nothing to report: expected at least one") as caught:
+            write_report(stages, tmp_path / "report.html")
+        assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_curves_keep_their_spikes_and_break_at_gaps():
+    points = [(s, 100.0 if s == 777 else 1.0) for s in range(2000)]
+    assert len(charts.thin(points)) <= 240 and (777, 100.0) in charts.thin(points)
+    gap = charts.curve("x", [(1, 1.0), (2, 2.0), (3, float("nan")), (4, 1.0), (5, 3.0)])
+    assert gap.count("<polyline") == 2 and "nan" not in gap
+    assert charts.curve("x", [(1, 1.0)]).count('class="lone"') == 1
+
+
+def test_ticks_are_round_and_inside():
+    assert charts.ticks(0.0, 1.06) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert charts.ticks(3, 3) == [3]
+    for low, high in ((0.0, 1e-7), (-5.0, 12345.0), (0.81, 0.93)):
+        found = charts.ticks(low, high)
+        assert 3 <= len(found) <= 11 and low <= found[0] and found[-1] <= high
+
+
+def test_bins_hold_equal_counts_and_recover_a_planted_trend():
+    bins = binned([(x / 10, 2.0 * x) for x in range(60)])
+    assert [n for *_, n in bins] == [10] * 6
+    assert all(abs(y - 20 * x) < 1e-9 for x, y, _, _ in bins)
+
+
+@pytest.mark.parametrize("stops", [LIGHT, DARK])
+def test_the_depth_scale_is_ordered_by_lightness_and_its_text_is_legible(stops):
+    for count in (2, 6, 31):
+        levels = [luminance(c) for c in scale(count, stops)]
+        assert levels == sorted(levels, reverse=stops is LIGHT) and len(set(levels)) == count
+        for colour in scale(count, stops):
+            high, low = sorted((luminance(colour), luminance(ink(colour))), reverse=True)
+            assert (high + 0.05) / (low + 0.05) >= 4.4

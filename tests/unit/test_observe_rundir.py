@@ -1,0 +1,208 @@
+"""The run directory: nothing half-written is ever found, one process writes, the newest usable checkpoint is taken."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ee_megatron.observe.rundir import COMPLETE, RunDirectory, atomic_directory, clean_leftovers, fault, write_atomic
+
+
+def _until(condition, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the child did not get there in time"
+        time.sleep(0.01)
+
+
+def _killed_child(code: str, ready: Path) -> None:
+    """Run `code` in a process that touches `ready` in the middle of its work and is then killed by SIGKILL."""
+    prelude = f"import time\nfrom pathlib import Path\nready = Path({str(ready)!r})\n"
+    child = subprocess.Popen([sys.executable, "-c", prelude + code])
+    try:
+        _until(lambda: ready.exists() or child.poll() is not None)
+        assert child.poll() is None, "the child ended before it was killed"
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait(10)
+
+
+def test_a_writer_killed_inside_a_directory_leaves_no_final_one_and_its_rest_is_cleared(tmp_path):
+    final = tmp_path / "run" / "step_1"
+    _killed_child(
+        f"""
+from ee_megatron.observe.rundir import atomic_directory
+with atomic_directory(Path({str(final)!r})) as folder:
+    (folder / "half").write_text("half")
+    ready.touch()
+    time.sleep(60)
+""",
+        tmp_path / "ready",
+    )
+    assert not final.exists()
+    assert len(list(final.parent.iterdir())) == 1
+    with atomic_directory(final) as folder:
+        (folder / "whole").write_text("whole")
+    assert [p.name for p in final.parent.iterdir()] == ["step_1"]
+    assert [p.name for p in final.iterdir()] == ["whole"]
+
+
+def test_a_writer_killed_before_the_rename_leaves_the_old_file_as_it_was(tmp_path):
+    target = tmp_path / "run" / "config.yaml"
+    target.parent.mkdir()
+    write_atomic(target, "old")
+    _killed_child(
+        f"""
+import os
+def stop(*_):
+    ready.touch()
+    time.sleep(60)
+os.replace = stop
+from ee_megatron.observe.rundir import write_atomic
+write_atomic(Path({str(target)!r}), "new")
+""",
+        tmp_path / "ready",
+    )
+    assert target.read_text() == "old"
+    clean_leftovers(target.parent)
+    assert [p.name for p in target.parent.iterdir()] == ["config.yaml"]
+
+
+def test_a_killed_replacement_of_a_directory_puts_the_old_one_back(tmp_path):
+    final = tmp_path / "run" / "traces"
+    final.mkdir(parents=True)
+    (final / "old").touch()
+    _killed_child(
+        f"""
+import os
+rename, calls = os.rename, []
+def stop(a, b):
+    if calls:
+        ready.touch()
+        time.sleep(60)
+    calls.append(a)
+    rename(a, b)
+os.rename = stop
+from ee_megatron.observe.rundir import atomic_directory
+with atomic_directory(Path({str(final)!r})) as folder:
+    (folder / "new").touch()
+""",
+        tmp_path / "ready",
+    )
+    assert not final.exists()
+    clean_leftovers(final.parent)
+    assert [p.name for p in final.iterdir()] == ["old"]
+    assert [p.name for p in final.parent.iterdir()] == ["traces"]
+
+
+def test_an_error_inside_leaves_nothing_and_a_success_replaces(tmp_path):
+    final = tmp_path / "d"
+    with pytest.raises(KeyError), atomic_directory(final) as folder:
+        (folder / "x").touch()
+        raise KeyError("boom")
+    assert list(tmp_path.iterdir()) == []
+    for name in ("a", "b"):
+        with atomic_directory(final) as folder:
+            (folder / name).touch()
+    assert [p.name for p in final.iterdir()] == ["b"]
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_temporaries_of_living_writers_are_left_alone(tmp_path):
+    with atomic_directory(tmp_path / "one") as first:
+        (first / "x").touch()
+        with atomic_directory(tmp_path / "two"):
+            pass
+        assert (first / "x").exists()
+    assert (tmp_path / "one" / "x").exists()
+
+
+def _checkpoint(run: RunDirectory, step: int) -> Path:
+    with run.write_checkpoint(step) as folder:
+        (folder / "model.bin").write_bytes(b"x" * 100)
+    return run.checkpoint_dir(step)
+
+
+def test_the_newest_usable_checkpoint_is_found_past_incomplete_and_damaged_ones(tmp_path, caplog):
+    with RunDirectory(tmp_path / "run") as run:
+        assert run.latest_checkpoint() is None
+        good = _checkpoint(run, 9)
+        for step in (10, 11, 12, 100):
+            _checkpoint(run, step)
+        (run.checkpoint_dir(10) / "model.bin").write_bytes(b"x" * 50)
+        (run.checkpoint_dir(11) / "model.bin").unlink()
+        (run.checkpoint_dir(12) / COMPLETE).write_text("{")
+        (run.checkpoint_dir(100) / COMPLETE).unlink()
+        with caplog.at_level(logging.WARNING):
+            assert run.latest_checkpoint() == good
+        reasons = " ".join(caplog.messages)
+        for words in (
+            "step_10 is skipped: model.bin has 50 bytes, 100 were written",
+            "step_11",
+            "damaged",
+            "no COMPLETE",
+        ):
+            assert words in reasons
+        assert json.loads((good / COMPLETE).read_text()) == {"model.bin": 100}
+
+
+def test_keep_last_counts_usable_checkpoints_only(tmp_path):
+    with RunDirectory(tmp_path) as run:
+        for step in (1, 2, 3, 10):
+            _checkpoint(run, step)
+        (run.checkpoint_dir(10) / COMPLETE).unlink()
+        run.keep_last(2)
+        assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_10", "step_2", "step_3"]
+        assert fault(run.checkpoint_dir(3)) is None
+        with pytest.raises(ValueError, match="at least 1"):
+            run.keep_last(0)
+
+
+HOLD = "from ee_megatron.observe.rundir import RunDirectory\nRunDirectory({path!r})\nready.touch()\ntime.sleep(60)\n"
+
+
+def test_a_run_held_by_a_living_process_is_refused_and_a_dead_ones_is_taken_over(tmp_path):
+    run, ready = tmp_path / "run", tmp_path / "ready"
+    prelude = f"import time\nfrom pathlib import Path\nready = Path({str(ready)!r})\n"
+    child = subprocess.Popen([sys.executable, "-c", prelude + HOLD.format(path=str(run))])
+    try:
+        _until(ready.exists)
+        with pytest.raises(RuntimeError, match=rf"written by process {child.pid} on .*; wait for it"):
+            RunDirectory(run)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait(10)
+    with RunDirectory(run) as taken:
+        assert json.loads((taken.path / ".lock").read_text())["pid"] == os.getpid()
+    assert (run / ".lock").read_text() == ""
+
+
+def test_a_reused_pid_and_a_half_written_lock_are_stale_but_another_host_is_not(tmp_path, monkeypatch):
+    lock = tmp_path / ".lock"
+    here = os.uname().nodename
+    lock.write_text(json.dumps({"host": here, "pid": os.getppid(), "start": "1", "token": "t"}))
+    RunDirectory(tmp_path).close()
+    lock.write_text('{"host": "x", "pi')
+    RunDirectory(tmp_path).close()
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "start": "1", "token": "t", "job": "77"}))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(RuntimeError, match="elsewhere"):
+        RunDirectory(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    RunDirectory(tmp_path).close()
+
+
+def test_the_packages_log_goes_to_the_runs_file_until_it_is_closed(tmp_path):
+    with RunDirectory(tmp_path) as run:
+        run.write_config("a: 1\n")
+        logging.getLogger("ee_megatron.training").info("kept %d", 1)
+    logging.getLogger("ee_megatron.training").info("not kept")
+    text = (tmp_path / "log.txt").read_text()
+    assert "INFO ee_megatron.training: kept 1" in text and "not kept" not in text
+    assert (tmp_path / "config.yaml").read_text() == "a: 1\n"

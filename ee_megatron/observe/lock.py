@@ -59,7 +59,8 @@ class RunLock:
             self._token = uuid.uuid4().hex
             pid = os.getpid()
             record = {"host": socket.gethostname(), "pid": pid, "start": process_start(pid), "token": self._token}
-            _write(descriptor, json.dumps({**record, "job": os.environ.get("SLURM_JOB_ID", "")}))
+            job, restart = _slurm()
+            _write(descriptor, json.dumps({**record, "job": job, "restart": restart}))
 
     def release(self) -> None:
         """Empties the file if this object still holds it. It is never unlinked: another process may have it open."""
@@ -72,9 +73,9 @@ class RunLock:
 
     @staticmethod
     def _alive(holder: dict) -> bool:
-        job = os.environ.get("SLURM_JOB_ID", "")
         if holder.get("host") != socket.gethostname():
-            return not (job and holder.get("job") == job)
+            job, restart = _slurm()
+            return not (job and holder.get("job") == job and holder.get("restart", 0) < restart)
         pid = int(holder.get("pid", -1))
         start = process_start(pid) if pid > 0 else None
         return start is not None and start == holder.get("start") and pid != os.getpid()
@@ -97,6 +98,11 @@ class RunLock:
             yield descriptor
         finally:
             os.close(descriptor)
+
+
+def _slurm() -> tuple[str, int]:
+    """This process's Slurm job ("" outside one) and how often that job has been requeued."""
+    return os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def _read(descriptor: int) -> dict | None:

@@ -170,7 +170,7 @@ def _start_wandb(run_dir: Path, mode: str, project: str, name: str, config: dict
 
 def _finish_wandb(run: Any) -> None:
     try:
-        run.finish(quiet=True)
+        run.finish()
     except Exception as error:
         logger.warning("wandb did not finish: %s", error)
 

@@ -34,8 +34,8 @@ def luminance(colour: str) -> float:
 
 
 def ink(colour: str) -> str:
-    """Near-black or white, whichever contrasts more with `colour`: at least 4.5 : 1."""
-    return "#0b0d12" if (luminance(colour) + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
+    """Black or white, whichever contrasts more with `colour`: at least 4.5 : 1."""
+    return "#000000" if (luminance(colour) + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
 
 
 def stylesheet(count: int) -> str:

@@ -23,6 +23,9 @@ COLUMNS = (
 # The loop's own figures first, housekeeping after them.
 LEADING = ("reward", "accuracy", "mean_depth", "total_depth", "length", "loss", "kl")
 
+# A prompt with worked examples is long; its end is the problem, the whole stands behind a fold.
+PROMPT_SHOWN = 320
+
 
 def write_report(stage_dirs: Mapping[str, Path], output: Path) -> Path:
     """Write the report of the stages' files to `output` (.html), its plots to plots/ beside it; returns `output`.
@@ -195,7 +198,7 @@ def _training(stage: Stage, folder: Path) -> dict[str, Any]:
 
 
 def _problems(results: Results) -> list[dict[str, Any]]:
-    """Answers grouped by prompt, in the order of the models, their tokens with colour class and tooltip."""
+    """Answers grouped by prompt, one column per model in the method's order, its exit rules one below the other."""
     order = {model: index for index, model in enumerate(results.models)}
     grouped: dict[str, list[dict[str, Any]]] = {}
     for answer in results.answers:
@@ -203,10 +206,20 @@ def _problems(results: Results) -> list[dict[str, Any]]:
     problems = []
     for prompt, answers in grouped.items():
         answers.sort(key=lambda a: order[str(a.get("model", ""))])
-        columns = [_answer(a, results, order) for a in answers]
-        problems.append({"prompt": prompt, "reference": answers[0].get("reference", ""), "answers": columns})
+        columns: dict[str, list[dict[str, Any]]] = {}
+        for a in answers:
+            columns.setdefault(str(a.get("model", "")), []).append(_answer(a, results, order))
+        heading = prompt if len(prompt) <= PROMPT_SHOWN else "… " + prompt[-PROMPT_SHOWN:].lstrip()
+        problems.append(
+            {
+                "heading": heading,
+                "prompt": prompt,
+                "reference": answers[0].get("reference", ""),
+                "columns": list(columns.values()),
+            }
+        )
     # Prompts that every model answered first: they are the comparison.
-    return sorted(problems, key=lambda p: -len({a["model"] for a in p["answers"]}))
+    return sorted(problems, key=lambda p: -len(p["columns"]))
 
 
 def _answer(answer: Mapping[str, Any], results: Results, order: dict[str, int]) -> dict[str, Any]:

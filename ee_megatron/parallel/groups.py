@@ -51,6 +51,8 @@ def initialise(degrees: Degrees, *, device: str = "cpu", timeout_s: float = 1800
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=deadline)
         else:
+            # DeepSpeed insists on this variable, also in a world of one.
+            os.environ.setdefault("LOCAL_RANK", "0")
             dist.init_process_group(backend, timeout=deadline, store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=degrees.tensor,

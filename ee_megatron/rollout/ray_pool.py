@@ -261,7 +261,7 @@ class RayPool:
         gpu = self._replica.device.startswith("cuda")
         environment = {
             "OMP_NUM_THREADS": str(max(1, self._replica.threads)),
-            # Actors share cores with the learner: threads that spin at barriers cost tenfold there, sleeping ones nothing.
+            # Actors share cores with the learner, where threads that spin at barriers cost tenfold.
             "OMP_WAIT_POLICY": "PASSIVE",
             "TOKENIZERS_PARALLELISM": "false",
         }

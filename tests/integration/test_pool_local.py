@@ -30,7 +30,7 @@ def test_the_local_pool_holds_versions_and_refuses_damaged_weights(tmp_path: Pat
     kl = pool.divergence_to_teacher(answers)
     # Early exits diverge; the first token comes from full depth, where untrained adapters change nothing.
     assert all(abs(entry[0]) < 1e-5 and (entry[1:] > 1e-4).all() for entry in kl)
-    with pytest.raises(ValueError, match="version 6.*send them again"):
+    with pytest.raises(ValueError, match=r"version 6.*send them again"):
         pool.load(WeightSet(6, good.tensors, digest="0" * 64))
     again = pool.generate(prompts, 2, SamplingParams(1.0, 8), ExitPolicy("fixed", 2), seed=0)[0]
     assert pool.health()["version"] == 5 and np.array_equal(again[0].tokens, answers[0].tokens)

@@ -1,16 +1,12 @@
 """The report in a real browser: it draws, it logs no error, it fetches nothing, its tooltips and keys work."""
 
 import io
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "unit")]
-from browser import EXECUTABLE, Browser
-from observe_samples import write_run
+from report_browser import EXECUTABLE, Browser
+from report_samples import write_run
 
 from ee_megatron.observe.report import write_report
 

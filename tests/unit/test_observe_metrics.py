@@ -83,7 +83,7 @@ def test_values_that_are_not_finite_stay_valid_json_and_are_warned_of_once(tmp_p
 
 
 def test_an_unknown_mode_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="tracker.wandb: 'of' is none of auto, offline, online, disabled"):
+    with pytest.raises(ValueError, match=r"tracker\.wandb: 'of' is none of auto, offline, online, disabled"):
         Metrics(tmp_path, "of")
 
 

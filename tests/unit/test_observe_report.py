@@ -2,14 +2,11 @@
 
 import json
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from observe_samples import RULES, write_run
+from report_samples import RULES, write_run
 
 from ee_megatron.observe import charts
 from ee_megatron.observe.palette import DARK, LIGHT, ink, luminance, scale
@@ -93,6 +90,20 @@ def test_the_same_prompt_stands_side_by_side_in_the_order_of_the_method(tmp_path
     assert len(page.of("article")) == 4
 
 
+def test_a_models_exit_rules_share_its_column(tmp_path):
+    stages = write_run(tmp_path / "run")
+
+    def second_rule(data):
+        data["answers"] += [{**a, "exits": "sampled"} for a in data["answers"] if a["model"] == "reinforced"]
+
+    _edit(stages, second_rule)
+    page = (write_report(stages, tmp_path / "report.html")).read_text()
+    first = page[page.index('<div class="answers">') : page.index("</article>")]
+    columns = [re.findall(r'<section aria-label="([^"]*)"', part) for part in re.split(r"<div>", first)[1:]]
+    assert columns == [["teacher, full depth"], ["calibrated, hazard &gt; 0.9"],
+                       ["reinforced, hazard &gt; 0.9", "reinforced, sampled"]]  # fmt: skip
+
+
 def test_an_answer_is_one_tab_stop(tmp_path):
     page = Page(write_report(write_run(tmp_path / "run"), tmp_path / "report.html"))
     stops = [a["tabindex"] for a in page.of("span", "t")]
@@ -164,6 +175,13 @@ def test_rows_without_optional_figures_and_answers_without_tokens_are_shown(tmp_
     assert "50.0 %" in text and "plain answer" in text and "results.json has no exit_histogram" in text
 
 
+def test_a_long_prompt_is_headed_by_its_end_and_kept_whole(tmp_path):
+    stages, long = write_run(tmp_path / "run"), "Example. " * 100 + "What is 3 x 8?"
+    _edit(stages, lambda data: [answer.update(prompt=long) for answer in data["answers"]])
+    page = Page(write_report(stages, tmp_path / "report.html"))
+    assert page.text.count("What is 3 x 8?") == 2 and page.text.count(long) == 1 and len(page.of("article")) == 1
+
+
 def test_no_stage_at_all_is_an_error_of_one_line(tmp_path):
     for stages in ({}, {"rl": tmp_path / "none"}):
         with pytest.raises(ValueError, match="nothing to report: expected at least one") as caught:
@@ -201,4 +219,4 @@ def test_the_depth_scale_is_ordered_by_lightness_and_its_text_is_legible(stops):
         assert levels == sorted(levels, reverse=stops is LIGHT) and len(set(levels)) == count
         for colour in scale(count, stops):
             high, low = sorted((luminance(colour), luminance(ink(colour))), reverse=True)
-            assert (high + 0.05) / (low + 0.05) >= 4.4
+            assert (high + 0.05) / (low + 0.05) >= 4.5

@@ -190,11 +190,15 @@ def test_a_reused_pid_and_a_half_written_lock_are_stale_but_another_host_is_not(
     RunDirectory(tmp_path).close()
     lock.write_text('{"host": "x", "pi')
     RunDirectory(tmp_path).close()
-    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "start": "1", "token": "t", "job": "77"}))
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "start": "1", "token": "t", "job": "77", "restart": 1}))
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(RuntimeError, match="elsewhere"):
         RunDirectory(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(RuntimeError, match="elsewhere"):
+        RunDirectory(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     RunDirectory(tmp_path).close()
 
 

@@ -1,5 +1,6 @@
 """A headless Chromium driven over the DevTools protocol on a pipe: no port, no further package."""
 
+import base64
 import json
 import os
 import select
@@ -87,12 +88,16 @@ class Browser:
         self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def screenshot(self, whole: bool = True) -> bytes:
-        import base64
-
         return base64.b64decode(self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"])
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait(10)
+        # Asked first: a killed browser leaves its helper processes behind.
+        self._session = None
+        try:
+            self.send("Browser.close")
+            self._process.wait(10)
+        except (OSError, RuntimeError, TimeoutError, subprocess.TimeoutExpired):
+            self._process.kill()
+            self._process.wait(10)
         os.close(self._in)
         os.close(self._out)

@@ -6,6 +6,7 @@ Shapes: M exits, L layers, [...] any leading axes. Depths count the layers that 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,9 @@ class ExitLayout:
                 f"set depths between 1 and {self.num_layers - 1}"
             )
         if list(self.depths) != sorted(set(self.depths)):
-            raise ValueError(f"exits.depths: {list(self.depths)} must increase strictly; set {sorted(set(self.depths))}")
+            raise ValueError(
+                f"exits.depths: {list(self.depths)} must increase strictly; set {sorted(set(self.depths))}"
+            )
 
     @property
     def outcomes(self) -> tuple[int, ...]:
@@ -65,24 +68,31 @@ class ExitLayout:
             sizes = tuple(int(s) for s in requested)
             if len(sizes) != pipeline or sum(sizes) != self.num_layers or min(sizes) < 1:
                 raise ValueError(
-                    f"parallel.stage_layers: {list(sizes)} must be {pipeline} positive numbers that sum to {self.num_layers}"
+                    f"parallel.stage_layers: {list(sizes)} must be {pipeline} positive numbers "
+                    f"that sum to {self.num_layers}"
                 )
             edges = [sum(sizes[: s + 1]) for s in range(pipeline - 1)]
             for edge in edges:
                 if edge not in self.depths:
                     near = min(self.depths, key=lambda d: abs(d - edge), default=None)
-                    hint = f"move the boundary to {near} or add {edge} to exits.depths" if near else f"add {edge} to exits.depths"
-                    raise ValueError(f"stage boundary after layer {edge} is not an exit depth {list(self.depths)}; {hint}")
+                    hint = (
+                        f"move the boundary to {near} or add {edge} to exits.depths"
+                        if near
+                        else f"add {edge} to exits.depths"
+                    )
+                    raise ValueError(
+                        f"stage boundary after layer {edge} is not an exit depth {list(self.depths)}; {hint}"
+                    )
             return sizes
         if len(self.depths) < pipeline - 1:
             raise ValueError(
-                f"parallel.pipeline={pipeline} needs {pipeline - 1} stage boundaries at exits, but exits.depths has only "
-                f"{len(self.depths)}: {list(self.depths)}; add depths near "
+                f"parallel.pipeline={pipeline} needs {pipeline - 1} stage boundaries at exits, but exits.depths has "
+                f"only {len(self.depths)}: {list(self.depths)}; add depths near "
                 f"{[round(self.num_layers * s / pipeline) for s in range(1, pipeline)]}"
             )
         edges = _nearest_increasing(self.depths, [self.num_layers * s / pipeline for s in range(1, pipeline)])
         bounds = [0, *edges, self.num_layers]
-        return tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+        return tuple(b - a for a, b in itertools.pairwise(bounds))
 
 
 def _nearest_increasing(choices: Sequence[int], targets: Sequence[float]) -> list[int]:

@@ -1,4 +1,4 @@
-"""The policy's own tensors (LoRA adapters and gates): what they are called, how they start, how a version is identified.
+"""The policy's own tensors (LoRA adapters and gates): their names, their start values, the identity of a version.
 
 The base stays frozen, so these tensors are all that travels from the learner to the rollout pool and all that a
 checkpoint has to hold. Names are layout-free: every body of the model maps them onto its own modules.
@@ -130,7 +130,9 @@ class WeightSet:
 
 def save_policy(directory: Path, spec: PolicySpec, tensors: dict[str, Tensor]) -> None:
     """Write policy.safetensors and policy.json into an existing directory (the caller makes it appear whole)."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, directory / "policy.safetensors")
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, directory / "policy.safetensors"
+    )
     (directory / "policy.json").write_text(json.dumps({**spec.to_json(), "sha256": digest(tensors)}, indent=1))
 
 
@@ -143,5 +145,7 @@ def load_policy(directory: str | Path) -> tuple[PolicySpec, dict[str, Tensor]]:
     expected = data.pop("sha256")
     tensors = load_file(directory / "policy.safetensors")
     if digest(tensors) != expected:
-        raise ValueError(f"{directory}/policy.safetensors: contents do not match the digest in policy.json; the file is damaged")
+        raise ValueError(
+            f"{directory}/policy.safetensors: contents do not match the digest in policy.json; the file is damaged"
+        )
     return PolicySpec.from_json(data), tensors

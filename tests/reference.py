@@ -78,6 +78,4 @@ class Reference:
 def random_policy(dims, spec: PolicySpec, seed: int = 0, size: float = 0.15) -> dict[str, Tensor]:
     """Adapters and gates that matter: nothing is zero, and hazards lie around a half."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: size * torch.randn(shape, generator=generator) for name, shape in spec.tensor_shapes(dims).items()
-    }
+    return {name: size * torch.randn(shape, generator=generator) for name, shape in spec.tensor_shapes(dims).items()}

@@ -1,8 +1,8 @@
 """Which Hugging Face tensors make up which Megatron parameter, and each tensor-parallel rank's share of it.
 
-    linear_qkv   q, k, v interleaved by key-value group: [q of the group's heads, k, v]; ranks own whole groups
-    linear_fc1   gate and up, each cut along its rows first, then joined
-    linear_proj, linear_fc2   cut along columns;   embedding, head   cut along rows, vocabulary padded with zeros
+linear_qkv   q, k, v interleaved by key-value group: [q of the group's heads, k, v]; ranks own whole groups
+linear_fc1   gate and up, each cut along its rows first, then joined
+linear_proj, linear_fc2   cut along columns;   embedding, head   cut along rows, vocabulary padded with zeros
 """
 
 from __future__ import annotations
@@ -176,14 +176,19 @@ def load_policy_tensors(model: EarlyExitGPT, tensors: dict[str, Tensor]) -> None
         dim = getattr(parameter, "partition_dim", -1)
         local = tensors[name] if dim < 0 else tensors[name].chunk(ranks, dim)[rank]
         if local.shape != parameter.shape:
-            raise ValueError(f"{name}: shape {tuple(local.shape)} in the checkpoint, {tuple(parameter.shape)} in the run")
+            raise ValueError(
+                f"{name}: shape {tuple(local.shape)} in the checkpoint, {tuple(parameter.shape)} in the run"
+            )
         parameter.copy_(local)
 
 
 @torch.no_grad()
 def gather_policy_tensors(model: EarlyExitGPT) -> dict[str, Tensor]:
     """The whole policy on every rank, fp32 on the CPU: shards joined over tensor ranks, stages over pipeline ranks."""
-    tp_group, pp_group = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
+    tp_group, pp_group = (
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_pipeline_model_parallel_group(),
+    )
     mine: dict[str, Tensor] = {}
     for name, parameter in policy_parameters(model).items():
         dim, value = getattr(parameter, "partition_dim", -1), parameter.detach()

@@ -1,7 +1,7 @@
 """Every setting of every run. One dataclass per group; the doc of a field stands under it.
 
-Sections that change results are part of a stage's identity (config/identity.py); `parallel`, `tracker`, `cluster` and the
-execution fields of `rollout` are not: they change how a result is computed, not what it is.
+Sections that change results are part of a stage's identity (config/identity.py); `parallel`, `tracker`, `cluster` and
+the execution fields of `rollout` are not: they change how a result is computed, not what it is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class ModelConfig:
     path: str = "???"
     """Hugging Face model directory (config.json, safetensors, tokenizer)."""
     dtype: str = "auto"
-    """float32, bfloat16 or auto: bfloat16 on a GPU, float32 on a CPU."""
+    """float32, bfloat16 or auto: bfloat16 on a GPU and on a CPU with AMX, float32 on other CPUs."""
 
 
 @dataclass

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -35,7 +36,9 @@ class ModelDims:
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
-            raise ValueError(f"num_attention_heads={self.heads} is not a multiple of num_key_value_heads={self.kv_heads}")
+            raise ValueError(
+                f"num_attention_heads={self.heads} is not a multiple of num_key_value_heads={self.kv_heads}"
+            )
 
     @property
     def q_size(self) -> int:
@@ -113,7 +116,7 @@ def inverse_frequencies(dims: ModelDims) -> torch.Tensor:
     return inv
 
 
-def read_common(config: dict, family: str, **overrides) -> ModelDims:
+def read_common(config: dict, family: str, **overrides: Any) -> ModelDims:
     """The fields that all families name alike, from a config.json in the transformers 4 or 5 form.
 
     Raises ValueError, naming the field, for what would change the mathematics and is not implemented.
@@ -121,7 +124,7 @@ def read_common(config: dict, family: str, **overrides) -> ModelDims:
     refuse_common(config, family)
     hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     rope = rope_parameters(config, family)
-    values = dict(
+    values: dict[str, Any] = dict(
         family=family,
         num_layers=int(config["num_hidden_layers"]),
         hidden=hidden,
@@ -149,7 +152,9 @@ def rope_parameters(config: dict, family: str) -> dict:
         raise ValueError(
             f"{family}: rope_type={rope['rope_type']!r} is not supported; supported: default, linear, llama3"
         )
-    needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}.get(rope["rope_type"], [])
+    needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}.get(
+        rope["rope_type"], []
+    )
     if rope["rope_type"] == "llama3":
         rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
     missing = [key for key in needed if key not in rope]
@@ -159,7 +164,7 @@ def rope_parameters(config: dict, family: str) -> dict:
 
 
 # Fields that, when present with another value than these, change the mathematics of the forward pass.
-_NEUTRAL = {
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_dropout": (0, 0.0, None),
     "num_experts": (0, None),

@@ -24,7 +24,8 @@ class HFDirectory:
         config = self.path / "config.json"
         if not config.is_file():
             raise FileNotFoundError(
-                f"{self.path}: no config.json there; expected a Hugging Face model directory (config.json + *.safetensors)"
+                f"{self.path}: no config.json there; expected a Hugging Face model directory "
+                "(config.json + *.safetensors)"
             )
         try:
             self.config: dict = json.loads(config.read_text())
@@ -66,8 +67,11 @@ class HFDirectory:
             files = dict.fromkeys(_header(shard), shard)
         # A tied head may be stored all the same, and an early-exit export carries its gates beside the base.
         skip = ("rotary_emb.inv_freq",)
-        return {n: f for n, f in files.items() if not n.endswith(skip) and not n.startswith("gates.")
-                and not (self.dims.tied and n == "lm_head.weight")}
+        return {
+            n: f
+            for n, f in files.items()
+            if not n.endswith(skip) and not n.startswith("gates.") and not (self.dims.tied and n == "lm_head.weight")
+        }
 
     def _check(self) -> None:
         expected = self.dims.tensor_shapes()
@@ -75,11 +79,16 @@ class HFDirectory:
         if missing or extra:
             found = f"missing {missing[:3]}" if missing else f"unexpected {extra[:3]}"
             count = len(missing) or len(extra)
-            raise ValueError(f"{self.path}: {found} ({count} in all) for model_type {self.dims.family!r}; config.json and weights disagree")
+            raise ValueError(
+                f"{self.path}: {found} ({count} in all) for model_type {self.dims.family!r}; "
+                "config.json and weights disagree"
+            )
         for shard in sorted(set(self._shards.values())):
             for name, entry in _header(shard).items():
                 if name in expected and tuple(entry["shape"]) != expected[name]:
-                    raise ValueError(f"{shard}: {name} has shape {entry['shape']}, config.json implies {list(expected[name])}")
+                    raise ValueError(
+                        f"{shard}: {name} has shape {entry['shape']}, config.json implies {list(expected[name])}"
+                    )
 
 
 def _header(shard: Path) -> dict[str, dict]:

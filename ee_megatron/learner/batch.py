@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,19 +40,22 @@ class ReplayBatch:
         return self.tokens.size(0)
 
     def select(self, index: slice | Tensor) -> ReplayBatch:
-        return replace(self, **{f.name: _take(getattr(self, f.name), index) for f in fields(self)})
+        part: dict[str, Any] = {f.name: _take(getattr(self, f.name), index) for f in fields(self)}
+        return replace(self, **part)
 
     def pad_rows(self, rows: int) -> ReplayBatch:
         """Extended by empty sequences (weight 0, no exits) to `rows`."""
         extra = rows - self.rows
         if not extra:
             return self
-        full = {f.name: _extend(getattr(self, f.name), extra) for f in fields(self)}
+        full: dict[str, Any] = {f.name: _extend(getattr(self, f.name), extra) for f in fields(self)}
         full["depths"][self.rows :] = int(self.depths.max())
         return replace(self, **full)
 
     def to(self, device: torch.device) -> ReplayBatch:
-        moved = {f.name: v.to(device) if (v := getattr(self, f.name)) is not None else None for f in fields(self)}
+        moved: dict[str, Any] = {
+            f.name: v.to(device) if (v := getattr(self, f.name)) is not None else None for f in fields(self)
+        }
         return replace(self, **moved)
 
     def control(self) -> Tensor:
@@ -100,7 +104,9 @@ def pack(
         if exit_depths is not None:
             depths[row, start : start + length] = torch.as_tensor(np.asarray(exit_depths[row], dtype=np.int32))
             if length and int(depths[row, start]) != num_layers:
-                raise ValueError("the first generated token comes from the prompt, which never exits: its depth must be L")
+                raise ValueError(
+                    "the first generated token comes from the prompt, which never exits: its depth must be L"
+                )
     asked = counts.clone()
     asked[:, 1:] &= counts[:, :-1]
     asked[:, 0] = False
@@ -111,7 +117,11 @@ def pack(
 def spread(batch: ReplayBatch, values: Sequence[np.ndarray], into: Tensor | None = None) -> Tensor:
     """Per-sequence arrays [T, ...] placed at the positions that predict their tokens -> [B, S, ...], 0 elsewhere."""
     first = np.asarray(values[0])
-    out = into if into is not None else torch.zeros(*batch.tokens.shape, *first.shape[1:], dtype=torch.as_tensor(first[:0]).dtype)
+    out = (
+        into
+        if into is not None
+        else torch.zeros(*batch.tokens.shape, *first.shape[1:], dtype=torch.as_tensor(first[:0]).dtype)
+    )
     for row, value in enumerate(values):
         out[row][batch.counts[row]] = torch.as_tensor(np.asarray(value)).to(out.dtype)
     return out

@@ -83,7 +83,8 @@ def sum_replicated_gradients(parameters: Iterable[nn.Parameter]) -> None:
     if dist.get_world_size(group) == 1:
         return
     partial = [
-        p for p in parameters
+        p
+        for p in parameters
         if p.requires_grad and (getattr(p, "sequence_parallel", False) or getattr(p, "sum_over_tensor_ranks", False))
     ]
     if not partial:

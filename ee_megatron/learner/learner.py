@@ -145,7 +145,9 @@ class Learner:
         padded = batch.pad_rows(rows)
         share = rows // ranks
         local = padded.select(slice(rank * share, (rank + 1) * share)).to(self.device)
-        micro_batches = [local.select(slice(i, i + self.micro_batch_size)) for i in range(0, share, self.micro_batch_size)]
+        micro_batches = [
+            local.select(slice(i, i + self.micro_batch_size)) for i in range(0, share, self.micro_batch_size)
+        ]
         passes = _Pass(self, exits=exits, objective=objective, scale=float(ranks))
         with self.model.recording_gates() if exits else contextlib.nullcontext():
             run_schedule(
@@ -229,4 +231,3 @@ class _Pass:
             whole[batch.counts] = value.detach()
             store.append(whole)
         return loss
-

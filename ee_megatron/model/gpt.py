@@ -158,5 +158,3 @@ def build_stage(config: EarlyExitConfig, vp_stage: int | None = None) -> EarlyEx
         model.embedding.register_forward_hook(_ask_for_gradient)
     model.rotary_pos_emb.inv_freq = inverse_frequencies(dims).to(model.rotary_pos_emb.inv_freq.device)
     return model
-
-

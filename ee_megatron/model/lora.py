@@ -10,6 +10,8 @@ sequence parallelism; their `sequence_parallel` attribute asks for the sum over 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -59,7 +61,7 @@ class _ColumnWithLoRA(ColumnParallelLinear):
         kwargs["bias"] = self.has_bias(config)
         super().__init__(input_size, output_size, config=config, **kwargs)
         self.part_sizes = self.sizes(config)
-        self.adapters = nn.ModuleDict()
+        self.adapters: Any = nn.ModuleDict()
         for part in _targets(config, self.PREFIX, self.PARTS):
             pair = LoRAPair(config, input_size, self.part_sizes[self.PARTS.index(part)])
             pair.lora_A.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
@@ -147,7 +149,7 @@ class _RowWithLoRA(RowParallelLinear):
         assert config.dims is not None
         kwargs["bias"] = config.dims.has_bias(f"{self.PREFIX}.{self.PART}")
         super().__init__(input_size, output_size, config=config, **kwargs)
-        self.adapters = nn.ModuleDict()
+        self.adapters: Any = nn.ModuleDict()
         for part in _targets(config, self.PREFIX, (self.PART,)):
             pair = LoRAPair(config, self.input_size_per_partition, output_size)
             pair.lora_A.partition_dim = 1  # type: ignore[attr-defined]

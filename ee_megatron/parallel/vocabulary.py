@@ -30,8 +30,9 @@ class Head:
     logits: the distribution is the one that was sampled from.
     """
 
-    def __init__(self, weight: Tensor, vocab: int, replicated_input: bool = True, chunk: int = CHUNK,
-                 temperature: float = 1.0):
+    def __init__(
+        self, weight: Tensor, vocab: int, replicated_input: bool = True, chunk: int = CHUNK, temperature: float = 1.0
+    ):
         self.weight, self.vocab, self.chunk, self.temperature = weight, vocab, chunk, temperature
         self.group = parallel_state.get_tensor_model_parallel_group()
         self.ranks = dist.get_world_size(self.group)

@@ -1,10 +1,10 @@
 """Stage 1, second half: calibration by self-distillation.
 
-    for each update:
-        traces <- teacher's answers with the divergence of every exit
-        target hazards s* = 1 - tanh(c d / 2); exits <- drawn by stick-breaking
-        loss = mean KL(student at these exits, teacher)  +  mean -log q(exits)
-        update adapters and gates
+for each update:
+    traces <- teacher's answers with the divergence of every exit
+    target hazards s* = 1 - tanh(c d / 2); exits <- drawn by stick-breaking
+    loss = mean KL(student at these exits, teacher)  +  mean -log q(exits)
+    update adapters and gates
 """
 
 from __future__ import annotations

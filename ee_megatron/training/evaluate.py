@@ -45,7 +45,7 @@ class Evaluation:
         self.test: list[Prompt] = self.task.prompts(cfg.evaluate.split)  # type: ignore[arg-type]
         self.validation: list[Prompt] = self.task.prompts("validation")
         tokenizer = AutoTokenizer.from_pretrained(str(session.model_path), local_files_only=True)
-        self.decode = lambda token: tokenizer.decode([token])
+        self.decode = lambda token: str(tokenizer.decode([token]))
         self.rows: list[Row] = []
         self.answers: list[Answer] = []
         self.meta: dict[str, object] = {}
@@ -102,8 +102,8 @@ def evaluate(cfg: RunConfig, model_path: Path) -> None:
         work.meta |= {
             "num_layers": spec.num_layers,
             "exit_depths": list(spec.exit_depths),
-            "split": f"{cfg.evaluate.split}, {len(work.test)} problems, none of their operand pairs in training",
-            "threshold choice": f"validation split, {len(work.validation)} problems, tolerance {cfg.evaluate.tolerance}",
+            "split": f"{cfg.evaluate.split}, {len(work.test)} problems, held out",
+            "threshold choice": f"on {len(work.validation)} validation problems, tolerance {cfg.evaluate.tolerance}",
             "decoding": "greedy tokens",
             "date": time.strftime("%Y-%m-%d"),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {session.device_type}",

@@ -60,7 +60,9 @@ def stream_answer(cfg: RunConfig, prompt: str, exits: str, temperature: float, m
         shade = SHADES[min(len(SHADES) - 1, int(token.depth / layers * len(SHADES)))]
         console.print(Text(token.text, style=shade), end="")
     console.print()
-    legend = Text(f"{name} model, {len(depths)} tokens, mean depth {sum(depths) / max(1, len(depths)):.1f} of {layers} layers: ")
+    legend = Text(
+        f"{name} model, {len(depths)} tokens, mean depth {sum(depths) / max(1, len(depths)):.1f} of {layers} layers: "
+    )
     for i, shade in enumerate(SHADES):
         legend.append(f"≤{round(layers * (i + 1) / len(SHADES))} ", style=shade)
     console.print(legend)

@@ -67,6 +67,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
+    # A spinning OpenMP thread takes the core that another rank or actor needs; passive waiting costs nothing alone.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def adopt_slurm_rank() -> None:
@@ -97,7 +99,12 @@ def _torchrun(stage: str, overrides: list[str], world: int) -> None:
         "--master-addr=127.0.0.1", f"--master-port={_free_port()}", "-m", "ee_megatron.cli", stage, *overrides,
     ]  # fmt: skip
     # Ranks share the cores; more than one thread each would cost more than it brings.
-    environment = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_ERROR_FILE": os.devnull, **os.environ}
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TORCHELASTIC_ERROR_FILE": os.devnull,
+        **os.environ,
+    }
     code = subprocess.run(command, env=environment, check=False).returncode
     if code:
         raise SystemExit(code)
@@ -144,7 +151,9 @@ def report(cfg: RunConfig) -> Path:
 
     found = {stage: stage_dir(cfg, stage) for stage in stages.order(cfg) if stage_dir(cfg, stage).is_dir()}
     if not found:
-        raise ValueError(f"{Path(cfg.runs) / cfg.name}: no stage has run with these settings; start with `ee-megatron run`")
+        raise ValueError(
+            f"{Path(cfg.runs) / cfg.name}: no stage has run with these settings; start with `ee-megatron run`"
+        )
     return write_report(found, Path(cfg.runs) / cfg.name / "report.html")
 
 

@@ -1,17 +1,18 @@
 """Stage 2: reinforcement learning.
 
-    for each step:
-        rollouts <- K free answers per prompt under the current weights     (pool; tokens, exits and both log-probabilities)
-        r_task   <- verifier
-        R = r_task - beta * mean(log pi - log pi_ref) - lambda * mean(depth / L)
-        A <- leave-one-out within the prompt's group
-        loss = - ratio * A * ( mean log pi(token) + mean log q(exit) )       (learner, under the SAME exits)
-        update adapters and gates; send them to the pool
+for each step:
+    rollouts <- K free answers per prompt under the current weights     (pool; tokens, exits and both log-probabilities)
+    r_task   <- verifier
+    R = r_task - beta * mean(log pi - log pi_ref) - lambda * mean(depth / L)
+    A <- leave-one-out within the prompt's group
+    loss = - ratio * A * ( mean log pi(token) + mean log q(exit) )       (learner, under the SAME exits)
+    update adapters and gates; send them to the pool
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,9 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
         done, checkpoint = session.latest()
         spec, policy = load_policy(checkpoint or start)
         if spec != session.spec:
-            raise ValueError(f"{start}: made with {spec}, the configuration says {session.spec}; give the same exits and adapter")
+            raise ValueError(
+                f"{start}: made with {spec}, the configuration says {session.spec}; give the same exits and adapter"
+            )
         learner = session.make_learner(policy, temperature=rl.temperature)
         if checkpoint:
             learner.load(checkpoint)
@@ -47,7 +50,7 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
         for step in range(done, rl.steps):
             clock = [time.monotonic()]
             weights = WeightSet(step + 1, learner.export_policy())
-            groups = session.from_leader(lambda w=weights, s=step: actor.act(w, s, bar.detail))  # type: ignore[union-attr]
+            groups = session.from_leader(actor.act if actor else None, weights, step, bar.detail)
             clock.append(time.monotonic())
             batch = replay(groups, spec.num_layers)
             now, reference = learner.score(batch), learner.score(batch, reference=True)
@@ -75,7 +78,7 @@ class Actor:
         self.prompts = task.prompts("train")
         self.pool: RolloutPool = session.make_pool(session.spec)
 
-    def act(self, weights: WeightSet, step: int, detail) -> list[Group]:
+    def act(self, weights: WeightSet, step: int, detail: Callable[[str, int, int], None]) -> list[Group]:
         """Roll out step `step`'s prompts under `weights`. The prompts depend on seed and step alone, so that a resumed
         run goes on where it was: no prompt twice, none lost, until all have been used."""
         rl, r = self.cfg.rl, self.cfg.rollout
@@ -92,7 +95,9 @@ class Actor:
         stale = {a.weight_version for group in answers for a in group} - {weights.version}
         if stale:
             raise RuntimeError(f"rollouts under weight versions {sorted(stale)}, expected {weights.version}")
-        verdicts = iter(self.verifier.verify_many([(p, a.text) for p, g in zip(prompts, answers, strict=True) for a in g]))
+        verdicts = iter(
+            self.verifier.verify_many([(p, a.text) for p, g in zip(prompts, answers, strict=True) for a in g])
+        )
         groups = []
         for prompt, group in zip(prompts, answers, strict=True):
             found = [next(verdicts) for _ in group]
@@ -101,7 +106,10 @@ class Actor:
         return groups
 
     def health(self) -> dict[str, float]:
-        return {"verifier_timeouts": float(self.verifier.timeouts), "actor_restarts": float(self.pool.health()["restarts"])}
+        return {
+            "verifier_timeouts": float(self.verifier.timeouts),
+            "actor_restarts": float(self.pool.health()["restarts"]),
+        }
 
 
 def step_prompts(prompts: list[Prompt], step: int, rl: RLConfig) -> list[Prompt]:
@@ -167,5 +175,3 @@ def _timing(clock: list[float], batch: ReplayBatch) -> dict[str, float]:
         "seconds_update": float(update),
         "tokens_per_s": float(batch.counts.sum()) / float(clock[-1] - clock[0]),
     }
-
-

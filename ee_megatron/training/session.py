@@ -1,6 +1,6 @@
 """One stage of one run, on every rank: where things are, who writes, what is shared.
 
-Rank 0 leads: it alone talks to the rollout pool, writes files and shows progress; the other ranks receive what it found.
+Rank 0 leads: it alone talks to the rollout pool, writes files and shows progress; the others receive what it found.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from transformers import AutoTokenizer
 
 from ..config.identity import stage_dir, to_yaml
 from ..config.schema import RunConfig
@@ -27,7 +28,7 @@ from ..parallel import groups
 from ..parallel.groups import Degrees
 from ..policy import PolicySpec, save_policy
 from ..rollout.pool import RolloutPool, make_pool
-from ..tasks import Task, VerifierPool, make_task
+from ..tasks import ChatTemplate, Task, VerifierPool, make_task
 from .stages import DONE
 
 logger = logging.getLogger(__name__)
@@ -42,8 +43,10 @@ def pick_device(cfg: RunConfig) -> str:
 
 
 def pick_dtype(cfg: RunConfig, device: str) -> torch.dtype:
+    """model.dtype; auto is bfloat16 where matrix units make it fast (a GPU, a CPU with AMX), else float32."""
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    return names.get(cfg.model.dtype, torch.bfloat16 if device == "cuda" else torch.float32)
+    fast = device == "cuda" or torch.cpu._is_amx_tile_supported()
+    return names.get(cfg.model.dtype, torch.bfloat16 if fast else torch.float32)
 
 
 class Session:
@@ -82,7 +85,10 @@ class Session:
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def make_learner(self, policy: dict[str, torch.Tensor], **options: Any) -> Learner:
-        p, sizes = self.cfg.parallel, self.spec.layout.stage_sizes(self.cfg.parallel.pipeline, self.cfg.parallel.stage_layers)
+        p, sizes = (
+            self.cfg.parallel,
+            self.spec.layout.stage_sizes(self.cfg.parallel.pipeline, self.cfg.parallel.stage_layers),
+        )
         return Learner(
             self.source,
             self.spec,
@@ -131,7 +137,15 @@ class Session:
             t = self.cfg.tracker
             config = {"stage": self.stage, "yaml": to_yaml(self.cfg)}
             self.metrics = self.stack.enter_context(
-                Metrics(self.path, t.wandb, t.project, f"{self.cfg.name}-{self.path.name}", config, t.tensorboard, resume_step)
+                Metrics(
+                    self.path,
+                    t.wandb,
+                    t.project,
+                    f"{self.cfg.name}-{self.path.name}",
+                    config,
+                    t.tensorboard,
+                    resume_step,
+                )
             )
 
     def progress(self, total: int, done: int = 0) -> Progress:
@@ -143,9 +157,9 @@ class Session:
 
     # -- together -----------------------------------------------------------------------------------------------------
 
-    def from_leader(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, on every rank. Plain records and arrays only."""
-        box: list[Any] = [make() if self.leads else None]
+    def from_leader(self, make: Callable[..., T] | None, *arguments: Any) -> T:
+        """What rank 0 makes of the arguments, on every rank; the others' are not looked at. Plain records only."""
+        box: list[Any] = [make(*arguments) if self.leads and make else None]
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.broadcast_object_list(box, src=0)
         return box[0]
@@ -181,15 +195,7 @@ class Session:
 
 def task_of(cfg: RunConfig, model_path: Path) -> Task:
     """The task of a configuration; the chat template, where one is asked for, is the model's."""
-    t, chat = cfg.task, None
-    if cfg.rollout.prompt_template == "chat":
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(str(model_path), local_files_only=True)
-
-        def chat(messages: list[dict[str, str]]) -> str:
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
+    t = cfg.task
     return make_task(
         t.name,
         families=t.families,
@@ -200,5 +206,11 @@ def task_of(cfg: RunConfig, model_path: Path) -> Task:
         validation=t.validation,
         evaluation=t.evaluation,
         seed=t.seed,
-        **({"chat": chat} if chat else {}),
+        chat=chat_template(model_path) if cfg.rollout.prompt_template == "chat" else None,
     )
+
+
+def chat_template(model_path: Path) -> ChatTemplate:
+    """Messages -> the text that the model at `model_path` was trained to answer."""
+    tokenizer = AutoTokenizer.from_pretrained(str(model_path), local_files_only=True)
+    return lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

@@ -44,7 +44,9 @@ def calibrated(cfg: RunConfig) -> Path:
         given = Path(cfg.start)
         found = given if (given / "policy.json").is_file() else latest_checkpoint(given)
         if found is None:
-            raise FileNotFoundError(f"start={cfg.start}: no policy checkpoint there; give a stage or checkpoint directory")
+            raise FileNotFoundError(
+                f"start={cfg.start}: no policy checkpoint there; give a stage or checkpoint directory"
+            )
         return found
     return _finished(cfg, "calibrate")
 

@@ -1,9 +1,9 @@
 """Stage 0: make a teacher that reasons in the task's format, by rejection sampling and a short fine-tuning.
 
-    answers <- K samples per problem with worked examples in the prompt        (rollout pool, full depth)
-    keep one right answer per problem                                          (verifier)
-    maximise log p(answer | problem without examples)                          (learner, adapters, full depth)
-    merge the adapters -> the model that everything below calls the base
+answers <- K samples per problem with worked examples in the prompt        (rollout pool, full depth)
+keep one right answer per problem                                          (verifier)
+maximise log p(answer | problem without examples)                          (learner, adapters, full depth)
+merge the adapters -> the model that everything below calls the base
 """
 
 from __future__ import annotations

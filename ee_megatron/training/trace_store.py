@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -34,14 +35,16 @@ def save_traces(directory: Path, traces: Sequence[Trace]) -> None:
 def load_traces(directory: Path) -> list[Trace]:
     """Read what `save_traces` wrote. Raises FileNotFoundError with the command that makes them."""
     if not (directory / "traces.safetensors").is_file():
-        raise FileNotFoundError(f"{directory}: no traces there; make them with `ee-megatron traces` and the same settings")
+        raise FileNotFoundError(
+            f"{directory}: no traces there; make them with `ee-megatron traces` and the same settings"
+        )
     arrays = load_file(directory / "traces.safetensors")
     lines = [json.loads(line) for line in (directory / "traces.jsonl").read_text().splitlines()]
     prompt_ends = np.cumsum(arrays["lengths"][:, 0])
     token_ends = np.cumsum(arrays["lengths"][:, 1])
     traces, prompt_start, start = [], 0, 0
     for line, prompt_end, end in zip(lines, prompt_ends, token_ends, strict=True):
-        piece = {name: arrays[name][start:end] for name in _PER_TOKEN}
+        piece: dict[str, Any] = {name: arrays[name][start:end] for name in _PER_TOKEN}
         prompt = arrays["prompt_tokens"][prompt_start:prompt_end]
         traces.append(
             Trace(prompt_id=line["id"], prompt_tokens=prompt, correct=line["correct"], text=line["text"], **piece)

@@ -1,4 +1,4 @@
-"""Stage 1, first half: the teacher answers prompts at full depth; each position keeps what every exit would have cost."""
+"""Stage 1, first half: the teacher answers at full depth; each position keeps what every exit would have cost."""
 
 from __future__ import annotations
 
@@ -29,9 +29,7 @@ def make_traces(cfg: RunConfig, model_path: Path) -> None:
         )
         flat = [(p, a) for p, group in zip(prompts, answers, strict=True) for a in group]
         verdicts = verifier.verify_many([(p, a.text) for p, a in flat])
-        kept = [
-            (a, v.correct) for (_, a), v in zip(flat, verdicts, strict=True) if v.correct or not t.only_correct
-        ]
+        kept = [(a, v.correct) for (_, a), v in zip(flat, verdicts, strict=True) if v.correct or not t.only_correct]
         half = len(flat)
         traces = pool.trace([a for a, _ in kept], t.top_k, lambda done, total: bar.advance(half + done - bar.done))
         for trace, (answer, correct) in zip(traces, kept, strict=True):

@@ -29,7 +29,7 @@ def score(batch: ReplayBatch, reference: bool = False):
 
 
 def step(batch: ReplayBatch, times: int = 1, objective: str = "likelihood"):
-    """`times` updates on the same batch -> (scores seen in the first, gradient norm of the first, policy after the last)."""
+    """`times` updates on one batch -> (scores and gradient norm of the first, policy after the last)."""
     learner, first = _kept["learner"], None
     for _ in range(times):
         seen = learner.step(batch, adapter_lr=1e-3, gate_lr=3e-3, objective=objective)

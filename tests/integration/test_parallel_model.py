@@ -90,8 +90,10 @@ def test_scores_and_updates_equal_the_reference(family, degrees, stages, options
     for _, _, after in steps:
         assert after.keys() == policy.keys()
         for name, value in policy.items():
-            # AdamW's first steps are lr * sign(gradient) where a gradient is tiny, hence an absolute bound of 10% of lr.
-            torch.testing.assert_close(after[name], value.detach(), rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+            # AdamW's first steps are lr * sign(gradient) where a gradient is tiny: an absolute bound of 10% of lr.
+            torch.testing.assert_close(
+                after[name], value.detach(), rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def test_gradients_of_distillation_equal_the_reference(tmp_path):

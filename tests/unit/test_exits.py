@@ -1,0 +1,82 @@
+"""Exit formulas against plain probabilities, and stage layouts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ee_megatron.exits import (
+    ExitLayout,
+    exit_distribution,
+    gate_log_term,
+    log_exit_distribution,
+    sample_exits,
+    target_hazards,
+)
+
+LAYOUT = ExitLayout(12, (2, 5, 9))
+logits = st.lists(st.floats(-30, 30), min_size=3, max_size=3).map(torch.tensor)
+
+
+@given(logits)
+@settings(deadline=None)
+def test_log_distribution_is_stick_breaking(z):
+    s = torch.sigmoid(z.double())
+    expected = torch.stack([s[0], (1 - s[0]) * s[1], (1 - s[0]) * (1 - s[1]) * s[2], (1 - s).prod()])
+    q = log_exit_distribution(z.double()).exp()
+    torch.testing.assert_close(q, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(q.sum(), torch.tensor(1.0, dtype=torch.double))
+
+
+@given(logits, st.sampled_from(LAYOUT.outcomes))
+@settings(deadline=None)
+def test_terms_of_the_gates_add_up_to_the_log_probability(z, depth):
+    """What pipeline stages compute apart is what one process computes whole."""
+    depths = torch.tensor(depth)
+    total = sum(gate_log_term(z[i], depths, e) for i, e in enumerate(LAYOUT.depths))
+    torch.testing.assert_close(total, log_exit_distribution(z)[LAYOUT.index_of(depths)])
+
+
+def test_certain_gates_stay_finite():
+    log_q = log_exit_distribution(torch.tensor([100.0, -100.0, 100.0]))
+    assert torch.isfinite(log_q).all()
+
+
+def test_targets_at_their_ends():
+    s = target_hazards(torch.tensor([0.0, 50.0, -1e-6]), kl_factor=1.0)
+    torch.testing.assert_close(s, torch.tensor([1.0, 0.0, 1.0]))
+    d = torch.tensor([0.3])
+    torch.testing.assert_close(target_hazards(d, 2.0), 2 * (1 - torch.sigmoid(2 * d)))
+
+
+def test_samples_follow_the_distribution():
+    hazards = torch.tensor([0.3, 0.5, 0.2])
+    drawn = sample_exits(hazards.expand(40_000, 3), torch.Generator().manual_seed(0))
+    shares = torch.bincount(drawn, minlength=4) / 40_000
+    torch.testing.assert_close(shares, exit_distribution(hazards), atol=0.01, rtol=0)
+
+
+def test_stage_boundaries_are_exits():
+    assert ExitLayout(30, (10, 15, 20, 25)).stage_sizes(2) == (15, 15)
+    assert ExitLayout(28, (5, 10, 20)).stage_sizes(3) == (10, 10, 8)
+    sizes = ExitLayout.default(28, 4).stage_sizes(4)
+    assert sum(sizes) == 28 and len(sizes) == 4
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: ExitLayout(12, (0, 5)), "outside 1..11"),
+        (lambda: ExitLayout(12, (5, 12)), "outside 1..11"),
+        (lambda: ExitLayout(12, (5, 5)), "set \\[5\\]"),
+        (lambda: LAYOUT.stage_sizes(5), "add depths near"),
+        (lambda: LAYOUT.stage_sizes(2, (4, 8)), "move the boundary to 5 or add 4 to exits.depths"),
+        (lambda: LAYOUT.stage_sizes(2, (5, 8)), "sum to 12"),
+        (lambda: LAYOUT.index_of(torch.tensor([3])), "outside"),
+    ],
+)
+def test_wrong_layouts_say_what_to_set(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()

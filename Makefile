@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := models/SmolLM2-135M-Instruct
+# The same demo on a GPU where there is one; DEMO=demo_cpu keeps it on the CPU.
+DEMO ?= $(if $(shell nvidia-smi -L 2>/dev/null),demo_gpu,demo_cpu)
 
 export OMP_NUM_THREADS ?= 1
 
@@ -14,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo $(MODEL)/config.json
-	$(BIN)/ee-megatron run experiment=demo_cpu
+	$(BIN)/ee-megatron run experiment=$(DEMO)
 
 test: unit integration
 

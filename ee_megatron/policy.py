@@ -38,7 +38,7 @@ class PolicySpec:
     num_layers: int
     exit_depths: tuple[int, ...]
     rank: int = 32
-    alpha: float = 64.0
+    alpha: float = 32.0
     targets: tuple[str, ...] = ATTENTION + MLP
     gate_width: int = 2
     gate_input: str = "normalised"

@@ -15,6 +15,8 @@ if [ -f slurm/site.env ]; then
   # shellcheck source=/dev/null
   . slurm/site.env
 fi
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR
 # srun does not inherit it from sbatch since Slurm 22.05.
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-8}"
 srun --kill-on-bad-exit=1 ee-megatron rl experiment=rl_7b "$@"

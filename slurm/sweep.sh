@@ -18,5 +18,7 @@ if [ -f slurm/site.env ]; then
   . slurm/site.env
 fi
 lambdas=(0.1 0.25 0.5 1.0 2.0)
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-8}"
 srun --kill-on-bad-exit=1 ee-megatron rl "$@" rl.lambda_exit="${lambdas[$SLURM_ARRAY_TASK_ID]}"

@@ -47,7 +47,7 @@ class ExitsConfig:
 @dataclass
 class AdapterConfig:
     rank: int = 32
-    alpha: float = 64.0
+    alpha: float = 32.0
     dropout: float = 0.0
     """Only in calibration and teacher training; 0 keeps learner and rollouts exactly alike."""
     targets: str = "all"

@@ -100,6 +100,7 @@ class RayPool:
         if actors < 1:
             raise ValueError(f"rollout.actors={actors}: a pool needs at least 1")
         dims = HFDirectory(replica.model_path).dims
+        prepare_environment()
         import ray
 
         self._ray, self._replica = ray, replica
@@ -271,10 +272,17 @@ class RayPool:
         return remote.remote(self._replica)
 
 
-def start_ray(ray: Any, actors: int, policy_bytes: int) -> None:
-    """Join the cluster of RAY_ADDRESS, or start one of this machine only: loopback, no dashboard, no usage reports."""
+def prepare_environment() -> None:
+    """What Ray reads when it is imported or started. Without a cluster to join it stays on the loopback address: the
+    variable's name speaks of other systems, but it is what decides which address a single node takes."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
+def start_ray(ray: Any, actors: int, policy_bytes: int) -> None:
+    """Join the cluster of RAY_ADDRESS, or start one of this machine only: loopback, no dashboard, no usage reports."""
     common: dict[str, Any] = {
         "namespace": f"ee-megatron-{os.getpid()}",
         "log_to_driver": False,
@@ -283,7 +291,6 @@ def start_ray(ray: Any, actors: int, policy_bytes: int) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address=os.environ["RAY_ADDRESS"], **common)
         return
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     ray.init(
         num_cpus=max(2, actors + 1),
         include_dashboard=False,

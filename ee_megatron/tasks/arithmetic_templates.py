@@ -144,11 +144,11 @@ def _chain(first: str, second: str) -> Callable[[int, int, random.Random, Inside
 
 FAMILIES: dict[str, tuple[Kind, ...]] = {
     "product": (Kind("product", (2, 12), _bare("x", PRODUCT)),),
-    "sum": (Kind("sum", (10, 99), _bare("+", SUM)),),
+    "sum": (Kind("sum", (5, 40), _bare("+", SUM)),),
     "word": (
         Kind("product", (2, 12), _word("x", WORD_PRODUCT)),
-        Kind("sum", (3, 30), _word("+", WORD_SUM)),
-        Kind("difference", (3, 30), _word("-", WORD_DIFFERENCE)),
+        Kind("sum", (2, 20), _word("+", WORD_SUM)),
+        Kind("difference", (2, 20), _word("-", WORD_DIFFERENCE)),
     ),
     "chain": (
         Kind("product-sum", (2, 9), _chain("x", "+")),

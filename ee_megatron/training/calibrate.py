@@ -101,22 +101,22 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
         layout = session.spec.layout
         session.open_metrics(resume_step=done)
         target = target_depth(traces, layout, c.kl_factor)
-        bar = session.progress(len(updates), done)
-        for step in range(done, len(updates)):
-            batch = make_batch(traces, updates[step], layout, c)
-            rate = schedule(step, len(updates), c.warmup)
-            scores, norm = learner.step(
-                batch, adapter_lr=c.adapter_lr * rate, gate_lr=c.gate_lr * rate, objective="distill"
-            )
-            kl = float((scores.kl * batch.token_weight).sum())
-            nll = -float((scores.exit_logprobs * mean_weights(batch, batch.asked)).sum())
-            depth = float((batch.depths * batch.counts).sum() / batch.counts.sum()) / layout.num_layers
-            session.log(
-                step + 1,
-                {"kl": kl, "gate_nll": nll, "pattern_depth": depth, "target_depth": target, "grad_norm": norm,
-                 "learning_rate": c.adapter_lr * rate},
-            )  # fmt: skip
-            bar.advance(1, kl=kl, gate_nll=nll, depth=depth)
-            if (step + 1) % c.checkpoint_every == 0 or step + 1 == len(updates):
-                session.save(learner, step + 1)
+        with session.progress(len(updates), done) as bar:
+            for step in range(done, len(updates)):
+                batch = make_batch(traces, updates[step], layout, c)
+                rate = schedule(step, len(updates), c.warmup)
+                scores, norm = learner.step(
+                    batch, adapter_lr=c.adapter_lr * rate, gate_lr=c.gate_lr * rate, objective="distill"
+                )
+                kl = float((scores.kl * batch.token_weight).sum())
+                nll = -float((scores.exit_logprobs * mean_weights(batch, batch.asked)).sum())
+                depth = float((batch.depths * batch.counts).sum() / batch.counts.sum()) / layout.num_layers
+                session.log(
+                    step + 1,
+                    {"kl": kl, "gate_nll": nll, "pattern_depth": depth, "target_depth": target, "grad_norm": norm,
+                     "learning_rate": c.adapter_lr * rate},
+                )  # fmt: skip
+                bar.advance(1, kl=kl, gate_nll=nll, depth=depth)
+                if (step + 1) % c.checkpoint_every == 0 or step + 1 == len(updates):
+                    session.save(learner, step + 1)
         session.finish()

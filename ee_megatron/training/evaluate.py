@@ -49,7 +49,7 @@ class Evaluation:
         self.rows: list[Row] = []
         self.answers: list[Answer] = []
         self.meta: dict[str, object] = {}
-        self.bar = session.progress(sets)
+        self.bar = session.stack.enter_context(session.progress(sets))
 
     def measure(self, model: str, exits: ExitPolicy, prompts: list[Prompt], *, final: bool) -> Row:
         row, answers = evaluate_model(

@@ -46,25 +46,25 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
             learner.load(checkpoint)
         actor = Actor(session) if session.leads else None
         session.open_metrics(resume_step=done)
-        bar = session.progress(rl.steps, done)
-        for step in range(done, rl.steps):
-            clock = [time.monotonic()]
-            weights = WeightSet(step + 1, learner.export_policy())
-            groups = session.from_leader(actor.act if actor else None, weights, step, bar.detail)
-            clock.append(time.monotonic())
-            batch = replay(groups, spec.num_layers)
-            now, reference = learner.score(batch), learner.score(batch, reference=True)
-            clock.append(time.monotonic())
-            values = weigh(batch, groups, now, reference, rl, spec.num_layers)
-            _, norm = learner.step(batch, adapter_lr=rl.adapter_lr, gate_lr=rl.gate_lr, objective="likelihood")
-            clock.append(time.monotonic())
-            values |= {"grad_norm": norm} | _timing(clock, batch)
-            if actor is not None:
-                values |= actor.health()
-            session.log(step + 1, values)
-            bar.advance(1, reward=values["reward"], accuracy=values["accuracy"], depth=values["mean_depth"])
-            if (step + 1) % rl.checkpoint_every == 0 or step + 1 == rl.steps:
-                session.save(learner, step + 1)
+        with session.progress(rl.steps, done) as bar:
+            for step in range(done, rl.steps):
+                clock = [time.monotonic()]
+                weights = WeightSet(step + 1, learner.export_policy())
+                groups = session.from_leader(actor.act if actor else None, weights, step, bar.detail)
+                clock.append(time.monotonic())
+                batch = replay(groups, spec.num_layers)
+                now, reference = learner.score(batch), learner.score(batch, reference=True)
+                clock.append(time.monotonic())
+                values = weigh(batch, groups, now, reference, rl, spec.num_layers)
+                _, norm = learner.step(batch, adapter_lr=rl.adapter_lr, gate_lr=rl.gate_lr, objective="likelihood")
+                clock.append(time.monotonic())
+                values |= {"grad_norm": norm} | _timing(clock, batch)
+                if actor is not None:
+                    values |= actor.health()
+                session.log(step + 1, values)
+                bar.advance(1, reward=values["reward"], accuracy=values["accuracy"], depth=values["mean_depth"])
+                if (step + 1) % rl.checkpoint_every == 0 or step + 1 == rl.steps:
+                    session.save(learner, step + 1)
         session.finish()
 
 

@@ -148,8 +148,9 @@ class Session:
                 )
             )
 
-    def progress(self, total: int, done: int = 0) -> Progress:
-        return self.stack.enter_context(Progress(self.stage, total, enabled=self.leads, done=done))
+    def progress(self, total: int, done: int = 0, what: str = "") -> Progress:
+        """The leader's progress bar, to be entered; one at a time."""
+        return Progress(f"{self.stage} {what}".strip(), total, enabled=self.leads, done=done)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         if self.metrics is not None:

@@ -38,16 +38,16 @@ def train_teacher(cfg: RunConfig) -> Path:
         order = np.random.default_rng(t.seed)
         picks = np.concatenate([order.permutation(len(examples)) for _ in range(t.epochs)])
         updates = -(-len(picks) // t.batch_size)
-        bar = session.progress(updates)
-        for step in range(updates):
-            chosen = [examples[i] for i in picks[step * t.batch_size : (step + 1) * t.batch_size]]
-            batch = pack([p for p, _ in chosen], [a for _, a in chosen], None, session.spec.num_layers)
-            batch.token_weight = mean_weights(batch, batch.counts)
-            rate = t.learning_rate * schedule(step, updates, 0.1)
-            scores, norm = learner.step(batch, adapter_lr=rate, gate_lr=0.0, objective="likelihood")
-            loss = -float((scores.token_logprobs * batch.token_weight).sum())
-            session.log(step + 1, {"loss": loss, "grad_norm": norm, "learning_rate": rate})
-            bar.advance(1, loss=loss)
+        with session.progress(updates, what="fine-tuning") as bar:
+            for step in range(updates):
+                chosen = [examples[i] for i in picks[step * t.batch_size : (step + 1) * t.batch_size]]
+                batch = pack([p for p, _ in chosen], [a for _, a in chosen], None, session.spec.num_layers)
+                batch.token_weight = mean_weights(batch, batch.counts)
+                rate = t.learning_rate * schedule(step, updates, 0.1)
+                scores, norm = learner.step(batch, adapter_lr=rate, gate_lr=0.0, objective="likelihood")
+                loss = -float((scores.token_logprobs * batch.token_weight).sum())
+                session.log(step + 1, {"loss": loss, "grad_norm": norm, "learning_rate": rate})
+                bar.advance(1, loss=loss)
         tensors = learner.export_policy()
         out = session.path / "model"
         if session.leads:
@@ -64,15 +64,15 @@ def sample_examples(session: Session) -> list[tuple[np.ndarray, np.ndarray]]:
     prompts = task.prompts("train")[: t.problems]
     shown = [task.few_shot(prompt, t.shots, t.seed) for prompt in prompts]
     pool = session.make_pool(None)
-    bar = session.progress(len(prompts) * t.samples)
-    groups = pool.generate(
-        shown,
-        t.samples,
-        SamplingParams(t.temperature, r.max_new_tokens, tuple(r.stop)),
-        ExitPolicy("off"),
-        t.seed,
-        lambda done, total: bar.advance(done - bar.done),
-    )
+    with session.progress(len(prompts) * t.samples, what="sampling") as bar:
+        groups = pool.generate(
+            shown,
+            t.samples,
+            SamplingParams(t.temperature, r.max_new_tokens, tuple(r.stop)),
+            ExitPolicy("off"),
+            t.seed,
+            lambda done, total: bar.advance(done - bar.done),
+        )
     pool.close()
     verdicts = verifier.verify_many([(p, a.text) for p, g in zip(prompts, groups, strict=True) for a in g])
     tokenizer = AutoTokenizer.from_pretrained(str(session.model_path), local_files_only=True)

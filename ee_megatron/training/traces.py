@@ -18,20 +18,21 @@ def make_traces(cfg: RunConfig, model_path: Path) -> None:
         verifier = session.make_verifier(task)
         prompts = task.prompts("train")[: t.problems]
         pool = session.make_pool(session.spec)
-        bar = session.progress(2 * len(prompts) * t.samples)
-        answers = pool.generate(
-            prompts,
-            t.samples,
-            SamplingParams(t.temperature, r.max_new_tokens, tuple(r.stop)),
-            ExitPolicy("off"),
-            t.seed,
-            lambda done, total: bar.advance(done - bar.done),
-        )
+        with session.progress(len(prompts) * t.samples, what="answers") as bar:
+            answers = pool.generate(
+                prompts,
+                t.samples,
+                SamplingParams(t.temperature, r.max_new_tokens, tuple(r.stop)),
+                ExitPolicy("off"),
+                t.seed,
+                lambda done, total: bar.advance(done - bar.done),
+            )
         flat = [(p, a) for p, group in zip(prompts, answers, strict=True) for a in group]
         verdicts = verifier.verify_many([(p, a.text) for p, a in flat])
         kept = [(a, v.correct) for (_, a), v in zip(flat, verdicts, strict=True) if v.correct or not t.only_correct]
-        half = len(flat)
-        traces = pool.trace([a for a, _ in kept], t.top_k, lambda done, total: bar.advance(half + done - bar.done))
+        with session.progress(len(kept), what="divergences") as reading:
+            rollouts = [answer for answer, _ in kept]
+            traces = pool.trace(rollouts, t.top_k, lambda done, total: reading.advance(done - reading.done))
         for trace, (answer, correct) in zip(traces, kept, strict=True):
             trace.correct, trace.text = bool(correct), answer.text
         save_traces(session.path / "dataset", traces)

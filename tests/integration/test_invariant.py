@@ -8,8 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import Ranks
-from reference import Reference, random_policy
-from tiny import tiny_hf
+from tests.reference import Reference, random_policy
+from tests.tiny import tiny_hf
 from transformers import AutoModelForCausalLM
 
 from ee_megatron.families.hf_directory import HFDirectory

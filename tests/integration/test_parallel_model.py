@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from ranks import Ranks
-from reference import Reference, random_policy
-from tiny import tiny_hf
+from tests.reference import Reference, random_policy
+from tests.tiny import tiny_hf
 
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.batch import mean_weights, pack

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -120,3 +121,11 @@ def test_work_for_other_weights_is_refused_and_losses_have_a_budget(path: Path, 
             for pid in pool.health()["pids"]:
                 os.kill(pid, signal.SIGKILL)
             pool.generate(PROMPTS, 1, SAMPLING, EXITS, seed=0)
+
+
+def test_everything_that_listens_does_so_on_loopback(pool: RayPool):
+    pool.load(None)
+    mine = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+    listening = [c for c in psutil.net_connections("inet") if c.status == psutil.CONN_LISTEN and c.pid in mine]
+    assert listening
+    assert {c.laddr.ip for c in listening} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}

@@ -1,0 +1,122 @@
+"""The whole method through the command line on a tiny model, with the real parts: torchrun ranks at PP2, DeepSpeed,
+Ray actors, verifier processes, export and report. And one stage killed in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.tiny import tiny_hf
+
+from ee_megatron.observe.metrics import read_metrics
+
+SETTINGS = [
+    "name=tiny", "device=cpu", "model.dtype=float32", "parallel.pipeline=2", "parallel.micro_batch_size=4",
+    "exits.depths=[2,3,4]", "adapter.rank=4", "teacher.enabled=false", "task.validation=6", "task.evaluation=8",
+    "traces.problems=16", "calibrate.epochs=1", "calibrate.patterns=1", "calibrate.batch_size=8",
+    "rl.steps=4", "rl.prompts_per_step=4", "rl.group_size=2", "rollout.max_new_tokens=8", "rollout.actors=1",
+    "rollout.threads=1", "evaluate.thresholds=[0.5]", "evaluate.answers=3", "tracker.wandb=disabled",
+]  # fmt: skip
+
+
+def command(name: str, folder: Path, *extra: str) -> list[str]:
+    where = [f"model.path={folder / 'model'}", f"runs={folder / 'runs'}"]
+    return [sys.executable, "-m", "ee_megatron.cli", name, *SETTINGS, *where, *extra]
+
+
+def run(name: str, folder: Path, *extra: str) -> str:
+    done = subprocess.run(
+        command(name, folder, *extra),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def only(folder: Path, stage: str) -> Path:
+    (found,) = (folder / "runs" / "tiny").glob(f"{stage}-*")
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("method")
+    tiny_hf("llama", folder / "model")
+    return folder, run("run", folder)
+
+
+@pytest.mark.timeout(600)
+def test_every_stage_leaves_what_the_next_one_needs(finished):
+    folder, output = finished
+    for stage in ("traces", "calibrate", "rl", "evaluate"):
+        assert (only(folder, stage) / "DONE").is_file(), stage
+    results = json.loads((only(folder, "evaluate") / "results.json").read_text())
+    assert [(r["model"], r["n"]) for r in results["rows"]] == [("teacher", 8)] + [("calibrated", 8)] * 3 + [
+        ("reinforced", 8)
+    ] * 3
+    for row in results["rows"]:
+        assert row["low"] <= row["accuracy"] <= row["high"] and 0 < row["mean_depth"] <= 1
+        assert row["exits"] != "full depth" or row["mean_depth"] == 1.0
+    for row in results["rows"]:
+        assert f"{row['mean_depth']:.3f}" in output
+    page = (folder / "runs" / "tiny" / "report.html").read_text()
+    assert "reinforced" in page and "http://" not in page.replace("http://www.w3.org", "")
+    assert (only(folder, "export") / "modeling_early_exit.py").is_file()
+
+
+@pytest.mark.timeout(600)
+def test_learner_and_pool_agree_at_every_step(finished):
+    """Replayed scores equal the ones recorded at sampling: fp32, two implementations, pipeline against decoder."""
+    folder, _ = finished
+    rows = read_metrics(only(folder, "rl") / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert row["token_mismatch"] < 1e-5 and row["exit_mismatch"] < 1e-5
+        assert row["importance_ratio_max"] < 1.001
+        assert row["grad_norm"] > 0
+
+
+@pytest.mark.timeout(600)
+def test_a_second_run_does_nothing_again(finished):
+    folder, _ = finished
+    before = (only(folder, "rl") / "metrics.jsonl").read_bytes()
+    output = run("rl", folder)
+    assert "finished before" in output
+    assert (only(folder, "rl") / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished):
+    """SIGKILL of every learner process after two of four steps; the same command then gives the undisturbed metrics."""
+    folder, _ = finished
+    undisturbed = read_metrics(only(folder, "rl") / "metrics.jsonl")
+    runs = folder / "runs" / "tiny"
+    whole = only(folder, "rl")
+    whole.rename(runs / "kept")
+    job = subprocess.Popen(
+        command("rl", folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (whole / "checkpoints" / "step_2" / "COMPLETE").is_file():
+        assert time.monotonic() < deadline and job.poll() is None, "the run did not reach step 2"
+        time.sleep(0.02)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    assert not (whole / "DONE").is_file()
+    run("rl", folder)
+    resumed = read_metrics(whole / "metrics.jsonl")
+    clock = ("seconds", "tokens_per_s", "time")
+    for a, b in zip(undisturbed, resumed, strict=True):
+        assert {k: v for k, v in a.items() if not k.startswith(clock)} == {
+            k: v for k, v in b.items() if not k.startswith(clock)
+        }

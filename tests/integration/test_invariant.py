@@ -8,14 +8,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import Ranks
-from tests.reference import Reference, random_policy
-from tests.tiny import tiny_hf
 from transformers import AutoModelForCausalLM
 
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, initial_policy
 from ee_megatron.rollout.cache import KVCache
 from ee_megatron.rollout.decoder import Decoder
+from tests.reference import Reference, random_policy
+from tests.tiny import tiny_hf
 
 LAYERS, ROWS, WIDTH = 6, 3, 12
 SPEC = PolicySpec(LAYERS, (1, 3, 4), rank=4, alpha=8.0)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from ranks import Ranks
-from tests.reference import Reference, random_policy
-from tests.tiny import tiny_hf
 
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.batch import mean_weights, pack
 from ee_megatron.policy import PolicySpec
+from tests.reference import Reference, random_policy
+from tests.tiny import tiny_hf
 
 SPEC = PolicySpec(6, (1, 2, 3, 4), rank=4, alpha=8.0)
 OUTCOMES = [1, 2, 3, 4, 6]

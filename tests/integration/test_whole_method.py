@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.tiny import tiny_hf
 
 from ee_megatron.observe.metrics import read_metrics
+from tests.tiny import tiny_hf
 
 SETTINGS = [
     "name=tiny", "device=cpu", "model.dtype=float32", "parallel.pipeline=2", "parallel.micro_batch_size=4",

@@ -66,9 +66,9 @@ class Reference:
         return torch.stack(found, dim=-1)
 
     def log_q(self, gate_logits: Tensor, depths: Tensor) -> Tensor:
-        """log q(prescribed exit) [B, S], by plain probabilities in double precision."""
+        """log q(prescribed exit) [B, S], by plain probabilities in double precision; 0 at padding (depth 0)."""
         hazards = torch.sigmoid(gate_logits.double())
-        alive, chosen = torch.ones_like(hazards[..., 0]), torch.zeros_like(hazards[..., 0])
+        alive, chosen = torch.ones_like(hazards[..., 0]), torch.ones_like(hazards[..., 0])
         for i, depth in enumerate(self.spec.exit_depths):
             chosen = torch.where(depths == depth, alive * hazards[..., i], chosen)
             alive = alive * (1 - hazards[..., i])

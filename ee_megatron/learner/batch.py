@@ -16,7 +16,7 @@ class ReplayBatch:
     """B sequences of S positions, padded on the right. Position p predicts token p + 1.
 
     - tokens       int64 [B, S]
-    - depths       int32 [B, S]: prescribed exit depth; L where a position does not exit (prompt, padding)
+    - depths       int32 [B, S]: prescribed exit depth; L where a position does not exit (prompt), 0 for padding
     - counts       bool [B, S]: the position predicts a generated token
     - asked        bool [B, S]: gates are asked at the position (`counts` without the first one of a sequence)
     - token_weight float32 [B, S], exit_weight float32 [B, S]: weights of the two terms of the loss, already normalised
@@ -44,12 +44,11 @@ class ReplayBatch:
         return replace(self, **part)
 
     def pad_rows(self, rows: int) -> ReplayBatch:
-        """Extended by empty sequences (weight 0, no exits) to `rows`."""
+        """Extended by sequences of padding to `rows`."""
         extra = rows - self.rows
         if not extra:
             return self
         full: dict[str, Any] = {f.name: _extend(getattr(self, f.name), extra) for f in fields(self)}
-        full["depths"][self.rows :] = int(self.depths.max())
         return replace(self, **full)
 
     def to(self, device: torch.device) -> ReplayBatch:
@@ -57,6 +56,10 @@ class ReplayBatch:
             f.name: v.to(device) if (v := getattr(self, f.name)) is not None else None for f in fields(self)
         }
         return replace(self, **moved)
+
+    def at_full_depth(self, num_layers: int) -> ReplayBatch:
+        """The same sequences without exits; padding stays padding."""
+        return replace(self, depths=torch.where(self.depths > 0, num_layers, 0).to(self.depths.dtype))
 
     def control(self) -> Tensor:
         """The layers' control tensor [S, B, C] (model/layer.py)."""
@@ -94,10 +97,11 @@ def pack(
     longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
     width = -(-longest // multiple) * multiple
     tokens = torch.zeros(rows, width, dtype=torch.int64)
-    depths = torch.full((rows, width), num_layers, dtype=torch.int32)
+    depths = torch.zeros(rows, width, dtype=torch.int32)
     counts = torch.zeros(rows, width, dtype=torch.bool)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         start, length = len(prompt) - 1, len(answer)
+        depths[row, : start + length] = num_layers
         tokens[row, : start + 1] = torch.as_tensor(np.asarray(prompt, dtype=np.int64))
         tokens[row, start + 1 : start + 1 + length] = torch.as_tensor(np.asarray(answer, dtype=np.int64))
         counts[row, start : start + length] = True

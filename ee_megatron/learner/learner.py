@@ -16,6 +16,7 @@ from ..exits import gate_log_term
 from ..families.hf_directory import HFDirectory
 from ..model.config import megatron_config
 from ..model.gpt import EarlyExitGPT, build_stage
+from ..model.layer import WEIGHT
 from ..parallel.groups import Degrees
 from ..parallel.schedule import run_schedule
 from ..parallel.vocabulary import Head, lumped_kl
@@ -195,9 +196,8 @@ class _Pass:
         self.kl: list[Tensor] = []
 
     def forward(self, model: EarlyExitGPT, batch: ReplayBatch) -> Tensor:
-        control = batch.control() if self.exits else None
-        if control is not None:
-            control[..., 1] *= self.scale
+        control = (batch if self.exits else batch.at_full_depth(self.learner.dims.num_layers)).control()
+        control[..., WEIGHT] *= self.scale
         output = model(batch.tokens, control)
         total = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
         for depth, logit in model.take_gates().items() if self.exits else ():

@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -27,13 +27,13 @@ from ..families import inverse_frequencies
 from .config import EarlyExitConfig, padded_vocab
 from .layer import EarlyExitLayer
 from .lora import DownLinear, GateUpLinear, LoRAPair, OutLinear, QKVLinear
-from .parts import CausalAttention, HeadNorm, RMSNorm
+from .parts import CausalAttention, HeadNorm, RMSNorm, SkippingAttention
 
 
 def layer_spec(config: EarlyExitConfig) -> ModuleSpec:
     norm = HeadNorm if config.qk_layernorm else None
     attention = ModuleSpec(
-        module=SelfAttention,
+        module=SkippingAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=QKVLinear,

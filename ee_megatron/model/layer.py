@@ -3,7 +3,7 @@
 What a layer must know about each position travels beside the hidden states in one tensor, megatron-core's `context`
 argument: `control` fp32 [s, b, C]. Each pipeline stage takes it from its own data; it never crosses a stage boundary.
 
-    channel 0      prescribed exit depth (layers that may change the position; L = no exit)
+    channel 0      prescribed exit depth (layers that may change the position; L = no exit, 0 = padding)
     channel 1      weight of the position in the exit loss; 0 where no gate is asked (prompt, padding)
     channel 2 + i  optional soft target of gate i; absent: the prescribed depth is the target
 """
@@ -58,6 +58,10 @@ def gate_loss(gate_logit: Tensor, control: Tensor, depth: int, index: int) -> Te
     return -(weight * like).sum()
 
 
+def _add(residual: Tensor, update: Tensor, bias: Tensor | None) -> Tensor:
+    return residual + (update if bias is None else update + bias)
+
+
 class EarlyExitLayer(TransformerLayer):
     """Layer l (1-based). Positions whose exit depth is below l keep their residual stream; their keys and values are
     still computed, from the frozen stream, because they are computed from whatever enters the layer.
@@ -90,9 +94,28 @@ class EarlyExitLayer(TransformerLayer):
             if logit.requires_grad:
                 loss = gate_loss(logit, control, self.depth, self.gate_index)
                 hidden_states = _AttachLoss.apply(hidden_states, loss)
-        frozen = control[..., DEPTH : DEPTH + 1] < self.layer_number
-        output, _ = super().forward(hidden_states, context=None, **kwargs)
-        return torch.where(frozen, hidden_states, output), context
+        running = control[..., DEPTH] >= self.layer_number
+        if self.config.sequence_parallel:
+            # Each rank holds a slice of the positions, and its share of the active ones differs: nothing is skipped.
+            output, _ = super().forward(hidden_states, context=None, **kwargs)
+            return torch.where(running.unsqueeze(-1), output, hidden_states), context
+        active = running.flatten().nonzero().squeeze(1)
+        if active.numel() == running.numel():
+            return super().forward(hidden_states, context=None, **kwargs)[0], context
+        return self._forward_active(hidden_states, active, kwargs), context
+
+    def _forward_active(self, hidden_states: Tensor, active: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The layer for the positions `active` (flat indices [N] into [s, b]); the others keep their stream and pay for
+        their keys and values only, or for nothing where no position is active."""
+        if not active.numel():
+            return hidden_states
+        flat = hidden_states.flatten(0, 1)
+        attended, bias = self.self_attention.forward_active(
+            self.input_layernorm(hidden_states), active, attention_mask=None, rotary_pos_emb=kwargs["rotary_pos_emb"]
+        )
+        stream = _add(flat[active].unsqueeze(1), attended, bias)
+        stream = _add(stream, *self.mlp(self.pre_mlp_layernorm(stream)))
+        return flat.index_copy(0, active, stream.squeeze(1)).view_as(hidden_states)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any):
         """The base tensors only: gates are saved by name, without regard to the layout (policy.py)."""

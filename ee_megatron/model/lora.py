@@ -72,6 +72,27 @@ class _ColumnWithLoRA(ColumnParallelLinear):
         assert config.dims is not None
         return config.dims.has_bias(f"{self.PREFIX}.{self.PARTS[0]}")
 
+    def part_rows(self, tensor: Tensor, parts: tuple[str, ...]) -> Tensor:
+        """The rows of some parts, one part after the other, out of a fused weight [out, in] or bias [out]."""
+        raise NotImplementedError
+
+    def project(self, input_: Tensor, parts: tuple[str, ...]) -> list[Tensor]:
+        """Only some parts of the product: input [..., in] -> [..., local size] each. Not under sequence parallelism.
+
+        Exited positions need k and v, the others q as well; what nobody needs is not computed.
+        """
+        assert not self.sequence_parallel
+        weight = self.part_rows(self.weight, parts)
+        bias = None if self.bias is None else self.part_rows(self.bias, parts)
+        sizes = [self.part_sizes[self.PARTS.index(part)] for part in parts]
+        shared = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
+        outputs = list(F.linear(shared, weight, bias).split(sizes, dim=-1))
+        for i, part in enumerate(parts):
+            if part in self.adapters and self.adapters[part].enabled:
+                low = copy_to_tensor_model_parallel_region(self.adapters[part].down(input_), group=self.tp_group)
+                outputs[i] = outputs[i] + self.adapters[part].up(low)
+        return outputs
+
     def sizes(self, config: EarlyExitConfig) -> tuple[int, ...]:
         """Local output sizes of the parts."""
         raise NotImplementedError
@@ -127,6 +148,10 @@ class QKVLinear(_ColumnWithLoRA):
         grouped = [p.unflatten(-1, (self.groups, -1)) for p in parts]
         return torch.cat(grouped, dim=-1).flatten(-2)
 
+    def part_rows(self, tensor: Tensor, parts: tuple[str, ...]) -> Tensor:
+        grouped = tensor.unflatten(0, (self.groups, -1)).split([size // self.groups for size in self.part_sizes], dim=1)
+        return torch.cat([grouped[self.PARTS.index(part)].flatten(0, 1) for part in parts])
+
 
 class GateUpLinear(_ColumnWithLoRA):
     """The SwiGLU's gate and up projections, each sharded before they are joined: [gate shard, up shard]."""
@@ -179,7 +204,15 @@ class _RowWithLoRA(RowParallelLinear):
 
 
 class OutLinear(_RowWithLoRA):
+    """The attention's output projection; with `active` (flat indices [N]) set, of these positions only: [N, 1, D]."""
+
     PREFIX, PART = "self_attn", "o_proj"
+    active: Tensor | None = None
+
+    def forward(self, input_: Tensor):
+        if self.active is not None:
+            input_ = input_.flatten(0, 1)[self.active].unsqueeze(1)
+        return super().forward(input_)
 
 
 class DownLinear(_RowWithLoRA):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
 from .config import EarlyExitConfig
@@ -53,6 +56,38 @@ class CausalAttention(nn.Module):
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
         return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1).to(dtype)
+
+
+class SkippingAttention(SelfAttention):
+    """Self-attention whose queries and output are computed for active positions only.
+
+    With `active` None it is megatron-core's own. Else `active` has flat indices int64 [N] into [s, b]: keys and values
+    are computed for every position, queries for these; the result is [N, 1, D]. Frozen positions get a query of zeros,
+    whose attention output nobody reads.
+    """
+
+    active: Tensor | None = None
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any):
+        if self.active is None:
+            return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        s, b, _ = hidden_states.shape
+        d = self.hidden_size_per_attention_head
+        key, value = (x.unflatten(-1, (-1, d)) for x in self.linear_qkv.project(hidden_states, ("k_proj", "v_proj")))
+        (query,) = self.linear_qkv.project(hidden_states.flatten(0, 1)[self.active], ("q_proj",))
+        query = query.unflatten(-1, (-1, d))
+        if self.q_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        whole = query.new_zeros(s * b, *query.shape[1:]).index_copy(0, self.active, query)
+        return whole.unflatten(0, (s, b)), key, value
+
+    def forward_active(self, hidden_states: Tensor, active: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Normed stream [s, b, D] -> (output [N, 1, D], bias)."""
+        self.active = self.linear_proj.active = active
+        try:
+            return self.forward(hidden_states, **kwargs)
+        finally:
+            self.active = self.linear_proj.active = None
 
 
 class Gate(nn.Module):

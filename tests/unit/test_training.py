@@ -65,7 +65,7 @@ def test_ratio_is_cut_from_above_only():
 def test_schedule_rises_then_falls_to_a_tenth():
     values = [schedule(i, 20, 0.2) for i in range(20)]
     assert values[0] == pytest.approx(0.25) and values[3] == values[4] == 1.0 and values[-1] == pytest.approx(0.1)
-    assert all(a >= b for a, b in itertools.pairwise(values))
+    assert all(a >= b for a, b in itertools.pairwise(values[4:]))
 
 
 def test_pack_puts_each_exit_where_its_token_is_predicted():

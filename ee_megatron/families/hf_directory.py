@@ -47,6 +47,10 @@ class HFDirectory:
         """A safetensors slice: index it to read a part without loading the rest."""
         return self._handle(self._shards[name]).get_slice(name)
 
+    def close(self) -> None:
+        """Let go of the mapped files; the next read maps them again."""
+        self._open.clear()
+
     def _handle(self, shard: Path):
         if shard not in self._open:
             self._open[shard] = safe_open(shard, framework="pt")

@@ -79,6 +79,7 @@ class Learner:
         )
         self.model: EarlyExitGPT = build_stage(self.config).to(device)
         load_base(self.model, source)
+        source.close()
         load_policy_tensors(self.model, policy)
         self.model.trainable_policy()
         self.engine = make_engine(

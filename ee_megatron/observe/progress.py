@@ -42,6 +42,7 @@ class Progress:
         self._stream = stream or sys.stdout
         self._interval, self._clock = interval, clock
         self._first = done
+        self._written: int | None = None
         self._start = self._last_line = clock()
         self._values: dict[str, float] = {}
         self._detail = ""
@@ -101,7 +102,7 @@ class Progress:
             self._write()
 
     def _write(self) -> None:
-        self._last_line = self._clock()
+        self._last_line, self._written = self._clock(), self.done
         print(self.line(), file=self._stream, flush=True)
 
     def __exit__(
@@ -109,7 +110,7 @@ class Progress:
     ) -> None:
         if self._rich is not None:
             self._rich.stop()
-        elif self.enabled:
+        elif self.enabled and self._written != self.done:
             self._write()
 
 

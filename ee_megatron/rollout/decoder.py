@@ -105,7 +105,9 @@ class Decoder:
     def from_hf(path: str | Path, spec: PolicySpec | None, dtype: torch.dtype, device: torch.device | str) -> Decoder:
         """Read a Hugging Face directory. Raises FileNotFoundError or ValueError as `HFDirectory` does."""
         source = HFDirectory(path)
-        return Decoder(DecoderWeights(source, dtype, torch.device(device)), spec, read_eos_ids(source))
+        decoder = Decoder(DecoderWeights(source, dtype, torch.device(device)), spec, read_eos_ids(source))
+        source.close()
+        return decoder
 
     @torch.inference_mode()
     def load_policy(self, tensors: dict[str, Tensor] | None) -> None:

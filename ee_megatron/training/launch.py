@@ -17,8 +17,8 @@ from . import stages
 def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
     """Run one stage to its end; nothing happens if it has finished before with the same settings.
 
-    Learning stages with several ranks are started under torchrun, unless this process already is a rank (RANK, or
-    SLURM_PROCID in a step of several tasks). Raises RuntimeError if ranks fail; SystemExit carries their exit code.
+    For a learning stage with several ranks this process becomes torchrun (and does not return), unless it already is a
+    rank (RANK, or SLURM_PROCID in a step of several tasks).
     """
     adopt_slurm_rank()
     if stages.is_done(cfg, stage):
@@ -102,12 +102,14 @@ def _torchrun(stage: str, overrides: list[str], world: int) -> None:
     environment = {
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
+        # Batches of ever new shapes leave holes in every arena that glibc opens for a thread.
+        "MALLOC_ARENA_MAX": "2",
         "TORCHELASTIC_ERROR_FILE": os.devnull,
         **os.environ,
     }
-    code = subprocess.run(command, env=environment, check=False).returncode
-    if code:
-        raise SystemExit(code)
+    sys.stdout.flush()
+    # This process has nothing left to do: torchrun takes its place, its signals and its exit code.
+    os.execve(sys.executable, command, environment)
 
 
 def run_method(cfg: RunConfig, overrides: list[str]) -> None:

@@ -1,0 +1,146 @@
+"""What exits cost and save in the learner: a forward and backward pass at several mean depths, interleaved.
+
+    python tools/bench_train.py --model models/SmolLM2-135M-Instruct --repeats 7
+
+Rows: plain (the same Megatron model and adapters without gates and without control tensor), then the early-exit model
+at full depth and at drawn exits of mean depth 0.7, 0.5 and 0.3. Every repeat runs all rows once, in turn, so that a
+drift of the machine's speed touches all alike; ratios are taken within a repeat. One process, one thread. Prints a
+table and, with --json, writes the figures.
+
+The floor of a row counts multiply-adds per position: keys and values of every layer, the rest of a layer for the
+positions that are active in it, and the head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ee_megatron.families import ModelDims
+from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.learner.batch import ReplayBatch, mean_weights, pack
+from ee_megatron.learner.learner import Learner
+from ee_megatron.model.gpt import EarlyExitGPT
+from ee_megatron.parallel import groups
+from ee_megatron.parallel.groups import Degrees
+from ee_megatron.parallel.schedule import run_schedule
+from ee_megatron.parallel.vocabulary import Head
+from ee_megatron.policy import PolicySpec, initial_policy
+
+
+def exits_with_mean(outcomes: list[int], mean: float, shape: tuple[int, int], seed: int) -> np.ndarray:
+    """Depths drawn from the maximum-entropy distribution over `outcomes` with the given mean (in layers)."""
+    values = np.array(outcomes, dtype=np.float64)
+    low, high = -5.0, 5.0
+    for _ in range(80):
+        tilt = (low + high) / 2
+        weights = np.exp(tilt * (values - values.mean()))
+        weights /= weights.sum()
+        low, high = (tilt, high) if weights @ values < mean else (low, tilt)
+    return np.random.default_rng(seed).choice(outcomes, size=shape, p=weights)
+
+
+def make_batch(dims: ModelDims, outcomes: list[int], mean: float, rows: int, length: int) -> ReplayBatch:
+    """Sequences that are all answer but for one prompt token, with exits of the given mean depth (share of L)."""
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, dims.vocab, (rows, length))
+    depths = np.full((rows, length - 1), dims.num_layers)
+    if mean < 1:
+        depths = exits_with_mean(outcomes, mean * dims.num_layers, depths.shape, seed=1)
+        depths[:, 0] = dims.num_layers
+    batch = pack(list(tokens[:, :1]), list(tokens[:, 1:]), list(depths), dims.num_layers)
+    batch.token_weight, batch.exit_weight = mean_weights(batch, batch.counts), mean_weights(batch, batch.asked)
+    return batch
+
+
+def floor_share(dims: ModelDims, depths: torch.Tensor) -> float:
+    """Multiply-adds at these depths as a share of full depth, head included."""
+    linear = sum(rows * columns for rows, columns in dims.linear_shapes().values())
+    kv = 2 * dims.kv_size * dims.hidden
+    head = dims.vocab * dims.hidden
+    mean = float(depths.float().mean())
+    return (dims.num_layers * kv + mean * (linear - kv) + head) / (dims.num_layers * linear + head)
+
+
+def run(learner: Learner, batch: ReplayBatch, *, plain: bool) -> float:
+    """Seconds of one forward and backward pass; `plain` runs without control tensor, as megatron-core would."""
+    for parameter in learner.model.parameters():
+        parameter.grad = None
+
+    def forward(model: EarlyExitGPT, part: ReplayBatch) -> torch.Tensor:
+        return model(part.tokens, None if plain else part.control())
+
+    def loss(part: ReplayBatch, output: torch.Tensor) -> torch.Tensor:
+        hidden = output.transpose(0, 1)[part.counts]
+        head = Head(learner.model.readout_weight(), learner.dims.vocab)
+        return -(part.token_weight[part.counts] * head.log_probs_of(hidden, part.labels()[part.counts])).sum()
+
+    begun = time.perf_counter()
+    run_schedule(learner.model, [batch], forward, loss, sequence=batch.tokens.size(1), rows=batch.rows, train=True)
+    return time.perf_counter() - begun
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    device = groups.initialise(Degrees())
+    source = HFDirectory(options.model)
+    dims = source.dims
+    exits = tuple(range(5, dims.num_layers, 5))
+    outcomes = [*exits, dims.num_layers]
+    learners = {}
+    for name, depths in (("plain", ()), ("exits", exits)):
+        spec = PolicySpec(dims.num_layers, depths)
+        learners[name] = Learner(
+            source, spec, initial_policy(dims, spec, 0), Degrees(), (dims.num_layers,), device=device,
+            dtype=getattr(torch, options.dtype), micro_batch_size=options.rows,
+        )  # fmt: skip
+    batches = {mean: make_batch(dims, outcomes, mean, options.rows, options.length) for mean in (1.0, 0.7, 0.5, 0.3)}
+    rows = [("plain", "plain", 1.0)] + [(f"depth {mean:g}", "exits", mean) for mean in batches]
+    seconds: dict[str, list[float]] = {name: [] for name, _, _ in rows}
+    for repeat in range(options.repeats + 1):
+        for name, which, mean in rows:
+            taken = run(learners[which], batches[mean], plain=name == "plain")
+            if repeat:
+                seconds[name].append(taken)
+    print(f"{options.rows} x {options.length} tokens, {options.dtype}, {options.repeats} repeats, one thread")
+    print(f"{'row':<10} {'mean depth':>10} {'median s':>9} {'ratio to full':>14} {'min':>6} {'max':>6} {'floor':>6}")
+    table = []
+    for name, _, mean in rows:
+        ratios = [a / b for a, b in zip(seconds[name], seconds["depth 1"], strict=True)]
+        batch = batches[mean]
+        depth = float(batch.depths[batch.counts].float().mean()) / dims.num_layers
+        row = {
+            "row": name,
+            "mean_depth": depth,
+            "median_s": statistics.median(seconds[name]),
+            "ratio": statistics.median(ratios),
+            "ratio_min": min(ratios),
+            "ratio_max": max(ratios),
+            "floor": floor_share(dims, batch.depths[batch.counts]),
+        }
+        table.append(row)
+        print(
+            f"{name:<10} {depth:>10.3f} {row['median_s']:>9.2f} {row['ratio']:>14.3f} {row['ratio_min']:>6.3f} "
+            f"{row['ratio_max']:>6.3f} {row['floor']:>6.3f}"
+        )
+    if options.json:
+        options.json.write_text(json.dumps({"settings": vars(options), "rows": table}, indent=1, default=str))
+    groups.finish()
+
+
+if __name__ == "__main__":
+    main()

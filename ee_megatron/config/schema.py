@@ -111,9 +111,12 @@ class CalibrateConfig:
     kl_direction: str = "student_teacher"
     """student_teacher, teacher_student or jensen_shannon."""
     gate_targets: str = "sampled"
-    """sampled (negative log-likelihood of the drawn exit) or soft (cross-entropy to the target hazards)."""
+    """sampled (negative log-likelihood of the drawn exit), soft (cross-entropy to the target hazards of the traces) or
+    current (cross-entropy, for the exit taken, to the target of the student's own divergence there and now)."""
     uniform_patterns: float = 0.0
     """Share of patterns drawn uniformly over the exits instead of from the target: trains shallow readouts too."""
+    depth_power: float = 0.0
+    """The KL of a position counts (exit depth / L) to this power: hopeless shallow exits pull less at the adapters."""
     adapter_lr: float = 1e-3
     gate_lr: float = 1e-3
     warmup: float = 0.05

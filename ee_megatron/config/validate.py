@@ -26,7 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "adapter.targets": ("attention", "all"),
     "task.name": ("arithmetic", "gsm8k", "jsonl"),
     "calibrate.kl_direction": ("student_teacher", "teacher_student", "jensen_shannon"),
-    "calibrate.gate_targets": ("sampled", "soft"),
+    "calibrate.gate_targets": ("sampled", "soft", "current"),
     "rl.depth_cost": ("mean", "total"),
     "rl.advantage": ("rloo", "mean", "grpo", "none"),
     "rollout.backend": ("ray", "local"),
@@ -108,6 +108,7 @@ NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
         "adapter_lr",
         "gate_lr",
         "gate_weight",
+        "depth_power",
     ),
     "rl": (
         "seed",

@@ -21,7 +21,7 @@ class ReplayBatch:
     - asked        bool [B, S]: gates are asked at the position (`counts` without the first one of a sequence)
     - token_weight float32 [B, S], exit_weight float32 [B, S]: weights of the two terms of the loss, already normalised
       over the global batch; 0 where nothing counts
-    - soft_targets float32 [B, S, M] or None: target hazards instead of the prescribed exit
+    - soft_targets float32 [B, S, M] or None: target hazards instead of the prescribed exit, -1 where there is none
     - teacher_ids  int64 [B, S, k], teacher_logprobs float32 [B, S, k] or None: the teacher's distribution
     """
 

@@ -91,12 +91,13 @@ class Learner:
 
     # -- what the loops call ------------------------------------------------------------------------------------------
 
-    def score(self, batch: ReplayBatch, *, reference: bool = False) -> Scores:
-        """Scores without gradients. `reference`: adapters off, full depth, no exits (the teacher)."""
+    def score(self, batch: ReplayBatch, *, reference: bool = False, objective: str = "likelihood") -> Scores:
+        """Scores without gradients. `reference`: adapters off, full depth, no exits (the teacher). With the objective
+        "distill" they include the divergence from the batch's teacher."""
         if reference:
             with self.model.adapters_off():
                 return self._run(batch, train=False, exits=False)
-        return self._run(batch, train=False, exits=True)
+        return self._run(batch, train=False, exits=True, objective=objective)
 
     def step(self, batch: ReplayBatch, *, adapter_lr: float, gate_lr: float, objective: str) -> tuple[Scores, float]:
         """One optimizer update; returns the scores seen on the way and the gradient norm before clipping.

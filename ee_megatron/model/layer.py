@@ -5,7 +5,7 @@ argument: `control` fp32 [s, b, C]. Each pipeline stage takes it from its own da
 
     channel 0      prescribed exit depth (layers that may change the position; L = no exit, 0 = padding)
     channel 1      weight of the position in the exit loss; 0 where no gate is asked (prompt, padding)
-    channel 2 + i  optional soft target of gate i; absent: the prescribed depth is the target
+    channel 2 + i  optional soft target of gate i, -1 for none; without them the prescribed depth is the target
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def gate_loss(gate_logit: Tensor, control: Tensor, depth: int, index: int) -> Te
     """Weighted exit loss of one gate, a scalar: - sum over positions of weight * log-likelihood.
 
     gate_logit [s, b]; control [s, b, C]. With soft targets s*: cross-entropy of the hazard, for every position that
-    reaches the gate; else the gate's term of log q(prescribed exit).
+    reaches the gate and has a target; else the gate's term of log q(prescribed exit).
     """
     depths, weight = control[..., DEPTH], control[..., WEIGHT]
     if control.size(-1) > TARGETS:
         target = control[..., TARGETS + index]
         like = target * F.logsigmoid(gate_logit) + (1 - target) * F.logsigmoid(-gate_logit)
-        like = torch.where(depths >= depth, like, torch.zeros_like(like))
+        like = torch.where((depths >= depth) & (target >= 0), like, torch.zeros_like(like))
     else:
         like = gate_log_term(gate_logit, depths, depth)
     return -(weight * like).sum()

@@ -66,7 +66,8 @@ def make_batch(traces: list[Trace], items: list[Item], layout: ExitLayout, c: Ca
     chosen = [traces[item.trace] for item in items]
     depths = [draw_exits(trace, item, layout, c) for trace, item in zip(chosen, items, strict=True)]
     batch = pack([t.prompt_tokens for t in chosen], [t.tokens for t in chosen], depths, layout.num_layers)
-    batch.token_weight = mean_weights(batch, batch.counts)
+    share = batch.depths.clamp(min=1).float() / layout.num_layers
+    batch.token_weight = mean_weights(batch, batch.counts) * share**c.depth_power
     batch.exit_weight = c.gate_weight * mean_weights(batch, batch.asked)
     batch.teacher_ids = spread(batch, [t.topk_ids.astype(np.int64) for t in chosen])
     batch.teacher_logprobs = spread(batch, [t.topk_logprobs for t in chosen])
@@ -74,6 +75,14 @@ def make_batch(traces: list[Trace], items: list[Item], layout: ExitLayout, c: Ca
         hazards = [target_hazards(torch.from_numpy(t.divergences), c.kl_factor).numpy() for t in chosen]
         batch.soft_targets = spread(batch, hazards)
     return batch
+
+
+def current_targets(batch: ReplayBatch, kl: torch.Tensor, layout: ExitLayout, kl_factor: float) -> torch.Tensor:
+    """Soft targets [B, S, M] from the student's own divergence kl [B, S] at the exits it was made to take: the target
+    hazard at that exit's gate, -1 (no target) at all others."""
+    hazard = target_hazards(kl, kl_factor).unsqueeze(-1)
+    taken = batch.depths.unsqueeze(-1) == torch.tensor(layout.depths)
+    return torch.where(taken & batch.asked.unsqueeze(-1), hazard, torch.tensor(-1.0))
 
 
 def target_depth(traces: list[Trace], layout: ExitLayout, kl_factor: float) -> float:
@@ -105,10 +114,13 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
             for step in range(done, len(updates)):
                 batch = make_batch(traces, updates[step], layout, c)
                 rate = schedule(step, len(updates), c.warmup)
+                if c.gate_targets == "current":
+                    seen = learner.score(batch, objective="distill")
+                    batch.soft_targets = current_targets(batch, seen.kl, layout, c.kl_factor)
                 scores, norm = learner.step(
                     batch, adapter_lr=c.adapter_lr * rate, gate_lr=c.gate_lr * rate, objective="distill"
                 )
-                kl = float((scores.kl * batch.token_weight).sum())
+                kl = float((scores.kl * mean_weights(batch, batch.counts)).sum())
                 nll = -float((scores.exit_logprobs * mean_weights(batch, batch.asked)).sum())
                 depth = float((batch.depths * batch.counts).sum() / batch.counts.sum()) / layout.num_layers
                 session.log(

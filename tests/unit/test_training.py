@@ -14,7 +14,7 @@ from ee_megatron.exits import ExitLayout, exit_distribution, target_hazards
 from ee_megatron.learner.batch import mean_weights, pack, spread
 from ee_megatron.learner.learner import Scores
 from ee_megatron.training.advantages import ADVANTAGES
-from ee_megatron.training.calibrate import Item, draw_exits, make_batch, plan, target_depth
+from ee_megatron.training.calibrate import Item, current_targets, draw_exits, make_batch, plan, target_depth
 from ee_megatron.training.losses import depth_cost, rollout_reward, schedule, truncated_ratio
 from ee_megatron.training.reinforce import replay, step_prompts, weigh
 from ee_megatron.training.trace_store import load_traces, save_traces
@@ -156,3 +156,11 @@ def test_shallower_answers_of_equal_worth_are_pushed_up():
     assert values["importance_ratio_mean"] == pytest.approx(1.0) and values["mean_depth"] == pytest.approx(28 / 36)
     weigh(batch, [group], same, same, RLConfig(lambda_exit=0.0, beta=0.0), 6)
     assert not batch.token_weight.any()
+
+
+def test_current_targets_stand_at_the_exit_that_was_taken():
+    batch = pack([np.arange(3)], [np.arange(4)], [np.array([6, 2, 4, 6])], 6)
+    kl = torch.where(batch.counts, 0.7, 0.0)
+    targets = current_targets(batch, kl, LAYOUT, 2.0)[0][batch.counts[0]]
+    s = 1 - np.tanh(0.7)
+    assert targets.flatten().tolist() == pytest.approx([-1, -1, s, -1, -1, s, -1, -1])

@@ -185,6 +185,7 @@ class EvaluateConfig:
 @dataclass
 class DeepspeedConfig:
     zero_stage: int = 1
+    """1 (optimizer state sharded over data-parallel ranks) or 2 (gradients too)."""
     gradient_clipping: float = 1.0
 
 

@@ -267,15 +267,8 @@ def _check_parallel(cfg: RunConfig) -> None:
     parallel, stage = cfg.parallel, cfg.deepspeed.zero_stage
     if parallel.sequence_parallel and parallel.tensor == 1:
         raise ValueError("parallel.sequence_parallel=true: needs parallel.tensor > 1, found 1")
-    if stage not in (0, 1, 2, 3):
-        raise ValueError(
-            f"deepspeed.zero_stage={stage}: expected 0, 1, 2, or 3 without tensor and pipeline parallelism"
-        )
-    if stage == 3 and parallel.tensor * parallel.pipeline > 1:
-        raise ValueError(
-            f"deepspeed.zero_stage=3: trains only with parallel.tensor=1 and parallel.pipeline=1, found "
-            f"{parallel.tensor} and {parallel.pipeline}; use zero_stage 1 or 2"
-        )
+    if stage not in (1, 2):
+        raise ValueError(f"deepspeed.zero_stage={stage}: the learner trains with ZeRO 1 or 2; set one of them")
     devices = cfg.cluster.nodes * cfg.cluster.gpus_per_node
     if cfg.cluster.gpus_per_node and devices < ranks(cfg):
         raise ValueError(

@@ -76,6 +76,14 @@ def make_engine(trainable: Trainable, *, zero_stage: int, gradient_clipping: flo
     return engine
 
 
+def fill_missing_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Zeros where the pass left no gradient: on a rank whose share of the batch was padding only, or in a layer that no
+    position of it reached. DeepSpeed reduces what has a gradient, and the ranks must agree on what that is."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
 def sum_replicated_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Sum over tensor-parallel ranks what each of them has only a part of: parameters that see a part of the sequence
     (`sequence_parallel`) or of the heads (`sum_over_tensor_ranks`). One collective for all."""
@@ -89,9 +97,6 @@ def sum_replicated_gradients(parameters: Iterable[nn.Parameter]) -> None:
     ]
     if not partial:
         return
-    for parameter in partial:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
     flat = torch.cat([p.grad.flatten() for p in partial])  # type: ignore[union-attr]
     dist.all_reduce(flat, group=group)
     for parameter, piece in zip(partial, flat.split([p.numel() for p in partial]), strict=True):

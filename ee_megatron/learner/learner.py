@@ -22,7 +22,7 @@ from ..parallel.schedule import run_schedule
 from ..parallel.vocabulary import Head, lumped_kl
 from ..policy import PolicySpec
 from .batch import ReplayBatch
-from .engine import Trainable, make_engine, split_groups, sum_replicated_gradients
+from .engine import Trainable, fill_missing_gradients, make_engine, split_groups, sum_replicated_gradients
 
 
 @dataclass
@@ -110,6 +110,7 @@ class Learner:
         self.model.train()
         with self.engine.coalesce_grad_reduction():
             scores = self._run(batch, train=True, exits=True, objective=objective)
+            fill_missing_gradients(self.engine.module.parameters())
             sum_replicated_gradients(self.model.parameters())
         self.engine.step()
         self.model.eval()

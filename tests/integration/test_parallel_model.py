@@ -96,6 +96,22 @@ def test_scores_and_updates_equal_the_reference(family, degrees, stages, options
             )
 
 
+def test_a_data_parallel_rank_without_a_sequence_takes_part(tmp_path):
+    """One sequence on two ranks: the second has only padding, and both end with the update of a single process."""
+    path = tiny_hf("llama", tmp_path / "model")
+    policy, batch = random_policy(HFDirectory(path).dims, SPEC), make_batch(rows=1)
+    after = {}
+    for world in (1, 2):
+        with Ranks(world, tmp_path / f"ranks{world}") as ranks:
+            ranks.call(
+                "parallel_cases:make_learner", path=path, spec=SPEC, policy=policy, degrees=(1, 1, world),
+                stages=(6,), options={"micro_batch_size": 1},
+            )  # fmt: skip
+            after[world] = ranks.call("parallel_cases:step", batch=batch, timeout=90)[-1][2]
+    for name, value in after[1].items():
+        torch.testing.assert_close(after[2][name], value, rtol=1e-5, atol=1e-6)
+
+
 def test_gradients_of_distillation_equal_the_reference(tmp_path):
     """The top-k plus tail divergence in both directions, at PP2 with a soft gate target, through one plain update."""
     path = tiny_hf("llama", tmp_path / "model")

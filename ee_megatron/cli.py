@@ -165,6 +165,10 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _convert(arguments: list[str]) -> int:
+    import warnings
+
+    # megatron-core names at import every accelerator library that it does without.
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     from .checkpoint import convert
 
     return int(convert.main(arguments) or 0)

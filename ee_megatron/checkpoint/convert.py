@@ -222,7 +222,7 @@ def _depths(text: str) -> tuple[int, ...]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="convert", description="Convert between Hugging Face and Megatron checkpoints."
+        prog="ee-megatron convert", description="Convert between Hugging Face and Megatron checkpoints."
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 

@@ -147,8 +147,10 @@ def _unknown(key: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.8)
     near += [name for name in names if name.rsplit(".", 1)[-1] == last]
     near += difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]}?" if near else "`--dry-run` prints every setting"
-    return f"{key}: no such setting; {hint}"
+    if near:
+        return f"{key}: no such setting; did you mean {near[0]}?"
+    nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
+    return f"{key}: no such setting; the nearest is {nearest}, `--dry-run` prints them all"
 
 
 def _explain(error: OmegaConfBaseException) -> str:

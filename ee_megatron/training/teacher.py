@@ -9,6 +9,7 @@ merge the adapters -> the model that everything below calls the base
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,8 @@ def train_teacher(cfg: RunConfig) -> Path:
         tensors = learner.export_policy()
         out = session.path / "model"
         if session.leads:
+            # There is one already if a run was killed between writing it and saying so.
+            shutil.rmtree(out, ignore_errors=True)
             export_hf(session.source, (session.spec, tensors), out, adapters="merge", gates="drop")
         session.finish(f"{len(examples)} examples")
         return out

@@ -26,11 +26,21 @@ def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
             print(f"{stage}: finished before, in {stage_dir(cfg, stage)}")
         return
     stages.check_inputs(cfg, stage)
+    if "RANK" not in os.environ:
+        check_weights(Path(cfg.model.path) if stage == "teacher" else stages.base_model(cfg))
     world = ranks(cfg)
     if stage in stages.LEARNS and world > 1 and "RANK" not in os.environ:
         _torchrun(stage, overrides, world)
         return
     _run_here(stage, cfg)
+
+
+def check_weights(model_path: Path) -> None:
+    """Every shard there, whole and as config.json says, by their headers; before ranks start, whose launcher would bury
+    the one line in its own report. Raises FileNotFoundError or ValueError."""
+    from ..families.hf_directory import HFDirectory
+
+    HFDirectory(model_path)
 
 
 def _run_here(stage: str, cfg: RunConfig) -> None:
@@ -117,6 +127,7 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
     from ..config.validate import read_dims, validate
 
     validate(cfg, read_dims(cfg))
+    check_weights(Path(cfg.model.path))
     for stage in stages.order(cfg):
         if stages.is_done(cfg, stage):
             print(f"{stage}: finished before, in {stage_dir(cfg, stage)}")

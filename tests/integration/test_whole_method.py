@@ -120,3 +120,20 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished):
         assert {k: v for k, v in a.items() if not k.startswith(clock)} == {
             k: v for k, v in b.items() if not k.startswith(clock)
         }
+
+
+@pytest.mark.parametrize(("damage", "says"), [("cut", "truncated or damaged"), ("gone", "no such file")])
+@pytest.mark.parametrize("name", ["run", "teacher"])
+def test_damaged_weights_are_one_line_before_anything_starts(name, damage, says, tmp_path):
+    weights = tiny_hf("llama", tmp_path / "model") / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    else:
+        weights.unlink()
+    done = subprocess.run(
+        command(name, tmp_path, "teacher.enabled=true"), capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 2
+    errors = done.stderr.strip().splitlines()
+    assert len(errors) == 1 and errors[0].startswith("error: ") and says in errors[0]
+    assert not (tmp_path / "runs").exists()

@@ -1,7 +1,8 @@
-"""The policy's own tensors (LoRA adapters and gates): their names, their start values, the identity of a version.
+"""The policy's own tensors: their names, their start values, the identity of a version.
 
-The base stays frozen, so these tensors are all that travels from the learner to the rollout pool and all that a
-checkpoint has to hold. Names are layout-free: every body of the model maps them onto its own modules.
+With adapters the base stays frozen, so adapters and gates are all that travels from the learner to the rollout pool and
+all that a checkpoint has to hold. Under full fine-tuning the policy is every tensor of the base (by its Hugging Face
+name) and the gates. Names are layout-free: every body of the model maps them onto its own modules.
 
     model.layers.{i}.{linear}.lora_A.weight [r, in]     model.layers.{i}.{linear}.lora_B.weight [out, r]
     gates.{depth}.fc1.weight [w·D, D]  .fc1.bias [w·D]  .fc2.weight [1, w·D]  .fc2.bias [1]
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -28,10 +30,10 @@ MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """Which adapters and gates a policy has.
+    """Which tensors a policy has: adapters or the whole base, and gates.
 
     exit_depths as in `ExitLayout`; rank 0 means no adapters; `targets` are linear names within a block; the LoRA
-    product is scaled by alpha / rank. `gate_input` is "normalised" (the residual stream divided by its root mean
+    product is scaled by alpha / rank. `full`: full fine-tuning, without adapters (rank 0). `gate_input` is "normalised" (the residual stream divided by its root mean
     square, no gain) or "raw" (the stream itself, as in the paper).
     """
 
@@ -42,6 +44,11 @@ class PolicySpec:
     targets: tuple[str, ...] = ATTENTION + MLP
     gate_width: int = 2
     gate_input: str = "normalised"
+    full: bool = False
+
+    def __post_init__(self) -> None:
+        if self.full and self.rank:
+            raise ValueError(f"full fine-tuning with adapters of rank {self.rank}: set the rank to 0, or full to False")
 
     @property
     def layout(self) -> ExitLayout:
@@ -72,7 +79,8 @@ class PolicySpec:
         return shapes
 
     def tensor_shapes(self, dims: ModelDims) -> dict[str, tuple[int, ...]]:
-        return {**self.adapter_shapes(dims), **self.gate_shapes(dims)}
+        base = dims.tensor_shapes() if self.full else {}
+        return {**base, **self.adapter_shapes(dims), **self.gate_shapes(dims)}
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -86,14 +94,21 @@ class PolicySpec:
 INITIAL_GATE_BIAS = -4.0
 
 
-def initial_policy(dims: ModelDims, spec: PolicySpec, seed: int) -> dict[str, Tensor]:
+def initial_policy(
+    dims: ModelDims, spec: PolicySpec, seed: int, base: Callable[[str], Tensor] | None = None
+) -> dict[str, Tensor]:
     """Start values, float32, the same whatever the parallel layout: LoRA A uniform, B zero; gates nearly shut.
 
-    LoRA: Hu et al. 2021 (arXiv 2106.09685), A by the Kaiming rule with a = sqrt(5) as in the authors' code.
+    `base` reads a tensor of the pretrained model by name; full fine-tuning starts from it. LoRA: Hu et al. 2021
+    (arXiv 2106.09685), A by the Kaiming rule with a = sqrt(5) as in the authors' code.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
-    for name, shape in spec.tensor_shapes(dims).items():
+    if spec.full:
+        if base is None:
+            raise ValueError("full fine-tuning starts from the pretrained model; pass what reads its tensors")
+        tensors = {name: base(name).float() for name in dims.tensor_shapes()}
+    for name, shape in {**spec.adapter_shapes(dims), **spec.gate_shapes(dims)}.items():
         if name.endswith("lora_B.weight") or ".fc2.weight" in name:
             tensors[name] = torch.zeros(shape)
         elif name.endswith("fc2.bias"):

@@ -78,8 +78,9 @@ def run(learner: Learner, batch: ReplayBatch, *, plain: bool) -> float:
 
     def loss(part: ReplayBatch, output: torch.Tensor) -> torch.Tensor:
         hidden = output.transpose(0, 1)[part.counts]
-        head = Head(learner.model.readout_weight(), learner.dims.vocab)
-        return -(part.token_weight[part.counts] * head.log_probs_of(hidden, part.labels()[part.counts])).sum()
+        head, weight = Head(learner.model.readout_weight(), learner.dims.vocab), part.token_weight[part.counts]
+        labels = part.labels()[part.counts].unsqueeze(-1)
+        return head.loss(hidden, labels, lambda log_probs, at: -(weight[at] * log_probs[:, 0]).sum())[0]
 
     begun = time.perf_counter()
     run_schedule(learner.model, [batch], forward, loss, sequence=batch.tokens.size(1), rows=batch.rows, train=True)

@@ -219,18 +219,23 @@ class _Pass:
             temperature=learner.temperature,
         )
         weight = batch.token_weight[batch.counts] * self.scale
-        labels = batch.labels()[batch.counts]
+        labels = batch.labels()[batch.counts].unsqueeze(-1)
         if self.objective == "distill":
             assert batch.teacher_ids is not None and batch.teacher_logprobs is not None
-            ids = torch.cat([batch.teacher_ids[batch.counts], labels.unsqueeze(-1)], dim=-1)
-            found = head.log_probs_at(hidden, ids)
-            kl = lumped_kl(found[:, :-1], batch.teacher_logprobs[batch.counts], learner.kl_direction)
-            logprobs, loss = found[:, -1].detach(), (weight * kl).sum()
+            teacher, kl = batch.teacher_logprobs[batch.counts], torch.zeros_like(weight)
+
+            def distill(log_probs: Tensor, at: slice) -> Tensor:
+                divergence = lumped_kl(log_probs[:, :-1], teacher[at], learner.kl_direction)
+                kl[at] = divergence.detach()
+                return (weight[at] * divergence).sum()
+
+            loss, found = head.loss(hidden, torch.cat([batch.teacher_ids[batch.counts], labels], dim=-1), distill)
         else:
-            logprobs = head.log_probs_of(hidden, labels)
-            kl, loss = torch.zeros_like(logprobs), -(weight * logprobs).sum()
+            kl = torch.zeros_like(weight)
+            loss, found = head.loss(hidden, labels, lambda log_probs, at: -(weight[at] * log_probs[:, 0]).sum())
+        logprobs = found[:, -1]
         for store, value in ((self.token_logprobs, logprobs), (self.kl, kl)):
             whole = torch.zeros(batch.tokens.shape, device=output.device)
-            whole[batch.counts] = value.detach()
+            whole[batch.counts] = value
             store.append(whole)
         return loss

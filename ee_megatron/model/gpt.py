@@ -17,7 +17,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
@@ -27,7 +27,7 @@ from ..families import inverse_frequencies
 from .config import EarlyExitConfig, padded_vocab
 from .layer import EarlyExitLayer
 from .lora import DownLinear, GateUpLinear, LoRAPair, OutLinear, QKVLinear
-from .parts import CausalAttention, HeadNorm, RMSNorm, SkippingAttention
+from .parts import CausalAttention, HeadNorm, RMSNorm, SkippingAttention, SkippingMLP
 
 
 def layer_spec(config: EarlyExitConfig) -> ModuleSpec:
@@ -43,7 +43,7 @@ def layer_spec(config: EarlyExitConfig) -> ModuleSpec:
             k_layernorm=norm,
         ),
     )
-    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=GateUpLinear, linear_fc2=DownLinear))
+    mlp = ModuleSpec(module=SkippingMLP, submodules=MLPSubmodules(linear_fc1=GateUpLinear, linear_fc2=DownLinear))
     return ModuleSpec(
         module=EarlyExitLayer,
         submodules=TransformerLayerSubmodules(

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from ..exits import gate_log_term
+from .active import Active
 from .config import EarlyExitConfig
 from .parts import Gate
 
@@ -58,10 +59,6 @@ def gate_loss(gate_logit: Tensor, control: Tensor, depth: int, index: int) -> Te
     return -(weight * like).sum()
 
 
-def _add(residual: Tensor, update: Tensor, bias: Tensor | None) -> Tensor:
-    return residual + (update if bias is None else update + bias)
-
-
 class EarlyExitLayer(TransformerLayer):
     """Layer l (1-based). Positions whose exit depth is below l keep their residual stream; their keys and values are
     still computed, from the frozen stream, because they are computed from whatever enters the layer.
@@ -94,28 +91,24 @@ class EarlyExitLayer(TransformerLayer):
             if logit.requires_grad:
                 loss = gate_loss(logit, control, self.depth, self.gate_index)
                 hidden_states = _AttachLoss.apply(hidden_states, loss)
-        running = control[..., DEPTH] >= self.layer_number
-        if self.config.sequence_parallel:
-            # Each rank holds a slice of the positions, and its share of the active ones differs: nothing is skipped.
-            output, _ = super().forward(hidden_states, context=None, **kwargs)
-            return torch.where(running.unsqueeze(-1), output, hidden_states), context
-        active = running.flatten().nonzero().squeeze(1)
-        if active.numel() == running.numel():
+        running = context[..., DEPTH] >= self.layer_number
+        count = int(running.sum())
+        if count == running.numel():
             return super().forward(hidden_states, context=None, **kwargs)[0], context
-        return self._forward_active(hidden_states, active, kwargs), context
+        if not count:
+            return hidden_states, context
+        ranks = self.tp_group.size() if self.config.sequence_parallel else 1
+        active = Active.of(running, ranks, self.tp_group.rank())
+        return self._forward_active(hidden_states, active, kwargs["rotary_pos_emb"]), context
 
-    def _forward_active(self, hidden_states: Tensor, active: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """The layer for the positions `active` (flat indices [N] into [s, b]); the others keep their stream and pay for
-        their keys and values only, or for nothing where no position is active."""
-        if not active.numel():
-            return hidden_states
+    def _forward_active(self, hidden_states: Tensor, active: Active, rotary: Tensor) -> Tensor:
+        """The layer for the active positions; the others keep their stream and pay for their keys and values only."""
         flat = hidden_states.flatten(0, 1)
-        attended, bias = self.self_attention.forward_active(
-            self.input_layernorm(hidden_states), active, attention_mask=None, rotary_pos_emb=kwargs["rotary_pos_emb"]
+        stream = flat[active.mine] + self.self_attention.forward_active(
+            self.input_layernorm(hidden_states), active, rotary
         )
-        stream = _add(flat[active].unsqueeze(1), attended, bias)
-        stream = _add(stream, *self.mlp(self.pre_mlp_layernorm(stream)))
-        return flat.index_copy(0, active, stream.squeeze(1)).view_as(hidden_states)
+        stream = stream + self.mlp.forward_active(self.pre_mlp_layernorm(stream), active)
+        return flat.index_copy(0, active.mine, stream).view_as(hidden_states)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any):
         """The base tensors only: gates are saved by name, without regard to the layout (policy.py)."""

@@ -1,11 +1,13 @@
-"""Tensor-parallel linears with LoRA, named by their Hugging Face parts.
+"""Tensor-parallel linears with LoRA, named by their Hugging Face parts, for all positions or for the active ones.
 
 y = W x + s B A x (Hu et al. 2021, arXiv 2106.09685). Megatron fuses q, k, v into one matrix and gate, up into another;
 each part keeps an adapter of its own, so that adapters are the same under every layout and in every body of the model.
 
-A column-parallel linear has A replicated and B split along its rows: only the r-wide product A x crosses ranks. A
-row-parallel linear has A split along its columns and B replicated. Replicated factors see a part of the sequence under
-sequence parallelism; their `sequence_parallel` attribute asks for the sum over tensor-parallel ranks.
+Where adapters are on, a linear is three steps: `enter` brings its input to every tensor-parallel rank, `local` is the
+rank's own product, `leave` sums the ranks' products. A column-parallel linear has A replicated and B split along its
+rows, a row-parallel one A split along its columns and B replicated; both add s B A x to the local product, so adapters
+cost no communication of their own. The gradient of a replicated factor is partial on each rank, and the learner sums it
+(`sum_over_tensor_ranks`). Without adapters the forward pass is megatron-core's own.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
+from .active import Active
 from .config import EarlyExitConfig
 
 
@@ -33,103 +36,114 @@ class LoRAPair(nn.Module):
         super().__init__()
         assert config.spec is not None
         rank = config.spec.rank
-        self.scale = config.spec.scale
-        self.dropout = config.adapter_dropout
         self.enabled = True
         self.lora_A = nn.Parameter(torch.zeros(rank, in_size))
         self.lora_B = nn.Parameter(torch.zeros(out_size, rank))
 
-    def down(self, x: Tensor) -> Tensor:
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
-        return F.linear(x, self.lora_A.to(x.dtype))
 
-    def up(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.lora_B.to(x.dtype)) * self.scale
+class _Adapted:
+    """What column- and row-parallel linears share."""
 
-
-def _targets(config: EarlyExitConfig, prefix: str, parts: tuple[str, ...]) -> tuple[str, ...]:
-    spec = config.spec
-    return tuple(p for p in parts if spec is not None and spec.rank and f"{prefix}.{p}" in spec.targets)
-
-
-class _ColumnWithLoRA(ColumnParallelLinear):
     PREFIX = ""
     PARTS: tuple[str, ...] = ()
+    config: EarlyExitConfig
+    training: bool
 
+    def _add_adapters(self, in_size: int, out_sizes: tuple[int, ...], replicated: str) -> None:
+        """`replicated`: the factor that every tensor-parallel rank holds whole."""
+        spec = self.config.spec
+        self.adapters: Any = nn.ModuleDict()
+        for part, size in zip(self.PARTS, out_sizes, strict=True):
+            if spec is not None and spec.rank and f"{self.PREFIX}.{part}" in spec.targets:
+                pair = LoRAPair(self.config, in_size, size)
+                split = "lora_B" if replicated == "lora_A" else "lora_A"
+                getattr(pair, replicated).sum_over_tensor_ranks = self.config.tensor_model_parallel_size > 1
+                getattr(pair, split).partition_dim = 0 if split == "lora_B" else 1
+                self.adapters[part] = pair
+
+    def _enabled(self, parts: tuple[str, ...]) -> dict[str, LoRAPair]:
+        return {part: self.adapters[part] for part in parts if part in self.adapters and self.adapters[part].enabled}
+
+    def _down(self, x: Tensor, pairs: list[LoRAPair]) -> Tensor:
+        """x [N, in] -> [N, r * pairs], one product for all."""
+        if self.config.adapter_dropout and self.training:
+            x = F.dropout(x, self.config.adapter_dropout)
+        return F.linear(x, torch.cat([pair.lora_A for pair in pairs]).to(x.dtype))
+
+    def _scale(self) -> float:
+        assert self.config.spec is not None
+        return self.config.spec.scale
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+        """The base tensors only: adapters are saved by name, without regard to the layout (policy.py)."""
+        kept, self.adapters = self.adapters, nn.ModuleDict()
+        try:
+            return super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
+        finally:
+            self.adapters = kept
+
+
+class _Column(_Adapted, ColumnParallelLinear):
     def __init__(self, input_size: int, output_size: int, *, config: EarlyExitConfig, **kwargs: object):
-        kwargs["bias"] = self.has_bias(config)
+        assert config.dims is not None
+        kwargs["bias"] = config.dims.has_bias(f"{self.PREFIX}.{self.PARTS[0]}")
         super().__init__(input_size, output_size, config=config, **kwargs)
         self.part_sizes = self.sizes(config)
-        self.adapters: Any = nn.ModuleDict()
-        for part in _targets(config, self.PREFIX, self.PARTS):
-            pair = LoRAPair(config, input_size, self.part_sizes[self.PARTS.index(part)])
-            pair.lora_A.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
-            pair.lora_B.partition_dim = 0  # type: ignore[attr-defined]
-            self.adapters[part] = pair
-
-    def has_bias(self, config: EarlyExitConfig) -> bool:
-        assert config.dims is not None
-        return config.dims.has_bias(f"{self.PREFIX}.{self.PARTS[0]}")
-
-    def part_rows(self, tensor: Tensor, parts: tuple[str, ...]) -> Tensor:
-        """The rows of some parts, one part after the other, out of a fused weight [out, in] or bias [out]."""
-        raise NotImplementedError
-
-    def project(self, input_: Tensor, parts: tuple[str, ...]) -> list[Tensor]:
-        """Only some parts of the product: input [..., in] -> [..., local size] each. Not under sequence parallelism.
-
-        Exited positions need k and v, the others q as well; what nobody needs is not computed.
-        """
-        assert not self.sequence_parallel
-        weight = self.part_rows(self.weight, parts)
-        bias = None if self.bias is None else self.part_rows(self.bias, parts)
-        sizes = [self.part_sizes[self.PARTS.index(part)] for part in parts]
-        shared = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
-        outputs = list(F.linear(shared, weight, bias).split(sizes, dim=-1))
-        for i, part in enumerate(parts):
-            if part in self.adapters and self.adapters[part].enabled:
-                low = copy_to_tensor_model_parallel_region(self.adapters[part].down(input_), group=self.tp_group)
-                outputs[i] = outputs[i] + self.adapters[part].up(low)
-        return outputs
+        self._add_adapters(input_size, self.part_sizes, replicated="lora_A")
 
     def sizes(self, config: EarlyExitConfig) -> tuple[int, ...]:
         """Local output sizes of the parts."""
         raise NotImplementedError
 
-    def join(self, parts: list[Tensor]) -> Tensor:
-        """Local outputs of the parts [s, b, size] -> the fused output's order."""
+    def join_rows(self, parts: list[Tensor]) -> Tensor:
+        """Rows of all parts [size, ...] -> the order of the fused weight [out, ...]."""
         raise NotImplementedError
 
-    def forward(self, input_: Tensor, *args: object, **kwargs: object):
-        output, bias = super().forward(input_, *args, **kwargs)
-        active = {name: pair for name, pair in self.adapters.items() if pair.enabled}
-        if active:
-            deltas = []
-            for part, size in zip(self.PARTS, self.part_sizes, strict=True):
-                if part in active:
-                    low = active[part].down(input_)
-                    low = (
-                        gather_from_sequence_parallel_region(low, group=self.tp_group)
-                        if self.sequence_parallel
-                        else copy_to_tensor_model_parallel_region(low, group=self.tp_group)
-                    )
-                    deltas.append(active[part].up(low))
+    def part_rows(self, tensor: Tensor, parts: tuple[str, ...]) -> Tensor:
+        """The rows of some parts, one part after the other, out of a fused weight [out, in] or bias [out]."""
+        raise NotImplementedError
+
+    def enter(self, x: Tensor, active: Active | None = None) -> Tensor:
+        """This rank's positions [s_local, b, in] (or its active ones [n, in]) -> all of them [s, b, in] ([N, in])."""
+        if not self.sequence_parallel:
+            return copy_to_tensor_model_parallel_region(x, group=self.tp_group)
+        if active is not None:
+            x = active.spread(x)
+        whole = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.tp_group)
+        return whole if active is None else whole.flatten(0, 1)[active.index]
+
+    def local(self, x: Tensor, parts: tuple[str, ...] | None = None) -> Tensor:
+        """x [..., in] that has entered -> [..., local out]: all parts in the fused order, or some of them one after the
+        other. Exited positions need k and v, the others q as well; what nobody needs is not computed. Without the bias
+        where the caller adds it."""
+        weight, bias = self.weight, None if self.skip_bias_add else self.bias
+        if parts is not None:
+            weight, bias = self.part_rows(weight, parts), None if bias is None else self.part_rows(bias, parts)
+        chosen = self.PARTS if parts is None else parts
+        pairs = self._enabled(chosen)
+        flat = x.flatten(0, -2)
+        output = F.linear(flat, weight, bias)
+        if pairs:
+            rank, ranks = next(iter(pairs.values())).lora_A.size(0), len(pairs)
+            rows, before = [], 0
+            for part in chosen:
+                size = self.part_sizes[self.PARTS.index(part)]
+                if part in pairs:
+                    rows.append(F.pad(pairs[part].lora_B, (before, rank * ranks - rank - before)))
+                    before += rank
                 else:
-                    deltas.append(output.new_zeros(*output.shape[:-1], size))
-            output = output + self.join(deltas)
-        return output, bias
+                    rows.append(weight.new_zeros(size, rank * ranks, dtype=torch.float32))
+            up = (self.join_rows(rows) if parts is None else torch.cat(rows)).to(x.dtype)
+            output = torch.addmm(output, self._down(flat, list(pairs.values())), up.t(), alpha=self._scale())
+        return output.unflatten(0, x.shape[:-1])
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """The base tensors only: adapters are saved by name, without regard to the layout (policy.py)."""
-        kept, self.adapters = self.adapters, nn.ModuleDict()
-        try:
-            return super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        finally:
-            self.adapters = kept
+    def forward(self, input_: Tensor, *args: object, **kwargs: object):
+        if not self._enabled(self.PARTS):
+            return super().forward(input_, *args, **kwargs)
+        return self.local(self.enter(input_)), self.bias if self.skip_bias_add else None
 
 
-class QKVLinear(_ColumnWithLoRA):
+class QKVLinear(_Column):
     """q, k, v fused, interleaved by key-value group: [q of the group's heads, k, v] for each group."""
 
     PREFIX = "self_attn"
@@ -144,16 +158,15 @@ class QKVLinear(_ColumnWithLoRA):
             config.num_query_groups * config.kv_channels // tp,
         )
 
-    def join(self, parts: list[Tensor]) -> Tensor:
-        grouped = [p.unflatten(-1, (self.groups, -1)) for p in parts]
-        return torch.cat(grouped, dim=-1).flatten(-2)
+    def join_rows(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat([part.unflatten(0, (self.groups, -1)) for part in parts], dim=1).flatten(0, 1)
 
     def part_rows(self, tensor: Tensor, parts: tuple[str, ...]) -> Tensor:
         grouped = tensor.unflatten(0, (self.groups, -1)).split([size // self.groups for size in self.part_sizes], dim=1)
         return torch.cat([grouped[self.PARTS.index(part)].flatten(0, 1) for part in parts])
 
 
-class GateUpLinear(_ColumnWithLoRA):
+class GateUpLinear(_Column):
     """The SwiGLU's gate and up projections, each sharded before they are joined: [gate shard, up shard]."""
 
     PREFIX = "mlp"
@@ -162,58 +175,47 @@ class GateUpLinear(_ColumnWithLoRA):
     def sizes(self, config: EarlyExitConfig) -> tuple[int, ...]:
         return (config.ffn_hidden_size // config.tensor_model_parallel_size,) * 2
 
-    def join(self, parts: list[Tensor]) -> Tensor:
-        return torch.cat(parts, dim=-1)
+    def join_rows(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts)
 
 
-class _RowWithLoRA(RowParallelLinear):
-    PREFIX = ""
-    PART = ""
-
+class _Row(_Adapted, RowParallelLinear):
     def __init__(self, input_size: int, output_size: int, *, config: EarlyExitConfig, **kwargs: object):
         assert config.dims is not None
-        kwargs["bias"] = config.dims.has_bias(f"{self.PREFIX}.{self.PART}")
+        kwargs["bias"] = config.dims.has_bias(f"{self.PREFIX}.{self.PARTS[0]}")
         super().__init__(input_size, output_size, config=config, **kwargs)
-        self.adapters: Any = nn.ModuleDict()
-        for part in _targets(config, self.PREFIX, (self.PART,)):
-            pair = LoRAPair(config, self.input_size_per_partition, output_size)
-            pair.lora_A.partition_dim = 1  # type: ignore[attr-defined]
-            pair.lora_B.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
-            self.adapters[part] = pair
+        self._add_adapters(self.input_size_per_partition, (output_size,), replicated="lora_B")
+
+    def local(self, x: Tensor) -> Tensor:
+        """x [..., local in] -> this rank's share of the product [..., out], without the bias."""
+        flat = x.flatten(0, -2)
+        output = F.linear(flat, self.weight)
+        for pair in self._enabled(self.PARTS).values():
+            output = torch.addmm(output, self._down(flat, [pair]), pair.lora_B.to(x.dtype).t(), alpha=self._scale())
+        return output.unflatten(0, x.shape[:-1])
+
+    def leave(self, x: Tensor, active: Active | None = None) -> Tensor:
+        """Shares [s, b, out] (or [N, out] of the active positions) -> their sum at this rank's positions
+        [s_local, b, out] ([n, out])."""
+        if not self.sequence_parallel:
+            return reduce_from_tensor_model_parallel_region(x, group=self.tp_group)
+        if active is not None:
+            x = active.place(x)
+        mine = reduce_scatter_to_sequence_parallel_region(x, group=self.tp_group)
+        return mine if active is None else mine.flatten(0, 1)[active.mine]
 
     def forward(self, input_: Tensor):
-        output, bias = super().forward(input_)
-        for pair in self.adapters.values():
-            if pair.enabled:
-                low = pair.down(input_)
-                low = (
-                    reduce_scatter_to_sequence_parallel_region(low, group=self.tp_group)
-                    if self.sequence_parallel
-                    else reduce_from_tensor_model_parallel_region(low, group=self.tp_group)
-                )
-                output = output + pair.up(low)
-        return output, bias
-
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """The base tensors only, as in the column-parallel case."""
-        kept, self.adapters = self.adapters, nn.ModuleDict()
-        try:
-            return super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        finally:
-            self.adapters = kept
+        if not self._enabled(self.PARTS):
+            return super().forward(input_)
+        output = self.leave(self.local(input_))
+        if self.skip_bias_add or self.bias is None:
+            return output, self.bias
+        return output + self.bias, None
 
 
-class OutLinear(_RowWithLoRA):
-    """The attention's output projection; with `active` (flat indices [N]) set, of these positions only: [N, 1, D]."""
-
-    PREFIX, PART = "self_attn", "o_proj"
-    active: Tensor | None = None
-
-    def forward(self, input_: Tensor):
-        if self.active is not None:
-            input_ = input_.flatten(0, 1)[self.active].unsqueeze(1)
-        return super().forward(input_)
+class OutLinear(_Row):
+    PREFIX, PARTS = "self_attn", ("o_proj",)
 
 
-class DownLinear(_RowWithLoRA):
-    PREFIX, PART = "mlp", "down_proj"
+class DownLinear(_Row):
+    PREFIX, PARTS = "mlp", ("down_proj",)

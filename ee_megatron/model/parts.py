@@ -1,14 +1,15 @@
-"""Norm, attention core and gate: the small modules that the layers are made of."""
+"""Norm, attention, MLP and gate: what the layers are made of."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
+from .active import Active
 from .config import EarlyExitConfig
 
 
@@ -49,45 +50,70 @@ class CausalAttention(nn.Module):
         self.config = config
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
-        dtype = query.dtype
-        if query.device.type == "cpu":
-            # torch's bfloat16 attention kernel is several times slower than its fp32 one on a CPU.
-            query, key, value = query.float(), key.float(), value.float()
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
-        return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1).to(dtype)
+        out = attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), mask=None)
+        return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+    def forward_active(self, query: Tensor, key: Tensor, value: Tensor, active: Active) -> Tensor:
+        """query [N, h, d] of the active positions, key and value [s, b, g, d] of all -> [N, h * d].
+
+        Few queries are packed per sequence; many keep their places, where the kernel skips what causality forbids.
+        """
+        key, value = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
+        if active.worth_packing:
+            at, shape, mask = (active.row, active.slot), (active.rows, active.longest), active.mask
+        else:
+            at, shape, mask = (active.row, active.positions), (active.rows, active.length), None
+        packed = query.new_zeros(*shape, *query.shape[1:]).index_put(at, query)
+        return attend(packed.transpose(1, 2), key, value, mask).transpose(1, 2)[at].flatten(1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Grouped-query attention, q [b, h, n, d], k and v [b, g, s, d] -> [b, h, n, d]; causal without a mask."""
+    dtype, grouped = query.dtype, query.size(1) != key.size(1)
+    if query.device.type == "cpu":
+        # torch's bfloat16 attention kernel is several times slower than its fp32 one on a CPU.
+        query, key, value = query.float(), key.float(), value.float()
+    elif grouped and mask is not None:
+        # The fused CUDA kernels take either a mask or grouped heads.
+        key, value = (x.repeat_interleave(query.size(1) // key.size(1), 1) for x in (key, value))
+        grouped = False
+    out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=grouped)
+    return out.to(dtype)
 
 
 class SkippingAttention(SelfAttention):
-    """Self-attention whose queries and output are computed for active positions only.
+    """Self-attention; `forward` is megatron-core's own, `forward_active` is for layers that some positions skip."""
 
-    With `active` None it is megatron-core's own. Else `active` has flat indices int64 [N] into [s, b]: keys and values
-    are computed for every position, queries for these; the result is [N, 1, D]. Frozen positions get a query of zeros,
-    whose attention output nobody reads.
-    """
+    def forward_active(self, normed: Tensor, active: Active, rotary: Tensor) -> Tensor:
+        """Queries and output of the active positions only, keys and values of all.
 
-    active: Tensor | None = None
-
-    def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any):
-        if self.active is None:
-            return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
-        s, b, _ = hidden_states.shape
+        normed [s_local, b, D]; rotary [s, 1, 1, d], megatron-core's angles -> [n, D] at this rank's active positions.
+        """
+        whole = self.linear_qkv.enter(normed)
         d = self.hidden_size_per_attention_head
-        key, value = (x.unflatten(-1, (-1, d)) for x in self.linear_qkv.project(hidden_states, ("k_proj", "v_proj")))
-        (query,) = self.linear_qkv.project(hidden_states.flatten(0, 1)[self.active], ("q_proj",))
-        query = query.unflatten(-1, (-1, d))
+        both = self.linear_qkv.local(whole, ("k_proj", "v_proj")).unflatten(-1, (2, -1, d))
+        key, value = both.unbind(2)
+        query = self.linear_qkv.local(whole.flatten(0, 1)[active.index], ("q_proj",)).unflatten(-1, (-1, d))
         if self.q_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-        whole = query.new_zeros(s * b, *query.shape[1:]).index_copy(0, self.active, query)
-        return whole.unflatten(0, (s, b)), key, value
+        key = apply_rotary_pos_emb(key, rotary, self.config)
+        query = apply_rotary_pos_emb(query.unsqueeze(1), rotary[active.positions], self.config).squeeze(1)
+        attended = self.core_attention.forward_active(query, key, value, active)
+        output = self.linear_proj.leave(self.linear_proj.local(attended), active)
+        return output if self.linear_proj.bias is None else output + self.linear_proj.bias
 
-    def forward_active(self, hidden_states: Tensor, active: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Normed stream [s, b, D] -> (output [N, 1, D], bias)."""
-        self.active = self.linear_proj.active = active
-        try:
-            return self.forward(hidden_states, **kwargs)
-        finally:
-            self.active = self.linear_proj.active = None
+
+class SkippingMLP(MLP):
+    """The SwiGLU MLP; `forward` is megatron-core's own."""
+
+    def forward_active(self, normed: Tensor, active: Active) -> Tensor:
+        """normed [n, D] of this rank's active positions -> [n, D]."""
+        hidden = self.linear_fc1.local(self.linear_fc1.enter(normed, active))
+        if self.linear_fc1.bias is not None:
+            hidden = hidden + self.linear_fc1.bias
+        gate, up = hidden.chunk(2, dim=-1)
+        output = self.linear_fc2.leave(self.linear_fc2.local(F.silu(gate) * up), active)
+        return output if self.linear_fc2.bias is None else output + self.linear_fc2.bias
 
 
 class Gate(nn.Module):

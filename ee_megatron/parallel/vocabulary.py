@@ -1,24 +1,26 @@
-"""Log-probabilities and divergences over a vocabulary that is sharded across tensor-parallel ranks, in chunks.
+"""Log-probabilities and losses over a vocabulary that is sharded across tensor-parallel ranks, in chunks.
 
-Logits are computed for `chunk` positions at a time and recomputed in the backward pass, so the full [N, V] tensor never
-exists. Every function takes hidden states [N, D] (after the final norm) and the head's local rows [V_local, D].
+Logits exist for a few positions at a time only. A loss is differentiated chunk by chunk while its logits are there: no
+chunk is computed twice, and what stays is the gradient of the hidden states. Hidden states [N, D] come after the final
+norm; the head's local rows are [V_local, D].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-CHUNK = 512
+# Bytes of a chunk's fp32 logits, and the fewest positions that still make an efficient product.
+CHUNK_BYTES, LEAST_CHUNK = 2**27, 64
+
+# (log-probabilities [n, k] of a chunk, where it lies in [N]) -> the chunk's share of the loss, a scalar.
+ChunkLoss = Callable[[Tensor, slice], Tensor]
 
 
 class Head:
@@ -27,60 +29,111 @@ class Head:
     weight [V_local, D]; `vocab` is the true vocabulary (rows beyond it are padding and get probability 0).
     `replicated_input`: the hidden states are the same on all tensor-parallel ranks and their gradient has to be summed
     here (plain tensor parallelism; under sequence parallelism the model's gather does it). `temperature` divides the
-    logits: the distribution is the one that was sampled from.
+    logits: the distribution is the one that was sampled from. `chunk`: positions at a time, 0 for as many as fit.
     """
 
     def __init__(
-        self, weight: Tensor, vocab: int, replicated_input: bool = True, chunk: int = CHUNK, temperature: float = 1.0
+        self, weight: Tensor, vocab: int, replicated_input: bool = True, chunk: int = 0, temperature: float = 1.0
     ):
-        self.weight, self.vocab, self.chunk, self.temperature = weight, vocab, chunk, temperature
+        self.weight, self.vocab, self.temperature = weight, vocab, temperature
+        self.chunk = chunk or max(LEAST_CHUNK, CHUNK_BYTES // (4 * weight.size(0)))
         self.group = parallel_state.get_tensor_model_parallel_group()
         self.ranks = dist.get_world_size(self.group)
         self.start = dist.get_rank(self.group) * weight.size(0)
         self.replicated_input = replicated_input and self.ranks > 1
 
-    def log_probs_of(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """log p(target) fp32 [N] for targets int64 [N]."""
-        return self._chunked(lambda h, t: self._select(h, t.unsqueeze(-1))[0].squeeze(-1), hidden, targets)
-
+    @torch.no_grad()
     def log_probs_at(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """log p at ids int64 [N, k] -> fp32 [N, k]."""
-        return self._chunked(lambda h, i: self._select(h, i)[0], hidden, ids)
+        """log p at ids int64 [N, k] -> fp32 [N, k], without a gradient."""
+        found = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
+        for at in self._chunks(hidden):
+            found[at] = self._distribution(hidden[at], ids[at])[0]
+        return found
 
-    def _chunked(self, function: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, other: Tensor) -> Tensor:
+    def loss(self, hidden: Tensor, ids: Tensor, function: ChunkLoss) -> tuple[Tensor, Tensor]:
+        """Sum of `function` over chunks of positions -> (loss, fp32 scalar; log p at ids, fp32 [N, k], detached).
+
+        The loss has a gradient for the hidden states and, where it is trained, for the head. `function` must be a sum
+        over positions; it is differentiated by autograd with respect to its log-probabilities.
+        """
+        if not torch.is_grad_enabled():
+            found = self.log_probs_at(hidden, ids)
+            return sum((function(found[at], at) for at in self._chunks(hidden)), hidden.new_zeros(()).float()), found
         if self.replicated_input:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=self.group)
-        parts = []
-        # At least one piece, empty or not, so that a micro-batch without a counted position keeps its graph whole.
-        for start in range(0, max(1, hidden.size(0)), self.chunk):
-            piece = (hidden[start : start + self.chunk], other[start : start + self.chunk])
-            if torch.is_grad_enabled() and hidden.requires_grad:
-                parts.append(checkpoint(function, *piece, use_reentrant=False))
-            else:
-                parts.append(function(*piece))
-        return torch.cat(parts)
+        loss, found = _ChunkedLoss.apply(hidden, self.weight, self, ids, function)
+        return loss, found.detach()
 
-    def _select(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """log p at ids [N, k], and log of the partition sum [N, 1]."""
+    def _chunks(self, hidden: Tensor) -> list[slice]:
+        return [slice(i, i + self.chunk) for i in range(0, hidden.size(0), self.chunk)]
+
+    def _distribution(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(log p at ids [n, k], unnormalised probabilities [n, V_local], their sum over all ranks [n, 1]), fp32."""
         logits = (hidden @ self.weight.t()).float()
         if self.temperature != 1.0:
-            logits = logits / self.temperature
+            logits.div_(self.temperature)
         padding = self.start + logits.size(1) - self.vocab
         if padding > 0:
-            logits[:, logits.size(1) - padding :] = float("-inf")
-        top = logits.detach().amax(-1, keepdim=True)
+            logits[:, max(0, logits.size(1) - padding) :] = float("-inf")
+        top = logits.amax(-1, keepdim=True)
+        chosen, mine = self._local(logits, ids)
+        chosen = torch.where(mine, chosen, 0.0)
         if self.ranks > 1:
             dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self.group)
-        total = (logits - top).exp().sum(-1, keepdim=True)
+        total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+        if self.ranks > 1:
+            both = torch.cat([total, chosen], dim=1)
+            dist.all_reduce(both, group=self.group)
+            total, chosen = both[:, :1], both[:, 1:]
+        return chosen - (total.log() + top), logits, total
+
+    def _local(self, values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """values [n, V_local] at ids [n, k], and which of the ids this rank owns."""
+        local = ids - self.start
+        mine = (local >= 0) & (local < values.size(1))
+        return torch.gather(values, 1, local.clamp(0, values.size(1) - 1)), mine
+
+    def _backward(self, probabilities: Tensor, total: Tensor, ids: Tensor, gradient: Tensor) -> Tensor:
+        """Gradient [n, k] of the log-probabilities at ids -> gradient of this rank's logits, in place of the
+        probabilities: d log p_i / d logit_j = [i = j] - p_j."""
+        logits = probabilities.mul_(-gradient.sum(-1, keepdim=True) / total)
         local = ids - self.start
         mine = (local >= 0) & (local < logits.size(1))
-        chosen = torch.gather(logits, 1, local.clamp(0, logits.size(1) - 1))
-        chosen = torch.where(mine, chosen, torch.zeros_like(chosen))
-        if self.ranks > 1:
-            total = reduce_from_tensor_model_parallel_region(total, group=self.group)
-            chosen = reduce_from_tensor_model_parallel_region(chosen, group=self.group)
-        log_total = total.log() + top
-        return chosen - log_total, log_total
+        logits.scatter_add_(1, local.clamp(0, logits.size(1) - 1), torch.where(mine, gradient, 0.0))
+        return logits if self.temperature == 1.0 else logits.div_(self.temperature)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Head.loss: the gradients are made in the forward pass and scaled in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, head: Head, ids: Tensor, function: ChunkLoss
+    ) -> tuple[Tensor, Tensor]:
+        found = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
+        loss = torch.zeros((), device=hidden.device)
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for at in head._chunks(hidden):
+            log_probs, probabilities, total = head._distribution(hidden[at], ids[at])
+            found[at] = log_probs
+            with torch.enable_grad():
+                leaf = log_probs.detach().requires_grad_()
+                share = function(leaf, at)
+                (gradient,) = torch.autograd.grad(share, leaf)
+            loss += share.detach()
+            d_logits = head._backward(probabilities, total, ids[at], gradient).to(weight.dtype)
+            torch.mm(d_logits, weight, out=d_hidden[at])
+            if d_weight is not None:
+                d_weight += d_logits.t() @ hidden[at]
+        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
+        ctx.mark_non_differentiable(found)
+        return loss, found
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * gradient, None if d_weight is None else d_weight * gradient, None, None, None
 
 
 def lumped_kl(student: Tensor, teacher: Tensor, direction: str) -> Tensor:

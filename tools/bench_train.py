@@ -78,7 +78,7 @@ def run(learner: Learner, batch: ReplayBatch, *, plain: bool) -> float:
 
     def loss(part: ReplayBatch, output: torch.Tensor) -> torch.Tensor:
         hidden = output.transpose(0, 1)[part.counts]
-        head, weight = Head(learner.model.readout_weight(), learner.dims.vocab), part.token_weight[part.counts]
+        head, weight = Head(learner.model.last.readout_weight(), learner.dims.vocab), part.token_weight[part.counts]
         labels = part.labels()[part.counts].unsqueeze(-1)
         return head.loss(hidden, labels, lambda log_probs, at: -(weight[at] * log_probs[:, 0]).sum())[0]
 

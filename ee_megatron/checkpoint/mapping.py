@@ -36,6 +36,11 @@ class Entry:
     shard: Shard
     join: Join
 
+    @property
+    def split(self) -> bool:
+        """Whether tensor-parallel ranks hold different parts."""
+        return self.shard is not _whole
+
 
 def _columns(tensors: list[Tensor], ranks: int, rank: int) -> Tensor:
     return tensors[0].chunk(ranks, 1)[rank]
@@ -128,88 +133,23 @@ def stage_entries(model: EarlyExitGPT) -> Iterator[Entry]:
     )
 
 
+def stage_parameters(model: EarlyExitGPT) -> dict[str, nn.Parameter]:
+    """The stage's base parameters by their megatron-core names."""
+    return {n: p for n, p in model.named_parameters() if ".adapters." not in n and ".gate." not in n}
+
+
 @torch.no_grad()
 def load_base(model: EarlyExitGPT, source: HFDirectory) -> None:
-    """Fill this rank's base parameters from a Hugging Face directory, one tensor at a time.
+    """Fill a stage's base parameters from a Hugging Face directory, one tensor at a time.
 
     Every base parameter of the stage must be filled exactly once (assertion: a gap would be a bug of the mapping).
     """
     group = parallel_state.get_tensor_model_parallel_group()
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    parameters = {n: p for n, p in model.named_parameters() if ".adapters." not in n and ".gate." not in n}
+    parameters = stage_parameters(model)
     for entry in stage_entries(model):
         local = entry.shard([source.tensor(name) for name in entry.names], ranks, rank)
         target = parameters.pop(entry.parameter)
         assert target.shape == local.shape, (entry.parameter, target.shape, local.shape)
         target.copy_(local)
     assert not parameters, f"parameters that no Hugging Face tensor fills: {sorted(parameters)}"
-
-
-def policy_parameters(model: EarlyExitGPT) -> dict[str, nn.Parameter]:
-    """This rank's adapter and gate parameters by their layout-free names (policy.py); local shards."""
-    found: dict[str, nn.Parameter] = {}
-    for layer in model.early_exit_layers():
-        index = layer.layer_number - 1
-        for prefix, module in (
-            ("self_attn", layer.self_attention.linear_qkv),
-            ("self_attn", layer.self_attention.linear_proj),
-            ("mlp", layer.mlp.linear_fc1),
-            ("mlp", layer.mlp.linear_fc2),
-        ):
-            for part, pair in module.adapters.items():
-                found[f"model.layers.{index}.{prefix}.{part}.lora_A.weight"] = pair.lora_A
-                found[f"model.layers.{index}.{prefix}.{part}.lora_B.weight"] = pair.lora_B
-        if layer.gate is not None:
-            for name, parameter in layer.gate.named_parameters():
-                found[f"gates.{layer.depth}.{name}"] = parameter
-    return found
-
-
-@torch.no_grad()
-def load_policy_tensors(model: EarlyExitGPT, tensors: dict[str, Tensor]) -> None:
-    """Fill this rank's adapters and gates from whole tensors. Raises ValueError for a missing or misshapen one."""
-    group = parallel_state.get_tensor_model_parallel_group()
-    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    for name, parameter in policy_parameters(model).items():
-        if name not in tensors:
-            raise ValueError(f"policy tensors lack {name}; the checkpoint was made with other adapters or exits")
-        dim = getattr(parameter, "partition_dim", -1)
-        local = tensors[name] if dim < 0 else tensors[name].chunk(ranks, dim)[rank]
-        if local.shape != parameter.shape:
-            raise ValueError(
-                f"{name}: shape {tuple(local.shape)} in the checkpoint, {tuple(parameter.shape)} in the run"
-            )
-        parameter.copy_(local)
-
-
-@torch.no_grad()
-def gather_policy_tensors(model: EarlyExitGPT) -> dict[str, Tensor]:
-    """The whole policy on every rank, fp32 on the CPU: shards joined over tensor ranks, stages over pipeline ranks."""
-    tp_group, pp_group = (
-        parallel_state.get_tensor_model_parallel_group(),
-        parallel_state.get_pipeline_model_parallel_group(),
-    )
-    mine: dict[str, Tensor] = {}
-    for name, parameter in policy_parameters(model).items():
-        dim, value = getattr(parameter, "partition_dim", -1), parameter.detach()
-        if dim >= 0 and dist.get_world_size(tp_group) > 1:
-            parts = [torch.empty_like(value) for _ in range(dist.get_world_size(tp_group))]
-            dist.all_gather(parts, value.contiguous(), group=tp_group)
-            value = torch.cat(parts, dim=dim)
-        mine[name] = value
-    stages = dist.get_world_size(pp_group)
-    if stages == 1:
-        return {name: value.cpu().clone() for name, value in mine.items()}
-    listing: list = [None] * stages
-    dist.all_gather_object(listing, [(name, tuple(value.shape)) for name, value in mine.items()], group=pp_group)
-    whole: dict[str, Tensor] = {}
-    device = next(model.parameters()).device
-    for stage, table in enumerate(listing):
-        sizes = [int(torch.Size(shape).numel()) for _, shape in table]
-        flat = torch.empty(sum(sizes), device=device)
-        if stage == dist.get_rank(pp_group):
-            flat = torch.cat([value.flatten().float() for value in mine.values()])
-        dist.broadcast(flat, dist.get_global_rank(pp_group, stage), group=pp_group)
-        for (name, shape), piece in zip(table, flat.cpu().split(sizes), strict=True):
-            whole[name] = piece.view(shape).clone()
-    return whole

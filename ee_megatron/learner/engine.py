@@ -10,9 +10,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import nn
 
+from ..checkpoint.policy_shards import Piece
 from ..parallel.groups import MegatronUnits
 
-GROUPS = ("adapters", "gates")
+# Learning-rate groups: adapters or the whole base, and the gates.
+GROUPS = ("body", "gates")
 
 
 class Trainable(nn.Module):
@@ -24,19 +26,19 @@ class Trainable(nn.Module):
         self.groups = groups
         for name, parameters in groups.items():
             self.register_module(name, nn.ParameterList(parameters))
-        for group in groups.values():
-            for parameter in group:
-                # DeepSpeed counts replicated parameters once in the gradient norm and sharded ones on every rank.
-                parameter.tensor_model_parallel = getattr(parameter, "partition_dim", -1) >= 0  # type: ignore[attr-defined]
 
 
-def split_groups(parameters: dict[str, nn.Parameter]) -> dict[str, list[nn.Parameter]]:
-    """Policy parameters by name -> learning-rate groups. Every rank must have every group, or the norm's collectives
-    would not match; a stage without gates (or a policy without adapters) gets one idle element."""
+def split_groups(pieces: Iterable[Piece]) -> dict[str, list[nn.Parameter]]:
+    """Policy parameters -> learning-rate groups. Every rank must have every group, or the norm's collectives would not
+    match; a stage without gates (or a policy without adapters) gets one idle element."""
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
-    for name, parameter in parameters.items():
-        groups["gates" if name.startswith("gates.") else "adapters"].append(parameter)
-    device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
+    device = torch.device("cpu")
+    for piece in pieces:
+        parameter, device = piece.parameter, piece.parameter.device
+        # DeepSpeed counts in the gradient norm: replicated parameters once, sharded ones on every rank, copies never.
+        parameter.tensor_model_parallel = piece.entry.split  # type: ignore[attr-defined]
+        parameter.ds_pipe_replicated = piece.copy  # type: ignore[attr-defined]
+        groups["gates" if piece.entry.parameter.startswith("gates.") else "body"].append(parameter)
     for group in groups.values():
         if not group:
             group.append(nn.Parameter(torch.zeros(1, device=device)))
@@ -101,3 +103,13 @@ def sum_replicated_gradients(parameters: Iterable[nn.Parameter]) -> None:
     dist.all_reduce(flat, group=group)
     for parameter, piece in zip(partial, flat.split([p.numel() for p in partial]), strict=True):
         parameter.grad.copy_(piece.view_as(parameter))  # type: ignore[union-attr]
+
+
+def sum_tied_gradients(pieces: Iterable[Piece]) -> None:
+    """Sum over the first and the last stage: each holds the gradient of its own copy of tied embeddings."""
+    group = parallel_state.get_embedding_group(check_initialized=False)
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1 or group is None:
+        return
+    for piece in pieces:
+        if getattr(piece.parameter, "shared_embedding", False):
+            dist.all_reduce(piece.parameter.grad, group=group)

@@ -11,18 +11,26 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from ..checkpoint.mapping import gather_policy_tensors, load_base, load_policy_tensors, policy_parameters
+from ..checkpoint.mapping import load_base
+from ..checkpoint.policy_shards import gather_policy_tensors, load_policy_tensors, policy_pieces
 from ..exits import gate_log_term
 from ..families.hf_directory import HFDirectory
 from ..model.config import megatron_config
-from ..model.gpt import EarlyExitGPT, build_stage
+from ..model.gpt import EarlyExitGPT, RankModel, build_model
 from ..model.layer import WEIGHT
 from ..parallel.groups import Degrees
 from ..parallel.schedule import run_schedule
 from ..parallel.vocabulary import Head, lumped_kl
 from ..policy import PolicySpec
 from .batch import ReplayBatch
-from .engine import Trainable, fill_missing_gradients, make_engine, split_groups, sum_replicated_gradients
+from .engine import (
+    Trainable,
+    fill_missing_gradients,
+    make_engine,
+    split_groups,
+    sum_replicated_gradients,
+    sum_tied_gradients,
+)
 
 
 @dataclass
@@ -41,7 +49,9 @@ class Scores:
 class Learner:
     """A Megatron model under one layout with its DeepSpeed engine.
 
-    `stage_sizes`: layers per pipeline stage. `policy`: whole tensors (policy.py) to start from.
+    `stage_sizes`: layers per stage, `degrees.virtual` of them on each pipeline rank. `policy`: whole tensors (policy.py)
+    to start from. The reference is the base in `source`: under adapters the same weights with adapters off, under full
+    fine-tuning a second, frozen model, built when it is first asked for.
     """
 
     def __init__(
@@ -71,29 +81,43 @@ class Learner:
             spec,
             stage_sizes,
             tensor=degrees.tensor,
+            virtual=degrees.virtual,
             sequence_parallel=sequence_parallel,
             recompute=recompute,
             dtype=dtype,
             on_cpu=device.type == "cpu",
             adapter_dropout=adapter_dropout,
         )
-        self.model: EarlyExitGPT = build_stage(self.config).to(device)
-        load_base(self.model, source)
-        source.close()
-        load_policy_tensors(self.model, policy)
-        self.model.trainable_policy()
+        self._base_directory = source.path
+        self.model = self._base_model(source)
+        self._reference: RankModel | None = None
+        self.pieces = policy_pieces(self.model)
+        load_policy_tensors(self.pieces, policy)
+        for piece in self.pieces:
+            piece.parameter.requires_grad_()
         self.engine = make_engine(
-            Trainable(split_groups(policy_parameters(self.model))),
+            Trainable(split_groups(self.pieces)),
             zero_stage=zero_stage,
             gradient_clipping=gradient_clipping,
             on_cpu=device.type == "cpu",
         )
 
+    def _base_model(self, source: HFDirectory) -> RankModel:
+        model = build_model(self.config).to(self.device)
+        for stage in model:
+            load_base(stage, source)
+        source.close()
+        return model.requires_grad_(False)
+
     # -- what the loops call ------------------------------------------------------------------------------------------
 
     def score(self, batch: ReplayBatch, *, reference: bool = False, objective: str = "likelihood") -> Scores:
-        """Scores without gradients. `reference`: adapters off, full depth, no exits (the teacher). With the objective
+        """Scores without gradients. `reference`: the base at full depth, without exits (the teacher). With the objective
         "distill" they include the divergence from the batch's teacher."""
+        if reference and self.spec.full:
+            if self._reference is None:
+                self._reference = self._base_model(HFDirectory(self._base_directory))
+            return self._run(batch, train=False, exits=False, model=self._reference)
         if reference:
             with self.model.adapters_off():
                 return self._run(batch, train=False, exits=False)
@@ -110,15 +134,20 @@ class Learner:
         self.model.train()
         with self.engine.coalesce_grad_reduction():
             scores = self._run(batch, train=True, exits=True, objective=objective)
-            fill_missing_gradients(self.engine.module.parameters())
-            sum_replicated_gradients(self.model.parameters())
+            self.complete_gradients()
         self.engine.step()
         self.model.eval()
         return scores, float(self.engine.get_global_grad_norm() or 0.0)
 
+    def complete_gradients(self) -> None:
+        """After a backward pass: what the ranks hold in parts is summed, so that each holds the gradient of the loss."""
+        fill_missing_gradients(self.engine.module.parameters())
+        sum_replicated_gradients(self.model.parameters())
+        sum_tied_gradients(self.pieces)
+
     def export_policy(self) -> dict[str, Tensor]:
         """The whole policy, fp32, on every rank."""
-        return gather_policy_tensors(self.model)
+        return gather_policy_tensors(self.pieces)
 
     def save(self, directory: Path) -> None:
         """This rank's share of the optimizer state into an existing directory; the policy is saved by the caller."""
@@ -142,9 +171,21 @@ class Learner:
 
     # -- one pass -----------------------------------------------------------------------------------------------------
 
-    def _run(self, batch: ReplayBatch, *, train: bool, exits: bool, objective: str = "likelihood") -> Scores:
+    def _run(
+        self,
+        batch: ReplayBatch,
+        *,
+        train: bool,
+        exits: bool,
+        objective: str = "likelihood",
+        model: RankModel | None = None,
+    ) -> Scores:
+        model = model or self.model
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         block = self.micro_batch_size * ranks
+        if self.degrees.virtual > 1:
+            # The interleaved schedule deals micro-batches out in groups of one per pipeline rank.
+            block *= self.degrees.pipeline
         rows = -(-batch.rows // block) * block
         padded = batch.pad_rows(rows)
         share = rows // ranks
@@ -152,10 +193,10 @@ class Learner:
         micro_batches = [
             local.select(slice(i, i + self.micro_batch_size)) for i in range(0, share, self.micro_batch_size)
         ]
-        passes = _Pass(self, exits=exits, objective=objective, scale=float(ranks))
-        with self.model.recording_gates() if exits else contextlib.nullcontext():
+        passes = _Pass(self, model, exits=exits, objective=objective, scale=float(ranks))
+        with model.recording_gates() if exits else contextlib.nullcontext():
             run_schedule(
-                self.model,
+                model,
                 micro_batches,
                 passes.forward,
                 passes.loss,
@@ -163,17 +204,17 @@ class Learner:
                 rows=self.micro_batch_size,
                 train=train,
             )
-        return self._collect(passes, share, rows, batch.rows)
+        return self._collect(passes, batch.rows)
 
-    def _collect(self, passes: _Pass, share: int, rows: int, wanted: int) -> Scores:
+    def _collect(self, passes: _Pass, wanted: int) -> Scores:
         """Put the stages' parts together (a sum: each part is 0 where another stage owns it), then the data ranks'."""
-        width = passes.exit_logprobs[0].size(1)
+        exit_logprobs = passes.summed_exit_logprobs()
         last = bool(passes.token_logprobs)
-        empty = [torch.zeros(share, width, device=self.device)]
+        empty = [torch.zeros_like(exit_logprobs)]
         parts = torch.stack(
             [
                 torch.cat(passes.token_logprobs if last else empty),
-                torch.cat(passes.exit_logprobs),
+                exit_logprobs,
                 torch.cat(passes.kl if last else empty),
             ]
         )
@@ -190,30 +231,34 @@ class Learner:
 class _Pass:
     """The two callables of one schedule run and what they leave behind, per micro-batch in order."""
 
-    def __init__(self, learner: Learner, *, exits: bool, objective: str, scale: float):
-        self.learner, self.exits, self.objective = learner, exits, objective
+    def __init__(self, learner: Learner, model: RankModel, *, exits: bool, objective: str, scale: float):
+        self.learner, self.model, self.exits, self.objective = learner, model, exits, objective
         # DeepSpeed averages gradients over data-parallel ranks; the weights are normalised over all of them already.
         self.scale = scale
         self.token_logprobs: list[Tensor] = []
-        self.exit_logprobs: list[Tensor] = []
+        self.exit_logprobs: list[list[Tensor]] = [[] for _ in model]
         self.kl: list[Tensor] = []
 
-    def forward(self, model: EarlyExitGPT, batch: ReplayBatch) -> Tensor:
+    def forward(self, stage: EarlyExitGPT, batch: ReplayBatch) -> Tensor:
         control = (batch if self.exits else batch.at_full_depth(self.learner.dims.num_layers)).control()
         control[..., WEIGHT] *= self.scale
-        output = model(batch.tokens, control)
+        output = stage(batch.tokens, control)
         total = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
-        for depth, logit in model.take_gates().items() if self.exits else ():
+        for depth, logit in stage.take_gates().items() if self.exits else ():
             total += gate_log_term(logit.transpose(0, 1), batch.depths, depth)
-        self.exit_logprobs.append(torch.where(batch.asked, total, torch.zeros_like(total)))
+        self.exit_logprobs[stage.vp_stage or 0].append(torch.where(batch.asked, total, torch.zeros_like(total)))
         return output
+
+    def summed_exit_logprobs(self) -> Tensor:
+        """This rank's share of log q(prescribed exit) [micro-batches * rows, S]."""
+        return torch.stack([torch.cat(parts) for parts in self.exit_logprobs]).sum(0)
 
     def loss(self, batch: ReplayBatch, output: Tensor) -> Tensor:
         learner = self.learner
         # The last stage returns [S, B, D]; only positions that predict a generated token are read out.
         hidden = output.transpose(0, 1)[batch.counts]
         head = Head(
-            learner.model.readout_weight(),
+            self.model.last.readout_weight(),
             learner.dims.vocab,
             replicated_input=not learner.config.sequence_parallel,
             temperature=learner.temperature,

@@ -36,17 +36,19 @@ def megatron_config(
     stage_sizes: tuple[int, ...],
     *,
     tensor: int = 1,
+    virtual: int = 1,
     sequence_parallel: bool = False,
     recompute: bool = False,
     dtype: torch.dtype = torch.float32,
     on_cpu: bool = True,
     adapter_dropout: float = 0.0,
 ) -> EarlyExitConfig:
-    """The config of one run. `stage_sizes`: layers per pipeline stage, their sum is L.
+    """The config of one run. `stage_sizes`: layers per stage, their sum is L; `virtual` stages lie on each pipeline
+    rank, stage i on rank i mod the number of ranks.
 
     Weights are never initialised here: they are loaded right after the build.
     """
-    pipeline = len(stage_sizes)
+    pipeline = len(stage_sizes) // virtual
     layout = "|".join("t" * size for size in stage_sizes)
     fused = not on_cpu
     return EarlyExitConfig(
@@ -82,6 +84,10 @@ def megatron_config(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         batch_p2p_sync=False,
+        # Interleaved stages on gloo train wrongly without an error in any other combination of these three.
+        batch_p2p_comm=virtual == 1,
+        overlap_p2p_comm=virtual > 1,
+        deallocate_pipeline_outputs=False,
         # The loss arrives already normalised over the global batch, so the schedule must not divide it again.
         calculate_per_token_loss=True,
         recompute_granularity="full" if recompute else None,

@@ -17,17 +17,17 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..families import inverse_frequencies
 from .config import EarlyExitConfig, padded_vocab
 from .layer import EarlyExitLayer
 from .lora import DownLinear, GateUpLinear, LoRAPair, OutLinear, QKVLinear
-from .parts import CausalAttention, HeadNorm, RMSNorm, SkippingAttention, SkippingMLP
+from .parts import CausalAttention, HeadNorm, RMSNorm, SkippingAttention
 
 
 def layer_spec(config: EarlyExitConfig) -> ModuleSpec:
@@ -43,7 +43,7 @@ def layer_spec(config: EarlyExitConfig) -> ModuleSpec:
             k_layernorm=norm,
         ),
     )
-    mlp = ModuleSpec(module=SkippingMLP, submodules=MLPSubmodules(linear_fc1=GateUpLinear, linear_fc2=DownLinear))
+    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=GateUpLinear, linear_fc2=DownLinear))
     return ModuleSpec(
         module=EarlyExitLayer,
         submodules=TransformerLayerSubmodules(
@@ -87,29 +87,6 @@ class EarlyExitGPT(GPTModel):
     def early_exit_layers(self) -> list[EarlyExitLayer]:
         return list(self.decoder.layers)
 
-    @contextmanager
-    def adapters_off(self) -> Iterator[None]:
-        """Inside, the model is the teacher: the same weights without adapters, bit for bit."""
-        pairs = [module for module in self.modules() if isinstance(module, LoRAPair)]
-        for pair in pairs:
-            pair.enabled = False
-        try:
-            yield
-        finally:
-            for pair in pairs:
-                pair.enabled = True
-
-    @contextmanager
-    def recording_gates(self) -> Iterator[None]:
-        """Inside, every gated layer keeps its logits of the latest forward pass for `take_gates`."""
-        for layer in self.early_exit_layers():
-            layer.record = layer.gate is not None
-        try:
-            yield
-        finally:
-            for layer in self.early_exit_layers():
-                layer.record, layer.recorded = False, None
-
     def take_gates(self) -> dict[int, Tensor]:
         """Gate logits of the latest forward pass by depth, fp32 [s, b], whole along s; this stage's gates only."""
         taken: dict[int, Tensor] = {}
@@ -122,31 +99,68 @@ class EarlyExitGPT(GPTModel):
                 layer.recorded = None
         return taken
 
-    def trainable_policy(self) -> None:
-        """Freeze the base, leave adapters and gates trainable."""
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(".adapters." in name or ".gate." in name)
+
+class RankModel(nn.ModuleList):
+    """The parts of the model on this rank, in order: one stage, or several under virtual pipeline parallelism."""
+
+    def __iter__(self) -> Iterator[EarlyExitGPT]:  # type: ignore[override]
+        return super().__iter__()  # type: ignore[return-value]
+
+    @property
+    def last(self) -> EarlyExitGPT:
+        return self[len(self) - 1]  # type: ignore[return-value]
+
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """Inside, the model is the base: the same weights without adapters, bit for bit."""
+        pairs = [module for module in self.modules() if isinstance(module, LoRAPair)]
+        for pair in pairs:
+            pair.enabled = False
+        try:
+            yield
+        finally:
+            for pair in pairs:
+                pair.enabled = True
+
+    @contextmanager
+    def recording_gates(self) -> Iterator[None]:
+        """Inside, every gated layer keeps its logits of the latest forward pass for `take_gates`."""
+        layers = [layer for stage in self for layer in stage.early_exit_layers()]
+        for layer in layers:
+            layer.record = layer.gate is not None
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.record, layer.recorded = False, None
 
 
 def _ask_for_gradient(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
     return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
+def build_model(config: EarlyExitConfig) -> RankModel:
+    """All stages of this rank; process groups must exist. Weights are uninitialised until they are loaded."""
+    chunks = config.virtual_pipeline_model_parallel_size
+    return RankModel([build_stage(config, stage if chunks else None) for stage in range(chunks or 1)])
+
+
 def build_stage(config: EarlyExitConfig, vp_stage: int | None = None) -> EarlyExitGPT:
-    """Build this rank's stage (process groups must exist). Its weights are uninitialised until they are loaded."""
+    """Build one stage. Its weights are uninitialised until they are loaded."""
     dims = config.dims
     assert dims is not None
     spec = layer_spec(config)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     block = TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm)
     pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+    chunks = config.virtual_pipeline_model_parallel_size or 1
     model = EarlyExitGPT(
         config,
         block,
         vocab_size=padded_vocab(dims.vocab, config.tensor_model_parallel_size),
         max_sequence_length=dims.max_positions,
-        pre_process=pp_rank == 0,
-        post_process=pp_rank == config.pipeline_model_parallel_size - 1,
+        pre_process=pp_rank == 0 and vp_stage in (None, 0),
+        post_process=pp_rank == config.pipeline_model_parallel_size - 1 and vp_stage in (None, chunks - 1),
         parallel_output=True,
         share_embeddings_and_output_weights=dims.tied,
         position_embedding_type="rope",

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..exits import gate_log_term
 from .active import Active
 from .config import EarlyExitConfig
-from .parts import Gate
+from .parts import Gate, mlp_of_active
 
 DEPTH, WEIGHT, TARGETS = 0, 1, 2
 
@@ -107,7 +107,7 @@ class EarlyExitLayer(TransformerLayer):
         stream = flat[active.mine] + self.self_attention.forward_active(
             self.input_layernorm(hidden_states), active, rotary
         )
-        stream = stream + self.mlp.forward_active(self.pre_mlp_layernorm(stream), active)
+        stream = stream + mlp_of_active(self.mlp, self.pre_mlp_layernorm(stream), active)
         return flat.index_copy(0, active.mine, stream).view_as(hidden_states)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any):

@@ -103,17 +103,14 @@ class SkippingAttention(SelfAttention):
         return output if self.linear_proj.bias is None else output + self.linear_proj.bias
 
 
-class SkippingMLP(MLP):
-    """The SwiGLU MLP; `forward` is megatron-core's own."""
-
-    def forward_active(self, normed: Tensor, active: Active) -> Tensor:
-        """normed [n, D] of this rank's active positions -> [n, D]."""
-        hidden = self.linear_fc1.local(self.linear_fc1.enter(normed, active))
-        if self.linear_fc1.bias is not None:
-            hidden = hidden + self.linear_fc1.bias
-        gate, up = hidden.chunk(2, dim=-1)
-        output = self.linear_fc2.leave(self.linear_fc2.local(F.silu(gate) * up), active)
-        return output if self.linear_fc2.bias is None else output + self.linear_fc2.bias
+def mlp_of_active(mlp: MLP, normed: Tensor, active: Active) -> Tensor:
+    """megatron-core's SwiGLU MLP for this rank's active positions only: normed [n, D] -> [n, D]."""
+    hidden = mlp.linear_fc1.local(mlp.linear_fc1.enter(normed, active))
+    if mlp.linear_fc1.bias is not None:
+        hidden = hidden + mlp.linear_fc1.bias
+    gate, up = hidden.chunk(2, dim=-1)
+    output = mlp.linear_fc2.leave(mlp.linear_fc2.local(F.silu(gate) * up), active)
+    return output if mlp.linear_fc2.bias is None else output + mlp.linear_fc2.bias
 
 
 class Gate(nn.Module):

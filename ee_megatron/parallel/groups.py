@@ -15,11 +15,13 @@ from . import cpu_shims
 
 @dataclass(frozen=True)
 class Degrees:
-    """How many ranks and what each kind is for; ranks = tensor * pipeline * data."""
+    """How many ranks and what each kind is for; ranks = tensor * pipeline * data. Each pipeline rank holds `virtual`
+    stages."""
 
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
+    virtual: int = 1
 
     @property
     def world(self) -> int:
@@ -57,6 +59,7 @@ def initialise(degrees: Degrees, *, device: str = "cpu", timeout_s: float = 1800
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=degrees.tensor,
         pipeline_model_parallel_size=degrees.pipeline,
+        virtual_pipeline_model_parallel_size=degrees.virtual if degrees.virtual > 1 else None,
         distributed_timeout_minutes=max(1, int(timeout_s // 60)),
     )
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

@@ -10,13 +10,13 @@ import torch
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
-from ..model.gpt import EarlyExitGPT
+from ..model.gpt import EarlyExitGPT, RankModel
 
 MicroBatch = TypeVar("MicroBatch")
 
 
 def run_schedule(
-    model: EarlyExitGPT,
+    model: RankModel,
     micro_batches: Sequence[MicroBatch],
     forward: Callable[[EarlyExitGPT, MicroBatch], Tensor],
     loss: Callable[[MicroBatch, Tensor], Tensor],
@@ -27,9 +27,10 @@ def run_schedule(
 ) -> None:
     """Run every micro-batch forward and, if `train`, backward; gradients accumulate on the parameters.
 
-    forward(model, micro_batch) runs on every stage and returns its output [rows, sequence, ...]; loss(micro_batch,
+    forward(stage, micro_batch) runs on every stage and returns its output [sequence, rows, ...]; loss(micro_batch,
     output) runs on the last stage and returns a scalar that is summed over micro-batches, undivided. All micro-batches
-    have the same shape [rows, sequence]. Raises whatever the callables raise.
+    have the same shape [rows, sequence]; under virtual pipeline parallelism their number must be a multiple of the
+    pipeline ranks (ValueError of megatron-core). Raises whatever the callables raise.
     """
 
     def forward_step(iterator: Any, chunk: EarlyExitGPT):
@@ -44,8 +45,8 @@ def run_schedule(
     with torch.set_grad_enabled(train):
         get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
-            model=model,
+            data_iterator=[iter(micro_batches) for _ in model],
+            model=list(model),
             num_microbatches=len(micro_batches),
             seq_length=sequence,
             micro_batch_size=rows,

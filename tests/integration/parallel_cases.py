@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from ee_megatron.checkpoint.mapping import load_policy_tensors
+from ee_megatron.checkpoint.policy_shards import load_policy_tensors
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.batch import ReplayBatch
 from ee_megatron.learner.learner import Learner
@@ -46,7 +46,7 @@ def log_probs(tokens, depths):
 
     def loss(batch, output):
         hidden = output.transpose(0, 1).flatten(0, 1)
-        head = Head(learner.model.readout_weight(), learner.dims.vocab, not learner.config.sequence_parallel)
+        head = Head(learner.model.last.readout_weight(), learner.dims.vocab, not learner.config.sequence_parallel)
         every = torch.arange(learner.dims.vocab).expand(hidden.size(0), -1)
         kept["log_probs"] = head.log_probs_at(hidden, every).view(*batch.tokens.shape, -1)
         return hidden.sum() * 0
@@ -72,7 +72,7 @@ def save_then_resume(directory, batch: ReplayBatch, more: int):
     dist.barrier()
     learner.save(directory)
     straight = step(batch, more)[2]
-    load_policy_tensors(learner.model, saved)
+    load_policy_tensors(learner.pieces, saved)
     learner.load(directory)
     again = step(batch, more)[2]
     moved = max(float((straight[name] - saved[name]).abs().max()) for name in saved)

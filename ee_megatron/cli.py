@@ -178,7 +178,7 @@ def _print_plan(cfg: RunConfig, last: str) -> int:
     """The plan up to stage `last` on stdout; without a model directory what depends on the model is left out."""
     from .config.identity import STAGES as ORDER
     from .config.identity import stage_dir, to_yaml
-    from .config.validate import ranks, read_dims, resolve_exits, validate
+    from .config.validate import ranks, read_dims, resolve_exits, stage_sizes, validate
 
     parallel = cfg.parallel
     lines = [f"ranks: {ranks(cfg)} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {parallel.data}"]
@@ -186,7 +186,7 @@ def _print_plan(cfg: RunConfig, last: str) -> int:
         dims = read_dims(cfg)
         validate(cfg, dims)
         exits = resolve_exits(cfg, dims)
-        sizes = exits.stage_sizes(parallel.pipeline, parallel.stage_layers)
+        sizes = stage_sizes(cfg, exits)
         lines.append(f"exits: {list(exits.depths)} of {dims.num_layers} layers; layers per stage: {list(sizes)}")
     else:
         lines.append(f"exits: not checked against the model: no {cfg.model.path}/config.json here")

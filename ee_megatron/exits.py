@@ -58,20 +58,20 @@ class ExitLayout:
         edges = [round(num_layers * s / pipeline) for s in range(1, pipeline)]
         return ExitLayout(num_layers, tuple(sorted({d for d in (*step, *edges) if 1 <= d < num_layers})))
 
-    def stage_sizes(self, pipeline: int, requested: Sequence[int] | None = None) -> tuple[int, ...]:
-        """Layers per pipeline stage such that every inner boundary is an exit depth.
+    def stage_sizes(self, stages: int, requested: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Layers per stage such that every inner boundary is an exit depth.
 
         Without `requested` the boundaries are the exits nearest to an even split. Raises ValueError, naming the
         nearest fix, if there are too few exits or a requested boundary is none.
         """
         if requested:
             sizes = tuple(int(s) for s in requested)
-            if len(sizes) != pipeline or sum(sizes) != self.num_layers or min(sizes) < 1:
+            if len(sizes) != stages or sum(sizes) != self.num_layers or min(sizes) < 1:
                 raise ValueError(
-                    f"parallel.stage_layers: {list(sizes)} must be {pipeline} positive numbers "
+                    f"parallel.stage_layers: {list(sizes)} must be {stages} positive numbers "
                     f"that sum to {self.num_layers}"
                 )
-            edges = [sum(sizes[: s + 1]) for s in range(pipeline - 1)]
+            edges = [sum(sizes[: s + 1]) for s in range(stages - 1)]
             for edge in edges:
                 if edge not in self.depths:
                     near = min(self.depths, key=lambda d: abs(d - edge), default=None)
@@ -84,13 +84,13 @@ class ExitLayout:
                         f"stage boundary after layer {edge} is not an exit depth {list(self.depths)}; {hint}"
                     )
             return sizes
-        if len(self.depths) < pipeline - 1:
+        if len(self.depths) < stages - 1:
             raise ValueError(
-                f"parallel.pipeline={pipeline} needs {pipeline - 1} stage boundaries at exits, but exits.depths has "
-                f"only {len(self.depths)}: {list(self.depths)}; add depths near "
-                f"{[round(self.num_layers * s / pipeline) for s in range(1, pipeline)]}"
+                f"parallel.pipeline x parallel.virtual = {stages} stages need {stages - 1} boundaries at exits, but "
+                f"exits.depths has only {len(self.depths)}: {list(self.depths)}; add depths near "
+                f"{[round(self.num_layers * s / stages) for s in range(1, stages)]}"
             )
-        edges = _nearest_increasing(self.depths, [self.num_layers * s / pipeline for s in range(1, pipeline)])
+        edges = _nearest_increasing(self.depths, [self.num_layers * s / stages for s in range(1, stages)])
         bounds = [0, *edges, self.num_layers]
         return tuple(b - a for a, b in itertools.pairwise(bounds))
 

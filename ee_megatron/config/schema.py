@@ -23,8 +23,10 @@ class ParallelConfig:
     pipeline: int = 1
     data: int = 1
     """Ranks = tensor * pipeline * data."""
+    virtual: int = 1
+    """Stages per pipeline rank; more than 1: interleaved schedule, fewer idle ranks at the start and end of a step."""
     stage_layers: list[int] = field(default_factory=list)
-    """Layers per pipeline stage; empty: boundaries at the exits nearest to an even split."""
+    """Layers per stage (pipeline * virtual of them); empty: boundaries at the exits nearest to an even split."""
     sequence_parallel: bool = False
     micro_batch_size: int = 8
     """Sequences per micro-batch."""
@@ -46,6 +48,8 @@ class ExitsConfig:
 
 @dataclass
 class AdapterConfig:
+    full: bool = False
+    """Full fine-tuning: every weight of the model is trained, there are no adapters, the other fields are not used."""
     rank: int = 32
     alpha: float = 32.0
     dropout: float = 0.0

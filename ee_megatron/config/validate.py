@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "evaluate.split": ("train", "validation", "evaluation"),
     "tracker.wandb": ("auto", "online", "offline", "disabled"),
 }
+# Sequences of a batch are padded to a multiple of this (learner/batch.py).
+SEQUENCE_MULTIPLE = 8
 ARITHMETIC_FAMILIES = ("product", "sum", "word", "chain")
 
 POSITIVE: dict[str, tuple[str, ...]] = {
@@ -41,6 +43,7 @@ POSITIVE: dict[str, tuple[str, ...]] = {
         "tensor",
         "pipeline",
         "data",
+        "virtual",
         "micro_batch_size",
         "timeout_s",
     ),
@@ -155,7 +158,7 @@ def validate(cfg: RunConfig, dims: ModelDims | None) -> None:
     _check_parallel(cfg)
     if dims is not None:
         _check_tensor(cfg, dims)
-        resolve_exits(cfg, dims).stage_sizes(cfg.parallel.pipeline, cfg.parallel.stage_layers)
+        stage_sizes(cfg, resolve_exits(cfg, dims))
 
 
 def ranks(cfg: RunConfig) -> int:
@@ -190,10 +193,15 @@ def resolve_exits(cfg: RunConfig, dims: ModelDims) -> ExitLayout:
         return ExitLayout(dims.num_layers, tuple(cfg.exits.depths))
     sizes = cfg.parallel.stage_layers
     if not sizes:
-        return ExitLayout.default(dims.num_layers, cfg.parallel.pipeline)
+        return ExitLayout.default(dims.num_layers, cfg.parallel.pipeline * cfg.parallel.virtual)
     edges = {sum(sizes[: stage + 1]) for stage in range(len(sizes) - 1)}
     depths = edges | set(ExitLayout.default(dims.num_layers).depths)
     return ExitLayout(dims.num_layers, tuple(sorted(depths)))
+
+
+def stage_sizes(cfg: RunConfig, exits: ExitLayout) -> tuple[int, ...]:
+    """Layers per stage, parallel.pipeline * parallel.virtual of them. Raises ValueError as `ExitLayout` does."""
+    return exits.stage_sizes(cfg.parallel.pipeline * cfg.parallel.virtual, cfg.parallel.stage_layers)
 
 
 def policy_spec(cfg: RunConfig, dims: ModelDims) -> PolicySpec:
@@ -203,7 +211,8 @@ def policy_spec(cfg: RunConfig, dims: ModelDims) -> PolicySpec:
     return PolicySpec(
         num_layers=dims.num_layers,
         exit_depths=resolve_exits(cfg, dims).depths,
-        rank=cfg.adapter.rank,
+        rank=0 if cfg.adapter.full else cfg.adapter.rank,
+        full=cfg.adapter.full,
         alpha=cfg.adapter.alpha,
         targets=ATTENTION if cfg.adapter.targets == "attention" else ATTENTION + MLP,
         gate_width=cfg.exits.gate_width,
@@ -246,7 +255,7 @@ def _check_task(cfg: RunConfig) -> None:
 def _check_training(cfg: RunConfig) -> None:
     if not 0 <= cfg.adapter.dropout < 1:
         raise ValueError(f"adapter.dropout={cfg.adapter.dropout}: expected 0 <= dropout < 1")
-    if cfg.teacher.enabled and cfg.adapter.rank == 0:
+    if cfg.teacher.enabled and cfg.adapter.rank == 0 and not cfg.adapter.full:
         raise ValueError(
             "adapter.rank=0: the teacher is trained through adapters; give a rank > 0 or teacher.enabled=false"
         )
@@ -267,6 +276,16 @@ def _check_parallel(cfg: RunConfig) -> None:
     parallel, stage = cfg.parallel, cfg.deepspeed.zero_stage
     if parallel.sequence_parallel and parallel.tensor == 1:
         raise ValueError("parallel.sequence_parallel=true: needs parallel.tensor > 1, found 1")
+    if parallel.sequence_parallel and SEQUENCE_MULTIPLE % parallel.tensor:
+        raise ValueError(
+            f"parallel.tensor={parallel.tensor} with parallel.sequence_parallel=true: sequences are padded to multiples "
+            f"of {SEQUENCE_MULTIPLE}, which it does not divide; nearest degrees that do: "
+            f"{', '.join(map(str, _nearest((2, 4, 8), parallel.tensor)))}"
+        )
+    if parallel.virtual > 1 and parallel.pipeline == 1:
+        raise ValueError(
+            f"parallel.virtual={parallel.virtual}: needs parallel.pipeline > 1, found 1; set parallel.virtual=1"
+        )
     if stage not in (1, 2):
         raise ValueError(f"deepspeed.zero_stage={stage}: the learner trains with ZeRO 1 or 2; set one of them")
     devices = cfg.cluster.nodes * cfg.cluster.gpus_per_node
@@ -283,8 +302,12 @@ def _check_tensor(cfg: RunConfig, dims: ModelDims) -> None:
     bad = [f"{size} {name}" for name, size in sizes.items() if size % tensor]
     if bad:
         valid = [d for d in range(1, dims.kv_heads + 1) if not any(size % d for size in sizes.values())]
-        near = sorted(valid, key=lambda degree: abs(degree - tensor))[:2]
+        near = _nearest(valid, tensor)
         raise ValueError(
             f"parallel.tensor={tensor} does not divide {', '.join(bad)} of {cfg.model.path}; "
-            f"nearest degrees that do: {', '.join(map(str, sorted(near)))}"
+            f"nearest degrees that do: {', '.join(map(str, near))}"
         )
+
+
+def _nearest(choices: Sequence[int], wanted: int) -> list[int]:
+    return sorted(sorted(choices, key=lambda choice: abs(choice - wanted))[:2])

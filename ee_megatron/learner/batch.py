@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config.validate import SEQUENCE_MULTIPLE
+
 
 @dataclass
 class ReplayBatch:
@@ -86,7 +88,7 @@ def pack(
     answers: Sequence[np.ndarray],
     exit_depths: Sequence[np.ndarray] | None,
     num_layers: int,
-    multiple: int = 8,
+    multiple: int = SEQUENCE_MULTIPLE,
 ) -> ReplayBatch:
     """Prompt tokens [P], answer tokens [T] and depths [T] per sequence -> a batch with all weights 0.
 

@@ -50,7 +50,8 @@ class CausalAttention(nn.Module):
         self.config = config
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
-        out = attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), mask=None)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = attend(q, k, v, mask=None)
         return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 
     def forward_active(self, query: Tensor, key: Tensor, value: Tensor, active: Active) -> Tensor:

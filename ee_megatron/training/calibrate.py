@@ -103,7 +103,7 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
     updates = plan(len(traces), c)
     with Session(cfg, "calibrate", model_path, learner=True) as session:
         done, checkpoint = session.latest()
-        policy = load_policy(checkpoint)[1] if checkpoint else initial_policy(session.source.dims, session.spec, c.seed)
+        policy = load_policy(checkpoint)[1] if checkpoint else initial_policy(session.source.dims, session.spec, c.seed, session.source.tensor)
         learner = session.make_learner(policy, adapter_dropout=cfg.adapter.dropout, kl_direction=c.kl_direction)
         if checkpoint:
             learner.load(checkpoint)

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from ..config.identity import stage_dir, to_yaml
 from ..config.schema import RunConfig
-from ..config.validate import policy_spec
+from ..config.validate import policy_spec, stage_sizes
 from ..families.hf_directory import HFDirectory
 from ..learner.learner import Learner
 from ..observe.metrics import Metrics
@@ -74,7 +74,7 @@ class Session:
             self.directory.write_config(to_yaml(self.cfg))
         if self.learns:
             p = self.cfg.parallel
-            self.degrees = Degrees(p.tensor, p.pipeline, p.data)
+            self.degrees = Degrees(p.tensor, p.pipeline, p.data, p.virtual)
             self.device = groups.initialise(self.degrees, device=self.device_type, timeout_s=p.timeout_s)
             self.stack.callback(groups.finish)
         return self
@@ -85,10 +85,7 @@ class Session:
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def make_learner(self, policy: dict[str, torch.Tensor], **options: Any) -> Learner:
-        p, sizes = (
-            self.cfg.parallel,
-            self.spec.layout.stage_sizes(self.cfg.parallel.pipeline, self.cfg.parallel.stage_layers),
-        )
+        p, sizes = self.cfg.parallel, stage_sizes(self.cfg, self.spec.layout)
         return Learner(
             self.source,
             self.spec,

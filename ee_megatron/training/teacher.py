@@ -33,7 +33,7 @@ def train_teacher(cfg: RunConfig) -> Path:
         examples = session.from_leader(lambda: sample_examples(session))
         t = cfg.teacher
         learner = session.make_learner(
-            initial_policy(session.source.dims, session.spec, t.seed), adapter_dropout=cfg.adapter.dropout
+            initial_policy(session.source.dims, session.spec, t.seed, session.source.tensor), adapter_dropout=cfg.adapter.dropout
         )
         session.open_metrics(resume_step=0)
         order = np.random.default_rng(t.seed)

@@ -63,6 +63,8 @@ def test_every_choice_is_checked(key: str) -> None:
         (["name=a/b"], ["name='a/b'"]),
         (["parallel.pipeline=0"], ["parallel.pipeline=0"]),
         (["parallel.sequence_parallel=true"], ["parallel.sequence_parallel", "parallel.tensor > 1"]),
+        (["parallel.sequence_parallel=true", "parallel.tensor=3"], ["parallel.tensor=3", "multiples of 8", "2, 4"]),
+        (["parallel.virtual=2"], ["parallel.virtual=2", "parallel.pipeline > 1"]),
         (["deepspeed.zero_stage=0"], ["deepspeed.zero_stage=0", "ZeRO 1 or 2"]),
         (["deepspeed.zero_stage=3"], ["deepspeed.zero_stage=3", "ZeRO 1 or 2"]),
         (["parallel.data=9", "cluster.gpus_per_node=8"], ["9 ranks", "8 devices"]),
@@ -92,7 +94,7 @@ def test_what_the_rules_let_through() -> None:
             dims(),
             ["layer 14", "add 14"],
         ),
-        (["exits.depths=[5]", "parallel.pipeline=4"], dims(), ["parallel.pipeline=4", "3 stage boundaries"]),
+        (["exits.depths=[5]", "parallel.pipeline=4"], dims(), ["parallel.virtual = 4", "3 boundaries"]),
     ],
 )
 def test_rules_that_need_the_model(overrides: list[str], model: ModelDims, parts: list[str]) -> None:

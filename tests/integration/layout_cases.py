@@ -1,0 +1,100 @@
+"""What the ranks compute in the tests of layouts: everything that a layout must not change, in one call."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from ee_megatron.checkpoint.mapping import load_base
+from ee_megatron.checkpoint.policy_shards import gather_policy_tensors, load_policy_tensors, policy_pieces
+from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.learner.batch import ReplayBatch
+from ee_megatron.learner.learner import Learner
+from ee_megatron.model.config import megatron_config
+from ee_megatron.model.gpt import RankModel, build_model
+from ee_megatron.parallel import groups
+from ee_megatron.parallel.groups import Degrees
+from ee_megatron.parallel.schedule import run_schedule
+from ee_megatron.policy import PolicySpec
+
+
+def split(degrees: Degrees) -> torch.device:
+    """Cut the same ranks anew."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    return groups.initialise(degrees, timeout_s=120)
+
+
+def logits(model: RankModel, tokens, depths):
+    """Local logits [B, S, V_local] of the last stage, None on others. `depths` None: no control tensor at all."""
+    kept = {}
+
+    def forward(stage, rows):
+        at, exits = rows
+        control = None if depths is None else torch.stack([exits.float(), torch.zeros(exits.shape)], -1).transpose(0, 1)
+        return stage(at, control)
+
+    def loss(rows, output):
+        kept.setdefault("logits", []).append((output @ model.last.readout_weight().t()).transpose(0, 1))
+        return output.sum() * 0
+
+    exits = torch.zeros(tokens.shape) if depths is None else depths
+    # Two micro-batches, so that a schedule has something to interleave.
+    half = tokens.size(0) // 2
+    batches = [(tokens[:half], exits[:half]), (tokens[half:], exits[half:])]
+    run_schedule(model, batches, forward, loss, sequence=tokens.size(1), rows=half, train=False)
+    return torch.cat(kept["logits"]) if kept else None
+
+
+def plain_model(path, spec: PolicySpec | None, policy, learner: Learner, stages, options) -> RankModel:
+    """The same layout without gates, and without adapters where the spec has none; no learner around it."""
+    config = megatron_config(
+        learner.dims, spec, stages, tensor=learner.degrees.tensor, virtual=learner.degrees.virtual,
+        sequence_parallel=options.get("sequence_parallel", False), recompute=options.get("recompute", False),
+    )  # fmt: skip
+    model = build_model(config)
+    for stage in model:
+        load_base(stage, HFDirectory(path))
+    if spec is not None:
+        load_policy_tensors(policy_pieces(model), policy)
+    return model.eval()
+
+
+def everything(path, spec: PolicySpec, policy, degrees, stages, options, tokens, patterns, batch: ReplayBatch):
+    """-> per rank: logits of the base and of every pattern, gradients, and two comparisons to the bit."""
+    degrees = Degrees(*degrees)
+    device = split(degrees)
+    learner = Learner(
+        HFDirectory(path), spec, policy, degrees, stages, device=device, micro_batch_size=2, **options
+    )
+    learner.model.eval()
+    found = {
+        "tensor_rank": parallel_state.get_tensor_model_parallel_rank(),
+        "patterns": [logits(learner.model, tokens, depths) for depths in patterns],
+        "gradients": gradients(learner, batch),
+    }
+    if not spec.full:
+        full = torch.full(tokens.shape, spec.num_layers)
+        bare = PolicySpec(spec.num_layers, (), rank=spec.rank, alpha=spec.alpha)
+        without_gates = plain_model(path, bare, policy, learner, stages, options)
+        base = plain_model(path, None, None, learner, stages, options)
+        found["never"] = (logits(learner.model, tokens, full), logits(without_gates, tokens, None))
+        with learner.model.adapters_off():
+            found["base"] = (logits(learner.model, tokens, full), logits(base, tokens, None))
+    return found
+
+
+def gradients(learner: Learner, batch: ReplayBatch):
+    """Of the likelihood loss, whole tensors by name, as they are when the optimizer sees them."""
+    learner.model.train()
+    with learner.engine.coalesce_grad_reduction():
+        learner._run(batch, train=True, exits=True)
+        learner.complete_gradients()
+        group = parallel_state.get_data_parallel_group()
+        for piece in learner.pieces:
+            dist.all_reduce(piece.parameter.grad, group=group)
+            piece.parameter.grad /= dist.get_world_size(group)
+        found = gather_policy_tensors(learner.pieces, lambda parameter: parameter.grad)
+    learner.model.eval()
+    return found

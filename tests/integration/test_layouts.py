@@ -1,0 +1,184 @@
+"""Whatever the layout: the same logits, the same gradients, and to the bit the same model where no gate fires.
+
+The reference is transformers' own layers with the frozen mask around them (tests/reference.py), not this project's model
+at world size 1. fp32; tolerances are on logits of order 1 and relative to a gradient's norm.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ranks import Ranks
+from test_parallel_model import make_batch
+from transformers import AutoModelForCausalLM
+
+from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.policy import PolicySpec, initial_policy
+from tests.reference import Reference, random_policy
+from tests.tiny import tiny_hf
+
+LAYERS, ROWS, WIDTH = 6, 4, 16
+SPEC = PolicySpec(LAYERS, (1, 2, 3, 4), rank=4, alpha=8.0)
+FULL = PolicySpec(LAYERS, (1, 2, 3, 4), rank=0, full=True)
+OUTCOMES = (1, 2, 3, 4, 6)
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+# An odd vocabulary is padded under tensor parallelism; Qwen3's heads are wider than hidden / heads.
+MODELS = {
+    "llama": dict(family="llama", tied=True, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3, vocab=131),
+    "llama_untied": dict(
+        family="llama", tied=False, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    ),
+    "qwen2": dict(family="qwen2", tied=True, vocab=131),
+    "qwen3": dict(family="qwen3", tied=False, head_dim=24),
+}
+# (tensor, pipeline, data, virtual), layers per stage, options
+LAYOUTS = {
+    "TP1": ((1, 1, 1, 1), (6,), {}),
+    "TP1_recompute": ((1, 1, 1, 1), (6,), {"recompute": True}),
+    "TP2": ((2, 1, 1, 1), (6,), {}),
+    "TP2_SP": ((2, 1, 1, 1), (6,), {"sequence_parallel": True}),
+    "PP2": ((1, 2, 1, 1), (4, 2), {}),
+    "PP2_VPP2": ((1, 2, 1, 2), (1, 2, 1, 2), {}),
+    "DP2": ((1, 1, 2, 1), (6,), {}),
+    "PP4_uneven": ((1, 4, 1, 1), (1, 2, 1, 2), {}),
+    "TP2_PP2": ((2, 2, 1, 1), (2, 4), {}),
+    "TP2_PP2_SP": ((2, 2, 1, 1), (3, 3), {"sequence_parallel": True}),
+    "TP2_PP2_SP_recompute": ((2, 2, 1, 1), (3, 3), {"sequence_parallel": True, "recompute": True}),
+}
+
+
+def world(layout: str) -> int:
+    tensor, pipeline, data, _ = LAYOUTS[layout][0]
+    return tensor * pipeline * data
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return {name: tiny_hf(path=tmp_path_factory.mktemp(name), **settings_) for name, settings_ in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Ranks by world size; a new size ends the ranks of the one before."""
+    running: dict[int, Ranks] = {}
+
+    def get(size: int) -> Ranks:
+        if size not in running:
+            for others in running.values():
+                others.__exit__()
+            running.clear()
+            running[size] = Ranks(size, tmp_path_factory.mktemp(f"ranks{size}"))
+        return running[size]
+
+    yield get
+    for others in running.values():
+        others.__exit__()
+
+
+def drawn_patterns():
+    """Exit patterns that hypothesis finds worth trying: a few random ones, nothing exits, everything exits at once."""
+    patterns: list[torch.Tensor] = []
+
+    @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(
+        st.lists(st.sampled_from(OUTCOMES), min_size=ROWS * WIDTH, max_size=ROWS * WIDTH),
+        st.lists(st.integers(1, WIDTH), min_size=ROWS, max_size=ROWS),
+    )
+    def draw(depths, prompts):
+        table = torch.tensor(depths).view(ROWS, WIDTH)
+        for row, length in enumerate(prompts):
+            table[row, :length] = LAYERS
+        patterns.append(table)
+
+    draw()
+    return [torch.full((ROWS, WIDTH), LAYERS), torch.full((ROWS, WIDTH), 1), *patterns]
+
+
+def last_stage(results, read):
+    """The tensor-parallel shards of the last stage, joined along the vocabulary."""
+    shards = {r["tensor_rank"]: read(r) for r in results if read(r) is not None}
+    return torch.cat([shards[rank] for rank in sorted(shards)], dim=-1)
+
+
+def likelihood_loss(reference: Reference, batch):
+    log_probs = torch.log_softmax(reference.logits(batch.tokens, batch.depths), -1)
+    tokens = log_probs.gather(-1, batch.labels()[..., None])[..., 0] * batch.counts
+    exits = reference.log_q(reference.gate_logits(batch.tokens, batch.depths), batch.depths) * batch.asked
+    return -(tokens * batch.token_weight).sum() - (exits * batch.exit_weight).sum()
+
+
+def assert_gradients(found, expected):
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        error = float((found[name] - wanted).norm() / wanted.norm().clamp(min=1e-6))
+        assert error < 1e-5, f"{name}: relative error {error:.1e}, norm {float(wanted.norm()):.1e}"
+
+
+LAYOUT_ORDER = sorted(LAYOUTS, key=world)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", LAYOUT_ORDER)
+def test_logits_and_gradients_with_adapters(layout, model, models, ranks):
+    path, patterns, batch = models[model], drawn_patterns(), make_batch(rows=6)
+    policy = random_policy(HFDirectory(path).dims, SPEC)
+    tokens = torch.randint(0, 128, (ROWS, WIDTH), generator=torch.Generator().manual_seed(1))
+    degrees, stages, options = LAYOUTS[layout]
+    results = ranks(world(layout)).call(
+        "layout_cases:everything", path=path, spec=SPEC, policy=policy, degrees=degrees, stages=stages,
+        options=options, tokens=tokens, patterns=patterns, batch=batch,
+    )  # fmt: skip
+    vocab = HFDirectory(path).dims.vocab
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(tokens).logits
+    ours = last_stage(results, lambda r: r["base"][0])[..., :vocab]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+    reference = Reference(path, SPEC, policy)
+    for index, depths in enumerate(patterns):
+        found = last_stage(results, lambda r, i=index: r["patterns"][i])[..., :vocab]
+        torch.testing.assert_close(found, reference.logits(tokens, depths), rtol=1e-5, atol=2e-5)
+
+    for name in ("never", "base"):
+        left, right = (last_stage(results, lambda r, s=side: r[name][s]) for side in (0, 1))
+        assert torch.equal(left, right), f"{name}: not the same to the bit"
+
+    for value in policy.values():
+        value.requires_grad_()
+    likelihood_loss(reference, batch).backward()
+    expected = {name: value.grad for name, value in policy.items()}
+    for result in results:
+        assert_gradients(result["gradients"], expected)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", LAYOUT_ORDER)
+def test_logits_and_gradients_of_full_fine_tuning(layout, model, models, ranks):
+    path, batch = models[model], make_batch(rows=6)
+    source = HFDirectory(path)
+    policy = initial_policy(source.dims, FULL, 0, source.tensor)
+    policy.update({name: t for name, t in random_policy(source.dims, FULL).items() if name.startswith("gates.")})
+    degrees, stages, options = LAYOUTS[layout]
+    results = ranks(world(layout)).call(
+        "layout_cases:everything", path=path, spec=FULL, policy=policy, degrees=degrees, stages=stages,
+        options=options, tokens=batch.tokens[:4], patterns=[batch.depths[:4]], batch=batch,
+    )  # fmt: skip
+    for name in policy:
+        if name.startswith("gates."):
+            policy[name].requires_grad_()
+    reference = Reference(path, FULL, policy)
+    reference.model.requires_grad_(True)
+    found = last_stage(results, lambda r: r["patterns"][0])[..., : source.dims.vocab]
+    # Padding is never read out, and is frozen at depth 0 in both.
+    torch.testing.assert_close(found, reference.logits(batch.tokens[:4], batch.depths[:4]), rtol=1e-5, atol=2e-5)
+    likelihood_loss(reference, batch).backward()
+    expected = {name: p.grad for name, p in reference.model.named_parameters() if name in policy}
+    expected |= {name: value.grad for name, value in policy.items() if name.startswith("gates.")}
+    for result in results:
+        assert_gradients(result["gradients"], expected)

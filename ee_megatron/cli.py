@@ -198,6 +198,9 @@ def _print_plan(cfg: RunConfig, last: str) -> int:
 
 
 def _guarded(action: Callable[[], int]) -> int:
+    rank, world = os.environ.get("RANK"), int(os.environ.get("WORLD_SIZE", "1"))
+    if rank is not None and world > 1:
+        return _guarded_rank(action, f"rank {rank} of {world}")
     try:
         return action()
     except KeyboardInterrupt:
@@ -206,8 +209,33 @@ def _guarded(action: Callable[[], int]) -> int:
     except (ValueError, FileNotFoundError, RuntimeError, OSError, ImportError) as error:
         if os.environ.get("EE_DEBUG") == "1":
             raise
-        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError | FileNotFoundError) else 1
+
+
+def _guarded_rank(action: Callable[[], int], name: str) -> int:
+    """One of several processes: what goes wrong is said with the rank's name and, unless it is bad input, where. In one
+    write, since the others may be writing too."""
+    import faulthandler
+    import traceback
+
+    faulthandler.enable()
+    try:
+        return action()
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, FileNotFoundError) as error:
+        sys.stderr.write(f"error: {name}: {_one_line(error)}\n")
+        return 2
+    except Exception as error:
+        sys.stderr.write(f"error: {name}: {_one_line(error)}\n{name} failed here:\n{traceback.format_exc()}")
+        return 1
+    finally:
+        sys.stderr.flush()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -278,8 +278,8 @@ def _check_parallel(cfg: RunConfig) -> None:
         raise ValueError("parallel.sequence_parallel=true: needs parallel.tensor > 1, found 1")
     if parallel.sequence_parallel and SEQUENCE_MULTIPLE % parallel.tensor:
         raise ValueError(
-            f"parallel.tensor={parallel.tensor} with parallel.sequence_parallel=true: sequences are padded to multiples "
-            f"of {SEQUENCE_MULTIPLE}, which it does not divide; nearest degrees that do: "
+            f"parallel.tensor={parallel.tensor} with parallel.sequence_parallel=true: sequences are padded to "
+            f"multiples of {SEQUENCE_MULTIPLE}, which it does not divide; nearest degrees that do: "
             f"{', '.join(map(str, _nearest((2, 4, 8), parallel.tensor)))}"
         )
     if parallel.virtual > 1 and parallel.pipeline == 1:

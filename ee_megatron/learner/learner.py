@@ -49,7 +49,7 @@ class Scores:
 class Learner:
     """A Megatron model under one layout with its DeepSpeed engine.
 
-    `stage_sizes`: layers per stage, `degrees.virtual` of them on each pipeline rank. `policy`: whole tensors (policy.py)
+    `stage_sizes`: layers per stage, `degrees.virtual` stages on each pipeline rank. `policy`: whole tensors (policy.py)
     to start from. The reference is the base in `source`: under adapters the same weights with adapters off, under full
     fine-tuning a second, frozen model, built when it is first asked for.
     """
@@ -112,8 +112,8 @@ class Learner:
     # -- what the loops call ------------------------------------------------------------------------------------------
 
     def score(self, batch: ReplayBatch, *, reference: bool = False, objective: str = "likelihood") -> Scores:
-        """Scores without gradients. `reference`: the base at full depth, without exits (the teacher). With the objective
-        "distill" they include the divergence from the batch's teacher."""
+        """Scores without gradients. `reference`: the base at full depth, without exits (the teacher). With the
+        objective "distill" they include the divergence from the batch's teacher."""
         if reference and self.spec.full:
             if self._reference is None:
                 self._reference = self._base_model(HFDirectory(self._base_directory))
@@ -140,7 +140,7 @@ class Learner:
         return scores, float(self.engine.get_global_grad_norm() or 0.0)
 
     def complete_gradients(self) -> None:
-        """After a backward pass: what the ranks hold in parts is summed, so that each holds the gradient of the loss."""
+        """After a backward pass: sums what ranks hold in parts, so that each holds the gradient of the loss."""
         fill_missing_gradients(self.engine.module.parameters())
         sum_replicated_gradients(self.model.parameters())
         sum_tied_gradients(self.pieces)

@@ -65,9 +65,7 @@ def everything(path, spec: PolicySpec, policy, degrees, stages, options, tokens,
     """-> per rank: logits of the base and of every pattern, gradients, and two comparisons to the bit."""
     degrees = Degrees(*degrees)
     device = split(degrees)
-    learner = Learner(
-        HFDirectory(path), spec, policy, degrees, stages, device=device, micro_batch_size=2, **options
-    )
+    learner = Learner(HFDirectory(path), spec, policy, degrees, stages, device=device, micro_batch_size=2, **options)
     learner.model.eval()
     found = {
         "tensor_rank": parallel_state.get_tensor_model_parallel_rank(),

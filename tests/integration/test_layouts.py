@@ -1,7 +1,7 @@
 """Whatever the layout: the same logits, the same gradients, and to the bit the same model where no gate fires.
 
-The reference is transformers' own layers with the frozen mask around them (tests/reference.py), not this project's model
-at world size 1. fp32; tolerances are on logits of order 1 and relative to a gradient's norm.
+The reference is transformers' own layers with the frozen mask around them (tests/reference.py), not this project's
+model at world size 1. fp32; tolerances are on logits of order 1 and relative to a gradient's norm.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def test_logits_and_gradients_with_adapters(layout, model, models, ranks):
         torch.testing.assert_close(found, reference.logits(tokens, depths), rtol=1e-5, atol=2e-5)
 
     for name in ("never", "base"):
-        left, right = (last_stage(results, lambda r, s=side: r[name][s]) for side in (0, 1))
+        left, right = (last_stage(results, lambda r, n=name, s=side: r[n][s]) for side in (0, 1))
         assert torch.equal(left, right), f"{name}: not the same to the bit"
 
     for value in policy.values():

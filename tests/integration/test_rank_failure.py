@@ -1,0 +1,82 @@
+"""A rank that dies or fails in the middle of training: the command ends within a minute and says which and where."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from test_whole_method import command, only, run
+
+from tests.tiny import tiny_hf
+
+# Long enough that it would not end by itself while the test looks.
+LONG = ("calibrate.epochs=2000", "calibrate.checkpoint_every=5")
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("failure")
+    tiny_hf("llama", folder / "model")
+    run("traces", folder)
+    return folder
+
+
+def rank_process(parent: int, rank: int) -> int:
+    """Process id of a rank that torchrun (the process `parent`) started."""
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
+            return int(child)
+    raise AssertionError(f"no rank {rank} among the children of {parent}")
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def abort(pid: int) -> None:
+    os.kill(pid, signal.SIGABRT)
+
+
+def refuse_writing(pid: int) -> None:
+    """The next checkpoint of this process meets a file-size limit, as on a full disk; its log has room."""
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (kill, ["rank      : 1", "Signal 9"]),
+        (abort, ["rank      : 1", "Signal 6", "Current thread", "run_schedule"]),
+        (refuse_writing, ["error: rank 1 of 2:", "rank 1 of 2 failed here:", "learner.save"]),
+    ],
+)
+def test_the_others_end_within_a_minute(fault, says, traced, tmp_path):
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        job = subprocess.Popen(
+            command("calibrate", traced, *LONG, f"calibrate.seed={len(fault.__name__)}"), stdout=file,
+            stderr=file, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not any((traced / "runs" / "tiny").glob("calibrate-*/checkpoints/step_5/COMPLETE")):
+            assert time.monotonic() < deadline and job.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.05)
+        ranks = [rank_process(job.pid, rank) for rank in (0, 1)]
+        fault(ranks[1])
+        assert job.wait(timeout=60) != 0
+        text = log.read_text()
+        for part in says:
+            assert part in text, text[-4000:]
+        assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+        directory = only(traced, "calibrate")
+        directory.rename(traced / "runs" / f"{fault.__name__}")

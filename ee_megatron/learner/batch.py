@@ -65,7 +65,7 @@ class ReplayBatch:
 
     def control(self) -> Tensor:
         """The layers' control tensor [S, B, C] (model/layer.py)."""
-        channels = [self.depths.float().unsqueeze(-1), self.exit_weight.unsqueeze(-1)]
+        channels = [x.float().unsqueeze(-1) for x in (self.depths, self.asked, self.exit_weight)]
         if self.soft_targets is not None:
             channels.append(self.soft_targets)
         return torch.cat(channels, dim=-1).transpose(0, 1).contiguous()

@@ -84,7 +84,7 @@ def megatron_config(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         batch_p2p_sync=False,
-        # Interleaved stages on gloo train wrongly without an error in any other combination of these three.
+        # Interleaved stages on gloo: other combinations of these three were seen to give wrong gradients silently.
         batch_p2p_comm=virtual == 1,
         overlap_p2p_comm=virtual > 1,
         deallocate_pipeline_outputs=False,

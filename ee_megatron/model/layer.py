@@ -4,8 +4,9 @@ What a layer must know about each position travels beside the hidden states in o
 argument: `control` fp32 [s, b, C]. Each pipeline stage takes it from its own data; it never crosses a stage boundary.
 
     channel 0      prescribed exit depth (layers that may change the position; L = no exit, 0 = padding)
-    channel 1      weight of the position in the exit loss; 0 where no gate is asked (prompt, padding)
-    channel 2 + i  optional soft target of gate i, -1 for none; without them the prescribed depth is the target
+    channel 1      1 where gates are asked, else 0 (prompt, padding)
+    channel 2      weight of the position in the exit loss
+    channel 3 + i  optional soft target of gate i, -1 for none; without them the prescribed depth is the target
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .active import Active
 from .config import EarlyExitConfig
 from .parts import Gate, mlp_of_active
 
-DEPTH, WEIGHT, TARGETS = 0, 1, 2
+DEPTH, ASKED, WEIGHT, TARGETS = 0, 1, 2, 3
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -46,14 +47,14 @@ class _AttachLoss(torch.autograd.Function):
 def gate_loss(gate_logit: Tensor, control: Tensor, depth: int, index: int) -> Tensor:
     """Weighted exit loss of one gate, a scalar: - sum over positions of weight * log-likelihood.
 
-    gate_logit [s, b]; control [s, b, C]. With soft targets s*: cross-entropy of the hazard, for every position that
-    reaches the gate and has a target; else the gate's term of log q(prescribed exit).
+    gate_logit [n], control [n, C] of the positions that reach the gate. With soft targets s*: cross-entropy of the
+    hazard where there is a target; else the gate's term of log q(prescribed exit).
     """
     depths, weight = control[..., DEPTH], control[..., WEIGHT]
     if control.size(-1) > TARGETS:
         target = control[..., TARGETS + index]
         like = target * F.logsigmoid(gate_logit) + (1 - target) * F.logsigmoid(-gate_logit)
-        like = torch.where((depths >= depth) & (target >= 0), like, torch.zeros_like(like))
+        like = torch.where(target >= 0, like, torch.zeros_like(like))
     else:
         like = gate_log_term(gate_logit, depths, depth)
     return -(weight * like).sum()
@@ -73,7 +74,7 @@ class EarlyExitLayer(TransformerLayer):
         if config.spec is not None and self.depth in config.spec.exit_depths:
             self.gate = Gate(config)
             self.gate_index = config.spec.exit_depths.index(self.depth)
-        # Gate logits of the last forward pass [s, b] (local positions), for scoring; set by the model's `record_gates`.
+        # Gate logits of the last forward pass [s, b] (local positions, 0 where not asked), if `record` is set.
         self.record = False
         self.recorded: Tensor | None = None
 
@@ -85,12 +86,7 @@ class EarlyExitLayer(TransformerLayer):
         if self.config.sequence_parallel:
             control = scatter_to_sequence_parallel_region(context, group=self.tp_group)
         if self.gate is not None and (self.record or torch.is_grad_enabled()):
-            logit = self.gate(hidden_states)
-            if self.record:
-                self.recorded = logit.detach()
-            if logit.requires_grad:
-                loss = gate_loss(logit, control, self.depth, self.gate_index)
-                hidden_states = _AttachLoss.apply(hidden_states, loss)
+            hidden_states = self._ask(self.gate, hidden_states, control)
         running = context[..., DEPTH] >= self.layer_number
         count = int(running.sum())
         if count == running.numel():
@@ -100,6 +96,17 @@ class EarlyExitLayer(TransformerLayer):
         ranks = self.tp_group.size() if self.config.sequence_parallel else 1
         active = Active.of(running, ranks, self.tp_group.rank())
         return self._forward_active(hidden_states, active, kwargs["rotary_pos_emb"]), context
+
+    def _ask(self, gate: Gate, hidden_states: Tensor, control: Tensor) -> Tensor:
+        """Run the gate where it is asked and reached; its loss goes with the returned hidden states."""
+        where = (control[..., ASKED] > 0) & (control[..., DEPTH] >= self.depth)
+        logit = gate(hidden_states[where])
+        if self.record:
+            self.recorded = logit.new_zeros(where.shape).masked_scatter(where, logit.detach())
+        if not logit.requires_grad:
+            return hidden_states
+        loss = gate_loss(logit, control[where], self.depth, self.gate_index)
+        return _AttachLoss.apply(hidden_states, loss)
 
     def _forward_active(self, hidden_states: Tensor, active: Active, rotary: Tensor) -> Tensor:
         """The layer for the active positions; the others keep their stream and pay for their keys and values only."""

@@ -32,7 +32,8 @@ def logits(model: RankModel, tokens, depths):
 
     def forward(stage, rows):
         at, exits = rows
-        control = None if depths is None else torch.stack([exits.float(), torch.zeros(exits.shape)], -1).transpose(0, 1)
+        nobody = torch.zeros(exits.shape)
+        control = None if depths is None else torch.stack([exits.float(), nobody, nobody], -1).transpose(0, 1)
         return stage(at, control)
 
     def loss(rows, output):

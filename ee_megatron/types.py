@@ -38,6 +38,7 @@ class Rollout:
       its predicting position is the prompt's last and prompt positions never exit.
     - token_logprobs float32 [T], natural log, under the distribution that was sampled from (temperature applied)
     - exit_logprobs  float32 [T], log q(exit); 0 for entry 0
+    - full_logprobs  float32 [T], as token_logprobs but without top-k and top-p; the same array where nothing was cut
     - finished: an end-of-sequence token or a stop string ended it, not the length limit
     - weight_version: the weights it was generated under
     """
@@ -51,6 +52,11 @@ class Rollout:
     text: str
     finished: bool
     weight_version: int
+    full_logprobs: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.full_logprobs is None:
+            self.full_logprobs = self.token_logprobs
 
     @property
     def length(self) -> int:
@@ -59,12 +65,14 @@ class Rollout:
 
 @dataclass
 class Group:
-    """K rollouts of one prompt with their task rewards (float32 [K]) and whether each answer was right (bool [K])."""
+    """K rollouts of one prompt with their task rewards (float32 [K]) and whether each answer was right, and in the form
+    that the task asks for (bool [K] each)."""
 
     prompt: Prompt
     rollouts: list[Rollout]
     rewards: np.ndarray
     correct: np.ndarray
+    well_formed: np.ndarray
 
 
 @dataclass

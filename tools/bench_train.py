@@ -36,7 +36,6 @@ from ee_megatron.model.gpt import EarlyExitGPT
 from ee_megatron.parallel import groups
 from ee_megatron.parallel.groups import Degrees
 from ee_megatron.parallel.schedule import run_schedule
-from ee_megatron.parallel.vocabulary import Head
 from ee_megatron.policy import PolicySpec, initial_policy
 
 
@@ -84,9 +83,9 @@ def run(learner: Learner, batch: ReplayBatch, *, plain: bool) -> float:
 
     def loss(part: ReplayBatch, output: torch.Tensor) -> torch.Tensor:
         hidden = output.transpose(0, 1)[part.counts]
-        head, weight = Head(learner.model.last.readout_weight(), learner.dims.vocab), part.token_weight[part.counts]
-        labels = part.labels()[part.counts].unsqueeze(-1)
-        return head.loss(hidden, labels, lambda log_probs, at: -(weight[at] * log_probs[:, 0]).sum())[0]
+        assert learner.head is not None
+        weight, labels = part.token_weight[part.counts], part.labels()[part.counts].unsqueeze(-1)
+        return learner.head(hidden, labels, lambda log_probs, at: -(weight[at] * log_probs[:, 0]).sum())[0]
 
     begun = time.perf_counter()
     run_schedule(learner.model, [batch], forward, loss, sequence=batch.tokens.size(1), rows=batch.rows, train=True)

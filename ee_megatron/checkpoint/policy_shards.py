@@ -110,7 +110,8 @@ def stream_policy_tensors(
     owned = [piece for piece in pieces if not piece.copy]
     device = pieces[0].parameter.device if pieces else torch.device("cpu")
     listing: list = [None] * stages
-    sizes = [piece.parameter.numel() for piece in owned]
+    # ZeRO-3 leaves an empty tensor in the place of a sharded parameter.
+    sizes = [getattr(piece.parameter, "ds_numel", piece.parameter.numel()) for piece in owned]
     dist.all_gather_object(listing, _buckets(sizes), group=group)
     for stage, buckets in enumerate(listing):
         for first, last in buckets:

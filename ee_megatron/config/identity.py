@@ -28,11 +28,14 @@ STAGES: dict[str, tuple[str, ...]] = {
 }
 
 # Of these sections only some fields change results, of the others all but EXECUTION do.
-RESULT_FIELDS = {"rollout": ("max_new_tokens", "stop", "prompt_template"), "deepspeed": ("gradient_clipping",)}
+RESULT_FIELDS = {
+    "rollout": ("max_new_tokens", "stop", "prompt_template"),
+    "deepspeed": ("gradient_clipping", "betas", "eps", "weight_decay"),
+}
 EXECUTION = {
     "task": ("verifier_workers", "verifier_deadline_s"),
     "calibrate": ("checkpoint_every",),
-    "rl": ("checkpoint_every",),
+    "rl": ("checkpoint_every", "dump_rollouts"),
 }
 
 

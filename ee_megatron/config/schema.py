@@ -139,15 +139,40 @@ class RLConfig:
     temperature: float = 1.0
     lambda_exit: float = 0.5
     """Price of depth: reward falls by lambda times the mean depth as a fraction of the layers."""
+    lambda_warmup: float = 0.0
+    """Share of the steps over which the price rises linearly from 0."""
     depth_cost: str = "mean"
     """mean (of depth/L over the answer's tokens) or total (sum, divided by cost_length)."""
     cost_length: int = 32
+    depth_credit: str = "sequence"
+    """sequence (the cost is part of the answer's reward) or token (a token answers for the depth from it on only)."""
     beta: float = 0.05
-    """Weight of the k1 estimate of KL(policy || reference) in the reward."""
+    """Weight of KL(policy || reference)."""
+    kl: str = "reward"
+    """reward (k1 estimate, subtracted from the reward) or loss (k3 estimate, added to the loss)."""
     advantage: str = "rloo"
     """rloo, mean, grpo or none."""
     importance_cap: float = 2.0
     """Truncation of the importance ratio learner/rollout (token and exit together)."""
+    epochs: int = 1
+    """Passes over a step's rollouts."""
+    minibatches: int = 1
+    """Updates per pass."""
+    clip: float = 0.2
+    """PPO: a position whose ratio to the policy at the start of the step has left 1 +- clip in its advantage's
+    direction no longer counts; 0: never. Without effect on the first update of a step."""
+    entropy_bonus: float = 0.0
+    """Weight of the gates' entropy (nats per position) as a bonus."""
+    drop_equal_groups: bool = False
+    """Leave out prompts whose answers all got the same task reward."""
+    warmup: int = 0
+    """Updates with a linearly rising learning rate."""
+    decay: str = "constant"
+    """Learning rate after warm-up: constant, linear or cosine, to a tenth at the last update."""
+    dump_rollouts: bool = False
+    """Keep every step's rollouts in the stage's rollouts/ directory."""
+    replay: str = ""
+    """Train on the rollouts of this directory, as dumped, instead of a pool's."""
     adapter_lr: float = 3e-4
     gate_lr: float = 1e-3
     checkpoint_every: int = 1
@@ -189,8 +214,23 @@ class EvaluateConfig:
 @dataclass
 class DeepspeedConfig:
     zero_stage: int = 1
-    """1 (optimizer state sharded over data-parallel ranks) or 2 (gradients too)."""
+    """What data-parallel ranks share out: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too (only with
+    parallel.tensor = parallel.pipeline = 1)."""
+    offload_optimizer: bool = False
+    """Optimizer state in CPU memory; needs zero_stage >= 1."""
     gradient_clipping: float = 1.0
+    """Largest gradient norm; 0: not clipped."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass
+class CheckpointConfig:
+    keep: int = 2
+    """Newest checkpoints kept of a stage; RL also keeps the one with the best reward."""
+    bad_steps: int = 5
+    """Updates in a row whose gradient is not finite, after which a stage stops and leaves the batch on disk."""
 
 
 @dataclass
@@ -229,5 +269,6 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     deepspeed: DeepspeedConfig = field(default_factory=DeepspeedConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -28,6 +28,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "calibrate.kl_direction": ("student_teacher", "teacher_student", "jensen_shannon"),
     "calibrate.gate_targets": ("sampled", "soft", "current"),
     "rl.depth_cost": ("mean", "total"),
+    "rl.depth_credit": ("sequence", "token"),
+    "rl.kl": ("reward", "loss"),
+    "rl.decay": ("constant", "linear", "cosine"),
     "rl.advantage": ("rloo", "mean", "grpo", "none"),
     "rollout.backend": ("ray", "local"),
     "rollout.prompt_template": ("plain", "chat"),
@@ -83,8 +86,11 @@ POSITIVE: dict[str, tuple[str, ...]] = {
         "temperature",
         "cost_length",
         "importance_cap",
+        "epochs",
+        "minibatches",
         "checkpoint_every",
     ),
+    "checkpoint": ("keep", "bad_steps"),
     "rollout": (
         "actors",
         "threads",
@@ -119,6 +125,9 @@ NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
         "beta",
         "adapter_lr",
         "gate_lr",
+        "clip",
+        "entropy_bonus",
+        "warmup",
     ),
     "rollout": ("failure_budget",),
     "evaluate": (
@@ -126,7 +135,10 @@ NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
         "answers",
         "seed",
     ),
-    "deepspeed": ("gradient_clipping",),
+    "deepspeed": (
+        "gradient_clipping",
+        "weight_decay",
+    ),
     "cluster": (
         "gpus_per_node",
         "requeue_limit",
@@ -259,9 +271,19 @@ def _check_training(cfg: RunConfig) -> None:
         raise ValueError(
             "adapter.rank=0: the teacher is trained through adapters; give a rank > 0 or teacher.enabled=false"
         )
-    for key, share in (("uniform_patterns", cfg.calibrate.uniform_patterns), ("warmup", cfg.calibrate.warmup)):
+    shares = {
+        "calibrate.uniform_patterns": cfg.calibrate.uniform_patterns,
+        "calibrate.warmup": cfg.calibrate.warmup,
+        "rl.lambda_warmup": cfg.rl.lambda_warmup,
+    }
+    for key, share in shares.items():
         if not 0 <= share <= 1:
-            raise ValueError(f"calibrate.{key}={share}: expected a share from 0 to 1")
+            raise ValueError(f"{key}={share}: expected a share from 0 to 1")
+    if cfg.rl.minibatches > cfg.rl.prompts_per_step:
+        raise ValueError(
+            f"rl.minibatches={cfg.rl.minibatches}: a step has rl.prompts_per_step={cfg.rl.prompts_per_step} groups to "
+            "share out; give at most as many minibatches"
+        )
     if cfg.rl.advantage != "none" and cfg.rl.group_size < 2:
         raise ValueError(
             f"rl.group_size={cfg.rl.group_size}: rl.advantage={cfg.rl.advantage} compares the rollouts of one prompt; "
@@ -286,8 +308,20 @@ def _check_parallel(cfg: RunConfig) -> None:
         raise ValueError(
             f"parallel.virtual={parallel.virtual}: needs parallel.pipeline > 1, found 1; set parallel.virtual=1"
         )
-    if stage not in (1, 2):
-        raise ValueError(f"deepspeed.zero_stage={stage}: the learner trains with ZeRO 1 or 2; set one of them")
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"deepspeed.zero_stage={stage}: expected 0, 1, 2 or 3")
+    if stage == 3 and parallel.tensor * parallel.pipeline > 1:
+        raise ValueError(
+            f"deepspeed.zero_stage=3: needs parallel.tensor = parallel.pipeline = 1, found {parallel.tensor} and "
+            f"{parallel.pipeline}; set deepspeed.zero_stage=2"
+        )
+    if cfg.deepspeed.offload_optimizer and stage == 0:
+        raise ValueError("deepspeed.offload_optimizer=true: needs deepspeed.zero_stage >= 1, found 0; set 1")
+    betas = cfg.deepspeed.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas) or cfg.deepspeed.eps <= 0:
+        raise ValueError(
+            f"deepspeed.betas={list(betas)}, eps={cfg.deepspeed.eps}: expected two numbers in [0, 1), eps > 0"
+        )
     devices = cfg.cluster.nodes * cfg.cluster.gpus_per_node
     if cfg.cluster.gpus_per_node and devices < ranks(cfg):
         raise ValueError(

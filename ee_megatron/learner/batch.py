@@ -24,6 +24,7 @@ class ReplayBatch:
     - token_weight float32 [B, S], exit_weight float32 [B, S]: weights of the two terms of the loss, already normalised
       over the global batch; 0 where nothing counts
     - soft_targets float32 [B, S, M] or None: target hazards instead of the prescribed exit, -1 where there is none
+    - entropy_weight float32 [B, S]: weight of the gates' entropy at the position, in nats, as a bonus
     - teacher_ids  int64 [B, S, k], teacher_logprobs float32 [B, S, k] or None: the teacher's distribution
     """
 
@@ -34,6 +35,7 @@ class ReplayBatch:
     token_weight: Tensor
     exit_weight: Tensor
     soft_targets: Tensor | None = None
+    entropy_weight: Tensor | None = None
     teacher_ids: Tensor | None = None
     teacher_logprobs: Tensor | None = None
 
@@ -65,7 +67,8 @@ class ReplayBatch:
 
     def control(self) -> Tensor:
         """The layers' control tensor [S, B, C] (model/layer.py)."""
-        channels = [x.float().unsqueeze(-1) for x in (self.depths, self.asked, self.exit_weight)]
+        bonus = torch.zeros_like(self.exit_weight) if self.entropy_weight is None else self.entropy_weight
+        channels = [x.float().unsqueeze(-1) for x in (self.depths, self.asked, self.exit_weight, bonus)]
         if self.soft_targets is not None:
             channels.append(self.soft_targets)
         return torch.cat(channels, dim=-1).transpose(0, 1).contiguous()

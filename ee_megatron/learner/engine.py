@@ -1,29 +1,48 @@
-"""The DeepSpeed engine: ZeRO, clipping and AdamW over the policy's parameters, in learning-rate groups."""
+"""DeepSpeed round the policy's parameters: ZeRO, clipping and AdamW, in learning-rate groups."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoint.policy_shards import Piece
+from ..model.gpt import EarlyExitGPT
+from ..model.layer import EarlyExitLayer
 from ..parallel.groups import MegatronUnits
 
 # Learning-rate groups: adapters or the whole base, and the gates.
 GROUPS = ("body", "gates")
 
 
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """zero_stage 0 (nothing sharded over data-parallel ranks), 1 (optimizer state), 2 (gradients too) or 3 (parameters
+    too); offload: optimizer state in CPU memory; gradient_clipping: largest norm, 0 for none; AdamW's betas, eps and
+    weight decay."""
+
+    zero_stage: int = 1
+    gradient_clipping: float = 1.0
+    offload: bool = False
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
 class Trainable(nn.Module):
     """The parameters that DeepSpeed owns. The Megatron model holds the same objects and runs outside the engine, so the
-    frozen base may be bfloat16 while these stay fp32, and ZeRO never sees the base."""
+    frozen base may be bfloat16 while adapters stay fp32, and ZeRO never sees the base."""
 
     def __init__(self, groups: dict[str, list[nn.Parameter]]):
         super().__init__()
-        self.groups = groups
         for name, parameters in groups.items():
             self.register_module(name, nn.ParameterList(parameters))
 
@@ -45,8 +64,107 @@ def split_groups(pieces: Iterable[Piece]) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
-def make_engine(trainable: Trainable, *, zero_stage: int, gradient_clipping: float, on_cpu: bool):
-    """deepspeed.initialize for ZeRO stage 1 or 2 round `trainable`; learning rates are set before every step."""
+class Updater:
+    """Gradients that the Megatron schedule left on the parameters -> one AdamW update, the same on every rank.
+
+    `whole`: the module that ZeRO-3 shards and hooks into (it holds all parameters); other stages don't look at it.
+    """
+
+    def __init__(self, pieces: list[Piece], settings: OptimizerSettings, *, on_cpu: bool, whole: nn.Module):
+        self.settings, self.pieces = settings, pieces
+        self.groups = split_groups(pieces)
+        deepspeed = _import_deepspeed(on_cpu)
+        optimizer = _adamw(self.groups, settings, on_cpu)
+        module: nn.Module = Trainable(self.groups)
+        if settings.zero_stage == 3:
+            # The idle parameters have to be part of what ZeRO-3 looks at.
+            whole.register_module("idle", module)
+            module = whole
+            deepspeed.utils.set_z3_leaf_modules(whole, [EarlyExitLayer])
+            for part in whole.modules():
+                if isinstance(part, EarlyExitGPT):
+                    part.ask_for_input_gradient()
+        self.engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=_config(settings, pieces),
+            mpu=MegatronUnits,
+            dist_init_required=False,
+        )
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Round all backward passes of one update: gradients stay where they are until the block ends, then they are
+        averaged over data-parallel ranks."""
+        if self.settings.zero_stage:
+            with self.engine.coalesce_grad_reduction():
+                yield
+            return
+        yield
+        group = parallel_state.get_data_parallel_group()
+        for flat, parameters in self._flat_gradients():
+            dist.all_reduce(flat, group=group)
+            flat /= dist.get_world_size(group)
+            _unflatten(flat, parameters)
+
+    def norms(self) -> dict[str, float]:
+        """Norm of each group's gradient before clipping, and "all"; not finite where some element is not."""
+        stage, zero = self.settings.zero_stage, self.engine.optimizer
+        if stage == 0:
+            found = [self._norm(parameters) for parameters in self.groups.values()]
+        elif stage == 3:
+            found = [float(norm) for norm in zero._get_norm_groups()]
+        elif self.settings.offload:
+            found = [
+                float(zero.complete_grad_norm_calculation_for_cpu_offload(parameters))
+                for parameters in zero.params_in_partition
+            ]
+        else:
+            found = [
+                float(zero.get_grad_norm_direct(zero.averaged_gradients[i], zero.params_in_partition[i]))
+                for i in range(len(GROUPS))
+            ]
+        # DeepSpeed says -1 for a norm that is not finite.
+        found = [norm if norm >= 0 else math.nan for norm in found]
+        return dict(zip(GROUPS, found, strict=True)) | {"all": math.sqrt(sum(norm**2 for norm in found))}
+
+    def step(self, rates: dict[str, float]) -> None:
+        """One update with a learning rate per group."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rates[group["name"]]
+        if self.settings.zero_stage == 0 and self.settings.gradient_clipping:
+            self._clip()
+        self.engine.step()
+
+    def skip(self) -> None:
+        """Forget the gradients; the next `accumulate` starts afresh."""
+        for parameters in self.groups.values():
+            for parameter in parameters:
+                parameter.grad = None
+
+    def _flat_gradients(self) -> Iterator[tuple[Tensor, list[nn.Parameter]]]:
+        for parameters in self.groups.values():
+            yield torch.cat([p.grad.flatten() for p in parameters]), parameters  # type: ignore[union-attr]
+
+    def _norm(self, parameters: list[nn.Parameter]) -> float:
+        first = parallel_state.get_tensor_model_parallel_rank() == 0
+        total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
+        for parameter in parameters:
+            if not getattr(parameter, "ds_pipe_replicated", False) and (
+                first or getattr(parameter, "tensor_model_parallel", False)
+            ):
+                total += parameter.grad.double().pow(2).sum()  # type: ignore[union-attr]
+        dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
+        return float(total.sqrt())
+
+    def _clip(self) -> None:
+        factor = min(1.0, self.settings.gradient_clipping / (self.norms()["all"] + 1e-6))
+        for parameters in self.groups.values():
+            for parameter in parameters:
+                parameter.grad.mul_(factor)  # type: ignore[union-attr]
+
+
+def _import_deepspeed(on_cpu: bool) -> Any:
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -57,25 +175,43 @@ def make_engine(trainable: Trainable, *, zero_stage: int, gradient_clipping: flo
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
-    optimizer = torch.optim.AdamW(
-        [{"params": group, "lr": 0.0, "name": name} for name, group in trainable.groups.items()],
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
+    return deepspeed
+
+
+def _adamw(groups: dict[str, list[nn.Parameter]], settings: OptimizerSettings, on_cpu: bool) -> torch.optim.Optimizer:
+    """torch's AdamW, its fused form on a GPU; DeepSpeed's CPUAdam takes minutes to compile and is not needed."""
+    return torch.optim.AdamW(
+        [{"params": parameters, "lr": 0.0, "name": name} for name, parameters in groups.items()],
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=not on_cpu and not settings.offload,
     )
-    config = {
+
+
+def _config(settings: OptimizerSettings, pieces: list[Piece]) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": settings.zero_stage, "overlap_comm": False, "contiguous_gradients": True}
+    if settings.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    if settings.zero_stage == 3:
+        # Vectors (norms, biases) stay whole on every rank: gathering them would cost more than it saves.
+        zero["stage3_param_persistence_threshold"] = max((p.parameter.size(-1) for p in pieces), default=1)
+    return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": gradient_clipping,
-        "zero_optimization": {"stage": zero_stage, "overlap_comm": False, "contiguous_gradients": True},
+        # Stage 0 is clipped by `Updater`, whose norm knows which parameters are copies.
+        "gradient_clipping": settings.gradient_clipping if settings.zero_stage else 0.0,
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
-    engine, *_ = deepspeed.initialize(
-        model=trainable, optimizer=optimizer, config=config, mpu=MegatronUnits, dist_init_required=False
-    )
-    return engine
+
+
+def _unflatten(flat: Tensor, parameters: list[nn.Parameter]) -> None:
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
 
 
 def fill_missing_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -88,7 +224,7 @@ def fill_missing_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 def sum_replicated_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Sum over tensor-parallel ranks what each of them has only a part of: parameters that see a part of the sequence
-    (`sequence_parallel`) or of the heads (`sum_over_tensor_ranks`). One collective for all."""
+    (`sequence_parallel`) or whose products the ranks share (`sum_over_tensor_ranks`). One collective for all."""
     group = parallel_state.get_tensor_model_parallel_group()
     if dist.get_world_size(group) == 1:
         return
@@ -97,12 +233,12 @@ def sum_replicated_gradients(parameters: Iterable[nn.Parameter]) -> None:
         for p in parameters
         if p.requires_grad and (getattr(p, "sequence_parallel", False) or getattr(p, "sum_over_tensor_ranks", False))
     ]
-    if not partial:
-        return
-    flat = torch.cat([p.grad.flatten() for p in partial])  # type: ignore[union-attr]
-    dist.all_reduce(flat, group=group)
-    for parameter, piece in zip(partial, flat.split([p.numel() for p in partial]), strict=True):
-        parameter.grad.copy_(piece.view_as(parameter))  # type: ignore[union-attr]
+    for dtype in sorted({p.dtype for p in partial}, key=str):
+        alike = [p for p in partial if p.dtype == dtype]
+        flat = torch.cat([p.grad.flatten() for p in alike])  # type: ignore[union-attr]
+        dist.all_reduce(flat, group=group)
+        for parameter, piece in zip(alike, flat.split([p.numel() for p in alike]), strict=True):
+            parameter.grad.copy_(piece.view_as(parameter))  # type: ignore[union-attr]
 
 
 def sum_tied_gradients(pieces: Iterable[Piece]) -> None:

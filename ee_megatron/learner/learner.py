@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoint.mapping import load_base
 from ..checkpoint.policy_shards import gather_policy_tensors, load_policy_tensors, policy_pieces
@@ -17,33 +17,49 @@ from ..exits import gate_log_term
 from ..families.hf_directory import HFDirectory
 from ..model.config import megatron_config
 from ..model.gpt import EarlyExitGPT, RankModel, build_model
-from ..model.layer import WEIGHT
+from ..model.layer import ENTROPY, WEIGHT, gate_entropy
 from ..parallel.groups import Degrees
 from ..parallel.schedule import run_schedule
 from ..parallel.vocabulary import Head, lumped_kl
 from ..policy import PolicySpec
 from .batch import ReplayBatch
 from .engine import (
-    Trainable,
+    OptimizerSettings,
+    Updater,
     fill_missing_gradients,
-    make_engine,
-    split_groups,
     sum_replicated_gradients,
     sum_tied_gradients,
 )
+from .optimizer_state import OptimizerState, read_state, read_values, write_state
 
 
 @dataclass
 class Scores:
     """Per position, fp32 [B, S] on the CPU, 0 where nothing was computed, the same on every rank.
 
-    token_logprobs: log p(next token) at the prescribed exits; exit_logprobs: log q(prescribed exit);
-    kl: divergence from the teacher's distribution where the batch brings one, else 0.
+    token_logprobs: log p(next token) at the prescribed exits; exit_logprobs: log q(prescribed exit); exit_entropy: of
+    the gates asked there, nats; token_entropy: of the next-token distribution, nats, in `score` only; kl: divergence
+    from the teacher's distribution where the batch brings one, else 0.
     """
 
     token_logprobs: Tensor
     exit_logprobs: Tensor
     kl: Tensor
+    token_entropy: Tensor
+    exit_entropy: Tensor
+
+
+@dataclass
+class Update:
+    """What a step saw: its scores, the gradient norm per group ("body", "gates") and together ("all") before clipping,
+    and whether it was applied: a step whose gradient is not finite is not."""
+
+    scores: Scores
+    norms: dict[str, float]
+    applied: bool
+
+
+DEFAULTS = OptimizerSettings()
 
 
 class Learner:
@@ -67,8 +83,7 @@ class Learner:
         sequence_parallel: bool = False,
         recompute: bool = False,
         micro_batch_size: int = 8,
-        zero_stage: int = 1,
-        gradient_clipping: float = 1.0,
+        optimizer: OptimizerSettings = DEFAULTS,
         adapter_dropout: float = 0.0,
         kl_direction: str = "student_teacher",
         temperature: float = 1.0,
@@ -95,11 +110,19 @@ class Learner:
         load_policy_tensors(self.pieces, policy)
         for piece in self.pieces:
             piece.parameter.requires_grad_()
-        self.engine = make_engine(
-            Trainable(split_groups(self.pieces)),
-            zero_stage=zero_stage,
-            gradient_clipping=gradient_clipping,
-            on_cpu=device.type == "cpu",
+        self.head = self._make_head(self.model)
+        whole = nn.ModuleList([self.model, *([self.head] if self.head else [])])
+        self.updater = Updater(self.pieces, optimizer, on_cpu=device.type == "cpu", whole=whole)
+        self.updates = 0
+
+    def _make_head(self, model: RankModel) -> Head | None:
+        if not model.last.post_process:
+            return None
+        return Head(
+            model.last.readout_weight(),
+            self.dims.vocab,
+            replicated_input=not self.config.sequence_parallel,
+            temperature=self.temperature,
         )
 
     def _base_model(self, source: HFDirectory) -> RankModel:
@@ -123,51 +146,51 @@ class Learner:
                 return self._run(batch, train=False, exits=False)
         return self._run(batch, train=False, exits=True, objective=objective)
 
-    def step(self, batch: ReplayBatch, *, adapter_lr: float, gate_lr: float, objective: str) -> tuple[Scores, float]:
-        """One optimizer update; returns the scores seen on the way and the gradient norm before clipping.
+    def step(self, batch: ReplayBatch, *, adapter_lr: float, gate_lr: float, objective: str) -> Update:
+        """One optimizer update.
 
         objective "likelihood": loss = - sum token_weight * log p(token); "distill": + sum token_weight * KL to the
-        teacher. Both: - sum exit_weight * log q(exit) (or its soft-target form).
+        teacher. Both: - sum exit_weight * log q(exit) (or its soft-target form) - sum entropy_weight * gate entropy.
         """
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = gate_lr if group.get("name") == "gates" else adapter_lr
         self.model.train()
-        with self.engine.coalesce_grad_reduction():
+        with self.updater.accumulate():
             scores = self._run(batch, train=True, exits=True, objective=objective)
             self.complete_gradients()
-        self.engine.step()
         self.model.eval()
-        return scores, float(self.engine.get_global_grad_norm() or 0.0)
+        norms = self.updater.norms()
+        applied = math.isfinite(norms["all"])
+        if applied:
+            self.updater.step({"body": adapter_lr, "gates": gate_lr})
+            self.updates += 1
+        self.updater.skip()
+        return Update(scores, norms, applied)
 
     def complete_gradients(self) -> None:
         """After a backward pass: sums what ranks hold in parts, so that each holds the gradient of the loss."""
-        fill_missing_gradients(self.engine.module.parameters())
+        if self.updater.settings.zero_stage == 3:
+            # No rank holds parts then (TP = PP = 1), and ZeRO-3 fills gaps itself.
+            return
+        fill_missing_gradients(p for group in self.updater.groups.values() for p in group)
         sum_replicated_gradients(self.model.parameters())
         sum_tied_gradients(self.pieces)
 
     def export_policy(self) -> dict[str, Tensor]:
         """The whole policy, fp32, on every rank."""
+        if self.updater.settings.zero_stage == 3:
+            return read_values(self.updater)
         return gather_policy_tensors(self.pieces)
 
-    def save(self, directory: Path) -> None:
-        """This rank's share of the optimizer state into an existing directory; the policy is saved by the caller."""
-        zero = self.engine.optimizer
-        state = {"adam": zero.optimizer.state_dict(), "master": list(zero.single_partition_of_fp32_groups)}
-        torch.save(state, directory / f"optimizer_rank{dist.get_rank()}.pt")
+    def export_optimizer(self) -> OptimizerState:
+        """AdamW's state, whole tensors on every rank, whatever the layout."""
+        return read_state(self.updater, self.updates)
 
-    def load(self, directory: Path) -> None:
-        """The inverse of `save` under the same layout (the policy is loaded before, by the constructor).
+    def load_optimizer(self, state: OptimizerState) -> None:
+        """The inverse of `export_optimizer`, under this or another layout; the policy is loaded by the constructor.
 
-        Raises FileNotFoundError when the directory was written by another number of ranks.
+        Raises ValueError when the state belongs to another policy.
         """
-        file = directory / f"optimizer_rank{dist.get_rank()}.pt"
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no optimizer state of this rank; resume with the layout that saved it")
-        state = torch.load(file, map_location=self.device, weights_only=True)
-        zero = self.engine.optimizer
-        zero.optimizer.load_state_dict(state["adam"])
-        for mine, saved in zip(zero.single_partition_of_fp32_groups, state["master"], strict=True):
-            mine.data.copy_(saved)
+        write_state(self.updater, state)
+        self.updates = state.updates
 
     # -- one pass -----------------------------------------------------------------------------------------------------
 
@@ -180,6 +203,8 @@ class Learner:
         objective: str = "likelihood",
         model: RankModel | None = None,
     ) -> Scores:
+        # The frozen reference of full fine-tuning is read out through its own head.
+        head = self.head if model is None else self._make_head(model)
         model = model or self.model
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         block = self.micro_batch_size * ranks
@@ -193,7 +218,7 @@ class Learner:
         micro_batches = [
             local.select(slice(i, i + self.micro_batch_size)) for i in range(0, share, self.micro_batch_size)
         ]
-        passes = _Pass(self, model, exits=exits, objective=objective, scale=float(ranks))
+        passes = _Pass(self, model, head, exits=exits, objective=objective, scale=float(ranks), train=train)
         with model.recording_gates() if exits else contextlib.nullcontext():
             run_schedule(
                 model,
@@ -208,79 +233,93 @@ class Learner:
 
     def _collect(self, passes: _Pass, wanted: int) -> Scores:
         """Put the stages' parts together (a sum: each part is 0 where another stage owns it), then the data ranks'."""
-        exit_logprobs = passes.summed_exit_logprobs()
-        last = bool(passes.token_logprobs)
-        empty = [torch.zeros_like(exit_logprobs)]
-        parts = torch.stack(
-            [
-                torch.cat(passes.token_logprobs if last else empty),
-                exit_logprobs,
-                torch.cat(passes.kl if last else empty),
-            ]
-        )
+        parts = passes.stacked()
         dist.all_reduce(parts, group=parallel_state.get_pipeline_model_parallel_group())
         group = parallel_state.get_data_parallel_group()
         if dist.get_world_size(group) > 1:
             gathered = [torch.empty_like(parts) for _ in range(dist.get_world_size(group))]
             dist.all_gather(gathered, parts, group=group)
             parts = torch.cat(gathered, dim=1)
-        parts = parts[:, :wanted].cpu()
-        return Scores(parts[0], parts[1], parts[2])
+        return Scores(*parts[:, :wanted].cpu().unbind())
 
 
 class _Pass:
     """The two callables of one schedule run and what they leave behind, per micro-batch in order."""
 
-    def __init__(self, learner: Learner, model: RankModel, *, exits: bool, objective: str, scale: float):
-        self.learner, self.model, self.exits, self.objective = learner, model, exits, objective
-        # DeepSpeed averages gradients over data-parallel ranks; the weights are normalised over all of them already.
+    def __init__(
+        self,
+        learner: Learner,
+        model: RankModel,
+        head: Head | None,
+        *,
+        exits: bool,
+        objective: str,
+        scale: float,
+        train: bool,
+    ):
+        self.learner, self.head, self.exits, self.objective, self.train = learner, head, exits, objective, train
+        # Gradients are averaged over data-parallel ranks; the weights are normalised over all of them already.
         self.scale = scale
         self.token_logprobs: list[Tensor] = []
-        self.exit_logprobs: list[list[Tensor]] = [[] for _ in model]
+        self.token_entropy: list[Tensor] = []
         self.kl: list[Tensor] = []
+        self.exit_logprobs: list[list[Tensor]] = [[] for _ in model]
+        self.exit_entropy: list[list[Tensor]] = [[] for _ in model]
 
     def forward(self, stage: EarlyExitGPT, batch: ReplayBatch) -> Tensor:
         control = (batch if self.exits else batch.at_full_depth(self.learner.dims.num_layers)).control()
-        control[..., WEIGHT] *= self.scale
+        control[..., WEIGHT : ENTROPY + 1] *= self.scale
         output = stage(batch.tokens, control)
-        total = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
+        logprobs = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
+        entropy = torch.zeros_like(logprobs)
         for depth, logit in stage.take_gates().items() if self.exits else ():
-            total += gate_log_term(logit.transpose(0, 1), batch.depths, depth)
-        self.exit_logprobs[stage.vp_stage or 0].append(torch.where(batch.asked, total, torch.zeros_like(total)))
+            logit = logit.transpose(0, 1)
+            logprobs += gate_log_term(logit, batch.depths, depth)
+            entropy += torch.where(batch.depths >= depth, gate_entropy(logit), 0.0)
+        chunk = stage.vp_stage or 0
+        self.exit_logprobs[chunk].append(torch.where(batch.asked, logprobs, 0.0))
+        self.exit_entropy[chunk].append(torch.where(batch.asked, entropy, 0.0))
         return output
 
-    def summed_exit_logprobs(self) -> Tensor:
-        """This rank's share of log q(prescribed exit) [micro-batches * rows, S]."""
-        return torch.stack([torch.cat(parts) for parts in self.exit_logprobs]).sum(0)
-
     def loss(self, batch: ReplayBatch, output: Tensor) -> Tensor:
-        learner = self.learner
+        assert self.head is not None
         # The last stage returns [S, B, D]; only positions that predict a generated token are read out.
         hidden = output.transpose(0, 1)[batch.counts]
-        head = Head(
-            self.model.last.readout_weight(),
-            learner.dims.vocab,
-            replicated_input=not learner.config.sequence_parallel,
-            temperature=learner.temperature,
-        )
+        ids = batch.labels()[batch.counts].unsqueeze(-1)
         weight = batch.token_weight[batch.counts] * self.scale
-        labels = batch.labels()[batch.counts].unsqueeze(-1)
+        entropy, kl = torch.zeros_like(weight), torch.zeros_like(weight)
+
+        def share(log_probs: Tensor, at: slice) -> Tensor:
+            if self.objective == "likelihood":
+                return -(weight[at] * log_probs[:, -1]).sum()
+            divergence = lumped_kl(log_probs[:, :-1], teacher[at], self.learner.kl_direction)
+            kl[at] = divergence.detach()
+            return (weight[at] * divergence).sum()
+
         if self.objective == "distill":
             assert batch.teacher_ids is not None and batch.teacher_logprobs is not None
-            teacher, kl = batch.teacher_logprobs[batch.counts], torch.zeros_like(weight)
-
-            def distill(log_probs: Tensor, at: slice) -> Tensor:
-                divergence = lumped_kl(log_probs[:, :-1], teacher[at], learner.kl_direction)
-                kl[at] = divergence.detach()
-                return (weight[at] * divergence).sum()
-
-            loss, found = head.loss(hidden, torch.cat([batch.teacher_ids[batch.counts], labels], dim=-1), distill)
+            teacher = batch.teacher_logprobs[batch.counts]
+            ids = torch.cat([batch.teacher_ids[batch.counts], ids], dim=-1)
+        if self.train:
+            loss, found = self.head(hidden, ids, share)
         else:
-            kl = torch.zeros_like(weight)
-            loss, found = head.loss(hidden, labels, lambda log_probs, at: -(weight[at] * log_probs[:, 0]).sum())
-        logprobs = found[:, -1]
-        for store, value in ((self.token_logprobs, logprobs), (self.kl, kl)):
+            found, entropy = self.head.log_probs_at(hidden, ids)
+            loss = share(found, slice(None))
+        for store, value in ((self.token_logprobs, found[:, -1]), (self.token_entropy, entropy), (self.kl, kl)):
             whole = torch.zeros(batch.tokens.shape, device=output.device)
             whole[batch.counts] = value
             store.append(whole)
         return loss
+
+    def stacked(self) -> Tensor:
+        """This rank's share of every score [5, micro-batches * rows, S], in the order of `Scores`."""
+        logprobs, entropy = (
+            torch.stack([torch.cat(parts) for parts in chunks]).sum(0)
+            for chunks in (self.exit_logprobs, self.exit_entropy)
+        )
+        last = bool(self.token_logprobs)
+        tokens, kl, token_entropy = (
+            torch.cat(parts) if last else torch.zeros_like(logprobs)
+            for parts in (self.token_logprobs, self.kl, self.token_entropy)
+        )
+        return torch.stack([tokens, logprobs, kl, token_entropy, entropy])

@@ -78,7 +78,7 @@ class EarlyExitGPT(GPTModel):
             )
         return hidden_states
 
-    def readout_weight(self) -> Tensor:
+    def readout_weight(self) -> nn.Parameter:
         """The head's local rows [V_padded / tensor, D]."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
@@ -86,6 +86,11 @@ class EarlyExitGPT(GPTModel):
 
     def early_exit_layers(self) -> list[EarlyExitLayer]:
         return list(self.decoder.layers)
+
+    def ask_for_input_gradient(self) -> None:
+        """Make the embedding's output ask for a gradient, as a frozen embedding's doesn't. What hangs on a layer's
+        backward pass (recomputation, ZeRO-3's hooks) works only if the layer's input asks for one."""
+        self.embedding.register_forward_hook(_ask_for_gradient)
 
     def take_gates(self) -> dict[int, Tensor]:
         """Gate logits of the latest forward pass by depth, fp32 [s, b], whole along s; this stage's gates only."""
@@ -168,7 +173,6 @@ def build_stage(config: EarlyExitConfig, vp_stage: int | None = None) -> EarlyEx
         vp_stage=vp_stage,
     )
     if model.pre_process and config.recompute_granularity is not None:
-        # A recomputed layer passes gradients on only if its input asks for one; a frozen embedding's output doesn't.
-        model.embedding.register_forward_hook(_ask_for_gradient)
+        model.ask_for_input_gradient()
     model.rotary_pos_emb.inv_freq = inverse_frequencies(dims).to(model.rotary_pos_emb.inv_freq.device)
     return model

@@ -6,7 +6,8 @@ argument: `control` fp32 [s, b, C]. Each pipeline stage takes it from its own da
     channel 0      prescribed exit depth (layers that may change the position; L = no exit, 0 = padding)
     channel 1      1 where gates are asked, else 0 (prompt, padding)
     channel 2      weight of the position in the exit loss
-    channel 3 + i  optional soft target of gate i, -1 for none; without them the prescribed depth is the target
+    channel 3      weight of the gates' entropy at the position, a bonus
+    channel 4 + i  optional soft target of gate i, -1 for none; without them the prescribed depth is the target
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .active import Active
 from .config import EarlyExitConfig
 from .parts import Gate, mlp_of_active
 
-DEPTH, ASKED, WEIGHT, TARGETS = 0, 1, 2, 3
+DEPTH, ASKED, WEIGHT, ENTROPY, TARGETS = 0, 1, 2, 3, 4
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -45,7 +46,7 @@ class _AttachLoss(torch.autograd.Function):
 
 
 def gate_loss(gate_logit: Tensor, control: Tensor, depth: int, index: int) -> Tensor:
-    """Weighted exit loss of one gate, a scalar: - sum over positions of weight * log-likelihood.
+    """Weighted exit loss of one gate, a scalar: - sum over positions of weight * log-likelihood + bonus * entropy.
 
     gate_logit [n], control [n, C] of the positions that reach the gate. With soft targets s*: cross-entropy of the
     hazard where there is a target; else the gate's term of log q(prescribed exit).
@@ -57,7 +58,14 @@ def gate_loss(gate_logit: Tensor, control: Tensor, depth: int, index: int) -> Te
         like = torch.where(target >= 0, like, torch.zeros_like(like))
     else:
         like = gate_log_term(gate_logit, depths, depth)
-    return -(weight * like).sum()
+    return -(weight * like + control[..., ENTROPY] * gate_entropy(gate_logit)).sum()
+
+
+def gate_entropy(gate_logit: Tensor) -> Tensor:
+    """Entropy of firing or not, nats, of the gate logits' shape. Summed over the gates that a position is asked at, its
+    expectation is the entropy of the exit distribution (chain rule)."""
+    hazard = torch.sigmoid(gate_logit)
+    return -(hazard * F.logsigmoid(gate_logit) + (1 - hazard) * F.logsigmoid(-gate_logit))
 
 
 class EarlyExitLayer(TransformerLayer):
@@ -77,6 +85,12 @@ class EarlyExitLayer(TransformerLayer):
         # Gate logits of the last forward pass [s, b] (local positions, 0 where not asked), if `record` is set.
         self.record = False
         self.recorded: Tensor | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # megatron-core passes everything by name, but hooks (ZeRO-3's among them) see only what is passed by position.
+        if "hidden_states" in kwargs:
+            args = (kwargs.pop("hidden_states"), *args)
+        return super().__call__(*args, **kwargs)
 
     def forward(self, hidden_states: Tensor, context: Tensor | None = None, **kwargs: Any):
         """hidden [s, b, D], control [s, b, C] or None (no exits: the plain layer) -> (hidden, control)."""

@@ -1,4 +1,7 @@
-"""Numbers of a run over its steps: metrics.jsonl always, Weights & Biases and TensorBoard where wanted."""
+"""Numbers of a run over its steps: metrics.jsonl and timings.jsonl always; wandb and TensorBoard where wanted.
+
+Clocks are kept apart, so that two runs of the same settings and seed have the same metrics.jsonl to the byte.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ class Metrics:
     """Writes one JSON line per `log` call and forwards it to the trackers. Trackers that fail are dropped, never fatal.
 
     Args:
-        run_dir: metrics.jsonl, wandb/ and tensorboard/ go here.
+        run_dir: metrics.jsonl, timings.jsonl, wandb/ and tensorboard/ go here.
         wandb_mode: auto (online with WANDB_API_KEY, else offline), offline, online or disabled.
         config: what the trackers show as the run's configuration.
         resume_step: lines of later steps are cut, so that a resumed run writes them anew; None keeps every line.
@@ -69,29 +72,32 @@ class Metrics:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.path = self.run_dir / "metrics.jsonl"
-        self._mend(resume_step)
-        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._files = []
+        for path in (self.path, self.run_dir / "timings.jsonl"):
+            _mend(path, resume_step)
+            self._files.append(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644))
         self._warned: set[str] = set()
         self._wandb = _start_wandb(self.run_dir, wandb_mode, project, name, dict(config or {}))
         self._board = _start_tensorboard(self.run_dir, resume_step) if tensorboard else None
 
-    def _mend(self, resume_step: int | None) -> None:
-        if not self.path.exists():
-            return
-        rows = read_metrics(self.path)
-        kept = rows if resume_step is None else [row for row in rows if row["step"] <= resume_step]
-        if len(kept) < len(rows) or not self.path.read_bytes().endswith(b"\n"):
-            write_atomic(self.path, "".join(_line(row) for row in kept))
+    def log(
+        self, step: int, values: Mapping[str, SupportsFloat], timings: Mapping[str, SupportsFloat] | None = None
+    ) -> None:
+        """Append {"step": step, name: value, …} to metrics.jsonl, and the timings to timings.jsonl; trackers get both.
 
-    def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        """Append {"step": step, name: value, …}. Values that are not finite are written as null and warned of once."""
-        row: dict[str, Any] = {"step": int(step), **{k: float(v) for k, v in values.items() if k != "step"}}
-        for key, value in row.items():
-            if not math.isfinite(value) and key not in self._warned:
-                self._warned.add(key)
-                logger.warning("metric %s is %s at step %d", key, value, step)
-        # One write call: after a kill the file holds whole lines and at most one partial one, the last.
-        os.write(self._file, _line(row).encode())
+        Values that are not finite are written as null and warned of once.
+        """
+        row: dict[str, Any] = {"step": int(step)}
+        for file, part in zip(self._files, (values, timings or {}), strict=True):
+            numbers = {k: float(v) for k, v in part.items() if k != "step"}
+            for key, value in numbers.items():
+                if not math.isfinite(value) and key not in self._warned:
+                    self._warned.add(key)
+                    logger.warning("metric %s is %s at step %d", key, value, step)
+            if part is values or part:
+                # One write call: after a kill the file holds whole lines and at most one partial one, the last.
+                os.write(file, _line({"step": int(step), **numbers}).encode())
+            row |= numbers
         if self._wandb is not None:
             try:
                 self._wandb.log(row)
@@ -110,9 +116,9 @@ class Metrics:
 
     def close(self) -> None:
         """Waits for wandb's upload at most FINISH_TIMEOUT_S; what it has not sent by then stays in its directory."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        for file in self._files:
+            os.close(file)
+        self._files = []
         if self._board is not None:
             self._board.close()
             self._board = None
@@ -131,6 +137,16 @@ class Metrics:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _mend(path: Path, resume_step: int | None) -> None:
+    """Cut a partial last line and the lines after the step that a run resumes from."""
+    if not path.exists():
+        return
+    rows = read_metrics(path)
+    kept = rows if resume_step is None else [row for row in rows if row["step"] <= resume_step]
+    if len(kept) < len(rows) or not path.read_bytes().endswith(b"\n"):
+        write_atomic(path, "".join(_line(row) for row in kept))
 
 
 def _line(row: Mapping[str, Any]) -> str:

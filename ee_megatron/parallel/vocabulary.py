@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
-from torch import Tensor
+from torch import Tensor, nn
 
 # Bytes of a chunk's fp32 logits, and the fewest positions that still make an efficient product.
 CHUNK_BYTES, LEAST_CHUNK = 2**27, 64
@@ -23,18 +23,20 @@ CHUNK_BYTES, LEAST_CHUNK = 2**27, 64
 ChunkLoss = Callable[[Tensor, slice], Tensor]
 
 
-class Head:
+class Head(nn.Module):
     """The readout on the last pipeline stage.
 
-    weight [V_local, D]; `vocab` is the true vocabulary (rows beyond it are padding and get probability 0).
-    `replicated_input`: the hidden states are the same on all tensor-parallel ranks and their gradient has to be summed
-    here (plain tensor parallelism; under sequence parallelism the model's gather does it). `temperature` divides the
-    logits: the distribution is the one that was sampled from. `chunk`: positions at a time, 0 for as many as fit.
+    weight [V_local, D], the model's own parameter; `vocab` is the true vocabulary (rows beyond it are padding and get
+    probability 0). `replicated_input`: the hidden states are the same on all tensor-parallel ranks and their gradient
+    has to be summed here (plain tensor parallelism; under sequence parallelism the model's gather does it).
+    `temperature` divides the logits: the distribution is the one that was sampled from. `chunk`: positions at a time, 0
+    for as many as fit.
     """
 
     def __init__(
-        self, weight: Tensor, vocab: int, replicated_input: bool = True, chunk: int = 0, temperature: float = 1.0
+        self, weight: nn.Parameter, vocab: int, replicated_input: bool = True, chunk: int = 0, temperature: float = 1.0
     ):
+        super().__init__()
         self.weight, self.vocab, self.temperature = weight, vocab, temperature
         self.chunk = chunk or max(LEAST_CHUNK, CHUNK_BYTES // (4 * weight.size(0)))
         self.group = parallel_state.get_tensor_model_parallel_group()
@@ -43,22 +45,25 @@ class Head:
         self.replicated_input = replicated_input and self.ranks > 1
 
     @torch.no_grad()
-    def log_probs_at(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """log p at ids int64 [N, k] -> fp32 [N, k], without a gradient."""
+    def log_probs_at(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """log p at ids int64 [N, k] -> fp32 [N, k], and the distribution's entropy, nats, fp32 [N]; no gradient."""
         found = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
+        entropy = torch.empty(ids.shape[:1], dtype=torch.float32, device=hidden.device)
         for at in self._chunks(hidden):
-            found[at] = self._distribution(hidden[at], ids[at])[0]
-        return found
+            found[at], unnormalised, total = self._distribution(hidden[at], ids[at])
+            # With p = e / sum(e): H = log sum(e) - sum(e log e) / sum(e).
+            weighted = torch.xlogy(unnormalised, unnormalised).sum(-1)
+            if self.ranks > 1:
+                dist.all_reduce(weighted, group=self.group)
+            entropy[at] = total.squeeze(-1).log() - weighted / total.squeeze(-1)
+        return found, entropy
 
-    def loss(self, hidden: Tensor, ids: Tensor, function: ChunkLoss) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, ids: Tensor, function: ChunkLoss) -> tuple[Tensor, Tensor]:
         """Sum of `function` over chunks of positions -> (loss, fp32 scalar; log p at ids, fp32 [N, k], detached).
 
         The loss has a gradient for the hidden states and, where it is trained, for the head. `function` must be a sum
         over positions; it is differentiated by autograd with respect to its log-probabilities.
         """
-        if not torch.is_grad_enabled():
-            found = self.log_probs_at(hidden, ids)
-            return sum((function(found[at], at) for at in self._chunks(hidden)), hidden.new_zeros(()).float()), found
         if self.replicated_input:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=self.group)
         loss, found = _ChunkedLoss.apply(hidden, self.weight, self, ids, function)
@@ -104,7 +109,7 @@ class Head:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Head.loss: the gradients are made in the forward pass and scaled in the backward pass."""
+    """Head.forward: the gradients are made in the forward pass and scaled in the backward pass."""
 
     @staticmethod
     def forward(

@@ -103,10 +103,11 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
     updates = plan(len(traces), c)
     with Session(cfg, "calibrate", model_path, learner=True) as session:
         done, checkpoint = session.latest()
-        policy = load_policy(checkpoint)[1] if checkpoint else initial_policy(session.source.dims, session.spec, c.seed, session.source.tensor)
+        start = initial_policy(session.source.dims, session.spec, c.seed, session.source.tensor)
+        policy = load_policy(checkpoint)[1] if checkpoint else start
         learner = session.make_learner(policy, adapter_dropout=cfg.adapter.dropout, kl_direction=c.kl_direction)
         if checkpoint:
-            learner.load(checkpoint)
+            session.resume(learner, checkpoint)
         layout = session.spec.layout
         session.open_metrics(resume_step=done)
         target = target_depth(traces, layout, c.kl_factor)
@@ -117,17 +118,17 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
                 if c.gate_targets == "current":
                     seen = learner.score(batch, objective="distill")
                     batch.soft_targets = current_targets(batch, seen.kl, layout, c.kl_factor)
-                scores, norm = learner.step(
+                update = learner.step(
                     batch, adapter_lr=c.adapter_lr * rate, gate_lr=c.gate_lr * rate, objective="distill"
                 )
+                session.guard(update, batch, step + 1)
+                scores = update.scores
                 kl = float((scores.kl * mean_weights(batch, batch.counts)).sum())
                 nll = -float((scores.exit_logprobs * mean_weights(batch, batch.asked)).sum())
                 depth = float((batch.depths * batch.counts).sum() / batch.counts.sum()) / layout.num_layers
-                session.log(
-                    step + 1,
-                    {"kl": kl, "gate_nll": nll, "pattern_depth": depth, "target_depth": target, "grad_norm": norm,
-                     "learning_rate": c.adapter_lr * rate},
-                )  # fmt: skip
+                values = {"kl": kl, "gate_nll": nll, "pattern_depth": depth, "target_depth": target}
+                values |= {"grad_norm": update.norms["all"], "learning_rate": c.adapter_lr * rate}
+                session.log(step + 1, values)
                 bar.advance(1, kl=kl, gate_nll=nll, depth=depth)
                 if (step + 1) % c.checkpoint_every == 0 or step + 1 == len(updates):
                     session.save(learner, step + 1)

@@ -6,28 +6,44 @@ for each step:
     R = r_task - beta * mean(log pi - log pi_ref) - lambda * mean(depth / L)
     A <- leave-one-out within the prompt's group
     loss = - ratio * A * ( mean log pi(token) + mean log q(exit) )       (learner, under the SAME exits)
-    update adapters and gates; send them to the pool
+    update adapters and gates, once or in several epochs and minibatches; send them to the pool
+
+Every objective here is linear in the log-probabilities once its ratios are known, so an update scores first and then
+minimises a weighted likelihood with the same gradient (`weigh`).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..config.schema import RLConfig, RunConfig
 from ..learner.batch import ReplayBatch, mean_weights, pack, spread
-from ..learner.learner import Scores
+from ..learner.learner import Learner, Scores, Update
 from ..policy import WeightSet, load_policy
 from ..rollout.pool import RolloutPool
 from ..rollout.sampling import ExitPolicy, SamplingParams
 from ..tasks import VerifierPool
 from ..types import Group, Prompt
 from .advantages import ADVANTAGES
-from .losses import depth_cost, mean_log_ratio, rollout_reward, truncated_ratio
+from .losses import (
+    clipped,
+    depth_cost,
+    k3_slope,
+    learning_rate,
+    mean_log_ratio,
+    price,
+    rollout_reward,
+    token_depth_advantage,
+    truncated_ratio,
+)
+from .rollout_store import load_rollouts, save_rollouts
 from .session import Session
 
 
@@ -43,29 +59,96 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
             )
         learner = session.make_learner(policy, temperature=rl.temperature)
         if checkpoint:
-            learner.load(checkpoint)
-        actor = Actor(session) if session.leads else None
+            session.resume(learner, checkpoint)
+        source = make_source(session) if session.leads else None
         session.open_metrics(resume_step=done)
         with session.progress(rl.steps, done) as bar:
             for step in range(done, rl.steps):
-                clock = [time.monotonic()]
+                begun = time.monotonic()
                 weights = WeightSet(step + 1, learner.export_policy())
-                groups = session.from_leader(actor.act if actor else None, weights, step, bar.detail)
-                clock.append(time.monotonic())
-                batch = replay(groups, spec.num_layers)
-                now, reference = learner.score(batch), learner.score(batch, reference=True)
-                clock.append(time.monotonic())
-                values = weigh(batch, groups, now, reference, rl, spec.num_layers)
-                _, norm = learner.step(batch, adapter_lr=rl.adapter_lr, gate_lr=rl.gate_lr, objective="likelihood")
-                clock.append(time.monotonic())
-                values |= {"grad_norm": norm} | _timing(clock, batch)
-                if actor is not None:
-                    values |= actor.health()
-                session.log(step + 1, values)
+                groups = session.from_leader(source.act if source else None, weights, step, bar.detail)
+                rolled = time.monotonic()
+                values, timings = learn(session, learner, groups, step)
+                if source is not None:
+                    values |= source.health()
+                timings |= {
+                    "seconds_rollout": rolled - begun,
+                    "tokens_per_s": values["tokens"] / (time.monotonic() - begun),
+                }
+                session.log(step + 1, values, timings)
                 bar.advance(1, reward=values["reward"], accuracy=values["accuracy"], depth=values["mean_depth"])
                 if (step + 1) % rl.checkpoint_every == 0 or step + 1 == rl.steps:
-                    session.save(learner, step + 1)
+                    session.save(learner, step + 1, value=values["reward"])
         session.finish()
+
+
+def learn(
+    session: Session, learner: Learner, groups: list[Group], step: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """All updates on one step's rollouts -> (metrics, seconds). Every rank calls it with the same groups."""
+    rl, layers = session.cfg.rl, session.spec.num_layers
+    clock = [time.monotonic()]
+    batch = replay(groups, layers)
+    first, reference = learner.score(batch), learner.score(batch, reference=True)
+    clock.append(time.monotonic())
+    signal, values = Signal.of(batch, groups, first, reference, rl, layers, step)
+    kept = [i for i, group in enumerate(groups) if not rl.drop_equal_groups or np.ptp(group.rewards) > 0]
+    updates: list[Update] = []
+    clipped_share: list[float] = []
+    for epoch in range(rl.epochs):
+        order = np.random.default_rng([rl.seed, step, epoch]).permutation(kept) if rl.minibatches > 1 else kept
+        for chosen in np.array_split(order, min(rl.minibatches, len(kept))) if kept else ():
+            rows = torch.tensor([g * rl.group_size + k for g in chosen for k in range(rl.group_size)])
+            part = batch.select(rows)
+            now = select(first, rows) if not updates else learner.score(part)
+            clipped_share.append(weigh(part, signal.select(rows), now, rl))
+            rate = learning_rate(
+                step * rl.epochs * rl.minibatches + len(updates),
+                rl.steps * rl.epochs * rl.minibatches,
+                rl.warmup,
+                rl.decay,
+            )
+            update = learner.step(
+                part, adapter_lr=rl.adapter_lr * rate, gate_lr=rl.gate_lr * rate, objective="likelihood"
+            )
+            session.guard(update, part, step + 1)
+            updates.append(update)
+    clock.append(time.monotonic())
+    for name in ("body", "gates", "all"):
+        values["grad_norm" if name == "all" else f"grad_norm/{name}"] = float(
+            np.mean([u.norms[name] for u in updates]) if updates else 0.0
+        )
+    values |= {
+        "updates": float(sum(u.applied for u in updates)),
+        "updates_left_out": float(sum(not u.applied for u in updates)),
+        "groups_dropped": float(len(groups) - len(kept)),
+        "clipped": float(np.mean(clipped_share)) if clipped_share else 0.0,
+    }
+    return values, {"seconds_score": clock[1] - clock[0], "seconds_update": clock[2] - clock[1]}
+
+
+def make_source(session: Session) -> Actor | Dump:
+    rl = session.cfg.rl
+    return Dump(Path(rl.replay), rl.group_size) if rl.replay else Actor(session)
+
+
+class Dump:
+    """Rollouts of an earlier run in place of a pool's."""
+
+    def __init__(self, directory: Path, group_size: int):
+        self.directory, self.group_size = directory, group_size
+
+    def act(self, weights: WeightSet, step: int, detail: Callable[[str, int, int], None]) -> list[Group]:
+        groups = load_rollouts(self.directory / f"step_{step + 1}")
+        sizes = {len(group.rollouts) for group in groups}
+        if sizes != {self.group_size}:
+            raise ValueError(
+                f"{self.directory}/step_{step + 1}: groups of {sorted(sizes)} rollouts; set rl.group_size to that"
+            )
+        return groups
+
+    def health(self) -> dict[str, float]:
+        return {}
 
 
 class Actor:
@@ -77,6 +160,7 @@ class Actor:
         self.verifier: VerifierPool = session.make_verifier(task)
         self.prompts = task.prompts("train")
         self.pool: RolloutPool = session.make_pool(session.spec)
+        self.dump = session.path / "rollouts"
 
     def act(self, weights: WeightSet, step: int, detail: Callable[[str, int, int], None]) -> list[Group]:
         """Roll out step `step`'s prompts under `weights`. The prompts depend on seed and step alone, so that a resumed
@@ -102,13 +186,18 @@ class Actor:
         for prompt, group in zip(prompts, answers, strict=True):
             found = [next(verdicts) for _ in group]
             rewards = np.array([v.reward for v in found], dtype=np.float32)
-            groups.append(Group(prompt, group, rewards, np.array([v.correct for v in found])))
+            correct, well_formed = ([getattr(v, name) for v in found] for name in ("correct", "well_formed"))
+            groups.append(Group(prompt, group, rewards, np.array(correct), np.array(well_formed)))
+        if rl.dump_rollouts:
+            save_rollouts(self.dump / f"step_{step + 1}", groups)
         return groups
 
     def health(self) -> dict[str, float]:
+        pool = self.pool.health()
         return {
             "verifier_timeouts": float(self.verifier.timeouts),
-            "actor_restarts": float(self.pool.health()["restarts"]),
+            "actor_restarts": float(pool["restarts"]),
+            "actors_alive": float(pool["alive"]),
         }
 
 
@@ -129,49 +218,102 @@ def replay(groups: list[Group], num_layers: int) -> ReplayBatch:
     )
 
 
-def weigh(
-    batch: ReplayBatch, groups: list[Group], now: Scores, reference: Scores, rl: RLConfig, num_layers: int
-) -> dict[str, float]:
-    """Turn rewards into the batch's weights, and say what was seen. Modifies `batch`."""
-    rollouts = [r for g in groups for r in g.rollouts]
-    task = torch.from_numpy(np.concatenate([g.rewards for g in groups]))
-    log_ratio = mean_log_ratio(batch, now.token_logprobs, reference.token_logprobs)
-    cost = depth_cost(batch, num_layers, rl.depth_cost, rl.cost_length)
-    reward = rollout_reward(task, log_ratio, cost, rl.beta, rl.lambda_exit)
-    advantage = ADVANTAGES[rl.advantage](reward.numpy().reshape(len(groups), -1)).reshape(-1)
-    old_tokens = spread(batch, [r.token_logprobs for r in rollouts])
-    old_exits = spread(batch, [r.exit_logprobs for r in rollouts])
-    raw, ratio = truncated_ratio(now.token_logprobs + now.exit_logprobs, old_tokens + old_exits, rl.importance_cap)
-    scale = torch.from_numpy(advantage).float().unsqueeze(1) * ratio
-    batch.token_weight = scale * mean_weights(batch, batch.counts)
-    batch.exit_weight = scale * mean_weights(batch, batch.asked)
+@dataclass
+class Signal:
+    """What a step's rollouts teach, the same for all updates on them; fp32 [B, S] each.
+
+    advantage; trust: truncated importance ratio of the policy at the start of the step to the one that sampled;
+    start: its log-probability of token and exit; reference: the reference's of the token.
+    """
+
+    advantage: Tensor
+    trust: Tensor
+    start: Tensor
+    reference: Tensor
+
+    def select(self, rows: Tensor) -> Signal:
+        return Signal(self.advantage[rows], self.trust[rows], self.start[rows], self.reference[rows])
+
+    @staticmethod
+    def of(
+        batch: ReplayBatch,
+        groups: list[Group],
+        first: Scores,
+        reference: Scores,
+        rl: RLConfig,
+        num_layers: int,
+        step: int,
+    ) -> tuple[Signal, dict[str, float]]:
+        """The signal, and what was seen on the way."""
+        rollouts = [r for g in groups for r in g.rollouts]
+        task = torch.from_numpy(np.concatenate([g.rewards for g in groups]))
+        log_ratio = mean_log_ratio(batch, first.token_logprobs, reference.token_logprobs)
+        cost = depth_cost(batch, num_layers, rl.depth_cost, rl.cost_length)
+        lambda_now = price(step, rl.steps, rl.lambda_exit, rl.lambda_warmup)
+        reward = rollout_reward(task, log_ratio, cost, rl.beta if rl.kl == "reward" else 0.0, lambda_now)
+        credited = reward if rl.depth_credit == "sequence" else reward + lambda_now * cost
+        per_answer = ADVANTAGES[rl.advantage](credited.numpy().reshape(len(groups), -1)).reshape(-1)
+        advantage = torch.from_numpy(per_answer).float().unsqueeze(1) * batch.counts
+        if rl.depth_credit == "token":
+            advantage = advantage + lambda_now * token_depth_advantage(
+                batch, rl.group_size, num_layers, rl.depth_cost, rl.cost_length
+            )
+        old_tokens = spread(batch, [r.token_logprobs for r in rollouts])
+        old_exits = spread(batch, [r.exit_logprobs for r in rollouts])
+        start = first.token_logprobs + first.exit_logprobs
+        raw, trust = truncated_ratio(start, old_tokens + old_exits, rl.importance_cap)
+        counts = batch.counts
+        values = {
+            "reward": float(reward.mean()),
+            "task_reward": float(task.mean()),
+            "depth_cost": float(cost.mean()),
+            "lambda": lambda_now,
+            "kl_to_reference": float(log_ratio.mean()),
+            "advantage_spread": float(per_answer.std()),
+            "token_mismatch": float((first.token_logprobs - old_tokens)[counts].abs().mean()),
+            "exit_mismatch": float((first.exit_logprobs - old_exits)[counts].abs().mean()),
+            "importance_ratio_mean": float(raw[counts].mean()),
+            "importance_ratio_max": float(raw[counts].max()),
+            "token_entropy": float(first.token_entropy[counts].mean()),
+            "exit_entropy": float(first.exit_entropy[counts].mean()),
+        }
+        return Signal(advantage, trust, start, reference.token_logprobs), values | seen(batch, groups, num_layers)
+
+
+def seen(batch: ReplayBatch, groups: list[Group], num_layers: int) -> dict[str, float]:
+    """Metrics of the rollouts as they are."""
     counts, lengths = batch.counts, batch.counts.sum(1).float()
-    fraction = batch.depths.float() / num_layers
-    values = {
-        "reward": float(reward.mean()),
-        "task_reward": float(task.mean()),
+    fraction = batch.depths.float()[counts] / num_layers
+    depths, hits = torch.unique(batch.depths[counts], return_counts=True)
+    low, middle, high = torch.quantile(fraction, torch.tensor([0.1, 0.5, 0.9])).tolist()
+    return {
         "accuracy": float(np.mean(np.concatenate([g.correct for g in groups]))),
-        "finished": float(np.mean([r.finished for r in rollouts])),
-        "mean_depth": float(fraction[counts].mean()),
+        "well_formed": float(np.mean(np.concatenate([g.well_formed for g in groups]))),
+        "finished": float(np.mean([r.finished for g in groups for r in g.rollouts])),
+        "mean_depth": float(fraction.mean()),
+        "depth_q10": low,
+        "depth_q50": middle,
+        "depth_q90": high,
         "total_depth": float((batch.depths * counts).sum(1).float().mean()),
         "length": float(lengths.mean()),
-        "kl_to_reference": float(log_ratio.mean()),
-        "advantage_spread": float(advantage.std()),
-        "token_mismatch": float((now.token_logprobs - old_tokens)[counts].abs().mean()),
-        "exit_mismatch": float((now.exit_logprobs - old_exits)[counts].abs().mean()),
-        "importance_ratio_mean": float(raw[counts].mean()),
-        "importance_ratio_max": float(raw[counts].max()),
-    }
-    depths, hits = torch.unique(batch.depths[counts], return_counts=True)
-    shares = {f"exit_share/{int(d)}": float(h) / int(counts.sum()) for d, h in zip(depths, hits, strict=True)}
-    return values | shares
+        "tokens": float(lengths.sum()),
+    } | {f"exit_share/{int(d)}": float(h) / int(counts.sum()) for d, h in zip(depths, hits, strict=True)}
 
 
-def _timing(clock: list[float], batch: ReplayBatch) -> dict[str, float]:
-    rollout, score, update = np.diff(clock)
-    return {
-        "seconds_rollout": float(rollout),
-        "seconds_score": float(score),
-        "seconds_update": float(update),
-        "tokens_per_s": float(batch.counts.sum()) / float(clock[-1] - clock[0]),
-    }
+def weigh(batch: ReplayBatch, signal: Signal, now: Scores, rl: RLConfig) -> float:
+    """Set the batch's weights so that the linear loss has the objective's gradient at the current policy; returns the
+    share of positions that PPO's clipping leaves out."""
+    ratio = (now.token_logprobs + now.exit_logprobs - signal.start).exp()
+    kept = clipped(ratio, signal.advantage, rl.clip)
+    scale = signal.advantage * signal.trust * kept
+    per_token = mean_weights(batch, batch.counts)
+    batch.token_weight = scale * per_token
+    if rl.kl == "loss":
+        batch.token_weight = batch.token_weight - rl.beta * per_token * k3_slope(now.token_logprobs, signal.reference)
+    batch.exit_weight = scale * mean_weights(batch, batch.asked)
+    batch.entropy_weight = rl.entropy_bonus * mean_weights(batch, batch.asked) if rl.entropy_bonus else None
+    return float((kept == 0)[batch.counts].float().mean())
+
+
+def select(scores: Scores, rows: Tensor) -> Scores:
+    return Scores(**{field.name: getattr(scores, field.name)[rows] for field in fields(scores)})

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, TypeVar
 
 import torch
@@ -20,15 +22,18 @@ from ..config.identity import stage_dir, to_yaml
 from ..config.schema import RunConfig
 from ..config.validate import policy_spec, stage_sizes
 from ..families.hf_directory import HFDirectory
-from ..learner.learner import Learner
+from ..learner.batch import ReplayBatch
+from ..learner.engine import OptimizerSettings
+from ..learner.learner import Learner, Update
 from ..observe.metrics import Metrics
 from ..observe.progress import Progress
 from ..observe.rundir import RunDirectory
 from ..parallel import groups
 from ..parallel.groups import Degrees
-from ..policy import PolicySpec, save_policy
+from ..policy import PolicySpec
 from ..rollout.pool import RolloutPool, make_pool
 from ..tasks import ChatTemplate, Task, VerifierPool, make_task
+from .checkpoints import CheckpointWriter, read_training
 from .stages import DONE
 
 logger = logging.getLogger(__name__)
@@ -67,11 +72,15 @@ class Session:
         self.stack = ExitStack()
         self.directory: RunDirectory | None = None
         self.metrics: Metrics | None = None
+        self.writer: CheckpointWriter | None = None
+        self.bad_steps = 0
 
     def __enter__(self) -> Session:
         if self.leads:
             self.directory = self.stack.enter_context(RunDirectory(self.path))
             self.directory.write_config(to_yaml(self.cfg))
+            self.writer = CheckpointWriter(self.directory, self.spec, self.cfg.checkpoint.keep)
+            self.stack.callback(self.writer.close)
         if self.learns:
             p = self.cfg.parallel
             self.degrees = Degrees(p.tensor, p.pipeline, p.data, p.virtual)
@@ -85,7 +94,7 @@ class Session:
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def make_learner(self, policy: dict[str, torch.Tensor], **options: Any) -> Learner:
-        p, sizes = self.cfg.parallel, stage_sizes(self.cfg, self.spec.layout)
+        p, d, sizes = self.cfg.parallel, self.cfg.deepspeed, stage_sizes(self.cfg, self.spec.layout)
         return Learner(
             self.source,
             self.spec,
@@ -97,8 +106,14 @@ class Session:
             sequence_parallel=p.sequence_parallel,
             recompute=p.recompute,
             micro_batch_size=p.micro_batch_size,
-            zero_stage=self.cfg.deepspeed.zero_stage,
-            gradient_clipping=self.cfg.deepspeed.gradient_clipping,
+            optimizer=OptimizerSettings(
+                zero_stage=d.zero_stage,
+                gradient_clipping=d.gradient_clipping,
+                offload=d.offload_optimizer,
+                betas=(d.betas[0], d.betas[1]),
+                eps=d.eps,
+                weight_decay=d.weight_decay,
+            ),
             **options,
         )
 
@@ -149,9 +164,9 @@ class Session:
         """The leader's progress bar, to be entered; one at a time."""
         return Progress(f"{self.stage} {what}".strip(), total, enabled=self.leads, done=done)
 
-    def log(self, step: int, values: dict[str, float]) -> None:
+    def log(self, step: int, values: dict[str, float], timings: dict[str, float] | None = None) -> None:
         if self.metrics is not None:
-            self.metrics.log(step, values)
+            self.metrics.log(step, values, timings)
 
     # -- together -----------------------------------------------------------------------------------------------------
 
@@ -162,31 +177,50 @@ class Session:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    @contextmanager
-    def checkpoint(self, step: int) -> Iterator[Path]:
-        """A directory that all ranks write into; it gets its name when all have finished."""
-        with ExitStack() as stack:
-            mine = stack.enter_context(self.directory.write_checkpoint(step)) if self.directory else None
-            yield Path(self.from_leader(lambda: str(mine)))
-            if dist.get_world_size() > 1:
-                dist.barrier()
-        if self.directory:
-            self.directory.keep_last(2)
+    def save(self, learner: Learner, step: int, value: float | None = None) -> None:
+        """Checkpoint after `step` steps. The state is collected here, on every rank; the leader writes it in a thread
+        of its own while training goes on. `value`: what the best checkpoint is judged by, the larger the better."""
+        policy, state = learner.export_policy(), learner.export_optimizer()
+        if self.writer is not None:
+            self.writer.write(step, policy, state, value)
 
-    def save(self, learner: Learner, step: int) -> None:
-        """Checkpoint of the policy and every rank's optimizer state after `step` updates."""
-        tensors = learner.export_policy()
-        with self.checkpoint(step) as directory:
-            learner.save(directory)
-            if self.leads:
-                save_policy(directory, self.spec, tensors)
+    def resume(self, learner: Learner, checkpoint: Path) -> None:
+        """Bring the optimizer to where `checkpoint` left it, whatever layout wrote it."""
+        state, counters = read_training(checkpoint)
+        learner.load_optimizer(state)
+        if self.writer is not None:
+            self.writer.counters = counters
+
+    def guard(self, update: Update, batch: ReplayBatch, step: int) -> None:
+        """Count updates whose gradient was not finite; too many in a row end the run, their batch left on disk.
+
+        Raises RuntimeError.
+        """
+        self.bad_steps = 0 if update.applied else self.bad_steps + 1
+        if update.applied:
+            return
+        logger.warning("step %d: gradient norms %s are not finite; the update is left out", step, update.norms)
+        if self.bad_steps < self.cfg.checkpoint.bad_steps:
+            return
+        where = self.path / f"bad_batch_step_{step}.pt"
+        if self.leads:
+            with NamedTemporaryFile(dir=self.path, delete=False) as file:
+                torch.save({field.name: getattr(batch, field.name) for field in fields(batch)}, file)
+            os.replace(file.name, where)
+        raise RuntimeError(
+            f"{self.bad_steps} updates in a row had a gradient that is not finite; the last batch is in {where}. "
+            "Lower the learning rates, or look at the batch"
+        )
 
     def latest(self) -> tuple[int, Path | None]:
-        """(updates done, checkpoint) of this stage as the leader finds it; (0, None) at the start."""
+        """(steps done, checkpoint) of this stage as the leader finds it; (0, None) at the start."""
         found = self.from_leader(lambda: str(self.directory.latest_checkpoint() or "") if self.directory else "")
         return (int(Path(found).name.split("_")[1]), Path(found)) if found else (0, None)
 
     def finish(self, text: str = "") -> None:
+        """Mark the stage as finished, once its last checkpoint is on disk."""
+        if self.writer is not None:
+            self.writer.wait()
         if self.directory:
             self.directory.write_atomic(DONE, text + "\n")
 

@@ -32,9 +32,8 @@ def train_teacher(cfg: RunConfig) -> Path:
     with Session(cfg, "teacher", Path(cfg.model.path), learner=True) as session:
         examples = session.from_leader(lambda: sample_examples(session))
         t = cfg.teacher
-        learner = session.make_learner(
-            initial_policy(session.source.dims, session.spec, t.seed, session.source.tensor), adapter_dropout=cfg.adapter.dropout
-        )
+        start = initial_policy(session.source.dims, session.spec, t.seed, session.source.tensor)
+        learner = session.make_learner(start, adapter_dropout=cfg.adapter.dropout)
         session.open_metrics(resume_step=0)
         order = np.random.default_rng(t.seed)
         picks = np.concatenate([order.permutation(len(examples)) for _ in range(t.epochs)])
@@ -45,9 +44,10 @@ def train_teacher(cfg: RunConfig) -> Path:
                 batch = pack([p for p, _ in chosen], [a for _, a in chosen], None, session.spec.num_layers)
                 batch.token_weight = mean_weights(batch, batch.counts)
                 rate = t.learning_rate * schedule(step, updates, 0.1)
-                scores, norm = learner.step(batch, adapter_lr=rate, gate_lr=0.0, objective="likelihood")
-                loss = -float((scores.token_logprobs * batch.token_weight).sum())
-                session.log(step + 1, {"loss": loss, "grad_norm": norm, "learning_rate": rate})
+                update = learner.step(batch, adapter_lr=rate, gate_lr=0.0, objective="likelihood")
+                session.guard(update, batch, step + 1)
+                loss = -float((update.scores.token_logprobs * batch.token_weight).sum())
+                session.log(step + 1, {"loss": loss, "grad_norm": update.norms["all"], "learning_rate": rate})
                 bar.advance(1, loss=loss)
         tensors = learner.export_policy()
         out = session.path / "model"

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -18,11 +23,22 @@ from ee_megatron.parallel.groups import Degrees
 from ee_megatron.parallel.schedule import run_schedule
 from ee_megatron.policy import PolicySpec
 
+_now: list[Degrees] = []
+
 
 def split(degrees: Degrees) -> torch.device:
-    """Cut the same ranks anew."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    """Cut the same ranks anew, if they aren't cut like that already. The old groups end with their threads; the ranks
+    meet again in a file, since the port of the first meeting may not be free at once."""
+    if _now[-1:] == [degrees]:
+        return torch.device("cpu")
+    if _now:
+        groups.finish()
+        meeting = Path(tempfile.gettempdir(), f"ee-ranks-{os.environ['MASTER_PORT']}-{os.getppid()}-{len(_now)}")
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(seconds=120),
+        )  # fmt: skip
+    _now.append(degrees)
     return groups.initialise(degrees, timeout_s=120)
 
 
@@ -87,7 +103,7 @@ def everything(path, spec: PolicySpec, policy, degrees, stages, options, tokens,
 def gradients(learner: Learner, batch: ReplayBatch):
     """Of the likelihood loss, whole tensors by name, as they are when the optimizer sees them."""
     learner.model.train()
-    with learner.engine.coalesce_grad_reduction():
+    with learner.updater.accumulate():
         learner._run(batch, train=True, exits=True)
         learner.complete_gradients()
         group = parallel_state.get_data_parallel_group()

@@ -9,6 +9,7 @@ from ranks import Ranks
 
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.batch import mean_weights, pack
+from ee_megatron.learner.engine import OptimizerSettings
 from ee_megatron.policy import PolicySpec
 from tests.reference import Reference, random_policy
 from tests.tiny import tiny_hf
@@ -21,7 +22,7 @@ LAYOUTS = [
     ("llama", (1, 1, 1), (6,), {"recompute": True}),
     ("qwen2", (1, 2, 1), (2, 4), {}),
     ("qwen3", (2, 1, 1), (6,), {}),
-    ("llama", (1, 1, 2), (6,), {"zero_stage": 2}),
+    ("llama", (1, 1, 2), (6,), {}),
     ("qwen3", (2, 2, 1), (4, 2), {"sequence_parallel": True}),
 ]
 
@@ -62,7 +63,7 @@ def test_scores_and_updates_equal_the_reference(family, degrees, stages, options
     with Ranks(int(np.prod(degrees)), tmp_path / "ranks") as ranks:
         ranks.call(
             "parallel_cases:make_learner", path=path, spec=SPEC, policy=policy, degrees=degrees, stages=stages,
-            options={"micro_batch_size": 2, "gradient_clipping": 0.3, **options},
+            options={"micro_batch_size": 2, "optimizer": OptimizerSettings(gradient_clipping=0.3), **options},
         )  # fmt: skip
         scores = ranks.call("parallel_cases:score", batch=batch)
         teacher = ranks.call("parallel_cases:score", batch=batch, reference=True)
@@ -70,7 +71,7 @@ def test_scores_and_updates_equal_the_reference(family, degrees, stages, options
     for value in policy.values():
         value.requires_grad_()
     tokens, exits = reference_scores(path, policy, batch)
-    for found in (*scores, *(seen for seen, _, _ in steps)):
+    for found in (*scores, *(update.scores for update, _ in steps)):
         torch.testing.assert_close(found.token_logprobs, tokens.detach(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.exit_logprobs, exits.detach(), rtol=1e-5, atol=1e-5)
     plain = Reference(path).logits(batch.tokens, torch.full_like(batch.depths, 6)).log_softmax(-1)
@@ -85,9 +86,9 @@ def test_scores_and_updates_equal_the_reference(family, degrees, stages, options
         norm = torch.nn.utils.clip_grad_norm_(list(policy.values()), 0.3)
         optimizer.step()
         if update == 0:
-            assert steps[0][1] == pytest.approx(float(norm), rel=1e-5)
+            assert steps[0][0].norms["all"] == pytest.approx(float(norm), rel=1e-5)
     assert float(norm) > 0.3, "clipping was not active"
-    for _, _, after in steps:
+    for _, after in steps:
         assert after.keys() == policy.keys()
         for name, value in policy.items():
             # AdamW's first steps are lr * sign(gradient) where a gradient is tiny: an absolute bound of 10% of lr.
@@ -107,7 +108,7 @@ def test_a_data_parallel_rank_without_a_sequence_takes_part(tmp_path):
                 "parallel_cases:make_learner", path=path, spec=SPEC, policy=policy, degrees=(1, 1, world),
                 stages=(6,), options={"micro_batch_size": 1},
             )  # fmt: skip
-            after[world] = ranks.call("parallel_cases:step", batch=batch, timeout=90)[-1][2]
+            after[world] = ranks.call("parallel_cases:step", batch=batch, timeout=90)[-1][1]
     for name, value in after[1].items():
         torch.testing.assert_close(after[2][name], value, rtol=1e-5, atol=1e-6)
 
@@ -125,35 +126,20 @@ def test_gradients_of_distillation_equal_the_reference(tmp_path):
     with Ranks(2, tmp_path / "ranks") as ranks:
         ranks.call(
             "parallel_cases:make_learner", path=path, spec=SPEC, policy=policy, degrees=(1, 2, 1), stages=(3, 3),
-            options={"micro_batch_size": 5, "gradient_clipping": 0.0},
+            options={"micro_batch_size": 5, "optimizer": OptimizerSettings(gradient_clipping=0.0)},
         )  # fmt: skip
-        seen, norm, _ = ranks.call("parallel_cases:step", batch=batch, objective="distill")[0]
+        update, _ = ranks.call("parallel_cases:step", batch=batch, objective="distill")[0]
     for value in policy.values():
         value.requires_grad_()
     reference = Reference(path, SPEC, policy)
     student = reference.logits(batch.tokens, batch.depths).log_softmax(-1).gather(-1, batch.teacher_ids)
     p, q = (torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).log()], -1) for x in (student, batch.teacher_logprobs))
     kl = (p.exp() * (p - q)).sum(-1)
-    torch.testing.assert_close(seen.kl, (kl * batch.counts).detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(update.scores.kl, (kl * batch.counts).detach(), rtol=1e-4, atol=1e-4)
     hazards = torch.sigmoid(reference.gate_logits(batch.tokens, batch.depths))
     entropy = torch.nn.functional.binary_cross_entropy(hazards, batch.soft_targets, reduction="none")
     reached = batch.depths[..., None] >= torch.tensor(SPEC.exit_depths)
     loss = (kl * batch.token_weight).sum() + ((entropy * reached).sum(-1) * batch.exit_weight).sum()
     loss.backward()
     expected = torch.stack([v.grad.norm() for v in policy.values()]).norm()
-    assert norm == pytest.approx(float(expected), rel=1e-4)
-
-
-def test_resume_repeats_the_undisturbed_run_to_the_bit(tmp_path):
-    path = tiny_hf("llama", tmp_path / "model")
-    policy, batch = random_policy(HFDirectory(path).dims, SPEC), make_batch()
-    with Ranks(2, tmp_path / "ranks") as ranks:
-        ranks.call(
-            "parallel_cases:make_learner", path=path, spec=SPEC, policy=policy, degrees=(1, 2, 1), stages=(3, 3),
-            options={"micro_batch_size": 2},
-        )  # fmt: skip
-        ranks.call("parallel_cases:step", batch=batch, times=2)
-        result = ranks.call("parallel_cases:save_then_resume", directory=tmp_path / "state", batch=batch, more=3)[0]
-    assert result["moved"] > 1e-4
-    for name, value in result["straight"].items():
-        assert torch.equal(value, result["again"][name]), name
+    assert update.norms["all"] == pytest.approx(float(expected), rel=1e-4)

@@ -65,8 +65,12 @@ def test_every_choice_is_checked(key: str) -> None:
         (["parallel.sequence_parallel=true"], ["parallel.sequence_parallel", "parallel.tensor > 1"]),
         (["parallel.sequence_parallel=true", "parallel.tensor=3"], ["parallel.tensor=3", "multiples of 8", "2, 4"]),
         (["parallel.virtual=2"], ["parallel.virtual=2", "parallel.pipeline > 1"]),
-        (["deepspeed.zero_stage=0"], ["deepspeed.zero_stage=0", "ZeRO 1 or 2"]),
-        (["deepspeed.zero_stage=3"], ["deepspeed.zero_stage=3", "ZeRO 1 or 2"]),
+        (["deepspeed.zero_stage=4"], ["deepspeed.zero_stage=4", "0, 1, 2 or 3"]),
+        (["deepspeed.zero_stage=3", "parallel.tensor=2"], ["deepspeed.zero_stage=3", "found 2 and 1"]),
+        (["deepspeed.zero_stage=0", "deepspeed.offload_optimizer=true"], ["offload_optimizer", "zero_stage >= 1"]),
+        (["deepspeed.betas=[0.9]"], ["deepspeed.betas", "two numbers"]),
+        (["rl.minibatches=99"], ["rl.minibatches=99", "rl.prompts_per_step"]),
+        (["rl.lambda_warmup=2"], ["rl.lambda_warmup=2", "0 to 1"]),
         (["parallel.data=9", "cluster.gpus_per_node=8"], ["9 ranks", "8 devices"]),
     ],
 )
@@ -142,13 +146,15 @@ def write_model(path: Path, layers: int) -> None:
 
 
 # What does not belong to a stage's identity: it changes how a result is computed, not what it is.
-NEVER = ("name", "runs", "device", "parallel", "tracker", "cluster")
+NEVER = ("name", "runs", "device", "parallel", "checkpoint", "tracker", "cluster")
 EXECUTION = {
     "task.verifier_workers",
     "task.verifier_deadline_s",
     "calibrate.checkpoint_every",
     "rl.checkpoint_every",
+    "rl.dump_rollouts",
     "deepspeed.zero_stage",
+    "deepspeed.offload_optimizer",
     *(
         f"rollout.{name}"
         for name in ("backend", "actors", "threads", "rows", "start_timeout_s", "timeout_s", "failure_budget")

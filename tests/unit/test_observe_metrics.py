@@ -45,7 +45,19 @@ def test_a_resumed_run_cuts_later_lines_and_a_half_one(tmp_path):
         assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5]
         metrics.log(6, {"x": 60})
     assert [row["x"] for row in read_metrics(path)] == [1, 2, 3, 4, 5, 60]
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "timings.jsonl"]
+
+
+def test_clocks_go_to_a_file_of_their_own_and_are_cut_alike(tmp_path):
+    with _open(tmp_path) as metrics:
+        for step in (1, 2, 3):
+            metrics.log(step, {"x": step}, {"seconds": 0.5 * step})
+        metrics.log(4, {"x": 4})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": s, "x": s} for s in (1, 2, 3, 4)]
+    assert read_metrics(tmp_path / "timings.jsonl") == [{"step": s, "seconds": 0.5 * s} for s in (1, 2, 3)]
+    with _open(tmp_path, resume_step=2):
+        pass
+    assert [row["step"] for row in read_metrics(tmp_path / "timings.jsonl")] == [1, 2]
 
 
 def test_without_a_resume_step_all_whole_lines_stay(tmp_path):

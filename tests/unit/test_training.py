@@ -15,8 +15,18 @@ from ee_megatron.learner.batch import mean_weights, pack, spread
 from ee_megatron.learner.learner import Scores
 from ee_megatron.training.advantages import ADVANTAGES
 from ee_megatron.training.calibrate import Item, current_targets, draw_exits, make_batch, plan, target_depth
-from ee_megatron.training.losses import depth_cost, rollout_reward, schedule, truncated_ratio
-from ee_megatron.training.reinforce import replay, step_prompts, weigh
+from ee_megatron.training.losses import (
+    clipped,
+    depth_cost,
+    k3_slope,
+    learning_rate,
+    price,
+    rollout_reward,
+    schedule,
+    truncated_ratio,
+)
+from ee_megatron.training.reinforce import Signal, replay, step_prompts, weigh
+from ee_megatron.training.rollout_store import load_rollouts, save_rollouts
 from ee_megatron.training.trace_store import load_traces, save_traces
 from ee_megatron.types import Group, Prompt, Rollout, Trace
 
@@ -139,23 +149,111 @@ def a_rollout(depths, logprob=-1.0) -> Rollout:
     )  # fmt: skip
 
 
+def a_group(*depths, rewards=None, logprob=-1.0) -> Group:
+    n = len(depths)
+    rewards = np.ones(n, np.float32) if rewards is None else np.array(rewards, dtype=np.float32)
+    rollouts = [a_rollout(d, logprob) for d in depths]
+    return Group(Prompt("p", "", "", "t"), rollouts, rewards, np.ones(n, bool), np.ones(n, bool))
+
+
+def scores(batch, tokens=None, exits=None) -> Scores:
+    zero = torch.zeros(batch.tokens.shape)
+    tokens = torch.where(batch.counts, -1.0, 0.0) if tokens is None else tokens
+    return Scores(tokens, zero if exits is None else exits, zero, zero, zero)
+
+
+def weights_of(groups, rl, now=None, reference=None):
+    batch = replay(groups, 6)
+    first = scores(batch)
+    signal, values = Signal.of(batch, groups, first, reference or first, rl, 6, 0)
+    share = weigh(batch, signal, now(batch) if now else first, rl)
+    return batch, signal, values, share
+
+
 def test_shallower_answers_of_equal_worth_are_pushed_up():
     """The gradient weights: with equal task reward the deep answer's tokens and exits go down, the shallow one's up."""
-    group = Group(
-        Prompt("p", "", "", "t"), [a_rollout([6, 2, 2]), a_rollout([6, 6, 6])], np.ones(2, np.float32), np.ones(2, bool)
-    )
-    batch = replay([group], 6)
-    same = Scores(
-        torch.where(batch.counts, -1.0, 0.0), torch.zeros(batch.tokens.shape), torch.zeros(batch.tokens.shape)
-    )
-    values = weigh(batch, [group], same, same, RLConfig(lambda_exit=0.5, beta=0.0), 6)
+    groups = [a_group([6, 2, 2], [6, 6, 6])]
+    batch, _, values, _ = weights_of(groups, RLConfig(lambda_exit=0.5, beta=0.0))
     gap = 0.5 * (18 - 10) / 18
     assert batch.token_weight[0].sum().item() == pytest.approx(gap / 2)
     assert batch.token_weight[1].sum().item() == pytest.approx(-gap / 2)
     assert batch.exit_weight[0].sum().item() == pytest.approx(gap / 2 * 2 / 3)
     assert values["importance_ratio_mean"] == pytest.approx(1.0) and values["mean_depth"] == pytest.approx(28 / 36)
-    weigh(batch, [group], same, same, RLConfig(lambda_exit=0.0, beta=0.0), 6)
-    assert not batch.token_weight.any()
+    assert not weights_of(groups, RLConfig(lambda_exit=0.0, beta=0.0))[0].token_weight.any()
+
+
+def test_a_token_answers_for_the_depth_from_it_on():
+    """Per-token credit by hand: cost to go against the other answer's at the same token, nothing past an end."""
+    rl = RLConfig(lambda_exit=0.6, beta=0.0, depth_credit="token", depth_cost="total", cost_length=2, advantage="mean", group_size=2)
+    _, signal, _, _ = weights_of([a_group([6, 2, 4], [6, 6])], rl)
+    first, second = np.array([12, 6, 4]) / 12, np.array([12, 6, 0]) / 12
+    found = signal.advantage
+    assert found[0, 2:5].tolist() == pytest.approx((0.6 * (second - first)).tolist())
+    assert found[1, 2:4].tolist() == pytest.approx((0.6 * (first - second))[:2].tolist())
+    assert found[1, 4:].abs().sum() == 0 and found[:, :2].abs().sum() == 0
+
+
+def test_clipped_surrogate_has_ppo_s_gradient():
+    """Against autograd through min(ratio A, clip(ratio) A) with random ratios on both sides of the bounds."""
+    torch.manual_seed(0)
+    logprob, old, advantage = torch.randn(50, requires_grad=True), torch.randn(50), torch.randn(50)
+    ratio = (logprob - old).exp()
+    torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum().backward()
+    kept = clipped(ratio.detach(), advantage, 0.2)
+    torch.testing.assert_close(kept * advantage, logprob.grad)
+    assert 0 < int((kept == 0).sum()) < 50
+    assert torch.equal(clipped(ratio.detach(), advantage, 0.0), ratio.detach())
+
+
+def test_k3_slope_is_the_derivative_of_k3():
+    policy, reference = torch.randn(9, requires_grad=True), torch.randn(9)
+    gap = reference - policy
+    (gap.exp() - 1 - gap).sum().backward()
+    torch.testing.assert_close(k3_slope(policy.detach(), reference), policy.grad)
+
+
+def test_kl_in_the_loss_pulls_towards_the_reference_and_leaves_the_reward_alone():
+    groups = [a_group([6, 2], [6, 2], rewards=[1, 0])]
+    higher = lambda batch: scores(batch, torch.where(batch.counts, -0.5, 0.0))  # noqa: E731
+    rl = RLConfig(lambda_exit=0.0, beta=0.3, kl="loss", clip=0.0)
+    plain, _, _, _ = weights_of(groups, replace(rl, beta=0.0), now=higher)
+    pulled, _, values, _ = weights_of(groups, rl, now=higher)
+    slope = 0.3 * (1 - np.exp(-0.5)) / 4
+    assert values["reward"] == pytest.approx(0.5)
+    assert (plain.token_weight - pulled.token_weight)[plain.counts].tolist() == pytest.approx([slope] * 4)
+
+
+def test_positions_far_from_the_step_s_start_no_longer_count():
+    groups = [a_group([6, 2], [6, 2], rewards=[1, 0])]
+    moved = lambda batch: scores(batch, torch.where(batch.counts, -0.5, 0.0))  # noqa: E731
+    batch, _, _, share = weights_of(groups, RLConfig(lambda_exit=0.0, beta=0.0, clip=0.2), now=moved)
+    assert not batch.token_weight[0].any() and batch.token_weight[1][batch.counts[1]].abs().min() > 0
+    assert share == pytest.approx(0.5)
+
+
+def test_price_and_learning_rate_schedules():
+    assert [price(s, 10, 0.5, 0.4) for s in (0, 3, 4, 9)] == pytest.approx([0.1, 0.4, 0.5, 0.5])
+    assert price(0, 10, 0.5, 0.0) == 0.5
+    assert [learning_rate(u, 10, 2, "constant") for u in range(4)] == [0.5, 1.0, 1.0, 1.0]
+    cosine = [learning_rate(u, 11, 0, "cosine") for u in range(11)]
+    assert cosine[0] == 1.0 and cosine[5] == pytest.approx(0.55) and cosine[-1] == pytest.approx(0.1)
+    assert all(a > b for a, b in itertools.pairwise(cosine))
+
+
+def test_rollouts_come_back_as_they_were(tmp_path):
+    groups = [a_group([6, 2, 2], [6, 4], rewards=[1, 0]), a_group([6], [6, 2])]
+    groups[1] = replace(groups[1], prompt=Prompt("q", "text", "4", "t", "g"), correct=np.array([False, True]))
+    save_rollouts(tmp_path / "step_1", groups)
+    for saved, loaded in zip(groups, load_rollouts(tmp_path / "step_1"), strict=True):
+        assert loaded.prompt == saved.prompt
+        for name in ("rewards", "correct", "well_formed"):
+            assert np.array_equal(getattr(loaded, name), getattr(saved, name))
+        for a, b in zip(saved.rollouts, loaded.rollouts, strict=True):
+            for name in ("prompt_tokens", "tokens", "exit_depths", "token_logprobs", "exit_logprobs"):
+                assert np.array_equal(getattr(a, name), getattr(b, name)), name
+            assert (a.text, a.finished, a.weight_version) == (b.text, b.finished, b.weight_version)
+    with pytest.raises(FileNotFoundError, match=r"rl\.dump_rollouts=true"):
+        load_rollouts(tmp_path / "step_2")
 
 
 def test_current_targets_stand_at_the_exit_that_was_taken():

@@ -1,0 +1,178 @@
+"""Five clipped AdamW updates on four ranks equal those of a single process on transformers' layers; and a state that
+was saved under one layout goes on under another as if nothing had happened."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import Ranks
+from test_layouts import likelihood_loss
+from test_parallel_model import make_batch
+
+from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.learner.engine import OptimizerSettings
+from ee_megatron.policy import PolicySpec, initial_policy
+from tests.reference import Reference, random_policy
+from tests.tiny import tiny_hf
+
+LORA = PolicySpec(6, (1, 2, 3, 4), rank=4, alpha=8.0)
+FULL = PolicySpec(6, (1, 2, 3, 4), rank=0, full=True)
+UPDATES, CLIP = 5, 0.3
+# An eps of the gradients' own order: with 1e-8 AdamW's first steps are the gradient's sign, and rounding decides the
+# sign of a gradient that is zero.
+EPS = 1e-4
+RATES = {"body": 1e-3, "gates": 3e-3}
+# (tensor, pipeline, data), layers per stage
+LAYOUTS = {
+    "DP4": ((1, 1, 4), (6,)),
+    "TP2_DP2": ((2, 1, 2), (6,)),
+    "PP2_DP2": ((1, 2, 2), (2, 4)),
+    "TP2_PP2": ((2, 2, 1), (4, 2)),
+}
+CASES = [(3, "DP4"), *((stage, layout) for layout in LAYOUTS for stage in (0, 1, 2))]
+MODELS = {"llama_tied": ("llama", True), "qwen3": ("qwen3", False)}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    with Ranks(4, tmp_path_factory.mktemp("ranks")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Directory, spec, start and, by plain torch, the weights after five updates and the norms on the way."""
+    found = {}
+    for name, (family, tied) in MODELS.items():
+        path = tiny_hf(family, tmp_path_factory.mktemp(name), tied=tied)
+        for mode, spec in (("lora", LORA), ("full", FULL)):
+            policy = start(path, spec)
+            found[name, mode] = (path, spec, policy, by_the_book(path, spec, policy))
+    return found
+
+
+def start(path, spec):
+    source = HFDirectory(path)
+    if not spec.full:
+        return random_policy(source.dims, spec)
+    policy = initial_policy(source.dims, spec, 0, source.tensor)
+    return policy | {n: t for n, t in random_policy(source.dims, spec).items() if n.startswith("gates.")}
+
+
+def by_the_book(path, spec, policy):
+    reference = Reference(path, spec, {name: value.clone() for name, value in policy.items()})
+    trained = dict(reference.policy)
+    if spec.full:
+        trained |= dict(reference.model.named_parameters())
+    for value in trained.values():
+        value.requires_grad_()
+    groups = [
+        {"params": [v for n, v in trained.items() if n.startswith("gates.") == gates], "lr": RATES[group]}
+        for group, gates in (("body", False), ("gates", True))
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=EPS, weight_decay=0.01)
+    norms = []
+    for update in range(UPDATES):
+        optimizer.zero_grad()
+        likelihood_loss(reference, make_batch(update, rows=6)).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(list(trained.values()), CLIP)))
+        optimizer.step()
+    assert min(norms) > CLIP, "clipping was not active"
+    return {name: trained[name].detach() for name in policy}, norms
+
+
+def settings(stage, **options):
+    return OptimizerSettings(stage, CLIP, eps=EPS, weight_decay=0.01, **options)
+
+
+def build(ranks, case, layout, optimizer):
+    path, spec, policy, _ = case
+    degrees, stages = LAYOUTS[layout]
+    ranks.call(
+        "parallel_cases:make_learner", path=path, spec=spec, policy=policy, degrees=degrees, stages=stages,
+        options={"micro_batch_size": 2, "optimizer": optimizer},
+    )  # fmt: skip
+
+
+def update(ranks, first, last):
+    """Updates first..last-1 -> norms seen."""
+    return [
+        ranks.call("parallel_cases:step", batch=make_batch(i, rows=6), rates=RATES)[0][0].norms
+        for i in range(first, last)
+    ]
+
+
+def assert_same(found, expected, started):
+    for name, wanted in expected.items():
+        torch.testing.assert_close(found[name], wanted, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        moved = float((wanted - started[name]).norm())
+        assert float((found[name] - wanted).norm()) < 2e-3 * moved + 1e-6, f"{name}: differs by a part of its movement"
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("stage", "layout"), CASES)
+def test_five_updates(stage, layout, model, mode, ranks, models):
+    case = models[model, mode]
+    build(ranks, case, layout, settings(stage))
+    norms = update(ranks, 0, UPDATES)
+    expected, book = case[3]
+    assert [n["all"] for n in norms] == pytest.approx(book, rel=1e-4)
+    for policy, _ in ranks.call("parallel_cases:state"):
+        assert policy.keys() == expected.keys()
+        assert_same(policy, expected, case[2])
+
+
+def test_offloaded_optimizer_state(ranks, models):
+    case = models["llama_tied", "lora"]
+    build(ranks, case, "TP2_DP2", settings(1, offload=True))
+    norms = update(ranks, 0, UPDATES)
+    assert [n["all"] for n in norms] == pytest.approx(case[3][1], rel=1e-4)
+    assert_same(ranks.call("parallel_cases:state")[0][0], case[3][0], case[2])
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((1, "TP2_PP2"), (2, "DP4")),
+        ((2, "DP4"), (0, "PP2_DP2")),
+        ((0, "TP2_DP2"), (3, "DP4")),
+        ((3, "DP4"), (1, "TP2_DP2")),
+    ],
+)
+def test_resume_under_another_layout_and_stage(before, after, mode, ranks, models):
+    """Three updates here, two there: weights and moments are those of five updates in one place."""
+    path, spec, policy, (expected, _) = models["llama_tied", mode]
+    build(ranks, (path, spec, policy, None), before[1], settings(before[0]))
+    update(ranks, 0, 3)
+    middle, optimizer = ranks.call("parallel_cases:state")[0]
+    assert optimizer.updates == 3
+    build(ranks, (path, spec, middle, None), after[1], settings(after[0]))
+    ranks.call("parallel_cases:resume", optimizer=optimizer)
+    assert_same_state(ranks.call("parallel_cases:state")[0][1], optimizer)
+    update(ranks, 3, 5)
+    assert_same(ranks.call("parallel_cases:state")[0][0], expected, policy)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_resume_in_place_is_exact_to_the_bit(stage, ranks, models):
+    path, spec, policy, _ = models["llama_tied", "lora"]
+    build(ranks, (path, spec, policy, None), "DP4", settings(stage))
+    update(ranks, 0, 2)
+    middle, optimizer = ranks.call("parallel_cases:state")[0]
+    update(ranks, 2, 5)
+    straight = ranks.call("parallel_cases:state")[0][0]
+    build(ranks, (path, spec, middle, None), "DP4", settings(stage))
+    ranks.call("parallel_cases:resume", optimizer=optimizer)
+    update(ranks, 2, 5)
+    again = ranks.call("parallel_cases:state")[0][0]
+    for name, value in straight.items():
+        assert torch.equal(value, again[name]), name
+
+
+def assert_same_state(found, expected):
+    assert found.updates == expected.updates
+    for kind, tensors in expected.tensors.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(found.tensors[kind][name], tensor), f"{kind} {name}"

@@ -25,7 +25,8 @@ from ee_megatron.training.losses import (
     schedule,
     truncated_ratio,
 )
-from ee_megatron.training.reinforce import Signal, replay, step_prompts, weigh
+from ee_megatron.training.reinforce import Signal, replay, weigh
+from ee_megatron.training.rollout_source import step_prompts
 from ee_megatron.training.rollout_store import load_rollouts, save_rollouts
 from ee_megatron.training.trace_store import load_traces, save_traces
 from ee_megatron.types import Group, Prompt, Rollout, Trace
@@ -184,7 +185,15 @@ def test_shallower_answers_of_equal_worth_are_pushed_up():
 
 def test_a_token_answers_for_the_depth_from_it_on():
     """Per-token credit by hand: cost to go against the other answer's at the same token, nothing past an end."""
-    rl = RLConfig(lambda_exit=0.6, beta=0.0, depth_credit="token", depth_cost="total", cost_length=2, advantage="mean", group_size=2)
+    rl = RLConfig(
+        lambda_exit=0.6,
+        beta=0.0,
+        depth_credit="token",
+        depth_cost="total",
+        cost_length=2,
+        advantage="mean",
+        group_size=2,
+    )
     _, signal, _, _ = weights_of([a_group([6, 2, 4], [6, 6])], rl)
     first, second = np.array([12, 6, 4]) / 12, np.array([12, 6, 0]) / 12
     found = signal.advantage

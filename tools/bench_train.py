@@ -4,8 +4,8 @@
 
 Rows: plain (the same Megatron model and adapters without gates and without control tensor), then the early-exit model
 at full depth and at drawn exits of mean depth 0.7, 0.5 and 0.3. Every repeat runs all rows once, in turn, so that a
-drift of the machine's speed touches all alike; ratios are taken within a repeat. One process, one thread. Prints a
-table and, with --json, writes the figures.
+drift of the machine's speed touches all alike; ratios are taken within a repeat. One process, one thread, CPU seconds,
+which other processes on the machine disturb less than the clock. Prints a table and, with --json, writes the figures.
 
 The floor of a row counts multiply-adds per position: keys and values of every layer, the rest of a layer for the
 positions that are active in it, and the head.
@@ -74,7 +74,7 @@ def floor_share(dims: ModelDims, depths: torch.Tensor) -> float:
 
 
 def run(learner: Learner, batch: ReplayBatch, *, plain: bool) -> float:
-    """Seconds of one forward and backward pass; `plain` runs without control tensor, as megatron-core would."""
+    """CPU seconds of one forward and backward pass; `plain` runs without control tensor, as megatron-core would."""
     for parameter in learner.model.parameters():
         parameter.grad = None
 
@@ -87,9 +87,9 @@ def run(learner: Learner, batch: ReplayBatch, *, plain: bool) -> float:
         weight, labels = part.token_weight[part.counts], part.labels()[part.counts].unsqueeze(-1)
         return learner.head(hidden, labels, lambda log_probs, at: -(weight[at] * log_probs[:, 0]).sum())[0]
 
-    begun = time.perf_counter()
+    begun = time.process_time()
     run_schedule(learner.model, [batch], forward, loss, sequence=batch.tokens.size(1), rows=batch.rows, train=True)
-    return time.perf_counter() - begun
+    return time.process_time() - begun
 
 
 def scoring_memory(device: torch.device, rows: int = 4, length: int = 1024, vocab: int = 150_000) -> dict:

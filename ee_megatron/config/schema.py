@@ -114,6 +114,9 @@ class CalibrateConfig:
     """c in s* = 2(1 - sigmoid(c d))."""
     kl_direction: str = "student_teacher"
     """student_teacher, teacher_student or jensen_shannon."""
+    teacher: str = "topk"
+    """What the student is compared with: topk (the traces' most probable tokens and one lumped tail) or full (the whole
+    distribution, recomputed by the learner, which costs a forward pass)."""
     gate_targets: str = "sampled"
     """sampled (negative log-likelihood of the drawn exit), soft (cross-entropy to the target hazards of the traces) or
     current (cross-entropy, for the exit taken, to the target of the student's own divergence there and now)."""
@@ -186,7 +189,7 @@ class RolloutConfig:
     actors: int = 1
     threads: int = 2
     """Torch threads per actor on a CPU."""
-    rows: int = 64
+    rows: int = 128
     """Sequences in flight per actor."""
     max_new_tokens: int = 48
     stop: list[str] = field(default_factory=lambda: ["\n"])

@@ -26,6 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "adapter.targets": ("attention", "all"),
     "task.name": ("arithmetic", "gsm8k", "jsonl"),
     "calibrate.kl_direction": ("student_teacher", "teacher_student", "jensen_shannon"),
+    "calibrate.teacher": ("topk", "full"),
     "calibrate.gate_targets": ("sampled", "soft", "current"),
     "rl.depth_cost": ("mean", "total"),
     "rl.depth_credit": ("sequence", "token"),

@@ -18,6 +18,7 @@ from ..families.hf_directory import HFDirectory
 from ..model.config import megatron_config
 from ..model.gpt import EarlyExitGPT, RankModel, build_model
 from ..model.layer import ENTROPY, WEIGHT, gate_entropy
+from ..parallel.distillation import full_divergence
 from ..parallel.groups import Degrees
 from ..parallel.schedule import run_schedule
 from ..parallel.vocabulary import Head, lumped_kl
@@ -136,25 +137,25 @@ class Learner:
 
     def score(self, batch: ReplayBatch, *, reference: bool = False, objective: str = "likelihood") -> Scores:
         """Scores without gradients. `reference`: the base at full depth, without exits (the teacher). With the
-        objective "distill" they include the divergence from the batch's teacher."""
-        if reference and self.spec.full:
-            if self._reference is None:
-                self._reference = self._base_model(HFDirectory(self._base_directory))
-            return self._run(batch, train=False, exits=False, model=self._reference)
+        objective "distill" or "distill_full" they include the divergence from the teacher."""
         if reference:
-            with self.model.adapters_off():
-                return self._run(batch, train=False, exits=False)
-        return self._run(batch, train=False, exits=True, objective=objective)
+            return self._run_reference(batch)[0]
+        return self._run(
+            batch, train=False, exits=True, objective=objective, teacher=self._teacher_for(batch, objective)
+        )
 
     def step(self, batch: ReplayBatch, *, adapter_lr: float, gate_lr: float, objective: str) -> Update:
         """One optimizer update.
 
         objective "likelihood": loss = - sum token_weight * log p(token); "distill": + sum token_weight * KL to the
-        teacher. Both: - sum exit_weight * log q(exit) (or its soft-target form) - sum entropy_weight * gate entropy.
+        teacher by its most probable tokens and the rest, which the batch brings; "distill_full": to the reference over
+        the whole vocabulary, for which it runs first. All: - sum exit_weight * log q(exit) (or its
+        soft-target form) - sum entropy_weight * gate entropy.
         """
+        teacher = self._teacher_for(batch, objective)
         self.model.train()
         with self.updater.accumulate():
-            scores = self._run(batch, train=True, exits=True, objective=objective)
+            scores = self._run(batch, train=True, exits=True, objective=objective, teacher=teacher)
             self.complete_gradients()
         self.model.eval()
         norms = self.updater.norms()
@@ -194,6 +195,21 @@ class Learner:
 
     # -- one pass -----------------------------------------------------------------------------------------------------
 
+    def _run_reference(self, batch: ReplayBatch) -> tuple[Scores, _Teacher]:
+        """The base at full depth: its scores, and what it takes to compare distributions with it."""
+        kept: list[Tensor] = []
+        if not self.spec.full:
+            with self.model.adapters_off():
+                return self._run(batch, train=False, exits=False, keep_hidden=kept), _Teacher(self.head, kept)
+        if self._reference is None:
+            self._reference = self._base_model(HFDirectory(self._base_directory))
+        head = self._make_head(self._reference)
+        scores = self._run(batch, train=False, exits=False, model=self._reference, head=head, keep_hidden=kept)
+        return scores, _Teacher(head, kept)
+
+    def _teacher_for(self, batch: ReplayBatch, objective: str) -> _Teacher | None:
+        return self._run_reference(batch)[1] if objective == "distill_full" else None
+
     def _run(
         self,
         batch: ReplayBatch,
@@ -202,9 +218,11 @@ class Learner:
         exits: bool,
         objective: str = "likelihood",
         model: RankModel | None = None,
+        head: Head | None = None,
+        teacher: _Teacher | None = None,
+        keep_hidden: list[Tensor] | None = None,
     ) -> Scores:
-        # The frozen reference of full fine-tuning is read out through its own head.
-        head = self.head if model is None else self._make_head(model)
+        head = self.head if model is None else head
         model = model or self.model
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         block = self.micro_batch_size * ranks
@@ -218,7 +236,10 @@ class Learner:
         micro_batches = [
             local.select(slice(i, i + self.micro_batch_size)) for i in range(0, share, self.micro_batch_size)
         ]
-        passes = _Pass(self, model, head, exits=exits, objective=objective, scale=float(ranks), train=train)
+        passes = _Pass(
+            self, model, head, exits=exits, objective=objective, scale=float(ranks), train=train, teacher=teacher,
+            keep_hidden=keep_hidden,
+        )  # fmt: skip
         with model.recording_gates() if exits else contextlib.nullcontext():
             run_schedule(
                 model,
@@ -243,6 +264,14 @@ class Learner:
         return Scores(*parts[:, :wanted].cpu().unbind())
 
 
+@dataclass
+class _Teacher:
+    """The reference's head (last stage only) and its hidden states at counted positions [N, D], per micro-batch."""
+
+    head: Head | None
+    hidden: list[Tensor]
+
+
 class _Pass:
     """The two callables of one schedule run and what they leave behind, per micro-batch in order."""
 
@@ -256,8 +285,11 @@ class _Pass:
         objective: str,
         scale: float,
         train: bool,
+        teacher: _Teacher | None,
+        keep_hidden: list[Tensor] | None,
     ):
         self.learner, self.head, self.exits, self.objective, self.train = learner, head, exits, objective, train
+        self.teacher, self.keep_hidden = teacher, keep_hidden
         # Gradients are averaged over data-parallel ranks; the weights are normalised over all of them already.
         self.scale = scale
         self.token_logprobs: list[Tensor] = []
@@ -282,12 +314,30 @@ class _Pass:
         return output
 
     def loss(self, batch: ReplayBatch, output: Tensor) -> Tensor:
-        assert self.head is not None
         # The last stage returns [S, B, D]; only positions that predict a generated token are read out.
         hidden = output.transpose(0, 1)[batch.counts]
-        ids = batch.labels()[batch.counts].unsqueeze(-1)
+        if self.keep_hidden is not None:
+            self.keep_hidden.append(hidden)
         weight = batch.token_weight[batch.counts] * self.scale
+        if self.objective == "distill_full":
+            loss, found, entropy, kl = self._against_the_reference(batch, hidden, weight)
+        else:
+            loss, found, entropy, kl = self._by_log_probs(batch, hidden, weight)
+        for store, value in ((self.token_logprobs, found), (self.token_entropy, entropy), (self.kl, kl)):
+            whole = torch.zeros(batch.tokens.shape, device=output.device)
+            whole[batch.counts] = value
+            store.append(whole)
+        return loss
+
+    def _by_log_probs(self, batch: ReplayBatch, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        """Loss, log p(token), entropy and divergence [N] from log-probabilities at single tokens."""
+        assert self.head is not None
+        ids = batch.labels()[batch.counts].unsqueeze(-1)
         entropy, kl = torch.zeros_like(weight), torch.zeros_like(weight)
+        if self.objective == "distill":
+            assert batch.teacher_ids is not None and batch.teacher_logprobs is not None
+            teacher = batch.teacher_logprobs[batch.counts]
+            ids = torch.cat([batch.teacher_ids[batch.counts], ids], dim=-1)
 
         def share(log_probs: Tensor, at: slice) -> Tensor:
             if self.objective == "likelihood":
@@ -296,20 +346,25 @@ class _Pass:
             kl[at] = divergence.detach()
             return (weight[at] * divergence).sum()
 
-        if self.objective == "distill":
-            assert batch.teacher_ids is not None and batch.teacher_logprobs is not None
-            teacher = batch.teacher_logprobs[batch.counts]
-            ids = torch.cat([batch.teacher_ids[batch.counts], ids], dim=-1)
         if self.train:
             loss, found = self.head(hidden, ids, share)
         else:
             found, entropy = self.head.log_probs_at(hidden, ids)
             loss = share(found, slice(None))
-        for store, value in ((self.token_logprobs, found[:, -1]), (self.token_entropy, entropy), (self.kl, kl)):
-            whole = torch.zeros(batch.tokens.shape, device=output.device)
-            whole[batch.counts] = value
-            store.append(whole)
-        return loss
+        return loss, found[:, -1], entropy, kl
+
+    def _against_the_reference(self, batch: ReplayBatch, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        """The same with the whole vocabulary compared; log p and entropy only where nothing is trained."""
+        assert self.head is not None and self.teacher is not None and self.teacher.head is not None
+        teacher_hidden = self.teacher.hidden[len(self.token_logprobs)]
+        loss, kl = full_divergence(
+            self.head, hidden, self.teacher.head, teacher_hidden, weight, self.learner.kl_direction
+        )
+        found = entropy = torch.zeros_like(weight)
+        if not self.train:
+            at_tokens, entropy = self.head.log_probs_at(hidden, batch.labels()[batch.counts].unsqueeze(-1))
+            found = at_tokens[:, 0]
+        return loss, found, entropy, kl
 
     def stacked(self) -> Tensor:
         """This rank's share of every score [5, micro-batches * rows, S], in the order of `Scores`."""

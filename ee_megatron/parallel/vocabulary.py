@@ -49,7 +49,7 @@ class Head(nn.Module):
         """log p at ids int64 [N, k] -> fp32 [N, k], and the distribution's entropy, nats, fp32 [N]; no gradient."""
         found = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
         entropy = torch.empty(ids.shape[:1], dtype=torch.float32, device=hidden.device)
-        for at in self._chunks(hidden):
+        for at in self.chunks(hidden):
             found[at], unnormalised, total = self._distribution(hidden[at], ids[at])
             # With p = e / sum(e): H = log sum(e) - sum(e log e) / sum(e).
             weighted = torch.xlogy(unnormalised, unnormalised).sum(-1)
@@ -64,16 +64,17 @@ class Head(nn.Module):
         The loss has a gradient for the hidden states and, where it is trained, for the head. `function` must be a sum
         over positions; it is differentiated by autograd with respect to its log-probabilities.
         """
-        if self.replicated_input:
-            hidden = copy_to_tensor_model_parallel_region(hidden, group=self.group)
-        loss, found = _ChunkedLoss.apply(hidden, self.weight, self, ids, function)
+        loss, found = _ChunkedLoss.apply(self.entering(hidden), self.weight, self, ids, function)
         return loss, found.detach()
 
-    def _chunks(self, hidden: Tensor) -> list[slice]:
-        return [slice(i, i + self.chunk) for i in range(0, hidden.size(0), self.chunk)]
+    def entering(self, hidden: Tensor) -> Tensor:
+        """hidden, such that its gradient is the sum over ranks where that is this module's task."""
+        if self.replicated_input:
+            return copy_to_tensor_model_parallel_region(hidden, group=self.group)
+        return hidden
 
-    def _distribution(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(log p at ids [n, k], unnormalised probabilities [n, V_local], their sum over all ranks [n, 1]), fp32."""
+    def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, D] -> this rank's logits fp32 [n, V_local], -inf at padded rows, and their maximum over ranks [n, 1]."""
         logits = (hidden @ self.weight.t()).float()
         if self.temperature != 1.0:
             logits.div_(self.temperature)
@@ -81,10 +82,19 @@ class Head(nn.Module):
         if padding > 0:
             logits[:, max(0, logits.size(1) - padding) :] = float("-inf")
         top = logits.amax(-1, keepdim=True)
-        chosen, mine = self._local(logits, ids)
-        chosen = torch.where(mine, chosen, 0.0)
         if self.ranks > 1:
             dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self.group)
+        return logits, top
+
+    def chunks(self, hidden: Tensor) -> list[slice]:
+        """Positions that are read out together."""
+        return [slice(i, i + self.chunk) for i in range(0, hidden.size(0), self.chunk)]
+
+    def _distribution(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(log p at ids [n, k], unnormalised probabilities [n, V_local], their sum over all ranks [n, 1]), fp32."""
+        logits, top = self.logits(hidden)
+        chosen, mine = self._local(logits, ids)
+        chosen = torch.where(mine, chosen, 0.0)
         total = logits.sub_(top).exp_().sum(-1, keepdim=True)
         if self.ranks > 1:
             both = torch.cat([total, chosen], dim=1)
@@ -119,7 +129,7 @@ class _ChunkedLoss(torch.autograd.Function):
         loss = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for at in head._chunks(hidden):
+        for at in head.chunks(hidden):
             log_probs, probabilities, total = head._distribution(hidden[at], ids[at])
             found[at] = log_probs
             with torch.enable_grad():

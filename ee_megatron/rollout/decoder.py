@@ -20,24 +20,13 @@ from ..families import inverse_frequencies
 from ..families.hf_directory import HFDirectory
 from ..policy import PolicySpec
 from .cache import KVCache
-from .weights import DecoderWeights, DeepKV
+from .ops import Rows, choose_ops, norm, rotate
+from .policy_loading import Arrival, Gate, check_tensors, gates_from
+from .weights import DecoderWeights, SkippedKV
 
 # Called at exit i with the stream h [A, D], gate logits [A] (None without gates) and cache rows [A] of those still
 # running; returns bool [A], true where a row leaves, or None if none does.
 ExitChooser = Callable[[int, Tensor, Tensor | None, Tensor], Tensor | None]
-
-# Under this share of running rows their cache rows are gathered; above it the queries are scattered to the whole batch.
-GATHER_SHARE = 0.5
-
-
-@dataclass
-class Gate:
-    """fc1 [w, D] and its bias [w], fc2 [1, w] and its bias [1], float32 whatever the model's dtype."""
-
-    fc1: Tensor
-    fc1_bias: Tensor
-    fc2: Tensor
-    fc2_bias: Tensor
 
 
 @dataclass
@@ -59,33 +48,11 @@ class StepOutput:
     gate_logits: Tensor
 
 
-@dataclass
-class _Running:
-    """What attention needs about the A rows still running: cache rows, positions [A], rotary tables, mask [·, 1, 1, S].
-
-    `whole` while nobody has left; then `gather` says whether cache rows are copied together or queries spread out.
-    """
-
-    rows: Tensor
-    positions: Tensor
-    cos: Tensor
-    sin: Tensor
-    full_mask: Tensor
-    mask: Tensor
-    whole: bool = True
-    gather: bool = False
-
-    def narrow(self, stay: Tensor) -> _Running:
-        rows = self.rows[stay]
-        gather = len(rows) < GATHER_SHARE * len(self.full_mask)
-        mask = self.full_mask[rows] if gather else self.full_mask
-        return _Running(
-            rows, self.positions[stay], self.cos[stay], self.sin[stay], self.full_mask, mask, whole=False, gather=gather
-        )
-
-
 class Decoder:
-    """A whole replica of the model. `from_hf` makes one; `load_policy` sets adapters and gates (None: the teacher)."""
+    """A whole replica of the model. `from_hf` makes one; `load_policy` sets adapters and gates (None: the teacher).
+
+    A policy may come in chunks instead: `load_chunk` any number of times, then `finish_load`.
+    """
 
     def __init__(self, weights: DecoderWeights, spec: PolicySpec | None, eos_ids: frozenset[int] = frozenset()):
         if spec is not None and spec.num_layers != weights.dims.num_layers:
@@ -96,9 +63,11 @@ class Decoder:
         self.dtype, self.device = weights.dtype, weights.device
         self.layout = spec.layout if spec else ExitLayout(self.dims.num_layers, ())
         self.gates: list[Gate] | None = None
+        self.ops = choose_ops(self.dims, self.dtype, self.device)
         self._inverse_frequencies = inverse_frequencies(self.dims).to(self.device)
-        self._cos = self._sin = torch.empty(0, self.dims.head_dim, dtype=self.dtype, device=self.device)
-        self._deep: DeepKV | None = None
+        self._cos = self._sin = torch.empty(0, self.dims.head_dim // 2, device=self.device)
+        self._skipped: list[SkippedKV] = []
+        self._arrival: Arrival | None = None
         self.load_policy(None)
 
     @staticmethod
@@ -109,36 +78,77 @@ class Decoder:
         source.close()
         return decoder
 
+    # ---- weights ----
+
     @torch.inference_mode()
     def load_policy(self, tensors: dict[str, Tensor] | None) -> None:
-        """Merge adapters and set gates; None: base weights, no gates. Raises ValueError if they don't fit the spec."""
+        """Merge adapters (or take over a fully fine-tuned base) and set gates; None: the original base, no gates.
+
+        After full fine-tuning None reads the Hugging Face directory again. Raises ValueError, with the weights as they
+        were, if the tensors don't fit the spec.
+        """
         if tensors is not None:
-            if self.spec is None:
-                raise ValueError("policy tensors given to a decoder without a PolicySpec; pass the spec when making it")
-            check_tensors(tensors, self.spec.tensor_shapes(self.dims))
-        self.weights.merge(tensors, self.spec)
-        self.gates = None
-        if tensors is not None:
-            parts = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
-            self.gates = [
-                Gate(*(tensors[f"gates.{depth}.{part}"].to(self.device, torch.float32).clone() for part in parts))
-                for depth in self.layout.depths
-            ]
-        self._deep = self.weights.deep_kv(self.layout.depths[0]) if self.layout.depths else None
+            check_tensors(tensors, self._needed_spec().tensor_shapes(self.dims))
+        self._arrival = None
+        if tensors is None or not self._needed_spec().full:
+            self.weights.restore_base()
+        if tensors is None:
+            self.gates, self._skipped = None, self.weights.merge(None, None, self.layout.depths)
+            return
+        self.load_chunk(tensors)
+        self.finish_load()
+
+    def load_chunk(self, tensors: dict[str, Tensor]) -> None:
+        """Take some of a policy's tensors. From the first chunk to `finish_load` the decoder answers nothing.
+
+        Tensors of the base are written over the old ones, so that the model is never held twice; `load_policy(None)`
+        is the way back from a load that broke off. Raises ValueError for a name or shape that isn't the spec's.
+        """
+        if self._arrival is None:
+            spec = self._needed_spec()
+            if not spec.full:
+                self.weights.restore_base()
+            self._arrival = Arrival(spec, self.dims)
+        self._arrival.take(tensors, self.weights)
+
+    @torch.inference_mode()
+    def finish_load(self) -> None:
+        """Make the tensors that came the decoder's weights. Raises ValueError if some are missing."""
+        if self._arrival is None:
+            raise ValueError("finish_load without tensors; send them by load_chunk first")
+        self._arrival.check_whole()
+        tensors = self._arrival.kept
+        self._skipped = self.weights.merge(tensors, self.spec, self.layout.depths)
+        self.gates = gates_from(tensors, self.layout.depths, self.device)
+        self._arrival = None
+
+    def _needed_spec(self) -> PolicySpec:
+        if self.spec is None:
+            raise ValueError("policy tensors given to a decoder without a PolicySpec; pass the spec when making it")
+        return self.spec
+
+    def _check_ready(self) -> None:
+        if self._arrival is not None:
+            raise ValueError(
+                f"weights are half loaded ({len(self._arrival.seen)} of {len(self._arrival.expected)} tensors); "
+                "send the rest and finish_load, or load_policy again"
+            )
 
     # ---- pieces of the model ----
 
     def norm(self, hidden: Tensor, gain: Tensor | None) -> Tensor:
-        """RMSNorm over the last axis: float32 statistics, rounded to the dtype before the gain, as in transformers."""
-        if hidden.dtype == torch.float32:
-            return F.rms_norm(hidden, hidden.shape[-1:], gain, self.dims.rms_eps)
-        wide = hidden.float()
-        normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.dims.rms_eps)).to(hidden.dtype)
-        return normed if gain is None else normed * gain
+        return norm(hidden, gain, self.dims.rms_eps)
 
     def readout(self, hidden: Tensor) -> Tensor:
         """Stream [..., D] at any depth -> logits float32 [..., V]."""
-        return F.linear(self.norm(hidden, self.weights.final_norm), self.weights.head).float()
+        return self.weights.head(self.norm(hidden, self.weights.final_norm)).float()
+
+    def current_readout(self) -> Callable[[Tensor], Tensor]:
+        """`readout` under the weights now loaded, whatever is loaded later; copies what full fine-tuning overwrites."""
+        if self.spec is None or not self.spec.full:
+            return self.readout
+        gain, head = self.weights.final_norm.clone(), self.weights.copy_head()
+        return lambda hidden: head(self.norm(hidden, gain)).float()
 
     def gate_logit(self, exit_index: int, hidden: Tensor) -> Tensor:
         """Gate i on the stream [..., D] -> z float32 [...]. Raises ValueError when no policy is loaded."""
@@ -147,22 +157,19 @@ class Decoder:
         gate, wide = self.gates[exit_index], hidden.float()
         if self.spec is not None and self.spec.gate_input == "normalised":
             wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.dims.rms_eps)
-        inner = F.relu(F.linear(wide, gate.fc1, gate.fc1_bias))
-        return F.linear(inner, gate.fc2, gate.fc2_bias).squeeze(-1)
+        return F.linear(F.relu(gate.fc1(wide)), gate.fc2, gate.fc2_bias).squeeze(-1)
 
-    def _rotary(self, positions: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-        """cos, sin [..., 1, hd] at integer positions [...] < longest; the tables grow as needed."""
+    def _reach(self, longest: int) -> None:
+        """Make the rotary tables, float32 [positions, hd / 2], cover positions below `longest`."""
         if longest > len(self._cos):
             steps = torch.arange(max(longest, 2 * len(self._cos)), device=self.device).float()
             angles = steps[:, None] * self._inverse_frequencies
-            angles = torch.cat([angles, angles], dim=-1)
-            self._cos, self._sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-        return self._cos[positions].unsqueeze(-2), self._sin[positions].unsqueeze(-2)
+            self._cos, self._sin = angles.cos(), angles.sin()
 
     def _qkv(self, layer: int, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Stream [..., D] -> q [..., H, hd], k and v [..., KVH, hd], normed where the family does and rotated."""
         block, dims = self.weights.blocks[layer], self.dims
-        fused = F.linear(self.norm(hidden, block.attention_norm), block.matrices["qkv"], block.biases["qkv"])
+        fused = block.linears["qkv"](self.norm(hidden, block.attention_norm))
         heads = fused.unflatten(-1, (dims.heads + 2 * dims.kv_heads, dims.head_dim))
         q, k, v = heads.split([dims.heads, dims.kv_heads, dims.kv_heads], dim=-2)
         if block.q_norm is not None:
@@ -171,11 +178,10 @@ class Decoder:
 
     def _after_attention(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
         """Output projection, MLP and both residual sums: stream [..., D], attended [..., H·hd] -> stream [..., D]."""
-        block = self.weights.blocks[layer]
-        hidden = hidden + F.linear(attended, block.matrices["out"], block.biases["out"])
-        normed = self.norm(hidden, block.mlp_norm)
-        gate, up = F.linear(normed, block.matrices["gate_up"], block.biases["gate_up"]).chunk(2, dim=-1)
-        return hidden + F.linear(F.silu(gate) * up, block.matrices["down"], block.biases["down"])
+        linears = self.weights.blocks[layer].linears
+        hidden = hidden + linears["out"](attended)
+        gate, up = linears["gate_up"](self.norm(hidden, self.weights.blocks[layer].mlp_norm)).chunk(2, dim=-1)
+        return hidden + linears["down"](F.silu(gate) * up)
 
     # ---- all positions at once ----
 
@@ -225,7 +231,9 @@ class Decoder:
         past = prefix.keys.shape[1] if prefix else 0
         # Right padding needs no mask of its own: under causal attention no valid position sees it.
         mask = None if prefix is None else self._prefix_mask(past, T)
-        cos, sin = self._rotary(torch.arange(past, past + T, device=self.device), past + T)
+        self._check_ready()
+        self._reach(past + T)
+        cos, sin = self._cos[past : past + T, None], self._sin[past : past + T, None]
         hidden = self.weights.embedding[tokens.to(self.device)]
         residuals: list[Tensor] = []
         keys: list[Tensor] = []
@@ -259,122 +267,82 @@ class Decoder:
 
     # ---- one position per row, with the cache ----
 
-    @torch.inference_mode()
-    def step(self, cache: KVCache, tokens: Tensor, positions: Tensor, choose: ExitChooser | None) -> StepOutput:
-        """Read one token int64 [R] per cache row 0..R-1 at its position int64 [R]; `choose` decides exits (None: none).
-
-        Rows run segment by segment between exits; a row that leaves pays for nothing deeper but its keys and values,
-        which come from one stacked product per step and are in the cache when this returns.
-        """
-        M = len(self.layout.depths)
-        span = int(positions.max()) + 1
+    def rows(self, cache: KVCache, slots: Tensor, positions: Tensor, span: int) -> Rows:
+        """Rows at cache slots int64 [A] (distinct) and positions int64 [A] < span. Raises ValueError past the cache."""
+        self._check_ready()
         if span > cache.capacity:
             raise ValueError(f"position {span - 1} outside the cache of {cache.capacity}; make it larger")
-        running = self._everyone(positions, span)
+        self._reach(span)
+        return Rows(slots, positions, span, self._cos, self._sin)
+
+    def run_segment(self, segment: int, hidden: Tensor, cache: KVCache, at: Rows) -> Tensor:
+        """The layers between exit `segment` - 1 (0: the embedding) and the next: stream [A, D] -> [A, D].
+
+        Writes the rows' keys and values of these layers. `hidden` may be overwritten.
+        """
+        bounds, ops, blocks = (0, *self.layout.outcomes), self.ops, self.weights.blocks
+        first, stop = bounds[segment], bounds[segment + 1]
+        normed = ops.add_norm(hidden, None, blocks[first].attention_norm)
+        for layer in range(first, stop):
+            block = blocks[layer]
+            linears = block.linears
+            attended = ops.attend(linears["qkv"](normed), cache, layer, at, block.q_norm, block.k_norm)
+            normed = ops.add_norm(hidden, linears["out"](attended), block.mlp_norm)
+            delta = linears["down"](ops.silu_mul(linears["gate_up"](normed)))
+            if layer + 1 < stop:
+                normed = ops.add_norm(hidden, delta, blocks[layer + 1].attention_norm)
+            else:
+                hidden += delta
+        return hidden
+
+    def write_skipped(self, hidden: Tensor, outcome: list[int], cache: KVCache, at: Rows) -> None:
+        """Keys and values that rows, ordered by outcome, still owe to the layers they skipped; streams [A, D] at their
+        exits. One stacked product per stretch between exits, over all rows that skipped it: no row computes a layer
+        that it ran."""
+        early = sum(o < len(self._skipped) for o in outcome)
+        if not early:
+            return
+        normed = self.ops.add_norm(hidden[:early], None, None)
+        for i, skipped in enumerate(self._skipped):
+            count = sum(o <= i for o in outcome[:early])
+            if count:
+                fused, part = skipped.linear(normed[:count]), at.take(slice(count))
+                self.ops.write_kv(fused, cache, skipped.first, skipped.layers, part, skipped.k_norm)
+
+    @torch.inference_mode()
+    def step(self, cache: KVCache, tokens: Tensor, positions: Tensor, choose: ExitChooser | None) -> StepOutput:
+        """Read one token int64 [R] per cache slot 0..R-1 at its position int64 [R], all rows in lock-step.
+
+        `choose` decides exits (None: none). A row that leaves pays for nothing deeper but its keys and values, which
+        are in the cache when this returns. The scheduler regroups rows instead; this is the plain way.
+        """
+        M, alive = len(self.layout.depths), torch.arange(len(tokens), device=self.device)
+        span = int(positions.max()) + 1
         hidden = self.weights.embedding[tokens]
         output = StepOutput(
             torch.empty_like(hidden),
             torch.full_like(tokens, M),
             torch.zeros(len(tokens), M, dtype=torch.float32, device=self.device),
         )
-        left: list[tuple[int, Tensor]] = []
-        bounds = (0, *self.layout.outcomes)
         for i in range(M + 1):
-            for layer in range(bounds[i], bounds[i + 1]):
-                hidden = self._step_layer(layer, hidden, cache, running, span)
+            hidden = self.run_segment(i, hidden, cache, self.rows(cache, alive, positions[alive], span))
             if i == M or choose is None:
                 continue
             logit = self.gate_logit(i, hidden) if self.gates is not None else None
             if logit is not None:
-                output.gate_logits[running.rows, i] = logit
-            leave = choose(i, hidden, logit, running.rows)
+                output.gate_logits[alive, i] = logit
+            leave = choose(i, hidden, logit, alive)
             if leave is None or not bool(leave.any()):
                 continue
-            gone = running.rows[leave]
-            output.hidden[gone] = hidden[leave]
-            output.outcome[gone] = i
-            left.append((i, gone))
-            hidden, running = hidden[~leave], running.narrow(~leave)
-            if not len(hidden):
+            output.hidden[alive[leave]], output.outcome[alive[leave]] = hidden[leave], i
+            hidden, alive = hidden[~leave], alive[~leave]
+            if not len(alive):
                 break
-        output.hidden[running.rows] = hidden
-        self._write_deep(cache, output.hidden, positions, left)
+        output.hidden[alive] = hidden
+        order = output.outcome.argsort(stable=True)
+        at = self.rows(cache, order, positions[order], span)
+        self.write_skipped(output.hidden[order], output.outcome[order].tolist(), cache, at)
         return output
-
-    def _everyone(self, positions: Tensor, span: int) -> _Running:
-        cos, sin = self._rotary(positions, span)
-        seen = torch.arange(span, device=self.device) <= positions[:, None]
-        mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, float("-inf"))
-        mask = mask[:, None, None, :]
-        return _Running(torch.arange(len(positions), device=self.device), positions, cos, sin, mask, mask)
-
-    def _step_layer(self, layer: int, hidden: Tensor, cache: KVCache, running: _Running, span: int) -> Tensor:
-        """One layer for the running rows, stream [A, D] -> [A, D]; writes their keys and values."""
-        q, k, v = self._qkv(layer, hidden, running.cos, running.sin)
-        keys, values = cache.keys[layer], cache.values[layer]
-        keys[running.rows, running.positions] = k
-        values[running.rows, running.positions] = v
-        # The query heads that share a key/value head take the place of query positions: no head is repeated.
-        q = q.unflatten(1, (self.dims.kv_heads, -1))
-        if running.gather:
-            k_used, v_used = keys[running.rows, :span], values[running.rows, :span]
-        else:
-            count = len(running.full_mask)
-            k_used, v_used = keys[:count, :span], values[:count, :span]
-            if not running.whole:
-                q = q.new_zeros(count, *q.shape[1:]).index_copy_(0, running.rows, q)
-        attended = F.scaled_dot_product_attention(
-            q, k_used.transpose(1, 2), v_used.transpose(1, 2), attn_mask=running.mask
-        ).flatten(1)
-        if not (running.whole or running.gather):
-            attended = attended[running.rows]
-        return self._after_attention(layer, hidden, attended)
-
-    def _write_deep(self, cache: KVCache, hidden: Tensor, positions: Tensor, left: list[tuple[int, Tensor]]) -> None:
-        """Keys and values of the rows that left, for all layers that they skip: one product, one write per exit."""
-        if not left or self._deep is None:
-            return
-        dims, first = self.dims, self.layout.depths[left[0][0]]
-        offset = first - self._deep.first
-        rows = torch.cat([gone for _, gone in left])
-        normed = self.norm(hidden[rows], None)
-        skip = offset * 2 * dims.kv_size
-        bias = None if self._deep.bias is None else self._deep.bias[skip:]
-        fused = F.linear(normed, self._deep.weight[skip:], bias)
-        kv = fused.unflatten(-1, (dims.num_layers - first, 2, dims.kv_heads, dims.head_dim))
-        k, v = kv[:, :, 0], kv[:, :, 1]
-        if self._deep.k_norm is not None:
-            k = self.norm(k, None) * self._deep.k_norm[offset:]
-        at = positions[rows]
-        cos, sin = self._cos[at][:, None, None], self._sin[at][:, None, None]
-        k_LR, v_LR = rotate(k, cos, sin).transpose(0, 1), v.transpose(0, 1)
-        start = 0
-        for i, gone in left:
-            depth, stop = self.layout.depths[i], start + len(gone)
-            where = (slice(depth, None), gone, at[start:stop])
-            cache.keys[where] = k_LR[depth - first :, start:stop]
-            cache.values[where] = v_LR[depth - first :, start:stop]
-            start = stop
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE in Hugging Face's convention (first half of the head paired with the second): x [..., hd], same shape."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
-    """Raises ValueError with one line unless names and shapes are exactly the expected ones."""
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if missing or extra:
-        what = f"lack {missing[0]}" if missing else f"hold the unknown {extra[0]}"
-        count = len(missing) + len(extra)
-        raise ValueError(
-            f"policy tensors {what} ({count} names differ); load weights made with the same policy settings"
-        )
-    for name, shape in expected.items():
-        if tuple(tensors[name].shape) != shape:
-            raise ValueError(f"policy tensor {name} has shape {list(tensors[name].shape)}, expected {list(shape)}")
 
 
 def read_eos_ids(source: HFDirectory) -> frozenset[int]:

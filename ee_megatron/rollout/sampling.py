@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from ..exits import ExitLayout
+from . import kernels
 
+# How many of the most probable tokens are sorted to find a nucleus; a flat distribution takes a whole sort.
+NUCLEUS = 512
 KINDS = ("sample", "threshold", "fixed", "off", "confidence", "prescribed")
 
 
@@ -82,6 +85,11 @@ class SamplingParams:
         if "" in self.stop:
             raise ValueError("stop contains an empty string, which every text contains; remove it")
 
+    @property
+    def distribution(self) -> SamplingParams:
+        """What decides a token's distribution, without what ends an answer: rows that agree in it sample together."""
+        return SamplingParams(self.temperature, top_k=self.top_k, top_p=self.top_p)
+
 
 def stream_key(seed: int, prompt_id: str, sample: int) -> int:
     """The 64-bit key of one answer's random stream: depends on nothing but its arguments."""
@@ -103,19 +111,38 @@ def uniforms(keys: np.ndarray, positions: np.ndarray, draws: int) -> np.ndarray:
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def sample_tokens(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """logits float32 [R, V], uniform [R] in [0, 1) -> token ids int64 [R], log-probabilities float32 [R].
+def sample_tokens(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """logits float32 [R, V], uniform float64 [R] in [0, 1) -> token ids int64 [R], two log-probabilities float32 [R].
 
-    The log-probability is the sampled distribution's (temperature, top-k and top-p applied); for greedy choice it is
-    that of the distribution at temperature 1. Inverse-CDF sampling: one uniform per token, whatever the batch.
+    The first is the token's under the distribution that was sampled from (temperature, top-k and top-p applied), the
+    second under the whole one (temperature applied); for greedy choice both are those of temperature 1. Inverse-CDF
+    sampling: one uniform per token, whatever the batch.
     """
     if params.temperature == 0:
         best = logits.argmax(dim=-1)
-        return best, log_prob(logits, best)
+        logprobs = log_prob(logits, best)
+        return best, logprobs, logprobs
     if params.temperature != 1:
         logits = logits / params.temperature
-    if params.top_k or params.top_p < 1:
+    whole = logits
+    truncated = bool(params.top_k or params.top_p < 1)
+    if truncated:
         logits = truncate(logits, params.top_k, params.top_p)
+    tokens, logprobs = inverse_cdf(logits, uniform)
+    return tokens, logprobs, log_prob(whole, tokens) if truncated else logprobs
+
+
+def inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens int64 [R] at the quantiles uniform [R] of softmax(logits [R, V]), and their log-probabilities [R]."""
+    library = kernels.library(torch.float32) if logits.device.type == "cpu" and logits.dtype == torch.float32 else None
+    if library is not None:
+        logits, uniform = logits.contiguous(), uniform.to(torch.float64).contiguous()
+        tokens = torch.empty(len(logits), dtype=torch.int64)
+        logprobs = torch.empty(len(logits))
+        library.sample(
+            logits.data_ptr(), uniform.data_ptr(), tokens.data_ptr(), logprobs.data_ptr(), *map(int, logits.shape)
+        )
+        return tokens, logprobs
     weights = (logits - logits.amax(dim=-1, keepdim=True)).exp_()
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1:].contiguous()
@@ -132,13 +159,29 @@ def log_prob(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(dim=-1)
 
 
-def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """-inf outside the top_k most probable tokens and outside the smallest set that holds top_p of the mass."""
-    ordered, order = logits.sort(dim=-1, descending=True)
-    drop = torch.zeros_like(ordered, dtype=torch.bool)
-    if top_k:
-        drop[:, top_k:] = True
+def truncate(logits: Tensor, top_k: int, top_p: float, candidates: int = NUCLEUS) -> Tensor:
+    """-inf outside the top_k most probable tokens and outside the smallest set that holds top_p of the mass.
+
+    Sorts no more than the best `candidates` where they hold top_p: each row's result is that of a whole sort.
+    """
+    if not top_k and top_p >= 1:
+        return logits
+    vocab = logits.shape[-1]
+    width = min(vocab, top_k or candidates)
+    values, order = logits.topk(width, dim=-1)
+    kept = torch.ones_like(values, dtype=torch.bool)
     if top_p < 1:
-        probabilities = ordered.masked_fill(drop, float("-inf")).softmax(dim=-1)
-        drop |= probabilities.cumsum(dim=-1) - probabilities >= top_p
-    return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), float("-inf"))
+        total = (values if top_k else logits).logsumexp(dim=-1, keepdim=True)
+        probabilities = (values - total).exp()
+        kept = probabilities.cumsum(dim=-1) - probabilities < top_p
+        if not top_k and width < vocab:
+            short = kept[:, -1].nonzero().squeeze(-1)
+            if len(short):
+                result = logits.clone()
+                enough = (~kept[:, -1]).nonzero().squeeze(-1)
+                result[short] = truncate(logits[short], 0, top_p, vocab)
+                if len(enough):
+                    result[enough] = truncate(logits[enough], 0, top_p, candidates)
+                return result
+    drop = torch.ones_like(logits, dtype=torch.bool).scatter(-1, order, ~kept)
+    return logits.masked_fill(drop, float("-inf"))

@@ -1,280 +1,337 @@
-"""Continuous batching: prompts enter free cache rows, all rows advance by one token per step, finished rows leave.
+"""The rollout engine: requests come and go at any time, rows advance independently, and every segment runs many rows.
 
-The samples of a prompt share its prefill, and what all prompts of a call begin with is read once.
+A row is a request that has a cache slot. It waits before the next segment between exits; `Scheduler.advance` runs one
+segment for the rows that wait there (stations.py says which), or the readout for rows that took an exit, or reads
+prompts for free slots. What comes out does not depend on that order: each answer has random numbers of its own.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..exits import log_exit_distribution
+from ..exits import gate_log_term
 from ..types import Prompt, Rollout
 from .cache import KVCache
-from .decoder import Decoder, ExitChooser, Prefilled
+from .decoder import Decoder, Prefilled
+from .ops import Rows
+from .prompts import common_beginning, encode_text, pad
+from .request import Event, Request, Row
 from .sampling import ExitPolicy, SamplingParams, sample_tokens, stream_key, uniforms
+from .stations import Stations
 from .stopping import StopChecker
 
-# Prompt positions read in one parallel forward, padding included: bounds the memory of a prefill.
+# Prompt positions read in one parallel forward, padding included, and before rows start: bounds a prefill's memory.
 PREFILL_POSITIONS = 8192
 # A shorter common beginning isn't worth a forward of its own.
 SHORTEST_PREFIX = 8
+# Positions that a cache slot has at first; slots grow with the longest request.
+FIRST_POSITIONS = 128
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass
-class Row:
-    """One answer being generated; fields as in `Rollout`."""
+class _Read:
+    """A prompt that has been read: its keys and values, the logits [V] of its first token."""
 
-    prompt_index: int
-    sample: int
-    prompt_tokens: list[int]
-    key: int
-    tokens: list[int] = field(default_factory=list)
-    exit_depths: list[int] = field(default_factory=list)
-    token_logprobs: list[float] = field(default_factory=list)
-    exit_logprobs: list[float] = field(default_factory=list)
-    finished: bool = False
-
-    def append(self, token: int, depth: int, token_logprob: float, exit_logprob: float) -> None:
-        self.tokens.append(token)
-        self.exit_depths.append(depth)
-        self.token_logprobs.append(token_logprob)
-        self.exit_logprobs.append(exit_logprob)
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt_tokens) + len(self.tokens)
-
-
-@dataclass
-class _Ready:
-    """A prompt that has been read: its keys and values, the logits [V] of its first token, the next sample to start."""
-
-    prompt_index: int
     prefilled: Prefilled
     logits: Tensor
-    next_sample: int = 0
 
 
 class Scheduler:
-    """Generates `samples` answers per prompt with at most `rows` in flight. `advance` until `done`, then `results`."""
+    """At most `in_flight` requests at a time have a cache slot, at most `batch` (default: all) run together.
+
+    `add` requests at any time, `advance` while `busy`, `take` finished answers. Not thread-safe: one owner.
+    """
 
     def __init__(
         self,
         decoder: Decoder,
         tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[Prompt],
-        samples: int,
-        sampling: SamplingParams,
-        exits: ExitPolicy,
-        seed: int,
-        rows: int,
+        in_flight: int,
+        batch: int | None = None,
+        capacity: int = FIRST_POSITIONS,
     ):
-        if samples < 1 or rows < 1:
-            raise ValueError(f"samples={samples}, rows={rows}: both must be at least 1")
-        exits.check(decoder.layout, decoder.gates is not None)
-        self.decoder, self.prompts, self.samples = decoder, prompts, samples
-        self.sampling, self.exits, self.seed, self.limit = sampling, exits, seed, rows
-        self.stopping = StopChecker(tokenizer, decoder.eos_ids, sampling.stop)
-        self.encoded = [encode(tokenizer, prompt) for prompt in prompts]
-        longest = max((len(ids) for ids in self.encoded), default=1) + sampling.max_new_tokens
-        if longest > decoder.dims.max_positions:
+        batch = in_flight if batch is None else batch
+        if in_flight < 1 or batch < 1:
+            raise ValueError(f"in_flight={in_flight}, batch={batch}: both must be at least 1")
+        self.decoder, self.tokenizer, self.in_flight = decoder, tokenizer, in_flight
+        capacity = min(capacity, decoder.dims.max_positions)
+        self.cache = KVCache(decoder.dims, in_flight, capacity, decoder.dtype, decoder.device)
+        # One per segment, then the readout.
+        self.stations = Stations(len(decoder.layout.outcomes) + 1, batch)
+        self.waiting: deque[Row] = deque()
+        self.finished: dict[int, Row] = {}
+        self.row_layers = 0
+        self._free = list(range(in_flight))[::-1]
+        self._next_id = 0
+        self._read: dict[tuple[int, ...], _Read] = {}
+        self._stopping: dict[tuple[str, ...], StopChecker] = {}
+        self._prefix: tuple[tuple[int, ...], Prefilled] | None = None
+        device, M = decoder.device, len(decoder.layout.depths)
+        self._hidden = torch.zeros(in_flight, decoder.dims.hidden, dtype=decoder.dtype, device=device)
+        self._uniform = torch.zeros(in_flight, M + 1, dtype=torch.float64, device=device)
+        self._exit_logprob = torch.zeros(in_flight, device=device)
+
+    # ---- requests ----
+
+    def add(self, request: Request) -> int:
+        """Queue a request; its id. Raises ValueError for what this decoder can't answer."""
+        decoder = self.decoder
+        request.exits.check(decoder.layout, decoder.gates is not None)
+        tokens = tuple(
+            encode_text(self.tokenizer, request.prompt) if isinstance(request.prompt, str) else request.prompt
+        )
+        if not tokens:
+            raise ValueError(f"prompt {request.prompt_id!r} has no tokens; give it a text")
+        key = stream_key(request.seed, request.prompt_id, request.sample)
+        stop = request.sampling.stop
+        if stop not in self._stopping:
+            self._stopping[stop] = StopChecker(self.tokenizer, decoder.eos_ids, stop)
+        row = Row(self._next_id, request, tokens, key, self._stopping[stop])
+        if row.longest > decoder.dims.max_positions:
             raise ValueError(
-                f"prompt and answer take up to {longest} positions, the model has {decoder.dims.max_positions}; "
+                f"prompt and answer take up to {row.longest} positions, the model has {decoder.dims.max_positions}; "
                 "shorten the prompts or lower max_new_tokens"
             )
-        # The longest prompts first: rows of like length are read together and pad each other least.
-        self.waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(self.encoded[i])))
-        self.ready: deque[_Ready] = deque()
-        self.active: list[Row] = []
-        self.complete: list[Row] = []
-        self.cache = KVCache(
-            decoder.dims, min(rows, max(1, len(prompts) * samples)), longest, decoder.dtype, decoder.device
-        )
-        self.prefix = self._read_prefix()
+        self._next_id += 1
+        self.waiting.append(row)
+        return row.id
+
+    def cancel(self, request: int) -> bool:
+        """Forget a request, in whatever state; False if it is not known (any more)."""
+        if self.finished.pop(request, None) is not None:
+            return True
+        for row in self.waiting:
+            if row.id == request:
+                self.waiting.remove(row)
+                self._forget_unneeded()
+                return True
+        for row in self.stations:
+            if row.id == request:
+                self.stations.remove(row)
+                self._free.append(row.slot)
+                return True
+        return False
+
+    def take(self, request: int, version: int) -> Rollout:
+        """A finished answer, which is forgotten. Raises KeyError for one that isn't finished."""
+        return self.finished.pop(request).rollout(version)
 
     @property
-    def done(self) -> bool:
-        return not (self.active or self.ready or self.waiting)
+    def busy(self) -> bool:
+        return bool(self.waiting or len(self.stations))
 
-    def advance(self) -> list[Row]:
-        """Let prompts enter free rows if there are any, else run one step; returns the rows that got a token."""
+    def share_prefix(self, tokens: Sequence[int]) -> None:
+        """Read a common beginning once; prompts that begin with it and go on are read from there."""
+        self._prefix = None
+        if len(tokens) >= SHORTEST_PREFIX:
+            row = torch.tensor([list(tokens)], device=self.decoder.device)
+            self._prefix = tuple(tokens), self.decoder.prefill(row, torch.tensor([len(tokens)]))[0]
+
+    @torch.inference_mode()
+    def advance(self) -> list[Event]:
+        """One piece of work: prompts enter free slots, or one station runs. Returns an event per new token."""
         started = self._admit()
-        return started or self._step()
-
-    def results(self, version: int) -> list[list[Rollout]]:
-        """Finished answers, per prompt in the order given, samples in order."""
-        table: list[dict[int, Rollout]] = [{} for _ in self.prompts]
-        for row in self.complete:
-            table[row.prompt_index][row.sample] = self.rollout(row, version)
-        return [[by_sample[k] for k in sorted(by_sample)] for by_sample in table]
-
-    def rollout(self, row: Row, version: int) -> Rollout:
-        return Rollout(
-            prompt_id=self.prompts[row.prompt_index].id,
-            prompt_tokens=np.array(row.prompt_tokens, dtype=np.int64),
-            tokens=np.array(row.tokens, dtype=np.int64),
-            exit_depths=np.array(row.exit_depths, dtype=np.int32),
-            token_logprobs=np.array(row.token_logprobs, dtype=np.float32),
-            exit_logprobs=np.array(row.exit_logprobs, dtype=np.float32),
-            text=self.stopping.text(row.tokens),
-            finished=row.finished,
-            weight_version=version,
-        )
+        if started or not len(self.stations):
+            return started
+        station, rows = self.stations.take()
+        if station == len(self.stations.queues) - 1:
+            return self._readout(rows)
+        try:
+            self._run(station, rows)
+        except Exception:
+            # Nothing of it is kept: whoever asked for what can't be done may be cancelled, and the others go on.
+            self.stations.queues[station][:0] = rows
+            raise
+        return []
 
     # ---- entering ----
 
-    def _read_prefix(self) -> Prefilled | None:
-        if len(self.encoded) < 2:
-            return None
-        first, last = min(self.encoded), max(self.encoded)
-        common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-        common = min(common, min(map(len, self.encoded)) - 1)
-        if common < SHORTEST_PREFIX:
-            return None
-        tokens = torch.tensor([first[:common]], device=self.decoder.device)
-        return self.decoder.prefill(tokens, torch.tensor([common]))[0]
-
-    def _admit(self) -> list[Row]:
-        free = self.cache.rows - len(self.active)
-        if not free or not (self.ready or self.waiting):
+    def _admit(self) -> list[Event]:
+        free = len(self._free)
+        if not free or not self.waiting:
             return []
-        # Reading prompts one by one wastes the batch: wait for a few free rows unless some prompt is ready.
-        if not self.ready and self.active and free < self.cache.rows // 8:
+        # Reading prompts one by one wastes the batch: wait for a few free slots unless the next prompt is read.
+        if self.waiting[0].prompt_tokens not in self._read and len(self.stations) and free < self.in_flight // 8:
             return []
-        chosen: list[tuple[_Ready, Row]] = []
-        while len(chosen) < free and (self.ready or self.waiting):
-            if not self.ready:
-                self._read_prompts(-(-(free - len(chosen)) // self.samples))
-            entry = self.ready[0]
-            i, k = entry.prompt_index, entry.next_sample
-            key = stream_key(self.seed, self.prompts[i].id, k)
-            chosen.append((entry, Row(i, k, self.encoded[i], key)))
-            entry.next_sample += 1
-            if entry.next_sample == self.samples:
-                self.ready.popleft()
-        self._start(chosen)
-        return [row for _, row in chosen]
+        chosen: list[Row] = []
+        unread: dict[tuple[int, ...], None] = {}
+        while len(chosen) < free and self.waiting:
+            prompt = self.waiting[0].prompt_tokens
+            if prompt not in self._read and prompt not in unread:
+                if unread and len(prompt) + sum(map(len, unread)) > PREFILL_POSITIONS:
+                    break
+                unread[prompt] = None
+            chosen.append(self.waiting.popleft())
+        self._read_prompts(sorted(unread, key=len, reverse=True))
+        events = self._start(chosen)
+        self._forget_unneeded()
+        return events
 
-    def _read_prompts(self, count: int) -> None:
-        past = self.prefix.keys.shape[1] if self.prefix else 0
-        longest = len(self.encoded[self.waiting[0]]) - past
-        count = max(1, min(count, len(self.waiting), PREFILL_POSITIONS // longest))
-        indices = [self.waiting.popleft() for _ in range(count)]
-        tokens, lengths = pad([self.encoded[i][past:] for i in indices], self.decoder.device)
-        prefilled = self.decoder.prefill(tokens, lengths, self.prefix)
-        logits = self.decoder.readout(torch.stack([p.hidden for p in prefilled]))
-        self.ready.extend(_Ready(i, p, row) for i, p, row in zip(indices, prefilled, logits, strict=True))
+    def _forget_unneeded(self) -> None:
+        needed = {row.prompt_tokens for row in self.waiting} if self._read else set()
+        self._read = {tokens: read for tokens, read in self._read.items() if tokens in needed}
 
-    def _start(self, chosen: list[tuple[_Ready, Row]]) -> None:
-        """Sample first tokens (full depth: prompt positions never exit) and give unfinished answers a cache row."""
-        rows = [row for _, row in chosen]
-        uniform = self._uniforms(rows)[:, -1]
-        tokens, logprobs = sample_tokens(torch.stack([entry.logits for entry, _ in chosen]), self.sampling, uniform)
-        for (entry, row), token, logprob in zip(chosen, tokens.tolist(), logprobs.tolist(), strict=True):
-            row.append(token, self.decoder.dims.num_layers, logprob, 0.0)
-            if self._ended(row):
-                self.complete.append(row)
-                continue
-            slot = len(self.active)
-            if self.prefix:
-                self.cache.fill(slot, 0, self.prefix.keys, self.prefix.values)
-            self.cache.fill(slot, entry.prefilled.start, entry.prefilled.keys, entry.prefilled.values)
-            self.active.append(row)
+    def _read_prompts(self, prompts: list[tuple[int, ...]]) -> None:
+        """Prompts, the longest first: those of like length are read together and pad each other least."""
+        head, prefix = self._prefix or ((), None)
+        inside = [p for p in prompts if prefix and len(p) > len(head) and p[: len(head)] == head]
+        outside = [p for p in prompts if p not in set(inside)]
+        for group, past in ((inside, prefix), (outside, None)):
+            start = len(head) if past else 0
+            while group:
+                count = max(1, PREFILL_POSITIONS // (len(group[0]) - start))
+                part, group = group[:count], group[count:]
+                tokens, lengths = pad([p[start:] for p in part], self.decoder.device)
+                prefilled = self.decoder.prefill(tokens, lengths, past)
+                logits = self.decoder.readout(torch.stack([p.hidden for p in prefilled]))
+                self._read.update({p: _Read(*entry) for p, *entry in zip(part, prefilled, logits, strict=True)})
 
-    # ---- one token for every row ----
+    def _start(self, rows: list[Row]) -> list[Event]:
+        """Sample first tokens (full depth: prompt positions never exit) and give unfinished answers a cache slot."""
+        reads = [self._read[row.prompt_tokens] for row in rows]
+        uniform = self._draw(rows)[:, -1]
+        depths = [self.decoder.dims.num_layers] * len(rows)
+        events = self._sample(rows, torch.stack([read.logits for read in reads]), uniform, depths, [0.0] * len(rows))
+        alive = [(row, read.prefilled) for row, read in zip(rows, reads, strict=True) if not self._retire(row)]
+        for row, _ in alive:
+            row.slot = self._free.pop()
+        if alive:
+            longest = max(row.longest for row, _ in alive)
+            used = 1 + max(row.slot for row in [*self.stations, *(row for row, _ in alive)])
+            self.cache.reserve(longest, self.decoder.dims.max_positions, used)
+        for row, prefilled in alive:
+            if prefilled.start:
+                assert self._prefix is not None
+                self.cache.fill(row.slot, 0, self._prefix[1].keys, self._prefix[1].values)
+            self.cache.fill(row.slot, prefilled.start, prefilled.keys, prefilled.values)
+            self.stations.put(0, row)
+        return events
 
-    def _step(self) -> list[Row]:
-        rows, device = list(self.active), self.decoder.device
-        tokens = torch.tensor([row.tokens[-1] for row in rows], device=device)
-        positions = torch.tensor([row.length - 1 for row in rows], device=device)
-        uniform = self._uniforms(rows)
-        output = self.decoder.step(self.cache, tokens, positions, self._chooser(rows, uniform))
-        new, logprobs = sample_tokens(self.decoder.readout(output.hidden), self.sampling, uniform[:, -1])
-        depths = [self.decoder.layout.outcomes[i] for i in output.outcome.tolist()]
-        exits = torch.zeros(len(rows))
-        if self.decoder.gates is not None:
-            exits = log_exit_distribution(output.gate_logits).gather(-1, output.outcome[:, None]).squeeze(-1)
-        for row, *entry in zip(rows, new.tolist(), depths, logprobs.tolist(), exits.tolist(), strict=True):
-            row.append(*entry)
-        self._retire()
-        return rows
+    # ---- a station ----
 
-    def _retire(self) -> None:
-        for slot in reversed(range(len(self.active))):
-            row = self.active[slot]
-            if not self._ended(row):
-                continue
-            self.complete.append(row)
-            last = self.active.pop()
-            if slot < len(self.active):
-                self.active[slot] = last
-                self.cache.move(len(self.active), slot, last.length - 1)
+    def _run(self, segment: int, rows: list[Row]) -> None:
+        """One segment, then its gate: each row goes on to the readout or to the next segment."""
+        decoder, device = self.decoder, self.decoder.device
+        slots = torch.tensor([row.slot for row in rows], device=device)
+        if segment == 0:
+            hidden = decoder.weights.embedding[torch.tensor([row.tokens[-1] for row in rows], device=device)]
+            self._uniform[slots] = self._draw(rows)
+            self._exit_logprob[slots] = 0.0
+        else:
+            hidden = self._hidden[slots]
+        hidden = decoder.run_segment(segment, hidden, self.cache, self._at(rows, slots))
+        bounds, last = (0, *decoder.layout.outcomes), len(decoder.layout.depths)
+        leave = [True] * len(rows) if segment == last else self._leave(segment, rows, hidden, slots)
+        self._hidden[slots] = hidden
+        self.row_layers += len(rows) * (bounds[segment + 1] - bounds[segment])
+        for row, gone in zip(rows, leave, strict=True):
+            row.outcome = segment
+            self.stations.put(last + 1 if gone else segment + 1, row)
 
-    def _ended(self, row: Row) -> bool:
-        row.finished = self.stopping.ended(row.tokens)
-        return row.finished or len(row.tokens) >= self.sampling.max_new_tokens
+    def _at(self, rows: list[Row], slots: Tensor) -> Rows:
+        positions = [row.length - 1 for row in rows]
+        return self.decoder.rows(
+            self.cache, slots, torch.tensor(positions, device=self.decoder.device), 1 + max(positions)
+        )
 
-    def _uniforms(self, rows: list[Row]) -> Tensor:
+    def _leave(self, exit_index: int, rows: list[Row], hidden: Tensor, slots: Tensor) -> list[bool]:
+        """Ask the exit policy of each row; keeps the exits' log-probabilities where there are gates."""
+        decoder, depth = self.decoder, self.decoder.layout.depths[exit_index]
+        gated = decoder.gates is not None
+        logit = decoder.gate_logit(exit_index, hidden) if gated else torch.zeros(len(rows), device=decoder.device)
+        policies: dict[tuple[str, float], list[int]] = {}
+        for i, row in enumerate(rows):
+            policies.setdefault((row.request.exits.kind, row.request.exits.value), []).append(i)
+        leave = [False] * len(rows)
+        for (kind, value), members in policies.items():
+            if kind in ("sample", "threshold", "confidence"):
+                which = torch.tensor(members, device=decoder.device)
+                if kind == "sample":
+                    fired = self._uniform[slots[which], exit_index] < logit[which].double().sigmoid()
+                elif kind == "threshold":
+                    fired = logit[which].sigmoid() > value
+                else:
+                    fired = decoder.readout(hidden[which]).softmax(dim=-1).amax(dim=-1) > value
+                for i, gone in zip(members, fired.tolist(), strict=True):
+                    leave[i] = gone
+            elif kind in ("fixed", "prescribed"):
+                for i in members:
+                    leave[i] = depth == (value if kind == "fixed" else prescribed(rows[i]))
+        if gated:
+            taken = torch.tensor([depth if gone else depth + 1 for gone in leave], device=decoder.device)
+            self._exit_logprob[slots] += gate_log_term(logit, taken, depth)
+        return leave
+
+    def _readout(self, rows: list[Row]) -> list[Event]:
+        """Sample the next tokens of rows at their exits; those that go on write the keys and values they skipped."""
+        rows.sort(key=lambda row: row.outcome)
+        slots = torch.tensor([row.slot for row in rows], device=self.decoder.device)
+        hidden, at = self._hidden[slots], self._at(rows, slots)
+        depths = [self.decoder.layout.outcomes[row.outcome] for row in rows]
+        exits = self._exit_logprob[slots].tolist()
+        events = self._sample(rows, self.decoder.readout(hidden), self._uniform[slots, -1], depths, exits)
+        alive = [i for i, row in enumerate(rows) if not self._retire(row)]
+        if alive:
+            if len(alive) < len(rows):
+                kept = torch.tensor(alive, device=self.decoder.device)
+                hidden = hidden[kept]
+                at = at.take(kept)
+            self.decoder.write_skipped(hidden, [rows[i].outcome for i in alive], self.cache, at)
+        for i in alive:
+            self.stations.put(0, rows[i])
+        return events
+
+    def _sample(
+        self, rows: list[Row], logits: Tensor, uniform: Tensor, depths: list[int], exits: list[float]
+    ) -> list[Event]:
+        """Tokens from logits [R, V] by each row's own sampling parameters; appends them."""
+        kinds: dict[SamplingParams, list[int]] = {}
+        for i, row in enumerate(rows):
+            kinds.setdefault(row.request.sampling.distribution, []).append(i)
+        events: list[Event | None] = [None] * len(rows)
+        for params, members in kinds.items():
+            which = slice(None) if len(kinds) == 1 else torch.tensor(members, device=logits.device)
+            drawn = sample_tokens(logits[which], params, uniform[which])
+            for i, token, logprob, full in zip(members, *(column.tolist() for column in drawn), strict=True):
+                events[i] = rows[i].append(token, depths[i], logprob, full, exits[i])
+        return [event for event in events if event is not None]
+
+    def _retire(self, row: Row) -> bool:
+        """Whether a row has finished; its slot is free then."""
+        if row.finished is None:
+            return False
+        if row.slot >= 0:
+            self._free.append(row.slot)
+        self.finished[row.id] = row
+        return True
+
+    def _draw(self, rows: list[Row]) -> Tensor:
         """float64 [R, M+1]: one number per gate and one for the token that each row generates next."""
         keys = np.array([row.key for row in rows], dtype=np.uint64)
         at = np.array([len(row.tokens) for row in rows])
         draws = len(self.decoder.layout.depths) + 1
         return torch.from_numpy(uniforms(keys, at, draws)).to(self.decoder.device)
 
-    def _chooser(self, rows: list[Row], uniform: Tensor) -> ExitChooser | None:
-        kind, value, depths = self.exits.kind, self.exits.value, self.decoder.layout.depths
-        if kind == "sample":
-            return lambda i, h, z, at: uniform[at, i] < z.double().sigmoid()  # type: ignore[union-attr]
-        if kind == "threshold":
-            return lambda i, h, z, at: z.sigmoid() > value  # type: ignore[union-attr]
-        if kind == "confidence":
-            return lambda i, h, z, at: self.decoder.readout(h).softmax(dim=-1).amax(dim=-1) > value
-        if kind == "fixed":
-            return lambda i, h, z, at: torch.ones_like(at, dtype=torch.bool) if depths[i] == value else None
-        if kind == "prescribed":
-            wanted = torch.tensor([self._prescribed(row) for row in rows], device=self.decoder.device)
-            return lambda i, h, z, at: wanted[at] == depths[i]
-        # Off: without gates nothing is to be recorded either.
-        return None if self.decoder.gates is None else lambda i, h, z, at: None
 
-    def _prescribed(self, row: Row) -> int:
-        name = (self.prompts[row.prompt_index].id, row.sample)
-        depths = self.exits.depths.get(name)
-        if depths is None or len(depths) <= len(row.tokens):
-            found = "none" if depths is None else str(len(depths))
-            raise ValueError(f"prescribed exits of {name}: {found} given, token {len(row.tokens)} needs one; give more")
-        return int(depths[len(row.tokens)])
+def prescribed(row: Row) -> int:
+    """The depth that a replay prescribes for the token being made. Raises ValueError where it prescribes none."""
+    name = (row.request.prompt_id, row.request.sample)
+    depths = row.request.exits.depths.get(name)
+    if depths is None or len(depths) <= len(row.tokens):
+        found = "none" if depths is None else str(len(depths))
+        raise ValueError(f"prescribed exits of {name}: {found} given, token {len(row.tokens)} needs one; give more")
+    return int(depths[len(row.tokens)])
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt's text as it stands; begin-of-sequence only where the tokenizer asks for it."""
-    ids = list(tokenizer(prompt.text, add_special_tokens=False)["input_ids"])
-    if tokenizer.bos_token_id is not None and getattr(tokenizer, "add_bos_token", False):
-        ids = [tokenizer.bos_token_id, *ids]
-    if not ids:
-        raise ValueError(f"prompt {prompt.id!r} has no tokens; give it a text")
-    return ids
-
-
-def pad(sequences: Sequence[Sequence[int] | np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token lists -> int64 [B, T] right-padded with 0, lengths int64 [B] (on the CPU)."""
-    lengths = torch.tensor([len(s) for s in sequences])
-    tokens = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)
-    for b, sequence in enumerate(sequences):
-        tokens[b, : len(sequence)] = torch.as_tensor(sequence)
-    return tokens.to(device), lengths
-
-
-@torch.inference_mode()
 def generate(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
@@ -287,19 +344,30 @@ def generate(
     progress: Progress | None = None,
     rows: int = 64,
 ) -> list[list[Rollout]]:
-    """`samples` answers to every prompt, in the prompts' order; a seed gives the same ones whatever `rows` is.
+    """`samples` answers to every prompt, in the prompts' order, with up to `rows` in flight.
 
-    In float32 that holds up to rounding: a different batch shape may change the last bits of a logit. `progress(done,
+    A seed gives the same answers whatever `rows` is and whatever else is asked. In float32 that holds up to rounding:
+    another batch may change the last bits of a logit, and with them a choice that hangs on these bits. `progress(done,
     total)` counts answers. Raises ValueError for impossible settings and for prompts that do not fit the model.
     """
-    scheduler = Scheduler(decoder, tokenizer, prompts, samples, sampling, exits, seed, rows)
+    total = len(prompts) * samples
+    if samples < 1 or rows < 1:
+        raise ValueError(f"samples={samples}, rows={rows}: both must be at least 1")
+    scheduler = Scheduler(decoder, tokenizer, min(rows, max(1, total)))
+    encoded = [encode_text(tokenizer, prompt.text) for prompt in prompts]
+    ids: dict[tuple[int, int], int] = {}
+    # The longest prompts first, so that rows of like length are read together.
+    for p in sorted(range(len(prompts)), key=lambda i: -len(encoded[i])):
+        for k in range(samples):
+            ids[p, k] = scheduler.add(Request(encoded[p], sampling, exits, seed, prompts[p].id, k))
+    scheduler.share_prefix(common_beginning(encoded))
     reported = 0
-    while not scheduler.done:
+    while scheduler.busy:
         scheduler.advance()
-        if progress and len(scheduler.complete) > reported:
-            reported = len(scheduler.complete)
-            progress(reported, len(prompts) * samples)
-    return scheduler.results(version)
+        if progress and len(scheduler.finished) > reported:
+            reported = len(scheduler.finished)
+            progress(reported, total)
+    return [[scheduler.take(ids[p, k], version) for k in range(samples)] for p in range(len(prompts))]
 
 
 @dataclass(frozen=True)
@@ -312,7 +380,6 @@ class StreamedToken:
     logprob: float
 
 
-@torch.inference_mode()
 def stream(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
@@ -322,10 +389,8 @@ def stream(
     seed: int = 0,
 ) -> Iterator[StreamedToken]:
     """Sample 0 of `generate`, token by token; the texts concatenate to the rollout's."""
-    scheduler = Scheduler(decoder, tokenizer, [prompt], 1, sampling, exits, seed, rows=1)
-    shown = 0
-    while not scheduler.done:
-        row = scheduler.advance()[0]
-        text = scheduler.stopping.text(row.tokens) if scheduler.done else scheduler.stopping.settled(row.tokens)
-        yield StreamedToken(row.tokens[-1], text[shown:], row.exit_depths[-1], row.token_logprobs[-1])
-        shown = max(shown, len(text))
+    scheduler = Scheduler(decoder, tokenizer, in_flight=1)
+    scheduler.add(Request(prompt.text, sampling, exits, seed, prompt.id, stream=True))
+    while scheduler.busy:
+        for event in scheduler.advance():
+            yield StreamedToken(event.token, event.text, event.depth, event.logprob)

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..exits import gate_log_term
 from ..types import Rollout, Trace
 from .decoder import Decoder
-from .scheduler import Progress, pad
+from .prompts import pad
+from .scheduler import Progress
 
 # Positions per parallel forward (padding included) and bytes of one float32 logits chunk.
 FORWARD_POSITIONS = 4096
@@ -104,7 +105,8 @@ def score(
 ) -> list[Score]:
     """Score rollouts under a policy (None: the teacher itself) and the teacher. Leaves the policy loaded.
 
-    The teacher's streams at the predicting positions are kept, then the policy is merged: one replica serves both.
+    The teacher's streams at the predicting positions are kept, then the policy is loaded: one replica serves both.
+    Under full fine-tuning the teacher is read from disk again and its head is kept as well until all is scored.
     """
     plan = list(batches(rollouts, decoder.device))
     teacher: list[Tensor] = []
@@ -113,6 +115,7 @@ def score(
         for indices, tokens, lengths in plan:
             where = [_predicting(rollouts[i]) for i in indices]
             teacher.append(_pick(decoder.forward_parallel(tokens, lengths), where))
+        teacher_readout = decoder.current_readout()
     finally:
         decoder.load_policy(policy)
     scores: dict[int, Score] = {}
@@ -124,7 +127,8 @@ def score(
         exits = _exit_logprobs(decoder, [_pick(r, where) for r in residuals], taken)
         targets = torch.cat([torch.as_tensor(rollouts[i].tokens) for i in indices]).to(decoder.device)
         parts = [
-            _score_chunk(decoder, policy_ND[at], teacher_ND[at], targets[at]) for at in _chunks(len(taken), decoder)
+            _score_chunk(decoder.readout(policy_ND[at]), teacher_readout(teacher_ND[at]), targets[at])
+            for at in _chunks(len(taken), decoder)
         ]
         ours, theirs, entropy, kl = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
         start = 0
@@ -139,10 +143,9 @@ def score(
     return [scores[i] for i in range(len(rollouts))]
 
 
-def _score_chunk(decoder: Decoder, policy_ND: Tensor, teacher_ND: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+def _score_chunk(logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     """log π(target), log π_teacher(target), the teacher's entropy and KL(teacher ‖ policy), each [n]."""
-    logits = decoder.readout(policy_ND)
-    logp = decoder.readout(teacher_ND).log_softmax(dim=-1)
+    logp = teacher_logits.log_softmax(dim=-1)
     p = logp.exp()
     negative_entropy = (p * logp).sum(-1)
     ours = logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)

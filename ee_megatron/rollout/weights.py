@@ -1,10 +1,19 @@
-"""The decoder's weights: read from a Hugging Face directory, fused for speed, LoRA merged from a kept base copy."""
+"""The decoder's weights: read from a Hugging Face directory, fused and packed for speed, LoRA merged into a kept base.
+
+Memory: the base once, in the decoder's dtype; every matrix that adapters change once more; and on a CPU the packed form
+that oneDNN multiplies with. In bfloat16 the packed form replaces the changed matrix, so a policy costs two models; in
+float32 both stay (one row at a time is faster unpacked): up to three.
+"""
 
 from __future__ import annotations
 
+import itertools
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..families import ModelDims
@@ -18,13 +27,53 @@ FUSED: dict[str, tuple[str, ...]] = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
+NORMS = {
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "mlp_norm",
+    "self_attn.q_norm": "q_norm",
+    "self_attn.k_norm": "k_norm",
+}
+# From this many rows on a packed product is faster in float32; below, reading the plain matrix is.
+PACKED_FROM = 3
+# The number of rows that packing is told to expect; any number works.
+PACKED_ROWS = 16
+
+
+class Linear:
+    """x [..., in] -> x W^T + b. Packed by oneDNN where that runs, else plain. `adapted`: not the base's matrix."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, adapted: bool = False):
+        self.bias, self.adapted = bias, adapted
+        self.packed = _pack(weight)
+        self.weight = weight if self.packed is None or weight.dtype == torch.float32 else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.weight is not None and (self.packed is None or x.shape[:-1].numel() < PACKED_FROM):
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def _pack(weight: Tensor) -> Tensor | None:
+    """The matrix in oneDNN's layout, or None where this PyTorch or processor has no packed product for it."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return None
+        if weight.dtype not in (torch.bfloat16, torch.float32):
+            return None
+        return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+    except (AttributeError, RuntimeError):
+        return None
 
 
 @dataclass
 class Block:
-    """One layer. qkv [q+2kv, D], out [D, q], gate_up [2I, D], down [D, I]; biases by the same names, or None."""
+    """One layer. Linears qkv [q+2kv, D], out [D, q], gate_up [2I, D], down [D, I] as they are now, and the same as base
+    matrices; biases by the same names, or None."""
 
-    matrices: dict[str, Tensor]
+    linears: dict[str, Linear]
+    base: dict[str, Tensor]
     biases: dict[str, Tensor | None]
     attention_norm: Tensor
     mlp_norm: Tensor
@@ -33,62 +82,132 @@ class Block:
 
 
 @dataclass
-class DeepKV:
-    """Key/value weights of layers first..L-1, norm gains folded in, stacked for one product over all of them.
+class SkippedKV:
+    """Keys and values of the `layers` layers from `first` on, for rows that left at or before depth `first`.
 
-    weight [(L-first)·2·kv, D], bias [(L-first)·2·kv] or None, k_norm [L-first, 1, hd] or None. The rows of a layer are
-    contiguous, so the layers from any depth e >= first on are a suffix.
+    One stacked product of the normed stream, gain folded in, to [A, layers·2·KVH·hd]; k_norm [layers, hd] or None.
     """
 
     first: int
-    weight: Tensor
-    bias: Tensor | None
+    layers: int
+    linear: Linear
     k_norm: Tensor | None
 
 
 class DecoderWeights:
-    """All tensors of a decoder in one dtype on one device; `merge` switches between base and adapted matrices."""
+    """All tensors of a decoder in one dtype on one device."""
 
     def __init__(self, source: HFDirectory, dtype: torch.dtype, device: torch.device):
         self.dims: ModelDims = source.dims
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.path = dtype, device, Path(source.path)
         self.embedding = self._read(source, "model.embed_tokens.weight")
         self.blocks = [self._block(source, layer) for layer in range(self.dims.num_layers)]
         self.final_norm = self._read(source, "model.norm.weight")
-        self.head = self.embedding if self.dims.tied else self._read(source, "lm_head.weight")
-        self._base: dict[tuple[int, str], Tensor] = {}
+        self._head = self.embedding if self.dims.tied else self._read(source, "lm_head.weight")
+        self._packed_head: Linear | None = None
+        self.original = True
 
-    def merge(self, tensors: dict[str, Tensor] | None, spec: PolicySpec | None) -> None:
-        """W = base + scale · B A for every adapted matrix, computed in float32; None restores the base exactly."""
-        for (layer, name), base in self._base.items():
-            self.blocks[layer].matrices[name].copy_(base)
-        if tensors is None or spec is None or spec.rank == 0:
+    @property
+    def head(self) -> Linear:
+        assert self._packed_head is not None, "merge comes before use"
+        return self._packed_head
+
+    def copy_head(self) -> Linear:
+        return Linear(self._head.clone())
+
+    @torch.inference_mode()
+    def write_base(self, name: str, tensor: Tensor) -> None:
+        """Overwrite one tensor of the base, by its Hugging Face name, in place. Call `merge` after the last."""
+        self.original, self._packed_head = False, None
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if layer:
+            self.blocks[int(layer[1])].linears.clear()
+        self._place(name).copy_(tensor)
+
+    @torch.inference_mode()
+    def restore_base(self) -> None:
+        """The Hugging Face directory's tensors again, read from disk: no second copy of the model is kept for this."""
+        if self.original:
             return
-        linears = self.dims.linear_shapes()
+        source = HFDirectory(self.path)
+        for name in self.dims.tensor_shapes():
+            self.write_base(name, source.tensor(name))
+        source.close()
+        self.original = True
+
+    @torch.inference_mode()
+    def merge(
+        self, tensors: dict[str, Tensor] | None, spec: PolicySpec | None, depths: tuple[int, ...]
+    ) -> list[SkippedKV]:
+        """W = base + scale · B A for every adapted matrix, computed in float32; without adapters the base exactly.
+
+        Returns the stacked key/value weights of the layers between each exit depth and the next (the last: L).
+        """
+        adapted = spec.targets if tensors is not None and spec is not None and spec.rank else ()
+        folded: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             for name, parts in FUSED.items():
-                if not any(part in spec.targets for part in parts):
-                    continue
-                base = self._base.setdefault((layer, name), block.matrices[name].clone())
-                row = 0
-                for part in parts:
-                    rows = linears[part][0]
-                    if part in spec.targets:
-                        prefix = f"model.layers.{layer}.{part}"
-                        down = tensors[f"{prefix}.lora_A.weight"].to(self.device, torch.float32)
-                        up = tensors[f"{prefix}.lora_B.weight"].to(self.device, torch.float32)
-                        merged = torch.addmm(base[row : row + rows].float(), up, down, alpha=spec.scale)
-                        block.matrices[name][row : row + rows].copy_(merged)
-                    row += rows
+                weight, changed = block.base[name], any(part in adapted for part in parts)
+                if changed:
+                    assert tensors is not None and spec is not None
+                    weight = self._merged(layer, name, tensors, spec)
+                if changed or name not in block.linears or block.linears[name].adapted:
+                    block.linears[name] = Linear(weight, block.biases[name], adapted=changed)
+                if name == "qkv" and depths and layer >= depths[0]:
+                    folded.append((weight[self.dims.q_size :].float() * block.attention_norm.float()).to(self.dtype))
+        self._packed_head = self._packed_head or Linear(self._head)
+        return self._skipped(folded, depths)
 
-    def deep_kv(self, first: int) -> DeepKV:
-        """Stack the key/value weights of layers first..L-1 as they are now (call again after `merge`)."""
-        q, deep = self.dims.q_size, self.blocks[first:]
-        weight = torch.cat([(b.matrices["qkv"][q:].float() * b.attention_norm.float()).to(self.dtype) for b in deep])
-        biases = [b.biases["qkv"] for b in deep]
-        bias = torch.cat([b[q:] for b in biases if b is not None]) if self.dims.qkv_bias else None
-        norms = [b.k_norm for b in deep if b.k_norm is not None]
-        return DeepKV(first, weight, bias, torch.stack(norms)[:, None] if norms else None)
+    def _merged(self, layer: int, name: str, tensors: dict[str, Tensor], spec: PolicySpec) -> Tensor:
+        base, previous, row = self.blocks[layer].base[name], self.blocks[layer].linears.get(name), 0
+        # The last policy's matrix is written over where it is still there: fresh memory costs as much as the product.
+        reuse = previous.weight if previous is not None and previous.adapted else None
+        merged = torch.empty_like(base) if reuse is None else reuse
+        for part in FUSED[name]:
+            rows = self.dims.linear_shapes()[part][0]
+            source, target = base[row : row + rows], merged[row : row + rows]
+            if part in spec.targets:
+                prefix = f"model.layers.{layer}.{part}"
+                down = tensors[f"{prefix}.lora_A.weight"].to(self.device, torch.float32)
+                up = tensors[f"{prefix}.lora_B.weight"].to(self.device, torch.float32)
+                if base.dtype == torch.float32:
+                    torch.addmm(source, up, down, alpha=spec.scale, out=target)
+                else:
+                    target.copy_(torch.addmm(source.float(), up, down, alpha=spec.scale))
+            else:
+                target.copy_(source)
+            row += rows
+        return merged
+
+    def _skipped(self, folded: list[Tensor], depths: tuple[int, ...]) -> list[SkippedKV]:
+        q, found = self.dims.q_size, []
+        for first, stop in itertools.pairwise((*depths, self.dims.num_layers)):
+            weight = torch.cat(folded[first - depths[0] : stop - depths[0]])
+            biases = [b[q:] for b in (block.biases["qkv"] for block in self.blocks[first:stop]) if b is not None]
+            gains = [block.k_norm for block in self.blocks[first:stop] if block.k_norm is not None]
+            linear = Linear(weight, torch.cat(biases) if biases else None)
+            found.append(SkippedKV(first, stop - first, linear, torch.stack(gains) if gains else None))
+        return found
+
+    def _place(self, name: str) -> Tensor:
+        """The tensor, or the rows of a fused one, that hold a Hugging Face tensor."""
+        whole = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.final_norm}
+        if name in whole:
+            return whole[name]
+        if name == "lm_head.weight":
+            return self._head
+        layer, part = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name).groups()  # type: ignore[union-attr]
+        block, (linear, kind) = self.blocks[int(layer)], part.rsplit(".", 1)
+        if linear in NORMS:
+            return getattr(block, NORMS[linear])
+        for fused, parts in FUSED.items():
+            if linear in parts:
+                sizes = [self.dims.linear_shapes()[p][0] for p in parts]
+                start = sum(sizes[: parts.index(linear)])
+                target = block.base[fused] if kind == "weight" else block.biases[fused]
+                assert target is not None
+                return target[start : start + sizes[parts.index(linear)]]
+        raise ValueError(f"{name} is no tensor of a {self.dims.family} model; expected Hugging Face names")
 
     def _read(self, source: HFDirectory, name: str) -> Tensor:
         return source.tensor(name).to(self.device, self.dtype)
@@ -97,15 +216,16 @@ class DecoderWeights:
         def read(name: str) -> Tensor:
             return self._read(source, f"model.layers.{layer}.{name}")
 
-        matrices: dict[str, Tensor] = {}
+        base: dict[str, Tensor] = {}
         biases: dict[str, Tensor | None] = {}
         for name, parts in FUSED.items():
-            matrices[name] = torch.cat([read(f"{part}.weight") for part in parts])
+            base[name] = torch.cat([read(f"{part}.weight") for part in parts])
             has_bias = self.dims.has_bias(parts[0])
             biases[name] = torch.cat([read(f"{part}.bias") for part in parts]) if has_bias else None
         norms = [read(f"self_attn.{n}_norm.weight") if self.dims.qk_norm else None for n in "qk"]
         return Block(
-            matrices,
+            {},
+            base,
             biases,
             read("input_layernorm.weight"),
             read("post_attention_layernorm.weight"),

@@ -109,6 +109,7 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
         if checkpoint:
             session.resume(learner, checkpoint)
         layout = session.spec.layout
+        objective = "distill" if c.teacher == "topk" else "distill_full"
         session.open_metrics(resume_step=done)
         target = target_depth(traces, layout, c.kl_factor)
         with session.progress(len(updates), done) as bar:
@@ -116,10 +117,10 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
                 batch = make_batch(traces, updates[step], layout, c)
                 rate = schedule(step, len(updates), c.warmup)
                 if c.gate_targets == "current":
-                    seen = learner.score(batch, objective="distill")
+                    seen = learner.score(batch, objective=objective)
                     batch.soft_targets = current_targets(batch, seen.kl, layout, c.kl_factor)
                 update = learner.step(
-                    batch, adapter_lr=c.adapter_lr * rate, gate_lr=c.gate_lr * rate, objective="distill"
+                    batch, adapter_lr=c.adapter_lr * rate, gate_lr=c.gate_lr * rate, objective=objective
                 )
                 session.guard(update, batch, step + 1)
                 scores = update.scores

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -142,4 +144,49 @@ def test_gradients_of_distillation_equal_the_reference(tmp_path):
     loss = (kl * batch.token_weight).sum() + ((entropy * reached).sum(-1) * batch.exit_weight).sum()
     loss.backward()
     expected = torch.stack([v.grad.norm() for v in policy.values()]).norm()
+    assert update.norms["all"] == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("direction", ["student_teacher", "teacher_student", "jensen_shannon"])
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_gradients_of_distillation_over_the_whole_vocabulary(mode, direction, tmp_path):
+    """TP2 x SP with a padded vocabulary, against autograd through the full distributions."""
+    spec = SPEC if mode == "lora" else replace(SPEC, rank=0, full=True)
+    path = tiny_hf("llama", tmp_path / "model", vocab=131, tied=False)
+    source = HFDirectory(path)
+    policy, batch = random_policy(source.dims, SPEC if mode == "lora" else replace(SPEC, rank=0)), make_batch(3)
+    if spec.full:
+        generator = torch.Generator().manual_seed(7)
+        policy |= {
+            name: source.tensor(name) + 0.02 * torch.randn(shape, generator=generator)
+            for name, shape in source.dims.tensor_shapes().items()
+        }
+    batch.token_weight, batch.exit_weight = batch.token_weight.abs(), batch.exit_weight.abs()
+    with Ranks(2, tmp_path / "ranks") as ranks:
+        ranks.call(
+            "parallel_cases:make_learner", path=path, spec=spec, policy=policy, degrees=(2, 1, 1), stages=(6,),
+            options={"micro_batch_size": 2, "kl_direction": direction, "sequence_parallel": True,
+                     "optimizer": OptimizerSettings(gradient_clipping=0.0)},
+        )  # fmt: skip
+        update, _ = ranks.call("parallel_cases:step", batch=batch, objective="distill_full")[0]
+    reference = Reference(path, spec, policy)
+    for name, value in policy.items():
+        value.requires_grad_()
+        if name in dict(reference.model.named_parameters()):
+            reference.model.get_parameter(name).data.copy_(value.detach())
+            reference.model.get_parameter(name).requires_grad_()
+    student = reference.logits(batch.tokens, batch.depths).log_softmax(-1)
+    teacher = Reference(path).logits(batch.tokens, torch.full_like(batch.depths, 6)).log_softmax(-1)
+    if direction == "jensen_shannon":
+        middle = (0.5 * (student.exp() + teacher.exp())).log()
+        kl = 0.5 * ((student.exp() * (student - middle)).sum(-1) + (teacher.exp() * (teacher - middle)).sum(-1))
+    else:
+        p, q = (student, teacher) if direction == "student_teacher" else (teacher, student)
+        kl = (p.exp() * (p - q)).sum(-1)
+    torch.testing.assert_close(update.scores.kl, (kl * batch.counts).detach(), rtol=1e-4, atol=1e-5)
+    exits = reference.log_q(reference.gate_logits(batch.tokens, batch.depths), batch.depths) * batch.asked
+    ((kl * batch.counts * batch.token_weight).sum() - (exits * batch.exit_weight).sum()).backward()
+    gradients = [p.grad for p in reference.model.parameters() if p.grad is not None]
+    gradients += [value.grad for value in policy.values() if value.grad is not None]
+    expected = torch.stack([g.norm() for g in gradients]).norm()
     assert update.norms["all"] == pytest.approx(float(expected), rel=1e-4)

@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from test_whole_method import command, only, run
 
+from ee_megatron.observe.rundir import latest_checkpoint
 from tests.tiny import tiny_hf
 
 # Long enough that it would not end by itself while the test looks.
@@ -49,14 +51,14 @@ def refuse_writing(pid: int) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("fault", "says"),
+    ("fault", "rank", "says"),
     [
-        (kill, ["rank      : 1", "Signal 9"]),
-        (abort, ["rank      : 1", "Signal 6", "Current thread", "run_schedule"]),
-        (refuse_writing, ["error: rank 1 of 2:", "rank 1 of 2 failed here:", "learner.save"]),
+        (kill, 1, ["rank      : 1", "Signal 9"]),
+        (abort, 1, ["rank      : 1", "Signal 6", "Current thread", "run_schedule"]),
+        (refuse_writing, 0, ["error: rank 0 of 2: no checkpoint could be written", "failed here:", "session.save"]),
     ],
 )
-def test_the_others_end_within_a_minute(fault, says, traced, tmp_path):
+def test_the_others_end_within_a_minute(fault, rank, says, traced, tmp_path):
     log = tmp_path / "log"
     with log.open("w") as file:
         job = subprocess.Popen(
@@ -68,15 +70,31 @@ def test_the_others_end_within_a_minute(fault, says, traced, tmp_path):
         while not any((traced / "runs" / "tiny").glob("calibrate-*/checkpoints/step_5/COMPLETE")):
             assert time.monotonic() < deadline and job.poll() is None, log.read_text()[-3000:]
             time.sleep(0.05)
-        ranks = [rank_process(job.pid, rank) for rank in (0, 1)]
-        fault(ranks[1])
+        ranks = [rank_process(job.pid, number) for number in (0, 1)]
+        fault(ranks[rank])
         assert job.wait(timeout=60) != 0
         text = log.read_text()
         for part in says:
             assert part in text, text[-4000:]
         assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+        # What had been written before is still there to go on from.
+        assert latest_checkpoint(only(traced, "calibrate")) is not None
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
         directory = only(traced, "calibrate")
         directory.rename(traced / "runs" / f"{fault.__name__}")
+
+
+@pytest.mark.timeout(300)
+def test_gradients_that_stay_infinite_end_the_run_and_leave_the_batch(traced):
+    """A learning rate that blows the adapters up: later updates are left out, then the run stops and says why."""
+    done = subprocess.run(
+        command("calibrate", traced, "calibrate.adapter_lr=1e30", "calibrate.warmup=0", "calibrate.epochs=20",
+                "calibrate.seed=99", "checkpoint.bad_steps=3"),
+        capture_output=True, text=True, timeout=200, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "3 updates in a row had a gradient that is not finite" in done.stderr, done.stderr[-3000:]
+    (batch,) = only(traced, "calibrate").glob("bad_batch_step_*.pt")
+    assert {"tokens", "depths", "token_weight"} <= torch.load(batch, weights_only=True).keys()

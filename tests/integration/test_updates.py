@@ -176,3 +176,18 @@ def assert_same_state(found, expected):
     for kind, tensors in expected.tensors.items():
         for name, tensor in tensors.items():
             assert torch.equal(found.tensors[kind][name], tensor), f"{kind} {name}"
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(ranks, models):
+    build(ranks, models["llama_tied", "lora"], "TP2_DP2", settings(1))
+    update(ranks, 0, 1)
+    policy, optimizer = ranks.call("parallel_cases:state")[0]
+    bad = make_batch(1, rows=6)
+    bad.token_weight[0] = float("inf")
+    assert not ranks.call("parallel_cases:step", batch=bad, rates=RATES)[0][0].applied
+    after, state = ranks.call("parallel_cases:state")[0]
+    assert_same_state(state, optimizer)
+    for name, value in policy.items():
+        assert torch.equal(after[name], value), name
+    update(ranks, 1, 5)
+    assert_same(ranks.call("parallel_cases:state")[0][0], models["llama_tied", "lora"][3][0], policy)

@@ -188,13 +188,13 @@ def test_gates_follow_their_formula(tmp_path, gate_input):
 def test_rows_that_exit_run_no_deeper_layer(tmp_path, monkeypatch):
     decoder = Decoder.from_hf(tiny_hf("llama", tmp_path), SPEC, torch.float32, "cpu")
     ran: list[tuple[int, int]] = []
-    real = decoder._step_layer
+    real = decoder.ops.attend
 
-    def counted(layer, hidden, *rest):
-        ran.append((layer, len(hidden)))
-        return real(layer, hidden, *rest)
+    def counted(fused, cache, layer, *rest):
+        ran.append((layer, len(fused)))
+        return real(fused, cache, layer, *rest)
 
-    monkeypatch.setattr(decoder, "_step_layer", counted)
+    monkeypatch.setattr(decoder.ops, "attend", counted)
     cache = KVCache(decoder.dims, 4, 8, torch.float32, torch.device("cpu"))
     wanted = torch.tensor([1, 3, 3, 4])
     decoder.step(

@@ -15,7 +15,6 @@ from ee_megatron.exits import exit_distribution
 from ee_megatron.policy import PolicySpec, initial_policy
 from ee_megatron.rollout import Decoder, ExitPolicy, SamplingParams, generate, stream
 from ee_megatron.rollout.sampling import sample_tokens, stream_key, uniforms
-from ee_megatron.rollout.scheduler import Scheduler
 from ee_megatron.rollout.scoring import score, trace
 from ee_megatron.rollout.stopping import StopChecker
 from ee_megatron.types import Prompt, Rollout
@@ -161,10 +160,10 @@ def test_tokens_are_sampled_with_the_softmax_probabilities():
         (SamplingParams(1.0, top_k=3), logits[0] >= logits[0].topk(3).values[-1]),
     ]:
         expected = (logits[0] / params.temperature).masked_fill(~kept, float("-inf")).softmax(-1)
-        tokens, logprobs = sample_tokens(logits.expand(20000, -1), params, uniform)
+        tokens, logprobs, _ = sample_tokens(logits.expand(20000, -1), params, uniform)
         np.testing.assert_allclose(np.bincount(tokens, minlength=12) / 20000, expected, atol=0.015)
         np.testing.assert_allclose(logprobs, expected.log()[tokens], atol=1e-5)
-    nucleus, _ = sample_tokens(logits.expand(20000, -1), SamplingParams(1.0, top_p=0.5), uniform)
+    nucleus, _, _ = sample_tokens(logits.expand(20000, -1), SamplingParams(1.0, top_p=0.5), uniform)
     probabilities = logits[0].softmax(-1)
     kept = nucleus.unique()
     assert probabilities[kept].sum() >= 0.5 > probabilities[kept].sum() - probabilities[kept].min()
@@ -182,7 +181,7 @@ def test_uniforms_depend_on_key_position_and_draw_only(keys, position, draws):
 def test_a_token_without_probability_is_never_sampled(u, forbidden):
     logits = torch.zeros(1, 6)
     logits[0, forbidden] = float("-inf")
-    token, _ = sample_tokens(logits, SamplingParams(1.0), torch.tensor([u], dtype=torch.float64))
+    token, _, _ = sample_tokens(logits, SamplingParams(1.0), torch.tensor([u], dtype=torch.float64))
     assert token.item() != forbidden
 
 
@@ -232,7 +231,7 @@ def test_impossible_requests_are_refused_in_one_line(path, policy, tokenizer):
     ]
     for decoder, prompts, sampling, exits, message in cases:
         with pytest.raises(ValueError, match=message):
-            Scheduler(decoder, tokenizer, prompts, 1, sampling, exits, 0, rows=2)
+            generate(decoder, tokenizer, prompts, 1, sampling, exits, 0, 0, rows=2)
     for wrong in [lambda: ExitPolicy("never"), lambda: ExitPolicy("threshold", 2), lambda: SamplingParams(-1)]:
         with pytest.raises(ValueError):
             wrong()

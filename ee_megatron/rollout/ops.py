@@ -1,0 +1,170 @@
+"""The decoder's elementwise work and attention for one position per row, in PyTorch and by the kernels of kernels.c.
+
+Both classes have the same methods with the same results up to rounding. Shapes: A rows, D hidden, H query heads, KVH
+key/value heads, hd head size, I MLP width. Cache slots and positions are int64 [A] on the cache's device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..families import ModelDims
+from . import kernels
+from .cache import KVCache
+
+
+class Ops(Protocol):
+    def add_norm(self, hidden: Tensor, delta: Tensor | None, gain: Tensor | None) -> Tensor:
+        """hidden [A, D] += delta in place; returns RMSNorm(hidden) · gain (None: without one)."""
+        ...
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """gate_up [A, 2 I] -> silu(gate) · up [A, I]."""
+        ...
+
+    def attend(
+        self, fused: Tensor, cache: KVCache, layer: int, at: Rows, q_gain: Tensor | None, k_gain: Tensor | None
+    ) -> Tensor:
+        """Fused q, k, v [A, (H + 2 KVH) hd] -> attention's output [A, H hd]; the rows' keys and values are in the cache
+        when this returns."""
+        ...
+
+    def write_kv(self, fused: Tensor, cache: KVCache, first: int, layers: int, at: Rows, k_gain: Tensor | None) -> None:
+        """Write keys (normed and rotated here) and values of layers first..first+layers-1, fused [A, layers·2·KVH·hd];
+        k_gain [layers, hd]."""
+        ...
+
+
+class Rows:
+    """Where A rows are: cache slots, positions, and the rotary tables' fp32 [positions, hd / 2] for them."""
+
+    def __init__(self, slots: Tensor, positions: Tensor, span: int, cos: Tensor, sin: Tensor):
+        self.slots, self.positions, self.span, self.cos, self.sin = slots, positions, span, cos, sin
+        self._mask: Tensor | None = None
+
+    def take(self, which: Tensor | slice) -> Rows:
+        return Rows(self.slots[which], self.positions[which], self.span, self.cos, self.sin)
+
+    def mask(self) -> Tensor:
+        """bool [A, 1, 1, span]: what each row sees."""
+        if self._mask is None:
+            seen = torch.arange(self.span, device=self.positions.device) <= self.positions[:, None]
+            self._mask = seen[:, None, None]
+        return self._mask
+
+
+def norm(hidden: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm over the last axis: float32 statistics, rounded to the dtype before the gain, as in transformers."""
+    if hidden.dtype == torch.float32:
+        return F.rms_norm(hidden, hidden.shape[-1:], gain, eps)
+    wide = hidden.float()
+    normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(hidden.dtype)
+    return normed if gain is None else normed * gain
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE in Hugging Face's convention (first half of the head paired with the second): x [..., hd], same shape and
+    dtype; cos, sin float32 [..., hd / 2]."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+class TorchOps:
+    """Any device, any dtype."""
+
+    def __init__(self, dims: ModelDims):
+        self.dims = dims
+
+    def add_norm(self, hidden: Tensor, delta: Tensor | None, gain: Tensor | None) -> Tensor:
+        if delta is not None:
+            hidden += delta
+        return norm(hidden, gain, self.dims.rms_eps)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def attend(
+        self, fused: Tensor, cache: KVCache, layer: int, at: Rows, q_gain: Tensor | None, k_gain: Tensor | None
+    ) -> Tensor:
+        dims, eps = self.dims, self.dims.rms_eps
+        heads = fused.unflatten(-1, (dims.heads + 2 * dims.kv_heads, dims.head_dim))
+        q, k, v = heads.split([dims.heads, dims.kv_heads, dims.kv_heads], dim=1)
+        if q_gain is not None:
+            q, k = norm(q, q_gain, eps), norm(k, k_gain, eps)
+        cos, sin = at.cos[at.positions][:, None], at.sin[at.positions][:, None]
+        keys, values = cache.keys[layer], cache.values[layer]
+        keys[at.slots, at.positions] = rotate(k, cos, sin)
+        values[at.slots, at.positions] = v
+        # The query heads that share a key/value head take the place of query positions: no head is repeated.
+        q = rotate(q, cos, sin).unflatten(1, (dims.kv_heads, -1))
+        k_used, v_used = keys[at.slots, : at.span], values[at.slots, : at.span]
+        return F.scaled_dot_product_attention(
+            q, k_used.transpose(1, 2), v_used.transpose(1, 2), attn_mask=at.mask()
+        ).flatten(1)
+
+    def write_kv(self, fused: Tensor, cache: KVCache, first: int, layers: int, at: Rows, k_gain: Tensor | None) -> None:
+        dims = self.dims
+        heads = fused.unflatten(-1, (layers, 2, dims.kv_heads, dims.head_dim))
+        k, v = heads[:, :, 0], heads[:, :, 1]
+        if k_gain is not None:
+            k = norm(k, None, dims.rms_eps) * k_gain[:, None]
+        k = rotate(k, at.cos[at.positions][:, None, None], at.sin[at.positions][:, None, None])
+        where = (slice(first, first + layers), at.slots, at.positions)
+        cache.keys[where] = k.transpose(0, 1)
+        cache.values[where] = v.transpose(0, 1)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class KernelOps:
+    """The compiled kernels: CPU, float32 or bfloat16; the cache is read in place, each row up to its own length."""
+
+    def __init__(self, dims: ModelDims, library: ctypes.CDLL):
+        self.dims, self.library = dims, library
+
+    def add_norm(self, hidden: Tensor, delta: Tensor | None, gain: Tensor | None) -> Tensor:
+        out = torch.empty_like(hidden)
+        rows, width = hidden.shape
+        self.library.add_norm(
+            hidden.data_ptr(), _pointer(delta), _pointer(gain), out.data_ptr(), rows, width, self.dims.rms_eps
+        )
+        return out
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+        out = gate_up.new_empty(rows, width)
+        self.library.silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, width)
+        return out
+
+    def attend(
+        self, fused: Tensor, cache: KVCache, layer: int, at: Rows, q_gain: Tensor | None, k_gain: Tensor | None
+    ) -> Tensor:
+        dims, rows = self.dims, len(fused)
+        out = fused.new_empty(rows, dims.q_size)
+        self.library.attend(
+            fused.data_ptr(), out.data_ptr(), at.slots.data_ptr(), at.positions.data_ptr(), at.cos.data_ptr(),
+            at.sin.data_ptr(), cache.keys[layer].data_ptr(), cache.values[layer].data_ptr(), cache.keys.stride(1),
+            _pointer(q_gain), _pointer(k_gain), dims.rms_eps, rows, dims.heads, dims.kv_heads, dims.head_dim,
+        )  # fmt: skip
+        return out
+
+    def write_kv(self, fused: Tensor, cache: KVCache, first: int, layers: int, at: Rows, k_gain: Tensor | None) -> None:
+        dims = self.dims
+        self.library.write_kv(
+            fused.data_ptr(), at.slots.data_ptr(), at.positions.data_ptr(), at.cos.data_ptr(), at.sin.data_ptr(),
+            cache.keys[first].data_ptr(), cache.values[first].data_ptr(), cache.keys.stride(0), cache.keys.stride(1),
+            _pointer(k_gain), dims.rms_eps, len(fused), layers, dims.kv_heads, dims.head_dim,
+        )  # fmt: skip
+
+
+def choose_ops(dims: ModelDims, dtype: torch.dtype, device: torch.device) -> Ops:
+    library = kernels.library(dtype) if device.type == "cpu" else None
+    return TorchOps(dims) if library is None else KernelOps(dims, library)

@@ -1,0 +1,117 @@
+"""What the scheduler is asked and what it reports: requests, answers in the making, events."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..types import Rollout
+from .sampling import ExitPolicy, SamplingParams
+from .stopping import StopChecker
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer wanted.
+
+    - prompt: text (tokenised as it stands) or token ids
+    - seed, prompt_id, sample: name the answer's random stream, and nothing else does: same names, same answer. A
+      prompt's samples differ in `sample`; requests with equal prompts that wait together are read once.
+    - stream: whether events carry text (it costs a detokenisation per token)
+    """
+
+    prompt: str | Sequence[int]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    exits: ExitPolicy = field(default_factory=lambda: ExitPolicy("off"))
+    seed: int = 0
+    prompt_id: str = ""
+    sample: int = 0
+    stream: bool = False
+
+
+@dataclass(frozen=True)
+class Event:
+    """A request got a token: its id, the text that became certain with it, its exit depth and log-probabilities.
+
+    `finished` is None, or why this was the last: "stop" (end of sequence or a stop string) or "length".
+    """
+
+    request: int
+    token: int
+    text: str
+    depth: int
+    logprob: float
+    full_logprob: float
+    exit_logprob: float
+    finished: str | None
+
+
+@dataclass(eq=False)
+class Row:
+    """One answer in the making; lists as in `Rollout`.
+
+    `outcome` is the last segment that ran for the token being made: once the row is at the readout, its exit's index.
+    `slot` is its place in the cache (-1: none yet), `shown` the characters that events have reported.
+    """
+
+    id: int
+    request: Request
+    prompt_tokens: tuple[int, ...]
+    key: int
+    stopping: StopChecker
+    slot: int = -1
+    outcome: int = -1
+    shown: int = 0
+    tokens: list[int] = field(default_factory=list)
+    exit_depths: list[int] = field(default_factory=list)
+    token_logprobs: list[float] = field(default_factory=list)
+    full_logprobs: list[float] = field(default_factory=list)
+    exit_logprobs: list[float] = field(default_factory=list)
+    finished: str | None = None
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_tokens) + len(self.tokens)
+
+    @property
+    def longest(self) -> int:
+        return len(self.prompt_tokens) + self.request.sampling.max_new_tokens
+
+    def append(self, token: int, depth: int, logprob: float, full_logprob: float, exit_logprob: float) -> Event:
+        """Add a token and decide whether it is the last."""
+        self.tokens.append(token)
+        self.exit_depths.append(depth)
+        self.token_logprobs.append(logprob)
+        self.full_logprobs.append(full_logprob)
+        self.exit_logprobs.append(exit_logprob)
+        if self.stopping.ended(self.tokens):
+            self.finished = "stop"
+        elif len(self.tokens) >= self.request.sampling.max_new_tokens:
+            self.finished = "length"
+        text = self._new_text() if self.request.stream else ""
+        return Event(self.id, token, text, depth, logprob, full_logprob, exit_logprob, self.finished)
+
+    def rollout(self, version: int) -> Rollout:
+        token_logprobs = np.array(self.token_logprobs, dtype=np.float32)
+        sampling = self.request.sampling
+        cut = sampling.temperature > 0 and (sampling.top_k or sampling.top_p < 1)
+        return Rollout(
+            prompt_id=self.request.prompt_id,
+            prompt_tokens=np.array(self.prompt_tokens, dtype=np.int64),
+            tokens=np.array(self.tokens, dtype=np.int64),
+            exit_depths=np.array(self.exit_depths, dtype=np.int32),
+            token_logprobs=token_logprobs,
+            exit_logprobs=np.array(self.exit_logprobs, dtype=np.float32),
+            text=self.stopping.text(self.tokens),
+            finished=self.finished == "stop",
+            weight_version=version,
+            full_logprobs=np.array(self.full_logprobs, dtype=np.float32) if cut else token_logprobs,
+        )
+
+    def _new_text(self) -> str:
+        text = self.stopping.text(self.tokens) if self.finished else self.stopping.settled(self.tokens)
+        new = text[self.shown :]
+        self.shown = max(self.shown, len(text))
+        return new

@@ -1,0 +1,174 @@
+"""The compiled kernels against their PyTorch forms, and decoding in bfloat16 against transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ee_megatron.families import ModelDims
+from ee_megatron.policy import PolicySpec
+from ee_megatron.rollout import Decoder, ExitPolicy, SamplingParams, kernels, sampling
+from ee_megatron.rollout.cache import KVCache
+from ee_megatron.rollout.ops import KernelOps, Rows, TorchOps, choose_ops
+from ee_megatron.rollout.request import Request
+from ee_megatron.rollout.scheduler import Scheduler
+from tests.tiny import tiny_hf
+
+DIMS = ModelDims("qwen3", 3, 48, 40, 6, 2, 16, 130, 512, 1e-6, 1e4)
+CPU = torch.device("cpu")
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("gcc", "clang", "cc"))), reason="the kernels need a C compiler"
+)
+
+
+def both(dims: ModelDims, dtype: torch.dtype) -> tuple[KernelOps, TorchOps]:
+    library = kernels.library(dtype)
+    assert library is not None, "a compiler is there, so the kernels must compile"
+    return KernelOps(dims, library), TorchOps(dims)
+
+
+def near(a: torch.Tensor, b: torch.Tensor) -> None:
+    tolerance = 2e-5 if a.dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@needs_compiler
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    rows=st.integers(1, 9),
+    span=st.integers(1, 70),
+    size=st.sampled_from([8, 16, 20, 64, 128]),
+    heads=st.sampled_from([(1, 1), (6, 2), (4, 4)]),
+    gains=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_attention_and_cache_writes_equal_the_pytorch_form(seed, rows, span, size, heads, gains, dtype):
+    dims = dataclasses.replace(DIMS, heads=heads[0], kv_heads=heads[1], head_dim=size)
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    caches = [KVCache(dims, 11, 70, dtype, CPU) for _ in range(2)]
+    for name in ("keys", "values"):
+        content = random(*getattr(caches[0], name).shape)
+        for cache in caches:
+            getattr(cache, name).copy_(content)
+    angles = torch.arange(70)[:, None] * torch.rand(size // 2, generator=generator)
+    slots = torch.randperm(11, generator=generator)[:rows]
+    positions = torch.randint(0, span, (rows,), generator=generator)
+    at = Rows(slots, positions, int(positions.max()) + 1, angles.cos(), angles.sin())
+    fused = random(rows, (heads[0] + 2 * heads[1]) * size)
+    q_gain, k_gain = (random(size), random(size)) if gains else (None, None)
+    skipped, skipped_gain = random(rows, 2 * 2 * heads[1] * size), random(2, size) if gains else None
+    found = []
+    for ops, cache in zip(both(dims, dtype), caches, strict=True):
+        found.append(ops.attend(fused, cache, 1, at, q_gain, k_gain))
+        ops.write_kv(skipped, cache, 1, 2, at, skipped_gain)
+    near(found[0], found[1])
+    near(caches[0].keys, caches[1].keys)
+    near(caches[0].values, caches[1].values)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [7, 576])
+def test_norms_sums_and_activations_equal_the_pytorch_form(dtype, width):
+    generator = torch.Generator().manual_seed(0)
+    for rows in (1, 50):
+        hidden, delta, gain = (
+            torch.randn(s, generator=generator).to(dtype) for s in ((rows, width),) * 2 + ((width,),)
+        )
+        for d, g in ((None, None), (delta, None), (None, gain), (delta, gain)):
+            streams = [hidden.clone(), hidden.clone()]
+            results = [ops.add_norm(h, d, g) for ops, h in zip(both(DIMS, dtype), streams, strict=True)]
+            near(results[0], results[1])
+            near(streams[0], streams[1])
+        gate_up = 20 * torch.randn(rows, 2 * width, generator=generator).to(dtype)
+        near(*(ops.silu_mul(gate_up) for ops in both(DIMS, dtype)))
+
+
+@needs_compiler
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**16), vocab=st.integers(1, 1500), u=st.floats(0, 1, exclude_max=True), cut=st.booleans())
+def test_sampling_by_kernel_picks_the_token_at_the_quantile(seed, vocab, u, cut):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 5 * torch.randn(1, vocab, generator=generator)
+    if cut and vocab > 1:
+        logits[0, torch.randperm(vocab, generator=generator)[: vocab - 1]] = float("-inf")
+    (token,), (logprob,) = sampling.inverse_cdf(logits, torch.tensor([u], dtype=torch.float64))
+    p = logits[0].double().softmax(-1)
+    assert p[token] > 0 and abs(p[token].log() - logprob) < 1e-5
+    assert p[:token].sum() <= u + 1e-6 and u <= p[: token + 1].sum() + 1e-6
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    top_k=st.sampled_from([0, 1, 7, 50]),
+    top_p=st.sampled_from([0.1, 0.5, 0.95, 1.0]),
+    candidates=st.integers(1, 60),
+)
+def test_truncation_keeps_what_a_whole_sort_keeps(seed, top_k, top_p, candidates):
+    generator = torch.Generator().manual_seed(seed)
+    # Rows from nearly certain to flat: some nuclei are within the candidates and some are not.
+    logits = torch.randn(5, 50, generator=generator) * torch.tensor([[0.1], [1.0], [3.0], [10.0], [0.5]])
+    found = sampling.truncate(logits, top_k, top_p, candidates)
+    for row, cut in zip(logits, found, strict=True):
+        order = row.argsort(descending=True)[: top_k or 50]
+        p = row[order].double().softmax(-1)
+        kept = order[p.cumsum(0) - p < top_p - 1e-9] if top_p < 1 else order
+        assert torch.isfinite(cut).nonzero().squeeze(-1).tolist() == sorted(kept.tolist())
+        assert torch.equal(cut[kept], row[kept])
+
+
+def test_without_kernels_pytorch_does_the_work(monkeypatch):
+    kernels.library.cache_clear()
+    monkeypatch.setenv("EE_MEGATRON_KERNELS", "0")
+    try:
+        assert isinstance(choose_ops(DIMS, torch.float32, CPU), TorchOps)
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(1, 9, generator=generator).expand(400, -1)
+        tokens, _ = sampling.inverse_cdf(logits, torch.linspace(0, 0.999, 400, dtype=torch.float64))
+        np.testing.assert_allclose(np.bincount(tokens, minlength=9) / 400, logits[0].softmax(-1), atol=0.01)
+    finally:
+        kernels.library.cache_clear()
+
+
+@needs_compiler
+def test_a_compiler_that_fails_is_reported_and_pytorch_takes_over(monkeypatch, tmp_path, caplog):
+    kernels.library.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "FLAGS", (*kernels.FLAGS, "-no-such-flag"))
+    try:
+        assert kernels.library(torch.float32) is None
+        assert "no-such-flag" in caplog.text and not list(tmp_path.rglob("*.so"))
+    finally:
+        kernels.library.cache_clear()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_bfloat16_follows_transformers_within_its_rounding(tmp_path, family):
+    path = tiny_hf(family, tmp_path)
+    decoder = Decoder.from_hf(path, PolicySpec(6, (1, 3, 4), rank=0), torch.bfloat16, "cpu")
+    decoder.eos_ids = frozenset({10**6})
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    scheduler = Scheduler(decoder, AutoTokenizer.from_pretrained(path), in_flight=4)
+    ids = [scheduler.add(Request("abc", SamplingParams(1.0, 20), ExitPolicy("off"), k, "p")) for k in range(6)]
+    while scheduler.busy:
+        scheduler.advance()
+    for i in ids:
+        rollout = scheduler.take(i, 0)
+        tokens = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])
+        with torch.no_grad():
+            logp = model(tokens).logits[0, len(rollout.prompt_tokens) - 1 : -1].float().log_softmax(-1)
+        expected = logp.gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0].numpy()
+        np.testing.assert_allclose(rollout.token_logprobs, expected, atol=0.12)

@@ -1,0 +1,313 @@
+"""The engine: whatever arrives when and however rows are grouped, every answer is the one that it would be alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from ee_megatron.policy import PolicySpec
+from ee_megatron.rollout import Decoder, ExitPolicy, SamplingParams
+from ee_megatron.rollout.ops import TorchOps
+from ee_megatron.rollout.request import Event, Request
+from ee_megatron.rollout.scheduler import Scheduler
+from ee_megatron.rollout.stations import Stations
+from ee_megatron.types import Rollout
+from tests.reference import Reference, random_policy
+from tests.tiny import tiny_hf
+
+SPEC = PolicySpec(6, (1, 3, 4), rank=4, alpha=8.0)
+OUTCOMES = (1, 3, 4, 6)
+NO_STOP = frozenset({10**6})
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_hf(request.param, tmp_path_factory.mktemp(request.param), tied=False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(path: Path):
+    return AutoTokenizer.from_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def decoder(path: Path) -> Decoder:
+    made = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
+    made.load_policy(random_policy(made.dims, SPEC))
+    made.eos_ids = NO_STOP
+    return made
+
+
+def finish(scheduler: Scheduler, ids: list[int]) -> list[Rollout]:
+    while scheduler.busy:
+        scheduler.advance()
+    return [scheduler.take(i, version=3) for i in ids]
+
+
+def alone(decoder: Decoder, tokenizer, request: Request) -> Rollout:
+    scheduler = Scheduler(decoder, tokenizer, in_flight=1)
+    return finish(scheduler, [scheduler.add(request)])[0]
+
+
+def same(a: Rollout, b: Rollout) -> None:
+    assert a.tokens.tolist() == b.tokens.tolist() and a.exit_depths.tolist() == b.exit_depths.tolist()
+    assert (a.text, a.finished) == (b.text, b.finished)
+    for name in ("token_logprobs", "full_logprobs", "exit_logprobs"):
+        np.testing.assert_allclose(getattr(a, name), getattr(b, name), atol=1e-4)
+
+
+def by_the_book(reference: Reference, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities of a rollout's tokens and exits by the masked forward pass over the whole sequence."""
+    tokens = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])
+    at = slice(len(rollout.prompt_tokens) - 1, tokens.shape[1] - 1)
+    depths = torch.full_like(tokens, 6)
+    depths[0, at] = torch.tensor(rollout.exit_depths).long()
+    logp = reference.logits(tokens, depths).log_softmax(-1)[0, at]
+    exits = reference.log_q(reference.gate_logits(tokens, depths), depths)[0, at]
+    exits[0] = 0
+    return logp.gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0].numpy(), exits.numpy()
+
+
+@st.composite
+def traffic(draw):
+    """Requests with prescribed exits: (prompt tokens, depths), how many are in flight and run together, and after how
+    many pieces of work each arrives."""
+    asked = []
+    for i in range(draw(st.integers(1, 9))):
+        prompt = draw(st.lists(st.integers(0, 127), min_size=1, max_size=12))
+        depths = draw(st.lists(st.sampled_from(OUTCOMES), min_size=0, max_size=9))
+        asked.append((prompt, [6, *depths], draw(st.integers(0, 12)) if i else 0))
+    return asked, draw(st.integers(1, 6)), draw(st.integers(1, 6)), draw(st.booleans())
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(traffic())
+def test_any_traffic_gives_the_masked_references_probabilities_and_runs_no_skipped_layer(
+    path, decoder, tokenizer, case
+):
+    asked, in_flight, batch, torch_ops = case
+    reference = Reference(path, SPEC, random_policy(decoder.dims, SPEC))
+    kept, ids = decoder.ops, []
+    decoder.ops = TorchOps(decoder.dims) if torch_ops else decoder.ops
+    try:
+        scheduler = Scheduler(decoder, tokenizer, in_flight, batch, capacity=2)
+        for i, (prompt, depths, wait) in enumerate(asked):
+            for _ in range(wait):
+                scheduler.advance()
+            exits = ExitPolicy("prescribed", depths={(f"p{i}", 0): depths})
+            ids.append(scheduler.add(Request(prompt, SamplingParams(1.0, len(depths)), exits, 7, f"p{i}")))
+        answers = finish(scheduler, ids)
+    finally:
+        decoder.ops = kept
+    for rollout, (prompt, depths, _) in zip(answers, asked, strict=True):
+        assert rollout.exit_depths.tolist() == depths and rollout.prompt_tokens.tolist() == prompt
+        tokens, exits = by_the_book(reference, rollout)
+        np.testing.assert_allclose(rollout.token_logprobs, tokens, atol=1e-4, rtol=1e-4)
+        np.testing.assert_allclose(rollout.exit_logprobs, exits, atol=1e-4, rtol=1e-4)
+    # Work done: what the exits prescribe (the first token comes from reading the prompt), not rows times layers.
+    assert scheduler.row_layers == sum(sum(depths[1:]) for _, depths, _ in asked)
+
+
+def mixed_requests() -> list[Request]:
+    kinds = [
+        (SamplingParams(1.0, 12), ExitPolicy("sample")),
+        (SamplingParams(0.7, 20, top_k=9), ExitPolicy("threshold", 0.5)),
+        (SamplingParams(0.0, 9), ExitPolicy("fixed", 3)),
+        (SamplingParams(1.0, 15, ("a", "xy"), top_p=0.6), ExitPolicy("off")),
+        (SamplingParams(1.3, 14), ExitPolicy("confidence", 0.04)),
+    ]
+    texts = ["Q: 1 + 1 =", "abc", "Q: 1 + 1 =", "a much longer prompt than the others have", "x"]
+    return [
+        Request(texts[(i + k) % 5], *kinds[i], seed=k, prompt_id=f"p{i}", sample=k) for k in range(4) for i in range(5)
+    ]
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.permutations(range(20)), st.integers(1, 25), st.integers(1, 25))
+def test_requests_of_every_kind_answer_as_they_would_alone(decoder, tokenizer, order, in_flight, batch):
+    requests = mixed_requests()
+    expected = [alone(decoder, tokenizer, request) for request in requests] if order[0] % 4 == 0 else None
+    scheduler = Scheduler(decoder, tokenizer, in_flight, batch)
+    ids = {}
+    for n, i in enumerate(order):
+        ids[i] = scheduler.add(requests[i])
+        for _ in range(n % 3):
+            scheduler.advance()
+    answers = finish(scheduler, [ids[i] for i in range(20)])
+    assert not scheduler.finished and len(scheduler._free) == in_flight
+    for rollout, other in zip(answers, expected or [alone(decoder, tokenizer, r) for r in requests], strict=True):
+        same(rollout, other)
+
+
+def test_rows_at_different_tokens_and_depths_run_together(decoder, tokenizer):
+    """Rows that got ahead of others share segments with them: batches are regrouped, not advanced in lock-step."""
+    scheduler = Scheduler(decoder, tokenizer, in_flight=16, batch=4)
+    generator = np.random.default_rng(0)
+    for i in range(16):
+        depths = [6, *generator.choice(OUTCOMES, 30)]
+        exits = ExitPolicy("prescribed", depths={(f"p{i}", 0): depths})
+        scheduler.add(Request([i + 1, 2, 3], SamplingParams(1.0, 31), exits, 0, f"p{i}"))
+    sizes, spread = [], 0
+    real = scheduler._run
+
+    def watched(segment, rows):
+        nonlocal spread
+        sizes.append(len(rows))
+        spread = max(spread, len({len(row.tokens) for row in rows}))
+        real(segment, rows)
+
+    scheduler._run = watched
+    # While all rows are in flight; at the end there is nobody left to wait for.
+    while not scheduler.finished:
+        scheduler.advance()
+    # In lock-step at mean depth 0.58 a batch of four would thin out to fewer than three rows on average.
+    assert spread > 1 and np.mean(sizes) > 3.8
+
+
+def test_requests_join_and_leave_a_running_engine(decoder, tokenizer):
+    scheduler = Scheduler(decoder, tokenizer, in_flight=2)
+    sampling = SamplingParams(1.0, 40)
+    first, second, third = (
+        scheduler.add(Request("abc", sampling, ExitPolicy("sample"), 0, name)) for name in ("a", "b", "c")
+    )
+    for _ in range(10):
+        scheduler.advance()
+    assert {row.id for row in scheduler.stations} == {first, second}
+    assert scheduler.cancel(first) and scheduler.cancel(third) and not scheduler.cancel(first)
+    late = scheduler.add(Request("abc", SamplingParams(1.0, 5), ExitPolicy("sample"), 0, "d"))
+    events: list[Event] = []
+    while scheduler.busy:
+        events.extend(scheduler.advance())
+    assert {event.request for event in events} == {second, late}
+    assert [e.finished for e in events if e.request == late] == [None] * 4 + ["length"]
+    with pytest.raises(KeyError):
+        scheduler.take(first, 0)
+    same(
+        scheduler.take(late, 0),
+        alone(decoder, tokenizer, Request("abc", SamplingParams(1.0, 5), ExitPolicy("sample"), 0, "d")),
+    )
+    assert scheduler.cancel(second) and not scheduler.finished and len(scheduler._free) == 2
+
+
+def test_events_stream_the_answer(decoder, tokenizer):
+    requests = [Request(r.prompt, r.sampling, r.exits, r.seed, r.prompt_id, r.sample, True) for r in mixed_requests()]
+    scheduler = Scheduler(decoder, tokenizer, in_flight=7)
+    ids = [scheduler.add(request) for request in requests]
+    events: dict[int, list[Event]] = {i: [] for i in ids}
+    while scheduler.busy:
+        for event in scheduler.advance():
+            events[event.request].append(event)
+    for i in ids:
+        rollout = scheduler.take(i, 0)
+        assert "".join(event.text for event in events[i]) == rollout.text
+        assert [event.token for event in events[i]] == rollout.tokens.tolist()
+        assert [event.depth for event in events[i]] == rollout.exit_depths.tolist()
+        np.testing.assert_allclose([event.full_logprob for event in events[i]], rollout.full_logprobs, rtol=1e-6)
+        assert events[i][-1].finished == ("stop" if rollout.finished else "length")
+
+
+def test_truncated_sampling_records_both_log_probabilities(path, decoder, tokenizer):
+    reference = Reference(path, SPEC, random_policy(decoder.dims, SPEC))
+    for sampling in (SamplingParams(1.0, 25, top_k=4), SamplingParams(1.0, 25, top_p=0.4), SamplingParams(1.0, 25)):
+        rollout = alone(decoder, tokenizer, Request("abc", sampling, ExitPolicy("sample"), 1, "p"))
+        expected, _ = by_the_book(reference, rollout)
+        np.testing.assert_allclose(rollout.full_logprobs, expected, atol=1e-4)
+        cut = sampling.top_k or sampling.top_p < 1
+        # Cutting the tail off gives what is left more weight.
+        assert (rollout.token_logprobs > rollout.full_logprobs + 0.1).all() == bool(cut)
+        assert cut or np.array_equal(rollout.token_logprobs, rollout.full_logprobs)
+
+
+def test_confidence_leaves_at_the_first_readout_that_is_sure_enough(decoder, tokenizer):
+    value = 0.045
+    rollout = alone(
+        decoder, tokenizer, Request("abc", SamplingParams(1.0, 40), ExitPolicy("confidence", value), 0, "p")
+    )
+    tokens = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])
+    at = torch.arange(len(rollout.prompt_tokens), tokens.shape[1] - 1)
+    depths = torch.full_like(tokens, 6)
+    depths[0, at] = torch.tensor(rollout.exit_depths[1:]).long()
+    _, residuals = decoder.forward_with_residuals(tokens, torch.tensor([tokens.shape[1]]), depths)
+    sure = torch.stack([decoder.readout(r[0, at]).softmax(-1).amax(-1) for r in residuals])
+    for column, depth in zip(sure.T, rollout.exit_depths[1:].tolist(), strict=True):
+        expected = next((d for d, p in zip(SPEC.exit_depths, column.tolist(), strict=True) if p > value), 6)
+        assert depth == expected
+    assert len(set(rollout.exit_depths[1:].tolist())) > 1
+
+
+def test_equal_prompts_and_a_common_beginning_are_read_once(decoder, tokenizer, monkeypatch):
+    read: list[int] = []
+    real = decoder.prefill
+    monkeypatch.setattr(decoder, "prefill", lambda tokens, *rest: read.append(tokens.numel()) or real(tokens, *rest))
+    scheduler = Scheduler(decoder, tokenizer, in_flight=3)
+    head = list(range(1, 51))
+    ids = [
+        scheduler.add(Request([*head, 60 + p], SamplingParams(1.0, 3), seed=0, prompt_id=str(p), sample=k))
+        for p in range(4)
+        for k in range(5)
+    ]
+    apart = scheduler.add(Request([9, 9], SamplingParams(1.0, 3)))
+    scheduler.share_prefix(head)
+    answers = finish(scheduler, [*ids, apart])
+    assert sum(read) == 50 + 4 + 2 and not scheduler._read
+    same(answers[7], alone(decoder, tokenizer, Request([*head, 61], SamplingParams(1.0, 3), prompt_id="1", sample=2)))
+
+
+def test_many_prompts_are_read_a_bounded_number_of_positions_at_a_time(decoder, tokenizer, monkeypatch):
+    requests = [Request([n + 1] * (n % 17 + 1), SamplingParams(1.0, 4), prompt_id=str(n)) for n in range(40)]
+    monkeypatch.setattr("ee_megatron.rollout.scheduler.PREFILL_POSITIONS", 20)
+    read: list[int] = []
+    real = decoder.prefill
+    monkeypatch.setattr(decoder, "prefill", lambda tokens, *rest: read.append(tokens.numel()) or real(tokens, *rest))
+    scheduler = Scheduler(decoder, tokenizer, in_flight=40)
+    answers = finish(scheduler, [scheduler.add(request) for request in requests])
+    assert max(read) <= 20 and sum(read) >= sum(len(r.prompt) for r in requests)
+    for rollout, request in zip(answers, requests, strict=True):
+        same(rollout, alone(decoder, tokenizer, request))
+
+
+def test_a_nearly_empty_station_waits_and_no_row_waits_for_ever():
+    stations = Stations(3, batch=100)
+    rows = [object() for _ in range(40)]
+    for row in rows[:3]:
+        stations.put(1, row)  # type: ignore[arg-type]
+    for row in rows[3:]:
+        stations.put(0, row)  # type: ignore[arg-type]
+    assert [len(stations.take()[1]) for _ in range(2)] == [37, 3]
+    full = Stations(3, batch=4)
+    for station, count in ((0, 5), (1, 6), (2, 3)):
+        for row in rows[:count]:
+            full.put(station, row)  # type: ignore[arg-type]
+    station, taken = full.take()
+    assert (station, taken) == (1, rows[:4]) and len(full) == 10
+
+
+def test_a_request_that_fails_can_be_cancelled_and_the_others_go_on(decoder, tokenizer):
+    scheduler = Scheduler(decoder, tokenizer, in_flight=4)
+    good = Request("abc", SamplingParams(1.0, 30), ExitPolicy("sample"), 0, "good")
+    short = Request("abc", SamplingParams(1.0, 30), ExitPolicy("prescribed", depths={("bad", 0): [6, 3, 6]}), 0, "bad")
+    kept, bad = scheduler.add(good), scheduler.add(short)
+    with pytest.raises(ValueError, match=r"\('bad', 0\): 3 given, token 3 needs one"):
+        finish(scheduler, [kept])
+    assert scheduler.cancel(bad)
+    same(finish(scheduler, [kept])[0], alone(decoder, tokenizer, good))
+
+
+def test_what_the_engine_cannot_do_is_refused_in_one_line(path, decoder, tokenizer):
+    with pytest.raises(ValueError, match="at least 1"):
+        Scheduler(decoder, tokenizer, 0)
+    scheduler = Scheduler(decoder, tokenizer, 1)
+    for request, message in [
+        (Request([]), "no tokens"),
+        (Request("a", SamplingParams(1.0, 600)), "the model has 512"),
+        (Request("a", exits=ExitPolicy("fixed", 2)), "no exit depth"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            scheduler.add(request)
+    assert not scheduler.busy

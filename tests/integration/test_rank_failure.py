@@ -54,7 +54,7 @@ def refuse_writing(pid: int) -> None:
     ("fault", "rank", "says"),
     [
         (kill, 1, ["rank      : 1", "Signal 9"]),
-        (abort, 1, ["rank      : 1", "Signal 6", "Current thread", "run_schedule"]),
+        (abort, 1, ["rank      : 1", "Signal 6", "Current thread", "training/calibrate.py"]),
         (refuse_writing, 0, ["error: rank 0 of 2: no checkpoint could be written", "failed here:", "session.save"]),
     ],
 )

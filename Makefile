@@ -1,5 +1,6 @@
 # make demo   the whole method on this machine, no GPU needed
 # make test   unit, then integration tests
+# make slow   what takes long: twenty kills of an RL run, learning over seeds, a fresh environment, ten kills of a conversion
 # make lint   ruff and mypy
 #
 # PYTHON: any Python >= 3.11 that can make a virtual environment.
@@ -12,7 +13,7 @@ DEMO ?= $(if $(shell nvidia-smi -L 2>/dev/null),demo_gpu,demo_cpu)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test unit integration lint clean-venv
+.PHONY: demo test unit integration slow lint clean-venv
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo $(MODEL)/config.json
@@ -25,6 +26,9 @@ unit: $(VENV)/.dev $(MODEL)/config.json
 
 integration: $(VENV)/.dev $(MODEL)/config.json
 	$(BIN)/python -m pytest tests/integration
+
+slow: $(VENV)/.dev $(MODEL)/config.json
+	$(BIN)/python -m pytest tests/slow
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -6,26 +6,30 @@ adapters="merge", gates="embed"    AutoModelForCausalLM.from_pretrained(out, tru
 adapters="keep",  gates="sidecar"  a PEFT adapter of the base model, the gates beside it
 adapters="keep",  gates="drop"     the PEFT adapter alone
 
-Tensors pass through one at a time and are written shard by shard: memory does not grow with the model.
+Tensors pass through block by block; only those that take up an adapter are in memory whole.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..families import FAMILIES, ModelDims
+from ..families import FAMILIES
 from ..families.hf_directory import HFDirectory
-from ..policy import PolicySpec, load_policy
+from ..policy import PolicySpec, digest
 from .export_files.configuration_early_exit import check_exit_policy
-from .manifest import Ledger, copy_tokenizer, entry, whole_directory, write_manifest
+from .manifest import MANIFEST, Digest, Hasher, Ledger, copy_tokenizer, entry, tensor_sha256, write_manifest
+from .meter import Meter
+from .policy_files import LazyTensors, check_policy, open_policy
+from .safetensors_io import SafetensorsWriter, aligned, nbytes, write_small
+from .sources import HFSource, TensorSource, TunedSource, ahead, check_finite, total_bytes
+from .workspace import Workspace, workspace
 
 EXPORT_FILES = Path(__file__).parent / "export_files"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,90 +38,97 @@ DEFAULT_EXIT_POLICY = {"kind": "threshold", "value": 0.5}
 COMBINATIONS = {"merge": ("embed", "sidecar", "drop"), "keep": ("sidecar", "drop")}
 
 
-class TensorSource(Protocol):
-    """What an export reads a base model from: `HFDirectory`, or a checkpoint that offers the same."""
-
-    path: Path
-    config: dict
-    dims: ModelDims
-
-    def names(self) -> list[str]: ...
-
-    def tensor(self, name: str) -> Tensor: ...
-
-
 def export_hf(
-    base: TensorSource | str | Path,
-    policy: str | Path | tuple[PolicySpec, dict[str, Tensor]],
+    base: TensorSource | HFDirectory | str | Path,
+    policy: str | Path | tuple[PolicySpec, Mapping[str, Tensor]],
     out: str | Path,
     adapters: str = "merge",
     gates: str = "auto",
     dtype: str = "auto",
     exit_policy: dict | None = None,
     shard_bytes: int = SHARD_BYTES,
+    *,
+    resume: bool = False,
+    quiet: bool = True,
 ) -> Path:
     """Write the export and return its path. It appears whole or not at all, and never over something that exists.
 
-    policy: a policy checkpoint directory, or spec and tensors. gates "auto": embed with merged adapters, else sidecar.
+    policy: a policy checkpoint directory, or spec and tensors; that of a full fine-tuning is the base, too.
+    gates "auto": embed with merged adapters, else sidecar.
     dtype: float32, bfloat16, float16, or auto (each tensor as it is stored in the base); gates stay float32.
     exit_policy: the default of the embedded model's `generate`, {"kind": "threshold", "value": 0.5} unless given.
+    resume: go on from what a killed run left, and leave the same if this one fails. quiet: no progress bar.
 
     Raises ValueError or FileNotFoundError: an option or combination that does not exist, a policy that does not fit the
-    base, a tensor that would be left over or used twice, an output that exists.
+    base, a tensor that is damaged or would be left over or used twice, an output that exists. OSError: disk full.
     """
-    base = HFDirectory(base) if isinstance(base, str | Path) else base
-    spec, tensors = policy if isinstance(policy, tuple) else load_policy(policy)
+    if isinstance(base, str | Path | HFDirectory):
+        _refuse_embedded(base)
+        base = HFSource(base)
+    spec, tensors = policy if isinstance(policy, tuple) else open_policy(policy)
     out = Path(out)
     gates = ("embed" if adapters == "merge" else "sidecar") if gates == "auto" else gates
-    _check_options(base, spec, adapters, gates, dtype)
+    _check_options(spec, adapters, gates, dtype)
     check_policy(base.dims, spec, tensors)
     exit_policy = exit_policy or DEFAULT_EXIT_POLICY
     check_exit_policy(exit_policy, list(spec.exit_depths), spec.num_layers)
-    ledger = Ledger(base=base.names() if adapters == "merge" else (), policy=tensors)
-    with whole_directory(out) as folder:
+    if spec.full:
+        base = TunedSource(base, tensors)
+    ledger = Ledger(base=_base_names(base, spec, adapters), policy=tensors)
+    plan = Plan(base, spec, tensors, gates, dtype, shard_bytes)
+    job = {
+        "command": "export",
+        "source": base.fingerprint(),
+        "spec": spec.to_json(),
+        "policy": fingerprint_of(tensors),
+        "options": [adapters, gates, dtype, exit_policy, shard_bytes],
+    }
+    with workspace(out, job, resume) as space, Meter("export", plan.total(adapters), quiet) as meter:
+        folder = space.folder
         if adapters == "merge":
-            entries = _write_merged(base, spec, tensors, folder, gates, _caster(dtype), ledger, shard_bytes)
+            entries = _write_merged(plan, space, ledger, meter)
             _write_config(base, spec, folder, gates, dtype, exit_policy)
+            # Names, shapes and lengths as the next reader will see them.
+            HFDirectory(folder)
         else:
-            entries = _write_peft(base, spec, tensors, folder, _caster(dtype), ledger)
+            entries = _write_peft(plan, folder, ledger)
         entries |= _write_sidecar(spec, tensors, folder, gates, ledger)
         ledger.close()
         copied = copy_tokenizer(base.path, folder)
         facts = {"adapters": adapters, "gates": gates, "exit_depths": list(spec.exit_depths), "copied": copied}
+        facts["speed"] = meter.line()
         write_manifest(folder, "hf_export", entries, **facts)
     return out
 
 
-def _check_options(base: TensorSource, spec: PolicySpec, adapters: str, gates: str, dtype: str) -> None:
+def fingerprint_of(tensors: Mapping[str, Tensor]) -> object:
+    """What tells policies apart; that of a full fine-tuning was checked against its digest when it was opened."""
+    if isinstance(tensors, LazyTensors):
+        state = tensors.path.stat()
+        return [str(tensors.path), state.st_size, state.st_mtime_ns]
+    return digest(dict(tensors))
+
+
+def _base_names(base: TensorSource, spec: PolicySpec, adapters: str) -> list[str]:
+    # The tensors of a full fine-tuning are the policy's own; those that it started from are not used.
+    return [] if adapters == "keep" or spec.full else base.names()
+
+
+def _refuse_embedded(base: HFDirectory | str | Path) -> None:
+    directory = base if isinstance(base, HFDirectory) else HFDirectory(base)
+    if directory.config.get("model_type") == "early_exit":
+        raise ValueError(f"{directory.path}: is an early-exit export; give the plain model that it was made from")
+
+
+def _check_options(spec: PolicySpec, adapters: str, gates: str, dtype: str) -> None:
     if adapters not in COMBINATIONS:
         raise ValueError(f"adapters={adapters!r}: expected one of {', '.join(COMBINATIONS)}")
     if gates not in COMBINATIONS[adapters]:
         raise ValueError(f"gates={gates!r} with adapters={adapters!r}: expected one of {COMBINATIONS[adapters]}")
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: expected auto, {', '.join(DTYPES)}")
-    if base.config.get("model_type") == "early_exit":
-        raise ValueError(f"{base.path}: is an early-exit export; give the plain model that it was made from")
     if adapters == "keep" and not spec.rank:
         raise ValueError("adapters='keep': the policy has no adapters (rank 0); use adapters='merge'")
-
-
-def check_policy(dims: ModelDims, spec: PolicySpec, tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError, naming the first offender, unless the policy's tensors are exactly those the model needs."""
-    if spec.num_layers != dims.num_layers:
-        raise ValueError(f"the policy is for {spec.num_layers} layers, the model has {dims.num_layers}")
-    expected = spec.tensor_shapes(dims)
-    missing, extra = sorted(expected.keys() - tensors), sorted(tensors.keys() - expected)
-    if missing or extra:
-        raise ValueError(f"policy tensors: missing {missing[:3]}, unexpected {extra[:3]}; spec and tensors disagree")
-    wrong = [name for name, shape in expected.items() if tuple(tensors[name].shape) != shape]
-    if wrong:
-        found = list(tensors[wrong[0]].shape)
-        raise ValueError(f"policy tensor {wrong[0]} has shape {found}, the model implies {list(expected[wrong[0]])}")
-
-
-def _caster(dtype: str) -> Callable[[Tensor, torch.dtype], Tensor]:
-    """(tensor, dtype it is stored in) -> contiguous tensor in the dtype of the export."""
-    return lambda tensor, stored: tensor.to(DTYPES.get(dtype, stored)).contiguous()
 
 
 def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
@@ -125,37 +136,91 @@ def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) 
     return weight.float() + scale * (lora_b.float() @ lora_a.float())
 
 
-def _write_merged(
-    base: TensorSource,
-    spec: PolicySpec,
-    tensors: dict[str, Tensor],
-    folder: Path,
-    gates: str,
-    cast: Callable[[Tensor, torch.dtype], Tensor],
-    ledger: Ledger,
-    shard_bytes: int,
-) -> dict[str, dict]:
-    def base_tensor(name: str) -> tuple[Tensor, list[str]]:
-        weight, keys = base.tensor(name), [f"base:{name}"]
+@dataclass(frozen=True)
+class Plan:
+    """What an export with merged adapters consists of, tensor by tensor."""
+
+    base: TensorSource
+    spec: PolicySpec
+    tensors: Mapping[str, Tensor]
+    gates: str
+    dtype: str
+    shard_bytes: int
+
+    def table(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name -> dtype and shape, in the model's order, embedded gates last."""
+        shapes = self.base.dims.tensor_shapes()
+        table = {n: (DTYPES.get(self.dtype) or self.base.dtype(n), shapes[n]) for n in self.base.names()}
+        if self.gates == "embed":
+            table |= {name: (torch.float32, shape) for name, shape in self.spec.gate_shapes(self.base.dims).items()}
+        return table
+
+    def total(self, adapters: str) -> int:
+        return total_bytes(self.base) if adapters == "merge" else 0
+
+    def lora(self, name: str) -> list[str]:
+        """The adapter of a weight, if it has one."""
         stem = name.removesuffix(".weight")
-        if name == f"{stem}.weight" and f"{stem}.lora_A.weight" in tensors:
-            lora = [f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"]
-            keys += [f"policy:{part}" for part in lora]
-            return cast(
-                merged_weight(weight, tensors[lora[0]], tensors[lora[1]], spec.scale), weight.dtype
-            ), ledger.take(*keys)
-        return cast(weight, weight.dtype), ledger.take(*keys)
+        pair = [f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"]
+        return pair if name == f"{stem}.weight" and pair[0] in self.tensors else []
 
-    def gate_tensor(name: str) -> tuple[Tensor, list[str]]:
-        return tensors[name].float().contiguous(), ledger.take(f"policy:{name}")
+    def sources(self, name: str) -> list[str]:
+        own = "policy" if self.spec.full or name not in self.base.dims.tensor_shapes() else "base"
+        return [f"{own}:{name}", *(f"policy:{part}" for part in self.lora(name))]
 
-    makers: dict[str, Callable[[str], tuple[Tensor, list[str]]]] = dict.fromkeys(base.names(), base_tensor)
-    if gates == "embed":
-        makers |= dict.fromkeys(spec.gate_shapes(base.dims), gate_tensor)
-    sizes = {**base.dims.tensor_shapes(), **spec.gate_shapes(base.dims)}
-    # Four bytes per number at most: a shard is never larger than asked for, unless one tensor is.
-    shards = _plan_shards(makers, {name: 4 * torch.Size(sizes[name]).numel() for name in makers}, shard_bytes)
-    return _write_shards(shards, makers, folder)
+    def blocks(self, name: str, hasher: Hasher, meter: Meter) -> Iterator[Tensor]:
+        """The tensor as it is written. Raises ValueError if it is damaged: not finite, or not of the known hash."""
+        if name not in self.base.dims.tensor_shapes():
+            yield self.tensors[name].float().contiguous()
+            return
+        lora, dtype = self.lora(name), DTYPES.get(self.dtype) or self.base.dtype(name)
+        seen = Digest(hasher) if self.base.sha256(name) and self.changes(name) else None
+        for block in [self.base.tensor(name)] if lora else self.base.blocks(name):
+            check_finite(f"{self.base.path}: {name}", block)
+            if seen is not None:
+                seen.update(block)
+            meter.add(block.nbytes)
+            if lora:
+                block = merged_weight(block, self.tensors[lora[0]], self.tensors[lora[1]], self.spec.scale)
+            yield block.to(dtype)
+        if seen is not None:
+            self.check(name, seen.hexdigest())
+
+    def changes(self, name: str) -> bool:
+        """Whether a tensor of the base is written otherwise than it is stored."""
+        return bool(self.lora(name)) or DTYPES.get(self.dtype, self.base.dtype(name)) != self.base.dtype(name)
+
+    def check(self, name: str, found: str) -> None:
+        """Raises ValueError if a tensor of the base was read with another hash than it should have."""
+        if self.base.sha256(name) not in (None, found):
+            raise ValueError(
+                f"{self.base.path}: {name} is not what {MANIFEST} says; the checkpoint is damaged, convert it again"
+            )
+
+
+def _write_merged(plan: Plan, space: Workspace, ledger: Ledger, meter: Meter) -> dict[str, dict]:
+    """model.safetensors, or numbered files and their index; returns the manifest's entries."""
+    table = plan.table()
+    shards = _plan_shards(table, {name: nbytes(*table[name]) for name in table}, plan.shard_bytes)
+    entries: dict[str, dict] = {}
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        made = space.finished(file)
+        if made is None:
+            made = _write_shard(plan, space.folder / file, {name: table[name] for name in names}, meter)
+            space.finish(file, made)
+        else:
+            meter.skip(sum(nbytes(*table[name]) for name in names))
+        for name in names:
+            ledger.take(*made[name]["source"])
+        entries |= {name: made[name] for name in names}
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(nbytes(*table[name]) for name in table)},
+            "weight_map": {name: line["file"] for name, line in entries.items()},
+        }
+        (space.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    return entries
 
 
 def _plan_shards(names: Iterable[str], size: dict[str, int], shard_bytes: int) -> list[list[str]]:
@@ -170,27 +235,24 @@ def _plan_shards(names: Iterable[str], size: dict[str, int], shard_bytes: int) -
     return shards
 
 
-def _write_shards(
-    shards: list[list[str]], makers: dict[str, Callable[[str], tuple[Tensor, list[str]]]], folder: Path
+def _write_shard(
+    plan: Plan, path: Path, table: dict[str, tuple[torch.dtype, tuple[int, ...]]], meter: Meter
 ) -> dict[str, dict]:
-    """model.safetensors, or numbered files and their index; returns the manifest's entries."""
-    entries: dict[str, dict] = {}
-    total = 0
-    for number, names in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        content: dict[str, Tensor] = {}
-        for name in names:
-            content[name], sources = makers[name](name)
-            entries[name] = entry(content[name], sources, file)
-            total += content[name].nbytes
-        save_file(content, folder / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": total},
-            "weight_map": {name: line["file"] for name, line in entries.items()},
+    digests: dict[str, Digest] = {}
+    with Hasher() as hasher, SafetensorsWriter(path, table) as writer:
+        for name in ahead(plan.base, aligned(table)):
+            digests[name] = Digest(hasher)
+            for block in plan.blocks(name, hasher, meter):
+                digests[name].update(block)
+                writer.write(block)
+            plan.base.release()
+        for name in table:
+            if name in plan.base.dims.tensor_shapes() and not plan.changes(name):
+                plan.check(name, digests[name].hexdigest())
+        return {
+            name: entry(shape, dtype, digests[name].hexdigest(), plan.sources(name), path.name)
+            for name, (dtype, shape) in table.items()
         }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    return entries
 
 
 def _write_config(
@@ -221,22 +283,15 @@ def _write_config(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _write_peft(
-    base: TensorSource,
-    spec: PolicySpec,
-    tensors: dict[str, Tensor],
-    folder: Path,
-    cast: Callable[[Tensor, torch.dtype], Tensor],
-    ledger: Ledger,
-) -> dict[str, dict]:
-    file = "adapter_model.safetensors"
+def _write_peft(plan: Plan, folder: Path, ledger: Ledger) -> dict[str, dict]:
+    base, spec, file = plan.base, plan.spec, "adapter_model.safetensors"
     content: dict[str, Tensor] = {}
     entries: dict[str, dict] = {}
     for name in spec.adapter_shapes(base.dims):
-        target = f"base_model.model.{name}"
-        content[target] = cast(tensors[name], tensors[name].dtype)
-        entries[target] = entry(content[target], ledger.take(f"policy:{name}"), file)
-    save_file(content, folder / file, metadata={"format": "pt"})
+        target, value = f"base_model.model.{name}", plan.tensors[name]
+        content[target] = value.to(DTYPES.get(plan.dtype, value.dtype))
+        entries[target] = _line(content[target], ledger.take(f"policy:{name}"), file)
+    write_small(folder / file, content)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -254,7 +309,7 @@ def _write_peft(
 
 
 def _write_sidecar(
-    spec: PolicySpec, tensors: dict[str, Tensor], folder: Path, gates: str, ledger: Ledger
+    spec: PolicySpec, tensors: Mapping[str, Tensor], folder: Path, gates: str, ledger: Ledger
 ) -> dict[str, dict]:
     """gates.safetensors and gates.json, or nothing (dropped gates count as used, embedded ones were)."""
     names = [name for name in tensors if name.startswith("gates.")]
@@ -263,7 +318,11 @@ def _write_sidecar(
     if gates != "sidecar":
         return {}
     content = {name: tensors[name].float().contiguous() for name in names}
-    save_file(content, folder / "gates.safetensors", metadata={"format": "pt"})
+    write_small(folder / "gates.safetensors", content)
     facts = {"exit_depths": list(spec.exit_depths), "gate_width": spec.gate_width, "gate_input": spec.gate_input}
     (folder / "gates.json").write_text(json.dumps(facts, indent=2) + "\n")
-    return {name: entry(content[name], ledger.take(f"policy:{name}"), "gates.safetensors") for name in names}
+    return {name: _line(content[name], ledger.take(f"policy:{name}"), "gates.safetensors") for name in names}
+
+
+def _line(tensor: Tensor, sources: list[str], file: str) -> dict:
+    return entry(tensor.shape, tensor.dtype, tensor_sha256(tensor), sources, file)

@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 MANIFEST = "manifest.json"
+IN_FLIGHT = 160 << 20
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -52,21 +55,72 @@ class Ledger:
             raise ValueError(f"conversion: {len(names)} tensors were not used: {names[:3]}; nothing was written")
 
 
+class Hasher:
+    """sha256 on a thread of its own, so that blocks are hashed while others are read and written.
+
+    What waits is bounded by IN_FLIGHT bytes (or is one block), so memory does not grow.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._waiting: deque[tuple[Future[None], int]] = deque()
+
+    def __enter__(self) -> Hasher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, update: Callable[[memoryview], None], data: memoryview) -> Future[None]:
+        while self._waiting and sum(size for _, size in self._waiting) + data.nbytes > IN_FLIGHT:
+            self._waiting.popleft()[0].result()
+        future = self._pool.submit(update, data)
+        self._waiting.append((future, data.nbytes))
+        return future
+
+
+class Digest:
+    """sha256 of a tensor that comes in blocks: that of its bytes in row-major order."""
+
+    def __init__(self, hasher: Hasher):
+        self._hasher, self._sha = hasher, hashlib.sha256()
+        self._last: Future[None] | None = None
+
+    def update(self, block: Tensor) -> None:
+        self._last = self._hasher.submit(self._sha.update, tensor_bytes(block))
+
+    def hexdigest(self) -> str:
+        """Waits for the blocks so far."""
+        if self._last is not None:
+            self._last.result()
+        return self._sha.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor in row-major order, without a copy where it is contiguous."""
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
+
+
 def tensor_sha256(tensor: Tensor) -> str:
     """sha256 of the tensor's bytes in row-major order."""
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(tensor_bytes(tensor.cpu())).hexdigest()
 
 
-def entry(tensor: Tensor, sources: list[str], file: str) -> dict:
-    """One line of the manifest: shape, dtype, sha256, the tensors it came from, the file it is in."""
-    return {
-        "shape": list(tensor.shape),
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        "sha256": tensor_sha256(tensor),
+def entry(
+    shape: Sequence[int], dtype: torch.dtype, sha256: str, sources: list[str], file: str, stored_as: str | None = None
+) -> dict:
+    """One line of the manifest: shape, dtype, sha256, the tensors it came from, the file it is in.
+
+    `stored_as` is its name there, where that is another.
+    """
+    line = {
+        "shape": list(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "sha256": sha256,
         "source": sources,
         "file": file,
     }
+    return line if stored_as is None else {**line, "stored_as": stored_as}
 
 
 def write_manifest(directory: Path, kind: str, tensors: dict[str, dict], **facts: object) -> None:

@@ -146,7 +146,7 @@ def damaged(base: Path, kind: str) -> None:
         ("", ("--exit-depths", "2,6"), "[6] outside 1..5"),
         ("", ("--tp", 3), "num_attention_heads=4 does not divide"),
         ("", ("--tp", 4), "num_key_value_heads=2 does not divide"),
-        ("", ("--pp", 4, "--exit-depths", "3"), "needs 3 stage boundaries"),
+        ("", ("--pp", 4, "--exit-depths", "3"), "need 3 boundaries at exits"),
         ("", ("--policy", "nowhere"), "no policy.json"),
     ],
 )
@@ -197,7 +197,7 @@ def test_inspect_shows_every_kind_of_directory(tmp_path, capsys):
     for folder, kind, tensor in (
         (base, "hugging face qwen2", "model.layers.5.self_attn.q_proj.bias"),
         (policy, "policy", "gates.2.fc1.weight"),
-        (tmp_path / "peft", "hf_export", "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"),
+        (tmp_path / "peft", "peft adapter", "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"),
     ):
         capsys.readouterr()
         assert run("inspect", folder) == 0

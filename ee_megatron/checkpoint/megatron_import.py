@@ -1,0 +1,93 @@
+"""Any source of tensors -> Megatron checkpoint directory: the work behind `convert import` and `convert reshard`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..policy import PolicySpec, digest, save_policy
+from .manifest import copy_tokenizer, entry, tensor_sha256, write_manifest
+from .megatron_directory import Layout, write_weights
+from .megatron_io import KIND, WEIGHTS
+from .meter import Meter
+from .policy_files import Policy, check_policy
+from .safetensors_io import read_small
+from .sources import HFSource, TensorSource, TunedSource, total_bytes
+from .torch_dist import write_metadata
+from .workspace import workspace
+
+
+def write_megatron(
+    source: TensorSource,
+    out: Path,
+    policy: Policy,
+    layout: Layout,
+    dtype: torch.dtype | None = None,
+    *,
+    resume: bool = False,
+    quiet: bool = True,
+) -> Meter:
+    """Write the checkpoint (see megatron_io), whole or not at all; returns the meter with its figures.
+
+    dtype None: each tensor as it is stored. A fully fine-tuned policy becomes the base, its gates the policy.
+    Raises ValueError or OSError, one line: a policy that does not fit, damaged tensors, an output that exists, a full
+    disk.
+    """
+    source, (spec, tensors) = folded(source, policy)
+    check_policy(source.dims, spec, tensors)
+    job = {
+        "command": "megatron",
+        "source": source.fingerprint(),
+        "spec": spec.to_json(),
+        "policy": digest(dict(tensors)),
+        "layout": layout.to_json(source.dims),
+        "dtype": str(dtype),
+    }
+    with workspace(out, job, resume) as space, Meter("weights", total_bytes(source), quiet) as meter:
+        chunks, lines = write_weights(space, source, layout, dtype, meter)
+        write_metadata(space.folder / WEIGHTS, chunks)
+        save_policy(space.folder, spec, dict(tensors))
+        for name, value in tensors.items():
+            digest_ = tensor_sha256(value)
+            lines[name] = entry(value.shape, value.dtype, digest_, [f"policy:{name}"], "policy.safetensors")
+        (space.folder / "config.json").write_text(json.dumps(source.config, indent=2) + "\n")
+        copied = copy_tokenizer(source.path, space.folder)
+        facts = {"exit_depths": list(spec.exit_depths), "layout": layout.to_json(source.dims), "copied": copied}
+        write_manifest(space.folder, KIND, lines, **facts)
+    return meter
+
+
+def folded(source: TensorSource, policy: Policy) -> tuple[TensorSource, Policy]:
+    """A fully fine-tuned policy as a base of its own and a policy of gates only; any other as it is."""
+    spec, tensors = policy
+    if not spec.full:
+        return source, policy
+    check_policy(source.dims, spec, tensors)
+    gates = {name: tensors[name] for name in spec.gate_shapes(source.dims)}
+    facts = {**spec.to_json(), "full": False}
+    return TunedSource(source, tensors), (PolicySpec.from_json(facts), gates)
+
+
+def gates_of(source: HFSource) -> Policy | None:
+    """The gates that a Hugging Face directory brings along, embedded in the model or beside it; None: a plain model."""
+    spec = source.spec()
+    if spec is not None:
+        found: dict[str, Tensor] = {}
+        for file in sorted(source.path.glob("model*.safetensors")):
+            found |= read_small(file, prefix="gates.")
+        return spec, found
+    sidecar = source.path / "gates.json"
+    if not sidecar.is_file():
+        return None
+    facts = json.loads(sidecar.read_text())
+    spec = PolicySpec(
+        source.dims.num_layers,
+        tuple(facts["exit_depths"]),
+        rank=0,
+        gate_width=facts["gate_width"],
+        gate_input=facts["gate_input"],
+    )
+    return spec, read_small(source.path / "gates.safetensors")

@@ -1,0 +1,98 @@
+"""Writing safetensors files block by block, so that no file and no tensor has to be in memory whole.
+
+The format: an unsigned 64-bit little-endian length, that many bytes of JSON (name -> dtype, shape, data_offsets), then
+the tensors' bytes without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .manifest import tensor_bytes
+
+CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+DTYPES = {code: dtype for dtype, code in CODES.items()}
+Table = Mapping[str, tuple[torch.dtype, Sequence[int]]]
+
+
+def nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    return dtype.itemsize * torch.Size(shape).numel()
+
+
+def aligned(table: Table) -> list[str]:
+    """Names in the order of the file: wide numbers first, so that each tensor begins at a multiple of its item size."""
+    return sorted(table, key=lambda name: -table[name][0].itemsize)
+
+
+class SafetensorsWriter:
+    """One file. Its tensors are written in the order of `aligned(table)`, each in as many blocks as one likes."""
+
+    def __init__(self, path: Path, table: Table):
+        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in aligned(table):
+            dtype, shape = table[name]
+            if dtype not in CODES:
+                raise ValueError(f"{name}: dtype {dtype} is not supported; supported: {', '.join(CODES.values())}")
+            begin, end = end, end + nbytes(dtype, shape)
+            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._end = 8 + len(text) + end
+        self._file = path.open("wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+
+    def write(self, block: Tensor) -> None:
+        self._file.write(tensor_bytes(block))
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if kind is None:
+            size = Path(self._file.name).stat().st_size
+            assert size == self._end, (self._file.name, size, self._end)
+
+
+def write_small(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A whole file of tensors that are in memory anyway."""
+    table = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with SafetensorsWriter(path, table) as writer:
+        for name in aligned(table):
+            writer.write(tensors[name])
+
+
+def read_small(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a file whose names begin with `prefix`, in memory. Raises ValueError if it is no such file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).clone() for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file or truncated ({error}); copy it again") from None
+
+
+def places(path: Path) -> Iterator[tuple[str, tuple[Path, int, int]]]:
+    """Name -> file, offset, length of every tensor of a file that is known to be sound."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        table = json.loads(file.read(length))
+    for name, line in table.items():
+        if name != "__metadata__":
+            begin, end = line["data_offsets"]
+            yield name, (path, 8 + length + begin, end - begin)

@@ -1,0 +1,247 @@
+"""What a conversion reads a model from: tensors by their Hugging Face names, in blocks, wherever they are stored."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..families import FAMILIES, ModelDims
+from ..families.hf_directory import HFDirectory
+from ..policy import PolicySpec
+from .safetensors_io import DTYPES, nbytes, places
+
+BLOCK_BYTES = 64 << 20
+AHEAD_BYTES = 512 << 20
+# What an early-exit export's config.json has more than its base's.
+EMBED_FIELDS = ("base_model_type", "auto_map", "exit_depths", "gate_width", "gate_input", "exit_policy")
+
+
+class TensorSource(Protocol):
+    """A base model. `blocks` gives a tensor as consecutive blocks of rows; `sha256` what it must hash to, if known;
+    `release` lets go of memory and mapped files until the next read; `prefetch` has the disk read what comes next."""
+
+    path: Path
+    config: dict
+    dims: ModelDims
+
+    def names(self) -> list[str]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def tensor(self, name: str) -> Tensor: ...
+
+    def blocks(self, name: str) -> Iterator[Tensor]: ...
+
+    def sha256(self, name: str) -> str | None: ...
+
+    def release(self) -> None: ...
+
+    def prefetch(self, names: Iterable[str]) -> None: ...
+
+    def fingerprint(self) -> list[list]: ...
+
+
+class HFSource:
+    """A Hugging Face directory, plain or an early-exit export, of which this is the base model.
+
+    Raises as `HFDirectory` does, and ValueError for a shard with a tensor that no part of the model has, or a stored
+    head that differs from the embedding that it is tied to.
+    """
+
+    def __init__(self, directory: HFDirectory | str | Path):
+        self.directory = directory if isinstance(directory, HFDirectory) else HFDirectory(directory)
+        self.path, self.dims = self.directory.path, self.directory.dims
+        self.config = base_config(self.directory.config, self.dims)
+        self._refuse_strangers()
+        self._places = dict(place for file in self.path.glob("model*.safetensors") for place in places(file))
+
+    def names(self) -> list[str]:
+        return list(self.dims.tensor_shapes())
+
+    def dtype(self, name: str) -> torch.dtype:
+        code = self.directory.slice(name).get_dtype()
+        if code not in DTYPES:
+            raise ValueError(f"{self.path}: {name} is stored as {code}; supported: {', '.join(DTYPES)}")
+        return DTYPES[code]
+
+    def tensor(self, name: str) -> Tensor:
+        return self.directory.tensor(name)
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        yield from rows_of(self.tensor(name))
+
+    def sha256(self, name: str) -> str | None:
+        return None
+
+    def release(self) -> None:
+        # A mapped file counts as this process's memory as far as it was read.
+        self.directory.close()
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name in self._places:
+                read_ahead(*self._places[name])
+
+    def fingerprint(self) -> list[list]:
+        return fingerprint(self.path)
+
+    def _refuse_strangers(self) -> None:
+        known = set(self.names()) | {name for name in self.gates()}
+        for file in sorted(self.path.glob("model*.safetensors")):
+            with safe_open(file, framework="pt") as handle:
+                strangers = [n for n in handle.keys() if n not in known and not n.endswith("rotary_emb.inv_freq")]  # noqa: SIM118
+                if strangers == ["lm_head.weight"] and self.dims.tied:
+                    head = handle.get_slice("lm_head.weight")
+                    if not _same_rows(head, self.directory.tensor("model.embed_tokens.weight")):
+                        raise ValueError(
+                            f"{file}: lm_head.weight differs from the embedding, but config.json ties them; "
+                            "set tie_word_embeddings to false there"
+                        )
+                elif strangers:
+                    raise ValueError(
+                        f"{file}: unexpected {strangers[:3]} ({len(strangers)} in all) for model_type "
+                        f"{self.dims.family!r}; a conversion would lose them"
+                    )
+        self.release()
+
+    def gates(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the gates that an early-exit export must hold; none in a plain model."""
+        spec = self.spec()
+        return spec.gate_shapes(self.dims) if spec else {}
+
+    def spec(self) -> PolicySpec | None:
+        """Exits of an early-exit export."""
+        config = self.directory.config
+        if config.get("model_type") != "early_exit":
+            return None
+        return PolicySpec(
+            self.dims.num_layers,
+            tuple(config["exit_depths"]),
+            rank=0,
+            gate_width=config["gate_width"],
+            gate_input=config["gate_input"],
+        )
+
+
+class TunedSource:
+    """The base model of a full fine-tuning: tensors from the policy, in the dtypes of the model it started from."""
+
+    def __init__(self, base: TensorSource, tensors: Mapping[str, Tensor]):
+        self.base, self.path, self.config, self.dims = base, base.path, base.config, base.dims
+        self._tensors = tensors
+
+    def names(self) -> list[str]:
+        return self.base.names()
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.base.dtype(name)
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name].to(self.dtype(name))
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        for block in rows_of(self._tensors[name]):
+            yield block.to(self.dtype(name))
+
+    def sha256(self, name: str) -> str | None:
+        return None
+
+    def release(self) -> None:
+        self.base.release()
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        pass
+
+    def fingerprint(self) -> list[list]:
+        return self.base.fingerprint()
+
+
+def base_config(config: dict, dims: ModelDims) -> dict:
+    """config.json of the plain model that an early-exit export wraps; a plain one as it is."""
+    if config.get("model_type") != "early_exit":
+        return config
+    plain: dict[str, Any] = {name: value for name, value in config.items() if name not in EMBED_FIELDS}
+    return plain | {"model_type": dims.family, "architectures": [FAMILIES[dims.family].ARCHITECTURE]}
+
+
+def rows_of(tensor: Tensor) -> Iterator[Tensor]:
+    """Views of a tensor: consecutive rows of about BLOCK_BYTES."""
+    if tensor.nbytes <= BLOCK_BYTES or tensor.dim() == 0:
+        yield tensor
+    else:
+        yield from tensor.split(max(1, BLOCK_BYTES * tensor.shape[0] // tensor.nbytes))
+
+
+def read_ahead(file: Path, offset: int, length: int) -> None:
+    """Ask the system to read a part of a file into its cache, and return at once."""
+    if hasattr(os, "posix_fadvise"):
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(handle, offset, length, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(handle)
+
+
+def ahead(source: TensorSource, names: Iterable[str]) -> Iterator[str]:
+    """The names, while the disk reads about AHEAD_BYTES beyond the one in hand."""
+    shapes, names = source.dims.tensor_shapes(), list(names)
+    asked, waiting = 0, 0
+    for number, name in enumerate(names):
+        while asked < len(names) and (waiting < AHEAD_BYTES or asked <= number):
+            if names[asked] in shapes:
+                source.prefetch([names[asked]])
+                waiting += nbytes(source.dtype(names[asked]), shapes[names[asked]])
+            asked += 1
+        yield name
+        if name in shapes:
+            waiting -= nbytes(source.dtype(name), shapes[name])
+
+
+def reblock(blocks: Iterable[Tensor], sizes: Iterable[int]) -> Iterator[Tensor]:
+    """The same rows in other blocks. Every size must be met exactly (assertion)."""
+    stream = iter(blocks)
+    rest = next(stream)
+    for size in sizes:
+        waiting = [rest] if len(rest) else []
+        while sum(len(block) for block in waiting) < size:
+            waiting.append(next(stream))
+        joined = rest if not waiting else waiting[0] if len(waiting) == 1 else torch.cat(waiting)
+        yield joined[:size]
+        rest = joined[size:]
+    assert not len(rest) and next(stream, None) is None
+
+
+def check_finite(name: str, block: Tensor) -> None:
+    """Raises ValueError if a number is NaN or infinite."""
+    if block.numel() and block.is_floating_point():
+        low, high = (float(value) for value in block.aminmax())
+        if not (float("-inf") < low <= high < float("inf")):
+            raise ValueError(f"{name} holds NaN or infinite numbers; expected finite ones; the model is damaged")
+
+
+def total_bytes(source: TensorSource) -> int:
+    shapes = source.dims.tensor_shapes()
+    return sum(nbytes(source.dtype(name), shapes[name]) for name in source.names())
+
+
+def fingerprint(folder: Path) -> list[list]:
+    """Name, size and time of change of a directory's files: what tells that a source is still the same."""
+    files = sorted(path for pattern in ("*", "weights/*") for path in folder.glob(pattern) if path.is_file())
+    return [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+def _same_rows(head: Any, embedding: Tensor) -> bool:
+    if list(head.get_shape()) != list(embedding.shape):
+        return False
+    begin = 0
+    for block in rows_of(embedding):
+        if not torch.equal(head[begin : begin + len(block)], block):
+            return False
+        begin += len(block)
+    return True

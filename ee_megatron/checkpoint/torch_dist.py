@@ -1,0 +1,300 @@
+"""Megatron-core's torch_dist format, read and written in one process, chunk by chunk, without process groups.
+
+    metadata.json    which format this is
+    common.pt        what is not a tensor (nothing)
+    .metadata        per parameter: global shape, dtype, its chunks; per chunk: file, offset, length
+    *.distcp         chunks, each as `torch.save` writes a tensor, one after another
+
+The layout is that of torch.distributed.checkpoint, so its readers and megatron-core's load what is written here.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import pickle
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+FORMAT = "metadata.json"
+# The classes that a .metadata file consists of. It is a pickle: anything else in it is refused, not executed.
+_KNOWN = {
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.planner": (
+        "SavePlan",
+        "WriteItem",
+        "WriteItemType",
+        "TensorWriteData",
+        "BytesIOWriteData",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+    "torch": ("Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"),
+    "torch.serialization": ("_get_layout",),
+    "collections": ("OrderedDict",),
+    "pathlib": ("Path", "PosixPath", "PurePosixPath"),
+}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Where one box of a parameter is: its offsets and sizes in the whole, its file, offset and length there."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    dtype: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    offset: int
+    length: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Chunk:
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+        return Chunk(**fields)
+
+
+class ChunkFile:
+    """One *.distcp file that is being written; `chunks` is what it holds."""
+
+    def __init__(self, folder: Path, name: str):
+        self.name, self.chunks = name, list[Chunk]()
+        self._file = (folder / name).open("wb")
+
+    def add(self, parameter: str, shape: Sequence[int], offsets: Sequence[int], tensor: Tensor) -> None:
+        """Append the box of `parameter` (whole shape `shape`) that begins at `offsets`. Raises OSError: disk full."""
+        begin = self._file.tell()
+        # torch.save writes the storage that a tensor looks at; this gives it one that ends where the tensor does.
+        flat = torch.from_numpy(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        checksums = torch.serialization.get_crc32_options()
+        try:
+            # No reader of the format looks at them, and they take as long as the sha256 that the manifest has.
+            torch.serialization.set_crc32_options(False)
+            torch.save(flat.view(tensor.dtype).view(tensor.shape), self._file)
+        except RuntimeError:
+            # torch.save hides what the file said under a complaint of its own about positions.
+            raise OSError(f"{self._file.name}: cannot be written; is the disk full?") from None
+        finally:
+            torch.serialization.set_crc32_options(checksums)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        length = self._file.tell() - begin
+        sizes = tuple(tensor.shape)
+        self.chunks.append(Chunk(parameter, tuple(shape), dtype, tuple(offsets), sizes, self.name, begin, length))
+
+    def __enter__(self) -> ChunkFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def write_metadata(folder: Path, chunks: Sequence[Chunk]) -> None:
+    """Finish a checkpoint whose chunks are all written. Raises ValueError unless they tile every parameter."""
+    by_name: dict[str, list[Chunk]] = defaultdict(list)
+    for chunk in chunks:
+        by_name[chunk.parameter].append(chunk)
+    tensors: dict[str, Any] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for name, own in by_name.items():
+        check_tiling(name, own)
+        boxes = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in own]
+        properties = TensorProperties(dtype=getattr(torch, own[0].dtype))
+        tensors[name] = TensorStorageMetadata(properties, torch.Size(own[0].shape), boxes)
+        for number, c in enumerate(own):
+            storage[MetadataIndex(name, c.offsets, number)] = _StorageInfo(c.file, c.offset, c.length)
+    metadata = Metadata(tensors, {}, storage, StorageMeta(), CURRENT_DCP_VERSION)
+    torch.save({}, folder / "common.pt")
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    facts = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    facts |= {"common_backend": "torch", "common_backend_version": 1}
+    # Last: what has no metadata.json is no checkpoint.
+    (folder / FORMAT).write_text(json.dumps(facts))
+
+
+def check_tiling(name: str, chunks: Sequence[Chunk]) -> None:
+    """Raises ValueError unless the boxes lie inside the parameter, do not overlap and leave nothing out."""
+    shape, dtype = chunks[0].shape, chunks[0].dtype
+    inside = all(
+        len(c.sizes) == len(c.offsets) == len(shape)
+        and c.shape == shape
+        and c.dtype == dtype
+        and all(o >= 0 and o + s <= n for o, s, n in zip(c.offsets, c.sizes, shape, strict=True))
+        for c in chunks
+    )
+    covered = sum(torch.Size(c.sizes).numel() for c in chunks)
+    clear = not any(_overlap(a, b) for a, b in itertools.combinations(chunks, 2))
+    if not inside or not clear or covered != torch.Size(shape).numel():
+        raise ValueError(
+            f"{name}: its chunks do not make up a tensor of shape {list(shape)}; the checkpoint is damaged"
+        )
+
+
+def _overlap(a: Chunk, b: Chunk) -> bool:
+    boxes = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
+    return all(ao < bo + bs and bo < ao + as_ for ao, as_, bo, bs in boxes)
+
+
+class TorchDistReader:
+    """A torch_dist directory. Opening it reads the metadata only; tensors are read one chunk at a time.
+
+    Raises FileNotFoundError or ValueError, one line: no checkpoint, another format, metadata that cannot be read or
+    does not fit its files.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        if not (folder / FORMAT).is_file():
+            raise FileNotFoundError(f"{folder}: no {FORMAT} there; the checkpoint is incomplete, convert it again")
+        try:
+            backend = json.loads((folder / FORMAT).read_text()).get("sharded_backend")
+        except json.JSONDecodeError:
+            backend = "unreadable"
+        if backend != "torch_dist":
+            raise ValueError(f"{folder / FORMAT}: format {backend!r}, expected 'torch_dist'; convert it again")
+        self.chunks: dict[str, list[Chunk]] = defaultdict(list)
+        for chunk in self._read_metadata():
+            self.chunks[chunk.parameter].append(chunk)
+        for name, chunks in self.chunks.items():
+            check_tiling(name, chunks)
+            # In the order of rows, then columns: what `blocks` relies on.
+            chunks.sort(key=lambda c: c.offsets)
+        self._check_files()
+
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        return self.chunks[parameter][0].shape
+
+    def dtype(self, parameter: str) -> torch.dtype:
+        return getattr(torch, self.chunks[parameter][0].dtype)
+
+    def read(self, parameter: str, part: int = 0, parts: int = 1) -> Tensor:
+        """The whole parameter, or one of its `parts` equal shares of rows, on the CPU."""
+        rows, *rest = self.shape(parameter)
+        begin, end = part * rows // parts, (part + 1) * rows // parts
+        chunks = [c for c in self.chunks[parameter] if c.offsets[0] < end and begin < c.offsets[0] + c.sizes[0]]
+        if len(chunks) == 1 and chunks[0].sizes == (end - begin, *rest):
+            return self._load(chunks[0])
+        whole = torch.empty((end - begin, *rest), dtype=self.dtype(parameter))
+        for chunk in chunks:
+            first, last = max(begin, chunk.offsets[0]), min(end, chunk.offsets[0] + chunk.sizes[0])
+            columns = [slice(o, o + s) for o, s in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)]
+            inside = slice(first - chunk.offsets[0], last - chunk.offsets[0])
+            whole[(slice(first - begin, last - begin), *columns)] = self._load(chunk)[inside]
+        return whole
+
+    def blocks(self, parameter: str) -> Iterator[Tensor]:
+        """The parameter as consecutive blocks of rows: chunk by chunk where chunks are whole rows, else in one."""
+        chunks = self.chunks[parameter]
+        if all(chunk.sizes[1:] == chunk.shape[1:] for chunk in chunks):
+            yield from (self._load(chunk) for chunk in chunks)
+        else:
+            yield self.read(parameter)
+
+    def _load(self, chunk: Chunk) -> Tensor:
+        path = self.folder / chunk.file
+        try:
+            with path.open("rb", buffering=0) as file:
+                part: Any = _Part(file, chunk.offset, chunk.length)
+                tensor = torch.load(part, map_location="cpu", weights_only=True)
+        # The unpickler of damaged bytes raises whatever its operations raise.
+        except Exception as error:
+            raise ValueError(self._damaged(path.name, error)) from None
+        if (
+            not isinstance(tensor, Tensor)
+            or tuple(tensor.shape) != chunk.sizes
+            or tensor.dtype != self.dtype(chunk.parameter)
+        ):
+            raise ValueError(self._damaged(path.name, f"{chunk.parameter} is not what .metadata says"))
+        return tensor
+
+    def _read_metadata(self) -> Iterator[Chunk]:
+        try:
+            metadata = _Metadata((self.folder / ".metadata").open("rb")).load()
+            tensors = {n: m for n, m in metadata.state_dict_metadata.items() if isinstance(m, TensorStorageMetadata)}
+            for name, tensor in tensors.items():
+                dtype = str(tensor.properties.dtype).removeprefix("torch.")
+                for box in tensor.chunks:
+                    info = metadata.storage_data[MetadataIndex(name, box.offsets)]
+                    place = info.relative_path, info.offset, info.length
+                    yield Chunk(name, tuple(tensor.size), dtype, tuple(box.offsets), tuple(box.sizes), *place)
+        except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError, IndexError, OSError) as error:
+            raise ValueError(self._damaged(".metadata", error)) from None
+
+    def _check_files(self) -> None:
+        need: dict[str, int] = defaultdict(int)
+        for chunk in itertools.chain.from_iterable(self.chunks.values()):
+            need[chunk.file] = max(need[chunk.file], chunk.offset + chunk.length)
+        for file, size in need.items():
+            path = self.folder / file
+            found = path.stat().st_size if path.is_file() and path.parent == self.folder else -1
+            if found < size:
+                state = f"{found} bytes, {size} expected" if found >= 0 else "missing"
+                raise ValueError(self._damaged(file, state))
+
+    def _damaged(self, file: str, reason: object) -> str:
+        text = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
+        return f"{self.folder / file}: cannot be read ({text}); the checkpoint is damaged, convert it again"
+
+
+class _Metadata(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _KNOWN.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+
+
+class _Part(io.RawIOBase):
+    """A window of an open file, as a file of its own."""
+
+    def __init__(self, file: io.FileIO, offset: int, length: int):
+        self._file, self._begin, self._length, self._at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(0, self._length - self._at)]
+        self._file.seek(self._begin + self._at)
+        count = self._file.readinto(view) or 0
+        self._at += count
+        return count

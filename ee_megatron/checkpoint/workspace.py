@@ -1,0 +1,157 @@
+"""The output of a long conversion: made under another name, continued after a kill, whole when it appears.
+
+<parent>/.<name>.partial/   what is being made; journal.jsonl in it says what for, and which files are finished
+<parent>/<name>/            appears when everything is there
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+JOURNAL = "journal.jsonl"
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Workspace:
+    """The unfinished directory. `finished(file)` is what `finish(file, facts)` said in this run or an earlier one."""
+
+    def __init__(self, folder: Path, journal: TextIO, done: dict[str, dict]):
+        self.folder, self._journal, self._done = folder, journal, done
+        # Several at a time, since the file system commits what waits together.
+        self._disk = ThreadPoolExecutor(4)
+        self._flushes: list[Future[None]] = []
+
+    def finished(self, file: str) -> dict[str, Any] | None:
+        """The facts about a file that is complete, or None: it is yet to be made."""
+        return self._done.get(file)
+
+    def finish(self, file: str, facts: dict[str, Any]) -> None:
+        """Note a complete file. Its bytes go to the disk while the next file is being made."""
+        self._done[file] = facts
+        path = self.folder / file
+        self._note({"file": file, "size": path.stat().st_size, "facts": facts})
+        self._flushes.append(self._disk.submit(_flush, path))
+
+    def settle(self) -> None:
+        """Wait until every finished file is on the disk. Raises OSError if the disk refused one."""
+        for flush in self._flushes:
+            flush.result()
+
+    def close(self) -> None:
+        self._disk.shutdown(cancel_futures=True)
+
+    def _note(self, line: dict[str, Any]) -> None:
+        self._journal.write(json.dumps(line) + "\n")
+        self._journal.flush()
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _boot() -> str:
+    """Identity of this machine since it was started: what a process has written outlives it, but not the machine."""
+    return BOOT_ID.read_text().strip() if BOOT_ID.is_file() else ""
+
+
+@contextmanager
+def workspace(out: Path, job: dict[str, Any], resume: bool = False) -> Iterator[Workspace]:
+    """A workspace that becomes `out` when the block ends well.
+
+    When the block fails its files go, unless `resume` asked to keep them or the user interrupted; what a killed process
+    left is continued under `resume` and cleared away otherwise. `job` (JSON) tells conversions apart: what was begun
+    for another job is not continued.
+
+    Raises ValueError: `out` exists and is not an empty directory, another process is making it, or it was begun for
+    another job.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists already; remove it or choose another output directory")
+    folder = out.parent / f".{out.name}.partial"
+    folder.mkdir(parents=True, exist_ok=True)
+    keep = resume
+    with (folder / JOURNAL).open("a+") as journal:
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between opening and locking, the process that had it may have published or removed it.
+            os.stat(folder / JOURNAL)
+        except (BlockingIOError, FileNotFoundError):
+            raise ValueError(f"{out} is being made by another process; wait for it, or choose another output") from None
+        try:
+            space = Workspace(folder, journal, _continue(out, folder, journal, job) if resume else {})
+            try:
+                if not resume or journal.tell() == 0:
+                    _clear(folder, journal)
+                    space._note({"job": job, "boot": _boot()})
+                yield space
+                space.settle()
+            finally:
+                space.close()
+            _publish(folder, out)
+        except KeyboardInterrupt:
+            keep = True
+            raise
+        finally:
+            if not keep and folder.is_dir():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _continue(out: Path, folder: Path, journal: TextIO, job: dict[str, Any]) -> dict[str, dict]:
+    """Files that an earlier run finished; whatever else lies there is removed."""
+    journal.seek(0)
+    text = journal.read()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        # The line that was being written when the process ended.
+        journal.truncate(len(whole.encode()))
+        journal.seek(0, os.SEEK_END)
+    lines = [json.loads(line) for line in whole.splitlines()]
+    if not lines or lines[0].get("boot") != _boot():
+        # The machine was restarted, or is another one: nobody knows which bytes reached the disk.
+        journal.seek(0)
+        journal.truncate()
+        return {}
+    if lines[0].get("job") != json.loads(json.dumps(job)):
+        raise ValueError(
+            f"{out}: what an earlier run left in {folder.name} was made from another source or with other options; "
+            "repeat those, or leave --resume out to start again"
+        )
+    done = {line["file"]: line["facts"] for line in lines[1:] if _size(folder / line["file"]) == line["size"]}
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_file() and path.name != JOURNAL and str(path.relative_to(folder)) not in done:
+            path.unlink()
+    return done
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
+def _clear(folder: Path, journal: TextIO) -> None:
+    journal.seek(0)
+    journal.truncate()
+    for path in folder.iterdir():
+        if path.name != JOURNAL:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _publish(folder: Path, out: Path) -> None:
+    (folder / JOURNAL).unlink()
+    # Files of some libraries are born private; a model is meant to be shared.
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    os.replace(folder, out)
+    parent = os.open(out.parent, os.O_RDONLY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)

@@ -1,0 +1,224 @@
+"""The files that a conversion reads and writes: safetensors, torch_dist, the workspace that survives a kill."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader, load
+
+from ee_megatron.checkpoint.convert import _size
+from ee_megatron.checkpoint.manifest import Digest, Hasher, tensor_sha256
+from ee_megatron.checkpoint.meter import Meter
+from ee_megatron.checkpoint.safetensors_io import SafetensorsWriter, aligned, write_small
+from ee_megatron.checkpoint.sources import check_finite, reblock
+from ee_megatron.checkpoint.torch_dist import ChunkFile, TorchDistReader, write_metadata
+from ee_megatron.checkpoint.workspace import JOURNAL, workspace
+
+
+def test_safetensors_written_in_blocks_load_with_the_library(tmp_path: Path) -> None:
+    tensors = {
+        "half": torch.randn(7, 3).bfloat16(),
+        "full": torch.randn(5),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 4),
+    }
+    table = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with SafetensorsWriter(tmp_path / "x.safetensors", table) as writer:
+        for name in aligned(table):
+            for block in tensors[name].split(2) if tensors[name].dim() else [tensors[name]]:
+                writer.write(block)
+    read = load_file(tmp_path / "x.safetensors")
+    assert sorted(read) == sorted(tensors)
+    assert all(torch.equal(read[name], tensors[name]) and read[name].dtype == tensors[name].dtype for name in tensors)
+    with pytest.raises(ValueError, match=r"dtype torch\.int8 is not supported"):
+        write_small(tmp_path / "y.safetensors", {"x": torch.zeros(2, dtype=torch.int8)})
+
+
+def write_checkpoint(folder: Path, gap: bool = False) -> dict[str, torch.Tensor]:
+    tensors = {"a.weight": torch.randn(6, 4), "b.weight": torch.randn(4, 6).bfloat16(), "c": torch.randn(3)}
+    folder.mkdir()
+    with ChunkFile(folder, "__0_0.distcp") as first:
+        first.add("a.weight", (6, 4), (0, 0), tensors["a.weight"][:2])
+        first.add("b.weight", (4, 6), (0, 3), tensors["b.weight"][:, 3:])
+    with ChunkFile(folder, "__1_0.distcp") as second:
+        second.add("a.weight", (6, 4), (2, 0), tensors["a.weight"][2:])
+        second.add("b.weight", (4, 6), (0, 0), tensors["b.weight"][:, :3])
+        second.add("c", (3,), (0,), tensors["c"])
+    write_metadata(folder, (first.chunks + second.chunks)[gap:])
+    return tensors
+
+
+def test_torch_dist_written_in_chunks_loads_with_torch_and_with_the_reader(tmp_path: Path) -> None:
+    tensors = write_checkpoint(tmp_path / "w")
+    theirs = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    load(theirs, storage_reader=FileSystemReader(tmp_path / "w"), no_dist=True)
+    reader = TorchDistReader(tmp_path / "w")
+    assert sorted(reader.chunks) == sorted(tensors)
+    for name, tensor in tensors.items():
+        assert torch.equal(theirs[name], tensor)
+        assert torch.equal(reader.read(name), tensor) and reader.dtype(name) == tensor.dtype
+        assert torch.equal(torch.cat(list(reader.blocks(name))), tensor)
+    assert [len(block) for block in reader.blocks("a.weight")] == [2, 4]
+    assert torch.equal(reader.read("a.weight", 1, 3), tensors["a.weight"][2:4])
+    assert torch.equal(reader.read("b.weight", 1, 2), tensors["b.weight"][2:])
+    # What was saved is the chunk, not the storage of the tensor that it is a view of.
+    assert sum(path.stat().st_size for path in (tmp_path / "w").glob("*.distcp")) < 10_000
+
+
+def test_a_torch_dist_checkpoint_with_a_gap_is_never_finished(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="do not make up a tensor"):
+        write_checkpoint(tmp_path / "w", gap=True)
+    with pytest.raises(FileNotFoundError, match=r"no metadata\.json"):
+        TorchDistReader(tmp_path / "w")
+
+
+class Harm:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("kind", ["foreign", "pickle", "cut", "gone", "garbage", "format"])
+def test_damaged_metadata_is_refused_in_one_line_and_not_executed(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "w"
+    write_checkpoint(folder)
+    metadata = folder / ".metadata"
+    content = {
+        "foreign": pickle.dumps({"a": 1}),
+        "pickle": pickle.dumps(Harm(tmp_path / "harm")),
+        "cut": metadata.read_bytes()[:-20],
+        "garbage": b"\x00" * 100,
+    }
+    if kind in content:
+        metadata.write_bytes(content[kind])
+    elif kind == "gone":
+        (folder / "__1_0.distcp").unlink()
+    else:
+        (folder / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+    with pytest.raises(ValueError, match="convert it again") as error:
+        TorchDistReader(folder)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "harm").exists()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.data())
+def test_reblock_keeps_rows_and_their_order(lengths: list[int], data: st.DataObject) -> None:
+    rows = torch.arange(sum(lengths))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=5)))
+    sizes = [b - a for a, b in zip([0, *cuts], [*cuts, len(rows)], strict=True)]
+    found = list(reblock(rows.split(lengths), sizes))
+    assert [len(block) for block in found] == sizes
+    assert torch.equal(torch.cat(found), rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_single_number_that_is_not_finite_is_found(dtype: torch.dtype, value: str) -> None:
+    block = torch.full((50, 30), torch.finfo(dtype).max, dtype=dtype)
+    check_finite("x", block)
+    block[17, 3] = float(value)
+    with pytest.raises(ValueError, match="x holds NaN or infinite"):
+        check_finite("x", block)
+
+
+def test_digest_of_blocks_is_that_of_the_tensor() -> None:
+    tensors = [torch.randn(100, 7).bfloat16() for _ in range(5)]
+    with Hasher() as hasher:
+        digests = [Digest(hasher) for _ in tensors]
+        for tensor, digest in zip(tensors, digests, strict=True):
+            for block in tensor.split(13):
+                digest.update(block)
+        assert [digest.hexdigest() for digest in digests] == [tensor_sha256(tensor) for tensor in tensors]
+
+
+def make(out: Path, job: str, files: list[str], resume: bool = False, fail_at: str = "") -> list[str]:
+    """Files that this run had to write."""
+    wrote = []
+    with workspace(out, {"job": job}, resume) as space:
+        for file in files:
+            if file == fail_at:
+                raise OSError("disk full")
+            if space.finished(file) is None:
+                (space.folder / file).write_text(f"{job} {file}")
+                space.finish(file, {"of": job})
+                wrote.append(file)
+    return wrote
+
+
+def test_a_workspace_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OSError, match="disk full"):
+        make(out, "one", ["a", "b"], fail_at="b")
+    assert list(tmp_path.iterdir()) == []
+    assert make(out, "one", ["a", "b"]) == ["a", "b"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "out"]
+    with pytest.raises(ValueError, match="exists already"):
+        make(out, "one", ["a"])
+
+
+def test_resume_goes_on_with_the_same_job_only(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OSError, match="disk full"):
+        make(out, "one", ["a", "b", "c"], resume=True, fail_at="c")
+    partial = tmp_path / ".out.partial"
+    assert partial.is_dir() and not out.exists()
+    with pytest.raises(ValueError, match="made from another source or with other options"):
+        make(out, "two", ["a", "b", "c"], resume=True)
+    # Cut off while a line was being written; a file that is shorter than noted; one that nobody noted.
+    with (partial / JOURNAL).open("a") as journal:
+        journal.write('{"file": "c", "si')
+    (partial / "b").write_text("o")
+    (partial / "c").write_text("half")
+    assert make(out, "one", ["a", "b", "c"], resume=True) == ["b", "c"]
+    assert {path.name: path.read_text() for path in out.iterdir()} == {name: f"one {name}" for name in "abc"}
+
+
+def test_after_a_restart_of_the_machine_nothing_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OSError, match="disk full"):
+        make(out, "one", ["a", "b"], resume=True, fail_at="b")
+    (tmp_path / "boot").write_text("another")
+    monkeypatch.setattr("ee_megatron.checkpoint.workspace.BOOT_ID", tmp_path / "boot")
+    assert make(out, "one", ["a", "b"], resume=True) == ["a", "b"]
+
+
+def test_without_resume_a_leftover_is_cleared_away(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OSError, match="disk full"):
+        make(out, "one", ["a", "b"], resume=True, fail_at="b")
+    assert make(out, "two", ["b"]) == ["b"]
+    assert [path.name for path in out.iterdir()] == ["b"]
+
+
+def test_two_processes_cannot_make_the_same_output(tmp_path: Path) -> None:
+    with workspace(tmp_path / "out", {}) as space:
+        with pytest.raises(ValueError, match="is being made by another process"), workspace(tmp_path / "out", {}):
+            pass
+        assert (space.folder / JOURNAL).is_file()
+        assert json.loads((space.folder / JOURNAL).read_text())["job"] == {}
+
+
+def test_meter_speaks_of_this_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 0.0, 2.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    with Meter("x", 10 * 10**9, quiet=True) as meter:
+        meter.skip(4 * 10**9)
+        meter.add(3 * 10**9)
+        assert meter.line() == "7.00 of 10.00 GB, 1.50 GB/s"
+
+
+def test_sizes() -> None:
+    assert [_size(text) for text in ("5GB", "1.5 GiB", "500mb", "1000")] == [5 * 10**9, 3 << 29, 5 * 10**8, 1000]
+    with pytest.raises(Exception, match="expected a size"):
+        _size("large")

@@ -23,7 +23,8 @@ STAGES = {
 RUN = "the whole method: every stage in order, then the report; finished stages are skipped"
 REPORT = "one HTML file (and PNG plots) from what the stages have written"
 GENERATE = "answer one prompt, token by token, each with its depth"
-CONVERT = "policy checkpoint -> Hugging Face directory, and between parallel layouts"
+SERVE = "answer over HTTP as OpenAI's API does, with exits as extra fields"
+CONVERT = "between Hugging Face directories, Megatron checkpoints and policies; reshard, verify, inspect"
 
 EPILOG = """\
 examples:
@@ -80,6 +81,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token (default: 0)")
     generate.add_argument("--max-new-tokens", type=int, default=None, help="default: rollout.max_new_tokens")
+    _add_model(generate)
+    serve = _add(commands, "serve", SERVE, _serve, example="--port 8000 --exits threshold:0.7")
+    _add_model(serve)
+    serve.add_argument("--exits", default="threshold:0.5", metavar="RULE", help="for requests without exit_policy")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    serve.add_argument("--rows", type=int, default=32, help="requests that run together (default: 32)")
+    serve.add_argument("--queue", type=int, default=256, help="requests that may wait; more get 429 (default: 256)")
+    serve.add_argument("--max-length", type=int, default=0, help="tokens of prompt and answer (default: the model's)")
+    serve.add_argument("--max-new-tokens", type=int, default=256, help="of requests that don't say (default: 256)")
+    serve.add_argument(
+        "--grace", type=float, default=30.0, metavar="SECONDS", help="for running requests at the end (default: 30)"
+    )
     # Only for the list of commands: main() hands its arguments on unread.
     commands.add_parser("convert", help=CONVERT, add_help=False)
     return parser
@@ -110,6 +124,13 @@ def _add(
         )
     parser.set_defaults(handler=handler)
     return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default=None, metavar="DIR", help="a Hugging Face directory; needs no experiment")
+    parser.add_argument(
+        "--policy", default=None, metavar="DIR", help="a policy checkpoint or stage directory (default: the newest)"
+    )
 
 
 def _configured(options: argparse.Namespace, *, with_model: bool = False) -> RunConfig:
@@ -151,8 +172,23 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _answering(options: argparse.Namespace) -> RunConfig:
+    """The configuration that `generate` and `serve` go by; with --model it needs no experiment."""
+    if options.model is None:
+        return _configured(options, with_model=True)
+    if not options.overrides:
+        cfg = RunConfig()
+        cfg.rollout.stop = []
+    else:
+        from .config.load import load
+
+        cfg = load(["name=given", "model.path=given", *options.overrides])
+    cfg.model.path = options.model
+    return cfg
+
+
 def _generate(options: argparse.Namespace) -> int:
-    cfg = _configured(options, with_model=True)
+    cfg = _answering(options)
     if options.temperature < 0:
         raise ValueError(f"--temperature {options.temperature}: expected a number >= 0")
     tokens = cfg.rollout.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
@@ -160,7 +196,31 @@ def _generate(options: argparse.Namespace) -> int:
         raise ValueError(f"--max-new-tokens {tokens}: expected a number >= 1")
     from .training import launch
 
-    launch.generate(cfg, options.prompt, options.exits, options.temperature, tokens)
+    launch.quiet_libraries()
+    from .training.generate import stream_answer
+
+    stream_answer(cfg, options.prompt, options.exits, options.temperature, tokens, options.model, options.policy)
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    cfg = _answering(options)
+    from .training import launch
+
+    launch.quiet_libraries()
+    from .rollout.server.run import ServerSettings
+    from .training.generate import serve
+
+    settings = ServerSettings(
+        options.host,
+        options.port,
+        options.rows,
+        options.queue,
+        options.max_length,
+        options.max_new_tokens,
+        options.grace,
+    )
+    serve(cfg, settings, options.exits, options.model, options.policy)
     return 0
 
 

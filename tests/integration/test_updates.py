@@ -191,3 +191,34 @@ def test_a_gradient_that_is_not_finite_changes_nothing(ranks, models):
         assert torch.equal(after[name], value), name
     update(ranks, 1, 5)
     assert_same(ranks.call("parallel_cases:state")[0][0], models["llama_tied", "lora"][3][0], policy)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_bfloat16_weights_keep_float32_masters(stage, ranks, models):
+    """Updates far below bfloat16's resolution add up in the masters; a resumed run goes on from these to the bit."""
+    path, spec, policy, _ = models["qwen3", "full"]
+    tiny = {"body": 1e-6, "gates": 1e-6}
+
+    def build_narrow(start):
+        ranks.call(
+            "parallel_cases:make_learner", path=path, spec=spec, policy=start, degrees=(2, 1, 2), stages=(6,),
+            options={"micro_batch_size": 2, "optimizer": OptimizerSettings(stage, CLIP), "dtype": torch.bfloat16},
+        )  # fmt: skip
+
+    def updates(first, last):
+        for i in range(first, last):
+            assert ranks.call("parallel_cases:step", batch=make_batch(i, rows=6), rates=tiny)[0][0].applied
+        return ranks.call("parallel_cases:state")[0]
+
+    build_narrow(policy)
+    before, _ = ranks.call("parallel_cases:state")[0]
+    middle, optimizer = updates(0, 3)
+    name = "model.layers.3.mlp.up_proj.weight"
+    moved = (optimizer.tensors["master"][name] - before[name]).abs()
+    assert 0 < float(moved.max()) < 1e-5, f"masters moved by {float(moved.max()):.1e}"
+    straight, _ = updates(3, 6)
+    build_narrow(middle)
+    ranks.call("parallel_cases:resume", optimizer=optimizer)
+    again, _ = updates(3, 6)
+    for key, value in straight.items():
+        assert torch.equal(value, again[key]), key

@@ -12,6 +12,9 @@ positions that are active in it, and the head.
 
 --memory measures instead the peak of resident memory while 4 x 1024 tokens are scored with a vocabulary of 150,000
 (random weights, few layers), above what is resident before; Linux only.
+
+--checkpoint measures how long training waits for a checkpoint (the rest is written beside it), with adapters and under
+full fine-tuning, by the clock.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from ee_megatron.parallel import groups
 from ee_megatron.parallel.groups import Degrees
 from ee_megatron.parallel.schedule import run_schedule
 from ee_megatron.policy import PolicySpec, initial_policy
+from ee_megatron.training.checkpoints import write_training
 
 
 def exits_with_mean(outcomes: list[int], mean: float, shape: tuple[int, int], seed: int) -> np.ndarray:
@@ -125,6 +129,40 @@ def _status(field: str) -> float:
     raise ValueError(f"/proc/self/status has no {field}: this measurement needs Linux")
 
 
+def checkpoint_waits(options: argparse.Namespace, device: torch.device) -> dict:
+    """Seconds that training waits while a checkpoint's tensors are collected, and seconds to write them."""
+    source = HFDirectory(options.model)
+    dims, found = source.dims, {}
+    exits = tuple(range(5, dims.num_layers, 5))
+    for name, spec in (
+        ("adapters", PolicySpec(dims.num_layers, exits)),
+        ("full", PolicySpec(dims.num_layers, exits, rank=0, full=True)),
+    ):
+        learner = Learner(
+            source, spec, initial_policy(dims, spec, 0, source.tensor), Degrees(), (dims.num_layers,), device=device,
+        )  # fmt: skip
+        batch = make_batch(dims, [*exits, dims.num_layers], 0.5, 2, 16)
+        learner.step(batch, adapter_lr=1e-4, gate_lr=1e-4, objective="likelihood")
+        waits, writes = [], []
+        for _ in range(options.repeats):
+            clock = [time.perf_counter()]
+            policy, state = learner.export_policy(), learner.export_optimizer()
+            clock.append(time.perf_counter())
+            with tempfile.TemporaryDirectory(dir=".") as folder:
+                write_training(Path(folder), spec, policy, state, {})
+                clock.append(time.perf_counter())
+            waits.append(clock[1] - clock[0])
+            writes.append(clock[2] - clock[1])
+        size = sum(t.numel() for tensors in (policy, *state.tensors.values()) for t in tensors.values()) * 4 / 2**20
+        found[name] = {"wait_s": statistics.median(waits), "write_s": statistics.median(writes), "mib": size}
+        print(
+            f"{name:<9} {size:7.0f} MiB  waits {found[name]['wait_s']:.2f} s, written in {found[name]['write_s']:.2f} s"
+        )
+        del learner, policy, state
+        gc.collect()
+    return found
+
+
 def step_times(options: argparse.Namespace, device: torch.device) -> dict:
     """Time every row `repeats` times, in turn; print the table and return it."""
     source = HFDirectory(options.model)
@@ -178,11 +216,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--checkpoint", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     device = groups.initialise(Degrees())
-    found = scoring_memory(device) if options.memory else step_times(options, device)
+    if options.memory:
+        found = scoring_memory(device)
+    else:
+        found = (checkpoint_waits if options.checkpoint else step_times)(options, device)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1, default=str))
     groups.finish()

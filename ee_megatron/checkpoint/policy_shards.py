@@ -108,6 +108,14 @@ def stream_policy_tensors(
     group = parallel_state.get_pipeline_model_parallel_group()
     stages, mine = dist.get_world_size(group), dist.get_rank(group)
     owned = [piece for piece in pieces if not piece.copy]
+    if stages == 1:
+        for piece in owned:
+            source = value(piece.parameter).untyped_storage().data_ptr()
+            for name, tensor in _join(piece, value):
+                whole = tensor.float().cpu()
+                # Joining mostly copies; what it passes through would change under the caller's hands.
+                yield name, whole.clone() if whole.untyped_storage().data_ptr() == source else whole
+        return
     device = pieces[0].parameter.device if pieces else torch.device("cpu")
     listing: list = [None] * stages
     # ZeRO-3 leaves an empty tensor in the place of a sharded parameter.

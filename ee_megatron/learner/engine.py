@@ -99,6 +99,10 @@ class Updater:
         if self.settings.zero_stage:
             with self.engine.coalesce_grad_reduction():
                 yield
+                if getattr(self.engine.optimizer, "use_grad_accum_attribute", False):
+                    # ZeRO-1 reduces bfloat16 parameters' gradients in fp32, from where its own backward pass, which
+                    # does not run here, would have put them.
+                    self.engine.optimizer.fill_grad_accum_attribute()
             return
         yield
         group = parallel_state.get_data_parallel_group()
@@ -141,6 +145,8 @@ class Updater:
         for parameters in self.groups.values():
             for parameter in parameters:
                 parameter.grad = None
+                if hasattr(parameter, "grad_accum"):
+                    parameter.grad_accum = None
 
     def _flat_gradients(self) -> Iterator[tuple[Tensor, list[nn.Parameter]]]:
         for parameters in self.groups.values():

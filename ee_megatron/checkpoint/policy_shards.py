@@ -110,11 +110,11 @@ def stream_policy_tensors(
     owned = [piece for piece in pieces if not piece.copy]
     if stages == 1:
         for piece in owned:
-            source = value(piece.parameter).untyped_storage().data_ptr()
-            for name, tensor in _join(piece, value):
-                whole = tensor.float().cpu()
+            start = value(piece.parameter).untyped_storage().data_ptr()
+            for name, joined in _join(piece, value):
+                tensor = joined.float().cpu()
                 # Joining mostly copies; what it passes through would change under the caller's hands.
-                yield name, whole.clone() if whole.untyped_storage().data_ptr() == source else whole
+                yield name, tensor.clone() if tensor.untyped_storage().data_ptr() == start else tensor
         return
     device = pieces[0].parameter.device if pieces else torch.device("cpu")
     listing: list = [None] * stages

@@ -13,15 +13,12 @@ from torch import Tensor, nn
 
 from ..checkpoint.mapping import load_base
 from ..checkpoint.policy_shards import gather_policy_tensors, load_policy_tensors, policy_pieces
-from ..exits import gate_log_term
 from ..families.hf_directory import HFDirectory
 from ..model.config import megatron_config
-from ..model.gpt import EarlyExitGPT, RankModel, build_model
-from ..model.layer import ENTROPY, WEIGHT, gate_entropy
-from ..parallel.distillation import full_divergence
+from ..model.gpt import RankModel, build_model
 from ..parallel.groups import Degrees
 from ..parallel.schedule import run_schedule
-from ..parallel.vocabulary import Head, lumped_kl
+from ..parallel.vocabulary import Head
 from ..policy import PolicySpec
 from .batch import ReplayBatch
 from .engine import (
@@ -32,6 +29,7 @@ from .engine import (
     sum_tied_gradients,
 )
 from .optimizer_state import OptimizerState, read_state, read_values, write_state
+from .passes import Pass, Teacher
 
 
 @dataclass
@@ -195,20 +193,22 @@ class Learner:
 
     # -- one pass -----------------------------------------------------------------------------------------------------
 
-    def _run_reference(self, batch: ReplayBatch) -> tuple[Scores, _Teacher]:
-        """The base at full depth: its scores, and what it takes to compare distributions with it."""
-        kept: list[Tensor] = []
+    def _run_reference(self, batch: ReplayBatch, keep_hidden: list[Tensor] | None = None) -> tuple[Scores, Head | None]:
+        """The base at full depth: its scores, and the head that reads it out."""
         if not self.spec.full:
             with self.model.adapters_off():
-                return self._run(batch, train=False, exits=False, keep_hidden=kept), _Teacher(self.head, kept)
+                return self._run(batch, train=False, exits=False, keep_hidden=keep_hidden), self.head
         if self._reference is None:
             self._reference = self._base_model(HFDirectory(self._base_directory))
         head = self._make_head(self._reference)
-        scores = self._run(batch, train=False, exits=False, model=self._reference, head=head, keep_hidden=kept)
-        return scores, _Teacher(head, kept)
+        scores = self._run(batch, train=False, exits=False, model=self._reference, head=head, keep_hidden=keep_hidden)
+        return scores, head
 
-    def _teacher_for(self, batch: ReplayBatch, objective: str) -> _Teacher | None:
-        return self._run_reference(batch)[1] if objective == "distill_full" else None
+    def _teacher_for(self, batch: ReplayBatch, objective: str) -> Teacher | None:
+        if objective != "distill_full":
+            return None
+        hidden: list[Tensor] = []
+        return Teacher(self._run_reference(batch, hidden)[1], hidden)
 
     def _run(
         self,
@@ -219,7 +219,7 @@ class Learner:
         objective: str = "likelihood",
         model: RankModel | None = None,
         head: Head | None = None,
-        teacher: _Teacher | None = None,
+        teacher: Teacher | None = None,
         keep_hidden: list[Tensor] | None = None,
     ) -> Scores:
         head = self.head if model is None else head
@@ -236,9 +236,9 @@ class Learner:
         micro_batches = [
             local.select(slice(i, i + self.micro_batch_size)) for i in range(0, share, self.micro_batch_size)
         ]
-        passes = _Pass(
-            self, model, head, exits=exits, objective=objective, scale=float(ranks), train=train, teacher=teacher,
-            keep_hidden=keep_hidden,
+        passes = Pass(
+            model, head, self.kl_direction, exits=exits, objective=objective, scale=float(ranks), train=train,
+            teacher=teacher, keep_hidden=keep_hidden,
         )  # fmt: skip
         with model.recording_gates() if exits else contextlib.nullcontext():
             run_schedule(
@@ -252,7 +252,7 @@ class Learner:
             )
         return self._collect(passes, batch.rows)
 
-    def _collect(self, passes: _Pass, wanted: int) -> Scores:
+    def _collect(self, passes: Pass, wanted: int) -> Scores:
         """Put the stages' parts together (a sum: each part is 0 where another stage owns it), then the data ranks'."""
         parts = passes.stacked()
         dist.all_reduce(parts, group=parallel_state.get_pipeline_model_parallel_group())
@@ -262,119 +262,3 @@ class Learner:
             dist.all_gather(gathered, parts, group=group)
             parts = torch.cat(gathered, dim=1)
         return Scores(*parts[:, :wanted].cpu().unbind())
-
-
-@dataclass
-class _Teacher:
-    """The reference's head (last stage only) and its hidden states at counted positions [N, D], per micro-batch."""
-
-    head: Head | None
-    hidden: list[Tensor]
-
-
-class _Pass:
-    """The two callables of one schedule run and what they leave behind, per micro-batch in order."""
-
-    def __init__(
-        self,
-        learner: Learner,
-        model: RankModel,
-        head: Head | None,
-        *,
-        exits: bool,
-        objective: str,
-        scale: float,
-        train: bool,
-        teacher: _Teacher | None,
-        keep_hidden: list[Tensor] | None,
-    ):
-        self.learner, self.head, self.exits, self.objective, self.train = learner, head, exits, objective, train
-        self.teacher, self.keep_hidden = teacher, keep_hidden
-        # Gradients are averaged over data-parallel ranks; the weights are normalised over all of them already.
-        self.scale = scale
-        self.token_logprobs: list[Tensor] = []
-        self.token_entropy: list[Tensor] = []
-        self.kl: list[Tensor] = []
-        self.exit_logprobs: list[list[Tensor]] = [[] for _ in model]
-        self.exit_entropy: list[list[Tensor]] = [[] for _ in model]
-
-    def forward(self, stage: EarlyExitGPT, batch: ReplayBatch) -> Tensor:
-        control = (batch if self.exits else batch.at_full_depth(self.learner.dims.num_layers)).control()
-        control[..., WEIGHT : ENTROPY + 1] *= self.scale
-        output = stage(batch.tokens, control)
-        logprobs = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
-        entropy = torch.zeros_like(logprobs)
-        for depth, logit in stage.take_gates().items() if self.exits else ():
-            logit = logit.transpose(0, 1)
-            logprobs += gate_log_term(logit, batch.depths, depth)
-            entropy += torch.where(batch.depths >= depth, gate_entropy(logit), 0.0)
-        chunk = stage.vp_stage or 0
-        self.exit_logprobs[chunk].append(torch.where(batch.asked, logprobs, 0.0))
-        self.exit_entropy[chunk].append(torch.where(batch.asked, entropy, 0.0))
-        return output
-
-    def loss(self, batch: ReplayBatch, output: Tensor) -> Tensor:
-        # The last stage returns [S, B, D]; only positions that predict a generated token are read out.
-        hidden = output.transpose(0, 1)[batch.counts]
-        if self.keep_hidden is not None:
-            self.keep_hidden.append(hidden)
-        weight = batch.token_weight[batch.counts] * self.scale
-        if self.objective == "distill_full":
-            loss, found, entropy, kl = self._against_the_reference(batch, hidden, weight)
-        else:
-            loss, found, entropy, kl = self._by_log_probs(batch, hidden, weight)
-        for store, value in ((self.token_logprobs, found), (self.token_entropy, entropy), (self.kl, kl)):
-            whole = torch.zeros(batch.tokens.shape, device=output.device)
-            whole[batch.counts] = value
-            store.append(whole)
-        return loss
-
-    def _by_log_probs(self, batch: ReplayBatch, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        """Loss, log p(token), entropy and divergence [N] from log-probabilities at single tokens."""
-        assert self.head is not None
-        ids = batch.labels()[batch.counts].unsqueeze(-1)
-        entropy, kl = torch.zeros_like(weight), torch.zeros_like(weight)
-        if self.objective == "distill":
-            assert batch.teacher_ids is not None and batch.teacher_logprobs is not None
-            teacher = batch.teacher_logprobs[batch.counts]
-            ids = torch.cat([batch.teacher_ids[batch.counts], ids], dim=-1)
-
-        def share(log_probs: Tensor, at: slice) -> Tensor:
-            if self.objective == "likelihood":
-                return -(weight[at] * log_probs[:, -1]).sum()
-            divergence = lumped_kl(log_probs[:, :-1], teacher[at], self.learner.kl_direction)
-            kl[at] = divergence.detach()
-            return (weight[at] * divergence).sum()
-
-        if self.train:
-            loss, found = self.head(hidden, ids, share)
-        else:
-            found, entropy = self.head.log_probs_at(hidden, ids)
-            loss = share(found, slice(None))
-        return loss, found[:, -1], entropy, kl
-
-    def _against_the_reference(self, batch: ReplayBatch, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        """The same with the whole vocabulary compared; log p and entropy only where nothing is trained."""
-        assert self.head is not None and self.teacher is not None and self.teacher.head is not None
-        teacher_hidden = self.teacher.hidden[len(self.token_logprobs)]
-        loss, kl = full_divergence(
-            self.head, hidden, self.teacher.head, teacher_hidden, weight, self.learner.kl_direction
-        )
-        found = entropy = torch.zeros_like(weight)
-        if not self.train:
-            at_tokens, entropy = self.head.log_probs_at(hidden, batch.labels()[batch.counts].unsqueeze(-1))
-            found = at_tokens[:, 0]
-        return loss, found, entropy, kl
-
-    def stacked(self) -> Tensor:
-        """This rank's share of every score [5, micro-batches * rows, S], in the order of `Scores`."""
-        logprobs, entropy = (
-            torch.stack([torch.cat(parts) for parts in chunks]).sum(0)
-            for chunks in (self.exit_logprobs, self.exit_entropy)
-        )
-        last = bool(self.token_logprobs)
-        tokens, kl, token_entropy = (
-            torch.cat(parts) if last else torch.zeros_like(logprobs)
-            for parts in (self.token_logprobs, self.kl, self.token_entropy)
-        )
-        return torch.stack([tokens, logprobs, kl, token_entropy, entropy])

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -120,10 +120,13 @@ def fault(directory: Path) -> str | None:
     return None
 
 
-def latest_checkpoint(run: Path) -> Path | None:
-    """The newest usable checkpoint of a run, whoever has it open; unusable ones are passed over with a warning."""
+def latest_checkpoint(run: Path, examine: Callable[[Path], str | None] | None = None) -> Path | None:
+    """The newest usable checkpoint of a run, whoever has it open; unusable ones are passed over with a warning.
+
+    `examine` looks further than names and sizes: it returns why a checkpoint can't be used, or None.
+    """
     for _, directory in _checkpoints(run):
-        reason = fault(directory)
+        reason = fault(directory) or (examine(directory) if examine else None)
         if reason is None:
             return directory
         logger.warning("checkpoint %s is skipped: %s", directory, reason)
@@ -181,9 +184,9 @@ class RunDirectory:
             yield temporary
             seal(temporary)
 
-    def latest_checkpoint(self) -> Path | None:
-        """The newest usable checkpoint; unusable ones are passed over with a warning."""
-        return latest_checkpoint(self.path)
+    def latest_checkpoint(self, examine: Callable[[Path], str | None] | None = None) -> Path | None:
+        """`latest_checkpoint` of this run."""
+        return latest_checkpoint(self.path, examine)
 
     def keep_last(self, count: int, also: int | None = None) -> None:
         """Delete all checkpoints older than the `count` newest usable ones, but not that of step `also`. Raises

@@ -10,12 +10,13 @@ import math
 import threading
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..learner.optimizer_state import OptimizerState
 from ..observe.rundir import RunDirectory
-from ..policy import PolicySpec, save_policy
+from ..policy import PolicySpec, digest, load_policy, save_policy
 
 
 def write_training(
@@ -27,17 +28,33 @@ def write_training(
     folder.mkdir()
     for kind, tensors in state.tensors.items():
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"{kind}.safetensors")
-    (directory / "training.json").write_text(json.dumps({"updates": state.updates, "counters": counters}))
+    digests = {kind: digest(tensors) for kind, tensors in state.tensors.items()}
+    text = json.dumps({"updates": state.updates, "counters": counters, "sha256": digests})
+    (directory / "training.json").write_text(text)
 
 
 def read_training(directory: Path) -> tuple[OptimizerState, dict[str, float]]:
-    """What `write_training` wrote beside the policy. Raises FileNotFoundError if the directory holds a policy only."""
+    """What `write_training` wrote beside the policy. Raises FileNotFoundError if the directory holds a policy only,
+    ValueError if its contents are not what was written."""
     file = directory / "training.json"
     if not file.is_file():
         raise FileNotFoundError(f"{directory}: no training.json; it holds a policy to start from, not a run to resume")
     found = json.loads(file.read_text())
     tensors = {path.stem: load_file(path) for path in sorted((directory / "optimizer").glob("*.safetensors"))}
+    for kind, expected in found["sha256"].items():
+        if kind not in tensors or digest(tensors[kind]) != expected:
+            raise ValueError(f"{directory}/optimizer/{kind}.safetensors: not what was written; the file is damaged")
     return OptimizerState(int(found["updates"]), tensors), found["counters"]
+
+
+def damage(directory: Path) -> str | None:
+    """Why a run can't be resumed from a checkpoint whose files are all there, or None. Reads all of it."""
+    try:
+        load_policy(directory)
+        read_training(directory)
+    except (ValueError, OSError, KeyError, SafetensorError) as error:
+        return " ".join(str(error).split())
+    return None
 
 
 class CheckpointWriter:

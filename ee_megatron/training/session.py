@@ -33,7 +33,7 @@ from ..parallel.groups import Degrees
 from ..policy import PolicySpec
 from ..rollout.pool import RolloutPool, make_pool
 from ..tasks import ChatTemplate, Task, VerifierPool, make_task
-from .checkpoints import CheckpointWriter, read_training
+from .checkpoints import CheckpointWriter, damage, read_training
 from .stages import DONE
 
 logger = logging.getLogger(__name__)
@@ -213,8 +213,9 @@ class Session:
         )
 
     def latest(self) -> tuple[int, Path | None]:
-        """(steps done, checkpoint) of this stage as the leader finds it; (0, None) at the start."""
-        found = self.from_leader(lambda: str(self.directory.latest_checkpoint() or "") if self.directory else "")
+        """(steps done, checkpoint) of this stage as the leader finds it; (0, None) at the start. A damaged checkpoint
+        is passed over, with a warning, for the one before it."""
+        found = self.from_leader(lambda: str(self.directory.latest_checkpoint(damage) or "") if self.directory else "")
         return (int(Path(found).name.split("_")[1]), Path(found)) if found else (0, None)
 
     def finish(self, text: str = "") -> None:

@@ -13,8 +13,12 @@ from ee_megatron.config.schema import CalibrateConfig, RLConfig
 from ee_megatron.exits import ExitLayout, exit_distribution, target_hazards
 from ee_megatron.learner.batch import mean_weights, pack, spread
 from ee_megatron.learner.learner import Scores
+from ee_megatron.learner.optimizer_state import OptimizerState
+from ee_megatron.observe.rundir import RunDirectory
+from ee_megatron.policy import PolicySpec
 from ee_megatron.training.advantages import ADVANTAGES
 from ee_megatron.training.calibrate import Item, current_targets, draw_exits, make_batch, plan, target_depth
+from ee_megatron.training.checkpoints import damage, read_training, write_training
 from ee_megatron.training.losses import (
     clipped,
     depth_cost,
@@ -263,6 +267,30 @@ def test_rollouts_come_back_as_they_were(tmp_path):
             assert (a.text, a.finished, a.weight_version) == (b.text, b.finished, b.weight_version)
     with pytest.raises(FileNotFoundError, match=r"rl\.dump_rollouts=true"):
         load_rollouts(tmp_path / "step_2")
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog):
+    """Of the right size, but one byte is another: found by contents, named, and the previous checkpoint is used."""
+    spec = PolicySpec(6, (2, 4), rank=0)
+    tensors = {name: torch.randn(3, 4) for name in ("a", "b")}
+    state = OptimizerState(7, {"exp_avg": tensors, "exp_avg_sq": tensors})
+    with RunDirectory(tmp_path) as run:
+        for step in (1, 2):
+            with run.write_checkpoint(step) as directory:
+                write_training(directory, spec, tensors, state, {"best_step": step})
+        assert run.latest_checkpoint(damage) == run.checkpoint_dir(2)
+        found, counters = read_training(run.checkpoint_dir(2))
+        assert (
+            found.updates == 7
+            and counters == {"best_step": 2}
+            and torch.equal(found.tensors["exp_avg"]["a"], tensors["a"])
+        )
+        file = run.checkpoint_dir(2) / "optimizer" / "exp_avg.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(bytes(data))
+        assert run.latest_checkpoint(damage) == run.checkpoint_dir(1)
+    assert "step_2" in caplog.text and "exp_avg.safetensors: not what was written" in caplog.text
 
 
 def test_current_targets_stand_at_the_exit_that_was_taken():

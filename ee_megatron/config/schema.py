@@ -258,6 +258,8 @@ class RunConfig:
     runs: str = "runs"
     device: str = "auto"
     """auto (cuda where there is one), cpu or cuda."""
+    deterministic: bool = False
+    """Only deterministic kernels, where a GPU has a choice (slower). On a CPU a seed always gives the same metrics."""
     start: str = ""
     """rl, evaluate: a policy checkpoint to use instead of this configuration's own calibration."""
     model: ModelConfig = field(default_factory=ModelConfig)

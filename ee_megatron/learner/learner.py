@@ -151,6 +151,10 @@ class Learner:
         soft-target form) - sum entropy_weight * gate entropy.
         """
         teacher = self._teacher_for(batch, objective)
+        if self.config.adapter_dropout:
+            # The masks depend on the update alone, so that a resumed run draws what the undisturbed one did; tensor
+            # ranks drop the same inputs, data ranks others.
+            torch.manual_seed(self.updates * 65_537 + parallel_state.get_data_parallel_rank())
         self.model.train()
         with self.updater.accumulate():
             scores = self._run(batch, train=True, exits=True, objective=objective, teacher=teacher)

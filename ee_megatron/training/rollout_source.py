@@ -1,25 +1,54 @@
-"""Where a step's rollouts come from: the pool, verified, or what an earlier run left on disk. The leader's only."""
+"""Where a step's rollouts come from: the pool, verified, or what an earlier run left on disk. The leader's only.
+
+With rollout.max_staleness = n, step t learns from rollouts under version max(1, t + 1 - n), where t + 1 is the version
+that a step t updates; they are made while the learner is at steps t - n to t - 1. Which version that is depends on
+the step alone, never on who was quick: the same seed gives the same run. Weights that rollouts under way were begun
+with are kept in the stage's ahead/ directory, so that a killed run makes the same rollouts again.
+"""
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ..config.schema import RLConfig
-from ..policy import WeightSet
-from ..rollout.pool import RolloutPool
+from ..observe.rundir import atomic_directory
+from ..policy import PolicySpec, WeightSet, load_policy, save_policy
+from ..rollout.pool import Pending, RolloutPool
 from ..rollout.sampling import ExitPolicy, SamplingParams
 from ..tasks import VerifierPool
-from ..types import Group, Prompt
+from ..types import Group, Prompt, Rollout
 from .rollout_store import load_rollouts, save_rollouts
 from .session import Session
 
+log = logging.getLogger(__name__)
 
-def make_source(session: Session) -> Actor | Dump:
+
+@dataclass(frozen=True)
+class Freshness:
+    """How old rollouts may be, in versions of the weights (0: synchronous); what becomes of those under way when new
+    weights arrive: "finish" under the weights that began them, or "drop" and begin again under the new ones, which is
+    fresher and depends on the clock; whether every sync is checked tensor by tensor. Raises ValueError."""
+
+    max_staleness: int = 0
+    partial: str = "finish"
+    check: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_staleness < 0:
+            raise ValueError(f"rollout.max_staleness={self.max_staleness}: expected 0 (synchronous) or more")
+        if self.partial not in ("finish", "drop"):
+            raise ValueError(f"rollout.partial={self.partial}: expected finish or drop")
+
+
+def make_source(session: Session, freshness: Freshness | None = None) -> Actor | Dump:
     rl = session.cfg.rl
-    return Dump(Path(rl.replay), rl.group_size) if rl.replay else Actor(session)
+    return Dump(Path(rl.replay), rl.group_size) if rl.replay else Actor(session, freshness or Freshness())
 
 
 class Dump:
@@ -44,31 +73,63 @@ class Dump:
 class Actor:
     """The leader's side of a step: prompts in, verified groups out."""
 
-    def __init__(self, session: Session):
-        self.cfg = session.cfg
+    def __init__(self, session: Session, freshness: Freshness):
+        self.cfg, self.freshness = session.cfg, freshness
         task = session.make_task()
         self.verifier: VerifierPool = session.make_verifier(task)
         self.prompts = task.prompts("train")
         self.pool: RolloutPool = session.make_pool(session.spec)
         self.dump = session.path / "rollouts"
+        self.ahead = Ahead(session.path / "ahead", session.spec)
+        self._session = session
+        self._under_way: dict[int, Pending] = {}
+        self._staleness = 0.0
 
     def act(self, weights: WeightSet, step: int, detail: Callable[[str, int, int], None]) -> list[Group]:
-        """Roll out step `step`'s prompts under `weights`. The prompts depend on seed and step alone, so that a resumed
-        run goes on where it was: no prompt twice, none lost, until all have been used."""
+        """Step `step`'s groups, while those of later steps are begun as far as rollout.max_staleness lets them. The
+        prompts depend on seed and step alone, so that a resumed run goes on where it was: no prompt twice, none lost,
+        until all have been used."""
+        rl, fresh = self.cfg.rl, self.freshness
+        if fresh.check or not fresh.max_staleness:
+            self.pool.load(weights)
+        if fresh.check:
+            self.pool.check(weights)
+        self._begin(weights, step)
+        answers = self._under_way.pop(step).result(lambda done, total: detail("rollouts", done, total))
+        check_versions(answers, weights.version, fresh.max_staleness)
+        self._staleness = float(np.mean([weights.version - a.weight_version for group in answers for a in group]))
+        groups = self._verified(step_prompts(self.prompts, step, rl), answers)
+        if rl.dump_rollouts:
+            save_rollouts(self.dump / f"step_{step + 1}", groups)
+        return groups
+
+    def _begin(self, weights: WeightSet, step: int) -> None:
+        """Ask for every step's rollouts that may be made by now and have not been asked for."""
         rl, r = self.cfg.rl, self.cfg.rollout
-        self.pool.load(weights)
-        prompts = step_prompts(self.prompts, step, rl)
-        answers = self.pool.generate(
-            prompts,
-            rl.group_size,
-            SamplingParams(rl.temperature, r.max_new_tokens, tuple(r.stop)),
-            ExitPolicy("sample"),
-            rl.seed * 1_000_003 + step,
-            lambda done, total: detail("rollouts", done, total),
-        )
-        stale = {a.weight_version for group in answers for a in group} - {weights.version}
-        if stale:
-            raise RuntimeError(f"rollouts under weight versions {sorted(stale)}, expected {weights.version}")
+        n = self.freshness.max_staleness
+        if n:
+            self.ahead.keep(weights, oldest=version_for(self._saved_steps(), n))
+        if self.freshness.partial == "drop":
+            for later in self._under_way.keys() - {step}:
+                self._under_way[later].renew(weights)
+        for ahead in range(step, min(step + n, rl.steps - 1) + 1):
+            if ahead not in self._under_way:
+                self._under_way[ahead] = self.pool.begin(
+                    self.ahead.version(version_for(ahead, n), weights),
+                    step_prompts(self.prompts, ahead, rl),
+                    rl.group_size,
+                    SamplingParams(rl.temperature, r.max_new_tokens, tuple(r.stop)),
+                    ExitPolicy("sample"),
+                    rl.seed * 1_000_003 + ahead,
+                )
+
+    def _saved_steps(self) -> int:
+        """Steps done in the newest checkpoint on disk, where a killed run would go on."""
+        directory = self._session.directory
+        found = directory.latest_checkpoint() if directory else None
+        return int(found.name.split("_")[1]) if found else 0
+
+    def _verified(self, prompts: list[Prompt], answers: list[list[Rollout]]) -> list[Group]:
         verdicts = iter(
             self.verifier.verify_many([(p, a.text) for p, g in zip(prompts, answers, strict=True) for a in g])
         )
@@ -78,8 +139,6 @@ class Actor:
             rewards = np.array([v.reward for v in found], dtype=np.float32)
             correct, well_formed = ([getattr(v, name) for v in found] for name in ("correct", "well_formed"))
             groups.append(Group(prompt, group, rewards, np.array(correct), np.array(well_formed)))
-        if rl.dump_rollouts:
-            save_rollouts(self.dump / f"step_{step + 1}", groups)
         return groups
 
     def health(self) -> dict[str, float]:
@@ -88,7 +147,53 @@ class Actor:
             "verifier_timeouts": float(self.verifier.timeouts),
             "actor_restarts": float(pool["restarts"]),
             "actors_alive": float(pool["alive"]),
+            "staleness": self._staleness,
         }
+
+
+class Ahead:
+    """Versions of the weights that rollouts under way may have been begun with, on disk: version_N/ as
+    `policy.save_policy` writes it, appearing whole."""
+
+    def __init__(self, directory: Path, spec: PolicySpec):
+        self.directory, self.spec = directory, spec
+
+    def keep(self, weights: WeightSet, oldest: int) -> None:
+        """Write a version if it is not there; remove those before `oldest`, which no run goes back to."""
+        if not self._path(weights.version).is_dir():
+            with atomic_directory(self._path(weights.version)) as temporary:
+                save_policy(temporary, self.spec, weights.tensors)
+        for path in self.directory.glob("version_*"):
+            if int(path.name.split("_")[1]) < oldest:
+                shutil.rmtree(path)
+
+    def version(self, number: int, current: WeightSet) -> WeightSet:
+        """A version from disk unless it is the current one. If it is gone the current one takes its place."""
+        if number == current.version:
+            return current
+        if not self._path(number).is_dir():
+            log.warning("%s is gone; rollouts are made under version %d instead", self._path(number), current.version)
+            return current
+        return WeightSet(number, load_policy(self._path(number))[1])
+
+    def _path(self, number: int) -> Path:
+        return self.directory / f"version_{number}"
+
+
+def version_for(step: int, staleness: int) -> int:
+    """The version of the weights that step `step` (from 0) takes its rollouts from."""
+    return max(1, step + 1 - staleness)
+
+
+def check_versions(answers: list[list[Rollout]], version: int, staleness: int) -> None:
+    """Raises RuntimeError unless every answer is of `version` or at most `staleness` before."""
+    allowed = range(version - staleness, version + 1)
+    wrong = sorted({a.weight_version for group in answers for a in group} - set(allowed))
+    if wrong:
+        raise RuntimeError(
+            f"rollouts under weight versions {wrong}, expected {allowed[0]} to {version} (rollout.max_staleness="
+            f"{staleness})"
+        )
 
 
 def step_prompts(prompts: list[Prompt], step: int, rl: RLConfig) -> list[Prompt]:

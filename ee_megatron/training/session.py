@@ -66,6 +66,9 @@ class Session:
         self.leads = self.rank == 0
         self.path = stage_dir(cfg, stage)
         self.device_type = pick_device(cfg)
+        if cfg.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
         self.dtype = pick_dtype(cfg, self.device_type)
         self.source = HFDirectory(self.model_path)
         self.spec: PolicySpec = policy_spec(cfg, self.source.dims)

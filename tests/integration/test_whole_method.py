@@ -21,7 +21,7 @@ SETTINGS = [
     "exits.depths=[2,3,4]", "adapter.rank=4", "teacher.enabled=false", "task.validation=6", "task.evaluation=8",
     "traces.problems=16", "calibrate.epochs=1", "calibrate.patterns=1", "calibrate.batch_size=8",
     "rl.steps=4", "rl.prompts_per_step=4", "rl.group_size=2", "rollout.max_new_tokens=8", "rollout.actors=1",
-    "rollout.threads=1", "evaluate.thresholds=[0.5]", "evaluate.answers=3", "tracker.wandb=disabled",
+    "rl.dump_rollouts=true", "rollout.threads=1", "evaluate.thresholds=[0.5]", "evaluate.answers=3", "tracker.wandb=disabled",
 ]  # fmt: skip
 
 
@@ -83,6 +83,23 @@ def test_learner_and_pool_agree_at_every_step(finished):
         assert row["token_mismatch"] < 1e-5 and row["exit_mismatch"] < 1e-5
         assert row["importance_ratio_max"] < 1.001
         assert row["grad_norm"] > 0
+
+
+@pytest.mark.timeout(600)
+def test_replayed_rollouts_teach_the_same(finished):
+    """The dumped rollouts in place of a pool: the same metrics, and the same policy to the bit, without any actor."""
+    folder, _ = finished
+    first = only(folder, "rl")
+    run("rl", folder, f"rl.replay={first / 'rollouts'}")
+    (second,) = set((folder / "runs" / "tiny").glob("rl-*")) - {first}
+    try:
+        for a, b in zip(read_metrics(first / "metrics.jsonl"), read_metrics(second / "metrics.jsonl"), strict=True):
+            assert "actors_alive" in a and "actors_alive" not in b
+            assert {k: v for k, v in a.items() if k in b} == b
+        name = "checkpoints/step_4/policy.safetensors"
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    finally:
+        second.rename(folder / "replayed")
 
 
 @pytest.mark.timeout(600)

@@ -146,7 +146,7 @@ def write_model(path: Path, layers: int) -> None:
 
 
 # What does not belong to a stage's identity: it changes how a result is computed, not what it is.
-NEVER = ("name", "runs", "device", "parallel", "checkpoint", "tracker", "cluster")
+NEVER = ("name", "runs", "device", "deterministic", "parallel", "checkpoint", "tracker", "cluster")
 EXECUTION = {
     "task.verifier_workers",
     "task.verifier_deadline_s",

@@ -33,8 +33,8 @@ class PolicySpec:
     """Which tensors a policy has: adapters or the whole base, and gates.
 
     exit_depths as in `ExitLayout`; rank 0 means no adapters; `targets` are linear names within a block; the LoRA
-    product is scaled by alpha / rank. `full`: full fine-tuning, without adapters (rank 0). `gate_input` is "normalised" (the residual stream divided by its root mean
-    square, no gain) or "raw" (the stream itself, as in the paper).
+    product is scaled by alpha / rank. `full`: full fine-tuning, without adapters (rank 0). `gate_input` is "normalised"
+    (the residual stream divided by its root mean square, no gain) or "raw" (the stream itself, as in the paper).
     """
 
     num_layers: int

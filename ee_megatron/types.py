@@ -40,7 +40,8 @@ class Rollout:
     - exit_logprobs  float32 [T], log q(exit); 0 for entry 0
     - full_logprobs  float32 [T], as token_logprobs but without top-k and top-p; the same array where nothing was cut
     - finished: an end-of-sequence token or a stop string ended it, not the length limit
-    - weight_version: the weights it was generated under
+    - weight_version: the weights that its last token was generated under
+    - weight_versions int32 [T]: those of every token; not all alike only where an answer was continued under new ones
     """
 
     prompt_id: str
@@ -53,8 +54,11 @@ class Rollout:
     finished: bool
     weight_version: int
     full_logprobs: np.ndarray | None = None
+    weight_versions: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        if self.weight_versions is None:
+            self.weight_versions = np.full(len(self.tokens), self.weight_version, dtype=np.int32)
         if self.full_logprobs is None:
             self.full_logprobs = self.token_logprobs
 

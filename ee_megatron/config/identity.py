@@ -23,7 +23,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "teacher": ("model", "task", "teacher", "rollout", "adapter", "deepspeed"),
     "traces": ("traces", "exits"),
     "calibrate": ("calibrate",),
-    "rl": ("rl", "start"),
+    "rl": ("rl", "start", "freshness"),
     "evaluate": ("evaluate",),
 }
 
@@ -32,8 +32,10 @@ RESULT_FIELDS = {
     "rollout": ("max_new_tokens", "stop", "prompt_template"),
     "deepspeed": ("gradient_clipping", "betas", "eps", "weight_decay"),
 }
+# Of `rollout` too, from RL on only: how the policy that learns reaches the pool.
+FRESHNESS = ("max_staleness", "partial", "sync_dtype")
 EXECUTION = {
-    "task": ("verifier_workers", "verifier_deadline_s"),
+    "task": ("verifier_workers", "verifier_deadline_s", "verifier_memory_mb"),
     "calibrate": ("checkpoint_every",),
     "rl": ("checkpoint_every", "dump_rollouts"),
 }
@@ -62,6 +64,8 @@ def to_yaml(cfg: RunConfig) -> str:
 def _section(cfg: RunConfig, name: str) -> Any:
     if name == "start":
         return os.path.normpath(cfg.start) if cfg.start else ""
+    if name == "freshness":
+        return {field: getattr(cfg.rollout, field) for field in FRESHNESS}
     values = asdict(getattr(cfg, name))
     if name in RESULT_FIELDS:
         return {field: values[field] for field in RESULT_FIELDS[name]}

@@ -76,6 +76,8 @@ class TaskConfig:
     """Decides which problems belong to which split."""
     verifier_workers: int = 1
     verifier_deadline_s: float = 5.0
+    verifier_memory_mb: int = 4096
+    """Memory of one verifier process, MiB; 0: no limit."""
 
 
 @dataclass
@@ -191,6 +193,18 @@ class RolloutConfig:
     """Torch threads per actor on a CPU."""
     rows: int = 128
     """Sequences in flight per actor."""
+    device_share: float = 1.0
+    """Share of a GPU (of a core, on a CPU) that Ray reserves for an actor; several actors share a device below 1."""
+    max_staleness: int = 0
+    """RL: versions of the weights that rollouts may be behind. 0: synchronous; more: they are made while the learner
+    trains."""
+    partial: str = "finish"
+    """With max_staleness, rollouts under way when new weights arrive: finish (under the weights that began them),
+    continue (under the new ones) or drop (begin again under the new ones)."""
+    sync_dtype: str = "float32"
+    """What weights travel to the pool in: float32 or bfloat16 (half the bytes; gates stay float32)."""
+    check_weights: bool = False
+    """Compare every tensor on both sides after every sync."""
     max_new_tokens: int = 48
     stop: list[str] = field(default_factory=lambda: ["\n"])
     prompt_template: str = "plain"

@@ -35,6 +35,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rl.advantage": ("rloo", "mean", "grpo", "none"),
     "rollout.backend": ("ray", "local"),
     "rollout.prompt_template": ("plain", "chat"),
+    "rollout.partial": ("finish", "continue", "drop"),
+    "rollout.sync_dtype": ("float32", "bfloat16"),
     "evaluate.split": ("train", "validation", "evaluation"),
     "tracker.wandb": ("auto", "online", "offline", "disabled"),
 }
@@ -96,6 +98,7 @@ POSITIVE: dict[str, tuple[str, ...]] = {
         "actors",
         "threads",
         "rows",
+        "device_share",
         "max_new_tokens",
         "start_timeout_s",
         "timeout_s",
@@ -107,6 +110,7 @@ NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
     "task": (
         "train",
         "seed",
+        "verifier_memory_mb",
     ),
     "teacher": (
         "shots",
@@ -130,7 +134,10 @@ NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
         "entropy_bonus",
         "warmup",
     ),
-    "rollout": ("failure_budget",),
+    "rollout": (
+        "failure_budget",
+        "max_staleness",
+    ),
     "evaluate": (
         "tolerance",
         "answers",
@@ -169,6 +176,9 @@ def validate(cfg: RunConfig, dims: ModelDims | None) -> None:
     _check_task(cfg)
     _check_training(cfg)
     _check_parallel(cfg)
+    share = cfg.rollout.device_share
+    if share > 1 and share != int(share):
+        raise ValueError(f"rollout.device_share={share}: expected a fraction up to 1, or whole devices")
     if dims is not None:
         _check_tensor(cfg, dims)
         stage_sizes(cfg, resolve_exits(cfg, dims))

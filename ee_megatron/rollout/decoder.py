@@ -204,9 +204,14 @@ class Decoder:
         return hidden, residuals
 
     @torch.inference_mode()
-    def prefill(self, tokens: Tensor, lengths: Tensor, prefix: Prefilled | None = None) -> list[Prefilled]:
-        """Read prompts [B, T] (right-padded) at full depth, after a common prefix if given -> one `Prefilled` each."""
-        hidden, _, keys, values = self._parallel(tokens, lengths, None, prefix=prefix, keep_kv=True)
+    def prefill(
+        self, tokens: Tensor, lengths: Tensor, prefix: Prefilled | None = None, exit_depths: Tensor | None = None
+    ) -> list[Prefilled]:
+        """Read sequences [B, T] (right-padded), after a common prefix if given -> one `Prefilled` each.
+
+        Prompts are read at full depth (None); `exit_depths` are as in `forward_parallel`.
+        """
+        hidden, _, keys, values = self._parallel(tokens, lengths, exit_depths, prefix=prefix, keep_kv=True)
         start = prefix.keys.shape[1] if prefix else 0
         ends = lengths.tolist()
         k_LBT, v_LBT = torch.stack(keys), torch.stack(values)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from ..policy import PolicySpec, WeightSet, digest
@@ -18,6 +19,7 @@ from .decoder import Decoder
 from .sampling import ExitPolicy, SamplingParams
 from .scheduler import Progress
 from .scoring import Score
+from .transport import first_difference, hashes, narrowed
 
 # What a pool that holds the teacher reports as its weights.
 TEACHER: tuple[int, str] = (0, "teacher")
@@ -28,11 +30,28 @@ def identity(weights: WeightSet | None) -> tuple[int, str]:
     return TEACHER if weights is None else (weights.version, weights.digest)
 
 
+class Pending(Protocol):
+    """Answers that are being made."""
+
+    def result(self, progress: Progress | None = None) -> list[list[Rollout]]:
+        """Wait for them; what `RolloutPool.generate` returns and raises. `progress(done, total)` counts answers."""
+        ...
+
+    def renew(self, weights: WeightSet, keep: bool) -> None:
+        """Go on under newer weights: answers that are not finished keep the tokens they have, or begin again. Those of
+        chunks that were answered stay as they are."""
+        ...
+
+
 class RolloutPool(Protocol):
     """One interface for the pool in process and the pool of actors. Results are in the order of what was asked."""
 
     def load(self, weights: WeightSet | None) -> None:
         """Hold these weights from now on (None: the teacher). Raises ValueError if they don't arrive as sent."""
+        ...
+
+    def check(self, weights: WeightSet) -> None:
+        """Compare every tensor held, wherever, with these. Raises ValueError that names the first which differs."""
         ...
 
     def generate(
@@ -45,6 +64,18 @@ class RolloutPool(Protocol):
         progress: Progress | None = None,
     ) -> list[list[Rollout]]:
         """`samples` answers to each prompt; a pure function of weights, prompts, settings and seed."""
+        ...
+
+    def begin(
+        self,
+        weights: WeightSet,
+        prompts: Sequence[Prompt],
+        samples: int,
+        sampling: SamplingParams,
+        exits: ExitPolicy,
+        seed: int,
+    ) -> Pending:
+        """`load` and `generate` without waiting: what was asked for before goes first, under its own weights."""
         ...
 
     def trace(self, rollouts: Sequence[Rollout], top_k: int, progress: Progress | None = None) -> list[Trace]:
@@ -79,7 +110,10 @@ class ReplicaSettings:
 
 
 class LocalPool:
-    """A pool of one replica in this process. Sets torch's thread count if `threads` > 0 and the device is a CPU."""
+    """A pool of one replica in this process. Sets torch's thread count if `threads` > 0 and the device is a CPU.
+
+    `sync_dtype`: what weights are narrowed to before they are loaded, as for a pool of actors; None: nothing is.
+    """
 
     def __init__(
         self,
@@ -89,12 +123,13 @@ class LocalPool:
         device: str = "cpu",
         rows: int = 64,
         threads: int = 0,
+        sync_dtype: torch.dtype | None = None,
     ):
         if threads > 0 and device == "cpu":
             torch.set_num_threads(threads)
         self.decoder = Decoder.from_hf(model_path, spec, dtype, device)
         self.tokenizer = AutoTokenizer.from_pretrained(str(model_path), local_files_only=True)
-        self.rows = rows
+        self.rows, self.sync_dtype = rows, sync_dtype
         self._weights: WeightSet | None = None
 
     @property
@@ -110,8 +145,34 @@ class LocalPool:
                     f"weights version {weights.version}: tensors have digest {found[:12]}, "
                     f"expected {weights.digest[:12]}; send them again"
                 )
+            weights = narrowed(weights, self.sync_dtype)
         self.decoder.load_policy(weights.tensors if weights else None)
         self._weights = weights
+
+    def check(self, weights: WeightSet) -> None:
+        wanted = narrowed(weights, self.sync_dtype)
+        if identity(wanted)[0] != self.version:
+            raise ValueError(f"the pool holds weights version {self.version}, not {weights.version}; load them first")
+        difference = first_difference(expected_hashes(wanted.tensors, self.decoder.dtype), self.held_hashes())
+        if difference:
+            raise ValueError(f"weights version {weights.version}: {difference}; load them again")
+
+    def held_hashes(self) -> dict[str, str]:
+        """Hash of every policy tensor, read back from the decoder where it keeps the tensor itself (gates, and the
+        base under full fine-tuning); adapters, which it merges, as they came."""
+        decoder, held = self.decoder, dict(self._weights.tensors) if self._weights else {}
+        spec = decoder.spec
+        for i, gate in enumerate(decoder.gates or []):
+            prefix = f"gates.{decoder.layout.depths[i]}"
+            weight = gate.fc1.weight
+            if weight is not None:
+                held |= {f"{prefix}.fc1.weight": weight}
+            held |= {f"{prefix}.fc2.weight": gate.fc2, f"{prefix}.fc2.bias": gate.fc2_bias}
+            if gate.fc1.bias is not None:
+                held |= {f"{prefix}.fc1.bias": gate.fc1.bias}
+        if spec is not None and spec.full and self._weights:
+            held |= {name: decoder.weights._place(name) for name in decoder.dims.tensor_shapes()}
+        return hashes(held)
 
     def generate(
         self,
@@ -121,10 +182,27 @@ class LocalPool:
         exits: ExitPolicy,
         seed: int,
         progress: Progress | None = None,
+        begun: Sequence[Sequence[Rollout]] = (),
+        stop: Callable[[], bool] = lambda: False,
     ) -> list[list[Rollout]]:
+        """`begun` and `stop` as in `scheduler.generate`."""
         return scheduler.generate(
-            self.decoder, self.tokenizer, prompts, samples, sampling, exits, seed, self.version, progress, self.rows
-        )
+            self.decoder, self.tokenizer, prompts, samples, sampling, exits, seed, self.version, progress, self.rows,
+            begun, stop,
+        )  # fmt: skip
+
+    def begin(
+        self,
+        weights: WeightSet,
+        prompts: Sequence[Prompt],
+        samples: int,
+        sampling: SamplingParams,
+        exits: ExitPolicy,
+        seed: int,
+    ) -> Pending:
+        """Answers at once: there is no other process that could go on meanwhile."""
+        self.load(weights)
+        return Finished(self.generate(prompts, samples, sampling, exits, seed))
 
     def trace(self, rollouts: Sequence[Rollout], top_k: int, progress: Progress | None = None) -> list[Trace]:
         return scoring.trace(self.decoder, rollouts, top_k, progress)
@@ -144,6 +222,30 @@ class LocalPool:
         """Nothing to end: the replica goes with the object."""
 
 
+@dataclass
+class Finished:
+    """`Pending` that is there already."""
+
+    answers: list[list[Rollout]]
+
+    def result(self, progress: Progress | None = None) -> list[list[Rollout]]:
+        return self.answers
+
+    def renew(self, weights: WeightSet, keep: bool) -> None:
+        """Nothing is under way."""
+
+
+def expected_hashes(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, str]:
+    """Hashes of policy tensors as a replica of `dtype` holds them: gates in float32, a base of its own in `dtype`."""
+
+    def held(name: str, tensor: Tensor) -> Tensor:
+        if name.startswith("gates."):
+            return tensor.float()
+        return tensor if ".lora_" in name else tensor.to(dtype)
+
+    return hashes({name: held(name, tensor) for name, tensor in tensors.items()})
+
+
 def make_pool(
     backend: str,
     model_path: str | Path,
@@ -156,13 +258,15 @@ def make_pool(
     start_timeout_s: float = 180.0,
     timeout_s: float = 600.0,
     failure_budget: int = 3,
+    device_share: float = 1.0,
+    sync_dtype: torch.dtype | None = None,
 ) -> RolloutPool:
     """The pool that `rollout.backend` names: "local" or "ray". Raises ValueError for another name."""
     if backend == "local":
-        return LocalPool(model_path, spec, dtype, device, rows, threads)
+        return LocalPool(model_path, spec, dtype, device, rows, threads, sync_dtype)
     if backend == "ray":
         from .ray_pool import RayPool
 
         replica = ReplicaSettings(str(Path(model_path).resolve()), spec, dtype, device, rows, threads)
-        return RayPool(replica, actors, start_timeout_s, timeout_s, failure_budget)
+        return RayPool(replica, actors, start_timeout_s, timeout_s, failure_budget, device_share, sync_dtype)
     raise ValueError(f"rollout.backend {backend!r} is unknown; expected 'local' or 'ray'")

@@ -20,6 +20,8 @@ class Request:
     - seed, prompt_id, sample: name the answer's random stream, and nothing else does: same names, same answer. A
       prompt's samples differ in `sample`; requests with equal prompts that wait together are read once.
     - stream: whether events carry text (it costs a detokenisation per token)
+    - begun: its first tokens, as `Scheduler.take_unfinished` gave them: they are read again, at their own exits, under
+      the weights now loaded, and the answer goes on from there
     """
 
     prompt: str | Sequence[int]
@@ -29,6 +31,7 @@ class Request:
     prompt_id: str = ""
     sample: int = 0
     stream: bool = False
+    begun: Rollout | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,14 @@ class Row:
     exit_logprobs: list[float] = field(default_factory=list)
     finished: str | None = None
 
+    def __post_init__(self) -> None:
+        begun = self.request.begun
+        if begun is not None:
+            self.tokens, self.exit_depths = begun.tokens.tolist(), begun.exit_depths.tolist()
+            self.token_logprobs, self.exit_logprobs = begun.token_logprobs.tolist(), begun.exit_logprobs.tolist()
+            assert begun.full_logprobs is not None
+            self.full_logprobs = begun.full_logprobs.tolist()
+
     @property
     def length(self) -> int:
         return len(self.prompt_tokens) + len(self.tokens)
@@ -97,6 +108,10 @@ class Row:
         token_logprobs = np.array(self.token_logprobs, dtype=np.float32)
         sampling = self.request.sampling
         cut = sampling.temperature > 0 and (sampling.top_k or sampling.top_p < 1)
+        begun = self.request.begun
+        versions = np.full(len(self.tokens), version, dtype=np.int32)
+        if begun is not None and begun.weight_versions is not None:
+            versions[: begun.length] = begun.weight_versions
         return Rollout(
             prompt_id=self.request.prompt_id,
             prompt_tokens=np.array(self.prompt_tokens, dtype=np.int64),
@@ -108,6 +123,7 @@ class Row:
             finished=self.finished == "stop",
             weight_version=version,
             full_logprobs=np.array(self.full_logprobs, dtype=np.float32) if cut else token_logprobs,
+            weight_versions=versions,
         )
 
     def _new_text(self) -> str:

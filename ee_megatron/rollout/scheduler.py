@@ -96,6 +96,8 @@ class Scheduler:
         if stop not in self._stopping:
             self._stopping[stop] = StopChecker(self.tokenizer, decoder.eos_ids, stop)
         row = Row(self._next_id, request, tokens, key, self._stopping[stop])
+        if row.tokens and (row.stopping.ended(row.tokens) or len(row.tokens) >= request.sampling.max_new_tokens):
+            raise ValueError(f"answer {request.prompt_id!r} was begun and ended; only an unfinished one goes on")
         if row.longest > decoder.dims.max_positions:
             raise ValueError(
                 f"prompt and answer take up to {row.longest} positions, the model has {decoder.dims.max_positions}; "
@@ -124,6 +126,17 @@ class Scheduler:
     def take(self, request: int, version: int) -> Rollout:
         """A finished answer, which is forgotten. Raises KeyError for one that isn't finished."""
         return self.finished.pop(request).rollout(version)
+
+    def take_unfinished(self, request: int, version: int) -> Rollout:
+        """An answer as far as it has come, without a token if it has not begun; it is forgotten. Raises KeyError.
+
+        What it lacks can be had from any scheduler, under any weights, by another request with this as `begun`.
+        """
+        for row in [*self.finished.values(), *self.waiting, *self.stations]:
+            if row.id == request:
+                self.cancel(request)
+                return row.rollout(version)
+        raise KeyError(request)
 
     @property
     def busy(self) -> bool:
@@ -163,16 +176,21 @@ class Scheduler:
         if self.waiting[0].prompt_tokens not in self._read and len(self.stations) and free < self.in_flight // 8:
             return []
         chosen: list[Row] = []
+        begun: list[Row] = []
         unread: dict[tuple[int, ...], None] = {}
-        while len(chosen) < free and self.waiting:
+        while len(chosen) + len(begun) < free and self.waiting:
+            if self.waiting[0].tokens:
+                begun.append(self.waiting.popleft())
+                continue
             prompt = self.waiting[0].prompt_tokens
             if prompt not in self._read and prompt not in unread:
                 if unread and len(prompt) + sum(map(len, unread)) > PREFILL_POSITIONS:
                     break
                 unread[prompt] = None
             chosen.append(self.waiting.popleft())
+        self._go_on(sorted(begun, key=lambda row: -row.length))
         self._read_prompts(sorted(unread, key=len, reverse=True))
-        events = self._start(chosen)
+        events = self._start(chosen) if chosen else []
         self._forget_unneeded()
         return events
 
@@ -201,20 +219,37 @@ class Scheduler:
         uniform = self._draw(rows)[:, -1]
         depths = [self.decoder.dims.num_layers] * len(rows)
         events = self._sample(rows, torch.stack([read.logits for read in reads]), uniform, depths, [0.0] * len(rows))
-        alive = [(row, read.prefilled) for row, read in zip(rows, reads, strict=True) if not self._retire(row)]
-        for row, _ in alive:
+        self._enter([(row, read.prefilled) for row, read in zip(rows, reads, strict=True) if not self._retire(row)])
+        return events
+
+    def _go_on(self, rows: list[Row]) -> None:
+        """Give begun answers, the longest first, a cache slot: all but their last token is read at its own exits."""
+        decoder = self.decoder
+        while rows:
+            count = max(1, PREFILL_POSITIONS // rows[0].length)
+            part, rows = rows[:count], rows[count:]
+            tokens, lengths = pad([[*row.prompt_tokens, *row.tokens[:-1]] for row in part], decoder.device)
+            depths = torch.full(tokens.shape, decoder.dims.num_layers, dtype=torch.int64)
+            for b, row in enumerate(part):
+                first = len(row.prompt_tokens) - 1
+                depths[b, first : first + len(row.tokens)] = torch.tensor(row.exit_depths)
+            prefilled = decoder.prefill(tokens, lengths, exit_depths=depths.to(decoder.device))
+            self._enter(list(zip(part, prefilled, strict=True)))
+
+    def _enter(self, entering: list[tuple[Row, Prefilled]]) -> None:
+        """Give rows a cache slot with what has been read of them; they wait before the first segment then."""
+        for row, _ in entering:
             row.slot = self._free.pop()
-        if alive:
-            longest = max(row.longest for row, _ in alive)
-            used = 1 + max(row.slot for row in [*self.stations, *(row for row, _ in alive)])
+        if entering:
+            longest = max(row.longest for row, _ in entering)
+            used = 1 + max(row.slot for row in [*self.stations, *(row for row, _ in entering)])
             self.cache.reserve(longest, self.decoder.dims.max_positions, used)
-        for row, prefilled in alive:
+        for row, prefilled in entering:
             if prefilled.start:
                 assert self._prefix is not None
                 self.cache.fill(row.slot, 0, self._prefix[1].keys, self._prefix[1].values)
             self.cache.fill(row.slot, prefilled.start, prefilled.keys, prefilled.values)
             self.stations.put(0, row)
-        return events
 
     # ---- a station ----
 
@@ -343,12 +378,17 @@ def generate(
     version: int,
     progress: Progress | None = None,
     rows: int = 64,
+    begun: Sequence[Sequence[Rollout]] = (),
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[list[Rollout]]:
     """`samples` answers to every prompt, in the prompts' order, with up to `rows` in flight.
 
     A seed gives the same answers whatever `rows` is and whatever else is asked. In float32 that holds up to rounding:
     another batch may change the last bits of a logit, and with them a choice that hangs on these bits. `progress(done,
     total)` counts answers. Raises ValueError for impossible settings and for prompts that do not fit the model.
+
+    Once `stop()` holds, what there is is returned as it is: answers may be unfinished or without a token. As `begun` of
+    another call, under these weights or newer ones, such answers go on and finished ones are returned as they are.
     """
     total = len(prompts) * samples
     if samples < 1 or rows < 1:
@@ -359,15 +399,26 @@ def generate(
     # The longest prompts first, so that rows of like length are read together.
     for p in sorted(range(len(prompts)), key=lambda i: -len(encoded[i])):
         for k in range(samples):
-            ids[p, k] = scheduler.add(Request(encoded[p], sampling, exits, seed, prompts[p].id, k))
+            first = begun[p][k] if begun else None
+            if first is None or not is_whole(first, sampling):
+                first = first if first is not None and first.length else None
+                ids[p, k] = scheduler.add(Request(encoded[p], sampling, exits, seed, prompts[p].id, k, begun=first))
     scheduler.share_prefix(common_beginning(encoded))
     reported = 0
-    while scheduler.busy:
+    while scheduler.busy and not stop():
         scheduler.advance()
         if progress and len(scheduler.finished) > reported:
             reported = len(scheduler.finished)
             progress(reported, total)
-    return [[scheduler.take(ids[p, k], version) for k in range(samples)] for p in range(len(prompts))]
+    return [
+        [scheduler.take_unfinished(ids[p, k], version) if (p, k) in ids else begun[p][k] for k in range(samples)]
+        for p in range(len(prompts))
+    ]
+
+
+def is_whole(answer: Rollout, sampling: SamplingParams) -> bool:
+    """Whether an answer has ended, by its own doing or at the limit."""
+    return answer.finished or answer.length >= sampling.max_new_tokens
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def replay_depths(rollouts: Sequence[Rollout], width: int, decoder: Decoder) -> 
     """Recorded exits as depths int64 [B, width] per position; L for prompts, padding and the unread last token."""
     depths = torch.full((len(rollouts), width), decoder.dims.num_layers, dtype=torch.int64)
     for b, rollout in enumerate(rollouts):
-        depths[b, _predicting(rollout)] = torch.as_tensor(rollout.exit_depths, dtype=torch.int64)
+        depths[b, _predicting(rollout)] = torch.tensor(rollout.exit_depths, dtype=torch.int64)
     return depths.to(decoder.device)
 
 

@@ -17,6 +17,8 @@ from ..types import Prompt
 from .base import Task, Verdict
 
 START_TIMEOUT_S = 60.0
+# Far more than a verifier needs, far less than a machine has.
+DEFAULT_MEMORY_MB = 4096
 TIMED_OUT = Verdict(correct=False, well_formed=False, answered=False, timed_out=True)
 _START = "from ee_megatron.tasks.worker import main; main()"
 log = logging.getLogger(__name__)
@@ -25,7 +27,7 @@ log = logging.getLogger(__name__)
 class _Worker:
     """One verifier process, its connection, and what it is doing: `item` is the index it works on, None while idle."""
 
-    def __init__(self, task: bytes, deadline_s: float) -> None:
+    def __init__(self, task: bytes, deadline_s: float, memory_mb: int) -> None:
         self.connection, theirs = Pipe()
         self.deadline_s = deadline_s
         self.ready = False
@@ -34,7 +36,7 @@ class _Worker:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
         # Not multiprocessing's own start: that imports the parent's main module again, and with it torch.
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _START, str(theirs.fileno()), str(deadline_s)],
+            [sys.executable, "-c", _START, str(theirs.fileno()), str(deadline_s), str(memory_mb)],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -62,23 +64,29 @@ class VerifierPool:
     """Runs `task.verify` in `workers` processes, each answer within `deadline_s` seconds.
 
     A process that misses the deadline or dies is killed and replaced, and its answer gets a verdict with `timed_out`.
-    `timeouts` counts these. `failures` counts answers at which `verify` raised an exception; they are treated alike,
-    and the first exception is logged.
+    `timeouts` counts these. A process has `memory_mb` MiB of its own (0: no limit); what asks for more fails or dies,
+    and costs its own answer only. `failures` counts answers at which `verify` raised an exception; they are treated
+    alike, and the first exception is logged.
 
     Raises ValueError for bad settings; RuntimeError if a process can't start.
     """
 
-    def __init__(self, task: Task, workers: int = 1, deadline_s: float = 5.0) -> None:
+    def __init__(
+        self, task: Task, workers: int = 1, deadline_s: float = 5.0, memory_mb: int = DEFAULT_MEMORY_MB
+    ) -> None:
         if workers < 1 or deadline_s <= 0:
             raise ValueError(
                 f"task.verifier_workers={workers}, task.verifier_deadline_s={deadline_s}: both must be positive"
             )
+        if memory_mb < 0:
+            raise ValueError(f"task.verifier_memory_mb={memory_mb}: expected MiB, or 0 for no limit")
         self.timeouts = 0
         self.failures = 0
         self.deadline_s = deadline_s
         self.task_name = task.name
         self._task = pickle.dumps(task)
-        self._workers = [_Worker(self._task, deadline_s) for _ in range(workers)]
+        self.memory_mb = memory_mb
+        self._workers = [_Worker(self._task, deadline_s, memory_mb) for _ in range(workers)]
         self._closed = False
 
     def verify_many(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
@@ -159,7 +167,7 @@ class VerifierPool:
                 f"a verifier process {how} while starting (exit code {worker.process.returncode}, "
                 f"{START_TIMEOUT_S:.0f} s allowed); its messages are on standard error"
             )
-        self._workers[index] = _Worker(self._task, self.deadline_s)
+        self._workers[index] = _Worker(self._task, self.deadline_s, self.memory_mb)
         if worker.item is None:
             return 0
         self.timeouts += 1
@@ -171,10 +179,10 @@ class VerifierPool:
         for index, worker in enumerate(self._workers):
             if worker.ready and worker.process.poll() is not None:
                 worker.stop()
-                self._workers[index] = _Worker(self._task, self.deadline_s)
+                self._workers[index] = _Worker(self._task, self.deadline_s, self.memory_mb)
 
     def _replace_busy(self) -> None:
         for index, worker in enumerate(self._workers):
             if worker.item is not None or not worker.ready:
                 worker.stop()
-                self._workers[index] = _Worker(self._task, self.deadline_s)
+                self._workers[index] = _Worker(self._task, self.deadline_s, self.memory_mb)

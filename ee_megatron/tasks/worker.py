@@ -5,14 +5,18 @@ from __future__ import annotations
 import faulthandler
 import os
 import pickle
+import resource
 import signal
 import sys
 from multiprocessing.connection import Connection
 
 
 def main() -> None:
-    """Arguments: the descriptor of the connection and the deadline of one answer in seconds."""
-    descriptor, deadline_s = int(sys.argv[1]), float(sys.argv[2])
+    """Arguments: the connection's descriptor, the deadline of one answer in seconds, memory in MiB (0: no limit)."""
+    descriptor, deadline_s, memory = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]) << 20
+    if memory:
+        # Memory that the process fills itself, not the libraries that it maps.
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     # Ctrl-C reaches the whole terminal group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(descriptor)

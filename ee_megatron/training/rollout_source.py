@@ -32,8 +32,9 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Freshness:
     """How old rollouts may be, in versions of the weights (0: synchronous); what becomes of those under way when new
-    weights arrive: "finish" under the weights that began them, or "drop" and begin again under the new ones, which is
-    fresher and depends on the clock; whether every sync is checked tensor by tensor. Raises ValueError."""
+    weights arrive: "finish" under the weights that began them, "continue" under the new ones, or "drop" and begin again
+    under these. The latter two are fresher and depend on the clock. And whether every sync is checked tensor by tensor.
+    Raises ValueError."""
 
     max_staleness: int = 0
     partial: str = "finish"
@@ -42,13 +43,15 @@ class Freshness:
     def __post_init__(self) -> None:
         if self.max_staleness < 0:
             raise ValueError(f"rollout.max_staleness={self.max_staleness}: expected 0 (synchronous) or more")
-        if self.partial not in ("finish", "drop"):
-            raise ValueError(f"rollout.partial={self.partial}: expected finish or drop")
+        if self.partial not in ("finish", "continue", "drop"):
+            raise ValueError(f"rollout.partial={self.partial}: expected finish, continue or drop")
 
 
-def make_source(session: Session, freshness: Freshness | None = None) -> Actor | Dump:
-    rl = session.cfg.rl
-    return Dump(Path(rl.replay), rl.group_size) if rl.replay else Actor(session, freshness or Freshness())
+def make_source(session: Session) -> Actor | Dump:
+    rl, r = session.cfg.rl, session.cfg.rollout
+    if rl.replay:
+        return Dump(Path(rl.replay), rl.group_size)
+    return Actor(session, Freshness(r.max_staleness, r.partial, r.check_weights))
 
 
 class Dump:
@@ -97,7 +100,7 @@ class Actor:
         self._begin(weights, step)
         answers = self._under_way.pop(step).result(lambda done, total: detail("rollouts", done, total))
         check_versions(answers, weights.version, fresh.max_staleness)
-        self._staleness = float(np.mean([weights.version - a.weight_version for group in answers for a in group]))
+        self._staleness = weights.version - float(np.concatenate(versions_of(answers)).mean())
         groups = self._verified(step_prompts(self.prompts, step, rl), answers)
         if rl.dump_rollouts:
             save_rollouts(self.dump / f"step_{step + 1}", groups)
@@ -109,9 +112,11 @@ class Actor:
         n = self.freshness.max_staleness
         if n:
             self.ahead.keep(weights, oldest=version_for(self._saved_steps(), n))
-        if self.freshness.partial == "drop":
-            for later in self._under_way.keys() - {step}:
-                self._under_way[later].renew(weights)
+        if self.freshness.partial != "finish":
+            keep = self.freshness.partial == "continue"
+            # Dropping the rollouts that are due now would make everybody wait for them again.
+            for later in self._under_way.keys() - (set() if keep else {step}):
+                self._under_way[later].renew(weights, keep)
         for ahead in range(step, min(step + n, rl.steps - 1) + 1):
             if ahead not in self._under_way:
                 self._under_way[ahead] = self.pool.begin(
@@ -186,14 +191,18 @@ def version_for(step: int, staleness: int) -> int:
 
 
 def check_versions(answers: list[list[Rollout]], version: int, staleness: int) -> None:
-    """Raises RuntimeError unless every answer is of `version` or at most `staleness` before."""
+    """Raises RuntimeError unless every token is of `version` or at most `staleness` before."""
     allowed = range(version - staleness, version + 1)
-    wrong = sorted({a.weight_version for group in answers for a in group} - set(allowed))
+    wrong = sorted({int(v) for versions in versions_of(answers) for v in versions} - set(allowed))
     if wrong:
         raise RuntimeError(
             f"rollouts under weight versions {wrong}, expected {allowed[0]} to {version} (rollout.max_staleness="
             f"{staleness})"
         )
+
+
+def versions_of(answers: list[list[Rollout]]) -> list[np.ndarray]:
+    return [a.weight_versions for group in answers for a in group if a.weight_versions is not None]
 
 
 def step_prompts(prompts: list[Prompt], step: int, rl: RLConfig) -> list[Prompt]:

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from ..observe.rundir import atomic_directory
 from ..types import Group, Prompt, Rollout
 
-_PER_TOKEN = ("tokens", "exit_depths", "token_logprobs", "full_logprobs", "exit_logprobs")
+_PER_TOKEN = ("tokens", "exit_depths", "token_logprobs", "full_logprobs", "exit_logprobs", "weight_versions")
 
 
 def save_rollouts(directory: Path, groups: list[Group]) -> None:

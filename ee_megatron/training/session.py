@@ -135,6 +135,8 @@ class Session:
             start_timeout_s=r.start_timeout_s,
             timeout_s=r.timeout_s,
             failure_budget=r.failure_budget,
+            device_share=r.device_share,
+            sync_dtype=torch.bfloat16 if r.sync_dtype == "bfloat16" else None,
         )
         self.stack.callback(pool.close)
         return pool
@@ -144,7 +146,9 @@ class Session:
 
     def make_verifier(self, task: Task) -> VerifierPool:
         t = self.cfg.task
-        return self.stack.enter_context(VerifierPool(task, t.verifier_workers, t.verifier_deadline_s))
+        return self.stack.enter_context(
+            VerifierPool(task, t.verifier_workers, t.verifier_deadline_s, t.verifier_memory_mb)
+        )
 
     def open_metrics(self, resume_step: int | None) -> None:
         """The leader's metrics.jsonl and trackers."""

@@ -36,6 +36,31 @@ def test_the_local_pool_holds_versions_and_refuses_damaged_weights(tmp_path: Pat
     assert pool.health()["version"] == 5 and np.array_equal(again[0].tokens, answers[0].tokens)
 
 
+def test_a_pool_says_which_of_its_settings_is_wrong(tmp_path: Path):
+    path = tiny_hf("llama", tmp_path)
+    for settings, message in (
+        ({"actors": 0}, "at least 1"),
+        ({"device_share": 0.0}, "device_share=0.0"),
+        ({"device_share": 1.5}, "device_share=1.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_pool("ray", path, SPEC, torch.float32, "cpu", **settings)
+
+
+def test_weights_narrowed_on_their_way_are_what_the_pool_holds_and_checks(tmp_path: Path):
+    path = tiny_hf("llama", tmp_path)
+    pool = LocalPool(path, SPEC, sync_dtype=torch.bfloat16)
+    weights = WeightSet(3, initial_policy(HFDirectory(path).dims, SPEC, 0))
+    with pytest.raises(ValueError, match="holds weights version 0, not 3"):
+        pool.check(weights)
+    pool.load(weights)
+    pool.check(weights)
+    assert pool.version == 3 and pool.health()["digest"] != weights.digest
+    changed = {n: t + 0.5 if n == "model.layers.1.mlp.up_proj.lora_A.weight" else t for n, t in weights.tensors.items()}
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.lora_A\.weight is .* \(1 of"):
+        pool.check(WeightSet(3, changed))
+
+
 def test_an_unknown_backend_and_a_missing_model_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="expected 'local' or 'ray'"):
         make_pool("mpi", tmp_path, None, torch.float32, "cpu")

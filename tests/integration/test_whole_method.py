@@ -21,7 +21,8 @@ SETTINGS = [
     "exits.depths=[2,3,4]", "adapter.rank=4", "teacher.enabled=false", "task.validation=6", "task.evaluation=8",
     "traces.problems=16", "calibrate.epochs=1", "calibrate.patterns=1", "calibrate.batch_size=8",
     "rl.steps=4", "rl.prompts_per_step=4", "rl.group_size=2", "rollout.max_new_tokens=8", "rollout.actors=1",
-    "rl.dump_rollouts=true", "rollout.threads=1", "evaluate.thresholds=[0.5]", "evaluate.answers=3", "tracker.wandb=disabled",
+    "rl.dump_rollouts=true", "rollout.threads=1", "evaluate.thresholds=[0.5]", "evaluate.answers=3",
+    "tracker.wandb=disabled",
 ]  # fmt: skip
 
 

@@ -70,6 +70,8 @@ def test_every_choice_is_checked(key: str) -> None:
         (["deepspeed.zero_stage=0", "deepspeed.offload_optimizer=true"], ["offload_optimizer", "zero_stage >= 1"]),
         (["deepspeed.betas=[0.9]"], ["deepspeed.betas", "two numbers"]),
         (["rl.minibatches=99"], ["rl.minibatches=99", "rl.prompts_per_step"]),
+        (["rollout.device_share=1.5"], ["rollout.device_share=1.5", "up to 1"]),
+        (["rollout.max_staleness=-1"], ["rollout.max_staleness=-1", ">= 0"]),
         (["rl.lambda_warmup=2"], ["rl.lambda_warmup=2", "0 to 1"]),
         (["parallel.data=9", "cluster.gpus_per_node=8"], ["9 ranks", "8 devices"]),
     ],
@@ -150,6 +152,7 @@ NEVER = ("name", "runs", "device", "deterministic", "parallel", "checkpoint", "t
 EXECUTION = {
     "task.verifier_workers",
     "task.verifier_deadline_s",
+    "task.verifier_memory_mb",
     "calibrate.checkpoint_every",
     "rl.checkpoint_every",
     "rl.dump_rollouts",
@@ -157,7 +160,17 @@ EXECUTION = {
     "deepspeed.offload_optimizer",
     *(
         f"rollout.{name}"
-        for name in ("backend", "actors", "threads", "rows", "start_timeout_s", "timeout_s", "failure_budget")
+        for name in (
+            "backend",
+            "actors",
+            "threads",
+            "rows",
+            "device_share",
+            "check_weights",
+            "start_timeout_s",
+            "timeout_s",
+            "failure_budget",
+        )
     ),
 }
 FIRST_STAGE = {
@@ -167,6 +180,7 @@ FIRST_STAGE = {
     "rl": "rl",
     "start": "rl",
     "evaluate": "evaluate",
+    **dict.fromkeys(("rollout.max_staleness", "rollout.partial", "rollout.sync_dtype"), "rl"),
 }
 
 
@@ -205,7 +219,7 @@ def test_a_setting_changes_the_stages_that_depend_on_it_and_no_others(key: str) 
         assert different == []
     else:
         stages = list(identity.STAGES)
-        assert different == stages[stages.index(FIRST_STAGE[section]) :]
+        assert different == stages[stages.index(FIRST_STAGE.get(key) or FIRST_STAGE[section]) :]
 
 
 def test_default_exits_count_as_what_they_come_to(tmp_path: Path) -> None:

@@ -40,6 +40,10 @@ class HostileTask:
         if text == "spin":
             # The regex engine holds the interpreter lock: no signal handler and no thread of Python's gets a turn.
             re.match(r"(a+)+b", "a" * 64)
+        if text == "eat":
+            hoard = []
+            while True:
+                hoard.append(b"x" * (16 << 20))
         if text == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if text == "raise":
@@ -64,6 +68,20 @@ def test_hung_and_dead_verifiers_are_replaced_within_the_deadline_and_the_rest_i
     assert all(v.correct for v in again)
     # Two deadlines of a second on two workers, and three starts.
     assert took < 10
+
+
+def test_a_verifier_that_eats_memory_is_stopped_at_its_limit_and_the_step_ends_on_time() -> None:
+    texts = ["24", "eat", "24", "eat", "sleep", "23"]
+    with VerifierPool(HostileTask(), workers=2, deadline_s=5, memory_mb=512) as pool:
+        pool.verify_many([(PROMPT, "24")])
+        begun = time.monotonic()
+        verdicts = pool.verify_many([(PROMPT, text) for text in texts])
+        took = time.monotonic() - begun
+        # Half a gigabyte is filled long before the deadline: these failed on memory, not on time.
+        assert (pool.failures, pool.timeouts) == (2, 1)
+    assert [v.timed_out for v in verdicts] == [False, True, False, True, True, False]
+    assert [v.correct for v in verdicts] == [True, False, True, False, False, False]
+    assert took < 15
 
 
 def test_an_exception_costs_one_verdict_and_is_counted(caplog: pytest.LogCaptureFixture) -> None:
@@ -126,3 +144,5 @@ def test_a_task_that_cannot_start_and_bad_settings_are_errors() -> None:
         VerifierPool(HostileTask(), workers=0)
     with pytest.raises(ValueError, match="must be positive"):
         VerifierPool(HostileTask(), deadline_s=0)
+    with pytest.raises(ValueError, match="verifier_memory_mb=-1"):
+        VerifierPool(HostileTask(), memory_mb=-1)

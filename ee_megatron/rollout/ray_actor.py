@@ -1,0 +1,136 @@
+"""What runs in an actor's process, and how Ray is started round it."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from ..policy import WeightSet
+from .pool import LocalPool, ReplicaSettings, identity
+from .transport import unpack
+
+# Loopback names that Ray itself understands in RAY_ADDRESS beside addresses.
+LOCAL_NAMES = ("local", "localhost")
+
+
+# Calls of this group run beside the one call of the actor's own: they tell it to stop.
+CONTROL = "control"
+
+
+class Replica:
+    """It works only for a caller who expects the weights that it holds."""
+
+    def __init__(self, settings: ReplicaSettings):
+        self.pool = LocalPool(
+            settings.model_path, settings.spec, settings.dtype, settings.device, settings.rows, settings.threads
+        )
+        self.held: tuple[int, str] | None = None
+        self._stopped = 0
+
+    def load(self, wanted: tuple[int, str], chunks: list[Any] | None, timeout_s: float) -> tuple[tuple[int, str], int]:
+        """Fetch a version's chunks (None: the teacher) and load it; what is held now, and the process id.
+
+        Until that is done it holds nothing. The digest is taken here, over what arrived.
+        """
+        import ray
+
+        self.held, weights = None, None
+        if chunks is not None:
+            tensors = {}
+            for reference in chunks:
+                tensors.update(unpack(ray.get(reference, timeout=timeout_s)))
+            weights = WeightSet(wanted[0], tensors, wanted[1])
+        self.pool.load(weights)
+        self.held = identity(weights)
+        return self.held, os.getpid()
+
+    def call(self, expected: tuple[int, str], method: str, arguments: tuple, number: int = 0) -> Any:
+        """Run a method of the pool. A `generate` whose `number` is stopped returns what it has. Raises ValueError if
+        other weights are held than the caller expects."""
+        if self.held != expected:
+            held = "no weights" if self.held is None else f"version {self.held[0]} ({self.held[1][:12]})"
+            raise ValueError(
+                f"replica holds weights {held}, expected version {expected[0]} ({expected[1][:12]}); load them"
+            )
+        if method != "generate":
+            return getattr(self.pool, method)(*arguments)
+        prompts, samples, sampling, exits, seed, begun = arguments
+        return self.pool.generate(
+            prompts, samples, sampling, exits, seed, None, begun, lambda: bool(number) and self._stopped == number
+        )
+
+    def stop(self, number: int) -> None:
+        """Let call `number` end with what it has; without effect on any other."""
+        self._stopped = number
+
+
+def create_replica(ray: Any, settings: ReplicaSettings, device_share: float) -> Any:
+    """Start an actor on a share of a device: of a GPU on a GPU, else of a core as Ray counts them."""
+    gpu = settings.device.startswith("cuda")
+    environment = {
+        "OMP_NUM_THREADS": str(max(1, settings.threads)),
+        # Actors share cores with the learner, where threads that spin at barriers cost tenfold.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    shares = {"num_cpus": 1.0, "num_gpus": device_share} if gpu else {"num_cpus": device_share, "num_gpus": 0.0}
+    options = {**shares, "max_restarts": 0, "runtime_env": {"env_vars": environment}}
+    return ray.remote(concurrency_groups={CONTROL: 1})(Replica).options(**options).remote(settings)
+
+
+def prepare_environment() -> None:
+    """What Ray reads when it is imported or started. Without a cluster to join it stays on the loopback address: the
+    variable's name speaks of other systems, but it is what decides which address a single node takes. A cluster on
+    other machines is joined with a token only. Raises ValueError where there is none."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    elif is_remote(address):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if os.environ["RAY_AUTH_MODE"] == "token" and not has_token():
+            raise ValueError(
+                f"RAY_ADDRESS={address} is another machine and there is no token for it; start its cluster with "
+                "RAY_AUTH_MODE=token and set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH here (docs/serving.md)"
+            )
+
+
+def is_remote(address: str) -> bool:
+    """Whether a Ray address, with or without scheme and port, lies beyond the loopback."""
+    host = address.split("://")[-1].rsplit(":", 1)[0].strip("[]")
+    if host in LOCAL_NAMES or host == "auto":
+        return False
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return True
+
+
+def has_token() -> bool:
+    """Where Ray looks for a token: the variable, the file that a variable names, the file in the home directory."""
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or Path(path).is_file()
+
+
+def start_ray(ray: Any, actors: int, device_share: float, policy_bytes: int) -> None:
+    """Join the cluster of RAY_ADDRESS, or start one of this machine only: loopback, no dashboard, no usage reports."""
+    common: dict[str, Any] = {
+        "namespace": f"ee-megatron-{os.getpid()}",
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+    }
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address=os.environ["RAY_ADDRESS"], **common)
+        return
+    ray.init(
+        num_cpus=max(2, 1 + actors * math.ceil(device_share)),
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        # Room for two versions of the weights on their way and the rollouts of a batch.
+        object_store_memory=max(1 << 27, 3 * policy_bytes),
+        **common,
+    )

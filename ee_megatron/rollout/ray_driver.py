@@ -1,0 +1,298 @@
+"""Drives the actors of a pool from a thread of its own: gives out chunks of work in order, replaces who dies.
+
+A request is cut into chunks by the caller, from the request alone: an answer's last bits depend on what is computed
+beside it, so a chunk that an actor lost is computed again whole and gives the same bits. Which actor takes a chunk, and
+when, changes nothing. Chunks that were answered are never asked again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .ray_actor import CONTROL
+from .scheduler import Progress
+
+# How long a wait may sleep before new requests and deadlines are looked at, seconds.
+POLL_S = 0.1
+# What an actor's result is to become: the chunk's; what the rest of the chunk goes on from; nothing.
+TAKE, GO_ON, DROP = "take", "go on", "drop"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One version of the weights in the object store: (version, digest) and its chunks; None: the teacher."""
+
+    identity: tuple[int, str]
+    chunks: tuple[Any, ...] | None
+
+
+@dataclass(eq=False)
+class Work:
+    """A request: chunks of arguments and their sizes, to be answered under `weights`, and what came of it.
+
+    Without chunks it is done once every actor holds the weights. `go_on`, for work that can be stopped: from a chunk's
+    arguments and the result that it was stopped with, the arguments to ask for the rest with; None: it is complete.
+    Fields below are the driver's; `given` counts the chunks it has handed to actors, again after a loss.
+    """
+
+    weights: Sent
+    method: str = ""
+    arguments: list[tuple] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    go_on: Callable[[tuple, list], tuple | None] | None = None
+    pending: deque[int] = field(default_factory=deque)
+    given: int = 0
+    results: dict[int, list] = field(default_factory=dict)
+    done: threading.Event = field(default_factory=threading.Event)
+    error: Exception | None = None
+
+    def __post_init__(self) -> None:
+        self.pending.extend(range(len(self.arguments)))
+
+    def finish(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.done.set()
+
+    def count(self) -> int:
+        return sum(self.sizes[i] for i in list(self.results))
+
+
+@dataclass(eq=False)
+class Actor:
+    """An actor and the one call it has in flight: a chunk of some work, or a load of weights (`loading`).
+
+    `number` names the call; `fate`: what to do with its outcome.
+    """
+
+    handle: Any
+    started: bool = False
+    held: tuple[int, str] | None = None
+    pid: int = 0
+    call: Any = None
+    loading: tuple[int, str] | None = None
+    work: Work | None = None
+    chunk: int = -1
+    number: int = 0
+    fate: str = TAKE
+    deadline: float = 0.0
+
+
+class Driver:
+    """Owns the actors. `submit` works, `wait` for them; works are served in the order of their arrival.
+
+    Every call has a deadline: `start_timeout_s` for an actor's first load, `timeout_s` for any other. An actor that
+    dies or misses one is replaced; loss number `failure_budget` fails whatever is asked from then on.
+    """
+
+    def __init__(
+        self,
+        ray: Any,
+        create: Callable[[], Any],
+        actors: int,
+        start_timeout_s: float,
+        timeout_s: float,
+        failure_budget: int,
+    ):
+        self._ray, self._create = ray, create
+        self._start_timeout_s, self._timeout_s, self._budget = start_timeout_s, timeout_s, failure_budget
+        self.deaths, self.last_death = 0, ""
+        self.actors = [Actor(create()) for _ in range(actors)]
+        self._works: list[Work] = []
+        self._renewals: list[tuple[Work, Sent, bool]] = []
+        self._broken: Exception | None = None
+        self._closing = False
+        self._wake = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="rollout-pool", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Work) -> Work:
+        with self._wake:
+            if self._broken is not None:
+                work.finish(self._broken)
+            elif not self._thread.is_alive():
+                work.finish(RuntimeError("the rollout pool is closed; make a new one"))
+            else:
+                self._works.append(work)
+                self._wake.notify()
+        return work
+
+    def renew(self, work: Work, weights: Sent, keep: bool) -> None:
+        """Answer the chunks of a work that have no answer yet under `weights`: from where they are, or again."""
+        with self._wake:
+            self._renewals.append((work, weights, keep))
+            self._wake.notify()
+
+    def wait(self, work: Work, progress: Progress | None = None) -> list:
+        """Results in the chunks' order. Raises what went wrong. Leaving early (interrupted) gives the work up."""
+        reported, total = 0, sum(work.sizes)
+        try:
+            while not work.done.wait(POLL_S):
+                if not self._thread.is_alive():
+                    raise RuntimeError("the rollout pool was closed while it worked")
+                if progress and work.count() > reported:
+                    reported = work.count()
+                    progress(reported, total)
+        except BaseException:
+            self._withdraw(work)
+            raise
+        if work.error is not None:
+            raise work.error
+        if progress and total > reported:
+            progress(total, total)
+        return [entry for i in range(len(work.sizes)) for entry in work.results[i]]
+
+    def close(self) -> None:
+        """Fail what is under way and end the actors."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join(timeout=100 * POLL_S)
+        for actor in self.actors:
+            self._ray.kill(actor.handle)
+        self.actors = []
+
+    # ---- the thread ----
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not self._works and not self._closing:
+                    self._wake.wait()
+                if self._closing:
+                    return self._fail_all(RuntimeError("the rollout pool was closed while it worked"))
+            try:
+                self._turn()
+            except Exception as error:
+                with self._wake:
+                    self._broken = error
+                    self._fail_all(error)
+
+    def _fail_all(self, error: Exception) -> None:
+        for work in self._works:
+            work.finish(error)
+        self._works.clear()
+
+    def _withdraw(self, work: Work) -> None:
+        with self._wake:
+            if work in self._works:
+                self._works.remove(work)
+
+    def _turn(self) -> None:
+        with self._wake:
+            works, renewals, self._renewals = list(self._works), self._renewals, []
+        for work, weights, keep in renewals:
+            self._stop(work, weights, GO_ON if keep else DROP)
+        for actor in self.actors:
+            if actor.call is None:
+                self._assign(actor, works)
+        self._collect()
+        for work in works:
+            if not work.done.is_set() and self._complete(work):
+                self._withdraw(work)
+                work.finish()
+
+    def _stop(self, work: Work, weights: Sent, fate: str) -> None:
+        if work.done.is_set() or work.weights.identity == weights.identity:
+            return
+        work.weights = weights
+        for actor in self.actors:
+            if actor.work is work and actor.loading is None and actor.call is not None and actor.fate == TAKE:
+                actor.fate = fate
+                if fate == DROP:
+                    work.pending.appendleft(actor.chunk)
+                actor.handle.stop.options(concurrency_group=CONTROL).remote(actor.number)
+
+    def _complete(self, work: Work) -> bool:
+        if work.arguments:
+            return len(work.results) == len(work.arguments)
+        return all(actor.held == work.weights.identity for actor in self.actors)
+
+    def _assign(self, actor: Actor, works: list[Work]) -> None:
+        """Give an idle actor the first chunk that waits, or first the weights that it asks for."""
+        for work in works:
+            if work.done.is_set() or (work.arguments and not work.pending):
+                continue
+            wanted = work.weights.identity
+            if actor.held != wanted:
+                actor.held, actor.loading = None, wanted
+                chunks = None if work.weights.chunks is None else list(work.weights.chunks)
+                limit = self._timeout_s if actor.started else self._start_timeout_s
+                # The work is kept with the call so that its error, if it is one, is told to whoever asked.
+                actor.work, actor.chunk = work, -1
+                actor.call = actor.handle.load.remote(wanted, chunks, limit)
+            elif work.pending:
+                actor.work, actor.chunk, limit = work, work.pending.popleft(), self._timeout_s
+                work.given += 1
+                actor.number += 1
+                actor.call = actor.handle.call.remote(wanted, work.method, work.arguments[actor.chunk], actor.number)
+            else:
+                # This load waits for others: later works must not take the weights away from under it.
+                return
+            actor.deadline = time.monotonic() + limit
+            return
+
+    def _collect(self) -> None:
+        """Wait for some call to end and take in what did; replace actors that died or are overdue."""
+        busy = [actor for actor in self.actors if actor.call is not None]
+        if not busy:
+            return
+        nearest = min(actor.deadline for actor in busy) - time.monotonic()
+        timeout = min(POLL_S, max(0.0, nearest))
+        ended, _ = self._ray.wait([a.call for a in busy], num_returns=1, timeout=timeout)
+        for actor in busy:
+            if actor.call in ended:
+                self._take(actor)
+            elif time.monotonic() > actor.deadline:
+                what = "start" if not actor.started else "answer"
+                self._replace(actor, f"it did not {what} within its deadline")
+
+    def _take(self, actor: Actor) -> None:
+        errors, work = self._ray.exceptions, actor.work
+        assert work is not None
+        try:
+            result = self._ray.get(actor.call, timeout=self._timeout_s)
+        except errors.RayTaskError as error:
+            fate = actor.fate
+            actor.call, actor.loading, actor.work, actor.fate = None, None, None, TAKE
+            if fate == DROP:
+                return None
+            self._withdraw(work)
+            return work.finish(error.cause if isinstance(error.cause, Exception) else error)
+        except errors.RayError as error:
+            return self._replace(actor, str(error).strip().splitlines()[0])
+        if actor.loading is not None:
+            actor.held, actor.pid = result
+            actor.started = True
+        elif actor.fate != DROP:
+            rest = work.go_on(work.arguments[actor.chunk], result) if actor.fate == GO_ON and work.go_on else None
+            if rest is None:
+                work.results[actor.chunk] = result
+            else:
+                work.arguments[actor.chunk] = rest
+                work.pending.appendleft(actor.chunk)
+        actor.call, actor.loading, actor.work, actor.fate = None, None, None, TAKE
+        return None
+
+    def _replace(self, actor: Actor, reason: str) -> None:
+        """Start a new actor in a lost one's place and put its chunk back at the front. Raises RuntimeError once the
+        budget is spent."""
+        self.deaths += 1
+        self.last_death = reason
+        log.warning("rollout actor %d (process %d) was lost: %s", self.actors.index(actor), actor.pid, reason)
+        if actor.loading is None and actor.work is not None and actor.fate != DROP:
+            actor.work.pending.appendleft(actor.chunk)
+        self._ray.kill(actor.handle)
+        actor.call, actor.held = None, None
+        if self.deaths >= self._budget:
+            raise RuntimeError(
+                f"rollout pool: {self.deaths} actors lost, rollout.failure_budget is {self._budget}; "
+                f"the last: {reason}. Look for memory limits or lower rollout.rows"
+            )
+        self.actors[self.actors.index(actor)] = Actor(self._create())

@@ -1,0 +1,129 @@
+"""Rollouts of coming steps made while the learner trains: which weights, which prompts, and the same after a kill."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pool_cases import bits
+
+from ee_megatron.config.load import load
+from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.policy import WeightSet, initial_policy
+from ee_megatron.rollout import ExitPolicy, LocalPool, SamplingParams
+from ee_megatron.training.rollout_source import Actor, Ahead, Freshness, check_versions, step_prompts, version_for
+from ee_megatron.training.session import Session
+from ee_megatron.types import Group
+from tests.tiny import tiny_hf
+
+STEPS = 6
+SETTINGS = [
+    "name=ahead", "device=cpu", "model.dtype=float32", "exits.depths=[1,3,4]", "adapter.rank=4", f"rl.steps={STEPS}",
+    "rl.prompts_per_step=4", "rl.group_size=2", "task.train=14", "rollout.max_new_tokens=12", "rollout.threads=1",
+    "rollout.rows=8", "teacher.enabled=false", "tracker.wandb=disabled",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_hf("qwen2", tmp_path_factory.mktemp("model"))
+
+
+def open_session(path: Path, folder: Path, *extra: str) -> Session:
+    cfg = load([*SETTINGS, f"model.path={path}", f"runs={folder / 'runs'}", *extra])
+    return Session(cfg, "rl", path, learner=False)
+
+
+def weights(session: Session, version: int) -> WeightSet:
+    tensors = initial_policy(HFDirectory(session.model_path).dims, session.spec, seed=version)
+    generator = torch.Generator().manual_seed(version)
+    return WeightSet(version, {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in tensors.items()})
+
+
+def quiet(*_: object) -> None:
+    """Progress of nobody's interest."""
+
+
+def answers(groups: list[Group]) -> list[tuple]:
+    return bits([group.rollouts for group in groups])
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 3])
+def test_every_step_takes_its_own_prompts_from_weights_exactly_so_many_versions_old(
+    path: Path, tmp_path: Path, staleness: int
+):
+    with open_session(path, tmp_path, "rollout.backend=local") as session:
+        actor = Actor(session, Freshness(staleness))
+        rl = session.cfg.rl
+        found = [actor.act(weights(session, step + 1), step, quiet) for step in range(STEPS)]
+        alone = LocalPool(path, session.spec, rows=8)
+        for step, groups in enumerate(found):
+            version = max(1, step + 1 - staleness)
+            assert {r.weight_version for g in groups for r in g.rollouts} == {version}
+            alone.load(weights(session, version))
+            prompts = step_prompts(actor.prompts, step, rl)
+            sampling = SamplingParams(rl.temperature, 12, tuple(session.cfg.rollout.stop))
+            seed = rl.seed * 1_000_003 + step
+            assert answers(groups) == bits(alone.generate(prompts, 2, sampling, ExitPolicy("sample"), seed))
+            assert [g.prompt for g in groups] == prompts
+        assert actor.health()["staleness"] == staleness
+        # 14 prompts, 4 a step: three steps and a half are one pass.
+        used = [g.prompt.id for groups in found for g in groups]
+        assert len(set(used[:14])) == 14 and not actor._under_way
+
+
+@pytest.mark.parametrize("killed_after", [1, 3])
+def test_a_run_that_is_killed_and_resumed_gives_the_same_rollouts(path: Path, tmp_path: Path, killed_after: int):
+    with open_session(path, tmp_path / "straight", "rollout.backend=local") as session:
+        actor = Actor(session, Freshness(2))
+        straight = [answers(actor.act(weights(session, s + 1), s, quiet)) for s in range(STEPS)]
+    found = []
+    for steps in (range(killed_after), range(killed_after, STEPS)):
+        with open_session(path, tmp_path / "killed", "rollout.backend=local") as session:
+            actor = Actor(session, Freshness(2))
+            found += [answers(actor.act(weights(session, s + 1), s, quiet)) for s in steps]
+    assert found == straight
+
+
+def test_actors_work_while_the_learner_does_and_give_what_the_local_pool_gives(path: Path, tmp_path: Path):
+    with open_session(path, tmp_path / "ray", "rollout.backend=ray", "rollout.actors=2") as session:
+        actor = Actor(session, Freshness(1, check=True))
+        found = [actor.act(weights(session, 1), 0, quiet)]
+        # Nobody waits for step 1's rollouts here, and they get done.
+        deadline = time.monotonic() + 60
+        while not actor._under_way[1].work.done.is_set():  # type: ignore[attr-defined]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        found += [actor.act(weights(session, step + 1), step, quiet) for step in range(1, 4)]
+        assert actor.health()["actors_alive"] >= 1
+    with open_session(path, tmp_path / "local", "rollout.backend=local") as session:
+        actor = Actor(session, Freshness(1))
+        for step, groups in enumerate(found):
+            ours = actor.act(weights(session, step + 1), step, quiet)
+            assert [entry[:6] for entry in answers(groups)] == [entry[:6] for entry in answers(ours)]
+            assert [list(g.rewards) for g in groups] == [list(g.rewards) for g in ours]
+
+
+def test_old_rollouts_are_never_handed_out_and_old_weights_not_kept(path: Path, tmp_path: Path):
+    assert [version_for(step, 2) for step in range(5)] == [1, 1, 1, 2, 3]
+    with open_session(path, tmp_path, "rollout.backend=local") as session:
+        pool = LocalPool(path, session.spec)
+        pool.load(weights(session, 3))
+        prompts = step_prompts(session.make_task().prompts("train"), 0, session.cfg.rl)
+        old = pool.generate(prompts, 1, SamplingParams(1.0, 4), ExitPolicy("off"), 0)
+        check_versions(old, 4, 1)
+        with pytest.raises(RuntimeError, match=r"versions \[3\], expected 4 to 5 \(rollout.max_staleness=1\)"):
+            check_versions(old, 5, 1)
+        with pytest.raises(RuntimeError, match=r"versions \[3\], expected 1 to 2"):
+            check_versions(old, 2, 1)
+        ahead = Ahead(tmp_path / "ahead", session.spec)
+        for version in range(1, 6):
+            ahead.keep(weights(session, version), oldest=version - 1)
+        assert sorted(p.name for p in (tmp_path / "ahead").iterdir()) == ["version_4", "version_5"]
+        assert ahead.version(4, weights(session, 6)).digest == weights(session, 4).digest
+        assert ahead.version(2, weights(session, 6)).version == 6
+    for wrong in (dict(max_staleness=-1), dict(partial="carry on")):
+        with pytest.raises(ValueError, match=r"rollout\."):
+            Freshness(**wrong)

@@ -1,0 +1,153 @@
+"""Actors that are killed: in a batch, during a weight sync, with work of two versions under way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pool_cases import EXITS, FULL, LONG, PROMPTS, Killer, bits, make, policy
+
+from ee_megatron.rollout import LocalPool
+from ee_megatron.rollout.ray_pool import RayPool
+from tests.tiny import tiny_hf
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_hf("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def pool(path: Path) -> Iterator[RayPool]:
+    pool = make(path, FULL, budget=20)
+    yield pool
+    pool.close()
+
+
+def test_a_batch_through_kills_has_the_same_bits_and_asks_again_only_for_what_was_lost(path: Path, pool: RayPool):
+    pool.load(policy(path, FULL, 1))
+    expected = bits(pool.generate(PROMPTS, 4, LONG, EXITS, seed=1))
+    before = pool.health()["restarts"]
+    with Killer(pool, kills=2, apart=0.3, seed=3) as killer:
+        pending = pool.begin(policy(path, FULL, 1), PROMPTS, 4, LONG, EXITS, 1)
+        found = pending.result()
+    lost = pool.health()["restarts"] - before
+    assert bits(found) == expected and [g[0].prompt_id for g in found] == [p.id for p in PROMPTS]
+    assert killer.struck and 1 <= lost <= 2
+    assert len(pending.work.arguments) >= 8
+    assert pending.work.given <= len(pending.work.arguments) + lost
+
+
+def test_work_of_two_versions_under_way_is_answered_under_its_own_weights(path: Path, pool: RayPool):
+    first, second = policy(path, FULL, 2), policy(path, FULL, 3)
+    expected = []
+    for weights in (first, second):
+        pool.load(weights)
+        expected.append(bits(pool.generate(PROMPTS[:16], 2, LONG, EXITS, seed=2)))
+    assert expected[0] != expected[1]
+    pending = [pool.begin(weights, PROMPTS[:16], 2, LONG, EXITS, 2) for weights in (first, second)]
+    # The later one is asked for first: order of waiting is nothing to the pool.
+    later, earlier = pending[1].result(), pending[0].result()
+    assert (bits(earlier), bits(later)) == tuple(expected)
+    assert {r.weight_version for g in earlier for r in g} == {2}
+
+
+def test_renewed_work_is_dropped_where_unfinished_and_answered_under_the_new_weights(path: Path, pool: RayPool):
+    old, new = policy(path, FULL, 21), policy(path, FULL, 22)
+    expected = {}
+    for weights in (old, new):
+        pool.load(weights)
+        expected[weights.version] = bits(pool.generate(PROMPTS, 4, LONG, EXITS, seed=2))
+    pending = pool.begin(old, PROMPTS, 4, LONG, EXITS, 2)
+    deadline = time.monotonic() + 60
+    while not pending.work.results and time.monotonic() < deadline:
+        time.sleep(0.001)
+    pending.renew(new, keep=False)
+    found = pending.result()
+    versions = [{r.weight_version for r in group} for group in found]
+    # Finished chunks stay, the others are made again; each answer is wholly of the version that it names.
+    assert all(len(v) == 1 for v in versions) and set().union(*versions) == {21, 22}
+    answers = bits(found)
+    assert answers == [expected[entry[3]][i] for i, entry in enumerate(answers)]
+    assert bits(pool.generate(PROMPTS[:4], 4, LONG, EXITS, seed=2)) == bits(
+        pool.begin(new, PROMPTS[:4], 4, LONG, EXITS, 2).result()
+    )
+
+
+def test_work_continued_under_new_weights_is_answered_once_through_a_kill(path: Path, pool: RayPool):
+    old, new = policy(path, FULL, 31), policy(path, FULL, 32)
+    pool.load(old)
+    pool.generate(PROMPTS[:2], 1, LONG, EXITS, seed=2)
+    pending = pool.begin(old, PROMPTS, 4, LONG, EXITS, 2)
+    deadline = time.monotonic() + 60
+    while not pending.work.results and time.monotonic() < deadline:
+        time.sleep(0.001)
+    pending.renew(new, keep=True)
+    with Killer(pool, kills=1, apart=0.1, seed=6):
+        found = [rollout for group in pending.result() for rollout in group]
+    assert [r.prompt_id for r in found] == [p.id for p in PROMPTS for _ in range(4)]
+    versions = [np.asarray(r.weight_versions) for r in found]
+    assert all((np.diff(v) >= 0).all() and r.weight_version == v[-1] for v, r in zip(versions, found, strict=True))
+    assert {31, 32} == {int(v) for part in versions for v in part}
+    assert any(len(set(v)) == 2 for v in versions)
+    local = LocalPool(path, FULL)
+    for weights in (old, new):
+        local.load(weights)
+        for rollout, version, score in zip(found, versions, local.score(found), strict=True):
+            # An answer that changed weights is read under each; only where it was that version's does it agree.
+            own = version == weights.version
+            np.testing.assert_allclose(rollout.token_logprobs[own], score.policy_logprobs[own], atol=2e-4)
+
+
+def test_a_kill_during_a_weight_sync_never_leaves_mixed_weights(path: Path, pool: RayPool):
+    weights = {version: policy(path, FULL, version) for version in (4, 5)}
+    expected = {}
+    for version in (4, 5):
+        pool.load(weights[version])
+        expected[version] = bits(pool.generate(PROMPTS[:16], 2, LONG, EXITS, seed=2))
+    with Killer(pool, kills=1, apart=0.01, seed=5, syncing=True) as killer:
+        for version in (4, 5, 4, 5):
+            found = pool.begin(weights[version], PROMPTS[:16], 2, LONG, EXITS, 2).result()
+            assert bits(found) == expected[version]
+    assert len(killer.struck) == 1
+    pool.load(weights[5])
+    pool.check(weights[5])
+    assert killer.struck[0] not in pool.health()["pids"] and pool.health()["alive"] == 2
+
+
+def test_the_check_reads_back_what_an_actor_computes_with_and_names_what_differs(path: Path, pool: RayPool):
+    import ray
+
+    weights = policy(path, FULL, 6)
+    pool.load(weights)
+    pool.check(weights)
+    name = "model.layers.3.mlp.up_proj.weight"
+
+    def damage(replica) -> None:
+        replica.pool.decoder.weights._place(name)[0, 0] += 1
+
+    ray.get(pool._actors[1].handle.__ray_call__.remote(damage), timeout=60)
+    with pytest.raises(ValueError, match=rf"version 6, actor 1: {name} is .* \(1 of"):
+        pool.check(weights)
+    with pytest.raises(ValueError, match="sent weights version 6, not this version 7"):
+        pool.check(policy(path, FULL, 7))
+    local = LocalPool(path, FULL)
+    local.load(weights)
+    local.check(weights)
+    local.decoder.gates[1].fc2 = local.decoder.gates[1].fc2 + 1
+    with pytest.raises(ValueError, match=r"gates\.3\.fc2\.weight is"):
+        local.check(weights)
+
+
+def test_an_error_in_one_request_is_told_to_whoever_asked_and_to_no_other(path: Path, pool: RayPool):
+    weights = policy(path, FULL, 8)
+    impossible = type(PROMPTS[0])("long", "x" * 600, "", "")
+    good = pool.begin(weights, PROMPTS[:4], 1, LONG, EXITS, 0)
+    bad = pool.begin(weights, [impossible], 1, LONG, EXITS, 0)
+    after = pool.begin(weights, PROMPTS[:4], 1, LONG, EXITS, 0)
+    with pytest.raises(ValueError, match="the model has 512"):
+        bad.result()
+    assert bits(good.result()) == bits(after.result())

@@ -1,0 +1,326 @@
+"""The server in a process of its own, asked through the official client: same answers as the engine's, and limits."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+
+from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.policy import PolicySpec, initial_policy, save_policy
+from ee_megatron.rollout import ExitPolicy, LocalPool, SamplingParams
+from ee_megatron.rollout.request import Request
+from ee_megatron.rollout.scheduler import Scheduler
+from ee_megatron.rollout.server.engine import Engine
+from ee_megatron.types import Rollout
+from tests.tiny import tiny_hf
+
+ROOT = Path(__file__).parents[2]
+SPEC = PolicySpec(6, (2, 4), rank=4, alpha=8.0)
+KEY = "a key for tests"
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[assistant]"
+# Greedy answers of the tiny model run in circles: nothing ends them but their length.
+ENDLESS = {"prompt": "Once upon", "temperature": 0, "extra_body": {"exit_policy": {"kind": "off"}}}
+
+
+class Served:
+    """`ee-megatron serve` on a tiny model with a policy whose gates fire about half of the time."""
+
+    def __init__(self, directory: Path, *options: str, key: str | None = None):
+        self.model, self.policy = directory / "tiny", directory / "policy"
+        if not self.model.is_dir():
+            make_model(self.model, self.policy)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment |= {"EE_API_KEY": key} if key else {}
+        command = [
+            "serve",
+            "--model",
+            str(self.model),
+            "--policy",
+            str(self.policy),
+            "--port",
+            "0",
+            *options,
+            "model.dtype=float32",
+        ]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "ee_megatron.cli", *command],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=ROOT,
+        )
+        # A server that never says where it is must not hold the tests up.
+        overdue = threading.Timer(120, self.process.kill)
+        overdue.start()
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        overdue.cancel()
+        found = re.fullmatch(r"serving tiny-policy on (http://127\.0\.0\.1:\d+)/v1\n", line)
+        assert found, line
+        self.url = found[1]
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key or "none", max_retries=0, timeout=60)
+
+    def health(self) -> dict:
+        return httpx.get(f"{self.url}/health", timeout=10).json()
+
+    def until(self, what, seconds: float = 20) -> dict:
+        deadline = time.monotonic() + seconds
+        while not what(health := self.health()):
+            assert time.monotonic() < deadline, health
+            time.sleep(0.02)
+        return health
+
+    def complete(self, prompt="1 + 1 =", **options):
+        options = {"max_tokens": 24, "seed": 5, **options}
+        return self.client.completions.create(model="tiny-policy", prompt=prompt, **options)
+
+    def stop(self) -> int:
+        self.process.terminate()
+        return self.process.wait(60)
+
+
+def make_model(model: Path, policy: Path) -> None:
+    tiny_hf("llama", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 20000}))
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    tensors = initial_policy(HFDirectory(model).dims, SPEC, 0)
+    generator = torch.Generator().manual_seed(1)
+    tensors = {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in tensors.items()}
+    policy.mkdir()
+    save_policy(policy, SPEC, {n: t + 4 if n.endswith("fc2.bias") else t for n, t in tensors.items()})
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    options = ("--rows", "4", "--queue", "4", "--exits", "sample", "--max-length", "16000")
+    served = Served(tmp_path_factory.mktemp("serve"), *options, key=KEY)
+    yield served
+    served.stop()
+
+
+def engine_answers(
+    served: Served, prompt: str, samples: int, sampling: SamplingParams, exits: ExitPolicy
+) -> list[Rollout]:
+    from ee_megatron.policy import load_policy
+
+    pool = LocalPool(served.model, SPEC)
+    pool.decoder.load_policy(load_policy(served.policy)[1])
+    scheduler = Scheduler(pool.decoder, pool.tokenizer, 4)
+    ids = [scheduler.add(Request(prompt, sampling, exits, 5, "", k)) for k in range(samples)]
+    while scheduler.busy:
+        scheduler.advance()
+    return [scheduler.take(i, 0) for i in ids]
+
+
+def test_answers_streamed_or_not_are_the_engines_with_depths_and_logprobs(served: Served):
+    expected = engine_answers(served, "1 + 1 =", 3, SamplingParams(0.8, 24, top_p=0.9), ExitPolicy("sample"))
+    options = {"n": 3, "temperature": 0.8, "top_p": 0.9, "logprobs": 0}
+    whole = served.complete(**options)
+    assert [choice.text for choice in whole.choices] == [r.text for r in expected]
+    assert {d for r in expected for d in r.exit_depths.tolist()} == {2, 4, 6}
+    for choice, rollout in zip(whole.choices, expected, strict=True):
+        assert choice.early_exit["depths"] == rollout.exit_depths.tolist()
+        assert choice.early_exit["token_ids"] == rollout.tokens.tolist()
+        assert choice.early_exit["logprobs"] == pytest.approx(rollout.token_logprobs.tolist(), abs=1e-4)
+        assert choice.logprobs.token_logprobs == pytest.approx(rollout.full_logprobs.tolist(), abs=1e-4)
+        assert choice.finish_reason == ("stop" if rollout.finished else "length")
+    assert whole.usage.completion_tokens == sum(r.length for r in expected) and whole.usage.prompt_tokens == 7
+    texts, depths, usages = ["", "", ""], [[], [], []], []
+    for chunk in served.complete(stream=True, stream_options={"include_usage": True}, **options):
+        usages += [chunk.usage] if chunk.usage else []
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            depths[choice.index] += choice.early_exit["depths"]
+    assert texts == [r.text for r in expected] and depths == [r.exit_depths.tolist() for r in expected]
+    assert usages[0].completion_tokens == whole.usage.completion_tokens
+
+
+def test_chat_goes_through_the_models_template(served: Served):
+    messages = [{"role": "system", "content": "Count."}, {"role": "user", "content": [{"type": "text", "text": "9"}]}]
+    asked = {"model": "tiny-policy", "messages": messages, "max_completion_tokens": 16, "seed": 5, "logprobs": True}
+    (expected,) = engine_answers(
+        served, "[system]Count.\n[user]9\n[assistant]", 1, SamplingParams(1.0, 16), ExitPolicy("sample")
+    )
+    answer = served.client.chat.completions.create(**asked)
+    choice = answer.choices[0]
+    assert choice.message.content == expected.text and choice.message.role == "assistant"
+    assert [entry.logprob for entry in choice.logprobs.content] == pytest.approx(
+        expected.full_logprobs.tolist(), abs=1e-4
+    )
+    pieces = list(served.client.chat.completions.create(stream=True, **asked))
+    assert "".join(piece.choices[0].delta.content for piece in pieces) == expected.text
+    assert pieces[0].choices[0].delta.role == "assistant" and pieces[-1].choices[0].finish_reason
+
+
+def test_exit_policies_stop_strings_and_lists_of_prompts(served: Served):
+    def depths(kind: str, value: float = 0.5) -> list[int]:
+        answer = served.complete(extra_body={"exit_policy": {"kind": kind, "value": value}})
+        return answer.choices[0].early_exit["depths"]
+
+    assert set(depths("off")) == {6} and set(depths("fixed", 2)[1:]) == {2} and depths("fixed", 2)[0] == 6
+    assert set(depths("threshold", 0.0)[1:]) == {2}
+    text = served.complete().choices[0].text
+    stop = text[4:6]
+    cut = served.complete(stop=[stop])
+    assert cut.choices[0].text == text[: text.index(stop)] and cut.choices[0].finish_reason == "stop"
+    both = served.complete(prompt=["1 + 1 =", "2 + 2 ="], n=2)
+    assert [c.index for c in both.choices] == [0, 1, 2, 3] and both.choices[0].text == text
+    assert served.complete(prompt=[ord(c) for c in "1 + 1 ="]).choices[0].text == text
+    assert served.complete(seed=None).choices[0].text != served.complete(seed=None).choices[0].text
+    assert {m.id for m in served.client.models.list()} == {"tiny-policy"}
+
+
+def test_requests_join_running_ones_and_answer_as_if_alone(served: Served):
+    alone = served.complete().choices[0].text
+    with served.complete(max_tokens=15000, stream=True, **ENDLESS) as long:
+        iterator = iter(long)
+        next(iterator)
+        for _ in range(3):
+            assert served.complete().choices[0].text == alone
+        # The long one was under way all the time.
+        assert served.health()["running"] == 1
+        assert next(iterator).choices[0].finish_reason is None
+
+
+def test_a_client_that_leaves_frees_its_place(served: Served):
+    before = served.until(lambda health: health["running"] == 0)
+    with served.complete(max_tokens=15000, stream=True, **ENDLESS) as answer:
+        next(iter(answer))
+        assert served.health()["running"] == 1
+    served.until(lambda health: health["running"] == 0)
+    with pytest.raises(openai.APITimeoutError):
+        served.complete(max_tokens=15000, timeout=1.0, **ENDLESS)
+    after = served.until(lambda health: health["running"] == 0)
+    assert after["cancelled"] == before["cancelled"] + 2
+    assert after["tokens_per_s"] > 0 and 0 < after["mean_depth"] <= 1
+
+
+def test_a_full_queue_is_429_and_empties_again(served: Served):
+    before = served.until(lambda health: health["running"] == 0)
+    with served.complete(max_tokens=15000, n=8, stream=True, **ENDLESS) as answer:
+        next(iter(answer))
+        health = served.health()
+        assert (health["running"], health["queue"]) == (4, 4)
+        with pytest.raises(openai.RateLimitError, match="at most 4 run and 4 wait"):
+            served.complete()
+    served.until(lambda health: health["running"] == 0)
+    assert served.complete().choices[0].text
+    assert served.health()["refused"] == before["refused"] + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"model": "gpt"}, openai.NotFoundError, "ask for 'tiny-policy'"),
+        ({"max_tokens": 16000}, openai.BadRequestError, "takes 16000 in all"),
+        ({"max_tokens": 0}, openai.BadRequestError, "max_tokens: Input should be greater than or equal to 1"),
+        ({"temperature": -1}, openai.BadRequestError, "temperature"),
+        ({"prompt": ""}, openai.BadRequestError, "no tokens"),
+        ({"prompt": [5000]}, openai.BadRequestError, r"0\.\.129"),
+        ({"n": 500}, openai.BadRequestError, "at most 128 answers"),
+        ({"extra_body": {"exit_policy": {"kind": "fixed", "value": 3}}}, openai.BadRequestError, "one of .2, 4, 6."),
+        ({"extra_body": {"exit_policy": {"kind": "fixed", "value": 2.5}}}, openai.BadRequestError, "fixed exit 2.5"),
+        ({"extra_body": {"exit_policy": {"kind": "never"}}}, openai.BadRequestError, "'threshold', 'sample'"),
+        ({"extra_body": {"exit_polcy": "off"}}, openai.BadRequestError, "exit_polcy"),
+        ({"prompt": "x" * (5 << 20)}, openai.APIStatusError, "the body is larger"),
+    ],
+)
+def test_bad_requests_are_one_line_in_openais_format(served: Served, options: dict, error: type, message: str):
+    asked = {"model": "tiny-policy", "prompt": "1", "max_tokens": 4, **options}
+    with pytest.raises(error, match=message) as caught:
+        served.client.completions.create(**asked)
+    assert "\n" not in caught.value.body["message"] and caught.value.body["type"] == "invalid_request_error"
+
+
+def test_without_the_key_there_is_no_answer(served: Served):
+    for headers in ({"Authorization": "Bearer wrong"}, {}):
+        reply = httpx.get(f"{served.url}/v1/models", headers=headers, timeout=10)
+        assert reply.status_code == 401 and reply.json()["error"]["code"] == "invalid_api_key"
+    assert httpx.get(f"{served.url}/health", timeout=10).status_code == 200
+
+
+def test_sigterm_lets_a_running_request_finish_and_ends_one_that_takes_too_long(tmp_path: Path):
+    for max_tokens, finishes in ((1500, True), (19000, False)):
+        served = Served(tmp_path, "--grace", "60" if finishes else "1")
+        received = ""
+        reason = None
+        started = time.monotonic()
+        try:
+            for number, chunk in enumerate(served.complete(max_tokens=max_tokens, stream=True, **ENDLESS)):
+                if number == 3:
+                    served.process.send_signal(signal.SIGTERM)
+                received += chunk.choices[0].text
+                reason = chunk.choices[0].finish_reason
+        except (openai.APIError, httpx.HTTPError):
+            assert not finishes
+        assert (reason == "length") == finishes and received
+        assert served.process.wait(30) == 0
+        assert finishes or time.monotonic() - started < 25
+        with pytest.raises(openai.APIConnectionError):
+            served.complete()
+
+
+def test_a_failure_in_the_engine_is_told_to_those_it_concerns_and_later_requests_are_answered(tmp_path: Path):
+    pool = LocalPool(tiny_hf("llama", tmp_path), SPEC)
+    engine = Engine(pool.decoder, pool.tokenizer, rows=2, queue_limit=8)
+    try:
+        told: list[queue.SimpleQueue] = [queue.SimpleQueue() for _ in range(4)]
+        # A replay without depths fails once it is under way.
+        wrong = Request("1", SamplingParams(0, 400), ExitPolicy("prescribed"), prompt_id="wrong")
+        right = Request("2", SamplingParams(0, 400), ExitPolicy("off"))
+        tickets = engine.submit([(wrong, told[0].put), (right, told[1].put), (right, told[2].put)])
+        for line in told[:3]:
+            while not isinstance(outcome := line.get(timeout=30), Exception):
+                assert outcome.finished is None
+            assert "prescribed exits" in str(outcome)
+        engine.submit([(Request("2", SamplingParams(0, 5), ExitPolicy("off")), told[3].put)])
+        # Cancelled after its end, under a number that another request has by now.
+        engine.cancel(tickets)
+        assert [told[3].get(timeout=30).finished for _ in range(5)] == [None] * 4 + ["length"]
+        health = engine.health()
+        assert (health["failed"], health["answered"], health["running"], health["queue"]) == (3, 1, 0, 0)
+    finally:
+        engine.close()
+    with pytest.raises(RuntimeError, match="has stopped"):
+        engine.submit([(right, told[0].put)])
+
+
+def test_generate_takes_a_model_and_a_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from ee_megatron import cli
+
+    make_model(tmp_path / "tiny", tmp_path / "policy")
+    where = ["--model", str(tmp_path / "tiny"), "--policy", str(tmp_path / "policy"), "model.dtype=float32"]
+    assert cli.main(["generate", "--prompt", "1 + 1 =", "--max-new-tokens", "9", "--exits", "fixed:2", *where]) == 0
+    # The first token reads the prompt, at full depth.
+    assert "tiny-policy model, 9 tokens, mean depth 2.4 of 6 layers" in capsys.readouterr().out
+
+
+def test_mistakes_on_the_command_line_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from ee_megatron import cli
+
+    model = tiny_hf("llama", tmp_path / "m")
+    for arguments, message in (
+        (["--model", str(tmp_path / "none")], "no config.json"),
+        (["--model", str(model), "--policy", str(tmp_path)], "no policy checkpoint there"),
+        (["--model", str(model), "--port", "70000"], "port 70000"),
+        (["--model", str(model), "--max-length", "4096"], "the model has 512 positions"),
+        (["--model", str(model), "--exits", "fixed:2"], "no exit depth"),
+    ):
+        assert cli.main(["serve", *arguments]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ") and message in error

@@ -1,0 +1,87 @@
+"""Weights on their way: every tensor once, unchanged, in chunks; what differs is named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ee_megatron.policy import WeightSet
+from ee_megatron.rollout import ray_actor
+from ee_megatron.rollout.transport import first_difference, hashes, narrowed, pack, unpack
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"b.weight": (7, 5), "a.bias": (3,), "c.scalar": (), "d.large": (100, 11), "e.row": (1, 4)}
+    found = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {**found, "f.half": torch.randn(9, generator=generator).bfloat16(), "g.strided": torch.arange(12.0)[::2]}
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 200, 1 << 20])
+def test_every_tensor_arrives_once_and_unchanged_in_chunks_no_larger_than_asked(chunk_bytes: int):
+    sent = tensors()
+    chunks = list(pack(sent, chunk_bytes))
+    received: dict[str, torch.Tensor] = {}
+    for chunk in chunks:
+        assert len(chunk.data) <= chunk_bytes or len(chunk.entries) == 1
+        part = unpack(chunk)
+        assert not part.keys() & received.keys()
+        received |= part
+    assert received.keys() == sent.keys()
+    for name, tensor in sent.items():
+        assert received[name].dtype == tensor.dtype and torch.equal(received[name], tensor)
+    assert (len(chunks) == 1) == (chunk_bytes == 1 << 20)
+    assert WeightSet(1, received).digest == WeightSet(1, sent).digest
+
+
+def test_narrowing_keeps_gates_and_gives_a_digest_of_its_own():
+    weights = WeightSet(4, {"gates.2.fc1.bias": torch.ones(3), "model.x.lora_A.weight": torch.full((2, 2), 0.1)})
+    narrow = narrowed(weights, torch.bfloat16)
+    assert narrow.version == 4 and narrow.digest != weights.digest
+    assert {name: tensor.dtype for name, tensor in narrow.tensors.items()} == {
+        "gates.2.fc1.bias": torch.float32,
+        "model.x.lora_A.weight": torch.bfloat16,
+    }
+    assert narrowed(weights, None) is weights and narrowed(narrow, torch.bfloat16) is narrow
+
+
+def test_the_first_tensor_that_differs_is_named():
+    ours = tensors()
+    theirs = {name: tensor.clone() for name, tensor in ours.items()}
+    assert first_difference(hashes(ours), hashes(theirs)) is None
+    theirs["d.large"][3, 4] += 1e-6
+    theirs["f.half"][0] = 0
+    assert "d.large is" in str(first_difference(hashes(ours), hashes(theirs)))
+    assert "(2 of 7 tensors differ)" in str(first_difference(hashes(ours), hashes(theirs)))
+    del theirs["a.bias"]
+    assert "a.bias is" in str(first_difference(hashes(ours), hashes(theirs)))
+    # The same bytes in another shape or dtype are another tensor.
+    assert hashes({"x": torch.zeros(4)}) != hashes({"x": torch.zeros(2, 2)})
+
+
+@pytest.mark.parametrize(
+    ("address", "remote"),
+    [
+        ("127.0.0.1:6379", False), ("auto", False), ("local", False), ("localhost:6379", False), ("[::1]:6379", False),
+        ("ray://127.0.0.1:10001", False), ("10.0.0.7:6379", True), ("head-node:6379", True), ("ray://head:10001", True),
+    ],
+)  # fmt: skip
+def test_a_cluster_on_other_machines_is_joined_with_a_token_only(address, remote, monkeypatch, tmp_path):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_USAGE_STATS_ENABLED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    # What the call sets is taken back after the test.
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    assert ray_actor.is_remote(address) == remote
+    if not remote:
+        ray_actor.prepare_environment()
+        assert "RAY_AUTH_MODE" not in ray_actor.os.environ
+        return
+    with pytest.raises(ValueError, match=r"no token.*RAY_AUTH_TOKEN"):
+        ray_actor.prepare_environment()
+    (tmp_path / "token").write_text("secret")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    ray_actor.prepare_environment()
+    assert ray_actor.os.environ["RAY_AUTH_MODE"] == "token" and ray_actor.os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    monkeypatch.delenv("RAY_AUTH_MODE")

@@ -1,0 +1,111 @@
+"""How long a version of the weights takes from the learner to every actor, gather included.
+
+    python tools/bench_sync.py --model models/SmolLM2-135M-Instruct --repeats 5
+
+Two cases: adapters (rank 8 on the attention's linears, as in the paper) with gates, and full fine-tuning, where the
+whole model travels; both narrowed to bfloat16, gates in float32. The gather is a real learner's `export_policy` in this
+process (one rank); `--no-learner` starts from tensors that are there. Each version differs from the one before. The
+clock stops when every actor has taken the digest of what arrived, has loaded it and says so. `--check` compares every
+tensor on both sides afterwards. Prints a table and one line of JSON: medians over the repeats, seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+import warnings
+from typing import Any
+
+CASES = ("adapters", "full")
+PHASES = ("gather", "digest", "send_and_load")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
+    parser.add_argument("--actors", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of each actor")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", choices=CASES, default=None)
+    parser.add_argument("--no-learner", action="store_true", help="leave the learner's gather out")
+    parser.add_argument("--check", action="store_true", help="compare every tensor on both sides after the last sync")
+    return parser.parse_args()
+
+
+def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from ee_megatron.families.hf_directory import HFDirectory
+    from ee_megatron.parallel import groups
+    from ee_megatron.policy import ATTENTION, PolicySpec, WeightSet, initial_policy
+    from ee_megatron.rollout.pool import ReplicaSettings
+    from ee_megatron.rollout.ray_pool import RayPool
+    from ee_megatron.rollout.transport import narrow
+
+    source = HFDirectory(options.model)
+    dims = source.dims
+    exits = tuple(range(5, dims.num_layers, 5))
+    full = case == "full"
+    spec = PolicySpec(dims.num_layers, exits, rank=0 if full else 8, alpha=16.0, targets=ATTENTION, full=full)
+    policy = initial_policy(dims, spec, 0, base=source.tensor)
+    gather = (lambda: policy) if options.no_learner else learner_of(source, spec, policy).export_policy
+    pool = RayPool(ReplicaSettings(options.model, spec, torch.bfloat16, "cpu", 8, options.threads), options.actors)
+    try:
+        pool.load(None)
+        phases: dict[str, list[float]] = {name: [] for name in (*PHASES, "total")}
+        size = 0
+        for version in range(1, options.repeats + 2):
+            clock = [time.perf_counter()]
+            tensors = gather()
+            clock.append(time.perf_counter())
+            # A version that an actor holds already would not be sent: make each another one.
+            tensors[f"gates.{exits[0]}.fc2.bias"] = torch.full((1,), float(version))
+            weights = WeightSet(version, narrow(tensors, torch.bfloat16))
+            clock.append(time.perf_counter())
+            pool.load(weights)
+            clock.append(time.perf_counter())
+            size = sum(tensor.nbytes for tensor in weights.tensors.values())
+            spans = [b - a for a, b in itertools.pairwise(clock)]
+            # The first warms up whatever is made once.
+            if version > 1:
+                for name, seconds in zip((*PHASES, "total"), (*spans, clock[-1] - clock[0]), strict=True):
+                    phases[name].append(seconds)
+        if options.check:
+            pool.check(weights)
+        assert pool.health()["alive"] == options.actors
+    finally:
+        pool.close()
+        if not options.no_learner:
+            groups.finish()
+    medians = {name: statistics.median(values) for name, values in phases.items()}
+    return {"case": case, "mb": size / 1e6, **medians, "worst": max(phases["total"])}
+
+
+def learner_of(source: Any, spec: Any, policy: dict) -> Any:
+    from ee_megatron.learner.learner import Learner
+    from ee_megatron.parallel import groups
+    from ee_megatron.parallel.groups import Degrees
+
+    device = groups.initialise(Degrees())
+    return Learner(source, spec, policy, Degrees(), (spec.num_layers,), device=device)
+
+
+def main() -> None:
+    options = parse()
+    # megatron-core names every accelerator library that it does without.
+    warnings.filterwarnings("ignore")
+    rows = []
+    for case in [options.only] if options.only else CASES:
+        rows.append(measure(case, options))
+    columns = ("mb", *PHASES, "total", "worst")
+    print(f"{'case':10}" + "".join(f"{name:>15}" for name in columns))
+    for row in rows:
+        print(f"{row['case']:10}" + "".join(f"{row[name]:15.3f}" for name in columns))
+    print(json.dumps({"actors": options.actors, "threads": options.threads, "repeats": options.repeats, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -21,6 +21,7 @@ STAGES = {
     "evaluate": "accuracy against depth of teacher, calibrated and reinforced model",
 }
 RUN = "the whole method: every stage in order, then the report; finished stages are skipped"
+PLAN = "layout, parameters, memory, FLOPs and time of an RL run, before anything starts; refuses what will not fit"
 REPORT = "one HTML file (and PNG plots) from what the stages have written"
 GENERATE = "answer one prompt, token by token, each with its depth"
 SERVE = "answer over HTTP as OpenAI's API does, with exits as extra fields"
@@ -31,6 +32,7 @@ examples:
   ee-megatron run experiment=demo_cpu
   ee-megatron rl experiment=demo_cpu rl.lambda_exit=0.3 rl.steps=5
   ee-megatron rl experiment=rl_7b --dry-run
+  ee-megatron plan experiment=rl_7b --dims DeepSeek-R1-Distill-Qwen-7B
   ee-megatron report experiment=demo_cpu
   ee-megatron convert --help
 
@@ -94,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--grace", type=float, default=30.0, metavar="SECONDS", help="for running requests at the end (default: 30)"
     )
+    _add_plan(commands)
     # Only for the list of commands: main() hands its arguments on unread.
     commands.add_parser("convert", help=CONVERT, add_help=False)
     return parser
@@ -133,6 +136,21 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = _add(commands, "plan", PLAN, _plan, example="--on cpu")
+    plan.add_argument("--dims", default="", metavar="NAME", help="a published model instead of model.path")
+    plan.add_argument("--on", default="", metavar="DEVICE", help="H100, H200, A100 or cpu (default: by the settings)")
+    plan.add_argument("--tflops", type=float, help="the device's peak, dense, instead of the data sheet's")
+    plan.add_argument("--memory-gib", type=float, help="the device's memory")
+    plan.add_argument("--efficiency", type=float, help="share of the peak that large products reach (default: 0.4)")
+    plan.add_argument("--prompt-tokens", type=int, default=200, metavar="N", help="default: 200")
+    plan.add_argument("--answer-tokens", type=int, default=0, metavar="N", help="default: rollout.max_new_tokens")
+    plan.add_argument("--mean-depth", type=float, default=0.7, metavar="SHARE", help="of the layers (default: 0.7)")
+    plan.add_argument("--scaling", default="", metavar="1,2,4", help="compare step times on these numbers of nodes")
+    plan.add_argument("--no-build", action="store_true", help="arithmetic only: don't construct every rank's modules")
+    plan.add_argument("--json", action="store_true", help="the plan as JSON")
+
+
 def _configured(options: argparse.Namespace, *, with_model: bool = False) -> RunConfig:
     from .config.load import load
     from .config.validate import read_dims, validate
@@ -147,7 +165,7 @@ def _configured(options: argparse.Namespace, *, with_model: bool = False) -> Run
 def _stage(options: argparse.Namespace) -> int:
     cfg = _configured(options, with_model=not options.dry_run)
     if options.dry_run:
-        return _print_plan(cfg, options.stage)
+        return _print_plan(cfg, options.stage, options.stage, options.overrides)
     from .training import launch
 
     launch.run_stage(options.stage, cfg, options.overrides)
@@ -157,11 +175,29 @@ def _stage(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     cfg = _configured(options, with_model=not options.dry_run)
     if options.dry_run:
-        return _print_plan(cfg, "evaluate")
+        return _print_plan(cfg, "evaluate", "run", options.overrides)
     from .training import launch
 
     launch.run_method(cfg, options.overrides)
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    cfg = _configured(options)
+    _quiet_megatron()
+    from .planning.entry import Options, run_plan
+    from .planning.plan import Assumptions
+
+    try:
+        nodes = tuple(int(count) for count in options.scaling.split(",") if count)
+    except ValueError:
+        raise ValueError(f"--scaling {options.scaling}: expected numbers of nodes, e.g. 1,2,4") from None
+    assumed = Assumptions(options.prompt_tokens, options.answer_tokens, options.mean_depth)
+    chosen = Options(
+        options.dims, options.on, options.tflops, options.memory_gib, options.efficiency, assumed,
+        not options.no_build, options.json, nodes,
+    )  # fmt: skip
+    return run_plan(cfg, options.overrides, chosen)
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -225,16 +261,20 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _convert(arguments: list[str]) -> int:
-    import warnings
-
-    # megatron-core names at import every accelerator library that it does without.
-    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    _quiet_megatron()
     from .checkpoint import convert
 
     return int(convert.main(arguments) or 0)
 
 
-def _print_plan(cfg: RunConfig, last: str) -> int:
+def _quiet_megatron() -> None:
+    """megatron-core names at import every accelerator library that it does without."""
+    import warnings
+
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+
+
+def _print_plan(cfg: RunConfig, last: str, command: str, overrides: list[str]) -> int:
     """The plan up to stage `last` on stdout; without a model directory what depends on the model is left out."""
     from .config.identity import STAGES as ORDER
     from .config.identity import stage_dir, to_yaml
@@ -253,6 +293,10 @@ def _print_plan(cfg: RunConfig, last: str) -> int:
     lines.append(f"rollouts: {cfg.rollout.backend}, {cfg.rollout.actors} actor(s)")
     names = list(ORDER)
     lines += [f"{name}: {stage_dir(cfg, name)}" for name in names[: names.index(last) + 1]]
+    _quiet_megatron()
+    from .planning.dry_run import dry_run_lines
+
+    lines += dry_run_lines(cfg, command, overrides)
     print(to_yaml(cfg) + "".join(f"# {line}\n" for line in lines), end="")
     return 0
 

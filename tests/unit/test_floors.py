@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parents[2] / PACKAGE
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("training",),
-    ("learner", "evaluation", "scaling"),
+    ("learner", "evaluation", "scaling", "planning"),
     ("checkpoint", "parallel"),
     ("model", "config", "rollout", "tasks"),
     ("types", "exits", "policy", "families", "observe"),

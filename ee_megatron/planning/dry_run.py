@@ -1,0 +1,23 @@
+"""The lines that a dry run adds to its settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..config.schema import RunConfig
+from ..config.validate import read_dims
+from .command import launch_command
+
+
+def dry_run_lines(cfg: RunConfig, stage: str, overrides: list[str]) -> list[str]:
+    """The command; before it, where the model directory is there, parameters, memory and time by arithmetic. Raises
+    ValueError as `plan.make_plan` does."""
+    command = f"command: {launch_command(cfg, stage, overrides)}"
+    if not (Path(cfg.model.path) / "config.json").is_file():
+        return [command]
+    # megatron-core, whose configuration the arithmetic shares, takes seconds to import.
+    from .entry import Options, pick_device
+    from .plan import Assumptions, make_plan
+    from .report import summary
+
+    return [*summary(make_plan(cfg, read_dims(cfg), pick_device(cfg, Options()), Assumptions())), command]

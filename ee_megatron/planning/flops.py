@@ -1,0 +1,211 @@
+"""FLOPs of scoring, learning and generating, by the products that the code runs.
+
+A multiply-add counts 2. Attention counts the rectangle that its kernel is given (queries x keys), as
+torch.utils.flop_counter does, also where causality lets the kernel skip half of it. Norms, activations and softmax
+are not counted: they cost memory traffic, not products.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..families import ModelDims
+from ..model.config import padded_vocab
+from .layout import Layout, targets
+from .workload import Workload
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+MLP_IN = ("mlp.gate_proj", "mlp.up_proj")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of one rank: base linears, adapters, attention, gates, head."""
+
+    linear: float = 0.0
+    adapters: float = 0.0
+    attention: float = 0.0
+    gates: float = 0.0
+    head: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(self.parts(), other.parts(), strict=True)))
+
+    def parts(self) -> tuple[float, ...]:
+        return self.linear, self.adapters, self.attention, self.gates, self.head
+
+    def times(self, factor: float) -> Cost:
+        return Cost(*(factor * part for part in self.parts()))
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts())
+
+
+@dataclass(frozen=True)
+class Product:
+    """One linear of a layer on one tensor-parallel rank: base FLOPs, its adapters' way down and up."""
+
+    base: float
+    down: float
+    up: float
+
+
+def products(layout: Layout, every: float, active: float) -> dict[str, Product]:
+    """A layer's products for `active` positions that run it, keys and values for all `every` positions."""
+    dims, rank, adapted, t = layout.dims, layout.spec.rank, targets(layout), layout.tensor
+
+    def product(parts: tuple[str, ...], positions: float, row_parallel: bool = False) -> Product:
+        rows = sum(dims.linear_shapes()[part][0] for part in parts) // (1 if row_parallel else t)
+        columns = dims.linear_shapes()[parts[0]][1] // (t if row_parallel else 1)
+        # Parts share one product down to all their ranks, and one up in which each ignores the others' ranks.
+        joint = rank * sum(part in adapted for part in parts)
+        return Product(2 * positions * rows * columns, 2 * positions * columns * joint, 2 * positions * rows * joint)
+
+    return {
+        "q": product(QKV[:1], active),
+        "kv": product(QKV[1:], every),
+        "out": product(("self_attn.o_proj",), active, row_parallel=True),
+        "gate_up": product(MLP_IN, active),
+        "down": product(("mlp.down_proj",), active, row_parallel=True),
+    }
+
+
+def queries(load: Workload, active: float) -> float:
+    """Query positions per sequence that attention is given: packed where that costs less than the causal half."""
+    return active if active < load.length / 2 else load.length
+
+
+def attention(layout: Layout, load: Workload, rows: float, active: float) -> float:
+    heads, size = layout.dims.heads // layout.tensor, layout.dims.head_dim
+    return 4 * rows * heads * size * queries(load, active) * load.length
+
+
+def gate(dims: ModelDims, width: int, positions: float) -> float:
+    return 2 * positions * width * dims.hidden * (dims.hidden + 1)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How a batch is run. train: with backward pass; recompute: layers run forward twice; policy: with adapters, gates
+    and exits (False: the reference at full depth); input_gradient: the first layer's input asks for a gradient."""
+
+    train: bool
+    policy: bool = True
+    recompute: bool = False
+    input_gradient: bool = False
+
+
+def layer_cost(layout: Layout, load: Workload, layer: int, rows: float, real: float, how: Pass) -> Cost:
+    """One layer on one rank for a micro-batch of `rows` sequences of which `real` are not padding."""
+    active = load.active(layer, full=not how.policy)
+    found = products(layout, rows * load.length, real * active)
+    on = 1.0 if how.policy else 0.0
+    linear = sum(p.base for p in found.values())
+    adapters = on * sum(p.down + p.up for p in found.values())
+    attended = attention(layout, load, rows, active)
+    gated = gate_cost(layout, load, layer, real) if how.policy else 0.0
+    forward = Cost(linear, adapters, attended, gated)
+    if not how.train:
+        return forward
+    spec = layout.spec
+    entering = carries_gradient(layout, layer, how)
+    through = linear if entering else linear - found["q"].base - found["kv"].base
+    own = linear if spec.full else 0.0
+    trained = 2 * adapters - (0.0 if entering else found["q"].down + found["kv"].down)
+    if not (entering or spec.full or targets(layout)):
+        # Gates alone, and none before this layer: nothing in it is differentiated.
+        through = trained = attended = 0.0
+    backward = Cost(through + own, trained, 2.5 * attended, 2 * gated)
+    return forward + backward + (forward if how.recompute else Cost())
+
+
+def carries_gradient(layout: Layout, layer: int, how: Pass) -> bool:
+    """Whether what enters the layer asks for a gradient: all but the first layer's input does where anything before it
+    is trained."""
+    if how.input_gradient or layout.spec.full:
+        return True
+    if targets(layout):
+        return layer > 1
+    return layer > 1 + min(layout.spec.exit_depths, default=layout.dims.num_layers)
+
+
+def gate_cost(layout: Layout, load: Workload, layer: int, real: float) -> float:
+    if layer - 1 not in layout.spec.exit_depths:
+        return 0.0
+    # Under sequence parallelism each tensor-parallel rank asks at its own positions; else all of them at all.
+    share = layout.tensor if layout.sequence_parallel else 1
+    return gate(layout.dims, layout.spec.gate_width, real * load.asked(layer - 1)) / share
+
+
+def head_cost(layout: Layout, load: Workload, real: float, how: Pass) -> Cost:
+    rows = padded_vocab(layout.dims.vocab, layout.tensor) // layout.tensor
+    once = 2 * real * load.answer * rows * layout.dims.hidden
+    return Cost(head=once * (1 + (1 + layout.spec.full if how.train else 0)))
+
+
+def stage_cost(layout: Layout, load: Workload, pipeline_rank: int, rows: float, real: float, how: Pass) -> Cost:
+    """One micro-batch on one (tensor, pipeline) rank; a micro-batch of padding only costs nothing."""
+    if real <= 0:
+        return Cost()
+    total = Cost()
+    for stage in layout.stages(pipeline_rank):
+        for layer in stage.layers:
+            total += layer_cost(layout, load, layer, rows, real, how)
+        if stage.head:
+            total += head_cost(layout, load, real, how)
+    return total
+
+
+def micro_batches(layout: Layout, size: int, sequences: int, data_rank: int) -> list[int]:
+    """Real sequences in each micro-batch of a data-parallel rank; the rest of `size` is padding (learner.py)."""
+    block = size * layout.data * (layout.pipeline if layout.virtual > 1 else 1)
+    share = -(-sequences // block) * block // layout.data
+    start = data_rank * share
+    return [max(0, min(size, sequences - start - i)) for i in range(0, share, size)]
+
+
+def pass_cost(layout: Layout, load: Workload, size: int, sequences: int, how: Pass) -> dict[int, Cost]:
+    """Pipeline rank -> FLOPs of data rank 0, which has no less to do than the others, on one tensor-parallel rank."""
+    parts = micro_batches(layout, size, sequences, 0)
+    costs = {}
+    for pipeline_rank in range(layout.pipeline):
+        by_real = {real: stage_cost(layout, load, pipeline_rank, size, real, how) for real in set(parts)}
+        total = Cost()
+        for real in parts:
+            total += by_real[real]
+        costs[pipeline_rank] = total
+    return costs
+
+
+def whole_pass(layout: Layout, load: Workload, size: int, sequences: int, how: Pass) -> float:
+    """FLOPs of all ranks."""
+    total = 0.0
+    for data_rank in range(layout.data):
+        for real in micro_batches(layout, size, sequences, data_rank):
+            for pipeline_rank in range(layout.pipeline):
+                total += layout.tensor * stage_cost(layout, load, pipeline_rank, size, real, how).total
+    return total
+
+
+def prefill_cost(dims: ModelDims, prompt: int) -> float:
+    """Reading one prompt at full depth by the decoder, whose adapters are merged; logits of its last position only."""
+    linears = sum(rows * columns for rows, columns in dims.linear_shapes().values())
+    attended = 4 * dims.heads * dims.head_dim * prompt * prompt
+    return dims.num_layers * (2 * prompt * linears + attended) + 2 * dims.vocab * dims.hidden
+
+
+def decode_cost(layout: Layout, load: Workload) -> float:
+    """Generating the later tokens of one answer: layers up to the exit, keys and values of the others, the gates on
+    the way, the readout. Attention sees the tokens so far."""
+    dims, tokens = layout.dims, load.answer - 1
+    linears = sum(rows * columns for rows, columns in dims.linear_shapes().values())
+    skipped = 2 * dims.kv_size * dims.hidden
+    span = load.prompt + load.answer / 2
+    total = 0.0
+    for layer in range(1, dims.num_layers + 1):
+        share = load.reaching(layer)
+        total += share * (2 * linears + 4 * dims.heads * dims.head_dim * span) + (1 - share) * 2 * skipped
+    for depth in layout.spec.exit_depths:
+        total += gate(dims, layout.spec.gate_width, load.reaching(depth))
+    return tokens * (total + 2 * dims.vocab * dims.hidden)

@@ -1,0 +1,256 @@
+"""Bytes per learner rank and per rollout actor, by kind.
+
+Activations are what autograd keeps of one layer for the micro-batches in flight, tensor by tensor as model/ computes
+them; the peak is taken with every token at full depth, since a batch may contain such answers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..model.config import padded_vocab
+from ..parallel.vocabulary import CHUNK_BYTES, LEAST_CHUNK
+from .flops import MLP_IN, QKV, Pass, carries_gradient
+from .layout import Layout, Stage, rank_parameters, targets
+from .workload import Workload
+
+FP32, INDEX = 4, 8
+
+
+@dataclass(frozen=True)
+class Training:
+    """What decides a learner rank's memory beside its layout. item: bytes of an element of the base (2 or 4); on_cpu:
+    attention runs in fp32 there, and its kernels take grouped heads with a mask."""
+
+    item: int
+    micro_batch: int
+    recompute: bool
+    zero_stage: int
+    offload: bool
+    on_cpu: bool
+    reduce_bucket: int = 500_000_000
+
+
+def learner_memory(layout: Layout, load: Workload, t: Training, pipeline_rank: int, batches: int) -> dict[str, float]:
+    """Kind -> bytes on the device of one rank, with `batches` micro-batches per update. "optimizer (host)" is not on
+    the device."""
+    full, counted = layout.spec.full, rank_parameters(layout, pipeline_rank)
+    # Adapters and gates are fp32 whatever the base is; DeepSpeed's engine needs each learning-rate group, so a rank
+    # without gates or adapters brings one idle element.
+    small = FP32 * (counted.adapters + counted.gates)
+    trained = small + (t.item * (counted.base + counted.copy) if full else 0)
+    count, share = counted.trained(full), layout.data if t.zero_stage else 1
+    weights = float(t.item * (counted.base + counted.copy) + small)
+    if t.zero_stage == 3:
+        weights += trained / share - trained
+    found = {"weights": weights, "gradients": float(trained)}
+    moments = 2 * (trained if t.zero_stage == 0 else FP32 * count / share)
+    master = 0 if t.zero_stage == 0 else FP32 * count / share
+    found["optimizer (host)" if t.offload else "optimizer"] = moments + master
+    if t.zero_stage:
+        # After the backward pass: the averaged partition beside the local gradients.
+        found["gradients"] += FP32 * count / share
+        found["reduction bucket"] = reduction_bucket(counted.base + counted.copy if full else 0, small, t)
+    found["activations"] = activations(layout, load, t, pipeline_rank, batches)
+    if layout.pipeline > 1:
+        # Outputs are kept until their gradient returns (deallocate_pipeline_outputs is off).
+        whole = t.micro_batch * load.length * layout.dims.hidden * t.item
+        found["pipeline buffers"] = whole * (1 + in_flight(layout, pipeline_rank, batches))
+    if any(stage.head for stage in layout.stages(pipeline_rank)):
+        found["logits chunk"] = logits_chunk(layout, load, t)
+    if full:
+        found["reference"] = float(t.item * (counted.base + counted.copy))
+    return found
+
+
+def reduction_bucket(base: int, small: int, t: Training) -> float:
+    """DeepSpeed stages gradients in a buffer of fixed size for each of their dtypes; a CPU maps only what is written of
+    it. base: trained elements of the base; small: bytes of adapters and gates, fp32."""
+    sizes = {FP32: small // FP32}
+    sizes[t.item] = sizes.get(t.item, 0) + base
+    used = {item: count for item, count in sizes.items() if count}
+    return float(sum(item * (min(n, t.reduce_bucket) if t.on_cpu else t.reduce_bucket) for item, n in used.items()))
+
+
+def in_flight(layout: Layout, pipeline_rank: int, batches: int) -> int:
+    """Micro-batches whose forward pass is done and whose backward pass is not, at most (1F1B; with virtual stages
+    counted in stages, megatron-core's interleaved schedule)."""
+    behind = layout.pipeline - pipeline_rank
+    if layout.virtual == 1:
+        return min(behind, batches)
+    warm_up = 2 * (behind - 1) + (layout.virtual - 1) * layout.pipeline + 1
+    return min(warm_up, batches * layout.virtual)
+
+
+def activations(layout: Layout, load: Workload, t: Training, pipeline_rank: int, batches: int) -> float:
+    """Peak of what autograd keeps on a rank: at the end of a micro-batch's forward pass or, under recomputation, while
+    a layer is run again."""
+    stages, flying = layout.stages(pipeline_rank), in_flight(layout, pipeline_rank, batches)
+    kept = [stage_activations(layout, load, t, stage) for stage in stages]
+    final = final_activations(layout, load, t) if any(stage.head for stage in stages) else 0.0
+    others = (flying - 1) * sum(kept) / len(stages)
+    peak = others + kept[-1] + final
+    if t.recompute:
+        # The layer's own input is kept already, and those of the layers behind it are gone.
+        entered = layer_input(layout, load, t)
+        again = [
+            (at + (t.item != FP32)) * entered + layer_activations(layout, load, t, layer)
+            for stage in stages
+            for at, layer in enumerate(stage.layers)
+        ]
+        peak = max(peak, others + max(again))
+    return peak
+
+
+def layer_input(layout: Layout, load: Workload, t: Training) -> float:
+    share = layout.tensor if layout.sequence_parallel else 1
+    return t.micro_batch * load.length * layout.dims.hidden * t.item / share
+
+
+def stage_activations(layout: Layout, load: Workload, t: Training, stage: Stage) -> float:
+    if t.recompute:
+        return len(stage.layers) * layer_input(layout, load, t)
+    return sum(layer_activations(layout, load, t, layer) for layer in stage.layers)
+
+
+def final_activations(layout: Layout, load: Workload, t: Training) -> float:
+    """The final norm's input (and what follows it, where it is trained), and the gradients that the loss has made
+    already: of the counted positions' hidden states and, where it is trained, of the head."""
+    dims, full = layout.dims, layout.spec.full
+    share = layout.tensor if layout.sequence_parallel else 1
+    normed = t.micro_batch * load.length * dims.hidden / share * (FP32 + (t.item if full else 0))
+    head = padded_vocab(dims.vocab, layout.tensor) // layout.tensor * dims.hidden * t.item if full else 0
+    return normed + t.micro_batch * load.answer * dims.hidden * t.item + head
+
+
+def layer_activations(layout: Layout, load: Workload, t: Training, layer: int) -> float:
+    """Bytes that autograd keeps of one layer and one micro-batch, every token at full depth; parameters left out."""
+    dims, e, full = layout.dims, t.item, layout.spec.full
+    every, active = t.micro_batch * load.length, t.micro_batch * load.active(layer, full=True)
+    here = layout.tensor if layout.sequence_parallel else 1
+    q, kv, inner = (size // layout.tensor for size in (dims.q_size, dims.kv_size, dims.intermediate))
+    entering = carries_gradient(layout, layer, Pass(True, input_gradient=t.recompute or t.zero_stage == 3))
+    kept = (every if entering else 0) / here * dims.hidden * FP32
+    # Norms keep their input in fp32 (in fp32 that is the residual stream itself) and, where the gain is trained, what
+    # it multiplies; the stream is kept once more where it is put back among the positions that do not run the layer.
+    kept += active / here * dims.hidden * (FP32 + e)
+    if full:
+        kept += (every + active) / here * dims.hidden * e
+    if here > 1:
+        # Sequence parallelism: what is put at its place before a gather and before the two reduce-scatters.
+        kept += (active / here + 2 * active) * dims.hidden * e
+    kept += linear_inputs(layout, t, every, active) + adapter_activations(layout, t, every, active)
+    if entering:
+        # The gradient of q, k and v products needs their rows of the fused weight, which are copies.
+        kept += (q + 2 * kv) * dims.hidden * e
+    kept += attention_activations(layout, t, every, active)
+    # SwiGLU: gate and up, silu(gate).
+    kept += active * 3 * inner * e
+    # Where the active positions are.
+    kept += active * 3 * INDEX
+    if layer - 1 in layout.spec.exit_depths:
+        asked = t.micro_batch * (load.answer - 1) / here
+        kept += asked * FP32 * dims.hidden * (2 + layout.spec.gate_width)
+    return kept
+
+
+def linear_inputs(layout: Layout, t: Training, every: float, active: float) -> float:
+    """What linears read: kept for their adapters' sake, or for their own gradient. Frozen ones keep nothing."""
+    dims, adapted = layout.dims, targets(layout)
+    reads = (
+        (QKV[:1], active * dims.hidden),
+        (QKV[1:], every * dims.hidden),
+        (("self_attn.o_proj",), active * dims.q_size / layout.tensor),
+        (MLP_IN, active * dims.hidden),
+        (("mlp.down_proj",), active * dims.intermediate / layout.tensor),
+    )
+    return t.item * sum(size for parts, size in reads if layout.spec.full or any(p in adapted for p in parts))
+
+
+def attention_activations(layout: Layout, t: Training, every: float, active: float) -> float:
+    """Queries at their places, rotated keys, values (a view of the joint product), output, one sum per query, angles;
+    with norms on heads their inputs too. On a CPU the kernel runs in fp32."""
+    dims, e = layout.dims, t.item
+    q, kv, heads = (size // layout.tensor for size in (dims.q_size, dims.kv_size, dims.heads))
+    wide = e != FP32
+    kernel = FP32 if t.on_cpu else e
+    kept = every * (2 * q + kv) * kernel + every * heads * FP32 + every * 2 * kv * e
+    if t.on_cpu and wide:
+        kept += every * kv * FP32
+    if dims.qk_norm:
+        kept += active * q * FP32 + active * heads * FP32 + (every * kv * FP32 if wide else 0)
+        if layout.spec.full:
+            kept += (active * q + every * kv) * e
+    return kept + 2 * (active + every / t.micro_batch) * dims.head_dim * e
+
+
+def adapter_activations(layout: Layout, t: Training, every: float, active: float) -> float:
+    """The narrow products, and the factors as joined for one product each."""
+    dims, rank, adapted = layout.dims, layout.spec.rank, targets(layout)
+    kept = 0.0
+    for parts, positions, row_parallel in (
+        (QKV[:1], active, False),
+        (QKV[1:], every, False),
+        (("self_attn.o_proj",), active, True),
+        (MLP_IN, active, False),
+        (("mlp.down_proj",), active, True),
+    ):
+        joint = rank * sum(part in adapted for part in parts)
+        rows = sum(dims.linear_shapes()[part][0] for part in parts) // (1 if row_parallel else layout.tensor)
+        columns = dims.linear_shapes()[parts[0]][1] // (layout.tensor if row_parallel else 1)
+        # A row-parallel linear's second factor is one adapter's own: a parameter, or its narrower copy.
+        joined = columns + (rows if not row_parallel or t.item != FP32 else 0)
+        kept += joint * (positions + joined) * t.item
+    return kept
+
+
+def logits_chunk(layout: Layout, load: Workload, t: Training) -> float:
+    """Scoring: a chunk's logits in the base's dtype and in fp32, and p log p beside them."""
+    rows = padded_vocab(layout.dims.vocab, layout.tensor) // layout.tensor
+    chunk = min(max(LEAST_CHUNK, CHUNK_BYTES // (FP32 * rows)), t.micro_batch * load.answer)
+    trained = FP32 * rows * layout.dims.hidden if layout.spec.full else 0
+    return chunk * rows * (2 * FP32 + (t.item if t.item != FP32 else 0)) + trained
+
+
+def actor_memory(layout: Layout, load: Workload, item: int, rows: int, packed: bool) -> dict[str, float]:
+    """Kind -> bytes of one rollout actor, a whole replica (rollout/weights.py): the base, the matrices that adapters
+    change once more, stacked key/value weights of the layers behind each exit, gates; on a CPU packed forms of what is
+    multiplied with. The cache has a slot of prompt + answer positions for every row."""
+    dims, spec = layout.dims, layout.spec
+    linears = {name: shape[0] * shape[1] for name, shape in dims.linear_shapes().items()}
+    base = sum(_size(shape) for shape in dims.tensor_shapes().values())
+    groups = (QKV, ("self_attn.o_proj",), MLP_IN, ("mlp.down_proj",))
+    changed = [sum(linears[p] for p in parts) for parts in groups if any(p in targets(layout) for p in parts)]
+    behind = sum(dims.num_layers - depth for depth in spec.exit_depths[:1])
+    stacked = behind * 2 * dims.kv_size * dims.hidden
+    gates = FP32 * sum(_size(shape) for shape in spec.gate_shapes(dims).values())
+    found = {
+        "weights": float(item * base),
+        "adapted matrices": float(item * dims.num_layers * sum(changed)),
+        "stacked key/value weights": float(item * stacked),
+        "gates": float(gates),
+    }
+    if packed:
+        multiplied = dims.num_layers * sum(linears.values()) + dims.vocab * dims.hidden + stacked
+        # In bfloat16 the packed form takes the place of an adapted or stacked matrix.
+        replaced = 0 if item == FP32 else dims.num_layers * sum(changed) + stacked
+        found["packed copies"] = float(item * (multiplied - replaced))
+    found["KV cache"] = float(2 * item * dims.num_layers * dims.kv_size * rows * (load.prompt + load.answer))
+    # One prefill reads up to 8192 positions; its keys and values are there twice while they are stacked.
+    read = min(8192, rows * load.prompt)
+    found["prompts being read"] = float(read * item * (4 * dims.num_layers * dims.kv_size + 3 * dims.intermediate))
+    # Sampling: logits, their exponentials and the running sum.
+    found["logits"] = float(rows * dims.vocab * 3 * FP32)
+    return found
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def sync_bytes(layout: Layout) -> int:
+    """One version of the policy's tensors as it travels, fp32."""
+    return FP32 * sum(_size(shape) for shape in layout.spec.tensor_shapes(layout.dims).values())

@@ -1,0 +1,103 @@
+"""The nearest configuration that fits, when the one asked for does not."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator
+
+from ..config.schema import RunConfig
+from ..config.validate import ranks, validate
+from ..families import ModelDims
+from .devices import Device
+from .layout import Layout
+from .memory import actor_memory
+from .plan import Plan, actor_rows, learner_bytes, shortage
+from .workload import Workload
+
+# What a change costs the user, roughly: time for recomputing, time for smaller batches, devices.
+PRICES = {
+    "parallel.recompute": 1.0,
+    "parallel.micro_batch_size": 0.6,
+    "rollout.rows": 0.6,
+    "deepspeed.zero_stage": 1.5,
+    "deepspeed.offload_optimizer": 2.0,
+    "parallel.data": 2.5,
+    "parallel.tensor": 3.0,
+    "parallel.pipeline": 3.2,
+    "cluster.nodes": 5.0,
+}
+
+
+def nearest_fit(plan: Plan, dims: ModelDims) -> list[str]:
+    """Settings to add, e.g. ["parallel.recompute=true"]; empty if no combination that was tried fits."""
+    for changes in _by_price(plan.cfg):
+        changed = apply(plan.cfg, changes)
+        try:
+            validate(changed, dims)
+            layout = Layout.of(changed, dims)
+        except ValueError:
+            continue
+        if fits(changed, layout, plan):
+            return [f"{key}={str(value).lower()}" for key, value in changes.items()]
+    return []
+
+
+def apply(cfg: RunConfig, changes: dict[str, int | bool]) -> RunConfig:
+    changed = copy.deepcopy(cfg)
+    for key, value in changes.items():
+        section, name = key.split(".")
+        setattr(getattr(changed, section), name, value)
+    if {"parallel.pipeline"} & changes.keys():
+        changed.parallel.stage_layers = []
+    return changed
+
+
+def fits(cfg: RunConfig, layout: Layout, plan: Plan) -> bool:
+    device: Device = plan.device
+    devices = cfg.cluster.nodes * cfg.cluster.gpus_per_node
+    shared = device.packed or (devices > 0 and devices < ranks(cfg) + cfg.rollout.actors)
+    longest = Workload.of(plan.longest.prompt, plan.longest.answer, layout.spec.layout.outcomes, 1.0)
+    actor = actor_memory(layout, longest, plan.item, actor_rows(cfg), device.packed)
+    learner = [learner_bytes(cfg, layout, longest, plan.item, device.packed, p) for p in range(layout.pipeline)]
+    return not shortage(cfg, device, learner, actor, shared)
+
+
+def _by_price(cfg: RunConfig) -> Iterator[dict[str, int | bool]]:
+    """Combinations of changes, cheapest first."""
+    parallel, stage = cfg.parallel, cfg.deepspeed.zero_stage
+    choices: dict[str, list[int | bool]] = {
+        "parallel.recompute": [True],
+        "parallel.micro_batch_size": list(_halves(parallel.micro_batch_size)),
+        "rollout.rows": list(_halves(actor_rows(cfg)))[:5],
+        "deepspeed.zero_stage": [s for s in (1, 2, 3) if s > stage],
+        "deepspeed.offload_optimizer": [True],
+        "parallel.data": list(_halves(parallel.data)),
+        "parallel.tensor": [parallel.tensor * f for f in (2, 4, 8)],
+        "parallel.pipeline": [parallel.pipeline * f for f in (2, 4)],
+        "cluster.nodes": [cfg.cluster.nodes + more for more in (1, 2, 3, 7)],
+    }
+    now = {key: getattr(getattr(cfg, key.split(".")[0]), key.split(".")[1]) for key in choices}
+    options = [[(0.0, None), *((_price(key, now[key], v), (key, v)) for v in values if v != now[key])]
+               for key, values in choices.items()]  # fmt: skip
+    combinations = (
+        (sum(price for price, _ in chosen), [change for _, change in chosen if change])
+        for chosen in itertools.product(*options)
+    )
+    few = [(price, changes) for price, changes in combinations if 0 < len(changes) <= 4]
+    yield from (dict(changes) for _, changes in sorted(few, key=lambda entry: entry[0]))
+
+
+def _price(key: str, now: int | bool, value: int | bool) -> float:
+    if isinstance(value, bool):
+        return PRICES[key]
+    if key in ("deepspeed.zero_stage", "cluster.nodes"):
+        return PRICES[key] + 0.5 * abs(value - now)
+    return PRICES[key] * abs(math.log2(value / now))
+
+
+def _halves(value: int) -> Iterator[int]:
+    while value > 1:
+        value //= 2
+        yield value

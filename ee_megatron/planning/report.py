@@ -1,0 +1,150 @@
+"""A plan as text for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from .plan import HOST, Plan
+
+GIB, MIB = 2**30, 2**20
+
+
+def to_text(plan: Plan, command: str) -> str:
+    parts = (
+        _layout(plan), _parameters(plan), _learner(plan), _actor(plan), _phases(plan), _assumptions(plan),
+        [f"command: {command}"],
+    )  # fmt: skip
+    return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
+
+
+def summary(plan: Plan) -> list[str]:
+    """The few lines that a dry run adds."""
+    most = max(plan.device_bytes(kinds) for kinds in plan.learner)
+    seconds = ", ".join(f"{phase} {s:.3g} s" for phase, s in plan.seconds.items())
+    return [
+        f"parameters: {_count(sum(p.base for p in plan.parameters) * plan.layout.tensor)} of the base over all ranks, "
+        f"{_count(plan.sync // 4)} trained and sent to the rollout pool ({plan.sync / MIB:.1f} MiB)",
+        f"memory: up to {size(most)} per learner rank, {size(plan.device_bytes(plan.actor))} per rollout actor "
+        f"({plan.item} bytes per element of the base)",
+        f"estimate per RL step on {plan.device.name}: {seconds} (ee-megatron plan shows how)",
+    ]
+
+
+def to_json(plan: Plan, command: str) -> dict[str, Any]:
+    layout = plan.layout
+    return {
+        "ranks": layout.ranks,
+        "layout": {"tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data,
+                   "virtual": layout.virtual, "layers_per_stage": list(layout.sizes)},
+        "exits": list(layout.spec.exit_depths),
+        "gates": [layout.gates(p) for p in range(layout.pipeline)],
+        "parameters": [vars(p) for p in plan.parameters],
+        "learner_bytes": plan.learner,
+        "actor_bytes": plan.actor,
+        "shared_devices": plan.shared,
+        "flops": plan.flops,
+        "seconds": plan.seconds,
+        "sync_bytes": plan.sync,
+        "device": vars(plan.device),
+        "command": command,
+    }  # fmt: skip
+
+
+def size(value: float) -> str:
+    return f"{value / GIB:.2f} GiB" if value >= 0.1 * GIB else f"{value / MIB:.1f} MiB"
+
+
+def _count(value: float) -> str:
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.4g} {unit}"
+    return f"{value:.0f}"
+
+
+def _flops(value: float) -> str:
+    for unit, scale in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value / 1e6:.3g} MFLOP"
+
+
+def _layout(plan: Plan) -> list[str]:
+    layout = plan.layout
+    edges = [0, *itertools.accumulate(layout.sizes)]
+    lines = [
+        f"{plan.cfg.name}: {layout.dims.family}, {layout.dims.num_layers} layers, hidden {layout.dims.hidden}, "
+        f"vocabulary {layout.dims.vocab}",
+        f"ranks: {layout.ranks} = tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"
+        + (f", {layout.virtual} stages per pipeline rank" if layout.virtual > 1 else ""),
+        f"exits: {list(layout.spec.exit_depths)}",
+    ]
+    for stage, (first, last) in enumerate(itertools.pairwise(edges)):
+        gates = [depth for depth in layout.spec.exit_depths if first <= depth < last]
+        lines.append(
+            f"  stage {stage} on pipeline rank {stage % layout.pipeline}: layers {first + 1}-{last}, gates {gates}"
+        )
+    return lines
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    return [
+        "  ".join(
+            ["", row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        ).rstrip()
+        for row in [head, *rows]
+    ]
+
+
+def _parameters(plan: Plan) -> list[str]:
+    rows = [
+        [f"pipeline rank {p}", *(f"{n:,}" for n in (c.base, c.copy, c.adapters, c.gates, c.total))]
+        for p, c in enumerate(plan.parameters)
+    ]
+    head = ["parameters of a rank", "base", "tied copy", "adapters", "gates", "all"]
+    return _table(head, rows)
+
+
+def _learner(plan: Plan) -> list[str]:
+    kinds = list(dict.fromkeys(kind for found in plan.learner for kind in found))
+    head = ["memory of a learner rank", *(f"pipeline rank {p}" for p in range(len(plan.learner)))]
+    rows = [[kind, *(size(found.get(kind, 0.0)) for found in plan.learner)] for kind in kinds]
+    rows.append(["on the device", *(size(plan.device_bytes(found)) for found in plan.learner)])
+    note = f"  {HOST} lies in host memory" if HOST in kinds else ""
+    return _table(head, rows) + ([note] if note else [])
+
+
+def _actor(plan: Plan) -> list[str]:
+    rows = [[kind, size(value)] for kind, value in plan.actor.items()]
+    rows.append(["on the device", size(plan.device_bytes(plan.actor))])
+    where = "on the learner's devices" if plan.shared else "on devices of their own"
+    head = [f"memory of a rollout actor ({plan.cfg.rollout.actors}, {where})", ""]
+    device = plan.device
+    return [*_table(head, rows), f"  {device.name}: {size(device.memory)}, {size(device.reserved)} of them reserved"]
+
+
+def _phases(plan: Plan) -> list[str]:
+    rows = [
+        [phase, _flops(plan.flops[phase]) if phase in plan.flops else "", f"{seconds:.3g} s"]
+        for phase, seconds in plan.seconds.items()
+    ]
+    rows.append(["all, one after another", _flops(sum(plan.flops.values())), f"{sum(plan.seconds.values()):.3g} s"])
+    return [*_table(["an RL step", "FLOPs", f"on {plan.device.name}"], rows),
+            f"  sent to the rollout pool: {plan.sync:,} bytes per version"]  # fmt: skip
+
+
+def _assumptions(plan: Plan) -> list[str]:
+    load, step, device = plan.load, plan.step, plan.device
+    pairs = list(zip(load.outcomes, load.shares, strict=True))
+    layers = plan.layout.dims.num_layers
+    mean = (layers + (load.answer - 1) * sum(depth * share for depth, share in pairs)) / load.answer / layers
+    shares = ", ".join(f"{depth}: {share:.2f}" for depth, share in pairs)
+    return [
+        f"assumed: {step.prompts} x {step.group} answers of {load.answer} tokens to prompts of {load.prompt}; mean "
+        f"depth {mean:.2f} of the layers",
+        f"  (share of tokens by depth: {shares}); memory for answers of {plan.longest.answer} tokens at full depth;",
+        f"  {device.name}: {device.tflops:.4g} TFLOP/s, {device.efficiency:.0%} of them reached; memory "
+        f"{device.bandwidth / 1e12:.3g} TB/s, links {device.link / 1e9:.3g} GB/s, network "
+        f"{device.network / 1e9:.3g} GB/s",
+    ]

@@ -1,0 +1,148 @@
+"""What a real learner computes and keeps, measured on its ranks, for the tests that hold the plan against it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import torch
+from layout_cases import split
+from torch.utils.flop_counter import FlopCounterMode
+
+from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.learner.batch import ReplayBatch, mean_weights, pack
+from ee_megatron.learner.engine import OptimizerSettings
+from ee_megatron.learner.learner import Learner
+from ee_megatron.parallel.groups import Degrees
+from ee_megatron.policy import PolicySpec, initial_policy
+
+
+def attention(query, key, *_args, **_kwargs) -> int:
+    """Products of the CPU's attention kernel, grouped heads or not: queries x keys and weights x values."""
+    b, h, queries, size = query
+    return 4 * b * h * queries * key[2] * size
+
+
+def attention_backward(_gradient, query, key, *_args, **_kwargs) -> int:
+    """Five products where the forward pass has two: the weights are made again."""
+    return attention(query, key) * 5 // 2
+
+
+ATEN = torch.ops.aten
+CPU_ATTENTION = {
+    ATEN._scaled_dot_product_flash_attention_for_cpu: attention,
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+}
+
+
+class Kept:
+    """Bytes that autograd holds now and held at most: every storage once, parameters not counted."""
+
+    def __init__(self, parameters):
+        self.parameters = {p.untyped_storage().data_ptr() for p in parameters}
+        self.holders: Counter[int] = Counter()
+        self.now = self.peak = 0
+
+    def pack(self, tensor):
+        return Held(self, tensor.detach())
+
+    def unpack(self, held):
+        return held.tensor
+
+
+class Held:
+    def __init__(self, kept: Kept, tensor: torch.Tensor):
+        self.kept, self.tensor = kept, tensor
+        storage = tensor.untyped_storage()
+        self.key, self.size = storage.data_ptr(), storage.nbytes()
+        if self.key in kept.parameters:
+            self.size = 0
+        kept.holders[self.key] += 1
+        if kept.holders[self.key] == 1:
+            kept.now += self.size
+            kept.peak = max(kept.peak, kept.now)
+
+    def __del__(self):
+        self.kept.holders[self.key] -= 1
+        if not self.kept.holders[self.key]:
+            self.kept.now -= self.size
+
+
+def make_batch(spec: PolicySpec, vocab: int, sequences: int, prompt: int, answer: int, shares) -> ReplayBatch:
+    """Sequences of one length whose later tokens leave in the given shares, rounded within a sequence, in any order."""
+    generator = np.random.default_rng(0)
+    tokens = [generator.integers(0, vocab, prompt + answer) for _ in range(sequences)]
+    # The outcome of each of answer - 1 evenly spaced quantiles.
+    outcome = np.searchsorted(np.cumsum(shares), (np.arange(answer - 1) + 0.5) / (answer - 1)).clip(max=len(shares) - 1)
+    later = np.array(spec.layout.outcomes, dtype=np.int32)[outcome]
+    first = np.array([spec.num_layers], dtype=np.int32)
+    depths = [np.concatenate([first, generator.permutation(later)]) for _ in range(sequences)]
+    batch = pack([t[:prompt] for t in tokens], [t[prompt:] for t in tokens], depths, spec.num_layers)
+    batch.token_weight = mean_weights(batch, batch.counts)
+    batch.exit_weight = mean_weights(batch, batch.asked)
+    return batch
+
+
+def bytes_of(tensors) -> int:
+    """Bytes of the distinct storages behind tensors."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def optimizer_bytes(learner: Learner) -> int:
+    engine = learner.updater.engine
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    kept = [v for state in inner.state.values() for v in state.values() if torch.is_tensor(v) and v.dim()]
+    return bytes_of([*kept, *getattr(engine.optimizer, "single_partition_of_fp32_groups", [])])
+
+
+def measure(
+    path, spec: PolicySpec, degrees, sizes, sequences: int, prompt: int, answer: int, shares, micro_batch: int, options
+):
+    """-> this rank's FLOPs of scoring, of the reference and of a step, and its bytes by kind."""
+    degrees = Degrees(*degrees)
+    device = split(degrees)
+    source, options = HFDirectory(path), dict(options)
+    policy = initial_policy(source.dims, spec, 0, source.tensor)
+    optimizer = OptimizerSettings(zero_stage=options.pop("zero_stage", 1))
+    learner = Learner(
+        source,
+        spec,
+        policy,
+        degrees,
+        sizes,
+        device=device,
+        micro_batch_size=micro_batch,
+        optimizer=optimizer,
+        **options,
+    )
+    batch = make_batch(spec, source.dims.vocab, sequences, prompt, answer, shares)
+    found: dict[str, float] = {}
+
+    def counted(name: str, action) -> None:
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            action()
+        found[f"flops {name}"] = counter.get_total_flops()
+
+    counted("score", lambda: learner.score(batch))
+    counted("reference", lambda: learner.score(batch, reference=True))
+    counted("step", lambda: learner.step(batch, adapter_lr=1e-4, gate_lr=1e-4, objective="likelihood"))
+    found["optimizer"] = optimizer_bytes(learner)
+    found["weights"] = bytes_of(list(learner.model.parameters()))
+    deepest = batch.at_full_depth(spec.num_layers)
+    kept = Kept(learner.model.parameters())
+    learner.model.train()
+    with learner.updater.accumulate():
+        with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
+            learner._run(deepest, train=True, exits=True)
+        learner.complete_gradients()
+        local = sum(p.grad.nbytes for p in learner.model.parameters() if p.grad is not None)
+    # By address: what is averaged over one data-parallel rank is the gradient itself.
+    averaged = getattr(learner.updater.engine.optimizer, "averaged_gradients", None) or {}
+    parts = {t.data_ptr(): t.nbytes for group in averaged.values() if group is not None for t in group}
+    for p in learner.model.parameters():
+        if p.grad is not None:
+            parts.pop(p.grad.data_ptr(), None)
+    found["gradients"] = local + sum(parts.values())
+    found["activations"] = kept.peak
+    learner.updater.skip()
+    return found

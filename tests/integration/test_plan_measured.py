@@ -1,0 +1,122 @@
+"""The plan against real learners on gloo ranks: FLOPs of scoring and of a step by torch's counter, memory by the
+tensors that exist, on SmolLM2 and two tiny models, three layouts each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from ranks import ROOT, Ranks
+
+from ee_megatron.families import dims_from_config
+from ee_megatron.planning.flops import Pass, micro_batches, pass_cost, whole_pass
+from ee_megatron.planning.layout import Layout
+from ee_megatron.planning.memory import Training, learner_memory
+from ee_megatron.planning.workload import Workload
+from ee_megatron.policy import ATTENTION, PolicySpec
+from tests.tiny import tiny_hf
+
+FLOPS, MEMORY = 0.05, 0.10
+LAYERS = (1, 3, 4)
+SPECS = {
+    "lora": PolicySpec(6, LAYERS, rank=4, alpha=8.0),
+    "attention": PolicySpec(6, LAYERS, rank=4, targets=ATTENTION),
+    "full": PolicySpec(6, LAYERS, rank=0, full=True),
+}
+# (tensor, pipeline, data), layers per stage, options
+TINY = {
+    "TP2_DP2": ((2, 1, 2), (6,), {}),
+    "SP2_DP2": ((2, 1, 2), (6,), {"sequence_parallel": True}),
+    "PP2_DP2_recompute": ((1, 2, 2), (3, 3), {"recompute": True}),
+    "TP2_PP2_zero2": ((2, 2, 1), (3, 3), {"zero_stage": 2}),
+    "DP4_zero0": ((1, 1, 4), (6,), {"zero_stage": 0}),
+}
+SMOL = {
+    "TP3": ((3, 1, 1), (30,), {}),
+    "PP3": ((1, 3, 1), (10, 10, 10), {}),
+    "DP3_recompute": ((1, 1, 3), (30,), {"recompute": True}),
+}
+SMOL_SPEC = PolicySpec(30, (10, 15, 20, 25), rank=32, alpha=32.0)
+MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    size = {"hidden": 128, "vocab": 512}
+    return {
+        "llama": tiny_hf("llama", folder / "llama", tied=False, heads=4, intermediate=256, **size),
+        "qwen3": tiny_hf("qwen3", folder / "qwen3", tied=True, heads=8, intermediate=192, **size),
+    }
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    with Ranks(4, tmp_path_factory.mktemp("four")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    if not (MODEL / "config.json").is_file():
+        pytest.skip("the demo model is not here; run `make demo` or tools/fetch_demo_model.py once")
+    with Ranks(3, tmp_path_factory.mktemp("three")) as running:
+        yield running
+
+
+def compare(ranks, path, spec, layout, sequences, prompt, answer, depth, micro_batch) -> list[tuple[str, float]]:
+    """(what, prediction / measurement) for every rank and kind."""
+    degrees, sizes, options = layout
+    dims = dims_from_config(json.loads((path / "config.json").read_text()))
+    load = Workload.of(prompt, answer, spec.layout.outcomes, depth)
+    plan = Layout(dims, spec, *degrees, 1, options.get("sequence_parallel", False), sizes)
+    measured = ranks.call(
+        "plan_cases:measure", path=path, spec=spec, degrees=degrees, sizes=sizes, sequences=sequences, prompt=prompt,
+        answer=answer, shares=load.shares, micro_batch=micro_batch, options=options,
+    )  # fmt: skip
+    recompute, zero = options.get("recompute", False), options.get("zero_stage", 1)
+    passes = {
+        "flops score": Pass(train=False),
+        "flops reference": Pass(train=False, policy=False),
+        "flops step": Pass(train=True, recompute=recompute, input_gradient=recompute),
+    }
+    batches = len(micro_batches(plan, micro_batch, sequences, 0))
+    training = Training(4, micro_batch, recompute, zero, offload=False, on_cpu=True)
+    ratios = []
+    for rank, found in enumerate(measured):
+        stage = rank // (plan.tensor * plan.data)
+        memory = learner_memory(plan, load, training, stage, batches)
+        predicted = {
+            name: pass_cost(plan, load, micro_batch, sequences, how)[stage].total for name, how in passes.items()
+        }
+        predicted |= {kind: memory[kind] for kind in ("weights", "gradients", "optimizer", "activations")}
+        ratios += [(f"{kind} of rank {rank}", predicted[kind] / found[kind]) for kind in predicted]
+    for name, how in passes.items():
+        whole = whole_pass(plan, load, micro_batch, sequences, how)
+        ratios.append((f"{name} of all", whole / sum(found[name] for found in measured)))
+    return ratios
+
+
+def check(ratios: list[tuple[str, float]]) -> None:
+    for what, ratio in ratios:
+        assert abs(ratio - 1) < (FLOPS if what.startswith("flops") else MEMORY), (what, ratio)
+    print("worst", {k: max((abs(r - 1), w) for w, r in ratios if w.startswith("flops") == (k == "flops"))
+                    for k in ("flops", "memory")})  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", SPECS)
+@pytest.mark.parametrize("layout", TINY)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_tiny_models_cost_what_was_planned(four, models, name, layout, mode) -> None:
+    check(compare(four, models[name], SPECS[mode], TINY[layout], 16, 24, 39, 0.7, 4))
+
+
+@pytest.mark.parametrize("depth", [1.0, 0.45])
+def test_other_depths_cost_what_was_planned(four, models, depth) -> None:
+    check(compare(four, models["llama"], SPECS["lora"], TINY["TP2_DP2"], 16, 8, 71, depth, 4))
+
+
+@pytest.mark.parametrize("layout", SMOL)
+def test_smollm2_costs_what_was_planned(three, layout) -> None:
+    check(compare(three, MODEL, SMOL_SPEC, SMOL[layout], 3, 24, 47, 0.7, 1))

@@ -1,0 +1,237 @@
+"""Plans: the arithmetic agrees with the modules that are really built; what does not fit is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ee_megatron import cli
+from ee_megatron.config.load import load
+from ee_megatron.config.schema import RunConfig
+from ee_megatron.planning.command import launch_command
+from ee_megatron.planning.construct import build_ranks, check_sums
+from ee_megatron.planning.devices import find_device
+from ee_megatron.planning.flops import Pass, whole_pass
+from ee_megatron.planning.layout import Layout, rank_parameters
+from ee_megatron.planning.memory import actor_memory, in_flight
+from ee_megatron.planning.plan import Assumptions, make_plan
+from ee_megatron.planning.published import PUBLISHED, published_dims
+from ee_megatron.planning.scaling_table import scale
+from ee_megatron.planning.workload import Workload, tilted
+
+ROOT = Path(__file__).parents[2]
+SEVEN = "DeepSeek-R1-Distill-Qwen-7B"
+
+
+def config(tensor=1, pipeline=1, data=1, virtual=1, **settings) -> RunConfig:
+    cfg = RunConfig(name="x")
+    cfg.parallel.tensor, cfg.parallel.pipeline, cfg.parallel.data, cfg.parallel.virtual = (
+        tensor,
+        pipeline,
+        data,
+        virtual,
+    )
+    for key, value in settings.items():
+        section, name = key.split("__")
+        setattr(getattr(cfg, section), name, value)
+    return cfg
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_named_dimensions_are_the_published_ones(name: str) -> None:
+    shapes = published_dims(name).tensor_shapes().values()
+    assert sum(torch.Size(shape).numel() for shape in shapes) == PUBLISHED[name][1]
+
+
+# (model, layout): tied and untied, biases, head norms, odd vocabularies, virtual stages, sequence parallelism, full
+CASES = [
+    ("DeepSeek-R1-Distill-Qwen-1.5B", config(data=4)),
+    (SEVEN, config(2, 2, 2)),
+    (SEVEN, config(4, 2, 1, 2, parallel__sequence_parallel=True)),
+    ("DeepSeek-R1-Distill-Qwen-32B", config(4, 4)),
+    ("DeepSeek-R1-Distill-Llama-70B", config(8, 4, 2, adapter__full=True)),
+    ("Qwen3-0.6B", config(2, 3)),
+    ("SmolLM2-135M", config(3, 2, adapter__targets="attention")),
+    ("SmolLM2-135M", config(1, 3, adapter__rank=0)),
+]
+
+
+@pytest.mark.parametrize(("name", "cfg"), CASES, ids=lambda value: value if isinstance(value, str) else "")
+def test_every_rank_is_built_and_holds_what_the_plan_counts(name: str, cfg: RunConfig) -> None:
+    layout = Layout.of(cfg, published_dims(name))
+    found = build_ranks(layout)
+    assert set(found) == {(t, p) for t in range(layout.tensor) for p in range(layout.pipeline)}
+    assert all(found[t, p] == rank_parameters(layout, p) for t, p in found)
+    assert not torch.distributed.is_initialized()
+    gates = sum(torch.Size(s).numel() for s in layout.spec.gate_shapes(layout.dims).values())
+    assert sum(found[0, p].gates for p in range(layout.pipeline)) == gates
+    # One parameter more anywhere is noticed.
+    found[0, 0] = dataclasses.replace(found[0, 0], base=found[0, 0].base + 1)
+    with pytest.raises(RuntimeError, match="all ranks hold"):
+        check_sums(layout, found)
+
+
+@given(
+    st.lists(st.integers(1, 80), min_size=1, max_size=9, unique=True).map(sorted),
+    st.floats(0, 1),
+)
+def test_depths_are_spread_with_the_mean_that_is_asked_for(outcomes: list[int], where: float) -> None:
+    mean = outcomes[0] + where * (outcomes[-1] - outcomes[0])
+    shares = tilted(outcomes, mean)
+    assert sum(shares) == pytest.approx(1) and min(shares) >= 0
+    assert sum(s * o for s, o in zip(shares, outcomes, strict=True)) == pytest.approx(mean, abs=0.01 * outcomes[-1])
+
+
+def test_a_mean_depth_below_the_first_exit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--mean-depth 0.1: expected 0\.18 "):
+        Workload.of(10, 1000, (5, 28), 0.1)
+
+
+def test_the_reference_costs_two_flops_per_parameter_and_position() -> None:
+    layout = Layout.of(config(2, 2, 1), published_dims(SEVEN))
+    load = Workload.of(200, 600, layout.spec.layout.outcomes, 0.5)
+    dims, sequences = layout.dims, 8
+    found = whole_pass(layout, load, 4, sequences, Pass(train=False, policy=False))
+    linears = dims.num_layers * sum(a * b for a, b in dims.linear_shapes().values())
+    attention = dims.num_layers * 4 * dims.heads * dims.head_dim * load.length**2
+    head = 2 * dims.vocab * dims.hidden * load.answer
+    assert found == pytest.approx(sequences * (2 * linears * load.length + attention + head), rel=0.005)
+
+
+def test_less_depth_costs_less_and_recomputing_more() -> None:
+    layout = Layout.of(config(), published_dims(SEVEN))
+
+    def cost(depth: float, how: Pass) -> float:
+        return whole_pass(layout, Workload.of(50, 900, layout.spec.layout.outcomes, depth), 4, 16, how)
+
+    step = Pass(train=True)
+    assert cost(0.5, step) < 0.65 * cost(1.0, step)
+    assert cost(1.0, Pass(train=True, recompute=True)) > 1.3 * cost(1.0, step)
+    assert cost(1.0, step) > 1.9 * cost(1.0, Pass(train=False))
+
+
+def test_micro_batches_in_flight() -> None:
+    layout = Layout.of(config(1, 4, exits__depths=[7, 14, 21]), published_dims(SEVEN))
+    assert [in_flight(layout, p, 8) for p in range(4)] == [4, 3, 2, 1]
+    assert [in_flight(layout, p, 2) for p in range(4)] == [2, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"parallel__recompute": True}, {"parallel__micro_batch_size": 2}, {"deepspeed__offload_optimizer": True}],
+)
+def test_settings_that_save_memory_save_it(change: dict) -> None:
+    dims, device = published_dims(SEVEN), find_device("H100")
+    plain = make_plan(config(2, 2, 2), dims, device, Assumptions(answer_tokens=48))
+    saving = make_plan(config(2, 2, 2, **change), dims, device, Assumptions(answer_tokens=48))
+    assert saving.device_bytes(saving.learner[0]) < plain.device_bytes(plain.learner[0])
+
+
+def test_an_actor_holds_the_cache_that_rows_and_positions_take() -> None:
+    layout = Layout.of(config(), published_dims(SEVEN))
+    load = Workload.of(100, 900, layout.spec.layout.outcomes, 1.0)
+    found = actor_memory(layout, load, 2, 64, packed=False)
+    assert found["KV cache"] == 2 * 28 * 2 * 4 * 128 * 64 * 1000
+    assert found["weights"] == 2 * PUBLISHED[SEVEN][1]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(["plan", *arguments])
+    return code, *capsys.readouterr()
+
+
+def test_what_does_not_fit_is_refused_with_settings_that_do(capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ["experiment=rl_7b", "parallel.recompute=false", "--dims", SEVEN, "--memory-gib", "32", "--no-build"]
+    code, out, err = run(capsys, *wanted)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    assert "memory of a learner rank" in out
+    proposal = err.split("the nearest that fits: ")[1].split()
+    assert proposal and all("=" in setting for setting in proposal)
+    code, out, err = run(capsys, *wanted, *proposal)
+    assert code == 0, err
+
+
+def test_a_model_that_no_device_holds_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    model = "DeepSeek-R1-Distill-Llama-70B"
+    code, _, err = run(capsys, "experiment=rl_7b", "exits.depths=[40]", "--dims", model, "--no-build", "--on", "H100")
+    assert code == 2 and "a whole replica on one device" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--dims", "GPT-9"], "--dims GPT-9: no such model"),
+        (["--dims", SEVEN, "--on", "abacus"], "--on abacus: no such device"),
+        (["--dims", SEVEN, "--tflops", "-1"], "--tflops -1.0: expected a number > 0"),
+        (["--dims", SEVEN, "--answer-tokens", "901"], "--answer-tokens 901: longer than rollout.max_new_tokens=900"),
+        (["--dims", SEVEN, "--scaling", "one"], "--scaling one: expected numbers of nodes"),
+        (["--dims", SEVEN, "parallel.tensor=3", "parallel.data=1"], "parallel.tensor=3 does not divide"),
+        ([], "no config.json there"),
+    ],
+)
+def test_bad_input_to_plan_is_one_line(arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "experiment=rl_7b", "--no-build", *arguments)
+    assert code == 2 and part in err and err.count("\n") == 1 and out == ""
+
+
+def test_a_plan_builds_prints_and_starts_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ee_megatron.cli", "plan", "experiment=rl_7b", "--dims", SEVEN, "--json"],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "built 4 (tensor, pipeline) rank(s) without memory: parameters as planned\n"
+    found = json.loads(done.stdout)
+    assert found["ranks"] == 8 and found["layout"]["layers_per_stage"] == [14, 14]
+    assert found["gates"] == [[5, 10], [14, 15, 20, 25]]
+    assert found["command"].startswith("srun --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "expected"),
+    [
+        ("rl", ["experiment=rl_7b", "rl.lambda_exit=0.3"],
+         "sbatch --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 slurm/rl_7b.sh rl.lambda_exit=0.3"),
+        ("calibrate", ["experiment=rl_7b"],
+         "sbatch --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 slurm/calibrate_7b.sh"),
+        ("rl", ["experiment=rl_32b", "task.path=a b"],
+         "srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --kill-on-bad-exit=1 "
+         "ee-megatron rl experiment=rl_32b 'task.path=a b'"),
+        ("rl", ["experiment=demo_cpu"],
+         "torchrun --nnodes=1 --nproc-per-node=2 -m ee_megatron.cli rl experiment=demo_cpu"),
+        ("rl", ["experiment=demo_gpu"], "ee-megatron rl experiment=demo_gpu"),
+    ],
+)  # fmt: skip
+def test_the_command(stage: str, overrides: list[str], expected: str) -> None:
+    assert launch_command(load(overrides), stage, overrides, ROOT / "slurm").replace(f"{ROOT}/", "") == expected
+
+
+def test_a_dry_run_with_a_model_says_what_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = PUBLISHED["SmolLM2-135M"][0]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert cli.main(["rl", "experiment=demo_cpu", f"model.path={tmp_path}", "--dry-run"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# ")]
+    for start in ("# parameters: ", "# memory: up to ", "# estimate per RL step on cpu: ", "# command: torchrun "):
+        assert any(line.startswith(start) for line in lines), (start, lines)
+
+
+def test_more_nodes_help_less_and_less() -> None:
+    cfg = load(["experiment=rl_7b"])
+    points = scale(cfg, published_dims(SEVEN), find_device("H100"), Assumptions(), (1, 2, 4, 8))
+    seconds = [point.seconds for point in points]
+    assert seconds == sorted(seconds, reverse=True)
+    gains = [a / b for a, b in itertools.pairwise(seconds)]
+    assert gains == sorted(gains, reverse=True) and gains[-1] < 1.3
+    with pytest.raises(ValueError, match="less than one learner replica of 16 ranks"):
+        big = load(["experiment=rl_32b"])
+        scale(big, published_dims("DeepSeek-R1-Distill-Qwen-32B"), find_device("H100"), Assumptions(), (1,))

@@ -15,6 +15,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -147,6 +148,10 @@ class Plan:
     dtype: str
     shard_bytes: int
 
+    @cached_property
+    def base_names(self) -> frozenset[str]:
+        return frozenset(self.base.names())
+
     def table(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name -> dtype and shape, in the model's order, embedded gates last."""
         shapes = self.base.dims.tensor_shapes()
@@ -165,12 +170,12 @@ class Plan:
         return pair if name == f"{stem}.weight" and pair[0] in self.tensors else []
 
     def sources(self, name: str) -> list[str]:
-        own = "policy" if self.spec.full or name not in self.base.dims.tensor_shapes() else "base"
+        own = "policy" if self.spec.full or name not in self.base_names else "base"
         return [f"{own}:{name}", *(f"policy:{part}" for part in self.lora(name))]
 
     def blocks(self, name: str, hasher: Hasher, meter: Meter) -> Iterator[Tensor]:
         """The tensor as it is written. Raises ValueError if it is damaged: not finite, or not of the known hash."""
-        if name not in self.base.dims.tensor_shapes():
+        if name not in self.base_names:
             yield self.tensors[name].float().contiguous()
             return
         lora, dtype = self.lora(name), DTYPES.get(self.dtype) or self.base.dtype(name)
@@ -247,7 +252,7 @@ def _write_shard(
                 writer.write(block)
             plan.base.release()
         for name in table:
-            if name in plan.base.dims.tensor_shapes() and not plan.changes(name):
+            if name in plan.base_names and not plan.changes(name):
                 plan.check(name, digests[name].hexdigest())
         return {
             name: entry(shape, dtype, digests[name].hexdigest(), plan.sources(name), path.name)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .manifest import tensor_bytes
+from .workspace import OutputFile
 
 CODES = {
     torch.float64: "F64",
@@ -52,7 +53,7 @@ class SafetensorsWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._end = 8 + len(text) + end
-        self._file = path.open("wb")
+        self._file = OutputFile(path)
         self._file.write(struct.pack("<Q", len(text)) + text)
 
     def write(self, block: Tensor) -> None:
@@ -64,7 +65,7 @@ class SafetensorsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._file.__exit__(kind, error, trace)
         if kind is None:
             size = Path(self._file.name).stat().st_size
             assert size == self._end, (self._file.name, size, self._end)

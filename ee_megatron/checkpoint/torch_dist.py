@@ -3,7 +3,7 @@
     metadata.json    which format this is
     common.pt        what is not a tensor (nothing)
     .metadata        per parameter: global shape, dtype, its chunks; per chunk: file, offset, length
-    *.distcp         chunks, each as `torch.save` writes a tensor, one after another
+    *.distcp         chunks, each as `torch.save` writes a tensor, one after another, each at a multiple of ALIGNMENT
 
 The layout is that of torch.distributed.checkpoint, so its readers and megatron-core's load what is written here.
 """
@@ -13,13 +13,17 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import mmap
 import pickle
+import struct
+import sys
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +37,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from .workspace import OutputFile
+
 FORMAT = "metadata.json"
+# What torch.save gives the numbers within a chunk; with the chunk at a multiple of it, they are aligned in the file.
+ALIGNMENT = 8
 # The classes that a .metadata file consists of. It is a pickle: anything else in it is refused, not executed.
 _KNOWN = {
     "torch.distributed.checkpoint.metadata": (
@@ -88,10 +96,11 @@ class ChunkFile:
 
     def __init__(self, folder: Path, name: str):
         self.name, self.chunks = name, list[Chunk]()
-        self._file = (folder / name).open("wb")
+        self._file = OutputFile(folder / name)
 
     def add(self, parameter: str, shape: Sequence[int], offsets: Sequence[int], tensor: Tensor) -> None:
         """Append the box of `parameter` (whole shape `shape`) that begins at `offsets`. Raises OSError: disk full."""
+        self._file.write(bytes(-self._file.tell() % ALIGNMENT))
         begin = self._file.tell()
         # torch.save writes the storage that a tensor looks at; this gives it one that ends where the tensor does.
         flat = torch.from_numpy(tensor.contiguous().flatten().view(torch.uint8).numpy())
@@ -99,7 +108,7 @@ class ChunkFile:
         try:
             # No reader of the format looks at them, and they take as long as the sha256 that the manifest has.
             torch.serialization.set_crc32_options(False)
-            torch.save(flat.view(tensor.dtype).view(tensor.shape), self._file)
+            torch.save(flat.view(tensor.dtype).view(tensor.shape), cast(IO[bytes], self._file))
         except RuntimeError:
             # torch.save hides what the file said under a complaint of its own about positions.
             raise OSError(f"{self._file.name}: cannot be written; is the disk full?") from None
@@ -116,7 +125,7 @@ class ChunkFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._file.__exit__(kind, error, trace)
 
 
 def write_metadata(folder: Path, chunks: Sequence[Chunk]) -> None:
@@ -167,6 +176,9 @@ def _overlap(a: Chunk, b: Chunk) -> bool:
 
 class TorchDistReader:
     """A torch_dist directory. Opening it reads the metadata only; tensors are read one chunk at a time.
+
+    A tensor that is one chunk is the file itself, mapped copy-on-write: no memory is filled before it is looked at, and
+    letting go of the tensor gives it back.
 
     Raises FileNotFoundError or ValueError, one line: no checkpoint, another format, metadata that cannot be read or
     does not fit its files.
@@ -225,7 +237,14 @@ class TorchDistReader:
         try:
             with path.open("rb", buffering=0) as file:
                 part: Any = _Part(file, chunk.offset, chunk.length)
-                tensor = torch.load(part, map_location="cpu", weights_only=True)
+                tensor = torch.load(part, map_location="meta", weights_only=True)
+                if isinstance(tensor, Tensor):
+                    place = _numbers(_Part(file, chunk.offset, chunk.length), tensor)
+                    if place is None:
+                        part.seek(0)
+                        tensor = torch.load(part, map_location="cpu", weights_only=True)
+                    else:
+                        tensor = _mapped(file, chunk.offset + place, tensor)
         # The unpickler of damaged bytes raises whatever its operations raise.
         except Exception as error:
             raise ValueError(self._damaged(path.name, error)) from None
@@ -273,11 +292,56 @@ class _Metadata(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
 
 
+def _numbers(part: _Part, tensor: Tensor) -> int | None:
+    """Where in a chunk the numbers of its (contiguous) tensor begin, or None: they are not there as they are needed.
+
+    A chunk is a zip archive: <prefix>/data.pkl, <prefix>/byteorder, and <prefix>/data/<key> for every storage.
+    """
+    with zipfile.ZipFile(cast(IO[bytes], part)) as archive:
+        records = archive.infolist()
+    storages = [info for info in records if "/data/" in info.filename]
+    if len(storages) != 1 or not tensor.is_contiguous() or any(info.compress_type for info in records):
+        return None
+    for info in records:
+        if info.filename.endswith("/byteorder"):
+            # Not by the archive's own means, which insist on the checksums that are left out.
+            part.seek(_content(part, info))
+            if part.read(info.file_size) != sys.byteorder.encode():
+                return None
+    first = int(tensor.storage_offset()) * tensor.itemsize
+    if first + tensor.nbytes > storages[0].file_size:
+        raise ValueError(f"{storages[0].file_size} bytes for a tensor of {tensor.nbytes}")
+    return _content(part, storages[0]) + first
+
+
+def _content(part: _Part, info: zipfile.ZipInfo) -> int:
+    """Where the content of a record begins: behind 30 bytes that end in the lengths of its name and of padding."""
+    part.seek(info.header_offset)
+    magic, name, padding = struct.unpack("<4s22xHH", part.read(30))
+    begin = info.header_offset + 30 + name + padding
+    if magic != b"PK\3\4" or begin + info.file_size > part.length:
+        raise ValueError(f"no record at byte {info.header_offset}")
+    return begin
+
+
+def _mapped(file: io.FileIO, offset: int, like: Tensor) -> Tensor:
+    """A part of a file as a tensor of the shape and dtype of `like`; later changes of the tensor stay in memory."""
+    if not like.numel():
+        return torch.empty(like.shape, dtype=like.dtype)
+    skip = offset % mmap.ALLOCATIONGRANULARITY
+    area = mmap.mmap(file.fileno(), skip + like.nbytes, access=mmap.ACCESS_COPY, offset=offset - skip)
+    flat = torch.frombuffer(area, dtype=torch.uint8, offset=skip)
+    if offset % like.itemsize:
+        flat = flat.clone()
+    return flat.view(like.dtype).view(like.shape)
+
+
 class _Part(io.RawIOBase):
     """A window of an open file, as a file of its own."""
 
     def __init__(self, file: io.FileIO, offset: int, length: int):
-        self._file, self._begin, self._length, self._at = file, offset, length, 0
+        self._file, self._begin, self._at = file, offset, 0
+        self.length = length
 
     def readable(self) -> bool:
         return True
@@ -286,14 +350,14 @@ class _Part(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.length}[whence]
         return self._at
 
     def tell(self) -> int:
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)[: max(0, self._length - self._at)]
+        view = memoryview(buffer)[: max(0, self.length - self._at)]
         self._file.seek(self._begin + self._at)
         count = self._file.readinto(view) or 0
         self._at += count

@@ -6,18 +6,94 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TextIO
 
 JOURNAL = "journal.jsonl"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+# Direct writes begin, end and lie in memory at multiples of the disk's block; no disk in use has larger ones.
+DISK_BLOCK = 4096
+BUFFER_BYTES = 16 << 20
+
+
+class OutputFile:
+    """A new file that is written from front to back, past the system's page cache where the file system can do that.
+
+    A model is larger than what the cache would keep of it: pages for it cost the kernel more time than the disk needs,
+    and push out what other processes on the machine have there. Errors are OSError, in `write` or at the block's end.
+    """
+
+    def __init__(self, path: Path):
+        self.name = str(path)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        self._direct: int = getattr(os, "O_DIRECT", 0)
+        try:
+            self._handle = os.open(path, flags | self._direct, 0o644)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._direct = 0
+            self._handle = os.open(path, flags, 0o644)
+        # Anonymous mappings begin at a page.
+        self._buffer = memoryview(mmap.mmap(-1, BUFFER_BYTES))
+        self._filled = self._flushed = 0
+
+    def tell(self) -> int:
+        return self._flushed + self._filled
+
+    def write(self, data: bytes | memoryview) -> int:
+        view = memoryview(data).cast("B")
+        at = 0
+        while at < len(view):
+            count = min(len(view) - at, BUFFER_BYTES - self._filled)
+            self._buffer[self._filled : self._filled + count] = view[at : at + count]
+            self._filled += count
+            at += count
+            if self._filled == BUFFER_BYTES:
+                self._put(BUFFER_BYTES)
+                self._flushed, self._filled = self.tell(), 0
+        return at
+
+    def flush(self) -> None:
+        """Nothing: what has not filled the buffer is written at the end. `torch.save` calls this."""
+
+    def _put(self, count: int) -> None:
+        done = 0
+        while done < count:
+            try:
+                done += os.write(self._handle, self._buffer[done:count])
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._direct:
+                    raise
+                # A file system that opens such files without writing them.
+                flags = fcntl.fcntl(self._handle, fcntl.F_GETFL)
+                fcntl.fcntl(self._handle, fcntl.F_SETFL, flags & ~self._direct)
+                self._direct = 0
+
+    def __enter__(self) -> OutputFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None and self._filled:
+                # Up to a whole block; what is behind the end is cut off again.
+                size = self.tell()
+                self._put(-(-self._filled // DISK_BLOCK) * DISK_BLOCK)
+                os.ftruncate(self._handle, size)
+        finally:
+            os.close(self._handle)
 
 
 class Workspace:

@@ -1,5 +1,6 @@
 # make demo   the whole method on this machine, no GPU needed
 # make test   unit, then integration tests
+# make slurm  job scripts on a real Slurm, several nodes on this machine; needs root, installs Debian's Slurm if it is missing
 # make slow   what takes long: twenty kills of an RL run, learning over seeds, a fresh environment, ten kills of a conversion
 # make lint   ruff and mypy
 #
@@ -13,7 +14,7 @@ DEMO ?= $(if $(shell nvidia-smi -L 2>/dev/null),demo_gpu,demo_cpu)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test unit integration slow lint clean-venv
+.PHONY: demo test unit integration slurm slow lint clean-venv
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo $(MODEL)/config.json
@@ -25,7 +26,10 @@ unit: $(VENV)/.dev $(MODEL)/config.json
 	$(BIN)/python -m pytest tests/unit
 
 integration: $(VENV)/.dev $(MODEL)/config.json
-	$(BIN)/python -m pytest tests/integration
+	$(BIN)/python -m pytest tests/integration --ignore=tests/integration/slurm
+
+slurm: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/integration/slurm
 
 slow: $(VENV)/.dev $(MODEL)/config.json
 	$(BIN)/python -m pytest tests/slow

@@ -22,6 +22,7 @@ STAGES = {
 }
 RUN = "the whole method: every stage in order, then the report; finished stages are skipped"
 PLAN = "layout, parameters, memory, FLOPs and time of an RL run, before anything starts; refuses what will not fit"
+JOB = "what a Slurm batch script needs to know of a stage, as key=value lines, once its inputs are checked"
 REPORT = "one HTML file (and PNG plots) from what the stages have written"
 GENERATE = "answer one prompt, token by token, each with its depth"
 SERVE = "answer over HTTP as OpenAI's API does, with exits as extra fields"
@@ -97,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--grace", type=float, default=30.0, metavar="SECONDS", help="for running requests at the end (default: 30)"
     )
     _add_plan(commands)
+    _add(commands, "job", JOB, _job, stage=True)
     # Only for the list of commands: main() hands its arguments on unread.
     commands.add_parser("convert", help=CONVERT, add_help=False)
     return parser
@@ -109,15 +111,18 @@ def _add(
     handler: Callable[[argparse.Namespace], int],
     *,
     dry_run: bool = False,
+    stage: bool = False,
     example: str = "",
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
         help=text,
         description=text,
-        epilog=f"example:\n  ee-megatron {name} experiment=demo_cpu {example}".rstrip(),
+        epilog=f"example:\n  ee-megatron {name} {'rl ' if stage else ''}experiment=demo_cpu {example}".rstrip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    if stage:
+        parser.add_argument("stage", choices=list(STAGES), help="the stage that the job runs")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="experiment=..., group choices and single settings"
     )
@@ -198,6 +203,15 @@ def _plan(options: argparse.Namespace) -> int:
         not options.no_build, options.json, nodes,
     )  # fmt: skip
     return run_plan(cfg, options.overrides, chosen)
+
+
+def _job(options: argparse.Namespace) -> int:
+    cfg = _configured(options, with_model=True)
+    from .training.slurm import describe_job
+
+    found = describe_job(cfg, options.stage, os.environ)
+    print("\n".join(f"{key}={value}" for key, value in found.items()))
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:

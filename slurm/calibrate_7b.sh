@@ -1,4 +1,5 @@
 #!/bin/bash
+# Stage 1b of the 7B run, on one learner node: sbatch slurm/calibrate_7b.sh [key=value ...]
 #SBATCH --job-name=ee-calibrate-7b
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -6,17 +7,12 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --mem=0
 #SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
-set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:-.}"
-if [ -f slurm/site.env ]; then
-  # shellcheck source=/dev/null
-  . slurm/site.env
-fi
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR
-# srun does not inherit it from sbatch since Slurm 22.05.
-export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-8}"
-srun --kill-on-bad-exit=1 ee-megatron calibrate experiment=rl_7b "$@"
+#SBATCH --no-kill
+cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
+# shellcheck source=slurm/common.sh
+. slurm/common.sh || exit 2
+run_stage calibrate experiment=rl_7b "$@"

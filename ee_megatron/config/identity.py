@@ -56,6 +56,11 @@ def identity(cfg: RunConfig, stage: str) -> dict[str, Any]:
     return {section: _section(cfg, section) for section in sections}
 
 
+def stage_order(cfg: RunConfig) -> list[str]:
+    """The stages of the whole method under this configuration."""
+    return [stage for stage in STAGES if stage != "teacher" or cfg.teacher.enabled]
+
+
 def to_yaml(cfg: RunConfig) -> str:
     """The whole configuration as YAML that `load` would accept again."""
     return OmegaConf.to_yaml(OmegaConf.structured(cfg))

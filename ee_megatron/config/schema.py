@@ -261,8 +261,13 @@ class TrackerConfig:
 @dataclass
 class ClusterConfig:
     nodes: int = 1
+    """Nodes of a job, all together."""
     gpus_per_node: int = 0
+    """0: nodes without GPUs."""
+    rollout_nodes: int = 0
+    """The last of the nodes, which run rollout actors only; 0: actors share the learner's nodes."""
     requeue_limit: int = 20
+    """How often a job that was stopped (time limit, preemption, lost node) goes back into the queue by itself."""
 
 
 @dataclass

@@ -12,6 +12,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .cluster import seats
 from .schema import RunConfig
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
     ),
     "cluster": (
         "gpus_per_node",
+        "rollout_nodes",
         "requeue_limit",
     ),
 }
@@ -179,6 +181,7 @@ def validate(cfg: RunConfig, dims: ModelDims | None) -> None:
     share = cfg.rollout.device_share
     if share > 1 and share != int(share):
         raise ValueError(f"rollout.device_share={share}: expected a fraction up to 1, or whole devices")
+    _check_cluster(cfg)
     if dims is not None:
         _check_tensor(cfg, dims)
         stage_sizes(cfg, resolve_exits(cfg, dims))
@@ -333,11 +336,36 @@ def _check_parallel(cfg: RunConfig) -> None:
         raise ValueError(
             f"deepspeed.betas={list(betas)}, eps={cfg.deepspeed.eps}: expected two numbers in [0, 1), eps > 0"
         )
-    devices = cfg.cluster.nodes * cfg.cluster.gpus_per_node
-    if cfg.cluster.gpus_per_node and devices < ranks(cfg):
+
+
+def _check_cluster(cfg: RunConfig) -> None:
+    cluster, parallel, rollout = cfg.cluster, cfg.parallel, cfg.rollout
+    if cluster.rollout_nodes >= cluster.nodes:
+        raise ValueError(
+            f"cluster.rollout_nodes={cluster.rollout_nodes}: leaves no learner node of cluster.nodes={cluster.nodes}; "
+            f"set cluster.nodes={cluster.rollout_nodes + 1} or more"
+        )
+    if cluster.rollout_nodes and rollout.backend != "ray":
+        raise ValueError(
+            f"cluster.rollout_nodes={cluster.rollout_nodes}: needs rollout.backend=ray, found {rollout.backend}, which "
+            "generates in the learner's process; set cluster.rollout_nodes=0"
+        )
+    if not cluster.gpus_per_node:
+        return
+    learners = cluster.nodes - cluster.rollout_nodes
+    if learners * cluster.gpus_per_node < ranks(cfg):
         raise ValueError(
             f"parallel: {parallel.tensor} x {parallel.pipeline} x {parallel.data} = {ranks(cfg)} ranks, but "
-            f"cluster.nodes={cfg.cluster.nodes} x cluster.gpus_per_node={cfg.cluster.gpus_per_node} = {devices} devices"
+            f"{learners} learner node(s) (cluster.nodes - cluster.rollout_nodes) x cluster.gpus_per_node="
+            f"{cluster.gpus_per_node} = {learners * cluster.gpus_per_node} devices"
+        )
+    hosts = cluster.rollout_nodes or cluster.nodes
+    room = hosts * seats(cluster.gpus_per_node, rollout.device_share)
+    if rollout.backend == "ray" and room < rollout.actors:
+        raise ValueError(
+            f"rollout.actors={rollout.actors} with rollout.device_share={rollout.device_share:g}: {hosts} node(s) of "
+            f"{cluster.gpus_per_node} devices have room for {room}; lower rollout.actors or raise "
+            f"{'cluster.rollout_nodes' if cluster.rollout_nodes else 'cluster.nodes'}"
         )
 
 

@@ -65,10 +65,33 @@ class ReplayBatch:
         """The same sequences without exits; padding stays padding."""
         return replace(self, depths=torch.where(self.depths > 0, num_layers, 0).to(self.depths.dtype))
 
+    def sources(self) -> Tensor:
+        """The sequence that each position takes its key and value from, int64 [B, S]: its own, or an earlier one that
+        begins with the same tokens; -1 for padding.
+
+        Only prompt positions are shared, short of the last one: they run at full depth and predict nothing that counts,
+        so what sequences of a group (or with common few-shot examples) have in common is run once, with the sum of
+        their gradients.
+        """
+        rows, width = self.tokens.shape
+        before = torch.where(self.counts.any(1), self.counts.int().argmax(1), 0)
+        alike = (self.tokens.unsqueeze(1) == self.tokens).int().cumprod(-1).sum(-1)
+        common = torch.minimum(alike, torch.minimum(before.unsqueeze(1), before))
+        here = torch.arange(width, device=self.tokens.device)
+        found = torch.arange(rows, device=self.tokens.device).unsqueeze(1).repeat(1, width)
+        found[self.depths == 0] = -1
+        for row in range(1, rows):
+            length, leader = common[row, :row].max(0)
+            found[row] = torch.where(here < length, found[leader], found[row])
+        return found
+
     def control(self) -> Tensor:
         """The layers' control tensor [S, B, C] (model/layer.py)."""
         bonus = torch.zeros_like(self.exit_weight) if self.entropy_weight is None else self.entropy_weight
-        channels = [x.float().unsqueeze(-1) for x in (self.depths, self.asked, self.exit_weight, bonus)]
+        sources = self.sources()
+        own = sources == torch.arange(self.rows, device=sources.device).unsqueeze(1)
+        depths = torch.where(own, self.depths, 0)
+        channels = [x.float().unsqueeze(-1) for x in (depths, self.asked, self.exit_weight, bonus, sources)]
         if self.soft_targets is not None:
             channels.append(self.soft_targets)
         return torch.cat(channels, dim=-1).transpose(0, 1).contiguous()

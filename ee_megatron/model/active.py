@@ -15,6 +15,9 @@ class Active:
 
     index int64 [N] into [s, b] flattened; mine int64 [n] into this rank's [s_local, b] flattened (under sequence
     parallelism its slice of the sequence, else the same as `index`).
+
+    Keys and values are computed at the positions `own` int64 [K] into [s, b] flattened; `source` int64 [s, b] says
+    which of these each position takes. Both None: each its own.
     """
 
     length: int
@@ -22,15 +25,23 @@ class Active:
     local_length: int
     index: Tensor
     mine: Tensor
+    own: Tensor | None
+    source: Tensor | None
 
     @staticmethod
-    def of(running: Tensor, ranks: int = 1, rank: int = 0) -> Active:
-        """running bool [s, b]; `ranks`, `rank`: the sequence-parallel group's size (1 without) and place in it."""
+    def of(running: Tensor, rows_of_source: Tensor, ranks: int = 1, rank: int = 0) -> Active:
+        """running bool [s, b]; rows_of_source [s, b]: channel SOURCE of the control tensor; `ranks`, `rank`: the
+        sequence-parallel group's size (1 without) and place in it."""
         length, rows = running.shape
         index = running.flatten().nonzero().squeeze(1)
         share = length // ranks
         mine = index if ranks == 1 else running[rank * share : (rank + 1) * share].flatten().nonzero().squeeze(1)
-        return Active(length, rows, share, index, mine)
+        own, source = _sources(rows_of_source.long())
+        return Active(length, rows, share, index, mine, own, source)
+
+    def share(self, x: Tensor) -> Tensor:
+        """Keys or values at the positions `own` [K, ...] -> of all positions [s, b, ...]."""
+        return x.unflatten(0, (self.length, self.rows)) if self.source is None else x[self.source]
 
     def spread(self, x: Tensor) -> Tensor:
         """This rank's active positions [n, D] at their places, zeros elsewhere: [s_local, b, D]."""
@@ -46,6 +57,12 @@ class Active:
     def positions(self) -> Tensor:
         """Position in the sequence, int64 [N]."""
         return self.index // self.rows
+
+    @cached_property
+    def own_positions(self) -> Tensor:
+        """Position in the sequence of each key, int64 [K]."""
+        every = torch.arange(self.length * self.rows, device=self.index.device) if self.own is None else self.own
+        return every // self.rows
 
     @cached_property
     def row(self) -> Tensor:
@@ -79,3 +96,17 @@ class Active:
     def worth_packing(self) -> bool:
         """Whether attention of packed queries costs less than the causal half of a full one."""
         return self.longest < self.length / 2
+
+
+def _sources(rows_of_source: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    length, rows = rows_of_source.shape
+    here = torch.arange(rows, device=rows_of_source.device)
+    own = (rows_of_source == here).flatten().nonzero().squeeze(1)
+    if len(own) == length * rows:
+        return None, None
+    place = torch.zeros(length * rows, dtype=torch.int64, device=own.device)
+    place[own] = torch.arange(len(own), device=own.device)
+    # Padding takes what comes first: causality hides it from every real position.
+    source = torch.where(rows_of_source < 0, here, rows_of_source)
+    steps = torch.arange(length, device=own.device).unsqueeze(1)
+    return own, place[steps * rows + source]

@@ -7,7 +7,9 @@ argument: `control` fp32 [s, b, C]. Each pipeline stage takes it from its own da
     channel 1      1 where gates are asked, else 0 (prompt, padding)
     channel 2      weight of the position in the exit loss
     channel 3      weight of the gates' entropy at the position, a bonus
-    channel 4 + i  optional soft target of gate i, -1 for none; without them the prescribed depth is the target
+    channel 4      the sequence whose key and value the position takes: its own, or an earlier one that begins with the
+                   same prompt (the position is then run there only, and its depth here is 0); -1 for padding
+    channel 5 + i  optional soft target of gate i, -1 for none; without them the prescribed depth is the target
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from .active import Active
 from .config import EarlyExitConfig
 from .parts import Gate, mlp_of_active
 
-DEPTH, ASKED, WEIGHT, ENTROPY, TARGETS = 0, 1, 2, 3, 4
+DEPTH, ASKED, WEIGHT, ENTROPY, SOURCE, TARGETS = 0, 1, 2, 3, 4, 5
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -70,7 +72,8 @@ def gate_entropy(gate_logit: Tensor) -> Tensor:
 
 class EarlyExitLayer(TransformerLayer):
     """Layer l (1-based). Positions whose exit depth is below l keep their residual stream; their keys and values are
-    still computed, from the frozen stream, because they are computed from whatever enters the layer.
+    still computed, from the frozen stream, because they are computed from whatever enters the layer. Padding is not
+    computed at all, nor are prompt positions that an earlier sequence of the batch has too.
 
     If l - 1 is an exit depth, the layer owns that exit's gate, which reads the stream that enters the layer.
     """
@@ -108,7 +111,7 @@ class EarlyExitLayer(TransformerLayer):
         if not count:
             return hidden_states, context
         ranks = self.tp_group.size() if self.config.sequence_parallel else 1
-        active = Active.of(running, ranks, self.tp_group.rank())
+        active = Active.of(running, context[..., SOURCE], ranks, self.tp_group.rank())
         return self._forward_active(hidden_states, active, kwargs["rotary_pos_emb"]), context
 
     def _ask(self, gate: Gate, hidden_states: Tensor, control: Tensor) -> Tensor:

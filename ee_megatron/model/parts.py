@@ -86,20 +86,24 @@ class SkippingAttention(SelfAttention):
     """Self-attention; `forward` is megatron-core's own, `forward_active` is for layers that some positions skip."""
 
     def forward_active(self, normed: Tensor, active: Active, rotary: Tensor) -> Tensor:
-        """Queries and output of the active positions only, keys and values of all.
+        """Queries and output of the active positions only, keys and values of all that have some of their own.
 
         normed [s_local, b, D]; rotary [s, 1, 1, d], megatron-core's angles -> [n, D] at this rank's active positions.
         """
         whole = self.linear_qkv.enter(normed)
         d = self.hidden_size_per_attention_head
-        both = self.linear_qkv.local(whole, ("k_proj", "v_proj")).unflatten(-1, (2, -1, d))
-        key, value = both.unbind(2)
-        query = self.linear_qkv.local(whole.flatten(0, 1)[active.index], ("q_proj",)).unflatten(-1, (-1, d))
+        whole = whole.flatten(0, 1)
+        own = whole if active.own is None else whole[active.own]
+        key, value = self.linear_qkv.local(own, ("k_proj", "v_proj")).unflatten(-1, (2, -1, d)).unbind(1)
+        query = self.linear_qkv.local(whole[active.index], ("q_proj",)).unflatten(-1, (-1, d))
         if self.q_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-        key = apply_rotary_pos_emb(key, rotary, self.config)
-        query = apply_rotary_pos_emb(query.unsqueeze(1), rotary[active.positions], self.config).squeeze(1)
-        attended = self.core_attention.forward_active(query, key, value, active)
+
+        def turn(x: Tensor, positions: Tensor) -> Tensor:
+            return apply_rotary_pos_emb(x.unsqueeze(1), rotary[positions], self.config).squeeze(1)
+
+        key, query = turn(key, active.own_positions), turn(query, active.positions)
+        attended = self.core_attention.forward_active(query, active.share(key), active.share(value), active)
         output = self.linear_proj.leave(self.linear_proj.local(attended), active)
         return output if self.linear_proj.bias is None else output + self.linear_proj.bias
 

@@ -1,31 +1,55 @@
-"""The exact command that starts a planned run."""
+"""The exact commands that start a planned run."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
 
+from ..config.cluster import job_shape
+from ..config.identity import stage_order
 from ..config.schema import RunConfig
 from ..config.validate import ranks
 
+SCRIPTS = Path(__file__).parents[2] / "slurm"
 
-def launch_command(cfg: RunConfig, stage: str, overrides: list[str], scripts: Path = Path("slurm")) -> str:
-    """The sbatch line where the cluster section names devices: of the stage's script for this experiment if there is
-    one below `scripts`, else a step of plain srun in an allocation of its own. Elsewhere torchrun on this machine, or
-    plain Python for one rank."""
-    settings = " ".join(shlex.quote(text) for text in overrides)
-    world, cluster = ranks(cfg), cfg.cluster
-    run = f"ee-megatron {stage} {settings}".rstrip()
-    if not cluster.gpus_per_node:
+
+def launch_commands(cfg: RunConfig, command: str, overrides: list[str], scripts: Path = SCRIPTS) -> list[str]:
+    """`launch_command` of a stage. For the whole method ("run") on a cluster one per stage, to be submitted in turn."""
+    if command == "run" and on_cluster(cfg):
+        return [launch_command(cfg, stage, overrides, scripts) for stage in stage_order(cfg)]
+    return [launch_command(cfg, command, overrides, scripts)]
+
+
+def launch_command(cfg: RunConfig, stage: str, overrides: list[str], scripts: Path = SCRIPTS) -> str:
+    """The sbatch line where the cluster section names devices or several nodes, to be given in the checkout: of the
+    stage's script for this experiment if there is one among `scripts`, else of the script for any stage. Elsewhere
+    torchrun on this machine, or plain Python for one rank."""
+    settings = shlex.join(overrides)
+    world = ranks(cfg)
+    if not on_cluster(cfg):
         if world == 1:
-            return run
+            return f"ee-megatron {stage} {settings}".rstrip()
         module = f"-m ee_megatron.cli {stage} {settings}".rstrip()
         return f"torchrun --nnodes=1 --nproc-per-node={world} {module}"
-    nodes = -(-world // cluster.gpus_per_node)
-    shape = f"--nodes={nodes} --ntasks-per-node={-(-world // nodes)} --gpus-per-node={cluster.gpus_per_node}"
+    flags = " ".join(allocation(cfg, stage))
     experiment = next((t.split("=", 1)[1] for t in overrides if t.startswith("experiment=")), "")
-    script = scripts / f"{stage}_{experiment.removeprefix('rl_')}.sh"
-    if script.is_file():
-        rest = " ".join(shlex.quote(text) for text in overrides if not text.startswith("experiment="))
-        return f"sbatch {shape} {script.as_posix()} {rest}".rstrip()
-    return f"srun {shape} --kill-on-bad-exit=1 {run}"
+    script = f"{stage}_{experiment.removeprefix('rl_')}.sh"
+    if experiment and (scripts / script).is_file():
+        rest = shlex.join([text for text in overrides if not text.startswith("experiment=")])
+        return f"sbatch {flags} slurm/{script} {rest}".rstrip()
+    if stage == "evaluate" and (scripts / "eval.sh").is_file():
+        return f"sbatch {flags} slurm/eval.sh {settings}".rstrip()
+    return f"sbatch {flags} slurm/stage.sh {stage} {settings}".rstrip()
+
+
+def allocation(cfg: RunConfig, stage: str) -> list[str]:
+    """sbatch's options for the nodes of a stage's job: on each one task slot, with its share of the cores, per GPU."""
+    shape = job_shape(cfg, stage)
+    if not shape.gpus_per_node:
+        return [f"--nodes={shape.nodes}", f"--ntasks-per-node={shape.ranks_per_node}"]
+    gpus = shape.gpus_per_node
+    return [f"--nodes={shape.nodes}", f"--ntasks-per-node={gpus}", f"--gpus-per-node={gpus}"]
+
+
+def on_cluster(cfg: RunConfig) -> bool:
+    return cfg.cluster.gpus_per_node > 0 or cfg.cluster.nodes > 1

@@ -6,18 +6,18 @@ from pathlib import Path
 
 from ..config.schema import RunConfig
 from ..config.validate import read_dims
-from .command import launch_command
+from .command import launch_commands
 
 
 def dry_run_lines(cfg: RunConfig, stage: str, overrides: list[str]) -> list[str]:
-    """The command; before it, where the model directory is there, parameters, memory and time by arithmetic. Raises
+    """The commands; before them, where the model directory is there, parameters, memory and time by arithmetic. Raises
     ValueError as `plan.make_plan` does."""
-    command = f"command: {launch_command(cfg, stage, overrides)}"
+    commands = [f"command: {line}" for line in launch_commands(cfg, stage, overrides)]
     if not (Path(cfg.model.path) / "config.json").is_file():
-        return [command]
+        return commands
     # megatron-core, whose configuration the arithmetic shares, takes seconds to import.
     from .entry import Options, pick_device
     from .plan import Assumptions, make_plan
     from .report import summary
 
-    return [*summary(make_plan(cfg, read_dims(cfg), pick_device(cfg, Options()), Assumptions())), command]
+    return [*summary(make_plan(cfg, read_dims(cfg), pick_device(cfg, Options()), Assumptions())), *commands]

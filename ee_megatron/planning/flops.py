@@ -72,7 +72,9 @@ def products(layout: Layout, every: float, active: float) -> dict[str, Product]:
 
 
 def queries(load: Workload, active: float) -> float:
-    """Query positions per sequence that attention is given: packed where that costs less than the causal half."""
+    """Query positions per sequence that attention is given: packed where that costs less than the causal half, as many
+    for all as for the sequence that has most."""
+    active += load.shared
     return active if active < load.length / 2 else load.length
 
 
@@ -99,7 +101,7 @@ class Pass:
 def layer_cost(layout: Layout, load: Workload, layer: int, rows: float, real: float, how: Pass) -> Cost:
     """One layer on one rank for a micro-batch of `rows` sequences of which `real` are not padding."""
     active = load.active(layer, full=not how.policy)
-    found = products(layout, rows * load.length, real * active)
+    found = products(layout, real * load.written, real * active)
     on = 1.0 if how.policy else 0.0
     linear = sum(p.base for p in found.values())
     adapters = on * sum(p.down + p.up for p in found.values())

@@ -232,9 +232,8 @@ def actor_memory(layout: Layout, load: Workload, item: int, rows: int, packed: b
     }
     if packed:
         multiplied = dims.num_layers * sum(linears.values()) + dims.vocab * dims.hidden + stacked
-        # In bfloat16 the packed form takes the place of an adapted or stacked matrix.
-        replaced = 0 if item == FP32 else dims.num_layers * sum(changed) + stacked
-        found["packed copies"] = float(item * (multiplied - replaced))
+        # The packed form takes the place of an adapted or stacked matrix.
+        found["packed copies"] = float(item * (multiplied - dims.num_layers * sum(changed) - stacked))
     found["KV cache"] = float(2 * item * dims.num_layers * dims.kv_size * rows * (load.prompt + load.answer))
     # One prefill reads up to 8192 positions; its keys and values are there twice while they are stacked.
     read = min(8192, rows * load.prompt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..config.cluster import job_shape
 from ..config.schema import RunConfig
 from ..config.validate import ranks, validate
 from ..families import ModelDims
@@ -48,8 +49,7 @@ class Plan:
     @property
     def shared(self) -> bool:
         """Whether rollout actors have to share the learner's devices."""
-        devices = self.cfg.cluster.nodes * self.cfg.cluster.gpus_per_node
-        return self.on_cpu or (devices > 0 and devices < self.layout.ranks + self.cfg.rollout.actors)
+        return self.on_cpu or job_shape(self.cfg, "rl").shares_devices
 
     @property
     def on_cpu(self) -> bool:
@@ -86,6 +86,7 @@ def make_plan(cfg: RunConfig, dims: ModelDims, device: Device, assumed: Assumpti
     if answer > longest_answer:
         raise ValueError(f"--answer-tokens {answer}: longer than rollout.max_new_tokens={longest_answer} allows")
     load = Workload.of(assumed.prompt_tokens, answer, outcomes, assumed.mean_depth)
+    load = load.in_groups(cfg.rl.group_size, cfg.parallel.micro_batch_size)
     longest = Workload.of(assumed.prompt_tokens, longest_answer, outcomes, 1.0)
     item = element_bytes(cfg, device.packed)
     step = rl_step(cfg, item)

@@ -7,8 +7,9 @@ import itertools
 import math
 from collections.abc import Iterator
 
+from ..config.cluster import job_shape
 from ..config.schema import RunConfig
-from ..config.validate import ranks, validate
+from ..config.validate import validate
 from ..families import ModelDims
 from .devices import Device
 from .layout import Layout
@@ -56,8 +57,7 @@ def apply(cfg: RunConfig, changes: dict[str, int | bool]) -> RunConfig:
 
 def fits(cfg: RunConfig, layout: Layout, plan: Plan) -> bool:
     device: Device = plan.device
-    devices = cfg.cluster.nodes * cfg.cluster.gpus_per_node
-    shared = device.packed or (devices > 0 and devices < ranks(cfg) + cfg.rollout.actors)
+    shared = device.packed or job_shape(cfg, "rl").shares_devices
     longest = Workload.of(plan.longest.prompt, plan.longest.answer, layout.spec.layout.outcomes, 1.0)
     actor = actor_memory(layout, longest, plan.item, actor_rows(cfg), device.packed)
     learner = [learner_bytes(cfg, layout, longest, plan.item, device.packed, p) for p in range(layout.pipeline)]

@@ -40,6 +40,8 @@ def scale(cfg: RunConfig, dims: ModelDims, device: Device, assumed: Assumptions,
         changed = copy.deepcopy(cfg)
         changed.cluster.nodes, changed.parallel.data = count, data
         changed.rollout.actors = devices - ranks(changed)
+        whole, rest = divmod(ranks(changed), cfg.cluster.gpus_per_node)
+        changed.cluster.rollout_nodes = 0 if rest else count - whole
         points.append(Point(count, make_plan(changed, dims, device, assumed)))
     return points
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config.validate import SEQUENCE_MULTIPLE
 
@@ -12,12 +12,14 @@ from ..config.validate import SEQUENCE_MULTIPLE
 @dataclass(frozen=True)
 class Workload:
     """Sequences of `prompt` + `answer` tokens. Of the answer's tokens the first comes from the prompt, which never
-    exits; the others take outcome i (exit i, or none) with probability shares[i]. `outcomes` are depths."""
+    exits; the others take outcome i (exit i, or none) with probability shares[i]. `outcomes` are depths. `shared`: of a
+    prompt's positions, how many another sequence of the micro-batch has run already, on average."""
 
     prompt: int
     answer: int
     outcomes: tuple[int, ...]
     shares: tuple[float, ...]
+    shared: float = 0.0
 
     @staticmethod
     def of(prompt: int, answer: int, outcomes: Sequence[int], mean_depth: float) -> Workload:
@@ -40,13 +42,23 @@ class Workload:
         """Positions of a padded sequence."""
         return -(-(self.prompt + self.answer) // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
 
+    def in_groups(self, group: int, micro_batch: int) -> Workload:
+        """The same where `group` sequences of one prompt are neighbours: all but its last position is run once in a
+        micro-batch (learner/batch.py)."""
+        return replace(self, shared=(self.prompt - 1) * (1 - 1 / min(group, micro_batch)))
+
+    @property
+    def written(self) -> float:
+        """Positions of one sequence that a layer makes keys and values at; its last token is read by nobody."""
+        return self.prompt - self.shared + self.answer - 1
+
     def reaching(self, depth: int) -> float:
         """Share of the answer's later tokens that run layer `depth` (1-based)."""
         return sum(share for outcome, share in zip(self.outcomes, self.shares, strict=True) if outcome >= depth)
 
     def active(self, layer: int, full: bool = False) -> float:
-        """Positions of one sequence that layer `layer` (1-based) changes; its last token is read by nobody."""
-        return self.prompt + (self.answer - 1) * (1.0 if full else self.reaching(layer))
+        """Positions of one sequence that layer `layer` (1-based) changes."""
+        return self.prompt - self.shared + (self.answer - 1) * (1.0 if full else self.reaching(layer))
 
     def asked(self, depth: int) -> float:
         """Positions of one sequence at which the gate at `depth` is asked: those that got that far."""

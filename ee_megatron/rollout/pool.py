@@ -164,9 +164,7 @@ class LocalPool:
         spec = decoder.spec
         for i, gate in enumerate(decoder.gates or []):
             prefix = f"gates.{decoder.layout.depths[i]}"
-            weight = gate.fc1.weight
-            if weight is not None:
-                held |= {f"{prefix}.fc1.weight": weight}
+            held[f"{prefix}.fc1.weight"] = gate.fc1.plain()
             held |= {f"{prefix}.fc2.weight": gate.fc2, f"{prefix}.fc2.bias": gate.fc2_bias}
             if gate.fc1.bias is not None:
                 held |= {f"{prefix}.fc1.bias": gate.fc1.bias}

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..policy import WeightSet
 from .pool import LocalPool, ReplicaSettings, identity
+from .ray_nodes import await_head, await_nodes
 from .transport import unpack
 
 # Loopback names that Ray itself understands in RAY_ADDRESS beside addresses.
@@ -30,8 +31,10 @@ class Replica:
         self.held: tuple[int, str] | None = None
         self._stopped = 0
 
-    def load(self, wanted: tuple[int, str], chunks: list[Any] | None, timeout_s: float) -> tuple[tuple[int, str], int]:
-        """Fetch a version's chunks (None: the teacher) and load it; what is held now, and the process id.
+    def load(
+        self, wanted: tuple[int, str], chunks: list[Any] | None, timeout_s: float
+    ) -> tuple[tuple[int, str], int, str]:
+        """Fetch a version's chunks (None: the teacher) and load it; what is held now, process id and Ray's node id.
 
         Until that is done it holds nothing. The digest is taken here, over what arrived.
         """
@@ -45,7 +48,7 @@ class Replica:
             weights = WeightSet(wanted[0], tensors, wanted[1])
         self.pool.load(weights)
         self.held = identity(weights)
-        return self.held, os.getpid()
+        return self.held, os.getpid(), str(ray.get_runtime_context().get_node_id())
 
     def call(self, expected: tuple[int, str], method: str, arguments: tuple, number: int = 0) -> Any:
         """Run a method of the pool. A `generate` whose `number` is stopped returns what it has. Raises ValueError if
@@ -67,17 +70,28 @@ class Replica:
         self._stopped = number
 
 
+def actor_needs(device: str, device_share: float) -> dict[str, float]:
+    """What an actor takes of a node, by Ray's names of resources."""
+    if device.startswith("cuda"):
+        return {"CPU": 1.0, "GPU": device_share}
+    return {"CPU": device_share, "GPU": 0.0}
+
+
 def create_replica(ray: Any, settings: ReplicaSettings, device_share: float) -> Any:
     """Start an actor on a share of a device: of a GPU on a GPU, else of a core as Ray counts them."""
-    gpu = settings.device.startswith("cuda")
     environment = {
         "OMP_NUM_THREADS": str(max(1, settings.threads)),
         # Actors share cores with the learner, where threads that spin at barriers cost tenfold.
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    shares = {"num_cpus": 1.0, "num_gpus": device_share} if gpu else {"num_cpus": device_share, "num_gpus": 0.0}
-    options = {**shares, "max_restarts": 0, "runtime_env": {"env_vars": environment}}
+    needs = actor_needs(settings.device, device_share)
+    options = {
+        "num_cpus": needs["CPU"],
+        "num_gpus": needs["GPU"],
+        "max_restarts": 0,
+        "runtime_env": {"env_vars": environment},
+    }
     return ray.remote(concurrency_groups={CONTROL: 1})(Replica).options(**options).remote(settings)
 
 
@@ -116,15 +130,18 @@ def has_token() -> bool:
     return bool(os.environ.get("RAY_AUTH_TOKEN")) or Path(path).is_file()
 
 
-def start_ray(ray: Any, actors: int, device_share: float, policy_bytes: int) -> None:
-    """Join the cluster of RAY_ADDRESS, or start one of this machine only: loopback, no dashboard, no usage reports."""
+def start_ray(ray: Any, actors: int, device_share: float, policy_bytes: int, timeout_s: float) -> None:
+    """Join the cluster of RAY_ADDRESS, waiting up to `timeout_s` for its head and for its nodes, or start one of this
+    machine only: loopback, no dashboard, no usage reports."""
     common: dict[str, Any] = {
         "namespace": f"ee-megatron-{os.getpid()}",
         "log_to_driver": False,
         "logging_level": "ERROR",
     }
     if os.environ.get("RAY_ADDRESS"):
+        await_head(os.environ["RAY_ADDRESS"], timeout_s)
         ray.init(address=os.environ["RAY_ADDRESS"], **common)
+        await_nodes(ray, timeout_s)
         return
     ray.init(
         num_cpus=max(2, 1 + actors * math.ceil(device_share)),

@@ -1,5 +1,8 @@
 """Drives the actors of a pool from a thread of its own: gives out chunks of work in order, replaces who dies.
 
+A node that is lost takes all its actors along and counts as one loss; where the nodes that are left have no room, the
+pool works with fewer actors and takes up others when there is room again.
+
 A request is cut into chunks by the caller, from the request alone: an answer's last bits depend on what is computed
 beside it, so a chunk that an actor lost is computed again whole and gives the same bits. Which actor takes a chunk, and
 when, changes nothing. Chunks that were answered are never asked again.
@@ -11,15 +14,18 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .ray_actor import CONTROL
+from .ray_nodes import RayNodes
 from .scheduler import Progress
 
 # How long a wait may sleep before new requests and deadlines are looked at, seconds.
 POLL_S = 0.1
+# How often a pool that lacks actors looks for room, seconds.
+LOOK_S = 5.0
 # What an actor's result is to become: the chunk's; what the rest of the chunk goes on from; nothing.
 TAKE, GO_ON, DROP = "take", "go on", "drop"
 log = logging.getLogger(__name__)
@@ -75,6 +81,7 @@ class Actor:
     started: bool = False
     held: tuple[int, str] | None = None
     pid: int = 0
+    node: str = ""
     call: Any = None
     loading: tuple[int, str] | None = None
     work: Work | None = None
@@ -88,22 +95,26 @@ class Driver:
     """Owns the actors. `submit` works, `wait` for them; works are served in the order of their arrival.
 
     Every call has a deadline: `start_timeout_s` for an actor's first load, `timeout_s` for any other. An actor that
-    dies or misses one is replaced; loss number `failure_budget` fails whatever is asked from then on.
+    dies or misses one is replaced where there is room; loss number `failure_budget` fails whatever is asked from then
+    on, and so does a pool without any actor for `start_timeout_s`.
     """
 
     def __init__(
         self,
         ray: Any,
         create: Callable[[], Any],
+        nodes: RayNodes,
         actors: int,
         start_timeout_s: float,
         timeout_s: float,
         failure_budget: int,
     ):
-        self._ray, self._create = ray, create
+        self._ray, self._create, self._nodes, self._count = ray, create, nodes, actors
         self._start_timeout_s, self._timeout_s, self._budget = start_timeout_s, timeout_s, failure_budget
         self.deaths, self.last_death = 0, ""
-        self.actors = [Actor(create()) for _ in range(actors)]
+        self.actors: list[Actor] = []
+        self._looked = self._manned = time.monotonic()
+        self._fill()
         self._works: list[Work] = []
         self._renewals: list[tuple[Work, Sent, bool]] = []
         self._broken: Exception | None = None
@@ -165,6 +176,7 @@ class Driver:
             with self._wake:
                 while not self._works and not self._closing:
                     self._wake.wait()
+                    self._manned = time.monotonic()
                 if self._closing:
                     return self._fail_all(RuntimeError("the rollout pool was closed while it worked"))
             try:
@@ -189,6 +201,8 @@ class Driver:
             works, renewals, self._renewals = list(self._works), self._renewals, []
         for work, weights, keep in renewals:
             self._stop(work, weights, GO_ON if keep else DROP)
+        if len(self.actors) < self._count and time.monotonic() > self._looked + LOOK_S:
+            self._fill()
         for actor in self.actors:
             if actor.call is None:
                 self._assign(actor, works)
@@ -212,7 +226,7 @@ class Driver:
     def _complete(self, work: Work) -> bool:
         if work.arguments:
             return len(work.results) == len(work.arguments)
-        return all(actor.held == work.weights.identity for actor in self.actors)
+        return bool(self.actors) and all(actor.held == work.weights.identity for actor in self.actors)
 
     def _assign(self, actor: Actor, works: list[Work]) -> None:
         """Give an idle actor the first chunk that waits, or first the weights that it asks for."""
@@ -242,11 +256,14 @@ class Driver:
         """Wait for some call to end and take in what did; replace actors that died or are overdue."""
         busy = [actor for actor in self.actors if actor.call is not None]
         if not busy:
-            return
+            return self._idle()
+        self._manned = time.monotonic()
         nearest = min(actor.deadline for actor in busy) - time.monotonic()
         timeout = min(POLL_S, max(0.0, nearest))
         ended, _ = self._ray.wait([a.call for a in busy], num_returns=1, timeout=timeout)
         for actor in busy:
+            if actor not in self.actors:
+                continue
             if actor.call in ended:
                 self._take(actor)
             elif time.monotonic() > actor.deadline:
@@ -268,7 +285,7 @@ class Driver:
         except errors.RayError as error:
             return self._replace(actor, str(error).strip().splitlines()[0])
         if actor.loading is not None:
-            actor.held, actor.pid = result
+            actor.held, actor.pid, actor.node = result
             actor.started = True
         elif actor.fate != DROP:
             rest = work.go_on(work.arguments[actor.chunk], result) if actor.fate == GO_ON and work.go_on else None
@@ -281,18 +298,53 @@ class Driver:
         return None
 
     def _replace(self, actor: Actor, reason: str) -> None:
-        """Start a new actor in a lost one's place and put its chunk back at the front. Raises RuntimeError once the
-        budget is spent."""
+        """Take up a new actor for a lost one, or for all of a lost node, and put their chunks back at the front. Raises
+        RuntimeError once the budget is spent."""
+        lost = [actor]
+        if actor.node and self._nodes.is_gone(actor.node):
+            lost = [other for other in self.actors if other.node == actor.node]
+            reason = f"its node is gone, with {len(lost)} actor(s) ({reason})"
         self.deaths += 1
         self.last_death = reason
         log.warning("rollout actor %d (process %d) was lost: %s", self.actors.index(actor), actor.pid, reason)
-        if actor.loading is None and actor.work is not None and actor.fate != DROP:
-            actor.work.pending.appendleft(actor.chunk)
-        self._ray.kill(actor.handle)
-        actor.call, actor.held = None, None
+        for gone in lost:
+            self._retire(gone)
         if self.deaths >= self._budget:
             raise RuntimeError(
                 f"rollout pool: {self.deaths} actors lost, rollout.failure_budget is {self._budget}; "
                 f"the last: {reason}. Look for memory limits or lower rollout.rows"
             )
-        self.actors[self.actors.index(actor)] = Actor(self._create())
+        self._fill(lost)
+
+    def _retire(self, actor: Actor) -> None:
+        if actor.loading is None and actor.work is not None and actor.fate != DROP:
+            actor.work.pending.appendleft(actor.chunk)
+        self._ray.kill(actor.handle)
+        actor.call, actor.held = None, None
+
+    def _fill(self, lost: Sequence[Actor] = ()) -> None:
+        """Put new actors into the places of lost ones and into empty ones, as far as there is room; those that wait for
+        a place on a node that is gone give up waiting. The list of actors changes in one go: others read it."""
+        self._looked = time.monotonic()
+        room, kept = self._nodes.room(), [actor for actor in self.actors if actor not in lost]
+        for actor in [actor for actor in kept if not actor.started][: max(0, len(kept) - room)]:
+            self._retire(actor)
+            kept.remove(actor)
+        fresh = [Actor(self._create()) for _ in range(min(self._count, room) - len(kept))]
+        missing = self._count - len(kept) - len(fresh)
+        if missing and len(kept) + len(fresh) != len(self.actors):
+            log.warning("no node has room for %d of %d rollout actors; going on without them", missing, self._count)
+        self.actors = kept + fresh
+
+    def _idle(self) -> None:
+        """Nobody is at work: everything is answered, or nobody is there to do it."""
+        if self.actors:
+            return
+        waited = time.monotonic() - self._manned
+        if waited > self._start_timeout_s:
+            raise RuntimeError(
+                f"rollout pool: for {waited:.0f} s no node has had room for an actor (last loss: "
+                f"{self.last_death or 'none'}). Look at the logs of the rollout nodes, or lower rollout.device_share"
+            )
+        with self._wake:
+            self._wake.wait(POLL_S)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,8 +14,9 @@ from ..families.hf_directory import HFDirectory
 from ..policy import WeightSet
 from ..types import Prompt, Rollout, Trace
 from .pool import TEACHER, ReplicaSettings, expected_hashes, identity
-from .ray_actor import create_replica, prepare_environment, start_ray
+from .ray_actor import actor_needs, create_replica, prepare_environment, start_ray
 from .ray_driver import Driver, Sent, Work
+from .ray_nodes import RayNodes
 from .sampling import ExitPolicy, SamplingParams
 from .scheduler import Progress, is_whole
 from .scoring import Score
@@ -21,8 +24,11 @@ from .transport import first_difference, narrowed, pack
 
 # Chunks per actor: more spread the load better and lose less to a death, fewer keep its rows fuller.
 CHUNKS_PER_ACTOR = 4
+# How long the end of the actors is waited for, seconds.
+CLOSE_S = 30.0
 # Finished answers per trace or score call.
 READ_CHUNK = 128
+log = logging.getLogger(__name__)
 
 
 def go_on(arguments: tuple, answers: list[list[Rollout]]) -> tuple | None:
@@ -74,15 +80,16 @@ class RayPool:
         import ray
 
         self._ray, self._replica, self.sync_dtype = ray, replica, sync_dtype
-        self._timeout_s = timeout_s
+        self._timeout_s, self._count = timeout_s, actors
         self._owner = not ray.is_initialized()
         if self._owner:
             shapes = replica.spec.tensor_shapes(dims).values() if replica.spec else []
-            start_ray(ray, actors, device_share, 4 * sum(int(np.prod(shape)) for shape in shapes))
+            start_ray(ray, actors, device_share, 4 * sum(int(np.prod(shape)) for shape in shapes), start_timeout_s)
         self._sent = Sent(TEACHER, None)
         self._driver = Driver(
             ray,
             lambda: create_replica(ray, replica, device_share),
+            RayNodes(ray, actor_needs(replica.device, device_share)),
             actors,
             start_timeout_s,
             timeout_s,
@@ -158,7 +165,7 @@ class RayPool:
         ready = [actor for actor in self._actors if actor.held == wanted]
         return {
             "backend": "ray",
-            "actors": len(self._actors),
+            "actors": self._count,
             "alive": len(ready),
             "restarts": self._driver.deaths,
             "last_death": self._driver.last_death,
@@ -168,7 +175,15 @@ class RayPool:
         }
 
     def close(self) -> None:
-        """End the actors, and Ray too if this pool started it."""
+        """End the actors, and Ray too if this pool started it. A cluster that is being ended itself may not answer any
+        more: it is waited for in a thread, for CLOSE_S seconds."""
+        end = threading.Thread(target=self._end, name="rollout-pool-end", daemon=True)
+        end.start()
+        end.join(CLOSE_S)
+        if end.is_alive():
+            log.warning("Ray did not let go of the rollout actors within %g s; they end with their cluster", CLOSE_S)
+
+    def _end(self) -> None:
         self._driver.close()
         if self._owner and self._ray.is_initialized():
             self._ray.shutdown()
@@ -193,7 +208,8 @@ class RayPool:
         exits: ExitPolicy,
         seed: int,
     ) -> Work:
-        rows, actors = self._replica.rows, len(self._actors)
+        # By the number of actors that there should be: answers must not depend on who is alive.
+        rows, actors = self._replica.rows, self._count
         size = max(-(-2 * rows // samples), -(-len(prompts) // (CHUNKS_PER_ACTOR * actors)))
         size = max(1, min(size, -(-len(prompts) // actors)))
         chunks = [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
@@ -201,7 +217,7 @@ class RayPool:
         return Work(sent, "generate", arguments, [len(chunk) * samples for chunk in chunks], go_on)
 
     def _read(self, method: str, rollouts: Sequence[Rollout], extra: tuple, progress: Progress | None) -> list:
-        size = max(1, min(READ_CHUNK, -(-len(rollouts) // len(self._actors))))
+        size = max(1, min(READ_CHUNK, -(-len(rollouts) // self._count)))
         chunks = [list(rollouts[i : i + size]) for i in range(0, len(rollouts), size)]
         work = Work(self._sent, method, [(c, *extra) for c in chunks], [len(c) for c in chunks])
         return self._driver.wait(self._driver.submit(work), progress)

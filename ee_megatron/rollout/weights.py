@@ -1,8 +1,7 @@
 """The decoder's weights: read from a Hugging Face directory, fused and packed for speed, LoRA merged into a kept base.
 
-Memory: the base once, in the decoder's dtype; every matrix that adapters change once more; and on a CPU the packed form
-that oneDNN multiplies with. In bfloat16 the packed form replaces the changed matrix, so a policy costs two models; in
-float32 both stay (one row at a time is faster unpacked): up to three.
+Memory: the base once, in the decoder's dtype, and what is multiplied with once more: on a CPU every matrix in oneDNN's
+packed form, elsewhere those that adapters change.
 """
 
 from __future__ import annotations
@@ -33,23 +32,41 @@ NORMS = {
     "self_attn.q_norm": "q_norm",
     "self_attn.k_norm": "k_norm",
 }
-# From this many rows on a packed product is faster in float32; below, reading the plain matrix is.
-PACKED_FROM = 3
 # The number of rows that packing is told to expect; any number works.
 PACKED_ROWS = 16
+# oneDNN's kernels for one and two rows read the matrix more slowly than that for four (by 1.2 to 2.3, in float32 and
+# bfloat16, on one and two threads): fewer rows are filled up.
+LEAST_ROWS = 4
 
 
 class Linear:
-    """x [..., in] -> x W^T + b. Packed by oneDNN where that runs, else plain. `adapted`: not the base's matrix."""
+    """x [..., in] -> x W^T + b. Packed by oneDNN where that runs, else plain: `weight` is None where it is packed.
+
+    `adapted`: not the base's matrix.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, adapted: bool = False):
         self.bias, self.adapted = bias, adapted
         self.packed = _pack(weight)
-        self.weight = weight if self.packed is None or weight.dtype == torch.float32 else None
+        self.weight = weight if self.packed is None else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.weight is not None and (self.packed is None or x.shape[:-1].numel() < PACKED_FROM):
+        if self.weight is not None:
             return F.linear(x, self.weight, self.bias)
+        rows = x.shape[:-1].numel()
+        if rows >= LEAST_ROWS:
+            return self._product(x)
+        filled = torch.cat([x.reshape(rows, -1), x.new_zeros(LEAST_ROWS - rows, x.shape[-1])])
+        return self._product(filled)[:rows].reshape(*x.shape[:-1], -1)
+
+    def plain(self) -> Tensor:
+        """The matrix [out, in] that is multiplied with, unpacked."""
+        if self.weight is not None:
+            return self.weight
+        assert self.packed is not None
+        return self.packed.to_dense()
+
+    def _product(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
@@ -105,6 +122,7 @@ class DecoderWeights:
         self.final_norm = self._read(source, "model.norm.weight")
         self._head = self.embedding if self.dims.tied else self._read(source, "lm_head.weight")
         self._packed_head: Linear | None = None
+        self._scratch: dict[str, Tensor] = {}
         self.original = True
 
     @property
@@ -160,9 +178,15 @@ class DecoderWeights:
 
     def _merged(self, layer: int, name: str, tensors: dict[str, Tensor], spec: PolicySpec) -> Tensor:
         base, previous, row = self.blocks[layer].base[name], self.blocks[layer].linears.get(name), 0
-        # The last policy's matrix is written over where it is still there: fresh memory costs as much as the product.
-        reuse = previous.weight if previous is not None and previous.adapted else None
-        merged = torch.empty_like(base) if reuse is None else reuse
+        # Fresh memory costs as much as the product: the last policy's matrix is written over where it is still there,
+        # and where matrices are packed one of every shape serves all layers.
+        if previous is not None and previous.packed is not None:
+            if name not in self._scratch:
+                self._scratch[name] = torch.empty_like(base)
+            merged = self._scratch[name]
+        else:
+            reuse = previous.weight if previous is not None and previous.adapted else None
+            merged = torch.empty_like(base) if reuse is None else reuse
         for part in FUSED[name]:
             rows = self.dims.linear_shapes()[part][0]
             source, target = base[row : row + rows], merged[row : row + rows]

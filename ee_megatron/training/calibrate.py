@@ -114,6 +114,7 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
         target = target_depth(traces, layout, c.kl_factor)
         with session.progress(len(updates), done) as bar:
             for step in range(done, len(updates)):
+                session.stop_if_asked(learner, step)
                 batch = make_batch(traces, updates[step], layout, c)
                 rate = schedule(step, len(updates), c.warmup)
                 if c.gate_targets == "current":

@@ -23,6 +23,7 @@ from ..rollout.sampling import ExitPolicy, SamplingParams
 from ..types import Prompt
 from . import stages
 from .session import Session
+from .stopping import listener
 
 
 def policies(cfg: RunConfig) -> dict[str, Path]:
@@ -92,7 +93,7 @@ def evaluate(cfg: RunConfig, model_path: Path) -> None:
     """Run the stage: results.json for the report, table.txt for the terminal."""
     found = policies(cfg)
     sets = 1 + len(found) * (len(cfg.evaluate.thresholds) + 3)
-    with Session(cfg, "evaluate", model_path, learner=False) as session:
+    with listener.at_once(), Session(cfg, "evaluate", model_path, learner=False) as session:
         work = Evaluation(session, sets)
         work.pool.load(None)
         work.measure("teacher", ExitPolicy("off"), work.test, final=True)

@@ -8,39 +8,41 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..config.identity import stage_dir
+from ..config.identity import stage_dir, stage_order
 from ..config.schema import RunConfig
 from ..config.validate import ranks
 from . import stages
+from .slurm import adopt_rank
+from .stopping import Stopped, listener
 
 
 def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
     """Run one stage to its end; nothing happens if it has finished before with the same settings.
 
     For a learning stage with several ranks this process becomes torchrun (and does not return), unless it already is a
-    rank (RANK, or SLURM_PROCID in a step of several tasks).
+    rank (RANK, or SLURM_PROCID in a step of several tasks). In a Slurm step a stage that is told to stop ends the
+    process, with `stopping.STOPPED`.
     """
-    adopt_slurm_rank()
+    adopt_rank(os.environ)
+    if "SLURM_STEP_ID" in os.environ:
+        # Elsewhere TERM comes from a launcher that wants its ranks to end, not to go on to their next step.
+        listener.listen()
     if stages.is_done(cfg, stage):
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"{stage}: finished before, in {stage_dir(cfg, stage)}")
         return
     stages.check_inputs(cfg, stage)
     if "RANK" not in os.environ:
-        check_weights(Path(cfg.model.path) if stage == "teacher" else stages.base_model(cfg))
+        stages.check_weights(Path(cfg.model.path) if stage == "teacher" else stages.base_model(cfg))
     world = ranks(cfg)
     if stage in stages.LEARNS and world > 1 and "RANK" not in os.environ:
         _torchrun(stage, overrides, world)
         return
-    _run_here(stage, cfg)
-
-
-def check_weights(model_path: Path) -> None:
-    """Every shard there, whole and as config.json says, by their headers; before ranks start, whose launcher would bury
-    the one line in its own report. Raises FileNotFoundError or ValueError."""
-    from ..families.hf_directory import HFDirectory
-
-    HFDirectory(model_path)
+    try:
+        _run_here(stage, cfg)
+    except Stopped as stop:
+        print(f"{stage}: {stop}", file=sys.stderr)
+        stop.leave()
 
 
 def _run_here(stage: str, cfg: RunConfig) -> None:
@@ -81,22 +83,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def adopt_slurm_rank() -> None:
-    """Under `srun` with several tasks each process is a rank already; say so in the variables that torch reads.
-
-    MASTER_ADDR and MASTER_PORT come from the batch script, which knows the first learner node.
-    """
-    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) < 2 or "SLURM_PROCID" not in os.environ:
-        return
-    if "MASTER_ADDR" not in os.environ:
-        raise ValueError("SLURM_PROCID is set but MASTER_ADDR is not; start ranks through slurm/*.sh, or export it")
-    os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
-    os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
-    os.environ["LOCAL_WORLD_SIZE"] = os.environ.get("SLURM_NTASKS_PER_NODE", os.environ["SLURM_NTASKS"])
-    os.environ.setdefault("MASTER_PORT", "29500")
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -127,8 +113,8 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
     from ..config.validate import read_dims, validate
 
     validate(cfg, read_dims(cfg))
-    check_weights(Path(cfg.model.path))
-    for stage in stages.order(cfg):
+    stages.check_weights(Path(cfg.model.path))
+    for stage in stage_order(cfg):
         if stages.is_done(cfg, stage):
             print(f"{stage}: finished before, in {stage_dir(cfg, stage)}")
             continue
@@ -162,7 +148,7 @@ def report(cfg: RunConfig) -> Path:
     """Write report.html from whatever stages there are. Raises ValueError if there is none."""
     from ..observe.report import write_report
 
-    found = {stage: stage_dir(cfg, stage) for stage in stages.order(cfg) if stage_dir(cfg, stage).is_dir()}
+    found = {stage: stage_dir(cfg, stage) for stage in stage_order(cfg) if stage_dir(cfg, stage).is_dir()}
     if not found:
         raise ValueError(
             f"{Path(cfg.runs) / cfg.name}: no stage has run with these settings; start with `ee-megatron run`"

@@ -60,9 +60,12 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
         session.open_metrics(resume_step=done)
         with session.progress(rl.steps, done) as bar:
             for step in range(done, rl.steps):
+                session.stop_if_asked(learner, step)
                 begun = time.monotonic()
                 weights = WeightSet(step + 1, learner.export_policy())
-                groups = session.from_leader(source.act if source else None, weights, step, bar.detail)
+                groups = session.unless_stopped(source.act if source else None, weights, step, bar.detail)
+                if groups is None:
+                    session.stop(learner, step)
                 rolled = time.monotonic()
                 values, timings = learn(session, learner, groups, step)
                 if source is not None:

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,7 @@ from ..rollout.pool import RolloutPool, make_pool
 from ..tasks import ChatTemplate, Task, VerifierPool, make_task
 from .checkpoints import CheckpointWriter, damage, read_training
 from .stages import DONE
+from .stopping import Parting, Stopped, listener
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -77,6 +78,7 @@ class Session:
         self.metrics: Metrics | None = None
         self.writer: CheckpointWriter | None = None
         self.bad_steps = 0
+        self.saved = 0
 
     def __enter__(self) -> Session:
         if self.leads:
@@ -139,6 +141,9 @@ class Session:
             sync_dtype=torch.bfloat16 if r.sync_dtype == "bfloat16" else None,
         )
         self.stack.callback(pool.close)
+        if listener.listening:
+            # Ray takes TERM for itself when a driver starts.
+            listener.listen()
         return pool
 
     def make_task(self) -> Task:
@@ -184,10 +189,46 @@ class Session:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def unless_stopped(self, make: Callable[..., T] | None, *arguments: Any) -> T | None:
+        """`from_leader` for work that may be given up: None on every rank if the leader is told to stop meanwhile."""
+
+        def attempt() -> T | None:
+            assert make is not None
+            try:
+                with listener.at_once():
+                    return make(*arguments)
+            except Stopped:
+                return None
+
+        return self.from_leader(attempt if make else None)
+
+    def stop_if_asked(self, learner: Learner | None, step: int) -> None:
+        """`stop` before step `step` if any rank has been told to; all ranks call it."""
+        asked = torch.tensor([listener.asked])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        if asked.item():
+            self.stop(learner, step)
+
+    def stop(self, learner: Learner | None, step: int) -> NoReturn:
+        """End the stage on every rank after `step` steps, with a checkpoint of them (None: the stage keeps none).
+
+        Raises Stopped."""
+        if learner is not None and step > self.saved:
+            self.save(learner, step)
+        if self.writer is not None:
+            self.writer.wait()
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        store = dist.distributed_c10d._get_default_store() if world > 1 else None
+        raise Stopped(
+            f"stopped after {step} step(s), as told; the same command goes on", Parting(self.rank, world, store).leave
+        )
+
     def save(self, learner: Learner, step: int, value: float | None = None) -> None:
         """Checkpoint after `step` steps. The state is collected here, on every rank; the leader writes it in a thread
         of its own while training goes on. `value`: what the best checkpoint is judged by, the larger the better."""
         policy, state = learner.export_policy(), learner.export_optimizer()
+        self.saved = step
         if self.writer is not None:
             self.writer.write(step, policy, state, value)
 
@@ -223,7 +264,8 @@ class Session:
         """(steps done, checkpoint) of this stage as the leader finds it; (0, None) at the start. A damaged checkpoint
         is passed over, with a warning, for the one before it."""
         found = self.from_leader(lambda: str(self.directory.latest_checkpoint(damage) or "") if self.directory else "")
-        return (int(Path(found).name.split("_")[1]), Path(found)) if found else (0, None)
+        self.saved = int(Path(found).name.split("_")[1]) if found else 0
+        return (self.saved, Path(found)) if found else (0, None)
 
     def finish(self, text: str = "") -> None:
         """Mark the stage as finished, once its last checkpoint is on disk."""

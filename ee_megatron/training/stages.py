@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..config.cluster import LEARNS as LEARNS
 from ..config.identity import stage_dir
 from ..config.schema import RunConfig
 from ..observe.rundir import latest_checkpoint
 
 DONE = "DONE"
 """Name of the file that marks a finished stage; written last."""
-
-LEARNS = ("teacher", "calibrate", "rl")
-
-
-def order(cfg: RunConfig) -> list[str]:
-    """The stages of the whole method under this configuration."""
-    return [*(["teacher"] if cfg.teacher.enabled else []), "traces", "calibrate", "rl", "evaluate"]
 
 
 def is_done(cfg: RunConfig, stage: str) -> bool:
@@ -77,3 +71,11 @@ def check_inputs(cfg: RunConfig, stage: str) -> None:
         traces(cfg)
     if stage in ("rl", "evaluate"):
         calibrated(cfg)
+
+
+def check_weights(model_path: Path) -> None:
+    """Every shard there, whole and as config.json says, by their headers; before ranks start, whose launcher would bury
+    the one line in its own report. Raises FileNotFoundError or ValueError."""
+    from ..families.hf_directory import HFDirectory
+
+    HFDirectory(model_path)

@@ -30,7 +30,9 @@ logger = logging.getLogger(__name__)
 def train_teacher(cfg: RunConfig) -> Path:
     """Run or resume the stage; returns the teacher's Hugging Face directory."""
     with Session(cfg, "teacher", Path(cfg.model.path), learner=True) as session:
-        examples = session.from_leader(lambda: sample_examples(session))
+        examples = session.unless_stopped(lambda: sample_examples(session))
+        if examples is None:
+            session.stop(None, 0)
         t = cfg.teacher
         start = initial_policy(session.source.dims, session.spec, t.seed, session.source.tensor)
         learner = session.make_learner(start, adapter_dropout=cfg.adapter.dropout)
@@ -40,6 +42,8 @@ def train_teacher(cfg: RunConfig) -> Path:
         updates = -(-len(picks) // t.batch_size)
         with session.progress(updates, what="fine-tuning") as bar:
             for step in range(updates):
+                # The stage is short and keeps nothing half-way: it begins again.
+                session.stop_if_asked(None, 0)
                 chosen = [examples[i] for i in picks[step * t.batch_size : (step + 1) * t.batch_size]]
                 batch = pack([p for p, _ in chosen], [a for _, a in chosen], None, session.spec.num_layers)
                 batch.token_weight = mean_weights(batch, batch.counts)

@@ -7,13 +7,14 @@ from pathlib import Path
 from ..config.schema import RunConfig
 from ..rollout.sampling import ExitPolicy, SamplingParams
 from .session import Session
+from .stopping import listener
 from .trace_store import save_traces
 
 
 def make_traces(cfg: RunConfig, model_path: Path) -> None:
     """Run the stage: an inference job without a learner."""
     t, r = cfg.traces, cfg.rollout
-    with Session(cfg, "traces", model_path, learner=False) as session:
+    with listener.at_once(), Session(cfg, "traces", model_path, learner=False) as session:
         task = session.make_task()
         verifier = session.make_verifier(task)
         prompts = task.prompts("train")[: t.problems]

@@ -42,15 +42,19 @@ def split(degrees: Degrees) -> torch.device:
     return groups.initialise(degrees, timeout_s=120)
 
 
+def blank(tokens, depths) -> ReplayBatch:
+    """Sequences at which nothing counts."""
+    zero, no = torch.zeros(tokens.shape), torch.zeros(tokens.shape, dtype=torch.bool)
+    return ReplayBatch(tokens, depths, no, no, zero, zero)
+
+
 def logits(model: RankModel, tokens, depths):
     """Local logits [B, S, V_local] of the last stage, None on others. `depths` None: no control tensor at all."""
     kept = {}
 
     def forward(stage, rows):
         at, exits = rows
-        nobody = torch.zeros(exits.shape)
-        control = None if depths is None else torch.stack([exits.float(), nobody, nobody], -1).transpose(0, 1)
-        return stage(at, control)
+        return stage(at, None if depths is None else blank(at, exits).control())
 
     def loss(rows, output):
         kept.setdefault("logits", []).append((output @ model.last.readout_weight().t()).transpose(0, 1))

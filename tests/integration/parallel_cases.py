@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from layout_cases import split
+from layout_cases import blank, split
+from torch.utils.flop_counter import FlopCounterMode
 
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.batch import ReplayBatch
@@ -24,6 +25,13 @@ def make_learner(path, spec: PolicySpec, policy, degrees, stages, options) -> No
 
 def score(batch: ReplayBatch, reference: bool = False):
     return _kept["learner"].score(batch, reference=reference)
+
+
+def cost_of_scoring(batch: ReplayBatch) -> int:
+    """FLOPs of this rank."""
+    with FlopCounterMode(display=False) as counter:
+        score(batch)
+    return counter.get_total_flops()
 
 
 def step(batch: ReplayBatch, times: int = 1, objective: str = "likelihood", rates=None):
@@ -51,11 +59,6 @@ def log_probs(tokens, depths):
     batch = blank(tokens, depths)
     run_schedule(learner.model, [batch], forward, loss, sequence=tokens.size(1), rows=tokens.size(0), train=False)
     return kept.get("log_probs")
-
-
-def blank(tokens, depths) -> ReplayBatch:
-    zero, no = torch.zeros(tokens.shape), torch.zeros(tokens.shape, dtype=torch.bool)
-    return ReplayBatch(tokens, depths, no, no, zero, zero)
 
 
 def state(batch: ReplayBatch | None = None, times: int = 0):

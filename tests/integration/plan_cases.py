@@ -68,10 +68,15 @@ class Held:
             self.kept.now -= self.size
 
 
-def make_batch(spec: PolicySpec, vocab: int, sequences: int, prompt: int, answer: int, shares) -> ReplayBatch:
-    """Sequences of one length whose later tokens leave in the given shares, rounded within a sequence, in any order."""
+def make_batch(
+    spec: PolicySpec, vocab: int, sequences: int, prompt: int, answer: int, shares, group: int
+) -> ReplayBatch:
+    """Sequences of one length, in groups of one prompt, whose later tokens leave in the given shares, rounded within a
+    sequence, in any order."""
     generator = np.random.default_rng(0)
     tokens = [generator.integers(0, vocab, prompt + answer) for _ in range(sequences)]
+    for row in range(sequences):
+        tokens[row][:prompt] = tokens[row - row % group][:prompt]
     # The outcome of each of answer - 1 evenly spaced quantiles.
     outcome = np.searchsorted(np.cumsum(shares), (np.arange(answer - 1) + 0.5) / (answer - 1)).clip(max=len(shares) - 1)
     later = np.array(spec.layout.outcomes, dtype=np.int32)[outcome]
@@ -96,8 +101,9 @@ def optimizer_bytes(learner: Learner) -> int:
 
 
 def measure(
-    path, spec: PolicySpec, degrees, sizes, sequences: int, prompt: int, answer: int, shares, micro_batch: int, options
-):
+    path, spec: PolicySpec, degrees, sizes, sequences: int, prompt: int, answer: int, shares, group: int,
+    micro_batch: int, options,
+):  # fmt: skip
     """-> this rank's FLOPs of scoring, of the reference and of a step, and its bytes by kind."""
     degrees = Degrees(*degrees)
     device = split(degrees)
@@ -115,7 +121,7 @@ def measure(
         optimizer=optimizer,
         **options,
     )
-    batch = make_batch(spec, source.dims.vocab, sequences, prompt, answer, shares)
+    batch = make_batch(spec, source.dims.vocab, sequences, prompt, answer, shares, group)
     found: dict[str, float] = {}
 
     def counted(name: str, action) -> None:

@@ -32,6 +32,9 @@ LAYOUTS = [
 def make_batch(seed: int = 0, rows: int = 5):
     generator = np.random.default_rng(seed)
     prompts = [generator.integers(0, 128, n) for n in generator.integers(2, 10, rows)]
+    # As in a group of samples, and as with few-shot examples: the whole prompt of the sequence before, or some of it.
+    if rows > 3:
+        prompts[1], prompts[3] = prompts[0], np.concatenate([prompts[2][:-1], prompts[2][:1]])
     answers = [generator.integers(0, 128, n) for n in generator.integers(1, 10, rows)]
     depths = [np.concatenate([[6], generator.choice(OUTCOMES, len(a) - 1)]) for a in answers]
     batch = pack(prompts, answers, depths, 6)
@@ -97,6 +100,24 @@ def test_scores_and_updates_equal_the_reference(family, degrees, stages, options
             torch.testing.assert_close(
                 after[name], value.detach(), rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
             )
+
+
+def test_a_prompt_that_sequences_share_is_run_once(tmp_path):
+    """Four answers to one prompt cost what one of them does and three answers alone."""
+    path = tiny_hf("llama", tmp_path / "model")
+    policy = random_policy(HFDirectory(path).dims, SPEC)
+    generator = np.random.default_rng(0)
+    prompts = [np.concatenate([[i], generator.integers(0, 128, 47)]) for i in range(4)]
+    answers = [generator.integers(0, 128, 16) for _ in range(4)]
+    apart, together = pack(prompts, answers, None, 6), pack([prompts[0]] * 4, answers, None, 6)
+    with Ranks(1, tmp_path / "ranks") as ranks:
+        ranks.call(
+            "parallel_cases:make_learner", path=path, spec=SPEC, policy=policy, degrees=(1, 1, 1), stages=(6,),
+            options={"micro_batch_size": 4},
+        )  # fmt: skip
+        costs = [ranks.call("parallel_cases:cost_of_scoring", batch=b)[0] for b in (apart, together)]
+    # Positions: 4 x 63 against 63 + 3 x 16; attention and the readout, which nobody shares, are the rest.
+    assert 111 / 252 < costs[1] / costs[0] < 0.55
 
 
 def test_a_data_parallel_rank_without_a_sequence_takes_part(tmp_path):

@@ -65,15 +65,17 @@ def three(tmp_path_factory):
         yield running
 
 
-def compare(ranks, path, spec, layout, sequences, prompt, answer, depth, micro_batch) -> list[tuple[str, float]]:
+def compare(
+    ranks, path, spec, layout, sequences, prompt, answer, depth, micro_batch, group=1
+) -> list[tuple[str, float]]:
     """(what, prediction / measurement) for every rank and kind."""
     degrees, sizes, options = layout
     dims = dims_from_config(json.loads((path / "config.json").read_text()))
-    load = Workload.of(prompt, answer, spec.layout.outcomes, depth)
+    load = Workload.of(prompt, answer, spec.layout.outcomes, depth).in_groups(group, micro_batch)
     plan = Layout(dims, spec, *degrees, 1, options.get("sequence_parallel", False), sizes)
     measured = ranks.call(
         "plan_cases:measure", path=path, spec=spec, degrees=degrees, sizes=sizes, sequences=sequences, prompt=prompt,
-        answer=answer, shares=load.shares, micro_batch=micro_batch, options=options,
+        answer=answer, shares=load.shares, group=group, micro_batch=micro_batch, options=options,
     )  # fmt: skip
     recompute, zero = options.get("recompute", False), options.get("zero_stage", 1)
     passes = {
@@ -115,6 +117,11 @@ def test_tiny_models_cost_what_was_planned(four, models, name, layout, mode) -> 
 @pytest.mark.parametrize("depth", [1.0, 0.45])
 def test_other_depths_cost_what_was_planned(four, models, depth) -> None:
     check(compare(four, models["llama"], SPECS["lora"], TINY["TP2_DP2"], 16, 8, 71, depth, 4))
+
+
+@pytest.mark.parametrize("layout", ["TP2_DP2", "PP2_DP2_recompute", "TP2_PP2_zero2"])
+def test_a_prompt_that_a_group_shares_costs_what_was_planned(four, models, layout) -> None:
+    check(compare(four, models["qwen3"], SPECS["lora"], TINY[layout], 16, 40, 31, 0.7, 4, group=4))
 
 
 @pytest.mark.parametrize("layout", SMOL)

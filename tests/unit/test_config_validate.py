@@ -18,6 +18,7 @@ from ee_megatron.config.validate import CHOICES, policy_spec, read_dims, resolve
 from ee_megatron.families import ModelDims
 from ee_megatron.policy import ATTENTION, MLP
 
+TWO_NODES = ("cluster.nodes=2", "cluster.rollout_nodes=1", "cluster.gpus_per_node=8")
 SMALL = dict(max_positions=64, rms_eps=1e-6, rope_theta=1e4, vocab=128)
 
 
@@ -74,6 +75,13 @@ def test_every_choice_is_checked(key: str) -> None:
         (["rollout.max_staleness=-1"], ["rollout.max_staleness=-1", ">= 0"]),
         (["rl.lambda_warmup=2"], ["rl.lambda_warmup=2", "0 to 1"]),
         (["parallel.data=9", "cluster.gpus_per_node=8"], ["9 ranks", "8 devices"]),
+        (["parallel.data=16", *TWO_NODES], ["16 ranks", "1 learner node(s)", "8 devices"]),
+        (["rollout.actors=9", *TWO_NODES], ["rollout.actors=9", "1 node(s) of 8 devices", "room for 8"]),
+        (["rollout.actors=5", "rollout.device_share=2", *TWO_NODES], ["room for 4", "cluster.rollout_nodes"]),
+        (["rollout.actors=17", "rollout.device_share=0.5", "cluster.gpus_per_node=8"], ["room for 16"]),
+        (["cluster.rollout_nodes=1"], ["cluster.rollout_nodes=1", "no learner node", "cluster.nodes=2"]),
+        (["rollout=local", *TWO_NODES], ["cluster.rollout_nodes=1", "rollout.backend=ray, found local"]),
+        (["cluster.rollout_nodes=-1"], ["cluster.rollout_nodes=-1", ">= 0"]),
     ],
 )
 def test_rules_without_a_model(overrides: list[str], parts: list[str]) -> None:
@@ -82,6 +90,8 @@ def test_rules_without_a_model(overrides: list[str], parts: list[str]) -> None:
 
 
 def test_what_the_rules_let_through() -> None:
+    validate(config("parallel.data=8", "rollout.actors=8", *TWO_NODES), None)
+    validate(config("rollout.actors=24", "rollout.device_share=0.333", *TWO_NODES), None)
     validate(config("rl.group_size=1", "rl.advantage=none"), None)
     validate(config("adapter.rank=0", "teacher.enabled=false"), None)
     validate(config("deepspeed=zero2", "parallel.data=4"), dims())

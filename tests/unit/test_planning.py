@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ee_megatron import cli
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import RunConfig
-from ee_megatron.planning.command import launch_command
+from ee_megatron.planning.command import launch_command, launch_commands
 from ee_megatron.planning.construct import build_ranks, check_sums
 from ee_megatron.planning.devices import find_device
 from ee_megatron.planning.flops import Pass, whole_pass
@@ -150,7 +150,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 
 def test_what_does_not_fit_is_refused_with_settings_that_do(capsys: pytest.CaptureFixture[str]) -> None:
-    wanted = ["experiment=rl_7b", "parallel.recompute=false", "--dims", SEVEN, "--memory-gib", "32", "--no-build"]
+    wanted = ["experiment=rl_7b", "parallel.recompute=false", "--dims", SEVEN, "--memory-gib", "22", "--no-build"]
     code, out, err = run(capsys, *wanted)
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
     assert "memory of a learner rank" in out
@@ -193,7 +193,7 @@ def test_a_plan_builds_prints_and_starts_nothing(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert found["ranks"] == 8 and found["layout"]["layers_per_stage"] == [14, 14]
     assert found["gates"] == [[5, 10], [14, 15, 20, 25]]
-    assert found["command"].startswith("srun --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 ")
+    assert found["command"].startswith("sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 ")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -201,19 +201,32 @@ def test_a_plan_builds_prints_and_starts_nothing(tmp_path: Path) -> None:
     ("stage", "overrides", "expected"),
     [
         ("rl", ["experiment=rl_7b", "rl.lambda_exit=0.3"],
-         "sbatch --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 slurm/rl_7b.sh rl.lambda_exit=0.3"),
+         "sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 slurm/rl_7b.sh rl.lambda_exit=0.3"),
         ("calibrate", ["experiment=rl_7b"],
          "sbatch --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 slurm/calibrate_7b.sh"),
+        ("traces", ["experiment=rl_7b"],
+         "sbatch --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 slurm/traces_7b.sh"),
+        ("evaluate", ["experiment=rl_7b"],
+         "sbatch --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 slurm/eval.sh experiment=rl_7b"),
         ("rl", ["experiment=rl_32b", "task.path=a b"],
-         "srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --kill-on-bad-exit=1 "
-         "ee-megatron rl experiment=rl_32b 'task.path=a b'"),
+         "sbatch --nodes=3 --ntasks-per-node=8 --gpus-per-node=8 slurm/stage.sh rl experiment=rl_32b 'task.path=a b'"),
         ("rl", ["experiment=demo_cpu"],
          "torchrun --nnodes=1 --nproc-per-node=2 -m ee_megatron.cli rl experiment=demo_cpu"),
+        ("rl", ["experiment=demo_cpu", "cluster.nodes=2"],
+         "sbatch --nodes=2 --ntasks-per-node=1 slurm/stage.sh rl experiment=demo_cpu cluster.nodes=2"),
         ("rl", ["experiment=demo_gpu"], "ee-megatron rl experiment=demo_gpu"),
     ],
 )  # fmt: skip
 def test_the_command(stage: str, overrides: list[str], expected: str) -> None:
-    assert launch_command(load(overrides), stage, overrides, ROOT / "slurm").replace(f"{ROOT}/", "") == expected
+    assert launch_command(load(overrides), stage, overrides) == expected
+
+
+def test_the_whole_method_on_a_cluster_is_one_job_per_stage() -> None:
+    found = launch_commands(load(["experiment=rl_7b"]), "run", ["experiment=rl_7b"])
+    assert [line.split("slurm/")[1].split(".sh")[0] for line in found] == ["traces_7b", "calibrate_7b", "rl_7b", "eval"]
+    assert launch_commands(load(["experiment=demo_gpu"]), "run", ["experiment=demo_gpu"]) == [
+        "ee-megatron run experiment=demo_gpu"
+    ]
 
 
 def test_a_dry_run_with_a_model_says_what_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

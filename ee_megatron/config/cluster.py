@@ -1,0 +1,72 @@
+"""Which nodes and devices of a Slurm job do what.
+
+Learner ranks take the first nodes of a job, rollout actors the last: cluster.rollout_nodes of their own or, where that
+is 0, all of them, beside the ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .schema import RunConfig
+
+LEARNS = ("teacher", "calibrate", "rl")
+"""Stages with learner ranks; in the others one process drives the rollout pool."""
+
+
+@dataclass(frozen=True)
+class JobShape:
+    """`ranks` on the first `learner_nodes` of `nodes`, at most `ranks_per_node` each; actors on the last
+    `rollout_nodes` (0: none by Ray), at most `actors_per_node` each, on that node's devices from `first_device` on.
+    `gpus_per_node` 0: a cluster without GPUs."""
+
+    nodes: int
+    learner_nodes: int
+    ranks: int
+    ranks_per_node: int
+    rollout_nodes: int
+    actors_per_node: int
+    first_device: int
+    gpus_per_node: int
+
+    @property
+    def shares_devices(self) -> bool:
+        """Whether actors have to live on devices that learner ranks use."""
+        apart = self.learner_nodes + self.rollout_nodes <= self.nodes or self.first_device > 0
+        return bool(self.gpus_per_node) and not apart
+
+
+def job_shape(cfg: RunConfig, stage: str) -> JobShape:
+    """What a job of this stage needs. The configuration must be valid (validate.py)."""
+    cluster, rollout = cfg.cluster, cfg.rollout
+    own = cluster.rollout_nodes
+    needs_actors = rollout.backend == "ray" and stage != "calibrate" and not (stage == "rl" and cfg.rl.replay)
+    if stage not in LEARNS:
+        nodes, world, available = (own or cluster.nodes) if needs_actors else 1, 1, 1
+    else:
+        world = cfg.parallel.tensor * cfg.parallel.pipeline * cfg.parallel.data
+        nodes, available = cluster.nodes if needs_actors else cluster.nodes - own, cluster.nodes - own
+    per_node = -(-world // min(available, world))
+    hosts = ((own or cluster.nodes) if stage in LEARNS else nodes) if needs_actors else 0
+    actors = -(-rollout.actors // hosts) if hosts else 0
+    # On a node that also learns, actors get the devices behind the ranks' where these are enough.
+    behind = per_node if stage in LEARNS and hosts == nodes else 0
+    enough = seats(cluster.gpus_per_node - behind, rollout.device_share) >= actors
+    return JobShape(
+        nodes=nodes,
+        learner_nodes=-(-world // per_node),
+        ranks=world,
+        ranks_per_node=per_node,
+        rollout_nodes=hosts,
+        actors_per_node=actors,
+        first_device=behind if enough else 0,
+        gpus_per_node=cluster.gpus_per_node,
+    )
+
+
+def seats(devices: int, share: float) -> int:
+    """How many actors that take `share` of a device each (or `share` whole ones) fit on so many devices."""
+    if devices <= 0:
+        return 0
+    # 1 / 0.1 and its like may come out a hair below the whole number.
+    return devices * int(1 / share + 1e-9) if share <= 1 else devices // int(share)

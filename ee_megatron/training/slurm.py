@@ -1,0 +1,89 @@
+"""A stage as a Slurm job: what its batch script has to know, and what its ranks are told by srun."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+
+from ..config.cluster import JobShape, job_shape, seats
+from ..config.identity import stage_dir
+from ..config.schema import RunConfig
+from ..planning.command import allocation
+from . import stages
+
+
+def describe_job(cfg: RunConfig, stage: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """What slurm/common.sh asks for at the start of a job, once it is sure that the stage's inputs are there and that
+    the allocation (SLURM_* in `environment`, if there is one) is large enough.
+
+    Raises ValueError or FileNotFoundError.
+    """
+    shape = job_shape(cfg, stage)
+    check_allocation(shape, environment, " ".join(allocation(cfg, stage)))
+    if not stages.is_done(cfg, stage):
+        stages.check_inputs(cfg, stage)
+        model = Path(cfg.model.path) if stage == "teacher" else stages.base_model(cfg)
+        stages.check_weights(model)
+    cpu = cfg.device == "cpu" or not shape.gpus_per_node
+    devices = range(shape.first_device, shape.gpus_per_node)
+    share = cfg.rollout.device_share
+    # On GPUs an actor takes one core of Ray's accounts besides its share of a device: as many as devices have room for.
+    cores = math.ceil(shape.actors_per_node * share) if cpu else seats(len(devices), share)
+    return {
+        "nodes": str(shape.nodes),
+        "learner_nodes": str(shape.learner_nodes),
+        "ranks": str(shape.ranks),
+        "ranks_per_node": str(shape.ranks_per_node),
+        "rollout_nodes": str(shape.rollout_nodes),
+        "ray_cpus": str(cores),
+        "ray_gpus": "" if cpu else ",".join(map(str, devices)),
+        "start_timeout_s": str(math.ceil(cfg.rollout.start_timeout_s)),
+        "directory": str(stage_dir(cfg, stage).resolve()),
+        "requeue_limit": str(cfg.cluster.requeue_limit),
+        "done": "yes" if stages.is_done(cfg, stage) else "no",
+    }
+
+
+def check_allocation(shape: JobShape, environment: Mapping[str, str], flags: str) -> None:
+    """Raises ValueError if the job has fewer nodes, or its nodes fewer GPUs, than `shape` needs."""
+    if "SLURM_JOB_NUM_NODES" not in environment:
+        return
+    nodes, gpus = int(environment["SLURM_JOB_NUM_NODES"]), int(environment.get("SLURM_GPUS_ON_NODE") or 0)
+    if nodes < shape.nodes or gpus < shape.gpus_per_node:
+        raise ValueError(
+            f"this job has {nodes} node(s) with {gpus} GPU(s) each, the settings need {shape.nodes} with "
+            f"{shape.gpus_per_node}: submit with sbatch {flags}, or change cluster.nodes and cluster.gpus_per_node"
+        )
+
+
+def adopt_rank(environment: MutableMapping[str, str]) -> None:
+    """In an srun step of several tasks each process is a rank already; say so in the variables that torch reads.
+
+    MASTER_ADDR and MASTER_PORT come from the batch script, which knows the first learner node. Raises ValueError
+    without them.
+    """
+    # Unlike SLURM_NTASKS this one is set by srun only, not in the batch script, which is no rank.
+    world = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if "RANK" in environment or world < 2:
+        return
+    if "MASTER_ADDR" not in environment:
+        raise ValueError("SLURM_PROCID is set but MASTER_ADDR is not; start ranks through slurm/*.sh, or export it")
+    tasks = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["WORLD_SIZE"] = str(world)
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment["LOCAL_WORLD_SIZE"] = str(tasks[int(environment["SLURM_NODEID"])])
+    environment.setdefault("MASTER_PORT", "29500")
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Slurm's "2(x3),1" -> [2, 2, 2, 1]."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise ValueError(f"SLURM_STEP_TASKS_PER_NODE={text}: expected numbers as in 2(x3),1")
+        found += [int(match[1])] * int(match[2] or 1)
+    return found

@@ -1,0 +1,18 @@
+#!/bin/bash
+# Evaluation of any experiment: sbatch slurm/eval.sh experiment=rl_7b [key=value ...]
+#SBATCH --job-name=ee-eval
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=0
+#SBATCH --time=12:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --no-kill
+cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
+# shellcheck source=slurm/common.sh
+. slurm/common.sh || exit 2
+run_stage evaluate "$@"

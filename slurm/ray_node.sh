@@ -1,0 +1,32 @@
+#!/bin/bash
+# ray_node.sh head|worker CPUS GPUS SECONDS: Ray on this node until it is ended. It hands out CPUS cores and GPUS (4,5,6,7
+# or nothing); a worker waits SECONDS for the head.
+set -euo pipefail
+# Meant for the ranks, who need their actors until they have stopped.
+trap '' USR1 USR2
+role=$1 cpus=$2 gpus=$3 patience=$4
+address=$(slurm/node_address.sh)
+count=0
+if [[ -n $gpus ]]; then
+  IFS=, read -ra devices <<<"$gpus"
+  count=${#devices[@]}
+fi
+export CUDA_VISIBLE_DEVICES=$gpus
+# Ended at the job's end, when nobody needs the actors: nothing to wait for.
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
+options=(--node-ip-address="$address" --num-cpus="$cpus" --num-gpus="$count" --min-worker-port=0 --max-worker-port=0
+  --disable-usage-stats --block)
+if [[ $role == head ]]; then
+  # The workers take the directory over from the head.
+  exec ray start --head --port="${EE_RAY_HEAD##*:}" --include-dashboard=false --ray-client-server-port="$((${EE_RAY_HEAD##*:} + 1))" \
+    --temp-dir="$EE_RAY_TEMP" "${options[@]}"
+fi
+deadline=$((SECONDS + patience))
+until (exec 3<>"/dev/tcp/${EE_RAY_HEAD%:*}/${EE_RAY_HEAD##*:}") 2>/dev/null; do
+  if ((SECONDS > deadline)); then
+    echo "error: $(hostname): Ray's head at $EE_RAY_HEAD did not answer within $patience s" >&2
+    exit 1
+  fi
+  sleep 0.5
+done
+exec ray start --address="$EE_RAY_HEAD" "${options[@]}"

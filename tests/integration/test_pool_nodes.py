@@ -1,0 +1,78 @@
+"""A pool over several Ray nodes: one is lost with its actors, and comes back."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import ray
+import torch
+from pool_cases import ADAPTERS, EXITS, LONG, PROMPTS, bits, policy
+from ray.cluster_utils import Cluster
+
+from ee_megatron.rollout import ReplicaSettings
+from ee_megatron.rollout.pool import LocalPool
+from ee_megatron.rollout.ray_driver import LOOK_S
+from ee_megatron.rollout.ray_pool import RayPool
+from tests.tiny import tiny_hf
+
+DEADLINE = 120
+LOOPBACK = {"node_ip_address": "127.0.0.1"}
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    found = Cluster(initialize_head=True, head_node_args={**LOOPBACK, "num_cpus": 0, "include_dashboard": False})
+    monkeypatch.setenv("RAY_ADDRESS", found.address)
+    yield found
+    ray.shutdown()
+    found.shutdown()
+
+
+@pytest.mark.timeout(400)
+def test_a_lost_node_is_one_loss_and_its_actors_come_back_with_it(cluster, tmp_path, monkeypatch):
+    """Two nodes with two actors each. The answers are those of a single process throughout."""
+    path = tiny_hf("llama", tmp_path / "model")
+    cluster.add_node(num_cpus=1, **LOOPBACK)
+    second = cluster.add_node(num_cpus=1, **LOOPBACK)
+    monkeypatch.setenv("EE_RAY_NODES", "3")
+    settings = ReplicaSettings(str(path), ADAPTERS, torch.float32, "cpu", rows=8, threads=1)
+    local = LocalPool(path, ADAPTERS, rows=8, threads=1)
+    pool = RayPool(settings, actors=4, start_timeout_s=60, timeout_s=60, failure_budget=2, device_share=0.5)
+    try:
+        weights = policy(path, ADAPTERS, 1)
+        pool.load(weights)
+        assert pool.health()["alive"] == 4
+        asked = (PROMPTS[:16], 2, LONG, EXITS, 3)
+        local.load(weights)
+        expected = [answer.text for group in local.generate(*asked) for answer in group]
+        whole = pool.generate(*asked)
+        work = pool.begin(weights, *asked)
+        cluster.remove_node(second, allow_graceful=False)
+        answers = work.result()
+        assert bits(answers) == bits(whole)
+        assert [answer.text for group in answers for answer in group] == expected
+        health = pool.health()
+        assert (health["actors"], health["alive"], health["restarts"]) == (4, 2, 1), health
+        assert "its node is gone" in health["last_death"]
+
+        cluster.add_node(num_cpus=1, **LOOPBACK)
+        deadline = time.monotonic() + DEADLINE
+        while pool.health()["alive"] < 4:
+            assert time.monotonic() < deadline, pool.health()
+            time.sleep(LOOK_S / 10)
+            assert bits(pool.generate(*asked)) == bits(whole)
+    finally:
+        pool.close()
+
+
+@pytest.mark.timeout(200)
+def test_a_cluster_without_room_is_an_error_within_its_deadline(cluster, tmp_path):
+    path = tiny_hf("llama", tmp_path / "model")
+    settings = ReplicaSettings(str(path), ADAPTERS, torch.float32, "cpu", rows=8, threads=1)
+    pool = RayPool(settings, actors=1, start_timeout_s=3, timeout_s=60, device_share=1.0)
+    try:
+        with pytest.raises(RuntimeError, match="no node has had room for an actor"):
+            pool.load(None)
+    finally:
+        pool.close()

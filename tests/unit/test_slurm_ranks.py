@@ -1,0 +1,175 @@
+"""A job as its ranks and its batch script see it: variables, exit codes, refusals before anything starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from ee_megatron.config.cluster import JobShape
+from ee_megatron.config.load import load
+from ee_megatron.training.slurm import adopt_rank, check_allocation, describe_job, tasks_per_node
+from ee_megatron.training.stopping import STOPPED, Listener, Parting, Stopped
+from tests.tiny import tiny_hf
+
+ROOT = Path(__file__).parents[2]
+STEP = {
+    "SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_TASKS_PER_NODE": "4,2", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "20002",
+}  # fmt: skip
+
+
+def test_a_task_of_a_step_becomes_a_rank() -> None:
+    environment = dict(STEP)
+    adopt_rank(environment)
+    found = {
+        name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    }
+    assert found == {
+        "RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "20002",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"},  # the batch script itself
+        {**STEP, "SLURM_STEP_NUM_TASKS": "1"},
+        {**STEP, "RANK": "3"},
+    ],
+)
+def test_what_is_no_rank_of_a_step_stays_as_it_is(environment: dict[str, str]) -> None:
+    before = dict(environment)
+    adopt_rank(environment)
+    assert environment == before
+
+
+def test_ranks_without_a_meeting_place_are_refused() -> None:
+    with pytest.raises(ValueError, match="MASTER_ADDR is not"):
+        adopt_rank({name: value for name, value in STEP.items() if name != "MASTER_ADDR"})
+
+
+def test_tasks_per_node_are_read_as_slurm_writes_them() -> None:
+    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+    with pytest.raises(ValueError, match="expected numbers as in"):
+        tasks_per_node("two")
+
+
+SHAPE = JobShape(2, 1, 8, 8, 1, 8, 0, 8)
+
+
+@pytest.mark.parametrize(("nodes", "gpus"), [("1", "8"), ("2", "4"), ("2", "")])
+def test_an_allocation_that_is_too_small_is_refused_with_what_would_do(nodes: str, gpus: str) -> None:
+    with pytest.raises(ValueError, match=r"the settings need 2 with 8: submit with sbatch --nodes=2"):
+        check_allocation(SHAPE, {"SLURM_JOB_NUM_NODES": nodes, "SLURM_GPUS_ON_NODE": gpus}, "--nodes=2")
+
+
+def test_an_allocation_that_is_large_enough_is_not() -> None:
+    check_allocation(SHAPE, {"SLURM_JOB_NUM_NODES": "3", "SLURM_GPUS_ON_NODE": "8"}, "")
+    check_allocation(SHAPE, {}, "")
+
+
+def test_a_job_is_described_once_its_inputs_are_there(tmp_path: Path) -> None:
+    model = tiny_hf("llama", tmp_path / "model")
+    settings = [
+        "name=x", f"model.path={model}", f"runs={tmp_path}", "teacher.enabled=false", "device=cuda",
+        "cluster.nodes=3", "cluster.rollout_nodes=2", "cluster.gpus_per_node=4", "rollout.actors=8",
+    ]  # fmt: skip
+    found = describe_job(load(settings), "traces", {})
+    assert found["nodes"] == "2" and found["rollout_nodes"] == "2" and found["done"] == "no"
+    assert found["ray_gpus"] == "0,1,2,3" and found["ray_cpus"] == "4"
+    assert found["directory"].startswith(f"{tmp_path}/x/traces-")
+    # Where devices are left, actors of a lost node find a place.
+    assert describe_job(load([*settings, "rollout.actors=4"]), "traces", {})["ray_cpus"] == "4"
+    # On a CPU cores are shared out instead of devices.
+    cpu = describe_job(load([*settings, "device=cpu", "rollout.device_share=0.5"]), "traces", {})
+    assert cpu["ray_gpus"] == "" and cpu["ray_cpus"] == "2"
+    with pytest.raises(FileNotFoundError, match="'calibrate' has not finished"):
+        describe_job(load(settings), "rl", {})
+    (model / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        describe_job(load(settings), "traces", {})
+
+
+def test_a_signal_is_noted_and_interrupts_only_what_may_be_given_up() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)}
+    listener = Listener()
+    try:
+        listener.listen()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert listener.asked == signal.SIGUSR1
+        with pytest.raises(Stopped, match="told to stop by SIGUSR1"), listener.at_once():
+            raise AssertionError("what may be given up is not begun after a signal")
+        listener.asked = 0
+        waiting = threading.Event()
+        with pytest.raises(Stopped, match="SIGTERM"), listener.at_once():
+            os.kill(os.getpid(), signal.SIGTERM)
+            waiting.wait(30)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert listener.asked == signal.SIGUSR2
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+LEAVE = """
+import sys, torch.distributed as dist
+from ee_megatron.training.stopping import Parting
+rank, port = int(sys.argv[1]), int(sys.argv[2])
+store = dist.TCPStore("127.0.0.1", port, 3, is_master=False)
+Parting(rank, 3, store).leave()
+"""
+
+
+def test_the_leader_leaves_last_and_with_the_code_that_says_why() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, 3, is_master=True, wait_for_workers=False)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", LEAVE, str(rank), str(store.port)], env=environment) for rank in (0, 1)
+    ]
+    try:
+        assert ranks[1].wait(60) == 0
+        # Rank 2 is still there.
+        assert ranks[0].poll() is None
+        store.set("left/2", "")
+        assert ranks[0].wait(60) == STOPPED
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
+def test_a_single_rank_leaves_at_once() -> None:
+    code = "from ee_megatron.training.stopping import Stopped\nStopped('x').leave()"
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == STOPPED and Parting(0, 1).world == 1
+
+
+def test_the_scripts_know_the_exit_code_of_a_stopped_stage() -> None:
+    assert f"\nSTOPPED={STOPPED} " in (ROOT / "slurm" / "common.sh").read_text()
+
+
+def test_the_scripts_are_clean() -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed: apt-get install shellcheck")
+    scripts = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "slurm").glob("*.sh"))
+    done = subprocess.run(
+        ["shellcheck", "--external-sources", *scripts, "slurm/site.env.example", "--shell=bash", "--exclude=SC1091"],
+        capture_output=True, text=True, cwd=ROOT, timeout=120, check=False,
+    )  # fmt: skip
+    assert len(scripts) >= 9 and done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", ["rl_7b", "calibrate_7b", "traces_7b", "eval", "stage", "sweep"])
+def test_every_job_can_be_warned_requeued_and_survive_a_lost_node(name: str) -> None:
+    lines = (ROOT / "slurm" / f"{name}.sh").read_text().splitlines()
+    options = {line.removeprefix("#SBATCH --").split("=", 1)[0]: line for line in lines if line.startswith("#SBATCH ")}
+    assert {"signal", "requeue", "no-kill", "open-mode", "time"} <= options.keys()
+    assert options["signal"].endswith("B:USR1@300") and options["open-mode"].endswith("append")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from ..model.control import make_control
 from .describe import Checkpoint
 from .export_files.configuration_early_exit import EarlyExitConfig
 from .export_files.modeling_early_exit import EarlyExitForCausalLM
@@ -91,8 +92,7 @@ def _megatron(checkpoint: Checkpoint, ids_BT: Tensor, depths_BT: Tensor) -> Tens
             parameters.pop(item.parameter).copy_(item.shard([checkpoint.whole(name) for name in item.names], 1, 0))
             checkpoint.base.release()
         assert not parameters, sorted(parameters)
-        control = torch.stack([depths_BT.float(), torch.zeros(depths_BT.shape)], dim=-1).transpose(0, 1)
-        hidden_TBD = model(ids_BT, control.contiguous())
+        hidden_TBD = model(ids_BT, make_control(depths_BT))
         return (hidden_TBD @ model.readout_weight().T).transpose(0, 1)[..., : dims.vocab].clone()
 
 

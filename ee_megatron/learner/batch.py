@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config.validate import SEQUENCE_MULTIPLE
+from ..model.control import make_control
 
 
 @dataclass
@@ -86,15 +87,10 @@ class ReplayBatch:
         return found
 
     def control(self) -> Tensor:
-        """The layers' control tensor [S, B, C] (model/layer.py)."""
-        bonus = torch.zeros_like(self.exit_weight) if self.entropy_weight is None else self.entropy_weight
-        sources = self.sources()
-        own = sources == torch.arange(self.rows, device=sources.device).unsqueeze(1)
-        depths = torch.where(own, self.depths, 0)
-        channels = [x.float().unsqueeze(-1) for x in (depths, self.asked, self.exit_weight, bonus, sources)]
-        if self.soft_targets is not None:
-            channels.append(self.soft_targets)
-        return torch.cat(channels, dim=-1).transpose(0, 1).contiguous()
+        """The layers' control tensor [S, B, C] (model/control.py)."""
+        return make_control(
+            self.depths, self.asked, self.exit_weight, self.entropy_weight, self.sources(), self.soft_targets
+        )
 
     def labels(self) -> Tensor:
         """The token that each position predicts, int64 [B, S]; the last column repeats and never counts."""

@@ -1,16 +1,4 @@
-"""The transformer layer that knows "frozen", and the gate's share of the loss.
-
-What a layer must know about each position travels beside the hidden states in one tensor, megatron-core's `context`
-argument: `control` fp32 [s, b, C]. Each pipeline stage takes it from its own data; it never crosses a stage boundary.
-
-    channel 0      prescribed exit depth (layers that may change the position; L = no exit, 0 = padding)
-    channel 1      1 where gates are asked, else 0 (prompt, padding)
-    channel 2      weight of the position in the exit loss
-    channel 3      weight of the gates' entropy at the position, a bonus
-    channel 4      the sequence whose key and value the position takes: its own, or an earlier one that begins with the
-                   same prompt (the position is then run there only, and its depth here is 0); -1 for padding
-    channel 5 + i  optional soft target of gate i, -1 for none; without them the prescribed depth is the target
-"""
+"""The transformer layer that knows "frozen", and the gate's share of the loss."""
 
 from __future__ import annotations
 
@@ -25,9 +13,8 @@ from torch import Tensor
 from ..exits import gate_log_term
 from .active import Active
 from .config import EarlyExitConfig
+from .control import ASKED, DEPTH, ENTROPY, SOURCE, TARGETS, WEIGHT
 from .parts import Gate, mlp_of_active
-
-DEPTH, ASKED, WEIGHT, ENTROPY, SOURCE, TARGETS = 0, 1, 2, 3, 4, 5
 
 
 class _AttachLoss(torch.autograd.Function):

@@ -17,7 +17,8 @@ from ee_megatron.rollout.ray_pool import RayPool
 from tests.tiny import tiny_hf
 
 DEADLINE = 120
-LOOPBACK = {"node_ip_address": "127.0.0.1"}
+# Not 127.0.0.1: in an address to join Ray puts an outward one of the machine in its place.
+LOOPBACK = {"node_ip_address": "127.0.0.2"}
 
 
 @pytest.fixture

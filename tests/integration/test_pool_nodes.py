@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 
 import pytest
-import ray
 import torch
 from pool_cases import ADAPTERS, EXITS, LONG, PROMPTS, bits, policy
-from ray.cluster_utils import Cluster
 
 from ee_megatron.rollout import ReplicaSettings
 from ee_megatron.rollout.pool import LocalPool
+from ee_megatron.rollout.ray_actor import prepare_environment
 from ee_megatron.rollout.ray_driver import LOOK_S
 from ee_megatron.rollout.ray_pool import RayPool
 from tests.tiny import tiny_hf
@@ -23,6 +22,11 @@ LOOPBACK = {"node_ip_address": "127.0.0.2"}
 
 @pytest.fixture
 def cluster(monkeypatch):
+    # Ray reads at its import whether a single node stays on the loopback, and later tests of this process rely on that.
+    prepare_environment()
+    import ray
+    from ray.cluster_utils import Cluster
+
     found = Cluster(initialize_head=True, head_node_args={**LOOPBACK, "num_cpus": 0, "include_dashboard": False})
     monkeypatch.setenv("RAY_ADDRESS", found.address)
     yield found

@@ -144,6 +144,8 @@ def start_ray(ray: Any, actors: int, device_share: float, policy_bytes: int, tim
         await_nodes(ray, timeout_s)
         return
     ray.init(
+        # Without this Ray joins whatever cluster somebody else has left running on the machine.
+        address="local",
         num_cpus=max(2, 1 + actors * math.ceil(device_share)),
         include_dashboard=False,
         _node_ip_address="127.0.0.1",

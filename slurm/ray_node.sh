@@ -29,4 +29,13 @@ until (exec 3<>"/dev/tcp/${EE_RAY_HEAD%:*}/${EE_RAY_HEAD##*:}") 2>/dev/null; do
   fi
   sleep 0.5
 done
-exec ray start --address="$EE_RAY_HEAD" "${options[@]}"
+# Ray gives itself a fixed 30 s to start, which a busy node or a slow file system may miss: again, as long as there is time.
+# The signal that ends the step reaches Ray too, which then ends by itself.
+ended=''
+trap 'ended=yes' TERM
+until ray start --address="$EE_RAY_HEAD" "${options[@]}"; do
+  code=$?
+  if [[ -n $ended ]] || ((SECONDS > deadline)); then exit "$code"; fi
+  echo "$(hostname): Ray ended with exit code $code; once more"
+  sleep 0.5
+done

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -154,6 +157,51 @@ def test_a_single_rank_leaves_at_once() -> None:
 
 def test_the_scripts_know_the_exit_code_of_a_stopped_stage() -> None:
     assert f"\nSTOPPED={STOPPED} " in (ROOT / "slurm" / "common.sh").read_text()
+
+
+@pytest.mark.parametrize(("patience", "ends", "calls"), [("60", 0, 2), ("0", 7, 1)])
+def test_a_node_that_ray_could_not_start_on_is_tried_again_while_there_is_time(
+    tmp_path: Path, patience: str, ends: int, calls: int
+) -> None:
+    """A `ray` that fails the first time, after a second, and starts the second time."""
+    fake = tmp_path / "ray"
+    fake.write_text('#!/bin/sh\necho "$@" >>"$0.calls"\nsleep 1\ntest "$(wc -l <"$0.calls")" -gt 1 || exit 7\n')
+    fake.chmod(0o755)
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        done = subprocess.run(
+            [str(ROOT / "slurm" / "ray_node.sh"), "worker", "1", "", patience],
+            env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "EE_INTERFACE": "",
+                 "EE_RAY_HEAD": f"127.0.0.1:{head.getsockname()[1]}"},
+            cwd=ROOT, timeout=60, check=False,
+        )  # fmt: skip
+    assert done.returncode == ends
+    tried = (tmp_path / "ray.calls").read_text().splitlines()
+    assert len(tried) == calls and all(line.startswith("start --address=127.0.0.1:") for line in tried)
+
+
+def test_a_node_that_is_ended_is_not_started_again(tmp_path: Path) -> None:
+    fake = tmp_path / "ray"
+    fake.write_text('#!/bin/sh\necho "$@" >>"$0.calls"\ntrap "exit 9" TERM\nsleep 60 &\nwait\n')
+    fake.chmod(0o755)
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        node = subprocess.Popen(
+            [str(ROOT / "slurm" / "ray_node.sh"), "worker", "1", "", "60"], start_new_session=True,
+            env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "EE_INTERFACE": "",
+                 "EE_RAY_HEAD": f"127.0.0.1:{head.getsockname()[1]}"}, cwd=ROOT,
+        )  # fmt: skip
+        try:
+            deadline = time.monotonic() + 30
+            while not (tmp_path / "ray.calls").is_file():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            time.sleep(0.2)
+            # As Slurm does: every process of the step.
+            os.killpg(node.pid, signal.SIGTERM)
+            assert node.wait(30) == 9
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGKILL)
+    assert len((tmp_path / "ray.calls").read_text().splitlines()) == 1
 
 
 def test_the_scripts_are_clean() -> None:

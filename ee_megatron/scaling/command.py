@@ -19,7 +19,9 @@ from .text import comparison_lines, fit_lines
 
 MIN_BOOTSTRAP = 200
 FIT = "L(N, D) = E + A/N^alpha + B/D^beta and isoFLOP minima, with 95 % intervals over runs and held-out errors"
-COMPARE = "which form a metric follows (constant, linear, power law, saturating, logistic, with lambda), by held-out error"
+COMPARE = (
+    "which form a metric follows (constant, linear, power law, saturating, logistic, with lambda), by held-out error"
+)
 PLOT = "the fits with bands, isoFLOP curves, Pareto fronts: PNG files and one HTML page"
 EPILOG = """\
 examples:
@@ -142,7 +144,11 @@ def _fit(given: argparse.Namespace) -> int:
         raise Refused(reasons)
     lines = _facts(given, table, obs.notes, obs.run_count)
     for name, group, outcomes in fitted:
-        lines += ["", *([f"{name}: {len(group.loss)} rows, {group.run_count} runs"] if name else []), *fit_lines(outcomes)]
+        lines += [
+            "",
+            *([f"{name}: {len(group.loss)} rows, {group.run_count} runs"] if name else []),
+            *fit_lines(outcomes),
+        ]
     print("\n".join(lines))
     if given.out is not None:
         print(write_json(given.out / "fit.json", _fit_json(given, table, columns, obs, fitted)))
@@ -221,7 +227,9 @@ def _plot(given: argparse.Namespace) -> int:
         sections.append(_pareto_section(given, table, columns))
     if given.metric is not None:
         sections.append(_metric_section(given, table, columns))
-    page = write_page(given.out, table.name, [f"{table.name}: {len(table)} rows", f"seed {given.seed}", *notes], sections)
+    page = write_page(
+        given.out, table.name, [f"{table.name}: {len(table)} rows", f"seed {given.seed}", *notes], sections
+    )
     print(page)
     return 0
 

@@ -208,6 +208,8 @@ def coefficients(comparison: Comparison, result: FormResult) -> dict[str, dict[s
     for index, (name, scale) in enumerate(zip(names, scales, strict=True), start=first):
         if index >= len(result.theta):
             break
-        interval = percentile_interval(result.draws[:, index] / scale, len(np.unique(comparison.runs)) - len(result.theta))
+        interval = percentile_interval(
+            result.draws[:, index] / scale, len(np.unique(comparison.runs)) - len(result.theta)
+        )
         found[name] = {"value": float(result.theta[index] / scale), "low": interval.low, "high": interval.high}
     return found

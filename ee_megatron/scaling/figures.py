@@ -173,5 +173,7 @@ def metric(found: Comparison, column: int) -> Picture:
     axes.set(xlabel=name, ylabel=found.metric, title=best.form.name, xscale="log" if logarithmic else "linear")
     if curves != [None]:
         axes.legend(frameon=False, fontsize=7)
-    caption = f"{found.metric} against {name}; curve: {best.form.name}, other columns at their means. {found.verdict()}."
+    caption = (
+        f"{found.metric} against {name}; curve: {best.form.name}, other columns at their means. {found.verdict()}."
+    )
     return Picture(f"metric_{column}", caption, _png(figure))

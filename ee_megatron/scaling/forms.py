@@ -51,7 +51,9 @@ def features(names: tuple[str, ...], raw: Array, penalty: int | None) -> Feature
     """From raw columns [C, R]. Raises Refused for one that doesn't vary, and for two that vary as one."""
     for index, name in enumerate(names):
         if len(np.unique(raw[index])) < 2:
-            raise Refused(f"column {name} has one value; expected at least 2 to see an influence; leave it out of --against")
+            raise Refused(
+                f"column {name} has one value; expected at least 2 to see an influence; leave it out of --against"
+            )
         for other in range(index):
             if unexplained_share(raw[index], raw[other]) < 0.01:
                 raise Refused(
@@ -184,7 +186,11 @@ def all_forms(feats: Features) -> tuple[tuple[Form, Callable[[Array], Array]], .
         (Form("linear × lambda", "c + Σ b t + λ Σ g t", _linear, _least_squares, _has_penalty), crossed),
         (
             Form(
-                "logistic × lambda", "1 / (1 + exp(-c - Σ b t - λ Σ g t))", _logistic, _logit_start, _fraction_and_penalty
+                "logistic × lambda",
+                "1 / (1 + exp(-c - Σ b t - λ Σ g t))",
+                _logistic,
+                _logit_start,
+                _fraction_and_penalty,
             ),
             crossed,
         ),
@@ -205,7 +211,9 @@ def fit_form(form: Form, design: Array, y: Array, weights: Array) -> Array:
     best = np.repeat(starts[:1], len(weights), axis=0)
     lowest = np.full(len(weights), np.inf)
     for start in starts:
-        found = minimise(form.curve(design), y, weights, np.repeat(start[None], len(weights), axis=0), low, high, steps=80)
+        found = minimise(
+            form.curve(design), y, weights, np.repeat(start[None], len(weights), axis=0), low, high, steps=80
+        )
         better = found.objective < lowest
         best, lowest = np.where(better[:, None], found.theta, best), np.where(better, found.objective, lowest)
     return best

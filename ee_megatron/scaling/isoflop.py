@@ -82,7 +82,9 @@ def fit_isoflop(obs: Observations, draws: int, seed: int) -> IsoFlopFit:
         if sizes < MIN_SIZES:
             left_out.append(f"{flops:.3g} FLOPs: {sizes} distinct sizes, expected at least {MIN_SIZES}")
         elif span > 1.25:
-            left_out.append(f"{flops:.3g} FLOPs: rows differ by a factor of {span:.2f} without a gap, so they are no budget")
+            left_out.append(
+                f"{flops:.3g} FLOPs: rows differ by a factor of {span:.2f} without a gap, so they are no budget"
+            )
         else:
             fitted = _parabola(obs, rows, flops)
             if isinstance(fitted, str):

@@ -113,7 +113,9 @@ def _read_csv(path: Path) -> dict[str, list[Any]]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = [row for row in csv.reader(file) if row]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path.name}: {error}; expected a CSV file in UTF-8, or a name that ends in .parquet") from None
+        raise ValueError(
+            f"{path.name}: {error}; expected a CSV file in UTF-8, or a name that ends in .parquet"
+        ) from None
     header, body = (rows[0], rows[1:]) if rows else ([], [])
     names = [name.strip() for name in header]
     if len(set(names)) < len(names):
@@ -121,7 +123,9 @@ def _read_csv(path: Path) -> dict[str, list[Any]]:
         raise ValueError(f"{path.name}: two columns are called {twice!r}; expected different names; rename one")
     for number, row in enumerate(body, start=1):
         if len(row) != len(names):
-            raise ValueError(f"{path.name}: row {number} has {len(row)} cells, the header {len(names)}; correct the row")
+            raise ValueError(
+                f"{path.name}: row {number} has {len(row)} cells, the header {len(names)}; correct the row"
+            )
     return {name: [row[index] for row in body] for index, name in enumerate(names)}
 
 
@@ -157,7 +161,9 @@ def observations(table: Table, columns: Columns) -> Observations:
     else:
         flops = table.numbers(columns.flops, "--flops", positive=True) if has_flops else None
     if not has_tokens and flops is not None and "tokens" not in columns.given:
-        notes.append(f"no column {columns.tokens}: tokens derived from FLOPs, D = {columns.flops} / (6 {columns.params})")
+        notes.append(
+            f"no column {columns.tokens}: tokens derived from FLOPs, D = {columns.flops} / (6 {columns.params})"
+        )
         tokens = flops / (FLOPS_PER_PARAMETER_AND_TOKEN * params)
     else:
         tokens = table.numbers(columns.tokens, "--tokens", positive=True)
@@ -167,7 +173,9 @@ def observations(table: Table, columns: Columns) -> Observations:
         notes.append(f"no column {columns.flops}: FLOPs derived, C = 6 {columns.params} {columns.tokens}")
     elif np.abs(np.log(flops / product)).max() > FLOPS_TOLERANCE:
         ratio = flops / product
-        notes.append(f"column {columns.flops} is {ratio.min():.2f} to {ratio.max():.2f} times 6ND; isoFLOP uses the column")
+        notes.append(
+            f"column {columns.flops} is {ratio.min():.2f} to {ratio.max():.2f} times 6ND; isoFLOP uses the column"
+        )
     return Observations(params, tokens, flops, loss, runs, tuple(notes))
 
 

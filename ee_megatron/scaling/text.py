@@ -54,7 +54,9 @@ def _law_lines(fit: LawFit) -> list[str]:
 def _isoflop_lines(fit: IsoFlopFit) -> list[str]:
     low, high = fit.interval
     lines = [f"isoflop: N_opt = k C^a; 95 % interval: wild bootstrap over runs, {len(fit.draws)} resamples"]
-    lines.append(f"  {'exponent_a':<14}{number(fit.exponent):>10}  {f'[{number(low)}, {number(high)}]':<24}exponent of C")
+    lines.append(
+        f"  {'exponent_a':<14}{number(fit.exponent):>10}  {f'[{number(low)}, {number(high)}]':<24}exponent of C"
+    )
     lines.append(f"  {'coefficient_k':<14}{number(fit.coefficient):>10}")
     lines.append(f"  {'FLOPs':>12} {'N_opt':>12} {'loss there':>12}")
     lines += [f"  {b.flops:>12.4g} {b.params:>12.4g} {b.loss:>12.4f}" for b in fit.budgets]
@@ -76,6 +78,8 @@ def comparison_lines(found: Comparison) -> list[str]:
         best = found.winners[0]
         lines.append(f"  slopes of {best.form.name}, {best.form.formula} (t = ln x; lambda as it is):")
         for name, value in coefficients(found, best).items():
-            lines.append(f"    {name:<18}{number(value['value']):>10}  [{number(value['low'])}, {number(value['high'])}]")
+            lines.append(
+                f"    {name:<18}{number(value['value']):>10}  [{number(value['low'])}, {number(value['high'])}]"
+            )
     lines.append(f"  {found.verdict()}")
     return lines

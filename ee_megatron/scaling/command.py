@@ -20,7 +20,7 @@ from .text import comparison_lines, fit_lines
 MIN_BOOTSTRAP = 200
 FIT = "L(N, D) = E + A/N^alpha + B/D^beta and isoFLOP minima, with 95 % intervals over runs and held-out errors"
 COMPARE = (
-    "which form a metric follows (constant, linear, power law, saturating, logistic, with lambda), by held-out error"
+    "which form a metric follows: constant, linear, power law, saturating, logistic, with lambda; by held-out error"
 )
 PLOT = "the fits with bands, isoFLOP curves, Pareto fronts: PNG files and one HTML page"
 EPILOG = """\
@@ -39,8 +39,8 @@ def main(argv: Sequence[str]) -> int:
     given = _parser().parse_args(list(argv))
     if given.bootstrap < MIN_BOOTSTRAP:
         raise ValueError(
-            f"--bootstrap {given.bootstrap}: expected at least {MIN_BOOTSTRAP}, since a 2.5 % quantile of fewer resamples "
-            f"rests on fewer than {MIN_BOOTSTRAP // 40} of them"
+            f"--bootstrap {given.bootstrap}: expected at least {MIN_BOOTSTRAP}, since a 2.5 % quantile of fewer "
+            f"resamples rests on fewer than {MIN_BOOTSTRAP // 40} of them"
         )
     if given.seed < 0:
         raise ValueError(f"--seed {given.seed}: expected a number >= 0")

@@ -107,8 +107,8 @@ class Comparison:
 def compare(table: Table, columns: Columns, metric: str, against: tuple[str, ...], draws: int, seed: int) -> Comparison:
     """Fit every form to `metric` and judge it by leaving out whole runs.
 
-    Raises ValueError for missing columns and values that cannot be used, Refused for too few runs and for columns that do
-    not vary or vary as one.
+    Raises ValueError for missing columns and values that cannot be used, Refused for too few runs and for columns that
+    do not vary or vary as one.
     """
     y = table.numbers(metric, "--metric")
     raw = []
@@ -191,7 +191,8 @@ def _judge(
 
 
 def coefficients(comparison: Comparison, result: FormResult) -> dict[str, dict[str, float]]:
-    """Slopes per unit of ln x or of lambda with 95 % intervals over runs; interactions as `x × lambda`, per unit of both.
+    """Slopes per unit of ln x or of lambda with 95 % intervals over runs; interactions as `x × lambda`, per unit of both,
+    and then the slopes of x and lambda hold at the other's mean.
 
     The constants are left out: they depend on where ln x = 0.
     """

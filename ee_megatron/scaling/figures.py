@@ -67,6 +67,9 @@ def loss_law(fit: LawFit, obs: Observations, label: str = "") -> Picture:
     figure, (axes,) = _figure(6.2, 4.2)
     shown = _some(levels(obs.tokens))
     values = np.array([[fit.values[name] for name in PARAMETERS]])
+    # Tables with a token count per run have more of them than curves: no point is left out for that.
+    rest = ~np.isin(obs.tokens, shown)
+    axes.plot(obs.params[rest], obs.loss[rest], ".", color="0.6", ms=4)
     sizes = np.geomspace(obs.params.min() / 1.3, obs.params.max() * 1.3, 80)
     for index, (tokens, colour) in enumerate(zip(shown, scale(len(shown), SCALE), strict=True)):
         at = np.full(len(sizes), tokens)
@@ -78,8 +81,8 @@ def loss_law(fit: LawFit, obs: Observations, label: str = "") -> Picture:
     axes.set(xscale="log", xlabel="parameters N", ylabel="loss", title=f"{fit.method}{label}")
     axes.legend(frameon=False, fontsize=7)
     caption = (
-        f"Loss against parameters by {fit.method}{label}, a curve per token count; bands hold 95 % of the resampled fits. "
-        f"alpha {fit.values['alpha']:.3g}, beta {fit.values['beta']:.3g}, E {fit.values['E']:.3g}."
+        f"Loss against parameters by {fit.method}{label}, a curve per token count; bands hold 95 % of the resampled "
+        f"fits. alpha {fit.values['alpha']:.3g}, beta {fit.values['beta']:.3g}, E {fit.values['E']:.3g}."
     )
     return Picture(f"loss_{fit.method}", caption, _png(figure))
 
@@ -107,8 +110,8 @@ def isoflop(fit: IsoFlopFit, obs: Observations, label: str = "") -> Picture:
     left.legend(frameon=False, fontsize=7)
     low, high = fit.interval
     caption = (
-        f"Left: loss against parameters at equal FLOPs{label}, minima as stars. Right: the minima against FLOPs, exponent "
-        f"{fit.exponent:.3g} [{low:.3g}, {high:.3g}]."
+        f"Left: loss against parameters at equal FLOPs{label}, minima as stars. Right: the minima against FLOPs, "
+        f"exponent {fit.exponent:.3g} [{low:.3g}, {high:.3g}]."
     )
     return Picture("isoflop", caption, _png(figure))
 

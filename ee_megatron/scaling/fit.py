@@ -130,7 +130,8 @@ def best_of_grid(design: Design, solve: Solver, weights: Array) -> Fits:
 
 
 def _with_derived(values: Array) -> Array:
-    """[S, 5] -> [S, 7]: a = beta/(alpha + beta), G = (alpha A / (beta B))^(1/(alpha + beta)): Hoffmann et al., eq. 4."""
+    """[S, 5] -> [S, 7]: a = beta/(alpha + beta) and G = (alpha A / (beta B))^(1/(alpha + beta)) (Hoffmann et al. 2022,
+    equation 4)."""
     _, a, b, alpha, beta = values.T
     share = beta / (alpha + beta)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -16,12 +16,11 @@ from .solver import Array, Curve, minimise
 
 # Of a standardised ln x: a factor of e^8 per standard deviation is a step, not a trend.
 STEEPEST = 8.0
-FLATTEST = 1e-2
 
 
 @dataclass(frozen=True)
 class Features:
-    """values [C, R], standardised; `names`, centres and scales [C] to undo that; `penalty` is lambda's place or None."""
+    """values [C, R], standardised; centres and scales [C] to undo that; `penalty` is lambda's place among them or None."""
 
     names: tuple[str, ...]
     values: Array
@@ -57,8 +56,8 @@ def features(names: tuple[str, ...], raw: Array, penalty: int | None) -> Feature
         for other in range(index):
             if unexplained_share(raw[index], raw[other]) < 0.01:
                 raise Refused(
-                    f"columns {names[other]} and {name} are collinear (squared correlation above 0.99), so their influences "
-                    f"cannot be told apart; name one of them in --against"
+                    f"columns {names[other]} and {name} are collinear (squared correlation above 0.99), so their "
+                    f"influences cannot be told apart; name one of them in --against"
                 )
     scales = raw.std(axis=1)
     centres = raw.mean(axis=1)
@@ -206,8 +205,8 @@ def fit_form(form: Form, design: Array, y: Array, weights: Array) -> Array:
     starts = form.starts(design, y)
     size = starts.shape[1]
     low, high = np.full(size, -np.inf), np.full(size, np.inf)
-    for first in form.steepness:
-        low[first:], high[first:] = -STEEPEST, STEEPEST
+    for place in form.steepness:
+        low[place:], high[place:] = -STEEPEST, STEEPEST
     best = np.repeat(starts[:1], len(weights), axis=0)
     lowest = np.full(len(weights), np.inf)
     for start in starts:

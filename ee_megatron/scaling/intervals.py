@@ -45,8 +45,8 @@ def resample_runs(runs: Array, draws: int, seed: int, enough: Callable[[Array], 
         redrawn += 1
         if redrawn > max(10.0, MAX_REDRAWN * draws):
             raise Refused(
-                f"of {redrawn + len(kept)} resamples of the {count} runs {redrawn} lost so many sizes or token counts that "
-                f"nothing can be fitted to them; expected at most {MAX_REDRAWN:.0%}; add runs"
+                f"of {redrawn + len(kept)} resamples of the {count} runs {redrawn} lost so many sizes or token counts "
+                f"that nothing can be fitted to them; expected at most {MAX_REDRAWN:.0%}; add runs"
             )
     return np.stack(kept)[:, runs].astype(np.float64)
 
@@ -69,8 +69,8 @@ def bca_interval(estimate: float, draws: Array, jackknife: Array, fitted: int = 
 
     draws [S] of the resamples, jackknife [G] with one run left out each. `fitted` > 0: a least-squares fit of that many
     parameters leaves residuals that are smaller than the noise by √((G - fitted)/G), and its resamples are too close
-    together by as much; the normal quantile is then replaced by √(G/(G - fitted)) times Student's with G - fitted degrees
-    of freedom (the "expanded" interval of Hesterberg, The American Statistician 69, 2015, there for a mean).
+    together by as much; the normal quantile is then replaced by √(G/(G - fitted)) times Student's with G - fitted
+    degrees of freedom (the "expanded" interval of Hesterberg, The American Statistician 69, 2015, there for a mean).
     """
     below = (np.sum(draws < estimate) + 0.5 * np.sum(draws == estimate)) / len(draws)
     # All draws on one side: the correction is unknown, not infinite.
@@ -95,8 +95,8 @@ def _corrected(bias: float, acceleration: float, z: float) -> float:
 
 
 def percentile_interval(draws: Array, freedom: int = 0, level: float = LEVEL) -> Interval:
-    """Quantiles of draws [S] (Efron, Annals of Statistics 7, 1979); with `freedom`, those at Student's quantiles with as
-    many degrees of freedom instead of the normal's (Hesterberg, The American Statistician 69, 2015)."""
+    """Quantiles of draws [S] (Efron, Annals of Statistics 7, 1979); with `freedom`, those at Student's quantiles with
+    as many degrees of freedom instead of the normal's (Hesterberg, The American Statistician 69, 2015)."""
     tail = (1 - level) / 2
     if freedom:
         tail = NORMAL.cdf(-student_quantile(1 - tail, freedom))

@@ -1,5 +1,5 @@
-"""Approach 2 of Hoffmann et al. 2022 (arXiv 2203.15556, section 3.2): per compute budget a parabola of loss in ln N, its
-minimum as N_opt, then the power law N_opt = k C^a through the minima.
+"""Approach 2 of Hoffmann et al. 2022 (arXiv 2203.15556, section 3.2): per compute budget a parabola of loss in ln N,
+its minimum as N_opt, then the power law N_opt = k C^a through the minima.
 
 Shape suffixes: S resamples, R rows of a budget, B budgets.
 """
@@ -94,16 +94,16 @@ def fit_isoflop(obs: Observations, draws: int, seed: int) -> IsoFlopFit:
     if len(kept) < MIN_BUDGETS:
         why = f" ({'; '.join(left_out[:3])}{'; …' if len(left_out) > 3 else ''})" if left_out else ""
         raise Refused(
-            f"{len(kept)} compute budgets with a minimum; expected at least {MIN_BUDGETS}, since two always lie on a power "
-            f"law{why}; train at least {MIN_SIZES} sizes at each of {MIN_BUDGETS} budgets"
+            f"{len(kept)} compute budgets with a minimum; expected at least {MIN_BUDGETS}, since two always lie on "
+            f"a power law{why}; train at least {MIN_SIZES} sizes at each of {MIN_BUDGETS} budgets"
         )
     coefficient, exponent = _power_law(kept)
     sampled = _resampled(obs, kept, wild_weights(obs.run_count, draws, seed)[:, obs.runs])
     good = sampled[np.isfinite(sampled[:, 1])]
     if len(good) < (1 - MAX_FAILED) * draws:
         raise Refused(
-            f"{1 - len(good) / draws:.0%} of the resamples have fewer than {MIN_BUDGETS} budgets with a minimum within their "
-            f"sizes; expected at most {MAX_FAILED:.0%}; add sizes on both sides of each minimum"
+            f"{1 - len(good) / draws:.0%} of the resamples have fewer than {MIN_BUDGETS} budgets with a minimum within "
+            f"their sizes; expected at most {MAX_FAILED:.0%}; add sizes on both sides of each minimum"
         )
     interval = percentile_interval(good[:, 1], _freedom(obs, kept))
     return IsoFlopFit(kept, exponent, coefficient, interval, left_out, good)
@@ -135,8 +135,8 @@ def _power_law(budgets: list[Budget]) -> tuple[float, float]:
 
 
 def _resampled(obs: Observations, budgets: list[Budget], signs: Array) -> Array:
-    """Mean ln N_opt and exponent [S, 2] with each run's residuals times its factor in `signs` [S, rows of the table]; NaN where fewer than
-    three budgets have a minimum within their sizes.
+    """Mean ln N_opt and exponent [S, 2] with each run's residuals times its factor in `signs` [S, rows of the table];
+    NaN where fewer than three budgets have a minimum within their sizes.
 
     Drawing runs anew would leave many resamples of five to nine sizes without a parabola. Their residuals, over
     √(1 - leverage) to undo what the fit took from them, keep the sizes and change the noise.

@@ -28,14 +28,14 @@ def check_design(params: Array, tokens: Array, runs: Array) -> None:
     for name, found in (("parameter counts N", sizes), ("token counts D", counts)):
         if found < MIN_DISTINCT:
             raise Refused(
-                f"{found} distinct {name}; expected at least {MIN_DISTINCT}, since the constant, the coefficient and the "
-                f"exponent along that axis are three unknowns; add runs at other values"
+                f"{found} distinct {name}; expected at least {MIN_DISTINCT}, since the constant, the coefficient and "
+                f"the exponent along that axis are three unknowns; add runs at other values"
             )
     number = int(runs.max()) + 1
     if number < MIN_RUNS:
         raise Refused(
-            f"{number} runs; expected at least {MIN_RUNS}, since intervals come from resampling whole runs and a resample "
-            f"holds about 63 % of them, for five parameters; add runs"
+            f"{number} runs; expected at least {MIN_RUNS}, since intervals come from resampling whole runs and a "
+            f"resample holds about 63 % of them, for five parameters; add runs"
         )
     if not enough_cells(params, tokens, np.ones(len(params), dtype=bool)):
         raise Refused(
@@ -44,8 +44,8 @@ def check_design(params: Array, tokens: Array, runs: Array) -> None:
     unexplained = unexplained_share(np.log(params), np.log(tokens))
     if unexplained < MIN_SPREAD:
         raise Refused(
-            f"ln N and ln D are collinear (squared correlation {1 - unexplained:.4f}): the two power laws cannot be told "
-            f"apart; expected at most {1 - MIN_SPREAD:.2f}; train some sizes on several token counts"
+            f"ln N and ln D are collinear (squared correlation {1 - unexplained:.4f}): the two power laws cannot be "
+            f"told apart; expected at most {1 - MIN_SPREAD:.2f}; train some sizes on several token counts"
         )
 
 
@@ -68,7 +68,7 @@ def check_bounds(names: tuple[str, ...], share: Array, at: tuple[str, ...]) -> N
     worst = int(np.argmax(share))
     if share[worst] > MAX_AT_BOUND:
         raise Refused(
-            f"{names[worst]} is not identified: in {share[worst]:.0%} of the resamples it lies on its bound ({at[worst]}), "
-            f"so its 95 % interval has no end there; expected at most {MAX_AT_BOUND:.1%}; widen the range of sizes or tokens, "
-            f"or add runs"
+            f"{names[worst]} is not identified: in {share[worst]:.0%} of the resamples it lies on its bound "
+            f"({at[worst]}), so its 95 % interval has no end there; expected at most {MAX_AT_BOUND:.1%}; widen the range of "
+            f"sizes or tokens, or add runs"
         )

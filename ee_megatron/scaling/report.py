@@ -27,7 +27,7 @@ class Section:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> Path:
-    """Strict JSON: a number that is not finite would be read as one thing by some and refused by others, so it is null."""
+    """Strict JSON: what is not finite would be read as one thing by some and refused by others, so it is null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return path

@@ -1,7 +1,7 @@
 """Weighted least squares and Huber regression of many data sets at once, in numpy.
 
-One data set with 1000 resamples is a batch of 1000 problems that differ in their weights only, and so are the starts of a
-grid and the folds of a cross-validation. Solved together they cost array operations, not 1000 calls of an optimiser.
+One data set with 1000 resamples is a batch of 1000 problems that differ in their weights only, and so are the starts of
+a grid and the folds of a cross-validation. Solved together they cost array operations, not 1000 calls of an optimiser.
 
 Shape suffixes: S problems, P parameters, R rows of the table.
 """
@@ -45,8 +45,8 @@ def minimise(
     ρ(r) = r²/2 without `delta`; else Huber's, r²/2 for |r| <= delta and delta·(|r| - delta/2) beyond (Huber, Annals of
     Mathematical Statistics 35, 1964). Levenberg–Marquardt (Marquardt, SIAM J. 11, 1963), for Huber's loss on its
     iteratively reweighted squares, which lie above it and touch it where the step starts: a step that lowers one lowers
-    the other. A parameter on a bound that the gradient pushes outwards is held there. A problem is done when two accepted
-    steps in a row change the objective by less than `tolerance` of itself, or none is accepted any more.
+    the other. A parameter on a bound that the gradient pushes outwards is held there. A problem is done when two
+    accepted steps in a row change the objective by less than `tolerance` of itself, or none is accepted any more.
     """
     theta = np.clip(np.array(start, dtype=np.float64), low, high)
     count, size = theta.shape
@@ -70,7 +70,7 @@ def minimise(
         gradient = np.where(held, 0.0, gradient)
         hessian = np.where(held[:, :, None] | held[:, None, :], 0.0, hessian)
         diagonal = hessian[:, eye, eye]
-        # A parameter without influence (weights of its rows all 0, term vanished) gets no step instead of an endless one.
+        # A parameter without influence (its rows weigh 0, its term vanished) gets no step instead of an endless one.
         floor = 1e-12 * diagonal.max(axis=1, keepdims=True) + 1e-30
         hessian[:, eye, eye] = diagonal * (1 + damping[active, None]) + np.where(held | (diagonal < floor), 1.0, floor)
         step = -np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]

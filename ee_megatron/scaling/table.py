@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ class Table:
         near = difflib.get_close_matches(column, self.columns, n=1, cutoff=0.0)
         folded = [name for name in self.columns if name.lower() == column.lower()]
         raise ValueError(
-            f"{self.name}: no column {column!r}; the nearest is {(folded or near)[0]!r} (of {', '.join(self.columns)}); "
-            f"name the right one with {option} COLUMN"
+            f"{self.name}: no column {column!r}; the nearest is {(folded or near)[0]!r} "
+            f"(of {', '.join(self.columns)}); name the right one with {option} COLUMN"
         )
 
     def numbers(self, column: str, option: str, *, positive: bool = False) -> Array:
@@ -55,7 +55,8 @@ class Table:
                 expected = "a number > 0" if positive else "a finite number"
                 shown = "an empty cell" if cell is None or str(cell).strip() == "" else str(cell)
                 raise ValueError(
-                    f"{self.name}: row {row + 1}, column {column}: found {shown}, expected {expected}; correct or remove the row"
+                    f"{self.name}: row {row + 1}, column {column}: found {shown}, expected {expected}; "
+                    f"correct or remove the row"
                 )
             values[row] = value
         return values
@@ -76,8 +77,8 @@ class Columns:
 
 @dataclass(frozen=True)
 class Observations:
-    """Rows to fit: parameters N, tokens D, FLOPs C = 6ND unless the table has them, loss (float64 [R]) and run (int [R],
-    0..G-1). `notes` say what was derived or assumed."""
+    """Rows to fit: parameters N, tokens D, FLOPs C = 6ND unless the table has them, loss (float64 [R]) and run (int
+    [R], 0..G-1). `notes` say what was derived or assumed."""
 
     params: Array
     tokens: Array
@@ -93,8 +94,8 @@ class Observations:
     def rows(self, chosen: Array) -> Observations:
         """The rows where `chosen` (bool [R]), runs counted anew."""
         _, runs = np.unique(self.runs[chosen], return_inverse=True)
-        parts = (column[chosen] for column in (self.params, self.tokens, self.flops, self.loss))
-        return Observations(*parts, runs, self.notes)
+        kept = replace(self, params=self.params[chosen], tokens=self.tokens[chosen], flops=self.flops[chosen])
+        return replace(kept, loss=self.loss[chosen], runs=runs)
 
 
 def read_table(path: Path) -> Table:
@@ -150,16 +151,15 @@ def run_index(table: Table, columns: Columns) -> tuple[Array, str]:
 
 
 def observations(table: Table, columns: Columns) -> Observations:
-    """What the loss law is fitted to. Raises ValueError for columns that are missing and for values that are not > 0."""
+    """What the loss law is fitted to. Raises ValueError for missing columns and for values that are not > 0."""
     runs, note = run_index(table, columns)
     notes = [note]
     params = table.numbers(columns.params, "--params", positive=True)
     loss = table.numbers(columns.loss, "--loss", positive=True)
     has_tokens, has_flops = (name in table.columns for name in (columns.tokens, columns.flops))
-    if "flops" in columns.given or (has_flops and not has_tokens and "tokens" not in columns.given):
+    flops: Array | None = None
+    if has_flops or "flops" in columns.given:
         flops = table.numbers(columns.flops, "--flops", positive=True)
-    else:
-        flops = table.numbers(columns.flops, "--flops", positive=True) if has_flops else None
     if not has_tokens and flops is not None and "tokens" not in columns.given:
         notes.append(
             f"no column {columns.tokens}: tokens derived from FLOPs, D = {columns.flops} / (6 {columns.params})"

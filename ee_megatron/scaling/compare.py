@@ -191,8 +191,8 @@ def _judge(
 
 
 def coefficients(comparison: Comparison, result: FormResult) -> dict[str, dict[str, float]]:
-    """Slopes per unit of ln x or of lambda with 95 % intervals over runs; interactions as `x × lambda`, per unit of both,
-    and then the slopes of x and lambda hold at the other's mean.
+    """Slopes per unit of ln x or of lambda with 95 % intervals over runs; interactions as `x × lambda`, per unit of
+    both, and then the slopes of x and lambda hold at the other's mean.
 
     The constants are left out: they depend on where ln x = 0.
     """

@@ -20,7 +20,7 @@ STEEPEST = 8.0
 
 @dataclass(frozen=True)
 class Features:
-    """values [C, R], standardised; centres and scales [C] to undo that; `penalty` is lambda's place among them or None."""
+    """values [C, R], standardised; centres and scales [C] to undo that; `penalty` is lambda's place or None."""
 
     names: tuple[str, ...]
     values: Array

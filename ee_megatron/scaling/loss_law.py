@@ -79,7 +79,7 @@ def non_negative(gram: Array, moment: Array) -> Array:
 
 
 def _terms(design: Design, exponents: Array) -> Array:
-    """1, N^-alpha, D^-beta (centred), each over the row's loss: [S, 3, R]. So residuals are relative, like the noise."""
+    """1, N^-alpha, D^-beta (centred), each over the row's loss: [S, 3, R]. Residuals are relative, like the noise."""
     falling = np.exp(-exponents[:, :, None] * np.stack([design.size, design.tokens]))
     ones = np.ones((len(exponents), 1, len(design.size)))
     return np.concatenate([ones, falling], axis=1) * np.exp(-design.log_loss)
@@ -95,8 +95,8 @@ def _linear_part(terms: Array, weights: Array) -> tuple[Array, Array]:
 def variable_projection(design: Design, weights: Array, start: Array) -> Fits:
     """Least squares of relative residuals, Σ w (L(N, D)/loss - 1)², by variable projection.
 
-    For given exponents E, A, B are a non-negative linear problem with an exact solution, so the search is over alpha
-    and beta only (Golub and Pereyra, SIAM J. Numer. Anal. 10, 1973), with Kaufman's approximate Jacobian (BIT 15, 1975).
+    For given exponents E, A, B are a non-negative linear problem with an exact solution, so the search is over
+    alpha and beta only (Golub and Pereyra, SIAM J. Numer. Anal. 10, 1973), with Kaufman's approximate Jacobian (BIT 15, 1975).
     weights [S, R]; start [S, 2].
     """
 

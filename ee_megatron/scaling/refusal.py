@@ -69,6 +69,6 @@ def check_bounds(names: tuple[str, ...], share: Array, at: tuple[str, ...]) -> N
     if share[worst] > MAX_AT_BOUND:
         raise Refused(
             f"{names[worst]} is not identified: in {share[worst]:.0%} of the resamples it lies on its bound "
-            f"({at[worst]}), so its 95 % interval has no end there; expected at most {MAX_AT_BOUND:.1%}; widen the range of "
-            f"sizes or tokens, or add runs"
+            f"({at[worst]}), so its 95 % interval has no end there; expected at most {MAX_AT_BOUND:.1%}; widen the "
+            f"range of sizes or tokens, or add runs"
         )

@@ -96,7 +96,8 @@ def variable_projection(design: Design, weights: Array, start: Array) -> Fits:
     """Least squares of relative residuals, Σ w (L(N, D)/loss - 1)², by variable projection.
 
     For given exponents E, A, B are a non-negative linear problem with an exact solution, so the search is over
-    alpha and beta only (Golub and Pereyra, SIAM J. Numer. Anal. 10, 1973), with Kaufman's approximate Jacobian (BIT 15, 1975).
+    alpha and beta only (Golub and Pereyra, SIAM J. Numer. Anal. 10, 1973), with Kaufman's approximate Jacobian (BIT 15,
+    1975).
     weights [S, R]; start [S, 2].
     """
 

@@ -70,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, handler: Any
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=text.replace("%", "%%"))
+    # argparse fills in %(...)s in both.
+    text = text.replace("%", "%%")
+    parser = commands.add_parser(name, help=text, description=text)
     parser.add_argument("table", type=Path, metavar="TABLE", help="a .csv or .parquet file, one row per measurement")
     parser.add_argument("--run", metavar="COL", help="runs, resampled as wholes (default: run; without it, rows)")
     parser.add_argument("--lambda", dest="penalty", metavar="COL", help="depth penalty; may be 0 (default: lambda)")

@@ -83,13 +83,13 @@ def fit_law(obs: Observations, method: str, draws: int, seed: int) -> LawFit:
     solve = _solver(design, method)
     everything = np.ones(len(obs.loss))
     point = best_of_grid(design, solve, everything)
-    # A fit on a bound is no minimum; the resamples' share says more, but not where they are few.
-    check_bounds(PARAMETERS, point.bound[0].astype(float), BOUNDS)
+    # Said before anything is resampled: the intervals would be around a bound.
+    check_bounds(PARAMETERS, point.bound[0].astype(float), BOUNDS, "the fits to all runs")
     weights = resample_runs(
         obs.runs, draws, seed, enough=lambda rows: enough_cells(obs.params, obs.tokens, rows)
     )  # fmt: skip
     sampled = solve(weights, np.repeat(point.values, draws, axis=0))
-    check_bounds(PARAMETERS, sampled.bound.mean(axis=0), BOUNDS)
+    check_bounds(PARAMETERS, sampled.bound.mean(axis=0), BOUNDS, f"{draws} resamples")
     left_out = leave_one_run_out(obs.runs)
     jackknife = solve(left_out, np.repeat(point.values, len(left_out), axis=0))
     fitted = len(PARAMETERS) if method == "varpro" else 0
@@ -134,8 +134,10 @@ def _with_derived(values: Array) -> Array:
     equation 4)."""
     _, a, b, alpha, beta = values.T
     share = beta / (alpha + beta)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        coefficient = np.exp((np.log(alpha * a) - np.log(beta * b)) / (alpha + beta))
+    # In a few resamples (no more, see check_bounds) a term may be absent: an extreme G, not an undefined one.
+    least = 1e-300
+    ratio = np.log(np.maximum(alpha * a, least)) - np.log(np.maximum(beta * b, least))
+    coefficient = np.exp(np.minimum(ratio / (alpha + beta), 700.0))
     return np.column_stack([values, share, coefficient])
 
 

@@ -124,7 +124,8 @@ def _parabola(obs: Observations, rows: Array, flops: float) -> Budget | str:
         return "the parabola opens downwards, so it has no minimum"
     at = -c1 / (2 * c2) + centre
     if not x.min() < at < x.max():
-        return f"the minimum ({np.exp(at):.3g} parameters) lies outside the sizes that were trained"
+        side = "above" if at >= x.max() else "below"
+        return f"the minimum lies {side} the sizes that were trained"
     whole = (float(c0 - c1 * centre + c2 * centre**2), float(c1 - 2 * c2 * centre), float(c2))
     return Budget(flops, whole, float(np.exp(at)), float(c0 - c1**2 / (4 * c2)), rows)
 

@@ -52,8 +52,7 @@ class Fits(NamedTuple):
 def predict(values: Array, params: Array, tokens: Array) -> Array:
     """Loss [S, R] of values [S, 5] (PARAMETERS) at N [R] and D [R]."""
     e, a, b, alpha, beta = (column[:, None] for column in values.T)
-    # In logs: A alone can be larger than a float's range allows to multiply.
-    return e + np.exp(np.log(a) - alpha * np.log(params)) + np.exp(np.log(b) - beta * np.log(tokens))
+    return np.asarray(e + a * params**-alpha + b * tokens**-beta)
 
 
 def non_negative(gram: Array, moment: Array) -> Array:

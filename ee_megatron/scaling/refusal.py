@@ -63,12 +63,12 @@ def unexplained_share(x: Array, y: Array) -> float:
     return 1 - float(a @ b) ** 2 / scale if scale > 0 else 0.0
 
 
-def check_bounds(names: tuple[str, ...], share: Array, at: tuple[str, ...]) -> None:
-    """Refuse where the share of resamples on a bound ([K], like `names`) makes the interval reach it."""
+def check_bounds(names: tuple[str, ...], share: Array, at: tuple[str, ...], fits: str) -> None:
+    """Refuse where the share of `fits` on a bound ([K], like `names`) is such that a 95 % interval has no end there."""
     worst = int(np.argmax(share))
     if share[worst] > MAX_AT_BOUND:
         raise Refused(
-            f"{names[worst]} is not identified: in {share[worst]:.0%} of the resamples it lies on its bound "
-            f"({at[worst]}), so its 95 % interval has no end there; expected at most {MAX_AT_BOUND:.1%}; widen the "
-            f"range of sizes or tokens, or add runs"
+            f"{names[worst]} is not identified: it lies on its bound ({at[worst]}) in {share[worst]:.0%} of {fits}, so "
+            f"its 95 % interval has no end there; expected at most {MAX_AT_BOUND:.1%}; widen the range of sizes or "
+            f"tokens, or add runs"
         )

@@ -94,10 +94,10 @@ def minimise(
 
 
 def _total(residual: Array, weights: Array, delta: float | None) -> Array:
-    if delta is None:
-        loss = 0.5 * residual * residual
-    else:
-        size = np.abs(residual)
-        loss = np.where(size <= delta, 0.5 * residual * residual, delta * (size - 0.5 * delta))
     # An infinite prediction (a step far out) is a bad step, not an error.
+    with np.errstate(over="ignore"):
+        loss = 0.5 * residual * residual
+    if delta is not None:
+        size = np.abs(residual)
+        loss = np.where(size <= delta, loss, delta * (size - 0.5 * delta))
     return np.nan_to_num((weights * loss).sum(axis=1), nan=np.inf, posinf=np.inf)

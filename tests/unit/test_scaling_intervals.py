@@ -18,7 +18,8 @@ from ee_megatron.scaling.refusal import Refused
 
 
 @pytest.mark.parametrize(
-    ("freedom", "expected"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (5, 2.5706), (10, 2.2281), (31, 2.0395), (400, 1.9659)]
+    ("freedom", "expected"),
+    [(1, 12.7062), (2, 4.3027), (3, 3.1824), (5, 2.5706), (10, 2.2281), (31, 2.0395), (400, 1.9659)],
 )
 def test_student_quantiles_are_those_of_the_tables(freedom: int, expected: float) -> None:
     assert student_quantile(0.975, freedom) == pytest.approx(expected, abs=1e-4)

@@ -1,1 +1,1 @@
-"""What many runs say together: loss against parameters and tokens, depth and accuracy against size and penalty."""
+"""Scaling studies: grids of runs, one table, fits."""

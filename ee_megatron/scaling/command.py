@@ -74,6 +74,9 @@ def _add(
     text = text.replace("%", "%%")
     parser = commands.add_parser(name, help=text, description=text)
     parser.add_argument("table", type=Path, metavar="TABLE", help="a .csv or .parquet file, one row per measurement")
+    parser.add_argument(
+        "--where", action="append", default=[], metavar="COL=VALUE", help="use such rows only, e.g. status=finished"
+    )
     parser.add_argument("--run", metavar="COL", help="runs, resampled as wholes (default: run; without it, rows)")
     parser.add_argument("--lambda", dest="penalty", metavar="COL", help="depth penalty; may be 0 (default: lambda)")
     parser.add_argument("--params", metavar="COL", help="parameters N (default: params)")
@@ -101,6 +104,14 @@ def _columns(given: argparse.Namespace) -> Columns:
     names = ("params", "tokens", "flops", "loss", "run", "penalty")
     chosen = {name: value for name in names if (value := getattr(given, name, None)) is not None}
     return replace(Columns(**chosen), given=frozenset(chosen))
+
+
+def _read(given: argparse.Namespace) -> tuple[Table, list[str]]:
+    """The table's chosen rows, and notes on what was chosen."""
+    whole = read_table(given.table)
+    table = whole.where(given.where)
+    chosen = f"{len(table)} of {len(whole)} rows: {', '.join(given.where)}"
+    return table, [chosen] if given.where else []
 
 
 def _groups(table: Table, columns: Columns, obs: Observations) -> list[tuple[str, Observations]]:
@@ -140,11 +151,12 @@ def _facts(given: argparse.Namespace, table: Table, notes: Sequence[str], runs: 
 
 
 def _fit(given: argparse.Namespace) -> int:
-    table, columns = read_table(given.table), _columns(given)
+    (table, chosen), columns = _read(given), _columns(given)
     fitted, obs = _fit_groups(given, table, columns)
     if reasons := _all_refused(fitted):
         raise Refused(reasons)
-    lines = _facts(given, table, obs.notes, obs.run_count)
+    notes = [*chosen, *obs.notes]
+    lines = _facts(given, table, notes, obs.run_count)
     for name, group, outcomes in fitted:
         lines += [
             "",
@@ -153,16 +165,16 @@ def _fit(given: argparse.Namespace) -> int:
         ]
     print("\n".join(lines))
     if given.out is not None:
-        print(write_json(given.out / "fit.json", _fit_json(given, table, columns, obs, fitted)))
+        print(write_json(given.out / "fit.json", _fit_json(given, table, columns, obs, fitted, notes)))
         print(write_text(given.out / "fit.txt", lines))
     return 0
 
 
 def _fit_json(
-    given: argparse.Namespace, table: Table, columns: Columns, obs: Observations, fitted: Fitted
+    given: argparse.Namespace, table: Table, columns: Columns, obs: Observations, fitted: Fitted, notes: Sequence[str]
 ) -> dict[str, Any]:
     return {
-        **_source(given, table, obs.notes),
+        **_source(given, table, notes),
         "columns": {n: getattr(columns, n) for n in ("params", "tokens", "flops", "loss", "run")},
         "rows": len(table),
         "runs": obs.run_count,
@@ -201,19 +213,20 @@ def _against(given: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _compare(given: argparse.Namespace) -> int:
-    table = read_table(given.table)
+    table, chosen = _read(given)
     found = compare(table, _columns(given), given.metric, _against(given), given.bootstrap, given.seed)
-    lines = [*_facts(given, table, found.notes, int(found.runs.max()) + 1), "", *comparison_lines(found)]
+    notes = [*chosen, *found.notes]
+    lines = [*_facts(given, table, notes, int(found.runs.max()) + 1), "", *comparison_lines(found)]
     print("\n".join(lines))
     if given.out is not None:
-        data = {**_source(given, table, found.notes), **found.as_json()}
+        data = {**found.as_json(), **_source(given, table, notes)}
         print(write_json(given.out / "compare.json", data))
         print(write_text(given.out / "compare.txt", lines))
     return 0
 
 
 def _plot(given: argparse.Namespace) -> int:
-    table, columns = read_table(given.table), _columns(given)
+    (table, chosen), columns = _read(given), _columns(given)
     if (given.accuracy is None) != (given.depth is None) or (given.metric is None) != (given.against is None):
         raise ValueError("--accuracy and --depth, --metric and --against: found one of a pair; give both or neither")
     other = given.accuracy is not None or given.metric is not None
@@ -229,10 +242,8 @@ def _plot(given: argparse.Namespace) -> int:
         sections.append(_pareto_section(given, table, columns))
     if given.metric is not None:
         sections.append(_metric_section(given, table, columns))
-    page = write_page(
-        given.out, table.name, [f"{table.name}: {len(table)} rows", f"seed {given.seed}", *notes], sections
-    )
-    print(page)
+    facts = [f"{table.name}: {len(table)} rows", f"seed {given.seed}", *chosen, *notes]
+    print(write_page(given.out, table.name, facts, sections))
     return 0
 
 

@@ -15,7 +15,7 @@ from ..observe.palette import LIGHT, SERIES, scale
 from .compare import Comparison
 from .fit import LawFit
 from .forms import evaluate
-from .isoflop import IsoFlopFit
+from .isoflop_law import IsoFlopFit
 from .loss_law import PARAMETERS, predict
 from .solver import Array
 from .table import Observations, levels

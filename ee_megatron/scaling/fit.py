@@ -13,7 +13,7 @@ import numpy as np
 
 from . import loss_law
 from .intervals import Interval, bca_interval, leave_one_run_out, resample_runs
-from .isoflop import IsoFlopFit, fit_isoflop
+from .isoflop_law import IsoFlopFit, fit_isoflop
 from .loss_law import PARAMETERS, Design, Fits
 from .refusal import Refused, check_bounds, check_design, enough_cells
 from .solver import Array

@@ -51,14 +51,6 @@ def resample_runs(runs: Array, draws: int, seed: int, enough: Callable[[Array], 
     return np.stack(kept)[:, runs].astype(np.float64)
 
 
-def wild_weights(count: int, draws: int, seed: int) -> Array:
-    """Factors [S, G] for each run's residuals, mean 0 and variance 1: the six points of Webb (2023, Canadian Journal of
-    Economics 56), made for few clusters, in the wild cluster bootstrap of Cameron, Gelbach and Miller (Review of
-    Economics and Statistics 90, 2008)."""
-    points = np.sqrt([0.5, 1.0, 1.5])
-    return np.random.default_rng(seed).choice(np.concatenate([-points, points]), size=(draws, count))
-
-
 def leave_one_run_out(runs: Array) -> Array:
     """Weights [G, R]: 1, and 0 for the rows of the run left out."""
     return (np.arange(int(runs.max()) + 1)[:, None] != runs).astype(np.float64)

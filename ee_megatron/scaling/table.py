@@ -43,6 +43,21 @@ class Table:
             f"(of {', '.join(self.columns)}); name the right one with {option} COLUMN"
         )
 
+    def where(self, conditions: Sequence[str]) -> Table:
+        """The rows in which each COLUMN=VALUE holds, compared as text. Raises ValueError where none is left."""
+        kept = list(range(len(self)))
+        for condition in conditions:
+            column, equals, value = condition.partition("=")
+            if not equals:
+                raise ValueError(f"--where {condition}: expected COLUMN=VALUE, e.g. status=finished")
+            cells = self.cells(column, "--where")
+            kept = [row for row in kept if str(cells[row]) == value]
+            if not kept:
+                there = ", ".join(sorted({str(cell) for cell in cells})[:5])
+                raise ValueError(f"--where {condition}: no row is left of {len(self)}; {column} has {there}")
+        rows = {name: [cells[row] for row in kept] for name, cells in self.columns.items()}
+        return replace(self, columns=rows)
+
     def numbers(self, column: str, option: str, *, positive: bool = False) -> Array:
         """A column as float64 [R]. Raises ValueError for a cell that is no finite number or, where asked, not > 0."""
         values = np.empty(len(self))
@@ -56,7 +71,7 @@ class Table:
                 shown = "an empty cell" if cell is None or str(cell).strip() == "" else str(cell)
                 raise ValueError(
                     f"{self.name}: row {row + 1}, column {column}: found {shown}, expected {expected}; "
-                    f"correct or remove the row"
+                    f"correct the row or leave it out with --where"
                 )
             values[row] = value
         return values

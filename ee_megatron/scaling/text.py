@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from .compare import Comparison, coefficients
 from .fit import LawFit, Outcome
-from .isoflop import IsoFlopFit
+from .isoflop_law import IsoFlopFit
 from .refusal import Refused
 
 MEANING = {
@@ -53,7 +53,7 @@ def _law_lines(fit: LawFit) -> list[str]:
 
 def _isoflop_lines(fit: IsoFlopFit) -> list[str]:
     low, high = fit.interval
-    lines = [f"isoflop: N_opt = k C^a; 95 % interval: wild bootstrap over runs, {len(fit.draws)} resamples"]
+    lines = [f"isoflop: N_opt = k C^a; 95 % interval: bootstrap of runs' residuals, {len(fit.draws)} resamples"]
     lines.append(
         f"  {'exponent_a':<14}{number(fit.exponent):>10}  {f'[{number(low)}, {number(high)}]':<24}exponent of C"
     )

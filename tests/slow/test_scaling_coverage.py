@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ee_megatron.scaling.fit import fit_law
-from ee_megatron.scaling.isoflop import fit_isoflop
+from ee_megatron.scaling.isoflop_law import fit_isoflop
 from ee_megatron.scaling.table import Observations
 from tests.scaling_samples import EXPONENT_A, isoflop_runs, noisy
 
@@ -69,7 +69,7 @@ def test_resampling_rows_of_such_runs_would_not_cover() -> None:
     assert max(found.values()) < accepted(SETS)[0], "if rows did as well, resampling runs would be shown to do nothing"
 
 
-@pytest.mark.parametrize(("budgets", "sizes"), [(6, 9), (4, 7)])
+@pytest.mark.parametrize(("budgets", "sizes"), [(6, 9), (4, 7), (3, 5)])
 def test_the_interval_of_the_isoflop_exponent_covers_at_its_rate(budgets: int, sizes: int) -> None:
     found = 0
     for seed in range(FIRST_SEED, FIRST_SEED + SETS):

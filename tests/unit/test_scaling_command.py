@@ -86,6 +86,19 @@ def test_runs_under_each_lambda_get_a_law_of_their_own(tmp_path: Path, capsys) -
     assert floors[1] - floors[0] == pytest.approx(0.5, abs=0.1)
 
 
+def test_rows_are_chosen_by_a_columns_value_and_the_output_says_so(losses: Path, tmp_path: Path, capsys) -> None:
+    lines = losses.read_text().splitlines()
+    rows = [lines[0] + ",status", *(line + ",finished" for line in lines[1:]), "1e9,1e10,,failed"]
+    path = tmp_path / "sweep.csv"
+    path.write_text("\n".join(rows) + "\n")
+    fit = ["scaling", "fit", str(path), *FAST, "--method", "varpro"]
+    assert cli.main(fit) == 2 and "found an empty cell" in capsys.readouterr().err
+    assert cli.main([*fit, "--where", "status=finished"]) == 0
+    assert "36 of 37 rows: status=finished" in capsys.readouterr().out
+    assert cli.main([*fit, "--where", "status=done"]) == 2
+    assert "no row is left of 37; status has failed, finished" in capsys.readouterr().err
+
+
 def test_compare_prints_and_saves_its_verdict(depths: Path, tmp_path: Path, capsys) -> None:
     arguments = ["scaling", "compare", str(depths), *FAST, "--metric", "mean_depth", "--against", "params,lambda"]
     assert cli.main([*arguments, "--out", str(tmp_path)]) == 0

@@ -12,7 +12,6 @@ from ee_megatron.scaling.intervals import (
     resample_runs,
     student_cdf,
     student_quantile,
-    wild_weights,
 )
 from ee_megatron.scaling.refusal import Refused
 
@@ -83,8 +82,3 @@ def test_percentiles_widen_with_few_degrees_of_freedom() -> None:
     assert percentile_interval(draws).high == pytest.approx(1.96, abs=0.04)
     assert percentile_interval(draws, freedom=10).high == pytest.approx(2.228, abs=0.05)
     assert percentile_interval(draws, level=0.9).high == pytest.approx(1.645, abs=0.04)
-
-
-def test_wild_factors_have_mean_zero_and_variance_one() -> None:
-    factors = wild_weights(6, 20000, 0)
-    assert factors.shape == (20000, 6) and abs(factors.mean()) < 0.01 and factors.var() == pytest.approx(1, abs=0.01)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ee_megatron.scaling.isoflop import fit_isoflop, group_budgets
+from ee_megatron.scaling.isoflop_law import _drawn_residuals, fit_isoflop, group_budgets
 from ee_megatron.scaling.refusal import Refused
 from ee_megatron.scaling.table import Observations
 from tests.scaling_samples import EXPONENT_A, isoflop_runs
@@ -68,3 +68,23 @@ def test_noise_that_moves_minima_out_of_their_sizes_is_refused() -> None:
     obs = isoflop_runs(2, budgets=3, sizes=6, sd=0.04)
     with pytest.raises(Refused, match=r"of the resamples have fewer|compute budgets with a minimum"):
         fit_isoflop(obs, 300, 0)
+
+
+def test_rows_of_a_run_take_the_residuals_of_one_other_run_in_their_order() -> None:
+    runs = np.array([4, 7, 4, 7, 9])
+    residual = np.array([1.0, 10.0, 2.0, 20.0, 300.0])
+    drawn = _drawn_residuals(runs, residual, 400, 0)
+    pairs = {(float(a), float(b)) for a, b in drawn[:, [0, 2]]} | {(float(a), float(b)) for a, b in drawn[:, [1, 3]]}
+    assert pairs == {(1.0, 2.0), (10.0, 20.0), (300.0, 300.0)}
+    assert set(drawn[:, 4].tolist()) == {1.0, 10.0, 300.0}
+
+
+def test_budgets_that_share_their_runs_have_a_wider_interval_than_independent_ones() -> None:
+    obs = isoflop_runs(3, budgets=5, sizes=9, sd=0.0)
+    # Noise that tilts all parabolas alike moves all minima alike: a run per size carries it through every budget.
+    noise = np.tile(np.random.default_rng(3).normal(0, 0.004, 9), 5) * np.repeat(np.linspace(-1, 1, 5), 9)
+    loss = obs.loss * (1 + noise)
+    shared = Observations(obs.params, obs.tokens, obs.flops, loss, np.tile(np.arange(9), 5))
+    alone = Observations(obs.params, obs.tokens, obs.flops, loss, np.arange(45))
+    widths = [f.interval.high - f.interval.low for f in (fit_isoflop(o, 400, 0) for o in (shared, alone))]
+    assert widths[0] > 1.2 * widths[1]

@@ -1,4 +1,4 @@
-"""The loss law is recovered from data that follow it; both estimators reach the minimum that independent methods reach."""
+"""The loss law is recovered from data that follow it; both estimators reach the minimum that other methods reach."""
 
 from __future__ import annotations
 

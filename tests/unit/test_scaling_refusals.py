@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ee_megatron.scaling.fit import fit_all, fit_law
-from ee_megatron.scaling.isoflop import IsoFlopFit
+from ee_megatron.scaling.isoflop_law import IsoFlopFit
 from ee_megatron.scaling.loss_law import predict
 from ee_megatron.scaling.refusal import Refused
 from ee_megatron.scaling.table import Columns, Observations, Table, observations, read_table

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from .forms import Features, Form, all_forms, evaluate, features, fit_form
+from .forms import STEEPEST, Features, Form, all_forms, evaluate, features, fit_form
 from .intervals import LEVEL, Interval, leave_one_run_out, percentile_interval, resample_runs
-from .refusal import Refused
+from .refusal import MAX_AT_BOUND, Refused
 from .solver import Array
 from .table import Columns, Table, run_index
 
@@ -26,7 +26,8 @@ MAX_FOLDS = 50
 class FormResult:
     """One form. error: held-out root mean square, in the metric's unit; gain: its mean squared error less the
     constant's, with an interval over runs (negative is better); `beats` where the interval lies below 0 at the level
-    that holds for all forms together. coefficients: of the standardised columns. curve_draws [S, P]."""
+    that holds for all forms together; `ties` where the errors leave open whether it or the best form is better.
+    theta [P], draws [S, P]: of the standardised columns."""
 
     form: Form
     design: Callable[[Array], Array]
@@ -34,6 +35,7 @@ class FormResult:
     gain: float
     interval: Interval
     beats: bool
+    ties: bool
     theta: Array = field(repr=False)
     draws: Array = field(repr=False)
 
@@ -71,15 +73,9 @@ class Comparison:
             return f"no form beats the constant: these runs show no dependence of {self.metric} on {names}"
         first = self.winners[0]
         share = 1 - (first.error / self.constant.error) ** 2 if self.constant.error > 0 else 0.0
-        near = [r.form.name for r in self.winners[1:] if self.ties(r)]
+        near = [r.form.name for r in self.winners[1:] if r.ties]
         also = f"; not told apart from it: {', '.join(near)}" if near else ""
         return f"{first.form.name} predicts {self.metric} best ({share:.0%} of the constant's squared error gone){also}"
-
-    def ties(self, result: FormResult) -> bool:
-        """Whether the squared errors of the best form and this one, run by run, leave their order open."""
-        return self._tied[result.form.name]
-
-    _tied: dict[str, bool] = field(default_factory=dict, repr=False)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -142,12 +138,7 @@ def compare(table: Table, columns: Columns, metric: str, against: tuple[str, ...
         sampled = fit_form(form, design(feats.values), y, weights)
         fitted.append((form, design, theta[0], sampled))
     results = _judge(fitted, errors, draws, seed)
-    comparison = Comparison(metric, feats, np.stack(raw), y, runs, results, refused, how, (note,))
-    first = min(results, key=lambda r: r.error).form.name
-    for result in results:
-        gap = _mean_difference(errors[result.form.name] - errors[first], draws, seed)
-        comparison._tied[result.form.name] = percentile_interval(gap).low <= 0
-    return comparison
+    return Comparison(metric, feats, np.stack(raw), y, runs, results, refused, how, (note,))
 
 
 def _folds(runs: Array, seed: int) -> tuple[Array, str]:
@@ -178,6 +169,7 @@ def _judge(
     """Several forms against one constant: each at 1 - 0.05/F, so that all together are wrong in 5 % (Bonferroni)."""
     rivals = max(1, len(fitted) - 1)
     strict = 1 - (1 - LEVEL) / rivals
+    best = min(errors.values(), key=lambda values: float(values.mean()))
     results = []
     for form, design, theta, sampled in fitted:
         difference = errors[form.name] - errors["constant"]
@@ -186,15 +178,17 @@ def _judge(
         beats = form.name != "constant" and percentile_interval(means, freedom, strict).high < 0
         error, gain = float(np.sqrt(errors[form.name].mean())), float(difference.mean())
         interval = percentile_interval(means, freedom)
-        results.append(FormResult(form, design, error, gain, interval, beats, theta, sampled))
+        ties = percentile_interval(_mean_difference(errors[form.name] - best, draws, seed), freedom).low <= 0
+        results.append(FormResult(form, design, error, gain, interval, beats, ties, theta, sampled))
     return results
 
 
-def coefficients(comparison: Comparison, result: FormResult) -> dict[str, dict[str, float]]:
+def coefficients(comparison: Comparison, result: FormResult) -> dict[str, dict[str, Any]]:
     """Slopes per unit of ln x or of lambda with 95 % intervals over runs; interactions as `x × lambda`, per unit of
     both, and then the slopes of x and lambda hold at the other's mean.
 
-    The constants are left out: they depend on where ln x = 0.
+    A slope that resamples drive to its bound has `refused` instead of a value. The constants are left out: they depend
+    on where ln x = 0.
     """
     feats = comparison.feats
     first = 2 if result.form.name == "saturating" else 1
@@ -205,10 +199,13 @@ def coefficients(comparison: Comparison, result: FormResult) -> dict[str, dict[s
         others = [c for c in range(len(feats.names)) if c != feats.penalty]
         names += [f"{feats.names[c]} × {feats.names[feats.penalty]}" for c in others]
         scales += [float(feats.scales[c] * feats.scales[feats.penalty]) for c in others]
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for index, (name, scale) in enumerate(zip(names, scales, strict=True), start=first):
         if index >= len(result.theta):
             break
+        if result.form.steepness and (at := float(np.mean(np.abs(result.draws[:, index]) >= STEEPEST))) > MAX_AT_BOUND:
+            found[name] = {"refused": f"not identified: at its bound in {at:.0%} of the resamples"}
+            continue
         interval = percentile_interval(
             result.draws[:, index] / scale, len(np.unique(comparison.runs)) - len(result.theta)
         )

@@ -39,7 +39,7 @@ PLANTED = {
 def test_the_form_that_made_the_data_is_among_the_best(name: str) -> None:
     found = judged(PLANTED[name] + noise(1, 0.004))
     assert found.winners and found.winners[0].error < 0.005
-    tied = {r.form.name for r in found.winners if found.ties(r)}
+    tied = {r.form.name for r in found.winners if r.ties}
     assert name in tied, found.verdict()
 
 
@@ -49,7 +49,7 @@ def test_the_form_that_made_the_data_is_among_the_best(name: str) -> None:
 )
 def test_a_form_that_is_wrong_is_told_apart_from_the_right_one(name: str, rivals: set[str]) -> None:
     found = judged(PLANTED[name] + noise(2, 0.003))
-    tied = {r.form.name for r in found.results if found.ties(r)}
+    tied = {r.form.name for r in found.results if r.ties}
     assert not rivals & tied, found.verdict()
 
 
@@ -69,8 +69,8 @@ def test_an_interaction_with_lambda_is_found_where_there_is_one_and_only_there()
     against = ("params", "lambda")
     found = judged(crossed + noise(4, 0.01), against)
     result = next(r for r in found.results if r.form.name == "linear × lambda")
-    assert found.ties(result) and result.beats, found.verdict()
-    assert not any(found.ties(r) for r in found.results if not r.form.name.endswith("× lambda")), found.verdict()
+    assert result.ties and result.beats, found.verdict()
+    assert not any(r.ties for r in found.results if not r.form.name.endswith("× lambda")), found.verdict()
     value = coefficients(found, result)["params × lambda"]
     assert value["value"] == pytest.approx(-0.05, abs=0.01) and value["high"] < 0
     plain = judged(0.6 - 0.02 * X - 0.1 * PENALTY + noise(4, 0.01), against)

@@ -78,6 +78,9 @@ def comparison_lines(found: Comparison) -> list[str]:
         best = found.winners[0]
         lines.append(f"  slopes of {best.form.name}, {best.form.formula} (t = ln x; lambda as it is):")
         for name, value in coefficients(found, best).items():
+            if "refused" in value:
+                lines.append(f"    {name:<18}{value['refused']}")
+                continue
             lines.append(
                 f"    {name:<18}{number(value['value']):>10}  [{number(value['low'])}, {number(value['high'])}]"
             )

@@ -130,3 +130,10 @@ def test_lambda_may_be_zero_and_other_columns_may_not() -> None:
     assert judged(0.6 - 0.2 * PENALTY + noise(0, 0.01), ("lambda",)).winners
     with pytest.raises(ValueError, match="row 1, column dose: found 0"):
         judged(PLANTED["linear"], ("dose",), dose=PENALTY)
+
+
+def test_a_slope_that_the_data_do_not_hold_is_refused_and_not_a_number() -> None:
+    # A step between the smallest size and the rest is the same under every exponent that is steep enough.
+    found = judged(np.where(SIZES < 2e7, 0.8, 0.5) + noise(6, 0.01))
+    result = next(r for r in found.results if r.form.name == "saturating")
+    assert "not identified: at its bound in" in coefficients(found, result)["params"]["refused"]

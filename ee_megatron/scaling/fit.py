@@ -75,7 +75,8 @@ def fit_law(obs: Observations, method: str, draws: int, seed: int) -> LawFit:
     """`method` huber or varpro, with 95 % intervals from `draws` resamples of whole runs.
 
     Least squares has the expanded BCa interval, Huber's loss the plain one: with delta far below the noise it is nearly
-    the sum of absolute residuals, whose percentiles cover too much already (docs/scaling.md has the coverage of both). Raises Refused where the data do not determine a parameter.
+    the sum of absolute residuals, whose percentiles cover too much already (docs/scaling.md has the coverage of both).
+    Raises Refused where the data do not determine a parameter.
     """
     check_design(obs.params, obs.tokens, obs.runs)
     design = Design.of(obs.params, obs.tokens, obs.loss)

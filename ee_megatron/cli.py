@@ -26,6 +26,7 @@ JOB = "what a Slurm batch script needs to know of a stage, as key=value lines, o
 REPORT = "one HTML file (and PNG plots) from what the stages have written"
 GENERATE = "answer one prompt, token by token, each with its depth"
 SERVE = "answer over HTTP as OpenAI's API does, with exits as extra fields"
+SCALING = "scaling laws from a table of runs: fits with intervals, competing forms, plots"
 CONVERT = "between Hugging Face directories, Megatron checkpoints and policies; reshard, verify, inspect"
 
 EPILOG = """\
@@ -36,6 +37,7 @@ examples:
   ee-megatron plan experiment=rl_7b --dims DeepSeek-R1-Distill-Qwen-7B
   ee-megatron report experiment=demo_cpu
   ee-megatron convert --help
+  ee-megatron scaling --help
 
 Settings are key=value; `--dry-run` prints all of them. EE_DEBUG=1 shows the full traceback of an error.
 """
@@ -46,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["convert"]:
         return _guarded(lambda: _convert(arguments[1:]))
+    if arguments[:1] == ["scaling"]:
+        return _guarded(lambda: _scaling(arguments[1:]))
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     wrong = [text for text in rest if text.startswith("-")]
@@ -101,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add(commands, "job", JOB, _job, stage=True)
     # Only for the list of commands: main() hands its arguments on unread.
     commands.add_parser("convert", help=CONVERT, add_help=False)
+    commands.add_parser("scaling", help=SCALING, add_help=False)
     return parser
 
 
@@ -279,6 +284,12 @@ def _convert(arguments: list[str]) -> int:
     from .checkpoint import convert
 
     return int(convert.main(arguments) or 0)
+
+
+def _scaling(arguments: list[str]) -> int:
+    from .scaling import command
+
+    return command.main(arguments)
 
 
 def _quiet_megatron() -> None:

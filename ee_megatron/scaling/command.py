@@ -1,0 +1,293 @@
+"""`ee-megatron scaling fit | compare | plot`: one table of runs in, fits with intervals or clear refusals out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .compare import compare
+from .fit import METHODS, Outcome, fit_all
+from .refusal import Refused
+from .report import Section, write_json, write_page, write_text
+from .table import Columns, Observations, Table, levels, observations, read_table
+from .text import comparison_lines, fit_lines
+
+MIN_BOOTSTRAP = 200
+FIT = "L(N, D) = E + A/N^alpha + B/D^beta and isoFLOP minima, with 95 % intervals over runs and held-out errors"
+COMPARE = (
+    "which form a metric follows: constant, linear, power law, saturating, logistic, with lambda; by held-out error"
+)
+PLOT = "the fits with bands, isoFLOP curves, Pareto fronts: PNG files and one HTML page"
+EPILOG = """\
+examples:
+  ee-megatron scaling fit runs.csv --params N --tokens D --loss final_loss --out fits
+  ee-megatron scaling compare runs.parquet --metric mean_depth --against params,lambda
+  ee-megatron scaling plot runs.csv --accuracy accuracy --depth mean_depth --out plots
+
+A table has one row per measurement. docs/scaling.md: formulas, what the intervals mean, what is refused and why.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one sub-command; returns 0. Raises ValueError (Refused among them) or FileNotFoundError for what a user can
+    put right."""
+    given = _parser().parse_args(list(argv))
+    if given.bootstrap < MIN_BOOTSTRAP:
+        raise ValueError(
+            f"--bootstrap {given.bootstrap}: expected at least {MIN_BOOTSTRAP}, since a 2.5 % quantile of fewer "
+            f"resamples rests on fewer than {MIN_BOOTSTRAP // 40} of them"
+        )
+    if given.seed < 0:
+        raise ValueError(f"--seed {given.seed}: expected a number >= 0")
+    return int(given.handler(given))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ee-megatron scaling",
+        description="Scaling laws from a table of runs.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
+    fit = _add(commands, "fit", FIT, _fit)
+    _add_fit(fit)
+    comparing = _add(commands, "compare", COMPARE, _compare)
+    _add_compare(comparing, required=True)
+    plot = _add(commands, "plot", PLOT, _plot)
+    _add_fit(plot)
+    _add_compare(plot, required=False)
+    plot.add_argument("--accuracy", metavar="COL", help="with --depth: Pareto fronts, one per size")
+    plot.add_argument("--depth", metavar="COL", help="mean depth or exit fraction; less is better")
+    return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, handler: Any
+) -> argparse.ArgumentParser:
+    # argparse fills in %(...)s in both.
+    text = text.replace("%", "%%")
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.add_argument("table", type=Path, metavar="TABLE", help="a .csv or .parquet file, one row per measurement")
+    parser.add_argument(
+        "--where", action="append", default=[], metavar="COL=VALUE", help="use such rows only, e.g. status=finished"
+    )
+    parser.add_argument("--run", metavar="COL", help="runs, resampled as wholes (default: run; without it, rows)")
+    parser.add_argument("--lambda", dest="penalty", metavar="COL", help="depth penalty; may be 0 (default: lambda)")
+    parser.add_argument("--params", metavar="COL", help="parameters N (default: params)")
+    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples (default: 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="of resamples and folds (default: 0)")
+    needed = name == "plot"
+    parser.add_argument("--out", type=Path, metavar="DIR", required=needed, help="write the results there as files")
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def _add_fit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokens", metavar="COL", help="training tokens D (default: tokens)")
+    parser.add_argument("--flops", metavar="COL", help="FLOPs C; D = C/(6N) without tokens (default: flops)")
+    parser.add_argument("--loss", metavar="COL", help="loss in nats (default: loss)")
+    parser.add_argument("--method", choices=[*METHODS, "all"], default="all", help="default: all")
+
+
+def _add_compare(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument("--metric", metavar="COL", required=required, help="what is to be explained, e.g. mean_depth")
+    parser.add_argument("--against", metavar="COL[,COL]", required=required, help="by what, e.g. params,lambda")
+
+
+def _columns(given: argparse.Namespace) -> Columns:
+    names = ("params", "tokens", "flops", "loss", "run", "penalty")
+    chosen = {name: value for name in names if (value := getattr(given, name, None)) is not None}
+    return replace(Columns(**chosen), given=frozenset(chosen))
+
+
+def _read(given: argparse.Namespace) -> tuple[Table, list[str]]:
+    """The table's chosen rows, and notes on what was chosen."""
+    whole = read_table(given.table)
+    table = whole.where(given.where)
+    chosen = f"{len(table)} of {len(whole)} rows: {', '.join(given.where)}"
+    return table, [chosen] if given.where else []
+
+
+def _groups(table: Table, columns: Columns, obs: Observations) -> list[tuple[str, Observations]]:
+    """One law per value of lambda where such a column was named: runs under another penalty follow another law."""
+    if "penalty" not in columns.given:
+        return [("", obs)]
+    penalty = table.numbers(columns.penalty, "--lambda")
+    return [(f"{columns.penalty} = {level:g}", obs.rows(penalty == level)) for level in levels(penalty)]
+
+
+Fitted = list[tuple[str, Observations, dict[str, Outcome]]]
+
+
+def _fit_groups(given: argparse.Namespace, table: Table, columns: Columns) -> tuple[Fitted, Observations]:
+    obs = observations(table, columns)
+    methods = METHODS if given.method == "all" else (given.method,)
+    fitted = [
+        (name, group, fit_all(group, methods, given.bootstrap, given.seed))
+        for name, group in _groups(table, columns, obs)
+    ]
+    return fitted, obs
+
+
+def _all_refused(fitted: Fitted) -> str:
+    """Every reason in one line where nothing was fitted, else ''."""
+    reasons = []
+    for name, _, outcomes in fitted:
+        for method, outcome in outcomes.items():
+            if not isinstance(outcome, Refused):
+                return ""
+            reasons.append(f"{name + ', ' if name else ''}{method}: {outcome}")
+    return " | ".join(reasons)
+
+
+def _facts(given: argparse.Namespace, table: Table, notes: Sequence[str], runs: int) -> list[str]:
+    return [f"{table.name}: {len(table)} rows, {runs} runs", f"seed {given.seed}", *notes]
+
+
+def _fit(given: argparse.Namespace) -> int:
+    (table, chosen), columns = _read(given), _columns(given)
+    fitted, obs = _fit_groups(given, table, columns)
+    if reasons := _all_refused(fitted):
+        raise Refused(reasons)
+    notes = [*chosen, *obs.notes]
+    lines = _facts(given, table, notes, obs.run_count)
+    for name, group, outcomes in fitted:
+        lines += [
+            "",
+            *([f"{name}: {len(group.loss)} rows, {group.run_count} runs"] if name else []),
+            *fit_lines(outcomes),
+        ]
+    print("\n".join(lines))
+    if given.out is not None:
+        print(write_json(given.out / "fit.json", _fit_json(given, table, columns, obs, fitted, notes)))
+        print(write_text(given.out / "fit.txt", lines))
+    return 0
+
+
+def _fit_json(
+    given: argparse.Namespace, table: Table, columns: Columns, obs: Observations, fitted: Fitted, notes: Sequence[str]
+) -> dict[str, Any]:
+    return {
+        **_source(given, table, notes),
+        "columns": {n: getattr(columns, n) for n in ("params", "tokens", "flops", "loss", "run")},
+        "rows": len(table),
+        "runs": obs.run_count,
+        "groups": [
+            {
+                "group": name or "all rows",
+                "rows": len(group.loss),
+                "runs": group.run_count,
+                "methods": {
+                    method: {"refused": str(found)} if isinstance(found, Refused) else found.as_json()
+                    for method, found in outcomes.items()
+                },
+            }
+            for name, group, outcomes in fitted
+        ],
+    }
+
+
+def _source(given: argparse.Namespace, table: Table, notes: Sequence[str]) -> dict[str, Any]:
+    return {
+        "table": table.name,
+        "sha256": table.digest,
+        "bootstrap": given.bootstrap,
+        "seed": given.seed,
+        "notes": list(notes),
+    }
+
+
+def _against(given: argparse.Namespace) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in given.against.split(",") if name.strip())
+    if given.penalty is not None and given.penalty not in names:
+        names = (*names, given.penalty)
+    if not names or len(set(names)) < len(names) or given.metric in names:
+        raise ValueError(f"--against {given.against}: expected one or more different columns other than the metric's")
+    return names
+
+
+def _compare(given: argparse.Namespace) -> int:
+    table, chosen = _read(given)
+    found = compare(table, _columns(given), given.metric, _against(given), given.bootstrap, given.seed)
+    notes = [*chosen, *found.notes]
+    lines = [*_facts(given, table, notes, int(found.runs.max()) + 1), "", *comparison_lines(found)]
+    print("\n".join(lines))
+    if given.out is not None:
+        data = {**found.as_json(), **_source(given, table, notes)}
+        print(write_json(given.out / "compare.json", data))
+        print(write_text(given.out / "compare.txt", lines))
+    return 0
+
+
+def _plot(given: argparse.Namespace) -> int:
+    (table, chosen), columns = _read(given), _columns(given)
+    if (given.accuracy is None) != (given.depth is None) or (given.metric is None) != (given.against is None):
+        raise ValueError("--accuracy and --depth, --metric and --against: found one of a pair; give both or neither")
+    other = given.accuracy is not None or given.metric is not None
+    sections: list[Section] = []
+    notes: Sequence[str] = ()
+    # A table without losses can still have fronts and metrics; asked for nothing else, its missing loss is the error.
+    if columns.loss in table.columns or "loss" in columns.given or not other:
+        fitted, obs = _fit_groups(given, table, columns)
+        if (reasons := _all_refused(fitted)) and not other:
+            raise Refused(reasons)
+        sections, notes = _law_sections(fitted), obs.notes
+    if given.accuracy is not None:
+        sections.append(_pareto_section(given, table, columns))
+    if given.metric is not None:
+        sections.append(_metric_section(given, table, columns))
+    facts = [f"{table.name}: {len(table)} rows", f"seed {given.seed}", *chosen, *notes]
+    print(write_page(given.out, table.name, facts, sections))
+    return 0
+
+
+def _law_sections(fitted: Fitted) -> list[Section]:
+    # matplotlib takes a second to load; fit and compare don't need it.
+    from . import figures
+
+    sections = []
+    for index, (name, obs, outcomes) in enumerate(fitted):
+        label, suffix = (f", {name}", f"_{index}") if name else ("", "")
+        section = Section(f"Loss law{label}", fit_lines(outcomes))
+        for outcome in outcomes.values():
+            if isinstance(outcome, Refused):
+                continue
+            draw: Any = figures.isoflop if hasattr(outcome, "budgets") else figures.loss_law
+            picture = draw(outcome, obs, label)
+            section.pictures.append(picture._replace(name=picture.name + suffix))
+        sections.append(section)
+    return sections
+
+
+def _pareto_section(given: argparse.Namespace, table: Table, columns: Columns) -> Section:
+    from . import figures
+
+    accuracy = table.numbers(given.accuracy, "--accuracy")
+    depth = table.numbers(given.depth, "--depth")
+    sizes = ["all runs"] * len(table)
+    if columns.params in table.columns or "params" in columns.given:
+        params = table.numbers(columns.params, "--params", positive=True)
+        order = {size: f"{size:.3g} parameters" for size in levels(params)}
+        sizes = [order[float(size)] for size in params]
+    rows = np.argsort(params, kind="stable") if len(set(sizes)) > 1 else np.arange(len(table))
+    names = (given.accuracy, given.depth)
+    picture = figures.pareto(accuracy[rows], depth[rows], [sizes[i] for i in rows], names)
+    return Section(f"{given.accuracy} against {given.depth}", [picture.caption], [picture])
+
+
+def _metric_section(given: argparse.Namespace, table: Table, columns: Columns) -> Section:
+    from . import figures
+
+    title = f"{given.metric} against {given.against}"
+    try:
+        found = compare(table, columns, given.metric, _against(given), given.bootstrap, given.seed)
+    except Refused as refusal:
+        return Section(title, [f"refused: {refusal}"])
+    pictures = [figures.metric(found, column) for column in range(len(found.feats.names))]
+    return Section(title, comparison_lines(found), pictures)

@@ -1,0 +1,213 @@
+"""Which form a metric follows, judged by runs that the fit had not seen.
+
+Shape suffixes: S resamples, G runs, R rows, C columns, F forms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .forms import STEEPEST, Features, Form, all_forms, evaluate, features, fit_form
+from .intervals import LEVEL, Interval, leave_one_run_out, percentile_interval, resample_runs
+from .refusal import MAX_AT_BOUND, Refused
+from .solver import Array
+from .table import Columns, Table, run_index
+
+MIN_RUNS = 8
+"""Held-out errors of fewer runs say too little about each other to be compared."""
+MAX_FOLDS = 50
+
+
+@dataclass(frozen=True)
+class FormResult:
+    """One form. error: held-out root mean square, in the metric's unit; gain: its mean squared error less the
+    constant's, with an interval over runs (negative is better); `beats` where the interval lies below 0 at the level
+    that holds for all forms together; `ties` where the errors leave open whether it or the best form is better.
+    theta [P], draws [S, P]: of the standardised columns."""
+
+    form: Form
+    design: Callable[[Array], Array]
+    error: float
+    gain: float
+    interval: Interval
+    beats: bool
+    ties: bool
+    theta: Array = field(repr=False)
+    draws: Array = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """results in the order of all_forms, refused forms with their reason; `best` has the least held-out error."""
+
+    metric: str
+    feats: Features
+    raw: Array
+    values: Array
+    runs: Array
+    results: list[FormResult]
+    refused: dict[str, str]
+    how: str
+    notes: tuple[str, ...]
+
+    @property
+    def constant(self) -> FormResult:
+        return self.results[0]
+
+    @property
+    def best(self) -> FormResult:
+        return min(self.results, key=lambda result: result.error)
+
+    @property
+    def winners(self) -> list[FormResult]:
+        """Forms that beat the constant, best first."""
+        return sorted((r for r in self.results if r.beats), key=lambda r: r.error)
+
+    def verdict(self) -> str:
+        names = ", ".join(self.feats.names)
+        if not self.winners:
+            return f"no form beats the constant: these runs show no dependence of {self.metric} on {names}"
+        first = self.winners[0]
+        share = 1 - (first.error / self.constant.error) ** 2 if self.constant.error > 0 else 0.0
+        near = [r.form.name for r in self.winners[1:] if r.ties]
+        also = f"; not told apart from it: {', '.join(near)}" if near else ""
+        return f"{first.form.name} predicts {self.metric} best ({share:.0%} of the constant's squared error gone){also}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "metric": self.metric,
+            "against": list(self.feats.names),
+            "held_out": self.how,
+            "notes": list(self.notes),
+            "verdict": self.verdict(),
+            "beats_constant": [r.form.name for r in self.winners],
+            "forms": [
+                {
+                    "form": r.form.name,
+                    "formula": r.form.formula,
+                    "held_out_rms": r.error,
+                    "squared_error_less_constant": {"value": r.gain, "low": r.interval.low, "high": r.interval.high},
+                    "beats_constant": r.beats,
+                    "coefficients": coefficients(self, r),
+                }
+                for r in self.results
+            ],
+            "refused": self.refused,
+        }
+
+
+def compare(table: Table, columns: Columns, metric: str, against: tuple[str, ...], draws: int, seed: int) -> Comparison:
+    """Fit every form to `metric` and judge it by leaving out whole runs.
+
+    Raises ValueError for missing columns and values that cannot be used, Refused for too few runs and for columns that
+    do not vary or vary as one.
+    """
+    y = table.numbers(metric, "--metric")
+    raw = []
+    for name in against:
+        if name == columns.penalty:
+            raw.append(table.numbers(name, "--against"))
+        else:
+            raw.append(np.log(table.numbers(name, "--against", positive=True)))
+    runs, note = run_index(table, columns)
+    count = int(runs.max()) + 1
+    if count < MIN_RUNS:
+        raise Refused(f"{count} runs; expected at least {MIN_RUNS} to compare forms by runs left out; add runs")
+    penalty = against.index(columns.penalty) if columns.penalty in against else None
+    feats = features(against, np.stack(raw), penalty)
+    folds, how = _folds(runs, seed)
+    weights = resample_runs(runs, draws, seed)
+    errors: dict[str, Array] = {}
+    fitted: list[tuple[Form, Callable[[Array], Array], Array, Array]] = []
+    refused: dict[str, str] = {}
+    for form, design in all_forms(feats):
+        try:
+            form.needs(feats, y)
+            parameters = form.starts(design(feats.values), y).shape[1]
+            if count < 2 * parameters:
+                raise Refused(f"{count} runs for {parameters} parameters; expected at least {2 * parameters}")
+        except Refused as refusal:
+            refused[form.name] = str(refusal)
+            continue
+        errors[form.name] = _run_errors(form, design(feats.values), y, runs, folds)
+        theta = fit_form(form, design(feats.values), y, np.ones((1, len(y))))
+        sampled = fit_form(form, design(feats.values), y, weights)
+        fitted.append((form, design, theta[0], sampled))
+    results = _judge(fitted, errors, draws, seed)
+    return Comparison(metric, feats, np.stack(raw), y, runs, results, refused, how, (note,))
+
+
+def _folds(runs: Array, seed: int) -> tuple[Array, str]:
+    """Weights [folds, R], 0 for what is left out: each run alone, or groups of runs where there are more than 50."""
+    count = int(runs.max()) + 1
+    if count <= MAX_FOLDS:
+        return leave_one_run_out(runs), f"each of {count} runs left out in turn"
+    fold = np.random.default_rng(seed).permutation(np.arange(count) % MAX_FOLDS)
+    return leave_one_run_out(fold[runs]), f"{MAX_FOLDS} folds over {count} runs"
+
+
+def _run_errors(form: Form, design: Array, y: Array, runs: Array, folds: Array) -> Array:
+    """Mean squared error [G] of each run, predicted by a fit without it."""
+    predicted = evaluate(form, fit_form(form, design, y, folds), design)
+    squares = (((predicted - y) ** 2) * (folds == 0)).sum(axis=0)
+    return np.bincount(runs, squares) / np.bincount(runs)
+
+
+def _mean_difference(difference: Array, draws: int, seed: int) -> Array:
+    """Resampled means [S] of differences [G]."""
+    chosen = np.random.default_rng(seed).integers(len(difference), size=(draws, len(difference)))
+    return np.asarray(difference[chosen].mean(axis=1))
+
+
+def _judge(
+    fitted: list[tuple[Form, Callable[[Array], Array], Array, Array]], errors: dict[str, Array], draws: int, seed: int
+) -> list[FormResult]:
+    """Several forms against one constant: each at 1 - 0.05/F, so that all together are wrong in 5 % (Bonferroni)."""
+    rivals = max(1, len(fitted) - 1)
+    strict = 1 - (1 - LEVEL) / rivals
+    best = min(errors.values(), key=lambda values: float(values.mean()))
+    results = []
+    for form, design, theta, sampled in fitted:
+        difference = errors[form.name] - errors["constant"]
+        means = _mean_difference(difference, draws, seed)
+        freedom = len(difference) - 1
+        beats = form.name != "constant" and percentile_interval(means, freedom, strict).high < 0
+        error, gain = float(np.sqrt(errors[form.name].mean())), float(difference.mean())
+        interval = percentile_interval(means, freedom)
+        ties = percentile_interval(_mean_difference(errors[form.name] - best, draws, seed), freedom).low <= 0
+        results.append(FormResult(form, design, error, gain, interval, beats, ties, theta, sampled))
+    return results
+
+
+def coefficients(comparison: Comparison, result: FormResult) -> dict[str, dict[str, Any]]:
+    """Slopes per unit of ln x or of lambda with 95 % intervals over runs; interactions as `x × lambda`, per unit of
+    both, and then the slopes of x and lambda hold at the other's mean.
+
+    A slope that resamples drive to its bound has `refused` instead of a value. The constants are left out: they depend
+    on where ln x = 0.
+    """
+    feats = comparison.feats
+    first = 2 if result.form.name == "saturating" else 1
+    names = list(feats.names)
+    scales = list(feats.scales)
+    if result.form.name.endswith("× lambda"):
+        assert feats.penalty is not None
+        others = [c for c in range(len(feats.names)) if c != feats.penalty]
+        names += [f"{feats.names[c]} × {feats.names[feats.penalty]}" for c in others]
+        scales += [float(feats.scales[c] * feats.scales[feats.penalty]) for c in others]
+    found: dict[str, dict[str, Any]] = {}
+    for index, (name, scale) in enumerate(zip(names, scales, strict=True), start=first):
+        if index >= len(result.theta):
+            break
+        if result.form.steepness and (at := float(np.mean(np.abs(result.draws[:, index]) >= STEEPEST))) > MAX_AT_BOUND:
+            found[name] = {"refused": f"not identified: at its bound in {at:.0%} of the resamples"}
+            continue
+        interval = percentile_interval(
+            result.draws[:, index] / scale, len(np.unique(comparison.runs)) - len(result.theta)
+        )
+        found[name] = {"value": float(result.theta[index] / scale), "low": interval.low, "high": interval.high}
+    return found

@@ -1,0 +1,223 @@
+"""Competing forms of how a metric (mean exit fraction, accuracy lost) depends on size, tokens and penalty.
+
+Columns enter as t = ln x, the penalty lambda as itself since it may be 0; both centred and divided by their standard
+deviation while fitting. Shape suffixes: S problems, P parameters, R rows, C columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .refusal import Refused, unexplained_share
+from .solver import Array, Curve, minimise
+
+# Of a standardised ln x: a factor of e^8 per standard deviation is a step, not a trend.
+STEEPEST = 8.0
+
+
+@dataclass(frozen=True)
+class Features:
+    """values [C, R], standardised; centres and scales [C] to undo that; `penalty` is lambda's place or None."""
+
+    names: tuple[str, ...]
+    values: Array
+    centres: Array
+    scales: Array
+    penalty: int | None
+
+    def standardised(self, raw: Array) -> Array:
+        """Raw columns (ln x, lambda) [C, R'] on the scale of `values`."""
+        return (raw - self.centres[:, None]) / self.scales[:, None]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A family of curves. `curve` and `starts` take the features and give what `solver.minimise` needs; `needs` raises
+    Refused where the metric [R] or the features rule it out."""
+
+    name: str
+    formula: str
+    curve: Callable[[Array], Curve]
+    starts: Callable[[Array, Array], Array]
+    needs: Callable[[Features, Array], None]
+    steepness: tuple[int, ...] = ()
+
+
+def features(names: tuple[str, ...], raw: Array, penalty: int | None) -> Features:
+    """From raw columns [C, R]. Raises Refused for one that doesn't vary, and for two that vary as one."""
+    for index, name in enumerate(names):
+        if len(np.unique(raw[index])) < 2:
+            raise Refused(
+                f"column {name} has one value; expected at least 2 to see an influence; leave it out of --against"
+            )
+        for other in range(index):
+            if unexplained_share(raw[index], raw[other]) < 0.01:
+                raise Refused(
+                    f"columns {names[other]} and {name} are collinear (squared correlation above 0.99), so their "
+                    f"influences cannot be told apart; name one of them in --against"
+                )
+    scales = raw.std(axis=1)
+    centres = raw.mean(axis=1)
+    return Features(names, (raw - centres[:, None]) / scales[:, None], centres, scales, penalty)
+
+
+def _linear(design: Array) -> Curve:
+    """design [P, R]: prediction theta·design."""
+
+    def curve(theta: Array, weights: Array) -> tuple[Array, Array]:
+        return theta @ design, np.broadcast_to(design, (len(theta), *design.shape))
+
+    return curve
+
+
+def _power(design: Array) -> Curve:
+    def curve(theta: Array, weights: Array) -> tuple[Array, Array]:
+        value = np.exp(np.minimum(theta @ design, 50.0))
+        return value, value[:, None, :] * design
+
+    return curve
+
+
+def _logistic(design: Array) -> Curve:
+    def curve(theta: Array, weights: Array) -> tuple[Array, Array]:
+        value = 0.5 * (1 + np.tanh(0.5 * theta @ design))
+        return value, (value * (1 - value))[:, None, :] * design
+
+    return curve
+
+
+def _saturating(design: Array) -> Curve:
+    """theta = (limit, amplitude, slopes): limit + amplitude · exp(slopes·t)."""
+
+    def curve(theta: Array, weights: Array) -> tuple[Array, Array]:
+        falling = np.exp(np.minimum(theta[:, 2:] @ design[1:], 50.0))
+        scaled = theta[:, 1:2] * falling
+        ones = np.ones((len(theta), 1, design.shape[1]))
+        slopes = scaled[:, None, :] * design[1:]
+        return theta[:, :1] + scaled, np.concatenate([ones, falling[:, None, :], slopes], axis=1)
+
+    return curve
+
+
+def _with_one(values: Array) -> Array:
+    return np.concatenate([np.ones((1, values.shape[1])), values])
+
+
+def _crossed(feats: Features, values: Array) -> Array:
+    assert feats.penalty is not None
+    others = [c for c in range(len(values)) if c != feats.penalty]
+    return np.concatenate([_with_one(values), values[others] * values[feats.penalty]])
+
+
+def _least_squares(design: Array, y: Array) -> Array:
+    return np.linalg.lstsq(design.T, y, rcond=None)[0][None]
+
+
+def _saturating_starts(design: Array, y: Array) -> Array:
+    """Rising and falling, fast and slow along the direction in which the metric moves."""
+    direction = _least_squares(design, y)[0, 1:]
+    length = float(np.linalg.norm(direction)) or 1.0
+    starts = []
+    for rate in (-2.0, -0.8, -0.3, 0.3, 0.8, 2.0):
+        slopes = direction / length * rate
+        basis = np.stack([np.ones(design.shape[1]), np.exp(slopes @ design[1:])])
+        starts.append(np.concatenate([_least_squares(basis, y)[0], slopes]))
+    return np.stack(starts)
+
+
+def _anything(feats: Features, y: Array) -> None:
+    return None
+
+
+def _positive(feats: Features, y: Array) -> None:
+    if (y <= 0).any():
+        raise Refused(f"the metric has values <= 0 (least {y.min():.4g}); a power law is positive")
+
+
+def _fraction(feats: Features, y: Array) -> None:
+    if (y < 0).any() or (y > 1).any():
+        raise Refused(f"the metric runs from {y.min():.4g} to {y.max():.4g}; a logistic curve runs from 0 to 1")
+
+
+def _three_values(feats: Features, y: Array) -> None:
+    few = [name for name, x in zip(feats.names, feats.values, strict=True) if len(np.unique(x)) < 3]
+    if few:
+        raise Refused(f"column {few[0]} has 2 distinct values; limit, amplitude and exponent need at least 3")
+
+
+def _has_penalty(feats: Features, y: Array) -> None:
+    if feats.penalty is None or len(feats.names) < 2:
+        raise Refused("needs lambda and another column in --against")
+
+
+def _fraction_and_penalty(feats: Features, y: Array) -> None:
+    _has_penalty(feats, y)
+    _fraction(feats, y)
+
+
+def _logit_start(design: Array, y: Array) -> Array:
+    inside = np.clip(y, 0.02, 0.98)
+    return _least_squares(design, np.log(inside / (1 - inside)))
+
+
+def _log_start(design: Array, y: Array) -> Array:
+    return _least_squares(design, np.log(np.maximum(y, 1e-12 * max(float(y.max()), 1e-300))))
+
+
+def all_forms(feats: Features) -> tuple[tuple[Form, Callable[[Array], Array]], ...]:
+    """Each form with the function from standardised columns [C, R] to its design [P, R]."""
+
+    def constant(values: Array) -> Array:
+        return np.ones((1, values.shape[1]))
+
+    def crossed(values: Array) -> Array:
+        return _crossed(feats, values)
+
+    return (
+        (Form("constant", "c", _linear, _least_squares, _anything), constant),
+        (Form("linear", "c + Σ b t", _linear, _least_squares, _anything), _with_one),
+        (Form("power", "exp(c + Σ b t)", _power, _log_start, _positive), _with_one),
+        (Form("saturating", "c + a exp(Σ b t)", _saturating, _saturating_starts, _three_values, (2,)), _with_one),
+        (Form("logistic", "1 / (1 + exp(-c - Σ b t))", _logistic, _logit_start, _fraction), _with_one),
+        (Form("linear × lambda", "c + Σ b t + λ Σ g t", _linear, _least_squares, _has_penalty), crossed),
+        (
+            Form(
+                "logistic × lambda",
+                "1 / (1 + exp(-c - Σ b t - λ Σ g t))",
+                _logistic,
+                _logit_start,
+                _fraction_and_penalty,
+            ),
+            crossed,
+        ),
+    )
+
+
+def fit_form(form: Form, design: Array, y: Array, weights: Array) -> Array:
+    """Least squares under each weighting [S, R] of the metric y [R]: parameters [S, P], the best of the form's starts.
+
+    design [P0, R]. A start is found from the rows of all weightings together; it decides where the search begins, and
+    the held-out rows of a fold do not enter what it minimises.
+    """
+    starts = form.starts(design, y)
+    size = starts.shape[1]
+    low, high = np.full(size, -np.inf), np.full(size, np.inf)
+    for place in form.steepness:
+        low[place:], high[place:] = -STEEPEST, STEEPEST
+    best = np.repeat(starts[:1], len(weights), axis=0)
+    lowest = np.full(len(weights), np.inf)
+    for start in starts:
+        found = minimise(
+            form.curve(design), y, weights, np.repeat(start[None], len(weights), axis=0), low, high, steps=80
+        )
+        better = found.objective < lowest
+        best, lowest = np.where(better[:, None], found.theta, best), np.where(better, found.objective, lowest)
+    return best
+
+
+def evaluate(form: Form, theta: Array, design: Array) -> Array:
+    """Predictions [S, R]."""
+    return form.curve(design)(theta, np.empty((0, 0)))[0]

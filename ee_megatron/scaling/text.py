@@ -1,0 +1,88 @@
+"""Fits and comparisons as tables that read on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .compare import Comparison, coefficients
+from .fit import LawFit, Outcome
+from .isoflop_law import IsoFlopFit
+from .refusal import Refused
+
+MEANING = {
+    "E": "loss that neither size nor data removes",
+    "A": "coefficient of N^-alpha",
+    "B": "coefficient of D^-beta",
+    "alpha": "exponent of N",
+    "beta": "exponent of D",
+    "exponent_a": "N_opt grows as C^a, a = beta/(alpha + beta)",
+    "coefficient_G": "N_opt = G (C/6)^a",
+}
+
+
+def number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def fit_lines(outcomes: Mapping[str, Outcome]) -> list[str]:
+    """Each method's parameters with their intervals, or why it was refused."""
+    lines: list[str] = []
+    for method, outcome in outcomes.items():
+        lines.append("")
+        if isinstance(outcome, Refused):
+            lines.append(f"{method}: refused: {outcome}")
+        elif isinstance(outcome, IsoFlopFit):
+            lines += _isoflop_lines(outcome)
+        else:
+            lines += _law_lines(outcome)
+    return lines[1:]
+
+
+def _law_lines(fit: LawFit) -> list[str]:
+    lines = [f"{fit.method}: L(N, D) = E + A/N^alpha + B/D^beta; 95 % intervals: {fit.interval_kind}"]
+    for name, value in fit.values.items():
+        low, high = fit.intervals[name]
+        interval = f"[{number(low)}, {number(high)}]"
+        lines.append(f"  {name:<14}{number(value):>10}  {interval:<24}{MEANING[name]}")
+    lines.append(f"  residual (rms of ln L): {fit.residual:.4f}")
+    for held in fit.held_out:
+        error = "" if held.error is None else f": {held.error:.4f} (a constant: {held.constant:.4f})"
+        lines.append(f"  held out, {held.how}{error}")
+    return lines
+
+
+def _isoflop_lines(fit: IsoFlopFit) -> list[str]:
+    low, high = fit.interval
+    lines = [f"isoflop: N_opt = k C^a; 95 % interval: bootstrap of runs' residuals, {len(fit.draws)} resamples"]
+    lines.append(
+        f"  {'exponent_a':<14}{number(fit.exponent):>10}  {f'[{number(low)}, {number(high)}]':<24}exponent of C"
+    )
+    lines.append(f"  {'coefficient_k':<14}{number(fit.coefficient):>10}")
+    lines.append(f"  {'FLOPs':>12} {'N_opt':>12} {'loss there':>12}")
+    lines += [f"  {b.flops:>12.4g} {b.params:>12.4g} {b.loss:>12.4f}" for b in fit.budgets]
+    lines += [f"  left out: {reason}" for reason in fit.left_out]
+    return lines
+
+
+def comparison_lines(found: Comparison) -> list[str]:
+    lines = [f"{found.metric} against {', '.join(found.feats.names)}; held out: {found.how}"]
+    head = f"  {'form':<18}{'held-out rms':>13}  {'squared error less the constant’s, 95 %':<42}beats the constant"
+    lines.append(head)
+    for result in sorted(found.results, key=lambda r: r.error):
+        low, high = result.interval
+        gain = "" if result is found.constant else f"{result.gain:+.3g} [{low:+.3g}, {high:+.3g}]"
+        beats = "" if result is found.constant else ("yes" if result.beats else "no")
+        lines.append(f"  {result.form.name:<18}{number(result.error):>13}  {gain:<42}{beats}")
+    lines += [f"  {name}: refused: {reason}" for name, reason in found.refused.items()]
+    if found.winners:
+        best = found.winners[0]
+        lines.append(f"  slopes of {best.form.name}, {best.form.formula} (t = ln x; lambda as it is):")
+        for name, value in coefficients(found, best).items():
+            if "refused" in value:
+                lines.append(f"    {name:<18}{value['refused']}")
+                continue
+            lines.append(
+                f"    {name:<18}{number(value['value']):>10}  [{number(value['low'])}, {number(value['high'])}]"
+            )
+    lines.append(f"  {found.verdict()}")
+    return lines

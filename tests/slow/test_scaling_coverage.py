@@ -1,0 +1,80 @@
+"""The 95 % intervals hold the truth in 95 % of synthetic tables, within binomial error.
+
+Seeds start at 10,000: those below were looked at while the kind of interval was chosen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from ee_megatron.scaling.fit import fit_law
+from ee_megatron.scaling.isoflop_law import fit_isoflop
+from ee_megatron.scaling.table import Observations
+from tests.scaling_samples import EXPONENT_A, isoflop_runs, noisy
+
+SETS, DRAWS, FIRST_SEED = 200, 400, 10_000
+# E, alpha, beta as in tests.scaling_samples.CHINCHILLA.
+TRUTH = {"E": 1.69, "alpha": 0.34, "beta": 0.28, "exponent_a": EXPONENT_A}
+
+
+def accepted(count: int, rate: float = 0.95, error: float = 0.01) -> tuple[int, int]:
+    """The hits of `count` that a true rate stays within, but for `error` of the time (binomial, two-sided)."""
+    chance = [math.comb(count, k) * rate**k * (1 - rate) ** (count - k) for k in range(count + 1)]
+    below = np.cumsum(chance)
+    return int(np.searchsorted(below, error / 2)), int(np.searchsorted(below, 1 - error / 2))
+
+
+def hits(make: Callable[[int], Observations], method: str) -> dict[str, int]:
+    found = dict.fromkeys(TRUTH, 0)
+    for seed in range(FIRST_SEED, FIRST_SEED + SETS):
+        fitted = fit_law(make(seed), method, DRAWS, seed)
+        for name, truth in TRUTH.items():
+            found[name] += fitted.intervals[name].low <= truth <= fitted.intervals[name].high
+    return found
+
+
+@pytest.mark.parametrize("method", ["varpro", "huber"])
+@pytest.mark.parametrize(
+    ("design", "make"),
+    [
+        ("7 sizes x 7 token counts, sd 0.015", lambda seed: noisy(seed, 7, 7, 0.015)),
+        ("6 sizes x 6 token counts, sd 0.02", lambda seed: noisy(seed, 6, 6, 0.02)),
+    ],
+)
+def test_intervals_of_the_law_cover_at_their_rate(method: str, design: str, make) -> None:
+    found = hits(make, method)
+    print(f"{method}, {design}: { ({name: count / SETS for name, count in found.items()}) } of {SETS}")
+    low, high = accepted(SETS)
+    assert all(low <= count <= high for count in found.values()), (found, low, high)
+
+
+def test_intervals_over_runs_cover_where_checkpoints_share_their_runs_noise() -> None:
+    found = hits(lambda seed: noisy(seed, 6, 6, 0.005, rows=3, run_sd=0.015), "varpro")
+    print(f"varpro, 36 runs of 3 checkpoints: { ({name: count / SETS for name, count in found.items()}) } of {SETS}")
+    low, high = accepted(SETS)
+    assert all(low <= count <= high for count in found.values()), (found, low, high)
+
+
+def test_resampling_rows_of_such_runs_would_not_cover() -> None:
+    def rows(seed: int) -> Observations:
+        obs = noisy(seed, 6, 6, 0.005, rows=3, run_sd=0.015)
+        return Observations(obs.params, obs.tokens, obs.flops, obs.loss, np.arange(len(obs.loss)))
+
+    found = hits(rows, "varpro")
+    print(f"varpro, rows instead of runs: { ({name: count / SETS for name, count in found.items()}) } of {SETS}")
+    assert max(found.values()) < accepted(SETS)[0], "if rows did as well, resampling runs would be shown to do nothing"
+
+
+@pytest.mark.parametrize(("budgets", "sizes"), [(6, 9), (4, 7), (3, 5)])
+def test_the_interval_of_the_isoflop_exponent_covers_at_its_rate(budgets: int, sizes: int) -> None:
+    found = 0
+    for seed in range(FIRST_SEED, FIRST_SEED + SETS):
+        interval = fit_isoflop(isoflop_runs(seed, budgets, sizes), 1000, seed).interval
+        found += interval.low <= EXPONENT_A <= interval.high
+    print(f"isoflop, {budgets} budgets x {sizes} sizes: {found / SETS} of {SETS}")
+    low, high = accepted(SETS)
+    assert low <= found <= high, (found, low, high)

@@ -1,0 +1,1 @@
+"""Scaling studies: grids of runs, one table, fits."""

@@ -195,9 +195,6 @@ def axis(key: str, values: Sequence[Value]) -> list[Value]:
     """The values, checked. Raises ValueError."""
     if key in FIXED_ONLY:
         raise ValueError(f"{key}: cannot vary within a sweep; its results go to one directory and make one table")
-    for i, value in enumerate(values):
-        if any(same(value.plain, earlier.plain) for earlier in values[:i]):
-            raise ValueError(f"{key}: {value.text} is given twice")
     if key == BUDGET and not all(_positive(value.plain) for value in values):
         raise ValueError(f"{key}: expected FLOPs > 0, found {', '.join(value.text for value in values)}")
     return list(values)
@@ -364,6 +361,12 @@ def check(grid: Grid) -> None:
         strangers = [key for key in rule if key not in grid.keys]
         if strangers:
             raise ValueError(f"exclude: {', '.join(strangers)} does not vary; axes: {', '.join(grid.keys) or 'none'}")
+    for factor in grid.factors:
+        entries = list(zip(*factor.values(), strict=True))
+        for i, entry in enumerate(entries):
+            if any(all(same(a.plain, b.plain) for a, b in zip(entry, other, strict=True)) for other in entries[:i]):
+                twice = describe({key: value.text for key, value in zip(factor, entry, strict=True)})
+                raise ValueError(f"{twice}: given twice")
     varied = set(grid.keys) | {text.split("=", 1)[0] for text in grid.fixed}
     doubled = [key for key in SEEDS if key in varied] if SEED in varied else []
     if doubled:

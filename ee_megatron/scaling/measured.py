@@ -31,7 +31,7 @@ def measure(cfg: RunConfig, stages: Mapping[str, Path]) -> dict[str, Any]:
     """One row of the table, without what varies and the status. `stages`: the run's finished stages by name."""
     dims = read_dims(cfg)
     layout = one_rank(cfg, dims)
-    row: dict[str, Any] = {}
+    row: dict[str, Any] = {"seed": cfg.rl.seed}
     if "evaluate" in stages:
         row |= evaluated(json.loads((stages["evaluate"] / "results.json").read_text()), layout)
     if "rl" in stages:

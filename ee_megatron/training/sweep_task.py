@@ -137,9 +137,10 @@ class TaskRunner:
     def _stage(self, cfg: RunConfig, stage: str, path: Path) -> None:
         if (path / DONE).is_file():
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        locks = path.parent / ".locks"
+        locks.mkdir(parents=True, exist_ok=True)
         # Beside the stage's own lock, which refuses at once: here a second sweep waits for what it needs too.
-        with self._lock(path.with_name(f".{path.name}.making")):
+        with self._lock(locks / path.name):
             if (path / DONE).is_file():
                 return
             self._note(RUNNING, stage=stage)

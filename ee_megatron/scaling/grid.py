@@ -15,12 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 SEED, BUDGET = "seed", "budget"
 SEEDS = ("calibrate.seed", "rl.seed")
@@ -115,18 +113,17 @@ def describe(values: Mapping[str, Any]) -> str:
 
 
 def from_settings(settings: Iterable[str]) -> Grid:
-    """`key=value` settings; those of several values are axes. Raises ValueError: not a setting, a bad range, a value
-    or a key given twice."""
-    grid, seen = Grid(), set()
+    """`key=value` settings; those of several values are axes. Of two settings of one value the later one counts, as in
+    every command. Raises ValueError: not a setting, a bad range, an axis and something else of the same key."""
+    grid = Grid()
     for text in settings:
         key, values, several = parse(text)
-        if key in seen:
+        if key in grid.keys or (several and any(other.startswith(f"{key}=") for other in grid.fixed)):
             raise ValueError(f"{key}: given twice; give all its values in one setting, {key}=a,b,c")
-        seen.add(key)
         if several or key == BUDGET:
             grid.factors.append({key: axis(key, values)})
         else:
-            grid.fixed.append(text)
+            grid.fixed = [other for other in grid.fixed if not other.startswith(f"{key}=")] + [text]
     return grid
 
 
@@ -240,12 +237,25 @@ def excluded(text: str) -> dict[str, list[Any]]:
 SECTIONS = ("settings", "axes", "zip", "exclude", "isoflop")
 
 
+class _Loader(yaml.SafeLoader):
+    """Numbers and words as YAML 1.2 has them: to 1.1, 1:2:30 is a number of base 60, 1e-5 a word and `on` is true."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"true|false|True|False", "tfTF"),
+    ("null", r"~|null|Null|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?\d+", "-+0123456789"),
+    ("float", _NUMBER, "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), list(_first))
+
+
 def from_file(path: Path) -> Grid:
     """A grid from YAML (docs/sweeps.md). Raises ValueError, naming the file and the part."""
     try:
-        data = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-        return _from_sections(data)
-    except (YAMLError, OmegaConfBaseException) as error:
+        return _from_sections(yaml.load(path.read_text(encoding="utf-8"), _Loader))
+    except yaml.YAMLError as error:
         raise ValueError(f"{path}: not a grid: {' '.join(str(error).split())}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

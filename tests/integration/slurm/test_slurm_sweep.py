@@ -48,64 +48,69 @@ def wait_for(site, name: str, what, timeout: float, title: str) -> None:
         raise AssertionError(f"{error}\n{queue}\n{logs(site, name)}") from None
 
 
-def at_work(site, name: str) -> dict[str, disk.Record]:
-    """Node -> the record of the task that is in the middle of RL there."""
-    found = {}
-    current = opened(site, name)
-    for task in current.tasks:
-        record = disk.read_record(current, task.key)
-        if record is None or record.state != disk.RUNNING or record.stage != "rl":
+def at_work(site, name: str, keys: set[str]) -> dict[str, disk.Record]:
+    """Task -> record of those of the tasks that are in the middle of RL."""
+    found, current = {}, opened(site, name)
+    for key in keys:
+        record = disk.read_record(current, key)
+        if record is None or record.state != disk.RUNNING or disk.is_done(current, current.task(key)):
             continue
-        rl = next(directory for stage, directory in task.stages if stage == "rl")
-        if (disk.stage_path(current, rl) / "checkpoints").is_dir() and not disk.is_done(current, task):
-            found[record.host] = record
+        if (disk.stage_path(current, key) / "checkpoints").is_dir():
+            found[key] = record
     return found
 
 
-def preempt(site, name: str) -> str:
-    """An urgent job takes the node of a task that has got somewhere; the task's Slurm job."""
-    wait_for(site, name, lambda: at_work(site, name), 90, "a task with a checkpoint")
-    node, record = next(iter(at_work(site, name).items()))
-    site.cluster.run("sbatch", "--partition=urgent", f"--nodelist={node}", "--exclusive", "--output=/dev/null",
-                     "--wrap=sleep 1")  # fmt: skip
-    wait_for(
-        site, name, lambda: site.cluster.job(record.job)["Restarts"] != "0", 60, f"job {record.job} to be requeued"
-    )
-    return record.job
+def one_at_work(site, name: str, keys: set[str]) -> disk.Record:
+    """Wait for one of the tasks to be in the middle of RL and take it out of `keys`."""
+    wait_for(site, name, lambda: at_work(site, name, keys), 120, f"one of {keys} to have a checkpoint")
+    key, record = next(iter(at_work(site, name, keys).items()))
+    keys.remove(key)
+    return record
 
 
-@pytest.mark.timeout(420)
+def preempt(site, name: str, record: disk.Record) -> None:
+    """An urgent job takes a task's node."""
+    site.cluster.run("sbatch", "--partition=urgent", f"--nodelist={record.host}", "--exclusive", "--output=/dev/null",
+                     "--wrap=true")  # fmt: skip
+    title = f"job {record.job} to be requeued"
+    wait_for(site, name, lambda: site.cluster.job(record.job)["Restarts"] != "0", 60, title)
+
+
+@pytest.mark.timeout(600)
 def test_twelve_runs_come_to_eleven_results_whatever_happens_to_their_jobs(site):
     """One array: two tasks are preempted, one loses its node, one cannot learn. Nothing that was done is done again."""
-    steps = 40
+    # The ones that something will happen to take longer than the others.
+    steps = [50 if run in (0, 2, 3) else 4 for run in range(12)]
     grid = [
-        "rl.lambda_exit=0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1,1.1", "rl.seed=1,2,3,1,2,3,1,2,3,1,2,3",
+        "rl.lambda_exit=0:1.1:0.1", "rl.seed=1,2,3,1,2,3,1,2,3,1,2,3", f"rl.steps={','.join(map(str, steps))}",
         f"rl.adapter_lr={','.join('1e30' if run == 1 else '3e-4' for run in range(12))}",
-        "--zip", "rl.lambda_exit,rl.seed,rl.adapter_lr", "--last", "rl", "--name", "array",
+        "--zip", "rl.lambda_exit,rl.seed,rl.steps,rl.adapter_lr", "--last", "rl", "--name", "array",
     ]  # fmt: skip
-    settings = [
-        "experiment=rl_7b", *site.rl("array", *ALONE, "parallel.pipeline=1", f"rl.steps={steps}"),
-        "checkpoint.bad_steps=1", "rl.checkpoint_every=2",
-    ]  # fmt: skip
+    settings = ["experiment=rl_7b", *site.rl("array", *ALONE, "parallel.pipeline=1"), "checkpoint.bad_steps=1",
+                "rl.checkpoint_every=2", "rl.prompts_per_step=2"]  # fmt: skip
     command = [*settings, *grid, *WHOLE_NODES]
     said = sweep(site, *command).stdout
     assert "12 run(s)" in said and "12 tasks in an array" in said and said.count("submitted job") == 1
     # It has returned at once: the queue has what there is to do, and a second sweep has nothing to add.
     assert "0 task(s) to start" in sweep(site, *command).stdout
 
-    preempted = [preempt(site, "array"), preempt(site, "array")]
-    wait_for(site, "array", lambda: at_work(site, "array"), 90, "a third task to rob of its node")
-    node, robbed = next(iter(at_work(site, "array").items()))
+    current = opened(site, "array")
+    long = {run.tasks[-1] for run, count in zip(current.runs, steps, strict=True) if count == 50}
+    struck = [one_at_work(site, "array", long)]
+    preempt(site, "array", struck[0])
+    struck.append(one_at_work(site, "array", long))
+    preempt(site, "array", struck[1])
+    struck.append(one_at_work(site, "array", long))
+    node = struck[2].host
     site.cluster.power_off(node)
     try:
-        wait_for(site, "array", lambda: not site.queue(), 240, "the end of the array")
+        wait_for(site, "array", lambda: not site.queue(), 300, "the end of the array")
     finally:
         site.cluster.power_on(node)
 
-    current = opened(site, "array")
     states = [disk.run_state(current, run) for run in current.runs]
     assert states.count("finished") == 11 and states[1] == "failed", logs(site, "array")
-    for run in current.runs:
+    for run, count in zip(current.runs, steps, strict=True):
         (task,) = (current.task(key) for key in run.tasks)
         record = disk.read_record(current, task.key)
         directory = disk.stage_path(current, task.stages[-1][1])
@@ -114,9 +119,9 @@ def test_twelve_runs_come_to_eleven_results_whatever_happens_to_their_jobs(site)
             assert record.starts == 1 and "not finite" in record.error, record
             continue
         # Every step once, whoever was stopped: what went on did so from its checkpoint.
-        assert [row["step"] for row in read_metrics(directory / "metrics.jsonl")] == list(range(1, steps + 1))
+        assert [row["step"] for row in read_metrics(directory / "metrics.jsonl")] == list(range(1, count + 1))
         assert sum(f"{directory.name} 0" in event for event in ends) == 1, record
-        assert (record.starts > 1) == (record.job in {*preempted, robbed.job}), record
+        assert (record.starts > 1) == (record.job in [each.job for each in struck]), record
     tables = [current.directory / "table.csv", current.directory / "table.parquet"]
     sweep(site, "collect", "array", "--runs", str(site.folder / "runs"))
     first = [file.read_bytes() for file in tables]

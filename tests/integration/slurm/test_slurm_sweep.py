@@ -142,7 +142,8 @@ def test_shared_stages_come_first_and_several_ranks_stop_and_go_on_by_submitits_
     """Traces once for two calibrations on two ranks each; one of them is told to stop in the middle."""
     settings = site.settings("phases", *ALONE, "parallel.pipeline=2", "calibrate.epochs=60",
                              "calibrate.checkpoint_every=1000", "--last", "calibrate")  # fmt: skip
-    command = ["experiment=rl_7b", *settings, "calibrate.kl_factor=1,4", "--name", "phases", *WHOLE_NODES]
+    command = ["experiment=rl_7b", *settings, "calibrate.kl_factor=1,4", "--name", "phases",
+               "--executor", "slurm", "--slurm", "cpus-per-task=8", "--slurm", "time=10"]  # fmt: skip
     said = sweep(site, *command).stdout
     assert said.count("submitted job") == 2 and "traces for 2 runs" in said and "2 tasks in an array" in said
     current = opened(site, "phases")

@@ -26,6 +26,7 @@ JOB = "what a Slurm batch script needs to know of a stage, as key=value lines, o
 REPORT = "one HTML file (and PNG plots) from what the stages have written"
 GENERATE = "answer one prompt, token by token, each with its depth"
 SERVE = "answer over HTTP as OpenAI's API does, with exits as extra fields"
+SWEEP = "a grid of runs: shared stages once, one table; on this machine or as a Slurm job array; status, collect"
 SCALING = "scaling laws from a table of runs: fits with intervals, competing forms, plots"
 CONVERT = "between Hugging Face directories, Megatron checkpoints and policies; reshard, verify, inspect"
 
@@ -36,6 +37,7 @@ examples:
   ee-megatron rl experiment=rl_7b --dry-run
   ee-megatron plan experiment=rl_7b --dims DeepSeek-R1-Distill-Qwen-7B
   ee-megatron report experiment=demo_cpu
+  ee-megatron sweep experiment=demo_cpu rl.lambda_exit=0,0.3,1 seed=1,2,3 --name front
   ee-megatron convert --help
   ee-megatron scaling --help
 
@@ -48,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["convert"]:
         return _guarded(lambda: _convert(arguments[1:]))
+    if arguments[:1] == ["sweep"]:
+        return _guarded(lambda: _sweep(arguments[1:]))
     if arguments[:1] == ["scaling"]:
         return _guarded(lambda: _scaling(arguments[1:]))
     parser = build_parser()
@@ -103,7 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_plan(commands)
     _add(commands, "job", JOB, _job, stage=True)
-    # Only for the list of commands: main() hands its arguments on unread.
+    # Only for the list of commands: main() hands their arguments on unread.
+    commands.add_parser("sweep", help=SWEEP, add_help=False)
     commands.add_parser("convert", help=CONVERT, add_help=False)
     commands.add_parser("scaling", help=SCALING, add_help=False)
     return parser
@@ -284,6 +289,13 @@ def _convert(arguments: list[str]) -> int:
     from .checkpoint import convert
 
     return int(convert.main(arguments) or 0)
+
+
+def _sweep(arguments: list[str]) -> int:
+    _quiet_megatron()
+    from .training import sweep
+
+    return sweep.main(arguments)
 
 
 def _scaling(arguments: list[str]) -> int:

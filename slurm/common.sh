@@ -164,6 +164,8 @@ finish() {
     exit 0
   fi
   if (($2 != STOPPED)); then report "$1" "$2"; fi
+  # A stage of a sweep: who started it puts the job back.
+  if [[ ${EE_REQUEUE:-} == no ]]; then exit "$2"; fi
   local reason
   reason=$(reason_to_requeue "$2" "$id")
   [[ -n $reason ]] || exit "$2"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import llama, qwen2, qwen3
-from .base import ModelDims, inverse_frequencies
+from .base import ModelDims, inverse_frequencies, padded_vocab
 
 FAMILIES = {module.MODEL_TYPE: module for module in (llama, qwen2, qwen3)}
 
@@ -18,4 +18,4 @@ def dims_from_config(config: dict) -> ModelDims:
     return FAMILIES[kind].read_dims(config)
 
 
-__all__ = ["FAMILIES", "ModelDims", "dims_from_config", "inverse_frequencies"]
+__all__ = ["FAMILIES", "ModelDims", "dims_from_config", "inverse_frequencies", "padded_vocab"]

@@ -92,6 +92,11 @@ class ModelDims:
         return shapes
 
 
+def padded_vocab(vocab: int, tensor: int) -> int:
+    """The vocabulary, rounded up to a multiple of the tensor-parallel degree; rows beyond `vocab` are never trained."""
+    return (vocab + tensor - 1) // tensor * tensor
+
+
 def inverse_frequencies(dims: ModelDims) -> torch.Tensor:
     """RoPE inverse frequencies, float32 [head_dim / 2], with the model's scaling ("linear" or "llama3") applied.
 

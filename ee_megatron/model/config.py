@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ..families import ModelDims
+from ..families import padded_vocab as padded_vocab
 from ..policy import PolicySpec
 
 
@@ -23,11 +24,6 @@ class EarlyExitConfig(TransformerConfig):
     dims: ModelDims | None = None
     spec: PolicySpec | None = None
     adapter_dropout: float = 0.0
-
-
-def padded_vocab(vocab: int, tensor: int) -> int:
-    """The vocabulary, rounded up to a multiple of the tensor-parallel degree; rows beyond `vocab` are never trained."""
-    return (vocab + tensor - 1) // tensor * tensor
 
 
 def megatron_config(

@@ -22,6 +22,8 @@ from .lock import RunLock, process_start
 logger = logging.getLogger(__name__)
 
 COMPLETE = "COMPLETE"
+DONE = "DONE"
+"""Name of the file that marks a finished stage; written last."""
 _STEP = re.compile(r"step_(\d+)")
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>new|old)-(?P<host>.+)-(?P<pid>\d+)-\d+")
 _serial = itertools.count()

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..families import ModelDims
-from ..model.config import padded_vocab
+from ..families import ModelDims, padded_vocab
 from .layout import Layout, targets
 from .workload import Workload
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from ..config.schema import RunConfig
 from ..config.validate import policy_spec, stage_sizes
-from ..families import ModelDims
-from ..model.config import padded_vocab
+from ..families import ModelDims, padded_vocab
 from ..policy import PolicySpec
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..model.config import padded_vocab
+from ..families import padded_vocab
 from ..parallel.vocabulary import CHUNK_BYTES, LEAST_CHUNK
 from .flops import MLP_IN, QKV, Pass, carries_gradient
 from .layout import Layout, Stage, rank_parameters, targets

@@ -10,10 +10,9 @@ from ..config.validate import ranks, validate
 from ..families import ModelDims
 from . import timing
 from .devices import Device
-from .flops import Pass, decode_cost, prefill_cost, whole_pass
 from .layout import Layout, Parameters, rank_parameters
 from .memory import Training, actor_memory, learner_memory, sync_bytes
-from .timing import Step
+from .step import Step, phase_flops, rl_step
 from .workload import Workload
 
 HOST = "optimizer (host)"
@@ -101,39 +100,6 @@ def make_plan(cfg: RunConfig, dims: ModelDims, device: Device, assumed: Assumpti
     parameters = [rank_parameters(layout, p) for p in range(layout.pipeline)]
     flops = phase_flops(layout, load, step)
     return Plan(cfg, layout, device, load, longest, parameters, learner, actor, item, step, flops, seconds)
-
-
-def rl_step(cfg: RunConfig, item: int) -> Step:
-    rl = cfg.rl
-    return Step(
-        prompts=rl.prompts_per_step,
-        group=rl.group_size,
-        updates=rl.epochs * rl.minibatches,
-        micro_batch=cfg.parallel.micro_batch_size,
-        recompute=cfg.parallel.recompute,
-        zero_stage=cfg.deepspeed.zero_stage,
-        item=item,
-        actors=cfg.rollout.actors,
-        rows=cfg.rollout.rows,
-        gpus_per_node=cfg.cluster.gpus_per_node,
-    )
-
-
-def phase_flops(layout: Layout, load: Workload, step: Step) -> dict[str, float]:
-    """FLOPs of all ranks and actors by phase of one RL step."""
-
-    def over(sequences: int, how: Pass) -> float:
-        return whole_pass(layout, load, step.micro_batch, sequences, how)
-
-    part = max(1, step.sequences // step.updates)
-    policy, reference = Pass(train=False), Pass(train=False, policy=False)
-    return {
-        "rollouts": step.prompts * prefill_cost(layout.dims, load.prompt) + step.sequences * decode_cost(layout, load),
-        "scoring": over(step.sequences, policy)
-        + over(step.sequences, reference)
-        + (step.updates - 1) * over(part, policy),
-        "update": step.updates * over(part, step.train),
-    }
 
 
 def actor_rows(cfg: RunConfig) -> int:

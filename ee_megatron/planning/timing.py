@@ -6,40 +6,15 @@ communication with arithmetic.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from .devices import Device
 from .flops import Pass, decode_cost, micro_batches, pass_cost, prefill_cost
 from .layout import Layout, rank_parameters
 from .memory import FP32, sync_bytes
+from .step import Step
 from .workload import Workload
 
 # Kernels that the decoder starts per layer and token step in plain PyTorch, gates and readout spread over the layers.
 KERNELS_PER_LAYER = 25
-
-
-@dataclass(frozen=True)
-class Step:
-    """What an RL step does. gpus_per_node: devices that reach each other by the fast link; 0: all of them."""
-
-    prompts: int
-    group: int
-    updates: int
-    micro_batch: int
-    recompute: bool
-    zero_stage: int
-    item: int
-    actors: int
-    rows: int
-    gpus_per_node: int
-
-    @property
-    def sequences(self) -> int:
-        return self.prompts * self.group
-
-    @property
-    def train(self) -> Pass:
-        return Pass(train=True, recompute=self.recompute, input_gradient=self.recompute or self.zero_stage == 3)
 
 
 def rollout_seconds(layout: Layout, load: Workload, step: Step, device: Device) -> float:

@@ -46,6 +46,9 @@ class Evaluation:
         self.test: list[Prompt] = self.task.prompts(cfg.evaluate.split)  # type: ignore[arg-type]
         self.validation: list[Prompt] = self.task.prompts("validation")
         tokenizer = AutoTokenizer.from_pretrained(str(session.model_path), local_files_only=True)
+        # What the prompts cost to read; the table of a sweep asks for it.
+        lengths = [len(tokenizer(p.text, add_special_tokens=False)["input_ids"]) for p in self.test]
+        self.prompt_tokens = sum(lengths) / max(1, len(lengths))
         self.decode = lambda token: str(tokenizer.decode([token]))
         self.rows: list[Row] = []
         self.answers: list[Answer] = []
@@ -103,6 +106,7 @@ def evaluate(cfg: RunConfig, model_path: Path) -> None:
         work.meta |= {
             "num_layers": spec.num_layers,
             "exit_depths": list(spec.exit_depths),
+            "prompt_tokens": work.prompt_tokens,
             "split": f"{cfg.evaluate.split}, {len(work.test)} problems, held out",
             "threshold choice": f"on {len(work.validation)} validation problems, tolerance {cfg.evaluate.tolerance}",
             "decoding": "greedy tokens",

@@ -13,7 +13,7 @@ from ..config.schema import RunConfig
 from ..config.validate import ranks
 from . import stages
 from .slurm import adopt_rank
-from .stopping import Stopped, listener
+from .stopping import WITH_PARENT, Stopped, follow_parent, listener
 
 
 def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
@@ -24,9 +24,12 @@ def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
     process, with `stopping.STOPPED`.
     """
     adopt_rank(os.environ)
-    if "SLURM_STEP_ID" in os.environ:
+    parent = os.environ.pop(WITH_PARENT, "")
+    if "SLURM_STEP_ID" in os.environ or (parent and ranks(cfg) == 1):
         # Elsewhere TERM comes from a launcher that wants its ranks to end, not to go on to their next step.
         listener.listen()
+    if parent:
+        follow_parent(int(parent))
     if stages.is_done(cfg, stage):
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"{stage}: finished before, in {stage_dir(cfg, stage)}")

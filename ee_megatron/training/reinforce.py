@@ -211,6 +211,7 @@ def seen(batch: ReplayBatch, groups: list[Group], num_layers: int) -> dict[str, 
         "depth_q90": high,
         "total_depth": float((batch.depths * counts).sum(1).float().mean()),
         "length": float(lengths.mean()),
+        "prompt_length": float(np.mean([len(r.prompt_tokens) for g in groups for r in g.rollouts])),
         "tokens": float(lengths.sum()),
     } | {f"exit_share/{int(d)}": float(h) / int(counts.sum()) for d, h in zip(depths, hits, strict=True)}
 

@@ -7,10 +7,8 @@ from pathlib import Path
 from ..config.cluster import LEARNS as LEARNS
 from ..config.identity import stage_dir
 from ..config.schema import RunConfig
+from ..observe.rundir import DONE as DONE
 from ..observe.rundir import latest_checkpoint
-
-DONE = "DONE"
-"""Name of the file that marks a finished stage; written last."""
 
 
 def is_done(cfg: RunConfig, stage: str) -> bool:

@@ -21,6 +21,10 @@ from typing import Any, NoReturn
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 STOPPED = 85
 """Exit code of a stage that was told to stop and can go on from where it is; slurm/common.sh knows it too."""
+WITH_PARENT = "EE_PARENT"
+"""Set to its own process id by whoever starts a stage of one rank and wants it to heed signals as in a Slurm step, and
+to be told to stop when the parent dies, however it dies."""
+PR_SET_PDEATHSIG = 1
 # How long the leader waits for the other ranks to leave.
 PARTING_S = 30.0
 
@@ -69,6 +73,17 @@ class Listener:
 
 
 listener = Listener()
+
+
+def follow_parent(parent: int) -> None:
+    """From now on TERM arrives when the parent is dead, also if it is so already. Linux only; elsewhere nothing."""
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @dataclass(frozen=True)

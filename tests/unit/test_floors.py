@@ -17,7 +17,8 @@ SOURCE = Path(__file__).parents[2] / PACKAGE
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("training",),
-    ("learner", "evaluation", "scaling", "planning"),
+    ("scaling",),
+    ("learner", "evaluation", "planning"),
     ("checkpoint", "parallel"),
     ("model", "config", "rollout", "tasks"),
     ("types", "exits", "policy", "families", "observe"),

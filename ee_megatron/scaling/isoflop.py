@@ -1,0 +1,50 @@
+"""What a budget of FLOPs buys of a model: RL steps, or epochs of calibration."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..config.schema import RunConfig
+from ..families import ModelDims
+from ..planning.flops import Pass, whole_pass
+from ..planning.layout import Layout
+from ..planning.step import phase_flops, rl_step
+from ..planning.workload import Workload
+from .grid import IsoFlop
+
+
+@dataclass(frozen=True)
+class Purchase:
+    """`text`: the setting's value; `tokens` and `flops`: what the run then trains on and costs, by arithmetic."""
+
+    text: str
+    tokens: int
+    flops: float
+
+
+def buy(cfg: RunConfig, dims: ModelDims, budget: float, how: IsoFlop) -> Purchase:
+    """The setting nearest to `budget` FLOPs. rl.steps counts rollouts, scoring and updates; calibrate.epochs counts
+    updates. Raises ValueError if the budget is less than half of the least that can be had."""
+    layout = Layout.of(cfg, dims)
+    answer = how.answer_tokens or cfg.rollout.max_new_tokens
+    load = Workload.of(how.prompt_tokens, answer, layout.spec.layout.outcomes, how.mean_depth)
+    if how.set == "rl.steps":
+        load = load.in_groups(cfg.rl.group_size, cfg.parallel.micro_batch_size)
+        step = rl_step(cfg, item=4)
+        each = sum(phase_flops(layout, load, step).values())
+        count = round(budget / each)
+        if count < 1:
+            raise ValueError(f"budget={budget:g}: less than half of one RL step of {each:.3g} FLOPs; raise it")
+        return Purchase(str(count), count * step.sequences * answer, count * each)
+    batch = cfg.calibrate.batch_size
+    how_run = Pass(train=True, recompute=cfg.parallel.recompute, input_gradient=cfg.parallel.recompute)
+    update = whole_pass(layout, load, cfg.parallel.micro_batch_size, batch, how_run)
+    sequences = cfg.traces.problems * cfg.traces.samples * cfg.calibrate.patterns
+    updates = round(budget / update)
+    if updates < 1:
+        raise ValueError(f"budget={budget:g}: less than half of one update of {update:.3g} FLOPs; raise it")
+    # calibrate.py rounds epochs to sequences and fills batches from them.
+    epochs = float(f"{updates * batch / sequences:.9g}")
+    real = math.ceil(round(epochs * sequences) / batch)
+    return Purchase(repr(epochs), round(epochs * sequences) * answer, real * update)

@@ -1,0 +1,210 @@
+"""What a sweep leaves on disk, each file whole or not there:
+
+sweep-<hash>/manifest.json        its runs and tasks (sweep.py)
+             tasks/<task>.json    what became of a task so far (one writer: who holds tasks/<task>.lock)
+             results/<run>.json   a finished run's figures (measured.py)
+             submitted.json       its Slurm jobs
+             logs/<task>.log      what the task's stages said
+             table.csv, .parquet  made by `collect`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..observe.lock import process_start
+from ..observe.rundir import DONE, write_atomic
+from .sweep import Run, Sweep, Task
+
+MANIFEST = "manifest.json"
+BEAT_S = 5.0
+SILENT_S = 120.0
+"""A task on another machine that has not written for so long is taken for lost."""
+WAITING, QUEUED, RUNNING, STOPPED, KILLED, FAILED, FINISHED = (
+    "waiting", "queued", "running", "stopped", "killed", "failed", "finished",
+)  # fmt: skip
+
+
+@dataclass
+class Record:
+    """tasks/<task>.json. state: running, stopped (told to, with a checkpoint), killed (from outside), failed (by
+    itself) or finished; stage: the last one started; code: its exit code; seconds: of this task's starts together."""
+
+    state: str
+    stage: str = ""
+    code: int = 0
+    error: str = ""
+    starts: int = 0
+    seconds: float = 0.0
+    host: str = ""
+    pid: int = 0
+    process: str = ""
+    job: str = ""
+    events: list[str] = field(default_factory=list)
+
+
+def save(sweep: Sweep) -> None:
+    for name in ("tasks", "results", "logs"):
+        (sweep.directory / name).mkdir(parents=True, exist_ok=True)
+    _write(sweep.directory / MANIFEST, sweep.to_json())
+
+
+def open_sweep(directory: Path) -> Sweep:
+    """Raises FileNotFoundError or ValueError."""
+    file = directory / MANIFEST
+    if not file.is_file():
+        raise FileNotFoundError(f"{directory}: no {MANIFEST} there; expected a sweep's directory")
+    data = json.loads(file.read_text())
+    if data.get("format") != 1:
+        raise ValueError(f"{file}: written by another version of ee-megatron (format {data.get('format')})")
+    return Sweep.from_json(directory, data)
+
+
+def find_sweep(name: str, runs: Path) -> Sweep:
+    """By the runs' name, by name/sweep-<hash> or by directory. Raises FileNotFoundError if there is none, ValueError if
+    several go by the name."""
+    for directory in (Path(name), runs / name):
+        if (directory / MANIFEST).is_file():
+            return open_sweep(directory)
+    found = sorted(file.parent for file in (runs / name).glob(f"sweep-*/{MANIFEST}"))
+    if len(found) > 1:
+        listed = ", ".join(f"{name}/{directory.name}" for directory in found)
+        raise ValueError(f"{name}: there are {len(found)} sweeps of this name; give one of {listed}")
+    if not found:
+        others = sorted({str(file.parent.parent.relative_to(runs)) for file in runs.glob(f"*/sweep-*/{MANIFEST}")})
+        raise FileNotFoundError(
+            f"{runs / name}: no sweep there; {'there are ' + ', '.join(others) if others else f'none is in {runs}'}"
+        )
+    return open_sweep(found[0])
+
+
+# ---- tasks ----
+
+
+def stage_path(sweep: Sweep, name: str) -> Path:
+    return sweep.directory.parent / name
+
+
+def is_done(sweep: Sweep, task: Task) -> bool:
+    return all((stage_path(sweep, name) / DONE).is_file() for _, name in task.stages)
+
+
+def record_path(sweep: Sweep, key: str) -> Path:
+    return sweep.directory / "tasks" / f"{key}.json"
+
+
+def read_record(sweep: Sweep, key: str) -> Record | None:
+    file = record_path(sweep, key)
+    return Record(**json.loads(file.read_text())) if file.is_file() else None
+
+
+def write_record(sweep: Sweep, key: str, record: Record) -> None:
+    _write(record_path(sweep, key), asdict(record))
+
+
+def own(record: Record) -> None:
+    """This process is the one that the record is about from now on."""
+    record.host, record.pid = socket.gethostname(), os.getpid()
+    record.process, record.job = process_start(os.getpid()) or "", os.environ.get("SLURM_JOB_ID", "")
+
+
+def task_state(sweep: Sweep, task: Task) -> str:
+    """By what is on disk; a task that says it is running is believed while its process lives or keeps writing."""
+    if is_done(sweep, task):
+        return FINISHED
+    record = read_record(sweep, task.key)
+    if record is None:
+        return WAITING
+    if record.state == RUNNING:
+        return RUNNING if _alive(record, record_path(sweep, task.key)) else KILLED
+    # Finished once, and somebody has removed a stage since.
+    return WAITING if record.state == FINISHED else record.state
+
+
+def _alive(record: Record, file: Path) -> bool:
+    if record.host == socket.gethostname():
+        return process_start(record.pid) == record.process
+    return time.time() - file.stat().st_mtime < SILENT_S
+
+
+def failure(sweep: Sweep, task: Task) -> tuple[Task, Record] | None:
+    """The first of the tasks that `task` needs, or itself, that has failed."""
+    for each in sweep.chain(task):
+        record = read_record(sweep, each.key)
+        if record is not None and record.state == FAILED and not is_done(sweep, each):
+            return each, record
+    return None
+
+
+# ---- runs ----
+
+
+def result_path(sweep: Sweep, ident: str) -> Path:
+    return sweep.directory / "results" / f"{ident}.json"
+
+
+def read_result(sweep: Sweep, ident: str) -> dict[str, Any] | None:
+    file = result_path(sweep, ident)
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def write_result(sweep: Sweep, ident: str, values: dict[str, Any]) -> None:
+    _write(result_path(sweep, ident), values)
+
+
+def run_state(sweep: Sweep, run: Run) -> str:
+    """finished, failed (whoever's fault), or what its first unfinished task is doing. Before its own task has begun,
+    a run is waiting."""
+    tasks = [sweep.task(key) for key in run.tasks]
+    if all(is_done(sweep, task) for task in tasks):
+        return FINISHED
+    if failure(sweep, tasks[-1]) is not None:
+        return FAILED
+    return task_state(sweep, tasks[-1])
+
+
+def error_of(sweep: Sweep, run: Run) -> str:
+    found = failure(sweep, sweep.task(run.tasks[-1]))
+    if found is None:
+        return ""
+    task, record = found
+    return record.error if task.key == run.tasks[-1] else f"{task.key}, which it needs: {record.error}"
+
+
+def counts(sweep: Sweep) -> str:
+    """ "11 finished, 1 failed" """
+    found = Counter(run_state(sweep, run) for run in sweep.runs)
+    return ", ".join(f"{found[state]} {state}" for state in (FINISHED, RUNNING, STOPPED, KILLED, FAILED, WAITING)
+                     if found[state])  # fmt: skip
+
+
+# ---- Slurm's jobs ----
+
+
+def submitted(sweep: Sweep) -> dict[str, str]:
+    """Task -> the Slurm job that it was last submitted as."""
+    file = sweep.directory / "submitted.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def note_submitted(sweep: Sweep, jobs: dict[str, str]) -> None:
+    _write(sweep.directory / "submitted.json", {**submitted(sweep), **jobs})
+
+
+_JOB = re.compile(r"\d+(_\d+)?")
+
+
+def job_numbers(jobs: dict[str, str]) -> list[str]:
+    return sorted({job.split("_")[0] for job in jobs.values() if _JOB.fullmatch(job)})
+
+
+def _write(path: Path, data: Any) -> None:
+    write_atomic(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")

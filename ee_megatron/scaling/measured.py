@@ -1,0 +1,171 @@
+"""A finished run in figures, from what its stages left: accuracy, depth, reward, parameters, FLOPs, time.
+
+FLOPs are not planned but measured: each RL step's histogram of exits, and the evaluation's, go into the arithmetic of
+planning/flops.py, which knows what a layer that is run, one that is skipped, a gate and the readout cost.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config.schema import RunConfig
+from ..config.validate import read_dims
+from ..families import ModelDims
+from ..observe.metrics import read_metrics
+from ..planning.flops import decode_cost, prefill_cost
+from ..planning.layout import Layout, rank_parameters
+from ..planning.step import phase_flops, rl_step
+from ..planning.workload import Workload
+
+SPENT = "spent.json"
+"""In a stage's directory: {"seconds", "device_seconds", "starts"} of all who worked on it in a sweep."""
+TAIL = 0.25
+"""Share of the RL steps, the last ones, that `reward` and its like are means of."""
+
+
+def measure(cfg: RunConfig, stages: Mapping[str, Path]) -> dict[str, Any]:
+    """One row of the table, without what varies and the status. `stages`: the run's finished stages by name."""
+    dims = read_dims(cfg)
+    layout = one_rank(cfg, dims)
+    row: dict[str, Any] = {"seed": cfg.rl.seed}
+    if "evaluate" in stages:
+        row |= evaluated(json.loads((stages["evaluate"] / "results.json").read_text()), layout)
+    if "rl" in stages:
+        row |= reinforced(read_metrics(stages["rl"] / "metrics.jsonl"), cfg, layout)
+    return row | parameters(dims, layout) | spent(stages)
+
+
+def one_rank(cfg: RunConfig, dims: ModelDims) -> Layout:
+    """The run as a single rank would do it: what it costs, whoever shares the work."""
+    from ..config.validate import resolve_exits
+
+    alone = copy.deepcopy(cfg)
+    # Default exits follow the stage boundaries of the real layout.
+    alone.exits.depths = list(resolve_exits(cfg, dims).depths)
+    parallel = alone.parallel
+    parallel.tensor = parallel.pipeline = parallel.data = parallel.virtual = 1
+    parallel.sequence_parallel, parallel.stage_layers = False, []
+    return Layout.of(alone, dims)
+
+
+def evaluated(results: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """The last model at its chosen threshold; beside it the same model at full depth and sampled, and the teacher."""
+    rows, meta = results["rows"], results["meta"]
+    model = rows[-1]["model"]
+    by_exits = {row["exits"]: row for row in rows if row["model"] == model}
+    chosen = next((row for exits, row in by_exits.items() if exits.startswith("hazard")), rows[-1])
+    found = {
+        "model": model,
+        "exits": chosen["exits"],
+        "accuracy": chosen["accuracy"],
+        "accuracy_low": chosen["low"],
+        "accuracy_high": chosen["high"],
+        "answers": chosen["n"],
+        "mean_depth": chosen["mean_depth"],
+        "total_depth": chosen["total_depth"],
+        "length": chosen["length"],
+        "kl": chosen["kl"],
+    }
+    for name, exits in (("full", "full depth"), ("sampled", "sampled")):
+        if exits in by_exits:
+            found[f"accuracy_{name}"] = by_exits[exits]["accuracy"]
+            found[f"mean_depth_{name}"] = by_exits[exits]["mean_depth"]
+    teacher = next((row for row in rows if row["model"] == "teacher"), None)
+    if teacher is not None:
+        found["accuracy_teacher"] = teacher["accuracy"]
+    histogram = results["exit_histogram"].get(f"{model}, {chosen['exits']}")
+    prompt = meta.get("prompt_tokens")
+    if histogram and prompt:
+        load = workload(layout, {int(d): int(c) for d, c in histogram.items()}, prompt, chosen["length"], chosen["n"])
+        answer = decode_cost(layout, load)
+        found["flops_prompt"] = prefill_cost(layout.dims, round(prompt))
+        found["flops_answer"] = answer
+        # The first token comes with the prompt.
+        found["flops_token"] = answer / (load.answer - 1) if load.answer > 1 else None
+    return found
+
+
+def workload(layout: Layout, counts: Mapping[int, float], prompt: float, length: float, answers: float) -> Workload:
+    """Exits as they were counted over all tokens of `answers` answers -> the load of one of them.
+
+    An answer's first token is counted at full depth, though it comes from the prompt and is no choice: it is taken out.
+    Lengths are means, not whole numbers; products are linear in them, attention nearly.
+    """
+    outcomes = layout.spec.layout.outcomes
+    later = {depth: float(counts.get(depth, 0.0)) for depth in outcomes}
+    later[outcomes[-1]] = max(0.0, later[outcomes[-1]] - answers)
+    total = sum(later.values())
+    shares = tuple(later[d] / total if total else float(d == outcomes[-1]) for d in outcomes)
+    return Workload(round(prompt), length, outcomes, shares)  # type: ignore[arg-type]
+
+
+def reinforced(rows: Sequence[Mapping[str, float]], cfg: RunConfig, layout: Layout) -> dict[str, Any]:
+    """Tokens trained on, the reward at the end, FLOPs of all steps by phase."""
+    if not rows:
+        return {}
+    tail = rows[-max(1, round(TAIL * len(rows))) :]
+
+    def at_end(name: str) -> float:
+        return sum(row[name] for row in tail) / len(tail)
+
+    found: dict[str, Any] = {
+        "steps": len(rows),
+        "tokens": round(sum(row["tokens"] for row in rows)),
+        "reward": at_end("reward"),
+        "task_reward": at_end("task_reward"),
+        "rollout_accuracy": at_end("accuracy"),
+        "rollout_mean_depth": at_end("mean_depth"),
+        "rollout_total_depth": at_end("total_depth"),
+        "rollout_length": at_end("length"),
+    }
+    if not all("prompt_length" in row for row in rows):
+        return found
+    step = rl_step(cfg, item=4)
+    phases: dict[str, float] = {}
+    for row in rows:
+        counts = {int(k.split("/")[1]): v * row["tokens"] for k, v in row.items() if k.startswith("exit_share/")}
+        load = workload(layout, counts, row["prompt_length"], row["length"], step.sequences)
+        load = load.in_groups(cfg.rl.group_size, cfg.parallel.micro_batch_size)
+        for phase, flops in phase_flops(layout, load, step).items():
+            phases[phase] = phases.get(phase, 0.0) + flops
+    found |= {f"flops_{phase}": flops for phase, flops in phases.items()}
+    return found | {"flops_rl": sum(phases.values())}
+
+
+def parameters(dims: ModelDims, layout: Layout) -> dict[str, int]:
+    """Elements by kind. `parameters_embedding`: embedding and, where it is not tied, head; the rest of the base are
+    layers and the last norm."""
+    found = rank_parameters(layout, 0)
+    embedding = dims.vocab * dims.hidden * (1 if dims.tied else 2)
+    return {
+        "parameters_embedding": embedding,
+        "parameters_layers": found.base - embedding,
+        "parameters_adapters": found.adapters,
+        "parameters_gates": found.gates,
+        "parameters_trained": found.trained(layout.spec.full),
+    }
+
+
+def spent(stages: Mapping[str, Path]) -> dict[str, float | None]:
+    """Wall-clock and device seconds of RL, and of all stages; None where a stage was made outside a sweep."""
+    files = {stage: read_spent(path) for stage, path in stages.items()}
+
+    def total(field: str, names: Sequence[str]) -> float | None:
+        known = [files[name] for name in names if name in files]
+        values = [entry.get(field) for entry in known]
+        return None if None in values or not values else round(sum(v for v in values if v is not None), 3)
+
+    found: dict[str, float | None] = {}
+    for field in ("seconds", "device_seconds"):
+        found[f"{field}_rl"] = total(field, ["rl"])
+        found[f"{field}_all_stages"] = total(field, list(stages))
+    return found
+
+
+def read_spent(path: Path) -> dict[str, float]:
+    file = path / SPENT
+    return json.loads(file.read_text()) if file.is_file() else {}

@@ -1,0 +1,353 @@
+"""`ee-megatron sweep`: resolve a grid, check every point, start what is not finished; status and table of what was."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config.identity import STAGES
+from ..config.load import find_config_dir, list_groups, load
+from ..config.schema import RunConfig
+from ..config.validate import policy_spec, ranks, read_dims, validate
+from ..observe.lock import RunLock
+from ..scaling import manifest as disk
+from ..scaling.executors import LocalExecutor, describe_task, minutes_of, queued, state_now, submit
+from ..scaling.grid import (
+    GROUP,
+    Grid,
+    check,
+    checked_isoflop,
+    combine,
+    excluded,
+    from_file,
+    from_settings,
+    zipped,
+)
+from ..scaling.sweep import GridError, Sweep, Task, resolve
+from . import stages
+from .stopping import STOPPED, WITH_PARENT, follow_parent
+
+EPILOG = """\
+examples:
+  ee-megatron sweep experiment=demo_cpu rl.lambda_exit=0,0.3,1 seed=1,2,3 --name front --dry-run
+  ee-megatron sweep experiment=demo_cpu rl.adapter_lr=1e-5:1e-3:log3 --name rates --max-parallel 2
+  ee-megatron sweep sweep=lambda_front --executor slurm --slurm partition=gpu --slurm time=8:00:00
+  ee-megatron sweep status front --watch
+  ee-megatron sweep collect front
+
+A comma separates values of an axis, unless it stands in brackets or quotes: task.families=[sum,word] is one value,
+task.families=[sum],[sum,word] two. start:stop:step, start:stop:lin5 and start:stop:log5 are ranges, both ends in.
+`seed` stands for calibrate.seed and rl.seed; `budget=1e15,1e16` (FLOPs) for the number of steps that it buys.
+The same command again goes on: finished runs are skipped, stopped and killed ones continued.
+"""
+WATCH_S = 5.0
+SWEEP_LOCK = ".lock"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code: 0, 1 (a run failed), 2 (bad input), 130 (told to stop)."""
+    arguments = list(arguments)
+    if arguments[:1] in (["status"], ["collect"]):
+        return _look(arguments[0], arguments[1:])
+    if arguments[:1] == ["task"]:
+        return _task(arguments[1:])
+    options = _parse(arguments)
+    try:
+        return _sweep(options)
+    except GridError as error:
+        print("\n".join(f"error: {line}" for line in error.lines), file=sys.stderr)
+        return 2
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="ee-megatron sweep",
+        description="A grid of runs: checked as a whole, shared stages made once, one table.",
+        usage="%(prog)s key=a,b,c ... [options]\n       %(prog)s status NAME [--watch]\n       %(prog)s collect NAME",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="of every run; several values make an axis")
+    parser.add_argument("--name", default="", help="results go to runs/NAME (default: the experiment's name)")
+    parser.add_argument(
+        "--last", default="evaluate", choices=list(STAGES), help="stage to end with (default: evaluate)"
+    )
+    parser.add_argument("--zip", action="append", default=[], metavar="key,key", help="axes that run together")
+    parser.add_argument("--exclude", action="append", default=[], metavar="'key=a key=b,c'", help="points to leave out")
+    parser.add_argument("--executor", default="local", choices=("local", "slurm", "debug"))
+    parser.add_argument("--max-parallel", type=int, metavar="N", help="tasks at a time (default: local 1, slurm 256)")
+    parser.add_argument("--slurm", action="append", default=[], metavar="key=value", help="an option of sbatch")
+    parser.add_argument("--retry-failed", action="store_true", help="start failed runs again too")
+    parser.add_argument("--dry-run", action="store_true", help="check and list the points; start and write nothing")
+    options, rest = parser.parse_known_args(arguments)
+    wrong = [text for text in rest if text.startswith("-")]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    options.settings += rest
+    return options
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    parallel = (256 if options.executor == "slurm" else 1) if options.max_parallel is None else options.max_parallel
+    if parallel < 1:
+        raise ValueError(f"--max-parallel {parallel}: expected a number >= 1")
+    slurm = _slurm_options(options.slurm)
+    sweep = resolve(make_grid(options), options.last, Checker(options.executor))
+    queue = queued(sweep) if options.executor == "slurm" else {}
+    tasks = to_start(sweep, queue, options.retry_failed)
+    if options.dry_run:
+        print(_plan(sweep, tasks, queue))
+        return 0
+    disk.save(sweep)
+    write_missing_results(sweep)
+    print(
+        f"{sweep.directory}: {len(sweep.runs)} run(s); {disk.counts(sweep)}; {len(tasks)} task(s) to start", flush=True
+    )
+    if options.executor == "slurm":
+        return _on_slurm(sweep, tasks, slurm, parallel, queue)
+    lock = RunLock(sweep.directory / SWEEP_LOCK)
+    lock.acquire()
+    try:
+        code = _here(sweep, tasks) if options.executor == "debug" else _locally(sweep, tasks, parallel)
+    finally:
+        lock.release()
+    print(f"{disk.counts(sweep)}; `ee-megatron sweep collect {_name(sweep)}` makes the table")
+    for run in sweep.runs:
+        if disk.run_state(sweep, run) == disk.FAILED:
+            print(f"error: {_point(run.settings)}: {disk.error_of(sweep, run)}", file=sys.stderr)
+    left = any(disk.run_state(sweep, run) != disk.FINISHED for run in sweep.runs)
+    return code or int(left)
+
+
+def make_grid(options: argparse.Namespace) -> Grid:
+    """From the command line, on top of a file's if there is `sweep=NAME`. Raises ValueError."""
+    chosen = [text for text in options.settings if text.startswith(f"{GROUP}=")]
+    settings = [text for text in options.settings if not text.startswith((f"{GROUP}=", "isoflop."))]
+    line = from_settings(settings)
+    for keys in options.zip:
+        zipped(line, [key.strip() for key in keys.split(",")])
+    line.exclude = [excluded(text) for text in options.exclude]
+    if len(chosen) > 1:
+        raise ValueError(f"{' '.join(chosen)}: expected one grid file at most")
+    grid = combine(from_file(_grid_file(chosen[0].split("=", 1)[1])), line) if chosen else line
+    for text in options.settings:
+        if text.startswith("isoflop."):
+            _set_isoflop(grid, text)
+    if options.name:
+        grid.fixed = [text for text in grid.fixed if not text.startswith("name=")] + [f"name={options.name}"]
+    check(grid)
+    return grid
+
+
+def _grid_file(name: str) -> Path:
+    """configs/sweep/NAME.yaml, or a path that ends in .yaml."""
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"{GROUP}={name}: no such file")
+        return Path(name)
+    directory = find_config_dir()
+    choices = list_groups(directory).get(GROUP, [])
+    if name not in choices:
+        raise ValueError(
+            f"{GROUP}={name}: no such grid; there are {', '.join(choices) or 'none'}, or give a .yaml file"
+        )
+    return directory / GROUP / f"{name}.yaml"
+
+
+def _set_isoflop(grid: Grid, text: str) -> None:
+    key, _, value = text.removeprefix("isoflop.").partition("=")
+    kinds = {"set": str, "prompt_tokens": int, "answer_tokens": int, "mean_depth": float}
+    if key not in kinds:
+        raise ValueError(f"isoflop.{key}: no such field; there are {', '.join(kinds)}")
+    try:
+        setattr(grid.isoflop, key, kinds[key](value))
+    except ValueError:
+        raise ValueError(f"{text}: expected {kinds[key].__name__}") from None
+    checked_isoflop(grid.isoflop)
+
+
+class Checker:
+    """All that can be known of a configuration before anything starts. Models and start policies are looked at once."""
+
+    def __init__(self, executor: str):
+        self.executor = executor
+        self._seen: set[str] = set()
+
+    def __call__(self, cfg: RunConfig) -> None:
+        """Raises ValueError or FileNotFoundError."""
+        validate(cfg, None)
+        dims = read_dims(cfg)
+        validate(cfg, dims)
+        if cfg.model.path not in self._seen:
+            stages.check_weights(Path(cfg.model.path))
+            self._seen.add(cfg.model.path)
+        if cfg.start:
+            self._check_start(cfg, dims)
+        if cfg.rl.replay and not Path(cfg.rl.replay).is_dir():
+            raise FileNotFoundError(f"rl.replay={cfg.rl.replay}: no such directory; expected a stage's rollouts/")
+        if cfg.task.path and not Path(cfg.task.path).exists():
+            raise FileNotFoundError(f"task.path={cfg.task.path}: no such file or directory")
+        if self.executor == "debug" and ranks(cfg) > 1:
+            raise ValueError(f"--executor debug: runs in this process, but there are {ranks(cfg)} ranks; use local")
+        if self.executor != "slurm" and cfg.cluster.nodes > 1:
+            raise ValueError(f"cluster.nodes={cfg.cluster.nodes}: more than this machine; use --executor slurm")
+
+    def _check_start(self, cfg: RunConfig, dims: Any) -> None:
+        import json
+
+        from ..policy import PolicySpec
+
+        data = json.loads((stages.calibrated(cfg) / "policy.json").read_text())
+        data.pop("sha256", None)
+        spec, wanted = PolicySpec.from_json(data), policy_spec(cfg, dims)
+        if spec != wanted:
+            raise ValueError(
+                f"start={cfg.start}: made with exits {list(spec.exit_depths)} and adapters of rank {spec.rank}, the "
+                f"settings say {list(wanted.exit_depths)} and {wanted.rank} (or differ in alpha, targets or gates)"
+            )
+
+
+def to_start(sweep: Sweep, queue: dict[str, str], retry_failed: bool) -> list[Task]:
+    """Unfinished tasks that nobody is at, and that no failed one keeps from starting."""
+    found = []
+    for task in sweep.tasks:
+        state = state_now(sweep, task, queue)
+        busy = state in (disk.FINISHED, disk.RUNNING, disk.QUEUED) or task.key in queue
+        if not busy and (retry_failed or disk.failure(sweep, task) is None):
+            found.append(task)
+    return found
+
+
+def write_missing_results(sweep: Sweep) -> None:
+    """Of runs that had finished before this sweep was thought of."""
+    from .sweep_task import write_result
+
+    for run in sweep.runs:
+        if disk.run_state(sweep, run) == disk.FINISHED and disk.read_result(sweep, run.id) is None:
+            write_result(sweep, run.id, load(run.overrides))
+
+
+def forget_failures(sweep: Sweep, tasks: Sequence[Task]) -> None:
+    """What is started again has not failed yet: tasks that need it must not take the old failure for its last word."""
+    for task in tasks:
+        record = disk.read_record(sweep, task.key)
+        if record is not None and record.state == disk.FAILED:
+            record.state, record.error = disk.WAITING, ""
+            disk.write_record(sweep, task.key, record)
+
+
+def _locally(sweep: Sweep, tasks: list[Task], parallel: int) -> int:
+    forget_failures(sweep, tasks)
+
+    def command(key: str) -> list[str]:
+        return [sys.executable, "-m", "ee_megatron.cli", "sweep", "task", str(sweep.directory), key]
+
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, WITH_PARENT: str(os.getpid())}
+    executor = LocalExecutor(sweep, command, environment, parallel, lambda text: print(text, flush=True))
+    return executor.run(tasks)
+
+
+def _here(sweep: Sweep, tasks: list[Task]) -> int:
+    from .sweep_task import TaskRunner
+
+    forget_failures(sweep, tasks)
+    worst = 0
+    for task in tasks:
+        print(f"started {describe_task(sweep, task)}", flush=True)
+        code = TaskRunner(sweep.directory, task.key, in_process=True).run()
+        if code == STOPPED:
+            return 130
+        worst = max(worst, min(code, 1))
+    return worst
+
+
+def _on_slurm(sweep: Sweep, tasks: list[Task], slurm: dict[str, str], parallel: int, queue: dict[str, str]) -> int:
+    from .sweep_task import SlurmTask
+
+    if not tasks:
+        return 0
+    forget_failures(sweep, tasks)
+    requeues = load(sweep.runs[0].overrides).cluster.requeue_limit
+    directory = sweep.directory.resolve()
+    jobs = submit(sweep, tasks, lambda key: SlurmTask(directory, key), slurm, parallel, requeues, queue)
+    for number in disk.job_numbers(jobs):
+        its = [sweep.task(key) for key, job in jobs.items() if job.split("_")[0] == number]
+        what = f"{len(its)} tasks in an array" if len(its) > 1 else describe_task(sweep, its[0])
+        print(f"submitted job {number}: {what}")
+    print(f"`ee-megatron sweep status {_name(sweep)} --watch` follows them")
+    return 0
+
+
+def _task(arguments: list[str]) -> int:
+    """One task, as the local executor starts it."""
+    parent = os.environ.pop(WITH_PARENT, "")
+    if len(arguments) != 2:
+        raise ValueError("sweep task: expected a sweep's directory and a task's key")
+    from .sweep_task import TaskRunner, run_with_signals
+
+    runner = TaskRunner(Path(arguments[0]), arguments[1])
+    return run_with_signals(runner, (lambda: follow_parent(int(parent))) if parent else lambda: None)
+
+
+def _look(command: str, arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog=f"ee-megatron sweep {command}", description="by name or directory")
+    parser.add_argument("name", metavar="NAME", help="the runs' name, NAME/sweep-<hash>, or a sweep's directory")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are (default: runs)")
+    if command == "status":
+        parser.add_argument("--watch", action="store_true", help=f"again every {WATCH_S:g} s, until nothing runs")
+    options = parser.parse_args(arguments)
+    sweep = disk.find_sweep(options.name, options.runs)
+    if command == "collect":
+        from ..scaling.collect import collect
+
+        for path in collect(sweep):
+            print(path)
+        return 0
+    from ..scaling.status import status_table
+
+    while True:
+        queue = queued(sweep)
+        if options.watch and sys.stdout.isatty():
+            print("\033[2J\033[H", end="")
+        print(status_table(sweep, queue), flush=True)
+        busy = any(state_now(sweep, task, queue) in (disk.RUNNING, disk.QUEUED) for task in sweep.tasks)
+        if not options.watch or not busy:
+            return 0
+        time.sleep(WATCH_S)
+
+
+def _slurm_options(given: Sequence[str]) -> dict[str, str]:
+    options = {}
+    for text in given:
+        key, equals, value = text.removeprefix("--").partition("=")
+        if not equals or not key:
+            raise ValueError(f"--slurm {text}: expected an option of sbatch as key=value, e.g. partition=gpu")
+        options[key] = value
+    minutes_of(options.get("time", "1"))
+    if not options.get("warning", "0").isdigit():
+        raise ValueError(f"--slurm warning={options['warning']}: expected seconds before the time limit")
+    return options
+
+
+def _plan(sweep: Sweep, tasks: list[Task], queue: dict[str, str]) -> str:
+    lines = [f"{sweep.directory}: {len(sweep.runs)} run(s), {len(sweep.tasks)} task(s), {len(tasks)} to start"]
+    for level in sweep.levels():
+        for task in level:
+            state = state_now(sweep, task, queue)
+            what = "start" if task in tasks else state
+            ident = f"{task.runs[0]}  " if len(task.runs) == 1 else ""
+            lines.append(f"  {what:<9} {ident}{describe_task(sweep, task)}")
+    return "\n".join(lines)
+
+
+def _name(sweep: Sweep) -> str:
+    return str(sweep.directory) if sweep.directory.parts[0] != "runs" else sweep.directory.parent.name
+
+
+def _point(settings: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in settings.items()) or "the run"

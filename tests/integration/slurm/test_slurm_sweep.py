@@ -1,0 +1,168 @@
+"""Sweeps as job arrays, through submitit, on a real Slurm: preempted, robbed of a node, told to stop; each run once."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ee_megatron.observe.metrics import read_metrics
+from ee_megatron.scaling import manifest as disk
+from tools import mini_slurm
+
+ROOT = Path(__file__).parents[3]
+ALONE = ["cluster.nodes=1", "cluster.rollout_nodes=0", "cluster.gpus_per_node=0", "parallel.recompute=false",
+         "rollout=local"]  # fmt: skip
+# A node at a time for each task, so that several nodes are at work.
+WHOLE_NODES = ["--executor", "slurm", "--slurm", "cpus-per-task=16", "--slurm", "time=10"]
+
+
+def sweep(site, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "EE_SITE_ENV": "no site file",
+                   "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # fmt: skip
+    command = [sys.executable, "-m", "ee_megatron.cli", "sweep", *arguments]
+    return site.cluster.run(*command, cwd=ROOT, environment=environment, timeout=90, check=check)
+
+
+def opened(site, name: str) -> disk.Sweep:
+    return disk.find_sweep(name, site.folder / "runs")
+
+
+def logs(site, name: str) -> str:
+    """What tasks, stages and submitit said, for a failing test's message."""
+    folder = opened(site, name).directory
+    files = sorted([*folder.glob("logs/*.log"), *folder.glob("slurm/*.out"), *folder.glob("tasks/*.json")])
+    return "\n".join(f"--- {file.name}\n{file.read_text()[-1500:]}" for file in files)
+
+
+def wait_for(site, name: str, what, timeout: float, title: str) -> None:
+    try:
+        mini_slurm.until(what, timeout, title, pause=0.3)
+    except TimeoutError as error:
+        queue = site.cluster.run("squeue").stdout
+        raise AssertionError(f"{error}\n{queue}\n{logs(site, name)}") from None
+
+
+def at_work(site, name: str, keys: set[str]) -> dict[str, disk.Record]:
+    """Task -> record of those of the tasks that are in the middle of RL."""
+    found, current = {}, opened(site, name)
+    for key in keys:
+        record = disk.read_record(current, key)
+        if record is None or record.state != disk.RUNNING or disk.is_done(current, current.task(key)):
+            continue
+        if (disk.stage_path(current, key) / "checkpoints").is_dir():
+            found[key] = record
+    return found
+
+
+def one_at_work(site, name: str, keys: set[str]) -> disk.Record:
+    """Wait for one of the tasks to be in the middle of RL and take it out of `keys`."""
+    wait_for(site, name, lambda: at_work(site, name, keys), 120, f"one of {keys} to have a checkpoint")
+    key, record = next(iter(at_work(site, name, keys).items()))
+    keys.remove(key)
+    return record
+
+
+def preempt(site, name: str, record: disk.Record) -> None:
+    """An urgent job takes a task's node."""
+    site.cluster.run("sbatch", "--partition=urgent", f"--nodelist={record.host}", "--exclusive", "--output=/dev/null",
+                     "--wrap=true")  # fmt: skip
+    title = f"job {record.job} to be requeued"
+    wait_for(site, name, lambda: site.cluster.job(record.job)["Restarts"] != "0", 60, title)
+
+
+@pytest.mark.timeout(600)
+def test_twelve_runs_come_to_eleven_results_whatever_happens_to_their_jobs(site):
+    """One array: two tasks are preempted, one loses its node, one cannot learn. Nothing that was done is done again."""
+    # The ones that something will happen to take longer than the others.
+    steps = [50 if run in (0, 2, 3) else 4 for run in range(12)]
+    grid = [
+        "rl.lambda_exit=0:1.1:0.1", "rl.seed=1,2,3,1,2,3,1,2,3,1,2,3", f"rl.steps={','.join(map(str, steps))}",
+        f"rl.adapter_lr={','.join('1e30' if run == 1 else '3e-4' for run in range(12))}",
+        "--zip", "rl.lambda_exit,rl.seed,rl.steps,rl.adapter_lr", "--last", "rl", "--name", "array",
+    ]  # fmt: skip
+    settings = ["experiment=rl_7b", *site.rl("array", *ALONE, "parallel.pipeline=1"), "checkpoint.bad_steps=1",
+                "rl.checkpoint_every=2", "rl.prompts_per_step=2"]  # fmt: skip
+    command = [*settings, *grid, *WHOLE_NODES]
+    said = sweep(site, *command).stdout
+    assert "12 run(s)" in said and "12 tasks in an array" in said and said.count("submitted job") == 1
+    # It has returned at once: the queue has what there is to do, and a second sweep has nothing to add.
+    assert "0 task(s) to start" in sweep(site, *command).stdout
+
+    current = opened(site, "array")
+    long = {run.tasks[-1] for run, count in zip(current.runs, steps, strict=True) if count == 50}
+    struck = [one_at_work(site, "array", long)]
+    preempt(site, "array", struck[0])
+    struck.append(one_at_work(site, "array", long))
+    preempt(site, "array", struck[1])
+    struck.append(one_at_work(site, "array", long))
+    node = struck[2].host
+    site.cluster.power_off(node)
+    try:
+        wait_for(site, "array", lambda: not site.queue(), 300, "the end of the array")
+    finally:
+        site.cluster.power_on(node)
+
+    states = [disk.run_state(current, run) for run in current.runs]
+    assert states.count("finished") == 11 and states[1] == "failed", logs(site, "array")
+    for run, count in zip(current.runs, steps, strict=True):
+        (task,) = (current.task(key) for key in run.tasks)
+        record = disk.read_record(current, task.key)
+        directory = disk.stage_path(current, task.stages[-1][1])
+        ends = [event for event in record.events if event.startswith("end")]
+        if run is current.runs[1]:
+            assert record.starts == 1 and "not finite" in record.error, record
+            continue
+        # Every step once, whoever was stopped: what went on did so from its checkpoint.
+        assert [row["step"] for row in read_metrics(directory / "metrics.jsonl")] == list(range(1, count + 1))
+        assert sum(f"{directory.name} 0" in event for event in ends) == 1, record
+        assert (record.starts > 1) == (record.job in [each.job for each in struck]), record
+    tables = [current.directory / "table.csv", current.directory / "table.parquet"]
+    sweep(site, "collect", "array", "--runs", str(site.folder / "runs"))
+    first = [file.read_bytes() for file in tables]
+    sweep(site, "collect", "array", "--runs", str(site.folder / "runs"))
+    assert [file.read_bytes() for file in tables] == first
+    table = list(csv.DictReader(io.StringIO(first[0].decode())))
+    assert [row["status"] for row in table] == states
+    assert "not finite" in table[1]["error"] and not table[1]["reward"]
+    assert all(row["reward"] and float(row["flops_rl"]) > 0 and row["seconds_rl"] for row in table if not row["error"])
+    shown = sweep(site, "status", "array", "--runs", str(site.folder / "runs")).stdout
+    assert "11 finished, 1 failed" in shown and "not finite" in shown
+    assert "0 task(s) to start" in sweep(site, *command).stdout
+    site.no_strays()
+
+
+@pytest.mark.timeout(300)
+def test_shared_stages_come_first_and_several_ranks_stop_and_go_on_by_submitits_protocol(site):
+    """Traces once for two calibrations on two ranks each; one of them is told to stop in the middle."""
+    settings = site.settings("phases", *ALONE, "parallel.pipeline=2", "calibrate.epochs=60",
+                             "calibrate.checkpoint_every=1000", "--last", "calibrate")  # fmt: skip
+    command = ["experiment=rl_7b", *settings, "calibrate.kl_factor=1,4", "--name", "phases",
+               "--executor", "slurm", "--slurm", "cpus-per-task=8", "--slurm", "time=10"]  # fmt: skip
+    said = sweep(site, *command).stdout
+    assert said.count("submitted job") == 2 and "traces for 2 runs" in said and "2 tasks in an array" in said
+    current = opened(site, "phases")
+    shared, first, second = current.tasks
+
+    def under_way() -> bool:
+        file = disk.stage_path(current, first.key) / "metrics.jsonl"
+        return file.is_file() and len(read_metrics(file)) > 3
+
+    wait_for(site, "phases", under_way, 150, "a calibration to be under way")
+    assert disk.is_done(current, shared)
+    job = disk.read_record(current, first.key).job
+    site.cluster.run("scancel", "--batch", "--signal=USR2", job)
+    wait_for(site, "phases", lambda: not site.queue(), 150, "the end of the arrays")
+    assert [disk.run_state(current, run) for run in current.runs] == ["finished"] * 2, logs(site, "phases")
+    assert [disk.read_record(current, task.key).starts for task in (shared, first, second)] == [1, 2, 1]
+    for task in (first, second):
+        metrics = read_metrics(disk.stage_path(current, task.key) / "metrics.jsonl")
+        assert [row["step"] for row in metrics] == list(range(1, len(metrics) + 1))
+    checkpoints = disk.stage_path(current, first.key) / "checkpoints"
+    # Nothing but the word to stop has made a checkpoint before the last.
+    assert len(list(checkpoints.iterdir())) == 2

@@ -1,0 +1,339 @@
+"""A grid's runs: their ids, what they share, what is skipped, what is collected; nothing is started here."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import socket
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from ee_megatron.config.identity import stage_dir
+from ee_megatron.config.load import load
+from ee_megatron.config.validate import read_dims, validate
+from ee_megatron.observe.lock import process_start
+from ee_megatron.planning.flops import decode_cost
+from ee_megatron.scaling import manifest as disk
+from ee_megatron.scaling.collect import collect, columns, rows, to_csv
+from ee_megatron.scaling.executors import minutes_of, split_devices, state_now, visible_devices
+from ee_megatron.scaling.grid import from_settings
+from ee_megatron.scaling.isoflop import IsoFlop, buy
+from ee_megatron.scaling.measured import measure, one_rank, reinforced, workload
+from ee_megatron.scaling.status import status_table
+from ee_megatron.scaling.sweep import GridError, Sweep, resolve
+from ee_megatron.training.sweep import forget_failures, main, to_start, write_missing_results
+
+TINY = {
+    "model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_hidden_layers": 6, "intermediate_size": 96, "vocab_size": 130, "tie_word_embeddings": True,
+    "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu",
+}  # fmt: skip
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> list[str]:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(TINY))
+    return ["name=t", f"runs={tmp_path / 'runs'}", f"model.path={tmp_path / 'model'}", "exits.depths=[2,4]"]
+
+
+def check(cfg) -> None:
+    validate(cfg, read_dims(cfg))
+
+
+def made(base: list[str], *settings: str, last: str = "evaluate") -> Sweep:
+    sweep = resolve(from_settings([*base, *settings]), last, check)
+    disk.save(sweep)
+    return sweep
+
+
+def finish(sweep: Sweep, key: str) -> None:
+    for _, name in sweep.task(key).stages:
+        path = disk.stage_path(sweep, name)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "DONE").touch()
+
+
+# ---- ids and tasks ----
+
+
+def test_a_runs_id_is_the_hash_of_its_last_stage_and_of_nothing_else(base: list[str]) -> None:
+    sweep = made(base, "rl.lambda_exit=0,1")
+    cfg = load(sweep.runs[1].overrides)
+    assert stage_dir(cfg, "evaluate").name == f"evaluate-{sweep.runs[1].id}"
+    # Ranks, actors, checkpoints and order don't count.
+    other = made([*base, "rollout.actors=3", "rl.checkpoint_every=7"], "rl.lambda_exit=1,0")
+    assert [run.id for run in other.runs] == [run.id for run in reversed(sweep.runs)]
+    assert other.directory == sweep.directory
+    assert made(base, "rl.lambda_exit=0,1", last="rl").directory != sweep.directory
+
+
+def test_points_that_are_the_same_run_are_refused(base: list[str]) -> None:
+    with pytest.raises(GridError) as caught:
+        made(base, "rollout.actors=1,2")
+    assert "point 2 (rollout.actors=2): the same run as point 1 (rollout.actors=1)" in caught.value.lines[0]
+
+
+def test_every_wrong_point_is_listed_before_anything_is_written(base: list[str], tmp_path: Path) -> None:
+    with pytest.raises(GridError) as caught:
+        made(base, "rl.lambda_exit=0,-1", "rl.group_size=1,4")
+    lines = caught.value.lines
+    assert len(lines) == 2
+    assert lines[0].startswith("point 1 (rl.lambda_exit=0 rl.group_size=1): rl.group_size=1: ")
+    assert lines[1].startswith("point 3 (rl.lambda_exit=-1 rl.group_size=1) and 1 other(s), up to point 4 (rl.lambda")
+    assert "rl.lambda_exit=-1" in lines[1] and not (tmp_path / "runs").exists()
+
+
+def test_the_command_line_lists_them_too(base: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main([*base, "teacher.enabled=false", "rl.lamda_exit=1,2", "rl.steps=0,1"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: point 1") and "did you mean rl.lambda_exit?" in lines[0]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_shared_stages_are_tasks_of_their_own_that_come_first(base: list[str]) -> None:
+    sweep = made(base, "rl.lambda_exit=0,1", "seed=1,2")
+    shapes = [([stage for stage, _ in task.stages], len(task.runs)) for task in sweep.tasks]
+    assert (
+        shapes == [(["teacher", "traces"], 4), (["calibrate"], 2), (["calibrate"], 2)] + [(["rl", "evaluate"], 1)] * 4
+    )
+    assert [len(level) for level in sweep.levels()] == [1, 2, 4]
+    for run in sweep.runs:
+        chain = sweep.chain(sweep.task(run.tasks[-1]))
+        assert [task.key for task in chain] == run.tasks and run.id in chain[-1].key
+    seeds = {run.settings["seed"]: run.tasks[1] for run in sweep.runs}
+    assert seeds[1] != seeds[2] and all(run.tasks[1] == seeds[run.settings["seed"]] for run in sweep.runs)
+
+
+def test_what_starts_from_a_given_policy_needs_no_calibration(base: list[str]) -> None:
+    sweep = made([*base, "teacher.enabled=false", "start=somewhere"], "rl.lambda_exit=0,1", last="rl")
+    assert [[stage for stage, _ in task.stages] for task in sweep.tasks] == [["rl"], ["rl"]]
+    with pytest.raises(GridError, match="--last traces: this run's stages are rl, evaluate"):
+        made([*base, "teacher.enabled=false", "start=somewhere"], "rl.lambda_exit=0,1", last="traces")
+
+
+def test_a_manifest_reads_back_as_it_was_written_and_is_found_by_name(base: list[str], tmp_path: Path) -> None:
+    sweep = made(base, "rl.lambda_exit=0,1")
+    before = (sweep.directory / "manifest.json").read_bytes()
+    assert disk.find_sweep("t", tmp_path / "runs") == sweep
+    disk.save(made(base, "rl.lambda_exit=0,1"))
+    assert (sweep.directory / "manifest.json").read_bytes() == before
+    with pytest.raises(FileNotFoundError, match="there are t"):
+        disk.find_sweep("u", tmp_path / "runs")
+    made(base, "rl.lambda_exit=2,3")
+    with pytest.raises(ValueError, match=r"there are 2 sweeps of this name; give one of t/sweep-"):
+        disk.find_sweep("t", tmp_path / "runs")
+    assert disk.find_sweep(f"t/{sweep.directory.name}", tmp_path / "runs") == sweep
+
+
+# ---- what is skipped ----
+
+
+def test_finished_tasks_are_skipped_and_failed_ones_wait_for_the_word(base: list[str]) -> None:
+    sweep = made(base, "rl.lambda_exit=0,1", "teacher.enabled=false", last="rl")
+    shared, first, second = sweep.tasks
+    assert to_start(sweep, {}, False) == [shared, first, second]
+    finish(sweep, shared.key)
+    finish(sweep, first.key)
+    assert to_start(sweep, {}, False) == [second]
+    disk.write_record(sweep, second.key, disk.Record(disk.FAILED, "rl", 1, "it broke"))
+    assert to_start(sweep, {}, False) == [] and to_start(sweep, {}, True) == [second]
+    assert disk.error_of(sweep, sweep.runs[1]) == "it broke"
+    forget_failures(sweep, [second])
+    assert disk.run_state(sweep, sweep.runs[1]) == disk.WAITING
+
+
+def test_a_failed_shared_stage_fails_all_that_need_it_and_one_word_starts_them_again(base: list[str]) -> None:
+    sweep = made(base, "rl.lambda_exit=0,1", "teacher.enabled=false", last="rl")
+    shared = sweep.tasks[0]
+    disk.write_record(sweep, shared.key, disk.Record(disk.FAILED, "traces", 1, "no memory"))
+    assert [disk.run_state(sweep, run) for run in sweep.runs] == ["failed", "failed"]
+    assert disk.error_of(sweep, sweep.runs[1]) == f"{shared.key}, which it needs: no memory"
+    assert to_start(sweep, {}, False) == [] and to_start(sweep, {}, True) == sweep.tasks
+
+
+def test_a_task_is_running_while_its_process_lives(base: list[str]) -> None:
+    sweep = made(base, "rl.lambda_exit=0,1", "teacher.enabled=false", last="rl")
+    task, record = sweep.tasks[1], disk.Record(disk.RUNNING, "rl")
+    disk.own(record)
+    disk.write_record(sweep, task.key, record)
+    assert disk.task_state(sweep, task) == disk.RUNNING and task not in to_start(sweep, {}, True)
+    # The number lives, but it is another process.
+    record.process = "1"
+    disk.write_record(sweep, task.key, record)
+    assert disk.task_state(sweep, task) == disk.KILLED and task in to_start(sweep, {}, False)
+    # On another machine only its writing tells.
+    record.host, record.process = "elsewhere", process_start(os.getpid()) or ""
+    disk.write_record(sweep, task.key, record)
+    assert socket.gethostname() != "elsewhere" and disk.task_state(sweep, task) == disk.RUNNING
+    os.utime(disk.record_path(sweep, task.key), (1, 1))
+    assert disk.task_state(sweep, task) == disk.KILLED
+
+
+def test_what_slurm_has_in_its_queue_is_left_to_it(base: list[str]) -> None:
+    sweep = made(base, "rl.lambda_exit=0,1", "teacher.enabled=false", last="rl")
+    _, first, second = sweep.tasks
+    queue = {first.key: "PENDING", second.key: "RUNNING"}
+    assert to_start(sweep, queue, True) == [sweep.tasks[0]]
+    assert state_now(sweep, first, queue) == disk.QUEUED
+    assert "queued" in status_table(sweep, queue)
+
+
+# ---- what is collected ----
+
+EVALUATED = {
+    "meta": {"prompt_tokens": 10.0},
+    "rows": [
+        {"model": "teacher", "exits": "full depth", "n": 2, "accuracy": 1.0, "low": 0.3, "high": 1.0,
+         "mean_depth": 1.0, "total_depth": 30.0, "length": 5.0, "kl": None},
+        {"model": "reinforced", "exits": "full depth", "n": 2, "accuracy": 1.0, "low": 0.3, "high": 1.0,
+         "mean_depth": 1.0, "total_depth": 30.0, "length": 5.0, "kl": 0.1},
+        {"model": "reinforced", "exits": "hazard > 0.5", "n": 2, "accuracy": 0.5, "low": 0.1, "high": 0.9,
+         "mean_depth": 0.6, "total_depth": 18.0, "length": 5.0, "kl": 0.2},
+    ],
+    "exit_histogram": {"reinforced, hazard > 0.5": {"2": 4, "4": 2, "6": 4}},
+}  # fmt: skip
+STEP = {"step": 1, "reward": 0.5, "task_reward": 0.75, "accuracy": 0.5, "mean_depth": 0.75, "total_depth": 22.0,
+        "length": 5.0, "prompt_length": 10.0, "tokens": 40.0, "exit_share/2": 0.25, "exit_share/6": 0.75}  # fmt: skip
+
+
+def results_of(sweep: Sweep, run_index: int, reward: float) -> None:
+    run = sweep.runs[run_index]
+    for key in run.tasks:
+        finish(sweep, key)
+    names = {stage: name for key in run.tasks for stage, name in sweep.task(key).stages}
+    (disk.stage_path(sweep, names["evaluate"]) / "results.json").write_text(json.dumps(EVALUATED))
+    lines = [json.dumps({**STEP, "step": step, "reward": reward}) for step in (1, 2)]
+    (disk.stage_path(sweep, names["rl"]) / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (disk.stage_path(sweep, names["rl"]) / "spent.json").write_text('{"seconds": 7, "device_seconds": 14}')
+
+
+def test_the_table_is_made_of_result_files_and_the_same_to_the_byte(base: list[str]) -> None:
+    settings = [*base, "rl.prompts_per_step=4", "rl.group_size=2"]
+    sweep = made(settings, "rl.lambda_exit=0,0.5,1", "task.families=[sum],[sum,word]")
+    results_of(sweep, 0, 0.25)
+    write_missing_results(sweep)
+    own = sweep.runs[1].tasks[-1]
+    disk.write_record(sweep, own, disk.Record(disk.FAILED, "rl", 1, 'a "quoted", comma'))
+    paths = collect(sweep)
+    first = [path.read_bytes() for path in paths]
+    # Nothing but the result file is looked at: what the stages left may be gone, and clocks don't count.
+    for file in disk.stage_path(sweep, sweep.task(sweep.runs[0].tasks[-1]).stages[0][1]).glob("metrics*"):
+        file.unlink()
+    disk.write_record(sweep, sweep.runs[2].tasks[-1], disk.Record(disk.STOPPED, "rl", 85, seconds=3.0))
+    assert [path.read_bytes() for path in collect(sweep)] == first
+
+    table = list(csv.DictReader(io.StringIO(first[0].decode())))
+    assert len(table) == 6 and [row["status"] for row in table[:3]] == ["finished", "failed", "unfinished"]
+    row = table[0]
+    assert (row["run"], row["rl.lambda_exit"], row["task.families"]) == (sweep.runs[0].id, "0", "['sum']")
+    assert (row["accuracy"], row["mean_depth"], row["total_depth"], row["kl"]) == ("0.5", "0.6", "18.0", "0.2")
+    assert (row["accuracy_full"], row["accuracy_teacher"], row["tokens"], row["reward"]) == ("1.0", "1.0", "80", "0.25")
+    assert (row["seconds_rl"], row["device_seconds_rl"], row["seconds_all_stages"]) == ("7", "14", "")
+    assert table[1]["error"] == 'a "quoted", comma' and table[1]["accuracy"] == ""
+    parquet = pq.read_table(paths[1])
+    assert parquet.column_names == columns(rows(sweep)) and parquet.num_rows == 6
+    assert parquet.column("rl.lambda_exit").to_pylist() == [0, 0, 0.5, 0.5, 1, 1]
+    assert parquet.column("accuracy").to_pylist()[0] == 0.5 and parquet.column("tokens").to_pylist()[1] is None
+    assert "1 finished" in status_table(sweep, {}) and 'a "quoted"' in status_table(sweep, {})
+
+
+def test_floats_in_the_table_read_back_exactly() -> None:
+    values = [0.1 + 0.2, 1e-300, 12345678.123456789]
+    text = to_csv([{"x": value} for value in values], ["x"])
+    assert [float(line) for line in text.splitlines()[1:]] == values
+
+
+def test_flops_follow_the_exits_that_were_counted(base: list[str]) -> None:
+    """By hand for a tiny model, and never said twice: the plan's own arithmetic at the counted shares."""
+    cfg = load([*base, "adapter.rank=4", "rl.prompts_per_step=4", "rl.group_size=2"])
+    dims = read_dims(cfg)
+    layout = one_rank(cfg, dims)
+    # 2 answers of 5 tokens; the first of each comes with the prompt and is counted at full depth.
+    load_ = workload(layout, {2: 4, 4: 2, 6: 4}, 10.0, 5.0, 2)
+    assert load_.shares == (0.5, 0.25, 0.25) and load_.outcomes == (2, 4, 6)
+    run_layers = [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
+    linears = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96
+    span = 10 + 2.5
+    each = sum(share * (2 * linears + 4 * 64 * span) + (1 - share) * 2 * 2 * 32 * 64 for share in run_layers)
+    gates = sum(share * 2 * 2 * 64 * (64 + 1) for share in (1.0, 0.5))
+    by_hand = 4 * (each + gates + 2 * 130 * 64)
+    assert decode_cost(layout, load_) == pytest.approx(by_hand, rel=1e-12)
+    assert decode_cost(layout, load_) < decode_cost(layout, workload(layout, {6: 10}, 10.0, 5.0, 2))
+
+    shallow = [{**STEP, "exit_share/2": 0.75, "exit_share/6": 0.25}]
+    assert reinforced(shallow, cfg, layout)["flops_rl"] < reinforced([STEP], cfg, layout)["flops_rl"]
+    twice = reinforced([STEP, {**STEP, "step": 2}], cfg, layout)
+    assert twice["flops_rl"] == pytest.approx(2 * reinforced([STEP], cfg, layout)["flops_rl"])
+
+
+def test_flops_do_not_depend_on_who_shares_the_work(base: list[str], tmp_path: Path) -> None:
+    def total(*settings: str) -> float:
+        cfg = load([*base, "rl.prompts_per_step=8", *settings])
+        return reinforced([{**STEP, "tokens": 160.0}], cfg, one_rank(cfg, read_dims(cfg)))["flops_rl"]
+
+    assert total() == total("parallel.pipeline=2", "parallel.tensor=2", "parallel.data=2")
+
+
+def test_parameters_are_counted_by_kind(base: list[str], tmp_path: Path) -> None:
+    cfg = load([*base, "adapter.rank=4", "adapter.targets=attention"])
+    row = measure(cfg, {})
+    block = 64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64
+    assert row["parameters_embedding"] == 130 * 64 and row["parameters_layers"] == 6 * block + 64
+    assert row["parameters_adapters"] == 6 * 4 * (2 * (64 + 64) + 2 * (64 + 32))
+    assert row["parameters_gates"] == 2 * (128 * 64 + 128 + 128 + 1)
+    assert row["parameters_trained"] == row["parameters_adapters"] + row["parameters_gates"]
+
+
+# ---- budgets ----
+
+
+@pytest.mark.parametrize("setting", ["rl.steps", "calibrate.epochs"])
+def test_a_budget_buys_the_nearest_number_of_updates(setting: str, base: list[str]) -> None:
+    cfg = load(base)
+    how = IsoFlop(set=setting, prompt_tokens=20, answer_tokens=16)
+    one = buy(cfg, read_dims(cfg), 1e11, how)
+    assert abs(one.flops - 1e11) < 0.2e11
+    ten = buy(cfg, read_dims(cfg), 1e12, how)
+    assert ten.flops == pytest.approx(1e12, rel=0.05) and ten.tokens == pytest.approx(10 * one.tokens, rel=0.2)
+    with pytest.raises(ValueError, match=r"budget=1000: less than half of one"):
+        buy(cfg, read_dims(cfg), 1e3, how)
+
+
+def test_an_isoflop_grid_gives_larger_models_fewer_steps(base: list[str], tmp_path: Path) -> None:
+    (tmp_path / "wide").mkdir()
+    wide = {**TINY, "hidden_size": 128, "intermediate_size": 192}
+    (tmp_path / "wide" / "config.json").write_text(json.dumps(wide))
+    rest = [text for text in base if not text.startswith("model.path")]
+    sweep = made(rest, f"model.path={tmp_path}/model,{tmp_path}/wide", "budget=1e12,1e13", last="rl")
+    steps = [run.settings["rl.steps"] for run in sweep.runs]
+    assert steps[0] > steps[2] and steps[1] == pytest.approx(10 * steps[0], rel=0.1)
+    for run in sweep.runs:
+        assert load(run.overrides).rl.steps == run.settings["rl.steps"]
+        assert run.settings["budget_flops"] == pytest.approx(run.settings["budget"], rel=0.2)
+    with pytest.raises(GridError, match="raise it"):
+        made(base, "budget=1,2")
+
+
+# ---- executors ----
+
+
+def test_time_limits_are_read_as_slurm_reads_them() -> None:
+    found = {text: minutes_of(text) for text in ("90", "2:30", "1:30:00", "1-12", "1-12:30")}
+    assert found == {"90": 90, "2:30": 3, "1:30:00": 90, "1-12": 2160, "1-12:30": 2190}
+    with pytest.raises(ValueError, match="--slurm time=soon"):
+        minutes_of("soon")
+
+
+def test_devices_are_shared_out_among_slots() -> None:
+    assert (
+        visible_devices({"CUDA_VISIBLE_DEVICES": "2,3"}) == ["2", "3"]
+        and visible_devices({"CUDA_VISIBLE_DEVICES": ""}) == []
+    )
+    assert split_devices(["0", "1", "2", "3"], 2) == ["0,1", "2,3"]
+    assert split_devices(["0", "1"], 4) == ["0", "1", "0", "1"]
+    assert split_devices(["0", "1"], 1) == [] and split_devices([], 4) == []

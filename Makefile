@@ -3,6 +3,7 @@
 # make slurm  job scripts on a real Slurm, several nodes on this machine; needs root, installs Debian's Slurm if it is missing
 # make slow   what takes long: twenty kills of an RL run, learning over seeds, a fresh environment, ten kills of a conversion
 # make lint   ruff and mypy
+# make scaling-demo   a scaling study on two cores in less than an hour: sizes from random weights, prices of depth, fits, plots
 #
 # PYTHON: any Python >= 3.11 that can make a virtual environment.
 PYTHON ?= python3
@@ -14,11 +15,24 @@ DEMO ?= $(if $(shell nvidia-smi -L 2>/dev/null),demo_gpu,demo_cpu)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test unit integration slurm slow lint clean-venv
+.PHONY: demo scaling-demo test unit integration slurm slow lint clean-venv
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo $(MODEL)/config.json
 	$(BIN)/ee-megatron run experiment=$(DEMO)
+
+# Loss by size and tokens, then accuracy and depth by size and price; the second sweep finds the models of the first.
+LADDER := runs/ladder
+SIZE := --params parameters_layers
+scaling-demo: $(VENV)/.demo
+	$(BIN)/ee-megatron sweep sweep=ladder_loss --last pretrain --max-parallel 2
+	$(BIN)/ee-megatron sweep collect ladder --last pretrain --out $(LADDER)/loss
+	$(BIN)/ee-megatron sweep sweep=ladder_front --max-parallel 2
+	$(BIN)/ee-megatron sweep collect ladder --last evaluate --out $(LADDER)/front
+	$(BIN)/ee-megatron scaling plot $(LADDER)/loss/table.csv $(SIZE) --tokens tokens_pretrain --flops flops_pretrain \
+	  --out $(LADDER)/loss
+	$(BIN)/ee-megatron scaling plot $(LADDER)/front/table.csv $(SIZE) --lambda rl.lambda_exit --accuracy accuracy \
+	  --depth mean_depth --metric mean_depth --against parameters_layers,rl.lambda_exit --out $(LADDER)/front
 
 test: unit integration
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from .config.schema import RunConfig
 
 STAGES = {
+    "pretrain": "train a small model from random weights on the task's worked problems (size ladder)",
     "teacher": "stage 0: sample answers with examples in the prompt, keep the right ones, fine-tune and merge",
     "traces": "stage 1a: the teacher's answers with each exit's divergence, kept on disk",
     "calibrate": "stage 1b: self-distillation of adapters and gates on the traces",
@@ -140,6 +141,9 @@ def _add(
         parser.add_argument(
             "--dry-run", action="store_true", help="check, print settings, ranks and directories; start nothing"
         )
+        parser.add_argument(
+            "-m", "--multirun", action="store_true", help="key=a,b: every combination, by Hydra (hydra/launcher=...)"
+        )
     parser.set_defaults(handler=handler)
     return parser
 
@@ -178,6 +182,8 @@ def _configured(options: argparse.Namespace, *, with_model: bool = False) -> Run
 
 
 def _stage(options: argparse.Namespace) -> int:
+    if options.multirun:
+        return _multirun(options.stage, options.overrides)
     cfg = _configured(options, with_model=not options.dry_run)
     if options.dry_run:
         return _print_plan(cfg, options.stage, options.stage, options.overrides)
@@ -188,6 +194,8 @@ def _stage(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.multirun:
+        return _multirun("run", options.overrides)
     cfg = _configured(options, with_model=not options.dry_run)
     if options.dry_run:
         return _print_plan(cfg, "evaluate", "run", options.overrides)
@@ -195,6 +203,12 @@ def _run(options: argparse.Namespace) -> int:
 
     launch.run_method(cfg, options.overrides)
     return 0
+
+
+def _multirun(command: str, overrides: list[str]) -> int:
+    from .training.multirun import multirun
+
+    return multirun(command, overrides)
 
 
 def _plan(options: argparse.Namespace) -> int:

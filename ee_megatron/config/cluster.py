@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .schema import RunConfig
 
-LEARNS = ("teacher", "calibrate", "rl")
+LEARNS = ("pretrain", "teacher", "calibrate", "rl")
 """Stages with learner ranks; in the others one process drives the rollout pool."""
 
 
@@ -40,7 +40,8 @@ def job_shape(cfg: RunConfig, stage: str) -> JobShape:
     """What a job of this stage needs. The configuration must be valid (validate.py)."""
     cluster, rollout = cfg.cluster, cfg.rollout
     own = cluster.rollout_nodes
-    needs_actors = rollout.backend == "ray" and stage != "calibrate" and not (stage == "rl" and cfg.rl.replay)
+    alone = stage in ("pretrain", "calibrate") or (stage == "rl" and bool(cfg.rl.replay))
+    needs_actors = rollout.backend == "ray" and not alone
     if stage not in LEARNS:
         nodes, world, available = (own or cluster.nodes) if needs_actors else 1, 1, 1
     else:

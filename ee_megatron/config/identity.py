@@ -20,12 +20,16 @@ from .validate import read_dims, resolve_exits
 
 # What each stage adds to the settings of the stage before it.
 STAGES: dict[str, tuple[str, ...]] = {
-    "teacher": ("model", "task", "teacher", "rollout", "adapter", "deepspeed"),
+    "pretrain": ("model", "task", "pretrain", "deepspeed"),
+    "teacher": ("teacher", "rollout", "adapter"),
     "traces": ("traces", "exits"),
     "calibrate": ("calibrate",),
     "rl": ("rl", "start", "freshness"),
     "evaluate": ("evaluate",),
 }
+
+# Stages that a run may do without: each has a section of its name that says so.
+OPTIONAL = ("pretrain", "teacher")
 
 # Of these sections only some fields change results, of the others all but EXECUTION do.
 RESULT_FIELDS = {
@@ -36,6 +40,7 @@ RESULT_FIELDS = {
 FRESHNESS = ("max_staleness", "partial", "sync_dtype")
 EXECUTION = {
     "task": ("verifier_workers", "verifier_deadline_s", "verifier_memory_mb"),
+    "pretrain": ("checkpoint_every",),
     "calibrate": ("checkpoint_every",),
     "rl": ("checkpoint_every", "dump_rollouts"),
 }
@@ -58,7 +63,8 @@ def identity(cfg: RunConfig, stage: str) -> dict[str, Any]:
 
 def stage_order(cfg: RunConfig) -> list[str]:
     """The stages of the whole method under this configuration."""
-    return [stage for stage in STAGES if stage != "teacher" or cfg.teacher.enabled]
+    left_out = {name for name in OPTIONAL if not getattr(cfg, name).enabled}
+    return [stage for stage in STAGES if stage not in left_out]
 
 
 def to_yaml(cfg: RunConfig) -> str:
@@ -78,7 +84,7 @@ def _section(cfg: RunConfig, name: str) -> Any:
         del values[field]
     if name == "model":
         values["path"] = os.path.normpath(values["path"])
-    if name == "teacher" and not cfg.teacher.enabled:
+    if name in OPTIONAL and not values["enabled"]:
         return {"enabled": False}
     if name == "exits" and not cfg.exits.depths and (Path(cfg.model.path) / "config.json").is_file():
         # Exits by default follow the stage boundaries: what was chosen counts, not how it was asked for.

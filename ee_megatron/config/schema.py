@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 @dataclass
 class ModelConfig:
     path: str = "???"
-    """Hugging Face model directory (config.json, safetensors, tokenizer)."""
+    """Hugging Face model directory (config.json, safetensors, tokenizer); with pretrain.enabled, of config.json only."""
     dtype: str = "auto"
     """float32, bfloat16 or auto: bfloat16 on a GPU and on a CPU with AMX, float32 on other CPUs."""
 
@@ -81,9 +81,25 @@ class TaskConfig:
 
 
 @dataclass
+class PretrainConfig:
+    enabled: bool = False
+    """true: model.path holds no weights but a shape (config.json); weights are drawn at random and trained on the
+    task's worked problems, question and answer."""
+    steps: int = 1000
+    batch_size: int = 64
+    """Sequences per update."""
+    learning_rate: float = 3e-3
+    warmup: float = 0.05
+    """Share of the updates with a rising learning rate; then it falls linearly to a tenth."""
+    checkpoint_every: int = 200
+    seed: int = 0
+    """Decides the first weights and the order of the problems."""
+
+
+@dataclass
 class TeacherConfig:
     enabled: bool = True
-    """false: the model at model.path is the teacher as it is (a reasoning model on GSM8K)."""
+    """false: the model at model.path, or the one that is pretrained, is the teacher as it is."""
     shots: int = 4
     problems: int = 330
     samples: int = 4
@@ -286,6 +302,7 @@ class RunConfig:
     exits: ExitsConfig = field(default_factory=ExitsConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     traces: TracesConfig = field(default_factory=TracesConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)

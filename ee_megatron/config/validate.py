@@ -62,6 +62,12 @@ POSITIVE: dict[str, tuple[str, ...]] = {
         "verifier_workers",
         "verifier_deadline_s",
     ),
+    "pretrain": (
+        "steps",
+        "batch_size",
+        "learning_rate",
+        "checkpoint_every",
+    ),
     "teacher": (
         "problems",
         "samples",
@@ -113,6 +119,7 @@ NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
         "seed",
         "verifier_memory_mb",
     ),
+    "pretrain": ("seed",),
     "teacher": (
         "shots",
         "seed",
@@ -288,11 +295,16 @@ def _check_training(cfg: RunConfig) -> None:
     shares = {
         "calibrate.uniform_patterns": cfg.calibrate.uniform_patterns,
         "calibrate.warmup": cfg.calibrate.warmup,
+        "pretrain.warmup": cfg.pretrain.warmup,
         "rl.lambda_warmup": cfg.rl.lambda_warmup,
     }
     for key, share in shares.items():
         if not 0 <= share <= 1:
             raise ValueError(f"{key}={share}: expected a share from 0 to 1")
+    if cfg.pretrain.enabled and cfg.rollout.prompt_template == "chat":
+        raise ValueError(
+            "rollout.prompt_template=chat: a model that is pretrained here has no chat template; set plain"
+        )
     if cfg.rl.minibatches > cfg.rl.prompts_per_step:
         raise ValueError(
             f"rl.minibatches={cfg.rl.minibatches}: a step has rl.prompts_per_step={cfg.rl.prompts_per_step} groups to "

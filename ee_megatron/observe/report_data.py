@@ -11,7 +11,7 @@ from typing import Any
 
 from .metrics import read_metrics
 
-STAGES = ("teacher", "traces", "calibrate", "rl", "evaluate")
+STAGES = ("pretrain", "teacher", "traces", "calibrate", "rl", "evaluate")
 MODELS = ("teacher", "calibrated", "reinforced")
 # Stages that log no steps of their own.
 WITHOUT_METRICS = ("traces", "evaluate")

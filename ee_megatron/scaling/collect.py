@@ -42,11 +42,13 @@ def columns(table: list[dict[str, Any]]) -> list[str]:
     return [*FIRST, *(name for name in names if name not in (*FIRST, *LAST)), *LAST]
 
 
-def collect(sweep: Sweep) -> tuple[Path, Path]:
-    """Write table.csv and table.parquet into the sweep's directory; returns their paths."""
+def collect(sweep: Sweep, out: Path | None = None) -> tuple[Path, Path]:
+    """Write table.csv and table.parquet into `out`, or the sweep's directory; returns their paths."""
     table = rows(sweep)
     names = columns(table)
-    paths = sweep.directory / "table.csv", sweep.directory / "table.parquet"
+    folder = out or sweep.directory
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "table.csv", folder / "table.parquet"
     write_atomic(paths[0], to_csv(table, names))
     write_atomic(paths[1], to_parquet(table, names))
     return paths

@@ -68,20 +68,23 @@ def open_sweep(directory: Path) -> Sweep:
     return Sweep.from_json(directory, data)
 
 
-def find_sweep(name: str, runs: Path) -> Sweep:
-    """By the runs' name, by name/sweep-<hash> or by directory. Raises FileNotFoundError if there is none, ValueError if
-    several go by the name."""
+def find_sweep(name: str, runs: Path, last: str = "") -> Sweep:
+    """By the runs' name, by name/sweep-<hash> or by directory; `last`: of several, the one that ends with that stage.
+
+    Raises FileNotFoundError if there is none, ValueError if several are left."""
     for directory in (Path(name), runs / name):
         if (directory / MANIFEST).is_file():
             return open_sweep(directory)
     found = sorted(file.parent for file in (runs / name).glob(f"sweep-*/{MANIFEST}"))
+    if last:
+        found = [directory for directory in found if open_sweep(directory).last == last]
     if len(found) > 1:
         listed = ", ".join(f"{name}/{directory.name}" for directory in found)
-        raise ValueError(f"{name}: there are {len(found)} sweeps of this name; give one of {listed}")
+        raise ValueError(f"{name}: there are {len(found)} sweeps of this name; give --last STAGE or one of {listed}")
     if not found:
         others = sorted({str(file.parent.parent.relative_to(runs)) for file in runs.glob(f"*/sweep-*/{MANIFEST}")})
         raise FileNotFoundError(
-            f"{runs / name}: no sweep there; {'there are ' + ', '.join(others) if others else f'none is in {runs}'}"
+            f"{runs / name}: no sweep {f'up to {last} ' if last else ''}there; {'there are ' + ', '.join(others) if others else f'none is in {runs}'}"
         )
     return open_sweep(found[0])
 

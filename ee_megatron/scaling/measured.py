@@ -16,7 +16,7 @@ from ..config.schema import RunConfig
 from ..config.validate import read_dims
 from ..families import ModelDims
 from ..observe.metrics import read_metrics
-from ..planning.flops import decode_cost, prefill_cost
+from ..planning.flops import Pass, decode_cost, prefill_cost, whole_pass
 from ..planning.layout import Layout, rank_parameters
 from ..planning.step import phase_flops, rl_step
 from ..planning.workload import Workload
@@ -32,6 +32,8 @@ def measure(cfg: RunConfig, stages: Mapping[str, Path]) -> dict[str, Any]:
     dims = read_dims(cfg)
     layout = one_rank(cfg, dims)
     row: dict[str, Any] = {"seed": cfg.rl.seed}
+    if "pretrain" in stages:
+        row |= pretrained(json.loads((stages["pretrain"] / "pretrain.json").read_text()), cfg, dims)
     if "evaluate" in stages:
         row |= evaluated(json.loads((stages["evaluate"] / "results.json").read_text()), layout)
     if "rl" in stages:
@@ -50,6 +52,24 @@ def one_rank(cfg: RunConfig, dims: ModelDims) -> Layout:
     parallel.tensor = parallel.pipeline = parallel.data = parallel.virtual = 1
     parallel.sequence_parallel, parallel.stage_layers = False, []
     return Layout.of(alone, dims)
+
+
+def pretrained(figures: Mapping[str, float], cfg: RunConfig, dims: ModelDims) -> dict[str, Any]:
+    """Held-out loss, predicted tokens and FLOPs of training from random weights (training/pretrain.py)."""
+    full = copy.deepcopy(cfg)
+    full.adapter.full = True
+    layout = one_rank(full, dims)
+    # One token is given, the others are predicted at full depth, without gates.
+    load = Workload(1, figures["length"] - 1, (dims.num_layers,), (1.0,))  # type: ignore[arg-type]
+    sequences = round(figures["sequences"])
+    how = Pass(train=True, policy=False, recompute=cfg.parallel.recompute)
+    flops = whole_pass(layout, load, cfg.parallel.micro_batch_size, sequences, how)
+    return {
+        "loss": figures["loss"],
+        "loss_answer": figures["answer_loss"],
+        "tokens_pretrain": round(figures["tokens"]),
+        "flops_pretrain": flops,
+    }
 
 
 def evaluated(results: Mapping[str, Any], layout: Layout) -> dict[str, Any]:

@@ -91,6 +91,10 @@ class ArithmeticTask:
         check_split(split)
         return [prompt for prompt, _ in self._built(split)]
 
+    def worked(self, split: Split) -> list[tuple[Prompt, str]]:
+        check_split(split)
+        return [(prompt, problem.worked) for prompt, problem in self._built(split)]
+
     def few_shot(self, prompt: Prompt, shots: int, seed: int) -> Prompt:
         if not 0 <= shots <= EXAMPLES:
             raise ValueError(f"shots: {shots}; {self.name} has 0 to {EXAMPLES} worked examples per family")

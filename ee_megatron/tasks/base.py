@@ -57,6 +57,10 @@ class Task(Protocol):
         """The problems of a split, always in the same order. Raises ValueError for an unknown split."""
         ...
 
+    def worked(self, split: Split) -> list[tuple[Prompt, str]]:
+        """`prompts` with a worked answer each, as the model should write it, up to the end of its line."""
+        ...
+
     def few_shot(self, prompt: Prompt, shots: int, seed: int) -> Prompt:
         """The same problem (same id) with `shots` worked examples from the train split in front of it.
 

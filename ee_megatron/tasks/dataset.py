@@ -61,6 +61,10 @@ class DatasetTask:
         check_split(split)
         return [prompt for prompt, _ in self._problems[split].values()]
 
+    def worked(self, split: Split) -> list[tuple[Prompt, str]]:
+        check_split(split)
+        return [(prompt, problem.worked) for prompt, problem in self._problems[split].values()]
+
     def few_shot(self, prompt: Prompt, shots: int, seed: int) -> Prompt:
         if not 0 <= shots <= len(self._examples):
             raise ValueError(f"shots: {shots}; {self.name} has {len(self._examples)} worked examples")

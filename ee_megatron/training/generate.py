@@ -84,7 +84,7 @@ def choose(cfg: RunConfig, model: str | None = None, policy: str | None = None) 
                 f"--policy {policy}: no policy checkpoint there; give a stage or checkpoint directory"
             )
         name = "policy"
-    path = Path(model) if model else stages.base_model(cfg) if checkpoint else Path(cfg.model.path)
+    path = Path(model) if model else stages.base_model(cfg) if checkpoint else stages.source_model(cfg)
     spec, tensors = load_policy(checkpoint) if checkpoint else (None, None)
     return Chosen(f"{path.resolve().name}-{name}" if model else name, path, checkpoint, spec, tensors)
 

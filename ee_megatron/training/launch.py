@@ -36,7 +36,7 @@ def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
         return
     stages.check_inputs(cfg, stage)
     if "RANK" not in os.environ:
-        stages.check_weights(Path(cfg.model.path) if stage == "teacher" else stages.base_model(cfg))
+        stages.ready_model(cfg, stage)
     world = ranks(cfg)
     if stage in stages.LEARNS and world > 1 and "RANK" not in os.environ:
         _torchrun(stage, overrides, world)
@@ -50,10 +50,14 @@ def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
 
 def _run_here(stage: str, cfg: RunConfig) -> None:
     quiet_libraries()
-    if stage == "teacher":
+    if stage == "pretrain":
+        from .pretrain import pretrain
+
+        pretrain(cfg, stages.ready_model(cfg, stage))
+    elif stage == "teacher":
         from .teacher import train_teacher
 
-        train_teacher(cfg)
+        train_teacher(cfg, stages.source_model(cfg))
     elif stage == "traces":
         from .traces import make_traces
 
@@ -116,7 +120,7 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
     from ..config.validate import read_dims, validate
 
     validate(cfg, read_dims(cfg))
-    stages.check_weights(Path(cfg.model.path))
+    stages.check_given(cfg)
     for stage in stage_order(cfg):
         if stages.is_done(cfg, stage):
             print(f"{stage}: finished before, in {stage_dir(cfg, stage)}")

@@ -9,14 +9,13 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer
 
 from ..config.identity import stage_dir, to_yaml
 from ..config.schema import RunConfig
@@ -32,8 +31,9 @@ from ..parallel import groups
 from ..parallel.groups import Degrees
 from ..policy import PolicySpec
 from ..rollout.pool import RolloutPool, make_pool
-from ..tasks import ChatTemplate, Task, VerifierPool, make_task
+from ..tasks import Task, VerifierPool
 from .checkpoints import CheckpointWriter, damage, read_training
+from .problems import task_of
 from .stages import DONE
 from .stopping import Parting, Stopped, listener
 
@@ -58,10 +58,11 @@ def pick_dtype(cfg: RunConfig, device: str) -> torch.dtype:
 class Session:
     """A stage at work. Enter it once; leaving closes pool, files and process groups, whatever happened.
 
-    `model_path`: the Hugging Face directory of the model that this stage builds on.
+    `model_path`: the Hugging Face directory of the model that this stage builds on. `full`: every weight is trained,
+    whatever the configuration says of adapters.
     """
 
-    def __init__(self, cfg: RunConfig, stage: str, model_path: Path, *, learner: bool):
+    def __init__(self, cfg: RunConfig, stage: str, model_path: Path, *, learner: bool, full: bool = False):
         self.cfg, self.stage, self.model_path, self.learns = cfg, stage, Path(model_path), learner
         self.rank = int(os.environ.get("RANK", "0"))
         self.leads = self.rank == 0
@@ -73,6 +74,8 @@ class Session:
         self.dtype = pick_dtype(cfg, self.device_type)
         self.source = HFDirectory(self.model_path)
         self.spec: PolicySpec = policy_spec(cfg, self.source.dims)
+        if full:
+            self.spec = replace(self.spec, full=True, rank=0)
         self.stack = ExitStack()
         self.directory: RunDirectory | None = None
         self.metrics: Metrics | None = None
@@ -273,26 +276,3 @@ class Session:
             self.writer.wait()
         if self.directory:
             self.directory.write_atomic(DONE, text + "\n")
-
-
-def task_of(cfg: RunConfig, model_path: Path) -> Task:
-    """The task of a configuration; the chat template, where one is asked for, is the model's."""
-    t = cfg.task
-    return make_task(
-        t.name,
-        families=t.families,
-        path=t.path,
-        question_column=t.question_column,
-        answer_column=t.answer_column,
-        train=t.train,
-        validation=t.validation,
-        evaluation=t.evaluation,
-        seed=t.seed,
-        chat=chat_template(model_path) if cfg.rollout.prompt_template == "chat" else None,
-    )
-
-
-def chat_template(model_path: Path) -> ChatTemplate:
-    """Messages -> the text that the model at `model_path` was trained to answer."""
-    tokenizer = AutoTokenizer.from_pretrained(str(model_path), local_files_only=True)
-    return lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

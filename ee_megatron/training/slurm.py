@@ -24,8 +24,7 @@ def describe_job(cfg: RunConfig, stage: str, environment: Mapping[str, str]) -> 
     check_allocation(shape, environment, " ".join(allocation(cfg, stage)))
     if not stages.is_done(cfg, stage):
         stages.check_inputs(cfg, stage)
-        model = Path(cfg.model.path) if stage == "teacher" else stages.base_model(cfg)
-        stages.check_weights(model)
+        stages.ready_model(cfg, stage)
     cpu = cfg.device == "cpu" or not shape.gpus_per_node
     devices = range(shape.first_device, shape.gpus_per_node)
     share = cfg.rollout.device_share

@@ -15,10 +15,19 @@ def is_done(cfg: RunConfig, stage: str) -> bool:
     return (stage_dir(cfg, stage) / DONE).is_file()
 
 
-def base_model(cfg: RunConfig) -> Path:
-    """The model that traces, calibration and RL build on. Raises FileNotFoundError if the teacher is not made yet."""
-    if not cfg.teacher.enabled:
+def source_model(cfg: RunConfig) -> Path:
+    """What the teacher is made of: model.path, or the pretrained model. Raises FileNotFoundError if there is none yet."""
+    if not cfg.pretrain.enabled:
         return Path(cfg.model.path)
+    if not is_done(cfg, "pretrain"):
+        raise FileNotFoundError(_missing(cfg, "pretrain"))
+    return stage_dir(cfg, "pretrain") / "model"
+
+
+def base_model(cfg: RunConfig) -> Path:
+    """The model that traces, calibration and RL build on. Raises FileNotFoundError if it is not made yet."""
+    if not cfg.teacher.enabled:
+        return source_model(cfg)
     if not is_done(cfg, "teacher"):
         raise FileNotFoundError(_missing(cfg, "teacher"))
     return stage_dir(cfg, "teacher") / "model"
@@ -63,7 +72,9 @@ def _missing(cfg: RunConfig, stage: str) -> str:
 
 def check_inputs(cfg: RunConfig, stage: str) -> None:
     """Raises FileNotFoundError, naming the command that helps, if what `stage` reads is not there."""
-    if stage != "teacher":
+    if stage == "teacher":
+        source_model(cfg)
+    elif stage != "pretrain":
         base_model(cfg)
     if stage == "calibrate":
         traces(cfg)
@@ -71,9 +82,29 @@ def check_inputs(cfg: RunConfig, stage: str) -> None:
         calibrated(cfg)
 
 
+def ready_model(cfg: RunConfig, stage: str) -> Path:
+    """The model that `stage` starts from, its weights checked; that of `pretrain` is drawn here if it has to be. Done
+    before ranks start, whose launcher would bury the one line of an error in its own report.
+
+    Raises FileNotFoundError or ValueError.
+    """
+    if stage == "pretrain":
+        from .scratch import draw_model
+
+        return draw_model(cfg, stage_dir(cfg, stage) / "initial")
+    path = source_model(cfg) if stage == "teacher" else base_model(cfg)
+    check_weights(path)
+    return path
+
+
+def check_given(cfg: RunConfig) -> None:
+    """Raises FileNotFoundError or ValueError if the model that the user names cannot be started from."""
+    if not cfg.pretrain.enabled:
+        check_weights(Path(cfg.model.path))
+
+
 def check_weights(model_path: Path) -> None:
-    """Every shard there, whole and as config.json says, by their headers; before ranks start, whose launcher would bury
-    the one line in its own report. Raises FileNotFoundError or ValueError."""
+    """Every shard there, whole and as config.json says, by their headers. Raises FileNotFoundError or ValueError."""
     from ..families.hf_directory import HFDirectory
 
     HFDirectory(model_path)

@@ -184,7 +184,7 @@ class Checker:
         dims = read_dims(cfg)
         validate(cfg, dims)
         if cfg.model.path not in self._seen:
-            stages.check_weights(Path(cfg.model.path))
+            stages.check_given(cfg)
             self._seen.add(cfg.model.path)
         if cfg.start:
             self._check_start(cfg, dims)
@@ -298,14 +298,17 @@ def _look(command: str, arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"ee-megatron sweep {command}", description="by name or directory")
     parser.add_argument("name", metavar="NAME", help="the runs' name, NAME/sweep-<hash>, or a sweep's directory")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are (default: runs)")
+    parser.add_argument("--last", default="", choices=list(STAGES), help="of several sweeps, the one up to this stage")
+    if command == "collect":
+        parser.add_argument("--out", type=Path, metavar="DIR", help="for the tables (default: the sweep's directory)")
     if command == "status":
         parser.add_argument("--watch", action="store_true", help=f"again every {WATCH_S:g} s, until nothing runs")
     options = parser.parse_args(arguments)
-    sweep = disk.find_sweep(options.name, options.runs)
+    sweep = disk.find_sweep(options.name, options.runs, options.last)
     if command == "collect":
         from ..scaling.collect import collect
 
-        for path in collect(sweep):
+        for path in collect(sweep, options.out):
             print(path)
         return 0
     from ..scaling.status import status_table

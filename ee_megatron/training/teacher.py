@@ -27,9 +27,9 @@ from .session import Session
 logger = logging.getLogger(__name__)
 
 
-def train_teacher(cfg: RunConfig) -> Path:
+def train_teacher(cfg: RunConfig, model_path: Path) -> Path:
     """Run or resume the stage; returns the teacher's Hugging Face directory."""
-    with Session(cfg, "teacher", Path(cfg.model.path), learner=True) as session:
+    with Session(cfg, "teacher", model_path, learner=True) as session:
         examples = session.unless_stopped(lambda: sample_examples(session))
         if examples is None:
             session.stop(None, 0)

@@ -163,6 +163,7 @@ EXECUTION = {
     "task.verifier_workers",
     "task.verifier_deadline_s",
     "task.verifier_memory_mb",
+    "pretrain.checkpoint_every",
     "calibrate.checkpoint_every",
     "rl.checkpoint_every",
     "rl.dump_rollouts",
@@ -184,7 +185,8 @@ EXECUTION = {
     ),
 }
 FIRST_STAGE = {
-    **dict.fromkeys(("model", "task", "teacher", "rollout", "adapter", "deepspeed"), "teacher"),
+    **dict.fromkeys(("model", "task", "pretrain", "deepspeed"), "pretrain"),
+    **dict.fromkeys(("teacher", "rollout", "adapter"), "teacher"),
     **dict.fromkeys(("traces", "exits"), "traces"),
     "calibrate": "calibrate",
     "rl": "rl",
@@ -221,7 +223,7 @@ def hashes(cfg: RunConfig) -> dict[str, str]:
 
 @pytest.mark.parametrize("key", sorted(leaves(RunConfig(name="a"))))
 def test_a_setting_changes_the_stages_that_depend_on_it_and_no_others(key: str) -> None:
-    base = config()
+    base = config("pretrain.enabled=true")
     before, after = hashes(base), hashes(changed(base, key))
     different = [stage for stage in before if before[stage] != after[stage]]
     section = key.split(".")[0]
@@ -248,10 +250,12 @@ def test_stage_directories_are_named_and_stable() -> None:
     assert directory == identity.stage_dir(config("runs=somewhere", "name=x"), "rl")
     stage, digest = directory.name.split("-")
     assert stage == "rl" and len(digest) == 8 and int(digest, 16) >= 0
-    with pytest.raises(ValueError, match="expected one of teacher, traces"):
+    with pytest.raises(ValueError, match="expected one of pretrain, teacher, traces"):
         identity.stage_dir(cfg, "training")
 
 
-def test_a_teacher_that_is_not_made_has_no_settings() -> None:
-    off = config("teacher.enabled=false")
-    assert hashes(off) == hashes(changed(off, "teacher.epochs"))
+@pytest.mark.parametrize("stage", identity.OPTIONAL)
+def test_a_stage_that_is_left_out_has_no_settings(stage: str) -> None:
+    off = config(f"{stage}.enabled=false")
+    assert hashes(off) == hashes(changed(off, f"{stage}.seed"))
+    assert stage not in identity.stage_order(off) and stage in identity.stage_order(config(f"{stage}.enabled=true"))

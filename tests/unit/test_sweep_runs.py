@@ -125,8 +125,10 @@ def test_a_manifest_reads_back_as_it_was_written_and_is_found_by_name(base: list
     with pytest.raises(FileNotFoundError, match="there are t"):
         disk.find_sweep("u", tmp_path / "runs")
     made(base, "rl.lambda_exit=2,3")
-    with pytest.raises(ValueError, match=r"there are 2 sweeps of this name; give one of t/sweep-"):
+    with pytest.raises(ValueError, match=r"there are 2 sweeps of this name; give --last STAGE or one of t/sweep-"):
         disk.find_sweep("t", tmp_path / "runs")
+    shorter = made(base, "rl.lambda_exit=0,1", last="rl")
+    assert disk.find_sweep("t", tmp_path / "runs", last="rl") == shorter
     assert disk.find_sweep(f"t/{sweep.directory.name}", tmp_path / "runs") == sweep
 
 

@@ -1,0 +1,120 @@
+"""Before stage 0, for the size ladder: a small model from random weights.
+
+texts <- question and worked answer of every training problem
+maximise log p(text), every weight, full depth                              (learner)
+loss <- mean -log p over the tokens of the validation texts
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from ..checkpoint.hf_export import export_hf
+from ..config.schema import PretrainConfig, RunConfig
+from ..learner.batch import ReplayBatch, pack
+from ..learner.learner import Learner
+from ..policy import initial_policy, load_policy
+from ..tasks import Split
+from .losses import schedule
+from .session import Session
+
+FIGURES = "pretrain.json"
+"""In the stage's directory: {"loss", "answer_loss"} in nats per token of the validation texts, {"tokens",
+"sequences", "length"} trained on: predicted tokens, sequences, and the mean number of tokens of one."""
+
+
+def pretrain(cfg: RunConfig, initial: Path) -> Path:
+    """Run or resume the stage from the model at `initial`; returns the trained model's Hugging Face directory."""
+    p = cfg.pretrain
+    with Session(cfg, "pretrain", initial, learner=True, full=True) as session:
+        done, checkpoint = session.latest()
+        start = initial_policy(session.source.dims, session.spec, p.seed, session.source.tensor)
+        learner = session.make_learner(load_policy(checkpoint)[1] if checkpoint else start)
+        if checkpoint:
+            session.resume(learner, checkpoint)
+        texts = [tokens for tokens, _ in tokenised(session, "train")]
+        order = plan(len(texts), p)
+        lengths = np.array([len(tokens) for tokens in texts])
+        session.open_metrics(resume_step=done)
+        with session.progress(p.steps, done) as bar:
+            for step in range(done, p.steps):
+                session.stop_if_asked(learner, step)
+                batch = make_batch([texts[i] for i in order[step]], session.spec.num_layers)
+                rate = p.learning_rate * schedule(step, p.steps, p.warmup)
+                update = learner.step(batch, adapter_lr=rate, gate_lr=0.0, objective="likelihood")
+                session.guard(update, batch, step + 1)
+                loss = -float((update.scores.token_logprobs * batch.token_weight).sum())
+                session.log(step + 1, {"loss": loss, "grad_norm": update.norms["all"], "learning_rate": rate})
+                bar.advance(1, loss=loss)
+                if (step + 1) % p.checkpoint_every == 0 or step + 1 == p.steps:
+                    session.save(learner, step + 1)
+        used = lengths[order.ravel()]
+        figures = held_out(session, learner) | {
+            "tokens": int((used - 1).sum()),
+            "sequences": int(order.size),
+            "length": float(used.mean()),
+        }
+        tensors = learner.export_policy()
+        out = session.path / "model"
+        if session.directory is not None:
+            # There is one already if a run was killed between writing it and saying so.
+            shutil.rmtree(out, ignore_errors=True)
+            export_hf(session.source, (session.spec, tensors), out, adapters="merge", gates="drop")
+            session.directory.write_atomic(FIGURES, json.dumps(figures) + "\n")
+            print(f"pretrain: {figures['tokens']} tokens, loss {figures['loss']:.4f}, {figures['answer_loss']:.4f} "
+                  "nats per token of held-out texts, of their answers")  # fmt: skip
+        session.finish()
+        return out
+
+
+def plan(count: int, p: PretrainConfig) -> np.ndarray:
+    """Which texts make up each update, int64 [steps, batch_size]: all of them before any comes again, shuffled anew
+    each time."""
+    generator = np.random.default_rng(p.seed)
+    wanted = p.steps * p.batch_size
+    order = np.concatenate([generator.permutation(count) for _ in range(-(-wanted // count))])
+    return order[:wanted].reshape(p.steps, p.batch_size)
+
+
+def tokenised(session: Session, split: Split) -> list[tuple[np.ndarray, int]]:
+    """The texts of a split as int64 tokens, and how many of these are the question's."""
+    tokenizer = AutoTokenizer.from_pretrained(str(session.model_path), local_files_only=True)
+
+    def tokens(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    rows = session.make_task().worked(split)
+    asked = tokens([prompt.text for prompt, _ in rows])
+    # Apart, as rollouts have it: no token spans the question's end.
+    answers = tokens([f"{answer}\n" for _, answer in rows])
+    return [(np.array(q + a, dtype=np.int64), len(q)) for q, a in zip(asked, answers, strict=True)]
+
+
+def make_batch(texts: list[np.ndarray], num_layers: int) -> ReplayBatch:
+    """Every token but the first is predicted and counts alike; no gate is asked."""
+    batch = pack([text[:1] for text in texts], [text[1:] for text in texts], None, num_layers)
+    batch.token_weight = batch.counts / batch.counts.sum()
+    batch.asked = torch.zeros_like(batch.asked)
+    return batch
+
+
+def held_out(session: Session, learner: Learner) -> dict[str, float]:
+    """Mean -log p per token of the validation texts, and of their answers alone, in nats."""
+    rows = tokenised(session, "validation")
+    size = session.cfg.pretrain.batch_size
+    sums = torch.zeros(4, dtype=torch.float64)
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        batch = make_batch([text for text, _ in part], session.spec.num_layers)
+        losses = -learner.score(batch).token_logprobs.double() * batch.counts
+        # Position p predicts token p + 1: the answer's first token is predicted by the question's last.
+        first = torch.tensor([asked - 1 for _, asked in part]).unsqueeze(1)
+        answer = batch.counts & (torch.arange(batch.tokens.size(1)) >= first)
+        sums += torch.stack([losses.sum(), batch.counts.sum(), (losses * answer).sum(), answer.sum()])
+    return {"loss": float(sums[0] / sums[1]), "answer_loss": float(sums[2] / sums[3])}

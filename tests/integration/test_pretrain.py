@@ -1,0 +1,113 @@
+"""Pretraining by real ranks: the same under any layout and after a kill, and the held-out loss by transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ee_megatron.observe.metrics import read_metrics
+from ee_megatron.tasks import make_task
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = [
+    "experiment=ladder", "model=ladder_100k", "task.train=300", "task.validation=30", "parallel.micro_batch_size=8",
+    "pretrain.steps=6", "pretrain.batch_size=16", "pretrain.checkpoint_every=2",
+]  # fmt: skip
+
+
+def start(runs: Path, *extra: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "ee_megatron.cli", "pretrain", *SETTINGS, f"runs={runs}", *extra],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> Path:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output[-3000:]
+    (runs,) = [word.removeprefix("runs=") for word in process.args if str(word).startswith("runs=")]
+    (found,) = Path(runs).glob("ladder/pretrain-*")
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    return finish(start(tmp_path_factory.mktemp("one")))
+
+
+@pytest.mark.timeout(300)
+def test_the_held_out_loss_is_what_transformers_computes(trained: Path) -> None:
+    figures = json.loads((trained / "pretrain.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(trained / "model")
+    tokenizer = AutoTokenizer.from_pretrained(trained / "model")
+    task = make_task("arithmetic", families=["sum", "word", "chain"], train=300, validation=30, evaluation=600)
+    losses, answers = [], []
+    for prompt, answer in task.worked("validation"):
+        asked, told = (tokenizer(text, return_tensors="pt")["input_ids"] for text in (prompt.text, f"{answer}\n"))
+        tokens = torch.cat([asked, told], dim=1)
+        with torch.no_grad():
+            logprobs = model(tokens).logits[0, :-1].log_softmax(-1)
+        each = -logprobs.gather(1, tokens[0, 1:, None]).squeeze(1)
+        losses.append(each)
+        answers.append(each[-told.size(1) :])
+    assert figures["loss"] == pytest.approx(float(torch.cat(losses).mean()), abs=2e-5)
+    assert figures["answer_loss"] == pytest.approx(float(torch.cat(answers).mean()), abs=2e-5)
+    rows = read_metrics(trained / "metrics.jsonl")
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
+    assert figures["sequences"] == 6 * 16 and figures["tokens"] == round(figures["length"] * 96) - 96
+
+
+@pytest.mark.timeout(300)
+def test_other_layouts_train_the_same_model(trained: Path, tmp_path: Path) -> None:
+    """Two pipeline ranks, whose first stage is drawn before they start."""
+    other = finish(start(tmp_path, "parallel.pipeline=2"))
+    want, got = (load_file(path / "model" / "model.safetensors") for path in (trained, other))
+    assert want.keys() == got.keys()
+    for name, tensor in want.items():
+        assert torch.allclose(got[name], tensor, atol=1e-5), name
+    first = load_file(trained / "initial" / "model.safetensors")
+    assert not torch.allclose(want["model.embed_tokens.weight"], first["model.embed_tokens.weight"], atol=1e-3)
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_run_goes_on_to_the_same_bits(trained: Path, tmp_path: Path) -> None:
+    process = start(tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("ladder/pretrain-*/checkpoints/step_2/COMPLETE")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    again = finish(start(tmp_path))
+    assert (again / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
+    assert (again / "pretrain.json").read_bytes() == (trained / "pretrain.json").read_bytes()
+    name = "model/model.safetensors"
+    assert (again / name).read_bytes() == (trained / name).read_bytes()
+
+
+@pytest.mark.timeout(300)
+def test_hydras_multirun_trains_every_point(tmp_path: Path) -> None:
+    """The launcher that Hydra has itself; submitit's is tested on a Slurm."""
+    process = start(tmp_path, "-m", "pretrain.steps=1,2", f"hydra.sweep.dir={tmp_path / 'hydra'}")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output[-3000:]
+    folders = list(tmp_path.glob("ladder/pretrain-*"))
+    assert sorted(len(read_metrics(folder / "metrics.jsonl")) for folder in folders) == [1, 2]
+
+
+def test_a_wrong_point_of_a_multirun_starts_nothing(tmp_path: Path) -> None:
+    process = start(tmp_path, "-m", "pretrain.steps=1,0")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and output.strip() == "error: pretrain.steps=0: expected a number > 0"
+    assert not list(tmp_path.iterdir())

@@ -327,8 +327,8 @@ def _quiet_megatron() -> None:
 
 def _print_plan(cfg: RunConfig, last: str, command: str, overrides: list[str]) -> int:
     """The plan up to stage `last` on stdout; without a model directory what depends on the model is left out."""
+    from .config.identity import OPTIONAL, stage_dir, stage_order, to_yaml
     from .config.identity import STAGES as ORDER
-    from .config.identity import stage_dir, to_yaml
     from .config.validate import ranks, read_dims, resolve_exits, stage_sizes, validate
 
     parallel = cfg.parallel
@@ -343,7 +343,8 @@ def _print_plan(cfg: RunConfig, last: str, command: str, overrides: list[str]) -
         lines.append(f"exits: not checked against the model: no {cfg.model.path}/config.json here")
     lines.append(f"rollouts: {cfg.rollout.backend}, {cfg.rollout.actors} actor(s)")
     names = list(ORDER)
-    lines += [f"{name}: {stage_dir(cfg, name)}" for name in names[: names.index(last) + 1]]
+    left_out = set(OPTIONAL) - {*stage_order(cfg), last}
+    lines += [f"{name}: {stage_dir(cfg, name)}" for name in names[: names.index(last) + 1] if name not in left_out]
     _quiet_megatron()
     from .planning.dry_run import dry_run_lines
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 @dataclass
 class ModelConfig:
     path: str = "???"
-    """Hugging Face model directory (config.json, safetensors, tokenizer); with pretrain.enabled, of config.json only."""
+    """Hugging Face model directory: config.json, safetensors, tokenizer; with pretrain.enabled, config.json only."""
     dtype: str = "auto"
     """float32, bfloat16 or auto: bfloat16 on a GPU and on a CPU with AMX, float32 on other CPUs."""
 

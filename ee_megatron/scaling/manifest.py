@@ -83,9 +83,8 @@ def find_sweep(name: str, runs: Path, last: str = "") -> Sweep:
         raise ValueError(f"{name}: there are {len(found)} sweeps of this name; give --last STAGE or one of {listed}")
     if not found:
         others = sorted({str(file.parent.parent.relative_to(runs)) for file in runs.glob(f"*/sweep-*/{MANIFEST}")})
-        raise FileNotFoundError(
-            f"{runs / name}: no sweep {f'up to {last} ' if last else ''}there; {'there are ' + ', '.join(others) if others else f'none is in {runs}'}"
-        )
+        where = f"{runs / name}: no sweep {f'up to {last} ' if last else ''}there"
+        raise FileNotFoundError(f"{where}; {'there are ' + ', '.join(others) if others else f'none is in {runs}'}")
     return open_sweep(found[0])
 
 

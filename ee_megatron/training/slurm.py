@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, MutableMapping
-from pathlib import Path
 
 from ..config.cluster import JobShape, job_shape, seats
 from ..config.identity import stage_dir

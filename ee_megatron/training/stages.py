@@ -16,7 +16,7 @@ def is_done(cfg: RunConfig, stage: str) -> bool:
 
 
 def source_model(cfg: RunConfig) -> Path:
-    """What the teacher is made of: model.path, or the pretrained model. Raises FileNotFoundError if there is none yet."""
+    """What the teacher is made of: model.path, or the pretrained model. Raises FileNotFoundError if that is missing."""
     if not cfg.pretrain.enabled:
         return Path(cfg.model.path)
     if not is_done(cfg, "pretrain"):

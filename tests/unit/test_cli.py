@@ -80,7 +80,7 @@ def test_dry_run_prints_settings_ranks_and_directories_and_starts_nothing(tmp_pa
     comments = [line for line in done.stdout.splitlines() if line.startswith("# ")]
     assert "# ranks: 8 = tensor 2 x pipeline 2 x data 2" in comments
     assert [line.split("-")[0] for line in comments if "runs/rl_7b/" in line] == [
-        f"# {stage}: runs/rl_7b/{stage}" for stage in ("teacher", "traces", "calibrate", "rl")
+        f"# {stage}: runs/rl_7b/{stage}" for stage in ("traces", "calibrate", "rl")
     ]
     assert list(tmp_path.iterdir()) == []
 

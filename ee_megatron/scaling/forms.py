@@ -117,11 +117,12 @@ def _least_squares(design: Array, y: Array) -> Array:
 
 
 def _saturating_starts(design: Array, y: Array) -> Array:
-    """Rising and falling, fast and slow along the direction in which the metric moves."""
+    """Rising and falling, fast and slow along the direction in which the metric moves. As the slope grows the amplitude
+    shrinks exponentially, a valley in which descent is slow: so starts reach up to the bound."""
     direction = _least_squares(design, y)[0, 1:]
     length = float(np.linalg.norm(direction)) or 1.0
     starts = []
-    for rate in (-2.0, -0.8, -0.3, 0.3, 0.8, 2.0):
+    for rate in (-STEEPEST, -4.0, -2.0, -0.8, -0.3, 0.3, 0.8, 2.0, 4.0, STEEPEST):
         slopes = direction / length * rate
         basis = np.stack([np.ones(design.shape[1]), np.exp(slopes @ design[1:])])
         starts.append(np.concatenate([_least_squares(basis, y)[0], slopes]))

@@ -28,10 +28,13 @@ WARNING_S = 300
 
 
 def describe_task(sweep: Sweep, task: Task) -> str:
+    """Its stages, and the settings that all of its runs have in common."""
     stages = "+".join(stage for stage, _ in task.stages)
-    if len(task.runs) > 1:
-        return f"{stages} for {len(task.runs)} runs"
-    settings = " ".join(f"{key}={value}" for key, value in sweep.run(task.runs[0]).settings.items())
+    first, *others = (sweep.run(ident).settings for ident in task.runs)
+    common = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    settings = " ".join(f"{key}={value}" for key, value in common.items())
+    if others:
+        return f"{stages} for {len(task.runs)} runs{': ' if settings else ''}{settings}"
     return f"{stages} {settings}".rstrip()
 
 

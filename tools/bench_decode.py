@@ -14,8 +14,8 @@ Parts (--only picks some):
 - end-to-end: prompts x samples of uneven lengths (8..96 tokens, fixed per sample) at full depth and at mean depth 0.5,
   against generate in padded batches that end when their last row does; nobody sorts by length. All time counts.
 
-Every repeat runs what is compared in turn; ratios are taken within a repeat, medians over repeats. With other work on
-the machine, `--threads 1 --clock cpu` (processor seconds of this process) disturbs least.
+Every repeat runs what is compared in turn; ratios are taken within a repeat, medians [least, most] over repeats. With
+other work on the machine, `--threads 1 --clock cpu` (processor seconds of this process) disturbs least.
 """
 
 from __future__ import annotations
@@ -153,6 +153,10 @@ def ratios(above: list[float], below: list[float]) -> list[float]:
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
+def spread(values: list[float]) -> tuple[float, float]:
+    return min(values), max(values)
+
+
 @torch.inference_mode()
 def cost(bench: Bench) -> list[dict]:
     """Seconds of one layer of a segment at some 120 cached positions, by rows."""
@@ -246,11 +250,12 @@ def decode(bench: Bench) -> list[dict]:
                     rate[depth].append(speed)
                     mean[depth].append(layers)
             for depth in options.depths:
-                gain = median(ratios(rate[depth], rate[options.depths[0]]))
+                gains = ratios(rate[depth], rate[options.depths[0]])
+                gain, (low, high) = median(gains), spread(gains)
                 best = ceiling(bench.dims, median(mean[depth])) / ceiling(bench.dims, median(mean[options.depths[0]]))
                 print(
                     f"{batch:>6} {in_flight:>9} {depth:>6.2f} {median(rate[depth]):>8.1f} {gain:>8.2f}x {best:>7.2f}x "
-                    f"{gain / best:>6.0%}",
+                    f"{gain / best:>6.0%} [{low / best:.0%}, {high / best:.0%}]",
                     flush=True,
                 )
                 table.append(
@@ -258,6 +263,7 @@ def decode(bench: Bench) -> list[dict]:
                         "model": bench.name, "batch": batch, "in_flight": in_flight, "depth": depth,
                         "mean_depth": median(mean[depth]) / bench.dims.num_layers, "tokens_per_s": median(rate[depth]),
                         "speed_up": gain, "ceiling": best, "share": gain / best,
+                        "share_low": low / best, "share_high": high / best,
                     }
                 )  # fmt: skip
     return table
@@ -273,11 +279,16 @@ def against_hf(bench: Bench) -> list[dict]:
         for repeat in range(options.repeats):
             ours.append(bench.run(prompts, lengths, 1.0, batch, repeat))
             theirs.append(bench.run_hf(prompts, lengths, batch))
-        ratio, count = median(ratios(theirs, ours)), sum(lengths)
-        print(f"{batch:>6} {count / median(ours):>11.1f} {count / median(theirs):>9.1f} {ratio:>5.2f}x", flush=True)
+        found, count = ratios(theirs, ours), sum(lengths)
+        ratio, (low, high) = median(found), spread(found)
+        print(
+            f"{batch:>6} {count / median(ours):>11.1f} {count / median(theirs):>9.1f} {ratio:>5.2f}x "
+            f"[{low:.2f}, {high:.2f}]",
+            flush=True,
+        )
         table.append(
             {"model": bench.name, "batch": batch, "ours": count / median(ours), "hf": count / median(theirs),
-             "ratio": ratio}
+             "ratio": ratio, "ratio_low": low, "ratio_high": high}
         )  # fmt: skip
     return table
 
@@ -297,9 +308,16 @@ def end_to_end(bench: Bench) -> list[dict]:
     )
     table = []
     for name, taken in seconds.items():
-        ratio = median(ratios(seconds["hf"], taken))
-        print(f"{name:>15} {median(taken):>8.1f} s {sum(lengths) / median(taken):>8.1f} tok/s {ratio:>6.2f}x")
-        table.append({"model": bench.name, "what": name, "seconds": median(taken), "ratio_to_hf": ratio})
+        found = ratios(seconds["hf"], taken)
+        ratio, (low, high) = median(found), spread(found)
+        print(
+            f"{name:>15} {median(taken):>8.1f} s {sum(lengths) / median(taken):>8.1f} tok/s {ratio:>6.2f}x "
+            f"[{low:.2f}, {high:.2f}]"
+        )
+        table.append(
+            {"model": bench.name, "what": name, "seconds": median(taken), "ratio_to_hf": ratio, "ratio_low": low,
+             "ratio_high": high}
+        )  # fmt: skip
     return table
 
 

@@ -1,10 +1,12 @@
-"""One RL step: what it does, and its FLOPs by phase."""
+"""One RL step: what it does, and its FLOPs by phase; and what training from random weights costs."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 from ..config.schema import RunConfig
+from ..families import ModelDims
 from .flops import Pass, decode_cost, prefill_cost, whole_pass
 from .layout import Layout
 from .workload import Workload
@@ -65,3 +67,13 @@ def phase_flops(layout: Layout, load: Workload, step: Step) -> dict[str, float]:
         + (step.updates - 1) * over(part, policy),
         "update": step.updates * over(part, step.train),
     }
+
+
+def pretrain_flops(cfg: RunConfig, dims: ModelDims, length: float, sequences: int) -> float:
+    """FLOPs of all ranks in training every weight on `sequences` sequences of `length` tokens, of which one is given
+    and the others are predicted, at full depth and without gates (training/pretrain.py)."""
+    full = copy.deepcopy(cfg)
+    full.adapter.full = True
+    load = Workload(1, length - 1, (dims.num_layers,), (1.0,))  # type: ignore[arg-type]
+    how = Pass(train=True, policy=False, recompute=cfg.parallel.recompute)
+    return whole_pass(Layout.of(full, dims), load, cfg.parallel.micro_batch_size, sequences, how)

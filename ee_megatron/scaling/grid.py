@@ -43,9 +43,12 @@ Factor = dict[str, list[Value]]
 """Axes that run together (zipped): all as long as one another. A plain axis is a factor alone."""
 
 
+ISOFLOP_SETTINGS = ("rl.steps", "calibrate.epochs", "pretrain.steps")
+
+
 @dataclass
 class IsoFlop:
-    """How an axis `budget` (FLOPs of a stage's training) becomes a setting: `set` is rl.steps or calibrate.epochs, the
+    """How an axis `budget` (FLOPs of a stage's training) becomes a setting: `set` is one of ISOFLOP_SETTINGS, the
     rest what the arithmetic has to take for granted of the data (planning/plan.py)."""
 
     set: str = "rl.steps"
@@ -342,8 +345,8 @@ def _isoflop(found: Mapping[str, Any]) -> IsoFlop:
 
 
 def checked_isoflop(isoflop: IsoFlop) -> IsoFlop:
-    if isoflop.set not in ("rl.steps", "calibrate.epochs"):
-        raise ValueError(f"isoflop.set={isoflop.set}: expected rl.steps or calibrate.epochs")
+    if isoflop.set not in ISOFLOP_SETTINGS:
+        raise ValueError(f"isoflop.set={isoflop.set}: expected one of {', '.join(ISOFLOP_SETTINGS)}")
     return isoflop
 
 

@@ -1,4 +1,4 @@
-"""What a budget of FLOPs buys of a model: RL steps, or epochs of calibration."""
+"""What a budget of FLOPs buys of a model: RL steps, epochs of calibration, or updates from random weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..config.schema import RunConfig
 from ..families import ModelDims
 from ..planning.flops import Pass, whole_pass
 from ..planning.layout import Layout
-from ..planning.step import phase_flops, rl_step
+from ..planning.step import phase_flops, pretrain_flops, rl_step
 from ..planning.workload import Workload
 from .grid import IsoFlop
 
@@ -25,7 +25,9 @@ class Purchase:
 
 def buy(cfg: RunConfig, dims: ModelDims, budget: float, how: IsoFlop) -> Purchase:
     """The setting nearest to `budget` FLOPs. rl.steps counts rollouts, scoring and updates; calibrate.epochs counts
-    updates. Raises ValueError if the budget is less than half of the least that can be had."""
+    updates, and so does pretrain.steps, at full depth.
+
+    Raises ValueError if the budget is less than half of the least that can be had."""
     layout = Layout.of(cfg, dims)
     answer = how.answer_tokens or cfg.rollout.max_new_tokens
     load = Workload.of(how.prompt_tokens, answer, layout.spec.layout.outcomes, how.mean_depth)
@@ -37,6 +39,13 @@ def buy(cfg: RunConfig, dims: ModelDims, budget: float, how: IsoFlop) -> Purchas
         if count < 1:
             raise ValueError(f"budget={budget:g}: less than half of one RL step of {each:.3g} FLOPs; raise it")
         return Purchase(str(count), count * step.sequences * answer, count * each)
+    if how.set == "pretrain.steps":
+        length, batch = how.prompt_tokens + answer, cfg.pretrain.batch_size
+        each = pretrain_flops(cfg, dims, length, batch)
+        count = round(budget / each)
+        if count < 1:
+            raise ValueError(f"budget={budget:g}: less than half of one update of {each:.3g} FLOPs; raise it")
+        return Purchase(str(count), count * batch * (length - 1), count * each)
     batch = cfg.calibrate.batch_size
     how_run = Pass(train=True, recompute=cfg.parallel.recompute, input_gradient=cfg.parallel.recompute)
     update = whole_pass(layout, load, cfg.parallel.micro_batch_size, batch, how_run)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ..config.schema import RunConfig
-from ..config.validate import read_dims
+from ..config.validate import read_dims, resolve_exits
 from ..families import ModelDims
 from ..observe.metrics import read_metrics
-from ..planning.flops import Pass, decode_cost, prefill_cost, whole_pass
+from ..planning.flops import decode_cost, prefill_cost
 from ..planning.layout import Layout, rank_parameters
-from ..planning.step import phase_flops, rl_step
+from ..planning.step import phase_flops, pretrain_flops, rl_step
 from ..planning.workload import Workload
 
 SPENT = "spent.json"
@@ -41,29 +41,24 @@ def measure(cfg: RunConfig, stages: Mapping[str, Path]) -> dict[str, Any]:
     return row | parameters(dims, layout) | spent(stages)
 
 
-def one_rank(cfg: RunConfig, dims: ModelDims) -> Layout:
+def alone(cfg: RunConfig, dims: ModelDims) -> RunConfig:
     """The run as a single rank would do it: what it costs, whoever shares the work."""
-    from ..config.validate import resolve_exits
-
-    alone = copy.deepcopy(cfg)
+    single = copy.deepcopy(cfg)
     # Default exits follow the stage boundaries of the real layout.
-    alone.exits.depths = list(resolve_exits(cfg, dims).depths)
-    parallel = alone.parallel
+    single.exits.depths = list(resolve_exits(cfg, dims).depths)
+    parallel = single.parallel
     parallel.tensor = parallel.pipeline = parallel.data = parallel.virtual = 1
     parallel.sequence_parallel, parallel.stage_layers = False, []
-    return Layout.of(alone, dims)
+    return single
+
+
+def one_rank(cfg: RunConfig, dims: ModelDims) -> Layout:
+    return Layout.of(alone(cfg, dims), dims)
 
 
 def pretrained(figures: Mapping[str, float], cfg: RunConfig, dims: ModelDims) -> dict[str, Any]:
     """Held-out loss, predicted tokens and FLOPs of training from random weights (training/pretrain.py)."""
-    full = copy.deepcopy(cfg)
-    full.adapter.full = True
-    layout = one_rank(full, dims)
-    # One token is given, the others are predicted at full depth, without gates.
-    load = Workload(1, figures["length"] - 1, (dims.num_layers,), (1.0,))  # type: ignore[arg-type]
-    sequences = round(figures["sequences"])
-    how = Pass(train=True, policy=False, recompute=cfg.parallel.recompute)
-    flops = whole_pass(layout, load, cfg.parallel.micro_batch_size, sequences, how)
+    flops = pretrain_flops(alone(cfg, dims), dims, figures["length"], round(figures["sequences"]))
     return {
         "loss": figures["loss"],
         "loss_answer": figures["answer_loss"],
@@ -97,6 +92,7 @@ def evaluated(results: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     teacher = next((row for row in rows if row["model"] == "teacher"), None)
     if teacher is not None:
         found["accuracy_teacher"] = teacher["accuracy"]
+        found["accuracy_lost"] = teacher["accuracy"] - chosen["accuracy"]
     histogram = results["exit_histogram"].get(f"{model}, {chosen['exits']}")
     prompt = meta.get("prompt_tokens")
     if histogram and prompt:

@@ -210,7 +210,7 @@ def test_a_file_says_the_same_as_the_command_line(tmp_path: Path) -> None:
         ("zip: [{a: [1], b: [1, 2]}]", "a has 1, b has 2"),
         ("zip: {a: [1]}", "expected a list"),
         ("isoflop: {sett: x}", "isoflop.sett: no such field"),
-        ("isoflop: {set: rl.beta}", "expected rl.steps or calibrate.epochs"),
+        ("isoflop: {set: rl.beta}", "expected one of rl.steps, calibrate.epochs, pretrain.steps"),
         ("- a", "expected the sections"),
         ("a: [", "not a grid"),
     ],

@@ -22,7 +22,7 @@ from ee_megatron.scaling.collect import collect, columns, rows, to_csv
 from ee_megatron.scaling.executors import minutes_of, split_devices, state_now, visible_devices
 from ee_megatron.scaling.grid import from_settings
 from ee_megatron.scaling.isoflop import IsoFlop, buy
-from ee_megatron.scaling.measured import measure, one_rank, reinforced, workload
+from ee_megatron.scaling.measured import measure, one_rank, pretrained, reinforced, workload
 from ee_megatron.scaling.status import status_table
 from ee_megatron.scaling.sweep import GridError, Sweep, resolve
 from ee_megatron.training.sweep import forget_failures, main, to_start, write_missing_results
@@ -291,10 +291,24 @@ def test_parameters_are_counted_by_kind(base: list[str], tmp_path: Path) -> None
     assert row["parameters_trained"] == row["parameters_adapters"] + row["parameters_gates"]
 
 
+def test_what_pretraining_cost_is_counted_by_hand(base: list[str]) -> None:
+    """Forward once, backward twice over; 15 of 16 tokens go in, and as many come out."""
+    cfg = load([*base, "parallel.micro_batch_size=4"])
+    dims = read_dims(cfg)
+    figures = {"loss": 2.0, "answer_loss": 1.0, "tokens": 8 * 15, "sequences": 8, "length": 16.0}
+    found = pretrained(figures, cfg, dims)
+    layer = 64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 96
+    products = 3 * 2 * 15 * (6 * layer + 130 * 64)
+    # Scores and values over whole padded sequences; their backward pass recomputes the scores.
+    attention = 3.5 * 6 * 4 * 16 * 16 * 64
+    assert found["flops_pretrain"] == pytest.approx(8 * (products + attention), rel=1e-9)
+    assert (found["loss"], found["loss_answer"], found["tokens_pretrain"]) == (2.0, 1.0, 120)
+
+
 # ---- budgets ----
 
 
-@pytest.mark.parametrize("setting", ["rl.steps", "calibrate.epochs"])
+@pytest.mark.parametrize("setting", ["rl.steps", "calibrate.epochs", "pretrain.steps"])
 def test_a_budget_buys_the_nearest_number_of_updates(setting: str, base: list[str]) -> None:
     cfg = load(base)
     how = IsoFlop(set=setting, prompt_tokens=20, answer_tokens=16)

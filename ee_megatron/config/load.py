@@ -98,7 +98,9 @@ def _parse(overrides: list[str]) -> Iterator[Override]:
         if override.is_delete():
             raise ValueError(f"{text}: settings cannot be deleted; give another value instead")
         if override.is_sweep_override():
-            raise ValueError(f"{text}: several values for one run; give one value, or a list as key=[a,b]")
+            raise ValueError(
+                f"{text}: several values for one run; give one value, a list as key=[a,b], or use `ee-megatron sweep`"
+            )
         yield override
 
 

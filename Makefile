@@ -21,7 +21,7 @@ export OMP_NUM_THREADS ?= 1
 demo: $(VENV)/.demo $(MODEL)/config.json
 	$(BIN)/ee-megatron run experiment=$(DEMO)
 
-# Loss by size and tokens, then accuracy and depth by size and price.
+# Loss by size and tokens, then accuracy and depth by size and price; the second sweep finds the first one's models.
 LADDER := runs/ladder
 SIZE := --params parameters_layers
 scaling-demo: $(VENV)/.demo

@@ -365,8 +365,20 @@ def _guarded(action: Callable[[], int]) -> int:
     except (ValueError, FileNotFoundError, RuntimeError, OSError, ImportError) as error:
         if os.environ.get("EE_DEBUG") == "1":
             raise
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 0
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError | FileNotFoundError) else 1
+
+
+def _nobody_reads() -> bool:
+    """Whether the pipe that broke is stdout's: `head` or a pager has seen enough. What is left goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _guarded_rank(action: Callable[[], int], name: str) -> int:

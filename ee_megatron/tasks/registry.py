@@ -10,7 +10,7 @@ from .base import ChatTemplate, Task
 from .dataset import DatasetTask
 from .gsm8k import GSM8KTask
 
-TASKS = ("arithmetic", "gsm8k", "jsonl")
+TASKS = ("arithmetic", "gsm8k", "tom", "reasoning_gym", "dataset", "jsonl")
 
 
 def make_task(

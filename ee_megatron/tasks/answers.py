@@ -1,8 +1,9 @@
 """The final answer of a free-form solution, and whether it equals the reference.
 
-Numbers are compared directly, words after normalisation (case, articles, punctuation, white space, LaTeX wrappers), yes or
-no and the letters of multiple choice by what the answer begins with. Expressions go to math-verify, whose own time limits
-are switched off: it sets them by signals, which work in a main thread only, and a verifier process has a deadline anyway.
+Numbers are compared directly, words after normalisation (case, articles, punctuation, white space, LaTeX wrappers), yes
+or no and the letters of multiple choice by what the answer begins with. Expressions go to math-verify, whose own time
+limits are switched off: it sets them by signals, which work in a main thread only, and a verifier process has a
+deadline anyway.
 """
 
 from __future__ import annotations
@@ -63,9 +64,9 @@ def answer_part(text: str) -> str | None:
 def final_answer(text: str) -> tuple[str, bool] | None:
     """(answer as written, whether it was marked), or None.
 
-    Marked: \\boxed{...}, "The answer is ...", "Answer: ..." or "#### ..."; the last mark in the text counts, unless the last
-    line is nothing but another number. Without a mark it is the last line if that is nothing but a number, else the last
-    number in the text.
+    Marked: \\boxed{...}, "The answer is ...", "Answer: ..." or "#### ..."; the last mark in the text counts, unless the
+    last line is nothing but another number. Without a mark it is the last line if that is nothing but a number, else
+    the last number in the text.
     """
     tail = text[-TAIL:]
     marks = [(found.start(), found[1]) for pattern in (_STATED, _HASHES) for found in pattern.finditer(tail)]
@@ -82,6 +83,12 @@ def final_answer(text: str) -> tuple[str, bool] | None:
         return last_line, False
     number = last_number(tail)
     return (number, False) if number is not None else None
+
+
+def boxed_answer(text: str) -> str | None:
+    """The contents of the last \\boxed{...}, or None."""
+    boxed = _last_boxed(text)
+    return boxed[1] if boxed is not None else None
 
 
 def _last_boxed(text: str) -> tuple[int, str] | None:
@@ -124,7 +131,7 @@ def same_answer(written: str, reference: str) -> bool:
 
 
 def _number_at_start(written: str) -> Decimal | None:
-    """The number of "18", "$18 per day", "18. So she earns ..." or "3 x 6 = 18"; None if it is none or an expression."""
+    """The number of "18", "$18 per day", "18. So she earns ..." or "3 x 6 = 18"; None if it isn't one."""
     number = plain_number(written)
     if number is not None:
         return number
@@ -180,8 +187,8 @@ def verify_solution(
     `vocabulary`: all words that could be the answer, where they are known; then an answer that isn't the bare word, but
     names exactly one of them, is that one, badly formed. `also`: other ways to write the reference.
 
-    Without a mark the last line is the answer if it is the reference, names one of the vocabulary or is hardly longer than the
-    reference; otherwise there is no answer. For a number see `final_answer`.
+    Without a mark the last line is the answer if it is the reference, names one of the vocabulary or is hardly longer
+    than the reference; otherwise there is no answer. For a number see `final_answer`.
     """
     part = answer_part(text)
     if part is None:

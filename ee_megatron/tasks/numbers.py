@@ -31,7 +31,8 @@ _NOISE = re.compile(r"\\text\s*\{|\\mathrm\s*\{|\\textbf\s*\{|\\left|\\right|\\[
 def plain_number(text: str) -> Decimal | None:
     """The value of a text that is one number and nothing but sign, currency, thousands commas and a unit; else None.
 
-    "$1,200.50", "-3", "18 dollars per day", "**42**", "1{,}200", "\\text{18 km/h}" are numbers; "3 x 8", "2 thousand", "1/2" and
+    "$1,200.50", "-3", "18 dollars per day", "**42**", "1{,}200", "\\text{18 km/h}" are numbers;
+    "3 x 8", "2 thousand", "1/2" and
     digits outside ASCII are not. A percent sign counts as a unit.
     """
     if len(text) > 200:

@@ -16,9 +16,12 @@ from .reasoning_gym_source import Entry, generate
 LONGEST_ANSWER = 20_000
 _OPEN, _CLOSE = "<answer>", "</answer>"
 # Some scorers evaluate an answer as Python or as a SymPy expression; beyond these functions no answer calls anything.
-_CALLABLE = frozenset(
-    "sin cos tan sec csc cot asin acos atan sinh cosh tanh asinh acosh atanh exp log ln sqrt Abs and or not".split()
-)
+# fmt: off
+_CALLABLE = frozenset({
+    "sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh",
+    "exp", "log", "ln", "sqrt", "Abs", "and", "or", "not",
+})
+# fmt: on
 _NAME_CALLED = re.compile(r"([^\W\d]\w+)\s*\(")
 _RESULT_CALLED = re.compile(r"[\])}\"']\s*\(")
 
@@ -34,7 +37,7 @@ class ReasoningGymTask(ProceduralTask):
 
     def __init__(
         self,
-        families: Sequence[str],
+        families: Sequence[str] = (),
         *,
         train: int = 0,
         validation: int = 200,
@@ -43,6 +46,8 @@ class ReasoningGymTask(ProceduralTask):
         chat: ChatTemplate | None = None,
     ) -> None:
         sizes = {"train": train, "validation": validation, "evaluation": evaluation}
+        if not families:
+            raise ValueError("task.families: none; expected families of reasoning-gym, [chain_sum,gcd] for example")
         super().__init__(families, families, **sizes, seed=seed, chat=chat)
         wanted = {split: -(-size // len(families)) if size else FAMILY_LIMIT for split, size in sizes.items()}
         wanted["train"] += EXAMPLES
@@ -77,7 +82,7 @@ class ReasoningGymTask(ProceduralTask):
         part = answer_part(text)
         if part is None:
             return Verdict(correct=False, well_formed=False, answered=False)
-        before, opening, after = part.rpartition(_CLOSE)[0].rpartition(_OPEN)
+        _, opening, after = part.rpartition(_CLOSE)[0].rpartition(_OPEN)
         if opening:
             right = self._right(prompt, after)
             # An empty answer can be the right one ("ab").
@@ -111,7 +116,7 @@ class ReasoningGymTask(ProceduralTask):
         problems = []
         for entry in self._entries[family][split][:limit]:
             answer = "" if entry["answer"] is None else str(entry["answer"])
-            problems.append(Problem(entry["question"], answer, f" {_OPEN}{answer}{_CLOSE}", _group(entry)))
+            problems.append(Problem(entry["question"].strip(), answer, f" {_OPEN}{answer}{_CLOSE}", _group(entry)))
         return problems
 
 
@@ -129,7 +134,8 @@ def _safe(text: str) -> bool:
 def _scored(score: object, text: str, entry: Entry) -> bool:
     assert callable(score)
     try:
-        return bool(score(text, entry) >= 1 - 1e-9)
+        # Exactly: spell_backward's credit for parts of an answer adds up to nearly 1.
+        return bool(score(text, entry) >= 1)
     except Exception:
         # Several scorers raise at text that is not of their form (prime_factorization at words).
         return False

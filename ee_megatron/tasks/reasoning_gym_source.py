@@ -132,7 +132,8 @@ def _check_scorer(family: str, dataset: Any, entry: Entry) -> None:
         )
     if entry["answer"] is not None and dataset.score_answer(entry["answer"], entry) < 1:
         raise ValueError(
-            f"task.families: {family}: reasoning-gym's scorer refuses its own reference {entry['answer']!r}; leave it out"
+            f"task.families: {family}: reasoning-gym's scorer refuses its own reference {str(entry['answer'])[:60]!r}; "
+            "leave it out"
         )
 
 

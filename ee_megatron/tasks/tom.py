@@ -137,6 +137,7 @@ class Transfer:
     def ask(self, question: str) -> Problem:
         """`question`: a or b (whose belief), ab (what a thinks that b believes), ba, reality, memory."""
         a, b, thing = self.a, self.b, self.thing
+        templates: tuple[str, ...]
         if question == "reality":
             templates, answer, reason = words.REALITY, self.at[-1], f"The {thing} was put in the {self.at[-1]} last."
         elif question == "memory":
@@ -148,7 +149,7 @@ class Transfer:
         else:
             who, other = (self._named(letter) for letter in question)
             templates, answer = words.NESTED, self.nested[who, other]
-            unaware = "" if answer == self.belief[other] else f" does not know what {other} saw later and"
+            unaware = "" if answer == self.belief[other] else f" does not know what {other} saw later, but"
             reason = f"{who}{unaware} knows that {other} saw the {thing} in the {answer}."
         who, other = self._named(question[0]), self._named(question[-1])
         asked = self.rng.choice(templates).format(who=who, other=other, thing=thing)
@@ -177,6 +178,7 @@ class Contents:
         """`question`: a, ba, reality or memory, as in `Transfer.ask`."""
         a, b, pack = self.a, self.b, self.pack
         who = a if question == "a" else b
+        templates: tuple[str, ...]
         if question == "reality":
             templates, answer, reason = words.CONTENTS_REALITY, self.stock, f"{b} knows that the {pack} holds {{}}."
         elif question == "memory":
@@ -282,7 +284,7 @@ class ToMTask(ProceduralTask):
         return {**super().__getstate__(), "_casts": {}}
 
     def verify(self, prompt: Prompt, text: str) -> Verdict:
-        """"in the basket" is the basket; an unmarked answer is the last place or content that its last line names."""
+        """ "in the basket" is the basket; an unmarked answer is the last place or content that its last line names."""
         return verify_solution(prompt.answer, text, vocabulary=VOCABULARY, also=(f"in {prompt.answer}",))
 
     def _draw(self, family: str, split: str, limit: int) -> list[Problem]:

@@ -9,9 +9,9 @@ NAMES = (
     "Petra", "Ravi", "Rosa", "Sam", "Tara", "Tom", "Uma", "Vera", "Wei", "Yan",
 )
 THINGS = (
-    "ball", "book", "bottle", "bracelet", "brush", "candle", "card", "coin", "compass", "cup", "doll", "glove",
-    "hat", "key", "lamp", "letter", "map", "marble", "medal", "pear", "pen", "plum", "photo", "ring", "scarf", "shell", "spoon",
-    "stamp", "torch", "watch",
+    "ball", "book", "bottle", "bracelet", "brush", "candle", "card", "coin", "compass", "cup", "doll", "glove", "hat",
+    "key", "lamp", "letter", "map", "marble", "medal", "pear", "pen", "plum", "photo", "ring", "scarf", "shell",
+    "spoon", "stamp", "torch", "watch",
 )
 PLACES = (
     "backpack", "bag", "barrel", "basket", "bin", "box", "bucket", "cabinet", "case", "chest", "closet", "crate",

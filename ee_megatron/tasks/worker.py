@@ -10,8 +10,8 @@ import signal
 import sys
 from multiprocessing.connection import Connection
 
-# A scorer that evaluates an answer runs what the model wrote. This is no sandbox, but an answer that gets so far neither
-# writes a file nor starts a program nor opens a connection.
+# A scorer that evaluates an answer runs what the model wrote. This is no sandbox, but an answer that gets so far
+# neither writes a file nor starts a program nor opens a connection.
 _REFUSED = (
     "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pty.", "os.remove", "os.rename",
     "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "shutil.", "socket.",
@@ -23,8 +23,8 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 def _refuse(event: str, arguments: tuple[object, ...]) -> None:
     """An audit hook (PEP 578). Raises PermissionError, which imports take for a directory that can't be written to."""
     if event == "open":
-        mode, flags = arguments[1], arguments[2]
-        if not (isinstance(mode, str) and set(mode) & set("wax+")) and not (isinstance(flags, int) and flags & _WRITING):
+        mode, flags = str(arguments[1] or ""), arguments[2]
+        if not set(mode) & set("wax+") and not (isinstance(flags, int) and flags & _WRITING):
             return
     elif not event.startswith(_REFUSED):
         return

@@ -1,4 +1,4 @@
-"""The verifier of free-form answers: every way to write the right answer counts, a wrong one in the same words does not."""
+"""Free-form answers: every way to write the right one counts, a wrong one in the same words does not."""
 
 from __future__ import annotations
 

@@ -134,8 +134,8 @@ def _safe(text: str) -> bool:
 def _scored(score: object, text: str, entry: Entry) -> bool:
     assert callable(score)
     try:
-        # Exactly: spell_backward's credit for parts of an answer adds up to nearly 1.
-        return bool(score(text, entry) >= 1)
+        # Exactly: spell_backward's credit for parts of an answer may add up to 0.9999 or 1.0000000000000002.
+        return bool(score(text, entry) == 1)
     except Exception:
         # Several scorers raise at text that is not of their form (prime_factorization at words).
         return False

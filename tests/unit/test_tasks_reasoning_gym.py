@@ -1,4 +1,4 @@
-"""reasoning-gym's families as a task: against a stand-in package that misbehaves in every known way, and the real one."""
+"""reasoning-gym's families as a task: on a stand-in that misbehaves in every known way, and on the real package."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Family:
         if self.name == "evaluated":
             return float(eval(answer) == entry["metadata"]["sum"])
         total = entry["metadata"]["sum"]
-        return 1.0 if int(answer) == total else 0.5 if int(answer) == total + 1 else 0.01
+        return {0: 1.0, 1: 0.5, 2: 1.0000000000000002}.get(int(answer) - total, 0.01)
 
 DATASETS = {
     name: (Family, None)
@@ -126,7 +126,7 @@ def test_worked_examples_are_tagged_and_set_aside(stand_in: Path) -> None:
 def test_the_packages_scorer_judges_in_the_verifier_process(stand_in: Path) -> None:
     task = make("sums")
     prompt = task.prompts("train")[0]
-    right, close = prompt.answer, str(int(prompt.answer) + 1)
+    right, close, summed = (str(int(prompt.answer) + off) for off in (0, 1, 2))
     texts = {
         f"So <answer> {right} </answer>": 1.0,
         f"<answer>7</answer> no: <answer>{right}</answer>": 1.0,
@@ -136,6 +136,7 @@ def test_the_packages_scorer_judges_in_the_verifier_process(stand_in: Path) -> N
         f"First, then\n{right}": 0.5,
         right: 0.5,
         f"<answer>{close}</answer>": 0.0,
+        f"<answer>{summed}</answer>": 0.0,
         f"The answer is {close}": 0.0,
         "<answer>so many</answer>": 0.0,
         "<answer></answer>": -1.0,
@@ -216,23 +217,22 @@ def test_families_without_references_have_prompts_and_verdicts_but_no_worked_exa
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "reasoning_gym" else found(name))
-    with pytest.raises(
-        ValueError, match=r"reasoning-gym is not installed; pip install 'ee-megatron\[reasoning-gym\]'"
-    ) as e:
+    with pytest.raises(ValueError, match=r"not installed; pip install 'ee-megatron\[reasoning-gym\]'") as error:
         make("sums")
-    assert "\n" not in str(e.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.skipif(not INSTALLED, reason="reasoning-gym is not installed")
 def test_the_real_package_accepts_its_own_references_and_no_others() -> None:
     forget()
     # fmt: off
-    task = make(
-        "chain_sum", "basic_arithmetic", "gcd", "leg_counting", "letter_counting", "caesar_cipher", "family_relationships",
-        "knights_knaves", "syllogism", "spell_backward", "polynomial_multiplication", "countdown", "rotate_matrix", "ab",
-        train=140, validation=14, evaluation=14,
+    families = (
+        "chain_sum", "basic_arithmetic", "gcd", "leg_counting", "letter_counting", "caesar_cipher",
+        "family_relationships", "syllogism", "spell_backward", "polynomial_multiplication", "countdown",
+        "rotate_matrix", "ab", "products",
     )
     # fmt: on
+    task = make(*families, train=140, validation=14, evaluation=14)
     worked = task.worked("train")
     with VerifierPool(task, deadline_s=20) as pool:
         right = pool.verify_many(worked)

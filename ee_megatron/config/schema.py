@@ -61,13 +61,22 @@ class AdapterConfig:
 @dataclass
 class TaskConfig:
     name: str = "arithmetic"
-    """arithmetic (built in), gsm8k or jsonl."""
+    """arithmetic and tom (built in), reasoning_gym, gsm8k or dataset (also: jsonl); docs/tasks.md describes them."""
     families: list[str] = field(default_factory=lambda: ["product", "sum", "word"])
-    """For `arithmetic`: product, sum, word, chain."""
+    """arithmetic: product, sum, word, chain; tom: first_order, second_order, true_belief, reality, memory;
+    reasoning_gym: names of its families, chain_sum for one."""
     path: str = ""
-    """For gsm8k and jsonl: a .jsonl or .parquet file, or a directory with train/test files."""
+    """gsm8k and dataset: a .jsonl or .parquet file, a directory with such files for each split, or a data set that
+    `datasets` saved to disk."""
     question_column: str = "question"
+    """gsm8k and dataset, like all columns and splits here. Dots lead into nested columns: extra.question."""
     answer_column: str = "answer"
+    """The reference, or steps that end in "#### reference" or \\boxed{reference}."""
+    choices_column: str = ""
+    """A list of options, shown with letters; the answer is a letter, an option's text or its number. Empty: none."""
+    train_split: str = "train"
+    evaluation_split: str = "test"
+    """Empty: evaluation problems are taken from the train split too."""
     train: int = 0
     """Training problems; 0: all there are."""
     validation: int = 200

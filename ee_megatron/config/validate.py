@@ -25,7 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "float32", "bfloat16"),
     "exits.gate_input": ("normalised", "raw"),
     "adapter.targets": ("attention", "all"),
-    "task.name": ("arithmetic", "gsm8k", "jsonl"),
+    "task.name": ("arithmetic", "gsm8k", "tom", "reasoning_gym", "dataset", "jsonl"),
     "calibrate.kl_direction": ("student_teacher", "teacher_student", "jensen_shannon"),
     "calibrate.teacher": ("topk", "full"),
     "calibrate.gate_targets": ("sampled", "soft", "current"),
@@ -43,7 +43,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 # Sequences of a batch are padded to a multiple of this (learner/batch.py).
 SEQUENCE_MULTIPLE = 8
-ARITHMETIC_FAMILIES = ("product", "sum", "word", "chain")
+# Those of reasoning_gym are the package's, which is not loaded here.
+TASK_FAMILIES = {
+    "arithmetic": ("product", "sum", "word", "chain"),
+    "tom": ("first_order", "second_order", "true_belief", "reality", "memory"),
+}
 
 POSITIVE: dict[str, tuple[str, ...]] = {
     "parallel": (
@@ -275,13 +279,34 @@ def _check_names(cfg: RunConfig) -> None:
 
 def _check_task(cfg: RunConfig) -> None:
     task = cfg.task
-    if task.name == "arithmetic":
-        unknown = [family for family in task.families if family not in ARITHMETIC_FAMILIES]
-        if unknown or not task.families:
-            raise ValueError(f"task.families={task.families}: expected some of {', '.join(ARITHMETIC_FAMILIES)}")
-    elif not task.path:
+    if task.name in ("arithmetic", "tom", "reasoning_gym"):
+        _check_families(task.name, list(task.families))
+        return
+    if not task.path:
         raise ValueError(
-            f"task.path: not set; task.name={task.name} reads a .jsonl or .parquet file or a directory of them"
+            f"task.path: not set; task.name={task.name} reads a .jsonl or .parquet file, a directory of them, or a "
+            "data set saved to disk"
+        )
+    for key in ("question_column", "answer_column", "train_split"):
+        if not getattr(task, key):
+            raise ValueError(f"task.{key}: empty; expected the name that it has in {task.path}")
+    if task.train_split == task.evaluation_split:
+        raise ValueError(
+            f"task.evaluation_split={task.evaluation_split}: is the train split too; expected another, or nothing, "
+            "which divides the train split (task.evaluation_split=)"
+        )
+
+
+def _check_families(name: str, families: list[str]) -> None:
+    known = TASK_FAMILIES.get(name, ())
+    if not families or (known and not set(families) <= set(known)):
+        unknown = f" ({', '.join(f for f in families if f not in known)})" if families else ""
+        raise ValueError(f"task.families={families}{unknown}: expected some of {', '.join(known) or 'its families'}")
+    if len(set(families)) < len(families):
+        raise ValueError(f"task.families={families}: expected each family once")
+    if not known and set(families) & set(TASK_FAMILIES["arithmetic"]):
+        raise ValueError(
+            f"task.families={families}: are arithmetic's; expected families of {name}, [chain_sum,gcd] for example"
         )
 
 

@@ -1,13 +1,16 @@
 """The final answer of a free-form solution, and whether it equals the reference.
 
-Numbers are compared directly. Only expressions (fractions, roots, LaTeX) go to math-verify, whose own time limits are
-switched off: it sets them by signals, which work in a main thread only, and a verifier process has a deadline anyway.
+Numbers are compared directly, words after normalisation (case, articles, punctuation, white space, LaTeX wrappers), yes
+or no and the letters of multiple choice by what the answer begins with. Expressions go to math-verify, whose own time
+limits are switched off: it sets them by signals, which work in a main thread only, and a verifier process has a
+deadline anyway.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence, Set
 from decimal import Decimal
 
 from .base import Verdict
@@ -18,12 +21,28 @@ TAIL = 8000
 _LONGEST_EXPRESSION = 200
 
 _RUN_ON = re.compile(r"\n[ \t]{0,8}(?:Question|Problem|Q):|<\|im_start\|>|<\|im_end\|>|<\|endoftext\|>")
-_STATED = re.compile(r"\b(?:final )?answer(?: is|:|\s?=)[: ]*([^\n]+)", re.IGNORECASE)
+# Not "24 answers x 2 points/answer = 48": that is a unit.
+_STATED = re.compile(r"(?<!/)(?<!per )\b(?:final )?answer(?: is|:|\s?=)[: ]*([^\n]+)", re.IGNORECASE)
 _HASHES = re.compile(r"####([^\n]+)")
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
 # "1.5 x \frac{1}{2}" must not pass for 0.75: working it out is the model's task, not the verifier's.
 _UNFINISHED = re.compile(r"[0-9)}\]]\s*(?:[-+*×÷x]|\\times|\\cdot|\\div)\s*[0-9({\\]")
 _EXPRESSION = re.compile(r"\\[dt]?frac|\\sqrt|[0-9]\s*/\s*[0-9]|\^|\\pi")
+_FORMULA = re.compile(r"[+*/=<>(|\[]|[0-9][A-Za-z]|[A-Za-z0-9)]\s*-\s*[A-Za-z0-9(]")
+# Read as a product of its letters, "listen" would equal "silent".
+_WORD = re.compile(r"(?<!\\)\b(?!sin\b|cos\b|tan\b|log\b|exp\b)[A-Za-z]{3,}")
+_WRAPPER = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{")
+_MARKUP = re.compile(r"[{}$*`\"\u201c\u201d]")
+_HYPHEN = re.compile(r"(?<=[a-z]{2})-(?=[a-z]{2})")
+# "a sin x" is a product.
+_ARTICLE = re.compile(r"\b(?:an?|the) (?!(?:sin|cos|tan|log|exp|ln)\b)(?=[a-z]{2})")
+_SPACED = re.compile(r"\s*([,;:()\[\]=+/<>|])\s*")
+_LETTER = re.compile(r"\(?([A-Z])\)?")
+_CHOSEN = re.compile(r"(?:(?:option|choice) )?\(?([A-Za-z])(?:\)|[.:](?=\s|$)|$| [-\u2013\u2014] )", re.IGNORECASE)
+_TRUTH = ("yes", "no", "true", "false")
+_SAID = re.compile(r"([a-z]+)\s*(?:$|[,.;:!\u2013\u2014-])")
+_NAMED = re.compile(r"^[A-Za-z]\s*=\s*|^=\s*|^(?:therefore|thus|hence|then|so|simply|just|exactly|again|also)\b[ ,:]*")
+_HEDGED = re.compile(r"\b(?:or|and|not)\b")
 # Evaluating these could take for ever: towers of powers, three-digit exponents, factorials.
 _EXPLOSIVE = re.compile(r"\^[^^]{0,20}\^|\^\s*\{?[^0-9]{0,3}[0-9]{3}|\*\*|!")
 
@@ -45,22 +64,31 @@ def answer_part(text: str) -> str | None:
 def final_answer(text: str) -> tuple[str, bool] | None:
     """(answer as written, whether it was marked), or None.
 
-    Marked: \\boxed{...}, "The answer is ...", "Answer: ..." or "#### ..."; the last mark in the text counts. Otherwise
-    the last line if that is nothing but a number, else the last number in the text.
+    Marked: \\boxed{...}, "The answer is ...", "Answer: ..." or "#### ..."; the last mark in the text counts, unless the
+    last line is nothing but another number. Without a mark it is the last line if that is nothing but a number, else
+    the last number in the text.
     """
     tail = text[-TAIL:]
     marks = [(found.start(), found[1]) for pattern in (_STATED, _HASHES) for found in pattern.finditer(tail)]
     boxed = _last_boxed(tail)
     if boxed is not None:
         marks.append(boxed)
+    last_line = tail.rstrip().rpartition("\n")[2].strip()
+    bare = plain_number(last_line)
     for _, written in sorted(marks, reverse=True):
         if written.strip(" .*$"):
-            return written.strip(), True
-    lines = tail.rstrip().rsplit("\n", 1)
-    if plain_number(lines[-1]) is not None:
-        return lines[-1].strip(), False
+            again = bare is not None and bare != _number_at_start(written)
+            return (last_line, False) if again else (written.strip(), True)
+    if bare is not None:
+        return last_line, False
     number = last_number(tail)
     return (number, False) if number is not None else None
+
+
+def boxed_answer(text: str) -> str | None:
+    """The contents of the last \\boxed{...}, or None."""
+    boxed = _last_boxed(text)
+    return boxed[1] if boxed is not None else None
 
 
 def _last_boxed(text: str) -> tuple[int, str] | None:
@@ -78,40 +106,65 @@ def _last_boxed(text: str) -> tuple[int, str] | None:
 
 
 def same_answer(written: str, reference: str) -> bool:
-    """Whether an answer as written equals the reference: as numbers, as expressions, or as the same words."""
+    """Whether an answer as written equals the reference: as numbers, as a choice, as the same words, as expressions."""
     target = plain_number(reference)
-    value = _number_at_start(written)
-    if target is not None and value is not None:
-        return value == target
-    if _words(written) == _words(reference):
-        return True
     if target is not None:
+        value = _number_at_start(written)
+        if value is not None:
+            return value == target
         # An integer is written as one: "36/2" is 18 left to the verifier to work out.
-        return target % 1 != 0 and _same_expression(written, str(target), numeric=True)
+        return _words(written) == _words(reference) or (
+            target % 1 != 0 and _same_expression(written, str(target), numeric=True)
+        )
+    letter = _LETTER.fullmatch(reference.strip())
+    if letter:
+        chosen = _CHOSEN.match(_bare(written).lstrip())
+        return chosen is not None and chosen[1].upper() == letter[1]
+    wanted = _words(reference)
+    if wanted in _TRUTH:
+        said = _SAID.match(_words(written))
+        return said is not None and said[1] == wanted
+    end = _SENTENCE_END.search(written)
+    if wanted and wanted in (_words(written), _words(written[: end.start()] if end else written)):
+        return True
     return _same_expression(written, reference, numeric=False)
 
 
 def _number_at_start(written: str) -> Decimal | None:
-    """The number of "18", "$18 per day" or "18. So she earns ..."; None if it is none or an expression."""
+    """The number of "18", "$18 per day", "18. So she earns ..." or "3 x 6 = 18"; None if it isn't one."""
     number = plain_number(written)
     if number is not None:
         return number
     if boxed := _last_boxed(written):
         return plain_number(boxed[1])
     end = _SENTENCE_END.search(written)
-    return plain_number(written[: end.start()]) if end else None
+    stated = _NAMED.sub("", (written[: end.start()] if end else written).strip(" $"))
+    before, equals, after = stated.rpartition("=")
+    if equals and not _HEDGED.search(before.lower()):
+        return plain_number(after)
+    return plain_number(stated)
+
+
+def _bare(text: str) -> str:
+    """Without LaTeX's text commands, braces, dollar signs, emphasis and quotation marks."""
+    return _MARKUP.sub(" ", _WRAPPER.sub(" ", text)).replace("\u2019", "'").strip(" '\u2018")
 
 
 def _words(text: str) -> str:
-    return " ".join(re.sub(r"\\text\s*\{|[{}$*`\"']", " ", text).rstrip(" .!").lower().split())
+    if len(text) > TAIL:
+        return ""
+    lowered = " ".join(_HYPHEN.sub(" ", _bare(text).casefold()).split())
+    return _ARTICLE.sub("", _SPACED.sub(r"\1", lowered)).strip(" .,;:!?")
 
 
 def _same_expression(written: str, reference: str, numeric: bool) -> bool:
-    if not any(_EXPRESSION.search(side) for side in (written, reference)):
-        return False
-    for side in (written, reference):
+    sides = (written, reference)
+    for side in sides:
         if len(side) > _LONGEST_EXPRESSION or not side.isascii() or _EXPLOSIVE.search(side):
             return False
+    formulas = all(_FORMULA.search(side) for side in sides) and not any(_WORD.search(_bare(side)) for side in sides)
+    if not formulas and not any(_EXPRESSION.search(side) for side in sides):
+        return False
     if numeric and _UNFINISHED.search(written):
         return False
     import math_verify
@@ -126,15 +179,43 @@ def _as_latex(text: str) -> str:
     return bare if "$" in bare or "\\boxed" in bare else f"${bare}$"
 
 
-def verify_solution(reference: str, text: str) -> Verdict:
-    """The verdict on a free-form solution. Well formed: its final answer is marked (see `final_answer`)."""
+def verify_solution(
+    reference: str, text: str, *, vocabulary: Set[str] = frozenset(), also: Sequence[str] = ()
+) -> Verdict:
+    """The verdict on a free-form solution. Well formed: its final answer is marked (see `final_answer`).
+
+    `vocabulary`: all words that could be the answer, where they are known; then an answer that isn't the bare word, but
+    names exactly one of them, is that one, badly formed. `also`: other ways to write the reference.
+
+    Without a mark the last line is the answer if it is the reference, names one of the vocabulary or is hardly longer
+    than the reference; otherwise there is no answer. For a number see `final_answer`.
+    """
     part = answer_part(text)
-    found = final_answer(part) if part is not None else None
-    if found is None:
+    if part is None:
         return Verdict(correct=False, well_formed=False, answered=False)
-    written, marked = found
-    if not marked and plain_number(reference) is not None:
-        value = plain_number(written)
-        value = value if value is not None else number_value(written)
-        return Verdict(correct=value == plain_number(reference), well_formed=False, answered=True)
-    return Verdict(correct=same_answer(written, reference), well_formed=marked, answered=True)
+    found = final_answer(part)
+    references = (reference, *also)
+    if found is not None and found[1]:
+        if any(same_answer(found[0], known) for known in references):
+            return Verdict(correct=True, well_formed=True, answered=True)
+        named = _only(found[0], vocabulary)
+        return Verdict(correct=named == reference, well_formed=named is None, answered=True)
+    target = plain_number(reference)
+    if target is not None:
+        if found is None:
+            return Verdict(correct=False, well_formed=False, answered=False)
+        value = plain_number(found[0])
+        value = value if value is not None else number_value(found[0])
+        return Verdict(correct=value == target, well_formed=False, answered=True)
+    line = part[-TAIL:].rstrip().rpartition("\n")[2].strip()
+    named = _only(line, vocabulary)
+    candidates = [line, *([found[0]] if found is not None else [])]
+    correct = named == reference or any(same_answer(bare, known) for bare in candidates for known in references)
+    short = 0 < len(_words(line).split()) <= max(3, len(_words(reference).split()))
+    return Verdict(correct=correct, well_formed=False, answered=correct or named is not None or short)
+
+
+def _only(text: str, vocabulary: Set[str]) -> str | None:
+    """The word of the vocabulary that a text names, if it names one only."""
+    named = set(_words(text).replace(",", " ").replace(".", " ").split()) & vocabulary
+    return named.pop() if len(named) == 1 else None

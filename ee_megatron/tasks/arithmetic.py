@@ -7,21 +7,16 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
-from typing import cast
 
 from ..types import Prompt
 from .arithmetic_templates import FAMILIES, Kind, Pair, Range
-from .base import SPLITS, ChatTemplate, Problem, PromptFormat, Split, Verdict, check_split
+from .base import SPLITS, ChatTemplate, Problem, Verdict
 from .numbers import MAX_NUMBER, last_number, number_value
+from .procedural import ProceduralTask
 
 SHARES = {"train": 0.66, "validation": 0.12, "evaluation": 0.22}
-FAMILY_LIMIT = 1500
-"""Problems per family in a split that asks for all there are; sums and word problems could go on for long."""
-EXAMPLES = 16
-"""Training problems per family that are set aside as worked examples: no prompt is ever its own example."""
 _ATTEMPTS = 12
 
-INSTRUCTION = 'Write the calculation on one line and end it with "The answer is <number>".'
 _WELL_FORMED = re.compile(r"The answer is (-?[0-9]+)\.?")
 _MARK = "The answer is"
 
@@ -52,13 +47,14 @@ class PairSplit:
         return SPLITS[-1]
 
 
-class ArithmeticTask:
+class ArithmeticTask(ProceduralTask):
     """Deterministic in its arguments; see `make_task` for them.
 
     `Prompt.group` lists the operand pairs of the problem, "3,8" or, for a chain, "3,8;5,24".
     """
 
     name = "arithmetic"
+    instruction = 'Write the calculation on one line and end it with "The answer is <number>".'
 
     def __init__(
         self,
@@ -70,80 +66,12 @@ class ArithmeticTask:
         seed: int = 0,
         chat: ChatTemplate | None = None,
     ) -> None:
-        unknown = [family for family in families if family not in FAMILIES]
-        if unknown or not families or len(set(families)) != len(families):
-            raise ValueError(
-                f"task.families: {list(families)}; choose one or more, each once, of {', '.join(FAMILIES)}"
-            )
         sizes = {"train": train, "validation": validation, "evaluation": evaluation}
-        if any(size < 0 for size in sizes.values()):
-            raise ValueError(f"task sizes must not be negative: {sizes}; 0 means all there are")
-        self.families, self.sizes, self.seed = tuple(families), sizes, seed
-        self.format = PromptFormat(INSTRUCTION, chat)
+        super().__init__(families, tuple(FAMILIES), **sizes, seed=seed, chat=chat)
         self._pair_split = PairSplit(seed)
-        self._problems: dict[str, list[tuple[Prompt, Problem]]] = {}
-
-    def __getstate__(self) -> dict:
-        # A verifier process needs no problems, and a chat template may not be picklable.
-        return {**self.__dict__, "_problems": {}, "format": PromptFormat(INSTRUCTION)}
-
-    def prompts(self, split: Split) -> list[Prompt]:
-        check_split(split)
-        return [prompt for prompt, _ in self._built(split)]
-
-    def worked(self, split: Split) -> list[tuple[Prompt, str]]:
-        check_split(split)
-        return [(prompt, problem.worked) for prompt, problem in self._built(split)]
-
-    def few_shot(self, prompt: Prompt, shots: int, seed: int) -> Prompt:
-        if not 0 <= shots <= EXAMPLES:
-            raise ValueError(f"shots: {shots}; {self.name} has 0 to {EXAMPLES} worked examples per family")
-        family, split = self._locate(prompt)
-        question = next((p.question for known, p in self._built(cast(Split, split)) if known.id == prompt.id), None)
-        if question is None:
-            raise ValueError(f"prompt {prompt.id!r} is not one of this task; pass a prompt that prompts() returned")
-        examples = self._draw(family, "train", EXAMPLES)
-        # Kinds alternate in `examples`, so a rotation keeps the mixture where a sample would not.
-        start = random.Random(f"shots/{seed}").randrange(EXAMPLES)
-        chosen = [examples[(start + i) % EXAMPLES] for i in range(shots)]
-        text = self.format.render(question, [(p.question, p.worked) for p in chosen])
-        return Prompt(prompt.id, text, prompt.answer, prompt.task, prompt.group)
 
     def verify(self, prompt: Prompt, text: str) -> Verdict:
         return verify_line(prompt.answer, text)
-
-    def _locate(self, prompt: Prompt) -> tuple[str, str]:
-        parts = prompt.id.split("/")
-        if len(parts) != 4 or parts[0] != self.name or parts[1] not in self.families or parts[2] not in SPLITS:
-            raise ValueError(f"prompt {prompt.id!r} is not one of this task; pass a prompt that prompts() returned")
-        return parts[1], parts[2]
-
-    def _built(self, split: Split) -> list[tuple[Prompt, Problem]]:
-        if split not in self._problems:
-            self._problems[split] = self._build(split)
-        return self._problems[split]
-
-    def _build(self, split: str) -> list[tuple[Prompt, Problem]]:
-        """Families in blocks of one problem each, every block in its own random order."""
-        size, count = self.sizes[split], len(self.families)
-        wanted = -(-size // count) if size else FAMILY_LIMIT
-        skip = EXAMPLES if split == "train" else 0
-        drawn = {family: self._draw(family, split, wanted + skip)[skip:] for family in self.families}
-        least = min(drawn, key=lambda family: len(drawn[family]))
-        if size and len(drawn[least]) < wanted:
-            most = count * len(drawn[least])
-            raise ValueError(f"task.{split}: {size} problems, but family {least} allows at most {most}; ask for fewer")
-        order = random.Random(f"order/{self.seed}/{split}")
-        built: list[tuple[Prompt, Problem]] = []
-        for index in range(len(drawn[least])):
-            block = list(self.families)
-            order.shuffle(block)
-            for family in block:
-                problem = drawn[family][index]
-                name = f"{self.name}/{family}/{split}/{index:05d}"
-                text = self.format.render(problem.question)
-                built.append((Prompt(name, text, problem.answer, f"{self.name}.{family}", problem.group), problem))
-        return built[: size or None]
 
     def _draw(self, family: str, split: str, limit: int) -> list[Problem]:
         """The first `limit` problems of a family and split, its kinds in turn; fewer if one kind has run out.

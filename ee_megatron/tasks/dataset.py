@@ -1,30 +1,50 @@
-"""Problems from JSONL or Parquet files, GSM8K among them."""
+"""Problems from files: JSONL, Parquet or a data set saved by the `datasets` library; GSM8K among them."""
 
 from __future__ import annotations
 
 import hashlib
 import random
+import re
+import string
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..types import Prompt
-from .answers import verify_solution
+from .answers import boxed_answer, verify_solution
 from .base import SPLITS, ChatTemplate, Problem, PromptFormat, Split, Verdict, check_split
 
 EXAMPLES = 16
 """Training problems that are set aside as worked examples."""
 INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_SHARD = re.compile(r".+-[0-9]{5}-of-[0-9]{5}")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a row holds what: names of columns, or with dots of what is nested in one ("choices.text").
+
+    `choices` "": free answers. Otherwise that column lists the options, which the prompt shows with letters; the answer
+    is a letter, the option's text or its number from 0.
+    """
+
+    question: str = "question"
+    answer: str = "answer"
+    choices: str = ""
+
+    def named(self) -> tuple[str, ...]:
+        return tuple(column for column in (self.question, self.answer, self.choices) if column)
 
 
 class DatasetTask:
     """A task read from files; see `make_task` for the arguments.
 
-    A directory holds train.* and test.* (.jsonl or .parquet): evaluation comes from test, validation is held out of
-    train. A single file is divided into all three. A question that occurs twice is kept once, and one that occurs in
-    test is dropped from train.
+    Evaluation comes from the evaluation split (test.*), validation is held out of the train split (train.*). A single
+    file or data set, or no evaluation split (""), is divided into all three. A question that occurs twice is kept once,
+    and one that occurs in the evaluation split is dropped from train.
     """
 
     def __init__(
@@ -34,6 +54,9 @@ class DatasetTask:
         *,
         question_column: str = "question",
         answer_column: str = "answer",
+        choices_column: str = "",
+        train_split: str = "train",
+        evaluation_split: str = "test",
         train: int = 0,
         validation: int = 200,
         evaluation: int = 400,
@@ -41,7 +64,8 @@ class DatasetTask:
         chat: ChatTemplate | None = None,
     ) -> None:
         self.name, self.path, self.seed = name, Path(path), seed
-        self.columns = (question_column, answer_column)
+        self.columns = Columns(question_column, answer_column, choices_column)
+        self.splits = (train_split, evaluation_split)
         self.sizes = {"train": train, "validation": validation, "evaluation": evaluation}
         if any(size < 0 for size in self.sizes.values()):
             raise ValueError(f"task sizes must not be negative: {self.sizes}; 0 means all there are")
@@ -79,18 +103,20 @@ class DatasetTask:
         return verify_solution(prompt.answer, text)
 
     def problem(self, question: str, answer: str) -> Problem:
-        """One row as a problem. A "#### 18" at the end of the answer is the reference, what precedes it its steps."""
+        """One row as a problem. A "#### 18" at the end of the answer, or else its last \\boxed{18}, is the reference,
+        the rest its steps."""
         steps, mark, final = answer.rpartition("####")
-        reference = (final if mark else answer).strip()
-        lines = [line.strip() for line in (steps if mark else "").splitlines() if line.strip()]
+        boxed = None if mark else boxed_answer(answer)
+        reference = (final if mark else boxed or answer).strip()
+        lines = [line.strip() for line in (steps if mark else answer if boxed else "").splitlines() if line.strip()]
         shown = " ".join(line if line[-1] in ".!?" else f"{line}." for line in lines)
         worked = f" {shown} The answer is {reference}" if shown else f" The answer is {reference}"
         group = hashlib.sha256(" ".join(question.lower().split()).encode()).hexdigest()[:16]
         return Problem(question.strip(), reference, worked, group)
 
     def _load(self) -> None:
-        files = _files(self.path)
-        rows = {part: self._read(file) for part, file in files.items()}
+        tables = _tables(self.path, *self.splits)
+        rows = {part: self._read(name, table) for part, (name, table) in tables.items()}
         tested = {problem.group for problem in rows.get("test", [])}
         pool = [problem for problem in rows["train"] if problem.group not in tested]
         random.Random(f"rows/{self.seed}").shuffle(pool)
@@ -122,63 +148,126 @@ class DatasetTask:
             )
         return rows[:size]
 
-    def _read(self, file: Path) -> list[Problem]:
+    def _read(self, source: str, table: Any) -> list[Problem]:
         problems: dict[str, Problem] = {}
-        for number, row in enumerate(_rows(file, self.columns), start=1):
-            question, answer = (row[column] for column in self.columns)
+        for number, row in enumerate(_rows(source, table, self.columns), start=1):
+            question, answer = row[self.columns.question], row[self.columns.answer]
             if question is None or answer is None or not str(question).strip() or not str(answer).strip():
-                raise ValueError(f"{file}: row {number} has an empty question or answer; remove or fill it")
+                raise ValueError(f"{source}: row {number} has an empty question or answer; remove or fill it")
+            if self.columns.choices:
+                question, answer = _lettered(f"{source}: row {number}", question, answer, row[self.columns.choices])
             problem = self.problem(str(question), str(answer))
             problems.setdefault(problem.group, problem)
         if not problems:
-            raise ValueError(f"{file}: no rows; expected one problem per row")
+            raise ValueError(f"{source}: no rows; expected one problem per row")
         return list(problems.values())
 
 
-def _files(path: Path) -> dict[str, Path]:
-    """{"train": file} or {"train": file, "test": file}."""
-    if not path.exists():
-        raise FileNotFoundError(f"task.path: {path} does not exist; expected a .jsonl or .parquet file or a directory")
-    if path.is_file():
-        _format(path)
-        return {"train": path}
-    found = {}
-    for part in ("train", "test"):
-        files = sorted(file for file in path.glob(f"{part}*") if file.suffix in _FORMATS)
-        if len(files) != 1:
-            raise ValueError(
-                f"task.path: {path} has {len(files)} files {part}*.jsonl or .parquet; expected one each of train, test"
-            )
-        found[part] = files[0]
-    return found
+def _lettered(where: str, question: object, answer: object, options: object) -> tuple[str, str]:
+    """(question with its options below it, letter of the answer)."""
+    if not isinstance(options, list) or not 2 <= len(options) <= len(string.ascii_uppercase):
+        raise ValueError(
+            f"{where}: task.choices_column holds {str(options)[:60]!r}; expected a list of 2 to 26 options"
+        )
+    letters, texts = string.ascii_uppercase[: len(options)], [str(option).strip() for option in options]
+    shown = "\n".join([str(question).strip(), *(f"{a}. {text}" for a, text in zip(letters, texts, strict=True))])
+    given = str(answer).strip()
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if 0 <= answer < len(options):
+            return shown, letters[answer]
+    elif texts.count(given) == 1:
+        return shown, letters[texts.index(given)]
+    elif len(given) == 1 and given.upper() in letters:
+        return shown, given.upper()
+    elif given.isascii() and given.isdigit() and 1 <= int(given) <= len(options):
+        # As text, numbers count from 1: so does ARC, where some questions have them for letters.
+        return shown, letters[int(given) - 1]
+    raise ValueError(f"{where}: answer {given[:60]!r} is none of its {len(options)} options, their letters or numbers")
 
 
-def _format(file: Path) -> str:
-    if file.suffix not in _FORMATS:
-        raise ValueError(f"task.path: {file.name} is neither .jsonl nor .parquet; convert it or name another file")
-    return _FORMATS[file.suffix]
-
-
-def _rows(file: Path, columns: tuple[str, ...]) -> Iterable[Mapping[str, Any]]:
-    """The rows of a file. Nothing is left in a cache: the rows are few, and a stale copy would go unnoticed."""
+def _tables(path: Path, train: str, evaluation: str) -> dict[str, tuple[str, Any]]:
+    """{"train": (name for messages, table)}, and the same under "test" if there is an evaluation split."""
     import datasets
 
+    if not path.exists():
+        raise FileNotFoundError(
+            f"task.path: {path} does not exist; expected a .jsonl or .parquet file, a directory of them, or a data set "
+            "saved to disk"
+        )
+    wanted = {"train": train, **({"test": evaluation} if evaluation else {})}
+    if path.is_file():
+        return {"train": (str(path), _load_files([path]))}
+    if (path / "state.json").is_file():
+        return {"train": (str(path), datasets.load_from_disk(str(path), keep_in_memory=True))}
+    if (path / "dataset_dict.json").is_file():
+        saved = datasets.load_from_disk(str(path), keep_in_memory=True)
+        for name in wanted.values():
+            if name not in saved:
+                raise ValueError(
+                    f"task.path: {path} has no split {name!r}, only {', '.join(saved)}; set task.train_split and "
+                    "task.evaluation_split"
+                )
+        return {part: (f"{path}/{name}", saved[name]) for part, name in wanted.items()}
+    found = {part: _split_files(path, name) for part, name in wanted.items()}
+    return {part: (str(files[0]), _load_files(files)) for part, files in found.items()}
+
+
+def _split_files(path: Path, split: str) -> list[Path]:
+    """The file of a split, or its shards as the Hugging Face hub names them, in the directory or in data/ under it."""
+    for folder in (path, path / "data"):
+        files = sorted(file for file in folder.glob(f"{split}*") if file.suffix in _FORMATS)
+        if len(files) == 1 or (files and all(_SHARD.fullmatch(file.stem) for file in files)):
+            return files
+        if files:
+            break
+    raise ValueError(
+        f"task.path: {path} has {len(files)} files {split}*.jsonl or .parquet; expected one, or shards "
+        f"{split}-00000-of-...; task.train_split and task.evaluation_split name the splits, the latter empty for none"
+    )
+
+
+def _load_files(files: list[Path]) -> Any:
+    """A table of the files' rows. Nothing is left in a cache: the rows are few, and a stale copy would go unnoticed."""
+    import datasets
+
+    file = files[0]
+    if file.suffix not in _FORMATS:
+        raise ValueError(f"task.path: {file.name} is neither .jsonl nor .parquet; convert it or name another file")
+    kind = _FORMATS[file.suffix]
     quiet = not datasets.is_progress_bar_enabled()
     datasets.disable_progress_bar()
     try:
         with tempfile.TemporaryDirectory() as cache:
-            table = datasets.load_dataset(
-                _format(file), data_files=str(file), split="train", cache_dir=cache, keep_in_memory=True
+            return datasets.load_dataset(
+                kind, data_files=[str(name) for name in files], split="train", cache_dir=cache, keep_in_memory=True
             )
-            missing = [column for column in columns if column not in table.column_names]
-            if missing:
-                raise ValueError(
-                    f"{file}: no {missing}, only {table.column_names}; set task.question_column and answer_column"
-                )
-            return list(table.select_columns(list(columns)))
     except datasets.exceptions.DatasetGenerationError as error:
         reason = str(error.__cause__ or error).splitlines()[0]
-        raise ValueError(f"{file}: not readable as {_format(file)} ({reason}); expected one object per line") from None
+        raise ValueError(f"{file}: not readable as {kind} ({reason}); expected one object per line") from None
     finally:
         if not quiet:
             datasets.enable_progress_bar()
+
+
+def _rows(source: str, table: Any, columns: Columns) -> Iterable[Mapping[str, Any]]:
+    """Rows with the columns that are wanted, nested ones under their dotted name."""
+    # A column's own name may hold a dot.
+    paths = {name: [name] if name in table.column_names else name.split(".") for name in columns.named()}
+    missing = [name for name, path in paths.items() if path[0] not in table.column_names]
+    if missing:
+        raise ValueError(
+            f"{source}: no {missing}, only {table.column_names}; set task.question_column and answer_column"
+        )
+    for row in table.select_columns(list(dict.fromkeys(path[0] for path in paths.values()))):
+        yield {name: _nested(source, name, row[path[0]], path[1:]) for name, path in paths.items()}
+
+
+def _nested(source: str, name: str, value: Any, path: list[str]) -> Any:
+    for index, key in enumerate(path):
+        if isinstance(value, list):
+            return [_nested(source, name, item, path[index:]) for item in value]
+        if not isinstance(value, dict) or key not in value:
+            there = sorted(value) if isinstance(value, dict) else type(value).__name__
+            raise ValueError(f"{source}: column {name!r}: no {key!r} in it, only {there}; name one of these")
+        value = value[key]
+    return value

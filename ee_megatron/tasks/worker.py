@@ -10,6 +10,26 @@ import signal
 import sys
 from multiprocessing.connection import Connection
 
+# A scorer that evaluates an answer runs what the model wrote. This is no sandbox, but an answer that gets so far
+# neither writes a file nor starts a program nor opens a connection.
+_REFUSED = (
+    "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pty.", "os.remove", "os.rename",
+    "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "shutil.", "socket.",
+    "ctypes.dlopen", "urllib.",
+)  # fmt: skip
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+
+def _refuse(event: str, arguments: tuple[object, ...]) -> None:
+    """An audit hook (PEP 578). Raises PermissionError, which imports take for a directory that can't be written to."""
+    if event == "open":
+        mode, flags = str(arguments[1] or ""), arguments[2]
+        if not set(mode) & set("wax+") and not (isinstance(flags, int) and flags & _WRITING):
+            return
+    elif not event.startswith(_REFUSED):
+        return
+    raise PermissionError(f"a verifier may not do this: {event}")
+
 
 def main() -> None:
     """Arguments: the connection's descriptor, the deadline of one answer in seconds, memory in MiB (0: no limit)."""
@@ -28,6 +48,7 @@ def main() -> None:
         return
     connection.send(("ready", None))
     silence = os.open(os.devnull, os.O_WRONLY)
+    sys.addaudithook(_refuse)
     while True:
         try:
             prompt, text = connection.recv()

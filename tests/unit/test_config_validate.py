@@ -61,6 +61,13 @@ def test_every_choice_is_checked(key: str) -> None:
         (["evaluate.thresholds=[0.5,2]"], ["evaluate.thresholds", "2"]),
         (["task.families=[product,quotient]"], ["quotient", "product, sum, word, chain"]),
         (["task.name=jsonl"], ["task.path"]),
+        (["task=dataset"], ["task.path", "task.name=dataset", "saved to disk"]),
+        (["task=dataset", "task.path=x", "task.answer_column="], ["task.answer_column: empty", "in x"]),
+        (["task=dataset", "task.path=x", "task.evaluation_split=train"], ["evaluation_split=train", "train split"]),
+        (["task.name=tom"], ["product", "first_order, second_order"]),
+        (["task=tom", "task.families=[memory,memory]"], ["memory", "each family once"]),
+        (["task=reasoning_gym", "task.families=[]"], ["task.families=[]", "expected some"]),
+        (["task.name=reasoning_gym"], ["product", "arithmetic's", "chain_sum"]),
         (["name=a/b"], ["name='a/b'"]),
         (["parallel.pipeline=0"], ["parallel.pipeline=0"]),
         (["parallel.sequence_parallel=true"], ["parallel.sequence_parallel", "parallel.tensor > 1"]),
@@ -93,6 +100,9 @@ def test_what_the_rules_let_through() -> None:
     validate(config("parallel.data=8", "rollout.actors=8", *TWO_NODES), None)
     validate(config("rollout.actors=24", "rollout.device_share=0.333", *TWO_NODES), None)
     validate(config("rl.group_size=1", "rl.advantage=none"), None)
+    validate(config("task=tom"), None)
+    validate(config("task=reasoning_gym"), None)
+    validate(config("task=dataset", "task.path=rows.jsonl", "task.evaluation_split="), None)
     validate(config("adapter.rank=0", "teacher.enabled=false"), None)
     validate(config("deepspeed=zero2", "parallel.data=4"), dims())
     validate(config("parallel=tp2_pp2", "parallel.sequence_parallel=true", "deepspeed=zero2"), dims())

@@ -73,6 +73,103 @@ def test_parquet_and_other_column_names_are_read(tmp_path: Path) -> None:
     assert task.verify(prompt, f"The answer is {prompt.answer}").reward == 1.0
 
 
+def saved(tmp_path: Path, rows: list[dict]) -> Path:
+    import datasets
+
+    table = datasets.Dataset.from_list(rows)
+    table.save_to_disk(str(tmp_path / "saved"))
+    return tmp_path / "saved"
+
+
+def test_a_data_set_saved_to_disk_is_read_by_split_or_divided(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"question": f"Half of {2 * i}?", "answer": str(i)} for i in range(60)]
+    task = make_task("dataset", path=str(saved(tmp_path, rows)), validation=5, evaluation=5)
+    assert len(task.prompts("evaluation")) == 5
+    parts = {"train": rows[:30], "dev": rows[30:45], "test": rows[45:]}
+    whole = datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in parts.items()})
+    whole.save_to_disk(str(tmp_path / "whole"))
+    path = str(tmp_path / "whole")
+    for split, first in (("test", 45), ("dev", 30)):
+        task = make_task("dataset", path=path, evaluation_split=split, validation=5, evaluation=15)
+        assert {int(p.answer) for p in task.prompts("evaluation")} == set(range(first, first + 15))
+        assert {int(p.answer) for s in ("train", "validation") for p in task.prompts(s)} <= set(range(30))  # type: ignore[arg-type]
+    divided = make_task("dataset", path=path, train_split="dev", evaluation_split="", validation=2, evaluation=3)
+    assert {int(p.answer) for p in divided.prompts("evaluation")} <= set(range(30, 45))
+    with pytest.raises(ValueError, match=r"no split 'validation', only train, dev, test; set task\.train_split"):
+        make_task("dataset", path=path, evaluation_split="validation")
+
+
+def test_shards_in_a_data_directory_are_one_split(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for shard in range(3):
+        write_rows(folder / f"train-{shard:05d}-of-00003.jsonl", 20, start=20 * shard)
+    write_rows(folder / "test-00000-of-00001.jsonl", 10, start=90)
+    task = make_task("dataset", path=str(tmp_path), validation=5, evaluation=10)
+    assert len(task.prompts("train")) + len(task.prompts("validation")) + 13 == 60
+    write_rows(folder / "train.jsonl", 5)
+    with pytest.raises(ValueError, match=r"has 4 files train\*\.jsonl or \.parquet; expected one, or shards"):
+        make_task("dataset", path=str(tmp_path), validation=5, evaluation=10)
+
+
+def test_dots_lead_into_nested_columns(tmp_path: Path) -> None:
+    rows = [{"item": {"text": f"Half of {2 * i}?", "solved": {"by": str(i)}}, "a.b": "flat"} for i in range(40)]
+    names = {"question_column": "item.text", "answer_column": "item.solved.by", "validation": 4, "evaluation": 4}
+    path = str(saved(tmp_path, rows))
+    prompt = make_task("dataset", path=path, **names).prompts("train")[0]
+    assert prompt.text == f"Question: Half of {2 * int(prompt.answer)}?\nAnswer:"
+    flat = make_task("dataset", path=path, **{**names, "answer_column": "a.b"})
+    assert flat.prompts("train")[0].answer == "flat"
+    with pytest.raises(ValueError, match=r"column 'item\.answer': no 'answer' in it, only \['solved', 'text'\]"):
+        make_task("dataset", path=path, **{**names, "answer_column": "item.answer"})
+
+
+@pytest.mark.parametrize(
+    ("form", "nested"), [("number", False), ("letter", True), ("text", True), ("count", False), ("small", False)]
+)
+def test_choices_are_shown_with_letters_and_answered_by_letter(tmp_path: Path, form: str, nested: bool) -> None:
+    rows = []
+    for i in range(40):
+        options = [f"place {i + k}" for k in range(4)]
+        right = i % 4
+        answers = {"number": right, "letter": "ABCD"[right], "text": options[right], "count": str(right + 1)}
+        answer = answers.get(form, "abcd"[right])
+        rows.append(
+            {"question": f"Where is {i}?", "options": {"text": options} if nested else options, "answer": answer}
+        )
+    column = "options.text" if nested else "options"
+    task = make_task("dataset", path=str(saved(tmp_path, rows)), choices_column=column, validation=4, evaluation=4)
+    for prompt in task.prompts("train"):
+        asked, *shown, last = prompt.text.splitlines()
+        number = int(asked.removeprefix("Question: Where is ").rstrip("?"))
+        assert shown == [f"{letter}. place {number + k}" for k, letter in enumerate("ABCD")] and last == "Answer:"
+        assert prompt.answer == "ABCD"[number % 4]
+        assert task.verify(prompt, f"\\boxed{{{prompt.answer}}}").reward == 1.0
+        assert task.verify(prompt, f"The answer is ({prompt.answer}) it").reward == 1.0
+        wrong = "ABCD"[(number + 1) % 4]
+        assert task.verify(prompt, f"The answer is {wrong}").reward == 0.0
+
+
+def test_answers_that_are_no_choice_say_so(tmp_path: Path) -> None:
+    rows = [{"question": "Which?", "options": ["red", "blue"], "answer": "green"}]
+    path = str(saved(tmp_path, rows))
+    with pytest.raises(ValueError, match=r"row 1: answer 'green' is none of its 2 options"):
+        make_task("dataset", path=path, choices_column="options")
+    with pytest.raises(ValueError, match=r"choices_column holds 'green'; expected a list of 2 to 26"):
+        make_task("dataset", path=path, choices_column="answer")
+
+
+def test_a_boxed_reference_is_taken_out_of_its_solution(tmp_path: Path) -> None:
+    rows = [{"question": f"{i}?", "answer": f"We halve.\nSo $x = \\boxed{{\\frac{{{i}}}{{2}}}}$."} for i in range(40)]
+    task = make_task("dataset", path=str(saved(tmp_path, rows)), validation=4, evaluation=4)
+    prompt, worked = task.worked("train")[0]
+    assert prompt.answer.startswith("\\frac{") and prompt.answer.endswith("}{2}")
+    assert worked.startswith(" We halve. So $x") and worked.endswith(f"The answer is {prompt.answer}")
+    assert task.verify(prompt, worked).reward == 1.0
+
+
 def test_unusable_files_say_what_is_wrong(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "all.jsonl", 10)
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl does not exist"):

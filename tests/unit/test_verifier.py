@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +49,8 @@ class HostileTask:
             os.kill(os.getpid(), signal.SIGKILL)
         if text == "raise":
             raise KeyError("what?")
+        if text.startswith("run "):
+            exec(text.removeprefix("run "))
         if text == "print":
             print("noise" * 1000)
         return Verdict(text == prompt.answer, True, True)
@@ -90,6 +93,26 @@ def test_an_exception_costs_one_verdict_and_is_counted(caplog: pytest.LogCapture
         assert [v.timed_out for v in verdicts] == [True, False, True]
         assert (pool.failures, pool.timeouts) == (2, 0)
     assert caplog.text.count("KeyError") == 1
+
+
+def test_an_answer_that_gets_itself_run_writes_no_file_and_starts_no_program(tmp_path: Path) -> None:
+    marker = str(tmp_path / "touched")
+    programs = [
+        f"open({marker!r}, 'w')",
+        f"import os; os.open({marker!r}, os.O_CREAT | os.O_WRONLY)",
+        f"import os; os.system('touch {marker}')",
+        f"import subprocess; subprocess.run(['touch', {marker!r}])",
+        f"import pathlib; pathlib.Path({marker!r}).mkdir()",
+        "import socket; socket.create_connection(('127.0.0.1', 9), timeout=1)",
+        "import os; os.fork()",
+    ]
+    with VerifierPool(HostileTask(), deadline_s=20) as pool:
+        verdicts = pool.verify_many([(PROMPT, f"run {program}") for program in programs])
+        assert pool.failures == len(programs)
+        # Reading is allowed: scorers load word lists.
+        assert not pool.verify_many([(PROMPT, f"run open({__file__!r}).read()")])[0].timed_out
+    assert all(verdict.timed_out for verdict in verdicts)
+    assert not Path(marker).exists()
 
 
 def test_a_verifier_killed_from_outside_while_idle_is_replaced_without_losing_an_answer() -> None:

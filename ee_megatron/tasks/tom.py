@@ -1,0 +1,320 @@
+"""Theory of mind: short stories in which what someone believes and what is so may differ, and questions about both.
+
+False belief about a place after an unseen transfer (Wimmer and Perner 1983; Baron-Cohen, Leslie and Frith 1985), about
+contents (Perner, Leekam and Wimmer 1987), and about another's belief (Perner and Wimmer 1985). Controls ask for a true
+belief, for what is so, and for what was so at first, about the same stories, as in ToMi (Le, Boureau and Nickel 2019):
+whoever always answers with the first place, or with the last, is right in some families only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+from ..types import Prompt
+from . import tom_templates as words
+from .answers import verify_solution
+from .base import SPLITS, ChatTemplate, Problem, Verdict
+from .procedural import ProceduralTask
+
+SHARES = {"train": 0.66, "validation": 0.12, "evaluation": 0.22}
+VOCABULARY = frozenset(words.PLACES + words.STOCK)
+"""Every possible answer."""
+
+
+@dataclass
+class Transfer:
+    """An object that is moved between three places, and who believes what, kept up to date event by event.
+
+    `a` comes and goes, `b` stays. `belief[x]`: where x takes the object to be; `nested[x, y]`: where x takes y to take
+    it to be. Someone learns of a place by seeing the object put there, and of another's view by knowing that they saw.
+    """
+
+    a: str
+    b: str
+    thing: str
+    places: tuple[str, str, str]
+    room: str
+    rng: random.Random
+    told: list[str] = field(default_factory=list)
+    at: list[str] = field(default_factory=list)
+    present: set[str] = field(default_factory=set)
+    belief: dict[str, str] = field(default_factory=dict)
+    nested: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        self.present = {self.a, self.b}
+        x, y, z = self.rng.sample(self.places, 3)
+        self.tell(words.INTRO, x=x, y=y, z=z)
+        self.aside()
+        self.tell(words.PUT, place=self.places[0])
+        self.put(self.places[0])
+
+    def tell(self, templates: tuple[str, ...], **values: str) -> None:
+        known = {"a": self.a, "b": self.b, "thing": self.thing, "room": self.room}
+        self.told.append(self.rng.choice(templates).format(**known, **values))
+
+    def aside(self) -> None:
+        """Sometimes a sentence that has nothing to do with the object."""
+        if self.rng.random() < 0.3:
+            self.tell(words.ASIDE)
+
+    def move(self, place: str) -> None:
+        self.tell(words.MOVE, old=self.at[-1], place=place)
+        self.put(place)
+
+    def put(self, place: str) -> None:
+        self.at.append(place)
+        self._seen(self.present, self.present)
+
+    def leave(self) -> None:
+        self.tell(words.LEAVE)
+        self.present.discard(self.a)
+        self.aside()
+
+    def come_back(self) -> None:
+        self.tell(words.RETURN)
+        self.present.add(self.a)
+
+    def peek(self, noticed: bool) -> None:
+        """`a`, who is away, sees the last move after all; `b` knows of it if `noticed`."""
+        self.tell(words.NOTICED if noticed else words.UNNOTICED)
+        both = self.present | {self.a}
+        self._seen(both, both if noticed else self.present)
+
+    def _seen(self, watchers: set[str], known: set[str]) -> None:
+        for x in watchers:
+            self.belief[x] = self.at[-1]
+            self.nested.update({(x, y): self.at[-1] for y in known if y != x})
+
+    # Plots. Their names say what `a` and `b` come to believe.
+
+    def unseen(self) -> None:
+        self.begin()
+        self.leave()
+        self.move(self.places[1])
+        self.aside()
+        self.come_back()
+
+    def second_move_unseen(self) -> None:
+        self.begin()
+        self.move(self.places[1])
+        self.tell(words.WATCHES)
+        self.leave()
+        self.move(self.places[2])
+        self.come_back()
+
+    def seen(self) -> None:
+        self.begin()
+        self.aside()
+        self.tell(words.STAYS)
+        self.move(self.places[1])
+
+    def seen_after_return(self) -> None:
+        self.begin()
+        self.leave()
+        self.come_back()
+        self.move(self.places[1])
+        self.tell(words.WATCHES)
+
+    def secretly_seen(self) -> None:
+        self.begin()
+        self.leave()
+        self.move(self.places[1])
+        self.peek(noticed=False)
+        self.come_back()
+
+    def openly_seen(self) -> None:
+        self.begin()
+        self.leave()
+        self.move(self.places[1])
+        self.peek(noticed=True)
+        self.come_back()
+
+    def ask(self, question: str) -> Problem:
+        """`question`: a or b (whose belief), ab (what a thinks that b believes), ba, reality, memory."""
+        a, b, thing = self.a, self.b, self.thing
+        templates: tuple[str, ...]
+        if question == "reality":
+            templates, answer, reason = words.REALITY, self.at[-1], f"The {thing} was put in the {self.at[-1]} last."
+        elif question == "memory":
+            templates, answer, reason = words.MEMORY, self.at[0], f"The {thing} was put in the {self.at[0]} first."
+        elif len(question) == 1:
+            templates, answer = words.BELIEF, self.belief[self._named(question)]
+            missed = "" if answer == self.at[-1] else f" did not see where the {thing} went later and"
+            reason = f"{self._named(question)}{missed} last saw the {thing} in the {answer}."
+        else:
+            who, other = (self._named(letter) for letter in question)
+            templates, answer = words.NESTED, self.nested[who, other]
+            unaware = "" if answer == self.belief[other] else f" does not know what {other} saw later, but"
+            reason = f"{who}{unaware} knows that {other} saw the {thing} in the {answer}."
+        who, other = self._named(question[0]), self._named(question[-1])
+        asked = self.rng.choice(templates).format(who=who, other=other, thing=thing)
+        groups = [_pair(a, b), *(f"{thing}@{place}" for place in sorted(self.places))]
+        return Problem(
+            f"{' '.join(self.told)} {asked}", answer, f" {reason} The answer is the {answer}", ";".join(groups)
+        )
+
+    def _named(self, letter: str) -> str:
+        return {"a": self.a, "b": self.b}.get(letter, "")
+
+
+@dataclass
+class Contents:
+    """A closed container whose outside promises something else than is in it; `b` has looked, `a` has not, or has."""
+
+    a: str
+    b: str
+    label: str
+    stock: str
+    pack: str
+    room: str
+    rng: random.Random
+
+    def render(self, question: str, looked: bool) -> Problem:
+        """`question`: a, ba, reality or memory, as in `Transfer.ask`."""
+        a, b, pack = self.a, self.b, self.pack
+        who = a if question == "a" else b
+        templates: tuple[str, ...]
+        if question == "reality":
+            templates, answer, reason = words.CONTENTS_REALITY, self.stock, f"{b} knows that the {pack} holds {{}}."
+        elif question == "memory":
+            templates, answer, reason = words.CONTENTS_MEMORY, self.label, f"The outside of the {pack} promises {{}}."
+        else:
+            templates = words.CONTENTS_BELIEF if question == "a" else words.CONTENTS_NESTED
+            answer = self.stock if looked else self.label
+            reason = f"{a} has seen that the {pack} holds {{}}." if looked else f"{a} knows only the outside with {{}}."
+        values = {name: getattr(self, name) for name in ("a", "b", "label", "stock", "pack", "room")}
+        told = [words.LABEL, words.INSIDE, words.WITNESS if looked else words.NEWCOMER, templates]
+        text = " ".join(self.rng.choice(choices).format(**values, who=who, other=a) for choices in told)
+        groups = [_pair(a, b), *(f"{stock}@{pack}" for stock in sorted((self.label, self.stock)))]
+        return Problem(text, answer, f" {reason.format(answer)} The answer is {answer}", ";".join(groups))
+
+
+Plot = Callable[[Transfer], None]
+Kind = tuple[Plot | bool, str]
+"""A plot (for contents: whether `a` has looked) and a question; problems of a family take its kinds in turn."""
+
+_PLOTS: tuple[Plot, ...] = (
+    Transfer.unseen,
+    Transfer.second_move_unseen,
+    Transfer.seen,
+    Transfer.secretly_seen,
+    Transfer.seen_after_return,
+)
+FAMILIES: dict[str, tuple[Kind, ...]] = {
+    "first_order": ((Transfer.unseen, "a"), (Transfer.second_move_unseen, "a"), (False, "a")),
+    "second_order": (
+        (Transfer.secretly_seen, "ba"),
+        (Transfer.unseen, "ba"),
+        (Transfer.second_move_unseen, "ba"),
+        (False, "ba"),
+    ),
+    "true_belief": (
+        (Transfer.seen, "a"),
+        (Transfer.unseen, "b"),
+        (Transfer.seen_after_return, "a"),
+        (Transfer.secretly_seen, "a"),
+        (Transfer.openly_seen, "ba"),
+        (True, "a"),
+    ),
+    "reality": (*((plot, "reality") for plot in _PLOTS), (False, "reality"), (True, "reality")),
+    "memory": (*((plot, "memory") for plot in _PLOTS), (False, "memory"), (True, "memory")),
+}
+
+
+class Cast:
+    """What a split's stories may be about: no pair of names, and no object with a place, belongs to two splits.
+
+    So no whole combination does either, in whatever family or wording.
+    """
+
+    def __init__(self, seed: int, split: str) -> None:
+        def ours(*parts: str) -> bool:
+            return _split_of(seed, ";".join(parts)) == split
+
+        self.pairs = [pair for pair in combinations(words.NAMES, 2) if ours(*pair)]
+        places = {thing: [place for place in words.PLACES if ours(thing, place)] for thing in words.THINGS}
+        self.places = {thing: found for thing, found in places.items() if len(found) >= 3}
+        stock = {pack: [item for item in words.STOCK if ours(item, pack)] for pack in words.PACKS}
+        self.stock = {pack: found for pack, found in stock.items() if len(found) >= 2}
+
+    def render(self, kind: Kind, rng: random.Random) -> Problem:
+        a, b = rng.sample(rng.choice(self.pairs), 2)
+        plot, question = kind
+        room = rng.choice(words.ROOMS)
+        if isinstance(plot, bool):
+            pack = rng.choice(list(self.stock))
+            label, stock = rng.sample(self.stock[pack], 2)
+            return Contents(a, b, label, stock, pack, room, rng).render(question, plot)
+        thing = rng.choice(list(self.places))
+        first, second, third = rng.sample(self.places[thing], 3)
+        story = Transfer(a, b, thing, (first, second, third), room, rng)
+        plot(story)
+        return story.ask(question)
+
+
+class ToMTask(ProceduralTask):
+    """Deterministic in its arguments; see `make_task` for them.
+
+    `Prompt.group` lists the names and the objects with their places, "Ada+Ben;ball@basket;ball@box;ball@jar".
+    """
+
+    name = "tom"
+    instruction = 'Explain your answer on one line and end it with "The answer is <place or thing>".'
+
+    def __init__(
+        self,
+        families: Sequence[str] = tuple(FAMILIES),
+        *,
+        train: int = 0,
+        validation: int = 200,
+        evaluation: int = 400,
+        seed: int = 0,
+        chat: ChatTemplate | None = None,
+    ) -> None:
+        sizes = {"train": train, "validation": validation, "evaluation": evaluation}
+        super().__init__(families, tuple(FAMILIES), **sizes, seed=seed, chat=chat)
+        self._casts: dict[str, Cast] = {}
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_casts": {}}
+
+    def verify(self, prompt: Prompt, text: str) -> Verdict:
+        """ "in the basket" is the basket; an unmarked answer is the last place or content that its last line names."""
+        return verify_solution(prompt.answer, text, vocabulary=VOCABULARY, also=(f"in {prompt.answer}",))
+
+    def _draw(self, family: str, split: str, limit: int) -> list[Problem]:
+        if split not in self._casts:
+            self._casts[split] = Cast(self.seed, split)
+        seen: set[str] = set()
+        streams = [
+            self._stream(kind, f"{self.seed}/{family}/{number}/{split}", self._casts[split], seen)
+            for number, kind in enumerate(FAMILIES[family])
+        ]
+        return [next(streams[index % len(streams)]) for index in range(limit)]
+
+    def _stream(self, kind: Kind, source: str, cast: Cast, seen: set[str]) -> Iterator[Problem]:
+        """Distinct problems. There are millions of each kind in every split, so a repetition is rare."""
+        rng = random.Random(f"tom/{source}")
+        while True:
+            problem = cast.render(kind, rng)
+            if problem.question not in seen:
+                seen.add(problem.question)
+                yield problem
+
+
+def _pair(a: str, b: str) -> str:
+    return "+".join(sorted((a, b)))
+
+
+def _split_of(seed: int, combination: str) -> str:
+    point = int(hashlib.sha256(f"{seed}:{combination}".encode()).hexdigest()[:8], 16) / 2**32
+    for split in SPLITS:
+        point -= SHARES[split]
+        if point < 0:
+            return split
+    return SPLITS[-1]

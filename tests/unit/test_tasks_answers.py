@@ -1,0 +1,260 @@
+"""Free-form answers: every way to write the right one counts, a wrong one in the same words does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ee_megatron.tasks import Verdict, VerifierPool, make_task
+from ee_megatron.tasks.answers import same_answer, verify_solution
+from ee_megatron.tasks.numbers import plain_number
+from ee_megatron.types import Prompt
+
+# {n} is the bare number, {c} the one with thousands commas, {l} with LaTeX's.
+STYLES = {
+    "boxed": ("So \\[ \\boxed{{{n}}} \\]", "$\\boxed{{{c}}}$", "Thus \\boxed{{{l}}}."),
+    "stated": ("The answer is {n}.", "The answer is: **{c}**", "**Final answer:** {n}"),
+    "hashes": ("#### {n}", "#### {c}"),
+    "bare last line": ("{n}", "{c}"),
+    "units, commas, currency": (
+        "The answer is ${c}.",
+        "\\boxed{{\\${c}}}",
+        "\\boxed{{{n}\\text{{ apples}}}}",
+        "#### {c} dollars",
+        "The answer is €{c} per day.",
+        "{c} km/h",
+        "USD {n}",
+    ),
+}
+WELL_FORMED = {"boxed", "stated", "hashes"}
+
+
+def written(value: Decimal, style: str) -> Iterator[str]:
+    for template in STYLES[style]:
+        plain = f"{value:,f}"
+        yield template.format(n=plain.replace(",", ""), c=plain, l=plain.replace(",", "{,}"))
+
+
+def perturbed(value: Decimal) -> list[Decimal]:
+    """Off by one either way, by a digit at the front or the end, by the sign, by a fraction."""
+    sign, digits, exponent = value.as_tuple()
+    assert isinstance(exponent, int)
+    others = [
+        value + 1,
+        value - 1,
+        -value,
+        value + Decimal("0.5"),
+        value * 10,
+        Decimal((sign, (digits[0] % 9 + 1, *digits[1:]), exponent)),
+        Decimal((sign, (*digits, 7), exponent)),
+        Decimal((sign, (*digits[:-1], (digits[-1] + 3) % 10), exponent)),
+    ]
+    return [other for other in others if other != value]
+
+
+def check(gold: str, steps: str) -> tuple[int, int]:
+    """(right answers accepted, perturbed ones rejected); fails at the first text that is judged wrongly."""
+    value = plain_number(gold)
+    assert value is not None, gold
+    accepted = rejected = 0
+    for style in STYLES:
+        for text in written(value, style):
+            verdict = verify_solution(gold, f"{steps}\n{text}")
+            assert verdict.correct and verdict.answered, (gold, text)
+            assert verdict.reward == (1.0 if style in WELL_FORMED or verdict.well_formed else 0.5), (gold, text)
+            accepted += 1
+        for other in perturbed(value):
+            for text in written(other, style):
+                verdict = verify_solution(gold, f"{steps}\n{text}")
+                assert not verdict.correct and verdict.reward == 0.0, (gold, text)
+                rejected += 1
+    return accepted, rejected
+
+
+# The first call imports math-verify.
+@settings(deadline=None)
+@given(st.integers(-(10**9), 10**9), st.integers(0, 99), st.integers(0, 10**6))
+def test_a_number_is_accepted_in_every_style_and_rejected_when_perturbed(whole: int, cents: int, step: int) -> None:
+    for gold in {str(whole), f"{whole:,}", f"{whole}.{cents:02d}"}:
+        check(gold, f"First {step} + 1 = {step + 1}, and then the rest.")
+
+
+@pytest.mark.skipif(not os.environ.get("EE_GSM8K"), reason="EE_GSM8K does not name a directory with GSM8K's JSONL")
+def test_all_gold_answers_of_gsm8k_are_accepted_in_every_style_and_rejected_when_perturbed() -> None:
+    rows = accepted = rejected = 0
+    for part in ("train", "test"):
+        for line in (Path(os.environ["EE_GSM8K"]) / f"{part}.jsonl").read_text(encoding="utf-8").splitlines():
+            steps, _, gold = json.loads(line)["answer"].rpartition("####")
+            right, wrong = check(gold.strip(), steps.strip())
+            rows, accepted, rejected = rows + 1, accepted + right, rejected + wrong
+    texts = sum(map(len, STYLES.values()))
+    print(f"{rows} gold answers: {accepted} texts accepted, {rejected} perturbed texts rejected")
+    assert (rows, accepted) == (8792, 8792 * texts)
+    assert rejected > 6 * accepted
+
+
+def test_a_unit_of_answers_is_no_mark() -> None:
+    assert verify_solution("66", "24 correct answers * 2 points/answer = 48 points.\n66").correct
+    assert verify_solution("66", "24 answers at 2 points per answer = 48 points.\n66").correct
+
+
+def test_a_bare_last_line_is_right_but_badly_formed() -> None:
+    assert verify_solution("1200", "It is 1000 + 200.\n1,200") == Verdict(True, False, True)
+    assert verify_solution("1200", "It is 1000 + 200.\nThe answer is 1,200") == Verdict(True, True, True)
+    assert verify_solution("1200", "The answer is 1,300.\nNo:\n1,200") == Verdict(True, False, True)
+    assert verify_solution("1200", "The answer is 1,200.\nNo:\n1,300") == Verdict(False, False, True)
+    assert verify_solution("1200", "The answer is 1,200.\n1200") == Verdict(True, True, True)
+
+
+@pytest.mark.parametrize(
+    ("written_as", "reference", "same"),
+    [
+        ("1{,}200", "1200", True),
+        ("1\\,200", "1200", True),
+        ("US$1,200", "1200", True),
+        ("75¢", "75", True),
+        ("x = 5", "5", True),
+        ("3 x 6 = 18", "18", True),
+        ("3 x 6 = 18 dollars. So", "18", True),
+        ("therefore 18", "18", True),
+        ("x = 5 or x = 7", "7", False),
+        ("not 18", "18", False),
+        ("therefore 2 thousand", "2", False),
+        ("1{,}20", "120", False),
+        ("17 or 18", "18", False),
+        # Words: case, articles, punctuation, white space, LaTeX.
+        ("The  Eiffel tower.", "eiffel tower", True),
+        ("\\text{Paris}", "Paris", True),
+        ("“Paris”!", "paris", True),
+        ("Paris. It is the capital of France.", "Paris", True),
+        ("( 1 , 2 )", "(1,2)", True),
+        ("an ice-cream", "ice cream", True),
+        ("Paris or London", "Paris", False),
+        ("the", "a", False),
+        ("silent", "listen", False),
+        ("on", "no", False),
+        ("a + b", "b", False),
+        ("23", "2*3", False),
+        ("x", "-x", False),
+        ("", "the", False),
+        # Yes or no.
+        ("Yes, because she saw it.", "yes", True),
+        ("**No.**", "no", True),
+        ("YES", "Yes", True),
+        ("no", "yes", False),
+        ("nobody", "no", False),
+        ("yes and no", "yes", False),
+        ("not true", "true", False),
+        # Letters of a choice.
+        ("B", "B", True),
+        ("(b)", "B", True),
+        ("\\textbf{(B) } 17", "B", True),
+        ("Option B", "B", True),
+        ("B. Paris", "B", True),
+        ("B: Paris", "(B)", True),
+        ("A", "B", False),
+        ("A or B", "A", False),
+        ("A, B", "A", False),
+        ("Banana", "B", False),
+        # Expressions.
+        ("1 + x", "x+1", True),
+        ("\\frac{2}{4}", "\\frac{1}{2}", True),
+        ("0.5", "1/2", True),
+        ("\\frac{1}{23}", "\\frac{12}{3}", False),
+        ("x-1", "x+1", False),
+        ("2\\sqrt{2}", "\\sqrt{8}", True),
+        ("36/2", "18", False),
+        ("1.5 x \\frac{1}{2}", "0.75", False),
+    ],
+)
+def test_same_answer(written_as: str, reference: str, same: bool) -> None:
+    assert same_answer(written_as, reference) is same
+
+
+@pytest.mark.parametrize(
+    ("reference", "text", "reward"),
+    [
+        ("Paris", "It is on the Seine.\nParis", 0.5),
+        ("Paris", "London", 0.0),
+        ("Paris", "One would have to look it up in an atlas", -1.0),
+        ("yes", "No.", 0.0),
+        ("B", "It must be the second.\nB", 0.5),
+        ("\\frac{1}{2}", "So it is \\frac{1}{2}\n\\frac{1}{2}", 0.5),
+        ("Paris", "", -1.0),
+        ("Paris", "<think>It is Paris. The answer is Paris.", -1.0),
+    ],
+)
+def test_words_without_a_mark(reference: str, text: str, reward: float) -> None:
+    assert verify_solution(reference, text).reward == reward
+
+
+def hostile(marker: Path) -> list[str]:
+    """Texts that are long, deep, odd or would do something if they were run."""
+    call = f"__import__('os').system('touch {marker}')"
+    inner = [
+        "7" * 100_000,
+        "1," * 50_000,
+        "{" * 100_000,
+        "{" * 50_000 + "42" + "}" * 50_000,
+        "(" * 150 + "42^2" + ")" * 150,
+        "\\frac{1}" * 12_000,
+        "\\frac{" * 20 + "1" + "}{2}" * 20,
+        "\\sqrt{" * 30 + "2" + "}" * 30,
+        "9^{9^{9^9}}",
+        "9^9^9^9",
+        "(x+1)^{99}-(x-1)^{99}",
+        "99999999!",
+        "10^{100000000}",
+        "1e999999999",
+        call,
+        f"{call}^2",
+        f"\\frac{{{call}}}{{2}}",
+        f"open('{marker}', 'w')",
+        "٤٢",
+        "４２",
+        "𝟒𝟐",
+        "四十二",
+        "4\u200b2",
+        "\u202e24",
+        "NaN",
+        "inf",
+        "\x00" * 1000,
+        "\ud800",
+        "\n" * 100_000,
+        " " * 100_000 + "17",
+        "-" * 100_000,
+        "answer is " * 10_000,
+        "#" * 100_000,
+        "%s%n{0}{}",
+    ]
+    return [form.format(text) for text in inner for form in ("{}", "The answer is {}", "\\boxed{{{}}}", "#### {}")]
+
+
+def test_hostile_answers_end_within_the_deadline_and_are_never_right(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"question": f"{i}?", "answer": "42"}) + "\n" for i in range(20)))
+    task = make_task("dataset", path=str(rows), validation=2, evaluation=2)
+    marker = tmp_path / "touched"
+    texts = hostile(marker)
+    deadline = 2.0
+    for reference in ("42", "4.2", "x^2+1", "forty-two"):
+        prompt = Prompt("p", "6 x 7?", reference, "dataset")
+        with VerifierPool(task, deadline_s=deadline) as pool:
+            pool.verify_many([(prompt, "42")])
+            begun = time.monotonic()
+            verdicts = pool.verify_many([(prompt, text) for text in texts])
+            took = time.monotonic() - begun
+            timeouts = pool.timeouts
+        assert not any(verdict.correct for verdict in verdicts)
+        # Nearly all are judged at once; what math-verify can't finish costs its deadline and a new process.
+        assert timeouts <= 2
+        assert took < 10 + timeouts * (deadline + 5)
+    assert not marker.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -328,3 +329,37 @@ def test_score_measures_the_divergence_from_the_teacher_and_leaves_the_policy_lo
         np.testing.assert_allclose(found.teacher_entropy, -(theirs.exp() * theirs).sum(-1), atol=1e-5)
     same = score(teacher, None, [r for r in answers if r.length == 1] or answers[:1])
     assert teacher.gates is None and policy.gates is not None and len(same) >= 1
+
+
+@pytest.mark.parametrize("exits", [ExitPolicy("sample"), ExitPolicy("threshold", 0.5)], ids=str)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_an_answer_prefilled_with_its_own_beginning_is_the_same_answer(policy, tokenizer, exits, rows):
+    """Given tokens choose their exits as generated ones do: greedy answers can't tell the difference."""
+    sampling = SamplingParams(0.0, 20)
+    expected = flat(generate(policy, tokenizer, PROMPTS, 1, sampling, exits, 3, version=0))
+    # The tiny tokenizer has one token per character, so texts cut anywhere are tokens cut there.
+    texts = [tokenizer.decode(a.tokens[: 3 + i], clean_up_tokenization_spaces=False) for i, a in enumerate(expected)]
+    begun = [replace(p, prefill=text) for p, text in zip(PROMPTS, texts, strict=True)]
+    found = flat(generate(policy, tokenizer, begun, 1, sampling, exits, 3, version=0, rows=rows))
+    for a, b in zip(found, expected, strict=True):
+        assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.exit_depths, b.exit_depths)
+        assert a.text == b.text and a.finished == b.finished
+        np.testing.assert_allclose(a.token_logprobs, b.token_logprobs, atol=1e-4)
+        np.testing.assert_allclose(a.exit_logprobs, b.exit_logprobs, atol=1e-4)
+
+
+def test_a_prefill_that_the_model_would_not_write_is_taken_and_scored(policy, tokenizer):
+    forced = [replace(p, prefill=" 7 x 8") for p in PROMPTS]
+    sampling = SamplingParams(1.0, 16, top_k=1)
+    for answer in flat(generate(policy, tokenizer, forced, 1, sampling, ExitPolicy("threshold", 0.5), 0, 0)):
+        assert answer.text.startswith(" 7 x 8") and answer.length > 6
+        read = score(policy, lively_policy(policy), [answer])[0]
+        np.testing.assert_allclose(answer.token_logprobs[:6], read.policy_logprobs[:6], atol=1e-4)
+
+
+def test_a_prefill_that_leaves_nothing_to_say_is_refused(policy, tokenizer):
+    asked = [replace(PROMPTS[0], prefill="12345")]
+    with pytest.raises(ValueError, match="5 tokens, the answer may have 5"):
+        generate(policy, tokenizer, asked, 1, SamplingParams(0.0, 5), OFF, 0, 0)
+    with pytest.raises(ValueError, match="holds a stop string"):
+        generate(policy, tokenizer, asked, 1, SamplingParams(0.0, 9, ("34",)), OFF, 0, 0)

@@ -379,7 +379,7 @@ def check_prefill(row: Row) -> None:
 def prescribe(
     logits: Tensor, params: SamplingParams, drawn: tuple[Tensor, Tensor, Tensor], given: list[tuple[int, int]]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `sample_tokens` drew from logits [R, V], with (row, token) pairs `given` in place of the rows' own choice."""
+    """What `sample_tokens` drew from logits [R, V], with the (row, token) pairs `given` in place of these rows' own."""
     rows, tokens = (torch.tensor(column, device=logits.device) for column in zip(*given, strict=True))
     taken, logprobs, full = (column.clone() for column in drawn)
     taken[rows] = tokens.to(taken)

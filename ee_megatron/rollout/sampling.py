@@ -15,7 +15,7 @@ from . import kernels
 
 # How many of the most probable tokens are sorted to find a nucleus; a flat distribution takes a whole sort.
 NUCLEUS = 512
-KINDS = ("sample", "threshold", "fixed", "off", "confidence", "prescribed")
+KINDS = ("sample", "threshold", "fixed", "off", "confidence", "entropy", "random", "prescribed")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class ExitPolicy:
     - fixed: every position at depth `value` (an exit depth, or L)
     - off: never
     - confidence: at the first exit whose readout gives some token more than the probability `value`
+    - entropy: at the first exit whose readout has less entropy than `value`, in nats
+    - random: at outcome i with probability shares[i] (M exits, then none), whatever the token
     - prescribed: replay; `depths` maps (prompt id, sample index) to the depth of every generated token, entry 0 is L
 
     Raises ValueError for an unknown kind or a value that the kind can't use.
@@ -35,17 +37,41 @@ class ExitPolicy:
     kind: str = "sample"
     value: float | int = 0.5
     depths: Mapping[tuple[str, int], Sequence[int]] = field(default_factory=dict, hash=False)
+    shares: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"exit policy {self.kind!r} is unknown; expected one of {', '.join(KINDS)}")
         if self.kind in ("threshold", "confidence") and not 0 <= self.value <= 1:
             raise ValueError(f"exit policy {self.kind}: value {self.value} outside 0..1; set a probability")
+        if self.kind == "entropy" and not self.value >= 0:
+            raise ValueError(f"exit policy entropy: value {self.value} is negative; set nats")
+        object.__setattr__(self, "shares", tuple(map(float, self.shares)))
+        if self.kind == "random" and (min(self.shares, default=-1.0) < 0 or abs(sum(self.shares) - 1) > 1e-6):
+            raise ValueError(
+                f"exit policy random: shares {list(self.shares)} are no distribution; expected numbers >= 0 "
+                "that sum to 1"
+            )
+
+    @property
+    def rule(self) -> ExitPolicy:
+        """The policy without what differs per answer: rows that agree in it decide together."""
+        return ExitPolicy(self.kind, self.value, shares=self.shares) if self.depths else self
+
+    def hazard(self, exit_index: int) -> float:
+        """random: the probability of exit i given that no exit before it was taken, shares_i / Σ_{j>=i} shares_j."""
+        left = sum(self.shares[exit_index:])
+        return self.shares[exit_index] / left if left > 0 else 0.0
 
     def check(self, layout: ExitLayout, has_gates: bool) -> None:
         """Raises ValueError if a decoder with these exits and gates can't follow the policy."""
         if self.kind == "fixed" and self.value not in layout.outcomes:
             raise ValueError(f"fixed exit {self.value} is no exit depth; expected one of {list(layout.outcomes)}")
+        if self.kind == "random" and len(self.shares) != len(layout.outcomes):
+            raise ValueError(
+                f"exit policy random: {len(self.shares)} shares for {len(layout.outcomes)} outcomes "
+                f"{list(layout.outcomes)}; give one each"
+            )
         if self.kind in ("sample", "threshold") and not has_gates:
             raise ValueError(
                 f"exit policy {self.kind} needs gates, but the teacher is loaded; load a policy or use 'off'"

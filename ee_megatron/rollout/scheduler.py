@@ -284,28 +284,36 @@ class Scheduler:
         decoder, depth = self.decoder, self.decoder.layout.depths[exit_index]
         gated = decoder.gates is not None
         logit = decoder.gate_logit(exit_index, hidden) if gated else torch.zeros(len(rows), device=decoder.device)
-        policies: dict[tuple[str, float], list[int]] = {}
+        policies: dict[ExitPolicy, list[int]] = {}
         for i, row in enumerate(rows):
-            policies.setdefault((row.request.exits.kind, row.request.exits.value), []).append(i)
+            policies.setdefault(row.request.exits.rule, []).append(i)
         leave = [False] * len(rows)
-        for (kind, value), members in policies.items():
-            if kind in ("sample", "threshold", "confidence"):
+        for policy, members in policies.items():
+            if policy.kind in ("fixed", "prescribed"):
+                for i in members:
+                    leave[i] = depth == (policy.value if policy.kind == "fixed" else prescribed(rows[i]))
+            elif policy.kind != "off":
                 which = torch.tensor(members, device=decoder.device)
-                if kind == "sample":
-                    fired = self._uniform[slots[which], exit_index] < logit[which].double().sigmoid()
-                elif kind == "threshold":
-                    fired = logit[which].sigmoid() > value
-                else:
-                    fired = decoder.readout(hidden[which]).softmax(dim=-1).amax(dim=-1) > value
+                fired = self._fired(policy, exit_index, logit[which], hidden[which], slots[which])
                 for i, gone in zip(members, fired.tolist(), strict=True):
                     leave[i] = gone
-            elif kind in ("fixed", "prescribed"):
-                for i in members:
-                    leave[i] = depth == (value if kind == "fixed" else prescribed(rows[i]))
         if gated:
             taken = torch.tensor([depth if gone else depth + 1 for gone in leave], device=decoder.device)
             self._exit_logprob[slots] += gate_log_term(logit, taken, depth)
         return leave
+
+    def _fired(self, policy: ExitPolicy, exit_index: int, logit: Tensor, hidden: Tensor, slots: Tensor) -> Tensor:
+        """bool [R]: which rows with gate logits [R] and streams [R, D] exit here under a policy that looks at them."""
+        if policy.kind == "sample":
+            return self._uniform[slots, exit_index] < logit.double().sigmoid()
+        if policy.kind == "random":
+            return self._uniform[slots, exit_index] < policy.hazard(exit_index)
+        if policy.kind == "threshold":
+            return logit.sigmoid() > policy.value
+        logprobs = self.decoder.readout(hidden).log_softmax(dim=-1)
+        if policy.kind == "confidence":
+            return logprobs.amax(dim=-1).exp() > policy.value
+        return -(logprobs.exp() * logprobs).sum(-1) < policy.value
 
     def _readout(self, rows: list[Row]) -> list[Event]:
         """Sample the next tokens of rows at their exits; those that go on write the keys and values they skipped."""

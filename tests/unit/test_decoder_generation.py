@@ -30,6 +30,9 @@ SHARED = [Prompt(id=p.id, text="Some worked examples come first.\n" + p.text, an
 OFF = ExitPolicy("off")
 # Of 130 tokens the untrained model gives its favourite about this much.
 CONFIDENCE = 0.04
+# Of log 130 = 4.87 nats.
+ENTROPY = 4.68
+SHARES = (0.4, 0.1, 0.2, 0.3)
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +84,13 @@ def test_greedy_text_equals_transformers(tmp_path, family):
 
 
 @pytest.mark.parametrize(
-    "exits", [ExitPolicy("sample"), ExitPolicy("threshold", 0.5), ExitPolicy("confidence", CONFIDENCE)], ids=str
-)
+    "exits",
+    [
+        ExitPolicy("sample"), ExitPolicy("threshold", 0.5), ExitPolicy("confidence", CONFIDENCE),
+        ExitPolicy("entropy", ENTROPY), ExitPolicy("random", shares=SHARES),
+    ],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("prompts", [PROMPTS, SHARED], ids=["apart", "shared prefix"])
 def test_a_seed_gives_the_same_answers_whatever_the_batching(policy, tokenizer, exits, prompts):
     def run(asked, rows, seed=1):
@@ -363,3 +371,51 @@ def test_a_prefill_that_leaves_nothing_to_say_is_refused(policy, tokenizer):
         generate(policy, tokenizer, asked, 1, SamplingParams(0.0, 5), OFF, 0, 0)
     with pytest.raises(ValueError, match="holds a stop string"):
         generate(policy, tokenizer, asked, 1, SamplingParams(0.0, 9, ("34",)), OFF, 0, 0)
+
+
+def test_random_exits_have_the_shares_that_were_asked_for(policy, tokenizer):
+    exits = ExitPolicy("random", shares=SHARES)
+    answers = flat(generate(policy, tokenizer, PROMPTS, 12, SamplingParams(1.0, 24), exits, 2, version=0))
+    depths = np.concatenate([a.exit_depths[1:] for a in answers])
+    found = np.array([(depths == d).mean() for d in (1, 3, 4, 6)])
+    assert np.abs(found - SHARES).max() < 4 * np.sqrt(0.25 / len(depths)) and len(depths) > 1000
+    # The token has no part in it: under other tokens the same place exits alike.
+    other = flat(generate(policy, tokenizer, PROMPTS, 12, SamplingParams(0.0, 24), exits, 2, version=0))
+    for a, b in zip(answers, other, strict=True):
+        shared = min(a.length, b.length)
+        assert np.array_equal(a.exit_depths[:shared], b.exit_depths[:shared])
+    never = ExitPolicy("random", shares=(0.0, 1.0, 0.0, 0.0))
+    assert {3} == {int(d) for a in flat(generate(policy, tokenizer, PROMPTS, 1, SamplingParams(0.0, 9), never, 0, 0))
+                   for d in a.exit_depths[1:]}  # fmt: skip
+
+
+def test_the_entropy_rule_exits_where_the_readout_is_sharp_enough(policy, tokenizer):
+    (rollout,) = generate(
+        policy, tokenizer, PROMPTS[:1], 1, SamplingParams(0.0, 20), ExitPolicy("entropy", ENTROPY), 0, 0
+    )[0]
+    tokens = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])
+    start, depths = len(rollout.prompt_tokens) - 1, torch.full(tokens.shape, 6)
+    depths[0, start : start + rollout.length] = torch.tensor(rollout.exit_depths)
+    _, residuals = policy.forward_with_residuals(tokens, torch.tensor([tokens.shape[1]]), depths)
+    for t in range(1, rollout.length):
+        for depth, residual in zip((1, 3, 4), residuals, strict=True):
+            p = policy.readout(residual[0, start + t]).softmax(-1)
+            sharp = float(-(p * p.log()).sum()) < ENTROPY
+            if depth <= rollout.exit_depths[t]:
+                assert sharp == (depth == rollout.exit_depths[t])
+    assert len(set(rollout.exit_depths[1:])) > 1
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: ExitPolicy("random"), "no distribution"),
+        (lambda: ExitPolicy("random", shares=(0.5, 0.6)), "no distribution"),
+        (lambda: ExitPolicy("random", shares=(1.5, -0.5)), "no distribution"),
+        (lambda: ExitPolicy("entropy", -0.1), "negative"),
+        (lambda: ExitPolicy("random", shares=(0.5, 0.5)).check(SPEC.layout, True), "2 shares for 4 outcomes"),
+    ],
+)
+def test_impossible_controls_are_refused(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()

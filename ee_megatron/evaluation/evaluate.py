@@ -45,7 +45,9 @@ def exit_label(exits: ExitPolicy) -> str:
         "off": "full depth",
         "sample": "sampled",
         "threshold": f"hazard > {exits.value:g}",
-        "confidence": f"confidence > {exits.value:g}",
+        "confidence": f"confidence > {exits.value:.4g}",
+        "entropy": f"entropy < {exits.value:.3g}",
+        "random": "random " + "/".join(f"{share:.2f}" for share in exits.shares),
         "fixed": f"fixed {exits.value:g}",
     }
     return words.get(exits.kind, exits.kind)

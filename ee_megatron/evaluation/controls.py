@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from .summary import Row
 
 TOLERANCE = 0.01
 """Mean depths count as the same within this, relative."""
-TRIALS = 24
+TRIALS = 20
 ACCURACY_TRIALS = 8
 
 Dial = Callable[[float], ExitPolicy]
@@ -93,7 +93,8 @@ def marginal_exits(answers: Sequence[Answer], outcomes: Sequence[int]) -> list[f
 class Matched:
     """A control at a place on its dial. target: what was to be matched; row: what was measured there, on validation.
 
-    `within`: the mean depth is the target's up to `TOLERANCE` (of accuracy: it reaches the target).
+    `within`: the mean depth is the target's up to `TOLERANCE` (of accuracy: it reaches the target). `tried`: places on
+    the dial and what was measured there.
     """
 
     policy: ExitPolicy
@@ -110,35 +111,49 @@ Measure = Callable[[ExitPolicy], Row]
 def match_depth(
     measure: Measure, dial: Dial, target: float, tolerance: float = TOLERANCE, trials: int = TRIALS
 ) -> Matched:
-    """The place on a dial whose measured mean depth is the target's: the nearest of those that were tried.
+    """The exit policy on a dial whose measured mean depth is the target's: the nearest of those that were tried.
 
-    Bisection, half of the trials at most. Other exits make other answers, so that the depth is only nearly monotone and
-    may jump over the target: then places around the jump are tried, further and further out. What counts is what was
-    measured; the search ends once that is within a fifth of the tolerance, or within it while looking around. Raises
-    ValueError for a target outside 0..1.
+    By bisection. The depth is only nearly monotone, as other exits make other answers, and it may jump over the target
+    where many tokens share a value. Then two places on either side are mixed token by token, and the share is
+    bisected. What counts is what was measured. Raises ValueError for a target outside 0..1.
     """
     if not 0 < target <= 1:
         raise ValueError(f"mean depth {target} to match: expected a share of the layers, above 0 and at most 1")
     tried: list[tuple[float, Row]] = []
+    policies: list[ExitPolicy] = []
 
-    def off(position: float) -> float:
-        """The measured depth's relative distance from the target, with its sign."""
-        tried.append((position, measure(dial(position))))
-        return tried[-1][1].mean_depth / target - 1
+    def search(policy: Callable[[float], ExitPolicy], place: Callable[[float], float], count: int) -> None:
+        low, high = 0.0, 1.0
+        for _ in range(count):
+            middle = (low + high) / 2
+            policies.append(policy(middle))
+            tried.append((place(middle), measure(policies[-1])))
+            off = tried[-1][1].mean_depth / target - 1
+            if abs(off) <= tolerance / 5:
+                return
+            low, high = (middle, high) if off < 0 else (low, middle)
 
-    low, high, found = 0.0, 1.0, math.inf
-    while len(tried) < (trials + 1) // 2 and abs(found) > tolerance / 5:
-        position = (low + high) / 2
-        found = off(position)
-        low, high = (position, high) if found < 0 else (low, position)
-    best = min(abs(row.mean_depth / target - 1) for _, row in tried)
-    around = [s * (high - low) * 2.0 ** (k / 2) for k in range(trials) for s in (1, -1)]
-    while best > tolerance and len(tried) < trials and around:
-        position = (low + high) / 2 + around.pop(0)
-        if 0 <= position <= 1:
-            best = min(best, abs(off(position)))
-    position, row = min(tried, key=lambda pair: abs(pair[1].mean_depth - target))
-    return Matched(dial(position), row, target, best <= tolerance, len(tried), tried)
+    def nearest() -> int:
+        return min(range(len(tried)), key=lambda i: abs(tried[i][1].mean_depth - target))
+
+    search(dial, lambda position: position, trials // 2)
+    on_dial = list(tried)
+    below = [pair for pair in on_dial if pair[1].mean_depth < target * (1 - tolerance)]
+    above = [pair for pair in on_dial if pair[1].mean_depth > target * (1 + tolerance)]
+    if abs(tried[nearest()][1].mean_depth / target - 1) > tolerance and below and above:
+        shallow, deep = max(below, key=lambda p: p[1].mean_depth)[0], min(above, key=lambda p: p[1].mean_depth)[0]
+        search(lambda share: mixed(dial(shallow), dial(deep), share), lambda _: math.nan, trials - len(tried))
+    best = nearest()
+    within = abs(tried[best][1].mean_depth / target - 1) <= tolerance
+    return Matched(policies[best], tried[best][1], target, within, len(tried), on_dial)
+
+
+def mixed(shallow: ExitPolicy, deep: ExitPolicy, share: float) -> ExitPolicy:
+    """Two policies of one kind, drawn token by token: `deep` with probability `share`."""
+    if shallow.kind == "random":
+        shares = tuple((1 - share) * a + share * b for a, b in zip(shallow.shares, deep.shares, strict=True))
+        return ExitPolicy("random", shares=shares)
+    return replace(shallow, other=float(deep.value), mix=share)
 
 
 def match_accuracy(

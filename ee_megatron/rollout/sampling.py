@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ class ExitPolicy:
     - random: at outcome i with probability shares[i] (M exits, then none), whatever the token
     - prescribed: replay; `depths` maps (prompt id, sample index) to the depth of every generated token, entry 0 is L
 
+    With `mix` > 0 threshold, confidence and entropy are randomised: a token draws, once for all its exits, whether
+    `other` stands in place of `value`, with this probability. Depths between those of two values can be had then.
+
     Raises ValueError for an unknown kind or a value that the kind can't use.
     """
 
@@ -38,6 +41,8 @@ class ExitPolicy:
     value: float | int = 0.5
     depths: Mapping[tuple[str, int], Sequence[int]] = field(default_factory=dict, hash=False)
     shares: tuple[float, ...] = ()
+    other: float = 0.0
+    mix: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -46,6 +51,10 @@ class ExitPolicy:
             raise ValueError(f"exit policy {self.kind}: value {self.value} outside 0..1; set a probability")
         if self.kind == "entropy" and not self.value >= 0:
             raise ValueError(f"exit policy entropy: value {self.value} is negative; set nats")
+        if not 0 <= self.mix <= 1 or (self.mix and self.kind not in ("threshold", "confidence", "entropy")):
+            raise ValueError(
+                f"exit policy {self.kind}: mix {self.mix}; expected a probability, for a rule with a bound"
+            )
         object.__setattr__(self, "shares", tuple(map(float, self.shares)))
         if self.kind == "random" and (min(self.shares, default=-1.0) < 0 or abs(sum(self.shares) - 1) > 1e-6):
             raise ValueError(
@@ -56,7 +65,7 @@ class ExitPolicy:
     @property
     def rule(self) -> ExitPolicy:
         """The policy without what differs per answer: rows that agree in it decide together."""
-        return ExitPolicy(self.kind, self.value, shares=self.shares) if self.depths else self
+        return replace(self, depths={}) if self.depths else self
 
     def hazard(self, exit_index: int) -> float:
         """random: the probability of exit i given that no exit before it was taken, shares_i / Σ_{j>=i} shares_j."""

@@ -308,12 +308,16 @@ class Scheduler:
             return self._uniform[slots, exit_index] < logit.double().sigmoid()
         if policy.kind == "random":
             return self._uniform[slots, exit_index] < policy.hazard(exit_index)
+        bound = torch.full_like(logit, policy.value)
+        if policy.mix:
+            # The first gate's number: these rules draw nothing else but the token.
+            bound[self._uniform[slots, 0] < policy.mix] = policy.other
         if policy.kind == "threshold":
-            return logit.sigmoid() > policy.value
+            return logit.sigmoid() > bound
         logprobs = self.decoder.readout(hidden).log_softmax(dim=-1)
         if policy.kind == "confidence":
-            return logprobs.amax(dim=-1).exp() > policy.value
-        return -(logprobs.exp() * logprobs).sum(-1) < policy.value
+            return logprobs.amax(dim=-1).exp() > bound
+        return -(logprobs.exp() * logprobs).sum(-1) < bound
 
     def _readout(self, rows: list[Row]) -> list[Event]:
         """Sample the next tokens of rows at their exits; those that go on write the keys and values they skipped."""

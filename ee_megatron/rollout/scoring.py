@@ -78,7 +78,7 @@ def inspect(
         hazards, costs = (torch.full(shape, float("nan"), device=decoder.device) for _ in range(2))
         for i, (depth, stream) in enumerate(zip(decoder.layout.depths, exits_ND, strict=True)):
             asked = ((taken >= depth) & ~first).nonzero().squeeze(-1)
-            if decoder.gates is not None:
+            if decoder.gates is not None and len(asked):
                 hazards[asked, i] = decoder.gate_logit(i, stream[asked]).sigmoid()
             for at in _chunks(len(asked), decoder):
                 logp = teacher_readout(teacher_ND[asked[at]]).log_softmax(dim=-1)

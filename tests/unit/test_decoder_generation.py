@@ -88,6 +88,7 @@ def test_greedy_text_equals_transformers(tmp_path, family):
     [
         ExitPolicy("sample"), ExitPolicy("threshold", 0.5), ExitPolicy("confidence", CONFIDENCE),
         ExitPolicy("entropy", ENTROPY), ExitPolicy("random", shares=SHARES),
+        ExitPolicy("threshold", 0.3, other=0.7, mix=0.5),
     ],
     ids=str,
 )  # fmt: skip
@@ -406,9 +407,24 @@ def test_the_entropy_rule_exits_where_the_readout_is_sharp_enough(policy, tokeni
     assert len(set(rollout.exit_depths[1:])) > 1
 
 
+def test_a_mixed_bound_is_one_or_the_other_token_by_token(policy, tokenizer):
+    def run(*exits):
+        rule = ExitPolicy(*exits[:2], **exits[2])
+        found = flat(generate(policy, tokenizer, PROMPTS, 6, SamplingParams(1.0, 24), rule, 4, 0))
+        return np.concatenate([r.exit_depths[1:] for r in found])
+
+    # At bound 0 every first gate fires, at 1 none: what is left is the draw.
+    depths = run("threshold", 0.0, {"other": 1.0, "mix": 0.25})
+    assert set(depths) == {1, 6}
+    assert abs((depths == 6).mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / len(depths))
+    assert np.array_equal(run("entropy", ENTROPY, {"other": 0.0, "mix": 1.0}), run("entropy", 0.0, {}))
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
+        (lambda: ExitPolicy("fixed", 3, mix=0.5), "for a rule with a bound"),
+        (lambda: ExitPolicy("entropy", 3, mix=1.5), "expected a probability"),
         (lambda: ExitPolicy("random"), "no distribution"),
         (lambda: ExitPolicy("random", shares=(0.5, 0.6)), "no distribution"),
         (lambda: ExitPolicy("random", shares=(1.5, -0.5)), "no distribution"),

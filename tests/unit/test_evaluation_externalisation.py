@@ -359,6 +359,13 @@ def test_what_gates_say_and_exits_cost_agrees_with_what_was_recorded(pool: Local
     assert {2, 4, 6} == {int(d) for r in rollouts for d in r.exit_depths}
 
 
+def test_an_answer_that_asked_no_gate_has_nothing_to_show(pool: LocalPool) -> None:
+    (rollout,) = pool.generate(PROMPTS[:1], 1, SamplingParams(0.0, 1), ExitPolicy("sample"), 0)[0]
+    (entry,) = pool.inspect([rollout])
+    assert entry.hazards.shape == (1, 2) and np.isnan(entry.hazards).all() and np.isnan(entry.divergences).all()
+    assert entry.streams is None and pool.inspect([]) == []
+
+
 def test_the_driver_runs_on_a_real_model(pool: LocalPool) -> None:
     bench = Bench(pool, PlainVerifier(), Codec(), SamplingParams(0.0, 30, ("\n",)), ExitPolicy("threshold", 0.5))  # type: ignore[arg-type]
     found = externalisation(bench, PROMPTS)

@@ -15,7 +15,8 @@ class Prompt:
     """One problem.
 
     `text` is what the model reads (few-shot examples included); `answer` is the reference that the task's verifier
-    compares with; `group` names the underlying problem (its operands, say), by which splits are kept apart.
+    compares with; `group` names the underlying problem (its operands, say), by which splits are kept apart. `prefill`
+    is text that the answer is made to begin with: its tokens are given, their exits are chosen like any other's.
     """
 
     id: str
@@ -23,6 +24,7 @@ class Prompt:
     answer: str
     task: str
     group: str = ""
+    prefill: str = ""
 
 
 @dataclass

@@ -84,9 +84,22 @@ def _section(cfg: RunConfig, name: str) -> Any:
         del values[field]
     if name == "model":
         values["path"] = os.path.normpath(values["path"])
+    if name == "evaluate":
+        return _evaluation(values)
     if name in OPTIONAL and not values["enabled"]:
         return {"enabled": False}
     if name == "exits" and not cfg.exits.depths and (Path(cfg.model.path) / "config.json").is_file():
         # Exits by default follow the stage boundaries: what was chosen counts, not how it was asked for.
         values["depths"] = list(resolve_exits(cfg, read_dims(cfg)).depths)
     return values
+
+
+def _evaluation(values: dict[str, Any]) -> dict[str, Any]:
+    """A part that is switched off isn't named, so that results from before there was a switch are found again."""
+    kept = {key: value for key, value in values.items() if not key.startswith(("control", "externalisation"))}
+    if values["controls"]:
+        given = values["control_policy"]
+        kept |= {"controls": True, "control_policy": os.path.normpath(given) if given else ""}
+    if values["externalisation"]:
+        kept |= {key: values[key] for key in ("externalisation", "externalisation_prompts")}
+    return kept

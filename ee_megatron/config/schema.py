@@ -250,6 +250,16 @@ class EvaluateConfig:
     """Chosen: the least depth whose validation accuracy is within this of the best."""
     answers: int = 12
     """Answers kept token by token for the report."""
+    controls: bool = False
+    """Compare the last model with exit rules that know less, at its mean depth and at its accuracy; up to 30 readings
+    of the validation split and 2 of the test split per rule (docs/evaluation.md)."""
+    control_policy: str = ""
+    """With controls, one more of them: the policy checkpoint or rl stage directory of a run with rl.lambda_exit=0."""
+    externalisation: bool = False
+    """Measure how much of its reasoning each model writes down; about as much as 12 evaluations of
+    externalisation_prompts problems per model (docs/evaluation.md)."""
+    externalisation_prompts: int = 100
+    """Test problems for that; 0: all."""
     seed: int = 0
 
 

@@ -153,6 +153,7 @@ NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
     "evaluate": (
         "tolerance",
         "answers",
+        "externalisation_prompts",
         "seed",
     ),
     "deepspeed": (
@@ -343,6 +344,10 @@ def _check_training(cfg: RunConfig) -> None:
     outside = [threshold for threshold in cfg.evaluate.thresholds if not 0 <= threshold <= 1]
     if outside:
         raise ValueError(f"evaluate.thresholds: {outside} are no hazards; expected values from 0 to 1")
+    if cfg.evaluate.control_policy and not cfg.evaluate.controls:
+        raise ValueError(
+            f"evaluate.control_policy={cfg.evaluate.control_policy}: only controls use it; set evaluate.controls=true"
+        )
 
 
 def _check_parallel(cfg: RunConfig) -> None:

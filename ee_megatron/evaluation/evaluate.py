@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TypedDict
-
-import numpy as np
+from typing import NotRequired, TypedDict
 
 from ..rollout.pool import RolloutPool
 from ..rollout.sampling import ExitPolicy, SamplingParams
+from ..rollout.scoring import Score
 from ..tasks.base import Task
 from ..tasks.verifier import VerifierPool
 from ..types import Prompt, Rollout
@@ -17,17 +16,21 @@ from .summary import Row, summarise
 
 
 class Token(TypedDict):
-    """One generated token; natural logs, entropy of the teacher's distribution in nats (None: not measured)."""
+    """One generated token; natural logs. Of the teacher, in nats (None: not measured): its distribution's entropy, the
+    token's surprisal under it, KL(teacher at full depth ‖ model at its exit)."""
 
     text: str
     depth: int
     logprob: float
     exit_logprob: float
     entropy: float | None
+    surprisal: NotRequired[float | None]
+    kl: NotRequired[float | None]
 
 
 class Answer(TypedDict):
-    """One answer as the report shows it. `id` is the prompt's, `text` excludes the stop string, `tokens` does not."""
+    """One answer as the report shows it. `id` is the prompt's, `text` excludes the stop string, `tokens` does not.
+    `flops`: of prompt and answer by the exits taken; None: not counted."""
 
     id: str
     prompt: str
@@ -37,6 +40,7 @@ class Answer(TypedDict):
     correct: bool
     text: str
     tokens: list[Token]
+    flops: NotRequired[float | None]
 
 
 def exit_label(exits: ExitPolicy) -> str:
@@ -45,10 +49,13 @@ def exit_label(exits: ExitPolicy) -> str:
         "off": "full depth",
         "sample": "sampled",
         "threshold": f"hazard > {exits.value:g}",
-        "confidence": f"confidence > {exits.value:g}",
+        "confidence": f"confidence > {exits.value:.4g}",
+        "entropy": f"entropy < {exits.value:.3g}",
+        "random": "random " + "/".join(f"{share:.2f}" for share in exits.shares),
         "fixed": f"fixed {exits.value:g}",
     }
-    return words.get(exits.kind, exits.kind)
+    mix = f" (or {exits.other:.4g}: {exits.mix:.0%})" if exits.mix else ""
+    return words.get(exits.kind, exits.kind) + mix
 
 
 def evaluate_model(
@@ -63,6 +70,8 @@ def evaluate_model(
     num_layers: int,
     decode: Callable[[int], str],
     with_divergence: bool = False,
+    flops: Callable[[Rollout], float] | None = None,
+    collect: list[Rollout] | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Row, list[Answer]]:
@@ -70,6 +79,7 @@ def evaluate_model(
 
     `label` is the model's name in the tables; `decode` gives the text of a token id. With `with_divergence` the answers
     are read again by model and teacher (another pass over all of them), which fills `Row.kl` and the tokens' entropy.
+    `flops` counts an answer's. `collect` gets the answers as the pool made them.
     The time behind tokens_per_s is that of generation alone.
 
     Raises ValueError if the verifier is another task's, or if there are no prompts.
@@ -95,21 +105,26 @@ def evaluate_model(
             exits=policy,
             correct=verdicts[i].correct,
             text=rollout.text,
-            tokens=_tokens(rollout, scores[i].teacher_entropy if scores is not None else None, decode),
+            tokens=_tokens(rollout, scores[i] if scores is not None else None, decode),
+            flops=flops(rollout) if flops is not None else None,
         )
         for i, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True))
     ]
+    if collect is not None:
+        collect += rollouts
     return row, answers
 
 
-def _tokens(rollout: Rollout, entropy: np.ndarray | None, decode: Callable[[int], str]) -> list[Token]:
+def _tokens(rollout: Rollout, score: Score | None, decode: Callable[[int], str]) -> list[Token]:
     return [
         Token(
             text=decode(int(token)),
             depth=int(rollout.exit_depths[t]),
             logprob=round(float(rollout.token_logprobs[t]), 5),
             exit_logprob=round(float(rollout.exit_logprobs[t]), 5),
-            entropy=round(float(entropy[t]), 5) if entropy is not None else None,
+            entropy=round(float(score.teacher_entropy[t]), 5) if score is not None else None,
+            surprisal=round(-float(score.teacher_logprobs[t]), 5) if score is not None else None,
+            kl=round(float(score.divergence[t]), 5) if score is not None else None,
         )
         for t, token in enumerate(rollout.tokens)
     ]

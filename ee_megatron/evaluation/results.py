@@ -6,13 +6,14 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .evaluate import Answer
+from .figures import by_label, depth_correlations, depth_figures, kl_by_exit
 from .statistics import mcnemar_exact, spearman_interval
 from .summary import Row
 
@@ -27,10 +28,12 @@ def write_results(
     answers: Sequence[Answer],
     meta: Mapping[str, Any],
     keep: int | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Write results.json at `path`, whole or not at all:
 
-    {"meta", "rows", "answers", "depth_by_entropy", "exit_histogram", "paired"}; NaN becomes null.
+    {"meta", "rows", "answers", "depth_by_entropy", "exit_histogram", "paired", "depth", "kl_by_exit",
+    "depth_correlations"} and the parts of `more`; NaN becomes null.
 
     The statistics are over all `answers`; the file keeps those to the first `keep` prompts (None: all), so that every
     model is shown on the same ones.
@@ -44,6 +47,10 @@ def write_results(
         "depth_by_entropy": depth_by_entropy(answers),
         "exit_histogram": exit_histogram(answers),
         "paired": paired_with_teacher(answers),
+        "depth": depth_figures(answers),
+        "kl_by_exit": kl_by_exit(answers),
+        "depth_correlations": depth_correlations(answers),
+        **(more or {}),
     }
     text = json.dumps(_finite(data), ensure_ascii=False, indent=1, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,21 +68,10 @@ def write_results(
         raise
 
 
-def _label(answer: Answer) -> str:
-    return f"{answer['model']}, {answer['exits']}"
-
-
-def _by_label(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
-    groups: dict[str, list[Answer]] = {}
-    for answer in answers:
-        groups.setdefault(_label(answer), []).append(answer)
-    return groups
-
-
 def exit_histogram(answers: Sequence[Answer]) -> dict[str, dict[str, int]]:
     """{"model, exits": {depth: tokens}}, depths in order (as strings, JSON's keys)."""
     histogram: dict[str, dict[str, int]] = {}
-    for label, group in _by_label(answers).items():
+    for label, group in by_label(answers).items():
         depths, counts = np.unique([t["depth"] for a in group for t in a["tokens"]], return_counts=True)
         histogram[label] = {str(int(d)): int(c) for d, c in zip(depths, counts, strict=True)}
     return histogram
@@ -89,7 +85,7 @@ def depth_by_entropy(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
     whose depth never varies.
     """
     found: dict[str, dict[str, Any]] = {}
-    for label, group in _by_label(answers).items():
+    for label, group in by_label(answers).items():
         pairs = [[(t["depth"], t["entropy"]) for t in a["tokens"][1:] if t["entropy"] is not None] for a in group]
         columns = [np.array(p, dtype=np.float64) for p in pairs if p]
         if not columns or len(np.unique(np.concatenate(columns)[:, 0])) < 2:
@@ -113,7 +109,7 @@ def depth_by_entropy(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
 
 def paired_with_teacher(answers: Sequence[Answer]) -> dict[str, dict[str, float | int]]:
     """Exact McNemar test of every "model, exits" against the teacher on the prompts that both answered."""
-    groups = _by_label(answers)
+    groups = by_label(answers)
     teacher = next((group for group in groups.values() if group[0]["model"] == REFERENCE), None)
     if teacher is None:
         return {}

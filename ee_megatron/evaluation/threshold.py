@@ -21,3 +21,14 @@ def choose_threshold(rows: Sequence[Row], tolerance: float) -> Row:
     # Accuracies are ratios of integers: the slack keeps "exactly within" on the inside.
     bar = max(row.accuracy for row in rows) - tolerance - 1e-9
     return min((row for row in rows if row.accuracy >= bar), key=lambda row: (row.mean_depth, -row.accuracy, row.exits))
+
+
+def pareto_front(rows: Sequence[Row]) -> list[bool]:
+    """Which rows no other beats: none has less mean depth at the same accuracy or more, or more accuracy at the same
+    depth or less. Of equal rows all stand. Pareto efficiency; bool [n]."""
+
+    def beats(a: Row, b: Row) -> bool:
+        no_worse = a.accuracy >= b.accuracy and a.mean_depth <= b.mean_depth
+        return no_worse and (a.accuracy > b.accuracy or a.mean_depth < b.mean_depth)
+
+    return [not any(beats(other, row) for other in rows) for row in rows]

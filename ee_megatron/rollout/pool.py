@@ -18,7 +18,7 @@ from . import scheduler, scoring
 from .decoder import Decoder
 from .sampling import ExitPolicy, SamplingParams
 from .scheduler import Progress
-from .scoring import Score
+from .scoring import Inspection, Score
 from .transport import first_difference, hashes, narrowed
 
 # What a pool that holds the teacher reports as its weights.
@@ -84,6 +84,12 @@ class RolloutPool(Protocol):
 
     def score(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[Score]:
         """Answers read again under the weights held and under the teacher."""
+        ...
+
+    def inspect(
+        self, rollouts: Sequence[Rollout], streams: bool = False, progress: Progress | None = None
+    ) -> list[Inspection]:
+        """Hazards and costs of exiting wherever a gate was asked; with `streams` the hidden states at every exit."""
         ...
 
     def divergence_to_teacher(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
@@ -208,6 +214,12 @@ class LocalPool:
     def score(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[Score]:
         tensors = self._weights.tensors if self._weights else None
         return scoring.score(self.decoder, tensors, rollouts, progress)
+
+    def inspect(
+        self, rollouts: Sequence[Rollout], streams: bool = False, progress: Progress | None = None
+    ) -> list[Inspection]:
+        tensors = self._weights.tensors if self._weights else None
+        return scoring.inspect(self.decoder, tensors, rollouts, streams, progress)
 
     def divergence_to_teacher(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
         return [entry.divergence for entry in self.score(rollouts)]

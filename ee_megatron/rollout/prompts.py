@@ -18,6 +18,11 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
+def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that goes on from a prompt: nothing special is put in front of it."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def pad(sequences: Sequence[Sequence[int] | np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token lists -> int64 [B, T] right-padded with 0, lengths int64 [B] (on the CPU)."""
     lengths = torch.tensor([len(s) for s in sequences])

@@ -19,7 +19,7 @@ from .ray_driver import Driver, Sent, Work
 from .ray_nodes import RayNodes
 from .sampling import ExitPolicy, SamplingParams
 from .scheduler import Progress, is_whole
-from .scoring import Score
+from .scoring import Inspection, Score
 from .transport import first_difference, narrowed, pack
 
 # Chunks per actor: more spread the load better and lose less to a death, fewer keep its rows fuller.
@@ -155,6 +155,11 @@ class RayPool:
 
     def score(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[Score]:
         return self._read("score", rollouts, (), progress)
+
+    def inspect(
+        self, rollouts: Sequence[Rollout], streams: bool = False, progress: Progress | None = None
+    ) -> list[Inspection]:
+        return self._read("inspect", rollouts, (streams,), progress)
 
     def divergence_to_teacher(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
         return [entry.divergence for entry in self.score(rollouts)]

@@ -20,6 +20,8 @@ class Request:
     - seed, prompt_id, sample: name the answer's random stream, and nothing else does: same names, same answer. A
       prompt's samples differ in `sample`; requests with equal prompts that wait together are read once.
     - stream: whether events carry text (it costs a detokenisation per token)
+    - prefill: tokens that the answer is made to begin with. They are part of it and count towards max_new_tokens; their
+      exits are chosen by `exits`, their log-probabilities are those of the whole distribution
     - begun: its first tokens, as `Scheduler.take_unfinished` gave them: they are read again, at their own exits, under
       the weights now loaded, and the answer goes on from there
     """
@@ -31,6 +33,7 @@ class Request:
     prompt_id: str = ""
     sample: int = 0
     stream: bool = False
+    prefill: Sequence[int] = ()
     begun: Rollout | None = None
 
 
@@ -83,6 +86,12 @@ class Row:
             self.full_logprobs = begun.full_logprobs.tolist()
 
     @property
+    def given(self) -> int | None:
+        """The token that the prefill prescribes next; None where the model is free."""
+        at = len(self.tokens)
+        return int(self.request.prefill[at]) if at < len(self.request.prefill) else None
+
+    @property
     def length(self) -> int:
         return len(self.prompt_tokens) + len(self.tokens)
 
@@ -97,7 +106,8 @@ class Row:
         self.token_logprobs.append(logprob)
         self.full_logprobs.append(full_logprob)
         self.exit_logprobs.append(exit_logprob)
-        if self.stopping.ended(self.tokens):
+        # What was given can't end an answer: it would leave the model nothing to say.
+        if len(self.tokens) > len(self.request.prefill) and self.stopping.ended(self.tokens):
             self.finished = "stop"
         elif len(self.tokens) >= self.request.sampling.max_new_tokens:
             self.finished = "length"

@@ -21,9 +21,9 @@ from ..types import Prompt, Rollout
 from .cache import KVCache
 from .decoder import Decoder, Prefilled
 from .ops import Rows
-from .prompts import common_beginning, encode_text, pad
+from .prompts import common_beginning, encode_continuation, encode_text, pad
 from .request import Event, Request, Row
-from .sampling import ExitPolicy, SamplingParams, sample_tokens, stream_key, uniforms
+from .sampling import ExitPolicy, SamplingParams, log_prob, sample_tokens, stream_key, uniforms
 from .stations import Stations
 from .stopping import StopChecker
 
@@ -98,6 +98,7 @@ class Scheduler:
         row = Row(self._next_id, request, tokens, key, self._stopping[stop])
         if row.tokens and (row.stopping.ended(row.tokens) or len(row.tokens) >= request.sampling.max_new_tokens):
             raise ValueError(f"answer {request.prompt_id!r} was begun and ended; only an unfinished one goes on")
+        check_prefill(row)
         if row.longest > decoder.dims.max_positions:
             raise ValueError(
                 f"prompt and answer take up to {row.longest} positions, the model has {decoder.dims.max_positions}; "
@@ -283,28 +284,40 @@ class Scheduler:
         decoder, depth = self.decoder, self.decoder.layout.depths[exit_index]
         gated = decoder.gates is not None
         logit = decoder.gate_logit(exit_index, hidden) if gated else torch.zeros(len(rows), device=decoder.device)
-        policies: dict[tuple[str, float], list[int]] = {}
+        policies: dict[ExitPolicy, list[int]] = {}
         for i, row in enumerate(rows):
-            policies.setdefault((row.request.exits.kind, row.request.exits.value), []).append(i)
+            policies.setdefault(row.request.exits.rule, []).append(i)
         leave = [False] * len(rows)
-        for (kind, value), members in policies.items():
-            if kind in ("sample", "threshold", "confidence"):
+        for policy, members in policies.items():
+            if policy.kind in ("fixed", "prescribed"):
+                for i in members:
+                    leave[i] = depth == (policy.value if policy.kind == "fixed" else prescribed(rows[i]))
+            elif policy.kind != "off":
                 which = torch.tensor(members, device=decoder.device)
-                if kind == "sample":
-                    fired = self._uniform[slots[which], exit_index] < logit[which].double().sigmoid()
-                elif kind == "threshold":
-                    fired = logit[which].sigmoid() > value
-                else:
-                    fired = decoder.readout(hidden[which]).softmax(dim=-1).amax(dim=-1) > value
+                fired = self._fired(policy, exit_index, logit[which], hidden[which], slots[which])
                 for i, gone in zip(members, fired.tolist(), strict=True):
                     leave[i] = gone
-            elif kind in ("fixed", "prescribed"):
-                for i in members:
-                    leave[i] = depth == (value if kind == "fixed" else prescribed(rows[i]))
         if gated:
             taken = torch.tensor([depth if gone else depth + 1 for gone in leave], device=decoder.device)
             self._exit_logprob[slots] += gate_log_term(logit, taken, depth)
         return leave
+
+    def _fired(self, policy: ExitPolicy, exit_index: int, logit: Tensor, hidden: Tensor, slots: Tensor) -> Tensor:
+        """bool [R]: which rows with gate logits [R] and streams [R, D] exit here under a policy that looks at them."""
+        if policy.kind == "sample":
+            return self._uniform[slots, exit_index] < logit.double().sigmoid()
+        if policy.kind == "random":
+            return self._uniform[slots, exit_index] < policy.hazard(exit_index)
+        bound = torch.full_like(logit, policy.value)
+        if policy.mix:
+            # The first gate's number: these rules draw nothing else but the token.
+            bound[self._uniform[slots, 0] < policy.mix] = policy.other
+        if policy.kind == "threshold":
+            return logit.sigmoid() > bound
+        logprobs = self.decoder.readout(hidden).log_softmax(dim=-1)
+        if policy.kind == "confidence":
+            return logprobs.amax(dim=-1).exp() > bound
+        return -(logprobs.exp() * logprobs).sum(-1) < bound
 
     def _readout(self, rows: list[Row]) -> list[Event]:
         """Sample the next tokens of rows at their exits; those that go on write the keys and values they skipped."""
@@ -336,6 +349,9 @@ class Scheduler:
         for params, members in kinds.items():
             which = slice(None) if len(kinds) == 1 else torch.tensor(members, device=logits.device)
             drawn = sample_tokens(logits[which], params, uniform[which])
+            given = [(j, token) for j, i in enumerate(members) if (token := rows[i].given) is not None]
+            if given:
+                drawn = prescribe(logits[which], params, drawn, given)
             for i, token, logprob, full in zip(members, *(column.tolist() for column in drawn), strict=True):
                 events[i] = rows[i].append(token, depths[i], logprob, full, exits[i])
         return [event for event in events if event is not None]
@@ -355,6 +371,33 @@ class Scheduler:
         at = np.array([len(row.tokens) for row in rows])
         draws = len(self.decoder.layout.depths) + 1
         return torch.from_numpy(uniforms(keys, at, draws)).to(self.decoder.device)
+
+
+def check_prefill(row: Row) -> None:
+    """Raises ValueError for a prefill that leaves the model nothing to say."""
+    prefill, limit = row.request.prefill, row.request.sampling.max_new_tokens
+    if not prefill:
+        return
+    if len(prefill) >= limit:
+        raise ValueError(
+            f"prefill of {row.request.prompt_id!r} has {len(prefill)} tokens, the answer may have {limit}; "
+            "raise max_new_tokens"
+        )
+    text = row.stopping.decode(prefill)
+    if any(stop in text for stop in row.stopping.stop):
+        raise ValueError(f"prefill of {row.request.prompt_id!r} holds a stop string; cut it there")
+
+
+def prescribe(
+    logits: Tensor, params: SamplingParams, drawn: tuple[Tensor, Tensor, Tensor], given: list[tuple[int, int]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `sample_tokens` drew from logits [R, V], with the (row, token) pairs `given` in place of these rows' own."""
+    rows, tokens = (torch.tensor(column, device=logits.device) for column in zip(*given, strict=True))
+    taken, logprobs, full = (column.clone() for column in drawn)
+    taken[rows] = tokens.to(taken)
+    scores = log_prob(logits[rows] / (params.temperature or 1.0), tokens)
+    logprobs[rows] = full[rows] = scores.to(full)
+    return taken, logprobs, full
 
 
 def prescribed(row: Row) -> int:
@@ -395,6 +438,7 @@ def generate(
         raise ValueError(f"samples={samples}, rows={rows}: both must be at least 1")
     scheduler = Scheduler(decoder, tokenizer, min(rows, max(1, total)))
     encoded = [encode_text(tokenizer, prompt.text) for prompt in prompts]
+    prefills = [encode_continuation(tokenizer, p.prefill) if p.prefill else [] for p in prompts]
     ids: dict[tuple[int, int], int] = {}
     # The longest prompts first, so that rows of like length are read together.
     for p in sorted(range(len(prompts)), key=lambda i: -len(encoded[i])):
@@ -402,7 +446,9 @@ def generate(
             first = begun[p][k] if begun else None
             if first is None or not is_whole(first, sampling):
                 first = first if first is not None and first.length else None
-                ids[p, k] = scheduler.add(Request(encoded[p], sampling, exits, seed, prompts[p].id, k, begun=first))
+                ids[p, k] = scheduler.add(
+                    Request(encoded[p], sampling, exits, seed, prompts[p].id, k, prefill=prefills[p], begun=first)
+                )
     scheduler.share_prefix(common_beginning(encoded))
     reported = 0
     while scheduler.busy and not stop():
@@ -441,7 +487,8 @@ def stream(
 ) -> Iterator[StreamedToken]:
     """Sample 0 of `generate`, token by token; the texts concatenate to the rollout's."""
     scheduler = Scheduler(decoder, tokenizer, in_flight=1)
-    scheduler.add(Request(prompt.text, sampling, exits, seed, prompt.id, stream=True))
+    prefill = encode_continuation(tokenizer, prompt.prefill) if prompt.prefill else []
+    scheduler.add(Request(prompt.text, sampling, exits, seed, prompt.id, stream=True, prefill=prefill))
     while scheduler.busy:
         for event in scheduler.advance():
             yield StreamedToken(event.token, event.text, event.depth, event.logprob)

@@ -5,7 +5,7 @@ Vocabulary-sized tensors exist only for a chunk of positions at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,68 @@ class Score:
     teacher_logprobs: np.ndarray
     teacher_entropy: np.ndarray
     divergence: np.ndarray
+
+
+@dataclass
+class Inspection:
+    """What a rollout's gates and streams held at its own exits; T entries as in `Rollout`, M exits.
+
+    - hazards float32 [T, M]: what gate i gave; NaN where it was not asked: behind the exit, at entry 0, without gates
+    - divergences float32 [T, M]: KL(teacher at full depth ‖ policy's readout at exit i), nats, NaN where not asked
+    - streams float16 [T, M+1, D] or None: the stream at each exit depth and at the end, over its root mean square
+      (float16 couldn't hold some of the raw ones); frozen behind the exit
+    """
+
+    hazards: np.ndarray
+    divergences: np.ndarray
+    streams: np.ndarray | None
+
+
+@torch.inference_mode()
+def inspect(
+    decoder: Decoder,
+    policy: dict[str, Tensor] | None,
+    rollouts: Sequence[Rollout],
+    streams: bool = False,
+    progress: Progress | None = None,
+) -> list[Inspection]:
+    """What exiting would have cost wherever a gate was asked, and what the gate said. Leaves the policy loaded."""
+    plan = list(batches(rollouts, decoder.device))
+    teacher, teacher_readout = _teacher_streams(decoder, policy, rollouts, plan)
+    found: dict[int, Inspection] = {}
+    for (indices, tokens, lengths), teacher_ND in zip(plan, teacher, strict=True):
+        depths = replay_depths([rollouts[i] for i in indices], tokens.shape[1], decoder)
+        where = [_predicting(rollouts[i]) for i in indices]
+        hidden, residuals = decoder.forward_with_residuals(tokens, lengths, depths)
+        exits_ND = [_pick(residual, where) for residual in residuals]
+        taken = torch.cat([depths[b, w] for b, w in enumerate(where)])
+        first = torch.cat([torch.arange(rollouts[i].length) == 0 for i in indices]).to(decoder.device)
+        shape = (len(taken), len(exits_ND))
+        hazards, costs = (torch.full(shape, float("nan"), device=decoder.device) for _ in range(2))
+        for i, (depth, stream) in enumerate(zip(decoder.layout.depths, exits_ND, strict=True)):
+            asked = ((taken >= depth) & ~first).nonzero().squeeze(-1)
+            if decoder.gates is not None and len(asked):
+                hazards[asked, i] = decoder.gate_logit(i, stream[asked]).sigmoid()
+            for at in _chunks(len(asked), decoder):
+                logp = teacher_readout(teacher_ND[asked[at]]).log_softmax(dim=-1)
+                p = logp.exp()
+                costs[asked[at], i] = divergence(p, (p * logp).sum(-1), decoder.readout(stream[asked[at]]))
+        kept = _scaled([*exits_ND, _pick(hidden, where)]) if streams else None
+        columns, start = (hazards.cpu().numpy(), costs.cpu().numpy()), 0
+        for i in indices:
+            span = slice(start, start + rollouts[i].length)
+            found[i] = Inspection(columns[0][span], columns[1][span], None if kept is None else kept[span])
+            start = span.stop
+        if progress:
+            progress(len(found), len(rollouts))
+    return [found[i] for i in range(len(rollouts))]
+
+
+def _scaled(streams_ND: list[Tensor]) -> np.ndarray:
+    """S streams [N, D] -> float16 [N, S, D], each divided by its root mean square."""
+    stacked = torch.stack(streams_ND, dim=1).float()
+    scaled: np.ndarray = (stacked * stacked.pow(2).mean(-1, keepdim=True).rsqrt()).half().cpu().numpy()
+    return scaled
 
 
 @torch.inference_mode()
@@ -109,15 +171,7 @@ def score(
     Under full fine-tuning the teacher is read from disk again and its head is kept as well until all is scored.
     """
     plan = list(batches(rollouts, decoder.device))
-    teacher: list[Tensor] = []
-    try:
-        decoder.load_policy(None)
-        for indices, tokens, lengths in plan:
-            where = [_predicting(rollouts[i]) for i in indices]
-            teacher.append(_pick(decoder.forward_parallel(tokens, lengths), where))
-        teacher_readout = decoder.current_readout()
-    finally:
-        decoder.load_policy(policy)
+    teacher, teacher_readout = _teacher_streams(decoder, policy, rollouts, plan)
     scores: dict[int, Score] = {}
     for (indices, tokens, lengths), teacher_ND in zip(plan, teacher, strict=True):
         depths = replay_depths([rollouts[i] for i in indices], tokens.shape[1], decoder)
@@ -141,6 +195,25 @@ def score(
         if progress:
             progress(len(scores), len(rollouts))
     return [scores[i] for i in range(len(rollouts))]
+
+
+def _teacher_streams(
+    decoder: Decoder,
+    policy: dict[str, Tensor] | None,
+    rollouts: Sequence[Rollout],
+    plan: Sequence[tuple[list[int], Tensor, Tensor]],
+) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
+    """The teacher's streams [N, D] at the predicting positions of each batch, and its readout; then the policy's
+    weights are loaded again."""
+    streams: list[Tensor] = []
+    try:
+        decoder.load_policy(None)
+        for indices, tokens, lengths in plan:
+            where = [_predicting(rollouts[i]) for i in indices]
+            streams.append(_pick(decoder.forward_parallel(tokens, lengths), where))
+        return streams, decoder.current_readout()
+    finally:
+        decoder.load_policy(policy)
 
 
 def _score_chunk(logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:

@@ -1,27 +1,37 @@
 """The last stage: teacher, calibrated and reinforced model on held-out problems, exits sampled and thresholded.
 
-The threshold of each model is chosen on the validation split; the evaluation split is only measured.
+The threshold of each model is chosen on the validation split, and so is what a control is matched by; the evaluation
+split is only measured.
 """
 
 from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..config.schema import RunConfig
-from ..evaluation.evaluate import Answer, evaluate_model
+from ..evaluation.controls import controls_table
+from ..evaluation.evaluate import Answer, evaluate_model, exit_label
+from ..evaluation.externalisation_table import externalisation_table
+from ..evaluation.gates import gate_calibration
+from ..evaluation.interventions import Bench, externalisation
 from ..evaluation.results import table, write_results
 from ..evaluation.summary import Row
-from ..evaluation.threshold import choose_threshold
+from ..evaluation.threshold import choose_threshold, pareto_front
+from ..planning.flops import answer_cost
 from ..policy import WeightSet, load_policy
 from ..rollout.pool import RolloutPool
+from ..rollout.prompts import encode_continuation
 from ..rollout.sampling import ExitPolicy, SamplingParams
-from ..types import Prompt
+from ..types import Prompt, Rollout
 from . import stages
+from .controls import Reference, all_controls, run_controls
 from .session import Session
 from .stopping import listener
 
@@ -34,8 +44,25 @@ def policies(cfg: RunConfig) -> dict[str, Path]:
     return found
 
 
+# What an exit rule looks at on its way; the others look at nothing.
+ASKS = {"sample": "gates", "threshold": "gates", "confidence": "readouts", "entropy": "readouts"}
+
+
+class Tokens:
+    """The model's tokenizer as the interventions need it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return encode_continuation(self.tokenizer, text)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(tokens)))
+
+
 class Evaluation:
-    """The evaluation of one configuration: rows and answers as they come."""
+    """The evaluation of one configuration: rows and answers as they come; `more` are further parts of results.json."""
 
     def __init__(self, session: Session, sets: int):
         self.session, cfg = session, session.cfg
@@ -46,17 +73,38 @@ class Evaluation:
         self.test: list[Prompt] = self.task.prompts(cfg.evaluate.split)  # type: ignore[arg-type]
         self.validation: list[Prompt] = self.task.prompts("validation")
         tokenizer = AutoTokenizer.from_pretrained(str(session.model_path), local_files_only=True)
+        self.tokens = Tokens(tokenizer)
         # What the prompts cost to read; the table of a sweep asks for it.
         lengths = [len(tokenizer(p.text, add_special_tokens=False)["input_ids"]) for p in self.test]
         self.prompt_tokens = sum(lengths) / max(1, len(lengths))
-        self.decode = lambda token: str(tokenizer.decode([token]))
         self.rows: list[Row] = []
         self.answers: list[Answer] = []
         self.meta: dict[str, object] = {}
+        self.more: dict[str, Any] = {"gates": {}, "pareto": {}}
+        self.chosen: dict[str, Reference] = {}
         self.bar = session.stack.enter_context(session.progress(sets))
 
-    def measure(self, model: str, exits: ExitPolicy, prompts: list[Prompt], *, final: bool) -> Row:
-        row, answers = evaluate_model(
+    def flops(self, rollout: Rollout, exits: ExitPolicy) -> float:
+        spec = self.session.spec
+        return answer_cost(
+            self.session.source.dims,
+            spec.exit_depths,
+            spec.gate_width,
+            len(rollout.prompt_tokens),
+            rollout.exit_depths.tolist(),
+            ASKS.get(exits.kind, "nothing"),
+        )
+
+    def answer(
+        self,
+        model: str,
+        exits: ExitPolicy,
+        prompts: list[Prompt],
+        *,
+        final: bool = False,
+        collect: list[Rollout] | None = None,
+    ) -> tuple[Row, list[Answer]]:
+        return evaluate_model(
             self.pool,
             self.task,
             self.verifier,
@@ -65,43 +113,125 @@ class Evaluation:
             exits,
             label=model,
             num_layers=self.session.spec.num_layers,
-            decode=self.decode,
+            decode=lambda token: self.tokens.decode([token]),
             with_divergence=final,
+            flops=(lambda rollout: self.flops(rollout, exits)) if final else None,
+            collect=collect,
             seed=self.session.cfg.evaluate.seed,
             progress=lambda done, total: self.bar.detail(f"{model} answers", done, total),
         )
+
+    def measure(
+        self, model: str, exits: ExitPolicy, prompts: list[Prompt], *, final: bool, collect: list[Rollout] | None = None
+    ) -> tuple[Row, list[Answer]]:
+        """One of the announced sets; `final`: it is a row of the results."""
+        row, answers = self.answer(model, exits, prompts, final=final, collect=collect)
         if final:
             self.rows.append(row)
             self.answers += answers
+        self.done(row)
+        return row, answers
+
+    def done(self, row: Row) -> None:
         self.bar.advance(1, accuracy=row.accuracy, depth=row.mean_depth)
-        return row
+
+    def load(self, checkpoint: Path) -> None:
+        self.pool.load(WeightSet(1, load_policy(checkpoint)[1]))
+
+    def on_validation(self, model: str, exits: ExitPolicy) -> Row:
+        return self.answer(model, exits, self.validation)[0]
+
+    def on_test(self, model: str, exits: ExitPolicy) -> tuple[Row, list[Answer]]:
+        return self.answer(model, exits, self.test, final=True)
+
+    def teacher(self) -> None:
+        self.pool.load(None)
+        self.measure("teacher", ExitPolicy("off"), self.test, final=True)
+        self.externalise("teacher", ExitPolicy("off"))
 
     def policy(self, model: str, checkpoint: Path) -> None:
         """Sampled exits, then the threshold that validation chooses, on the test set."""
         e = self.session.cfg.evaluate
-        self.pool.load(WeightSet(1, load_policy(checkpoint)[1]))
+        self.load(checkpoint)
         tried = [self.measure(model, ExitPolicy("threshold", t), self.validation, final=False) for t in e.thresholds]
-        chosen = choose_threshold(tried, e.tolerance)
-        threshold = e.thresholds[tried.index(chosen)]
+        rows = [row for row, _ in tried]
+        chosen = rows.index(choose_threshold(rows, e.tolerance))
+        threshold = e.thresholds[chosen]
         self.meta[f"threshold_{model}"] = threshold
         self.meta[f"validation_{model}"] = [
             {"threshold": t, "accuracy": r.accuracy, "mean_depth": r.mean_depth, "n": r.n}
-            for t, r in zip(e.thresholds, tried, strict=True)
+            for t, r in zip(e.thresholds, rows, strict=True)
         ]
-        for exits in (ExitPolicy("off"), ExitPolicy("sample"), ExitPolicy("threshold", threshold)):
+        self.more["pareto"][model] = [
+            {"threshold": t, "front": front, **r.to_json()}
+            for t, r, front in zip(e.thresholds, rows, pareto_front(rows), strict=True)
+        ]
+        for exits in (ExitPolicy("off"), ExitPolicy("sample")):
             self.measure(model, exits, self.test, final=True)
+        rollouts: list[Rollout] = []
+        exits = ExitPolicy("threshold", threshold)
+        row, answers = self.measure(model, exits, self.test, final=True, collect=rollouts)
+        self.chosen[model] = Reference(model, exits, *tried[chosen], row, answers)
+        inspected = self.pool.inspect([rollout for rollout in rollouts if rollout.length])
+        self.more["gates"][model] = gate_calibration(
+            [entry.hazards for entry in inspected],
+            [entry.divergences for entry in inspected],
+            self.session.cfg.calibrate.kl_factor,
+            self.session.spec.exit_depths,
+        )
+        self.externalise(model, exits)
+
+    def externalise(self, model: str, exits: ExitPolicy) -> None:
+        """The externalisation metrics of the weights that are loaded, if they were asked for."""
+        e = self.session.cfg.evaluate
+        if not e.externalisation:
+            return
+        bench = Bench(
+            self.pool,
+            self.verifier,
+            self.tokens,
+            self.sampling,
+            exits,
+            e.seed,
+            lambda done, total: self.bar.detail(f"{model} interventions", done, total),
+        )
+        found = externalisation(bench, self.test[: e.externalisation_prompts or None])
+        self.more.setdefault("externalisation", {})[model] = {"exits": exit_label(exits), **found}
+
+    def controls(self, checkpoints: dict[str, Path]) -> None:
+        """The last model against rules that know less."""
+        session, reference = self.session, list(self.chosen.values())[-1]
+        outcomes, unpriced = session.spec.layout.outcomes, stages.control_policy(session.cfg)
+        rules = all_controls(reference, checkpoints, outcomes, session.source.dims.vocab, unpriced)
+        self.more["controls"] = run_controls(self, reference, rules, self.done)
+
+    def texts(self) -> str:
+        """Every table, for the terminal."""
+        parts = [table(self.rows)]
+        if "controls" in self.more:
+            parts.append(controls_table(self.more["controls"]))
+        if "externalisation" in self.more:
+            parts.append(externalisation_table(self.more["externalisation"]))
+        return "\n\n".join(parts)
+
+
+def count_sets(cfg: RunConfig, models: int) -> int:
+    """Sets of answers that the progress bar counts: one per row and threshold tried, two per control."""
+    rules = 4 + (models > 1) + bool(cfg.evaluate.control_policy) if cfg.evaluate.controls else 0
+    return 1 + models * (len(cfg.evaluate.thresholds) + 3) + 2 * rules
 
 
 def evaluate(cfg: RunConfig, model_path: Path) -> None:
     """Run the stage: results.json for the report, table.txt for the terminal."""
     found = policies(cfg)
-    sets = 1 + len(found) * (len(cfg.evaluate.thresholds) + 3)
+    sets = count_sets(cfg, len(found))
     with listener.at_once(), Session(cfg, "evaluate", model_path, learner=False) as session:
         work = Evaluation(session, sets)
-        work.pool.load(None)
-        work.measure("teacher", ExitPolicy("off"), work.test, final=True)
+        work.teacher()
         for model, checkpoint in found.items():
             work.policy(model, checkpoint)
+        if cfg.evaluate.controls:
+            work.controls(found)
         spec = session.spec
         work.meta |= {
             "num_layers": spec.num_layers,
@@ -114,8 +244,10 @@ def evaluate(cfg: RunConfig, model_path: Path) -> None:
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {session.device_type}",
             "versions": f"python {platform.python_version()}, torch {torch.__version__}",
         }
-        write_results(session.path / "results.json", work.rows, work.answers, work.meta, cfg.evaluate.answers)
+        write_results(
+            session.path / "results.json", work.rows, work.answers, work.meta, cfg.evaluate.answers, work.more
+        )
         assert session.directory is not None
-        session.directory.write_atomic("table.txt", table(work.rows) + "\n")
-        print(table(work.rows))
+        session.directory.write_atomic("table.txt", work.texts() + "\n")
+        print(work.texts())
         session.finish()

@@ -41,15 +41,22 @@ def traces(cfg: RunConfig) -> Path:
 
 def calibrated(cfg: RunConfig) -> Path:
     """The policy checkpoint that RL starts from: `start`, or this configuration's own calibration."""
-    if cfg.start:
-        given = Path(cfg.start)
-        found = given if (given / "policy.json").is_file() else latest_checkpoint(given)
-        if found is None:
-            raise FileNotFoundError(
-                f"start={cfg.start}: no policy checkpoint there; give a stage or checkpoint directory"
-            )
-        return found
-    return _finished(cfg, "calibrate")
+    return _given("start", cfg.start) if cfg.start else _finished(cfg, "calibrate")
+
+
+def control_policy(cfg: RunConfig) -> Path | None:
+    """The checkpoint that `evaluate.control_policy` names. Raises FileNotFoundError if none is there."""
+    given = cfg.evaluate.control_policy
+    return _given("evaluate.control_policy", given) if given else None
+
+
+def _given(key: str, text: str) -> Path:
+    """A checkpoint, or the newest one of a stage."""
+    given = Path(text)
+    found = given if (given / "policy.json").is_file() else latest_checkpoint(given)
+    if found is None:
+        raise FileNotFoundError(f"{key}={text}: no policy checkpoint there; give a stage or checkpoint directory")
+    return found
 
 
 def reinforced(cfg: RunConfig) -> Path:
@@ -80,6 +87,8 @@ def check_inputs(cfg: RunConfig, stage: str) -> None:
         traces(cfg)
     if stage in ("rl", "evaluate"):
         calibrated(cfg)
+    if stage == "evaluate":
+        control_policy(cfg)
 
 
 def ready_model(cfg: RunConfig, stage: str) -> Path:

@@ -22,6 +22,7 @@ SETTINGS = [
     "traces.problems=16", "calibrate.epochs=1", "calibrate.patterns=1", "calibrate.batch_size=8",
     "rl.steps=4", "rl.prompts_per_step=4", "rl.group_size=2", "rollout.max_new_tokens=8", "rollout.actors=1",
     "rl.dump_rollouts=true", "rollout.threads=1", "evaluate.thresholds=[0.5]", "evaluate.answers=3",
+    "evaluate.controls=true", "evaluate.externalisation=true", "evaluate.externalisation_prompts=4",
     "tracker.wandb=disabled",
 ]  # fmt: skip
 
@@ -69,6 +70,19 @@ def test_every_stage_leaves_what_the_next_one_needs(finished):
         assert row["exits"] != "full depth" or row["mean_depth"] == 1.0
     for row in results["rows"]:
         assert f"{row['mean_depth']:.3f}" in output
+    rules = ["fixed depth", "random exits", "confidence", "entropy", "calibrated gates"]
+    assert [(e["control"], e["matched_by"]) for e in results["controls"]] == [("(reinforced)", "itself")] + [
+        (rule, by) for rule in rules for by in ("depth", "accuracy")
+    ]
+    for entry in results["controls"]:
+        assert entry["matched_by"] != "depth" or entry["within"] == (
+            abs(entry["validation"]["mean_depth"] / entry["target"] - 1) <= 0.01
+        )
+    assert list(results["externalisation"]) == ["teacher", "calibrated", "reinforced"]
+    assert all(found["n"] == 4 for found in results["externalisation"].values())
+    assert results["depth"]["teacher, full depth"]["flops"]["value"] > 0
+    assert set(results["pareto"]) == {"calibrated", "reinforced"} == set(results["gates"])
+    assert "random exits" in output and "mistake sensitivity" in output
     page = (folder / "runs" / "tiny" / "report.html").read_text()
     assert "reinforced" in page and "http://" not in page.replace("http://www.w3.org", "")
     assert (only(folder, "export") / "modeling_early_exit.py").is_file()

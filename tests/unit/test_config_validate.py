@@ -59,6 +59,8 @@ def test_every_choice_is_checked(key: str) -> None:
         (["adapter.rank=0"], ["adapter.rank=0", "teacher.enabled=false"]),
         (["calibrate.uniform_patterns=1.5"], ["calibrate.uniform_patterns=1.5", "0 to 1"]),
         (["evaluate.thresholds=[0.5,2]"], ["evaluate.thresholds", "2"]),
+        (["evaluate.externalisation_prompts=-1"], ["evaluate.externalisation_prompts=-1", ">= 0"]),
+        (["evaluate.control_policy=runs/x"], ["evaluate.control_policy=runs/x", "evaluate.controls=true"]),
         (["task.families=[product,quotient]"], ["quotient", "product, sum, word, chain"]),
         (["task.name=jsonl"], ["task.path"]),
         (["task=dataset"], ["task.path", "task.name=dataset", "saved to disk"]),
@@ -231,9 +233,15 @@ def hashes(cfg: RunConfig) -> dict[str, str]:
     return {stage: identity.stage_dir(cfg, stage).name for stage in identity.STAGES}
 
 
+def test_switched_off_parts_of_the_evaluation_are_not_in_its_name() -> None:
+    found = identity.identity(config(), "evaluate")["evaluate"]
+    assert set(found) == {"split", "thresholds", "tolerance", "answers", "seed"}
+    assert hashes(config("evaluate.externalisation_prompts=7")) == hashes(config())
+
+
 @pytest.mark.parametrize("key", sorted(leaves(RunConfig(name="a"))))
 def test_a_setting_changes_the_stages_that_depend_on_it_and_no_others(key: str) -> None:
-    base = config("pretrain.enabled=true")
+    base = config("pretrain.enabled=true", "evaluate.controls=true", "evaluate.externalisation=true")
     before, after = hashes(base), hashes(changed(base, key))
     different = [stage for stage in before if before[stage] != after[stage]]
     section = key.split(".")[0]

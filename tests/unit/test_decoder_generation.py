@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,9 @@ SHARED = [Prompt(id=p.id, text="Some worked examples come first.\n" + p.text, an
 OFF = ExitPolicy("off")
 # Of 130 tokens the untrained model gives its favourite about this much.
 CONFIDENCE = 0.04
+# Of log 130 = 4.87 nats.
+ENTROPY = 4.68
+SHARES = (0.4, 0.1, 0.2, 0.3)
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +84,14 @@ def test_greedy_text_equals_transformers(tmp_path, family):
 
 
 @pytest.mark.parametrize(
-    "exits", [ExitPolicy("sample"), ExitPolicy("threshold", 0.5), ExitPolicy("confidence", CONFIDENCE)], ids=str
-)
+    "exits",
+    [
+        ExitPolicy("sample"), ExitPolicy("threshold", 0.5), ExitPolicy("confidence", CONFIDENCE),
+        ExitPolicy("entropy", ENTROPY), ExitPolicy("random", shares=SHARES),
+        ExitPolicy("threshold", 0.3, other=0.7, mix=0.5),
+    ],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("prompts", [PROMPTS, SHARED], ids=["apart", "shared prefix"])
 def test_a_seed_gives_the_same_answers_whatever_the_batching(policy, tokenizer, exits, prompts):
     def run(asked, rows, seed=1):
@@ -328,3 +338,100 @@ def test_score_measures_the_divergence_from_the_teacher_and_leaves_the_policy_lo
         np.testing.assert_allclose(found.teacher_entropy, -(theirs.exp() * theirs).sum(-1), atol=1e-5)
     same = score(teacher, None, [r for r in answers if r.length == 1] or answers[:1])
     assert teacher.gates is None and policy.gates is not None and len(same) >= 1
+
+
+@pytest.mark.parametrize("exits", [ExitPolicy("sample"), ExitPolicy("threshold", 0.5)], ids=str)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_an_answer_prefilled_with_its_own_beginning_is_the_same_answer(policy, tokenizer, exits, rows):
+    """Given tokens choose their exits as generated ones do: greedy answers can't tell the difference."""
+    sampling = SamplingParams(0.0, 20)
+    expected = flat(generate(policy, tokenizer, PROMPTS, 1, sampling, exits, 3, version=0))
+    # The tiny tokenizer has one token per character, so texts cut anywhere are tokens cut there.
+    texts = [tokenizer.decode(a.tokens[: 3 + i], clean_up_tokenization_spaces=False) for i, a in enumerate(expected)]
+    begun = [replace(p, prefill=text) for p, text in zip(PROMPTS, texts, strict=True)]
+    found = flat(generate(policy, tokenizer, begun, 1, sampling, exits, 3, version=0, rows=rows))
+    for a, b in zip(found, expected, strict=True):
+        assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.exit_depths, b.exit_depths)
+        assert a.text == b.text and a.finished == b.finished
+        np.testing.assert_allclose(a.token_logprobs, b.token_logprobs, atol=1e-4)
+        np.testing.assert_allclose(a.exit_logprobs, b.exit_logprobs, atol=1e-4)
+
+
+def test_a_prefill_that_the_model_would_not_write_is_taken_and_scored(policy, tokenizer):
+    forced = [replace(p, prefill=" 7 x 8") for p in PROMPTS]
+    sampling = SamplingParams(1.0, 16, top_k=1)
+    for answer in flat(generate(policy, tokenizer, forced, 1, sampling, ExitPolicy("threshold", 0.5), 0, 0)):
+        assert answer.text.startswith(" 7 x 8") and answer.length > 6
+        read = score(policy, lively_policy(policy), [answer])[0]
+        np.testing.assert_allclose(answer.token_logprobs[:6], read.policy_logprobs[:6], atol=1e-4)
+
+
+def test_a_prefill_that_leaves_nothing_to_say_is_refused(policy, tokenizer):
+    asked = [replace(PROMPTS[0], prefill="12345")]
+    with pytest.raises(ValueError, match="5 tokens, the answer may have 5"):
+        generate(policy, tokenizer, asked, 1, SamplingParams(0.0, 5), OFF, 0, 0)
+    with pytest.raises(ValueError, match="holds a stop string"):
+        generate(policy, tokenizer, asked, 1, SamplingParams(0.0, 9, ("34",)), OFF, 0, 0)
+
+
+def test_random_exits_have_the_shares_that_were_asked_for(policy, tokenizer):
+    exits = ExitPolicy("random", shares=SHARES)
+    answers = flat(generate(policy, tokenizer, PROMPTS, 12, SamplingParams(1.0, 24), exits, 2, version=0))
+    depths = np.concatenate([a.exit_depths[1:] for a in answers])
+    found = np.array([(depths == d).mean() for d in (1, 3, 4, 6)])
+    assert np.abs(found - SHARES).max() < 4 * np.sqrt(0.25 / len(depths)) and len(depths) > 1000
+    # The token has no part in it: under other tokens the same place exits alike.
+    other = flat(generate(policy, tokenizer, PROMPTS, 12, SamplingParams(0.0, 24), exits, 2, version=0))
+    for a, b in zip(answers, other, strict=True):
+        shared = min(a.length, b.length)
+        assert np.array_equal(a.exit_depths[:shared], b.exit_depths[:shared])
+    never = ExitPolicy("random", shares=(0.0, 1.0, 0.0, 0.0))
+    assert {3} == {int(d) for a in flat(generate(policy, tokenizer, PROMPTS, 1, SamplingParams(0.0, 9), never, 0, 0))
+                   for d in a.exit_depths[1:]}  # fmt: skip
+
+
+def test_the_entropy_rule_exits_where_the_readout_is_sharp_enough(policy, tokenizer):
+    (rollout,) = generate(
+        policy, tokenizer, PROMPTS[:1], 1, SamplingParams(0.0, 20), ExitPolicy("entropy", ENTROPY), 0, 0
+    )[0]
+    tokens = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])
+    start, depths = len(rollout.prompt_tokens) - 1, torch.full(tokens.shape, 6)
+    depths[0, start : start + rollout.length] = torch.tensor(rollout.exit_depths)
+    _, residuals = policy.forward_with_residuals(tokens, torch.tensor([tokens.shape[1]]), depths)
+    for t in range(1, rollout.length):
+        for depth, residual in zip((1, 3, 4), residuals, strict=True):
+            p = policy.readout(residual[0, start + t]).softmax(-1)
+            sharp = float(-(p * p.log()).sum()) < ENTROPY
+            if depth <= rollout.exit_depths[t]:
+                assert sharp == (depth == rollout.exit_depths[t])
+    assert len(set(rollout.exit_depths[1:])) > 1
+
+
+def test_a_mixed_bound_is_one_or_the_other_token_by_token(policy, tokenizer):
+    def run(*exits):
+        rule = ExitPolicy(*exits[:2], **exits[2])
+        found = flat(generate(policy, tokenizer, PROMPTS, 6, SamplingParams(1.0, 24), rule, 4, 0))
+        return np.concatenate([r.exit_depths[1:] for r in found])
+
+    # At bound 0 every first gate fires, at 1 none: what is left is the draw.
+    depths = run("threshold", 0.0, {"other": 1.0, "mix": 0.25})
+    assert set(depths) == {1, 6}
+    assert abs((depths == 6).mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / len(depths))
+    assert np.array_equal(run("entropy", ENTROPY, {"other": 0.0, "mix": 1.0}), run("entropy", 0.0, {}))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: ExitPolicy("fixed", 3, mix=0.5), "for a rule with a bound"),
+        (lambda: ExitPolicy("entropy", 3, mix=1.5), "expected a probability"),
+        (lambda: ExitPolicy("random"), "no distribution"),
+        (lambda: ExitPolicy("random", shares=(0.5, 0.6)), "no distribution"),
+        (lambda: ExitPolicy("random", shares=(1.5, -0.5)), "no distribution"),
+        (lambda: ExitPolicy("entropy", -0.1), "negative"),
+        (lambda: ExitPolicy("random", shares=(0.5, 0.5)).check(SPEC.layout, True), "2 shares for 4 outcomes"),
+    ],
+)
+def test_impossible_controls_are_refused(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()

@@ -112,9 +112,12 @@ def planted() -> list[Answer]:
 def test_results_hold_rows_histogram_correlation_and_the_paired_test(tmp_path: Path) -> None:
     path = tmp_path / "stage" / "results.json"
     rows = [row("full depth", 0.86, 1.0), replace(row("sampled", 0.5, 0.5), kl=math.nan)]
-    write_results(path, rows, planted(), {"num_layers": 10, "exit_depths": (2, 5)}, keep=3)
+    more = {"gates": {"reinforced": {"ece": math.nan}}}
+    write_results(path, rows, planted(), {"num_layers": 10, "exit_depths": (2, 5)}, keep=3, more=more)
     data = json.loads(path.read_text())
-    assert set(data) == {"meta", "rows", "answers", "depth_by_entropy", "exit_histogram", "paired"}
+    parts = {"meta", "rows", "answers", "depth_by_entropy", "exit_histogram", "paired"}
+    assert set(data) == parts | {"depth", "kl_by_exit", "depth_correlations", "gates"}
+    assert data["gates"] == {"reinforced": {"ece": None}}
     assert data["meta"] == {"num_layers": 10, "exit_depths": [2, 5]}
     assert [r["exits"] for r in data["rows"]] == ["full depth", "sampled"] and data["rows"][1]["kl"] is None
     assert [(a["id"], a["model"]) for a in data["answers"]] == [

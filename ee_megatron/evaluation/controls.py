@@ -1,0 +1,236 @@
+"""Controls: exit rules that know less than the policy under test, brought to its mean depth or to its accuracy.
+
+A gain of learnt exits over full depth says little: any rule that exits early saves depth. What has to be shown is that
+at the same depth the policy is more accurate than rules that know less, or as accurate with less depth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from ..rollout.sampling import ExitPolicy
+from .evaluate import Answer
+from .statistics import Estimate, bootstrap_interval, mcnemar_exact
+from .summary import Row
+
+TOLERANCE = 0.01
+"""Mean depths count as the same within this, relative."""
+TRIALS = 20
+ACCURACY_TRIALS = 8
+
+Dial = Callable[[float], ExitPolicy]
+"""Position in 0..1 -> exit policy; the further, the deeper: 0 is the shallowest that the rule knows, 1 the deepest."""
+
+
+def fixed_mixture(outcomes: Sequence[int]) -> Dial:
+    """Fixed depth: two neighbouring depths mixed at random, or one of them; outcomes are the exit depths and L."""
+
+    def policy(position: float) -> ExitPolicy:
+        place = position * (len(outcomes) - 1)
+        low = min(int(place), len(outcomes) - 2) if len(outcomes) > 1 else 0
+        shares = [0.0] * len(outcomes)
+        shares[low] = 1.0 - (place - low)
+        if len(outcomes) > 1:
+            shares[low + 1] = place - low
+        return ExitPolicy("random", shares=tuple(shares))
+
+    return policy
+
+
+def random_exits(outcomes: Sequence[int], shares: Sequence[float]) -> Dial:
+    """A model's own marginal exit distribution, independent of the token; in the middle of the dial it is as it is.
+
+    Elsewhere it is tilted, p_i ∝ shares_i · exp(τ · depth_i): of all distributions with that mean the nearest to it
+    in KL divergence (Csiszár, Annals of Probability 3 (1975), 146-158). τ runs from -∞ to ∞ along the dial.
+    """
+    depths, marginal = np.asarray(outcomes, dtype=np.float64), np.asarray(shares, dtype=np.float64)
+    if len(depths) != len(marginal) or marginal.min() < 0 or marginal.sum() <= 0:
+        raise ValueError(f"shares {list(shares)} of outcomes {list(outcomes)}: expected one share >= 0 each, not all 0")
+
+    def policy(position: float) -> ExitPolicy:
+        # tan reaches the ends without ever being infinite in floating point.
+        tilt = math.tan(math.pi * (min(max(position, 1e-6), 1 - 1e-6) - 0.5)) / (depths[-1] - depths[0] + 1)
+        with np.errstate(divide="ignore"):
+            logs = np.log(marginal) + tilt * depths
+        weights = np.exp(logs - logs.max())
+        return ExitPolicy("random", shares=tuple(weights / weights.sum()))
+
+    return policy
+
+
+def confidence_threshold(position: float) -> ExitPolicy:
+    """Exit where the readout's largest probability exceeds a bound: Schuster et al. 2022 (arXiv 2207.07061), softmax
+    confidence, without their calibration. The dial is finer towards certainty, where sharp readouts lie."""
+    return ExitPolicy("confidence", 1.0 - (1.0 - position) ** 3)
+
+
+def entropy_threshold(vocab: int) -> Dial:
+    """Exit where the readout's entropy falls below a bound: Teerapittayanon et al. 2016 (BranchyNet, arXiv 1709.01686)
+    and DeeBERT (Xin et al. 2020, arXiv 2004.12993). At 0 every readout passes, at 1 none."""
+    most = math.log(vocab) + 1e-3
+    return lambda position: ExitPolicy("entropy", most * (1.0 - position) ** 4)
+
+
+def gate_threshold(position: float) -> ExitPolicy:
+    """The gates of whatever weights are loaded, at another threshold."""
+    return ExitPolicy("threshold", position)
+
+
+def marginal_exits(answers: Sequence[Answer], outcomes: Sequence[int]) -> list[float]:
+    """Shares of the outcomes over all tokens but the answers' first, whose depth is no choice. Raises ValueError if
+    there are none."""
+    depths = [t["depth"] for a in answers for t in a["tokens"][1:]]
+    if not depths:
+        raise ValueError("answers of one token each have no exits; raise rollout.max_new_tokens")
+    return [depths.count(outcome) / len(depths) for outcome in outcomes]
+
+
+@dataclass
+class Matched:
+    """A control at a place on its dial. target: what was to be matched; row: what was measured there, on validation.
+
+    `within`: the mean depth is the target's up to `TOLERANCE` (of accuracy: it reaches the target). `tried`: places on
+    the dial and what was measured there.
+    """
+
+    policy: ExitPolicy
+    row: Row
+    target: float
+    within: bool
+    trials: int = 0
+    tried: list[tuple[float, Row]] = field(default_factory=list)
+
+
+Measure = Callable[[ExitPolicy], Row]
+
+
+def match_depth(
+    measure: Measure, dial: Dial, target: float, tolerance: float = TOLERANCE, trials: int = TRIALS
+) -> Matched:
+    """The exit policy on a dial whose measured mean depth is the target's: the nearest of those that were tried.
+
+    By bisection. The depth is only nearly monotone, as other exits make other answers, and it may jump over the target
+    where many tokens share a value. Then two places on either side are mixed token by token, and the share is
+    bisected. What counts is what was measured. Raises ValueError for a target outside 0..1.
+    """
+    if not 0 < target <= 1:
+        raise ValueError(f"mean depth {target} to match: expected a share of the layers, above 0 and at most 1")
+    tried: list[tuple[float, Row]] = []
+    policies: list[ExitPolicy] = []
+
+    def search(policy: Callable[[float], ExitPolicy], place: Callable[[float], float], count: int) -> None:
+        low, high = 0.0, 1.0
+        for _ in range(count):
+            middle = (low + high) / 2
+            policies.append(policy(middle))
+            tried.append((place(middle), measure(policies[-1])))
+            off = tried[-1][1].mean_depth / target - 1
+            if abs(off) <= tolerance / 5:
+                return
+            low, high = (middle, high) if off < 0 else (low, middle)
+
+    def nearest() -> int:
+        return min(range(len(tried)), key=lambda i: abs(tried[i][1].mean_depth - target))
+
+    search(dial, lambda position: position, trials // 2)
+    on_dial = list(tried)
+    below = [pair for pair in on_dial if pair[1].mean_depth < target * (1 - tolerance)]
+    above = [pair for pair in on_dial if pair[1].mean_depth > target * (1 + tolerance)]
+    if abs(tried[nearest()][1].mean_depth / target - 1) > tolerance and below and above:
+        shallow, deep = max(below, key=lambda p: p[1].mean_depth)[0], min(above, key=lambda p: p[1].mean_depth)[0]
+        search(lambda share: mixed(dial(shallow), dial(deep), share), lambda _: math.nan, trials - len(tried))
+    best = nearest()
+    within = abs(tried[best][1].mean_depth / target - 1) <= tolerance
+    return Matched(policies[best], tried[best][1], target, within, len(tried), on_dial)
+
+
+def mixed(shallow: ExitPolicy, deep: ExitPolicy, share: float) -> ExitPolicy:
+    """Two policies of one kind, drawn token by token: `deep` with probability `share`."""
+    if shallow.kind == "random":
+        shares = tuple((1 - share) * a + share * b for a, b in zip(shallow.shares, deep.shares, strict=True))
+        return ExitPolicy("random", shares=shares)
+    return replace(shallow, other=float(deep.value), mix=share)
+
+
+def match_accuracy(
+    measure: Measure,
+    dial: Dial,
+    target: float,
+    tried: Sequence[tuple[float, Row]] = (),
+    trials: int = ACCURACY_TRIALS,
+) -> Matched:
+    """The least depth at which a control is as accurate as the target, by bisection; `tried` places are used again.
+
+    If nothing that was tried is, the most accurate place with `within` False. Accuracy need not be monotone in depth:
+    the result is the least depth among those tried.
+    """
+    seen = list(tried)
+    high_enough = [p for p, row in seen if row.accuracy >= target - 1e-9]
+    if not high_enough:
+        seen.append((1.0, measure(dial(1.0))))
+    low = max((p for p, row in seen if row.accuracy < target - 1e-9), default=0.0)
+    high = min((p for p, row in seen if row.accuracy >= target - 1e-9), default=1.0)
+    count = len(seen) - len(tried)
+    while high > low and count < trials and any(row.accuracy >= target - 1e-9 for _, row in seen):
+        position = (low + high) / 2
+        row = measure(dial(position))
+        seen.append((position, row))
+        count += 1
+        low, high = (low, position) if row.accuracy >= target - 1e-9 else (position, high)
+    enough = [pair for pair in seen if pair[1].accuracy >= target - 1e-9]
+    position, row = (
+        min(enough, key=lambda pair: pair[1].mean_depth) if enough else max(seen, key=lambda pair: pair[1].accuracy)
+    )
+    return Matched(dial(position), row, target, bool(enough), count, seen)
+
+
+def compare(reference: Sequence[Answer], control: Sequence[Answer]) -> dict[str, float | int | dict[str, float]]:
+    """Reference minus control in accuracy on the prompts that both answered, with McNemar's exact test.
+
+    {"difference": {"value", "low", "high"}, "only_reference", "only_control", "p_value", "n"}.
+    """
+    right = {answer["id"]: answer["correct"] for answer in control}
+    shared = [(a["correct"], right[a["id"]]) for a in reference if a["id"] in right]
+    test = mcnemar_exact([a for a, _ in shared], [b for _, b in shared])
+    difference: Estimate = bootstrap_interval([float(a) - float(b) for a, b in shared])
+    return {
+        "difference": difference._asdict(),
+        "only_reference": test.only_first,
+        "only_control": test.only_second,
+        "p_value": test.p_value,
+        "n": len(shared),
+    }
+
+
+def controls_table(entries: Sequence[dict]) -> str:
+    """The controls as text in aligned columns, the reference's own figures first."""
+    heads = ("control", "matched by", "depth asked", "depth got", "accuracy", "reference - control", "p")
+    cells = []
+    for entry in entries:
+        row, comparison = entry["row"], entry["comparison"]
+        asked = f"{entry['target']:.3f}" if entry["matched_by"] == "depth" else "-"
+        mark = "" if entry["within"] else " (!)"
+        d = comparison["difference"]
+        cells.append(
+            (
+                entry["control"],
+                entry["matched_by"] + mark,
+                asked,
+                f"{row['mean_depth']:.3f}",
+                f"{row['accuracy']:.1%} [{row['low']:.1%}, {row['high']:.1%}]",
+                f"{d['value']:+.1%} [{d['low']:+.1%}, {d['high']:+.1%}]",
+                f"{comparison['p_value']:.2g}",
+            )
+        )
+    widths = [max(len(line[i]) for line in (heads, *cells)) for i in range(len(heads))]
+    lines = [heads, tuple("-" * width for width in widths), *cells]
+    return "\n".join(
+        "  ".join(
+            t.ljust(w) if i < 2 else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

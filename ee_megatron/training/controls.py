@@ -1,0 +1,128 @@
+"""The evaluation's controls: every rule that knows less, matched on validation, measured on the test split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..evaluation.controls import (
+    Dial,
+    Matched,
+    compare,
+    confidence_threshold,
+    entropy_threshold,
+    fixed_mixture,
+    gate_threshold,
+    marginal_exits,
+    match_accuracy,
+    match_depth,
+    random_exits,
+)
+from ..evaluation.evaluate import Answer, exit_label
+from ..evaluation.summary import Row
+from ..rollout.sampling import ExitPolicy
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The policy under test: its name and exit rule, what it did on validation and on the test split."""
+
+    model: str
+    exits: ExitPolicy
+    validation: Row
+    validation_answers: Sequence[Answer]
+    test: Row
+    test_answers: Sequence[Answer]
+
+
+class Judge(Protocol):
+    """What controls are measured by. The weights named by `load` answer until the next `load`."""
+
+    def load(self, checkpoint: Path) -> None: ...
+
+    def on_validation(self, model: str, exits: ExitPolicy) -> Row: ...
+
+    def on_test(self, model: str, exits: ExitPolicy) -> tuple[Row, list[Answer]]: ...
+
+
+@dataclass(frozen=True)
+class Control:
+    """A rule: its name, the model whose weights it runs on, and its dial."""
+
+    name: str
+    model: str
+    checkpoint: Path
+    dial: Dial
+
+
+def all_controls(
+    reference: Reference,
+    checkpoints: dict[str, Path],
+    outcomes: Sequence[int],
+    vocab: int,
+    unpriced: Path | None,
+) -> list[Control]:
+    """Four rules on the reference's own weights; then other policies' gates: calibrated but not reinforced, and
+    `unpriced`, reinforced with lambda = 0."""
+    model, own = reference.model, checkpoints[reference.model]
+    marginal = marginal_exits(reference.validation_answers, outcomes)
+    controls = [
+        Control("fixed depth", model, own, fixed_mixture(outcomes)),
+        Control("random exits", model, own, random_exits(outcomes, marginal)),
+        Control("confidence", model, own, confidence_threshold),
+        Control("entropy", model, own, entropy_threshold(vocab)),
+    ]
+    if model != "calibrated":
+        controls.append(Control("calibrated gates", "calibrated", checkpoints["calibrated"], gate_threshold))
+    if unpriced is not None:
+        controls.append(Control("lambda = 0", "lambda = 0", unpriced, gate_threshold))
+    return controls
+
+
+def run_controls(
+    judge: Judge, reference: Reference, controls: Sequence[Control], done: Callable[[Row], None]
+) -> list[dict[str, Any]]:
+    """One entry for the reference, then two per control: at its mean depth, at its accuracy; plain JSON values."""
+    entries = [_entry(f"({reference.model})", "itself", reference, None, reference.test, reference.test_answers)]
+    for control in controls:
+        judge.load(control.checkpoint)
+
+        def measure(exits: ExitPolicy, model: str = control.model) -> Row:
+            return judge.on_validation(model, exits)
+
+        depth = match_depth(measure, control.dial, reference.validation.mean_depth)
+        accuracy = match_accuracy(measure, control.dial, reference.validation.accuracy, depth.tried)
+        for matched_by, matched in (("depth", depth), ("accuracy", accuracy)):
+            row, answers = judge.on_test(control.model, matched.policy)
+            entries.append(_entry(control.name, matched_by, reference, matched, row, answers))
+            done(row)
+    return entries
+
+
+def _entry(
+    name: str, matched_by: str, reference: Reference, matched: Matched | None, row: Row, answers: Sequence[Answer]
+) -> dict[str, Any]:
+    policy = matched.policy if matched else reference.exits
+    return {
+        "control": name,
+        "matched_by": matched_by,
+        "model": row.model,
+        "exits": exit_label(policy),
+        "policy": {
+            "kind": policy.kind,
+            "value": policy.value,
+            "shares": list(policy.shares),
+            "other": policy.other,
+            "mix": policy.mix,
+        },
+        # On validation, where the matching was done; how near it is on the test split stands beside it.
+        "target": matched.target if matched else reference.validation.mean_depth,
+        "validation": (matched.row if matched else reference.validation).to_json(),
+        "within": matched.within if matched else True,
+        "trials": matched.trials if matched else 0,
+        "row": row.to_json(),
+        "depth_ratio": row.mean_depth / reference.test.mean_depth,
+        "comparison": compare(reference.test_answers, answers),
+    }

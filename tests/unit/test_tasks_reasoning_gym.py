@@ -131,6 +131,8 @@ def test_the_packages_scorer_judges_in_the_verifier_process(stand_in: Path) -> N
         f"So <answer> {right} </answer>": 1.0,
         f"<answer>7</answer> no: <answer>{right}</answer>": 1.0,
         f"<think><answer>7</answer></think>\n<answer>{right}.</answer>": 1.0,
+        f"So <answer>{right}": 1.0,
+        f"<answer>{right}</answer>, as I said": 1.0,
         f"The answer is {right}.": 0.5,
         f"\\boxed{{{right}}}": 0.5,
         f"First, then\n{right}": 0.5,

@@ -82,11 +82,13 @@ class ReasoningGymTask(ProceduralTask):
         part = answer_part(text)
         if part is None:
             return Verdict(correct=False, well_formed=False, answered=False)
-        _, opening, after = part.rpartition(_CLOSE)[0].rpartition(_OPEN)
+        _, opening, after = part.rpartition(_OPEN)
         if opening:
-            right = self._right(prompt, after)
+            # Without a closing tag too: as a stop string it is cut off.
+            tagged = after.partition(_CLOSE)[0]
+            right = self._right(prompt, tagged)
             # An empty answer can be the right one ("ab").
-            return Verdict(correct=right, well_formed=True, answered=right or bool(after.strip()))
+            return Verdict(correct=right, well_formed=True, answered=right or bool(tagged.strip()))
         marked = final_answer(part)
         if marked is not None and marked[1]:
             return Verdict(correct=self._right(prompt, marked[0]), well_formed=False, answered=True)

@@ -152,6 +152,25 @@ def test_choices_are_shown_with_letters_and_answered_by_letter(tmp_path: Path, f
         assert task.verify(prompt, f"The answer is {wrong}").reward == 0.0
 
 
+def test_the_configuration_reaches_the_task(tmp_path: Path) -> None:
+    from ee_megatron.config.load import load
+    from ee_megatron.training.problems import task_of
+
+    parts = {}
+    for split, start in (("learn", 0), ("dev", 40)):
+        rows = [{"q": {"text": f"{i}?", "options": [f"{i}", "none"]}, "key": 0} for i in range(start, start + 40)]
+        parts[split] = tmp_path / f"{split}.jsonl"
+        parts[split].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = load([
+        "name=test", "model.path=nowhere", "task=dataset", f"task.path={tmp_path}", "task.question_column=q.text",
+        "task.answer_column=key", "task.choices_column=q.options", "task.train_split=learn",
+        "task.evaluation_split=dev", "task.validation=4", "task.evaluation=8",
+    ])  # fmt: skip
+    prompts = task_of(cfg, Path("nowhere")).prompts("evaluation")
+    assert len(prompts) == 8 and {p.answer for p in prompts} == {"A"}
+    assert all(40 <= int(p.text.split("?")[0].removeprefix("Question: ")) < 80 for p in prompts)
+
+
 def test_answers_that_are_no_choice_say_so(tmp_path: Path) -> None:
     rows = [{"question": "Which?", "options": ["red", "blue"], "answer": "green"}]
     path = str(saved(tmp_path, rows))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ee_megatron.tasks import Verdict, VerifierPool, make_task, reasoning_gym_source
-from ee_megatron.tasks.reasoning_gym import ReasoningGymTask
+from ee_megatron.tasks.reasoning_gym import ReasoningGymTask, _safe
 
 SPLITS = ("train", "validation", "evaluation")
 INSTALLED = importlib.util.find_spec("reasoning_gym") is not None
@@ -131,6 +131,8 @@ def test_the_packages_scorer_judges_in_the_verifier_process(stand_in: Path) -> N
         f"So <answer> {right} </answer>": 1.0,
         f"<answer>7</answer> no: <answer>{right}</answer>": 1.0,
         f"<think><answer>7</answer></think>\n<answer>{right}.</answer>": 1.0,
+        f"So <answer>{right}": 1.0,
+        f"<answer>{right}</answer>, as I said": 1.0,
         f"The answer is {right}.": 0.5,
         f"\\boxed{{{right}}}": 0.5,
         f"First, then\n{right}": 0.5,
@@ -176,6 +178,10 @@ def test_what_a_scorer_would_run_never_reaches_it(stand_in: Path, tmp_path: Path
         f"(lambda: {write})()",
         f"f'{{{write}}}'",
     ]
+    assert not any(_safe(text) for text in (*attacks, "__debug__", "7" * 30_000, ""))
+    assert all(
+        map(_safe, ("24", "(3 + 4)*2", "x*sin(x) + C", "[['a', 'b']]", "(A or B) and (not C)", "$\\frac{1}{2}$"))
+    )
     with VerifierPool(task, deadline_s=20) as pool:
         verdicts = pool.verify_many([(prompt, f"<answer>{text}</answer>") for text in attacks])
         right = pool.verify_many([(prompt, f"<answer>{prompt.answer} + (3 - 3)</answer>")])[0]

@@ -251,7 +251,7 @@ class EvaluateConfig:
     answers: int = 12
     """Answers kept token by token for the report."""
     controls: bool = False
-    """Compare the last model with exit rules that know less, at its mean depth and at its accuracy; up to 30 readings
+    """Compare the last model with exit rules that know less, at its mean depth and at its accuracy; up to 28 readings
     of the validation split and 2 of the test split per rule (docs/evaluation.md)."""
     control_policy: str = ""
     """With controls, one more of them: the policy checkpoint or rl stage directory of a run with rl.lambda_exit=0."""

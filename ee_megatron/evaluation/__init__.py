@@ -1,4 +1,8 @@
-"""Evaluation: answers → one row per model and exit policy, the choice of a threshold, results.json."""
+"""Evaluation: answers → one row per model and exit policy, the choice of a threshold, results.json.
+
+Beside them figures.py and gates.py (depth, KL, calibration), controls.py (rules that know less), externalisation.py and
+interventions.py (what is written down). Definitions: docs/evaluation.md.
+"""
 
 from .evaluate import Answer, evaluate_model, exit_label
 from .results import table, write_results

@@ -36,9 +36,13 @@ def split_answer(text: str) -> tuple[str, str]:
     return (text.rstrip(), "") if at < 0 else (text[:at].rstrip(), text[at:])
 
 
-def cue(text: str) -> str:
-    """What stands between a chain and its final answer in the form that `text`, a whole answer, has."""
-    return f"\n{END_OF_REASONING}\n\n{MARK}" if END_OF_REASONING in text else f" {MARK}"
+def cue(text: str, stop: Sequence[str] = ()) -> str:
+    """What stands between a chain and its final answer in the form that `text`, a whole answer, has; on one line where
+    a line break is one of the stop strings."""
+    if END_OF_REASONING not in text:
+        return f" {MARK}"
+    lines = f"\n{END_OF_REASONING}\n\n{MARK}"
+    return f" {END_OF_REASONING} {MARK}" if any(string in lines for string in stop) else lines
 
 
 def answer_number(text: str) -> str | None:

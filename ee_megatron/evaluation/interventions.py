@@ -130,7 +130,7 @@ def externalisation(bench: Bench, prompts: Sequence[Prompt], with_probe: bool = 
     ]
     chains = [text_of.split_answer(answer.text)[0] for answer in answers]
     made = [edits(chain, prompt.id, bench.codec, bench.seed) for chain, prompt in zip(chains, prompts, strict=True)]
-    found = _force_all(bench, prompts, [text_of.cue(a.text) for a in answers], made)
+    found = _force_all(bench, prompts, [text_of.cue(a.text, bench.sampling.stop) for a in answers], made)
     whole = [forced[len(FRACTIONS) - 1] for forced in found]
     result = _from_forced(right, whole, made, found)
     result |= {

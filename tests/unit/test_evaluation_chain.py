@@ -19,6 +19,7 @@ def test_an_answer_splits_at_its_last_mark_or_at_the_end_of_reasoning() -> None:
     reasoning = "So 24.\n</think>\n\nThe answer is 24"
     assert chain.split_answer(reasoning) == ("So 24.", "\n</think>\n\nThe answer is 24"[1:])
     assert chain.cue(reasoning) == "\n</think>\n\nThe answer is" and chain.cue(twice) == " The answer is"
+    assert chain.cue(reasoning, ("\n",)) == " </think> The answer is"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,105 @@
+"""The evaluation's controls from end to end on a planted judge: what is matched where, and what is measured once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ee_megatron.evaluation import Answer, Row
+from ee_megatron.evaluation.controls import controls_table
+from ee_megatron.rollout import ExitPolicy
+from ee_megatron.training.controls import Control, Reference, all_controls, run_controls
+
+OUTCOMES = (2, 4, 6)
+CHECKPOINTS = {"calibrated": Path("calibrated"), "reinforced": Path("reinforced")}
+
+
+def row(model: str, depth: float, accuracy: float) -> Row:
+    return Row(model, "x", 100, round(100 * accuracy), accuracy, 0.0, 1.0, depth, 60 * depth, 10.0)
+
+
+def answers(correct: int, depths: tuple[int, ...] = (6, 2, 2, 4)) -> list[Answer]:
+    tokens = [{"text": "x", "depth": d, "logprob": 0.0, "exit_logprob": 0.0, "entropy": None} for d in depths]
+    return [
+        Answer(id=str(i), prompt="", reference="", model="m", exits="x", correct=i < correct, text="", tokens=tokens)  # type: ignore[typeddict-item]
+        for i in range(100)
+    ]
+
+
+class PlantedJudge:
+    """Depth is what a rule asks for, a tenth more on the test split; accuracy rises with it from 0 to 1."""
+
+    def __init__(self) -> None:
+        self.loaded: Path | None = None
+        self.calls: list[tuple[str, Path | None, str]] = []
+
+    def load(self, checkpoint: Path) -> None:
+        self.loaded = checkpoint
+
+    def depth(self, exits: ExitPolicy) -> float:
+        if exits.kind == "random":
+            return float(np.dot(exits.shares, OUTCOMES)) / 6
+        share = exits.value if exits.kind != "entropy" else 1 - exits.value / 5
+        return 1 / 3 + 2 / 3 * max(0.0, float(share))
+
+    def on_validation(self, model: str, exits: ExitPolicy) -> Row:
+        self.calls.append(("validation", self.loaded, model))
+        return row(model, self.depth(exits), self.depth(exits))
+
+    def on_test(self, model: str, exits: ExitPolicy) -> tuple[Row, list[Answer]]:
+        self.calls.append(("test", self.loaded, model))
+        depth = 1.1 * self.depth(exits)
+        return row(model, depth, depth), answers(round(100 * depth))
+
+
+def reference(model: str) -> Reference:
+    exits = ExitPolicy("threshold", 0.5)
+    return Reference(model, exits, row(model, 0.5, 0.8), answers(80), row(model, 0.55, 0.85), answers(85))
+
+
+def controls(model: str, unpriced: Path | None = None) -> list[Control]:
+    known = {name: path for name, path in CHECKPOINTS.items() if model == "reinforced" or name == model}
+    return all_controls(reference(model), known, OUTCOMES, 130, unpriced)
+
+
+def test_the_rules_run_on_the_weights_they_are_about() -> None:
+    names = ["fixed depth", "random exits", "confidence", "entropy"]
+    assert [c.name for c in controls("calibrated")] == names
+    found = controls("reinforced", Path("unpriced"))
+    assert [c.name for c in found] == [*names, "calibrated gates", "lambda = 0"]
+    assert [str(c.checkpoint) for c in found] == ["reinforced"] * 4 + ["calibrated", "unpriced"]
+    # The middle of the dial is the reference's own marginal, first tokens left out.
+    assert found[1].dial(0.5).shares == pytest.approx((2 / 3, 1 / 3, 0.0))
+
+
+def test_every_control_is_matched_on_validation_and_measured_once_on_the_test_split() -> None:
+    judge, done = PlantedJudge(), []
+    entries = run_controls(judge, reference("reinforced"), controls("reinforced", Path("unpriced")), done.append)
+    json.dumps(entries)
+    assert len(entries) == 1 + 2 * 6 and len(done) == 12
+    assert sum(where == "test" for where, _, _ in judge.calls) == 12
+    assert {(str(loaded), model) for _, loaded, model in judge.calls} == {
+        ("reinforced", "reinforced"), ("calibrated", "calibrated"), ("unpriced", "lambda = 0"),
+    }  # fmt: skip
+    for entry in entries[1:]:
+        if entry["matched_by"] == "depth":
+            assert entry["target"] == 0.5 and entry["within"]
+            assert entry["validation"]["mean_depth"] == pytest.approx(0.5, rel=0.01)
+            # What it then does on the test split is said as it is: 0.55 here, as deep as the reference there.
+            assert entry["row"]["mean_depth"] == pytest.approx(0.55, rel=0.01)
+            assert entry["depth_ratio"] == pytest.approx(1.0, rel=0.01)
+            # 55 of 100 right against the reference's 85.
+            assert entry["comparison"]["difference"]["value"] == pytest.approx(0.30, abs=0.011)
+            assert entry["comparison"]["p_value"] < 1e-6
+        elif entry["control"] == "random exits":
+            # Its exits are never deeper than 4 of 6, so that it never gets as accurate.
+            assert not entry["within"] and entry["validation"]["accuracy"] < 0.8
+        else:
+            assert entry["within"] and entry["target"] == 0.8
+            assert 0.8 - 1e-9 <= entry["validation"]["accuracy"] < 0.85
+    own = entries[0]
+    assert own["control"] == "(reinforced)" and own["comparison"]["difference"]["value"] == 0
+    assert "accuracy (!)" in controls_table(entries)

@@ -30,7 +30,7 @@ scaling-demo: $(VENV)/.demo
 	$(BIN)/ee-megatron sweep sweep=ladder_front --max-parallel 2
 	$(BIN)/ee-megatron sweep collect ladder --last evaluate --out $(LADDER)/front
 	$(BIN)/ee-megatron scaling plot $(LADDER)/loss/table.csv $(SIZE) --tokens tokens_pretrain --flops flops_pretrain \
-	  --out $(LADDER)/loss
+	  --metric loss --against parameters_layers,tokens_pretrain --out $(LADDER)/loss
 	$(BIN)/ee-megatron scaling plot $(LADDER)/front/table.csv $(SIZE) --lambda rl.lambda_exit --accuracy accuracy \
 	  --depth mean_depth --metric mean_depth --against parameters_layers,rl.lambda_exit --out $(LADDER)/front
 

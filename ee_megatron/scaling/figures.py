@@ -159,7 +159,8 @@ def metric(found: Comparison, column: int) -> Picture:
     curves: list[float | None] = [None]
     if penalty is not None and penalty != column:
         curves = list(_some(levels(found.raw[penalty])))
-    for index, (level, colour) in enumerate(zip(curves, scale(len(curves), SCALE[::-1]), strict=True)):
+    colours = scale(len(curves), SCALE[::-1]) if len(curves) > 1 else [SERIES[1]]
+    for index, (level, colour) in enumerate(zip(curves, colours, strict=True)):
         points = np.repeat(found.feats.centres[:, None], len(grid), axis=1)
         points[column] = grid
         rows = np.ones(len(raw), dtype=bool)

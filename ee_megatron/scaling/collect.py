@@ -28,7 +28,8 @@ def rows(sweep: Sweep) -> list[dict[str, Any]]:
         # A table that is made while runs go on must not depend on the second in which it is made.
         status = state if state in (disk.FINISHED, disk.FAILED) else "unfinished"
         settings = {key: plain(value) for key, value in run.settings.items()}
-        found.append({"run": run.id, "status": status} | settings | result | {"error": disk.error_of(sweep, run)})
+        figures = {key: value for key, value in result.items() if key not in settings}
+        found.append({"run": run.id, "status": status} | settings | figures | {"error": disk.error_of(sweep, run)})
     return found
 
 

@@ -74,7 +74,7 @@ def evaluated(results: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     by_exits = {row["exits"]: row for row in rows if row["model"] == model}
     chosen = next((row for exits, row in by_exits.items() if exits.startswith("hazard")), rows[-1])
     found = {
-        "model": model,
+        "policy": model,
         "exits": chosen["exits"],
         "accuracy": chosen["accuracy"],
         "accuracy_low": chosen["low"],

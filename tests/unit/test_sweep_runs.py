@@ -233,6 +233,7 @@ def test_the_table_is_made_of_result_files_and_the_same_to_the_byte(base: list[s
     assert len(table) == 6 and [row["status"] for row in table[:3]] == ["finished", "failed", "unfinished"]
     row = table[0]
     assert (row["run"], row["rl.lambda_exit"], row["task.families"]) == (sweep.runs[0].id, "0", "['sum']")
+    assert row["policy"] == "reinforced" and row["exits"].startswith("hazard")
     assert (row["accuracy"], row["mean_depth"], row["total_depth"], row["kl"]) == ("0.5", "0.6", "18.0", "0.2")
     assert (row["accuracy_full"], row["accuracy_teacher"], row["tokens"], row["reward"]) == ("1.0", "1.0", "80", "0.25")
     assert (row["seconds_rl"], row["device_seconds_rl"], row["seconds_all_stages"]) == ("7", "14", "")

@@ -57,7 +57,11 @@ def test_a_lost_node_is_one_loss_and_its_actors_come_back_with_it(cluster, tmp_p
         answers = work.result()
         assert bits(answers) == bits(whole)
         assert [answer.text for group in answers for answer in group] == expected
-        health = pool.health()
+        # On a loaded machine the batch may be over before the node is: the next one then finds it gone.
+        deadline = time.monotonic() + DEADLINE
+        while (health := pool.health())["restarts"] == 0:
+            assert time.monotonic() < deadline, health
+            assert bits(pool.generate(*asked)) == bits(whole)
         assert (health["actors"], health["alive"], health["restarts"]) == (4, 2, 1), health
         assert "its node is gone" in health["last_death"]
 

@@ -3,7 +3,7 @@
 # make slurm  job scripts on a real Slurm, several nodes on this machine; needs root, installs Debian's Slurm if it is missing
 # make slow   what takes long: twenty kills of an RL run, learning over seeds, a fresh environment, ten kills of a conversion
 # make lint   ruff and mypy
-# make scaling-demo   a scaling study on two cores in less than an hour: sizes from random weights, prices of depth, fits, plots
+# make scaling-demo   a scaling study on two cores in about an hour: sizes from random weights, prices of depth, fits, plots
 #
 # PYTHON: any Python >= 3.11 that can make a virtual environment.
 PYTHON ?= python3

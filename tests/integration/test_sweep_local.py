@@ -136,7 +136,7 @@ def test_the_debug_executor_goes_through_the_whole_method_in_one_process(tmp_pat
     (sweep,) = [disk.open_sweep(path) for path in (tmp_path / "runs" / "whole").glob("sweep-*")]
     result = disk.read_result(sweep, sweep.runs[0].id)
     evaluated = json.loads((disk.stage_path(sweep, f"evaluate-{sweep.runs[0].id}") / "results.json").read_text())
-    assert result["model"] == "reinforced" and result["seed"] == 1
+    assert result["policy"] == "reinforced" and result["seed"] == 1
     assert result["accuracy"] == evaluated["rows"][-1]["accuracy"]
     assert result["flops_answer"] > 0 and result["flops_rl"] > 0
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs" / "whole").glob("*-*/*.json*")}

@@ -204,33 +204,3 @@ def compare(reference: Sequence[Answer], control: Sequence[Answer]) -> dict[str,
         "p_value": test.p_value,
         "n": len(shared),
     }
-
-
-def controls_table(entries: Sequence[dict]) -> str:
-    """The controls as text in aligned columns, the reference's own figures first."""
-    heads = ("control", "matched by", "depth asked", "depth got", "accuracy", "reference - control", "p")
-    cells = []
-    for entry in entries:
-        row, comparison = entry["row"], entry["comparison"]
-        asked = f"{entry['target']:.3f}" if entry["matched_by"] == "depth" else "-"
-        mark = "" if entry["within"] else " (!)"
-        d = comparison["difference"]
-        cells.append(
-            (
-                entry["control"],
-                entry["matched_by"] + mark,
-                asked,
-                f"{row['mean_depth']:.3f}",
-                f"{row['accuracy']:.1%} [{row['low']:.1%}, {row['high']:.1%}]",
-                f"{d['value']:+.1%} [{d['low']:+.1%}, {d['high']:+.1%}]",
-                f"{comparison['p_value']:.2g}",
-            )
-        )
-    widths = [max(len(line[i]) for line in (heads, *cells)) for i in range(len(heads))]
-    lines = [heads, tuple("-" * width for width in widths), *cells]
-    return "\n".join(
-        "  ".join(
-            t.ljust(w) if i < 2 else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )

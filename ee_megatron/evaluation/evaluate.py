@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import NotRequired, TypedDict
 
 from ..rollout.pool import RolloutPool
 from ..rollout.sampling import ExitPolicy, SamplingParams
-from ..rollout.scoring import Score
+from ..rollout.scoring import Inspection, Score
 from ..tasks.base import Task
 from ..tasks.verifier import VerifierPool
 from ..types import Prompt, Rollout
 from .summary import Row, summarise
 
 
+class Reading(TypedDict):
+    """What one exit would have written, its most probable token; the gate's hazard there (None: there is no gate).
+    depth None: the teacher at full depth."""
+
+    depth: int | None
+    text: str
+    logprob: float
+    hazard: float | None
+
+
 class Token(TypedDict):
     """One generated token; natural logs. Of the teacher, in nats (None: not measured): its distribution's entropy, the
-    token's surprisal under it, KL(teacher at full depth ‖ model at its exit)."""
+    token's surprisal under it, KL(teacher at full depth ‖ model at its exit). `readings`: of the exits on the way to
+    the one that was taken, and of the teacher; answers that are kept for the report have them."""
 
     text: str
     depth: int
@@ -26,6 +38,7 @@ class Token(TypedDict):
     entropy: float | None
     surprisal: NotRequired[float | None]
     kl: NotRequired[float | None]
+    readings: NotRequired[list[Reading]]
 
 
 class Answer(TypedDict):
@@ -113,6 +126,29 @@ def evaluate_model(
     if collect is not None:
         collect += rollouts
     return row, answers
+
+
+def add_readings(
+    answers: Sequence[Answer],
+    inspected: Sequence[Inspection],
+    depths: Sequence[int],
+    decode: Callable[[int], str],
+) -> None:
+    """Give the tokens of answers [n] their readings, from what `inspect` found in the same answers; `depths` [M]."""
+    for answer, entry in zip(answers, inspected, strict=True):
+        for t, token in enumerate(answer["tokens"]):
+            token["readings"] = [
+                Reading(
+                    depth=depth,
+                    text=decode(int(entry.said[t, i])),
+                    logprob=round(float(entry.said_logprobs[t, i]), 5),
+                    hazard=None if math.isnan(entry.hazards[t, i]) else round(float(entry.hazards[t, i]), 5),
+                )
+                for i, depth in enumerate(depths)
+                if entry.said[t, i] >= 0
+            ]
+            said, logprob = int(entry.teacher_said[t]), round(float(entry.teacher_said_logprobs[t]), 5)
+            token["readings"].append(Reading(depth=None, text=decode(said), logprob=logprob, hazard=None))
 
 
 def _tokens(rollout: Rollout, score: Score | None, decode: Callable[[int], str]) -> list[Token]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..observe.tables import Table
 from .evaluate import Answer
 from .figures import by_label, depth_correlations, depth_figures, kl_by_exit
 from .statistics import mcnemar_exact, spearman_interval
@@ -156,11 +157,4 @@ def table(rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]
-    widths = [max(len(line[i]) for line in (heads, *cells)) for i in range(len(heads))]
-
-    def line(texts: Sequence[str]) -> str:
-        # Names stand left, figures right.
-        padded = [t.ljust(w) if i < 2 else t.rjust(w) for i, (t, w) in enumerate(zip(texts, widths, strict=True))]
-        return "  ".join(padded).rstrip()
-
-    return "\n".join(line(texts) for texts in (heads, ["-" * width for width in widths], *cells))
+    return Table(heads, cells, names=2).text()

@@ -46,12 +46,18 @@ class Inspection:
 
     - hazards float32 [T, M]: what gate i gave; NaN where it was not asked: behind the exit, at entry 0, without gates
     - divergences float32 [T, M]: KL(teacher at full depth ‖ policy's readout at exit i), nats, NaN where not asked
+    - said int32 [T, M], said_logprobs float32 [T, M]: exit i's most probable token; -1 and NaN where not asked
+    - teacher_said int32 [T], teacher_said_logprobs float32 [T]: the teacher's, at full depth
     - streams float16 [T, M+1, D] or None: the stream at each exit depth and at the end, over its root mean square
       (float16 couldn't hold some of the raw ones); frozen behind the exit
     """
 
     hazards: np.ndarray
     divergences: np.ndarray
+    said: np.ndarray
+    said_logprobs: np.ndarray
+    teacher_said: np.ndarray
+    teacher_said_logprobs: np.ndarray
     streams: np.ndarray | None
 
 
@@ -74,25 +80,44 @@ def inspect(
         exits_ND = [_pick(residual, where) for residual in residuals]
         taken = torch.cat([depths[b, w] for b, w in enumerate(where)])
         first = torch.cat([torch.arange(rollouts[i].length) == 0 for i in indices]).to(decoder.device)
-        shape = (len(taken), len(exits_ND))
-        hazards, costs = (torch.full(shape, float("nan"), device=decoder.device) for _ in range(2))
-        for i, (depth, stream) in enumerate(zip(decoder.layout.depths, exits_ND, strict=True)):
-            asked = ((taken >= depth) & ~first).nonzero().squeeze(-1)
-            if decoder.gates is not None and len(asked):
-                hazards[asked, i] = decoder.gate_logit(i, stream[asked]).sigmoid()
-            for at in _chunks(len(asked), decoder):
-                logp = teacher_readout(teacher_ND[asked[at]]).log_softmax(dim=-1)
-                p = logp.exp()
-                costs[asked[at], i] = divergence(p, (p * logp).sum(-1), decoder.readout(stream[asked[at]]))
+        outcomes = torch.tensor(decoder.layout.depths, device=decoder.device)
+        asked_NM = (taken[:, None] >= outcomes) & ~first[:, None]
+        parts = [
+            _inspect_chunk(decoder, teacher_readout(teacher_ND[at]), [s[at] for s in exits_ND], asked_NM[at])
+            for at in _chunks(len(taken), decoder)
+        ]
+        columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
         kept = _scaled([*exits_ND, _pick(hidden, where)]) if streams else None
-        columns, start = (hazards.cpu().numpy(), costs.cpu().numpy()), 0
+        start = 0
         for i in indices:
             span = slice(start, start + rollouts[i].length)
-            found[i] = Inspection(columns[0][span], columns[1][span], None if kept is None else kept[span])
+            found[i] = Inspection(*(column[span] for column in columns), None if kept is None else kept[span])
             start = span.stop
         if progress:
             progress(len(found), len(rollouts))
     return [found[i] for i in range(len(rollouts))]
+
+
+def _inspect_chunk(
+    decoder: Decoder, teacher_logits: Tensor, exits_ND: list[Tensor], asked_NM: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `Inspection` but the streams, for one chunk of positions; the exits are read where asked_NM is."""
+    logp = teacher_logits.log_softmax(dim=-1)
+    p = logp.exp()
+    negative_entropy, best = (p * logp).sum(-1), logp.max(dim=-1)
+    hazards, costs, logprobs = (torch.full(asked_NM.shape, float("nan"), device=decoder.device) for _ in range(3))
+    said = torch.full(asked_NM.shape, -1, dtype=torch.int32, device=decoder.device)
+    for i, stream in enumerate(exits_ND):
+        at = asked_NM[:, i].nonzero().squeeze(-1)
+        if not len(at):
+            continue
+        if decoder.gates is not None:
+            hazards[at, i] = decoder.gate_logit(i, stream[at]).sigmoid()
+        logits = decoder.readout(stream[at])
+        costs[at, i] = divergence(p[at], negative_entropy[at], logits)
+        top = logits.max(dim=-1)
+        said[at, i], logprobs[at, i] = top.indices.int(), top.values - logits.logsumexp(-1)
+    return hazards, costs, said, logprobs, best.indices.int(), best.values
 
 
 def _scaled(streams_ND: list[Tensor]) -> np.ndarray:

@@ -16,14 +16,13 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..config.schema import RunConfig
-from ..evaluation.controls import controls_table
-from ..evaluation.evaluate import Answer, evaluate_model, exit_label
-from ..evaluation.externalisation_table import externalisation_table
+from ..evaluation.evaluate import Answer, add_readings, evaluate_model, exit_label
 from ..evaluation.gates import gate_calibration
 from ..evaluation.interventions import Bench, externalisation
 from ..evaluation.results import table, write_results
 from ..evaluation.summary import Row
 from ..evaluation.threshold import choose_threshold, pareto_front
+from ..observe.tables import controls_table, externalisation_table
 from ..planning.flops import answer_cost
 from ..policy import WeightSet, load_policy
 from ..rollout.pool import RolloutPool
@@ -125,12 +124,23 @@ class Evaluation:
         self, model: str, exits: ExitPolicy, prompts: list[Prompt], *, final: bool, collect: list[Rollout] | None = None
     ) -> tuple[Row, list[Answer]]:
         """One of the announced sets; `final`: it is a row of the results."""
-        row, answers = self.answer(model, exits, prompts, final=final, collect=collect)
+        rollouts: list[Rollout] = []
+        row, answers = self.answer(model, exits, prompts, final=final, collect=rollouts)
+        if collect is not None:
+            collect += rollouts
         if final:
             self.rows.append(row)
             self.answers += answers
+            self.look_inside(answers, rollouts)
         self.done(row)
         return row, answers
+
+    def look_inside(self, answers: Sequence[Answer], rollouts: Sequence[Rollout]) -> None:
+        """For the answers that the report shows: what each exit on the way would have written."""
+        shown = [i for i in range(min(self.session.cfg.evaluate.answers, len(answers))) if rollouts[i].length]
+        inspected = self.pool.inspect([rollouts[i] for i in shown])
+        depths = self.session.spec.exit_depths
+        add_readings([answers[i] for i in shown], inspected, depths, lambda token: self.tokens.decode([token]))
 
     def done(self, row: Row) -> None:
         self.bar.advance(1, accuracy=row.accuracy, depth=row.mean_depth)
@@ -209,9 +219,9 @@ class Evaluation:
         """Every table, for the terminal."""
         parts = [table(self.rows)]
         if "controls" in self.more:
-            parts.append(controls_table(self.more["controls"]))
+            parts.append(controls_table(self.more["controls"]).text())
         if "externalisation" in self.more:
-            parts.append(externalisation_table(self.more["externalisation"]))
+            parts.append(externalisation_table(self.more["externalisation"]).text())
         return "\n\n".join(parts)
 
 

@@ -16,7 +16,6 @@ from ee_megatron.evaluation.controls import (
     Dial,
     compare,
     confidence_threshold,
-    controls_table,
     entropy_threshold,
     fixed_mixture,
     gate_threshold,
@@ -26,6 +25,7 @@ from ee_megatron.evaluation.controls import (
     random_exits,
 )
 from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.observe.tables import controls_table
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import ExitPolicy, LocalPool, SamplingParams
 from ee_megatron.tasks import VerifierPool, make_task
@@ -179,5 +179,5 @@ def test_the_marginal_leaves_out_first_tokens_and_the_comparison_pairs_prompts()
         "control": "fixed depth", "matched_by": "depth", "target": 0.5, "within": False,
         "row": planted_row(0.53, 0.7).to_json(), "comparison": found,
     }  # fmt: skip
-    lines = controls_table([entry]).splitlines()
+    lines = controls_table([entry]).text().splitlines()
     assert "depth (!)" in lines[2] and "0.500" in lines[2] and "0.530" in lines[2] and "+50.0%" in lines[2]

@@ -218,7 +218,7 @@ class PlantedPool:
     def inspect(self, rollouts, streams=False, progress=None):
         """Streams that hold the token after the one they predict."""
         later = [np.eye(130)[np.append(r.tokens[1:], 0)][:, None] for r in rollouts]
-        return [Inspection(np.zeros(0), np.zeros(0), s) for s in later]
+        return [Inspection(*[np.zeros(0)] * 6, streams=s) for s in later]
 
 
 class PlainVerifier:

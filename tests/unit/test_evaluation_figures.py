@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from ee_megatron.evaluation import Answer, Row
-from ee_megatron.evaluation.externalisation_table import externalisation_table
 from ee_megatron.evaluation.figures import depth_correlations, depth_figures, kl_by_exit
 from ee_megatron.evaluation.gates import gate_calibration
 from ee_megatron.evaluation.threshold import pareto_front
 from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.observe.tables import externalisation_table
 from ee_megatron.planning.flops import answer_cost, gate, prefill_cost
 from tests.tiny import tiny_hf
 
@@ -148,8 +148,10 @@ def test_the_externalisation_table_shows_what_is_defined() -> None:
         "teacher": {"exits": "full depth", "chain_necessity": estimate(0.25), "planning_probe": probes},
         "reinforced": {"exits": "hazard > 0.5", "chain_necessity": estimate(math.nan), "hint_monitor": None},
     }
-    lines = externalisation_table(models).splitlines()
-    assert lines[0].split() == ["teacher,", "full", "depth", "reinforced,", "hazard", ">", "0.5"]
+    lines = externalisation_table(models).text().splitlines()
+    assert lines[0].split() == ["figure", "teacher,", "full", "depth", "reinforced,", "hazard", ">", "0.5"]
     (necessity,) = [line for line in lines if line.startswith("chain necessity")]
     assert "0.25 [0.15, 0.35]" in necessity and necessity.endswith("–")
-    assert "0.30 [0.20, 0.40]" in next(line for line in lines if line.startswith("probe uplift, 1 ahead"))
+    assert "0.30 [0.20, 0.40]" in next(
+        line for line in lines if line.startswith("probe uplift at its best depth, 1 ahead")
+    )

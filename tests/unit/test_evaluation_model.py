@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from ee_megatron.evaluation import evaluate_model, exit_label, write_results
+from ee_megatron.evaluation.evaluate import add_readings
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import ExitPolicy, LocalPool, SamplingParams
 from ee_megatron.tasks import VerifierPool, make_task
 from ee_megatron.tasks.arithmetic import ArithmeticTask
-from ee_megatron.types import Prompt
+from ee_megatron.types import Prompt, Rollout
 from tests.tiny import tiny_hf
 
 SPEC = PolicySpec(6, (2, 4), rank=4, alpha=8.0)
@@ -83,6 +84,37 @@ def test_the_row_agrees_with_the_answers_it_sums_up(pool: LocalPool, verifier: V
     data = json.loads((tmp_path / "results.json").read_text())
     assert sum(data["exit_histogram"]["calibrated, hazard > 0.5"].values()) == len(depths)
     assert -1 <= data["depth_by_entropy"]["calibrated, hazard > 0.5"]["spearman"] <= 1
+
+
+def test_readings_say_what_each_exit_on_the_way_would_have_written(pool: LocalPool, verifier: VerifierPool) -> None:
+    weights, prompts = policy(pool), TASK.prompts("evaluation")[:8]
+    pool.load(weights)
+    rollouts: list[Rollout] = []
+    _, answers = evaluate_model(
+        pool, TASK, verifier, prompts, SAMPLING, ExitPolicy("threshold", 0.5),
+        label="calibrated", num_layers=6, decode=lambda token: pool.tokenizer.decode([token]), collect=rollouts,
+    )  # fmt: skip
+    add_readings(answers, pool.inspect(rollouts), SPEC.exit_depths, lambda token: pool.tokenizer.decode([token]))
+    left, seen = 0, set()
+    for answer in answers:
+        for t, token in enumerate(answer["tokens"]):
+            *exits, teacher = token["readings"]
+            assert [r["depth"] for r in exits] == ([d for d in (2, 4) if d <= token["depth"]] if t else [])
+            assert teacher["depth"] is None and teacher["hazard"] is None and teacher["logprob"] <= 0
+            seen |= {r["text"] for r in exits}
+            for reading in exits:
+                fired = reading["hazard"] is not None and reading["hazard"] > 0.5
+                assert fired == (reading["depth"] == token["depth"])
+            if exits and exits[-1]["depth"] == token["depth"]:
+                left += 1
+                assert exits[-1]["text"] == token["text"]
+                assert exits[-1]["logprob"] == pytest.approx(token["logprob"], abs=1e-3)
+    assert left > 10 and len(seen) > 1
+    pool.load(None)
+    (greedy,) = pool.generate(prompts[:1], 1, SAMPLING, ExitPolicy("off"), 0)[0]
+    (entry,) = pool.inspect([greedy])
+    assert np.array_equal(entry.teacher_said, greedy.tokens) and (entry.said[1:] >= 0).all()
+    np.testing.assert_allclose(entry.teacher_said_logprobs, greedy.token_logprobs, atol=1e-3)
 
 
 def test_the_teacher_at_full_depth_diverges_from_itself_by_nothing(pool: LocalPool, verifier: VerifierPool) -> None:

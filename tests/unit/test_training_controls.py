@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ee_megatron.evaluation import Answer, Row
-from ee_megatron.evaluation.controls import controls_table
+from ee_megatron.observe.tables import controls_table
 from ee_megatron.rollout import ExitPolicy
 from ee_megatron.training.controls import Control, Reference, all_controls, run_controls
 
@@ -102,4 +102,4 @@ def test_every_control_is_matched_on_validation_and_measured_once_on_the_test_sp
             assert 0.8 - 1e-9 <= entry["validation"]["accuracy"] < 0.85
     own = entries[0]
     assert own["control"] == "(reinforced)" and own["comparison"]["difference"]["value"] == 0
-    assert "accuracy (!)" in controls_table(entries)
+    assert "accuracy (!)" in controls_table(entries).text()

@@ -1,0 +1,146 @@
+"""Parts of results.json as tables of words, the same for the terminal and the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Figure -> where it stands in a model's externalisation entry.
+EXTERNALISATION: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("accuracy with chain", ("accuracy_with",)),
+    ("accuracy without", ("accuracy_without",)),
+    ("chain necessity", ("chain_necessity",)),
+    ("filler uplift", ("filler_uplift",)),
+    ("truncation area, same answer", ("truncation", "area_same_answer")),
+    ("truncation area, accuracy", ("truncation", "area_accuracy")),
+    ("step necessity", ("step_necessity",)),
+    ("mistake sensitivity", ("mistake_sensitivity",)),
+    ("hint monitor g-mean²", ("hint_monitor", "g_mean2")),
+    ("serial depth, median", ("serial_depth", "all", "quantiles", "0.5")),
+    ("serial depth, 0.9", ("serial_depth", "all", "quantiles", "0.9")),
+    ("serial depth of answer, mean", ("serial_depth", "answer", "mean")),
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """`names`: how many leading columns hold words and stand left; figures stand right."""
+
+    heads: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    names: int = 1
+
+    def text(self) -> str:
+        """Aligned columns under a ruled head."""
+        widths = [max(len(line[i]) for line in (self.heads, *self.rows)) for i in range(len(self.heads))]
+
+        def line(cells: Sequence[str]) -> str:
+            padded = [
+                cell.ljust(width) if i < self.names else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            ]
+            return "  ".join(padded).rstrip()
+
+        return "\n".join(line(cells) for cells in (self.heads, ["-" * width for width in widths], *self.rows))
+
+
+def controls_table(entries: Sequence[Mapping[str, Any]]) -> Table:
+    """The policy under test and its controls; (!) where the depth asked for was not reached."""
+    heads = ("control", "matched by", "depth asked", "depth got", "accuracy", "reference - control", "p")
+    rows = []
+    for entry in entries:
+        row, comparison = entry["row"], entry["comparison"]
+        itself = entry["matched_by"] == "itself"
+        rows.append(
+            (
+                entry["control"],
+                entry["matched_by"] + ("" if entry["within"] else " (!)"),
+                f"{entry['target']:.3f}" if entry["matched_by"] == "depth" else "–",
+                f"{row['mean_depth']:.3f}",
+                f"{row['accuracy']:.1%} [{row['low']:.1%}, {row['high']:.1%}]",
+                "–" if itself else estimate(comparison["difference"], "{:+.1%}"),
+                "–" if itself else f"{comparison['p_value']:.2g}",
+            )
+        )
+    return Table(heads, rows, names=2)
+
+
+def externalisation_table(models: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Value and 95 % interval per figure and model; the probe's best depth for each distance. Dashes: not defined."""
+    heads = ("figure", *(f"{model}, {found['exits']}" for model, found in models.items()))
+    rows = [(name, *(estimate(_at(found, path)) for found in models.values())) for name, path in EXTERNALISATION]
+    probes = {model: found.get("planning_probe") or [] for model, found in models.items()}
+    for ahead in sorted({entry["ahead"] for found in probes.values() for entry in found}):
+        name = f"probe uplift at its best depth, {ahead} ahead"
+        rows.append((name, *(estimate(_best(found, ahead)) for found in probes.values())))
+    return Table(heads, rows)
+
+
+def depth_table(depth: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Depth in layers by what a token is, per "model, exits"."""
+    classes = _keys(entry.get("classes") or {} for entry in depth.values())
+    heads = ("model, exits", "all tokens", "median", "0.9", "final answer", *classes, "GFLOPs per answer")
+    rows = []
+    for label, entry in depth.items():
+        flops = entry.get("flops")
+        rows.append(
+            (
+                label,
+                estimate(entry["mean"], "{:.1f}"),
+                *(f"{entry['quantiles'][q]:g}" if q in entry["quantiles"] else "–" for q in ("0.5", "0.9")),
+                estimate(entry.get("answer"), "{:.1f}"),
+                *(_class_depth(entry, name) for name in classes),
+                estimate({key: (value or math.nan) / 1e9 for key, value in flops.items()}, "{:.2f}") if flops else "–",
+            )
+        )
+    return Table(heads, rows)
+
+
+def correlation_table(correlations: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Spearman's rank correlation of depth with the teacher's entropy and the token's surprisal, by kind of token."""
+    groups = _keys(found for entry in correlations.values() for found in entry.values())
+    heads = ("model, exits", "depth with", *groups)
+    rows = [
+        (label, measure, *(estimate((entry.get(measure) or {}).get(group)) for group in groups))
+        for label, entry in correlations.items()
+        for measure in ("entropy", "surprisal")
+        if entry.get(measure)
+    ]
+    return Table(heads, rows, names=2)
+
+
+def estimate(value: Mapping[str, Any] | None, form: str = "{:.2f}") -> str:
+    """ "value [low, high]"; a dash where there is none or it isn't finite."""
+    if value is None or not _finite(value.get("value")):
+        return "–"
+    if not (_finite(value.get("low")) and _finite(value.get("high"))):
+        return form.format(value["value"])
+    return f"{form} [{form}, {form}]".format(value["value"], value["low"], value["high"])
+
+
+def _keys(parts: Iterable[Mapping[str, Any]]) -> list[str]:
+    """All keys in the order in which they first occur."""
+    return list(dict.fromkeys(key for part in parts for key in part))
+
+
+def _class_depth(entry: Mapping[str, Any], name: str) -> str:
+    found = (entry.get("classes") or {}).get(name)
+    return f"{found['depth']:.1f}" if found else "–"
+
+
+def _at(found: Mapping[str, Any], path: Sequence[str]) -> Mapping[str, Any] | None:
+    value: Any = found
+    for key in path:
+        value = value.get(key) if value is not None else None
+    return value  # type: ignore[no-any-return]
+
+
+def _best(probes: Sequence[Mapping[str, Any]], ahead: int) -> Mapping[str, Any] | None:
+    uplifts = [e for probe in probes if probe["ahead"] == ahead for e in probe["uplift"] if _finite(e.get("value"))]
+    return max(uplifts, key=lambda e: e["value"], default=None)
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,7 +1,4 @@
-"""The report's charts as strings of inline SVG or HTML. Colours come from the page's style sheet and follow its mode.
-
-Every mark that has more to say carries `data-tip`, which the page's script shows beside the pointer.
-"""
+"""The report's charts as strings of inline SVG or HTML."""
 
 from __future__ import annotations
 
@@ -10,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
+
+from .svg import Frame, colour, marker, number, padded
 
 
 @dataclass(frozen=True)
@@ -24,109 +23,6 @@ class Point:
     tip: str
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers within [low, high], about `count` of them: steps of 1, 2 or 5 times a power of ten."""
-    span = high - low
-    if not span > 0:
-        return [low]
-    rough = span / max(1, count)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.75)
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def padded(values: Sequence[float], share: float = 0.08) -> tuple[float, float]:
-    """Least and greatest finite value with some air; never an empty range."""
-    finite = [v for v in values if math.isfinite(v)] or [0.0]
-    low, high = min(finite), max(finite)
-    air = (high - low) * share or abs(high) * 0.1 or 1.0
-    return low - air, high + air
-
-
-def number(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-@dataclass
-class Frame:
-    """A plot area inside a viewBox of width × height, with linear axes."""
-
-    width: int
-    height: int
-    x_range: tuple[float, float]
-    y_range: tuple[float, float]
-    left: int = 44
-    right: int = 10
-    top: int = 10
-    bottom: int = 36
-
-    def x(self, value: float) -> float:
-        low, high = self.x_range
-        return self.left + (value - low) / (high - low) * (self.width - self.left - self.right)
-
-    def y(self, value: float) -> float:
-        low, high = self.y_range
-        return self.height - self.bottom - (value - low) / (high - low) * (self.height - self.top - self.bottom)
-
-    def axes(
-        self, x_label: str, y_label: str, percent_y: bool = False, x_ticks: int = 5, y_ticks: int = 5
-    ) -> list[str]:
-        parts, end, floor = [], self.width - self.right, self.height - self.bottom
-        for value in ticks(*self.y_range, y_ticks):
-            y = self.y(value)
-            text = f"{value:.0%}" if percent_y else number(value)
-            parts.append(f'<line class="grid" x1="{self.left}" x2="{end}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            parts.append(f'<text class="tick" x="{self.left - 5}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>')
-        parts.append(f'<line class="axis" x1="{self.left}" x2="{end}" y1="{floor}" y2="{floor}"/>')
-        for value in ticks(*self.x_range, x_ticks):
-            x = self.x(value)
-            parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 3}"/>')
-            parts.append(f'<text class="tick" x="{x:.1f}" y="{floor + 14}" text-anchor="middle">{number(value)}</text>')
-        if x_label:
-            middle = (self.left + end) / 2
-            parts.append(
-                f'<text class="label" x="{middle:.0f}" y="{self.height - 4}" text-anchor="middle">'
-                f"{escape(x_label)}</text>"
-            )
-        if y_label:
-            middle = (self.top + floor) / 2
-            parts.append(
-                f'<text class="label" transform="translate(11 {middle:.0f}) rotate(-90)" text-anchor="middle">'
-                f"{escape(y_label)}</text>"
-            )
-        return parts
-
-    def svg(self, parts: Sequence[str], alt: str) -> Markup:
-        body = "".join(parts)
-        return Markup(
-            f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(alt)}">{body}</svg>'
-        )
-
-
-def marker(series: int, x: float, y: float, size: float = 4.5, tip: str = "") -> str:
-    """Circle, square, triangle, diamond: series differ by shape as well as by colour."""
-    data = f' data-tip="{escape(tip)}"' if tip else ""
-    css = f'class="mark s{series % 4}"{data}'
-    s = size
-    if series % 4 == 0:
-        return f'<circle {css} cx="{x:.1f}" cy="{y:.1f}" r="{s}"/>'
-    if series % 4 == 1:
-        return f'<rect {css} x="{x - s * 0.9:.1f}" y="{y - s * 0.9:.1f}" width="{s * 1.8:.1f}" height="{s * 1.8:.1f}"/>'
-    if series % 4 == 2:
-        return f'<path {css} d="M{x:.1f} {y - s * 1.2:.1f} l{s * 1.15:.1f} {s * 2:.1f} h{-s * 2.3:.1f} z"/>'
-    d = s * 1.3
-    return f'<path {css} d="M{x:.1f} {y - d:.1f} l{d:.1f} {d:.1f} l{-d:.1f} {d:.1f} l{-d:.1f} {-d:.1f} z"/>'
-
-
-def legend_mark(series: int, rule: int | None = None) -> Markup:
-    """The marker of a series; with `rule`, on the dashed line of an exit rule."""
-    if rule is None:
-        return Markup(f'<svg class="key" viewBox="0 0 14 14" aria-hidden="true">{marker(series, 7, 7)}</svg>')
-    line = f'<line class="line s{series % 4} r{rule % 4}" x1="0" x2="34" y1="7" y2="7"/>'
-    return Markup(f'<svg class="key long" viewBox="0 0 34 14" aria-hidden="true">{line}{marker(series, 17, 7)}</svg>')
-
-
 def tradeoff(series: Sequence[tuple[str, list[Point]]]) -> Markup:
     """Accuracy against mean depth, 95 % intervals as bars, points numbered like the table's rows."""
     points = [p for _, group in series for p in group]
@@ -138,7 +34,7 @@ def tradeoff(series: Sequence[tuple[str, list[Point]]]) -> Markup:
         for p in group:
             x, low_y, high_y = frame.x(p.x), frame.y(p.low), frame.y(p.high)
             parts.append(
-                f'<line class="bar s{index % 4}" x1="{x:.1f}" x2="{x:.1f}" y1="{low_y:.1f}" y2="{high_y:.1f}"/>'
+                f'<line class="bar {colour(index)}" x1="{x:.1f}" x2="{x:.1f}" y1="{low_y:.1f}" y2="{high_y:.1f}"/>'
             )
     for index, (_, group) in enumerate(series):
         for p in group:
@@ -209,18 +105,16 @@ def scatter(trends: Sequence[Trend]) -> Markup:
         for i, (x, y) in enumerate(trend.points[::stride]):
             # Depths take few values: a fixed small offset per token keeps the dots apart.
             at = frame.y(y) + ((i * 0.6180339887) % 1 - 0.5) * 9
-            parts.append(f'<circle class="dot s{trend.series % 4}" cx="{frame.x(x):.1f}" cy="{at:.1f}" r="1.8"/>')
+            parts.append(f'<circle class="dot {colour(trend.series)}" cx="{frame.x(x):.1f}" cy="{at:.1f}" r="1.8"/>')
     for trend in trends:
-        colour = f"s{trend.series % 4}"
+        css = colour(trend.series)
         path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y, _, _ in trend.bins)
-        parts.append(f'<polyline class="line {colour} r{trend.rule % 4}" points="{path}"/>')
+        parts.append(f'<polyline class="line {css} r{trend.rule % 4}" points="{path}"/>')
         for x, y, error, n in trend.bins:
             at, spread = frame.x(x), ""
             if math.isfinite(error):
                 top, bottom, spread = frame.y(min(1.06, y + error)), frame.y(y - error), f" ± {error:.2f}"
-                parts.append(
-                    f'<line class="bar {colour}" x1="{at:.1f}" x2="{at:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
-                )
+                parts.append(f'<line class="bar {css}" x1="{at:.1f}" x2="{at:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>')
             tip = f"{trend.name}\nentropy {x:.2f} nats (mean of {n:,} tokens)\nmean depth {y:.2f}{spread}"
             parts.append(marker(trend.series, at, frame.y(y), 3.8, tip))
     spoken = "; ".join(
@@ -229,6 +123,123 @@ def scatter(trends: Sequence[Trend]) -> Markup:
         if t.bins
     )
     return frame.svg(parts, f"Depth of a token against the teacher's entropy. {spoken}.")
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One value with its interval (nan: none) and what the pointer is told of it."""
+
+    x: float
+    y: float
+    low: float = math.nan
+    high: float = math.nan
+    tip: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """`series` decides colour and shape, `rule` the dash; unjoined lines are loose marks, drawn faint."""
+
+    series: int
+    rule: int
+    name: str
+    dots: list[Dot]
+    joined: bool = True
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Labels and scale of a chart of lines. `diagonal`: the line y = x, where both would agree."""
+
+    x: str
+    y: str
+    percent_y: bool = False
+    log_y: bool = False
+    diagonal: bool = False
+    unit: bool = False
+    """Both axes run from 0 to 1."""
+
+    def ranges(self, lines: Sequence[Line]) -> tuple[tuple[float, float], tuple[float, float]]:
+        xs = [d.x for line in lines for d in line.dots]
+        ys = [v for line in lines for d in line.dots for v in (d.y, d.low, d.high) if math.isfinite(v)]
+        if self.unit:
+            return (0.0, 1.0), (0.0, 1.0)
+        if self.log_y:
+            positive = [v for v in ys if v > 0] or [1.0]
+            return padded(xs, 0.06), (min(positive) / 1.3, max(positive) * 1.3)
+        low, high = padded(ys, 0.06)
+        return padded(xs, 0.06), (max(0.0, low), min(1.0, high)) if self.percent_y else (low, high)
+
+
+def lines(drawn: Sequence[Line], axes: Axes, title: str) -> Markup:
+    """Lines with marks and intervals. `title` begins what is read out; every line follows with its ends."""
+    x_range, y_range = axes.ranges(drawn)
+    frame = Frame(460, 330, x_range, y_range, log_y=axes.log_y)
+    parts = frame.axes(axes.x, axes.y, percent_y=axes.percent_y)
+    if axes.diagonal:
+        low, high = max(x_range[0], y_range[0]), min(x_range[1], y_range[1])
+        parts.append(
+            f'<line class="axis dashed" x1="{frame.x(low):.1f}" y1="{frame.y(low):.1f}" '
+            f'x2="{frame.x(high):.1f}" y2="{frame.y(high):.1f}"/>'
+        )
+    for line in drawn:
+        css, dots = colour(line.series), [d for d in line.dots if not axes.log_y or d.y > 0]
+        if line.joined and len(dots) > 1:
+            path = " ".join(f"{frame.x(d.x):.1f},{frame.y(d.y):.1f}" for d in dots)
+            parts.append(f'<polyline class="line {css} r{line.rule % 4}" points="{path}"/>')
+        for d in dots:
+            if math.isfinite(d.low) and math.isfinite(d.high):
+                x, floor = frame.x(d.x), y_range[0]
+                ends = frame.y(max(d.low, floor)), frame.y(min(d.high, y_range[1]))
+                parts.append(
+                    f'<line class="bar {css}" x1="{x:.1f}" x2="{x:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"/>'
+                )
+        faint = "" if line.joined else ' opacity=".45"'
+        parts.append(f"<g{faint}>")
+        parts += [marker(line.series, frame.x(d.x), frame.y(d.y), 4.0, d.tip) for d in dots]
+        parts.append("</g>")
+    spoken = "; ".join(
+        f"{line.name}: {number(line.dots[0].y)} at {number(line.dots[0].x)}, "
+        f"{number(line.dots[-1].y)} at {number(line.dots[-1].x)}"
+        for line in drawn
+        if line.dots
+    )
+    return frame.svg(parts, f"{title}: {axes.y} against {axes.x}. {spoken}.")
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A difference with its interval, as a row of a forest plot; `kept` False: drawn hollow, not a fair comparison."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    kept: bool
+    tip: str
+
+
+def forest(effects: Sequence[Effect], label: str) -> Markup:
+    """One row per effect: name, interval as a bar about its value, the zero line. HTML boxes keep their text size."""
+    ends = [v for e in effects for v in (e.low, e.high, e.value) if math.isfinite(v)]
+    low, high = padded([*ends, 0.0], 0.05)
+
+    def at(value: float) -> float:
+        return 100 * (min(max(value, low), high) - low) / (high - low)
+
+    parts = []
+    for e in effects:
+        text = f"{e.value:+.1%} [{e.low:+.1%}, {e.high:+.1%}]"
+        css = "effect" if e.kept else "effect hollow"
+        parts.append(
+            f'<div class="share"><span class="share-label">{escape(e.name)}</span>'
+            f'<span class="{css}" role="img" aria-label="{escape(f"{e.name}: {text}")}" data-tip="{escape(e.tip)}">'
+            f'<i class="zero" style="left:{at(0):.2f}%"></i>'
+            f'<i class="span" style="left:{at(e.low):.2f}%;width:{at(e.high) - at(e.low):.2f}%"></i>'
+            f'<i class="point" style="left:{at(e.value):.2f}%"></i></span>'
+            f'<span class="share-mean">{e.value:+.1%}</span></div>'
+        )
+    return Markup(f'<div aria-label="{escape(label)}" role="group">{"".join(parts)}</div>')
 
 
 def thin(points: Sequence[tuple[int, float]], limit: int = 240) -> list[tuple[int, float]]:
@@ -244,27 +255,43 @@ def thin(points: Sequence[tuple[int, float]], limit: int = 240) -> list[tuple[in
     return kept
 
 
-def curve(name: str, points: Sequence[tuple[int, float]]) -> Markup:
-    """One metric over the steps; values that are not finite leave a gap."""
-    shown = thin(points)
-    finite = [p for p in shown if math.isfinite(p[1])]
-    steps = [s for s, _ in shown]
+def curve(name: str, runs: Sequence[tuple[str, int, Sequence[tuple[int, float]]]]) -> Markup:
+    """One metric over the steps, a line per run (label, series, points); values that are not finite leave a gap."""
+    shown = [(label, series, thin(points)) for label, series, points in runs]
+    steps = [s for _, _, points in shown for s, _ in points]
+    values = [y for _, _, points in shown for _, y in points if math.isfinite(y)]
     x_range = (min(steps), max(steps)) if max(steps) > min(steps) else (steps[0] - 1, steps[0] + 1)
-    frame = Frame(270, 140, x_range, padded([y for _, y in finite], 0.1), left=42, right=8, top=6, bottom=20)
+    frame = Frame(270, 140, x_range, padded(values, 0.1), left=42, right=8, top=6, bottom=20)
     parts = frame.axes("", "", x_ticks=4, y_ticks=3)
-    piece: list[str] = []
-    for step, value in [*shown, (0, math.nan)]:
+    for _, series, points in shown:
+        css = f" {colour(series)}" if len(shown) > 1 else ""
+        parts += _pieces(frame, points, css)
+    if len(shown) == 1:
+        parts += _hits(frame, name, shown[0][2])
+    spoken = "; ".join(_spoken(label, points) for label, _, points in shown)
+    return frame.svg(parts, f"{name}: {spoken}")
+
+
+def _pieces(frame: Frame, points: Sequence[tuple[int, float]], css: str) -> list[str]:
+    parts, piece = [], []
+    for step, value in [*points, (0, math.nan)]:
         if math.isfinite(value):
             piece.append(f"{frame.x(step):.1f},{frame.y(value):.1f}")
         elif piece:
-            end = piece[0].split(",")
+            x, y = piece[0].split(",")
             parts.append(
-                f'<polyline class="line" points="{" ".join(piece)}"/>'
+                f'<polyline class="line{css}" points="{" ".join(piece)}"/>'
                 if len(piece) > 1
-                else f'<circle class="lone" cx="{end[0]}" cy="{end[1]}" r="2.5"/>'
+                else f'<circle class="lone{css}" cx="{x}" cy="{y}" r="2.5"/>'
             )
             piece = []
-    edges = [frame.x(s) for s, _ in finite]
+    return parts
+
+
+def _hits(frame: Frame, name: str, points: Sequence[tuple[int, float]]) -> list[str]:
+    """Invisible columns, each nearest to one step, that tell the pointer its value."""
+    finite = [p for p in points if math.isfinite(p[1])]
+    edges, parts = [frame.x(s) for s, _ in finite], []
     for i, (step, value) in enumerate(finite):
         left = (edges[i - 1] + edges[i]) / 2 if i else frame.left
         right = (edges[i] + edges[i + 1]) / 2 if i + 1 < len(edges) else frame.width - frame.right
@@ -273,9 +300,16 @@ def curve(name: str, points: Sequence[tuple[int, float]]) -> Markup:
             f'<rect class="hit" data-tip="{escape(tip)}" x="{left:.1f}" y="{frame.top}" '
             f'width="{max(0.5, right - left):.1f}" height="{frame.height - frame.top - frame.bottom}"/>'
         )
+    return parts
+
+
+def _spoken(label: str, points: Sequence[tuple[int, float]]) -> str:
+    finite = [p for p in points if math.isfinite(p[1])]
+    if not finite:
+        return f"{label}: no value"
     first, last, values = finite[0], finite[-1], [y for _, y in finite]
-    alt = (
-        f"{name}: {number(first[1])} at step {first[0]}, {number(last[1])} at step {last[0]}; "
+    begin = f"{label}: " if label else ""
+    return (
+        f"{begin}{number(first[1])} at step {first[0]}, {number(last[1])} at step {last[0]}; "
         f"least {number(min(values))}, greatest {number(max(values))}"
     )
-    return frame.svg(parts, alt)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 # The further from the page's background, the deeper: pale to dark on a light page, dark to bright on a dark one.
 LIGHT = ("#f6f0cf", "#bfe0c2", "#62b3c4", "#2f70b3", "#242f79")
 DARK = ("#26324d", "#2c5580", "#33888f", "#78b98a", "#efe08c")
-# Teacher, calibrated, reinforced, other: told apart under the common colour deficiencies, and by shape as well.
-SERIES = ("#6b7280", "#0072b2", "#d55e00", "#8a5a9e")
-SERIES_DARK = ("#a3abb8", "#56b4e9", "#f0883e", "#c79bdc")
+# Teacher, calibrated, reinforced, then further runs: told apart under the common colour deficiencies, and by shape too.
+SERIES = ("#6b7280", "#0072b2", "#d55e00", "#8a5a9e", "#00795a", "#8f6a00", "#b3427f", "#2b2f36")
+SERIES_DARK = ("#a3abb8", "#56b4e9", "#f0883e", "#c79bdc", "#3fc39b", "#e0b64a", "#f08fbd", "#e9ecf1")
 
 
 def _rgb(colour: str) -> tuple[float, float, float]:
@@ -39,7 +39,7 @@ def ink(colour: str) -> str:
 
 
 def stylesheet(count: int) -> str:
-    """CSS for the classes k0 … k(count-1) (depth) and s0 … s3 (series), for light and dark pages."""
+    """CSS for the classes k0 … k(count-1) (depth) and s0, s1, … (series), for light and dark pages."""
 
     def rules(stops: Sequence[str], series: Sequence[str]) -> str:
         lines = []

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -13,8 +12,12 @@ from markupsafe import Markup
 
 from . import charts, plots
 from .palette import stylesheet
-from .report_data import Inputs, Results, Stage, binned, entropy_points, read_inputs, stored_bins
+from .report_answers import problems
+from .report_data import Inputs, Results, Run, Stage, binned, entropy_points, read_inputs, stored_bins
+from .report_merge import merge
+from .report_sections import model_rank, sections
 from .rundir import write_atomic
+from .svg import legend_mark, number
 
 COLUMNS = (
     ("exits", "exits"), ("accuracy", "accuracy [95 %]"), ("n", "n"), ("p_value", "p"), ("mean_depth", "mean depth"),
@@ -22,30 +25,31 @@ COLUMNS = (
 )  # fmt: skip
 # The loop's own figures first, housekeeping after them.
 LEADING = ("reward", "accuracy", "mean_depth", "total_depth", "length", "loss", "kl")
+# What a stage makes, by the name that it has in the results.
+MADE = {"pretrain": "teacher", "teacher": "teacher", "calibrate": "calibrated", "rl": "reinforced"}
 
-# A prompt with worked examples is long; its end is the problem, the whole stands behind a fold.
-PROMPT_SHOWN = 320
 
+def write_report(runs: Sequence[Run], output: Path) -> Path:
+    """Write the report of one run or several to `output` (.html), its plots to plots/ beside it; returns `output`.
 
-def write_report(stage_dirs: Mapping[str, Path], output: Path) -> Path:
-    """Write the report of the stages' files to `output` (.html), its plots to plots/ beside it; returns `output`.
-
-    `stage_dirs` maps teacher, traces, calibrate, rl, evaluate to their run directories. What is missing is named in
-    the report. Raises ValueError if no stage's directory exists.
+    What is missing of a run is named in the report. Raises ValueError if no stage's directory exists, or if runs of
+    different numbers of layers are to be compared.
     """
-    inputs = read_inputs(stage_dirs)
+    inputs = read_inputs(runs[0].stages) if len(runs) == 1 else merge(runs)
     output = Path(output)
     folder = output.parent / "plots"
     folder.mkdir(parents=True, exist_ok=True)
     results = inputs.results
     context = {
         **_texts(results.outcomes),
-        **_header(inputs),
+        **_header(inputs, runs),
         **_results(results, folder),
-        "training": [_training(stage, folder) for stage in inputs.stages if stage.curves],
-        "problems": _problems(results),
+        "sections": sections(results, runs, folder),
+        "training": _training(inputs, folder),
+        "problems": problems(results),
         "stages": [stage for stage in inputs.stages if stage.config],
         "missing": inputs.missing,
+        "runs": len(runs),
     }
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
@@ -64,9 +68,11 @@ def _texts(outcomes: list[int]) -> dict[str, Markup]:
     }
 
 
-def _header(inputs: Inputs) -> dict[str, Any]:
+def _header(inputs: Inputs, runs: Sequence[Run]) -> dict[str, Any]:
     meta = inputs.results.meta
     title = str(meta.get("name") or meta.get("title") or "Early-exit run")
+    if len(runs) > 1:
+        title = f"{len(runs)} early-exit runs"
     facts = [(str(key).replace("_", " "), _plain(value)) for key, value in meta.items() if key not in ("name", "title")]
     return {"title": title, "facts": facts, "summary": _summary(inputs.results)}
 
@@ -107,8 +113,8 @@ def _results(results: Results, folder: Path) -> dict[str, Any]:
             tip += f"\nmean depth {cells['mean_depth']}"
             points[model].append(charts.Point(float(row["mean_depth"]), accuracy, low, high, str(index), tip))
     series = [(model, group) for model, group in points.items() if group]
-    histogram = sorted(results.exit_histogram.items(), key=lambda item: _model_rank(item[0], order))
-    trends = _trends(results, order)
+    histogram = sorted(results.exit_histogram.items(), key=lambda item: model_rank(item[0], results.models))
+    trends = _trends(results)
     if series:
         plots.tradeoff(series, folder / "accuracy_depth.png")
     if histogram:
@@ -118,33 +124,29 @@ def _results(results: Results, folder: Path) -> dict[str, Any]:
     return {
         "columns": COLUMNS,
         "table": table,
-        "legend": [(charts.legend_mark(order[m]), m) for m, _ in series],
+        "legend": [(legend_mark(order[m]), m) for m, _ in series],
         "tradeoff": charts.tradeoff(series) if series else None,
         "histogram": charts.histogram(histogram, results.outcomes, results.num_layers) if histogram else None,
         "entropy": charts.scatter(trends) if trends else None,
-        "entropy_legend": [(charts.legend_mark(t.series, t.rule), t.name) for t in trends],
+        "entropy_legend": [(legend_mark(t.series, t.rule), t.name) for t in trends],
         "correlations": _correlations(results.depth_by_entropy),
         "outcomes": results.outcomes,
         "num_layers": results.num_layers,
     }
 
 
-def _trends(results: Results, order: dict[str, int]) -> list[charts.Trend]:
+def _trends(results: Results) -> list[charts.Trend]:
     """Each label that the evaluation or the kept answers have, models in order, a model's rules counted from 0."""
     points = entropy_points(results)
     labels = dict.fromkeys((*results.depth_by_entropy, *points))
     trends: list[charts.Trend] = []
-    for label in sorted(labels, key=lambda name: _model_rank(name, order)):
+    for label in sorted(labels, key=lambda name: model_rank(name, results.models)):
         bins = stored_bins(results, label) or binned(points.get(label, []))
         if bins:
-            series = _model_rank(label, order)
+            series = model_rank(label, results.models)
             rule = sum(t.series == series for t in trends)
             trends.append(charts.Trend(series, rule, label, points.get(label, []), bins))
     return trends
-
-
-def _model_rank(label: str, order: dict[str, int]) -> int:
-    return next((rank for model, rank in order.items() if label.startswith(model)), len(order))
 
 
 def _cell(key: str, row: Mapping[str, Any]) -> str:
@@ -181,75 +183,52 @@ def _correlations(data: Mapping[str, Any]) -> list[tuple[str, str]]:
             continue
         scalars = [(str(k).replace("_", " "), v) for k, v in values.items() if _is_number(v) or isinstance(v, str)]
         if scalars:
-            lines.append((label, ", ".join(f"{k} {charts.number(v) if _is_number(v) else v}" for k, v in scalars)))
+            lines.append((label, ", ".join(f"{k} {number(v) if _is_number(v) else v}" for k, v in scalars)))
     return lines
 
 
-def _training(stage: Stage, folder: Path) -> dict[str, Any]:
-    names = sorted(stage.curves, key=lambda n: LEADING.index(n) if n in LEADING else len(LEADING))
-    ordered = {name: stage.curves[name] for name in names}
-    plots.training(ordered, folder / f"training_{stage.name}.png")
-    panels = []
-    for name, points in ordered.items():
-        last = next(value for _, value in reversed(points) if math.isfinite(value))
-        shown = name.replace("_", " ")
-        panels.append({"name": shown, "last": charts.number(last), "chart": charts.curve(shown, points)})
-    return {"name": stage.name, "steps": max(s for points in ordered.values() for s, _ in points), "panels": panels}
-
-
-def _problems(results: Results) -> list[dict[str, Any]]:
-    """Answers grouped by prompt, one column per model in the method's order, its exit rules one below the other."""
-    order = {model: index for index, model in enumerate(results.models)}
-    grouped: dict[str, list[dict[str, Any]]] = {}
-    for answer in results.answers:
-        grouped.setdefault(str(answer.get("prompt", "")), []).append(answer)
-    problems = []
-    for prompt, answers in grouped.items():
-        answers.sort(key=lambda a: order[str(a.get("model", ""))])
-        columns: dict[str, list[dict[str, Any]]] = {}
-        for a in answers:
-            columns.setdefault(str(a.get("model", "")), []).append(_answer(a, results, order))
-        heading = prompt if len(prompt) <= PROMPT_SHOWN else "… " + prompt[-PROMPT_SHOWN:].lstrip()
-        problems.append(
+def _training(inputs: Inputs, folder: Path) -> list[dict[str, Any]]:
+    """Per stage that logged steps its metrics, the loop's own first; several runs share a metric's panel."""
+    found = []
+    for name in dict.fromkeys(stage.name for stage in inputs.stages if stage.curves):
+        group = [stage for stage in inputs.stages if stage.name == name and stage.curves]
+        series = [_series(stage, place, inputs.results.models) for place, stage in enumerate(group)]
+        metrics = dict.fromkeys(metric for stage in group for metric in stage.curves)
+        panels: dict[str, list[tuple[str, int, list[tuple[int, float]]]]] = {}
+        for metric in sorted(metrics, key=lambda n: LEADING.index(n) if n in LEADING else len(LEADING)):
+            panels[metric.replace("_", " ")] = [
+                (stage.run, colour, stage.curves[metric])
+                for stage, colour in zip(group, series, strict=True)
+                if metric in stage.curves
+            ]
+        plots.training(panels, folder / f"training_{name}.png")
+        found.append(
             {
-                "heading": heading,
-                "prompt": prompt,
-                "reference": answers[0].get("reference", ""),
-                "columns": list(columns.values()),
+                "name": name,
+                "steps": max(s for stage in group for points in stage.curves.values() for s, _ in points),
+                "legend": [(legend_mark(c), stage.run) for stage, c in zip(group, series, strict=True)]
+                if len(group) > 1
+                else [],
+                "panels": [
+                    {"name": metric, "last": _last(lines), "chart": charts.curve(metric, lines)}
+                    for metric, lines in panels.items()
+                ],
             }
         )
-    # Prompts that every model answered first: they are the comparison.
-    return sorted(problems, key=lambda p: -len(p["columns"]))
+    return found
 
 
-def _answer(answer: Mapping[str, Any], results: Results, order: dict[str, int]) -> dict[str, Any]:
-    tokens = answer.get("tokens") or []
-    depths = [t["depth"] for t in tokens if _is_number(t.get("depth"))]
-    mean = f"{sum(depths) / len(depths) / results.num_layers:.2f}" if depths else "–"
-    model = str(answer.get("model", ""))
-    return {
-        "model": model,
-        "mark": charts.legend_mark(order[model]),
-        "exits": answer.get("exits", ""),
-        "correct": answer.get("correct"),
-        "mean": mean,
-        "text": answer.get("text", ""),
-        "tokens": [_token(token, results) for token in tokens],
-    }
+def _series(stage: Stage, place: int, models: Sequence[str]) -> int:
+    """The colour of the model that the stage made, if that is in the results."""
+    model = MADE.get(stage.name, "") + (f" ({stage.run})" if stage.run else "")
+    return models.index(model) if model in models else place
 
 
-def _token(token: Mapping[str, Any], results: Results) -> dict[str, Any]:
-    depth = token.get("depth")
-    index = min(range(len(results.outcomes)), key=lambda i: abs(results.outcomes[i] - (depth or results.num_layers)))
-    lines = [f"depth {depth if depth is not None else '–'} of {results.num_layers}"]
-    for key, name in (("logprob", "probability"), ("exit_logprob", "exit probability")):
-        if _is_number(token.get(key)):
-            lines.append(f"{name} {math.exp(token[key]):.3f}")
-    if _is_number(token.get("entropy")):
-        lines.append(f"entropy {token['entropy']:.3f} nats")
-    text = str(token.get("text", ""))
-    visible = text.replace("\n", "↵\n").replace("\t", "⇥\t") or "∅"
-    return {"text": visible, "index": index, "tip": f"{json.dumps(text, ensure_ascii=False)}\n" + "\n".join(lines)}
+def _last(lines: Sequence[tuple[str, int, Sequence[tuple[int, float]]]]) -> str:
+    """The last value; of several runs the least and the greatest."""
+    values = [next(value for _, value in reversed(points) if math.isfinite(value)) for _, _, points in lines]
+    low, high = number(min(values)), number(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

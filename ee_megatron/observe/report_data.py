@@ -17,11 +17,24 @@ MODELS = ("teacher", "calibrated", "reinforced")
 WITHOUT_METRICS = ("traces", "evaluate")
 
 
+@dataclass(frozen=True)
+class Run:
+    """One run to report: its stages' directories by name, and, among several, what it is called and where its settings
+    differ from those of the others."""
+
+    stages: Mapping[str, Path]
+    label: str = ""
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
 @dataclass
 class Stage:
-    """A stage's configuration text and its curves: metric name -> [(step, value)], gaps where the value is nan."""
+    """A stage's configuration text and its curves: metric name -> [(step, value)], gaps where the value is nan.
+    `run` says whose it is where there are several."""
 
     name: str
+    directory: Path
+    run: str = ""
     config: str = ""
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
@@ -36,6 +49,16 @@ class Results:
     depth_by_entropy: dict[str, Any] = field(default_factory=dict)
     exit_histogram: dict[str, dict[int, float]] = field(default_factory=dict)
     paired: dict[str, dict[str, Any]] = field(default_factory=dict)
+    depth: dict[str, Any] = field(default_factory=dict)
+    kl_by_exit: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    correlations: dict[str, Any] = field(default_factory=dict)
+    gates: dict[str, Any] = field(default_factory=dict)
+    pareto: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    externalisation: dict[str, Any] = field(default_factory=dict)
+    controls: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """By run; the one run that there is has the name ""."""
+    chosen: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    """Of several runs: each one's last model at the threshold that validation chose, as (run, row)."""
 
     @property
     def num_layers(self) -> int:
@@ -55,9 +78,19 @@ class Results:
 
     @property
     def models(self) -> list[str]:
-        """In the order of the method; unknown names last."""
+        """In the order of the method, "calibrated (seed=1)" of several runs with its like; unknown names last."""
         names = [str(r.get("model", "")) for r in (*self.rows, *self.answers)]
-        return sorted(dict.fromkeys(names), key=lambda n: MODELS.index(n) if n in MODELS else len(MODELS))
+        places = {model: place for place, model in enumerate(MODELS)}
+        return sorted(dict.fromkeys(names), key=lambda n: places.get(n.split(" (")[0], len(MODELS)))
+
+    def last_chosen(self) -> dict[str, Any] | None:
+        """The row of the last model at the threshold that validation chose for it."""
+        for model in reversed(self.models):
+            rule = f"hazard > {self.meta.get(f'threshold_{model}')}"
+            for row in self.rows:
+                if row.get("model") == model and row.get("exits") == rule:
+                    return row
+        return None
 
 
 @dataclass
@@ -66,9 +99,12 @@ class Inputs:
     results: Results
     missing: list[str]
 
+    def directory(self, stage: str) -> Path | None:
+        return next((s.directory for s in self.stages if s.name == stage), None)
+
 
 def read_inputs(stage_dirs: Mapping[str, Path]) -> Inputs:
-    """Raises ValueError if none of the directories exists."""
+    """What the stages of one run have written. Raises ValueError if none of the directories exists."""
     present = {name: Path(path) for name, path in stage_dirs.items() if Path(path).is_dir()}
     if not present:
         looked = ", ".join(f"{name}: {path}" for name, path in stage_dirs.items()) or "no directory was named"
@@ -87,7 +123,7 @@ def read_inputs(stage_dirs: Mapping[str, Path]) -> Inputs:
 
 
 def _read_stage(name: str, directory: Path, missing: list[str]) -> Stage:
-    stage = Stage(name)
+    stage = Stage(name, directory)
     config, metrics = directory / "config.yaml", directory / "metrics.jsonl"
     if config.is_file():
         stage.config = config.read_text(encoding="utf-8", errors="replace")
@@ -133,9 +169,20 @@ def _read_results(path: Path, missing: list[str]) -> Results:
         for label, counts in (data.get("exit_histogram") or {}).items()
     }
     return Results(
-        data.get("meta") or {}, data.get("rows") or [], data.get("answers") or [],
-        data.get("depth_by_entropy") or {}, histogram, data.get("paired") or {},
-    )  # fmt: skip
+        meta=data.get("meta") or {},
+        rows=data.get("rows") or [],
+        answers=data.get("answers") or [],
+        depth_by_entropy=data.get("depth_by_entropy") or {},
+        exit_histogram=histogram,
+        paired=data.get("paired") or {},
+        depth=data.get("depth") or {},
+        kl_by_exit=data.get("kl_by_exit") or {},
+        correlations=data.get("depth_correlations") or {},
+        gates=data.get("gates") or {},
+        pareto=data.get("pareto") or {},
+        externalisation=data.get("externalisation") or {},
+        controls={"": data["controls"]} if data.get("controls") else {},
+    )
 
 
 def entropy_points(results: Results) -> dict[str, list[tuple[float, float]]]:

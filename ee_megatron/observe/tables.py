@@ -29,7 +29,7 @@ class Table:
     """`names`: how many leading columns hold words and stand left; figures stand right."""
 
     heads: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
     names: int = 1
 
     def text(self) -> str:

@@ -91,7 +91,9 @@ def inspect(
         start = 0
         for i in indices:
             span = slice(start, start + rollouts[i].length)
-            found[i] = Inspection(*(column[span] for column in columns), None if kept is None else kept[span])
+            hazards, costs, said, logprobs, theirs, their_logprobs = (column[span] for column in columns)
+            held = None if kept is None else kept[span]
+            found[i] = Inspection(hazards, costs, said, logprobs, theirs, their_logprobs, held)
             start = span.stop
         if progress:
             progress(len(found), len(rollouts))

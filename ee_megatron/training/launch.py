@@ -154,13 +154,14 @@ def export(cfg: RunConfig) -> Path:
 def report(cfg: RunConfig) -> Path:
     """Write report.html from whatever stages there are. Raises ValueError if there is none."""
     from ..observe.report import write_report
+    from ..observe.report_data import Run
 
     found = {stage: stage_dir(cfg, stage) for stage in stage_order(cfg) if stage_dir(cfg, stage).is_dir()}
     if not found:
         raise ValueError(
             f"{Path(cfg.runs) / cfg.name}: no stage has run with these settings; start with `ee-megatron run`"
         )
-    return write_report(found, Path(cfg.runs) / cfg.name / "report.html")
+    return write_report([Run(found)], Path(cfg.runs) / cfg.name / "report.html")
 
 
 def generate(cfg: RunConfig, prompt: str, exits: str, temperature: float, max_new_tokens: int) -> None:

@@ -9,6 +9,7 @@ from report_browser import EXECUTABLE, Browser
 from report_samples import write_run
 
 from ee_megatron.observe.report import write_report
+from ee_megatron.observe.report_data import Run
 
 pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no chromium on PATH (Debian: apt-get install chromium)")
 TIP = "(() => { const t = document.getElementById('tip'); return t.hidden ? null : t.innerText })()"
@@ -17,7 +18,7 @@ TIP = "(() => { const t = document.getElementById('tip'); return t.hidden ? null
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     root = tmp_path_factory.mktemp("report")
-    return write_report(write_run(root / "run"), root / "report.html")
+    return write_report([Run(write_run(root / "run"))], root / "report.html")
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from report_samples import RULES, write_run
 
-from ee_megatron.observe import charts
+from ee_megatron.observe import charts, svg
 from ee_megatron.observe.palette import DARK, LIGHT, ink, luminance, scale
 from ee_megatron.observe.report import write_report
-from ee_megatron.observe.report_data import binned
+from ee_megatron.observe.report_data import Run, binned
 
 
 class Page(HTMLParser):
@@ -55,7 +55,7 @@ def _edit(stages: dict[str, Path], change) -> None:
 
 def test_every_row_metric_and_token_of_the_files_is_in_the_page(tmp_path):
     stages = write_run(tmp_path / "run")
-    page = Page(write_report(stages, tmp_path / "report.html"))
+    page = Page(write_report([Run(stages)], tmp_path / "report.html"))
     assert page.open == []
     for words in (
         "86.0 [82.5, 89.3] %",
@@ -84,7 +84,7 @@ def test_every_row_metric_and_token_of_the_files_is_in_the_page(tmp_path):
 def test_the_same_prompt_stands_side_by_side_in_the_order_of_the_method(tmp_path):
     stages = write_run(tmp_path / "run")
     _edit(stages, lambda data: data["answers"].reverse())
-    page = Page(write_report(stages, tmp_path / "report.html"))
+    page = Page(write_report([Run(stages)], tmp_path / "report.html"))
     labels = [a["aria-label"] for a in page.of("section") if "aria-label" in a]
     assert [label.split(",")[0] for label in labels] == list(RULES) * 4
     assert len(page.of("article")) == 4
@@ -97,7 +97,7 @@ def test_a_models_exit_rules_share_its_column(tmp_path):
         data["answers"] += [{**a, "exits": "sampled"} for a in data["answers"] if a["model"] == "reinforced"]
 
     _edit(stages, second_rule)
-    page = (write_report(stages, tmp_path / "report.html")).read_text()
+    page = (write_report([Run(stages)], tmp_path / "report.html")).read_text()
     first = page[page.index('<div class="answers">') : page.index("</article>")]
     columns = [re.findall(r'<section aria-label="([^"]*)"', part) for part in re.split(r"<div>", first)[1:]]
     assert columns == [["teacher, full depth"], ["calibrated, hazard &gt; 0.9"],
@@ -105,7 +105,7 @@ def test_a_models_exit_rules_share_its_column(tmp_path):
 
 
 def test_an_answer_is_one_tab_stop(tmp_path):
-    page = Page(write_report(write_run(tmp_path / "run"), tmp_path / "report.html"))
+    page = Page(write_report([Run(write_run(tmp_path / "run"))], tmp_path / "report.html"))
     stops = [a["tabindex"] for a in page.of("span", "t")]
     assert stops.count("0") == 12 and set(stops) == {"0", "-1"}
 
@@ -126,13 +126,13 @@ def test_hostile_text_stays_text(tmp_path):
     _edit(stages, poison)
     (stages["rl"] / "config.yaml").write_text(evil)
     (stages["rl"] / "metrics.jsonl").write_text(json.dumps({"step": 1, evil: 1.0}) + "\n")
-    page = Page(write_report(stages, tmp_path / "report.html"))
+    page = Page(write_report([Run(stages)], tmp_path / "report.html"))
     assert len(page.of("script")) == 1 and not page.of("img") and page.text.count("<script>alert(1)") > 20
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path):
-    path = write_report(write_run(tmp_path / "run"), tmp_path / "report.html")
+    path = write_report([Run(write_run(tmp_path / "run"))], tmp_path / "report.html")
     page = Page(path)
     sources = [v for _, a in page.tags for k, v in a.items() if k in ("src", "href", "srcset", "action")]
     assert all(s.startswith(("#", "data:")) for s in sources)
@@ -144,7 +144,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
 def test_a_missing_stage_is_named_and_the_rest_is_shown(tmp_path, stage):
     stages = write_run(tmp_path / "run")
     del stages[stage]
-    page = Page(write_report(stages, tmp_path / "report.html"))
+    page = Page(write_report([Run(stages)], tmp_path / "report.html"))
     assert f"{stage}: not part of this run, or not run yet" in page.text
     assert "Training" in page.text
 
@@ -155,7 +155,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     (stages["calibrate"] / "metrics.jsonl").unlink()
     (stages["rl"] / "metrics.jsonl").write_text("rubbish\n")
     (stages["evaluate"] / "results.json").write_text("{")
-    text = Page(write_report(stages, tmp_path / "report.html")).text
+    text = Page(write_report([Run(stages)], tmp_path / "report.html")).text
     for words in ("teacher: config.yaml is missing", "calibrate: metrics.jsonl is missing", "results.json is not JSON"):
         assert words in text
     assert "rl: metrics.jsonl, line 1" in text
@@ -171,21 +171,21 @@ def test_rows_without_optional_figures_and_answers_without_tokens_are_shown(tmp_
             del data[part]
 
     _edit(stages, strip)
-    text = Page(write_report(stages, tmp_path / "report.html")).text
+    text = Page(write_report([Run(stages)], tmp_path / "report.html")).text
     assert "50.0 %" in text and "plain answer" in text and "results.json has no exit_histogram" in text
 
 
 def test_a_long_prompt_is_headed_by_its_end_and_kept_whole(tmp_path):
     stages, long = write_run(tmp_path / "run"), "Example. " * 100 + "What is 3 x 8?"
     _edit(stages, lambda data: [answer.update(prompt=long) for answer in data["answers"]])
-    page = Page(write_report(stages, tmp_path / "report.html"))
+    page = Page(write_report([Run(stages)], tmp_path / "report.html"))
     assert page.text.count("What is 3 x 8?") == 2 and page.text.count(long) == 1 and len(page.of("article")) == 1
 
 
 def test_no_stage_at_all_is_an_error_of_one_line(tmp_path):
     for stages in ({}, {"rl": tmp_path / "none"}):
         with pytest.raises(ValueError, match="nothing to report: expected at least one") as caught:
-            write_report(stages, tmp_path / "report.html")
+            write_report([Run(stages)], tmp_path / "report.html")
         assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -193,16 +193,16 @@ def test_no_stage_at_all_is_an_error_of_one_line(tmp_path):
 def test_curves_keep_their_spikes_and_break_at_gaps():
     points = [(s, 100.0 if s == 777 else 1.0) for s in range(2000)]
     assert len(charts.thin(points)) <= 240 and (777, 100.0) in charts.thin(points)
-    gap = charts.curve("x", [(1, 1.0), (2, 2.0), (3, float("nan")), (4, 1.0), (5, 3.0)])
+    gap = charts.curve("x", [("", 0, [(1, 1.0), (2, 2.0), (3, float("nan")), (4, 1.0), (5, 3.0)])])
     assert gap.count("<polyline") == 2 and "nan" not in gap
-    assert charts.curve("x", [(1, 1.0)]).count('class="lone"') == 1
+    assert charts.curve("x", [("", 0, [(1, 1.0)])]).count('class="lone"') == 1
 
 
 def test_ticks_are_round_and_inside():
-    assert charts.ticks(0.0, 1.06) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert charts.ticks(3, 3) == [3]
+    assert svg.ticks(0.0, 1.06) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert svg.ticks(3, 3) == [3]
     for low, high in ((0.0, 1e-7), (-5.0, 12345.0), (0.81, 0.93)):
-        found = charts.ticks(low, high)
+        found = svg.ticks(low, high)
         assert 3 <= len(found) <= 11 and low <= found[0] and found[-1] <= high
 
 

@@ -1,0 +1,86 @@
+"""Answers token by token, side by side: what the page shows of each, and what the pointer is told."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .report_data import Results
+from .svg import legend_mark
+
+# A prompt with worked examples is long; its end is the problem, the whole stands behind a fold.
+PROMPT_SHOWN = 320
+
+
+def problems(results: Results) -> list[dict[str, Any]]:
+    """Answers grouped by prompt, one column per model in the method's order, its exit rules one below the other."""
+    order = {model: index for index, model in enumerate(results.models)}
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for answer in results.answers:
+        grouped.setdefault(str(answer.get("prompt", "")), []).append(answer)
+    found = []
+    for prompt, answers in grouped.items():
+        answers.sort(key=lambda a: order[str(a.get("model", ""))])
+        columns: dict[str, list[dict[str, Any]]] = {}
+        for a in answers:
+            columns.setdefault(str(a.get("model", "")), []).append(_answer(a, results, order))
+        heading = prompt if len(prompt) <= PROMPT_SHOWN else "… " + prompt[-PROMPT_SHOWN:].lstrip()
+        found.append(
+            {
+                "heading": heading,
+                "prompt": prompt,
+                "reference": answers[0].get("reference", ""),
+                "columns": list(columns.values()),
+            }
+        )
+    # Prompts that every model answered first: they are the comparison.
+    return sorted(found, key=lambda p: -len(p["columns"]))
+
+
+def _answer(answer: Mapping[str, Any], results: Results, order: Mapping[str, int]) -> dict[str, Any]:
+    tokens = answer.get("tokens") or []
+    depths = [t["depth"] for t in tokens if _is_number(t.get("depth"))]
+    mean = f"{sum(depths) / len(depths) / results.num_layers:.2f}" if depths else "–"
+    model = str(answer.get("model", ""))
+    return {
+        "model": model,
+        "mark": legend_mark(order[model]),
+        "exits": answer.get("exits", ""),
+        "correct": answer.get("correct"),
+        "mean": mean,
+        "text": answer.get("text", ""),
+        "tokens": [_token(token, results) for token in tokens],
+    }
+
+
+def _token(token: Mapping[str, Any], results: Results) -> dict[str, Any]:
+    depth = token.get("depth")
+    index = min(range(len(results.outcomes)), key=lambda i: abs(results.outcomes[i] - (depth or results.num_layers)))
+    lines = [f"depth {depth if depth is not None else '–'} of {results.num_layers}"]
+    for key, name in (("logprob", "probability"), ("exit_logprob", "exit probability")):
+        if _is_number(token.get(key)):
+            lines.append(f"{name} {math.exp(token[key]):.3f}")
+    if _is_number(token.get("entropy")):
+        lines.append(f"entropy {token['entropy']:.3f} nats")
+    lines += [_reading(reading) for reading in token.get("readings") or []]
+    text = str(token.get("text", ""))
+    visible = text.replace("\n", "↵\n").replace("\t", "⇥\t") or "∅"
+    return {"text": visible, "index": index, "tip": f"{_quoted(text)}\n" + "\n".join(lines)}
+
+
+def _reading(reading: Mapping[str, Any]) -> str:
+    """What one exit would have written, as a line: who, the token, its probability, the hazard."""
+    who = "teacher" if reading.get("depth") is None else f"exit {reading['depth']}"
+    line = f"{who}: {_quoted(str(reading.get('text', '')))} {math.exp(reading['logprob']):.2f}"
+    hazard = reading.get("hazard")
+    return f"{line}, hazard {hazard:.2f}" if _is_number(hazard) else line
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,100 @@
+"""Several runs as one: what they share stands once, every model under a name that says which run it is of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .report_data import Inputs, Results, Run, Stage, read_inputs
+
+# The stages whose directories tell whether two runs' models are the same one; the first that a run has.
+MADE_BY = {
+    "teacher": ("teacher", "pretrain", "traces"),
+    "calibrated": ("calibrate",),
+    "reinforced": ("rl",),
+}
+
+
+def merge(runs: Sequence[Run]) -> Inputs:
+    """Raises ValueError for runs of different numbers of layers, whose depths are not the same thing."""
+    read = [(run, read_inputs(run.stages)) for run in runs]
+    layers = {run.label: inputs.results.num_layers for run, inputs in read if inputs.results.rows}
+    if len(set(layers.values())) > 1:
+        found = ", ".join(f"{label}: {count}" for label, count in layers.items())
+        raise ValueError(
+            f"runs of models with different numbers of layers ({found}): expected one; "
+            "report them one by one, or compare sizes with `ee-megatron sweep collect` and `ee-megatron scaling`"
+        )
+    results = Results()
+    for run, inputs in read:
+        names = {model: _name(model, run, inputs, read) for model in inputs.results.models}
+        _add(results, inputs.results, names, run.label)
+    missing = [f"{run.label}: {line}" for run, inputs in read for line in inputs.missing]
+    return Inputs(_stages(read), results, missing)
+
+
+def _name(model: str, run: Run, inputs: Inputs, read: Sequence[tuple[Run, Inputs]]) -> str:
+    """The model's own name if all runs share it; else with the settings that its sharers have in common."""
+
+    def maker(of: Inputs) -> Path | None:
+        return next((d for stage in MADE_BY.get(model, ()) if (d := of.directory(stage))), None)
+
+    mine = maker(inputs)
+    having = [(other, found) for other, found in read if model in found.results.models]
+    sharers = [other for other, found in having if mine is not None and maker(found) == mine] or [run]
+    return model if len(sharers) == len(having) else f"{model} ({_common(sharers)})"
+
+
+def _common(runs: Sequence[Run]) -> str:
+    """The settings in which these runs are alike, among those that tell all runs apart."""
+    if len(runs) == 1:
+        return runs[0].label
+    alike = [f"{k}={v}" for k, v in runs[0].settings.items() if all(run.settings.get(k) == v for run in runs)]
+    return ", ".join(alike) or runs[0].label
+
+
+def _add(into: Results, found: Results, names: Mapping[str, str], run: str) -> None:
+    """What `into` already has of a shared model stays as it is."""
+
+    def renamed(label: str) -> str:
+        model = next((m for m in names if label == m or label.startswith(f"{m}, ")), label)
+        return names.get(model, model) + label[len(model) :]
+
+    into.meta = into.meta or {"num_layers": found.num_layers, "exit_depths": found.meta.get("exit_depths") or []}
+    into.meta["exit_depths"] = sorted({*into.meta["exit_depths"], *(found.meta.get("exit_depths") or [])})
+    seen = {(row["model"], row.get("exits")) for row in into.rows}
+    into.rows += [row for row in _with_model(found.rows, renamed) if (row["model"], row.get("exits")) not in seen]
+    known = {_which(answer) for answer in into.answers}
+    into.answers += [answer for answer in _with_model(found.answers, renamed) if _which(answer) not in known]
+    for part in ("depth_by_entropy", "exit_histogram", "paired", "depth", "kl_by_exit", "correlations", "gates",
+                 "pareto", "externalisation"):  # fmt: skip
+        have = getattr(into, part)
+        for label, value in getattr(found, part).items():
+            have.setdefault(renamed(str(label)), value)
+    for entries in found.controls.values():
+        into.controls[run] = entries
+    if (chosen := found.last_chosen()) is not None:
+        into.chosen.append((run, chosen))
+
+
+def _with_model(rows: Sequence[Mapping[str, Any]], renamed: Callable[[str], str]) -> list[dict[str, Any]]:
+    return [{**row, "model": renamed(str(row.get("model", "")))} for row in rows]
+
+
+def _which(answer: Mapping[str, Any]) -> tuple[Any, ...]:
+    return answer.get("id", answer.get("prompt")), answer["model"], answer.get("exits")
+
+
+def _stages(read: Sequence[tuple[Run, Inputs]]) -> list[Stage]:
+    """Each directory once, under the settings that its runs have in common; a stage's directories together."""
+    owners: dict[Path, list[Run]] = {}
+    stages: dict[Path, Stage] = {}
+    for run, inputs in read:
+        for stage in inputs.stages:
+            owners.setdefault(stage.directory, []).append(run)
+            stages.setdefault(stage.directory, stage)
+    order = list(dict.fromkeys(stage.name for stage in stages.values()))
+    for path, stage in stages.items():
+        stage.run = "" if len(owners[path]) == len(read) else _common(owners[path])
+    return sorted(stages.values(), key=lambda stage: order.index(stage.name))

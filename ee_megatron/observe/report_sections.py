@@ -1,0 +1,311 @@
+"""The report's sections behind the results: runs, thresholds and gates, controls, depth, externalisation.
+
+Each is built from one part of results.json and is None where that part is missing. A chart gets its PNG copy here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from . import charts, plots
+from .charts import Axes, Dot, Effect, Line
+from .report_data import Results, Run
+from .svg import legend_mark, number
+from .tables import Table, controls_table, correlation_table, depth_table, estimate, externalisation_table
+
+
+@dataclass(frozen=True)
+class Chart:
+    title: str
+    body: Markup
+    note: str = ""
+    legend: list[tuple[Markup, str]] = field(default_factory=list)
+
+
+@dataclass
+class Section:
+    """`tables`: caption and table each."""
+
+    name: str
+    title: str
+    note: str = ""
+    charts: list[Chart] = field(default_factory=list)
+    tables: list[tuple[str, Table]] = field(default_factory=list)
+
+
+def sections(results: Results, runs: Sequence[Run], folder: Path) -> list[Section]:
+    """Those that there is something to show in; PNG copies go to `folder`."""
+    made = (
+        _runs(results, runs, folder),
+        _exits(results, folder),
+        _controls(results, folder),
+        _depth(results),
+        _externalisation(results, folder),
+    )
+    return [section for section in made if section is not None]
+
+
+def model_rank(label: str, models: Sequence[str]) -> int:
+    """Place of the model that a "model, exits" label begins with; behind all for a stranger."""
+    return next((i for i, m in enumerate(models) if label == m or label.startswith(f"{m}, ")), len(models))
+
+
+def _drawn(title: str, lines: Sequence[Line], axes: Axes, path: Path, note: str) -> Chart:
+    plots.lines(lines, axes, path)
+    legend = [(legend_mark(line.series, line.rule), line.name) for line in lines if line.joined]
+    return Chart(title, charts.lines(lines, axes, title), note, legend)
+
+
+# ---- several runs ----
+
+
+def _runs(results: Results, runs: Sequence[Run], folder: Path) -> Section | None:
+    if len(runs) < 2:
+        return None
+    section = Section("runs", "Runs", "Settings in which the runs differ.")
+    keys = list(dict.fromkeys(key for run in runs for key in run.settings))
+    rows = [(run.label, *(run.settings.get(key, "–") for key in keys)) for run in runs]
+    section.tables.append(("Settings that differ", Table(("run", *keys), rows, names=1 + len(keys))))
+    dots = [_row_dot(row, label) for label, row in results.chosen]
+    if len(dots) > 1:
+        front = _front(dots)
+        lines = [Line(2, 0, "not beaten by another run", front), Line(2, 0, "beaten", _rest(dots, front), joined=False)]
+        note = "One mark per run: its last model at the threshold that validation chose. 95 % intervals; noise alone "
+        note += "puts runs on a front."
+        axes = Axes("mean depth (fraction of the layers)", "accuracy", percent_y=True)
+        section.charts.append(_drawn("Front over runs", lines, axes, folder / "front_runs.png", note))
+    return section
+
+
+def _row_dot(row: Mapping[str, Any], head: str) -> Dot:
+    tip = f"{head}\n{row.get('exits', '')}\naccuracy {row['accuracy']:.1%}, mean depth {row['mean_depth']:.3f}"
+    return Dot(row["mean_depth"], row["accuracy"], _or_nan(row.get("low")), _or_nan(row.get("high")), tip)
+
+
+def _front(dots: Sequence[Dot]) -> list[Dot]:
+    """Those that none beats (no deeper, no less accurate, and better in one), by depth."""
+    kept = [
+        d for d in dots if not any(o.x <= d.x and o.y >= d.y and (o.x < d.x or o.y > d.y) for o in dots if o is not d)
+    ]
+    return sorted(kept, key=lambda d: d.x)
+
+
+def _rest(dots: Sequence[Dot], front: Sequence[Dot]) -> list[Dot]:
+    return [d for d in dots if not any(d is f for f in front)]
+
+
+# ---- thresholds and gates ----
+
+
+def _exits(results: Results, folder: Path) -> Section | None:
+    section = Section("exits", "Thresholds and gates")
+    for chart in (_pareto(results, folder), _reliability(results, folder), _kl(results, folder)):
+        if chart is not None:
+            section.charts.append(chart)
+    gates = {model: found for model, found in results.gates.items() if found}
+    if gates:
+        section.tables.append((_GATES_NOTE, _gates_table(gates)))
+    return section if section.charts or section.tables else None
+
+
+def _pareto(results: Results, folder: Path) -> Chart | None:
+    lines: list[Line] = []
+    for model, entries in results.pareto.items():
+        series = model_rank(model, results.models)
+        dots = [_row_dot(e, f"{model}, validation") for e in entries]
+        front = sorted((d for d, e in zip(dots, entries, strict=True) if e.get("front")), key=lambda d: d.x)
+        lines += [Line(series, 0, model, front), Line(series, 0, model, _rest(dots, front), joined=False)]
+    if not lines:
+        return None
+    axes = Axes("mean depth (fraction of the layers)", "accuracy", percent_y=True)
+    note = "One mark per hazard threshold, on the validation split; lines join those that none beats."
+    return _drawn("Fronts over thresholds", lines, axes, folder / "pareto.png", note)
+
+
+def _reliability(results: Results, folder: Path) -> Chart | None:
+    lines = []
+    for model, found in results.gates.items():
+        dots = [
+            Dot(
+                b["hazard"],
+                b["target"],
+                tip=f"{model}\nhazard {b['hazard']:.3f}, target {b['target']:.3f}\n{b['asked']:,} times",
+            )
+            for b in (found or {}).get("bins", [])
+        ]
+        if dots:
+            lines.append(Line(model_rank(model, results.models), 0, model, dots))
+    if not lines:
+        return None
+    axes = Axes("hazard that the gate gave", "target hazard 1 − tanh(c·KL/2)", diagonal=True, unit=True)
+    note = "Gates that follow their target lie on the dashed line; RL may move them off it on purpose."
+    return _drawn("Gates: hazard against target", lines, axes, folder / "gates.png", note)
+
+
+def _kl(results: Results, folder: Path) -> Chart | None:
+    lines: list[Line] = []
+    for label, found in sorted(results.kl_by_exit.items(), key=lambda item: model_rank(item[0], results.models)):
+        series = model_rank(label, results.models)
+        dots = [
+            Dot(
+                float(depth), e["kl"], _or_nan(e.get("low")), _or_nan(e.get("high")),
+                f"{label}\nexit at depth {depth}\nKL {e['kl']:.3g} nats, {e['tokens']:,} tokens",
+            )
+            for depth, e in sorted(found.items(), key=lambda item: int(item[0]))
+        ]  # fmt: skip
+        if len(dots) > 1:
+            lines.append(Line(series, sum(line.series == series for line in lines), label, dots))
+    if not lines:
+        return None
+    positive = [d.y for line in lines for d in line.dots if d.y > 0]
+    wide = bool(positive) and max(positive) / min(positive) > 30
+    axes = Axes("exit depth (layers)", "KL to the teacher (nats)", log_y=wide)
+    note = "Mean over the tokens that exited there; tokens aren't assigned to depths at random."
+    return _drawn("KL to the teacher by exit depth", lines, axes, folder / "kl_by_exit.png", note)
+
+
+_GATES_NOTE = (
+    "Calibration of the gates wherever one was asked: expected calibration error (10 bins) and mean absolute error "
+    "against the target hazard, with 95 % intervals; then the error at each exit."
+)
+
+
+def _gates_table(gates: Mapping[str, Mapping[str, Any]]) -> Table:
+    depths = sorted({int(e["depth"]) for found in gates.values() for e in found.get("exits", [])})
+    rows = []
+    for model, found in gates.items():
+        at = {int(e["depth"]): e for e in found.get("exits", [])}
+        per_exit = [f"{at[d]['ece']:.3f}" if d in at and at[d]["ece"] is not None else "–" for d in depths]
+        errors = (estimate(found.get(key), "{:.3f}") for key in ("ece", "mean_error"))
+        rows.append((model, *errors, f"{found['asked']:,}", *per_exit))
+    return Table(("model", "ECE", "mean error", "asked", *(f"ECE at {d}" for d in depths)), rows)
+
+
+# ---- controls ----
+
+_CONTROLS_NOTE = (
+    "The policy under test against exit rules that know less: each at the policy's mean depth, then with the "
+    "least depth found at which validation gave it the policy's accuracy. (!): the depth asked for was not "
+    "reached, so that it is no comparison. p: McNemar's exact test."
+)
+
+
+def _controls(results: Results, folder: Path) -> Section | None:
+    if not results.controls:
+        return None
+    section = Section("controls", "Controls")
+    for index, (run, entries) in enumerate(results.controls.items()):
+        section.tables.append((f"{run}. {_CONTROLS_NOTE}" if run else _CONTROLS_NOTE, controls_table(entries)))
+        effects = [_effect(e) for e in entries if e["matched_by"] == "depth"]
+        effects = [effect for effect in effects if math.isfinite(effect.value)]
+        if effects:
+            label = "accuracy of the policy minus that of the control at equal mean depth"
+            plots.forest(effects, label, folder / f"controls{f'_{index}' if run else ''}.png")
+            title = f"Policy minus control{f', {run}' if run else ''}"
+            section.charts.append(Chart(title, charts.forest(effects, label), f"{label.capitalize()}, 95 % intervals."))
+    return section
+
+
+def _effect(entry: Mapping[str, Any]) -> Effect:
+    d, row = entry["comparison"]["difference"], entry["row"]
+    tip = f"{entry['control']}: {entry['exits']}\naccuracy {row['accuracy']:.1%} at depth {row['mean_depth']:.3f}"
+    kept = bool(entry["within"])
+    name = entry["control"] + ("" if kept else " (!)")
+    return Effect(name, _or_nan(d["value"]), _or_nan(d["low"]), _or_nan(d["high"]), kept, tip)
+
+
+# ---- depth ----
+
+_DEPTH_NOTE = (
+    "Layers run per token: mean with its 95 % interval over answers, quantiles; then by kind of token, an "
+    "answer's first left out. FLOPs of prompt and answer by the exits taken."
+)
+_CORRELATION_NOTE = (
+    "Spearman's rank correlation of a token's depth with the teacher's entropy and with the token's surprisal, by"
+    " kind of token; 95 % intervals, answers resampled."
+)
+
+
+def _depth(results: Results) -> Section | None:
+    section = Section("depth", "Depth by kind of token")
+
+    def ordered(part: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(sorted(part.items(), key=lambda item: model_rank(item[0], results.models)))
+
+    if results.depth:
+        section.tables.append((_DEPTH_NOTE, depth_table(ordered(results.depth))))
+    if results.correlations:
+        section.tables.append((_CORRELATION_NOTE, correlation_table(ordered(results.correlations))))
+    return section if section.tables else None
+
+
+# ---- externalisation ----
+
+_EXTERNALISATION_NOTE = (
+    "How much of the reasoning is written down; 95 % intervals over answers. docs/evaluation.md has what each shows."
+)
+
+
+def _externalisation(results: Results, folder: Path) -> Section | None:
+    found = results.externalisation
+    if not found:
+        return None
+    section = Section("externalisation", "Externalisation")
+    section.tables.append((_EXTERNALISATION_NOTE, externalisation_table(found)))
+    cut, probes = _truncation(results), _probes(results)
+    if cut:
+        axes = Axes("share of the chain that is kept", "same answer", unit=True)
+        note = "Share of answers that are the same as after the whole chain."
+        section.charts.append(_drawn("Chain cut short", cut, axes, folder / "truncation.png", note))
+    if probes:
+        axes = Axes("depth (layers)", "probe − n-gram (accuracy)")
+        note = "What a linear map reads of later tokens, beyond what the text tells."
+        section.charts.append(_drawn("Planning probe", probes, axes, folder / "planning_probe.png", note))
+    return section
+
+
+def _truncation(results: Results) -> list[Line]:
+    lines = []
+    for model, found in results.externalisation.items():
+        curve = found.get("truncation") or {}
+        dots = [
+            _estimate_dot(f, e, f"{model}\n{f:.0%} of the chain")
+            for f, e in zip(curve.get("fractions", []), curve.get("same_answer", []), strict=True)
+            if e["value"] is not None
+        ]
+        if dots:
+            lines.append(Line(model_rank(model, results.models), 0, model, dots))
+    return lines
+
+
+def _probes(results: Results) -> list[Line]:
+    depths = results.outcomes
+    lines = []
+    for model, found in results.externalisation.items():
+        for rule, probe in enumerate(found.get("planning_probe") or []):
+            if len(probe["uplift"]) != len(depths):
+                continue
+            name = f"{model}, {probe['ahead']} ahead"
+            dots = [
+                _estimate_dot(depth, e, f"{name}\ndepth {depth}")
+                for depth, e in zip(depths, probe["uplift"], strict=True)
+                if e["value"] is not None
+            ]
+            if dots:
+                lines.append(Line(model_rank(model, results.models), rule, name, dots))
+    return lines
+
+
+def _estimate_dot(x: float, e: Mapping[str, Any], head: str) -> Dot:
+    low, high = _or_nan(e.get("low")), _or_nan(e.get("high"))
+    return Dot(x, e["value"], low, high, f"{head}\n{number(e['value'])} [{number(low)}, {number(high)}]")
+
+
+def _or_nan(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan

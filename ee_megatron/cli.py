@@ -25,7 +25,10 @@ STAGES = {
 RUN = "the whole method: every stage in order, then the report; finished stages are skipped"
 PLAN = "layout, parameters, memory, FLOPs and time of an RL run, before anything starts; refuses what will not fit"
 JOB = "what a Slurm batch script needs to know of a stage, as key=value lines, once its inputs are checked"
-REPORT = "one HTML file (and PNG plots) from what the stages have written"
+REPORT = (
+    "one HTML file (and PNG plots) from what the stages have written; of one run by its settings, or of any number, "
+    "compared, by their directories (runs/<name>: every evaluation in it)"
+)
 GENERATE = "answer one prompt, token by token, each with its depth"
 SERVE = "answer over HTTP as OpenAI's API does, with exits as extra fields"
 SWEEP = "a grid of runs: shared stages once, one table; on this machine or as a Slurm job array; status, collect"
@@ -77,7 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add(commands, "run", RUN, _run, dry_run=True)
     for stage, text in STAGES.items():
         _add(commands, stage, text, _stage, dry_run=True).set_defaults(stage=stage)
-    _add(commands, "report", REPORT, _report)
+    page = _add(commands, "report", REPORT, _report, example="\n  ee-megatron report runs/one runs/two/rl-1a2b3c4d")
+    page.usage = "ee-megatron report [-h] [--out FILE] (key=value ... | RUN ...)"
+    page.add_argument(
+        "--out", type=Path, metavar="FILE", help="with RUN: the file (default: report.html in the directory above them)"
+    )
     generate = _add(
         commands,
         "generate",
@@ -240,10 +247,19 @@ def _job(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    cfg = _configured(options)
-    from .training import launch
+    # A word without "=" is a directory: nothing else that a report takes is one.
+    named = [Path(text) for text in options.overrides if "=" not in text]
+    settings = [text for text in options.overrides if "=" in text]
+    if named and settings:
+        raise ValueError(
+            f"{named[0]} with {settings[0]}: settings name one run, directories any number; give one kind or the other"
+        )
+    from .training import reports
 
-    print(launch.report(cfg))
+    if named:
+        print(reports.compare(named, options.out))
+    else:
+        print(reports.report(_configured(options)))
     return 0
 
 

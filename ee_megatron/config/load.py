@@ -19,6 +19,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from .schema import RunConfig
 
@@ -49,6 +50,21 @@ def load(overrides: list[str], config_dir: Path | None = None) -> RunConfig:
             f"or a whole run by experiment=... ({experiments})"
         )
     return cast(RunConfig, OmegaConf.to_object(merged))
+
+
+def read_saved(path: Path) -> RunConfig:
+    """A configuration as a stage saved it. Fields that it doesn't have yet get their defaults.
+
+    Raises ValueError if the file is none, or knows settings that this version doesn't.
+    """
+    try:
+        saved = OmegaConf.load(path)
+        if not isinstance(saved, DictConfig):
+            raise ValueError("a list, expected settings")
+        _check_keys(saved)
+        return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), saved)))
+    except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
+        raise ValueError(f"{path}: not a run's configuration ({_one_line(error)}); name another run") from None
 
 
 def find_config_dir(config_dir: Path | None = None) -> Path:

@@ -127,13 +127,14 @@ def scatter(trends: Sequence[Trend]) -> Markup:
 
 @dataclass(frozen=True)
 class Dot:
-    """One value with its interval (nan: none) and what the pointer is told of it."""
+    """One value with its interval (nan: none), what the pointer is told of it, and a word that stands beside it."""
 
     x: float
     y: float
     low: float = math.nan
     high: float = math.nan
     tip: str = ""
+    word: str = ""
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,7 @@ def lines(drawn: Sequence[Line], axes: Axes, title: str) -> Markup:
         faint = "" if line.joined else ' opacity=".45"'
         parts.append(f"<g{faint}>")
         parts += [marker(line.series, frame.x(d.x), frame.y(d.y), 4.0, d.tip) for d in dots]
+        parts += [_beside(frame, d) for d in dots if d.word]
         parts.append("</g>")
     spoken = "; ".join(
         f"{line.name}: {number(line.dots[0].y)} at {number(line.dots[0].x)}, "
@@ -205,6 +207,14 @@ def lines(drawn: Sequence[Line], axes: Axes, title: str) -> Markup:
         if line.dots
     )
     return frame.svg(parts, f"{title}: {axes.y} against {axes.x}. {spoken}.")
+
+
+def _beside(frame: Frame, dot: Dot) -> str:
+    """Its word, on the side where there is more room."""
+    x, left = frame.x(dot.x), frame.x(dot.x) > frame.width / 2
+    at, anchor = (x - 8, "end") if left else (x + 8, "start")
+    y = frame.y(dot.y) + 3
+    return f'<text class="mark-label" x="{at:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(dot.word)}</text>'
 
 
 @dataclass(frozen=True)
@@ -232,7 +242,7 @@ def forest(effects: Sequence[Effect], label: str) -> Markup:
         text = f"{e.value:+.1%} [{e.low:+.1%}, {e.high:+.1%}]"
         css = "effect" if e.kept else "effect hollow"
         parts.append(
-            f'<div class="share"><span class="share-label">{escape(e.name)}</span>'
+            f'<div class="share difference"><span class="share-label">{escape(e.name)}</span>'
             f'<span class="{css}" role="img" aria-label="{escape(f"{e.name}: {text}")}" data-tip="{escape(e.tip)}">'
             f'<i class="zero" style="left:{at(0):.2f}%"></i>'
             f'<i class="span" style="left:{at(e.low):.2f}%;width:{at(e.high) - at(e.low):.2f}%"></i>'

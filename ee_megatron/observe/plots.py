@@ -108,6 +108,9 @@ def lines(drawn: Sequence[Line], axes: Axes, path: Path) -> Path:
             ms=4, lw=1.2, elinewidth=0.8, alpha=0.95 if line.joined else 0.4,
             label=line.name if line.joined else None,
         )  # fmt: skip
+        for d in dots:
+            if d.word:
+                panel.annotate(d.word, (d.x, d.y), (5, 4), textcoords="offset points", fontsize=7, color="0.35")
         drawn_line[0].set_linestyle(DASHES[line.rule % 4] if line.joined else "")
     panel.set(xlabel=axes.x, ylabel=axes.y, xlim=x_range, yscale="log" if axes.log_y else "linear", ylim=y_range)
     panel.grid(alpha=0.2, lw=0.6)

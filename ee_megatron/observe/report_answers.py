@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .report_data import Results
@@ -16,7 +16,8 @@ PROMPT_SHOWN = 320
 
 def problems(results: Results) -> list[dict[str, Any]]:
     """Answers grouped by prompt, one column per model in the method's order, its exit rules one below the other."""
-    order = {model: index for index, model in enumerate(results.models)}
+    # Asked once: the results look through every token for them.
+    order, outcomes = {model: index for index, model in enumerate(results.models)}, results.outcomes
     grouped: dict[str, list[dict[str, Any]]] = {}
     for answer in results.answers:
         grouped.setdefault(str(answer.get("prompt", "")), []).append(answer)
@@ -25,7 +26,7 @@ def problems(results: Results) -> list[dict[str, Any]]:
         answers.sort(key=lambda a: order[str(a.get("model", ""))])
         columns: dict[str, list[dict[str, Any]]] = {}
         for a in answers:
-            columns.setdefault(str(a.get("model", "")), []).append(_answer(a, results, order))
+            columns.setdefault(str(a.get("model", "")), []).append(_answer(a, outcomes, order))
         heading = prompt if len(prompt) <= PROMPT_SHOWN else "… " + prompt[-PROMPT_SHOWN:].lstrip()
         found.append(
             {
@@ -39,10 +40,10 @@ def problems(results: Results) -> list[dict[str, Any]]:
     return sorted(found, key=lambda p: -len(p["columns"]))
 
 
-def _answer(answer: Mapping[str, Any], results: Results, order: Mapping[str, int]) -> dict[str, Any]:
+def _answer(answer: Mapping[str, Any], outcomes: Sequence[int], order: Mapping[str, int]) -> dict[str, Any]:
     tokens = answer.get("tokens") or []
     depths = [t["depth"] for t in tokens if _is_number(t.get("depth"))]
-    mean = f"{sum(depths) / len(depths) / results.num_layers:.2f}" if depths else "–"
+    mean = f"{sum(depths) / len(depths) / outcomes[-1]:.2f}" if depths else "–"
     model = str(answer.get("model", ""))
     return {
         "model": model,
@@ -51,14 +52,14 @@ def _answer(answer: Mapping[str, Any], results: Results, order: Mapping[str, int
         "correct": answer.get("correct"),
         "mean": mean,
         "text": answer.get("text", ""),
-        "tokens": [_token(token, results) for token in tokens],
+        "tokens": [_token(token, outcomes) for token in tokens],
     }
 
 
-def _token(token: Mapping[str, Any], results: Results) -> dict[str, Any]:
+def _token(token: Mapping[str, Any], outcomes: Sequence[int]) -> dict[str, Any]:
     depth = token.get("depth")
-    index = min(range(len(results.outcomes)), key=lambda i: abs(results.outcomes[i] - (depth or results.num_layers)))
-    lines = [f"depth {depth if depth is not None else '–'} of {results.num_layers}"]
+    index = min(range(len(outcomes)), key=lambda i: abs(outcomes[i] - (depth or outcomes[-1])))
+    lines = [f"depth {depth if depth is not None else '–'} of {outcomes[-1]}"]
     for key, name in (("logprob", "probability"), ("exit_logprob", "exit probability")):
         if _is_number(token.get(key)):
             lines.append(f"{name} {math.exp(token[key]):.3f}")

@@ -115,7 +115,8 @@ def read_inputs(stage_dirs: Mapping[str, Path]) -> Inputs:
     for name in dict.fromkeys((*STAGES, *stage_dirs)):
         if name in present:
             inputs.stages.append(_read_stage(name, present[name], inputs.missing))
-        else:
+        elif name != "pretrain":
+            # A model from random weights is the exception, which nobody misses.
             inputs.missing.append(f"{name}: not part of this run, or not run yet")
     if "evaluate" in present:
         inputs.results = _read_results(present["evaluate"] / "results.json", inputs.missing)
@@ -191,20 +192,21 @@ def entropy_points(results: Results) -> dict[str, list[tuple[float, float]]]:
     Left out: the first token of an answer, whose depth is no choice, and labels whose depth never varies.
     """
     points: dict[str, list[tuple[float, float]]] = {}
+    layers = results.num_layers
     for answer in results.answers:
         label = f"{answer.get('model', '')}, {answer.get('exits', '')}"
         for token in (answer.get("tokens") or [])[1:]:
             entropy, depth = token.get("entropy"), token.get("depth")
             if entropy is not None and depth is not None and math.isfinite(entropy):
-                points.setdefault(label, []).append((float(entropy), depth / results.num_layers))
+                points.setdefault(label, []).append((float(entropy), depth / layers))
     return {label: group for label, group in points.items() if len({y for _, y in group}) > 1}
 
 
 def stored_bins(results: Results, label: str) -> list[tuple[float, float, float, int]]:
     """The evaluation's own bins (over all its answers) as of `binned`, without a standard error; [] if it has none."""
     entry = results.depth_by_entropy.get(label)
-    bins = entry.get("bins") or [] if isinstance(entry, Mapping) else []
-    return [(b["entropy"], b["depth"] / results.num_layers, math.nan, int(b["tokens"])) for b in bins]
+    bins, layers = entry.get("bins") or [] if isinstance(entry, Mapping) else [], results.num_layers
+    return [(b["entropy"], b["depth"] / layers, math.nan, int(b["tokens"])) for b in bins]
 
 
 def binned(points: list[tuple[float, float]], bins: int = 6) -> list[tuple[float, float, float, int]]:

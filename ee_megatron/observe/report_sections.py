@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,11 @@ def _drawn(title: str, lines: Sequence[Line], axes: Axes, path: Path, note: str)
 def _runs(results: Results, runs: Sequence[Run], folder: Path) -> Section | None:
     if len(runs) < 2:
         return None
-    section = Section("runs", "Runs", "Settings in which the runs differ.")
+    section = Section("runs", "Runs")
     keys = list(dict.fromkeys(key for run in runs for key in run.settings))
     rows = [(run.label, *(run.settings.get(key, "–") for key in keys)) for run in runs]
-    section.tables.append(("Settings that differ", Table(("run", *keys), rows, names=1 + len(keys))))
-    dots = [_row_dot(row, label) for label, row in results.chosen]
+    section.tables.append(("Settings in which the runs differ", Table(("run", *keys), rows, names=1 + len(keys))))
+    dots = [replace(_row_dot(row, label), word=label) for label, row in results.chosen]
     if len(dots) > 1:
         front = _front(dots)
         lines = [Line(2, 0, "not beaten by another run", front), Line(2, 0, "beaten", _rest(dots, front), joined=False)]

@@ -130,6 +130,8 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
         if code:
             raise SystemExit(code)
     exported = export(cfg)
+    from .reports import report
+
     page = report(cfg)
     print((stage_dir(cfg, "evaluate") / "table.txt").read_text())
     print(f"exported model: {exported}\nreport: {page}")
@@ -149,19 +151,6 @@ def export(cfg: RunConfig) -> Path:
     threshold = float(results["meta"].get("threshold_reinforced", 0.5))
     policy = {"kind": "threshold", "value": threshold}
     return export_hf(stages.base_model(cfg), stages.reinforced(cfg), out, "merge", "embed", exit_policy=policy)
-
-
-def report(cfg: RunConfig) -> Path:
-    """Write report.html from whatever stages there are. Raises ValueError if there is none."""
-    from ..observe.report import write_report
-    from ..observe.report_data import Run
-
-    found = {stage: stage_dir(cfg, stage) for stage in stage_order(cfg) if stage_dir(cfg, stage).is_dir()}
-    if not found:
-        raise ValueError(
-            f"{Path(cfg.runs) / cfg.name}: no stage has run with these settings; start with `ee-megatron run`"
-        )
-    return write_report([Run(found)], Path(cfg.runs) / cfg.name / "report.html")
 
 
 def generate(cfg: RunConfig, prompt: str, exits: str, temperature: float, max_new_tokens: int) -> None:

@@ -75,8 +75,9 @@ class Browser:
         while not any(e.get("method") == "Page.loadEventFired" for e in self.events):
             self.events.append(self._receive(until))
 
-    def evaluate(self, expression: str) -> object:
-        answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
+    def evaluate(self, expression: str, wait: bool = False) -> object:
+        """The expression's value; with `wait` that of the promise that it gives."""
+        answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=wait)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 

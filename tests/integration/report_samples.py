@@ -11,8 +11,8 @@ RULES = {"teacher": ["full depth"], "calibrated": ["sampled", "hazard > 0.5", "h
 RULES["reinforced"] = RULES["calibrated"]
 
 
-def write_run(root: Path, steps: int = 40) -> dict[str, Path]:
-    """Files of all five stages under `root`; returns the stage directories as `write_report` takes them."""
+def write_run(root: Path, steps: int = 40, prompts: int = 4) -> dict[str, Path]:
+    """Files of all five stages under `root`; returns the stage directories as a report's `Run` takes them."""
     rng = random.Random(1)
     stages = {name: root / name for name in ("teacher", "traces", "calibrate", "rl", "evaluate")}
     for name, path in stages.items():
@@ -29,11 +29,11 @@ def write_run(root: Path, steps: int = 40) -> dict[str, Path]:
             for s in range(1, steps + 1)
         ]
         (stages[stage] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (stages["evaluate"] / "results.json").write_text(json.dumps(results(rng)))
+    (stages["evaluate"] / "results.json").write_text(json.dumps(results(rng, prompts)))
     return stages
 
 
-def results(rng: random.Random) -> dict:
+def results(rng: random.Random, prompts: int) -> dict:
     rows, histogram, answers = [], {}, []
     for m, (model, rules) in enumerate(RULES.items()):
         for r, rule in enumerate(rules):
@@ -45,7 +45,7 @@ def results(rng: random.Random) -> dict:
             )
             counts = {30: 5200} if model == "teacher" else {d: rng.randint(200, 1500) for d in (*DEPTHS, 30)}
             histogram[f"{model}, {rule}"] = {str(depth): count for depth, count in counts.items()}
-    for p in range(4):
+    for p in range(prompts):
         for m, model in enumerate(RULES):
             tokens = []
             for i, piece in enumerate(PIECES):
@@ -55,6 +55,7 @@ def results(rng: random.Random) -> dict:
                 exit_logprob = 0.0 if i == 0 else -rng.random()
                 tokens.append({"text": piece, "depth": depth, "logprob": -entropy / 3, "exit_logprob": exit_logprob})
                 tokens[-1]["entropy"] = entropy
+                tokens[-1]["readings"] = readings(piece, depth if i else 0, m)
             answers.append(
                 {
                     "prompt": f"Question: What is {p + 3} x 8?",
@@ -73,10 +74,107 @@ def results(rng: random.Random) -> dict:
         correlation[label] = {"spearman": 0.5 - i / 50, "low": 0.3, "high": 0.6, "tokens": 3100, "bins": bins}
     paired = {label: {"n": 400, "only_teacher": 21, "only_model": 14, "p_value": 0.3105} for label in labels}
     return {
-        "meta": meta,
+        "meta": meta | {"threshold_calibrated": 0.9, "threshold_reinforced": 0.9},
         "rows": rows,
         "answers": answers,
         "depth_by_entropy": correlation,
         "exit_histogram": histogram,
         "paired": paired,
+        **figures(list(histogram)),
+        "controls": controls(),
+        "externalisation": {model: externalisation(m) for m, model in enumerate(RULES)},
+    }
+
+
+def estimate(value: float, spread: float = 0.04) -> dict[str, float]:
+    return {"value": value, "low": value - spread, "high": value + spread}
+
+
+def readings(piece: str, depth: int, model: int) -> list[dict]:
+    """What the exits up to `depth` would have written: the token itself from the one that was taken on."""
+    exits = [
+        {"depth": d, "text": piece if d == depth else " the", "logprob": -0.2, "hazard": 0.95 if d == depth else 0.02}
+        for d in DEPTHS
+        if d <= depth
+    ]
+    if not model:
+        exits = [{**e, "hazard": None} for e in exits]
+    return [*exits, {"depth": None, "text": piece, "logprob": -0.01, "hazard": None}]
+
+
+def figures(labels: list[str]) -> dict:
+    policies = [label for label in labels if not label.startswith("teacher")]
+    kinds = {"digits": (28.0, 900), "operators": (21.0, 300), "words": (14.0, 2000), "other": (11.0, 200)}
+    depth = {
+        "mean": estimate(19.5, 0.3), "quantiles": {"0.1": 10, "0.25": 10, "0.5": 20, "0.75": 30, "0.9": 30},
+        "total": estimate(312, 6), "answer": {**estimate(27, 1), "answers": 388}, "flops": estimate(7.1e9, 1e8),
+        "classes": {name: {"depth": d, "tokens": n} for name, (d, n) in kinds.items()},
+    }  # fmt: skip
+    bins = [{"hazard": h, "target": 0.1 + 0.8 * h, "asked": 400} for h in (0.02, 0.3, 0.6, 0.97)]
+    exits = [{"depth": d, "ece": 0.03 + d / 1000, "hazard": 0.3, "target": 0.3, "asked": 400} for d in DEPTHS]
+    gates = {"ece": estimate(0.06), "mean_error": estimate(0.11), "asked": 1600, "bins": bins, "exits": exits}
+    thresholds = [
+        {"threshold": t, "n": 200, "accuracy": 0.7 + 0.15 * t, "low": 0.65 + 0.15 * t, "high": 0.75 + 0.15 * t}
+        | {"mean_depth": 0.5 + 0.3 * t, "exits": f"hazard > {t}", "front": t != 0.7}
+        for t in (0.3, 0.5, 0.7, 0.9)
+    ]
+    return {
+        "depth": dict.fromkeys(labels, depth),
+        "kl_by_exit": {
+            label: {
+                str(d): {"kl": 40 / d**2, "low": 30 / d**2, "high": 50 / d**2, "tokens": 500} for d in (*DEPTHS, 30)
+            }
+            for label in policies
+        },
+        "depth_correlations": {
+            label: {"entropy": {g: {**estimate(0.5), "tokens": 900} for g in ("all", "digits", "answer")}}
+            for label in policies
+        },
+        "gates": {"calibrated": gates, "reinforced": gates},
+        "pareto": {
+            "calibrated": thresholds,
+            "reinforced": [{**t, "accuracy": t["accuracy"] - 0.02} for t in thresholds],
+        },
+    }
+
+
+def controls() -> list[dict]:
+    def entry(name: str, matched: str, difference: float, within: bool = True) -> dict:
+        row = {"accuracy": 0.84 - difference, "low": 0.8 - difference, "high": 0.88 - difference, "mean_depth": 0.65}
+        comparison = {"difference": estimate(difference), "p_value": 0.04, "n": 400}
+        return {"control": name, "matched_by": matched, "exits": f"{name} rule", "target": 0.65, "within": within} | {
+            "row": row,
+            "comparison": comparison,
+        }
+
+    found = [entry("(reinforced)", "itself", 0.0)]
+    for i, name in enumerate(("fixed depth", "random exits", "confidence", "entropy")):
+        found += [entry(name, "depth", 0.3 - i / 10, within=i != 2), entry(name, "accuracy", 0.0)]
+    return found
+
+
+def externalisation(model: int) -> dict:
+    fractions = [0.0, 0.25, 0.5, 0.75, 1.0]
+    names = (
+        "chain_necessity",
+        "filler_uplift",
+        "step_necessity",
+        "mistake_sensitivity",
+        "accuracy_with",
+        "accuracy_without",
+    )
+    serial = {"mean": estimate(20, 1), "quantiles": {q: estimate(25, 2) for q in ("0.5", "0.9", "1")}, "tokens": 4000}
+    probes = [{"ahead": k, "uplift": [estimate(0.1 / k + d / 200) for d in (*DEPTHS, 30)]} for k in (1, 2)]
+    return {
+        "exits": "full depth" if not model else "hazard > 0.9",
+        **{name: estimate(0.3 + 0.1 * model + i / 50) for i, name in enumerate(names)},
+        "truncation": {
+            "fractions": fractions,
+            "same_answer": [estimate(0.2 + 0.8 * f) for f in fractions],
+            "area_same_answer": estimate(0.4),
+            "area_accuracy": estimate(0.35),
+        },
+        "hint_monitor": {"g_mean2": {"value": None, "low": None, "high": None}},
+        "serial_depth": {"all": serial, "answer": serial},
+        "planning_probe": probes,
     }

@@ -1,6 +1,7 @@
 """The report: everything in the files is in the page, escaped; what is missing is named; nothing is fetched."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -73,19 +74,69 @@ def test_every_row_metric_and_token_of_the_files_is_in_the_page(tmp_path):
     tip = tokens[len(data["answers"][0]["tokens"]) + 1]["data-tip"]
     assert f"depth {first['depth']} of 30" in tip and f"entropy {first['entropy']:.3f} nats" in tip
     assert re.search(r"\nprobability 0\.\d{3}\nexit probability 0\.\d{3}\n", tip)
+    for reading in first["readings"]:
+        who = f"exit {reading['depth']}" if reading["depth"] else "teacher"
+        assert f'{who}: "{reading["text"]}" {math.exp(reading["logprob"]):.2f}' in tip
     assert len(page.of("svg")) > 12 and "learning_rate: 1.0e-3" in page.text and "megatron-core 0.16.1" in page.text
     names = {p.name for p in (tmp_path / "plots").iterdir()}
-    assert names == {"accuracy_depth.png", "depth_entropy.png", "exit_histogram.png"} | {
-        f"training_{s}.png" for s in ("teacher", "calibrate", "rl")
-    }
+    assert names == {f"training_{s}.png" for s in ("teacher", "calibrate", "rl")} | {
+        f"{name}.png"
+        for name in (
+            "accuracy_depth", "depth_entropy", "exit_histogram", "pareto", "gates", "kl_by_exit", "controls",
+            "truncation", "planning_probe",
+        )
+    }  # fmt: skip
     assert all((tmp_path / "plots" / n).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for n in names)
+
+
+def test_every_table_of_the_evaluation_is_on_the_page(tmp_path):
+    page = Page(write_report([Run(write_run(tmp_path / "run"))], tmp_path / "report.html"))
+    for words in (
+        "random exits", "confidence", "depth (!)", "+20.0% [+16.0%, +24.0%]",
+        "chain necessity", "0.50 [0.46, 0.54]", "serial depth, 0.9", "probe uplift at its best depth, 2 ahead",
+        "final answer", "28.0", "7.10 [7.00, 7.20]", "surprisal, by kind of token",
+        "0.060 [0.020, 0.100]", "ECE at 25", "Fronts over thresholds", "Policy minus control",
+    ):  # fmt: skip
+        assert words in page.text, words
+    assert len(page.of("span", "hollow")) == 1, "the control that missed its depth"
+
+
+def test_runs_are_compared_on_one_page_and_what_they_share_stands_once(tmp_path):
+    one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
+    two |= {stage: one[stage] for stage in ("teacher", "traces", "calibrate")}
+
+    def deeper(data):
+        for row in data["rows"]:
+            row["mean_depth"] -= 0.01
+
+    _edit(two, deeper)
+    runs = [Run(one, "lambda_exit=0", {"lambda_exit": "0"}), Run(two, "lambda_exit=0.5", {"lambda_exit": "0.5"})]
+    page = Page(write_report(runs, tmp_path / "report.html"))
+    assert page.open == []
+    heads = [a["aria-label"] for a in page.of("div", "answer")]
+    assert heads[:4] == ["teacher, full depth", "calibrated, hazard > 0.9", "reinforced (lambda_exit=0), hazard > 0.9",
+                         "reinforced (lambda_exit=0.5), hazard > 0.9"]  # fmt: skip
+    assert "0.640" in page.text and "Front over runs" in page.text and "2 early-exit runs" in page.text
+    assert page.text.count("teacher: config.yaml") == 1 and "rl, lambda_exit=0.5: config.yaml" in page.text
+    assert (tmp_path / "plots" / "front_runs.png").is_file() and (tmp_path / "plots" / "controls_1.png").is_file()
+    # One panel per metric of RL, with a line for each run.
+    rl = (tmp_path / "report.html").read_text().split("<h3>rl ")[1]
+    assert rl.count("<polyline") == 2 * 8
+
+
+def test_runs_of_different_sizes_are_not_compared(tmp_path):
+    one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
+    _edit(two, lambda data: data["meta"].update(num_layers=12))
+    with pytest.raises(ValueError, match=r"different numbers of layers \(a: 30, b: 12\)"):
+        write_report([Run(one, "a"), Run(two, "b")], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_the_same_prompt_stands_side_by_side_in_the_order_of_the_method(tmp_path):
     stages = write_run(tmp_path / "run")
     _edit(stages, lambda data: data["answers"].reverse())
     page = Page(write_report([Run(stages)], tmp_path / "report.html"))
-    labels = [a["aria-label"] for a in page.of("section") if "aria-label" in a]
+    labels = [a["aria-label"] for a in page.of("div", "answer")]
     assert [label.split(",")[0] for label in labels] == list(RULES) * 4
     assert len(page.of("article")) == 4
 
@@ -99,7 +150,9 @@ def test_a_models_exit_rules_share_its_column(tmp_path):
     _edit(stages, second_rule)
     page = (write_report([Run(stages)], tmp_path / "report.html")).read_text()
     first = page[page.index('<div class="answers">') : page.index("</article>")]
-    columns = [re.findall(r'<section aria-label="([^"]*)"', part) for part in re.split(r"<div>", first)[1:]]
+    columns = [
+        re.findall(r'class="answer" role="group" aria-label="([^"]*)"', part) for part in re.split(r"<div>", first)[1:]
+    ]
     assert columns == [["teacher, full depth"], ["calibrated, hazard &gt; 0.9"],
                        ["reinforced, hazard &gt; 0.9", "reinforced, sampled"]]  # fmt: skip
 

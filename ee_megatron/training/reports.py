@@ -1,0 +1,99 @@
+"""Which stages belong to a run that is named by a directory, and how several runs differ."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config.identity import STAGES, identity, stage_dir, stage_order
+from ..config.load import read_saved
+from ..config.schema import RunConfig
+from ..observe.report import write_report
+from ..observe.report_data import Run
+
+
+def report(cfg: RunConfig) -> Path:
+    """report.html of one configuration, from whatever stages there are. Raises ValueError if there is none."""
+    found = _stages_of(cfg, Path(cfg.runs) / cfg.name)
+    if not found:
+        raise ValueError(
+            f"{Path(cfg.runs) / cfg.name}: no stage has run with these settings; start with `ee-megatron run`"
+        )
+    return write_report([Run(found)], Path(cfg.runs) / cfg.name / "report.html")
+
+
+def compare(named: Sequence[Path], out: Path | None = None) -> Path:
+    """One report of all runs that the directories hold; `out` is by default report.html in the deepest directory that
+    holds them all.
+
+    A directory is a stage's, which stands for the run that made it, or holds such directories: then every run in it
+    that was evaluated, or, if none was, every one at its last stage. Raises ValueError or FileNotFoundError.
+    """
+    ends = list(dict.fromkeys(end for path in named for end in _ends(path)))
+    configs = [read_saved(end / "config.yaml") for end in ends]
+    found = [_stages_of(cfg, end.parent) | {_stage_of(end): end} for cfg, end in zip(configs, ends, strict=True)]
+    if out is None:
+        common = Path(os.path.commonpath([end.parent.resolve() for end in ends]))
+        out = common / "report.html"
+    if len(found) == 1:
+        return write_report([Run(found[0])], out)
+    settings = _differing(configs)
+    labels = [", ".join(f"{key}={value}" for key, value in each.items()) for each in settings]
+    # Names, or what tells directories apart where the settings don't.
+    labels = [
+        label if label and labels.count(label) == 1 else f"{end.parent.name}/{end.name}"
+        for label, end in zip(labels, ends, strict=True)
+    ]
+    return write_report([Run(*each) for each in zip(found, labels, settings, strict=True)], out)
+
+
+def _ends(path: Path) -> list[Path]:
+    """The last stage's directories of the runs that `path` names."""
+    if _stage_of(path) and (path / "config.yaml").is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such directory; name a run's directory or one of its stages'")
+    for stage in reversed(STAGES):
+        found = sorted(p.parent for p in path.glob(f"{stage}-*/config.yaml"))
+        if found:
+            return found
+    raise ValueError(
+        f"{path}: no stage's directory in it (expected evaluate-… or another stage with its config.yaml); "
+        "name a run's directory, runs/<name>, or one of its stages'"
+    )
+
+
+def _stage_of(path: Path) -> str:
+    name = path.name.rsplit("-", 1)[0]
+    return name if name in STAGES else ""
+
+
+def _stages_of(cfg: RunConfig, directory: Path) -> dict[str, Path]:
+    """Those that exist, looked for in `directory`: a run's directory may have been moved since."""
+    named = {stage: directory / stage_dir(cfg, stage).name for stage in stage_order(cfg)}
+    return {stage: path for stage, path in named.items() if path.is_dir()}
+
+
+def _differing(configs: Sequence[RunConfig]) -> list[dict[str, str]]:
+    """Per run the settings that count and in which not all are alike, by their last part where that is unambiguous."""
+    flat = [dict(_flat(identity(cfg, "evaluate"))) for cfg in configs]
+    keys = dict.fromkeys(key for run in flat for key in run)
+    differing = [key for key in keys if any(run.get(key) != flat[0].get(key) for run in flat)]
+    lasts = [key.rsplit(".", 1)[-1] for key in differing]
+    names = [key if lasts.count(last) > 1 else last for key, last in zip(differing, lasts, strict=True)]
+    return [{name: _word(run[key]) for name, key in zip(names, differing, strict=True) if key in run} for run in flat]
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in node.items():
+        found += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
+    return found
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return ",".join(_word(v) for v in value) if isinstance(value, list) else str(value)

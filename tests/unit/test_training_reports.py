@@ -1,0 +1,78 @@
+"""Runs named by directories: which stages belong to them, how they differ, what is refused."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ee_megatron.cli import main
+from ee_megatron.config.identity import stage_dir, to_yaml
+from ee_megatron.config.load import load, read_saved
+from ee_megatron.training.reports import compare
+from tests.integration.report_samples import write_run
+
+
+def made(root: Path, *settings: str) -> Path:
+    """A run's stage directories under the names that its settings give them; returns that of `evaluate`."""
+    cfg = load(["experiment=demo_cpu", f"runs={root}", "name=front", *settings])
+    for stage, source in write_run(root / "samples").items():
+        target = stage_dir(cfg, stage)
+        if not target.exists():
+            shutil.copytree(source, target)
+            (target / "config.yaml").write_text(to_yaml(cfg))
+    shutil.rmtree(root / "samples")
+    return stage_dir(cfg, "evaluate")
+
+
+def test_a_runs_directory_stands_for_every_evaluation_in_it(tmp_path: Path) -> None:
+    ends = [made(tmp_path, "rl.lambda_exit=0"), made(tmp_path, "rl.lambda_exit=0.3", "rl.steps=5")]
+    page = compare([tmp_path / "front"])
+    text = page.read_text()
+    assert page == tmp_path / "front" / "report.html"
+    for words in ("reinforced (steps=12, lambda_exit=0)", "reinforced (steps=5, lambda_exit=0.3)", "2 early-exit"):
+        assert words in text, words
+    assert "calibrated (steps" not in text and "teacher (steps" not in text, "what they share has one name"
+    assert compare([*sorted(ends), ends[0]], tmp_path / "page.html").read_text() == text, "each run once"
+    only = compare([ends[1]], tmp_path / "one.html").read_text()
+    assert "reinforced (steps" not in only and "Front over runs" not in only and "rl: config.yaml" in only
+
+
+def test_a_run_that_was_moved_is_found_and_one_without_evaluation_ends_at_its_last_stage(tmp_path: Path) -> None:
+    end = made(tmp_path, "rl.seed=3")
+    shutil.rmtree(end)
+    moved = tmp_path / "elsewhere"
+    shutil.move(tmp_path / "front", moved)
+    text = compare([moved]).read_text()
+    assert "evaluate: not part of this run" in text and "rl: config.yaml" in text and "calibrate: config.yaml" in text
+
+
+def test_runs_without_a_difference_are_told_apart_by_their_directories(tmp_path: Path) -> None:
+    one = made(tmp_path / "a")
+    two = made(tmp_path / "b")
+    text = compare([one, two], tmp_path / "page.html").read_text()
+    assert f"reinforced (front/{one.name})" in text
+
+
+def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    end = made(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for arguments, words in (
+        ([tmp_path / "nowhere"], "no such directory; name a run's directory"),
+        ([tmp_path / "empty"], "no stage's directory in it"),
+        ([end, "rl.steps=5"], "settings name one run, directories any number"),
+    ):
+        assert main(["report", *map(str, arguments)]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+    (end / "config.yaml").write_text("rl: {lamda_exit: 1}\n")
+    with pytest.raises(ValueError, match=r"lamda_exit: no such setting.*name another run"):
+        read_saved(end / "config.yaml")
+    (end / "config.yaml").write_text("a: [\n")
+    with pytest.raises(ValueError, match="not a run's configuration"):
+        read_saved(end / "config.yaml")
+
+
+def test_a_saved_configuration_is_read_as_it_was(tmp_path: Path) -> None:
+    cfg = load(["experiment=demo_cpu", "rl.lambda_exit=0.3", "task.families=[sum]"])
+    (tmp_path / "config.yaml").write_text(to_yaml(cfg))
+    assert read_saved(tmp_path / "config.yaml") == cfg

@@ -43,7 +43,7 @@ class Token(TypedDict):
 
 class Answer(TypedDict):
     """One answer as the report shows it. `id` is the prompt's, `text` excludes the stop string, `tokens` does not.
-    `flops`: of prompt and answer by the exits taken; None: not counted."""
+    `flops`: of prompt and answer by the exits taken; None: not counted. `task`: the task or its family."""
 
     id: str
     prompt: str
@@ -54,6 +54,7 @@ class Answer(TypedDict):
     text: str
     tokens: list[Token]
     flops: NotRequired[float | None]
+    task: NotRequired[str]
 
 
 def exit_label(exits: ExitPolicy) -> str:
@@ -120,6 +121,7 @@ def evaluate_model(
             text=rollout.text,
             tokens=_tokens(rollout, scores[i] if scores is not None else None, decode),
             flops=flops(rollout) if flops is not None else None,
+            task=prompt.task,
         )
         for i, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True))
     ]

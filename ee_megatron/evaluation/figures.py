@@ -12,7 +12,7 @@ import numpy as np
 
 from .depth import CLASSES, answer_span, token_class
 from .evaluate import Answer, Token
-from .statistics import bootstrap_interval, spearman_interval
+from .statistics import bootstrap_interval, spearman_interval, wilson_interval
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 ANSWER = "answer"
@@ -69,6 +69,30 @@ def _by_class(group: Sequence[Answer]) -> dict[str, dict[str, float | int]]:
     for token in (t for a in group for t in a["tokens"][1:]):
         depths[token_class(token["text"])].append(token["depth"])
     return {name: {"depth": float(np.mean(d)), "tokens": len(d)} for name, d in depths.items() if d}
+
+
+def by_task(answers: Sequence[Answer]) -> dict[str, dict[str, dict[str, Any]]]:
+    """{label: {task: {"n", "accuracy", "low", "high" (Wilson, 95 %), "mean_depth" (layers per token)}}}, where answers
+    are to problems of more than one task or family; {} else."""
+    tasks = dict.fromkeys(task for answer in answers if (task := answer.get("task")))
+    if len(tasks) < 2:
+        return {}
+    return {
+        name: {task: _task_entry(part) for task in tasks if (part := [a for a in group if a.get("task") == task])}
+        for name, group in by_label(answers).items()
+    }
+
+
+def _task_entry(group: Sequence[Answer]) -> dict[str, Any]:
+    right = sum(answer["correct"] for answer in group)
+    interval = wilson_interval(right, len(group))
+    return {
+        "n": len(group),
+        "accuracy": right / len(group),
+        "low": interval.low,
+        "high": interval.high,
+        "mean_depth": _ratio([np.array([t["depth"] for t in a["tokens"]], dtype=np.float64) for a in group]),
+    }
 
 
 def kl_by_exit(answers: Sequence[Answer]) -> dict[str, dict[str, dict[str, float | int]]]:

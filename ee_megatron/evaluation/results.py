@@ -14,7 +14,7 @@ import numpy as np
 
 from ..observe.tables import Table
 from .evaluate import Answer
-from .figures import by_label, depth_correlations, depth_figures, kl_by_exit
+from .figures import by_label, by_task, depth_correlations, depth_figures, kl_by_exit
 from .statistics import mcnemar_exact, spearman_interval
 from .summary import Row
 
@@ -33,8 +33,8 @@ def write_results(
 ) -> None:
     """Write results.json at `path`, whole or not at all:
 
-    {"meta", "rows", "answers", "depth_by_entropy", "exit_histogram", "paired", "depth", "kl_by_exit",
-    "depth_correlations"} and the parts of `more`; NaN becomes null.
+    {"meta", "rows", "answers", "depth_by_entropy", "exit_histogram", "paired", "depth", "by_task",
+    "kl_by_exit", "depth_correlations"} and the parts of `more`; NaN becomes null.
 
     The statistics are over all `answers`; the file keeps those to the first `keep` prompts (None: all), so that every
     model is shown on the same ones.
@@ -49,6 +49,7 @@ def write_results(
         "exit_histogram": exit_histogram(answers),
         "paired": paired_with_teacher(answers),
         "depth": depth_figures(answers),
+        "by_task": by_task(answers),
         "kl_by_exit": kl_by_exit(answers),
         "depth_correlations": depth_correlations(answers),
         **(more or {}),

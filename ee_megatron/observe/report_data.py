@@ -50,6 +50,7 @@ class Results:
     exit_histogram: dict[str, dict[int, float]] = field(default_factory=dict)
     paired: dict[str, dict[str, Any]] = field(default_factory=dict)
     depth: dict[str, Any] = field(default_factory=dict)
+    by_task: dict[str, Any] = field(default_factory=dict)
     kl_by_exit: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     correlations: dict[str, Any] = field(default_factory=dict)
     gates: dict[str, Any] = field(default_factory=dict)
@@ -177,6 +178,7 @@ def _read_results(path: Path, missing: list[str]) -> Results:
         exit_histogram=histogram,
         paired=data.get("paired") or {},
         depth=data.get("depth") or {},
+        by_task=data.get("by_task") or {},
         kl_by_exit=data.get("kl_by_exit") or {},
         correlations=data.get("depth_correlations") or {},
         gates=data.get("gates") or {},

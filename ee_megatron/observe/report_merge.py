@@ -14,6 +14,11 @@ MADE_BY = {
     "calibrated": ("calibrate",),
     "reinforced": ("rl",),
 }
+# Parts of the results whose keys are models or "model, exits".
+BY_MODEL = (
+    "depth_by_entropy", "exit_histogram", "paired", "depth", "by_task", "kl_by_exit", "correlations", "gates", "pareto",
+    "externalisation",
+)  # fmt: skip
 
 
 def merge(runs: Sequence[Run]) -> Inputs:
@@ -67,8 +72,7 @@ def _add(into: Results, found: Results, names: Mapping[str, str], run: str) -> N
     into.rows += [row for row in _with_model(found.rows, renamed) if (row["model"], row.get("exits")) not in seen]
     known = {_which(answer) for answer in into.answers}
     into.answers += [answer for answer in _with_model(found.answers, renamed) if _which(answer) not in known]
-    for part in ("depth_by_entropy", "exit_histogram", "paired", "depth", "kl_by_exit", "correlations", "gates",
-                 "pareto", "externalisation"):  # fmt: skip
+    for part in BY_MODEL:
         have = getattr(into, part)
         for label, value in getattr(found, part).items():
             have.setdefault(renamed(str(label)), value)

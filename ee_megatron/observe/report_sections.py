@@ -17,7 +17,7 @@ from . import charts, plots
 from .charts import Axes, Dot, Effect, Line
 from .report_data import Results, Run
 from .svg import legend_mark, number
-from .tables import Table, controls_table, correlation_table, depth_table, estimate, externalisation_table
+from .tables import Table, controls_table, correlation_table, depth_table, estimate, externalisation_table, task_table
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def sections(results: Results, runs: Sequence[Run], folder: Path) -> list[Sectio
     """Those that there is something to show in; PNG copies go to `folder`."""
     made = (
         _runs(results, runs, folder),
+        _tasks(results),
         _exits(results, folder),
         _controls(results, folder),
         _depth(results),
@@ -98,6 +99,20 @@ def _front(dots: Sequence[Dot]) -> list[Dot]:
 
 def _rest(dots: Sequence[Dot], front: Sequence[Dot]) -> list[Dot]:
     return [d for d in dots if not any(d is f for f in front)]
+
+
+# ---- tasks ----
+
+
+def _tasks(results: Results) -> Section | None:
+    if not results.by_task:
+        return None
+    note = "Accuracy with its 95 % interval (Wilson) and mean depth in layers, by task or family"
+    return Section("tasks", "Tasks", tables=[(note, task_table(_ordered(results.by_task, results.models)))])
+
+
+def _ordered(part: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
+    return dict(sorted(part.items(), key=lambda item: model_rank(item[0], models)))
 
 
 # ---- thresholds and gates ----
@@ -234,14 +249,10 @@ _CORRELATION_NOTE = (
 
 def _depth(results: Results) -> Section | None:
     section = Section("depth", "Depth by kind of token")
-
-    def ordered(part: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(sorted(part.items(), key=lambda item: model_rank(item[0], results.models)))
-
     if results.depth:
-        section.tables.append((_DEPTH_NOTE, depth_table(ordered(results.depth))))
+        section.tables.append((_DEPTH_NOTE, depth_table(_ordered(results.depth, results.models))))
     if results.correlations:
-        section.tables.append((_CORRELATION_NOTE, correlation_table(ordered(results.correlations))))
+        section.tables.append((_CORRELATION_NOTE, correlation_table(_ordered(results.correlations, results.models))))
     return section if section.tables else None
 
 

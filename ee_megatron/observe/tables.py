@@ -78,6 +78,22 @@ def externalisation_table(models: Mapping[str, Mapping[str, Any]]) -> Table:
     return Table(heads, rows)
 
 
+def task_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Accuracy with its interval, and mean depth in layers, per "model, exits" and task."""
+    names = _keys(tasks.values())
+    heads = ("model, exits", *(f"{name}: {what}" for name in names for what in ("accuracy", "depth")))
+    rows = []
+    for label, entry in tasks.items():
+        cells = [label]
+        for name in names:
+            found = entry.get(name)
+            accuracy = {**found, "value": found["accuracy"]} if found else None
+            depth = f"{found['mean_depth']['value']:.1f}" if found else "–"
+            cells += [estimate(accuracy, "{:.1%}"), depth]
+        rows.append(tuple(cells))
+    return Table(heads, rows)
+
+
 def depth_table(depth: Mapping[str, Mapping[str, Any]]) -> Table:
     """Depth in layers by what a token is, per "model, exits"."""
     classes = _keys(entry.get("classes") or {} for entry in depth.values())

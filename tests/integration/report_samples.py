@@ -120,6 +120,7 @@ def figures(labels: list[str]) -> dict:
     ]
     return {
         "depth": dict.fromkeys(labels, depth),
+        "by_task": {label: {"sum": by_task(0.9, 18.0), "word": by_task(0.71, 22.0)} for label in labels},
         "kl_by_exit": {
             label: {
                 str(d): {"kl": 40 / d**2, "low": 30 / d**2, "high": 50 / d**2, "tokens": 500} for d in (*DEPTHS, 30)
@@ -136,6 +137,11 @@ def figures(labels: list[str]) -> dict:
             "reinforced": [{**t, "accuracy": t["accuracy"] - 0.02} for t in thresholds],
         },
     }
+
+
+def by_task(accuracy: float, depth: float) -> dict:
+    span = {"low": accuracy - 0.05, "high": accuracy + 0.05}
+    return {"n": 200, "accuracy": accuracy, "mean_depth": estimate(depth), **span}
 
 
 def controls() -> list[dict]:

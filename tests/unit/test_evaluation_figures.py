@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ee_megatron.evaluation import Answer, Row
-from ee_megatron.evaluation.figures import depth_correlations, depth_figures, kl_by_exit
+from ee_megatron.evaluation.figures import by_task, depth_correlations, depth_figures, kl_by_exit
 from ee_megatron.evaluation.gates import gate_calibration
 from ee_megatron.evaluation.threshold import pareto_front
 from ee_megatron.families.hf_directory import HFDirectory
@@ -43,6 +43,18 @@ def test_depth_figures_of_planted_answers() -> None:
     assert found["classes"]["digits"] == {"depth": (2 + 4 + 8 + 6 + 40) / 8, "tokens": 8}
     assert found["classes"]["operators"]["tokens"] == 4 and found["classes"]["words"]["tokens"] == 6
     assert depth_figures([planted("a", depths, [0.0] * 12)])["m, x"]["flops"] is None
+
+
+def test_tasks_are_told_apart_where_there_are_several() -> None:
+    easy, hard = planted("a", [2] * 12, [0.0] * 12), planted("b", [8] * 12, [0.0] * 12)
+    answers = [easy | {"task": "sum"}, hard | {"task": "word"}, hard | {"task": "word", "correct": False}]
+    found = by_task(answers)["m, x"]  # type: ignore[arg-type]
+    assert list(found) == ["sum", "word"] and found["word"]["n"] == 2
+    assert (found["sum"]["accuracy"], found["word"]["accuracy"]) == (1.0, 0.5)
+    assert (found["sum"]["mean_depth"]["value"], found["word"]["mean_depth"]["value"]) == (2.0, 8.0)
+    # Wilson's interval for 1 of 2, 95 %.
+    assert [found["word"][end] for end in ("low", "high")] == pytest.approx([0.0945, 0.9055], abs=1e-3)
+    assert by_task(answers[1:]) == {} and by_task([easy]) == {}  # type: ignore[arg-type]
 
 
 def test_kl_is_told_apart_by_the_exit_taken() -> None:

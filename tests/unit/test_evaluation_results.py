@@ -116,7 +116,7 @@ def test_results_hold_rows_histogram_correlation_and_the_paired_test(tmp_path: P
     write_results(path, rows, planted(), {"num_layers": 10, "exit_depths": (2, 5)}, keep=3, more=more)
     data = json.loads(path.read_text())
     parts = {"meta", "rows", "answers", "depth_by_entropy", "exit_histogram", "paired"}
-    assert set(data) == parts | {"depth", "kl_by_exit", "depth_correlations", "gates"}
+    assert set(data) == parts | {"depth", "by_task", "kl_by_exit", "depth_correlations", "gates"}
     assert data["gates"] == {"reinforced": {"ece": None}}
     assert data["meta"] == {"num_layers": 10, "exit_depths": [2, 5]}
     assert [r["exits"] for r in data["rows"]] == ["full depth", "sampled"] and data["rows"][1]["kl"] is None

@@ -94,6 +94,7 @@ def test_every_table_of_the_evaluation_is_on_the_page(tmp_path):
     for words in (
         "random exits", "confidence", "depth (!)", "+20.0% [+16.0%, +24.0%]",
         "chain necessity", "0.50 [0.46, 0.54]", "serial depth, 0.9", "probe uplift at its best depth, 2 ahead",
+        "word: accuracy", "71.0% [66.0%, 76.0%]", "22.0",
         "final answer", "28.0", "7.10 [7.00, 7.20]", "surprisal, by kind of token",
         "0.060 [0.020, 0.100]", "ECE at 25", "Fronts over thresholds", "Policy minus control",
     ):  # fmt: skip

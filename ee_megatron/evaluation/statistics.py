@@ -122,13 +122,33 @@ def spearman_interval(
         raise ValueError(f"rank correlation of {len(xs)} and {len(ys)} answers; expected as many of each")
     if not xs:
         return Estimate(math.nan, math.nan, math.nan)
-    value = spearman(np.concatenate(xs), np.concatenate(ys))
+    x, y = np.concatenate(xs), np.concatenate(ys)
+    value = spearman(x, y)
+    if math.isnan(value):
+        return Estimate(value, math.nan, math.nan)
+    # A resample is the same tokens with other weights: values are sorted once, not once per resample.
+    x, y = (np.unique(side, return_inverse=True)[1] for side in (x, y))
+    answer = np.repeat(np.arange(len(xs)), [len(part) for part in xs])
     rng = np.random.default_rng(seed)
     draws = []
-    for _ in range(resamples if not math.isnan(value) else 0):
-        chosen = rng.integers(len(xs), size=len(xs))
-        draws.append(spearman(np.concatenate([xs[i] for i in chosen]), np.concatenate([ys[i] for i in chosen])))
+    for _ in range(resamples):
+        drawn = np.bincount(rng.integers(len(xs), size=len(xs)), minlength=len(xs))
+        draws.append(_weighted_spearman(x, y, drawn[answer].astype(np.float64)))
     return Estimate(value, *_percentiles(np.array(draws), level))
+
+
+def _weighted_spearman(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> float:
+    """`spearman` of a sample in which value i occurs weight[i] times; x, y int [n]: places among the sorted values."""
+    a, b = (_weighted_ranks(side, weight) for side in (x, y))
+    scale = math.sqrt(float(weight @ (a * a)) * float(weight @ (b * b)))
+    return float(weight @ (a * b)) / scale if scale > 0 else math.nan
+
+
+def _weighted_ranks(places: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Mean ranks minus their mean."""
+    counts = np.bincount(places, weights=weight)
+    ranks: np.ndarray = (np.cumsum(counts) - (counts - 1) / 2)[places]
+    return ranks - (weight.sum() + 1) / 2
 
 
 def _percentiles(draws: np.ndarray, level: float) -> Interval:

@@ -97,6 +97,18 @@ def test_spearman_of_planted_orders() -> None:
         spearman(x[:2], x[:3])
 
 
+def test_the_interval_is_that_of_resampled_answers_put_together() -> None:
+    rng = np.random.default_rng(3)
+    xs = [rng.integers(0, 4, size=n).astype(float) for n in rng.integers(1, 12, size=40)]
+    ys = [x + rng.integers(0, 3, size=len(x)) for x in xs]
+    draws, generator = [], np.random.default_rng(7)
+    for _ in range(50):
+        chosen = generator.integers(40, size=40)
+        draws.append(spearman(np.concatenate([xs[i] for i in chosen]), np.concatenate([ys[i] for i in chosen])))
+    found = spearman_interval(xs, ys, resamples=50, seed=7)
+    assert found[1:] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=1e-12)
+
+
 def test_spearman_interval_resamples_answers_not_tokens() -> None:
     rng = np.random.default_rng(3)
     xs = [rng.normal(size=1) for _ in range(120)]

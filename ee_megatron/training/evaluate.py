@@ -244,6 +244,7 @@ def evaluate(cfg: RunConfig, model_path: Path) -> None:
             work.controls(found)
         spec = session.spec
         work.meta |= {
+            "name": cfg.name,
             "num_layers": spec.num_layers,
             "exit_depths": list(spec.exit_depths),
             "prompt_tokens": work.prompt_tokens,

@@ -179,7 +179,8 @@ class RLConfig:
     beta: float = 0.05
     """Weight of KL(policy || reference)."""
     kl: str = "reward"
-    """reward (k1 estimate, subtracted from the reward) or loss (k3 estimate, added to the loss)."""
+    """reward (k1 estimate, subtracted from the reward), loss (k3 estimate, added to the loss) or exact (over the whole
+    vocabulary, added to the loss: every token teaches, at the price of another pass of the reference)."""
     advantage: str = "rloo"
     """rloo, mean, grpo or none."""
     importance_cap: float = 2.0

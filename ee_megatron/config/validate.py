@@ -31,7 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "calibrate.gate_targets": ("sampled", "soft", "current"),
     "rl.depth_cost": ("mean", "total"),
     "rl.depth_credit": ("sequence", "token"),
-    "rl.kl": ("reward", "loss"),
+    "rl.kl": ("reward", "loss", "exact"),
     "rl.decay": ("constant", "linear", "cosine"),
     "rl.advantage": ("rloo", "mean", "grpo", "none"),
     "rollout.backend": ("ray", "local"),

@@ -26,6 +26,8 @@ class ReplayBatch:
       over the global batch; 0 where nothing counts
     - soft_targets float32 [B, S, M] or None: target hazards instead of the prescribed exit, -1 where there is none
     - entropy_weight float32 [B, S]: weight of the gates' entropy at the position, in nats, as a bonus
+    - kl_weight float32 [B, S] or None: weight of the whole divergence from the reference at the position, nats, where
+      it stands beside the likelihood
     - teacher_ids  int64 [B, S, k], teacher_logprobs float32 [B, S, k] or None: the teacher's distribution
     """
 
@@ -37,6 +39,7 @@ class ReplayBatch:
     exit_weight: Tensor
     soft_targets: Tensor | None = None
     entropy_weight: Tensor | None = None
+    kl_weight: Tensor | None = None
     teacher_ids: Tensor | None = None
     teacher_logprobs: Tensor | None = None
 

@@ -147,7 +147,8 @@ class Learner:
 
         objective "likelihood": loss = - sum token_weight * log p(token); "distill": + sum token_weight * KL to the
         teacher by its most probable tokens and the rest, which the batch brings; "distill_full": to the reference over
-        the whole vocabulary, for which it runs first. All: - sum exit_weight * log q(exit) (or its
+        the whole vocabulary, for which it runs first. With a kl_weight the likelihood gets + sum kl_weight * that KL.
+        All: - sum exit_weight * log q(exit) (or its
         soft-target form) - sum entropy_weight * gate entropy.
         """
         teacher = self._teacher_for(batch, objective)
@@ -209,7 +210,7 @@ class Learner:
         return scores, head
 
     def _teacher_for(self, batch: ReplayBatch, objective: str) -> Teacher | None:
-        if objective != "distill_full":
+        if objective != "distill_full" and batch.kl_weight is None:
             return None
         hidden: list[Tensor] = []
         return Teacher(self._run_reference(batch, hidden)[1], hidden)

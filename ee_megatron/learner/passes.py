@@ -75,6 +75,10 @@ class Pass:
             loss, found, entropy, kl = self._against_the_reference(batch, hidden, weight)
         else:
             loss, found, entropy, kl = self._by_log_probs(batch, hidden, weight)
+            if self.teacher is not None and batch.kl_weight is not None:
+                weight = batch.kl_weight[batch.counts] * self.scale
+                extra, _, _, kl = self._against_the_reference(batch, hidden, weight)
+                loss = loss + extra
         for store, value in ((self.token_logprobs, found), (self.token_entropy, entropy), (self.kl, kl)):
             whole = torch.zeros(batch.tokens.shape, device=output.device)
             whole[batch.counts] = value

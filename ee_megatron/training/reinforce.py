@@ -94,6 +94,7 @@ def learn(
     kept = [i for i, group in enumerate(groups) if not rl.drop_equal_groups or np.ptp(group.rewards) > 0]
     updates: list[Update] = []
     clipped_share: list[float] = []
+    kls: list[float] = []
     for epoch in range(rl.epochs):
         order = np.random.default_rng([rl.seed, step, epoch]).permutation(kept) if rl.minibatches > 1 else kept
         for chosen in np.array_split(order, min(rl.minibatches, len(kept))) if kept else ():
@@ -112,7 +113,11 @@ def learn(
             )
             session.guard(update, part, step + 1)
             updates.append(update)
+            if rl.kl == "exact":
+                kls.append(float(update.scores.kl[part.counts].mean()))
     clock.append(time.monotonic())
+    if kls:
+        values["kl_exact"] = float(np.mean(kls))
     for name in ("body", "gates", "all"):
         values["grad_norm" if name == "all" else f"grad_norm/{name}"] = float(
             np.mean([u.norms[name] for u in updates]) if updates else 0.0
@@ -226,6 +231,8 @@ def weigh(batch: ReplayBatch, signal: Signal, now: Scores, rl: RLConfig) -> floa
     batch.token_weight = scale * per_token
     if rl.kl == "loss":
         batch.token_weight = batch.token_weight - rl.beta * per_token * k3_slope(now.token_logprobs, signal.reference)
+    if rl.kl == "exact":
+        batch.kl_weight = rl.beta * per_token
     batch.exit_weight = scale * mean_weights(batch, batch.asked)
     batch.entropy_weight = rl.entropy_bonus * mean_weights(batch, batch.asked) if rl.entropy_bonus else None
     return float((kept == 0)[batch.counts].float().mean())

@@ -211,3 +211,44 @@ def test_gradients_of_distillation_over_the_whole_vocabulary(mode, direction, tm
     gradients += [value.grad for value in policy.values() if value.grad is not None]
     expected = torch.stack([g.norm() for g in gradients]).norm()
     assert update.norms["all"] == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_gradients_of_the_likelihood_with_the_exact_kl_beside_it(mode, tmp_path):
+    """RL's objective with rl.kl=exact at PP2, against autograd through both terms."""
+    spec = SPEC if mode == "lora" else replace(SPEC, rank=0, full=True)
+    path = tiny_hf("llama", tmp_path / "model", tied=False)
+    source = HFDirectory(path)
+    policy, batch = random_policy(source.dims, spec), make_batch(3)
+    if spec.full:
+        generator = torch.Generator().manual_seed(7)
+        policy |= {
+            name: source.tensor(name) + 0.02 * torch.randn(shape, generator=generator)
+            for name, shape in source.dims.tensor_shapes().items()
+        }
+    batch.kl_weight = torch.rand(batch.tokens.shape, generator=torch.Generator().manual_seed(2)) / 10
+    with Ranks(2, tmp_path / "ranks") as ranks:
+        ranks.call(
+            "parallel_cases:make_learner", path=path, spec=spec, policy=policy, degrees=(1, 2, 1), stages=(3, 3),
+            options={"micro_batch_size": 2, "optimizer": OptimizerSettings(gradient_clipping=0.0)},
+        )  # fmt: skip
+        update, _ = ranks.call("parallel_cases:step", batch=batch)[0]
+    reference = Reference(path, spec, policy)
+    for name, value in policy.items():
+        value.requires_grad_()
+        if name in dict(reference.model.named_parameters()):
+            reference.model.get_parameter(name).data.copy_(value.detach())
+            reference.model.get_parameter(name).requires_grad_()
+    student = reference.logits(batch.tokens, batch.depths).log_softmax(-1)
+    teacher = Reference(path).logits(batch.tokens, torch.full_like(batch.depths, 6)).log_softmax(-1)
+    kl = (student.exp() * (student - teacher)).sum(-1)
+    torch.testing.assert_close(update.scores.kl, (kl * batch.counts).detach(), rtol=1e-4, atol=1e-5)
+    tokens = student.gather(-1, batch.labels()[..., None])[..., 0] * batch.counts
+    torch.testing.assert_close(update.scores.token_logprobs, tokens.detach(), rtol=1e-4, atol=1e-4)
+    exits = reference.log_q(reference.gate_logits(batch.tokens, batch.depths), batch.depths) * batch.asked
+    loss = (kl * batch.counts * batch.kl_weight).sum() - (tokens * batch.token_weight).sum()
+    (loss - (exits * batch.exit_weight).sum()).backward()
+    gradients = [p.grad for p in reference.model.parameters() if p.grad is not None]
+    gradients += [value.grad for value in policy.values() if value.grad is not None]
+    expected = torch.stack([g.norm() for g in gradients]).norm()
+    assert update.norms["all"] == pytest.approx(float(expected), rel=1e-4)

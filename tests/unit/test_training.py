@@ -190,7 +190,8 @@ def test_shallower_answers_of_equal_worth_are_pushed_up():
 def test_the_exact_kl_is_weighed_once_and_not_charged_twice():
     """beta, each answer's tokens sharing 1/n of it; the reward then has no KL in it."""
     groups = [a_group([6, 2, 2], [6, 6])]
-    far = scores(replay(groups, 6), tokens=torch.full((2, 6), -9.0))
+    plain = replay(groups, 6)
+    far = scores(plain, tokens=torch.full(plain.tokens.shape, -9.0))
     batch, signal, _, _ = weights_of(groups, RLConfig(lambda_exit=0.0, beta=0.8, kl="exact"), reference=far)
     assert batch.kl_weight is not None and batch.kl_weight.sum(1).tolist() == pytest.approx([0.4, 0.4])
     assert (batch.kl_weight > 0).equal(batch.counts) and not signal.advantage.any()

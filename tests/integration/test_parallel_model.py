@@ -168,6 +168,30 @@ def test_gradients_of_distillation_equal_the_reference(tmp_path):
     assert update.norms["all"] == pytest.approx(float(expected), rel=1e-4)
 
 
+def moved_base(source) -> dict[str, torch.Tensor]:
+    """The base's tensors, each a little off."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = source.dims.tensor_shapes()
+    return {n: source.tensor(n) + 0.02 * torch.randn(shape, generator=generator) for n, shape in shapes.items()}
+
+
+def gradient_norm(reference, policy) -> float:
+    gradients = [p.grad for p in reference.model.parameters() if p.grad is not None]
+    gradients += [value.grad for value in policy.values() if value.grad is not None]
+    return float(torch.stack([g.norm() for g in gradients]).norm())
+
+
+def trainable(path, spec, policy) -> Reference:
+    """The reference with the policy's tensors in it, all of which get gradients."""
+    reference = Reference(path, spec, policy)
+    for name, value in policy.items():
+        value.requires_grad_()
+        if name in dict(reference.model.named_parameters()):
+            reference.model.get_parameter(name).data.copy_(value.detach())
+            reference.model.get_parameter(name).requires_grad_()
+    return reference
+
+
 @pytest.mark.parametrize("direction", ["student_teacher", "teacher_student", "jensen_shannon"])
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_gradients_of_distillation_over_the_whole_vocabulary(mode, direction, tmp_path):
@@ -177,11 +201,7 @@ def test_gradients_of_distillation_over_the_whole_vocabulary(mode, direction, tm
     source = HFDirectory(path)
     policy, batch = random_policy(source.dims, SPEC if mode == "lora" else replace(SPEC, rank=0)), make_batch(3)
     if spec.full:
-        generator = torch.Generator().manual_seed(7)
-        policy |= {
-            name: source.tensor(name) + 0.02 * torch.randn(shape, generator=generator)
-            for name, shape in source.dims.tensor_shapes().items()
-        }
+        policy |= moved_base(source)
     batch.token_weight, batch.exit_weight = batch.token_weight.abs(), batch.exit_weight.abs()
     with Ranks(2, tmp_path / "ranks") as ranks:
         ranks.call(
@@ -190,12 +210,7 @@ def test_gradients_of_distillation_over_the_whole_vocabulary(mode, direction, tm
                      "optimizer": OptimizerSettings(gradient_clipping=0.0)},
         )  # fmt: skip
         update, _ = ranks.call("parallel_cases:step", batch=batch, objective="distill_full")[0]
-    reference = Reference(path, spec, policy)
-    for name, value in policy.items():
-        value.requires_grad_()
-        if name in dict(reference.model.named_parameters()):
-            reference.model.get_parameter(name).data.copy_(value.detach())
-            reference.model.get_parameter(name).requires_grad_()
+    reference = trainable(path, spec, policy)
     student = reference.logits(batch.tokens, batch.depths).log_softmax(-1)
     teacher = Reference(path).logits(batch.tokens, torch.full_like(batch.depths, 6)).log_softmax(-1)
     if direction == "jensen_shannon":
@@ -207,10 +222,7 @@ def test_gradients_of_distillation_over_the_whole_vocabulary(mode, direction, tm
     torch.testing.assert_close(update.scores.kl, (kl * batch.counts).detach(), rtol=1e-4, atol=1e-5)
     exits = reference.log_q(reference.gate_logits(batch.tokens, batch.depths), batch.depths) * batch.asked
     ((kl * batch.counts * batch.token_weight).sum() - (exits * batch.exit_weight).sum()).backward()
-    gradients = [p.grad for p in reference.model.parameters() if p.grad is not None]
-    gradients += [value.grad for value in policy.values() if value.grad is not None]
-    expected = torch.stack([g.norm() for g in gradients]).norm()
-    assert update.norms["all"] == pytest.approx(float(expected), rel=1e-4)
+    assert update.norms["all"] == pytest.approx(gradient_norm(reference, policy), rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
@@ -221,11 +233,7 @@ def test_gradients_of_the_likelihood_with_the_exact_kl_beside_it(mode, tmp_path)
     source = HFDirectory(path)
     policy, batch = random_policy(source.dims, spec), make_batch(3)
     if spec.full:
-        generator = torch.Generator().manual_seed(7)
-        policy |= {
-            name: source.tensor(name) + 0.02 * torch.randn(shape, generator=generator)
-            for name, shape in source.dims.tensor_shapes().items()
-        }
+        policy |= moved_base(source)
     batch.kl_weight = torch.rand(batch.tokens.shape, generator=torch.Generator().manual_seed(2)) / 10
     with Ranks(2, tmp_path / "ranks") as ranks:
         ranks.call(
@@ -233,12 +241,7 @@ def test_gradients_of_the_likelihood_with_the_exact_kl_beside_it(mode, tmp_path)
             options={"micro_batch_size": 2, "optimizer": OptimizerSettings(gradient_clipping=0.0)},
         )  # fmt: skip
         update, _ = ranks.call("parallel_cases:step", batch=batch)[0]
-    reference = Reference(path, spec, policy)
-    for name, value in policy.items():
-        value.requires_grad_()
-        if name in dict(reference.model.named_parameters()):
-            reference.model.get_parameter(name).data.copy_(value.detach())
-            reference.model.get_parameter(name).requires_grad_()
+    reference = trainable(path, spec, policy)
     student = reference.logits(batch.tokens, batch.depths).log_softmax(-1)
     teacher = Reference(path).logits(batch.tokens, torch.full_like(batch.depths, 6)).log_softmax(-1)
     kl = (student.exp() * (student - teacher)).sum(-1)
@@ -248,7 +251,4 @@ def test_gradients_of_the_likelihood_with_the_exact_kl_beside_it(mode, tmp_path)
     exits = reference.log_q(reference.gate_logits(batch.tokens, batch.depths), batch.depths) * batch.asked
     loss = (kl * batch.counts * batch.kl_weight).sum() - (tokens * batch.token_weight).sum()
     (loss - (exits * batch.exit_weight).sum()).backward()
-    gradients = [p.grad for p in reference.model.parameters() if p.grad is not None]
-    gradients += [value.grad for value in policy.values() if value.grad is not None]
-    expected = torch.stack([g.norm() for g in gradients]).norm()
-    assert update.norms["all"] == pytest.approx(float(expected), rel=1e-4)
+    assert update.norms["all"] == pytest.approx(gradient_norm(reference, policy), rel=1e-4)

@@ -27,7 +27,8 @@ FIXED_ONLY = ("name", "runs", "experiment")
 GROUP = "sweep"
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER}):({_NUMBER}):({_NUMBER}|log\d+|lin\d+)")
-_PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./+-]*")
+# A point before a digit begins a number.
+_PLAIN = re.compile(r"(?:[A-Za-z_/]|\.(?![0-9]))[A-Za-z0-9_./+-]*")
 _WORDS = ("true", "false", "null", "nan", "inf", "on", "off", "yes", "no")
 
 

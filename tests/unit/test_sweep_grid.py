@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ee_megatron.config.load import load
@@ -152,6 +152,7 @@ plain_values = st.one_of(
 
 
 @settings(max_examples=300, deadline=None)
+@example(".0")
 @given(st.one_of(plain_values, st.lists(plain_values, max_size=3)))
 def test_what_a_file_says_arrives_as_it_was_written(value: object) -> None:
     """YAML value -> setting text -> Hydra's parser -> the same value, whatever characters it has."""

@@ -17,7 +17,7 @@ from .report_data import Inputs, Results, Run, Stage, binned, entropy_points, re
 from .report_merge import merge
 from .report_sections import model_rank, sections
 from .rundir import write_atomic
-from .svg import legend_mark, number
+from .svg import colour, legend_mark, number
 
 COLUMNS = (
     ("exits", "exits"), ("accuracy", "accuracy [95 %]"), ("n", "n"), ("p_value", "p"), ("mean_depth", "mean depth"),
@@ -105,7 +105,7 @@ def _results(results: Results, folder: Path) -> dict[str, Any]:
         model = str(row.get("model", ""))
         paired = results.paired.get(f"{model}, {row.get('exits', '')}") or {}
         cells = {key: _cell(key, {**row, "p_value": paired.get("p_value")}) for key, _ in COLUMNS}
-        table.append({"mark": index, "model": model, "series": order[model], "cells": cells})
+        table.append({"mark": index, "model": model, "colour": colour(order[model]), "cells": cells})
         if _is_number(row.get("accuracy")) and _is_number(row.get("mean_depth")):
             accuracy = float(row["accuracy"])
             low, high = (float(row[k]) if _is_number(row.get(k)) else accuracy for k in ("low", "high"))
@@ -197,8 +197,8 @@ def _training(inputs: Inputs, folder: Path) -> list[dict[str, Any]]:
         panels: dict[str, list[tuple[str, int, list[tuple[int, float]]]]] = {}
         for metric in sorted(metrics, key=lambda n: LEADING.index(n) if n in LEADING else len(LEADING)):
             panels[metric.replace("_", " ")] = [
-                (stage.run, colour, stage.curves[metric])
-                for stage, colour in zip(group, series, strict=True)
+                (stage.run, index, stage.curves[metric])
+                for stage, index in zip(group, series, strict=True)
                 if metric in stage.curves
             ]
         plots.training(panels, folder / f"training_{name}.png")

@@ -52,11 +52,18 @@ def _name(model: str, run: Run, inputs: Inputs, read: Sequence[tuple[Run, Inputs
 
 
 def _common(runs: Sequence[Run]) -> str:
-    """The settings in which these runs are alike, among those that tell all runs apart."""
+    """The settings in which these runs are alike, among those that tell all runs apart; or their labels, where these
+    are no settings."""
     if len(runs) == 1:
         return runs[0].label
-    alike = [f"{k}={v}" for k, v in runs[0].settings.items() if all(run.settings.get(k) == v for run in runs)]
-    return ", ".join(alike) or runs[0].label
+    alike = {key: value for key, value in runs[0].settings.items() if all(r.settings.get(key) == value for r in runs)}
+    if alike and runs[0].label == _words(runs[0].settings):
+        return _words(alike)
+    return ", ".join(run.label for run in runs)
+
+
+def _words(settings: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in settings.items())
 
 
 def _add(into: Results, found: Results, names: Mapping[str, str], run: str) -> None:

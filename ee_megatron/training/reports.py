@@ -13,6 +13,9 @@ from ..config.schema import RunConfig
 from ..observe.report import write_report
 from ..observe.report_data import Run
 
+LABEL_LENGTH = 40
+"""Characters of a run's settings that still fit beside a model's name."""
+
 
 def report(cfg: RunConfig) -> Path:
     """report.html of one configuration, from whatever stages there are. Raises ValueError if there is none."""
@@ -41,11 +44,11 @@ def compare(named: Sequence[Path], out: Path | None = None) -> Path:
         return write_report([Run(found[0])], out)
     settings = _differing(configs)
     labels = [", ".join(f"{key}={value}" for key, value in each.items()) for each in settings]
-    # Names, or what tells directories apart where the settings don't.
-    labels = [
-        label if label and labels.count(label) == 1 else f"{end.parent.name}/{end.name}"
-        for label, end in zip(labels, ends, strict=True)
-    ]
+    if len(set(labels)) < len(labels):
+        labels = [f"{end.parent.name}/{end.name}" for end in ends]
+    elif max(map(len, labels)) > LABEL_LENGTH:
+        # The table of settings says what they stand for.
+        labels = [f"run {i + 1}" for i in range(len(labels))]
     return write_report([Run(*each) for each in zip(found, labels, settings, strict=True)], out)
 
 

@@ -37,6 +37,16 @@ def test_a_runs_directory_stands_for_every_evaluation_in_it(tmp_path: Path) -> N
     assert "reinforced (steps" not in only and "Front over runs" not in only and "rl: config.yaml" in only
 
 
+def test_runs_that_differ_in_much_are_numbered_and_their_settings_stand_in_the_table(tmp_path: Path) -> None:
+    one = made(tmp_path, "rl.lambda_exit=0")
+    two = made(tmp_path, "rl.lambda_exit=0.3", "rl.steps=5", "rl.beta=0.25", "calibrate.adapter_lr=7e-4")
+    three = made(tmp_path, "rl.lambda_exit=1")
+    text = compare([one, two, three], tmp_path / "page.html").read_text()
+    for words in ("reinforced (run 2)", "calibrated (run 2)", "calibrated (run 1, run 3)", "<td>0.0007</td>"):
+        assert words in text, words
+    assert "reinforced (steps" not in text
+
+
 def test_a_run_that_was_moved_is_found_and_one_without_evaluation_ends_at_its_last_stage(tmp_path: Path) -> None:
     end = made(tmp_path, "rl.seed=3")
     shutil.rmtree(end)

@@ -73,6 +73,9 @@ def _runs(results: Results, runs: Sequence[Run], folder: Path) -> Section | None
     keys = list(dict.fromkeys(key for run in runs for key in run.settings))
     rows = [(run.label, *(run.settings.get(key, "–") for key in keys)) for run in runs]
     section.tables.append(("Settings in which the runs differ", Table(("run", *keys), rows, names=1 + len(keys))))
+    seeds = _over_seeds(results, runs)
+    if seeds.rows:
+        section.tables.append((_SEEDS_NOTE, seeds))
     dots = [replace(_row_dot(row, label), word=label) for label, row in results.chosen]
     if len(dots) > 1:
         front = _front(dots)
@@ -82,6 +85,33 @@ def _runs(results: Results, runs: Sequence[Run], folder: Path) -> Section | None
         axes = Axes("mean depth (fraction of the layers)", "accuracy", percent_y=True)
         section.charts.append(_drawn("Front over runs", lines, axes, folder / "front_runs.png", note))
     return section
+
+
+_SEEDS_NOTE = (
+    "Runs that differ in seeds only: the last model at its chosen threshold, mean over runs, least and greatest. The "
+    "spread of training; the intervals above are of problems."
+)
+
+
+def _over_seeds(results: Results, runs: Sequence[Run]) -> Table:
+    """One row per group of at least two runs with the same settings but for seeds."""
+    settings = {run.label: run.settings for run in runs}
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for label, row in results.chosen:
+        rest = {k: v for k, v in settings[label].items() if k.rsplit(".", 1)[-1] != "seed"}
+        if len(rest) < len(settings[label]):
+            groups.setdefault(", ".join(f"{k}={v}" for k, v in rest.items()) or "all runs", []).append(row)
+    forms = {"accuracy": "{:.1%}", "mean_depth": "{:.3f}", "total_depth": "{:.0f}", "length": "{:.1f}"}
+    rows = [
+        (name, str(len(group)), *(_spread([row[key] for row in group], form) for key, form in forms.items()))
+        for name, group in groups.items()
+        if len(group) > 1
+    ]
+    return Table(("settings", "runs", *(key.replace("_", " ") for key in forms)), rows)
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    return estimate({"value": sum(values) / len(values), "low": min(values), "high": max(values)}, form)
 
 
 def _row_dot(row: Mapping[str, Any], head: str) -> Dot:

@@ -84,6 +84,10 @@ def _differing(configs: Sequence[RunConfig]) -> list[dict[str, str]]:
     flat = [dict(_flat(identity(cfg, "evaluate"))) for cfg in configs]
     keys = dict.fromkeys(key for run in flat for key in run)
     differing = [key for key in keys if any(run.get(key) != flat[0].get(key) for run in flat)]
+    # A sweep's `seed` sets them all; said once.
+    seeds = [key for key in differing if key.endswith(".seed")]
+    if all(len({run.get(key) for key in seeds}) <= 1 for run in flat):
+        differing = [key for key in differing if key not in seeds[1:]]
     lasts = [key.rsplit(".", 1)[-1] for key in differing]
     names = [key if lasts.count(last) > 1 else last for key, last in zip(differing, lasts, strict=True)]
     return [{name: _word(run[key]) for name, key in zip(names, differing, strict=True) if key in run} for run in flat]

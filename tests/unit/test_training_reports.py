@@ -1,5 +1,7 @@
 """Runs named by directories: which stages belong to them, how they differ, what is refused."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -45,6 +47,23 @@ def test_runs_that_differ_in_much_are_numbered_and_their_settings_stand_in_the_t
     for words in ("reinforced (run 2)", "calibrated (run 2)", "calibrated (run 1, run 3)", "<td>0.0007</td>"):
         assert words in text, words
     assert "reinforced (steps" not in text
+
+
+def test_runs_that_differ_in_seeds_are_summed_up(tmp_path: Path) -> None:
+    grid = [(price, seed) for price in (0, 0.5) for seed in (1, 2)]
+    ends = [
+        made(tmp_path, f"rl.lambda_exit={price}", f"calibrate.seed={seed}", f"rl.seed={seed}") for price, seed in grid
+    ]
+    for (price, seed), end in zip(grid, ends, strict=True):
+        data = json.loads((end / "results.json").read_text())
+        row = next(r for r in data["rows"] if r["model"] == "reinforced" and r["exits"] == "hazard > 0.9")
+        row.update(accuracy=0.7 + 0.02 * seed, low=0.6, high=0.8, mean_depth=0.8 - 0.4 * price)
+        (end / "results.json").write_text(json.dumps(data))
+    text = " ".join(re.sub("<[^>]*>", " ", compare(ends, tmp_path / "page.html").read_text()).split())
+    assert "lambda_exit=0 2 73.0% [72.0%, 74.0%] 0.800 [0.800, 0.800]" in text
+    assert "lambda_exit=0.5 2 73.0% [72.0%, 74.0%] 0.600 [0.600, 0.600]" in text
+    assert "reinforced (seed=2, lambda_exit=0.5)" in text and "calibrated (seed=2)" in text
+    assert "Runs that differ in seeds" not in compare(ends[::2], tmp_path / "two.html").read_text()
 
 
 def test_a_run_that_was_moved_is_found_and_one_without_evaluation_ends_at_its_last_stage(tmp_path: Path) -> None:

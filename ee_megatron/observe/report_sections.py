@@ -236,8 +236,8 @@ def _gates_table(gates: Mapping[str, Mapping[str, Any]]) -> Table:
 
 _CONTROLS_NOTE = (
     "The policy under test against exit rules that know less: each at the policy's mean depth, then with the "
-    "least depth found at which validation gave it the policy's accuracy. (!): the depth asked for was not "
-    "reached, so that it is no comparison. p: McNemar's exact test."
+    "least depth found at which validation gave it the policy's accuracy. (!): the depth, or the accuracy, was "
+    "not reached, so that it is no comparison. p: McNemar's exact test."
 )
 
 

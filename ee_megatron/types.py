@@ -5,7 +5,7 @@ They hold numpy arrays and Python scalars only, so that they cross process bound
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -100,4 +100,3 @@ class Trace:
     entropy: np.ndarray
     correct: bool
     text: str = ""
-    meta: dict = field(default_factory=dict)

@@ -147,10 +147,18 @@ class CalibrateConfig:
     gate_targets: str = "sampled"
     """sampled (negative log-likelihood of the drawn exit), soft (cross-entropy to the target hazards of the traces) or
     current (cross-entropy, for the exit taken, to the target of the student's own divergence there and now)."""
+    patterns_from: str = "targets"
+    """targets (hazards of the traces) or student: where its own gates would exit, under a threshold drawn for each
+    sequence from [0.5, 1), so that it learns to read what it has left early as context. Costs a scoring pass."""
     uniform_patterns: float = 0.0
-    """Share of patterns drawn uniformly over the exits instead of from the target: trains shallow readouts too."""
+    """Share of patterns drawn uniformly over the exits instead: trains shallow readouts too."""
     depth_power: float = 0.0
     """The KL of a position counts (exit depth / L) to this power: hopeless shallow exits pull less at the adapters."""
+    keep: float = 1.0
+    """Share of the change of the weights that is kept when the adapters' training ends (WiSE-FT): less of it, less is
+    forgotten of what the traces don't hold."""
+    settle: float = 0.0
+    """Share of the updates, at the end, after `keep` has been applied, that train the gates alone."""
     adapter_lr: float = 1e-3
     gate_lr: float = 1e-3
     warmup: float = 0.05
@@ -204,6 +212,10 @@ class RLConfig:
     """Keep every step's rollouts in the stage's rollouts/ directory."""
     replay: str = ""
     """Train on the rollouts of this directory, as dumped, instead of a pool's."""
+    gate_centre: float = 0.5
+    gate_sharpness: float = 1.0
+    """The gates that RL starts from have their logits z replaced by sharpness * (z - logit(centre)): what a threshold
+    at `gate_centre` decides is then what sampling mostly does. 0.5 and 1 change nothing."""
     adapter_lr: float = 3e-4
     gate_lr: float = 1e-3
     checkpoint_every: int = 1

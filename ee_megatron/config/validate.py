@@ -28,6 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "task.name": ("arithmetic", "gsm8k", "tom", "reasoning_gym", "dataset", "jsonl"),
     "calibrate.kl_direction": ("student_teacher", "teacher_student", "jensen_shannon"),
     "calibrate.teacher": ("topk", "full"),
+    "calibrate.patterns_from": ("targets", "student"),
     "calibrate.gate_targets": ("sampled", "soft", "current"),
     "rl.depth_cost": ("mean", "total"),
     "rl.depth_credit": ("sequence", "token"),
@@ -321,12 +322,24 @@ def _check_training(cfg: RunConfig) -> None:
     shares = {
         "calibrate.uniform_patterns": cfg.calibrate.uniform_patterns,
         "calibrate.warmup": cfg.calibrate.warmup,
+        "calibrate.keep": cfg.calibrate.keep,
+        "calibrate.settle": cfg.calibrate.settle,
         "pretrain.warmup": cfg.pretrain.warmup,
         "rl.lambda_warmup": cfg.rl.lambda_warmup,
     }
     for key, share in shares.items():
         if not 0 <= share <= 1:
             raise ValueError(f"{key}={share}: expected a share from 0 to 1")
+    if cfg.calibrate.keep < 1 and not cfg.calibrate.settle:
+        raise ValueError(
+            f"calibrate.keep={cfg.calibrate.keep}: moves the weights under the gates; give calibrate.settle, "
+            ".1 say, for these to learn again"
+        )
+    if not 0 < cfg.rl.gate_centre < 1 or cfg.rl.gate_sharpness <= 0:
+        raise ValueError(
+            f"rl.gate_centre={cfg.rl.gate_centre}, rl.gate_sharpness={cfg.rl.gate_sharpness}: expected a hazard "
+            "between 0 and 1 and a factor above 0"
+        )
     if cfg.pretrain.enabled and cfg.rollout.prompt_template == "chat":
         raise ValueError(
             "rollout.prompt_template=chat: a model that is pretrained here has no chat template; set plain"

@@ -38,7 +38,8 @@ class Scores:
 
     token_logprobs: log p(next token) at the prescribed exits; exit_logprobs: log q(prescribed exit); exit_entropy: of
     the gates asked there, nats; token_entropy: of the next-token distribution, nats, in `score` only; kl: divergence
-    from the teacher's distribution where the batch brings one, else 0.
+    from the teacher's distribution where the batch brings one, else 0; hazards: of every gate that a position came
+    by, 0 elsewhere, [B, S, M] where `score` was told to keep them, else [B, S, 0].
     """
 
     token_logprobs: Tensor
@@ -46,6 +47,7 @@ class Scores:
     kl: Tensor
     token_entropy: Tensor
     exit_entropy: Tensor
+    hazards: Tensor
 
 
 @dataclass
@@ -133,14 +135,17 @@ class Learner:
 
     # -- what the loops call ------------------------------------------------------------------------------------------
 
-    def score(self, batch: ReplayBatch, *, reference: bool = False, objective: str = "likelihood") -> Scores:
+    def score(
+        self, batch: ReplayBatch, *, reference: bool = False, objective: str = "likelihood", hazards: bool = False
+    ) -> Scores:
         """Scores without gradients. `reference`: the base at full depth, without exits (the teacher). With the
         objective "distill" or "distill_full" they include the divergence from the teacher."""
         if reference:
             return self._run_reference(batch)[0]
         return self._run(
-            batch, train=False, exits=True, objective=objective, teacher=self._teacher_for(batch, objective)
-        )
+            batch, train=False, exits=True, objective=objective, teacher=self._teacher_for(batch, objective),
+            hazards_of=self.spec.exit_depths if hazards else (),
+        )  # fmt: skip
 
     def step(self, batch: ReplayBatch, *, adapter_lr: float, gate_lr: float, objective: str) -> Update:
         """One optimizer update.
@@ -226,6 +231,7 @@ class Learner:
         head: Head | None = None,
         teacher: Teacher | None = None,
         keep_hidden: list[Tensor] | None = None,
+        hazards_of: tuple[int, ...] = (),
     ) -> Scores:
         head = self.head if model is None else head
         model = model or self.model
@@ -243,7 +249,7 @@ class Learner:
         ]
         passes = Pass(
             model, head, self.kl_direction, exits=exits, objective=objective, scale=float(ranks), train=train,
-            teacher=teacher, keep_hidden=keep_hidden,
+            teacher=teacher, keep_hidden=keep_hidden, hazards_of=hazards_of,
         )  # fmt: skip
         with model.recording_gates() if exits else contextlib.nullcontext():
             run_schedule(
@@ -266,4 +272,6 @@ class Learner:
             gathered = [torch.empty_like(parts) for _ in range(dist.get_world_size(group))]
             dist.all_gather(gathered, parts, group=group)
             parts = torch.cat(gathered, dim=1)
-        return Scores(*parts[:, :wanted].cpu().unbind())
+        parts = parts[:, :wanted].cpu()
+        tokens, exits, kl, token_entropy, exit_entropy = parts[:5].unbind()
+        return Scores(tokens, exits, kl, token_entropy, exit_entropy, parts[5:].movedim(0, -1))

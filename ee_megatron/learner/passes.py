@@ -38,6 +38,7 @@ class Pass:
         train: bool,
         teacher: Teacher | None,
         keep_hidden: list[Tensor] | None,
+        hazards_of: tuple[int, ...] = (),
     ):
         self.head, self.exits, self.objective, self.train = head, exits, objective, train
         self.num_layers, self.kl_direction = model.last.config.num_layers, kl_direction
@@ -49,6 +50,9 @@ class Pass:
         self.kl: list[Tensor] = []
         self.exit_logprobs: list[list[Tensor]] = [[] for _ in model]
         self.exit_entropy: list[list[Tensor]] = [[] for _ in model]
+        # Gates at these depths leave their hazards, 0 where they were not asked.
+        self.hazards_of = hazards_of
+        self.hazards: list[list[Tensor]] = [[] for _ in model]
 
     def forward(self, stage: EarlyExitGPT, batch: ReplayBatch) -> Tensor:
         control = (batch if self.exits else batch.at_full_depth(self.num_layers)).control()
@@ -56,13 +60,17 @@ class Pass:
         output = stage(batch.tokens, control)
         logprobs = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
         entropy = torch.zeros_like(logprobs)
+        hazards = logprobs.new_zeros(len(self.hazards_of), *logprobs.shape)
         for depth, logit in stage.take_gates().items() if self.exits else ():
             logit = logit.transpose(0, 1)
+            if self.hazards_of:
+                hazards[self.hazards_of.index(depth)] = torch.sigmoid(logit) * (batch.asked & (batch.depths >= depth))
             logprobs += gate_log_term(logit, batch.depths, depth)
             entropy += torch.where(batch.depths >= depth, gate_entropy(logit), 0.0)
         chunk = stage.vp_stage or 0
         self.exit_logprobs[chunk].append(torch.where(batch.asked, logprobs, 0.0))
         self.exit_entropy[chunk].append(torch.where(batch.asked, entropy, 0.0))
+        self.hazards[chunk].append(hazards)
         return output
 
     def loss(self, batch: ReplayBatch, output: Tensor) -> Tensor:
@@ -121,7 +129,7 @@ class Pass:
         return loss, found, entropy, kl
 
     def stacked(self) -> Tensor:
-        """This rank's share of every score [5, micro-batches * rows, S], in the order of `Scores`."""
+        """This rank's share of every score [5 + M, micro-batches * rows, S], in the order of `Scores`."""
         logprobs, entropy = (
             torch.stack([torch.cat(parts) for parts in chunks]).sum(0)
             for chunks in (self.exit_logprobs, self.exit_entropy)
@@ -131,4 +139,5 @@ class Pass:
             torch.cat(parts) if last else torch.zeros_like(logprobs)
             for parts in (self.token_logprobs, self.kl, self.token_entropy)
         )
-        return torch.stack([tokens, logprobs, kl, token_entropy, entropy])
+        hazards = torch.stack([torch.cat(parts, dim=1) for parts in self.hazards]).sum(0)
+        return torch.cat([torch.stack([tokens, logprobs, kl, token_entropy, entropy]), hazards])

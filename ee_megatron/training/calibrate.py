@@ -5,12 +5,15 @@ for each update:
     target hazards s* = 1 - tanh(c d / 2); exits <- drawn by stick-breaking
     loss = mean KL(student at these exits, teacher)  +  mean -log q(exits)
     update adapters and gates
+scale the adapters' change by `keep`; some more updates of the gates alone
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ import torch
 from ..config.schema import CalibrateConfig, RunConfig
 from ..exits import ExitLayout, exit_distribution, sample_exits, target_hazards
 from ..learner.batch import ReplayBatch, mean_weights, pack, spread
+from ..learner.learner import Learner
 from ..policy import initial_policy, load_policy
 from ..types import Trace
 from .losses import schedule
@@ -33,28 +37,45 @@ class Item:
     pattern: int
 
 
-def plan(count: int, c: CalibrateConfig) -> list[list[Item]]:
+@dataclass(frozen=True)
+class Plan:
+    """What every update learns from; from update `settle_from` on gates learn alone."""
+
+    updates: list[list[Item]]
+    settle_from: int
+
+
+def plan(count: int, c: CalibrateConfig) -> Plan:
     """Which traces with which patterns make up each update: every trace S times per epoch, shuffled per epoch."""
     generator = np.random.default_rng(c.seed)
+    total = round(c.epochs * count * c.patterns)
     items: list[Item] = []
     epoch = 0
-    while len(items) < round(c.epochs * count * c.patterns):
+    while len(items) < total:
         order = generator.permutation(count * c.patterns)
         items += [Item(int(i) % count, epoch * c.patterns + int(i) // count) for i in order]
         epoch += 1
-    items = items[: round(c.epochs * count * c.patterns)]
-    return [items[start : start + c.batch_size] for start in range(0, len(items), c.batch_size)]
+    trained = total - round(c.settle * total)
+    parts = items[:trained], items[trained:total]
+    updates = [part[start : start + c.batch_size] for part in parts for start in range(0, len(part), c.batch_size)]
+    return Plan(updates, -(-trained // c.batch_size))
 
 
-def draw_exits(trace: Trace, item: Item, layout: ExitLayout, c: CalibrateConfig) -> np.ndarray:
-    """Exit depths [T] of one pattern: from the target distribution, or, for the configured share of patterns, uniform
-    over all outcomes. Token 0 never exits. The same item always draws the same pattern."""
+def draw_exits(
+    trace: Trace, item: Item, layout: ExitLayout, c: CalibrateConfig, hazards: torch.Tensor | None = None
+) -> np.ndarray:
+    """Exit depths [T] of one pattern: from the target distribution or, given the student's hazards [T, M], at the first
+    that exceeds a threshold drawn from [0.5, 1); for the configured share of patterns, uniform over all outcomes.
+    Token 0 never exits. The same item always draws the same pattern, from the same hazards."""
     seed = np.random.SeedSequence([c.seed, item.trace, item.pattern]).generate_state(1)[0]
     generator = torch.Generator().manual_seed(int(seed))
     uniform = float(torch.rand((), generator=generator)) < c.uniform_patterns
     length, exits = trace.divergences.shape
     if uniform:
         index = torch.randint(exits + 1, (length,), generator=generator)
+    elif hazards is not None:
+        fires = hazards > 0.5 + 0.5 * torch.rand((), generator=generator)
+        index = torch.where(fires.any(-1), fires.int().argmax(-1), exits)
     else:
         index = sample_exits(target_hazards(torch.from_numpy(trace.divergences), c.kl_factor), generator)
     depths = np.array(layout.outcomes, dtype=np.int32)[index.numpy()]
@@ -62,9 +83,17 @@ def draw_exits(trace: Trace, item: Item, layout: ExitLayout, c: CalibrateConfig)
     return depths
 
 
-def make_batch(traces: list[Trace], items: list[Item], layout: ExitLayout, c: CalibrateConfig) -> ReplayBatch:
+def make_batch(
+    traces: list[Trace],
+    items: list[Item],
+    layout: ExitLayout,
+    c: CalibrateConfig,
+    hazards: Sequence[torch.Tensor | None] = (),
+) -> ReplayBatch:
+    """`hazards` [T, M] per item: as in `draw_exits`."""
     chosen = [traces[item.trace] for item in items]
-    depths = [draw_exits(trace, item, layout, c) for trace, item in zip(chosen, items, strict=True)]
+    known = hazards or [None] * len(items)
+    depths = [draw_exits(t, item, layout, c, own) for t, item, own in zip(chosen, items, known, strict=True)]
     batch = pack([t.prompt_tokens for t in chosen], [t.tokens for t in chosen], depths, layout.num_layers)
     share = batch.depths.clamp(min=1).float() / layout.num_layers
     batch.token_weight = mean_weights(batch, batch.counts) * share**c.depth_power
@@ -72,9 +101,17 @@ def make_batch(traces: list[Trace], items: list[Item], layout: ExitLayout, c: Ca
     batch.teacher_ids = spread(batch, [t.topk_ids.astype(np.int64) for t in chosen])
     batch.teacher_logprobs = spread(batch, [t.topk_logprobs for t in chosen])
     if c.gate_targets == "soft":
-        hazards = [target_hazards(torch.from_numpy(t.divergences), c.kl_factor).numpy() for t in chosen]
-        batch.soft_targets = spread(batch, hazards)
+        targets = [target_hazards(torch.from_numpy(t.divergences), c.kl_factor).numpy() for t in chosen]
+        batch.soft_targets = spread(batch, targets)
     return batch
+
+
+def own_hazards(learner: Learner, traces: list[Trace], items: list[Item], num_layers: int) -> list[torch.Tensor]:
+    """Hazards [T, M] of every gate for each item, at full depth."""
+    chosen = [traces[item.trace] for item in items]
+    batch = pack([t.prompt_tokens for t in chosen], [t.tokens for t in chosen], None, num_layers)
+    hazards = learner.score(batch, hazards=True).hazards
+    return [hazards[row][batch.counts[row]] for row in range(batch.rows)]
 
 
 def current_targets(batch: ReplayBatch, kl: torch.Tensor, layout: ExitLayout, kl_factor: float) -> torch.Tensor:
@@ -96,16 +133,32 @@ def target_depth(traces: list[Trace], layout: ExitLayout, kl_factor: float) -> f
     return total / tokens / layout.num_layers
 
 
+Tensors = dict[str, torch.Tensor]
+
+
+def interpolated(policy: Tensors, start: Tensors, keep: float) -> Tensors:
+    """The policy with `keep` of its body's change since `start`, between which and the trained weights it lies in a
+    straight line; gates stay. Of an adapter B alone is scaled, since the change is B A (Wortsman et al. 2022, "Robust
+    fine-tuning of zero-shot models", arXiv 2109.01903)."""
+    fixed = ("gates.", ".lora_A.")
+    return {
+        name: tensor if any(part in f".{name}" for part in fixed) else torch.lerp(start[name], tensor, keep)
+        for name, tensor in policy.items()
+    }
+
+
 def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
     """Run or resume the stage; its last checkpoint is the calibrated policy."""
     c = cfg.calibrate
     traces = load_traces(traces_path)
-    updates = plan(len(traces), c)
+    planned = plan(len(traces), c)
+    updates = planned.updates
     with Session(cfg, "calibrate", model_path, learner=True) as session:
         done, checkpoint = session.latest()
         start = initial_policy(session.source.dims, session.spec, c.seed, session.source.tensor)
         policy = load_policy(checkpoint)[1] if checkpoint else start
-        learner = session.make_learner(policy, adapter_dropout=cfg.adapter.dropout, kl_direction=c.kl_direction)
+        options: dict[str, Any] = {"adapter_dropout": cfg.adapter.dropout, "kl_direction": c.kl_direction}
+        learner = session.make_learner(policy, **options)
         if checkpoint:
             session.resume(learner, checkpoint)
         layout = session.spec.layout
@@ -115,21 +168,28 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
         with session.progress(len(updates), done) as bar:
             for step in range(done, len(updates)):
                 session.stop_if_asked(learner, step)
-                batch = make_batch(traces, updates[step], layout, c)
+                settled = step >= planned.settle_from
+                if step == planned.settle_from and c.keep < 1:
+                    learner = session.make_learner(interpolated(learner.export_policy(), start, c.keep), **options)
+                own = (
+                    own_hazards(learner, traces, updates[step], layout.num_layers)
+                    if c.patterns_from == "student"
+                    else ()
+                )
+                batch = make_batch(traces, updates[step], layout, c, own)
                 rate = schedule(step, len(updates), c.warmup)
+                adapter_lr = 0.0 if settled else c.adapter_lr * schedule(step, planned.settle_from, c.warmup)
                 if c.gate_targets == "current":
                     seen = learner.score(batch, objective=objective)
                     batch.soft_targets = current_targets(batch, seen.kl, layout, c.kl_factor)
-                update = learner.step(
-                    batch, adapter_lr=c.adapter_lr * rate, gate_lr=c.gate_lr * rate, objective=objective
-                )
+                update = learner.step(batch, adapter_lr=adapter_lr, gate_lr=c.gate_lr * rate, objective=objective)
                 session.guard(update, batch, step + 1)
                 scores = update.scores
                 kl = float((scores.kl * mean_weights(batch, batch.counts)).sum())
                 nll = -float((scores.exit_logprobs * mean_weights(batch, batch.asked)).sum())
                 depth = float((batch.depths * batch.counts).sum() / batch.counts.sum()) / layout.num_layers
                 values = {"kl": kl, "gate_nll": nll, "pattern_depth": depth, "target_depth": target}
-                values |= {"grad_norm": update.norms["all"], "learning_rate": c.adapter_lr * rate}
+                values |= {"grad_norm": update.norms["all"], "learning_rate": adapter_lr}
                 session.log(step + 1, values)
                 bar.advance(1, kl=kl, gate_nll=nll, depth=depth)
                 if (step + 1) % c.checkpoint_every == 0 or step + 1 == len(updates):

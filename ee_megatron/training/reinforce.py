@@ -14,6 +14,7 @@ minimises a weighted likelihood with the same gradient (`weigh`).
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -53,6 +54,8 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
             raise ValueError(
                 f"{start}: made with {spec}, the configuration says {session.spec}; give the same exits and adapter"
             )
+        if checkpoint is None:
+            policy = sharpened(policy, rl.gate_centre, rl.gate_sharpness)
         learner = session.make_learner(policy, temperature=rl.temperature)
         if checkpoint:
             session.resume(learner, checkpoint)
@@ -79,6 +82,15 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
                 if (step + 1) % rl.checkpoint_every == 0 or step + 1 == rl.steps:
                     session.save(learner, step + 1, value=values["reward"])
         session.finish()
+
+
+def sharpened(policy: dict[str, Tensor], centre: float, sharpness: float) -> dict[str, Tensor]:
+    """The policy with gate logits sharpness * (z - logit(centre)). Exits sampled from calibrated hazards are far worse
+    than the same gates under a high threshold; so RL may start at that threshold, in a policy it can still explore."""
+    shift = math.log(centre / (1 - centre))
+    moved = {name: tensor * sharpness for name, tensor in policy.items() if name.endswith("fc2.weight")}
+    moved |= {name: (tensor - shift) * sharpness for name, tensor in policy.items() if name.endswith("fc2.bias")}
+    return {**policy, **moved}
 
 
 def learn(

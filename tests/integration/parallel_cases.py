@@ -23,8 +23,8 @@ def make_learner(path, spec: PolicySpec, policy, degrees, stages, options) -> No
     _kept["learner"] = Learner(HFDirectory(path), spec, policy, Degrees(*degrees), stages, device=device, **options)
 
 
-def score(batch: ReplayBatch, reference: bool = False):
-    return _kept["learner"].score(batch, reference=reference)
+def score(batch: ReplayBatch, **options):
+    return _kept["learner"].score(batch, **options)
 
 
 def cost_of_scoring(batch: ReplayBatch) -> int:

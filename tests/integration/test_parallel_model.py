@@ -71,12 +71,19 @@ def test_scores_and_updates_equal_the_reference(family, degrees, stages, options
             options={"micro_batch_size": 2, "optimizer": OptimizerSettings(gradient_clipping=0.3), **options},
         )  # fmt: skip
         scores = ranks.call("parallel_cases:score", batch=batch)
+        with_hazards = ranks.call("parallel_cases:score", batch=batch, hazards=True)
         teacher = ranks.call("parallel_cases:score", batch=batch, reference=True)
         steps = ranks.call("parallel_cases:step", batch=batch, times=2)
     for value in policy.values():
         value.requires_grad_()
     tokens, exits = reference_scores(path, policy, batch)
-    for found in (*scores, *(update.scores for update, _ in steps)):
+    logits = Reference(path, SPEC, policy).gate_logits(batch.tokens, batch.depths).detach()
+    reached = batch.depths.unsqueeze(-1) >= torch.tensor(SPEC.exit_depths)
+    hazards = torch.sigmoid(logits) * (reached & batch.asked.unsqueeze(-1))
+    for found in with_hazards:
+        torch.testing.assert_close(found.hazards, hazards, rtol=1e-5, atol=1e-5)
+    assert all(found.hazards.size(-1) == 0 for found in scores) and 0 < float((hazards > 0).float().mean()) < 1
+    for found in (*scores, *with_hazards, *(update.scores for update, _ in steps)):
         torch.testing.assert_close(found.token_logprobs, tokens.detach(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.exit_logprobs, exits.detach(), rtol=1e-5, atol=1e-5)
     plain = Reference(path).logits(batch.tokens, torch.full_like(batch.depths, 6)).log_softmax(-1)

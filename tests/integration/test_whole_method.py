@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from ee_megatron.observe.metrics import read_metrics
 from tests.tiny import tiny_hf
@@ -152,6 +155,34 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished):
         assert {k: v for k, v in a.items() if not k.startswith(clock)} == {
             k: v for k, v in b.items() if not k.startswith(clock)
         }
+
+
+@pytest.mark.timeout(600)
+def test_the_adapters_stop_and_shrink_while_the_gates_settle_and_a_resumed_run_shrinks_them_once(finished):
+    folder, _ = finished
+    runs = folder / "runs" / "tiny"
+    settings = (
+        "calibrate.epochs=4", "calibrate.keep=0.75", "calibrate.settle=0.25", "calibrate.gate_targets=current",
+        "calibrate.patterns_from=student", "calibrate.uniform_patterns=0.3", "calibrate.checkpoint_every=3",
+    )  # fmt: skip
+    before = set(runs.glob("calibrate-*"))
+    run("calibrate", folder, *settings)
+    (stage,) = set(runs.glob("calibrate-*")) - before
+    try:
+        at, end = (load_file(stage / "checkpoints" / f"step_{step}" / "policy.safetensors") for step in (6, 8))
+        for name, tensor in end.items():
+            if "lora" in name:
+                assert np.allclose(tensor, at[name] * (0.75 if "lora_B" in name else 1.0), rtol=1e-6, atol=0), name
+        assert any(not np.array_equal(end[name], at[name]) for name in end if name.startswith("gates."))
+        assert all(np.abs(at[name]).max() > 0 for name in at if "lora_B" in name)
+        # Step 6 is the last before the change.
+        (stage / "DONE").unlink()
+        shutil.rmtree(stage / "checkpoints" / "step_8")
+        run("calibrate", folder, *settings)
+        again = load_file(stage / "checkpoints" / "step_8" / "policy.safetensors")
+        assert all(np.array_equal(again[name], end[name]) for name in end)
+    finally:
+        stage.rename(folder / "settled")
 
 
 @pytest.mark.parametrize(("damage", "says"), [("cut", "truncated or damaged"), ("gone", "no such file")])

@@ -17,7 +17,15 @@ from ee_megatron.learner.optimizer_state import OptimizerState
 from ee_megatron.observe.rundir import RunDirectory
 from ee_megatron.policy import PolicySpec
 from ee_megatron.training.advantages import ADVANTAGES
-from ee_megatron.training.calibrate import Item, current_targets, draw_exits, make_batch, plan, target_depth
+from ee_megatron.training.calibrate import (
+    Item,
+    current_targets,
+    draw_exits,
+    interpolated,
+    make_batch,
+    plan,
+    target_depth,
+)
 from ee_megatron.training.checkpoints import damage, read_training, write_training
 from ee_megatron.training.losses import (
     clipped,
@@ -29,7 +37,7 @@ from ee_megatron.training.losses import (
     schedule,
     truncated_ratio,
 )
-from ee_megatron.training.reinforce import Signal, replay, weigh
+from ee_megatron.training.reinforce import Signal, replay, sharpened, weigh
 from ee_megatron.training.rollout_source import step_prompts
 from ee_megatron.training.rollout_store import load_rollouts, save_rollouts
 from ee_megatron.training.trace_store import load_traces, save_traces
@@ -98,11 +106,45 @@ def test_pack_puts_each_exit_where_its_token_is_predicted():
 
 def test_every_trace_gets_every_pattern_once_an_epoch():
     c = CalibrateConfig(epochs=2, patterns=3, batch_size=4)
-    updates = plan(5, c)
+    updates = plan(5, c).updates
     items = [item for update in updates for item in update]
     assert len(items) == 30 and len(set(items)) == 30
     assert {i.trace for i in items[:15]} == set(range(5)) and max(i.pattern for i in items[:15]) == 2
-    assert plan(5, c) == updates != plan(5, replace(c, seed=1))
+    assert plan(5, c).updates == updates != plan(5, replace(c, seed=1)).updates
+
+
+def test_gates_settle_last_with_patterns_not_seen_before():
+    c = CalibrateConfig(epochs=2, patterns=1, batch_size=4, settle=0.25)
+    planned = plan(20, c)
+    before, after = planned.updates[: planned.settle_from], planned.updates[planned.settle_from :]
+    assert sum(map(len, before)) == 30 and sum(map(len, after)) == 10
+    assert len({item for update in planned.updates for item in update}) == 40
+    never = plan(20, replace(c, settle=0.0))
+    assert never.settle_from == len(never.updates)
+
+
+def test_sharpened_gates_turn_at_the_centre_and_nothing_else_changes():
+    layer = torch.nn.Linear(6, 1)
+    policy = {"gates.2.fc2.weight": layer.weight.detach(), "gates.2.fc2.bias": layer.bias.detach()}
+    policy |= {"gates.2.fc1.weight": torch.randn(6, 3), "l.lora_B.weight": torch.randn(4, 2)}
+    found, hidden = sharpened(policy, 0.95, 2.0), torch.randn(50, 6)
+    before = layer(hidden)[:, 0]
+    after = hidden @ found["gates.2.fc2.weight"][0] + found["gates.2.fc2.bias"]
+    assert torch.allclose(after, 2 * (before - np.log(0.95 / 0.05)), atol=1e-5)
+    assert torch.equal(torch.sigmoid(before) > 0.95, torch.sigmoid(after) > 0.5)
+    assert all(found[name] is policy[name] for name in policy if "fc2" not in name)
+    assert all(torch.equal(tensor, policy[name]) for name, tensor in sharpened(policy, 0.5, 1.0).items())
+
+
+def test_interpolation_scales_the_change_of_the_weights_and_leaves_the_gates():
+    a, b, base, w = torch.randn(2, 5), torch.randn(4, 2), torch.randn(4, 5), torch.randn(4, 5)
+    start = {"l.lora_A.weight": torch.randn(2, 5), "l.lora_B.weight": torch.zeros(4, 2), "l.weight": base}
+    start["gates.2.fc2.bias"] = torch.zeros(1)
+    policy = {"l.lora_A.weight": a, "l.lora_B.weight": b, "l.weight": w, "gates.2.fc2.bias": torch.ones(1)}
+    found = interpolated(policy, start, 0.75)
+    torch.testing.assert_close(found["l.lora_B.weight"] @ found["l.lora_A.weight"], 0.75 * (b @ a))
+    torch.testing.assert_close(found["l.weight"], base + 0.75 * (w - base))
+    assert torch.equal(found["gates.2.fc2.bias"], policy["gates.2.fc2.bias"])
 
 
 def test_patterns_follow_the_targets_and_repeat():
@@ -115,6 +157,23 @@ def test_patterns_follow_the_targets_and_repeat():
     assert (draw_exits(trace, Item(0, 7), LAYOUT, c) == draws[7]).all()
     mean = (draws[:, 1:].mean() * 39 + 6) / 40 / 6
     assert target_depth([trace], LAYOUT, c.kl_factor) == pytest.approx(mean, abs=0.01)
+
+
+def test_patterns_of_the_student_end_at_its_first_gate_above_a_threshold_that_varies():
+    trace, c = a_trace(length=6), CalibrateConfig(patterns_from="student")
+    hazards = torch.tensor([[1.0, 1.0], [0.4, 0.3], [1.0, 0.0], [0.3, 1.0], [0.75, 0.45], [0.45, 0.75]])
+    draws = np.stack([draw_exits(trace, Item(0, i), LAYOUT, c, hazards) for i in range(400)])
+    # The first token never exits; hazards below every threshold never do, those above every threshold always.
+    assert (draws[:, :4] == [6, 6, 2, 4]).all()
+    for column, depth in ((4, 2), (5, 4)):
+        assert set(draws[:, column]) == {depth, 6} and (draws[:, column] == depth).mean() == pytest.approx(0.5, abs=0.1)
+    # One threshold for the whole sequence.
+    assert ((draws[:, 4] == 2) == (draws[:, 5] == 4)).all()
+    assert (draw_exits(trace, Item(0, 7), LAYOUT, c, hazards) == draws[7]).all()
+    mixed = replace(c, uniform_patterns=0.5)
+    assert len({tuple(draw_exits(trace, Item(0, i), LAYOUT, mixed, hazards)) for i in range(50)}) > 10
+    batch = make_batch([trace], [Item(0, 7)], LAYOUT, c, hazards=[hazards])
+    assert batch.depths[batch.counts].tolist() == draws[7].tolist()
 
 
 def test_calibration_batch_carries_the_teacher():
@@ -164,7 +223,7 @@ def a_group(*depths, rewards=None, logprob=-1.0) -> Group:
 def scores(batch, tokens=None, exits=None) -> Scores:
     zero = torch.zeros(batch.tokens.shape)
     tokens = torch.where(batch.counts, -1.0, 0.0) if tokens is None else tokens
-    return Scores(tokens, zero if exits is None else exits, zero, zero, zero)
+    return Scores(tokens, zero if exits is None else exits, zero, zero, zero, torch.zeros(*tokens.shape, 0))
 
 
 def weights_of(groups, rl, now=None, reference=None):

@@ -1,0 +1,82 @@
+"""Of the answers that a model gets right at full depth and wrong under a threshold: is the token's own exit at fault or
+the frozen streams that it read?
+
+    python tools/blame_exits.py runs/demo_cpu/calibrate-1a2b3c4d --threshold 0.95 --problems 400 --json blame.json
+
+Answers the validation split of the stage's own task, greedily, with its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from ee_megatron.config.load import read_saved
+from ee_megatron.evaluation.blame import partings
+from ee_megatron.observe.rundir import latest_checkpoint
+from ee_megatron.policy import WeightSet, load_policy
+from ee_megatron.rollout import ExitPolicy, SamplingParams
+from ee_megatron.rollout.pool import LocalPool
+from ee_megatron.training import stages
+from ee_megatron.training.problems import task_of
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("stage", type=Path, help="directory of a calibrate or rl stage")
+    parser.add_argument("--threshold", type=float, default=0.95, help="hazard above which a gate fires")
+    parser.add_argument("--problems", type=int, default=400, help="of the validation split, which may hold fewer")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    options = parser.parse_args()
+    try:
+        cfg = read_saved(options.stage / "config.yaml")
+        checkpoint = latest_checkpoint(options.stage)
+        if checkpoint is None:
+            raise FileNotFoundError(f"{options.stage}: no checkpoint there; give a calibrate or rl stage")
+        model = stages.base_model(cfg)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    spec, tensors = load_policy(checkpoint)
+    task = task_of(cfg, model)
+    prompts = task.prompts("validation")[: options.problems]
+    pool = LocalPool(model, spec, getattr(torch, options.dtype), rows=32)
+    pool.load(WeightSet(1, tensors))
+    sampling = SamplingParams(0.0, cfg.rollout.max_new_tokens, tuple(cfg.rollout.stop))
+    full, exited = (
+        [group[0] for group in pool.generate(prompts, 1, sampling, exits, seed=0)]
+        for exits in (ExitPolicy("off"), ExitPolicy("threshold", options.threshold))
+    )
+    right, kept = (
+        [task.verify(p, a.text).correct for p, a in zip(prompts, answers, strict=True)] for answers in (full, exited)
+    )
+    lost = [i for i in range(len(prompts)) if right[i] and not kept[i]]
+    found = partings(
+        pool, [prompts[i] for i in lost], [full[i] for i in lost], [exited[i] for i in lost], sampling, spec.num_layers
+    )
+    figures = {
+        "problems": len(prompts),
+        "threshold": options.threshold,
+        "right_at_full_depth": sum(right),
+        "right_under_threshold": sum(kept),
+        "lost": len(lost),
+        "gained": sum(k and not r for k, r in zip(kept, right, strict=True)),
+        "own_exit": sum(p.own for p in found),
+        "context": sum(not p.own for p in found),
+        "depths_of_the_first_wrong_token": dict(sorted(Counter(p.depth for p in found).items())),
+    }
+    for name, value in figures.items():
+        print(f"{name:34} {value}")
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

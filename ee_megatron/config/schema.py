@@ -147,9 +147,10 @@ class CalibrateConfig:
     gate_targets: str = "sampled"
     """sampled (negative log-likelihood of the drawn exit), soft (cross-entropy to the target hazards of the traces) or
     current (cross-entropy, for the exit taken, to the target of the student's own divergence there and now)."""
-    patterns_from: str = "targets"
-    """targets (hazards of the traces) or student: where its own gates would exit, under a threshold drawn for each
-    sequence from [0.5, 1), so that it learns to read what it has left early as context. Costs a scoring pass."""
+    student_patterns: float = 0.0
+    """Share of the updates, at the end, whose patterns come from the student's own gates instead of the traces' target
+    hazards, under a threshold drawn for each sequence from [0.5, 1): so it learns to read what it has left early as
+    context. Costs a scoring pass."""
     uniform_patterns: float = 0.0
     """Share of patterns drawn uniformly over the exits instead: trains shallow readouts too."""
     depth_power: float = 0.0

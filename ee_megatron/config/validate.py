@@ -28,7 +28,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "task.name": ("arithmetic", "gsm8k", "tom", "reasoning_gym", "dataset", "jsonl"),
     "calibrate.kl_direction": ("student_teacher", "teacher_student", "jensen_shannon"),
     "calibrate.teacher": ("topk", "full"),
-    "calibrate.patterns_from": ("targets", "student"),
     "calibrate.gate_targets": ("sampled", "soft", "current"),
     "rl.depth_cost": ("mean", "total"),
     "rl.depth_credit": ("sequence", "token"),
@@ -322,6 +321,7 @@ def _check_training(cfg: RunConfig) -> None:
     shares = {
         "calibrate.uniform_patterns": cfg.calibrate.uniform_patterns,
         "calibrate.warmup": cfg.calibrate.warmup,
+        "calibrate.student_patterns": cfg.calibrate.student_patterns,
         "calibrate.keep": cfg.calibrate.keep,
         "calibrate.settle": cfg.calibrate.settle,
         "pretrain.warmup": cfg.pretrain.warmup,

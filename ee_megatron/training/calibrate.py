@@ -39,9 +39,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Plan:
-    """What every update learns from; from update `settle_from` on gates learn alone."""
+    """What every update learns from; from update `student_from` on patterns are the student's own, from `settle_from`
+    on gates learn alone."""
 
     updates: list[list[Item]]
+    student_from: int
     settle_from: int
 
 
@@ -58,7 +60,7 @@ def plan(count: int, c: CalibrateConfig) -> Plan:
     trained = total - round(c.settle * total)
     parts = items[:trained], items[trained:total]
     updates = [part[start : start + c.batch_size] for part in parts for start in range(0, len(part), c.batch_size)]
-    return Plan(updates, -(-trained // c.batch_size))
+    return Plan(updates, len(updates) - round(c.student_patterns * len(updates)), -(-trained // c.batch_size))
 
 
 def draw_exits(
@@ -173,7 +175,7 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
                     learner = session.make_learner(interpolated(learner.export_policy(), start, c.keep), **options)
                 own = (
                     own_hazards(learner, traces, updates[step], layout.num_layers)
-                    if c.patterns_from == "student"
+                    if step >= planned.student_from
                     else ()
                 )
                 batch = make_batch(traces, updates[step], layout, c, own)

@@ -163,7 +163,7 @@ def test_the_adapters_stop_and_shrink_while_the_gates_settle_and_a_resumed_run_s
     runs = folder / "runs" / "tiny"
     settings = (
         "calibrate.epochs=4", "calibrate.keep=0.75", "calibrate.settle=0.25", "calibrate.gate_targets=current",
-        "calibrate.patterns_from=student", "calibrate.uniform_patterns=0.3", "calibrate.checkpoint_every=3",
+        "calibrate.student_patterns=0.5", "calibrate.uniform_patterns=0.3", "calibrate.checkpoint_every=3",
     )  # fmt: skip
     before = set(runs.glob("calibrate-*"))
     run("calibrate", folder, *settings)

@@ -57,6 +57,7 @@ def test_every_choice_is_checked(key: str) -> None:
         (["rl.group_size=1", "rl.advantage=grpo"], ["at least 2"]),
         (["adapter.dropout=1"], ["adapter.dropout=1", "< 1"]),
         (["adapter.rank=0"], ["adapter.rank=0", "teacher.enabled=false"]),
+        (["calibrate.student_patterns=2"], ["calibrate.student_patterns=2", "0 to 1"]),
         (["calibrate.keep=0.8"], ["calibrate.keep=0.8", "calibrate.settle"]),
         (["rl.gate_centre=1"], ["rl.gate_centre=1", "between 0 and 1"]),
         (["rl.gate_sharpness=0"], ["rl.gate_sharpness=0", "above 0"]),

@@ -120,7 +120,9 @@ def test_gates_settle_last_with_patterns_not_seen_before():
     assert sum(map(len, before)) == 30 and sum(map(len, after)) == 10
     assert len({item for update in planned.updates for item in update}) == 40
     never = plan(20, replace(c, settle=0.0))
-    assert never.settle_from == len(never.updates)
+    assert never.settle_from == never.student_from == len(never.updates)
+    assert plan(20, replace(c, student_patterns=0.4)).student_from == len(planned.updates) - 4 == 7
+    assert plan(20, replace(c, student_patterns=1.0)).student_from == 0
 
 
 def test_sharpened_gates_turn_at_the_centre_and_nothing_else_changes():
@@ -160,7 +162,7 @@ def test_patterns_follow_the_targets_and_repeat():
 
 
 def test_patterns_of_the_student_end_at_its_first_gate_above_a_threshold_that_varies():
-    trace, c = a_trace(length=6), CalibrateConfig(patterns_from="student")
+    trace, c = a_trace(length=6), CalibrateConfig()
     hazards = torch.tensor([[1.0, 1.0], [0.4, 0.3], [1.0, 0.0], [0.3, 1.0], [0.75, 0.45], [0.45, 0.75]])
     draws = np.stack([draw_exits(trace, Item(0, i), LAYOUT, c, hazards) for i in range(400)])
     # The first token never exits; hazards below every threshold never do, those above every threshold always.

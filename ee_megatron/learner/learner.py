@@ -139,7 +139,7 @@ class Learner:
         self, batch: ReplayBatch, *, reference: bool = False, objective: str = "likelihood", hazards: bool = False
     ) -> Scores:
         """Scores without gradients. `reference`: the base at full depth, without exits (the teacher). With the
-        objective "distill" or "distill_full" they include the divergence from the teacher."""
+        objective "distill" or "distill_full" they include the divergence from the teacher, with `hazards` these."""
         if reference:
             return self._run_reference(batch)[0]
         return self._run(

@@ -2,7 +2,7 @@
 
 for each update:
     traces <- teacher's answers with the divergence of every exit
-    target hazards s* = 1 - tanh(c d / 2); exits <- drawn by stick-breaking
+    target hazards s* = 1 - tanh(c d / 2); exits <- drawn by stick-breaking, in the end those of the student's gates
     loss = mean KL(student at these exits, teacher)  +  mean -log q(exits)
     update adapters and gates
 scale the adapters' change by `keep`; some more updates of the gates alone
@@ -142,9 +142,8 @@ def interpolated(policy: Tensors, start: Tensors, keep: float) -> Tensors:
     """The policy with `keep` of its body's change since `start`, between which and the trained weights it lies in a
     straight line; gates stay. Of an adapter B alone is scaled, since the change is B A (Wortsman et al. 2022, "Robust
     fine-tuning of zero-shot models", arXiv 2109.01903)."""
-    fixed = ("gates.", ".lora_A.")
     return {
-        name: tensor if any(part in f".{name}" for part in fixed) else torch.lerp(start[name], tensor, keep)
+        name: tensor if name.startswith("gates.") or ".lora_A." in name else torch.lerp(start[name], tensor, keep)
         for name, tensor in policy.items()
     }
 

@@ -20,9 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ee_megatron.config.load import read_saved
 from ee_megatron.families.hf_directory import HFDirectory
-from ee_megatron.observe.rundir import latest_checkpoint
 from ee_megatron.planning.flops import answer_cost
 from ee_megatron.policy import WeightSet, load_policy
 from ee_megatron.rollout import ExitPolicy, SamplingParams
@@ -46,11 +44,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     try:
-        cfg = read_saved(options.stage / "config.yaml")
-        checkpoint = latest_checkpoint(options.stage)
-        if checkpoint is None:
-            raise FileNotFoundError(f"{options.stage}: no checkpoint there; give a calibrate or rl stage")
-        model = stages.base_model(cfg)
+        cfg, model, checkpoint = stages.trained(options.stage)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..config.cluster import LEARNS as LEARNS
 from ..config.identity import stage_dir
+from ..config.load import read_saved
 from ..config.schema import RunConfig
 from ..observe.rundir import DONE as DONE
 from ..observe.rundir import latest_checkpoint
@@ -48,6 +49,16 @@ def control_policy(cfg: RunConfig) -> Path | None:
     """The checkpoint that `evaluate.control_policy` names. Raises FileNotFoundError if none is there."""
     given = cfg.evaluate.control_policy
     return _given("evaluate.control_policy", given) if given else None
+
+
+def trained(stage: Path) -> tuple[RunConfig, Path, Path]:
+    """The settings, the base model and the newest checkpoint of a calibrate or rl stage, by its directory alone. Raises
+    FileNotFoundError or ValueError for a directory that is none."""
+    cfg = read_saved(stage / "config.yaml")
+    checkpoint = latest_checkpoint(stage)
+    if checkpoint is None:
+        raise FileNotFoundError(f"{stage}: no checkpoint there; give the directory of a calibrate or rl stage")
+    return cfg, base_model(cfg), checkpoint
 
 
 def _given(key: str, text: str) -> Path:

@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from ee_megatron.observe.metrics import read_metrics
+from ee_megatron.training import stages
 from tests.tiny import tiny_hf
 
 SETTINGS = [
@@ -89,6 +90,10 @@ def test_every_stage_leaves_what_the_next_one_needs(finished):
     page = (folder / "runs" / "tiny" / "report.html").read_text()
     assert "reinforced" in page and "http://" not in page.replace("http://www.w3.org", "")
     assert (only(folder, "export") / "modeling_early_exit.py").is_file()
+    cfg, model, checkpoint = stages.trained(only(folder, "rl"))
+    assert (cfg.rl.steps, model, checkpoint.name) == (4, folder / "model", "step_4")
+    with pytest.raises(FileNotFoundError, match="no checkpoint there"):
+        stages.trained(only(folder, "traces"))
 
 
 @pytest.mark.timeout(600)

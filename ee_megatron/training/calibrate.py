@@ -171,7 +171,10 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
                 session.stop_if_asked(learner, step)
                 settled = step >= planned.settle_from
                 if step == planned.settle_from and c.keep < 1:
-                    learner = session.make_learner(interpolated(learner.export_policy(), start, c.keep), **options)
+                    policy = interpolated(learner.export_policy(), start, c.keep)
+                    # Two learners at once would not fit where one just does.
+                    del learner
+                    learner = session.make_learner(policy, **options)
                 own = (
                     own_hazards(learner, traces, updates[step], layout.num_layers)
                     if step >= planned.student_from

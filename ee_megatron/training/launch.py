@@ -13,7 +13,7 @@ from ..config.schema import RunConfig
 from ..config.validate import ranks
 from . import stages
 from .slurm import adopt_rank
-from .stopping import WITH_PARENT, Stopped, follow_parent, listener
+from .stopping import WITH_PARENT, Stopped, dying_with_me, follow_parent, listener
 
 
 def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
@@ -117,6 +117,8 @@ def _torchrun(stage: str, overrides: list[str], world: int) -> None:
 
 def run_method(cfg: RunConfig, overrides: list[str]) -> None:
     """Every stage in order, each in processes of its own, then the exported model and the report."""
+    if parent := os.environ.pop(WITH_PARENT, ""):
+        follow_parent(int(parent))
     from ..config.validate import read_dims, validate
 
     validate(cfg, read_dims(cfg))
@@ -126,7 +128,7 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
             print(f"{stage}: finished before, in {stage_dir(cfg, stage)}")
             continue
         command = [sys.executable, "-m", "ee_megatron.cli", stage, *overrides]
-        code = subprocess.run(command, check=False).returncode
+        code = subprocess.run(command, env=dying_with_me(), check=False).returncode
         if code:
             raise SystemExit(code)
     exported = export(cfg)

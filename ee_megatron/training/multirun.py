@@ -13,6 +13,7 @@ from typing import Any
 from ..config.load import find_config_dir, for_hydra, is_hydras, load
 from ..config.validate import validate
 from ..scaling.grid import from_settings
+from .stopping import dying_with_me
 
 DIRECTORY = "runs/multirun/${now:%Y-%m-%d_%H-%M-%S}"
 
@@ -30,7 +31,8 @@ def multirun(command: str, settings: list[str]) -> int:
 
     def job(_: Any) -> int:
         point = list(HydraConfig.get().overrides.task)
-        code = subprocess.run([sys.executable, "-m", "ee_megatron.cli", command, *point], check=False).returncode
+        started = [sys.executable, "-m", "ee_megatron.cli", command, *point]
+        code = subprocess.run(started, env=dying_with_me(), check=False).returncode
         if code:
             raise RuntimeError(f"ee-megatron {command} {' '.join(point)}: exit code {code}")
         return code

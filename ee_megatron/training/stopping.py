@@ -75,6 +75,11 @@ class Listener:
 listener = Listener()
 
 
+def dying_with_me() -> dict[str, str]:
+    """The environment for a child that is to be told to stop when this process dies."""
+    return {**os.environ, WITH_PARENT: str(os.getpid())}
+
+
 def follow_parent(parent: int) -> None:
     """From now on TERM arrives when the parent is dead, also if it is so already. Linux only; elsewhere nothing."""
     if sys.platform != "linux":

@@ -30,7 +30,7 @@ from ..scaling.grid import (
 )
 from ..scaling.sweep import GridError, Sweep, Task, resolve
 from . import stages
-from .stopping import STOPPED, WITH_PARENT, follow_parent
+from .stopping import STOPPED, WITH_PARENT, dying_with_me, follow_parent
 
 EPILOG = """\
 examples:
@@ -247,7 +247,7 @@ def _locally(sweep: Sweep, tasks: list[Task], parallel: int) -> int:
     def command(key: str) -> list[str]:
         return [sys.executable, "-m", "ee_megatron.cli", "sweep", "task", str(sweep.directory), key]
 
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, WITH_PARENT: str(os.getpid())}
+    environment = {"OMP_NUM_THREADS": "1", **dying_with_me()}
     executor = LocalExecutor(sweep, command, environment, parallel, lambda text: print(text, flush=True))
     return executor.run(tasks)
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
@@ -188,6 +189,28 @@ def test_the_adapters_stop_and_shrink_while_the_gates_settle_and_a_resumed_run_s
         assert all(np.array_equal(again[name], end[name]) for name in end)
     finally:
         stage.rename(folder / "settled")
+
+
+@pytest.mark.timeout(400)
+def test_stages_end_with_the_run_that_started_them(tmp_path):
+    tiny_hf("llama", tmp_path / "model")
+    # Two ranks under torchrun, for far longer than the test waits.
+    method = subprocess.Popen(
+        command("run", tmp_path, "calibrate.epochs=4000"),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 250
+        while not any(read_metrics(found) for found in (tmp_path / "runs").glob("tiny/calibrate-*/metrics.jsonl")):
+            assert method.poll() is None and time.monotonic() < deadline, "no update"
+            time.sleep(0.1)
+        below = psutil.Process(method.pid).children(recursive=True)
+        assert len(below) >= 3
+    finally:
+        method.kill()
+        method.wait()
+    _, alive = psutil.wait_procs(below, 60)
+    assert not alive
 
 
 @pytest.mark.parametrize(("damage", "says"), [("cut", "truncated or damaged"), ("gone", "no such file")])

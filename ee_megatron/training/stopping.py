@@ -22,8 +22,8 @@ SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 STOPPED = 85
 """Exit code of a stage that was told to stop and can go on from where it is; slurm/common.sh knows it too."""
 WITH_PARENT = "EE_PARENT"
-"""Set to its own process id by whoever starts a stage of one rank and wants it to heed signals as in a Slurm step, and
-to be told to stop when the parent dies, however it dies."""
+"""Set to its own process id by whoever starts a stage or a run that is to be told to stop when the parent dies, however
+it dies. A stage of one rank then heeds signals as in a Slurm step."""
 PR_SET_PDEATHSIG = 1
 # How long the leader waits for the other ranks to leave.
 PARTING_S = 30.0

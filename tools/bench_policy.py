@@ -2,8 +2,9 @@
 
     python tools/bench_policy.py runs/demo_cpu/rl-1a2b3c4d --threshold 0.5 --problems 300 --rows 8 32 --json policy.json
 
-Both answer the same problems of the evaluation split, greedily, prompts included. The ceiling is full cost / cost under
-the exits that were taken, in multiply-adds (gates and the keys and values of skipped layers included). Every repeat
+Both answer the same problems of the evaluation split, greedily, prompts included. The first ceiling is full cost / cost
+under the exits that were taken, in multiply-adds (gates and the keys and values of skipped layers included). The second
+counts the weights that one generated token uses, its layers' and the readout's, and nothing of prompts. Every repeat
 runs both in turn; the ratio is taken within a repeat, median [least, most] over repeats. With other work on the machine
 `--clock cpu` (processor seconds of this process, on one thread) is disturbed least.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from ee_megatron.families import ModelDims
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.planning.flops import answer_cost
 from ee_megatron.policy import WeightSet, load_policy
@@ -29,6 +31,12 @@ from ee_megatron.training import stages
 from ee_megatron.training.problems import task_of
 
 KINDS = {"off": "nothing", "threshold": "gates"}
+
+
+def used_weights(dims: ModelDims, mean_depth: float) -> float:
+    """Elements of the matrices that a token of this depth, in layers, is multiplied by: layers and readout."""
+    layer = sum(rows * columns for rows, columns in dims.linear_shapes().values())
+    return mean_depth * layer + dims.vocab * dims.hidden
 
 
 def main() -> int:
@@ -57,7 +65,8 @@ def main() -> int:
     pool.load(WeightSet(1, tensors))
     rules = {"off": ExitPolicy("off"), "threshold": ExitPolicy("threshold", options.threshold)}
     rows = []
-    print(f"{'rows':>5} {'full s':>8} {'exits s':>8} {'speed-up':>20} {'ceiling':>8} {'share':>6}")
+    ceilings = f"{'products':>8} {'share':>6} {'weights':>8} {'share':>6}"
+    print(f"{'rows':>5} {'full s':>8} {'exits s':>8} {'speed-up':>20} {ceilings}")
     for in_flight in options.rows:
         pool.rows = in_flight
         for exits in rules.values():
@@ -82,8 +91,9 @@ def main() -> int:
         gain, ceiling = statistics.median(gains), cost["off"] / cost["threshold"]
         full, early = (statistics.median(seconds[kind]) for kind in rules)
         spread = f"{gain:.3f} [{min(gains):.3f}, {max(gains):.3f}]"
-        share = gain / ceiling
-        print(f"{in_flight:>5} {full:>8.1f} {early:>8.1f} {spread:>20} {ceiling:>8.3f} {share:>6.0%}", flush=True)
+        weights = used_weights(dims, depth["off"]) / used_weights(dims, depth["threshold"])
+        ceilings = " ".join(f"{bound:>8.3f} {gain / bound:>6.0%}" for bound in (ceiling, weights))
+        print(f"{in_flight:>5} {full:>8.1f} {early:>8.1f} {spread:>20} {ceilings}", flush=True)
         rows.append(
             {
                 "rows": in_flight,
@@ -92,7 +102,9 @@ def main() -> int:
                 "least": min(gains),
                 "most": max(gains),
                 "ceiling": ceiling,
-                "share": share,
+                "share": gain / ceiling,
+                "weights_ceiling": weights,
+                "weights_share": gain / weights,
                 "problems": len(prompts),
                 "right": right,
                 "mean_depth": {kind: value / spec.num_layers for kind, value in depth.items()},

@@ -27,7 +27,7 @@ def made(root: Path, *settings: str) -> Path:
 
 
 def test_a_runs_directory_stands_for_every_evaluation_in_it(tmp_path: Path) -> None:
-    ends = [made(tmp_path, "rl.lambda_exit=0"), made(tmp_path, "rl.lambda_exit=0.3", "rl.steps=5")]
+    ends = [made(tmp_path, "rl.lambda_exit=0", "rl.steps=12"), made(tmp_path, "rl.lambda_exit=0.3", "rl.steps=5")]
     page = compare([tmp_path / "front"])
     text = page.read_text()
     assert page == tmp_path / "front" / "report.html"

@@ -323,6 +323,7 @@ def _check_training(cfg: RunConfig) -> None:
         "calibrate.warmup": cfg.calibrate.warmup,
         "calibrate.student_patterns": cfg.calibrate.student_patterns,
         "calibrate.keep": cfg.calibrate.keep,
+        "calibrate.keep_upper": cfg.calibrate.keep_upper,
         "calibrate.settle": cfg.calibrate.settle,
         "pretrain.warmup": cfg.pretrain.warmup,
         "rl.lambda_warmup": cfg.rl.lambda_warmup,
@@ -330,11 +331,12 @@ def _check_training(cfg: RunConfig) -> None:
     for key, share in shares.items():
         if not 0 <= share <= 1:
             raise ValueError(f"{key}={share}: expected a share from 0 to 1")
-    if cfg.calibrate.keep < 1 and not cfg.calibrate.settle:
-        raise ValueError(
-            f"calibrate.keep={cfg.calibrate.keep}: moves the weights under the gates; give calibrate.settle, "
-            ".1 say, for these to learn again"
-        )
+    for key in ("calibrate.keep", "calibrate.keep_upper"):
+        if shares[key] < 1 and not cfg.calibrate.settle:
+            raise ValueError(
+                f"{key}={shares[key]}: moves the weights under the gates; give calibrate.settle, .1 say, for these to "
+                "learn again"
+            )
     if not 0 < cfg.rl.gate_centre < 1 or cfg.rl.gate_sharpness <= 0:
         raise ValueError(
             f"rl.gate_centre={cfg.rl.gate_centre}, rl.gate_sharpness={cfg.rl.gate_sharpness}: expected a hazard "

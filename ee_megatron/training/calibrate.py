@@ -5,11 +5,12 @@ for each update:
     target hazards s* = 1 - tanh(c d / 2); exits <- drawn by stick-breaking, in the end those of the student's gates
     loss = mean KL(student at these exits, teacher)  +  mean -log q(exits)
     update adapters and gates
-scale the adapters' change by `keep`; some more updates of the gates alone
+scale the adapters' change by `keep`, above the middle by `keep_upper` too; some more updates of the gates alone
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,14 +139,20 @@ def target_depth(traces: list[Trace], layout: ExitLayout, kl_factor: float) -> f
 Tensors = dict[str, torch.Tensor]
 
 
-def interpolated(policy: Tensors, start: Tensors, keep: float) -> Tensors:
-    """The policy with `keep` of its body's change since `start`, between which and the trained weights it lies in a
-    straight line; gates stay. Of an adapter B alone is scaled, since the change is B A (Wortsman et al. 2022, "Robust
-    fine-tuning of zero-shot models", arXiv 2109.01903)."""
-    return {
-        name: tensor if name.startswith("gates.") or ".lora_A." in name else torch.lerp(start[name], tensor, keep)
-        for name, tensor in policy.items()
-    }
+def interpolated(policy: Tensors, start: Tensors, num_layers: int, keep: float, keep_upper: float) -> Tensors:
+    """The policy with `keep` of its body's change since `start`, and of that `keep_upper` in the layers above the
+    middle; gates stay. Of an adapter B alone is scaled, since the change is B A (Wortsman et al. 2022, "Robust
+    fine-tuning of zero-shot models", arXiv 2109.01903, with one share for all)."""
+
+    def share(name: str) -> float:
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        return keep * keep_upper if layer and int(layer[1]) >= num_layers / 2 else keep
+
+    found = dict(policy)
+    for name, tensor in policy.items():
+        if not name.startswith("gates.") and ".lora_A." not in name:
+            found[name] = torch.lerp(start[name], tensor, share(name))
+    return found
 
 
 def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
@@ -170,8 +177,8 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
             for step in range(done, len(updates)):
                 session.stop_if_asked(learner, step)
                 settled = step >= planned.settle_from
-                if step == planned.settle_from and c.keep < 1:
-                    policy = interpolated(learner.export_policy(), start, c.keep)
+                if step == planned.settle_from and min(c.keep, c.keep_upper) < 1:
+                    policy = interpolated(learner.export_policy(), start, layout.num_layers, c.keep, c.keep_upper)
                     # Two learners at once would not fit where one just does.
                     del learner
                     learner = session.make_learner(policy, **options)

@@ -59,6 +59,8 @@ def test_every_choice_is_checked(key: str) -> None:
         (["adapter.rank=0"], ["adapter.rank=0", "teacher.enabled=false"]),
         (["calibrate.student_patterns=2"], ["calibrate.student_patterns=2", "0 to 1"]),
         (["calibrate.keep=0.8"], ["calibrate.keep=0.8", "calibrate.settle"]),
+        (["calibrate.keep_upper=0.5"], ["calibrate.keep_upper=0.5", "calibrate.settle"]),
+        (["calibrate.keep_upper=1.5"], ["calibrate.keep_upper=1.5", "0 to 1"]),
         (["rl.gate_centre=1"], ["rl.gate_centre=1", "between 0 and 1"]),
         (["rl.gate_sharpness=0"], ["rl.gate_sharpness=0", "above 0"]),
         (["calibrate.uniform_patterns=1.5"], ["calibrate.uniform_patterns=1.5", "0 to 1"]),

@@ -140,13 +140,21 @@ def test_sharpened_gates_turn_at_the_centre_and_nothing_else_changes():
 
 def test_interpolation_scales_the_change_of_the_weights_and_leaves_the_gates():
     a, b, base, w = torch.randn(2, 5), torch.randn(4, 2), torch.randn(4, 5), torch.randn(4, 5)
-    start = {"l.lora_A.weight": torch.randn(2, 5), "l.lora_B.weight": torch.zeros(4, 2), "l.weight": base}
-    start["gates.2.fc2.bias"] = torch.zeros(1)
-    policy = {"l.lora_A.weight": a, "l.lora_B.weight": b, "l.weight": w, "gates.2.fc2.bias": torch.ones(1)}
-    found = interpolated(policy, start, 0.75)
-    torch.testing.assert_close(found["l.lora_B.weight"] @ found["l.lora_A.weight"], 0.75 * (b @ a))
-    torch.testing.assert_close(found["l.weight"], base + 0.75 * (w - base))
+    layers = [f"model.layers.{index}.mlp.up_proj." for index in range(5)]
+    start = {"gates.2.fc2.bias": torch.zeros(1), "model.norm.weight": torch.ones(5)}
+    policy = {"gates.2.fc2.bias": torch.ones(1), "model.norm.weight": torch.full((5,), 2.0)}
+    for layer in layers:
+        start |= {f"{layer}lora_A.weight": torch.randn(2, 5), f"{layer}lora_B.weight": torch.zeros(4, 2)}
+        policy |= {f"{layer}lora_A.weight": a, f"{layer}lora_B.weight": b, f"{layer}weight": w}
+        start[f"{layer}weight"] = base
+    found = interpolated(policy, start, 5, 0.75, 0.6)
+    for index, layer in enumerate(layers):
+        # Of five layers the last two lie above the middle.
+        share = 0.75 * 0.6 if index > 2 else 0.75
+        torch.testing.assert_close(found[f"{layer}lora_B.weight"] @ found[f"{layer}lora_A.weight"], share * (b @ a))
+        torch.testing.assert_close(found[f"{layer}weight"], base + share * (w - base))
     assert torch.equal(found["gates.2.fc2.bias"], policy["gates.2.fc2.bias"])
+    assert torch.equal(found["model.norm.weight"], torch.full((5,), 1.75))
 
 
 def test_patterns_follow_the_targets_and_repeat():

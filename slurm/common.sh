@@ -149,9 +149,15 @@ end_ray() {
   kill -TERM "${!steps[@]}" 2>/dev/null || true
   while [[ -n $(jobs -rp) ]] && ((SECONDS < deadline)); do sleep 0.2; done
   rm -f "$RAY_AUTH_TOKEN_PATH"
-  # Fails, which does no harm, where a node was lost.
-  env -u SRUN_CPUS_PER_TASK srun --nodes="${job[nodes]}" --ntasks="${job[nodes]}" --ntasks-per-node=1 --overlap \
-    --time=1 rm -rf "$EE_RAY_TEMP" 2>/dev/null || true
+  # A step of its own per node and with a deadline: one for all would leave everything where a node was lost, and may wait
+  # for that node longer than its time limit says.
+  local node removals=()
+  for node in "${hosts[@]}"; do
+    env -u SRUN_CPUS_PER_TASK timeout --kill-after=5 30 srun --nodes=1 --ntasks=1 --ntasks-per-node=1 \
+      --nodelist="$node" --overlap --time=1 rm -rf "$EE_RAY_TEMP" 2>/dev/null &
+    removals+=("$!")
+  done
+  wait "${removals[@]}" || true
 }
 
 # finish STAGE CODE: end the job, or put it back into the queue.

@@ -15,8 +15,9 @@ class Prompt:
     """One problem.
 
     `text` is what the model reads (few-shot examples included); `answer` is the reference that the task's verifier
-    compares with; `group` names the underlying problem (its operands, say), by which splits are kept apart. `prefill`
-    is text that the answer is made to begin with: its tokens are given, their exits are chosen like any other's.
+    compares with; `group` names the underlying problem (its operands, say; several are joined by ";"), by which splits
+    are kept apart. `prefill` is text that the answer is made to begin with: its tokens are given, their exits chosen
+    like any other's.
     """
 
     id: str

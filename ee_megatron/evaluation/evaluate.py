@@ -43,7 +43,8 @@ class Token(TypedDict):
 
 class Answer(TypedDict):
     """One answer as the report shows it. `id` is the prompt's, `text` excludes the stop string, `tokens` does not.
-    `flops`: of prompt and answer by the exits taken; None: not counted. `task`: the task or its family."""
+    `flops`: of prompt and answer by the exits taken; None: not counted. `task`: the task or its family;
+    `group`: the first of the prompt's groups, which other prompts may share."""
 
     id: str
     prompt: str
@@ -55,6 +56,7 @@ class Answer(TypedDict):
     tokens: list[Token]
     flops: NotRequired[float | None]
     task: NotRequired[str]
+    group: NotRequired[str]
 
 
 def exit_label(exits: ExitPolicy) -> str:
@@ -122,6 +124,7 @@ def evaluate_model(
             tokens=_tokens(rollout, scores[i] if scores is not None else None, decode),
             flops=flops(rollout) if flops is not None else None,
             task=prompt.task,
+            group=prompt.group.partition(";")[0],
         )
         for i, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True))
     ]

@@ -15,7 +15,7 @@ import numpy as np
 from ..observe.tables import Table
 from .evaluate import Answer
 from .figures import by_label, by_task, depth_correlations, depth_figures, kl_by_exit
-from .statistics import mcnemar_exact, spearman_interval
+from .statistics import clustered_difference, mcnemar_exact, spearman_interval
 from .summary import Row
 
 BINS = 8
@@ -110,7 +110,9 @@ def depth_by_entropy(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
 
 
 def paired_with_teacher(answers: Sequence[Answer]) -> dict[str, dict[str, float | int]]:
-    """Exact McNemar test of every "model, exits" against the teacher on the prompts that both answered."""
+    """Exact McNemar test of every "model, exits" against the teacher on the prompts that both answered; and the
+    difference in accuracy with the 95% interval over prompts ("difference", "low", "high") and over groups of them,
+    which is wider where many prompts share few operands ("group_low", "group_high", "groups")."""
     groups = by_label(answers)
     teacher = next((group for group in groups.values() if group[0]["model"] == REFERENCE), None)
     if teacher is None:
@@ -121,12 +123,22 @@ def paired_with_teacher(answers: Sequence[Answer]) -> dict[str, dict[str, float 
         shared = [answer for answer in group if answer["id"] in right]
         if group is teacher or not shared:
             continue
-        test = mcnemar_exact([right[a["id"]] for a in shared], [a["correct"] for a in shared])
+        before, after = [right[a["id"]] for a in shared], [a["correct"] for a in shared]
+        clusters = [a.get("group") or a["id"] for a in shared]
+        test = mcnemar_exact(before, after)
+        single = clustered_difference(before, after, [a["id"] for a in shared])
+        grouped = clustered_difference(before, after, clusters)
         tests[label] = {
             "n": len(shared),
             "only_teacher": test.only_first,
             "only_model": test.only_second,
             "p_value": test.p_value,
+            "difference": single.value,
+            "low": single.low,
+            "high": single.high,
+            "group_low": grouped.low,
+            "group_high": grouped.high,
+            "groups": len(set(clusters)),
         }
     return tests
 

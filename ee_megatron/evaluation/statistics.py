@@ -86,6 +86,23 @@ def bootstrap_interval(
     return Estimate(float(statistic(data)), *_percentiles(draws, level))
 
 
+def clustered_difference(first: Sequence[bool], second: Sequence[bool], clusters: Sequence[str]) -> Estimate:
+    """Accuracy of `second` minus that of `first` on the same items (bool [n] each), with the percentile bootstrap
+    interval of whole clusters: items that share one (their operands, say) are right or wrong together.
+
+    Davison and Hinkley, Bootstrap Methods (1997), section 3.8, without resampling within. Raises ValueError for unequal
+    lengths; NaN for n = 0.
+    """
+    if not len(first) == len(second) == len(clusters):
+        raise ValueError(
+            f"difference of {len(first)} and {len(second)} items in {len(clusters)} clusters; expected as many of each"
+        )
+    _, index = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
+    gains = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
+    sums = np.stack([np.bincount(index, weights=gains), np.bincount(index)], axis=1)
+    return bootstrap_interval(sums, lambda sample: float(sample[:, 0].sum() / sample[:, 1].sum()))
+
+
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """Rank correlation of x [n] and y [n]: Pearson's r of the ranks, ties sharing their mean rank; Spearman (1904).
 

@@ -128,10 +128,25 @@ def test_results_hold_rows_histogram_correlation_and_the_paired_test(tmp_path: P
     assert list(histogram["reinforced, hazard > 0.5"]) == ["2", "5", "10"]
     assert sum(histogram["reinforced, hazard > 0.5"].values()) == 360
     # 40 answers: of the teacher's 30 right ones (0, 4, 8, ... wrong) the model misses 1, 2, 3 and 5.
-    assert data["paired"] == {
-        "reinforced, hazard > 0.5": {"n": 40, "only_teacher": 4, "only_model": 0, "p_value": 2 / 16}
-    }
+    (label, paired), *others = data["paired"].items()
+    assert label == "reinforced, hazard > 0.5" and not others
+    assert [paired[key] for key in ("n", "only_teacher", "only_model", "p_value")] == [40, 4, 0, 2 / 16]
+    assert paired["difference"] == pytest.approx(-0.1) and paired["low"] < -0.1 < paired["high"] <= 0
+    # Without groups every prompt is one of its own.
+    assert paired["groups"] == 40
+    assert (paired["group_low"], paired["group_high"]) == (paired["low"], paired["high"])
     assert not list(path.parent.glob(".*")), "no temporary file is left"
+
+
+def test_the_interval_of_the_difference_is_that_of_its_groups(tmp_path: Path) -> None:
+    answers = planted()
+    for each in answers:
+        # All four that the model misses have one group: with it they go or come together.
+        each["group"] = "3,8" if each["id"] in ("p1", "p2", "p3", "p5") else each["id"]
+    write_results(tmp_path / "results.json", [], answers, {})
+    paired = json.loads((tmp_path / "results.json").read_text())["paired"]["reinforced, hazard > 0.5"]
+    assert paired["groups"] == 37
+    assert paired["group_low"] < paired["low"] < paired["high"] <= paired["group_high"]
 
 
 def test_depth_follows_entropy_where_it_was_planted_and_first_tokens_are_left_out(tmp_path: Path) -> None:

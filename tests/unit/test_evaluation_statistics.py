@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ee_megatron.evaluation.statistics import (
     bootstrap_interval,
+    clustered_difference,
     mcnemar_exact,
     mean_ranks,
     spearman,
@@ -78,6 +79,27 @@ def test_bootstrap_covers_the_truth_about_as_often_as_it_claims() -> None:
         found = bootstrap_interval(rng.normal(size=60), level=0.8, resamples=300, seed=trial)
         hits += found.low <= 0 <= found.high
     assert 0.70 <= hits / 200 <= 0.90
+
+
+def test_intervals_of_differences_cover_the_truth_where_items_of_a_cluster_go_together() -> None:
+    rng = np.random.default_rng(3)
+    inside, naive = 0, 0
+    for _ in range(40):
+        # 30 clusters of 20 items; the second model is right in a cluster or wrong in all of it.
+        clusters = [str(c) for c in np.repeat(np.arange(30), 20)]
+        first, second = [True] * 600, np.repeat(rng.random(30) < 0.8, 20).tolist()
+        found = clustered_difference(first, second, clusters)
+        assert found.value == pytest.approx(np.mean(second) - 1)
+        inside += found.low <= -0.2 <= found.high
+        each = clustered_difference(first, second, [str(i) for i in range(600)])
+        naive += each.low <= -0.2 <= each.high
+    assert inside >= 33 and naive <= 26, (inside, naive)
+
+
+def test_differences_ask_for_as_many_of_each() -> None:
+    with pytest.raises(ValueError, match="1 and 2 items in 2 clusters"):
+        clustered_difference([True], [True, False], ["a", "b"])
+    assert np.isnan(clustered_difference([], [], []).value)
 
 
 def test_ranks_of_ties_are_shared() -> None:

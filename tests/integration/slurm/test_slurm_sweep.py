@@ -20,6 +20,8 @@ ALONE = ["cluster.nodes=1", "cluster.rollout_nodes=0", "cluster.gpus_per_node=0"
          "rollout=local"]  # fmt: skip
 # A node at a time for each task, so that several nodes are at work.
 WHOLE_NODES = ["--executor", "slurm", "--slurm", "cpus-per-task=16", "--slurm", "time=10"]
+# Steps of a run that something is to happen to: on a busy machine a test looks at it seconds later.
+LONG = 200
 
 
 def sweep(site, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -80,7 +82,7 @@ def preempt(site, name: str, record: disk.Record) -> None:
 def test_twelve_runs_come_to_eleven_results_whatever_happens_to_their_jobs(site):
     """One array: two tasks are preempted, one loses its node, one cannot learn. Nothing that was done is done again."""
     # The ones that something will happen to take longer than the others.
-    steps = [50 if run in (0, 2, 3) else 4 for run in range(12)]
+    steps = [LONG if run in (0, 2, 3) else 4 for run in range(12)]
     grid = [
         "rl.lambda_exit=0:1.1:0.1", "rl.seed=1,2,3,1,2,3,1,2,3,1,2,3", f"rl.steps={','.join(map(str, steps))}",
         f"rl.adapter_lr={','.join('1e30' if run == 1 else '3e-4' for run in range(12))}",
@@ -95,7 +97,7 @@ def test_twelve_runs_come_to_eleven_results_whatever_happens_to_their_jobs(site)
     assert "0 task(s) to start" in sweep(site, *command).stdout
 
     current = opened(site, "array")
-    long = {run.tasks[-1] for run, count in zip(current.runs, steps, strict=True) if count == 50}
+    long = {run.tasks[-1] for run, count in zip(current.runs, steps, strict=True) if count == LONG}
     struck = [one_at_work(site, "array", long)]
     preempt(site, "array", struck[0])
     struck.append(one_at_work(site, "array", long))

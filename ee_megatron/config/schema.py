@@ -159,7 +159,8 @@ class CalibrateConfig:
     """Share of the change of the weights that is kept when the adapters' training ends (WiSE-FT): less of it, less is
     forgotten of what the traces don't hold."""
     keep_upper: float = 1.0
-    """Share of that kept in the upper half of the layers, where a change serves few exits and disturbs full depth."""
+    """Share of that kept in the upper half of the layers, where a change serves few exits and disturbs full depth.
+    Better answers after calibration, a worse start for RL (docs/results.md)."""
     settle: float = 0.0
     """Share of the updates, at the end, after `keep` and `keep_upper` have been applied, that train the gates alone."""
     adapter_lr: float = 1e-3

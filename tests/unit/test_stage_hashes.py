@@ -1,0 +1,37 @@
+"""Results that exist must be found again: the directories of every experiment's stages keep their names.
+
+A changed hash means that everybody's finished stages of that experiment run once more. Where that is meant, because a
+setting of the experiment changed, its row changes in the same commit. A new setting with a default that changes nothing
+stays out of the identity until it is set (config/identity.py).
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from ee_megatron.config.identity import STAGES, stage_dir
+from ee_megatron.config.load import find_config_dir, list_groups, load
+
+# Per experiment the hashes of pretrain, teacher, traces, calibrate, rl, evaluate. The model is not there, so that default exits stay as asked for.
+HASHES = {
+    "demo_cpu": "4f379bd7 8be859b5 7ddafe90 57b7d5d8 04b07053 f05b8ca2",
+    "demo_gpu": "4f379bd7 8be859b5 7ddafe90 57b7d5d8 04b07053 f05b8ca2",
+    "ladder": "df53f41d 1099a345 2d25b37f ab53fee8 020291b8 4904587f",
+    "rl_1.5b": "499842cd 47dbfe15 004857f8 7b903868 da498a9f e6ab5617",
+    "rl_32b": "499842cd 47dbfe15 2689e0b5 08bf05b6 439c222d 212d56ea",
+    "rl_70b": "499842cd 47dbfe15 5f85a74b bb8bf878 13bfc401 4bbdfdd8",
+    "rl_7b": "499842cd 47dbfe15 3b2f53eb eaa7ad21 cf38dad8 83e21713",
+    "smollm2": "2a1a54b9 44e4ef86 7aba4a2e 46dae011 2d8b5913 ef086d6c",
+}
+
+
+def test_every_experiment_is_pinned() -> None:
+    assert sorted(HASHES) == list_groups(find_config_dir())["experiment"]
+
+
+@pytest.mark.parametrize("experiment", HASHES)
+def test_stage_directories_keep_their_names(experiment: str) -> None:
+    cfg = load([f"experiment={experiment}", "model.path=no/such/model", "name=pinned"])
+    assert [stage_dir(cfg, stage).name for stage in STAGES] == [
+        f"{stage}-{digest}" for stage, digest in zip(STAGES, HASHES[experiment].split(), strict=True)
+    ]

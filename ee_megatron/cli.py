@@ -254,7 +254,7 @@ def _report(options: argparse.Namespace) -> int:
         raise ValueError(
             f"{named[0]} with {settings[0]}: settings name one run, directories any number; give one kind or the other"
         )
-    from .training import reports
+    from .report import runs as reports
 
     if named:
         print(reports.compare(named, options.out))
@@ -324,7 +324,7 @@ def _convert(arguments: list[str]) -> int:
 
 def _sweep(arguments: list[str]) -> int:
     _quiet_megatron()
-    from .training import sweep
+    from .sweeps import command as sweep
 
     return sweep.main(arguments)
 

@@ -35,10 +35,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Stopp
 from ee_megatron.families import ModelDims
 from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import Decoder, ExitPolicy, SamplingParams
-from ee_megatron.rollout.cache import KVCache
-from ee_megatron.rollout.request import Request, Row
-from ee_megatron.rollout.scheduler import Scheduler
-from ee_megatron.rollout.stations import Stations
+from ee_megatron.rollout.engine.cache import KVCache
+from ee_megatron.rollout.engine.request import Request, Row
+from ee_megatron.rollout.engine.scheduler import Scheduler
+from ee_megatron.rollout.engine.stations import Stations
 
 PARTS = ("cost", "orders", "decode", "hf", "end-to-end")
 NEVER = frozenset({-1})

@@ -26,7 +26,7 @@ from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.planning.flops import answer_cost
 from ee_megatron.policy import WeightSet, load_policy
 from ee_megatron.rollout import ExitPolicy, SamplingParams
-from ee_megatron.rollout.pool import LocalPool
+from ee_megatron.rollout.pool.local import LocalPool
 from ee_megatron.training import stages
 from ee_megatron.training.problems import task_of
 

@@ -41,9 +41,9 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
     from ee_megatron.families.hf_directory import HFDirectory
     from ee_megatron.parallel import groups
     from ee_megatron.policy import ATTENTION, PolicySpec, WeightSet, initial_policy
-    from ee_megatron.rollout.pool import ReplicaSettings
-    from ee_megatron.rollout.ray_pool import RayPool
-    from ee_megatron.rollout.transport import narrow
+    from ee_megatron.rollout.pool.interface import ReplicaSettings
+    from ee_megatron.rollout.pool.ray_pool import RayPool
+    from ee_megatron.rollout.pool.transport import narrow
 
     source = HFDirectory(options.model)
     dims = source.dims

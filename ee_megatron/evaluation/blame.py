@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..rollout.pool import RolloutPool
-from ..rollout.sampling import ExitPolicy, SamplingParams
+from ..rollout.engine.sampling import ExitPolicy, SamplingParams
+from ..rollout.pool.interface import RolloutPool
 from ..types import Prompt, Rollout
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ..rollout.sampling import ExitPolicy
+from ..rollout.engine.sampling import ExitPolicy
 from .evaluate import Answer
 from .statistics import Estimate, bootstrap_interval, mcnemar_exact
 from .summary import Row

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NotRequired, TypedDict
 
-from ..rollout.pool import RolloutPool
-from ..rollout.sampling import ExitPolicy, SamplingParams
-from ..rollout.scoring import Inspection, Score
+from ..rollout.engine.sampling import ExitPolicy, SamplingParams
+from ..rollout.engine.scoring import Inspection, Score
+from ..rollout.pool.interface import RolloutPool
 from ..tasks.base import Task
 from ..tasks.verifier import VerifierPool
 from ..types import Prompt, Rollout

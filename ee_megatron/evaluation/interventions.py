@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..rollout.pool import RolloutPool
-from ..rollout.sampling import ExitPolicy, SamplingParams
+from ..rollout.engine.sampling import ExitPolicy, SamplingParams
+from ..rollout.pool.interface import RolloutPool
 from ..tasks.verifier import VerifierPool
 from ..types import Prompt, Rollout
 from . import chain as text_of

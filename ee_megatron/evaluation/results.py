@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..observe.tables import Table
+from ..report.tables import Table
 from .evaluate import Answer
 from .figures import by_label, by_task, depth_correlations, depth_figures, kl_by_exit
 from .statistics import clustered_difference, mcnemar_exact, spearman_interval

@@ -1,1 +1,1 @@
-"""What a run leaves behind: its directory, its metrics, its progress and its report. Knows nothing of models."""
+"""What a run leaves behind while it works: its directory, its metrics, its progress. Knows nothing of models."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from .decoder import Decoder
-from .pool import LocalPool, ReplicaSettings, RolloutPool, make_pool
-from .request import Event, Request
-from .sampling import ExitPolicy, SamplingParams
-from .scheduler import Scheduler, StreamedToken, generate, stream
-from .scoring import Score
+from .engine.decoder import Decoder
+from .engine.request import Event, Request
+from .engine.sampling import ExitPolicy, SamplingParams
+from .engine.scheduler import Scheduler, StreamedToken, generate, stream
+from .engine.scoring import Score
+from .pool import make_pool
+from .pool.interface import ReplicaSettings, RolloutPool
+from .pool.local import LocalPool
 
 __all__ = [
     "Decoder",

@@ -1,1 +1,1 @@
-"""Scaling studies: grids of runs, one table, fits."""
+"""Scaling laws of a table of runs: fits, comparisons of forms, pictures."""

@@ -12,8 +12,8 @@ import numpy as np
 
 from .compare import compare
 from .fit import METHODS, Outcome, fit_all
+from .page import Section, write_json, write_page, write_text
 from .refusal import Refused
-from .report import Section, write_json, write_page, write_text
 from .table import Columns, Observations, Table, levels, observations, read_table
 from .text import comparison_lines, fit_lines
 

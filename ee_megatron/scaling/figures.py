@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..observe.palette import LIGHT, SERIES, scale
+from ..report.palette import LIGHT, SERIES, scale
 from .compare import Comparison
 from .fit import LawFit
 from .forms import evaluate

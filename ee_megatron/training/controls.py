@@ -22,7 +22,7 @@ from ..evaluation.controls import (
 )
 from ..evaluation.evaluate import Answer, exit_label
 from ..evaluation.summary import Row
-from ..rollout.sampling import ExitPolicy
+from ..rollout.engine.sampling import ExitPolicy
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ from ..evaluation.interventions import Bench, externalisation
 from ..evaluation.results import table, write_results
 from ..evaluation.summary import Row
 from ..evaluation.threshold import choose_threshold, pareto_front
-from ..observe.tables import controls_table, externalisation_table
 from ..planning.flops import answer_cost
 from ..policy import WeightSet, load_policy
-from ..rollout.pool import RolloutPool
-from ..rollout.prompts import encode_continuation
-from ..rollout.sampling import ExitPolicy, SamplingParams
+from ..report.tables import controls_table, externalisation_table
+from ..rollout.engine.prompts import encode_continuation
+from ..rollout.engine.sampling import ExitPolicy, SamplingParams
+from ..rollout.pool.interface import RolloutPool
 from ..types import Prompt, Rollout
 from . import stages
 from .controls import Reference, all_controls, run_controls

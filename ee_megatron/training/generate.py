@@ -19,9 +19,9 @@ from ..config.schema import RunConfig
 from ..families.hf_directory import HFDirectory
 from ..observe.rundir import latest_checkpoint
 from ..policy import PolicySpec, load_policy
-from ..rollout.pool import LocalPool
-from ..rollout.sampling import ExitPolicy, SamplingParams
-from ..rollout.scheduler import stream
+from ..rollout.engine.sampling import ExitPolicy, SamplingParams
+from ..rollout.engine.scheduler import stream
+from ..rollout.pool.local import LocalPool
 from ..types import Prompt
 from . import stages
 from .session import pick_device, pick_dtype

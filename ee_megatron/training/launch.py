@@ -132,7 +132,7 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
         if code:
             raise SystemExit(code)
     exported = export(cfg)
-    from .reports import report
+    from ..report.runs import report
 
     page = report(cfg)
     print((stage_dir(cfg, "evaluate") / "table.txt").read_text())

@@ -19,8 +19,8 @@ import numpy as np
 from ..config.schema import RLConfig
 from ..observe.rundir import atomic_directory
 from ..policy import PolicySpec, WeightSet, load_policy, save_policy
-from ..rollout.pool import Pending, RolloutPool
-from ..rollout.sampling import ExitPolicy, SamplingParams
+from ..rollout.engine.sampling import ExitPolicy, SamplingParams
+from ..rollout.pool.interface import Pending, RolloutPool
 from ..tasks import VerifierPool
 from ..types import Group, Prompt, Rollout
 from .rollout_store import load_rollouts, save_rollouts

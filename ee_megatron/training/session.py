@@ -30,7 +30,8 @@ from ..observe.rundir import RunDirectory
 from ..parallel import groups
 from ..parallel.groups import Degrees
 from ..policy import PolicySpec
-from ..rollout.pool import RolloutPool, make_pool
+from ..rollout.pool import make_pool
+from ..rollout.pool.interface import RolloutPool
 from ..tasks import Task, VerifierPool
 from .checkpoints import CheckpointWriter, damage, read_training
 from .problems import task_of

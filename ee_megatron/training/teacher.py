@@ -20,7 +20,7 @@ from ..checkpoint.hf_export import export_hf
 from ..config.schema import RunConfig
 from ..learner.batch import mean_weights, pack
 from ..policy import initial_policy
-from ..rollout.sampling import ExitPolicy, SamplingParams
+from ..rollout.engine.sampling import ExitPolicy, SamplingParams
 from .losses import schedule
 from .session import Session
 

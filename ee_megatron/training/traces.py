@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..config.schema import RunConfig
-from ..rollout.sampling import ExitPolicy, SamplingParams
+from ..rollout.engine.sampling import ExitPolicy, SamplingParams
 from .session import Session
 from .stopping import listener
 from .trace_store import save_traces

@@ -15,8 +15,8 @@ import torch
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import ExitPolicy, ReplicaSettings, SamplingParams
-from ee_megatron.rollout.ray_driver import Actor
-from ee_megatron.rollout.ray_pool import RayPool
+from ee_megatron.rollout.pool.ray_driver import Actor
+from ee_megatron.rollout.pool.ray_pool import RayPool
 from ee_megatron.types import Prompt, Rollout
 
 ADAPTERS = PolicySpec(6, (1, 3, 4), rank=4, alpha=8.0)

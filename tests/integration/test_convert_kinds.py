@@ -20,7 +20,7 @@ from ee_megatron.checkpoint.policy_files import LazyTensors, open_policy
 from ee_megatron.checkpoint.verify import verify
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, load_policy, save_policy
-from ee_megatron.rollout.decoder import Decoder
+from ee_megatron.rollout.engine.decoder import Decoder
 from tests.tiny import tiny_hf
 
 LAYERS, DEPTHS = 6, (2, 3, 5)

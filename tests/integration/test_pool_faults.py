@@ -11,7 +11,7 @@ import pytest
 from pool_cases import EXITS, FULL, LONG, PROMPTS, Killer, bits, make, policy
 
 from ee_megatron.rollout import LocalPool
-from ee_megatron.rollout.ray_pool import RayPool
+from ee_megatron.rollout.pool.ray_pool import RayPool
 from tests.tiny import tiny_hf
 
 

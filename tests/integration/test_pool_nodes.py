@@ -9,10 +9,10 @@ import torch
 from pool_cases import ADAPTERS, EXITS, LONG, PROMPTS, bits, policy
 
 from ee_megatron.rollout import ReplicaSettings
-from ee_megatron.rollout.pool import LocalPool
-from ee_megatron.rollout.ray_actor import prepare_environment
-from ee_megatron.rollout.ray_driver import LOOK_S
-from ee_megatron.rollout.ray_pool import RayPool
+from ee_megatron.rollout.pool.local import LocalPool
+from ee_megatron.rollout.pool.ray_actor import prepare_environment
+from ee_megatron.rollout.pool.ray_driver import LOOK_S
+from ee_megatron.rollout.pool.ray_pool import RayPool
 from tests.tiny import tiny_hf
 
 DEADLINE = 120

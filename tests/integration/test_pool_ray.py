@@ -17,7 +17,7 @@ import torch
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import ExitPolicy, LocalPool, ReplicaSettings, SamplingParams
-from ee_megatron.rollout.ray_pool import RayPool
+from ee_megatron.rollout.pool.ray_pool import RayPool
 from ee_megatron.types import Prompt, Rollout
 from tests.tiny import tiny_hf
 

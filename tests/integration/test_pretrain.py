@@ -94,21 +94,3 @@ def test_a_killed_run_goes_on_to_the_same_bits(trained: Path, tmp_path: Path) ->
     assert (again / "pretrain.json").read_bytes() == (trained / "pretrain.json").read_bytes()
     name = "model/model.safetensors"
     assert (again / name).read_bytes() == (trained / name).read_bytes()
-
-
-@pytest.mark.timeout(300)
-def test_hydras_multirun_trains_every_point(tmp_path: Path) -> None:
-    """The launcher that Hydra has itself; submitit's is tested on a Slurm."""
-    process = start(tmp_path, "-m", "pretrain.seed=1,2", f"hydra.sweep.dir={tmp_path / 'hydra'}")
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output[-3000:]
-    folders = list(tmp_path.glob("ladder/pretrain-*"))
-    first, second = (read_metrics(folder / "metrics.jsonl") for folder in folders)
-    assert len(first) == len(second) == 6 and first != second
-
-
-def test_a_wrong_point_of_a_multirun_starts_nothing(tmp_path: Path) -> None:
-    process = start(tmp_path, "-m", "pretrain.seed=1,-1")
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 2 and output.strip() == "error: pretrain.seed=-1: expected a number >= 0"
-    assert not list(tmp_path.iterdir())

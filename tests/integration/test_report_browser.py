@@ -10,8 +10,8 @@ from PIL import Image
 from report_browser import EXECUTABLE, Browser
 from report_samples import write_run
 
-from ee_megatron.observe.report import write_report
-from ee_megatron.observe.report_data import Run
+from ee_megatron.report.data import Run
+from ee_megatron.report.page import write_report
 
 pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no chromium on PATH (Debian: apt-get install chromium)")
 TIP = "(() => { const t = document.getElementById('tip'); return t.hidden ? null : t.innerText })()"

@@ -22,9 +22,9 @@ import torch
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, initial_policy, save_policy
 from ee_megatron.rollout import ExitPolicy, LocalPool, SamplingParams
-from ee_megatron.rollout.request import Request
-from ee_megatron.rollout.scheduler import Scheduler
-from ee_megatron.rollout.server.engine import Engine
+from ee_megatron.rollout.engine.request import Request
+from ee_megatron.rollout.engine.scheduler import Scheduler
+from ee_megatron.rollout.server.worker import Engine
 from ee_megatron.types import Rollout
 from tests.tiny import tiny_hf
 

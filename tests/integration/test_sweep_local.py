@@ -15,10 +15,10 @@ import psutil
 import pytest
 
 from ee_megatron.observe.metrics import read_metrics
-from ee_megatron.scaling import manifest as disk
-from ee_megatron.scaling.executors import LocalExecutor
-from ee_megatron.scaling.grid import from_settings
-from ee_megatron.scaling.sweep import resolve
+from ee_megatron.sweeps import manifest as disk
+from ee_megatron.sweeps.executors import LocalExecutor
+from ee_megatron.sweeps.grid import from_settings
+from ee_megatron.sweeps.sweep import resolve
 from tests.tiny import tiny_hf
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from ee_megatron.checkpoint.hf_export import export_hf
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec
-from ee_megatron.rollout.decoder import Decoder
+from ee_megatron.rollout.engine.decoder import Decoder
 from tests.tiny import tiny_hf
 
 DEMO = Path(__file__).resolve().parents[2] / "models" / "SmolLM2-135M-Instruct"

@@ -15,8 +15,8 @@ from ee_megatron.learner.learner import Learner
 from ee_megatron.parallel import groups
 from ee_megatron.parallel.groups import Degrees
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
-from ee_megatron.rollout.pool import LocalPool
-from ee_megatron.rollout.sampling import ExitPolicy, SamplingParams
+from ee_megatron.rollout.engine.sampling import ExitPolicy, SamplingParams
+from ee_megatron.rollout.pool.local import LocalPool
 from ee_megatron.training.reinforce import Signal, replay, weigh
 from ee_megatron.types import Group, Prompt
 from tests.tiny import tiny_hf

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from ee_megatron.families.base import ModelDims
 from ee_megatron.policy import PolicySpec, initial_policy
-from ee_megatron.rollout.cache import KVCache
-from ee_megatron.rollout.decoder import Decoder
+from ee_megatron.rollout.engine.cache import KVCache
+from ee_megatron.rollout.engine.decoder import Decoder
 from tests.tiny import tiny_hf
 
 FAMILIES = ["llama", "qwen2", "qwen3"]

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ee_megatron.families import ModelDims
 from ee_megatron.policy import PolicySpec
-from ee_megatron.rollout import Decoder, ExitPolicy, SamplingParams, kernels, sampling
-from ee_megatron.rollout.cache import KVCache
-from ee_megatron.rollout.ops import KernelOps, Rows, TorchOps, choose_ops
-from ee_megatron.rollout.request import Request
-from ee_megatron.rollout.scheduler import Scheduler
+from ee_megatron.rollout import Decoder, ExitPolicy, SamplingParams
+from ee_megatron.rollout.engine import kernels, sampling
+from ee_megatron.rollout.engine.cache import KVCache
+from ee_megatron.rollout.engine.ops import KernelOps, Rows, TorchOps, choose_ops
+from ee_megatron.rollout.engine.request import Request
+from ee_megatron.rollout.engine.scheduler import Scheduler
 from tests.tiny import tiny_hf
 
 DIMS = ModelDims("qwen3", 3, 48, 40, 6, 2, 16, 130, 512, 1e-6, 1e4)

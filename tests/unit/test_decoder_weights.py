@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import Decoder, ExitPolicy, SamplingParams, generate
-from ee_megatron.rollout.scoring import score
+from ee_megatron.rollout.engine.scoring import score
 from ee_megatron.types import Prompt
 from tests.tiny import tiny_hf
 

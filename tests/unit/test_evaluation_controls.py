@@ -25,8 +25,8 @@ from ee_megatron.evaluation.controls import (
     random_exits,
 )
 from ee_megatron.families.hf_directory import HFDirectory
-from ee_megatron.observe.tables import controls_table
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
+from ee_megatron.report.tables import controls_table
 from ee_megatron.rollout import ExitPolicy, LocalPool, SamplingParams
 from ee_megatron.tasks import VerifierPool, make_task
 from tests.tiny import tiny_hf

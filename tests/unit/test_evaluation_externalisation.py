@@ -27,7 +27,7 @@ from ee_megatron.evaluation.planning_probe import planning_probe
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import ExitPolicy, LocalPool, SamplingParams
-from ee_megatron.rollout.scoring import Inspection
+from ee_megatron.rollout.engine.scoring import Inspection
 from ee_megatron.tasks import make_task
 from ee_megatron.types import Prompt, Rollout
 from tests.tiny import tiny_hf, tiny_tokenizer

@@ -13,8 +13,8 @@ from ee_megatron.evaluation.figures import by_task, depth_correlations, depth_fi
 from ee_megatron.evaluation.gates import gate_calibration
 from ee_megatron.evaluation.threshold import pareto_front
 from ee_megatron.families.hf_directory import HFDirectory
-from ee_megatron.observe.tables import externalisation_table
 from ee_megatron.planning.flops import answer_cost, gate, prefill_cost
+from ee_megatron.report.tables import externalisation_table
 from tests.tiny import tiny_hf
 
 TEXTS = [" 3", " x", " 8", " =", " 24", ".", " The", " answer", " is", " 2", "4", "."]

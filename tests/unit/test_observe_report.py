@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from report_samples import RULES, write_run
 
-from ee_megatron.observe import charts, svg
-from ee_megatron.observe.palette import DARK, LIGHT, ink, luminance, scale
-from ee_megatron.observe.report import write_report
-from ee_megatron.observe.report_data import Run, binned
+from ee_megatron.report import charts, svg
+from ee_megatron.report.data import Run, binned
+from ee_megatron.report.page import write_report
+from ee_megatron.report.palette import DARK, LIGHT, ink, luminance, scale
 
 
 class Page(HTMLParser):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ee_megatron.policy import WeightSet
-from ee_megatron.rollout import ray_actor
-from ee_megatron.rollout.transport import first_difference, hashes, narrowed, pack, unpack
+from ee_megatron.rollout.pool import ray_actor
+from ee_megatron.rollout.pool.transport import first_difference, hashes, narrowed, pack, unpack
 
 
 def tensors() -> dict[str, torch.Tensor]:

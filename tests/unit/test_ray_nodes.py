@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from ee_megatron.rollout import ray_nodes
+from ee_megatron.rollout.pool import ray_nodes
 
 
 def free_port() -> int:

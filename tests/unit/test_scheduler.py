@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 
 from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import Decoder, ExitPolicy, SamplingParams
-from ee_megatron.rollout.ops import TorchOps
-from ee_megatron.rollout.request import Event, Request
-from ee_megatron.rollout.scheduler import Scheduler
-from ee_megatron.rollout.stations import Stations
+from ee_megatron.rollout.engine.ops import TorchOps
+from ee_megatron.rollout.engine.request import Event, Request
+from ee_megatron.rollout.engine.scheduler import Scheduler
+from ee_megatron.rollout.engine.stations import Stations
 from ee_megatron.types import Rollout
 from tests.reference import Reference, random_policy
 from tests.tiny import tiny_hf
@@ -261,7 +261,7 @@ def test_equal_prompts_and_a_common_beginning_are_read_once(decoder, tokenizer, 
 
 def test_many_prompts_are_read_a_bounded_number_of_positions_at_a_time(decoder, tokenizer, monkeypatch):
     requests = [Request([n + 1] * (n % 17 + 1), SamplingParams(1.0, 4), prompt_id=str(n)) for n in range(40)]
-    monkeypatch.setattr("ee_megatron.rollout.scheduler.PREFILL_POSITIONS", 20)
+    monkeypatch.setattr("ee_megatron.rollout.engine.scheduler.PREFILL_POSITIONS", 20)
     read: list[int] = []
     real = decoder.prefill
     monkeypatch.setattr(decoder, "prefill", lambda tokens, *rest: read.append(tokens.numel()) or real(tokens, *rest))

@@ -12,7 +12,7 @@ import pytest
 from ee_megatron.config.identity import STAGES, stage_dir
 from ee_megatron.config.load import find_config_dir, list_groups, load
 
-# Per experiment the hashes of pretrain, teacher, traces, calibrate, rl, evaluate. The model is not there, so that default exits stay as asked for.
+# Per experiment the hashes of its stages, in their order. The model is not there, so default exits stay as asked for.
 HASHES = {
     "demo_cpu": "4f379bd7 8be859b5 7ddafe90 57b7d5d8 04b07053 f05b8ca2",
     "demo_gpu": "4f379bd7 8be859b5 7ddafe90 57b7d5d8 04b07053 f05b8ca2",

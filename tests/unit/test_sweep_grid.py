@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ee_megatron.config.load import load
-from ee_megatron.scaling import grid as language
-from ee_megatron.scaling.grid import check, combine, excluded, from_file, from_settings, parse, span, written, zipped
+from ee_megatron.sweeps import grid as language
+from ee_megatron.sweeps.grid import check, combine, excluded, from_file, from_settings, parse, span, written, zipped
 
 
 def plains(*arguments: str) -> list[dict]:

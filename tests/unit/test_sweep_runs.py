@@ -17,15 +17,15 @@ from ee_megatron.config.load import load
 from ee_megatron.config.validate import read_dims, validate
 from ee_megatron.observe.lock import process_start
 from ee_megatron.planning.flops import decode_cost
-from ee_megatron.scaling import manifest as disk
-from ee_megatron.scaling.collect import collect, columns, rows, to_csv
-from ee_megatron.scaling.executors import minutes_of, split_devices, state_now, visible_devices
-from ee_megatron.scaling.grid import from_settings
-from ee_megatron.scaling.isoflop import IsoFlop, buy
-from ee_megatron.scaling.measured import measure, one_rank, pretrained, reinforced, workload
-from ee_megatron.scaling.status import status_table
-from ee_megatron.scaling.sweep import GridError, Sweep, resolve
-from ee_megatron.training.sweep import forget_failures, main, to_start, write_missing_results
+from ee_megatron.sweeps import manifest as disk
+from ee_megatron.sweeps.collect import collect, columns, rows, to_csv
+from ee_megatron.sweeps.command import forget_failures, main, to_start, write_missing_results
+from ee_megatron.sweeps.executors import minutes_of, split_devices, state_now, visible_devices
+from ee_megatron.sweeps.grid import from_settings
+from ee_megatron.sweeps.isoflop import IsoFlop, buy
+from ee_megatron.sweeps.measured import measure, one_rank, pretrained, reinforced, workload
+from ee_megatron.sweeps.status import status_table
+from ee_megatron.sweeps.sweep import GridError, Sweep, resolve
 
 TINY = {
     "model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ee_megatron.evaluation import Answer, Row
-from ee_megatron.observe.tables import controls_table
+from ee_megatron.report.tables import controls_table
 from ee_megatron.rollout import ExitPolicy
 from ee_megatron.training.controls import Control, Reference, all_controls, run_controls
 

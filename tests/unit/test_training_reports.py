@@ -10,7 +10,7 @@ import pytest
 from ee_megatron.cli import main
 from ee_megatron.config.identity import stage_dir, to_yaml
 from ee_megatron.config.load import load, read_saved
-from ee_megatron.training.reports import compare
+from ee_megatron.report.runs import compare
 from tests.integration.report_samples import write_run
 
 

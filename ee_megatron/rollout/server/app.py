@@ -16,12 +16,12 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers import PreTrainedTokenizerBase
 
-from ..prompts import encode_text
-from ..request import Event
-from ..request import Request as EngineRequest
-from ..sampling import ExitPolicy
-from .engine import Busy, Engine, Ticket
+from ..engine.prompts import encode_text
+from ..engine.request import Event
+from ..engine.request import Request as EngineRequest
+from ..engine.sampling import ExitPolicy
 from .protocol import Asked, BadRequest, ChatRequest, Choice, CompletionRequest, parse, usage
+from .worker import Busy, Engine, Ticket
 
 # How often a request that waits for tokens looks whether its client is still there, seconds.
 LOOK_S = 0.2

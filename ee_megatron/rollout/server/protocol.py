@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from ..request import Event, Request
-from ..sampling import ExitPolicy, SamplingParams
+from ..engine.request import Event, Request
+from ..engine.sampling import ExitPolicy, SamplingParams
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 # Exit policies that a request may name: all but the replay.

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import uvicorn
 from transformers import AutoTokenizer
 
-from ..decoder import Decoder
-from ..sampling import ExitPolicy
+from ..engine.decoder import Decoder
+from ..engine.sampling import ExitPolicy
 from .app import Limits, Service, make_app
-from .engine import Engine
+from .worker import Engine
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ee_megatron.observe.metrics import read_metrics
-from ee_megatron.scaling import manifest as disk
+from ee_megatron.sweeps import manifest as disk
 from tools import mini_slurm
 
 ROOT = Path(__file__).parents[3]
@@ -168,26 +168,3 @@ def test_shared_stages_come_first_and_several_ranks_stop_and_go_on_by_submitits_
     checkpoints = disk.stage_path(current, first.key) / "checkpoints"
     # Nothing but the word to stop has made a checkpoint before the last.
     assert len(list(checkpoints.iterdir())) == 2
-
-
-@pytest.mark.timeout(300)
-def test_hydras_own_launcher_runs_every_point_as_a_job(site):
-    """`-m hydra/launcher=submitit_slurm`: Hydra waits for its jobs, and says which point failed."""
-    settings = ["experiment=ladder", "model=ladder_100k", "task.train=60", "task.validation=6", "name=hydra",
-                f"runs={site.folder / 'runs'}", "pretrain.batch_size=8", "hydra/launcher=submitit_slurm",
-                "hydra.launcher.timeout_min=5", "hydra.launcher.mem_gb=null", "hydra.launcher.cpus_per_task=4",
-                f"hydra.sweep.dir={site.folder / 'hydra'}"]  # fmt: skip
-    done = hydra(site, *settings, "pretrain.steps=1,2")
-    assert done.returncode == 0, done.stdout + done.stderr
-    folders = sorted((site.folder / "runs" / "hydra").glob("pretrain-*"))
-    assert sorted(len(read_metrics(folder / "metrics.jsonl")) for folder in folders) == [1, 2]
-    assert all((folder / "DONE").is_file() for folder in folders)
-    failed = hydra(site, *settings, "checkpoint.bad_steps=1", "pretrain.learning_rate=3e-3,1e30", "pretrain.steps=3")
-    assert failed.returncode != 0 and "exit code 1" in failed.stdout + failed.stderr
-
-
-def hydra(site, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-                   "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # fmt: skip
-    command = [sys.executable, "-m", "ee_megatron.cli", "pretrain", "-m", *arguments]
-    return site.cluster.run(*command, cwd=ROOT, environment=environment, timeout=140, check=False)

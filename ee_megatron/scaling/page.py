@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from .. import observe
+from .. import report
 from ..observe.rundir import write_atomic
 from .figures import Picture
 
@@ -63,8 +63,8 @@ def write_page(folder: Path, table: str, facts: list[str], sections: list[Sectio
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    style = (Path(observe.__file__).parent / "report.css").read_text(encoding="utf-8")
-    page = environment.get_template("report.html.j2").render(
+    style = (Path(report.__file__).parent / "page.css").read_text(encoding="utf-8")
+    page = environment.get_template("page.html.j2").render(
         table=table, facts=facts, sections=shown, style=Markup(style)
     )
     write_atomic(folder / "scaling.html", page)

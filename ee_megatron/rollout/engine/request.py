@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..types import Rollout
+from ...types import Rollout
+from .ending import StopChecker
 from .sampling import ExitPolicy, SamplingParams
-from .stopping import StopChecker
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,17 @@ from markupsafe import Markup
 
 from . import charts, plots
 from .charts import Axes, Dot, Effect, Line
-from .report_data import Results, Run
+from .data import Results, Run
 from .svg import legend_mark, number
-from .tables import Table, controls_table, correlation_table, depth_table, estimate, externalisation_table, task_table
+from .tables import (
+    Table,
+    controls_table,
+    correlation_table,
+    depth_table,
+    estimate,
+    externalisation_table,
+    task_table,
+)
 
 
 @dataclass(frozen=True)

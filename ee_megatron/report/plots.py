@@ -11,9 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from ..observe.rundir import write_atomic
 from .charts import Axes, Effect, Line, Point, Trend
 from .palette import LIGHT, SERIES, scale
-from .rundir import write_atomic
 
 MARKERS = ("o", "s", "^", "D")
 DASHES = ("-", "--", ":", "-.")

@@ -10,8 +10,8 @@ from typing import Any
 from ..config.identity import STAGES, identity, stage_dir, stage_order
 from ..config.load import read_saved
 from ..config.schema import RunConfig
-from ..observe.report import write_report
-from ..observe.report_data import Run
+from .data import Run
+from .page import write_report
 
 LABEL_LENGTH = 40
 """Characters of a run's settings that still fit beside a model's name."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..families import ModelDims
-from ..policy import PolicySpec
+from ...families import ModelDims
+from ...policy import PolicySpec
 from .weights import DecoderWeights, Linear
 
 

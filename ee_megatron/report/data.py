@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .metrics import read_metrics
+from ..observe.metrics import read_metrics
 
 STAGES = ("pretrain", "teacher", "traces", "calibrate", "rl", "evaluate")
 MODELS = ("teacher", "calibrated", "reinforced")

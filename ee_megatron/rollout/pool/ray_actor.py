@@ -8,8 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..policy import WeightSet
-from .pool import LocalPool, ReplicaSettings, identity
+from ...policy import WeightSet
+from .interface import ReplicaSettings, identity
+from .local import LocalPool
 from .ray_nodes import await_head, await_nodes
 from .transport import unpack
 

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..exits import ExitLayout
-from ..families import inverse_frequencies
-from ..families.hf_directory import HFDirectory
-from ..policy import PolicySpec
+from ...exits import ExitLayout
+from ...families import inverse_frequencies
+from ...families.hf_directory import HFDirectory
+from ...policy import PolicySpec
 from .cache import KVCache
 from .ops import Rows, choose_ops, norm, rotate
 from .policy_loading import Arrival, Gate, check_tensors, gates_from

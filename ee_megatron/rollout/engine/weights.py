@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..families import ModelDims
-from ..families.hf_directory import HFDirectory
-from ..policy import PolicySpec
+from ...families import ModelDims
+from ...families.hf_directory import HFDirectory
+from ...policy import PolicySpec
 
 # Fused matrix -> the linears whose rows it holds, in this order.
 FUSED: dict[str, tuple[str, ...]] = {

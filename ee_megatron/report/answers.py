@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .report_data import Results
+from .data import Results
 from .svg import legend_mark
 
 # A prompt with worked examples is long; its end is the problem, the whole stands behind a fold.

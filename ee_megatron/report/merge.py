@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .report_data import Inputs, Results, Run, Stage, read_inputs
+from .data import Inputs, Results, Run, Stage, read_inputs
 
 # The stages whose directories tell whether two runs' models are the same one; the first that a run has.
 MADE_BY = {

@@ -1,7 +1,7 @@
 """One task of a sweep: its stages in order, each in processes of its own, and a record of what became of them.
 
 A task may be started by a local executor, by submitit on a Slurm node, or by hand; it may be told to stop, and killed
-at any moment. Its record (scaling/manifest.py) has one writer, the holder of the task's lock.
+at any moment. Its record (sweeps/manifest.py) has one writer, the holder of the task's lock.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ..config.load import load
 from ..config.schema import RunConfig
 from ..observe.lock import RunLock
 from ..observe.rundir import DONE, write_atomic
-from ..scaling import manifest as disk
-from ..scaling.manifest import FAILED, FINISHED, KILLED, RUNNING, STOPPED, Record
-from ..scaling.measured import SPENT, measure, read_spent
-from ..scaling.sweep import Sweep, Task
-from .stopping import STOPPED as TOLD_TO_STOP
-from .stopping import WITH_PARENT
+from ..training.stopping import STOPPED as TOLD_TO_STOP
+from ..training.stopping import WITH_PARENT
+from . import manifest as disk
+from .manifest import FAILED, FINISHED, KILLED, RUNNING, STOPPED, Record
+from .measured import SPENT, measure, read_spent
+from .sweep import Sweep, Task
 
 LOCK_DEADLINE_S = 12 * 3600.0
 """For a stage that another sweep is making, or a task that is running elsewhere."""
@@ -155,7 +155,7 @@ class TaskRunner:
                 raise Failed(1, f"{stage} ended with exit code 0 but left no {DONE} in {path}")
 
     def _in_this_process(self, cfg: RunConfig, stage: str) -> tuple[int, str]:
-        from . import launch
+        from ..training import launch
 
         try:
             launch.run_stage(stage, cfg, self.task.overrides)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..exits import ExitLayout
+from ...exits import ExitLayout
 from . import kernels
 
 # How many of the most probable tokens are sorted to find a nucleus; a flat distribution takes a whole sort.

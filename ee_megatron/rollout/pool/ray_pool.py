@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..families.hf_directory import HFDirectory
-from ..policy import WeightSet
-from ..types import Prompt, Rollout, Trace
-from .pool import TEACHER, ReplicaSettings, expected_hashes, identity
+from ...families.hf_directory import HFDirectory
+from ...policy import WeightSet
+from ...types import Prompt, Rollout, Trace
+from ..engine.sampling import ExitPolicy, SamplingParams
+from ..engine.scheduler import Progress, is_whole
+from ..engine.scoring import Inspection, Score
+from .interface import TEACHER, ReplicaSettings, expected_hashes, identity
 from .ray_actor import actor_needs, create_replica, prepare_environment, start_ray
 from .ray_driver import Driver, Sent, Work
 from .ray_nodes import RayNodes
-from .sampling import ExitPolicy, SamplingParams
-from .scheduler import Progress, is_whole
-from .scoring import Inspection, Score
 from .transport import first_difference, narrowed, pack
 
 # Chunks per actor: more spread the load better and lose less to a death, fewer keep its rows fuller.

@@ -15,22 +15,12 @@ from ..config.load import find_config_dir, list_groups, load
 from ..config.schema import RunConfig
 from ..config.validate import policy_spec, ranks, read_dims, validate
 from ..observe.lock import RunLock
-from ..scaling import manifest as disk
-from ..scaling.executors import LocalExecutor, describe_task, minutes_of, queued, state_now, submit
-from ..scaling.grid import (
-    GROUP,
-    Grid,
-    check,
-    checked_isoflop,
-    combine,
-    excluded,
-    from_file,
-    from_settings,
-    zipped,
-)
-from ..scaling.sweep import GridError, Sweep, Task, resolve
-from . import stages
-from .stopping import STOPPED, WITH_PARENT, dying_with_me, follow_parent
+from ..training import stages
+from ..training.stopping import STOPPED, WITH_PARENT, dying_with_me, follow_parent
+from . import manifest as disk
+from .executors import LocalExecutor, describe_task, minutes_of, queued, state_now, submit
+from .grid import GROUP, Grid, check, checked_isoflop, combine, excluded, from_file, from_settings, zipped
+from .sweep import GridError, Sweep, Task, resolve
 
 EPILOG = """\
 examples:
@@ -225,7 +215,7 @@ def to_start(sweep: Sweep, queue: dict[str, str], retry_failed: bool) -> list[Ta
 
 def write_missing_results(sweep: Sweep) -> None:
     """Of runs that had finished before this sweep was thought of."""
-    from .sweep_task import write_result
+    from .task import write_result
 
     for run in sweep.runs:
         if disk.run_state(sweep, run) == disk.FINISHED and disk.read_result(sweep, run.id) is None:
@@ -253,7 +243,7 @@ def _locally(sweep: Sweep, tasks: list[Task], parallel: int) -> int:
 
 
 def _here(sweep: Sweep, tasks: list[Task]) -> int:
-    from .sweep_task import TaskRunner
+    from .task import TaskRunner
 
     forget_failures(sweep, tasks)
     worst = 0
@@ -267,7 +257,7 @@ def _here(sweep: Sweep, tasks: list[Task]) -> int:
 
 
 def _on_slurm(sweep: Sweep, tasks: list[Task], slurm: dict[str, str], parallel: int, queue: dict[str, str]) -> int:
-    from .sweep_task import SlurmTask
+    from .task import SlurmTask
 
     if not tasks:
         return 0
@@ -288,7 +278,7 @@ def _task(arguments: list[str]) -> int:
     parent = os.environ.pop(WITH_PARENT, "")
     if len(arguments) != 2:
         raise ValueError("sweep task: expected a sweep's directory and a task's key")
-    from .sweep_task import TaskRunner, run_with_signals
+    from .task import TaskRunner, run_with_signals
 
     runner = TaskRunner(Path(arguments[0]), arguments[1])
     return run_with_signals(runner, (lambda: follow_parent(int(parent))) if parent else lambda: None)
@@ -306,12 +296,12 @@ def _look(command: str, arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     sweep = disk.find_sweep(options.name, options.runs, options.last)
     if command == "collect":
-        from ..scaling.collect import collect
+        from .collect import collect
 
         for path in collect(sweep, options.out):
             print(path)
         return 0
-    from ..scaling.status import status_table
+    from .status import status_table
 
     while True:
         queue = queued(sweep)

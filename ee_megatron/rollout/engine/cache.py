@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..families import ModelDims
+from ...families import ModelDims
 
 
 class KVCache:

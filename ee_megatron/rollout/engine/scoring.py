@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..exits import gate_log_term
-from ..types import Rollout, Trace
+from ...exits import gate_log_term
+from ...types import Rollout, Trace
 from .decoder import Decoder
 from .prompts import pad
 from .scheduler import Progress

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..families import ModelDims
+from ...families import ModelDims
 from . import kernels
 from .cache import KVCache
 

@@ -10,13 +10,13 @@ from typing import Any, TypeGuard
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..observe.rundir import write_atomic
 from . import charts, plots
+from .answers import problems
+from .data import Inputs, Results, Run, Stage, binned, entropy_points, read_inputs, stored_bins
+from .merge import merge
 from .palette import stylesheet
-from .report_answers import problems
-from .report_data import Inputs, Results, Run, Stage, binned, entropy_points, read_inputs, stored_bins
-from .report_merge import merge
-from .report_sections import model_rank, sections
-from .rundir import write_atomic
+from .sections import model_rank, sections
 from .svg import colour, legend_mark, number
 
 COLUMNS = (
@@ -55,16 +55,16 @@ def write_report(runs: Sequence[Run], output: Path) -> Path:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    write_atomic(output, environment.get_template("report.html.j2").render(context))
+    write_atomic(output, environment.get_template("page.html.j2").render(context))
     return output
 
 
 def _texts(outcomes: list[int]) -> dict[str, Markup]:
     here = Path(__file__).parent
-    style = (here / "report.css").read_text(encoding="utf-8")
+    style = (here / "page.css").read_text(encoding="utf-8")
     return {
         "style": Markup(style + stylesheet(len(outcomes))),
-        "script": Markup((here / "report.js").read_text(encoding="utf-8")),
+        "script": Markup((here / "page.js").read_text(encoding="utf-8")),
     }
 
 

@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..engine.scheduler import Progress
 from .ray_actor import CONTROL
 from .ray_nodes import RayNodes
-from .scheduler import Progress
 
 # How long a wait may sleep before new requests and deadlines are looked at, seconds.
 POLL_S = 0.1

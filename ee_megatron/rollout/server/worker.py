@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from ..decoder import Decoder
-from ..request import Event, Request
-from ..scheduler import Scheduler
+from ..engine.decoder import Decoder
+from ..engine.request import Event, Request
+from ..engine.scheduler import Scheduler
 
 # Over how many seconds the rate of tokens is taken, and over how many tokens their mean depth.
 RATE_WINDOW_S = 10.0

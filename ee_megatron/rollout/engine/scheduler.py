@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..exits import gate_log_term
-from ..types import Prompt, Rollout
+from ...exits import gate_log_term
+from ...types import Prompt, Rollout
 from .cache import KVCache
 from .decoder import Decoder, Prefilled
+from .ending import StopChecker
 from .ops import Rows
 from .prompts import common_beginning, encode_continuation, encode_text, pad
 from .request import Event, Request, Row
 from .sampling import ExitPolicy, SamplingParams, log_prob, sample_tokens, stream_key, uniforms
 from .stations import Stations
-from .stopping import StopChecker
 
 # Prompt positions read in one parallel forward, padding included, and before rows start: bounds a prefill's memory.
 PREFILL_POSITIONS = 8192

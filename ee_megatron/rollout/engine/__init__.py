@@ -1,0 +1,1 @@
+"""The engine: a plain PyTorch decoder with exact early exit and continuous batching."""

@@ -1,0 +1,117 @@
+"""The rollout pool: training and evaluation ask it for answers, traces and scores, wherever they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ...policy import PolicySpec, WeightSet
+from ...types import Prompt, Rollout, Trace
+from ..engine.sampling import ExitPolicy, SamplingParams
+from ..engine.scheduler import Progress
+from ..engine.scoring import Inspection, Score
+from .transport import hashes
+
+# What a pool that holds the teacher reports as its weights.
+TEACHER: tuple[int, str] = (0, "teacher")
+
+
+def identity(weights: WeightSet | None) -> tuple[int, str]:
+    """(version, digest) of what is to be loaded; `TEACHER` for None."""
+    return TEACHER if weights is None else (weights.version, weights.digest)
+
+
+class Pending(Protocol):
+    """Answers that are being made."""
+
+    def result(self, progress: Progress | None = None) -> list[list[Rollout]]:
+        """Wait for them; what `RolloutPool.generate` returns and raises. `progress(done, total)` counts answers."""
+        ...
+
+    def renew(self, weights: WeightSet, keep: bool) -> None:
+        """Go on under newer weights: answers that are not finished keep the tokens they have, or begin again. Those of
+        chunks that were answered stay as they are."""
+        ...
+
+
+class RolloutPool(Protocol):
+    """One interface for the pool in process and the pool of actors. Results are in the order of what was asked."""
+
+    def load(self, weights: WeightSet | None) -> None:
+        """Hold these weights from now on (None: the teacher). Raises ValueError if they don't arrive as sent."""
+        ...
+
+    def check(self, weights: WeightSet) -> None:
+        """Compare every tensor held, wherever, with these. Raises ValueError that names the first which differs."""
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        samples: int,
+        sampling: SamplingParams,
+        exits: ExitPolicy,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> list[list[Rollout]]:
+        """`samples` answers to each prompt; a pure function of weights, prompts, settings and seed."""
+        ...
+
+    def begin(
+        self,
+        weights: WeightSet,
+        prompts: Sequence[Prompt],
+        samples: int,
+        sampling: SamplingParams,
+        exits: ExitPolicy,
+        seed: int,
+    ) -> Pending:
+        """`load` and `generate` without waiting: what was asked for before goes first, under its own weights."""
+        ...
+
+    def trace(self, rollouts: Sequence[Rollout], top_k: int, progress: Progress | None = None) -> list[Trace]:
+        """Full-depth traces of answers under the weights held."""
+        ...
+
+    def score(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[Score]:
+        """Answers read again under the weights held and under the teacher."""
+        ...
+
+    def inspect(
+        self, rollouts: Sequence[Rollout], streams: bool = False, progress: Progress | None = None
+    ) -> list[Inspection]:
+        """Hazards and costs of exiting wherever a gate was asked; with `streams` the hidden states at every exit."""
+        ...
+
+    def health(self) -> dict:
+        """backend, actors, alive, restarts, version, digest."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class ReplicaSettings:
+    """What it takes to make a decoder in any process."""
+
+    model_path: str
+    spec: PolicySpec | None
+    dtype: torch.dtype
+    device: str
+    rows: int
+    threads: int
+
+
+def expected_hashes(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, str]:
+    """Hashes of policy tensors as a replica of `dtype` holds them: gates in float32, a base of its own in `dtype`."""
+
+    def held(name: str, tensor: Tensor) -> Tensor:
+        if name.startswith("gates."):
+            return tensor.float()
+        return tensor if ".lora_" in name else tensor.to(dtype)
+
+    return hashes({name: held(name, tensor) for name, tensor in tensors.items()})

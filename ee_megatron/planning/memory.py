@@ -213,9 +213,9 @@ def logits_chunk(layout: Layout, load: Workload, t: Training) -> float:
 
 
 def actor_memory(layout: Layout, load: Workload, item: int, rows: int, packed: bool) -> dict[str, float]:
-    """Kind -> bytes of one rollout actor, a whole replica (rollout/engine/weights.py): the base, the matrices that adapters
-    change once more, stacked key/value weights of the layers behind each exit, gates; on a CPU packed forms of what is
-    multiplied with. The cache has a slot of prompt + answer positions for every row."""
+    """Kind -> bytes of one rollout actor, a whole replica (rollout/engine/weights.py): the base, the matrices that
+    adapters change once more, stacked key/value weights of the layers behind each exit, gates; on a CPU packed forms of
+    what is multiplied with. The cache has a slot of prompt + answer positions for every row."""
     dims, spec = layout.dims, layout.spec
     linears = {name: shape[0] * shape[1] for name, shape in dims.linear_shapes().items()}
     base = sum(_size(shape) for shape in dims.tensor_shapes().values())

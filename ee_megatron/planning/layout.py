@@ -12,7 +12,7 @@ from ..policy import PolicySpec
 
 
 @dataclass(frozen=True)
-class Stage:
+class PipelineStage:
     """Consecutive layers (1-based numbers) on one pipeline rank; the first stage embeds, the last one reads out."""
 
     layers: tuple[int, ...]
@@ -44,11 +44,11 @@ class Layout:
     def ranks(self) -> int:
         return self.tensor * self.pipeline * self.data
 
-    def stages(self, pipeline_rank: int) -> list[Stage]:
+    def stages(self, pipeline_rank: int) -> list[PipelineStage]:
         found, first, last = [], 1, len(self.sizes) - 1
         for index, size in enumerate(self.sizes):
             if index % self.pipeline == pipeline_rank:
-                found.append(Stage(tuple(range(first, first + size)), index == 0, index == last))
+                found.append(PipelineStage(tuple(range(first, first + size)), index == 0, index == last))
             first += size
         return found
 

@@ -21,7 +21,7 @@ from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec
 from .cache import KVCache
 from .ops import Rows, choose_ops, norm, rotate
-from .policy_loading import Arrival, Gate, check_tensors, gates_from
+from .policy_loading import Arrival, GateWeights, check_tensors, gates_from
 from .weights import DecoderWeights, SkippedKV
 
 
@@ -49,7 +49,7 @@ class Decoder:
         self.weights, self.dims, self.spec, self.eos_ids = weights, weights.dims, spec, eos_ids
         self.dtype, self.device = weights.dtype, weights.device
         self.layout = spec.layout if spec else ExitLayout(self.dims.num_layers, ())
-        self.gates: list[Gate] | None = None
+        self.gates: list[GateWeights] | None = None
         self.ops = choose_ops(self.dims, self.dtype, self.device)
         self._inverse_frequencies = inverse_frequencies(self.dims).to(self.device)
         self._cos = self._sin = torch.empty(0, self.dims.head_dim // 2, device=self.device)

@@ -87,6 +87,7 @@ class StoredChunk:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> StoredChunk:
+        """What `to_json` gave."""
         fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
         return StoredChunk(**fields)
 
@@ -204,6 +205,7 @@ class TorchDistReader:
         self._check_files()
 
     def shape(self, parameter: str) -> tuple[int, ...]:
+        """The whole parameter's shape. Raises KeyError for an unknown one."""
         return self.chunks[parameter][0].shape
 
     def dtype(self, parameter: str) -> torch.dtype:

@@ -40,6 +40,7 @@ class EvaluationRow:
     timed_out: int = 0
 
     def to_json(self) -> dict[str, str | int | float | None]:
+        """The fields by name."""
         return asdict(self)
 
 

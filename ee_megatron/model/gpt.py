@@ -85,6 +85,7 @@ class EarlyExitGPT(GPTModel):
         return self.output_layer.weight
 
     def early_exit_layers(self) -> list[EarlyExitLayer]:
+        """This stage's layers, in order."""
         return list(self.decoder.layers)
 
     def ask_for_input_gradient(self) -> None:
@@ -113,6 +114,7 @@ class RankModel(nn.ModuleList):
 
     @property
     def last(self) -> EarlyExitGPT:
+        """The deepest stage on this rank."""
         return self[len(self) - 1]  # type: ignore[return-value]
 
     @contextmanager

@@ -214,8 +214,12 @@ class _Row(_Adapted, RowParallelLinear):
 
 
 class OutLinear(_Row):
+    """Attention's output projection, row-parallel, with its adapter."""
+
     PREFIX, PARTS = "self_attn", ("o_proj",)
 
 
 class DownLinear(_Row):
+    """The MLP's way down, row-parallel, with its adapter."""
+
     PREFIX, PARTS = "mlp", ("down_proj",)

@@ -32,13 +32,16 @@ class Cost:
         return Cost(*(a + b for a, b in zip(self.parts(), other.parts(), strict=True)))
 
     def parts(self) -> tuple[float, ...]:
+        """The fields in order."""
         return self.linear, self.adapters, self.attention, self.gates, self.head
 
     def times(self, factor: float) -> Cost:
+        """`factor` such passes."""
         return Cost(*(factor * part for part in self.parts()))
 
     @property
     def total(self) -> float:
+        """FLOPs of all kinds."""
         return sum(self.parts())
 
 
@@ -79,11 +82,13 @@ def queries(load: Workload, active: float) -> float:
 
 
 def attention(layout: Layout, load: Workload, rows: float, active: float) -> float:
+    """FLOPs of scores and weighted values, forward, of `rows` sequences on one tensor-parallel rank."""
     heads, size = layout.dims.heads // layout.tensor, layout.dims.head_dim
     return 4 * rows * heads * size * queries(load, active) * load.length
 
 
 def gate(dims: ModelDims, width: int, positions: float) -> float:
+    """FLOPs of one gate of width `width` · D on `positions` positions, forward."""
     return 2 * positions * width * dims.hidden * (dims.hidden + 1)
 
 

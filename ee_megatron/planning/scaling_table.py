@@ -19,6 +19,7 @@ class ScalingPoint:
 
     @property
     def seconds(self) -> float:
+        """Seconds of one RL step."""
         return sum(self.plan.seconds.values())
 
 

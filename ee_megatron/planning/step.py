@@ -29,14 +29,17 @@ class Step:
 
     @property
     def sequences(self) -> int:
+        """Rollouts of a step."""
         return self.prompts * self.group
 
     @property
     def train(self) -> PassMode:
+        """How its updates run a batch."""
         return PassMode(train=True, recompute=self.recompute, input_gradient=self.recompute or self.zero_stage == 3)
 
 
 def rl_step(cfg: RunConfig, item: int) -> Step:
+    """The configuration's RL step; `item`: bytes per element of the base."""
     rl = cfg.rl
     return Step(
         prompts=rl.prompts_per_step,

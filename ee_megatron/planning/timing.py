@@ -71,6 +71,7 @@ def score_seconds(layout: Layout, load: Workload, step: Step, device: Device) ->
 
 
 def update_seconds(layout: Layout, load: Workload, step: Step, device: Device) -> float:
+    """Forward and backward passes, the gradients' all-reduce and AdamW, over all updates of a step."""
     part = max(1, step.sequences // step.updates)
     largest = max(rank_parameters(layout, p).trained(layout.spec.full) for p in range(layout.pipeline))
     spans = bool(step.gpus_per_node) and layout.ranks > step.gpus_per_node

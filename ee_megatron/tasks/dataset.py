@@ -36,6 +36,7 @@ class DatasetColumns:
     choices: str = ""
 
     def named(self) -> tuple[str, ...]:
+        """The columns that are set."""
         return tuple(column for column in (self.question, self.answer, self.choices) if column)
 
 

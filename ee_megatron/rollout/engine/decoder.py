@@ -124,6 +124,7 @@ class Decoder:
     # ---- pieces of the model ----
 
     def norm(self, hidden: Tensor, gain: Tensor | None) -> Tensor:
+        """RMSNorm of [..., D] with the model's epsilon; gain [D] or None."""
         return norm(hidden, gain, self.dims.rms_eps)
 
     def readout(self, hidden: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class Arrival:
             self.seen.add(name)
 
     def check_whole(self) -> None:
+        """Raises ValueError if tensors are missing."""
         missing = sorted(self.expected.keys() - self.seen)
         if missing:
             raise ValueError(
@@ -53,6 +54,8 @@ class Arrival:
 
 
 def gates_from(tensors: dict[str, Tensor], depths: tuple[int, ...], device: torch.device) -> list[GateWeights]:
+    """Float32 copies of the gates at `depths`, in this order."""
+
     def read(depth: int, part: str) -> Tensor:
         return tensors[f"gates.{depth}.{part}"].to(device, torch.float32).clone()
 

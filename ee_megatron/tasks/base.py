@@ -108,5 +108,6 @@ class PromptFormat:
 
 
 def check_split(split: str) -> None:
+    """Raises ValueError for a split that no task has."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")

@@ -24,7 +24,7 @@ _SHARD = re.compile(r".+-[0-9]{5}-of-[0-9]{5}")
 
 
 @dataclass(frozen=True)
-class Columns:
+class DatasetColumns:
     """Where a row holds what: names of columns, or with dots of what is nested in one ("choices.text").
 
     `choices` "": free answers. Otherwise that column lists the options, which the prompt shows with letters; the answer
@@ -36,6 +36,7 @@ class Columns:
     choices: str = ""
 
     def named(self) -> tuple[str, ...]:
+        """The columns that are set."""
         return tuple(column for column in (self.question, self.answer, self.choices) if column)
 
 
@@ -64,7 +65,7 @@ class DatasetTask:
         chat: ChatTemplate | None = None,
     ) -> None:
         self.name, self.path, self.seed = name, Path(path), seed
-        self.columns = Columns(question_column, answer_column, choices_column)
+        self.columns = DatasetColumns(question_column, answer_column, choices_column)
         self.splits = (train_split, evaluation_split)
         self.sizes = {"train": train, "validation": validation, "evaluation": evaluation}
         if any(size < 0 for size in self.sizes.values()):
@@ -249,7 +250,7 @@ def _load_files(files: list[Path]) -> Any:
             datasets.enable_progress_bar()
 
 
-def _rows(source: str, table: Any, columns: Columns) -> Iterable[Mapping[str, Any]]:
+def _rows(source: str, table: Any, columns: DatasetColumns) -> Iterable[Mapping[str, Any]]:
     """Rows with the columns that are wanted, nested ones under their dotted name."""
     # A column's own name may hold a dot.
     paths = {name: [name] if name in table.column_names else name.split(".") for name in columns.named()}

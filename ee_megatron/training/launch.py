@@ -153,11 +153,3 @@ def export(cfg: RunConfig) -> Path:
     threshold = float(results["meta"].get("threshold_reinforced", 0.5))
     policy = {"kind": "threshold", "value": threshold}
     return export_hf(stages.base_model(cfg), stages.reinforced(cfg), out, "merge", "embed", exit_policy=policy)
-
-
-def generate(cfg: RunConfig, prompt: str, exits: str, temperature: float, max_new_tokens: int) -> None:
-    """Answer one prompt with the newest policy of this configuration (reinforced, else calibrated, else the base)."""
-    quiet_libraries()
-    from .generate import stream_answer
-
-    stream_answer(cfg, prompt, exits, temperature, max_new_tokens)

@@ -63,10 +63,12 @@ class Work:
         self.pending.extend(range(len(self.arguments)))
 
     def finish(self, error: Exception | None = None) -> None:
+        """Wake whoever waits, with an error if there is one."""
         self.error = error
         self.done.set()
 
     def count(self) -> int:
+        """Items whose results are there."""
         return sum(self.sizes[i] for i in list(self.results))
 
 

@@ -161,9 +161,6 @@ class RayPool:
     ) -> list[Inspection]:
         return self._read("inspect", rollouts, (streams,), progress)
 
-    def divergence_to_teacher(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
-        return [entry.divergence for entry in self.score(rollouts)]
-
     def health(self) -> dict:
         """As of the last call: `alive` counts actors that hold the wanted weights; `pids` are theirs."""
         wanted = self._sent.identity

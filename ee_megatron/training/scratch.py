@@ -29,7 +29,7 @@ def draw_model(cfg: RunConfig, path: Path) -> Path:
 
     Raises FileNotFoundError or ValueError: a shape that is not supported, a vocabulary too small for all bytes.
     """
-    from ..config.validate import read_dims
+    from ..config.derive import read_dims
 
     if path.is_dir():
         return path

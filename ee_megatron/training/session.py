@@ -17,9 +17,9 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from ..config.derive import policy_spec, stage_sizes
 from ..config.identity import stage_dir, to_yaml
 from ..config.schema import RunConfig
-from ..config.validate import policy_spec, stage_sizes
 from ..families.hf_directory import HFDirectory
 from ..learner.batch import ReplayBatch
 from ..learner.engine import OptimizerSettings

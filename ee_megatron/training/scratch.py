@@ -16,7 +16,7 @@ from ..config.schema import RunConfig
 from ..families import ModelDims
 from ..families.hf_directory import HFDirectory
 from ..observe.rundir import atomic_directory
-from .problems import task_of
+from ..tasks import task_of
 
 END = "<|end|>"
 OUTWARD = ("self_attn.o_proj.weight", "mlp.down_proj.weight")

@@ -32,9 +32,8 @@ from ..parallel.groups import Degrees
 from ..policy import PolicySpec
 from ..rollout.pool import make_pool
 from ..rollout.pool.interface import RolloutPool
-from ..tasks import Task, VerifierPool
+from ..tasks import Task, VerifierPool, task_of
 from .checkpoints import CheckpointWriter, damage, read_training
-from .problems import task_of
 from .stages import DONE
 from .stopping import Parting, Stopped, listener
 
@@ -128,22 +127,7 @@ class Session:
 
     def make_pool(self, spec: PolicySpec | None) -> RolloutPool:
         """The rollout pool round this stage's model; the leader's only."""
-        r = self.cfg.rollout
-        pool = make_pool(
-            r.backend,
-            self.model_path,
-            spec,
-            dtype=self.dtype,
-            device=self.device_type,
-            actors=r.actors,
-            threads=r.threads,
-            rows=r.rows,
-            start_timeout_s=r.start_timeout_s,
-            timeout_s=r.timeout_s,
-            failure_budget=r.failure_budget,
-            device_share=r.device_share,
-            sync_dtype=torch.bfloat16 if r.sync_dtype == "bfloat16" else None,
-        )
+        pool = make_pool(self.cfg.rollout, self.model_path, spec, self.dtype, self.device_type)
         self.stack.callback(pool.close)
         if listener.listening:
             # Ray takes TERM for itself when a driver starts.

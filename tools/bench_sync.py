@@ -87,12 +87,13 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def learner_of(source: Any, spec: Any, policy: dict) -> Any:
+    from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig
     from ee_megatron.learner.learner import Learner
     from ee_megatron.parallel import groups
     from ee_megatron.parallel.groups import Degrees
 
     device = groups.initialise(Degrees())
-    return Learner(source, spec, policy, Degrees(), (spec.num_layers,), device=device)
+    return Learner(source, spec, policy, ParallelConfig(), DeepspeedConfig(), device=device)
 
 
 def main() -> None:

@@ -17,13 +17,12 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from ..config.derive import policy_spec, stage_sizes
+from ..config.derive import policy_spec
 from ..config.identity import stage_dir, to_yaml
 from ..config.schema import RunConfig
 from ..families.hf_directory import HFDirectory
 from ..learner.batch import ReplayBatch
-from ..learner.engine import OptimizerSettings
-from ..learner.learner import Learner, Update
+from ..learner.learner import Learner, LearnerOptions, Update
 from ..observe.metrics import Metrics
 from ..observe.progress import Progress
 from ..observe.rundir import RunDirectory
@@ -91,8 +90,8 @@ class Session:
             self.stack.callback(self.writer.close)
         if self.learns:
             p = self.cfg.parallel
-            self.degrees = Degrees(p.tensor, p.pipeline, p.data, p.virtual)
-            self.device = groups.initialise(self.degrees, device=self.device_type, timeout_s=p.timeout_s)
+            degrees = Degrees(p.tensor, p.pipeline, p.data, p.virtual)
+            self.device = groups.initialise(degrees, device=self.device_type, timeout_s=p.timeout_s)
             self.stack.callback(groups.finish)
         return self
 
@@ -102,27 +101,16 @@ class Session:
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def make_learner(self, policy: dict[str, torch.Tensor], **options: Any) -> Learner:
-        p, d, sizes = self.cfg.parallel, self.cfg.deepspeed, stage_sizes(self.cfg, self.spec.layout)
+        """This rank's part of a learner; `options` as in `LearnerOptions`."""
         return Learner(
             self.source,
             self.spec,
             policy,
-            self.degrees,
-            sizes,
+            self.cfg.parallel,
+            self.cfg.deepspeed,
             device=self.device,
             dtype=self.dtype,
-            sequence_parallel=p.sequence_parallel,
-            recompute=p.recompute,
-            micro_batch_size=p.micro_batch_size,
-            optimizer=OptimizerSettings(
-                zero_stage=d.zero_stage,
-                gradient_clipping=d.gradient_clipping,
-                offload=d.offload_optimizer,
-                betas=(d.betas[0], d.betas[1]),
-                eps=d.eps,
-                weight_decay=d.weight_decay,
-            ),
-            **options,
+            options=LearnerOptions(**options),
         )
 
     def make_pool(self, spec: PolicySpec | None) -> RolloutPool:

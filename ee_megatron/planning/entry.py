@@ -6,8 +6,8 @@ import json
 import sys
 from dataclasses import dataclass, field
 
+from ..config.derive import read_dims
 from ..config.schema import RunConfig
-from ..config.validate import read_dims
 from ..families import ModelDims
 from .command import launch_command
 from .devices import Device, find_device

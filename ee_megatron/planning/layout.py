@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..config.derive import policy_spec, stage_sizes
 from ..config.schema import RunConfig
-from ..config.validate import policy_spec, stage_sizes
 from ..families import ModelDims, padded_vocab
 from ..policy import PolicySpec
 
@@ -37,7 +37,7 @@ class Layout:
     def of(cfg: RunConfig, dims: ModelDims) -> Layout:
         """Raises ValueError as config/validate.py does, for stages that do not end at exits."""
         p, spec = cfg.parallel, policy_spec(cfg, dims)
-        sizes = stage_sizes(cfg, spec.layout)
+        sizes = stage_sizes(p, spec.layout)
         return Layout(dims, spec, p.tensor, p.pipeline, p.data, p.virtual, p.sequence_parallel, sizes)
 
     @property

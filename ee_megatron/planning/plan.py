@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..config.cluster import job_shape
+from ..config.derive import ranks
 from ..config.schema import RunConfig
-from ..config.validate import ranks, validate
+from ..config.validate import validate
 from ..families import ModelDims
 from . import timing
 from .devices import Device

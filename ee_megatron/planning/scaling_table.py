@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
+from ..config.derive import ranks
 from ..config.schema import RunConfig
-from ..config.validate import ranks
 from ..families import ModelDims
 from .devices import Device
 from .plan import Assumptions, Plan, make_plan

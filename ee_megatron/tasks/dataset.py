@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config.schema import TaskConfig
 from ..types import Prompt
 from .answers import boxed_answer, verify_solution
-from .base import SPLITS, ChatTemplate, Problem, PromptFormat, Split, Verdict, check_split
+from .base import SPLITS, ChatTemplate, Problem, PromptFormat, Split, Verdict, check_split, split_sizes
 
 EXAMPLES = 16
 """Training problems that are set aside as worked examples."""
@@ -41,35 +42,23 @@ class DatasetColumns:
 
 
 class DatasetTask:
-    """A task read from files; see `make_task` for the arguments.
+    """A task read from files.
 
     Evaluation comes from the evaluation split (test.*), validation is held out of the train split (train.*). A single
     file or data set, or no evaluation split (""), is divided into all three. A question that occurs twice is kept once,
     and one that occurs in the evaluation split is dropped from train.
     """
 
-    def __init__(
-        self,
-        name: str,
-        path: str | Path,
-        *,
-        question_column: str = "question",
-        answer_column: str = "answer",
-        choices_column: str = "",
-        train_split: str = "train",
-        evaluation_split: str = "test",
-        train: int = 0,
-        validation: int = 200,
-        evaluation: int = 400,
-        seed: int = 0,
-        chat: ChatTemplate | None = None,
-    ) -> None:
-        self.name, self.path, self.seed = name, Path(path), seed
-        self.columns = DatasetColumns(question_column, answer_column, choices_column)
-        self.splits = (train_split, evaluation_split)
-        self.sizes = {"train": train, "validation": validation, "evaluation": evaluation}
-        if any(size < 0 for size in self.sizes.values()):
-            raise ValueError(f"task sizes must not be negative: {self.sizes}; 0 means all there are")
+    def __init__(self, task: TaskConfig, chat: ChatTemplate | None = None) -> None:
+        if not task.path:
+            raise ValueError(
+                f"task.path: {task.name} needs a .jsonl or .parquet file, a directory of them, or a data set saved to "
+                "disk"
+            )
+        self.name, self.path, self.seed = task.name, Path(task.path), task.seed
+        self.columns = DatasetColumns(task.question_column, task.answer_column, task.choices_column)
+        self.splits = (task.train_split, task.evaluation_split)
+        self.sizes = split_sizes(task)
         self.format = PromptFormat(INSTRUCTION, chat)
         self._examples: list[Problem] = []
         self._problems: dict[str, dict[str, tuple[Prompt, Problem]]] = {}

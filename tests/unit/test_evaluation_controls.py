@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from ee_megatron.config.schema import TaskConfig
 from ee_megatron.evaluation import Answer, EvaluationRow, evaluate_model
 from ee_megatron.evaluation.controls import (
     TOLERANCE,
@@ -35,7 +36,7 @@ SPEC = PolicySpec(6, (2, 4), rank=4, alpha=8.0)
 OUTCOMES = (2, 4, 6)
 # Greedy answers of an untrained model run in circles: one that changes its circle is a jump in the mean depth.
 SAMPLING = SamplingParams(1.0, 30, ("\n",))
-TASK = make_task("arithmetic", train=3, validation=60, evaluation=3)
+TASK = make_task(TaskConfig("arithmetic", train=3, validation=60, evaluation=3))
 
 
 def weights(path: Path, seed: int, bias: float = 3.5) -> WeightSet:

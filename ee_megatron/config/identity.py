@@ -44,6 +44,8 @@ EXECUTION = {
     "calibrate": ("checkpoint_every",),
     "rl": ("checkpoint_every", "dump_rollouts"),
 }
+# Settings that came later: no part of the identity while they have the default, which changes nothing.
+LATER = {"rl.surrogate"}
 
 
 def stage_dir(cfg: RunConfig, stage: str) -> Path:
@@ -82,6 +84,9 @@ def _section(cfg: RunConfig, name: str) -> Any:
         return {field: values[field] for field in RESULT_FIELDS[name]}
     for field in EXECUTION.get(name, ()):
         del values[field]
+    for field, default in asdict(type(getattr(cfg, name))()).items():
+        if f"{name}.{field}" in LATER and values[field] == default:
+            del values[field]
     if name == "model":
         values["path"] = os.path.normpath(values["path"])
     if name == "evaluate":

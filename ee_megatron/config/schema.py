@@ -195,6 +195,9 @@ class RLConfig:
     vocabulary, added to the loss: every token teaches, at the price of another pass of the reference)."""
     advantage: str = "rloo"
     """rloo, mean, grpo or none."""
+    surrogate: str = "ppo"
+    """What the loss does with the ratio to the policy at the start of the step: ppo (a clipped ratio per position,
+    token and exit together)."""
     importance_cap: float = 2.0
     """Truncation of the importance ratio learner/rollout (token and exit together)."""
     epochs: int = 1

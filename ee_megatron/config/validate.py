@@ -12,6 +12,13 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..objectives.advantages import ADVANTAGES
+from ..objectives.distillation import GATE_TARGETS
+from ..objectives.divergences import KL_DIRECTIONS, TEACHERS
+from ..objectives.policy_gradient import KL_TERMS
+from ..objectives.rewards import DEPTH_COSTS, DEPTH_CREDITS
+from ..objectives.schedules import DECAYS
+from ..objectives.surrogates import SURROGATES
 from .cluster import seats
 from .schema import RunConfig
 
@@ -26,14 +33,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "exits.gate_input": ("normalised", "raw"),
     "adapter.targets": ("attention", "all"),
     "task.name": ("arithmetic", "gsm8k", "tom", "reasoning_gym", "dataset", "jsonl"),
-    "calibrate.kl_direction": ("student_teacher", "teacher_student", "jensen_shannon"),
-    "calibrate.teacher": ("topk", "full"),
-    "calibrate.gate_targets": ("sampled", "soft", "current"),
-    "rl.depth_cost": ("mean", "total"),
-    "rl.depth_credit": ("sequence", "token"),
-    "rl.kl": ("reward", "loss", "exact"),
-    "rl.decay": ("constant", "linear", "cosine"),
-    "rl.advantage": ("rloo", "mean", "grpo", "none"),
+    "calibrate.kl_direction": tuple(KL_DIRECTIONS),
+    "calibrate.teacher": tuple(TEACHERS),
+    "calibrate.gate_targets": tuple(GATE_TARGETS),
+    "rl.depth_cost": tuple(DEPTH_COSTS),
+    "rl.depth_credit": tuple(DEPTH_CREDITS),
+    "rl.kl": tuple(KL_TERMS),
+    "rl.decay": tuple(DECAYS),
+    "rl.advantage": tuple(ADVANTAGES),
+    "rl.surrogate": tuple(SURROGATES),
     "rollout.backend": ("ray", "local"),
     "rollout.prompt_template": ("plain", "chat"),
     "rollout.partial": ("finish", "continue", "drop"),

@@ -18,6 +18,7 @@ from ee_megatron.learner.batch import ReplayBatch
 from ee_megatron.learner.learner import Learner
 from ee_megatron.model.config import megatron_config
 from ee_megatron.model.gpt import RankModel, build_model
+from ee_megatron.objectives.weights import Weights
 from ee_megatron.parallel import groups
 from ee_megatron.parallel.groups import Degrees
 from ee_megatron.parallel.schedule import run_schedule
@@ -44,8 +45,8 @@ def split(degrees: Degrees) -> torch.device:
 
 def blank(tokens, depths) -> ReplayBatch:
     """Sequences at which nothing counts."""
-    zero, no = torch.zeros(tokens.shape), torch.zeros(tokens.shape, dtype=torch.bool)
-    return ReplayBatch(tokens, depths, no, no, zero, zero)
+    no = torch.zeros(tokens.shape, dtype=torch.bool)
+    return ReplayBatch(tokens, depths, no, no)
 
 
 def logits(model: RankModel, tokens, depths):
@@ -82,7 +83,9 @@ def plain_model(path, spec: PolicySpec | None, policy, learner: Learner, stages,
     return model.eval()
 
 
-def everything(path, spec: PolicySpec, policy, degrees, stages, options, tokens, patterns, batch: ReplayBatch):
+def everything(
+    path, spec: PolicySpec, policy, degrees, stages, options, tokens, patterns, batch: ReplayBatch, weights: Weights
+):
     """-> per rank: logits of the base and of every pattern, gradients, and two comparisons to the bit."""
     degrees = Degrees(*degrees)
     device = split(degrees)
@@ -91,7 +94,7 @@ def everything(path, spec: PolicySpec, policy, degrees, stages, options, tokens,
     found = {
         "tensor_rank": parallel_state.get_tensor_model_parallel_rank(),
         "patterns": [logits(learner.model, tokens, depths) for depths in patterns],
-        "gradients": gradients(learner, batch),
+        "gradients": gradients(learner, batch, weights),
     }
     if not spec.full:
         full = torch.full(tokens.shape, spec.num_layers)
@@ -104,11 +107,11 @@ def everything(path, spec: PolicySpec, policy, degrees, stages, options, tokens,
     return found
 
 
-def gradients(learner: Learner, batch: ReplayBatch):
+def gradients(learner: Learner, batch: ReplayBatch, weights: Weights):
     """Of the likelihood loss, whole tensors by name, as they are when the optimizer sees them."""
     learner.model.train()
     with learner.updater.accumulate():
-        learner._run(batch, train=True, exits=True)
+        learner._run(batch, weights, train=True, exits=True)
         learner.complete_gradients()
         group = parallel_state.get_data_parallel_group()
         for piece in learner.pieces:

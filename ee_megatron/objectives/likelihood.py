@@ -1,0 +1,25 @@
+"""Maximum likelihood: of chosen answers (stage 0) and of whole texts (pretraining)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from .weights import Positions, Weights, mean_weights
+
+
+class Likelihood:
+    """- log p: its mean over an answer's tokens, then over answers."""
+
+    teacher: ClassVar[None] = None
+
+    def weights(self, batch: Positions) -> Weights:
+        return Weights(token=mean_weights(batch, batch.counts))
+
+
+class TextLikelihood:
+    """- log p: its mean over all predicted tokens alike."""
+
+    teacher: ClassVar[None] = None
+
+    def weights(self, batch: Positions) -> Weights:
+        return Weights(token=batch.counts / batch.counts.sum())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from .weights import Positions, Weights, mean_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Likelihood:
@@ -23,3 +26,9 @@ class TextLikelihood:
 
     def weights(self, batch: Positions) -> Weights:
         return Weights(token=batch.counts / batch.counts.sum())
+
+
+def loss_of(weights: Weights, token_logprobs: Tensor) -> float:
+    """The loss of a likelihood, nats, from log p of the next tokens [B, S]."""
+    assert weights.token is not None
+    return -float((token_logprobs * weights.token).sum())

@@ -20,7 +20,7 @@ from ..checkpoint.hf_export import export_hf
 from ..config.schema import PretrainConfig, RunConfig
 from ..learner.batch import ReplayBatch, pack
 from ..learner.learner import Learner
-from ..objectives.likelihood import TextLikelihood
+from ..objectives.likelihood import TextLikelihood, loss_of
 from ..objectives.schedules import schedule
 from ..policy import initial_policy, load_policy
 from ..tasks import Split
@@ -53,7 +53,7 @@ def pretrain(cfg: RunConfig, initial: Path) -> Path:
                 rate = p.learning_rate * schedule(step, p.steps, p.warmup)
                 update = learner.step(batch, weights, objective, adapter_lr=rate, gate_lr=0.0)
                 session.guard(update, batch, weights, step + 1)
-                loss = -float((update.scores.token_logprobs * weights.token).sum())
+                loss = loss_of(weights, update.scores.token_logprobs)
                 session.log(step + 1, {"loss": loss, "grad_norm": update.norms["all"], "learning_rate": rate})
                 bar.advance(1, loss=loss)
                 if (step + 1) % p.checkpoint_every == 0 or step + 1 == p.steps:

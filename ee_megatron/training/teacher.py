@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from ..checkpoint.hf_export import export_hf
 from ..config.schema import RunConfig
 from ..learner.batch import pack
-from ..objectives.likelihood import Likelihood
+from ..objectives.likelihood import Likelihood, loss_of
 from ..objectives.schedules import schedule
 from ..policy import initial_policy
 from ..rollout.engine.sampling import ExitPolicy, SamplingParams
@@ -52,7 +52,7 @@ def train_teacher(cfg: RunConfig, model_path: Path) -> Path:
                 rate = t.learning_rate * schedule(step, updates, 0.1)
                 update = learner.step(batch, weights, objective, adapter_lr=rate, gate_lr=0.0)
                 session.guard(update, batch, weights, step + 1)
-                loss = -float((update.scores.token_logprobs * weights.token).sum())
+                loss = loss_of(weights, update.scores.token_logprobs)
                 session.log(step + 1, {"loss": loss, "grad_norm": update.norms["all"], "learning_rate": rate})
                 bar.advance(1, loss=loss)
         tensors = learner.export_policy()

@@ -40,36 +40,28 @@ class Direction:
     sharded: Callable[[Tensor, Tensor, Total], tuple[Tensor, Tensor]]
 
 
-def _forward_lumped(p: Tensor, q: Tensor) -> Tensor:
-    return (q.exp() * (q - p)).sum(-1)
-
-
-def _forward_sharded(student: Tensor, teacher: Tensor, total: Total) -> tuple[Tensor, Tensor]:
-    p, q = student.exp(), teacher.exp()
-    return total(_expected(q, teacher - student)).squeeze(-1), p - q
-
-
-def _reverse_lumped(p: Tensor, q: Tensor) -> Tensor:
-    return (p.exp() * (p - q)).sum(-1)
-
-
-def _reverse_sharded(student: Tensor, teacher: Tensor, total: Total) -> tuple[Tensor, Tensor]:
+def _student_teacher(student: Tensor, teacher: Tensor, total: Total) -> tuple[Tensor, Tensor]:
     p, gap = student.exp(), student - teacher
     divergence = total(_expected(p, gap))
     return divergence.squeeze(-1), _slope(p, gap, divergence, 1.0)
 
 
-def _jensen_shannon_lumped(p: Tensor, q: Tensor) -> Tensor:
-    middle = p.logaddexp(q) - math.log(2.0)
-    return 0.5 * ((p.exp() * (p - middle)).sum(-1) + (q.exp() * (q - middle)).sum(-1))
+def _teacher_student(student: Tensor, teacher: Tensor, total: Total) -> tuple[Tensor, Tensor]:
+    p, q = student.exp(), teacher.exp()
+    return total(_expected(q, teacher - student)).squeeze(-1), p - q
 
 
-def _jensen_shannon_sharded(student: Tensor, teacher: Tensor, total: Total) -> tuple[Tensor, Tensor]:
+def _jensen_shannon(student: Tensor, teacher: Tensor, total: Total) -> tuple[Tensor, Tensor]:
     p, q = student.exp(), teacher.exp()
     middle = (0.5 * (p + q)).log()
     gap = student - middle
     both = total(_expected(p, gap), _expected(q, teacher - middle))
     return both.mean(-1), _slope(p, gap, both[:, :1], 0.5)
+
+
+def _jensen_shannon_lumped(p: Tensor, q: Tensor) -> Tensor:
+    middle = p.logaddexp(q) - math.log(2.0)
+    return 0.5 * ((p.exp() * (p - middle)).sum(-1) + (q.exp() * (q - middle)).sum(-1))
 
 
 def _expected(p: Tensor, values: Tensor) -> Tensor:
@@ -83,8 +75,8 @@ def _slope(p: Tensor, gap: Tensor, mean: Tensor, share: float) -> Tensor:
 
 
 KL_DIRECTIONS = {
-    "student_teacher": Direction(_reverse_lumped, _reverse_sharded),
-    "teacher_student": Direction(_forward_lumped, _forward_sharded),
-    "jensen_shannon": Direction(_jensen_shannon_lumped, _jensen_shannon_sharded),
+    "student_teacher": Direction(lambda p, q: (p.exp() * (p - q)).sum(-1), _student_teacher),
+    "teacher_student": Direction(lambda p, q: (q.exp() * (q - p)).sum(-1), _teacher_student),
+    "jensen_shannon": Direction(_jensen_shannon_lumped, _jensen_shannon),
 }
 """KL(student ‖ teacher), KL(teacher ‖ student), and the mean of both against their midpoint."""

@@ -197,7 +197,8 @@ class RLConfig:
     """rloo, mean, grpo or none."""
     surrogate: str = "ppo"
     """What the loss does with the ratio to the policy at the start of the step: ppo (a clipped ratio per position,
-    token and exit together)."""
+    token and exit together) or gspo (one per answer, the geometric mean over its positions; `clip` is then far smaller,
+    3e-4 in its paper)."""
     importance_cap: float = 2.0
     """Truncation of the importance ratio learner/rollout (token and exit together)."""
     epochs: int = 1

@@ -37,4 +37,11 @@ def ppo(log_ratio: Tensor, advantage: Tensor, counts: Tensor, clip: float) -> Te
     return clipped(log_ratio.exp(), advantage, clip)
 
 
-SURROGATES: dict[str, Surrogate] = {"ppo": ppo}
+def gspo(log_ratio: Tensor, advantage: Tensor, counts: Tensor, clip: float) -> Tensor:
+    """A ratio for each answer, (pi(answer) / pi_old(answer))^(1/length), the geometric mean of its positions' ratios
+    (Zheng et al. 2025, "Group sequence policy optimization", arXiv 2507.18071)."""
+    mean = (log_ratio * counts).sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp(min=1)
+    return clipped(mean.exp().expand_as(log_ratio), advantage, clip)
+
+
+SURROGATES: dict[str, Surrogate] = {"ppo": ppo, "gspo": gspo}

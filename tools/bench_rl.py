@@ -58,7 +58,7 @@ def ours(options: argparse.Namespace) -> None:
     from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
     from ee_megatron.rollout.engine.sampling import ExitPolicy, SamplingParams
     from ee_megatron.rollout.pool.local import LocalPool
-    from ee_megatron.training.reinforce import Signal, replay, weigh
+    from ee_megatron.training.reinforce import credit, objective_of, replay
     from ee_megatron.types import Group, Prompt
 
     torch.set_num_threads(options.threads)
@@ -72,6 +72,7 @@ def ours(options: argparse.Namespace) -> None:
     pool.decoder.eos_ids = frozenset()
     prompts = [Prompt(str(i), text, "", "bench") for i, text in enumerate(prompt_texts(PROMPTS))]
     rl = RLConfig(group_size=SAMPLES, beta=BETA, lambda_exit=0.0, advantage="grpo")
+    objective = objective_of(rl)
     versions = iter(range(1, 10**6))
 
     def step() -> dict[str, float]:
@@ -86,10 +87,10 @@ def ours(options: argparse.Namespace) -> None:
         clock.append(time.perf_counter())
         batch = replay(found, dims.num_layers)
         first = learner.score(batch)
-        signal, _ = Signal.of(batch, found, first, learner.score(batch, reference=True), rl, dims.num_layers, 0)
-        weigh(batch, signal, first, rl)
+        experience, _ = credit(batch, found, first, learner.score(batch, reference=True), rl, dims.num_layers, 0)
+        weights, _ = objective.weights(batch, experience, first.token_logprobs, first.exit_logprobs)
         clock.append(time.perf_counter())
-        learner.step(batch, adapter_lr=1e-5, gate_lr=1e-5, objective="likelihood")
+        learner.step(batch, weights, objective, adapter_lr=1e-5, gate_lr=1e-5)
         clock.append(time.perf_counter())
         names = ("weights", "rollouts", "scoring", "update")
         phases = dict(zip(names, np.diff(clock).tolist(), strict=True))

@@ -18,10 +18,11 @@ from transformers import AutoTokenizer
 
 from ..checkpoint.hf_export import export_hf
 from ..config.schema import RunConfig
-from ..learner.batch import mean_weights, pack
+from ..learner.batch import pack
+from ..objectives.likelihood import Likelihood, loss_of
+from ..objectives.schedules import schedule
 from ..policy import initial_policy
 from ..rollout.engine.sampling import ExitPolicy, SamplingParams
-from .losses import schedule
 from .session import Session
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ def train_teacher(cfg: RunConfig, model_path: Path) -> Path:
         start = initial_policy(session.source.dims, session.spec, t.seed, session.source.tensor)
         learner = session.make_learner(start, adapter_dropout=cfg.adapter.dropout)
         session.open_metrics(resume_step=0)
+        objective = Likelihood()
         order = np.random.default_rng(t.seed)
         picks = np.concatenate([order.permutation(len(examples)) for _ in range(t.epochs)])
         updates = -(-len(picks) // t.batch_size)
@@ -46,11 +48,11 @@ def train_teacher(cfg: RunConfig, model_path: Path) -> Path:
                 session.stop_if_asked(None, 0)
                 chosen = [examples[i] for i in picks[step * t.batch_size : (step + 1) * t.batch_size]]
                 batch = pack([p for p, _ in chosen], [a for _, a in chosen], None, session.spec.num_layers)
-                batch.token_weight = mean_weights(batch, batch.counts)
+                weights = objective.weights(batch)
                 rate = t.learning_rate * schedule(step, updates, 0.1)
-                update = learner.step(batch, adapter_lr=rate, gate_lr=0.0, objective="likelihood")
-                session.guard(update, batch, step + 1)
-                loss = -float((update.scores.token_logprobs * batch.token_weight).sum())
+                update = learner.step(batch, weights, objective, adapter_lr=rate, gate_lr=0.0)
+                session.guard(update, batch, weights, step + 1)
+                loss = loss_of(weights, update.scores.token_logprobs)
                 session.log(step + 1, {"loss": loss, "grad_norm": update.norms["all"], "learning_rate": rate})
                 bar.advance(1, loss=loss)
         tensors = learner.export_policy()

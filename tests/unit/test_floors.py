@@ -22,10 +22,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checkpoint", "parallel", "scaling"),
     ("report", "model", "rollout", "tasks"),
     ("config",),
-    ("types", "exits", "policy", "families", "observe"),
+    ("types", "exits", "policy", "families", "observe", "objectives"),
 )
 # Within the ground floor, which has no circle.
-SAME_FLOOR = {("policy", "exits"), ("policy", "families"), ("observe", "types")}
+SAME_FLOOR = {("policy", "exits"), ("policy", "families"), ("observe", "types"), ("objectives", "exits")}
 
 
 def module_name(file: Path, root: Path) -> str:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from . import exit_rules
 from .config.schema import RunConfig
 
 STAGES = {
@@ -97,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--exits",
         default="threshold:0.5",
         metavar="RULE",
-        help="threshold:HAZARD, sample, fixed:DEPTH, confidence:PROBABILITY or off (default: threshold:0.5)",
+        help=f"{exit_rules.usage()} (default: threshold:0.5)",
     )
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token (default: 0)")
     generate.add_argument("--max-new-tokens", type=int, default=None, help="default: rollout.max_new_tokens")

@@ -51,12 +51,14 @@ def ours(options: argparse.Namespace) -> None:
     import torch
 
     from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig, RLConfig
+    from ee_megatron.exit_rules import Off
     from ee_megatron.families.hf_directory import HFDirectory
     from ee_megatron.learner.learner import Learner
     from ee_megatron.parallel import groups
     from ee_megatron.parallel.groups import Degrees
     from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
-    from ee_megatron.rollout.engine.sampling import ExitPolicy, SamplingParams
+    from ee_megatron.rollout.engine.request import GenerationRequest
+    from ee_megatron.rollout.engine.sampling import SamplingParams
     from ee_megatron.rollout.pool.local import LocalPool
     from ee_megatron.training.reinforce import credit, objective_of, replay
     from ee_megatron.types import Group, Prompt
@@ -79,7 +81,7 @@ def ours(options: argparse.Namespace) -> None:
         clock, version = [time.perf_counter()], next(versions)
         pool.load(WeightSet(version, learner.export_policy()))
         clock.append(time.perf_counter())
-        answers = pool.generate(prompts, SAMPLES, SamplingParams(1.0, LENGTH), ExitPolicy("off"), version)
+        answers = pool.generate(GenerationRequest(prompts, SAMPLES, SamplingParams(1.0, LENGTH), Off(), version))
         found = []
         for prompt, group in zip(prompts, answers, strict=True):
             task = np.array([reward(r.text) for r in group], dtype=np.float32)

@@ -18,11 +18,13 @@ from transformers import AutoTokenizer
 
 from ..checkpoint.hf_export import export_hf
 from ..config.schema import RunConfig
+from ..exit_rules import Off
 from ..learner.batch import pack
 from ..objectives.likelihood import Likelihood, loss_of
 from ..objectives.schedules import schedule
 from ..policy import initial_policy
-from ..rollout.engine.sampling import ExitPolicy, SamplingParams
+from ..rollout.engine.request import GenerationRequest
+from ..rollout.engine.sampling import SamplingParams
 from .session import Session
 
 logger = logging.getLogger(__name__)
@@ -73,15 +75,10 @@ def sample_examples(session: Session) -> list[tuple[np.ndarray, np.ndarray]]:
     prompts = task.prompts("train")[: t.problems]
     shown = [task.few_shot(prompt, t.shots, t.seed) for prompt in prompts]
     pool = session.make_pool(None)
+    sampling = SamplingParams(t.temperature, r.max_new_tokens, tuple(r.stop))
+    request = GenerationRequest(shown, t.samples, sampling, Off(), t.seed)
     with session.progress(len(prompts) * t.samples, what="sampling") as bar:
-        groups = pool.generate(
-            shown,
-            t.samples,
-            SamplingParams(t.temperature, r.max_new_tokens, tuple(r.stop)),
-            ExitPolicy("off"),
-            t.seed,
-            lambda done, total: bar.advance(done - bar.done),
-        )
+        groups = pool.generate(request, lambda done, total: bar.advance(done - bar.done))
     pool.close()
     verdicts = verifier.verify_many([(p, a.text) for p, g in zip(prompts, groups, strict=True) for a in g])
     tokenizer = AutoTokenizer.from_pretrained(str(session.model_path), local_files_only=True)

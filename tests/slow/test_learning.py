@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig, RLConfig
+from ee_megatron.exit_rules import Sample
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.learner import Learner
 from ee_megatron.parallel import groups
 from ee_megatron.parallel.groups import Degrees
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
-from ee_megatron.rollout.engine.sampling import ExitPolicy, SamplingParams
+from ee_megatron.rollout.engine.request import GenerationRequest
+from ee_megatron.rollout.engine.sampling import SamplingParams
 from ee_megatron.rollout.pool.local import LocalPool
 from ee_megatron.training.reinforce import credit, objective_of, replay
 from ee_megatron.types import Group, Prompt
@@ -49,7 +51,7 @@ def run(folder, seed: int, lambda_exit: float) -> tuple[np.ndarray, np.ndarray]:
     for step in range(STEPS):
         pool.load(WeightSet(step + 1, learner.export_policy()))
         answers = pool.generate(
-            prompts, SAMPLES, SamplingParams(max_new_tokens=8), ExitPolicy("sample"), seed * 1000 + step
+            GenerationRequest(prompts, SAMPLES, SamplingParams(max_new_tokens=8), Sample(), seed * 1000 + step)
         )
         found = []
         for prompt, group in zip(prompts, answers, strict=True):

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ee_megatron.exit_rules import Off
 from ee_megatron.families import ModelDims
 from ee_megatron.policy import PolicySpec
-from ee_megatron.rollout import Decoder, ExitPolicy, SamplingParams
+from ee_megatron.rollout import Decoder, SamplingParams
 from ee_megatron.rollout.engine import kernels, sampling
 from ee_megatron.rollout.engine.cache import KVCache
 from ee_megatron.rollout.engine.ops import KernelOps, Rows, TorchOps, choose_ops
@@ -163,7 +164,7 @@ def test_bfloat16_follows_transformers_within_its_rounding(tmp_path, family):
     decoder.eos_ids = frozenset({10**6})
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     scheduler = Scheduler(decoder, AutoTokenizer.from_pretrained(path), in_flight=4)
-    ids = [scheduler.add(Request("abc", SamplingParams(1.0, 20), ExitPolicy("off"), k, "p")) for k in range(6)]
+    ids = [scheduler.add(Request("abc", SamplingParams(1.0, 20), Off(), k, "p")) for k in range(6)]
     while scheduler.busy:
         scheduler.advance()
     for i in ids:

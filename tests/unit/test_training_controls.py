@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from ee_megatron.evaluation import Answer, EvaluationRow
+from ee_megatron.exit_rules import Entropy, ExitRule, Random, Threshold
 from ee_megatron.report.tables import controls_table
-from ee_megatron.rollout import ExitPolicy
 from ee_megatron.training.controls import Control, Reference, all_controls, run_controls
 
 OUTCOMES = (2, 4, 6)
@@ -39,24 +39,24 @@ class PlantedJudge:
     def load(self, checkpoint: Path) -> None:
         self.loaded = checkpoint
 
-    def depth(self, exits: ExitPolicy) -> float:
-        if exits.kind == "random":
+    def depth(self, exits: ExitRule) -> float:
+        if isinstance(exits, Random):
             return float(np.dot(exits.shares, OUTCOMES)) / 6
-        share = exits.value if exits.kind != "entropy" else 1 - exits.value / 5
+        share = exits.value if not isinstance(exits, Entropy) else 1 - exits.value / 5
         return 1 / 3 + 2 / 3 * max(0.0, float(share))
 
-    def on_validation(self, model: str, exits: ExitPolicy) -> EvaluationRow:
+    def on_validation(self, model: str, exits: ExitRule) -> EvaluationRow:
         self.calls.append(("validation", self.loaded, model))
         return row(model, self.depth(exits), self.depth(exits))
 
-    def on_test(self, model: str, exits: ExitPolicy) -> tuple[EvaluationRow, list[Answer]]:
+    def on_test(self, model: str, exits: ExitRule) -> tuple[EvaluationRow, list[Answer]]:
         self.calls.append(("test", self.loaded, model))
         depth = 1.1 * self.depth(exits)
         return row(model, depth, depth), answers(round(100 * depth))
 
 
 def reference(model: str) -> Reference:
-    exits = ExitPolicy("threshold", 0.5)
+    exits = Threshold(0.5)
     return Reference(model, exits, row(model, 0.5, 0.8), answers(80), row(model, 0.55, 0.85), answers(85))
 
 

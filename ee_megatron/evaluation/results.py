@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..report.tables import Table
+from ..observe.rundir import write_atomic
+from ..report.results import Results
+from ..report.tables import TextTable
 from .evaluate import Answer
 from .figures import by_label, by_task, depth_correlations, depth_figures, kl_by_exit
 from .statistics import clustered_difference, mcnemar_exact, spearman_interval
@@ -31,43 +31,28 @@ def write_results(
     keep: int | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write results.json at `path`, whole or not at all:
-
-    {"meta", "rows", "answers", "depth_by_entropy", "exit_histogram", "paired", "depth", "by_task",
-    "kl_by_exit", "depth_correlations"} and the parts of `more`; NaN becomes null.
+    """Write results.json at `path`, whole or not at all: the parts of `Results`, those in `more` too; NaN is null.
 
     The statistics are over all `answers`; the file keeps those to the first `keep` prompts (None: all), so that every
     model is shown on the same ones.
     """
     prompts = list(dict.fromkeys(answer["id"] for answer in answers))
     kept = set(prompts if keep is None else prompts[:keep])
-    data = {
-        "meta": dict(meta),
-        "rows": [row.to_json() for row in rows],
-        "answers": [answer for answer in answers if answer["id"] in kept],
-        "depth_by_entropy": depth_by_entropy(answers),
-        "exit_histogram": exit_histogram(answers),
-        "paired": paired_with_teacher(answers),
-        "depth": depth_figures(answers),
-        "by_task": by_task(answers),
-        "kl_by_exit": kl_by_exit(answers),
-        "depth_correlations": depth_correlations(answers),
+    results = Results(
+        meta=dict(meta),
+        rows=[row.to_json() for row in rows],
+        answers=[dict(answer) for answer in answers if answer["id"] in kept],
+        depth_by_entropy=depth_by_entropy(answers),
+        exit_histogram=exit_histogram(answers),
+        paired=paired_with_teacher(answers),
+        depth=depth_figures(answers),
+        by_task=by_task(answers),
+        kl_by_exit=kl_by_exit(answers),
+        depth_correlations=depth_correlations(answers),
         **(more or {}),
-    }
-    text = json.dumps(_finite(data), ensure_ascii=False, indent=1, allow_nan=False)
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files that only their owner can read; results are for colleagues too.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomic(path, json.dumps(_finite(results.to_json()), ensure_ascii=False, indent=1, allow_nan=False))
 
 
 def exit_histogram(answers: Sequence[Answer]) -> dict[str, dict[str, int]]:
@@ -170,4 +155,4 @@ def table(rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]
-    return Table(heads, cells, names=2).text()
+    return TextTable(heads, cells, names=2).text()

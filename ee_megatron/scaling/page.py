@@ -9,11 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
-from .. import report
 from ..observe.rundir import write_atomic
+from ..report.template import render, style
 from .figures import Picture
 
 
@@ -59,13 +56,7 @@ def write_page(folder: Path, table: str, facts: list[str], sections: list[Sectio
             write_atomic(folder / f"{picture.name}.png", picture.png)
             pictures.append({"data": base64.b64encode(picture.png).decode(), "caption": picture.caption})
         shown.append({"title": section.title, "text": "\n".join(section.lines), "pictures": pictures})
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    style = (Path(report.__file__).parent / "page.css").read_text(encoding="utf-8")
-    page = environment.get_template("page.html.j2").render(
-        table=table, facts=facts, sections=shown, style=Markup(style)
-    )
+    template = Path(__file__).parent / "page.html.j2"
+    page = render(template, table=table, facts=facts, sections=shown, style=style())
     write_atomic(folder / "scaling.html", page)
     return folder / "scaling.html"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..observe.rundir import write_atomic
+from ..report.numbers import strict_json
 from ..report.results import Results
 from ..report.tables import TextTable
 from .evaluate import Answer
@@ -52,7 +52,7 @@ def write_results(
         **(more or {}),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(_finite(results.to_json()), ensure_ascii=False, indent=1, allow_nan=False))
+    write_atomic(path, json.dumps(strict_json(results.to_json()), ensure_ascii=False, indent=1, allow_nan=False))
 
 
 def exit_histogram(answers: Sequence[Answer]) -> dict[str, dict[str, int]]:
@@ -126,16 +126,6 @@ def paired_with_teacher(answers: Sequence[Answer]) -> dict[str, dict[str, float 
             "groups": len(set(clusters)),
         }
     return tests
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -1,4 +1,4 @@
-"""Numbers as they come out of JSON and as they are written in tables, on charts and in tooltips."""
+"""Numbers as they stand in JSON, and as they are written in tables, on charts and in tooltips."""
 
 from __future__ import annotations
 
@@ -15,6 +15,17 @@ def is_number(value: Any) -> TypeGuard[float]:
 def or_nan(value: Any) -> float:
     """The number as a float; nan for what is none."""
     return float(value) if is_number(value) else math.nan
+
+
+def strict_json(value: Any) -> Any:
+    """The value with null for every float that isn't finite, which some readers of JSON refuse; keys become strings."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): strict_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict_json(item) for item in value]
+    return value
 
 
 def number(value: float) -> str:

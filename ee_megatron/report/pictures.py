@@ -15,7 +15,7 @@ from .charts import Chart
 from .palette import LIGHT, SERIES, rules
 from .template import FOLDER
 
-ZOOM = 3
+ZOOM = 2
 MARGIN, GAP = 12, 24
 # The font's mean width per character in legends and names.
 CHARACTER = 6.5

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..observe.rundir import write_atomic
+from ..report.numbers import strict_json
 from ..report.template import render, style
 from .figures import Picture
 
@@ -24,20 +24,10 @@ class Section:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> Path:
-    """Strict JSON: what is not finite would be read as one thing by some and refused by others, so it is null."""
+    """`strict_json` at `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomic(path, json.dumps(strict_json(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return path
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def write_text(path: Path, lines: list[str]) -> Path:

@@ -15,7 +15,7 @@ from .answers import problems
 from .charts import Chart, Dot, Trend
 from .data import Curve, Inputs, ReportRun, StageData, read_inputs
 from .merge import merge
-from .numbers import is_number, number, span
+from .numbers import estimate, is_number, number, span
 from .palette import stylesheet
 from .pictures import multiples, picture
 from .results import MADE_BY, Results, binned, entropy_points, stored_bins
@@ -41,7 +41,8 @@ def write_report(runs: Sequence[ReportRun], output: Path) -> Path:
     inputs = read_inputs(runs[0].stages) if len(runs) == 1 else merge(runs)
     output = Path(output)
     results, outcomes = inputs.results, inputs.results.outcomes
-    found = {"tradeoff": _tradeoff(results), "entropy": _entropy(results), "histogram": _histogram(results)}
+    table = _table(results)
+    found = {"tradeoff": _tradeoff(results, table), "entropy": _entropy(results), "histogram": _histogram(results)}
     parts, training = sections(inputs, runs), _training(inputs)
     page = render(
         FOLDER / "page.html.j2",
@@ -50,7 +51,7 @@ def write_report(runs: Sequence[ReportRun], output: Path) -> Path:
         **_header(inputs, runs),
         **found,
         columns=COLUMNS,
-        table=_table(results),
+        table=table,
         correlations=_correlations(results.depth_by_entropy),
         outcomes=outcomes,
         num_layers=results.num_layers,
@@ -95,42 +96,35 @@ def _summary(results: Results) -> list[tuple[str, str]]:
     return lines
 
 
-def _rows(results: Results) -> list[tuple[dict[str, Any], dict[str, str]]]:
-    """The results' rows, models in order, each with its cells in words by column."""
-    rows = sorted(results.rows, key=lambda row: results.models.index(str(row.get("model", ""))))
-    return [(row, {key: _cell(key, {**row, "p_value": _p_value(results, row)}) for key, _ in COLUMNS}) for row in rows]
-
-
-def _p_value(results: Results, row: Mapping[str, Any]) -> float | None:
-    return (results.paired.get(_label(row)) or {}).get("p_value")
-
-
-def _label(row: Mapping[str, Any]) -> str:
-    return f"{row.get('model', '')}, {row.get('exits', '')}"
-
-
 def _table(results: Results) -> list[dict[str, Any]]:
+    """The results' rows, models in order, each with its cells in words by column."""
+    table: list[dict[str, Any]] = []
     models = results.models
-    table = []
-    for index, (row, cells) in enumerate(_rows(results), start=1):
+    for row in sorted(results.rows, key=lambda row: models.index(str(row.get("model", "")))):
         model = str(row.get("model", ""))
-        table.append({"mark": index, "model": model, "colour": colour(models.index(model)), "cells": cells})
+        label = f"{model}, {row.get('exits', '')}"
+        paired = results.paired.get(label) or {}
+        cells = {key: _cell(key, {**row, "p_value": paired.get("p_value")}) for key, _ in COLUMNS}
+        css = colour(models.index(model))
+        table.append(
+            {"mark": len(table) + 1, "model": model, "colour": css, "label": label, "row": row, "cells": cells}
+        )
     return table
 
 
-def _tradeoff(results: Results) -> Chart | None:
+def _tradeoff(results: Results, table: Sequence[Mapping[str, Any]]) -> Chart | None:
     points: dict[str, list[Dot]] = {model: [] for model in results.models}
-    for index, (row, cells) in enumerate(_rows(results), start=1):
+    for entry in table:
+        row, cells, mark = entry["row"], entry["cells"], str(entry["mark"])
         if is_number(row.get("accuracy")) and is_number(row.get("mean_depth")):
             accuracy = float(row["accuracy"])
             low, high = (float(row[k]) if is_number(row.get(k)) else accuracy for k in ("low", "high"))
-            tip = f"{index}  {_label(row)}\naccuracy {cells['accuracy']}\nmean depth {cells['mean_depth']}"
-            dot = Dot(float(row["mean_depth"]), accuracy, low, high, tip, str(index))
-            points[str(row.get("model", ""))].append(dot)
-    if not any(points.values()):
-        return None
-    legend = [(legend_mark(index), model) for index, (model, group) in enumerate(points.items()) if group]
+            tip = f"{mark}  {entry['label']}\naccuracy {cells['accuracy']}\nmean depth {cells['mean_depth']}"
+            points[entry["model"]].append(Dot(float(row["mean_depth"]), accuracy, low, high, tip, mark))
     series = [(model, group) for model, group in points.items() if group]
+    if not series:
+        return None
+    legend = [(legend_mark(results.models.index(model)), model) for model, _ in series]
     note = "Bars: 95 % intervals. Numbers: rows of the table."
     return Chart("accuracy_depth", "Accuracy against depth", charts.tradeoff(series), note, legend)
 
@@ -182,20 +176,13 @@ def _cell(key: str, row: Mapping[str, Any]) -> str:
     return forms.get(key, "{:,.0f}").format(value)
 
 
-def _correlations(data: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """depth_by_entropy as it comes, {label: {name: value}} or {name: value}; lists (bins, points) are left out."""
-    nested = [(str(label), values) for label, values in data.items() if isinstance(values, Mapping)]
-    flat = {name: value for name, value in data.items() if not isinstance(value, Mapping)}
+def _correlations(depth_by_entropy: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Label and rank correlation in words, where there is one."""
     lines = []
-    for label, values in [*nested, ("", flat)]:
-        if is_number(values.get("spearman")) and is_number(values.get("low")) and is_number(values.get("high")):
+    for label, values in depth_by_entropy.items():
+        if is_number(values.get("spearman")):
             tokens = f", {values['tokens']:,.0f} tokens" if is_number(values.get("tokens")) else ""
-            interval = f"[{values['low']:.2f}, {values['high']:.2f}]"
-            lines.append((label, f"Spearman ρ {values['spearman']:.2f} {interval}{tokens}"))
-            continue
-        scalars = [(str(k).replace("_", " "), v) for k, v in values.items() if is_number(v) or isinstance(v, str)]
-        if scalars:
-            lines.append((label, ", ".join(f"{k} {number(v) if is_number(v) else v}" for k, v in scalars)))
+            lines.append((label, f"Spearman ρ {estimate({**values, 'value': values['spearman']})}{tokens}"))
     return lines
 
 

@@ -113,8 +113,7 @@ def entropy_points(results: Results) -> dict[str, list[tuple[float, float]]]:
 
 def stored_bins(results: Results, label: str) -> list[tuple[float, float, float, int]]:
     """The evaluation's own bins (over all its answers) as of `binned`, without a standard error; [] if it has none."""
-    entry = results.depth_by_entropy.get(label)
-    bins, layers = entry.get("bins") or [] if isinstance(entry, Mapping) else [], results.num_layers
+    bins, layers = results.depth_by_entropy.get(label, {}).get("bins") or [], results.num_layers
     return [(b["entropy"], b["depth"] / layers, math.nan, int(b["tokens"])) for b in bins]
 
 

@@ -50,9 +50,16 @@ def sections(inputs: Inputs, runs: Sequence[ReportRun]) -> list[ReportSection]:
     return [section for section in made if section is not None]
 
 
-def _drawn(name: str, title: str, lines: Sequence[Line], axes: Axes, note: str) -> Chart:
+def _drawn(name: str, title: str, lines: Sequence[Line], axes: Axes, note: str) -> Chart | None:
+    """None if there is nothing to draw."""
+    if not lines:
+        return None
     legend = [(legend_mark(line.series, line.rule), line.name) for line in lines if line.joined]
     return Chart(name, title, charts.lines(lines, axes, title), note, legend)
+
+
+def _present(*found: Chart | None) -> list[Chart]:
+    return [chart for chart in found if chart is not None]
 
 
 # ---- several runs ----
@@ -76,7 +83,7 @@ def _runs(inputs: Inputs, runs: Sequence[ReportRun]) -> ReportSection | None:
         note = "One mark per run: its last model at the threshold that validation chose. 95 % intervals; noise alone "
         note += "puts runs on a front."
         axes = Axes("mean depth (fraction of the layers)", "accuracy", percent_y=True)
-        section.charts.append(_drawn("front_runs", "Front over runs", lines, axes, note))
+        section.charts = _present(_drawn("front_runs", "Front over runs", lines, axes, note))
     return section
 
 
@@ -139,7 +146,7 @@ def _tasks(results: Results) -> ReportSection | None:
 
 def _exits(results: Results) -> ReportSection | None:
     section = ReportSection("exits", "Thresholds and gates")
-    section.charts = [chart for chart in (_pareto(results), _reliability(results), _kl(results)) if chart is not None]
+    section.charts = _present(_pareto(results), _reliability(results), _kl(results))
     gates = {model: found for model, found in results.gates.items() if found}
     if gates:
         section.tables.append((_GATES_NOTE, _gates_table(gates)))
@@ -153,8 +160,6 @@ def _pareto(results: Results) -> Chart | None:
         dots = [_row_dot(e, f"{model}, validation") for e in entries]
         front = sorted((d for d, e in zip(dots, entries, strict=True) if e.get("front")), key=lambda d: d.x)
         lines += [Line(series, 0, model, front), Line(series, 0, model, _rest(dots, front), joined=False)]
-    if not lines:
-        return None
     axes = Axes("mean depth (fraction of the layers)", "accuracy", percent_y=True)
     note = "One mark per hazard threshold, on the validation split; lines join those that none beats."
     return _drawn("pareto", "Fronts over thresholds", lines, axes, note)
@@ -173,8 +178,6 @@ def _reliability(results: Results) -> Chart | None:
         ]
         if dots:
             lines.append(Line(results.rank(model), 0, model, dots))
-    if not lines:
-        return None
     axes = Axes("hazard that the gate gave", "target hazard 1 − tanh(c·KL/2)", diagonal=True, unit=True)
     note = "Gates that follow their target lie on the dashed line; RL may move them off it on purpose."
     return _drawn("gates", "Gates: hazard against target", lines, axes, note)
@@ -193,8 +196,6 @@ def _kl(results: Results) -> Chart | None:
         ]  # fmt: skip
         if len(dots) > 1:
             lines.append(Line(series, sum(line.series == series for line in lines), label, dots))
-    if not lines:
-        return None
     positive = [d.y for line in lines for d in line.dots if d.y > 0]
     wide = bool(positive) and max(positive) / min(positive) > 30
     axes = Axes("exit depth (layers)", "KL to the teacher (nats)", log_y=wide)
@@ -285,19 +286,11 @@ def _externalisation(results: Results) -> ReportSection | None:
         return None
     section = ReportSection("externalisation", "Externalisation")
     section.tables.append((_EXTERNALISATION_NOTE, externalisation_table(found)))
-    cut, probes = _truncation(results), _probes(results)
-    if cut:
-        axes = Axes("share of the chain that is kept", "same answer", unit=True)
-        note = "Share of answers that are the same as after the whole chain."
-        section.charts.append(_drawn("truncation", "Chain cut short", cut, axes, note))
-    if probes:
-        axes = Axes("depth (layers)", "probe − n-gram (accuracy)")
-        note = "What a linear map reads of later tokens, beyond what the text tells."
-        section.charts.append(_drawn("planning_probe", "Planning probe", probes, axes, note))
+    section.charts = _present(_truncation(results), _probes(results))
     return section
 
 
-def _truncation(results: Results) -> list[Line]:
+def _truncation(results: Results) -> Chart | None:
     lines = []
     for model, found in results.externalisation.items():
         curve = found.get("truncation") or {}
@@ -308,10 +301,12 @@ def _truncation(results: Results) -> list[Line]:
         ]
         if dots:
             lines.append(Line(results.rank(model), 0, model, dots))
-    return lines
+    axes = Axes("share of the chain that is kept", "same answer", unit=True)
+    note = "Share of answers that are the same as after the whole chain."
+    return _drawn("truncation", "Chain cut short", lines, axes, note)
 
 
-def _probes(results: Results) -> list[Line]:
+def _probes(results: Results) -> Chart | None:
     depths = results.outcomes
     lines = []
     for model, found in results.externalisation.items():
@@ -326,7 +321,9 @@ def _probes(results: Results) -> list[Line]:
             ]
             if dots:
                 lines.append(Line(results.rank(model), rule, name, dots))
-    return lines
+    axes = Axes("depth (layers)", "probe − n-gram (accuracy)")
+    note = "What a linear map reads of later tokens, beyond what the text tells."
+    return _drawn("planning_probe", "Planning probe", lines, axes, note)
 
 
 def _estimate_dot(x: float, e: Mapping[str, Any], head: str) -> Dot:

@@ -256,12 +256,9 @@ def _report(options: argparse.Namespace) -> int:
         raise ValueError(
             f"{named[0]} with {settings[0]}: settings name one run, directories any number; give one kind or the other"
         )
-    from .report import runs as reports
+    from .report.runs import report_directories, report_run
 
-    if named:
-        print(reports.compare(named, options.out))
-    else:
-        print(reports.report(_configured(options)))
+    print(report_directories(named, options.out) if named else report_run(_configured(options)))
     return 0
 
 

@@ -134,9 +134,9 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
         if code:
             raise SystemExit(code)
     exported = export(cfg)
-    from ..report.runs import report
+    from ..report.runs import report_run
 
-    page = report(cfg)
+    page = report_run(cfg)
     print((stage_dir(cfg, "evaluate") / "table.txt").read_text())
     print(f"exported model: {exported}\nreport: {page}")
 

@@ -35,15 +35,16 @@ class Features:
 
 @dataclass(frozen=True)
 class Form:
-    """A family of curves. `curve` and `starts` take the features and give what `solver.minimise` needs; `needs` raises
-    Refused where the metric [R] or the features rule it out."""
+    """A family of curves. `curve` and `starts` take the features and give what `solver.minimise` needs; each of `needs`
+    raises Refused where the metric [R] or the features rule it out;
+    `steepness` is where slopes begin that have a bound."""
 
     name: str
     formula: str
     curve: Callable[[Array], Curve]
     starts: Callable[[Array, Array], Array]
-    needs: Callable[[Features, Array], None]
-    steepness: tuple[int, ...] = ()
+    needs: tuple[Callable[[Features, Array], None], ...] = ()
+    steepness: int | None = None
 
 
 def features(names: tuple[str, ...], raw: Array, penalty: int | None) -> Features:
@@ -129,10 +130,6 @@ def _saturating_starts(design: Array, y: Array) -> Array:
     return np.stack(starts)
 
 
-def _anything(feats: Features, y: Array) -> None:
-    return None
-
-
 def _positive(feats: Features, y: Array) -> None:
     if (y <= 0).any():
         raise Refused(f"the metric has values <= 0 (least {y.min():.4g}); a power law is positive")
@@ -154,11 +151,6 @@ def _has_penalty(feats: Features, y: Array) -> None:
         raise Refused("needs lambda and another column in --against")
 
 
-def _fraction_and_penalty(feats: Features, y: Array) -> None:
-    _has_penalty(feats, y)
-    _fraction(feats, y)
-
-
 def _logit_start(design: Array, y: Array) -> Array:
     inside = np.clip(y, 0.02, 0.98)
     return _least_squares(design, np.log(inside / (1 - inside)))
@@ -177,23 +169,15 @@ def all_forms(feats: Features) -> tuple[tuple[Form, Callable[[Array], Array]], .
     def crossed(values: Array) -> Array:
         return _crossed(feats, values)
 
+    logistic = "1 / (1 + exp(-c - Σ b t))", "1 / (1 + exp(-c - Σ b t - λ Σ g t))"
     return (
-        (Form("constant", "c", _linear, _least_squares, _anything), constant),
-        (Form("linear", "c + Σ b t", _linear, _least_squares, _anything), _with_one),
-        (Form("power", "exp(c + Σ b t)", _power, _log_start, _positive), _with_one),
-        (Form("saturating", "c + a exp(Σ b t)", _saturating, _saturating_starts, _three_values, (2,)), _with_one),
-        (Form("logistic", "1 / (1 + exp(-c - Σ b t))", _logistic, _logit_start, _fraction), _with_one),
-        (Form("linear × lambda", "c + Σ b t + λ Σ g t", _linear, _least_squares, _has_penalty), crossed),
-        (
-            Form(
-                "logistic × lambda",
-                "1 / (1 + exp(-c - Σ b t - λ Σ g t))",
-                _logistic,
-                _logit_start,
-                _fraction_and_penalty,
-            ),
-            crossed,
-        ),
+        (Form("constant", "c", _linear, _least_squares), constant),
+        (Form("linear", "c + Σ b t", _linear, _least_squares), _with_one),
+        (Form("power", "exp(c + Σ b t)", _power, _log_start, (_positive,)), _with_one),
+        (Form("saturating", "c + a exp(Σ b t)", _saturating, _saturating_starts, (_three_values,), 2), _with_one),
+        (Form("logistic", logistic[0], _logistic, _logit_start, (_fraction,)), _with_one),
+        (Form("linear × lambda", "c + Σ b t + λ Σ g t", _linear, _least_squares, (_has_penalty,)), crossed),
+        (Form("logistic × lambda", logistic[1], _logistic, _logit_start, (_has_penalty, _fraction)), crossed),
     )
 
 
@@ -206,17 +190,14 @@ def fit_form(form: Form, design: Array, y: Array, weights: Array) -> Array:
     starts = form.starts(design, y)
     size = starts.shape[1]
     low, high = np.full(size, -np.inf), np.full(size, np.inf)
-    for place in form.steepness:
-        low[place:], high[place:] = -STEEPEST, STEEPEST
-    best = np.repeat(starts[:1], len(weights), axis=0)
-    lowest = np.full(len(weights), np.inf)
-    for start in starts:
-        found = minimise(
-            form.curve(design), y, weights, np.repeat(start[None], len(weights), axis=0), low, high, steps=80
-        )
-        better = found.objective < lowest
-        best, lowest = np.where(better[:, None], found.theta, best), np.where(better, found.objective, lowest)
-    return best
+    if form.steepness is not None:
+        low[form.steepness :], high[form.steepness :] = -STEEPEST, STEEPEST
+    minima = [
+        minimise(form.curve(design), y, weights, np.tile(start, (len(weights), 1)), low, high, steps=80)
+        for start in starts
+    ]
+    best = np.argmin([minimum.objective for minimum in minima], axis=0)
+    return np.stack([minimum.theta for minimum in minima])[best, np.arange(len(weights))]
 
 
 def evaluate(form: Form, theta: Array, design: Array) -> Array:

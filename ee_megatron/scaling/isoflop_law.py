@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .intervals import Interval, percentile_interval
+from .intervals import BootstrapInterval, percentile_interval
 from .refusal import Refused
 from .solver import Array
 from .table import Observations
@@ -46,13 +46,13 @@ class IsoFlopFit:
     budgets: list[Budget]
     exponent: float
     coefficient: float
-    interval: Interval
+    interval: BootstrapInterval
     left_out: list[str]
     draws: Array = field(repr=False)
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "exponent_a": {"value": self.exponent, "low": self.interval.low, "high": self.interval.high},
+            "exponent_a": {"value": self.exponent, **self.interval._asdict()},
             "coefficient": self.coefficient,
             "budgets": [{"flops": b.flops, "params_opt": b.params, "loss": b.loss} for b in self.budgets],
             "budgets_left_out": self.left_out,

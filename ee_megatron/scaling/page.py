@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,17 @@ from .figures import Picture
 
 
 @dataclass
-class Section:
+class PageSection:
     """A heading, the table under it and its pictures."""
 
     title: str
     lines: list[str]
-    pictures: list[Picture] = field(default_factory=list)
+    pictures: list[Picture]
 
 
 def write_json(path: Path, data: dict[str, Any]) -> Path:
     """Strict JSON: what is not finite would be read as one thing by some and refused by others, so it is null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    return path
+    return write_text(path, [json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)])
 
 
 def _finite(value: Any) -> Any:
@@ -49,7 +47,7 @@ def write_text(path: Path, lines: list[str]) -> Path:
     return path
 
 
-def write_page(folder: Path, table: str, facts: list[str], sections: list[Section]) -> Path:
+def write_page(folder: Path, table: str, facts: list[str], sections: list[PageSection]) -> Path:
     """scaling.html in `folder`, each picture inside it and as a PNG file beside it; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     shown = []

@@ -22,7 +22,7 @@ FLOPS_TOLERANCE = 0.2
 
 
 @dataclass(frozen=True)
-class Table:
+class RunTable:
     """Cells by column, as they stand in the file; `name` and `digest` (SHA-256) say which file that was."""
 
     name: str
@@ -43,7 +43,7 @@ class Table:
             f"(of {', '.join(self.columns)}); name the right one with {option} COLUMN"
         )
 
-    def where(self, conditions: Sequence[str]) -> Table:
+    def where(self, conditions: Sequence[str]) -> RunTable:
         """The rows in which each COLUMN=VALUE holds, compared as text. Raises ValueError where none is left."""
         kept = list(range(len(self)))
         for condition in conditions:
@@ -78,7 +78,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Columns:
+class ColumnNames:
     """Names of the columns; `given` holds the options that were named on the command line."""
 
     params: str = "params"
@@ -113,7 +113,7 @@ class Observations:
         return replace(kept, loss=self.loss[chosen], runs=runs)
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path) -> RunTable:
     """Read a .csv or .parquet file. Raises FileNotFoundError, or ValueError for what is no table with rows."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such table; expected a .csv or .parquet file with one row per measurement")
@@ -121,7 +121,7 @@ def read_table(path: Path) -> Table:
     columns = _read_parquet(path) if path.suffix.lower() in (".parquet", ".pq") else _read_csv(path)
     if not columns or not len(next(iter(columns.values()))):
         raise ValueError(f"{path.name}: no rows; expected a header and one row per measurement")
-    return Table(path.name, digest, columns)
+    return RunTable(path.name, digest, columns)
 
 
 def _read_csv(path: Path) -> dict[str, list[Any]]:
@@ -157,7 +157,7 @@ def _read_parquet(path: Path) -> dict[str, list[Any]]:
     return columns
 
 
-def run_index(table: Table, columns: Columns) -> tuple[Array, str]:
+def run_index(table: RunTable, columns: ColumnNames) -> tuple[Array, str]:
     """The run of each row (int [R], 0..G-1) and a note on what a run is. Without such a column each row is one."""
     if columns.run in table.columns or "run" in columns.given:
         _, runs = np.unique(np.array([str(cell) for cell in table.cells(columns.run, "--run")]), return_inverse=True)
@@ -165,7 +165,7 @@ def run_index(table: Table, columns: Columns) -> tuple[Array, str]:
     return np.arange(len(table)), "each row is a run of its own (no column for runs was named)"
 
 
-def observations(table: Table, columns: Columns) -> Observations:
+def observations(table: RunTable, columns: ColumnNames) -> Observations:
     """What the loss law is fitted to. Raises ValueError for missing columns and for values that are not > 0."""
     runs, note = run_index(table, columns)
     notes = [note]

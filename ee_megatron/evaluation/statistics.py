@@ -1,8 +1,8 @@
 """The statistics behind every reported figure.
 
-Ranks are scipy's. Wilson's interval and McNemar's test are two lines each and written here: their values stand in stored
-results, which stay equal to the last bit, and scipy's differ there (by 2e-15 and 8e-14 of themselves). So do the
-bootstraps: scipy's draws its resamples in another order and knows no clusters.
+Ranks are scipy's. Wilson's interval and McNemar's test stay written here: their values stand in stored results, which
+stay equal to the last bit, and scipy's differ there (by 2e-15 and 8e-14 of themselves). So do the bootstraps: scipy's
+draws its resamples in another order and knows no clusters.
 """
 
 from __future__ import annotations

@@ -177,7 +177,6 @@ def metric(comparison: Comparison, column: int) -> Picture:
     axes.set(xlabel=name, ylabel=comparison.metric, title=best.form.name, xscale="log" if logarithmic else "linear")
     if curves != [None]:
         axes.legend(frameon=False, fontsize=7)
-    caption = (
-        f"{comparison.metric} against {name}; curve: {best.form.name}, other columns at their means. {comparison.verdict()}."
-    )
+    curve = f"curve: {best.form.name}, other columns at their means"
+    caption = f"{comparison.metric} against {name}; {curve}. {comparison.verdict()}."
     return Picture(f"metric_{column}", caption, _png(figure))

@@ -5,13 +5,12 @@ Shape suffixes: S resamples, G runs, R rows, C columns, F forms.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from .forms import STEEPEST, Features, Form, all_forms, evaluate, features, fit_form
+from .forms import FORMS, STEEPEST, Features, Form, evaluate, features, fit_form
 from .intervals import LEVEL, BootstrapInterval, leave_one_run_out, percentile_interval, resample_runs
 from .refusal import MAX_AT_BOUND, Refused
 from .solver import Array
@@ -30,7 +29,6 @@ class FormResult:
     theta [P], draws [S, P]: of the standardised columns."""
 
     form: Form
-    design: Callable[[Array], Array]
     error: float
     gain: float
     interval: BootstrapInterval
@@ -42,7 +40,8 @@ class FormResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """results in the order of all_forms, refused forms with their reason; `best` has the least held-out error."""
+    """results in the order of FORMS; refused forms with their reason; raw [C, R]: ln x, or lambda as it is; values and
+    runs [R]: the metric and the run of each row."""
 
     metric: str
     feats: Features
@@ -57,10 +56,6 @@ class Comparison:
     @property
     def constant(self) -> FormResult:
         return self.results[0]
-
-    @property
-    def best(self) -> FormResult:
-        return min(self.results, key=lambda result: result.error)
 
     @property
     def winners(self) -> list[FormResult]:
@@ -121,22 +116,22 @@ def compare(
     folds, how = _folds(runs, seed)
     weights = resample_runs(runs, draws, seed)
     errors: dict[str, Array] = {}
-    fitted: list[tuple[Form, Callable[[Array], Array], Array, Array]] = []
+    fitted: list[tuple[Form, Array, Array]] = []
     refused: dict[str, str] = {}
-    for form, design in all_forms(feats):
+    for form in FORMS:
         try:
             for need in form.needs:
                 need(feats, y)
-            parameters = form.starts(design(feats.values), y).shape[1]
+            design = form.design(feats.values, penalty)
+            parameters = form.starts(design, y).shape[1]
             if count < 2 * parameters:
                 raise Refused(f"{count} runs for {parameters} parameters; expected at least {2 * parameters}")
         except Refused as refusal:
             refused[form.name] = str(refusal)
             continue
-        errors[form.name] = _run_errors(form, design(feats.values), y, runs, folds)
-        theta = fit_form(form, design(feats.values), y, np.ones((1, len(y))))
-        sampled = fit_form(form, design(feats.values), y, weights)
-        fitted.append((form, design, theta[0], sampled))
+        errors[form.name] = _run_errors(form, design, y, runs, folds)
+        theta = fit_form(form, design, y, np.ones((1, len(y))))
+        fitted.append((form, theta[0], fit_form(form, design, y, weights)))
     results = _judge(fitted, errors, draws, seed)
     return Comparison(metric, feats, raw, y, runs, results, refused, how, (note,))
 
@@ -164,14 +159,14 @@ def _mean_difference(difference: Array, draws: int, seed: int) -> Array:
 
 
 def _judge(
-    fitted: list[tuple[Form, Callable[[Array], Array], Array, Array]], errors: dict[str, Array], draws: int, seed: int
+    fitted: list[tuple[Form, Array, Array]], errors: dict[str, Array], draws: int, seed: int
 ) -> list[FormResult]:
     """Several forms against one constant: each at 1 - 0.05/F, so that all together are wrong in 5 % (Bonferroni)."""
     rivals = max(1, len(fitted) - 1)
     strict = 1 - (1 - LEVEL) / rivals
     best = min(errors.values(), key=lambda values: float(values.mean()))
     results = []
-    for form, design, theta, sampled in fitted:
+    for form, theta, sampled in fitted:
         difference = errors[form.name] - errors["constant"]
         means = _mean_difference(difference, draws, seed)
         freedom = len(difference) - 1
@@ -179,7 +174,7 @@ def _judge(
         error, gain = float(np.sqrt(errors[form.name].mean())), float(difference.mean())
         interval = percentile_interval(means, freedom)
         ties = percentile_interval(_mean_difference(errors[form.name] - best, draws, seed), freedom).low <= 0
-        results.append(FormResult(form, design, error, gain, interval, beats, ties, theta, sampled))
+        results.append(FormResult(form, error, gain, interval, beats, ties, theta, sampled))
     return results
 
 

@@ -168,7 +168,7 @@ def metric(comparison: Comparison, column: int) -> Picture:
         if level is not None and penalty is not None:
             points[penalty], rows = level, comparison.raw[penalty] == level
             label = f"{comparison.feats.names[penalty]} = {level:.3g}"
-        design = best.design(comparison.feats.standardised(points))
+        design = best.form.design(comparison.feats.standardised(points), penalty)
         x = np.exp(grid) if logarithmic else grid
         axes.fill_between(x, *_band(evaluate(best.form, best.draws, design)), color=colour, alpha=0.2, lw=0)
         axes.plot(x, evaluate(best.form, best.theta[None], design)[0], color=colour, lw=1.2)

@@ -26,7 +26,7 @@ from .local import LocalExecutor
 from .slurm import minutes_of, queued, state_now, submit
 from .status import status_table
 from .sweep import GridError, StageTask, Sweep, resolve, spelt
-from .task import TaskRunner, run_with_signals, write_result
+from .task import TaskRunner, Told, stopped_by_signals, write_result
 
 EPILOG = """\
 examples:
@@ -254,7 +254,13 @@ def _task(arguments: list[str]) -> int:
     if len(arguments) != 2:
         raise ValueError("sweep task: expected a sweep's directory and a task's key")
     runner = TaskRunner(Path(arguments[0]), arguments[1])
-    return run_with_signals(runner, (lambda: follow_parent(int(parent))) if parent else lambda: None)
+    with stopped_by_signals(runner.stop):
+        if parent:
+            follow_parent(int(parent))
+        try:
+            return runner.run()
+        except Told:
+            return STOPPED
 
 
 def _look(command: str, arguments: list[str]) -> int:

@@ -7,11 +7,12 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from threading import Event
 
 from . import records
 from .records import FAILED, KILLED, STOPPED
 from .sweep import StageTask, Sweep
+from .task import stopped_by_signals
 
 GRACE_S = 90.0
 """From the word to stop to the end of tasks that do not heed it; more than they give their stages."""
@@ -38,28 +39,23 @@ class LocalExecutor:
         self._running: dict[str, tuple[subprocess.Popen, int]] = {}
         self._slots = list(range(parallel))
         self._devices = split_devices(visible_devices(self._environment), parallel)
-        self._told = 0
+        self._told = Event()
 
     def run(self, tasks: Sequence[StageTask]) -> int:
         """Start `tasks`, parents first, and wait. 0; 1 if one failed; 130 if told to stop."""
-        before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
         waiting = list(tasks)
-        try:
-            while (waiting or self._running) and not self._told:
-                self._collect()
-                self._start_ready(waiting)
-                time.sleep(0.1)
-            if self._told:
-                self._say("told to stop: running tasks end at their next step")
-                return 130
-        finally:
-            self._end_all()
-            for number, old in before.items():
-                signal.signal(number, old)
+        with stopped_by_signals(self._told.set):
+            try:
+                while (waiting or self._running) and not self._told.is_set():
+                    self._collect()
+                    self._start_ready(waiting)
+                    time.sleep(0.1)
+                if self._told.is_set():
+                    self._say("told to stop: running tasks end at their next step")
+                    return 130
+            finally:
+                self._end_all()
         return 1 if any(self.codes.values()) else 0
-
-    def _hear(self, number: int, _: Any) -> None:
-        self._told = number
 
     def _start_ready(self, waiting: list[StageTask]) -> None:
         pending = {task.key for task in waiting} | set(self._running)

@@ -206,14 +206,12 @@ class TaskRunner:
         assert child is not None
         if not _ended(child.pid):
             # Only on an error of this process' own: the child must not outlive the locks.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+            _kill_group(child)
         return child.wait()
 
     def _kill_if_late(self) -> None:
         if self.told and time.monotonic() > self._hurry and self._child is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._child.pid, signal.SIGKILL)
+            _kill_group(self._child)
 
     # ---- records and locks ----
 
@@ -302,19 +300,22 @@ def last_words(log: Path, offset: int, code: int) -> str:
     return said[-1].removeprefix("error: ")[:500] if said else f"exit code {code}"
 
 
+def _kill_group(child: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+
+
 def _ended(pid: int) -> bool:
     """Without collecting it: a signal handler may ask while `wait` is under way."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def run_with_signals(runner: TaskRunner, once_heard: Callable[[], None]) -> int:
-    """`runner.run()` with INT and TERM as the word to stop; `once_heard` is called as soon as they are heeded."""
-    before = {number: signal.signal(number, lambda *_: runner.stop()) for number in (signal.SIGINT, signal.SIGTERM)}
+@contextlib.contextmanager
+def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Inside, INT and TERM call `stop`."""
+    before = {number: signal.signal(number, lambda *_: stop()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        once_heard()
-        return runner.run()
-    except Told:
-        return TOLD_TO_STOP
+        yield
     finally:
         for number, old in before.items():
             signal.signal(number, old)

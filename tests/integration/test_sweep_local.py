@@ -18,7 +18,7 @@ from ee_megatron.observe.metrics import read_metrics
 from ee_megatron.sweeps import records
 from ee_megatron.sweeps.grid import from_settings
 from ee_megatron.sweeps.local import LocalExecutor
-from ee_megatron.sweeps.sweep import resolve
+from ee_megatron.sweeps.sweep import Sweep, resolve
 from tests.tiny import tiny_hf
 
 ROOT = Path(__file__).parents[2]
@@ -62,13 +62,13 @@ def until(what, timeout: float, title: str) -> None:
         time.sleep(0.02)
 
 
-def record_of(sweep: records.Sweep, index: int) -> records.Record:
+def record_of(sweep: Sweep, index: int) -> records.Record:
     record = records.read_record(sweep, sweep.runs[index].tasks[-1])
     assert record is not None
     return record
 
 
-def rl_directory(sweep: records.Sweep, index: int) -> Path:
+def rl_directory(sweep: Sweep, index: int) -> Path:
     return records.stage_path(sweep, sweep.runs[index].tasks[-1])
 
 

@@ -15,7 +15,7 @@ from .fit import METHODS, FitOrRefusal, fit_all
 from .isoflop_law import IsoFlopFit
 from .page import PageSection, write_json, write_page, write_text
 from .refusal import Refused
-from .table import ColumnNames, Observations, RunTable, levels, observations, read_table
+from .table import ColumnNames, Observations, RunTable, observations, read_table
 from .text import comparison_lines, fit_lines
 
 MIN_BOOTSTRAP = 200
@@ -129,7 +129,7 @@ def _fit_groups(given: argparse.Namespace, table: RunTable, columns: ColumnNames
     parts = [("", obs)]
     if "penalty" in columns.given:
         penalty = table.numbers(columns.penalty, "--lambda")
-        parts = [(f"{columns.penalty} = {level:g}", obs.rows(penalty == level)) for level in levels(penalty)]
+        parts = [(f"{columns.penalty} = {level:g}", obs.rows(penalty == level)) for level in np.unique(penalty)]
     methods = METHODS if given.method == "all" else (given.method,)
     return [Group(name, part, fit_all(part, methods, given.bootstrap, given.seed)) for name, part in parts], obs
 

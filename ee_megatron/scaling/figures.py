@@ -18,7 +18,7 @@ from .forms import evaluate
 from .isoflop_law import IsoFlopFit
 from .loss_law import PARAMETERS, predict
 from .solver import Array
-from .table import Observations, levels
+from .table import Observations
 
 MAX_CURVES = 8
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -65,7 +65,7 @@ def _band(curves: Array) -> tuple[Array, Array]:
 def loss_law(fit: LawFit, obs: Observations, label: str = "") -> Picture:
     """Loss against N, one curve and band per token count (at most eight of them), measured losses as points."""
     figure, (axes,) = _figure(6.2, 4.2)
-    shown = _some(levels(obs.tokens))
+    shown = _some(np.unique(obs.tokens).tolist())
     values = np.array([[fit.values[name] for name in PARAMETERS]])
     # Tables with a token count per run have more of them than curves: no point is left out for that.
     rest = ~np.isin(obs.tokens, shown)
@@ -158,7 +158,7 @@ def metric(comparison: Comparison, column: int) -> Picture:
     penalty = comparison.feats.penalty
     curves: list[float | None] = [None]
     if penalty is not None and penalty != column:
-        curves = list(_some(levels(comparison.raw[penalty])))
+        curves = _some(np.unique(comparison.raw[penalty]).tolist())
     colours = scale(len(curves), SCALE[::-1]) if len(curves) > 1 else [SERIES[1]]
     for index, (level, colour) in enumerate(zip(curves, colours, strict=True)):
         points = np.repeat(comparison.feats.centres[:, None], len(grid), axis=1)

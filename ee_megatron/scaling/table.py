@@ -60,21 +60,25 @@ class RunTable:
 
     def numbers(self, column: str, option: str, *, positive: bool = False) -> Array:
         """A column as float64 [R]. Raises ValueError for a cell that is no finite number or, where asked, not > 0."""
-        values = np.empty(len(self))
-        for row, cell in enumerate(self.cells(column, option)):
-            try:
-                value = float(cell)
-            except (TypeError, ValueError):
-                value = math.nan
-            if not math.isfinite(value) or (positive and value <= 0):
-                expected = "a number > 0" if positive else "a finite number"
-                shown = "an empty cell" if cell is None or str(cell).strip() == "" else str(cell)
-                raise ValueError(
-                    f"{self.name}: row {row + 1}, column {column}: found {shown}, expected {expected}; "
-                    f"correct the row or leave it out with --where"
-                )
-            values[row] = value
+        cells = self.cells(column, option)
+        values = np.array([_number(cell) for cell in cells])
+        wrong = ~np.isfinite(values) | (positive & (values <= 0))
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            expected = "a number > 0" if positive else "a finite number"
+            shown = "an empty cell" if cells[row] is None or str(cells[row]).strip() == "" else str(cells[row])
+            raise ValueError(
+                f"{self.name}: row {row + 1}, column {column}: found {shown}, expected {expected}; "
+                f"correct the row or leave it out with --where"
+            )
         return values
+
+
+def _number(cell: Any) -> float:
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 @dataclass(frozen=True)
@@ -192,8 +196,3 @@ def observations(table: RunTable, columns: ColumnNames) -> Observations:
             f"column {columns.flops} is {ratio.min():.2f} to {ratio.max():.2f} times 6ND; isoFLOP uses the column"
         )
     return Observations(params, tokens, flops, loss, runs, tuple(notes))
-
-
-def levels(values: Sequence[float] | Array) -> list[float]:
-    """Distinct values in order."""
-    return [float(value) for value in np.unique(np.asarray(values))]

@@ -23,7 +23,7 @@ from . import records
 from .collect import collect
 from .grid import GROUP, Grid, check, combine, excluded, from_file, from_settings, zipped
 from .local import LocalExecutor
-from .slurm import minutes_of, queued, state_now, submit
+from .slurm import minutes_of, queued, submit
 from .status import status_table
 from .sweep import GridError, StageTask, Sweep, resolve, spelt
 from .task import TaskRunner, Told, stopped_by_signals, write_result
@@ -98,8 +98,8 @@ def _sweep(options: argparse.Namespace) -> int:
         return 0
     records.save(sweep)
     write_missing_results(sweep)
-    states = records.counts(sweep)
-    print(f"{sweep.directory}: {len(sweep.runs)} run(s); {states}; {len(tasks)} task(s) to start", flush=True)
+    so_far = records.counts(sweep)
+    print(f"{sweep.directory}: {len(sweep.runs)} run(s); {so_far}; {len(tasks)} task(s) to start", flush=True)
     if options.executor == "slurm":
         return _on_slurm(sweep, tasks, slurm, parallel, queue)
     lock = RunLock(sweep.directory / ".lock")
@@ -192,8 +192,8 @@ class Checker:
 
 def to_start(sweep: Sweep, queue: dict[str, str], retry_failed: bool) -> list[StageTask]:
     """Unfinished tasks that nobody is at, and that no failed one keeps from starting. `queue`: what Slurm has."""
-    busy = (records.FINISHED, records.RUNNING, records.QUEUED)
-    free = [task for task in sweep.tasks if task.key not in queue and state_now(sweep, task, queue) not in busy]
+    unclaimed = [task for task in sweep.tasks if task.key not in queue]
+    free = [task for task in unclaimed if records.task_state(sweep, task) not in (records.FINISHED, records.RUNNING)]
     return [task for task in free if retry_failed or records.failure(sweep, task) is None]
 
 
@@ -282,7 +282,7 @@ def _look(command: str, arguments: list[str]) -> int:
         if options.watch and sys.stdout.isatty():
             print("\033[2J\033[H", end="")
         print(status_table(sweep, queue), flush=True)
-        busy = any(state_now(sweep, task, queue) in (records.RUNNING, records.QUEUED) for task in sweep.tasks)
+        busy = any(records.task_state(sweep, task, queue) in (records.RUNNING, records.QUEUED) for task in sweep.tasks)
         if not options.watch or not busy:
             return 0
         time.sleep(WATCH_S)
@@ -305,7 +305,7 @@ def _plan(sweep: Sweep, tasks: list[StageTask], queue: dict[str, str]) -> str:
     lines = [f"{sweep.directory}: {len(sweep.runs)} run(s), {len(sweep.tasks)} task(s), {len(tasks)} to start"]
     for level in sweep.levels():
         for task in level:
-            what = "start" if task in tasks else state_now(sweep, task, queue)
+            what = "start" if task in tasks else records.task_state(sweep, task, queue)
             ident = f"{task.runs[0]}  " if len(task.runs) == 1 else ""
             lines.append(f"  {what:<9} {ident}{sweep.describe(task)}")
     return "\n".join(lines)

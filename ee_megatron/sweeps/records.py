@@ -18,6 +18,7 @@ import re
 import socket
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,17 +124,20 @@ def own(record: Record) -> None:
     record.process, record.job = process_start(os.getpid()) or "", os.environ.get("SLURM_JOB_ID", "")
 
 
-def task_state(sweep: Sweep, task: StageTask) -> str:
-    """By what is on disk; a task that says it is running is believed while its process lives or keeps writing."""
+def task_state(sweep: Sweep, task: StageTask, queue: Mapping[str, str] | None = None) -> str:
+    """By what is on disk: a task that says it is running is believed while its process lives or keeps writing. `queue`:
+    what Slurm has of the tasks (slurm.py); one that waits there (again) is queued."""
     if is_done(sweep, task):
         return FINISHED
     record = read_record(sweep, task.key)
-    if record is None:
+    if record is not None and record.state == RUNNING and _alive(record, record_path(sweep, task.key)):
+        return RUNNING
+    if queue and queue.get(task.key) in ("PENDING", "CONFIGURING", "REQUEUED", "COMPLETING"):
+        return QUEUED
+    if record is None or record.state == FINISHED:
+        # Never begun; or finished once, and somebody has removed a stage since.
         return WAITING
-    if record.state == RUNNING:
-        return RUNNING if _alive(record, record_path(sweep, task.key)) else KILLED
-    # Finished once, and somebody has removed a stage since.
-    return WAITING if record.state == FINISHED else record.state
+    return KILLED if record.state == RUNNING else record.state
 
 
 def _alive(record: Record, file: Path) -> bool:
@@ -163,15 +167,14 @@ def write_result(sweep: Sweep, ident: str, values: dict[str, Any]) -> None:
     _write(sweep.directory / "results" / f"{ident}.json", values)
 
 
-def run_state(sweep: Sweep, run: SweepRun) -> str:
-    """finished, failed (whoever's fault), or what its first unfinished task is doing. Before its own task has begun,
-    a run is waiting."""
+def run_state(sweep: Sweep, run: SweepRun, queue: Mapping[str, str] | None = None) -> str:
+    """finished, failed (whoever's fault), or what its own task is doing: before that has begun, a run is waiting."""
     tasks = [sweep.task(key) for key in run.tasks]
     if all(is_done(sweep, task) for task in tasks):
         return FINISHED
     if failure(sweep, tasks[-1]) is not None:
         return FAILED
-    return task_state(sweep, tasks[-1])
+    return task_state(sweep, tasks[-1], queue)
 
 
 def error_of(sweep: Sweep, run: SweepRun) -> str:

@@ -153,10 +153,3 @@ def queued(sweep: Sweep) -> dict[str, str]:
         number, index, state = line.strip().split("|")
         states[number if index == "N/A" else f"{number}_{index}"] = state
     return {key: states[job] for key, job in jobs.items() if job in states}
-
-
-def state_now(sweep: Sweep, task: StageTask, queue: Mapping[str, str]) -> str:
-    """`records.task_state`, and what Slurm knows: a task that waits there (again) is queued."""
-    state = records.task_state(sweep, task)
-    waits = queue.get(task.key) in ("PENDING", "CONFIGURING", "REQUEUED", "COMPLETING")
-    return records.QUEUED if waits and state not in (records.FINISHED, records.RUNNING) else state

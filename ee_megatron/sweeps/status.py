@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping
 
 from . import records
-from .slurm import state_now
 from .sweep import Sweep
 
 ERROR_WIDTH = 90
@@ -20,15 +19,13 @@ def status_table(sweep: Sweep, queue: Mapping[str, str]) -> str:
         if len(task.runs) > 1:
             record = records.read_record(sweep, task.key)
             spent = f", {record.seconds:.0f} s" if record else ""
-            lines.append(f"{sweep.describe(task)}: {state_now(sweep, task, queue)}{spent}")
+            lines.append(f"{sweep.describe(task)}: {records.task_state(sweep, task, queue)}{spent}")
     keys = list(dict.fromkeys(key for run in sweep.runs for key in run.settings))
     table = [["run", *keys, "status", "stage", "starts", "seconds", "accuracy", "depth", "reward", ""]]
     states: Counter[str] = Counter()
     for run in sweep.runs:
         own = sweep.task(run.tasks[-1])
-        state = records.run_state(sweep, run)
-        if state not in (records.FINISHED, records.FAILED):
-            state = state_now(sweep, own, queue)
+        state = records.run_state(sweep, run, queue)
         states[state] += 1
         record, result = records.read_record(sweep, own.key), records.read_result(sweep, run.id) or {}
         values = [_tail(run.settings.get(key, "")) for key in keys]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +144,9 @@ class TaskRunner:
         with self._lock(locks / path.name):
             if (path / DONE).is_file():
                 return
-            self._note(RUNNING, stage=stage)
-            self._event(f"start {path.name}")
+            self._note(RUNNING, f"start {path.name}", stage=stage)
             code, text = self._in_this_process(cfg, stage) if self._in_process else self._in_a_child(cfg, stage, path)
-            self._event(f"end {path.name} {code}")
+            self._note(RUNNING, f"end {path.name} {code}")
             if self.told and code:
                 raise Told
             if code:
@@ -215,17 +215,14 @@ class TaskRunner:
 
     # ---- records and locks ----
 
-    def _note(self, state: str, **fields: Any) -> int:
-        self.record.state = state
-        for name, value in fields.items():
-            setattr(self.record, name, value)
+    def _note(self, state: str, event: str = "", **fields: Any) -> int:
+        """Write the record with what is new; returns its exit code."""
+        if event:
+            restart = os.environ.get("SLURM_RESTART_COUNT", "")
+            self.record.events = [*self.record.events, f"{event} restart {restart}" if restart else event]
+        self.record = replace(self.record, state=state, **fields)
         records.write_record(self.sweep, self.task.key, self.record)
         return self.record.code
-
-    def _event(self, text: str) -> None:
-        restart = os.environ.get("SLURM_RESTART_COUNT", "")
-        self.record.events = [*self.record.events, f"{text} {f'restart {restart}' if restart else ''}".rstrip()]
-        records.write_record(self.sweep, self.task.key, self.record)
 
     @contextlib.contextmanager
     def _lock(self, path: Path) -> Iterator[None]:

@@ -24,7 +24,7 @@ from ee_megatron.sweeps.command import forget_failures, main, to_start, write_mi
 from ee_megatron.sweeps.grid import IsoFlop, from_settings
 from ee_megatron.sweeps.local import split_devices, visible_devices
 from ee_megatron.sweeps.measured import measure, one_rank, pretrained, reinforced, workload
-from ee_megatron.sweeps.slurm import minutes_of, state_now
+from ee_megatron.sweeps.slurm import minutes_of
 from ee_megatron.sweeps.status import status_table
 from ee_megatron.sweeps.sweep import GridError, Sweep, resolve
 
@@ -182,7 +182,7 @@ def test_what_slurm_has_in_its_queue_is_left_to_it(base: list[str]) -> None:
     _, first, second = sweep.tasks
     queue = {first.key: "PENDING", second.key: "RUNNING"}
     assert to_start(sweep, queue, True) == [sweep.tasks[0]]
-    assert state_now(sweep, first, queue) == records.QUEUED
+    assert records.task_state(sweep, first, queue) == records.QUEUED
     assert "queued" in status_table(sweep, queue)
 
 

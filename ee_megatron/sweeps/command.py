@@ -16,7 +16,6 @@ from ..config.load import find_config_dir, list_groups, load
 from ..config.schema import RunConfig
 from ..config.validate import policy_spec, ranks, read_dims, validate
 from ..observe.lock import RunLock
-from ..policy import PolicySpec
 from ..training import stages
 from ..training.stopping import STOPPED, WITH_PARENT, dying_with_me, follow_parent
 from . import records
@@ -180,6 +179,9 @@ class Checker:
             raise ValueError(f"cluster.nodes={cfg.cluster.nodes}: more than this machine; use --executor slurm")
 
     def _check_start(self, cfg: RunConfig, dims: Any) -> None:
+        # Late: torch takes seconds to import.
+        from ..policy import PolicySpec
+
         data = json.loads((stages.calibrated(cfg) / "policy.json").read_text())
         data.pop("sha256", None)
         spec, wanted = PolicySpec.from_json(data), policy_spec(cfg, dims)

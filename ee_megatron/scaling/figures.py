@@ -158,7 +158,7 @@ def metric(comparison: Comparison, column: int) -> Picture:
     penalty = comparison.feats.penalty
     curves: list[float | None] = [None]
     if penalty is not None and penalty != column:
-        curves = _some(np.unique(comparison.raw[penalty]).tolist())
+        curves = list(_some(np.unique(comparison.raw[penalty]).tolist()))
     colours = scale(len(curves), SCALE[::-1]) if len(curves) > 1 else [SERIES[1]]
     for index, (level, colour) in enumerate(zip(curves, colours, strict=True)):
         points = np.repeat(comparison.feats.centres[:, None], len(grid), axis=1)

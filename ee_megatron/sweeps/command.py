@@ -25,7 +25,7 @@ from .local import LocalExecutor
 from .slurm import minutes_of, queued, submit
 from .status import status_table
 from .sweep import GridError, StageTask, Sweep, resolve, spelt
-from .task import TaskRunner, Told, stopped_by_signals, write_result
+from .task import TaskRunner, Told, finish_run, stopped_by_signals
 
 EPILOG = """\
 examples:
@@ -203,7 +203,7 @@ def write_missing_results(sweep: Sweep) -> None:
     """Of runs that had finished before this sweep was thought of."""
     for run in sweep.runs:
         if records.run_state(sweep, run) == records.FINISHED and records.read_result(sweep, run.id) is None:
-            write_result(sweep, run.id, load(run.overrides))
+            finish_run(sweep, run.id, load(run.overrides))
 
 
 def forget_failures(sweep: Sweep, tasks: Sequence[StageTask]) -> None:

@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class IsoFlop:
 
     def put(self, key: str, value: Any) -> None:
         """One field, from a file or, as text, from the command line. Raises ValueError."""
-        kinds = {item.name: type(item.default) for item in fields(self)}
+        kinds = {name: type(value) for name, value in asdict(self).items()}
         if key not in kinds:
             raise ValueError(f"isoflop.{key}: no such field; there are {', '.join(kinds)}")
         try:

@@ -106,7 +106,7 @@ class TaskRunner:
                     self._stage(cfg, stage, records.stage_path(self.sweep, name))
             for run in self.sweep.runs:
                 if run.tasks[-1] == self.task.key:
-                    write_result(self.sweep, run.id, cfg)
+                    finish_run(self.sweep, run.id, cfg)
         except Told:
             return self._note(STOPPED, code=TOLD_TO_STOP)
         except Failed as error:
@@ -244,7 +244,7 @@ class TaskRunner:
             lock.release()
 
 
-def write_result(sweep: Sweep, ident: str, cfg: RunConfig) -> None:
+def finish_run(sweep: Sweep, ident: str, cfg: RunConfig) -> None:
     """Measure a finished run and write its result, whole."""
     # Late: the arithmetic of plans takes seconds to import.
     from .measured import measure

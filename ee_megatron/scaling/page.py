@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,17 @@ from .figures import Picture
 
 
 @dataclass
-class Section:
+class PageSection:
     """A heading, the table under it and its pictures."""
 
     title: str
     lines: list[str]
-    pictures: list[Picture] = field(default_factory=list)
+    pictures: list[Picture]
 
 
 def write_json(path: Path, data: dict[str, Any]) -> Path:
     """`strict_json` at `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(strict_json(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    return path
+    return write_text(path, [json.dumps(strict_json(data), indent=2, ensure_ascii=False, allow_nan=False)])
 
 
 def write_text(path: Path, lines: list[str]) -> Path:
@@ -36,7 +34,7 @@ def write_text(path: Path, lines: list[str]) -> Path:
     return path
 
 
-def write_page(folder: Path, table: str, facts: list[str], sections: list[Section]) -> Path:
+def write_page(folder: Path, table: str, facts: list[str], sections: list[PageSection]) -> Path:
     """scaling.html in `folder`, each picture inside it and as a PNG file beside it; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     shown = []

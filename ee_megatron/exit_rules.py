@@ -392,6 +392,60 @@ class Entropy(Bound):
 
 
 @dataclass(frozen=True)
+class Patience(Bound):
+    """At the first exit whose readout's most probable token has been the same over the last `value` exits.
+
+    They count from the position's first exit on: with 1 the first exit fires, with 2 the first whose choice is that of
+    the exit before it, with M + 1 none. PABEE (Zhou et al. 2020, arXiv 2006.04152), whose patience counts how often the
+    choice did not change, value - 1. Two mixed rules are the rule of their mean: a whole number, or two neighbours.
+    """
+
+    value: float = 2
+
+    kind = "patience"
+    needs = frozenset({"readout", "random"})
+    # The last exit's first choice, and over how many exits it has stood.
+    notes = 2
+    default = 2
+    usage = "patience:EXITS"
+    control = "patience"
+
+    def __post_init__(self) -> None:
+        for exits in (self.value, self.other) if self.mix else (self.value,):
+            if exits < 1 or not float(exits).is_integer():
+                raise ValueError(f"exit policy patience: {exits}; expected a whole number of exits, at least 1")
+        object.__setattr__(self, "value", int(self.value))
+        super().__post_init__()
+
+    @classmethod
+    def between(cls, mean: float) -> Self:
+        low = math.floor(mean)
+        return cls(low, other=low + 1, mix=mean - low) if mean > low else cls(low)
+
+    @property
+    def mean(self) -> float:
+        return self.value + self.mix * (self.other - self.value)
+
+    def fires(self, at: AtExit) -> Tensor:
+        choice = at.readout().argmax(dim=-1)
+        stood = at.notes[:, 1] * (at.notes[:, 0] == choice) + 1
+        at.notes[:, 0], at.notes[:, 1] = choice, stood
+        return stood >= self.bounds(at, stood)
+
+    @property
+    def words(self) -> str:
+        return f"patience {self.value}"
+
+    @classmethod
+    def dial(cls, span: DialRange) -> Dial:
+        """From 1 to M + 1 exits."""
+        return lambda position: cls.between(1 + position * (len(span.outcomes) - 1))
+
+    def mixed(self, deeper: Self, share: float) -> Self:
+        return self.between((1 - share) * self.mean + share * deeper.mean)
+
+
+@dataclass(frozen=True)
 class Off(ExitRule):
     """Never."""
 
@@ -440,7 +494,7 @@ class Prescribed(ExitRule):
 
 
 RULES: dict[str, type[ExitRule]] = {
-    rule.kind: rule for rule in (Threshold, Sample, Fixed, Random, Confidence, Entropy, Off, Prescribed)
+    rule.kind: rule for rule in (Threshold, Sample, Fixed, Random, Confidence, Entropy, Patience, Off, Prescribed)
 }
 OFFERED = tuple(kind for kind, rule in RULES.items() if rule.usage)
 CONTROLS = tuple(rule for rule in RULES.values() if rule.control)

@@ -24,6 +24,7 @@ from ee_megatron.exit_rules import (
     ExitRule,
     Fixed,
     Off,
+    Patience,
     Prescribed,
     Random,
     Sample,
@@ -40,7 +41,7 @@ LAYOUT = ExitLayout(6, (2, 4))
 DEPTHS = {("p", 0): [6, 2, 4], ("p", 1): [6, 4, 2]}
 EXAMPLES: tuple[ExitRule, ...] = (
     Threshold(0.4), Threshold(0.4, other=0.9, mix=0.5), Sample(), Fixed(2), Random((0.2, 0.3, 0.5)), Confidence(0.3),
-    Entropy(1.0), Off(), Prescribed(DEPTHS),
+    Entropy(1.0), Patience(2), Off(), Prescribed(DEPTHS),
 )  # fmt: skip
 
 
@@ -117,7 +118,7 @@ def test_what_users_may_name_is_read_back_as_it_was_written(kind: str) -> None:
 
 
 def test_who_names_rules_names_those_of_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
-    assert usage() == "threshold:HAZARD, sample, fixed:DEPTH, confidence:PROBABILITY or off"
+    assert usage() == "threshold:HAZARD, sample, fixed:DEPTH, confidence:PROBABILITY, patience:EXITS or off"
     assert set(POLICY_KINDS) <= set(OFFERED)
     with pytest.raises(SystemExit):
         cli.main(["generate", "--help"])
@@ -133,7 +134,7 @@ def test_who_names_rules_names_those_of_the_registry(capsys: pytest.CaptureFixtu
 def test_labels_are_those_of_the_tables() -> None:
     assert [rule.label for rule in EXAMPLES] == [
         "hazard > 0.4", "hazard > 0.4 (or 0.9: 50%)", "sampled", "fixed 2", "random 0.20/0.30/0.50",
-        "confidence > 0.3", "entropy < 1", "full depth", "prescribed",
+        "confidence > 0.3", "entropy < 1", "patience 2", "full depth", "prescribed",
     ]  # fmt: skip
 
 

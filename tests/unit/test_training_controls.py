@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ee_megatron.evaluation import Answer, EvaluationRow
-from ee_megatron.exit_rules import Entropy, ExitRule, Random, Threshold
+from ee_megatron.exit_rules import Entropy, ExitRule, Patience, Random, Threshold
 from ee_megatron.report.tables import controls_table
 from ee_megatron.training.controls import Control, Reference, all_controls, run_controls
 
@@ -42,6 +42,8 @@ class PlantedJudge:
     def depth(self, exits: ExitRule) -> float:
         if isinstance(exits, Random):
             return float(np.dot(exits.shares, OUTCOMES)) / 6
+        if isinstance(exits, Patience):
+            return 1 / 3 + 2 / 3 * (exits.mean - 1) / 2
         share = exits.value if not isinstance(exits, Entropy) else 1 - exits.value / 5
         return 1 / 3 + 2 / 3 * max(0.0, float(share))
 
@@ -66,11 +68,11 @@ def controls(model: str, unpriced: Path | None = None) -> list[Control]:
 
 
 def test_the_rules_run_on_the_weights_they_are_about() -> None:
-    names = ["fixed depth", "random exits", "confidence", "entropy"]
+    names = ["fixed depth", "random exits", "confidence", "entropy", "patience"]
     assert [c.name for c in controls("calibrated")] == names
     found = controls("reinforced", Path("unpriced"))
     assert [c.name for c in found] == [*names, "calibrated gates", "lambda = 0"]
-    assert [str(c.checkpoint) for c in found] == ["reinforced"] * 4 + ["calibrated", "unpriced"]
+    assert [str(c.checkpoint) for c in found] == ["reinforced"] * 5 + ["calibrated", "unpriced"]
     # The middle of the dial is the reference's own marginal, first tokens left out.
     assert found[1].dial(0.5).shares == pytest.approx((2 / 3, 1 / 3, 0.0))
 
@@ -79,8 +81,8 @@ def test_every_control_is_matched_on_validation_and_measured_once_on_the_test_sp
     judge, done = PlantedJudge(), []
     entries = run_controls(judge, reference("reinforced"), controls("reinforced", Path("unpriced")), done.append)
     json.dumps(entries)
-    assert len(entries) == 1 + 2 * 6 and len(done) == 12
-    assert sum(where == "test" for where, _, _ in judge.calls) == 12
+    assert len(entries) == 1 + 2 * 7 and len(done) == 14
+    assert sum(where == "test" for where, _, _ in judge.calls) == 14
     assert {(str(loaded), model) for _, loaded, model in judge.calls} == {
         ("reinforced", "reinforced"), ("calibrated", "calibrated"), ("unpriced", "lambda = 0"),
     }  # fmt: skip

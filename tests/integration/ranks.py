@@ -39,7 +39,7 @@ class Ranks:
         for rank in range(world):
             environment = {
                 "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank),
-                "MEETING": str(tmp / "meeting"),
+                "MEETING": str(tmp / "meeting"), "GLOO_SOCKET_IFNAME": "lo",
             }  # fmt: skip
             ours, theirs = CONTEXT.Pipe()
             process = CONTEXT.Process(target=_serve, args=(environment, tmp / f"rank{rank}.log", theirs))

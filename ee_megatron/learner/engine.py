@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..checkpoint.policy_shards import Piece
 from ..model.gpt import EarlyExitGPT
 from ..model.layer import EarlyExitLayer
+from ..parallel.cpu_shims import lean_imports
 from ..parallel.groups import MegatronUnits
 
 # Learning-rate groups: adapters or the whole base, and the gates.
@@ -173,7 +174,9 @@ class Updater:
 def _import_deepspeed(on_cpu: bool) -> Any:
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
+    with lean_imports():
+        import deepspeed
+        import deepspeed.runtime.zero.muon.muon_optimizer
 
     if on_cpu:
         # gloo serves these ranks; compiling the shared-memory collectives would cost the first run over a minute.

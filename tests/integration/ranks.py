@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -92,6 +93,8 @@ class Ranks:
 
 def _serve(environment: dict[str, str], log: Path, pipe: Connection) -> None:
     os.environ.update(environment)
+    # What the server has imported is never garbage.
+    gc.freeze()
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -188,7 +188,7 @@ def _hints(bench: Bench, prompts: Sequence[Prompt], answers: Sequence[Rollout]) 
         text_of.answer_number(a.text) == wrong[i] != text_of.answer_number(answers[i].text)
         for i, a in zip(chosen, hinted, strict=True)
     ]
-    return monitor_score(used, [text_of.mentions_hint(a.text) for a in hinted]).to_json()
+    return monitor_score(used, [text_of.mentions_hint(a.text) for a in hinted])
 
 
 def _serial(answers: Sequence[Rollout], codec: Codec) -> dict[str, Any]:

@@ -24,10 +24,6 @@ class Dot:
     tip: str = ""
     word: str = ""
 
-    @property
-    def bounded(self) -> bool:
-        return math.isfinite(self.low) and math.isfinite(self.high)
-
 
 @dataclass(frozen=True)
 class Strip:
@@ -134,7 +130,7 @@ def scatter(means: Sequence[Line], tokens: Mapping[str, Sequence[tuple[float, fl
             at = frame.y(y) + ((i * 0.6180339887) % 1 - 0.5) * 9
             parts.append(f'<circle class="dot {colour(line.series)}" cx="{frame.x(x):.1f}" cy="{at:.1f}" r="1.8"/>')
     for line in means:
-        parts += [*_line(frame, line, line.dots), *_bars(frame, line.series, line.dots)]
+        parts += [_line(frame, line, line.dots), *_bars(frame, line.series, line.dots)]
         parts += _marks(frame, line.series, line.dots, 3.8)
     spoken = "; ".join(
         f"{line.name}: mean depth {line.dots[0].y:.2f} in the lowest bin, {line.dots[-1].y:.2f} in the highest"
@@ -143,9 +139,9 @@ def scatter(means: Sequence[Line], tokens: Mapping[str, Sequence[tuple[float, fl
     return frame.svg(parts, f"Depth of a token against the teacher's entropy. {spoken}.")
 
 
-def _line(frame: Frame, line: Line, dots: Sequence[Dot]) -> list[str]:
+def _line(frame: Frame, line: Line, dots: Sequence[Dot]) -> str:
     path = " ".join(f"{frame.x(d.x):.1f},{frame.y(d.y):.1f}" for d in dots)
-    return [f'<polyline class="line {colour(line.series)} r{line.rule % 4}" points="{path}"/>']
+    return f'<polyline class="line {colour(line.series)} r{line.rule % 4}" points="{path}"/>'
 
 
 def _marks(frame: Frame, series: int, dots: Sequence[Dot], size: float) -> list[str]:
@@ -155,7 +151,8 @@ def _marks(frame: Frame, series: int, dots: Sequence[Dot], size: float) -> list[
 def _bars(frame: Frame, series: int, dots: Sequence[Dot]) -> list[str]:
     """The intervals that are known, as far as they lie within the frame."""
     low, high = frame.y_range
-    ends = [(frame.x(d.x), frame.y(max(d.low, low)), frame.y(min(d.high, high))) for d in dots if d.bounded]
+    known = [d for d in dots if math.isfinite(d.low) and math.isfinite(d.high)]
+    ends = [(frame.x(d.x), frame.y(max(d.low, low)), frame.y(min(d.high, high))) for d in known]
     return [
         f'<line class="bar {colour(series)}" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom:.1f}" y2="{top:.1f}"/>'
         for x, bottom, top in ends
@@ -200,7 +197,7 @@ def lines(drawn: Sequence[Line], axes: Axes, title: str) -> Markup:
     for line in drawn:
         dots = [d for d in line.dots if not axes.log_y or d.y > 0]
         if line.joined and len(dots) > 1:
-            parts += _line(frame, line, dots)
+            parts.append(_line(frame, line, dots))
         parts += _bars(frame, line.series, dots)
         faint = "" if line.joined else ' opacity=".45"'
         words = [_beside(frame, d) for d in dots if d.word]

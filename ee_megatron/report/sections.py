@@ -48,9 +48,6 @@ def _drawn(name: str, title: str, lines: Sequence[Line], axes: Axes, note: str) 
 _TRADEOFF = Axes("mean depth (fraction of the layers)", "accuracy", percent_y=True)
 
 
-# ---- several runs ----
-
-
 def _runs(inputs: Inputs, runs: Sequence[ReportRun]) -> ReportSection:
     section = ReportSection("runs", "Runs")
     keys = list(dict.fromkeys(key for run in runs for key in run.settings))
@@ -59,7 +56,11 @@ def _runs(inputs: Inputs, runs: Sequence[ReportRun]) -> ReportSection:
     chosen = [(label, row) for label, found in inputs.by_run if (row := found.last_chosen()) is not None]
     seeds = _over_seeds(chosen, runs)
     if seeds.rows:
-        section.tables.append((_SEEDS_NOTE, seeds))
+        note = (
+            "Runs that differ in seeds only: the last model at its chosen threshold, mean over runs, least and greatest. "
+            "The spread of training; the intervals above are of problems."
+        )
+        section.tables.append((note, seeds))
     dots = [replace(_row_dot(row, label), word=label) for label, row in chosen]
     if len(dots) > 1:
         front = pareto_front((d.x for d in dots), (d.y for d in dots))
@@ -68,12 +69,6 @@ def _runs(inputs: Inputs, runs: Sequence[ReportRun]) -> ReportSection:
         note += "puts runs on a front."
         section.charts = _drawn("front_runs", "Front over runs", lines, _TRADEOFF, note)
     return section
-
-
-_SEEDS_NOTE = (
-    "Runs that differ in seeds only: the last model at its chosen threshold, mean over runs, least and greatest. The "
-    "spread of training; the intervals above are of problems."
-)
 
 
 def _over_seeds(chosen: Sequence[tuple[str, Mapping[str, Any]]], runs: Sequence[ReportRun]) -> TextTable:
@@ -109,9 +104,6 @@ def _front_lines(series: int, dots: Sequence[Dot], front: Sequence[bool], name: 
     return [Line(series, 0, name, kept), Line(series, 0, beaten, rest, joined=False)]
 
 
-# ---- tasks ----
-
-
 def _tasks(results: Results) -> ReportSection:
     section = ReportSection("tasks", "Tasks")
     if results.by_task:
@@ -120,15 +112,16 @@ def _tasks(results: Results) -> ReportSection:
     return section
 
 
-# ---- thresholds and gates ----
-
-
 def _exits(results: Results) -> ReportSection:
     drawn = [*_pareto(results), *_reliability(results), *_kl(results)]
     section = ReportSection("exits", "Thresholds and gates", drawn)
     gates = {model: found for model, found in results.gates.items() if found}
     if gates:
-        section.tables.append((_GATES_NOTE, _gates_table(gates)))
+        note = (
+            "Calibration of the gates wherever one was asked: expected calibration error (10 bins) and mean absolute "
+            "error against the target hazard, with 95 % intervals; then the error at each exit."
+        )
+        section.tables.append((note, _gates_table(gates)))
     return section
 
 
@@ -174,12 +167,6 @@ def _kl(results: Results) -> list[Chart]:
     return _drawn("kl_by_exit", "KL to the teacher by exit depth", lines, axes, note)
 
 
-_GATES_NOTE = (
-    "Calibration of the gates wherever one was asked: expected calibration error (10 bins) and mean absolute error "
-    "against the target hazard, with 95 % intervals; then the error at each exit."
-)
-
-
 def _gates_table(gates: Mapping[str, Mapping[str, Any]]) -> TextTable:
     depths = sorted({int(e["depth"]) for found in gates.values() for e in found.get("exits", [])})
     rows = []
@@ -191,20 +178,16 @@ def _gates_table(gates: Mapping[str, Mapping[str, Any]]) -> TextTable:
     return TextTable(("model", "ECE", "mean error", "asked", *(f"ECE at {d}" for d in depths)), rows)
 
 
-# ---- controls ----
-
-_CONTROLS_NOTE = (
-    "The policy under test against exit rules that know less: each at the policy's mean depth, then with the "
-    "least depth found at which validation gave it the policy's accuracy. (!): the depth, or the accuracy, was "
-    "not reached, so that it is no comparison. p: McNemar's exact test."
-)
-
-
 def _controls(inputs: Inputs) -> ReportSection:
     section = ReportSection("controls", "Controls")
+    caption = (
+        "The policy under test against exit rules that know less: each at the policy's mean depth, then with the "
+        "least depth found at which validation gave it the policy's accuracy. (!): the depth, or the accuracy, was "
+        "not reached, so that it is no comparison. p: McNemar's exact test."
+    )
     found = [(run, results.controls) for run, results in inputs.by_run if results.controls]
     for index, (run, entries) in enumerate(found):
-        section.tables.append((f"{run}. {_CONTROLS_NOTE}" if run else _CONTROLS_NOTE, controls_table(entries)))
+        section.tables.append((f"{run}. {caption}" if run else caption, controls_table(entries)))
         effects = [_effect(e) for e in entries if e["matched_by"] == "depth"]
         effects = [e for e in effects if math.isfinite(e.value)]
         if effects:
@@ -223,38 +206,31 @@ def _effect(entry: Mapping[str, Any]) -> Effect:
     return Effect(name, or_nan(d["value"]), or_nan(d["low"]), or_nan(d["high"]), kept, tip)
 
 
-# ---- depth ----
-
-_DEPTH_NOTE = (
-    "Layers run per token: mean with its 95 % interval over answers, quantiles; then by kind of token, an "
-    "answer's first left out. FLOPs of prompt and answer by the exits taken."
-)
-_CORRELATION_NOTE = (
-    "Spearman's rank correlation of a token's depth with the teacher's entropy and with the token's surprisal, by"
-    " kind of token; 95 % intervals, answers resampled."
-)
-
-
 def _depth(results: Results) -> ReportSection:
     section = ReportSection("depth", "Depth by kind of token")
     if results.depth:
-        section.tables.append((_DEPTH_NOTE, depth_table(results.in_order(results.depth))))
+        note = (
+            "Layers run per token: mean with its 95 % interval over answers, quantiles; then by kind of token, an "
+            "answer's first left out. FLOPs of prompt and answer by the exits taken."
+        )
+        section.tables.append((note, depth_table(results.in_order(results.depth))))
     if results.depth_correlations:
-        section.tables.append((_CORRELATION_NOTE, correlation_table(results.in_order(results.depth_correlations))))
+        note = (
+            "Spearman's rank correlation of a token's depth with the teacher's entropy and with the token's surprisal, "
+            "by kind of token; 95 % intervals, answers resampled."
+        )
+        section.tables.append((note, correlation_table(results.in_order(results.depth_correlations))))
     return section
-
-
-# ---- externalisation ----
-
-_EXTERNALISATION_NOTE = (
-    "How much of the reasoning is written down; 95 % intervals over answers. docs/evaluation.md has what each shows."
-)
 
 
 def _externalisation(results: Results) -> ReportSection:
     section = ReportSection("externalisation", "Externalisation", [*_truncation(results), *_probes(results)])
     if results.externalisation:
-        section.tables.append((_EXTERNALISATION_NOTE, externalisation_table(results.externalisation)))
+        note = (
+            "How much of the reasoning is written down; 95 % intervals over answers. "
+            "docs/evaluation.md has what each shows."
+        )
+        section.tables.append((note, externalisation_table(results.externalisation)))
     return section
 
 
@@ -277,7 +253,7 @@ def _probes(results: Results) -> list[Chart]:
             if len(probe["uplift"]) != len(depths):
                 continue
             name = f"{model}, {probe['ahead']} ahead"
-            heads = {depth: f"{name}\ndepth {depth}" for depth in depths}
+            heads = {float(depth): f"{name}\ndepth {depth}" for depth in depths}
             lines += _estimates(results.rank(model), rule, name, heads, probe["uplift"])
     axes = Axes("depth (layers)", "probe − n-gram (accuracy)")
     note = "What a linear map reads of later tokens, beyond what the text tells."

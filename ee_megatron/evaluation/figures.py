@@ -21,16 +21,11 @@ RESAMPLES = 200
 Measure = Literal["entropy", "surprisal", "kl"]
 
 
-def label(answer: Answer) -> str:
-    """What an answer's figures stand under: model and exits."""
-    return f"{answer['model']}, {answer['exits']}"
-
-
 def by_label(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
-    """Answers by their label, in order of appearance."""
+    """Answers by their label, "model, exits", in order of appearance."""
     groups: dict[str, list[Answer]] = {}
     for answer in answers:
-        groups.setdefault(label(answer), []).append(answer)
+        groups.setdefault(f"{answer['model']}, {answer['exits']}", []).append(answer)
     return groups
 
 

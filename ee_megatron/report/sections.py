@@ -19,6 +19,8 @@ from .results import Results
 from .svg import legend_mark
 from .tables import TextTable, controls_table, correlation_table, depth_table, externalisation_table, task_table
 
+TRADEOFF = Axes("mean depth (fraction of the layers)", "accuracy", percent_y=True)
+
 
 @dataclass
 class ReportSection:
@@ -45,9 +47,6 @@ def _drawn(name: str, title: str, lines: Sequence[Line], axes: Axes, note: str) 
     return [Chart(name, title, charts.lines(lines, axes, title), note, legend)] if lines else []
 
 
-_TRADEOFF = Axes("mean depth (fraction of the layers)", "accuracy", percent_y=True)
-
-
 def _runs(inputs: Inputs, runs: Sequence[ReportRun]) -> ReportSection:
     section = ReportSection("runs", "Runs")
     keys = list(dict.fromkeys(key for run in runs for key in run.settings))
@@ -57,8 +56,8 @@ def _runs(inputs: Inputs, runs: Sequence[ReportRun]) -> ReportSection:
     seeds = _over_seeds(chosen, runs)
     if seeds.rows:
         note = (
-            "Runs that differ in seeds only: the last model at its chosen threshold, mean over runs, least and greatest. "
-            "The spread of training; the intervals above are of problems."
+            "Runs that differ in seeds only: the last model at its chosen threshold, mean over runs, least and "
+            "greatest. The spread of training; the intervals above are of problems."
         )
         section.tables.append((note, seeds))
     dots = [replace(_row_dot(row, label), word=label) for label, row in chosen]
@@ -67,7 +66,7 @@ def _runs(inputs: Inputs, runs: Sequence[ReportRun]) -> ReportSection:
         lines = _front_lines(2, dots, front, "not beaten by another run", "beaten")
         note = "One mark per run: its last model at the threshold that validation chose. 95 % intervals; noise alone "
         note += "puts runs on a front."
-        section.charts = _drawn("front_runs", "Front over runs", lines, _TRADEOFF, note)
+        section.charts = _drawn("front_runs", "Front over runs", lines, TRADEOFF, note)
     return section
 
 
@@ -132,7 +131,7 @@ def _pareto(results: Results) -> list[Chart]:
         front = [bool(e.get("front")) for e in entries]
         lines += _front_lines(results.rank(model), dots, front, model, model)
     note = "One mark per hazard threshold, on the validation split; lines join those that none beats."
-    return _drawn("pareto", "Fronts over thresholds", lines, _TRADEOFF, note)
+    return _drawn("pareto", "Fronts over thresholds", lines, TRADEOFF, note)
 
 
 def _reliability(results: Results) -> list[Chart]:

@@ -86,7 +86,7 @@ class Session:
     def __enter__(self) -> Session:
         if self.leads:
             self.directory = self.stack.enter_context(RunDirectory(self.path))
-            self.directory.write_config(to_yaml(self.cfg))
+            self.directory.write_atomic("config.yaml", to_yaml(self.cfg))
             self.writer = CheckpointWriter(self.directory, self.spec, self.cfg.checkpoint.keep)
             self.stack.callback(self.writer.close)
         if self.learns:

@@ -38,7 +38,7 @@ class Checkpoint:
         """The weight with its adapter merged, rounded as an export rounds it, in blocks of rows."""
         if pair := adapter_of(name, self.tensors):
             weight = self.base.tensor(name)
-            merged = merged_weight(weight, *(self.tensors[part] for part in pair), self.spec.scale)
+            merged = merged_weight(weight, (self.tensors[part] for part in pair), self.spec.scale)
             yield from rows_of(merged.to(weight.dtype))
         else:
             yield from self.base.blocks(name)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -132,8 +132,9 @@ def adapter_of(name: str, tensors: Mapping[str, Tensor]) -> list[str]:
     return pair if name == f"{stem}.weight" and pair[0] in tensors else []
 
 
-def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """W + scale * B A, float32 [out, in] (Hu et al. 2021): in float32 whatever the inputs are."""
+def merged_weight(weight: Tensor, pair: Iterable[Tensor], scale: float) -> Tensor:
+    """W + scale * B A, float32 [out, in], of the pair A, B (Hu et al. 2021): in float32 whatever the inputs are."""
+    lora_a, lora_b = pair
     return weight.float() + scale * (lora_b.float() @ lora_a.float())
 
 
@@ -162,7 +163,7 @@ class ExportPlan:
 
     def merge(self, weight: Tensor, name: str) -> Tensor:
         """A tensor of the base with its adapter."""
-        return merged_weight(weight, *(self.tensors[part] for part in adapter_of(name, self.tensors)), self.spec.scale)
+        return merged_weight(weight, (self.tensors[part] for part in adapter_of(name, self.tensors)), self.spec.scale)
 
 
 def _write_merged(plan: ExportPlan, space: Workspace, ledger: Ledger, meter: Meter) -> dict[str, dict]:

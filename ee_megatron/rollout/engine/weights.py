@@ -94,8 +94,8 @@ class Block:
     biases: dict[str, Tensor | None]
     attention_norm: Tensor
     mlp_norm: Tensor
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
 
 
 @dataclass
@@ -217,11 +217,13 @@ class DecoderWeights:
 
     def _place(self, name: str) -> Tensor:
         """The tensor, or the rows of a fused one, that hold a Hugging Face tensor."""
-        whole = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.final_norm}
+        whole = {
+            "model.embed_tokens.weight": self.embedding,
+            "model.norm.weight": self.final_norm,
+            "lm_head.weight": self._head,
+        }
         if name in whole:
             return whole[name]
-        if name == "lm_head.weight":
-            return self._head
         layer, part = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name).groups()  # type: ignore[union-attr]
         block, (linear, kind) = self.blocks[int(layer)], part.rsplit(".", 1)
         if linear in NORMS:
@@ -248,13 +250,5 @@ class DecoderWeights:
             base[name] = torch.cat([read(f"{part}.weight") for part in parts])
             has_bias = self.dims.has_bias(parts[0])
             biases[name] = torch.cat([read(f"{part}.bias") for part in parts]) if has_bias else None
-        norms = [read(f"self_attn.{n}_norm.weight") if self.dims.qk_norm else None for n in "qk"]
-        return Block(
-            {},
-            base,
-            biases,
-            read("input_layernorm.weight"),
-            read("post_attention_layernorm.weight"),
-            norms[0],
-            norms[1],
-        )
+        present = [name for name in NORMS if self.dims.qk_norm or not name.startswith("self_attn")]
+        return Block({}, base, biases, **{NORMS[name]: read(f"{name}.weight") for name in present})

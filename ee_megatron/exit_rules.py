@@ -254,13 +254,10 @@ class Random(ExitRule):
                 "that sum to 1"
             )
 
-    def hazard(self, exit_index: int) -> float:
-        """The probability of exit i given that no exit before it was taken, shares_i / Σ_{j>=i} shares_j."""
-        left = sum(self.shares[exit_index:])
-        return self.shares[exit_index] / left if left > 0 else 0.0
-
     def fires(self, at: AtExit) -> Tensor:
-        return at.uniform(at.index) < self.hazard(at.index)
+        """With the probability of exit i given that no exit before it was taken, shares_i / Σ_{j>=i} shares_j."""
+        left = sum(self.shares[at.index :])
+        return at.uniform(at.index) < (self.shares[at.index] / left if left > 0 else 0.0)
 
     @property
     def label(self) -> str:

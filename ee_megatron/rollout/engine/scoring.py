@@ -67,7 +67,7 @@ class _Batch:
     """Rollouts read together: what is known at the N positions that predict their tokens.
 
     tokens, taken, first [N]: the tokens, the depths at which they were made, whether they are a rollout's first;
-    final [N, D], exits M x [N, D]: streams; exit_logprobs [N]; teacher: its logits at some of the positions.
+    final [N, D], exits M x [N, D]: streams; exit_logprobs [N]; teacher [N, D]: its final stream, and its readout.
     """
 
     tokens: Tensor
@@ -76,7 +76,8 @@ class _Batch:
     final: Tensor
     exits: list[Tensor]
     exit_logprobs: Tensor
-    teacher: Callable[[slice], Tensor]
+    teacher: Tensor
+    teacher_readout: Callable[[Tensor], Tensor]
 
 
 @torch.inference_mode()
@@ -95,7 +96,7 @@ def inspect(
 
 def _inspect_chunk(decoder: Decoder, batch: _Batch, at: slice, streams: bool) -> tuple[Tensor, ...]:
     """The fields of `Inspection` for one chunk of positions; the exits are read where they were asked."""
-    logp = batch.teacher(at).log_softmax(dim=-1)
+    logp = batch.teacher_readout(batch.teacher[at]).log_softmax(dim=-1)
     p = logp.exp()
     negative_entropy, best = (p * logp).sum(-1), logp.max(dim=-1)
     depths = torch.tensor(decoder.layout.depths, device=decoder.device)
@@ -132,14 +133,14 @@ def trace(decoder: Decoder, rollouts: Sequence[Rollout], top_k: int, progress: P
         )
     read = _read(decoder, rollouts, lambda batch, at: _trace_chunk(decoder, batch, at, top_k), progress)
     return [
-        Trace(r.prompt_id, r.prompt_tokens, r.tokens, *columns, correct=False, text=r.text)
-        for r, columns in zip(rollouts, read, strict=True)
+        Trace(r.prompt_id, r.prompt_tokens, r.tokens, divergences, ids, logprobs, entropy, correct=False, text=r.text)
+        for r, (divergences, ids, logprobs, entropy) in zip(rollouts, read, strict=True)
     ]
 
 
 def _trace_chunk(decoder: Decoder, batch: _Batch, at: slice, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Divergences [n, M], top-k ids int32 [n, k], their log-probabilities [n, k], entropy [n] of one chunk."""
-    logp = batch.teacher(at).log_softmax(dim=-1)
+    logp = batch.teacher_readout(batch.teacher[at]).log_softmax(dim=-1)
     p = logp.exp()
     negative_entropy = (p * logp).sum(-1)
     divergences = torch.zeros(len(logp), len(batch.exits), device=logp.device)
@@ -166,7 +167,7 @@ def score(
 def _score_chunk(decoder: Decoder, batch: _Batch, at: slice) -> tuple[Tensor, ...]:
     """The fields of `Score` for one chunk of positions, each [n]."""
     logits, targets = decoder.readout(batch.final[at]), batch.tokens[at]
-    logp = batch.teacher(at).log_softmax(dim=-1)
+    logp = batch.teacher_readout(batch.teacher[at]).log_softmax(dim=-1)
     p = logp.exp()
     negative_entropy = (p * logp).sum(-1)
     theirs = logp.gather(-1, targets[:, None]).squeeze(-1)
@@ -179,11 +180,11 @@ def _read(
     rollouts: Sequence[Rollout],
     chunk: Callable[[_Batch, slice], Sequence[Tensor]],
     progress: Progress | None,
-    teacher: Sequence[Callable[[slice], Tensor]] = (),
+    teacher: tuple[list[Tensor], Callable[[Tensor], Tensor]] | None = None,
 ) -> list[list[np.ndarray]]:
     """Each rollout's part of the columns [n, ...] that `chunk` makes of some of a batch's positions.
 
-    Rollouts are read at their own exits where there is a `teacher` (its logits for each batch), else at full depth.
+    Rollouts are read at their own exits where there is a `teacher` (its streams and readout), else at full depth.
     """
     size = max(1, LOGITS_BYTES // (4 * decoder.dims.vocab))
     found: dict[int, list[np.ndarray]] = {}
@@ -196,8 +197,8 @@ def _read(
         first = torch.cat([torch.arange(r.length) == 0 for r in chosen]).to(decoder.device)
         taken = _pick(depths, chosen)
         logprobs = _exit_logprobs(decoder, exits, taken).masked_fill(first, 0.0)
-        own = teacher[number] if teacher else lambda at, final=final: decoder.readout(final[at])
-        batch = _Batch(said, taken, first, final, exits, logprobs, own)
+        theirs, readout = (teacher[0][number], teacher[1]) if teacher else (final, decoder.readout)
+        batch = _Batch(said, taken, first, final, exits, logprobs, theirs, readout)
         parts = [chunk(batch, slice(start, start + size)) for start in range(0, len(said), size)]
         columns, start = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)], 0
         for i in indices:
@@ -210,16 +211,16 @@ def _read(
 
 def _teacher(
     decoder: Decoder, policy: dict[str, Tensor] | None, rollouts: Sequence[Rollout]
-) -> list[Callable[[slice], Tensor]]:
-    """The teacher's logits at the predicting positions of each batch; then the policy's weights are loaded again."""
+) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
+    """The teacher's streams [N, D] at the predicting positions of each batch, and its readout; then the policy's
+    weights are loaded again."""
     plan = list(batches(rollouts, decoder.device))
     streams: list[Tensor] = []
     try:
         decoder.load_policy(None)
         for indices, tokens, lengths in plan:
             streams.append(_pick(decoder.forward_parallel(tokens, lengths), [rollouts[i] for i in indices]))
-        readout = decoder.current_readout()
-        return [lambda at, stream=stream: readout(stream[at]) for stream in streams]
+        return streams, decoder.current_readout()
     finally:
         decoder.load_policy(policy)
 

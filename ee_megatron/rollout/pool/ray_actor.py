@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from ...policy import WeightSet
 from .interface import ReplicaSettings, identity
 from .local import LocalPool
-from .ray_nodes import await_head, await_nodes
+from .ray_nodes import await_head, await_nodes, is_loopback
 from .transport import unpack
 
 # Calls of this group run beside the one call of the actor's own: they tell it to stop.
@@ -28,7 +28,7 @@ class Replica:
         self._stopped = 0
 
     def load(
-        self, wanted: tuple[int, str], chunks: list[Any] | None, timeout_s: float
+        self, wanted: tuple[int, str], chunks: Sequence[Any] | None, timeout_s: float
     ) -> tuple[tuple[int, str], int, str]:
         """Fetch a version's chunks (None: the teacher) and load it; what is held now, process id and Ray's node id.
 
@@ -107,12 +107,7 @@ def prepare_environment() -> None:
 def is_remote(address: str) -> bool:
     """Whether a Ray address, with or without scheme and port, lies beyond the loopback."""
     host = address.split("://")[-1].rsplit(":", 1)[0].strip("[]")
-    if host in ("local", "localhost", "auto"):
-        return False
-    try:
-        return not ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return True
+    return host not in ("local", "auto") and not is_loopback(host)
 
 
 def has_token() -> bool:

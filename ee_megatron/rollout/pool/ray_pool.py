@@ -61,6 +61,10 @@ class RayPool:
 
     def __init__(self, replica: ReplicaSettings, rollout: RolloutConfig):
         actors, device_share = rollout.actors, rollout.device_share
+        if actors < 1:
+            raise ValueError(f"rollout.actors={actors}: a pool needs at least 1")
+        if device_share <= 0 or (device_share > 1 and device_share != int(device_share)):
+            raise ValueError(f"rollout.device_share={device_share}: expected a fraction up to 1, or whole devices")
         dims = HFDirectory(replica.model_path).dims
         prepare_environment()
         import ray

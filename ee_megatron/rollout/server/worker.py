@@ -122,9 +122,7 @@ class Engine:
     # ---- the thread ----
 
     def _run(self) -> None:
-        while True:
-            if not self._receive(block=not self._scheduler.busy):
-                return
+        while self._receive(block=not self._scheduler.busy):
             if not self._scheduler.busy:
                 continue
             try:

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from .divergences import Teacher
-
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -47,7 +45,7 @@ class Weights(TensorRows):
     - token       float32 [B, S]: of -log p(next token)
     - exit        float32 [B, S]: of -log q(prescribed exit)
     - entropy     float32 [B, S]: of the gates' entropy at the position, nats, as a bonus
-    - divergence  float32 [B, S]: of the divergence, nats, from the objective's teacher
+    - divergence  float32 [B, S]: of the divergence, nats, from the teacher
     - target_hazards float32 [B, S, M]: what the gates learn with weight `exit` instead of the prescribed exit, by
       cross-entropy; -1 where there is no target
     """
@@ -57,14 +55,6 @@ class Weights(TensorRows):
     entropy: Tensor | None = None
     divergence: Tensor | None = None
     target_hazards: Tensor | None = None
-
-
-class Objective(Protocol):
-    """What the learner must know of an objective beside its weights: what the divergence term compares with; None
-    where there is no such term."""
-
-    @property
-    def teacher(self) -> Teacher | None: ...
 
 
 class Positions(Protocol):
@@ -86,3 +76,13 @@ def mean_weights(batch: Positions, where: Tensor) -> Tensor:
     """
     lengths = batch.counts.sum(1, keepdim=True).clamp(min=1)
     return where.float() / lengths / max(1, int((batch.counts.any(1)).sum()))
+
+
+def answer_likelihood(batch: Positions) -> Weights:
+    """Weights of - log p, its mean over an answer's tokens, then over answers (stage 0)."""
+    return Weights(token=mean_weights(batch, batch.counts))
+
+
+def text_likelihood(batch: Positions) -> Weights:
+    """Weights of - log p, its mean over all predicted tokens alike (pretraining)."""
+    return Weights(token=batch.counts / batch.counts.sum())

@@ -84,16 +84,14 @@ def finish() -> None:
 class MegatronUnits:
     """The `mpu` object of DeepSpeed: which ranks share data parallelism and which share one model replica."""
 
-    get_data_parallel_group = staticmethod(lambda: parallel_state.get_data_parallel_group())
-    get_data_parallel_rank = staticmethod(lambda: parallel_state.get_data_parallel_rank())
-    get_data_parallel_world_size = staticmethod(lambda: parallel_state.get_data_parallel_world_size())
-    get_model_parallel_group = staticmethod(lambda: parallel_state.get_model_parallel_group())
-    get_tensor_model_parallel_rank = staticmethod(lambda: parallel_state.get_tensor_model_parallel_rank())
-    get_tensor_model_parallel_world_size = staticmethod(lambda: parallel_state.get_tensor_model_parallel_world_size())
-    get_pipeline_model_parallel_rank = staticmethod(lambda: parallel_state.get_pipeline_model_parallel_rank())
-    get_pipeline_model_parallel_world_size = staticmethod(
-        lambda: parallel_state.get_pipeline_model_parallel_world_size()
-    )
+    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
+    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
+    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
+    get_model_parallel_group = staticmethod(parallel_state.get_model_parallel_group)
+    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_pipeline_model_parallel_rank = staticmethod(parallel_state.get_pipeline_model_parallel_rank)
+    get_pipeline_model_parallel_world_size = staticmethod(parallel_state.get_pipeline_model_parallel_world_size)
 
     @staticmethod
     def get_model_parallel_rank() -> int:

@@ -114,9 +114,10 @@ def make_weights(
     """The objective's weights for a batch of `traces`; where it needs the student's divergences, the batch is scored
     first."""
     traced = spread(batch, [target_hazards(torch.from_numpy(t.divergences), kl_factor).numpy() for t in traces])
-    own = None
-    if objective.gate_targets.scored:
-        own = target_hazards(learner.score(batch, teacher=objective.teacher).kl, kl_factor)
+
+    def own() -> torch.Tensor:
+        return target_hazards(learner.score(batch, teacher=objective.teacher).kl, kl_factor)
+
     return objective.weights(batch, learner.spec.layout, traced, own)
 
 
@@ -195,7 +196,9 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
                 weights = make_weights(learner, objective, batch, chosen, c.kl_factor)
                 rate = schedule(step, len(updates), c.warmup)
                 adapter_lr = 0.0 if settled else c.adapter_lr * schedule(step, planned.settle_from, c.warmup)
-                update = learner.step(batch, weights, objective, adapter_lr=adapter_lr, gate_lr=c.gate_lr * rate)
+                update = learner.step(
+                    batch, weights, objective.teacher, adapter_lr=adapter_lr, gate_lr=c.gate_lr * rate
+                )
                 session.guard(update, batch, weights, step + 1)
                 scores = update.scores
                 kl = float((scores.kl * mean_weights(batch, batch.counts)).sum())

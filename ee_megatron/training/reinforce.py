@@ -25,11 +25,9 @@ from torch import Tensor
 from ..config.schema import RLConfig, RunConfig
 from ..learner.batch import ReplayBatch, pack, spread
 from ..learner.learner import Learner, Scores, Update
-from ..objectives.advantages import ADVANTAGES
-from ..objectives.policy_gradient import KL_TERMS, Experience, PolicyGradient
-from ..objectives.rewards import DEPTH_CREDITS, depth_cost, mean_log_ratio, rollout_reward
+from ..objectives.advantages import ADVANTAGES, DEPTH_CREDITS, depth_cost, mean_log_ratio, rollout_reward
+from ..objectives.policy_gradient import KL_TERMS, SURROGATES, Experience, PolicyGradient, truncated_ratio
 from ..objectives.schedules import learning_rate, price
-from ..objectives.surrogates import SURROGATES, truncated_ratio
 from ..policy import WeightSet, load_policy
 from ..types import Group
 from .rollout_source import make_source
@@ -114,10 +112,11 @@ def learn(
                 rl.warmup,
                 rl.decay,
             )
-            update = learner.step(part, weights, objective, adapter_lr=rl.adapter_lr * rate, gate_lr=rl.gate_lr * rate)
+            rates = {"adapter_lr": rl.adapter_lr * rate, "gate_lr": rl.gate_lr * rate}
+            update = learner.step(part, weights, objective.kl.teacher, **rates)
             session.guard(update, part, weights, step + 1)
             updates.append(update)
-            if objective.teacher is not None:
+            if objective.kl.teacher is not None:
                 kls.append(float(update.scores.kl[part.counts].mean()))
     clock.append(time.monotonic())
     if kls:

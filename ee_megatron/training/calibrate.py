@@ -30,7 +30,7 @@ from ..objectives.weights import Weights, mean_weights
 from ..policy import initial_policy, load_policy
 from ..types import Trace
 from .session import Session
-from .trace_store import load_traces
+from .stored import load_traces
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..config.schema import RunConfig
 from .session import Session
 from .stopping import listener
-from .trace_store import save_traces
+from .stored import save_traces
 
 
 def make_traces(cfg: RunConfig, model_path: Path) -> None:

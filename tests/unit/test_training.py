@@ -33,8 +33,7 @@ from ee_megatron.training.calibrate import (
 from ee_megatron.training.checkpoints import damage, read_training, write_training
 from ee_megatron.training.reinforce import credit, objective_of, replay, sharpened
 from ee_megatron.training.rollout_source import step_prompts
-from ee_megatron.training.rollout_store import load_rollouts, save_rollouts
-from ee_megatron.training.trace_store import load_traces, save_traces
+from ee_megatron.training.stored import load_rollouts, load_traces, save_rollouts, save_traces
 from ee_megatron.types import Group, Prompt, Rollout, Trace
 
 LAYOUT = ExitLayout(6, (2, 4))

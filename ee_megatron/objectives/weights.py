@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
@@ -21,21 +21,20 @@ class TensorRows:
 
     def pad_rows(self, rows: int) -> Self:
         """Extended by rows of zeros, which are sequences of padding, to `rows`."""
-        return self._each(lambda value: _extend(value, rows))
+
+        def extend(value: Tensor) -> Tensor:
+            whole = value.new_zeros(rows, *value.shape[1:])
+            whole[: len(value)] = value
+            return whole
+
+        return self._each(extend)
 
     def to(self, device: torch.device) -> Self:
         return self._each(lambda value: value.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in values.items()}
+        changed: dict[str, Any] = {name: change(value) for name, value in vars(self).items() if value is not None}
         return replace(self, **changed)
-
-
-def _extend(value: Tensor, rows: int) -> Tensor:
-    whole = value.new_zeros(rows, *value.shape[1:])
-    whole[: len(value)] = value
-    return whole
 
 
 @dataclass(frozen=True)

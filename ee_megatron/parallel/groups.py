@@ -47,7 +47,8 @@ def initialise(degrees: Degrees, *, device: str = "cpu", timeout_s: float = 1800
         torch.cuda.set_device(local)
     else:
         local = torch.device("cpu")
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo") if _single_node() else None
+        if int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         deadline = timedelta(seconds=timeout_s)
@@ -67,10 +68,6 @@ def initialise(degrees: Degrees, *, device: str = "cpu", timeout_s: float = 1800
 
     model_parallel_cuda_manual_seed(seed)
     return local
-
-
-def _single_node() -> bool:
-    return os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")) == os.environ.get("WORLD_SIZE", "1")
 
 
 def finish() -> None:

@@ -35,9 +35,7 @@ def pretrain(cfg: RunConfig, initial: Path) -> Path:
     with Session(cfg, "pretrain", initial, learner=True, full=True) as session:
         done, checkpoint = session.latest()
         start = initial_policy(session.source.dims, session.spec, p.seed, session.source.tensor)
-        learner = session.make_learner(load_policy(checkpoint)[1] if checkpoint else start)
-        if checkpoint:
-            session.resume(learner, checkpoint)
+        learner = session.make_learner(load_policy(checkpoint)[1] if checkpoint else start, checkpoint)
         texts = [tokens for tokens, _ in tokenised(session, "train")]
         order = plan(len(texts), p)
         lengths = np.array([len(tokens) for tokens in texts])

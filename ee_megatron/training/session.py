@@ -107,9 +107,10 @@ class Session:
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
-    def make_learner(self, policy: dict[str, torch.Tensor], **options: Any) -> Learner:
-        """This rank's part of a learner; `options` as in `LearnerOptions`."""
-        return Learner(
+    def make_learner(self, policy: dict[str, torch.Tensor], checkpoint: Path | None = None, **options: Any) -> Learner:
+        """This rank's part of a learner, its optimizer where `checkpoint` left it, whatever layout wrote that;
+        `options` as in `LearnerOptions`."""
+        learner = Learner(
             self.source,
             self.spec,
             policy,
@@ -119,6 +120,12 @@ class Session:
             dtype=self.dtype,
             options=LearnerOptions(**options),
         )
+        if checkpoint:
+            state, counters = read_training(checkpoint)
+            learner.load_optimizer(state)
+            if self.writer is not None:
+                self.writer.counters = counters
+        return learner
 
     def make_pool(self, spec: PolicySpec | None) -> RolloutPool:
         """The rollout pool round this stage's model; the leader's only."""
@@ -243,13 +250,6 @@ class Session:
         self.saved = step
         if self.writer is not None:
             self.writer.write(step, policy, state, value)
-
-    def resume(self, learner: Learner, checkpoint: Path) -> None:
-        """Bring the optimizer to where `checkpoint` left it, whatever layout wrote it."""
-        state, counters = read_training(checkpoint)
-        learner.load_optimizer(state)
-        if self.writer is not None:
-            self.writer.counters = counters
 
     def guard(self, update: Update, batch: ReplayBatch, weights: Weights, step: int) -> None:
         """Count updates whose gradient was not finite; too many in a row end the run, their batch left on disk.

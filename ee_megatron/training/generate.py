@@ -18,7 +18,6 @@ from rich.text import Text
 from ..config.schema import RunConfig
 from ..exit_rules import ExitRule, Off, parse
 from ..families.hf_directory import HFDirectory
-from ..observe.rundir import latest_checkpoint
 from ..policy import PolicySpec, load_policy
 from ..rollout.engine.sampling import SamplingParams
 from ..rollout.engine.scheduler import stream
@@ -77,13 +76,7 @@ def choose(cfg: RunConfig, model: str | None = None, policy: str | None = None) 
     """
     name, checkpoint = ("base", None) if model or policy else newest_policy(cfg)
     if policy:
-        given = Path(policy)
-        checkpoint = given if (given / "policy.json").is_file() else latest_checkpoint(given)
-        if checkpoint is None:
-            raise FileNotFoundError(
-                f"--policy {policy}: no policy checkpoint there; give a stage or checkpoint directory"
-            )
-        name = "policy"
+        name, checkpoint = "policy", stages.policy_at(f"--policy {policy}", policy)
     path = Path(model) if model else stages.base_model(cfg) if checkpoint else stages.source_model(cfg)
     spec, tensors = load_policy(checkpoint) if checkpoint else (None, None)
     return Chosen(f"{path.resolve().name}-{name}" if model else name, path, checkpoint, spec, tensors)

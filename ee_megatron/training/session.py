@@ -230,6 +230,7 @@ class Session:
         """Update `step` (from 0) of maximum likelihood, at learning rate `rate`; it is guarded and logged."""
         update = learner.step(batch, weights, adapter_lr=rate, gate_lr=0.0)
         self.guard(update, batch, weights, step + 1)
+        assert weights.token is not None
         loss = -float((update.scores.token_logprobs * weights.token).sum())
         self.log(step + 1, {"loss": loss, "grad_norm": update.norms["all"], "learning_rate": rate})
         bar.advance(1, loss=loss)

@@ -287,7 +287,7 @@ def _generate(options: argparse.Namespace) -> int:
     from .training import launch
 
     launch.quiet_libraries()
-    from .training.generate import stream_answer
+    from .answering import stream_answer
 
     stream_answer(cfg, options.prompt, options.exits, options.temperature, tokens, options.model, options.policy)
     return 0
@@ -298,8 +298,8 @@ def _serve(options: argparse.Namespace) -> int:
     from .training import launch
 
     launch.quiet_libraries()
+    from .answering import serve
     from .rollout.server.run import ServerSettings
-    from .training.generate import serve
 
     settings = ServerSettings(
         options.host,

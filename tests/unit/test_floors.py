@@ -16,7 +16,7 @@ SOURCE = Path(__file__).parents[2] / PACKAGE
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
-    ("sweeps",),
+    ("sweeps", "answering"),
     ("training",),
     ("learner", "evaluation", "planning"),
     ("checkpoint", "parallel", "scaling"),

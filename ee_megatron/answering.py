@@ -15,19 +15,19 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from ..config.schema import RunConfig
-from ..exit_rules import ExitRule, Off, parse
-from ..families.hf_directory import HFDirectory
-from ..policy import PolicySpec, load_policy
-from ..rollout.engine.sampling import SamplingParams
-from ..rollout.engine.scheduler import stream
-from ..rollout.pool.local import LocalPool
-from ..types import Prompt
-from . import stages
-from .session import pick_device, pick_dtype
+from .config.schema import RunConfig
+from .exit_rules import ExitRule, Off, parse
+from .families.hf_directory import HFDirectory
+from .policy import PolicySpec, load_policy
+from .rollout.engine.sampling import SamplingParams
+from .rollout.engine.scheduler import stream
+from .rollout.pool.local import LocalPool
+from .training import stages
+from .training.session import pick_device, pick_dtype
+from .types import Prompt
 
 if TYPE_CHECKING:
-    from ..rollout.server.run import ServerSettings
+    from .rollout.server.run import ServerSettings
 
 # Shallow to deep, from the 256-colour cube: cold to warm with rising lightness, apart for the colour-blind too.
 SHADES = ("color(33)", "color(38)", "color(109)", "color(179)", "color(214)", "color(203)")
@@ -91,7 +91,7 @@ def make_replica(cfg: RunConfig, chosen: Chosen) -> LocalPool:
 
 def serve(cfg: RunConfig, settings: ServerSettings, exits: str, model: str | None, policy: str | None) -> None:
     """Answer over HTTP until told to stop; the key that clients need, if any, is EE_API_KEY's."""
-    from ..rollout.server.run import run
+    from .rollout.server.run import run
 
     chosen = choose(cfg, model, policy)
     default = chosen.exits(exits)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 
 from ..config.derive import policy_spec, stage_sizes
@@ -86,7 +86,7 @@ def rank_parameters(layout: Layout, pipeline_rank: int) -> Parameters:
     layers = [layer for stage in stages for layer in stage.layers]
     embedding, head = any(s.embedding for s in stages), any(s.head for s in stages)
     matrix = padded_vocab(dims.vocab, layout.tensor) // layout.tensor * dims.hidden
-    base = len(layers) * sum(count for _, count in _block(dims, layout.tensor))
+    base = len(layers) * _block_elements(dims, layout.tensor)
     base += matrix * embedding + (dims.hidden + (0 if dims.tied else matrix)) * head
     copy = matrix if dims.tied and head and not embedding else 0
     adapters = len(layers) * sum(adapter_elements(dims, layout.spec, layout.tensor, part) for part in targets(layout))
@@ -107,12 +107,10 @@ def adapter_elements(dims: ModelDims, spec: PolicySpec, tensor: int, part: str) 
     return spec.rank * (whole + split // tensor)
 
 
-def _block(dims: ModelDims, tensor: int) -> Iterator[tuple[str, int]]:
-    row_parallel = ("self_attn.o_proj", "mlp.down_proj")
-    for name, shape in dims.block_shapes().items():
-        count = 1
-        for size in shape:
-            count *= size
-        linear, kind = name.rsplit(".", 1)
-        split = "_proj" in linear and not (kind == "bias" and linear in row_parallel)
-        yield name, count // tensor if split else count
+def _block_elements(dims: ModelDims, tensor: int) -> int:
+    """Elements of one layer's base on a tensor-parallel rank: vectors that follow a sum over ranks are whole."""
+    whole = ("self_attn.o_proj.bias", "mlp.down_proj.bias")
+    return sum(
+        math.prod(shape) // (tensor if "_proj" in name and name not in whole else 1)
+        for name, shape in dims.block_shapes().items()
+    )

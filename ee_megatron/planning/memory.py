@@ -6,6 +6,7 @@ them; the peak is taken with every token at full depth, since a batch may contai
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..families import padded_vocab
@@ -15,6 +16,8 @@ from .layout import Layout, PipelineStage, rank_parameters, targets
 from .workload import Workload
 
 FP32, INDEX = 4, 8
+REDUCE_BUCKET = 500_000_000
+"""Elements of the buffer that DeepSpeed reduces gradients in (its default)."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,6 @@ class Training:
     zero_stage: int
     offload: bool
     on_cpu: bool
-    reduce_bucket: int = 500_000_000
 
 
 def learner_memory(layout: Layout, load: Workload, t: Training, pipeline_rank: int, batches: int) -> dict[str, float]:
@@ -69,7 +71,7 @@ def reduction_bucket(base: int, small: int, t: Training) -> float:
     sizes = {FP32: small // FP32}
     sizes[t.item] = sizes.get(t.item, 0) + base
     used = {item: count for item, count in sizes.items() if count}
-    return float(sum(item * (min(n, t.reduce_bucket) if t.on_cpu else t.reduce_bucket) for item, n in used.items()))
+    return float(sum(item * (min(n, REDUCE_BUCKET) if t.on_cpu else REDUCE_BUCKET) for item, n in used.items()))
 
 
 def in_flight(layout: Layout, pipeline_rank: int, batches: int) -> int:
@@ -218,12 +220,12 @@ def actor_memory(layout: Layout, load: Workload, item: int, rows: int, packed: b
     what is multiplied with. The cache has a slot of prompt + answer positions for every row."""
     dims, spec = layout.dims, layout.spec
     linears = {name: shape[0] * shape[1] for name, shape in dims.linear_shapes().items()}
-    base = sum(_size(shape) for shape in dims.tensor_shapes().values())
+    base = sum(math.prod(shape) for shape in dims.tensor_shapes().values())
     groups = (QKV, ("self_attn.o_proj",), MLP_IN, ("mlp.down_proj",))
     changed = [sum(linears[p] for p in parts) for parts in groups if any(p in targets(layout) for p in parts)]
     behind = sum(dims.num_layers - depth for depth in spec.exit_depths[:1])
     stacked = behind * 2 * dims.kv_size * dims.hidden
-    gates = FP32 * sum(_size(shape) for shape in spec.gate_shapes(dims).values())
+    gates = FP32 * sum(math.prod(shape) for shape in spec.gate_shapes(dims).values())
     found = {
         "weights": float(item * base),
         "adapted matrices": float(item * dims.num_layers * sum(changed)),
@@ -243,13 +245,6 @@ def actor_memory(layout: Layout, load: Workload, item: int, rows: int, packed: b
     return found
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
 def sync_bytes(layout: Layout) -> int:
     """One version of the policy's tensors as it travels, fp32."""
-    return FP32 * sum(_size(shape) for shape in layout.spec.tensor_shapes(layout.dims).values())
+    return FP32 * sum(math.prod(shape) for shape in layout.spec.tensor_shapes(layout.dims).values())

@@ -150,9 +150,6 @@ def _add(
         parser.add_argument(
             "--dry-run", action="store_true", help="check, print settings, ranks and directories; start nothing"
         )
-        parser.add_argument(
-            "-m", "--multirun", action="store_true", help="key=a,b: every combination, by Hydra (hydra/launcher=...)"
-        )
     parser.set_defaults(handler=handler)
     return parser
 
@@ -193,10 +190,6 @@ def _configured(options: argparse.Namespace, *, with_model: bool = False) -> Run
 
 def _run(options: argparse.Namespace) -> int:
     """A stage, or all of them."""
-    if options.multirun:
-        from .training.multirun import multirun
-
-        return multirun(options.command, options.overrides)
     cfg = _configured(options, with_model=not options.dry_run)
     if options.dry_run:
         return _dry_run(cfg, options.command, options.overrides)

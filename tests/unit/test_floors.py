@@ -138,6 +138,17 @@ def test_every_import_goes_down() -> None:
     assert violations(SOURCE) == []
 
 
+def test_every_import_within_the_package_finds_something() -> None:
+    files = {module_name(f, SOURCE): f for f in SOURCE.rglob("*.py")}
+    missing = [
+        f"{file.name}: {name}"
+        for file in files.values()
+        for name in imported(file, SOURCE)
+        if resolve(name, files) not in (name, name.rpartition(".")[0])
+    ]
+    assert missing == []
+
+
 def test_no_modules_import_in_a_circle() -> None:
     assert cycle(SOURCE) == []
 

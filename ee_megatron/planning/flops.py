@@ -12,11 +12,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ..families import ModelDims, padded_vocab
-from .layout import Layout, targets
+from .layout import JOINT, KEY_VALUE, Layout, joint
 from .workload import Workload
-
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-MLP_IN = ("mlp.gate_proj", "mlp.up_proj")
 
 
 @dataclass(frozen=True)
@@ -30,22 +27,14 @@ class Product:
 
 def products(layout: Layout, every: float, active: float) -> dict[str, Product]:
     """A layer's products for `active` positions that run it, keys and values for all `every` positions."""
-    dims, rank, adapted, t = layout.dims, layout.spec.rank, targets(layout), layout.tensor
 
-    def product(parts: tuple[str, ...], positions: float, row_parallel: bool = False) -> Product:
-        rows = sum(dims.linear_shapes()[part][0] for part in parts) // (1 if row_parallel else t)
-        columns = dims.linear_shapes()[parts[0]][1] // (t if row_parallel else 1)
+    def product(parts: tuple[str, ...]) -> Product:
+        rows, columns, rank = joint(layout, parts)
+        positions = every if parts == KEY_VALUE else active
         # Parts share one product down to all their ranks, and one up in which each ignores the others' ranks.
-        joint = rank * sum(part in adapted for part in parts)
-        return Product(2 * positions * rows * columns, 2 * positions * columns * joint, 2 * positions * rows * joint)
+        return Product(2 * positions * rows * columns, 2 * positions * columns * rank, 2 * positions * rows * rank)
 
-    return {
-        "q": product(QKV[:1], active),
-        "kv": product(QKV[1:], every),
-        "out": product(("self_attn.o_proj",), active, row_parallel=True),
-        "gate_up": product(MLP_IN, active),
-        "down": product(("mlp.down_proj",), active, row_parallel=True),
-    }
+    return {name: product(parts) for name, parts in zip(("q", "kv", "out", "gate_up", "down"), JOINT, strict=True)}
 
 
 def queries(load: Workload, active: float) -> float:
@@ -93,7 +82,7 @@ def layer_cost(layout: Layout, load: Workload, layer: int, rows: float, real: fl
     through = linear if entering else linear - found["q"].base - found["kv"].base
     own = linear if spec.full else 0.0
     trained = 2 * adapters - (0.0 if entering else found["q"].down + found["kv"].down)
-    if not (entering or spec.full or targets(layout)):
+    if not (entering or spec.full or spec.rank):
         # Gates alone, and none before this layer: nothing in it is differentiated.
         through = trained = attended = 0.0
     backward = through + own + trained + 2.5 * attended + 2 * gated
@@ -105,7 +94,7 @@ def carries_gradient(layout: Layout, layer: int, how: PassMode) -> bool:
     is trained."""
     if how.input_gradient or layout.spec.full:
         return True
-    if targets(layout):
+    if layout.spec.rank:
         return layer > 1
     return layer > 1 + min(layout.spec.exit_depths, default=layout.dims.num_layers)
 

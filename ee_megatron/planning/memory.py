@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from ..families import padded_vocab
 from ..parallel.vocabulary import CHUNK_BYTES, LEAST_CHUNK
-from .flops import MLP_IN, QKV, PassMode, carries_gradient
-from .layout import Layout, PipelineStage, rank_parameters, targets
+from .flops import PassMode, carries_gradient
+from .layout import JOINT, KEY_VALUE, ROW_PARALLEL, Layout, PipelineStage, joint, rank_parameters
 from .workload import Workload
 
 FP32, INDEX = 4, 8
@@ -158,15 +158,12 @@ def layer_activations(layout: Layout, load: Workload, t: Training, layer: int) -
 
 def linear_inputs(layout: Layout, t: Training, every: float, active: float) -> float:
     """What linears read: kept for their adapters' sake, or for their own gradient. Frozen ones keep nothing."""
-    dims, adapted = layout.dims, targets(layout)
-    reads = (
-        (QKV[:1], active * dims.hidden),
-        (QKV[1:], every * dims.hidden),
-        (("self_attn.o_proj",), active * dims.q_size / layout.tensor),
-        (MLP_IN, active * dims.hidden),
-        (("mlp.down_proj",), active * dims.intermediate / layout.tensor),
-    )
-    return t.item * sum(size for parts, size in reads if layout.spec.full or any(p in adapted for p in parts))
+    size = 0.0
+    for parts in JOINT:
+        _, columns, rank = joint(layout, parts)
+        if layout.spec.full or rank:
+            size += (every if parts == KEY_VALUE else active) * columns
+    return t.item * size
 
 
 def attention_activations(layout: Layout, t: Training, every: float, active: float) -> float:
@@ -188,21 +185,12 @@ def attention_activations(layout: Layout, t: Training, every: float, active: flo
 
 def adapter_activations(layout: Layout, t: Training, every: float, active: float) -> float:
     """The narrow products, and the factors as joined for one product each."""
-    dims, rank, adapted = layout.dims, layout.spec.rank, targets(layout)
     kept = 0.0
-    for parts, positions, row_parallel in (
-        (QKV[:1], active, False),
-        (QKV[1:], every, False),
-        (("self_attn.o_proj",), active, True),
-        (MLP_IN, active, False),
-        (("mlp.down_proj",), active, True),
-    ):
-        joint = rank * sum(part in adapted for part in parts)
-        rows = sum(dims.linear_shapes()[part][0] for part in parts) // (1 if row_parallel else layout.tensor)
-        columns = dims.linear_shapes()[parts[0]][1] // (layout.tensor if row_parallel else 1)
+    for parts in JOINT:
+        rows, columns, rank = joint(layout, parts)
         # A row-parallel linear's second factor is one adapter's own: a parameter, or its narrower copy.
-        joined = columns + (rows if not row_parallel or t.item != FP32 else 0)
-        kept += joint * (positions + joined) * t.item
+        joined = columns + (rows if parts[0] not in ROW_PARALLEL or t.item != FP32 else 0)
+        kept += rank * ((every if parts == KEY_VALUE else active) + joined) * t.item
     return kept
 
 
@@ -221,8 +209,7 @@ def actor_memory(layout: Layout, load: Workload, item: int, rows: int, packed: b
     dims, spec = layout.dims, layout.spec
     linears = {name: shape[0] * shape[1] for name, shape in dims.linear_shapes().items()}
     base = sum(math.prod(shape) for shape in dims.tensor_shapes().values())
-    groups = (QKV, ("self_attn.o_proj",), MLP_IN, ("mlp.down_proj",))
-    changed = [sum(linears[p] for p in parts) for parts in groups if any(p in targets(layout) for p in parts)]
+    changed = [sum(linears[p] for p in parts) for parts in JOINT if joint(layout, parts)[2]]
     behind = sum(dims.num_layers - depth for depth in spec.exit_depths[:1])
     stacked = behind * 2 * dims.kv_size * dims.hidden
     gates = FP32 * sum(math.prod(shape) for shape in spec.gate_shapes(dims).values())

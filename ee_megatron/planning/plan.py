@@ -119,17 +119,9 @@ def make_plan(cfg: RunConfig, dims: ModelDims, device: Device, assumed: Assumpti
     load = load.in_groups(cfg.rl.group_size, cfg.parallel.micro_batch_size)
     longest = Workload.of(assumed.prompt_tokens, longest_answer, outcomes, 1.0)
     item = element_bytes(cfg, device.packed)
-    return Plan(
-        cfg,
-        layout,
-        device,
-        load,
-        longest,
-        item,
-        *memory(cfg, layout, longest, item, device.packed),
-        phase_flops(layout, load, cfg),
-        Roofline(cfg, layout, load, device, item).phases(),
-    )
+    learner, actor = memory(cfg, layout, longest, item, device.packed)
+    flops, seconds = phase_flops(layout, load, cfg), Roofline(cfg, layout, load, device, item).phases()
+    return Plan(cfg, layout, device, load, longest, item, learner, actor, flops, seconds)
 
 
 def actor_rows(cfg: RunConfig) -> int:
@@ -144,13 +136,9 @@ def memory(
     """Kind -> bytes in an RL step: of a learner rank, by pipeline rank, and of a rollout actor."""
     per_update = -(-cfg.rl.prompts_per_step * cfg.rl.group_size // cfg.rl.minibatches)
     batches = max(1, -(-per_update // (cfg.parallel.micro_batch_size * layout.data)))
+    parallel, zero = cfg.parallel, cfg.deepspeed
     training = Training(
-        item,
-        cfg.parallel.micro_batch_size,
-        cfg.parallel.recompute,
-        cfg.deepspeed.zero_stage,
-        cfg.deepspeed.offload_optimizer,
-        on_cpu,
+        item, parallel.micro_batch_size, parallel.recompute, zero.zero_stage, zero.offload_optimizer, on_cpu
     )
     learner = [learner_memory(layout, longest, training, p, batches) for p in range(layout.pipeline)]
     return learner, actor_memory(layout, longest, item, actor_rows(cfg), on_cpu)

@@ -36,7 +36,7 @@ scaling-demo: $(VENV)/.demo
 
 # Workers of a test run; a worker takes up to 4 GiB. tests/conftest.py says what goes to which.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 
 test: $(VENV)/.dev $(MODEL)/config.json
 	$(PYTEST) tests/unit tests/integration --ignore=tests/integration/slurm

@@ -3,6 +3,7 @@
 # make slurm  job scripts on a real Slurm, several nodes on this machine; needs root, installs Debian's Slurm if it is missing
 # make slow   what takes long: twenty kills of an RL run, learning over seeds, a fresh environment, ten kills of a conversion
 # make lint   ruff and mypy
+# make model  the demo's model, which the tests use too
 # make scaling-demo   a scaling study on two cores in about an hour: sizes from random weights, prices of depth, fits, plots
 #
 # PYTHON: any Python >= 3.11 that can make a virtual environment.
@@ -15,7 +16,7 @@ DEMO ?= $(if $(shell nvidia-smi -L 2>/dev/null),demo_gpu,demo_cpu)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo scaling-demo test unit integration slurm slow lint clean-venv
+.PHONY: demo scaling-demo test unit integration slurm slow lint model clean-venv
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo $(MODEL)/config.json
@@ -57,6 +58,8 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+model: $(MODEL)/config.json
 
 clean-venv:
 	rm -rf $(VENV)

@@ -138,7 +138,8 @@ def _state_of(state: Any, parameter: Tensor, updates: int) -> dict[str, Tensor]:
     for kind in MOMENTS:
         if kind not in entry:
             entry[kind] = torch.zeros_like(parameter, dtype=torch.float32)
-    entry["step"] = torch.tensor(float(updates))
+    # torch's fused AdamW, which every optimizer on a GPU is, asks for it there.
+    entry["step"] = torch.tensor(float(updates), device=parameter.device)
     return entry
 
 

@@ -179,8 +179,9 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _configured(options: argparse.Namespace, *, with_model: bool = False) -> RunConfig:
+    from .config.derive import read_dims
     from .config.load import load
-    from .config.validate import read_dims, validate
+    from .config.validate import validate
 
     cfg = load(options.overrides)
     validate(cfg, None)
@@ -344,9 +345,10 @@ def _quiet_megatron() -> None:
 
 def _print_plan(cfg: RunConfig, last: str, command: str, overrides: list[str]) -> int:
     """The plan up to stage `last` on stdout; without a model directory what depends on the model is left out."""
+    from .config.derive import ranks, read_dims, resolve_exits, stage_sizes
     from .config.identity import OPTIONAL, stage_dir, stage_order, to_yaml
     from .config.identity import STAGES as ORDER
-    from .config.validate import ranks, read_dims, resolve_exits, stage_sizes, validate
+    from .config.validate import validate
 
     parallel = cfg.parallel
     lines = [f"ranks: {ranks(cfg)} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {parallel.data}"]
@@ -354,7 +356,7 @@ def _print_plan(cfg: RunConfig, last: str, command: str, overrides: list[str]) -
         dims = read_dims(cfg)
         validate(cfg, dims)
         exits = resolve_exits(cfg, dims)
-        sizes = stage_sizes(cfg, exits)
+        sizes = stage_sizes(cfg.parallel, exits)
         lines.append(f"exits: {list(exits.depths)} of {dims.num_layers} layers; layers per stage: {list(sizes)}")
     else:
         lines.append(f"exits: not checked against the model: no {cfg.model.path}/config.json here")

@@ -43,14 +43,6 @@ class ExitLayout:
         """The M exit depths and L, in order: outcome i has depth outcomes[i]."""
         return (*self.depths, self.num_layers)
 
-    def index_of(self, depths: Tensor) -> Tensor:
-        """Depths [...] -> outcome indices int64 [...] in 0..M. Raises ValueError for a depth that is no outcome."""
-        table = torch.tensor(self.outcomes, device=depths.device)
-        index = torch.searchsorted(table, depths.to(table.dtype).contiguous()).clamp(max=len(self.depths))
-        if not bool((table[index] == depths).all()):
-            raise ValueError(f"exit depths outside {list(self.outcomes)}")
-        return index
-
     @staticmethod
     def default(num_layers: int, pipeline: int = 1) -> ExitLayout:
         """Every fifth layer, and the boundaries of an even pipeline split."""
@@ -107,19 +99,6 @@ def _nearest_increasing(choices: Sequence[int], targets: Sequence[float]) -> lis
                     step[i] = option
         best = step
     return min(best.values(), key=lambda option: option[0])[1] if targets else []
-
-
-def log_exit_distribution(gate_logits: Tensor) -> Tensor:
-    """Gate logits z [..., M] -> log q [..., M+1] by stick-breaking in log space.
-
-    log q_i = logsigmoid(z_i) + sum_{j<i} logsigmoid(-z_j);  log q_{M+1} = sum_j logsigmoid(-z_j).
-    """
-    go_on = F.logsigmoid(-gate_logits)
-    before = torch.cumsum(go_on, dim=-1)
-    zero = torch.zeros_like(before[..., :1])
-    stop = F.logsigmoid(gate_logits)
-    stop = torch.cat([stop, torch.zeros_like(before[..., :1])], dim=-1)
-    return stop + torch.cat([zero, before], dim=-1)
 
 
 def gate_log_term(gate_logit: Tensor, exit_depths: Tensor, depth: int) -> Tensor:

@@ -50,7 +50,7 @@ def ours(options: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
-    from ee_megatron.config.schema import RLConfig
+    from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig, RLConfig
     from ee_megatron.families.hf_directory import HFDirectory
     from ee_megatron.learner.learner import Learner
     from ee_megatron.parallel import groups
@@ -66,7 +66,8 @@ def ours(options: argparse.Namespace) -> None:
     dims = source.dims
     spec = PolicySpec(dims.num_layers, tuple(range(5, dims.num_layers, 5)), rank=RANK, alpha=float(RANK))
     device = groups.initialise(Degrees())
-    learner = Learner(source, spec, initial_policy(dims, spec, 0), Degrees(), (dims.num_layers,), device=device)
+    policy = initial_policy(dims, spec, 0)
+    learner = Learner(source, spec, policy, ParallelConfig(), DeepspeedConfig(), device=device)
     pool = LocalPool(options.model, spec, rows=PROMPTS * SAMPLES)
     pool.decoder.eos_ids = frozenset()
     prompts = [Prompt(str(i), text, "", "bench") for i, text in enumerate(prompt_texts(PROMPTS))]

@@ -38,6 +38,7 @@ def parse() -> argparse.Namespace:
 def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
+    from ee_megatron.config.schema import RolloutConfig
     from ee_megatron.families.hf_directory import HFDirectory
     from ee_megatron.parallel import groups
     from ee_megatron.policy import ATTENTION, PolicySpec, WeightSet, initial_policy
@@ -52,7 +53,8 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
     spec = PolicySpec(dims.num_layers, exits, rank=0 if full else 8, alpha=16.0, targets=ATTENTION, full=full)
     policy = initial_policy(dims, spec, 0, base=source.tensor)
     gather = (lambda: policy) if options.no_learner else learner_of(source, spec, policy).export_policy
-    pool = RayPool(ReplicaSettings(options.model, spec, torch.bfloat16, "cpu", 8, options.threads), options.actors)
+    replica = ReplicaSettings(options.model, spec, torch.bfloat16, "cpu", 8, options.threads)
+    pool = RayPool(replica, RolloutConfig(actors=options.actors))
     try:
         pool.load(None)
         phases: dict[str, list[float]] = {name: [] for name in (*PHASES, "total")}
@@ -85,12 +87,13 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def learner_of(source: Any, spec: Any, policy: dict) -> Any:
+    from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig
     from ee_megatron.learner.learner import Learner
     from ee_megatron.parallel import groups
     from ee_megatron.parallel.groups import Degrees
 
     device = groups.initialise(Degrees())
-    return Learner(source, spec, policy, Degrees(), (spec.num_layers,), device=device)
+    return Learner(source, spec, policy, ParallelConfig(), DeepspeedConfig(), device=device)
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig
 from ee_megatron.families import ModelDims
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.batch import ReplayBatch, mean_weights, pack
@@ -107,8 +108,8 @@ def scoring_memory(device: torch.device, rows: int = 4, length: int = 1024, voca
         source = HFDirectory(folder)
         spec = PolicySpec(4, (2,))
         learner = Learner(
-            source, spec, initial_policy(source.dims, spec, 0), Degrees(), (4,), device=device,
-            micro_batch_size=rows,
+            source, spec, initial_policy(source.dims, spec, 0), ParallelConfig(micro_batch_size=rows),
+            DeepspeedConfig(), device=device,
         )  # fmt: skip
     batch = make_batch(learner.dims, [2, 4], 0.75, rows, length)
     learner.score(make_batch(learner.dims, [2, 4], 0.75, rows, 16))
@@ -139,7 +140,8 @@ def checkpoint_waits(options: argparse.Namespace, device: torch.device) -> dict:
         ("full", PolicySpec(dims.num_layers, exits, rank=0, full=True)),
     ):
         learner = Learner(
-            source, spec, initial_policy(dims, spec, 0, source.tensor), Degrees(), (dims.num_layers,), device=device,
+            source, spec, initial_policy(dims, spec, 0, source.tensor), ParallelConfig(), DeepspeedConfig(),
+            device=device,
         )  # fmt: skip
         batch = make_batch(dims, [*exits, dims.num_layers], 0.5, 2, 16)
         learner.step(batch, adapter_lr=1e-4, gate_lr=1e-4, objective="likelihood")
@@ -173,8 +175,8 @@ def step_times(options: argparse.Namespace, device: torch.device) -> dict:
     for name, depths in (("plain", ()), ("exits", exits)):
         spec = PolicySpec(dims.num_layers, depths)
         learners[name] = Learner(
-            source, spec, initial_policy(dims, spec, 0), Degrees(), (dims.num_layers,), device=device,
-            dtype=getattr(torch, options.dtype), micro_batch_size=options.rows,
+            source, spec, initial_policy(dims, spec, 0), ParallelConfig(micro_batch_size=options.rows),
+            DeepspeedConfig(), device=device, dtype=getattr(torch, options.dtype),
         )  # fmt: skip
     batches = {mean: make_batch(dims, outcomes, mean, options.rows, options.length) for mean in (1.0, 0.7, 0.5, 0.3)}
     rows = [("plain", "plain", 1.0)] + [(f"depth {mean:g}", "exits", mean) for mean in batches]

@@ -20,8 +20,8 @@ from ee_megatron.evaluation.blame import partings
 from ee_megatron.policy import WeightSet, load_policy
 from ee_megatron.rollout import ExitPolicy, SamplingParams
 from ee_megatron.rollout.pool.local import LocalPool
+from ee_megatron.tasks import task_of
 from ee_megatron.training import stages
-from ee_megatron.training.problems import task_of
 
 
 def main() -> int:

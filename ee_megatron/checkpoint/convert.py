@@ -22,7 +22,7 @@ from ..policy import PolicySpec, initial_policy
 from .describe import describe, open_checkpoint
 from .hf_export import DTYPES, SHARD_BYTES, export_hf
 from .manifest import read_manifest, tensor_sha256
-from .megatron_directory import Layout, MegatronDirectory
+from .megatron_directory import CheckpointLayout, MegatronDirectory
 from .megatron_import import gates_of, write_megatron
 from .megatron_io import WEIGHTS
 from .meter import Meter
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 def _import(args: argparse.Namespace) -> int:
     source = HFSource(args.hf)
     policy = _import_policy(args, source)
-    layout = Layout.plan(source.dims, policy[0].layout, args.tp, args.pp, args.vpp)
+    layout = CheckpointLayout.plan(source.dims, policy[0].layout, args.tp, args.pp, args.vpp)
     meter = write_megatron(
         source, Path(args.out), policy, layout, SHORT.get(args.dtype), resume=args.resume, quiet=args.quiet
     )
@@ -75,7 +75,7 @@ def _reshard(args: argparse.Namespace) -> int:
     source = MegatronDirectory(args.checkpoint)
     has_policy = (source.path / "policy.json").is_file()
     policy = open_policy(source.path) if has_policy else no_policy(source.dims.num_layers)
-    layout = Layout.plan(source.dims, policy[0].layout, args.tp, args.pp, args.vpp)
+    layout = CheckpointLayout.plan(source.dims, policy[0].layout, args.tp, args.pp, args.vpp)
     meter = write_megatron(
         source, Path(args.out), policy, layout, SHORT.get(args.dtype), resume=args.resume, quiet=args.quiet
     )
@@ -83,7 +83,7 @@ def _reshard(args: argparse.Namespace) -> int:
     return 0
 
 
-def _said(out: str, source: TensorSource, spec: PolicySpec, layout: Layout, meter: Meter) -> None:
+def _said(out: str, source: TensorSource, spec: PolicySpec, layout: CheckpointLayout, meter: Meter) -> None:
     degrees = f"TP {layout.tensor} x PP {layout.pipeline}" + (f" x VPP {layout.virtual}" if layout.virtual > 1 else "")
     print(f"{out}: {source.dims.family}, {source.dims.num_layers} layers, exits at {list(spec.exit_depths)}, {degrees}")
     print(meter.line())
@@ -153,7 +153,7 @@ def _roundtrip(args: argparse.Namespace) -> int:
     source = HFSource(args.hf)
     exits = ExitLayout.default(source.dims.num_layers, args.pp)
     spec = PolicySpec(source.dims.num_layers, exits.depths, rank=0)
-    layout = Layout.plan(source.dims, exits, args.tp, args.pp)
+    layout = CheckpointLayout.plan(source.dims, exits, args.tp, args.pp)
     work = Path(tempfile.mkdtemp(prefix="roundtrip.", dir=args.work))
     try:
         policy = spec, initial_policy(source.dims, spec, 0)

@@ -76,7 +76,7 @@ def export_hf(
     if spec.full:
         base = TunedSource(base, tensors)
     ledger = Ledger(base=_base_names(base, spec, adapters), policy=tensors)
-    plan = Plan(base, spec, tensors, gates, dtype, shard_bytes)
+    plan = ExportPlan(base, spec, tensors, gates, dtype, shard_bytes)
     job = {
         "command": "export",
         "source": base.fingerprint(),
@@ -138,7 +138,7 @@ def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) 
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExportPlan:
     """What an export with merged adapters consists of, tensor by tensor."""
 
     base: TensorSource
@@ -203,7 +203,7 @@ class Plan:
             )
 
 
-def _write_merged(plan: Plan, space: Workspace, ledger: Ledger, meter: Meter) -> dict[str, dict]:
+def _write_merged(plan: ExportPlan, space: Workspace, ledger: Ledger, meter: Meter) -> dict[str, dict]:
     """model.safetensors, or numbered files and their index; returns the manifest's entries."""
     table = plan.table()
     shards = _plan_shards(table, {name: nbytes(*table[name]) for name in table}, plan.shard_bytes)
@@ -241,7 +241,7 @@ def _plan_shards(names: Iterable[str], size: dict[str, int], shard_bytes: int) -
 
 
 def _write_shard(
-    plan: Plan, path: Path, table: dict[str, tuple[torch.dtype, tuple[int, ...]]], meter: Meter
+    plan: ExportPlan, path: Path, table: dict[str, tuple[torch.dtype, tuple[int, ...]]], meter: Meter
 ) -> dict[str, dict]:
     digests: dict[str, Digest] = {}
     with Hasher() as hasher, SafetensorsWriter(path, table) as writer:
@@ -288,7 +288,7 @@ def _write_config(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _write_peft(plan: Plan, folder: Path, ledger: Ledger) -> dict[str, dict]:
+def _write_peft(plan: ExportPlan, folder: Path, ledger: Ledger) -> dict[str, dict]:
     base, spec, file = plan.base, plan.spec, "adapter_model.safetensors"
     content: dict[str, Tensor] = {}
     entries: dict[str, dict] = {}

@@ -72,6 +72,7 @@ class Hasher:
         self._pool.shutdown(cancel_futures=True)
 
     def submit(self, update: Callable[[memoryview], None], data: memoryview) -> Future[None]:
+        """Hash in the background; waits while more than IN_FLIGHT bytes would wait."""
         while self._waiting and sum(size for _, size in self._waiting) + data.nbytes > IN_FLIGHT:
             self._waiting.popleft()[0].result()
         future = self._pool.submit(update, data)
@@ -87,6 +88,7 @@ class Digest:
         self._last: Future[None] | None = None
 
     def update(self, block: Tensor) -> None:
+        """Take the next block in order; it must not change before `hexdigest`."""
         self._last = self._hasher.submit(self._sha.update, tensor_bytes(block))
 
     def hexdigest(self) -> str:

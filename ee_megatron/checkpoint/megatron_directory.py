@@ -26,7 +26,7 @@ from .megatron_io import KIND, WEIGHTS, whole_entries
 from .meter import Meter
 from .safetensors_io import nbytes
 from .sources import BLOCK_BYTES, TensorSource, check_finite, fingerprint, read_ahead, reblock, rows_of
-from .torch_dist import Chunk, ChunkFile, TorchDistReader
+from .torch_dist import ChunkFile, StoredChunk, TorchDistReader
 from .workspace import Workspace
 
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -34,7 +34,7 @@ GATE_UP = "mlp.linear_fc1."
 
 
 @dataclass(frozen=True)
-class Layout:
+class CheckpointLayout:
     """The parallel layout that a checkpoint is cut for. stage_layers: layers per virtual stage, in model order."""
 
     tensor: int = 1
@@ -43,7 +43,9 @@ class Layout:
     stage_layers: tuple[int, ...] = ()
 
     @staticmethod
-    def plan(dims: ModelDims, exits: ExitLayout, tensor: int = 1, pipeline: int = 1, virtual: int = 1) -> Layout:
+    def plan(
+        dims: ModelDims, exits: ExitLayout, tensor: int = 1, pipeline: int = 1, virtual: int = 1
+    ) -> CheckpointLayout:
         """Stages with boundaries at exits. Raises ValueError for degrees that do not fit the model or its exits."""
         for option, degree in (("--tp", tensor), ("--pp", pipeline), ("--vpp", virtual)):
             if degree < 1:
@@ -58,15 +60,15 @@ class Layout:
             if size % tensor:
                 fits = [n for n in range(1, dims.kv_heads + 1) if not (dims.kv_heads % n or dims.intermediate % n)]
                 raise ValueError(f"--tp {tensor}: {field}={size} does not divide by it; choose one of {fits}")
-        return Layout(tensor, pipeline, virtual, exits.stage_sizes(pipeline * virtual))
+        return CheckpointLayout(tensor, pipeline, virtual, exits.stage_sizes(pipeline * virtual))
 
     def to_json(self, dims: ModelDims) -> dict:
         return {**asdict(self), "padded_vocab": padded_vocab(dims.vocab, self.tensor)}
 
 
 def write_weights(
-    space: Workspace, source: TensorSource, layout: Layout, dtype: torch.dtype | None, meter: Meter
-) -> tuple[list[Chunk], dict[str, dict]]:
+    space: Workspace, source: TensorSource, layout: CheckpointLayout, dtype: torch.dtype | None, meter: Meter
+) -> tuple[list[StoredChunk], dict[str, dict]]:
     """All weights of `source` into the workspace, file by file; finished files are left as they are.
 
     dtype None: each tensor as it is stored. Returns the chunks and the manifest's lines, in which every tensor of the
@@ -74,7 +76,7 @@ def write_weights(
     """
     (space.folder / WEIGHTS).mkdir(exist_ok=True)
     ledger = Ledger(base=source.names())
-    chunks: list[Chunk] = []
+    chunks: list[StoredChunk] = []
     lines: dict[str, dict] = {}
     with Hasher() as hasher:
         files = _files(source.dims)
@@ -96,7 +98,7 @@ def write_weights(
                 meter.skip(
                     sum(nbytes(getattr(torch, line["dtype"]), line["shape"]) for line in facts["lines"].values())
                 )
-            chunks += [Chunk.from_json(chunk) for chunk in facts["chunks"]]
+            chunks += [StoredChunk.from_json(chunk) for chunk in facts["chunks"]]
             ledger.take(*(f"base:{tensor}" for tensor in facts["lines"]))
             lines |= facts["lines"]
     ledger.close()

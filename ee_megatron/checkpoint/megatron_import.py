@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..policy import PolicySpec, digest, save_policy
 from .manifest import copy_tokenizer, entry, tensor_sha256, write_manifest
-from .megatron_directory import Layout, write_weights
+from .megatron_directory import CheckpointLayout, write_weights
 from .megatron_io import KIND, WEIGHTS
 from .meter import Meter
 from .policy_files import Policy, check_policy
@@ -24,7 +24,7 @@ def write_megatron(
     source: TensorSource,
     out: Path,
     policy: Policy,
-    layout: Layout,
+    layout: CheckpointLayout,
     dtype: torch.dtype | None = None,
     *,
     resume: bool = False,

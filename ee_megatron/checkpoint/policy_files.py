@@ -42,6 +42,7 @@ class LazyTensors(Mapping[str, Tensor]):
         return len(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
         return self._shapes[name]
 
     def _file(self) -> Any:

@@ -30,6 +30,7 @@ Table = Mapping[str, tuple[torch.dtype, Sequence[int]]]
 
 
 def nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    """Bytes of a tensor."""
     return dtype.itemsize * torch.Size(shape).numel()
 
 

@@ -30,11 +30,15 @@ class TensorSource(Protocol):
     config: dict
     dims: ModelDims
 
-    def names(self) -> list[str]: ...
+    def names(self) -> list[str]:
+        """The tensors' Hugging Face names, in the model's order."""
+        ...
 
     def dtype(self, name: str) -> torch.dtype: ...
 
-    def tensor(self, name: str) -> Tensor: ...
+    def tensor(self, name: str) -> Tensor:
+        """The whole tensor on the CPU, in the dtype that it is stored in."""
+        ...
 
     def blocks(self, name: str) -> Iterator[Tensor]: ...
 
@@ -44,7 +48,9 @@ class TensorSource(Protocol):
 
     def prefetch(self, names: Iterable[str]) -> None: ...
 
-    def fingerprint(self) -> list[list]: ...
+    def fingerprint(self) -> list[list]:
+        """What identifies the source's content: resumed work must find the same. JSON-able."""
+        ...
 
 
 class HFSource:
@@ -226,6 +232,7 @@ def check_finite(name: str, block: Tensor) -> None:
 
 
 def total_bytes(source: TensorSource) -> int:
+    """Bytes of all tensors of a model, in the dtypes that they are stored in."""
     shapes = source.dims.tensor_shapes()
     return sum(nbytes(source.dtype(name), shapes[name]) for name in source.names())
 

@@ -70,7 +70,7 @@ _KNOWN = {
 
 
 @dataclass(frozen=True)
-class Chunk:
+class StoredChunk:
     """Where one box of a parameter is: its offsets and sizes in the whole, its file, offset and length there."""
 
     parameter: str
@@ -86,16 +86,17 @@ class Chunk:
         return asdict(self)
 
     @staticmethod
-    def from_json(data: dict[str, Any]) -> Chunk:
+    def from_json(data: dict[str, Any]) -> StoredChunk:
+        """What `to_json` gave."""
         fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
-        return Chunk(**fields)
+        return StoredChunk(**fields)
 
 
 class ChunkFile:
     """One *.distcp file that is being written; `chunks` is what it holds."""
 
     def __init__(self, folder: Path, name: str):
-        self.name, self.chunks = name, list[Chunk]()
+        self.name, self.chunks = name, list[StoredChunk]()
         self._file = OutputFile(folder / name)
 
     def add(self, parameter: str, shape: Sequence[int], offsets: Sequence[int], tensor: Tensor) -> None:
@@ -117,7 +118,7 @@ class ChunkFile:
         dtype = str(tensor.dtype).removeprefix("torch.")
         length = self._file.tell() - begin
         sizes = tuple(tensor.shape)
-        self.chunks.append(Chunk(parameter, tuple(shape), dtype, tuple(offsets), sizes, self.name, begin, length))
+        self.chunks.append(StoredChunk(parameter, tuple(shape), dtype, tuple(offsets), sizes, self.name, begin, length))
 
     def __enter__(self) -> ChunkFile:
         return self
@@ -128,9 +129,9 @@ class ChunkFile:
         self._file.__exit__(kind, error, trace)
 
 
-def write_metadata(folder: Path, chunks: Sequence[Chunk]) -> None:
+def write_metadata(folder: Path, chunks: Sequence[StoredChunk]) -> None:
     """Finish a checkpoint whose chunks are all written. Raises ValueError unless they tile every parameter."""
-    by_name: dict[str, list[Chunk]] = defaultdict(list)
+    by_name: dict[str, list[StoredChunk]] = defaultdict(list)
     for chunk in chunks:
         by_name[chunk.parameter].append(chunk)
     tensors: dict[str, Any] = {}
@@ -151,7 +152,7 @@ def write_metadata(folder: Path, chunks: Sequence[Chunk]) -> None:
     (folder / FORMAT).write_text(json.dumps(facts))
 
 
-def check_tiling(name: str, chunks: Sequence[Chunk]) -> None:
+def check_tiling(name: str, chunks: Sequence[StoredChunk]) -> None:
     """Raises ValueError unless the boxes lie inside the parameter, do not overlap and leave nothing out."""
     shape, dtype = chunks[0].shape, chunks[0].dtype
     inside = all(
@@ -169,7 +170,7 @@ def check_tiling(name: str, chunks: Sequence[Chunk]) -> None:
         )
 
 
-def _overlap(a: Chunk, b: Chunk) -> bool:
+def _overlap(a: StoredChunk, b: StoredChunk) -> bool:
     boxes = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
     return all(ao < bo + bs and bo < ao + as_ for ao, as_, bo, bs in boxes)
 
@@ -194,7 +195,7 @@ class TorchDistReader:
             backend = "unreadable"
         if backend != "torch_dist":
             raise ValueError(f"{folder / FORMAT}: format {backend!r}, expected 'torch_dist'; convert it again")
-        self.chunks: dict[str, list[Chunk]] = defaultdict(list)
+        self.chunks: dict[str, list[StoredChunk]] = defaultdict(list)
         for chunk in self._read_metadata():
             self.chunks[chunk.parameter].append(chunk)
         for name, chunks in self.chunks.items():
@@ -204,6 +205,7 @@ class TorchDistReader:
         self._check_files()
 
     def shape(self, parameter: str) -> tuple[int, ...]:
+        """The whole parameter's shape. Raises KeyError for an unknown one."""
         return self.chunks[parameter][0].shape
 
     def dtype(self, parameter: str) -> torch.dtype:
@@ -232,7 +234,7 @@ class TorchDistReader:
         else:
             yield self.read(parameter)
 
-    def _load(self, chunk: Chunk) -> Tensor:
+    def _load(self, chunk: StoredChunk) -> Tensor:
         path = self.folder / chunk.file
         try:
             with path.open("rb", buffering=0) as file:
@@ -256,7 +258,7 @@ class TorchDistReader:
             raise ValueError(self._damaged(path.name, f"{chunk.parameter} is not what .metadata says"))
         return tensor
 
-    def _read_metadata(self) -> Iterator[Chunk]:
+    def _read_metadata(self) -> Iterator[StoredChunk]:
         try:
             metadata = _Metadata((self.folder / ".metadata").open("rb")).load()
             tensors = {n: m for n, m in metadata.state_dict_metadata.items() if isinstance(m, TensorStorageMetadata)}
@@ -265,7 +267,7 @@ class TorchDistReader:
                 for box in tensor.chunks:
                     info = metadata.storage_data[MetadataIndex(name, box.offsets)]
                     place = info.relative_path, info.offset, info.length
-                    yield Chunk(name, tuple(tensor.size), dtype, tuple(box.offsets), tuple(box.sizes), *place)
+                    yield StoredChunk(name, tuple(tensor.size), dtype, tuple(box.offsets), tuple(box.sizes), *place)
         except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError, IndexError, OSError) as error:
             raise ValueError(self._damaged(".metadata", error)) from None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .derive import ranks
 from .schema import RunConfig
 
 LEARNS = ("pretrain", "teacher", "calibrate", "rl")
@@ -45,7 +46,7 @@ def job_shape(cfg: RunConfig, stage: str) -> JobShape:
     if stage not in LEARNS:
         nodes, world, available = (own or cluster.nodes) if needs_actors else 1, 1, 1
     else:
-        world = cfg.parallel.tensor * cfg.parallel.pipeline * cfg.parallel.data
+        world = ranks(cfg)
         nodes, available = cluster.nodes if needs_actors else cluster.nodes - own, cluster.nodes - own
     per_node = -(-world // min(available, world))
     hosts = ((own or cluster.nodes) if stage in LEARNS else nodes) if needs_actors else 0

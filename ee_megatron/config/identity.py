@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from .schema import RunConfig
-from .validate import read_dims, resolve_exits
+from .derive import read_dims, resolve_exits
+from .schema import RunConfig, settings
 
 # What each stage adds to the settings of the stage before it.
 STAGES: dict[str, tuple[str, ...]] = {
@@ -30,20 +30,6 @@ STAGES: dict[str, tuple[str, ...]] = {
 
 # Stages that a run may do without: each has a section of its name that says so.
 OPTIONAL = ("pretrain", "teacher")
-
-# Of these sections only some fields change results, of the others all but EXECUTION do.
-RESULT_FIELDS = {
-    "rollout": ("max_new_tokens", "stop", "prompt_template"),
-    "deepspeed": ("gradient_clipping", "betas", "eps", "weight_decay"),
-}
-# Of `rollout` too, from RL on only: how the policy that learns reaches the pool.
-FRESHNESS = ("max_staleness", "partial", "sync_dtype")
-EXECUTION = {
-    "task": ("verifier_workers", "verifier_deadline_s", "verifier_memory_mb"),
-    "pretrain": ("checkpoint_every",),
-    "calibrate": ("checkpoint_every",),
-    "rl": ("checkpoint_every", "dump_rollouts"),
-}
 
 
 def stage_dir(cfg: RunConfig, stage: str) -> Path:
@@ -75,17 +61,8 @@ def to_yaml(cfg: RunConfig) -> str:
 def _section(cfg: RunConfig, name: str) -> Any:
     if name == "start":
         return os.path.normpath(cfg.start) if cfg.start else ""
-    if name == "freshness":
-        return {field: getattr(cfg.rollout, field) for field in FRESHNESS}
-    values = asdict(getattr(cfg, name))
-    if name in RESULT_FIELDS:
-        return {field: values[field] for field in RESULT_FIELDS[name]}
-    for field in EXECUTION.get(name, ()):
-        del values[field]
-    if name == "model":
-        values["path"] = os.path.normpath(values["path"])
-    if name == "evaluate":
-        return _evaluation(values)
+    # How the policy that learns reaches the pool is set in `rollout` but counts from RL on only.
+    values = dict(_results(cfg.rollout, name) if name == "freshness" else _results(getattr(cfg, name)))
     if name in OPTIONAL and not values["enabled"]:
         return {"enabled": False}
     if name == "exits" and not cfg.exits.depths and (Path(cfg.model.path) / "config.json").is_file():
@@ -94,12 +71,11 @@ def _section(cfg: RunConfig, name: str) -> Any:
     return values
 
 
-def _evaluation(values: dict[str, Any]) -> dict[str, Any]:
-    """A part that is switched off isn't named, so that results from before there was a switch are found again."""
-    kept = {key: value for key, value in values.items() if not key.startswith(("control", "externalisation"))}
-    if values["controls"]:
-        given = values["control_policy"]
-        kept |= {"controls": True, "control_policy": os.path.normpath(given) if given else ""}
-    if values["externalisation"]:
-        kept |= {key: values[key] for key in ("externalisation", "externalisation_prompts")}
-    return kept
+def _results(section: Any, part: str = "") -> Iterator[tuple[str, Any]]:
+    """What of a section's settings, or of those of its named part, makes a difference to results."""
+    defaults = type(section)()
+    for name, value, rules in settings(section):
+        off = rules.only_with and not getattr(section, rules.only_with)
+        unset = rules.added_later and value == getattr(defaults, name)
+        if rules.part == part and not (rules.execution or off or unset):
+            yield name, os.path.normpath(value) if rules.path and value else value

@@ -1,48 +1,90 @@
-"""Every setting of every run. One dataclass per group; the doc of a field stands under it.
+"""Every setting of every run. One dataclass per group; the doc of a field stands under it, its `Rules` beside it.
 
-Sections that change results are part of a stage's identity (config/identity.py); `parallel`, `tracker`, `cluster` and
-the execution fields of `rollout` are not: they change how a result is computed, not what it is.
+Sections that change results are part of a stage's identity (config/identity.py); `parallel`, `checkpoint`, `tracker`,
+`cluster` and fields that are marked so are not: they change how a result is computed, not what it is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+SEQUENCE_MULTIPLE = 8
+"""Sequences of a batch are padded to a multiple of this, which parallel.sequence_parallel shares out."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a field's type cannot say: its range (config/validate.py) and whether it changes results (identity.py)."""
+
+    choices: Collection[str] = ()
+    positive: bool = False
+    at_least: float | None = None
+    share: bool = False
+    """From 0 to 1."""
+    path: bool = False
+    """A file or directory: other spellings of the same are equal."""
+    execution: bool = False
+    """Changes how a result is computed, not what it is."""
+    part: str = ""
+    """The part of a stage's identity that it belongs to, where that is not its section's."""
+    only_with: str = ""
+    """It changes results only where this switch of its section is on."""
+    added_later: bool = False
+    """Added when there were results: its default changes nothing and stays out of the identity."""
+
+
+def setting(default: Any, **rules: Any) -> Any:
+    """A field of a section: its default, a list too, and its `Rules`."""
+    return field(default_factory=lambda: copy.copy(default), metadata={"rules": Rules(**rules)})
+
+
+def settings(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Rules]]:
+    """(dotted key, value, rules) of every field of a section and of the sections in it."""
+    for entry in fields(section):
+        value = getattr(section, entry.name)
+        if is_dataclass(value):
+            yield from settings(value, f"{prefix}{entry.name}.")
+        else:
+            yield f"{prefix}{entry.name}", value, entry.metadata.get("rules", Rules())
 
 
 @dataclass
 class ModelConfig:
-    path: str = "???"
+    path: str = setting("???", path=True)
     """Hugging Face model directory: config.json, safetensors, tokenizer; with pretrain.enabled, config.json only."""
-    dtype: str = "auto"
+    dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"))
     """float32, bfloat16 or auto: bfloat16 on a GPU and on a CPU with AMX, float32 on other CPUs."""
 
 
 @dataclass
 class ParallelConfig:
-    tensor: int = 1
-    pipeline: int = 1
-    data: int = 1
+    tensor: int = setting(1, positive=True)
+    pipeline: int = setting(1, positive=True)
+    data: int = setting(1, positive=True)
     """Ranks = tensor * pipeline * data."""
-    virtual: int = 1
+    virtual: int = setting(1, positive=True)
     """Stages per pipeline rank; more than 1: interleaved schedule, fewer idle ranks at the start and end of a step."""
-    stage_layers: list[int] = field(default_factory=list)
+    stage_layers: list[int] = setting([])
     """Layers per stage (pipeline * virtual of them); empty: boundaries at the exits nearest to an even split."""
     sequence_parallel: bool = False
-    micro_batch_size: int = 8
+    micro_batch_size: int = setting(8, positive=True)
     """Sequences per micro-batch."""
     recompute: bool = False
     """Recompute every layer in the backward pass instead of storing its activations."""
-    timeout_s: int = 1800
+    timeout_s: int = setting(1800, positive=True)
     """Deadline of every collective, seconds."""
 
 
 @dataclass
 class ExitsConfig:
-    depths: list[int] = field(default_factory=list)
+    depths: list[int] = setting([])
     """Exit depths (layers run); empty: every fifth layer and the stage boundaries."""
-    gate_width: int = 2
+    gate_width: int = setting(2, positive=True)
     """Hidden width of a gate in units of the model's hidden size."""
-    gate_input: str = "normalised"
+    gate_input: str = setting("normalised", choices=("normalised", "raw"))
     """normalised (residual stream over its root mean square) or raw (the paper's)."""
 
 
@@ -50,19 +92,19 @@ class ExitsConfig:
 class AdapterConfig:
     full: bool = False
     """Full fine-tuning: every weight of the model is trained, there are no adapters, the other fields are not used."""
-    rank: int = 32
-    alpha: float = 32.0
+    rank: int = setting(32, at_least=0)
+    alpha: float = setting(32.0, positive=True)
     dropout: float = 0.0
     """Only in calibration and teacher training; 0 keeps learner and rollouts exactly alike."""
-    targets: str = "all"
+    targets: str = setting("all", choices=("attention", "all"))
     """attention (q, k, v, o, the paper's) or all (MLP too)."""
 
 
 @dataclass
 class TaskConfig:
-    name: str = "arithmetic"
+    name: str = setting("arithmetic", choices=("arithmetic", "gsm8k", "tom", "reasoning_gym", "dataset", "jsonl"))
     """arithmetic and tom (built in), reasoning_gym, gsm8k or dataset (also: jsonl); docs/tasks.md describes them."""
-    families: list[str] = field(default_factory=lambda: ["product", "sum", "word"])
+    families: list[str] = setting(["product", "sum", "word"])
     """arithmetic: product, sum, word, chain; tom: first_order, second_order, true_belief, reality, memory;
     reasoning_gym: names of its families, chain_sum for one."""
     path: str = ""
@@ -77,15 +119,15 @@ class TaskConfig:
     train_split: str = "train"
     evaluation_split: str = "test"
     """Empty: evaluation problems are taken from the train split too."""
-    train: int = 0
+    train: int = setting(0, at_least=0)
     """Training problems; 0: all there are."""
-    validation: int = 200
-    evaluation: int = 400
-    seed: int = 0
+    validation: int = setting(200, positive=True)
+    evaluation: int = setting(400, positive=True)
+    seed: int = setting(0, at_least=0)
     """Decides which problems belong to which split."""
-    verifier_workers: int = 1
-    verifier_deadline_s: float = 5.0
-    verifier_memory_mb: int = 4096
+    verifier_workers: int = setting(1, positive=True, execution=True)
+    verifier_deadline_s: float = setting(5.0, positive=True, execution=True)
+    verifier_memory_mb: int = setting(4096, at_least=0, execution=True)
     """Memory of one verifier process, MiB; 0: no limit."""
 
 
@@ -94,14 +136,14 @@ class PretrainConfig:
     enabled: bool = False
     """true: model.path holds no weights but a shape (config.json); weights are drawn at random and trained on the
     task's worked problems, question and answer."""
-    steps: int = 1000
-    batch_size: int = 64
+    steps: int = setting(1000, positive=True)
+    batch_size: int = setting(64, positive=True)
     """Sequences per update."""
-    learning_rate: float = 3e-3
-    warmup: float = 0.05
+    learning_rate: float = setting(3e-3, positive=True)
+    warmup: float = setting(0.05, share=True)
     """Share of the updates with a rising learning rate; then it falls linearly to a tenth."""
-    checkpoint_every: int = 200
-    seed: int = 0
+    checkpoint_every: int = setting(200, positive=True, execution=True)
+    seed: int = setting(0, at_least=0)
     """Decides the first weights and the order of the problems."""
 
 
@@ -109,110 +151,110 @@ class PretrainConfig:
 class TeacherConfig:
     enabled: bool = True
     """false: the model at model.path, or the one that is pretrained, is the teacher as it is."""
-    shots: int = 4
-    problems: int = 330
-    samples: int = 4
-    temperature: float = 0.7
-    epochs: int = 4
-    batch_size: int = 16
-    learning_rate: float = 5e-4
-    seed: int = 0
+    shots: int = setting(4, at_least=0)
+    problems: int = setting(330, positive=True)
+    samples: int = setting(4, positive=True)
+    temperature: float = setting(0.7, positive=True)
+    epochs: int = setting(4, positive=True)
+    batch_size: int = setting(16, positive=True)
+    learning_rate: float = setting(5e-4, positive=True)
+    seed: int = setting(0, at_least=0)
 
 
 @dataclass
 class TracesConfig:
-    problems: int = 1150
-    samples: int = 1
-    temperature: float = 0.7
-    top_k: int = 16
+    problems: int = setting(1150, positive=True)
+    samples: int = setting(1, positive=True)
+    temperature: float = setting(0.7, positive=True)
+    top_k: int = setting(16, positive=True)
     """Kept teacher log-probabilities per position; the rest is one lumped tail."""
     only_correct: bool = False
-    seed: int = 0
+    seed: int = setting(0, at_least=0)
 
 
 @dataclass
 class CalibrateConfig:
-    epochs: float = 2.0
-    patterns: int = 4
+    epochs: float = setting(2.0, positive=True)
+    patterns: int = setting(4, positive=True)
     """S: exit patterns drawn per sequence and epoch."""
-    batch_size: int = 32
+    batch_size: int = setting(32, positive=True)
     """Sequences (traces x patterns) per update."""
-    kl_factor: float = 1.0
+    kl_factor: float = setting(1.0, positive=True)
     """c in s* = 2(1 - sigmoid(c d))."""
-    kl_direction: str = "student_teacher"
+    kl_direction: str = setting("student_teacher", choices=("student_teacher", "teacher_student", "jensen_shannon"))
     """student_teacher, teacher_student or jensen_shannon."""
-    teacher: str = "topk"
+    teacher: str = setting("topk", choices=("topk", "full"))
     """What the student is compared with: topk (the traces' most probable tokens and one lumped tail) or full (the whole
     distribution, recomputed by the learner, which costs a forward pass)."""
-    gate_targets: str = "sampled"
+    gate_targets: str = setting("sampled", choices=("sampled", "soft", "current"))
     """sampled (negative log-likelihood of the drawn exit), soft (cross-entropy to the target hazards of the traces) or
     current (cross-entropy, for the exit taken, to the target of the student's own divergence there and now)."""
-    student_patterns: float = 0.0
+    student_patterns: float = setting(0.0, share=True)
     """Share of the updates, at the end, whose patterns come from the student's own gates instead of the traces' target
     hazards, under a threshold drawn for each sequence from [0.5, 1): so it learns to read what it has left early as
     context. Costs a scoring pass."""
-    uniform_patterns: float = 0.0
+    uniform_patterns: float = setting(0.0, share=True)
     """Share of patterns drawn uniformly over the exits instead: trains shallow readouts too."""
-    depth_power: float = 0.0
+    depth_power: float = setting(0.0, at_least=0)
     """The KL of a position counts (exit depth / L) to this power: hopeless shallow exits pull less at the adapters."""
-    keep: float = 1.0
+    keep: float = setting(1.0, share=True)
     """Share of the change of the weights that is kept when the adapters' training ends (WiSE-FT): less of it, less is
     forgotten of what the traces don't hold."""
-    keep_upper: float = 1.0
+    keep_upper: float = setting(1.0, share=True)
     """Share of that kept in the upper half of the layers, where a change serves few exits and disturbs full depth.
     Better answers after calibration, a worse start for RL (docs/results.md)."""
-    settle: float = 0.0
+    settle: float = setting(0.0, share=True)
     """Share of the updates, at the end, after `keep` and `keep_upper` have been applied, that train the gates alone."""
-    adapter_lr: float = 1e-3
-    gate_lr: float = 1e-3
-    warmup: float = 0.05
+    adapter_lr: float = setting(1e-3, at_least=0)
+    gate_lr: float = setting(1e-3, at_least=0)
+    warmup: float = setting(0.05, share=True)
     """Share of the updates with a rising learning rate; then it falls linearly to a tenth."""
-    gate_weight: float = 1.0
-    checkpoint_every: int = 20
-    seed: int = 0
+    gate_weight: float = setting(1.0, at_least=0)
+    checkpoint_every: int = setting(20, positive=True, execution=True)
+    seed: int = setting(0, at_least=0)
 
 
 @dataclass
 class RLConfig:
-    steps: int = 12
-    prompts_per_step: int = 16
-    group_size: int = 4
+    steps: int = setting(12, positive=True)
+    prompts_per_step: int = setting(16, positive=True)
+    group_size: int = setting(4, positive=True)
     """K rollouts per prompt."""
-    temperature: float = 1.0
-    lambda_exit: float = 0.5
+    temperature: float = setting(1.0, positive=True)
+    lambda_exit: float = setting(0.5, at_least=0)
     """Price of depth: reward falls by lambda times the mean depth as a fraction of the layers."""
-    lambda_warmup: float = 0.0
+    lambda_warmup: float = setting(0.0, share=True)
     """Share of the steps over which the price rises linearly from 0."""
-    depth_cost: str = "mean"
+    depth_cost: str = setting("mean", choices=("mean", "total"))
     """mean (of depth/L over the answer's tokens) or total (sum, divided by cost_length)."""
-    cost_length: int = 32
-    depth_credit: str = "sequence"
+    cost_length: int = setting(32, positive=True)
+    depth_credit: str = setting("sequence", choices=("sequence", "token"))
     """sequence (the cost is part of the answer's reward) or token (a token answers for the depth from it on only)."""
-    beta: float = 0.05
+    beta: float = setting(0.05, at_least=0)
     """Weight of KL(policy || reference)."""
-    kl: str = "reward"
+    kl: str = setting("reward", choices=("reward", "loss", "exact"))
     """reward (k1 estimate, subtracted from the reward), loss (k3 estimate, added to the loss) or exact (over the whole
     vocabulary, added to the loss: every token teaches, at the price of another pass of the reference)."""
-    advantage: str = "rloo"
+    advantage: str = setting("rloo", choices=("rloo", "mean", "grpo", "none"))
     """rloo, mean, grpo or none."""
-    importance_cap: float = 2.0
+    importance_cap: float = setting(2.0, positive=True)
     """Truncation of the importance ratio learner/rollout (token and exit together)."""
-    epochs: int = 1
+    epochs: int = setting(1, positive=True)
     """Passes over a step's rollouts."""
-    minibatches: int = 1
+    minibatches: int = setting(1, positive=True)
     """Updates per pass."""
-    clip: float = 0.2
+    clip: float = setting(0.2, at_least=0)
     """PPO: a position whose ratio to the policy at the start of the step has left 1 +- clip in its advantage's
     direction no longer counts; 0: never. Without effect on the first update of a step."""
-    entropy_bonus: float = 0.0
+    entropy_bonus: float = setting(0.0, at_least=0)
     """Weight of the gates' entropy (nats per position) as a bonus."""
     drop_equal_groups: bool = False
     """Leave out prompts whose answers all got the same task reward."""
-    warmup: int = 0
+    warmup: int = setting(0, at_least=0)
     """Updates with a linearly rising learning rate."""
-    decay: str = "constant"
+    decay: str = setting("constant", choices=("constant", "linear", "cosine"))
     """Learning rate after warm-up: constant, linear or cosine, to a tenth at the last update."""
-    dump_rollouts: bool = False
+    dump_rollouts: bool = setting(False, execution=True)
     """Keep every step's rollouts in the stage's rollouts/ directory."""
     replay: str = ""
     """Train on the rollouts of this directory, as dumped, instead of a pool's."""
@@ -220,91 +262,91 @@ class RLConfig:
     gate_sharpness: float = 1.0
     """The gates that RL starts from have their logits z replaced by sharpness * (z - logit(centre)): what a threshold
     at `gate_centre` decides is then what sampling mostly does. 0.5 and 1 change nothing."""
-    adapter_lr: float = 3e-4
-    gate_lr: float = 1e-3
-    checkpoint_every: int = 1
-    seed: int = 0
+    adapter_lr: float = setting(3e-4, at_least=0)
+    gate_lr: float = setting(1e-3, at_least=0)
+    checkpoint_every: int = setting(1, positive=True, execution=True)
+    seed: int = setting(0, at_least=0)
 
 
 @dataclass
 class RolloutConfig:
-    backend: str = "ray"
+    backend: str = setting("ray", choices=("ray", "local"), execution=True)
     """ray (actors in their own processes) or local (in process)."""
-    actors: int = 1
-    threads: int = 2
+    actors: int = setting(1, positive=True, execution=True)
+    threads: int = setting(2, positive=True, execution=True)
     """Torch threads per actor on a CPU."""
-    rows: int = 128
+    rows: int = setting(128, positive=True, execution=True)
     """Sequences in flight per actor."""
-    device_share: float = 1.0
+    device_share: float = setting(1.0, positive=True, execution=True)
     """Share of a GPU (of a core, on a CPU) that Ray reserves for an actor; several actors share a device below 1."""
-    max_staleness: int = 0
+    max_staleness: int = setting(0, at_least=0, part="freshness")
     """RL: versions of the weights that rollouts may be behind. 0: synchronous; more: they are made while the learner
     trains."""
-    partial: str = "finish"
+    partial: str = setting("finish", choices=("finish", "continue", "drop"), part="freshness")
     """With max_staleness, rollouts under way when new weights arrive: finish (under the weights that began them),
     continue (under the new ones) or drop (begin again under the new ones)."""
-    sync_dtype: str = "float32"
+    sync_dtype: str = setting("float32", choices=("float32", "bfloat16"), part="freshness")
     """What weights travel to the pool in: float32 or bfloat16 (half the bytes; gates stay float32)."""
-    check_weights: bool = False
+    check_weights: bool = setting(False, execution=True)
     """Compare every tensor on both sides after every sync."""
-    max_new_tokens: int = 48
-    stop: list[str] = field(default_factory=lambda: ["\n"])
-    prompt_template: str = "plain"
+    max_new_tokens: int = setting(48, positive=True)
+    stop: list[str] = setting(["\n"])
+    prompt_template: str = setting("plain", choices=("plain", "chat"))
     """plain (Question: ... Answer:) or chat (the tokenizer's chat template)."""
-    start_timeout_s: float = 180.0
-    timeout_s: float = 600.0
+    start_timeout_s: float = setting(180.0, positive=True, execution=True)
+    timeout_s: float = setting(600.0, positive=True, execution=True)
     """Deadline of one generate or trace call on an actor."""
-    failure_budget: int = 3
+    failure_budget: int = setting(3, at_least=0, execution=True)
     """Actor deaths after which a run stops."""
 
 
 @dataclass
 class EvaluateConfig:
-    split: str = "evaluation"
-    thresholds: list[float] = field(default_factory=lambda: [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+    split: str = setting("evaluation", choices=("train", "validation", "evaluation"))
+    thresholds: list[float] = setting([0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
     """Hazard thresholds tried on the validation split."""
-    tolerance: float = 0.02
+    tolerance: float = setting(0.02, at_least=0)
     """Chosen: the least depth whose validation accuracy is within this of the best."""
-    answers: int = 12
+    answers: int = setting(12, at_least=0)
     """Answers kept token by token for the report."""
-    controls: bool = False
+    controls: bool = setting(False, only_with="controls")
     """Compare the last model with exit rules that know less, at its mean depth and at its accuracy; up to 28 readings
     of the validation split and 2 of the test split per rule (docs/evaluation.md)."""
-    control_policy: str = ""
+    control_policy: str = setting("", path=True, only_with="controls")
     """With controls, one more of them: the policy checkpoint or rl stage directory of a run with rl.lambda_exit=0."""
-    externalisation: bool = False
+    externalisation: bool = setting(False, only_with="externalisation")
     """Measure how much of its reasoning each model writes down; about as much as 12 evaluations of
     externalisation_prompts problems per model (docs/evaluation.md)."""
-    externalisation_prompts: int = 100
+    externalisation_prompts: int = setting(100, at_least=0, only_with="externalisation")
     """Test problems for that; 0: all."""
-    seed: int = 0
+    seed: int = setting(0, at_least=0)
 
 
 @dataclass
 class DeepspeedConfig:
-    zero_stage: int = 1
+    zero_stage: int = setting(1, execution=True)
     """What data-parallel ranks share out: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too (only with
     parallel.tensor = parallel.pipeline = 1)."""
-    offload_optimizer: bool = False
+    offload_optimizer: bool = setting(False, execution=True)
     """Optimizer state in CPU memory; needs zero_stage >= 1."""
-    gradient_clipping: float = 1.0
+    gradient_clipping: float = setting(1.0, at_least=0)
     """Largest gradient norm; 0: not clipped."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    betas: list[float] = setting([0.9, 0.95])
     eps: float = 1e-8
-    weight_decay: float = 0.0
+    weight_decay: float = setting(0.0, at_least=0)
 
 
 @dataclass
 class CheckpointConfig:
-    keep: int = 2
+    keep: int = setting(2, positive=True)
     """Newest checkpoints kept of a stage; RL also keeps the one with the best reward."""
-    bad_steps: int = 5
+    bad_steps: int = setting(5, positive=True)
     """Updates in a row whose gradient is not finite, after which a stage stops and leaves the batch on disk."""
 
 
 @dataclass
 class TrackerConfig:
-    wandb: str = "auto"
+    wandb: str = setting("auto", choices=("auto", "online", "offline", "disabled"))
     """auto (online with a key, else offline), online, offline or disabled."""
     project: str = "ee-megatron"
     tensorboard: bool = False
@@ -312,13 +354,13 @@ class TrackerConfig:
 
 @dataclass
 class ClusterConfig:
-    nodes: int = 1
+    nodes: int = setting(1, positive=True)
     """Nodes of a job, all together."""
-    gpus_per_node: int = 0
+    gpus_per_node: int = setting(0, at_least=0)
     """0: nodes without GPUs."""
-    rollout_nodes: int = 0
+    rollout_nodes: int = setting(0, at_least=0)
     """The last of the nodes, which run rollout actors only; 0: actors share the learner's nodes."""
-    requeue_limit: int = 20
+    requeue_limit: int = setting(20, at_least=0)
     """How often a job that was stopped (time limit, preemption, lost node) goes back into the queue by itself."""
 
 
@@ -327,7 +369,7 @@ class RunConfig:
     name: str = "???"
     """Results go to <runs>/<name>/<stage>-<hash of what the stage depends on>."""
     runs: str = "runs"
-    device: str = "auto"
+    device: str = setting("auto", choices=("auto", "cpu", "cuda"))
     """auto (cuda where there is one), cpu or cuda."""
     deterministic: bool = False
     """Only deterministic kernels, where a GPU has a choice (slower). On a CPU a seed always gives the same metrics."""

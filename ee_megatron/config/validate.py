@@ -1,170 +1,23 @@
-"""What the schema's types cannot say: choices, ranges, and whether model, exits and parallel layout fit each other.
-
-torch is imported only where exits or dimensions are built, so that checks without a model cost nothing.
-"""
+"""Whether settings can be right: each by the rules on its field, then whether they fit each other and the model."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cluster import seats
-from .schema import RunConfig
+from .derive import ranks, resolve_exits, stage_sizes
+from .schema import SEQUENCE_MULTIPLE, Rules, RunConfig, settings
 
 if TYPE_CHECKING:
-    from ..exits import ExitLayout
     from ..families import ModelDims
-    from ..policy import PolicySpec
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "device": ("auto", "cpu", "cuda"),
-    "model.dtype": ("auto", "float32", "bfloat16"),
-    "exits.gate_input": ("normalised", "raw"),
-    "adapter.targets": ("attention", "all"),
-    "task.name": ("arithmetic", "gsm8k", "tom", "reasoning_gym", "dataset", "jsonl"),
-    "calibrate.kl_direction": ("student_teacher", "teacher_student", "jensen_shannon"),
-    "calibrate.teacher": ("topk", "full"),
-    "calibrate.gate_targets": ("sampled", "soft", "current"),
-    "rl.depth_cost": ("mean", "total"),
-    "rl.depth_credit": ("sequence", "token"),
-    "rl.kl": ("reward", "loss", "exact"),
-    "rl.decay": ("constant", "linear", "cosine"),
-    "rl.advantage": ("rloo", "mean", "grpo", "none"),
-    "rollout.backend": ("ray", "local"),
-    "rollout.prompt_template": ("plain", "chat"),
-    "rollout.partial": ("finish", "continue", "drop"),
-    "rollout.sync_dtype": ("float32", "bfloat16"),
-    "evaluate.split": ("train", "validation", "evaluation"),
-    "tracker.wandb": ("auto", "online", "offline", "disabled"),
-}
-# Sequences of a batch are padded to a multiple of this (learner/batch.py).
-SEQUENCE_MULTIPLE = 8
 # Those of reasoning_gym are the package's, which is not loaded here.
 TASK_FAMILIES = {
     "arithmetic": ("product", "sum", "word", "chain"),
     "tom": ("first_order", "second_order", "true_belief", "reality", "memory"),
-}
-
-POSITIVE: dict[str, tuple[str, ...]] = {
-    "parallel": (
-        "tensor",
-        "pipeline",
-        "data",
-        "virtual",
-        "micro_batch_size",
-        "timeout_s",
-    ),
-    "exits": ("gate_width",),
-    "adapter": ("alpha",),
-    "task": (
-        "validation",
-        "evaluation",
-        "verifier_workers",
-        "verifier_deadline_s",
-    ),
-    "pretrain": (
-        "steps",
-        "batch_size",
-        "learning_rate",
-        "checkpoint_every",
-    ),
-    "teacher": (
-        "problems",
-        "samples",
-        "temperature",
-        "epochs",
-        "batch_size",
-        "learning_rate",
-    ),
-    "traces": (
-        "problems",
-        "samples",
-        "temperature",
-        "top_k",
-    ),
-    "calibrate": (
-        "epochs",
-        "patterns",
-        "batch_size",
-        "kl_factor",
-        "checkpoint_every",
-    ),
-    "rl": (
-        "steps",
-        "prompts_per_step",
-        "group_size",
-        "temperature",
-        "cost_length",
-        "importance_cap",
-        "epochs",
-        "minibatches",
-        "checkpoint_every",
-    ),
-    "checkpoint": ("keep", "bad_steps"),
-    "rollout": (
-        "actors",
-        "threads",
-        "rows",
-        "device_share",
-        "max_new_tokens",
-        "start_timeout_s",
-        "timeout_s",
-    ),
-    "cluster": ("nodes",),
-}
-NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
-    "adapter": ("rank",),
-    "task": (
-        "train",
-        "seed",
-        "verifier_memory_mb",
-    ),
-    "pretrain": ("seed",),
-    "teacher": (
-        "shots",
-        "seed",
-    ),
-    "traces": ("seed",),
-    "calibrate": (
-        "seed",
-        "adapter_lr",
-        "gate_lr",
-        "gate_weight",
-        "depth_power",
-    ),
-    "rl": (
-        "seed",
-        "lambda_exit",
-        "beta",
-        "adapter_lr",
-        "gate_lr",
-        "clip",
-        "entropy_bonus",
-        "warmup",
-    ),
-    "rollout": (
-        "failure_budget",
-        "max_staleness",
-    ),
-    "evaluate": (
-        "tolerance",
-        "answers",
-        "externalisation_prompts",
-        "seed",
-    ),
-    "deepspeed": (
-        "gradient_clipping",
-        "weight_decay",
-    ),
-    "cluster": (
-        "gpus_per_node",
-        "rollout_nodes",
-        "requeue_limit",
-    ),
 }
 
 
@@ -173,19 +26,8 @@ def validate(cfg: RunConfig, dims: ModelDims | None) -> None:
 
     Raises ValueError, one line: the setting, what was found, what was expected.
     """
-    values = dict(_settings(cfg, ""))
-    for key, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{key}={value}: expected a finite number")
-    for key, choices in CHOICES.items():
-        if values[key] not in choices:
-            raise ValueError(f"{key}={values[key]}: expected one of {', '.join(choices)}")
-    for key in _dotted(POSITIVE):
-        if values[key] <= 0:
-            raise ValueError(f"{key}={values[key]}: expected a number > 0")
-    for key in _dotted(NOT_NEGATIVE):
-        if values[key] < 0:
-            raise ValueError(f"{key}={values[key]}: expected a number >= 0")
+    for key, value, rules in settings(cfg):
+        _check_value(key, value, rules)
     _check_names(cfg)
     _check_task(cfg)
     _check_training(cfg)
@@ -196,79 +38,20 @@ def validate(cfg: RunConfig, dims: ModelDims | None) -> None:
     _check_cluster(cfg)
     if dims is not None:
         _check_tensor(cfg, dims)
-        stage_sizes(cfg, resolve_exits(cfg, dims))
+        stage_sizes(cfg.parallel, resolve_exits(cfg, dims))
 
 
-def ranks(cfg: RunConfig) -> int:
-    """Learner processes: tensor x pipeline x data."""
-    return cfg.parallel.tensor * cfg.parallel.pipeline * cfg.parallel.data
-
-
-def read_dims(cfg: RunConfig) -> ModelDims:
-    """Dimensions from the model directory's config.json; weights are not looked at.
-
-    Raises FileNotFoundError (no such directory or file) or ValueError (not JSON, unsupported architecture).
-    """
-    from ..families import dims_from_config
-
-    file = Path(cfg.model.path) / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"model.path={cfg.model.path}: no config.json there; expected a Hugging Face model directory: "
-            "give model.path=<directory>, or run `make demo` once, which fetches the demo's"
-        )
-    try:
-        return dims_from_config(json.loads(file.read_text()))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not valid JSON ({error}); copy the model again") from None
-
-
-def resolve_exits(cfg: RunConfig, dims: ModelDims) -> ExitLayout:
-    """The model's exits: exits.depths, or every fifth layer and the stage boundaries where none are given."""
-    from ..exits import ExitLayout
-
-    if cfg.exits.depths:
-        return ExitLayout(dims.num_layers, tuple(cfg.exits.depths))
-    sizes = cfg.parallel.stage_layers
-    if not sizes:
-        return ExitLayout.default(dims.num_layers, cfg.parallel.pipeline * cfg.parallel.virtual)
-    edges = {sum(sizes[: stage + 1]) for stage in range(len(sizes) - 1)}
-    depths = edges | set(ExitLayout.default(dims.num_layers).depths)
-    return ExitLayout(dims.num_layers, tuple(sorted(depths)))
-
-
-def stage_sizes(cfg: RunConfig, exits: ExitLayout) -> tuple[int, ...]:
-    """Layers per stage, parallel.pipeline * parallel.virtual of them. Raises ValueError as `ExitLayout` does."""
-    return exits.stage_sizes(cfg.parallel.pipeline * cfg.parallel.virtual, cfg.parallel.stage_layers)
-
-
-def policy_spec(cfg: RunConfig, dims: ModelDims) -> PolicySpec:
-    """The adapters and gates that this configuration trains."""
-    from ..policy import ATTENTION, MLP, PolicySpec
-
-    return PolicySpec(
-        num_layers=dims.num_layers,
-        exit_depths=resolve_exits(cfg, dims).depths,
-        rank=0 if cfg.adapter.full else cfg.adapter.rank,
-        full=cfg.adapter.full,
-        alpha=cfg.adapter.alpha,
-        targets=ATTENTION if cfg.adapter.targets == "attention" else ATTENTION + MLP,
-        gate_width=cfg.exits.gate_width,
-        gate_input=cfg.exits.gate_input,
-    )
-
-
-def _settings(section: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    for field in fields(section):
-        value = getattr(section, field.name)
-        if is_dataclass(value):
-            yield from _settings(value, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", value
-
-
-def _dotted(table: dict[str, tuple[str, ...]]) -> Iterator[str]:
-    return (f"{section}.{name}" for section, names in table.items() for name in names)
+def _check_value(key: str, value: Any, rules: Rules) -> None:
+    least = rules.at_least
+    for wrong, expected in (
+        (isinstance(value, float) and not math.isfinite(value), "a finite number"),
+        (rules.choices and value not in rules.choices, f"one of {', '.join(rules.choices)}"),
+        (rules.positive and value <= 0, "a number > 0"),
+        (least is not None and value < least, f"a number >= {least}"),
+        (rules.share and not 0 <= value <= 1, "a share from 0 to 1"),
+    ):
+        if wrong:
+            raise ValueError(f"{key}={value}: expected {expected}")
 
 
 def _check_names(cfg: RunConfig) -> None:
@@ -318,24 +101,11 @@ def _check_training(cfg: RunConfig) -> None:
         raise ValueError(
             "adapter.rank=0: the teacher is trained through adapters; give a rank > 0 or teacher.enabled=false"
         )
-    shares = {
-        "calibrate.uniform_patterns": cfg.calibrate.uniform_patterns,
-        "calibrate.warmup": cfg.calibrate.warmup,
-        "calibrate.student_patterns": cfg.calibrate.student_patterns,
-        "calibrate.keep": cfg.calibrate.keep,
-        "calibrate.keep_upper": cfg.calibrate.keep_upper,
-        "calibrate.settle": cfg.calibrate.settle,
-        "pretrain.warmup": cfg.pretrain.warmup,
-        "rl.lambda_warmup": cfg.rl.lambda_warmup,
-    }
-    for key, share in shares.items():
-        if not 0 <= share <= 1:
-            raise ValueError(f"{key}={share}: expected a share from 0 to 1")
-    for key in ("calibrate.keep", "calibrate.keep_upper"):
-        if shares[key] < 1 and not cfg.calibrate.settle:
+    for key, share in (("keep", cfg.calibrate.keep), ("keep_upper", cfg.calibrate.keep_upper)):
+        if share < 1 and not cfg.calibrate.settle:
             raise ValueError(
-                f"{key}={shares[key]}: moves the weights under the gates; give calibrate.settle, .1 say, for these to "
-                "learn again"
+                f"calibrate.{key}={share}: moves the weights under the gates; give calibrate.settle, .1 say, for these "
+                "to learn again"
             )
     if not 0 < cfg.rl.gate_centre < 1 or cfg.rl.gate_sharpness <= 0:
         raise ValueError(

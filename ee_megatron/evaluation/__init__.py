@@ -6,7 +6,16 @@ interventions.py (what is written down). Definitions: docs/evaluation.md.
 
 from .evaluate import Answer, evaluate_model, exit_label
 from .results import table, write_results
-from .summary import Row, summarise
+from .summary import EvaluationRow, summarise
 from .threshold import choose_threshold
 
-__all__ = ["Answer", "Row", "choose_threshold", "evaluate_model", "exit_label", "summarise", "table", "write_results"]
+__all__ = [
+    "Answer",
+    "EvaluationRow",
+    "choose_threshold",
+    "evaluate_model",
+    "exit_label",
+    "summarise",
+    "table",
+    "write_results",
+]

@@ -18,7 +18,7 @@ from ..types import Prompt, Rollout
 
 
 @dataclass(frozen=True)
-class Parting:
+class FirstDifference:
     """Where two answers to a prompt part: at token `at` (0-based) the exited one, made after `depth` layers, wrote
     `wrote` where full depth writes `full` (token ids). `own`: its own exit is at fault, not its context."""
 
@@ -37,7 +37,7 @@ def partings(
     exited: Sequence[Rollout],
     sampling: SamplingParams,
     num_layers: int,
-) -> list[Parting]:
+) -> list[FirstDifference]:
     """One entry for every pair of greedy answers that differ, made under the weights that the pool holds.
 
     Raises ValueError for sampled tokens: they would differ by chance.
@@ -60,7 +60,7 @@ def partings(
         [prompt for _, prompt, _, _ in apart.values()], 1, sampling, ExitPolicy("prescribed", depths=depths), seed=0
     )
     return [
-        Parting(
+        FirstDifference(
             name,
             at,
             int(early.exit_depths[at]),

@@ -15,7 +15,7 @@ import numpy as np
 from ..rollout.engine.sampling import ExitPolicy
 from .evaluate import Answer
 from .statistics import Estimate, bootstrap_interval, mcnemar_exact
-from .summary import Row
+from .summary import EvaluationRow
 
 TOLERANCE = 0.01
 """Mean depths count as the same within this, relative."""
@@ -98,14 +98,14 @@ class Matched:
     """
 
     policy: ExitPolicy
-    row: Row
+    row: EvaluationRow
     target: float
     within: bool
     trials: int = 0
-    tried: list[tuple[float, Row]] = field(default_factory=list)
+    tried: list[tuple[float, EvaluationRow]] = field(default_factory=list)
 
 
-Measure = Callable[[ExitPolicy], Row]
+Measure = Callable[[ExitPolicy], EvaluationRow]
 
 
 def match_depth(
@@ -119,7 +119,7 @@ def match_depth(
     """
     if not 0 < target <= 1:
         raise ValueError(f"mean depth {target} to match: expected a share of the layers, above 0 and at most 1")
-    tried: list[tuple[float, Row]] = []
+    tried: list[tuple[float, EvaluationRow]] = []
     policies: list[ExitPolicy] = []
 
     def search(policy: Callable[[float], ExitPolicy], place: Callable[[float], float], count: int) -> None:
@@ -160,7 +160,7 @@ def match_accuracy(
     measure: Measure,
     dial: Dial,
     target: float,
-    tried: Sequence[tuple[float, Row]] = (),
+    tried: Sequence[tuple[float, EvaluationRow]] = (),
     trials: int = ACCURACY_TRIALS,
 ) -> Matched:
     """The least depth at which a control is as accurate as the target, by bisection; `tried` places are used again.

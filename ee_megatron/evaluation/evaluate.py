@@ -13,7 +13,7 @@ from ..rollout.pool.interface import RolloutPool
 from ..tasks.base import Task
 from ..tasks.verifier import VerifierPool
 from ..types import Prompt, Rollout
-from .summary import Row, summarise
+from .summary import EvaluationRow, summarise
 
 
 class Reading(TypedDict):
@@ -90,12 +90,12 @@ def evaluate_model(
     collect: list[Rollout] | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Row, list[Answer]]:
+) -> tuple[EvaluationRow, list[Answer]]:
     """One answer to each prompt by the weights that the pool holds, judged and summarised.
 
     `label` is the model's name in the tables; `decode` gives the text of a token id. With `with_divergence` the answers
-    are read again by model and teacher (another pass over all of them), which fills `Row.kl` and the tokens' entropy.
-    `flops` counts an answer's. `collect` gets the answers as the pool made them.
+    are read again by model and teacher (another pass over all of them), which fills the row's `kl` and the tokens'
+    entropy. `flops` counts an answer's. `collect` gets the answers as the pool made them.
     The time behind tokens_per_s is that of generation alone.
 
     Raises ValueError if the verifier is another task's, or if there are no prompts.

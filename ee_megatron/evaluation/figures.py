@@ -21,10 +21,12 @@ RESAMPLES = 200
 
 
 def label(answer: Answer) -> str:
+    """What an answer's figures stand under: model and exits."""
     return f"{answer['model']}, {answer['exits']}"
 
 
 def by_label(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
+    """Answers by their label, in order of appearance."""
     groups: dict[str, list[Answer]] = {}
     for answer in answers:
         groups.setdefault(label(answer), []).append(answer)

@@ -42,9 +42,13 @@ MAX_STEPS = 8
 class Codec(Protocol):
     """The model's tokenizer, as far as it is needed."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """Token ids without special tokens."""
+        ...
 
-    def decode(self, tokens: Sequence[int]) -> str: ...
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Bench:
     progress: Callable[[int, int], None] | None = None
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        """One answer to each prompt, in order."""
         if not prompts:
             return []
         return [a for (a,) in self.pool.generate(prompts, 1, sampling, self.exits, self.seed, self.progress)]

@@ -16,7 +16,7 @@ from ..report.tables import Table
 from .evaluate import Answer
 from .figures import by_label, by_task, depth_correlations, depth_figures, kl_by_exit
 from .statistics import clustered_difference, mcnemar_exact, spearman_interval
-from .summary import Row
+from .summary import EvaluationRow
 
 BINS = 8
 """Entropy bins, each with as many tokens."""
@@ -25,7 +25,7 @@ REFERENCE = "teacher"
 
 def write_results(
     path: Path,
-    rows: Sequence[Row],
+    rows: Sequence[EvaluationRow],
     answers: Sequence[Answer],
     meta: Mapping[str, Any],
     keep: int | None = None,
@@ -153,7 +153,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[EvaluationRow]) -> str:
     """The rows as text in aligned columns; depth as a share of the layers, total depth in layers, KL in nats."""
     heads = ("model", "exits", "accuracy", "n", "mean depth", "total depth", "length", "KL", "tok/s")
     cells = [

@@ -13,7 +13,7 @@ from .statistics import wilson_interval
 
 
 @dataclass(frozen=True)
-class Row:
+class EvaluationRow:
     """- model: teacher, calibrated or reinforced; exits: the exit policy, in words
     - n answers, correct of them; accuracy = correct/n with its 95% Wilson interval [low, high]
     - mean_depth: mean of depth/L over all generated tokens of all answers, none left out (the first token of an answer,
@@ -40,6 +40,7 @@ class Row:
     timed_out: int = 0
 
     def to_json(self) -> dict[str, str | int | float | None]:
+        """The fields by name."""
         return asdict(self)
 
 
@@ -53,7 +54,7 @@ def summarise(
     *,
     model: str = "",
     exits: str = "",
-) -> Row:
+) -> EvaluationRow:
     """n prompts, their n answers and n verdicts (and float [T] divergences per answer) -> the row.
 
     Raises ValueError if there is nothing to summarise or the inputs do not belong together.
@@ -73,7 +74,7 @@ def summarise(
     depths = np.concatenate([np.asarray(rollout.exit_depths, dtype=np.float64) for rollout in rollouts])
     tokens = len(depths)
     kl = None if divergences is None or not tokens else float(np.concatenate(list(divergences)).mean(dtype=np.float64))
-    return Row(
+    return EvaluationRow(
         model=model,
         exits=exits,
         n=n,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .summary import Row
+from .summary import EvaluationRow
 
 
-def choose_threshold(rows: Sequence[Row], tolerance: float) -> Row:
+def choose_threshold(rows: Sequence[EvaluationRow], tolerance: float) -> EvaluationRow:
     """The row of least mean depth whose accuracy is within `tolerance` of the best row's, full depth among them or not.
 
     Among equal depths the more accurate wins, then the first in alphabetical order of `exits`: the result does not
@@ -23,11 +23,11 @@ def choose_threshold(rows: Sequence[Row], tolerance: float) -> Row:
     return min((row for row in rows if row.accuracy >= bar), key=lambda row: (row.mean_depth, -row.accuracy, row.exits))
 
 
-def pareto_front(rows: Sequence[Row]) -> list[bool]:
+def pareto_front(rows: Sequence[EvaluationRow]) -> list[bool]:
     """Which rows no other beats: none has less mean depth at the same accuracy or more, or more accuracy at the same
     depth or less. Of equal rows all stand. Pareto efficiency; bool [n]."""
 
-    def beats(a: Row, b: Row) -> bool:
+    def beats(a: EvaluationRow, b: EvaluationRow) -> bool:
         no_worse = a.accuracy >= b.accuracy and a.mean_depth <= b.mean_depth
         return no_worse and (a.accuracy > b.accuracy or a.mean_depth < b.mean_depth)
 

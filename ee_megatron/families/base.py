@@ -42,10 +42,12 @@ class ModelDims:
 
     @property
     def q_size(self) -> int:
+        """Rows of the query projection: H hd."""
         return self.heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
+        """Rows of the key projection and of the value projection: KVH hd."""
         return self.kv_heads * self.head_dim
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -61,6 +63,7 @@ class ModelDims:
         }
 
     def has_bias(self, linear: str) -> bool:
+        """Whether a linear of `linear_shapes` has a bias."""
         if linear.startswith("mlp."):
             return self.mlp_bias
         return self.out_bias if linear.endswith("o_proj") else self.qkv_bias

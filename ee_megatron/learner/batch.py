@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config.validate import SEQUENCE_MULTIPLE
+from ..config.schema import SEQUENCE_MULTIPLE
 from ..model.control import make_control
 
 

@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,26 +14,13 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from ..checkpoint.policy_shards import Piece
+from ..config.schema import DeepspeedConfig
 from ..model.gpt import EarlyExitGPT
 from ..model.layer import EarlyExitLayer
 from ..parallel.groups import MegatronUnits
 
 # Learning-rate groups: adapters or the whole base, and the gates.
 GROUPS = ("body", "gates")
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """zero_stage 0 (nothing sharded over data-parallel ranks), 1 (optimizer state), 2 (gradients too) or 3 (parameters
-    too); offload: optimizer state in CPU memory; gradient_clipping: largest norm, 0 for none; AdamW's betas, eps and
-    weight decay."""
-
-    zero_stage: int = 1
-    gradient_clipping: float = 1.0
-    offload: bool = False
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
 
 
 class Trainable(nn.Module):
@@ -70,7 +56,7 @@ class Updater:
     `whole`: the module that ZeRO-3 shards and hooks into (it holds all parameters); other stages don't look at it.
     """
 
-    def __init__(self, pieces: list[Piece], settings: OptimizerSettings, *, on_cpu: bool, whole: nn.Module):
+    def __init__(self, pieces: list[Piece], settings: DeepspeedConfig, *, on_cpu: bool, whole: nn.Module):
         self.settings, self.pieces = settings, pieces
         self.groups = split_groups(pieces)
         deepspeed = _import_deepspeed(on_cpu)
@@ -118,7 +104,7 @@ class Updater:
             found = [self._norm(parameters) for parameters in self.groups.values()]
         elif stage == 3:
             found = [float(norm) for norm in zero._get_norm_groups()]
-        elif self.settings.offload:
+        elif self.settings.offload_optimizer:
             found = [
                 float(zero.complete_grad_norm_calculation_for_cpu_offload(parameters))
                 for parameters in zero.params_in_partition
@@ -184,20 +170,20 @@ def _import_deepspeed(on_cpu: bool) -> Any:
     return deepspeed
 
 
-def _adamw(groups: dict[str, list[nn.Parameter]], settings: OptimizerSettings, on_cpu: bool) -> torch.optim.Optimizer:
+def _adamw(groups: dict[str, list[nn.Parameter]], settings: DeepspeedConfig, on_cpu: bool) -> torch.optim.Optimizer:
     """torch's AdamW, its fused form on a GPU; DeepSpeed's CPUAdam takes minutes to compile and is not needed."""
     return torch.optim.AdamW(
         [{"params": parameters, "lr": 0.0, "name": name} for name, parameters in groups.items()],
-        betas=settings.betas,
+        betas=(settings.betas[0], settings.betas[1]),
         eps=settings.eps,
         weight_decay=settings.weight_decay,
-        fused=not on_cpu and not settings.offload,
+        fused=not on_cpu and not settings.offload_optimizer,
     )
 
 
-def _config(settings: OptimizerSettings, pieces: list[Piece]) -> dict[str, Any]:
+def _config(settings: DeepspeedConfig, pieces: list[Piece]) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": settings.zero_stage, "overlap_comm": False, "contiguous_gradients": True}
-    if settings.offload:
+    if settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
     if settings.zero_stage == 3:
         # Vectors (norms, biases) stay whole on every rank: gathering them would cost more than it saves.

@@ -13,21 +13,16 @@ from torch import Tensor, nn
 
 from ..checkpoint.mapping import load_base
 from ..checkpoint.policy_shards import gather_policy_tensors, load_policy_tensors, policy_pieces
+from ..config.derive import stage_sizes
+from ..config.schema import DeepspeedConfig, ParallelConfig
 from ..families.hf_directory import HFDirectory
 from ..model.config import megatron_config
 from ..model.gpt import RankModel, build_model
-from ..parallel.groups import Degrees
 from ..parallel.schedule import run_schedule
 from ..parallel.vocabulary import Head
 from ..policy import PolicySpec
 from .batch import ReplayBatch
-from .engine import (
-    OptimizerSettings,
-    Updater,
-    fill_missing_gradients,
-    sum_replicated_gradients,
-    sum_tied_gradients,
-)
+from .engine import Updater, fill_missing_gradients, sum_replicated_gradients, sum_tied_gradients
 from .optimizer_state import OptimizerState, read_state, read_values, write_state
 from .passes import Pass, Teacher
 
@@ -60,15 +55,25 @@ class Update:
     applied: bool
 
 
-DEFAULTS = OptimizerSettings()
+@dataclass(frozen=True)
+class LearnerOptions:
+    """What a stage asks of its learner: dropout of the adapters' inputs, the direction of a divergence from the teacher
+    (as calibrate.kl_direction), the temperature of the token distribution."""
+
+    adapter_dropout: float = 0.0
+    kl_direction: str = "student_teacher"
+    temperature: float = 1.0
+
+
+DEFAULTS = LearnerOptions()
 
 
 class Learner:
     """A Megatron model under one layout with its DeepSpeed engine.
 
-    `stage_sizes`: layers per stage, `degrees.virtual` stages on each pipeline rank. `policy`: whole tensors (policy.py)
-    to start from. The reference is the base in `source`: under adapters the same weights with adapters off, under full
-    fine-tuning a second, frozen model, built when it is first asked for.
+    `policy`: whole tensors (policy.py) to start from. The reference is the base in `source`: under adapters the same
+    weights with adapters off, under full fine-tuning a second, frozen model, built when it is first asked for. Raises
+    ValueError for stages that don't end at exits.
     """
 
     def __init__(
@@ -76,33 +81,27 @@ class Learner:
         source: HFDirectory,
         spec: PolicySpec,
         policy: dict[str, Tensor],
-        degrees: Degrees,
-        stage_sizes: tuple[int, ...],
+        parallel: ParallelConfig,
+        deepspeed: DeepspeedConfig,
         *,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
-        sequence_parallel: bool = False,
-        recompute: bool = False,
-        micro_batch_size: int = 8,
-        optimizer: OptimizerSettings = DEFAULTS,
-        adapter_dropout: float = 0.0,
-        kl_direction: str = "student_teacher",
-        temperature: float = 1.0,
+        options: LearnerOptions = DEFAULTS,
     ):
-        self.spec, self.dims, self.degrees = spec, source.dims, degrees
-        self.micro_batch_size, self.device = micro_batch_size, device
-        self.kl_direction, self.temperature = kl_direction, temperature
+        self.spec, self.dims, self.parallel, self.device = spec, source.dims, parallel, device
+        self.micro_batch_size = parallel.micro_batch_size
+        self.kl_direction, self.temperature = options.kl_direction, options.temperature
         self.config = megatron_config(
             source.dims,
             spec,
-            stage_sizes,
-            tensor=degrees.tensor,
-            virtual=degrees.virtual,
-            sequence_parallel=sequence_parallel,
-            recompute=recompute,
+            stage_sizes(parallel, spec.layout),
+            tensor=parallel.tensor,
+            virtual=parallel.virtual,
+            sequence_parallel=parallel.sequence_parallel,
+            recompute=parallel.recompute,
             dtype=dtype,
             on_cpu=device.type == "cpu",
-            adapter_dropout=adapter_dropout,
+            adapter_dropout=options.adapter_dropout,
         )
         self._base_directory = source.path
         self.model = self._base_model(source)
@@ -113,7 +112,7 @@ class Learner:
             piece.parameter.requires_grad_()
         self.head = self._make_head(self.model)
         whole = nn.ModuleList([self.model, *([self.head] if self.head else [])])
-        self.updater = Updater(self.pieces, optimizer, on_cpu=device.type == "cpu", whole=whole)
+        self.updater = Updater(self.pieces, deepspeed, on_cpu=device.type == "cpu", whole=whole)
         self.updates = 0
 
     def _make_head(self, model: RankModel) -> Head | None:
@@ -237,9 +236,9 @@ class Learner:
         model = model or self.model
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         block = self.micro_batch_size * ranks
-        if self.degrees.virtual > 1:
+        if self.parallel.virtual > 1:
             # The interleaved schedule deals micro-batches out in groups of one per pipeline rank.
-            block *= self.degrees.pipeline
+            block *= self.parallel.pipeline
         rows = -(-batch.rows // block) * block
         padded = batch.pad_rows(rows)
         share = rows // ranks

@@ -14,7 +14,7 @@ from ..policy import PolicySpec
 
 
 @dataclass
-class EarlyExitConfig(TransformerConfig):
+class EarlyExitTransformerConfig(TransformerConfig):
     """TransformerConfig plus what the exits need.
 
     dims: the model's dimensions; spec: adapters and gates (None: the plain model, no gates, no adapters);
@@ -38,7 +38,7 @@ def megatron_config(
     dtype: torch.dtype = torch.float32,
     on_cpu: bool = True,
     adapter_dropout: float = 0.0,
-) -> EarlyExitConfig:
+) -> EarlyExitTransformerConfig:
     """The config of one run. `stage_sizes`: layers per stage, their sum is L; `virtual` stages lie on each pipeline
     rank, stage i on rank i mod the number of ranks.
 
@@ -47,7 +47,7 @@ def megatron_config(
     pipeline = len(stage_sizes) // virtual
     layout = "|".join("t" * size for size in stage_sizes)
     fused = not on_cpu
-    return EarlyExitConfig(
+    return EarlyExitTransformerConfig(
         dims=dims,
         spec=spec,
         adapter_dropout=adapter_dropout,

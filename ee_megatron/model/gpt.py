@@ -24,13 +24,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import Tensor, nn
 
 from ..families import inverse_frequencies
-from .config import EarlyExitConfig, padded_vocab
+from .config import EarlyExitTransformerConfig, padded_vocab
 from .layer import EarlyExitLayer
 from .lora import DownLinear, GateUpLinear, LoRAPair, OutLinear, QKVLinear
 from .parts import CausalAttention, HeadNorm, RMSNorm, SkippingAttention
 
 
-def layer_spec(config: EarlyExitConfig) -> ModuleSpec:
+def layer_spec(config: EarlyExitTransformerConfig) -> ModuleSpec:
     norm = HeadNorm if config.qk_layernorm else None
     attention = ModuleSpec(
         module=SkippingAttention,
@@ -85,6 +85,7 @@ class EarlyExitGPT(GPTModel):
         return self.output_layer.weight
 
     def early_exit_layers(self) -> list[EarlyExitLayer]:
+        """This stage's layers, in order."""
         return list(self.decoder.layers)
 
     def ask_for_input_gradient(self) -> None:
@@ -113,6 +114,7 @@ class RankModel(nn.ModuleList):
 
     @property
     def last(self) -> EarlyExitGPT:
+        """The deepest stage on this rank."""
         return self[len(self) - 1]  # type: ignore[return-value]
 
     @contextmanager
@@ -144,13 +146,13 @@ def _ask_for_gradient(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
     return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
-def build_model(config: EarlyExitConfig) -> RankModel:
+def build_model(config: EarlyExitTransformerConfig) -> RankModel:
     """All stages of this rank; process groups must exist. Weights are uninitialised until they are loaded."""
     chunks = config.virtual_pipeline_model_parallel_size
     return RankModel([build_stage(config, stage if chunks else None) for stage in range(chunks or 1)])
 
 
-def build_stage(config: EarlyExitConfig, vp_stage: int | None = None) -> EarlyExitGPT:
+def build_stage(config: EarlyExitTransformerConfig, vp_stage: int | None = None) -> EarlyExitGPT:
     """Build one stage. Its weights are uninitialised until they are loaded."""
     dims = config.dims
     assert dims is not None

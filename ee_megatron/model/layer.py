@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..exits import gate_log_term
 from .active import Active
-from .config import EarlyExitConfig
+from .config import EarlyExitTransformerConfig
 from .control import ASKED, DEPTH, ENTROPY, SOURCE, TARGETS, WEIGHT
-from .parts import Gate, mlp_of_active
+from .parts import ExitGate, mlp_of_active
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -65,12 +65,12 @@ class EarlyExitLayer(TransformerLayer):
     If l - 1 is an exit depth, the layer owns that exit's gate, which reads the stream that enters the layer.
     """
 
-    def __init__(self, config: EarlyExitConfig, submodules: Any, layer_number: int = 1, **kwargs: Any):
+    def __init__(self, config: EarlyExitTransformerConfig, submodules: Any, layer_number: int = 1, **kwargs: Any):
         super().__init__(config=config, submodules=submodules, layer_number=layer_number, **kwargs)
         self.depth = self.layer_number - 1
-        self.gate: Gate | None = None
+        self.gate: ExitGate | None = None
         if config.spec is not None and self.depth in config.spec.exit_depths:
-            self.gate = Gate(config)
+            self.gate = ExitGate(config)
             self.gate_index = config.spec.exit_depths.index(self.depth)
         # Gate logits of the last forward pass [s, b] (local positions, 0 where not asked), if `record` is set.
         self.record = False
@@ -101,7 +101,7 @@ class EarlyExitLayer(TransformerLayer):
         active = Active.of(running, context[..., SOURCE], ranks, self.tp_group.rank())
         return self._forward_active(hidden_states, active, kwargs["rotary_pos_emb"]), context
 
-    def _ask(self, gate: Gate, hidden_states: Tensor, control: Tensor) -> Tensor:
+    def _ask(self, gate: ExitGate, hidden_states: Tensor, control: Tensor) -> Tensor:
         """Run the gate where it is asked and reached; its loss goes with the returned hidden states."""
         where = (control[..., ASKED] > 0) & (control[..., DEPTH] >= self.depth)
         logit = gate(hidden_states[where])

@@ -26,13 +26,13 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor, nn
 
 from .active import Active
-from .config import EarlyExitConfig
+from .config import EarlyExitTransformerConfig
 
 
 class LoRAPair(nn.Module):
     """lora_A [r, in], lora_B [out, r], fp32 (they are trained); local sizes. `enabled` is switched by the model."""
 
-    def __init__(self, config: EarlyExitConfig, in_size: int, out_size: int):
+    def __init__(self, config: EarlyExitTransformerConfig, in_size: int, out_size: int):
         super().__init__()
         assert config.spec is not None
         rank = config.spec.rank
@@ -46,7 +46,7 @@ class _Adapted:
 
     PREFIX = ""
     PARTS: tuple[str, ...] = ()
-    config: EarlyExitConfig
+    config: EarlyExitTransformerConfig
     training: bool
 
     def _add_adapters(self, in_size: int, out_sizes: tuple[int, ...], replicated: str) -> None:
@@ -84,14 +84,14 @@ class _Adapted:
 
 
 class _Column(_Adapted, ColumnParallelLinear):
-    def __init__(self, input_size: int, output_size: int, *, config: EarlyExitConfig, **kwargs: object):
+    def __init__(self, input_size: int, output_size: int, *, config: EarlyExitTransformerConfig, **kwargs: object):
         assert config.dims is not None
         kwargs["bias"] = config.dims.has_bias(f"{self.PREFIX}.{self.PARTS[0]}")
         super().__init__(input_size, output_size, config=config, **kwargs)
         self.part_sizes = self.sizes(config)
         self._add_adapters(input_size, self.part_sizes, replicated="lora_A")
 
-    def sizes(self, config: EarlyExitConfig) -> tuple[int, ...]:
+    def sizes(self, config: EarlyExitTransformerConfig) -> tuple[int, ...]:
         """Local output sizes of the parts."""
         raise NotImplementedError
 
@@ -149,7 +149,7 @@ class QKVLinear(_Column):
     PREFIX = "self_attn"
     PARTS = ("q_proj", "k_proj", "v_proj")
 
-    def sizes(self, config: EarlyExitConfig) -> tuple[int, ...]:
+    def sizes(self, config: EarlyExitTransformerConfig) -> tuple[int, ...]:
         tp = config.tensor_model_parallel_size
         self.groups = config.num_query_groups // tp
         return (
@@ -172,7 +172,7 @@ class GateUpLinear(_Column):
     PREFIX = "mlp"
     PARTS = ("gate_proj", "up_proj")
 
-    def sizes(self, config: EarlyExitConfig) -> tuple[int, ...]:
+    def sizes(self, config: EarlyExitTransformerConfig) -> tuple[int, ...]:
         return (config.ffn_hidden_size // config.tensor_model_parallel_size,) * 2
 
     def join_rows(self, parts: list[Tensor]) -> Tensor:
@@ -180,7 +180,7 @@ class GateUpLinear(_Column):
 
 
 class _Row(_Adapted, RowParallelLinear):
-    def __init__(self, input_size: int, output_size: int, *, config: EarlyExitConfig, **kwargs: object):
+    def __init__(self, input_size: int, output_size: int, *, config: EarlyExitTransformerConfig, **kwargs: object):
         assert config.dims is not None
         kwargs["bias"] = config.dims.has_bias(f"{self.PREFIX}.{self.PARTS[0]}")
         super().__init__(input_size, output_size, config=config, **kwargs)
@@ -214,8 +214,12 @@ class _Row(_Adapted, RowParallelLinear):
 
 
 class OutLinear(_Row):
+    """Attention's output projection, row-parallel, with its adapter."""
+
     PREFIX, PARTS = "self_attn", ("o_proj",)
 
 
 class DownLinear(_Row):
+    """The MLP's way down, row-parallel, with its adapter."""
+
     PREFIX, PARTS = "mlp", ("down_proj",)

@@ -10,14 +10,14 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
 from .active import Active
-from .config import EarlyExitConfig
+from .config import EarlyExitTransformerConfig
 
 
 class RMSNorm(nn.Module):
     """RMSNorm with fp32 statistics; in and out [..., D] in the input's dtype. Under sequence parallelism its gradient
     is partial on each tensor-parallel rank, which the attribute `sequence_parallel` of the weight announces."""
 
-    def __init__(self, config: EarlyExitConfig, hidden_size: int, eps: float = 1e-6, **_: object):
+    def __init__(self, config: EarlyExitTransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
@@ -33,7 +33,7 @@ class HeadNorm(RMSNorm):
     """RMSNorm over a head's dimension (Qwen3). Each tensor-parallel rank sees only its own heads, so its gradient is
     partial whether or not the sequence is sharded; `sum_over_tensor_ranks` announces that."""
 
-    def __init__(self, config: EarlyExitConfig, hidden_size: int, eps: float = 1e-6, **_: object):
+    def __init__(self, config: EarlyExitTransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object):
         super().__init__(config, hidden_size, eps)
         self.weight.sequence_parallel = False  # type: ignore[attr-defined]
         self.weight.sum_over_tensor_ranks = config.tensor_model_parallel_size > 1  # type: ignore[attr-defined]
@@ -45,7 +45,7 @@ class CausalAttention(nn.Module):
     Sequences are padded on the right, so the causal mask alone keeps padding out of every real position.
     """
 
-    def __init__(self, config: EarlyExitConfig, *_: object, **__: object):
+    def __init__(self, config: EarlyExitTransformerConfig, *_: object, **__: object):
         super().__init__()
         self.config = config
 
@@ -118,14 +118,14 @@ def mlp_of_active(mlp: MLP, normed: Tensor, active: Active) -> Tensor:
     return output if mlp.linear_fc2.bias is None else output + mlp.linear_fc2.bias
 
 
-class Gate(nn.Module):
+class ExitGate(nn.Module):
     """The exit gate at one depth: z = W2 relu(W1 x + b1) + b2 on the residual stream x, [..., D] -> fp32 [...].
 
     Replicated on every tensor-parallel rank. Under sequence parallelism each rank sees its own positions only, so the
     gradients are partial there.
     """
 
-    def __init__(self, config: EarlyExitConfig):
+    def __init__(self, config: EarlyExitTransformerConfig):
         super().__init__()
         assert config.spec is not None
         hidden, width = config.hidden_size, config.spec.gate_width * config.hidden_size

@@ -25,6 +25,7 @@ class Degrees:
 
     @property
     def world(self) -> int:
+        """The number of ranks."""
         return self.tensor * self.pipeline * self.data
 
 

@@ -6,9 +6,9 @@ import shlex
 from pathlib import Path
 
 from ..config.cluster import job_shape
+from ..config.derive import ranks
 from ..config.identity import stage_order
 from ..config.schema import RunConfig
-from ..config.validate import ranks
 
 SCRIPTS = Path(__file__).parents[2] / "slurm"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..config.derive import read_dims
 from ..config.schema import RunConfig
-from ..config.validate import read_dims
 from .command import launch_commands
 
 

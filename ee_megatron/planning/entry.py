@@ -6,8 +6,8 @@ import json
 import sys
 from dataclasses import dataclass, field
 
+from ..config.derive import read_dims
 from ..config.schema import RunConfig
-from ..config.validate import read_dims
 from ..families import ModelDims
 from .command import launch_command
 from .devices import Device, find_device
@@ -77,6 +77,7 @@ def refuse_what_does_not_fit(plan: Plan, dims: ModelDims) -> None:
 
 
 def pick_device(cfg: RunConfig, options: Options) -> Device:
+    """The device that the options name, else a CPU or an H100 by the configuration. Raises ValueError."""
     cpu = cfg.device == "cpu" or (cfg.device == "auto" and not cfg.cluster.gpus_per_node)
     name = options.device or ("cpu" if cpu else "H100")
     return find_device(name, options.tflops, options.memory_gib, options.efficiency)

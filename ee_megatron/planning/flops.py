@@ -32,13 +32,16 @@ class Cost:
         return Cost(*(a + b for a, b in zip(self.parts(), other.parts(), strict=True)))
 
     def parts(self) -> tuple[float, ...]:
+        """The fields in order."""
         return self.linear, self.adapters, self.attention, self.gates, self.head
 
     def times(self, factor: float) -> Cost:
+        """`factor` such passes."""
         return Cost(*(factor * part for part in self.parts()))
 
     @property
     def total(self) -> float:
+        """FLOPs of all kinds."""
         return sum(self.parts())
 
 
@@ -79,16 +82,18 @@ def queries(load: Workload, active: float) -> float:
 
 
 def attention(layout: Layout, load: Workload, rows: float, active: float) -> float:
+    """FLOPs of scores and weighted values, forward, of `rows` sequences on one tensor-parallel rank."""
     heads, size = layout.dims.heads // layout.tensor, layout.dims.head_dim
     return 4 * rows * heads * size * queries(load, active) * load.length
 
 
 def gate(dims: ModelDims, width: int, positions: float) -> float:
+    """FLOPs of one gate of width `width` · D on `positions` positions, forward."""
     return 2 * positions * width * dims.hidden * (dims.hidden + 1)
 
 
 @dataclass(frozen=True)
-class Pass:
+class PassMode:
     """How a batch is run. train: with backward pass; recompute: layers run forward twice; policy: with adapters, gates
     and exits (False: the reference at full depth); input_gradient: the first layer's input asks for a gradient."""
 
@@ -98,7 +103,7 @@ class Pass:
     input_gradient: bool = False
 
 
-def layer_cost(layout: Layout, load: Workload, layer: int, rows: float, real: float, how: Pass) -> Cost:
+def layer_cost(layout: Layout, load: Workload, layer: int, rows: float, real: float, how: PassMode) -> Cost:
     """One layer on one rank for a micro-batch of `rows` sequences of which `real` are not padding."""
     active = load.active(layer, full=not how.policy)
     found = products(layout, real * load.written, real * active)
@@ -122,7 +127,7 @@ def layer_cost(layout: Layout, load: Workload, layer: int, rows: float, real: fl
     return forward + backward + (forward if how.recompute else Cost())
 
 
-def carries_gradient(layout: Layout, layer: int, how: Pass) -> bool:
+def carries_gradient(layout: Layout, layer: int, how: PassMode) -> bool:
     """Whether what enters the layer asks for a gradient: all but the first layer's input does where anything before it
     is trained."""
     if how.input_gradient or layout.spec.full:
@@ -140,13 +145,13 @@ def gate_cost(layout: Layout, load: Workload, layer: int, real: float) -> float:
     return gate(layout.dims, layout.spec.gate_width, real * load.asked(layer - 1)) / share
 
 
-def head_cost(layout: Layout, load: Workload, real: float, how: Pass) -> Cost:
+def head_cost(layout: Layout, load: Workload, real: float, how: PassMode) -> Cost:
     rows = padded_vocab(layout.dims.vocab, layout.tensor) // layout.tensor
     once = 2 * real * load.answer * rows * layout.dims.hidden
     return Cost(head=once * (1 + (1 + layout.spec.full if how.train else 0)))
 
 
-def stage_cost(layout: Layout, load: Workload, pipeline_rank: int, rows: float, real: float, how: Pass) -> Cost:
+def stage_cost(layout: Layout, load: Workload, pipeline_rank: int, rows: float, real: float, how: PassMode) -> Cost:
     """One micro-batch on one (tensor, pipeline) rank; a micro-batch of padding only costs nothing."""
     if real <= 0:
         return Cost()
@@ -167,7 +172,7 @@ def micro_batches(layout: Layout, size: int, sequences: int, data_rank: int) -> 
     return [max(0, min(size, sequences - start - i)) for i in range(0, share, size)]
 
 
-def pass_cost(layout: Layout, load: Workload, size: int, sequences: int, how: Pass) -> dict[int, Cost]:
+def pass_cost(layout: Layout, load: Workload, size: int, sequences: int, how: PassMode) -> dict[int, Cost]:
     """Pipeline rank -> FLOPs of data rank 0, which has no less to do than the others, on one tensor-parallel rank."""
     parts = micro_batches(layout, size, sequences, 0)
     costs = {}
@@ -180,7 +185,7 @@ def pass_cost(layout: Layout, load: Workload, size: int, sequences: int, how: Pa
     return costs
 
 
-def whole_pass(layout: Layout, load: Workload, size: int, sequences: int, how: Pass) -> float:
+def whole_pass(layout: Layout, load: Workload, size: int, sequences: int, how: PassMode) -> float:
     """FLOPs of all ranks."""
     total = 0.0
     for data_rank in range(layout.data):

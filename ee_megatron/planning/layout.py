@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..config.derive import policy_spec, stage_sizes
 from ..config.schema import RunConfig
-from ..config.validate import policy_spec, stage_sizes
 from ..families import ModelDims, padded_vocab
 from ..policy import PolicySpec
 
 
 @dataclass(frozen=True)
-class Stage:
+class PipelineStage:
     """Consecutive layers (1-based numbers) on one pipeline rank; the first stage embeds, the last one reads out."""
 
     layers: tuple[int, ...]
@@ -37,18 +37,20 @@ class Layout:
     def of(cfg: RunConfig, dims: ModelDims) -> Layout:
         """Raises ValueError as config/validate.py does, for stages that do not end at exits."""
         p, spec = cfg.parallel, policy_spec(cfg, dims)
-        sizes = stage_sizes(cfg, spec.layout)
+        sizes = stage_sizes(p, spec.layout)
         return Layout(dims, spec, p.tensor, p.pipeline, p.data, p.virtual, p.sequence_parallel, sizes)
 
     @property
     def ranks(self) -> int:
+        """Ranks of the learner."""
         return self.tensor * self.pipeline * self.data
 
-    def stages(self, pipeline_rank: int) -> list[Stage]:
+    def stages(self, pipeline_rank: int) -> list[PipelineStage]:
+        """A pipeline rank's stages, in order."""
         found, first, last = [], 1, len(self.sizes) - 1
         for index, size in enumerate(self.sizes):
             if index % self.pipeline == pipeline_rank:
-                found.append(Stage(tuple(range(first, first + size)), index == 0, index == last))
+                found.append(PipelineStage(tuple(range(first, first + size)), index == 0, index == last))
             first += size
         return found
 
@@ -70,9 +72,11 @@ class Parameters:
 
     @property
     def total(self) -> int:
+        """Parameters that the rank holds."""
         return self.base + self.copy + self.adapters + self.gates
 
     def trained(self, full: bool) -> int:
+        """Parameters with a gradient; full: the base's too."""
         return self.adapters + self.gates + (self.base + self.copy if full else 0)
 
 
@@ -92,6 +96,7 @@ def rank_parameters(layout: Layout, pipeline_rank: int) -> Parameters:
 
 
 def targets(layout: Layout) -> tuple[str, ...]:
+    """Linears that have an adapter."""
     return layout.spec.targets if layout.spec.rank else ()
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from ..families import padded_vocab
 from ..parallel.vocabulary import CHUNK_BYTES, LEAST_CHUNK
-from .flops import MLP_IN, QKV, Pass, carries_gradient
-from .layout import Layout, Stage, rank_parameters, targets
+from .flops import MLP_IN, QKV, PassMode, carries_gradient
+from .layout import Layout, PipelineStage, rank_parameters, targets
 from .workload import Workload
 
 FP32, INDEX = 4, 8
@@ -107,7 +107,7 @@ def layer_input(layout: Layout, load: Workload, t: Training) -> float:
     return t.micro_batch * load.length * layout.dims.hidden * t.item / share
 
 
-def stage_activations(layout: Layout, load: Workload, t: Training, stage: Stage) -> float:
+def stage_activations(layout: Layout, load: Workload, t: Training, stage: PipelineStage) -> float:
     if t.recompute:
         return len(stage.layers) * layer_input(layout, load, t)
     return sum(layer_activations(layout, load, t, layer) for layer in stage.layers)
@@ -129,7 +129,7 @@ def layer_activations(layout: Layout, load: Workload, t: Training, layer: int) -
     every, active = t.micro_batch * load.length, t.micro_batch * load.active(layer, full=True)
     here = layout.tensor if layout.sequence_parallel else 1
     q, kv, inner = (size // layout.tensor for size in (dims.q_size, dims.kv_size, dims.intermediate))
-    entering = carries_gradient(layout, layer, Pass(True, input_gradient=t.recompute or t.zero_stage == 3))
+    entering = carries_gradient(layout, layer, PassMode(True, input_gradient=t.recompute or t.zero_stage == 3))
     kept = (every if entering else 0) / here * dims.hidden * FP32
     # Norms keep their input in fp32 (in fp32 that is the residual stream itself) and, where the gain is trained, what
     # it multiplies; the stream is kept once more where it is put back among the positions that do not run the layer.
@@ -213,9 +213,9 @@ def logits_chunk(layout: Layout, load: Workload, t: Training) -> float:
 
 
 def actor_memory(layout: Layout, load: Workload, item: int, rows: int, packed: bool) -> dict[str, float]:
-    """Kind -> bytes of one rollout actor, a whole replica (rollout/engine/weights.py): the base, the matrices that adapters
-    change once more, stacked key/value weights of the layers behind each exit, gates; on a CPU packed forms of what is
-    multiplied with. The cache has a slot of prompt + answer positions for every row."""
+    """Kind -> bytes of one rollout actor, a whole replica (rollout/engine/weights.py): the base, the matrices that
+    adapters change once more, stacked key/value weights of the layers behind each exit, gates; on a CPU packed forms of
+    what is multiplied with. The cache has a slot of prompt + answer positions for every row."""
     dims, spec = layout.dims, layout.spec
     linears = {name: shape[0] * shape[1] for name, shape in dims.linear_shapes().items()}
     base = sum(_size(shape) for shape in dims.tensor_shapes().values())

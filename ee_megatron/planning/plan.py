@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..config.cluster import job_shape
+from ..config.derive import ranks
 from ..config.schema import RunConfig
-from ..config.validate import ranks, validate
+from ..config.validate import validate
 from ..families import ModelDims
 from . import timing
 from .devices import Device
@@ -52,13 +53,16 @@ class Plan:
 
     @property
     def on_cpu(self) -> bool:
+        """Whether the learner runs on CPUs."""
         return self.device.packed
 
     @property
     def sync(self) -> int:
+        """Bytes of the weights that one sync sends to the pool."""
         return sync_bytes(self.layout)
 
     def device_bytes(self, kinds: dict[str, float]) -> float:
+        """Bytes that count against a device: on a GPU without what lies in the host's memory."""
         return sum(size for kind, size in kinds.items() if kind != HOST or self.on_cpu)
 
     def shortage(self) -> str:
@@ -111,6 +115,7 @@ def actor_rows(cfg: RunConfig) -> int:
 def learner_bytes(
     cfg: RunConfig, layout: Layout, longest: Workload, item: int, on_cpu: bool, pipeline_rank: int
 ) -> dict[str, float]:
+    """Kind -> bytes of one learner rank in an RL step."""
     per_update = -(-cfg.rl.prompts_per_step * cfg.rl.group_size // cfg.rl.minibatches)
     batches = max(1, -(-per_update // (cfg.parallel.micro_batch_size * layout.data)))
     training = Training(
@@ -127,6 +132,8 @@ def learner_bytes(
 def shortage(
     cfg: RunConfig, device: Device, learner: list[dict[str, float]], actor: dict[str, float], shared: bool
 ) -> str:
+    """Which device lacks how much memory, in words; empty if everything fits."""
+
     def total(kinds: dict[str, float]) -> float:
         return sum(size for kind, size in kinds.items() if kind != HOST or device.packed)
 

@@ -46,6 +46,7 @@ def nearest_fit(plan: Plan, dims: ModelDims) -> list[str]:
 
 
 def apply(cfg: RunConfig, changes: dict[str, int | bool]) -> RunConfig:
+    """A changed copy. Another number of pipeline ranks drops `stage_layers`."""
     changed = copy.deepcopy(cfg)
     for key, value in changes.items():
         section, name = key.split(".")
@@ -56,6 +57,7 @@ def apply(cfg: RunConfig, changes: dict[str, int | bool]) -> RunConfig:
 
 
 def fits(cfg: RunConfig, layout: Layout, plan: Plan) -> bool:
+    """Whether the configuration, cut as `layout` says, fits the plan's device."""
     device: Device = plan.device
     shared = device.packed or job_shape(cfg, "rl").shares_devices
     longest = Workload.of(plan.longest.prompt, plan.longest.answer, layout.spec.layout.outcomes, 1.0)

@@ -52,6 +52,7 @@ def to_json(plan: Plan, command: str) -> dict[str, Any]:
 
 
 def size(value: float) -> str:
+    """Bytes in words, in GiB or MiB."""
     return f"{value / GIB:.2f} GiB" if value >= 0.1 * GIB else f"{value / MIB:.1f} MiB"
 
 

@@ -5,24 +5,27 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
+from ..config.derive import ranks
 from ..config.schema import RunConfig
-from ..config.validate import ranks
 from ..families import ModelDims
 from .devices import Device
 from .plan import Assumptions, Plan, make_plan
 
 
 @dataclass(frozen=True)
-class Point:
+class ScalingPoint:
     nodes: int
     plan: Plan
 
     @property
     def seconds(self) -> float:
+        """Seconds of one RL step."""
         return sum(self.plan.seconds.values())
 
 
-def scale(cfg: RunConfig, dims: ModelDims, device: Device, assumed: Assumptions, nodes: tuple[int, ...]) -> list[Point]:
+def scale(
+    cfg: RunConfig, dims: ModelDims, device: Device, assumed: Assumptions, nodes: tuple[int, ...]
+) -> list[ScalingPoint]:
     """The same step (the same prompts, the same batch) on more nodes: half of the devices learn, with more
     data-parallel ranks, half are rollout actors. Raises ValueError for a count that leaves no whole replica."""
     if not cfg.cluster.gpus_per_node:
@@ -42,7 +45,7 @@ def scale(cfg: RunConfig, dims: ModelDims, device: Device, assumed: Assumptions,
         changed.rollout.actors = devices - ranks(changed)
         whole, rest = divmod(ranks(changed), cfg.cluster.gpus_per_node)
         changed.cluster.rollout_nodes = 0 if rest else count - whole
-        points.append(Point(count, make_plan(changed, dims, device, assumed)))
+        points.append(ScalingPoint(count, make_plan(changed, dims, device, assumed)))
     return points
 
 

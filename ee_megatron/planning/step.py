@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..config.schema import RunConfig
 from ..families import ModelDims
-from .flops import Pass, decode_cost, prefill_cost, whole_pass
+from .flops import PassMode, decode_cost, prefill_cost, whole_pass
 from .layout import Layout
 from .workload import Workload
 
@@ -29,14 +29,17 @@ class Step:
 
     @property
     def sequences(self) -> int:
+        """Rollouts of a step."""
         return self.prompts * self.group
 
     @property
-    def train(self) -> Pass:
-        return Pass(train=True, recompute=self.recompute, input_gradient=self.recompute or self.zero_stage == 3)
+    def train(self) -> PassMode:
+        """How its updates run a batch."""
+        return PassMode(train=True, recompute=self.recompute, input_gradient=self.recompute or self.zero_stage == 3)
 
 
 def rl_step(cfg: RunConfig, item: int) -> Step:
+    """The configuration's RL step; `item`: bytes per element of the base."""
     rl = cfg.rl
     return Step(
         prompts=rl.prompts_per_step,
@@ -55,11 +58,11 @@ def rl_step(cfg: RunConfig, item: int) -> Step:
 def phase_flops(layout: Layout, load: Workload, step: Step) -> dict[str, float]:
     """FLOPs of all ranks and actors by phase of one RL step."""
 
-    def over(sequences: int, how: Pass) -> float:
+    def over(sequences: int, how: PassMode) -> float:
         return whole_pass(layout, load, step.micro_batch, sequences, how)
 
     part = max(1, step.sequences // step.updates)
-    policy, reference = Pass(train=False), Pass(train=False, policy=False)
+    policy, reference = PassMode(train=False), PassMode(train=False, policy=False)
     return {
         "rollouts": step.prompts * prefill_cost(layout.dims, load.prompt) + step.sequences * decode_cost(layout, load),
         "scoring": over(step.sequences, policy)
@@ -75,5 +78,5 @@ def pretrain_flops(cfg: RunConfig, dims: ModelDims, length: float, sequences: in
     full = copy.deepcopy(cfg)
     full.adapter.full = True
     load = Workload(1, length - 1, (dims.num_layers,), (1.0,))  # type: ignore[arg-type]
-    how = Pass(train=True, policy=False, recompute=cfg.parallel.recompute)
+    how = PassMode(train=True, policy=False, recompute=cfg.parallel.recompute)
     return whole_pass(Layout.of(full, dims), load, cfg.parallel.micro_batch_size, sequences, how)

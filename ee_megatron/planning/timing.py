@@ -7,7 +7,7 @@ communication with arithmetic.
 from __future__ import annotations
 
 from .devices import Device
-from .flops import Pass, decode_cost, micro_batches, pass_cost, prefill_cost
+from .flops import PassMode, decode_cost, micro_batches, pass_cost, prefill_cost
 from .layout import Layout, rank_parameters
 from .memory import FP32, sync_bytes
 from .step import Step
@@ -35,7 +35,7 @@ def rollout_seconds(layout: Layout, load: Workload, step: Step, device: Device) 
     return read + -(-mine // rows) * (load.answer - 1) * per_token
 
 
-def pass_seconds(layout: Layout, load: Workload, step: Step, device: Device, sequences: int, how: Pass) -> float:
+def pass_seconds(layout: Layout, load: Workload, step: Step, device: Device, sequences: int, how: PassMode) -> float:
     """One pass over `sequences`: the slowest stage, the pipeline's filling and draining, tensor-parallel sums."""
     batches = sum(real > 0 for real in micro_batches(layout, step.micro_batch, sequences, 0))
     slowest = max(cost.total for cost in pass_cost(layout, load, step.micro_batch, sequences, how).values())
@@ -44,7 +44,7 @@ def pass_seconds(layout: Layout, load: Workload, step: Step, device: Device, seq
     return busy * (1 + idle) + _hops(layout, load, step, device)
 
 
-def _tensor_sums(layout: Layout, load: Workload, step: Step, device: Device, how: Pass) -> float:
+def _tensor_sums(layout: Layout, load: Workload, step: Step, device: Device, how: PassMode) -> float:
     """Per micro-batch: two sums per layer forward, two backward, of the active positions' streams."""
     if layout.tensor == 1:
         return 0.0
@@ -64,13 +64,14 @@ def _hops(layout: Layout, load: Workload, step: Step, device: Device) -> float:
 
 def score_seconds(layout: Layout, load: Workload, step: Step, device: Device) -> float:
     """The policy under the recorded exits and the reference at full depth; once more before each further update."""
-    policy, reference = Pass(train=False), Pass(train=False, policy=False)
+    policy, reference = PassMode(train=False), PassMode(train=False, policy=False)
     seconds = sum(pass_seconds(layout, load, step, device, step.sequences, how) for how in (policy, reference))
     part = max(1, step.sequences // step.updates)
     return seconds + (step.updates - 1) * pass_seconds(layout, load, step, device, part, policy)
 
 
 def update_seconds(layout: Layout, load: Workload, step: Step, device: Device) -> float:
+    """Forward and backward passes, the gradients' all-reduce and AdamW, over all updates of a step."""
     part = max(1, step.sequences // step.updates)
     largest = max(rank_parameters(layout, p).trained(layout.spec.full) for p in range(layout.pipeline))
     spans = bool(step.gpus_per_node) and layout.ranks > step.gpus_per_node

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..config.validate import SEQUENCE_MULTIPLE
+from ..config.schema import SEQUENCE_MULTIPLE
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config.derive import policy_spec, ranks, read_dims
 from ..config.identity import STAGES
 from ..config.load import find_config_dir, list_groups, load
 from ..config.schema import RunConfig
-from ..config.validate import policy_spec, ranks, read_dims, validate
+from ..config.validate import validate
 from ..observe.lock import RunLock
 from ..training import stages
 from ..training.stopping import STOPPED, WITH_PARENT, dying_with_me, follow_parent

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..config.schema import RunConfig
 from ..families import ModelDims
-from ..planning.flops import Pass, whole_pass
+from ..planning.flops import PassMode, whole_pass
 from ..planning.layout import Layout
 from ..planning.step import phase_flops, pretrain_flops, rl_step
 from ..planning.workload import Workload
@@ -47,7 +47,7 @@ def buy(cfg: RunConfig, dims: ModelDims, budget: float, how: IsoFlop) -> Purchas
             raise ValueError(f"budget={budget:g}: less than half of one update of {each:.3g} FLOPs; raise it")
         return Purchase(str(count), count * batch * (length - 1), count * each)
     batch = cfg.calibrate.batch_size
-    how_run = Pass(train=True, recompute=cfg.parallel.recompute, input_gradient=cfg.parallel.recompute)
+    how_run = PassMode(train=True, recompute=cfg.parallel.recompute, input_gradient=cfg.parallel.recompute)
     update = whole_pass(layout, load, cfg.parallel.micro_batch_size, batch, how_run)
     sequences = cfg.traces.problems * cfg.traces.samples * cfg.calibrate.patterns
     updates = round(budget / update)

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config.derive import read_dims, resolve_exits
 from ..config.schema import RunConfig
-from ..config.validate import read_dims, resolve_exits
 from ..families import ModelDims
 from ..observe.metrics import read_metrics
 from ..planning.flops import decode_cost, prefill_cost

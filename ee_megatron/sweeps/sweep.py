@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config.cluster import job_shape
+from ..config.derive import read_dims
 from ..config.identity import stage_dir, stage_order
 from ..config.load import load
 from ..config.schema import RunConfig
-from ..config.validate import read_dims
 from .grid import BUDGET, Grid, Value, describe
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from decimal import Decimal
 
+from ..config.schema import TaskConfig
 from ..types import Prompt
 from .arithmetic_templates import FAMILIES, Kind, Pair, Range
 from .base import SPLITS, ChatTemplate, Problem, Verdict
@@ -48,7 +49,7 @@ class PairSplit:
 
 
 class ArithmeticTask(ProceduralTask):
-    """Deterministic in its arguments; see `make_task` for them.
+    """Deterministic in its section.
 
     `Prompt.group` lists the operand pairs of the problem, "3,8" or, for a chain, "3,8;5,24".
     """
@@ -56,19 +57,9 @@ class ArithmeticTask(ProceduralTask):
     name = "arithmetic"
     instruction = 'Write the calculation on one line and end it with "The answer is <number>".'
 
-    def __init__(
-        self,
-        families: Sequence[str] = ("product", "sum", "word"),
-        *,
-        train: int = 0,
-        validation: int = 200,
-        evaluation: int = 400,
-        seed: int = 0,
-        chat: ChatTemplate | None = None,
-    ) -> None:
-        sizes = {"train": train, "validation": validation, "evaluation": evaluation}
-        super().__init__(families, tuple(FAMILIES), **sizes, seed=seed, chat=chat)
-        self._pair_split = PairSplit(seed)
+    def __init__(self, task: TaskConfig, chat: ChatTemplate | None = None) -> None:
+        super().__init__(task, tuple(FAMILIES), chat)
+        self._pair_split = PairSplit(self.seed)
 
     def verify(self, prompt: Prompt, text: str) -> Verdict:
         return verify_line(prompt.answer, text)

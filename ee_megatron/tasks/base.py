@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, get_args
 
+from ..config.schema import TaskConfig
 from ..types import Prompt
 
 Split = Literal["train", "validation", "evaluation"]
@@ -108,5 +109,14 @@ class PromptFormat:
 
 
 def check_split(split: str) -> None:
+    """Raises ValueError for a split that no task has."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+
+
+def split_sizes(task: TaskConfig) -> dict[str, int]:
+    """Problems by split, 0 for all there are. Raises ValueError for a negative number."""
+    sizes = {"train": task.train, "validation": task.validation, "evaluation": task.evaluation}
+    if any(size < 0 for size in sizes.values()):
+        raise ValueError(f"task sizes must not be negative: {sizes}; 0 means all there are")
+    return sizes

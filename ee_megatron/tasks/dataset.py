@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config.schema import TaskConfig
 from ..types import Prompt
 from .answers import boxed_answer, verify_solution
-from .base import SPLITS, ChatTemplate, Problem, PromptFormat, Split, Verdict, check_split
+from .base import SPLITS, ChatTemplate, Problem, PromptFormat, Split, Verdict, check_split, split_sizes
 
 EXAMPLES = 16
 """Training problems that are set aside as worked examples."""
@@ -24,7 +25,7 @@ _SHARD = re.compile(r".+-[0-9]{5}-of-[0-9]{5}")
 
 
 @dataclass(frozen=True)
-class Columns:
+class DatasetColumns:
     """Where a row holds what: names of columns, or with dots of what is nested in one ("choices.text").
 
     `choices` "": free answers. Otherwise that column lists the options, which the prompt shows with letters; the answer
@@ -36,39 +37,28 @@ class Columns:
     choices: str = ""
 
     def named(self) -> tuple[str, ...]:
+        """The columns that are set."""
         return tuple(column for column in (self.question, self.answer, self.choices) if column)
 
 
 class DatasetTask:
-    """A task read from files; see `make_task` for the arguments.
+    """A task read from files.
 
     Evaluation comes from the evaluation split (test.*), validation is held out of the train split (train.*). A single
     file or data set, or no evaluation split (""), is divided into all three. A question that occurs twice is kept once,
     and one that occurs in the evaluation split is dropped from train.
     """
 
-    def __init__(
-        self,
-        name: str,
-        path: str | Path,
-        *,
-        question_column: str = "question",
-        answer_column: str = "answer",
-        choices_column: str = "",
-        train_split: str = "train",
-        evaluation_split: str = "test",
-        train: int = 0,
-        validation: int = 200,
-        evaluation: int = 400,
-        seed: int = 0,
-        chat: ChatTemplate | None = None,
-    ) -> None:
-        self.name, self.path, self.seed = name, Path(path), seed
-        self.columns = Columns(question_column, answer_column, choices_column)
-        self.splits = (train_split, evaluation_split)
-        self.sizes = {"train": train, "validation": validation, "evaluation": evaluation}
-        if any(size < 0 for size in self.sizes.values()):
-            raise ValueError(f"task sizes must not be negative: {self.sizes}; 0 means all there are")
+    def __init__(self, task: TaskConfig, chat: ChatTemplate | None = None) -> None:
+        if not task.path:
+            raise ValueError(
+                f"task.path: {task.name} needs a .jsonl or .parquet file, a directory of them, or a data set saved to "
+                "disk"
+            )
+        self.name, self.path, self.seed = task.name, Path(task.path), task.seed
+        self.columns = DatasetColumns(task.question_column, task.answer_column, task.choices_column)
+        self.splits = (task.train_split, task.evaluation_split)
+        self.sizes = split_sizes(task)
         self.format = PromptFormat(INSTRUCTION, chat)
         self._examples: list[Problem] = []
         self._problems: dict[str, dict[str, tuple[Prompt, Problem]]] = {}
@@ -249,7 +239,7 @@ def _load_files(files: list[Path]) -> Any:
             datasets.enable_progress_bar()
 
 
-def _rows(source: str, table: Any, columns: Columns) -> Iterable[Mapping[str, Any]]:
+def _rows(source: str, table: Any, columns: DatasetColumns) -> Iterable[Mapping[str, Any]]:
     """Rows with the columns that are wanted, nested ones under their dotted name."""
     # A column's own name may hold a dot.
     paths = {name: [name] if name in table.column_names else name.split(".") for name in columns.named()}

@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, cast
 
+from ..config.schema import TaskConfig
 from ..types import Prompt
-from .base import SPLITS, ChatTemplate, Problem, PromptFormat, Split, Verdict, check_split
+from .base import SPLITS, ChatTemplate, Problem, PromptFormat, Split, Verdict, check_split, split_sizes
 
 FAMILY_LIMIT = 1500
 """Problems per family in a split that asks for all there are: the streams go on for long, or for ever."""
@@ -17,7 +18,7 @@ EXAMPLES = 16
 
 
 class ProceduralTask(ABC):
-    """Deterministic in its arguments; see `make_task` for them.
+    """Deterministic in its section.
 
     A subclass names itself and its families and draws a family's problems; `Prompt.id` is
     "<name>/<family>/<split>/<number>" and `Prompt.task` "<name>.<family>".
@@ -26,23 +27,11 @@ class ProceduralTask(ABC):
     name: str
     instruction: ClassVar[str]
 
-    def __init__(
-        self,
-        families: Sequence[str],
-        known: Sequence[str],
-        *,
-        train: int = 0,
-        validation: int = 200,
-        evaluation: int = 400,
-        seed: int = 0,
-        chat: ChatTemplate | None = None,
-    ) -> None:
+    def __init__(self, task: TaskConfig, known: Sequence[str], chat: ChatTemplate | None) -> None:
+        families, sizes = task.families, split_sizes(task)
         if not families or len(set(families)) != len(families) or not set(families) <= set(known):
             raise ValueError(f"task.families: {list(families)}; choose one or more, each once, of {', '.join(known)}")
-        sizes = {"train": train, "validation": validation, "evaluation": evaluation}
-        if any(size < 0 for size in sizes.values()):
-            raise ValueError(f"task sizes must not be negative: {sizes}; 0 means all there are")
-        self.families, self.sizes, self.seed = tuple(families), sizes, seed
+        self.families, self.sizes, self.seed = tuple(families), sizes, task.seed
         self.format = PromptFormat(self.instruction, chat)
         self._problems: dict[str, list[tuple[Prompt, Problem]]] = {}
 

@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+from ..config.schema import TaskConfig
 from ..types import Prompt
 from .answers import answer_part, final_answer
 from .base import ChatTemplate, Problem, Split, Verdict
@@ -27,7 +28,7 @@ _RESULT_CALLED = re.compile(r"[\])}\"']\s*\(")
 
 
 class ReasoningGymTask(ProceduralTask):
-    """Deterministic in its arguments and the package's version; see `make_task` for the arguments.
+    """Deterministic in its section and the package's version.
 
     All problems are made when the task is. `Prompt.group` is a digest of the question, which decides the split.
     """
@@ -35,23 +36,13 @@ class ReasoningGymTask(ProceduralTask):
     name = "reasoning_gym"
     instruction = f"Reason step by step, and put nothing but your final answer between {_OPEN} and {_CLOSE}."
 
-    def __init__(
-        self,
-        families: Sequence[str] = (),
-        *,
-        train: int = 0,
-        validation: int = 200,
-        evaluation: int = 400,
-        seed: int = 0,
-        chat: ChatTemplate | None = None,
-    ) -> None:
-        sizes = {"train": train, "validation": validation, "evaluation": evaluation}
-        if not families:
+    def __init__(self, task: TaskConfig, chat: ChatTemplate | None = None) -> None:
+        if not task.families:
             raise ValueError("task.families: none; expected families of reasoning-gym, [chain_sum,gcd] for example")
-        super().__init__(families, families, **sizes, seed=seed, chat=chat)
-        wanted = {split: -(-size // len(families)) if size else FAMILY_LIMIT for split, size in sizes.items()}
+        super().__init__(task, task.families, chat)
+        wanted = {split: -(-size // len(self.families)) if size else FAMILY_LIMIT for split, size in self.sizes.items()}
         wanted["train"] += EXAMPLES
-        self._entries = generate(families, seed, wanted)
+        self._entries = generate(self.families, self.seed, wanted)
         self._by_group = {
             family: {_group(entry): entry for entries in splits.values() for entry in entries}
             for family, splits in self._entries.items()

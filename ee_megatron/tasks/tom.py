@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
 
+from ..config.schema import TaskConfig
 from ..types import Prompt
 from . import tom_templates as words
 from .answers import verify_solution
@@ -258,7 +259,7 @@ class Cast:
 
 
 class ToMTask(ProceduralTask):
-    """Deterministic in its arguments; see `make_task` for them.
+    """Deterministic in its section.
 
     `Prompt.group` lists the names and the objects with their places, "Ada+Ben;ball@basket;ball@box;ball@jar".
     """
@@ -266,18 +267,8 @@ class ToMTask(ProceduralTask):
     name = "tom"
     instruction = 'Explain your answer on one line and end it with "The answer is <place or thing>".'
 
-    def __init__(
-        self,
-        families: Sequence[str] = tuple(FAMILIES),
-        *,
-        train: int = 0,
-        validation: int = 200,
-        evaluation: int = 400,
-        seed: int = 0,
-        chat: ChatTemplate | None = None,
-    ) -> None:
-        sizes = {"train": train, "validation": validation, "evaluation": evaluation}
-        super().__init__(families, tuple(FAMILIES), **sizes, seed=seed, chat=chat)
+    def __init__(self, task: TaskConfig, chat: ChatTemplate | None = None) -> None:
+        super().__init__(task, tuple(FAMILIES), chat)
         self._casts: dict[str, Cast] = {}
 
     def __getstate__(self) -> dict:

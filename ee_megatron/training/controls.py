@@ -21,7 +21,7 @@ from ..evaluation.controls import (
     random_exits,
 )
 from ..evaluation.evaluate import Answer, exit_label
-from ..evaluation.summary import Row
+from ..evaluation.summary import EvaluationRow
 from ..rollout.engine.sampling import ExitPolicy
 
 
@@ -31,9 +31,9 @@ class Reference:
 
     model: str
     exits: ExitPolicy
-    validation: Row
+    validation: EvaluationRow
     validation_answers: Sequence[Answer]
-    test: Row
+    test: EvaluationRow
     test_answers: Sequence[Answer]
 
 
@@ -42,9 +42,9 @@ class Judge(Protocol):
 
     def load(self, checkpoint: Path) -> None: ...
 
-    def on_validation(self, model: str, exits: ExitPolicy) -> Row: ...
+    def on_validation(self, model: str, exits: ExitPolicy) -> EvaluationRow: ...
 
-    def on_test(self, model: str, exits: ExitPolicy) -> tuple[Row, list[Answer]]: ...
+    def on_test(self, model: str, exits: ExitPolicy) -> tuple[EvaluationRow, list[Answer]]: ...
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ def all_controls(
 
 
 def run_controls(
-    judge: Judge, reference: Reference, controls: Sequence[Control], done: Callable[[Row], None]
+    judge: Judge, reference: Reference, controls: Sequence[Control], done: Callable[[EvaluationRow], None]
 ) -> list[dict[str, Any]]:
     """One entry for the reference, then two per control: at its mean depth, at its accuracy; plain JSON values."""
     entries = [_entry(f"({reference.model})", "itself", reference, None, reference.test, reference.test_answers)]
     for control in controls:
         judge.load(control.checkpoint)
 
-        def measure(exits: ExitPolicy, model: str = control.model) -> Row:
+        def measure(exits: ExitPolicy, model: str = control.model) -> EvaluationRow:
             return judge.on_validation(model, exits)
 
         depth = match_depth(measure, control.dial, reference.validation.mean_depth)
@@ -102,7 +102,12 @@ def run_controls(
 
 
 def _entry(
-    name: str, matched_by: str, reference: Reference, matched: Matched | None, row: Row, answers: Sequence[Answer]
+    name: str,
+    matched_by: str,
+    reference: Reference,
+    matched: Matched | None,
+    row: EvaluationRow,
+    answers: Sequence[Answer],
 ) -> dict[str, Any]:
     policy = matched.policy if matched else reference.exits
     return {

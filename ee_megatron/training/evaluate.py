@@ -20,7 +20,7 @@ from ..evaluation.evaluate import Answer, add_readings, evaluate_model, exit_lab
 from ..evaluation.gates import gate_calibration
 from ..evaluation.interventions import Bench, externalisation
 from ..evaluation.results import table, write_results
-from ..evaluation.summary import Row
+from ..evaluation.summary import EvaluationRow
 from ..evaluation.threshold import choose_threshold, pareto_front
 from ..planning.flops import answer_cost
 from ..policy import WeightSet, load_policy
@@ -76,7 +76,7 @@ class Evaluation:
         # What the prompts cost to read; the table of a sweep asks for it.
         lengths = [len(tokenizer(p.text, add_special_tokens=False)["input_ids"]) for p in self.test]
         self.prompt_tokens = sum(lengths) / max(1, len(lengths))
-        self.rows: list[Row] = []
+        self.rows: list[EvaluationRow] = []
         self.answers: list[Answer] = []
         self.meta: dict[str, object] = {}
         self.more: dict[str, Any] = {"gates": {}, "pareto": {}}
@@ -102,7 +102,7 @@ class Evaluation:
         *,
         final: bool = False,
         collect: list[Rollout] | None = None,
-    ) -> tuple[Row, list[Answer]]:
+    ) -> tuple[EvaluationRow, list[Answer]]:
         return evaluate_model(
             self.pool,
             self.task,
@@ -122,7 +122,7 @@ class Evaluation:
 
     def measure(
         self, model: str, exits: ExitPolicy, prompts: list[Prompt], *, final: bool, collect: list[Rollout] | None = None
-    ) -> tuple[Row, list[Answer]]:
+    ) -> tuple[EvaluationRow, list[Answer]]:
         """One of the announced sets; `final`: it is a row of the results."""
         rollouts: list[Rollout] = []
         row, answers = self.answer(model, exits, prompts, final=final, collect=rollouts)
@@ -142,16 +142,16 @@ class Evaluation:
         depths = self.session.spec.exit_depths
         add_readings([answers[i] for i in shown], inspected, depths, lambda token: self.tokens.decode([token]))
 
-    def done(self, row: Row) -> None:
+    def done(self, row: EvaluationRow) -> None:
         self.bar.advance(1, accuracy=row.accuracy, depth=row.mean_depth)
 
     def load(self, checkpoint: Path) -> None:
         self.pool.load(WeightSet(1, load_policy(checkpoint)[1]))
 
-    def on_validation(self, model: str, exits: ExitPolicy) -> Row:
+    def on_validation(self, model: str, exits: ExitPolicy) -> EvaluationRow:
         return self.answer(model, exits, self.validation)[0]
 
-    def on_test(self, model: str, exits: ExitPolicy) -> tuple[Row, list[Answer]]:
+    def on_test(self, model: str, exits: ExitPolicy) -> tuple[EvaluationRow, list[Answer]]:
         return self.answer(model, exits, self.test, final=True)
 
     def teacher(self) -> None:

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ..config.derive import ranks
 from ..config.identity import stage_dir, stage_order
 from ..config.schema import RunConfig
-from ..config.validate import ranks
 from . import stages
 from .slurm import adopt_rank
 from .stopping import WITH_PARENT, Stopped, dying_with_me, follow_parent, listener
@@ -119,7 +119,8 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
     """Every stage in order, each in processes of its own, then the exported model and the report."""
     if parent := os.environ.pop(WITH_PARENT, ""):
         follow_parent(int(parent))
-    from ..config.validate import read_dims, validate
+    from ..config.derive import read_dims
+    from ..config.validate import validate
 
     validate(cfg, read_dims(cfg))
     stages.check_given(cfg)
@@ -153,11 +154,3 @@ def export(cfg: RunConfig) -> Path:
     threshold = float(results["meta"].get("threshold_reinforced", 0.5))
     policy = {"kind": "threshold", "value": threshold}
     return export_hf(stages.base_model(cfg), stages.reinforced(cfg), out, "merge", "embed", exit_policy=policy)
-
-
-def generate(cfg: RunConfig, prompt: str, exits: str, temperature: float, max_new_tokens: int) -> None:
-    """Answer one prompt with the newest policy of this configuration (reinforced, else calibrated, else the base)."""
-    quiet_libraries()
-    from .generate import stream_answer
-
-    stream_answer(cfg, prompt, exits, temperature, max_new_tokens)

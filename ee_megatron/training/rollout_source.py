@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Freshness:
+class Staleness:
     """How old rollouts may be, in versions of the weights (0: synchronous); what becomes of those under way when new
     weights arrive: "finish" under the weights that began them, "continue" under the new ones, or "drop" and begin again
     under these. The latter two are fresher and depend on the clock. And whether every sync is checked tensor by tensor.
@@ -47,15 +47,15 @@ class Freshness:
             raise ValueError(f"rollout.partial={self.partial}: expected finish, continue or drop")
 
 
-def make_source(session: Session) -> Actor | Dump:
+def make_source(session: Session) -> RolloutSource | ReplaySource:
     rl, r = session.cfg.rl, session.cfg.rollout
     if rl.replay:
-        return Dump(Path(rl.replay), rl.group_size)
-    return Actor(session, Freshness(r.max_staleness, r.partial, r.check_weights))
+        return ReplaySource(Path(rl.replay), rl.group_size)
+    return RolloutSource(session, Staleness(r.max_staleness, r.partial, r.check_weights))
 
 
-class Dump:
-    """Rollouts of an earlier run in place of a pool's."""
+class ReplaySource:
+    """Rollouts that an earlier run left on disk (`rl.dump_rollouts`), replayed in place of a pool's."""
 
     def __init__(self, directory: Path, group_size: int):
         self.directory, self.group_size = directory, group_size
@@ -73,59 +73,59 @@ class Dump:
         return {}
 
 
-class Actor:
+class RolloutSource:
     """The leader's side of a step: prompts in, verified groups out."""
 
-    def __init__(self, session: Session, freshness: Freshness):
-        self.cfg, self.freshness = session.cfg, freshness
+    def __init__(self, session: Session, staleness: Staleness):
+        self.cfg, self.staleness = session.cfg, staleness
         task = session.make_task()
         self.verifier: VerifierPool = session.make_verifier(task)
         self.prompts = task.prompts("train")
         self.pool: RolloutPool = session.make_pool(session.spec)
-        self.dump = session.path / "rollouts"
-        self.ahead = Ahead(session.path / "ahead", session.spec)
+        self.dump_directory = session.path / "rollouts"
+        self.history = WeightHistory(session.path / "ahead", session.spec)
         self._session = session
         self._under_way: dict[int, Pending] = {}
-        self._staleness = 0.0
+        self._mean_age = 0.0
 
     def act(self, weights: WeightSet, step: int, detail: Callable[[str, int, int], None]) -> list[Group]:
         """Step `step`'s groups, while those of later steps are begun as far as rollout.max_staleness lets them. The
         prompts depend on seed and step alone, so that a resumed run goes on where it was: no prompt twice, none lost,
         until all have been used."""
-        rl, fresh = self.cfg.rl, self.freshness
-        if fresh.check or not fresh.max_staleness:
+        rl, staleness = self.cfg.rl, self.staleness
+        if staleness.check or not staleness.max_staleness:
             self.pool.load(weights)
-        if fresh.check:
+        if staleness.check:
             self.pool.check(weights)
         self._begin(weights, step)
         answers = self._under_way.pop(step).result(lambda done, total: detail("rollouts", done, total))
-        check_versions(answers, weights.version, fresh.max_staleness)
-        self._staleness = weights.version - float(np.concatenate(versions_of(answers)).mean())
+        check_versions(answers, weights.version, staleness.max_staleness)
+        self._mean_age = weights.version - float(np.concatenate(versions_of(answers)).mean())
         groups = self._verified(step_prompts(self.prompts, step, rl), answers)
         if rl.dump_rollouts:
-            save_rollouts(self.dump / f"step_{step + 1}", groups)
+            save_rollouts(self.dump_directory / f"step_{step + 1}", groups)
         return groups
 
     def _begin(self, weights: WeightSet, step: int) -> None:
         """Ask for every step's rollouts that may be made by now and have not been asked for."""
         rl, r = self.cfg.rl, self.cfg.rollout
-        n = self.freshness.max_staleness
+        n = self.staleness.max_staleness
         if n:
-            self.ahead.keep(weights, oldest=version_for(self._saved_steps(), n))
-        if self.freshness.partial != "finish":
-            keep = self.freshness.partial == "continue"
+            self.history.keep(weights, oldest=version_for(self._saved_steps(), n))
+        if self.staleness.partial != "finish":
+            keep = self.staleness.partial == "continue"
             # Dropping the rollouts that are due now would make everybody wait for them again.
             for later in self._under_way.keys() - (set() if keep else {step}):
                 self._under_way[later].renew(weights, keep)
-        for ahead in range(step, min(step + n, rl.steps - 1) + 1):
-            if ahead not in self._under_way:
-                self._under_way[ahead] = self.pool.begin(
-                    self.ahead.version(version_for(ahead, n), weights),
-                    step_prompts(self.prompts, ahead, rl),
+        for coming in range(step, min(step + n, rl.steps - 1) + 1):
+            if coming not in self._under_way:
+                self._under_way[coming] = self.pool.begin(
+                    self.history.version(version_for(coming, n), weights),
+                    step_prompts(self.prompts, coming, rl),
                     rl.group_size,
                     SamplingParams(rl.temperature, r.max_new_tokens, tuple(r.stop)),
                     ExitPolicy("sample"),
-                    rl.seed * 1_000_003 + ahead,
+                    rl.seed * 1_000_003 + coming,
                 )
 
     def _saved_steps(self) -> int:
@@ -152,11 +152,11 @@ class Actor:
             "verifier_timeouts": float(self.verifier.timeouts),
             "actor_restarts": float(pool["restarts"]),
             "actors_alive": float(pool["alive"]),
-            "staleness": self._staleness,
+            "staleness": self._mean_age,
         }
 
 
-class Ahead:
+class WeightHistory:
     """Versions of the weights that rollouts under way may have been begun with, on disk: version_N/ as
     `policy.save_policy` writes it, appearing whole."""
 

@@ -16,7 +16,7 @@ from ..config.schema import RunConfig
 from ..families import ModelDims
 from ..families.hf_directory import HFDirectory
 from ..observe.rundir import atomic_directory
-from .problems import task_of
+from ..tasks import task_of
 
 END = "<|end|>"
 OUTWARD = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
@@ -29,7 +29,7 @@ def draw_model(cfg: RunConfig, path: Path) -> Path:
 
     Raises FileNotFoundError or ValueError: a shape that is not supported, a vocabulary too small for all bytes.
     """
-    from ..config.validate import read_dims
+    from ..config.derive import read_dims
 
     if path.is_dir():
         return path

@@ -17,13 +17,12 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from ..config.derive import policy_spec
 from ..config.identity import stage_dir, to_yaml
 from ..config.schema import RunConfig
-from ..config.validate import policy_spec, stage_sizes
 from ..families.hf_directory import HFDirectory
 from ..learner.batch import ReplayBatch
-from ..learner.engine import OptimizerSettings
-from ..learner.learner import Learner, Update
+from ..learner.learner import Learner, LearnerOptions, Update
 from ..observe.metrics import Metrics
 from ..observe.progress import Progress
 from ..observe.rundir import RunDirectory
@@ -32,9 +31,8 @@ from ..parallel.groups import Degrees
 from ..policy import PolicySpec
 from ..rollout.pool import make_pool
 from ..rollout.pool.interface import RolloutPool
-from ..tasks import Task, VerifierPool
+from ..tasks import Task, VerifierPool, task_of
 from .checkpoints import CheckpointWriter, damage, read_training
-from .problems import task_of
 from .stages import DONE
 from .stopping import Parting, Stopped, listener
 
@@ -92,8 +90,8 @@ class Session:
             self.stack.callback(self.writer.close)
         if self.learns:
             p = self.cfg.parallel
-            self.degrees = Degrees(p.tensor, p.pipeline, p.data, p.virtual)
-            self.device = groups.initialise(self.degrees, device=self.device_type, timeout_s=p.timeout_s)
+            degrees = Degrees(p.tensor, p.pipeline, p.data, p.virtual)
+            self.device = groups.initialise(degrees, device=self.device_type, timeout_s=p.timeout_s)
             self.stack.callback(groups.finish)
         return self
 
@@ -103,47 +101,21 @@ class Session:
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def make_learner(self, policy: dict[str, torch.Tensor], **options: Any) -> Learner:
-        p, d, sizes = self.cfg.parallel, self.cfg.deepspeed, stage_sizes(self.cfg, self.spec.layout)
+        """This rank's part of a learner; `options` as in `LearnerOptions`."""
         return Learner(
             self.source,
             self.spec,
             policy,
-            self.degrees,
-            sizes,
+            self.cfg.parallel,
+            self.cfg.deepspeed,
             device=self.device,
             dtype=self.dtype,
-            sequence_parallel=p.sequence_parallel,
-            recompute=p.recompute,
-            micro_batch_size=p.micro_batch_size,
-            optimizer=OptimizerSettings(
-                zero_stage=d.zero_stage,
-                gradient_clipping=d.gradient_clipping,
-                offload=d.offload_optimizer,
-                betas=(d.betas[0], d.betas[1]),
-                eps=d.eps,
-                weight_decay=d.weight_decay,
-            ),
-            **options,
+            options=LearnerOptions(**options),
         )
 
     def make_pool(self, spec: PolicySpec | None) -> RolloutPool:
         """The rollout pool round this stage's model; the leader's only."""
-        r = self.cfg.rollout
-        pool = make_pool(
-            r.backend,
-            self.model_path,
-            spec,
-            dtype=self.dtype,
-            device=self.device_type,
-            actors=r.actors,
-            threads=r.threads,
-            rows=r.rows,
-            start_timeout_s=r.start_timeout_s,
-            timeout_s=r.timeout_s,
-            failure_budget=r.failure_budget,
-            device_share=r.device_share,
-            sync_dtype=torch.bfloat16 if r.sync_dtype == "bfloat16" else None,
-        )
+        pool = make_pool(self.cfg.rollout, self.model_path, spec, self.dtype, self.device_type)
         self.stack.callback(pool.close)
         if listener.listening:
             # Ray takes TERM for itself when a driver starts.

@@ -13,9 +13,10 @@ from megatron.core import parallel_state
 
 from ee_megatron.checkpoint.mapping import load_base
 from ee_megatron.checkpoint.policy_shards import gather_policy_tensors, load_policy_tensors, policy_pieces
+from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.batch import ReplayBatch
-from ee_megatron.learner.learner import Learner
+from ee_megatron.learner.learner import Learner, LearnerOptions
 from ee_megatron.model.config import megatron_config
 from ee_megatron.model.gpt import RankModel, build_model
 from ee_megatron.parallel import groups
@@ -40,6 +41,18 @@ def split(degrees: Degrees) -> torch.device:
         )  # fmt: skip
     _now.append(degrees)
     return groups.initialise(degrees, timeout_s=120)
+
+
+def make_learner(
+    path, spec, policy, degrees, stages, *, deepspeed=None, dtype=torch.float32, kl_direction="student_teacher",
+    **parallel,
+) -> Learner:  # fmt: skip
+    """This rank's learner, after `split`; `parallel`: further settings of that section."""
+    section = ParallelConfig(*degrees, stage_layers=list(stages), **parallel)
+    return Learner(
+        HFDirectory(path), spec, policy, section, deepspeed or DeepspeedConfig(), device=split(Degrees(*degrees)),
+        dtype=dtype, options=LearnerOptions(kl_direction=kl_direction),
+    )  # fmt: skip
 
 
 def blank(tokens, depths) -> ReplayBatch:
@@ -71,7 +84,7 @@ def logits(model: RankModel, tokens, depths):
 def plain_model(path, spec: PolicySpec | None, policy, learner: Learner, stages, options) -> RankModel:
     """The same layout without gates, and without adapters where the spec has none; no learner around it."""
     config = megatron_config(
-        learner.dims, spec, stages, tensor=learner.degrees.tensor, virtual=learner.degrees.virtual,
+        learner.dims, spec, stages, tensor=learner.parallel.tensor, virtual=learner.parallel.virtual,
         sequence_parallel=options.get("sequence_parallel", False), recompute=options.get("recompute", False),
     )  # fmt: skip
     model = build_model(config)
@@ -84,9 +97,7 @@ def plain_model(path, spec: PolicySpec | None, policy, learner: Learner, stages,
 
 def everything(path, spec: PolicySpec, policy, degrees, stages, options, tokens, patterns, batch: ReplayBatch):
     """-> per rank: logits of the base and of every pattern, gradients, and two comparisons to the bit."""
-    degrees = Degrees(*degrees)
-    device = split(degrees)
-    learner = Learner(HFDirectory(path), spec, policy, degrees, stages, device=device, micro_batch_size=2, **options)
+    learner = make_learner(path, spec, policy, degrees, stages, micro_batch_size=2, **options)
     learner.model.eval()
     found = {
         "tensor_rank": parallel_state.get_tensor_model_parallel_rank(),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import layout_cases
 import torch
-from layout_cases import blank, split
+from layout_cases import blank
 from torch.utils.flop_counter import FlopCounterMode
 
-from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.batch import ReplayBatch
 from ee_megatron.learner.learner import Learner
-from ee_megatron.parallel.groups import Degrees
 from ee_megatron.parallel.schedule import run_schedule
 from ee_megatron.policy import PolicySpec
 
@@ -18,9 +17,8 @@ _kept: dict[str, Learner] = {}
 
 def make_learner(path, spec: PolicySpec, policy, degrees, stages, options) -> None:
     """Build this rank's learner and keep it for later calls."""
-    device = split(Degrees(*degrees))
     _kept.pop("learner", None)
-    _kept["learner"] = Learner(HFDirectory(path), spec, policy, Degrees(*degrees), stages, device=device, **options)
+    _kept["learner"] = layout_cases.make_learner(path, spec, policy, degrees, stages, **options)
 
 
 def score(batch: ReplayBatch, **options):

@@ -6,14 +6,13 @@ from collections import Counter
 
 import numpy as np
 import torch
-from layout_cases import split
+from layout_cases import make_learner
 from torch.utils.flop_counter import FlopCounterMode
 
+from ee_megatron.config.schema import DeepspeedConfig
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.batch import ReplayBatch, mean_weights, pack
-from ee_megatron.learner.engine import OptimizerSettings
 from ee_megatron.learner.learner import Learner
-from ee_megatron.parallel.groups import Degrees
 from ee_megatron.policy import PolicySpec, initial_policy
 
 
@@ -105,22 +104,10 @@ def measure(
     micro_batch: int, options,
 ):  # fmt: skip
     """-> this rank's FLOPs of scoring, of the reference and of a step, and its bytes by kind."""
-    degrees = Degrees(*degrees)
-    device = split(degrees)
     source, options = HFDirectory(path), dict(options)
     policy = initial_policy(source.dims, spec, 0, source.tensor)
-    optimizer = OptimizerSettings(zero_stage=options.pop("zero_stage", 1))
-    learner = Learner(
-        source,
-        spec,
-        policy,
-        degrees,
-        sizes,
-        device=device,
-        micro_batch_size=micro_batch,
-        optimizer=optimizer,
-        **options,
-    )
+    options |= {"deepspeed": DeepspeedConfig(options.pop("zero_stage", 1)), "micro_batch_size": micro_batch}
+    learner = make_learner(path, spec, policy, degrees, sizes, **options)
     batch = make_batch(spec, source.dims.vocab, sequences, prompt, answer, shares, group)
     found: dict[str, float] = {}
 

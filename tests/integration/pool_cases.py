@@ -12,6 +12,7 @@ from types import TracebackType
 import numpy as np
 import torch
 
+from ee_megatron.config.schema import RolloutConfig
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import ExitPolicy, ReplicaSettings, SamplingParams
@@ -36,7 +37,9 @@ def policy(path: Path, spec: PolicySpec, version: int) -> WeightSet:
 
 def make(path: Path, spec: PolicySpec, budget: int, rows: int = 8) -> RayPool:
     settings = ReplicaSettings(str(path), spec, torch.float32, "cpu", rows=rows, threads=1)
-    return RayPool(settings, actors=2, start_timeout_s=120, timeout_s=120, failure_budget=budget, device_share=0.5)
+    return RayPool(settings, RolloutConfig(
+        actors=2, start_timeout_s=120, timeout_s=120, failure_budget=budget, device_share=0.5
+    ))  # fmt: skip
 
 
 def bits(answers: list[list[Rollout]]) -> list[tuple]:

@@ -15,6 +15,7 @@ from ee_megatron.policy import PolicySpec, initial_policy
 from ee_megatron.rollout.engine.cache import KVCache
 from ee_megatron.rollout.engine.decoder import Decoder
 from tests.reference import Reference, random_policy
+from tests.stepping import step
 from tests.tiny import tiny_hf
 
 LAYERS, ROWS, WIDTH = 6, 3, 12
@@ -43,14 +44,9 @@ def decode_step_by_step(decoder: Decoder, tokens, prompts, depths):
         cache.fill(0, 0, read.keys, read.values)
         found[row, length - 1] = decoder.readout(read.hidden).log_softmax(-1)
         for position in range(length, WIDTH):
-            wanted = depths[row, position]
-            out = decoder.step(
-                cache,
-                tokens[row, position : position + 1],
-                torch.tensor([position]),
-                lambda i, h, z, at, w=wanted: torch.full((len(at),), bool(SPEC.exit_depths[i] == w)),
-            )
-            found[row, position] = decoder.readout(out.hidden[0]).log_softmax(-1)
+            which = slice(position, position + 1)
+            hidden = step(decoder, cache, tokens[row, which], torch.tensor([position]), depths[row, which])
+            found[row, position] = decoder.readout(hidden[0]).log_softmax(-1)
     return found
 
 

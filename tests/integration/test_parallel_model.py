@@ -9,9 +9,9 @@ import pytest
 import torch
 from ranks import Ranks
 
+from ee_megatron.config.schema import DeepspeedConfig
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.batch import mean_weights, pack
-from ee_megatron.learner.engine import OptimizerSettings
 from ee_megatron.policy import PolicySpec
 from tests.reference import Reference, random_policy
 from tests.tiny import tiny_hf
@@ -68,7 +68,7 @@ def test_scores_and_updates_equal_the_reference(family, degrees, stages, options
     with Ranks(int(np.prod(degrees)), tmp_path / "ranks") as ranks:
         ranks.call(
             "parallel_cases:make_learner", path=path, spec=SPEC, policy=policy, degrees=degrees, stages=stages,
-            options={"micro_batch_size": 2, "optimizer": OptimizerSettings(gradient_clipping=0.3), **options},
+            options={"micro_batch_size": 2, "deepspeed": DeepspeedConfig(gradient_clipping=0.3), **options},
         )  # fmt: skip
         scores = ranks.call("parallel_cases:score", batch=batch)
         with_hazards = ranks.call("parallel_cases:score", batch=batch, hazards=True)
@@ -156,7 +156,7 @@ def test_gradients_of_distillation_equal_the_reference(tmp_path):
     with Ranks(2, tmp_path / "ranks") as ranks:
         ranks.call(
             "parallel_cases:make_learner", path=path, spec=SPEC, policy=policy, degrees=(1, 2, 1), stages=(3, 3),
-            options={"micro_batch_size": 5, "optimizer": OptimizerSettings(gradient_clipping=0.0)},
+            options={"micro_batch_size": 5, "deepspeed": DeepspeedConfig(gradient_clipping=0.0)},
         )  # fmt: skip
         update, _ = ranks.call("parallel_cases:step", batch=batch, objective="distill")[0]
     for value in policy.values():
@@ -214,7 +214,7 @@ def test_gradients_of_distillation_over_the_whole_vocabulary(mode, direction, tm
         ranks.call(
             "parallel_cases:make_learner", path=path, spec=spec, policy=policy, degrees=(2, 1, 1), stages=(6,),
             options={"micro_batch_size": 2, "kl_direction": direction, "sequence_parallel": True,
-                     "optimizer": OptimizerSettings(gradient_clipping=0.0)},
+                     "deepspeed": DeepspeedConfig(gradient_clipping=0.0)},
         )  # fmt: skip
         update, _ = ranks.call("parallel_cases:step", batch=batch, objective="distill_full")[0]
     reference = trainable(path, spec, policy)
@@ -245,7 +245,7 @@ def test_gradients_of_the_likelihood_with_the_exact_kl_beside_it(mode, tmp_path)
     with Ranks(2, tmp_path / "ranks") as ranks:
         ranks.call(
             "parallel_cases:make_learner", path=path, spec=spec, policy=policy, degrees=(1, 2, 1), stages=(3, 3),
-            options={"micro_batch_size": 2, "optimizer": OptimizerSettings(gradient_clipping=0.0)},
+            options={"micro_batch_size": 2, "deepspeed": DeepspeedConfig(gradient_clipping=0.0)},
         )  # fmt: skip
         update, _ = ranks.call("parallel_cases:step", batch=batch)[0]
     reference = trainable(path, spec, policy)

@@ -10,7 +10,7 @@ import pytest
 from ranks import ROOT, Ranks
 
 from ee_megatron.families import dims_from_config
-from ee_megatron.planning.flops import Pass, micro_batches, pass_cost, whole_pass
+from ee_megatron.planning.flops import PassMode, micro_batches, pass_cost, whole_pass
 from ee_megatron.planning.layout import Layout
 from ee_megatron.planning.memory import Training, learner_memory
 from ee_megatron.planning.workload import Workload
@@ -79,9 +79,9 @@ def compare(
     )  # fmt: skip
     recompute, zero = options.get("recompute", False), options.get("zero_stage", 1)
     passes = {
-        "flops score": Pass(train=False),
-        "flops reference": Pass(train=False, policy=False),
-        "flops step": Pass(train=True, recompute=recompute, input_gradient=recompute),
+        "flops score": PassMode(train=False),
+        "flops reference": PassMode(train=False, policy=False),
+        "flops step": PassMode(train=True, recompute=recompute, input_gradient=recompute),
     }
     batches = len(micro_batches(plan, micro_batch, sequences, 0))
     training = Training(4, micro_batch, recompute, zero, offload=False, on_cpu=True)

@@ -13,7 +13,14 @@ from ee_megatron.config.load import load
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import WeightSet, initial_policy
 from ee_megatron.rollout import ExitPolicy, LocalPool, SamplingParams
-from ee_megatron.training.rollout_source import Actor, Ahead, Freshness, check_versions, step_prompts, version_for
+from ee_megatron.training.rollout_source import (
+    RolloutSource,
+    Staleness,
+    WeightHistory,
+    check_versions,
+    step_prompts,
+    version_for,
+)
 from ee_megatron.training.session import Session
 from ee_megatron.types import Group
 from tests.tiny import tiny_hf
@@ -55,7 +62,7 @@ def test_every_step_takes_its_own_prompts_from_weights_exactly_so_many_versions_
     path: Path, tmp_path: Path, staleness: int
 ):
     with open_session(path, tmp_path, "rollout.backend=local") as session:
-        actor = Actor(session, Freshness(staleness))
+        actor = RolloutSource(session, Staleness(staleness))
         rl = session.cfg.rl
         found = [actor.act(weights(session, step + 1), step, quiet) for step in range(STEPS)]
         alone = LocalPool(path, session.spec, rows=8)
@@ -77,19 +84,19 @@ def test_every_step_takes_its_own_prompts_from_weights_exactly_so_many_versions_
 @pytest.mark.parametrize("killed_after", [1, 3])
 def test_a_run_that_is_killed_and_resumed_gives_the_same_rollouts(path: Path, tmp_path: Path, killed_after: int):
     with open_session(path, tmp_path / "straight", "rollout.backend=local") as session:
-        actor = Actor(session, Freshness(2))
+        actor = RolloutSource(session, Staleness(2))
         straight = [answers(actor.act(weights(session, s + 1), s, quiet)) for s in range(STEPS)]
     found = []
     for steps in (range(killed_after), range(killed_after, STEPS)):
         with open_session(path, tmp_path / "killed", "rollout.backend=local") as session:
-            actor = Actor(session, Freshness(2))
+            actor = RolloutSource(session, Staleness(2))
             found += [answers(actor.act(weights(session, s + 1), s, quiet)) for s in steps]
     assert found == straight
 
 
 def test_actors_work_while_the_learner_does_and_give_what_the_local_pool_gives(path: Path, tmp_path: Path):
     with open_session(path, tmp_path / "ray", "rollout.backend=ray", "rollout.actors=2") as session:
-        actor = Actor(session, Freshness(1, check=True))
+        actor = RolloutSource(session, Staleness(1, check=True))
         found = [actor.act(weights(session, 1), 0, quiet)]
         # Nobody waits for step 1's rollouts here, and they get done.
         deadline = time.monotonic() + 60
@@ -99,7 +106,7 @@ def test_actors_work_while_the_learner_does_and_give_what_the_local_pool_gives(p
         found += [actor.act(weights(session, step + 1), step, quiet) for step in range(1, 4)]
         assert actor.health()["actors_alive"] >= 1
     with open_session(path, tmp_path / "local", "rollout.backend=local") as session:
-        actor = Actor(session, Freshness(1))
+        actor = RolloutSource(session, Staleness(1))
         for step, groups in enumerate(found):
             ours = actor.act(weights(session, step + 1), step, quiet)
             assert [entry[:6] for entry in answers(groups)] == [entry[:6] for entry in answers(ours)]
@@ -118,12 +125,12 @@ def test_old_rollouts_are_never_handed_out_and_old_weights_not_kept(path: Path, 
             check_versions(old, 5, 1)
         with pytest.raises(RuntimeError, match=r"versions \[3\], expected 1 to 2"):
             check_versions(old, 2, 1)
-        ahead = Ahead(tmp_path / "ahead", session.spec)
+        history = WeightHistory(tmp_path / "ahead", session.spec)
         for version in range(1, 6):
-            ahead.keep(weights(session, version), oldest=version - 1)
+            history.keep(weights(session, version), oldest=version - 1)
         assert sorted(p.name for p in (tmp_path / "ahead").iterdir()) == ["version_4", "version_5"]
-        assert ahead.version(4, weights(session, 6)).digest == weights(session, 4).digest
-        assert ahead.version(2, weights(session, 6)).version == 6
+        assert history.version(4, weights(session, 6)).digest == weights(session, 4).digest
+        assert history.version(2, weights(session, 6)).version == 6
     for wrong in (dict(max_staleness=-1), dict(partial="carry on")):
         with pytest.raises(ValueError, match=r"rollout\."):
-            Freshness(**wrong)
+            Staleness(**wrong)

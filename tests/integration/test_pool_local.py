@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from ee_megatron.config.schema import RolloutConfig
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import ExitPolicy, LocalPool, SamplingParams, make_pool
@@ -19,7 +20,7 @@ SPEC = PolicySpec(6, (2, 4), rank=4, alpha=8.0)
 
 def test_the_local_pool_holds_versions_and_refuses_damaged_weights(tmp_path: Path):
     path = tiny_hf("llama", tmp_path)
-    pool = make_pool("local", path, SPEC, torch.float32, "cpu", rows=4, threads=0)
+    pool = make_pool(RolloutConfig("local", rows=4, threads=0), path, SPEC, torch.float32, "cpu")
     assert isinstance(pool, LocalPool)
     prompts = [Prompt("a", "1 + 1 =", "2", "")]
     assert pool.health()["digest"] == "teacher"
@@ -27,7 +28,7 @@ def test_the_local_pool_holds_versions_and_refuses_damaged_weights(tmp_path: Pat
     pool.load(good)
     (answers,) = pool.generate(prompts, 2, SamplingParams(1.0, 8), ExitPolicy("fixed", 2), seed=0)
     assert [r.weight_version for r in answers] == [5, 5] and pool.health()["digest"] == good.digest
-    kl = pool.divergence_to_teacher(answers)
+    kl = [score.divergence for score in pool.score(answers)]
     # Early exits diverge; the first token comes from full depth, where untrained adapters change nothing.
     assert all(abs(entry[0]) < 1e-5 and (entry[1:] > 1e-4).all() for entry in kl)
     with pytest.raises(ValueError, match=r"version 6.*send them again"):
@@ -44,7 +45,7 @@ def test_a_pool_says_which_of_its_settings_is_wrong(tmp_path: Path):
         ({"device_share": 1.5}, "device_share=1.5"),
     ):
         with pytest.raises(ValueError, match=message):
-            make_pool("ray", path, SPEC, torch.float32, "cpu", **settings)
+            make_pool(RolloutConfig(**settings), path, SPEC, torch.float32, "cpu")
 
 
 def test_weights_narrowed_on_their_way_are_what_the_pool_holds_and_checks(tmp_path: Path):
@@ -63,7 +64,7 @@ def test_weights_narrowed_on_their_way_are_what_the_pool_holds_and_checks(tmp_pa
 
 def test_an_unknown_backend_and_a_missing_model_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="expected 'local' or 'ray'"):
-        make_pool("mpi", tmp_path, None, torch.float32, "cpu")
+        make_pool(RolloutConfig("mpi"), tmp_path, None, torch.float32, "cpu")
     for backend in ("local", "ray"):
         with pytest.raises(FileNotFoundError, match=r"no config\.json"):
-            make_pool(backend, tmp_path, None, torch.float32, "cpu")
+            make_pool(RolloutConfig(backend), tmp_path, None, torch.float32, "cpu")

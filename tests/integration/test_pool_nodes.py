@@ -8,6 +8,7 @@ import pytest
 import torch
 from pool_cases import ADAPTERS, EXITS, LONG, PROMPTS, bits, policy
 
+from ee_megatron.config.schema import RolloutConfig
 from ee_megatron.rollout import ReplicaSettings
 from ee_megatron.rollout.pool.local import LocalPool
 from ee_megatron.rollout.pool.ray_actor import prepare_environment
@@ -43,7 +44,9 @@ def test_a_lost_node_is_one_loss_and_its_actors_come_back_with_it(cluster, tmp_p
     monkeypatch.setenv("EE_RAY_NODES", "3")
     settings = ReplicaSettings(str(path), ADAPTERS, torch.float32, "cpu", rows=8, threads=1)
     local = LocalPool(path, ADAPTERS, rows=8, threads=1)
-    pool = RayPool(settings, actors=4, start_timeout_s=60, timeout_s=60, failure_budget=2, device_share=0.5)
+    pool = RayPool(settings, RolloutConfig(
+        actors=4, start_timeout_s=60, timeout_s=60, failure_budget=2, device_share=0.5
+    ))  # fmt: skip
     try:
         weights = policy(path, ADAPTERS, 1)
         pool.load(weights)
@@ -79,7 +82,7 @@ def test_a_lost_node_is_one_loss_and_its_actors_come_back_with_it(cluster, tmp_p
 def test_a_cluster_without_room_is_an_error_within_its_deadline(cluster, tmp_path):
     path = tiny_hf("llama", tmp_path / "model")
     settings = ReplicaSettings(str(path), ADAPTERS, torch.float32, "cpu", rows=8, threads=1)
-    pool = RayPool(settings, actors=1, start_timeout_s=3, timeout_s=60, device_share=1.0)
+    pool = RayPool(settings, RolloutConfig(start_timeout_s=3, timeout_s=60))
     try:
         with pytest.raises(RuntimeError, match="no node has had room for an actor"):
             pool.load(None)

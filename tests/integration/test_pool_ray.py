@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 
+from ee_megatron.config.schema import RolloutConfig
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import ExitPolicy, LocalPool, ReplicaSettings, SamplingParams
@@ -41,7 +42,7 @@ def weights(path: Path, version: int) -> WeightSet:
 @pytest.fixture
 def pool(path: Path) -> Iterator[RayPool]:
     settings = ReplicaSettings(str(path), SPEC, torch.float32, "cpu", rows=8, threads=1)
-    pool = RayPool(settings, actors=2, start_timeout_s=120, timeout_s=120, failure_budget=3)
+    pool = RayPool(settings, RolloutConfig(actors=2, start_timeout_s=120, timeout_s=120))
     yield pool
     pool.close()
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ee_megatron.config.schema import TaskConfig
 from ee_megatron.observe.metrics import read_metrics
 from ee_megatron.tasks import make_task
 
@@ -51,7 +52,9 @@ def test_the_held_out_loss_is_what_transformers_computes(trained: Path) -> None:
     figures = json.loads((trained / "pretrain.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(trained / "model")
     tokenizer = AutoTokenizer.from_pretrained(trained / "model")
-    task = make_task("arithmetic", families=["sum", "word", "chain"], train=300, validation=30, evaluation=600)
+    task = make_task(
+        TaskConfig("arithmetic", families=["sum", "word", "chain"], train=300, validation=30, evaluation=600)
+    )
     losses, answers = [], []
     for prompt, answer in task.worked("validation"):
         asked, told = (tokenizer(text, return_tensors="pt")["input_ids"] for text in (prompt.text, f"{answer}\n"))

@@ -9,8 +9,8 @@ from ranks import Ranks
 from test_layouts import likelihood_loss
 from test_parallel_model import make_batch
 
+from ee_megatron.config.schema import DeepspeedConfig
 from ee_megatron.families.hf_directory import HFDirectory
-from ee_megatron.learner.engine import OptimizerSettings
 from ee_megatron.policy import PolicySpec, initial_policy
 from tests.reference import Reference, random_policy
 from tests.tiny import tiny_hf
@@ -82,7 +82,7 @@ def by_the_book(path, spec, policy):
 
 
 def settings(stage, **options):
-    return OptimizerSettings(stage, CLIP, eps=EPS, weight_decay=0.01, **options)
+    return DeepspeedConfig(stage, gradient_clipping=CLIP, eps=EPS, weight_decay=0.01, **options)
 
 
 def build(ranks, case, layout, optimizer):
@@ -90,7 +90,7 @@ def build(ranks, case, layout, optimizer):
     degrees, stages = LAYOUTS[layout]
     ranks.call(
         "parallel_cases:make_learner", path=path, spec=spec, policy=policy, degrees=degrees, stages=stages,
-        options={"micro_batch_size": 2, "optimizer": optimizer},
+        options={"micro_batch_size": 2, "deepspeed": optimizer},
     )  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def test_five_updates(stage, layout, model, mode, ranks, models):
 
 def test_offloaded_optimizer_state(ranks, models):
     case = models["llama_tied", "lora"]
-    build(ranks, case, "TP2_DP2", settings(1, offload=True))
+    build(ranks, case, "TP2_DP2", settings(1, offload_optimizer=True))
     norms = update(ranks, 0, UPDATES)
     assert [n["all"] for n in norms] == pytest.approx(case[3][1], rel=1e-4)
     assert_same(ranks.call("parallel_cases:state")[0][0], case[3][0], case[2])
@@ -202,7 +202,8 @@ def test_bfloat16_weights_keep_float32_masters(stage, ranks, models):
     def build_narrow(start):
         ranks.call(
             "parallel_cases:make_learner", path=path, spec=spec, policy=start, degrees=(2, 1, 2), stages=(6,),
-            options={"micro_batch_size": 2, "optimizer": OptimizerSettings(stage, CLIP), "dtype": torch.bfloat16},
+            options={"micro_batch_size": 2, "dtype": torch.bfloat16,
+                     "deepspeed": DeepspeedConfig(stage, gradient_clipping=CLIP)},
         )  # fmt: skip
 
     def updates(first, last):

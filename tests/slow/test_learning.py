@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ee_megatron.config.schema import RLConfig
+from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig, RLConfig
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.learner import Learner
 from ee_megatron.parallel import groups
@@ -40,7 +40,8 @@ def run(folder, seed: int, lambda_exit: float) -> tuple[np.ndarray, np.ndarray]:
         if name.endswith("fc2.bias"):
             # Half-open gates: from shut ones there would be nothing to explore.
             policy[name].fill_(-1.0)
-    learner = Learner(source, SPEC, policy, Degrees(), (4,), device=torch.device("cpu"), micro_batch_size=32)
+    parallel = ParallelConfig(micro_batch_size=32)
+    learner = Learner(source, SPEC, policy, parallel, DeepspeedConfig(), device=torch.device("cpu"))
     pool = LocalPool(path, SPEC, rows=32)
     rl = RLConfig(lambda_exit=lambda_exit, beta=0.0, group_size=SAMPLES, steps=STEPS)
     prompts = [Prompt(f"p{i}", f"{i}:", "", "digits") for i in range(PROMPTS)]

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from ee_megatron.config.derive import ranks
 from ee_megatron.config.identity import to_yaml
 from ee_megatron.config.load import find_config_dir, list_groups, load
 from ee_megatron.config.schema import RunConfig
-from ee_megatron.config.validate import ranks, validate
+from ee_megatron.config.validate import validate
 
 EXPERIMENTS = ("demo_cpu", "demo_gpu", "ladder", "rl_1.5b", "rl_7b", "rl_32b", "rl_70b", "smollm2")
 DEMO = "experiment=demo_cpu"

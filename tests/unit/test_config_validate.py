@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 
 from ee_megatron.config import identity
+from ee_megatron.config.derive import policy_spec, read_dims, resolve_exits
 from ee_megatron.config.load import load
-from ee_megatron.config.schema import RunConfig
-from ee_megatron.config.validate import CHOICES, policy_spec, read_dims, resolve_exits, validate
+from ee_megatron.config.schema import RunConfig, TracesConfig, setting, settings
+from ee_megatron.config.validate import validate
 from ee_megatron.families import ModelDims
 from ee_megatron.policy import ATTENTION, MLP
 
@@ -41,10 +43,29 @@ def test_the_defaults_are_valid() -> None:
     validate(config(), dims())
 
 
-@pytest.mark.parametrize("key", CHOICES)
-def test_every_choice_is_checked(key: str) -> None:
-    message = refused(f"{key}=nonsense")
-    assert message.startswith(f"{key}=nonsense: expected one of {CHOICES[key][0]}")
+def broken() -> Iterator[tuple[str, Any, str]]:
+    """Every rule on every field of the schema: its key, a value that breaks it, what is expected instead."""
+    for key, value, rules in settings(RunConfig()):
+        kind = type(value)
+        if isinstance(value, float):
+            yield key, float("nan"), "a finite number"
+        if rules.choices:
+            yield key, "nonsense", f"one of {', '.join(rules.choices)}"
+        if rules.positive:
+            yield key, kind(0), "a number > 0"
+        if rules.at_least is not None:
+            yield key, kind(rules.at_least - 1), f"a number >= {rules.at_least}"
+        if rules.share:
+            yield from ((key, share, "a share from 0 to 1") for share in (-0.5, 1.5))
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), broken())
+def test_every_rule_on_a_field_is_enforced(key: str, value: Any, expected: str) -> None:
+    cfg = config()
+    assign(cfg, key, value)
+    with pytest.raises(ValueError) as caught:
+        validate(cfg, None)
+    assert str(caught.value) == f"{key}={value}: expected {expected}"
 
 
 @pytest.mark.parametrize(
@@ -214,24 +235,16 @@ FIRST_STAGE = {
 }
 
 
-def leaves(section: Any, prefix: str = "") -> Iterator[str]:
-    for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from leaves(value, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}"
+def assign(cfg: RunConfig, key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    setattr(functools.reduce(getattr, sections, cfg), name, value)
 
 
 def changed(cfg: RunConfig, key: str) -> RunConfig:
     cfg = copy.deepcopy(cfg)
-    *sections, name = key.split(".")
-    owner: Any = cfg
-    for section in sections:
-        owner = getattr(owner, section)
-    old = getattr(owner, name)
+    old = {name: value for name, value, _ in settings(cfg)}[key]
     new = (not old) if isinstance(old, bool) else [*old, *old, 3] if isinstance(old, list) else old + type(old)(7)
-    setattr(owner, name, new)
+    assign(cfg, key, new)
     return cfg
 
 
@@ -245,7 +258,35 @@ def test_switched_off_parts_of_the_evaluation_are_not_in_its_name() -> None:
     assert hashes(config("evaluate.externalisation_prompts=7")) == hashes(config())
 
 
-@pytest.mark.parametrize("key", sorted(leaves(RunConfig(name="a"))))
+def test_the_mark_on_a_field_decides_whether_it_is_part_of_an_identity() -> None:
+    """Walks the schema, so that a field that is added is asked about too."""
+    base = config("pretrain.enabled=true", "evaluate.controls=true", "evaluate.externalisation=true")
+    in_stages = {section for sections in identity.STAGES.values() for section in sections}
+    before = hashes(base)["evaluate"]
+    for key, _, rules in settings(base):
+        counts = key.split(".")[0] in in_stages and not rules.execution
+        assert (hashes(changed(base, key))["evaluate"] != before) == counts, key
+
+
+def test_a_setting_that_was_added_later_is_named_once_it_is_set() -> None:
+    """Results from before there was the setting are found again."""
+
+    @dataclasses.dataclass
+    class Longer(TracesConfig):
+        bottom_k: int = setting(5, added_later=True)
+        words: list[str] = setting(["a"], added_later=True)
+
+    old, new = config(), config()
+    new.traces = Longer(**dataclasses.asdict(old.traces))
+    assert hashes(new) == hashes(old)
+    for key, value in (("traces.bottom_k", 0), ("traces.words", [])):
+        differing = copy.deepcopy(new)
+        assign(differing, key, value)
+        assert hashes(differing)["teacher"] == hashes(old)["teacher"]
+        assert hashes(differing)["traces"] != hashes(old)["traces"]
+
+
+@pytest.mark.parametrize("key", sorted(key for key, _, _ in settings(RunConfig())))
 def test_a_setting_changes_the_stages_that_depend_on_it_and_no_others(key: str) -> None:
     base = config("pretrain.enabled=true", "evaluate.controls=true", "evaluate.externalisation=true")
     before, after = hashes(base), hashes(changed(base, key))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from ee_megatron.checkpoint.megatron_directory import Layout, global_shape
+from ee_megatron.checkpoint.megatron_directory import CheckpointLayout, global_shape
 from ee_megatron.checkpoint.megatron_io import whole_entries
 from ee_megatron.exits import ExitLayout
 from ee_megatron.families import dims_from_config
@@ -112,7 +112,7 @@ def test_megatron_parameters_of_a_published_model_take_every_tensor_once(name: s
     shapes = dims.tensor_shapes()
     exits = ExitLayout.default(dims.num_layers, 4)
     for ranks in sorted({1, dims.kv_heads} | ({2} if dims.kv_heads % 2 == 0 else set())):
-        layout = Layout.plan(dims, exits, ranks, 4)
+        layout = CheckpointLayout.plan(dims, exits, ranks, 4)
         assert sum(layout.stage_layers) == dims.num_layers
         left = dict(shapes)
         for item in whole_entries(dims):

@@ -8,12 +8,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ee_megatron.families.base import ModelDims
 from ee_megatron.policy import PolicySpec, initial_policy
+from ee_megatron.rollout import ExitPolicy, SamplingParams
 from ee_megatron.rollout.engine.cache import KVCache
 from ee_megatron.rollout.engine.decoder import Decoder
+from ee_megatron.rollout.engine.request import Request
+from ee_megatron.rollout.engine.scheduler import Scheduler
+from tests.stepping import step
 from tests.tiny import tiny_hf
 
 FAMILIES = ["llama", "qwen2", "qwen3"]
@@ -78,14 +82,8 @@ def decode(decoder: Decoder, tokens: torch.Tensor, prompts: list[int], depths: t
         # Rows at different positions in one step; a row that is through repeats its last position.
         at = done.clamp(max=T - 1)
         rows = torch.arange(B)
-        wanted = depths[rows, at]
-
-        def choose(i, hidden, logit, alive, wanted=wanted):
-            return wanted[alive] == decoder.layout.depths[i]
-
-        output = decoder.step(cache, tokens[rows, at], at, choose)
-        assert torch.equal(torch.tensor(decoder.layout.outcomes)[output.outcome], wanted)
-        logits[rows, at] = decoder.readout(output.hidden)
+        hidden = step(decoder, cache, tokens[rows, at], at, depths[rows, at])
+        logits[rows, at] = decoder.readout(hidden)
         done += 1
     return logits
 
@@ -186,7 +184,8 @@ def test_gates_follow_their_formula(tmp_path, gate_input):
 
 
 def test_rows_that_exit_run_no_deeper_layer(tmp_path, monkeypatch):
-    decoder = Decoder.from_hf(tiny_hf("llama", tmp_path), SPEC, torch.float32, "cpu")
+    path = tiny_hf("llama", tmp_path)
+    decoder = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
     ran: list[tuple[int, int]] = []
     real = decoder.ops.attend
 
@@ -195,11 +194,13 @@ def test_rows_that_exit_run_no_deeper_layer(tmp_path, monkeypatch):
         return real(fused, cache, layer, *rest)
 
     monkeypatch.setattr(decoder.ops, "attend", counted)
-    cache = KVCache(decoder.dims, 4, 8, torch.float32, torch.device("cpu"))
-    wanted = torch.tensor([1, 3, 3, 4])
-    decoder.step(
-        cache, torch.arange(4), torch.zeros(4, dtype=torch.int64), lambda i, h, z, at: wanted[at] == SPEC.exit_depths[i]
-    )
+    decoder.eos_ids = frozenset()
+    scheduler = Scheduler(decoder, AutoTokenizer.from_pretrained(path), in_flight=4)
+    for name, depth in zip("abcd", (1, 3, 3, 4), strict=True):
+        exits = ExitPolicy("prescribed", depths={(name, 0): [6, depth]})
+        scheduler.add(Request([5], SamplingParams(1.0, 2), exits, 0, name))
+    while scheduler.busy:
+        scheduler.advance()
     assert ran == [(0, 4), (1, 3), (2, 3), (3, 1)]
 
 

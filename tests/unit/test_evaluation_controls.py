@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ee_megatron.evaluation import Answer, Row, evaluate_model
+from ee_megatron.config.schema import TaskConfig
+from ee_megatron.evaluation import Answer, EvaluationRow, evaluate_model
 from ee_megatron.evaluation.controls import (
     TOLERANCE,
     Dial,
@@ -35,7 +36,7 @@ SPEC = PolicySpec(6, (2, 4), rank=4, alpha=8.0)
 OUTCOMES = (2, 4, 6)
 # Greedy answers of an untrained model run in circles: one that changes its circle is a jump in the mean depth.
 SAMPLING = SamplingParams(1.0, 30, ("\n",))
-TASK = make_task("arithmetic", train=3, validation=60, evaluation=3)
+TASK = make_task(TaskConfig("arithmetic", train=3, validation=60, evaluation=3))
 
 
 def weights(path: Path, seed: int, bias: float = 3.5) -> WeightSet:
@@ -63,7 +64,7 @@ def verifier() -> Iterator[VerifierPool]:
         yield started
 
 
-def measured(pool: LocalPool, verifier: VerifierPool, exits: ExitPolicy) -> tuple[Row, list[Answer]]:
+def measured(pool: LocalPool, verifier: VerifierPool, exits: ExitPolicy) -> tuple[EvaluationRow, list[Answer]]:
     return evaluate_model(
         pool, TASK, verifier, TASK.prompts("validation"), SAMPLING, exits, label="m", num_layers=6, decode=str
     )
@@ -137,11 +138,11 @@ def test_tilted_exits_are_the_nearest_with_their_mean() -> None:
         assert float((q * np.log(q / marginal)).sum()) > divergence
 
 
-def planted_row(depth: float, accuracy: float) -> Row:
-    return Row("m", "x", 100, round(100 * accuracy), accuracy, 0.0, 1.0, depth, 100 * depth, 10.0)
+def planted_row(depth: float, accuracy: float) -> EvaluationRow:
+    return EvaluationRow("m", "x", 100, round(100 * accuracy), accuracy, 0.0, 1.0, depth, 100 * depth, 10.0)
 
 
-def planted_measure(policy: ExitPolicy) -> Row:
+def planted_measure(policy: ExitPolicy) -> EvaluationRow:
     """Depth as expected; right in 80 of 100 from depth 5 on, in 50 below."""
     depth = expected_depth(policy)
     return planted_row(depth / 6, 0.8 if depth >= 5 else 0.5)

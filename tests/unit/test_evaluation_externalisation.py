@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from ee_megatron.config.schema import TaskConfig
 from ee_megatron.evaluation.externalisation import (
     chain_necessity,
     filler_uplift,
@@ -33,7 +34,7 @@ from ee_megatron.types import Prompt, Rollout
 from tests.tiny import tiny_hf, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
-TASK = make_task("arithmetic", validation=3, evaluation=3)
+TASK = make_task(TaskConfig("arithmetic", validation=3, evaluation=3))
 LAYERS = 8
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ee_megatron.evaluation import Answer, Row
+from ee_megatron.evaluation import Answer, EvaluationRow
 from ee_megatron.evaluation.figures import by_task, depth_correlations, depth_figures, kl_by_exit
 from ee_megatron.evaluation.gates import gate_calibration
 from ee_megatron.evaluation.threshold import pareto_front
@@ -120,8 +120,8 @@ def test_gates_that_were_not_asked_do_not_count() -> None:
     assert gate_calibration([], [], 1.0, (2, 4)) is None
 
 
-def row(accuracy: float, depth: float) -> Row:
-    return Row("m", "x", 10, round(10 * accuracy), accuracy, 0.0, 1.0, depth, 10.0, 1.0)
+def row(accuracy: float, depth: float) -> EvaluationRow:
+    return EvaluationRow("m", "x", 10, round(10 * accuracy), accuracy, 0.0, 1.0, depth, 10.0, 1.0)
 
 
 def test_the_pareto_front_is_what_nothing_beats() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from ee_megatron.config.schema import TaskConfig
 from ee_megatron.evaluation import evaluate_model, exit_label, write_results
 from ee_megatron.evaluation.evaluate import add_readings
 from ee_megatron.families.hf_directory import HFDirectory
@@ -24,7 +25,7 @@ from tests.tiny import tiny_hf
 
 SPEC = PolicySpec(6, (2, 4), rank=4, alpha=8.0)
 SAMPLING = SamplingParams(0.0, 40, ("\n",))
-TASK = make_task("arithmetic", train=3, validation=3, evaluation=24)
+TASK = make_task(TaskConfig("arithmetic", train=3, validation=3, evaluation=24))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ee_megatron.evaluation import Answer, Row, choose_threshold, summarise, table, write_results
+from ee_megatron.evaluation import Answer, EvaluationRow, choose_threshold, summarise, table, write_results
 from ee_megatron.evaluation.statistics import wilson_interval
 from ee_megatron.tasks import Verdict
 from ee_megatron.types import Prompt, Rollout
@@ -30,10 +30,10 @@ def prompt(name: str) -> Prompt:
     return Prompt(name, "Question", "1", "t")
 
 
-def row(exits: str, accuracy: float, depth: float) -> Row:
+def row(exits: str, accuracy: float, depth: float) -> EvaluationRow:
     n = 200
     low, high = wilson_interval(round(accuracy * n), n)
-    return Row("calibrated", exits, n, round(accuracy * n), accuracy, low, high, depth, depth * 300, 17.0)
+    return EvaluationRow("calibrated", exits, n, round(accuracy * n), accuracy, low, high, depth, depth * 300, 17.0)
 
 
 def test_summary_of_planted_answers() -> None:

@@ -20,7 +20,7 @@ from ee_megatron.config.schema import RunConfig
 from ee_megatron.planning.command import launch_command, launch_commands
 from ee_megatron.planning.construct import build_ranks, check_sums
 from ee_megatron.planning.devices import find_device
-from ee_megatron.planning.flops import Pass, whole_pass
+from ee_megatron.planning.flops import PassMode, whole_pass
 from ee_megatron.planning.layout import Layout, rank_parameters
 from ee_megatron.planning.memory import actor_memory, in_flight
 from ee_megatron.planning.plan import Assumptions, make_plan
@@ -100,7 +100,7 @@ def test_the_reference_costs_two_flops_per_parameter_and_position() -> None:
     layout = Layout.of(config(2, 2, 1), published_dims(SEVEN))
     load = Workload.of(200, 600, layout.spec.layout.outcomes, 0.5)
     dims, sequences = layout.dims, 8
-    found = whole_pass(layout, load, 4, sequences, Pass(train=False, policy=False))
+    found = whole_pass(layout, load, 4, sequences, PassMode(train=False, policy=False))
     linears = dims.num_layers * sum(a * b for a, b in dims.linear_shapes().values())
     attention = dims.num_layers * 4 * dims.heads * dims.head_dim * load.length**2
     head = 2 * dims.vocab * dims.hidden * load.answer
@@ -110,13 +110,13 @@ def test_the_reference_costs_two_flops_per_parameter_and_position() -> None:
 def test_less_depth_costs_less_and_recomputing_more() -> None:
     layout = Layout.of(config(), published_dims(SEVEN))
 
-    def cost(depth: float, how: Pass) -> float:
+    def cost(depth: float, how: PassMode) -> float:
         return whole_pass(layout, Workload.of(50, 900, layout.spec.layout.outcomes, depth), 4, 16, how)
 
-    step = Pass(train=True)
+    step = PassMode(train=True)
     assert cost(0.5, step) < 0.65 * cost(1.0, step)
-    assert cost(1.0, Pass(train=True, recompute=True)) > 1.3 * cost(1.0, step)
-    assert cost(1.0, step) > 1.9 * cost(1.0, Pass(train=False))
+    assert cost(1.0, PassMode(train=True, recompute=True)) > 1.3 * cost(1.0, step)
+    assert cost(1.0, step) > 1.9 * cost(1.0, PassMode(train=False))
 
 
 def test_micro_batches_in_flight() -> None:

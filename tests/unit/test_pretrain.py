@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ee_megatron.config.derive import read_dims
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import PretrainConfig, RunConfig
-from ee_megatron.config.validate import read_dims
 from ee_megatron.training import stages
 from ee_megatron.training.pretrain import make_batch, plan
 from ee_megatron.training.scratch import draw_model, draw_weights, worked_texts

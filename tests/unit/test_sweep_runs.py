@@ -12,9 +12,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from ee_megatron.config.derive import read_dims
 from ee_megatron.config.identity import stage_dir
 from ee_megatron.config.load import load
-from ee_megatron.config.validate import read_dims, validate
+from ee_megatron.config.validate import validate
 from ee_megatron.observe.lock import process_start
 from ee_megatron.planning.flops import decode_cost
 from ee_megatron.sweeps import manifest as disk

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ee_megatron.config.schema import TaskConfig
 from ee_megatron.tasks import Verdict, VerifierPool, make_task
 from ee_megatron.tasks.answers import same_answer, verify_solution
 from ee_megatron.tasks.numbers import plain_number
@@ -241,7 +242,7 @@ def hostile(marker: Path) -> list[str]:
 def test_hostile_answers_end_within_the_deadline_and_are_never_right(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"question": f"{i}?", "answer": "42"}) + "\n" for i in range(20)))
-    task = make_task("dataset", path=str(rows), validation=2, evaluation=2)
+    task = make_task(TaskConfig("dataset", path=str(rows), validation=2, evaluation=2))
     marker = tmp_path / "touched"
     texts = hostile(marker)
     deadline = 2.0

@@ -10,16 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ee_megatron.config.schema import TaskConfig
 from ee_megatron.tasks import Verdict, make_task
 from ee_megatron.tasks.arithmetic import ArithmeticTask, PairSplit, verify_line
 
-ALL = ("product", "sum", "word", "chain")
+ALL = ["product", "sum", "word", "chain"]
 SPLITS = ("train", "validation", "evaluation")
 
 
 @pytest.fixture(scope="module")
 def task() -> ArithmeticTask:
-    return ArithmeticTask(ALL, train=3000, validation=400, evaluation=500)
+    return ArithmeticTask(TaskConfig("arithmetic", ALL, train=3000, validation=400, evaluation=500))
 
 
 def pairs_in(text: str) -> set[tuple[int, int]]:
@@ -65,7 +66,7 @@ def test_every_worked_answer_is_true_and_ends_in_the_reference(task: ArithmeticT
 
 
 def test_the_default_task_is_large_enough_balanced_and_without_repetition() -> None:
-    task = make_task("arithmetic")
+    task = make_task(TaskConfig("arithmetic"))
     sizes = {split: len(task.prompts(split)) for split in SPLITS}  # type: ignore[arg-type]
     assert sizes["train"] >= 3000 and sizes["validation"] == 200 and sizes["evaluation"] == 400
     for split in SPLITS:
@@ -77,15 +78,17 @@ def test_the_default_task_is_large_enough_balanced_and_without_repetition() -> N
 
 
 def test_same_arguments_same_prompts_also_in_another_process_and_a_shorter_list_is_a_prefix() -> None:
-    texts = [p.text for p in ArithmeticTask(ALL, train=300).prompts("train")]
+    texts = [p.text for p in ArithmeticTask(TaskConfig("arithmetic", ALL, train=300)).prompts("train")]
     code = (
-        "from ee_megatron.tasks.arithmetic import ArithmeticTask as T;"
-        f"print('|'.join(p.text for p in T({ALL!r}, train=300).prompts('train')))"
+        "from ee_megatron.config.schema import TaskConfig;"
+        "from ee_megatron.tasks.arithmetic import ArithmeticTask as A;"
+        f"print('|'.join(p.text for p in A(TaskConfig('arithmetic', {ALL!r}, train=300)).prompts('train')))"
     )
     again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert again.stdout.rstrip("\n") == "|".join(texts)
-    assert [p.text for p in ArithmeticTask(ALL, train=80).prompts("train")] == texts[:80]
-    assert [p.text for p in ArithmeticTask(ALL, train=80, seed=1).prompts("train")] != texts[:80]
+    assert [p.text for p in ArithmeticTask(TaskConfig("arithmetic", ALL, train=80)).prompts("train")] == texts[:80]
+    other = ArithmeticTask(TaskConfig("arithmetic", ALL, train=80, seed=1))
+    assert [p.text for p in other.prompts("train")] != texts[:80]
 
 
 def test_the_seed_decides_the_split_in_fixed_shares() -> None:
@@ -109,7 +112,7 @@ def test_a_chat_template_gets_turns_and_an_instruction() -> None:
     def chat(messages: list[dict[str, str]]) -> str:
         return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
 
-    task = ArithmeticTask(("sum",), train=3, chat=chat)
+    task = ArithmeticTask(TaskConfig("arithmetic", ["sum"], train=3), chat)
     prompt = task.prompts("train")[0]
     assert prompt.text.startswith("<user>") and "The answer is <number>" in prompt.text
     assert task.few_shot(prompt, 2, 0).text.count("<assistant>") == 3
@@ -165,12 +168,12 @@ def test_enormous_answers_are_judged_at_once(text: str) -> None:
 
 def test_bad_requests_say_what_is_possible() -> None:
     with pytest.raises(ValueError, match=r"no task 'arithmetics'; did you mean 'arithmetic'"):
-        make_task("arithmetics")
+        make_task(TaskConfig("arithmetics"))
     with pytest.raises(ValueError, match="choose one or more, each once, of product, sum, word, chain"):
-        make_task("arithmetic", families=["products"])
+        make_task(TaskConfig("arithmetic", families=["products"]))
     with pytest.raises(ValueError, match=r"100000 problems, but family product allows at most \d+"):
-        make_task("arithmetic", train=100_000).prompts("train")
-    task = make_task("arithmetic", train=3)
+        make_task(TaskConfig("arithmetic", train=100_000)).prompts("train")
+    task = make_task(TaskConfig("arithmetic", train=3))
     with pytest.raises(ValueError, match="unknown split 'test'"):
         task.prompts("test")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="0 to 16 worked examples"):

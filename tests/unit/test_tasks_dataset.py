@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ee_megatron.tasks import Verdict, make_task
+from ee_megatron.config.load import load
+from ee_megatron.config.schema import TaskConfig
+from ee_megatron.tasks import Verdict, make_task, task_of
 from ee_megatron.tasks.answers import same_answer, verify_solution
 from ee_megatron.tasks.numbers import plain_number
 
@@ -35,20 +37,21 @@ def write_rows(path: Path, count: int, start: int = 0) -> Path:
 def test_a_directory_keeps_test_for_evaluation_and_drops_its_questions_from_training(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", 60)
     write_rows(tmp_path / "test.jsonl", 20, start=50)
-    task = make_task("gsm8k", path=str(tmp_path), validation=10, evaluation=15)
+    task = make_task(TaskConfig("gsm8k", path=str(tmp_path), validation=10, evaluation=15))
     groups = {split: {p.group for p in task.prompts(split)} for split in ("train", "validation", "evaluation")}  # type: ignore[arg-type]
     answers = {int(p.answer) for p in task.prompts("train")} | {int(p.answer) for p in task.prompts("validation")}
     assert answers <= set(range(1, 51))
     assert {int(p.answer) for p in task.prompts("evaluation")} <= set(range(51, 71))
     assert len(groups["validation"]) == 10 and len(groups["evaluation"]) == 15
     assert not groups["train"] & groups["validation"]
-    assert [p.id for p in make_task("gsm8k", path=str(tmp_path), validation=10, evaluation=15).prompts("train")] == [
-        p.id for p in task.prompts("train")
-    ]
+    again = make_task(TaskConfig("gsm8k", path=str(tmp_path), validation=10, evaluation=15))
+    assert [p.id for p in again.prompts("train")] == [p.id for p in task.prompts("train")]
 
 
 def test_worked_examples_lose_the_calculator_marks_and_state_the_answer(tmp_path: Path) -> None:
-    task = make_task("gsm8k", path=str(write_rows(tmp_path / "all.jsonl", 90)), validation=10, evaluation=10)
+    task = make_task(
+        TaskConfig("gsm8k", path=str(write_rows(tmp_path / "all.jsonl", 90)), validation=10, evaluation=10)
+    )
     prompt = task.prompts("evaluation")[0]
     assert prompt.text == f"Question: Number {int(prompt.answer) - 1}: what is {int(prompt.answer) - 1} + 1?\nAnswer:"
     shown = task.few_shot(prompt, 3, 0)
@@ -64,10 +67,10 @@ def test_parquet_and_other_column_names_are_read(tmp_path: Path) -> None:
 
     table = pyarrow.table({"problem": [f"What is half of {2 * i}?" for i in range(40)], "solution": list(range(40))})
     pyarrow.parquet.write_table(table, tmp_path / "all.parquet")
-    task = make_task(
+    task = make_task(TaskConfig(
         "jsonl", path=str(tmp_path / "all.parquet"), question_column="problem", answer_column="solution",
         validation=5, evaluation=5,
-    )  # fmt: skip
+    ))  # fmt: skip
     prompt = task.prompts("evaluation")[0]
     assert prompt.text == f"Question: What is half of {2 * int(prompt.answer)}?\nAnswer:"
     assert task.verify(prompt, f"The answer is {prompt.answer}").reward == 1.0
@@ -85,20 +88,22 @@ def test_a_data_set_saved_to_disk_is_read_by_split_or_divided(tmp_path: Path) ->
     import datasets
 
     rows = [{"question": f"Half of {2 * i}?", "answer": str(i)} for i in range(60)]
-    task = make_task("dataset", path=str(saved(tmp_path, rows)), validation=5, evaluation=5)
+    task = make_task(TaskConfig("dataset", path=str(saved(tmp_path, rows)), validation=5, evaluation=5))
     assert len(task.prompts("evaluation")) == 5
     parts = {"train": rows[:30], "dev": rows[30:45], "test": rows[45:]}
     whole = datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in parts.items()})
     whole.save_to_disk(str(tmp_path / "whole"))
     path = str(tmp_path / "whole")
     for split, first in (("test", 45), ("dev", 30)):
-        task = make_task("dataset", path=path, evaluation_split=split, validation=5, evaluation=15)
+        task = make_task(TaskConfig("dataset", path=path, evaluation_split=split, validation=5, evaluation=15))
         assert {int(p.answer) for p in task.prompts("evaluation")} == set(range(first, first + 15))
         assert {int(p.answer) for s in ("train", "validation") for p in task.prompts(s)} <= set(range(30))  # type: ignore[arg-type]
-    divided = make_task("dataset", path=path, train_split="dev", evaluation_split="", validation=2, evaluation=3)
+    divided = make_task(
+        TaskConfig("dataset", path=path, train_split="dev", evaluation_split="", validation=2, evaluation=3)
+    )
     assert {int(p.answer) for p in divided.prompts("evaluation")} <= set(range(30, 45))
     with pytest.raises(ValueError, match=r"no split 'validation', only train, dev, test; set task\.train_split"):
-        make_task("dataset", path=path, evaluation_split="validation")
+        make_task(TaskConfig("dataset", path=path, evaluation_split="validation"))
 
 
 def test_shards_in_a_data_directory_are_one_split(tmp_path: Path) -> None:
@@ -107,23 +112,23 @@ def test_shards_in_a_data_directory_are_one_split(tmp_path: Path) -> None:
     for shard in range(3):
         write_rows(folder / f"train-{shard:05d}-of-00003.jsonl", 20, start=20 * shard)
     write_rows(folder / "test-00000-of-00001.jsonl", 10, start=90)
-    task = make_task("dataset", path=str(tmp_path), validation=5, evaluation=10)
+    task = make_task(TaskConfig("dataset", path=str(tmp_path), validation=5, evaluation=10))
     assert len(task.prompts("train")) + len(task.prompts("validation")) + 13 == 60
     write_rows(folder / "train.jsonl", 5)
     with pytest.raises(ValueError, match=r"has 4 files train\*\.jsonl or \.parquet; expected one, or shards"):
-        make_task("dataset", path=str(tmp_path), validation=5, evaluation=10)
+        make_task(TaskConfig("dataset", path=str(tmp_path), validation=5, evaluation=10))
 
 
 def test_dots_lead_into_nested_columns(tmp_path: Path) -> None:
     rows = [{"item": {"text": f"Half of {2 * i}?", "solved": {"by": str(i)}}, "a.b": "flat"} for i in range(40)]
     names = {"question_column": "item.text", "answer_column": "item.solved.by", "validation": 4, "evaluation": 4}
     path = str(saved(tmp_path, rows))
-    prompt = make_task("dataset", path=path, **names).prompts("train")[0]
+    prompt = make_task(TaskConfig("dataset", path=path, **names)).prompts("train")[0]
     assert prompt.text == f"Question: Half of {2 * int(prompt.answer)}?\nAnswer:"
-    flat = make_task("dataset", path=path, **{**names, "answer_column": "a.b"})
+    flat = make_task(TaskConfig("dataset", path=path, **{**names, "answer_column": "a.b"}))
     assert flat.prompts("train")[0].answer == "flat"
     with pytest.raises(ValueError, match=r"column 'item\.answer': no 'answer' in it, only \['solved', 'text'\]"):
-        make_task("dataset", path=path, **{**names, "answer_column": "item.answer"})
+        make_task(TaskConfig("dataset", path=path, **{**names, "answer_column": "item.answer"}))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +145,9 @@ def test_choices_are_shown_with_letters_and_answered_by_letter(tmp_path: Path, f
             {"question": f"Where is {i}?", "options": {"text": options} if nested else options, "answer": answer}
         )
     column = "options.text" if nested else "options"
-    task = make_task("dataset", path=str(saved(tmp_path, rows)), choices_column=column, validation=4, evaluation=4)
+    task = make_task(
+        TaskConfig("dataset", path=str(saved(tmp_path, rows)), choices_column=column, validation=4, evaluation=4)
+    )
     for prompt in task.prompts("train"):
         asked, *shown, last = prompt.text.splitlines()
         number = int(asked.removeprefix("Question: Where is ").rstrip("?"))
@@ -153,8 +160,6 @@ def test_choices_are_shown_with_letters_and_answered_by_letter(tmp_path: Path, f
 
 
 def test_the_configuration_reaches_the_task(tmp_path: Path) -> None:
-    from ee_megatron.config.load import load
-    from ee_megatron.training.problems import task_of
 
     parts = {}
     for split, start in (("learn", 0), ("dev", 40)):
@@ -175,14 +180,14 @@ def test_answers_that_are_no_choice_say_so(tmp_path: Path) -> None:
     rows = [{"question": "Which?", "options": ["red", "blue"], "answer": "green"}]
     path = str(saved(tmp_path, rows))
     with pytest.raises(ValueError, match=r"row 1: answer 'green' is none of its 2 options"):
-        make_task("dataset", path=path, choices_column="options")
+        make_task(TaskConfig("dataset", path=path, choices_column="options"))
     with pytest.raises(ValueError, match=r"choices_column holds 'green'; expected a list of 2 to 26"):
-        make_task("dataset", path=path, choices_column="answer")
+        make_task(TaskConfig("dataset", path=path, choices_column="answer"))
 
 
 def test_a_boxed_reference_is_taken_out_of_its_solution(tmp_path: Path) -> None:
     rows = [{"question": f"{i}?", "answer": f"We halve.\nSo $x = \\boxed{{\\frac{{{i}}}{{2}}}}$."} for i in range(40)]
-    task = make_task("dataset", path=str(saved(tmp_path, rows)), validation=4, evaluation=4)
+    task = make_task(TaskConfig("dataset", path=str(saved(tmp_path, rows)), validation=4, evaluation=4))
     prompt, worked = task.worked("train")[0]
     assert prompt.answer.startswith("\\frac{") and prompt.answer.endswith("}{2}")
     assert worked.startswith(" We halve. So $x") and worked.endswith(f"The answer is {prompt.answer}")
@@ -192,21 +197,21 @@ def test_a_boxed_reference_is_taken_out_of_its_solution(tmp_path: Path) -> None:
 def test_unusable_files_say_what_is_wrong(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "all.jsonl", 10)
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl does not exist"):
-        make_task("jsonl", path=str(tmp_path / "none.jsonl"))
+        make_task(TaskConfig("jsonl", path=str(tmp_path / "none.jsonl")))
     with pytest.raises(ValueError, match=r"no \['text'\], only \['question', 'answer'\]"):
-        make_task("jsonl", path=str(rows), question_column="text")
+        make_task(TaskConfig("jsonl", path=str(rows), question_column="text"))
     with pytest.raises(ValueError, match=r"task\.evaluation: 400 problems, but .* leaves"):
-        make_task("jsonl", path=str(rows))
+        make_task(TaskConfig("jsonl", path=str(rows)))
     with pytest.raises(ValueError, match=r"has 0 files train\*"):
-        make_task("gsm8k", path=str(tmp_path))
+        make_task(TaskConfig("gsm8k", path=str(tmp_path)))
     with pytest.raises(ValueError, match=r"task\.path: gsm8k needs"):
-        make_task("gsm8k")
+        make_task(TaskConfig("gsm8k"))
     (tmp_path / "plain.jsonl").write_text('{"question": "What is 1 + 1?", "answer": "2"}\n')
     with pytest.raises(ValueError, match="expected '#### <number>'"):
-        make_task("gsm8k", path=str(tmp_path / "plain.jsonl"))
+        make_task(TaskConfig("gsm8k", path=str(tmp_path / "plain.jsonl")))
     (tmp_path / "broken.jsonl").write_text('{"question": "What is 1 + 1?", "answer"\n')
     with pytest.raises(ValueError, match="not readable as json") as error:
-        make_task("jsonl", path=str(tmp_path / "broken.jsonl"))
+        make_task(TaskConfig("jsonl", path=str(tmp_path / "broken.jsonl")))
     assert "\n" not in str(error.value)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ee_megatron.config.schema import TaskConfig
 from ee_megatron.tasks import Verdict, VerifierPool, make_task, reasoning_gym_source
 from ee_megatron.tasks.reasoning_gym import ReasoningGymTask, _safe
 
@@ -77,9 +78,9 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def make(*families: str, train: int = 12, validation: int = 4, evaluation: int = 6, seed: int = 0) -> ReasoningGymTask:
-    task = make_task(
-        "reasoning_gym", families=families, train=train, validation=validation, evaluation=evaluation, seed=seed
-    )
+    task = make_task(TaskConfig(
+        "reasoning_gym", list(families), train=train, validation=validation, evaluation=evaluation, seed=seed
+    ))  # fmt: skip
     assert isinstance(task, ReasoningGymTask)
     return task
 
@@ -99,8 +100,8 @@ def test_families_take_turns_and_no_question_is_in_two_splits_whatever_the_sizes
 
 def test_families_that_walk_over_sets_are_the_same_in_every_process(stand_in: Path) -> None:
     code = (
-        "from ee_megatron.tasks import make_task;"
-        "t = make_task('reasoning_gym', families=['unordered'], train=3, validation=3, evaluation=3);"
+        "from ee_megatron.tasks import make_task; from ee_megatron.config.schema import TaskConfig;"
+        "t = make_task(TaskConfig('reasoning_gym', families=['unordered'], train=3, validation=3, evaluation=3));"
         "print('|'.join(p.text for p in t.prompts('train')))"
     )
     shown = set()
@@ -202,7 +203,7 @@ def test_unusable_families_say_why(stand_in: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match=r"task\.train: 12 problems, but family few allows at most"):
         make("few").prompts("train")
     with pytest.raises(ValueError, match=r"task\.families: none; expected families of reasoning-gym"):
-        make_task("reasoning_gym")
+        make_task(TaskConfig("reasoning_gym", families=[]))
     monkeypatch.setattr(reasoning_gym_source, "GENERATE_TIMEOUT_S", 0.01)
     with pytest.raises(ValueError, match=r"were not made in 0 s; ask for fewer"):
         make("sums")

@@ -10,7 +10,8 @@ from itertools import combinations
 
 import pytest
 
-from ee_megatron.config.validate import CHOICES, TASK_FAMILIES
+from ee_megatron.config.schema import RunConfig, TaskConfig, settings
+from ee_megatron.config.validate import TASK_FAMILIES
 from ee_megatron.tasks import TASKS, Verdict, VerifierPool, make_task
 from ee_megatron.tasks import arithmetic_templates as arithmetic
 from ee_megatron.tasks import tom_templates as words
@@ -25,7 +26,7 @@ QUESTIONS = ("NESTED", "BELIEF", "REALITY", "MEMORY")
 
 @pytest.fixture(scope="module")
 def task() -> ToMTask:
-    return ToMTask(train=2000, validation=300, evaluation=400)
+    return ToMTask(TaskConfig("tom", list(FAMILIES), train=2000, validation=300, evaluation=400))
 
 
 def pattern(template: str) -> re.Pattern[str]:
@@ -159,21 +160,23 @@ def test_controls_leave_no_place_that_is_always_right(task: ToMTask) -> None:
 
 
 def test_the_same_arguments_give_the_same_prompts_in_any_process_and_a_shorter_list_is_a_prefix() -> None:
-    texts = [p.text for p in ToMTask(train=100).prompts("train")]
+    texts = [p.text for p in ToMTask(TaskConfig("tom", list(FAMILIES), train=100)).prompts("train")]
     code = (
-        "from ee_megatron.tasks.tom import ToMTask as T; print('|'.join(p.text for p in T(train=100).prompts('train')))"
+        "from ee_megatron.config.schema import TaskConfig; from ee_megatron.tasks.tom import ToMTask as T;"
+        f"t = T(TaskConfig('tom', {list(FAMILIES)}, train=100));"
+        "print('|'.join(p.text for p in t.prompts('train')))"
     )
     again = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60,
         env={**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert again.stdout.rstrip("\n") == "|".join(texts)
-    assert [p.text for p in ToMTask(train=40).prompts("train")] == texts[:40]
-    assert [p.text for p in ToMTask(train=100, seed=1).prompts("train")] != texts
+    assert [p.text for p in ToMTask(TaskConfig("tom", list(FAMILIES), train=40)).prompts("train")] == texts[:40]
+    assert [p.text for p in ToMTask(TaskConfig("tom", list(FAMILIES), train=100, seed=1)).prompts("train")] != texts
 
 
 def test_the_default_task_is_large_balanced_without_repetition_and_in_many_words() -> None:
-    task = make_task("tom")
+    task = make_task(TaskConfig("tom", list(FAMILIES)))
     for split, least in (("train", 7000), ("validation", 200), ("evaluation", 400)):
         prompts = task.prompts(split)  # type: ignore[arg-type]
         assert len(prompts) >= least
@@ -206,7 +209,7 @@ def test_the_default_task_is_large_balanced_without_repetition_and_in_many_words
 )
 def test_verdict(text: str, reward: float) -> None:
     prompt = Prompt("tom/first_order/train/00000", "", "box", "tom.first_order")
-    task = ToMTask(train=5)
+    task = ToMTask(TaskConfig("tom", list(FAMILIES), train=5))
     assert task.verify(prompt, text).reward == reward
     with VerifierPool(task, deadline_s=20) as pool:
         assert pool.verify_many([(prompt, text)])[0].reward == reward
@@ -214,14 +217,15 @@ def test_verdict(text: str, reward: float) -> None:
 
 def test_bad_requests_say_what_is_possible() -> None:
     with pytest.raises(ValueError, match="choose one or more, each once, of first_order, second_order"):
-        make_task("tom", families=["third_order"])
+        make_task(TaskConfig("tom", families=["third_order"]))
     with pytest.raises(ValueError, match="must not be negative"):
-        make_task("tom", train=-1)
-    task = make_task("tom", train=5)
+        make_task(TaskConfig("tom", list(FAMILIES), train=-1))
+    task = make_task(TaskConfig("tom", list(FAMILIES), train=5))
     with pytest.raises(ValueError, match="is not one of this task"):
         task.few_shot(Prompt("arithmetic/sum/train/00000", "", "", ""), 1, 0)
 
 
 def test_the_configuration_knows_the_tasks_and_their_families() -> None:
-    assert CHOICES["task.name"] == TASKS
+    rules = {key: rules for key, _, rules in settings(RunConfig())}["task.name"]
+    assert rules.choices == tuple(TASKS)
     assert {"arithmetic": tuple(arithmetic.FAMILIES), "tom": tuple(FAMILIES)} == TASK_FAMILIES

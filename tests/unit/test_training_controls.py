@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ee_megatron.evaluation import Answer, Row
+from ee_megatron.evaluation import Answer, EvaluationRow
 from ee_megatron.report.tables import controls_table
 from ee_megatron.rollout import ExitPolicy
 from ee_megatron.training.controls import Control, Reference, all_controls, run_controls
@@ -17,8 +17,8 @@ OUTCOMES = (2, 4, 6)
 CHECKPOINTS = {"calibrated": Path("calibrated"), "reinforced": Path("reinforced")}
 
 
-def row(model: str, depth: float, accuracy: float) -> Row:
-    return Row(model, "x", 100, round(100 * accuracy), accuracy, 0.0, 1.0, depth, 60 * depth, 10.0)
+def row(model: str, depth: float, accuracy: float) -> EvaluationRow:
+    return EvaluationRow(model, "x", 100, round(100 * accuracy), accuracy, 0.0, 1.0, depth, 60 * depth, 10.0)
 
 
 def answers(correct: int, depths: tuple[int, ...] = (6, 2, 2, 4)) -> list[Answer]:
@@ -45,11 +45,11 @@ class PlantedJudge:
         share = exits.value if exits.kind != "entropy" else 1 - exits.value / 5
         return 1 / 3 + 2 / 3 * max(0.0, float(share))
 
-    def on_validation(self, model: str, exits: ExitPolicy) -> Row:
+    def on_validation(self, model: str, exits: ExitPolicy) -> EvaluationRow:
         self.calls.append(("validation", self.loaded, model))
         return row(model, self.depth(exits), self.depth(exits))
 
-    def on_test(self, model: str, exits: ExitPolicy) -> tuple[Row, list[Answer]]:
+    def on_test(self, model: str, exits: ExitPolicy) -> tuple[EvaluationRow, list[Answer]]:
         self.calls.append(("test", self.loaded, model))
         depth = 1.1 * self.depth(exits)
         return row(model, depth, depth), answers(round(100 * depth))

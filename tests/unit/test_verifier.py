@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ee_megatron.config.schema import TaskConfig
 from ee_megatron.tasks import Split, Verdict, VerifierPool, make_task
 from ee_megatron.types import Prompt
 
@@ -127,7 +128,7 @@ def test_a_verifier_killed_from_outside_while_idle_is_replaced_without_losing_an
 
 
 def test_the_pool_gives_the_verdicts_of_the_task_itself_and_works_in_a_thread() -> None:
-    task = make_task("arithmetic", train=30)
+    task = make_task(TaskConfig("arithmetic", train=30))
     items = [(p, text) for p in task.prompts("train") for text in (f" The answer is {p.answer}", f" {p.answer}1", "?")]
     got: list[Verdict] = []
     with VerifierPool(task, workers=2, deadline_s=20) as pool:
@@ -140,7 +141,7 @@ def test_the_pool_gives_the_verdicts_of_the_task_itself_and_works_in_a_thread() 
 
 
 def test_large_answers_pass_through() -> None:
-    task = make_task("arithmetic", train=3)
+    task = make_task(TaskConfig("arithmetic", train=3))
     prompt = task.prompts("train")[0]
     with VerifierPool(task, deadline_s=20) as pool:
         verdicts = pool.verify_many([(prompt, "x" * 2_000_000), (prompt, f" The answer is {prompt.answer}")])

@@ -21,12 +21,8 @@ from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec
 from .cache import KVCache
 from .ops import Rows, choose_ops, norm, rotate
-from .policy_loading import Arrival, Gate, check_tensors, gates_from
+from .policy_loading import Arrival, GateWeights, check_tensors, gates_from
 from .weights import DecoderWeights, SkippedKV
-
-# Called at exit i with the stream h [A, D], gate logits [A] (None without gates) and cache rows [A] of those still
-# running; returns bool [A], true where a row leaves, or None if none does.
-ExitChooser = Callable[[int, Tensor, Tensor | None, Tensor], Tensor | None]
 
 
 @dataclass
@@ -37,15 +33,6 @@ class Prefilled:
     values: Tensor
     hidden: Tensor
     start: int
-
-
-@dataclass
-class StepOutput:
-    """hidden [R, D] at each row's exit; outcome int64 [R] in 0..M; gate_logits float32 [R, M], 0 where not asked."""
-
-    hidden: Tensor
-    outcome: Tensor
-    gate_logits: Tensor
 
 
 class Decoder:
@@ -62,7 +49,7 @@ class Decoder:
         self.weights, self.dims, self.spec, self.eos_ids = weights, weights.dims, spec, eos_ids
         self.dtype, self.device = weights.dtype, weights.device
         self.layout = spec.layout if spec else ExitLayout(self.dims.num_layers, ())
-        self.gates: list[Gate] | None = None
+        self.gates: list[GateWeights] | None = None
         self.ops = choose_ops(self.dims, self.dtype, self.device)
         self._inverse_frequencies = inverse_frequencies(self.dims).to(self.device)
         self._cos = self._sin = torch.empty(0, self.dims.head_dim // 2, device=self.device)
@@ -137,6 +124,7 @@ class Decoder:
     # ---- pieces of the model ----
 
     def norm(self, hidden: Tensor, gain: Tensor | None) -> Tensor:
+        """RMSNorm of [..., D] with the model's epsilon; gain [D] or None."""
         return norm(hidden, gain, self.dims.rms_eps)
 
     def readout(self, hidden: Tensor) -> Tensor:
@@ -313,41 +301,6 @@ class Decoder:
             if count:
                 fused, part = skipped.linear(normed[:count]), at.take(slice(count))
                 self.ops.write_kv(fused, cache, skipped.first, skipped.layers, part, skipped.k_norm)
-
-    @torch.inference_mode()
-    def step(self, cache: KVCache, tokens: Tensor, positions: Tensor, choose: ExitChooser | None) -> StepOutput:
-        """Read one token int64 [R] per cache slot 0..R-1 at its position int64 [R], all rows in lock-step.
-
-        `choose` decides exits (None: none). A row that leaves pays for nothing deeper but its keys and values, which
-        are in the cache when this returns. The scheduler regroups rows instead; this is the plain way.
-        """
-        M, alive = len(self.layout.depths), torch.arange(len(tokens), device=self.device)
-        span = int(positions.max()) + 1
-        hidden = self.weights.embedding[tokens]
-        output = StepOutput(
-            torch.empty_like(hidden),
-            torch.full_like(tokens, M),
-            torch.zeros(len(tokens), M, dtype=torch.float32, device=self.device),
-        )
-        for i in range(M + 1):
-            hidden = self.run_segment(i, hidden, cache, self.rows(cache, alive, positions[alive], span))
-            if i == M or choose is None:
-                continue
-            logit = self.gate_logit(i, hidden) if self.gates is not None else None
-            if logit is not None:
-                output.gate_logits[alive, i] = logit
-            leave = choose(i, hidden, logit, alive)
-            if leave is None or not bool(leave.any()):
-                continue
-            output.hidden[alive[leave]], output.outcome[alive[leave]] = hidden[leave], i
-            hidden, alive = hidden[~leave], alive[~leave]
-            if not len(alive):
-                break
-        output.hidden[alive] = hidden
-        order = output.outcome.argsort(stable=True)
-        at = self.rows(cache, order, positions[order], span)
-        self.write_skipped(output.hidden[order], output.outcome[order].tolist(), cache, at)
-        return output
 
 
 def read_eos_ids(source: HFDirectory) -> frozenset[int]:

@@ -48,6 +48,7 @@ class Rows:
         self._mask: Tensor | None = None
 
     def take(self, which: Tensor | slice) -> Rows:
+        """Some of the rows."""
         return Rows(self.slots[which], self.positions[which], self.span, self.cos, self.sin)
 
     def mask(self) -> Tensor:
@@ -166,5 +167,6 @@ class KernelOps:
 
 
 def choose_ops(dims: ModelDims, dtype: torch.dtype, device: torch.device) -> Ops:
+    """The compiled kernels where they can be had for this dtype and device, else PyTorch."""
     library = kernels.library(dtype) if device.type == "cpu" else None
     return TorchOps(dims) if library is None else KernelOps(dims, library)

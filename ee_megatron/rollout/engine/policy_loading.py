@@ -13,7 +13,7 @@ from .weights import DecoderWeights, Linear
 
 
 @dataclass
-class Gate:
+class GateWeights:
     """fc1 [w, D] with its bias [w], fc2 [1, w] and its bias [1], float32 whatever the model's dtype."""
 
     fc1: Linear
@@ -45,6 +45,7 @@ class Arrival:
             self.seen.add(name)
 
     def check_whole(self) -> None:
+        """Raises ValueError if tensors are missing."""
         missing = sorted(self.expected.keys() - self.seen)
         if missing:
             raise ValueError(
@@ -52,12 +53,14 @@ class Arrival:
             )
 
 
-def gates_from(tensors: dict[str, Tensor], depths: tuple[int, ...], device: torch.device) -> list[Gate]:
+def gates_from(tensors: dict[str, Tensor], depths: tuple[int, ...], device: torch.device) -> list[GateWeights]:
+    """Float32 copies of the gates at `depths`, in this order."""
+
     def read(depth: int, part: str) -> Tensor:
         return tensors[f"gates.{depth}.{part}"].to(device, torch.float32).clone()
 
     return [
-        Gate(Linear(read(d, "fc1.weight"), read(d, "fc1.bias")), read(d, "fc2.weight"), read(d, "fc2.bias"))
+        GateWeights(Linear(read(d, "fc1.weight"), read(d, "fc1.bias")), read(d, "fc2.weight"), read(d, "fc2.bias"))
         for d in depths
     ]
 

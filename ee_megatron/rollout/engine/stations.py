@@ -34,9 +34,11 @@ class Stations:
         return (row for queue in self.queues for row in queue)
 
     def put(self, station: int, row: Row) -> None:
+        """Let a row wait at a station."""
         self.queues[station].append(row)
 
     def remove(self, row: Row) -> None:
+        """Take a row out, wherever it waits."""
         for queue in self.queues:
             if row in queue:
                 queue.remove(row)

@@ -127,10 +127,12 @@ class DecoderWeights:
 
     @property
     def head(self) -> Linear:
+        """The readout's matrix [V, D]; after `write_base` there is none before `merge`."""
         assert self._packed_head is not None, "merge comes before use"
         return self._packed_head
 
     def copy_head(self) -> Linear:
+        """The readout's matrix now, kept apart from what `write_base` changes."""
         return Linear(self._head.clone())
 
     @torch.inference_mode()

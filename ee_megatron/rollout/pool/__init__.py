@@ -6,31 +6,22 @@ from pathlib import Path
 
 import torch
 
+from ...config.schema import RolloutConfig
 from ...policy import PolicySpec
 from .interface import ReplicaSettings, RolloutPool
 from .local import LocalPool
 from .ray_pool import RayPool
+from .transport import sync_dtype
 
 
 def make_pool(
-    backend: str,
-    model_path: str | Path,
-    spec: PolicySpec | None,
-    dtype: torch.dtype,
-    device: str,
-    rows: int = 64,
-    threads: int = 2,
-    actors: int = 1,
-    start_timeout_s: float = 180.0,
-    timeout_s: float = 600.0,
-    failure_budget: int = 3,
-    device_share: float = 1.0,
-    sync_dtype: torch.dtype | None = None,
+    rollout: RolloutConfig, model_path: str | Path, spec: PolicySpec | None, dtype: torch.dtype, device: str
 ) -> RolloutPool:
     """The pool that `rollout.backend` names: "local" or "ray". Raises ValueError for another name."""
-    if backend == "local":
-        return LocalPool(model_path, spec, dtype, device, rows, threads, sync_dtype)
-    if backend == "ray":
-        replica = ReplicaSettings(str(Path(model_path).resolve()), spec, dtype, device, rows, threads)
-        return RayPool(replica, actors, start_timeout_s, timeout_s, failure_budget, device_share, sync_dtype)
-    raise ValueError(f"rollout.backend {backend!r} is unknown; expected 'local' or 'ray'")
+    if rollout.backend == "local":
+        narrow = sync_dtype(rollout)
+        return LocalPool(model_path, spec, dtype, device, rollout.rows, rollout.threads, narrow)
+    if rollout.backend == "ray":
+        path = str(Path(model_path).resolve())
+        return RayPool(ReplicaSettings(path, spec, dtype, device, rollout.rows, rollout.threads), rollout)
+    raise ValueError(f"rollout.backend {rollout.backend!r} is unknown; expected 'local' or 'ray'")

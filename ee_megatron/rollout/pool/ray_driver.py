@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...config.schema import RolloutConfig
 from ..engine.scheduler import Progress
 from .ray_actor import CONTROL
 from .ray_nodes import RayNodes
@@ -63,10 +64,12 @@ class Work:
         self.pending.extend(range(len(self.arguments)))
 
     def finish(self, error: Exception | None = None) -> None:
+        """Wake whoever waits, with an error if there is one."""
         self.error = error
         self.done.set()
 
     def count(self) -> int:
+        """Items whose results are there."""
         return sum(self.sizes[i] for i in list(self.results))
 
 
@@ -92,25 +95,17 @@ class Actor:
 
 
 class Driver:
-    """Owns the actors. `submit` works, `wait` for them; works are served in the order of their arrival.
+    """Owns `rollout.actors` actors. `submit` works, `wait` for them; works are served in the order of their arrival.
 
     Every call has a deadline: `start_timeout_s` for an actor's first load, `timeout_s` for any other. An actor that
     dies or misses one is replaced where there is room; loss number `failure_budget` fails whatever is asked from then
     on, and so does a pool without any actor for `start_timeout_s`.
     """
 
-    def __init__(
-        self,
-        ray: Any,
-        create: Callable[[], Any],
-        nodes: RayNodes,
-        actors: int,
-        start_timeout_s: float,
-        timeout_s: float,
-        failure_budget: int,
-    ):
-        self._ray, self._create, self._nodes, self._count = ray, create, nodes, actors
-        self._start_timeout_s, self._timeout_s, self._budget = start_timeout_s, timeout_s, failure_budget
+    def __init__(self, ray: Any, create: Callable[[], Any], nodes: RayNodes, rollout: RolloutConfig):
+        self._ray, self._create, self._nodes, self._count = ray, create, nodes, rollout.actors
+        self._start_timeout_s, self._timeout_s = rollout.start_timeout_s, rollout.timeout_s
+        self._budget = rollout.failure_budget
         self.deaths, self.last_death = 0, ""
         self.actors: list[Actor] = []
         self._looked = self._manned = time.monotonic()

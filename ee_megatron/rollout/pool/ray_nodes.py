@@ -44,6 +44,7 @@ def await_nodes(ray: Any, timeout_s: float) -> None:
 
 
 def accepts(host: str, port: int) -> bool:
+    """Whether something listens there."""
     try:
         with socket.create_connection((host, port), timeout=PROBE_S):
             return True

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
+from ...config.schema import RolloutConfig
 from ...families.hf_directory import HFDirectory
 from ...policy import WeightSet
 from ...types import Prompt, Rollout, Trace
@@ -20,7 +20,7 @@ from .interface import TEACHER, ReplicaSettings, expected_hashes, identity
 from .ray_actor import actor_needs, create_replica, prepare_environment, start_ray
 from .ray_driver import Driver, Sent, Work
 from .ray_nodes import RayNodes
-from .transport import first_difference, narrowed, pack
+from .transport import first_difference, narrowed, pack, sync_dtype
 
 # Chunks per actor: more spread the load better and lose less to a death, fewer keep its rows fuller.
 CHUNKS_PER_ACTOR = 4
@@ -55,22 +55,13 @@ class RayPending:
 
 
 class RayPool:
-    """`RolloutPool` over `actors` Ray actors. Joins the cluster that RAY_ADDRESS names, else starts one on loopback.
+    """`RolloutPool` over Ray actors. Joins the cluster that RAY_ADDRESS names, else starts one on loopback.
 
-    Deadlines and budget as `Driver` has them. `device_share`: how much of a GPU (or core, on a CPU) an actor takes.
-    `sync_dtype`: what adapters or a whole model are narrowed to before they are sent; None: sent as they are.
+    `rollout`: how many actors and on what share of a device, what weights are sent in, and what `Driver` needs.
     """
 
-    def __init__(
-        self,
-        replica: ReplicaSettings,
-        actors: int = 1,
-        start_timeout_s: float = 180.0,
-        timeout_s: float = 600.0,
-        failure_budget: int = 3,
-        device_share: float = 1.0,
-        sync_dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, replica: ReplicaSettings, rollout: RolloutConfig):
+        actors, device_share = rollout.actors, rollout.device_share
         if actors < 1:
             raise ValueError(f"rollout.actors={actors}: a pool needs at least 1")
         if device_share <= 0 or (device_share > 1 and device_share != int(device_share)):
@@ -79,21 +70,19 @@ class RayPool:
         prepare_environment()
         import ray
 
-        self._ray, self._replica, self.sync_dtype = ray, replica, sync_dtype
-        self._timeout_s, self._count = timeout_s, actors
+        self._ray, self._replica, self.sync_dtype = ray, replica, sync_dtype(rollout)
+        self._timeout_s, self._count = rollout.timeout_s, actors
         self._owner = not ray.is_initialized()
         if self._owner:
             shapes = replica.spec.tensor_shapes(dims).values() if replica.spec else []
-            start_ray(ray, actors, device_share, 4 * sum(int(np.prod(shape)) for shape in shapes), start_timeout_s)
+            size = 4 * sum(int(np.prod(shape)) for shape in shapes)
+            start_ray(ray, actors, device_share, size, rollout.start_timeout_s)
         self._sent = Sent(TEACHER, None)
         self._driver = Driver(
             ray,
             lambda: create_replica(ray, replica, device_share),
             RayNodes(ray, actor_needs(replica.device, device_share)),
-            actors,
-            start_timeout_s,
-            timeout_s,
-            failure_budget,
+            rollout,
         )
 
     @property
@@ -160,9 +149,6 @@ class RayPool:
         self, rollouts: Sequence[Rollout], streams: bool = False, progress: Progress | None = None
     ) -> list[Inspection]:
         return self._read("inspect", rollouts, (streams,), progress)
-
-    def divergence_to_teacher(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
-        return [entry.divergence for entry in self.score(rollouts)]
 
     def health(self) -> dict:
         """As of the last call: `alive` counts actors that hold the wanted weights; `pids` are theirs."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...config.schema import RolloutConfig
 from ...policy import WeightSet
 
 # A chunk's size unless one tensor alone is larger: what the sender holds beside the weights while it packs.
@@ -62,6 +63,11 @@ def unpack(chunk: Chunk) -> dict[str, Tensor]:
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         found[name] = whole[start : start + size].view(dtype).view(shape)
     return found
+
+
+def sync_dtype(rollout: RolloutConfig) -> torch.dtype | None:
+    """What weights are narrowed to on their way; None: nothing is."""
+    return torch.bfloat16 if rollout.sync_dtype == "bfloat16" else None
 
 
 def narrow(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -114,6 +114,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
+        """Whether the engine's thread runs."""
         return self._thread.is_alive()
 
     def close(self, timeout_s: float = 10.0) -> None:

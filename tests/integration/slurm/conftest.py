@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ee_megatron.config.derive import policy_spec, read_dims
 from ee_megatron.config.load import load
-from ee_megatron.config.validate import policy_spec, read_dims
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.observe.metrics import read_metrics
 from ee_megatron.policy import initial_policy, save_policy

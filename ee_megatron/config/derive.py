@@ -1,0 +1,76 @@
+"""What follows from the settings: ranks, the model's dimensions, its exits and stages, the policy that is trained.
+
+torch is imported only where exits or dimensions are built, so that checks without a model cost nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .schema import ParallelConfig, RunConfig
+
+if TYPE_CHECKING:
+    from ..exits import ExitLayout
+    from ..families import ModelDims
+    from ..policy import PolicySpec
+
+
+def ranks(cfg: RunConfig) -> int:
+    """Learner processes: tensor x pipeline x data."""
+    return cfg.parallel.tensor * cfg.parallel.pipeline * cfg.parallel.data
+
+
+def read_dims(cfg: RunConfig) -> ModelDims:
+    """Dimensions from the model directory's config.json; weights are not looked at.
+
+    Raises FileNotFoundError (no such directory or file) or ValueError (not JSON, unsupported architecture).
+    """
+    from ..families import dims_from_config
+
+    file = Path(cfg.model.path) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"model.path={cfg.model.path}: no config.json there; expected a Hugging Face model directory: "
+            "give model.path=<directory>, or run `make demo` once, which fetches the demo's"
+        )
+    try:
+        return dims_from_config(json.loads(file.read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: not valid JSON ({error}); copy the model again") from None
+
+
+def resolve_exits(cfg: RunConfig, dims: ModelDims) -> ExitLayout:
+    """The model's exits: exits.depths, or every fifth layer and the stage boundaries where none are given."""
+    from ..exits import ExitLayout
+
+    if cfg.exits.depths:
+        return ExitLayout(dims.num_layers, tuple(cfg.exits.depths))
+    sizes = cfg.parallel.stage_layers
+    if not sizes:
+        return ExitLayout.default(dims.num_layers, cfg.parallel.pipeline * cfg.parallel.virtual)
+    edges = {sum(sizes[: stage + 1]) for stage in range(len(sizes) - 1)}
+    depths = edges | set(ExitLayout.default(dims.num_layers).depths)
+    return ExitLayout(dims.num_layers, tuple(sorted(depths)))
+
+
+def stage_sizes(parallel: ParallelConfig, exits: ExitLayout) -> tuple[int, ...]:
+    """Layers per stage, parallel.pipeline * parallel.virtual of them. Raises ValueError as `ExitLayout` does."""
+    return exits.stage_sizes(parallel.pipeline * parallel.virtual, parallel.stage_layers)
+
+
+def policy_spec(cfg: RunConfig, dims: ModelDims) -> PolicySpec:
+    """The adapters and gates that this configuration trains."""
+    from ..policy import ATTENTION, MLP, PolicySpec
+
+    return PolicySpec(
+        num_layers=dims.num_layers,
+        exit_depths=resolve_exits(cfg, dims).depths,
+        rank=0 if cfg.adapter.full else cfg.adapter.rank,
+        full=cfg.adapter.full,
+        alpha=cfg.adapter.alpha,
+        targets=ATTENTION if cfg.adapter.targets == "attention" else ATTENTION + MLP,
+        gate_width=cfg.exits.gate_width,
+        gate_input=cfg.exits.gate_input,
+    )

@@ -11,10 +11,10 @@ the line of ee_megatron or megatron that asked (`counting`, `Counts`):
 
 and bytes that are alive, by the line that allocated them (`memory`).
 
-Blind to: streams and asynchronous errors, NCCL (collectives run on gloo), data pointers and so compiled kernels, resizes
-of outputs, CUDA's own limits (dtypes, shapes, determinism), allocator fragmentation and workspaces, CUDA's random
-numbers (the CPU's are drawn), what DeepSpeed's engine does, inference mode (tensors of the device are never inference tensors), 0-dimensional CPU tensors in elementwise operations (which
-CUDA takes too).
+Blind to: streams and asynchronous errors; NCCL (collectives run on gloo); data pointers, and so compiled kernels;
+resizes of outputs; CUDA's own limits (dtypes, shapes, determinism); the allocator's fragmentation and workspaces;
+CUDA's random numbers (the CPU's are drawn); what DeepSpeed's engine does; inference mode (its tensors are ordinary ones
+here); 0-dimensional CPU tensors in elementwise operations, which CUDA takes too.
 
 The backend's name and the patched `torch.tensor` and `torch.as_tensor` concern a whole process, and the name can't be
 taken back: use it in a process of its own (tests/integration/ranks.py), never in that of pytest.
@@ -303,7 +303,9 @@ def _refuse_mixing(func: Any, name: str, args: tuple, tensors: list[torch.Tensor
             if not isinstance(x, PretendTensor):
                 _counts.note("copies", name)
         strangers = [x for x in strangers if not any(x is i for i in index)]
-    scalars = torch.Tag.pointwise in func.tags or name in INDEXING or name.startswith(("masked_fill", "fill", "_foreach"))
+    scalars = (
+        torch.Tag.pointwise in func.tags or name in INDEXING or name.startswith(("masked_fill", "fill", "_foreach"))
+    )
     if any(x.dim() or not scalars for x in strangers):
         found = [(x.device.type, tuple(x.shape)) for x in tensors]
         raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got {found}")

@@ -118,7 +118,9 @@ FAULTS = {
         "decode_sample", DEVICE,
     ),
     "a fused optimizer's step on the CPU": Fault(optimizer_state, "_state_of", _step_on_the_cpu, "resume", DEVICE),
-    "an optimizer's moments on the CPU": Fault(optimizer_state, "_state_of", _moments_on_the_cpu, "resume_flat", DEVICE),
+    "an optimizer's moments on the CPU": Fault(
+        optimizer_state, "_state_of", _moments_on_the_cpu, "resume_flat", DEVICE
+    ),
     "numpy of a tensor on the device": Fault(
         scoring, "_scaled", lambda real: lambda streams: torch.stack(streams, dim=1).half().numpy(), "inspect", NUMPY
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,17 +16,19 @@ from megatron.core.pipeline_parallel import schedules
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner import engine
 from ee_megatron.learner.batch import ReplayBatch, mean_weights, pack
-from ee_megatron.learner.engine import OptimizerSettings
-from ee_megatron.learner.learner import Learner, Scores, Update
+from ee_megatron.learner.learner import Learner, LearnerOptions, Scores, Update
 from ee_megatron.parallel.groups import Degrees
 from ee_megatron.policy import PolicySpec, initial_policy
 from ee_megatron.rollout.engine import kernels
 from ee_megatron.rollout.engine import weights as decoder_weights
 from ee_megatron.rollout.engine.decoder import Decoder
 from ee_megatron.rollout.engine.sampling import ExitPolicy, SamplingParams
+from ee_megatron.rollout.engine.scheduler import generate
+from ee_megatron.types import Prompt, Rollout
 from tests.pretend_gpu import NAME, PretendGPU
 from tests.reference import random_policy
 
@@ -39,6 +41,7 @@ NO_STOP = frozenset({10**6})
 
 # ---- rollouts ----
 
+REPLAYED = {(f"p{p}", k): [LAYERS, *([1, 3, 4, 6] * TOKENS)[p + k :]] for p in range(4) for k in range(2)}
 RULES = {
     "sample": ExitPolicy("sample"),
     "threshold": ExitPolicy("threshold", 0.5),
@@ -48,9 +51,7 @@ RULES = {
     "confidence": ExitPolicy("confidence", 0.04),
     "entropy": ExitPolicy("entropy", 4.4, other=4.0, mix=0.5),
     "random": ExitPolicy("random", shares=(0.2, 0.2, 0.2, 0.4)),
-    "prescribed": ExitPolicy(
-        "prescribed", depths={(f"p{p}", k): [LAYERS, *([1, 3, 4, 6] * TOKENS)[p + k :]] for p in range(4) for k in (0, 1)}
-    ),
+    "prescribed": ExitPolicy("prescribed", depths=REPLAYED),
 }  # fmt: skip
 SAMPLINGS = {
     "whole": SamplingParams(1.0, TOKENS),
@@ -79,19 +80,31 @@ def start(path: Path, spec: PolicySpec, seed: int = 0) -> dict[str, Tensor]:
     return moved | {n: t for n, t in random_policy(source.dims, spec, seed).items() if n.startswith("gates.")}
 
 
+def answer(
+    decoder: Decoder, tokenizer: Any, prompts: Sequence[Prompt], rule: str = "sample", sampling: str = "whole",
+    samples: int = 1, seed: int = 3, version: int = 0, rows: int = 6, **more: Any,
+) -> list[list[Rollout]]:  # fmt: skip
+    """`generate` with a rule of RULES and a sampling of SAMPLINGS."""
+    return generate(
+        decoder, tokenizer, prompts, samples, SAMPLINGS[sampling], RULES[rule], seed, version, rows=rows, **more
+    )
+
+
 # ---- learning ----
 
 OBJECTIVES = ("likelihood", "soft_targets", "distill", "distill_full", "exact_kl")
 
 
-def make_learner(path: Path, device: torch.device, spec: PolicySpec = LORA, **options: Any) -> Learner:
-    """On one rank, from `start`; `zero_stage` 0 or 1 of the stand-in for DeepSpeed."""
-    split(Degrees())
-    settings = OptimizerSettings(options.pop("zero_stage", 0), 0.3, eps=1e-4, weight_decay=0.01)
-    policy = options.pop("policy", None) or start(path, spec)
+def make_learner(
+    path: Path, device: torch.device, spec: PolicySpec = LORA, *, policy: dict[str, Tensor] | None = None,
+    zero_stage: int = 0, recompute: bool = False, dtype: torch.dtype = torch.float32, **options: Any,
+) -> Learner:  # fmt: skip
+    """On one rank, from `policy` or `start`; `zero_stage` 0 or 1 of the stand-in for DeepSpeed."""
     return Learner(
-        HFDirectory(path), spec, policy, Degrees(), (spec.num_layers,), device=device,
-        micro_batch_size=MICRO_BATCH, optimizer=settings, **options,
+        HFDirectory(path), spec, policy or start(path, spec),
+        ParallelConfig(micro_batch_size=MICRO_BATCH, recompute=recompute),
+        DeepspeedConfig(zero_stage=zero_stage, gradient_clipping=0.3, eps=1e-4, weight_decay=0.01),
+        device=device, dtype=dtype, options=LearnerOptions(**options),
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from device_setup import (
     RULES,
     SAMPLINGS,
     TOKENS,
+    answer,
     device_of,
     make_batch,
     make_decoder,
@@ -34,11 +35,12 @@ from device_setup import (
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from ee_megatron.model.active import Active
 from ee_megatron.policy import PolicySpec, load_policy, save_policy
 from ee_megatron.rollout.engine.decoder import Decoder
 from ee_megatron.rollout.engine.request import Request
 from ee_megatron.rollout.engine.sampling import truncate
-from ee_megatron.rollout.engine.scheduler import Scheduler, generate
+from ee_megatron.rollout.engine.scheduler import Scheduler
 from ee_megatron.rollout.engine.scoring import inspect, score, trace
 from ee_megatron.types import Prompt, Rollout
 from tests import pretend_gpu
@@ -73,14 +75,12 @@ class Bench:
 def answers(
     bench: Bench, rule: str = "sample", sampling: str = "whole", prompts: Sequence[Prompt] = PROMPTS
 ) -> list[list[Rollout]]:
-    return generate(
-        bench.decoder(), bench.tokenizer(), prompts, 2, SAMPLINGS[sampling], RULES[rule], seed=3, version=0, rows=6
-    )
+    return answer(bench.decoder(), bench.tokenizer(), prompts, rule, sampling, samples=2)
 
 
 def rollouts(bench: Bench) -> list[Rollout]:
     """The same on every device: answers of the CPU, with exits of every depth."""
-    return [answer for group in answers(Bench("cpu", bench.path)) for answer in group]
+    return [rollout for group in answers(Bench("cpu", bench.path)) for rollout in group]
 
 
 def mixed(bench: Bench) -> list[Rollout]:
@@ -101,10 +101,9 @@ def mixed(bench: Bench) -> list[Rollout]:
 def continued(bench: Bench) -> list[list[Rollout]]:
     """Answers that were stopped half-way go on under other weights."""
     decoder, tokenizer, pieces = bench.decoder(), bench.tokenizer(), iter(range(12))
-    arguments = (decoder, tokenizer, PROMPTS, 2, SAMPLINGS["whole"], RULES["sample"], 3)
-    begun = generate(*arguments, 1, rows=4, stop=lambda: next(pieces, None) is None)
+    begun = answer(decoder, tokenizer, PROMPTS, samples=2, version=1, rows=4, stop=lambda: next(pieces, None) is None)
     decoder.load_policy(start(bench.path, LORA, seed=1))
-    return generate(*arguments, 2, rows=4, begun=begun)
+    return answer(decoder, tokenizer, PROMPTS, samples=2, version=2, rows=4, begun=begun)
 
 
 def nucleus_of_a_flat_distribution(bench: Bench) -> Tensor:
@@ -138,9 +137,9 @@ def loaded(bench: Bench, spec: PolicySpec = LORA) -> list[list[Rollout]]:
         for name, tensor in policy.items():
             decoder.load_chunk({name: tensor if seed == 1 else tensor.to(bench.device)})
         decoder.finish_load()
-        found += generate(decoder, tokenizer, PROMPTS, 1, SAMPLINGS["whole"], RULES["sample"], 0, seed)
+        found += answer(decoder, tokenizer, PROMPTS, version=seed)
     decoder.load_policy(None)
-    return found + generate(decoder, tokenizer, PROMPTS, 1, SAMPLINGS["whole"], RULES["off"], 0, 3)
+    return found + answer(decoder, tokenizer, PROMPTS, "off", version=3)
 
 
 # ---- the learner ----
@@ -327,7 +326,7 @@ def semantics() -> dict[str, Any]:
         }  # fmt: skip
         found: dict[str, Any] = {name: _tried(operation) for name, operation in tries.items()}
         with pretend_gpu.counting() as counts:
-            LORA.layout.index_of(torch.tensor([3, 6], device=there.device))
+            Active.of(torch.ones(2, 3, dtype=torch.bool, device=there.device), torch.zeros(2, 3, device=there.device))
         found["site"] = counts.top("syncs")[0][0]
         with pretend_gpu.counting() as counts:
             places = torch.tensor([0, 1, 1, 1], device=there.device)
@@ -394,4 +393,8 @@ def loads(bench: Bench) -> Iterator[None]:
         yield
 
 
-WAVES: dict[str, Callable[[Bench], Iterator[None]]] = {"requests": waves_of_requests, "updates": updates, "loads": loads}
+WAVES: dict[str, Callable[[Bench], Iterator[None]]] = {
+    "requests": waves_of_requests,
+    "updates": updates,
+    "loads": loads,
+}

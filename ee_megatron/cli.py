@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from . import exit_rules
 from .config.schema import RunConfig
 
 STAGES = {
@@ -97,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--exits",
         default="threshold:0.5",
         metavar="RULE",
-        help="threshold:HAZARD, sample, fixed:DEPTH, confidence:PROBABILITY or off (default: threshold:0.5)",
+        help=f"{exit_rules.usage()} (default: threshold:0.5)",
     )
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token (default: 0)")
     generate.add_argument("--max-new-tokens", type=int, default=None, help="default: rollout.max_new_tokens")
@@ -255,12 +256,9 @@ def _report(options: argparse.Namespace) -> int:
         raise ValueError(
             f"{named[0]} with {settings[0]}: settings name one run, directories any number; give one kind or the other"
         )
-    from .report import runs as reports
+    from .report.runs import report_directories, report_run
 
-    if named:
-        print(reports.compare(named, options.out))
-    else:
-        print(reports.report(_configured(options)))
+    print(report_directories(named, options.out) if named else report_run(_configured(options)))
     return 0
 
 

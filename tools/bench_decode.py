@@ -32,9 +32,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, StoppingCriteria, StoppingCriteriaList
 
+from ee_megatron.exit_rules import Off, Prescribed
 from ee_megatron.families import ModelDims
 from ee_megatron.policy import PolicySpec
-from ee_megatron.rollout import Decoder, ExitPolicy, SamplingParams
+from ee_megatron.rollout import Decoder, SamplingParams
 from ee_megatron.rollout.engine.cache import KVCache
 from ee_megatron.rollout.engine.request import Request, Row
 from ee_megatron.rollout.engine.scheduler import Scheduler
@@ -71,7 +72,7 @@ class Bench:
         for i, length in enumerate(lengths):
             drawn = exits_with_mean(self.outcomes, depth * self.dims.num_layers, length, seed * 10007 + i)
             depths[f"p{i}", 0] = [self.dims.num_layers, *drawn[1:]]
-        exits = ExitPolicy("off") if depth >= 1 else ExitPolicy("prescribed", depths=depths)
+        exits = Off() if depth >= 1 else Prescribed(depths)
         for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
             yield Request(prompt, SamplingParams(1.0, length), exits, seed, f"p{i}")
 

@@ -21,11 +21,12 @@ from pathlib import Path
 
 import torch
 
+from ee_megatron.exit_rules import Off, Threshold
 from ee_megatron.families import ModelDims
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.planning.flops import answer_cost
 from ee_megatron.policy import WeightSet, load_policy
-from ee_megatron.rollout import ExitPolicy, SamplingParams
+from ee_megatron.rollout import GenerationRequest, SamplingParams
 from ee_megatron.rollout.pool.local import LocalPool
 from ee_megatron.tasks import task_of
 from ee_megatron.training import stages
@@ -63,20 +64,20 @@ def main() -> int:
     sampling = SamplingParams(0.0, cfg.rollout.max_new_tokens, tuple(cfg.rollout.stop))
     pool = LocalPool(model, spec, getattr(torch, options.dtype), threads=options.threads)
     pool.load(WeightSet(1, tensors))
-    rules = {"off": ExitPolicy("off"), "threshold": ExitPolicy("threshold", options.threshold)}
+    rules = {"off": Off(), "threshold": Threshold(options.threshold)}
     rows = []
     ceilings = f"{'products':>8} {'share':>6} {'weights':>8} {'share':>6}"
     print(f"{'rows':>5} {'full s':>8} {'exits s':>8} {'speed-up':>20} {ceilings}")
     for in_flight in options.rows:
         pool.rows = in_flight
         for exits in rules.values():
-            pool.generate(prompts[: 2 * in_flight], 1, sampling, exits, seed=0)
+            pool.generate(GenerationRequest(prompts[: 2 * in_flight], 1, sampling, exits, 0))
         seconds: dict[str, list[float]] = {kind: [] for kind in rules}
         cost, right, depth = {}, {}, {}
         for _ in range(options.repeats):
             for kind, exits in rules.items():
                 start = clock()
-                answers = [group[0] for group in pool.generate(prompts, 1, sampling, exits, seed=0)]
+                answers = [group[0] for group in pool.generate(GenerationRequest(prompts, 1, sampling, exits, 0))]
                 seconds[kind].append(clock() - start)
                 cost[kind] = sum(
                     answer_cost(

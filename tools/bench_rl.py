@@ -51,14 +51,16 @@ def ours(options: argparse.Namespace) -> None:
     import torch
 
     from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig, RLConfig
+    from ee_megatron.exit_rules import Off
     from ee_megatron.families.hf_directory import HFDirectory
     from ee_megatron.learner.learner import Learner
     from ee_megatron.parallel import groups
     from ee_megatron.parallel.groups import Degrees
     from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
-    from ee_megatron.rollout.engine.sampling import ExitPolicy, SamplingParams
+    from ee_megatron.rollout.engine.request import GenerationRequest
+    from ee_megatron.rollout.engine.sampling import SamplingParams
     from ee_megatron.rollout.pool.local import LocalPool
-    from ee_megatron.training.reinforce import Signal, replay, weigh
+    from ee_megatron.training.reinforce import credit, objective_of, replay
     from ee_megatron.types import Group, Prompt
 
     torch.set_num_threads(options.threads)
@@ -72,13 +74,14 @@ def ours(options: argparse.Namespace) -> None:
     pool.decoder.eos_ids = frozenset()
     prompts = [Prompt(str(i), text, "", "bench") for i, text in enumerate(prompt_texts(PROMPTS))]
     rl = RLConfig(group_size=SAMPLES, beta=BETA, lambda_exit=0.0, advantage="grpo")
+    objective = objective_of(rl)
     versions = iter(range(1, 10**6))
 
     def step() -> dict[str, float]:
         clock, version = [time.perf_counter()], next(versions)
         pool.load(WeightSet(version, learner.export_policy()))
         clock.append(time.perf_counter())
-        answers = pool.generate(prompts, SAMPLES, SamplingParams(1.0, LENGTH), ExitPolicy("off"), version)
+        answers = pool.generate(GenerationRequest(prompts, SAMPLES, SamplingParams(1.0, LENGTH), Off(), version))
         found = []
         for prompt, group in zip(prompts, answers, strict=True):
             task = np.array([reward(r.text) for r in group], dtype=np.float32)
@@ -86,10 +89,10 @@ def ours(options: argparse.Namespace) -> None:
         clock.append(time.perf_counter())
         batch = replay(found, dims.num_layers)
         first = learner.score(batch)
-        signal, _ = Signal.of(batch, found, first, learner.score(batch, reference=True), rl, dims.num_layers, 0)
-        weigh(batch, signal, first, rl)
+        experience, _ = credit(batch, found, first, learner.score(batch, reference=True), rl, dims.num_layers, 0)
+        weights, _ = objective.weights(batch, experience, first.token_logprobs, first.exit_logprobs)
         clock.append(time.perf_counter())
-        learner.step(batch, adapter_lr=1e-5, gate_lr=1e-5, objective="likelihood")
+        learner.step(batch, weights, objective, adapter_lr=1e-5, gate_lr=1e-5)
         clock.append(time.perf_counter())
         names = ("weights", "rollouts", "scoring", "update")
         phases = dict(zip(names, np.diff(clock).tolist(), strict=True))

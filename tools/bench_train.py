@@ -34,9 +34,11 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig
 from ee_megatron.families import ModelDims
 from ee_megatron.families.hf_directory import HFDirectory
-from ee_megatron.learner.batch import ReplayBatch, mean_weights, pack
+from ee_megatron.learner.batch import ReplayBatch, pack
 from ee_megatron.learner.learner import Learner
 from ee_megatron.model.gpt import EarlyExitGPT
+from ee_megatron.objectives.likelihood import Likelihood
+from ee_megatron.objectives.weights import Weights, mean_weights
 from ee_megatron.parallel import groups
 from ee_megatron.parallel.groups import Degrees
 from ee_megatron.parallel.schedule import run_schedule
@@ -64,9 +66,11 @@ def make_batch(dims: ModelDims, outcomes: list[int], mean: float, rows: int, len
     if mean < 1:
         depths = exits_with_mean(outcomes, mean * dims.num_layers, depths.shape, seed=1)
         depths[:, 0] = dims.num_layers
-    batch = pack(list(tokens[:, :1]), list(tokens[:, 1:]), list(depths), dims.num_layers)
-    batch.token_weight, batch.exit_weight = mean_weights(batch, batch.counts), mean_weights(batch, batch.asked)
-    return batch
+    return pack(list(tokens[:, :1]), list(tokens[:, 1:]), list(depths), dims.num_layers)
+
+
+def make_weights(batch: ReplayBatch) -> Weights:
+    return Weights(mean_weights(batch, batch.counts), mean_weights(batch, batch.asked))
 
 
 def floor_share(dims: ModelDims, depths: torch.Tensor) -> float:
@@ -83,13 +87,15 @@ def run(learner: Learner, batch: ReplayBatch, *, plain: bool) -> float:
     for parameter in learner.model.parameters():
         parameter.grad = None
 
+    weights = make_weights(batch)
+
     def forward(model: EarlyExitGPT, part: ReplayBatch) -> torch.Tensor:
-        return model(part.tokens, None if plain else part.control())
+        return model(part.tokens, None if plain else part.control(weights))
 
     def loss(part: ReplayBatch, output: torch.Tensor) -> torch.Tensor:
         hidden = output.transpose(0, 1)[part.counts]
         assert learner.head is not None
-        weight, labels = part.token_weight[part.counts], part.labels()[part.counts].unsqueeze(-1)
+        weight, labels = weights.token[part.counts], part.labels()[part.counts].unsqueeze(-1)
         return learner.head(hidden, labels, lambda log_probs, at: -(weight[at] * log_probs[:, 0]).sum())[0]
 
     begun = time.process_time()
@@ -144,7 +150,7 @@ def checkpoint_waits(options: argparse.Namespace, device: torch.device) -> dict:
             device=device,
         )  # fmt: skip
         batch = make_batch(dims, [*exits, dims.num_layers], 0.5, 2, 16)
-        learner.step(batch, adapter_lr=1e-4, gate_lr=1e-4, objective="likelihood")
+        learner.step(batch, make_weights(batch), Likelihood(), adapter_lr=1e-4, gate_lr=1e-4)
         waits, writes = [], []
         for _ in range(options.repeats):
             clock = [time.perf_counter()]
@@ -192,7 +198,7 @@ def step_times(options: argparse.Namespace, device: torch.device) -> dict:
     for name, _, mean in rows:
         ratios = [a / b for a, b in zip(seconds[name], seconds["depth 1"], strict=True)]
         batch = batches[mean]
-        depth = float(batch.depths[batch.counts].float().mean()) / dims.num_layers
+        depth = float(batch.exit_depths[batch.counts].float().mean()) / dims.num_layers
         row = {
             "row": name,
             "mean_depth": depth,
@@ -200,7 +206,7 @@ def step_times(options: argparse.Namespace, device: torch.device) -> dict:
             "ratio": statistics.median(ratios),
             "ratio_min": min(ratios),
             "ratio_max": max(ratios),
-            "floor": floor_share(dims, batch.depths[batch.counts]),
+            "floor": floor_share(dims, batch.exit_depths[batch.counts]),
         }
         table.append(row)
         print(

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from ee_megatron.evaluation.blame import partings
+from ee_megatron.exit_rules import Off, Threshold
 from ee_megatron.policy import WeightSet, load_policy
-from ee_megatron.rollout import ExitPolicy, SamplingParams
+from ee_megatron.rollout import GenerationRequest, SamplingParams
 from ee_megatron.rollout.pool.local import LocalPool
 from ee_megatron.tasks import task_of
 from ee_megatron.training import stages
@@ -44,8 +45,8 @@ def main() -> int:
     pool.load(WeightSet(1, tensors))
     sampling = SamplingParams(0.0, cfg.rollout.max_new_tokens, tuple(cfg.rollout.stop))
     full, exited = (
-        [group[0] for group in pool.generate(prompts, 1, sampling, exits, seed=0)]
-        for exits in (ExitPolicy("off"), ExitPolicy("threshold", options.threshold))
+        [group[0] for group in pool.generate(GenerationRequest(prompts, 1, sampling, exits, 0))]
+        for exits in (Off(), Threshold(options.threshold))
     )
     right, kept = (
         [task.verify(p, a.text).correct for p, a in zip(prompts, answers, strict=True)] for answers in (full, exited)

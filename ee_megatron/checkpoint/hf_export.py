@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..exit_rules import Threshold
 from ..families import FAMILIES
 from ..families.hf_directory import HFDirectory
 from ..policy import PolicySpec, digest
@@ -35,7 +36,7 @@ from .workspace import Workspace, workspace
 EXPORT_FILES = Path(__file__).parent / "export_files"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 4 << 30
-DEFAULT_EXIT_POLICY = {"kind": "threshold", "value": 0.5}
+DEFAULT_EXIT_POLICY = Threshold(0.5).to_json()
 COMBINATIONS = {"merge": ("embed", "sidecar", "drop"), "keep": ("sidecar", "drop")}
 
 

@@ -11,6 +11,14 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+from ..objectives.advantages import ADVANTAGES
+from ..objectives.distillation import GATE_TARGETS
+from ..objectives.divergences import KL_DIRECTIONS, TEACHERS
+from ..objectives.policy_gradient import KL_TERMS
+from ..objectives.rewards import DEPTH_COSTS, DEPTH_CREDITS
+from ..objectives.schedules import DECAYS
+from ..objectives.surrogates import SURROGATES
+
 SEQUENCE_MULTIPLE = 8
 """Sequences of a batch are padded to a multiple of this, which parallel.sequence_parallel shares out."""
 
@@ -181,12 +189,12 @@ class CalibrateConfig:
     """Sequences (traces x patterns) per update."""
     kl_factor: float = setting(1.0, positive=True)
     """c in s* = 2(1 - sigmoid(c d))."""
-    kl_direction: str = setting("student_teacher", choices=("student_teacher", "teacher_student", "jensen_shannon"))
+    kl_direction: str = setting("student_teacher", choices=KL_DIRECTIONS)
     """student_teacher, teacher_student or jensen_shannon."""
-    teacher: str = setting("topk", choices=("topk", "full"))
+    teacher: str = setting("topk", choices=TEACHERS)
     """What the student is compared with: topk (the traces' most probable tokens and one lumped tail) or full (the whole
     distribution, recomputed by the learner, which costs a forward pass)."""
-    gate_targets: str = setting("sampled", choices=("sampled", "soft", "current"))
+    gate_targets: str = setting("sampled", choices=GATE_TARGETS)
     """sampled (negative log-likelihood of the drawn exit), soft (cross-entropy to the target hazards of the traces) or
     current (cross-entropy, for the exit taken, to the target of the student's own divergence there and now)."""
     student_patterns: float = setting(0.0, share=True)
@@ -225,18 +233,22 @@ class RLConfig:
     """Price of depth: reward falls by lambda times the mean depth as a fraction of the layers."""
     lambda_warmup: float = setting(0.0, share=True)
     """Share of the steps over which the price rises linearly from 0."""
-    depth_cost: str = setting("mean", choices=("mean", "total"))
+    depth_cost: str = setting("mean", choices=DEPTH_COSTS)
     """mean (of depth/L over the answer's tokens) or total (sum, divided by cost_length)."""
     cost_length: int = setting(32, positive=True)
-    depth_credit: str = setting("sequence", choices=("sequence", "token"))
+    depth_credit: str = setting("sequence", choices=DEPTH_CREDITS)
     """sequence (the cost is part of the answer's reward) or token (a token answers for the depth from it on only)."""
     beta: float = setting(0.05, at_least=0)
     """Weight of KL(policy || reference)."""
-    kl: str = setting("reward", choices=("reward", "loss", "exact"))
+    kl: str = setting("reward", choices=KL_TERMS)
     """reward (k1 estimate, subtracted from the reward), loss (k3 estimate, added to the loss) or exact (over the whole
     vocabulary, added to the loss: every token teaches, at the price of another pass of the reference)."""
-    advantage: str = setting("rloo", choices=("rloo", "mean", "grpo", "none"))
+    advantage: str = setting("rloo", choices=ADVANTAGES)
     """rloo, mean, grpo or none."""
+    surrogate: str = setting("ppo", choices=SURROGATES, added_later=True)
+    """What the loss does with the ratio to the policy at the start of the step: ppo (a clipped ratio per position,
+    token and exit together) or gspo (one per answer, the geometric mean over its positions; `clip` is then far smaller,
+    3e-4 in its paper)."""
     importance_cap: float = setting(2.0, positive=True)
     """Truncation of the importance ratio learner/rollout (token and exit together)."""
     epochs: int = setting(1, positive=True)
@@ -252,7 +264,7 @@ class RLConfig:
     """Leave out prompts whose answers all got the same task reward."""
     warmup: int = setting(0, at_least=0)
     """Updates with a linearly rising learning rate."""
-    decay: str = setting("constant", choices=("constant", "linear", "cosine"))
+    decay: str = setting("constant", choices=DECAYS)
     """Learning rate after warm-up: constant, linear or cosine, to a tenth at the last update."""
     dump_rollouts: bool = setting(False, execution=True)
     """Keep every step's rollouts in the stage's rollouts/ directory."""

@@ -4,18 +4,9 @@ Beside them figures.py and gates.py (depth, KL, calibration), controls.py (rules
 interventions.py (what is written down). Definitions: docs/evaluation.md.
 """
 
-from .evaluate import Answer, evaluate_model, exit_label
+from .evaluate import Answer, evaluate_model
 from .results import table, write_results
 from .summary import EvaluationRow, summarise
 from .threshold import choose_threshold
 
-__all__ = [
-    "Answer",
-    "EvaluationRow",
-    "choose_threshold",
-    "evaluate_model",
-    "exit_label",
-    "summarise",
-    "table",
-    "write_results",
-]
+__all__ = ["Answer", "EvaluationRow", "choose_threshold", "evaluate_model", "summarise", "table", "write_results"]

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..rollout.engine.sampling import ExitPolicy, SamplingParams
+from ..exit_rules import Prescribed
+from ..rollout.engine.request import GenerationRequest
+from ..rollout.engine.sampling import SamplingParams
 from ..rollout.pool.interface import RolloutPool
 from ..types import Prompt, Rollout
 
@@ -56,9 +58,8 @@ def partings(
         (name, 0): early.exit_depths[:at].tolist() + [num_layers] * (sampling.max_new_tokens - at)
         for name, (at, _, _, early) in apart.items()
     }
-    again = pool.generate(
-        [prompt for _, prompt, _, _ in apart.values()], 1, sampling, ExitPolicy("prescribed", depths=depths), seed=0
-    )
+    asked = [prompt for _, prompt, _, _ in apart.values()]
+    again = pool.generate(GenerationRequest(asked, 1, sampling, Prescribed(depths), seed=0))
     return [
         FirstDifference(
             name,

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import numpy as np
-
-from ..rollout.engine.sampling import ExitPolicy
+from ..exit_rules import Dial, ExitRule
 from .evaluate import Answer
 from .statistics import Estimate, bootstrap_interval, mcnemar_exact
 from .summary import EvaluationRow
@@ -21,63 +19,6 @@ TOLERANCE = 0.01
 """Mean depths count as the same within this, relative."""
 TRIALS = 20
 ACCURACY_TRIALS = 8
-
-Dial = Callable[[float], ExitPolicy]
-"""Position in 0..1 -> exit policy; the further, the deeper: 0 is the shallowest that the rule knows, 1 the deepest."""
-
-
-def fixed_mixture(outcomes: Sequence[int]) -> Dial:
-    """Fixed depth: two neighbouring depths mixed at random, or one of them; outcomes are the exit depths and L."""
-
-    def policy(position: float) -> ExitPolicy:
-        place = position * (len(outcomes) - 1)
-        low = min(int(place), len(outcomes) - 2) if len(outcomes) > 1 else 0
-        shares = [0.0] * len(outcomes)
-        shares[low] = 1.0 - (place - low)
-        if len(outcomes) > 1:
-            shares[low + 1] = place - low
-        return ExitPolicy("random", shares=tuple(shares))
-
-    return policy
-
-
-def random_exits(outcomes: Sequence[int], shares: Sequence[float]) -> Dial:
-    """A model's own marginal exit distribution, independent of the token; in the middle of the dial it is as it is.
-
-    Elsewhere it is tilted, p_i ∝ shares_i · exp(τ · depth_i): of all distributions with that mean the nearest to it
-    in KL divergence (Csiszár, Annals of Probability 3 (1975), 146-158). τ runs from -∞ to ∞ along the dial.
-    """
-    depths, marginal = np.asarray(outcomes, dtype=np.float64), np.asarray(shares, dtype=np.float64)
-    if len(depths) != len(marginal) or marginal.min() < 0 or marginal.sum() <= 0:
-        raise ValueError(f"shares {list(shares)} of outcomes {list(outcomes)}: expected one share >= 0 each, not all 0")
-
-    def policy(position: float) -> ExitPolicy:
-        # tan reaches the ends without ever being infinite in floating point.
-        tilt = math.tan(math.pi * (min(max(position, 1e-6), 1 - 1e-6) - 0.5)) / (depths[-1] - depths[0] + 1)
-        with np.errstate(divide="ignore"):
-            logs = np.log(marginal) + tilt * depths
-        weights = np.exp(logs - logs.max())
-        return ExitPolicy("random", shares=tuple(weights / weights.sum()))
-
-    return policy
-
-
-def confidence_threshold(position: float) -> ExitPolicy:
-    """Exit where the readout's largest probability exceeds a bound: Schuster et al. 2022 (arXiv 2207.07061), softmax
-    confidence, without their calibration. The dial is finer towards certainty, where sharp readouts lie."""
-    return ExitPolicy("confidence", 1.0 - (1.0 - position) ** 3)
-
-
-def entropy_threshold(vocab: int) -> Dial:
-    """Exit where the readout's entropy falls below a bound: Teerapittayanon et al. 2016 (BranchyNet, arXiv 1709.01686)
-    and DeeBERT (Xin et al. 2020, arXiv 2004.12993). At 0 every readout passes, at 1 none."""
-    most = math.log(vocab) + 1e-3
-    return lambda position: ExitPolicy("entropy", most * (1.0 - position) ** 4)
-
-
-def gate_threshold(position: float) -> ExitPolicy:
-    """The gates of whatever weights are loaded, at another threshold."""
-    return ExitPolicy("threshold", position)
 
 
 def marginal_exits(answers: Sequence[Answer], outcomes: Sequence[int]) -> list[float]:
@@ -97,7 +38,7 @@ class Matched:
     the dial and what was measured there.
     """
 
-    policy: ExitPolicy
+    policy: ExitRule
     row: EvaluationRow
     target: float
     within: bool
@@ -105,7 +46,7 @@ class Matched:
     tried: list[tuple[float, EvaluationRow]] = field(default_factory=list)
 
 
-Measure = Callable[[ExitPolicy], EvaluationRow]
+Measure = Callable[[ExitRule], EvaluationRow]
 
 
 def match_depth(
@@ -120,9 +61,9 @@ def match_depth(
     if not 0 < target <= 1:
         raise ValueError(f"mean depth {target} to match: expected a share of the layers, above 0 and at most 1")
     tried: list[tuple[float, EvaluationRow]] = []
-    policies: list[ExitPolicy] = []
+    policies: list[ExitRule] = []
 
-    def search(policy: Callable[[float], ExitPolicy], place: Callable[[float], float], count: int) -> None:
+    def search(policy: Dial, place: Callable[[float], float], count: int) -> None:
         low, high = 0.0, 1.0
         for _ in range(count):
             middle = (low + high) / 2
@@ -142,18 +83,10 @@ def match_depth(
     above = [pair for pair in on_dial if pair[1].mean_depth > target * (1 + tolerance)]
     if abs(tried[nearest()][1].mean_depth / target - 1) > tolerance and below and above:
         shallow, deep = max(below, key=lambda p: p[1].mean_depth)[0], min(above, key=lambda p: p[1].mean_depth)[0]
-        search(lambda share: mixed(dial(shallow), dial(deep), share), lambda _: math.nan, trials - len(tried))
+        search(lambda share: dial(shallow).mixed(dial(deep), share), lambda _: math.nan, trials - len(tried))
     best = nearest()
     within = abs(tried[best][1].mean_depth / target - 1) <= tolerance
     return Matched(policies[best], tried[best][1], target, within, len(tried), on_dial)
-
-
-def mixed(shallow: ExitPolicy, deep: ExitPolicy, share: float) -> ExitPolicy:
-    """Two policies of one kind, drawn token by token: `deep` with probability `share`."""
-    if shallow.kind == "random":
-        shares = tuple((1 - share) * a + share * b for a, b in zip(shallow.shares, deep.shares, strict=True))
-        return ExitPolicy("random", shares=shares)
-    return replace(shallow, other=float(deep.value), mix=share)
 
 
 def match_accuracy(

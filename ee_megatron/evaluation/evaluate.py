@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NotRequired, TypedDict
 
-from ..rollout.engine.sampling import ExitPolicy, SamplingParams
+from ..rollout.engine.request import GenerationRequest
 from ..rollout.engine.scoring import Inspection, Score
 from ..rollout.pool.interface import RolloutPool
 from ..tasks.base import Task
 from ..tasks.verifier import VerifierPool
-from ..types import Prompt, Rollout
+from ..types import Rollout
 from .summary import EvaluationRow, summarise
 
 
@@ -59,28 +59,11 @@ class Answer(TypedDict):
     group: NotRequired[str]
 
 
-def exit_label(exits: ExitPolicy) -> str:
-    """An exit policy in words, as it stands in the tables."""
-    words = {
-        "off": "full depth",
-        "sample": "sampled",
-        "threshold": f"hazard > {exits.value:g}",
-        "confidence": f"confidence > {exits.value:.4g}",
-        "entropy": f"entropy < {exits.value:.3g}",
-        "random": "random " + "/".join(f"{share:.2f}" for share in exits.shares),
-        "fixed": f"fixed {exits.value:g}",
-    }
-    mix = f" (or {exits.other:.4g}: {exits.mix:.0%})" if exits.mix else ""
-    return words.get(exits.kind, exits.kind) + mix
-
-
 def evaluate_model(
     pool: RolloutPool,
     task: Task,
     verifier: VerifierPool,
-    prompts: Sequence[Prompt],
-    sampling: SamplingParams,
-    exits: ExitPolicy,
+    request: GenerationRequest,
     *,
     label: str,
     num_layers: int,
@@ -88,10 +71,9 @@ def evaluate_model(
     with_divergence: bool = False,
     flops: Callable[[Rollout], float] | None = None,
     collect: list[Rollout] | None = None,
-    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[EvaluationRow, list[Answer]]:
-    """One answer to each prompt by the weights that the pool holds, judged and summarised.
+    """The first answer to each prompt by the weights that the pool holds, judged and summarised.
 
     `label` is the model's name in the tables; `decode` gives the text of a token id. With `with_divergence` the answers
     are read again by model and teacher (another pass over all of them), which fills the row's `kl` and the tokens'
@@ -100,25 +82,26 @@ def evaluate_model(
 
     Raises ValueError if the verifier is another task's, or if there are no prompts.
     """
+    prompts = request.prompts
     if verifier.task_name != task.name:
         raise ValueError(f"the verifier judges {verifier.task_name!r}, the prompts are {task.name!r}'s; use one task")
     if not prompts:
         raise ValueError(f"no prompts to evaluate on; task {task.name!r} has none in this split")
     begun = time.perf_counter()
-    rollouts = [answers[0] for answers in pool.generate(prompts, 1, sampling, exits, seed, progress)]
+    rollouts = [answers[0] for answers in pool.generate(request, progress)]
     seconds = time.perf_counter() - begun
+    exits = request.exits.label
     verdicts = verifier.verify_many([(p, r.text) for p, r in zip(prompts, rollouts, strict=True)])
     scores = pool.score(rollouts) if with_divergence else None
     divergences = [score.divergence for score in scores] if scores is not None else None
-    policy = exit_label(exits)
-    row = summarise(prompts, rollouts, verdicts, num_layers, divergences, seconds, model=label, exits=policy)
+    row = summarise(prompts, rollouts, verdicts, num_layers, divergences, seconds, model=label, exits=exits)
     answers = [
         Answer(
             id=prompt.id,
             prompt=prompt.text,
             reference=prompt.answer,
             model=label,
-            exits=policy,
+            exits=exits,
             correct=verdicts[i].correct,
             text=rollout.text,
             tokens=_tokens(rollout, scores[i] if scores is not None else None, decode),

@@ -13,7 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..rollout.engine.sampling import ExitPolicy, SamplingParams
+from ..exit_rules import ExitRule
+from ..rollout.engine.request import GenerationRequest
+from ..rollout.engine.sampling import SamplingParams
 from ..rollout.pool.interface import RolloutPool
 from ..tasks.verifier import VerifierPool
 from ..types import Prompt, Rollout
@@ -62,7 +64,7 @@ class Bench:
     verifier: VerifierPool
     codec: Codec
     sampling: SamplingParams
-    exits: ExitPolicy
+    exits: ExitRule
     seed: int = 0
     progress: Callable[[int, int], None] | None = None
 
@@ -70,7 +72,8 @@ class Bench:
         """One answer to each prompt, in order."""
         if not prompts:
             return []
-        return [a for (a,) in self.pool.generate(prompts, 1, sampling, self.exits, self.seed, self.progress)]
+        request = GenerationRequest(prompts, 1, sampling, self.exits, self.seed)
+        return [a for (a,) in self.pool.generate(request, self.progress)]
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..report.tables import Table
+from ..observe.rundir import write_atomic
+from ..report.numbers import strict_json
+from ..report.results import Results
+from ..report.tables import TextTable
 from .evaluate import Answer
 from .figures import by_label, by_task, depth_correlations, depth_figures, kl_by_exit
 from .statistics import clustered_difference, mcnemar_exact, spearman_interval
@@ -31,43 +31,28 @@ def write_results(
     keep: int | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write results.json at `path`, whole or not at all:
-
-    {"meta", "rows", "answers", "depth_by_entropy", "exit_histogram", "paired", "depth", "by_task",
-    "kl_by_exit", "depth_correlations"} and the parts of `more`; NaN becomes null.
+    """Write results.json at `path`, whole or not at all: the parts of `Results`, those in `more` too; NaN is null.
 
     The statistics are over all `answers`; the file keeps those to the first `keep` prompts (None: all), so that every
     model is shown on the same ones.
     """
     prompts = list(dict.fromkeys(answer["id"] for answer in answers))
     kept = set(prompts if keep is None else prompts[:keep])
-    data = {
-        "meta": dict(meta),
-        "rows": [row.to_json() for row in rows],
-        "answers": [answer for answer in answers if answer["id"] in kept],
-        "depth_by_entropy": depth_by_entropy(answers),
-        "exit_histogram": exit_histogram(answers),
-        "paired": paired_with_teacher(answers),
-        "depth": depth_figures(answers),
-        "by_task": by_task(answers),
-        "kl_by_exit": kl_by_exit(answers),
-        "depth_correlations": depth_correlations(answers),
+    results = Results(
+        meta=dict(meta),
+        rows=[row.to_json() for row in rows],
+        answers=[dict(answer) for answer in answers if answer["id"] in kept],
+        depth_by_entropy=depth_by_entropy(answers),
+        exit_histogram=exit_histogram(answers),
+        paired=paired_with_teacher(answers),
+        depth=depth_figures(answers),
+        by_task=by_task(answers),
+        kl_by_exit=kl_by_exit(answers),
+        depth_correlations=depth_correlations(answers),
         **(more or {}),
-    }
-    text = json.dumps(_finite(data), ensure_ascii=False, indent=1, allow_nan=False)
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files that only their owner can read; results are for colleagues too.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomic(path, json.dumps(strict_json(results.to_json()), ensure_ascii=False, indent=1, allow_nan=False))
 
 
 def exit_histogram(answers: Sequence[Answer]) -> dict[str, dict[str, int]]:
@@ -143,16 +128,6 @@ def paired_with_teacher(answers: Sequence[Answer]) -> dict[str, dict[str, float 
     return tests
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
-
-
 def table(rows: Sequence[EvaluationRow]) -> str:
     """The rows as text in aligned columns; depth as a share of the layers, total depth in layers, KL in nats."""
     heads = ("model", "exits", "accuracy", "n", "mean depth", "total depth", "length", "KL", "tok/s")
@@ -170,4 +145,4 @@ def table(rows: Sequence[EvaluationRow]) -> str:
         )
         for row in rows
     ]
-    return Table(heads, cells, names=2).text()
+    return TextTable(heads, cells, names=2).text()

@@ -1,4 +1,9 @@
-"""The statistics behind every reported figure, in numpy and the standard library."""
+"""The statistics behind every reported figure.
+
+Ranks are scipy's. Wilson's interval and McNemar's test stay written here: their values stand in stored results, which
+stay equal to the last bit, and scipy's differ there (by 2e-15 and 8e-14 of themselves). So do the bootstraps: scipy's
+draws its resamples in another order and knows no clusters.
+"""
 
 from __future__ import annotations
 
@@ -112,15 +117,12 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
         raise ValueError(f"rank correlation of {len(x)} and {len(y)} values; expected as many of each")
     if len(x) < 2:
         return math.nan
-    a, b = (ranks - ranks.mean() for ranks in (mean_ranks(x), mean_ranks(y)))
+    # Late: scipy.stats takes a second to import.
+    from scipy.stats import rankdata
+
+    a, b = (ranks - ranks.mean() for ranks in (rankdata(x), rankdata(y)))
     scale = math.sqrt(float(a @ a) * float(b @ b))
     return float(a @ b) / scale if scale > 0 else math.nan
-
-
-def mean_ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks 1..n (float64 [n]) of values [n]; ties get the mean of the ranks that they share."""
-    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def spearman_interval(

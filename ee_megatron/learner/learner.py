@@ -18,22 +18,24 @@ from ..config.schema import DeepspeedConfig, ParallelConfig
 from ..families.hf_directory import HFDirectory
 from ..model.config import megatron_config
 from ..model.gpt import RankModel, build_model
+from ..objectives.divergences import KL_DIRECTIONS, Teacher
+from ..objectives.weights import Objective, TensorRows, Weights
 from ..parallel.schedule import run_schedule
 from ..parallel.vocabulary import Head
 from ..policy import PolicySpec
 from .batch import ReplayBatch
 from .engine import Updater, fill_missing_gradients, sum_replicated_gradients, sum_tied_gradients
 from .optimizer_state import OptimizerState, read_state, read_values, write_state
-from .passes import Pass, Teacher
+from .passes import ReferenceStates, SchedulePass
 
 
-@dataclass
-class Scores:
+@dataclass(frozen=True)
+class Scores(TensorRows):
     """Per position, fp32 [B, S] on the CPU, 0 where nothing was computed, the same on every rank.
 
     token_logprobs: log p(next token) at the prescribed exits; exit_logprobs: log q(prescribed exit); exit_entropy: of
     the gates asked there, nats; token_entropy: of the next-token distribution, nats, in `score` only; kl: divergence
-    from the teacher's distribution where the batch brings one, else 0; hazards: of every gate that a position came
+    from the objective's teacher, 0 where it has none; hazards: of every gate that a position came
     by, 0 elsewhere, [B, S, M] where `score` was told to keep them, else [B, S, 0].
     """
 
@@ -66,6 +68,7 @@ class LearnerOptions:
 
 
 DEFAULTS = LearnerOptions()
+NO_WEIGHTS = Weights()
 
 
 class Learner:
@@ -90,7 +93,7 @@ class Learner:
     ):
         self.spec, self.dims, self.parallel, self.device = spec, source.dims, parallel, device
         self.micro_batch_size = parallel.micro_batch_size
-        self.kl_direction, self.temperature = options.kl_direction, options.temperature
+        self.direction, self.temperature = KL_DIRECTIONS[options.kl_direction], options.temperature
         self.config = megatron_config(
             source.dims,
             spec,
@@ -135,34 +138,31 @@ class Learner:
     # -- what the loops call ------------------------------------------------------------------------------------------
 
     def score(
-        self, batch: ReplayBatch, *, reference: bool = False, objective: str = "likelihood", hazards: bool = False
+        self, batch: ReplayBatch, *, reference: bool = False, teacher: Teacher | None = None, hazards: bool = False
     ) -> Scores:
-        """Scores without gradients. `reference`: the base at full depth, without exits (the teacher). With the
-        objective "distill" or "distill_full" they include the divergence from the teacher, with `hazards` these."""
+        """Scores without gradients. `reference`: the base at full depth, without exits. They include the divergence
+        from `teacher`, if there is one, and with `hazards` these."""
         if reference:
             return self._run_reference(batch)[0]
         return self._run(
-            batch, train=False, exits=True, objective=objective, teacher=self._teacher_for(batch, objective),
+            batch, train=False, exits=True, teacher=teacher, reference=self._reference_for(batch, teacher),
             hazards_of=self.spec.exit_depths if hazards else (),
         )  # fmt: skip
 
-    def step(self, batch: ReplayBatch, *, adapter_lr: float, gate_lr: float, objective: str) -> Update:
-        """One optimizer update.
-
-        objective "likelihood": loss = - sum token_weight * log p(token); "distill": + sum token_weight * KL to the
-        teacher by its most probable tokens and the rest, which the batch brings; "distill_full": to the reference over
-        the whole vocabulary, for which it runs first. With a kl_weight the likelihood gets + sum kl_weight * that KL.
-        All: - sum exit_weight * log q(exit) (or its
-        soft-target form) - sum entropy_weight * gate entropy.
-        """
-        teacher = self._teacher_for(batch, objective)
+    def step(
+        self, batch: ReplayBatch, weights: Weights, objective: Objective, *, adapter_lr: float, gate_lr: float
+    ) -> Update:
+        """One optimizer update on the loss that `weights` describes (objectives/weights.py), its divergence from the
+        objective's teacher; where that is the reference, it runs first."""
+        teacher = objective.teacher
+        reference = self._reference_for(batch, teacher)
         if self.config.adapter_dropout:
             # The masks depend on the update alone, so that a resumed run draws what the undisturbed one did; tensor
             # ranks drop the same inputs, data ranks others.
             torch.manual_seed(self.updates * 65_537 + parallel_state.get_data_parallel_rank())
         self.model.train()
         with self.updater.accumulate():
-            scores = self._run(batch, train=True, exits=True, objective=objective, teacher=teacher)
+            scores = self._run(batch, weights, train=True, exits=True, teacher=teacher, reference=reference)
             self.complete_gradients()
         self.model.eval()
         norms = self.updater.norms()
@@ -213,22 +213,23 @@ class Learner:
         scores = self._run(batch, train=False, exits=False, model=self._reference, head=head, keep_hidden=keep_hidden)
         return scores, head
 
-    def _teacher_for(self, batch: ReplayBatch, objective: str) -> Teacher | None:
-        if objective != "distill_full" and batch.kl_weight is None:
+    def _reference_for(self, batch: ReplayBatch, teacher: Teacher | None) -> ReferenceStates | None:
+        if teacher is not Teacher.REFERENCE:
             return None
         hidden: list[Tensor] = []
-        return Teacher(self._run_reference(batch, hidden)[1], hidden)
+        return ReferenceStates(self._run_reference(batch, hidden)[1], hidden)
 
     def _run(
         self,
         batch: ReplayBatch,
+        weights: Weights = NO_WEIGHTS,
         *,
         train: bool,
         exits: bool,
-        objective: str = "likelihood",
         model: RankModel | None = None,
         head: Head | None = None,
         teacher: Teacher | None = None,
+        reference: ReferenceStates | None = None,
         keep_hidden: list[Tensor] | None = None,
         hazards_of: tuple[int, ...] = (),
     ) -> Scores:
@@ -240,15 +241,15 @@ class Learner:
             # The interleaved schedule deals micro-batches out in groups of one per pipeline rank.
             block *= self.parallel.pipeline
         rows = -(-batch.rows // block) * block
-        padded = batch.pad_rows(rows)
         share = rows // ranks
-        local = padded.select(slice(rank * share, (rank + 1) * share)).to(self.device)
-        micro_batches = [
-            local.select(slice(i, i + self.micro_batch_size)) for i in range(0, share, self.micro_batch_size)
-        ]
-        passes = Pass(
-            model, head, self.kl_direction, exits=exits, objective=objective, scale=float(ranks), train=train,
-            teacher=teacher, keep_hidden=keep_hidden, hazards_of=hazards_of,
+        mine = slice(rank * share, (rank + 1) * share)
+        own = batch.pad_rows(rows).select(mine).to(self.device)
+        own_weights = weights.pad_rows(rows).select(mine).to(self.device)
+        cuts = [slice(i, i + self.micro_batch_size) for i in range(0, share, self.micro_batch_size)]
+        micro_batches = [(own.select(cut), own_weights.select(cut)) for cut in cuts]
+        passes = SchedulePass(
+            model, head, self.direction, exits=exits, scale=float(ranks), train=train, teacher=teacher,
+            reference=reference, keep_hidden=keep_hidden, hazards_of=hazards_of,
         )  # fmt: skip
         with model.recording_gates() if exits else contextlib.nullcontext():
             run_schedule(
@@ -262,7 +263,7 @@ class Learner:
             )
         return self._collect(passes, batch.rows)
 
-    def _collect(self, passes: Pass, wanted: int) -> Scores:
+    def _collect(self, passes: SchedulePass, wanted: int) -> Scores:
         """Put the stages' parts together (a sum: each part is 0 where another stage owns it), then the data ranks'."""
         parts = passes.stacked()
         dist.all_reduce(parts, group=parallel_state.get_pipeline_model_parallel_group())

@@ -1,4 +1,4 @@
-"""One pass of a batch through the pipeline schedule: what each stage computes, the loss, what is seen on the way."""
+"""One pass of a batch through the pipeline schedule: what each stage computes, the loss, the scores left behind."""
 
 from __future__ import annotations
 
@@ -10,39 +10,45 @@ from torch import Tensor
 from ..exits import gate_log_term
 from ..model.gpt import EarlyExitGPT, RankModel
 from ..model.layer import ENTROPY, WEIGHT, gate_entropy
+from ..objectives.divergences import Direction, Teacher
+from ..objectives.weights import Weights
 from ..parallel.distillation import full_divergence
 from ..parallel.vocabulary import Head, lumped_kl
 from .batch import ReplayBatch
 
+MicroBatch = tuple[ReplayBatch, Weights]
+
 
 @dataclass
-class Teacher:
+class ReferenceStates:
     """The reference's head (last stage only) and its hidden states at counted positions [N, D], per micro-batch."""
 
     head: Head | None
     hidden: list[Tensor]
 
 
-class Pass:
+class SchedulePass:
     """The two callables of one schedule run and what they leave behind, per micro-batch in order."""
 
     def __init__(
         self,
         model: RankModel,
         head: Head | None,
-        kl_direction: str,
+        direction: Direction,
         *,
         exits: bool,
-        objective: str,
         scale: float,
         train: bool,
-        teacher: Teacher | None,
-        keep_hidden: list[Tensor] | None,
+        teacher: Teacher | None = None,
+        reference: ReferenceStates | None = None,
+        keep_hidden: list[Tensor] | None = None,
         hazards_of: tuple[int, ...] = (),
     ):
-        self.head, self.exits, self.objective, self.train = head, exits, objective, train
-        self.num_layers, self.kl_direction = model.last.config.num_layers, kl_direction
-        self.teacher, self.keep_hidden = teacher, keep_hidden
+        self.head, self.exits, self.train = head, exits, train
+        self.num_layers, self.direction = model.last.config.num_layers, direction
+        # Divergence is from the batch's stored distribution, from the reference, or there is none.
+        self.stored, self.reference = teacher is Teacher.STORED, reference
+        self.keep_hidden = keep_hidden
         # Gradients are averaged over data-parallel ranks; the weights are normalised over all of them already.
         self.scale = scale
         self.token_logprobs: list[Tensor] = []
@@ -54,8 +60,9 @@ class Pass:
         self.hazards_of = hazards_of
         self.hazards: list[list[Tensor]] = [[] for _ in model]
 
-    def forward(self, stage: EarlyExitGPT, batch: ReplayBatch) -> Tensor:
-        control = (batch if self.exits else batch.at_full_depth(self.num_layers)).control()
+    def forward(self, stage: EarlyExitGPT, micro_batch: MicroBatch) -> Tensor:
+        batch, weights = micro_batch
+        control = (batch if self.exits else batch.at_full_depth(self.num_layers)).control(weights)
         control[..., WEIGHT : ENTROPY + 1] *= self.scale
         output = stage(batch.tokens, control)
         logprobs = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
@@ -63,70 +70,69 @@ class Pass:
         hazards = logprobs.new_zeros(len(self.hazards_of), *logprobs.shape)
         for depth, logit in stage.take_gates().items() if self.exits else ():
             logit = logit.transpose(0, 1)
+            reached = batch.exit_depths >= depth
             if self.hazards_of:
-                hazards[self.hazards_of.index(depth)] = torch.sigmoid(logit) * (batch.asked & (batch.depths >= depth))
-            logprobs += gate_log_term(logit, batch.depths, depth)
-            entropy += torch.where(batch.depths >= depth, gate_entropy(logit), 0.0)
+                hazards[self.hazards_of.index(depth)] = torch.sigmoid(logit) * (batch.asked & reached)
+            logprobs += gate_log_term(logit, batch.exit_depths, depth)
+            entropy += torch.where(reached, gate_entropy(logit), 0.0)
         chunk = stage.vp_stage or 0
         self.exit_logprobs[chunk].append(torch.where(batch.asked, logprobs, 0.0))
         self.exit_entropy[chunk].append(torch.where(batch.asked, entropy, 0.0))
         self.hazards[chunk].append(hazards)
         return output
 
-    def loss(self, batch: ReplayBatch, output: Tensor) -> Tensor:
+    def loss(self, micro_batch: MicroBatch, output: Tensor) -> Tensor:
+        """The terms of tokens and divergence (those of the gates are with their layers)."""
+        batch, weights = micro_batch
         # The last stage returns [S, B, D]; only positions that predict a generated token are read out.
         hidden = output.transpose(0, 1)[batch.counts]
         if self.keep_hidden is not None:
             self.keep_hidden.append(hidden)
-        weight = batch.token_weight[batch.counts] * self.scale
-        if self.objective == "distill_full":
-            loss, found, entropy, kl = self._against_the_reference(batch, hidden, weight)
-        else:
-            loss, found, entropy, kl = self._by_log_probs(batch, hidden, weight)
-            if self.teacher is not None and batch.kl_weight is not None:
-                weight = batch.kl_weight[batch.counts] * self.scale
-                extra, _, _, kl = self._against_the_reference(batch, hidden, weight)
-                loss = loss + extra
-        for store, value in ((self.token_logprobs, found), (self.token_entropy, entropy), (self.kl, kl)):
+        no_weight = torch.zeros(len(hidden), device=hidden.device)
+        token, divergence = (
+            no_weight if weight is None else weight[batch.counts] * self.scale
+            for weight in (weights.token, weights.divergence)
+        )
+        loss, logprobs, entropy, kl = no_weight.sum(), no_weight, no_weight, no_weight
+        if weights.token is not None or self.reference is None or not self.train:
+            loss, logprobs, entropy, kl = self._read_out(batch, hidden, token, divergence)
+        if self.reference is not None:
+            assert self.head is not None and self.reference.head is not None
+            against = self.reference.head, self.reference.hidden[len(self.token_logprobs)]
+            extra, kl = full_divergence(self.head, hidden, *against, divergence, self.direction)
+            loss = loss + extra
+        for store, value in ((self.token_logprobs, logprobs), (self.token_entropy, entropy), (self.kl, kl)):
             whole = torch.zeros(batch.tokens.shape, device=output.device)
             whole[batch.counts] = value
             store.append(whole)
         return loss
 
-    def _by_log_probs(self, batch: ReplayBatch, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        """Loss, log p(token), entropy and divergence [N] from log-probabilities at single tokens."""
+    def _read_out(
+        self, batch: ReplayBatch, hidden: Tensor, token: Tensor, divergence: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss, log p(token) [N], entropy [N] (only where nothing is trained) and divergence from the stored teacher
+        [N], from log-probabilities at single tokens; `token`, `divergence`: weights [N]."""
         assert self.head is not None
         ids = batch.labels()[batch.counts].unsqueeze(-1)
-        entropy, kl = torch.zeros_like(weight), torch.zeros_like(weight)
-        if self.objective == "distill":
+        kl = torch.zeros_like(token)
+        if self.stored:
             assert batch.teacher_ids is not None and batch.teacher_logprobs is not None
             teacher = batch.teacher_logprobs[batch.counts]
             ids = torch.cat([batch.teacher_ids[batch.counts], ids], dim=-1)
 
-        def share(log_probs: Tensor, at: slice) -> Tensor:
-            if self.objective == "likelihood":
-                return -(weight[at] * log_probs[:, -1]).sum()
-            divergence = lumped_kl(log_probs[:, :-1], teacher[at], self.kl_direction)
-            kl[at] = divergence.detach()
-            return (weight[at] * divergence).sum()
+        def loss_of(log_probs: Tensor, at: slice) -> Tensor:
+            loss = -(token[at] * log_probs[:, -1]).sum()
+            if self.stored:
+                compared = lumped_kl(log_probs[:, :-1], teacher[at], self.direction)
+                kl[at] = compared.detach()
+                loss = loss + (divergence[at] * compared).sum()
+            return loss
 
         if self.train:
-            loss, found = self.head(hidden, ids, share)
-        else:
-            found, entropy = self.head.log_probs_at(hidden, ids)
-            loss = share(found, slice(None))
-        return loss, found[:, -1], entropy, kl
-
-    def _against_the_reference(self, batch: ReplayBatch, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        """The same with the whole vocabulary compared; log p and entropy only where nothing is trained."""
-        assert self.head is not None and self.teacher is not None and self.teacher.head is not None
-        teacher_hidden = self.teacher.hidden[len(self.token_logprobs)]
-        loss, kl = full_divergence(self.head, hidden, self.teacher.head, teacher_hidden, weight, self.kl_direction)
-        found = entropy = torch.zeros_like(weight)
-        if not self.train:
-            at_tokens, entropy = self.head.log_probs_at(hidden, batch.labels()[batch.counts].unsqueeze(-1))
-            found = at_tokens[:, 0]
-        return loss, found, entropy, kl
+            loss, log_probs = self.head(hidden, ids, loss_of)
+            return loss, log_probs[:, -1], torch.zeros_like(token), kl
+        log_probs, entropy = self.head.log_probs_at(hidden, ids)
+        return loss_of(log_probs, slice(None)), log_probs[:, -1], entropy, kl
 
     def stacked(self) -> Tensor:
         """This rank's share of every score [5 + M, micro-batches * rows, S], in the order of `Scores`."""

@@ -17,11 +17,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DEPTH, ASKED, WEIGHT, ENTROPY, SOURCE, TARGETS = 0, 1, 2, 3, 4, 5
+EXIT_DEPTH, ASKED, WEIGHT, ENTROPY, SOURCE, TARGETS = 0, 1, 2, 3, 4, 5
 
 
 def make_control(
-    depths: Tensor,
+    exit_depths: Tensor,
     asked: Tensor | None = None,
     weight: Tensor | None = None,
     entropy: Tensor | None = None,
@@ -32,12 +32,12 @@ def make_control(
 
     Left out: no gate is asked, weights are 0, every position takes its own key and value.
     """
-    rows = torch.arange(len(depths), device=depths.device).unsqueeze(1)
-    sources = rows.expand_as(depths) if sources is None else sources
+    rows = torch.arange(len(exit_depths), device=exit_depths.device).unsqueeze(1)
+    sources = rows.expand_as(exit_depths) if sources is None else sources
     # What another sequence runs has no depth of its own here.
-    depths = torch.where(sources == rows, depths, 0)
-    nothing = torch.zeros_like(depths)
-    channels = (depths, *(nothing if x is None else x for x in (asked, weight, entropy)), sources)
+    exit_depths = torch.where(sources == rows, exit_depths, 0)
+    nothing = torch.zeros_like(exit_depths)
+    channels = (exit_depths, *(nothing if x is None else x for x in (asked, weight, entropy)), sources)
     control = torch.stack([x.float() for x in channels], dim=-1)
     if targets is not None:
         control = torch.cat([control, targets.float()], dim=-1)

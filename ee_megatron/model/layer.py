@@ -13,7 +13,7 @@ from torch import Tensor
 from ..exits import gate_log_term
 from .active import Active
 from .config import EarlyExitTransformerConfig
-from .control import ASKED, DEPTH, ENTROPY, SOURCE, TARGETS, WEIGHT
+from .control import ASKED, ENTROPY, EXIT_DEPTH, SOURCE, TARGETS, WEIGHT
 from .parts import ExitGate, mlp_of_active
 
 
@@ -37,17 +37,11 @@ class _AttachLoss(torch.autograd.Function):
 def gate_loss(gate_logit: Tensor, control: Tensor, depth: int, index: int) -> Tensor:
     """Weighted exit loss of one gate, a scalar: - sum over positions of weight * log-likelihood + bonus * entropy.
 
-    gate_logit [n], control [n, C] of the positions that reach the gate. With soft targets s*: cross-entropy of the
-    hazard where there is a target; else the gate's term of log q(prescribed exit).
+    gate_logit [n], control [n, C] of the positions that reach the gate.
     """
-    depths, weight = control[..., DEPTH], control[..., WEIGHT]
-    if control.size(-1) > TARGETS:
-        target = control[..., TARGETS + index]
-        like = target * F.logsigmoid(gate_logit) + (1 - target) * F.logsigmoid(-gate_logit)
-        like = torch.where(target >= 0, like, torch.zeros_like(like))
-    else:
-        like = gate_log_term(gate_logit, depths, depth)
-    return -(weight * like + control[..., ENTROPY] * gate_entropy(gate_logit)).sum()
+    targets = control[..., TARGETS + index] if control.size(-1) > TARGETS else None
+    likelihood = gate_log_term(gate_logit, control[..., EXIT_DEPTH], depth, targets)
+    return -(control[..., WEIGHT] * likelihood + control[..., ENTROPY] * gate_entropy(gate_logit)).sum()
 
 
 def gate_entropy(gate_logit: Tensor) -> Tensor:
@@ -84,26 +78,27 @@ class EarlyExitLayer(TransformerLayer):
 
     def forward(self, hidden_states: Tensor, context: Tensor | None = None, **kwargs: Any):
         """hidden [s, b, D], control [s, b, C] or None (no exits: the plain layer) -> (hidden, control)."""
-        if context is None:
-            return super().forward(hidden_states, **kwargs)
+        # megatron-core's name of the argument.
         control = context
-        if self.config.sequence_parallel:
-            control = scatter_to_sequence_parallel_region(context, group=self.tp_group)
+        if control is None:
+            return super().forward(hidden_states, **kwargs)
         if self.gate is not None and (self.record or torch.is_grad_enabled()):
             hidden_states = self._ask(self.gate, hidden_states, control)
-        running = context[..., DEPTH] >= self.layer_number
+        running = control[..., EXIT_DEPTH] >= self.layer_number
         count = int(running.sum())
         if count == running.numel():
-            return super().forward(hidden_states, context=None, **kwargs)[0], context
+            return super().forward(hidden_states, context=None, **kwargs)[0], control
         if not count:
-            return hidden_states, context
+            return hidden_states, control
         ranks = self.tp_group.size() if self.config.sequence_parallel else 1
-        active = Active.of(running, context[..., SOURCE], ranks, self.tp_group.rank())
-        return self._forward_active(hidden_states, active, kwargs["rotary_pos_emb"]), context
+        active = Active.of(running, control[..., SOURCE], ranks, self.tp_group.rank())
+        return self._forward_active(hidden_states, active, kwargs["rotary_pos_emb"]), control
 
     def _ask(self, gate: ExitGate, hidden_states: Tensor, control: Tensor) -> Tensor:
         """Run the gate where it is asked and reached; its loss goes with the returned hidden states."""
-        where = (control[..., ASKED] > 0) & (control[..., DEPTH] >= self.depth)
+        if self.config.sequence_parallel:
+            control = scatter_to_sequence_parallel_region(control, group=self.tp_group)
+        where = (control[..., ASKED] > 0) & (control[..., EXIT_DEPTH] >= self.depth)
         logit = gate(hidden_states[where])
         if self.record:
             self.recorded = logit.new_zeros(where.shape).masked_scatter(where, logit.detach())

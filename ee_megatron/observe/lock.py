@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 GUARD_DEADLINE_S = 5.0
 
@@ -38,9 +38,11 @@ def process_start(pid: int) -> str | None:
 class RunLock:
     """Held from `acquire` until `release` or until the process is dead, whichever comes first.
 
-    The holder's host, pid and start time stand in the file; they are read and written under a short flock, so two
-    processes that find the same stale lock cannot both take it. A holder on another host cannot be probed: it is
-    believed to be alive, unless it was an earlier start of the same Slurm job, which a requeue has ended.
+    The holder's host, pid and start time stand in the file; they are read and written under filelock's flock, so two
+    processes that find the same stale lock cannot both take it. The flock itself is not what holds the lock: forked
+    children inherit it and would keep a dead parent's run, and a file server keeps that of a node that died. A holder
+    on another host cannot be probed: it is believed to be alive, unless it was an earlier start of the same Slurm job,
+    which a requeue has ended.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,9 +51,9 @@ class RunLock:
 
     def acquire(self) -> None:
         """Raises RuntimeError, naming the holder, while another live process holds the lock."""
-        with self._guarded() as descriptor:
-            holder = _read(descriptor)
-            if holder and self._alive(holder):
+        with self._guarded():
+            holder = self._holder()
+            if holder and _alive(holder):
                 raise RuntimeError(
                     f"{self.path.parent} is being written by process {holder.get('pid')} on {holder.get('host')}; "
                     f"wait for it or end it, choose another run directory, or delete {self.path.name} if it is dead"
@@ -60,61 +62,48 @@ class RunLock:
             pid = os.getpid()
             record = {"host": socket.gethostname(), "pid": pid, "start": process_start(pid), "token": self._token}
             job, restart = _slurm()
-            _write(descriptor, json.dumps({**record, "job": job, "restart": restart}))
+            self.path.write_text(json.dumps({**record, "job": job, "restart": restart}))
 
     def release(self) -> None:
         """Empties the file if this object still holds it. It is never unlinked: another process may have it open."""
         if not self._token or not self.path.exists():
             return
-        with self._guarded() as descriptor:
-            if (_read(descriptor) or {}).get("token") == self._token:
-                _write(descriptor, "")
+        with self._guarded():
+            if self._holder().get("token") == self._token:
+                self.path.write_text("")
         self._token = ""
 
-    @staticmethod
-    def _alive(holder: dict) -> bool:
-        if holder.get("host") != socket.gethostname():
-            job, restart = _slurm()
-            return not (job and holder.get("job") == job and holder.get("restart", 0) < restart)
-        pid = int(holder.get("pid", -1))
-        start = process_start(pid) if pid > 0 else None
-        return start is not None and start == holder.get("start") and pid != os.getpid()
+    def _holder(self) -> dict:
+        """Empty for an empty file and for one whose writer was killed half-way."""
+        try:
+            value = json.loads(self.path.read_text() or "{}")
+        except ValueError:
+            return {}
+        return value if isinstance(value, dict) else {}
 
     @contextlib.contextmanager
-    def _guarded(self) -> Iterator[int]:
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        deadline = time.monotonic() + GUARD_DEADLINE_S
+    def _guarded(self) -> Iterator[None]:
+        # Preserved: filelock neither unlinks the file nor writes into it where the file system has no flock.
+        guard = FileLock(self.path, GUARD_DEADLINE_S, mode=0o644, poll_interval=0.02, preserve_lock_file=True)
         try:
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise RuntimeError(
-                            f"{self.path}: another process has kept it busy for {GUARD_DEADLINE_S:g} s"
-                        ) from None
-                    time.sleep(0.02)
-            yield descriptor
+            guard.acquire()
+        except Timeout:
+            raise RuntimeError(f"{self.path}: another process has kept it busy for {GUARD_DEADLINE_S:g} s") from None
+        try:
+            yield
         finally:
-            os.close(descriptor)
+            guard.release()
+
+
+def _alive(holder: dict) -> bool:
+    if holder.get("host") != socket.gethostname():
+        job, restart = _slurm()
+        return not (job and holder.get("job") == job and holder.get("restart", 0) < restart)
+    pid = int(holder.get("pid", -1))
+    start = process_start(pid) if pid > 0 else None
+    return start is not None and start == holder.get("start") and pid != os.getpid()
 
 
 def _slurm() -> tuple[str, int]:
     """This process's Slurm job ("" outside one) and how often that job has been requeued."""
     return os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-
-
-def _read(descriptor: int) -> dict | None:
-    """None for an empty file and for one whose writer was killed half-way."""
-    try:
-        value = json.loads(os.pread(descriptor, 4096, 0) or b"null")
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _write(descriptor: int, text: str) -> None:
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, text.encode(), 0)
-    os.fsync(descriptor)

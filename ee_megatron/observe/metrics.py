@@ -11,9 +11,8 @@ import math
 import os
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, SupportsFloat, cast
 
 from .rundir import write_atomic
@@ -77,8 +76,8 @@ class Metrics:
             _mend(path, resume_step)
             self._files.append(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644))
         self._warned: set[str] = set()
-        self._wandb = _start_wandb(self.run_dir, wandb_mode, project, name, dict(config or {}))
-        self._board = _start_tensorboard(self.run_dir, resume_step) if tensorboard else None
+        self._wandb = _started("wandb", lambda: _wandb(self.run_dir, wandb_mode, project, name, dict(config or {})))
+        self._board = _started("tensorboard", lambda: _tensorboard(self.run_dir, resume_step)) if tensorboard else None
 
     def log(
         self, step: int, values: Mapping[str, SupportsFloat], timings: Mapping[str, SupportsFloat] | None = None
@@ -98,21 +97,20 @@ class Metrics:
                 # One write call: after a kill the file holds whole lines and at most one partial one, the last.
                 os.write(file, _line({"step": int(step), **numbers}).encode())
             row |= numbers
-        if self._wandb is not None:
-            try:
+        try:
+            if self._wandb is not None:
                 self._wandb.log(row)
-            except Exception as error:
-                logger.warning("wandb is dropped for the rest of the run: %s", error)
-                self._wandb = None
-        if self._board is not None:
-            try:
-                for key, value in row.items():
-                    if key != "step":
-                        self._board.add_scalar(key, value, step)
+        except Exception as error:
+            logger.warning("wandb is dropped for the rest of the run: %s", error)
+            self._wandb = None
+        try:
+            if self._board is not None:
+                for key in list(row)[1:]:
+                    self._board.add_scalar(key, row[key], step)
                 self._board.flush()
-            except Exception as error:
-                logger.warning("tensorboard is dropped for the rest of the run: %s", error)
-                self._board = None
+        except Exception as error:
+            logger.warning("tensorboard is dropped for the rest of the run: %s", error)
+            self._board = None
 
     def close(self) -> None:
         """Waits for wandb's upload at most FINISH_TIMEOUT_S; what it has not sent by then stays in its directory."""
@@ -133,9 +131,7 @@ class Metrics:
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -154,34 +150,39 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def _start_wandb(run_dir: Path, mode: str, project: str, name: str, config: dict[str, Any]) -> Any:
+def _started(name: str, start: Callable[[], Any]) -> Any:
+    """What `start` returns; None, with a warning, if it fails."""
+    try:
+        return start()
+    except Exception as error:
+        logger.warning("%s is not used: %s: %s", name, type(error).__name__, error)
+        return None
+
+
+def _wandb(run_dir: Path, mode: str, project: str, name: str, config: dict[str, Any]) -> Any:
     if mode == "auto":
         mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
     if mode == "disabled":
         return None
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    try:
-        import wandb
+    import wandb
 
-        # The id is kept, so that a resumed run goes on in the same wandb run.
-        identity = run_dir / "wandb" / "run_id"
-        identity.parent.mkdir(exist_ok=True)
-        if not identity.exists():
-            write_atomic(identity, uuid.uuid4().hex[:12])
-        settings = wandb.Settings(
-            silent=True, console="off", init_timeout=INIT_TIMEOUT_S, disable_git=True, disable_code=True
-        )
-        run = wandb.init(
-            project=project, name=name or None, id=identity.read_text().strip(), config=config, dir=str(run_dir),
-            mode=cast(Any, mode), resume="allow" if mode == "online" else None, settings=settings,
-        )  # fmt: skip
-        # An own step axis: wandb refuses steps that it has already seen, which a resumed run repeats.
-        run.define_metric("*", step_metric="step")
-        return run
-    except Exception as error:
-        logger.warning("wandb is not used: %s: %s", type(error).__name__, error)
-        return None
+    # The id is kept, so that a resumed run goes on in the same wandb run.
+    identity = run_dir / "wandb" / "run_id"
+    identity.parent.mkdir(exist_ok=True)
+    if not identity.exists():
+        write_atomic(identity, uuid.uuid4().hex[:12])
+    settings = wandb.Settings(
+        silent=True, console="off", init_timeout=INIT_TIMEOUT_S, disable_git=True, disable_code=True
+    )
+    run = wandb.init(
+        project=project, name=name or None, id=identity.read_text().strip(), config=config, dir=str(run_dir),
+        mode=cast(Any, mode), resume="allow" if mode == "online" else None, settings=settings,
+    )  # fmt: skip
+    # An own step axis: wandb refuses steps that it has already seen, which a resumed run repeats.
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 def _finish_wandb(run: Any) -> None:
@@ -191,12 +192,7 @@ def _finish_wandb(run: Any) -> None:
         logger.warning("wandb did not finish: %s", error)
 
 
-def _start_tensorboard(run_dir: Path, resume_step: int | None) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
+def _tensorboard(run_dir: Path, resume_step: int | None) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
 
-        purge = None if resume_step is None else resume_step + 1
-        return SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
-    except Exception as error:
-        logger.warning("tensorboard is not used: %s: %s", type(error).__name__, error)
-        return None
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1)

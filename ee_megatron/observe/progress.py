@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -105,9 +104,7 @@ class Progress:
         self._last_line, self._written = self._clock(), self.done
         print(self.line(), file=self._stream, flush=True)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._rich is not None:
             self._rich.stop()
         elif self.enabled and self._written != self.done:

@@ -15,7 +15,6 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 
 from .lock import RunLock, process_start
 
@@ -169,9 +168,6 @@ class RunDirectory:
         write_atomic(target, data)
         return target
 
-    def atomic_directory(self, final: Path | str) -> contextlib.AbstractContextManager[Path]:
-        return atomic_directory(self.path / final)
-
     def write_config(self, yaml_text: str) -> Path:
         return self.write_atomic("config.yaml", yaml_text)
 
@@ -215,9 +211,7 @@ class RunDirectory:
     def __enter__(self) -> RunDirectory:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

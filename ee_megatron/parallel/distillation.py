@@ -5,32 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from ..objectives.divergences import Direction
 from .vocabulary import Head
 
 
 def full_divergence(
-    head: Head, hidden: Tensor, teacher_head: Head, teacher_hidden: Tensor, weight: Tensor, direction: str
+    head: Head, hidden: Tensor, teacher_head: Head, teacher_hidden: Tensor, weight: Tensor, direction: Direction
 ) -> tuple[Tensor, Tensor]:
     """Sum of weight * divergence over positions -> (loss, fp32 scalar; the divergences [N], nats, detached).
 
-    hidden, teacher_hidden [N, D]; weight fp32 [N]. `direction` as in `vocabulary.lumped_kl`. The loss has a gradient
-    for the student's hidden states and, where it is trained, for its head.
+    hidden, teacher_hidden [N, D]; weight fp32 [N]. The loss has a gradient for the student's hidden states and, where
+    it is trained, for its head.
     """
     if torch.is_grad_enabled():
         loss, divergence = _Distillation.apply(
             head.entering(hidden), head.weight, head, teacher_head, teacher_hidden, weight, direction
         )
         return loss, divergence.detach()
-    divergence = torch.cat(
-        [
-            _compare(_log_softmax(head, hidden[at]), _log_softmax(teacher_head, teacher_hidden[at]), direction, head)[0]
-            for at in head.chunks(hidden)
-        ]
-        or [weight.new_zeros(0)]
-    )
+    divergence = torch.empty(hidden.size(0), dtype=torch.float32, device=hidden.device)
+    for at in head.chunks(hidden):
+        teacher = _log_softmax(teacher_head, teacher_hidden[at])
+        divergence[at], _ = direction.sharded(_log_softmax(head, hidden[at]), teacher, head.total)
     return (weight * divergence).sum(), divergence
 
 
@@ -46,14 +43,14 @@ class _Distillation(torch.autograd.Function):
         teacher_head: Head,
         teacher_hidden: Tensor,
         weight: Tensor,
-        direction: str,
+        direction: Direction,
     ) -> tuple[Tensor, Tensor]:
         divergence = torch.zeros(hidden.size(0), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden)
         d_rows = torch.zeros_like(rows, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for at in head.chunks(hidden):
             teacher = _log_softmax(teacher_head, teacher_hidden[at])
-            divergence[at], slope = _compare(_log_softmax(head, hidden[at]), teacher, direction, head)
+            divergence[at], slope = direction.sharded(_log_softmax(head, hidden[at]), teacher, head.total)
             d_logits = slope.mul_(weight[at].unsqueeze(1) / head.temperature).to(rows.dtype)
             torch.mm(d_logits, rows, out=d_hidden[at])
             if d_rows is not None:
@@ -72,33 +69,4 @@ def _log_softmax(head: Head, hidden: Tensor) -> Tensor:
     """log p over this rank's rows [n, V_local], fp32; -inf at padded rows."""
     logits, top = head.logits(hidden)
     total = (logits - top).exp_().sum(-1, keepdim=True)
-    return logits.sub_(_summed(total, head).log() + top)
-
-
-def _summed(value: Tensor, head: Head) -> Tensor:
-    if head.ranks > 1:
-        dist.all_reduce(value, group=head.group)
-    return value
-
-
-def _compare(student: Tensor, teacher: Tensor, direction: str, head: Head) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [n, V_local] -> divergence [n] over all ranks' rows, and its slope by the student's logits."""
-    p, q = student.exp(), teacher.exp()
-    if direction == "teacher_student":
-        divergence = _summed(_expected(q, teacher - student), head)
-        return divergence.squeeze(-1), p - q
-    if direction == "student_teacher":
-        gap, share = student - teacher, 1.0
-        divergence = inner = _summed(_expected(p, gap), head)
-    else:
-        middle = torch.log(0.5 * (p + q))
-        gap, share = student - middle, 0.5
-        both = _summed(torch.cat([_expected(p, gap), _expected(q, teacher - middle)], dim=1), head)
-        inner, divergence = both[:, :1], both.mean(-1, keepdim=True)
-    # d/dz of sum p gap is p (gap - sum p gap): the part of the slope that comes through gap itself sums to zero.
-    return divergence.squeeze(-1), torch.where(p > 0, share * p * (gap - inner), 0.0)
-
-
-def _expected(p: Tensor, values: Tensor) -> Tensor:
-    """sum p * values [n, 1], with 0 * inf = 0 (padded rows)."""
-    return torch.where(p > 0, p * values, 0.0).sum(-1, keepdim=True)
+    return logits.sub_(head.total(total).log() + top)

@@ -16,6 +16,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
+from ..objectives.divergences import Direction
+
 # Bytes of a chunk's fp32 logits, and the fewest positions that still make an efficient product.
 CHUNK_BYTES, LEAST_CHUNK = 2**27, 64
 
@@ -47,16 +49,16 @@ class Head(nn.Module):
     @torch.no_grad()
     def log_probs_at(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """log p at ids int64 [N, k] -> fp32 [N, k], and the distribution's entropy, nats, fp32 [N]; no gradient."""
-        found = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
+        log_probs = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
         entropy = torch.empty(ids.shape[:1], dtype=torch.float32, device=hidden.device)
         for at in self.chunks(hidden):
-            found[at], unnormalised, total = self._distribution(hidden[at], ids[at])
+            log_probs[at], unnormalised, total = self._distribution(hidden[at], ids[at])
             # With p = e / sum(e): H = log sum(e) - sum(e log e) / sum(e).
             weighted = torch.xlogy(unnormalised, unnormalised).sum(-1)
             if self.ranks > 1:
                 dist.all_reduce(weighted, group=self.group)
             entropy[at] = total.squeeze(-1).log() - weighted / total.squeeze(-1)
-        return found, entropy
+        return log_probs, entropy
 
     def forward(self, hidden: Tensor, ids: Tensor, function: ChunkLoss) -> tuple[Tensor, Tensor]:
         """Sum of `function` over chunks of positions -> (loss, fp32 scalar; log p at ids, fp32 [N, k], detached).
@@ -64,8 +66,8 @@ class Head(nn.Module):
         The loss has a gradient for the hidden states and, where it is trained, for the head. `function` must be a sum
         over positions; it is differentiated by autograd with respect to its log-probabilities.
         """
-        loss, found = _ChunkedLoss.apply(self.entering(hidden), self.weight, self, ids, function)
-        return loss, found.detach()
+        loss, log_probs = _ChunkedLoss.apply(self.entering(hidden), self.weight, self, ids, function)
+        return loss, log_probs.detach()
 
     def entering(self, hidden: Tensor) -> Tensor:
         """hidden, such that its gradient is the sum over ranks where that is this module's task."""
@@ -85,6 +87,13 @@ class Head(nn.Module):
         if self.ranks > 1:
             dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self.group)
         return logits, top
+
+    def total(self, *addends: Tensor) -> Tensor:
+        """Addends [n, 1] -> their sums over the ranks, side by side [n, number of addends]."""
+        sums = torch.cat(addends, dim=1)
+        if self.ranks > 1:
+            dist.all_reduce(sums, group=self.group)
+        return sums
 
     def chunks(self, hidden: Tensor) -> list[slice]:
         """Positions that are read out together."""
@@ -125,15 +134,14 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, head: Head, ids: Tensor, function: ChunkLoss
     ) -> tuple[Tensor, Tensor]:
-        found = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
+        log_probs = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
         loss = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for at in head.chunks(hidden):
-            log_probs, probabilities, total = head._distribution(hidden[at], ids[at])
-            found[at] = log_probs
+            log_probs[at], probabilities, total = head._distribution(hidden[at], ids[at])
             with torch.enable_grad():
-                leaf = log_probs.detach().requires_grad_()
+                leaf = log_probs[at].detach().requires_grad_()
                 share = function(leaf, at)
                 (gradient,) = torch.autograd.grad(share, leaf)
             loss += share.detach()
@@ -142,8 +150,8 @@ class _ChunkedLoss(torch.autograd.Function):
             if d_weight is not None:
                 d_weight += d_logits.t() @ hidden[at]
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
-        ctx.mark_non_differentiable(found)
-        return loss, found
+        ctx.mark_non_differentiable(log_probs)
+        return loss, log_probs
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -151,20 +159,13 @@ class _ChunkedLoss(torch.autograd.Function):
         return d_hidden * gradient, None if d_weight is None else d_weight * gradient, None, None, None
 
 
-def lumped_kl(student: Tensor, teacher: Tensor, direction: str) -> Tensor:
+def lumped_kl(student: Tensor, teacher: Tensor, direction: Direction) -> Tensor:
     """Divergence between two distributions known at the teacher's k most probable tokens; the rest is one tail.
 
-    student, teacher: log-probabilities fp32 [N, k] at the same tokens -> [N], nats. `direction`: "student_teacher" is
-    KL(student ‖ teacher), "teacher_student" the other way, "jensen_shannon" the mean of both against their midpoint.
-    Lumping can only lower a divergence (data-processing inequality).
+    student, teacher: log-probabilities fp32 [N, k] at the same tokens -> [N], nats. Lumping can only lower a divergence
+    (data-processing inequality).
     """
-    p, q = _with_tail(student), _with_tail(teacher)
-    if direction == "student_teacher":
-        return (p.exp() * (p - q)).sum(-1)
-    if direction == "teacher_student":
-        return (q.exp() * (q - p)).sum(-1)
-    middle = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0))
-    return 0.5 * ((p.exp() * (p - middle)).sum(-1) + (q.exp() * (q - middle)).sum(-1))
+    return direction.lumped(_with_tail(student), _with_tail(teacher))
 
 
 def _with_tail(log_probs: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ are not counted: they cost memory traffic, not products.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ..families import ModelDims, padded_vocab
@@ -224,13 +224,13 @@ def answer_cost(
     gate_width: int,
     prompt: int,
     depths: Sequence[int],
-    asks: str = "gates",
+    needs: Collection[str] = ("gates",),
 ) -> float:
     """FLOPs of one answer by the exits that it took: `prefill_cost` of its prompt, then every later token's layers, the
     keys and values that it owes the others, its readout, and what its exit rule asked for on the way.
 
-    depths [T], the first of them the prompt's; asks: "gates" (of width gate_width · D), "readouts" (a rule that looks
-    at each exit's distribution) or "nothing". `decode_cost` is the mean of this over a distribution of exits.
+    depths [T], the first of them the prompt's; needs, of an `ExitRule`: "gates" (of width gate_width · D) and "readout"
+    (of every exit on the way) cost something. `decode_cost` is the mean of this over a distribution of exits.
     """
     linears = sum(rows * columns for rows, columns in dims.linear_shapes().values())
     head, skipped = 2 * dims.vocab * dims.hidden, 4 * dims.kv_size * dims.hidden
@@ -240,9 +240,9 @@ def answer_cost(
             continue
         total += depth * (2 * linears + 4 * dims.heads * dims.head_dim * (prompt + t))
         total += (dims.num_layers - depth) * skipped + head
-        if asks == "gates":
+        if "gates" in needs:
             total += gate(dims, gate_width, sum(e <= depth for e in exit_depths))
-        elif asks == "readouts":
+        if "readout" in needs:
             # The exit that is taken is read out anyway.
             total += head * (sum(e <= depth for e in exit_depths) - (depth in exit_depths))
     return total

@@ -1,1 +1,4 @@
-"""The report of runs: charts, tables and answers on one page. Reads run directories; knows nothing of models."""
+"""The report of runs: charts, tables and answers on one page, from the files that the stages left.
+
+`results.Results` is results.json: the evaluation writes it, the report reads it.
+"""

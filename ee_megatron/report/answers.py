@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .data import Results
+from .numbers import is_number
+from .results import Results
 from .svg import legend_mark
 
 # A prompt with worked examples is long; its end is the problem, the whole stands behind a fold.
@@ -42,7 +43,7 @@ def problems(results: Results) -> list[dict[str, Any]]:
 
 def _answer(answer: Mapping[str, Any], outcomes: Sequence[int], order: Mapping[str, int]) -> dict[str, Any]:
     tokens = answer.get("tokens") or []
-    depths = [t["depth"] for t in tokens if _is_number(t.get("depth"))]
+    depths = [t["depth"] for t in tokens if is_number(t.get("depth"))]
     mean = f"{sum(depths) / len(depths) / outcomes[-1]:.2f}" if depths else "–"
     model = str(answer.get("model", ""))
     return {
@@ -61,9 +62,9 @@ def _token(token: Mapping[str, Any], outcomes: Sequence[int]) -> dict[str, Any]:
     index = min(range(len(outcomes)), key=lambda i: abs(outcomes[i] - (depth or outcomes[-1])))
     lines = [f"depth {depth if depth is not None else '–'} of {outcomes[-1]}"]
     for key, name in (("logprob", "probability"), ("exit_logprob", "exit probability")):
-        if _is_number(token.get(key)):
+        if is_number(token.get(key)):
             lines.append(f"{name} {math.exp(token[key]):.3f}")
-    if _is_number(token.get("entropy")):
+    if is_number(token.get("entropy")):
         lines.append(f"entropy {token['entropy']:.3f} nats")
     lines += [_reading(reading) for reading in token.get("readings") or []]
     text = str(token.get("text", ""))
@@ -76,12 +77,8 @@ def _reading(reading: Mapping[str, Any]) -> str:
     who = "teacher" if reading.get("depth") is None else f"exit {reading['depth']}"
     line = f"{who}: {_quoted(str(reading.get('text', '')))} {math.exp(reading['logprob']):.2f}"
     hazard = reading.get("hazard")
-    return f"{line}, hazard {hazard:.2f}" if _is_number(hazard) else line
+    return f"{line}, hazard {hazard:.2f}" if is_number(hazard) else line
 
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

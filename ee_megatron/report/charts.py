@@ -1,30 +1,56 @@
-"""The report's charts as strings of inline SVG or HTML."""
+"""The report's charts as inline SVG, drawn once: for the page, and for the PNG copies that `pictures` makes of it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from markupsafe import Markup, escape
 
-from .svg import Frame, colour, marker, number, padded
+from .data import Curve
+from .numbers import number
+from .svg import Frame, colour, marker, padded
 
 
 @dataclass(frozen=True)
-class Point:
-    """A result: accuracy y with its interval at mean depth x; `mark` is the number of its row in the table."""
+class Dot:
+    """One value with its interval (nan: none), what the pointer is told of it, and a word that stands beside it."""
 
     x: float
     y: float
-    low: float
-    high: float
-    mark: str
-    tip: str
+    low: float = math.nan
+    high: float = math.nan
+    tip: str = ""
+    word: str = ""
 
 
-def tradeoff(series: Sequence[tuple[str, list[Point]]]) -> Markup:
-    """Accuracy against mean depth, 95 % intervals as bars, points numbered like the table's rows."""
+@dataclass(frozen=True)
+class Strip:
+    """A row of a bar chart: a name, a drawing and a value.
+
+    The drawing is an <svg> of which lengths along x are per cent of a width that is not its own to say: text in it
+    keeps its size on a narrow screen.
+    """
+
+    name: str
+    drawing: Markup
+    value: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing with what stands around it. `name`: that of its PNG file, without suffix."""
+
+    name: str
+    title: str
+    drawing: Markup | list[Strip]
+    note: str = ""
+    legend: list[tuple[Markup, str]] = field(default_factory=list)
+
+
+def tradeoff(series: Sequence[tuple[str, list[Dot]]]) -> Markup:
+    """Accuracy against mean depth, 95 % intervals as bars; beside a point its row in the table, as its word."""
     points = [p for _, group in series for p in group]
     low, high = padded([v for p in points for v in (p.low, p.high)], 0.06)
     frame = Frame(460, 330, padded([p.x for p in points], 0.07), (max(0.0, low), min(1.0, high) if high > 0 else 1.0))
@@ -45,39 +71,43 @@ def tradeoff(series: Sequence[tuple[str, list[Point]]]) -> Markup:
             taken.append(at)
             parts.append(
                 f'<text class="mark-label" x="{at[0]:.1f}" y="{at[1] + 3:.1f}" text-anchor="middle">'
-                f"{escape(p.mark)}</text>"
+                f"{escape(p.word)}</text>"
             )
     names = "; ".join(f"{name}: {len(group)} points" for name, group in series)
     return frame.svg(parts, f"Accuracy against mean depth. {names}. The table above has every value.")
 
 
-def histogram(rows: Sequence[tuple[str, dict[int, float]]], outcomes: Sequence[int], num_layers: int) -> Markup:
-    """One bar per label, cut into the shares of tokens that exit at each depth, in the colours of the depth scale.
-
-    Plain HTML boxes: unlike a drawing, they keep the size of their text on a narrow screen.
-    """
-    parts = []
-    for label, counts in rows:
-        total = sum(counts.values()) or 1.0
+def histogram(rows: Mapping[str, Mapping[str, int]], outcomes: Sequence[int], num_layers: int) -> list[Strip]:
+    """A bar per label, cut into the shares of tokens that exit at each depth, in the colours of the depth scale, and
+    the mean depth. rows: label -> depth -> tokens."""
+    strips = []
+    for label, found in rows.items():
+        counts = {int(depth): count for depth, count in found.items()}
+        total = sum(counts.values()) or 1
         mean = sum(depth * count for depth, count in counts.items()) / total / num_layers
-        pieces, spoken = [], []
+        parts, spoken, left = [], [], 0.0
         for index, depth in enumerate(outcomes):
-            share = counts.get(depth, 0.0) / total
+            share = counts.get(depth, 0) / total
             if share <= 0:
                 continue
             spoken.append(f"depth {depth} {share:.0%}")
             tip = f"{label}\nexit at depth {depth} of {num_layers}\n{share:.1%} of {total:,.0f} tokens"
-            text = f"{share:.0%}" if share >= 0.07 else ""
-            pieces.append(
-                f'<span class="k{index}" style="width:{100 * share:.3f}%" data-tip="{escape(tip)}">{text}</span>'
+            parts.append(
+                f'<rect class="cell k{index}" x="{100 * left:.3f}%" width="{100 * share:.3f}%" height="100%" '
+                f'data-tip="{escape(tip)}"/>'
             )
-        alt = f"{label}: mean depth {mean:.2f}; {', '.join(spoken)}"
-        parts.append(
-            f'<div class="share"><span class="share-label">{escape(label)}</span>'
-            f'<span class="stack" role="img" aria-label="{escape(alt)}">{"".join(pieces)}</span>'
-            f'<span class="share-mean">{mean:.2f}</span></div>'
-        )
-    return Markup("".join(parts))
+            if share >= 0.07:
+                middle = 100 * (left + share / 2)
+                parts.append(f'<text class="inside k{index}" x="{middle:.3f}%" y="50%" dy=".35em">{share:.0%}</text>')
+            left += share
+        strips.append(_strip(label, parts, f"{mean:.2f}", f"mean depth {mean:.2f}; {', '.join(spoken)}"))
+    return strips
+
+
+def _strip(name: str, parts: Sequence[str], value: str, alt: str, tip: str = "") -> Strip:
+    data = f' data-tip="{escape(tip)}"' if tip else ""
+    head = f'<svg class="strip" role="img" aria-label="{escape(f"{name}: {alt}")}"{data}>'
+    return Strip(name, Markup(f"{head}{''.join(parts)}</svg>"), value)
 
 
 @dataclass(frozen=True)
@@ -123,18 +153,6 @@ def scatter(trends: Sequence[Trend]) -> Markup:
         if t.bins
     )
     return frame.svg(parts, f"Depth of a token against the teacher's entropy. {spoken}.")
-
-
-@dataclass(frozen=True)
-class Dot:
-    """One value with its interval (nan: none), what the pointer is told of it, and a word that stands beside it."""
-
-    x: float
-    y: float
-    low: float = math.nan
-    high: float = math.nan
-    tip: str = ""
-    word: str = ""
 
 
 @dataclass(frozen=True)
@@ -229,30 +247,29 @@ class Effect:
     tip: str
 
 
-def forest(effects: Sequence[Effect], label: str) -> Markup:
-    """One row per effect: name, interval as a bar about its value, the zero line. HTML boxes keep their text size."""
+def forest(effects: Sequence[Effect]) -> list[Strip]:
+    """A row per effect: its interval as a bar about its value, and the zero line."""
     ends = [v for e in effects for v in (e.low, e.high, e.value) if math.isfinite(v)]
     low, high = padded([*ends, 0.0], 0.05)
 
-    def at(value: float) -> float:
-        return 100 * (min(max(value, low), high) - low) / (high - low)
+    def at(value: float) -> str:
+        return f"{100 * (min(max(value, low), high) - low) / (high - low):.2f}%"
 
-    parts = []
+    strips = []
     for e in effects:
-        text = f"{e.value:+.1%} [{e.low:+.1%}, {e.high:+.1%}]"
         css = "effect" if e.kept else "effect hollow"
-        parts.append(
-            f'<div class="share difference"><span class="share-label">{escape(e.name)}</span>'
-            f'<span class="{css}" role="img" aria-label="{escape(f"{e.name}: {text}")}" data-tip="{escape(e.tip)}">'
-            f'<i class="zero" style="left:{at(0):.2f}%"></i>'
-            f'<i class="span" style="left:{at(e.low):.2f}%;width:{at(e.high) - at(e.low):.2f}%"></i>'
-            f'<i class="point" style="left:{at(e.value):.2f}%"></i></span>'
-            f'<span class="share-mean">{e.value:+.1%}</span></div>'
-        )
-    return Markup(f'<div aria-label="{escape(label)}" role="group">{"".join(parts)}</div>')
+        parts = [
+            '<rect class="ground" width="100%" height="100%"/>',
+            f'<line class="zero" x1="{at(0)}" x2="{at(0)}" y1="0" y2="100%"/>',
+            f'<line class="{css}" x1="{at(e.low)}" x2="{at(e.high)}" y1="50%" y2="50%"/>',
+            f'<circle class="{css}" cx="{at(e.value)}" cy="50%" r="3.6"/>',
+        ]
+        alt = f"{e.value:+.1%} [{e.low:+.1%}, {e.high:+.1%}]"
+        strips.append(_strip(e.name, parts, f"{e.value:+.1%}", alt, e.tip))
+    return strips
 
 
-def thin(points: Sequence[tuple[int, float]], limit: int = 240) -> list[tuple[int, float]]:
+def thin(points: Curve, limit: int = 240) -> list[tuple[int, float]]:
     """At most about `limit` points, each bin's least and greatest value among them, so that no spike is lost."""
     if len(points) <= limit:
         return list(points)
@@ -265,7 +282,7 @@ def thin(points: Sequence[tuple[int, float]], limit: int = 240) -> list[tuple[in
     return kept
 
 
-def curve(name: str, runs: Sequence[tuple[str, int, Sequence[tuple[int, float]]]]) -> Markup:
+def curve(name: str, runs: Sequence[tuple[str, int, Curve]]) -> Markup:
     """One metric over the steps, a line per run (label, series, points); values that are not finite leave a gap."""
     shown = [(label, series, thin(points)) for label, series, points in runs]
     steps = [s for _, _, points in shown for s, _ in points]
@@ -282,7 +299,7 @@ def curve(name: str, runs: Sequence[tuple[str, int, Sequence[tuple[int, float]]]
     return frame.svg(parts, f"{name}: {spoken}")
 
 
-def _pieces(frame: Frame, points: Sequence[tuple[int, float]], css: str) -> list[str]:
+def _pieces(frame: Frame, points: Curve, css: str) -> list[str]:
     parts, piece = [], []
     for step, value in [*points, (0, math.nan)]:
         if math.isfinite(value):
@@ -298,7 +315,7 @@ def _pieces(frame: Frame, points: Sequence[tuple[int, float]], css: str) -> list
     return parts
 
 
-def _hits(frame: Frame, name: str, points: Sequence[tuple[int, float]]) -> list[str]:
+def _hits(frame: Frame, name: str, points: Curve) -> list[str]:
     """Invisible columns, each nearest to one step, that tell the pointer its value."""
     finite = [p for p in points if math.isfinite(p[1])]
     edges, parts = [frame.x(s) for s, _ in finite], []
@@ -313,7 +330,7 @@ def _hits(frame: Frame, name: str, points: Sequence[tuple[int, float]]) -> list[
     return parts
 
 
-def _spoken(label: str, points: Sequence[tuple[int, float]]) -> str:
+def _spoken(label: str, points: Curve) -> str:
     finite = [p for p in points if math.isfinite(p[1])]
     if not finite:
         return f"{label}: no value"

@@ -6,22 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .data import Inputs, Results, Run, Stage, read_inputs
-
-# The stages whose directories tell whether two runs' models are the same one; the first that a run has.
-MADE_BY = {
-    "teacher": ("teacher", "pretrain", "traces"),
-    "calibrated": ("calibrate",),
-    "reinforced": ("rl",),
-}
-# Parts of the results whose keys are models or "model, exits".
-BY_MODEL = (
-    "depth_by_entropy", "exit_histogram", "paired", "depth", "by_task", "kl_by_exit", "correlations", "gates", "pareto",
-    "externalisation",
-)  # fmt: skip
+from .data import Inputs, ReportRun, StageData, read_inputs
+from .results import MADE_BY, Results
 
 
-def merge(runs: Sequence[Run]) -> Inputs:
+def merge(runs: Sequence[ReportRun]) -> Inputs:
     """Raises ValueError for runs of different numbers of layers, whose depths are not the same thing."""
     read = [(run, read_inputs(run.stages)) for run in runs]
     layers = {run.label: inputs.results.num_layers for run, inputs in read if inputs.results.rows}
@@ -34,12 +23,13 @@ def merge(runs: Sequence[Run]) -> Inputs:
     results = Results()
     for run, inputs in read:
         names = {model: _name(model, run, inputs, read) for model in inputs.results.models}
-        _add(results, inputs.results, names, run.label)
+        _add(results, inputs.results, names)
+    by_run = [(run.label, inputs.results) for run, inputs in read]
     missing = [f"{run.label}: {line}" for run, inputs in read for line in inputs.missing]
-    return Inputs(_stages(read), results, missing)
+    return Inputs(_stages(read), results, by_run, missing)
 
 
-def _name(model: str, run: Run, inputs: Inputs, read: Sequence[tuple[Run, Inputs]]) -> str:
+def _name(model: str, run: ReportRun, inputs: Inputs, read: Sequence[tuple[ReportRun, Inputs]]) -> str:
     """The model's own name if all runs share it; else with the settings that its sharers have in common."""
 
     def maker(of: Inputs) -> Path | None:
@@ -51,7 +41,7 @@ def _name(model: str, run: Run, inputs: Inputs, read: Sequence[tuple[Run, Inputs
     return model if len(sharers) == len(having) else f"{model} ({_common(sharers)})"
 
 
-def _common(runs: Sequence[Run]) -> str:
+def _common(runs: Sequence[ReportRun]) -> str:
     """The settings in which these runs are alike, among those that tell all runs apart; or their labels, where these
     are no settings."""
     if len(runs) == 1:
@@ -66,7 +56,7 @@ def _words(settings: Mapping[str, str]) -> str:
     return ", ".join(f"{key}={value}" for key, value in settings.items())
 
 
-def _add(into: Results, found: Results, names: Mapping[str, str], run: str) -> None:
+def _add(into: Results, found: Results, names: Mapping[str, str]) -> None:
     """What `into` already has of a shared model stays as it is."""
 
     def renamed(label: str) -> str:
@@ -79,14 +69,10 @@ def _add(into: Results, found: Results, names: Mapping[str, str], run: str) -> N
     into.rows += [row for row in _with_model(found.rows, renamed) if (row["model"], row.get("exits")) not in seen]
     known = {_which(answer) for answer in into.answers}
     into.answers += [answer for answer in _with_model(found.answers, renamed) if _which(answer) not in known]
-    for part in BY_MODEL:
+    for part in Results.parts_by_model():
         have = getattr(into, part)
         for label, value in getattr(found, part).items():
             have.setdefault(renamed(str(label)), value)
-    for entries in found.controls.values():
-        into.controls[run] = entries
-    if (chosen := found.last_chosen()) is not None:
-        into.chosen.append((run, chosen))
 
 
 def _with_model(rows: Sequence[Mapping[str, Any]], renamed: Callable[[str], str]) -> list[dict[str, Any]]:
@@ -97,10 +83,10 @@ def _which(answer: Mapping[str, Any]) -> tuple[Any, ...]:
     return answer.get("id", answer.get("prompt")), answer["model"], answer.get("exits")
 
 
-def _stages(read: Sequence[tuple[Run, Inputs]]) -> list[Stage]:
+def _stages(read: Sequence[tuple[ReportRun, Inputs]]) -> list[StageData]:
     """Each directory once, under the settings that its runs have in common; a stage's directories together."""
-    owners: dict[Path, list[Run]] = {}
-    stages: dict[Path, Stage] = {}
+    owners: dict[Path, list[ReportRun]] = {}
+    stages: dict[Path, StageData] = {}
     for run, inputs in read:
         for stage in inputs.stages:
             owners.setdefault(stage.directory, []).append(run)

@@ -38,14 +38,13 @@ def ink(colour: str) -> str:
     return "#000000" if (luminance(colour) + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
 
 
+def rules(count: int, stops: Sequence[str], series: Sequence[str]) -> str:
+    """CSS for the classes k0 … k(count-1) (depth: box, shape and the text on it) and s0, s1, … (series)."""
+    depths = [f".k{i}{{background:{c};fill:{c};color:{ink(c)}}}" for i, c in enumerate(scale(count, stops))]
+    return "".join([*depths, *(f".s{i}{{--c:{c}}}" for i, c in enumerate(series))])
+
+
 def stylesheet(count: int) -> str:
-    """CSS for the classes k0 … k(count-1) (depth) and s0, s1, … (series), for light and dark pages."""
-
-    def rules(stops: Sequence[str], series: Sequence[str]) -> str:
-        lines = []
-        for i, colour in enumerate(scale(count, stops)):
-            lines.append(f".k{i}{{background:{colour};color:{ink(colour)}}}")
-        lines += [f".s{i}{{--c:{colour}}}" for i, colour in enumerate(series)]
-        return "".join(lines)
-
-    return f"{rules(LIGHT, SERIES)}@media screen and (prefers-color-scheme:dark){{{rules(DARK, SERIES_DARK)}}}"
+    """`rules` for light and dark pages."""
+    dark = rules(count, DARK, SERIES_DARK)
+    return f"{rules(count, LIGHT, SERIES)}@media screen and (prefers-color-scheme:dark){{{dark}}}"

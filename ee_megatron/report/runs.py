@@ -1,4 +1,4 @@
-"""Which stages belong to a run that is named by a directory, and how several runs differ."""
+"""Reports of runs that are named by a configuration or by directories: which stages are theirs, how they differ."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 from ..config.identity import STAGES, identity, stage_dir, stage_order
 from ..config.load import read_saved
 from ..config.schema import RunConfig
-from .data import Run
+from .data import ReportRun
 from .page import write_report
 
 LABEL_LENGTH = 40
 """Characters of a run's settings that still fit beside a model's name."""
 
 
-def report(cfg: RunConfig) -> Path:
+def report_run(cfg: RunConfig) -> Path:
     """report.html of one configuration, from whatever stages there are. Raises ValueError if there is none."""
     found = _stages_of(cfg, Path(cfg.runs) / cfg.name)
     if not found:
         raise ValueError(
             f"{Path(cfg.runs) / cfg.name}: no stage has run with these settings; start with `ee-megatron run`"
         )
-    return write_report([Run(found)], Path(cfg.runs) / cfg.name / "report.html")
+    return write_report([ReportRun(found)], Path(cfg.runs) / cfg.name / "report.html")
 
 
-def compare(named: Sequence[Path], out: Path | None = None) -> Path:
+def report_directories(named: Sequence[Path], out: Path | None = None) -> Path:
     """One report of all runs that the directories hold; `out` is by default report.html in the deepest directory that
     holds them all.
 
@@ -41,7 +41,7 @@ def compare(named: Sequence[Path], out: Path | None = None) -> Path:
         common = Path(os.path.commonpath([end.parent.resolve() for end in ends]))
         out = common / "report.html"
     if len(found) == 1:
-        return write_report([Run(found[0])], out)
+        return write_report([ReportRun(found[0])], out)
     settings = _differing(configs)
     labels = [", ".join(f"{key}={value}" for key, value in each.items()) for each in settings]
     if len(set(labels)) < len(labels):
@@ -49,7 +49,7 @@ def compare(named: Sequence[Path], out: Path | None = None) -> Path:
     elif max(map(len, labels)) > LABEL_LENGTH:
         # The table of settings says what they stand for.
         labels = [f"run {i + 1}" for i in range(len(labels))]
-    return write_report([Run(*each) for each in zip(found, labels, settings, strict=True)], out)
+    return write_report([ReportRun(*each) for each in zip(found, labels, settings, strict=True)], out)
 
 
 def _ends(path: Path) -> list[Path]:

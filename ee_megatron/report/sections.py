@@ -1,6 +1,6 @@
-"""The report's sections behind the results: runs, thresholds and gates, controls, depth, externalisation.
+"""The report's sections behind the results: runs, tasks, thresholds and gates, controls, depth, externalisation.
 
-Each is built from one part of results.json and is None where that part is missing. A chart gets its PNG copy here.
+Each is built from one part of results.json and is None where that part is missing.
 """
 
 from __future__ import annotations
@@ -8,90 +8,82 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
-from . import charts, plots
-from .charts import Axes, Dot, Effect, Line
-from .data import Results, Run
-from .svg import legend_mark, number
+from . import charts
+from .charts import Axes, Chart, Dot, Effect, Line
+from .data import Inputs, ReportRun
+from .numbers import estimate, number, or_nan
+from .results import Results
+from .svg import legend_mark
 from .tables import (
-    Table,
+    TextTable,
     controls_table,
     correlation_table,
     depth_table,
-    estimate,
     externalisation_table,
     task_table,
 )
 
 
-@dataclass(frozen=True)
-class Chart:
-    title: str
-    body: Markup
-    note: str = ""
-    legend: list[tuple[Markup, str]] = field(default_factory=list)
-
-
 @dataclass
-class Section:
-    """`tables`: caption and table each."""
+class ReportSection:
+    """What stands under one heading. `tables`: caption and table each."""
 
     name: str
     title: str
-    note: str = ""
     charts: list[Chart] = field(default_factory=list)
-    tables: list[tuple[str, Table]] = field(default_factory=list)
+    tables: list[tuple[str, TextTable]] = field(default_factory=list)
 
 
-def sections(results: Results, runs: Sequence[Run], folder: Path) -> list[Section]:
-    """Those that there is something to show in; PNG copies go to `folder`."""
+def sections(inputs: Inputs, runs: Sequence[ReportRun]) -> list[ReportSection]:
+    """Those that there is something to show in."""
+    results = inputs.results
     made = (
-        _runs(results, runs, folder),
+        _runs(inputs, runs),
         _tasks(results),
-        _exits(results, folder),
-        _controls(results, folder),
+        _exits(results),
+        _controls(inputs),
         _depth(results),
-        _externalisation(results, folder),
+        _externalisation(results),
     )
     return [section for section in made if section is not None]
 
 
-def model_rank(label: str, models: Sequence[str]) -> int:
-    """Place of the model that a "model, exits" label begins with; behind all for a stranger."""
-    return next((i for i, m in enumerate(models) if label == m or label.startswith(f"{m}, ")), len(models))
-
-
-def _drawn(title: str, lines: Sequence[Line], axes: Axes, path: Path, note: str) -> Chart:
-    plots.lines(lines, axes, path)
+def _drawn(name: str, title: str, lines: Sequence[Line], axes: Axes, note: str) -> Chart | None:
+    """None if there is nothing to draw."""
+    if not lines:
+        return None
     legend = [(legend_mark(line.series, line.rule), line.name) for line in lines if line.joined]
-    return Chart(title, charts.lines(lines, axes, title), note, legend)
+    return Chart(name, title, charts.lines(lines, axes, title), note, legend)
+
+
+def _present(*found: Chart | None) -> list[Chart]:
+    return [chart for chart in found if chart is not None]
 
 
 # ---- several runs ----
 
 
-def _runs(results: Results, runs: Sequence[Run], folder: Path) -> Section | None:
+def _runs(inputs: Inputs, runs: Sequence[ReportRun]) -> ReportSection | None:
     if len(runs) < 2:
         return None
-    section = Section("runs", "Runs")
+    section = ReportSection("runs", "Runs")
     keys = list(dict.fromkeys(key for run in runs for key in run.settings))
     rows = [(run.label, *(run.settings.get(key, "–") for key in keys)) for run in runs]
-    section.tables.append(("Settings in which the runs differ", Table(("run", *keys), rows, names=1 + len(keys))))
-    seeds = _over_seeds(results, runs)
+    section.tables.append(("Settings in which the runs differ", TextTable(("run", *keys), rows, names=1 + len(keys))))
+    chosen = [(label, row) for label, found in inputs.by_run if (row := found.last_chosen()) is not None]
+    seeds = _over_seeds(chosen, runs)
     if seeds.rows:
         section.tables.append((_SEEDS_NOTE, seeds))
-    dots = [replace(_row_dot(row, label), word=label) for label, row in results.chosen]
+    dots = [replace(_row_dot(row, label), word=label) for label, row in chosen]
     if len(dots) > 1:
         front = _front(dots)
         lines = [Line(2, 0, "not beaten by another run", front), Line(2, 0, "beaten", _rest(dots, front), joined=False)]
         note = "One mark per run: its last model at the threshold that validation chose. 95 % intervals; noise alone "
         note += "puts runs on a front."
         axes = Axes("mean depth (fraction of the layers)", "accuracy", percent_y=True)
-        section.charts.append(_drawn("Front over runs", lines, axes, folder / "front_runs.png", note))
+        section.charts = _present(_drawn("front_runs", "Front over runs", lines, axes, note))
     return section
 
 
@@ -101,11 +93,11 @@ _SEEDS_NOTE = (
 )
 
 
-def _over_seeds(results: Results, runs: Sequence[Run]) -> Table:
+def _over_seeds(chosen: Sequence[tuple[str, Mapping[str, Any]]], runs: Sequence[ReportRun]) -> TextTable:
     """One row per group of at least two runs with the same settings but for seeds."""
     settings = {run.label: run.settings for run in runs}
     groups: dict[str, list[Mapping[str, Any]]] = {}
-    for label, row in results.chosen:
+    for label, row in chosen:
         rest = {k: v for k, v in settings[label].items() if k.rsplit(".", 1)[-1] != "seed"}
         if len(rest) < len(settings[label]):
             groups.setdefault(", ".join(f"{k}={v}" for k, v in rest.items()) or "all runs", []).append(row)
@@ -115,7 +107,7 @@ def _over_seeds(results: Results, runs: Sequence[Run]) -> Table:
         for name, group in groups.items()
         if len(group) > 1
     ]
-    return Table(("settings", "runs", *(key.replace("_", " ") for key in forms)), rows)
+    return TextTable(("settings", "runs", *(key.replace("_", " ") for key in forms)), rows)
 
 
 def _spread(values: Sequence[float], form: str) -> str:
@@ -124,7 +116,7 @@ def _spread(values: Sequence[float], form: str) -> str:
 
 def _row_dot(row: Mapping[str, Any], head: str) -> Dot:
     tip = f"{head}\n{row.get('exits', '')}\naccuracy {row['accuracy']:.1%}, mean depth {row['mean_depth']:.3f}"
-    return Dot(row["mean_depth"], row["accuracy"], _or_nan(row.get("low")), _or_nan(row.get("high")), tip)
+    return Dot(row["mean_depth"], row["accuracy"], or_nan(row.get("low")), or_nan(row.get("high")), tip)
 
 
 def _front(dots: Sequence[Dot]) -> list[Dot]:
@@ -142,46 +134,38 @@ def _rest(dots: Sequence[Dot], front: Sequence[Dot]) -> list[Dot]:
 # ---- tasks ----
 
 
-def _tasks(results: Results) -> Section | None:
+def _tasks(results: Results) -> ReportSection | None:
     if not results.by_task:
         return None
     note = "Accuracy with its 95 % interval (Wilson) and mean depth in layers, by task or family"
-    return Section("tasks", "Tasks", tables=[(note, task_table(_ordered(results.by_task, results.models)))])
-
-
-def _ordered(part: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
-    return dict(sorted(part.items(), key=lambda item: model_rank(item[0], models)))
+    return ReportSection("tasks", "Tasks", tables=[(note, task_table(results.in_order(results.by_task)))])
 
 
 # ---- thresholds and gates ----
 
 
-def _exits(results: Results, folder: Path) -> Section | None:
-    section = Section("exits", "Thresholds and gates")
-    for chart in (_pareto(results, folder), _reliability(results, folder), _kl(results, folder)):
-        if chart is not None:
-            section.charts.append(chart)
+def _exits(results: Results) -> ReportSection | None:
+    section = ReportSection("exits", "Thresholds and gates")
+    section.charts = _present(_pareto(results), _reliability(results), _kl(results))
     gates = {model: found for model, found in results.gates.items() if found}
     if gates:
         section.tables.append((_GATES_NOTE, _gates_table(gates)))
     return section if section.charts or section.tables else None
 
 
-def _pareto(results: Results, folder: Path) -> Chart | None:
+def _pareto(results: Results) -> Chart | None:
     lines: list[Line] = []
     for model, entries in results.pareto.items():
-        series = model_rank(model, results.models)
+        series = results.rank(model)
         dots = [_row_dot(e, f"{model}, validation") for e in entries]
         front = sorted((d for d, e in zip(dots, entries, strict=True) if e.get("front")), key=lambda d: d.x)
         lines += [Line(series, 0, model, front), Line(series, 0, model, _rest(dots, front), joined=False)]
-    if not lines:
-        return None
     axes = Axes("mean depth (fraction of the layers)", "accuracy", percent_y=True)
     note = "One mark per hazard threshold, on the validation split; lines join those that none beats."
-    return _drawn("Fronts over thresholds", lines, axes, folder / "pareto.png", note)
+    return _drawn("pareto", "Fronts over thresholds", lines, axes, note)
 
 
-def _reliability(results: Results, folder: Path) -> Chart | None:
+def _reliability(results: Results) -> Chart | None:
     lines = []
     for model, found in results.gates.items():
         dots = [
@@ -193,34 +177,30 @@ def _reliability(results: Results, folder: Path) -> Chart | None:
             for b in (found or {}).get("bins", [])
         ]
         if dots:
-            lines.append(Line(model_rank(model, results.models), 0, model, dots))
-    if not lines:
-        return None
+            lines.append(Line(results.rank(model), 0, model, dots))
     axes = Axes("hazard that the gate gave", "target hazard 1 − tanh(c·KL/2)", diagonal=True, unit=True)
     note = "Gates that follow their target lie on the dashed line; RL may move them off it on purpose."
-    return _drawn("Gates: hazard against target", lines, axes, folder / "gates.png", note)
+    return _drawn("gates", "Gates: hazard against target", lines, axes, note)
 
 
-def _kl(results: Results, folder: Path) -> Chart | None:
+def _kl(results: Results) -> Chart | None:
     lines: list[Line] = []
-    for label, found in sorted(results.kl_by_exit.items(), key=lambda item: model_rank(item[0], results.models)):
-        series = model_rank(label, results.models)
+    for label, found in results.in_order(results.kl_by_exit).items():
+        series = results.rank(label)
         dots = [
             Dot(
-                float(depth), e["kl"], _or_nan(e.get("low")), _or_nan(e.get("high")),
+                float(depth), e["kl"], or_nan(e.get("low")), or_nan(e.get("high")),
                 f"{label}\nexit at depth {depth}\nKL {e['kl']:.3g} nats, {e['tokens']:,} tokens",
             )
             for depth, e in sorted(found.items(), key=lambda item: int(item[0]))
         ]  # fmt: skip
         if len(dots) > 1:
             lines.append(Line(series, sum(line.series == series for line in lines), label, dots))
-    if not lines:
-        return None
     positive = [d.y for line in lines for d in line.dots if d.y > 0]
     wide = bool(positive) and max(positive) / min(positive) > 30
     axes = Axes("exit depth (layers)", "KL to the teacher (nats)", log_y=wide)
     note = "Mean over the tokens that exited there; tokens aren't assigned to depths at random."
-    return _drawn("KL to the teacher by exit depth", lines, axes, folder / "kl_by_exit.png", note)
+    return _drawn("kl_by_exit", "KL to the teacher by exit depth", lines, axes, note)
 
 
 _GATES_NOTE = (
@@ -229,7 +209,7 @@ _GATES_NOTE = (
 )
 
 
-def _gates_table(gates: Mapping[str, Mapping[str, Any]]) -> Table:
+def _gates_table(gates: Mapping[str, Mapping[str, Any]]) -> TextTable:
     depths = sorted({int(e["depth"]) for found in gates.values() for e in found.get("exits", [])})
     rows = []
     for model, found in gates.items():
@@ -237,7 +217,7 @@ def _gates_table(gates: Mapping[str, Mapping[str, Any]]) -> Table:
         per_exit = [f"{at[d]['ece']:.3f}" if d in at and at[d]["ece"] is not None else "–" for d in depths]
         errors = (estimate(found.get(key), "{:.3f}") for key in ("ece", "mean_error"))
         rows.append((model, *errors, f"{found['asked']:,}", *per_exit))
-    return Table(("model", "ECE", "mean error", "asked", *(f"ECE at {d}" for d in depths)), rows)
+    return TextTable(("model", "ECE", "mean error", "asked", *(f"ECE at {d}" for d in depths)), rows)
 
 
 # ---- controls ----
@@ -249,20 +229,19 @@ _CONTROLS_NOTE = (
 )
 
 
-def _controls(results: Results, folder: Path) -> Section | None:
-    if not results.controls:
-        return None
-    section = Section("controls", "Controls")
-    for index, (run, entries) in enumerate(results.controls.items()):
+def _controls(inputs: Inputs) -> ReportSection | None:
+    section = ReportSection("controls", "Controls")
+    found = [(run, results.controls) for run, results in inputs.by_run if results.controls]
+    for index, (run, entries) in enumerate(found):
         section.tables.append((f"{run}. {_CONTROLS_NOTE}" if run else _CONTROLS_NOTE, controls_table(entries)))
         effects = [_effect(e) for e in entries if e["matched_by"] == "depth"]
         effects = [effect for effect in effects if math.isfinite(effect.value)]
         if effects:
-            label = "accuracy of the policy minus that of the control at equal mean depth"
-            plots.forest(effects, label, folder / f"controls{f'_{index}' if run else ''}.png")
+            name = f"controls_{index}" if run else "controls"
             title = f"Policy minus control{f', {run}' if run else ''}"
-            section.charts.append(Chart(title, charts.forest(effects, label), f"{label.capitalize()}, 95 % intervals."))
-    return section
+            note = "Accuracy of the policy minus that of the control at equal mean depth, 95 % intervals."
+            section.charts.append(Chart(name, title, charts.forest(effects), note))
+    return section if section.tables else None
 
 
 def _effect(entry: Mapping[str, Any]) -> Effect:
@@ -270,7 +249,7 @@ def _effect(entry: Mapping[str, Any]) -> Effect:
     tip = f"{entry['control']}: {entry['exits']}\naccuracy {row['accuracy']:.1%} at depth {row['mean_depth']:.3f}"
     kept = bool(entry["within"])
     name = entry["control"] + ("" if kept else " (!)")
-    return Effect(name, _or_nan(d["value"]), _or_nan(d["low"]), _or_nan(d["high"]), kept, tip)
+    return Effect(name, or_nan(d["value"]), or_nan(d["low"]), or_nan(d["high"]), kept, tip)
 
 
 # ---- depth ----
@@ -285,12 +264,12 @@ _CORRELATION_NOTE = (
 )
 
 
-def _depth(results: Results) -> Section | None:
-    section = Section("depth", "Depth by kind of token")
+def _depth(results: Results) -> ReportSection | None:
+    section = ReportSection("depth", "Depth by kind of token")
     if results.depth:
-        section.tables.append((_DEPTH_NOTE, depth_table(_ordered(results.depth, results.models))))
-    if results.correlations:
-        section.tables.append((_CORRELATION_NOTE, correlation_table(_ordered(results.correlations, results.models))))
+        section.tables.append((_DEPTH_NOTE, depth_table(results.in_order(results.depth))))
+    if results.depth_correlations:
+        section.tables.append((_CORRELATION_NOTE, correlation_table(results.in_order(results.depth_correlations))))
     return section if section.tables else None
 
 
@@ -301,25 +280,17 @@ _EXTERNALISATION_NOTE = (
 )
 
 
-def _externalisation(results: Results, folder: Path) -> Section | None:
+def _externalisation(results: Results) -> ReportSection | None:
     found = results.externalisation
     if not found:
         return None
-    section = Section("externalisation", "Externalisation")
+    section = ReportSection("externalisation", "Externalisation")
     section.tables.append((_EXTERNALISATION_NOTE, externalisation_table(found)))
-    cut, probes = _truncation(results), _probes(results)
-    if cut:
-        axes = Axes("share of the chain that is kept", "same answer", unit=True)
-        note = "Share of answers that are the same as after the whole chain."
-        section.charts.append(_drawn("Chain cut short", cut, axes, folder / "truncation.png", note))
-    if probes:
-        axes = Axes("depth (layers)", "probe − n-gram (accuracy)")
-        note = "What a linear map reads of later tokens, beyond what the text tells."
-        section.charts.append(_drawn("Planning probe", probes, axes, folder / "planning_probe.png", note))
+    section.charts = _present(_truncation(results), _probes(results))
     return section
 
 
-def _truncation(results: Results) -> list[Line]:
+def _truncation(results: Results) -> Chart | None:
     lines = []
     for model, found in results.externalisation.items():
         curve = found.get("truncation") or {}
@@ -329,11 +300,13 @@ def _truncation(results: Results) -> list[Line]:
             if e["value"] is not None
         ]
         if dots:
-            lines.append(Line(model_rank(model, results.models), 0, model, dots))
-    return lines
+            lines.append(Line(results.rank(model), 0, model, dots))
+    axes = Axes("share of the chain that is kept", "same answer", unit=True)
+    note = "Share of answers that are the same as after the whole chain."
+    return _drawn("truncation", "Chain cut short", lines, axes, note)
 
 
-def _probes(results: Results) -> list[Line]:
+def _probes(results: Results) -> Chart | None:
     depths = results.outcomes
     lines = []
     for model, found in results.externalisation.items():
@@ -347,14 +320,12 @@ def _probes(results: Results) -> list[Line]:
                 if e["value"] is not None
             ]
             if dots:
-                lines.append(Line(model_rank(model, results.models), rule, name, dots))
-    return lines
+                lines.append(Line(results.rank(model), rule, name, dots))
+    axes = Axes("depth (layers)", "probe − n-gram (accuracy)")
+    note = "What a linear map reads of later tokens, beyond what the text tells."
+    return _drawn("planning_probe", "Planning probe", lines, axes, note)
 
 
 def _estimate_dot(x: float, e: Mapping[str, Any], head: str) -> Dot:
-    low, high = _or_nan(e.get("low")), _or_nan(e.get("high"))
+    low, high = or_nan(e.get("low")), or_nan(e.get("high"))
     return Dot(x, e["value"], low, high, f"{head}\n{number(e['value'])} [{number(low)}, {number(high)}]")
-
-
-def _or_nan(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from .numbers import number
 from .palette import SERIES
 
 SHAPES = 4
@@ -43,10 +44,6 @@ def padded(values: Sequence[float], share: float = 0.08) -> tuple[float, float]:
     return low - air, high + air
 
 
-def number(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
 @dataclass
 class Frame:
     """A plot area inside a viewBox of width × height, with linear axes."""
@@ -74,6 +71,7 @@ class Frame:
     def axes(
         self, x_label: str, y_label: str, percent_y: bool = False, x_ticks: int = 5, y_ticks: int = 5
     ) -> list[str]:
+        """Grid, ticks and labels; a label that is empty is left out."""
         parts, end, floor = [], self.width - self.right, self.height - self.bottom
         for value in powers(*self.y_range) if self.log_y else ticks(*self.y_range, y_ticks):
             y = self.y(value)
@@ -100,6 +98,7 @@ class Frame:
         return parts
 
     def svg(self, parts: Sequence[str], alt: str) -> Markup:
+        """The drawing; `alt` is what is read out instead of it."""
         body = "".join(parts)
         return Markup(
             f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(alt)}">{body}</svg>'
@@ -132,3 +131,8 @@ def legend_mark(series: int, rule: int | None = None) -> Markup:
         return Markup(f'<svg class="key" viewBox="0 0 14 14" aria-hidden="true">{marker(series, 7, 7)}</svg>')
     line = f'<line class="line {colour(series)} r{rule % 4}" x1="0" x2="34" y1="7" y2="7"/>'
     return Markup(f'<svg class="key long" viewBox="0 0 34 14" aria-hidden="true">{line}{marker(series, 17, 7)}</svg>')
+
+
+def legend_box(outcome: int) -> Markup:
+    """A field in the colour of an exit depth."""
+    return Markup(f'<svg class="key" viewBox="0 0 14 14"><rect class="k{outcome}" width="14" height="14"/></svg>')

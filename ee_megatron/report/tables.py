@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .numbers import estimate, is_number
+
 # Figure -> where it stands in a model's externalisation entry.
 EXTERNALISATION: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("accuracy with chain", ("accuracy_with",)),
@@ -25,8 +27,8 @@ EXTERNALISATION: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 @dataclass(frozen=True)
-class Table:
-    """`names`: how many leading columns hold words and stand left; figures stand right."""
+class TextTable:
+    """Cells in words. `names`: how many leading columns hold names and stand left; figures stand right."""
 
     heads: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
@@ -46,7 +48,7 @@ class Table:
         return "\n".join(line(cells) for cells in (self.heads, ["-" * width for width in widths], *self.rows))
 
 
-def controls_table(entries: Sequence[Mapping[str, Any]]) -> Table:
+def controls_table(entries: Sequence[Mapping[str, Any]]) -> TextTable:
     """The policy under test and its controls; (!) where the depth asked for was not reached."""
     heads = ("control", "matched by", "depth asked", "depth got", "accuracy", "reference - control", "p")
     rows = []
@@ -64,10 +66,10 @@ def controls_table(entries: Sequence[Mapping[str, Any]]) -> Table:
                 "–" if itself else f"{comparison['p_value']:.2g}",
             )
         )
-    return Table(heads, rows, names=2)
+    return TextTable(heads, rows, names=2)
 
 
-def externalisation_table(models: Mapping[str, Mapping[str, Any]]) -> Table:
+def externalisation_table(models: Mapping[str, Mapping[str, Any]]) -> TextTable:
     """Value and 95 % interval per figure and model; the probe's best depth for each distance. Dashes: not defined."""
     heads = ("figure", *(f"{model}, {found['exits']}" for model, found in models.items()))
     rows = [(name, *(estimate(_at(found, path)) for found in models.values())) for name, path in EXTERNALISATION]
@@ -75,10 +77,10 @@ def externalisation_table(models: Mapping[str, Mapping[str, Any]]) -> Table:
     for ahead in sorted({entry["ahead"] for found in probes.values() for entry in found}):
         name = f"probe uplift at its best depth, {ahead} ahead"
         rows.append((name, *(estimate(_best(found, ahead)) for found in probes.values())))
-    return Table(heads, rows)
+    return TextTable(heads, rows)
 
 
-def task_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
+def task_table(tasks: Mapping[str, Mapping[str, Any]]) -> TextTable:
     """Accuracy with its interval, and mean depth in layers, per "model, exits" and task."""
     names = _keys(tasks.values())
     heads = ("model, exits", *(f"{name}: {what}" for name in names for what in ("accuracy", "depth")))
@@ -91,10 +93,10 @@ def task_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
             depth = f"{found['mean_depth']['value']:.1f}" if found else "–"
             cells += [estimate(accuracy, "{:.1%}"), depth]
         rows.append(tuple(cells))
-    return Table(heads, rows)
+    return TextTable(heads, rows)
 
 
-def depth_table(depth: Mapping[str, Mapping[str, Any]]) -> Table:
+def depth_table(depth: Mapping[str, Mapping[str, Any]]) -> TextTable:
     """Depth in layers by what a token is, per "model, exits"."""
     classes = _keys(entry.get("classes") or {} for entry in depth.values())
     heads = ("model, exits", "all tokens", "median", "0.9", "final answer", *classes, "GFLOPs per answer")
@@ -111,10 +113,10 @@ def depth_table(depth: Mapping[str, Mapping[str, Any]]) -> Table:
                 estimate({key: (value or math.nan) / 1e9 for key, value in flops.items()}, "{:.2f}") if flops else "–",
             )
         )
-    return Table(heads, rows)
+    return TextTable(heads, rows)
 
 
-def correlation_table(correlations: Mapping[str, Mapping[str, Any]]) -> Table:
+def correlation_table(correlations: Mapping[str, Mapping[str, Any]]) -> TextTable:
     """Spearman's rank correlation of depth with the teacher's entropy and the token's surprisal, by kind of token."""
     groups = _keys(found for entry in correlations.values() for found in entry.values())
     heads = ("model, exits", "depth with", *groups)
@@ -124,16 +126,7 @@ def correlation_table(correlations: Mapping[str, Mapping[str, Any]]) -> Table:
         for measure in ("entropy", "surprisal")
         if entry.get(measure)
     ]
-    return Table(heads, rows, names=2)
-
-
-def estimate(value: Mapping[str, Any] | None, form: str = "{:.2f}") -> str:
-    """ "value [low, high]"; a dash where there is none or it isn't finite."""
-    if value is None or not _finite(value.get("value")):
-        return "–"
-    if not (_finite(value.get("low")) and _finite(value.get("high"))):
-        return form.format(value["value"])
-    return f"{form} [{form}, {form}]".format(value["value"], value["low"], value["high"])
+    return TextTable(heads, rows, names=2)
 
 
 def _keys(parts: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -154,9 +147,5 @@ def _at(found: Mapping[str, Any], path: Sequence[str]) -> Mapping[str, Any] | No
 
 
 def _best(probes: Sequence[Mapping[str, Any]], ahead: int) -> Mapping[str, Any] | None:
-    uplifts = [e for probe in probes if probe["ahead"] == ahead for e in probe["uplift"] if _finite(e.get("value"))]
+    uplifts = [e for probe in probes if probe["ahead"] == ahead for e in probe["uplift"] if is_number(e.get("value"))]
     return max(uplifts, key=lambda e: e["value"], default=None)
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .engine.decoder import Decoder
-from .engine.request import Event, Request
-from .engine.sampling import ExitPolicy, SamplingParams
+from .engine.request import Event, GenerationRequest, Request
+from .engine.sampling import SamplingParams
 from .engine.scheduler import Scheduler, StreamedToken, generate, stream
 from .engine.scoring import Score
 from .pool import make_pool
@@ -14,7 +14,7 @@ from .pool.local import LocalPool
 __all__ = [
     "Decoder",
     "Event",
-    "ExitPolicy",
+    "GenerationRequest",
     "LocalPool",
     "ReplicaSettings",
     "Request",

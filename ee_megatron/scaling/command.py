@@ -6,15 +6,16 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .compare import compare
-from .fit import METHODS, Outcome, fit_all
-from .page import Section, write_json, write_page, write_text
+from .fit import METHODS, FitOrRefusal, fit_all
+from .isoflop_law import IsoFlopFit
+from .page import PageSection, write_json, write_page, write_text
 from .refusal import Refused
-from .table import Columns, Observations, Table, levels, observations, read_table
+from .table import ColumnNames, Observations, RunTable, observations, read_table
 from .text import comparison_lines, fit_lines
 
 MIN_BOOTSTRAP = 200
@@ -84,7 +85,7 @@ def _add(
     parser.add_argument("--seed", type=int, default=0, help="of resamples and folds (default: 0)")
     needed = name == "plot"
     parser.add_argument("--out", type=Path, metavar="DIR", required=needed, help="write the results there as files")
-    parser.set_defaults(handler=handler)
+    parser.set_defaults(handler=handler, command=name)
     return parser
 
 
@@ -100,13 +101,13 @@ def _add_compare(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--against", metavar="COL[,COL]", required=required, help="by what, e.g. params,lambda")
 
 
-def _columns(given: argparse.Namespace) -> Columns:
+def _columns(given: argparse.Namespace) -> ColumnNames:
     names = ("params", "tokens", "flops", "loss", "run", "penalty")
     chosen = {name: value for name in names if (value := getattr(given, name, None)) is not None}
-    return replace(Columns(**chosen), given=frozenset(chosen))
+    return replace(ColumnNames(**chosen), given=frozenset(chosen))
 
 
-def _read(given: argparse.Namespace) -> tuple[Table, list[str]]:
+def _read(given: argparse.Namespace) -> tuple[RunTable, list[str]]:
     """The table's chosen rows, and notes on what was chosen."""
     whole = read_table(given.table)
     table = whole.where(given.where)
@@ -114,93 +115,74 @@ def _read(given: argparse.Namespace) -> tuple[Table, list[str]]:
     return table, [chosen] if given.where else []
 
 
-def _groups(table: Table, columns: Columns, obs: Observations) -> list[tuple[str, Observations]]:
+class Group(NamedTuple):
+    """Runs that follow one law, and what each method made of them; `name` is "" where there is one group only."""
+
+    name: str
+    obs: Observations
+    outcomes: dict[str, FitOrRefusal]
+
+
+def _fit_groups(given: argparse.Namespace, table: RunTable, columns: ColumnNames) -> tuple[list[Group], Observations]:
     """One law per value of lambda where such a column was named: runs under another penalty follow another law."""
-    if "penalty" not in columns.given:
-        return [("", obs)]
-    penalty = table.numbers(columns.penalty, "--lambda")
-    return [(f"{columns.penalty} = {level:g}", obs.rows(penalty == level)) for level in levels(penalty)]
-
-
-Fitted = list[tuple[str, Observations, dict[str, Outcome]]]
-
-
-def _fit_groups(given: argparse.Namespace, table: Table, columns: Columns) -> tuple[Fitted, Observations]:
     obs = observations(table, columns)
+    parts = [("", obs)]
+    if "penalty" in columns.given:
+        penalty = table.numbers(columns.penalty, "--lambda")
+        parts = [(f"{columns.penalty} = {level:g}", obs.rows(penalty == level)) for level in np.unique(penalty)]
     methods = METHODS if given.method == "all" else (given.method,)
-    fitted = [
-        (name, group, fit_all(group, methods, given.bootstrap, given.seed))
-        for name, group in _groups(table, columns, obs)
-    ]
-    return fitted, obs
+    return [Group(name, part, fit_all(part, methods, given.bootstrap, given.seed)) for name, part in parts], obs
 
 
-def _all_refused(fitted: Fitted) -> str:
-    """Every reason in one line where nothing was fitted, else ''."""
-    reasons = []
-    for name, _, outcomes in fitted:
-        for method, outcome in outcomes.items():
-            if not isinstance(outcome, Refused):
-                return ""
-            reasons.append(f"{name + ', ' if name else ''}{method}: {outcome}")
-    return " | ".join(reasons)
+def _refuse_all(groups: Sequence[Group]) -> None:
+    """Raises Refused with every reason in one line where nothing was fitted."""
+    outcomes = [(f"{g.name + ', ' if g.name else ''}{method}", o) for g in groups for method, o in g.outcomes.items()]
+    if all(isinstance(outcome, Refused) for _, outcome in outcomes):
+        raise Refused(" | ".join(f"{label}: {outcome}" for label, outcome in outcomes))
 
 
-def _facts(given: argparse.Namespace, table: Table, notes: Sequence[str], runs: int) -> list[str]:
-    return [f"{table.name}: {len(table)} rows, {runs} runs", f"seed {given.seed}", *notes]
+def _source(given: argparse.Namespace, table: RunTable, notes: Sequence[str]) -> dict[str, Any]:
+    facts = {"table": table.name, "sha256": table.digest, "bootstrap": given.bootstrap, "seed": given.seed}
+    return {**facts, "notes": list(notes)}
+
+
+def _write(given: argparse.Namespace, table: RunTable, runs: int, lines: list[str], data: dict[str, Any]) -> int:
+    """Print `lines` below what they are of; with --out into files too, as text and `data` as JSON."""
+    lines = [f"{table.name}: {len(table)} rows, {runs} runs", f"seed {given.seed}", *data["notes"], "", *lines]
+    print("\n".join(lines))
+    if given.out is not None:
+        print(write_json(given.out / f"{given.command}.json", data))
+        print(write_text(given.out / f"{given.command}.txt", lines))
+    return 0
 
 
 def _fit(given: argparse.Namespace) -> int:
     (table, chosen), columns = _read(given), _columns(given)
-    fitted, obs = _fit_groups(given, table, columns)
-    if reasons := _all_refused(fitted):
-        raise Refused(reasons)
-    notes = [*chosen, *obs.notes]
-    lines = _facts(given, table, notes, obs.run_count)
-    for name, group, outcomes in fitted:
-        lines += [
-            "",
-            *([f"{name}: {len(group.loss)} rows, {group.run_count} runs"] if name else []),
-            *fit_lines(outcomes),
-        ]
-    print("\n".join(lines))
-    if given.out is not None:
-        print(write_json(given.out / "fit.json", _fit_json(given, table, columns, obs, fitted, notes)))
-        print(write_text(given.out / "fit.txt", lines))
-    return 0
-
-
-def _fit_json(
-    given: argparse.Namespace, table: Table, columns: Columns, obs: Observations, fitted: Fitted, notes: Sequence[str]
-) -> dict[str, Any]:
-    return {
-        **_source(given, table, notes),
+    groups, obs = _fit_groups(given, table, columns)
+    _refuse_all(groups)
+    lines: list[str] = []
+    for name, part, outcomes in groups:
+        lines += [*([f"{name}: {len(part.loss)} rows, {part.run_count} runs"] if name else []), *fit_lines(outcomes)]
+        lines.append("")
+    data = {
+        **_source(given, table, [*chosen, *obs.notes]),
         "columns": {n: getattr(columns, n) for n in ("params", "tokens", "flops", "loss", "run")},
         "rows": len(table),
         "runs": obs.run_count,
         "groups": [
             {
                 "group": name or "all rows",
-                "rows": len(group.loss),
-                "runs": group.run_count,
+                "rows": len(part.loss),
+                "runs": part.run_count,
                 "methods": {
-                    method: {"refused": str(found)} if isinstance(found, Refused) else found.as_json()
-                    for method, found in outcomes.items()
+                    method: {"refused": str(outcome)} if isinstance(outcome, Refused) else outcome.as_json()
+                    for method, outcome in outcomes.items()
                 },
             }
-            for name, group, outcomes in fitted
+            for name, part, outcomes in groups
         ],
     }
-
-
-def _source(given: argparse.Namespace, table: Table, notes: Sequence[str]) -> dict[str, Any]:
-    return {
-        "table": table.name,
-        "sha256": table.digest,
-        "bootstrap": given.bootstrap,
-        "seed": given.seed,
-        "notes": list(notes),
-    }
+    return _write(given, table, obs.run_count, lines[:-1], data)
 
 
 def _against(given: argparse.Namespace) -> tuple[str, ...]:
@@ -214,15 +196,9 @@ def _against(given: argparse.Namespace) -> tuple[str, ...]:
 
 def _compare(given: argparse.Namespace) -> int:
     table, chosen = _read(given)
-    found = compare(table, _columns(given), given.metric, _against(given), given.bootstrap, given.seed)
-    notes = [*chosen, *found.notes]
-    lines = [*_facts(given, table, notes, int(found.runs.max()) + 1), "", *comparison_lines(found)]
-    print("\n".join(lines))
-    if given.out is not None:
-        data = {**found.as_json(), **_source(given, table, notes)}
-        print(write_json(given.out / "compare.json", data))
-        print(write_text(given.out / "compare.txt", lines))
-    return 0
+    comparison = compare(table, _columns(given), given.metric, _against(given), given.bootstrap, given.seed)
+    data = {**comparison.as_json(), **_source(given, table, [*chosen, *comparison.notes])}
+    return _write(given, table, int(comparison.runs.max()) + 1, comparison_lines(comparison), data)
 
 
 def _plot(given: argparse.Namespace) -> int:
@@ -230,14 +206,14 @@ def _plot(given: argparse.Namespace) -> int:
     if (given.accuracy is None) != (given.depth is None) or (given.metric is None) != (given.against is None):
         raise ValueError("--accuracy and --depth, --metric and --against: found one of a pair; give both or neither")
     other = given.accuracy is not None or given.metric is not None
-    sections: list[Section] = []
+    sections: list[PageSection] = []
     notes: Sequence[str] = ()
     # A table without losses can still have fronts and metrics; asked for nothing else, its missing loss is the error.
     if columns.loss in table.columns or "loss" in columns.given or not other:
-        fitted, obs = _fit_groups(given, table, columns)
-        if (reasons := _all_refused(fitted)) and not other:
-            raise Refused(reasons)
-        sections, notes = _law_sections(fitted), obs.notes
+        groups, obs = _fit_groups(given, table, columns)
+        if not other:
+            _refuse_all(groups)
+        sections, notes = _law_sections(groups), obs.notes
     if given.accuracy is not None:
         sections.append(_pareto_section(given, table, columns))
     if given.metric is not None:
@@ -247,47 +223,45 @@ def _plot(given: argparse.Namespace) -> int:
     return 0
 
 
-def _law_sections(fitted: Fitted) -> list[Section]:
+def _law_sections(groups: Sequence[Group]) -> list[PageSection]:
     # matplotlib takes a second to load; fit and compare don't need it.
     from . import figures
 
     sections = []
-    for index, (name, obs, outcomes) in enumerate(fitted):
+    for index, (name, obs, outcomes) in enumerate(groups):
         label, suffix = (f", {name}", f"_{index}") if name else ("", "")
-        section = Section(f"Loss law{label}", fit_lines(outcomes))
+        pictures = []
         for outcome in outcomes.values():
-            if isinstance(outcome, Refused):
-                continue
-            draw: Any = figures.isoflop if hasattr(outcome, "budgets") else figures.loss_law
-            picture = draw(outcome, obs, label)
-            section.pictures.append(picture._replace(name=picture.name + suffix))
-        sections.append(section)
+            if not isinstance(outcome, Refused):
+                draw: Any = figures.isoflop if isinstance(outcome, IsoFlopFit) else figures.loss_law
+                picture = draw(outcome, obs, label)
+                pictures.append(picture._replace(name=picture.name + suffix))
+        sections.append(PageSection(f"Loss law{label}", fit_lines(outcomes), pictures))
     return sections
 
 
-def _pareto_section(given: argparse.Namespace, table: Table, columns: Columns) -> Section:
+def _pareto_section(given: argparse.Namespace, table: RunTable, columns: ColumnNames) -> PageSection:
     from . import figures
 
     accuracy = table.numbers(given.accuracy, "--accuracy")
     depth = table.numbers(given.depth, "--depth")
-    sizes = ["all runs"] * len(table)
+    sizes, rows = ["all runs"] * len(table), np.arange(len(table))
     if columns.params in table.columns or "params" in columns.given:
         params = table.numbers(columns.params, "--params", positive=True)
-        order = {size: f"{size:.3g} parameters" for size in levels(params)}
-        sizes = [order[float(size)] for size in params]
-    rows = np.argsort(params, kind="stable") if len(set(sizes)) > 1 else np.arange(len(table))
+        sizes = [f"{size:.3g} parameters" for size in params]
+        rows = np.argsort(params, kind="stable")
     names = (given.accuracy, given.depth)
     picture = figures.pareto(accuracy[rows], depth[rows], [sizes[i] for i in rows], names)
-    return Section(f"{given.accuracy} against {given.depth}", [picture.caption], [picture])
+    return PageSection(f"{given.accuracy} against {given.depth}", [picture.caption], [picture])
 
 
-def _metric_section(given: argparse.Namespace, table: Table, columns: Columns) -> Section:
+def _metric_section(given: argparse.Namespace, table: RunTable, columns: ColumnNames) -> PageSection:
     from . import figures
 
     title = f"{given.metric} against {given.against}"
     try:
-        found = compare(table, columns, given.metric, _against(given), given.bootstrap, given.seed)
+        comparison = compare(table, columns, given.metric, _against(given), given.bootstrap, given.seed)
     except Refused as refusal:
-        return Section(title, [f"refused: {refusal}"])
-    pictures = [figures.metric(found, column) for column in range(len(found.feats.names))]
-    return Section(title, comparison_lines(found), pictures)
+        return PageSection(title, [f"refused: {refusal}"], [])
+    pictures = [figures.metric(comparison, column) for column in range(len(comparison.feats.names))]
+    return PageSection(title, comparison_lines(comparison), pictures)

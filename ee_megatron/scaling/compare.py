@@ -5,17 +5,16 @@ Shape suffixes: S resamples, G runs, R rows, C columns, F forms.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from .forms import STEEPEST, Features, Form, all_forms, evaluate, features, fit_form
-from .intervals import LEVEL, Interval, leave_one_run_out, percentile_interval, resample_runs
+from .forms import FORMS, STEEPEST, Features, Form, evaluate, features, fit_form
+from .intervals import LEVEL, BootstrapInterval, leave_one_run_out, percentile_interval, resample_runs
 from .refusal import MAX_AT_BOUND, Refused
 from .solver import Array
-from .table import Columns, Table, run_index
+from .table import ColumnNames, RunTable, run_index
 
 MIN_RUNS = 8
 """Held-out errors of fewer runs say too little about each other to be compared."""
@@ -30,10 +29,9 @@ class FormResult:
     theta [P], draws [S, P]: of the standardised columns."""
 
     form: Form
-    design: Callable[[Array], Array]
     error: float
     gain: float
-    interval: Interval
+    interval: BootstrapInterval
     beats: bool
     ties: bool
     theta: Array = field(repr=False)
@@ -42,7 +40,8 @@ class FormResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """results in the order of all_forms, refused forms with their reason; `best` has the least held-out error."""
+    """results in the order of FORMS; refused forms with their reason; raw [C, R]: ln x, or lambda as it is; values and
+    runs [R]: the metric and the run of each row."""
 
     metric: str
     feats: Features
@@ -57,10 +56,6 @@ class Comparison:
     @property
     def constant(self) -> FormResult:
         return self.results[0]
-
-    @property
-    def best(self) -> FormResult:
-        return min(self.results, key=lambda result: result.error)
 
     @property
     def winners(self) -> list[FormResult]:
@@ -90,7 +85,7 @@ class Comparison:
                     "form": r.form.name,
                     "formula": r.form.formula,
                     "held_out_rms": r.error,
-                    "squared_error_less_constant": {"value": r.gain, "low": r.interval.low, "high": r.interval.high},
+                    "squared_error_less_constant": {"value": r.gain, **r.interval._asdict()},
                     "beats_constant": r.beats,
                     "coefficients": coefficients(self, r),
                 }
@@ -100,45 +95,45 @@ class Comparison:
         }
 
 
-def compare(table: Table, columns: Columns, metric: str, against: tuple[str, ...], draws: int, seed: int) -> Comparison:
+def compare(
+    table: RunTable, columns: ColumnNames, metric: str, against: tuple[str, ...], draws: int, seed: int
+) -> Comparison:
     """Fit every form to `metric` and judge it by leaving out whole runs.
 
     Raises ValueError for missing columns and values that cannot be used, Refused for too few runs and for columns that
     do not vary or vary as one.
     """
     y = table.numbers(metric, "--metric")
-    raw = []
-    for name in against:
-        if name == columns.penalty:
-            raw.append(table.numbers(name, "--against"))
-        else:
-            raw.append(np.log(table.numbers(name, "--against", positive=True)))
+    raw = np.stack([table.numbers(name, "--against", positive=name != columns.penalty) for name in against])
+    for index, name in enumerate(against):
+        raw[index] = raw[index] if name == columns.penalty else np.log(raw[index])
     runs, note = run_index(table, columns)
     count = int(runs.max()) + 1
     if count < MIN_RUNS:
         raise Refused(f"{count} runs; expected at least {MIN_RUNS} to compare forms by runs left out; add runs")
     penalty = against.index(columns.penalty) if columns.penalty in against else None
-    feats = features(against, np.stack(raw), penalty)
+    feats = features(against, raw, penalty)
     folds, how = _folds(runs, seed)
     weights = resample_runs(runs, draws, seed)
     errors: dict[str, Array] = {}
-    fitted: list[tuple[Form, Callable[[Array], Array], Array, Array]] = []
+    fitted: list[tuple[Form, Array, Array]] = []
     refused: dict[str, str] = {}
-    for form, design in all_forms(feats):
+    for form in FORMS:
         try:
-            form.needs(feats, y)
-            parameters = form.starts(design(feats.values), y).shape[1]
+            for need in form.needs:
+                need(feats, y)
+            design = form.design(feats.values, penalty)
+            parameters = form.starts(design, y).shape[1]
             if count < 2 * parameters:
                 raise Refused(f"{count} runs for {parameters} parameters; expected at least {2 * parameters}")
         except Refused as refusal:
             refused[form.name] = str(refusal)
             continue
-        errors[form.name] = _run_errors(form, design(feats.values), y, runs, folds)
-        theta = fit_form(form, design(feats.values), y, np.ones((1, len(y))))
-        sampled = fit_form(form, design(feats.values), y, weights)
-        fitted.append((form, design, theta[0], sampled))
+        errors[form.name] = _run_errors(form, design, y, runs, folds)
+        theta = fit_form(form, design, y, np.ones((1, len(y))))
+        fitted.append((form, theta[0], fit_form(form, design, y, weights)))
     results = _judge(fitted, errors, draws, seed)
-    return Comparison(metric, feats, np.stack(raw), y, runs, results, refused, how, (note,))
+    return Comparison(metric, feats, raw, y, runs, results, refused, how, (note,))
 
 
 def _folds(runs: Array, seed: int) -> tuple[Array, str]:
@@ -164,14 +159,14 @@ def _mean_difference(difference: Array, draws: int, seed: int) -> Array:
 
 
 def _judge(
-    fitted: list[tuple[Form, Callable[[Array], Array], Array, Array]], errors: dict[str, Array], draws: int, seed: int
+    fitted: list[tuple[Form, Array, Array]], errors: dict[str, Array], draws: int, seed: int
 ) -> list[FormResult]:
     """Several forms against one constant: each at 1 - 0.05/F, so that all together are wrong in 5 % (Bonferroni)."""
     rivals = max(1, len(fitted) - 1)
     strict = 1 - (1 - LEVEL) / rivals
     best = min(errors.values(), key=lambda values: float(values.mean()))
     results = []
-    for form, design, theta, sampled in fitted:
+    for form, theta, sampled in fitted:
         difference = errors[form.name] - errors["constant"]
         means = _mean_difference(difference, draws, seed)
         freedom = len(difference) - 1
@@ -179,7 +174,7 @@ def _judge(
         error, gain = float(np.sqrt(errors[form.name].mean())), float(difference.mean())
         interval = percentile_interval(means, freedom)
         ties = percentile_interval(_mean_difference(errors[form.name] - best, draws, seed), freedom).low <= 0
-        results.append(FormResult(form, design, error, gain, interval, beats, ties, theta, sampled))
+        results.append(FormResult(form, error, gain, interval, beats, ties, theta, sampled))
     return results
 
 
@@ -191,23 +186,21 @@ def coefficients(comparison: Comparison, result: FormResult) -> dict[str, dict[s
     on where ln x = 0.
     """
     feats = comparison.feats
-    first = 2 if result.form.name == "saturating" else 1
-    names = list(feats.names)
-    scales = list(feats.scales)
+    first = 1 if result.form.steepness is None else result.form.steepness
+    names, scales = list(feats.names), list(feats.scales)
     if result.form.name.endswith("× lambda"):
         assert feats.penalty is not None
         others = [c for c in range(len(feats.names)) if c != feats.penalty]
         names += [f"{feats.names[c]} × {feats.names[feats.penalty]}" for c in others]
         scales += [float(feats.scales[c] * feats.scales[feats.penalty]) for c in others]
-    found: dict[str, dict[str, Any]] = {}
-    for index, (name, scale) in enumerate(zip(names, scales, strict=True), start=first):
-        if index >= len(result.theta):
-            break
-        if result.form.steepness and (at := float(np.mean(np.abs(result.draws[:, index]) >= STEEPEST))) > MAX_AT_BOUND:
-            found[name] = {"refused": f"not identified: at its bound in {at:.0%} of the resamples"}
+    freedom = len(np.unique(comparison.runs)) - len(result.theta)
+    slopes: dict[str, dict[str, Any]] = {}
+    # The constant has no slope, and forms without the interaction none for it.
+    for index, name, scale in zip(range(first, len(result.theta)), names, scales, strict=False):
+        at_bound = np.mean(np.abs(result.draws[:, index]) >= STEEPEST) if result.form.steepness is not None else 0.0
+        if at_bound > MAX_AT_BOUND:
+            slopes[name] = {"refused": f"not identified: at its bound in {at_bound:.0%} of the resamples"}
             continue
-        interval = percentile_interval(
-            result.draws[:, index] / scale, len(np.unique(comparison.runs)) - len(result.theta)
-        )
-        found[name] = {"value": float(result.theta[index] / scale), "low": interval.low, "high": interval.high}
-    return found
+        interval = percentile_interval(result.draws[:, index] / scale, freedom)
+        slopes[name] = {"value": float(result.theta[index] / scale), **interval._asdict()}
+    return slopes

@@ -18,7 +18,7 @@ from .forms import evaluate
 from .isoflop_law import IsoFlopFit
 from .loss_law import PARAMETERS, predict
 from .solver import Array
-from .table import Observations, levels
+from .table import Observations
 
 MAX_CURVES = 8
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -65,7 +65,7 @@ def _band(curves: Array) -> tuple[Array, Array]:
 def loss_law(fit: LawFit, obs: Observations, label: str = "") -> Picture:
     """Loss against N, one curve and band per token count (at most eight of them), measured losses as points."""
     figure, (axes,) = _figure(6.2, 4.2)
-    shown = _some(levels(obs.tokens))
+    shown = _some(np.unique(obs.tokens).tolist())
     values = np.array([[fit.values[name] for name in PARAMETERS]])
     # Tables with a token count per run have more of them than curves: no point is left out for that.
     rest = ~np.isin(obs.tokens, shown)
@@ -146,38 +146,37 @@ def pareto(accuracy: Array, depth: Array, sizes: Sequence[str], names: tuple[str
     return Picture("pareto", f"{names[0]} against {names[1]}, a front per size. {'; '.join(told)}.", _png(figure))
 
 
-def metric(found: Comparison, column: int) -> Picture:
+def metric(comparison: Comparison, column: int) -> Picture:
     """The metric against one column; the best form's curve and band where it beats the constant, other columns at their
     means. At most eight levels of lambda get a curve each."""
-    name = found.feats.names[column]
+    name = comparison.feats.names[column]
     figure, (axes,) = _figure(6.2, 4.2)
-    best = found.winners[0] if found.winners else found.constant
-    logarithmic = column != found.feats.penalty
-    raw = found.raw[column]
+    best = comparison.winners[0] if comparison.winners else comparison.constant
+    logarithmic = column != comparison.feats.penalty
+    raw = comparison.raw[column]
     grid = np.linspace(raw.min(), raw.max(), 80)
-    penalty = found.feats.penalty
+    penalty = comparison.feats.penalty
     curves: list[float | None] = [None]
     if penalty is not None and penalty != column:
-        curves = list(_some(levels(found.raw[penalty])))
+        curves = list(_some(np.unique(comparison.raw[penalty]).tolist()))
     colours = scale(len(curves), SCALE[::-1]) if len(curves) > 1 else [SERIES[1]]
     for index, (level, colour) in enumerate(zip(curves, colours, strict=True)):
-        points = np.repeat(found.feats.centres[:, None], len(grid), axis=1)
+        points = np.repeat(comparison.feats.centres[:, None], len(grid), axis=1)
         points[column] = grid
         rows = np.ones(len(raw), dtype=bool)
         label = None
         if level is not None and penalty is not None:
-            points[penalty], rows = level, found.raw[penalty] == level
-            label = f"{found.feats.names[penalty]} = {level:.3g}"
-        design = best.design(found.feats.standardised(points))
+            points[penalty], rows = level, comparison.raw[penalty] == level
+            label = f"{comparison.feats.names[penalty]} = {level:.3g}"
+        design = best.form.design(comparison.feats.standardised(points), penalty)
         x = np.exp(grid) if logarithmic else grid
         axes.fill_between(x, *_band(evaluate(best.form, best.draws, design)), color=colour, alpha=0.2, lw=0)
         axes.plot(x, evaluate(best.form, best.theta[None], design)[0], color=colour, lw=1.2)
         at = np.exp(raw[rows]) if logarithmic else raw[rows]
-        axes.plot(at, found.values[rows], MARKERS[index % len(MARKERS)], color=colour, ms=4, label=label)
-    axes.set(xlabel=name, ylabel=found.metric, title=best.form.name, xscale="log" if logarithmic else "linear")
+        axes.plot(at, comparison.values[rows], MARKERS[index % len(MARKERS)], color=colour, ms=4, label=label)
+    axes.set(xlabel=name, ylabel=comparison.metric, title=best.form.name, xscale="log" if logarithmic else "linear")
     if curves != [None]:
         axes.legend(frameon=False, fontsize=7)
-    caption = (
-        f"{found.metric} against {name}; curve: {best.form.name}, other columns at their means. {found.verdict()}."
-    )
+    curve = f"curve: {best.form.name}, other columns at their means"
+    caption = f"{comparison.metric} against {name}; {curve}. {comparison.verdict()}."
     return Picture(f"metric_{column}", caption, _png(figure))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import loss_law
-from .intervals import Interval, bca_interval, leave_one_run_out, resample_runs
+from .intervals import BootstrapInterval, bca_interval, leave_one_run_out, resample_runs
 from .isoflop_law import IsoFlopFit, fit_isoflop
 from .loss_law import PARAMETERS, Design, Fits
 from .refusal import Refused, check_bounds, check_design, enough_cells
@@ -21,10 +21,7 @@ from .table import Observations
 
 METHODS = ("huber", "varpro", "isoflop")
 DERIVED = ("exponent_a", "coefficient_G")
-BOUNDS = (
-    "0", "0", "0", f"{loss_law.EXPONENT_LOW:g} or {loss_law.EXPONENT_HIGH:g}",
-    f"{loss_law.EXPONENT_LOW:g} or {loss_law.EXPONENT_HIGH:g}",
-)  # fmt: skip
+BOUNDS = (*["0"] * 3, *[f"{loss_law.EXPONENT_LOW:g} or {loss_law.EXPONENT_HIGH:g}"] * 2)
 STARTS = 24
 FOLDS = 5
 
@@ -48,7 +45,7 @@ class LawFit:
 
     method: str
     values: dict[str, float]
-    intervals: dict[str, Interval]
+    intervals: dict[str, BootstrapInterval]
     residual: float
     held_out: list[HeldOut]
     interval_kind: str
@@ -57,18 +54,12 @@ class LawFit:
     def as_json(self) -> dict[str, Any]:
         return {
             "parameters": {
-                name: {"value": value, "low": self.intervals[name].low, "high": self.intervals[name].high}
-                for name, value in self.values.items()
+                name: {"value": value, **self.intervals[name]._asdict()} for name, value in self.values.items()
             },
             "residual_rms_log": self.residual,
             "held_out": [{"how": h.how, "rms_log": h.error, "constant_rms_log": h.constant} for h in self.held_out],
             "interval": self.interval_kind,
         }
-
-
-def fit_method(obs: Observations, method: str, draws: int, seed: int) -> LawFit | IsoFlopFit:
-    """One of METHODS. Raises Refused where the data do not determine it."""
-    return fit_isoflop(obs, draws, seed) if method == "isoflop" else fit_law(obs, method, draws, seed)
 
 
 def fit_law(obs: Observations, method: str, draws: int, seed: int) -> LawFit:
@@ -85,9 +76,7 @@ def fit_law(obs: Observations, method: str, draws: int, seed: int) -> LawFit:
     point = best_of_grid(design, solve, everything)
     # Said before anything is resampled: the intervals would be around a bound.
     check_bounds(PARAMETERS, point.bound[0].astype(float), BOUNDS, "the fits to all runs")
-    weights = resample_runs(
-        obs.runs, draws, seed, enough=lambda rows: enough_cells(obs.params, obs.tokens, rows)
-    )  # fmt: skip
+    weights = resample_runs(obs.runs, draws, seed, lambda rows: enough_cells(obs.params, obs.tokens, rows))
     sampled = solve(weights, np.repeat(point.values, draws, axis=0))
     check_bounds(PARAMETERS, sampled.bound.mean(axis=0), BOUNDS, f"{draws} resamples")
     left_out = leave_one_run_out(obs.runs)
@@ -166,15 +155,16 @@ def _held_out(obs: Observations, design: Design, solve: Solver, parts: list[Arra
     return HeldOut(how, error, constant)
 
 
-Outcome = LawFit | IsoFlopFit | Refused
+FitOrRefusal = LawFit | IsoFlopFit | Refused
 
 
-def fit_all(obs: Observations, methods: tuple[str, ...], draws: int, seed: int) -> dict[str, Outcome]:
+def fit_all(obs: Observations, methods: tuple[str, ...], draws: int, seed: int) -> dict[str, FitOrRefusal]:
     """Each method's fit, or why it was refused."""
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, FitOrRefusal] = {}
     for method in methods:
         try:
-            outcomes[method] = fit_method(obs, method, draws, seed)
+            isoflop = method == "isoflop"
+            outcomes[method] = fit_isoflop(obs, draws, seed) if isoflop else fit_law(obs, method, draws, seed)
         except Refused as refusal:
             outcomes[method] = refusal
     return outcomes

@@ -35,15 +35,20 @@ class Features:
 
 @dataclass(frozen=True)
 class Form:
-    """A family of curves. `curve` and `starts` take the features and give what `solver.minimise` needs; `needs` raises
-    Refused where the metric [R] or the features rule it out."""
+    """A family of curves.
+
+    `design` takes standardised columns [C, R] and lambda's place among them to [P, R], and `curve` and `starts` take
+    that to what `solver.minimise` needs. Each of `needs` raises Refused where the metric [R] or the features rule the
+    form out. `steepness` is the place of the first slope where slopes have a bound.
+    """
 
     name: str
     formula: str
+    design: Callable[[Array, int | None], Array]
     curve: Callable[[Array], Curve]
     starts: Callable[[Array, Array], Array]
-    needs: Callable[[Features, Array], None]
-    steepness: tuple[int, ...] = ()
+    needs: tuple[Callable[[Features, Array], None], ...] = ()
+    steepness: int | None = None
 
 
 def features(names: tuple[str, ...], raw: Array, penalty: int | None) -> Features:
@@ -64,29 +69,35 @@ def features(names: tuple[str, ...], raw: Array, penalty: int | None) -> Feature
     return Features(names, (raw - centres[:, None]) / scales[:, None], centres, scales, penalty)
 
 
-def _linear(design: Array) -> Curve:
-    """design [P, R]: prediction theta·design."""
-
-    def curve(theta: Array, weights: Array) -> tuple[Array, Array]:
-        return theta @ design, np.broadcast_to(design, (len(theta), *design.shape))
-
-    return curve
+Link = Callable[[Array], tuple[Array, Array]]
+"""theta·design -> the prediction and its slope there."""
 
 
-def _power(design: Array) -> Curve:
-    def curve(theta: Array, weights: Array) -> tuple[Array, Array]:
-        value = np.exp(np.minimum(theta @ design, 50.0))
-        return value, value[:, None, :] * design
+def _linked(link: Link) -> Callable[[Array], Curve]:
+    """Curves of a link: from a design [P, R] to what `solver.minimise` needs."""
 
-    return curve
+    def of(design: Array) -> Curve:
+        def curve(theta: Array, weights: Array) -> tuple[Array, Array]:
+            value, slope = link(theta @ design)
+            return value, slope[:, None, :] * design
+
+        return curve
+
+    return of
 
 
-def _logistic(design: Array) -> Curve:
-    def curve(theta: Array, weights: Array) -> tuple[Array, Array]:
-        value = 0.5 * (1 + np.tanh(0.5 * theta @ design))
-        return value, (value * (1 - value))[:, None, :] * design
+def _identity(z: Array) -> tuple[Array, Array]:
+    return z, np.ones_like(z)
 
-    return curve
+
+def _exponential(z: Array) -> tuple[Array, Array]:
+    value = np.exp(np.minimum(z, 50.0))
+    return value, value
+
+
+def _sigmoid(z: Array) -> tuple[Array, Array]:
+    value = 0.5 * (1 + np.tanh(0.5 * z))
+    return value, value * (1 - value)
 
 
 def _saturating(design: Array) -> Curve:
@@ -102,14 +113,18 @@ def _saturating(design: Array) -> Curve:
     return curve
 
 
-def _with_one(values: Array) -> Array:
+def _constant(values: Array, penalty: int | None) -> Array:
+    return np.ones((1, values.shape[1]))
+
+
+def _with_one(values: Array, penalty: int | None) -> Array:
     return np.concatenate([np.ones((1, values.shape[1])), values])
 
 
-def _crossed(feats: Features, values: Array) -> Array:
-    assert feats.penalty is not None
-    others = [c for c in range(len(values)) if c != feats.penalty]
-    return np.concatenate([_with_one(values), values[others] * values[feats.penalty]])
+def _crossed(values: Array, penalty: int | None) -> Array:
+    assert penalty is not None
+    others = [c for c in range(len(values)) if c != penalty]
+    return np.concatenate([_with_one(values, None), values[others] * values[penalty]])
 
 
 def _least_squares(design: Array, y: Array) -> Array:
@@ -127,10 +142,6 @@ def _saturating_starts(design: Array, y: Array) -> Array:
         basis = np.stack([np.ones(design.shape[1]), np.exp(slopes @ design[1:])])
         starts.append(np.concatenate([_least_squares(basis, y)[0], slopes]))
     return np.stack(starts)
-
-
-def _anything(feats: Features, y: Array) -> None:
-    return None
 
 
 def _positive(feats: Features, y: Array) -> None:
@@ -154,11 +165,6 @@ def _has_penalty(feats: Features, y: Array) -> None:
         raise Refused("needs lambda and another column in --against")
 
 
-def _fraction_and_penalty(feats: Features, y: Array) -> None:
-    _has_penalty(feats, y)
-    _fraction(feats, y)
-
-
 def _logit_start(design: Array, y: Array) -> Array:
     inside = np.clip(y, 0.02, 0.98)
     return _least_squares(design, np.log(inside / (1 - inside)))
@@ -168,33 +174,17 @@ def _log_start(design: Array, y: Array) -> Array:
     return _least_squares(design, np.log(np.maximum(y, 1e-12 * max(float(y.max()), 1e-300))))
 
 
-def all_forms(feats: Features) -> tuple[tuple[Form, Callable[[Array], Array]], ...]:
-    """Each form with the function from standardised columns [C, R] to its design [P, R]."""
-
-    def constant(values: Array) -> Array:
-        return np.ones((1, values.shape[1]))
-
-    def crossed(values: Array) -> Array:
-        return _crossed(feats, values)
-
-    return (
-        (Form("constant", "c", _linear, _least_squares, _anything), constant),
-        (Form("linear", "c + Σ b t", _linear, _least_squares, _anything), _with_one),
-        (Form("power", "exp(c + Σ b t)", _power, _log_start, _positive), _with_one),
-        (Form("saturating", "c + a exp(Σ b t)", _saturating, _saturating_starts, _three_values, (2,)), _with_one),
-        (Form("logistic", "1 / (1 + exp(-c - Σ b t))", _logistic, _logit_start, _fraction), _with_one),
-        (Form("linear × lambda", "c + Σ b t + λ Σ g t", _linear, _least_squares, _has_penalty), crossed),
-        (
-            Form(
-                "logistic × lambda",
-                "1 / (1 + exp(-c - Σ b t - λ Σ g t))",
-                _logistic,
-                _logit_start,
-                _fraction_and_penalty,
-            ),
-            crossed,
-        ),
-    )
+_LINEAR, _POWER, _LOGISTIC = _linked(_identity), _linked(_exponential), _linked(_sigmoid)
+FORMS = (
+    Form("constant", "c", _constant, _LINEAR, _least_squares),
+    Form("linear", "c + Σ b t", _with_one, _LINEAR, _least_squares),
+    Form("power", "exp(c + Σ b t)", _with_one, _POWER, _log_start, (_positive,)),
+    Form("saturating", "c + a exp(Σ b t)", _with_one, _saturating, _saturating_starts, (_three_values,), 2),
+    Form("logistic", "1 / (1 + exp(-c - Σ b t))", _with_one, _LOGISTIC, _logit_start, (_fraction,)),
+    Form("linear × lambda", "c + Σ b t + λ Σ g t", _crossed, _LINEAR, _least_squares, (_has_penalty,)),
+    Form("logistic × lambda", "1 / (1 + exp(-c - Σ b t - λ Σ g t))", _crossed, _LOGISTIC, _logit_start,
+         (_has_penalty, _fraction)),
+)  # fmt: skip
 
 
 def fit_form(form: Form, design: Array, y: Array, weights: Array) -> Array:
@@ -206,17 +196,14 @@ def fit_form(form: Form, design: Array, y: Array, weights: Array) -> Array:
     starts = form.starts(design, y)
     size = starts.shape[1]
     low, high = np.full(size, -np.inf), np.full(size, np.inf)
-    for place in form.steepness:
-        low[place:], high[place:] = -STEEPEST, STEEPEST
-    best = np.repeat(starts[:1], len(weights), axis=0)
-    lowest = np.full(len(weights), np.inf)
-    for start in starts:
-        found = minimise(
-            form.curve(design), y, weights, np.repeat(start[None], len(weights), axis=0), low, high, steps=80
-        )
-        better = found.objective < lowest
-        best, lowest = np.where(better[:, None], found.theta, best), np.where(better, found.objective, lowest)
-    return best
+    if form.steepness is not None:
+        low[form.steepness :], high[form.steepness :] = -STEEPEST, STEEPEST
+    minima = [
+        minimise(form.curve(design), y, weights, np.tile(start, (len(weights), 1)), low, high, steps=80)
+        for start in starts
+    ]
+    best = np.argmin([minimum.objective for minimum in minima], axis=0)
+    return np.stack([minimum.theta for minimum in minima])[best, np.arange(len(weights))]
 
 
 def evaluate(form: Form, theta: Array, design: Array) -> Array:

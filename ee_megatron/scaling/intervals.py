@@ -1,5 +1,8 @@
 """Bootstrap intervals over whole runs, for functions that are fitted rather than averaged.
 
+The resamples and the expanded interval are ours: scipy.stats.bootstrap calls a function per resample, where ours are
+weights that `solver` takes together, and its BCa is the plain one.
+
 Shape suffixes: S resamples, G runs, R rows, K quantities.
 """
 
@@ -7,21 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import ndtr, ndtri, stdtrit
 
 from .refusal import Refused
 from .solver import Array
 
-NORMAL = NormalDist()
 LEVEL = 0.95
 # A design that more than this share of resamples could not carry hangs on single runs.
 MAX_REDRAWN = 0.1
 
 
-class Interval(NamedTuple):
+class BootstrapInterval(NamedTuple):
     low: float
     high: float
 
@@ -56,7 +58,9 @@ def leave_one_run_out(runs: Array) -> Array:
     return (np.arange(int(runs.max()) + 1)[:, None] != runs).astype(np.float64)
 
 
-def bca_interval(estimate: float, draws: Array, jackknife: Array, fitted: int = 0, level: float = LEVEL) -> Interval:
+def bca_interval(
+    estimate: float, draws: Array, jackknife: Array, fitted: int = 0, level: float = LEVEL
+) -> BootstrapInterval:
     """Bias-corrected and accelerated bootstrap interval (Efron, JASA 82, 1987, 171-185).
 
     draws [S] of the resamples, jackknife [G] with one run left out each. `fitted` > 0: a least-squares fit of that many
@@ -66,56 +70,31 @@ def bca_interval(estimate: float, draws: Array, jackknife: Array, fitted: int = 
     """
     below = (np.sum(draws < estimate) + 0.5 * np.sum(draws == estimate)) / len(draws)
     # All draws on one side: the correction is unknown, not infinite.
-    bias = NORMAL.inv_cdf(float(np.clip(below, 0.5 / len(draws), 1 - 0.5 / len(draws))))
+    bias = float(ndtri(np.clip(below, 0.5 / len(draws), 1 - 0.5 / len(draws))))
     pull = jackknife.mean() - jackknife
     spread = float((pull**2).sum())
     acceleration = float((pull**3).sum()) / (6 * spread**1.5) if spread > 0 else 0.0
     count = len(jackknife)
-    z = NORMAL.inv_cdf((1 + level) / 2)
+    z = ndtri((1 + level) / 2)
     if fitted:
-        z = math.sqrt(count / (count - fitted)) * student_quantile((1 + level) / 2, count - fitted)
+        z = math.sqrt(count / (count - fitted)) * stdtrit(count - fitted, (1 + level) / 2)
     low, high = (_corrected(bias, acceleration, side) for side in (-z, z))
     ends = np.quantile(draws, [low, high])
-    return Interval(float(ends[0]), float(ends[1]))
+    return BootstrapInterval(float(ends[0]), float(ends[1]))
 
 
 def _corrected(bias: float, acceleration: float, z: float) -> float:
     shifted = bias + z
     scale = 1 - acceleration * shifted
     # Beyond the pole of the transformation there is no more of the distribution: take its end.
-    return NORMAL.cdf(bias + shifted / scale) if scale > 0.05 else (0.0 if z < 0 else 1.0)
+    return float(ndtr(bias + shifted / scale)) if scale > 0.05 else (0.0 if z < 0 else 1.0)
 
 
-def percentile_interval(draws: Array, freedom: int = 0, level: float = LEVEL) -> Interval:
+def percentile_interval(draws: Array, freedom: int = 0, level: float = LEVEL) -> BootstrapInterval:
     """Quantiles of draws [S] (Efron, Annals of Statistics 7, 1979); with `freedom`, those at Student's quantiles with
     as many degrees of freedom instead of the normal's (Hesterberg, The American Statistician 69, 2015)."""
     tail = (1 - level) / 2
     if freedom:
-        tail = NORMAL.cdf(-student_quantile(1 - tail, freedom))
+        tail = ndtr(-stdtrit(freedom, 1 - tail))
     low, high = np.quantile(draws, [tail, 1 - tail])
-    return Interval(float(low), float(high))
-
-
-def student_quantile(p: float, freedom: int) -> float:
-    """Quantile of Student's distribution for 0.5 <= p < 1 and a whole number of degrees of freedom."""
-    low, high = 0.0, 1.0
-    while student_cdf(high, freedom) < p:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_cdf(middle, freedom) < p else (low, middle)
-    return (low + high) / 2
-
-
-def student_cdf(t: float, freedom: int) -> float:
-    """P(T <= t) for t >= 0: the finite series of Abramowitz and Stegun (1964), 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(freedom))
-    cosine = math.cos(angle) ** 2
-    odd = freedom % 2 == 1
-    term = math.cos(angle) if odd else 1.0
-    total = 0.0
-    for k in range(1 if odd else 0, freedom - 1, 2):
-        total += term
-        term *= (k + 1) / (k + 2) * cosine
-    inside = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-    return 0.5 + 0.5 * inside
+    return BootstrapInterval(float(low), float(high))

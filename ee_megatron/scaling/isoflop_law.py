@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from .intervals import Interval, percentile_interval
+from .intervals import BootstrapInterval, percentile_interval
 from .refusal import Refused
 from .solver import Array
 from .table import Observations
 
 # Budgets are planned as equal and come out a few per cent apart: rows within a tenth of the next are one budget.
 BUDGET_GAP = np.log(1.1)
+MAX_SPAN = 1.25
 MIN_SIZES = 5
 """Three points fix a parabola; two more show the noise, without which there is no interval."""
 MIN_BUDGETS = 3
@@ -46,13 +47,13 @@ class IsoFlopFit:
     budgets: list[Budget]
     exponent: float
     coefficient: float
-    interval: Interval
+    interval: BootstrapInterval
     left_out: list[str]
     draws: Array = field(repr=False)
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "exponent_a": {"value": self.exponent, "low": self.interval.low, "high": self.interval.high},
+            "exponent_a": {"value": self.exponent, **self.interval._asdict()},
             "coefficient": self.coefficient,
             "budgets": [{"flops": b.flops, "params_opt": b.params, "loss": b.loss} for b in self.budgets],
             "budgets_left_out": self.left_out,
@@ -73,24 +74,9 @@ def fit_isoflop(obs: Observations, draws: int, seed: int) -> IsoFlopFit:
     """Fit with an interval from resampled runs. Raises Refused where fewer than three budgets have a minimum within
     their sizes, or more than a twentieth of the resamples have none."""
     budget = group_budgets(obs.flops)
-    kept, left_out = [], []
-    for index in range(int(budget.max()) + 1):
-        rows = np.flatnonzero(budget == index)
-        flops = float(np.exp(np.log(obs.flops[rows]).mean()))
-        span = float(obs.flops[rows].max() / obs.flops[rows].min())
-        sizes = len(np.unique(obs.params[rows]))
-        if sizes < MIN_SIZES:
-            left_out.append(f"{flops:.3g} FLOPs: {sizes} distinct sizes, expected at least {MIN_SIZES}")
-        elif span > 1.25:
-            left_out.append(
-                f"{flops:.3g} FLOPs: rows differ by a factor of {span:.2f} without a gap, so they are no budget"
-            )
-        else:
-            fitted = _parabola(obs, rows, flops)
-            if isinstance(fitted, str):
-                left_out.append(f"{flops:.3g} FLOPs: {fitted}")
-            else:
-                kept.append(fitted)
+    fitted = [_parabola(obs, np.flatnonzero(budget == index)) for index in range(int(budget.max()) + 1)]
+    kept = [one for one in fitted if isinstance(one, Budget)]
+    left_out = [one for one in fitted if isinstance(one, str)]
     if len(kept) < MIN_BUDGETS:
         why = f" ({'; '.join(left_out[:3])}{'; …' if len(left_out) > 3 else ''})" if left_out else ""
         raise Refused(
@@ -116,16 +102,23 @@ def _freedom(obs: Observations, budgets: list[Budget]) -> int:
     return max(1, round(runs * (1 - 3 / float(per_budget))))
 
 
-def _parabola(obs: Observations, rows: Array, flops: float) -> Budget | str:
+def _parabola(obs: Observations, rows: Array) -> Budget | str:
+    """The budget of these rows [R], or why it is left out."""
+    flops = float(np.exp(np.log(obs.flops[rows]).mean()))
+    span = float(obs.flops[rows].max() / obs.flops[rows].min())
     x, y = np.log(obs.params[rows]), obs.loss[rows]
+    if (sizes := len(np.unique(x))) < MIN_SIZES:
+        return f"{flops:.3g} FLOPs: {sizes} distinct sizes, expected at least {MIN_SIZES}"
+    if span > MAX_SPAN:
+        return f"{flops:.3g} FLOPs: rows differ by a factor of {span:.2f} without a gap, so they are no budget"
     centre = x.mean()
     c2, c1, c0 = np.polyfit(x - centre, y, 2)
     if c2 <= 0:
-        return "the parabola opens downwards, so it has no minimum"
+        return f"{flops:.3g} FLOPs: the parabola opens downwards, so it has no minimum"
     at = -c1 / (2 * c2) + centre
     if not x.min() < at < x.max():
         side = "above" if at >= x.max() else "below"
-        return f"the minimum lies {side} the sizes that were trained"
+        return f"{flops:.3g} FLOPs: the minimum lies {side} the sizes that were trained"
     whole = (float(c0 - c1 * centre + c2 * centre**2), float(c1 - 2 * c2 * centre), float(c2))
     return Budget(flops, whole, float(np.exp(at)), float(c0 - c1**2 / (4 * c2)), rows)
 
@@ -144,11 +137,17 @@ def _resampled(obs: Observations, budgets: list[Budget], draws: int, seed: int) 
     (a wild bootstrap, which keeps each run its own, covered 89 to 92 %; docs/scaling.md). They are enlarged by what
     the parabola took from them, √(m/(m - 3)) for m runs.
     """
-    fits = [_hat(obs, budget) for budget in budgets]
-    residual = np.concatenate([_relative_residual(obs, budget, fit) for budget, fit in zip(budgets, fits, strict=True)])
-    noise = _drawn_residuals(
-        obs.runs[np.concatenate([b.rows for b in budgets])], residual - residual.mean(), draws, seed
-    )
+    fits, residuals = [], []
+    for budget in budgets:
+        x, loss, runs = np.log(obs.params[budget.rows]), obs.loss[budget.rows], len(np.unique(obs.runs[budget.rows]))
+        powers = np.vander(x - x.mean(), 3, increasing=True)
+        inverse = np.linalg.pinv(powers)
+        fitted = powers @ (inverse @ loss)
+        fits.append((x, inverse, fitted))
+        residuals.append((loss / fitted - 1) * np.sqrt(runs / max(1, runs - 3)))
+    residual = np.concatenate(residuals)
+    rows = np.concatenate([budget.rows for budget in budgets])
+    noise = _drawn_residuals(obs.runs[rows], residual - residual.mean(), draws, seed)
     minima = np.full((draws, len(budgets)), np.nan)
     start = 0
     for index, (x, inverse, fitted) in enumerate(fits):
@@ -159,19 +158,6 @@ def _resampled(obs: Observations, budgets: list[Budget], draws: int, seed: int) 
             at = -c1 / (2 * c2) + x.mean()
         minima[:, index] = np.where((c2 > 0) & (at > x.min()) & (at < x.max()), at, np.nan)
     return _exponents(minima, np.log([b.flops for b in budgets]))
-
-
-def _hat(obs: Observations, budget: Budget) -> tuple[Array, Array, Array]:
-    """ln N [R], the pseudo-inverse [3, R] of 1, x, x² (x centred) and the fitted losses [R]."""
-    x = np.log(obs.params[budget.rows])
-    powers = np.vander(x - x.mean(), 3, increasing=True)
-    inverse = np.linalg.pinv(powers)
-    return x, inverse, powers @ (inverse @ obs.loss[budget.rows])
-
-
-def _relative_residual(obs: Observations, budget: Budget, fit: tuple[Array, Array, Array]) -> Array:
-    runs = len(np.unique(obs.runs[budget.rows]))
-    return (obs.loss[budget.rows] / fit[2] - 1) * np.sqrt(runs / max(1, runs - 3))
 
 
 def _drawn_residuals(runs: Array, residual: Array, draws: int, seed: int) -> Array:
@@ -188,14 +174,9 @@ def _drawn_residuals(runs: Array, residual: Array, draws: int, seed: int) -> Arr
 
 def _exponents(minima: Array, log_flops: Array) -> Array:
     """Line through the known of minima [S, B]: its height at the mean of log_flops [B], and its slope [S, 2]."""
-    have = np.isfinite(minima)
-    count = np.maximum(have.sum(axis=1), 1)
-    known = np.where(have, minima, 0.0)
-    centred = np.where(have, log_flops - (np.where(have, log_flops, 0.0).sum(axis=1) / count)[:, None], 0.0)
-    spread = (centred**2).sum(axis=1)
-    slope = (centred * known).sum(axis=1) / np.where(spread > 0, spread, 1.0)
-    # Where budgets dropped out the mean is of other budgets: moved along the slope to that of all.
-    level = known.sum(axis=1) / count + slope * (log_flops.mean() - np.where(have, log_flops, 0.0).sum(axis=1) / count)
-    fitted = np.column_stack([level, slope])
-    fitted[have.sum(axis=1) < MIN_BUDGETS] = np.nan
-    return fitted
+    lines, known = np.full((len(minima), 2), np.nan), np.isfinite(minima)
+    for have in np.unique(known, axis=0):
+        if have.sum() >= MIN_BUDGETS:
+            alike = (known == have).all(axis=1)
+            lines[alike] = np.polyfit(log_flops[have] - log_flops.mean(), minima[alike][:, have].T, 1)[::-1].T
+    return lines

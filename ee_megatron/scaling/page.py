@@ -4,43 +4,28 @@ from __future__ import annotations
 
 import base64
 import json
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
-from .. import report
 from ..observe.rundir import write_atomic
+from ..report.numbers import strict_json
+from ..report.template import render, style
 from .figures import Picture
 
 
 @dataclass
-class Section:
+class PageSection:
     """A heading, the table under it and its pictures."""
 
     title: str
     lines: list[str]
-    pictures: list[Picture] = field(default_factory=list)
+    pictures: list[Picture]
 
 
 def write_json(path: Path, data: dict[str, Any]) -> Path:
-    """Strict JSON: what is not finite would be read as one thing by some and refused by others, so it is null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    return path
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    """`strict_json` at `path`."""
+    return write_text(path, [json.dumps(strict_json(data), indent=2, ensure_ascii=False, allow_nan=False)])
 
 
 def write_text(path: Path, lines: list[str]) -> Path:
@@ -49,7 +34,7 @@ def write_text(path: Path, lines: list[str]) -> Path:
     return path
 
 
-def write_page(folder: Path, table: str, facts: list[str], sections: list[Section]) -> Path:
+def write_page(folder: Path, table: str, facts: list[str], sections: list[PageSection]) -> Path:
     """scaling.html in `folder`, each picture inside it and as a PNG file beside it; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     shown = []
@@ -59,13 +44,7 @@ def write_page(folder: Path, table: str, facts: list[str], sections: list[Sectio
             write_atomic(folder / f"{picture.name}.png", picture.png)
             pictures.append({"data": base64.b64encode(picture.png).decode(), "caption": picture.caption})
         shown.append({"title": section.title, "text": "\n".join(section.lines), "pictures": pictures})
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    style = (Path(report.__file__).parent / "page.css").read_text(encoding="utf-8")
-    page = environment.get_template("page.html.j2").render(
-        table=table, facts=facts, sections=shown, style=Markup(style)
-    )
+    template = Path(__file__).parent / "page.html.j2"
+    page = render(template, table=table, facts=facts, sections=shown, style=style())
     write_atomic(folder / "scaling.html", page)
     return folder / "scaling.html"

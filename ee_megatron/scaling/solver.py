@@ -21,11 +21,10 @@ MIN_DAMPING, MAX_DAMPING = 1e-12, 1e8
 
 
 class Minimum(NamedTuple):
-    """theta_SP; objective_S, the weighted sum of losses; converged_S, False where the steps ran out."""
+    """theta_SP; objective_S, the weighted sum of losses."""
 
     theta: Array
     objective: Array
-    converged: Array
 
 
 def minimise(
@@ -50,12 +49,11 @@ def minimise(
     """
     theta = np.clip(np.array(start, dtype=np.float64), low, high)
     count, size = theta.shape
-    objective, converged = np.empty(count), np.zeros(count, dtype=bool)
     damping, calm = np.full(count, 1e-3), np.zeros(count, dtype=int)
     active = np.arange(count)
     prediction, jacobian = curve(theta, weights)
     residual = prediction - observed
-    objective[:] = _total(residual, weights, delta)
+    objective = _total(residual, weights, delta)
     eye = np.arange(size)
     for _ in range(steps):
         if not len(active):
@@ -88,9 +86,8 @@ def minimise(
         jacobian = np.where(better[:, None, None], new_jacobian, jacobian)
         damping[active] = np.where(better, np.maximum(damping[active] / 5, MIN_DAMPING), damping[active] * 6)
         done = (calm[active] >= 2) | (damping[active] > MAX_DAMPING)
-        converged[active[done]] = True
         active, residual, jacobian = active[~done], residual[~done], jacobian[~done]
-    return Minimum(theta, objective, converged)
+    return Minimum(theta, objective)
 
 
 def _total(residual: Array, weights: Array, delta: float | None) -> Array:

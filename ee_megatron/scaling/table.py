@@ -22,7 +22,7 @@ FLOPS_TOLERANCE = 0.2
 
 
 @dataclass(frozen=True)
-class Table:
+class RunTable:
     """Cells by column, as they stand in the file; `name` and `digest` (SHA-256) say which file that was."""
 
     name: str
@@ -43,7 +43,7 @@ class Table:
             f"(of {', '.join(self.columns)}); name the right one with {option} COLUMN"
         )
 
-    def where(self, conditions: Sequence[str]) -> Table:
+    def where(self, conditions: Sequence[str]) -> RunTable:
         """The rows in which each COLUMN=VALUE holds, compared as text. Raises ValueError where none is left."""
         kept = list(range(len(self)))
         for condition in conditions:
@@ -60,25 +60,29 @@ class Table:
 
     def numbers(self, column: str, option: str, *, positive: bool = False) -> Array:
         """A column as float64 [R]. Raises ValueError for a cell that is no finite number or, where asked, not > 0."""
-        values = np.empty(len(self))
-        for row, cell in enumerate(self.cells(column, option)):
-            try:
-                value = float(cell)
-            except (TypeError, ValueError):
-                value = math.nan
-            if not math.isfinite(value) or (positive and value <= 0):
-                expected = "a number > 0" if positive else "a finite number"
-                shown = "an empty cell" if cell is None or str(cell).strip() == "" else str(cell)
-                raise ValueError(
-                    f"{self.name}: row {row + 1}, column {column}: found {shown}, expected {expected}; "
-                    f"correct the row or leave it out with --where"
-                )
-            values[row] = value
+        cells = self.cells(column, option)
+        values = np.array([_number(cell) for cell in cells])
+        wrong = ~np.isfinite(values) | (positive & (values <= 0))
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            expected = "a number > 0" if positive else "a finite number"
+            shown = "an empty cell" if cells[row] is None or str(cells[row]).strip() == "" else str(cells[row])
+            raise ValueError(
+                f"{self.name}: row {row + 1}, column {column}: found {shown}, expected {expected}; "
+                f"correct the row or leave it out with --where"
+            )
         return values
 
 
+def _number(cell: Any) -> float:
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        return math.nan
+
+
 @dataclass(frozen=True)
-class Columns:
+class ColumnNames:
     """Names of the columns; `given` holds the options that were named on the command line."""
 
     params: str = "params"
@@ -113,7 +117,7 @@ class Observations:
         return replace(kept, loss=self.loss[chosen], runs=runs)
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path) -> RunTable:
     """Read a .csv or .parquet file. Raises FileNotFoundError, or ValueError for what is no table with rows."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such table; expected a .csv or .parquet file with one row per measurement")
@@ -121,7 +125,7 @@ def read_table(path: Path) -> Table:
     columns = _read_parquet(path) if path.suffix.lower() in (".parquet", ".pq") else _read_csv(path)
     if not columns or not len(next(iter(columns.values()))):
         raise ValueError(f"{path.name}: no rows; expected a header and one row per measurement")
-    return Table(path.name, digest, columns)
+    return RunTable(path.name, digest, columns)
 
 
 def _read_csv(path: Path) -> dict[str, list[Any]]:
@@ -157,7 +161,7 @@ def _read_parquet(path: Path) -> dict[str, list[Any]]:
     return columns
 
 
-def run_index(table: Table, columns: Columns) -> tuple[Array, str]:
+def run_index(table: RunTable, columns: ColumnNames) -> tuple[Array, str]:
     """The run of each row (int [R], 0..G-1) and a note on what a run is. Without such a column each row is one."""
     if columns.run in table.columns or "run" in columns.given:
         _, runs = np.unique(np.array([str(cell) for cell in table.cells(columns.run, "--run")]), return_inverse=True)
@@ -165,7 +169,7 @@ def run_index(table: Table, columns: Columns) -> tuple[Array, str]:
     return np.arange(len(table)), "each row is a run of its own (no column for runs was named)"
 
 
-def observations(table: Table, columns: Columns) -> Observations:
+def observations(table: RunTable, columns: ColumnNames) -> Observations:
     """What the loss law is fitted to. Raises ValueError for missing columns and for values that are not > 0."""
     runs, note = run_index(table, columns)
     notes = [note]
@@ -192,8 +196,3 @@ def observations(table: Table, columns: Columns) -> Observations:
             f"column {columns.flops} is {ratio.min():.2f} to {ratio.max():.2f} times 6ND; isoFLOP uses the column"
         )
     return Observations(params, tokens, flops, loss, runs, tuple(notes))
-
-
-def levels(values: Sequence[float] | Array) -> list[float]:
-    """Distinct values in order."""
-    return [float(value) for value in np.unique(np.asarray(values))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .compare import Comparison, coefficients
-from .fit import LawFit, Outcome
+from .fit import FitOrRefusal, LawFit
 from .isoflop_law import IsoFlopFit
 from .refusal import Refused
 
@@ -24,7 +24,7 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def fit_lines(outcomes: Mapping[str, Outcome]) -> list[str]:
+def fit_lines(outcomes: Mapping[str, FitOrRefusal]) -> list[str]:
     """Each method's parameters with their intervals, or why it was refused."""
     lines: list[str] = []
     for method, outcome in outcomes.items():
@@ -64,25 +64,23 @@ def _isoflop_lines(fit: IsoFlopFit) -> list[str]:
     return lines
 
 
-def comparison_lines(found: Comparison) -> list[str]:
-    lines = [f"{found.metric} against {', '.join(found.feats.names)}; held out: {found.how}"]
-    head = f"  {'form':<18}{'held-out rms':>13}  {'squared error less the constant’s, 95 %':<42}beats the constant"
-    lines.append(head)
-    for result in sorted(found.results, key=lambda r: r.error):
+def comparison_lines(comparison: Comparison) -> list[str]:
+    lines = [f"{comparison.metric} against {', '.join(comparison.feats.names)}; held out: {comparison.how}"]
+    lines.append(
+        f"  {'form':<18}{'held-out rms':>13}  {'squared error less the constant’s, 95 %':<42}beats the constant"
+    )
+    for result in sorted(comparison.results, key=lambda r: r.error):
         low, high = result.interval
-        gain = "" if result is found.constant else f"{result.gain:+.3g} [{low:+.3g}, {high:+.3g}]"
-        beats = "" if result is found.constant else ("yes" if result.beats else "no")
+        gain, beats = f"{result.gain:+.3g} [{low:+.3g}, {high:+.3g}]", "yes" if result.beats else "no"
+        if result is comparison.constant:
+            gain = beats = ""
         lines.append(f"  {result.form.name:<18}{number(result.error):>13}  {gain:<42}{beats}")
-    lines += [f"  {name}: refused: {reason}" for name, reason in found.refused.items()]
-    if found.winners:
-        best = found.winners[0]
+    lines += [f"  {name}: refused: {reason}" for name, reason in comparison.refused.items()]
+    if comparison.winners:
+        best = comparison.winners[0]
         lines.append(f"  slopes of {best.form.name}, {best.form.formula} (t = ln x; lambda as it is):")
-        for name, value in coefficients(found, best).items():
-            if "refused" in value:
-                lines.append(f"    {name:<18}{value['refused']}")
-                continue
-            lines.append(
-                f"    {name:<18}{number(value['value']):>10}  [{number(value['low'])}, {number(value['high'])}]"
-            )
-    lines.append(f"  {found.verdict()}")
+        for name, value in coefficients(comparison, best).items():
+            shown = value.get("refused") or "{:>10}  [{}, {}]".format(*map(number, value.values()))
+            lines.append(f"    {name:<18}{shown}")
+    lines.append(f"  {comparison.verdict()}")
     return lines

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from pathlib import Path
 from typing import Any
 
 from ..observe.rundir import write_atomic
-from . import manifest as disk
+from . import records
 from .sweep import Sweep
 
 FIRST = ("run", "status")
@@ -21,16 +20,16 @@ def rows(sweep: Sweep) -> list[dict[str, Any]]:
 
     What varies goes by its setting's name, so that no figure of the same name hides it: `steps` is not `rl.steps`.
     """
-    found = []
+    table = []
     for run in sweep.runs:
-        state = disk.run_state(sweep, run)
-        result = (disk.read_result(sweep, run.id) or {}) if state == disk.FINISHED else {}
+        state = records.run_state(sweep, run)
+        result = (records.read_result(sweep, run.id) or {}) if state == records.FINISHED else {}
         # A table that is made while runs go on must not depend on the second in which it is made.
-        status = state if state in (disk.FINISHED, disk.FAILED) else "unfinished"
+        status = state if state in (records.FINISHED, records.FAILED) else "unfinished"
         settings = {key: plain(value) for key, value in run.settings.items()}
         figures = {key: value for key, value in result.items() if key not in settings}
-        found.append({"run": run.id, "status": status} | settings | figures | {"error": disk.error_of(sweep, run)})
-    return found
+        table.append({"run": run.id, "status": status} | settings | figures | {"error": records.error_of(sweep, run)})
+    return table
 
 
 def plain(value: Any) -> Any:
@@ -60,15 +59,13 @@ def to_csv(table: list[dict[str, Any]], names: list[str]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(names)
-    for row in table:
-        writer.writerow(["" if row.get(name) is None else _cell(row[name]) for name in names])
+    writer.writerows([_cell(row.get(name)) for name in names] for row in table)
     return text.getvalue()
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return repr(value) if isinstance(value, float) else str(value)
+def _cell(value: Any) -> Any:
+    # csv writes floats by repr and None as nothing.
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def to_parquet(table: list[dict[str, Any]], names: list[str]) -> bytes:
@@ -76,18 +73,15 @@ def to_parquet(table: list[dict[str, Any]], names: list[str]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    arrays = [pa.array(*_typed(pa, [row.get(name) for row in table])) for name in names]
+    def column(values: list[Any]) -> Any:
+        kinds = {type(value) for value in values if value is not None}
+        if kinds in ({bool}, {int}):
+            return pa.array(values)
+        if kinds and kinds <= {int, float}:
+            # NaN is missing.
+            return pa.array(values, pa.float64(), from_pandas=True)
+        return pa.array([None if value is None else str(_cell(value)) for value in values], pa.string())
+
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(arrays, names=names), sink)
+    pq.write_table(pa.table([column([row.get(name) for row in table]) for name in names], names=names), sink)
     return bytes(sink.getvalue())
-
-
-def _typed(pa: Any, values: list[Any]) -> tuple[list[Any], Any]:
-    kinds = {type(value) for value in values if value is not None}
-    if kinds == {bool}:
-        return values, pa.bool_()
-    if kinds == {int}:
-        return values, pa.int64()
-    if kinds and kinds <= {int, float}:
-        return [None if v is None or math.isnan(v) else float(v) for v in values], pa.float64()
-    return [None if v is None else _cell(v) if not isinstance(v, str) else v for v in values], pa.string()

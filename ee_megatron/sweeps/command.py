@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -18,10 +19,14 @@ from ..config.validate import validate
 from ..observe.lock import RunLock
 from ..training import stages
 from ..training.stopping import STOPPED, WITH_PARENT, dying_with_me, follow_parent
-from . import manifest as disk
-from .executors import LocalExecutor, describe_task, minutes_of, queued, state_now, submit
-from .grid import GROUP, Grid, check, checked_isoflop, combine, excluded, from_file, from_settings, zipped
-from .sweep import GridError, Sweep, Task, resolve
+from . import records
+from .collect import collect
+from .grid import GROUP, Grid, check, combine, excluded, from_file, from_settings, zipped
+from .local import LocalExecutor
+from .slurm import minutes_of, queued, submit
+from .status import status_table
+from .sweep import GridError, StageTask, Sweep, resolve, spelt
+from .task import TaskRunner, Told, finish_run, stopped_by_signals
 
 EPILOG = """\
 examples:
@@ -37,19 +42,17 @@ task.families=[sum],[sum,word] two. start:stop:step, start:stop:lin5 and start:s
 The same command again goes on: finished runs are skipped, stopped and killed ones continued.
 """
 WATCH_S = 5.0
-SWEEP_LOCK = ".lock"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code: 0, 1 (a run failed), 2 (bad input), 130 (told to stop)."""
-    arguments = list(arguments)
-    if arguments[:1] in (["status"], ["collect"]):
-        return _look(arguments[0], arguments[1:])
-    if arguments[:1] == ["task"]:
-        return _task(arguments[1:])
-    options = _parse(arguments)
+    first, *rest = arguments or [""]
+    if first in ("status", "collect"):
+        return _look(first, rest)
+    if first == "task":
+        return _task(rest)
     try:
-        return _sweep(options)
+        return _sweep(_parse(list(arguments)))
     except GridError as error:
         print("\n".join(f"error: {line}" for line in error.lines), file=sys.stderr)
         return 2
@@ -76,8 +79,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--retry-failed", action="store_true", help="start failed runs again too")
     parser.add_argument("--dry-run", action="store_true", help="check and list the points; start and write nothing")
     options, rest = parser.parse_known_args(arguments)
-    wrong = [text for text in rest if text.startswith("-")]
-    if wrong:
+    if wrong := [text for text in rest if text.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     options.settings += rest
     return options
@@ -94,43 +96,44 @@ def _sweep(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(_plan(sweep, tasks, queue))
         return 0
-    disk.save(sweep)
+    records.save(sweep)
     write_missing_results(sweep)
-    print(
-        f"{sweep.directory}: {len(sweep.runs)} run(s); {disk.counts(sweep)}; {len(tasks)} task(s) to start", flush=True
-    )
+    so_far = records.counts(sweep)
+    print(f"{sweep.directory}: {len(sweep.runs)} run(s); {so_far}; {len(tasks)} task(s) to start", flush=True)
     if options.executor == "slurm":
         return _on_slurm(sweep, tasks, slurm, parallel, queue)
-    lock = RunLock(sweep.directory / SWEEP_LOCK)
+    lock = RunLock(sweep.directory / ".lock")
     lock.acquire()
     try:
+        forget_failures(sweep, tasks)
         code = _here(sweep, tasks) if options.executor == "debug" else _locally(sweep, tasks, parallel)
     finally:
         lock.release()
-    print(f"{disk.counts(sweep)}; `ee-megatron sweep collect {_name(sweep)}` makes the table")
-    for run in sweep.runs:
-        if disk.run_state(sweep, run) == disk.FAILED:
-            print(f"error: {_point(run.settings)}: {disk.error_of(sweep, run)}", file=sys.stderr)
-    left = any(disk.run_state(sweep, run) != disk.FINISHED for run in sweep.runs)
-    return code or int(left)
+    print(f"{records.counts(sweep)}; `ee-megatron sweep collect {_name(sweep)}` makes the table")
+    states = [records.run_state(sweep, run) for run in sweep.runs]
+    for run, state in zip(sweep.runs, states, strict=True):
+        if state == records.FAILED:
+            print(f"error: {spelt(run.settings) or 'the run'}: {records.error_of(sweep, run)}", file=sys.stderr)
+    return code or int(any(state != records.FINISHED for state in states))
 
 
 def make_grid(options: argparse.Namespace) -> Grid:
     """From the command line, on top of a file's if there is `sweep=NAME`. Raises ValueError."""
     chosen = [text for text in options.settings if text.startswith(f"{GROUP}=")]
-    settings = [text for text in options.settings if not text.startswith((f"{GROUP}=", "isoflop."))]
-    line = from_settings(settings)
+    isoflop = [text for text in options.settings if text.startswith("isoflop.")]
+    line = from_settings(text for text in options.settings if text not in (*chosen, *isoflop))
     for keys in options.zip:
         zipped(line, [key.strip() for key in keys.split(",")])
     line.exclude = [excluded(text) for text in options.exclude]
     if len(chosen) > 1:
         raise ValueError(f"{' '.join(chosen)}: expected one grid file at most")
     grid = combine(from_file(_grid_file(chosen[0].split("=", 1)[1])), line) if chosen else line
-    for text in options.settings:
-        if text.startswith("isoflop."):
-            _set_isoflop(grid, text)
+    for text in isoflop:
+        key, _, value = text.removeprefix("isoflop.").partition("=")
+        grid.isoflop.put(key, value)
     if options.name:
-        grid.fixed = [text for text in grid.fixed if not text.startswith("name=")] + [f"name={options.name}"]
+        grid.fixed.pop("name", None)
+        grid.fixed["name"] = f"name={options.name}"
     check(grid)
     return grid
 
@@ -148,18 +151,6 @@ def _grid_file(name: str) -> Path:
             f"{GROUP}={name}: no such grid; there are {', '.join(choices) or 'none'}, or give a .yaml file"
         )
     return directory / GROUP / f"{name}.yaml"
-
-
-def _set_isoflop(grid: Grid, text: str) -> None:
-    key, _, value = text.removeprefix("isoflop.").partition("=")
-    kinds = {"set": str, "prompt_tokens": int, "answer_tokens": int, "mean_depth": float}
-    if key not in kinds:
-        raise ValueError(f"isoflop.{key}: no such field; there are {', '.join(kinds)}")
-    try:
-        setattr(grid.isoflop, key, kinds[key](value))
-    except ValueError:
-        raise ValueError(f"{text}: expected {kinds[key].__name__}") from None
-    checked_isoflop(grid.isoflop)
 
 
 class Checker:
@@ -189,8 +180,7 @@ class Checker:
             raise ValueError(f"cluster.nodes={cfg.cluster.nodes}: more than this machine; use --executor slurm")
 
     def _check_start(self, cfg: RunConfig, dims: Any) -> None:
-        import json
-
+        # Late: torch takes seconds to import.
         from ..policy import PolicySpec
 
         data = json.loads((stages.calibrated(cfg) / "policy.json").read_text())
@@ -203,53 +193,41 @@ class Checker:
             )
 
 
-def to_start(sweep: Sweep, queue: dict[str, str], retry_failed: bool) -> list[Task]:
-    """Unfinished tasks that nobody is at, and that no failed one keeps from starting."""
-    found = []
-    for task in sweep.tasks:
-        state = state_now(sweep, task, queue)
-        busy = state in (disk.FINISHED, disk.RUNNING, disk.QUEUED) or task.key in queue
-        if not busy and (retry_failed or disk.failure(sweep, task) is None):
-            found.append(task)
-    return found
+def to_start(sweep: Sweep, queue: dict[str, str], retry_failed: bool) -> list[StageTask]:
+    """Unfinished tasks that nobody is at, and that no failed one keeps from starting. `queue`: what Slurm has."""
+    unclaimed = [task for task in sweep.tasks if task.key not in queue]
+    free = [task for task in unclaimed if records.task_state(sweep, task) not in (records.FINISHED, records.RUNNING)]
+    return [task for task in free if retry_failed or records.failure(sweep, task) is None]
 
 
 def write_missing_results(sweep: Sweep) -> None:
     """Of runs that had finished before this sweep was thought of."""
-    from .task import write_result
-
     for run in sweep.runs:
-        if disk.run_state(sweep, run) == disk.FINISHED and disk.read_result(sweep, run.id) is None:
-            write_result(sweep, run.id, load(run.overrides))
+        if records.run_state(sweep, run) == records.FINISHED and records.read_result(sweep, run.id) is None:
+            finish_run(sweep, run.id, load(run.overrides))
 
 
-def forget_failures(sweep: Sweep, tasks: Sequence[Task]) -> None:
+def forget_failures(sweep: Sweep, tasks: Sequence[StageTask]) -> None:
     """What is started again has not failed yet: tasks that need it must not take the old failure for its last word."""
     for task in tasks:
-        record = disk.read_record(sweep, task.key)
-        if record is not None and record.state == disk.FAILED:
-            record.state, record.error = disk.WAITING, ""
-            disk.write_record(sweep, task.key, record)
+        record = records.read_record(sweep, task.key)
+        if record is not None and record.state == records.FAILED:
+            record.state, record.error = records.WAITING, ""
+            records.write_record(sweep, task.key, record)
 
 
-def _locally(sweep: Sweep, tasks: list[Task], parallel: int) -> int:
-    forget_failures(sweep, tasks)
-
+def _locally(sweep: Sweep, tasks: list[StageTask], parallel: int) -> int:
     def command(key: str) -> list[str]:
         return [sys.executable, "-m", "ee_megatron.cli", "sweep", "task", str(sweep.directory), key]
 
     environment = {"OMP_NUM_THREADS": "1", **dying_with_me()}
-    executor = LocalExecutor(sweep, command, environment, parallel, lambda text: print(text, flush=True))
-    return executor.run(tasks)
+    return LocalExecutor(sweep, command, environment, parallel, lambda text: print(text, flush=True)).run(tasks)
 
 
-def _here(sweep: Sweep, tasks: list[Task]) -> int:
-    from .task import TaskRunner
-
-    forget_failures(sweep, tasks)
+def _here(sweep: Sweep, tasks: list[StageTask]) -> int:
     worst = 0
     for task in tasks:
-        print(f"started {describe_task(sweep, task)}", flush=True)
+        print(f"started {sweep.describe(task)}", flush=True)
         code = TaskRunner(sweep.directory, task.key, in_process=True).run()
         if code == STOPPED:
             return 130
@@ -257,18 +235,17 @@ def _here(sweep: Sweep, tasks: list[Task]) -> int:
     return worst
 
 
-def _on_slurm(sweep: Sweep, tasks: list[Task], slurm: dict[str, str], parallel: int, queue: dict[str, str]) -> int:
-    from .task import SlurmTask
-
+def _on_slurm(
+    sweep: Sweep, tasks: list[StageTask], options: dict[str, str], parallel: int, queue: dict[str, str]
+) -> int:
     if not tasks:
         return 0
     forget_failures(sweep, tasks)
     requeues = load(sweep.runs[0].overrides).cluster.requeue_limit
-    directory = sweep.directory.resolve()
-    jobs = submit(sweep, tasks, lambda key: SlurmTask(directory, key), slurm, parallel, requeues, queue)
-    for number in disk.job_numbers(jobs):
+    jobs = submit(sweep, tasks, options, parallel, requeues, queue)
+    for number in records.job_numbers(jobs):
         its = [sweep.task(key) for key, job in jobs.items() if job.split("_")[0] == number]
-        what = f"{len(its)} tasks in an array" if len(its) > 1 else describe_task(sweep, its[0])
+        what = f"{len(its)} tasks in an array" if len(its) > 1 else sweep.describe(its[0])
         print(f"submitted job {number}: {what}")
     print(f"`ee-megatron sweep status {_name(sweep)} --watch` follows them")
     return 0
@@ -279,10 +256,14 @@ def _task(arguments: list[str]) -> int:
     parent = os.environ.pop(WITH_PARENT, "")
     if len(arguments) != 2:
         raise ValueError("sweep task: expected a sweep's directory and a task's key")
-    from .task import TaskRunner, run_with_signals
-
     runner = TaskRunner(Path(arguments[0]), arguments[1])
-    return run_with_signals(runner, (lambda: follow_parent(int(parent))) if parent else lambda: None)
+    with stopped_by_signals(runner.stop):
+        if parent:
+            follow_parent(int(parent))
+        try:
+            return runner.run()
+        except Told:
+            return STOPPED
 
 
 def _look(command: str, arguments: list[str]) -> int:
@@ -292,24 +273,19 @@ def _look(command: str, arguments: list[str]) -> int:
     parser.add_argument("--last", default="", choices=list(STAGES), help="of several sweeps, the one up to this stage")
     if command == "collect":
         parser.add_argument("--out", type=Path, metavar="DIR", help="for the tables (default: the sweep's directory)")
-    if command == "status":
+    else:
         parser.add_argument("--watch", action="store_true", help=f"again every {WATCH_S:g} s, until nothing runs")
     options = parser.parse_args(arguments)
-    sweep = disk.find_sweep(options.name, options.runs, options.last)
+    sweep = records.find_sweep(options.name, options.runs, options.last)
     if command == "collect":
-        from .collect import collect
-
-        for path in collect(sweep, options.out):
-            print(path)
+        print(*collect(sweep, options.out), sep="\n")
         return 0
-    from .status import status_table
-
     while True:
         queue = queued(sweep)
         if options.watch and sys.stdout.isatty():
             print("\033[2J\033[H", end="")
         print(status_table(sweep, queue), flush=True)
-        busy = any(state_now(sweep, task, queue) in (disk.RUNNING, disk.QUEUED) for task in sweep.tasks)
+        busy = any(records.task_state(sweep, task, queue) in (records.RUNNING, records.QUEUED) for task in sweep.tasks)
         if not options.watch or not busy:
             return 0
         time.sleep(WATCH_S)
@@ -328,20 +304,15 @@ def _slurm_options(given: Sequence[str]) -> dict[str, str]:
     return options
 
 
-def _plan(sweep: Sweep, tasks: list[Task], queue: dict[str, str]) -> str:
+def _plan(sweep: Sweep, tasks: list[StageTask], queue: dict[str, str]) -> str:
     lines = [f"{sweep.directory}: {len(sweep.runs)} run(s), {len(sweep.tasks)} task(s), {len(tasks)} to start"]
     for level in sweep.levels():
         for task in level:
-            state = state_now(sweep, task, queue)
-            what = "start" if task in tasks else state
+            what = "start" if task in tasks else records.task_state(sweep, task, queue)
             ident = f"{task.runs[0]}  " if len(task.runs) == 1 else ""
-            lines.append(f"  {what:<9} {ident}{describe_task(sweep, task)}")
+            lines.append(f"  {what:<9} {ident}{sweep.describe(task)}")
     return "\n".join(lines)
 
 
 def _name(sweep: Sweep) -> str:
     return str(sweep.directory) if sweep.directory.parts[0] != "runs" else sweep.directory.parent.name
-
-
-def _point(settings: dict[str, Any]) -> str:
-    return " ".join(f"{key}={value}" for key, value in settings.items()) or "the run"

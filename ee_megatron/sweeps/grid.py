@@ -1,23 +1,25 @@
 """The language of sweeps: settings with several values -> grid points, each a plain list of `key=value`.
 
-Commas outside brackets and quotes separate the values of an axis; inside `[ ]`, `{ }` or quotes they belong to one
-value. `start:stop:step`, `start:stop:linN` and `start:stop:logN`, unquoted, are ranges with both ends.
+Hydra's grammar reads settings: a comma outside brackets and quotes separates the values of an axis. The ranges
+`start:stop:step`, `start:stop:linN` and `start:stop:logN`, unquoted, are ours: they hold both ends, while Hydra's
+range() leaves out its stop and has no logarithmic form.
 """
 
 from __future__ import annotations
 
 import difflib
 import itertools
-import math
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 SEED, BUDGET = "seed", "budget"
@@ -27,6 +29,7 @@ FIXED_ONLY = ("name", "runs", "experiment")
 GROUP = "sweep"
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER}):({_NUMBER}):({_NUMBER}|log\d+|lin\d+)")
+_WHOLE = re.compile(r"[+-]?\d+")
 # A point before a digit begins a number.
 _PLAIN = re.compile(r"(?:[A-Za-z_/]|\.(?![0-9]))[A-Za-z0-9_./+-]*")
 _WORDS = ("true", "false", "null", "nan", "inf", "on", "off", "yes", "no")
@@ -50,19 +53,32 @@ ISOFLOP_SETTINGS = ("rl.steps", "calibrate.epochs", "pretrain.steps")
 @dataclass
 class IsoFlop:
     """How an axis `budget` (FLOPs of a stage's training) becomes a setting: `set` is one of ISOFLOP_SETTINGS, the
-    rest what the arithmetic has to take for granted of the data (planning/plan.py)."""
+    rest what the arithmetic has to take for granted of the data (budget.py)."""
 
     set: str = "rl.steps"
     prompt_tokens: int = 200
     answer_tokens: int = 0
     mean_depth: float = 0.7
 
+    def put(self, key: str, value: Any) -> None:
+        """One field, from a file or, as text, from the command line. Raises ValueError."""
+        kinds = {name: type(value) for name, value in asdict(self).items()}
+        if key not in kinds:
+            raise ValueError(f"isoflop.{key}: no such field; there are {', '.join(kinds)}")
+        try:
+            setattr(self, key, kinds[key](value))
+        except ValueError:
+            raise ValueError(f"isoflop.{key}={value}: expected {kinds[key].__name__}") from None
+        if self.set not in ISOFLOP_SETTINGS:
+            raise ValueError(f"isoflop.set={self.set}: expected one of {', '.join(ISOFLOP_SETTINGS)}")
+
 
 @dataclass
 class Grid:
-    """`fixed` settings are every point's; a point takes one entry of each factor, the last factor running fastest."""
+    """`fixed` settings (by key, whole) are every point's; a point takes one entry of each factor, the last factor
+    running fastest. `exclude`: rules, each leaving out the points in which every key has one of its values."""
 
-    fixed: list[str] = field(default_factory=list)
+    fixed: dict[str, str] = field(default_factory=dict)
     factors: list[Factor] = field(default_factory=list)
     exclude: list[dict[str, list[Any]]] = field(default_factory=list)
     isoflop: IsoFlop = field(default_factory=IsoFlop)
@@ -73,11 +89,8 @@ class Grid:
 
     def points(self) -> list[dict[str, Value]]:
         """Raises ValueError for exclusions that match no point, or all of them."""
-        choices = [
-            [dict(zip(factor, entry, strict=True)) for entry in zip(*factor.values(), strict=True)]
-            for factor in self.factors
-        ]
-        every = [{k: v for part in parts for k, v in part.items()} for parts in itertools.product(*choices)]
+        entries = [[dict(zip(factor, e, strict=True)) for e in _entries(factor)] for factor in self.factors]
+        every = [{k: v for part in parts for k, v in part.items()} for parts in itertools.product(*entries)]
         kept = every
         for rule in self.exclude:
             if not any(matches(point, rule) for point in every):
@@ -88,15 +101,18 @@ class Grid:
         return kept
 
     def overrides(self, point: Mapping[str, Value]) -> list[str]:
-        """The point as settings that `config.load` takes. `budget` is left out: what it buys depends on the model."""
-        named = [f"{key}={value.text}" for key, value in point.items() if key != BUDGET]
-        return [text for item in [*self.fixed, *named] for text in spelt_out(item)]
+        """The point as settings that `config.load` takes, `seed` spelt out. `budget` is left out: what it buys depends
+        on the model."""
+        settings = [*self.fixed.values(), *(f"{key}={value.text}" for key, value in point.items() if key != BUDGET)]
+        spelt: list[str] = []
+        for text in settings:
+            key, _, value = text.partition("=")
+            spelt += [f"{name}={value}" for name in SEEDS] if key == SEED else [text]
+        return spelt
 
 
-def spelt_out(setting: str) -> list[str]:
-    """`seed=3` -> the settings that it stands for; others as they are."""
-    key, _, value = setting.partition("=")
-    return [f"{name}={value}" for name in SEEDS] if key == SEED else [setting]
+def _entries(factor: Factor) -> list[tuple[Value, ...]]:
+    return list(zip(*factor.values(), strict=True))
 
 
 def matches(point: Mapping[str, Value], rule: Mapping[str, Sequence[Any]]) -> bool:
@@ -122,12 +138,13 @@ def from_settings(settings: Iterable[str]) -> Grid:
     grid = Grid()
     for text in settings:
         key, values, several = parse(text)
-        if key in grid.keys or (several and any(other.startswith(f"{key}=") for other in grid.fixed)):
+        if key in grid.keys or (several and key in grid.fixed):
             raise ValueError(f"{key}: given twice; give all its values in one setting, {key}=a,b,c")
+        grid.fixed.pop(key, None)
         if several or key == BUDGET:
             grid.factors.append({key: axis(key, values)})
         else:
-            grid.fixed = [other for other in grid.fixed if not other.startswith(f"{key}=")] + [text]
+            grid.fixed[key] = text
     return grid
 
 
@@ -139,25 +156,28 @@ def parse(text: str) -> tuple[str, list[Value], bool]:
         raise ValueError(
             f"{text}: not a setting; expected key=value or key=a,b,c ({' '.join(str(error).split())})"
         ) from None
-    key, found = override.key_or_group, override._value
+    key, element = override.key_or_group, override._value
     if override.is_delete():
         raise ValueError(f"{text}: settings cannot be deleted; give another value instead")
-    if isinstance(found, ChoiceSweep) and not found.shuffle:
-        return key, [value for element in found.list for value in _expand(key, element)], True
+    if isinstance(element, ChoiceSweep) and not element.shuffle:
+        return key, [value for each in element.list for value in _expand(key, each)], True
     if override.is_sweep_override():
         raise ValueError(f"{text}: expected values with commas between them, or a range start:stop:step")
-    several = isinstance(found, str) and _RANGE.fullmatch(found) is not None
+    if _is_range(element):
+        return key, _expand(key, element), True
     # What is fixed keeps the user's own words.
-    raw = text.split("=", 1)[1]
-    return key, _expand(key, found) if several else [Value(raw, override.value())], several
+    return key, [Value(text.split("=", 1)[1], override.value())], False
+
+
+def _is_range(element: Any) -> bool:
+    # Quoted strings are of a type of their own: never ranges.
+    return isinstance(element, str) and _RANGE.fullmatch(element) is not None
 
 
 def _expand(key: str, element: Any) -> list[Value]:
-    # Quoted strings are of a type of their own: never ranges.
-    if isinstance(element, str) and (match := _RANGE.fullmatch(element)):
-        return [Value(repr(number), number) for number in span(key, *match.groups())]
-    plain = element.text if isinstance(element, QuotedString) else Override._convert_value(element)
-    return [Value(Override._get_value_element_as_str(element), plain)]
+    if _is_range(element):
+        return [Value(repr(number), number) for number in span(key, *element.split(":"))]
+    return [Value(Override._get_value_element_as_str(element), Override._convert_value(element))]
 
 
 def span(key: str, start: str, stop: str, step: str) -> list[int] | list[float]:
@@ -165,72 +185,58 @@ def span(key: str, start: str, stop: str, step: str) -> list[int] | list[float]:
 
     Raises ValueError for a range without values.
     """
-    whole = all(re.fullmatch(r"[+-]?\d+", text) for text in (start, stop))
-    low, high, text = float(start), float(stop), f"{key}={start}:{stop}:{step}"
+    text = f"{key}={start}:{stop}:{step}"
+    whole = all(_WHOLE.fullmatch(end) for end in (start, stop))
     if step.startswith(("log", "lin")):
-        count = int(step[3:])
+        low, high, count = float(start), float(stop), int(step[3:])
         if count < 2:
             raise ValueError(f"{text}: expected at least 2 values, found {count}")
         if step.startswith("log") and (low <= 0 or high <= 0):
             raise ValueError(f"{text}: expected ends > 0 for a logarithmic range")
         shares = [i / (count - 1) for i in range(count)]
-        if step.startswith("log"):
-            numbers = [math.exp(math.log(low) + s * (math.log(high) - math.log(low))) for s in shares]
-        else:
-            numbers = [low + s * (high - low) for s in shares]
-        numbers = [low, *numbers[1:-1], high]
-        if whole:
-            return list(dict.fromkeys(round(number) for number in numbers))
-        return [float(f"{number:.6g}") for number in numbers]
-    width = float(step)
-    if width == 0 or (high - low) / width < 0:
+        logarithmic = step.startswith("log")
+        numbers = [low * (high / low) ** s if logarithmic else low + s * (high - low) for s in shares]
+        return list(dict.fromkeys(map(round, numbers))) if whole else [float(f"{number:.6g}") for number in numbers]
+    # In decimals, as written: a stop that is a whole number of steps away belongs to the range.
+    first, last, width = Decimal(start), Decimal(stop), Decimal(step)
+    if width == 0 or (last - first) / width < 0:
         raise ValueError(f"{text}: a step of {step} does not lead from {start} to {stop}")
-    # A stop that is a whole number of steps away belongs to the range, whatever the rounding.
-    count = math.floor((high - low) / width + 1e-9) + 1
-    if whole and re.fullmatch(r"[+-]?\d+", step):
-        return [int(start) + i * int(step) for i in range(count)]
-    return [float(f"{low + i * width:.12g}") for i in range(count)]
+    kind = int if whole and _WHOLE.fullmatch(step) else float
+    return [kind(first + i * width) for i in range(int((last - first) // width) + 1)]
 
 
-def axis(key: str, values: Sequence[Value]) -> list[Value]:
+def axis(key: str, values: list[Value]) -> list[Value]:
     """The values, checked. Raises ValueError."""
     if key in FIXED_ONLY:
         raise ValueError(f"{key}: cannot vary within a sweep; its results go to one directory and make one table")
-    if key == BUDGET and not all(_positive(value.plain) for value in values):
+    if key == BUDGET and not all(type(value.plain) in (int, float) and value.plain > 0 for value in values):
         raise ValueError(f"{key}: expected FLOPs > 0, found {', '.join(value.text for value in values)}")
-    return list(values)
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return values
 
 
 def zipped(grid: Grid, keys: Sequence[str]) -> None:
     """Make these axes of the grid run together, at the place of the first. Raises ValueError."""
-    factors = [next((f for f in grid.factors if list(f) == [key]), None) for key in keys]
-    missing = [key for key, factor in zip(keys, factors, strict=True) if factor is None]
-    if missing or len(set(keys)) < 2 or len(set(keys)) != len(keys):
+    alone = {key: factor for factor in grid.factors if len(factor) == 1 for key in factor}
+    missing = [key for key in keys if key not in alone]
+    if missing or len(keys) < 2 or len(set(keys)) != len(keys):
         lacking = f"; {', '.join(missing)} has no several values here, or is zipped already" if missing else ""
         raise ValueError(f"--zip {','.join(keys)}: expected two or more different axes{lacking}")
-    found = [factor for factor in factors if factor is not None]
-    merged = {key: values for factor in found for key, values in factor.items()}
-    grid.factors = [merged if f is found[0] else f for f in grid.factors if not any(f is other for other in found[1:])]
+    merged = {key: alone[key][key] for key in keys}
     check_lengths(merged)
+    kept = [factor for factor in grid.factors if not factor.keys() & set(keys[1:])]
+    grid.factors = [merged if keys[0] in factor else factor for factor in kept]
 
 
 def check_lengths(factor: Factor) -> None:
-    lengths = {key: len(values) for key, values in factor.items()}
-    if len(set(lengths.values())) > 1:
-        found = ", ".join(f"{key} has {count}" for key, count in lengths.items())
-        raise ValueError(f"zip: expected as many values of each, found: {found}")
+    """Raises ValueError unless all axes of the factor are as long as one another."""
+    if len({len(values) for values in factor.values()}) > 1:
+        lengths = ", ".join(f"{key} has {len(values)}" for key, values in factor.items())
+        raise ValueError(f"zip: expected as many values of each, found: {lengths}")
 
 
 def excluded(text: str) -> dict[str, list[Any]]:
     """--exclude "rl.lambda_exit=0 seed=2,3" -> a rule: points in which every key has one of its values."""
-    rule = {}
-    for part in text.split():
-        key, values, _ = parse(part)
-        rule[key] = [value.plain for value in values]
+    rule = {key: [value.plain for value in values] for key, values, _ in map(parse, text.split())}
     if not rule:
         raise ValueError("--exclude: expected settings, e.g. --exclude 'rl.lambda_exit=0 seed=2,3'")
     return rule
@@ -273,46 +279,45 @@ def _from_sections(data: Any) -> Grid:
             near = difflib.get_close_matches(str(name), SECTIONS, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(SECTIONS)}"
             raise ValueError(f"{name}: no such section{hint}")
-    grid = Grid(fixed=[f"{key}={written(key, value)}" for key, value in _mapping(data, "settings").items()])
-    grid.factors = [{key: _axis_of(key, values)} for key, values in _mapping(data, "axes").items()]
-    for group in _list(data, "zip"):
-        factor = {key: _axis_of(key, values) for key, values in _checked(group, "zip").items()}
-        check_lengths(factor)
-        grid.factors.append(factor)
-    keys = [text.split("=", 1)[0] for text in grid.fixed] + grid.keys
+    fixed = {key: f"{key}={written(key, value)}" for key, value in _settings(data, "settings").items()}
+    axes = [{key: _axis_of(key, values)} for key, values in _settings(data, "axes").items()]
+    groups = [{key: _axis_of(key, values) for key, values in group.items()} for group in _list(data, "zip")]
+    for group in groups:
+        check_lengths(group)
+    rules = [{k: v if isinstance(v, list) else [v] for k, v in rule.items()} for rule in _list(data, "exclude")]
+    grid = Grid(fixed, [*axes, *groups], rules)
+    keys = [*grid.fixed, *grid.keys]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
         raise ValueError(f"{', '.join(twice)}: given twice; a setting is fixed, an axis or zipped")
-    for rule in _list(data, "exclude"):
-        rule = _checked(rule, "exclude")
-        grid.exclude.append({k: v if isinstance(v, list) else [v] for k, v in rule.items()})
-    grid.isoflop = _isoflop(_mapping(data, "isoflop"))
+    for key, value in _settings(data, "isoflop").items():
+        grid.isoflop.put(key, value)
     return grid
 
 
-def _mapping(data: dict, name: str) -> dict[str, Any]:
+def _settings(data: dict, name: str) -> dict[str, Any]:
     return _checked(data.get(name) or {}, name)
 
 
-def _list(data: dict, name: str) -> list:
-    found = data.get(name) or []
-    if not isinstance(found, list):
-        raise ValueError(f"{name}: expected a list of key: value mappings, found a {type(found).__name__}")
-    return found
+def _list(data: dict, name: str) -> list[dict[str, Any]]:
+    items = data.get(name) or []
+    if not isinstance(items, list):
+        raise ValueError(f"{name}: expected a list of key: value mappings, found a {type(items).__name__}")
+    return [_checked(item, name) for item in items]
 
 
-def _checked(found: Any, name: str) -> dict[str, Any]:
-    if not isinstance(found, dict) or (not found and name in ("zip", "exclude")):
-        raise ValueError(f"{name}: expected key: value, found {found!r}")
-    nested = [key for key, value in found.items() if isinstance(value, dict)]
+def _checked(section: Any, name: str) -> dict[str, Any]:
+    if not isinstance(section, dict) or (not section and name in ("zip", "exclude")):
+        raise ValueError(f"{name}: expected key: value, found {section!r}")
+    nested = [key for key, value in section.items() if isinstance(value, dict)]
     if nested:
         raise ValueError(f"{name}: {nested[0]} holds a section; write keys with dots, e.g. {nested[0]}.field: value")
-    return {str(key): value for key, value in found.items()}
+    return {str(key): value for key, value in section.items()}
 
 
 def _axis_of(key: str, values: Any) -> list[Value]:
-    if isinstance(values, str) and (match := _RANGE.fullmatch(values)):
-        return axis(key, [Value(repr(number), number) for number in span(key, *match.groups())])
+    if _is_range(values):
+        return axis(key, _expand(key, values))
     if not isinstance(values, list) or not values:
         raise ValueError(f"{key}: expected a list of values or a range start:stop:step, found {values!r}")
     return axis(key, [Value(written(key, value), value) for value in values])
@@ -320,35 +325,14 @@ def _axis_of(key: str, values: Any) -> list[Value]:
 
 def written(key: str, value: Any) -> str:
     """A value from YAML as a setting's text that means the same."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
     if isinstance(value, list):
         return f"[{','.join(written(key, item) for item in value)}]"
     if isinstance(value, str):
-        if _PLAIN.fullmatch(value) and value.lower() not in _WORDS:
-            return value
-        # Hydra's quoting: a backslash counts only before a quote or at the end.
-        body = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
-        return f"'{body}'"
+        plain = _PLAIN.fullmatch(value) and value.lower() not in _WORDS
+        return value if plain else QuotedString(value, Quote.single).with_quotes()
+    if value is None or isinstance(value, bool | int | float):
+        return json.dumps(value)
     raise ValueError(f"{key}: expected a number, a word, true, false, null or a list, found {value!r}")
-
-
-def _isoflop(found: Mapping[str, Any]) -> IsoFlop:
-    known = IsoFlop.__dataclass_fields__
-    for key in found:
-        if key not in known:
-            raise ValueError(f"isoflop.{key}: no such field; there are {', '.join(known)}")
-    return checked_isoflop(IsoFlop(**found))
-
-
-def checked_isoflop(isoflop: IsoFlop) -> IsoFlop:
-    if isoflop.set not in ISOFLOP_SETTINGS:
-        raise ValueError(f"isoflop.set={isoflop.set}: expected one of {', '.join(ISOFLOP_SETTINGS)}")
-    return isoflop
 
 
 def combine(file: Grid, line: Grid) -> Grid:
@@ -356,14 +340,14 @@ def combine(file: Grid, line: Grid) -> Grid:
 
     Raises ValueError for one of the file's zipped axes: the others would have nothing to run with.
     """
-    given = {text.split("=", 1)[0] for text in line.fixed} | set(line.keys)
+    given = {*line.fixed, *line.keys}
     for factor in file.factors:
-        taken = given & set(factor)
+        taken = given & factor.keys()
         if taken and len(factor) > 1:
             raise ValueError(f"{', '.join(sorted(taken))}: zipped in the file ({', '.join(factor)}); change it there")
     return Grid(
-        fixed=[text for text in file.fixed if text.split("=", 1)[0] not in given] + line.fixed,
-        factors=[factor for factor in file.factors if not given & set(factor)] + line.factors,
+        fixed={key: text for key, text in file.fixed.items() if key not in given} | line.fixed,
+        factors=[factor for factor in file.factors if not given & factor.keys()] + line.factors,
         exclude=[*file.exclude, *line.exclude],
         isoflop=file.isoflop,
     )
@@ -376,12 +360,11 @@ def check(grid: Grid) -> None:
         if strangers:
             raise ValueError(f"exclude: {', '.join(strangers)} does not vary; axes: {', '.join(grid.keys) or 'none'}")
     for factor in grid.factors:
-        entries = list(zip(*factor.values(), strict=True))
-        for i, entry in enumerate(entries):
-            if any(all(same(a.plain, b.plain) for a, b in zip(entry, other, strict=True)) for other in entries[:i]):
-                twice = describe({key: value.text for key, value in zip(factor, entry, strict=True)})
+        for one, other in itertools.combinations(_entries(factor), 2):
+            if all(same(a.plain, b.plain) for a, b in zip(one, other, strict=True)):
+                twice = describe({key: value.text for key, value in zip(factor, other, strict=True)})
                 raise ValueError(f"{twice}: given twice")
-    varied = set(grid.keys) | {text.split("=", 1)[0] for text in grid.fixed}
+    varied = {*grid.fixed, *grid.keys}
     doubled = [key for key in SEEDS if key in varied] if SEED in varied else []
     if doubled:
         raise ValueError(f"seed stands for {' and '.join(SEEDS)}; leave out {', '.join(doubled)}, or seed")

@@ -20,9 +20,17 @@ from ..planning.flops import decode_cost, prefill_cost
 from ..planning.layout import Layout, rank_parameters
 from ..planning.step import phase_flops, pretrain_flops, rl_step
 from ..planning.workload import Workload
+from .records import read_spent
 
-SPENT = "spent.json"
-"""In a stage's directory: {"seconds", "device_seconds", "starts"} of all who worked on it in a sweep."""
+EVALUATED = {
+    "exits": "exits", "accuracy": "accuracy", "accuracy_low": "low", "accuracy_high": "high", "answers": "n",
+    "mean_depth": "mean_depth", "total_depth": "total_depth", "length": "length", "kl": "kl",
+}  # fmt: skip
+REINFORCED = {
+    "reward": "reward", "task_reward": "task_reward", "rollout_accuracy": "accuracy",
+    "rollout_mean_depth": "mean_depth", "rollout_total_depth": "total_depth", "rollout_length": "length",
+}  # fmt: skip
+"""Columns of the table and what they are called in results.json and metrics.jsonl."""
 TAIL = 0.25
 """Share of the RL steps, the last ones, that `reward` and its like are means of."""
 
@@ -73,36 +81,25 @@ def evaluated(results: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     model = rows[-1]["model"]
     by_exits = {row["exits"]: row for row in rows if row["model"] == model}
     chosen = next((row for exits, row in by_exits.items() if exits.startswith("hazard")), rows[-1])
-    found = {
-        "policy": model,
-        "exits": chosen["exits"],
-        "accuracy": chosen["accuracy"],
-        "accuracy_low": chosen["low"],
-        "accuracy_high": chosen["high"],
-        "answers": chosen["n"],
-        "mean_depth": chosen["mean_depth"],
-        "total_depth": chosen["total_depth"],
-        "length": chosen["length"],
-        "kl": chosen["kl"],
-    }
+    figures = {"policy": model, **{column: chosen[name] for column, name in EVALUATED.items()}}
     for name, exits in (("full", "full depth"), ("sampled", "sampled")):
         if exits in by_exits:
-            found[f"accuracy_{name}"] = by_exits[exits]["accuracy"]
-            found[f"mean_depth_{name}"] = by_exits[exits]["mean_depth"]
+            figures[f"accuracy_{name}"] = by_exits[exits]["accuracy"]
+            figures[f"mean_depth_{name}"] = by_exits[exits]["mean_depth"]
     teacher = next((row for row in rows if row["model"] == "teacher"), None)
     if teacher is not None:
-        found["accuracy_teacher"] = teacher["accuracy"]
-        found["accuracy_lost"] = teacher["accuracy"] - chosen["accuracy"]
+        figures["accuracy_teacher"] = teacher["accuracy"]
+        figures["accuracy_lost"] = teacher["accuracy"] - chosen["accuracy"]
     histogram = results["exit_histogram"].get(f"{model}, {chosen['exits']}")
     prompt = meta.get("prompt_tokens")
     if histogram and prompt:
         load = workload(layout, {int(d): int(c) for d, c in histogram.items()}, prompt, chosen["length"], chosen["n"])
         answer = decode_cost(layout, load)
-        found["flops_prompt"] = prefill_cost(layout.dims, round(prompt))
-        found["flops_answer"] = answer
+        figures["flops_prompt"] = prefill_cost(layout.dims, round(prompt))
+        figures["flops_answer"] = answer
         # The first token comes with the prompt.
-        found["flops_token"] = answer / (load.answer - 1) if load.answer > 1 else None
-    return found
+        figures["flops_token"] = answer / (load.answer - 1) if load.answer > 1 else None
+    return figures
 
 
 def workload(layout: Layout, counts: Mapping[int, float], prompt: float, length: float, answers: float) -> Workload:
@@ -124,22 +121,10 @@ def reinforced(rows: Sequence[Mapping[str, float]], cfg: RunConfig, layout: Layo
     if not rows:
         return {}
     tail = rows[-max(1, round(TAIL * len(rows))) :]
-
-    def at_end(name: str) -> float:
-        return sum(row[name] for row in tail) / len(tail)
-
-    found: dict[str, Any] = {
-        "steps": len(rows),
-        "tokens": round(sum(row["tokens"] for row in rows)),
-        "reward": at_end("reward"),
-        "task_reward": at_end("task_reward"),
-        "rollout_accuracy": at_end("accuracy"),
-        "rollout_mean_depth": at_end("mean_depth"),
-        "rollout_total_depth": at_end("total_depth"),
-        "rollout_length": at_end("length"),
-    }
+    figures: dict[str, Any] = {"steps": len(rows), "tokens": round(sum(row["tokens"] for row in rows))}
+    figures |= {column: sum(row[name] for row in tail) / len(tail) for column, name in REINFORCED.items()}
     if not all("prompt_length" in row for row in rows):
-        return found
+        return figures
     step = rl_step(cfg, item=4)
     phases: dict[str, float] = {}
     for row in rows:
@@ -148,40 +133,31 @@ def reinforced(rows: Sequence[Mapping[str, float]], cfg: RunConfig, layout: Layo
         load = load.in_groups(cfg.rl.group_size, cfg.parallel.micro_batch_size)
         for phase, flops in phase_flops(layout, load, step).items():
             phases[phase] = phases.get(phase, 0.0) + flops
-    found |= {f"flops_{phase}": flops for phase, flops in phases.items()}
-    return found | {"flops_rl": sum(phases.values())}
+    figures |= {f"flops_{phase}": flops for phase, flops in phases.items()}
+    return figures | {"flops_rl": sum(phases.values())}
 
 
 def parameters(dims: ModelDims, layout: Layout) -> dict[str, int]:
     """Elements by kind. `parameters_embedding`: embedding and, where it is not tied, head; the rest of the base are
     layers and the last norm."""
-    found = rank_parameters(layout, 0)
+    count = rank_parameters(layout, 0)
     embedding = dims.vocab * dims.hidden * (1 if dims.tied else 2)
     return {
         "parameters_embedding": embedding,
-        "parameters_layers": found.base - embedding,
-        "parameters_adapters": found.adapters,
-        "parameters_gates": found.gates,
-        "parameters_trained": found.trained(layout.spec.full),
+        "parameters_layers": count.base - embedding,
+        "parameters_adapters": count.adapters,
+        "parameters_gates": count.gates,
+        "parameters_trained": count.trained(layout.spec.full),
     }
 
 
 def spent(stages: Mapping[str, Path]) -> dict[str, float | None]:
     """Wall-clock and device seconds of RL, and of all stages; None where a stage was made outside a sweep."""
     files = {stage: read_spent(path) for stage, path in stages.items()}
-
-    def total(field: str, names: Sequence[str]) -> float | None:
-        known = [files[name] for name in names if name in files]
-        values = [entry.get(field) for entry in known]
-        return None if None in values or not values else round(sum(v for v in values if v is not None), 3)
-
-    found: dict[str, float | None] = {}
-    for field in ("seconds", "device_seconds"):
-        found[f"{field}_rl"] = total(field, ["rl"])
-        found[f"{field}_all_stages"] = total(field, list(stages))
-    return found
-
-
-def read_spent(path: Path) -> dict[str, float]:
-    file = path / SPENT
-    return json.loads(file.read_text()) if file.is_file() else {}
+    columns: dict[str, float | None] = {}
+    for kind in ("seconds", "device_seconds"):
+        for name, chosen in (("rl", ("rl",)), ("all_stages", tuple(files))):
+            values = [files[stage].get(kind) for stage in chosen if stage in files]
+            known = [value for value in values if value is not None]
+            columns[f"{kind}_{name}"] = round(sum(known), 3) if known and len(known) == len(values) else None
+    return columns

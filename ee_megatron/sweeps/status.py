@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
-from . import manifest as disk
-from .executors import describe_task, state_now
+from . import records
 from .sweep import Sweep
 
 ERROR_WIDTH = 90
@@ -17,28 +17,22 @@ def status_table(sweep: Sweep, queue: Mapping[str, str]) -> str:
     lines = [f"{sweep.directory}"]
     for task in sweep.tasks:
         if len(task.runs) > 1:
-            record = disk.read_record(sweep, task.key)
+            record = records.read_record(sweep, task.key)
             spent = f", {record.seconds:.0f} s" if record else ""
-            lines.append(f"{describe_task(sweep, task)}: {state_now(sweep, task, queue)}{spent}")
+            lines.append(f"{sweep.describe(task)}: {records.task_state(sweep, task, queue)}{spent}")
     keys = list(dict.fromkeys(key for run in sweep.runs for key in run.settings))
     table = [["run", *keys, "status", "stage", "starts", "seconds", "accuracy", "depth", "reward", ""]]
-    states: dict[str, int] = {}
+    states: Counter[str] = Counter()
     for run in sweep.runs:
         own = sweep.task(run.tasks[-1])
-        state = disk.run_state(sweep, run)
-        if state not in (disk.FINISHED, disk.FAILED):
-            state = state_now(sweep, own, queue)
-        states[state] = states.get(state, 0) + 1
-        record, result = disk.read_record(sweep, own.key), disk.read_result(sweep, run.id) or {}
+        state = records.run_state(sweep, run, queue)
+        states[state] += 1
+        record, result = records.read_record(sweep, own.key), records.read_result(sweep, run.id) or {}
         values = [_tail(run.settings.get(key, "")) for key in keys]
-        figures = [result.get("accuracy"), result.get("mean_depth"), result.get("reward")]
-        table.append(
-            [
-                run.id, *values, state, record.stage if record else "", str(record.starts) if record else "",
-                f"{record.seconds:.0f}" if record else "", *("" if v is None else f"{v:.3f}" for v in figures),
-                _short(disk.error_of(sweep, run), ERROR_WIDTH),
-            ]
-        )  # fmt: skip
+        effort = [record.stage, str(record.starts), f"{record.seconds:.0f}"] if record else [""] * 3
+        figures = [result.get(name) for name in ("accuracy", "mean_depth", "reward")]
+        shown = ["" if value is None else f"{value:.3f}" for value in figures]
+        table.append([run.id, *values, state, *effort, *shown, _head(records.error_of(sweep, run))])
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
     lines.append(", ".join(f"{count} {state}" for state, count in states.items()))
@@ -51,6 +45,5 @@ def _tail(value: object) -> str:
     return text if len(text) <= SETTING_WIDTH else f"…{text[1 - SETTING_WIDTH :]}"
 
 
-def _short(value: object, width: int) -> str:
-    text = str(value)
-    return text if len(text) <= width else f"{text[: width - 1]}…"
+def _head(error: str) -> str:
+    return error if len(error) <= ERROR_WIDTH else f"{error[: ERROR_WIDTH - 1]}…"

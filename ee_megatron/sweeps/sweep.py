@@ -6,9 +6,9 @@ stages that the same runs need: shared ones come first, each run's own stretch l
 
 from __future__ import annotations
 
-import copy
 import hashlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class GridError(ValueError):
 
 
 @dataclass
-class Run:
+class SweepRun:
     """One grid point. `settings`: what varies, as in the table; `overrides`: what starts it; `tasks`: what it needs, in
     order, the last of them its own."""
 
@@ -41,7 +41,7 @@ class Run:
 
 
 @dataclass
-class Task:
+class StageTask:
     """Stages to be run one after another, as (stage, name of its directory). `key` is the last one's directory.
 
     needs: the task before it, "" for none; overrides: of the first run that needs it; runs: ids of all that do; nodes,
@@ -65,38 +65,46 @@ class Sweep:
 
     directory: Path
     last: str
-    runs: list[Run]
-    tasks: list[Task]
+    runs: list[SweepRun]
+    tasks: list[StageTask]
 
-    def task(self, key: str) -> Task:
+    def task(self, key: str) -> StageTask:
         return next(task for task in self.tasks if task.key == key)
 
-    def run(self, ident: str) -> Run:
+    def run(self, ident: str) -> SweepRun:
         return next(run for run in self.runs if run.id == ident)
 
-    def chain(self, task: Task) -> list[Task]:
+    def chain(self, task: StageTask) -> list[StageTask]:
         """The tasks that `task` needs, first things first, and itself."""
         return [*(self.chain(self.task(task.needs)) if task.needs else []), task]
 
-    def levels(self) -> list[list[Task]]:
+    def levels(self) -> list[list[StageTask]]:
         """Tasks by how many come before them."""
-        found: dict[int, list[Task]] = {}
-        for task in self.tasks:
-            found.setdefault(len(self.chain(task)) - 1, []).append(task)
-        return [found[level] for level in sorted(found)]
+        depths = [len(self.chain(task)) for task in self.tasks]
+        return [[t for t, d in zip(self.tasks, depths, strict=True) if d == depth] for depth in sorted(set(depths))]
+
+    def describe(self, task: StageTask) -> str:
+        """Its stages, and the settings that all of its runs have in common."""
+        stages = "+".join(stage for stage, _ in task.stages)
+        first, *others = (self.run(ident).settings for ident in task.runs)
+        shared = spelt({key: value for key, value in first.items() if all(o.get(key) == value for o in others)})
+        if others:
+            return f"{stages} for {len(task.runs)} runs{': ' if shared else ''}{shared}"
+        return f"{stages} {shared}".rstrip()
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "format": 1,
-            "last": self.last,
-            "runs": [asdict(run) for run in self.runs],
-            "tasks": [asdict(task) for task in self.tasks],
-        }
+        runs, tasks = [asdict(run) for run in self.runs], [asdict(task) for task in self.tasks]
+        return {"format": 1, "last": self.last, "runs": runs, "tasks": tasks}
 
     @staticmethod
     def from_json(directory: Path, data: dict[str, Any]) -> Sweep:
-        tasks = [Task(**{**task, "stages": [(s, d) for s, d in task["stages"]]}) for task in data["tasks"]]
-        return Sweep(directory, data["last"], [Run(**run) for run in data["runs"]], tasks)
+        tasks = [StageTask(**{**task, "stages": [(s, d) for s, d in task["stages"]]}) for task in data["tasks"]]
+        return Sweep(directory, data["last"], [SweepRun(**run) for run in data["runs"]], tasks)
+
+
+def spelt(settings: Mapping[str, Any]) -> str:
+    """{"a": 1, "b": [2]} -> "a=1 b=[2]"."""
+    return " ".join(f"{key}={value}" for key, value in settings.items())
 
 
 def resolve(grid: Grid, last: str, check: Callable[[RunConfig], None]) -> Sweep:
@@ -106,27 +114,26 @@ def resolve(grid: Grid, last: str, check: Callable[[RunConfig], None]) -> Sweep:
     errors, each with the points that have it.
     """
     errors: dict[str, list[str]] = {}
-    found: list[tuple[Run, RunConfig]] = []
+    runs: dict[str, tuple[SweepRun, RunConfig]] = {}
     names: dict[str, str] = {}
     for number, point in enumerate(grid.points(), 1):
         settings = {key: value.plain for key, value in point.items()}
         name = f"point {number} ({describe(settings)})" if settings else f"point {number}"
         try:
             run, cfg = _resolve_point(grid, point, settings, last, check)
-            if run.id in names:
+            if run.id in runs:
                 raise ValueError(
                     f"the same run as {names[run.id]}: what differs changes how a result is computed, not what it is"
                 )
-            names[run.id] = name
-            found.append((run, cfg))
+            names[run.id], runs[run.id] = name, (run, cfg)
         except (ValueError, FileNotFoundError) as error:
             errors.setdefault(" ".join(str(error).split()), []).append(name)
     if errors:
         raise GridError([f"{_some(points)}: {text}" for text, points in errors.items()])
-    cfg = found[0][1]
-    text = " ".join([last, *sorted(run.id for run, _ in found)])
-    directory = Path(cfg.runs) / cfg.name / f"sweep-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    return Sweep(directory, last, [run for run, _ in found], _cut(found, last))
+    cfg = next(iter(runs.values()))[1]
+    digest = hashlib.sha256(" ".join([last, *sorted(runs)]).encode()).hexdigest()[:8]
+    directory = Path(cfg.runs) / cfg.name / f"sweep-{digest}"
+    return Sweep(directory, last, [run for run, _ in runs.values()], _cut(list(runs.values()), last))
 
 
 def _some(points: list[str]) -> str:
@@ -135,12 +142,13 @@ def _some(points: list[str]) -> str:
 
 def _resolve_point(
     grid: Grid, point: dict[str, Value], settings: dict[str, Any], last: str, check: Callable[[RunConfig], None]
-) -> tuple[Run, RunConfig]:
+) -> tuple[SweepRun, RunConfig]:
     overrides = grid.overrides(point)
     cfg = load(overrides)
     check(cfg)
     if BUDGET in point:
-        from .isoflop import buy
+        # Late: the arithmetic of plans takes seconds to import.
+        from .budget import buy
 
         bought = buy(cfg, read_dims(cfg), float(point[BUDGET].plain), grid.isoflop)
         overrides.append(f"{grid.isoflop.set}={bought.text}")
@@ -149,7 +157,7 @@ def _resolve_point(
         cfg = load(overrides)
         check(cfg)
     stages = stages_of(cfg, last)
-    return Run(stage_dir(cfg, stages[-1]).name.rsplit("-", 1)[1], settings, overrides), cfg
+    return SweepRun(stage_dir(cfg, stages[-1]).name.rsplit("-", 1)[1], settings, overrides), cfg
 
 
 def stages_of(cfg: RunConfig, last: str) -> list[str]:
@@ -160,39 +168,33 @@ def stages_of(cfg: RunConfig, last: str) -> list[str]:
     return stages[: stages.index(last) + 1]
 
 
-def _cut(found: list[tuple[Run, RunConfig]], last: str) -> list[Task]:
-    """Chains of stage directories -> tasks, parents before children; fills in `Run.tasks`."""
-    chains = {run.id: [(stage, stage_dir(cfg, stage).name) for stage in stages_of(cfg, last)] for run, cfg in found}
+def _cut(runs: list[tuple[SweepRun, RunConfig]], last: str) -> list[StageTask]:
+    """Chains of stage directories -> tasks, parents before children; fills in `SweepRun.tasks`."""
+    chains = [[(stage, stage_dir(cfg, stage).name) for stage in stages_of(cfg, last)] for _, cfg in runs]
     users: dict[str, list[str]] = {}
-    for ident, chain in chains.items():
+    for (run, _), chain in zip(runs, chains, strict=True):
         for _, name in chain:
-            users.setdefault(name, []).append(ident)
-    tasks: dict[str, Task] = {}
-    for run, cfg in found:
-        stretches: list[list[tuple[str, str]]] = []
-        for step in chains[run.id]:
-            if stretches and users[stretches[-1][0][1]] == users[step[1]]:
-                stretches[-1].append(step)
-            else:
-                stretches.append([step])
-        before = ""
-        for stretch in stretches:
+            users.setdefault(name, []).append(run.id)
+    tasks: dict[str, StageTask] = {}
+    for (run, cfg), chain in zip(runs, chains, strict=True):
+        # Consecutive stages that the same runs need.
+        for _, group in itertools.groupby(chain, lambda step: users[step[1]]):
+            stretch = list(group)
             key = stretch[-1][1]
             if key not in tasks:
-                tasks[key] = _task(cfg, run, stretch, before, users[key])
+                tasks[key] = _task(cfg, run, stretch, users[key])
             run.tasks.append(key)
-            before = key
     return sorted(tasks.values(), key=lambda task: len(task.runs) == 1)
 
 
-def _task(cfg: RunConfig, run: Run, stretch: list[tuple[str, str]], before: str, users: list[str]) -> Task:
+def _task(cfg: RunConfig, run: SweepRun, stretch: list[tuple[str, str]], users: list[str]) -> StageTask:
     shapes = [job_shape(cfg, stage) for stage, _ in stretch]
     gpus = cfg.cluster.gpus_per_node
-    return Task(
+    return StageTask(
         key=stretch[-1][1],
-        stages=list(stretch),
-        needs=before,
-        overrides=copy.copy(run.overrides),
+        stages=stretch,
+        needs=run.tasks[-1] if run.tasks else "",
+        overrides=list(run.overrides),
         runs=list(users),
         nodes=max(shape.nodes for shape in shapes),
         slots=gpus or max(shape.ranks_per_node for shape in shapes),

@@ -1,19 +1,19 @@
 """One task of a sweep: its stages in order, each in processes of its own, and a record of what became of them.
 
 A task may be started by a local executor, by submitit on a Slurm node, or by hand; it may be told to stop, and killed
-at any moment. Its record (sweeps/manifest.py) has one writer, the holder of the task's lock.
+at any moment. Its record (records.py) has one writer, the holder of the task's lock.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,12 @@ from ..config.cluster import job_shape
 from ..config.load import load
 from ..config.schema import RunConfig
 from ..observe.lock import RunLock
-from ..observe.rundir import DONE, write_atomic
+from ..observe.rundir import DONE
 from ..training.stopping import STOPPED as TOLD_TO_STOP
 from ..training.stopping import WITH_PARENT
-from . import manifest as disk
-from .manifest import FAILED, FINISHED, KILLED, RUNNING, STOPPED, Record
-from .measured import SPENT, measure, read_spent
-from .sweep import Sweep, Task
+from . import records
+from .records import FAILED, FINISHED, KILLED, RUNNING, STOPPED, Record
+from .sweep import StageTask, Sweep
 
 LOCK_DEADLINE_S = 12 * 3600.0
 """For a stage that another sweep is making, or a task that is running elsewhere."""
@@ -56,8 +55,8 @@ class TaskRunner:
     """
 
     def __init__(self, directory: Path, key: str, *, in_process: bool = False, grace_s: float = GRACE_S):
-        self.sweep: Sweep = disk.open_sweep(directory)
-        self.task: Task = self.sweep.task(key)
+        self.sweep: Sweep = records.open_sweep(directory)
+        self.task: StageTask = self.sweep.task(key)
         self.record = Record(RUNNING)
         self.told = False
         self._in_process, self._grace = in_process, grace_s
@@ -94,9 +93,9 @@ class TaskRunner:
             return self._run()
 
     def _run(self) -> int:
-        before = disk.read_record(self.sweep, self.task.key) or Record(RUNNING)
+        before = records.read_record(self.sweep, self.task.key) or Record(RUNNING)
         self.record = Record(RUNNING, starts=before.starts + 1, seconds=before.seconds, events=before.events)
-        disk.own(self.record)
+        records.own(self.record)
         try:
             self._check_parents()
             cfg = load(self.task.overrides)
@@ -104,8 +103,10 @@ class TaskRunner:
             # released early, or a directory may have been removed.
             for task in self.sweep.chain(self.task):
                 for stage, name in task.stages:
-                    self._stage(cfg, stage, disk.stage_path(self.sweep, name))
-            self._finish(cfg)
+                    self._stage(cfg, stage, records.stage_path(self.sweep, name))
+            for run in self.sweep.runs:
+                if run.tasks[-1] == self.task.key:
+                    finish_run(self.sweep, run.id, cfg)
         except Told:
             return self._note(STOPPED, code=TOLD_TO_STOP)
         except Failed as error:
@@ -124,15 +125,15 @@ class TaskRunner:
         return KILLED if code < 0 or code in (130, 137, 143) else FAILED
 
     def _check_parents(self) -> None:
-        if self.task.needs:
-            found = disk.failure(self.sweep, self.sweep.task(self.task.needs))
-            for task in self.sweep.chain(self.task)[:-1]:
-                record = disk.read_record(self.sweep, task.key)
-                if record is not None and record.state == KILLED and not disk.is_done(self.sweep, task):
-                    # What killed it (memory, say) may do it again, once for every task that needs it.
-                    raise Failed(137, f"needs {task.key}, which was killed: start the sweep again to go on")
-            if found is not None:
-                raise Failed(found[1].code or 1, f"needs {found[0].key}, which failed: {found[1].error}")
+        for task in self.sweep.chain(self.task)[:-1]:
+            record = records.read_record(self.sweep, task.key)
+            if record is None or records.is_done(self.sweep, task):
+                continue
+            if record.state == KILLED:
+                # What killed it (memory, say) may do it again, once for every task that needs it.
+                raise Failed(137, f"needs {task.key}, which was killed: start the sweep again to go on")
+            if record.state == FAILED:
+                raise Failed(record.code or 1, f"needs {task.key}, which failed: {record.error}")
 
     def _stage(self, cfg: RunConfig, stage: str, path: Path) -> None:
         if (path / DONE).is_file():
@@ -143,10 +144,9 @@ class TaskRunner:
         with self._lock(locks / path.name):
             if (path / DONE).is_file():
                 return
-            self._note(RUNNING, stage=stage)
-            self._event(f"start {path.name}")
+            self._note(RUNNING, f"start {path.name}", stage=stage)
             code, text = self._in_this_process(cfg, stage) if self._in_process else self._in_a_child(cfg, stage, path)
-            self._event(f"end {path.name} {code}")
+            self._note(RUNNING, f"end {path.name} {code}")
             if self.told and code:
                 raise Told
             if code:
@@ -171,8 +171,7 @@ class TaskRunner:
         log = self.sweep.directory / "logs" / f"{self.task.key}.log"
         log.parent.mkdir(exist_ok=True)
         begun, devices = time.monotonic(), devices_of(cfg, stage)
-        spent = read_spent(path) or {"seconds": 0.0, "device_seconds": 0.0, "starts": 0}
-        spent["starts"] += 1
+        before = {"seconds": 0.0, "device_seconds": 0.0, "starts": 0} | records.read_spent(path)
         with log.open("ab") as file:
             offset = file.tell()
             self._child = subprocess.Popen(
@@ -182,20 +181,18 @@ class TaskRunner:
         if self.told:
             # Told between the lock and here.
             os.kill(self._child.pid, signal.SIGTERM)
-        done, beat, base = 0.0, 0.0, dict(spent)
+        beat, base = 0.0, self.record.seconds
         try:
             while True:
                 ended = _ended(self._child.pid)
                 now = time.monotonic() - begun
                 if ended or now >= beat:
-                    beat = now + disk.BEAT_S
-                    self.record.seconds += now - done
-                    done = now
-                    disk.write_record(self.sweep, self.task.key, self.record)
+                    beat, self.record.seconds = now + records.BEAT_S, base + now
+                    records.write_record(self.sweep, self.task.key, self.record)
                     if path.is_dir():
-                        spent |= {"seconds": round(base["seconds"] + now, 3),
-                                  "device_seconds": round(base["device_seconds"] + now * devices, 3)}  # fmt: skip
-                        write_atomic(path / SPENT, json.dumps(spent))
+                        seconds, device = before["seconds"] + now, before["device_seconds"] + now * devices
+                        spent = {"seconds": round(seconds, 3), "device_seconds": round(device, 3)}
+                        records.write_spent(path, {**spent, "starts": before["starts"] + 1})
                 if ended:
                     break
                 self._kill_if_late()
@@ -209,35 +206,23 @@ class TaskRunner:
         assert child is not None
         if not _ended(child.pid):
             # Only on an error of this process' own: the child must not outlive the locks.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+            _kill_group(child)
         return child.wait()
 
     def _kill_if_late(self) -> None:
         if self.told and time.monotonic() > self._hurry and self._child is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._child.pid, signal.SIGKILL)
-
-    def _finish(self, cfg: RunConfig) -> None:
-        """The figures of the run that this task is the last one of, if it is one's."""
-        for ident in self.task.runs:
-            run = self.sweep.run(ident)
-            if run.tasks[-1] == self.task.key:
-                write_result(self.sweep, ident, cfg)
+            _kill_group(self._child)
 
     # ---- records and locks ----
 
-    def _note(self, state: str, **fields: Any) -> int:
-        self.record.state = state
-        for name, value in fields.items():
-            setattr(self.record, name, value)
-        disk.write_record(self.sweep, self.task.key, self.record)
+    def _note(self, state: str, event: str = "", **fields: Any) -> int:
+        """Write the record with what is new; returns its exit code."""
+        if event:
+            restart = os.environ.get("SLURM_RESTART_COUNT", "")
+            self.record.events = [*self.record.events, f"{event} restart {restart}" if restart else event]
+        self.record = replace(self.record, state=state, **fields)
+        records.write_record(self.sweep, self.task.key, self.record)
         return self.record.code
-
-    def _event(self, text: str) -> None:
-        restart = os.environ.get("SLURM_RESTART_COUNT", "")
-        self.record.events = [*self.record.events, f"{text} {f'restart {restart}' if restart else ''}".rstrip()]
-        disk.write_record(self.sweep, self.task.key, self.record)
 
     @contextlib.contextmanager
     def _lock(self, path: Path) -> Iterator[None]:
@@ -259,14 +244,17 @@ class TaskRunner:
             lock.release()
 
 
-def write_result(sweep: Sweep, ident: str, cfg: RunConfig) -> None:
+def finish_run(sweep: Sweep, ident: str, cfg: RunConfig) -> None:
     """Measure a finished run and write its result, whole."""
+    # Late: the arithmetic of plans takes seconds to import.
+    from .measured import measure
+
     run = sweep.run(ident)
     steps = [step for key in run.tasks for step in sweep.task(key).stages]
-    disk.write_result(sweep, ident, measure(cfg, {stage: disk.stage_path(sweep, name) for stage, name in steps}))
+    records.write_result(sweep, ident, measure(cfg, {stage: records.stage_path(sweep, name) for stage, name in steps}))
 
 
-def command_of(task: Task, stage: str) -> list[str]:
+def command_of(task: StageTask, stage: str) -> list[str]:
     """One process, or torchrun, is the command line's to start. On a cluster several ranks or nodes are steps of the
     allocation, started by the job scripts' own functions."""
     if not on_steps(task):
@@ -274,12 +262,12 @@ def command_of(task: Task, stage: str) -> list[str]:
     return ["bash", "-c", CLUSTER_STAGE, "sweep", stage, *task.overrides]
 
 
-def on_steps(task: Task) -> bool:
+def on_steps(task: StageTask) -> bool:
     """Whether the stage's processes are srun's: of several ranks or nodes, in a Slurm job."""
     return not task.plain and "SLURM_JOB_ID" in os.environ
 
 
-def environment_of(task: Task) -> dict[str, str]:
+def environment_of(task: StageTask) -> dict[str, str]:
     given = {"OMP_NUM_THREADS": "1", **os.environ}
     # Requeueing is submitit's part here.
     given["EE_REQUEUE"] = "no"
@@ -300,16 +288,18 @@ def devices_of(cfg: RunConfig, stage: str) -> int:
 def last_words(log: Path, offset: int, code: int) -> str:
     """What a stage that ended with `code` said last: its error line if there is one. `offset`: where its part of the
     log begins."""
-    if code == 0:
-        return ""
+    if code <= 0:
+        return f"killed by {signal.Signals(-code).name}" if code else ""
     with log.open("rb") as file:
         file.seek(offset)
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()[-LAST_LINES:]]
-    errors = [line for line in lines if line.startswith("error: ")]
-    if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
-    said = errors or [line for line in lines if line]
+    said = [line for line in lines if line.startswith("error: ")] or [line for line in lines if line]
     return said[-1].removeprefix("error: ")[:500] if said else f"exit code {code}"
+
+
+def _kill_group(child: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def _ended(pid: int) -> bool:
@@ -317,49 +307,12 @@ def _ended(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-class SlurmTask:
-    """What submitit runs on a node, by its protocol: called with nothing, asked for a checkpoint before a time limit or
-    a preemption, and started again from what that returned."""
-
-    def __init__(self, directory: Path, key: str):
-        self.directory, self.key = directory, key
-        self._runner: TaskRunner | None = None
-
-    def __call__(self) -> str:
-        self._runner = TaskRunner(self.directory, self.key)
-        code = self._runner.run()
-        if code == 0:
-            return self.key
-        record = self._runner.record
-        if record.state == STOPPED and not self._runner.told:
-            self._go_back()
-        raise RuntimeError(f"{self.key}: {record.state} in {record.stage or 'its beginning'}: {record.error}")
-
-    def checkpoint(self) -> Any:
-        from submitit.helpers import DelayedSubmission
-
-        if self._runner is not None:
-            self._runner.stop_and_wait()
-        return DelayedSubmission(SlurmTask(self.directory, self.key))
-
-    def _go_back(self) -> None:
-        """The stage was told to stop, and not by submitit. A preemption without a warning does that: TERM to every
-        process, then Slurm ends the job and requeues it itself. If nothing comes, submitit's own way back is taken."""
-        from submitit.core.job_environment import JobEnvironment
-
-        time.sleep(float(os.environ.get("EE_KILL_WAIT_S", "45")))
-        os.kill(os.getpid(), JobEnvironment._usr_sig())
-        time.sleep(5.0)
-
-
-def run_with_signals(runner: TaskRunner, once_heard: Callable[[], None]) -> int:
-    """`runner.run()` with INT and TERM as the word to stop; `once_heard` is called as soon as they are heeded."""
-    before = {number: signal.signal(number, lambda *_: runner.stop()) for number in (signal.SIGINT, signal.SIGTERM)}
+@contextlib.contextmanager
+def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Inside, INT and TERM call `stop`."""
+    before = {number: signal.signal(number, lambda *_: stop()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        once_heard()
-        return runner.run()
-    except Told:
-        return TOLD_TO_STOP
+        yield
     finally:
         for number, old in before.items():
             signal.signal(number, old)

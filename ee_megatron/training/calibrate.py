@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,14 @@ import torch
 
 from ..config.schema import CalibrateConfig, RunConfig
 from ..exits import ExitLayout, exit_distribution, sample_exits, target_hazards
-from ..learner.batch import ReplayBatch, mean_weights, pack, spread
+from ..learner.batch import ReplayBatch, pack, spread
 from ..learner.learner import Learner
+from ..objectives.distillation import GATE_TARGETS, Distillation
+from ..objectives.divergences import TEACHERS
+from ..objectives.schedules import schedule
+from ..objectives.weights import Weights, mean_weights
 from ..policy import initial_policy, load_policy
 from ..types import Trace
-from .losses import schedule
 from .session import Session
 from .trace_store import load_traces
 
@@ -39,7 +42,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Plan:
+class UpdatePlan:
     """What every update learns from; from update `student_from` on patterns are the student's own, from `settle_from`
     on gates learn alone."""
 
@@ -48,7 +51,7 @@ class Plan:
     settle_from: int
 
 
-def plan(count: int, c: CalibrateConfig) -> Plan:
+def plan(count: int, c: CalibrateConfig) -> UpdatePlan:
     """Which traces with which patterns make up each update: every trace S times per epoch, shuffled per epoch."""
     generator = np.random.default_rng(c.seed)
     total = round(c.epochs * count * c.patterns)
@@ -61,7 +64,7 @@ def plan(count: int, c: CalibrateConfig) -> Plan:
     trained = total - round(c.settle * total)
     parts = items[:trained], items[trained:total]
     updates = [part[start : start + c.batch_size] for part in parts for start in range(0, len(part), c.batch_size)]
-    return Plan(updates, len(updates) - round(c.student_patterns * len(updates)), -(-trained // c.batch_size))
+    return UpdatePlan(updates, len(updates) - round(c.student_patterns * len(updates)), -(-trained // c.batch_size))
 
 
 def draw_exits(
@@ -98,15 +101,23 @@ def make_batch(
     known = hazards or [None] * len(items)
     depths = [draw_exits(t, item, layout, c, own) for t, item, own in zip(chosen, items, known, strict=True)]
     batch = pack([t.prompt_tokens for t in chosen], [t.tokens for t in chosen], depths, layout.num_layers)
-    share = batch.depths.clamp(min=1).float() / layout.num_layers
-    batch.token_weight = mean_weights(batch, batch.counts) * share**c.depth_power
-    batch.exit_weight = c.gate_weight * mean_weights(batch, batch.asked)
-    batch.teacher_ids = spread(batch, [t.topk_ids.astype(np.int64) for t in chosen])
-    batch.teacher_logprobs = spread(batch, [t.topk_logprobs for t in chosen])
-    if c.gate_targets == "soft":
-        targets = [target_hazards(torch.from_numpy(t.divergences), c.kl_factor).numpy() for t in chosen]
-        batch.soft_targets = spread(batch, targets)
-    return batch
+    return replace(
+        batch,
+        teacher_ids=spread(batch, [t.topk_ids.astype(np.int64) for t in chosen]),
+        teacher_logprobs=spread(batch, [t.topk_logprobs for t in chosen]),
+    )
+
+
+def make_weights(
+    learner: Learner, objective: Distillation, batch: ReplayBatch, traces: list[Trace], kl_factor: float
+) -> Weights:
+    """The objective's weights for a batch of `traces`; where it needs the student's divergences, the batch is scored
+    first."""
+    traced = spread(batch, [target_hazards(torch.from_numpy(t.divergences), kl_factor).numpy() for t in traces])
+    own = None
+    if objective.gate_targets.scored:
+        own = target_hazards(learner.score(batch, teacher=objective.teacher).kl, kl_factor)
+    return objective.weights(batch, learner.spec.layout, traced, own)
 
 
 def own_hazards(learner: Learner, traces: list[Trace], items: list[Item], num_layers: int) -> list[torch.Tensor]:
@@ -115,14 +126,6 @@ def own_hazards(learner: Learner, traces: list[Trace], items: list[Item], num_la
     batch = pack([t.prompt_tokens for t in chosen], [t.tokens for t in chosen], None, num_layers)
     hazards = learner.score(batch, hazards=True).hazards
     return [hazards[row][batch.counts[row]] for row in range(batch.rows)]
-
-
-def current_targets(batch: ReplayBatch, kl: torch.Tensor, layout: ExitLayout, kl_factor: float) -> torch.Tensor:
-    """Soft targets [B, S, M] from the student's own divergence kl [B, S] at the exits it was made to take: the target
-    hazard at that exit's gate, -1 (no target) at all others."""
-    hazard = target_hazards(kl, kl_factor).unsqueeze(-1)
-    taken = batch.depths.unsqueeze(-1) == torch.tensor(layout.depths)
-    return torch.where(taken & batch.asked.unsqueeze(-1), hazard, torch.tensor(-1.0))
 
 
 def target_depth(traces: list[Trace], layout: ExitLayout, kl_factor: float) -> float:
@@ -148,11 +151,11 @@ def interpolated(policy: Tensors, start: Tensors, num_layers: int, keep: float, 
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         return keep * keep_upper if layer and int(layer[1]) >= num_layers / 2 else keep
 
-    found = dict(policy)
+    moved = dict(policy)
     for name, tensor in policy.items():
         if not name.startswith("gates.") and ".lora_A." not in name:
-            found[name] = torch.lerp(start[name], tensor, share(name))
-    return found
+            moved[name] = torch.lerp(start[name], tensor, share(name))
+    return moved
 
 
 def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
@@ -170,7 +173,7 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
         if checkpoint:
             session.resume(learner, checkpoint)
         layout = session.spec.layout
-        objective = "distill" if c.teacher == "topk" else "distill_full"
+        objective = Distillation(TEACHERS[c.teacher], GATE_TARGETS[c.gate_targets], c.gate_weight, c.depth_power)
         session.open_metrics(resume_step=done)
         target = target_depth(traces, layout, c.kl_factor)
         with session.progress(len(updates), done) as bar:
@@ -188,17 +191,16 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
                     else ()
                 )
                 batch = make_batch(traces, updates[step], layout, c, own)
+                chosen = [traces[item.trace] for item in updates[step]]
+                weights = make_weights(learner, objective, batch, chosen, c.kl_factor)
                 rate = schedule(step, len(updates), c.warmup)
                 adapter_lr = 0.0 if settled else c.adapter_lr * schedule(step, planned.settle_from, c.warmup)
-                if c.gate_targets == "current":
-                    seen = learner.score(batch, objective=objective)
-                    batch.soft_targets = current_targets(batch, seen.kl, layout, c.kl_factor)
-                update = learner.step(batch, adapter_lr=adapter_lr, gate_lr=c.gate_lr * rate, objective=objective)
-                session.guard(update, batch, step + 1)
+                update = learner.step(batch, weights, objective, adapter_lr=adapter_lr, gate_lr=c.gate_lr * rate)
+                session.guard(update, batch, weights, step + 1)
                 scores = update.scores
                 kl = float((scores.kl * mean_weights(batch, batch.counts)).sum())
                 nll = -float((scores.exit_logprobs * mean_weights(batch, batch.asked)).sum())
-                depth = float((batch.depths * batch.counts).sum() / batch.counts.sum()) / layout.num_layers
+                depth = float((batch.exit_depths * batch.counts).sum() / batch.counts.sum()) / layout.num_layers
                 values = {"kl": kl, "gate_nll": nll, "pattern_depth": depth, "target_depth": target}
                 values |= {"grad_norm": update.norms["all"], "learning_rate": adapter_lr}
                 session.log(step + 1, values)

@@ -8,21 +8,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..evaluation.controls import (
-    Dial,
     Matched,
     compare,
-    confidence_threshold,
-    entropy_threshold,
-    fixed_mixture,
-    gate_threshold,
     marginal_exits,
     match_accuracy,
     match_depth,
-    random_exits,
 )
-from ..evaluation.evaluate import Answer, exit_label
+from ..evaluation.evaluate import Answer
 from ..evaluation.summary import EvaluationRow
-from ..rollout.engine.sampling import ExitPolicy
+from ..exit_rules import CONTROLS, Dial, DialRange, ExitRule, Threshold
 
 
 @dataclass(frozen=True)
@@ -30,7 +24,7 @@ class Reference:
     """The policy under test: its name and exit rule, what it did on validation and on the test split."""
 
     model: str
-    exits: ExitPolicy
+    exits: ExitRule
     validation: EvaluationRow
     validation_answers: Sequence[Answer]
     test: EvaluationRow
@@ -42,9 +36,9 @@ class Judge(Protocol):
 
     def load(self, checkpoint: Path) -> None: ...
 
-    def on_validation(self, model: str, exits: ExitPolicy) -> EvaluationRow: ...
+    def on_validation(self, model: str, exits: ExitRule) -> EvaluationRow: ...
 
-    def on_test(self, model: str, exits: ExitPolicy) -> tuple[EvaluationRow, list[Answer]]: ...
+    def on_test(self, model: str, exits: ExitRule) -> tuple[EvaluationRow, list[Answer]]: ...
 
 
 @dataclass(frozen=True)
@@ -64,20 +58,16 @@ def all_controls(
     vocab: int,
     unpriced: Path | None,
 ) -> list[Control]:
-    """Four rules on the reference's own weights; then other policies' gates: calibrated but not reinforced, and
-    `unpriced`, reinforced with lambda = 0."""
+    """Every rule that is a control, on the reference's own weights; then other policies' gates: calibrated but not
+    reinforced, and `unpriced`, reinforced with lambda = 0."""
     model, own = reference.model, checkpoints[reference.model]
-    marginal = marginal_exits(reference.validation_answers, outcomes)
-    controls = [
-        Control("fixed depth", model, own, fixed_mixture(outcomes)),
-        Control("random exits", model, own, random_exits(outcomes, marginal)),
-        Control("confidence", model, own, confidence_threshold),
-        Control("entropy", model, own, entropy_threshold(vocab)),
-    ]
+    span = DialRange(outcomes, vocab, marginal_exits(reference.validation_answers, outcomes))
+    controls = [Control(rule.control, model, own, rule.dial(span)) for rule in CONTROLS]
+    gates = Threshold.dial(span)
     if model != "calibrated":
-        controls.append(Control("calibrated gates", "calibrated", checkpoints["calibrated"], gate_threshold))
+        controls.append(Control("calibrated gates", "calibrated", checkpoints["calibrated"], gates))
     if unpriced is not None:
-        controls.append(Control("lambda = 0", "lambda = 0", unpriced, gate_threshold))
+        controls.append(Control("lambda = 0", "lambda = 0", unpriced, gates))
     return controls
 
 
@@ -89,7 +79,7 @@ def run_controls(
     for control in controls:
         judge.load(control.checkpoint)
 
-        def measure(exits: ExitPolicy, model: str = control.model) -> EvaluationRow:
+        def measure(exits: ExitRule, model: str = control.model) -> EvaluationRow:
             return judge.on_validation(model, exits)
 
         depth = match_depth(measure, control.dial, reference.validation.mean_depth)
@@ -114,14 +104,8 @@ def _entry(
         "control": name,
         "matched_by": matched_by,
         "model": row.model,
-        "exits": exit_label(policy),
-        "policy": {
-            "kind": policy.kind,
-            "value": policy.value,
-            "shares": list(policy.shares),
-            "other": policy.other,
-            "mix": policy.mix,
-        },
+        "exits": policy.label,
+        "policy": policy.to_results(),
         # On validation, where the matching was done; how near it is on the test split stands beside it.
         "target": matched.target if matched else reference.validation.mean_depth,
         "validation": (matched.row if matched else reference.validation).to_json(),

@@ -16,17 +16,19 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..config.schema import RunConfig
-from ..evaluation.evaluate import Answer, add_readings, evaluate_model, exit_label
+from ..evaluation.evaluate import Answer, add_readings, evaluate_model
 from ..evaluation.gates import gate_calibration
 from ..evaluation.interventions import Bench, externalisation
 from ..evaluation.results import table, write_results
 from ..evaluation.summary import EvaluationRow
 from ..evaluation.threshold import choose_threshold, pareto_front
+from ..exit_rules import CONTROLS, ExitRule, Off, Sample, Threshold
 from ..planning.flops import answer_cost
 from ..policy import WeightSet, load_policy
 from ..report.tables import controls_table, externalisation_table
 from ..rollout.engine.prompts import encode_continuation
-from ..rollout.engine.sampling import ExitPolicy, SamplingParams
+from ..rollout.engine.request import GenerationRequest
+from ..rollout.engine.sampling import SamplingParams
 from ..rollout.pool.interface import RolloutPool
 from ..types import Prompt, Rollout
 from . import stages
@@ -41,10 +43,6 @@ def policies(cfg: RunConfig) -> dict[str, Path]:
     if stages.is_done(cfg, "rl"):
         found["reinforced"] = stages.reinforced(cfg)
     return found
-
-
-# What an exit rule looks at on its way; the others look at nothing.
-ASKS = {"sample": "gates", "threshold": "gates", "confidence": "readouts", "entropy": "readouts"}
 
 
 class Tokens:
@@ -83,7 +81,7 @@ class Evaluation:
         self.chosen: dict[str, Reference] = {}
         self.bar = session.stack.enter_context(session.progress(sets))
 
-    def flops(self, rollout: Rollout, exits: ExitPolicy) -> float:
+    def flops(self, rollout: Rollout, exits: ExitRule) -> float:
         spec = self.session.spec
         return answer_cost(
             self.session.source.dims,
@@ -91,13 +89,13 @@ class Evaluation:
             spec.gate_width,
             len(rollout.prompt_tokens),
             rollout.exit_depths.tolist(),
-            ASKS.get(exits.kind, "nothing"),
+            exits.needs,
         )
 
     def answer(
         self,
         model: str,
-        exits: ExitPolicy,
+        exits: ExitRule,
         prompts: list[Prompt],
         *,
         final: bool = False,
@@ -107,21 +105,18 @@ class Evaluation:
             self.pool,
             self.task,
             self.verifier,
-            prompts,
-            self.sampling,
-            exits,
+            GenerationRequest(prompts, 1, self.sampling, exits, self.session.cfg.evaluate.seed),
             label=model,
             num_layers=self.session.spec.num_layers,
             decode=lambda token: self.tokens.decode([token]),
             with_divergence=final,
             flops=(lambda rollout: self.flops(rollout, exits)) if final else None,
             collect=collect,
-            seed=self.session.cfg.evaluate.seed,
             progress=lambda done, total: self.bar.detail(f"{model} answers", done, total),
         )
 
     def measure(
-        self, model: str, exits: ExitPolicy, prompts: list[Prompt], *, final: bool, collect: list[Rollout] | None = None
+        self, model: str, exits: ExitRule, prompts: list[Prompt], *, final: bool, collect: list[Rollout] | None = None
     ) -> tuple[EvaluationRow, list[Answer]]:
         """One of the announced sets; `final`: it is a row of the results."""
         rollouts: list[Rollout] = []
@@ -148,22 +143,22 @@ class Evaluation:
     def load(self, checkpoint: Path) -> None:
         self.pool.load(WeightSet(1, load_policy(checkpoint)[1]))
 
-    def on_validation(self, model: str, exits: ExitPolicy) -> EvaluationRow:
+    def on_validation(self, model: str, exits: ExitRule) -> EvaluationRow:
         return self.answer(model, exits, self.validation)[0]
 
-    def on_test(self, model: str, exits: ExitPolicy) -> tuple[EvaluationRow, list[Answer]]:
+    def on_test(self, model: str, exits: ExitRule) -> tuple[EvaluationRow, list[Answer]]:
         return self.answer(model, exits, self.test, final=True)
 
     def teacher(self) -> None:
         self.pool.load(None)
-        self.measure("teacher", ExitPolicy("off"), self.test, final=True)
-        self.externalise("teacher", ExitPolicy("off"))
+        self.measure("teacher", Off(), self.test, final=True)
+        self.externalise("teacher", Off())
 
     def policy(self, model: str, checkpoint: Path) -> None:
         """Sampled exits, then the threshold that validation chooses, on the test set."""
         e = self.session.cfg.evaluate
         self.load(checkpoint)
-        tried = [self.measure(model, ExitPolicy("threshold", t), self.validation, final=False) for t in e.thresholds]
+        tried = [self.measure(model, Threshold(t), self.validation, final=False) for t in e.thresholds]
         rows = [row for row, _ in tried]
         chosen = rows.index(choose_threshold(rows, e.tolerance))
         threshold = e.thresholds[chosen]
@@ -176,10 +171,10 @@ class Evaluation:
             {"threshold": t, "front": front, **r.to_json()}
             for t, r, front in zip(e.thresholds, rows, pareto_front(rows), strict=True)
         ]
-        for exits in (ExitPolicy("off"), ExitPolicy("sample")):
-            self.measure(model, exits, self.test, final=True)
+        for rule in (Off(), Sample()):
+            self.measure(model, rule, self.test, final=True)
         rollouts: list[Rollout] = []
-        exits = ExitPolicy("threshold", threshold)
+        exits = Threshold(threshold)
         row, answers = self.measure(model, exits, self.test, final=True, collect=rollouts)
         self.chosen[model] = Reference(model, exits, *tried[chosen], row, answers)
         inspected = self.pool.inspect([rollout for rollout in rollouts if rollout.length])
@@ -191,7 +186,7 @@ class Evaluation:
         )
         self.externalise(model, exits)
 
-    def externalise(self, model: str, exits: ExitPolicy) -> None:
+    def externalise(self, model: str, exits: ExitRule) -> None:
         """The externalisation metrics of the weights that are loaded, if they were asked for."""
         e = self.session.cfg.evaluate
         if not e.externalisation:
@@ -206,7 +201,7 @@ class Evaluation:
             lambda done, total: self.bar.detail(f"{model} interventions", done, total),
         )
         found = externalisation(bench, self.test[: e.externalisation_prompts or None])
-        self.more.setdefault("externalisation", {})[model] = {"exits": exit_label(exits), **found}
+        self.more.setdefault("externalisation", {})[model] = {"exits": exits.label, **found}
 
     def controls(self, checkpoints: dict[str, Path]) -> None:
         """The last model against rules that know less."""
@@ -227,7 +222,7 @@ class Evaluation:
 
 def count_sets(cfg: RunConfig, models: int) -> int:
     """Sets of answers that the progress bar counts: one per row and threshold tried, two per control."""
-    rules = 4 + (models > 1) + bool(cfg.evaluate.control_policy) if cfg.evaluate.controls else 0
+    rules = len(CONTROLS) + (models > 1) + bool(cfg.evaluate.control_policy) if cfg.evaluate.controls else 0
     return 1 + models * (len(cfg.evaluate.thresholds) + 3) + 2 * rules
 
 

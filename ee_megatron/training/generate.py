@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.text import Text
 
 from ..config.schema import RunConfig
+from ..exit_rules import ExitRule, Off, parse
 from ..families.hf_directory import HFDirectory
 from ..observe.rundir import latest_checkpoint
 from ..policy import PolicySpec, load_policy
-from ..rollout.engine.sampling import ExitPolicy, SamplingParams
+from ..rollout.engine.sampling import SamplingParams
 from ..rollout.engine.scheduler import stream
 from ..rollout.pool.local import LocalPool
 from ..types import Prompt
@@ -33,11 +34,10 @@ if TYPE_CHECKING:
 SHADES = ("color(33)", "color(38)", "color(109)", "color(179)", "color(214)", "color(203)")
 
 
-def parse_exits(text: str) -> ExitPolicy:
-    """ "threshold:0.5", "sample", "fixed:20", "confidence:0.9" or "off" -> policy. Raises ValueError."""
-    kind, _, value = text.partition(":")
+def parse_exits(text: str) -> ExitRule:
+    """`exit_rules.parse` with the option's name in its errors."""
     try:
-        return ExitPolicy(kind, float(value) if value else 0.5)
+        return parse(text)
     except ValueError as error:
         raise ValueError(f"--exits {text!r}: {error}") from None
 
@@ -52,13 +52,13 @@ class Chosen:
     spec: PolicySpec | None
     tensors: dict[str, torch.Tensor] | None
 
-    def exits(self, text: str) -> ExitPolicy:
-        """The exit policy asked for; full depth, said once, where it would need gates that aren't there."""
-        policy = parse_exits(text)
-        if self.tensors is None and policy.kind in ("sample", "threshold"):
+    def exits(self, text: str) -> ExitRule:
+        """The exit rule asked for; full depth, said once, where it would need gates that aren't there."""
+        rule = parse_exits(text)
+        if self.tensors is None and "gates" in rule.needs:
             print("no policy with gates: the base model answers at full depth", file=sys.stderr)
-            return ExitPolicy("off")
-        return policy
+            return Off()
+        return rule
 
 
 def newest_policy(cfg: RunConfig) -> tuple[str, Path | None]:

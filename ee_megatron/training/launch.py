@@ -11,6 +11,7 @@ from pathlib import Path
 from ..config.derive import ranks
 from ..config.identity import stage_dir, stage_order
 from ..config.schema import RunConfig
+from ..exit_rules import Threshold
 from . import stages
 from .slurm import adopt_rank
 from .stopping import WITH_PARENT, Stopped, dying_with_me, follow_parent, listener
@@ -133,9 +134,9 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
         if code:
             raise SystemExit(code)
     exported = export(cfg)
-    from ..report.runs import report
+    from ..report.runs import report_run
 
-    page = report(cfg)
+    page = report_run(cfg)
     print((stage_dir(cfg, "evaluate") / "table.txt").read_text())
     print(f"exported model: {exported}\nreport: {page}")
 
@@ -152,5 +153,5 @@ def export(cfg: RunConfig) -> Path:
 
     results = json.loads((stage_dir(cfg, "evaluate") / "results.json").read_text())
     threshold = float(results["meta"].get("threshold_reinforced", 0.5))
-    policy = {"kind": "threshold", "value": threshold}
+    policy = Threshold(threshold).to_json()
     return export_hf(stages.base_model(cfg), stages.reinforced(cfg), out, "merge", "embed", exit_policy=policy)

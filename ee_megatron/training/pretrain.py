@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,10 @@ from ..checkpoint.hf_export import export_hf
 from ..config.schema import PretrainConfig, RunConfig
 from ..learner.batch import ReplayBatch, pack
 from ..learner.learner import Learner
+from ..objectives.likelihood import TextLikelihood, loss_of
+from ..objectives.schedules import schedule
 from ..policy import initial_policy, load_policy
 from ..tasks import Split
-from .losses import schedule
 from .session import Session
 
 FIGURES = "pretrain.json"
@@ -41,15 +43,17 @@ def pretrain(cfg: RunConfig, initial: Path) -> Path:
         texts = [tokens for tokens, _ in tokenised(session, "train")]
         order = plan(len(texts), p)
         lengths = np.array([len(tokens) for tokens in texts])
+        objective = TextLikelihood()
         session.open_metrics(resume_step=done)
         with session.progress(p.steps, done) as bar:
             for step in range(done, p.steps):
                 session.stop_if_asked(learner, step)
                 batch = make_batch([texts[i] for i in order[step]], session.spec.num_layers)
+                weights = objective.weights(batch)
                 rate = p.learning_rate * schedule(step, p.steps, p.warmup)
-                update = learner.step(batch, adapter_lr=rate, gate_lr=0.0, objective="likelihood")
-                session.guard(update, batch, step + 1)
-                loss = -float((update.scores.token_logprobs * batch.token_weight).sum())
+                update = learner.step(batch, weights, objective, adapter_lr=rate, gate_lr=0.0)
+                session.guard(update, batch, weights, step + 1)
+                loss = loss_of(weights, update.scores.token_logprobs)
                 session.log(step + 1, {"loss": loss, "grad_norm": update.norms["all"], "learning_rate": rate})
                 bar.advance(1, loss=loss)
                 if (step + 1) % p.checkpoint_every == 0 or step + 1 == p.steps:
@@ -97,11 +101,9 @@ def tokenised(session: Session, split: Split) -> list[tuple[np.ndarray, int]]:
 
 
 def make_batch(texts: list[np.ndarray], num_layers: int) -> ReplayBatch:
-    """Every token but the first is predicted and counts alike; no gate is asked."""
+    """Every token but the first is predicted; no gate is asked."""
     batch = pack([text[:1] for text in texts], [text[1:] for text in texts], None, num_layers)
-    batch.token_weight = batch.counts / batch.counts.sum()
-    batch.asked = torch.zeros_like(batch.asked)
-    return batch
+    return replace(batch, asked=torch.zeros_like(batch.asked))
 
 
 def held_out(session: Session, learner: Learner) -> dict[str, float]:

@@ -9,14 +9,13 @@ for each step:
     update adapters and gates, once or in several epochs and minibatches; send them to the pool
 
 Every objective here is linear in the log-probabilities once its ratios are known, so an update scores first and then
-minimises a weighted likelihood with the same gradient (`weigh`).
+minimises a weighted likelihood with the same gradient (objectives/policy_gradient.py).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -24,22 +23,15 @@ import torch
 from torch import Tensor
 
 from ..config.schema import RLConfig, RunConfig
-from ..learner.batch import ReplayBatch, mean_weights, pack, spread
+from ..learner.batch import ReplayBatch, pack, spread
 from ..learner.learner import Learner, Scores, Update
+from ..objectives.advantages import ADVANTAGES
+from ..objectives.policy_gradient import KL_TERMS, Experience, PolicyGradient
+from ..objectives.rewards import DEPTH_CREDITS, depth_cost, mean_log_ratio, rollout_reward
+from ..objectives.schedules import learning_rate, price
+from ..objectives.surrogates import SURROGATES, truncated_ratio
 from ..policy import WeightSet, load_policy
 from ..types import Group
-from .advantages import ADVANTAGES
-from .losses import (
-    clipped,
-    depth_cost,
-    k3_slope,
-    learning_rate,
-    mean_log_ratio,
-    price,
-    rollout_reward,
-    token_depth_advantage,
-    truncated_ratio,
-)
 from .rollout_source import make_source
 from .session import Session
 
@@ -98,11 +90,12 @@ def learn(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """All updates on one step's rollouts -> (metrics, seconds). Every rank calls it with the same groups."""
     rl, layers = session.cfg.rl, session.spec.num_layers
+    objective = objective_of(rl)
     clock = [time.monotonic()]
     batch = replay(groups, layers)
     first, reference = learner.score(batch), learner.score(batch, reference=True)
     clock.append(time.monotonic())
-    signal, values = Signal.of(batch, groups, first, reference, rl, layers, step)
+    experience, values = credit(batch, groups, first, reference, rl, layers, step)
     kept = [i for i, group in enumerate(groups) if not rl.drop_equal_groups or np.ptp(group.rewards) > 0]
     updates: list[Update] = []
     clipped_share: list[float] = []
@@ -112,20 +105,19 @@ def learn(
         for chosen in np.array_split(order, min(rl.minibatches, len(kept))) if kept else ():
             rows = torch.tensor([g * rl.group_size + k for g in chosen for k in range(rl.group_size)])
             part = batch.select(rows)
-            now = select(first, rows) if not updates else learner.score(part)
-            clipped_share.append(weigh(part, signal.select(rows), now, rl))
+            now = learner.score(part) if updates else first.select(rows)
+            weights, left_out = objective.weights(part, experience.select(rows), now.token_logprobs, now.exit_logprobs)
+            clipped_share.append(left_out)
             rate = learning_rate(
                 step * rl.epochs * rl.minibatches + len(updates),
                 rl.steps * rl.epochs * rl.minibatches,
                 rl.warmup,
                 rl.decay,
             )
-            update = learner.step(
-                part, adapter_lr=rl.adapter_lr * rate, gate_lr=rl.gate_lr * rate, objective="likelihood"
-            )
-            session.guard(update, part, step + 1)
+            update = learner.step(part, weights, objective, adapter_lr=rl.adapter_lr * rate, gate_lr=rl.gate_lr * rate)
+            session.guard(update, part, weights, step + 1)
             updates.append(update)
-            if rl.kl == "exact":
+            if objective.teacher is not None:
                 kls.append(float(update.scores.kl[part.counts].mean()))
     clock.append(time.monotonic())
     if kls:
@@ -150,73 +142,61 @@ def replay(groups: list[Group], num_layers: int) -> ReplayBatch:
     )
 
 
-@dataclass
-class Signal:
-    """What a step's rollouts teach, the same for all updates on them; fp32 [B, S] each.
-
-    advantage; trust: truncated importance ratio of the policy at the start of the step to the one that sampled;
-    start: its log-probability of token and exit; reference: the reference's of the token.
-    """
-
-    advantage: Tensor
-    trust: Tensor
-    start: Tensor
-    reference: Tensor
-
-    def select(self, rows: Tensor) -> Signal:
-        return Signal(self.advantage[rows], self.trust[rows], self.start[rows], self.reference[rows])
-
-    @staticmethod
-    def of(
-        batch: ReplayBatch,
-        groups: list[Group],
-        first: Scores,
-        reference: Scores,
-        rl: RLConfig,
-        num_layers: int,
-        step: int,
-    ) -> tuple[Signal, dict[str, float]]:
-        """The signal, and what was seen on the way."""
-        rollouts = [r for g in groups for r in g.rollouts]
-        task = torch.from_numpy(np.concatenate([g.rewards for g in groups]))
-        log_ratio = mean_log_ratio(batch, first.token_logprobs, reference.token_logprobs)
-        cost = depth_cost(batch, num_layers, rl.depth_cost, rl.cost_length)
-        lambda_now = price(step, rl.steps, rl.lambda_exit, rl.lambda_warmup)
-        reward = rollout_reward(task, log_ratio, cost, rl.beta if rl.kl == "reward" else 0.0, lambda_now)
-        credited = reward if rl.depth_credit == "sequence" else reward + lambda_now * cost
-        per_answer = ADVANTAGES[rl.advantage](credited.numpy().reshape(len(groups), -1)).reshape(-1)
-        advantage = torch.from_numpy(per_answer).float().unsqueeze(1) * batch.counts
-        if rl.depth_credit == "token":
-            advantage = advantage + lambda_now * token_depth_advantage(
-                batch, rl.group_size, num_layers, rl.depth_cost, rl.cost_length
-            )
-        old_tokens = spread(batch, [r.token_logprobs for r in rollouts])
-        old_exits = spread(batch, [r.exit_logprobs for r in rollouts])
-        start = first.token_logprobs + first.exit_logprobs
-        raw, trust = truncated_ratio(start, old_tokens + old_exits, rl.importance_cap)
-        counts = batch.counts
-        values = {
-            "reward": float(reward.mean()),
-            "task_reward": float(task.mean()),
-            "depth_cost": float(cost.mean()),
-            "lambda": lambda_now,
-            "kl_to_reference": float(log_ratio.mean()),
-            "advantage_spread": float(per_answer.std()),
-            "token_mismatch": float((first.token_logprobs - old_tokens)[counts].abs().mean()),
-            "exit_mismatch": float((first.exit_logprobs - old_exits)[counts].abs().mean()),
-            "importance_ratio_mean": float(raw[counts].mean()),
-            "importance_ratio_max": float(raw[counts].max()),
-            "token_entropy": float(first.token_entropy[counts].mean()),
-            "exit_entropy": float(first.exit_entropy[counts].mean()),
-        }
-        return Signal(advantage, trust, start, reference.token_logprobs), values | seen(batch, groups, num_layers)
+def objective_of(rl: RLConfig) -> PolicyGradient:
+    return PolicyGradient(SURROGATES[rl.surrogate], KL_TERMS[rl.kl], rl.clip, rl.beta, rl.entropy_bonus)
 
 
-def seen(batch: ReplayBatch, groups: list[Group], num_layers: int) -> dict[str, float]:
+def credit(
+    batch: ReplayBatch,
+    groups: list[Group],
+    first: Scores,
+    reference: Scores,
+    rl: RLConfig,
+    num_layers: int,
+    step: int,
+) -> tuple[Experience, dict[str, float]]:
+    """What the rollouts of step `step` teach, from the scores of the policy at its start and of the reference, and
+    metrics."""
+    rollouts = [r for g in groups for r in g.rollouts]
+    task = torch.from_numpy(np.concatenate([g.rewards for g in groups]))
+    log_ratio = mean_log_ratio(batch, first.token_logprobs, reference.token_logprobs)
+    cost = depth_cost(batch, num_layers, rl.depth_cost, rl.cost_length)
+    lambda_now = price(step, rl.steps, rl.lambda_exit, rl.lambda_warmup)
+    reward = rollout_reward(task, log_ratio, cost, rl.beta if KL_TERMS[rl.kl].in_reward else 0.0, lambda_now)
+    per_token = DEPTH_CREDITS[rl.depth_credit]
+    credited = reward if per_token is None else reward + lambda_now * cost
+    per_answer = ADVANTAGES[rl.advantage](credited.numpy().reshape(len(groups), -1)).reshape(-1)
+    advantage = torch.from_numpy(per_answer).float().unsqueeze(1) * batch.counts
+    if per_token is not None:
+        advantage = advantage + lambda_now * per_token(batch, rl.group_size, num_layers, rl.depth_cost, rl.cost_length)
+    old_tokens = spread(batch, [r.token_logprobs for r in rollouts])
+    old_exits = spread(batch, [r.exit_logprobs for r in rollouts])
+    start = first.token_logprobs + first.exit_logprobs
+    raw, importance = truncated_ratio(start, old_tokens + old_exits, rl.importance_cap)
+    counts = batch.counts
+    values = {
+        "reward": float(reward.mean()),
+        "task_reward": float(task.mean()),
+        "depth_cost": float(cost.mean()),
+        "lambda": lambda_now,
+        "kl_to_reference": float(log_ratio.mean()),
+        "advantage_spread": float(per_answer.std()),
+        "token_mismatch": float((first.token_logprobs - old_tokens)[counts].abs().mean()),
+        "exit_mismatch": float((first.exit_logprobs - old_exits)[counts].abs().mean()),
+        "importance_ratio_mean": float(raw[counts].mean()),
+        "importance_ratio_max": float(raw[counts].max()),
+        "token_entropy": float(first.token_entropy[counts].mean()),
+        "exit_entropy": float(first.exit_entropy[counts].mean()),
+    }
+    experience = Experience(advantage, importance, start, reference.token_logprobs)
+    return experience, values | rollout_metrics(batch, groups, num_layers)
+
+
+def rollout_metrics(batch: ReplayBatch, groups: list[Group], num_layers: int) -> dict[str, float]:
     """Metrics of the rollouts as they are."""
     counts, lengths = batch.counts, batch.counts.sum(1).float()
-    fraction = batch.depths.float()[counts] / num_layers
-    depths, hits = torch.unique(batch.depths[counts], return_counts=True)
+    fraction = batch.exit_depths.float()[counts] / num_layers
+    depths, hits = torch.unique(batch.exit_depths[counts], return_counts=True)
     low, middle, high = torch.quantile(fraction, torch.tensor([0.1, 0.5, 0.9])).tolist()
     return {
         "accuracy": float(np.mean(np.concatenate([g.correct for g in groups]))),
@@ -226,29 +206,8 @@ def seen(batch: ReplayBatch, groups: list[Group], num_layers: int) -> dict[str, 
         "depth_q10": low,
         "depth_q50": middle,
         "depth_q90": high,
-        "total_depth": float((batch.depths * counts).sum(1).float().mean()),
+        "total_depth": float((batch.exit_depths * counts).sum(1).float().mean()),
         "length": float(lengths.mean()),
         "prompt_length": float(np.mean([len(r.prompt_tokens) for g in groups for r in g.rollouts])),
         "tokens": float(lengths.sum()),
     } | {f"exit_share/{int(d)}": float(h) / int(counts.sum()) for d, h in zip(depths, hits, strict=True)}
-
-
-def weigh(batch: ReplayBatch, signal: Signal, now: Scores, rl: RLConfig) -> float:
-    """Set the batch's weights so that the linear loss has the objective's gradient at the current policy; returns the
-    share of positions that PPO's clipping leaves out."""
-    ratio = (now.token_logprobs + now.exit_logprobs - signal.start).exp()
-    kept = clipped(ratio, signal.advantage, rl.clip)
-    scale = signal.advantage * signal.trust * kept
-    per_token = mean_weights(batch, batch.counts)
-    batch.token_weight = scale * per_token
-    if rl.kl == "loss":
-        batch.token_weight = batch.token_weight - rl.beta * per_token * k3_slope(now.token_logprobs, signal.reference)
-    if rl.kl == "exact":
-        batch.kl_weight = rl.beta * per_token
-    batch.exit_weight = scale * mean_weights(batch, batch.asked)
-    batch.entropy_weight = rl.entropy_bonus * mean_weights(batch, batch.asked) if rl.entropy_bonus else None
-    return float((kept == 0)[batch.counts].float().mean())
-
-
-def select(scores: Scores, rows: Tensor) -> Scores:
-    return Scores(**{field.name: getattr(scores, field.name)[rows] for field in fields(scores)})

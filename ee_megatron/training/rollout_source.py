@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from ..config.schema import RLConfig
+from ..exit_rules import Sample
 from ..observe.rundir import atomic_directory
 from ..policy import PolicySpec, WeightSet, load_policy, save_policy
-from ..rollout.engine.sampling import ExitPolicy, SamplingParams
+from ..rollout.engine.request import GenerationRequest
+from ..rollout.engine.sampling import SamplingParams
 from ..rollout.pool.interface import Pending, RolloutPool
 from ..tasks import VerifierPool
 from ..types import Group, Prompt, Rollout
@@ -121,11 +123,13 @@ class RolloutSource:
             if coming not in self._under_way:
                 self._under_way[coming] = self.pool.begin(
                     self.history.version(version_for(coming, n), weights),
-                    step_prompts(self.prompts, coming, rl),
-                    rl.group_size,
-                    SamplingParams(rl.temperature, r.max_new_tokens, tuple(r.stop)),
-                    ExitPolicy("sample"),
-                    rl.seed * 1_000_003 + coming,
+                    GenerationRequest(
+                        step_prompts(self.prompts, coming, rl),
+                        rl.group_size,
+                        SamplingParams(rl.temperature, r.max_new_tokens, tuple(r.stop)),
+                        Sample(),
+                        rl.seed * 1_000_003 + coming,
+                    ),
                 )
 
     def _saved_steps(self) -> int:

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, NoReturn, TypeVar
@@ -23,6 +23,7 @@ from ..config.schema import RunConfig
 from ..families.hf_directory import HFDirectory
 from ..learner.batch import ReplayBatch
 from ..learner.learner import Learner, LearnerOptions, Update
+from ..objectives.weights import Weights
 from ..observe.metrics import Metrics
 from ..observe.progress import Progress
 from ..observe.rundir import RunDirectory
@@ -215,7 +216,7 @@ class Session:
         if self.writer is not None:
             self.writer.counters = counters
 
-    def guard(self, update: Update, batch: ReplayBatch, step: int) -> None:
+    def guard(self, update: Update, batch: ReplayBatch, weights: Weights, step: int) -> None:
         """Count updates whose gradient was not finite; too many in a row end the run, their batch left on disk.
 
         Raises RuntimeError.
@@ -229,7 +230,7 @@ class Session:
         where = self.path / f"bad_batch_step_{step}.pt"
         if self.leads:
             with NamedTemporaryFile(dir=self.path, delete=False) as file:
-                torch.save({field.name: getattr(batch, field.name) for field in fields(batch)}, file)
+                torch.save({"batch": vars(batch), "weights": vars(weights)}, file)
             os.replace(file.name, where)
         raise RuntimeError(
             f"{self.bad_steps} updates in a row had a gradient that is not finite; the last batch is in {where}. "

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..config.schema import RunConfig
-from ..rollout.engine.sampling import ExitPolicy, SamplingParams
+from ..exit_rules import Off
+from ..rollout.engine.request import GenerationRequest
+from ..rollout.engine.sampling import SamplingParams
 from .session import Session
 from .stopping import listener
 from .trace_store import save_traces
@@ -19,15 +21,10 @@ def make_traces(cfg: RunConfig, model_path: Path) -> None:
         verifier = session.make_verifier(task)
         prompts = task.prompts("train")[: t.problems]
         pool = session.make_pool(session.spec)
+        sampling = SamplingParams(t.temperature, r.max_new_tokens, tuple(r.stop))
+        request = GenerationRequest(prompts, t.samples, sampling, Off(), t.seed)
         with session.progress(len(prompts) * t.samples, what="answers") as bar:
-            answers = pool.generate(
-                prompts,
-                t.samples,
-                SamplingParams(t.temperature, r.max_new_tokens, tuple(r.stop)),
-                ExitPolicy("off"),
-                t.seed,
-                lambda done, total: bar.advance(done - bar.done),
-            )
+            answers = pool.generate(request, lambda done, total: bar.advance(done - bar.done))
         flat = [(p, a) for p, group in zip(prompts, answers, strict=True) for a in group]
         verdicts = verifier.verify_many([(p, a.text) for p, a in flat])
         kept = [(a, v.correct) for (_, a), v in zip(flat, verdicts, strict=True) if v.correct or not t.only_correct]

@@ -19,6 +19,7 @@ from ee_megatron.learner.batch import ReplayBatch
 from ee_megatron.learner.learner import Learner, LearnerOptions
 from ee_megatron.model.config import megatron_config
 from ee_megatron.model.gpt import RankModel, build_model
+from ee_megatron.objectives.weights import Weights
 from ee_megatron.parallel import groups
 from ee_megatron.parallel.groups import Degrees
 from ee_megatron.parallel.schedule import run_schedule
@@ -57,8 +58,8 @@ def make_learner(
 
 def blank(tokens, depths) -> ReplayBatch:
     """Sequences at which nothing counts."""
-    zero, no = torch.zeros(tokens.shape), torch.zeros(tokens.shape, dtype=torch.bool)
-    return ReplayBatch(tokens, depths, no, no, zero, zero)
+    no = torch.zeros(tokens.shape, dtype=torch.bool)
+    return ReplayBatch(tokens, depths, no, no)
 
 
 def logits(model: RankModel, tokens, depths):
@@ -95,14 +96,16 @@ def plain_model(path, spec: PolicySpec | None, policy, learner: Learner, stages,
     return model.eval()
 
 
-def everything(path, spec: PolicySpec, policy, degrees, stages, options, tokens, patterns, batch: ReplayBatch):
+def everything(
+    path, spec: PolicySpec, policy, degrees, stages, options, tokens, patterns, batch: ReplayBatch, weights: Weights
+):
     """-> per rank: logits of the base and of every pattern, gradients, and two comparisons to the bit."""
     learner = make_learner(path, spec, policy, degrees, stages, micro_batch_size=2, **options)
     learner.model.eval()
     found = {
         "tensor_rank": parallel_state.get_tensor_model_parallel_rank(),
         "patterns": [logits(learner.model, tokens, depths) for depths in patterns],
-        "gradients": gradients(learner, batch),
+        "gradients": gradients(learner, batch, weights),
     }
     if not spec.full:
         full = torch.full(tokens.shape, spec.num_layers)
@@ -115,11 +118,11 @@ def everything(path, spec: PolicySpec, policy, degrees, stages, options, tokens,
     return found
 
 
-def gradients(learner: Learner, batch: ReplayBatch):
+def gradients(learner: Learner, batch: ReplayBatch, weights: Weights):
     """Of the likelihood loss, whole tensors by name, as they are when the optimizer sees them."""
     learner.model.train()
     with learner.updater.accumulate():
-        learner._run(batch, train=True, exits=True)
+        learner._run(batch, weights, train=True, exits=True)
         learner.complete_gradients()
         group = parallel_state.get_data_parallel_group()
         for piece in learner.pieces:

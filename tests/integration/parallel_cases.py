@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import layout_cases
 import torch
 from layout_cases import blank
@@ -9,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ee_megatron.learner.batch import ReplayBatch
 from ee_megatron.learner.learner import Learner
+from ee_megatron.objectives.divergences import Teacher
+from ee_megatron.objectives.weights import Weights
 from ee_megatron.parallel.schedule import run_schedule
 from ee_megatron.policy import PolicySpec
 
@@ -32,12 +36,19 @@ def cost_of_scoring(batch: ReplayBatch) -> int:
     return counter.get_total_flops()
 
 
-def step(batch: ReplayBatch, times: int = 1, objective: str = "likelihood", rates=None):
+@dataclass(frozen=True)
+class Given:
+    """An objective whose weights are given."""
+
+    teacher: Teacher | None
+
+
+def step(batch: ReplayBatch, weights: Weights, times: int = 1, teacher: Teacher | None = None, rates=None):
     """`times` updates on one batch -> (the first update, policy after the last)."""
     learner, first, rates = _kept["learner"], None, rates or {"body": 1e-3, "gates": 3e-3}
     for _ in range(times):
-        seen = learner.step(batch, adapter_lr=rates["body"], gate_lr=rates["gates"], objective=objective)
-        first = first or seen
+        update = learner.step(batch, weights, Given(teacher), adapter_lr=rates["body"], gate_lr=rates["gates"])
+        first = first or update
     return first, learner.export_policy()
 
 
@@ -59,10 +70,8 @@ def log_probs(tokens, depths):
     return kept.get("log_probs")
 
 
-def state(batch: ReplayBatch | None = None, times: int = 0):
-    """`times` updates on one batch, then -> (policy, optimizer state)."""
-    if times:
-        step(batch, times)
+def state():
+    """-> (policy, optimizer state)."""
     return _kept["learner"].export_policy(), _kept["learner"].export_optimizer()
 
 

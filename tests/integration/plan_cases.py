@@ -11,8 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ee_megatron.config.schema import DeepspeedConfig
 from ee_megatron.families.hf_directory import HFDirectory
-from ee_megatron.learner.batch import ReplayBatch, mean_weights, pack
+from ee_megatron.learner.batch import ReplayBatch, pack
 from ee_megatron.learner.learner import Learner
+from ee_megatron.objectives.likelihood import Likelihood
+from ee_megatron.objectives.weights import Weights, mean_weights
 from ee_megatron.policy import PolicySpec, initial_policy
 
 
@@ -69,7 +71,7 @@ class Held:
 
 def make_batch(
     spec: PolicySpec, vocab: int, sequences: int, prompt: int, answer: int, shares, group: int
-) -> ReplayBatch:
+) -> tuple[ReplayBatch, Weights]:
     """Sequences of one length, in groups of one prompt, whose later tokens leave in the given shares, rounded within a
     sequence, in any order."""
     generator = np.random.default_rng(0)
@@ -82,9 +84,7 @@ def make_batch(
     first = np.array([spec.num_layers], dtype=np.int32)
     depths = [np.concatenate([first, generator.permutation(later)]) for _ in range(sequences)]
     batch = pack([t[:prompt] for t in tokens], [t[prompt:] for t in tokens], depths, spec.num_layers)
-    batch.token_weight = mean_weights(batch, batch.counts)
-    batch.exit_weight = mean_weights(batch, batch.asked)
-    return batch
+    return batch, Weights(mean_weights(batch, batch.counts), mean_weights(batch, batch.asked))
 
 
 def bytes_of(tensors) -> int:
@@ -108,7 +108,7 @@ def measure(
     policy = initial_policy(source.dims, spec, 0, source.tensor)
     options |= {"deepspeed": DeepspeedConfig(options.pop("zero_stage", 1)), "micro_batch_size": micro_batch}
     learner = make_learner(path, spec, policy, degrees, sizes, **options)
-    batch = make_batch(spec, source.dims.vocab, sequences, prompt, answer, shares, group)
+    batch, weights = make_batch(spec, source.dims.vocab, sequences, prompt, answer, shares, group)
     found: dict[str, float] = {}
 
     def counted(name: str, action) -> None:
@@ -118,7 +118,7 @@ def measure(
 
     counted("score", lambda: learner.score(batch))
     counted("reference", lambda: learner.score(batch, reference=True))
-    counted("step", lambda: learner.step(batch, adapter_lr=1e-4, gate_lr=1e-4, objective="likelihood"))
+    counted("step", lambda: learner.step(batch, weights, Likelihood(), adapter_lr=1e-4, gate_lr=1e-4))
     found["optimizer"] = optimizer_bytes(learner)
     found["weights"] = bytes_of(list(learner.model.parameters()))
     deepest = batch.at_full_depth(spec.num_layers)
@@ -126,7 +126,7 @@ def measure(
     learner.model.train()
     with learner.updater.accumulate():
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
-            learner._run(deepest, train=True, exits=True)
+            learner._run(deepest, weights, train=True, exits=True)
         learner.complete_gradients()
         local = sum(p.grad.nbytes for p in learner.model.parameters() if p.grad is not None)
     # By address: what is averaged over one data-parallel rank is the gradient itself.

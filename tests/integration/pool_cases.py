@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from ee_megatron.config.schema import RolloutConfig
+from ee_megatron.exit_rules import Sample
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
-from ee_megatron.rollout import ExitPolicy, ReplicaSettings, SamplingParams
+from ee_megatron.rollout import ReplicaSettings, SamplingParams
 from ee_megatron.rollout.pool.ray_driver import Actor
 from ee_megatron.rollout.pool.ray_pool import RayPool
 from ee_megatron.types import Prompt, Rollout
@@ -23,7 +24,7 @@ from ee_megatron.types import Prompt, Rollout
 ADAPTERS = PolicySpec(6, (1, 3, 4), rank=4, alpha=8.0)
 FULL = PolicySpec(6, (1, 3, 4), rank=0, full=True)
 PROMPTS = [Prompt(id=f"p{i}", text=f"Question: {i} x {i * 7 % 13}\nAnswer:", answer="", task="") for i in range(48)]
-LONG, EXITS = SamplingParams(1.0, 120), ExitPolicy("sample")
+LONG, EXITS = SamplingParams(1.0, 120), Sample()
 
 
 def policy(path: Path, spec: PolicySpec, version: int) -> WeightSet:

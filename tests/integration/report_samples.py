@@ -12,7 +12,7 @@ RULES["reinforced"] = RULES["calibrated"]
 
 
 def write_run(root: Path, steps: int = 40, prompts: int = 4) -> dict[str, Path]:
-    """Files of all five stages under `root`; returns the stage directories as a report's `Run` takes them."""
+    """Files of all five stages under `root`; returns the stage directories as `ReportRun` takes them."""
     rng = random.Random(1)
     stages = {name: root / name for name in ("teacher", "traces", "calibrate", "rl", "evaluate")}
     for name, path in stages.items():

@@ -106,11 +106,11 @@ def last_stage(results, read):
     return torch.cat([shards[rank] for rank in sorted(shards)], dim=-1)
 
 
-def likelihood_loss(reference: Reference, batch):
-    log_probs = torch.log_softmax(reference.logits(batch.tokens, batch.depths), -1)
+def likelihood_loss(reference: Reference, batch, weights):
+    log_probs = torch.log_softmax(reference.logits(batch.tokens, batch.exit_depths), -1)
     tokens = log_probs.gather(-1, batch.labels()[..., None])[..., 0] * batch.counts
-    exits = reference.log_q(reference.gate_logits(batch.tokens, batch.depths), batch.depths) * batch.asked
-    return -(tokens * batch.token_weight).sum() - (exits * batch.exit_weight).sum()
+    exits = reference.log_q(reference.gate_logits(batch.tokens, batch.exit_depths), batch.exit_depths) * batch.asked
+    return -(tokens * weights.token).sum() - (exits * weights.exit).sum()
 
 
 def assert_gradients(found, expected):
@@ -126,13 +126,13 @@ LAYOUT_ORDER = sorted(LAYOUTS, key=world)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("layout", LAYOUT_ORDER)
 def test_logits_and_gradients_with_adapters(layout, model, models, ranks):
-    path, patterns, batch = models[model], drawn_patterns(), make_batch(rows=6)
+    path, patterns, (batch, weights) = models[model], drawn_patterns(), make_batch(rows=6)
     policy = random_policy(HFDirectory(path).dims, SPEC)
     tokens = torch.randint(0, 128, (ROWS, WIDTH), generator=torch.Generator().manual_seed(1))
     degrees, stages, options = LAYOUTS[layout]
     results = ranks(world(layout)).call(
         "layout_cases:everything", path=path, spec=SPEC, policy=policy, degrees=degrees, stages=stages,
-        options=options, tokens=tokens, patterns=patterns, batch=batch,
+        options=options, tokens=tokens, patterns=patterns, batch=batch, weights=weights,
     )  # fmt: skip
     vocab = HFDirectory(path).dims.vocab
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_logits_and_gradients_with_adapters(layout, model, models, ranks):
 
     for value in policy.values():
         value.requires_grad_()
-    likelihood_loss(reference, batch).backward()
+    likelihood_loss(reference, batch, weights).backward()
     expected = {name: value.grad for name, value in policy.items()}
     for result in results:
         assert_gradients(result["gradients"], expected)
@@ -160,14 +160,15 @@ def test_logits_and_gradients_with_adapters(layout, model, models, ranks):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("layout", LAYOUT_ORDER)
 def test_logits_and_gradients_of_full_fine_tuning(layout, model, models, ranks):
-    path, batch = models[model], make_batch(rows=6)
+    path, (batch, weights) = models[model], make_batch(rows=6)
     source = HFDirectory(path)
     policy = initial_policy(source.dims, FULL, 0, source.tensor)
     policy.update({name: t for name, t in random_policy(source.dims, FULL).items() if name.startswith("gates.")})
     degrees, stages, options = LAYOUTS[layout]
     results = ranks(world(layout)).call(
         "layout_cases:everything", path=path, spec=FULL, policy=policy, degrees=degrees, stages=stages,
-        options=options, tokens=batch.tokens[:4], patterns=[batch.depths[:4]], batch=batch,
+        options=options, tokens=batch.tokens[:4], patterns=[batch.exit_depths[:4]], batch=batch,
+        weights=weights,
     )  # fmt: skip
     for name in policy:
         if name.startswith("gates."):
@@ -176,8 +177,8 @@ def test_logits_and_gradients_of_full_fine_tuning(layout, model, models, ranks):
     reference.model.requires_grad_(True)
     found = last_stage(results, lambda r: r["patterns"][0])[..., : source.dims.vocab]
     # Padding is never read out, and is frozen at depth 0 in both.
-    torch.testing.assert_close(found, reference.logits(batch.tokens[:4], batch.depths[:4]), rtol=1e-5, atol=2e-5)
-    likelihood_loss(reference, batch).backward()
+    torch.testing.assert_close(found, reference.logits(batch.tokens[:4], batch.exit_depths[:4]), rtol=1e-5, atol=2e-5)
+    likelihood_loss(reference, batch, weights).backward()
     expected = {name: p.grad for name, p in reference.model.named_parameters() if name in policy}
     expected |= {name: value.grad for name, value in policy.items() if name.startswith("gates.")}
     for result in results:

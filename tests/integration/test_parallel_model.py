@@ -11,7 +11,9 @@ from ranks import Ranks
 
 from ee_megatron.config.schema import DeepspeedConfig
 from ee_megatron.families.hf_directory import HFDirectory
-from ee_megatron.learner.batch import mean_weights, pack
+from ee_megatron.learner.batch import pack
+from ee_megatron.objectives.divergences import Teacher
+from ee_megatron.objectives.weights import Weights, mean_weights
 from ee_megatron.policy import PolicySpec
 from tests.reference import Reference, random_policy
 from tests.tiny import tiny_hf
@@ -30,6 +32,7 @@ LAYOUTS = [
 
 
 def make_batch(seed: int = 0, rows: int = 5):
+    """A batch, and weights of both signs for its tokens and exits."""
     generator = np.random.default_rng(seed)
     prompts = [generator.integers(0, 128, n) for n in generator.integers(2, 10, rows)]
     # As in a group of samples, and as with few-shot examples: the whole prompt of the sequence before, or some of it.
@@ -39,16 +42,15 @@ def make_batch(seed: int = 0, rows: int = 5):
     depths = [np.concatenate([[6], generator.choice(OUTCOMES, len(a) - 1)]) for a in answers]
     batch = pack(prompts, answers, depths, 6)
     scale = torch.linspace(-1, 1.5, rows)[:, None]
-    batch.token_weight = scale * mean_weights(batch, batch.counts)
-    batch.exit_weight = 0.7 * scale * mean_weights(batch, batch.asked)
-    return batch
+    token, exit_weight = scale * mean_weights(batch, batch.counts), 0.7 * scale * mean_weights(batch, batch.asked)
+    return batch, Weights(token, exit_weight)
 
 
 def reference_scores(path, policy, batch):
     reference = Reference(path, SPEC, policy)
-    log_probs = torch.log_softmax(reference.logits(batch.tokens, batch.depths), -1)
+    log_probs = torch.log_softmax(reference.logits(batch.tokens, batch.exit_depths), -1)
     tokens = log_probs.gather(-1, batch.labels()[..., None])[..., 0] * batch.counts
-    exits = reference.log_q(reference.gate_logits(batch.tokens, batch.depths), batch.depths) * batch.asked
+    exits = reference.log_q(reference.gate_logits(batch.tokens, batch.exit_depths), batch.exit_depths) * batch.asked
     return tokens, exits
 
 
@@ -64,7 +66,7 @@ def adamw(policy):
 def test_scores_and_updates_equal_the_reference(family, degrees, stages, options, tmp_path):
     """Two clipped AdamW updates under the layout equal two of a single process on transformers' layers."""
     path = tiny_hf(family, tmp_path / "model", tied=family != "qwen2")
-    policy, batch = random_policy(HFDirectory(path).dims, SPEC), make_batch()
+    policy, (batch, weights) = random_policy(HFDirectory(path).dims, SPEC), make_batch()
     with Ranks(int(np.prod(degrees)), tmp_path / "ranks") as ranks:
         ranks.call(
             "parallel_cases:make_learner", path=path, spec=SPEC, policy=policy, degrees=degrees, stages=stages,
@@ -73,12 +75,12 @@ def test_scores_and_updates_equal_the_reference(family, degrees, stages, options
         scores = ranks.call("parallel_cases:score", batch=batch)
         with_hazards = ranks.call("parallel_cases:score", batch=batch, hazards=True)
         teacher = ranks.call("parallel_cases:score", batch=batch, reference=True)
-        steps = ranks.call("parallel_cases:step", batch=batch, times=2)
+        steps = ranks.call("parallel_cases:step", batch=batch, weights=weights, times=2)
     for value in policy.values():
         value.requires_grad_()
     tokens, exits = reference_scores(path, policy, batch)
-    logits = Reference(path, SPEC, policy).gate_logits(batch.tokens, batch.depths).detach()
-    reached = batch.depths.unsqueeze(-1) >= torch.tensor(SPEC.exit_depths)
+    logits = Reference(path, SPEC, policy).gate_logits(batch.tokens, batch.exit_depths).detach()
+    reached = batch.exit_depths.unsqueeze(-1) >= torch.tensor(SPEC.exit_depths)
     hazards = torch.sigmoid(logits) * (reached & batch.asked.unsqueeze(-1))
     for found in with_hazards:
         torch.testing.assert_close(found.hazards, hazards, rtol=1e-5, atol=1e-5)
@@ -86,7 +88,7 @@ def test_scores_and_updates_equal_the_reference(family, degrees, stages, options
     for found in (*scores, *with_hazards, *(update.scores for update, _ in steps)):
         torch.testing.assert_close(found.token_logprobs, tokens.detach(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.exit_logprobs, exits.detach(), rtol=1e-5, atol=1e-5)
-    plain = Reference(path).logits(batch.tokens, torch.full_like(batch.depths, 6)).log_softmax(-1)
+    plain = Reference(path).logits(batch.tokens, torch.full_like(batch.exit_depths, 6)).log_softmax(-1)
     plain = plain.gather(-1, batch.labels()[..., None])[..., 0] * batch.counts
     torch.testing.assert_close(teacher[0].token_logprobs, plain, rtol=1e-5, atol=1e-5)
 
@@ -94,7 +96,7 @@ def test_scores_and_updates_equal_the_reference(family, degrees, stages, options
     for update in range(2):
         optimizer.zero_grad()
         tokens, exits = reference_scores(path, policy, batch)
-        (-(tokens * batch.token_weight).sum() - (exits * batch.exit_weight).sum()).backward()
+        (-(tokens * weights.token).sum() - (exits * weights.exit).sum()).backward()
         norm = torch.nn.utils.clip_grad_norm_(list(policy.values()), 0.3)
         optimizer.step()
         if update == 0:
@@ -130,7 +132,7 @@ def test_a_prompt_that_sequences_share_is_run_once(tmp_path):
 def test_a_data_parallel_rank_without_a_sequence_takes_part(tmp_path):
     """One sequence on two ranks: the second has only padding, and both end with the update of a single process."""
     path = tiny_hf("llama", tmp_path / "model")
-    policy, batch = random_policy(HFDirectory(path).dims, SPEC), make_batch(rows=1)
+    policy, (batch, weights) = random_policy(HFDirectory(path).dims, SPEC), make_batch(rows=1)
     after = {}
     for world in (1, 2):
         with Ranks(world, tmp_path / f"ranks{world}") as ranks:
@@ -138,7 +140,7 @@ def test_a_data_parallel_rank_without_a_sequence_takes_part(tmp_path):
                 "parallel_cases:make_learner", path=path, spec=SPEC, policy=policy, degrees=(1, 1, world),
                 stages=(6,), options={"micro_batch_size": 1},
             )  # fmt: skip
-            after[world] = ranks.call("parallel_cases:step", batch=batch, timeout=90)[-1][1]
+            after[world] = ranks.call("parallel_cases:step", batch=batch, weights=weights, timeout=90)[-1][1]
     for name, value in after[1].items():
         torch.testing.assert_close(after[2][name], value, rtol=1e-5, atol=1e-6)
 
@@ -147,29 +149,30 @@ def test_gradients_of_distillation_equal_the_reference(tmp_path):
     """The top-k plus tail divergence in both directions, at PP2 with a soft gate target, through one plain update."""
     path = tiny_hf("llama", tmp_path / "model")
     dims = HFDirectory(path).dims
-    policy, batch = random_policy(dims, SPEC), make_batch(3)
-    batch.token_weight, batch.exit_weight = batch.token_weight.abs(), batch.exit_weight.abs()
+    policy, (batch, weights) = random_policy(dims, SPEC), make_batch(3)
     generator = torch.Generator().manual_seed(5)
     teacher = torch.randn(*batch.tokens.shape, dims.vocab, generator=generator).mul(2).log_softmax(-1)
-    batch.teacher_logprobs, batch.teacher_ids = teacher.topk(8, dim=-1)
-    batch.soft_targets = torch.rand(*batch.tokens.shape, 4, generator=generator)
+    logprobs, ids = teacher.topk(8, dim=-1)
+    batch = replace(batch, teacher_ids=ids, teacher_logprobs=logprobs)
+    targets = torch.rand(*batch.tokens.shape, 4, generator=generator)
+    weights = Weights(divergence=weights.token.abs(), exit=weights.exit.abs(), target_hazards=targets)
     with Ranks(2, tmp_path / "ranks") as ranks:
         ranks.call(
             "parallel_cases:make_learner", path=path, spec=SPEC, policy=policy, degrees=(1, 2, 1), stages=(3, 3),
             options={"micro_batch_size": 5, "deepspeed": DeepspeedConfig(gradient_clipping=0.0)},
         )  # fmt: skip
-        update, _ = ranks.call("parallel_cases:step", batch=batch, objective="distill")[0]
+        update, _ = ranks.call("parallel_cases:step", batch=batch, weights=weights, teacher=Teacher.STORED)[0]
     for value in policy.values():
         value.requires_grad_()
     reference = Reference(path, SPEC, policy)
-    student = reference.logits(batch.tokens, batch.depths).log_softmax(-1).gather(-1, batch.teacher_ids)
+    student = reference.logits(batch.tokens, batch.exit_depths).log_softmax(-1).gather(-1, batch.teacher_ids)
     p, q = (torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).log()], -1) for x in (student, batch.teacher_logprobs))
     kl = (p.exp() * (p - q)).sum(-1)
     torch.testing.assert_close(update.scores.kl, (kl * batch.counts).detach(), rtol=1e-4, atol=1e-4)
-    hazards = torch.sigmoid(reference.gate_logits(batch.tokens, batch.depths))
-    entropy = torch.nn.functional.binary_cross_entropy(hazards, batch.soft_targets, reduction="none")
-    reached = batch.depths[..., None] >= torch.tensor(SPEC.exit_depths)
-    loss = (kl * batch.token_weight).sum() + ((entropy * reached).sum(-1) * batch.exit_weight).sum()
+    hazards = torch.sigmoid(reference.gate_logits(batch.tokens, batch.exit_depths))
+    entropy = torch.nn.functional.binary_cross_entropy(hazards, targets, reduction="none")
+    reached = batch.exit_depths[..., None] >= torch.tensor(SPEC.exit_depths)
+    loss = (kl * weights.divergence).sum() + ((entropy * reached).sum(-1) * weights.exit).sum()
     loss.backward()
     expected = torch.stack([v.grad.norm() for v in policy.values()]).norm()
     assert update.norms["all"] == pytest.approx(float(expected), rel=1e-4)
@@ -206,20 +209,21 @@ def test_gradients_of_distillation_over_the_whole_vocabulary(mode, direction, tm
     spec = SPEC if mode == "lora" else replace(SPEC, rank=0, full=True)
     path = tiny_hf("llama", tmp_path / "model", vocab=131, tied=False)
     source = HFDirectory(path)
-    policy, batch = random_policy(source.dims, SPEC if mode == "lora" else replace(SPEC, rank=0)), make_batch(3)
+    policy = random_policy(source.dims, SPEC if mode == "lora" else replace(SPEC, rank=0))
+    batch, weights = make_batch(3)
+    weights = Weights(divergence=weights.token.abs(), exit=weights.exit.abs())
     if spec.full:
         policy |= moved_base(source)
-    batch.token_weight, batch.exit_weight = batch.token_weight.abs(), batch.exit_weight.abs()
     with Ranks(2, tmp_path / "ranks") as ranks:
         ranks.call(
             "parallel_cases:make_learner", path=path, spec=spec, policy=policy, degrees=(2, 1, 1), stages=(6,),
             options={"micro_batch_size": 2, "kl_direction": direction, "sequence_parallel": True,
                      "deepspeed": DeepspeedConfig(gradient_clipping=0.0)},
         )  # fmt: skip
-        update, _ = ranks.call("parallel_cases:step", batch=batch, objective="distill_full")[0]
+        update, _ = ranks.call("parallel_cases:step", batch=batch, weights=weights, teacher=Teacher.REFERENCE)[0]
     reference = trainable(path, spec, policy)
-    student = reference.logits(batch.tokens, batch.depths).log_softmax(-1)
-    teacher = Reference(path).logits(batch.tokens, torch.full_like(batch.depths, 6)).log_softmax(-1)
+    student = reference.logits(batch.tokens, batch.exit_depths).log_softmax(-1)
+    teacher = Reference(path).logits(batch.tokens, torch.full_like(batch.exit_depths, 6)).log_softmax(-1)
     if direction == "jensen_shannon":
         middle = (0.5 * (student.exp() + teacher.exp())).log()
         kl = 0.5 * ((student.exp() * (student - middle)).sum(-1) + (teacher.exp() * (teacher - middle)).sum(-1))
@@ -227,8 +231,8 @@ def test_gradients_of_distillation_over_the_whole_vocabulary(mode, direction, tm
         p, q = (student, teacher) if direction == "student_teacher" else (teacher, student)
         kl = (p.exp() * (p - q)).sum(-1)
     torch.testing.assert_close(update.scores.kl, (kl * batch.counts).detach(), rtol=1e-4, atol=1e-5)
-    exits = reference.log_q(reference.gate_logits(batch.tokens, batch.depths), batch.depths) * batch.asked
-    ((kl * batch.counts * batch.token_weight).sum() - (exits * batch.exit_weight).sum()).backward()
+    exits = reference.log_q(reference.gate_logits(batch.tokens, batch.exit_depths), batch.exit_depths) * batch.asked
+    ((kl * batch.counts * weights.divergence).sum() - (exits * weights.exit).sum()).backward()
     assert update.norms["all"] == pytest.approx(gradient_norm(reference, policy), rel=1e-4)
 
 
@@ -238,24 +242,25 @@ def test_gradients_of_the_likelihood_with_the_exact_kl_beside_it(mode, tmp_path)
     spec = SPEC if mode == "lora" else replace(SPEC, rank=0, full=True)
     path = tiny_hf("llama", tmp_path / "model", tied=False)
     source = HFDirectory(path)
-    policy, batch = random_policy(source.dims, spec), make_batch(3)
+    policy, (batch, weights) = random_policy(source.dims, spec), make_batch(3)
     if spec.full:
         policy |= moved_base(source)
-    batch.kl_weight = torch.rand(batch.tokens.shape, generator=torch.Generator().manual_seed(2)) / 10
+    divergence = torch.rand(batch.tokens.shape, generator=torch.Generator().manual_seed(2)) / 10
+    weights = replace(weights, divergence=divergence)
     with Ranks(2, tmp_path / "ranks") as ranks:
         ranks.call(
             "parallel_cases:make_learner", path=path, spec=spec, policy=policy, degrees=(1, 2, 1), stages=(3, 3),
             options={"micro_batch_size": 2, "deepspeed": DeepspeedConfig(gradient_clipping=0.0)},
         )  # fmt: skip
-        update, _ = ranks.call("parallel_cases:step", batch=batch)[0]
+        update, _ = ranks.call("parallel_cases:step", batch=batch, weights=weights, teacher=Teacher.REFERENCE)[0]
     reference = trainable(path, spec, policy)
-    student = reference.logits(batch.tokens, batch.depths).log_softmax(-1)
-    teacher = Reference(path).logits(batch.tokens, torch.full_like(batch.depths, 6)).log_softmax(-1)
+    student = reference.logits(batch.tokens, batch.exit_depths).log_softmax(-1)
+    teacher = Reference(path).logits(batch.tokens, torch.full_like(batch.exit_depths, 6)).log_softmax(-1)
     kl = (student.exp() * (student - teacher)).sum(-1)
     torch.testing.assert_close(update.scores.kl, (kl * batch.counts).detach(), rtol=1e-4, atol=1e-5)
     tokens = student.gather(-1, batch.labels()[..., None])[..., 0] * batch.counts
     torch.testing.assert_close(update.scores.token_logprobs, tokens.detach(), rtol=1e-4, atol=1e-4)
-    exits = reference.log_q(reference.gate_logits(batch.tokens, batch.depths), batch.depths) * batch.asked
-    loss = (kl * batch.counts * batch.kl_weight).sum() - (tokens * batch.token_weight).sum()
-    (loss - (exits * batch.exit_weight).sum()).backward()
+    exits = reference.log_q(reference.gate_logits(batch.tokens, batch.exit_depths), batch.exit_depths) * batch.asked
+    loss = (kl * batch.counts * weights.divergence).sum() - (tokens * weights.token).sum()
+    (loss - (exits * weights.exit).sum()).backward()
     assert update.norms["all"] == pytest.approx(gradient_norm(reference, policy), rel=1e-4)

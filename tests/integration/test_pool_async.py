@@ -10,9 +10,10 @@ import torch
 from pool_cases import bits
 
 from ee_megatron.config.load import load
+from ee_megatron.exit_rules import Off, Sample
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import WeightSet, initial_policy
-from ee_megatron.rollout import ExitPolicy, LocalPool, SamplingParams
+from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.training.rollout_source import (
     RolloutSource,
     Staleness,
@@ -73,7 +74,7 @@ def test_every_step_takes_its_own_prompts_from_weights_exactly_so_many_versions_
             prompts = step_prompts(actor.prompts, step, rl)
             sampling = SamplingParams(rl.temperature, 12, tuple(session.cfg.rollout.stop))
             seed = rl.seed * 1_000_003 + step
-            assert answers(groups) == bits(alone.generate(prompts, 2, sampling, ExitPolicy("sample"), seed))
+            assert answers(groups) == bits(alone.generate(GenerationRequest(prompts, 2, sampling, Sample(), seed)))
             assert [g.prompt for g in groups] == prompts
         assert actor.health()["staleness"] == staleness
         # 14 prompts, 4 a step: three steps and a half are one pass.
@@ -119,7 +120,7 @@ def test_old_rollouts_are_never_handed_out_and_old_weights_not_kept(path: Path, 
         pool = LocalPool(path, session.spec)
         pool.load(weights(session, 3))
         prompts = step_prompts(session.make_task().prompts("train"), 0, session.cfg.rl)
-        old = pool.generate(prompts, 1, SamplingParams(1.0, 4), ExitPolicy("off"), 0)
+        old = pool.generate(GenerationRequest(prompts, 1, SamplingParams(1.0, 4), Off(), 0))
         check_versions(old, 4, 1)
         with pytest.raises(RuntimeError, match=r"versions \[3\], expected 4 to 5 \(rollout.max_staleness=1\)"):
             check_versions(old, 5, 1)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pool_cases import EXITS, FULL, LONG, PROMPTS, Killer, bits, make, policy
 
-from ee_megatron.rollout import LocalPool
+from ee_megatron.rollout import GenerationRequest, LocalPool
 from ee_megatron.rollout.pool.ray_pool import RayPool
 from tests.tiny import tiny_hf
 
@@ -29,10 +29,10 @@ def pool(path: Path) -> Iterator[RayPool]:
 
 def test_a_batch_through_kills_has_the_same_bits_and_asks_again_only_for_what_was_lost(path: Path, pool: RayPool):
     pool.load(policy(path, FULL, 1))
-    expected = bits(pool.generate(PROMPTS, 4, LONG, EXITS, seed=1))
+    expected = bits(pool.generate(GenerationRequest(PROMPTS, 4, LONG, EXITS, 1)))
     before = pool.health()["restarts"]
     with Killer(pool, kills=2, apart=0.3, seed=3) as killer:
-        pending = pool.begin(policy(path, FULL, 1), PROMPTS, 4, LONG, EXITS, 1)
+        pending = pool.begin(policy(path, FULL, 1), GenerationRequest(PROMPTS, 4, LONG, EXITS, 1))
         found = pending.result()
     lost = pool.health()["restarts"] - before
     assert bits(found) == expected and [g[0].prompt_id for g in found] == [p.id for p in PROMPTS]
@@ -46,9 +46,9 @@ def test_work_of_two_versions_under_way_is_answered_under_its_own_weights(path: 
     expected = []
     for weights in (first, second):
         pool.load(weights)
-        expected.append(bits(pool.generate(PROMPTS[:16], 2, LONG, EXITS, seed=2)))
+        expected.append(bits(pool.generate(GenerationRequest(PROMPTS[:16], 2, LONG, EXITS, 2))))
     assert expected[0] != expected[1]
-    pending = [pool.begin(weights, PROMPTS[:16], 2, LONG, EXITS, 2) for weights in (first, second)]
+    pending = [pool.begin(weights, GenerationRequest(PROMPTS[:16], 2, LONG, EXITS, 2)) for weights in (first, second)]
     # The later one is asked for first: order of waiting is nothing to the pool.
     later, earlier = pending[1].result(), pending[0].result()
     assert (bits(earlier), bits(later)) == tuple(expected)
@@ -60,8 +60,8 @@ def test_renewed_work_is_dropped_where_unfinished_and_answered_under_the_new_wei
     expected = {}
     for weights in (old, new):
         pool.load(weights)
-        expected[weights.version] = bits(pool.generate(PROMPTS, 4, LONG, EXITS, seed=2))
-    pending = pool.begin(old, PROMPTS, 4, LONG, EXITS, 2)
+        expected[weights.version] = bits(pool.generate(GenerationRequest(PROMPTS, 4, LONG, EXITS, 2)))
+    pending = pool.begin(old, GenerationRequest(PROMPTS, 4, LONG, EXITS, 2))
     deadline = time.monotonic() + 60
     while not pending.work.results and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -72,8 +72,8 @@ def test_renewed_work_is_dropped_where_unfinished_and_answered_under_the_new_wei
     assert all(len(v) == 1 for v in versions) and set().union(*versions) == {21, 22}
     answers = bits(found)
     assert answers == [expected[entry[3]][i] for i, entry in enumerate(answers)]
-    assert bits(pool.generate(PROMPTS[:4], 4, LONG, EXITS, seed=2)) == bits(
-        pool.begin(new, PROMPTS[:4], 4, LONG, EXITS, 2).result()
+    assert bits(pool.generate(GenerationRequest(PROMPTS[:4], 4, LONG, EXITS, 2))) == bits(
+        pool.begin(new, GenerationRequest(PROMPTS[:4], 4, LONG, EXITS, 2)).result()
     )
 
 
@@ -86,8 +86,8 @@ def test_work_continued_under_new_weights_is_answered_once_through_a_kill(path: 
     # Whether the new weights meet an answer half-way, and one that the kill spares, is chance: asked until they have.
     for attempt in range(6):
         pool.load(old)
-        pool.generate(PROMPTS[:2], 1, LONG, EXITS, seed=2)
-        pending = pool.begin(old, PROMPTS, 4, LONG, EXITS, 2)
+        pool.generate(GenerationRequest(PROMPTS[:2], 1, LONG, EXITS, 2))
+        pending = pool.begin(old, GenerationRequest(PROMPTS, 4, LONG, EXITS, 2))
         deadline = time.monotonic() + 60
         while not pending.work.results and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -115,10 +115,10 @@ def test_a_kill_during_a_weight_sync_never_leaves_mixed_weights(path: Path, pool
     expected = {}
     for version in (4, 5):
         pool.load(weights[version])
-        expected[version] = bits(pool.generate(PROMPTS[:16], 2, LONG, EXITS, seed=2))
+        expected[version] = bits(pool.generate(GenerationRequest(PROMPTS[:16], 2, LONG, EXITS, 2)))
     with Killer(pool, kills=1, apart=0.01, seed=5, syncing=True) as killer:
         for version in (4, 5, 4, 5):
-            found = pool.begin(weights[version], PROMPTS[:16], 2, LONG, EXITS, 2).result()
+            found = pool.begin(weights[version], GenerationRequest(PROMPTS[:16], 2, LONG, EXITS, 2)).result()
             assert bits(found) == expected[version]
     assert len(killer.struck) == 1
     pool.load(weights[5])
@@ -153,9 +153,9 @@ def test_the_check_reads_back_what_an_actor_computes_with_and_names_what_differs
 def test_an_error_in_one_request_is_told_to_whoever_asked_and_to_no_other(path: Path, pool: RayPool):
     weights = policy(path, FULL, 8)
     impossible = type(PROMPTS[0])("long", "x" * 600, "", "")
-    good = pool.begin(weights, PROMPTS[:4], 1, LONG, EXITS, 0)
-    bad = pool.begin(weights, [impossible], 1, LONG, EXITS, 0)
-    after = pool.begin(weights, PROMPTS[:4], 1, LONG, EXITS, 0)
+    good = pool.begin(weights, GenerationRequest(PROMPTS[:4], 1, LONG, EXITS, 0))
+    bad = pool.begin(weights, GenerationRequest([impossible], 1, LONG, EXITS, 0))
+    after = pool.begin(weights, GenerationRequest(PROMPTS[:4], 1, LONG, EXITS, 0))
     with pytest.raises(ValueError, match="the model has 512"):
         bad.result()
     assert bits(good.result()) == bits(after.result())

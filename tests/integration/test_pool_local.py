@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from ee_megatron.config.schema import RolloutConfig
+from ee_megatron.exit_rules import Fixed
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
-from ee_megatron.rollout import ExitPolicy, LocalPool, SamplingParams, make_pool
+from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams, make_pool
 from ee_megatron.types import Prompt
 from tests.tiny import tiny_hf
 
@@ -26,14 +27,14 @@ def test_the_local_pool_holds_versions_and_refuses_damaged_weights(tmp_path: Pat
     assert pool.health()["digest"] == "teacher"
     good = WeightSet(5, initial_policy(HFDirectory(path).dims, SPEC, 0))
     pool.load(good)
-    (answers,) = pool.generate(prompts, 2, SamplingParams(1.0, 8), ExitPolicy("fixed", 2), seed=0)
+    (answers,) = pool.generate(GenerationRequest(prompts, 2, SamplingParams(1.0, 8), Fixed(2), 0))
     assert [r.weight_version for r in answers] == [5, 5] and pool.health()["digest"] == good.digest
     kl = [score.divergence for score in pool.score(answers)]
     # Early exits diverge; the first token comes from full depth, where untrained adapters change nothing.
     assert all(abs(entry[0]) < 1e-5 and (entry[1:] > 1e-4).all() for entry in kl)
     with pytest.raises(ValueError, match=r"version 6.*send them again"):
         pool.load(WeightSet(6, good.tensors, digest="0" * 64))
-    again = pool.generate(prompts, 2, SamplingParams(1.0, 8), ExitPolicy("fixed", 2), seed=0)[0]
+    again = pool.generate(GenerationRequest(prompts, 2, SamplingParams(1.0, 8), Fixed(2), 0))[0]
     assert pool.health()["version"] == 5 and np.array_equal(again[0].tokens, answers[0].tokens)
 
 

@@ -9,7 +9,7 @@ import torch
 from pool_cases import ADAPTERS, EXITS, LONG, PROMPTS, bits, policy
 
 from ee_megatron.config.schema import RolloutConfig
-from ee_megatron.rollout import ReplicaSettings
+from ee_megatron.rollout import GenerationRequest, ReplicaSettings
 from ee_megatron.rollout.pool.local import LocalPool
 from ee_megatron.rollout.pool.ray_actor import prepare_environment
 from ee_megatron.rollout.pool.ray_driver import LOOK_S
@@ -51,11 +51,11 @@ def test_a_lost_node_is_one_loss_and_its_actors_come_back_with_it(cluster, tmp_p
         weights = policy(path, ADAPTERS, 1)
         pool.load(weights)
         assert pool.health()["alive"] == 4
-        asked = (PROMPTS[:16], 2, LONG, EXITS, 3)
+        asked = GenerationRequest(PROMPTS[:16], 2, LONG, EXITS, 3)
         local.load(weights)
-        expected = [answer.text for group in local.generate(*asked) for answer in group]
-        whole = pool.generate(*asked)
-        work = pool.begin(weights, *asked)
+        expected = [answer.text for group in local.generate(asked) for answer in group]
+        whole = pool.generate(asked)
+        work = pool.begin(weights, asked)
         cluster.remove_node(second, allow_graceful=False)
         answers = work.result()
         assert bits(answers) == bits(whole)
@@ -64,7 +64,7 @@ def test_a_lost_node_is_one_loss_and_its_actors_come_back_with_it(cluster, tmp_p
         deadline = time.monotonic() + DEADLINE
         while (health := pool.health())["restarts"] == 0:
             assert time.monotonic() < deadline, health
-            assert bits(pool.generate(*asked)) == bits(whole)
+            assert bits(pool.generate(asked)) == bits(whole)
         assert (health["actors"], health["alive"], health["restarts"]) == (4, 2, 1), health
         assert "its node is gone" in health["last_death"]
 
@@ -73,7 +73,7 @@ def test_a_lost_node_is_one_loss_and_its_actors_come_back_with_it(cluster, tmp_p
         while pool.health()["alive"] < 4:
             assert time.monotonic() < deadline, pool.health()
             time.sleep(LOOK_S / 10)
-            assert bits(pool.generate(*asked)) == bits(whole)
+            assert bits(pool.generate(asked)) == bits(whole)
     finally:
         pool.close()
 

@@ -15,16 +15,17 @@ import pytest
 import torch
 
 from ee_megatron.config.schema import RolloutConfig
+from ee_megatron.exit_rules import Off, Sample
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
-from ee_megatron.rollout import ExitPolicy, LocalPool, ReplicaSettings, SamplingParams
+from ee_megatron.rollout import GenerationRequest, LocalPool, ReplicaSettings, SamplingParams
 from ee_megatron.rollout.pool.ray_pool import RayPool
 from ee_megatron.types import Prompt, Rollout
 from tests.tiny import tiny_hf
 
 SPEC = PolicySpec(6, (1, 3, 4), rank=4, alpha=8.0)
 PROMPTS = [Prompt(id=f"p{i}", text=f"Question: {i} x {i * 7 % 13}\nAnswer:", answer="", task="") for i in range(24)]
-SAMPLING, EXITS = SamplingParams(1.0, 24, ("~",)), ExitPolicy("sample")
+SAMPLING, EXITS = SamplingParams(1.0, 24, ("~",)), Sample()
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +71,9 @@ def test_actors_answer_as_the_local_pool_does_and_survive_a_kill(path: Path, poo
     # Teacher, then a policy: traces, answers and scores agree.
     local.load(None)
     pool.load(None)
-    off = ExitPolicy("off")
-    taught = pool.generate(PROMPTS, 2, SAMPLING, off, seed=3)
-    same(taught, local.generate(PROMPTS, 2, SAMPLING, off, seed=3))
+    off = Off()
+    taught = pool.generate(GenerationRequest(PROMPTS, 2, SAMPLING, off, 3))
+    same(taught, local.generate(GenerationRequest(PROMPTS, 2, SAMPLING, off, 3)))
     ours, theirs = pool.trace(flat(taught), top_k=4), local.trace(flat(taught), top_k=4)
     for a, b in zip(ours, theirs, strict=True):
         assert a.prompt_id == b.prompt_id
@@ -80,8 +81,10 @@ def test_actors_answer_as_the_local_pool_does_and_survive_a_kill(path: Path, poo
     local.load(weights(path, 7))
     pool.load(weights(path, 7))
     seen: list[tuple[int, int]] = []
-    expected = local.generate(PROMPTS, 4, SAMPLING, EXITS, seed=5)
-    same(pool.generate(PROMPTS, 4, SAMPLING, EXITS, seed=5, progress=lambda *at: seen.append(at)), expected)
+    expected = local.generate(GenerationRequest(PROMPTS, 4, SAMPLING, EXITS, 5))
+    same(
+        pool.generate(GenerationRequest(PROMPTS, 4, SAMPLING, EXITS, 5), progress=lambda *at: seen.append(at)), expected
+    )
     assert seen[-1] == (96, 96) and len(seen) > 1
     for a, b in zip(pool.score(flat(expected)), local.score(flat(expected)), strict=True):
         np.testing.assert_allclose(a.divergence, b.divergence, atol=1e-4)
@@ -91,15 +94,18 @@ def test_actors_answer_as_the_local_pool_does_and_survive_a_kill(path: Path, poo
     killer = threading.Timer(0.15, os.kill, (victim, signal.SIGKILL))
     long = SamplingParams(1.0, 150)
     killer.start()
-    found = pool.generate(PROMPTS, 8, long, EXITS, seed=6)
+    found = pool.generate(GenerationRequest(PROMPTS, 8, long, EXITS, 6))
     killer.join()
-    same(found, local.generate(PROMPTS, 8, long, EXITS, seed=6))
+    same(found, local.generate(GenerationRequest(PROMPTS, 8, long, EXITS, 6)))
     health = pool.health()
     assert health["restarts"] == 1 and health["last_death"]
     pool.load(weights(path, 8))
     assert pool.health()["alive"] == 2 and victim not in pool.health()["pids"]
     local.load(weights(path, 8))
-    same(pool.generate(PROMPTS, 1, SAMPLING, EXITS, seed=5), local.generate(PROMPTS, 1, SAMPLING, EXITS, seed=5))
+    same(
+        pool.generate(GenerationRequest(PROMPTS, 1, SAMPLING, EXITS, 5)),
+        local.generate(GenerationRequest(PROMPTS, 1, SAMPLING, EXITS, 5)),
+    )
 
 
 def test_work_for_other_weights_is_refused_and_losses_have_a_budget(path: Path, pool: RayPool):
@@ -121,7 +127,7 @@ def test_work_for_other_weights_is_refused_and_losses_have_a_budget(path: Path, 
         while time.monotonic() < deadline:
             for pid in pool.health()["pids"]:
                 os.kill(pid, signal.SIGKILL)
-            pool.generate(PROMPTS, 1, SAMPLING, EXITS, seed=0)
+            pool.generate(GenerationRequest(PROMPTS, 1, SAMPLING, EXITS, 0))
 
 
 def test_everything_that_listens_does_so_on_loopback(pool: RayPool):

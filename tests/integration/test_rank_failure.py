@@ -97,4 +97,5 @@ def test_gradients_that_stay_infinite_end_the_run_and_leave_the_batch(traced):
     assert done.returncode != 0
     assert "3 updates in a row had a gradient that is not finite" in done.stderr, done.stderr[-3000:]
     (batch,) = only(traced, "calibrate").glob("bad_batch_step_*.pt")
-    assert {"tokens", "depths", "token_weight"} <= torch.load(batch, weights_only=True).keys()
+    saved = torch.load(batch, weights_only=True)
+    assert {"tokens", "exit_depths"} <= saved["batch"].keys() and "divergence" in saved["weights"]

@@ -10,7 +10,7 @@ from PIL import Image
 from report_browser import EXECUTABLE, Browser
 from report_samples import write_run
 
-from ee_megatron.report.data import Run
+from ee_megatron.report.data import ReportRun
 from ee_megatron.report.page import write_report
 
 pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no chromium on PATH (Debian: apt-get install chromium)")
@@ -20,7 +20,7 @@ TIP = "(() => { const t = document.getElementById('tip'); return t.hidden ? null
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     root = tmp_path_factory.mktemp("report")
-    return write_report([Run(write_run(root / "run"))], root / "report.html")
+    return write_report([ReportRun(write_run(root / "run"))], root / "report.html")
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,10 @@ import openai
 import pytest
 import torch
 
+from ee_megatron.exit_rules import ExitRule, Off, Prescribed, Sample
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, initial_policy, save_policy
-from ee_megatron.rollout import ExitPolicy, LocalPool, SamplingParams
+from ee_megatron.rollout import LocalPool, SamplingParams
 from ee_megatron.rollout.engine.request import Request
 from ee_megatron.rollout.engine.scheduler import Scheduler
 from ee_megatron.rollout.server.worker import Engine
@@ -114,7 +115,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def engine_answers(
-    served: Served, prompt: str, samples: int, sampling: SamplingParams, exits: ExitPolicy
+    served: Served, prompt: str, samples: int, sampling: SamplingParams, exits: ExitRule
 ) -> list[Rollout]:
     from ee_megatron.policy import load_policy
 
@@ -128,7 +129,7 @@ def engine_answers(
 
 
 def test_answers_streamed_or_not_are_the_engines_with_depths_and_logprobs(served: Served):
-    expected = engine_answers(served, "1 + 1 =", 3, SamplingParams(0.8, 24, top_p=0.9), ExitPolicy("sample"))
+    expected = engine_answers(served, "1 + 1 =", 3, SamplingParams(0.8, 24, top_p=0.9), Sample())
     options = {"n": 3, "temperature": 0.8, "top_p": 0.9, "logprobs": 0}
     whole = served.complete(**options)
     assert [choice.text for choice in whole.choices] == [r.text for r in expected]
@@ -153,9 +154,7 @@ def test_answers_streamed_or_not_are_the_engines_with_depths_and_logprobs(served
 def test_chat_goes_through_the_models_template(served: Served):
     messages = [{"role": "system", "content": "Count."}, {"role": "user", "content": [{"type": "text", "text": "9"}]}]
     asked = {"model": "tiny-policy", "messages": messages, "max_completion_tokens": 16, "seed": 5, "logprobs": True}
-    (expected,) = engine_answers(
-        served, "[system]Count.\n[user]9\n[assistant]", 1, SamplingParams(1.0, 16), ExitPolicy("sample")
-    )
+    (expected,) = engine_answers(served, "[system]Count.\n[user]9\n[assistant]", 1, SamplingParams(1.0, 16), Sample())
     answer = served.client.chat.completions.create(**asked)
     choice = answer.choices[0]
     assert choice.message.content == expected.text and choice.message.role == "assistant"
@@ -281,14 +280,14 @@ def test_a_failure_in_the_engine_is_told_to_those_it_concerns_and_later_requests
     try:
         told: list[queue.SimpleQueue] = [queue.SimpleQueue() for _ in range(4)]
         # A replay without depths fails once it is under way.
-        wrong = Request("1", SamplingParams(0, 400), ExitPolicy("prescribed"), prompt_id="wrong")
-        right = Request("2", SamplingParams(0, 400), ExitPolicy("off"))
+        wrong = Request("1", SamplingParams(0, 400), Prescribed(), prompt_id="wrong")
+        right = Request("2", SamplingParams(0, 400), Off())
         tickets = engine.submit([(wrong, told[0].put), (right, told[1].put), (right, told[2].put)])
         for line in told[:3]:
             while not isinstance(outcome := line.get(timeout=30), Exception):
                 assert outcome.finished is None
             assert "prescribed exits" in str(outcome)
-        engine.submit([(Request("2", SamplingParams(0, 5), ExitPolicy("off")), told[3].put)])
+        engine.submit([(Request("2", SamplingParams(0, 5), Off()), told[3].put)])
         # Cancelled after its end, under a number that another request has by now.
         engine.cancel(tickets)
         assert [told[3].get(timeout=30).finished for _ in range(5)] == [None] * 4 + ["length"]

@@ -15,10 +15,10 @@ import psutil
 import pytest
 
 from ee_megatron.observe.metrics import read_metrics
-from ee_megatron.sweeps import manifest as disk
-from ee_megatron.sweeps.executors import LocalExecutor
+from ee_megatron.sweeps import records
 from ee_megatron.sweeps.grid import from_settings
-from ee_megatron.sweeps.sweep import resolve
+from ee_megatron.sweeps.local import LocalExecutor
+from ee_megatron.sweeps.sweep import Sweep, resolve
 from tests.tiny import tiny_hf
 
 ROOT = Path(__file__).parents[2]
@@ -62,14 +62,14 @@ def until(what, timeout: float, title: str) -> None:
         time.sleep(0.02)
 
 
-def record_of(sweep: disk.Sweep, index: int) -> disk.Record:
-    record = disk.read_record(sweep, sweep.runs[index].tasks[-1])
+def record_of(sweep: Sweep, index: int) -> records.Record:
+    record = records.read_record(sweep, sweep.runs[index].tasks[-1])
     assert record is not None
     return record
 
 
-def rl_directory(sweep: disk.Sweep, index: int) -> Path:
-    return disk.stage_path(sweep, sweep.runs[index].tasks[-1])
+def rl_directory(sweep: Sweep, index: int) -> Path:
+    return records.stage_path(sweep, sweep.runs[index].tasks[-1])
 
 
 @pytest.mark.timeout(300)
@@ -80,7 +80,7 @@ def test_a_sweep_survives_failures_and_kills_and_does_nothing_twice(tmp_path):
 
     first = begin(tmp_path, "--max-parallel", "2")
     until(lambda: list(runs.glob("sweep-*/manifest.json")) or first.poll() is not None, 60, "no manifest")
-    sweep = disk.find_sweep("grid", tmp_path / "runs")
+    sweep = records.find_sweep("grid", tmp_path / "runs")
     shared = sweep.tasks[0]
     assert [stage for stage, _ in shared.stages] == ["traces", "calibrate"] and len(shared.runs) == 3
     long = rl_directory(sweep, 2)
@@ -91,7 +91,7 @@ def test_a_sweep_survives_failures_and_kills_and_does_nothing_twice(tmp_path):
     stage.kill()
     said = finish(first)
     assert first.returncode == 1, said
-    assert [disk.run_state(sweep, run) for run in sweep.runs] == ["finished", "failed", "killed"], said
+    assert [records.run_state(sweep, run) for run in sweep.runs] == ["finished", "failed", "killed"], said
     assert "not finite" in record_of(sweep, 1).error and "error: rl.lambda_exit=0.5" in said, said
     assert record_of(sweep, 2).error == "killed by SIGKILL" and record_of(sweep, 2).code == -signal.SIGKILL
 
@@ -104,18 +104,18 @@ def test_a_sweep_survives_failures_and_kills_and_does_nothing_twice(tmp_path):
     assert len(below) >= 2
     until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in below), 60, "orphans live on")
     finish(second)
-    assert disk.run_state(sweep, sweep.runs[2]) in ("stopped", "finished") and record_of(sweep, 2).starts == 2
+    assert records.run_state(sweep, sweep.runs[2]) in ("stopped", "finished") and record_of(sweep, 2).starts == 2
 
     third = begin(tmp_path)
     said = finish(third)
     assert "1 task(s) to start" in said and third.returncode == 1, said
-    assert [disk.run_state(sweep, run) for run in sweep.runs] == ["finished", "failed", "finished"], said
+    assert [records.run_state(sweep, run) for run in sweep.runs] == ["finished", "failed", "finished"], said
     for index, steps in ((0, 2), (2, LONG)):
         rows = read_metrics(rl_directory(sweep, index) / "metrics.jsonl")
         assert [row["step"] for row in rows] == list(range(1, steps + 1))
-    starts = [disk.read_record(sweep, shared.key).starts, *(record_of(sweep, index).starts for index in range(3))]
+    starts = [records.read_record(sweep, shared.key).starts, *(record_of(sweep, index).starts for index in range(3))]
     assert starts == [1, 1, 1, 3]
-    result = disk.read_result(sweep, sweep.runs[2].id)
+    result = records.read_result(sweep, sweep.runs[2].id)
     assert (
         result["steps"] == LONG and result["flops_rl"] > 0 and result["seconds_all_stages"] > result["seconds_rl"] > 0
     )
@@ -133,9 +133,9 @@ def test_the_debug_executor_goes_through_the_whole_method_in_one_process(tmp_pat
     grid = command(tmp_path, "whole", "rl.steps=1", "seed=1")
     done = subprocess.run([*grid, "--executor", "debug"], capture_output=True, text=True, timeout=150, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
-    (sweep,) = [disk.open_sweep(path) for path in (tmp_path / "runs" / "whole").glob("sweep-*")]
-    result = disk.read_result(sweep, sweep.runs[0].id)
-    evaluated = json.loads((disk.stage_path(sweep, f"evaluate-{sweep.runs[0].id}") / "results.json").read_text())
+    (sweep,) = [records.open_sweep(path) for path in (tmp_path / "runs" / "whole").glob("sweep-*")]
+    result = records.read_result(sweep, sweep.runs[0].id)
+    evaluated = json.loads((records.stage_path(sweep, f"evaluate-{sweep.runs[0].id}") / "results.json").read_text())
     assert result["policy"] == "reinforced" and result["seed"] == 1
     assert result["accuracy"] == evaluated["rows"][-1]["accuracy"]
     assert result["flops_answer"] > 0 and result["flops_rl"] > 0
@@ -143,7 +143,7 @@ def test_the_debug_executor_goes_through_the_whole_method_in_one_process(tmp_pat
     (sweep.directory / "results" / f"{sweep.runs[0].id}.json").unlink()
     again = subprocess.run(grid, capture_output=True, text=True, timeout=100, cwd=ROOT)
     assert again.returncode == 0 and "0 task(s) to start" in again.stdout, again.stdout + again.stderr
-    assert disk.read_result(sweep, sweep.runs[0].id) == result
+    assert records.read_result(sweep, sweep.runs[0].id) == result
     changed = {file.name for file, stamp in before.items() if file.stat().st_mtime_ns != stamp}
     assert changed <= {"manifest.json"}
 
@@ -163,7 +163,7 @@ def test_an_interrupted_executor_tells_its_tasks_and_waits_for_them(tmp_path):
         ["name=t", f"runs={tmp_path}", "model.path=m", "teacher.enabled=false", "start=s", "rl.steps=1,2,3"]
     )
     sweep = resolve(grid, "rl", lambda cfg: None)
-    disk.save(sweep)
+    records.save(sweep)
     script = tmp_path / "task.py"
     script.write_text(STUBBORN)
     said: list[str] = []

@@ -74,7 +74,7 @@ def by_the_book(path, spec, policy):
     norms = []
     for update in range(UPDATES):
         optimizer.zero_grad()
-        likelihood_loss(reference, make_batch(update, rows=6)).backward()
+        likelihood_loss(reference, *make_batch(update, rows=6)).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(list(trained.values()), CLIP)))
         optimizer.step()
     assert min(norms) > CLIP, "clipping was not active"
@@ -96,10 +96,12 @@ def build(ranks, case, layout, optimizer):
 
 def update(ranks, first, last):
     """Updates first..last-1 -> norms seen."""
-    return [
-        ranks.call("parallel_cases:step", batch=make_batch(i, rows=6), rates=RATES)[0][0].norms
-        for i in range(first, last)
-    ]
+    return [one_update(ranks, i).norms for i in range(first, last)]
+
+
+def one_update(ranks, seed, rates=RATES):
+    batch, weights = make_batch(seed, rows=6)
+    return ranks.call("parallel_cases:step", batch=batch, weights=weights, rates=rates)[0][0]
 
 
 def assert_same(found, expected, started):
@@ -182,9 +184,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(ranks, models):
     build(ranks, models["llama_tied", "lora"], "TP2_DP2", settings(1))
     update(ranks, 0, 1)
     policy, optimizer = ranks.call("parallel_cases:state")[0]
-    bad = make_batch(1, rows=6)
-    bad.token_weight[0] = float("inf")
-    assert not ranks.call("parallel_cases:step", batch=bad, rates=RATES)[0][0].applied
+    batch, weights = make_batch(1, rows=6)
+    weights.token[0] = float("inf")
+    assert not ranks.call("parallel_cases:step", batch=batch, weights=weights, rates=RATES)[0][0].applied
     after, state = ranks.call("parallel_cases:state")[0]
     assert_same_state(state, optimizer)
     for name, value in policy.items():
@@ -208,7 +210,7 @@ def test_bfloat16_weights_keep_float32_masters(stage, ranks, models):
 
     def updates(first, last):
         for i in range(first, last):
-            assert ranks.call("parallel_cases:step", batch=make_batch(i, rows=6), rates=tiny)[0][0].applied
+            assert one_update(ranks, i, tiny).applied
         return ranks.call("parallel_cases:state")[0]
 
     build_narrow(policy)

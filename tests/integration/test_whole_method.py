@@ -75,7 +75,7 @@ def test_every_stage_leaves_what_the_next_one_needs(finished):
         assert row["exits"] != "full depth" or row["mean_depth"] == 1.0
     for row in results["rows"]:
         assert f"{row['mean_depth']:.3f}" in output
-    rules = ["fixed depth", "random exits", "confidence", "entropy", "calibrated gates"]
+    rules = ["fixed depth", "random exits", "confidence", "entropy", "patience", "calibrated gates"]
     assert [(e["control"], e["matched_by"]) for e in results["controls"]] == [("(reinforced)", "itself")] + [
         (rule, by) for rule in rules for by in ("depth", "accuracy")
     ]

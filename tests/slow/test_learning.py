@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig, RLConfig
+from ee_megatron.exit_rules import Sample
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.learner import Learner
 from ee_megatron.parallel import groups
 from ee_megatron.parallel.groups import Degrees
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
-from ee_megatron.rollout.engine.sampling import ExitPolicy, SamplingParams
+from ee_megatron.rollout.engine.request import GenerationRequest
+from ee_megatron.rollout.engine.sampling import SamplingParams
 from ee_megatron.rollout.pool.local import LocalPool
-from ee_megatron.training.reinforce import Signal, replay, weigh
+from ee_megatron.training.reinforce import credit, objective_of, replay
 from ee_megatron.types import Group, Prompt
 from tests.tiny import tiny_hf
 
@@ -49,7 +51,7 @@ def run(folder, seed: int, lambda_exit: float) -> tuple[np.ndarray, np.ndarray]:
     for step in range(STEPS):
         pool.load(WeightSet(step + 1, learner.export_policy()))
         answers = pool.generate(
-            prompts, SAMPLES, SamplingParams(max_new_tokens=8), ExitPolicy("sample"), seed * 1000 + step
+            GenerationRequest(prompts, SAMPLES, SamplingParams(max_new_tokens=8), Sample(), seed * 1000 + step)
         )
         found = []
         for prompt, group in zip(prompts, answers, strict=True):
@@ -57,9 +59,10 @@ def run(folder, seed: int, lambda_exit: float) -> tuple[np.ndarray, np.ndarray]:
             found.append(Group(prompt, group, task, task > 0.5, task > 0.5))
         batch = replay(found, 4)
         first = learner.score(batch)
-        signal, values = Signal.of(batch, found, first, learner.score(batch, reference=True), rl, 4, step)
-        weigh(batch, signal, first, rl)
-        learner.step(batch, adapter_lr=RATE, gate_lr=RATE, objective="likelihood")
+        experience, values = credit(batch, found, first, learner.score(batch, reference=True), rl, 4, step)
+        objective = objective_of(rl)
+        weights, _ = objective.weights(batch, experience, first.token_logprobs, first.exit_logprobs)
+        learner.step(batch, weights, objective, adapter_lr=RATE, gate_lr=RATE)
         rewards.append(values["task_reward"])
         depths.append(values["mean_depth"])
     return np.array(rewards), np.array(depths)

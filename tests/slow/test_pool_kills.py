@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 from pool_cases import ADAPTERS, EXITS, FULL, LONG, PROMPTS, Killer, bits, make, policy
 
+from ee_megatron.rollout import GenerationRequest
 from tests.tiny import tiny_hf
 
 
@@ -21,14 +22,14 @@ def test_ten_kills_in_a_run_of_batches_change_no_bit(tmp_path: Path, seed: int):
     try:
         weights = policy(path, ADAPTERS, 1)
         pool.load(weights)
-        expected = bits(pool.generate(PROMPTS, 8, LONG, EXITS, seed=seed))
+        expected = bits(pool.generate(GenerationRequest(PROMPTS, 8, LONG, EXITS, seed)))
         rounds = 0
         with Killer(pool, kills=10, apart=3.0, seed=seed) as killer:
             while len(killer.struck) < 10:
-                found = pool.generate(PROMPTS, 8, LONG, EXITS, seed=seed)
+                found = pool.generate(GenerationRequest(PROMPTS, 8, LONG, EXITS, seed))
                 rounds += 1
                 assert bits(found) == expected
-        assert bits(pool.generate(PROMPTS, 8, LONG, EXITS, seed=seed)) == expected
+        assert bits(pool.generate(GenerationRequest(PROMPTS, 8, LONG, EXITS, seed))) == expected
         assert pool.health()["restarts"] == 10
         print(f"{len(killer.struck)} kills in {rounds} batches")
     finally:
@@ -44,14 +45,14 @@ def test_ten_kills_round_weight_syncs_leave_no_rollout_under_mixed_weights(tmp_p
         expected = []
         for weights in versions:
             pool.load(weights)
-            expected.append(bits(pool.generate(PROMPTS[:8], 1, LONG, EXITS, seed=0)))
+            expected.append(bits(pool.generate(GenerationRequest(PROMPTS[:8], 1, LONG, EXITS, 0))))
         assert expected[0] != expected[1]
         with Killer(pool, kills=10, apart=0.05, seed=1, syncing=True) as killer:
             turn = 0
             while len(killer.struck) < 10:
                 weights = versions[turn % 2]
                 pool.load(weights)
-                found = pool.generate(PROMPTS[:8], 1, LONG, EXITS, seed=0)
+                found = pool.generate(GenerationRequest(PROMPTS[:8], 1, LONG, EXITS, 0))
                 assert bits(found) == expected[turn % 2]
                 turn += 1
         assert len(killer.loading) >= 5

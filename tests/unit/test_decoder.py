@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ee_megatron.exit_rules import Prescribed
 from ee_megatron.families.base import ModelDims
 from ee_megatron.policy import PolicySpec, initial_policy
-from ee_megatron.rollout import ExitPolicy, SamplingParams
+from ee_megatron.rollout import SamplingParams
 from ee_megatron.rollout.engine.cache import KVCache
 from ee_megatron.rollout.engine.decoder import Decoder
 from ee_megatron.rollout.engine.request import Request
@@ -197,7 +198,7 @@ def test_rows_that_exit_run_no_deeper_layer(tmp_path, monkeypatch):
     decoder.eos_ids = frozenset()
     scheduler = Scheduler(decoder, AutoTokenizer.from_pretrained(path), in_flight=4)
     for name, depth in zip("abcd", (1, 3, 3, 4), strict=True):
-        exits = ExitPolicy("prescribed", depths={(name, 0): [6, depth]})
+        exits = Prescribed({(name, 0): [6, depth]})
         scheduler.add(Request([5], SamplingParams(1.0, 2), exits, 0, name))
     while scheduler.busy:
         scheduler.advance()

@@ -12,9 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ee_megatron.exit_rules import (
+    Confidence,
+    Entropy,
+    Fixed,
+    Off,
+    Prescribed,
+    Random,
+    Sample,
+    Threshold,
+    make_rule,
+)
 from ee_megatron.exits import exit_distribution
 from ee_megatron.policy import PolicySpec, initial_policy
-from ee_megatron.rollout import Decoder, ExitPolicy, Request, SamplingParams, Scheduler, generate, stream
+from ee_megatron.rollout import Decoder, GenerationRequest, Request, SamplingParams, Scheduler, generate, stream
 from ee_megatron.rollout.engine.ending import StopChecker
 from ee_megatron.rollout.engine.sampling import sample_tokens, stream_key, uniforms
 from ee_megatron.rollout.engine.scheduler import is_whole
@@ -27,7 +38,7 @@ LENGTHS = [3, 40, 17, 8, 25, 11, 30]
 PROMPTS = [Prompt(id=f"p{i}", text=f"Q{i}: " + "abc x 12 " * 9, answer="", task="") for i in range(7)]
 PROMPTS = [Prompt(id=p.id, text=p.text[:n], answer="", task="") for p, n in zip(PROMPTS, LENGTHS, strict=True)]
 SHARED = [Prompt(id=p.id, text="Some worked examples come first.\n" + p.text, answer="", task="") for p in PROMPTS]
-OFF = ExitPolicy("off")
+OFF = Off()
 # Of 130 tokens the untrained model gives its favourite about this much.
 CONFIDENCE = 0.04
 # Of log 130 = 4.87 nats.
@@ -73,7 +84,9 @@ def test_greedy_text_equals_transformers(tmp_path, family):
     )
     decoder = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
     for rows, prompts in [(3, PROMPTS), (64, SHARED)]:
-        answers = generate(decoder, tokenizer, prompts, 1, SamplingParams(0.0, 30), OFF, seed=0, version=4, rows=rows)
+        answers = generate(
+            decoder, tokenizer, GenerationRequest(prompts, 1, SamplingParams(0.0, 30), OFF, 0), version=4, rows=rows
+        )
         for prompt, (rollout,) in zip(prompts, answers, strict=True):
             read = tokenizer(prompt.text, add_special_tokens=False, return_tensors="pt")
             expected = model.generate(**read, max_new_tokens=30, do_sample=False)[0, read.input_ids.shape[1] :]
@@ -86,16 +99,18 @@ def test_greedy_text_equals_transformers(tmp_path, family):
 @pytest.mark.parametrize(
     "exits",
     [
-        ExitPolicy("sample"), ExitPolicy("threshold", 0.5), ExitPolicy("confidence", CONFIDENCE),
-        ExitPolicy("entropy", ENTROPY), ExitPolicy("random", shares=SHARES),
-        ExitPolicy("threshold", 0.3, other=0.7, mix=0.5),
+        Sample(), Threshold(0.5), Confidence(CONFIDENCE),
+        Entropy(ENTROPY), Random(SHARES),
+        Threshold(0.3, other=0.7, mix=0.5),
     ],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("prompts", [PROMPTS, SHARED], ids=["apart", "shared prefix"])
 def test_a_seed_gives_the_same_answers_whatever_the_batching(policy, tokenizer, exits, prompts):
     def run(asked, rows, seed=1):
-        return generate(policy, tokenizer, asked, 3, SamplingParams(1.0, 20), exits, seed, version=0, rows=rows)
+        return generate(
+            policy, tokenizer, GenerationRequest(asked, 3, SamplingParams(1.0, 20), exits, seed), version=0, rows=rows
+        )
 
     expected = run(prompts, 1)
     for found in (run(prompts, 3), run(prompts, 64), run(prompts[::-1], 5)[::-1], [run([p], 2)[0] for p in prompts]):
@@ -105,7 +120,7 @@ def test_a_seed_gives_the_same_answers_whatever_the_batching(policy, tokenizer, 
             np.testing.assert_allclose(a.token_logprobs, b.token_logprobs, atol=1e-4)
             np.testing.assert_allclose(a.exit_logprobs, b.exit_logprobs, atol=1e-4)
     depths = np.concatenate([r.exit_depths[1:] for r in flat(expected)])
-    assert set(depths) == {1, 3, 4, 6} or exits.kind != "sample"
+    assert set(depths) == {1, 3, 4, 6} or not isinstance(exits, Sample)
     assert len(set(depths)) > 1 and all(r.exit_depths[0] == 6 for r in flat(expected))
     assert any(
         a.tokens.tolist() != b.tokens.tolist() for a, b in zip(flat(run(prompts, 8, 2)), flat(expected), strict=True)
@@ -118,13 +133,13 @@ def stop_after(turns: int):
     return lambda: next(left, None) is None
 
 
-@pytest.mark.parametrize("exits", [ExitPolicy("sample"), OFF], ids=str)
+@pytest.mark.parametrize("exits", [Sample(), OFF], ids=str)
 @pytest.mark.parametrize("prompts", [PROMPTS, SHARED], ids=["apart", "shared prefix"])
 def test_answers_that_were_stopped_go_on_as_if_they_had_not_been(policy, tokenizer, exits, prompts):
     sampling = SamplingParams(1.0, 24)
 
     def run(**more):
-        return generate(policy, tokenizer, prompts, 3, sampling, exits, 7, version=1, rows=5, **more)
+        return generate(policy, tokenizer, GenerationRequest(prompts, 3, sampling, exits, 7), version=1, rows=5, **more)
 
     expected, lengths = flat(run()), []
     for turns in (0, 1, 9, 40, 90):
@@ -145,9 +160,13 @@ def test_answers_continued_under_new_weights_say_which_token_is_whose(path, toke
     old, sampling = lively_policy(decoder), SamplingParams(1.0, 24)
     new = {name: tensor * 1.2 for name, tensor in old.items()}
     decoder.load_policy(old)
-    begun = generate(decoder, tokenizer, PROMPTS, 3, sampling, ExitPolicy("sample"), 3, 1, None, 8, (), stop_after(60))
+    begun = generate(
+        decoder, tokenizer, GenerationRequest(PROMPTS, 3, sampling, Sample(), 3), 1, None, 8, (), stop_after(60)
+    )
     decoder.load_policy(new)
-    answers = flat(generate(decoder, tokenizer, PROMPTS, 3, sampling, ExitPolicy("sample"), 3, 2, None, 8, begun))
+    answers = flat(
+        generate(decoder, tokenizer, GenerationRequest(PROMPTS, 3, sampling, Sample(), 3), 2, None, 8, begun)
+    )
     under_old, under_new = score(decoder, old, answers), score(decoder, new, answers)
     mixed = 0
     for first, whole, before, after in zip(flat(begun), answers, under_old, under_new, strict=True):
@@ -167,17 +186,17 @@ def test_answers_continued_under_new_weights_say_which_token_is_whose(path, toke
         Scheduler(decoder, tokenizer, 2).add(Request(PROMPTS[0].text, sampling, begun=answers[0]))
 
 
-@pytest.mark.parametrize(
-    "exits", [ExitPolicy("sample"), ExitPolicy("threshold", 0.5), ExitPolicy("fixed", 3), OFF], ids=str
-)
+@pytest.mark.parametrize("exits", [Sample(), Threshold(0.5), Fixed(3), OFF], ids=str)
 def test_recorded_logprobs_equal_rescoring_under_the_recorded_exits(policy, tokenizer, exits):
-    answers = flat(generate(policy, tokenizer, PROMPTS, 4, SamplingParams(1.0, 24), exits, seed=2, version=0, rows=6))
+    answers = flat(
+        generate(policy, tokenizer, GenerationRequest(PROMPTS, 4, SamplingParams(1.0, 24), exits, 2), version=0, rows=6)
+    )
     scores = score(policy, lively_policy(policy), answers)
     for rollout, entry in zip(answers, scores, strict=True):
         np.testing.assert_allclose(rollout.token_logprobs, entry.policy_logprobs, atol=2e-4)
         np.testing.assert_allclose(rollout.exit_logprobs, entry.exit_logprobs, atol=2e-4)
         assert rollout.exit_logprobs[0] == 0
-        if exits.kind == "fixed":
+        if isinstance(exits, Fixed):
             assert (rollout.exit_depths[1:] == 3).all()
         if rollout.length > 1:
             assert (rollout.exit_logprobs[1:] < 0).all()
@@ -185,26 +204,30 @@ def test_recorded_logprobs_equal_rescoring_under_the_recorded_exits(policy, toke
 
 def test_prescribed_exits_replay_a_rollout(policy, tokenizer):
     sampled = flat(
-        generate(policy, tokenizer, PROMPTS, 2, SamplingParams(1.0, 16), ExitPolicy("sample"), seed=3, version=0)
+        generate(policy, tokenizer, GenerationRequest(PROMPTS, 2, SamplingParams(1.0, 16), Sample(), 3), version=0)
     )
     depths = {(r.prompt_id, i % 2): r.exit_depths.tolist() for i, r in enumerate(sampled)}
-    replay = ExitPolicy("prescribed", depths=depths)
-    again = flat(generate(policy, tokenizer, PROMPTS, 2, SamplingParams(1.0, 16), replay, seed=3, version=0, rows=5))
+    replay = Prescribed(depths)
+    again = flat(
+        generate(
+            policy, tokenizer, GenerationRequest(PROMPTS, 2, SamplingParams(1.0, 16), replay, 3), version=0, rows=5
+        )
+    )
     for a, b in zip(again, sampled, strict=True):
         assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.exit_depths, b.exit_depths)
         np.testing.assert_allclose(a.exit_logprobs, b.exit_logprobs, atol=1e-4)
     with pytest.raises(ValueError, match="not possible"):
         generate(
-            policy, tokenizer, PROMPTS, 1, SamplingParams(), ExitPolicy("prescribed", depths={("p0", 0): [6, 2]}), 0, 0
+            policy, tokenizer, GenerationRequest(PROMPTS, 1, SamplingParams(), Prescribed({("p0", 0): [6, 2]}), 0), 0
         )
     with pytest.raises(ValueError, match="needs one"):
-        generate(policy, tokenizer, PROMPTS, 1, SamplingParams(), ExitPolicy("prescribed"), 0, 0)
+        generate(policy, tokenizer, GenerationRequest(PROMPTS, 1, SamplingParams(), Prescribed(), 0), 0)
 
 
 def test_exits_are_sampled_with_the_gates_probabilities(policy, tokenizer):
     sampling = SamplingParams(0.0, 2)
     answers = generate(
-        policy, tokenizer, PROMPTS[:1], 2000, sampling, ExitPolicy("sample"), seed=0, version=0, rows=256
+        policy, tokenizer, GenerationRequest(PROMPTS[:1], 2000, sampling, Sample(), 0), version=0, rows=256
     )[0]
     tokens = torch.tensor([[*answers[0].prompt_tokens, answers[0].tokens[0]]])
     _, residuals = policy.forward_with_residuals(tokens, torch.tensor([tokens.shape[1]]))
@@ -263,15 +286,15 @@ def test_stop_strings_end_the_text_but_keep_their_tokens():
 
 def test_generation_ends_at_a_stop_string_and_streams_the_same(policy, tokenizer):
     sampling = SamplingParams(1.0, 40)
-    free = flat(generate(policy, tokenizer, PROMPTS, 1, sampling, ExitPolicy("sample"), seed=5, version=0))
+    free = flat(generate(policy, tokenizer, GenerationRequest(PROMPTS, 1, sampling, Sample(), 5), version=0))
     stop = tuple({r.text[6:8] for r in free if len(r.text) > 10})
     sampling = SamplingParams(1.0, 40, stop)
-    stopped = flat(generate(policy, tokenizer, PROMPTS, 1, sampling, ExitPolicy("sample"), seed=5, version=0, rows=3))
+    stopped = flat(generate(policy, tokenizer, GenerationRequest(PROMPTS, 1, sampling, Sample(), 5), version=0, rows=3))
     assert sum(r.finished for r in stopped) > sum(r.finished for r in free)
     for prompt, long, short in zip(PROMPTS, free, stopped, strict=True):
         assert long.tokens[: short.length].tolist() == short.tokens.tolist()
         assert not any(s in short.text for s in stop) and long.text.startswith(short.text)
-        pieces = list(stream(policy, tokenizer, prompt, sampling, ExitPolicy("sample"), seed=5))
+        pieces = list(stream(policy, tokenizer, prompt, sampling, Sample(), seed=5))
         assert "".join(piece.text for piece in pieces) == short.text
         assert [piece.token for piece in pieces] == short.tokens.tolist()
         assert [piece.depth for piece in pieces] == short.exit_depths.tolist()
@@ -282,29 +305,31 @@ def test_samples_share_one_prefill_and_prompts_their_prefix(policy, tokenizer, m
     real = policy.prefill
     monkeypatch.setattr(policy, "prefill", lambda tokens, *rest: read.append(tokens.numel()) or real(tokens, *rest))
     asked = [Prompt(id=str(i), text="x" * 50 + str(i), answer="", task="") for i in range(4)]
-    generate(policy, tokenizer, asked, 8, SamplingParams(1.0, 3), OFF, seed=0, version=0, rows=2)
+    generate(policy, tokenizer, GenerationRequest(asked, 8, SamplingParams(1.0, 3), OFF, 0), version=0, rows=2)
     assert sum(read) == 50 + 4
 
 
 def test_impossible_requests_are_refused_in_one_line(path, policy, tokenizer):
     teacher = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
     cases = [
-        (teacher, PROMPTS, SamplingParams(), ExitPolicy("sample"), "needs gates"),
-        (policy, PROMPTS, SamplingParams(), ExitPolicy("fixed", 2), "no exit depth"),
+        (teacher, PROMPTS, SamplingParams(), Sample(), "needs gates"),
+        (policy, PROMPTS, SamplingParams(), Fixed(2), "no exit depth"),
         (policy, PROMPTS, SamplingParams(max_new_tokens=600), OFF, "shorten the prompts"),
         (policy, [Prompt("e", "", "", "")], SamplingParams(), OFF, "no tokens"),
     ]
     for decoder, prompts, sampling, exits, message in cases:
         with pytest.raises(ValueError, match=message):
-            generate(decoder, tokenizer, prompts, 1, sampling, exits, 0, 0, rows=2)
-    for wrong in [lambda: ExitPolicy("never"), lambda: ExitPolicy("threshold", 2), lambda: SamplingParams(-1)]:
+            generate(decoder, tokenizer, GenerationRequest(prompts, 1, sampling, exits, 0), 0, rows=2)
+    for wrong in [lambda: make_rule("never"), lambda: Threshold(2), lambda: SamplingParams(-1)]:
         with pytest.raises(ValueError):
             wrong()
 
 
 def test_trace_equals_its_definition(path, tokenizer):
     decoder = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
-    answers = flat(generate(decoder, tokenizer, PROMPTS, 2, SamplingParams(0.8, 12), OFF, seed=0, version=0))
+    answers = flat(
+        generate(decoder, tokenizer, GenerationRequest(PROMPTS, 2, SamplingParams(0.8, 12), OFF, 0), version=0)
+    )
     for rollout, found in zip(answers, trace(decoder, answers, top_k=5), strict=True):
         sequence = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])
         hidden, residuals = decoder.forward_with_residuals(sequence, torch.tensor([sequence.shape[1]]))
@@ -322,7 +347,7 @@ def test_trace_equals_its_definition(path, tokenizer):
 
 def test_score_measures_the_divergence_from_the_teacher_and_leaves_the_policy_loaded(path, policy, tokenizer):
     answers = flat(
-        generate(policy, tokenizer, PROMPTS, 1, SamplingParams(1.0, 12), ExitPolicy("sample"), seed=0, version=0)
+        generate(policy, tokenizer, GenerationRequest(PROMPTS, 1, SamplingParams(1.0, 12), Sample(), 0), version=0)
     )
     teacher, tensors = Decoder.from_hf(path, SPEC, torch.float32, "cpu"), lively_policy(policy)
     for rollout, found in zip(answers, score(policy, tensors, answers), strict=True):
@@ -340,16 +365,16 @@ def test_score_measures_the_divergence_from_the_teacher_and_leaves_the_policy_lo
     assert teacher.gates is None and policy.gates is not None and len(same) >= 1
 
 
-@pytest.mark.parametrize("exits", [ExitPolicy("sample"), ExitPolicy("threshold", 0.5)], ids=str)
+@pytest.mark.parametrize("exits", [Sample(), Threshold(0.5)], ids=str)
 @pytest.mark.parametrize("rows", [1, 4])
 def test_an_answer_prefilled_with_its_own_beginning_is_the_same_answer(policy, tokenizer, exits, rows):
     """Given tokens choose their exits as generated ones do: greedy answers can't tell the difference."""
     sampling = SamplingParams(0.0, 20)
-    expected = flat(generate(policy, tokenizer, PROMPTS, 1, sampling, exits, 3, version=0))
+    expected = flat(generate(policy, tokenizer, GenerationRequest(PROMPTS, 1, sampling, exits, 3), version=0))
     # The tiny tokenizer has one token per character, so texts cut anywhere are tokens cut there.
     texts = [tokenizer.decode(a.tokens[: 3 + i], clean_up_tokenization_spaces=False) for i, a in enumerate(expected)]
     begun = [replace(p, prefill=text) for p, text in zip(PROMPTS, texts, strict=True)]
-    found = flat(generate(policy, tokenizer, begun, 1, sampling, exits, 3, version=0, rows=rows))
+    found = flat(generate(policy, tokenizer, GenerationRequest(begun, 1, sampling, exits, 3), version=0, rows=rows))
     for a, b in zip(found, expected, strict=True):
         assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.exit_depths, b.exit_depths)
         assert a.text == b.text and a.finished == b.finished
@@ -360,7 +385,7 @@ def test_an_answer_prefilled_with_its_own_beginning_is_the_same_answer(policy, t
 def test_a_prefill_that_the_model_would_not_write_is_taken_and_scored(policy, tokenizer):
     forced = [replace(p, prefill=" 7 x 8") for p in PROMPTS]
     sampling = SamplingParams(1.0, 16, top_k=1)
-    for answer in flat(generate(policy, tokenizer, forced, 1, sampling, ExitPolicy("threshold", 0.5), 0, 0)):
+    for answer in flat(generate(policy, tokenizer, GenerationRequest(forced, 1, sampling, Threshold(0.5), 0), 0)):
         assert answer.text.startswith(" 7 x 8") and answer.length > 6
         read = score(policy, lively_policy(policy), [answer])[0]
         np.testing.assert_allclose(answer.token_logprobs[:6], read.policy_logprobs[:6], atol=1e-4)
@@ -369,30 +394,34 @@ def test_a_prefill_that_the_model_would_not_write_is_taken_and_scored(policy, to
 def test_a_prefill_that_leaves_nothing_to_say_is_refused(policy, tokenizer):
     asked = [replace(PROMPTS[0], prefill="12345")]
     with pytest.raises(ValueError, match="5 tokens, the answer may have 5"):
-        generate(policy, tokenizer, asked, 1, SamplingParams(0.0, 5), OFF, 0, 0)
+        generate(policy, tokenizer, GenerationRequest(asked, 1, SamplingParams(0.0, 5), OFF, 0), 0)
     with pytest.raises(ValueError, match="holds a stop string"):
-        generate(policy, tokenizer, asked, 1, SamplingParams(0.0, 9, ("34",)), OFF, 0, 0)
+        generate(policy, tokenizer, GenerationRequest(asked, 1, SamplingParams(0.0, 9, ("34",)), OFF, 0), 0)
 
 
 def test_random_exits_have_the_shares_that_were_asked_for(policy, tokenizer):
-    exits = ExitPolicy("random", shares=SHARES)
-    answers = flat(generate(policy, tokenizer, PROMPTS, 12, SamplingParams(1.0, 24), exits, 2, version=0))
+    exits = Random(SHARES)
+    answers = flat(
+        generate(policy, tokenizer, GenerationRequest(PROMPTS, 12, SamplingParams(1.0, 24), exits, 2), version=0)
+    )
     depths = np.concatenate([a.exit_depths[1:] for a in answers])
     found = np.array([(depths == d).mean() for d in (1, 3, 4, 6)])
     assert np.abs(found - SHARES).max() < 4 * np.sqrt(0.25 / len(depths)) and len(depths) > 1000
     # The token has no part in it: under other tokens the same place exits alike.
-    other = flat(generate(policy, tokenizer, PROMPTS, 12, SamplingParams(0.0, 24), exits, 2, version=0))
+    other = flat(
+        generate(policy, tokenizer, GenerationRequest(PROMPTS, 12, SamplingParams(0.0, 24), exits, 2), version=0)
+    )
     for a, b in zip(answers, other, strict=True):
         shared = min(a.length, b.length)
         assert np.array_equal(a.exit_depths[:shared], b.exit_depths[:shared])
-    never = ExitPolicy("random", shares=(0.0, 1.0, 0.0, 0.0))
-    assert {3} == {int(d) for a in flat(generate(policy, tokenizer, PROMPTS, 1, SamplingParams(0.0, 9), never, 0, 0))
-                   for d in a.exit_depths[1:]}  # fmt: skip
+    never = Random((0.0, 1.0, 0.0, 0.0))
+    answers = flat(generate(policy, tokenizer, GenerationRequest(PROMPTS, 1, SamplingParams(0.0, 9), never, 0), 0))
+    assert {3} == {int(d) for answer in answers for d in answer.exit_depths[1:]}
 
 
 def test_the_entropy_rule_exits_where_the_readout_is_sharp_enough(policy, tokenizer):
     (rollout,) = generate(
-        policy, tokenizer, PROMPTS[:1], 1, SamplingParams(0.0, 20), ExitPolicy("entropy", ENTROPY), 0, 0
+        policy, tokenizer, GenerationRequest(PROMPTS[:1], 1, SamplingParams(0.0, 20), Entropy(ENTROPY), 0), 0
     )[0]
     tokens = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])
     start, depths = len(rollout.prompt_tokens) - 1, torch.full(tokens.shape, 6)
@@ -408,28 +437,27 @@ def test_the_entropy_rule_exits_where_the_readout_is_sharp_enough(policy, tokeni
 
 
 def test_a_mixed_bound_is_one_or_the_other_token_by_token(policy, tokenizer):
-    def run(*exits):
-        rule = ExitPolicy(*exits[:2], **exits[2])
-        found = flat(generate(policy, tokenizer, PROMPTS, 6, SamplingParams(1.0, 24), rule, 4, 0))
+    def run(rule):
+        found = flat(generate(policy, tokenizer, GenerationRequest(PROMPTS, 6, SamplingParams(1.0, 24), rule, 4), 0))
         return np.concatenate([r.exit_depths[1:] for r in found])
 
     # At bound 0 every first gate fires, at 1 none: what is left is the draw.
-    depths = run("threshold", 0.0, {"other": 1.0, "mix": 0.25})
+    depths = run(Threshold(0.0, other=1.0, mix=0.25))
     assert set(depths) == {1, 6}
     assert abs((depths == 6).mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / len(depths))
-    assert np.array_equal(run("entropy", ENTROPY, {"other": 0.0, "mix": 1.0}), run("entropy", 0.0, {}))
+    assert np.array_equal(run(Entropy(ENTROPY, other=0.0, mix=1.0)), run(Entropy(0.0)))
 
 
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: ExitPolicy("fixed", 3, mix=0.5), "for a rule with a bound"),
-        (lambda: ExitPolicy("entropy", 3, mix=1.5), "expected a probability"),
-        (lambda: ExitPolicy("random"), "no distribution"),
-        (lambda: ExitPolicy("random", shares=(0.5, 0.6)), "no distribution"),
-        (lambda: ExitPolicy("random", shares=(1.5, -0.5)), "no distribution"),
-        (lambda: ExitPolicy("entropy", -0.1), "negative"),
-        (lambda: ExitPolicy("random", shares=(0.5, 0.5)).check(SPEC.layout, True), "2 shares for 4 outcomes"),
+        (lambda: Threshold(0.3, mix=-0.5), "for a rule with a bound"),
+        (lambda: Entropy(3, mix=1.5), "expected a probability"),
+        (lambda: Random(), "no distribution"),
+        (lambda: Random((0.5, 0.6)), "no distribution"),
+        (lambda: Random((1.5, -0.5)), "no distribution"),
+        (lambda: Entropy(-0.1), "negative"),
+        (lambda: Random((0.5, 0.5)).check(SPEC.layout, True), "2 shares for 4 outcomes"),
     ],
 )
 def test_impossible_controls_are_refused(make, says):

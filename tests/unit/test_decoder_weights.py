@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ee_megatron.exit_rules import Sample
 from ee_megatron.policy import PolicySpec
-from ee_megatron.rollout import Decoder, ExitPolicy, SamplingParams, generate
+from ee_megatron.rollout import Decoder, GenerationRequest, SamplingParams, generate
 from ee_megatron.rollout.engine.scoring import score
 from ee_megatron.types import Prompt
 from tests.tiny import tiny_hf
@@ -101,7 +102,9 @@ def test_a_fine_tuned_policy_decodes_with_exits_and_is_scored_against_the_origin
     teacher = Decoder.from_hf(path, FULL, torch.float32, "cpu")
     tensors = tuned(decoder)
     decoder.load_policy(tensors)
-    answers = generate(decoder, tokenizer, PROMPTS, 2, SamplingParams(1.0, 12), ExitPolicy("sample"), seed=1, version=0)
+    answers = generate(
+        decoder, tokenizer, GenerationRequest(PROMPTS, 2, SamplingParams(1.0, 12), Sample(), 1), version=0
+    )
     answers = [rollout for group in answers for rollout in group]
     for rollout, found in zip(answers, score(decoder, tensors, answers), strict=True):
         np.testing.assert_allclose(rollout.token_logprobs, found.policy_logprobs, atol=2e-4)

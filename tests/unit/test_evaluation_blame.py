@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from ee_megatron.evaluation.blame import partings
+from ee_megatron.exit_rules import Prescribed
 from ee_megatron.policy import PolicySpec
-from ee_megatron.rollout import ExitPolicy, LocalPool, SamplingParams
+from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.types import Prompt
 from tests.tiny import tiny_hf
 
@@ -22,8 +23,8 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> LocalPool:
 
 
 def answers(pool: LocalPool, depths: list[int]):
-    exits = ExitPolicy("prescribed", depths={(p.id, 0): depths for p in PROMPTS})
-    return [group[0] for group in pool.generate(PROMPTS, 1, GREEDY, exits, seed=0)]
+    exits = Prescribed({(p.id, 0): depths for p in PROMPTS})
+    return [group[0] for group in pool.generate(GenerationRequest(PROMPTS, 1, GREEDY, exits, 0))]
 
 
 @pytest.mark.parametrize("where", ["own", "context"])

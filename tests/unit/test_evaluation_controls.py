@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,21 +14,16 @@ from ee_megatron.config.schema import TaskConfig
 from ee_megatron.evaluation import Answer, EvaluationRow, evaluate_model
 from ee_megatron.evaluation.controls import (
     TOLERANCE,
-    Dial,
     compare,
-    confidence_threshold,
-    entropy_threshold,
-    fixed_mixture,
-    gate_threshold,
     marginal_exits,
     match_accuracy,
     match_depth,
-    random_exits,
 )
+from ee_megatron.exit_rules import CONTROLS, Confidence, DialRange, Entropy, ExitRule, Fixed, Random, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.report.tables import controls_table
-from ee_megatron.rollout import ExitPolicy, LocalPool, SamplingParams
+from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.tasks import VerifierPool, make_task
 from tests.tiny import tiny_hf
 
@@ -64,34 +59,35 @@ def verifier() -> Iterator[VerifierPool]:
         yield started
 
 
-def measured(pool: LocalPool, verifier: VerifierPool, exits: ExitPolicy) -> tuple[EvaluationRow, list[Answer]]:
+def measured(pool: LocalPool, verifier: VerifierPool, exits: ExitRule) -> tuple[EvaluationRow, list[Answer]]:
     return evaluate_model(
-        pool, TASK, verifier, TASK.prompts("validation"), SAMPLING, exits, label="m", num_layers=6, decode=str
+        pool,
+        TASK,
+        verifier,
+        GenerationRequest(TASK.prompts("validation"), 1, SAMPLING, exits, 0),
+        label="m",
+        num_layers=6,
+        decode=str,
     )
 
 
-def dials(answers: list[Answer]) -> dict[str, Dial]:
-    return {
-        "fixed depth": fixed_mixture(OUTCOMES),
-        "random exits": random_exits(OUTCOMES, marginal_exits(answers, OUTCOMES)),
-        "confidence": confidence_threshold,
-        "entropy": entropy_threshold(130),
-        "gates": gate_threshold,
-    }
+def span(outcomes: tuple[int, ...] = OUTCOMES, marginal: Sequence[float] = (1 / 3, 1 / 3, 1 / 3)) -> DialRange:
+    return DialRange(outcomes, 130, marginal)
 
 
-@pytest.mark.parametrize("name", ["fixed depth", "random exits", "confidence", "entropy", "gates"])
-def test_every_control_has_the_mean_depth_it_claims(pool, verifier, path, name) -> None:
+@pytest.mark.parametrize("rule", [*CONTROLS, Threshold], ids=lambda rule: rule.kind)
+def test_every_control_has_the_mean_depth_it_claims(pool, verifier, path, rule) -> None:
     """Matched to the reference's depth, generated once more, its layers counted from the tokens."""
     pool.load(weights(path, 1))
-    row, answers = measured(pool, verifier, ExitPolicy("threshold", 0.5))
+    row, answers = measured(pool, verifier, Threshold(0.5))
     assert 0.4 < row.mean_depth < 1
-    if name == "gates":
+    if rule is Threshold:
         # Another policy's gates, as those of the calibrated model are for the reinforced one.
         pool.load(weights(path, 2))
-    found = match_depth(lambda e: measured(pool, verifier, e)[0], dials(answers)[name], row.mean_depth)
+    dial = rule.dial(span(marginal=marginal_exits(answers, OUTCOMES)))
+    found = match_depth(lambda e: measured(pool, verifier, e)[0], dial, row.mean_depth)
     assert found.within and found.target == row.mean_depth
-    again = pool.generate(TASK.prompts("validation"), 1, SAMPLING, found.policy, 0)
+    again = pool.generate(GenerationRequest(TASK.prompts("validation"), 1, SAMPLING, found.policy, 0))
     depths = np.concatenate([a.exit_depths for (a,) in again])
     assert depths.mean() / 6 == pytest.approx(found.row.mean_depth, rel=1e-6)
     assert abs(depths.mean() / 6 / row.mean_depth - 1) <= TOLERANCE
@@ -99,38 +95,38 @@ def test_every_control_has_the_mean_depth_it_claims(pool, verifier, path, name) 
 
 
 def test_a_depth_out_of_reach_is_reported_as_not_matched(pool, verifier) -> None:
-    found = match_depth(lambda e: measured(pool, verifier, e)[0], fixed_mixture(OUTCOMES), 0.2, trials=6)
+    found = match_depth(lambda e: measured(pool, verifier, e)[0], Fixed.dial(span()), 0.2, trials=6)
     # Every token but the first at depth 2 of 6 is the least there is.
     assert not found.within and found.row.mean_depth > 0.33 and found.trials == 3
     with pytest.raises(ValueError, match="mean depth 0 to match"):
-        match_depth(lambda e: measured(pool, verifier, e)[0], fixed_mixture(OUTCOMES), 0)
+        match_depth(lambda e: measured(pool, verifier, e)[0], Fixed.dial(span()), 0)
 
 
-def expected_depth(policy: ExitPolicy) -> float:
+def expected_depth(policy: ExitRule) -> float:
     return float(np.dot(policy.shares, OUTCOMES))
 
 
 def test_dials_rise_and_know_their_ends() -> None:
     marginal = (0.5, 0.2, 0.3)
-    for dial in (fixed_mixture(OUTCOMES), random_exits(OUTCOMES, marginal)):
+    for dial in (Fixed.dial(span()), Random.dial(span(marginal=marginal))):
         depths = [expected_depth(dial(p)) for p in np.linspace(0, 1, 21)]
         assert depths == sorted(depths)
         assert depths[0] == pytest.approx(2, abs=0.01) and depths[-1] == pytest.approx(6, abs=0.01)
-    assert random_exits(OUTCOMES, marginal)(0.5).shares == pytest.approx(marginal)
-    assert fixed_mixture(OUTCOMES)(0.25).shares == pytest.approx((0.5, 0.5, 0.0))
-    assert fixed_mixture(OUTCOMES)(1.0).shares == (0.0, 0.0, 1.0)
-    assert sum(share > 0 for share in fixed_mixture(OUTCOMES)(0.8).shares) == 2, "neighbours only"
-    assert fixed_mixture((6,))(0.3).shares == (1.0,)
-    assert (confidence_threshold(0.0).value, confidence_threshold(1.0).value) == (0.0, 1.0)
-    assert entropy_threshold(130)(0.0).value > math.log(130) and entropy_threshold(130)(1.0).value == 0.0
+    assert Random.dial(span(marginal=marginal))(0.5).shares == pytest.approx(marginal)
+    assert Fixed.dial(span())(0.25).shares == pytest.approx((0.5, 0.5, 0.0))
+    assert Fixed.dial(span())(1.0).shares == (0.0, 0.0, 1.0)
+    assert sum(share > 0 for share in Fixed.dial(span())(0.8).shares) == 2, "neighbours only"
+    assert Fixed.dial(span((6,)))(0.3).shares == (1.0,)
+    assert tuple(Confidence.dial(span())(place).value for place in (0.0, 1.0)) == (0.0, 1.0)
+    assert Entropy.dial(span())(0.0).value > math.log(130) and Entropy.dial(span())(1.0).value == 0.0
     with pytest.raises(ValueError, match="one share >= 0 each"):
-        random_exits(OUTCOMES, (0.5, 0.5))
+        Random.dial(span(marginal=(0.5, 0.5)))
 
 
 def test_tilted_exits_are_the_nearest_with_their_mean() -> None:
     """No other distribution with the same mean has less KL divergence from the marginal."""
     marginal = np.array([0.5, 0.2, 0.3])
-    p = np.array(random_exits(OUTCOMES, marginal.tolist())(0.8).shares)
+    p = np.array(Random.dial(span(marginal=marginal.tolist()))(0.8).shares)
     divergence = float((p * np.log(p / marginal)).sum())
     # (1, -2, 1) changes neither the sum nor the mean.
     for step in (-0.01, 0.01):
@@ -142,14 +138,14 @@ def planted_row(depth: float, accuracy: float) -> EvaluationRow:
     return EvaluationRow("m", "x", 100, round(100 * accuracy), accuracy, 0.0, 1.0, depth, 100 * depth, 10.0)
 
 
-def planted_measure(policy: ExitPolicy) -> EvaluationRow:
+def planted_measure(policy: ExitRule) -> EvaluationRow:
     """Depth as expected; right in 80 of 100 from depth 5 on, in 50 below."""
     depth = expected_depth(policy)
     return planted_row(depth / 6, 0.8 if depth >= 5 else 0.5)
 
 
 def test_the_least_depth_of_equal_accuracy_is_found() -> None:
-    dial = fixed_mixture(OUTCOMES)
+    dial = Fixed.dial(span())
     found = match_accuracy(planted_measure, dial, 0.8, trials=12)
     assert found.within and found.row.accuracy == 0.8
     assert 5 / 6 <= found.row.mean_depth < 5 / 6 + 0.01

@@ -25,9 +25,10 @@ from ee_megatron.evaluation.externalisation import (
 )
 from ee_megatron.evaluation.interventions import FRACTIONS, Bench, externalisation, force
 from ee_megatron.evaluation.planning_probe import planning_probe
+from ee_megatron.exit_rules import Off, Sample, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
-from ee_megatron.rollout import ExitPolicy, LocalPool, SamplingParams
+from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.rollout.engine.scoring import Inspection
 from ee_megatron.tasks import make_task
 from ee_megatron.types import Prompt, Rollout
@@ -207,8 +208,8 @@ class PlantedPool:
     def __init__(self, rule: Callable[[str, str], str]):
         self.rule = rule
 
-    def generate(self, prompts, samples, sampling, exits, seed, progress=None):
-        return [[self.write(p)] for p in prompts]
+    def generate(self, request, progress=None):
+        return [[self.write(p)] for p in request.prompts]
 
     def write(self, prompt: Prompt) -> Rollout:
         text = prompt.prefill + self.rule(prompt.text, prompt.prefill)
@@ -256,7 +257,7 @@ PROMPTS = [Prompt(f"p{a}", f"Question: What is {a} x {b}?\nAnswer:", str(a * b),
 
 
 def run(rule: Callable[[str, str], str]) -> dict:
-    bench = Bench(PlantedPool(rule), PlainVerifier(), Codec(), SamplingParams(0.0, 60, ("\n",)), ExitPolicy("off"))  # type: ignore[arg-type]
+    bench = Bench(PlantedPool(rule), PlainVerifier(), Codec(), SamplingParams(0.0, 60, ("\n",)), Off())  # type: ignore[arg-type]
     found = externalisation(bench, PROMPTS)
     return json.loads(json.dumps(found, default=float))
 
@@ -318,7 +319,7 @@ def test_a_forced_answer_is_judged_by_what_is_said_first() -> None:
     def runs_on(text: str, prefill: str) -> str:
         return f" {product(text)}. No, 5. The answer is 7"
 
-    bench = Bench(PlantedPool(runs_on), PlainVerifier(), Codec(), SamplingParams(0.0, 60), ExitPolicy("off"))  # type: ignore[arg-type]
+    bench = Bench(PlantedPool(runs_on), PlainVerifier(), Codec(), SamplingParams(0.0, 60), Off())  # type: ignore[arg-type]
     found = force(bench, PROMPTS, [""] * 8, [" The answer is"] * 8)
     assert [f.number for f in found] == [p.answer for p in PROMPTS] and all(f.correct for f in found)
     with pytest.raises(ValueError, match="no prompts"):
@@ -341,7 +342,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> LocalPool:
 
 def test_what_gates_say_and_exits_cost_agrees_with_what_was_recorded(pool: LocalPool) -> None:
     prompts = [replace(p, text=p.text[: 20 + i]) for i, p in enumerate(PROMPTS)]
-    rollouts = [a for (a,) in pool.generate(prompts, 1, SamplingParams(1.0, 20), ExitPolicy("sample"), 5)]
+    rollouts = [a for (a,) in pool.generate(GenerationRequest(prompts, 1, SamplingParams(1.0, 20), Sample(), 5))]
     scores, found = pool.score(rollouts), pool.inspect(rollouts, streams=True)
     depths = np.array([2, 4])
     for rollout, scored, entry in zip(rollouts, scores, found, strict=True):
@@ -361,14 +362,14 @@ def test_what_gates_say_and_exits_cost_agrees_with_what_was_recorded(pool: Local
 
 
 def test_an_answer_that_asked_no_gate_has_nothing_to_show(pool: LocalPool) -> None:
-    (rollout,) = pool.generate(PROMPTS[:1], 1, SamplingParams(0.0, 1), ExitPolicy("sample"), 0)[0]
+    (rollout,) = pool.generate(GenerationRequest(PROMPTS[:1], 1, SamplingParams(0.0, 1), Sample(), 0))[0]
     (entry,) = pool.inspect([rollout])
     assert entry.hazards.shape == (1, 2) and np.isnan(entry.hazards).all() and np.isnan(entry.divergences).all()
     assert entry.streams is None and pool.inspect([]) == []
 
 
 def test_the_driver_runs_on_a_real_model(pool: LocalPool) -> None:
-    bench = Bench(pool, PlainVerifier(), Codec(), SamplingParams(0.0, 30, ("\n",)), ExitPolicy("threshold", 0.5))  # type: ignore[arg-type]
+    bench = Bench(pool, PlainVerifier(), Codec(), SamplingParams(0.0, 30, ("\n",)), Threshold(0.5))  # type: ignore[arg-type]
     found = externalisation(bench, PROMPTS)
     json.dumps(found)
     assert found["n"] == 8 and len(found["planning_probe"]) == 3

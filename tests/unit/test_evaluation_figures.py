@@ -135,8 +135,8 @@ def test_flops_of_an_answer_are_those_of_the_layers_it_ran(tmp_path: Path) -> No
     dims = HFDirectory(tiny_hf("llama", tmp_path)).dims
     exits, prompt = (2, 4), 10
 
-    def cost(depths: list[int], asks: str = "nothing") -> float:
-        return answer_cost(dims, exits, 2, prompt, depths, asks)
+    def cost(depths: list[int], asks: str = "") -> float:
+        return answer_cost(dims, exits, 2, prompt, depths, {asks})
 
     head = 2 * dims.vocab * dims.hidden
     assert cost([6]) == prefill_cost(dims, prompt)
@@ -148,7 +148,7 @@ def test_flops_of_an_answer_are_those_of_the_layers_it_ran(tmp_path: Path) -> No
         assert cost([6, depth]) - cost([6]) == pytest.approx(depth * layer + (6 - depth) * skipped + head)
     one = gate(dims, 2, 1)
     assert [cost([6, d], "gates") - cost([6, d]) for d in (2, 4, 6)] == pytest.approx([one, 2 * one, 2 * one])
-    assert [cost([6, d], "readouts") - cost([6, d]) for d in (2, 4, 6)] == pytest.approx([0, head, 2 * head])
+    assert [cost([6, d], "readout") - cost([6, d]) for d in (2, 4, 6)] == pytest.approx([0, head, 2 * head])
 
 
 def test_the_externalisation_table_shows_what_is_defined() -> None:

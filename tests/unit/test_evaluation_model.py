@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from ee_megatron.config.schema import TaskConfig
-from ee_megatron.evaluation import evaluate_model, exit_label, write_results
+from ee_megatron.evaluation import evaluate_model, write_results
 from ee_megatron.evaluation.evaluate import add_readings
+from ee_megatron.exit_rules import ExitRule, Fixed, Off, Sample, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
-from ee_megatron.rollout import ExitPolicy, LocalPool, SamplingParams
+from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.tasks import VerifierPool, make_task
 from ee_megatron.tasks.arithmetic import ArithmeticTask
 from ee_megatron.types import Prompt, Rollout
@@ -47,10 +48,10 @@ def policy(pool: LocalPool) -> WeightSet:
     return WeightSet(1, {name: t + 3.5 if name.endswith("fc2.bias") else t for name, t in tensors.items()})
 
 
-def known_prompts(pool: LocalPool, exits: ExitPolicy) -> tuple[list[Prompt], int]:
+def known_prompts(pool: LocalPool, exits: ExitRule) -> tuple[list[Prompt], int]:
     """Prompts; the reference of every second one is the number that the model says, if any. And how many those are."""
     prompts, right = [], 0
-    found = pool.generate(TASK.prompts("evaluation"), 1, SAMPLING, exits, 0)
+    found = pool.generate(GenerationRequest(TASK.prompts("evaluation"), 1, SAMPLING, exits, 0))
     for i, (prompt, (answer,)) in enumerate(zip(TASK.prompts("evaluation"), found, strict=True)):
         numbers = re.findall(r"[0-9]+", answer.text)
         right += bool(numbers) and i % 2 == 0
@@ -60,14 +61,20 @@ def known_prompts(pool: LocalPool, exits: ExitPolicy) -> tuple[list[Prompt], int
 
 def test_the_row_agrees_with_the_answers_it_sums_up(pool: LocalPool, verifier: VerifierPool, tmp_path: Path) -> None:
     pool.load(policy(pool))
-    exits = ExitPolicy("threshold", 0.5)
+    exits = Threshold(0.5)
     prompts, right = known_prompts(pool, exits)
     seen: list[tuple[int, int]] = []
     row, answers = evaluate_model(
-        pool, TASK, verifier, prompts, SAMPLING, exits,
-        label="calibrated", num_layers=6, decode=lambda token: pool.tokenizer.decode([token]), with_divergence=True,
+        pool,
+        TASK,
+        verifier,
+        GenerationRequest(prompts, 1, SAMPLING, exits, 0),
+        label="calibrated",
+        num_layers=6,
+        decode=lambda token: pool.tokenizer.decode([token]),
+        with_divergence=True,
         progress=lambda done, total: seen.append((done, total)),
-    )  # fmt: skip
+    )
     assert (row.model, row.exits, row.n, row.timed_out) == ("calibrated", "hazard > 0.5", 24, 0)
     assert 0 < row.correct == right == sum(a["correct"] for a in answers)
     depths = [t["depth"] for a in answers for t in a["tokens"]]
@@ -92,9 +99,15 @@ def test_readings_say_what_each_exit_on_the_way_would_have_written(pool: LocalPo
     pool.load(weights)
     rollouts: list[Rollout] = []
     _, answers = evaluate_model(
-        pool, TASK, verifier, prompts, SAMPLING, ExitPolicy("threshold", 0.5),
-        label="calibrated", num_layers=6, decode=lambda token: pool.tokenizer.decode([token]), collect=rollouts,
-    )  # fmt: skip
+        pool,
+        TASK,
+        verifier,
+        GenerationRequest(prompts, 1, SAMPLING, Threshold(0.5), 0),
+        label="calibrated",
+        num_layers=6,
+        decode=lambda token: pool.tokenizer.decode([token]),
+        collect=rollouts,
+    )
     add_readings(answers, pool.inspect(rollouts), SPEC.exit_depths, lambda token: pool.tokenizer.decode([token]))
     left, seen = 0, set()
     for answer in answers:
@@ -112,7 +125,7 @@ def test_readings_say_what_each_exit_on_the_way_would_have_written(pool: LocalPo
                 assert exits[-1]["logprob"] == pytest.approx(token["logprob"], abs=1e-3)
     assert left > 10 and len(seen) > 1
     pool.load(None)
-    (greedy,) = pool.generate(prompts[:1], 1, SAMPLING, ExitPolicy("off"), 0)[0]
+    (greedy,) = pool.generate(GenerationRequest(prompts[:1], 1, SAMPLING, Off(), 0))[0]
     (entry,) = pool.inspect([greedy])
     assert np.array_equal(entry.teacher_said, greedy.tokens) and (entry.said[1:] >= 0).all()
     np.testing.assert_allclose(entry.teacher_said_logprobs, greedy.token_logprobs, atol=1e-3)
@@ -123,11 +136,11 @@ def test_the_teacher_at_full_depth_diverges_from_itself_by_nothing(pool: LocalPo
     arguments = {"label": "teacher", "num_layers": 6, "decode": str}
     prompts = TASK.prompts("evaluation")[:6]
     row, _ = evaluate_model(
-        pool, TASK, verifier, prompts, SAMPLING, ExitPolicy("off"), with_divergence=True, **arguments
+        pool, TASK, verifier, GenerationRequest(prompts, 1, SAMPLING, Off(), 0), with_divergence=True, **arguments
     )  # type: ignore[arg-type]
     assert row.mean_depth == 1.0 and row.exits == "full depth"
     assert row.kl == pytest.approx(0.0, abs=1e-5)
-    bare, answers = evaluate_model(pool, TASK, verifier, prompts, SAMPLING, ExitPolicy("off"), **arguments)  # type: ignore[arg-type]
+    bare, answers = evaluate_model(pool, TASK, verifier, GenerationRequest(prompts, 1, SAMPLING, Off(), 0), **arguments)  # type: ignore[arg-type]
     assert bare.kl is None and answers[0]["tokens"][0]["entropy"] is None
 
 
@@ -137,12 +150,12 @@ def test_mistaken_calls_are_refused(pool: LocalPool, verifier: VerifierPool) -> 
 
     call = {"label": "teacher", "num_layers": 6, "decode": str}
     with pytest.raises(ValueError, match="judges 'arithmetic', the prompts are 'other'"):
-        evaluate_model(pool, Other(), verifier, [], SAMPLING, ExitPolicy("off"), **call)  # type: ignore[arg-type]
+        evaluate_model(pool, Other(), verifier, GenerationRequest([], 1, SAMPLING, Off(), 0), **call)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no prompts to evaluate on"):
-        evaluate_model(pool, TASK, verifier, [], SAMPLING, ExitPolicy("off"), **call)  # type: ignore[arg-type]
+        evaluate_model(pool, TASK, verifier, GenerationRequest([], 1, SAMPLING, Off(), 0), **call)  # type: ignore[arg-type]
 
 
 def test_exit_policies_have_names() -> None:
-    named = {exit_label(p) for p in (ExitPolicy("off"), ExitPolicy("sample"), ExitPolicy("threshold", 0.55))}
+    named = {rule.label for rule in (Off(), Sample(), Threshold(0.55))}
     assert named == {"full depth", "sampled", "hazard > 0.55"}
-    assert exit_label(ExitPolicy("fixed", 15)) == "fixed 15"
+    assert Fixed(15).label == "fixed 15"

@@ -13,7 +13,6 @@ from ee_megatron.evaluation.statistics import (
     bootstrap_interval,
     clustered_difference,
     mcnemar_exact,
-    mean_ranks,
     spearman,
     spearman_interval,
     wilson_interval,
@@ -103,7 +102,9 @@ def test_differences_ask_for_as_many_of_each() -> None:
 
 
 def test_ranks_of_ties_are_shared() -> None:
-    assert mean_ranks(np.array([10.0, 20.0, 20.0, 5.0])).tolist() == [2.0, 3.5, 3.5, 1.0]
+    # Ranks (2, 3.5, 3.5, 1) and (1, 2, 3, 4).
+    ranks = np.corrcoef([2.0, 3.5, 3.5, 1.0], [1.0, 2.0, 3.0, 4.0])[0, 1]
+    assert spearman(np.array([10.0, 20.0, 20.0, 5.0]), np.arange(4)) == pytest.approx(ranks)
 
 
 def test_spearman_of_planted_orders() -> None:

@@ -42,6 +42,17 @@ def test_terms_of_the_gates_add_up_to_the_log_probability(z, depth):
     torch.testing.assert_close(total.exp(), expected, rtol=1e-9, atol=1e-12)
 
 
+@given(logits, st.lists(st.floats(0, 1), min_size=3, max_size=3).map(torch.tensor))
+@settings(deadline=None)
+def test_a_gate_s_term_is_the_cross_entropy_to_its_target_hazard(z, hazards):
+    anywhere = torch.zeros(3, dtype=torch.int32)
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits(z, hazards, reduction="none")
+    torch.testing.assert_close(-gate_log_term(z, anywhere, 5, hazards), entropy)
+    # The prescribed exit is a hazard of 1 at its gate and 0 before it; gates behind it have no target.
+    depths, targets = torch.tensor([5, 9, 2]), torch.tensor([1.0, 0.0, -1.0])
+    assert torch.equal(gate_log_term(z, depths, 5), gate_log_term(z, anywhere, 5, targets))
+
+
 def test_certain_gates_stay_finite():
     z = torch.tensor([100.0, -100.0, 100.0])
     for depth in LAYOUT.outcomes:

@@ -22,10 +22,16 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checkpoint", "parallel", "scaling"),
     ("report", "model", "rollout", "tasks"),
     ("config",),
-    ("types", "exits", "policy", "families", "observe"),
+    ("types", "exits", "exit_rules", "policy", "families", "objectives", "observe"),
 )
 # Within the ground floor, which has no circle.
-SAME_FLOOR = {("policy", "exits"), ("policy", "families"), ("observe", "types")}
+SAME_FLOOR = {
+    ("exit_rules", "exits"),
+    ("objectives", "exits"),
+    ("policy", "exits"),
+    ("policy", "families"),
+    ("observe", "types"),
+}
 
 
 def module_name(file: Path, root: Path) -> str:

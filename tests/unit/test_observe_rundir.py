@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
+from ee_megatron.observe import lock
+from ee_megatron.observe.lock import RunLock
 from ee_megatron.observe.rundir import COMPLETE, RunDirectory, atomic_directory, clean_leftovers, fault, write_atomic
 
 
@@ -183,14 +187,43 @@ def test_a_run_held_by_a_living_process_is_refused_and_a_dead_ones_is_taken_over
     assert (run / ".lock").read_text() == ""
 
 
+def _try(path: Path, barrier, won) -> None:
+    barrier.wait(20)
+    try:
+        RunLock(path).acquire()
+        won.release()
+    except RuntimeError:
+        pass
+    # Nobody is dead before all have tried.
+    barrier.wait(20)
+
+
+def test_of_several_that_find_a_dead_ones_lock_one_takes_it(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    (tmp_path / ".lock").write_text(json.dumps({"host": os.uname().nodename, "pid": 2**22 + 1, "start": "1"}))
+    barrier, won = fork.Barrier(4), fork.Semaphore(0)
+    children = [fork.Process(target=_try, args=(tmp_path / ".lock", barrier, won)) for _ in range(4)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(30)
+    assert won.acquire(timeout=1) and not won.acquire(timeout=0)
+
+
+def test_a_lock_file_that_somebody_keeps_busy_is_not_waited_for_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "GUARD_DEADLINE_S", 0.1)
+    with FileLock(tmp_path / ".lock"), pytest.raises(RuntimeError, match=r"\.lock: another process has kept it busy"):
+        RunLock(tmp_path / ".lock").acquire()
+
+
 def test_a_reused_pid_and_a_half_written_lock_are_stale_but_another_host_is_not(tmp_path, monkeypatch):
-    lock = tmp_path / ".lock"
+    file = tmp_path / ".lock"
     here = os.uname().nodename
-    lock.write_text(json.dumps({"host": here, "pid": os.getppid(), "start": "1", "token": "t"}))
+    file.write_text(json.dumps({"host": here, "pid": os.getppid(), "start": "1", "token": "t"}))
     RunDirectory(tmp_path).close()
-    lock.write_text('{"host": "x", "pi')
+    file.write_text('{"host": "x", "pi')
     RunDirectory(tmp_path).close()
-    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "start": "1", "token": "t", "job": "77", "restart": 1}))
+    file.write_text(json.dumps({"host": "elsewhere", "pid": 1, "start": "1", "token": "t", "job": "77", "restart": 1}))
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(RuntimeError, match="elsewhere"):
         RunDirectory(tmp_path)

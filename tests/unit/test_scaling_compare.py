@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ee_megatron.scaling.compare import Comparison, coefficients, compare
-from ee_megatron.scaling.table import Columns, Table
+from ee_megatron.scaling.table import ColumnNames, RunTable
 
 SIZES = np.repeat(np.geomspace(1e7, 1e9, 6), 6)
 PENALTY = np.tile([0.0, 0.1, 0.2, 0.4, 0.8, 1.2], 6)
@@ -14,8 +14,8 @@ PENALTY = np.tile([0.0, 0.1, 0.2, 0.4, 0.8, 1.2], 6)
 
 def judged(metric, against=("params",), seed: int = 0, draws: int = 300, **columns) -> Comparison:
     cells = {"params": SIZES, "lambda": PENALTY, **columns, "metric": metric}
-    table = Table("runs.csv", "", {name: list(values) for name, values in cells.items()})
-    return compare(table, Columns(), "metric", against, draws, seed)
+    table = RunTable("runs.csv", "", {name: list(values) for name, values in cells.items()})
+    return compare(table, ColumnNames(), "metric", against, draws, seed)
 
 
 def noise(seed: int, sd: float, count: int = 36) -> np.ndarray:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.special import ndtri, stdtrit
 
 from ee_megatron.scaling.intervals import (
     bca_interval,
     leave_one_run_out,
     percentile_interval,
     resample_runs,
-    student_cdf,
-    student_quantile,
 )
 from ee_megatron.scaling.refusal import Refused
 
@@ -20,9 +19,10 @@ from ee_megatron.scaling.refusal import Refused
     ("freedom", "expected"),
     [(1, 12.7062), (2, 4.3027), (3, 3.1824), (5, 2.5706), (10, 2.2281), (31, 2.0395), (400, 1.9659)],
 )
-def test_student_quantiles_are_those_of_the_tables(freedom: int, expected: float) -> None:
-    assert student_quantile(0.975, freedom) == pytest.approx(expected, abs=1e-4)
-    assert student_cdf(0.0, freedom) == 0.5
+def test_percentiles_are_taken_at_students_quantiles_of_the_tables(freedom: int, expected: float) -> None:
+    # The quantile of these draws at p is p: which p was taken is seen, as a normal quantile.
+    low, high = percentile_interval(np.linspace(0, 1, 101), freedom)
+    assert -ndtri(low) == pytest.approx(expected, abs=1e-4) and high == pytest.approx(1 - low)
 
 
 def test_rows_of_a_run_are_drawn_together_and_runs_with_replacement() -> None:
@@ -56,7 +56,7 @@ def test_the_expanded_interval_of_a_mean_is_students() -> None:
     sample = np.random.default_rng(0).normal(size=12)
     sample = sample - np.flip(sample)  # symmetric: no bias, no acceleration
     interval = bca_interval(*bootstrap_of_mean(sample, 0), fitted=1)
-    half = student_quantile(0.975, 11) * sample.std(ddof=1) / np.sqrt(12)
+    half = stdtrit(11, 0.975) * sample.std(ddof=1) / np.sqrt(12)
     assert interval.high - interval.low == pytest.approx(2 * half, rel=0.06)
     plain = bca_interval(*bootstrap_of_mean(sample, 0))
     assert plain.high - plain.low < interval.high - interval.low

@@ -9,7 +9,7 @@ from ee_megatron.scaling.fit import fit_all, fit_law
 from ee_megatron.scaling.isoflop_law import IsoFlopFit
 from ee_megatron.scaling.loss_law import predict
 from ee_megatron.scaling.refusal import Refused
-from ee_megatron.scaling.table import Columns, Observations, Table, observations, read_table
+from ee_megatron.scaling.table import ColumnNames, Observations, RunTable, observations, read_table
 from tests.scaling_samples import CHINCHILLA, grid, isoflop_runs, noisy, write_csv
 
 
@@ -71,8 +71,8 @@ def test_one_refused_method_leaves_the_others() -> None:
     assert isinstance(found["isoflop"], IsoFlopFit)
 
 
-def table(**columns) -> Table:
-    return Table("runs.csv", "", {name.replace("_", " "): list(values) for name, values in columns.items()})
+def table(**columns) -> RunTable:
+    return RunTable("runs.csv", "", {name.replace("_", " "): list(values) for name, values in columns.items()})
 
 
 GOOD = {"params": ["1e8", "2e8"], "tokens": ["1e9", "2e9"], "loss": ["3.5", "3.1"]}
@@ -91,38 +91,38 @@ GOOD = {"params": ["1e8", "2e8"], "tokens": ["1e9", "2e9"], "loss": ["3.5", "3.1
 )
 def test_a_cell_that_is_no_positive_number_is_named_with_its_row(column: str, cell: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        observations(table(**{**GOOD, column: [GOOD[column][0], cell]}), Columns())
+        observations(table(**{**GOOD, column: [GOOD[column][0], cell]}), ColumnNames())
 
 
 def test_a_missing_column_names_the_nearest_and_the_option() -> None:
     renamed = table(n_params=GOOD["params"], tokens=GOOD["tokens"], Loss=GOOD["loss"])
     with pytest.raises(ValueError, match=r"no column 'params'; the nearest is 'n params' .* with --params COLUMN"):
-        observations(renamed, Columns())
+        observations(renamed, ColumnNames())
     with pytest.raises(ValueError, match="no column 'loss'; the nearest is 'Loss'"):
-        observations(renamed, Columns(params="n params"))
+        observations(renamed, ColumnNames(params="n params"))
 
 
 def test_tokens_come_from_flops_and_the_notes_say_so() -> None:
-    obs = observations(table(params=["1e8", "2e8"], flops=["6e17", "2.4e18"], loss=["3.5", "3.1"]), Columns())
+    obs = observations(table(params=["1e8", "2e8"], flops=["6e17", "2.4e18"], loss=["3.5", "3.1"]), ColumnNames())
     assert obs.tokens == pytest.approx([1e9, 2e9])
     assert any("tokens derived from FLOPs, D = flops / (6 params)" in note for note in obs.notes)
-    direct = observations(table(**GOOD), Columns())
+    direct = observations(table(**GOOD), ColumnNames())
     assert direct.flops == pytest.approx([6e17, 2.4e18]) and any("FLOPs derived" in note for note in direct.notes)
     with pytest.raises(ValueError, match="no column 'tokens'"):
-        observations(table(params=GOOD["params"], loss=GOOD["loss"]), Columns())
+        observations(table(params=GOOD["params"], loss=GOOD["loss"]), ColumnNames())
 
 
 def test_flops_that_are_not_6nd_are_kept_and_noted() -> None:
-    obs = observations(table(**GOOD, flops=["1e18", "2.4e18"]), Columns())
+    obs = observations(table(**GOOD, flops=["1e18", "2.4e18"]), ColumnNames())
     assert obs.flops[0] == 1e18 and any("1.00 to 1.67 times 6ND" in note for note in obs.notes)
 
 
 def test_runs_come_from_their_column_or_are_rows_and_the_notes_say_which() -> None:
-    named = observations(table(**GOOD, run=["a", "a"]), Columns())
+    named = observations(table(**GOOD, run=["a", "a"]), ColumnNames())
     assert named.runs.tolist() == [0, 0] and "column run" in named.notes[0]
-    assert observations(table(**GOOD), Columns()).runs.tolist() == [0, 1]
+    assert observations(table(**GOOD), ColumnNames()).runs.tolist() == [0, 1]
     with pytest.raises(ValueError, match="--run"):
-        observations(table(**GOOD), Columns(run="seed", given=frozenset({"run"})))
+        observations(table(**GOOD), ColumnNames(run="seed", given=frozenset({"run"})))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_csv_and_parquet_give_the_same_observations(tmp_path) -> None:
     columns = {"params": obs.params, "tokens": obs.tokens, "loss": obs.loss}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "runs.parquet")
     write_csv(tmp_path / "runs.csv", columns)
-    first, second = (observations(read_table(tmp_path / f"runs.{kind}"), Columns()) for kind in ("csv", "parquet"))
+    first, second = (observations(read_table(tmp_path / f"runs.{kind}"), ColumnNames()) for kind in ("csv", "parquet"))
     assert np.array_equal(first.loss, second.loss) and np.array_equal(first.params, obs.params)
     (tmp_path / "bad.parquet").write_bytes(b"no parquet")
     with pytest.raises(ValueError, match=r"bad\.parquet: .* expected a Parquet file"):

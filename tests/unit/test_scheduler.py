@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from ee_megatron.exit_rules import Confidence, Fixed, Off, Prescribed, Sample, Threshold
 from ee_megatron.policy import PolicySpec
-from ee_megatron.rollout import Decoder, ExitPolicy, SamplingParams
+from ee_megatron.rollout import Decoder, SamplingParams
 from ee_megatron.rollout.engine.ops import TorchOps
 from ee_megatron.rollout.engine.request import Event, Request
 from ee_megatron.rollout.engine.scheduler import Scheduler
@@ -100,7 +101,7 @@ def test_any_traffic_gives_the_masked_references_probabilities_and_runs_no_skipp
         for i, (prompt, depths, wait) in enumerate(asked):
             for _ in range(wait):
                 scheduler.advance()
-            exits = ExitPolicy("prescribed", depths={(f"p{i}", 0): depths})
+            exits = Prescribed({(f"p{i}", 0): depths})
             ids.append(scheduler.add(Request(prompt, SamplingParams(1.0, len(depths)), exits, 7, f"p{i}")))
         answers = finish(scheduler, ids)
     finally:
@@ -116,11 +117,11 @@ def test_any_traffic_gives_the_masked_references_probabilities_and_runs_no_skipp
 
 def mixed_requests() -> list[Request]:
     kinds = [
-        (SamplingParams(1.0, 12), ExitPolicy("sample")),
-        (SamplingParams(0.7, 20, top_k=9), ExitPolicy("threshold", 0.5)),
-        (SamplingParams(0.0, 9), ExitPolicy("fixed", 3)),
-        (SamplingParams(1.0, 15, ("a", "xy"), top_p=0.6), ExitPolicy("off")),
-        (SamplingParams(1.3, 14), ExitPolicy("confidence", 0.04)),
+        (SamplingParams(1.0, 12), Sample()),
+        (SamplingParams(0.7, 20, top_k=9), Threshold(0.5)),
+        (SamplingParams(0.0, 9), Fixed(3)),
+        (SamplingParams(1.0, 15, ("a", "xy"), top_p=0.6), Off()),
+        (SamplingParams(1.3, 14), Confidence(0.04)),
     ]
     texts = ["Q: 1 + 1 =", "abc", "Q: 1 + 1 =", "a much longer prompt than the others have", "x"]
     return [
@@ -151,7 +152,7 @@ def test_rows_at_different_tokens_and_depths_run_together(decoder, tokenizer):
     generator = np.random.default_rng(0)
     for i in range(16):
         depths = [6, *generator.choice(OUTCOMES, 30)]
-        exits = ExitPolicy("prescribed", depths={(f"p{i}", 0): depths})
+        exits = Prescribed({(f"p{i}", 0): depths})
         scheduler.add(Request([i + 1, 2, 3], SamplingParams(1.0, 31), exits, 0, f"p{i}"))
     sizes, spread = [], 0
     real = scheduler._run
@@ -173,14 +174,12 @@ def test_rows_at_different_tokens_and_depths_run_together(decoder, tokenizer):
 def test_requests_join_and_leave_a_running_engine(decoder, tokenizer):
     scheduler = Scheduler(decoder, tokenizer, in_flight=2)
     sampling = SamplingParams(1.0, 40)
-    first, second, third = (
-        scheduler.add(Request("abc", sampling, ExitPolicy("sample"), 0, name)) for name in ("a", "b", "c")
-    )
+    first, second, third = (scheduler.add(Request("abc", sampling, Sample(), 0, name)) for name in ("a", "b", "c"))
     for _ in range(10):
         scheduler.advance()
     assert {row.id for row in scheduler.stations} == {first, second}
     assert scheduler.cancel(first) and scheduler.cancel(third) and not scheduler.cancel(first)
-    late = scheduler.add(Request("abc", SamplingParams(1.0, 5), ExitPolicy("sample"), 0, "d"))
+    late = scheduler.add(Request("abc", SamplingParams(1.0, 5), Sample(), 0, "d"))
     events: list[Event] = []
     while scheduler.busy:
         events.extend(scheduler.advance())
@@ -190,7 +189,7 @@ def test_requests_join_and_leave_a_running_engine(decoder, tokenizer):
         scheduler.take(first, 0)
     same(
         scheduler.take(late, 0),
-        alone(decoder, tokenizer, Request("abc", SamplingParams(1.0, 5), ExitPolicy("sample"), 0, "d")),
+        alone(decoder, tokenizer, Request("abc", SamplingParams(1.0, 5), Sample(), 0, "d")),
     )
     assert scheduler.cancel(second) and not scheduler.finished and len(scheduler._free) == 2
 
@@ -215,7 +214,7 @@ def test_events_stream_the_answer(decoder, tokenizer):
 def test_truncated_sampling_records_both_log_probabilities(path, decoder, tokenizer):
     reference = Reference(path, SPEC, random_policy(decoder.dims, SPEC))
     for sampling in (SamplingParams(1.0, 25, top_k=4), SamplingParams(1.0, 25, top_p=0.4), SamplingParams(1.0, 25)):
-        rollout = alone(decoder, tokenizer, Request("abc", sampling, ExitPolicy("sample"), 1, "p"))
+        rollout = alone(decoder, tokenizer, Request("abc", sampling, Sample(), 1, "p"))
         expected, _ = by_the_book(reference, rollout)
         np.testing.assert_allclose(rollout.full_logprobs, expected, atol=1e-4)
         cut = sampling.top_k or sampling.top_p < 1
@@ -226,9 +225,7 @@ def test_truncated_sampling_records_both_log_probabilities(path, decoder, tokeni
 
 def test_confidence_leaves_at_the_first_readout_that_is_sure_enough(decoder, tokenizer):
     value = 0.045
-    rollout = alone(
-        decoder, tokenizer, Request("abc", SamplingParams(1.0, 40), ExitPolicy("confidence", value), 0, "p")
-    )
+    rollout = alone(decoder, tokenizer, Request("abc", SamplingParams(1.0, 40), Confidence(value), 0, "p"))
     tokens = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])
     at = torch.arange(len(rollout.prompt_tokens), tokens.shape[1] - 1)
     depths = torch.full_like(tokens, 6)
@@ -290,8 +287,8 @@ def test_a_nearly_empty_station_waits_and_no_row_waits_for_ever():
 
 def test_a_request_that_fails_can_be_cancelled_and_the_others_go_on(decoder, tokenizer):
     scheduler = Scheduler(decoder, tokenizer, in_flight=4)
-    good = Request("abc", SamplingParams(1.0, 30), ExitPolicy("sample"), 0, "good")
-    short = Request("abc", SamplingParams(1.0, 30), ExitPolicy("prescribed", depths={("bad", 0): [6, 3, 6]}), 0, "bad")
+    good = Request("abc", SamplingParams(1.0, 30), Sample(), 0, "good")
+    short = Request("abc", SamplingParams(1.0, 30), Prescribed({("bad", 0): [6, 3, 6]}), 0, "bad")
     kept, bad = scheduler.add(good), scheduler.add(short)
     with pytest.raises(ValueError, match=r"\('bad', 0\): 3 given, token 3 needs one"):
         finish(scheduler, [kept])
@@ -306,7 +303,7 @@ def test_what_the_engine_cannot_do_is_refused_in_one_line(path, decoder, tokeniz
     for request, message in [
         (Request([]), "no tokens"),
         (Request("a", SamplingParams(1.0, 600)), "the model has 512"),
-        (Request("a", exits=ExitPolicy("fixed", 2)), "no exit depth"),
+        (Request("a", exits=Fixed(2)), "no exit depth"),
     ]:
         with pytest.raises(ValueError, match=message):
             scheduler.add(request)

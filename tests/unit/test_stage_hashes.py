@@ -35,3 +35,10 @@ def test_stage_directories_keep_their_names(experiment: str) -> None:
     assert [stage_dir(cfg, stage).name for stage in STAGES] == [
         f"{stage}-{digest}" for stage, digest in zip(STAGES, HASHES[experiment].split(), strict=True)
     ]
+
+
+def test_a_setting_that_came_later_names_results_only_where_it_is_set() -> None:
+    cfg = load(["experiment=demo_cpu", "model.path=no/such/model", "name=pinned"])
+    before = {stage: stage_dir(cfg, stage) for stage in STAGES}
+    cfg.rl.surrogate = "another"
+    assert {stage for stage in STAGES if stage_dir(cfg, stage) != before[stage]} == {"rl", "evaluate"}

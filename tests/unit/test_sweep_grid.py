@@ -80,7 +80,7 @@ def test_the_product_runs_its_last_axis_fastest_and_a_later_single_value_counts(
     assert plains("a=1,2", "b=x,y", "c=1", "c=2") == [
         {"a": 1, "b": "x"}, {"a": 1, "b": "y"}, {"a": 2, "b": "x"}, {"a": 2, "b": "y"},
     ]  # fmt: skip
-    assert from_settings(["c=1", "c=2"]).fixed == ["c=2"]
+    assert from_settings(["c=1", "c=2"]).fixed == {"c": "c=2"}
 
 
 def test_seed_is_everything_that_is_trained_and_the_data_stay() -> None:
@@ -195,7 +195,9 @@ def test_a_file_says_the_same_as_the_command_line(tmp_path: Path) -> None:
         "model.path=a", "rl.steps=5",
     ]  # fmt: skip
     changed = combine(grid, from_settings(["rl.lambda_exit=0,7", "experiment=rl_7b"]))
-    assert {p["rl.lambda_exit"].plain for p in changed.points()} == {0, 7} and "experiment=rl_7b" in changed.fixed
+    assert {p["rl.lambda_exit"].plain for p in changed.points()} == {0, 7} and changed.fixed[
+        "experiment"
+    ] == "experiment=rl_7b"
     with pytest.raises(ValueError, match="zipped in the file"):
         combine(grid, from_settings(["rl.steps=3"]))
 

@@ -18,13 +18,14 @@ from ee_megatron.config.load import load
 from ee_megatron.config.validate import validate
 from ee_megatron.observe.lock import process_start
 from ee_megatron.planning.flops import decode_cost
-from ee_megatron.sweeps import manifest as disk
+from ee_megatron.sweeps import records
+from ee_megatron.sweeps.budget import buy
 from ee_megatron.sweeps.collect import collect, columns, rows, to_csv
 from ee_megatron.sweeps.command import forget_failures, main, to_start, write_missing_results
-from ee_megatron.sweeps.executors import minutes_of, split_devices, state_now, visible_devices
-from ee_megatron.sweeps.grid import from_settings
-from ee_megatron.sweeps.isoflop import IsoFlop, buy
+from ee_megatron.sweeps.grid import IsoFlop, from_settings
+from ee_megatron.sweeps.local import split_devices, visible_devices
 from ee_megatron.sweeps.measured import measure, one_rank, pretrained, reinforced, workload
+from ee_megatron.sweeps.slurm import minutes_of
 from ee_megatron.sweeps.status import status_table
 from ee_megatron.sweeps.sweep import GridError, Sweep, resolve
 
@@ -48,13 +49,13 @@ def check(cfg) -> None:
 
 def made(base: list[str], *settings: str, last: str = "evaluate") -> Sweep:
     sweep = resolve(from_settings([*base, *settings]), last, check)
-    disk.save(sweep)
+    records.save(sweep)
     return sweep
 
 
 def finish(sweep: Sweep, key: str) -> None:
     for _, name in sweep.task(key).stages:
-        path = disk.stage_path(sweep, name)
+        path = records.stage_path(sweep, name)
         path.mkdir(parents=True, exist_ok=True)
         (path / "DONE").touch()
 
@@ -120,17 +121,17 @@ def test_what_starts_from_a_given_policy_needs_no_calibration(base: list[str]) -
 def test_a_manifest_reads_back_as_it_was_written_and_is_found_by_name(base: list[str], tmp_path: Path) -> None:
     sweep = made(base, "rl.lambda_exit=0,1")
     before = (sweep.directory / "manifest.json").read_bytes()
-    assert disk.find_sweep("t", tmp_path / "runs") == sweep
-    disk.save(made(base, "rl.lambda_exit=0,1"))
+    assert records.find_sweep("t", tmp_path / "runs") == sweep
+    records.save(made(base, "rl.lambda_exit=0,1"))
     assert (sweep.directory / "manifest.json").read_bytes() == before
     with pytest.raises(FileNotFoundError, match="there are t"):
-        disk.find_sweep("u", tmp_path / "runs")
+        records.find_sweep("u", tmp_path / "runs")
     made(base, "rl.lambda_exit=2,3")
     with pytest.raises(ValueError, match=r"there are 2 sweeps of this name; give --last STAGE or one of t/sweep-"):
-        disk.find_sweep("t", tmp_path / "runs")
+        records.find_sweep("t", tmp_path / "runs")
     shorter = made(base, "rl.lambda_exit=0,1", last="rl")
-    assert disk.find_sweep("t", tmp_path / "runs", last="rl") == shorter
-    assert disk.find_sweep(f"t/{sweep.directory.name}", tmp_path / "runs") == sweep
+    assert records.find_sweep("t", tmp_path / "runs", last="rl") == shorter
+    assert records.find_sweep(f"t/{sweep.directory.name}", tmp_path / "runs") == sweep
 
 
 # ---- what is skipped ----
@@ -143,38 +144,38 @@ def test_finished_tasks_are_skipped_and_failed_ones_wait_for_the_word(base: list
     finish(sweep, shared.key)
     finish(sweep, first.key)
     assert to_start(sweep, {}, False) == [second]
-    disk.write_record(sweep, second.key, disk.Record(disk.FAILED, "rl", 1, "it broke"))
+    records.write_record(sweep, second.key, records.Record(records.FAILED, "rl", 1, "it broke"))
     assert to_start(sweep, {}, False) == [] and to_start(sweep, {}, True) == [second]
-    assert disk.error_of(sweep, sweep.runs[1]) == "it broke"
+    assert records.error_of(sweep, sweep.runs[1]) == "it broke"
     forget_failures(sweep, [second])
-    assert disk.run_state(sweep, sweep.runs[1]) == disk.WAITING
+    assert records.run_state(sweep, sweep.runs[1]) == records.WAITING
 
 
 def test_a_failed_shared_stage_fails_all_that_need_it_and_one_word_starts_them_again(base: list[str]) -> None:
     sweep = made(base, "rl.lambda_exit=0,1", "teacher.enabled=false", last="rl")
     shared = sweep.tasks[0]
-    disk.write_record(sweep, shared.key, disk.Record(disk.FAILED, "traces", 1, "no memory"))
-    assert [disk.run_state(sweep, run) for run in sweep.runs] == ["failed", "failed"]
-    assert disk.error_of(sweep, sweep.runs[1]) == f"{shared.key}, which it needs: no memory"
+    records.write_record(sweep, shared.key, records.Record(records.FAILED, "traces", 1, "no memory"))
+    assert [records.run_state(sweep, run) for run in sweep.runs] == ["failed", "failed"]
+    assert records.error_of(sweep, sweep.runs[1]) == f"{shared.key}, which it needs: no memory"
     assert to_start(sweep, {}, False) == [] and to_start(sweep, {}, True) == sweep.tasks
 
 
 def test_a_task_is_running_while_its_process_lives(base: list[str]) -> None:
     sweep = made(base, "rl.lambda_exit=0,1", "teacher.enabled=false", last="rl")
-    task, record = sweep.tasks[1], disk.Record(disk.RUNNING, "rl")
-    disk.own(record)
-    disk.write_record(sweep, task.key, record)
-    assert disk.task_state(sweep, task) == disk.RUNNING and task not in to_start(sweep, {}, True)
+    task, record = sweep.tasks[1], records.Record(records.RUNNING, "rl")
+    records.own(record)
+    records.write_record(sweep, task.key, record)
+    assert records.task_state(sweep, task) == records.RUNNING and task not in to_start(sweep, {}, True)
     # The number lives, but it is another process.
     record.process = "1"
-    disk.write_record(sweep, task.key, record)
-    assert disk.task_state(sweep, task) == disk.KILLED and task in to_start(sweep, {}, False)
+    records.write_record(sweep, task.key, record)
+    assert records.task_state(sweep, task) == records.KILLED and task in to_start(sweep, {}, False)
     # On another machine only its writing tells.
     record.host, record.process = "elsewhere", process_start(os.getpid()) or ""
-    disk.write_record(sweep, task.key, record)
-    assert socket.gethostname() != "elsewhere" and disk.task_state(sweep, task) == disk.RUNNING
-    os.utime(disk.record_path(sweep, task.key), (1, 1))
-    assert disk.task_state(sweep, task) == disk.KILLED
+    records.write_record(sweep, task.key, record)
+    assert socket.gethostname() != "elsewhere" and records.task_state(sweep, task) == records.RUNNING
+    os.utime(records.record_path(sweep, task.key), (1, 1))
+    assert records.task_state(sweep, task) == records.KILLED
 
 
 def test_what_slurm_has_in_its_queue_is_left_to_it(base: list[str]) -> None:
@@ -182,7 +183,7 @@ def test_what_slurm_has_in_its_queue_is_left_to_it(base: list[str]) -> None:
     _, first, second = sweep.tasks
     queue = {first.key: "PENDING", second.key: "RUNNING"}
     assert to_start(sweep, queue, True) == [sweep.tasks[0]]
-    assert state_now(sweep, first, queue) == disk.QUEUED
+    assert records.task_state(sweep, first, queue) == records.QUEUED
     assert "queued" in status_table(sweep, queue)
 
 
@@ -209,10 +210,10 @@ def results_of(sweep: Sweep, run_index: int, reward: float) -> None:
     for key in run.tasks:
         finish(sweep, key)
     names = {stage: name for key in run.tasks for stage, name in sweep.task(key).stages}
-    (disk.stage_path(sweep, names["evaluate"]) / "results.json").write_text(json.dumps(EVALUATED))
+    (records.stage_path(sweep, names["evaluate"]) / "results.json").write_text(json.dumps(EVALUATED))
     lines = [json.dumps({**STEP, "step": step, "reward": reward}) for step in (1, 2)]
-    (disk.stage_path(sweep, names["rl"]) / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    (disk.stage_path(sweep, names["rl"]) / "spent.json").write_text('{"seconds": 7, "device_seconds": 14}')
+    (records.stage_path(sweep, names["rl"]) / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (records.stage_path(sweep, names["rl"]) / "spent.json").write_text('{"seconds": 7, "device_seconds": 14}')
 
 
 def test_the_table_is_made_of_result_files_and_the_same_to_the_byte(base: list[str]) -> None:
@@ -221,13 +222,13 @@ def test_the_table_is_made_of_result_files_and_the_same_to_the_byte(base: list[s
     results_of(sweep, 0, 0.25)
     write_missing_results(sweep)
     own = sweep.runs[1].tasks[-1]
-    disk.write_record(sweep, own, disk.Record(disk.FAILED, "rl", 1, 'a "quoted", comma'))
+    records.write_record(sweep, own, records.Record(records.FAILED, "rl", 1, 'a "quoted", comma'))
     paths = collect(sweep)
     first = [path.read_bytes() for path in paths]
     # Nothing but the result file is looked at: what the stages left may be gone, and clocks don't count.
-    for file in disk.stage_path(sweep, sweep.task(sweep.runs[0].tasks[-1]).stages[0][1]).glob("metrics*"):
+    for file in records.stage_path(sweep, sweep.task(sweep.runs[0].tasks[-1]).stages[0][1]).glob("metrics*"):
         file.unlink()
-    disk.write_record(sweep, sweep.runs[2].tasks[-1], disk.Record(disk.STOPPED, "rl", 85, seconds=3.0))
+    records.write_record(sweep, sweep.runs[2].tasks[-1], records.Record(records.STOPPED, "rl", 85, seconds=3.0))
     assert [path.read_bytes() for path in collect(sweep)] == first
 
     table = list(csv.DictReader(io.StringIO(first[0].decode())))

@@ -11,15 +11,21 @@ import torch
 
 from ee_megatron.config.schema import CalibrateConfig, RLConfig
 from ee_megatron.exits import ExitLayout, exit_distribution, target_hazards
-from ee_megatron.learner.batch import mean_weights, pack, spread
+from ee_megatron.learner.batch import pack, spread
 from ee_megatron.learner.learner import Scores
 from ee_megatron.learner.optimizer_state import OptimizerState
+from ee_megatron.objectives.advantages import ADVANTAGES
+from ee_megatron.objectives.distillation import GATE_TARGETS, Distillation, current_targets
+from ee_megatron.objectives.divergences import Teacher
+from ee_megatron.objectives.policy_gradient import k3_slope
+from ee_megatron.objectives.rewards import depth_cost, rollout_reward
+from ee_megatron.objectives.schedules import learning_rate, price, schedule
+from ee_megatron.objectives.surrogates import clipped, truncated_ratio
+from ee_megatron.objectives.weights import Weights, mean_weights
 from ee_megatron.observe.rundir import RunDirectory
 from ee_megatron.policy import PolicySpec
-from ee_megatron.training.advantages import ADVANTAGES
 from ee_megatron.training.calibrate import (
     Item,
-    current_targets,
     draw_exits,
     interpolated,
     make_batch,
@@ -27,17 +33,7 @@ from ee_megatron.training.calibrate import (
     target_depth,
 )
 from ee_megatron.training.checkpoints import damage, read_training, write_training
-from ee_megatron.training.losses import (
-    clipped,
-    depth_cost,
-    k3_slope,
-    learning_rate,
-    price,
-    rollout_reward,
-    schedule,
-    truncated_ratio,
-)
-from ee_megatron.training.reinforce import Signal, replay, sharpened, weigh
+from ee_megatron.training.reinforce import credit, objective_of, replay, sharpened
 from ee_megatron.training.rollout_source import step_prompts
 from ee_megatron.training.rollout_store import load_rollouts, save_rollouts
 from ee_megatron.training.trace_store import load_traces, save_traces
@@ -95,7 +91,7 @@ def test_pack_puts_each_exit_where_its_token_is_predicted():
     batch = pack([np.array([7, 8, 9])], [np.array([20, 21, 22])], [np.array([6, 2, 4])], 6)
     assert batch.tokens[0, :6].tolist() == [7, 8, 9, 20, 21, 22]
     assert batch.labels()[0][batch.counts[0]].tolist() == [20, 21, 22]
-    assert batch.depths[0][batch.counts[0]].tolist() == [6, 2, 4]
+    assert batch.exit_depths[0][batch.counts[0]].tolist() == [6, 2, 4]
     assert batch.asked[0].nonzero().flatten().tolist() == [3, 4]
     assert mean_weights(batch, batch.counts).sum().item() == pytest.approx(1.0)
     placed = spread(batch, [np.array([0.5, 0.25, 0.125], dtype=np.float32)])
@@ -183,15 +179,27 @@ def test_patterns_of_the_student_end_at_its_first_gate_above_a_threshold_that_va
     mixed = replace(c, uniform_patterns=0.5)
     assert len({tuple(draw_exits(trace, Item(0, i), LAYOUT, mixed, hazards)) for i in range(50)}) > 10
     batch = make_batch([trace], [Item(0, 7)], LAYOUT, c, hazards=[hazards])
-    assert batch.depths[batch.counts].tolist() == draws[7].tolist()
+    assert batch.exit_depths[batch.counts].tolist() == draws[7].tolist()
 
 
 def test_calibration_batch_carries_the_teacher():
     traces = [a_trace("a", 5), a_trace("b", 3, seed=1)]
-    batch = make_batch(traces, [Item(1, 0), Item(0, 2)], LAYOUT, CalibrateConfig(gate_targets="soft"))
+    batch = make_batch(traces, [Item(1, 0), Item(0, 2)], LAYOUT, CalibrateConfig())
     assert batch.teacher_ids[0][batch.counts[0]].tolist() == traces[1].topk_ids.tolist()
-    assert batch.soft_targets.shape[-1] == 2
-    assert batch.token_weight.sum().item() == pytest.approx(1.0)
+    objective = Distillation(Teacher.STORED, GATE_TARGETS["soft"], gate_weight=1.0, depth_power=0.0)
+    traced = torch.rand(*batch.tokens.shape, 2)
+    weights = objective.weights(batch, LAYOUT, traced)
+    assert weights.target_hazards is traced and weights.token is None
+    assert weights.divergence.sum().item() == pytest.approx(1.0)
+
+
+def test_sequences_and_their_weights_are_cut_and_padded_alike():
+    batch = pack([np.arange(3)] * 3, [np.arange(n) for n in (4, 2, 3)], None, 6)
+    weights = Weights(mean_weights(batch, batch.counts), target_hazards=torch.rand(*batch.tokens.shape, 2))
+    cut = [part.select(slice(1, 3)).pad_rows(4) for part in (batch, weights)]
+    assert torch.equal(cut[0].tokens[:2], batch.tokens[1:]) and not cut[0].exit_depths[2:].any()
+    assert torch.equal(cut[1].token[:2], weights.token[1:]) and not cut[1].token[2:].any()
+    assert cut[1].target_hazards.shape == (4, *batch.tokens.shape[1:], 2) and cut[1].exit is None
 
 
 def test_traces_come_back_as_they_were(tmp_path):
@@ -239,21 +247,22 @@ def scores(batch, tokens=None, exits=None) -> Scores:
 def weights_of(groups, rl, now=None, reference=None):
     batch = replay(groups, 6)
     first = scores(batch)
-    signal, values = Signal.of(batch, groups, first, reference or first, rl, 6, 0)
-    share = weigh(batch, signal, now(batch) if now else first, rl)
-    return batch, signal, values, share
+    experience, values = credit(batch, groups, first, reference or first, rl, 6, 0)
+    current = now(batch) if now else first
+    weights, share = objective_of(rl).weights(batch, experience, current.token_logprobs, current.exit_logprobs)
+    return batch, weights, experience, values, share
 
 
 def test_shallower_answers_of_equal_worth_are_pushed_up():
     """The gradient weights: with equal task reward the deep answer's tokens and exits go down, the shallow one's up."""
     groups = [a_group([6, 2, 2], [6, 6, 6])]
-    batch, _, values, _ = weights_of(groups, RLConfig(lambda_exit=0.5, beta=0.0))
+    _, weights, _, values, _ = weights_of(groups, RLConfig(lambda_exit=0.5, beta=0.0))
     gap = 0.5 * (18 - 10) / 18
-    assert batch.token_weight[0].sum().item() == pytest.approx(gap / 2)
-    assert batch.token_weight[1].sum().item() == pytest.approx(-gap / 2)
-    assert batch.exit_weight[0].sum().item() == pytest.approx(gap / 2 * 2 / 3)
+    assert weights.token[0].sum().item() == pytest.approx(gap / 2)
+    assert weights.token[1].sum().item() == pytest.approx(-gap / 2)
+    assert weights.exit[0].sum().item() == pytest.approx(gap / 2 * 2 / 3)
     assert values["importance_ratio_mean"] == pytest.approx(1.0) and values["mean_depth"] == pytest.approx(28 / 36)
-    assert not weights_of(groups, RLConfig(lambda_exit=0.0, beta=0.0))[0].token_weight.any()
+    assert not weights_of(groups, RLConfig(lambda_exit=0.0, beta=0.0))[1].token.any()
 
 
 def test_the_exact_kl_is_weighed_once_and_not_charged_twice():
@@ -261,10 +270,12 @@ def test_the_exact_kl_is_weighed_once_and_not_charged_twice():
     groups = [a_group([6, 2, 2], [6, 6])]
     plain = replay(groups, 6)
     far = scores(plain, tokens=torch.full(plain.tokens.shape, -9.0))
-    batch, signal, _, _ = weights_of(groups, RLConfig(lambda_exit=0.0, beta=0.8, kl="exact"), reference=far)
-    assert batch.kl_weight is not None and batch.kl_weight.sum(1).tolist() == pytest.approx([0.4, 0.4])
-    assert (batch.kl_weight > 0).equal(batch.counts) and not signal.advantage.any()
-    assert weights_of(groups, RLConfig(beta=0.8, kl="reward"), reference=far)[0].kl_weight is None
+    rl = RLConfig(lambda_exit=0.0, beta=0.8, kl="exact")
+    batch, weights, experience, _, _ = weights_of(groups, rl, reference=far)
+    assert objective_of(rl).teacher is Teacher.REFERENCE
+    assert weights.divergence is not None and weights.divergence.sum(1).tolist() == pytest.approx([0.4, 0.4])
+    assert (weights.divergence > 0).equal(batch.counts) and not experience.advantage.any()
+    assert weights_of(groups, RLConfig(beta=0.8, kl="reward"), reference=far)[1].divergence is None
 
 
 def test_a_token_answers_for_the_depth_from_it_on():
@@ -278,9 +289,9 @@ def test_a_token_answers_for_the_depth_from_it_on():
         advantage="mean",
         group_size=2,
     )
-    _, signal, _, _ = weights_of([a_group([6, 2, 4], [6, 6])], rl)
+    _, _, experience, _, _ = weights_of([a_group([6, 2, 4], [6, 6])], rl)
     first, second = np.array([12, 6, 4]) / 12, np.array([12, 6, 0]) / 12
-    found = signal.advantage
+    found = experience.advantage
     assert found[0, 2:5].tolist() == pytest.approx((0.6 * (second - first)).tolist())
     assert found[1, 2:4].tolist() == pytest.approx((0.6 * (first - second))[:2].tolist())
     assert found[1, 4:].abs().sum() == 0 and found[:, :2].abs().sum() == 0
@@ -309,18 +320,18 @@ def test_kl_in_the_loss_pulls_towards_the_reference_and_leaves_the_reward_alone(
     groups = [a_group([6, 2], [6, 2], rewards=[1, 0])]
     higher = lambda batch: scores(batch, torch.where(batch.counts, -0.5, 0.0))  # noqa: E731
     rl = RLConfig(lambda_exit=0.0, beta=0.3, kl="loss", clip=0.0)
-    plain, _, _, _ = weights_of(groups, replace(rl, beta=0.0), now=higher)
-    pulled, _, values, _ = weights_of(groups, rl, now=higher)
+    batch, plain, _, _, _ = weights_of(groups, replace(rl, beta=0.0), now=higher)
+    _, pulled, _, values, _ = weights_of(groups, rl, now=higher)
     slope = 0.3 * (1 - np.exp(-0.5)) / 4
     assert values["reward"] == pytest.approx(0.5)
-    assert (plain.token_weight - pulled.token_weight)[plain.counts].tolist() == pytest.approx([slope] * 4)
+    assert (plain.token - pulled.token)[batch.counts].tolist() == pytest.approx([slope] * 4)
 
 
 def test_positions_far_from_the_step_s_start_no_longer_count():
     groups = [a_group([6, 2], [6, 2], rewards=[1, 0])]
     moved = lambda batch: scores(batch, torch.where(batch.counts, -0.5, 0.0))  # noqa: E731
-    batch, _, _, share = weights_of(groups, RLConfig(lambda_exit=0.0, beta=0.0, clip=0.2), now=moved)
-    assert not batch.token_weight[0].any() and batch.token_weight[1][batch.counts[1]].abs().min() > 0
+    batch, weights, _, _, share = weights_of(groups, RLConfig(lambda_exit=0.0, beta=0.0, clip=0.2), now=moved)
+    assert not weights.token[0].any() and weights.token[1][batch.counts[1]].abs().min() > 0
     assert share == pytest.approx(0.5)
 
 
@@ -376,6 +387,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog
 def test_current_targets_stand_at_the_exit_that_was_taken():
     batch = pack([np.arange(3)], [np.arange(4)], [np.array([6, 2, 4, 6])], 6)
     kl = torch.where(batch.counts, 0.7, 0.0)
-    targets = current_targets(batch, kl, LAYOUT, 2.0)[0][batch.counts[0]]
+    none = torch.zeros(*batch.tokens.shape, 2)
+    targets = current_targets(batch, LAYOUT, none, target_hazards(kl, 2.0))[0][batch.counts[0]]
     s = 1 - np.tanh(0.7)
     assert targets.flatten().tolist() == pytest.approx([-1, -1, s, -1, -1, s, -1, -1])

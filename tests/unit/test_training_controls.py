@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from ee_megatron.evaluation import Answer, EvaluationRow
+from ee_megatron.exit_rules import Entropy, ExitRule, Patience, Random, Threshold
 from ee_megatron.report.tables import controls_table
-from ee_megatron.rollout import ExitPolicy
 from ee_megatron.training.controls import Control, Reference, all_controls, run_controls
 
 OUTCOMES = (2, 4, 6)
@@ -39,24 +39,26 @@ class PlantedJudge:
     def load(self, checkpoint: Path) -> None:
         self.loaded = checkpoint
 
-    def depth(self, exits: ExitPolicy) -> float:
-        if exits.kind == "random":
+    def depth(self, exits: ExitRule) -> float:
+        if isinstance(exits, Random):
             return float(np.dot(exits.shares, OUTCOMES)) / 6
-        share = exits.value if exits.kind != "entropy" else 1 - exits.value / 5
+        if isinstance(exits, Patience):
+            return 1 / 3 + 2 / 3 * (exits.mean - 1) / 2
+        share = exits.value if not isinstance(exits, Entropy) else 1 - exits.value / 5
         return 1 / 3 + 2 / 3 * max(0.0, float(share))
 
-    def on_validation(self, model: str, exits: ExitPolicy) -> EvaluationRow:
+    def on_validation(self, model: str, exits: ExitRule) -> EvaluationRow:
         self.calls.append(("validation", self.loaded, model))
         return row(model, self.depth(exits), self.depth(exits))
 
-    def on_test(self, model: str, exits: ExitPolicy) -> tuple[EvaluationRow, list[Answer]]:
+    def on_test(self, model: str, exits: ExitRule) -> tuple[EvaluationRow, list[Answer]]:
         self.calls.append(("test", self.loaded, model))
         depth = 1.1 * self.depth(exits)
         return row(model, depth, depth), answers(round(100 * depth))
 
 
 def reference(model: str) -> Reference:
-    exits = ExitPolicy("threshold", 0.5)
+    exits = Threshold(0.5)
     return Reference(model, exits, row(model, 0.5, 0.8), answers(80), row(model, 0.55, 0.85), answers(85))
 
 
@@ -66,11 +68,11 @@ def controls(model: str, unpriced: Path | None = None) -> list[Control]:
 
 
 def test_the_rules_run_on_the_weights_they_are_about() -> None:
-    names = ["fixed depth", "random exits", "confidence", "entropy"]
+    names = ["fixed depth", "random exits", "confidence", "entropy", "patience"]
     assert [c.name for c in controls("calibrated")] == names
     found = controls("reinforced", Path("unpriced"))
     assert [c.name for c in found] == [*names, "calibrated gates", "lambda = 0"]
-    assert [str(c.checkpoint) for c in found] == ["reinforced"] * 4 + ["calibrated", "unpriced"]
+    assert [str(c.checkpoint) for c in found] == ["reinforced"] * 5 + ["calibrated", "unpriced"]
     # The middle of the dial is the reference's own marginal, first tokens left out.
     assert found[1].dial(0.5).shares == pytest.approx((2 / 3, 1 / 3, 0.0))
 
@@ -79,8 +81,8 @@ def test_every_control_is_matched_on_validation_and_measured_once_on_the_test_sp
     judge, done = PlantedJudge(), []
     entries = run_controls(judge, reference("reinforced"), controls("reinforced", Path("unpriced")), done.append)
     json.dumps(entries)
-    assert len(entries) == 1 + 2 * 6 and len(done) == 12
-    assert sum(where == "test" for where, _, _ in judge.calls) == 12
+    assert len(entries) == 1 + 2 * 7 and len(done) == 14
+    assert sum(where == "test" for where, _, _ in judge.calls) == 14
     assert {(str(loaded), model) for _, loaded, model in judge.calls} == {
         ("reinforced", "reinforced"), ("calibrated", "calibrated"), ("unpriced", "lambda = 0"),
     }  # fmt: skip

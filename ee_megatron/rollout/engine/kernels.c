@@ -2,7 +2,7 @@
 
    Compiled once per element type: float, or bfloat16 with -DBFLOAT16. Arithmetic is float32 throughout; results are
    rounded to the element type where the PyTorch form in ops.py rounds too. A rows, D hidden, H query heads, KVH
-   key/value heads, hd head size, S positions per cache slot. Strides count elements. */
+   key/value heads, hd head size (a multiple of 16), S positions per cache slot. Strides count elements. */
 
 #include <math.h>
 #include <stdint.h>
@@ -205,24 +205,6 @@ static inline __attribute__((always_inline)) void attend_vectors(const float *q,
         }
 }
 
-/* The same for any head size. */
-static void attend_scalars(const float *q, const element *keys, const element *values, long step, long length, long G,
-                           long hd, float *scores, element *out) {
-    for (long j = 0; j < G; j++) {
-        float *s = scores + j * length, sum[hd];
-        for (long t = 0; t < length; t++) {
-            float dot = 0;
-            for (long i = 0; i < hd; i++) dot += q[j * hd + i] * widen(keys[t * step + i]);
-            s[t] = dot;
-        }
-        float total = softmax(s, length);
-        memset(sum, 0, sizeof sum);
-        for (long t = 0; t < length; t++)
-            for (long i = 0; i < hd; i++) sum[i] += s[t] * widen(values[t * step + i]);
-        for (long i = 0; i < hd; i++) out[j * hd + i] = narrow(sum[i] / total);
-    }
-}
-
 /* fused [A, (H + 2 KVH) hd] -> out [A, H hd]; writes each row's key and value at its slot and position first.
    keys, values: this layer's, [slots, S, KVH, hd] by `slot_stride`; cos, sin [positions, hd / 2]. */
 void attend(const element *fused, element *out, const int64_t *slots, const int64_t *positions, const float *cos,
@@ -248,7 +230,7 @@ void attend(const element *fused, element *out, const int64_t *slots, const int6
         else if (hd == 16)
             attend_vectors(work, k, v, step, length, G, 1, work + G * hd, o);
         else
-            attend_scalars(work, k, v, step, length, G, hd, work + G * hd, o);
+            attend_vectors(work, k, v, step, length, G, (int)(hd / LANES), work + G * hd, o);
         free(work);
     }
 }

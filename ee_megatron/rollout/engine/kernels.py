@@ -1,6 +1,7 @@
 """Compiles kernels.c with the machine's C compiler, once per machine and source, and loads it.
 
 Nothing depends on it: without a compiler, or with EE_MEGATRON_KERNELS=0, the PyTorch forms in ops.py do the same work.
+How much the kernels save is measured in docs/measurements/2026-11-26-decoding-kernels.md.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ FLAGS = (
     "-fno-signed-zeros", "-freciprocal-math",
 )  # fmt: skip
 COMPILE_SECONDS = 60
+# Head sizes must be a multiple of this.
+LANES = 16
 ELEMENTS = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
 
 _P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float

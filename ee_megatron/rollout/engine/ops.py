@@ -126,7 +126,8 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 class KernelOps:
-    """The compiled kernels: CPU, float32 or bfloat16; the cache is read in place, each row up to its own length."""
+    """The compiled kernels: CPU, float32 or bfloat16, head sizes that LANES divides. The cache is read in place, each
+    row up to its own length."""
 
     def __init__(self, dims: ModelDims, library: ctypes.CDLL):
         self.dims, self.library = dims, library
@@ -168,5 +169,5 @@ class KernelOps:
 
 def choose_ops(dims: ModelDims, dtype: torch.dtype, device: torch.device) -> Ops:
     """The compiled kernels where they can be had for this dtype and device, else PyTorch."""
-    library = kernels.library(dtype) if device.type == "cpu" else None
+    library = kernels.library(dtype) if device.type == "cpu" and dims.head_dim % kernels.LANES == 0 else None
     return TorchOps(dims) if library is None else KernelOps(dims, library)

@@ -7,9 +7,28 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ...types import Rollout
+from ...exit_rules import ExitRule, Off
+from ...types import Prompt, Rollout
 from .ending import StopChecker
-from .sampling import ExitPolicy, SamplingParams
+from .sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What a pool is asked for: `samples` answers to each prompt. With the weights it decides the answers."""
+
+    prompts: Sequence[Prompt]
+    samples: int
+    sampling: SamplingParams
+    exits: ExitRule
+    seed: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", tuple(self.prompts))
+
+    @property
+    def answers(self) -> int:
+        return len(self.prompts) * self.samples
 
 
 @dataclass(frozen=True)
@@ -28,7 +47,7 @@ class Request:
 
     prompt: str | Sequence[int]
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    exits: ExitPolicy = field(default_factory=lambda: ExitPolicy("off"))
+    exits: ExitRule = field(default_factory=Off)
     seed: int = 0
     prompt_id: str = ""
     sample: int = 0

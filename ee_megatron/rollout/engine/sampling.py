@@ -1,98 +1,18 @@
-"""How exits and tokens are chosen: exit policies, token sampling, and random numbers that do not depend on batching."""
+"""How tokens are chosen: sampling, and random numbers that do not depend on batching."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...exits import ExitLayout
 from . import kernels
 
 # How many of the most probable tokens are sorted to find a nucleus; a flat distribution takes a whole sort.
 NUCLEUS = 512
-KINDS = ("sample", "threshold", "fixed", "off", "confidence", "entropy", "random", "prescribed")
-
-
-@dataclass(frozen=True)
-class ExitPolicy:
-    """When a generated position exits.
-
-    - sample: gate i fires with its hazard, as in training
-    - threshold: at the first gate whose hazard exceeds `value`
-    - fixed: every position at depth `value` (an exit depth, or L)
-    - off: never
-    - confidence: at the first exit whose readout gives some token more than the probability `value`
-    - entropy: at the first exit whose readout has less entropy than `value`, in nats
-    - random: at outcome i with probability shares[i] (M exits, then none), whatever the token
-    - prescribed: replay; `depths` maps (prompt id, sample index) to the depth of every generated token, entry 0 is L
-
-    With `mix` > 0 threshold, confidence and entropy are randomised: a token draws, once for all its exits, whether
-    `other` stands in place of `value`, with this probability. Depths between those of two values can be had then.
-
-    Raises ValueError for an unknown kind or a value that the kind can't use.
-    """
-
-    kind: str = "sample"
-    value: float | int = 0.5
-    depths: Mapping[tuple[str, int], Sequence[int]] = field(default_factory=dict, hash=False)
-    shares: tuple[float, ...] = ()
-    other: float = 0.0
-    mix: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"exit policy {self.kind!r} is unknown; expected one of {', '.join(KINDS)}")
-        if self.kind in ("threshold", "confidence") and not 0 <= self.value <= 1:
-            raise ValueError(f"exit policy {self.kind}: value {self.value} outside 0..1; set a probability")
-        if self.kind == "entropy" and not self.value >= 0:
-            raise ValueError(f"exit policy entropy: value {self.value} is negative; set nats")
-        if not 0 <= self.mix <= 1 or (self.mix and self.kind not in ("threshold", "confidence", "entropy")):
-            raise ValueError(
-                f"exit policy {self.kind}: mix {self.mix}; expected a probability, for a rule with a bound"
-            )
-        object.__setattr__(self, "shares", tuple(map(float, self.shares)))
-        if self.kind == "random" and (min(self.shares, default=-1.0) < 0 or abs(sum(self.shares) - 1) > 1e-6):
-            raise ValueError(
-                f"exit policy random: shares {list(self.shares)} are no distribution; expected numbers >= 0 "
-                "that sum to 1"
-            )
-
-    @property
-    def rule(self) -> ExitPolicy:
-        """The policy without what differs per answer: rows that agree in it decide together."""
-        return replace(self, depths={}) if self.depths else self
-
-    def hazard(self, exit_index: int) -> float:
-        """random: the probability of exit i given that no exit before it was taken, shares_i / Σ_{j>=i} shares_j."""
-        left = sum(self.shares[exit_index:])
-        return self.shares[exit_index] / left if left > 0 else 0.0
-
-    def check(self, layout: ExitLayout, has_gates: bool) -> None:
-        """Raises ValueError if a decoder with these exits and gates can't follow the policy."""
-        if self.kind == "fixed" and self.value not in layout.outcomes:
-            raise ValueError(f"fixed exit {self.value} is no exit depth; expected one of {list(layout.outcomes)}")
-        if self.kind == "random" and len(self.shares) != len(layout.outcomes):
-            raise ValueError(
-                f"exit policy random: {len(self.shares)} shares for {len(layout.outcomes)} outcomes "
-                f"{list(layout.outcomes)}; give one each"
-            )
-        if self.kind in ("sample", "threshold") and not has_gates:
-            raise ValueError(
-                f"exit policy {self.kind} needs gates, but the teacher is loaded; load a policy or use 'off'"
-            )
-        if self.kind == "prescribed":
-            for key, depths in self.depths.items():
-                wrong = sorted(set(map(int, depths)) - set(layout.outcomes))
-                if wrong or (len(depths) and int(depths[0]) != layout.num_layers):
-                    raise ValueError(
-                        f"prescribed exits of {key}: {wrong or int(depths[0])} not possible; expected "
-                        f"{layout.num_layers} first (prompts never exit), then any of {list(layout.outcomes)}"
-                    )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ...exit_rules import RULES, AtExit, ExitRule
 from ...exits import gate_log_term
 from ...types import Prompt, Rollout
 from .cache import KVCache
@@ -23,8 +24,8 @@ from .decoder import Decoder, Prefilled
 from .ending import StopChecker
 from .ops import Rows
 from .prompts import common_beginning, encode_continuation, encode_text, pad
-from .request import Event, Request, Row
-from .sampling import ExitPolicy, SamplingParams, log_prob, sample_tokens, stream_key, uniforms
+from .request import Event, GenerationRequest, Request, Row
+from .sampling import SamplingParams, log_prob, sample_tokens, stream_key, uniforms
 from .stations import Stations
 
 # Prompt positions read in one parallel forward, padding included, and before rows start: bounds a prefill's memory.
@@ -79,6 +80,8 @@ class Scheduler:
         self._hidden = torch.zeros(in_flight, decoder.dims.hidden, dtype=decoder.dtype, device=device)
         self._uniform = torch.zeros(in_flight, M + 1, dtype=torch.float64, device=device)
         self._exit_logprob = torch.zeros(in_flight, device=device)
+        most = max(rule.notes for rule in RULES.values())
+        self._notes = torch.zeros(in_flight, most, dtype=torch.float64, device=device)
 
     # ---- requests ----
 
@@ -262,6 +265,7 @@ class Scheduler:
             hidden = decoder.weights.embedding[torch.tensor([row.tokens[-1] for row in rows], device=device)]
             self._uniform[slots] = self._draw(rows)
             self._exit_logprob[slots] = 0.0
+            self._notes[slots] = 0.0
         else:
             hidden = self._hidden[slots]
         hidden = decoder.run_segment(segment, hidden, self.cache, self._at(rows, slots))
@@ -280,44 +284,42 @@ class Scheduler:
         )
 
     def _leave(self, exit_index: int, rows: list[Row], hidden: Tensor, slots: Tensor) -> list[bool]:
-        """Ask the exit policy of each row; keeps the exits' log-probabilities where there are gates."""
+        """Ask the exit rule of each row; keeps the exits' log-probabilities where there are gates."""
         decoder, depth = self.decoder, self.decoder.layout.depths[exit_index]
         gated = decoder.gates is not None
         logit = decoder.gate_logit(exit_index, hidden) if gated else torch.zeros(len(rows), device=decoder.device)
-        policies: dict[ExitPolicy, list[int]] = {}
+        rules: dict[ExitRule, list[int]] = {}
         for i, row in enumerate(rows):
-            policies.setdefault(row.request.exits.rule, []).append(i)
+            rules.setdefault(row.request.exits, []).append(i)
         leave = [False] * len(rows)
-        for policy, members in policies.items():
-            if policy.kind in ("fixed", "prescribed"):
-                for i in members:
-                    leave[i] = depth == (policy.value if policy.kind == "fixed" else prescribed(rows[i]))
-            elif policy.kind != "off":
-                which = torch.tensor(members, device=decoder.device)
-                fired = self._fired(policy, exit_index, logit[which], hidden[which], slots[which])
-                for i, gone in zip(members, fired.tolist(), strict=True):
-                    leave[i] = gone
+        noted: list[tuple[Tensor, Tensor]] = []
+        for rule, members in rules.items():
+            which = slice(None) if len(rules) == 1 else torch.tensor(members, device=decoder.device)
+            asked = [rows[i] for i in members]
+            at = self._at_exit(exit_index, rule, asked, hidden[which], logit[which], slots[which])
+            for i, gone in zip(members, rule.fires(at).tolist(), strict=True):
+                leave[i] = gone
+            noted.append((slots[which], at.notes))
+        # Once all rules have answered: where one can't, the rows come here again.
+        for places, notes in noted:
+            self._notes[places, : notes.shape[1]] = notes
         if gated:
             taken = torch.tensor([depth if gone else depth + 1 for gone in leave], device=decoder.device)
             self._exit_logprob[slots] += gate_log_term(logit, taken, depth)
         return leave
 
-    def _fired(self, policy: ExitPolicy, exit_index: int, logit: Tensor, hidden: Tensor, slots: Tensor) -> Tensor:
-        """bool [R]: which rows with gate logits [R] and streams [R, D] exit here under a policy that looks at them."""
-        if policy.kind == "sample":
-            return self._uniform[slots, exit_index] < logit.double().sigmoid()
-        if policy.kind == "random":
-            return self._uniform[slots, exit_index] < policy.hazard(exit_index)
-        bound = torch.full_like(logit, policy.value)
-        if policy.mix:
-            # The first gate's number: these rules draw nothing else but the token.
-            bound[self._uniform[slots, 0] < policy.mix] = policy.other
-        if policy.kind == "threshold":
-            return logit.sigmoid() > bound
-        logprobs = self.decoder.readout(hidden).log_softmax(dim=-1)
-        if policy.kind == "confidence":
-            return logprobs.amax(dim=-1).exp() > bound
-        return -(logprobs.exp() * logprobs).sum(-1) < bound
+    def _at_exit(
+        self, exit_index: int, rule: ExitRule, rows: list[Row], hidden: Tensor, logit: Tensor, slots: Tensor
+    ) -> AtExit:
+        return AtExit(
+            exit_index,
+            self.decoder.layout.depths[exit_index],
+            logit,
+            readout=lambda: self.decoder.readout(hidden),
+            uniform=lambda i: self._uniform[slots, i],
+            tokens=lambda: [(row.request.prompt_id, row.request.sample, len(row.tokens)) for row in rows],
+            notes=self._notes[slots, : rule.notes],
+        )
 
     def _readout(self, rows: list[Row]) -> list[Event]:
         """Sample the next tokens of rows at their exits; those that go on write the keys and values they skipped."""
@@ -400,31 +402,17 @@ def prescribe(
     return taken, logprobs, full
 
 
-def prescribed(row: Row) -> int:
-    """The depth that a replay prescribes for the token being made. Raises ValueError where it prescribes none."""
-    name = (row.request.prompt_id, row.request.sample)
-    depths = row.request.exits.depths.get(name)
-    if depths is None or len(depths) <= len(row.tokens):
-        found = "none" if depths is None else str(len(depths))
-        raise ValueError(f"prescribed exits of {name}: {found} given, token {len(row.tokens)} needs one; give more")
-    return int(depths[len(row.tokens)])
-
-
 def generate(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    samples: int,
-    sampling: SamplingParams,
-    exits: ExitPolicy,
-    seed: int,
+    request: GenerationRequest,
     version: int,
     progress: Progress | None = None,
     rows: int = 64,
     begun: Sequence[Sequence[Rollout]] = (),
     stop: Callable[[], bool] = lambda: False,
 ) -> list[list[Rollout]]:
-    """`samples` answers to every prompt, in the prompts' order, with up to `rows` in flight.
+    """The answers to every prompt, in the prompts' order, with up to `rows` in flight.
 
     A seed gives the same answers whatever `rows` is and whatever else is asked. In float32 that holds up to rounding:
     another batch may change the last bits of a logit, and with them a choice that hangs on these bits. `progress(done,
@@ -433,7 +421,8 @@ def generate(
     Once `stop()` holds, what there is is returned as it is: answers may be unfinished or without a token. As `begun` of
     another call, under these weights or newer ones, such answers go on and finished ones are returned as they are.
     """
-    total = len(prompts) * samples
+    prompts, samples, total = request.prompts, request.samples, request.answers
+    sampling, exits, seed = request.sampling, request.exits, request.seed
     if samples < 1 or rows < 1:
         raise ValueError(f"samples={samples}, rows={rows}: both must be at least 1")
     scheduler = Scheduler(decoder, tokenizer, min(rows, max(1, total)))
@@ -482,7 +471,7 @@ def stream(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
     sampling: SamplingParams,
-    exits: ExitPolicy,
+    exits: ExitRule,
     seed: int = 0,
 ) -> Iterator[StreamedToken]:
     """Sample 0 of `generate`, token by token; the texts concatenate to the rollout's."""

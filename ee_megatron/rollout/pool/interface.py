@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...policy import PolicySpec, WeightSet
-from ...types import Prompt, Rollout, Trace
-from ..engine.sampling import ExitPolicy, SamplingParams
+from ...types import Rollout, Trace
+from ..engine.request import GenerationRequest
 from ..engine.scheduler import Progress
 from ..engine.scoring import Inspection, Score
 from .transport import hashes
@@ -49,27 +49,11 @@ class RolloutPool(Protocol):
         """Compare every tensor held, wherever, with these. Raises ValueError that names the first which differs."""
         ...
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        samples: int,
-        sampling: SamplingParams,
-        exits: ExitPolicy,
-        seed: int,
-        progress: Progress | None = None,
-    ) -> list[list[Rollout]]:
-        """`samples` answers to each prompt; a pure function of weights, prompts, settings and seed."""
+    def generate(self, request: GenerationRequest, progress: Progress | None = None) -> list[list[Rollout]]:
+        """The samples of each prompt; a pure function of weights and request."""
         ...
 
-    def begin(
-        self,
-        weights: WeightSet,
-        prompts: Sequence[Prompt],
-        samples: int,
-        sampling: SamplingParams,
-        exits: ExitPolicy,
-        seed: int,
-    ) -> Pending:
+    def begin(self, weights: WeightSet, request: GenerationRequest) -> Pending:
         """`load` and `generate` without waiting: what was asked for before goes first, under its own weights."""
         ...
 

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoTokenizer
 
 from ...policy import PolicySpec, WeightSet, digest
-from ...types import Prompt, Rollout, Trace
+from ...types import Rollout, Trace
 from ..engine import scheduler, scoring
 from ..engine.decoder import Decoder
-from ..engine.sampling import ExitPolicy, SamplingParams
+from ..engine.request import GenerationRequest
 from ..engine.scheduler import Progress
 from ..engine.scoring import Inspection, Score
 from .interface import Pending, expected_hashes, identity
@@ -85,33 +85,18 @@ class LocalPool:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
-        samples: int,
-        sampling: SamplingParams,
-        exits: ExitPolicy,
-        seed: int,
+        request: GenerationRequest,
         progress: Progress | None = None,
         begun: Sequence[Sequence[Rollout]] = (),
         stop: Callable[[], bool] = lambda: False,
     ) -> list[list[Rollout]]:
         """`begun` and `stop` as in `scheduler.generate`."""
-        return scheduler.generate(
-            self.decoder, self.tokenizer, prompts, samples, sampling, exits, seed, self.version, progress, self.rows,
-            begun, stop,
-        )  # fmt: skip
+        return scheduler.generate(self.decoder, self.tokenizer, request, self.version, progress, self.rows, begun, stop)
 
-    def begin(
-        self,
-        weights: WeightSet,
-        prompts: Sequence[Prompt],
-        samples: int,
-        sampling: SamplingParams,
-        exits: ExitPolicy,
-        seed: int,
-    ) -> Pending:
+    def begin(self, weights: WeightSet, request: GenerationRequest) -> Pending:
         """Answers at once: there is no other process that could go on meanwhile."""
         self.load(weights)
-        return Finished(self.generate(prompts, samples, sampling, exits, seed))
+        return Finished(self.generate(request))
 
     def trace(self, rollouts: Sequence[Rollout], top_k: int, progress: Progress | None = None) -> list[Trace]:
         return scoring.trace(self.decoder, rollouts, top_k, progress)

@@ -61,10 +61,8 @@ class Replica:
             )
         if method != "generate":
             return getattr(self.pool, method)(*arguments)
-        prompts, samples, sampling, exits, seed, begun = arguments
-        return self.pool.generate(
-            prompts, samples, sampling, exits, seed, None, begun, lambda: bool(number) and self._stopped == number
-        )
+        request, begun = arguments
+        return self.pool.generate(request, None, begun, lambda: bool(number) and self._stopped == number)
 
     def stop(self, number: int) -> None:
         """Let call `number` end with what it has; without effect on any other."""

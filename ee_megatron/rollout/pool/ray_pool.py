@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ...config.schema import RolloutConfig
 from ...families.hf_directory import HFDirectory
 from ...policy import WeightSet
-from ...types import Prompt, Rollout, Trace
-from ..engine.sampling import ExitPolicy, SamplingParams
+from ...types import Rollout, Trace
+from ..engine.request import GenerationRequest
 from ..engine.scheduler import Progress, is_whole
 from ..engine.scoring import Inspection, Score
 from .interface import TEACHER, ReplicaSettings, expected_hashes, identity
@@ -33,11 +33,10 @@ log = logging.getLogger(__name__)
 
 def go_on(arguments: tuple, answers: list[list[Rollout]]) -> tuple | None:
     """What to ask for after `generate` with these arguments was stopped; None: nothing is lacking."""
-    *asked, _ = arguments
-    sampling = asked[2]
-    if all(is_whole(answer, sampling) for group in answers for answer in group):
+    request: GenerationRequest = arguments[0]
+    if all(is_whole(answer, request.sampling) for group in answers for answer in group):
         return None
-    return (*asked, answers)
+    return request, answers
 
 
 @dataclass
@@ -114,30 +113,12 @@ class RayPool:
             if difference:
                 raise ValueError(f"weights version {weights.version}, actor {number}: {difference}; load them again")
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        samples: int,
-        sampling: SamplingParams,
-        exits: ExitPolicy,
-        seed: int,
-        progress: Progress | None = None,
-    ) -> list[list[Rollout]]:
-        work = self._generation(self._sent, prompts, samples, sampling, exits, seed)
-        return self._driver.wait(self._driver.submit(work), progress)
+    def generate(self, request: GenerationRequest, progress: Progress | None = None) -> list[list[Rollout]]:
+        return self._driver.wait(self._driver.submit(self._generation(self._sent, request)), progress)
 
-    def begin(
-        self,
-        weights: WeightSet,
-        prompts: Sequence[Prompt],
-        samples: int,
-        sampling: SamplingParams,
-        exits: ExitPolicy,
-        seed: int,
-    ) -> RayPending:
+    def begin(self, weights: WeightSet, request: GenerationRequest) -> RayPending:
         """Actors take up the new weights one by one, as each has nothing left to do under older ones."""
-        work = self._generation(self._send(weights), prompts, samples, sampling, exits, seed)
-        return RayPending(self, self._driver.submit(work))
+        return RayPending(self, self._driver.submit(self._generation(self._send(weights), request)))
 
     def trace(self, rollouts: Sequence[Rollout], top_k: int, progress: Progress | None = None) -> list[Trace]:
         return self._read("trace", rollouts, (top_k,), progress)
@@ -190,22 +171,13 @@ class RayPool:
             self._sent = Sent(identity(weights), chunks)
         return self._sent
 
-    def _generation(
-        self,
-        sent: Sent,
-        prompts: Sequence[Prompt],
-        samples: int,
-        sampling: SamplingParams,
-        exits: ExitPolicy,
-        seed: int,
-    ) -> Work:
+    def _generation(self, sent: Sent, request: GenerationRequest) -> Work:
         # By the number of actors that there should be: answers must not depend on who is alive.
-        rows, actors = self._replica.rows, self._count
+        rows, actors, prompts, samples = self._replica.rows, self._count, request.prompts, request.samples
         size = max(-(-2 * rows // samples), -(-len(prompts) // (CHUNKS_PER_ACTOR * actors)))
         size = max(1, min(size, -(-len(prompts) // actors)))
-        chunks = [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
-        arguments = [(chunk, samples, sampling, exits, seed, ()) for chunk in chunks]
-        return Work(sent, "generate", arguments, [len(chunk) * samples for chunk in chunks], go_on)
+        chunks = [replace(request, prompts=prompts[i : i + size]) for i in range(0, len(prompts), size)]
+        return Work(sent, "generate", [(c, ()) for c in chunks], [c.answers for c in chunks], go_on)
 
     def _read(self, method: str, rollouts: Sequence[Rollout], extra: tuple, progress: Progress | None) -> list:
         size = max(1, min(READ_CHUNK, -(-len(rollouts) // self._count)))

@@ -16,10 +16,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers import PreTrainedTokenizerBase
 
+from ...exit_rules import ExitRule
 from ..engine.prompts import encode_text
 from ..engine.request import Event
 from ..engine.request import Request as EngineRequest
-from ..engine.sampling import ExitPolicy
 from .protocol import Asked, BadRequest, ChatRequest, Choice, CompletionRequest, parse, usage
 from .worker import Busy, Engine, Ticket
 
@@ -45,7 +45,7 @@ class Service:
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
     name: str
-    exits: ExitPolicy
+    exits: ExitRule
     limits: Limits
     api_key: str | None = None
     describe: dict[str, Any] = field(default_factory=dict)

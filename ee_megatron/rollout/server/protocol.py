@@ -7,12 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from ...exit_rules import OFFERED, ExitRule, make_rule
 from ..engine.request import Event, Request
-from ..engine.sampling import ExitPolicy, SamplingParams
+from ..engine.sampling import SamplingParams
 
 Text = Annotated[str, StringConstraints(min_length=1)]
-# Exit policies that a request may name: all but the replay.
-ExitKind = Literal["threshold", "sample", "fixed", "confidence", "off"]
 
 
 class BadRequest(Exception):
@@ -30,15 +29,11 @@ class BadRequest(Exception):
 
 
 class Exits(BaseModel):
-    """`exit_policy`: as `ExitPolicy`; value is a hazard, a depth or a probability."""
+    """`exit_policy`: an exit rule that users may name, and its number; without one the rule's default."""
 
     model_config = ConfigDict(extra="forbid")
-    kind: ExitKind
-    value: float = 0.5
-
-    def policy(self) -> ExitPolicy:
-        depth = self.kind == "fixed" and self.value.is_integer()
-        return ExitPolicy(self.kind, int(self.value) if depth else self.value)
+    kind: Literal[OFFERED]  # type: ignore[valid-type]
+    value: float | None = None
 
 
 class StreamOptions(BaseModel):
@@ -78,10 +73,11 @@ class Asked(BaseModel):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def requests(self, prompts: list[list[int]], tokens: list[int], default_exits: ExitPolicy) -> list[Request]:
+    def requests(self, prompts: list[list[int]], tokens: list[int], default_exits: ExitRule) -> list[Request]:
         """`n` requests per prompt, with `tokens` new ones at most each; they share a seed and differ in `sample`."""
         seed = secrets.randbits(63) if self.seed is None else self.seed
-        exits = default_exits if self.exit_policy is None else self.exit_policy.policy()
+        asked = self.exit_policy
+        exits = default_exits if asked is None else make_rule(asked.kind, asked.value)
         return [
             Request(
                 prompt,

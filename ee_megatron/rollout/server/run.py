@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import uvicorn
 from transformers import AutoTokenizer
 
+from ...exit_rules import ExitRule
 from ..engine.decoder import Decoder
-from ..engine.sampling import ExitPolicy
 from .app import Limits, Service, make_app
 from .worker import Engine
 
@@ -43,7 +43,7 @@ def run(
     decoder: Decoder,
     model_path: str,
     name: str,
-    exits: ExitPolicy,
+    exits: ExitRule,
     settings: ServerSettings,
     api_key: str | None = None,
     describe: dict | None = None,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ee_megatron.observe.metrics import read_metrics
-from ee_megatron.sweeps import manifest as disk
+from ee_megatron.sweeps import records
 from tools import mini_slurm
 
 ROOT = Path(__file__).parents[3]
@@ -31,8 +31,8 @@ def sweep(site, *arguments: str, check: bool = True) -> subprocess.CompletedProc
     return site.cluster.run(*command, cwd=ROOT, environment=environment, timeout=90, check=check)
 
 
-def opened(site, name: str) -> disk.Sweep:
-    return disk.find_sweep(name, site.folder / "runs")
+def opened(site, name: str) -> records.Sweep:
+    return records.find_sweep(name, site.folder / "runs")
 
 
 def logs(site, name: str) -> str:
@@ -50,19 +50,19 @@ def wait_for(site, name: str, what, timeout: float, title: str) -> None:
         raise AssertionError(f"{error}\n{queue}\n{logs(site, name)}") from None
 
 
-def at_work(site, name: str, keys: set[str]) -> dict[str, disk.Record]:
+def at_work(site, name: str, keys: set[str]) -> dict[str, records.Record]:
     """Task -> record of those of the tasks that are in the middle of RL."""
     found, current = {}, opened(site, name)
     for key in keys:
-        record = disk.read_record(current, key)
-        if record is None or record.state != disk.RUNNING or disk.is_done(current, current.task(key)):
+        record = records.read_record(current, key)
+        if record is None or record.state != records.RUNNING or records.is_done(current, current.task(key)):
             continue
-        if (disk.stage_path(current, key) / "checkpoints").is_dir():
+        if (records.stage_path(current, key) / "checkpoints").is_dir():
             found[key] = record
     return found
 
 
-def one_at_work(site, name: str, keys: set[str]) -> disk.Record:
+def one_at_work(site, name: str, keys: set[str]) -> records.Record:
     """Wait for one of the tasks to be in the middle of RL and take it out of `keys`."""
     wait_for(site, name, lambda: at_work(site, name, keys), 120, f"one of {keys} to have a checkpoint")
     key, record = next(iter(at_work(site, name, keys).items()))
@@ -70,7 +70,7 @@ def one_at_work(site, name: str, keys: set[str]) -> disk.Record:
     return record
 
 
-def preempt(site, name: str, record: disk.Record) -> None:
+def preempt(site, name: str, record: records.Record) -> None:
     """An urgent job takes a task's node."""
     site.cluster.run("sbatch", "--partition=urgent", f"--nodelist={record.host}", "--exclusive", "--output=/dev/null",
                      "--wrap=true")  # fmt: skip
@@ -110,12 +110,12 @@ def test_twelve_runs_come_to_eleven_results_whatever_happens_to_their_jobs(site)
     finally:
         site.cluster.power_on(node)
 
-    states = [disk.run_state(current, run) for run in current.runs]
+    states = [records.run_state(current, run) for run in current.runs]
     assert states.count("finished") == 11 and states[1] == "failed", logs(site, "array")
     for run, count in zip(current.runs, steps, strict=True):
         (task,) = (current.task(key) for key in run.tasks)
-        record = disk.read_record(current, task.key)
-        directory = disk.stage_path(current, task.stages[-1][1])
+        record = records.read_record(current, task.key)
+        directory = records.stage_path(current, task.stages[-1][1])
         ends = [event for event in record.events if event.startswith("end")]
         if run is current.runs[1]:
             assert record.starts == 1 and "not finite" in record.error, record
@@ -152,19 +152,19 @@ def test_shared_stages_come_first_and_several_ranks_stop_and_go_on_by_submitits_
     shared, first, second = current.tasks
 
     def under_way() -> bool:
-        file = disk.stage_path(current, first.key) / "metrics.jsonl"
+        file = records.stage_path(current, first.key) / "metrics.jsonl"
         return file.is_file() and len(read_metrics(file)) > 3
 
     wait_for(site, "phases", under_way, 150, "a calibration to be under way")
-    assert disk.is_done(current, shared)
-    job = disk.read_record(current, first.key).job
+    assert records.is_done(current, shared)
+    job = records.read_record(current, first.key).job
     site.cluster.run("scancel", "--batch", "--signal=USR2", job)
     wait_for(site, "phases", lambda: not site.queue(), 150, "the end of the arrays")
-    assert [disk.run_state(current, run) for run in current.runs] == ["finished"] * 2, logs(site, "phases")
-    assert [disk.read_record(current, task.key).starts for task in (shared, first, second)] == [1, 2, 1]
+    assert [records.run_state(current, run) for run in current.runs] == ["finished"] * 2, logs(site, "phases")
+    assert [records.read_record(current, task.key).starts for task in (shared, first, second)] == [1, 2, 1]
     for task in (first, second):
-        metrics = read_metrics(disk.stage_path(current, task.key) / "metrics.jsonl")
+        metrics = read_metrics(records.stage_path(current, task.key) / "metrics.jsonl")
         assert [row["step"] for row in metrics] == list(range(1, len(metrics) + 1))
-    checkpoints = disk.stage_path(current, first.key) / "checkpoints"
+    checkpoints = records.stage_path(current, first.key) / "checkpoints"
     # Nothing but the word to stop has made a checkpoint before the last.
     assert len(list(checkpoints.iterdir())) == 2

@@ -32,28 +32,28 @@ def buy(cfg: RunConfig, dims: ModelDims, budget: float, how: IsoFlop) -> Purchas
     answer = how.answer_tokens or cfg.rollout.max_new_tokens
     load = Workload.of(how.prompt_tokens, answer, layout.spec.layout.outcomes, how.mean_depth)
     if how.set == "rl.steps":
-        load = load.in_groups(cfg.rl.group_size, cfg.parallel.micro_batch_size)
         step = rl_step(cfg, item=4)
-        each = sum(phase_flops(layout, load, step).values())
-        count = round(budget / each)
-        if count < 1:
-            raise ValueError(f"budget={budget:g}: less than half of one RL step of {each:.3g} FLOPs; raise it")
-        return Purchase(str(count), count * step.sequences * answer, count * each)
+        load = load.in_groups(cfg.rl.group_size, cfg.parallel.micro_batch_size)
+        count, flops = _whole(budget, sum(phase_flops(layout, load, step).values()), "RL step")
+        return Purchase(str(count), count * step.sequences * answer, flops)
     if how.set == "pretrain.steps":
         length, batch = how.prompt_tokens + answer, cfg.pretrain.batch_size
-        each = pretrain_flops(cfg, dims, length, batch)
-        count = round(budget / each)
-        if count < 1:
-            raise ValueError(f"budget={budget:g}: less than half of one update of {each:.3g} FLOPs; raise it")
-        return Purchase(str(count), count * batch * (length - 1), count * each)
+        count, flops = _whole(budget, pretrain_flops(cfg, dims, length, batch), "update")
+        return Purchase(str(count), count * batch * (length - 1), flops)
     batch = cfg.calibrate.batch_size
     how_run = PassMode(train=True, recompute=cfg.parallel.recompute, input_gradient=cfg.parallel.recompute)
     update = whole_pass(layout, load, cfg.parallel.micro_batch_size, batch, how_run)
     sequences = cfg.traces.problems * cfg.traces.samples * cfg.calibrate.patterns
-    updates = round(budget / update)
-    if updates < 1:
-        raise ValueError(f"budget={budget:g}: less than half of one update of {update:.3g} FLOPs; raise it")
+    count, _ = _whole(budget, update, "update")
     # calibrate.py rounds epochs to sequences and fills batches from them.
-    epochs = float(f"{updates * batch / sequences:.9g}")
-    real = math.ceil(round(epochs * sequences) / batch)
-    return Purchase(repr(epochs), round(epochs * sequences) * answer, real * update)
+    epochs = float(f"{count * batch / sequences:.9g}")
+    seen = round(epochs * sequences)
+    return Purchase(repr(epochs), seen * answer, math.ceil(seen / batch) * update)
+
+
+def _whole(budget: float, each: float, name: str) -> tuple[int, float]:
+    """The number of steps of `each` FLOPs that comes nearest to the budget, and their FLOPs."""
+    count = round(budget / each)
+    if count < 1:
+        raise ValueError(f"budget={budget:g}: less than half of one {name} of {each:.3g} FLOPs; raise it")
+    return count, count * each

@@ -6,6 +6,8 @@ sweep-<hash>/manifest.json        its runs and tasks (sweep.py)
              submitted.json       its Slurm jobs
              logs/<task>.log      what the task's stages said
              table.csv, .parquet  made by `collect`
+
+and in a stage's directory spent.json, how long it took.
 """
 
 from __future__ import annotations
@@ -16,15 +18,17 @@ import re
 import socket
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..observe.lock import process_start
 from ..observe.rundir import DONE, write_atomic
-from .sweep import Run, Sweep, Task
+from .sweep import StageTask, Sweep, SweepRun
 
 MANIFEST = "manifest.json"
+SPENT = "spent.json"
 BEAT_S = 5.0
 SILENT_S = 120.0
 """A task on another machine that has not written for so long is taken for lost."""
@@ -52,6 +56,7 @@ class Record:
 
 
 def save(sweep: Sweep) -> None:
+    """The manifest, and the directories that the rest goes into."""
     for name in ("tasks", "results", "logs"):
         (sweep.directory / name).mkdir(parents=True, exist_ok=True)
     _write(sweep.directory / MANIFEST, sweep.to_json())
@@ -75,27 +80,27 @@ def find_sweep(name: str, runs: Path, last: str = "") -> Sweep:
     for directory in (Path(name), runs / name):
         if (directory / MANIFEST).is_file():
             return open_sweep(directory)
-    found = sorted(file.parent for file in (runs / name).glob(f"sweep-*/{MANIFEST}"))
-    if last:
-        found = [directory for directory in found if open_sweep(directory).last == last]
-    if len(found) > 1:
-        listed = ", ".join(f"{name}/{directory.name}" for directory in found)
-        raise ValueError(f"{name}: there are {len(found)} sweeps of this name; give --last STAGE or one of {listed}")
-    if not found:
+    sweeps = [open_sweep(file.parent) for file in sorted((runs / name).glob(f"sweep-*/{MANIFEST}"))]
+    sweeps = [sweep for sweep in sweeps if last in ("", sweep.last)]
+    if len(sweeps) > 1:
+        listed = ", ".join(f"{name}/{sweep.directory.name}" for sweep in sweeps)
+        raise ValueError(f"{name}: there are {len(sweeps)} sweeps of this name; give --last STAGE or one of {listed}")
+    if not sweeps:
         others = sorted({str(file.parent.parent.relative_to(runs)) for file in runs.glob(f"*/sweep-*/{MANIFEST}")})
         where = f"{runs / name}: no sweep {f'up to {last} ' if last else ''}there"
         raise FileNotFoundError(f"{where}; {'there are ' + ', '.join(others) if others else f'none is in {runs}'}")
-    return open_sweep(found[0])
+    return sweeps[0]
 
 
 # ---- tasks ----
 
 
 def stage_path(sweep: Sweep, name: str) -> Path:
+    """The directory of a stage, by its name in `StageTask.stages`."""
     return sweep.directory.parent / name
 
 
-def is_done(sweep: Sweep, task: Task) -> bool:
+def is_done(sweep: Sweep, task: StageTask) -> bool:
     return all((stage_path(sweep, name) / DONE).is_file() for _, name in task.stages)
 
 
@@ -104,8 +109,9 @@ def record_path(sweep: Sweep, key: str) -> Path:
 
 
 def read_record(sweep: Sweep, key: str) -> Record | None:
-    file = record_path(sweep, key)
-    return Record(**json.loads(file.read_text())) if file.is_file() else None
+    """None before the task's first start."""
+    record = _read(record_path(sweep, key))
+    return None if record is None else Record(**record)
 
 
 def write_record(sweep: Sweep, key: str, record: Record) -> None:
@@ -118,17 +124,20 @@ def own(record: Record) -> None:
     record.process, record.job = process_start(os.getpid()) or "", os.environ.get("SLURM_JOB_ID", "")
 
 
-def task_state(sweep: Sweep, task: Task) -> str:
-    """By what is on disk; a task that says it is running is believed while its process lives or keeps writing."""
+def task_state(sweep: Sweep, task: StageTask, queue: Mapping[str, str] | None = None) -> str:
+    """By what is on disk: a task that says it is running is believed while its process lives or keeps writing. `queue`:
+    what Slurm has of the tasks (slurm.py); one that waits there (again) is queued."""
     if is_done(sweep, task):
         return FINISHED
     record = read_record(sweep, task.key)
-    if record is None:
+    if record is not None and record.state == RUNNING and _alive(record, record_path(sweep, task.key)):
+        return RUNNING
+    if queue and queue.get(task.key) in ("PENDING", "CONFIGURING", "REQUEUED", "COMPLETING"):
+        return QUEUED
+    if record is None or record.state == FINISHED:
+        # Never begun; or finished once, and somebody has removed a stage since.
         return WAITING
-    if record.state == RUNNING:
-        return RUNNING if _alive(record, record_path(sweep, task.key)) else KILLED
-    # Finished once, and somebody has removed a stage since.
-    return WAITING if record.state == FINISHED else record.state
+    return KILLED if record.state == RUNNING else record.state
 
 
 def _alive(record: Record, file: Path) -> bool:
@@ -137,7 +146,7 @@ def _alive(record: Record, file: Path) -> bool:
     return time.time() - file.stat().st_mtime < SILENT_S
 
 
-def failure(sweep: Sweep, task: Task) -> tuple[Task, Record] | None:
+def failure(sweep: Sweep, task: StageTask) -> tuple[StageTask, Record] | None:
     """The first of the tasks that `task` needs, or itself, that has failed."""
     for each in sweep.chain(task):
         record = read_record(sweep, each.key)
@@ -149,52 +158,59 @@ def failure(sweep: Sweep, task: Task) -> tuple[Task, Record] | None:
 # ---- runs ----
 
 
-def result_path(sweep: Sweep, ident: str) -> Path:
-    return sweep.directory / "results" / f"{ident}.json"
-
-
 def read_result(sweep: Sweep, ident: str) -> dict[str, Any] | None:
-    file = result_path(sweep, ident)
-    return json.loads(file.read_text()) if file.is_file() else None
+    """None while the run has not finished."""
+    return _read(sweep.directory / "results" / f"{ident}.json")
 
 
 def write_result(sweep: Sweep, ident: str, values: dict[str, Any]) -> None:
-    _write(result_path(sweep, ident), values)
+    _write(sweep.directory / "results" / f"{ident}.json", values)
 
 
-def run_state(sweep: Sweep, run: Run) -> str:
-    """finished, failed (whoever's fault), or what its first unfinished task is doing. Before its own task has begun,
-    a run is waiting."""
+def run_state(sweep: Sweep, run: SweepRun, queue: Mapping[str, str] | None = None) -> str:
+    """finished, failed (whoever's fault), or what its own task is doing: before that has begun, a run is waiting."""
     tasks = [sweep.task(key) for key in run.tasks]
     if all(is_done(sweep, task) for task in tasks):
         return FINISHED
     if failure(sweep, tasks[-1]) is not None:
         return FAILED
-    return task_state(sweep, tasks[-1])
+    return task_state(sweep, tasks[-1], queue)
 
 
-def error_of(sweep: Sweep, run: Run) -> str:
-    found = failure(sweep, sweep.task(run.tasks[-1]))
-    if found is None:
+def error_of(sweep: Sweep, run: SweepRun) -> str:
+    """Why it failed, or "": its own error, or that of the first task that kept it from starting."""
+    failed = failure(sweep, sweep.task(run.tasks[-1]))
+    if failed is None:
         return ""
-    task, record = found
+    task, record = failed
     return record.error if task.key == run.tasks[-1] else f"{task.key}, which it needs: {record.error}"
 
 
 def counts(sweep: Sweep) -> str:
     """ "11 finished, 1 failed" """
-    found = Counter(run_state(sweep, run) for run in sweep.runs)
-    return ", ".join(f"{found[state]} {state}" for state in (FINISHED, RUNNING, STOPPED, KILLED, FAILED, WAITING)
-                     if found[state])  # fmt: skip
+    number = Counter(run_state(sweep, run) for run in sweep.runs)
+    order = (FINISHED, RUNNING, STOPPED, KILLED, FAILED, WAITING)
+    return ", ".join(f"{number[state]} {state}" for state in order if number[state])
+
+
+# ---- time ----
+
+
+def read_spent(stage: Path) -> dict[str, float]:
+    """{"seconds", "device_seconds", "starts"} of all who worked on a stage in a sweep; {} where nobody did."""
+    return _read(stage / SPENT) or {}
+
+
+def write_spent(stage: Path, spent: dict[str, float]) -> None:
+    write_atomic(stage / SPENT, json.dumps(spent))
 
 
 # ---- Slurm's jobs ----
 
 
 def submitted(sweep: Sweep) -> dict[str, str]:
-    """Task -> the Slurm job that it was last submitted as."""
-    file = sweep.directory / "submitted.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    """Task key -> the Slurm job that it was last submitted as."""
+    return _read(sweep.directory / "submitted.json") or {}
 
 
 def note_submitted(sweep: Sweep, jobs: dict[str, str]) -> None:
@@ -206,6 +222,10 @@ _JOB = re.compile(r"\d+(_\d+)?")
 
 def job_numbers(jobs: dict[str, str]) -> list[str]:
     return sorted({job.split("_")[0] for job in jobs.values() if _JOB.fullmatch(job)})
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _write(path: Path, data: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 from ee_megatron.cli import main
 from ee_megatron.config.identity import stage_dir, to_yaml
 from ee_megatron.config.load import load, read_saved
-from ee_megatron.report.runs import compare
+from ee_megatron.report.runs import report_directories
 from tests.integration.report_samples import write_run
 
 
@@ -28,14 +28,14 @@ def made(root: Path, *settings: str) -> Path:
 
 def test_a_runs_directory_stands_for_every_evaluation_in_it(tmp_path: Path) -> None:
     ends = [made(tmp_path, "rl.lambda_exit=0", "rl.steps=12"), made(tmp_path, "rl.lambda_exit=0.3", "rl.steps=5")]
-    page = compare([tmp_path / "front"])
+    page = report_directories([tmp_path / "front"])
     text = page.read_text()
     assert page == tmp_path / "front" / "report.html"
     for words in ("reinforced (steps=12, lambda_exit=0)", "reinforced (steps=5, lambda_exit=0.3)", "2 early-exit"):
         assert words in text, words
     assert "calibrated (steps" not in text and "teacher (steps" not in text, "what they share has one name"
-    assert compare([*sorted(ends), ends[0]], tmp_path / "page.html").read_text() == text, "each run once"
-    only = compare([ends[1]], tmp_path / "one.html").read_text()
+    assert report_directories([*sorted(ends), ends[0]], tmp_path / "page.html").read_text() == text, "each run once"
+    only = report_directories([ends[1]], tmp_path / "one.html").read_text()
     assert "reinforced (steps" not in only and "Front over runs" not in only and "rl: config.yaml" in only
 
 
@@ -43,7 +43,7 @@ def test_runs_that_differ_in_much_are_numbered_and_their_settings_stand_in_the_t
     one = made(tmp_path, "rl.lambda_exit=0")
     two = made(tmp_path, "rl.lambda_exit=0.3", "rl.steps=5", "rl.beta=0.25", "calibrate.adapter_lr=7e-4")
     three = made(tmp_path, "rl.lambda_exit=1")
-    text = compare([one, two, three], tmp_path / "page.html").read_text()
+    text = report_directories([one, two, three], tmp_path / "page.html").read_text()
     for words in ("reinforced (run 2)", "calibrated (run 2)", "calibrated (run 1, run 3)", "<td>0.0007</td>"):
         assert words in text, words
     assert "reinforced (steps" not in text
@@ -59,11 +59,11 @@ def test_runs_that_differ_in_seeds_are_summed_up(tmp_path: Path) -> None:
         row = next(r for r in data["rows"] if r["model"] == "reinforced" and r["exits"] == "hazard > 0.9")
         row.update(accuracy=0.7 + 0.02 * seed, low=0.6, high=0.8, mean_depth=0.8 - 0.4 * price)
         (end / "results.json").write_text(json.dumps(data))
-    text = " ".join(re.sub("<[^>]*>", " ", compare(ends, tmp_path / "page.html").read_text()).split())
+    text = " ".join(re.sub("<[^>]*>", " ", report_directories(ends, tmp_path / "page.html").read_text()).split())
     assert "lambda_exit=0 2 73.0% [72.0%, 74.0%] 0.800 [0.800, 0.800]" in text
     assert "lambda_exit=0.5 2 73.0% [72.0%, 74.0%] 0.600 [0.600, 0.600]" in text
     assert "reinforced (seed=2, lambda_exit=0.5)" in text and "calibrated (seed=2)" in text
-    assert "Runs that differ in seeds" not in compare(ends[::2], tmp_path / "two.html").read_text()
+    assert "Runs that differ in seeds" not in report_directories(ends[::2], tmp_path / "two.html").read_text()
 
 
 def test_a_run_that_was_moved_is_found_and_one_without_evaluation_ends_at_its_last_stage(tmp_path: Path) -> None:
@@ -71,14 +71,14 @@ def test_a_run_that_was_moved_is_found_and_one_without_evaluation_ends_at_its_la
     shutil.rmtree(end)
     moved = tmp_path / "elsewhere"
     shutil.move(tmp_path / "front", moved)
-    text = compare([moved]).read_text()
+    text = report_directories([moved]).read_text()
     assert "evaluate: not part of this run" in text and "rl: config.yaml" in text and "calibrate: config.yaml" in text
 
 
 def test_runs_without_a_difference_are_told_apart_by_their_directories(tmp_path: Path) -> None:
     one = made(tmp_path / "a")
     two = made(tmp_path / "b")
-    text = compare([one, two], tmp_path / "page.html").read_text()
+    text = report_directories([one, two], tmp_path / "page.html").read_text()
     assert f"reinforced (front/{one.name})" in text
 
 

@@ -10,9 +10,10 @@ import pytest
 from report_samples import RULES, write_run
 
 from ee_megatron.report import charts, svg
-from ee_megatron.report.data import Run, binned
+from ee_megatron.report.data import ReportRun
 from ee_megatron.report.page import write_report
 from ee_megatron.report.palette import DARK, LIGHT, ink, luminance, scale
+from ee_megatron.report.results import binned
 
 
 class Page(HTMLParser):
@@ -56,7 +57,7 @@ def _edit(stages: dict[str, Path], change) -> None:
 
 def test_every_row_metric_and_token_of_the_files_is_in_the_page(tmp_path):
     stages = write_run(tmp_path / "run")
-    page = Page(write_report([Run(stages)], tmp_path / "report.html"))
+    page = Page(write_report([ReportRun(stages)], tmp_path / "report.html"))
     assert page.open == []
     for words in (
         "86.0 [82.5, 89.3] %",
@@ -90,7 +91,7 @@ def test_every_row_metric_and_token_of_the_files_is_in_the_page(tmp_path):
 
 
 def test_every_table_of_the_evaluation_is_on_the_page(tmp_path):
-    page = Page(write_report([Run(write_run(tmp_path / "run"))], tmp_path / "report.html"))
+    page = Page(write_report([ReportRun(write_run(tmp_path / "run"))], tmp_path / "report.html"))
     for words in (
         "random exits", "confidence", "depth (!)", "+20.0% [+16.0%, +24.0%]",
         "chain necessity", "0.50 [0.46, 0.54]", "serial depth, 0.9", "probe uplift at its best depth, 2 ahead",
@@ -99,7 +100,7 @@ def test_every_table_of_the_evaluation_is_on_the_page(tmp_path):
         "0.060 [0.020, 0.100]", "ECE at 25", "Fronts over thresholds", "Policy minus control",
     ):  # fmt: skip
         assert words in page.text, words
-    assert len(page.of("span", "hollow")) == 1, "the control that missed its depth"
+    assert len(page.of("circle", "hollow")) == 1, "the control that missed its depth"
 
 
 def test_runs_are_compared_on_one_page_and_what_they_share_stands_once(tmp_path):
@@ -111,7 +112,10 @@ def test_runs_are_compared_on_one_page_and_what_they_share_stands_once(tmp_path)
             row["mean_depth"] -= 0.01
 
     _edit(two, deeper)
-    runs = [Run(one, "lambda_exit=0", {"lambda_exit": "0"}), Run(two, "lambda_exit=0.5", {"lambda_exit": "0.5"})]
+    runs = [
+        ReportRun(one, "lambda_exit=0", {"lambda_exit": "0"}),
+        ReportRun(two, "lambda_exit=0.5", {"lambda_exit": "0.5"}),
+    ]
     page = Page(write_report(runs, tmp_path / "report.html"))
     assert page.open == []
     heads = [a["aria-label"] for a in page.of("div", "answer")]
@@ -129,14 +133,14 @@ def test_runs_of_different_sizes_are_not_compared(tmp_path):
     one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
     _edit(two, lambda data: data["meta"].update(num_layers=12))
     with pytest.raises(ValueError, match=r"different numbers of layers \(a: 30, b: 12\)"):
-        write_report([Run(one, "a"), Run(two, "b")], tmp_path / "report.html")
+        write_report([ReportRun(one, "a"), ReportRun(two, "b")], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 
 
 def test_the_same_prompt_stands_side_by_side_in_the_order_of_the_method(tmp_path):
     stages = write_run(tmp_path / "run")
     _edit(stages, lambda data: data["answers"].reverse())
-    page = Page(write_report([Run(stages)], tmp_path / "report.html"))
+    page = Page(write_report([ReportRun(stages)], tmp_path / "report.html"))
     labels = [a["aria-label"] for a in page.of("div", "answer")]
     assert [label.split(",")[0] for label in labels] == list(RULES) * 4
     assert len(page.of("article")) == 4
@@ -149,7 +153,7 @@ def test_a_models_exit_rules_share_its_column(tmp_path):
         data["answers"] += [{**a, "exits": "sampled"} for a in data["answers"] if a["model"] == "reinforced"]
 
     _edit(stages, second_rule)
-    page = (write_report([Run(stages)], tmp_path / "report.html")).read_text()
+    page = (write_report([ReportRun(stages)], tmp_path / "report.html")).read_text()
     first = page[page.index('<div class="answers">') : page.index("</article>")]
     columns = [
         re.findall(r'class="answer" role="group" aria-label="([^"]*)"', part) for part in re.split(r"<div>", first)[1:]
@@ -159,7 +163,7 @@ def test_a_models_exit_rules_share_its_column(tmp_path):
 
 
 def test_an_answer_is_one_tab_stop(tmp_path):
-    page = Page(write_report([Run(write_run(tmp_path / "run"))], tmp_path / "report.html"))
+    page = Page(write_report([ReportRun(write_run(tmp_path / "run"))], tmp_path / "report.html"))
     stops = [a["tabindex"] for a in page.of("span", "t")]
     assert stops.count("0") == 12 and set(stops) == {"0", "-1"}
 
@@ -180,13 +184,13 @@ def test_hostile_text_stays_text(tmp_path):
     _edit(stages, poison)
     (stages["rl"] / "config.yaml").write_text(evil)
     (stages["rl"] / "metrics.jsonl").write_text(json.dumps({"step": 1, evil: 1.0}) + "\n")
-    page = Page(write_report([Run(stages)], tmp_path / "report.html"))
+    page = Page(write_report([ReportRun(stages)], tmp_path / "report.html"))
     assert len(page.of("script")) == 1 and not page.of("img") and page.text.count("<script>alert(1)") > 20
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path):
-    path = write_report([Run(write_run(tmp_path / "run"))], tmp_path / "report.html")
+    path = write_report([ReportRun(write_run(tmp_path / "run"))], tmp_path / "report.html")
     page = Page(path)
     sources = [v for _, a in page.tags for k, v in a.items() if k in ("src", "href", "srcset", "action")]
     assert all(s.startswith(("#", "data:")) for s in sources)
@@ -198,7 +202,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
 def test_a_missing_stage_is_named_and_the_rest_is_shown(tmp_path, stage):
     stages = write_run(tmp_path / "run")
     del stages[stage]
-    page = Page(write_report([Run(stages)], tmp_path / "report.html"))
+    page = Page(write_report([ReportRun(stages)], tmp_path / "report.html"))
     assert f"{stage}: not part of this run, or not run yet" in page.text
     assert "Training" in page.text
 
@@ -209,7 +213,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     (stages["calibrate"] / "metrics.jsonl").unlink()
     (stages["rl"] / "metrics.jsonl").write_text("rubbish\n")
     (stages["evaluate"] / "results.json").write_text("{")
-    text = Page(write_report([Run(stages)], tmp_path / "report.html")).text
+    text = Page(write_report([ReportRun(stages)], tmp_path / "report.html")).text
     for words in ("teacher: config.yaml is missing", "calibrate: metrics.jsonl is missing", "results.json is not JSON"):
         assert words in text
     assert "rl: metrics.jsonl, line 1" in text
@@ -225,21 +229,21 @@ def test_rows_without_optional_figures_and_answers_without_tokens_are_shown(tmp_
             del data[part]
 
     _edit(stages, strip)
-    text = Page(write_report([Run(stages)], tmp_path / "report.html")).text
+    text = Page(write_report([ReportRun(stages)], tmp_path / "report.html")).text
     assert "50.0 %" in text and "plain answer" in text and "results.json has no exit_histogram" in text
 
 
 def test_a_long_prompt_is_headed_by_its_end_and_kept_whole(tmp_path):
     stages, long = write_run(tmp_path / "run"), "Example. " * 100 + "What is 3 x 8?"
     _edit(stages, lambda data: [answer.update(prompt=long) for answer in data["answers"]])
-    page = Page(write_report([Run(stages)], tmp_path / "report.html"))
+    page = Page(write_report([ReportRun(stages)], tmp_path / "report.html"))
     assert page.text.count("What is 3 x 8?") == 2 and page.text.count(long) == 1 and len(page.of("article")) == 1
 
 
 def test_no_stage_at_all_is_an_error_of_one_line(tmp_path):
     for stages in ({}, {"rl": tmp_path / "none"}):
         with pytest.raises(ValueError, match="nothing to report: expected at least one") as caught:
-            write_report([Run(stages)], tmp_path / "report.html")
+            write_report([ReportRun(stages)], tmp_path / "report.html")
         assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 

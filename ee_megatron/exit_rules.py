@@ -1,0 +1,526 @@
+"""Exit rules as values, one class per rule: when a generated position leaves the model.
+
+The scheduler asks a position's rule at every exit that the position comes to. Everything else that is known of a rule
+(its label, its forms, what it costs, whether it is a control) stands in its class, too; a new rule is a class with a
+place in `RULES`. Nothing here imports torch when it loads, so that the command line can print its help at once.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .exits import ExitLayout
+
+Need = Literal["gates", "readout", "random"]
+Dial = Callable[[float], "ExitRule"]
+"""Position in 0..1 -> exit rule; the further, the deeper: 0 is the shallowest that the rule knows, 1 the deepest."""
+
+
+@dataclass(frozen=True)
+class AtExit:
+    """R rows with equal rules that have come to an exit: what a rule may look at. Functions compute when called.
+
+    - index, depth: the exit's number in 0..M-1, and the layers that have run
+    - gate_logits: float32 [R]; 0 where no gates are loaded
+    - readout: () -> logits float32 [R, V], as if the rows left here
+    - uniform: i -> float64 [R] in [0, 1), the random number that the position has for exit i; the first is also what a
+      rule draws that decides once for all exits
+    - tokens: () -> per row the prompt's id, the sample's number, the number of the token being made (0 is the first)
+    - notes: float64 [R, `ExitRule.notes`], the rule's memory: 0 at a position's first exit; what `fires` writes here it
+      finds at the position's next exit
+    """
+
+    index: int
+    depth: int
+    gate_logits: Tensor
+    readout: Callable[[], Tensor]
+    uniform: Callable[[int], Tensor]
+    tokens: Callable[[], Sequence[tuple[str, int, int]]]
+    notes: Tensor
+
+
+@dataclass(frozen=True)
+class DialRange:
+    """What the ends and the scale of a dial depend on: outcomes, the exit depths and L; the vocabulary's size; the
+    share of each outcome [M+1] under the policy that controls are compared with."""
+
+    outcomes: Sequence[int]
+    vocab: int
+    marginal: Sequence[float]
+
+
+@dataclass(frozen=True)
+class ExitRule(ABC):
+    """Hashable; rows whose rules are equal decide together.
+
+    - kind: the name, wherever it is written down
+    - needs: what `fires` looks at, at most
+    - notes: numbers that it keeps of a position from one exit to the next
+    - default: its number where none is given
+    - usage: how users may name it, on the command line and (the part before the colon) in a request; "": they can't
+    - control: its name as a control on the weights of the policy under test; "": it is none
+
+    Raises ValueError for a number that the rule can't use.
+    """
+
+    kind: ClassVar[str]
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    notes: ClassVar[int] = 0
+    default: ClassVar[float] = 0.5
+    usage: ClassVar[str] = ""
+    control: ClassVar[str] = ""
+
+    @classmethod
+    def of(cls, value: float) -> Self:
+        """The rule with this number; those without one ignore it."""
+        return cls()
+
+    @abstractmethod
+    def fires(self, at: AtExit) -> Tensor:
+        """bool [R], on any device: which rows leave."""
+
+    @property
+    def label(self) -> str:
+        """The rule in words, as it stands in the tables."""
+        return self.kind
+
+    def __str__(self) -> str:
+        """As `parse` reads it; a mix can't be written so."""
+        return self.kind
+
+    def check(self, layout: ExitLayout, has_gates: bool) -> None:
+        """Raises ValueError if a decoder with these exits and gates can't follow the rule."""
+        if "gates" in self.needs and not has_gates:
+            raise ValueError(
+                f"exit policy {self.kind} needs gates, but the teacher is loaded; load a policy or use 'off'"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """As the server and exported models take it."""
+        return {"kind": self.kind, "value": self.default}
+
+    def to_results(self) -> dict[str, Any]:
+        """As results.json has it; fields that a rule lacks have their defaults."""
+        return {**self.to_json(), "shares": [], "other": 0.0, "mix": 0.0}
+
+    @classmethod
+    def dial(cls, span: DialRange) -> Dial:
+        """The rules of this kind from shallow to deep. Raises NotImplementedError where they have no order."""
+        raise NotImplementedError(f"exit rule {cls.kind} has no dial")
+
+    def mixed(self, deeper: Self, share: float) -> ExitRule:
+        """Two rules of one dial, drawn token by token: `deeper` with probability `share`."""
+        raise NotImplementedError(f"exit rule {self.kind} has no dial")
+
+
+@dataclass(frozen=True)
+class Bound(ExitRule):
+    """Leaves where something passes `value`.
+
+    With `mix` > 0 it is randomised: a token draws, once for all its exits, whether `other` stands in place of `value`,
+    with this probability. Depths between those of two values can be had then.
+    """
+
+    value: float = 0.5
+    other: float = 0.0
+    mix: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mix <= 1:
+            raise ValueError(
+                f"exit policy {self.kind}: mix {self.mix}; expected a probability, for a rule with a bound"
+            )
+
+    @classmethod
+    def of(cls, value: float) -> Self:
+        return cls(value)
+
+    def bounds(self, at: AtExit, like: Tensor) -> Tensor:
+        """The rows' bounds, shaped as `like` [R]."""
+        bounds = like.new_full(like.shape, self.value)
+        if self.mix:
+            bounds[at.uniform(0) < self.mix] = self.other
+        return bounds
+
+    @property
+    def label(self) -> str:
+        return self.words + (f" (or {self.other:.4g}: {self.mix:.0%})" if self.mix else "")
+
+    @property
+    @abstractmethod
+    def words(self) -> str:
+        """The label without a mix."""
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.value}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "value": self.value}
+
+    def to_results(self) -> dict[str, Any]:
+        return {**super().to_results(), "other": self.other, "mix": self.mix}
+
+    def mixed(self, deeper: Self, share: float) -> Self:
+        return replace(self, other=float(deeper.value), mix=share)
+
+
+@dataclass(frozen=True)
+class Probability(Bound):
+    """A bound in 0..1."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.value <= 1:
+            raise ValueError(f"exit policy {self.kind}: value {self.value} outside 0..1; set a probability")
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class Threshold(Probability):
+    """At the first gate whose hazard exceeds `value`. Its dial is for the gates of other weights."""
+
+    kind = "threshold"
+    needs = frozenset({"gates", "random"})
+    usage = "threshold:HAZARD"
+
+    def fires(self, at: AtExit) -> Tensor:
+        hazard = at.gate_logits.sigmoid()
+        return hazard > self.bounds(at, hazard)
+
+    @property
+    def words(self) -> str:
+        return f"hazard > {self.value:g}"
+
+    @classmethod
+    def dial(cls, span: DialRange) -> Dial:
+        return cls
+
+
+@dataclass(frozen=True)
+class Sample(ExitRule):
+    """Gate i fires with its hazard, as in training."""
+
+    kind = "sample"
+    needs = frozenset({"gates", "random"})
+    usage = "sample"
+
+    def fires(self, at: AtExit) -> Tensor:
+        return at.uniform(at.index) < at.gate_logits.double().sigmoid()
+
+    @property
+    def label(self) -> str:
+        return "sampled"
+
+
+@dataclass(frozen=True)
+class Fixed(ExitRule):
+    """Every position at one depth, an exit depth or L. As a control two neighbouring depths are mixed at random."""
+
+    depth: float
+
+    kind = "fixed"
+    usage = "fixed:DEPTH"
+    control = "fixed depth"
+
+    @classmethod
+    def of(cls, value: float) -> Self:
+        return cls(int(value) if float(value).is_integer() else value)
+
+    def fires(self, at: AtExit) -> Tensor:
+        return everywhere(at, at.depth == self.depth)
+
+    @property
+    def label(self) -> str:
+        return f"fixed {self.depth:g}"
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.depth}"
+
+    def check(self, layout: ExitLayout, has_gates: bool) -> None:
+        if self.depth not in layout.outcomes:
+            raise ValueError(f"fixed exit {self.depth} is no exit depth; expected one of {list(layout.outcomes)}")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "value": self.depth}
+
+    @classmethod
+    def dial(cls, span: DialRange) -> Dial:
+        last = len(span.outcomes) - 1
+
+        def rule(position: float) -> ExitRule:
+            place = position * last
+            low = min(int(place), last - 1) if last else 0
+            shares = [0.0] * (last + 1)
+            shares[low] = 1.0 - (place - low)
+            if last:
+                shares[low + 1] = place - low
+            return Random(tuple(shares))
+
+        return rule
+
+
+@dataclass(frozen=True)
+class Random(ExitRule):
+    """At outcome i with probability shares[i] (M exits, then none), whatever the token."""
+
+    shares: tuple[float, ...] = ()
+
+    kind = "random"
+    needs = frozenset({"random"})
+    control = "random exits"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shares", tuple(map(float, self.shares)))
+        if min(self.shares, default=-1.0) < 0 or abs(sum(self.shares) - 1) > 1e-6:
+            raise ValueError(
+                f"exit policy random: shares {list(self.shares)} are no distribution; expected numbers >= 0 "
+                "that sum to 1"
+            )
+
+    def hazard(self, exit_index: int) -> float:
+        """The probability of exit i given that no exit before it was taken, shares_i / Σ_{j>=i} shares_j."""
+        left = sum(self.shares[exit_index:])
+        return self.shares[exit_index] / left if left > 0 else 0.0
+
+    def fires(self, at: AtExit) -> Tensor:
+        return at.uniform(at.index) < self.hazard(at.index)
+
+    @property
+    def label(self) -> str:
+        return "random " + "/".join(f"{share:.2f}" for share in self.shares)
+
+    def check(self, layout: ExitLayout, has_gates: bool) -> None:
+        if len(self.shares) != len(layout.outcomes):
+            raise ValueError(
+                f"exit policy random: {len(self.shares)} shares for {len(layout.outcomes)} outcomes "
+                f"{list(layout.outcomes)}; give one each"
+            )
+
+    def to_results(self) -> dict[str, Any]:
+        return {**super().to_results(), "shares": list(self.shares)}
+
+    @classmethod
+    def dial(cls, span: DialRange) -> Dial:
+        """The marginal exit distribution, independent of the token; in the middle of the dial it is as it is.
+
+        Elsewhere it is tilted, p_i ∝ shares_i · exp(τ · depth_i): of all distributions with that mean the nearest to it
+        in KL divergence (Csiszár, Annals of Probability 3 (1975), 146-158). τ runs from -∞ to ∞ along the dial.
+        """
+        import numpy as np
+
+        depths = np.asarray(span.outcomes, dtype=np.float64)
+        marginal = np.asarray(span.marginal, dtype=np.float64)
+        if len(depths) != len(marginal) or marginal.min() < 0 or marginal.sum() <= 0:
+            raise ValueError(
+                f"shares {list(span.marginal)} of outcomes {list(span.outcomes)}: "
+                "expected one share >= 0 each, not all 0"
+            )
+
+        def rule(position: float) -> ExitRule:
+            # tan reaches the ends without ever being infinite in floating point.
+            tilt = math.tan(math.pi * (min(max(position, 1e-6), 1 - 1e-6) - 0.5)) / (depths[-1] - depths[0] + 1)
+            with np.errstate(divide="ignore"):
+                logs = np.log(marginal) + tilt * depths
+            weights = np.exp(logs - logs.max())
+            return cls(tuple(weights / weights.sum()))
+
+        return rule
+
+    def mixed(self, deeper: Self, share: float) -> Self:
+        pairs = zip(self.shares, deeper.shares, strict=True)
+        return replace(self, shares=tuple((1 - share) * a + share * b for a, b in pairs))
+
+
+@dataclass(frozen=True)
+class Confidence(Probability):
+    """At the first exit whose readout gives some token more than the probability `value`: Schuster et al. 2022 (arXiv
+    2207.07061), softmax confidence, without their calibration."""
+
+    kind = "confidence"
+    needs = frozenset({"readout", "random"})
+    usage = "confidence:PROBABILITY"
+    control = "confidence"
+
+    def fires(self, at: AtExit) -> Tensor:
+        most = at.readout().log_softmax(dim=-1).amax(dim=-1).exp()
+        return most > self.bounds(at, most)
+
+    @property
+    def words(self) -> str:
+        return f"confidence > {self.value:.4g}"
+
+    @classmethod
+    def dial(cls, span: DialRange) -> Dial:
+        """Finer towards certainty, where sharp readouts lie."""
+        return lambda position: cls(1.0 - (1.0 - position) ** 3)
+
+
+@dataclass(frozen=True)
+class Entropy(Bound):
+    """At the first exit whose readout has less entropy than `value`, in nats: Teerapittayanon et al. 2016 (BranchyNet,
+    arXiv 1709.01686) and DeeBERT (Xin et al. 2020, arXiv 2004.12993)."""
+
+    kind = "entropy"
+    needs = frozenset({"readout", "random"})
+    control = "entropy"
+
+    def __post_init__(self) -> None:
+        if not self.value >= 0:
+            raise ValueError(f"exit policy entropy: value {self.value} is negative; set nats")
+        super().__post_init__()
+
+    def fires(self, at: AtExit) -> Tensor:
+        logprobs = at.readout().log_softmax(dim=-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return entropy < self.bounds(at, entropy)
+
+    @property
+    def words(self) -> str:
+        return f"entropy < {self.value:.3g}"
+
+    @classmethod
+    def dial(cls, span: DialRange) -> Dial:
+        """At 0 every readout passes, at 1 none."""
+        most = math.log(span.vocab) + 1e-3
+        return lambda position: cls(most * (1.0 - position) ** 4)
+
+
+@dataclass(frozen=True)
+class Patience(Bound):
+    """At the first exit whose readout's most probable token has been the same over the last `value` exits.
+
+    They count from the position's first exit on: with 1 the first exit fires, with 2 the first whose choice is that of
+    the exit before it, with M + 1 none. PABEE (Zhou et al. 2020, arXiv 2006.04152), whose patience counts how often the
+    choice did not change, value - 1. Two mixed rules are the rule of their mean: a whole number, or two neighbours.
+    """
+
+    value: float = 2
+
+    kind = "patience"
+    needs = frozenset({"readout", "random"})
+    # The last exit's first choice, and over how many exits it has stood.
+    notes = 2
+    default = 2
+    usage = "patience:EXITS"
+    control = "patience"
+
+    def __post_init__(self) -> None:
+        for exits in (self.value, self.other) if self.mix else (self.value,):
+            if exits < 1 or not float(exits).is_integer():
+                raise ValueError(f"exit policy patience: {exits}; expected a whole number of exits, at least 1")
+        object.__setattr__(self, "value", int(self.value))
+        super().__post_init__()
+
+    @classmethod
+    def between(cls, mean: float) -> Self:
+        low = math.floor(mean)
+        return cls(low, other=low + 1, mix=mean - low) if mean > low else cls(low)
+
+    @property
+    def mean(self) -> float:
+        return self.value + self.mix * (self.other - self.value)
+
+    def fires(self, at: AtExit) -> Tensor:
+        choice = at.readout().argmax(dim=-1)
+        stood = at.notes[:, 1] * (at.notes[:, 0] == choice) + 1
+        at.notes[:, 0], at.notes[:, 1] = choice, stood
+        return stood >= self.bounds(at, stood)
+
+    @property
+    def words(self) -> str:
+        return f"patience {self.value}"
+
+    @classmethod
+    def dial(cls, span: DialRange) -> Dial:
+        """From 1 to M + 1 exits."""
+        return lambda position: cls.between(1 + position * (len(span.outcomes) - 1))
+
+    def mixed(self, deeper: Self, share: float) -> Self:
+        return self.between((1 - share) * self.mean + share * deeper.mean)
+
+
+@dataclass(frozen=True)
+class Off(ExitRule):
+    """Never."""
+
+    kind = "off"
+    usage = "off"
+
+    def fires(self, at: AtExit) -> Tensor:
+        return everywhere(at, False)
+
+    @property
+    def label(self) -> str:
+        return "full depth"
+
+
+@dataclass(frozen=True)
+class Prescribed(ExitRule):
+    """Replay: `depths` maps (prompt id, sample) to the depth of every generated token, entry 0 is L."""
+
+    depths: Mapping[tuple[str, int], Sequence[int]] = field(default_factory=dict, hash=False)
+
+    kind = "prescribed"
+
+    def fires(self, at: AtExit) -> Tensor:
+        """Raises ValueError for a token of which nothing is prescribed."""
+        import torch
+
+        return torch.tensor([self.depth(*token) == at.depth for token in at.tokens()])
+
+    def depth(self, prompt_id: str, sample: int, token: int) -> int:
+        depths = self.depths.get((prompt_id, sample))
+        if depths is None or len(depths) <= token:
+            found = "none" if depths is None else str(len(depths))
+            raise ValueError(
+                f"prescribed exits of {(prompt_id, sample)}: {found} given, token {token} needs one; give more"
+            )
+        return int(depths[token])
+
+    def check(self, layout: ExitLayout, has_gates: bool) -> None:
+        for key, depths in self.depths.items():
+            wrong = sorted(set(map(int, depths)) - set(layout.outcomes))
+            if wrong or (len(depths) and int(depths[0]) != layout.num_layers):
+                raise ValueError(
+                    f"prescribed exits of {key}: {wrong or int(depths[0])} not possible; expected "
+                    f"{layout.num_layers} first (prompts never exit), then any of {list(layout.outcomes)}"
+                )
+
+
+RULES: dict[str, type[ExitRule]] = {
+    rule.kind: rule for rule in (Threshold, Sample, Fixed, Random, Confidence, Entropy, Patience, Off, Prescribed)
+}
+OFFERED = tuple(kind for kind, rule in RULES.items() if rule.usage)
+CONTROLS = tuple(rule for rule in RULES.values() if rule.control)
+
+
+def everywhere(at: AtExit, fires: bool) -> Tensor:
+    """The same bool for all rows, on the CPU: what looks at nothing must not wait for a device."""
+    import torch
+
+    return torch.full((len(at.gate_logits),), fires)
+
+
+def make_rule(kind: str, value: float | None = None) -> ExitRule:
+    """The rule of this name with this number, or its default. Raises ValueError."""
+    if kind not in RULES:
+        raise ValueError(f"exit policy {kind!r} is unknown; expected one of {', '.join(RULES)}")
+    return RULES[kind].of(RULES[kind].default if value is None else value)
+
+
+def parse(text: str) -> ExitRule:
+    """ "threshold:0.5", "sample", "fixed:20", ... -> rule. Raises ValueError."""
+    kind, _, value = text.partition(":")
+    return make_rule(kind, float(value) if value else None)
+
+
+def usage() -> str:
+    """What `parse` takes from users, in one line."""
+    forms = [RULES[kind].usage for kind in OFFERED]
+    return f"{', '.join(forms[:-1])} or {forms[-1]}"

@@ -1,0 +1,10 @@
+"""What training minimises, as values: each objective says what it needs and what weight it gives to each term.
+
+Every loss is linear in what the learner computes (weights.py): the sum over positions of
+
+    token * (-log p(token)) + divergence * KL + exit * (-log q(exit)) - entropy * H(gates)
+
+where the cross-entropy to target hazards may stand for -log q(exit). An objective with ratios, such as PPO's, gives the
+weights whose loss has its gradient at the current policy. The registries (ADVANTAGES, SURROGATES, KL_TERMS, ...) are
+the choices of the settings that select from them; config/ reads them, so nothing here loads torch.
+"""

@@ -1,0 +1,62 @@
+"""Calibration: the student, made to take prescribed exits, towards the teacher; its gates towards exits or hazards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .divergences import Teacher
+from .weights import Positions, Weights, mean_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..exits import ExitLayout
+
+
+@dataclass(frozen=True)
+class GateTargets:
+    """What gates learn.
+
+    targets: (batch, layout, target hazards of the traces [B, S, M], of the student's own divergence at the exits taken
+    [B, S]) -> target hazards [B, S, M], -1 for none, or None: gates learn the prescribed exits. scored: the last
+    argument is needed, for which the batch is scored first.
+    """
+
+    targets: Callable[[Positions, ExitLayout, Tensor, Tensor | None], Tensor | None]
+    scored: bool = False
+
+
+def current_targets(batch: Positions, layout: ExitLayout, traced: Tensor, own: Tensor | None) -> Tensor:
+    """The student's own target hazard at the gate of the exit that it was made to take, no target at all others."""
+    assert own is not None
+    taken = batch.exit_depths.unsqueeze(-1) == batch.exit_depths.new_tensor(layout.depths)
+    return own.unsqueeze(-1).where(taken & batch.asked.unsqueeze(-1), -1.0)
+
+
+GATE_TARGETS = {
+    "sampled": GateTargets(lambda batch, layout, traced, own: None),
+    "soft": GateTargets(lambda batch, layout, traced, own: traced),
+    "current": GateTargets(current_targets, scored=True),
+}
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Mean divergence from the teacher plus `gate_weight` times the gates' mean negative log-likelihood (method.md,
+    stage 1); a position's divergence counts (exit depth / L) to the power `depth_power`."""
+
+    teacher: Teacher
+    gate_targets: GateTargets
+    gate_weight: float
+    depth_power: float
+
+    def weights(self, batch: Positions, layout: ExitLayout, traced: Tensor, own: Tensor | None = None) -> Weights:
+        """`traced`, `own`: target hazards, as in `GateTargets`."""
+        fraction = batch.exit_depths.clamp(min=1).float() / layout.num_layers
+        return Weights(
+            divergence=mean_weights(batch, batch.counts) * fraction**self.depth_power,
+            exit=self.gate_weight * mean_weights(batch, batch.asked),
+            target_hazards=self.gate_targets.targets(batch, layout, traced, own),
+        )

@@ -1,0 +1,33 @@
+"""How fast to learn, and what depth costs, in the course of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+DECAYS: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 0.0,
+    "linear": lambda done: done,
+    "cosine": lambda done: 0.5 * (1 - math.cos(math.pi * done)),
+}
+"""Share of the way from the full learning rate to its floor, after a share `done` of the updates."""
+
+
+def price(step: int, steps: int, lambda_exit: float, warmup: float) -> float:
+    """lambda at step `step` (0-based): rises linearly over the first `warmup` share of the steps, then stays."""
+    rise = round(steps * warmup)
+    return lambda_exit if step >= rise else lambda_exit * (step + 1) / (rise + 1)
+
+
+def learning_rate(update: int, total: int, warmup: int, decay: str, floor: float = 0.1) -> float:
+    """Factor of update `update` (0-based): linear rise over `warmup` updates, then one of DECAYS, with `floor` at the
+    last update where it falls."""
+    if update < warmup:
+        return (update + 1) / warmup
+    done = (update - warmup) / max(1, total - 1 - warmup)
+    return 1.0 - (1.0 - floor) * DECAYS[decay](done)
+
+
+def schedule(step: int, total: int, warmup: float) -> float:
+    """`learning_rate` with `warmup` as a share of the updates (at least one) and a linear fall."""
+    return learning_rate(step, total, max(1, round(total * warmup)), "linear")

@@ -1,0 +1,88 @@
+"""Weights of the terms of the loss, and what they are computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from .divergences import Teacher
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorRows:
+    """Fields are tensors [B, ...], one row per sequence, or None."""
+
+    def select(self, index: slice | Tensor) -> Self:
+        """Some of the sequences."""
+        return self._each(lambda value: value[index])
+
+    def pad_rows(self, rows: int) -> Self:
+        """Extended by rows of zeros, which are sequences of padding, to `rows`."""
+        return self._each(lambda value: _extend(value, rows))
+
+    def to(self, device: torch.device) -> Self:
+        return self._each(lambda value: value.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in values.items()}
+        return replace(self, **changed)
+
+
+def _extend(value: Tensor, rows: int) -> Tensor:
+    whole = value.new_zeros(rows, *value.shape[1:])
+    whole[: len(value)] = value
+    return whole
+
+
+@dataclass(frozen=True)
+class Weights(TensorRows):
+    """Weights of the terms of the loss at every position, normalised over the global batch; None: no such term.
+
+    - token       float32 [B, S]: of -log p(next token)
+    - exit        float32 [B, S]: of -log q(prescribed exit)
+    - entropy     float32 [B, S]: of the gates' entropy at the position, nats, as a bonus
+    - divergence  float32 [B, S]: of the divergence, nats, from the objective's teacher
+    - target_hazards float32 [B, S, M]: what the gates learn with weight `exit` instead of the prescribed exit, by
+      cross-entropy; -1 where there is no target
+    """
+
+    token: Tensor | None = None
+    exit: Tensor | None = None
+    entropy: Tensor | None = None
+    divergence: Tensor | None = None
+    target_hazards: Tensor | None = None
+
+
+class Objective(Protocol):
+    """What the learner must know of an objective beside its weights: what the divergence term compares with; None
+    where there is no such term."""
+
+    @property
+    def teacher(self) -> Teacher | None: ...
+
+
+class Positions(Protocol):
+    """The part of a batch (learner/batch.py, `ReplayBatch`) that weights depend on; all [B, S]."""
+
+    @property
+    def exit_depths(self) -> Tensor: ...
+    @property
+    def counts(self) -> Tensor: ...
+    @property
+    def asked(self) -> Tensor: ...
+
+
+def mean_weights(batch: Positions, where: Tensor) -> Tensor:
+    """Weights of "mean over the sequence's positions in `where`, then mean over sequences", float32 [B, S].
+
+    The divisor is the number of generated tokens of the sequence, also for exits, so that both means of the method run
+    over the same positions.
+    """
+    lengths = batch.counts.sum(1, keepdim=True).clamp(min=1)
+    return where.float() / lengths / max(1, int((batch.counts.any(1)).sum()))

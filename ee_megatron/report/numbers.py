@@ -1,0 +1,50 @@
+"""Numbers as they stand in JSON, and as they are written in tables, on charts and in tooltips."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeGuard
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """A finite number, which a truth value is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def or_nan(value: Any) -> float:
+    """The number as a float; nan for what is none."""
+    return float(value) if is_number(value) else math.nan
+
+
+def strict_json(value: Any) -> Any:
+    """The value with null for every float that isn't finite, which some readers of JSON refuse; keys become strings."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): strict_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict_json(item) for item in value]
+    return value
+
+
+def number(value: float) -> str:
+    """Three significant digits; whole from a thousand on."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def span(values: Sequence[float], form: Callable[[float], str]) -> str:
+    """ "least to greatest", one of them where both look alike, a dash where there is none."""
+    if not values:
+        return "–"
+    low, high = form(min(values)), form(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def estimate(value: Mapping[str, Any] | None, form: str = "{:.2f}") -> str:
+    """ "value [low, high]"; a dash where there is none or it isn't finite."""
+    if value is None or not is_number(value.get("value")):
+        return "–"
+    if not (is_number(value.get("low")) and is_number(value.get("high"))):
+        return form.format(value["value"])
+    return f"{form} [{form}, {form}]".format(value["value"], value["low"], value["high"])

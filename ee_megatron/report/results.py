@@ -1,0 +1,136 @@
+"""results.json: its parts by name, and what can be asked of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+# Models in the order of the method, with the stages that can have made each; the first that a run has did.
+MADE_BY = {
+    "teacher": ("teacher", "pretrain", "traces"),
+    "calibrated": ("calibrate",),
+    "reinforced": ("rl",),
+}
+NOT_BY_MODEL = ("meta", "rows", "answers", "controls")
+# Not every evaluation measures these.
+OPTIONAL = ("gates", "pareto", "externalisation", "controls")
+
+
+@dataclass
+class Results:
+    """The parts of results.json under the names that they have there, empty where missing.
+
+    The keys of all but NOT_BY_MODEL are models ("calibrated") or labels ("calibrated, hazard > 0.5").
+    """
+
+    meta: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    depth_by_entropy: dict[str, Any] = field(default_factory=dict)
+    exit_histogram: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Label -> depth (as a string, JSON's keys) -> tokens."""
+    paired: dict[str, dict[str, Any]] = field(default_factory=dict)
+    depth: dict[str, Any] = field(default_factory=dict)
+    by_task: dict[str, Any] = field(default_factory=dict)
+    kl_by_exit: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    depth_correlations: dict[str, Any] = field(default_factory=dict)
+    gates: dict[str, Any] = field(default_factory=dict)
+    pareto: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    externalisation: dict[str, Any] = field(default_factory=dict)
+    controls: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Results:
+        """Parts that are null count as missing; what is no part is left out."""
+        return cls(**{part.name: data[part.name] for part in fields(cls) if data.get(part.name)})
+
+    def to_json(self) -> dict[str, Any]:
+        """All parts, but for OPTIONAL ones that are empty."""
+        return {name: part for name, part in vars(self).items() if part or name not in OPTIONAL}
+
+    @classmethod
+    def parts_by_model(cls) -> list[str]:
+        return [part.name for part in fields(cls) if part.name not in NOT_BY_MODEL]
+
+    @property
+    def num_layers(self) -> int:
+        """From meta; else the greatest depth that occurs."""
+        return int(self.meta.get("num_layers") or max(self._depths(), default=1))
+
+    @property
+    def outcomes(self) -> list[int]:
+        """Exit depths and L, from meta or from what occurs."""
+        return sorted({*map(int, self.meta.get("exit_depths") or []), *self._depths(), self.num_layers})
+
+    def _depths(self) -> set[int]:
+        """Those of the histogram and of the kept answers' tokens."""
+        tokens = {int(t["depth"]) for a in self.answers for t in a.get("tokens", []) if "depth" in t}
+        return tokens | {int(depth) for counts in self.exit_histogram.values() for depth in counts}
+
+    @property
+    def models(self) -> list[str]:
+        """In the order of the method, "calibrated (seed=1)" of several runs with its like; unknown names last."""
+        names = [str(r.get("model", "")) for r in (*self.rows, *self.answers)]
+        places = {model: place for place, model in enumerate(MADE_BY)}
+        return sorted(dict.fromkeys(names), key=lambda n: places.get(n.split(" (")[0], len(places)))
+
+    def rank(self, label: str) -> int:
+        """Place of the model that a label begins with; behind all for a stranger."""
+        models = self.models
+        return next((i for i, m in enumerate(models) if label == m or label.startswith(f"{m}, ")), len(models))
+
+    def in_order(self, part: Mapping[str, Any]) -> dict[str, Any]:
+        """A part by label, models in order."""
+        return dict(sorted(part.items(), key=lambda item: self.rank(item[0])))
+
+    def last_chosen(self) -> dict[str, Any] | None:
+        """The row of the last model at the threshold that validation chose for it."""
+        for model in reversed(self.models):
+            rule = f"hazard > {self.meta.get(f'threshold_{model}')}"
+            for row in self.rows:
+                if row.get("model") == model and row.get("exits") == rule:
+                    return row
+        return None
+
+
+def entropy_points(results: Results) -> dict[str, list[tuple[float, float]]]:
+    """Label -> [(entropy in nats, depth as a fraction of L)] over the kept answers.
+
+    Left out: the first token of an answer, whose depth is no choice, and labels whose depth never varies.
+    """
+    points: dict[str, list[tuple[float, float]]] = {}
+    layers = results.num_layers
+    for answer in results.answers:
+        label = f"{answer.get('model', '')}, {answer.get('exits', '')}"
+        for token in (answer.get("tokens") or [])[1:]:
+            entropy, depth = token.get("entropy"), token.get("depth")
+            if entropy is not None and depth is not None and math.isfinite(entropy):
+                points.setdefault(label, []).append((float(entropy), depth / layers))
+    return {label: group for label, group in points.items() if len({y for _, y in group}) > 1}
+
+
+def stored_bins(results: Results, label: str) -> list[tuple[float, float, float, int]]:
+    """The evaluation's own bins (over all its answers) as of `binned`, without a standard error; [] if it has none."""
+    bins, layers = results.depth_by_entropy.get(label, {}).get("bins") or [], results.num_layers
+    return [(b["entropy"], b["depth"] / layers, math.nan, int(b["tokens"])) for b in bins]
+
+
+def binned(points: list[tuple[float, float]], bins: int = 6) -> list[tuple[float, float, float, int]]:
+    """Points -> per bin of equal counts (mean x, mean y, standard error of y, n); ties in x stay together."""
+    ordered = sorted(points)
+    size = max(1, math.ceil(len(ordered) / bins))
+    groups: list[list[tuple[float, float]]] = []
+    for point in ordered:
+        if groups and (len(groups[-1]) < size or groups[-1][-1][0] == point[0]):
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    summary = []
+    for group in groups:
+        n = len(group)
+        mean = sum(y for _, y in group) / n
+        spread = math.sqrt(sum((y - mean) ** 2 for _, y in group) / max(1, n - 1))
+        summary.append((sum(x for x, _ in group) / n, mean, spread / math.sqrt(n), n))
+    return summary

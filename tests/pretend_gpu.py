@@ -42,7 +42,7 @@ SYNCS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique
          "equal", "is_nonzero"}  # fmt: skip
 # What passes no work to the device, beside operations that only make views.
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_fused_sdp_choice", "detach",
-             "_unsafe_view", "reshape", "lift_fresh", "set_", "resize_", "_reshape_alias"}  # fmt: skip
+             "_unsafe_view", "reshape", "_local_scalar_dense", "lift_fresh", "set_", "resize_", "_reshape_alias"}  # fmt: skip
 MOVES = {"_to_copy", "copy_", "_copy_from", "_copy_from_and_resize"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 
@@ -257,10 +257,11 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
     if not there and not ours:
         return func(*args, **kwargs)
     _refuse_mixing(func, name, args, tensors)
-    _count(func, name, args, kwargs)
+    _count_waiting(name, args, kwargs)
     if asked is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     result = func(*tree_map(_raw, args), **tree_map(_raw, kwargs))
+    _count_launch(func, name, result)
     if not there:
         return result
     result = tree_map(_wrapped, result)
@@ -311,7 +312,17 @@ def _refuse_mixing(func: Any, name: str, args: tuple, tensors: list[torch.Tensor
         raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got {found}")
 
 
-def _count(func: Any, name: str, args: tuple, kwargs: dict) -> None:
+def _count_launch(func: Any, name: str, result: Any) -> None:
+    """A kernel, unless nothing is computed: a view, fresh memory, results without an element."""
+    if func.is_view or name in NO_KERNEL:
+        return
+    tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+    if not tensors or any(x.numel() for x in tensors):
+        _counts.note("kernels", name)
+
+
+def _count_waiting(name: str, args: tuple, kwargs: dict) -> None:
+    """What makes the host wait, and what makes parts of a kernel wait for each other."""
     if name in SYNCS or (name == "repeat_interleave" and kwargs.get("output_size") is None):
         _counts.note("syncs", name)
     elif name in INDEXING:
@@ -320,8 +331,6 @@ def _count(func: Any, name: str, args: tuple, kwargs: dict) -> None:
             _counts.note("syncs", "boolean index")
         elif "index_put" in name and len(args) > 3 and args[3]:
             _counts.duplicates = max(_counts.duplicates, _most_hits(_raw(args[0]), args[1]))
-    if not func.is_view and name not in NO_KERNEL and name != "_local_scalar_dense":
-        _counts.note("kernels", name)
 
 
 def _most_hits(target: torch.Tensor, index: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,16 +18,30 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig
+from ee_megatron.exit_rules import (
+    Confidence,
+    Entropy,
+    Fixed,
+    Off,
+    Patience,
+    Prescribed,
+    Random,
+    Sample,
+    Threshold,
+)
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner import engine
-from ee_megatron.learner.batch import ReplayBatch, mean_weights, pack
+from ee_megatron.learner.batch import ReplayBatch, pack
 from ee_megatron.learner.learner import Learner, LearnerOptions, Scores, Update
+from ee_megatron.objectives.divergences import Teacher
+from ee_megatron.objectives.weights import Weights, mean_weights
 from ee_megatron.parallel.groups import Degrees
 from ee_megatron.policy import PolicySpec, initial_policy
 from ee_megatron.rollout.engine import kernels
 from ee_megatron.rollout.engine import weights as decoder_weights
 from ee_megatron.rollout.engine.decoder import Decoder
-from ee_megatron.rollout.engine.sampling import ExitPolicy, SamplingParams
+from ee_megatron.rollout.engine.request import GenerationRequest
+from ee_megatron.rollout.engine.sampling import SamplingParams
 from ee_megatron.rollout.engine.scheduler import generate
 from ee_megatron.types import Prompt, Rollout
 from tests.pretend_gpu import NAME, PretendGPU
@@ -43,16 +58,17 @@ NO_STOP = frozenset({10**6})
 
 REPLAYED = {(f"p{p}", k): [LAYERS, *([1, 3, 4, 6] * TOKENS)[p + k :]] for p in range(4) for k in range(2)}
 RULES = {
-    "sample": ExitPolicy("sample"),
-    "threshold": ExitPolicy("threshold", 0.5),
-    "threshold_mixed": ExitPolicy("threshold", 0.5, other=0.9, mix=0.5),
-    "fixed": ExitPolicy("fixed", 3),
-    "off": ExitPolicy("off"),
-    "confidence": ExitPolicy("confidence", 0.04),
-    "entropy": ExitPolicy("entropy", 4.4, other=4.0, mix=0.5),
-    "random": ExitPolicy("random", shares=(0.2, 0.2, 0.2, 0.4)),
-    "prescribed": ExitPolicy("prescribed", depths=REPLAYED),
-}  # fmt: skip
+    "sample": Sample(),
+    "threshold": Threshold(0.5),
+    "threshold_mixed": Threshold(0.5, other=0.9, mix=0.5),
+    "fixed": Fixed(3),
+    "off": Off(),
+    "confidence": Confidence(0.04),
+    "entropy": Entropy(4.4, other=4.0, mix=0.5),
+    "patience": Patience(2),
+    "random": Random((0.2, 0.2, 0.2, 0.4)),
+    "prescribed": Prescribed(REPLAYED),
+}
 SAMPLINGS = {
     "whole": SamplingParams(1.0, TOKENS),
     "greedy": SamplingParams(0.0, TOKENS),
@@ -85,9 +101,8 @@ def answer(
     samples: int = 1, seed: int = 3, version: int = 0, rows: int = 6, **more: Any,
 ) -> list[list[Rollout]]:  # fmt: skip
     """`generate` with a rule of RULES and a sampling of SAMPLINGS."""
-    return generate(
-        decoder, tokenizer, prompts, samples, SAMPLINGS[sampling], RULES[rule], seed, version, rows=rows, **more
-    )
+    request = GenerationRequest(prompts, samples, SAMPLINGS[sampling], RULES[rule], seed)
+    return generate(decoder, tokenizer, request, version, rows=rows, **more)
 
 
 # ---- learning ----
@@ -108,7 +123,16 @@ def make_learner(
     )  # fmt: skip
 
 
-def make_batch(objective: str = "likelihood", seed: int = 0, rows: int = MICRO_BATCH * MICRO_BATCHES) -> ReplayBatch:
+@dataclass(frozen=True)
+class Lesson:
+    """A batch, the weights of its loss and the teacher of its divergence: what a learner asks of an objective."""
+
+    batch: ReplayBatch
+    weights: Weights
+    teacher: Teacher | None
+
+
+def make_lesson(objective: str = "likelihood", seed: int = 0, rows: int = MICRO_BATCH * MICRO_BATCHES) -> Lesson:
     """Sequences of which some share prompts, with what an objective of OBJECTIVES needs."""
     numbers, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     prompts = [numbers.integers(0, 128, n) for n in numbers.integers(3, 9, rows)]
@@ -117,29 +141,33 @@ def make_batch(objective: str = "likelihood", seed: int = 0, rows: int = MICRO_B
     depths = [np.concatenate([[LAYERS], numbers.choice(OUTCOMES, len(a) - 1)]) for a in answers]
     batch = pack(prompts, answers, depths, LAYERS)
     scale = torch.linspace(0.5, 1.5, rows)[:, None]
-    batch.token_weight = scale * mean_weights(batch, batch.counts)
-    batch.exit_weight = scale * mean_weights(batch, batch.asked)
-    batch.entropy_weight = 0.1 * batch.exit_weight
+    token, gates = scale * mean_weights(batch, batch.counts), scale * mean_weights(batch, batch.asked)
+    targets = torch.rand(*batch.tokens.shape, 3, generator=generator)
     if objective == "distill":
         logits = torch.randn(*batch.tokens.shape, 130, generator=generator).mul(2)
-        batch.teacher_logprobs, batch.teacher_ids = logits.log_softmax(-1).topk(8, dim=-1)
-    if objective in ("soft_targets", "distill"):
-        batch.soft_targets = torch.rand(*batch.tokens.shape, 3, generator=generator)
-    if objective == "exact_kl":
-        batch.kl_weight = torch.rand(batch.tokens.shape, generator=generator) / 10
-    return batch
+        logprobs, ids = logits.log_softmax(-1).topk(8, dim=-1)
+        batch = replace(batch, teacher_ids=ids, teacher_logprobs=logprobs)
+    teacher = {"distill": Teacher.STORED, "distill_full": Teacher.REFERENCE, "exact_kl": Teacher.REFERENCE}
+    weights = Weights(
+        token=None if objective.startswith("distill") else token,
+        exit=gates,
+        entropy=0.1 * gates,
+        divergence=token if objective in teacher else None,
+        target_hazards=targets if objective in ("soft_targets", "distill") else None,
+    )
+    return Lesson(batch, weights, teacher.get(objective))
 
 
-def score_batch(learner: Learner, batch: ReplayBatch, objective: str = "likelihood", **options: Any) -> Scores:
-    return learner.score(batch, objective=_named(objective), **options)
+def score_lesson(learner: Learner, lesson: Lesson, **options: Any) -> Scores:
+    return learner.score(lesson.batch, teacher=lesson.teacher, **options)
 
 
-def update(learner: Learner, batch: ReplayBatch, objective: str = "likelihood") -> Update:
-    return learner.step(batch, adapter_lr=1e-3, gate_lr=3e-3, objective=_named(objective))
+def score_reference(learner: Learner, lesson: Lesson) -> Scores:
+    return learner.score(lesson.batch, reference=True)
 
 
-def _named(objective: str) -> str:
-    return objective if objective.startswith("distill") else "likelihood"
+def update(learner: Learner, lesson: Lesson) -> Update:
+    return learner.step(lesson.batch, lesson.weights, lesson, adapter_lr=1e-3, gate_lr=3e-3)
 
 
 # ---- the device ----

@@ -24,11 +24,12 @@ from device_setup import (
     TOKENS,
     answer,
     device_of,
-    make_batch,
     make_decoder,
     make_learner,
+    make_lesson,
     on,
-    score_batch,
+    score_lesson,
+    score_reference,
     start,
     update,
 )
@@ -146,28 +147,28 @@ def loaded(bench: Bench, spec: PolicySpec = LORA) -> list[list[Rollout]]:
 
 
 def learner_scores(bench: Bench, spec: PolicySpec = LORA, objective: str = "likelihood") -> list:
-    learner, batch = make_learner(bench.path, bench.device, spec), make_batch(objective)
+    learner, lesson = make_learner(bench.path, bench.device, spec), make_lesson(objective)
     return [
-        score_batch(learner, batch, objective),
-        score_batch(learner, batch, objective, hazards=True),
-        learner.score(batch, reference=True),
+        score_lesson(learner, lesson),
+        score_lesson(learner, lesson, hazards=True),
+        score_reference(learner, lesson),
     ]
 
 
 def learned(bench: Bench, spec: PolicySpec = LORA, objective: str = "likelihood", **options: Any) -> list:
     """Two updates: what they saw, and the policy after them."""
-    learner, batch = make_learner(bench.path, bench.device, spec, **options), make_batch(objective)
-    return [update(learner, batch, objective) for _ in range(2)] + [learner.export_policy()]
+    learner, lesson = make_learner(bench.path, bench.device, spec, **options), make_lesson(objective)
+    return [update(learner, lesson) for _ in range(2)] + [learner.export_policy()]
 
 
 def resumed(bench: Bench, spec: PolicySpec = LORA, **options: Any) -> list:
     """Two updates, everything written down, a new learner from that, two more updates."""
     learner = make_learner(bench.path, bench.device, spec, **options)
-    seen = [update(learner, make_batch(seed=i)) for i in range(2)]
+    seen = [update(learner, make_lesson(seed=i)) for i in range(2)]
     policy, state = learner.export_policy(), learner.export_optimizer()
     again = make_learner(bench.path, bench.device, spec, policy=policy, **options)
     again.load_optimizer(state)
-    seen += [update(again, make_batch(seed=i)) for i in range(2, 4)]
+    seen += [update(again, make_lesson(seed=i)) for i in range(2, 4)]
     return [seen, policy, state, again.export_policy(), again.export_optimizer()]
 
 
@@ -262,20 +263,20 @@ def loading(bench: Bench) -> Cost:
     return counts, decoder.dims.num_layers
 
 
-def scoring(bench: Bench, **options: Any) -> Cost:
+def scoring(bench: Bench, score: Callable = score_lesson) -> Cost:
     """Per layer and micro-batch."""
-    learner, batch = make_learner(bench.path, bench.device), make_batch()
+    learner, lesson = make_learner(bench.path, bench.device), make_lesson()
     with pretend_gpu.counting() as counts:
-        learner.score(batch, **options)
+        score(learner, lesson)
     return counts, LORA.num_layers * MICRO_BATCHES
 
 
 def updating(bench: Bench, objective: str = "likelihood", spec: PolicySpec = LORA, **options: Any) -> Cost:
     """An update when the optimizer's state is there; per layer and micro-batch."""
-    learner, batch = make_learner(bench.path, bench.device, spec, **options), make_batch(objective)
-    update(learner, batch, objective)
+    learner, lesson = make_learner(bench.path, bench.device, spec, **options), make_lesson(objective)
+    update(learner, lesson)
     with pretend_gpu.counting() as counts:
-        update(learner, batch, objective)
+        update(learner, lesson)
     return counts, LORA.num_layers * MICRO_BATCHES
 
 
@@ -285,11 +286,12 @@ COSTS: dict[str, Callable[[Bench], Cost]] = {
     "decode sample": partial(token_rounds, rule="sample"),
     "decode threshold": partial(token_rounds, rule="threshold"),
     "decode confidence": partial(token_rounds, rule="confidence"),
+    "decode patience": partial(token_rounds, rule="patience"),
     "decode sample, top-p": partial(token_rounds, rule="sample", sampling="top_p"),
     "read prompts": reading,
     "load policy": loading,
     "score": scoring,
-    "score reference": partial(scoring, reference=True),
+    "score reference": partial(scoring, score=score_reference),
     "learn likelihood": updating,
     "learn likelihood, recompute": partial(updating, recompute=True),
     "learn likelihood, whole model": partial(updating, spec=FULL),
@@ -382,7 +384,7 @@ def waves_of_requests(bench: Bench) -> Iterator[None]:
 def updates(bench: Bench) -> Iterator[None]:
     learner = make_learner(bench.path, bench.device)
     for seed in range(4):
-        update(learner, make_batch("exact_kl", seed), "exact_kl")
+        update(learner, make_lesson("exact_kl", seed))
         yield
 
 

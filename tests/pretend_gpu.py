@@ -42,7 +42,8 @@ SYNCS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique
          "equal", "is_nonzero"}  # fmt: skip
 # What passes no work to the device, beside operations that only make views.
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_fused_sdp_choice", "detach",
-             "_unsafe_view", "reshape", "_local_scalar_dense", "lift_fresh", "set_", "resize_", "_reshape_alias"}  # fmt: skip
+             "_unsafe_view", "reshape", "_reshape_alias", "_local_scalar_dense", "lift_fresh", "set_",
+             "resize_"}  # fmt: skip
 MOVES = {"_to_copy", "copy_", "_copy_from", "_copy_from_and_resize"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 
@@ -57,16 +58,17 @@ class Counts:
         self.operations: Counter[str] = Counter()
         self.duplicates = 0
 
-    def note(self, kind: str, operation: str = "") -> None:
+    def note(self, kind: str, operation: str) -> None:
         self.sites[kind][_site()] += 1
-        if operation:
+        if kind == "kernels":
             self.operations[operation] += 1
 
     def totals(self) -> dict[str, int]:
         return {kind: sum(self.sites[kind].values()) for kind in KINDS} | {"duplicates": self.duplicates}
 
     def top(self, kind: str, count: int = 8) -> list[tuple[str, int]]:
-        return self.sites[kind].most_common(count)
+        """The lines that most come from; of kernels, the operations."""
+        return (self.operations if kind == "kernels" else self.sites[kind]).most_common(count)
 
 
 class Memory:

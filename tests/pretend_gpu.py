@@ -16,8 +16,8 @@ resizes of outputs; CUDA's own limits (dtypes, shapes, determinism); the allocat
 CUDA's random numbers (the CPU's are drawn); what DeepSpeed's engine does; inference mode (its tensors are ordinary ones
 here); 0-dimensional CPU tensors in elementwise operations, which CUDA takes too.
 
-The backend's name and the patched `torch.tensor` and `torch.as_tensor` concern a whole process, and the name can't be
-taken back: use it in a process of its own (tests/integration/ranks.py), never in that of pytest.
+The backend's name and what is patched (`torch.tensor`, `torch.as_tensor`, `Module._apply`) concern a whole process, and
+the name can't be taken back: use it in a process of its own (tests/integration/ranks.py), never in that of pytest.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ MOVES = {"_to_copy", "copy_", "_copy_from", "_copy_from_and_resize"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 
 _torch_tensor, _torch_as_tensor = torch.tensor, torch.as_tensor
+_module_apply = torch.nn.Module._apply
 
 
 class Counts:
@@ -192,12 +193,14 @@ class PretendGPU(TorchDispatchMode):
     """Inside, device `gpu:0` is there. Raises RuntimeError in pytest's own process."""
 
     def __enter__(self) -> PretendGPU:
-        _register()
+        register()
         torch.tensor, torch.as_tensor = _tensor, _as_tensor  # type: ignore[assignment]
+        torch.nn.Module._apply = _apply  # type: ignore[method-assign]
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         torch.tensor, torch.as_tensor = _torch_tensor, _torch_as_tensor
+        torch.nn.Module._apply = _module_apply  # type: ignore[method-assign]
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -211,7 +214,8 @@ class _Dispatch(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
-def _register() -> None:
+def register() -> None:
+    """Give the device its name; before the first backward pass of the process, which makes a queue per device."""
     if "_pytest" in sys.modules:
         raise RuntimeError("the pretend GPU can't be taken back: use it in a process of its own, not in pytest's")
     if torch._C._get_privateuse1_backend_name() != NAME:
@@ -229,6 +233,18 @@ def _tensor(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
 def _as_tensor(data: Any, dtype: Any = None, device: Any = None) -> torch.Tensor:
     made = data if isinstance(data, torch.Tensor) else _torch_as_tensor(data)
     return made.to(device=device or made.device, dtype=dtype or made.dtype)
+
+
+def _apply(module: torch.nn.Module, change: Any, *rest: Any) -> torch.nn.Module:
+    """`Module._apply`, which `.to` is made of. On CUDA a parameter stays the same object; here another takes its place,
+    with what was written on it."""
+    before = dict(module._parameters)
+    _module_apply(module, change, *rest)
+    for name, old in before.items():
+        new = module._parameters[name]
+        if new is not None and new is not old:
+            vars(new).update({key: value for key, value in vars(old).items() if key not in ("raw", "held")})
+    return module
 
 
 def _raw(x: Any) -> Any:

@@ -44,7 +44,7 @@ from ee_megatron.rollout.engine.request import GenerationRequest
 from ee_megatron.rollout.engine.sampling import SamplingParams
 from ee_megatron.rollout.engine.scheduler import generate
 from ee_megatron.types import Prompt, Rollout
-from tests.pretend_gpu import NAME, PretendGPU
+from tests.pretend_gpu import NAME, PretendGPU, register
 from tests.reference import random_policy
 
 LAYERS = 6
@@ -52,6 +52,7 @@ LORA = PolicySpec(LAYERS, (1, 3, 4), rank=4, alpha=8.0)
 FULL = PolicySpec(LAYERS, (1, 3, 4), rank=0, full=True)
 OUTCOMES = (*LORA.exit_depths, LAYERS)
 TOKENS, MICRO_BATCH, MICRO_BATCHES = 10, 3, 2
+SINGLE = Degrees()
 NO_STOP = frozenset({10**6})
 
 # ---- rollouts ----
@@ -111,13 +112,15 @@ OBJECTIVES = ("likelihood", "soft_targets", "distill", "distill_full", "exact_kl
 
 
 def make_learner(
-    path: Path, device: torch.device, spec: PolicySpec = LORA, *, policy: dict[str, Tensor] | None = None,
+    path: Path, device: torch.device, spec: PolicySpec, degrees: Degrees, *, policy: dict[str, Tensor] | None = None,
     zero_stage: int = 0, recompute: bool = False, dtype: torch.dtype = torch.float32, **options: Any,
 ) -> Learner:  # fmt: skip
-    """On one rank, from `policy` or `start`; `zero_stage` 0 or 1 of the stand-in for DeepSpeed."""
+    """From `policy` or `start`; `zero_stage`: of the stand-in for DeepSpeed, 0 or on a single rank 1."""
     return Learner(
         HFDirectory(path), spec, policy or start(path, spec),
-        ParallelConfig(micro_batch_size=MICRO_BATCH, recompute=recompute),
+        ParallelConfig(
+            degrees.tensor, degrees.pipeline, degrees.data, micro_batch_size=MICRO_BATCH, recompute=recompute
+        ),
         DeepspeedConfig(zero_stage=zero_stage, gradient_clipping=0.3, eps=1e-4, weight_decay=0.01),
         device=device, dtype=dtype, options=LearnerOptions(**options),
     )  # fmt: skip
@@ -178,13 +181,14 @@ def device_of(kind: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def on(kind: str) -> Iterator[None]:
+def on(kind: str, degrees: Degrees = SINGLE) -> Iterator[None]:
     """Inside, what megatron-core makes "on CUDA" is made on the device, and DeepSpeed's engine is stood in for.
 
     Both devices run the same PyTorch, without what the CPU has of its own and rounds differently: compiled kernels,
     packed products, fused attention.
     """
-    split(Degrees())
+    register()
+    split(degrees)
     with contextlib.ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(patched(kernels, library=lambda dtype: None))
@@ -196,6 +200,7 @@ def on(kind: str) -> Iterator[None]:
             device = device_of(kind)
             stack.enter_context(patched(torch.cuda, current_device=lambda: device))
             stack.enter_context(patched(schedules, torch=_Torch(device)))
+            stack.enter_context(patched(torch.distributed, batch_isend_irecv=_one_by_one))
         yield
 
 
@@ -210,6 +215,11 @@ def patched(owner: Any, **values: Any) -> Iterator[None]:
     finally:
         for name, (value, own) in kept.items():
             setattr(owner, name, value) if own else delattr(owner, name)
+
+
+def _one_by_one(operations: list[torch.distributed.P2POp]) -> list[Any]:
+    """`batch_isend_irecv`, which gloo's groups don't know for this device."""
+    return [op.op(op.tensor, op.peer, op.group, op.tag) for op in operations]
 
 
 class _Torch:

@@ -21,6 +21,7 @@ from device_setup import (
     OBJECTIVES,
     RULES,
     SAMPLINGS,
+    SINGLE,
     TOKENS,
     answer,
     device_of,
@@ -36,7 +37,9 @@ from device_setup import (
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from ee_megatron.learner.learner import Learner
 from ee_megatron.model.active import Active
+from ee_megatron.parallel.groups import Degrees
 from ee_megatron.policy import PolicySpec, load_policy, save_policy
 from ee_megatron.rollout.engine.decoder import Decoder
 from ee_megatron.rollout.engine.request import Request
@@ -54,10 +57,11 @@ SHARED = [Prompt(f"p{i}", "Add these numbers: " + text, "", "none") for i, text 
 
 @dataclass
 class Bench:
-    """Where a path runs: "cpu" or "gpu", on the model in `path`."""
+    """Where a path runs: "cpu" or "gpu", on the model in `path`, cut over as many ranks as `degrees` has."""
 
     kind: str
     path: Path
+    degrees: Degrees = SINGLE
 
     @property
     def device(self) -> torch.device:
@@ -65,6 +69,9 @@ class Bench:
 
     def decoder(self, spec: PolicySpec = LORA) -> Decoder:
         return make_decoder(self.path, self.device, spec)
+
+    def learner(self, spec: PolicySpec = LORA, **options: Any) -> Learner:
+        return make_learner(self.path, self.device, spec, self.degrees, **options)
 
     def tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self.path)
@@ -147,7 +154,7 @@ def loaded(bench: Bench, spec: PolicySpec = LORA) -> list[list[Rollout]]:
 
 
 def learner_scores(bench: Bench, spec: PolicySpec = LORA, objective: str = "likelihood") -> list:
-    learner, lesson = make_learner(bench.path, bench.device, spec), make_lesson(objective)
+    learner, lesson = bench.learner(spec), make_lesson(objective)
     return [
         score_lesson(learner, lesson),
         score_lesson(learner, lesson, hazards=True),
@@ -157,16 +164,16 @@ def learner_scores(bench: Bench, spec: PolicySpec = LORA, objective: str = "like
 
 def learned(bench: Bench, spec: PolicySpec = LORA, objective: str = "likelihood", **options: Any) -> list:
     """Two updates: what they saw, and the policy after them."""
-    learner, lesson = make_learner(bench.path, bench.device, spec, **options), make_lesson(objective)
+    learner, lesson = bench.learner(spec, **options), make_lesson(objective)
     return [update(learner, lesson) for _ in range(2)] + [learner.export_policy()]
 
 
 def resumed(bench: Bench, spec: PolicySpec = LORA, **options: Any) -> list:
     """Two updates, everything written down, a new learner from that, two more updates."""
-    learner = make_learner(bench.path, bench.device, spec, **options)
+    learner = bench.learner(spec, **options)
     seen = [update(learner, make_lesson(seed=i)) for i in range(2)]
     policy, state = learner.export_policy(), learner.export_optimizer()
-    again = make_learner(bench.path, bench.device, spec, policy=policy, **options)
+    again = bench.learner(spec, policy=policy, **options)
     again.load_optimizer(state)
     seen += [update(again, make_lesson(seed=i)) for i in range(2, 4)]
     return [seen, policy, state, again.export_policy(), again.export_optimizer()]
@@ -196,18 +203,19 @@ PATHS: dict[str, Callable[[Bench], Any]] = {
     "learn_bfloat16": partial(learned, spec=FULL, zero_stage=1, dtype=torch.bfloat16),
     "resume": resumed,
     "resume_flat": partial(resumed, zero_stage=1),
-    "resume_full": partial(resumed, spec=FULL, zero_stage=1),
+    "resume_full": partial(resumed, spec=FULL),
+    "resume_full_flat": partial(resumed, spec=FULL, zero_stage=1),
     "resume_bfloat16": partial(resumed, spec=FULL, zero_stage=1, dtype=torch.bfloat16),
 }
 
 
-def run_path(path: Path, name: str) -> dict[str, Any]:
+def run_path(path: Path, name: str, degrees: tuple[int, ...] = ()) -> dict[str, Any]:
     """A path on both devices: what it computed on "cpu" and "gpu"."""
     found: dict[str, Any] = {}
     for kind in ("cpu", "gpu"):
         torch.manual_seed(0)
-        with on(kind):
-            found[kind] = plain(PATHS[name](Bench(kind, path)))
+        with on(kind, Degrees(*degrees)):
+            found[kind] = plain(PATHS[name](Bench(kind, path, Degrees(*degrees))))
     return found
 
 
@@ -265,7 +273,7 @@ def loading(bench: Bench) -> Cost:
 
 def scoring(bench: Bench, score: Callable = score_lesson) -> Cost:
     """Per layer and micro-batch."""
-    learner, lesson = make_learner(bench.path, bench.device), make_lesson()
+    learner, lesson = bench.learner(), make_lesson()
     with pretend_gpu.counting() as counts:
         score(learner, lesson)
     return counts, LORA.num_layers * MICRO_BATCHES
@@ -273,7 +281,7 @@ def scoring(bench: Bench, score: Callable = score_lesson) -> Cost:
 
 def updating(bench: Bench, objective: str = "likelihood", spec: PolicySpec = LORA, **options: Any) -> Cost:
     """An update when the optimizer's state is there; per layer and micro-batch."""
-    learner, lesson = make_learner(bench.path, bench.device, spec, **options), make_lesson(objective)
+    learner, lesson = bench.learner(spec, **options), make_lesson(objective)
     update(learner, lesson)
     with pretend_gpu.counting() as counts:
         update(learner, lesson)
@@ -382,7 +390,7 @@ def waves_of_requests(bench: Bench) -> Iterator[None]:
 
 
 def updates(bench: Bench) -> Iterator[None]:
-    learner = make_learner(bench.path, bench.device)
+    learner = bench.learner()
     for seed in range(4):
         update(learner, make_lesson("exact_kl", seed))
         yield

@@ -2,7 +2,7 @@
 within budgets of host syncs, copies and kernel launches, without leaks; and planted faults are caught.
 
 All of it happens in one process beside this one. DeepSpeed's engine doesn't run on the pretend device: a stand-in for
-one rank takes its place (device_setup.py), so ZeRO-2 and 3, offloading and collectives are not reached here.
+one rank takes its place (device_setup.py), so ZeRO-2 and 3 and offloading are not reached, and collectives run on gloo.
 """
 
 from __future__ import annotations
@@ -35,6 +35,12 @@ def path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def device(tmp_path_factory):
     with Ranks(1, tmp_path_factory.mktemp("device")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def two_devices(tmp_path_factory):
+    with Ranks(2, tmp_path_factory.mktemp("devices")) as running:
         yield running
 
 
@@ -84,6 +90,13 @@ def test_devices_do_not_mix_and_what_is_slow_is_counted(device):
 def test_the_device_computes_what_the_cpu_does(name, device, path):
     found = call(device, "pretend_gpu_cases:run_path", path=path, name=name)
     assert_equal(found["gpu"], found["cpu"], TOLERANCE_BFLOAT16 if "bfloat16" in name else TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["resume", "resume_full"])
+@pytest.mark.parametrize("degrees", [(2, 1, 1), (1, 2, 1), (1, 1, 2)], ids=["TP2", "PP2", "DP2"])
+def test_ranks_with_a_device_each_compute_what_ranks_of_the_cpu_do(degrees, name, two_devices, path):
+    for found in two_devices.call("pretend_gpu_cases:run_path", path=path, name=name, degrees=degrees):
+        assert_equal(found["gpu"], found["cpu"], TOLERANCE)
 
 
 @pytest.mark.parametrize("name", COSTS)

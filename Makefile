@@ -1,5 +1,5 @@
 # make demo   the whole method on this machine, no GPU needed
-# make test   unit, then integration tests
+# make test   unit and integration tests; make unit, make integration: one of them
 # make slurm  job scripts on a real Slurm, several nodes on this machine; needs root, installs Debian's Slurm if it is missing
 # make slow   what takes long: twenty kills of an RL run, learning over seeds, a fresh environment, ten kills of a conversion
 # make lint   ruff and mypy
@@ -34,13 +34,18 @@ scaling-demo: $(VENV)/.demo
 	$(BIN)/ee-megatron scaling plot $(LADDER)/front/table.csv $(SIZE) --lambda rl.lambda_exit --accuracy accuracy \
 	  --depth mean_depth --metric mean_depth --against parameters_layers,rl.lambda_exit --out $(LADDER)/front
 
-test: unit integration
+# Workers of a test run; a worker takes up to 4 GiB. tests/conftest.py says what goes to which.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
+test: $(VENV)/.dev $(MODEL)/config.json
+	$(PYTEST) tests/unit tests/integration --ignore=tests/integration/slurm
 
 unit: $(VENV)/.dev $(MODEL)/config.json
-	$(BIN)/python -m pytest tests/unit
+	$(PYTEST) tests/unit
 
 integration: $(VENV)/.dev $(MODEL)/config.json
-	$(BIN)/python -m pytest tests/integration --ignore=tests/integration/slurm
+	$(PYTEST) tests/integration --ignore=tests/integration/slurm
 
 slurm: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/integration/slurm

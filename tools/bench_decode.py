@@ -201,7 +201,7 @@ def simulate(stations: Stations, bench: Bench, in_flight: int, depth: float, wor
 
     def begin() -> None:
         row = Row(0, Request([]), (), 0, None)  # type: ignore[arg-type]
-        row.outcome = bench.outcomes.index(next(drawn))
+        row.segment = bench.outcomes.index(next(drawn))
         stations.put(0, row)
 
     for _ in range(in_flight):
@@ -215,7 +215,7 @@ def simulate(stations: Stations, bench: Bench, in_flight: int, depth: float, wor
                 begin()
                 done += 1
             else:
-                stations.put(last if row.outcome == station else station + 1, row)
+                stations.put(last if row.segment == station else station + 1, row)
     return total / done
 
 

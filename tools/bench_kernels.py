@@ -30,9 +30,10 @@ from bench_decode import NEVER, exits_with_mean, median, ratios, spread
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from ee_megatron.exit_rules import Off, Prescribed
 from ee_megatron.families import ModelDims
 from ee_megatron.policy import PolicySpec
-from ee_megatron.rollout import Decoder, ExitPolicy, SamplingParams
+from ee_megatron.rollout import Decoder, SamplingParams
 from ee_megatron.rollout.engine import kernels, sampling
 from ee_megatron.rollout.engine.cache import KVCache
 from ee_megatron.rollout.engine.ops import KernelOps, Ops, Rows, TorchOps
@@ -160,7 +161,7 @@ class Bench:
             (f"p{i}", 0): [num_layers, *exits_with_mean(outcomes, depth * num_layers, tokens, seed=i)]
             for i in range(rows)
         }
-        exits = ExitPolicy("off") if depth >= 1 else ExitPolicy("prescribed", depths=depths)
+        exits = Off() if depth >= 1 else Prescribed(depths)
         scheduler = Scheduler(self.decoder, self.tokenizer, rows, capacity=self.options.prompt + tokens)
         for i in range(rows):
             scheduler.add(Request(prompt, SamplingParams(1.0, tokens), exits, 0, f"p{i}"))

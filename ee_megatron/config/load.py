@@ -86,22 +86,6 @@ def list_groups(directory: Path) -> dict[str, list[str]]:
     return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 
-def is_hydras(setting: str) -> bool:
-    """Whether a setting is of Hydra itself (hydra.sweep.dir=..., hydra/launcher=...) and not of a run."""
-    return setting.lstrip("+").startswith(("hydra.", "hydra/"))
-
-
-def for_hydra(setting: str) -> str:
-    """A setting, of one value or several, as Hydra takes it whether or not a file names the key. Raises ValueError."""
-    groups = list_groups(find_config_dir())
-    key = setting.split("=", 1)[0].lstrip("+")
-    if key in groups:
-        return setting
-    if key not in _known_keys():
-        raise ValueError(_unknown(key, [*_known_keys(), *groups]))
-    return f"++{key}={setting.split('=', 1)[1]}"
-
-
 def _parse(overrides: list[str]) -> Iterator[Override]:
     parser = OverridesParser.create()
     for text in overrides:

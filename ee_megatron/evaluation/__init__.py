@@ -6,7 +6,6 @@ interventions.py (what is written down). Definitions: docs/evaluation.md.
 
 from .evaluate import Answer, evaluate_model
 from .results import table, write_results
-from .summary import EvaluationRow, summarise
-from .threshold import choose_threshold
+from .summary import EvaluationRow, choose_threshold, summarise
 
 __all__ = ["Answer", "EvaluationRow", "choose_threshold", "evaluate_model", "summarise", "table", "write_results"]

@@ -1,4 +1,4 @@
-"""The chain of thought as text: where it ends, its steps, and the edits that the externalisation metrics make to it.
+"""The text of an answer: where its chain of thought ends, its steps, its tokens' classes, and the edits of a chain.
 
 An answer is a chain and then the final answer, which "The answer is" introduces. Everything here is a pure function.
 """
@@ -10,13 +10,17 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from itertools import accumulate
 
 MARK = "The answer is"
 END_OF_REASONING = "</think>"
+CLASSES = ("digits", "operators", "words", "other")
 FILLER = " ."
 HINT = "(Hint from a tutor: the answer is {value}.)"
 MENTION = re.compile(r"\b(?:hint|tutor)", re.IGNORECASE)
 
+_OPERATORS = set("+-*/=×÷^<>%")
+_WRITTEN = re.compile(r"\s*[-+$€£]?[0-9][0-9,.]*")
 _NUMBER = re.compile(r"(?<![\w.])-?[0-9][0-9,]*(?:\.[0-9]+)?")
 _DIGITS = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 # A step ends at a sentence's end or a line's; "3.5" has no space after its point.
@@ -71,6 +75,33 @@ def steps(chain: str) -> list[str]:
     if len(found) > 1 and not found[0].strip():
         found[:2] = [found[0] + found[1]]
     return [part for part in found if part.strip()]
+
+
+def token_class(text: str) -> str:
+    """digits, operators, words or other (punctuation, white space, special tokens), by what a token's text holds."""
+    bare = text.strip()
+    if any(c.isdigit() for c in bare):
+        return "digits"
+    if (bare and set(bare) <= _OPERATORS) or bare == "x":
+        return "operators"
+    return "words" if any(c.isalpha() for c in bare) else "other"
+
+
+def answer_span(texts: Sequence[str]) -> slice:
+    """The tokens of the final answer: those that write the number after the last "The answer is"; empty without one.
+
+    `texts` are the tokens' own texts. Where what follows the mark is no number, it is the rest of the line.
+    """
+    before, mark, rest = "".join(texts).rpartition(MARK)
+    if not mark:
+        return slice(0, 0)
+    begin, line = len(before + mark), rest.split("\n", 1)[0]
+    number = _WRITTEN.match(line)
+    written = number[0] if number else line
+    start, end = begin + len(written) - len(written.lstrip()), begin + len(written.rstrip(" .,"))
+    ends = accumulate(map(len, texts))
+    within = [t for t, after in enumerate(ends) if after > start and after - len(texts[t]) < end]
+    return slice(within[0], within[-1] + 1) if within else slice(0, 0)
 
 
 def truncate(chain: str, fraction: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .depth import CLASSES, answer_span, token_class
+from .chain import CLASSES, answer_span, token_class
 from .evaluate import Answer, Token
 from .statistics import bootstrap_interval, spearman_interval, wilson_interval
 

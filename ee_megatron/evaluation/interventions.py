@@ -20,7 +20,6 @@ from ..rollout.pool.interface import RolloutPool
 from ..tasks.verifier import VerifierPool
 from ..types import Prompt, Rollout
 from . import chain as text_of
-from .depth import answer_span
 from .externalisation import (
     chain_necessity,
     filler_uplift,
@@ -216,7 +215,7 @@ def _hints(bench: Bench, prompts: Sequence[Prompt], answers: Sequence[Rollout]) 
 
 def _serial(answers: Sequence[Rollout], codec: Codec) -> dict[str, Any]:
     """Opaque serial depth of all tokens but an answer's first, whose depth is no choice, and of the final answer's."""
-    spans = [answer_span([codec.decode([int(t)]) for t in a.tokens]) for a in answers]
+    spans = [text_of.answer_span([codec.decode([int(t)]) for t in a.tokens]) for a in answers]
     return {
         "all": serial_depth([a.exit_depths[1:] for a in answers]),
         "answer": serial_depth([a.exit_depths[span] for a, span in zip(answers, spans, strict=True)]),

@@ -1,4 +1,4 @@
-"""One row of the result table: what a model does under one exit policy."""
+"""One row of the result table: what a model does under one exit policy; and which row's threshold to deploy."""
 
 from __future__ import annotations
 
@@ -89,3 +89,19 @@ def summarise(
         tokens_per_s=tokens / seconds if seconds else None,
         timed_out=sum(verdict.timed_out for verdict in verdicts),
     )
+
+
+def choose_threshold(rows: Sequence[EvaluationRow], tolerance: float) -> EvaluationRow:
+    """The row of least mean depth whose accuracy is within `tolerance` of the best row's, full depth among them or not.
+
+    Among equal depths the more accurate wins, then the first in alphabetical order of `exits`: the result does not
+    depend on the order of the rows. Raises ValueError for no rows or a negative tolerance.
+    """
+    if not rows or tolerance < 0:
+        raise ValueError(
+            f"threshold choice among {len(rows)} rows with tolerance {tolerance}; expected at least one row and "
+            "evaluate.tolerance >= 0"
+        )
+    # Accuracies are ratios of integers: the slack keeps "exactly within" on the inside.
+    bar = max(row.accuracy for row in rows) - tolerance - 1e-9
+    return min((row for row in rows if row.accuracy >= bar), key=lambda row: (row.mean_depth, -row.accuracy, row.exits))

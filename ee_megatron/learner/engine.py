@@ -17,6 +17,7 @@ from ..checkpoint.policy_shards import Piece
 from ..config.schema import DeepspeedConfig
 from ..model.gpt import EarlyExitGPT
 from ..model.layer import EarlyExitLayer
+from ..parallel.cpu_shims import lean_imports
 from ..parallel.groups import MegatronUnits
 
 # Learning-rate groups: adapters or the whole base, and the gates.
@@ -159,7 +160,9 @@ class Updater:
 def _import_deepspeed(on_cpu: bool) -> Any:
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
+    with lean_imports():
+        import deepspeed
+        import deepspeed.runtime.zero.muon.muon_optimizer
 
     if on_cpu:
         # gloo serves these ranks; compiling the shared-memory collectives would cost the first run over a minute.

@@ -6,11 +6,31 @@ Kept in one place, so that an upgrade of megatron-core has one file to check.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 import torch
 
 _installed = False
+
+
+@contextlib.contextmanager
+def lean_imports() -> Iterator[None]:
+    """For imports of megatron-core and DeepSpeed on a CPU: a quarter of a rank's start goes into Inductor, which they
+    bring in by passing fused kernels to `torch.compile` (none is called on a CPU), and into wandb."""
+    if torch.cuda.is_available():
+        yield
+        return
+    compiled, absent = torch.compile, "wandb" not in sys.modules
+    torch.compile = lambda function=None, **_: function or (lambda inner: inner)  # type: ignore[assignment]
+    if absent:
+        sys.modules["wandb"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiled
+        if absent:
+            del sys.modules["wandb"]
 
 
 def install() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 
@@ -26,6 +26,15 @@ def strict_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [strict_json(item) for item in value]
     return value
+
+
+def pareto_front(costs: Iterable[float], values: Iterable[float]) -> list[bool]:
+    """Which of n points no other beats: none costs no more, is worth no less, and is better in one of the two.
+
+    Of equal points all stand. Pareto efficiency; bool [n].
+    """
+    points = list(zip(costs, values, strict=True))
+    return [not any(a <= c and b >= v and (a, b) != (c, v) for a, b in points) for c, v in points]
 
 
 def number(value: float) -> str:

@@ -115,7 +115,7 @@ def _read(given: argparse.Namespace) -> tuple[RunTable, list[str]]:
     return table, [chosen] if given.where else []
 
 
-class Group(NamedTuple):
+class FittedGroup(NamedTuple):
     """Runs that follow one law, and what each method made of them; `name` is "" where there is one group only."""
 
     name: str
@@ -123,7 +123,9 @@ class Group(NamedTuple):
     outcomes: dict[str, FitOrRefusal]
 
 
-def _fit_groups(given: argparse.Namespace, table: RunTable, columns: ColumnNames) -> tuple[list[Group], Observations]:
+def _fit_groups(
+    given: argparse.Namespace, table: RunTable, columns: ColumnNames
+) -> tuple[list[FittedGroup], Observations]:
     """One law per value of lambda where such a column was named: runs under another penalty follow another law."""
     obs = observations(table, columns)
     parts = [("", obs)]
@@ -131,10 +133,10 @@ def _fit_groups(given: argparse.Namespace, table: RunTable, columns: ColumnNames
         penalty = table.numbers(columns.penalty, "--lambda")
         parts = [(f"{columns.penalty} = {level:g}", obs.rows(penalty == level)) for level in np.unique(penalty)]
     methods = METHODS if given.method == "all" else (given.method,)
-    return [Group(name, part, fit_all(part, methods, given.bootstrap, given.seed)) for name, part in parts], obs
+    return [FittedGroup(name, part, fit_all(part, methods, given.bootstrap, given.seed)) for name, part in parts], obs
 
 
-def _refuse_all(groups: Sequence[Group]) -> None:
+def _refuse_all(groups: Sequence[FittedGroup]) -> None:
     """Raises Refused with every reason in one line where nothing was fitted."""
     outcomes = [(f"{g.name + ', ' if g.name else ''}{method}", o) for g in groups for method, o in g.outcomes.items()]
     if all(isinstance(outcome, Refused) for _, outcome in outcomes):
@@ -223,7 +225,7 @@ def _plot(given: argparse.Namespace) -> int:
     return 0
 
 
-def _law_sections(groups: Sequence[Group]) -> list[PageSection]:
+def _law_sections(groups: Sequence[FittedGroup]) -> list[PageSection]:
     # matplotlib takes a second to load; fit and compare don't need it.
     from . import figures
 

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..report.numbers import pareto_front
 from ..report.palette import LIGHT, SERIES, scale
 from .compare import Comparison
 from .fit import LawFit
@@ -116,17 +117,6 @@ def isoflop(fit: IsoFlopFit, obs: Observations, label: str = "") -> Picture:
     return Picture("isoflop", caption, _png(figure))
 
 
-def pareto_front(cost: Array, value: Array) -> Array:
-    """Indices of the points that none other beats (no more cost, no less value, and better in one), by rising cost."""
-    order = np.lexsort((-value, cost))
-    front, best = [], -np.inf
-    for index in order:
-        if value[index] > best:
-            front.append(int(index))
-            best = float(value[index])
-    return np.array(front, dtype=int)
-
-
 def pareto(accuracy: Array, depth: Array, sizes: Sequence[str], names: tuple[str, str]) -> Picture:
     """Accuracy against depth [R], a front per size: its undominated points joined, the others faint."""
     figure, (axes,) = _figure(6.2, 4.2)
@@ -137,6 +127,7 @@ def pareto(accuracy: Array, depth: Array, sizes: Sequence[str], names: tuple[str
     for index, (group, colour) in enumerate(zip(groups, colours, strict=True)):
         rows = np.flatnonzero(labels == group)
         front = rows[pareto_front(depth[rows], accuracy[rows])]
+        front = front[np.argsort(depth[front])]
         mark = MARKERS[index % len(MARKERS)]
         axes.plot(depth[rows], accuracy[rows], mark, color=colour, ms=4, alpha=0.35)
         axes.plot(depth[front], accuracy[front], "-" + mark, color=colour, ms=5, lw=1.2, label=group)

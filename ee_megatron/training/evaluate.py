@@ -20,11 +20,11 @@ from ..evaluation.evaluate import Answer, add_readings, evaluate_model
 from ..evaluation.gates import gate_calibration
 from ..evaluation.interventions import Bench, externalisation
 from ..evaluation.results import table, write_results
-from ..evaluation.summary import EvaluationRow
-from ..evaluation.threshold import choose_threshold, pareto_front
+from ..evaluation.summary import EvaluationRow, choose_threshold
 from ..exit_rules import CONTROLS, ExitRule, Off, Sample, Threshold
 from ..planning.flops import answer_cost
 from ..policy import WeightSet, load_policy
+from ..report.numbers import pareto_front
 from ..report.tables import controls_table, externalisation_table
 from ..rollout.engine.prompts import encode_continuation
 from ..rollout.engine.request import GenerationRequest
@@ -167,9 +167,9 @@ class Evaluation:
             {"threshold": t, "accuracy": r.accuracy, "mean_depth": r.mean_depth, "n": r.n}
             for t, r in zip(e.thresholds, rows, strict=True)
         ]
+        front = pareto_front((r.mean_depth for r in rows), (r.accuracy for r in rows))
         self.more["pareto"][model] = [
-            {"threshold": t, "front": front, **r.to_json()}
-            for t, r, front in zip(e.thresholds, rows, pareto_front(rows), strict=True)
+            {"threshold": t, "front": kept, **r.to_json()} for t, r, kept in zip(e.thresholds, rows, front, strict=True)
         ]
         for rule in (Off(), Sample()):
             self.measure(model, rule, self.test, final=True)

@@ -51,6 +51,11 @@ def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
 
 def _run_here(stage: str, cfg: RunConfig) -> None:
     quiet_libraries()
+    if stage in stages.LEARNS:
+        from ..parallel.cpu_shims import lean_imports
+
+        with lean_imports():
+            import megatron.core.models.gpt.gpt_model  # noqa: F401
     if stage == "pretrain":
         from .pretrain import pretrain
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -30,16 +28,14 @@ _now: list[Degrees] = []
 
 def split(degrees: Degrees) -> torch.device:
     """Cut the same ranks anew, if they aren't cut like that already. The old groups end with their threads; the ranks
-    meet again in a file, since the port of the first meeting may not be free at once."""
+    meet in a file, each time another: no port has to be free."""
     if _now[-1:] == [degrees]:
         return torch.device("cpu")
-    if _now:
-        groups.finish()
-        meeting = Path(tempfile.gettempdir(), f"ee-ranks-{os.environ['MASTER_PORT']}-{os.getppid()}-{len(_now)}")
-        dist.init_process_group(
-            "gloo", init_method=f"file://{meeting}", rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(seconds=120),
-        )  # fmt: skip
+    groups.finish()
+    dist.init_process_group(
+        "gloo", init_method=f"file://{os.environ['MEETING']}-{len(_now)}", rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(seconds=120),
+    )  # fmt: skip
     _now.append(degrees)
     return groups.initialise(degrees, timeout_s=120)
 

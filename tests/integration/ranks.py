@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+import multiprocessing
 import os
-import selectors
-import socket
-import subprocess
-import sys
 import time
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+# Ranks are forked off one process that has imported all this, and has one thread: imports are paid once for all.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["pytest", "deepspeed", "torch._dynamo", "transformers", "parallel_cases", "layout_cases", "plan_cases"]
+)
+SERVER = {
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "integration")]),
+}
 
 
 class Ranks:
@@ -32,29 +36,20 @@ class Ranks:
     def __init__(self, world: int, tmp: Path):
         self.tmp, self.calls = tmp, 0
         tmp.mkdir(parents=True, exist_ok=True)
-        base = {
-            **os.environ,
-            "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "integration")]),
-        }
-        self.processes = []
+        self.processes, self.pipes = [], []
         for rank in range(world):
-            with (tmp / f"rank{rank}.log").open("w") as log:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, __file__, str(rank)],
-                        env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE,
-                        stderr=log,
-                        text=True,
-                    )
-                )
+            environment = {
+                "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank),
+                "MEETING": str(tmp / "meeting"), "GLOO_SOCKET_IFNAME": "lo",
+            }  # fmt: skip
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_serve, args=(environment, tmp / f"rank{rank}.log", theirs))
+            # The first start is the server's.
+            with mock.patch.dict(os.environ, SERVER):
+                process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.pipes.append(ours)
 
     def __enter__(self) -> Ranks:
         return self
@@ -64,59 +59,53 @@ class Ranks:
         folder = self.tmp / f"call{self.calls}"
         folder.mkdir()
         torch.save(arguments, folder / "arguments.pt")
-        for process in self.processes:
-            process.stdin.write(f"{target} {folder}\n")
-            process.stdin.flush()
-        waiting, deadline = selectors.DefaultSelector(), time.monotonic() + timeout
-        for rank, process in enumerate(self.processes):
-            waiting.register(process.stdout, selectors.EVENT_READ, rank)
-        while waiting.get_map():
-            ready = waiting.select(timeout=max(0.0, deadline - time.monotonic()))
+        waiting, deadline = {pipe: rank for rank, pipe in enumerate(self.pipes)}, time.monotonic() + timeout
+        for pipe, rank in waiting.items():
+            try:
+                pipe.send((target, folder))
+            except OSError:
+                self._fail("ended before", [rank])
+        while waiting:
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                self._fail("late", range(len(self.processes)))
-            for key, _ in ready:
-                if not key.fileobj.readline():
-                    self._fail("failed", [key.data])
-                waiting.unregister(key.fileobj)
-        return [torch.load(folder / f"result{r}.pt", weights_only=False) for r in range(len(self.processes))]
+                self._fail("late", waiting.values())
+            for pipe in ready:
+                try:
+                    pipe.recv()
+                except EOFError:
+                    self._fail("failed", [waiting[pipe]])
+                waiting.pop(pipe)
+        return [torch.load(folder / f"result{r}.pt", weights_only=False) for r in range(len(self.pipes))]
 
     def _fail(self, what: str, ranks) -> None:
         logs = "\n".join(f"rank {r}:\n{(self.tmp / f'rank{r}.log').read_text()[-3000:]}" for r in list(ranks)[:2])
         raise AssertionError(f"ranks {list(ranks)} {what}\n{logs}")
 
     def __exit__(self, *_: object) -> None:
-        for process in self.processes:
-            process.stdin.close()
+        for pipe in self.pipes:
+            pipe.close()
         deadline = time.monotonic() + 10
         for process in self.processes:
-            try:
-                process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            process.stdout.close()
+            process.join(max(0.1, deadline - time.monotonic()))
+            process.kill()
+            process.join()
 
 
-def run_ranks(world: int, target: str, tmp: Path, timeout: float = 240, **arguments):
-    """One call on fresh ranks."""
-    with Ranks(world, tmp) as ranks:
-        return ranks.call(target, timeout, **arguments)
-
-
-def _serve(rank: str) -> None:
+def _serve(environment: dict[str, str], log: Path, pipe: Connection) -> None:
+    os.environ.update(environment)
+    # What the server has imported is never garbage.
+    gc.freeze()
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
-    # Acknowledgements have the real stdout to themselves; whatever libraries print goes to the log.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    for line in sys.stdin:
-        target, folder = line.split()
+    while True:
+        try:
+            target, folder = pipe.recv()
+        except EOFError:
+            return
         module, function = target.split(":")
-        arguments = torch.load(Path(folder) / "arguments.pt", weights_only=False)
+        arguments = torch.load(folder / "arguments.pt", weights_only=False)
         result = getattr(importlib.import_module(module), function)(**arguments)
-        torch.save(result, Path(folder) / f"result{rank}.pt")
-        answers.write("done\n")
-        answers.flush()
-
-
-if __name__ == "__main__":
-    _serve(sys.argv[1])
+        torch.save(result, folder / f"result{environment['RANK']}.pt")
+        pipe.send("done")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from layout_cases import split
+from ranks import Ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +21,7 @@ from ee_megatron.checkpoint.megatron_io import WEIGHTS, load_weights
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.model.config import megatron_config
 from ee_megatron.model.gpt import build_stage
-from ee_megatron.parallel.groups import Degrees, finish, initialise
+from ee_megatron.parallel.groups import Degrees
 from ee_megatron.policy import PolicySpec, load_policy, save_policy
 from tests.tiny import tiny_hf
 
@@ -84,26 +82,21 @@ def test_import_starts_gates_shut_and_converts_dtype(tmp_path, capsys):
     assert all(torch.equal(stored[name], source.tensor(name).bfloat16()) for name in source.names())
 
 
-def _compare_layouts(rank: int, port: int, pairs: list[tuple[str, str]], tensor: int, sizes: tuple[int, ...]) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(tensor * len(sizes)), "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": os.environ["WORLD_SIZE"]}
-    torch.set_num_threads(1)
-    initialise(Degrees(tensor, len(sizes)), timeout_s=120)
-    try:
-        for base, weights in pairs:
-            source = HFDirectory(base)
-            config = megatron_config(source.dims, None, sizes, tensor=tensor)
-            expected, found = build_stage(config), build_stage(config)
-            load_base(expected, source)
-            with torch.no_grad():
-                for parameter in found.parameters():
-                    parameter.fill_(7.0)
-            load_weights(found, Path(weights))
-            other = dict(found.named_parameters())
-            for name, parameter in expected.named_parameters():
-                assert torch.equal(parameter, other[name]), (base, name)
-    finally:
-        finish()
+def compare_layouts(pairs: list[tuple[Path, Path]], tensor: int, sizes: tuple[int, ...]) -> None:
+    """On every rank: the converted weights are those that the rank cuts out of the model itself."""
+    split(Degrees(tensor, len(sizes)))
+    for base, weights in pairs:
+        source = HFDirectory(base)
+        config = megatron_config(source.dims, None, sizes, tensor=tensor)
+        expected, found = build_stage(config), build_stage(config)
+        load_base(expected, source)
+        with torch.no_grad():
+            for parameter in found.parameters():
+                parameter.fill_(7.0)
+        load_weights(found, weights)
+        other = dict(found.named_parameters())
+        for name, parameter in expected.named_parameters():
+            assert torch.equal(parameter, other[name]), (base, name)
 
 
 def test_imported_checkpoint_loads_under_tensor_and_pipeline_parallelism(tmp_path):
@@ -112,19 +105,9 @@ def test_imported_checkpoint_loads_under_tensor_and_pipeline_parallelism(tmp_pat
     for family, tied in (("qwen2", False), ("llama", True), ("qwen3", False)):
         base, out = tiny_hf(family, tmp_path / family, tied=tied, vocab=133), tmp_path / f"{family}-megatron"
         assert run("import", "--hf", base, "--out", out, "--exit-depths", "2,4") == 0
-        pairs.append((str(base), str(out / WEIGHTS)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = mp.spawn(_compare_layouts, (port, pairs, 2, (2, 4)), nprocs=4, join=False)
-    assert ranks is not None
-    deadline = time.monotonic() + 240
-    try:
-        while not ranks.join(timeout=5):
-            assert time.monotonic() < deadline, "the ranks did not finish"
-    finally:
-        for process in ranks.processes:
-            process.kill()
+        pairs.append((base, out / WEIGHTS))
+    with Ranks(4, tmp_path / "ranks") as ranks:
+        ranks.call("test_convert_cli:compare_layouts", pairs=pairs, tensor=2, sizes=(2, 4))
 
 
 def damaged(base: Path, kind: str) -> None:

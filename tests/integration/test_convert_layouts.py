@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from layout_cases import split
 from ranks import Ranks
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +21,7 @@ from ee_megatron.checkpoint.megatron_io import WEIGHTS, load_weights, save_weigh
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.model.config import megatron_config
 from ee_megatron.model.gpt import build_model
-from ee_megatron.parallel.groups import Degrees, initialise
+from ee_megatron.parallel.groups import Degrees
 from tests.tiny import tiny_hf
 
 MODELS = [(family, tied) for family in ("llama", "qwen2", "qwen3") for tied in (True, False)]
@@ -89,28 +89,24 @@ def test_reshard_changes_the_layout_and_nothing_else(tmp_path, capsys):
 
 def load_and_save(degrees, stages, pairs) -> None:
     """On every rank: what the converter wrote is what the ranks cut out of the model themselves; then they write it."""
-    initialise(Degrees(*degrees), timeout_s=120)
-    try:
-        for base, megatron, out in pairs:
-            source = HFDirectory(base)
-            config = megatron_config(source.dims, None, stages, tensor=degrees[0], virtual=degrees[3])
-            expected, found = build_model(config), build_model(config)
-            with torch.no_grad():
-                for parameter in (p for stage in found for p in stage.parameters()):
-                    parameter.fill_(7.0)
-            load_weights(found, megatron / WEIGHTS)
-            for wanted, got in zip(expected, found, strict=True):
-                load_base(wanted, source)
-                other = dict(got.named_parameters())
-                for name, parameter in wanted.named_parameters():
-                    assert torch.equal(parameter, other[name]), (base, degrees, name)
-            if dist.get_rank() == 0:
-                (out / WEIGHTS).mkdir(parents=True)
-            dist.barrier()
-            save_weights(found, out / WEIGHTS)
-    finally:
-        # The next case splits the same processes in another way.
-        parallel_state.destroy_model_parallel()
+    split(Degrees(*degrees))
+    for base, megatron, out in pairs:
+        source = HFDirectory(base)
+        config = megatron_config(source.dims, None, stages, tensor=degrees[0], virtual=degrees[3])
+        expected, found = build_model(config), build_model(config)
+        with torch.no_grad():
+            for parameter in (p for stage in found for p in stage.parameters()):
+                parameter.fill_(7.0)
+        load_weights(found, megatron / WEIGHTS)
+        for wanted, got in zip(expected, found, strict=True):
+            load_base(wanted, source)
+            other = dict(got.named_parameters())
+            for name, parameter in wanted.named_parameters():
+                assert torch.equal(parameter, other[name]), (base, degrees, name)
+        if dist.get_rank() == 0:
+            (out / WEIGHTS).mkdir(parents=True)
+        dist.barrier()
+        save_weights(found, out / WEIGHTS)
 
 
 def test_ranks_load_what_was_converted_and_what_they_save_converts_back(tmp_path):

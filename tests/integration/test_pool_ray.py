@@ -40,7 +40,7 @@ def weights(path: Path, version: int) -> WeightSet:
     return WeightSet(version, {n: t + 3.5 if n.endswith("fc2.bias") else t for n, t in tensors.items()})
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pool(path: Path) -> Iterator[RayPool]:
     settings = ReplicaSettings(str(path), SPEC, torch.float32, "cpu", rows=8, threads=1)
     pool = RayPool(settings, RolloutConfig(actors=2, start_timeout_s=120, timeout_s=120))
@@ -108,6 +108,15 @@ def test_actors_answer_as_the_local_pool_does_and_survive_a_kill(path: Path, poo
     )
 
 
+def test_everything_that_listens_does_so_on_loopback(pool: RayPool):
+    pool.load(None)
+    mine = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+    listening = [c for c in psutil.net_connections("inet") if c.status == psutil.CONN_LISTEN and c.pid in mine]
+    assert listening
+    assert {c.laddr.ip for c in listening} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+# The last one, since it leaves a pool that gives up.
 def test_work_for_other_weights_is_refused_and_losses_have_a_budget(path: Path, pool: RayPool):
     import ray
 
@@ -128,11 +137,3 @@ def test_work_for_other_weights_is_refused_and_losses_have_a_budget(path: Path, 
             for pid in pool.health()["pids"]:
                 os.kill(pid, signal.SIGKILL)
             pool.generate(GenerationRequest(PROMPTS, 1, SAMPLING, EXITS, 0))
-
-
-def test_everything_that_listens_does_so_on_loopback(pool: RayPool):
-    pool.load(None)
-    mine = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
-    listening = [c for c in psutil.net_connections("inet") if c.status == psutil.CONN_LISTEN and c.pid in mine]
-    assert listening
-    assert {c.laddr.ip for c in listening} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}

@@ -24,7 +24,7 @@ LONG = ("calibrate.epochs=2000", "calibrate.checkpoint_every=5")
 def traced(tmp_path_factory):
     folder = tmp_path_factory.mktemp("failure")
     tiny_hf("llama", folder / "model")
-    run("traces", folder)
+    run("traces", folder, "rollout.backend=local")
     return folder
 
 

@@ -198,7 +198,7 @@ def test_stages_end_with_the_run_that_started_them(tmp_path):
     tiny_hf("llama", tmp_path / "model")
     # Two ranks under torchrun, for far longer than the test waits.
     method = subprocess.Popen(
-        command("run", tmp_path, "calibrate.epochs=4000"),
+        command("run", tmp_path, "calibrate.epochs=4000", "rollout.backend=local"),
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:

@@ -85,17 +85,18 @@ def test_dry_run_prints_settings_ranks_and_directories_and_starts_nothing(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dry_run_checks_the_layout_against_the_model(tmp_path: Path) -> None:
+def test_dry_run_checks_the_layout_against_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(
         '{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,'
         ' "num_hidden_layers": 12, "intermediate_size": 128, "vocab_size": 100}'
     )
     model = ["name=x", f"model.path={tmp_path}"]
-    good = command("run", *model, "parallel.pipeline=2", "--dry-run")
-    assert "# exits: [5, 6, 10] of 12 layers; layers per stage: [6, 6]" in good.stdout
-    assert "# evaluate: runs/x/evaluate-" in good.stdout
-    bad = command("run", *model, "parallel.tensor=4", "--dry-run")
-    assert bad.returncode == 2 and "nearest degrees that do: 1, 2" in bad.stderr
+    assert cli.main(["run", *model, "parallel.pipeline=2", "--dry-run"]) == 0
+    good = capsys.readouterr().out
+    assert "# exits: [5, 6, 10] of 12 layers; layers per stage: [6, 6]" in good
+    assert "# evaluate: runs/x/evaluate-" in good
+    assert cli.main(["run", *model, "parallel.tensor=4", "--dry-run"]) == 2
+    assert "nearest degrees that do: 1, 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

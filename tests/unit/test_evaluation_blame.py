@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from ee_megatron.evaluation.blame import partings
 from ee_megatron.exit_rules import Prescribed
 from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.types import Prompt
 from tests.tiny import tiny_hf
+from tools.blame_exits import partings
 
 LAYERS, LENGTH, AT = 6, 12, 6
 SPEC = PolicySpec(LAYERS, (1, 3, 4), rank=0)

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from ee_megatron.evaluation import chain
-from ee_megatron.evaluation.depth import answer_span, token_class
+from ee_megatron.evaluation.chain import answer_span, token_class
 
 
 def test_an_answer_splits_at_its_last_mark_or_at_the_end_of_reasoning() -> None:

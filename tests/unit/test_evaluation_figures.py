@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ee_megatron.evaluation import Answer, EvaluationRow
+from ee_megatron.evaluation import Answer
 from ee_megatron.evaluation.figures import by_task, depth_correlations, depth_figures, kl_by_exit
 from ee_megatron.evaluation.gates import gate_calibration
-from ee_megatron.evaluation.threshold import pareto_front
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.planning.flops import answer_cost, gate, prefill_cost
+from ee_megatron.report.numbers import pareto_front
 from ee_megatron.report.tables import externalisation_table
 from tests.tiny import tiny_hf
 
@@ -120,15 +120,11 @@ def test_gates_that_were_not_asked_do_not_count() -> None:
     assert gate_calibration([], [], 1.0, (2, 4)) is None
 
 
-def row(accuracy: float, depth: float) -> EvaluationRow:
-    return EvaluationRow("m", "x", 10, round(10 * accuracy), accuracy, 0.0, 1.0, depth, 10.0, 1.0)
-
-
 def test_the_pareto_front_is_what_nothing_beats() -> None:
-    rows = [row(0.9, 0.9), row(0.8, 0.5), row(0.8, 0.6), row(0.7, 0.5), row(0.5, 0.3), row(0.5, 0.3)]
-    assert pareto_front(rows) == [True, True, False, False, True, True]
-    assert pareto_front(rows[::-1]) == [True, True, False, False, True, True][::-1]
-    assert pareto_front([]) == []
+    accuracy, depth = [0.9, 0.8, 0.8, 0.7, 0.5, 0.5], [0.9, 0.5, 0.6, 0.5, 0.3, 0.3]
+    assert pareto_front(depth, accuracy) == [True, True, False, False, True, True]
+    assert pareto_front(depth[::-1], accuracy[::-1]) == [True, True, False, False, True, True][::-1]
+    assert pareto_front([], []) == []
 
 
 def test_flops_of_an_answer_are_those_of_the_layers_it_ran(tmp_path: Path) -> None:

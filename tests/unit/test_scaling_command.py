@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ee_megatron import cli
-from ee_megatron.scaling.figures import pareto_front
+from ee_megatron.report.numbers import pareto_front
+from ee_megatron.scaling.figures import pareto
 from tests.scaling_samples import isoflop_runs, noisy, write_csv
 
 FAST = ["--bootstrap", "200"]
@@ -146,7 +147,8 @@ def test_plot_wants_both_columns_of_a_front(depths: Path, tmp_path: Path, capsys
 def test_a_front_holds_what_nothing_beats() -> None:
     depth = np.array([0.5, 0.4, 0.6, 0.4, 0.7, 0.5])
     accuracy = np.array([0.8, 0.6, 0.8, 0.7, 0.9, 0.7])
-    assert pareto_front(depth, accuracy).tolist() == [3, 0, 4]
+    assert "a: 3 of 6 points on the front" in pareto(accuracy, depth, ["a"] * 6, ("accuracy", "depth")).caption
+    assert np.flatnonzero(pareto_front(depth, accuracy)).tolist() == [0, 3, 4]
 
 
 def test_help_names_the_three_commands(capsys) -> None:

@@ -77,7 +77,7 @@ class Event:
 class Row:
     """One answer in the making; lists as in `Rollout`.
 
-    `outcome` is the last segment that ran for the token being made: once the row is at the readout, its exit's index.
+    `segment` is the last that ran for the token being made: at the readout, the index of its exit.
     `slot` is its place in the cache (-1: none yet), `shown` the characters that events have reported.
     """
 
@@ -87,7 +87,7 @@ class Row:
     key: int
     stopping: StopChecker
     slot: int = -1
-    outcome: int = -1
+    segment: int = -1
     shown: int = 0
     tokens: list[int] = field(default_factory=list)
     exit_depths: list[int] = field(default_factory=list)

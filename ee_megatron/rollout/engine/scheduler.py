@@ -274,7 +274,7 @@ class Scheduler:
         self._hidden[slots] = hidden
         self.row_layers += len(rows) * (bounds[segment + 1] - bounds[segment])
         for row, gone in zip(rows, leave, strict=True):
-            row.outcome = segment
+            row.segment = segment
             self.stations.put(last + 1 if gone else segment + 1, row)
 
     def _at(self, rows: list[Row], slots: Tensor) -> Rows:
@@ -323,10 +323,10 @@ class Scheduler:
 
     def _readout(self, rows: list[Row]) -> list[Event]:
         """Sample the next tokens of rows at their exits; those that go on write the keys and values they skipped."""
-        rows.sort(key=lambda row: row.outcome)
+        rows.sort(key=lambda row: row.segment)
         slots = torch.tensor([row.slot for row in rows], device=self.decoder.device)
         hidden, at = self._hidden[slots], self._at(rows, slots)
-        depths = [self.decoder.layout.outcomes[row.outcome] for row in rows]
+        depths = [self.decoder.layout.outcomes[row.segment] for row in rows]
         exits = self._exit_logprob[slots].tolist()
         events = self._sample(rows, self.decoder.readout(hidden), self._uniform[slots, -1], depths, exits)
         alive = [i for i, row in enumerate(rows) if not self._retire(row)]
@@ -335,7 +335,7 @@ class Scheduler:
                 kept = torch.tensor(alive, device=self.decoder.device)
                 hidden = hidden[kept]
                 at = at.take(kept)
-            self.decoder.write_skipped(hidden, [rows[i].outcome for i in alive], self.cache, at)
+            self.decoder.write_skipped(hidden, [rows[i].segment for i in alive], self.cache, at)
         for i in alive:
             self.stations.put(0, rows[i])
         return events

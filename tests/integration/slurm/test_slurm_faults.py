@@ -42,7 +42,12 @@ def test_a_job_that_is_told_to_stop_goes_on_as_if_nothing_had_happened(site):
 def test_a_time_limit_sends_the_job_back_as_often_as_it_may(site):
     """A real limit, warned of before it comes; the second start is stopped by hand and has no third."""
     endless = site.rl("limit", "rl.steps=100000", "rl.checkpoint_every=100000", "cluster.requeue_limit=1")
-    job = site.submit([*RL, *endless], "--time=2", "--signal=B:USR1@30")
+    job = site.submit([*RL, *endless], "--time=10", "--signal=B:USR1@30")
+    site.reach("limit", job, 1)
+    # Only now, so that a slow start does not use it up. Slurm counts whole minutes and looks at limits twice in each.
+    hours, minutes, seconds = (int(part) for part in site.cluster.job(job)["RunTime"].split(":"))
+    limit = (3600 * hours + 60 * minutes + seconds + 59) // 60 + 1
+    site.cluster.run("scontrol", "update", f"job={job}", f"timelimit={limit}")
     found = site.cluster.wait(job, lambda job: job["Restarts"] == "1", 150)
     assert found["JobState"] != "TIMEOUT", site.everything(job)
     done = len(site.rows("limit"))

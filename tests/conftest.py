@@ -8,7 +8,8 @@ import pytest
 
 # By name of file, longest first.
 LONG = (
-    "test_whole_method", "test_pool_*", "test_updates", "test_rank_failure", "test_sweep_local", "test_pretrain_ranks",
+    "test_whole_method", "test_pool_*", "test_updates", "test_pretend_gpu", "test_rank_failure", "test_sweep_local",
+    "test_pretrain_ranks",
 )  # fmt: skip
 # One file of these at a time: their tests look at the clock.
 ALONE = "test_pool_*"

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import multiprocessing
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -216,7 +217,7 @@ class _Dispatch(TorchDispatchMode):
 
 def register() -> None:
     """Give the device its name; before the first backward pass of the process, which makes a queue per device."""
-    if "_pytest" in sys.modules:
+    if "_pytest" in sys.modules and multiprocessing.parent_process() is None:
         raise RuntimeError("the pretend GPU can't be taken back: use it in a process of its own, not in pytest's")
     if torch._C._get_privateuse1_backend_name() != NAME:
         from torch.utils.backend_registration import _setup_privateuseone_for_python_backend

@@ -377,10 +377,10 @@ def live_bytes(path: Path, what: str) -> list[int]:
 
 def waves_of_requests(bench: Bench) -> Iterator[None]:
     """New prompts each time; more than fit at once."""
-    scheduler = Scheduler(bench.decoder(), bench.tokenizer(), in_flight=3)
+    scheduler = Scheduler(bench.decoder(), bench.tokenizer(), in_flight=2)
     for wave in range(4):
         ids = [
-            scheduler.add(Request([wave, i + 1, 3], SAMPLINGS["whole"], RULES["sample"], 0, f"p{i}")) for i in range(5)
+            scheduler.add(Request([wave, i + 1, 3], SAMPLINGS["whole"], RULES["sample"], 0, f"p{i}")) for i in range(3)
         ]
         while scheduler.busy:
             scheduler.advance()

@@ -1,6 +1,6 @@
 """What the device is asked for, per unit of work: the one table, which may only go down.
 
-Measured by pretend_gpu_cases.py on the tiny model (6 layers, exits after 1, 3 and 4), everything included that happens
+Measured by device_costs.py on the tiny model (6 layers, exits after 1, 3 and 4), everything included that happens
 in the unit. A test fails where a number rises, and warns where one fell: lower it here then.
 
 - decode: per token-round, in which every one of 8 rows advances by a token; by exit rule

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from device_costs import live_bytes, measure
 from device_setup import on, patched
-from pretend_gpu_cases import PATHS, Bench, live_bytes, measure
+from pretend_gpu_cases import PATHS, Bench
 
 from ee_megatron.learner import optimizer_state
 from ee_megatron.learner.batch import ReplayBatch

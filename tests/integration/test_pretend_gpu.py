@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 from device_budgets import BUDGETS, KINDS, MEASURED_WITH
+from device_costs import COSTS, WAVES
 from device_faults import FAULTS
-from pretend_gpu_cases import COSTS, PATHS, WAVES
+from device_setup import RULES
+from pretend_gpu_cases import PATHS
 from ranks import Ranks
 
+from ee_megatron import exit_rules
 from tests.pretend_gpu import PretendGPU
 from tests.tiny import tiny_hf
 
@@ -75,7 +78,7 @@ def test_it_refuses_to_change_the_process_of_the_other_tests():
 
 
 def test_devices_do_not_mix_and_what_is_slow_is_counted(device):
-    found = call(device, "pretend_gpu_cases:semantics")
+    found = call(device, "device_costs:semantics")
     assert found.pop("site").startswith("ee_megatron/model/active.py:")
     assert found == {
         "sum of two devices": "refused", "concatenation of two devices": "refused", "index of the device into the CPU":
@@ -84,6 +87,10 @@ def test_devices_do_not_mix_and_what_is_slow_is_counted(device):
         (1, 0), "nonzero": (1, 0), "boolean index": (1, 0), "duplicates": 3, "bytes": (4000, 0),
         "patched afterwards": False,
     }  # fmt: skip
+
+
+def test_every_exit_rule_runs_on_the_device():
+    assert {type(rule) for rule in RULES.values()} == set(exit_rules.RULES.values())
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -101,7 +108,7 @@ def test_ranks_with_a_device_each_compute_what_ranks_of_the_cpu_do(degrees, name
 
 @pytest.mark.parametrize("name", COSTS)
 def test_no_more_is_asked_of_the_device_than_before(name, device, path):
-    found, budget = call(device, "pretend_gpu_cases:measure", path=path, name=name), BUDGETS[name]
+    found, budget = call(device, "device_costs:measure", path=path, name=name), BUDGETS[name]
     if torch.__version__.split("+")[0] != MEASURED_WITH:
         # Other versions are made of other operations.
         found["kernels"] = budget["kernels"]
@@ -115,7 +122,7 @@ def test_no_more_is_asked_of_the_device_than_before(name, device, path):
 
 @pytest.mark.parametrize("what", WAVES)
 def test_nothing_stays_on_the_device(what, device, path):
-    alive = call(device, "pretend_gpu_cases:live_bytes", path=path, what=what)
+    alive = call(device, "device_costs:live_bytes", path=path, what=what)
     assert alive[1] == alive[2] == alive[3] > 0
 
 

@@ -5,9 +5,8 @@ A path takes a `Bench` and returns what it computed as values of the CPU.
 
 from __future__ import annotations
 
-import gc
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -17,12 +16,10 @@ import torch
 from device_setup import (
     FULL,
     LORA,
-    MICRO_BATCHES,
     OBJECTIVES,
     RULES,
     SAMPLINGS,
     SINGLE,
-    TOKENS,
     answer,
     device_of,
     make_decoder,
@@ -38,7 +35,6 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from ee_megatron.learner.learner import Learner
-from ee_megatron.model.active import Active
 from ee_megatron.parallel.groups import Degrees
 from ee_megatron.policy import PolicySpec, load_policy, save_policy
 from ee_megatron.rollout.engine.decoder import Decoder
@@ -47,7 +43,6 @@ from ee_megatron.rollout.engine.sampling import truncate
 from ee_megatron.rollout.engine.scheduler import Scheduler
 from ee_megatron.rollout.engine.scoring import inspect, score, trace
 from ee_megatron.types import Prompt, Rollout
-from tests import pretend_gpu
 
 TEXTS = ("Q: 1 + 1 =", "abc", "Q: 1 + 2 =", "a longer prompt than the others have")
 PROMPTS = [Prompt(f"p{i}", text, "", "none") for i, text in enumerate(TEXTS)]

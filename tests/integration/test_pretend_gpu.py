@@ -1,9 +1,9 @@
 """What runs on a device runs on a pretend one (tests/pretend_gpu.py): with the CPU's values, without mixing devices,
 within budgets of host syncs, copies and kernel launches, without leaks; and planted faults are caught.
 
-All of it happens in processes beside this one. DeepSpeed's engine doesn't run on the pretend device: a stand-in takes its
-place (device_setup.py), so ZeRO-2 and 3 and offloading are not reached, nor ZeRO-1 on several ranks; collectives run on
-gloo.
+All of it happens in processes beside this one. DeepSpeed's engine doesn't run on the pretend device: a stand-in takes
+its place (device_setup.py), so ZeRO-2 and 3 and offloading are not reached, nor ZeRO-1 on several ranks; collectives
+run on gloo.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 # make demo   the whole method on this machine, no GPU needed
 # make test   unit and integration tests; make unit, make integration: one of them
 # make slurm  job scripts on a real Slurm, several nodes on this machine; needs root, installs Debian's Slurm if it is missing
+# make device every path that runs on a device, on a pretend GPU: what mixes devices fails, syncs and kernels have budgets
 # make slow   what takes long: twenty kills of an RL run, learning over seeds, a fresh environment, ten kills of a conversion
 # make lint   ruff and mypy
 # make scaling-demo   a scaling study on two cores in about an hour: sizes from random weights, prices of depth, fits, plots
@@ -15,7 +16,7 @@ DEMO ?= $(if $(shell nvidia-smi -L 2>/dev/null),demo_gpu,demo_cpu)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo scaling-demo test unit integration slurm slow lint clean-venv
+.PHONY: demo scaling-demo test unit integration device slurm slow lint clean-venv
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo $(MODEL)/config.json
@@ -36,7 +37,7 @@ scaling-demo: $(VENV)/.demo
 
 # Workers of a test run; a worker takes up to 4 GiB. tests/conftest.py says what goes to which.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 
 test: $(VENV)/.dev $(MODEL)/config.json
 	$(PYTEST) tests/unit tests/integration --ignore=tests/integration/slurm
@@ -46,6 +47,9 @@ unit: $(VENV)/.dev $(MODEL)/config.json
 
 integration: $(VENV)/.dev $(MODEL)/config.json
 	$(PYTEST) tests/integration --ignore=tests/integration/slurm
+
+device: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/device
 
 slurm: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/integration/slurm

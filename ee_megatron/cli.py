@@ -6,9 +6,11 @@ torch is imported by what is called, never here: help and wrong settings answer 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import select
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,18 +25,32 @@ STAGES = {
     "rl": "stage 2: reinforcement learning; right answers are rewarded, depth is charged for",
     "evaluate": "accuracy against depth of teacher, calibrated and reinforced model",
 }
-RUN = "the whole method: every stage in order, then the report; finished stages are skipped"
-PLAN = "layout, parameters, memory, FLOPs and time of an RL run, before anything starts; refuses what will not fit"
-JOB = "what a Slurm batch script needs to know of a stage, as key=value lines, once its inputs are checked"
-REPORT = (
-    "one HTML file (and PNG plots) from what the stages have written; of one run by its settings, or of any number, "
-    "compared, by their directories (runs/<name>: every evaluation in it)"
-)
-GENERATE = "answer one prompt, token by token, each with its depth"
-SERVE = "answer over HTTP as OpenAI's API does, with exits as extra fields"
-SWEEP = "a grid of runs: shared stages once, one table; on this machine or as a Slurm job array; status, collect"
-SCALING = "scaling laws from a table of runs: fits with intervals, competing forms, plots"
-CONVERT = "between Hugging Face directories, Megatron checkpoints and policies; reshard, verify, inspect"
+COMMANDS = {
+    "run": "the whole method: every stage in order, then the report; finished stages are skipped",
+    **STAGES,
+    "report": "one HTML file (and PNG plots) from what the stages have written; of one run by its settings, or of any "
+    "number, compared, by their directories (runs/<name>: every evaluation in it)",
+    "generate": "answer one prompt, token by token, each with its depth",
+    "serve": "answer over HTTP as OpenAI's API does, with exits as extra fields",
+    "plan": "layout, parameters, memory, FLOPs and time of an RL run, before anything starts; refuses what will not "
+    "fit",
+    "job": "what a Slurm batch script needs to know of a stage, as key=value lines, once its inputs are checked",
+}
+HANDED_ON = {
+    "sweep": (
+        ".sweeps.command",
+        "a grid of runs: shared stages once, one table; on this machine or as a Slurm job array; status, collect",
+    ),
+    "convert": (
+        ".checkpoint.convert",
+        "between Hugging Face directories, Megatron checkpoints and policies; reshard, verify, inspect",
+    ),
+    "scaling": (
+        ".scaling.command",
+        "scaling laws from a table of runs: fits with intervals, competing forms, plots",
+    ),
+}
+"""Commands whose module reads their arguments itself, in its `main`."""
 
 EPILOG = """\
 examples:
@@ -54,12 +70,8 @@ Settings are key=value; `--dry-run` prints all of them. EE_DEBUG=1 shows the ful
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0, 1 (it failed while running), 2 (bad input), 130 (interrupted)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["convert"]:
-        return _guarded(lambda: _convert(arguments[1:]))
-    if arguments[:1] == ["sweep"]:
-        return _guarded(lambda: _sweep(arguments[1:]))
-    if arguments[:1] == ["scaling"]:
-        return _guarded(lambda: _scaling(arguments[1:]))
+    if arguments and arguments[0] in HANDED_ON:
+        return _guarded(lambda: _hand_on(*arguments))
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     wrong = [text for text in rest if text.startswith("-")]
@@ -78,32 +90,22 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
-    _add(commands, "run", RUN, _run, dry_run=True)
-    for stage, text in STAGES.items():
-        _add(commands, stage, text, _stage, dry_run=True).set_defaults(stage=stage)
-    page = _add(commands, "report", REPORT, _report, example="\n  ee-megatron report runs/one runs/two/rl-1a2b3c4d")
+    for name in ("run", *STAGES):
+        _add(commands, name, _run, dry_run=True).set_defaults(command=name)
+    page = _add(commands, "report", _report, example="\n  ee-megatron report runs/one runs/two/rl-1a2b3c4d")
     page.usage = "ee-megatron report [-h] [--out FILE] (key=value ... | RUN ...)"
     page.add_argument(
         "--out", type=Path, metavar="FILE", help="with RUN: the file (default: report.html in the directory above them)"
     )
-    generate = _add(
-        commands,
-        "generate",
-        GENERATE,
-        _generate,
-        example="--prompt 'Question: What is 7 times 8?' --exits threshold:0.7",
-    )
+    example = "--prompt 'Question: What is 7 times 8?' --exits threshold:0.7"
+    generate = _add(commands, "generate", _generate, example=example)
     generate.add_argument("--prompt", required=True, help="text that the model reads")
-    generate.add_argument(
-        "--exits",
-        default="threshold:0.5",
-        metavar="RULE",
-        help=f"{exit_rules.usage()} (default: threshold:0.5)",
-    )
+    rules = f"{exit_rules.usage()} (default: threshold:0.5)"
+    generate.add_argument("--exits", default="threshold:0.5", metavar="RULE", help=rules)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token (default: 0)")
     generate.add_argument("--max-new-tokens", type=int, default=None, help="default: rollout.max_new_tokens")
     _add_model(generate)
-    serve = _add(commands, "serve", SERVE, _serve, example="--port 8000 --exits threshold:0.7")
+    serve = _add(commands, "serve", _serve, example="--port 8000 --exits threshold:0.7")
     _add_model(serve)
     serve.add_argument("--exits", default="threshold:0.5", metavar="RULE", help="for requests without exit_policy")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
@@ -116,18 +118,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--grace", type=float, default=30.0, metavar="SECONDS", help="for running requests at the end (default: 30)"
     )
     _add_plan(commands)
-    _add(commands, "job", JOB, _job, stage=True)
+    _add(commands, "job", _job, stage=True)
     # Only for the list of commands: main() hands their arguments on unread.
-    commands.add_parser("sweep", help=SWEEP, add_help=False)
-    commands.add_parser("convert", help=CONVERT, add_help=False)
-    commands.add_parser("scaling", help=SCALING, add_help=False)
+    for name, (_, text) in HANDED_ON.items():
+        commands.add_parser(name, help=text, add_help=False)
     return parser
 
 
 def _add(
     commands: argparse._SubParsersAction[argparse.ArgumentParser],
     name: str,
-    text: str,
     handler: Callable[[argparse.Namespace], int],
     *,
     dry_run: bool = False,
@@ -136,8 +136,8 @@ def _add(
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
-        help=text,
-        description=text,
+        help=COMMANDS[name],
+        description=COMMANDS[name],
         epilog=f"example:\n  ee-megatron {name} {'rl ' if stage else ''}experiment=demo_cpu {example}".rstrip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -149,9 +149,6 @@ def _add(
     if dry_run:
         parser.add_argument(
             "--dry-run", action="store_true", help="check, print settings, ranks and directories; start nothing"
-        )
-        parser.add_argument(
-            "-m", "--multirun", action="store_true", help="key=a,b: every combination, by Hydra (hydra/launcher=...)"
         )
     parser.set_defaults(handler=handler)
     return parser
@@ -165,7 +162,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    plan = _add(commands, "plan", PLAN, _plan, example="--on cpu")
+    plan = _add(commands, "plan", _plan, example="--on cpu")
     plan.add_argument("--dims", default="", metavar="NAME", help="a published model instead of model.path")
     plan.add_argument("--on", default="", metavar="DEVICE", help="H100, H200, A100 or cpu (default: by the settings)")
     plan.add_argument("--tflops", type=float, help="the device's peak, dense, instead of the data sheet's")
@@ -191,52 +188,26 @@ def _configured(options: argparse.Namespace, *, with_model: bool = False) -> Run
     return cfg
 
 
-def _stage(options: argparse.Namespace) -> int:
-    if options.multirun:
-        return _multirun(options.stage, options.overrides)
-    cfg = _configured(options, with_model=not options.dry_run)
-    if options.dry_run:
-        return _print_plan(cfg, options.stage, options.stage, options.overrides)
-    from .training import launch
-
-    launch.run_stage(options.stage, cfg, options.overrides)
-    return 0
-
-
 def _run(options: argparse.Namespace) -> int:
-    if options.multirun:
-        return _multirun("run", options.overrides)
+    """A stage, or all of them."""
     cfg = _configured(options, with_model=not options.dry_run)
     if options.dry_run:
-        return _print_plan(cfg, "evaluate", "run", options.overrides)
+        return _dry_run(cfg, options.command, options.overrides)
     from .training import launch
 
-    launch.run_method(cfg, options.overrides)
+    if options.command == "run":
+        launch.run_method(cfg, options.overrides)
+    else:
+        launch.run_stage(options.command, cfg, options.overrides)
     return 0
-
-
-def _multirun(command: str, overrides: list[str]) -> int:
-    from .training.multirun import multirun
-
-    return multirun(command, overrides)
 
 
 def _plan(options: argparse.Namespace) -> int:
     cfg = _configured(options)
     _quiet_megatron()
-    from .planning.entry import Options, run_plan
-    from .planning.plan import Assumptions
+    from .planning.entry import run_plan
 
-    try:
-        nodes = tuple(int(count) for count in options.scaling.split(",") if count)
-    except ValueError:
-        raise ValueError(f"--scaling {options.scaling}: expected numbers of nodes, e.g. 1,2,4") from None
-    assumed = Assumptions(options.prompt_tokens, options.answer_tokens, options.mean_depth)
-    chosen = Options(
-        options.dims, options.on, options.tflops, options.memory_gib, options.efficiency, assumed,
-        not options.no_build, options.json, nodes,
-    )  # fmt: skip
-    return run_plan(cfg, options.overrides, chosen)
+    return run_plan(cfg, options)
 
 
 def _job(options: argparse.Namespace) -> int:
@@ -287,7 +258,7 @@ def _generate(options: argparse.Namespace) -> int:
     from .training import launch
 
     launch.quiet_libraries()
-    from .training.generate import stream_answer
+    from .answering import stream_answer
 
     stream_answer(cfg, options.prompt, options.exits, options.temperature, tokens, options.model, options.policy)
     return 0
@@ -298,74 +269,56 @@ def _serve(options: argparse.Namespace) -> int:
     from .training import launch
 
     launch.quiet_libraries()
+    from .answering import serve
     from .rollout.server.run import ServerSettings
-    from .training.generate import serve
 
     settings = ServerSettings(
-        options.host,
-        options.port,
-        options.rows,
-        options.queue,
-        options.max_length,
-        options.max_new_tokens,
-        options.grace,
-    )
+        options.host, options.port, options.rows, options.queue,
+        options.max_length, options.max_new_tokens, options.grace,
+    )  # fmt: skip
     serve(cfg, settings, options.exits, options.model, options.policy)
     return 0
 
 
-def _convert(arguments: list[str]) -> int:
+def _hand_on(command: str, *arguments: str) -> int:
     _quiet_megatron()
-    from .checkpoint import convert
-
-    return int(convert.main(arguments) or 0)
-
-
-def _sweep(arguments: list[str]) -> int:
-    _quiet_megatron()
-    from .sweeps import command as sweep
-
-    return sweep.main(arguments)
-
-
-def _scaling(arguments: list[str]) -> int:
-    from .scaling import command
-
-    return command.main(arguments)
+    return importlib.import_module(HANDED_ON[command][0], __package__).main(arguments)
 
 
 def _quiet_megatron() -> None:
     """megatron-core names at import every accelerator library that it does without."""
-    import warnings
-
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 
 
-def _print_plan(cfg: RunConfig, last: str, command: str, overrides: list[str]) -> int:
-    """The plan up to stage `last` on stdout; without a model directory what depends on the model is left out."""
+def _dry_run(cfg: RunConfig, command: str, overrides: list[str]) -> int:
+    """Settings and plan up to the command's stage on stdout; without a model directory what depends on the model is
+    left out."""
     from .config.derive import ranks, read_dims, resolve_exits, stage_sizes
     from .config.identity import OPTIONAL, stage_dir, stage_order, to_yaml
     from .config.identity import STAGES as ORDER
     from .config.validate import validate
+    from .planning.command import launch_commands
 
-    parallel = cfg.parallel
+    parallel, estimates = cfg.parallel, list[str]()
     lines = [f"ranks: {ranks(cfg)} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {parallel.data}"]
     if (Path(cfg.model.path) / "config.json").is_file():
         dims = read_dims(cfg)
         validate(cfg, dims)
         exits = resolve_exits(cfg, dims)
-        sizes = stage_sizes(cfg.parallel, exits)
+        sizes = stage_sizes(parallel, exits)
         lines.append(f"exits: {list(exits.depths)} of {dims.num_layers} layers; layers per stage: {list(sizes)}")
+        # megatron-core, whose configuration the arithmetic shares, takes seconds to import.
+        _quiet_megatron()
+        from .planning.entry import dry_run_lines
+
+        estimates = dry_run_lines(cfg, dims)
     else:
         lines.append(f"exits: not checked against the model: no {cfg.model.path}/config.json here")
     lines.append(f"rollouts: {cfg.rollout.backend}, {cfg.rollout.actors} actor(s)")
-    names = list(ORDER)
+    names, last = list(ORDER), "evaluate" if command == "run" else command
     left_out = set(OPTIONAL) - {*stage_order(cfg), last}
     lines += [f"{name}: {stage_dir(cfg, name)}" for name in names[: names.index(last) + 1] if name not in left_out]
-    _quiet_megatron()
-    from .planning.dry_run import dry_run_lines
-
-    lines += dry_run_lines(cfg, command, overrides)
+    lines += [*estimates, *(f"command: {line}" for line in launch_commands(cfg, command, overrides))]
     print(to_yaml(cfg) + "".join(f"# {line}\n" for line in lines), end="")
     return 0
 

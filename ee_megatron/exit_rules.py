@@ -61,6 +61,7 @@ class ExitRule(ABC):
     """Hashable; rows whose rules are equal decide together.
 
     - kind: the name, wherever it is written down
+    - words: the label, with the format of `value`, the rule's number, if it has one; "": the kind
     - needs: what `fires` looks at, at most
     - notes: numbers that it keeps of a position from one exit to the next
     - default: its number where none is given
@@ -71,6 +72,7 @@ class ExitRule(ABC):
     """
 
     kind: ClassVar[str]
+    words: ClassVar[str] = ""
     needs: ClassVar[frozenset[Need]] = frozenset()
     notes: ClassVar[int] = 0
     default: ClassVar[float] = 0.5
@@ -80,7 +82,7 @@ class ExitRule(ABC):
     @classmethod
     def of(cls, value: float) -> Self:
         """The rule with this number; those without one ignore it."""
-        return cls()
+        return cls(**{"value": value} if "value" in cls.__dataclass_fields__ else {})
 
     @abstractmethod
     def fires(self, at: AtExit) -> Tensor:
@@ -89,11 +91,11 @@ class ExitRule(ABC):
     @property
     def label(self) -> str:
         """The rule in words, as it stands in the tables."""
-        return self.kind
+        return (self.words or self.kind).format(getattr(self, "value", None))
 
     def __str__(self) -> str:
         """As `parse` reads it; a mix can't be written so."""
-        return self.kind
+        return f"{self.kind}:{self.value}" if hasattr(self, "value") else self.kind
 
     def check(self, layout: ExitLayout, has_gates: bool) -> None:
         """Raises ValueError if a decoder with these exits and gates can't follow the rule."""
@@ -104,11 +106,16 @@ class ExitRule(ABC):
 
     def to_json(self) -> dict[str, Any]:
         """As the server and exported models take it."""
-        return {"kind": self.kind, "value": self.default}
+        return {"kind": self.kind, "value": getattr(self, "value", self.default)}
 
     def to_results(self) -> dict[str, Any]:
         """As results.json has it; fields that a rule lacks have their defaults."""
-        return {**self.to_json(), "shares": [], "other": 0.0, "mix": 0.0}
+        return {
+            **self.to_json(),
+            "shares": list(getattr(self, "shares", ())),
+            "other": getattr(self, "other", 0.0),
+            "mix": getattr(self, "mix", 0.0),
+        }
 
     @classmethod
     def dial(cls, span: DialRange) -> Dial:
@@ -138,10 +145,6 @@ class Bound(ExitRule):
                 f"exit policy {self.kind}: mix {self.mix}; expected a probability, for a rule with a bound"
             )
 
-    @classmethod
-    def of(cls, value: float) -> Self:
-        return cls(value)
-
     def bounds(self, at: AtExit, like: Tensor) -> Tensor:
         """The rows' bounds, shaped as `like` [R]."""
         bounds = like.new_full(like.shape, self.value)
@@ -151,21 +154,7 @@ class Bound(ExitRule):
 
     @property
     def label(self) -> str:
-        return self.words + (f" (or {self.other:.4g}: {self.mix:.0%})" if self.mix else "")
-
-    @property
-    @abstractmethod
-    def words(self) -> str:
-        """The label without a mix."""
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{self.value}"
-
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "value": self.value}
-
-    def to_results(self) -> dict[str, Any]:
-        return {**super().to_results(), "other": self.other, "mix": self.mix}
+        return super().label + (f" (or {self.other:.4g}: {self.mix:.0%})" if self.mix else "")
 
     def mixed(self, deeper: Self, share: float) -> Self:
         return replace(self, other=float(deeper.value), mix=share)
@@ -186,16 +175,13 @@ class Threshold(Probability):
     """At the first gate whose hazard exceeds `value`. Its dial is for the gates of other weights."""
 
     kind = "threshold"
+    words = "hazard > {:g}"
     needs = frozenset({"gates", "random"})
     usage = "threshold:HAZARD"
 
     def fires(self, at: AtExit) -> Tensor:
         hazard = at.gate_logits.sigmoid()
         return hazard > self.bounds(at, hazard)
-
-    @property
-    def words(self) -> str:
-        return f"hazard > {self.value:g}"
 
     @classmethod
     def dial(cls, span: DialRange) -> Dial:
@@ -207,47 +193,35 @@ class Sample(ExitRule):
     """Gate i fires with its hazard, as in training."""
 
     kind = "sample"
+    words = "sampled"
     needs = frozenset({"gates", "random"})
     usage = "sample"
 
     def fires(self, at: AtExit) -> Tensor:
         return at.uniform(at.index) < at.gate_logits.double().sigmoid()
 
-    @property
-    def label(self) -> str:
-        return "sampled"
-
 
 @dataclass(frozen=True)
 class Fixed(ExitRule):
     """Every position at one depth, an exit depth or L. As a control two neighbouring depths are mixed at random."""
 
-    depth: float
+    value: float
 
     kind = "fixed"
+    words = "fixed {:g}"
     usage = "fixed:DEPTH"
     control = "fixed depth"
 
-    @classmethod
-    def of(cls, value: float) -> Self:
-        return cls(int(value) if float(value).is_integer() else value)
+    def __post_init__(self) -> None:
+        if float(self.value).is_integer():
+            object.__setattr__(self, "value", int(self.value))
 
     def fires(self, at: AtExit) -> Tensor:
-        return everywhere(at, at.depth == self.depth)
-
-    @property
-    def label(self) -> str:
-        return f"fixed {self.depth:g}"
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{self.depth}"
+        return everywhere(at, at.depth == self.value)
 
     def check(self, layout: ExitLayout, has_gates: bool) -> None:
-        if self.depth not in layout.outcomes:
-            raise ValueError(f"fixed exit {self.depth} is no exit depth; expected one of {list(layout.outcomes)}")
-
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "value": self.depth}
+        if self.value not in layout.outcomes:
+            raise ValueError(f"fixed exit {self.value} is no exit depth; expected one of {list(layout.outcomes)}")
 
     @classmethod
     def dial(cls, span: DialRange) -> Dial:
@@ -255,12 +229,9 @@ class Fixed(ExitRule):
 
         def rule(position: float) -> ExitRule:
             place = position * last
-            low = min(int(place), last - 1) if last else 0
-            shares = [0.0] * (last + 1)
-            shares[low] = 1.0 - (place - low)
-            if last:
-                shares[low + 1] = place - low
-            return Random(tuple(shares))
+            low = max(0, min(int(place), last - 1))
+            deeper = place - low
+            return Random((*[0.0] * low, 1.0 - deeper, deeper, *[0.0] * (last - low - 1))[: last + 1])
 
         return rule
 
@@ -283,13 +254,10 @@ class Random(ExitRule):
                 "that sum to 1"
             )
 
-    def hazard(self, exit_index: int) -> float:
-        """The probability of exit i given that no exit before it was taken, shares_i / Σ_{j>=i} shares_j."""
-        left = sum(self.shares[exit_index:])
-        return self.shares[exit_index] / left if left > 0 else 0.0
-
     def fires(self, at: AtExit) -> Tensor:
-        return at.uniform(at.index) < self.hazard(at.index)
+        """With the probability of exit i given that no exit before it was taken, shares_i / Σ_{j>=i} shares_j."""
+        left = sum(self.shares[at.index :])
+        return at.uniform(at.index) < (self.shares[at.index] / left if left > 0 else 0.0)
 
     @property
     def label(self) -> str:
@@ -301,9 +269,6 @@ class Random(ExitRule):
                 f"exit policy random: {len(self.shares)} shares for {len(layout.outcomes)} outcomes "
                 f"{list(layout.outcomes)}; give one each"
             )
-
-    def to_results(self) -> dict[str, Any]:
-        return {**super().to_results(), "shares": list(self.shares)}
 
     @classmethod
     def dial(cls, span: DialRange) -> Dial:
@@ -343,6 +308,7 @@ class Confidence(Probability):
     2207.07061), softmax confidence, without their calibration."""
 
     kind = "confidence"
+    words = "confidence > {:.4g}"
     needs = frozenset({"readout", "random"})
     usage = "confidence:PROBABILITY"
     control = "confidence"
@@ -350,10 +316,6 @@ class Confidence(Probability):
     def fires(self, at: AtExit) -> Tensor:
         most = at.readout().log_softmax(dim=-1).amax(dim=-1).exp()
         return most > self.bounds(at, most)
-
-    @property
-    def words(self) -> str:
-        return f"confidence > {self.value:.4g}"
 
     @classmethod
     def dial(cls, span: DialRange) -> Dial:
@@ -367,6 +329,7 @@ class Entropy(Bound):
     arXiv 1709.01686) and DeeBERT (Xin et al. 2020, arXiv 2004.12993)."""
 
     kind = "entropy"
+    words = "entropy < {:.3g}"
     needs = frozenset({"readout", "random"})
     control = "entropy"
 
@@ -379,10 +342,6 @@ class Entropy(Bound):
         logprobs = at.readout().log_softmax(dim=-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         return entropy < self.bounds(at, entropy)
-
-    @property
-    def words(self) -> str:
-        return f"entropy < {self.value:.3g}"
 
     @classmethod
     def dial(cls, span: DialRange) -> Dial:
@@ -403,6 +362,7 @@ class Patience(Bound):
     value: float = 2
 
     kind = "patience"
+    words = "patience {}"
     needs = frozenset({"readout", "random"})
     # The last exit's first choice, and over how many exits it has stood.
     notes = 2
@@ -432,10 +392,6 @@ class Patience(Bound):
         at.notes[:, 0], at.notes[:, 1] = choice, stood
         return stood >= self.bounds(at, stood)
 
-    @property
-    def words(self) -> str:
-        return f"patience {self.value}"
-
     @classmethod
     def dial(cls, span: DialRange) -> Dial:
         """From 1 to M + 1 exits."""
@@ -450,14 +406,11 @@ class Off(ExitRule):
     """Never."""
 
     kind = "off"
+    words = "full depth"
     usage = "off"
 
     def fires(self, at: AtExit) -> Tensor:
         return everywhere(at, False)
-
-    @property
-    def label(self) -> str:
-        return "full depth"
 
 
 @dataclass(frozen=True)

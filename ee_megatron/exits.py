@@ -46,9 +46,8 @@ class ExitLayout:
     @staticmethod
     def default(num_layers: int, pipeline: int = 1) -> ExitLayout:
         """Every fifth layer, and the boundaries of an even pipeline split."""
-        step = [d for d in range(5, num_layers, 5)]
         edges = [round(num_layers * s / pipeline) for s in range(1, pipeline)]
-        return ExitLayout(num_layers, tuple(sorted({d for d in (*step, *edges) if 1 <= d < num_layers})))
+        return ExitLayout(num_layers, tuple(sorted({*range(5, num_layers, 5), *edges} - {0, num_layers})))
 
     def stage_sizes(self, stages: int, requested: Sequence[int] | None = None) -> tuple[int, ...]:
         """Layers per stage such that every inner boundary is an exit depth.
@@ -67,13 +66,10 @@ class ExitLayout:
             for edge in edges:
                 if edge not in self.depths:
                     near = min(self.depths, key=lambda d: abs(d - edge), default=None)
-                    hint = (
-                        f"move the boundary to {near} or add {edge} to exits.depths"
-                        if near
-                        else f"add {edge} to exits.depths"
-                    )
+                    move = f"move the boundary to {near} or " if near else ""
                     raise ValueError(
-                        f"stage boundary after layer {edge} is not an exit depth {list(self.depths)}; {hint}"
+                        f"stage boundary after layer {edge} is not an exit depth {list(self.depths)}; "
+                        f"{move}add {edge} to exits.depths"
                     )
             return sizes
         if len(self.depths) < stages - 1:

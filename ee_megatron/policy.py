@@ -13,8 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -109,19 +109,17 @@ def initial_policy(
             raise ValueError("full fine-tuning starts from the pretrained model; pass what reads its tensors")
         tensors = {name: base(name).float() for name in dims.tensor_shapes()}
     for name, shape in {**spec.adapter_shapes(dims), **spec.gate_shapes(dims)}.items():
-        if name.endswith("lora_B.weight") or ".fc2.weight" in name:
+        if name.endswith(("lora_B.weight", "fc1.bias", "fc2.weight")):
             tensors[name] = torch.zeros(shape)
         elif name.endswith("fc2.bias"):
             tensors[name] = torch.full(shape, INITIAL_GATE_BIAS)
-        elif name.endswith("fc1.bias"):
-            tensors[name] = torch.zeros(shape)
         else:
             bound = 1.0 / math.sqrt(shape[1])
             tensors[name] = (torch.rand(shape, generator=generator) * 2 - 1) * bound
     return tensors
 
 
-def digest(tensors: dict[str, Tensor]) -> str:
+def digest(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over names, shapes, dtypes and bytes in name order: two sides hold the same weights iff digests agree."""
     total = hashlib.sha256()
     for name in sorted(tensors):
@@ -137,13 +135,13 @@ class WeightSet:
 
     version: int
     tensors: dict[str, Tensor]
-    digest: str = field(default="")
+    digest: str = ""
 
     def __post_init__(self) -> None:
         self.digest = self.digest or digest(self.tensors)
 
 
-def save_policy(directory: Path, spec: PolicySpec, tensors: dict[str, Tensor]) -> None:
+def save_policy(directory: Path, spec: PolicySpec, tensors: Mapping[str, Tensor]) -> None:
     """Write policy.safetensors and policy.json into an existing directory (the caller makes it appear whole)."""
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, directory / "policy.safetensors"
@@ -153,14 +151,23 @@ def save_policy(directory: Path, spec: PolicySpec, tensors: dict[str, Tensor]) -
 
 def load_policy(directory: str | Path) -> tuple[PolicySpec, dict[str, Tensor]]:
     """Read what `save_policy` wrote. Raises FileNotFoundError or ValueError (damaged: the digest differs)."""
-    directory = Path(directory)
-    if not (directory / "policy.json").is_file():
+    spec, tensors = read_policy(directory, load_file)
+    return spec, dict(tensors)
+
+
+def read_policy(
+    directory: str | Path, read: Callable[[Path], Mapping[str, Tensor]]
+) -> tuple[PolicySpec, Mapping[str, Tensor]]:
+    """As `load_policy`, with `read` for the tensors' file; the digest asks for them one at a time."""
+    path = Path(directory) / "policy.json"
+    if not path.is_file():
         raise FileNotFoundError(f"{directory}: no policy.json there; expected a policy checkpoint")
-    data = json.loads((directory / "policy.json").read_text())
-    expected = data.pop("sha256")
-    tensors = load_file(directory / "policy.safetensors")
+    try:
+        data = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); the file is damaged") from None
+    expected, file = data.pop("sha256"), path.with_name("policy.safetensors")
+    tensors = read(file)
     if digest(tensors) != expected:
-        raise ValueError(
-            f"{directory}/policy.safetensors: contents do not match the digest in policy.json; the file is damaged"
-        )
+        raise ValueError(f"{file}: contents do not match the digest in policy.json; the file is damaged")
     return PolicySpec.from_json(data), tensors

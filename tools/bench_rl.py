@@ -92,7 +92,7 @@ def ours(options: argparse.Namespace) -> None:
         experience, _ = credit(batch, found, first, learner.score(batch, reference=True), rl, dims.num_layers, 0)
         weights, _ = objective.weights(batch, experience, first.token_logprobs, first.exit_logprobs)
         clock.append(time.perf_counter())
-        learner.step(batch, weights, objective, adapter_lr=1e-5, gate_lr=1e-5)
+        learner.step(batch, weights, objective.kl.teacher, adapter_lr=1e-5, gate_lr=1e-5)
         clock.append(time.perf_counter())
         names = ("weights", "rollouts", "scoring", "update")
         phases = dict(zip(names, np.diff(clock).tolist(), strict=True))

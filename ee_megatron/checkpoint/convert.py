@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -25,8 +24,7 @@ from .manifest import read_manifest, tensor_sha256
 from .megatron_directory import CheckpointLayout, MegatronDirectory
 from .megatron_import import gates_of, write_megatron
 from .megatron_io import WEIGHTS
-from .meter import Meter
-from .policy_files import Policy, no_policy, open_policy
+from .policy_files import Policy, open_policy, policy_beside
 from .sources import HFSource, TensorSource
 
 SHORT = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -45,24 +43,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def _import(args: argparse.Namespace) -> int:
     source = HFSource(args.hf)
-    policy = _import_policy(args, source)
-    layout = CheckpointLayout.plan(source.dims, policy[0].layout, args.tp, args.pp, args.vpp)
-    meter = write_megatron(
-        source, Path(args.out), policy, layout, SHORT.get(args.dtype), resume=args.resume, quiet=args.quiet
-    )
-    _said(args.out, source, policy[0], layout, meter)
-    return 0
+    return _write(args, source, _import_policy(args, source))
 
 
 def _import_policy(args: argparse.Namespace, source: HFSource) -> Policy:
     """Adapters and gates of an import: given, brought along by the directory, or fresh."""
-    found = gates_of(source)
-    if args.policy or found:
+    given = open_policy(args.policy) if args.policy else gates_of(source)
+    if given is not None:
         if args.exit_depths or args.rank:
             raise ValueError(
                 f"{args.policy or args.hf} brings its own exit depths and gates; leave --exit-depths and --rank out"
             )
-        return open_policy(args.policy) if args.policy else found or no_policy(source.dims.num_layers)
+        return given
     layers = source.dims.num_layers
     if args.pp < 1 or args.vpp < 1:
         raise ValueError(f"--pp {args.pp} --vpp {args.vpp}: must be at least 1")
@@ -73,20 +65,19 @@ def _import_policy(args: argparse.Namespace, source: HFSource) -> Policy:
 
 def _reshard(args: argparse.Namespace) -> int:
     source = MegatronDirectory(args.checkpoint)
-    has_policy = (source.path / "policy.json").is_file()
-    policy = open_policy(source.path) if has_policy else no_policy(source.dims.num_layers)
+    return _write(args, source, policy_beside(source))
+
+
+def _write(args: argparse.Namespace, source: TensorSource, policy: Policy) -> int:
     layout = CheckpointLayout.plan(source.dims, policy[0].layout, args.tp, args.pp, args.vpp)
     meter = write_megatron(
         source, Path(args.out), policy, layout, SHORT.get(args.dtype), resume=args.resume, quiet=args.quiet
     )
-    _said(args.out, source, policy[0], layout, meter)
-    return 0
-
-
-def _said(out: str, source: TensorSource, spec: PolicySpec, layout: CheckpointLayout, meter: Meter) -> None:
     degrees = f"TP {layout.tensor} x PP {layout.pipeline}" + (f" x VPP {layout.virtual}" if layout.virtual > 1 else "")
-    print(f"{out}: {source.dims.family}, {source.dims.num_layers} layers, exits at {list(spec.exit_depths)}, {degrees}")
+    dims, exits = source.dims, list(policy[0].exit_depths)
+    print(f"{args.out}: {dims.family}, {dims.num_layers} layers, exits at {exits}, {degrees}")
     print(meter.line())
+    return 0
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -98,10 +89,8 @@ def _export(args: argparse.Namespace) -> int:
             raise ValueError(
                 f"{args.hf} has other dimensions than {checkpoint}, which holds its own base; leave --hf out"
             )
-        policy = no_policy(base.dims.num_layers)
-        if (checkpoint / "policy.json").is_file():
-            policy = open_policy(checkpoint)
-        elif gates == "auto":
+        policy = policy_beside(base)
+        if gates == "auto" and not (checkpoint / "policy.json").is_file():
             gates = "drop"
     else:
         policy = open_policy(checkpoint)
@@ -154,8 +143,8 @@ def _roundtrip(args: argparse.Namespace) -> int:
     exits = ExitLayout.default(source.dims.num_layers, args.pp)
     spec = PolicySpec(source.dims.num_layers, exits.depths, rank=0)
     layout = CheckpointLayout.plan(source.dims, exits, args.tp, args.pp)
-    work = Path(tempfile.mkdtemp(prefix="roundtrip.", dir=args.work))
-    try:
+    with tempfile.TemporaryDirectory(prefix="roundtrip.", dir=args.work, ignore_cleanup_errors=True) as folder:
+        work = Path(folder)
         policy = spec, initial_policy(source.dims, spec, 0)
         write_megatron(source, work / "megatron", policy, layout, quiet=args.quiet)
         export_hf(MegatronDirectory(work / "megatron"), policy, work / "hf", gates="drop", quiet=args.quiet)
@@ -166,8 +155,6 @@ def _roundtrip(args: argparse.Namespace) -> int:
                 wrong.append(name)
             source.release()
             back.release()
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     if wrong:
         total = len(source.names())
         print(f"error: {len(wrong)} of {total} tensors differ after the round trip: {wrong[:3]}", file=sys.stderr)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ..policy import PolicySpec
-from .hf_export import merged_weight
+from .hf_export import adapter_of, merged_weight
 from .manifest import MANIFEST, Digest, Hasher, read_manifest, tensor_sha256
 from .megatron_directory import MegatronDirectory
 from .megatron_import import folded, gates_of
 from .megatron_io import WEIGHTS
-from .policy_files import no_policy, open_policy
+from .policy_files import no_policy, open_policy, policy_beside
 from .safetensors_io import read_small
 from .sources import HFSource, TensorSource, rows_of
 
@@ -36,11 +36,9 @@ class Checkpoint:
 
     def effective(self, name: str) -> Iterator[Tensor]:
         """The weight with its adapter merged, rounded as an export rounds it, in blocks of rows."""
-        stem = name.removesuffix(".weight")
-        pair = [f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"]
-        if pair[0] in self.tensors and name == f"{stem}.weight":
+        if pair := adapter_of(name, self.tensors):
             weight = self.base.tensor(name)
-            merged = merged_weight(weight, self.tensors[pair[0]], self.tensors[pair[1]], self.spec.scale)
+            merged = merged_weight(weight, (self.tensors[part] for part in pair), self.spec.scale)
             yield from rows_of(merged.to(weight.dtype))
         else:
             yield from self.base.blocks(name)
@@ -61,8 +59,7 @@ def open_checkpoint(path: Path, hf: str | Path | None = None) -> Checkpoint:
         raise FileNotFoundError(f"{path}: no such directory")
     if (path / WEIGHTS).is_dir():
         base = MegatronDirectory(path)
-        policy = open_policy(path) if (path / "policy.json").is_file() else no_policy(base.dims.num_layers)
-        return Checkpoint("megatron", path, base, *policy)
+        return Checkpoint("megatron", path, base, *policy_beside(base))
     if (path / "policy.json").is_file():
         if hf is None:
             raise ValueError(f"{path} holds a policy without its base model; add --hf BASE")
@@ -82,7 +79,7 @@ def describe(folder: Path, hashes: bool = True) -> tuple[str, list[Row], dict[st
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such directory")
     if (folder / "adapter_config.json").is_file():
-        return _small("peft adapter", folder)
+        return _peft(folder)
     if (folder / "policy.json").is_file() and not (folder / WEIGHTS).is_dir():
         spec, tensors = open_policy(folder)
         facts = {"exit_depths": list(spec.exit_depths), "rank": spec.rank, "alpha": spec.alpha}
@@ -94,7 +91,11 @@ def describe(folder: Path, hashes: bool = True) -> tuple[str, list[Row], dict[st
     with Hasher() as hasher:
         for name in opened.base.names():
             recorded = manifest["tensors"].get(name, {}).get("sha256", "")
-            sha256 = _hash(opened.base, name, hasher) if hashes else recorded
+            if hashes:
+                digest = Digest(hasher)
+                for block in opened.base.blocks(name):
+                    digest.update(block)
+            sha256 = digest.hexdigest() if hashes else recorded
             _compare(folder, name, manifest, sha256)
             stored = opened.base.parameter(name) if isinstance(opened.base, MegatronDirectory) else name
             rows.append((name, stored, list(shapes[name]), _dtype(opened.base.dtype(name)), sha256))
@@ -117,20 +118,13 @@ def _compare(folder: Path, name: str, manifest: dict, sha256: str) -> None:
         raise ValueError(f"{folder}: {name} is not what {MANIFEST} says; the directory is damaged, convert it again")
 
 
-def _small(kind: str, folder: Path) -> tuple[str, list[Row], dict[str, Any]]:
+def _peft(folder: Path) -> tuple[str, list[Row], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= read_small(file)
     manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
     facts = {key: manifest[key] for key in ("adapters", "gates", "exit_depths") if key in manifest}
-    return kind, [_row(name, tensor, True) for name, tensor in tensors.items()], facts
-
-
-def _hash(source: TensorSource, name: str, hasher: Hasher) -> str:
-    digest = Digest(hasher)
-    for block in source.blocks(name):
-        digest.update(block)
-    return digest.hexdigest()
+    return "peft adapter", [_row(name, tensor, True) for name, tensor in tensors.items()], facts
 
 
 def _row(name: str, tensor: Tensor, hashes: bool) -> Row:

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,11 +26,11 @@ from ..families import FAMILIES
 from ..families.hf_directory import HFDirectory
 from ..policy import PolicySpec, digest
 from .export_files.configuration_early_exit import check_exit_policy
-from .manifest import MANIFEST, Digest, Hasher, Ledger, copy_tokenizer, entry, tensor_sha256, write_manifest
+from .manifest import Digest, Hasher, Ledger, copy_tokenizer, entry, entry_of, write_manifest
 from .meter import Meter
 from .policy_files import LazyTensors, check_policy, open_policy
 from .safetensors_io import SafetensorsWriter, aligned, nbytes, write_small
-from .sources import HFSource, TensorSource, TunedSource, ahead, check_finite, total_bytes
+from .sources import HFSource, TensorSource, TunedSource, Watch, ahead, total_bytes
 from .workspace import Workspace, workspace
 
 EXPORT_FILES = Path(__file__).parent / "export_files"
@@ -64,9 +64,10 @@ def export_hf(
     Raises ValueError or FileNotFoundError: an option or combination that does not exist, a policy that does not fit the
     base, a tensor that is damaged or would be left over or used twice, an output that exists. OSError: disk full.
     """
-    if isinstance(base, str | Path | HFDirectory):
-        _refuse_embedded(base)
+    if not isinstance(base, TensorSource):
         base = HFSource(base)
+        if base.spec() is not None:
+            raise ValueError(f"{base.path}: is an early-exit export; give the plain model that it was made from")
     spec, tensors = policy if isinstance(policy, tuple) else open_policy(policy)
     out = Path(out)
     gates = ("embed" if adapters == "merge" else "sidecar") if gates == "auto" else gates
@@ -76,7 +77,8 @@ def export_hf(
     check_exit_policy(exit_policy, list(spec.exit_depths), spec.num_layers)
     if spec.full:
         base = TunedSource(base, tensors)
-    ledger = Ledger(base=_base_names(base, spec, adapters), policy=tensors)
+    # The tensors of a full fine-tuning are the policy's own; those that it started from are not used.
+    ledger = Ledger(base=[] if adapters == "keep" or spec.full else base.names(), policy=tensors)
     plan = ExportPlan(base, spec, tensors, gates, dtype, shard_bytes)
     job = {
         "command": "export",
@@ -85,7 +87,8 @@ def export_hf(
         "policy": fingerprint_of(tensors),
         "options": [adapters, gates, dtype, exit_policy, shard_bytes],
     }
-    with workspace(out, job, resume) as space, Meter("export", plan.total(adapters), quiet) as meter:
+    total = total_bytes(base) if adapters == "merge" else 0
+    with workspace(out, job, resume) as space, Meter("export", total, quiet) as meter:
         folder = space.folder
         if adapters == "merge":
             entries = _write_merged(plan, space, ledger, meter)
@@ -111,17 +114,6 @@ def fingerprint_of(tensors: Mapping[str, Tensor]) -> object:
     return digest(dict(tensors))
 
 
-def _base_names(base: TensorSource, spec: PolicySpec, adapters: str) -> list[str]:
-    # The tensors of a full fine-tuning are the policy's own; those that it started from are not used.
-    return [] if adapters == "keep" or spec.full else base.names()
-
-
-def _refuse_embedded(base: HFDirectory | str | Path) -> None:
-    directory = base if isinstance(base, HFDirectory) else HFDirectory(base)
-    if directory.config.get("model_type") == "early_exit":
-        raise ValueError(f"{directory.path}: is an early-exit export; give the plain model that it was made from")
-
-
 def _check_options(spec: PolicySpec, adapters: str, gates: str, dtype: str) -> None:
     if adapters not in COMBINATIONS:
         raise ValueError(f"adapters={adapters!r}: expected one of {', '.join(COMBINATIONS)}")
@@ -133,8 +125,16 @@ def _check_options(spec: PolicySpec, adapters: str, gates: str, dtype: str) -> N
         raise ValueError("adapters='keep': the policy has no adapters (rank 0); use adapters='merge'")
 
 
-def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """W + scale * B A, float32 [out, in] (Hu et al. 2021): in float32 whatever the inputs are."""
+def adapter_of(name: str, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the adapter's A and B of a tensor of the base, if it has one."""
+    stem = name.removesuffix(".weight")
+    pair = [f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"]
+    return pair if name == f"{stem}.weight" and pair[0] in tensors else []
+
+
+def merged_weight(weight: Tensor, pair: Iterable[Tensor], scale: float) -> Tensor:
+    """W + scale * B A, float32 [out, in], of the pair A, B (Hu et al. 2021): in float32 whatever the inputs are."""
+    lora_a, lora_b = pair
     return weight.float() + scale * (lora_b.float() @ lora_a.float())
 
 
@@ -149,10 +149,6 @@ class ExportPlan:
     dtype: str
     shard_bytes: int
 
-    @cached_property
-    def base_names(self) -> frozenset[str]:
-        return frozenset(self.base.names())
-
     def table(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name -> dtype and shape, in the model's order, embedded gates last."""
         shapes = self.base.dims.tensor_shapes()
@@ -161,53 +157,20 @@ class ExportPlan:
             table |= {name: (torch.float32, shape) for name, shape in self.spec.gate_shapes(self.base.dims).items()}
         return table
 
-    def total(self, adapters: str) -> int:
-        return total_bytes(self.base) if adapters == "merge" else 0
-
-    def lora(self, name: str) -> list[str]:
-        """The adapter of a weight, if it has one."""
-        stem = name.removesuffix(".weight")
-        pair = [f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"]
-        return pair if name == f"{stem}.weight" and pair[0] in self.tensors else []
-
     def sources(self, name: str) -> list[str]:
-        own = "policy" if self.spec.full or name not in self.base_names else "base"
-        return [f"{own}:{name}", *(f"policy:{part}" for part in self.lora(name))]
+        own = "policy" if self.spec.full or name.startswith("gates.") else "base"
+        return [f"{own}:{name}", *(f"policy:{part}" for part in adapter_of(name, self.tensors))]
 
-    def blocks(self, name: str, hasher: Hasher, meter: Meter) -> Iterator[Tensor]:
-        """The tensor as it is written. Raises ValueError if it is damaged: not finite, or not of the known hash."""
-        if name not in self.base_names:
-            yield self.tensors[name].float().contiguous()
-            return
-        lora, dtype = self.lora(name), DTYPES.get(self.dtype) or self.base.dtype(name)
-        seen = Digest(hasher) if self.base.sha256(name) and self.changes(name) else None
-        for block in [self.base.tensor(name)] if lora else self.base.blocks(name):
-            check_finite(f"{self.base.path}: {name}", block)
-            if seen is not None:
-                seen.update(block)
-            meter.add(block.nbytes)
-            if lora:
-                block = merged_weight(block, self.tensors[lora[0]], self.tensors[lora[1]], self.spec.scale)
-            yield block.to(dtype)
-        if seen is not None:
-            self.check(name, seen.hexdigest())
-
-    def changes(self, name: str) -> bool:
-        """Whether a tensor of the base is written otherwise than it is stored."""
-        return bool(self.lora(name)) or DTYPES.get(self.dtype, self.base.dtype(name)) != self.base.dtype(name)
-
-    def check(self, name: str, found: str) -> None:
-        """Raises ValueError if a tensor of the base was read with another hash than it should have."""
-        if self.base.sha256(name) not in (None, found):
-            raise ValueError(
-                f"{self.base.path}: {name} is not what {MANIFEST} says; the checkpoint is damaged, convert it again"
-            )
+    def merge(self, weight: Tensor, name: str) -> Tensor:
+        """A tensor of the base with its adapter."""
+        return merged_weight(weight, (self.tensors[part] for part in adapter_of(name, self.tensors)), self.spec.scale)
 
 
 def _write_merged(plan: ExportPlan, space: Workspace, ledger: Ledger, meter: Meter) -> dict[str, dict]:
     """model.safetensors, or numbered files and their index; returns the manifest's entries."""
     table = plan.table()
-    shards = _plan_shards(table, {name: nbytes(*table[name]) for name in table}, plan.shard_bytes)
+    sizes = {name: nbytes(*line) for name, line in table.items()}
+    shards = _plan_shards(sizes, plan.shard_bytes)
     entries: dict[str, dict] = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -216,45 +179,49 @@ def _write_merged(plan: ExportPlan, space: Workspace, ledger: Ledger, meter: Met
             made = _write_shard(plan, space.folder / file, {name: table[name] for name in names}, meter)
             space.finish(file, made)
         else:
-            meter.skip(sum(nbytes(*table[name]) for name in names))
+            meter.skip(sum(sizes[name] for name in names))
         for name in names:
             ledger.take(*made[name]["source"])
         entries |= {name: made[name] for name in names}
     if len(shards) > 1:
         index = {
-            "metadata": {"total_size": sum(nbytes(*table[name]) for name in table)},
+            "metadata": {"total_size": sum(sizes.values())},
             "weight_map": {name: line["file"] for name, line in entries.items()},
         }
         (space.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     return entries
 
 
-def _plan_shards(names: Iterable[str], size: dict[str, int], shard_bytes: int) -> list[list[str]]:
+def _plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     used = 0
-    for name in names:
-        if shards[-1] and used + size[name] > shard_bytes:
+    for name, size in sizes.items():
+        if shards[-1] and used + size > shard_bytes:
             shards.append([])
             used = 0
         shards[-1].append(name)
-        used += size[name]
+        used += size
     return shards
 
 
 def _write_shard(
     plan: ExportPlan, path: Path, table: dict[str, tuple[torch.dtype, tuple[int, ...]]], meter: Meter
 ) -> dict[str, dict]:
-    digests: dict[str, Digest] = {}
+    digests: dict[str, Digest | Watch] = {}
     with Hasher() as hasher, SafetensorsWriter(path, table) as writer:
         for name in ahead(plan.base, aligned(table)):
-            digests[name] = Digest(hasher)
-            for block in plan.blocks(name, hasher, meter):
-                digests[name].update(block)
-                writer.write(block)
+            if name.startswith("gates."):
+                gate = plan.tensors[name].float().contiguous()
+                digests[name] = digest_ = Digest(hasher)
+                digest_.update(gate)
+                writer.write(gate)
+            else:
+                change = partial(plan.merge, name=name) if adapter_of(name, plan.tensors) else None
+                digests[name] = watch = Watch(plan.base, name, table[name][0], hasher, meter, change)
+                # An adapter needs the tensor whole.
+                for block in [plan.base.tensor(name)] if change else plan.base.blocks(name):
+                    writer.write(watch.block(block))
             plan.base.release()
-        for name in table:
-            if name in plan.base_names and not plan.changes(name):
-                plan.check(name, digests[name].hexdigest())
         return {
             name: entry(shape, dtype, digests[name].hexdigest(), plan.sources(name), path.name)
             for name, (dtype, shape) in table.items()
@@ -296,7 +263,7 @@ def _write_peft(plan: ExportPlan, folder: Path, ledger: Ledger) -> dict[str, dic
     for name in spec.adapter_shapes(base.dims):
         target, value = f"base_model.model.{name}", plan.tensors[name]
         content[target] = value.to(DTYPES.get(plan.dtype, value.dtype))
-        entries[target] = _line(content[target], ledger.take(f"policy:{name}"), file)
+        entries[target] = entry_of(content[target], ledger.take(f"policy:{name}"), file)
     write_small(folder / file, content)
     config = {
         "peft_type": "LORA",
@@ -327,8 +294,4 @@ def _write_sidecar(
     write_small(folder / "gates.safetensors", content)
     facts = {"exit_depths": list(spec.exit_depths), "gate_width": spec.gate_width, "gate_input": spec.gate_input}
     (folder / "gates.json").write_text(json.dumps(facts, indent=2) + "\n")
-    return {name: _line(content[name], ledger.take(f"policy:{name}"), "gates.safetensors") for name in names}
-
-
-def _line(tensor: Tensor, sources: list[str], file: str) -> dict:
-    return entry(tensor.shape, tensor.dtype, tensor_sha256(tensor), sources, file)
+    return {name: entry_of(content[name], ledger.take(f"policy:{name}"), "gates.safetensors") for name in names}

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -125,6 +122,11 @@ def entry(
     return line if stored_as is None else {**line, "stored_as": stored_as}
 
 
+def entry_of(tensor: Tensor, sources: list[str], file: str) -> dict:
+    """`entry` for a tensor that is in memory."""
+    return entry(tensor.shape, tensor.dtype, tensor_sha256(tensor), sources, file)
+
+
 def write_manifest(directory: Path, kind: str, tensors: dict[str, dict], **facts: object) -> None:
     """manifest.json: what kind of directory this is, facts about it, and `entry` per tensor name."""
     total = hashlib.sha256("".join(f"{name} {tensors[name]['sha256']}\n" for name in sorted(tensors)).encode())
@@ -152,23 +154,3 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
         shutil.copytree(source / "chat_templates", target / "chat_templates")
         copied.append("chat_templates")
     return copied
-
-
-@contextmanager
-def whole_directory(out: Path) -> Iterator[Path]:
-    """A temporary sibling of `out` that becomes `out` when the block ends well, and disappears when it does not.
-
-    Raises ValueError if `out` exists and is not an empty directory: nothing is ever overwritten.
-    """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} exists already; remove it or choose another output directory")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield temporary
-        # Temporary directories and safetensors files are born private; a model is meant to be shared.
-        for path in (temporary, *temporary.rglob("*")):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

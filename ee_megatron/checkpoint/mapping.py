@@ -42,16 +42,15 @@ class Entry:
         return self.shard is not _whole
 
 
-def _columns(tensors: list[Tensor], ranks: int, rank: int) -> Tensor:
-    return tensors[0].chunk(ranks, 1)[rank]
-
-
 def _whole(tensors: list[Tensor], ranks: int, rank: int) -> Tensor:
     return tensors[0]
 
 
-def _first(locals_: list[Tensor]) -> list[Tensor]:
-    return [locals_[0]]
+def along(dim: int) -> tuple[Shard, Join]:
+    """The two directions of one tensor that the ranks cut along `dim`; below 0: that each of them holds whole."""
+    if dim < 0:
+        return _whole, lambda locals_: locals_[:1]
+    return lambda tensors, ranks, rank: tensors[0].chunk(ranks, dim)[rank], lambda locals_: [torch.cat(locals_, dim)]
 
 
 def _qkv(dims: ModelDims) -> tuple[Shard, Join]:
@@ -93,8 +92,7 @@ def entries(dims: ModelDims, first_layer: int, layers: int, *, embedding: bool, 
     `embedding`: it holds the word embeddings; `head`: it holds the final norm and, unless the embedding on the same
     stage serves as head, the output layer.
     """
-    vocabulary, whole = _vocabulary(dims), (_whole, _first)
-    columns: tuple[Shard, Join] = (_columns, lambda locals_: [torch.cat(locals_, dim=1)])
+    vocabulary, whole, columns = _vocabulary(dims), along(-1), along(1)
     qkv, gate_up = _qkv(dims), (_gate_up_shard, _gate_up_join)
     if embedding:
         yield Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), *vocabulary)

@@ -20,12 +20,12 @@ from torch import Tensor
 from ..exits import ExitLayout
 from ..families import ModelDims, dims_from_config
 from ..model.config import padded_vocab
-from .manifest import MANIFEST, Digest, Hasher, Ledger, entry, read_manifest
+from .manifest import MANIFEST, Hasher, Ledger, entry, read_manifest
 from .mapping import Entry
 from .megatron_io import KIND, WEIGHTS, whole_entries
 from .meter import Meter
 from .safetensors_io import nbytes
-from .sources import BLOCK_BYTES, TensorSource, check_finite, fingerprint, read_ahead, reblock, rows_of
+from .sources import BLOCK_BYTES, TensorSource, Watch, read_ahead, reblock, rows_of
 from .torch_dist import ChunkFile, StoredChunk, TorchDistReader
 from .workspace import Workspace
 
@@ -91,13 +91,11 @@ def write_weights(
                     for item in group:
                         writer.write(item)
                     lines_of = writer.lines()
-                facts = {"chunks": [chunk.to_json() for chunk in file.chunks], "lines": lines_of}
+                facts = {"chunks": [asdict(chunk) for chunk in file.chunks], "lines": lines_of}
                 source.release()
                 space.finish(name, facts)
             else:
-                meter.skip(
-                    sum(nbytes(getattr(torch, line["dtype"]), line["shape"]) for line in facts["lines"].values())
-                )
+                meter.skip(sum(nbytes(source.dtype(name), line["shape"]) for name, line in facts["lines"].items()))
             chunks += [StoredChunk.from_json(chunk) for chunk in facts["chunks"]]
             ledger.take(*(f"base:{tensor}" for tensor in facts["lines"]))
             lines |= facts["lines"]
@@ -127,7 +125,7 @@ class _Writer:
     ):
         self._source, self._ranks, self._dtype = source, ranks, dtype
         self._file, self._hasher, self._meter = file, hasher, meter
-        self._watches: dict[str, tuple[_Watch, str]] = {}
+        self._watches: dict[str, tuple[Watch, str]] = {}
 
     def write(self, item: Entry) -> None:
         if item.parameter in VOCABULARY:
@@ -138,10 +136,14 @@ class _Writer:
 
     def lines(self) -> dict[str, dict]:
         """The manifest's lines of what was written. Raises ValueError if a tensor was not what its source promised."""
-        return {name: watch.line(parameter, self._file.name) for name, (watch, parameter) in self._watches.items()}
+        shapes, file = self._source.dims.tensor_shapes(), f"{WEIGHTS}/{self._file.name}"
+        return {
+            name: entry(shapes[name], watch.dtype, watch.hexdigest(), [f"base:{name}"], file, parameter)
+            for name, (watch, parameter) in self._watches.items()
+        }
 
-    def _watch(self, name: str, item: Entry) -> _Watch:
-        watch = _Watch(self._source, name, self._dtype, self._hasher, self._meter)
+    def _watch(self, name: str, item: Entry) -> Watch:
+        watch = Watch(self._source, name, self._dtype, self._hasher, self._meter)
         self._watches[name] = watch, item.parameter
         return watch
 
@@ -176,35 +178,6 @@ class _Writer:
         assert next(blocks, None) is None
 
 
-class _Watch:
-    """What every block of a tensor goes through: finite, hashed as it is read, cast, hashed as it is written."""
-
-    def __init__(self, source: TensorSource, name: str, dtype: torch.dtype | None, hasher: Hasher, meter: Meter):
-        self._name, self._source, self._meter = name, source, meter
-        self._dtype, self._expected = dtype or source.dtype(name), source.sha256(name)
-        self._written = Digest(hasher)
-        self._read = self._written if self._dtype == source.dtype(name) else Digest(hasher)
-
-    def block(self, block: Tensor) -> Tensor:
-        check_finite(f"{self._source.path}: {self._name}", block)
-        if self._expected and self._read is not self._written:
-            self._read.update(block)
-        block = block.to(self._dtype)
-        self._written.update(block)
-        self._meter.add(block.nbytes)
-        return block
-
-    def line(self, parameter: str, file: str) -> dict:
-        if self._expected and self._read.hexdigest() != self._expected:
-            raise ValueError(
-                f"{self._source.path}: {self._name} is not what {MANIFEST} says; the checkpoint is damaged, "
-                "convert it again"
-            )
-        shape = self._source.dims.tensor_shapes()[self._name]
-        digest = self._written.hexdigest()
-        return entry(shape, self._dtype, digest, [f"base:{self._name}"], f"{WEIGHTS}/{file}", parameter)
-
-
 def _cut(item: Entry, tensors: list[Tensor], ranks: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], Tensor]]:
     """A parameter's chunks, one for each rank that holds a part: whole shape, offsets, the part."""
     if GATE_UP in item.parameter:
@@ -229,7 +202,7 @@ def global_shape(item: Entry, shapes: list[torch.Size] | list[tuple[int, ...]]) 
     return tuple(item.shard([torch.empty(shape, device="meta") for shape in shapes], 1, 0).shape)
 
 
-class MegatronDirectory:
+class MegatronDirectory(TensorSource):
     """A Megatron checkpoint as a `TensorSource`. Opening it reads no weights; every read is checked for its place.
 
     Raises FileNotFoundError or ValueError: not such a directory, an unsupported architecture, parameters that are
@@ -251,9 +224,6 @@ class MegatronDirectory:
         self._check_parameters()
         self._check_layout()
         self._parts: dict[str, Tensor] = {}
-
-    def names(self) -> list[str]:
-        return list(self.dims.tensor_shapes())
 
     def parameter(self, name: str) -> str:
         """The Megatron parameter that a Hugging Face tensor is (part of)."""
@@ -280,7 +250,7 @@ class MegatronDirectory:
     def blocks(self, name: str) -> Iterator[Tensor]:
         item = self._entry[name]
         if item.parameter not in VOCABULARY:
-            yield from rows_of(self.tensor(name))
+            yield from super().blocks(name)
             return
         left = self.dims.vocab
         for block in self.reader.blocks(item.parameter):
@@ -299,9 +269,6 @@ class MegatronDirectory:
         for name in names:
             for chunk in self.reader.chunks[self.parameter(name)]:
                 read_ahead(self.reader.folder / chunk.file, chunk.offset, chunk.length)
-
-    def fingerprint(self) -> list[list]:
-        return fingerprint(self.path)
 
     def stored_degree(self) -> int:
         """Over how many tensor-parallel ranks the parameters are cut in the files."""

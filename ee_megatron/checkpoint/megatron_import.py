@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ..policy import PolicySpec, digest, save_policy
-from .manifest import copy_tokenizer, entry, tensor_sha256, write_manifest
+from .manifest import copy_tokenizer, entry_of, write_manifest
 from .megatron_directory import CheckpointLayout, write_weights
 from .megatron_io import KIND, WEIGHTS
 from .meter import Meter
 from .policy_files import Policy, check_policy
 from .safetensors_io import read_small
-from .sources import HFSource, TensorSource, TunedSource, total_bytes
+from .sources import HFSource, TensorSource, TunedSource, gate_spec, total_bytes
 from .torch_dist import write_metadata
 from .workspace import workspace
 
@@ -42,17 +42,16 @@ def write_megatron(
         "command": "megatron",
         "source": source.fingerprint(),
         "spec": spec.to_json(),
-        "policy": digest(dict(tensors)),
+        "policy": digest(tensors),
         "layout": layout.to_json(source.dims),
         "dtype": str(dtype),
     }
     with workspace(out, job, resume) as space, Meter("weights", total_bytes(source), quiet) as meter:
         chunks, lines = write_weights(space, source, layout, dtype, meter)
         write_metadata(space.folder / WEIGHTS, chunks)
-        save_policy(space.folder, spec, dict(tensors))
+        save_policy(space.folder, spec, tensors)
         for name, value in tensors.items():
-            digest_ = tensor_sha256(value)
-            lines[name] = entry(value.shape, value.dtype, digest_, [f"policy:{name}"], "policy.safetensors")
+            lines[name] = entry_of(value, [f"policy:{name}"], "policy.safetensors")
         (space.folder / "config.json").write_text(json.dumps(source.config, indent=2) + "\n")
         copied = copy_tokenizer(source.path, space.folder)
         facts = {"exit_depths": list(spec.exit_depths), "layout": layout.to_json(source.dims), "copied": copied}
@@ -83,11 +82,4 @@ def gates_of(source: HFSource) -> Policy | None:
     if not sidecar.is_file():
         return None
     facts = json.loads(sidecar.read_text())
-    spec = PolicySpec(
-        source.dims.num_layers,
-        tuple(facts["exit_depths"]),
-        rank=0,
-        gate_width=facts["gate_width"],
-        gate_input=facts["gate_input"],
-    )
-    return spec, read_small(source.path / "gates.safetensors")
+    return gate_spec(source.dims, facts), read_small(source.path / "gates.safetensors")

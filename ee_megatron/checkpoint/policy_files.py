@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..families import ModelDims
-from ..policy import PolicySpec, load_policy
-from .manifest import tensor_bytes
-from .sources import check_finite
+from ..policy import PolicySpec, read_policy
+from .sources import TensorSource, check_finite
 
 Policy = tuple[PolicySpec, Mapping[str, Tensor]]
 
@@ -57,27 +53,8 @@ def open_policy(directory: str | Path) -> Policy:
 
     Raises FileNotFoundError or ValueError, one line.
     """
-    directory = Path(directory)
-    path = directory / "policy.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory}: no policy.json there; expected a policy checkpoint")
-    try:
-        data = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); the file is damaged") from None
-    tensors = LazyTensors(directory / "policy.safetensors")
-    if not data.get("full"):
-        return load_policy(directory)
-    expected = data.pop("sha256")
-    total = hashlib.sha256()
-    # The sum of policy.digest, one tensor at a time.
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        total.update(tensor_bytes(tensor))
-    if total.hexdigest() != expected:
-        raise ValueError(f"{tensors.path}: contents do not match the digest in policy.json; the file is damaged")
-    return PolicySpec.from_json(data), tensors
+    spec, tensors = read_policy(directory, LazyTensors)
+    return spec, tensors if spec.full else dict(tensors)
 
 
 def check_policy(dims: ModelDims, spec: PolicySpec, tensors: Mapping[str, Tensor]) -> None:
@@ -99,4 +76,9 @@ def check_policy(dims: ModelDims, spec: PolicySpec, tensors: Mapping[str, Tensor
 
 def no_policy(num_layers: int) -> Policy:
     """Of a checkpoint that is a plain model: no adapters, no exits."""
-    return PolicySpec(num_layers, (), rank=0), dict[str, torch.Tensor]()
+    return PolicySpec(num_layers, (), rank=0), dict[str, Tensor]()
+
+
+def policy_beside(base: TensorSource) -> Policy:
+    """The policy in a Megatron checkpoint; one without is a plain model."""
+    return open_policy(base.path) if (base.path / "policy.json").is_file() else no_policy(base.dims.num_layers)

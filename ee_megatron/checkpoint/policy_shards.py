@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from ..model.gpt import EarlyExitGPT
-from .mapping import Entry, _first, _whole, stage_entries, stage_parameters
+from .mapping import Entry, along, stage_entries, stage_parameters
 
 # Tensors cross stage boundaries in buckets of about this many elements.
 BUCKET = 2**24
@@ -38,7 +38,7 @@ def policy_pieces(chunks: Iterable[EarlyExitGPT]) -> list[Piece]:
                 copy = entry.parameter == "output_layer.weight" and model.config.dims.tied
                 pieces.append(Piece(entry, parameters[entry.parameter], copy))
         for name, parameter in _added(model):
-            pieces.append(Piece(_by_dimension(name, getattr(parameter, "partition_dim", -1)), parameter))
+            pieces.append(Piece(Entry(name, (name,), *along(getattr(parameter, "partition_dim", -1))), parameter))
     return pieces
 
 
@@ -58,17 +58,6 @@ def _added(model: EarlyExitGPT) -> Iterator[tuple[str, nn.Parameter]]:
         if layer.gate is not None:
             for name, parameter in layer.gate.named_parameters():
                 yield f"gates.{layer.depth}.{name}", parameter
-
-
-def _by_dimension(name: str, dim: int) -> Entry:
-    if dim < 0:
-        return Entry(name, (name,), _whole, _first)
-    return Entry(
-        name,
-        (name,),
-        lambda whole, ranks, rank: whole[0].chunk(ranks, dim)[rank],
-        lambda parts: [torch.cat(parts, dim)],
-    )
 
 
 @torch.no_grad()
@@ -97,25 +86,18 @@ def gather_policy_tensors(
 
     `value` picks what is gathered for a parameter: itself, or its gradient.
     """
-    return dict(stream_policy_tensors(pieces, value))
-
-
-@torch.no_grad()
-def stream_policy_tensors(
-    pieces: list[Piece], value: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter
-) -> Iterator[tuple[str, Tensor]]:
-    """As `gather_policy_tensors`, a bucket of tensors at a time; every rank has to consume all of it."""
     group = parallel_state.get_pipeline_model_parallel_group()
     stages, mine = dist.get_world_size(group), dist.get_rank(group)
     owned = [piece for piece in pieces if not piece.copy]
+    found: dict[str, Tensor] = {}
     if stages == 1:
         for piece in owned:
             start = value(piece.parameter).untyped_storage().data_ptr()
             for name, joined in _join(piece, value):
                 tensor = joined.float().cpu()
                 # Joining mostly copies; what it passes through would change under the caller's hands.
-                yield name, tensor.clone() if tensor.untyped_storage().data_ptr() == start else tensor
-        return
+                found[name] = tensor.clone() if tensor.untyped_storage().data_ptr() == start else tensor
+        return found
     device = pieces[0].parameter.device if pieces else torch.device("cpu")
     listing: list = [None] * stages
     # ZeRO-3 leaves an empty tensor in the place of a sharded parameter.
@@ -124,20 +106,19 @@ def stream_policy_tensors(
     for stage, buckets in enumerate(listing):
         for first, last in buckets:
             table: list = [None]
-            flat = torch.empty(0, device=device)
             if stage == mine:
                 whole = [pair for piece in owned[first:last] for pair in _join(piece, value)]
                 table = [[(name, tuple(tensor.shape)) for name, tensor in whole]]
                 flat = torch.cat([tensor.flatten().float() for _, tensor in whole])
-            if stages > 1:
-                source = dist.get_global_rank(group, stage)
-                dist.broadcast_object_list(table, source, group=group)
-                count = sum(torch.Size(shape).numel() for _, shape in table[0])
-                flat = flat if stage == mine else torch.empty(count, device=device)
-                dist.broadcast(flat, source, group=group)
+            source = dist.get_global_rank(group, stage)
+            dist.broadcast_object_list(table, source, group=group)
             lengths = [torch.Size(shape).numel() for _, shape in table[0]]
+            if stage != mine:
+                flat = torch.empty(sum(lengths), device=device)
+            dist.broadcast(flat, source, group=group)
             for (name, shape), part in zip(table[0], flat.cpu().split(lengths), strict=True):
-                yield name, part.view(shape).clone()
+                found[name] = part.view(shape).clone()
+    return found
 
 
 def _buckets(sizes: list[int]) -> list[tuple[int, int]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,6 +14,8 @@ from torch import Tensor
 from ..families import FAMILIES, ModelDims
 from ..families.hf_directory import HFDirectory
 from ..policy import PolicySpec
+from .manifest import MANIFEST, Digest, Hasher
+from .meter import Meter
 from .safetensors_io import DTYPES, nbytes, places
 
 BLOCK_BYTES = 64 << 20
@@ -22,9 +24,8 @@ AHEAD_BYTES = 512 << 20
 EMBED_FIELDS = ("base_model_type", "auto_map", "exit_depths", "gate_width", "gate_input", "exit_policy")
 
 
-class TensorSource(Protocol):
-    """A base model. `blocks` gives a tensor as consecutive blocks of rows; `sha256` what it must hash to, if known;
-    `release` lets go of memory and mapped files until the next read; `prefetch` has the disk read what comes next."""
+class TensorSource:
+    """A base model."""
 
     path: Path
     config: dict
@@ -32,28 +33,36 @@ class TensorSource(Protocol):
 
     def names(self) -> list[str]:
         """The tensors' Hugging Face names, in the model's order."""
-        ...
+        return list(self.dims.tensor_shapes())
 
-    def dtype(self, name: str) -> torch.dtype: ...
+    def dtype(self, name: str) -> torch.dtype:
+        raise NotImplementedError
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor on the CPU, in the dtype that it is stored in."""
-        ...
+        raise NotImplementedError
 
-    def blocks(self, name: str) -> Iterator[Tensor]: ...
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The tensor as consecutive blocks of rows."""
+        yield from rows_of(self.tensor(name))
 
-    def sha256(self, name: str) -> str | None: ...
+    def sha256(self, name: str) -> str | None:
+        """What the tensor must hash to, if known."""
+        return None
 
-    def release(self) -> None: ...
+    def release(self) -> None:
+        """Let go of memory and mapped files until the next read."""
 
-    def prefetch(self, names: Iterable[str]) -> None: ...
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Have the disk read what comes next."""
 
     def fingerprint(self) -> list[list]:
-        """What identifies the source's content: resumed work must find the same. JSON-able."""
-        ...
+        """Name, size and time of change of the directory's files: resumed work must find the same. JSON-able."""
+        files = sorted(path for pattern in ("*", "weights/*") for path in self.path.glob(pattern) if path.is_file())
+        return [[str(path.relative_to(self.path)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
-class HFSource:
+class HFSource(TensorSource):
     """A Hugging Face directory, plain or an early-exit export, of which this is the base model.
 
     Raises as `HFDirectory` does, and ValueError for a shard with a tensor that no part of the model has, or a stored
@@ -67,9 +76,6 @@ class HFSource:
         self._refuse_strangers()
         self._places = dict(place for file in self.path.glob("model*.safetensors") for place in places(file))
 
-    def names(self) -> list[str]:
-        return list(self.dims.tensor_shapes())
-
     def dtype(self, name: str) -> torch.dtype:
         code = self.directory.slice(name).get_dtype()
         if code not in DTYPES:
@@ -78,12 +84,6 @@ class HFSource:
 
     def tensor(self, name: str) -> Tensor:
         return self.directory.tensor(name)
-
-    def blocks(self, name: str) -> Iterator[Tensor]:
-        yield from rows_of(self.tensor(name))
-
-    def sha256(self, name: str) -> str | None:
-        return None
 
     def release(self) -> None:
         # A mapped file counts as this process's memory as far as it was read.
@@ -94,11 +94,9 @@ class HFSource:
             if name in self._places:
                 read_ahead(*self._places[name])
 
-    def fingerprint(self) -> list[list]:
-        return fingerprint(self.path)
-
     def _refuse_strangers(self) -> None:
-        known = set(self.names()) | {name for name in self.gates()}
+        spec = self.spec()
+        known = {*self.names(), *(spec.gate_shapes(self.dims) if spec else ())}
         for file in sorted(self.path.glob("model*.safetensors")):
             with safe_open(file, framework="pt") as handle:
                 strangers = [n for n in handle.keys() if n not in known and not n.endswith("rotary_emb.inv_freq")]  # noqa: SIM118
@@ -116,34 +114,18 @@ class HFSource:
                     )
         self.release()
 
-    def gates(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the gates that an early-exit export must hold; none in a plain model."""
-        spec = self.spec()
-        return spec.gate_shapes(self.dims) if spec else {}
-
     def spec(self) -> PolicySpec | None:
-        """Exits of an early-exit export."""
+        """Exits and gates of an early-exit export."""
         config = self.directory.config
-        if config.get("model_type") != "early_exit":
-            return None
-        return PolicySpec(
-            self.dims.num_layers,
-            tuple(config["exit_depths"]),
-            rank=0,
-            gate_width=config["gate_width"],
-            gate_input=config["gate_input"],
-        )
+        return gate_spec(self.dims, config) if config.get("model_type") == "early_exit" else None
 
 
-class TunedSource:
+class TunedSource(TensorSource):
     """The base model of a full fine-tuning: tensors from the policy, in the dtypes of the model it started from."""
 
     def __init__(self, base: TensorSource, tensors: Mapping[str, Tensor]):
         self.base, self.path, self.config, self.dims = base, base.path, base.config, base.dims
         self._tensors = tensors
-
-    def names(self) -> list[str]:
-        return self.base.names()
 
     def dtype(self, name: str) -> torch.dtype:
         return self.base.dtype(name)
@@ -155,17 +137,14 @@ class TunedSource:
         for block in rows_of(self._tensors[name]):
             yield block.to(self.dtype(name))
 
-    def sha256(self, name: str) -> str | None:
-        return None
-
     def release(self) -> None:
         self.base.release()
 
-    def prefetch(self, names: Iterable[str]) -> None:
-        pass
 
-    def fingerprint(self) -> list[list]:
-        return self.base.fingerprint()
+def gate_spec(dims: ModelDims, facts: Mapping[str, Any]) -> PolicySpec:
+    """A policy of gates alone, from what an export's config.json or gates.json says of them."""
+    width, stream = facts["gate_width"], facts["gate_input"]
+    return PolicySpec(dims.num_layers, tuple(facts["exit_depths"]), rank=0, gate_width=width, gate_input=stream)
 
 
 def base_config(config: dict, dims: ModelDims) -> dict:
@@ -231,16 +210,49 @@ def check_finite(name: str, block: Tensor) -> None:
             raise ValueError(f"{name} holds NaN or infinite numbers; expected finite ones; the model is damaged")
 
 
+class Watch:
+    """What every block of a base tensor goes through: finite, hashed as it is read, changed by `change`, cast to
+    `dtype` (None: as it is stored), hashed as it is written."""
+
+    def __init__(
+        self,
+        source: TensorSource,
+        name: str,
+        dtype: torch.dtype | None,
+        hasher: Hasher,
+        meter: Meter,
+        change: Callable[[Tensor], Tensor] | None = None,
+    ):
+        self._source, self._name, self._meter, self._change = source, name, meter, change
+        self.dtype, self._expected = dtype or source.dtype(name), source.sha256(name)
+        self._written = Digest(hasher)
+        same = change is None and self.dtype == source.dtype(name)
+        self._read = self._written if same else Digest(hasher)
+
+    def block(self, block: Tensor) -> Tensor:
+        """The next block as it is to be written. Raises ValueError if it holds NaN or infinite numbers."""
+        check_finite(f"{self._source.path}: {self._name}", block)
+        self._meter.add(block.nbytes)
+        if self._expected and self._read is not self._written:
+            self._read.update(block)
+        block = (self._change(block) if self._change else block).to(self.dtype)
+        self._written.update(block)
+        return block
+
+    def hexdigest(self) -> str:
+        """Hash of what was written. Raises ValueError if what was read has another than the source promised."""
+        if self._expected and self._read.hexdigest() != self._expected:
+            raise ValueError(
+                f"{self._source.path}: {self._name} is not what {MANIFEST} says; the checkpoint is damaged, "
+                "convert it again"
+            )
+        return self._written.hexdigest()
+
+
 def total_bytes(source: TensorSource) -> int:
     """Bytes of all tensors of a model, in the dtypes that they are stored in."""
     shapes = source.dims.tensor_shapes()
     return sum(nbytes(source.dtype(name), shapes[name]) for name in source.names())
-
-
-def fingerprint(folder: Path) -> list[list]:
-    """Name, size and time of change of a directory's files: what tells that a source is still the same."""
-    files = sorted(path for pattern in ("*", "weights/*") for path in folder.glob(pattern) if path.is_file())
-    return [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def _same_rows(head: Any, embedding: Tensor) -> bool:

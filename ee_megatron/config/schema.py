@@ -11,13 +11,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-from ..objectives.advantages import ADVANTAGES
+from ..objectives.advantages import ADVANTAGES, DEPTH_COSTS, DEPTH_CREDITS
 from ..objectives.distillation import GATE_TARGETS
 from ..objectives.divergences import KL_DIRECTIONS, TEACHERS
-from ..objectives.policy_gradient import KL_TERMS
-from ..objectives.rewards import DEPTH_COSTS, DEPTH_CREDITS
+from ..objectives.policy_gradient import KL_TERMS, SURROGATES
 from ..objectives.schedules import DECAYS
-from ..objectives.surrogates import SURROGATES
 
 SEQUENCE_MULTIPLE = 8
 """Sequences of a batch are padded to a multiple of this, which parallel.sequence_parallel shares out."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from ..exit_rules import Dial, ExitRule
 from .evaluate import Answer
-from .statistics import Estimate, bootstrap_interval, mcnemar_exact
+from .statistics import bootstrap_interval, mcnemar_exact
 from .summary import EvaluationRow
 
 TOLERANCE = 0.01
@@ -49,9 +49,7 @@ class Matched:
 Measure = Callable[[ExitRule], EvaluationRow]
 
 
-def match_depth(
-    measure: Measure, dial: Dial, target: float, tolerance: float = TOLERANCE, trials: int = TRIALS
-) -> Matched:
+def match_depth(measure: Measure, dial: Dial, target: float, trials: int = TRIALS) -> Matched:
     """The exit policy on a dial whose measured mean depth is the target's: the nearest of those that were tried.
 
     By bisection. The depth is only nearly monotone, as other exits make other answers, and it may jump over the target
@@ -63,30 +61,28 @@ def match_depth(
     tried: list[tuple[float, EvaluationRow]] = []
     policies: list[ExitRule] = []
 
+    def off(row: EvaluationRow) -> float:
+        return row.mean_depth / target - 1
+
     def search(policy: Dial, place: Callable[[float], float], count: int) -> None:
         low, high = 0.0, 1.0
         for _ in range(count):
             middle = (low + high) / 2
             policies.append(policy(middle))
             tried.append((place(middle), measure(policies[-1])))
-            off = tried[-1][1].mean_depth / target - 1
-            if abs(off) <= tolerance / 5:
+            if abs(off(tried[-1][1])) <= TOLERANCE / 5:
                 return
-            low, high = (middle, high) if off < 0 else (low, middle)
-
-    def nearest() -> int:
-        return min(range(len(tried)), key=lambda i: abs(tried[i][1].mean_depth - target))
+            low, high = (middle, high) if off(tried[-1][1]) < 0 else (low, middle)
 
     search(dial, lambda position: position, trials // 2)
     on_dial = list(tried)
-    below = [pair for pair in on_dial if pair[1].mean_depth < target * (1 - tolerance)]
-    above = [pair for pair in on_dial if pair[1].mean_depth > target * (1 + tolerance)]
-    if abs(tried[nearest()][1].mean_depth / target - 1) > tolerance and below and above:
+    below = [pair for pair in on_dial if off(pair[1]) < -TOLERANCE]
+    above = [pair for pair in on_dial if off(pair[1]) > TOLERANCE]
+    if len(below) + len(above) == len(on_dial) and below and above:
         shallow, deep = max(below, key=lambda p: p[1].mean_depth)[0], min(above, key=lambda p: p[1].mean_depth)[0]
         search(lambda share: dial(shallow).mixed(dial(deep), share), lambda _: math.nan, trials - len(tried))
-    best = nearest()
-    within = abs(tried[best][1].mean_depth / target - 1) <= tolerance
-    return Matched(policies[best], tried[best][1], target, within, len(tried), on_dial)
+    policy, (_, row) = min(zip(policies, tried, strict=True), key=lambda pair: abs(pair[1][1].mean_depth - target))
+    return Matched(policy, row, target, abs(off(row)) <= TOLERANCE, len(tried), on_dial)
 
 
 def match_accuracy(
@@ -101,24 +97,22 @@ def match_accuracy(
     If nothing that was tried is, the most accurate place with `within` False. Accuracy need not be monotone in depth:
     the result is the least depth among those tried.
     """
+
+    def reaches(row: EvaluationRow) -> bool:
+        return row.accuracy >= target - 1e-9
+
     seen = list(tried)
-    high_enough = [p for p, row in seen if row.accuracy >= target - 1e-9]
-    if not high_enough:
+    if not any(reaches(row) for _, row in seen):
         seen.append((1.0, measure(dial(1.0))))
-    low = max((p for p, row in seen if row.accuracy < target - 1e-9), default=0.0)
-    high = min((p for p, row in seen if row.accuracy >= target - 1e-9), default=1.0)
-    count = len(seen) - len(tried)
-    while high > low and count < trials and any(row.accuracy >= target - 1e-9 for _, row in seen):
-        position = (low + high) / 2
-        row = measure(dial(position))
-        seen.append((position, row))
-        count += 1
-        low, high = (low, position) if row.accuracy >= target - 1e-9 else (position, high)
-    enough = [pair for pair in seen if pair[1].accuracy >= target - 1e-9]
-    position, row = (
-        min(enough, key=lambda pair: pair[1].mean_depth) if enough else max(seen, key=lambda pair: pair[1].accuracy)
-    )
-    return Matched(dial(position), row, target, bool(enough), count, seen)
+    low = max((place for place, row in seen if not reaches(row)), default=0.0)
+    high = min((place for place, row in seen if reaches(row)), default=0.0)
+    while high > low and len(seen) - len(tried) < trials:
+        place = (low + high) / 2
+        seen.append((place, measure(dial(place))))
+        low, high = (low, place) if reaches(seen[-1][1]) else (place, high)
+    enough = [pair for pair in seen if reaches(pair[1])]
+    place, row = min(enough, key=lambda p: p[1].mean_depth) if enough else max(seen, key=lambda p: p[1].accuracy)
+    return Matched(dial(place), row, target, bool(enough), len(seen) - len(tried), seen)
 
 
 def compare(reference: Sequence[Answer], control: Sequence[Answer]) -> dict[str, float | int | dict[str, float]]:
@@ -129,9 +123,8 @@ def compare(reference: Sequence[Answer], control: Sequence[Answer]) -> dict[str,
     right = {answer["id"]: answer["correct"] for answer in control}
     shared = [(a["correct"], right[a["id"]]) for a in reference if a["id"] in right]
     test = mcnemar_exact([a for a, _ in shared], [b for _, b in shared])
-    difference: Estimate = bootstrap_interval([float(a) - float(b) for a, b in shared])
     return {
-        "difference": difference._asdict(),
+        "difference": bootstrap_interval([float(a) - float(b) for a, b in shared])._asdict(),
         "only_reference": test.only_first,
         "only_control": test.only_second,
         "p_value": test.p_value,

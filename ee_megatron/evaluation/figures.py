@@ -5,31 +5,27 @@ Keys are "model, exits". Every function takes answers of any number of models an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
 from .chain import CLASSES, answer_span, token_class
-from .evaluate import Answer, Token
+from .evaluate import Answer
 from .statistics import bootstrap_interval, spearman_interval, wilson_interval
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 ANSWER = "answer"
 GROUPS = ("all", *(name for name in CLASSES if name != "other"), ANSWER)
 RESAMPLES = 200
-
-
-def label(answer: Answer) -> str:
-    """What an answer's figures stand under: model and exits."""
-    return f"{answer['model']}, {answer['exits']}"
+Measure = Literal["entropy", "surprisal", "kl"]
 
 
 def by_label(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
-    """Answers by their label, in order of appearance."""
+    """Answers by their label, "model, exits", in order of appearance."""
     groups: dict[str, list[Answer]] = {}
     for answer in answers:
-        groups.setdefault(label(answer), []).append(answer)
+        groups.setdefault(f"{answer['model']}, {answer['exits']}", []).append(answer)
     return groups
 
 
@@ -97,24 +93,37 @@ def _task_entry(group: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
+def paired(
+    answers: Sequence[Answer], measure: Measure, places: Sequence[Collection[int]] | None = None
+) -> list[np.ndarray]:
+    """float64 [T, 2] per answer: depth and measure of its tokens, those at its `places` where these are given.
+
+    Left out: first tokens, whose depth is no choice, tokens without the measure, and answers without any other.
+    """
+    columns = []
+    for i, answer in enumerate(answers):
+        pairs = [
+            (token["depth"], value)
+            for t, token in enumerate(answer["tokens"])
+            if t and (places is None or t in places[i]) and (value := token.get(measure)) is not None
+        ]
+        if pairs:
+            columns.append(np.array(pairs, dtype=np.float64))
+    return columns
+
+
 def kl_by_exit(answers: Sequence[Answer]) -> dict[str, dict[str, dict[str, float | int]]]:
     """Mean KL(teacher at full depth ‖ model) of the tokens that exited at each depth, nats: {label: {depth: {"kl",
-    "low", "high", "tokens"}}}. The answers' first tokens and tokens without a measured KL are left out."""
+    "low", "high", "tokens"}}}, tokens as `paired` has them."""
     found: dict[str, dict[str, dict[str, float | int]]] = {}
     for name, group in by_label(answers).items():
-        table: dict[int, list[np.ndarray]] = {}
-        for answer in group:
-            measured = [(t["depth"], kl) for t in answer["tokens"][1:] if (kl := t.get("kl")) is not None]
-            for depth in {d for d, _ in measured}:
-                table.setdefault(depth, []).append(np.array([kl for d, kl in measured if d == depth]))
-        if table:
-            found[name] = {str(depth): _kl_entry(table[depth]) for depth in sorted(table)}
+        columns = paired(group, "kl")
+        for depth in np.unique(np.concatenate(columns)[:, 0]) if columns else ():
+            parts = [c[c[:, 0] == depth, 1] for c in columns]
+            mean = _ratio(parts)
+            entry = {"kl": mean["value"], "low": mean["low"], "high": mean["high"], "tokens": sum(map(len, parts))}
+            found.setdefault(name, {})[str(int(depth))] = entry
     return found
-
-
-def _kl_entry(parts: Sequence[np.ndarray]) -> dict[str, float | int]:
-    estimate = _ratio(parts)
-    return {"kl": estimate["value"], "low": estimate["low"], "high": estimate["high"], "tokens": sum(map(len, parts))}
 
 
 def depth_correlations(answers: Sequence[Answer], resamples: int = RESAMPLES) -> dict[str, dict[str, Any]]:
@@ -122,48 +131,33 @@ def depth_correlations(answers: Sequence[Answer], resamples: int = RESAMPLES) ->
 
     {label: {"entropy" | "surprisal": {group: {"value", "low", "high", "tokens"}}}}, groups as in `GROUPS`; "answer" are
     the tokens of the final answer, whatever their class. Within a class the correlation can't come from digits being
-    both harder and deeper than words. Left out: first tokens, and groups whose depth or measure never varies.
+    both harder and deeper than words. Tokens as `paired` has them; groups whose depth or measure never varies are left
+    out.
     """
-    measures: dict[str, Callable[[Token], float | None]] = {
-        "entropy": lambda t: t["entropy"],
-        "surprisal": lambda t: t.get("surprisal"),
-    }
     found: dict[str, dict[str, Any]] = {}
     for name, group in by_label(answers).items():
-        members = [_groups(answer) for answer in group]
-        entry = {
-            measure: {which: e for which in GROUPS if (e := _correlation(group, members, which, read, resamples))}
-            for measure, read in measures.items()
-        }
+        places = [_places(answer) for answer in group]
+        entry = {m: _correlations(group, m, places, resamples) for m in ("entropy", "surprisal")}
         if any(entry.values()):
             found[name] = entry
     return found
 
 
-def _groups(answer: Answer) -> list[set[str]]:
+def _places(answer: Answer) -> dict[str, set[int]]:
+    """The tokens of each group in `GROUPS`."""
     texts = [t["text"] for t in answer["tokens"]]
-    span = range(len(texts))[answer_span(texts)]
-    return [{"all", token_class(text), *([ANSWER] if t in span else [])} for t, text in enumerate(texts)]
+    every = range(len(texts))
+    classes = {name: {t for t in every if token_class(texts[t]) == name} for name in CLASSES}
+    return {**classes, "all": set(every), ANSWER: set(every[answer_span(texts)])}
 
 
-def _correlation(
-    group: Sequence[Answer],
-    members: Sequence[Sequence[set[str]]],
-    which: str,
-    read: Callable[[Token], float | None],
-    resamples: int,
-) -> dict[str, float | int] | None:
-    columns = []
-    for answer, names in zip(group, members, strict=True):
-        pairs = [
-            (t["depth"], value)
-            for t, belongs in list(zip(answer["tokens"], names, strict=True))[1:]
-            if which in belongs and (value := read(t)) is not None
-        ]
-        if pairs:
-            columns.append(np.array(pairs, dtype=np.float64))
-    tokens = np.concatenate(columns) if columns else np.zeros((0, 2))
-    if len(tokens) < 2 or any(len(np.unique(tokens[:, k])) < 2 for k in (0, 1)):
-        return None
-    estimate = spearman_interval([c[:, 0] for c in columns], [c[:, 1] for c in columns], resamples=resamples)
-    return {**estimate._asdict(), "tokens": len(tokens)}
+def _correlations(
+    answers: Sequence[Answer], measure: Measure, places: Sequence[dict[str, set[int]]], resamples: int
+) -> dict[str, dict[str, float | int]]:
+    found = {}
+    for group in GROUPS:
+        columns = paired(answers, measure, [each[group] for each in places])
+        if columns and (np.ptp(tokens := np.concatenate(columns), axis=0) > 0).all():
+            estimate = spearman_interval([c[:, 0] for c in columns], [c[:, 1] for c in columns], resamples=resamples)
+            found[group] = {**estimate._asdict(), "tokens": len(tokens)}
+    return found

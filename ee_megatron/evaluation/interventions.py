@@ -101,27 +101,15 @@ def force(bench: Bench, prompts: Sequence[Prompt], chains: Sequence[str], cues: 
     return [Forced(number, verdict.correct) for number, verdict in zip(numbers, verdicts, strict=True)]
 
 
-@dataclass
-class _Edits:
-    """Edited chains of one answer; None where there is nothing to edit."""
-
-    cuts: list[str]
-    filler: str
-    dropped: list[str]
-    mistaken: str | None
-
-    def all(self) -> list[str]:
-        return [*self.cuts, self.filler, *self.dropped, *([] if self.mistaken is None else [self.mistaken])]
-
-
-def edits(chain: str, name: str, codec: Codec, seed: int) -> _Edits:
-    """Every edit of one chain. The first cut is the empty chain, the last the whole one."""
-    return _Edits(
-        cuts=[text_of.truncate(chain, fraction) for fraction in FRACTIONS[:-1]] + [chain],
-        filler=text_of.filler(len(codec.encode(chain)), codec.encode),
-        dropped=[text_of.without_step(chain, i) for i in range(min(MAX_STEPS, len(text_of.steps(chain))))],
-        mistaken=text_of.with_mistake(chain, seed, name),
-    )
+def edits(chain: str, name: str, codec: Codec, seed: int) -> dict[str, list[str]]:
+    """Every edit of one chain, by kind. The first cut is the empty chain, the last the whole one."""
+    mistaken = text_of.with_mistake(chain, seed, name)
+    return {
+        "cuts": [text_of.truncate(chain, fraction) for fraction in FRACTIONS[:-1]] + [chain],
+        "filler": [text_of.filler(len(codec.encode(chain)), codec.encode)],
+        "dropped": [text_of.without_step(chain, i) for i in range(min(MAX_STEPS, len(text_of.steps(chain))))],
+        "mistaken": [] if mistaken is None else [mistaken],
+    }
 
 
 def externalisation(bench: Bench, prompts: Sequence[Prompt], with_probe: bool = True) -> dict[str, Any]:
@@ -132,15 +120,12 @@ def externalisation(bench: Bench, prompts: Sequence[Prompt], with_probe: bool = 
     if not prompts:
         raise ValueError("no prompts to intervene on; raise evaluate.externalisation_prompts")
     answers = bench.generate(prompts, bench.sampling)
-    right = [
-        v.correct for v in bench.verifier.verify_many([(p, a.text) for p, a in zip(prompts, answers, strict=True)])
-    ]
+    verdicts = bench.verifier.verify_many([(p, a.text) for p, a in zip(prompts, answers, strict=True)])
     chains = [text_of.split_answer(answer.text)[0] for answer in answers]
     made = [edits(chain, prompt.id, bench.codec, bench.seed) for chain, prompt in zip(chains, prompts, strict=True)]
     found = _force_all(bench, prompts, [text_of.cue(a.text, bench.sampling.stop) for a in answers], made)
-    whole = [forced[len(FRACTIONS) - 1] for forced in found]
-    result = _from_forced(right, whole, made, found)
-    result |= {
+    result = {
+        **_from_forced([verdict.correct for verdict in verdicts], found),
         "n": len(prompts),
         "chain_words": float(np.mean([len(chain.split()) for chain in chains])),
         "hint_monitor": _hints(bench, prompts, answers),
@@ -152,28 +137,21 @@ def externalisation(bench: Bench, prompts: Sequence[Prompt], with_probe: bool = 
 
 
 def _force_all(
-    bench: Bench, prompts: Sequence[Prompt], cues: Sequence[str], made: Sequence[_Edits]
-) -> list[list[Forced]]:
+    bench: Bench, prompts: Sequence[Prompt], cues: Sequence[str], made: Sequence[dict[str, list[str]]]
+) -> list[dict[str, list[Forced]]]:
     """All edits of all answers in one call, so that the pool's rows stay full."""
-    flat = [(i, chain) for i, edited in enumerate(made) for chain in edited.all()]
+    flat = [(i, chain) for i, edited in enumerate(made) for chains in edited.values() for chain in chains]
     forced = force(bench, [prompts[i] for i, _ in flat], [chain for _, chain in flat], [cues[i] for i, _ in flat])
-    found: list[list[Forced]] = [[] for _ in made]
-    for (i, _), answer in zip(flat, forced, strict=True):
-        found[i].append(answer)
-    return found
+    given = iter(forced)
+    return [{kind: [next(given) for _ in chains] for kind, chains in edited.items()} for edited in made]
 
 
-def _from_forced(
-    right: Sequence[bool], whole: Sequence[Forced], made: Sequence[_Edits], found: Sequence[Sequence[Forced]]
-) -> dict[str, Any]:
-    F = len(FRACTIONS)
-    cuts = [list(forced[:F]) for forced in found]
-    without = [forced[0].correct for forced in cuts]
-    filler = [forced[F].correct for forced in found]
-    dropped = [
-        [f.correct for f in forced[F + 1 : F + 1 + len(e.dropped)]] for e, forced in zip(made, found, strict=True)
-    ]
-    mistaken = [(w.number, forced[-1].number) for w, e, forced in zip(whole, made, found, strict=True) if e.mistaken]
+def _from_forced(right: Sequence[bool], found: Sequence[dict[str, list[Forced]]]) -> dict[str, Any]:
+    cuts = [forced["cuts"] for forced in found]
+    without, whole = [forced[0].correct for forced in cuts], [forced[-1] for forced in cuts]
+    filler = [forced["filler"][0].correct for forced in found]
+    dropped = [[f.correct for f in forced["dropped"]] for forced in found]
+    mistaken = [(w.number, f.number) for w, forced in zip(whole, found, strict=True) for f in forced["mistaken"]]
     same = np.array([[f.number is not None and f.number == w.number for f in forced]
                      for w, forced in zip(whole, cuts, strict=True)])  # fmt: skip
     correct = np.array([[f.correct for f in forced] for forced in cuts])
@@ -210,7 +188,7 @@ def _hints(bench: Bench, prompts: Sequence[Prompt], answers: Sequence[Rollout]) 
         text_of.answer_number(a.text) == wrong[i] != text_of.answer_number(answers[i].text)
         for i, a in zip(chosen, hinted, strict=True)
     ]
-    return monitor_score(used, [text_of.mentions_hint(a.text) for a in hinted]).to_json()
+    return monitor_score(used, [text_of.mentions_hint(a.text) for a in hinted])
 
 
 def _serial(answers: Sequence[Rollout], codec: Codec) -> dict[str, Any]:
@@ -223,9 +201,8 @@ def _serial(answers: Sequence[Rollout], codec: Codec) -> dict[str, Any]:
 
 
 def _probe(bench: Bench, answers: Sequence[Rollout]) -> list[dict[str, Any]]:
-    inspected = bench.pool.inspect([a for a in answers if a.length], streams=True)
-    streams = [entry.streams for entry in inspected if entry.streams is not None]
     kept = [a for a in answers if a.length]
+    streams = [entry.streams for entry in bench.pool.inspect(kept, streams=True) if entry.streams is not None]
     results = []
     for ahead in AHEAD:
         if sum(a.length > ahead for a in kept) >= 2:

@@ -19,6 +19,7 @@ RIDGE = 1e-2
 ORDER = 3
 """The n-gram baseline reads up to this many tokens."""
 FOLDS = 2
+RESAMPLES = 500
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,7 @@ class ProbeResult:
 
 
 def planning_probe(
-    rollouts: Sequence[Rollout],
-    streams: Sequence[np.ndarray],
-    ahead: int,
-    ridge: float = RIDGE,
-    order: int = ORDER,
-    resamples: int = 500,
+    rollouts: Sequence[Rollout], streams: Sequence[np.ndarray], ahead: int, order: int = ORDER
 ) -> ProbeResult:
     """Accuracy of token t + k from the stream that predicts token t (streams[i]: float [T_i, S, D]), minus an n-gram's.
 
@@ -70,7 +66,7 @@ def planning_probe(
         seen = [i for i in range(len(used)) if i % FOLDS != fold]
         known = np.concatenate([targets[i] for i in seen])
         for s in range(depths):
-            predict = _Ridge(np.concatenate([features[i][:, s] for i in seen]), known, ridge)
+            predict = _Ridge(np.concatenate([features[i][:, s] for i in seen]), known)
             for i in held:
                 right[i][:, s] = predict(features[i][:, s]) == targets[i]
         table = _count([c for i in seen for c in contexts[i]], known.tolist())
@@ -80,7 +76,7 @@ def planning_probe(
     shares = totals.sum(0)[:-1] / totals.sum(0)[-1]
     uplift = [
         bootstrap_interval(totals[:, [s, depths, -1]], lambda x: float((x[:, 0] - x[:, 1]).sum() / x[:, 2].sum()),
-                           resamples=resamples)
+                           resamples=RESAMPLES)
         for s in range(depths)
     ]  # fmt: skip
     return ProbeResult(ahead, shares[:-1].tolist(), float(shares[-1]), uplift, int(totals[:, -1].sum()))
@@ -89,11 +85,11 @@ def planning_probe(
 class _Ridge:
     """A ridge classifier of x [N, D] into the tokens [N] that occur; called, it predicts tokens [n] of x [n, D]."""
 
-    def __init__(self, x: np.ndarray, tokens: np.ndarray, ridge: float):
+    def __init__(self, x: np.ndarray, tokens: np.ndarray):
         self.scale = float(np.sqrt((x * x).mean())) or 1.0
         self.classes, index = np.unique(tokens, return_inverse=True)
         x, y = self._with_constant(x), np.eye(len(self.classes))[index]
-        weight = ridge * len(x)
+        weight = RIDGE * len(x)
         if len(x) < x.shape[1]:
             # The same solution through the smaller of the two systems.
             self.weights = x.T @ np.linalg.solve(x @ x.T + weight * np.eye(len(x)), y)

@@ -14,7 +14,7 @@ from ..report.numbers import strict_json
 from ..report.results import Results
 from ..report.tables import TextTable
 from .evaluate import Answer
-from .figures import by_label, by_task, depth_correlations, depth_figures, kl_by_exit
+from .figures import by_label, by_task, depth_correlations, depth_figures, kl_by_exit, paired
 from .statistics import clustered_difference, mcnemar_exact, spearman_interval
 from .summary import EvaluationRow
 
@@ -68,17 +68,14 @@ def depth_by_entropy(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
     """Whether hard tokens go deeper: per "model, exits" the rank correlation of depth and the teacher's entropy.
 
     {"spearman", "low", "high" (95%, answers resampled), "tokens", "answers", "bins": [{"entropy", "depth", "tokens"}]}.
-    Left out are the first token of an answer, whose depth is no choice, tokens without a measured entropy, and models
-    whose depth never varies.
+    Tokens as `paired` has them; models whose depth never varies are left out.
     """
     found: dict[str, dict[str, Any]] = {}
     for label, group in by_label(answers).items():
-        pairs = [[(t["depth"], t["entropy"]) for t in a["tokens"][1:] if t["entropy"] is not None] for a in group]
-        columns = [np.array(p, dtype=np.float64) for p in pairs if p]
-        if not columns or len(np.unique(np.concatenate(columns)[:, 0])) < 2:
+        columns = paired(group, "entropy")
+        if not columns or np.ptp((tokens := np.concatenate(columns))[:, 0]) == 0:
             continue
         estimate = spearman_interval([c[:, 0] for c in columns], [c[:, 1] for c in columns])
-        tokens = np.concatenate(columns)
         ordered = tokens[np.argsort(tokens[:, 1], kind="stable")]
         parts = [part for part in np.array_split(ordered, BINS) if len(part)]
         found[label] = {

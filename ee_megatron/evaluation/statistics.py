@@ -126,13 +126,9 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def spearman_interval(
-    xs: Sequence[np.ndarray],
-    ys: Sequence[np.ndarray],
-    level: float = 0.95,
-    resamples: int = 300,
-    seed: int = 0,
+    xs: Sequence[np.ndarray], ys: Sequence[np.ndarray], resamples: int = 300, seed: int = 0
 ) -> Estimate:
-    """Rank correlation over the tokens of many answers (xs[i], ys[i]: [T_i]) with a bootstrap interval.
+    """Rank correlation over the tokens of many answers (xs[i], ys[i]: [T_i]) with a 95 % bootstrap interval.
 
     Whole answers are resampled, since tokens of one answer are not independent (cluster bootstrap: Davison and
     Hinkley 1997, section 3.8).
@@ -153,7 +149,7 @@ def spearman_interval(
     for _ in range(resamples):
         drawn = np.bincount(rng.integers(len(xs), size=len(xs)), minlength=len(xs))
         draws.append(_weighted_spearman(x, y, drawn[answer].astype(np.float64)))
-    return Estimate(value, *_percentiles(np.array(draws), level))
+    return Estimate(value, *_percentiles(np.array(draws)))
 
 
 def _weighted_spearman(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> float:
@@ -170,7 +166,7 @@ def _weighted_ranks(places: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return ranks - (weight.sum() + 1) / 2
 
 
-def _percentiles(draws: np.ndarray, level: float) -> Interval:
+def _percentiles(draws: np.ndarray, level: float = 0.95) -> Interval:
     finite = draws[np.isfinite(draws)]
     if len(finite) == 0:
         return Interval(math.nan, math.nan)

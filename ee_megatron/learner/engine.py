@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch import Tensor, nn
+from torch import nn
 
 from ..checkpoint.policy_shards import Piece
 from ..config.schema import DeepspeedConfig
@@ -22,16 +22,6 @@ from ..parallel.groups import MegatronUnits
 
 # Learning-rate groups: adapters or the whole base, and the gates.
 GROUPS = ("body", "gates")
-
-
-class Trainable(nn.Module):
-    """The parameters that DeepSpeed owns. The Megatron model holds the same objects and runs outside the engine, so the
-    frozen base may be bfloat16 while adapters stay fp32, and ZeRO never sees the base."""
-
-    def __init__(self, groups: dict[str, list[nn.Parameter]]):
-        super().__init__()
-        for name, parameters in groups.items():
-            self.register_module(name, nn.ParameterList(parameters))
 
 
 def split_groups(pieces: Iterable[Piece]) -> dict[str, list[nn.Parameter]]:
@@ -62,7 +52,9 @@ class Updater:
         self.groups = split_groups(pieces)
         deepspeed = _import_deepspeed(on_cpu)
         optimizer = _adamw(self.groups, settings, on_cpu)
-        module: nn.Module = Trainable(self.groups)
+        # DeepSpeed owns these parameters alone. The Megatron model holds the same objects and runs outside the engine,
+        # so the frozen base may be bfloat16 while adapters stay fp32, and ZeRO never sees the base.
+        module: nn.Module = nn.ModuleDict({name: nn.ParameterList(group) for name, group in self.groups.items()})
         if settings.zero_stage == 3:
             # The idle parameters have to be part of what ZeRO-3 looks at.
             whole.register_module("idle", module)
@@ -93,10 +85,8 @@ class Updater:
             return
         yield
         group = parallel_state.get_data_parallel_group()
-        for flat, parameters in self._flat_gradients():
-            dist.all_reduce(flat, group=group)
-            flat /= dist.get_world_size(group)
-            _unflatten(flat, parameters)
+        for parameters in self.groups.values():
+            _reduce_together(parameters, group, mean=True)
 
     def norms(self) -> dict[str, float]:
         """Norm of each group's gradient before clipping, and "all"; not finite where some element is not."""
@@ -134,10 +124,6 @@ class Updater:
                 parameter.grad = None
                 if hasattr(parameter, "grad_accum"):
                     parameter.grad_accum = None
-
-    def _flat_gradients(self) -> Iterator[tuple[Tensor, list[nn.Parameter]]]:
-        for parameters in self.groups.values():
-            yield torch.cat([p.grad.flatten() for p in parameters]), parameters  # type: ignore[union-attr]
 
     def _norm(self, parameters: list[nn.Parameter]) -> float:
         first = parallel_state.get_tensor_model_parallel_rank() == 0
@@ -204,9 +190,14 @@ def _config(settings: DeepspeedConfig, pieces: list[Piece]) -> dict[str, Any]:
     }
 
 
-def _unflatten(flat: Tensor, parameters: list[nn.Parameter]) -> None:
+def _reduce_together(parameters: list[nn.Parameter], group: Any, mean: bool = False) -> None:
+    """Sum (or mean) of the gradients, of one dtype, over the ranks of a group in one collective."""
+    flat = torch.cat([p.grad.flatten() for p in parameters])  # type: ignore[union-attr]
+    dist.all_reduce(flat, group=group)
+    if mean:
+        flat /= dist.get_world_size(group)
     for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter)
+        parameter.grad.copy_(part.view_as(parameter))  # type: ignore[union-attr]
 
 
 def fill_missing_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -229,11 +220,7 @@ def sum_replicated_gradients(parameters: Iterable[nn.Parameter]) -> None:
         if p.requires_grad and (getattr(p, "sequence_parallel", False) or getattr(p, "sum_over_tensor_ranks", False))
     ]
     for dtype in sorted({p.dtype for p in partial}, key=str):
-        alike = [p for p in partial if p.dtype == dtype]
-        flat = torch.cat([p.grad.flatten() for p in alike])  # type: ignore[union-attr]
-        dist.all_reduce(flat, group=group)
-        for parameter, piece in zip(alike, flat.split([p.numel() for p in alike]), strict=True):
-            parameter.grad.copy_(piece.view_as(parameter))  # type: ignore[union-attr]
+        _reduce_together([p for p in partial if p.dtype == dtype], group)
 
 
 def sum_tied_gradients(pieces: Iterable[Piece]) -> None:

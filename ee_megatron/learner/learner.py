@@ -19,7 +19,7 @@ from ..families.hf_directory import HFDirectory
 from ..model.config import megatron_config
 from ..model.gpt import RankModel, build_model
 from ..objectives.divergences import KL_DIRECTIONS, Teacher
-from ..objectives.weights import Objective, TensorRows, Weights
+from ..objectives.weights import TensorRows, Weights
 from ..parallel.schedule import run_schedule
 from ..parallel.vocabulary import Head
 from ..policy import PolicySpec
@@ -35,8 +35,8 @@ class Scores(TensorRows):
 
     token_logprobs: log p(next token) at the prescribed exits; exit_logprobs: log q(prescribed exit); exit_entropy: of
     the gates asked there, nats; token_entropy: of the next-token distribution, nats, in `score` only; kl: divergence
-    from the objective's teacher, 0 where it has none; hazards: of every gate that a position came
-    by, 0 elsewhere, [B, S, M] where `score` was told to keep them, else [B, S, 0].
+    from the teacher, 0 without one; hazards: of every gate that a position came by, 0 elsewhere, [B, S, M] where
+    `score` was told to keep them, else [B, S, 0].
     """
 
     token_logprobs: Tensor
@@ -150,11 +150,10 @@ class Learner:
         )  # fmt: skip
 
     def step(
-        self, batch: ReplayBatch, weights: Weights, objective: Objective, *, adapter_lr: float, gate_lr: float
+        self, batch: ReplayBatch, weights: Weights, teacher: Teacher | None = None, *, adapter_lr: float, gate_lr: float
     ) -> Update:
-        """One optimizer update on the loss that `weights` describes (objectives/weights.py), its divergence from the
-        objective's teacher; where that is the reference, it runs first."""
-        teacher = objective.teacher
+        """One optimizer update on the loss that `weights` describes (objectives/weights.py), its divergence, if there
+        is one, from `teacher`; where that is the reference, it runs first."""
         reference = self._reference_for(batch, teacher)
         if self.config.adapter_dropout:
             # The masks depend on the update alone, so that a resumed run draws what the undisturbed one did; tensor

@@ -12,8 +12,7 @@ from ..model.gpt import EarlyExitGPT, RankModel
 from ..model.layer import ENTROPY, WEIGHT, gate_entropy
 from ..objectives.divergences import Direction, Teacher
 from ..objectives.weights import Weights
-from ..parallel.distillation import full_divergence
-from ..parallel.vocabulary import Head, lumped_kl
+from ..parallel.vocabulary import Head, full_divergence, lumped_kl
 from .batch import ReplayBatch
 
 MicroBatch = tuple[ReplayBatch, Weights]

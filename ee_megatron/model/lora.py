@@ -96,8 +96,8 @@ class _Column(_Adapted, ColumnParallelLinear):
         raise NotImplementedError
 
     def join_rows(self, parts: list[Tensor]) -> Tensor:
-        """Rows of all parts [size, ...] -> the order of the fused weight [out, ...]."""
-        raise NotImplementedError
+        """Rows of all parts [size, ...] -> the order of the fused weight [out, ...]: one part after the other."""
+        return torch.cat(parts)
 
     def part_rows(self, tensor: Tensor, parts: tuple[str, ...]) -> Tensor:
         """The rows of some parts, one part after the other, out of a fused weight [out, in] or bias [out]."""
@@ -174,9 +174,6 @@ class GateUpLinear(_Column):
 
     def sizes(self, config: EarlyExitTransformerConfig) -> tuple[int, ...]:
         return (config.ffn_hidden_size // config.tensor_model_parallel_size,) * 2
-
-    def join_rows(self, parts: list[Tensor]) -> Tensor:
-        return torch.cat(parts)
 
 
 class _Row(_Adapted, RowParallelLinear):

@@ -14,31 +14,21 @@ if TYPE_CHECKING:
 
     from ..exits import ExitLayout
 
-
-@dataclass(frozen=True)
-class GateTargets:
-    """What gates learn.
-
-    targets: (batch, layout, target hazards of the traces [B, S, M], of the student's own divergence at the exits taken
-    [B, S]) -> target hazards [B, S, M], -1 for none, or None: gates learn the prescribed exits. scored: the last
-    argument is needed, for which the batch is scored first.
-    """
-
-    targets: Callable[[Positions, ExitLayout, Tensor, Tensor | None], Tensor | None]
-    scored: bool = False
+# What gates learn: (batch, layout, target hazards of the traces [B, S, M], those of the student's own divergence at the
+# exits taken [B, S], computed when asked for) -> target hazards [B, S, M], -1 for none, or None: the prescribed exits.
+GateTargets = Callable[[Positions, "ExitLayout", "Tensor", Callable[[], "Tensor"]], "Tensor | None"]
 
 
-def current_targets(batch: Positions, layout: ExitLayout, traced: Tensor, own: Tensor | None) -> Tensor:
+def current_targets(batch: Positions, layout: ExitLayout, traced: Tensor, own: Callable[[], Tensor]) -> Tensor:
     """The student's own target hazard at the gate of the exit that it was made to take, no target at all others."""
-    assert own is not None
     taken = batch.exit_depths.unsqueeze(-1) == batch.exit_depths.new_tensor(layout.depths)
-    return own.unsqueeze(-1).where(taken & batch.asked.unsqueeze(-1), -1.0)
+    return own().unsqueeze(-1).where(taken & batch.asked.unsqueeze(-1), -1.0)
 
 
-GATE_TARGETS = {
-    "sampled": GateTargets(lambda batch, layout, traced, own: None),
-    "soft": GateTargets(lambda batch, layout, traced, own: traced),
-    "current": GateTargets(current_targets, scored=True),
+GATE_TARGETS: dict[str, GateTargets] = {
+    "sampled": lambda batch, layout, traced, own: None,
+    "soft": lambda batch, layout, traced, own: traced,
+    "current": current_targets,
 }
 
 
@@ -52,11 +42,11 @@ class Distillation:
     gate_weight: float
     depth_power: float
 
-    def weights(self, batch: Positions, layout: ExitLayout, traced: Tensor, own: Tensor | None = None) -> Weights:
+    def weights(self, batch: Positions, layout: ExitLayout, traced: Tensor, own: Callable[[], Tensor]) -> Weights:
         """`traced`, `own`: target hazards, as in `GateTargets`."""
         fraction = batch.exit_depths.clamp(min=1).float() / layout.num_layers
         return Weights(
             divergence=mean_weights(batch, batch.counts) * fraction**self.depth_power,
             exit=self.gate_weight * mean_weights(batch, batch.asked),
-            target_hazards=self.gate_targets.targets(batch, layout, traced, own),
+            target_hazards=self.gate_targets(batch, layout, traced, own),
         )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
-
-from .divergences import Teacher
 
 if TYPE_CHECKING:
     import torch
@@ -23,21 +21,20 @@ class TensorRows:
 
     def pad_rows(self, rows: int) -> Self:
         """Extended by rows of zeros, which are sequences of padding, to `rows`."""
-        return self._each(lambda value: _extend(value, rows))
+
+        def extend(value: Tensor) -> Tensor:
+            whole = value.new_zeros(rows, *value.shape[1:])
+            whole[: len(value)] = value
+            return whole
+
+        return self._each(extend)
 
     def to(self, device: torch.device) -> Self:
         return self._each(lambda value: value.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in values.items()}
+        changed: dict[str, Any] = {name: change(value) for name, value in vars(self).items() if value is not None}
         return replace(self, **changed)
-
-
-def _extend(value: Tensor, rows: int) -> Tensor:
-    whole = value.new_zeros(rows, *value.shape[1:])
-    whole[: len(value)] = value
-    return whole
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Weights(TensorRows):
     - token       float32 [B, S]: of -log p(next token)
     - exit        float32 [B, S]: of -log q(prescribed exit)
     - entropy     float32 [B, S]: of the gates' entropy at the position, nats, as a bonus
-    - divergence  float32 [B, S]: of the divergence, nats, from the objective's teacher
+    - divergence  float32 [B, S]: of the divergence, nats, from the teacher
     - target_hazards float32 [B, S, M]: what the gates learn with weight `exit` instead of the prescribed exit, by
       cross-entropy; -1 where there is no target
     """
@@ -57,14 +54,6 @@ class Weights(TensorRows):
     entropy: Tensor | None = None
     divergence: Tensor | None = None
     target_hazards: Tensor | None = None
-
-
-class Objective(Protocol):
-    """What the learner must know of an objective beside its weights: what the divergence term compares with; None
-    where there is no such term."""
-
-    @property
-    def teacher(self) -> Teacher | None: ...
 
 
 class Positions(Protocol):
@@ -86,3 +75,13 @@ def mean_weights(batch: Positions, where: Tensor) -> Tensor:
     """
     lengths = batch.counts.sum(1, keepdim=True).clamp(min=1)
     return where.float() / lengths / max(1, int((batch.counts.any(1)).sum()))
+
+
+def answer_likelihood(batch: Positions) -> Weights:
+    """Weights of - log p, its mean over an answer's tokens, then over answers (stage 0)."""
+    return Weights(token=mean_weights(batch, batch.counts))
+
+
+def text_likelihood(batch: Positions) -> Weights:
+    """Weights of - log p, its mean over all predicted tokens alike (pretraining)."""
+    return Weights(token=batch.counts / batch.counts.sum())

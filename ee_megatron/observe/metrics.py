@@ -76,8 +76,17 @@ class Metrics:
             _mend(path, resume_step)
             self._files.append(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644))
         self._warned: set[str] = set()
-        self._wandb = _started("wandb", lambda: _wandb(self.run_dir, wandb_mode, project, name, dict(config or {})))
-        self._board = _started("tensorboard", lambda: _tensorboard(self.run_dir, resume_step)) if tensorboard else None
+        starts: dict[str, Callable[[], Any]] = {}
+        if wandb_mode != "disabled":
+            starts["wandb"] = lambda: _wandb(self.run_dir, wandb_mode, project, name, dict(config or {}))
+        if tensorboard:
+            starts["tensorboard"] = lambda: _Board(self.run_dir, resume_step)
+        self._trackers: dict[str, Any] = {}
+        for tracker, start in starts.items():
+            try:
+                self._trackers[tracker] = start()
+            except Exception as error:
+                logger.warning("%s is not used: %s: %s", tracker, type(error).__name__, error)
 
     def log(
         self, step: int, values: Mapping[str, SupportsFloat], timings: Mapping[str, SupportsFloat] | None = None
@@ -97,36 +106,24 @@ class Metrics:
                 # One write call: after a kill the file holds whole lines and at most one partial one, the last.
                 os.write(file, _line({"step": int(step), **numbers}).encode())
             row |= numbers
-        try:
-            if self._wandb is not None:
-                self._wandb.log(row)
-        except Exception as error:
-            logger.warning("wandb is dropped for the rest of the run: %s", error)
-            self._wandb = None
-        try:
-            if self._board is not None:
-                for key in list(row)[1:]:
-                    self._board.add_scalar(key, row[key], step)
-                self._board.flush()
-        except Exception as error:
-            logger.warning("tensorboard is dropped for the rest of the run: %s", error)
-            self._board = None
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tracker.log(row)
+            except Exception as error:
+                logger.warning("%s is dropped for the rest of the run: %s", name, error)
+                del self._trackers[name]
 
     def close(self) -> None:
         """Waits for wandb's upload at most FINISH_TIMEOUT_S; what it has not sent by then stays in its directory."""
         for file in self._files:
             os.close(file)
-        self._files = []
-        if self._board is not None:
-            self._board.close()
-            self._board = None
-        run, self._wandb = self._wandb, None
-        if run is not None:
-            ending = threading.Thread(target=_finish_wandb, args=(run,), daemon=True)
+        trackers, self._files, self._trackers = self._trackers, [], {}
+        for name, tracker in trackers.items():
+            ending = threading.Thread(target=_finish, args=(name, tracker), daemon=True)
             ending.start()
             ending.join(FINISH_TIMEOUT_S)
             if ending.is_alive():
-                logger.warning("wandb did not finish within %g s; `wandb sync` sends the rest", FINISH_TIMEOUT_S)
+                logger.warning("%s did not finish within %g s; `wandb sync` sends the rest", name, FINISH_TIMEOUT_S)
 
     def __enter__(self) -> Metrics:
         return self
@@ -150,20 +147,9 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def _started(name: str, start: Callable[[], Any]) -> Any:
-    """What `start` returns; None, with a warning, if it fails."""
-    try:
-        return start()
-    except Exception as error:
-        logger.warning("%s is not used: %s: %s", name, type(error).__name__, error)
-        return None
-
-
 def _wandb(run_dir: Path, mode: str, project: str, name: str, config: dict[str, Any]) -> Any:
     if mode == "auto":
         mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-    if mode == "disabled":
-        return None
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
@@ -185,14 +171,24 @@ def _wandb(run_dir: Path, mode: str, project: str, name: str, config: dict[str, 
     return run
 
 
-def _finish_wandb(run: Any) -> None:
+def _finish(name: str, tracker: Any) -> None:
     try:
-        run.finish()
+        tracker.finish()
     except Exception as error:
-        logger.warning("wandb did not finish: %s", error)
+        logger.warning("%s did not finish: %s", name, error)
 
 
-def _tensorboard(run_dir: Path, resume_step: int | None) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
+class _Board:
+    """TensorBoard with the methods of a wandb run."""
 
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1)
+    def __init__(self, run_dir: Path, resume_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge_step = None if resume_step is None else resume_step + 1
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+        self.finish = self._writer.close
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        for key in list(row)[1:]:
+            self._writer.add_scalar(key, row[key], row["step"])
+        self._writer.flush()

@@ -168,9 +168,6 @@ class RunDirectory:
         write_atomic(target, data)
         return target
 
-    def write_config(self, yaml_text: str) -> Path:
-        return self.write_atomic("config.yaml", yaml_text)
-
     def checkpoint_dir(self, step: int) -> Path:
         """Where the checkpoint of a step goes. `write_checkpoint` makes it."""
         return self.path / "checkpoints" / f"step_{step}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -54,21 +54,14 @@ def _patch_schedule_factories() -> None:
         """`torch` as the schedules see it: factory calls with device="cuda" land on the CPU."""
 
         def __getattr__(self, name: str):
-            return getattr(torch, name)
-
-        @staticmethod
-        def zeros(*args, **kwargs):
-            if kwargs.get("device") == "cuda":
-                kwargs["device"] = "cpu"
-            return torch.zeros(*args, **kwargs)
-
-        @staticmethod
-        def tensor(*args, **kwargs):
-            if kwargs.get("device") == "cuda":
-                kwargs["device"] = "cpu"
-            return torch.tensor(*args, **kwargs)
+            found = getattr(torch, name)
+            return _factory_on_cpu(found) if name in ("zeros", "tensor") else found
 
     schedules.torch = _Torch()
+
+
+def _factory_on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda *args, device=None, **options: factory(*args, device="cpu" if device == "cuda" else device, **options)
 
 
 def _patch_rng_tracker() -> None:

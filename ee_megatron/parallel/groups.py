@@ -47,7 +47,8 @@ def initialise(degrees: Degrees, *, device: str = "cpu", timeout_s: float = 1800
         torch.cuda.set_device(local)
     else:
         local = torch.device("cpu")
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo") if _single_node() else None
+        if int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         deadline = timedelta(seconds=timeout_s)
@@ -69,10 +70,6 @@ def initialise(degrees: Degrees, *, device: str = "cpu", timeout_s: float = 1800
     return local
 
 
-def _single_node() -> bool:
-    return os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")) == os.environ.get("WORLD_SIZE", "1")
-
-
 def finish() -> None:
     """Leave the groups; safe to call twice."""
     if parallel_state.model_parallel_is_initialized():
@@ -84,16 +81,14 @@ def finish() -> None:
 class MegatronUnits:
     """The `mpu` object of DeepSpeed: which ranks share data parallelism and which share one model replica."""
 
-    get_data_parallel_group = staticmethod(lambda: parallel_state.get_data_parallel_group())
-    get_data_parallel_rank = staticmethod(lambda: parallel_state.get_data_parallel_rank())
-    get_data_parallel_world_size = staticmethod(lambda: parallel_state.get_data_parallel_world_size())
-    get_model_parallel_group = staticmethod(lambda: parallel_state.get_model_parallel_group())
-    get_tensor_model_parallel_rank = staticmethod(lambda: parallel_state.get_tensor_model_parallel_rank())
-    get_tensor_model_parallel_world_size = staticmethod(lambda: parallel_state.get_tensor_model_parallel_world_size())
-    get_pipeline_model_parallel_rank = staticmethod(lambda: parallel_state.get_pipeline_model_parallel_rank())
-    get_pipeline_model_parallel_world_size = staticmethod(
-        lambda: parallel_state.get_pipeline_model_parallel_world_size()
-    )
+    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
+    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
+    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
+    get_model_parallel_group = staticmethod(parallel_state.get_model_parallel_group)
+    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_pipeline_model_parallel_rank = staticmethod(parallel_state.get_pipeline_model_parallel_rank)
+    get_pipeline_model_parallel_world_size = staticmethod(parallel_state.get_pipeline_model_parallel_world_size)
 
     @staticmethod
     def get_model_parallel_rank() -> int:

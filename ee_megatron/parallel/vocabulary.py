@@ -54,10 +54,8 @@ class Head(nn.Module):
         for at in self.chunks(hidden):
             log_probs[at], unnormalised, total = self._distribution(hidden[at], ids[at])
             # With p = e / sum(e): H = log sum(e) - sum(e log e) / sum(e).
-            weighted = torch.xlogy(unnormalised, unnormalised).sum(-1)
-            if self.ranks > 1:
-                dist.all_reduce(weighted, group=self.group)
-            entropy[at] = total.squeeze(-1).log() - weighted / total.squeeze(-1)
+            weighted = self.total(torch.xlogy(unnormalised, unnormalised).sum(-1, keepdim=True))
+            entropy[at] = (total.log() - weighted / total).squeeze(-1)
         return log_probs, entropy
 
     def forward(self, hidden: Tensor, ids: Tensor, function: ChunkLoss) -> tuple[Tensor, Tensor]:
@@ -66,8 +64,17 @@ class Head(nn.Module):
         The loss has a gradient for the hidden states and, where it is trained, for the head. `function` must be a sum
         over positions; it is differentiated by autograd with respect to its log-probabilities.
         """
-        loss, log_probs = _ChunkedLoss.apply(self.entering(hidden), self.weight, self, ids, function)
-        return loss, log_probs.detach()
+        log_probs = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
+
+        def chunk(part: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+            log_probs[at], probabilities, total = self._distribution(part, ids[at])
+            with torch.enable_grad():
+                leaf = log_probs[at].detach().requires_grad_()
+                share = function(leaf, at)
+                (gradient,) = torch.autograd.grad(share, leaf)
+            return share.detach(), self._backward(probabilities, total, ids[at], gradient)
+
+        return _ChunkedLoss.apply(self.entering(hidden), self.weight, self, chunk), log_probs
 
     def entering(self, hidden: Tensor) -> Tensor:
         """hidden, such that its gradient is the sum over ranks where that is this module's task."""
@@ -89,7 +96,7 @@ class Head(nn.Module):
         return logits, top
 
     def total(self, *addends: Tensor) -> Tensor:
-        """Addends [n, 1] -> their sums over the ranks, side by side [n, number of addends]."""
+        """Addends [n, ...] -> their sums over the ranks, side by side."""
         sums = torch.cat(addends, dim=1)
         if self.ranks > 1:
             dist.all_reduce(sums, group=self.group)
@@ -99,64 +106,90 @@ class Head(nn.Module):
         """Positions that are read out together."""
         return [slice(i, i + self.chunk) for i in range(0, hidden.size(0), self.chunk)]
 
+    def log_softmax(self, hidden: Tensor) -> Tensor:
+        """log p over this rank's rows [n, V_local], fp32; -inf at padded rows."""
+        logits, top = self.logits(hidden)
+        total = (logits - top).exp_().sum(-1, keepdim=True)
+        return logits.sub_(self.total(total).log() + top)
+
     def _distribution(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(log p at ids [n, k], unnormalised probabilities [n, V_local], their sum over all ranks [n, 1]), fp32."""
         logits, top = self.logits(hidden)
-        chosen, mine = self._local(logits, ids)
-        chosen = torch.where(mine, chosen, 0.0)
+        local, mine = self._local(ids, logits.size(1))
+        chosen = torch.where(mine, logits.gather(1, local), 0.0)
         total = logits.sub_(top).exp_().sum(-1, keepdim=True)
-        if self.ranks > 1:
-            both = torch.cat([total, chosen], dim=1)
-            dist.all_reduce(both, group=self.group)
-            total, chosen = both[:, :1], both[:, 1:]
+        both = self.total(total, chosen)
+        total, chosen = both[:, :1], both[:, 1:]
         return chosen - (total.log() + top), logits, total
 
-    def _local(self, values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """values [n, V_local] at ids [n, k], and which of the ids this rank owns."""
+    def _local(self, ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Where ids [n, k] are among this rank's `rows`, and which of them it owns; the others' place means nothing."""
         local = ids - self.start
-        mine = (local >= 0) & (local < values.size(1))
-        return torch.gather(values, 1, local.clamp(0, values.size(1) - 1)), mine
+        return local.clamp(0, rows - 1), (local >= 0) & (local < rows)
 
     def _backward(self, probabilities: Tensor, total: Tensor, ids: Tensor, gradient: Tensor) -> Tensor:
         """Gradient [n, k] of the log-probabilities at ids -> gradient of this rank's logits, in place of the
         probabilities: d log p_i / d logit_j = [i = j] - p_j."""
         logits = probabilities.mul_(-gradient.sum(-1, keepdim=True) / total)
-        local = ids - self.start
-        mine = (local >= 0) & (local < logits.size(1))
-        logits.scatter_add_(1, local.clamp(0, logits.size(1) - 1), torch.where(mine, gradient, 0.0))
+        local, mine = self._local(ids, logits.size(1))
+        logits.scatter_add_(1, local, torch.where(mine, gradient, 0.0))
         return logits if self.temperature == 1.0 else logits.div_(self.temperature)
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Head.forward: the gradients are made in the forward pass and scaled in the backward pass."""
+    """A loss whose gradients are made in the forward pass, chunk by chunk, and scaled in the backward pass.
+
+    `function`: hidden states [n, D] of a chunk and where it lies in [N] -> its share of the loss, and the slope of that
+    by this rank's logits [n, V_local].
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, head: Head, ids: Tensor, function: ChunkLoss
-    ) -> tuple[Tensor, Tensor]:
-        log_probs = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        head: Head,
+        function: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
+    ) -> Tensor:
         loss = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for at in head.chunks(hidden):
-            log_probs[at], probabilities, total = head._distribution(hidden[at], ids[at])
-            with torch.enable_grad():
-                leaf = log_probs[at].detach().requires_grad_()
-                share = function(leaf, at)
-                (gradient,) = torch.autograd.grad(share, leaf)
-            loss += share.detach()
-            d_logits = head._backward(probabilities, total, ids[at], gradient).to(weight.dtype)
+            share, slope = function(hidden[at], at)
+            loss += share
+            d_logits = slope.to(weight.dtype)
             torch.mm(d_logits, weight, out=d_hidden[at])
             if d_weight is not None:
                 d_weight += d_logits.t() @ hidden[at]
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
-        ctx.mark_non_differentiable(log_probs)
-        return loss, log_probs
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * gradient, None if d_weight is None else d_weight * gradient, None, None, None
+        return d_hidden * gradient, None if d_weight is None else d_weight * gradient, None, None
+
+
+def full_divergence(
+    head: Head, hidden: Tensor, teacher_head: Head, teacher_hidden: Tensor, weight: Tensor, direction: Direction
+) -> tuple[Tensor, Tensor]:
+    """Sum of weight * divergence from a teacher over the whole vocabulary -> (loss, fp32 scalar; the divergences [N],
+    nats, detached).
+
+    hidden, teacher_hidden [N, D]; weight fp32 [N]. Gradients as in `Head.forward`.
+    """
+    divergence = torch.empty(hidden.size(0), dtype=torch.float32, device=hidden.device)
+
+    def chunk(part: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+        teacher = teacher_head.log_softmax(teacher_hidden[at])
+        divergence[at], slope = direction.sharded(head.log_softmax(part), teacher, head.total)
+        return (weight[at] * divergence[at]).sum(), slope.mul_(weight[at].unsqueeze(1) / head.temperature)
+
+    if torch.is_grad_enabled():
+        return _ChunkedLoss.apply(head.entering(hidden), head.weight, head, chunk), divergence
+    for at in head.chunks(hidden):
+        chunk(hidden[at], at)
+    return (weight * divergence).sum(), divergence
 
 
 def lumped_kl(student: Tensor, teacher: Tensor, direction: Direction) -> Tensor:

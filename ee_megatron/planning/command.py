@@ -13,16 +13,15 @@ from ..config.schema import RunConfig
 SCRIPTS = Path(__file__).parents[2] / "slurm"
 
 
-def launch_commands(cfg: RunConfig, command: str, overrides: list[str], scripts: Path = SCRIPTS) -> list[str]:
+def launch_commands(cfg: RunConfig, command: str, overrides: list[str]) -> list[str]:
     """`launch_command` of a stage. For the whole method ("run") on a cluster one per stage, to be submitted in turn."""
-    if command == "run" and on_cluster(cfg):
-        return [launch_command(cfg, stage, overrides, scripts) for stage in stage_order(cfg)]
-    return [launch_command(cfg, command, overrides, scripts)]
+    stages = stage_order(cfg) if command == "run" and on_cluster(cfg) else [command]
+    return [launch_command(cfg, stage, overrides) for stage in stages]
 
 
-def launch_command(cfg: RunConfig, stage: str, overrides: list[str], scripts: Path = SCRIPTS) -> str:
+def launch_command(cfg: RunConfig, stage: str, overrides: list[str]) -> str:
     """The sbatch line where the cluster section names devices or several nodes, to be given in the checkout: of the
-    stage's script for this experiment if there is one among `scripts`, else of the script for any stage. Elsewhere
+    stage's script for this experiment if there is one in slurm/, else of the script for any stage. Elsewhere
     torchrun on this machine, or plain Python for one rank."""
     settings = shlex.join(overrides)
     world = ranks(cfg)
@@ -34,21 +33,19 @@ def launch_command(cfg: RunConfig, stage: str, overrides: list[str], scripts: Pa
     flags = " ".join(allocation(cfg, stage))
     experiment = next((t.split("=", 1)[1] for t in overrides if t.startswith("experiment=")), "")
     script = f"{stage}_{experiment.removeprefix('rl_')}.sh"
-    if experiment and (scripts / script).is_file():
+    if experiment and (SCRIPTS / script).is_file():
         rest = shlex.join([text for text in overrides if not text.startswith("experiment=")])
         return f"sbatch {flags} slurm/{script} {rest}".rstrip()
-    if stage == "evaluate" and (scripts / "eval.sh").is_file():
-        return f"sbatch {flags} slurm/eval.sh {settings}".rstrip()
-    return f"sbatch {flags} slurm/stage.sh {stage} {settings}".rstrip()
+    script = "eval.sh" if stage == "evaluate" and (SCRIPTS / "eval.sh").is_file() else f"stage.sh {stage}"
+    return f"sbatch {flags} slurm/{script} {settings}".rstrip()
 
 
 def allocation(cfg: RunConfig, stage: str) -> list[str]:
     """sbatch's options for the nodes of a stage's job: on each one task slot, with its share of the cores, per GPU."""
     shape = job_shape(cfg, stage)
-    if not shape.gpus_per_node:
-        return [f"--nodes={shape.nodes}", f"--ntasks-per-node={shape.ranks_per_node}"]
     gpus = shape.gpus_per_node
-    return [f"--nodes={shape.nodes}", f"--ntasks-per-node={gpus}", f"--gpus-per-node={gpus}"]
+    options = [f"--nodes={shape.nodes}", f"--ntasks-per-node={gpus or shape.ranks_per_node}"]
+    return [*options, f"--gpus-per-node={gpus}"] if gpus else options
 
 
 def on_cluster(cfg: RunConfig) -> bool:

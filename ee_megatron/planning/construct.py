@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from .layout import Layout, Parameters, rank_parameters
+from .layout import ROW_PARALLEL, Layout, Parameters, rank_parameters
 
 
 def build_ranks(layout: Layout) -> dict[tuple[int, int], Parameters]:
@@ -49,8 +49,8 @@ def check_sums(layout: Layout, found: dict[tuple[int, int], Parameters]) -> None
     dims, extra_ranks = layout.dims, layout.tensor - 1
     whole = sum(torch.Size(shape).numel() for shape in dims.tensor_shapes().values())
     vectors = [(n, s) for n, s in dims.block_shapes().items() if len(s) == 1]
-    repeated = [n for n, _ in vectors if "_proj" not in n or n in ("self_attn.o_proj.bias", "mlp.down_proj.bias")]
-    again = extra_ranks * (dims.num_layers * sum(s[0] for n, s in vectors if n in repeated) + dims.hidden)
+    repeated = sum(s[0] for n, s in vectors if "_proj" not in n or n.removesuffix(".bias") in ROW_PARALLEL)
+    again = extra_ranks * (dims.num_layers * repeated + dims.hidden)
     padding = (padded_vocab(dims.vocab, layout.tensor) - dims.vocab) * dims.hidden * (1 if dims.tied else 2)
     base = sum(parameters.base for parameters in found.values())
     if base != whole + again + padding:
@@ -79,19 +79,15 @@ def _count(layout: Layout) -> Parameters:
     with FakeTensorMode():
         model = build_model(config)
     total = sum(parameter.numel() for parameter in model.parameters())
-    added = {"gates": 0, "adapters": 0}
-    for piece in policy_pieces(model):
-        name = piece.entry.parameter
-        if name.startswith("gates."):
-            added["gates"] += piece.parameter.numel()
-        elif ".lora_" in name:
-            added["adapters"] += piece.parameter.numel()
-    copies = [
+    policy = [(piece.entry.parameter, piece.parameter.numel()) for piece in policy_pieces(model)]
+    gates = sum(count for name, count in policy if name.startswith("gates."))
+    adapters = sum(count for name, count in policy if ".lora_" in name)
+    copy = sum(
         stage.output_layer.weight.numel()
         for stage in model
         if stage.post_process and not stage.pre_process and layout.dims.tied
-    ]
-    return Parameters(total - sum(added.values()) - sum(copies), sum(copies), added["adapters"], added["gates"])
+    )
+    return Parameters(total - gates - adapters - copy, copy, adapters, gates)
 
 
 @contextlib.contextmanager
@@ -116,11 +112,8 @@ def _as_rank(layout: Layout, tensor_rank: int, pipeline_rank: int) -> Iterator[N
             virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
             create_gloo_process_groups=False,
         )
-        found = (
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_pipeline_model_parallel_rank(),
-        )
-        assert found == (tensor_rank, pipeline_rank), found
+        assert parallel_state.get_tensor_model_parallel_rank() == tensor_rank
+        assert parallel_state.get_pipeline_model_parallel_rank() == pipeline_rank
         model_parallel_cuda_manual_seed(0)
         yield
     finally:

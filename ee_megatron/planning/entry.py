@@ -1,12 +1,13 @@
-"""What `ee-megatron plan` calls."""
+"""What `ee-megatron plan` and a dry run call."""
 
 from __future__ import annotations
 
+import argparse
+import copy
 import json
 import sys
-from dataclasses import dataclass, field
 
-from ..config.derive import read_dims
+from ..config.derive import ranks, read_dims
 from ..config.schema import RunConfig
 from ..families import ModelDims
 from .command import launch_command
@@ -15,48 +16,35 @@ from .memory import actor_memory
 from .plan import Assumptions, Plan, make_plan
 from .propose import nearest_fit
 from .published import published_dims
-from .report import to_json, to_text
+from .report import scaling_lines, summary, to_json, to_text
 
 
-@dataclass(frozen=True)
-class Options:
-    """Of the plan command; none of them changes what a run would compute.
-
-    dims: a published model's name, "": the model directory's config.json. device: a name of devices.py, "": cpu where
-    the configuration says so, else H100. build: construct every rank's modules. scaling: node counts to compare.
-    """
-
-    dims: str = ""
-    device: str = ""
-    tflops: float | None = None
-    memory_gib: float | None = None
-    efficiency: float | None = None
-    assumed: Assumptions = field(default_factory=Assumptions)
-    build: bool = True
-    as_json: bool = False
-    scaling: tuple[int, ...] = ()
+def dry_run_lines(cfg: RunConfig, dims: ModelDims) -> list[str]:
+    """Parameters, memory and time by arithmetic. Raises ValueError as `make_plan` does."""
+    return summary(make_plan(cfg, dims, find_device(default_device(cfg)), Assumptions()))
 
 
-def run_plan(cfg: RunConfig, overrides: list[str], options: Options) -> int:
-    """Print the plan. Raises ValueError, one line with the nearest configuration that would do, if something does not
-    fit; the plan is on stdout all the same, to see what takes the room."""
+def run_plan(cfg: RunConfig, options: argparse.Namespace) -> int:
+    """Print the plan; `options` are those of cli.py's command. Raises ValueError, one line with the nearest
+    configuration that would do, if something does not fit; the plan is on stdout all the same, to see what takes the
+    room."""
+    try:
+        nodes = [int(count) for count in options.scaling.split(",") if count]
+    except ValueError:
+        raise ValueError(f"--scaling {options.scaling}: expected numbers of nodes, e.g. 1,2,4") from None
     dims = published_dims(options.dims) if options.dims else read_dims(cfg)
-    device = pick_device(cfg, options)
-    plan = make_plan(cfg, dims, device, options.assumed)
-    if options.build:
+    device = find_device(options.on or default_device(cfg), options.tflops, options.memory_gib, options.efficiency)
+    assumed = Assumptions(options.prompt_tokens, options.answer_tokens, options.mean_depth)
+    plan = make_plan(cfg, dims, device, assumed)
+    if not options.no_build:
         from .construct import build_ranks
 
         built = build_ranks(plan.layout)
         print(f"built {len(built)} (tensor, pipeline) rank(s) without memory: parameters as planned", file=sys.stderr)
-    command = launch_command(cfg, "rl", overrides)
-    if options.as_json:
-        print(json.dumps(to_json(plan, command), indent=1))
-    else:
-        print(to_text(plan, command), end="")
-    if options.scaling:
-        from .scaling_table import scaling_lines
-
-        print("\n" + "\n".join(scaling_lines(cfg, dims, device, options.assumed, options.scaling)))
+    command = launch_command(cfg, "rl", options.overrides)
+    print(json.dumps(to_json(plan, command), indent=1) if options.json else to_text(plan, command))
+    if nodes:
+        print("\n" + "\n".join(scaling_lines(scale(cfg, dims, device, assumed, nodes))))
     refuse_what_does_not_fit(plan, dims)
     return 0
 
@@ -76,8 +64,30 @@ def refuse_what_does_not_fit(plan: Plan, dims: ModelDims) -> None:
     )
 
 
-def pick_device(cfg: RunConfig, options: Options) -> Device:
-    """The device that the options name, else a CPU or an H100 by the configuration. Raises ValueError."""
-    cpu = cfg.device == "cpu" or (cfg.device == "auto" and not cfg.cluster.gpus_per_node)
-    name = options.device or ("cpu" if cpu else "H100")
-    return find_device(name, options.tflops, options.memory_gib, options.efficiency)
+def default_device(cfg: RunConfig) -> str:
+    """A CPU or an H100, by the configuration."""
+    return "cpu" if cfg.device == "cpu" or (cfg.device == "auto" and not cfg.cluster.gpus_per_node) else "H100"
+
+
+def scale(cfg: RunConfig, dims: ModelDims, device: Device, assumed: Assumptions, nodes: list[int]) -> list[Plan]:
+    """The same step (the same prompts, the same batch) on more nodes: half of the devices learn, with more
+    data-parallel ranks, half are rollout actors. Raises ValueError for a count that leaves no whole replica."""
+    if not cfg.cluster.gpus_per_node:
+        raise ValueError("--scaling: needs cluster.gpus_per_node > 0, found 0")
+    plans = []
+    for count in nodes:
+        devices = count * cfg.cluster.gpus_per_node
+        replica = cfg.parallel.tensor * cfg.parallel.pipeline
+        data = devices // 2 // replica
+        if data < 1:
+            raise ValueError(
+                f"--scaling {count}: half of {devices} devices is less than one learner replica of {replica} ranks; "
+                f"start at {-(-2 * replica // cfg.cluster.gpus_per_node)} node(s)"
+            )
+        changed = copy.deepcopy(cfg)
+        changed.cluster.nodes, changed.parallel.data = count, data
+        changed.rollout.actors = devices - ranks(changed)
+        whole, rest = divmod(ranks(changed), cfg.cluster.gpus_per_node)
+        changed.cluster.rollout_nodes = 0 if rest else count - whole
+        plans.append(make_plan(changed, dims, device, assumed))
+    return plans

@@ -7,42 +7,13 @@ are not counted: they cost memory traffic, not products.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ..families import ModelDims, padded_vocab
-from .layout import Layout, targets
+from .layout import JOINT, KEY_VALUE, Layout, joint
 from .workload import Workload
-
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-MLP_IN = ("mlp.gate_proj", "mlp.up_proj")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """FLOPs of one rank: base linears, adapters, attention, gates, head."""
-
-    linear: float = 0.0
-    adapters: float = 0.0
-    attention: float = 0.0
-    gates: float = 0.0
-    head: float = 0.0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(*(a + b for a, b in zip(self.parts(), other.parts(), strict=True)))
-
-    def parts(self) -> tuple[float, ...]:
-        """The fields in order."""
-        return self.linear, self.adapters, self.attention, self.gates, self.head
-
-    def times(self, factor: float) -> Cost:
-        """`factor` such passes."""
-        return Cost(*(factor * part for part in self.parts()))
-
-    @property
-    def total(self) -> float:
-        """FLOPs of all kinds."""
-        return sum(self.parts())
 
 
 @dataclass(frozen=True)
@@ -56,22 +27,14 @@ class Product:
 
 def products(layout: Layout, every: float, active: float) -> dict[str, Product]:
     """A layer's products for `active` positions that run it, keys and values for all `every` positions."""
-    dims, rank, adapted, t = layout.dims, layout.spec.rank, targets(layout), layout.tensor
 
-    def product(parts: tuple[str, ...], positions: float, row_parallel: bool = False) -> Product:
-        rows = sum(dims.linear_shapes()[part][0] for part in parts) // (1 if row_parallel else t)
-        columns = dims.linear_shapes()[parts[0]][1] // (t if row_parallel else 1)
+    def product(parts: tuple[str, ...]) -> Product:
+        rows, columns, rank = joint(layout, parts)
+        positions = every if parts == KEY_VALUE else active
         # Parts share one product down to all their ranks, and one up in which each ignores the others' ranks.
-        joint = rank * sum(part in adapted for part in parts)
-        return Product(2 * positions * rows * columns, 2 * positions * columns * joint, 2 * positions * rows * joint)
+        return Product(2 * positions * rows * columns, 2 * positions * columns * rank, 2 * positions * rows * rank)
 
-    return {
-        "q": product(QKV[:1], active),
-        "kv": product(QKV[1:], every),
-        "out": product(("self_attn.o_proj",), active, row_parallel=True),
-        "gate_up": product(MLP_IN, active),
-        "down": product(("mlp.down_proj",), active, row_parallel=True),
-    }
+    return {name: product(parts) for name, parts in zip(("q", "kv", "out", "gate_up", "down"), JOINT, strict=True)}
 
 
 def queries(load: Workload, active: float) -> float:
@@ -103,16 +66,15 @@ class PassMode:
     input_gradient: bool = False
 
 
-def layer_cost(layout: Layout, load: Workload, layer: int, rows: float, real: float, how: PassMode) -> Cost:
-    """One layer on one rank for a micro-batch of `rows` sequences of which `real` are not padding."""
+def layer_cost(layout: Layout, load: Workload, layer: int, rows: float, real: float, how: PassMode) -> float:
+    """FLOPs of one layer on one rank for a micro-batch of `rows` sequences of which `real` are not padding."""
     active = load.active(layer, full=not how.policy)
     found = products(layout, real * load.written, real * active)
-    on = 1.0 if how.policy else 0.0
     linear = sum(p.base for p in found.values())
-    adapters = on * sum(p.down + p.up for p in found.values())
+    adapters = sum(p.down + p.up for p in found.values()) if how.policy else 0.0
     attended = attention(layout, load, rows, active)
     gated = gate_cost(layout, load, layer, real) if how.policy else 0.0
-    forward = Cost(linear, adapters, attended, gated)
+    forward = linear + adapters + attended + gated
     if not how.train:
         return forward
     spec = layout.spec
@@ -120,11 +82,11 @@ def layer_cost(layout: Layout, load: Workload, layer: int, rows: float, real: fl
     through = linear if entering else linear - found["q"].base - found["kv"].base
     own = linear if spec.full else 0.0
     trained = 2 * adapters - (0.0 if entering else found["q"].down + found["kv"].down)
-    if not (entering or spec.full or targets(layout)):
+    if not (entering or spec.full or spec.rank):
         # Gates alone, and none before this layer: nothing in it is differentiated.
         through = trained = attended = 0.0
-    backward = Cost(through + own, trained, 2.5 * attended, 2 * gated)
-    return forward + backward + (forward if how.recompute else Cost())
+    backward = through + own + trained + 2.5 * attended + 2 * gated
+    return forward + backward + (forward if how.recompute else 0.0)
 
 
 def carries_gradient(layout: Layout, layer: int, how: PassMode) -> bool:
@@ -132,7 +94,7 @@ def carries_gradient(layout: Layout, layer: int, how: PassMode) -> bool:
     is trained."""
     if how.input_gradient or layout.spec.full:
         return True
-    if targets(layout):
+    if layout.spec.rank:
         return layer > 1
     return layer > 1 + min(layout.spec.exit_depths, default=layout.dims.num_layers)
 
@@ -145,17 +107,16 @@ def gate_cost(layout: Layout, load: Workload, layer: int, real: float) -> float:
     return gate(layout.dims, layout.spec.gate_width, real * load.asked(layer - 1)) / share
 
 
-def head_cost(layout: Layout, load: Workload, real: float, how: PassMode) -> Cost:
+def head_cost(layout: Layout, load: Workload, real: float, how: PassMode) -> float:
     rows = padded_vocab(layout.dims.vocab, layout.tensor) // layout.tensor
-    once = 2 * real * load.answer * rows * layout.dims.hidden
-    return Cost(head=once * (1 + (1 + layout.spec.full if how.train else 0)))
+    return 2 * real * load.answer * rows * layout.dims.hidden * (1 + (1 + layout.spec.full if how.train else 0))
 
 
-def stage_cost(layout: Layout, load: Workload, pipeline_rank: int, rows: float, real: float, how: PassMode) -> Cost:
-    """One micro-batch on one (tensor, pipeline) rank; a micro-batch of padding only costs nothing."""
+def stage_cost(layout: Layout, load: Workload, pipeline_rank: int, rows: float, real: float, how: PassMode) -> float:
+    """FLOPs of one micro-batch on one (tensor, pipeline) rank; a micro-batch of padding only costs nothing."""
+    total = 0.0
     if real <= 0:
-        return Cost()
-    total = Cost()
+        return total
     for stage in layout.stages(pipeline_rank):
         for layer in stage.layers:
             total += layer_cost(layout, load, layer, rows, real, how)
@@ -172,27 +133,23 @@ def micro_batches(layout: Layout, size: int, sequences: int, data_rank: int) -> 
     return [max(0, min(size, sequences - start - i)) for i in range(0, share, size)]
 
 
-def pass_cost(layout: Layout, load: Workload, size: int, sequences: int, how: PassMode) -> dict[int, Cost]:
-    """Pipeline rank -> FLOPs of data rank 0, which has no less to do than the others, on one tensor-parallel rank."""
-    parts = micro_batches(layout, size, sequences, 0)
-    costs = {}
-    for pipeline_rank in range(layout.pipeline):
-        by_real = {real: stage_cost(layout, load, pipeline_rank, size, real, how) for real in set(parts)}
-        total = Cost()
-        for real in parts:
-            total += by_real[real]
-        costs[pipeline_rank] = total
-    return costs
+def pass_cost(layout: Layout, load: Workload, size: int, sequences: int, how: PassMode) -> list[float]:
+    """FLOPs by pipeline rank of data rank 0, which has no less to do than the others, on one tensor-parallel rank."""
+    counts = Counter(micro_batches(layout, size, sequences, 0))
+    return [
+        sum(count * stage_cost(layout, load, pipeline_rank, size, real, how) for real, count in counts.items())
+        for pipeline_rank in range(layout.pipeline)
+    ]
 
 
 def whole_pass(layout: Layout, load: Workload, size: int, sequences: int, how: PassMode) -> float:
     """FLOPs of all ranks."""
-    total = 0.0
-    for data_rank in range(layout.data):
-        for real in micro_batches(layout, size, sequences, data_rank):
-            for pipeline_rank in range(layout.pipeline):
-                total += layout.tensor * stage_cost(layout, load, pipeline_rank, size, real, how).total
-    return total
+    return layout.tensor * sum(
+        stage_cost(layout, load, pipeline_rank, size, real, how)
+        for data_rank in range(layout.data)
+        for real in micro_batches(layout, size, sequences, data_rank)
+        for pipeline_rank in range(layout.pipeline)
+    )
 
 
 def prefill_cost(dims: ModelDims, prompt: int) -> float:
@@ -235,9 +192,7 @@ def answer_cost(
     linears = sum(rows * columns for rows, columns in dims.linear_shapes().values())
     head, skipped = 2 * dims.vocab * dims.hidden, 4 * dims.kv_size * dims.hidden
     total = prefill_cost(dims, prompt)
-    for t, depth in enumerate(depths):
-        if t == 0:
-            continue
+    for t, depth in enumerate(depths[1:], 1):
         total += depth * (2 * linears + 4 * dims.heads * dims.head_dim * (prompt + t))
         total += (dims.num_layers - depth) * skipped + head
         if "gates" in needs:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 
 from ..config.derive import policy_spec, stage_sizes
 from ..config.schema import RunConfig
 from ..families import ModelDims, padded_vocab
 from ..policy import PolicySpec
+
+KEY_VALUE = ("self_attn.k_proj", "self_attn.v_proj")
+JOINT = (
+    ("self_attn.q_proj",),
+    KEY_VALUE,
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+"""A layer's linears, those together that are one product."""
+ROW_PARALLEL = ("self_attn.o_proj", "mlp.down_proj")
 
 
 @dataclass(frozen=True)
@@ -86,33 +97,30 @@ def rank_parameters(layout: Layout, pipeline_rank: int) -> Parameters:
     layers = [layer for stage in stages for layer in stage.layers]
     embedding, head = any(s.embedding for s in stages), any(s.head for s in stages)
     matrix = padded_vocab(dims.vocab, layout.tensor) // layout.tensor * dims.hidden
-    base = len(layers) * sum(count for _, count in _block(dims, layout.tensor))
+    base = len(layers) * _block_elements(dims, layout.tensor)
     base += matrix * embedding + (dims.hidden + (0 if dims.tied else matrix)) * head
     copy = matrix if dims.tied and head and not embedding else 0
-    adapters = len(layers) * sum(adapter_elements(dims, layout.spec, layout.tensor, part) for part in targets(layout))
+    shapes = [joint(layout, (part,)) for part in dims.linear_shapes()]
+    adapters = len(layers) * sum(rank * (rows + columns) for rows, columns, rank in shapes)
     width = layout.spec.gate_width * dims.hidden
     gate = width * dims.hidden + 2 * width + 1
     return Parameters(base, copy, adapters, gate * len(layout.gates(pipeline_rank)))
 
 
-def targets(layout: Layout) -> tuple[str, ...]:
-    """Linears that have an adapter."""
-    return layout.spec.targets if layout.spec.rank else ()
+def joint(layout: Layout, parts: tuple[str, ...]) -> tuple[int, int, int]:
+    """Rows and columns on a tensor-parallel rank of linears that are one product, and their adapters' ranks' sum."""
+    shapes, spec = layout.dims.linear_shapes(), layout.spec
+    rows, columns = sum(shapes[part][0] for part in parts), shapes[parts[0]][1]
+    rank = spec.rank * sum(part in spec.targets for part in parts)
+    if parts[0] in ROW_PARALLEL:
+        return rows, columns // layout.tensor, rank
+    return rows // layout.tensor, columns, rank
 
 
-def adapter_elements(dims: ModelDims, spec: PolicySpec, tensor: int, part: str) -> int:
-    """Elements of one linear's two factors on a tensor-parallel rank: one factor is split, the other whole."""
-    rows, columns = dims.linear_shapes()[part]
-    whole, split = (rows, columns) if part.endswith(("o_proj", "down_proj")) else (columns, rows)
-    return spec.rank * (whole + split // tensor)
-
-
-def _block(dims: ModelDims, tensor: int) -> Iterator[tuple[str, int]]:
-    row_parallel = ("self_attn.o_proj", "mlp.down_proj")
-    for name, shape in dims.block_shapes().items():
-        count = 1
-        for size in shape:
-            count *= size
-        linear, kind = name.rsplit(".", 1)
-        split = "_proj" in linear and not (kind == "bias" and linear in row_parallel)
-        yield name, count // tensor if split else count
+def _block_elements(dims: ModelDims, tensor: int) -> int:
+    """Elements of one layer's base on a tensor-parallel rank: vectors that follow a sum over ranks are whole."""
+    whole = [f"{linear}.bias" for linear in ROW_PARALLEL]
+    return sum(
+        math.prod(shape) // (tensor if "_proj" in name and name not in whole else 1)
+        for name, shape in dims.block_shapes().items()
+    )

@@ -6,15 +6,18 @@ them; the peak is taken with every token at full depth, since a batch may contai
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..families import padded_vocab
 from ..parallel.vocabulary import CHUNK_BYTES, LEAST_CHUNK
-from .flops import MLP_IN, QKV, PassMode, carries_gradient
-from .layout import Layout, PipelineStage, rank_parameters, targets
+from .flops import PassMode, carries_gradient
+from .layout import JOINT, KEY_VALUE, ROW_PARALLEL, Layout, PipelineStage, joint, rank_parameters
 from .workload import Workload
 
 FP32, INDEX = 4, 8
+REDUCE_BUCKET = 500_000_000
+"""Elements of the buffer that DeepSpeed reduces gradients in (its default)."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,6 @@ class Training:
     zero_stage: int
     offload: bool
     on_cpu: bool
-    reduce_bucket: int = 500_000_000
 
 
 def learner_memory(layout: Layout, load: Workload, t: Training, pipeline_rank: int, batches: int) -> dict[str, float]:
@@ -69,7 +71,7 @@ def reduction_bucket(base: int, small: int, t: Training) -> float:
     sizes = {FP32: small // FP32}
     sizes[t.item] = sizes.get(t.item, 0) + base
     used = {item: count for item, count in sizes.items() if count}
-    return float(sum(item * (min(n, t.reduce_bucket) if t.on_cpu else t.reduce_bucket) for item, n in used.items()))
+    return float(sum(item * (min(n, REDUCE_BUCKET) if t.on_cpu else REDUCE_BUCKET) for item, n in used.items()))
 
 
 def in_flight(layout: Layout, pipeline_rank: int, batches: int) -> int:
@@ -156,15 +158,12 @@ def layer_activations(layout: Layout, load: Workload, t: Training, layer: int) -
 
 def linear_inputs(layout: Layout, t: Training, every: float, active: float) -> float:
     """What linears read: kept for their adapters' sake, or for their own gradient. Frozen ones keep nothing."""
-    dims, adapted = layout.dims, targets(layout)
-    reads = (
-        (QKV[:1], active * dims.hidden),
-        (QKV[1:], every * dims.hidden),
-        (("self_attn.o_proj",), active * dims.q_size / layout.tensor),
-        (MLP_IN, active * dims.hidden),
-        (("mlp.down_proj",), active * dims.intermediate / layout.tensor),
-    )
-    return t.item * sum(size for parts, size in reads if layout.spec.full or any(p in adapted for p in parts))
+    size = 0.0
+    for parts in JOINT:
+        _, columns, rank = joint(layout, parts)
+        if layout.spec.full or rank:
+            size += (every if parts == KEY_VALUE else active) * columns
+    return t.item * size
 
 
 def attention_activations(layout: Layout, t: Training, every: float, active: float) -> float:
@@ -186,21 +185,12 @@ def attention_activations(layout: Layout, t: Training, every: float, active: flo
 
 def adapter_activations(layout: Layout, t: Training, every: float, active: float) -> float:
     """The narrow products, and the factors as joined for one product each."""
-    dims, rank, adapted = layout.dims, layout.spec.rank, targets(layout)
     kept = 0.0
-    for parts, positions, row_parallel in (
-        (QKV[:1], active, False),
-        (QKV[1:], every, False),
-        (("self_attn.o_proj",), active, True),
-        (MLP_IN, active, False),
-        (("mlp.down_proj",), active, True),
-    ):
-        joint = rank * sum(part in adapted for part in parts)
-        rows = sum(dims.linear_shapes()[part][0] for part in parts) // (1 if row_parallel else layout.tensor)
-        columns = dims.linear_shapes()[parts[0]][1] // (layout.tensor if row_parallel else 1)
+    for parts in JOINT:
+        rows, columns, rank = joint(layout, parts)
         # A row-parallel linear's second factor is one adapter's own: a parameter, or its narrower copy.
-        joined = columns + (rows if not row_parallel or t.item != FP32 else 0)
-        kept += joint * (positions + joined) * t.item
+        joined = columns + (rows if parts[0] not in ROW_PARALLEL or t.item != FP32 else 0)
+        kept += rank * ((every if parts == KEY_VALUE else active) + joined) * t.item
     return kept
 
 
@@ -218,12 +208,11 @@ def actor_memory(layout: Layout, load: Workload, item: int, rows: int, packed: b
     what is multiplied with. The cache has a slot of prompt + answer positions for every row."""
     dims, spec = layout.dims, layout.spec
     linears = {name: shape[0] * shape[1] for name, shape in dims.linear_shapes().items()}
-    base = sum(_size(shape) for shape in dims.tensor_shapes().values())
-    groups = (QKV, ("self_attn.o_proj",), MLP_IN, ("mlp.down_proj",))
-    changed = [sum(linears[p] for p in parts) for parts in groups if any(p in targets(layout) for p in parts)]
+    base = sum(math.prod(shape) for shape in dims.tensor_shapes().values())
+    changed = [sum(linears[p] for p in parts) for parts in JOINT if joint(layout, parts)[2]]
     behind = sum(dims.num_layers - depth for depth in spec.exit_depths[:1])
     stacked = behind * 2 * dims.kv_size * dims.hidden
-    gates = FP32 * sum(_size(shape) for shape in spec.gate_shapes(dims).values())
+    gates = FP32 * sum(math.prod(shape) for shape in spec.gate_shapes(dims).values())
     found = {
         "weights": float(item * base),
         "adapted matrices": float(item * dims.num_layers * sum(changed)),
@@ -243,13 +232,6 @@ def actor_memory(layout: Layout, load: Workload, item: int, rows: int, packed: b
     return found
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
 def sync_bytes(layout: Layout) -> int:
     """One version of the policy's tensors as it travels, fp32."""
-    return FP32 * sum(_size(shape) for shape in layout.spec.tensor_shapes(layout.dims).values())
+    return FP32 * sum(math.prod(shape) for shape in layout.spec.tensor_shapes(layout.dims).values())

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..config.cluster import job_shape
-from ..config.derive import ranks
 from ..config.schema import RunConfig
 from ..config.validate import validate
 from ..families import ModelDims
-from . import timing
 from .devices import Device
 from .layout import Layout, Parameters, rank_parameters
 from .memory import Training, actor_memory, learner_memory, sync_bytes
-from .step import Step, phase_flops, rl_step
+from .step import phase_flops
+from .timing import Roofline
 from .workload import Workload
 
 HOST = "optimizer (host)"
@@ -31,20 +30,31 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by kind per pipeline rank and per rollout actor; FLOPs of all ranks and seconds by phase."""
+    """Bytes by kind per pipeline rank and per rollout actor; FLOPs of all ranks and seconds by phase.
+
+    load, longest: of an average answer, and of the longest, at full depth; item: bytes per element of the base.
+    """
 
     cfg: RunConfig
     layout: Layout
     device: Device
     load: Workload
     longest: Workload
-    parameters: list[Parameters]
+    item: int
     learner: list[dict[str, float]]
     actor: dict[str, float]
-    item: int
-    step: Step
     flops: dict[str, float]
     seconds: dict[str, float]
+
+    @property
+    def parameters(self) -> list[Parameters]:
+        """Those of a rank, by pipeline rank."""
+        return [rank_parameters(self.layout, p) for p in range(self.layout.pipeline)]
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of a whole RL step."""
+        return sum(self.seconds.values())
 
     @property
     def shared(self) -> bool:
@@ -66,8 +76,25 @@ class Plan:
         return sum(size for kind, size in kinds.items() if kind != HOST or self.on_cpu)
 
     def shortage(self) -> str:
-        """Which device lacks how much memory; empty if everything fits."""
-        return shortage(self.cfg, self.device, self.learner, self.actor, self.shared)
+        """Which device lacks how much memory, in words; empty if everything fits."""
+        device, world, actors = self.device, self.layout.ranks, self.cfg.rollout.actors
+        stages, actor = [self.device_bytes(kinds) for kinds in self.learner], self.device_bytes(self.actor)
+        worst, most = max(enumerate(stages), key=lambda stage: stage[1])
+        if self.on_cpu:
+            # Processes of one machine share its memory.
+            whole = world // len(stages) * sum(stages) + actors * actor
+            needs = {f"{world} learner rank(s) and {actors} actor(s) on one machine": whole}
+        elif self.shared:
+            needs = {f"a device with learner stage {worst} and a rollout actor": most + actor}
+        else:
+            needs = {f"a learner rank of stage {worst}": most, "a rollout actor": actor}
+        for what, size in needs.items():
+            if size + device.reserved > device.memory:
+                return (
+                    f"{what} needs {(size + device.reserved) / 2**30:.1f} GiB, {device.name} has "
+                    f"{device.memory / 2**30:.1f} ({device.reserved / 2**30:.1f} of them reserved)"
+                )
+        return ""
 
 
 def element_bytes(cfg: RunConfig, on_cpu: bool) -> int:
@@ -92,18 +119,9 @@ def make_plan(cfg: RunConfig, dims: ModelDims, device: Device, assumed: Assumpti
     load = load.in_groups(cfg.rl.group_size, cfg.parallel.micro_batch_size)
     longest = Workload.of(assumed.prompt_tokens, longest_answer, outcomes, 1.0)
     item = element_bytes(cfg, device.packed)
-    step = rl_step(cfg, item)
-    learner = [learner_bytes(cfg, layout, longest, item, device.packed, p) for p in range(layout.pipeline)]
-    actor = actor_memory(layout, longest, item, actor_rows(cfg), device.packed)
-    seconds = {
-        "rollouts": timing.rollout_seconds(layout, load, step, device),
-        "scoring": timing.score_seconds(layout, load, step, device),
-        "update": timing.update_seconds(layout, load, step, device),
-        "weight sync": timing.sync_seconds(layout, device),
-    }
-    parameters = [rank_parameters(layout, p) for p in range(layout.pipeline)]
-    flops = phase_flops(layout, load, step)
-    return Plan(cfg, layout, device, load, longest, parameters, learner, actor, item, step, flops, seconds)
+    learner, actor = memory(cfg, layout, longest, item, device.packed)
+    flops, seconds = phase_flops(layout, load, cfg), Roofline(cfg, layout, load, device, item).phases()
+    return Plan(cfg, layout, device, load, longest, item, learner, actor, flops, seconds)
 
 
 def actor_rows(cfg: RunConfig) -> int:
@@ -112,48 +130,15 @@ def actor_rows(cfg: RunConfig) -> int:
     return min(cfg.rollout.rows, answers)
 
 
-def learner_bytes(
-    cfg: RunConfig, layout: Layout, longest: Workload, item: int, on_cpu: bool, pipeline_rank: int
-) -> dict[str, float]:
-    """Kind -> bytes of one learner rank in an RL step."""
+def memory(
+    cfg: RunConfig, layout: Layout, longest: Workload, item: int, on_cpu: bool
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Kind -> bytes in an RL step: of a learner rank, by pipeline rank, and of a rollout actor."""
     per_update = -(-cfg.rl.prompts_per_step * cfg.rl.group_size // cfg.rl.minibatches)
     batches = max(1, -(-per_update // (cfg.parallel.micro_batch_size * layout.data)))
+    parallel, zero = cfg.parallel, cfg.deepspeed
     training = Training(
-        item,
-        cfg.parallel.micro_batch_size,
-        cfg.parallel.recompute,
-        cfg.deepspeed.zero_stage,
-        cfg.deepspeed.offload_optimizer,
-        on_cpu,
+        item, parallel.micro_batch_size, parallel.recompute, zero.zero_stage, zero.offload_optimizer, on_cpu
     )
-    return learner_memory(layout, longest, training, pipeline_rank, batches)
-
-
-def shortage(
-    cfg: RunConfig, device: Device, learner: list[dict[str, float]], actor: dict[str, float], shared: bool
-) -> str:
-    """Which device lacks how much memory, in words; empty if everything fits."""
-
-    def total(kinds: dict[str, float]) -> float:
-        return sum(size for kind, size in kinds.items() if kind != HOST or device.packed)
-
-    def lacks(what: str, needed: float) -> str:
-        if needed <= device.memory:
-            return ""
-        return (
-            f"{what} needs {needed / 2**30:.1f} GiB, {device.name} has {device.memory / 2**30:.1f} "
-            f"({device.reserved / 2**30:.1f} of them reserved)"
-        )
-
-    if device.packed:
-        # Processes of one machine share its memory.
-        replicas = ranks(cfg) // len(learner)
-        whole = replicas * sum(total(kinds) for kinds in learner) + cfg.rollout.actors * total(actor)
-        return lacks(f"{ranks(cfg)} learner rank(s) and {cfg.rollout.actors} actor(s) on one machine",
-                     whole + device.reserved)  # fmt: skip
-    worst = max(range(len(learner)), key=lambda p: total(learner[p]))
-    needed = total(learner[worst]) + device.reserved
-    if shared:
-        return lacks(f"a device with learner stage {worst} and a rollout actor", needed + total(actor))
-    return lacks(f"a learner rank of stage {worst}", needed) or lacks("a rollout actor",
-                                                                      total(actor) + device.reserved)  # fmt: skip
+    learner = [learner_memory(layout, longest, training, p, batches) for p in range(layout.pipeline)]
+    return learner, actor_memory(layout, longest, item, actor_rows(cfg), on_cpu)

@@ -6,15 +6,14 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from operator import attrgetter
 
-from ..config.cluster import job_shape
 from ..config.schema import RunConfig
 from ..config.validate import validate
 from ..families import ModelDims
-from .devices import Device
 from .layout import Layout
-from .memory import actor_memory
-from .plan import Plan, actor_rows, learner_bytes, shortage
+from .plan import Plan, actor_rows, memory
 from .workload import Workload
 
 # What a change costs the user, roughly: time for recomputing, time for smaller batches, devices.
@@ -40,7 +39,9 @@ def nearest_fit(plan: Plan, dims: ModelDims) -> list[str]:
             layout = Layout.of(changed, dims)
         except ValueError:
             continue
-        if fits(changed, layout, plan):
+        longest = Workload.of(plan.longest.prompt, plan.longest.answer, layout.spec.layout.outcomes, 1.0)
+        learner, actor = memory(changed, layout, longest, plan.item, plan.on_cpu)
+        if not replace(plan, cfg=changed, layout=layout, learner=learner, actor=actor).shortage():
             return [f"{key}={str(value).lower()}" for key, value in changes.items()]
     return []
 
@@ -51,19 +52,9 @@ def apply(cfg: RunConfig, changes: dict[str, int | bool]) -> RunConfig:
     for key, value in changes.items():
         section, name = key.split(".")
         setattr(getattr(changed, section), name, value)
-    if {"parallel.pipeline"} & changes.keys():
+    if "parallel.pipeline" in changes:
         changed.parallel.stage_layers = []
     return changed
-
-
-def fits(cfg: RunConfig, layout: Layout, plan: Plan) -> bool:
-    """Whether the configuration, cut as `layout` says, fits the plan's device."""
-    device: Device = plan.device
-    shared = device.packed or job_shape(cfg, "rl").shares_devices
-    longest = Workload.of(plan.longest.prompt, plan.longest.answer, layout.spec.layout.outcomes, 1.0)
-    actor = actor_memory(layout, longest, plan.item, actor_rows(cfg), device.packed)
-    learner = [learner_bytes(cfg, layout, longest, plan.item, device.packed, p) for p in range(layout.pipeline)]
-    return not shortage(cfg, device, learner, actor, shared)
 
 
 def _by_price(cfg: RunConfig) -> Iterator[dict[str, int | bool]]:
@@ -80,7 +71,7 @@ def _by_price(cfg: RunConfig) -> Iterator[dict[str, int | bool]]:
         "parallel.pipeline": [parallel.pipeline * f for f in (2, 4)],
         "cluster.nodes": [cfg.cluster.nodes + more for more in (1, 2, 3, 7)],
     }
-    now = {key: getattr(getattr(cfg, key.split(".")[0]), key.split(".")[1]) for key in choices}
+    now = {key: attrgetter(key)(cfg) for key in choices}
     options = [[(0.0, None), *((_price(key, now[key], v), (key, v)) for v in values if v != now[key])]
                for key, values in choices.items()]  # fmt: skip
     combinations = (

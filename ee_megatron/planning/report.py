@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from .plan import HOST, Plan
+from .plan import HOST, Plan, actor_rows
 
 GIB, MIB = 2**30, 2**20
 
@@ -15,7 +15,7 @@ def to_text(plan: Plan, command: str) -> str:
         _layout(plan), _parameters(plan), _learner(plan), _actor(plan), _phases(plan), _assumptions(plan),
         [f"command: {command}"],
     )  # fmt: skip
-    return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
+    return "\n\n".join("\n".join(lines) for lines in parts)
 
 
 def summary(plan: Plan) -> list[str]:
@@ -130,22 +130,54 @@ def _phases(plan: Plan) -> list[str]:
         [phase, _flops(plan.flops[phase]) if phase in plan.flops else "", f"{seconds:.3g} s"]
         for phase, seconds in plan.seconds.items()
     ]
-    rows.append(["all, one after another", _flops(sum(plan.flops.values())), f"{sum(plan.seconds.values()):.3g} s"])
+    rows.append(["all, one after another", _flops(sum(plan.flops.values())), f"{plan.step_seconds:.3g} s"])
     return [*_table(["an RL step", "FLOPs", f"on {plan.device.name}"], rows),
             f"  sent to the rollout pool: {plan.sync:,} bytes per version"]  # fmt: skip
 
 
 def _assumptions(plan: Plan) -> list[str]:
-    load, step, device = plan.load, plan.step, plan.device
+    load, rl, device = plan.load, plan.cfg.rl, plan.device
     pairs = list(zip(load.outcomes, load.shares, strict=True))
     layers = plan.layout.dims.num_layers
     mean = (layers + (load.answer - 1) * sum(depth * share for depth, share in pairs)) / load.answer / layers
     shares = ", ".join(f"{depth}: {share:.2f}" for depth, share in pairs)
     return [
-        f"assumed: {step.prompts} x {step.group} answers of {load.answer} tokens to prompts of {load.prompt}; mean "
-        f"depth {mean:.2f} of the layers",
+        f"assumed: {rl.prompts_per_step} x {rl.group_size} answers of {load.answer} tokens to prompts of "
+        f"{load.prompt}; mean depth {mean:.2f} of the layers",
         f"  (share of tokens by depth: {shares}); memory for answers of {plan.longest.answer} tokens at full depth;",
         f"  {device.name}: {device.tflops:.4g} TFLOP/s, {device.efficiency:.0%} of them reached; memory "
         f"{device.bandwidth / 1e12:.3g} TB/s, links {device.link / 1e9:.3g} GB/s, network "
         f"{device.network / 1e9:.3g} GB/s",
     ]
+
+
+def scaling_lines(plans: list[Plan]) -> list[str]:
+    """Plans of one step on growing numbers of nodes: seconds by phase, speed-up over the first and what each node
+    brings of it."""
+    head = f"{'nodes':>5} {'learner':>8} {'actors':>6} {'rollouts':>9} {'scoring':>8} {'update':>7} {'step s':>7}"
+    lines = [f"{head} {'speed-up':>8} {'per node':>8}  what holds it back"]
+    for plan in plans:
+        nodes, seconds, gain = plan.cfg.cluster.nodes, plan.seconds, plans[0].step_seconds / plan.step_seconds
+        lines.append(
+            f"{nodes:>5} {plan.layout.ranks:>8} {plan.cfg.rollout.actors:>6} {seconds['rollouts']:>9.1f} "
+            f"{seconds['scoring']:>8.1f} {seconds['update']:>7.1f} {plan.step_seconds:>7.1f} {gain:>8.2f} "
+            f"{gain * plans[0].cfg.cluster.nodes / nodes:>8.2f}  {_bound(plan)}"
+        )
+    return lines
+
+
+def _bound(plan: Plan) -> str:
+    """The phase that takes longest and why it does not shrink, in a few words."""
+    cfg, layout = plan.cfg, plan.layout
+    prompts, group, actors = cfg.rl.prompts_per_step, cfg.rl.group_size, cfg.rollout.actors
+    slowest = max(plan.seconds, key=lambda phase: plan.seconds[phase])
+    if slowest == "rollouts":
+        idle = max(0, actors - prompts)
+        spare = f", {idle} actor(s) without a prompt" if idle else ""
+        return f"rollouts: {plan.load.answer} tokens one after another, {actor_rows(cfg)} rows per actor{spare}"
+    block = cfg.parallel.micro_batch_size * layout.data
+    if prompts * group < block:
+        return f"{slowest}: {prompts * group} sequences for {block} places of a micro-batch on every replica"
+    batches = -(-prompts * group // block)
+    idle_share = (layout.pipeline - 1) / (batches * layout.virtual + layout.pipeline - 1)
+    return f"{slowest}: {batches} micro-batch(es) per replica, {idle_share:.0%} of the pipeline idle"

@@ -1,9 +1,8 @@
-"""One RL step: what it does, and its FLOPs by phase; and what training from random weights costs."""
+"""FLOPs of an RL step by phase, and of training from random weights."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 from ..config.schema import RunConfig
 from ..families import ModelDims
@@ -11,64 +10,35 @@ from .flops import PassMode, decode_cost, prefill_cost, whole_pass
 from .layout import Layout
 from .workload import Workload
 
-
-@dataclass(frozen=True)
-class Step:
-    """What an RL step does. gpus_per_node: devices that reach each other by the fast link; 0: all of them."""
-
-    prompts: int
-    group: int
-    updates: int
-    micro_batch: int
-    recompute: bool
-    zero_stage: int
-    item: int
-    actors: int
-    rows: int
-    gpus_per_node: int
-
-    @property
-    def sequences(self) -> int:
-        """Rollouts of a step."""
-        return self.prompts * self.group
-
-    @property
-    def train(self) -> PassMode:
-        """How its updates run a batch."""
-        return PassMode(train=True, recompute=self.recompute, input_gradient=self.recompute or self.zero_stage == 3)
+POLICY, REFERENCE = PassMode(train=False), PassMode(train=False, policy=False)
+"""How rollouts are scored: the policy under their exits, the reference at full depth."""
 
 
-def rl_step(cfg: RunConfig, item: int) -> Step:
-    """The configuration's RL step; `item`: bytes per element of the base."""
-    rl = cfg.rl
-    return Step(
-        prompts=rl.prompts_per_step,
-        group=rl.group_size,
-        updates=rl.epochs * rl.minibatches,
-        micro_batch=cfg.parallel.micro_batch_size,
-        recompute=cfg.parallel.recompute,
-        zero_stage=cfg.deepspeed.zero_stage,
-        item=item,
-        actors=cfg.rollout.actors,
-        rows=cfg.rollout.rows,
-        gpus_per_node=cfg.cluster.gpus_per_node,
-    )
+def rollouts_per_step(cfg: RunConfig) -> int:
+    """Answers that one RL step is made of."""
+    return cfg.rl.prompts_per_step * cfg.rl.group_size
 
 
-def phase_flops(layout: Layout, load: Workload, step: Step) -> dict[str, float]:
+def updates(cfg: RunConfig) -> tuple[int, int, PassMode]:
+    """Updates of one RL step, the sequences of each, and how it runs them."""
+    count, again = cfg.rl.epochs * cfg.rl.minibatches, cfg.parallel.recompute
+    how = PassMode(train=True, recompute=again, input_gradient=again or cfg.deepspeed.zero_stage == 3)
+    return count, max(1, rollouts_per_step(cfg) // count), how
+
+
+def phase_flops(layout: Layout, load: Workload, cfg: RunConfig) -> dict[str, float]:
     """FLOPs of all ranks and actors by phase of one RL step."""
 
     def over(sequences: int, how: PassMode) -> float:
-        return whole_pass(layout, load, step.micro_batch, sequences, how)
+        return whole_pass(layout, load, cfg.parallel.micro_batch_size, sequences, how)
 
-    part = max(1, step.sequences // step.updates)
-    policy, reference = PassMode(train=False), PassMode(train=False, policy=False)
+    sequences, (count, part, train) = rollouts_per_step(cfg), updates(cfg)
+    read = cfg.rl.prompts_per_step * prefill_cost(layout.dims, load.prompt)
     return {
-        "rollouts": step.prompts * prefill_cost(layout.dims, load.prompt) + step.sequences * decode_cost(layout, load),
-        "scoring": over(step.sequences, policy)
-        + over(step.sequences, reference)
-        + (step.updates - 1) * over(part, policy),
-        "update": step.updates * over(part, step.train),
+        "rollouts": read + sequences * decode_cost(layout, load),
+        # The policy's scores once more before each further update.
+        "scoring": over(sequences, POLICY) + over(sequences, REFERENCE) + (count - 1) * over(part, POLICY),
+        "update": count * over(part, train),
     }
 
 

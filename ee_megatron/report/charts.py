@@ -57,11 +57,7 @@ def tradeoff(series: Sequence[tuple[str, list[Dot]]]) -> Markup:
     parts = frame.axes("mean depth (fraction of the layers)", "accuracy", percent_y=True)
     taken = [(frame.x(p.x), frame.y(p.y)) for p in points]
     for index, (_, group) in enumerate(series):
-        for p in group:
-            x, low_y, high_y = frame.x(p.x), frame.y(p.low), frame.y(p.high)
-            parts.append(
-                f'<line class="bar {colour(index)}" x1="{x:.1f}" x2="{x:.1f}" y1="{low_y:.1f}" y2="{high_y:.1f}"/>'
-            )
+        parts += _bars(frame, index, group)
     for index, (_, group) in enumerate(series):
         for p in group:
             x, y = frame.x(p.x), frame.y(p.y)
@@ -111,51 +107,6 @@ def _strip(name: str, parts: Sequence[str], value: str, alt: str, tip: str = "")
 
 
 @dataclass(frozen=True)
-class Trend:
-    """Depth against entropy for one model and exit rule.
-
-    `series` decides colour and shape, `rule` the dash of the line. points: (entropy in nats, depth / L) of single
-    tokens; bins: (mean entropy, mean depth / L, standard error or nan, tokens).
-    """
-
-    series: int
-    rule: int
-    name: str
-    points: list[tuple[float, float]]
-    bins: list[tuple[float, float, float, int]]
-
-
-def scatter(trends: Sequence[Trend]) -> Markup:
-    """Tokens as faint dots, means over bins of equal counts with their standard error where it is known."""
-    xs = [x for t in trends for x, *_ in (*t.points, *t.bins)]
-    frame = Frame(460, 330, (0.0, max(xs, default=1.0) * 1.04 or 1.0), (0.0, 1.06))
-    parts = frame.axes("teacher's entropy (nats)", "depth (fraction of the layers)")
-    for trend in trends:
-        stride = max(1, len(trend.points) // 600)
-        for i, (x, y) in enumerate(trend.points[::stride]):
-            # Depths take few values: a fixed small offset per token keeps the dots apart.
-            at = frame.y(y) + ((i * 0.6180339887) % 1 - 0.5) * 9
-            parts.append(f'<circle class="dot {colour(trend.series)}" cx="{frame.x(x):.1f}" cy="{at:.1f}" r="1.8"/>')
-    for trend in trends:
-        css = colour(trend.series)
-        path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y, _, _ in trend.bins)
-        parts.append(f'<polyline class="line {css} r{trend.rule % 4}" points="{path}"/>')
-        for x, y, error, n in trend.bins:
-            at, spread = frame.x(x), ""
-            if math.isfinite(error):
-                top, bottom, spread = frame.y(min(1.06, y + error)), frame.y(y - error), f" ± {error:.2f}"
-                parts.append(f'<line class="bar {css}" x1="{at:.1f}" x2="{at:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>')
-            tip = f"{trend.name}\nentropy {x:.2f} nats (mean of {n:,} tokens)\nmean depth {y:.2f}{spread}"
-            parts.append(marker(trend.series, at, frame.y(y), 3.8, tip))
-    spoken = "; ".join(
-        f"{t.name}: mean depth {t.bins[0][1]:.2f} in the lowest bin, {t.bins[-1][1]:.2f} in the highest"
-        for t in trends
-        if t.bins
-    )
-    return frame.svg(parts, f"Depth of a token against the teacher's entropy. {spoken}.")
-
-
-@dataclass(frozen=True)
 class Line:
     """`series` decides colour and shape, `rule` the dash; unjoined lines are loose marks, drawn faint."""
 
@@ -164,6 +115,48 @@ class Line:
     name: str
     dots: list[Dot]
     joined: bool = True
+
+
+def scatter(means: Sequence[Line], tokens: Mapping[str, Sequence[tuple[float, float]]]) -> Markup:
+    """Depth (fraction of L) against entropy (nats): means over bins with their standard error where it is known, and
+    single tokens as faint dots, by the line's name."""
+    xs = [d.x for line in means for d in line.dots] + [x for line in means for x, _ in tokens.get(line.name, [])]
+    frame = Frame(460, 330, (0.0, max(xs, default=1.0) * 1.04 or 1.0), (0.0, 1.06))
+    parts = frame.axes("teacher's entropy (nats)", "depth (fraction of the layers)")
+    for line in means:
+        points = tokens.get(line.name, [])
+        for i, (x, y) in enumerate(points[:: max(1, len(points) // 600)]):
+            # Depths take few values: a fixed small offset per token keeps the dots apart.
+            at = frame.y(y) + ((i * 0.6180339887) % 1 - 0.5) * 9
+            parts.append(f'<circle class="dot {colour(line.series)}" cx="{frame.x(x):.1f}" cy="{at:.1f}" r="1.8"/>')
+    for line in means:
+        parts += [_line(frame, line, line.dots), *_bars(frame, line.series, line.dots)]
+        parts += _marks(frame, line.series, line.dots, 3.8)
+    spoken = "; ".join(
+        f"{line.name}: mean depth {line.dots[0].y:.2f} in the lowest bin, {line.dots[-1].y:.2f} in the highest"
+        for line in means
+    )
+    return frame.svg(parts, f"Depth of a token against the teacher's entropy. {spoken}.")
+
+
+def _line(frame: Frame, line: Line, dots: Sequence[Dot]) -> str:
+    path = " ".join(f"{frame.x(d.x):.1f},{frame.y(d.y):.1f}" for d in dots)
+    return f'<polyline class="line {colour(line.series)} r{line.rule % 4}" points="{path}"/>'
+
+
+def _marks(frame: Frame, series: int, dots: Sequence[Dot], size: float) -> list[str]:
+    return [marker(series, frame.x(d.x), frame.y(d.y), size, d.tip) for d in dots]
+
+
+def _bars(frame: Frame, series: int, dots: Sequence[Dot]) -> list[str]:
+    """The intervals that are known, as far as they lie within the frame."""
+    low, high = frame.y_range
+    known = [d for d in dots if math.isfinite(d.low) and math.isfinite(d.high)]
+    ends = [(frame.x(d.x), frame.y(max(d.low, low)), frame.y(min(d.high, high))) for d in known]
+    return [
+        f'<line class="bar {colour(series)}" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom:.1f}" y2="{top:.1f}"/>'
+        for x, bottom, top in ends
+    ]
 
 
 @dataclass(frozen=True)
@@ -202,22 +195,13 @@ def lines(drawn: Sequence[Line], axes: Axes, title: str) -> Markup:
             f'x2="{frame.x(high):.1f}" y2="{frame.y(high):.1f}"/>'
         )
     for line in drawn:
-        css, dots = colour(line.series), [d for d in line.dots if not axes.log_y or d.y > 0]
+        dots = [d for d in line.dots if not axes.log_y or d.y > 0]
         if line.joined and len(dots) > 1:
-            path = " ".join(f"{frame.x(d.x):.1f},{frame.y(d.y):.1f}" for d in dots)
-            parts.append(f'<polyline class="line {css} r{line.rule % 4}" points="{path}"/>')
-        for d in dots:
-            if math.isfinite(d.low) and math.isfinite(d.high):
-                x, floor = frame.x(d.x), y_range[0]
-                ends = frame.y(max(d.low, floor)), frame.y(min(d.high, y_range[1]))
-                parts.append(
-                    f'<line class="bar {css}" x1="{x:.1f}" x2="{x:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"/>'
-                )
+            parts.append(_line(frame, line, dots))
+        parts += _bars(frame, line.series, dots)
         faint = "" if line.joined else ' opacity=".45"'
-        parts.append(f"<g{faint}>")
-        parts += [marker(line.series, frame.x(d.x), frame.y(d.y), 4.0, d.tip) for d in dots]
-        parts += [_beside(frame, d) for d in dots if d.word]
-        parts.append("</g>")
+        words = [_beside(frame, d) for d in dots if d.word]
+        parts += [f"<g{faint}>", *_marks(frame, line.series, dots, 4.0), *words, "</g>"]
     spoken = "; ".join(
         f"{line.name}: {number(line.dots[0].y)} at {number(line.dots[0].x)}, "
         f"{number(line.dots[-1].y)} at {number(line.dots[-1].x)}"

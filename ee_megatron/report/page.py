@@ -12,7 +12,7 @@ from markupsafe import Markup
 from ..observe.rundir import write_atomic
 from . import charts
 from .answers import problems
-from .charts import Chart, Dot, Trend
+from .charts import Chart, Dot, Line
 from .data import Curve, Inputs, ReportRun, StageData, read_inputs
 from .merge import merge
 from .numbers import estimate, is_number, number, span
@@ -140,19 +140,22 @@ def _histogram(results: Results) -> Chart | None:
 
 
 def _entropy(results: Results) -> Chart | None:
-    """A trend per label that the evaluation or the kept answers have, a model's rules counted from 0."""
+    """A line per label that the evaluation or the kept answers have, a model's rules counted from 0."""
     points = entropy_points(results)
-    trends: list[Trend] = []
+    means: list[Line] = []
     for label in results.in_order(dict.fromkeys((*results.depth_by_entropy, *points))):
-        bins = stored_bins(results, label) or binned(points.get(label, []))
-        if bins:
+        dots = []
+        for x, y, error, n in stored_bins(results, label) or binned(points.get(label, [])):
+            spread = f" ± {error:.2f}" if math.isfinite(error) else ""
+            tip = f"{label}\nentropy {x:.2f} nats (mean of {n:,} tokens)\nmean depth {y:.2f}{spread}"
+            dots.append(Dot(x, y, y - error, y + error, tip))
+        if dots:
             series = results.rank(label)
-            rule = sum(t.series == series for t in trends)
-            trends.append(Trend(series, rule, label, points.get(label, []), bins))
-    if not trends:
+            means.append(Line(series, sum(line.series == series for line in means), label, dots))
+    if not means:
         return None
-    legend = [(legend_mark(t.series, t.rule), t.name) for t in trends]
-    return Chart("depth_entropy", "Depth against entropy", charts.scatter(trends), legend=legend)
+    legend = [(legend_mark(line.series, line.rule), line.name) for line in means]
+    return Chart("depth_entropy", "Depth against entropy", charts.scatter(means, points), legend=legend)
 
 
 def _cell(key: str, row: Mapping[str, Any]) -> str:

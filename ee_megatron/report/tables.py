@@ -102,14 +102,14 @@ def depth_table(depth: Mapping[str, Mapping[str, Any]]) -> TextTable:
     heads = ("model, exits", "all tokens", "median", "0.9", "final answer", *classes, "GFLOPs per answer")
     rows = []
     for label, entry in depth.items():
-        flops = entry.get("flops")
+        flops, by_class = entry.get("flops"), entry.get("classes") or {}
         rows.append(
             (
                 label,
                 estimate(entry["mean"], "{:.1f}"),
                 *(f"{entry['quantiles'][q]:g}" if q in entry["quantiles"] else "–" for q in ("0.5", "0.9")),
                 estimate(entry.get("answer"), "{:.1f}"),
-                *(_class_depth(entry, name) for name in classes),
+                *(f"{by_class[name]['depth']:.1f}" if by_class.get(name) else "–" for name in classes),
                 estimate({key: (value or math.nan) / 1e9 for key, value in flops.items()}, "{:.2f}") if flops else "–",
             )
         )
@@ -132,11 +132,6 @@ def correlation_table(correlations: Mapping[str, Mapping[str, Any]]) -> TextTabl
 def _keys(parts: Iterable[Mapping[str, Any]]) -> list[str]:
     """All keys in the order in which they first occur."""
     return list(dict.fromkeys(key for part in parts for key in part))
-
-
-def _class_depth(entry: Mapping[str, Any], name: str) -> str:
-    found = (entry.get("classes") or {}).get(name)
-    return f"{found['depth']:.1f}" if found else "–"
 
 
 def _at(found: Mapping[str, Any], path: Sequence[str]) -> Mapping[str, Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .engine.decoder import Decoder
 from .engine.request import Event, GenerationRequest, Request
 from .engine.sampling import SamplingParams
-from .engine.scheduler import Scheduler, StreamedToken, generate, stream
+from .engine.scheduler import Scheduler, generate, stream
 from .engine.scoring import Score
 from .pool import make_pool
 from .pool.interface import ReplicaSettings, RolloutPool
@@ -22,7 +22,6 @@ __all__ = [
     "SamplingParams",
     "Scheduler",
     "Score",
-    "StreamedToken",
     "generate",
     "make_pool",
     "stream",

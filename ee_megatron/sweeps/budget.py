@@ -9,7 +9,7 @@ from ..config.schema import RunConfig
 from ..families import ModelDims
 from ..planning.flops import PassMode, whole_pass
 from ..planning.layout import Layout
-from ..planning.step import phase_flops, pretrain_flops, rl_step
+from ..planning.step import phase_flops, pretrain_flops, rollouts_per_step
 from ..planning.workload import Workload
 from .grid import IsoFlop
 
@@ -32,10 +32,9 @@ def buy(cfg: RunConfig, dims: ModelDims, budget: float, how: IsoFlop) -> Purchas
     answer = how.answer_tokens or cfg.rollout.max_new_tokens
     load = Workload.of(how.prompt_tokens, answer, layout.spec.layout.outcomes, how.mean_depth)
     if how.set == "rl.steps":
-        step = rl_step(cfg, item=4)
         load = load.in_groups(cfg.rl.group_size, cfg.parallel.micro_batch_size)
-        count, flops = _whole(budget, sum(phase_flops(layout, load, step).values()), "RL step")
-        return Purchase(str(count), count * step.sequences * answer, flops)
+        count, flops = _whole(budget, sum(phase_flops(layout, load, cfg).values()), "RL step")
+        return Purchase(str(count), count * rollouts_per_step(cfg) * answer, flops)
     if how.set == "pretrain.steps":
         length, batch = how.prompt_tokens + answer, cfg.pretrain.batch_size
         count, flops = _whole(budget, pretrain_flops(cfg, dims, length, batch), "update")

@@ -18,7 +18,7 @@ from ..families import ModelDims
 from ..observe.metrics import read_metrics
 from ..planning.flops import decode_cost, prefill_cost
 from ..planning.layout import Layout, rank_parameters
-from ..planning.step import phase_flops, pretrain_flops, rl_step
+from ..planning.step import phase_flops, pretrain_flops, rollouts_per_step
 from ..planning.workload import Workload
 from .records import read_spent
 
@@ -125,13 +125,12 @@ def reinforced(rows: Sequence[Mapping[str, float]], cfg: RunConfig, layout: Layo
     figures |= {column: sum(row[name] for row in tail) / len(tail) for column, name in REINFORCED.items()}
     if not all("prompt_length" in row for row in rows):
         return figures
-    step = rl_step(cfg, item=4)
     phases: dict[str, float] = {}
     for row in rows:
         counts = {int(k.split("/")[1]): v * row["tokens"] for k, v in row.items() if k.startswith("exit_share/")}
-        load = workload(layout, counts, row["prompt_length"], row["length"], step.sequences)
+        load = workload(layout, counts, row["prompt_length"], row["length"], rollouts_per_step(cfg))
         load = load.in_groups(cfg.rl.group_size, cfg.parallel.micro_batch_size)
-        for phase, flops in phase_flops(layout, load, step).items():
+        for phase, flops in phase_flops(layout, load, cfg).items():
             phases[phase] = phases.get(phase, 0.0) + flops
     figures |= {f"flops_{phase}": flops for phase, flops in phases.items()}
     return figures | {"flops_rl": sum(phases.values())}

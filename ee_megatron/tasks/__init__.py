@@ -1,7 +1,53 @@
 """Tasks: prompts, worked examples, verifiers. Start at `make_task` and `VerifierPool`."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+from ..config.schema import RunConfig, TaskConfig
+from .arithmetic import ArithmeticTask
 from .base import ChatTemplate, Split, Task, Verdict
-from .registry import TASKS, make_task, task_of
+from .dataset import DatasetTask, GSM8KTask
+from .reasoning_gym import ReasoningGymTask
+from .tom import ToMTask
 from .verifier import VerifierPool
 
 __all__ = ["TASKS", "ChatTemplate", "Split", "Task", "Verdict", "VerifierPool", "make_task", "task_of"]
+
+TASKS: dict[str, Callable[[TaskConfig, ChatTemplate | None], Task]] = {
+    "arithmetic": ArithmeticTask,
+    "gsm8k": GSM8KTask,
+    "tom": ToMTask,
+    "reasoning_gym": ReasoningGymTask,
+    "dataset": DatasetTask,
+    "jsonl": DatasetTask,
+}
+
+
+def make_task(task: TaskConfig, chat: ChatTemplate | None = None) -> Task:
+    """The task that a section names; docs/tasks.md says what each is. `chat` renders messages with a model's chat
+    template; without it prompts are plain text.
+
+    Raises ValueError for an unknown task or family, a missing path, package or column, or more problems than there are;
+    FileNotFoundError.
+    """
+    if task.name not in TASKS:
+        near = difflib.get_close_matches(task.name, TASKS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"task.name: no task {task.name!r}; did you mean {near!r}? There are {', '.join(TASKS)}")
+    return TASKS[task.name](task, chat)
+
+
+def task_of(cfg: RunConfig, model_path: Path) -> Task:
+    """The task of a configuration; the chat template, where one is asked for, is the model's. Raises as `make_task`."""
+    if cfg.rollout.prompt_template != "chat":
+        return make_task(cfg.task)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(model_path), local_files_only=True)
+
+    def render(messages: list[dict[str, str]]) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    return make_task(cfg.task, render)

@@ -70,9 +70,7 @@ def final_answer(text: str) -> tuple[str, bool] | None:
     """
     tail = text[-TAIL:]
     marks = [(found.start(), found[1]) for pattern in (_STATED, _HASHES) for found in pattern.finditer(tail)]
-    boxed = _last_boxed(tail)
-    if boxed is not None:
-        marks.append(boxed)
+    marks.append(last_boxed(tail))
     last_line = tail.rstrip().rpartition("\n")[2].strip()
     bare = plain_number(last_line)
     for _, written in sorted(marks, reverse=True):
@@ -85,24 +83,18 @@ def final_answer(text: str) -> tuple[str, bool] | None:
     return (number, False) if number is not None else None
 
 
-def boxed_answer(text: str) -> str | None:
-    """The contents of the last \\boxed{...}, or None."""
-    boxed = _last_boxed(text)
-    return boxed[1] if boxed is not None else None
-
-
-def _last_boxed(text: str) -> tuple[int, str] | None:
-    """(position, contents) of the last \\boxed{...} whose braces balance, in one pass over what follows it."""
+def last_boxed(text: str) -> tuple[int, str]:
+    """(position, contents) of the last \\boxed{...}, in one pass; (-1, "") if there is none or its braces are open."""
     start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
     if start < 0:
-        return None
+        return -1, ""
     opening = text.index("{", start)
     level = 0
     for position in range(opening, len(text)):
         level += {"{": 1, "}": -1}.get(text[position], 0)
         if level == 0:
             return start, text[opening + 1 : position]
-    return None
+    return -1, ""
 
 
 def same_answer(written: str, reference: str) -> bool:
@@ -135,8 +127,9 @@ def _number_at_start(written: str) -> Decimal | None:
     number = plain_number(written)
     if number is not None:
         return number
-    if boxed := _last_boxed(written):
-        return plain_number(boxed[1])
+    start, boxed = last_boxed(written)
+    if start >= 0:
+        return plain_number(boxed)
     end = _SENTENCE_END.search(written)
     stated = _NAMED.sub("", (written[: end.start()] if end else written).strip(" $"))
     before, equals, after = stated.rpartition("=")

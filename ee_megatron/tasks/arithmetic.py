@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections.abc import Iterator
 from decimal import Decimal
+from itertools import combinations_with_replacement, islice
 
 from ..config.schema import TaskConfig
 from ..types import Prompt
-from .arithmetic_templates import FAMILIES, Kind, Pair, Range
-from .base import SPLITS, ChatTemplate, Problem, Verdict
+from .arithmetic_templates import FAMILIES, Kind
+from .base import SHARES, ChatTemplate, Problem, Verdict, split_of
 from .numbers import MAX_NUMBER, last_number, number_value
 from .procedural import ProceduralTask
 
-SHARES = {"train": 0.66, "validation": 0.12, "evaluation": 0.22}
 _ATTEMPTS = 12
 
 _WELL_FORMED = re.compile(r"The answer is (-?[0-9]+)\.?")
@@ -30,7 +29,7 @@ class PairSplit:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        pairs = [(a, b) for a in range(2, 13) for b in range(a, 13)]
+        pairs = list(combinations_with_replacement(range(2, 13), 2))
         random.Random(f"pairs/{seed}").shuffle(pairs)
         first, second = round(SHARES["train"] * len(pairs)), round(SHARES["validation"] * len(pairs))
         splits = ["train"] * first + ["validation"] * second + ["evaluation"] * (len(pairs) - first - second)
@@ -38,14 +37,7 @@ class PairSplit:
 
     def __call__(self, a: int, b: int) -> str:
         pair = (min(a, b), max(a, b))
-        if pair in self._small:
-            return self._small[pair]
-        point = int(hashlib.sha256(f"{self.seed}:{pair[0]},{pair[1]}".encode()).hexdigest()[:8], 16) / 2**32
-        for split in SPLITS:
-            point -= SHARES[split]
-            if point < 0:
-                return split
-        return SPLITS[-1]
+        return self._small.get(pair) or split_of(f"{self.seed}:{pair[0]},{pair[1]}")
 
 
 class ArithmeticTask(ProceduralTask):
@@ -65,15 +57,12 @@ class ArithmeticTask(ProceduralTask):
         return verify_line(prompt.answer, text)
 
     def _draw(self, family: str, split: str, limit: int) -> list[Problem]:
-        """The first `limit` problems of a family and split, its kinds in turn; fewer if one kind has run out.
-
-        A longer draw starts with a shorter one.
-        """
+        """As in `ProceduralTask`: the family's kinds in turn, until one has run out."""
         seen: set[str] = set()
         streams = [self._stream(kind, family, split, seen) for kind in FAMILIES[family]]
         problems: list[Problem] = []
         while len(problems) < limit:
-            round_ = [problem for problem in (next(stream, None) for stream in streams) if problem is not None]
+            round_ = [problem for stream in streams for problem in islice(stream, 1)]
             if len(round_) < len(streams):
                 break
             problems += round_
@@ -82,7 +71,8 @@ class ArithmeticTask(ProceduralTask):
     def _stream(self, kind: Kind, family: str, split: str, seen: set[str]) -> Iterator[Problem]:
         """Distinct problems, going round all pairs of the split before any pair comes again in other words."""
         rng = random.Random(f"{self.seed}/{family}/{kind.name}/{split}")
-        pairs = [pair for pair in _pairs(kind.numbers) if self._pair_split(*pair) == split]
+        numbers = range(kind.numbers[0], kind.numbers[1] + 1)
+        pairs = [pair for pair in combinations_with_replacement(numbers, 2) if self._pair_split(*pair) == split]
         fresh = True
         while fresh:
             fresh = False
@@ -95,11 +85,6 @@ class ArithmeticTask(ProceduralTask):
                         fresh = True
                         yield problem
                         break
-
-
-def _pairs(numbers: Range) -> list[Pair]:
-    low, high = numbers
-    return [(a, b) for a in range(low, high + 1) for b in range(a, high + 1)]
 
 
 def verify_line(reference: str, text: str) -> Verdict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,9 +10,9 @@ from dataclasses import dataclass
 from .base import Problem
 
 Pair = tuple[int, int]
-Range = tuple[int, int]
 Inside = Callable[[int, int], bool]
 """Whether a pair of operands belongs to the split that is being drawn."""
+Render = Callable[[int, int, random.Random, Inside], Problem | None]
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class Kind:
     """One kind of problem in a family: operands from `numbers` (both ends included); None: this draw does not work."""
 
     name: str
-    numbers: Range
-    render: Callable[[int, int, random.Random, Inside], Problem | None]
+    numbers: tuple[int, int]
+    render: Render
 
 
 # fmt: off
@@ -81,11 +82,7 @@ WORD_DIFFERENCE = (
 )
 CHAIN = ("What is {term}?", "Compute {term}.", "How much is {term}?", "Work out {term}.", "{term} = ?")
 
-_SYMBOLS: dict[str, Callable[[int, int], int]] = {
-    "x": lambda a, b: a * b,
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-}
+_SYMBOLS: dict[str, Callable[[int, int], int]] = {"x": operator.mul, "+": operator.add, "-": operator.sub}
 
 
 def _group(a: int, b: int) -> str:
@@ -106,7 +103,7 @@ def _either_order(a: int, b: int, rng: random.Random) -> Pair:
     return (a, b) if rng.random() < 0.5 else (b, a)
 
 
-def _bare(symbol: str, templates: tuple[str, ...]) -> Callable[[int, int, random.Random, Inside], Problem | None]:
+def _bare(symbol: str, templates: tuple[str, ...]) -> Render:
     def render(a: int, b: int, rng: random.Random, inside: Inside) -> Problem | None:
         a, b = _either_order(a, b, rng)
         return _one_step(rng.choice(templates).format(a=a, b=b), a, symbol, b)
@@ -114,7 +111,7 @@ def _bare(symbol: str, templates: tuple[str, ...]) -> Callable[[int, int, random
     return render
 
 
-def _word(symbol: str, templates: tuple[str, ...]) -> Callable[[int, int, random.Random, Inside], Problem | None]:
+def _word(symbol: str, templates: tuple[str, ...]) -> Render:
     def render(a: int, b: int, rng: random.Random, inside: Inside) -> Problem | None:
         a, b = (max(a, b), min(a, b)) if symbol == "-" else _either_order(a, b, rng)
         if symbol == "-" and a == b:
@@ -126,7 +123,7 @@ def _word(symbol: str, templates: tuple[str, ...]) -> Callable[[int, int, random
     return render
 
 
-def _chain(first: str, second: str) -> Callable[[int, int, random.Random, Inside], Problem | None]:
+def _chain(first: str, second: str) -> Render:
     def render(a: int, b: int, rng: random.Random, inside: Inside) -> Problem | None:
         a, b = _either_order(a, b, rng)
         step, middle = _step(a, first, b)

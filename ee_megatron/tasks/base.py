@@ -5,8 +5,9 @@ Nothing in this folder imports torch: verifier processes must start in a fractio
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol, get_args
 
 from ..config.schema import TaskConfig
@@ -14,6 +15,7 @@ from ..types import Prompt
 
 Split = Literal["train", "validation", "evaluation"]
 SPLITS: tuple[str, ...] = get_args(Split)
+SHARES = {"train": 0.66, "validation": 0.12, "evaluation": 0.22}
 
 ChatTemplate = Callable[[list[dict[str, str]]], str]
 """Messages [{"role", "content"}, ...] -> the text that the model reads, up to where its answer begins."""
@@ -108,15 +110,50 @@ class PromptFormat:
         return f"{header}Question: {question}\nAnswer:"
 
 
-def check_split(split: str) -> None:
-    """Raises ValueError for a split that no task has."""
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+class ProblemTask:
+    """What the tasks share that hold their problems in memory: `_problems` by split and prompt id."""
+
+    name: str
+
+    def __init__(self, task: TaskConfig, instruction: str, chat: ChatTemplate | None) -> None:
+        self.sizes = {"train": task.train, "validation": task.validation, "evaluation": task.evaluation}
+        if any(size < 0 for size in self.sizes.values()):
+            raise ValueError(f"task sizes must not be negative: {self.sizes}; 0 means all there are")
+        self.seed, self.format = task.seed, PromptFormat(instruction, chat)
+        self._problems: dict[str, dict[str, tuple[Prompt, Problem]]] = {}
+
+    def __getstate__(self) -> dict:
+        # A verifier process needs no problems, and a chat template may not be picklable.
+        return {**self.__dict__, "_problems": {}, "format": replace(self.format, chat=None)}
+
+    def prompts(self, split: Split) -> list[Prompt]:
+        return [prompt for prompt, _ in self._built(split).values()]
+
+    def worked(self, split: Split) -> list[tuple[Prompt, str]]:
+        return [(prompt, problem.worked) for prompt, problem in self._built(split).values()]
+
+    def _built(self, split: str) -> dict[str, tuple[Prompt, Problem]]:
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+        return self._problems[split]
+
+    def _with_examples(self, prompt: Prompt, found: tuple[Prompt, Problem] | None, examples: list[Problem]) -> Prompt:
+        """`examples` in front of the problem that was `found` under the prompt's id. Raises ValueError if none was."""
+        if found is None:
+            raise self._unknown(prompt)
+        text = self.format.render(found[1].question, [(p.question, p.worked) for p in examples])
+        return Prompt(prompt.id, text, prompt.answer, prompt.task, prompt.group)
+
+    @staticmethod
+    def _unknown(prompt: Prompt) -> ValueError:
+        return ValueError(f"prompt {prompt.id!r} is not one of this task; pass a prompt that prompts() returned")
 
 
-def split_sizes(task: TaskConfig) -> dict[str, int]:
-    """Problems by split, 0 for all there are. Raises ValueError for a negative number."""
-    sizes = {"train": task.train, "validation": task.validation, "evaluation": task.evaluation}
-    if any(size < 0 for size in sizes.values()):
-        raise ValueError(f"task sizes must not be negative: {sizes}; 0 means all there are")
-    return sizes
+def split_of(text: str) -> str:
+    """The split that a hash of `text` gives it, by SHARES: the same however many problems are asked for."""
+    point = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32
+    for split in SPLITS:
+        point -= SHARES[split]
+        if point < 0:
+            return split
+    return SPLITS[-1]

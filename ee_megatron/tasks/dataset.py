@@ -7,46 +7,33 @@ import random
 import re
 import string
 import tempfile
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..config.schema import TaskConfig
 from ..types import Prompt
-from .answers import boxed_answer, verify_solution
-from .base import SPLITS, ChatTemplate, Problem, PromptFormat, Split, Verdict, check_split, split_sizes
+from .answers import last_boxed, verify_solution
+from .base import SPLITS, ChatTemplate, Problem, ProblemTask, Verdict
+from .numbers import plain_number
 
 EXAMPLES = 16
 """Training problems that are set aside as worked examples."""
 INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_CALCULATOR = re.compile(r"<<[^<>]*>>")
 _SHARD = re.compile(r".+-[0-9]{5}-of-[0-9]{5}")
 
 
-@dataclass(frozen=True)
-class DatasetColumns:
-    """Where a row holds what: names of columns, or with dots of what is nested in one ("choices.text").
-
-    `choices` "": free answers. Otherwise that column lists the options, which the prompt shows with letters; the answer
-    is a letter, the option's text or its number from 0.
-    """
-
-    question: str = "question"
-    answer: str = "answer"
-    choices: str = ""
-
-    def named(self) -> tuple[str, ...]:
-        """The columns that are set."""
-        return tuple(column for column in (self.question, self.answer, self.choices) if column)
-
-
-class DatasetTask:
+class DatasetTask(ProblemTask):
     """A task read from files.
 
     Evaluation comes from the evaluation split (test.*), validation is held out of the train split (train.*). A single
     file or data set, or no evaluation split (""), is divided into all three. A question that occurs twice is kept once,
     and one that occurs in the evaluation split is dropped from train.
+
+    Columns may be nested ("choices.text"). `task.choices_column` "": free answers. Otherwise that column lists the
+    options, which the prompt shows with letters; the answer is a letter, the option's text or its number from 0.
     """
 
     def __init__(self, task: TaskConfig, chat: ChatTemplate | None = None) -> None:
@@ -55,39 +42,24 @@ class DatasetTask:
                 f"task.path: {task.name} needs a .jsonl or .parquet file, a directory of them, or a data set saved to "
                 "disk"
             )
-        self.name, self.path, self.seed = task.name, Path(task.path), task.seed
-        self.columns = DatasetColumns(task.question_column, task.answer_column, task.choices_column)
-        self.splits = (task.train_split, task.evaluation_split)
-        self.sizes = split_sizes(task)
-        self.format = PromptFormat(INSTRUCTION, chat)
+        super().__init__(task, INSTRUCTION, chat)
+        self.name, self.path = task.name, Path(task.path)
+        self.columns = [task.question_column, task.answer_column, *filter(None, [task.choices_column])]
         self._examples: list[Problem] = []
-        self._problems: dict[str, dict[str, tuple[Prompt, Problem]]] = {}
-        self._load()
+        self._load(task)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_problems": {}, "_examples": [], "format": PromptFormat(INSTRUCTION)}
+        return {**super().__getstate__(), "_examples": []}
 
     def warm_up(self) -> None:
         """Import what `verify` may need, so that no answer's deadline pays for it."""
         import math_verify  # noqa: F401
 
-    def prompts(self, split: Split) -> list[Prompt]:
-        check_split(split)
-        return [prompt for prompt, _ in self._problems[split].values()]
-
-    def worked(self, split: Split) -> list[tuple[Prompt, str]]:
-        check_split(split)
-        return [(prompt, problem.worked) for prompt, problem in self._problems[split].values()]
-
     def few_shot(self, prompt: Prompt, shots: int, seed: int) -> Prompt:
         if not 0 <= shots <= len(self._examples):
             raise ValueError(f"shots: {shots}; {self.name} has {len(self._examples)} worked examples")
         found = next((rows[prompt.id] for rows in self._problems.values() if prompt.id in rows), None)
-        if found is None:
-            raise ValueError(f"prompt {prompt.id!r} is not one of this task; pass a prompt that prompts() returned")
-        chosen = random.Random(f"shots/{seed}").sample(self._examples, shots)
-        text = self.format.render(found[1].question, [(p.question, p.worked) for p in chosen])
-        return Prompt(prompt.id, text, prompt.answer, prompt.task, prompt.group)
+        return self._with_examples(prompt, found, random.Random(f"shots/{seed}").sample(self._examples, shots))
 
     def verify(self, prompt: Prompt, text: str) -> Verdict:
         return verify_solution(prompt.answer, text)
@@ -96,16 +68,16 @@ class DatasetTask:
         """One row as a problem. A "#### 18" at the end of the answer, or else its last \\boxed{18}, is the reference,
         the rest its steps."""
         steps, mark, final = answer.rpartition("####")
-        boxed = None if mark else boxed_answer(answer)
+        boxed = "" if mark else last_boxed(answer)[1]
         reference = (final if mark else boxed or answer).strip()
         lines = [line.strip() for line in (steps if mark else answer if boxed else "").splitlines() if line.strip()]
         shown = " ".join(line if line[-1] in ".!?" else f"{line}." for line in lines)
-        worked = f" {shown} The answer is {reference}" if shown else f" The answer is {reference}"
+        worked = f"{f' {shown}' if shown else ''} The answer is {reference}"
         group = hashlib.sha256(" ".join(question.lower().split()).encode()).hexdigest()[:16]
         return Problem(question.strip(), reference, worked, group)
 
-    def _load(self) -> None:
-        tables = _tables(self.path, *self.splits)
+    def _load(self, task: TaskConfig) -> None:
+        tables = _tables(self.path, task.train_split, task.evaluation_split)
         rows = {part: self._read(name, table) for part, (name, table) in tables.items()}
         tested = {problem.group for problem in rows.get("test", [])}
         pool = [problem for problem in rows["train"] if problem.group not in tested]
@@ -141,16 +113,30 @@ class DatasetTask:
     def _read(self, source: str, table: Any) -> list[Problem]:
         problems: dict[str, Problem] = {}
         for number, row in enumerate(_rows(source, table, self.columns), start=1):
-            question, answer = row[self.columns.question], row[self.columns.answer]
+            question, answer, *options = row
             if question is None or answer is None or not str(question).strip() or not str(answer).strip():
                 raise ValueError(f"{source}: row {number} has an empty question or answer; remove or fill it")
-            if self.columns.choices:
-                question, answer = _lettered(f"{source}: row {number}", question, answer, row[self.columns.choices])
+            if options:
+                question, answer = _lettered(f"{source}: row {number}", question, answer, options[0])
             problem = self.problem(str(question), str(answer))
             problems.setdefault(problem.group, problem)
         if not problems:
             raise ValueError(f"{source}: no rows; expected one problem per row")
         return list(problems.values())
+
+
+class GSM8KTask(DatasetTask):
+    """GSM8K (Cobbe et al. 2021, arXiv 2110.14168): grade-school word problems with written steps, as published: JSONL
+    with `question` and `answer`, the answer's last line being "#### n", n an integer."""
+
+    def problem(self, question: str, answer: str) -> Problem:
+        """As in `DatasetTask`, without the <<calculator>> annotations. Raises ValueError if there is no "#### n"."""
+        problem = super().problem(question, _CALCULATOR.sub("", answer))
+        if "####" not in answer or plain_number(problem.answer) is None:
+            raise ValueError(
+                f"{self.path}: answer ends in {answer[-30:]!r}; expected '#### <number>' (other data: task.name=jsonl)"
+            )
+        return problem
 
 
 def _lettered(where: str, question: object, answer: object, options: object) -> tuple[str, str]:
@@ -239,17 +225,17 @@ def _load_files(files: list[Path]) -> Any:
             datasets.enable_progress_bar()
 
 
-def _rows(source: str, table: Any, columns: DatasetColumns) -> Iterable[Mapping[str, Any]]:
-    """Rows with the columns that are wanted, nested ones under their dotted name."""
+def _rows(source: str, table: Any, columns: list[str]) -> Iterator[list[Any]]:
+    """The values of the columns that are wanted, row by row."""
     # A column's own name may hold a dot.
-    paths = {name: [name] if name in table.column_names else name.split(".") for name in columns.named()}
+    paths = {name: [name] if name in table.column_names else name.split(".") for name in columns}
     missing = [name for name, path in paths.items() if path[0] not in table.column_names]
     if missing:
         raise ValueError(
             f"{source}: no {missing}, only {table.column_names}; set task.question_column and answer_column"
         )
     for row in table.select_columns(list(dict.fromkeys(path[0] for path in paths.values()))):
-        yield {name: _nested(source, name, row[path[0]], path[1:]) for name, path in paths.items()}
+        yield [_nested(source, name, row[paths[name][0]], paths[name][1:]) for name in columns]
 
 
 def _nested(source: str, name: str, value: Any, path: list[str]) -> Any:

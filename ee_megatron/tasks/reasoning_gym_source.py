@@ -16,11 +16,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .base import SPLITS
+from .base import SPLITS, split_of
 
 GENERATE_TIMEOUT_S = 600.0
 """For all families together. Most make a thousand problems in a second or two, some (knight_swap) one in three."""
-SHARES = {"train": 0.66, "validation": 0.12, "evaluation": 0.22}
 _CHUNK = 500
 _BARREN_CHUNKS = 3
 _START = "from ee_megatron.tasks.reasoning_gym_source import main; main()"
@@ -92,7 +91,7 @@ def _family(family: str, seed: int, wanted: dict[str, int]) -> dict[str, list[En
         )
     found: dict[str, list[Entry]] = {split: [] for split in SPLITS}
     for entry in _stream(family, seed):
-        split = _split_of(seed, entry["question"])
+        split = split_of(f"{seed}:{entry['question']}")
         if len(found[split]) < wanted[split]:
             found[split].append(entry)
         if all(len(found[split]) >= wanted[split] for split in SPLITS):
@@ -135,13 +134,3 @@ def _check_scorer(family: str, dataset: Any, entry: Entry) -> None:
             f"task.families: {family}: reasoning-gym's scorer refuses its own reference {str(entry['answer'])[:60]!r}; "
             "leave it out"
         )
-
-
-def _split_of(seed: int, question: str) -> str:
-    """By the question's own text, so that no question is in two splits, however many problems are asked for."""
-    point = int(hashlib.sha256(f"{seed}:{question}".encode()).hexdigest()[:8], 16) / 2**32
-    for split in SPLITS:
-        point -= SHARES[split]
-        if point < 0:
-            return split
-    return SPLITS[-1]

@@ -8,20 +8,19 @@ whoever always answers with the first place, or with the last, is right in some 
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 
 from ..config.schema import TaskConfig
 from ..types import Prompt
 from . import tom_templates as words
 from .answers import verify_solution
-from .base import SPLITS, ChatTemplate, Problem, Verdict
+from .base import ChatTemplate, Problem, Verdict, split_of
 from .procedural import ProceduralTask
 
-SHARES = {"train": 0.66, "validation": 0.12, "evaluation": 0.22}
 VOCABULARY = frozenset(words.PLACES + words.STOCK)
 """Every possible answer."""
 
@@ -52,7 +51,7 @@ class Transfer:
         self.tell(words.INTRO, x=x, y=y, z=z)
         self.aside()
         self.tell(words.PUT, place=self.places[0])
-        self.put(self.places[0])
+        self.put()
 
     def tell(self, templates: tuple[str, ...], **values: str) -> None:
         known = {"a": self.a, "b": self.b, "thing": self.thing, "room": self.room}
@@ -63,13 +62,20 @@ class Transfer:
         if self.rng.random() < 0.3:
             self.tell(words.ASIDE)
 
-    def move(self, place: str) -> None:
-        self.tell(words.MOVE, old=self.at[-1], place=place)
-        self.put(place)
+    def move(self) -> None:
+        self.tell(words.MOVE, old=self.at[-1], place=self.places[len(self.at)])
+        self.put()
 
-    def put(self, place: str) -> None:
-        self.at.append(place)
+    def put(self) -> None:
+        """To the next of the places."""
+        self.at.append(self.places[len(self.at)])
         self._seen(self.present, self.present)
+
+    def watch(self) -> None:
+        self.tell(words.WATCHES)
+
+    def stay(self) -> None:
+        self.tell(words.STAYS)
 
     def leave(self) -> None:
         self.tell(words.LEAVE)
@@ -80,7 +86,7 @@ class Transfer:
         self.tell(words.RETURN)
         self.present.add(self.a)
 
-    def peek(self, noticed: bool) -> None:
+    def peek(self, noticed: bool = False) -> None:
         """`a`, who is away, sees the last move after all; `b` knows of it if `noticed`."""
         self.tell(words.NOTICED if noticed else words.UNNOTICED)
         both = self.present | {self.a}
@@ -90,50 +96,6 @@ class Transfer:
         for x in watchers:
             self.belief[x] = self.at[-1]
             self.nested.update({(x, y): self.at[-1] for y in known if y != x})
-
-    # Plots. Their names say what `a` and `b` come to believe.
-
-    def unseen(self) -> None:
-        self.begin()
-        self.leave()
-        self.move(self.places[1])
-        self.aside()
-        self.come_back()
-
-    def second_move_unseen(self) -> None:
-        self.begin()
-        self.move(self.places[1])
-        self.tell(words.WATCHES)
-        self.leave()
-        self.move(self.places[2])
-        self.come_back()
-
-    def seen(self) -> None:
-        self.begin()
-        self.aside()
-        self.tell(words.STAYS)
-        self.move(self.places[1])
-
-    def seen_after_return(self) -> None:
-        self.begin()
-        self.leave()
-        self.come_back()
-        self.move(self.places[1])
-        self.tell(words.WATCHES)
-
-    def secretly_seen(self) -> None:
-        self.begin()
-        self.leave()
-        self.move(self.places[1])
-        self.peek(noticed=False)
-        self.come_back()
-
-    def openly_seen(self) -> None:
-        self.begin()
-        self.leave()
-        self.move(self.places[1])
-        self.peek(noticed=True)
-        self.come_back()
 
     def ask(self, question: str) -> Problem:
         """`question`: a or b (whose belief), ab (what a thinks that b believes), ba, reality, memory."""
@@ -163,67 +125,54 @@ class Transfer:
         return {"a": self.a, "b": self.b}.get(letter, "")
 
 
-@dataclass
-class Contents:
-    """A closed container whose outside promises something else than is in it; `b` has looked, `a` has not, or has."""
+def contents(question: str, looked: bool, rng: random.Random, **values: str) -> Problem:
+    """A closed container whose outside promises something else than is in it; `b` has looked, `a` too if `looked`.
 
-    a: str
-    b: str
-    label: str
-    stock: str
-    pack: str
-    room: str
-    rng: random.Random
-
-    def render(self, question: str, looked: bool) -> Problem:
-        """`question`: a, ba, reality or memory, as in `Transfer.ask`."""
-        a, b, pack = self.a, self.b, self.pack
-        who = a if question == "a" else b
-        templates: tuple[str, ...]
-        if question == "reality":
-            templates, answer, reason = words.CONTENTS_REALITY, self.stock, f"{b} knows that the {pack} holds {{}}."
-        elif question == "memory":
-            templates, answer, reason = words.CONTENTS_MEMORY, self.label, f"The outside of the {pack} promises {{}}."
-        else:
-            templates = words.CONTENTS_BELIEF if question == "a" else words.CONTENTS_NESTED
-            answer = self.stock if looked else self.label
-            reason = f"{a} has seen that the {pack} holds {{}}." if looked else f"{a} knows only the outside with {{}}."
-        values = {name: getattr(self, name) for name in ("a", "b", "label", "stock", "pack", "room")}
-        told = [words.LABEL, words.INSIDE, words.WITNESS if looked else words.NEWCOMER, templates]
-        text = " ".join(self.rng.choice(choices).format(**values, who=who, other=a) for choices in told)
-        groups = [_pair(a, b), *(f"{stock}@{pack}" for stock in sorted((self.label, self.stock)))]
-        return Problem(text, answer, f" {reason.format(answer)} The answer is {answer}", ";".join(groups))
+    `question`: a, ba, reality or memory, as in `Transfer.ask`. `values`: a, b, label, stock, pack, room.
+    """
+    a, b, pack, label, stock = (values[name] for name in ("a", "b", "pack", "label", "stock"))
+    templates: tuple[str, ...]
+    if question == "reality":
+        templates, answer, reason = words.CONTENTS_REALITY, stock, f"{b} knows that the {pack} holds {stock}."
+    elif question == "memory":
+        templates, answer, reason = words.CONTENTS_MEMORY, label, f"The outside of the {pack} promises {label}."
+    else:
+        templates = words.CONTENTS_BELIEF if question == "a" else words.CONTENTS_NESTED
+        answer = stock if looked else label
+        reason = f"{a} has seen that the {pack} holds" if looked else f"{a} knows only the outside with"
+        reason = f"{reason} {answer}."
+    values |= {"who": a if question == "a" else b, "other": a}
+    told = [words.LABEL, words.INSIDE, words.WITNESS if looked else words.NEWCOMER, templates]
+    text = " ".join(rng.choice(choices).format(**values) for choices in told)
+    groups = [_pair(a, b), *(f"{item}@{pack}" for item in sorted((label, stock)))]
+    return Problem(text, answer, f" {reason} The answer is {answer}", ";".join(groups))
 
 
-Plot = Callable[[Transfer], None]
+Plot = tuple[Callable[[Transfer], None], ...]
+"""What happens after the beginning. The names below say what `a` and `b` come to believe."""
+UNSEEN: Plot = (Transfer.leave, Transfer.move, Transfer.aside, Transfer.come_back)
+SECOND_MOVE_UNSEEN: Plot = (Transfer.move, Transfer.watch, Transfer.leave, Transfer.move, Transfer.come_back)
+SEEN: Plot = (Transfer.aside, Transfer.stay, Transfer.move)
+SEEN_AFTER_RETURN: Plot = (Transfer.leave, Transfer.come_back, Transfer.move, Transfer.watch)
+SECRETLY_SEEN: Plot = (Transfer.leave, Transfer.move, Transfer.peek, Transfer.come_back)
+OPENLY_SEEN: Plot = (Transfer.leave, Transfer.move, partial(Transfer.peek, noticed=True), Transfer.come_back)
+
 Kind = tuple[Plot | bool, str]
 """A plot (for contents: whether `a` has looked) and a question; problems of a family take its kinds in turn."""
-
-_PLOTS: tuple[Plot, ...] = (
-    Transfer.unseen,
-    Transfer.second_move_unseen,
-    Transfer.seen,
-    Transfer.secretly_seen,
-    Transfer.seen_after_return,
-)
+_ALL = (UNSEEN, SECOND_MOVE_UNSEEN, SEEN, SECRETLY_SEEN, SEEN_AFTER_RETURN, False, True)
 FAMILIES: dict[str, tuple[Kind, ...]] = {
-    "first_order": ((Transfer.unseen, "a"), (Transfer.second_move_unseen, "a"), (False, "a")),
-    "second_order": (
-        (Transfer.secretly_seen, "ba"),
-        (Transfer.unseen, "ba"),
-        (Transfer.second_move_unseen, "ba"),
-        (False, "ba"),
-    ),
+    "first_order": ((UNSEEN, "a"), (SECOND_MOVE_UNSEEN, "a"), (False, "a")),
+    "second_order": ((SECRETLY_SEEN, "ba"), (UNSEEN, "ba"), (SECOND_MOVE_UNSEEN, "ba"), (False, "ba")),
     "true_belief": (
-        (Transfer.seen, "a"),
-        (Transfer.unseen, "b"),
-        (Transfer.seen_after_return, "a"),
-        (Transfer.secretly_seen, "a"),
-        (Transfer.openly_seen, "ba"),
+        (SEEN, "a"),
+        (UNSEEN, "b"),
+        (SEEN_AFTER_RETURN, "a"),
+        (SECRETLY_SEEN, "a"),
+        (OPENLY_SEEN, "ba"),
         (True, "a"),
     ),
-    "reality": (*((plot, "reality") for plot in _PLOTS), (False, "reality"), (True, "reality")),
-    "memory": (*((plot, "memory") for plot in _PLOTS), (False, "memory"), (True, "memory")),
+    "reality": tuple((plot, "reality") for plot in _ALL),
+    "memory": tuple((plot, "memory") for plot in _ALL),
 }
 
 
@@ -235,7 +184,7 @@ class Cast:
 
     def __init__(self, seed: int, split: str) -> None:
         def ours(*parts: str) -> bool:
-            return _split_of(seed, ";".join(parts)) == split
+            return split_of(f"{seed}:{';'.join(parts)}") == split
 
         self.pairs = [pair for pair in combinations(words.NAMES, 2) if ours(*pair)]
         places = {thing: [place for place in words.PLACES if ours(thing, place)] for thing in words.THINGS}
@@ -250,11 +199,13 @@ class Cast:
         if isinstance(plot, bool):
             pack = rng.choice(list(self.stock))
             label, stock = rng.sample(self.stock[pack], 2)
-            return Contents(a, b, label, stock, pack, room, rng).render(question, plot)
+            return contents(question, plot, rng, a=a, b=b, label=label, stock=stock, pack=pack, room=room)
         thing = rng.choice(list(self.places))
         first, second, third = rng.sample(self.places[thing], 3)
         story = Transfer(a, b, thing, (first, second, third), room, rng)
-        plot(story)
+        story.begin()
+        for step in plot:
+            step(story)
         return story.ask(question)
 
 
@@ -300,12 +251,3 @@ class ToMTask(ProceduralTask):
 
 def _pair(a: str, b: str) -> str:
     return "+".join(sorted((a, b)))
-
-
-def _split_of(seed: int, combination: str) -> str:
-    point = int(hashlib.sha256(f"{seed}:{combination}".encode()).hexdigest()[:8], 16) / 2**32
-    for split in SPLITS:
-        point -= SHARES[split]
-        if point < 0:
-            return split
-    return SPLITS[-1]

@@ -9,7 +9,8 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 
@@ -44,6 +45,11 @@ class _Worker:
         )
         theirs.close()
         self._send(task)
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer, or its readiness, is to be waited for."""
+        return self.item is not None or not self.ready
 
     def give(self, index: int, item: tuple[Prompt, str]) -> None:
         self.item, self.until = index, time.monotonic() + self.deadline_s
@@ -82,11 +88,9 @@ class VerifierPool:
             raise ValueError(f"task.verifier_memory_mb={memory_mb}: expected MiB, or 0 for no limit")
         self.timeouts = 0
         self.failures = 0
-        self.deadline_s = deadline_s
         self.task_name = task.name
-        self._task = pickle.dumps(task)
-        self.memory_mb = memory_mb
-        self._workers = [_Worker(self._task, deadline_s, memory_mb) for _ in range(workers)]
+        self._start = partial(_Worker, pickle.dumps(task), deadline_s, memory_mb)
+        self._workers = [self._start() for _ in range(workers)]
         self._closed = False
 
     def verify_many(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
@@ -96,7 +100,8 @@ class VerifierPool:
         verdicts: list[Verdict | None] = [None] * len(items)
         waiting = iter(range(len(items)))
         left = len(items)
-        self._replace_idle_dead()
+        # A process that something else ended between two calls costs no answer.
+        self._replace(lambda worker: worker.ready and worker.process.poll() is not None)
         try:
             while left:
                 for worker in self._workers:
@@ -105,7 +110,7 @@ class VerifierPool:
                 left -= self._collect(verdicts)
         except BaseException:
             # Verdicts still under way would be taken for those of the next call.
-            self._replace_busy()
+            self._replace(lambda worker: worker.busy)
             raise
         return [verdict if verdict is not None else TIMED_OUT for verdict in verdicts]
 
@@ -124,7 +129,7 @@ class VerifierPool:
 
     def _collect(self, verdicts: list[Verdict | None]) -> int:
         """Wait for the next event, at most until the next deadline; the number of answers that are now settled."""
-        active = {w.connection: i for i, w in enumerate(self._workers) if w.item is not None or not w.ready}
+        active = {w.connection: i for i, w in enumerate(self._workers) if w.busy}
         nearest = min(self._workers[i].until for i in active.values())
         spoke = wait(list(active), timeout=max(0.0, nearest - time.monotonic()))
         settled = 0
@@ -133,7 +138,7 @@ class VerifierPool:
             settled += self._receive(active[connection], verdicts)
         for index in active.values():
             worker = self._workers[index]
-            if (worker.item is not None or not worker.ready) and time.monotonic() > worker.until:
+            if worker.busy and time.monotonic() > worker.until:
                 settled += self._lose(index, verdicts, "missed the deadline")
         return settled
 
@@ -167,22 +172,15 @@ class VerifierPool:
                 f"a verifier process {how} while starting (exit code {worker.process.returncode}, "
                 f"{START_TIMEOUT_S:.0f} s allowed); its messages are on standard error"
             )
-        self._workers[index] = _Worker(self._task, self.deadline_s, self.memory_mb)
+        self._workers[index] = self._start()
         if worker.item is None:
             return 0
         self.timeouts += 1
         verdicts[worker.item] = TIMED_OUT
         return 1
 
-    def _replace_idle_dead(self) -> None:
-        """A process that something else ended between two calls costs no answer."""
+    def _replace(self, which: Callable[[_Worker], bool]) -> None:
         for index, worker in enumerate(self._workers):
-            if worker.ready and worker.process.poll() is not None:
+            if which(worker):
                 worker.stop()
-                self._workers[index] = _Worker(self._task, self.deadline_s, self.memory_mb)
-
-    def _replace_busy(self) -> None:
-        for index, worker in enumerate(self._workers):
-            if worker.item is not None or not worker.ready:
-                worker.stop()
-                self._workers[index] = _Worker(self._task, self.deadline_s, self.memory_mb)
+                self._workers[index] = self._start()

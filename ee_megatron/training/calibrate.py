@@ -30,7 +30,7 @@ from ..objectives.weights import Weights, mean_weights
 from ..policy import initial_policy, load_policy
 from ..types import Trace
 from .session import Session
-from .trace_store import load_traces
+from .stored import load_traces
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,10 @@ def make_weights(
     """The objective's weights for a batch of `traces`; where it needs the student's divergences, the batch is scored
     first."""
     traced = spread(batch, [target_hazards(torch.from_numpy(t.divergences), kl_factor).numpy() for t in traces])
-    own = None
-    if objective.gate_targets.scored:
-        own = target_hazards(learner.score(batch, teacher=objective.teacher).kl, kl_factor)
+
+    def own() -> torch.Tensor:
+        return target_hazards(learner.score(batch, teacher=objective.teacher).kl, kl_factor)
+
     return objective.weights(batch, learner.spec.layout, traced, own)
 
 
@@ -169,9 +170,7 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
         start = initial_policy(session.source.dims, session.spec, c.seed, session.source.tensor)
         policy = load_policy(checkpoint)[1] if checkpoint else start
         options: dict[str, Any] = {"adapter_dropout": cfg.adapter.dropout, "kl_direction": c.kl_direction}
-        learner = session.make_learner(policy, **options)
-        if checkpoint:
-            session.resume(learner, checkpoint)
+        learner = session.make_learner(policy, checkpoint, **options)
         layout = session.spec.layout
         objective = Distillation(TEACHERS[c.teacher], GATE_TARGETS[c.gate_targets], c.gate_weight, c.depth_power)
         session.open_metrics(resume_step=done)
@@ -185,17 +184,14 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
                     # Two learners at once would not fit where one just does.
                     del learner
                     learner = session.make_learner(policy, **options)
-                own = (
-                    own_hazards(learner, traces, updates[step], layout.num_layers)
-                    if step >= planned.student_from
-                    else ()
-                )
+                students = step >= planned.student_from
+                own = own_hazards(learner, traces, updates[step], layout.num_layers) if students else ()
                 batch = make_batch(traces, updates[step], layout, c, own)
                 chosen = [traces[item.trace] for item in updates[step]]
                 weights = make_weights(learner, objective, batch, chosen, c.kl_factor)
-                rate = schedule(step, len(updates), c.warmup)
                 adapter_lr = 0.0 if settled else c.adapter_lr * schedule(step, planned.settle_from, c.warmup)
-                update = learner.step(batch, weights, objective, adapter_lr=adapter_lr, gate_lr=c.gate_lr * rate)
+                gate_lr = c.gate_lr * schedule(step, len(updates), c.warmup)
+                update = learner.step(batch, weights, objective.teacher, adapter_lr=adapter_lr, gate_lr=gate_lr)
                 session.guard(update, batch, weights, step + 1)
                 scores = update.scores
                 kl = float((scores.kl * mean_weights(batch, batch.counts)).sum())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -67,35 +67,29 @@ class CheckpointWriter:
     def __init__(self, directory: RunDirectory, spec: PolicySpec, keep: int):
         self.directory, self.spec, self.keep = directory, spec, keep
         self.counters: dict[str, float] = {}
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
 
     def write(self, step: int, policy: dict[str, Tensor], state: OptimizerState, value: float | None) -> None:
         self.wait()
         if value is not None and value > self.counters.get("best_value", -math.inf):
             self.counters |= {"best_value": value, "best_step": step}
-        arguments = (step, policy, state, dict(self.counters))
-        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
-        self._thread.start()
+        self._writing = self._thread.submit(self._write, step, policy, state, dict(self.counters))
 
     def _write(self, step: int, policy: dict[str, Tensor], state: OptimizerState, counters: dict[str, float]) -> None:
-        try:
-            with self.directory.write_checkpoint(step) as temporary:
-                write_training(temporary, self.spec, policy, state, counters)
-            best = counters.get("best_step")
-            self.directory.keep_last(self.keep, None if best is None else int(best))
-        except BaseException as error:
-            self._error = error
+        with self.directory.write_checkpoint(step) as temporary:
+            write_training(temporary, self.spec, policy, state, counters)
+        best = counters.get("best_step")
+        self.directory.keep_last(self.keep, None if best is None else int(best))
 
     def wait(self) -> None:
         """Return when what was handed over is on disk. Raises OSError or what else kept it from getting there."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
+        error = self._writing.exception() if self._writing else None
+        self._writing = None
         if error is not None:
             folder = self.directory.path / "checkpoints"
             raise OSError(f"no checkpoint could be written to {folder}: {error}; earlier ones are untouched") from error
 
     def close(self) -> None:
+        self._thread.shutdown()
         self.wait()

@@ -7,13 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..evaluation.controls import (
-    Matched,
-    compare,
-    marginal_exits,
-    match_accuracy,
-    match_depth,
-)
+from ..evaluation.controls import Matched, compare, marginal_exits, match_accuracy, match_depth
 from ..evaluation.evaluate import Answer
 from ..evaluation.summary import EvaluationRow
 from ..exit_rules import CONTROLS, Dial, DialRange, ExitRule, Threshold
@@ -52,11 +46,7 @@ class Control:
 
 
 def all_controls(
-    reference: Reference,
-    checkpoints: dict[str, Path],
-    outcomes: Sequence[int],
-    vocab: int,
-    unpriced: Path | None,
+    reference: Reference, checkpoints: dict[str, Path], outcomes: Sequence[int], vocab: int, unpriced: Path | None
 ) -> list[Control]:
     """Every rule that is a control, on the reference's own weights; then other policies' gates: calibrated but not
     reinforced, and `unpriced`, reinforced with lambda = 0."""

@@ -93,15 +93,10 @@ class Evaluation:
         )
 
     def answer(
-        self,
-        model: str,
-        exits: ExitRule,
-        prompts: list[Prompt],
-        *,
-        final: bool = False,
-        collect: list[Rollout] | None = None,
-    ) -> tuple[EvaluationRow, list[Answer]]:
-        return evaluate_model(
+        self, model: str, exits: ExitRule, prompts: list[Prompt], *, final: bool = False
+    ) -> tuple[EvaluationRow, list[Answer], list[Rollout]]:
+        rollouts: list[Rollout] = []
+        row, answers = evaluate_model(
             self.pool,
             self.task,
             self.verifier,
@@ -111,24 +106,22 @@ class Evaluation:
             decode=lambda token: self.tokens.decode([token]),
             with_divergence=final,
             flops=(lambda rollout: self.flops(rollout, exits)) if final else None,
-            collect=collect,
+            collect=rollouts,
             progress=lambda done, total: self.bar.detail(f"{model} answers", done, total),
         )
+        return row, answers, rollouts
 
     def measure(
-        self, model: str, exits: ExitRule, prompts: list[Prompt], *, final: bool, collect: list[Rollout] | None = None
-    ) -> tuple[EvaluationRow, list[Answer]]:
+        self, model: str, exits: ExitRule, prompts: list[Prompt], *, final: bool
+    ) -> tuple[EvaluationRow, list[Answer], list[Rollout]]:
         """One of the announced sets; `final`: it is a row of the results."""
-        rollouts: list[Rollout] = []
-        row, answers = self.answer(model, exits, prompts, final=final, collect=rollouts)
-        if collect is not None:
-            collect += rollouts
+        row, answers, rollouts = self.answer(model, exits, prompts, final=final)
         if final:
             self.rows.append(row)
             self.answers += answers
             self.look_inside(answers, rollouts)
         self.done(row)
-        return row, answers
+        return row, answers, rollouts
 
     def look_inside(self, answers: Sequence[Answer], rollouts: Sequence[Rollout]) -> None:
         """For the answers that the report shows: what each exit on the way would have written."""
@@ -147,7 +140,7 @@ class Evaluation:
         return self.answer(model, exits, self.validation)[0]
 
     def on_test(self, model: str, exits: ExitRule) -> tuple[EvaluationRow, list[Answer]]:
-        return self.answer(model, exits, self.test, final=True)
+        return self.answer(model, exits, self.test, final=True)[:2]
 
     def teacher(self) -> None:
         self.pool.load(None)
@@ -159,7 +152,7 @@ class Evaluation:
         e = self.session.cfg.evaluate
         self.load(checkpoint)
         tried = [self.measure(model, Threshold(t), self.validation, final=False) for t in e.thresholds]
-        rows = [row for row, _ in tried]
+        rows = [row for row, *_ in tried]
         chosen = rows.index(choose_threshold(rows, e.tolerance))
         threshold = e.thresholds[chosen]
         self.meta[f"threshold_{model}"] = threshold
@@ -173,10 +166,9 @@ class Evaluation:
         ]
         for rule in (Off(), Sample()):
             self.measure(model, rule, self.test, final=True)
-        rollouts: list[Rollout] = []
         exits = Threshold(threshold)
-        row, answers = self.measure(model, exits, self.test, final=True, collect=rollouts)
-        self.chosen[model] = Reference(model, exits, *tried[chosen], row, answers)
+        row, answers, rollouts = self.measure(model, exits, self.test, final=True)
+        self.chosen[model] = Reference(model, exits, *tried[chosen][:2], row, answers)
         inspected = self.pool.inspect([rollout for rollout in rollouts if rollout.length])
         self.more["gates"][model] = gate_calibration(
             [entry.hazards for entry in inspected],

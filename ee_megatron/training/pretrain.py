@@ -8,7 +8,6 @@ loss <- mean -log p over the tokens of the validation texts
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +15,11 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from ..checkpoint.hf_export import export_hf
 from ..config.schema import PretrainConfig, RunConfig
 from ..learner.batch import ReplayBatch, pack
 from ..learner.learner import Learner
-from ..objectives.likelihood import TextLikelihood, loss_of
 from ..objectives.schedules import schedule
+from ..objectives.weights import text_likelihood
 from ..policy import initial_policy, load_policy
 from ..tasks import Split
 from .session import Session
@@ -37,25 +35,17 @@ def pretrain(cfg: RunConfig, initial: Path) -> Path:
     with Session(cfg, "pretrain", initial, learner=True, full=True) as session:
         done, checkpoint = session.latest()
         start = initial_policy(session.source.dims, session.spec, p.seed, session.source.tensor)
-        learner = session.make_learner(load_policy(checkpoint)[1] if checkpoint else start)
-        if checkpoint:
-            session.resume(learner, checkpoint)
+        learner = session.make_learner(load_policy(checkpoint)[1] if checkpoint else start, checkpoint)
         texts = [tokens for tokens, _ in tokenised(session, "train")]
         order = plan(len(texts), p)
         lengths = np.array([len(tokens) for tokens in texts])
-        objective = TextLikelihood()
         session.open_metrics(resume_step=done)
         with session.progress(p.steps, done) as bar:
             for step in range(done, p.steps):
                 session.stop_if_asked(learner, step)
                 batch = make_batch([texts[i] for i in order[step]], session.spec.num_layers)
-                weights = objective.weights(batch)
                 rate = p.learning_rate * schedule(step, p.steps, p.warmup)
-                update = learner.step(batch, weights, objective, adapter_lr=rate, gate_lr=0.0)
-                session.guard(update, batch, weights, step + 1)
-                loss = loss_of(weights, update.scores.token_logprobs)
-                session.log(step + 1, {"loss": loss, "grad_norm": update.norms["all"], "learning_rate": rate})
-                bar.advance(1, loss=loss)
+                session.fit(learner, batch, text_likelihood(batch), rate, step, bar)
                 if (step + 1) % p.checkpoint_every == 0 or step + 1 == p.steps:
                     session.save(learner, step + 1)
         used = lengths[order.ravel()]
@@ -64,12 +54,8 @@ def pretrain(cfg: RunConfig, initial: Path) -> Path:
             "sequences": int(order.size),
             "length": float(used.mean()),
         }
-        tensors = learner.export_policy()
-        out = session.path / "model"
+        out = session.write_model(learner)
         if session.directory is not None:
-            # There is one already if a run was killed between writing it and saying so.
-            shutil.rmtree(out, ignore_errors=True)
-            export_hf(session.source, (session.spec, tensors), out, adapters="merge", gates="drop")
             session.directory.write_atomic(FIGURES, json.dumps(figures) + "\n")
             print(f"pretrain: {figures['tokens']} tokens, loss {figures['loss']:.4f}, {figures['answer_loss']:.4f} "
                   "nats per token of held-out texts, of their answers")  # fmt: skip

@@ -25,11 +25,9 @@ from torch import Tensor
 from ..config.schema import RLConfig, RunConfig
 from ..learner.batch import ReplayBatch, pack, spread
 from ..learner.learner import Learner, Scores, Update
-from ..objectives.advantages import ADVANTAGES
-from ..objectives.policy_gradient import KL_TERMS, Experience, PolicyGradient
-from ..objectives.rewards import DEPTH_CREDITS, depth_cost, mean_log_ratio, rollout_reward
+from ..objectives.advantages import ADVANTAGES, DEPTH_CREDITS, depth_cost, mean_log_ratio, rollout_reward
+from ..objectives.policy_gradient import KL_TERMS, SURROGATES, Experience, PolicyGradient, truncated_ratio
 from ..objectives.schedules import learning_rate, price
-from ..objectives.surrogates import SURROGATES, truncated_ratio
 from ..policy import WeightSet, load_policy
 from ..types import Group
 from .rollout_source import make_source
@@ -48,9 +46,7 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
             )
         if checkpoint is None:
             policy = sharpened(policy, rl.gate_centre, rl.gate_sharpness)
-        learner = session.make_learner(policy, temperature=rl.temperature)
-        if checkpoint:
-            session.resume(learner, checkpoint)
+        learner = session.make_learner(policy, checkpoint, temperature=rl.temperature)
         source = make_source(session) if session.leads else None
         session.open_metrics(resume_step=done)
         with session.progress(rl.steps, done) as bar:
@@ -97,6 +93,7 @@ def learn(
     clock.append(time.monotonic())
     experience, values = credit(batch, groups, first, reference, rl, layers, step)
     kept = [i for i, group in enumerate(groups) if not rl.drop_equal_groups or np.ptp(group.rewards) > 0]
+    per_step = rl.epochs * rl.minibatches
     updates: list[Update] = []
     clipped_share: list[float] = []
     kls: list[float] = []
@@ -108,16 +105,12 @@ def learn(
             now = learner.score(part) if updates else first.select(rows)
             weights, left_out = objective.weights(part, experience.select(rows), now.token_logprobs, now.exit_logprobs)
             clipped_share.append(left_out)
-            rate = learning_rate(
-                step * rl.epochs * rl.minibatches + len(updates),
-                rl.steps * rl.epochs * rl.minibatches,
-                rl.warmup,
-                rl.decay,
-            )
-            update = learner.step(part, weights, objective, adapter_lr=rl.adapter_lr * rate, gate_lr=rl.gate_lr * rate)
+            rate = learning_rate(step * per_step + len(updates), rl.steps * per_step, rl.warmup, rl.decay)
+            rates = {"adapter_lr": rl.adapter_lr * rate, "gate_lr": rl.gate_lr * rate}
+            update = learner.step(part, weights, objective.kl.teacher, **rates)
             session.guard(update, part, weights, step + 1)
             updates.append(update)
-            if objective.teacher is not None:
+            if objective.kl.teacher is not None:
                 kls.append(float(update.scores.kl[part.counts].mean()))
     clock.append(time.monotonic())
     if kls:
@@ -147,13 +140,7 @@ def objective_of(rl: RLConfig) -> PolicyGradient:
 
 
 def credit(
-    batch: ReplayBatch,
-    groups: list[Group],
-    first: Scores,
-    reference: Scores,
-    rl: RLConfig,
-    num_layers: int,
-    step: int,
+    batch: ReplayBatch, groups: list[Group], first: Scores, reference: Scores, rl: RLConfig, num_layers: int, step: int
 ) -> tuple[Experience, dict[str, float]]:
     """What the rollouts of step `step` teach, from the scores of the policy at its start and of the reference, and
     metrics."""

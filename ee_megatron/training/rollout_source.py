@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,35 +24,15 @@ from ..rollout.engine.sampling import SamplingParams
 from ..rollout.pool.interface import Pending, RolloutPool
 from ..tasks import VerifierPool
 from ..types import Group, Prompt, Rollout
-from .rollout_store import load_rollouts, save_rollouts
 from .session import Session
+from .stored import load_rollouts, save_rollouts
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Staleness:
-    """How old rollouts may be, in versions of the weights (0: synchronous); what becomes of those under way when new
-    weights arrive: "finish" under the weights that began them, "continue" under the new ones, or "drop" and begin again
-    under these. The latter two are fresher and depend on the clock. And whether every sync is checked tensor by tensor.
-    Raises ValueError."""
-
-    max_staleness: int = 0
-    partial: str = "finish"
-    check: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_staleness < 0:
-            raise ValueError(f"rollout.max_staleness={self.max_staleness}: expected 0 (synchronous) or more")
-        if self.partial not in ("finish", "continue", "drop"):
-            raise ValueError(f"rollout.partial={self.partial}: expected finish, continue or drop")
-
-
 def make_source(session: Session) -> RolloutSource | ReplaySource:
-    rl, r = session.cfg.rl, session.cfg.rollout
-    if rl.replay:
-        return ReplaySource(Path(rl.replay), rl.group_size)
-    return RolloutSource(session, Staleness(r.max_staleness, r.partial, r.check_weights))
+    rl = session.cfg.rl
+    return ReplaySource(Path(rl.replay), rl.group_size) if rl.replay else RolloutSource(session)
 
 
 class ReplaySource:
@@ -78,8 +57,8 @@ class ReplaySource:
 class RolloutSource:
     """The leader's side of a step: prompts in, verified groups out."""
 
-    def __init__(self, session: Session, staleness: Staleness):
-        self.cfg, self.staleness = session.cfg, staleness
+    def __init__(self, session: Session):
+        self.cfg = session.cfg
         task = session.make_task()
         self.verifier: VerifierPool = session.make_verifier(task)
         self.prompts = task.prompts("train")
@@ -94,14 +73,14 @@ class RolloutSource:
         """Step `step`'s groups, while those of later steps are begun as far as rollout.max_staleness lets them. The
         prompts depend on seed and step alone, so that a resumed run goes on where it was: no prompt twice, none lost,
         until all have been used."""
-        rl, staleness = self.cfg.rl, self.staleness
-        if staleness.check or not staleness.max_staleness:
+        rl, r = self.cfg.rl, self.cfg.rollout
+        if r.check_weights or not r.max_staleness:
             self.pool.load(weights)
-        if staleness.check:
+        if r.check_weights:
             self.pool.check(weights)
         self._begin(weights, step)
         answers = self._under_way.pop(step).result(lambda done, total: detail("rollouts", done, total))
-        check_versions(answers, weights.version, staleness.max_staleness)
+        check_versions(answers, weights.version, r.max_staleness)
         self._mean_age = weights.version - float(np.concatenate(versions_of(answers)).mean())
         groups = self._verified(step_prompts(self.prompts, step, rl), answers)
         if rl.dump_rollouts:
@@ -111,11 +90,11 @@ class RolloutSource:
     def _begin(self, weights: WeightSet, step: int) -> None:
         """Ask for every step's rollouts that may be made by now and have not been asked for."""
         rl, r = self.cfg.rl, self.cfg.rollout
-        n = self.staleness.max_staleness
+        n = r.max_staleness
         if n:
             self.history.keep(weights, oldest=version_for(self._saved_steps(), n))
-        if self.staleness.partial != "finish":
-            keep = self.staleness.partial == "continue"
+        if r.partial != "finish":
+            keep = r.partial == "continue"
             # Dropping the rollouts that are due now would make everybody wait for them again.
             for later in self._under_way.keys() - (set() if keep else {step}):
                 self._under_way[later].renew(weights, keep)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,9 +18,11 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from ..checkpoint.hf_export import export_hf
 from ..config.derive import policy_spec
 from ..config.identity import stage_dir, to_yaml
-from ..config.schema import RunConfig
+from ..config.schema import RunConfig, TeacherConfig, TracesConfig
+from ..exit_rules import Off
 from ..families.hf_directory import HFDirectory
 from ..learner.batch import ReplayBatch
 from ..learner.learner import Learner, LearnerOptions, Update
@@ -30,9 +33,12 @@ from ..observe.rundir import RunDirectory
 from ..parallel import groups
 from ..parallel.groups import Degrees
 from ..policy import PolicySpec
+from ..rollout.engine.request import GenerationRequest
+from ..rollout.engine.sampling import SamplingParams
 from ..rollout.pool import make_pool
 from ..rollout.pool.interface import RolloutPool
 from ..tasks import Task, VerifierPool, task_of
+from ..types import Prompt, Rollout
 from .checkpoints import CheckpointWriter, damage, read_training
 from .stages import DONE
 from .stopping import Parting, Stopped, listener
@@ -86,7 +92,7 @@ class Session:
     def __enter__(self) -> Session:
         if self.leads:
             self.directory = self.stack.enter_context(RunDirectory(self.path))
-            self.directory.write_config(to_yaml(self.cfg))
+            self.directory.write_atomic("config.yaml", to_yaml(self.cfg))
             self.writer = CheckpointWriter(self.directory, self.spec, self.cfg.checkpoint.keep)
             self.stack.callback(self.writer.close)
         if self.learns:
@@ -101,9 +107,10 @@ class Session:
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
-    def make_learner(self, policy: dict[str, torch.Tensor], **options: Any) -> Learner:
-        """This rank's part of a learner; `options` as in `LearnerOptions`."""
-        return Learner(
+    def make_learner(self, policy: dict[str, torch.Tensor], checkpoint: Path | None = None, **options: Any) -> Learner:
+        """This rank's part of a learner, its optimizer where `checkpoint` left it, whatever layout wrote that;
+        `options` as in `LearnerOptions`."""
+        learner = Learner(
             self.source,
             self.spec,
             policy,
@@ -113,6 +120,12 @@ class Session:
             dtype=self.dtype,
             options=LearnerOptions(**options),
         )
+        if checkpoint:
+            state, counters = read_training(checkpoint)
+            learner.load_optimizer(state)
+            if self.writer is not None:
+                self.writer.counters = counters
+        return learner
 
     def make_pool(self, spec: PolicySpec | None) -> RolloutPool:
         """The rollout pool round this stage's model; the leader's only."""
@@ -201,6 +214,36 @@ class Session:
             f"stopped after {step} step(s), as told; the same command goes on", Parting(self.rank, world, store).leave
         )
 
+    def sample(
+        self, pool: RolloutPool, prompts: list[Prompt], settings: TeacherConfig | TracesConfig, what: str
+    ) -> list[list[Rollout]]:
+        """The pool's answers at full depth, `settings.samples` per prompt; the leader's only."""
+        r = self.cfg.rollout
+        sampling = SamplingParams(settings.temperature, r.max_new_tokens, tuple(r.stop))
+        request = GenerationRequest(prompts, settings.samples, sampling, Off(), settings.seed)
+        with self.progress(len(prompts) * settings.samples, what=what) as bar:
+            return pool.generate(request, lambda done, total: bar.advance(done - bar.done))
+
+    def fit(
+        self, learner: Learner, batch: ReplayBatch, weights: Weights, rate: float, step: int, bar: Progress
+    ) -> None:
+        """Update `step` (from 0) of maximum likelihood, at learning rate `rate`; it is guarded and logged."""
+        update = learner.step(batch, weights, adapter_lr=rate, gate_lr=0.0)
+        self.guard(update, batch, weights, step + 1)
+        assert weights.token is not None
+        loss = -float((update.scores.token_logprobs * weights.token).sum())
+        self.log(step + 1, {"loss": loss, "grad_norm": update.norms["all"], "learning_rate": rate})
+        bar.advance(1, loss=loss)
+
+    def write_model(self, learner: Learner) -> Path:
+        """What was learned as a Hugging Face directory, adapters merged, without gates; all ranks call it."""
+        tensors, out = learner.export_policy(), self.path / "model"
+        if self.leads:
+            # There is one already if a run was killed between writing it and saying so.
+            shutil.rmtree(out, ignore_errors=True)
+            export_hf(self.source, (self.spec, tensors), out, adapters="merge", gates="drop")
+        return out
+
     def save(self, learner: Learner, step: int, value: float | None = None) -> None:
         """Checkpoint after `step` steps. The state is collected here, on every rank; the leader writes it in a thread
         of its own while training goes on. `value`: what the best checkpoint is judged by, the larger the better."""
@@ -208,13 +251,6 @@ class Session:
         self.saved = step
         if self.writer is not None:
             self.writer.write(step, policy, state, value)
-
-    def resume(self, learner: Learner, checkpoint: Path) -> None:
-        """Bring the optimizer to where `checkpoint` left it, whatever layout wrote it."""
-        state, counters = read_training(checkpoint)
-        learner.load_optimizer(state)
-        if self.writer is not None:
-            self.writer.counters = counters
 
     def guard(self, update: Update, batch: ReplayBatch, weights: Weights, step: int) -> None:
         """Count updates whose gradient was not finite; too many in a row end the run, their batch left on disk.

@@ -18,37 +18,27 @@ def is_done(cfg: RunConfig, stage: str) -> bool:
 
 def source_model(cfg: RunConfig) -> Path:
     """What the teacher is made of: model.path, or the pretrained model. Raises FileNotFoundError if that is missing."""
-    if not cfg.pretrain.enabled:
-        return Path(cfg.model.path)
-    if not is_done(cfg, "pretrain"):
-        raise FileNotFoundError(_missing(cfg, "pretrain"))
-    return stage_dir(cfg, "pretrain") / "model"
+    return _finished(cfg, "pretrain") / "model" if cfg.pretrain.enabled else Path(cfg.model.path)
 
 
 def base_model(cfg: RunConfig) -> Path:
     """The model that traces, calibration and RL build on. Raises FileNotFoundError if it is not made yet."""
-    if not cfg.teacher.enabled:
-        return source_model(cfg)
-    if not is_done(cfg, "teacher"):
-        raise FileNotFoundError(_missing(cfg, "teacher"))
-    return stage_dir(cfg, "teacher") / "model"
+    return _finished(cfg, "teacher") / "model" if cfg.teacher.enabled else source_model(cfg)
 
 
 def traces(cfg: RunConfig) -> Path:
-    if not is_done(cfg, "traces"):
-        raise FileNotFoundError(_missing(cfg, "traces"))
-    return stage_dir(cfg, "traces") / "dataset"
+    return _finished(cfg, "traces") / "dataset"
 
 
 def calibrated(cfg: RunConfig) -> Path:
     """The policy checkpoint that RL starts from: `start`, or this configuration's own calibration."""
-    return _given("start", cfg.start) if cfg.start else _finished(cfg, "calibrate")
+    return policy_at(f"start={cfg.start}", cfg.start) if cfg.start else _trained(cfg, "calibrate")
 
 
 def control_policy(cfg: RunConfig) -> Path | None:
     """The checkpoint that `evaluate.control_policy` names. Raises FileNotFoundError if none is there."""
     given = cfg.evaluate.control_policy
-    return _given("evaluate.control_policy", given) if given else None
+    return policy_at(f"evaluate.control_policy={given}", given) if given else None
 
 
 def trained(stage: Path) -> tuple[RunConfig, Path, Path]:
@@ -61,28 +51,34 @@ def trained(stage: Path) -> tuple[RunConfig, Path, Path]:
     return cfg, base_model(cfg), checkpoint
 
 
-def _given(key: str, text: str) -> Path:
-    """A checkpoint, or the newest one of a stage."""
-    given = Path(text)
+def policy_at(setting: str, path: str) -> Path:
+    """The checkpoint at `path`, or the newest one of the stage there. Raises FileNotFoundError, naming the setting."""
+    given = Path(path)
     found = given if (given / "policy.json").is_file() else latest_checkpoint(given)
     if found is None:
-        raise FileNotFoundError(f"{key}={text}: no policy checkpoint there; give a stage or checkpoint directory")
+        raise FileNotFoundError(f"{setting}: no policy checkpoint there; give a stage or checkpoint directory")
     return found
 
 
 def reinforced(cfg: RunConfig) -> Path:
-    return _finished(cfg, "rl")
+    return _trained(cfg, "rl")
 
 
-def _finished(cfg: RunConfig, stage: str) -> Path:
-    found = latest_checkpoint(stage_dir(cfg, stage)) if is_done(cfg, stage) else None
+def _trained(cfg: RunConfig, stage: str) -> Path:
+    found = latest_checkpoint(_finished(cfg, stage))
     if found is None:
-        raise FileNotFoundError(_missing(cfg, stage))
+        raise _missing(cfg, stage)
     return found
 
 
-def _missing(cfg: RunConfig, stage: str) -> str:
-    return (
+def _finished(cfg: RunConfig, stage: str) -> Path:
+    if not is_done(cfg, stage):
+        raise _missing(cfg, stage)
+    return stage_dir(cfg, stage)
+
+
+def _missing(cfg: RunConfig, stage: str) -> FileNotFoundError:
+    return FileNotFoundError(
         f"{stage_dir(cfg, stage)}: stage {stage!r} has not finished with these settings; "
         f"run `ee-megatron {stage}` with the same settings first, or `ee-megatron run` for all stages"
     )

@@ -9,22 +9,17 @@ merge the adapters -> the model that everything below calls the base
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from ..checkpoint.hf_export import export_hf
 from ..config.schema import RunConfig
-from ..exit_rules import Off
 from ..learner.batch import pack
-from ..objectives.likelihood import Likelihood, loss_of
 from ..objectives.schedules import schedule
+from ..objectives.weights import answer_likelihood
 from ..policy import initial_policy
-from ..rollout.engine.request import GenerationRequest
-from ..rollout.engine.sampling import SamplingParams
 from .session import Session
 
 logger = logging.getLogger(__name__)
@@ -40,7 +35,6 @@ def train_teacher(cfg: RunConfig, model_path: Path) -> Path:
         start = initial_policy(session.source.dims, session.spec, t.seed, session.source.tensor)
         learner = session.make_learner(start, adapter_dropout=cfg.adapter.dropout)
         session.open_metrics(resume_step=0)
-        objective = Likelihood()
         order = np.random.default_rng(t.seed)
         picks = np.concatenate([order.permutation(len(examples)) for _ in range(t.epochs)])
         updates = -(-len(picks) // t.batch_size)
@@ -50,35 +44,22 @@ def train_teacher(cfg: RunConfig, model_path: Path) -> Path:
                 session.stop_if_asked(None, 0)
                 chosen = [examples[i] for i in picks[step * t.batch_size : (step + 1) * t.batch_size]]
                 batch = pack([p for p, _ in chosen], [a for _, a in chosen], None, session.spec.num_layers)
-                weights = objective.weights(batch)
                 rate = t.learning_rate * schedule(step, updates, 0.1)
-                update = learner.step(batch, weights, objective, adapter_lr=rate, gate_lr=0.0)
-                session.guard(update, batch, weights, step + 1)
-                loss = loss_of(weights, update.scores.token_logprobs)
-                session.log(step + 1, {"loss": loss, "grad_norm": update.norms["all"], "learning_rate": rate})
-                bar.advance(1, loss=loss)
-        tensors = learner.export_policy()
-        out = session.path / "model"
-        if session.leads:
-            # There is one already if a run was killed between writing it and saying so.
-            shutil.rmtree(out, ignore_errors=True)
-            export_hf(session.source, (session.spec, tensors), out, adapters="merge", gates="drop")
+                session.fit(learner, batch, answer_likelihood(batch), rate, step, bar)
+        out = session.write_model(learner)
         session.finish(f"{len(examples)} examples")
         return out
 
 
 def sample_examples(session: Session) -> list[tuple[np.ndarray, np.ndarray]]:
     """(prompt tokens without examples, tokens of one right answer) for every problem that was answered right once."""
-    t, r = session.cfg.teacher, session.cfg.rollout
+    t = session.cfg.teacher
     task = session.make_task()
     verifier = session.make_verifier(task)
     prompts = task.prompts("train")[: t.problems]
     shown = [task.few_shot(prompt, t.shots, t.seed) for prompt in prompts]
     pool = session.make_pool(None)
-    sampling = SamplingParams(t.temperature, r.max_new_tokens, tuple(r.stop))
-    request = GenerationRequest(shown, t.samples, sampling, Off(), t.seed)
-    with session.progress(len(prompts) * t.samples, what="sampling") as bar:
-        groups = pool.generate(request, lambda done, total: bar.advance(done - bar.done))
+    groups = session.sample(pool, shown, t, "sampling")
     pool.close()
     verdicts = verifier.verify_many([(p, a.text) for p, g in zip(prompts, groups, strict=True) for a in g])
     tokenizer = AutoTokenizer.from_pretrained(str(session.model_path), local_files_only=True)

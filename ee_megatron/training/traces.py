@@ -5,26 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..config.schema import RunConfig
-from ..exit_rules import Off
-from ..rollout.engine.request import GenerationRequest
-from ..rollout.engine.sampling import SamplingParams
 from .session import Session
 from .stopping import listener
-from .trace_store import save_traces
+from .stored import save_traces
 
 
 def make_traces(cfg: RunConfig, model_path: Path) -> None:
     """Run the stage: an inference job without a learner."""
-    t, r = cfg.traces, cfg.rollout
+    t = cfg.traces
     with listener.at_once(), Session(cfg, "traces", model_path, learner=False) as session:
         task = session.make_task()
         verifier = session.make_verifier(task)
         prompts = task.prompts("train")[: t.problems]
         pool = session.make_pool(session.spec)
-        sampling = SamplingParams(t.temperature, r.max_new_tokens, tuple(r.stop))
-        request = GenerationRequest(prompts, t.samples, sampling, Off(), t.seed)
-        with session.progress(len(prompts) * t.samples, what="answers") as bar:
-            answers = pool.generate(request, lambda done, total: bar.advance(done - bar.done))
+        answers = session.sample(pool, prompts, t, "answers")
         flat = [(p, a) for p, group in zip(prompts, answers, strict=True) for a in group]
         verdicts = verifier.verify_many([(p, a.text) for p, a in flat])
         kept = [(a, v.correct) for (_, a), v in zip(flat, verdicts, strict=True) if v.correct or not t.only_correct]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import layout_cases
 import torch
 from layout_cases import blank
@@ -36,18 +34,11 @@ def cost_of_scoring(batch: ReplayBatch) -> int:
     return counter.get_total_flops()
 
 
-@dataclass(frozen=True)
-class Given:
-    """An objective whose weights are given."""
-
-    teacher: Teacher | None
-
-
 def step(batch: ReplayBatch, weights: Weights, times: int = 1, teacher: Teacher | None = None, rates=None):
     """`times` updates on one batch -> (the first update, policy after the last)."""
     learner, first, rates = _kept["learner"], None, rates or {"body": 1e-3, "gates": 3e-3}
     for _ in range(times):
-        update = learner.step(batch, weights, Given(teacher), adapter_lr=rates["body"], gate_lr=rates["gates"])
+        update = learner.step(batch, weights, teacher, adapter_lr=rates["body"], gate_lr=rates["gates"])
         first = first or update
     return first, learner.export_policy()
 

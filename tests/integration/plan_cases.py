@@ -13,7 +13,6 @@ from ee_megatron.config.schema import DeepspeedConfig
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.batch import ReplayBatch, pack
 from ee_megatron.learner.learner import Learner
-from ee_megatron.objectives.likelihood import Likelihood
 from ee_megatron.objectives.weights import Weights, mean_weights
 from ee_megatron.policy import PolicySpec, initial_policy
 
@@ -118,7 +117,7 @@ def measure(
 
     counted("score", lambda: learner.score(batch))
     counted("reference", lambda: learner.score(batch, reference=True))
-    counted("step", lambda: learner.step(batch, weights, Likelihood(), adapter_lr=1e-4, gate_lr=1e-4))
+    counted("step", lambda: learner.step(batch, weights, adapter_lr=1e-4, gate_lr=1e-4))
     found["optimizer"] = optimizer_bytes(learner)
     found["weights"] = bytes_of(list(learner.model.parameters()))
     deepest = batch.at_full_depth(spec.num_layers)

@@ -89,9 +89,7 @@ def compare(
     for rank, found in enumerate(measured):
         stage = rank // (plan.tensor * plan.data)
         memory = learner_memory(plan, load, training, stage, batches)
-        predicted = {
-            name: pass_cost(plan, load, micro_batch, sequences, how)[stage].total for name, how in passes.items()
-        }
+        predicted = {name: pass_cost(plan, load, micro_batch, sequences, how)[stage] for name, how in passes.items()}
         predicted |= {kind: memory[kind] for kind in ("weights", "gradients", "optimizer", "activations")}
         ratios += [(f"{kind} of rank {rank}", predicted[kind] / found[kind]) for kind in predicted]
     for name, how in passes.items():

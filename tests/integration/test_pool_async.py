@@ -16,7 +16,6 @@ from ee_megatron.policy import WeightSet, initial_policy
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.training.rollout_source import (
     RolloutSource,
-    Staleness,
     WeightHistory,
     check_versions,
     step_prompts,
@@ -62,8 +61,8 @@ def answers(groups: list[Group]) -> list[tuple]:
 def test_every_step_takes_its_own_prompts_from_weights_exactly_so_many_versions_old(
     path: Path, tmp_path: Path, staleness: int
 ):
-    with open_session(path, tmp_path, "rollout.backend=local") as session:
-        actor = RolloutSource(session, Staleness(staleness))
+    with open_session(path, tmp_path, "rollout.backend=local", f"rollout.max_staleness={staleness}") as session:
+        actor = RolloutSource(session)
         rl = session.cfg.rl
         found = [actor.act(weights(session, step + 1), step, quiet) for step in range(STEPS)]
         alone = LocalPool(path, session.spec, rows=8)
@@ -84,20 +83,22 @@ def test_every_step_takes_its_own_prompts_from_weights_exactly_so_many_versions_
 
 @pytest.mark.parametrize("killed_after", [1, 3])
 def test_a_run_that_is_killed_and_resumed_gives_the_same_rollouts(path: Path, tmp_path: Path, killed_after: int):
-    with open_session(path, tmp_path / "straight", "rollout.backend=local") as session:
-        actor = RolloutSource(session, Staleness(2))
+    settings = "rollout.backend=local", "rollout.max_staleness=2"
+    with open_session(path, tmp_path / "straight", *settings) as session:
+        actor = RolloutSource(session)
         straight = [answers(actor.act(weights(session, s + 1), s, quiet)) for s in range(STEPS)]
     found = []
     for steps in (range(killed_after), range(killed_after, STEPS)):
-        with open_session(path, tmp_path / "killed", "rollout.backend=local") as session:
-            actor = RolloutSource(session, Staleness(2))
+        with open_session(path, tmp_path / "killed", *settings) as session:
+            actor = RolloutSource(session)
             found += [answers(actor.act(weights(session, s + 1), s, quiet)) for s in steps]
     assert found == straight
 
 
 def test_actors_work_while_the_learner_does_and_give_what_the_local_pool_gives(path: Path, tmp_path: Path):
-    with open_session(path, tmp_path / "ray", "rollout.backend=ray", "rollout.actors=2") as session:
-        actor = RolloutSource(session, Staleness(1, check=True))
+    settings = "rollout.backend=ray", "rollout.actors=2", "rollout.max_staleness=1", "rollout.check_weights=true"
+    with open_session(path, tmp_path / "ray", *settings) as session:
+        actor = RolloutSource(session)
         found = [actor.act(weights(session, 1), 0, quiet)]
         # Nobody waits for step 1's rollouts here, and they get done.
         deadline = time.monotonic() + 60
@@ -106,8 +107,8 @@ def test_actors_work_while_the_learner_does_and_give_what_the_local_pool_gives(p
             time.sleep(0.01)
         found += [actor.act(weights(session, step + 1), step, quiet) for step in range(1, 4)]
         assert actor.health()["actors_alive"] >= 1
-    with open_session(path, tmp_path / "local", "rollout.backend=local") as session:
-        actor = RolloutSource(session, Staleness(1))
+    with open_session(path, tmp_path / "local", "rollout.backend=local", "rollout.max_staleness=1") as session:
+        actor = RolloutSource(session)
         for step, groups in enumerate(found):
             ours = actor.act(weights(session, step + 1), step, quiet)
             assert [entry[:6] for entry in answers(groups)] == [entry[:6] for entry in answers(ours)]
@@ -132,6 +133,3 @@ def test_old_rollouts_are_never_handed_out_and_old_weights_not_kept(path: Path, 
         assert sorted(p.name for p in (tmp_path / "ahead").iterdir()) == ["version_4", "version_5"]
         assert history.version(4, weights(session, 6)).digest == weights(session, 4).digest
         assert history.version(2, weights(session, 6)).version == 6
-    for wrong in (dict(max_staleness=-1), dict(partial="carry on")):
-        with pytest.raises(ValueError, match=r"rollout\."):
-            Staleness(**wrong)

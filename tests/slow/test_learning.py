@@ -62,7 +62,7 @@ def run(folder, seed: int, lambda_exit: float) -> tuple[np.ndarray, np.ndarray]:
         experience, values = credit(batch, found, first, learner.score(batch, reference=True), rl, 4, step)
         objective = objective_of(rl)
         weights, _ = objective.weights(batch, experience, first.token_logprobs, first.exit_logprobs)
-        learner.step(batch, weights, objective, adapter_lr=RATE, gate_lr=RATE)
+        learner.step(batch, weights, objective.kl.teacher, adapter_lr=RATE, gate_lr=RATE)
         rewards.append(values["task_reward"])
         depths.append(values["mean_depth"])
     return np.array(rewards), np.array(depths)

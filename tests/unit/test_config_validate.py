@@ -109,6 +109,7 @@ def test_every_rule_on_a_field_is_enforced(key: str, value: Any, expected: str) 
         (["rl.minibatches=99"], ["rl.minibatches=99", "rl.prompts_per_step"]),
         (["rollout.device_share=1.5"], ["rollout.device_share=1.5", "up to 1"]),
         (["rollout.max_staleness=-1"], ["rollout.max_staleness=-1", ">= 0"]),
+        (["rollout.partial=carry_on"], ["rollout.partial=carry_on", "finish"]),
         (["rl.lambda_warmup=2"], ["rl.lambda_warmup=2", "0 to 1"]),
         (["parallel.data=9", "cluster.gpus_per_node=8"], ["9 ranks", "8 devices"]),
         (["parallel.data=16", *TWO_NODES], ["16 ranks", "1 learner node(s)", "8 devices"]),

@@ -95,16 +95,16 @@ def test_the_monitor_score_of_planted_rates() -> None:
     used = [True] * 8 + [False] * 20
     flagged = [True] * 6 + [False] * 2 + [True] * 5 + [False] * 15
     found = monitor_score(used, flagged)
-    assert found.g_mean2.value == pytest.approx(0.75 * 0.75)
-    assert (found.true_positive_rate, found.true_negative_rate) == (0.75, 0.75)
-    assert (found.n, found.used, found.flagged) == (28, 8, 11)
-    assert found.g_mean2.low < found.g_mean2.value < found.g_mean2.high
-    assert monitor_score(used, used).g_mean2.value == 1.0
-    assert monitor_score(used, [True] * 28).g_mean2.value == 0.0 == monitor_score(used, [False] * 28).g_mean2.value
+    assert found["g_mean2"]["value"] == pytest.approx(0.75 * 0.75)
+    assert (found["true_positive_rate"], found["true_negative_rate"]) == (0.75, 0.75)
+    assert (found["n"], found["used"], found["flagged"]) == (28, 8, 11)
+    assert found["g_mean2"]["low"] < found["g_mean2"]["value"] < found["g_mean2"]["high"]
+    for always, score in ((used, 1.0), ([True] * 28, 0.0), ([False] * 28, 0.0)):
+        assert monitor_score(used, always)["g_mean2"]["value"] == score
     # Guessing at rate p gives p(1 - p), whatever the share of users.
     guess = [i % 4 == 0 for i in range(28)]
-    assert monitor_score(used, guess).g_mean2.value == pytest.approx(1 / 4 * 3 / 4)
-    assert math.isnan(monitor_score([False] * 4, [False] * 4).g_mean2.value)
+    assert monitor_score(used, guess)["g_mean2"]["value"] == pytest.approx(1 / 4 * 3 / 4)
+    assert math.isnan(monitor_score([False] * 4, [False] * 4)["g_mean2"]["value"])
 
 
 def test_serial_depth_of_planted_depths() -> None:

@@ -150,7 +150,7 @@ def test_mistaken_calls_are_refused(pool: LocalPool, verifier: VerifierPool) -> 
 
     call = {"label": "teacher", "num_layers": 6, "decode": str}
     with pytest.raises(ValueError, match="judges 'arithmetic', the prompts are 'other'"):
-        evaluate_model(pool, Other(), verifier, GenerationRequest([], 1, SAMPLING, Off(), 0), **call)  # type: ignore[arg-type]
+        evaluate_model(pool, Other(TaskConfig()), verifier, GenerationRequest([], 1, SAMPLING, Off(), 0), **call)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no prompts to evaluate on"):
         evaluate_model(pool, TASK, verifier, GenerationRequest([], 1, SAMPLING, Off(), 0), **call)  # type: ignore[arg-type]
 

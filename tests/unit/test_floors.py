@@ -16,7 +16,7 @@ SOURCE = Path(__file__).parents[2] / PACKAGE
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
-    ("sweeps",),
+    ("sweeps", "answering"),
     ("training",),
     ("learner", "evaluation", "planning"),
     ("checkpoint", "parallel", "scaling"),
@@ -136,6 +136,17 @@ def plant(root: Path, files: dict[str, str]) -> Path:
 def test_every_import_goes_down() -> None:
     assert sum(1 for _ in SOURCE.rglob("*.py")) > 10
     assert violations(SOURCE) == []
+
+
+def test_every_import_within_the_package_finds_something() -> None:
+    files = {module_name(f, SOURCE): f for f in SOURCE.rglob("*.py")}
+    missing = [
+        f"{file.name}: {name}"
+        for file in files.values()
+        for name in imported(file, SOURCE)
+        if resolve(name, files) not in (name, name.rpartition(".")[0])
+    ]
+    assert missing == []
 
 
 def test_no_modules_import_in_a_circle() -> None:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ee_megatron.objectives.policy_gradient import KL_TERMS, Experience, PolicyGradient
-from ee_megatron.objectives.surrogates import SURROGATES
+from ee_megatron.objectives.policy_gradient import KL_TERMS, SURROGATES, Experience, PolicyGradient
 
 CLIP = 0.2
 

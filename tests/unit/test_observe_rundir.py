@@ -237,7 +237,7 @@ def test_a_reused_pid_and_a_half_written_lock_are_stale_but_another_host_is_not(
 
 def test_the_packages_log_goes_to_the_runs_file_until_it_is_closed(tmp_path):
     with RunDirectory(tmp_path) as run:
-        run.write_config("a: 1\n")
+        run.write_atomic("config.yaml", "a: 1\n")
         logging.getLogger("ee_megatron.training").info("kept %d", 1)
     logging.getLogger("ee_megatron.training").info("not kept")
     text = (tmp_path / "log.txt").read_text()

@@ -20,12 +20,12 @@ from ee_megatron.config.schema import RunConfig
 from ee_megatron.planning.command import launch_command, launch_commands
 from ee_megatron.planning.construct import build_ranks, check_sums
 from ee_megatron.planning.devices import find_device
+from ee_megatron.planning.entry import scale
 from ee_megatron.planning.flops import PassMode, whole_pass
 from ee_megatron.planning.layout import Layout, rank_parameters
 from ee_megatron.planning.memory import actor_memory, in_flight
 from ee_megatron.planning.plan import Assumptions, make_plan
 from ee_megatron.planning.published import PUBLISHED, published_dims
-from ee_megatron.planning.scaling_table import scale
 from ee_megatron.planning.workload import Workload, tilted
 
 ROOT = Path(__file__).parents[2]
@@ -240,11 +240,11 @@ def test_a_dry_run_with_a_model_says_what_it_takes(tmp_path: Path, capsys: pytes
 
 def test_more_nodes_help_less_and_less() -> None:
     cfg = load(["experiment=rl_7b"])
-    points = scale(cfg, published_dims(SEVEN), find_device("H100"), Assumptions(), (1, 2, 4, 8))
-    seconds = [point.seconds for point in points]
+    plans = scale(cfg, published_dims(SEVEN), find_device("H100"), Assumptions(), [1, 2, 4, 8])
+    seconds = [plan.step_seconds for plan in plans]
     assert seconds == sorted(seconds, reverse=True)
     gains = [a / b for a, b in itertools.pairwise(seconds)]
     assert gains == sorted(gains, reverse=True) and gains[-1] < 1.3
     with pytest.raises(ValueError, match="less than one learner replica of 16 ranks"):
         big = load(["experiment=rl_32b"])
-        scale(big, published_dims("DeepSeek-R1-Distill-Qwen-32B"), find_device("H100"), Assumptions(), (1,))
+        scale(big, published_dims("DeepSeek-R1-Distill-Qwen-32B"), find_device("H100"), Assumptions(), [1])

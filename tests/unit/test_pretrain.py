@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ee_megatron.config.derive import read_dims
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import PretrainConfig, RunConfig
-from ee_megatron.objectives.likelihood import TextLikelihood
+from ee_megatron.objectives.weights import text_likelihood
 from ee_megatron.training import stages
 from ee_megatron.training.pretrain import make_batch, plan
 from ee_megatron.training.scratch import draw_model, draw_weights, worked_texts
@@ -102,7 +102,7 @@ def test_every_text_comes_before_any_comes_again() -> None:
 def test_every_token_but_the_first_counts_alike() -> None:
     batch = make_batch([np.arange(1, 6), np.arange(1, 4)], num_layers=8)
     assert batch.counts.sum() == 6 and not batch.asked.any()
-    weights = TextLikelihood().weights(batch)
+    weights = text_likelihood(batch)
     assert torch.equal(weights.token[batch.counts], torch.full((6,), 1 / 6))
 
 

@@ -30,7 +30,7 @@ def pairs_in(text: str) -> set[tuple[int, int]]:
 
 
 def worked(task: ArithmeticTask, split: str) -> list[tuple[str, str, str, str]]:
-    return [(p.text, problem.worked, p.answer, p.group) for p, problem in task._built(split)]  # type: ignore[arg-type]
+    return [(p.text, problem.worked, p.answer, p.group) for p, problem in task._built(split).values()]  # type: ignore[arg-type]
 
 
 def test_no_operand_pair_of_a_held_out_split_occurs_in_training_in_any_family(task: ArithmeticTask) -> None:

@@ -94,7 +94,7 @@ def expected(question: str) -> str:
 
 
 def questions(task: ToMTask, split: str) -> list[tuple[Prompt, str, str]]:
-    return [(prompt, problem.question, problem.worked) for prompt, problem in task._built(split)]  # type: ignore[arg-type]
+    return [(prompt, problem.question, problem.worked) for prompt, problem in task._built(split).values()]  # type: ignore[arg-type]
 
 
 def test_an_independent_reader_of_the_stories_finds_the_same_answers(task: ToMTask) -> None:

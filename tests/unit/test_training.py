@@ -14,13 +14,11 @@ from ee_megatron.exits import ExitLayout, exit_distribution, target_hazards
 from ee_megatron.learner.batch import pack, spread
 from ee_megatron.learner.learner import Scores
 from ee_megatron.learner.optimizer_state import OptimizerState
-from ee_megatron.objectives.advantages import ADVANTAGES
+from ee_megatron.objectives.advantages import ADVANTAGES, depth_cost, rollout_reward
 from ee_megatron.objectives.distillation import GATE_TARGETS, Distillation, current_targets
 from ee_megatron.objectives.divergences import Teacher
-from ee_megatron.objectives.policy_gradient import k3_slope
-from ee_megatron.objectives.rewards import depth_cost, rollout_reward
+from ee_megatron.objectives.policy_gradient import clipped, k3_slope, truncated_ratio
 from ee_megatron.objectives.schedules import learning_rate, price, schedule
-from ee_megatron.objectives.surrogates import clipped, truncated_ratio
 from ee_megatron.objectives.weights import Weights, mean_weights
 from ee_megatron.observe.rundir import RunDirectory
 from ee_megatron.policy import PolicySpec
@@ -35,8 +33,7 @@ from ee_megatron.training.calibrate import (
 from ee_megatron.training.checkpoints import damage, read_training, write_training
 from ee_megatron.training.reinforce import credit, objective_of, replay, sharpened
 from ee_megatron.training.rollout_source import step_prompts
-from ee_megatron.training.rollout_store import load_rollouts, save_rollouts
-from ee_megatron.training.trace_store import load_traces, save_traces
+from ee_megatron.training.stored import load_rollouts, load_traces, save_rollouts, save_traces
 from ee_megatron.types import Group, Prompt, Rollout, Trace
 
 LAYOUT = ExitLayout(6, (2, 4))
@@ -188,7 +185,7 @@ def test_calibration_batch_carries_the_teacher():
     assert batch.teacher_ids[0][batch.counts[0]].tolist() == traces[1].topk_ids.tolist()
     objective = Distillation(Teacher.STORED, GATE_TARGETS["soft"], gate_weight=1.0, depth_power=0.0)
     traced = torch.rand(*batch.tokens.shape, 2)
-    weights = objective.weights(batch, LAYOUT, traced)
+    weights = objective.weights(batch, LAYOUT, traced, own=lambda: traced)
     assert weights.target_hazards is traced and weights.token is None
     assert weights.divergence.sum().item() == pytest.approx(1.0)
 
@@ -272,7 +269,7 @@ def test_the_exact_kl_is_weighed_once_and_not_charged_twice():
     far = scores(plain, tokens=torch.full(plain.tokens.shape, -9.0))
     rl = RLConfig(lambda_exit=0.0, beta=0.8, kl="exact")
     batch, weights, experience, _, _ = weights_of(groups, rl, reference=far)
-    assert objective_of(rl).teacher is Teacher.REFERENCE
+    assert objective_of(rl).kl.teacher is Teacher.REFERENCE
     assert weights.divergence is not None and weights.divergence.sum(1).tolist() == pytest.approx([0.4, 0.4])
     assert (weights.divergence > 0).equal(batch.counts) and not experience.advantage.any()
     assert weights_of(groups, RLConfig(beta=0.8, kl="reward"), reference=far)[1].divergence is None
@@ -388,6 +385,6 @@ def test_current_targets_stand_at_the_exit_that_was_taken():
     batch = pack([np.arange(3)], [np.arange(4)], [np.array([6, 2, 4, 6])], 6)
     kl = torch.where(batch.counts, 0.7, 0.0)
     none = torch.zeros(*batch.tokens.shape, 2)
-    targets = current_targets(batch, LAYOUT, none, target_hazards(kl, 2.0))[0][batch.counts[0]]
+    targets = current_targets(batch, LAYOUT, none, lambda: target_hazards(kl, 2.0))[0][batch.counts[0]]
     s = 1 - np.tanh(0.7)
     assert targets.flatten().tolist() == pytest.approx([-1, -1, s, -1, -1, s, -1, -1])

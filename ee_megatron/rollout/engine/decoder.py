@@ -77,9 +77,8 @@ class Decoder:
         if tensors is not None:
             check_tensors(tensors, self._needed_spec().tensor_shapes(self.dims))
         self._arrival = None
-        if tensors is None or not self._needed_spec().full:
-            self.weights.restore_base()
         if tensors is None:
+            self.weights.restore_base()
             self.gates, self._skipped = None, self.weights.merge(None, None, self.layout.depths)
             return
         self.load_chunk(tensors)
@@ -188,8 +187,7 @@ class Decoder:
         self, tokens: Tensor, lengths: Tensor, exit_depths: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """As `forward_parallel`, with the stream at each exit depth, M tensors [B, T, D], for gates and readouts."""
-        hidden, residuals, _, _ = self._parallel(tokens, lengths, exit_depths, residuals_at=self.layout.depths)
-        return hidden, residuals
+        return self._parallel(tokens, lengths, exit_depths, residuals_at=self.layout.depths)[:2]
 
     @torch.inference_mode()
     def prefill(
@@ -222,8 +220,8 @@ class Decoder:
                 f"exit depths must lie in 1..{self.dims.num_layers}; give padding and prompts the full depth"
             )
         past = prefix.keys.shape[1] if prefix else 0
-        # Right padding needs no mask of its own: under causal attention no valid position sees it.
-        mask = None if prefix is None else self._prefix_mask(past, T)
+        # Causal, and the whole prefix. Right padding needs no mask of its own: no valid position sees it.
+        mask = None if prefix is None else torch.ones(T, past + T, dtype=torch.bool, device=self.device).tril(past)
         self._check_ready()
         self._reach(past + T)
         cos, sin = self._cos[past : past + T, None], self._sin[past : past + T, None]
@@ -252,11 +250,6 @@ class Decoder:
             if layer + 1 in residuals_at:
                 residuals.append(hidden)
         return hidden, residuals, keys, values
-
-    def _prefix_mask(self, past: int, steps: int) -> Tensor:
-        """bool [T, past + T]: the whole prefix, and causally what follows it."""
-        own = torch.ones(steps, steps, dtype=torch.bool, device=self.device).tril()
-        return torch.cat([torch.ones(steps, past, dtype=torch.bool, device=self.device), own], dim=1)
 
     # ---- one position per row, with the cache ----
 

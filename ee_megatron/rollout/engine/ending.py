@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,15 +15,13 @@ class StopChecker:
         self.tokenizer = tokenizer
         # A special token never shows up in decoded text: as a stop string it is an end-of-sequence id.
         special = {text: tokenizer.convert_tokens_to_ids(text) for text in stop if text in tokenizer.all_special_tokens}
-        ids = set(eos_ids)
-        if not ids and tokenizer.eos_token_id is not None:
-            ids = {tokenizer.eos_token_id}
+        ids = set(eos_ids) or {tokenizer.eos_token_id} - {None}
         self.end_ids = frozenset(ids | set(special.values()))
         self.stop = tuple(text for text in stop if text not in special)
         self._last_characters = {text[-1] for text in self.stop}
         # A space may be lost and a character beyond ASCII split when a token is decoded alone: then always look.
         self._always = any(last == " " or not last.isascii() for last in self._last_characters)
-        self._may_complete: dict[int, bool] = {}
+        self._could_complete = cache(self._completes)
 
     def ended(self, tokens: Sequence[int]) -> bool:
         """Whether the newest token ends the answer."""
@@ -49,9 +48,6 @@ class StopChecker:
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _could_complete(self, token: int) -> bool:
-        known = self._may_complete.get(token)
-        if known is None:
-            piece = self.decode([token])
-            known = self._may_complete[token] = any(last in piece for last in self._last_characters)
-        return known
+    def _completes(self, token: int) -> bool:
+        piece = self.decode([token])
+        return any(last in piece for last in self._last_characters)

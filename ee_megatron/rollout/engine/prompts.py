@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 
@@ -25,11 +26,8 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[i
 
 def pad(sequences: Sequence[Sequence[int] | np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token lists -> int64 [B, T] right-padded with 0, lengths int64 [B] (on the CPU)."""
-    lengths = torch.tensor([len(s) for s in sequences])
-    tokens = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)
-    for b, sequence in enumerate(sequences):
-        tokens[b, : len(sequence)] = torch.as_tensor(sequence)
-    return tokens.to(device), lengths
+    rows = [torch.as_tensor(sequence, dtype=torch.int64) for sequence in sequences]
+    return pad_sequence(rows, batch_first=True).to(device), torch.tensor([len(row) for row in rows])
 
 
 def common_beginning(prompts: Sequence[list[int]]) -> list[int]:

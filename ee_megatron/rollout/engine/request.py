@@ -97,12 +97,9 @@ class Row:
     finished: str | None = None
 
     def __post_init__(self) -> None:
-        begun = self.request.begun
-        if begun is not None:
-            self.tokens, self.exit_depths = begun.tokens.tolist(), begun.exit_depths.tolist()
-            self.token_logprobs, self.exit_logprobs = begun.token_logprobs.tolist(), begun.exit_logprobs.tolist()
-            assert begun.full_logprobs is not None
-            self.full_logprobs = begun.full_logprobs.tolist()
+        if self.request.begun is not None:
+            for name in ("tokens", "exit_depths", "token_logprobs", "full_logprobs", "exit_logprobs"):
+                setattr(self, name, getattr(self.request.begun, name).tolist())
 
     @property
     def given(self) -> int | None:

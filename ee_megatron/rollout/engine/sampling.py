@@ -79,12 +79,9 @@ def sample_tokens(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tu
         return best, logprobs, logprobs
     if params.temperature != 1:
         logits = logits / params.temperature
-    whole = logits
-    truncated = bool(params.top_k or params.top_p < 1)
-    if truncated:
-        logits = truncate(logits, params.top_k, params.top_p)
-    tokens, logprobs = inverse_cdf(logits, uniform)
-    return tokens, logprobs, log_prob(whole, tokens) if truncated else logprobs
+    kept = truncate(logits, params.top_k, params.top_p)
+    tokens, logprobs = inverse_cdf(kept, uniform)
+    return tokens, logprobs, logprobs if kept is logits else log_prob(logits, tokens)
 
 
 def inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,14 +126,8 @@ def truncate(logits: Tensor, top_k: int, top_p: float, candidates: int = NUCLEUS
         total = (values if top_k else logits).logsumexp(dim=-1, keepdim=True)
         probabilities = (values - total).exp()
         kept = probabilities.cumsum(dim=-1) - probabilities < top_p
-        if not top_k and width < vocab:
-            short = kept[:, -1].nonzero().squeeze(-1)
-            if len(short):
-                result = logits.clone()
-                enough = (~kept[:, -1]).nonzero().squeeze(-1)
-                result[short] = truncate(logits[short], 0, top_p, vocab)
-                if len(enough):
-                    result[enough] = truncate(logits[enough], 0, top_p, candidates)
-                return result
     drop = torch.ones_like(logits, dtype=torch.bool).scatter(-1, order, ~kept)
-    return logits.masked_fill(drop, float("-inf"))
+    result = logits.masked_fill(drop, float("-inf"))
+    if not top_k and width < vocab and len(short := kept[:, -1].nonzero().squeeze(-1)):
+        result[short] = truncate(logits[short], 0, top_p, vocab)
+    return result

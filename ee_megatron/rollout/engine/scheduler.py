@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -36,14 +35,6 @@ SHORTEST_PREFIX = 8
 FIRST_POSITIONS = 128
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass
-class _Read:
-    """A prompt that has been read: its keys and values, the logits [V] of its first token."""
-
-    prefilled: Prefilled
-    logits: Tensor
 
 
 class Scheduler:
@@ -73,7 +64,8 @@ class Scheduler:
         self.row_layers = 0
         self._free = list(range(in_flight))[::-1]
         self._next_id = 0
-        self._read: dict[tuple[int, ...], _Read] = {}
+        # Prompts that have been read, and the logits [V] of their first tokens.
+        self._read: dict[tuple[int, ...], tuple[Prefilled, Tensor]] = {}
         self._stopping: dict[tuple[str, ...], StopChecker] = {}
         self._prefix: tuple[tuple[int, ...], Prefilled] | None = None
         device, M = decoder.device, len(decoder.layout.depths)
@@ -215,15 +207,15 @@ class Scheduler:
                 tokens, lengths = pad([p[start:] for p in part], self.decoder.device)
                 prefilled = self.decoder.prefill(tokens, lengths, past)
                 logits = self.decoder.readout(torch.stack([p.hidden for p in prefilled]))
-                self._read.update({p: _Read(*entry) for p, *entry in zip(part, prefilled, logits, strict=True)})
+                self._read.update(zip(part, zip(prefilled, logits, strict=True), strict=True))
 
     def _start(self, rows: list[Row]) -> list[Event]:
         """Sample first tokens (full depth: prompt positions never exit) and give unfinished answers a cache slot."""
-        reads = [self._read[row.prompt_tokens] for row in rows]
+        prefilled, logits = zip(*(self._read[row.prompt_tokens] for row in rows), strict=True)
         uniform = self._draw(rows)[:, -1]
         depths = [self.decoder.dims.num_layers] * len(rows)
-        events = self._sample(rows, torch.stack([read.logits for read in reads]), uniform, depths, [0.0] * len(rows))
-        self._enter([(row, read.prefilled) for row, read in zip(rows, reads, strict=True) if not self._retire(row)])
+        events = self._sample(rows, torch.stack(logits), uniform, depths, [0.0] * len(rows))
+        self._enter([(row, read) for row, read in zip(rows, prefilled, strict=True) if not self._retire(row)])
         return events
 
     def _go_on(self, rows: list[Row]) -> None:
@@ -295,8 +287,7 @@ class Scheduler:
         noted: list[tuple[Tensor, Tensor]] = []
         for rule, members in rules.items():
             which = slice(None) if len(rules) == 1 else torch.tensor(members, device=decoder.device)
-            asked = [rows[i] for i in members]
-            at = self._at_exit(exit_index, rule, asked, hidden[which], logit[which], slots[which])
+            at = self._at_exit(exit_index, rule, [rows[i] for i in members], hidden[which], logit[which], slots[which])
             for i, gone in zip(members, rule.fires(at).tolist(), strict=True):
                 leave[i] = gone
             noted.append((slots[which], at.notes))
@@ -333,8 +324,7 @@ class Scheduler:
         if alive:
             if len(alive) < len(rows):
                 kept = torch.tensor(alive, device=self.decoder.device)
-                hidden = hidden[kept]
-                at = at.take(kept)
+                hidden, at = hidden[kept], at.take(kept)
             self.decoder.write_skipped(hidden, [rows[i].segment for i in alive], self.cache, at)
         for i in alive:
             self.stations.put(0, rows[i])
@@ -347,7 +337,7 @@ class Scheduler:
         kinds: dict[SamplingParams, list[int]] = {}
         for i, row in enumerate(rows):
             kinds.setdefault(row.request.sampling.distribution, []).append(i)
-        events: list[Event | None] = [None] * len(rows)
+        events: dict[int, Event] = {}
         for params, members in kinds.items():
             which = slice(None) if len(kinds) == 1 else torch.tensor(members, device=logits.device)
             drawn = sample_tokens(logits[which], params, uniform[which])
@@ -356,7 +346,7 @@ class Scheduler:
                 drawn = prescribe(logits[which], params, drawn, given)
             for i, token, logprob, full in zip(members, *(column.tolist() for column in drawn), strict=True):
                 events[i] = rows[i].append(token, depths[i], logprob, full, exits[i])
-        return [event for event in events if event is not None]
+        return [events[i] for i in range(len(rows))]
 
     def _retire(self, row: Row) -> bool:
         """Whether a row has finished; its slot is free then."""
@@ -456,16 +446,6 @@ def is_whole(answer: Rollout, sampling: SamplingParams) -> bool:
     return answer.finished or answer.length >= sampling.max_new_tokens
 
 
-@dataclass(frozen=True)
-class StreamedToken:
-    """One generated token: its id, the text that became certain with it, its exit depth, its log-probability."""
-
-    token: int
-    text: str
-    depth: int
-    logprob: float
-
-
 def stream(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
@@ -473,11 +453,10 @@ def stream(
     sampling: SamplingParams,
     exits: ExitRule,
     seed: int = 0,
-) -> Iterator[StreamedToken]:
+) -> Iterator[Event]:
     """Sample 0 of `generate`, token by token; the texts concatenate to the rollout's."""
     scheduler = Scheduler(decoder, tokenizer, in_flight=1)
     prefill = encode_continuation(tokenizer, prompt.prefill) if prompt.prefill else []
     scheduler.add(Request(prompt.text, sampling, exits, seed, prompt.id, stream=True, prefill=prefill))
     while scheduler.busy:
-        for event in scheduler.advance():
-            yield StreamedToken(event.token, event.text, event.depth, event.logprob)
+        yield from scheduler.advance()

@@ -16,6 +16,7 @@ from ...exits import gate_log_term
 from ...types import Rollout, Trace
 from .decoder import Decoder
 from .prompts import pad
+from .sampling import log_prob
 from .scheduler import Progress
 
 # Positions per parallel forward (padding included) and bytes of one float32 logits chunk.
@@ -58,7 +59,25 @@ class Inspection:
     said_logprobs: np.ndarray
     teacher_said: np.ndarray
     teacher_said_logprobs: np.ndarray
-    streams: np.ndarray | None
+    streams: np.ndarray | None = None
+
+
+@dataclass
+class _Batch:
+    """Rollouts read together: what is known at the N positions that predict their tokens.
+
+    tokens, taken, first [N]: the tokens, the depths at which they were made, whether they are a rollout's first;
+    final [N, D], exits M x [N, D]: streams; exit_logprobs [N]; teacher [N, D]: its final stream, and its readout.
+    """
+
+    tokens: Tensor
+    taken: Tensor
+    first: Tensor
+    final: Tensor
+    exits: list[Tensor]
+    exit_logprobs: Tensor
+    teacher: Tensor
+    teacher_readout: Callable[[Tensor], Tensor]
 
 
 @torch.inference_mode()
@@ -70,63 +89,36 @@ def inspect(
     progress: Progress | None = None,
 ) -> list[Inspection]:
     """What exiting would have cost wherever a gate was asked, and what the gate said. Leaves the policy loaded."""
-    plan = list(batches(rollouts, decoder.device))
-    teacher, teacher_readout = _teacher_streams(decoder, policy, rollouts, plan)
-    found: dict[int, Inspection] = {}
-    for (indices, tokens, lengths), teacher_ND in zip(plan, teacher, strict=True):
-        depths = replay_depths([rollouts[i] for i in indices], tokens.shape[1], decoder)
-        where = [_predicting(rollouts[i]) for i in indices]
-        hidden, residuals = decoder.forward_with_residuals(tokens, lengths, depths)
-        exits_ND = [_pick(residual, where) for residual in residuals]
-        taken = torch.cat([depths[b, w] for b, w in enumerate(where)])
-        first = torch.cat([torch.arange(rollouts[i].length) == 0 for i in indices]).to(decoder.device)
-        outcomes = torch.tensor(decoder.layout.depths, device=decoder.device)
-        asked_NM = (taken[:, None] >= outcomes) & ~first[:, None]
-        parts = [
-            _inspect_chunk(decoder, teacher_readout(teacher_ND[at]), [s[at] for s in exits_ND], asked_NM[at])
-            for at in _chunks(len(taken), decoder)
-        ]
-        columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
-        kept = _scaled([*exits_ND, _pick(hidden, where)]) if streams else None
-        start = 0
-        for i in indices:
-            span = slice(start, start + rollouts[i].length)
-            hazards, costs, said, logprobs, theirs, their_logprobs = (column[span] for column in columns)
-            held = None if kept is None else kept[span]
-            found[i] = Inspection(hazards, costs, said, logprobs, theirs, their_logprobs, held)
-            start = span.stop
-        if progress:
-            progress(len(found), len(rollouts))
-    return [found[i] for i in range(len(rollouts))]
+    teacher = _teacher(decoder, policy, rollouts)
+    read = _read(decoder, rollouts, lambda batch, at: _inspect_chunk(decoder, batch, at, streams), progress, teacher)
+    return [Inspection(*columns) for columns in read]
 
 
-def _inspect_chunk(
-    decoder: Decoder, teacher_logits: Tensor, exits_ND: list[Tensor], asked_NM: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `Inspection` but the streams, for one chunk of positions; the exits are read where asked_NM is."""
-    logp = teacher_logits.log_softmax(dim=-1)
+def _inspect_chunk(decoder: Decoder, batch: _Batch, at: slice, streams: bool) -> tuple[Tensor, ...]:
+    """The fields of `Inspection` for one chunk of positions; the exits are read where they were asked."""
+    logp = batch.teacher_readout(batch.teacher[at]).log_softmax(dim=-1)
     p = logp.exp()
     negative_entropy, best = (p * logp).sum(-1), logp.max(dim=-1)
+    depths = torch.tensor(decoder.layout.depths, device=decoder.device)
+    asked_NM = (batch.taken[at, None] >= depths) & ~batch.first[at, None]
     hazards, costs, logprobs = (torch.full(asked_NM.shape, float("nan"), device=decoder.device) for _ in range(3))
     said = torch.full(asked_NM.shape, -1, dtype=torch.int32, device=decoder.device)
-    for i, stream in enumerate(exits_ND):
-        at = asked_NM[:, i].nonzero().squeeze(-1)
-        if not len(at):
+    for i, stream in enumerate(batch.exits):
+        asked = asked_NM[:, i].nonzero().squeeze(-1)
+        if not len(asked):
             continue
+        hidden = stream[at][asked]
         if decoder.gates is not None:
-            hazards[at, i] = decoder.gate_logit(i, stream[at]).sigmoid()
-        logits = decoder.readout(stream[at])
-        costs[at, i] = divergence(p[at], negative_entropy[at], logits)
+            hazards[asked, i] = decoder.gate_logit(i, hidden).sigmoid()
+        logits = decoder.readout(hidden)
+        costs[asked, i] = divergence(p[asked], negative_entropy[asked], logits)
         top = logits.max(dim=-1)
-        said[at, i], logprobs[at, i] = top.indices.int(), top.values - logits.logsumexp(-1)
-    return hazards, costs, said, logprobs, best.indices.int(), best.values
-
-
-def _scaled(streams_ND: list[Tensor]) -> np.ndarray:
-    """S streams [N, D] -> float16 [N, S, D], each divided by its root mean square."""
-    stacked = torch.stack(streams_ND, dim=1).float()
-    scaled: np.ndarray = (stacked * stacked.pow(2).mean(-1, keepdim=True).rsqrt()).half().cpu().numpy()
-    return scaled
+        said[asked, i], logprobs[asked, i] = top.indices.int(), top.values - logits.logsumexp(-1)
+    found = (hazards, costs, said, logprobs, best.indices.int(), best.values)
+    if not streams:
+        return found
+    stacked = torch.stack([stream[at] for stream in (*batch.exits, batch.final)], dim=1).float()
+    return *found, (stacked * stacked.pow(2).mean(-1, keepdim=True).rsqrt()).half()
 
 
 @torch.inference_mode()
@@ -139,53 +131,23 @@ def trace(decoder: Decoder, rollouts: Sequence[Rollout], top_k: int, progress: P
         raise ValueError(
             f"top_k {top_k} outside 1..{decoder.dims.vocab} (the vocabulary); choose how many tokens to keep"
         )
-    traces: dict[int, Trace] = {}
-    for indices, tokens, lengths in batches(rollouts, decoder.device):
-        hidden, residuals = decoder.forward_with_residuals(tokens, lengths)
-        where = [_predicting(rollouts[i]) for i in indices]
-        final_ND = _pick(hidden, where)
-        exits_ND = [_pick(residual, where) for residual in residuals]
-        parts = [_trace_chunk(decoder, final_ND, exits_ND, at, top_k) for at in _chunks(len(final_ND), decoder)]
-        joined = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
-        start = 0
-        for i in indices:
-            stop = start + rollouts[i].length
-            divergences, ids, logprobs, entropy = (column[start:stop] for column in joined)
-            traces[i] = Trace(
-                prompt_id=rollouts[i].prompt_id,
-                prompt_tokens=rollouts[i].prompt_tokens,
-                tokens=rollouts[i].tokens,
-                divergences=divergences,
-                topk_ids=ids,
-                topk_logprobs=logprobs,
-                entropy=entropy,
-                correct=False,
-                text=rollouts[i].text,
-            )
-            start = stop
-        if progress:
-            progress(len(traces), len(rollouts))
-    return [traces[i] for i in range(len(rollouts))]
+    read = _read(decoder, rollouts, lambda batch, at: _trace_chunk(decoder, batch, at, top_k), progress)
+    return [
+        Trace(r.prompt_id, r.prompt_tokens, r.tokens, divergences, ids, logprobs, entropy, correct=False, text=r.text)
+        for r, (divergences, ids, logprobs, entropy) in zip(rollouts, read, strict=True)
+    ]
 
 
-def _trace_chunk(
-    decoder: Decoder, final_ND: Tensor, exits_ND: list[Tensor], at: slice, top_k: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _trace_chunk(decoder: Decoder, batch: _Batch, at: slice, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Divergences [n, M], top-k ids int32 [n, k], their log-probabilities [n, k], entropy [n] of one chunk."""
-    logp = decoder.readout(final_ND[at]).log_softmax(dim=-1)
+    logp = batch.teacher_readout(batch.teacher[at]).log_softmax(dim=-1)
     p = logp.exp()
     negative_entropy = (p * logp).sum(-1)
-    divergences = torch.zeros(len(logp), len(exits_ND), device=logp.device)
-    for i, stream in enumerate(exits_ND):
+    divergences = torch.zeros(len(logp), len(batch.exits), device=logp.device)
+    for i, stream in enumerate(batch.exits):
         divergences[:, i] = divergence(p, negative_entropy, decoder.readout(stream[at]))
     best = logp.topk(top_k, dim=-1)
     return divergences, best.indices.int(), best.values, -negative_entropy
-
-
-def divergence(p: Tensor, negative_entropy: Tensor, logits: Tensor) -> Tensor:
-    """KL(p ‖ softmax(logits)) >= 0: sum p log p - sum p·logits + logsumexp(logits); p, logits [n, V] -> [n]."""
-    cross = torch.einsum("nv,nv->n", p, logits)
-    return (negative_entropy - cross + logits.logsumexp(-1)).clamp(min=0)
 
 
 @torch.inference_mode()
@@ -197,64 +159,76 @@ def score(
     The teacher's streams at the predicting positions are kept, then the policy is loaded: one replica serves both.
     Under full fine-tuning the teacher is read from disk again and its head is kept as well until all is scored.
     """
-    plan = list(batches(rollouts, decoder.device))
-    teacher, teacher_readout = _teacher_streams(decoder, policy, rollouts, plan)
-    scores: dict[int, Score] = {}
-    for (indices, tokens, lengths), teacher_ND in zip(plan, teacher, strict=True):
-        depths = replay_depths([rollouts[i] for i in indices], tokens.shape[1], decoder)
-        where = [_predicting(rollouts[i]) for i in indices]
-        hidden, residuals = decoder.forward_with_residuals(tokens, lengths, depths)
-        policy_ND, taken = _pick(hidden, where), torch.cat([depths[b, w] for b, w in enumerate(where)])
-        exits = _exit_logprobs(decoder, [_pick(r, where) for r in residuals], taken)
-        targets = torch.cat([torch.as_tensor(rollouts[i].tokens) for i in indices]).to(decoder.device)
-        parts = [
-            _score_chunk(decoder.readout(policy_ND[at]), teacher_readout(teacher_ND[at]), targets[at])
-            for at in _chunks(len(taken), decoder)
-        ]
-        ours, theirs, entropy, kl = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
-        start = 0
-        for i in indices:
-            at = slice(start, start + rollouts[i].length)
-            first = exits[at].cpu().numpy().copy()
-            first[:1] = 0.0
-            scores[i] = Score(ours[at], first, theirs[at], entropy[at], kl[at])
-            start = at.stop
-        if progress:
-            progress(len(scores), len(rollouts))
-    return [scores[i] for i in range(len(rollouts))]
+    teacher = _teacher(decoder, policy, rollouts)
+    read = _read(decoder, rollouts, lambda batch, at: _score_chunk(decoder, batch, at), progress, teacher)
+    return [Score(*columns) for columns in read]
 
 
-def _teacher_streams(
+def _score_chunk(decoder: Decoder, batch: _Batch, at: slice) -> tuple[Tensor, ...]:
+    """The fields of `Score` for one chunk of positions, each [n]."""
+    logits, targets = decoder.readout(batch.final[at]), batch.tokens[at]
+    logp = batch.teacher_readout(batch.teacher[at]).log_softmax(dim=-1)
+    p = logp.exp()
+    negative_entropy = (p * logp).sum(-1)
+    theirs = logp.gather(-1, targets[:, None]).squeeze(-1)
+    kl = divergence(p, negative_entropy, logits)
+    return log_prob(logits, targets), batch.exit_logprobs[at], theirs, -negative_entropy, kl
+
+
+def _read(
     decoder: Decoder,
-    policy: dict[str, Tensor] | None,
     rollouts: Sequence[Rollout],
-    plan: Sequence[tuple[list[int], Tensor, Tensor]],
+    chunk: Callable[[_Batch, slice], Sequence[Tensor]],
+    progress: Progress | None,
+    teacher: tuple[list[Tensor], Callable[[Tensor], Tensor]] | None = None,
+) -> list[list[np.ndarray]]:
+    """Each rollout's part of the columns [n, ...] that `chunk` makes of some of a batch's positions.
+
+    Rollouts are read at their own exits where there is a `teacher` (its streams and readout), else at full depth.
+    """
+    size = max(1, LOGITS_BYTES // (4 * decoder.dims.vocab))
+    found: dict[int, list[np.ndarray]] = {}
+    for number, (indices, tokens, lengths) in enumerate(batches(rollouts, decoder.device)):
+        chosen = [rollouts[i] for i in indices]
+        depths = replay_depths(chosen, tokens.shape[1], decoder)
+        streams = decoder.forward_with_residuals(tokens, lengths, depths if teacher else None)
+        final, *exits = (_pick(stream, chosen) for stream in (streams[0], *streams[1]))
+        said = torch.cat([torch.as_tensor(r.tokens) for r in chosen]).to(decoder.device)
+        first = torch.cat([torch.arange(r.length) == 0 for r in chosen]).to(decoder.device)
+        taken = _pick(depths, chosen)
+        logprobs = _exit_logprobs(decoder, exits, taken).masked_fill(first, 0.0)
+        theirs, readout = (teacher[0][number], teacher[1]) if teacher else (final, decoder.readout)
+        batch = _Batch(said, taken, first, final, exits, logprobs, theirs, readout)
+        parts = [chunk(batch, slice(start, start + size)) for start in range(0, len(said), size)]
+        columns, start = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)], 0
+        for i in indices:
+            found[i] = [column[start : start + rollouts[i].length] for column in columns]
+            start += rollouts[i].length
+        if progress:
+            progress(len(found), len(rollouts))
+    return [found[i] for i in range(len(rollouts))]
+
+
+def _teacher(
+    decoder: Decoder, policy: dict[str, Tensor] | None, rollouts: Sequence[Rollout]
 ) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
     """The teacher's streams [N, D] at the predicting positions of each batch, and its readout; then the policy's
     weights are loaded again."""
+    plan = list(batches(rollouts, decoder.device))
     streams: list[Tensor] = []
     try:
         decoder.load_policy(None)
         for indices, tokens, lengths in plan:
-            where = [_predicting(rollouts[i]) for i in indices]
-            streams.append(_pick(decoder.forward_parallel(tokens, lengths), where))
+            streams.append(_pick(decoder.forward_parallel(tokens, lengths), [rollouts[i] for i in indices]))
         return streams, decoder.current_readout()
     finally:
         decoder.load_policy(policy)
 
 
-def _score_chunk(logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    """log π(target), log π_teacher(target), the teacher's entropy and KL(teacher ‖ policy), each [n]."""
-    logp = teacher_logits.log_softmax(dim=-1)
-    p = logp.exp()
-    negative_entropy = (p * logp).sum(-1)
-    ours = logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
-    return (
-        ours,
-        logp.gather(-1, targets[:, None]).squeeze(-1),
-        -negative_entropy,
-        divergence(p, negative_entropy, logits),
-    )
+def divergence(p: Tensor, negative_entropy: Tensor, logits: Tensor) -> Tensor:
+    """KL(p ‖ softmax(logits)) >= 0: sum p log p - sum p·logits + logsumexp(logits); p, logits [n, V] -> [n]."""
+    cross = torch.einsum("nv,nv->n", p, logits)
+    return (negative_entropy - cross + logits.logsumexp(-1)).clamp(min=0)
 
 
 def _exit_logprobs(decoder: Decoder, residuals_ND: list[Tensor], taken: Tensor) -> Tensor:
@@ -293,10 +267,6 @@ def _predicting(rollout: Rollout) -> slice:
     return slice(start, start + rollout.length)
 
 
-def _pick(stream_BTD: Tensor, where: list[slice]) -> Tensor:
-    return torch.cat([stream_BTD[b, at] for b, at in enumerate(where)])
-
-
-def _chunks(count: int, decoder: Decoder) -> list[slice]:
-    size = max(1, LOGITS_BYTES // (4 * decoder.dims.vocab))
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+def _pick(stream_BT: Tensor, rollouts: Sequence[Rollout]) -> Tensor:
+    """[B, T, ...] at the predicting positions, [N, ...]."""
+    return torch.cat([stream_BT[b, _predicting(rollout)] for b, rollout in enumerate(rollouts)])

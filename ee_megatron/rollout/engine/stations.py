@@ -1,12 +1,10 @@
 """Which waiting rows run next: rows wait at stations, one before each segment between exits and one before the readout.
 
 Running a station costs a + b · rows, a being the reading of its weights: on a CPU in float32 a is worth about 25 rows.
-So rows should run together, and a row that waits alone should wait for others. Of the orders that were simulated with
-this cost (tools/bench_decode.py --only orders), going through the stations by depth and passing over those that are
-nearly empty is the best as long as all rows in flight fit one batch. The fullest station first splits the rows into
-cohorts out of phase and reads weights more often (32 rows, mean depth 0.5: 0.69 of the ceiling against 0.79). With
-several times as many rows in flight as a batch holds some station is always full, and nothing is left to gain. At full
-depth all this is lock-step.
+So rows should run together. Of the orders that were simulated (tools/bench_decode.py --only orders), going through the
+stations by depth and passing over those that are nearly empty is the best as long as all rows in flight fit one batch:
+the fullest station first splits the rows into cohorts out of phase (32 rows, mean depth 0.5: 0.69 of the ceiling
+against 0.79). With several times as many rows some station is always full, and nothing is left to gain.
 """
 
 from __future__ import annotations

@@ -72,12 +72,11 @@ class Linear:
 
 def _pack(weight: Tensor) -> Tensor | None:
     """The matrix in oneDNN's layout, or None where this PyTorch or processor has no packed product for it."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    dtypes = (torch.bfloat16, torch.float32)
+    if weight.device.type != "cpu" or weight.dtype not in dtypes or not torch.backends.mkldnn.is_available():
         return None
     try:
         if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return None
-        if weight.dtype not in (torch.bfloat16, torch.float32):
             return None
         return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
     except (AttributeError, RuntimeError):
@@ -94,8 +93,8 @@ class Block:
     biases: dict[str, Tensor | None]
     attention_norm: Tensor
     mlp_norm: Tensor
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
 
 
 @dataclass
@@ -179,7 +178,7 @@ class DecoderWeights:
         return self._skipped(folded, depths)
 
     def _merged(self, layer: int, name: str, tensors: dict[str, Tensor], spec: PolicySpec) -> Tensor:
-        base, previous, row = self.blocks[layer].base[name], self.blocks[layer].linears.get(name), 0
+        base, previous = self.blocks[layer].base[name], self.blocks[layer].linears.get(name)
         # Fresh memory costs as much as the product: the last policy's matrix is written over where it is still there,
         # and where matrices are packed one of every shape serves all layers.
         if previous is not None and previous.packed is not None:
@@ -189,9 +188,8 @@ class DecoderWeights:
         else:
             reuse = previous.weight if previous is not None and previous.adapted else None
             merged = torch.empty_like(base) if reuse is None else reuse
-        for part in FUSED[name]:
-            rows = self.dims.linear_shapes()[part][0]
-            source, target = base[row : row + rows], merged[row : row + rows]
+        rows = self._rows(name)
+        for part, source, target in zip(FUSED[name], base.split(rows), merged.split(rows), strict=True):
             if part in spec.targets:
                 prefix = f"model.layers.{layer}.{part}"
                 down = tensors[f"{prefix}.lora_A.weight"].to(self.device, torch.float32)
@@ -202,7 +200,6 @@ class DecoderWeights:
                     target.copy_(torch.addmm(source.float(), up, down, alpha=spec.scale))
             else:
                 target.copy_(source)
-            row += rows
         return merged
 
     def _skipped(self, folded: list[Tensor], depths: tuple[int, ...]) -> list[SkippedKV]:
@@ -215,24 +212,27 @@ class DecoderWeights:
             found.append(SkippedKV(first, stop - first, linear, torch.stack(gains) if gains else None))
         return found
 
+    def _rows(self, fused: str) -> list[int]:
+        return [self.dims.linear_shapes()[part][0] for part in FUSED[fused]]
+
     def _place(self, name: str) -> Tensor:
         """The tensor, or the rows of a fused one, that hold a Hugging Face tensor."""
-        whole = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.final_norm}
+        whole = {
+            "model.embed_tokens.weight": self.embedding,
+            "model.norm.weight": self.final_norm,
+            "lm_head.weight": self._head,
+        }
         if name in whole:
             return whole[name]
-        if name == "lm_head.weight":
-            return self._head
         layer, part = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name).groups()  # type: ignore[union-attr]
         block, (linear, kind) = self.blocks[int(layer)], part.rsplit(".", 1)
         if linear in NORMS:
             return getattr(block, NORMS[linear])
         for fused, parts in FUSED.items():
             if linear in parts:
-                sizes = [self.dims.linear_shapes()[p][0] for p in parts]
-                start = sum(sizes[: parts.index(linear)])
                 target = block.base[fused] if kind == "weight" else block.biases[fused]
                 assert target is not None
-                return target[start : start + sizes[parts.index(linear)]]
+                return target.split(self._rows(fused))[parts.index(linear)]
         raise ValueError(f"{name} is no tensor of a {self.dims.family} model; expected Hugging Face names")
 
     def _read(self, source: HFDirectory, name: str) -> Tensor:
@@ -248,13 +248,5 @@ class DecoderWeights:
             base[name] = torch.cat([read(f"{part}.weight") for part in parts])
             has_bias = self.dims.has_bias(parts[0])
             biases[name] = torch.cat([read(f"{part}.bias") for part in parts]) if has_bias else None
-        norms = [read(f"self_attn.{n}_norm.weight") if self.dims.qk_norm else None for n in "qk"]
-        return Block(
-            {},
-            base,
-            biases,
-            read("input_layernorm.weight"),
-            read("post_attention_layernorm.weight"),
-            norms[0],
-            norms[1],
-        )
+        present = [name for name in NORMS if self.dims.qk_norm or not name.startswith("self_attn")]
+        return Block({}, base, biases, **{NORMS[name]: read(f"{name}.weight") for name in present})

@@ -30,12 +30,10 @@ class Pending(Protocol):
 
     def result(self, progress: Progress | None = None) -> list[list[Rollout]]:
         """Wait for them; what `RolloutPool.generate` returns and raises. `progress(done, total)` counts answers."""
-        ...
 
     def renew(self, weights: WeightSet, keep: bool) -> None:
         """Go on under newer weights: answers that are not finished keep the tokens they have, or begin again. Those of
         chunks that were answered stay as they are."""
-        ...
 
 
 class RolloutPool(Protocol):
@@ -43,37 +41,29 @@ class RolloutPool(Protocol):
 
     def load(self, weights: WeightSet | None) -> None:
         """Hold these weights from now on (None: the teacher). Raises ValueError if they don't arrive as sent."""
-        ...
 
     def check(self, weights: WeightSet) -> None:
         """Compare every tensor held, wherever, with these. Raises ValueError that names the first which differs."""
-        ...
 
     def generate(self, request: GenerationRequest, progress: Progress | None = None) -> list[list[Rollout]]:
         """The samples of each prompt; a pure function of weights and request."""
-        ...
 
     def begin(self, weights: WeightSet, request: GenerationRequest) -> Pending:
         """`load` and `generate` without waiting: what was asked for before goes first, under its own weights."""
-        ...
 
     def trace(self, rollouts: Sequence[Rollout], top_k: int, progress: Progress | None = None) -> list[Trace]:
         """Full-depth traces of answers under the weights held."""
-        ...
 
     def score(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[Score]:
         """Answers read again under the weights held and under the teacher."""
-        ...
 
     def inspect(
         self, rollouts: Sequence[Rollout], streams: bool = False, progress: Progress | None = None
     ) -> list[Inspection]:
         """Hazards and costs of exiting wherever a gate was asked; with `streams` the hidden states at every exit."""
-        ...
 
     def health(self) -> dict:
         """backend, actors, alive, restarts, version, digest."""
-        ...
 
     def close(self) -> None: ...
 

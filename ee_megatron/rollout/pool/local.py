@@ -72,14 +72,13 @@ class LocalPool:
         """Hash of every policy tensor, read back from the decoder where it keeps the tensor itself (gates, and the
         base under full fine-tuning); adapters, which it merges, as they came."""
         decoder, held = self.decoder, dict(self._weights.tensors) if self._weights else {}
-        spec = decoder.spec
         for i, gate in enumerate(decoder.gates or []):
             prefix = f"gates.{decoder.layout.depths[i]}"
             held[f"{prefix}.fc1.weight"] = gate.fc1.plain()
             held |= {f"{prefix}.fc2.weight": gate.fc2, f"{prefix}.fc2.bias": gate.fc2_bias}
             if gate.fc1.bias is not None:
                 held |= {f"{prefix}.fc1.bias": gate.fc1.bias}
-        if spec is not None and spec.full and self._weights:
+        if decoder.spec is not None and decoder.spec.full and self._weights:
             held |= {name: decoder.weights._place(name) for name in decoder.dims.tensor_shapes()}
         return hashes(held)
 

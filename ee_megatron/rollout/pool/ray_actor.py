@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...policy import WeightSet
 from .interface import ReplicaSettings, identity
 from .local import LocalPool
-from .ray_nodes import await_head, await_nodes
+from .ray_nodes import await_head, await_nodes, is_loopback
 from .transport import unpack
-
-# Loopback names that Ray itself understands in RAY_ADDRESS beside addresses.
-LOCAL_NAMES = ("local", "localhost")
-
 
 # Calls of this group run beside the one call of the actor's own: they tell it to stop.
 CONTROL = "control"
@@ -26,14 +23,12 @@ class Replica:
     """It works only for a caller who expects the weights that it holds."""
 
     def __init__(self, settings: ReplicaSettings):
-        self.pool = LocalPool(
-            settings.model_path, settings.spec, settings.dtype, settings.device, settings.rows, settings.threads
-        )
+        self.pool = LocalPool(**vars(settings))
         self.held: tuple[int, str] | None = None
         self._stopped = 0
 
     def load(
-        self, wanted: tuple[int, str], chunks: list[Any] | None, timeout_s: float
+        self, wanted: tuple[int, str], chunks: Sequence[Any] | None, timeout_s: float
     ) -> tuple[tuple[int, str], int, str]:
         """Fetch a version's chunks (None: the teacher) and load it; what is held now, process id and Ray's node id.
 
@@ -85,13 +80,10 @@ def create_replica(ray: Any, settings: ReplicaSettings, device_share: float) -> 
         "TOKENIZERS_PARALLELISM": "false",
     }
     needs = actor_needs(settings.device, device_share)
-    options = {
-        "num_cpus": needs["CPU"],
-        "num_gpus": needs["GPU"],
-        "max_restarts": 0,
-        "runtime_env": {"env_vars": environment},
-    }
-    return ray.remote(concurrency_groups={CONTROL: 1})(Replica).options(**options).remote(settings)
+    actor = ray.remote(concurrency_groups={CONTROL: 1})(Replica).options(
+        num_cpus=needs["CPU"], num_gpus=needs["GPU"], max_restarts=0, runtime_env={"env_vars": environment}
+    )
+    return actor.remote(settings)
 
 
 def prepare_environment() -> None:
@@ -115,12 +107,7 @@ def prepare_environment() -> None:
 def is_remote(address: str) -> bool:
     """Whether a Ray address, with or without scheme and port, lies beyond the loopback."""
     host = address.split("://")[-1].rsplit(":", 1)[0].strip("[]")
-    if host in LOCAL_NAMES or host == "auto":
-        return False
-    try:
-        return not ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return True
+    return host not in ("local", "auto") and not is_loopback(host)
 
 
 def has_token() -> bool:
@@ -132,17 +119,13 @@ def has_token() -> bool:
 def start_ray(ray: Any, actors: int, device_share: float, policy_bytes: int, timeout_s: float) -> None:
     """Join the cluster of RAY_ADDRESS, waiting up to `timeout_s` for its head and for its nodes, or start one of this
     machine only: loopback, no dashboard, no usage reports."""
-    common: dict[str, Any] = {
-        "namespace": f"ee-megatron-{os.getpid()}",
-        "log_to_driver": False,
-        "logging_level": "ERROR",
-    }
+    init = partial(ray.init, namespace=f"ee-megatron-{os.getpid()}", log_to_driver=False, logging_level="ERROR")
     if os.environ.get("RAY_ADDRESS"):
         await_head(os.environ["RAY_ADDRESS"], timeout_s)
-        ray.init(address=os.environ["RAY_ADDRESS"], **common)
+        init(address=os.environ["RAY_ADDRESS"])
         await_nodes(ray, timeout_s)
         return
-    ray.init(
+    init(
         # Without this Ray joins whatever cluster somebody else has left running on the machine.
         address="local",
         num_cpus=max(2, 1 + actors * math.ceil(device_share)),
@@ -150,5 +133,4 @@ def start_ray(ray: Any, actors: int, device_share: float, policy_bytes: int, tim
         _node_ip_address="127.0.0.1",
         # Room for two versions of the weights on their way and the rollouts of a batch.
         object_store_memory=max(1 << 27, 3 * policy_bytes),
-        **common,
     )

@@ -231,11 +231,10 @@ class Driver:
             wanted = work.weights.identity
             if actor.held != wanted:
                 actor.held, actor.loading = None, wanted
-                chunks = None if work.weights.chunks is None else list(work.weights.chunks)
                 limit = self._timeout_s if actor.started else self._start_timeout_s
                 # The work is kept with the call so that its error, if it is one, is told to whoever asked.
                 actor.work, actor.chunk = work, -1
-                actor.call = actor.handle.load.remote(wanted, chunks, limit)
+                actor.call = actor.handle.load.remote(wanted, work.weights.chunks, limit)
             elif work.pending:
                 actor.work, actor.chunk, limit = work, work.pending.popleft(), self._timeout_s
                 work.given += 1
@@ -251,7 +250,9 @@ class Driver:
         """Wait for some call to end and take in what did; replace actors that died or are overdue."""
         busy = [actor for actor in self.actors if actor.call is not None]
         if not busy:
-            return self._idle()
+            if not self.actors:
+                self._await_room()
+            return
         self._manned = time.monotonic()
         nearest = min(actor.deadline for actor in busy) - time.monotonic()
         timeout = min(POLL_S, max(0.0, nearest))
@@ -271,15 +272,14 @@ class Driver:
         try:
             result = self._ray.get(actor.call, timeout=self._timeout_s)
         except errors.RayTaskError as error:
-            fate = actor.fate
-            actor.call, actor.loading, actor.work, actor.fate = None, None, None, TAKE
-            if fate == DROP:
-                return None
-            self._withdraw(work)
-            return work.finish(error.cause if isinstance(error.cause, Exception) else error)
+            result = error.cause if isinstance(error.cause, Exception) else error
         except errors.RayError as error:
             return self._replace(actor, str(error).strip().splitlines()[0])
-        if actor.loading is not None:
+        if isinstance(result, Exception):
+            if actor.fate != DROP:
+                self._withdraw(work)
+                work.finish(result)
+        elif actor.loading is not None:
             actor.held, actor.pid, actor.node = result
             actor.started = True
         elif actor.fate != DROP:
@@ -331,10 +331,8 @@ class Driver:
             log.warning("no node has room for %d of %d rollout actors; going on without them", missing, self._count)
         self.actors = kept + fresh
 
-    def _idle(self) -> None:
-        """Nobody is at work: everything is answered, or nobody is there to do it."""
-        if self.actors:
-            return
+    def _await_room(self) -> None:
+        """There is nobody to do the work. Raises RuntimeError once that has been so for too long."""
         waited = time.monotonic() - self._manned
         if waited > self._start_timeout_s:
             raise RuntimeError(

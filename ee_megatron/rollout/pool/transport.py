@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...config.schema import RolloutConfig
-from ...policy import WeightSet
+from ...policy import WeightSet, digest
 
 # A chunk's size unless one tensor alone is larger: what the sender holds beside the weights while it packs.
 CHUNK_BYTES = 64 << 20
@@ -86,22 +85,14 @@ def narrowed(weights: WeightSet, dtype: torch.dtype | None) -> WeightSet:
 
 
 def hashes(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """name -> sha256 over shape, dtype and bytes."""
-    found = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        total = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        total.update(tensor.flatten().view(torch.uint8).numpy().data)
-        found[name] = total.hexdigest()
-    return found
+    """name -> digest of this tensor alone."""
+    return {name: digest({name: tensor}) for name, tensor in tensors.items()}
 
 
 def first_difference(expected: dict[str, str], found: dict[str, str]) -> str | None:
     """A line on the first tensor, in name order, that one side lacks or whose hash differs; None: all are equal."""
-    for name in sorted(expected.keys() | found.keys()):
-        ours, theirs = expected.get(name), found.get(name)
-        if ours != theirs:
-            here, there = (side[:12] if side else "missing" for side in (ours, theirs))
-            differing = sum(expected.get(n) != found.get(n) for n in expected.keys() | found.keys())
-            return f"{name} is {here} here and {there} there ({differing} of {len(expected)} tensors differ)"
-    return None
+    differing = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+    if not differing:
+        return None
+    here, there = (side.get(differing[0], "missing")[:12] for side in (expected, found))
+    return f"{differing[0]} is {here} here and {there} there ({len(differing)} of {len(expected)} tensors differ)"

@@ -182,8 +182,7 @@ async def answer(
     allowed = check_lengths(service, prompts, limit, asked.n)
     try:
         requests = asked.requests(prompts, allowed, service.exits)
-        for item in requests[:1]:
-            service.engine.check(item)
+        service.engine.check(requests[0])
     except ValueError as error:
         raise BadRequest(str(error)) from None
     wants = asked.wants_logprobs  # type: ignore[attr-defined]
@@ -221,7 +220,7 @@ async def stream(
     try:
         async for index, event in under_way.events(request):
             yield sse({**head, "choices": [choices[index].piece(event)]})
-        if asked.include_usage:
+        if asked.stream_options and asked.stream_options.include_usage:
             yield sse({**head, "choices": [], "usage": usage(choices, asked.n, service.engine.num_layers)})
         yield b"data: [DONE]\n\n"
     except BadRequest as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -65,30 +66,15 @@ class Asked(BaseModel):
     presence_penalty: Literal[0, None] = 0
     logit_bias: dict[str, float] | None = Field(None, max_length=0)
 
-    @property
-    def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
-
     def requests(self, prompts: list[list[int]], tokens: list[int], default_exits: ExitRule) -> list[Request]:
         """`n` requests per prompt, with `tokens` new ones at most each; they share a seed and differ in `sample`."""
         seed = secrets.randbits(63) if self.seed is None else self.seed
-        asked = self.exit_policy
-        exits = default_exits if asked is None else make_rule(asked.kind, asked.value)
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        sampling = [SamplingParams(self.temperature, limit, stop, self.top_k, self.top_p) for limit in tokens]
+        exits = make_rule(self.exit_policy.kind, self.exit_policy.value) if self.exit_policy else default_exits
         return [
-            Request(
-                prompt,
-                SamplingParams(self.temperature, limit, self.stops, self.top_k, self.top_p),
-                exits,
-                seed,
-                prompt_id=str(number) if number else "",
-                sample=k,
-                stream=True,
-            )
-            for number, (prompt, limit) in enumerate(zip(prompts, tokens, strict=True))
+            Request(prompt, params, exits, seed, str(number or ""), sample=k, stream=True)
+            for number, (prompt, params) in enumerate(zip(prompts, sampling, strict=True))
             for k in range(self.n)
         ]
 
@@ -199,10 +185,7 @@ class Choice:
                     for p, e in zip(pieces, events, strict=True)
                 ]
             }
-        offsets = []
-        for event in events:
-            offsets.append(offset)
-            offset += len(event.text)
+        offsets = list(accumulate((len(event.text) for event in events[:-1]), initial=offset))
         logprobs = [event.full_logprob for event in events]
         return {"tokens": pieces, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": offsets}
 

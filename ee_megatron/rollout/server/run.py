@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import signal
 import sys
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from transformers import AutoTokenizer
 
 from ...exit_rules import ExitRule
 from ..engine.decoder import Decoder
+from ..pool.ray_nodes import is_loopback
 from .app import Limits, Service, make_app
 from .worker import Engine
 
@@ -90,11 +90,3 @@ class Announcing(uvicorn.Server):
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             where = f"[{host}]" if ":" in host else host
             print(f"serving {self._name} on http://{where}:{port}/v1", flush=True)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine's own."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -43,8 +43,6 @@ class Engine:
     """At most `rows` requests run at a time and `queue_limit` wait; `submit` refuses more."""
 
     def __init__(self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, rows: int, queue_limit: int):
-        if queue_limit < 1:
-            raise ValueError(f"queue limit {queue_limit}: expected at least 1")
         self.rows, self.queue_limit, self.num_layers = rows, queue_limit, decoder.dims.num_layers
         self.vocab = decoder.dims.vocab
         self._decoder, self._tokenizer = decoder, tokenizer
@@ -55,7 +53,7 @@ class Engine:
         self._by_id: dict[int, Ticket] = {}
         self._rates: deque[tuple[float, int]] = deque()
         self._depths: deque[int] = deque(maxlen=DEPTH_WINDOW)
-        self._answered = self._cancelled = self._refused = self._failed = 0
+        self._counts = {"answered": 0, "cancelled": 0, "refused": 0, "failed": 0}
         self._closing = False
         self._begun = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -72,7 +70,7 @@ class Engine:
             if self._closing or not self._thread.is_alive():
                 raise RuntimeError("the engine has stopped; start the server again")
             if len(self._open) + len(tickets) > self.rows + self.queue_limit:
-                self._refused += len(tickets)
+                self._counts["refused"] += len(tickets)
                 raise Busy(
                     f"{len(self._open)} requests are running or waiting, at most {self.rows} run and "
                     f"{self.queue_limit} wait; try again later or with a smaller n"
@@ -105,10 +103,7 @@ class Engine:
                 "queue_limit": self.queue_limit,
                 "tokens_per_s": recent / min(RATE_WINDOW_S, max(1.0, now - self._begun)),
                 "mean_depth": sum(depths) / len(depths) / self.num_layers if depths else None,
-                "answered": self._answered,
-                "cancelled": self._cancelled,
-                "refused": self._refused,
-                "failed": self._failed,
+                **self._counts,
                 "uptime_s": now - self._begun,
             }
 
@@ -127,9 +122,7 @@ class Engine:
     # ---- the thread ----
 
     def _run(self) -> None:
-        while True:
-            if not self._receive(block=not self._scheduler.busy):
-                return
+        while self._receive(block=not self._scheduler.busy):
             if not self._scheduler.busy:
                 continue
             try:
@@ -162,7 +155,7 @@ class Engine:
         except Exception as error:
             with self._lock:
                 self._open.discard(ticket)
-                self._failed += 1
+                self._counts["failed"] += 1
             ticket.sink(error)
             return
         with self._lock:
@@ -177,7 +170,7 @@ class Engine:
                 self._by_id.pop(ticket.id)
             if ticket in self._open:
                 self._open.discard(ticket)
-                self._cancelled += 1
+                self._counts["cancelled"] += 1
 
     def _report(self, events: list[Event]) -> None:
         now = time.monotonic()
@@ -193,7 +186,7 @@ class Engine:
                 with self._lock:
                     self._by_id.pop(event.request)
                     self._open.discard(ticket)
-                    self._answered += 1
+                    self._counts["answered"] += 1
             if not ticket.cancelled:
                 ticket.sink(event)
 
@@ -204,7 +197,7 @@ class Engine:
             lost = list(self._by_id.values())
             self._by_id.clear()
             self._open.difference_update(lost)
-            self._failed += len(lost)
+            self._counts["failed"] += len(lost)
         for ticket in lost:
             if not ticket.cancelled:
                 ticket.sink(error)

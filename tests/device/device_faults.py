@@ -42,14 +42,6 @@ def _mask_on_the_cpu(real):
     return lambda rows: (torch.arange(rows.span) <= rows.positions.cpu()[:, None])[:, None, None]
 
 
-def _without_device(real):
-    def prefix_mask(decoder, past, steps):
-        own = torch.ones(steps, steps, dtype=torch.bool).tril()
-        return torch.cat([torch.ones(steps, past, dtype=torch.bool), own], dim=1)
-
-    return prefix_mask
-
-
 def _tables_on_the_cpu(real):
     def reach(decoder, longest):
         real(decoder, longest)
@@ -112,7 +104,9 @@ FAULTS = {
         "learner_score_likelihood", DEVICE,
     ),
     "an attention mask built on the CPU": Fault(ops.Rows, "mask", _mask_on_the_cpu, "decode_off", DEVICE),
-    "a tensor made without device=": Fault(Decoder, "_prefix_mask", _without_device, "decode_shared_prefix", DEVICE),
+    "random numbers left on the CPU": Fault(
+        Scheduler, "_draw", lambda real: lambda scheduler, rows: real(scheduler, rows).cpu(), "decode_sample", DEVICE
+    ),
     "a table that stayed on the CPU": Fault(Decoder, "_reach", _tables_on_the_cpu, "decode_off", DEVICE),
     "gates loaded to the CPU": Fault(
         decoder_module, "gates_from", lambda real: lambda tensors, depths, _: real(tensors, depths, CPU),
@@ -123,7 +117,9 @@ FAULTS = {
         optimizer_state, "_state_of", _moments_on_the_cpu, "resume_flat", DEVICE
     ),
     "numpy of a tensor on the device": Fault(
-        scoring, "_scaled", lambda real: lambda streams: torch.stack(streams, dim=1).half().numpy(), "inspect", NUMPY
+        scoring, "_inspect_chunk",
+        lambda real: lambda *given: tuple(torch.from_numpy(x.numpy()) for x in real(*given)),
+        "inspect", NUMPY,
     ),
     "a hidden .item() in every layer": Fault(
         ops.TorchOps, "silu_mul", _item_in_every_layer, "decode off", "syncs"

@@ -15,20 +15,19 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from ..config.schema import RunConfig
-from ..exit_rules import ExitRule, Off, parse
-from ..families.hf_directory import HFDirectory
-from ..observe.rundir import latest_checkpoint
-from ..policy import PolicySpec, load_policy
-from ..rollout.engine.sampling import SamplingParams
-from ..rollout.engine.scheduler import stream
-from ..rollout.pool.local import LocalPool
-from ..types import Prompt
-from . import stages
-from .session import pick_device, pick_dtype
+from .config.schema import RunConfig
+from .exit_rules import ExitRule, Off, parse
+from .families.hf_directory import HFDirectory
+from .policy import PolicySpec, load_policy
+from .rollout.engine.sampling import SamplingParams
+from .rollout.engine.scheduler import stream
+from .rollout.pool.local import LocalPool
+from .training import stages
+from .training.session import pick_device, pick_dtype
+from .types import Prompt
 
 if TYPE_CHECKING:
-    from ..rollout.server.run import ServerSettings
+    from .rollout.server.run import ServerSettings
 
 # Shallow to deep, from the 256-colour cube: cold to warm with rising lightness, apart for the colour-blind too.
 SHADES = ("color(33)", "color(38)", "color(109)", "color(179)", "color(214)", "color(203)")
@@ -77,13 +76,7 @@ def choose(cfg: RunConfig, model: str | None = None, policy: str | None = None) 
     """
     name, checkpoint = ("base", None) if model or policy else newest_policy(cfg)
     if policy:
-        given = Path(policy)
-        checkpoint = given if (given / "policy.json").is_file() else latest_checkpoint(given)
-        if checkpoint is None:
-            raise FileNotFoundError(
-                f"--policy {policy}: no policy checkpoint there; give a stage or checkpoint directory"
-            )
-        name = "policy"
+        name, checkpoint = "policy", stages.policy_at(f"--policy {policy}", policy)
     path = Path(model) if model else stages.base_model(cfg) if checkpoint else stages.source_model(cfg)
     spec, tensors = load_policy(checkpoint) if checkpoint else (None, None)
     return Chosen(f"{path.resolve().name}-{name}" if model else name, path, checkpoint, spec, tensors)
@@ -98,7 +91,7 @@ def make_replica(cfg: RunConfig, chosen: Chosen) -> LocalPool:
 
 def serve(cfg: RunConfig, settings: ServerSettings, exits: str, model: str | None, policy: str | None) -> None:
     """Answer over HTTP until told to stop; the key that clients need, if any, is EE_API_KEY's."""
-    from ..rollout.server.run import run
+    from .rollout.server.run import run
 
     chosen = choose(cfg, model, policy)
     default = chosen.exits(exits)

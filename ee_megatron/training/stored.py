@@ -1,0 +1,111 @@
+"""Traces and rollouts on disk, so that they can be looked at, handed on and trained from again without a pool.
+
+NAME.safetensors: all sequences end to end; NAME.jsonl: one JSON line per sequence. No pickle.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from ..observe.rundir import atomic_directory
+from ..types import Group, Prompt, Rollout, Trace
+
+_OF_TRACES = ("tokens", "divergences", "topk_ids", "topk_logprobs", "entropy")
+_OF_ROLLOUTS = ("tokens", "exit_depths", "token_logprobs", "full_logprobs", "exit_logprobs", "weight_versions")
+
+
+def save_traces(directory: Path, traces: Sequence[Trace]) -> None:
+    """Write traces.safetensors and traces.jsonl as a directory that appears whole. Raises ValueError for no traces."""
+    if not traces:
+        raise ValueError("no traces to save: the teacher answered no prompt; see log.txt")
+    lines = [{"id": t.prompt_id, "correct": bool(t.correct), "text": t.text} for t in traces]
+    _save(directory, "traces", traces, _OF_TRACES, lines)
+
+
+def load_traces(directory: Path) -> list[Trace]:
+    """Read what `save_traces` wrote. Raises FileNotFoundError with the command that makes them."""
+    if not (directory / "traces.safetensors").is_file():
+        raise FileNotFoundError(
+            f"{directory}: no traces there; make them with `ee-megatron traces` and the same settings"
+        )
+    lines, pieces, _ = _load(directory, "traces", _OF_TRACES)
+    return [
+        Trace(prompt_id=line["id"], correct=line["correct"], text=line["text"], **piece)
+        for line, piece in zip(lines, pieces, strict=True)
+    ]
+
+
+def save_rollouts(directory: Path, groups: list[Group]) -> None:
+    """Write one step's groups (at least one) as a directory that appears whole."""
+    lines = [
+        {
+            "prompt": asdict(group.prompt),
+            "text": rollout.text,
+            "finished": bool(rollout.finished),
+            "weight_version": int(rollout.weight_version),
+            "correct": bool(group.correct[k]),
+            "well_formed": bool(group.well_formed[k]),
+        }
+        for group in groups
+        for k, rollout in enumerate(group.rollouts)
+    ]
+    rollouts = [r for group in groups for r in group.rollouts]
+    rewards = np.concatenate([group.rewards for group in groups])
+    _save(directory, "rollouts", rollouts, _OF_ROLLOUTS, lines, rewards=rewards)
+
+
+def load_rollouts(directory: Path) -> list[Group]:
+    """Read what `save_rollouts` wrote; neighbours with one prompt are a group. Raises FileNotFoundError."""
+    if not (directory / "rollouts.safetensors").is_file():
+        raise FileNotFoundError(
+            f"{directory}: no rollouts there; make them with rl.dump_rollouts=true, and give rl.replay the rollouts "
+            "directory of that stage"
+        )
+    lines, pieces, arrays = _load(directory, "rollouts", _OF_ROLLOUTS)
+    groups = []
+    for _, members in groupby(zip(lines, pieces, arrays["rewards"], strict=True), lambda m: m[0]["prompt"]["id"]):
+        told, parts, rewards = zip(*members, strict=True)
+        prompt = Prompt(**told[0]["prompt"])
+        rollouts = [
+            Rollout(prompt_id=prompt.id, **part, **{k: line[k] for k in ("text", "finished", "weight_version")})
+            for line, part in zip(told, parts, strict=True)
+        ]
+        correct, well_formed = np.array([[line["correct"], line["well_formed"]] for line in told]).T
+        groups.append(Group(prompt, rollouts, np.array(rewards), correct, well_formed))
+    return groups
+
+
+def _save(
+    directory: Path,
+    name: str,
+    sequences: Sequence[Trace | Rollout],
+    per_token: Sequence[str],
+    lines: list[dict[str, Any]],
+    **more: np.ndarray,
+) -> None:
+    arrays = {n: np.ascontiguousarray(np.concatenate([getattr(s, n) for s in sequences])) for n in per_token}
+    arrays["prompt_tokens"] = np.concatenate([s.prompt_tokens for s in sequences])
+    arrays["lengths"] = np.array([[len(s.prompt_tokens), len(s.tokens)] for s in sequences], dtype=np.int64)
+    with atomic_directory(directory) as temporary:
+        save_file(arrays | more, temporary / f"{name}.safetensors")
+        (temporary / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _load(
+    directory: Path, name: str, per_token: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """(lines, the arrays of each sequence, all arrays as they are in the file)."""
+    arrays = load_file(directory / f"{name}.safetensors")
+    lines = [json.loads(line) for line in (directory / f"{name}.jsonl").read_text().splitlines()]
+    prompt_ends, token_ends = arrays["lengths"].cumsum(0)[:-1].T
+    parts = {n: np.split(arrays[n], token_ends) for n in per_token}
+    parts["prompt_tokens"] = np.split(arrays["prompt_tokens"], prompt_ends)
+    return lines, [{n: values[i] for n, values in parts.items()} for i in range(len(lines))], arrays

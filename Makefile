@@ -1,6 +1,7 @@
 # make demo   the whole method on this machine, no GPU needed
 # make test   unit and integration tests; make unit, make integration: one of them
 # make slurm  job scripts on a real Slurm, several nodes on this machine; needs root, installs Debian's Slurm if it is missing
+# make device every path that runs on a device, on a pretend GPU: what mixes devices fails, syncs and kernels have budgets
 # make slow   what takes long: twenty kills of an RL run, learning over seeds, a fresh environment, ten kills of a conversion
 # make lint   ruff and mypy
 # make model  the demo's model, which the tests use too
@@ -16,7 +17,7 @@ DEMO ?= $(if $(shell nvidia-smi -L 2>/dev/null),demo_gpu,demo_cpu)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo scaling-demo test unit integration slurm slow lint model clean-venv
+.PHONY: demo scaling-demo test unit integration device slurm slow lint model clean-venv
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo $(MODEL)/config.json
@@ -47,6 +48,9 @@ unit: $(VENV)/.dev $(MODEL)/config.json
 
 integration: $(VENV)/.dev $(MODEL)/config.json
 	$(PYTEST) tests/integration --ignore=tests/integration/slurm
+
+device: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/device
 
 slurm: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/integration/slurm

@@ -22,7 +22,7 @@ CONTEXT.set_forkserver_preload(
 SERVER = {
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
-    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "integration")]),
+    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *(ROOT / "tests" / part for part in ("", "integration", "device"))))),
 }
 
 

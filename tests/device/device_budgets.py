@@ -1,0 +1,38 @@
+"""What the device is asked for, per unit of work: the one table, which may only go down.
+
+Measured by device_costs.py on the tiny model (6 layers, exits after 1, 3 and 4), everything included that happens
+in the unit. A test fails where a number rises, and warns where one fell: lower it here then.
+
+- decode: per token-round, in which every one of 8 rows advances by a token; by exit rule
+- read prompts, load policy: per layer
+- score, learn: per layer and micro-batch of 3 sequences; `learn` is a whole update, optimizer included
+- syncs: the host waits for the device; copies: from host to device, which block; kernels: launches
+- duplicates: the most often one element is hit by one accumulating index_put, in the whole unit
+"""
+
+from __future__ import annotations
+
+KINDS = ("syncs", "copies", "kernels", "duplicates")
+# Kernels are what this version of PyTorch makes of an operation; with another one they are not compared.
+MEASURED_WITH = "2.13.0"
+
+_TABLE = {
+    # what                              syncs  copies kernels duplicates
+    "decode off":                      (     4,     15, 479.56,      0),
+    "decode sample":                   (     7,  14.56, 513.33,      0),
+    "decode threshold":                (     7,  14.56, 509.89,      0),
+    "decode confidence":               (     7,     15, 566.22,      0),
+    "decode patience":                 (     7,     15, 562.11,      0),
+    "decode sample, top-p":            (     7,  14.78,    544,      0),
+    "read prompts":                    (     0,      0,  62.33,      0),
+    "load policy":                     (     0,     16,  10.83,      0),
+    "score":                           (  7.92,    0.5, 168.08,      0),
+    "score reference":                 (  7.42,    0.5, 127.92,      0),
+    "learn likelihood":                (  9.58,   0.75, 440.92,     33),
+    "learn likelihood, recompute":     ( 16.58,   0.75, 589.58,     33),
+    "learn likelihood, whole model":   (  9.58,   0.75, 371.75,     33),
+    "learn distill":                   (  9.92,      1, 441.08,     33),
+    "learn distill_full":              ( 16.83,   1.25, 559.67,     33),
+    "learn exact_kl":                  ( 17.17,   1.33, 567.67,     33),
+}  # fmt: skip
+BUDGETS = {name: dict(zip(KINDS, row, strict=True)) for name, row in _TABLE.items()}

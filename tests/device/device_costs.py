@@ -1,0 +1,212 @@
+"""What the pretend GPU is asked for by a unit of work, what stays on it, and what single operations do."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from device_setup import (
+    FULL,
+    LORA,
+    MICRO_BATCHES,
+    RULES,
+    SAMPLINGS,
+    TOKENS,
+    device_of,
+    make_lesson,
+    on,
+    score_lesson,
+    score_reference,
+    start,
+    update,
+)
+from pretend_gpu_cases import TEXTS, Bench
+
+from ee_megatron.model.active import Active
+from ee_megatron.policy import PolicySpec
+from ee_megatron.rollout.engine.request import Request
+from ee_megatron.rollout.engine.scheduler import Scheduler
+from tests import pretend_gpu
+
+# ---- what it costs: device_budgets.py has the table ----
+
+
+def measure(path: Path, name: str) -> dict[str, Any]:
+    """Counts per unit of a row of the budgets' table, and the lines that most of them come from."""
+    with on("gpu"):
+        counts, units = COSTS[name](Bench("gpu", path))
+    totals = counts.totals()
+    found: dict[str, Any] = {kind: round(totals[kind] / units, 2) for kind in pretend_gpu.KINDS}
+    return found | {"duplicates": totals["duplicates"], "top": {k: counts.top(k) for k in pretend_gpu.KINDS}}
+
+
+def token_rounds(bench: Bench, rule: str = "off", sampling: str = "whole", rows: int = 8) -> Cost:
+    """Every row advances by a token; the prompts have been read."""
+    scheduler = Scheduler(bench.decoder(), bench.tokenizer(), in_flight=rows)
+    for i in range(rows):
+        scheduler.add(Request(TEXTS[0], SAMPLINGS[sampling], RULES[rule], 0, f"p{i}"))
+    scheduler.advance()
+    with pretend_gpu.counting() as counts:
+        while scheduler.busy:
+            scheduler.advance()
+    return counts, TOKENS - 1
+
+
+def reading(bench: Bench) -> Cost:
+    """Prompts of one length, read together; per layer."""
+    decoder = bench.decoder()
+    tokens = torch.arange(32).view(4, 8).to(bench.device)
+    with pretend_gpu.counting() as counts:
+        decoder.prefill(tokens, torch.full((4,), 8))
+    return counts, decoder.dims.num_layers
+
+
+def loading(bench: Bench) -> Cost:
+    """A policy of adapters and gates from the host; per layer."""
+    decoder, policy = bench.decoder(), start(bench.path, LORA, seed=1)
+    with pretend_gpu.counting() as counts:
+        decoder.load_policy(policy)
+    return counts, decoder.dims.num_layers
+
+
+def scoring(bench: Bench, score: Callable = score_lesson) -> Cost:
+    """Per layer and micro-batch."""
+    learner, lesson = bench.learner(), make_lesson()
+    with pretend_gpu.counting() as counts:
+        score(learner, lesson)
+    return counts, LORA.num_layers * MICRO_BATCHES
+
+
+def updating(bench: Bench, objective: str = "likelihood", spec: PolicySpec = LORA, **options: Any) -> Cost:
+    """An update when the optimizer's state is there; per layer and micro-batch."""
+    learner, lesson = bench.learner(spec, **options), make_lesson(objective)
+    update(learner, lesson)
+    with pretend_gpu.counting() as counts:
+        update(learner, lesson)
+    return counts, LORA.num_layers * MICRO_BATCHES
+
+
+Cost = tuple[pretend_gpu.Counts, int]
+COSTS: dict[str, Callable[[Bench], Cost]] = {
+    "decode off": token_rounds,
+    "decode sample": partial(token_rounds, rule="sample"),
+    "decode threshold": partial(token_rounds, rule="threshold"),
+    "decode confidence": partial(token_rounds, rule="confidence"),
+    "decode patience": partial(token_rounds, rule="patience"),
+    "decode sample, top-p": partial(token_rounds, rule="sample", sampling="top_p"),
+    "read prompts": reading,
+    "load policy": loading,
+    "score": scoring,
+    "score reference": partial(scoring, score=score_reference),
+    "learn likelihood": updating,
+    "learn likelihood, recompute": partial(updating, recompute=True),
+    "learn likelihood, whole model": partial(updating, spec=FULL),
+    "learn distill": partial(updating, objective="distill"),
+    "learn distill_full": partial(updating, objective="distill_full"),
+    "learn exact_kl": partial(updating, objective="exact_kl"),
+}
+
+
+# ---- the device itself ----
+
+
+def semantics() -> dict[str, Any]:
+    """What single operations do: "refused", or (syncs, copies) that were counted."""
+    with on("gpu"):
+        here, there = torch.arange(3.0), torch.arange(3.0).to(device_of("gpu"))
+        tries: dict[str, Callable[[], Any]] = {
+            "sum of two devices": lambda: here + there,
+            "concatenation of two devices": lambda: torch.cat([there, here]),
+            "index of the device into the CPU": lambda: here[there.long()],
+            "numpy": there.numpy,
+            "fused step on the CPU": lambda: torch._fused_adamw_(
+                *([there.clone()] for _ in range(4)), [], [torch.tensor(1.0)], lr=0.1, beta1=0.9, beta2=0.9,
+                weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False,
+            ),
+            "a scalar of the CPU": lambda: there * torch.tensor(2.0),
+            "an index on the CPU": lambda: there[torch.tensor([0, 2])],
+            "tensor with device": lambda: torch.tensor([1, 2], device=there.device),
+            "item": lambda: float(there.sum()),
+            "tolist": there.tolist,
+            "to the CPU": there.cpu,
+            "nonzero": there.nonzero,
+            "boolean index": lambda: there[there > 0],
+        }  # fmt: skip
+        found: dict[str, Any] = {name: _tried(operation) for name, operation in tries.items()}
+        with pretend_gpu.counting() as counts:
+            Active.of(torch.ones(2, 3, dtype=torch.bool, device=there.device), torch.zeros(2, 3, device=there.device))
+        found["site"] = counts.top("syncs")[0][0]
+        with pretend_gpu.counting() as counts:
+            places = torch.tensor([0, 1, 1, 1], device=there.device)
+            there.index_put_((places,), torch.ones(4, device=there.device), accumulate=True)
+        found["duplicates"] = counts.duplicates
+        before = pretend_gpu.memory.live
+        held = torch.zeros(1000, device=there.device)
+        view, rise = held[10:], pretend_gpu.memory.live - before
+        del held, view
+        found["bytes"] = (rise, pretend_gpu.memory.live - before)
+        inside = torch.tensor
+    found["patched afterwards"] = torch.tensor is inside
+    return found
+
+
+def _tried(operation: Callable[[], Any]) -> Any:
+    with pretend_gpu.counting() as counts:
+        try:
+            operation()
+        except (RuntimeError, TypeError):
+            return "refused"
+    totals = counts.totals()
+    return totals["syncs"], totals["copies"]
+
+
+# ---- memory ----
+
+
+def live_bytes(path: Path, what: str) -> list[int]:
+    """Bytes alive on the device after each of four rounds of work that leaves nothing behind."""
+    found = []
+    with on("gpu"):
+        for _ in WAVES[what](Bench("gpu", path)):
+            gc.collect()
+            found.append(pretend_gpu.memory.live)
+    return found
+
+
+def waves_of_requests(bench: Bench) -> Iterator[None]:
+    """New prompts each time; more than fit at once."""
+    scheduler = Scheduler(bench.decoder(), bench.tokenizer(), in_flight=2)
+    for wave in range(4):
+        ids = [
+            scheduler.add(Request([wave, i + 1, 3], SAMPLINGS["whole"], RULES["sample"], 0, f"p{i}")) for i in range(3)
+        ]
+        while scheduler.busy:
+            scheduler.advance()
+        for i in ids:
+            scheduler.take(i, 0)
+        yield
+
+
+def updates(bench: Bench) -> Iterator[None]:
+    learner = bench.learner()
+    for seed in range(4):
+        update(learner, make_lesson("exact_kl", seed))
+        yield
+
+
+def loads(bench: Bench) -> Iterator[None]:
+    decoder = bench.decoder()
+    for seed in range(4):
+        decoder.load_policy(start(bench.path, LORA, seed))
+        yield
+
+
+WAVES: dict[str, Callable[[Bench], Iterator[None]]] = {
+    "requests": waves_of_requests,
+    "updates": updates,
+    "loads": loads,
+}

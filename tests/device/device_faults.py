@@ -1,0 +1,162 @@
+"""Faults that work on a CPU and fail or crawl on a GPU, planted one at a time. Each must be caught by what it names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from device_costs import live_bytes, measure
+from device_setup import on, patched
+from pretend_gpu_cases import PATHS, Bench
+
+from ee_megatron.learner import optimizer_state
+from ee_megatron.learner.batch import ReplayBatch
+from ee_megatron.model.active import Active
+from ee_megatron.parallel.vocabulary import Head
+from ee_megatron.rollout.engine import decoder as decoder_module
+from ee_megatron.rollout.engine import ops, scoring
+from ee_megatron.rollout.engine.decoder import Decoder
+from ee_megatron.rollout.engine.scheduler import Scheduler
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`faulty(real)` stands in place of `owner.name`. Caught by `caught`: the text of an error of the path `where`, a
+    count of the budget `where`, or "memory" that grows with `where`."""
+
+    owner: Any
+    name: str
+    faulty: Callable[[Any], Any]
+    where: str
+    caught: str
+
+
+DEVICE, NUMPY = "same device", "can't convert"
+CPU = torch.device("cpu")
+
+
+def _mask_on_the_cpu(real):
+    return lambda rows: (torch.arange(rows.span) <= rows.positions.cpu()[:, None])[:, None, None]
+
+
+def _tables_on_the_cpu(real):
+    def reach(decoder, longest):
+        real(decoder, longest)
+        decoder._cos = decoder._cos.cpu()
+
+    return reach
+
+
+def _item_in_every_layer(real):
+    def silu_mul(self, gate_up):
+        assert float(gate_up.max()) < 1e9
+        return real(self, gate_up)
+
+    return silu_mul
+
+
+def _copied_cache(real):
+    return lambda self, fused, cache, *rest: cache.keys.clone() is None or real(self, fused, cache, *rest)
+
+
+def _step_on_the_cpu(real):
+    def state_of(state, parameter, updates):
+        entry = real(state, parameter, updates)
+        entry["step"] = torch.tensor(float(updates))
+        return entry
+
+    return state_of
+
+
+def _moments_on_the_cpu(real):
+    def state_of(state, parameter, updates):
+        entry = state[parameter]
+        for kind in optimizer_state.MOMENTS:
+            entry.setdefault(kind, torch.zeros(parameter.shape))
+        return real(state, parameter, updates)
+
+    return state_of
+
+
+def _loop_over_rows(real):
+    def of(running, *rest):
+        assert all(int(row.sum()) >= 0 for row in running.t())
+        return real(running, *rest)
+
+    return staticmethod(of)
+
+
+FAULTS = {
+    "a wrong .to(device): recorded exits": Fault(
+        scoring, "replay_depths", lambda real: lambda *args: real(*args).cpu(), "score", DEVICE
+    ),
+    "a wrong .to(device): the head's input": Fault(
+        Head, "entering", lambda real: lambda head, hidden: real(head, hidden.cpu()), "learn_likelihood", DEVICE
+    ),
+    "random numbers left on the host": Fault(
+        Scheduler, "_draw", lambda real: lambda *args: real(*args).cpu(), "decode_sample", DEVICE
+    ),
+    "part of a batch left on the host": Fault(
+        ReplayBatch, "to", lambda real: lambda batch, device: replace(real(batch, device), asked=batch.asked),
+        "learner_score_likelihood", DEVICE,
+    ),
+    "an attention mask built on the CPU": Fault(ops.Rows, "mask", _mask_on_the_cpu, "decode_off", DEVICE),
+    "random numbers left on the CPU": Fault(
+        Scheduler, "_draw", lambda real: lambda scheduler, rows: real(scheduler, rows).cpu(), "decode_sample", DEVICE
+    ),
+    "a table that stayed on the CPU": Fault(Decoder, "_reach", _tables_on_the_cpu, "decode_off", DEVICE),
+    "gates loaded to the CPU": Fault(
+        decoder_module, "gates_from", lambda real: lambda tensors, depths, _: real(tensors, depths, CPU),
+        "decode_sample", DEVICE,
+    ),
+    "a fused optimizer's step on the CPU": Fault(optimizer_state, "_state_of", _step_on_the_cpu, "resume", DEVICE),
+    "an optimizer's moments on the CPU": Fault(
+        optimizer_state, "_state_of", _moments_on_the_cpu, "resume_flat", DEVICE
+    ),
+    "numpy of a tensor on the device": Fault(
+        scoring, "_inspect_chunk",
+        lambda real: lambda *given: tuple(torch.from_numpy(x.numpy()) for x in real(*given)),
+        "inspect", NUMPY,
+    ),
+    "a hidden .item() in every layer": Fault(
+        ops.TorchOps, "silu_mul", _item_in_every_layer, "decode off", "syncs"
+    ),
+    "a loop over rows that asks each": Fault(Active, "of", _loop_over_rows, "score", "syncs"),
+    "a gate's answer by way of the host": Fault(
+        Decoder, "gate_logit", lambda real: lambda decoder, *args: real(decoder, *args).cpu().to(decoder.device),
+        "decode sample", "syncs",
+    ),
+    "an index on the CPU": Fault(
+        Decoder, "rows", lambda real: lambda decoder, cache, slots, *rest: real(decoder, cache, slots.cpu(), *rest),
+        "decode off", "copies",
+    ),
+    "a copy of the whole cache in every layer": Fault(ops.TorchOps, "attend", _copied_cache, "decode off", "kernels"),
+    "prompts that are kept for ever": Fault(
+        Scheduler, "_forget_unneeded", lambda real: lambda scheduler: None, "requests", "memory"
+    ),
+}  # fmt: skip
+
+
+def plant(path: Path, name: str) -> dict[str, Any]:
+    """What a fault does: the "error" that a path on the device ends with, or "counts" of a budget, or bytes "alive".
+
+    A path of which an error is expected runs on the CPU first, which must not notice.
+    """
+    fault = FAULTS[name]
+    faulty = fault.faulty(getattr(fault.owner, fault.name))
+    with patched(fault.owner, **{fault.name: faulty}):
+        if fault.caught == "memory":
+            return {"alive": live_bytes(path, fault.where)}
+        if fault.caught not in (DEVICE, NUMPY):
+            return {"counts": measure(path, fault.where)}
+        with on("cpu"):
+            PATHS[fault.where](Bench("cpu", path))
+        try:
+            with on("gpu"):
+                PATHS[fault.where](Bench("gpu", path))
+        except (RuntimeError, TypeError) as error:
+            return {"error": str(error)}
+    return {"error": ""}

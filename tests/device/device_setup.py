@@ -1,0 +1,289 @@
+"""How the tests on the pretend GPU make decoders, learners, batches and exit rules: in one place each."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch._dynamo
+from layout_cases import split
+from megatron.core.pipeline_parallel import schedules
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig
+from ee_megatron.exit_rules import (
+    Confidence,
+    Entropy,
+    Fixed,
+    Off,
+    Patience,
+    Prescribed,
+    Random,
+    Sample,
+    Threshold,
+)
+from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.learner import engine
+from ee_megatron.learner.batch import ReplayBatch, pack
+from ee_megatron.learner.learner import Learner, LearnerOptions, Scores, Update
+from ee_megatron.objectives.divergences import Teacher
+from ee_megatron.objectives.weights import Weights, mean_weights
+from ee_megatron.parallel.groups import Degrees
+from ee_megatron.policy import PolicySpec, initial_policy
+from ee_megatron.rollout.engine import kernels
+from ee_megatron.rollout.engine import weights as decoder_weights
+from ee_megatron.rollout.engine.decoder import Decoder
+from ee_megatron.rollout.engine.request import GenerationRequest
+from ee_megatron.rollout.engine.sampling import SamplingParams
+from ee_megatron.rollout.engine.scheduler import generate
+from ee_megatron.types import Prompt, Rollout
+from tests.pretend_gpu import NAME, PretendGPU, register
+from tests.reference import random_policy
+
+LAYERS = 6
+LORA = PolicySpec(LAYERS, (1, 3, 4), rank=4, alpha=8.0)
+FULL = PolicySpec(LAYERS, (1, 3, 4), rank=0, full=True)
+OUTCOMES = (*LORA.exit_depths, LAYERS)
+TOKENS, MICRO_BATCH, MICRO_BATCHES = 10, 3, 2
+SINGLE = Degrees()
+NO_STOP = frozenset({10**6})
+
+# ---- rollouts ----
+
+REPLAYED = {(f"p{p}", k): [LAYERS, *([1, 3, 4, 6] * TOKENS)[p + k :]] for p in range(4) for k in range(2)}
+RULES = {
+    "sample": Sample(),
+    "threshold": Threshold(0.5),
+    "threshold_mixed": Threshold(0.5, other=0.9, mix=0.5),
+    "fixed": Fixed(3),
+    "off": Off(),
+    "confidence": Confidence(0.04),
+    "entropy": Entropy(4.4, other=4.0, mix=0.5),
+    "patience": Patience(2),
+    "random": Random((0.2, 0.2, 0.2, 0.4)),
+    "prescribed": Prescribed(REPLAYED),
+}
+SAMPLINGS = {
+    "whole": SamplingParams(1.0, TOKENS),
+    "greedy": SamplingParams(0.0, TOKENS),
+    "top_k": SamplingParams(1.0, TOKENS, top_k=9),
+    "top_p": SamplingParams(0.7, TOKENS, top_p=0.6),
+    "top_k_top_p": SamplingParams(1.2, TOKENS, top_k=20, top_p=0.8),
+}
+
+
+def make_decoder(path: Path, device: torch.device, spec: PolicySpec = LORA) -> Decoder:
+    """With a policy loaded, without an end of sequence."""
+    decoder = Decoder.from_hf(path, spec, torch.float32, device)
+    decoder.load_policy(start(path, spec))
+    decoder.eos_ids = NO_STOP
+    return decoder
+
+
+def start(path: Path, spec: PolicySpec, seed: int = 0) -> dict[str, Tensor]:
+    """A policy that differs from the base and whose gates matter."""
+    source = HFDirectory(path)
+    if not spec.full:
+        return random_policy(source.dims, spec, seed)
+    policy = initial_policy(source.dims, spec, 0, source.tensor)
+    moved = {n: t + 0.01 * seed for n, t in policy.items()}
+    return moved | {n: t for n, t in random_policy(source.dims, spec, seed).items() if n.startswith("gates.")}
+
+
+def answer(
+    decoder: Decoder, tokenizer: Any, prompts: Sequence[Prompt], rule: str = "sample", sampling: str = "whole",
+    samples: int = 1, seed: int = 3, version: int = 0, rows: int = 6, **more: Any,
+) -> list[list[Rollout]]:  # fmt: skip
+    """`generate` with a rule of RULES and a sampling of SAMPLINGS."""
+    request = GenerationRequest(prompts, samples, SAMPLINGS[sampling], RULES[rule], seed)
+    return generate(decoder, tokenizer, request, version, rows=rows, **more)
+
+
+# ---- learning ----
+
+OBJECTIVES = ("likelihood", "soft_targets", "distill", "distill_full", "exact_kl")
+
+
+def make_learner(
+    path: Path, device: torch.device, spec: PolicySpec, degrees: Degrees, *, policy: dict[str, Tensor] | None = None,
+    zero_stage: int = 0, recompute: bool = False, dtype: torch.dtype = torch.float32, **options: Any,
+) -> Learner:  # fmt: skip
+    """From `policy` or `start`; `zero_stage`: of the stand-in for DeepSpeed, 0 or on a single rank 1."""
+    return Learner(
+        HFDirectory(path), spec, policy or start(path, spec),
+        ParallelConfig(
+            degrees.tensor, degrees.pipeline, degrees.data, micro_batch_size=MICRO_BATCH, recompute=recompute
+        ),
+        DeepspeedConfig(zero_stage=zero_stage, gradient_clipping=0.3, eps=1e-4, weight_decay=0.01),
+        device=device, dtype=dtype, options=LearnerOptions(**options),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A batch, the weights of its loss and the teacher of its divergence: what a learner asks of an objective."""
+
+    batch: ReplayBatch
+    weights: Weights
+    teacher: Teacher | None
+
+
+def make_lesson(objective: str = "likelihood", seed: int = 0, rows: int = MICRO_BATCH * MICRO_BATCHES) -> Lesson:
+    """Sequences of which some share prompts, with what an objective of OBJECTIVES needs."""
+    numbers, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    prompts = [numbers.integers(0, 128, n) for n in numbers.integers(3, 9, rows)]
+    prompts[1] = prompts[0]
+    answers = [numbers.integers(0, 128, n) for n in numbers.integers(2, 9, rows)]
+    depths = [np.concatenate([[LAYERS], numbers.choice(OUTCOMES, len(a) - 1)]) for a in answers]
+    batch = pack(prompts, answers, depths, LAYERS)
+    scale = torch.linspace(0.5, 1.5, rows)[:, None]
+    token, gates = scale * mean_weights(batch, batch.counts), scale * mean_weights(batch, batch.asked)
+    targets = torch.rand(*batch.tokens.shape, 3, generator=generator)
+    if objective == "distill":
+        logits = torch.randn(*batch.tokens.shape, 130, generator=generator).mul(2)
+        logprobs, ids = logits.log_softmax(-1).topk(8, dim=-1)
+        batch = replace(batch, teacher_ids=ids, teacher_logprobs=logprobs)
+    teacher = {"distill": Teacher.STORED, "distill_full": Teacher.REFERENCE, "exact_kl": Teacher.REFERENCE}
+    weights = Weights(
+        token=None if objective.startswith("distill") else token,
+        exit=gates,
+        entropy=0.1 * gates,
+        divergence=token if objective in teacher else None,
+        target_hazards=targets if objective in ("soft_targets", "distill") else None,
+    )
+    return Lesson(batch, weights, teacher.get(objective))
+
+
+def score_lesson(learner: Learner, lesson: Lesson, **options: Any) -> Scores:
+    return learner.score(lesson.batch, teacher=lesson.teacher, **options)
+
+
+def score_reference(learner: Learner, lesson: Lesson) -> Scores:
+    return learner.score(lesson.batch, reference=True)
+
+
+def update(learner: Learner, lesson: Lesson) -> Update:
+    return learner.step(lesson.batch, lesson.weights, lesson, adapter_lr=1e-3, gate_lr=3e-3)
+
+
+# ---- the device ----
+
+
+def device_of(kind: str) -> torch.device:
+    return torch.device("cpu") if kind == "cpu" else torch.device(NAME, 0)
+
+
+@contextlib.contextmanager
+def on(kind: str, degrees: Degrees = SINGLE) -> Iterator[None]:
+    """Inside, what megatron-core makes "on CUDA" is made on the device, and DeepSpeed's engine is stood in for.
+
+    Both devices run the same PyTorch, without what the CPU has of its own and rounds differently: compiled kernels,
+    packed products, fused attention.
+    """
+    register()
+    split(degrees)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(patched(kernels, library=lambda dtype: None))
+        stack.enter_context(patched(decoder_weights, _pack=lambda weight: None))
+        stack.enter_context(torch._dynamo.config.patch(disable=True))
+        stack.enter_context(patched(engine, _import_deepspeed=lambda on_cpu: SimpleNamespace(initialize=_initialize)))
+        if kind != "cpu":
+            stack.enter_context(PretendGPU())
+            device = device_of(kind)
+            stack.enter_context(patched(torch.cuda, current_device=lambda: device))
+            stack.enter_context(patched(schedules, torch=_Torch(device)))
+            stack.enter_context(patched(torch.distributed, batch_isend_irecv=_one_by_one))
+        yield
+
+
+@contextlib.contextmanager
+def patched(owner: Any, **values: Any) -> Iterator[None]:
+    """Attributes of a module or class replaced inside. Raises AttributeError for one that isn't there."""
+    kept = {name: (getattr(owner, name), name in vars(owner)) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, (value, own) in kept.items():
+            setattr(owner, name, value) if own else delattr(owner, name)
+
+
+def _one_by_one(operations: list[torch.distributed.P2POp]) -> list[Any]:
+    """`batch_isend_irecv`, which gloo's groups don't know for this device."""
+    return [op.op(op.tensor, op.peer, op.group, op.tag) for op in operations]
+
+
+class _Torch:
+    """`torch` as megatron-core's schedules see it: device="cuda" is the pretend one."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(torch, name)
+        if name not in ("zeros", "tensor"):
+            return found
+        return lambda *args, **kwargs: found(*args, **{**kwargs, "device": self.device})
+
+
+def _initialize(*, model: Any, optimizer: Any, config: dict, **_: Any) -> tuple[Any, ...]:
+    """`deepspeed.initialize` for one rank, stages 0 and 1."""
+    zero = config["zero_optimization"]["stage"]
+    held = _Flat(optimizer, config["gradient_clipping"]) if zero else optimizer
+    reduction = held.reduction if zero else contextlib.nullcontext
+    return (SimpleNamespace(optimizer=held, step=held.step, coalesce_grad_reduction=reduction),)
+
+
+class _Flat:
+    """What ee_megatron asks of DeepSpeed's ZeRO-1 optimizer, for one rank: a flat fp32 copy per group."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, clipping: float):
+        self.optimizer, self.clipping = optimizer, clipping
+        self.params_in_partition = [list(group["params"]) for group in optimizer.param_groups]
+        self.round_robin_bit16_groups = self.params_in_partition
+        self.round_robin_bit16_offsets = [
+            np.cumsum([0, *(p.numel() for p in parameters)])[:-1].tolist() for parameters in self.params_in_partition
+        ]
+        self.single_partition_of_fp32_groups = [
+            torch.cat([p.detach().float().flatten() for p in parameters]).requires_grad_()
+            for parameters in self.params_in_partition
+        ]
+        for group, flat in zip(optimizer.param_groups, self.single_partition_of_fp32_groups, strict=True):
+            group["params"] = [flat]
+        self.real_dp_process_group = [torch.distributed.group.WORLD] * len(self.params_in_partition)
+        self.averaged_gradients: dict[int, list[Tensor]] = {}
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.optimizer.param_groups
+
+    @contextlib.contextmanager
+    def reduction(self) -> Iterator[None]:
+        yield
+        for index, parameters in enumerate(self.params_in_partition):
+            self.averaged_gradients[index] = [p.grad for p in parameters]  # type: ignore[misc]
+
+    @staticmethod
+    def get_grad_norm_direct(gradients: list[Tensor], _: Any) -> Tensor:
+        return torch.stack([g.float().norm() for g in gradients]).norm()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        norms = [self.get_grad_norm_direct(g, None) for g in self.averaged_gradients.values()]
+        factor = (self.clipping / (torch.stack(norms).norm() + 1e-6)).clamp(max=1.0)
+        for index, flat in enumerate(self.single_partition_of_fp32_groups):
+            flat.grad = torch.cat([g.float().flatten() for g in self.averaged_gradients[index]]) * factor
+        self.optimizer.step()
+        for index, flat in enumerate(self.single_partition_of_fp32_groups):
+            places = zip(self.params_in_partition[index], self.round_robin_bit16_offsets[index], strict=True)
+            for parameter, offset in places:
+                parameter.copy_(flat.narrow(0, offset, parameter.numel()).view_as(parameter))

@@ -60,12 +60,10 @@ class CausalAttention(nn.Module):
         Few queries are packed per sequence; many keep their places, where the kernel skips what causality forbids.
         """
         key, value = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
-        if active.worth_packing:
-            at, shape, mask = (active.row, active.slot), (active.rows, active.longest), active.mask
-        else:
-            at, shape, mask = (active.row, active.positions), (active.rows, active.length), None
-        packed = query.new_zeros(*shape, *query.shape[1:]).index_put(at, query)
-        return attend(packed.transpose(1, 2), key, value, mask).transpose(1, 2)[at].flatten(1)
+        packed = query.new_zeros(active.rows * active.width, *query.shape[1:]).index_copy(0, active.at, query)
+        packed = packed.unflatten(0, (active.rows, active.width)).transpose(1, 2)
+        out = attend(packed, key, value, active.mask).transpose(1, 2)
+        return out.flatten(0, 1).index_select(0, active.at).flatten(1)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -92,18 +90,17 @@ class SkippingAttention(SelfAttention):
         """
         whole = self.linear_qkv.enter(normed)
         d = self.hidden_size_per_attention_head
-        whole = whole.flatten(0, 1)
-        own = whole if active.own is None else whole[active.own]
-        key, value = self.linear_qkv.local(own, ("k_proj", "v_proj")).unflatten(-1, (2, -1, d)).unbind(1)
-        query = self.linear_qkv.local(whole[active.index], ("q_proj",)).unflatten(-1, (-1, d))
+        whole, keys = whole.flatten(0, 1), active.keys
+        key, value = self.linear_qkv.local(keys.enter(whole), ("k_proj", "v_proj")).unflatten(-1, (2, -1, d)).unbind(1)
+        query = self.linear_qkv.local(whole.index_select(0, active.index), ("q_proj",)).unflatten(-1, (-1, d))
         if self.q_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
 
         def turn(x: Tensor, positions: Tensor) -> Tensor:
-            return apply_rotary_pos_emb(x.unsqueeze(1), rotary[positions], self.config).squeeze(1)
+            return apply_rotary_pos_emb(x.unsqueeze(1), rotary.index_select(0, positions), self.config).squeeze(1)
 
-        key, query = turn(key, active.own_positions), turn(query, active.positions)
-        attended = self.core_attention.forward_active(query, active.share(key), active.share(value), active)
+        key, query = turn(key, keys.positions), turn(query, active.positions)
+        attended = self.core_attention.forward_active(query, keys.share(key), keys.share(value), active)
         output = self.linear_proj.leave(self.linear_proj.local(attended), active)
         return output if self.linear_proj.bias is None else output + self.linear_proj.bias
 

@@ -246,7 +246,10 @@ class Session:
 
     def save(self, learner: Learner, step: int, value: float | None = None) -> None:
         """Checkpoint after `step` steps. The state is collected here, on every rank; the leader writes it in a thread
-        of its own while training goes on. `value`: what the best checkpoint is judged by, the larger the better."""
+        of its own while training goes on. `value`: what the best checkpoint is judged by, the larger the better.
+
+        Raises RuntimeError where the ranks have come apart: that is not worth keeping."""
+        learner.check_copies()
         policy, state = learner.export_policy(), learner.export_optimizer()
         self.saved = step
         if self.writer is not None:

@@ -170,7 +170,7 @@ def score_reference(learner: Learner, lesson: Lesson) -> Scores:
 
 
 def update(learner: Learner, lesson: Lesson) -> Update:
-    return learner.step(lesson.batch, lesson.weights, lesson, adapter_lr=1e-3, gate_lr=3e-3)
+    return learner.step(lesson.batch, lesson.weights, lesson.teacher, adapter_lr=1e-3, gate_lr=3e-3)
 
 
 # ---- the device ----

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import layout_cases
 import torch
+import torch.distributed as dist
 from layout_cases import blank
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -68,3 +69,16 @@ def state():
 
 def resume(optimizer):
     _kept["learner"].load_optimizer(optimizer)
+
+
+def drift(rank: int | None = None, name: str = "") -> str:
+    """What `check_copies` says after the last bit of one element of a tensor has changed on a rank."""
+    learner = _kept["learner"]
+    for piece in learner.pieces:
+        if name in piece.entry.names and dist.get_rank() == rank:
+            piece.parameter.data.view(torch.int32).flatten()[-1] ^= 1
+    try:
+        learner.check_copies()
+    except RuntimeError as error:
+        return str(error)
+    return ""

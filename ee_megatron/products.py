@@ -37,8 +37,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -
 
 
 class _RoundedLinear(torch.autograd.Function):
-    """x [n, in] · W^T [n, out] in float32 with operands rounded to `dtype`, as the slope is in the backward pass. What is
-    kept is x rounded and W itself, which the parameter holds anyway."""
+    """x [n, in] · W^T [n, out] in float32 with operands rounded to `dtype`, as the slope is in the backward pass. Kept
+    are x as rounded and W itself, which is there anyway."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
+from ..exits import gate_units
 from ..products import linear
 from .active import Active
 from .config import EarlyExitTransformerConfig
@@ -130,7 +131,7 @@ class ExitGate(nn.Module):
     def __init__(self, config: EarlyExitTransformerConfig):
         super().__init__()
         assert config.spec is not None
-        hidden, width = config.hidden_size, config.spec.gate_width * config.hidden_size
+        hidden, width = config.hidden_size, gate_units(config.spec.gate_width, config.hidden_size)
         self.normalise = config.spec.gate_input == "normalised"
         self.eps = config.layernorm_epsilon
         self.fc1 = nn.Linear(hidden, width)

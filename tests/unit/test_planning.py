@@ -145,7 +145,7 @@ def test_an_actor_holds_the_cache_that_rows_and_positions_take() -> None:
 
 
 def test_gates_cost_what_they_are_made_of_and_travel_in() -> None:
-    """In bfloat16 biases and second products stay fp32; a gate of an eighth of the width takes an eighth of the bytes."""
+    """Biases and second products are fp32; a gate of an eighth of the width takes an eighth of the bytes."""
     dims, device = published_dims(SEVEN), find_device("H100")
 
     def planned(**change):

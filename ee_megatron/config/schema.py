@@ -88,10 +88,15 @@ class ParallelConfig:
 class ExitsConfig:
     depths: list[int] = setting([])
     """Exit depths (layers run); empty: every fifth layer and the stage boundaries."""
-    gate_width: int = setting(2, positive=True)
-    """Hidden width of a gate in units of the model's hidden size."""
+    gate_width: int | float = setting(2, positive=True)
+    """Hidden width of a gate in units of the model's hidden size; .25, say, where gates are most of what is trained."""
     gate_input: str = setting("normalised", choices=("normalised", "raw"))
     """normalised (residual stream over its root mean square) or raw (the paper's)."""
+
+    def __post_init__(self) -> None:
+        # 2.0 is the same setting as 2, and has the same name for its results.
+        if isinstance(self.gate_width, float) and self.gate_width.is_integer():
+            self.gate_width = int(self.gate_width)
 
 
 @dataclass
@@ -296,7 +301,7 @@ class RolloutConfig:
     """With max_staleness, rollouts under way when new weights arrive: finish (under the weights that began them),
     continue (under the new ones) or drop (begin again under the new ones)."""
     sync_dtype: str = setting("float32", choices=("float32", "bfloat16"), part="freshness")
-    """What weights travel to the pool in: float32 or bfloat16 (half the bytes; gates stay float32)."""
+    """What weights travel to the pool in: float32 or bfloat16 (half the bytes; gates only to a bfloat16 decoder)."""
     check_weights: bool = setting(False, execution=True)
     """Compare every tensor on both sides after every sync."""
     max_new_tokens: int = setting(48, positive=True)

@@ -94,7 +94,7 @@ class RayPool:
 
     def check(self, weights: WeightSet) -> None:
         """Every actor hashes what it holds, read back from its decoder. Raises RuntimeError if one is lost."""
-        wanted = narrowed(weights, self.sync_dtype)
+        wanted = narrowed(weights, self.sync_dtype, self._replica.dtype)
         if identity(wanted) != self._sent.identity:
             raise ValueError(
                 f"the pool was sent weights version {self._sent.identity[0]}, not this version {weights.version}; "
@@ -165,7 +165,7 @@ class RayPool:
         if weights is None:
             self._sent = Sent(TEACHER, None)
             return self._sent
-        weights = narrowed(weights, self.sync_dtype)
+        weights = narrowed(weights, self.sync_dtype, self._replica.dtype)
         if identity(weights) != self._sent.identity:
             chunks = tuple(self._ray.put(chunk) for chunk in pack(weights.tensors))
             self._sent = Sent(identity(weights), chunks)

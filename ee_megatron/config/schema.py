@@ -380,7 +380,8 @@ class RunConfig:
     """Results go to <runs>/<name>/<stage>-<hash of what the stage depends on>."""
     runs: str = "runs"
     device: str = setting("auto", choices=("auto", "cpu", "cuda"))
-    """auto (cuda where there is one), cpu or cuda."""
+    """cpu; cuda, refused where there is none; or auto: cuda where there is one, and refused like it in a cluster whose
+    nodes have GPUs (cluster.gpus_per_node)."""
     deterministic: bool = False
     """Only deterministic kernels, where a GPU has a choice (slower). On a CPU a seed always gives the same metrics."""
     start: str = ""

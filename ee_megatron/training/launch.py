@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from ..config.derive import ranks
+from ..config.device import pick_device
 from ..config.identity import stage_dir, stage_order
 from ..config.schema import RunConfig
 from ..exit_rules import Threshold
@@ -36,9 +37,11 @@ def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
             print(f"{stage}: finished before, in {stage_dir(cfg, stage)}")
         return
     stages.check_inputs(cfg, stage)
+    world = ranks(cfg)
+    here = world if stage in stages.LEARNS else 1
+    pick_device(cfg, int(os.environ.get("LOCAL_WORLD_SIZE", here)))
     if "RANK" not in os.environ:
         stages.ready_model(cfg, stage)
-    world = ranks(cfg)
     if stage in stages.LEARNS and world > 1 and "RANK" not in os.environ:
         _torchrun(stage, overrides, world)
         return
@@ -129,6 +132,8 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
     from ..config.validate import validate
 
     validate(cfg, read_dims(cfg))
+    if not all(stages.is_done(cfg, stage) for stage in stage_order(cfg)):
+        pick_device(cfg, ranks(cfg))
     stages.check_given(cfg)
     for stage in stage_order(cfg):
         if stages.is_done(cfg, stage):

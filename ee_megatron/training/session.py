@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from ..checkpoint.hf_export import export_hf
 from ..config.derive import policy_spec
+from ..config.device import pick_device, pick_dtype
 from ..config.identity import stage_dir, to_yaml
 from ..config.schema import RunConfig, TeacherConfig, TracesConfig
 from ..exit_rules import Off
@@ -47,20 +48,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def pick_device(cfg: RunConfig) -> str:
-    """ "cuda" or "cpu". Raises ValueError if cuda is asked for and absent."""
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but torch finds no GPU here; set device=cpu or device=auto")
-    return "cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def pick_dtype(cfg: RunConfig, device: str) -> torch.dtype:
-    """model.dtype; auto is bfloat16 where matrix units make it fast (a GPU, a CPU with AMX), else float32."""
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    fast = device == "cuda" or torch.cpu._is_amx_tile_supported()
-    return names.get(cfg.model.dtype, torch.bfloat16 if fast else torch.float32)
-
-
 class Session:
     """A stage at work. Enter it once; leaving closes pool, files and process groups, whatever happened.
 
@@ -73,7 +60,7 @@ class Session:
         self.rank = int(os.environ.get("RANK", "0"))
         self.leads = self.rank == 0
         self.path = stage_dir(cfg, stage)
-        self.device_type = pick_device(cfg)
+        self.device_type = pick_device(cfg, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)

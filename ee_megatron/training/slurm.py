@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, MutableMapping
 
 from ..config.cluster import JobShape, job_shape, seats
+from ..config.device import asks_for_gpus, pick_device
 from ..config.identity import stage_dir
 from ..config.schema import RunConfig
 from ..planning.command import allocation
@@ -23,6 +24,13 @@ def describe_job(cfg: RunConfig, stage: str, environment: Mapping[str, str]) -> 
     check_allocation(shape, environment, " ".join(allocation(cfg, stage)))
     if not stages.is_done(cfg, stage):
         stages.check_inputs(cfg, stage)
+        if asks_for_gpus(cfg) and shape.rollout_nodes and not shape.gpus_per_node:
+            raise ValueError(
+                f"device={cfg.device} with cluster.gpus_per_node=0: actors get the GPUs that the settings name; give "
+                "cluster.gpus_per_node=<GPUs of a node>, or set device=cpu"
+            )
+        # This step sees what those of the ranks and of Ray will see of their nodes, which are alike.
+        pick_device(cfg, shape.gpus_per_node or shape.ranks_per_node)
         stages.ready_model(cfg, stage)
     cpu = cfg.device == "cpu" or not shape.gpus_per_node
     devices = range(shape.first_device, shape.gpus_per_node)

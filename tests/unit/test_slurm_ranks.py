@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from ee_megatron.config.cluster import JobShape
@@ -79,7 +80,10 @@ def test_an_allocation_that_is_large_enough_is_not() -> None:
     check_allocation(SHAPE, {}, "")
 
 
-def test_a_job_is_described_once_its_inputs_are_there(tmp_path: Path) -> None:
+def test_a_job_is_described_once_its_inputs_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The node that is asked has as many GPUs as the settings say.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     model = tiny_hf("llama", tmp_path / "model")
     settings = [
         "name=x", f"model.path={model}", f"runs={tmp_path}", "teacher.enabled=false", "device=cuda",

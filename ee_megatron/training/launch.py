@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import MutableMapping
 from pathlib import Path
 
 from ..config.derive import ranks
@@ -26,6 +27,7 @@ def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
     process, with `stopping.STOPPED`.
     """
     adopt_rank(os.environ)
+    grow_segments(os.environ)
     parent = os.environ.pop(WITH_PARENT, "")
     if "SLURM_STEP_ID" in os.environ or (parent and ranks(cfg) == 1):
         # Elsewhere TERM comes from a launcher that wants its ranks to end, not to go on to their next step.
@@ -97,6 +99,13 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     # A spinning OpenMP thread takes the core that another rank or actor needs; passive waiting costs nothing alone.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def grow_segments(environment: MutableMapping[str, str]) -> None:
+    """Batches of ever new shapes leave holes in fixed segments of CUDA's memory; ones that grow have none. Newer
+    torch has a second name for the variable, which the older one would silence: whoever has set either is obeyed."""
+    if "PYTORCH_ALLOC_CONF" not in environment:
+        environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def _free_port() -> int:

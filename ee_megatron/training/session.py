@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ..checkpoint.hf_export import export_hf
+from ..config.cluster import verifier_workers
 from ..config.derive import policy_spec
 from ..config.device import pick_device, pick_dtype
 from ..config.identity import stage_dir, to_yaml
@@ -33,6 +34,7 @@ from ..observe.progress import Progress
 from ..observe.rundir import RunDirectory
 from ..parallel import groups
 from ..parallel.groups import Degrees
+from ..parallel.heartbeat import Heartbeat
 from ..policy import PolicySpec
 from ..rollout.engine.request import GenerationRequest
 from ..rollout.engine.sampling import SamplingParams
@@ -73,6 +75,7 @@ class Session:
         self.directory: RunDirectory | None = None
         self.metrics: Metrics | None = None
         self.writer: CheckpointWriter | None = None
+        self.heartbeat: Heartbeat | None = None
         self.bad_steps = 0
         self.saved = 0
 
@@ -87,6 +90,9 @@ class Session:
             degrees = Degrees(p.tensor, p.pipeline, p.data, p.virtual)
             self.device = groups.initialise(degrees, device=self.device_type, timeout_s=p.timeout_s)
             self.stack.callback(groups.finish)
+            if degrees.world > 1:
+                self.heartbeat = Heartbeat(p.timeout_s)
+                self.stack.callback(self.heartbeat.close)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -128,9 +134,8 @@ class Session:
 
     def make_verifier(self, task: Task) -> VerifierPool:
         t = self.cfg.task
-        return self.stack.enter_context(
-            VerifierPool(task, t.verifier_workers, t.verifier_deadline_s, t.verifier_memory_mb)
-        )
+        workers = verifier_workers(self.cfg, self.stage, self.device_type, os.environ, len(os.sched_getaffinity(0)))
+        return self.stack.enter_context(VerifierPool(task, workers, t.verifier_deadline_s, t.verifier_memory_mb))
 
     def open_metrics(self, resume_step: int | None) -> None:
         """The leader's metrics.jsonl and trackers."""
@@ -160,9 +165,11 @@ class Session:
     # -- together -----------------------------------------------------------------------------------------------------
 
     def from_leader(self, make: Callable[..., T] | None, *arguments: Any) -> T:
-        """What rank 0 makes of the arguments, on every rank; the others' are not looked at. Plain records only."""
+        """What rank 0 makes of the arguments, on every rank; the others' are not looked at. Plain records only. The
+        others wait for as long as the leader lives: deadlines of what it does are `make`'s own."""
         box: list[Any] = [make(*arguments) if self.leads and make else None]
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if self.heartbeat is not None:
+            self.heartbeat.meet()
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
@@ -182,7 +189,8 @@ class Session:
     def stop_if_asked(self, learner: Learner | None, step: int) -> None:
         """`stop` before step `step` if any rank has been told to; all ranks call it."""
         asked = torch.tensor([listener.asked])
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if self.heartbeat is not None:
+            self.heartbeat.meet()
             dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         if asked.item():
             self.stop(learner, step)
@@ -238,6 +246,9 @@ class Session:
         self.saved = step
         if self.writer is not None:
             self.writer.write(step, policy, state, value)
+        if self.heartbeat is not None:
+            # Writing waits for the checkpoint before this one.
+            self.heartbeat.meet()
 
     def guard(self, update: Update, batch: ReplayBatch, weights: Weights, step: int) -> None:
         """Count updates whose gradient was not finite; too many in a row end the run, their batch left on disk.

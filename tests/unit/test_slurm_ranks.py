@@ -21,7 +21,7 @@ from ee_megatron.config import derive
 from ee_megatron.config.cluster import JobShape
 from ee_megatron.config.load import load
 from ee_megatron.families.hf_directory import HFDirectory
-from ee_megatron.training.launch import grow_segments
+from ee_megatron.training.launch import grow_segments, run_stage
 from ee_megatron.training.slurm import adopt_rank, check_allocation, describe_job, tasks_per_node
 from ee_megatron.training.stopping import STOPPED, Listener, Parting, Stopped
 from tests.tiny import tiny_hf
@@ -244,6 +244,25 @@ def test_cuda_memory_grows_in_segments_unless_somebody_has_chosen(chosen: dict[s
     # Ranks that no job script starts.
     grow_segments(environment := dict(chosen))
     assert environment == (chosen or GROWING)
+
+
+def test_ranks_of_this_machine_are_started_with_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Started(Exception):
+        pass
+
+    def execve(program: str, command: list[str], environment: dict[str, str]) -> None:
+        raise Started(environment.get("PYTORCH_CUDA_ALLOC_CONF"))
+
+    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setattr("ee_megatron.training.stages.check_inputs", lambda cfg, stage: None)
+    monkeypatch.setattr("ee_megatron.training.stages.ready_model", lambda cfg, stage: None)
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        # Set first, so that what is put there is taken away after the test.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    cfg = load(["name=x", "model.path=nowhere", f"runs={tmp_path}", "device=cpu", "parallel.data=2"])
+    with pytest.raises(Started, match="expandable_segments:True"):
+        run_stage("calibrate", cfg, [])
 
 
 def test_the_scripts_are_clean() -> None:

@@ -52,6 +52,8 @@ def main() -> int:
     if error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    # Told to end, it ends what it started first.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     begun, clock = datetime.now(UTC), time.monotonic()
     limit = options.deadline or LIMIT_S * PATIENCE[options.device]
     scratch = Path(tempfile.mkdtemp(prefix="gpu-check-", dir=parent))
@@ -143,9 +145,12 @@ def outcome(part: Part, device: str, scratch: Path, left: float, before: dict[st
 def run_child(part: Part, device: str, scratch: Path, deadline: float) -> tuple[int | None, str]:
     """The part's exit code, None past its deadline, and what it printed. Nothing of it is left alive."""
     environment = {
+        # A world of one needs no network, and there may be none to find.
+        "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        # What one part compiles the next one finds.
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"), "TRITON_CACHE_DIR": str(scratch / "triton"),
         **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
         "HF_HUB_OFFLINE": "1", "HF_HOME": str(scratch / "hf"), "TOKENIZERS_PARALLELISM": "false",
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     }  # fmt: skip
     if part.on_cpu or device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}

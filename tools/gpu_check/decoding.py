@@ -26,6 +26,7 @@ PROFILED = 8
 def decode(findings: Findings, bench: Bench) -> None:
     rows, prompt, answer = bench.size.decode
     device, _ = device_of(bench)
+    bench.forget_peak()
     plan = bench.plan(bench.settings(False, prompts=rows), device, prompt, answer)
     findings.figure("answers in flight", rows)
     findings.figure("tokens of a prompt and of an answer", f"{prompt} + {answer}")
@@ -37,7 +38,7 @@ def decode(findings: Findings, bench: Bench) -> None:
 
     answered(1.0)
     if findings.only_on_cuda("memory against the plan"):
-        planned, peak = plan.device_bytes(plan.actor), torch.cuda.max_memory_allocated()
+        planned, peak = plan.device_bytes(plan.actor), bench.peak_bytes()
         compare_memory(findings, "rollout actor", planned, peak)
     answered(bench.size.depth)
     hf = AutoModelForCausalLM.from_pretrained(bench.folder(False), dtype=torch.bfloat16).to(bench.device).eval()

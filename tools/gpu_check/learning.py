@@ -18,6 +18,7 @@ from .shapes import Bench, ideal
 def step(findings: Findings, bench: Bench) -> None:
     prompts, group, prompt, answer, micro_batch = bench.size.step
     device, _ = device_of(bench)
+    bench.forget_peak()
     bench.join()
     cfg = bench.settings(False, prompts, group, micro_batch)
     plan = bench.plan(cfg, device, prompt, answer)
@@ -32,7 +33,7 @@ def step(findings: Findings, bench: Bench) -> None:
         # The second has AdamW's moments from the start.
         learner.step(deepest, weights, adapter_lr=1e-4, gate_lr=1e-4)
     if findings.only_on_cuda("memory against the plan"):
-        compare_memory(findings, "learner rank", plan.device_bytes(plan.learner[0]), torch.cuda.max_memory_allocated())
+        compare_memory(findings, "learner rank", plan.device_bytes(plan.learner[0]), bench.peak_bytes())
 
     def update() -> None:
         learner.step(batch, weights, adapter_lr=1e-4, gate_lr=1e-4)

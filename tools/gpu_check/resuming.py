@@ -64,9 +64,23 @@ def undisturbed(findings: Findings, bench: Bench, steps: int) -> tuple[dict[str,
     return states[0], 4 * noise, why
 
 
-def resume(findings: Findings, bench: Bench) -> None:
-    deterministic()
+def settle(findings: Findings, bench: Bench) -> bool:
+    """Join, with deterministic algorithms as far as there are some; whether one was missing, which is named."""
+    deterministic(warn_only=False)
     bench.join()
+    try:
+        advance(bench, begin(bench, bench.policy(True)), 0)
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        findings.figure("no deterministic form of", str(error).split(". ")[0])
+        deterministic(warn_only=True)
+        return True
+    return False
+
+
+def resume(findings: Findings, bench: Bench) -> None:
+    settle(findings, bench)
     expected, limit, why = undisturbed(findings, bench, 2 * STEPS // 3)
     learner, folder = begin(bench, bench.policy(True)), bench.scratch / "resume"
     for step in range(STEPS // 3):
@@ -86,17 +100,15 @@ def resume(findings: Findings, bench: Bench) -> None:
 
 
 def kill(findings: Findings, bench: Bench) -> None:
-    deterministic()
-    bench.join()
-    run = bench.scratch / "killed"
-    first = start(bench, run)
+    warn_only, run = settle(findings, bench), bench.scratch / "killed"
+    first = start(bench, run, warn_only)
     # While a checkpoint is written: there is a directory that has not yet its name.
     half = wait_for(first, lambda: next((p.name for p in entries(run) if p.name.startswith(".step_")), ""))
     end(first)
     left = [p.name for p in entries(run) if p.name.startswith(".step_")]
     findings.figure("killed while writing", half)
     findings.figure("left behind half-written", len(left))
-    second, begun = start(bench, run), len(complete(run))
+    second, begun = start(bench, run, warn_only), len(complete(run))
     before = max(complete(run), default=0)
     reached = wait_for(second, lambda: max([step for step in complete(run) if step > before], default=0))
     end(second)
@@ -104,7 +116,7 @@ def kill(findings: Findings, bench: Bench) -> None:
     findings.figure("checkpoints there at the second start", begun)
     usable = latest_checkpoint(run, damage)
     findings.check("newest whole checkpoint", float(usable.name.split("_")[1]) if usable else 0, at_least=reached)
-    third = start(bench, run)
+    third = start(bench, run, warn_only)
     begun_at = time.perf_counter()
     code = third.wait()
     findings.figure("third start, seconds to the end", time.perf_counter() - begun_at, "s")
@@ -119,8 +131,8 @@ def kill(findings: Findings, bench: Bench) -> None:
     findings.check("half-written checkpoints in the end", sum(p.name.startswith(".") for p in entries(run)), at_most=0)
 
 
-def start(bench: Bench, run: Path) -> subprocess.Popen[bytes]:
-    arguments = [str(bench.scratch), bench.kind, str(run), str(STEPS)]
+def start(bench: Bench, run: Path, warn_only: bool) -> subprocess.Popen[bytes]:
+    arguments = [str(bench.scratch), bench.kind, str(run), str(STEPS), str(warn_only)]
     return subprocess.Popen([sys.executable, "-m", "tools.gpu_check.trainee", *arguments])
 
 

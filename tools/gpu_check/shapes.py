@@ -143,6 +143,15 @@ class Bench:
         self.wait()
         return time.perf_counter() - begun
 
+    def forget_peak(self) -> None:
+        """What `peak_bytes` counts begins here."""
+        if self.kind == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_bytes(self) -> int:
+        """Most bytes of tensors on a GPU at any time."""
+        return torch.cuda.max_memory_allocated()
+
     def live_bytes(self) -> int:
         """Of tensors on the device, once what nobody holds is gone."""
         gc.collect()

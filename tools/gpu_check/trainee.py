@@ -1,6 +1,6 @@
 """A run that may be killed at any moment and goes on when it is started again.
 
-python -m tools.gpu_check.trainee SCRATCH DEVICE RUN STEPS
+python -m tools.gpu_check.trainee SCRATCH DEVICE RUN STEPS WARN_ONLY
 """
 
 from __future__ import annotations
@@ -39,17 +39,18 @@ def advance(bench: Bench, learner: Learner, step: int) -> None:
         raise RuntimeError(f"step {step}: gradient norms {update.norms} are not finite")
 
 
-def deterministic() -> None:
-    """As the setting of that name has it, but empty tensors stay as they are: DeepSpeed's buffers take gigabytes."""
+def deterministic(*, warn_only: bool) -> None:
+    """As the setting of that name has it, but empty tensors stay as they are: DeepSpeed's buffers take gigabytes.
+    `warn_only`: where an operation has no deterministic form, the other one is taken."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def main() -> None:
     scratch, kind, run, steps = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
     bench = Bench(scratch, kind, small=kind == "cpu")
-    deterministic()
+    deterministic(warn_only=sys.argv[5] == "True")
     bench.join()
     with RunDirectory(run) as directory:
         found = directory.latest_checkpoint(damage)

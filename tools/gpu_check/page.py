@@ -33,7 +33,7 @@ def cell(value: Any) -> str:
 
 def write_page(path: Path, result: dict[str, Any]) -> None:
     """The whole result, what failed first."""
-    machine = next((part["figures"] for part in result["parts"] if part["name"] == "machine"), [])
+    machine: list[dict[str, Any]] = next((part["figures"] for part in result["parts"] if part["name"] == "machine"), [])
     facts = [f"{f['name']} {f['value']}" for f in machine if isinstance(f["value"], str)]
     page = render(
         Path(__file__).with_name("page.html.j2"), style=style(), result=result, facts=facts, cell=cell,

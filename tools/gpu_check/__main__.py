@@ -47,6 +47,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
+    begun, clock = datetime.now(UTC), time.monotonic()
     parent = options.scratch or Path(tempfile.gettempdir())
     error = obstacle(options.device, parent)
     if error:
@@ -54,7 +55,6 @@ def main() -> int:
         return 2
     # Told to end, it ends what it started first.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    begun, clock = datetime.now(UTC), time.monotonic()
     limit = options.deadline or LIMIT_S * PATIENCE[options.device]
     scratch = Path(tempfile.mkdtemp(prefix="gpu-check-", dir=parent))
     results: dict[str, dict[str, Any]] = {}

@@ -2,7 +2,7 @@
 
 One measure for all of them: the error's norm over the norm of the values' deviation from their mean. Its limits:
 
-- float32: 1e-4, which is what the three bodies of the model promise each other (docs/architecture.md).
+- float32: 1e-4, which is what the three bodies of the model promise each other (docs/method.md).
 - a narrower dtype, TF32 too: 2 u √(10L/3) for L layers, u its unit roundoff. From one state of the residual stream to
   the next about ten tensors are rounded (norms, projections, rotation, attention, SwiGLU, sums), each by u/√3 in the
   mean square, and independent roundings add up like a random walk; the 2 is for other orders of summation. bfloat16 on
@@ -70,7 +70,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 def tolerance(precision: str, layers: int) -> tuple[float, str]:
     """The limit of `error` and where it comes from."""
     if precision == "float32":
-        return 1e-4, "the three bodies of the model agree this far in float32 (docs/architecture.md)"
+        return 1e-4, "the three bodies of the model agree this far in float32 (docs/method.md)"
     # TF32 has 10 bits behind the point of its significand, bfloat16 7; rounding is off by half of the last one.
     roundoff = 2.0 ** (-11 if "TF32" in precision else -8)
     why = f"2 u √(10L/3): u = {roundoff:.1e}, the unit roundoff; L = {layers} layers"

@@ -102,18 +102,17 @@ def resume(findings: Findings, bench: Bench) -> None:
 def kill(findings: Findings, bench: Bench) -> None:
     warn_only, run = settle(findings, bench), bench.scratch / "killed"
     first = start(bench, run, warn_only)
-    # While a checkpoint is written: there is a directory that has not yet its name.
-    half = wait_for(first, lambda: next((p.name for p in entries(run) if p.name.startswith(".step_")), ""))
+    # While a later checkpoint than the first is written: there is a directory that has not yet its name.
+    half = wait_for(first, lambda: next((name for name in unfinished(run) if not name.startswith(".step_1.")), ""))
     end(first)
-    left = [p.name for p in entries(run) if p.name.startswith(".step_")]
     findings.figure("killed while writing", half)
-    findings.figure("left behind half-written", len(left))
-    second, begun = start(bench, run, warn_only), len(complete(run))
+    findings.figure("left behind half-written", len(unfinished(run)))
     before = max(complete(run), default=0)
+    findings.check("newest whole checkpoint then", before, at_least=1, why="it has to go on from there")
+    second = start(bench, run, warn_only)
     reached = wait_for(second, lambda: max([step for step in complete(run) if step > before], default=0))
     end(second)
     findings.figure("killed again after step", reached)
-    findings.figure("checkpoints there at the second start", begun)
     usable = latest_checkpoint(run, damage)
     findings.check("newest whole checkpoint", float(usable.name.split("_")[1]) if usable else 0, at_least=reached)
     third = start(bench, run, warn_only)
@@ -128,7 +127,7 @@ def kill(findings: Findings, bench: Bench) -> None:
         found |= {f"{kind} {name}": tensor for name, tensor in tensors.items()}
     expected, limit, why = undisturbed(findings, bench, STEPS)
     findings.check("killed twice against undisturbed", apart(found, expected), at_most=limit, why=why)
-    findings.check("half-written checkpoints in the end", sum(p.name.startswith(".") for p in entries(run)), at_most=0)
+    findings.check("half-written checkpoints in the end", len(unfinished(run)), at_most=0)
 
 
 def start(bench: Bench, run: Path, warn_only: bool) -> subprocess.Popen[bytes]:
@@ -153,6 +152,11 @@ def wait_for(process: subprocess.Popen[bytes], look: Callable[[], T]) -> T:
 def entries(run: Path) -> list[Path]:
     folder = run / "checkpoints"
     return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def unfinished(run: Path) -> list[str]:
+    """Names of what is being written, or was when its writer was killed."""
+    return [path.name for path in entries(run) if path.name.startswith(".step_")]
 
 
 def complete(run: Path) -> list[int]:

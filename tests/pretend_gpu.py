@@ -7,7 +7,7 @@ the line of ee_megatron or megatron that asked (`counting`, `Counts`):
 - syncs: the host waits for a value: `.item()`, `.tolist()`, `nonzero`, boolean indices, copies to the CPU
 - copies: from the host to the device
 - kernels: operations that would launch one; fused ones (torch.compile is off here) count by their parts
-- duplicates: the most often any element is hit by one accumulating `index_put`, which CUDA serialises
+- duplicates: the most often any element is hit by one accumulating `index_put` or `index_add`, which CUDA serialises
 
 and bytes that are alive, by the line that allocated them (`memory`).
 
@@ -46,6 +46,8 @@ NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_str
              "_unsafe_view", "reshape", "_reshape_alias", "_local_scalar_dense", "lift_fresh", "set_",
              "resize_"}  # fmt: skip
 MOVES = {"_to_copy", "copy_", "_copy_from", "_copy_from_and_resize"}
+# What CUDA has and a CPU hasn't.
+DEVICE_ONLY = {torch.ops.aten.mm.dtype: lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype)}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 
 _torch_tensor, _torch_as_tensor = torch.tensor, torch.as_tensor
@@ -223,6 +225,8 @@ def register() -> None:
         from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
         _setup_privateuseone_for_python_backend(NAME)
+        # Recomputation restores autocast as it was: off.
+        getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16]
 
 
 def _tensor(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
@@ -279,7 +283,7 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
     _count_waiting(name, args, kwargs)
     if asked is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    result = func(*tree_map(_raw, args), **tree_map(_raw, kwargs))
+    result = DEVICE_ONLY.get(func, func)(*tree_map(_raw, args), **tree_map(_raw, kwargs))
     _count_launch(func, name, result)
     if not there:
         return result
@@ -350,6 +354,8 @@ def _count_waiting(name: str, args: tuple, kwargs: dict) -> None:
             _counts.note("syncs", "boolean index")
         elif "index_put" in name and len(args) > 3 and args[3]:
             _counts.duplicates = max(_counts.duplicates, _most_hits(_raw(args[0]), args[1]))
+    elif name in ("index_add", "index_add_") and args[2].numel():
+        _counts.duplicates = max(_counts.duplicates, int(torch.bincount(_raw(args[2])).max()))
 
 
 def _most_hits(target: torch.Tensor, index: Any) -> int:

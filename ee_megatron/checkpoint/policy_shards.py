@@ -121,6 +121,37 @@ def gather_policy_tensors(
     return found
 
 
+@torch.no_grad()
+def check_copies(pieces: Iterable[Piece]) -> None:
+    """Compare to the bit what every tensor-parallel rank holds whole: gates, norms, the replicated adapter factors.
+
+    They start alike and take the same updates; a rank that rounds otherwise would sample under gates that the others
+    don't know. Raises RuntimeError, on every rank of the group, naming the first tensor that differs.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    held = [piece for piece in pieces if not piece.entry.split and piece.parameter.numel()]
+    if dist.get_world_size(group) == 1 or not held:
+        return
+    sums = torch.stack([_checksum(piece.parameter) for piece in held])
+    lowest, highest = sums.clone(), sums.clone()
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    differ = [piece for piece, same in zip(held, (lowest == highest).tolist(), strict=True) if not same]
+    if differ:
+        raise RuntimeError(
+            f"{len(differ)} tensors, {differ[0].entry.names[0]} the first, are no longer the same on all "
+            f"{dist.get_world_size(group)} tensor-parallel ranks; go on from the last checkpoint, and if it comes "
+            "again look for a rank with other hardware or libraries"
+        )
+
+
+def _checksum(parameter: Tensor) -> Tensor:
+    """An int64 of the tensor's bits; a change of one element always changes it."""
+    bits = parameter.detach().contiguous().view(torch.int32 if parameter.element_size() == 4 else torch.int16).flatten()
+    # Odd factors keep a change in one place from vanishing modulo 2^64, and tell places apart.
+    return (bits.long() * (2 * torch.arange(len(bits), device=bits.device) + 1)).sum()
+
+
 def _buckets(sizes: list[int]) -> list[tuple[int, int]]:
     """Consecutive ranges [first, last) of about BUCKET elements."""
     ranges, first, total = [], 0, 0

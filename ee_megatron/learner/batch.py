@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config.schema import SEQUENCE_MULTIPLE
-from ..model.control import make_control
+from ..model.control import Control, make_control
 from ..objectives.weights import TensorRows, Weights
 
 
@@ -61,8 +61,8 @@ class ReplayBatch(TensorRows):
             sources[row] = torch.where(here < length, sources[leader], sources[row])
         return sources
 
-    def control(self, weights: Weights | None = None) -> Tensor:
-        """The layers' control tensor [S, B, C] (model/control.py), without a loss where there are no weights."""
+    def control(self, weights: Weights | None = None) -> Control:
+        """What the layers must know (model/control.py), without a loss where there are no weights."""
         w = weights or Weights()
         return make_control(self.exit_depths, self.asked, w.exit, w.entropy, self.sources(), w.target_hazards)
 

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from ..checkpoint.mapping import load_base
-from ..checkpoint.policy_shards import gather_policy_tensors, load_policy_tensors, policy_pieces
+from ..checkpoint.policy_shards import check_copies, gather_policy_tensors, load_policy_tensors, policy_pieces
 from ..config.derive import stage_sizes
 from ..config.schema import DeepspeedConfig, ParallelConfig
 from ..families.hf_directory import HFDirectory
@@ -23,10 +23,11 @@ from ..objectives.weights import TensorRows, Weights
 from ..parallel.schedule import run_schedule
 from ..parallel.vocabulary import Head
 from ..policy import PolicySpec
+from ..transfer import to_device
 from .batch import ReplayBatch
 from .engine import Updater, fill_missing_gradients, sum_replicated_gradients, sum_tied_gradients
 from .optimizer_state import OptimizerState, read_state, read_values, write_state
-from .passes import ReferenceStates, SchedulePass
+from .passes import MicroBatch, ReferenceStates, SchedulePass
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ class Learner:
         for stage in model:
             load_base(stage, source)
         source.close()
-        return model.requires_grad_(False)
+        # It scores before it learns, and after every step: dropout is on inside a step alone.
+        return model.requires_grad_(False).eval()
 
     # -- what the loops call ------------------------------------------------------------------------------------------
 
@@ -180,6 +182,10 @@ class Learner:
         fill_missing_gradients(p for group in self.updater.groups.values() for p in group)
         sum_replicated_gradients(self.model.parameters())
         sum_tied_gradients(self.pieces)
+
+    def check_copies(self) -> None:
+        """RuntimeError where what the tensor-parallel ranks hold in copies is no longer the same on all of them."""
+        check_copies(self.pieces)
 
     def export_policy(self) -> dict[str, Tensor]:
         """The whole policy, fp32, on every rank."""
@@ -242,18 +248,20 @@ class Learner:
         rows = -(-batch.rows // block) * block
         share = rows // ranks
         mine = slice(rank * share, (rank + 1) * share)
-        own = batch.pad_rows(rows).select(mine).to(self.device)
-        own_weights = weights.pad_rows(rows).select(mine).to(self.device)
+        own, own_weights = batch.pad_rows(rows).select(mine), weights.pad_rows(rows).select(mine)
+        if not exits:
+            own = own.at_full_depth(self.dims.num_layers)
         cuts = [slice(i, i + self.micro_batch_size) for i in range(0, share, self.micro_batch_size)]
-        micro_batches = [(own.select(cut), own_weights.select(cut)) for cut in cuts]
+        # Gradients are averaged over data-parallel ranks; the weights are normalised over all of them already.
+        micro_batches = [MicroBatch.of(own.select(cut), own_weights.select(cut), scale=float(ranks)) for cut in cuts]
         passes = SchedulePass(
-            model, head, self.direction, exits=exits, scale=float(ranks), train=train, teacher=teacher,
+            model, head, self.direction, exits=exits, train=train, teacher=teacher,
             reference=reference, keep_hidden=keep_hidden, hazards_of=hazards_of,
         )  # fmt: skip
         with model.recording_gates() if exits else contextlib.nullcontext():
             run_schedule(
                 model,
-                micro_batches,
+                to_device(micro_batches, self.device),
                 passes.forward,
                 passes.loss,
                 sequence=batch.tokens.size(1),

@@ -8,14 +8,51 @@ import torch
 from torch import Tensor
 
 from ..exits import gate_log_term
+from ..model.control import ASKED, ENTROPY, EXIT_DEPTH, WEIGHT, Control
 from ..model.gpt import EarlyExitGPT, RankModel
-from ..model.layer import ENTROPY, WEIGHT, gate_entropy
+from ..model.layer import gate_entropy
 from ..objectives.divergences import Direction, Teacher
 from ..objectives.weights import Weights
 from ..parallel.vocabulary import Head, full_divergence, lumped_kl
 from .batch import ReplayBatch
 
-MicroBatch = tuple[ReplayBatch, Weights]
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """B sequences of S positions as the device sees them. N of the positions predict a token that counts.
+
+    tokens int64 [B, S]; counted int64 [N]: those positions in [S, B] flattened, sequence by sequence; labels int64 [N];
+    token, divergence fp32 [N] or None: weights of the loss; teacher_ids int64, teacher_logprobs fp32 [N, k] or None.
+    """
+
+    tokens: Tensor
+    control: Control
+    counted: Tensor
+    labels: Tensor
+    token: Tensor | None
+    divergence: Tensor | None
+    teacher_ids: Tensor | None
+    teacher_logprobs: Tensor | None
+
+    @staticmethod
+    def of(batch: ReplayBatch, weights: Weights, scale: float) -> MicroBatch:
+        """All on the CPU, where it is known how many positions count; weights are multiplied by `scale`."""
+        control = batch.control(weights)
+        control.channels[..., WEIGHT : ENTROPY + 1] *= scale
+
+        def at(value: Tensor | None, scale: float = 1) -> Tensor | None:
+            return None if value is None else value[batch.counts] * scale
+
+        row, position = batch.counts.nonzero().unbind(1)
+        return MicroBatch(
+            batch.tokens, control, position * batch.rows + row, batch.labels()[batch.counts],
+            at(weights.token, scale), at(weights.divergence, scale), at(batch.teacher_ids), at(batch.teacher_logprobs),
+        )  # fmt: skip
+
+    def place(self, values: Tensor) -> Tensor:
+        """Values at the positions that count [N] -> [B, S], zeros elsewhere."""
+        rows, length = self.tokens.shape
+        return values.new_zeros(length * rows).index_copy(0, self.counted, values).view(length, rows).t()
 
 
 @dataclass
@@ -36,7 +73,6 @@ class SchedulePass:
         direction: Direction,
         *,
         exits: bool,
-        scale: float,
         train: bool,
         teacher: Teacher | None = None,
         reference: ReferenceStates | None = None,
@@ -44,12 +80,10 @@ class SchedulePass:
         hazards_of: tuple[int, ...] = (),
     ):
         self.head, self.exits, self.train = head, exits, train
-        self.num_layers, self.direction = model.last.config.num_layers, direction
+        self.direction = direction
         # Divergence is from the batch's stored distribution, from the reference, or there is none.
         self.stored, self.reference = teacher is Teacher.STORED, reference
         self.keep_hidden = keep_hidden
-        # Gradients are averaged over data-parallel ranks; the weights are normalised over all of them already.
-        self.scale = scale
         self.token_logprobs: list[Tensor] = []
         self.token_entropy: list[Tensor] = []
         self.kl: list[Tensor] = []
@@ -60,64 +94,59 @@ class SchedulePass:
         self.hazards: list[list[Tensor]] = [[] for _ in model]
 
     def forward(self, stage: EarlyExitGPT, micro_batch: MicroBatch) -> Tensor:
-        batch, weights = micro_batch
-        control = (batch if self.exits else batch.at_full_depth(self.num_layers)).control(weights)
-        control[..., WEIGHT : ENTROPY + 1] *= self.scale
-        output = stage(batch.tokens, control)
-        logprobs = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
+        output = stage(micro_batch.tokens, micro_batch.control)
+        channels = micro_batch.control.channels.transpose(0, 1)
+        exit_depths, asked = channels[..., EXIT_DEPTH], channels[..., ASKED] > 0
+        logprobs = torch.zeros(asked.shape, device=asked.device)
         entropy = torch.zeros_like(logprobs)
         hazards = logprobs.new_zeros(len(self.hazards_of), *logprobs.shape)
         for depth, logit in stage.take_gates().items() if self.exits else ():
             logit = logit.transpose(0, 1)
-            reached = batch.exit_depths >= depth
+            reached = exit_depths >= depth
             if self.hazards_of:
-                hazards[self.hazards_of.index(depth)] = torch.sigmoid(logit) * (batch.asked & reached)
-            logprobs += gate_log_term(logit, batch.exit_depths, depth)
+                hazards[self.hazards_of.index(depth)] = torch.sigmoid(logit) * (asked & reached)
+            logprobs += gate_log_term(logit, exit_depths, depth)
             entropy += torch.where(reached, gate_entropy(logit), 0.0)
         chunk = stage.vp_stage or 0
-        self.exit_logprobs[chunk].append(torch.where(batch.asked, logprobs, 0.0))
-        self.exit_entropy[chunk].append(torch.where(batch.asked, entropy, 0.0))
+        self.exit_logprobs[chunk].append(torch.where(asked, logprobs, 0.0))
+        self.exit_entropy[chunk].append(torch.where(asked, entropy, 0.0))
         self.hazards[chunk].append(hazards)
         return output
 
     def loss(self, micro_batch: MicroBatch, output: Tensor) -> Tensor:
         """The terms of tokens and divergence (those of the gates are with their layers)."""
-        batch, weights = micro_batch
         # The last stage returns [S, B, D]; only positions that predict a generated token are read out.
-        hidden = output.transpose(0, 1)[batch.counts]
+        hidden = output.flatten(0, 1).index_select(0, micro_batch.counted)
         if self.keep_hidden is not None:
             self.keep_hidden.append(hidden)
         no_weight = torch.zeros(len(hidden), device=hidden.device)
         token, divergence = (
-            no_weight if weight is None else weight[batch.counts] * self.scale
-            for weight in (weights.token, weights.divergence)
+            no_weight if weight is None else weight for weight in (micro_batch.token, micro_batch.divergence)
         )
         loss, logprobs, entropy, kl = no_weight.sum(), no_weight, no_weight, no_weight
-        if weights.token is not None or self.reference is None or not self.train:
-            loss, logprobs, entropy, kl = self._read_out(batch, hidden, token, divergence)
+        if micro_batch.token is not None or self.reference is None or not self.train:
+            loss, logprobs, entropy, kl = self._read_out(micro_batch, hidden, token, divergence)
         if self.reference is not None:
             assert self.head is not None and self.reference.head is not None
             against = self.reference.head, self.reference.hidden[len(self.token_logprobs)]
             extra, kl = full_divergence(self.head, hidden, *against, divergence, self.direction)
             loss = loss + extra
         for store, value in ((self.token_logprobs, logprobs), (self.token_entropy, entropy), (self.kl, kl)):
-            whole = torch.zeros(batch.tokens.shape, device=output.device)
-            whole[batch.counts] = value
-            store.append(whole)
+            store.append(micro_batch.place(value))
         return loss
 
     def _read_out(
-        self, batch: ReplayBatch, hidden: Tensor, token: Tensor, divergence: Tensor
+        self, micro_batch: MicroBatch, hidden: Tensor, token: Tensor, divergence: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Loss, log p(token) [N], entropy [N] (only where nothing is trained) and divergence from the stored teacher
         [N], from log-probabilities at single tokens; `token`, `divergence`: weights [N]."""
         assert self.head is not None
-        ids = batch.labels()[batch.counts].unsqueeze(-1)
+        ids = micro_batch.labels.unsqueeze(-1)
         kl = torch.zeros_like(token)
         if self.stored:
-            assert batch.teacher_ids is not None and batch.teacher_logprobs is not None
-            teacher = batch.teacher_logprobs[batch.counts]
-            ids = torch.cat([batch.teacher_ids[batch.counts], ids], dim=-1)
+            assert micro_batch.teacher_ids is not None and micro_batch.teacher_logprobs is not None
+            teacher = micro_batch.teacher_logprobs
+            ids = torch.cat([micro_batch.teacher_ids, ids], dim=-1)
 
         def loss_of(log_probs: Tensor, at: slice) -> Tensor:
             loss = -(token[at] * log_probs[:, -1]).sum()

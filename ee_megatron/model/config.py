@@ -18,12 +18,14 @@ class EarlyExitTransformerConfig(TransformerConfig):
     """TransformerConfig plus what the exits need.
 
     dims: the model's dimensions; spec: adapters and gates (None: the plain model, no gates, no adapters);
-    adapter_dropout: probability of dropping an input of an adapter in training mode.
+    adapter_dropout: probability of dropping an input of an adapter in training mode; recompute: layers keep their
+    inputs only and are run again in the backward pass.
     """
 
     dims: ModelDims | None = None
     spec: PolicySpec | None = None
     adapter_dropout: float = 0.0
+    recompute: bool = False
 
 
 def megatron_config(
@@ -86,7 +88,5 @@ def megatron_config(
         deallocate_pipeline_outputs=False,
         # The loss arrives already normalised over the global batch, so the schedule must not divide it again.
         calculate_per_token_loss=True,
-        recompute_granularity="full" if recompute else None,
-        recompute_method="uniform" if recompute else None,
-        recompute_num_layers=1 if recompute else None,
+        recompute=recompute,
     )

@@ -1,23 +1,60 @@
 """What the layers must know about each position, beside the hidden states.
 
-It travels in one tensor, megatron-core's `context` argument: `control` fp32 [s, b, C]. Each pipeline stage takes it
-from its own data; it never crosses a stage boundary.
-
-    channel 0      prescribed exit depth (layers that may change the position; L = no exit, 0 = padding)
-    channel 1      1 where gates are asked, else 0 (prompt, padding)
-    channel 2      weight of the position in the exit loss
-    channel 3      weight of the gates' entropy at the position, a bonus
-    channel 4      the sequence whose key and value the position takes: its own, or an earlier one that begins with the
-                   same prompt (the position is then run there only, and its depth here is 0); -1 for padding
-    channel 5 + i  optional soft target of gate i, -1 for none; without them the prescribed depth is the target
+A `Control` travels as megatron-core's `context` argument. Each pipeline stage takes it from its own data; it never
+crosses a stage boundary. It is made on the host, where exit depths are known before anything runs, so that no layer
+asks the device which positions are left.
 """
 
 from __future__ import annotations
 
+import bisect
+from dataclasses import dataclass, field, replace
+
 import torch
 from torch import Tensor
 
-EXIT_DEPTH, ASKED, WEIGHT, ENTROPY, SOURCE, TARGETS = 0, 1, 2, 3, 4, 5
+from .active import Active, Keys, Segment
+
+EXIT_DEPTH, ASKED, WEIGHT, ENTROPY, TARGETS = 0, 1, 2, 3, 4
+
+
+@dataclass(frozen=True)
+class Control:
+    """S x B positions, in sequence-major order.
+
+    `channels` fp32 [S, B, C]:
+        channel 0      prescribed exit depth (layers that may change the position; L = no exit, 0 = padding, or a
+                       position that an earlier sequence runs)
+        channel 1      1 where gates are asked, else 0 (prompt, padding)
+        channel 2      weight of the position in the exit loss
+        channel 3      weight of the gates' entropy at the position, a bonus
+        channel 4 + i  optional soft target of gate i, -1 for none; without them the prescribed depth is the target
+    `segments`: the positions that run on to each of `depths`, the exit depths that occur, in rising order.
+    `keys`: where keys and values are computed, and who takes them.
+    `ranks`, `rank`: the sequence-parallel group's size (1 without) and this rank's place in it.
+    """
+
+    channels: Tensor
+    depths: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    keys: Keys
+    ranks: int = 1
+    rank: int = 0
+    _active: dict[int, Active] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def on_rank(self, ranks: int, rank: int) -> Control:
+        """The same for a rank of the sequence-parallel group; what layers share is kept as long as this object is."""
+        return replace(self, ranks=ranks, rank=rank)
+
+    def active(self, layer: int) -> Active | None:
+        """The positions whose exit depth is at least `layer` (1-based); one object for all layers of a segment, None
+        if there are no such positions."""
+        at = bisect.bisect_left(self.depths, layer)
+        if at == len(self.depths):
+            return None
+        if at not in self._active:
+            self._active[at] = Active(self.segments[at], self.keys, self.ranks, self.rank)
+        return self._active[at]
 
 
 def make_control(
@@ -27,18 +64,26 @@ def make_control(
     entropy: Tensor | None = None,
     sources: Tensor | None = None,
     targets: Tensor | None = None,
-) -> Tensor:
-    """The control tensor [S, B, C] from one tensor [B, S] per channel (targets: [B, S, M]).
+) -> Control:
+    """From one tensor [B, S] per channel (targets: [B, S, M]), all on the CPU.
 
-    Left out: no gate is asked, weights are 0, every position takes its own key and value.
+    Left out: no gate is asked, weights are 0, every position takes its own key and value. `sources` int64: the sequence
+    whose key and value a position takes, its own or an earlier one that begins with the same prompt (the position is
+    then run there only); -1 for padding.
     """
-    rows = torch.arange(len(exit_depths), device=exit_depths.device).unsqueeze(1)
+    rows = torch.arange(len(exit_depths)).unsqueeze(1)
     sources = rows.expand_as(exit_depths) if sources is None else sources
     # What another sequence runs has no depth of its own here.
     exit_depths = torch.where(sources == rows, exit_depths, 0)
     nothing = torch.zeros_like(exit_depths)
-    channels = (exit_depths, *(nothing if x is None else x for x in (asked, weight, entropy)), sources)
+    channels = (exit_depths, *(nothing if x is None else x for x in (asked, weight, entropy)))
     control = torch.stack([x.float() for x in channels], dim=-1)
     if targets is not None:
         control = torch.cat([control, targets.float()], dim=-1)
-    return control.transpose(0, 1).contiguous()
+    depth_SB = exit_depths.t()
+    asked_SB = torch.zeros_like(depth_SB, dtype=torch.bool) if asked is None else asked.t().bool()
+    depths = sorted(set(exit_depths.flatten().tolist()) - {0})
+    segments = tuple(Segment.of(depth_SB >= depth, asked_SB) for depth in depths)
+    return Control(
+        control.transpose(0, 1).contiguous(), tuple(int(d) for d in depths), segments, Keys.of(sources.t())
+    )  # fmt: skip

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..families import inverse_frequencies
 from .config import EarlyExitTransformerConfig, padded_vocab
+from .control import Control
 from .layer import EarlyExitLayer
 from .lora import DownLinear, GateUpLinear, LoRAPair, OutLinear, QKVLinear
 from .parts import CausalAttention, HeadNorm, RMSNorm, SkippingAttention
@@ -60,13 +61,15 @@ def layer_spec(config: EarlyExitTransformerConfig) -> ModuleSpec:
 class EarlyExitGPT(GPTModel):
     """One pipeline stage's part of the model.
 
-    `forward(tokens [b, s], control [s, b, C] | None)` returns this stage's hidden states [s, b, D] (sharded along s
-    under sequence parallelism); on the last stage they are final_norm(h) and whole along s.
+    `forward(tokens [b, s], control | None)` returns this stage's hidden states [s, b, D] (sharded along s under
+    sequence parallelism); on the last stage they are final_norm(h) and whole along s.
     """
 
-    def forward(self, tokens: Tensor, control: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, tokens: Tensor, control: Control | None = None) -> Tensor:  # type: ignore[override]
         positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-        extra = None if control is None else {"context": control}
+        tp = self.pg_collection.tp
+        share = (tp.size(), tp.rank()) if self.config.sequence_parallel else (1, 0)
+        extra = None if control is None else {"context": control.on_rank(*share)}
         return super().forward(tokens, positions, None, extra_block_kwargs=extra)
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -89,8 +92,8 @@ class EarlyExitGPT(GPTModel):
         return list(self.decoder.layers)
 
     def ask_for_input_gradient(self) -> None:
-        """Make the embedding's output ask for a gradient, as a frozen embedding's doesn't. What hangs on a layer's
-        backward pass (recomputation, ZeRO-3's hooks) works only if the layer's input asks for one."""
+        """Make the embedding's output ask for a gradient, as a frozen embedding's doesn't. ZeRO-3's hooks on a layer's
+        backward pass work only if the layer's input asks for one."""
         self.embedding.register_forward_hook(_ask_for_gradient)
 
     def take_gates(self) -> dict[int, Tensor]:
@@ -174,7 +177,5 @@ def build_stage(config: EarlyExitTransformerConfig, vp_stage: int | None = None)
         rotary_base=int(dims.rope_theta),
         vp_stage=vp_stage,
     )
-    if model.pre_process and config.recompute_granularity is not None:
-        model.ask_for_input_gradient()
     model.rotary_pos_emb.inv_freq = inverse_frequencies(dims).to(model.rotary_pos_emb.inv_freq.device)
     return model

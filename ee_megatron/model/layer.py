@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..exits import gate_log_term
 from .active import Active
 from .config import EarlyExitTransformerConfig
-from .control import ASKED, ENTROPY, EXIT_DEPTH, SOURCE, TARGETS, WEIGHT
+from .control import ENTROPY, EXIT_DEPTH, TARGETS, WEIGHT, Control
 from .parts import ExitGate, mlp_of_active
 
 
@@ -34,14 +34,14 @@ class _AttachLoss(torch.autograd.Function):
         return grad, torch.ones_like(loss)
 
 
-def gate_loss(gate_logit: Tensor, control: Tensor, depth: int, index: int) -> Tensor:
+def gate_loss(gate_logit: Tensor, channels: Tensor, depth: int, index: int) -> Tensor:
     """Weighted exit loss of one gate, a scalar: - sum over positions of weight * log-likelihood + bonus * entropy.
 
-    gate_logit [n], control [n, C] of the positions that reach the gate.
+    gate_logit [n], channels [n, C] (model/control.py) of the positions that reach the gate.
     """
-    targets = control[..., TARGETS + index] if control.size(-1) > TARGETS else None
-    likelihood = gate_log_term(gate_logit, control[..., EXIT_DEPTH], depth, targets)
-    return -(control[..., WEIGHT] * likelihood + control[..., ENTROPY] * gate_entropy(gate_logit)).sum()
+    targets = channels[..., TARGETS + index] if channels.size(-1) > TARGETS else None
+    likelihood = gate_log_term(gate_logit, channels[..., EXIT_DEPTH], depth, targets)
+    return -(channels[..., WEIGHT] * likelihood + channels[..., ENTROPY] * gate_entropy(gate_logit)).sum()
 
 
 def gate_entropy(gate_logit: Tensor) -> Tensor:
@@ -76,41 +76,54 @@ class EarlyExitLayer(TransformerLayer):
             args = (kwargs.pop("hidden_states"), *args)
         return super().__call__(*args, **kwargs)
 
-    def forward(self, hidden_states: Tensor, context: Tensor | None = None, **kwargs: Any):
-        """hidden [s, b, D], control [s, b, C] or None (no exits: the plain layer) -> (hidden, control)."""
+    def forward(self, hidden_states: Tensor, context: Control | None = None, **kwargs: Any):
+        """hidden [s, b, D], control or None (no exits: the plain layer) -> (hidden, control)."""
         # megatron-core's name of the argument.
         control = context
+        if self.config.recompute and self.training and torch.is_grad_enabled():
+            # megatron-core's own saves tensors only, and the control is more. Nothing but dropout draws numbers.
+            hidden_states = checkpoint(
+                self._forward,
+                hidden_states,
+                control,
+                kwargs,
+                use_reentrant=False,
+                preserve_rng_state=bool(self.config.adapter_dropout),
+            )
+            return hidden_states, control
+        return self._forward(hidden_states, control, kwargs), control
+
+    def _forward(self, hidden_states: Tensor, control: Control | None, kwargs: dict[str, Any]) -> Tensor:
         if control is None:
-            return super().forward(hidden_states, **kwargs)
+            return super().forward(hidden_states, **kwargs)[0]
         if self.gate is not None and (self.record or torch.is_grad_enabled()):
             hidden_states = self._ask(self.gate, hidden_states, control)
-        running = control[..., EXIT_DEPTH] >= self.layer_number
-        count = int(running.sum())
-        if count == running.numel():
-            return super().forward(hidden_states, context=None, **kwargs)[0], control
-        if not count:
-            return hidden_states, control
-        ranks = self.tp_group.size() if self.config.sequence_parallel else 1
-        active = Active.of(running, control[..., SOURCE], ranks, self.tp_group.rank())
-        return self._forward_active(hidden_states, active, kwargs["rotary_pos_emb"]), control
-
-    def _ask(self, gate: ExitGate, hidden_states: Tensor, control: Tensor) -> Tensor:
-        """Run the gate where it is asked and reached; its loss goes with the returned hidden states."""
-        if self.config.sequence_parallel:
-            control = scatter_to_sequence_parallel_region(control, group=self.tp_group)
-        where = (control[..., ASKED] > 0) & (control[..., EXIT_DEPTH] >= self.depth)
-        logit = gate(hidden_states[where])
-        if self.record:
-            self.recorded = logit.new_zeros(where.shape).masked_scatter(where, logit.detach())
-        if not logit.requires_grad:
+        active = control.active(self.layer_number)
+        if active is None:
             return hidden_states
-        loss = gate_loss(logit, control[where], self.depth, self.gate_index)
+        if active.everywhere:
+            return super().forward(hidden_states, context=None, **kwargs)[0]
+        return self._forward_active(hidden_states, active, kwargs["rotary_pos_emb"])
+
+    def _ask(self, gate: ExitGate, hidden_states: Tensor, control: Control) -> Tensor:
+        """Run the gate where it is asked and reached; its loss goes with the returned hidden states."""
+        active, flat = control.active(self.depth), hidden_states.flatten(0, 1)
+        mine = flat.new_empty(0, dtype=torch.int64) if active is None else active.asked_mine
+        logit = gate(flat.index_select(0, mine))
+        if self.record:
+            whole = logit.new_zeros(len(flat)).index_copy(0, mine, logit.detach())
+            self.recorded = whole.view(hidden_states.shape[:2])
+        if not logit.requires_grad or active is None:
+            return hidden_states
+        loss = gate_loss(
+            logit, control.channels.flatten(0, 1).index_select(0, active.asked), self.depth, self.gate_index
+        )
         return _AttachLoss.apply(hidden_states, loss)
 
     def _forward_active(self, hidden_states: Tensor, active: Active, rotary: Tensor) -> Tensor:
         """The layer for the active positions; the others keep their stream and pay for their keys and values only."""
         flat = hidden_states.flatten(0, 1)
-        stream = flat[active.mine] + self.self_attention.forward_active(
+        stream = flat.index_select(0, active.mine) + self.self_attention.forward_active(
             self.input_layernorm(hidden_states), active, rotary
         )
         stream = stream + mlp_of_active(self.mlp, self.pre_mlp_layernorm(stream), active)

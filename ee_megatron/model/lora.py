@@ -110,7 +110,7 @@ class _Column(_Adapted, ColumnParallelLinear):
         if active is not None:
             x = active.spread(x)
         whole = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.tp_group)
-        return whole if active is None else whole.flatten(0, 1)[active.index]
+        return whole if active is None else whole.flatten(0, 1).index_select(0, active.index)
 
     def local(self, x: Tensor, parts: tuple[str, ...] | None = None) -> Tensor:
         """x [..., in] that has entered -> [..., local out]: all parts in the fused order, or some of them one after the
@@ -199,7 +199,7 @@ class _Row(_Adapted, RowParallelLinear):
         if active is not None:
             x = active.place(x)
         mine = reduce_scatter_to_sequence_parallel_region(x, group=self.tp_group)
-        return mine if active is None else mine.flatten(0, 1)[active.mine]
+        return mine if active is None else mine.flatten(0, 1).index_select(0, active.mine)
 
     def forward(self, input_: Tensor):
         if not self._enabled(self.PARTS):

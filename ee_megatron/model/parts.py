@@ -9,6 +9,8 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
+from ..exits import gate_units
+from ..products import linear
 from .active import Active
 from .config import EarlyExitTransformerConfig
 
@@ -60,12 +62,10 @@ class CausalAttention(nn.Module):
         Few queries are packed per sequence; many keep their places, where the kernel skips what causality forbids.
         """
         key, value = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
-        if active.worth_packing:
-            at, shape, mask = (active.row, active.slot), (active.rows, active.longest), active.mask
-        else:
-            at, shape, mask = (active.row, active.positions), (active.rows, active.length), None
-        packed = query.new_zeros(*shape, *query.shape[1:]).index_put(at, query)
-        return attend(packed.transpose(1, 2), key, value, mask).transpose(1, 2)[at].flatten(1)
+        packed = query.new_zeros(active.rows * active.width, *query.shape[1:]).index_copy(0, active.at, query)
+        packed = packed.unflatten(0, (active.rows, active.width)).transpose(1, 2)
+        out = attend(packed, key, value, active.mask).transpose(1, 2)
+        return out.flatten(0, 1).index_select(0, active.at).flatten(1)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -92,18 +92,17 @@ class SkippingAttention(SelfAttention):
         """
         whole = self.linear_qkv.enter(normed)
         d = self.hidden_size_per_attention_head
-        whole = whole.flatten(0, 1)
-        own = whole if active.own is None else whole[active.own]
-        key, value = self.linear_qkv.local(own, ("k_proj", "v_proj")).unflatten(-1, (2, -1, d)).unbind(1)
-        query = self.linear_qkv.local(whole[active.index], ("q_proj",)).unflatten(-1, (-1, d))
+        whole, keys = whole.flatten(0, 1), active.keys
+        key, value = self.linear_qkv.local(keys.enter(whole), ("k_proj", "v_proj")).unflatten(-1, (2, -1, d)).unbind(1)
+        query = self.linear_qkv.local(whole.index_select(0, active.index), ("q_proj",)).unflatten(-1, (-1, d))
         if self.q_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
 
         def turn(x: Tensor, positions: Tensor) -> Tensor:
-            return apply_rotary_pos_emb(x.unsqueeze(1), rotary[positions], self.config).squeeze(1)
+            return apply_rotary_pos_emb(x.unsqueeze(1), rotary.index_select(0, positions), self.config).squeeze(1)
 
-        key, query = turn(key, active.own_positions), turn(query, active.positions)
-        attended = self.core_attention.forward_active(query, active.share(key), active.share(value), active)
+        key, query = turn(key, keys.positions), turn(query, active.positions)
+        attended = self.core_attention.forward_active(query, keys.share(key), keys.share(value), active)
         output = self.linear_proj.leave(self.linear_proj.local(attended), active)
         return output if self.linear_proj.bias is None else output + self.linear_proj.bias
 
@@ -121,6 +120,7 @@ def mlp_of_active(mlp: MLP, normed: Tensor, active: Active) -> Tensor:
 class ExitGate(nn.Module):
     """The exit gate at one depth: z = W2 relu(W1 x + b1) + b2 on the residual stream x, [..., D] -> fp32 [...].
 
+    Parameters are fp32 whatever the model's dtype, in which W1 x is multiplied (products.py); the rest is fp32.
     Replicated on every tensor-parallel rank. Under sequence parallelism each rank sees its own positions only, so the
     gradients are partial there.
     """
@@ -128,7 +128,7 @@ class ExitGate(nn.Module):
     def __init__(self, config: EarlyExitTransformerConfig):
         super().__init__()
         assert config.spec is not None
-        hidden, width = config.hidden_size, config.spec.gate_width * config.hidden_size
+        hidden, width = config.hidden_size, gate_units(config.spec.gate_width, config.hidden_size)
         self.normalise = config.spec.gate_input == "normalised"
         self.eps = config.layernorm_epsilon
         self.fc1 = nn.Linear(hidden, width)
@@ -140,4 +140,5 @@ class ExitGate(nn.Module):
         x = residual.float()
         if self.normalise:
             x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.fc2(F.relu(self.fc1(x))).squeeze(-1)
+        inner = linear(x, self.fc1.weight, self.fc1.bias, residual.dtype)
+        return self.fc2(F.relu(inner)).squeeze(-1)

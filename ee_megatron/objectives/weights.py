@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -28,9 +27,6 @@ class TensorRows:
             return whole
 
         return self._each(extend)
-
-    def to(self, device: torch.device) -> Self:
-        return self._each(lambda value: value.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
         changed: dict[str, Any] = {name: change(value) for name, value in vars(self).items() if value is not None}

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from device_setup import (
 )
 from pretend_gpu_cases import TEXTS, Bench
 
-from ee_megatron.model.active import Active
+from ee_megatron.objectives.weights import mean_weights
 from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout.engine.request import Request
 from ee_megatron.rollout.engine.scheduler import Scheduler
@@ -138,7 +139,7 @@ def semantics() -> dict[str, Any]:
         }  # fmt: skip
         found: dict[str, Any] = {name: _tried(operation) for name, operation in tries.items()}
         with pretend_gpu.counting() as counts:
-            Active.of(torch.ones(2, 3, dtype=torch.bool, device=there.device), torch.zeros(2, 3, device=there.device))
+            mean_weights(SimpleNamespace(counts=there[None] > 0), there[None] > 0)
         found["site"] = counts.top("syncs")[0][0]
         with pretend_gpu.counting() as counts:
             places = torch.tensor([0, 1, 1, 1], device=there.device)

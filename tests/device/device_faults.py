@@ -12,8 +12,8 @@ from device_costs import live_bytes, measure
 from device_setup import on, patched
 from pretend_gpu_cases import PATHS, Bench
 
+from ee_megatron.learner import learner as learner_module
 from ee_megatron.learner import optimizer_state
-from ee_megatron.learner.batch import ReplayBatch
 from ee_megatron.model.active import Active
 from ee_megatron.parallel.vocabulary import Head
 from ee_megatron.rollout.engine import decoder as decoder_module
@@ -81,12 +81,16 @@ def _moments_on_the_cpu(real):
     return state_of
 
 
-def _loop_over_rows(real):
-    def of(running, *rest):
-        assert all(int(row.sum()) >= 0 for row in running.t())
-        return real(running, *rest)
+def _labels_on_the_host(real):
+    return lambda batches, device: [replace(real(batch, device), labels=batch.labels) for batch in batches]
 
-    return staticmethod(of)
+
+def _loop_over_rows(real):
+    def init(active, segment, *rest):
+        assert all(int((segment.index % segment.rows == row).sum()) >= 0 for row in range(segment.rows))
+        real(active, segment, *rest)
+
+    return init
 
 
 FAULTS = {
@@ -100,8 +104,7 @@ FAULTS = {
         Scheduler, "_draw", lambda real: lambda *args: real(*args).cpu(), "decode_sample", DEVICE
     ),
     "part of a batch left on the host": Fault(
-        ReplayBatch, "to", lambda real: lambda batch, device: replace(real(batch, device), asked=batch.asked),
-        "learner_score_likelihood", DEVICE,
+        learner_module, "to_device", _labels_on_the_host, "learner_score_likelihood", DEVICE
     ),
     "an attention mask built on the CPU": Fault(ops.Rows, "mask", _mask_on_the_cpu, "decode_off", DEVICE),
     "random numbers left on the CPU": Fault(
@@ -109,7 +112,7 @@ FAULTS = {
     ),
     "a table that stayed on the CPU": Fault(Decoder, "_reach", _tables_on_the_cpu, "decode_off", DEVICE),
     "gates loaded to the CPU": Fault(
-        decoder_module, "gates_from", lambda real: lambda tensors, depths, _: real(tensors, depths, CPU),
+        decoder_module, "gates_from", lambda real: lambda tensors, depths, dtype, _: real(tensors, depths, dtype, CPU),
         "decode_sample", DEVICE,
     ),
     "a fused optimizer's step on the CPU": Fault(optimizer_state, "_state_of", _step_on_the_cpu, "resume", DEVICE),
@@ -124,7 +127,7 @@ FAULTS = {
     "a hidden .item() in every layer": Fault(
         ops.TorchOps, "silu_mul", _item_in_every_layer, "decode off", "syncs"
     ),
-    "a loop over rows that asks each": Fault(Active, "of", _loop_over_rows, "score", "syncs"),
+    "a loop over rows that asks each": Fault(Active, "__init__", _loop_over_rows, "score", "syncs"),
     "a gate's answer by way of the host": Fault(
         Decoder, "gate_logit", lambda real: lambda decoder, *args: real(decoder, *args).cpu().to(decoder.device),
         "decode sample", "syncs",

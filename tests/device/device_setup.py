@@ -79,9 +79,11 @@ SAMPLINGS = {
 }
 
 
-def make_decoder(path: Path, device: torch.device, spec: PolicySpec = LORA) -> Decoder:
+def make_decoder(
+    path: Path, device: torch.device, spec: PolicySpec = LORA, dtype: torch.dtype = torch.float32
+) -> Decoder:
     """With a policy loaded, without an end of sequence."""
-    decoder = Decoder.from_hf(path, spec, torch.float32, device)
+    decoder = Decoder.from_hf(path, spec, dtype, device)
     decoder.load_policy(start(path, spec))
     decoder.eos_ids = NO_STOP
     return decoder
@@ -170,7 +172,7 @@ def score_reference(learner: Learner, lesson: Lesson) -> Scores:
 
 
 def update(learner: Learner, lesson: Lesson) -> Update:
-    return learner.step(lesson.batch, lesson.weights, lesson, adapter_lr=1e-3, gate_lr=3e-3)
+    return learner.step(lesson.batch, lesson.weights, lesson.teacher, adapter_lr=1e-3, gate_lr=3e-3)
 
 
 # ---- the device ----

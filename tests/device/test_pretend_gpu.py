@@ -80,7 +80,7 @@ def test_it_refuses_to_change_the_process_of_the_other_tests():
 
 def test_devices_do_not_mix_and_what_is_slow_is_counted(device):
     found = call(device, "device_costs:semantics")
-    assert found.pop("site").startswith("ee_megatron/model/active.py:")
+    assert found.pop("site").startswith("ee_megatron/objectives/weights.py:")
     assert found == {
         "sum of two devices": "refused", "concatenation of two devices": "refused", "index of the device into the CPU":
         "refused", "numpy": "refused", "fused step on the CPU": "refused", "a scalar of the CPU": (0, 0),

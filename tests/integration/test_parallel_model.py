@@ -129,6 +129,35 @@ def test_a_prompt_that_sequences_share_is_run_once(tmp_path):
     assert 111 / 252 < costs[1] / costs[0] < 0.55
 
 
+def test_a_learner_scores_without_dropout_before_its_first_step(tmp_path):
+    path = tiny_hf("llama", tmp_path / "model")
+    policy, (batch, _) = random_policy(HFDirectory(path).dims, SPEC), make_batch()
+    with Ranks(1, tmp_path / "ranks") as ranks:
+        ranks.call(
+            "parallel_cases:make_learner", path=path, spec=SPEC, policy=policy, degrees=(1, 1, 1), stages=(6,),
+            options={"micro_batch_size": 2, "adapter_dropout": 0.5},
+        )  # fmt: skip
+        first, second = (ranks.call("parallel_cases:score", batch=batch)[0] for _ in range(2))
+    assert torch.equal(first.token_logprobs, second.token_logprobs)
+    tokens, _ = reference_scores(path, policy, batch)
+    torch.testing.assert_close(first.token_logprobs, tokens, rtol=1e-5, atol=1e-5)
+
+
+def test_copies_that_came_apart_are_noticed_on_every_rank(tmp_path):
+    """One bit of a gate on one tensor-parallel rank."""
+    path = tiny_hf("llama", tmp_path / "model")
+    policy, (batch, weights) = random_policy(HFDirectory(path).dims, SPEC), make_batch()
+    with Ranks(2, tmp_path / "ranks") as ranks:
+        ranks.call(
+            "parallel_cases:make_learner", path=path, spec=SPEC, policy=policy, degrees=(2, 1, 1), stages=(6,),
+            options={"micro_batch_size": 2},
+        )  # fmt: skip
+        ranks.call("parallel_cases:step", batch=batch, weights=weights, times=2)
+        assert ranks.call("parallel_cases:drift") == ["", ""]
+        found = ranks.call("parallel_cases:drift", rank=1, name="gates.3.fc1.weight")
+    assert all(text.startswith("1 tensors, gates.3.fc1.weight the first, are no longer") for text in found)
+
+
 def test_a_data_parallel_rank_without_a_sequence_takes_part(tmp_path):
     """One sequence on two ranks: the second has only padding, and both end with the update of a single process."""
     path = tiny_hf("llama", tmp_path / "model")

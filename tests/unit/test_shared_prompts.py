@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ee_megatron.learner.batch import pack
-from ee_megatron.model.active import Active
+from ee_megatron.model.active import Keys
 
 LAYERS = 4
 
@@ -24,7 +24,7 @@ def test_all_but_the_last_position_of_a_common_prompt_is_taken_from_the_first_se
         [0, 0, 2, 2, 3, 3, -1, -1],
         [4, 4, 4, -1, -1, -1, -1, -1],
     ]
-    depths = batch.control()[..., 0].t()
+    depths = batch.control().channels[..., 0].t()
     assert torch.equal(depths > 0, batch.sources() == torch.arange(5)[:, None])
 
 
@@ -49,10 +49,18 @@ def test_a_position_is_run_once_for_all_sequences_that_have_it(rows: list[tuple[
 
 def test_keys_travel_to_where_they_are_taken() -> None:
     sources = torch.tensor([[0, 0, -1], [0, 1, 2]])
-    active = Active.of(sources == torch.arange(3), sources)
-    keys = torch.arange(10.0, 10 + len(active.own))[:, None]
-    shared = active.share(keys)[..., 0]
-    assert active.own.tolist() == [0, 3, 4, 5] and active.own_positions.tolist() == [0, 1, 1, 1]
+    keys = Keys.of(sources)
+    shared = keys.share(torch.arange(10.0, 10 + len(keys.own))[:, None])[..., 0]
+    assert keys.own.tolist() == [0, 3, 4, 5] and keys.positions.tolist() == [0, 1, 1, 1]
     assert shared[:, :2].tolist() == [[10, 10], [11, 12]] and shared[1, 2] == 13
-    alone = Active.of(torch.ones(2, 3, dtype=torch.bool), torch.arange(3).repeat(2, 1))
-    assert alone.own is None and alone.share(torch.zeros(6, 5)).shape == (2, 3, 5)
+    alone = Keys.of(torch.arange(3).repeat(2, 1))
+    assert alone.source is None and alone.share(torch.zeros(6, 5)).shape == (2, 3, 5)
+
+
+def test_padding_takes_no_key_more_often_than_its_share() -> None:
+    sources = torch.zeros(100, 2, dtype=torch.int64)
+    sources[:, 1] = 1
+    sources[20:] = -1
+    keys = Keys.of(sources)
+    assert torch.bincount(keys.source).max() == 5
+    keys.share(torch.zeros(len(keys.own), 1))

@@ -92,8 +92,8 @@ class EarlyExitGPT(GPTModel):
         return list(self.decoder.layers)
 
     def ask_for_input_gradient(self) -> None:
-        """Make the embedding's output ask for a gradient, as a frozen embedding's doesn't. ZeRO-3's hooks on a layer's
-        backward pass work only if the layer's input asks for one."""
+        """Make the embedding's output ask for a gradient, as a frozen embedding's doesn't. What hangs on a layer's
+        backward pass (recomputation, ZeRO-3's hooks) works only if the layer's input asks for one."""
         self.embedding.register_forward_hook(_ask_for_gradient)
 
     def take_gates(self) -> dict[int, Tensor]:
@@ -177,5 +177,7 @@ def build_stage(config: EarlyExitTransformerConfig, vp_stage: int | None = None)
         rotary_base=int(dims.rope_theta),
         vp_stage=vp_stage,
     )
+    if model.pre_process and config.recompute:
+        model.ask_for_input_gradient()
     model.rotary_pos_emb.inv_freq = inverse_frequencies(dims).to(model.rotary_pos_emb.inv_freq.device)
     return model

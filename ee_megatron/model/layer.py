@@ -87,7 +87,7 @@ class EarlyExitLayer(TransformerLayer):
                 hidden_states,
                 control,
                 kwargs,
-                use_reentrant=False,
+                use_reentrant=True,
                 preserve_rng_state=bool(self.config.adapter_dropout),
             )
             return hidden_states, control

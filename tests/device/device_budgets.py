@@ -29,7 +29,7 @@ _TABLE = {
     "score":                           (  0.08,   0.33, 136.92,      0),
     "score reference":                 (  0.08,   0.33,  95.08,      0),
     "learn likelihood":                (  0.42,   0.33, 412.58,      3),
-    "learn likelihood, recompute":     (  0.42,   0.33, 534.58,      3),
+    "learn likelihood, recompute":     (  0.42,   0.33, 528.75,      3),
     "learn likelihood, whole model":   (  0.42,   0.33, 343.42,      3),
     "learn distill":                   (  0.42,   0.33, 418.58,      3),
     "learn distill_full":              (   0.5,   0.67, 507.17,      3),

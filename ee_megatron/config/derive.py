@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .schema import ParallelConfig, RunConfig
+from .schema import ParallelConfig, RolloutConfig, RunConfig
 
 if TYPE_CHECKING:
     from ..exits import ExitLayout
@@ -74,3 +74,13 @@ def policy_spec(cfg: RunConfig, dims: ModelDims) -> PolicySpec:
         gate_width=cfg.exits.gate_width,
         gate_input=cfg.exits.gate_input,
     )
+
+
+def has_actors(rollout: RolloutConfig) -> bool:
+    """Whether rollouts are made by actors in processes of their own."""
+    return rollout.backend != "local"
+
+
+def actor_share(rollout: RolloutConfig) -> float:
+    """Devices that an actor takes: a share of one, or as many as its model is shared among."""
+    return rollout.device_share if rollout.tensor == 1 else rollout.tensor

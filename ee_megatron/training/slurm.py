@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, MutableMapping
 
 from ..config.cluster import JobShape, job_shape, seats
+from ..config.derive import actor_share
 from ..config.identity import stage_dir
 from ..config.schema import RunConfig
 from ..planning.command import allocation
@@ -26,7 +27,7 @@ def describe_job(cfg: RunConfig, stage: str, environment: Mapping[str, str]) -> 
         stages.ready_model(cfg, stage)
     cpu = cfg.device == "cpu" or not shape.gpus_per_node
     devices = range(shape.first_device, shape.gpus_per_node)
-    share = cfg.rollout.device_share
+    share = actor_share(cfg.rollout)
     # On GPUs an actor takes one core of Ray's accounts besides its share of a device: as many as devices have room for.
     cores = math.ceil(shape.actors_per_node * share) if cpu else seats(len(devices), share)
     return {

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...policy import WeightSet
+from ..vllm.pipe import EngineDied
 from .interface import ReplicaSettings, identity
 from .local import LocalPool
 from .ray_nodes import await_head, await_nodes, is_loopback
 from .transport import unpack
+from .vllm import VllmPool
 
 # Calls of this group run beside the one call of the actor's own: they tell it to stop.
 CONTROL = "control"
@@ -23,7 +26,7 @@ class Replica:
     """It works only for a caller who expects the weights that it holds."""
 
     def __init__(self, settings: ReplicaSettings):
-        self.pool = LocalPool(**vars(settings))
+        self.pool = VllmPool(settings) if settings.vllm_python else LocalPool.of(settings)
         self.held: tuple[int, str] | None = None
         self._stopped = 0
 
@@ -54,10 +57,15 @@ class Replica:
             raise ValueError(
                 f"replica holds weights {held}, expected version {expected[0]} ({expected[1][:12]}); load them"
             )
-        if method != "generate":
-            return getattr(self.pool, method)(*arguments)
-        request, begun = arguments
-        return self.pool.generate(request, None, begun, lambda: bool(number) and self._stopped == number)
+        try:
+            if method != "generate":
+                return getattr(self.pool, method)(*arguments)
+            request, begun = arguments
+            return self.pool.generate(request, None, begun, lambda: bool(number) and self._stopped == number)
+        except EngineDied as error:
+            # The driver replaces an actor that is gone and asks another for what this one owes.
+            print(error, file=sys.stderr, flush=True)
+            os._exit(1)
 
     def stop(self, number: int) -> None:
         """Let call `number` end with what it has; without effect on any other."""

@@ -38,7 +38,10 @@ class Served:
 
 def methods(settings: EngineSettings) -> Mapping[str, Callable[..., Any]]:
     served = Served(settings)
-    return {"load": served.load, "held": served.held, "generate": served.generate}
+    return {
+        "load": served.load, "held": served.held, "generate": served.generate,
+        "preemptions": lambda: served.engine.preemptions,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

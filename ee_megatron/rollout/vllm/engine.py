@@ -26,8 +26,14 @@ FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """One engine. rows: requests at a time; tensor: devices; blocks: of the cache, 0 for as many as there is memory;
-    positions: the longest sequence, 0 for the model's own limit; cache_gib: memory of the cache on a CPU."""
+    """One engine.
+
+    - rows: requests at a time; chunk: positions that a step reads at most
+    - tensor: devices
+    - blocks: of the cache, 0 for as many as there is memory; block: positions in one, 0 for vLLM's choice
+    - positions: the longest sequence, 0 for the model's own limit
+    - cache_gib: memory of the cache on a CPU
+    """
 
     model_path: str
     spec: PolicySpec
@@ -35,6 +41,7 @@ class EngineSettings:
     rows: int = 64
     tensor: int = 1
     blocks: int = 0
+    block: int = 0
     positions: int = 0
     chunk: int = 8192
     cache_gib: float = 1.0
@@ -65,6 +72,8 @@ class VllmEngine:
         spec, more = settings.spec, {}
         if settings.blocks:
             more["num_gpu_blocks_override"] = settings.blocks
+        if settings.block:
+            more["block_size"] = settings.block
         if settings.positions:
             more["max_model_len"] = settings.positions
         arguments = EngineArgs(
@@ -110,6 +119,11 @@ class VllmEngine:
                 f"rollout.check_weights: each of {self.tensor} devices holds a share; compare with tensor=1"
             )
         return {**self._adapters, **self._call("exits_held", self.spec.full)}
+
+    @property
+    def preemptions(self) -> int:
+        """How often requests lost their place in the cache and were read again."""
+        return sum(int(m.value) for m in self.engine.get_metrics() if m.name == "vllm:num_preemptions")
 
     # ---- requests ----
 

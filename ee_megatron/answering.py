@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from .config.device import pick_device, pick_dtype
 from .config.schema import RunConfig
 from .exit_rules import ExitRule, Off, parse
 from .families.hf_directory import HFDirectory
@@ -23,7 +24,6 @@ from .rollout.engine.sampling import SamplingParams
 from .rollout.engine.scheduler import stream
 from .rollout.pool.local import LocalPool
 from .training import stages
-from .training.session import pick_device, pick_dtype
 from .types import Prompt
 
 if TYPE_CHECKING:
@@ -82,8 +82,7 @@ def choose(cfg: RunConfig, model: str | None = None, policy: str | None = None) 
     return Chosen(f"{path.resolve().name}-{name}" if model else name, path, checkpoint, spec, tensors)
 
 
-def make_replica(cfg: RunConfig, chosen: Chosen) -> LocalPool:
-    device = pick_device(cfg)
+def make_replica(cfg: RunConfig, chosen: Chosen, device: str) -> LocalPool:
     pool = LocalPool(chosen.path, chosen.spec, pick_dtype(cfg, device), device, rows=1, threads=cfg.rollout.threads)
     pool.decoder.load_policy(chosen.tensors)
     return pool
@@ -93,9 +92,10 @@ def serve(cfg: RunConfig, settings: ServerSettings, exits: str, model: str | Non
     """Answer over HTTP until told to stop; the key that clients need, if any, is EE_API_KEY's."""
     from .rollout.server.run import run
 
+    device = pick_device(cfg)
     chosen = choose(cfg, model, policy)
     default = chosen.exits(exits)
-    replica = make_replica(cfg, chosen)
+    replica = make_replica(cfg, chosen, device)
     name = chosen.name if model else f"{cfg.name}-{chosen.name}"
     about = {"policy": str(chosen.checkpoint) if chosen.checkpoint else None}
     run(replica.decoder, str(chosen.path), name, default, settings, os.environ.get("EE_API_KEY") or None, about)
@@ -112,8 +112,9 @@ def stream_answer(
 ) -> None:
     """Print the answer token by token, then how deep it went."""
     parse_exits(exits)
+    device = pick_device(cfg)
     chosen = choose(cfg, model, policy)
-    rule, replica = chosen.exits(exits), make_replica(cfg, chosen)
+    rule, replica = chosen.exits(exits), make_replica(cfg, chosen, device)
     layers = HFDirectory(chosen.path).dims.num_layers
     sampling = SamplingParams(temperature, max_new_tokens, tuple(cfg.rollout.stop))
     console = Console(highlight=False, soft_wrap=True)

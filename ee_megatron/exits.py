@@ -97,6 +97,25 @@ def _nearest_increasing(choices: Sequence[int], targets: Sequence[float]) -> lis
     return min(best.values(), key=lambda option: option[0])[1] if targets else []
 
 
+# What a fraction of the hidden size has to be a multiple of: the alignment that matrix units want of bfloat16 rows.
+GATE_UNITS = 8
+
+
+def gate_units(gate_width: float, hidden: int) -> int:
+    """Hidden units of gates that are `gate_width` times as wide as the model, whose hidden size is `hidden`.
+
+    Raises ValueError for a fraction that doesn't come to a multiple of GATE_UNITS.
+    """
+    units = round(gate_width * hidden)
+    if units > 0 and (units % GATE_UNITS == 0 or float(gate_width).is_integer()):
+        return units
+    nearest = max(1, round(gate_width * hidden / GATE_UNITS)) * GATE_UNITS
+    raise ValueError(
+        f"exits.gate_width={gate_width:g}: {units} units for a model of hidden size {hidden}; expected a multiple of "
+        f"{GATE_UNITS}: {nearest / hidden:.6g} gives {nearest}"
+    )
+
+
 def gate_log_term(gate_logit: Tensor, exit_depths: Tensor, depth: int, targets: Tensor | None = None) -> Tensor:
     """The share of log q(prescribed exit) that the gate at `depth` owns; the sum over all gates is log q.
 

@@ -5,7 +5,7 @@ all that a checkpoint has to hold. Under full fine-tuning the policy is every te
 name) and the gates. Names are layout-free: every body of the model maps them onto its own modules.
 
     model.layers.{i}.{linear}.lora_A.weight [r, in]     model.layers.{i}.{linear}.lora_B.weight [out, r]
-    gates.{depth}.fc1.weight [w·D, D]  .fc1.bias [w·D]  .fc2.weight [1, w·D]  .fc2.bias [1]
+    gates.{depth}.fc1.weight [w·D, D]  .fc1.bias [w·D]  .fc2.weight [1, w·D]  .fc2.bias [1]        w·D: `gate_units`
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .exits import ExitLayout
+from .exits import ExitLayout, gate_units
 from .families import ModelDims
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -42,7 +42,7 @@ class PolicySpec:
     rank: int = 32
     alpha: float = 32.0
     targets: tuple[str, ...] = ATTENTION + MLP
-    gate_width: int = 2
+    gate_width: float = 2
     gate_input: str = "normalised"
     full: bool = False
 
@@ -69,7 +69,7 @@ class PolicySpec:
         return shapes
 
     def gate_shapes(self, dims: ModelDims) -> dict[str, tuple[int, ...]]:
-        width = self.gate_width * dims.hidden
+        width = gate_units(self.gate_width, dims.hidden)
         shapes: dict[str, tuple[int, ...]] = {}
         for depth in self.exit_depths:
             shapes[f"gates.{depth}.fc1.weight"] = (width, dims.hidden)
@@ -127,6 +127,18 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         total.update(tensor.flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def stays_float32(name: str) -> bool:
+    """Whether a model of any dtype uses this policy tensor in float32: a gate's do, but for the weight of its first
+    product, which is rounded to the model's dtype."""
+    return name.startswith("gates.") and not name.endswith("fc1.weight")
+
+
+def may_travel_in(dtype: torch.dtype, name: str, decoder: torch.dtype) -> bool:
+    """Whether a policy tensor may be rounded to `dtype` on its way to a decoder of dtype `decoder`: of a gate only what
+    that rounds to `dtype` itself, so that hazards don't change."""
+    return not name.startswith("gates.") or (decoder == dtype and not stays_float32(name))
 
 
 @dataclass

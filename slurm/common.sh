@@ -61,6 +61,10 @@ prepare() {
   # srun has not inherited it from sbatch since Slurm 22.05; steps that need another number say so.
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
+  # Memory in segments that grow: batches of ever new shapes leave no holes. Every torch since 2.1 reads this name.
+  if [[ -z ${PYTORCH_ALLOC_CONF+set}${PYTORCH_CUDA_ALLOC_CONF+set} ]]; then
+    export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+  fi
   if [[ -n ${EE_INTERFACE:-} ]]; then
     export NCCL_SOCKET_IFNAME=$EE_INTERFACE GLOO_SOCKET_IFNAME=$EE_INTERFACE
   fi

@@ -46,6 +46,8 @@ NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_str
              "_unsafe_view", "reshape", "_reshape_alias", "_local_scalar_dense", "lift_fresh", "set_",
              "resize_"}  # fmt: skip
 MOVES = {"_to_copy", "copy_", "_copy_from", "_copy_from_and_resize"}
+# What CUDA has and a CPU hasn't.
+DEVICE_ONLY = {torch.ops.aten.mm.dtype: lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype)}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 
 _torch_tensor, _torch_as_tensor = torch.tensor, torch.as_tensor
@@ -281,7 +283,7 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
     _count_waiting(name, args, kwargs)
     if asked is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    result = func(*tree_map(_raw, args), **tree_map(_raw, kwargs))
+    result = DEVICE_ONLY.get(func, func)(*tree_map(_raw, args), **tree_map(_raw, kwargs))
     _count_launch(func, name, result)
     if not there:
         return result

@@ -3,10 +3,10 @@
     python tools/bench_sync.py --model models/SmolLM2-135M-Instruct --repeats 5
 
 Two cases: adapters (rank 8 on the attention's linears, as in the paper) with gates, and full fine-tuning, where the
-whole model travels; both narrowed to bfloat16, gates in float32. The gather is a real learner's `export_policy` in this
-process (one rank); `--no-learner` starts from tensors that are there. Each version differs from the one before. The
-clock stops when every actor has taken the digest of what arrived, has loaded it and says so. `--check` compares every
-tensor on both sides afterwards. Prints a table and one line of JSON: medians over the repeats, seconds.
+whole model travels; both narrowed to bfloat16, the decoders' dtype. The gather is a real learner's `export_policy` in
+this process (one rank); `--no-learner` starts from tensors that are there. Each version differs from the one before.
+The clock stops when every actor has taken the digest of what arrived, has loaded it and says so. `--check` compares
+every tensor on both sides afterwards. Prints a table and one line of JSON: medians over the repeats, seconds.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
     from ee_megatron.policy import ATTENTION, PolicySpec, WeightSet, initial_policy
     from ee_megatron.rollout.pool.interface import ReplicaSettings
     from ee_megatron.rollout.pool.ray_pool import RayPool
-    from ee_megatron.rollout.pool.transport import narrow
+    from ee_megatron.rollout.pool.transport import narrowed
 
     source = HFDirectory(options.model)
     dims = source.dims
@@ -65,7 +65,7 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
             clock.append(time.perf_counter())
             # A version that an actor holds already would not be sent: make each another one.
             tensors[f"gates.{exits[0]}.fc2.bias"] = torch.full((1,), float(version))
-            weights = WeightSet(version, narrow(tensors, torch.bfloat16))
+            weights = narrowed(WeightSet(version, tensors), torch.bfloat16, torch.bfloat16)
             clock.append(time.perf_counter())
             pool.load(weights)
             clock.append(time.perf_counter())

@@ -6,6 +6,7 @@ is 0, all of them, beside the ranks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .derive import actor_share, has_actors, ranks
@@ -13,6 +14,8 @@ from .schema import RunConfig
 
 LEARNS = ("pretrain", "teacher", "calibrate", "rl")
 """Stages with learner ranks; in the others one process drives the rollout pool."""
+MOST_VERIFIERS = 16
+"""Unless task.verifier_workers says so: each is a Python process to start, and judges an answer in milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,21 @@ def job_shape(cfg: RunConfig, stage: str) -> JobShape:
         first_device=behind if enough else 0,
         gpus_per_node=cluster.gpus_per_node,
     )
+
+
+def verifier_workers(cfg: RunConfig, stage: str, device: str, environment: Mapping[str, str], cores: int) -> int:
+    """task.verifier_workers or, where that is 0, those of the `cores` that the leader may run on which nobody else on
+    its node needs: at least 1, at most MOST_VERIFIERS. `device`: of ranks and actors, "cpu" or "cuda"."""
+    if cfg.task.verifier_workers:
+        return cfg.task.verifier_workers
+    busy = 1
+    # srun binds a rank to cores of its own; elsewhere all processes of a node share what one of them sees.
+    if cores > int(environment.get("SLURM_CPUS_PER_TASK", "0")):
+        shape = job_shape(cfg, stage)
+        actors = shape.actors_per_node if shape.rollout_nodes == shape.nodes else 0
+        busy = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+        busy += actors * (cfg.rollout.threads if device == "cpu" else 1)
+    return min(MOST_VERIFIERS, max(1, cores - busy))
 
 
 def seats(devices: int, share: float) -> int:

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from ..policy import PolicySpec
 
 
+START_S = 180.0
+"""For an actor's imports, and for Ray's nodes to find one another."""
+DISK_BYTES_PER_S = 100e6
+"""What a slow disk, or a busy network file system, gives one reader."""
+
+
 def ranks(cfg: RunConfig) -> int:
     """Learner processes: tensor x pipeline x data."""
     return cfg.parallel.tensor * cfg.parallel.pipeline * cfg.parallel.data
@@ -58,6 +64,11 @@ def resolve_exits(cfg: RunConfig, dims: ModelDims) -> ExitLayout:
 def stage_sizes(parallel: ParallelConfig, exits: ExitLayout) -> tuple[int, ...]:
     """Layers per stage, parallel.pipeline * parallel.virtual of them. Raises ValueError as `ExitLayout` does."""
     return exits.stage_sizes(parallel.pipeline * parallel.virtual, parallel.stage_layers)
+
+
+def start_timeout(rollout: RolloutConfig, weight_bytes: int) -> float:
+    """rollout.start_timeout_s or, where that is 0, the seconds that an actor with so much to read may take."""
+    return rollout.start_timeout_s or START_S + weight_bytes / DISK_BYTES_PER_S
 
 
 def policy_spec(cfg: RunConfig, dims: ModelDims) -> PolicySpec:

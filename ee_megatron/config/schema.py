@@ -81,17 +81,23 @@ class ParallelConfig:
     recompute: bool = False
     """Recompute every layer in the backward pass instead of storing its activations."""
     timeout_s: int = setting(1800, positive=True)
-    """Deadline of every collective, seconds."""
+    """Deadline of every collective, and the longest that rank 0 may give no sign of life while the others wait for
+    what it does alone (rollouts, checkpoints); how long that takes is for its own deadlines. Seconds."""
 
 
 @dataclass
 class ExitsConfig:
     depths: list[int] = setting([])
     """Exit depths (layers run); empty: every fifth layer and the stage boundaries."""
-    gate_width: int = setting(2, positive=True)
-    """Hidden width of a gate in units of the model's hidden size."""
+    gate_width: int | float = setting(2, positive=True)
+    """Hidden width of a gate in units of the model's hidden size; .25, say, where gates are most of what is trained."""
     gate_input: str = setting("normalised", choices=("normalised", "raw"))
     """normalised (residual stream over its root mean square) or raw (the paper's)."""
+
+    def __post_init__(self) -> None:
+        # 2.0 is the same setting as 2, and has the same name for its results.
+        if isinstance(self.gate_width, float) and self.gate_width.is_integer():
+            self.gate_width = int(self.gate_width)
 
 
 @dataclass
@@ -131,7 +137,8 @@ class TaskConfig:
     evaluation: int = setting(400, positive=True)
     seed: int = setting(0, at_least=0)
     """Decides which problems belong to which split."""
-    verifier_workers: int = setting(1, positive=True, execution=True)
+    verifier_workers: int = setting(0, at_least=0, execution=True)
+    """Processes that judge answers; 0: by the cores that the ranks and actors of their node leave free."""
     verifier_deadline_s: float = setting(5.0, positive=True, execution=True)
     verifier_memory_mb: int = setting(4096, at_least=0, execution=True)
     """Memory of one verifier process, MiB; 0: no limit."""
@@ -301,16 +308,17 @@ class RolloutConfig:
     """With max_staleness, rollouts under way when new weights arrive: finish (under the weights that began them),
     continue (under the new ones) or drop (begin again under the new ones)."""
     sync_dtype: str = setting("float32", choices=("float32", "bfloat16"), part="freshness")
-    """What weights travel to the pool in: float32 or bfloat16 (half the bytes; gates stay float32)."""
+    """What weights travel to the pool in: float32 or bfloat16 (half the bytes; gates only to a bfloat16 decoder)."""
     check_weights: bool = setting(False, execution=True)
     """Compare every tensor on both sides after every sync."""
     max_new_tokens: int = setting(48, positive=True)
     stop: list[str] = setting(["\n"])
     prompt_template: str = setting("plain", choices=("plain", "chat"))
     """plain (Question: ... Answer:) or chat (the tokenizer's chat template)."""
-    start_timeout_s: float = setting(180.0, positive=True, execution=True)
+    start_timeout_s: float = setting(0.0, at_least=0, execution=True)
+    """Deadline of an actor's start, seconds; 0: three minutes, and one second per 100 MB of weights to read."""
     timeout_s: float = setting(600.0, positive=True, execution=True)
-    """Deadline of one generate or trace call on an actor."""
+    """Deadline of any other call on an actor, seconds: a chunk of answers or traces, a new version of the weights."""
     failure_budget: int = setting(3, at_least=0, execution=True)
     """Actor deaths after which a run stops."""
 
@@ -385,7 +393,8 @@ class RunConfig:
     """Results go to <runs>/<name>/<stage>-<hash of what the stage depends on>."""
     runs: str = "runs"
     device: str = setting("auto", choices=("auto", "cpu", "cuda"))
-    """auto (cuda where there is one), cpu or cuda."""
+    """cpu; cuda, refused where there is none; or auto: cuda where there is one, and refused like it in a cluster whose
+    nodes have GPUs (cluster.gpus_per_node)."""
     deterministic: bool = False
     """Only deterministic kernels, where a GPU has a choice (slower). On a CPU a seed always gives the same metrics."""
     start: str = ""

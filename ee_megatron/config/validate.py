@@ -40,6 +40,10 @@ def validate(cfg: RunConfig, dims: ModelDims | None) -> None:
     if dims is not None:
         _check_tensor(cfg, dims)
         stage_sizes(cfg.parallel, resolve_exits(cfg, dims))
+        # Late, because it brings torch.
+        from ..exits import gate_units
+
+        gate_units(cfg.exits.gate_width, dims.hidden)
 
 
 def _check_value(key: str, value: Any, rules: Rules) -> None:

@@ -39,6 +39,10 @@ class HFDirectory:
     def names(self) -> list[str]:
         return list(self._shards)
 
+    def size(self) -> int:
+        """Bytes of the files that hold the weights."""
+        return sum(shard.stat().st_size for shard in set(self._shards.values()))
+
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as stored, on the CPU."""
         return self._handle(self._shards[name]).get_tensor(name)

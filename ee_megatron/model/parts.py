@@ -9,6 +9,8 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
+from ..exits import gate_units
+from ..products import linear
 from .active import Active
 from .config import EarlyExitTransformerConfig
 
@@ -118,6 +120,7 @@ def mlp_of_active(mlp: MLP, normed: Tensor, active: Active) -> Tensor:
 class ExitGate(nn.Module):
     """The exit gate at one depth: z = W2 relu(W1 x + b1) + b2 on the residual stream x, [..., D] -> fp32 [...].
 
+    Parameters are fp32 whatever the model's dtype, in which W1 x is multiplied (products.py); the rest is fp32.
     Replicated on every tensor-parallel rank. Under sequence parallelism each rank sees its own positions only, so the
     gradients are partial there.
     """
@@ -125,7 +128,7 @@ class ExitGate(nn.Module):
     def __init__(self, config: EarlyExitTransformerConfig):
         super().__init__()
         assert config.spec is not None
-        hidden, width = config.hidden_size, config.spec.gate_width * config.hidden_size
+        hidden, width = config.hidden_size, gate_units(config.spec.gate_width, config.hidden_size)
         self.normalise = config.spec.gate_input == "normalised"
         self.eps = config.layernorm_epsilon
         self.fc1 = nn.Linear(hidden, width)
@@ -137,4 +140,5 @@ class ExitGate(nn.Module):
         x = residual.float()
         if self.normalise:
             x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.fc2(F.relu(self.fc1(x))).squeeze(-1)
+        inner = linear(x, self.fc1.weight, self.fc1.bias, residual.dtype)
+        return self.fc2(F.relu(inner)).squeeze(-1)

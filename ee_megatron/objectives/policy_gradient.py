@@ -51,12 +51,19 @@ def gspo(log_ratio: Tensor, advantage: Tensor, counts: Tensor, clip: float) -> T
 SURROGATES: dict[str, Surrogate] = {"ppo": ppo, "gspo": gspo}
 
 
+K3_GAP = 5.0
+"""Nats of log(pi_ref / pi) from which on k3 goes on as its tangent."""
+
+
 def k3_slope(policy: Tensor, reference: Tensor) -> Tensor:
     """Slope of the k3 estimate of KL(policy ‖ reference) by log pi: 1 - pi_ref / pi, of the log-probabilities' shape.
 
-    k3 = pi_ref / pi - 1 - log(pi_ref / pi) (Schulman 2020, "Approximating KL divergence").
+    k3 = pi_ref / pi - 1 - log(pi_ref / pi) (Schulman 2020, "Approximating KL divergence"). Its slope grows without
+    bound where a token was sampled that the reference likes far better: -1.2e6 at a gap of 14 nats, one token for the
+    whole step. Beyond K3_GAP it stays what it is there, -147, which still pulls. The ratio's mean under pi is 1, so its
+    square's is then at most e^K3_GAP, and at most e^-K3_GAP of the tokens are beyond (Markov's inequality).
     """
-    return 1.0 - (reference - policy).exp()
+    return 1.0 - (reference - policy).clamp(max=K3_GAP).exp()
 
 
 @dataclass(frozen=True)

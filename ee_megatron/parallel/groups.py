@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -62,7 +63,8 @@ def initialise(degrees: Degrees, *, device: str = "cpu", timeout_s: float = 1800
         tensor_model_parallel_size=degrees.tensor,
         pipeline_model_parallel_size=degrees.pipeline,
         virtual_pipeline_model_parallel_size=degrees.virtual if degrees.virtual > 1 else None,
-        distributed_timeout_minutes=max(1, int(timeout_s // 60)),
+        # In whole minutes; rounded down it would contradict the deadline of the group of all ranks.
+        distributed_timeout_minutes=math.ceil(timeout_s / 60),
     )
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 

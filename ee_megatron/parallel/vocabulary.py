@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from torch import Tensor, nn
 
 from ..objectives.divergences import Direction
+from ..products import product
 
 # Bytes of a chunk's fp32 logits, and the fewest positions that still make an efficient product.
 CHUNK_BYTES, LEAST_CHUNK = 2**27, 64
@@ -84,7 +85,7 @@ class Head(nn.Module):
 
     def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """[n, D] -> this rank's logits fp32 [n, V_local], -inf at padded rows, and their maximum over ranks [n, 1]."""
-        logits = (hidden @ self.weight.t()).float()
+        logits = product(hidden, self.weight.t())
         if self.temperature != 1.0:
             logits.div_(self.temperature)
         padding = self.start + logits.size(1) - self.vocab
@@ -160,7 +161,7 @@ class _ChunkedLoss(torch.autograd.Function):
             d_logits = slope.to(weight.dtype)
             torch.mm(d_logits, weight, out=d_hidden[at])
             if d_weight is not None:
-                d_weight += d_logits.t() @ hidden[at]
+                d_weight += product(d_logits.t(), hidden[at])
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
         return loss
 

@@ -8,6 +8,7 @@ import json
 import sys
 
 from ..config.derive import ranks, read_dims
+from ..config.device import asks_for_gpus
 from ..config.schema import RunConfig
 from ..families import ModelDims
 from .command import launch_command
@@ -66,7 +67,7 @@ def refuse_what_does_not_fit(plan: Plan, dims: ModelDims) -> None:
 
 def default_device(cfg: RunConfig) -> str:
     """A CPU or an H100, by the configuration."""
-    return "cpu" if cfg.device == "cpu" or (cfg.device == "auto" and not cfg.cluster.gpus_per_node) else "H100"
+    return "H100" if asks_for_gpus(cfg) else "cpu"
 
 
 def scale(cfg: RunConfig, dims: ModelDims, device: Device, assumed: Assumptions, nodes: list[int]) -> list[Plan]:

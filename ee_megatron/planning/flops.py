@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from ..exits import gate_units
 from ..families import ModelDims, padded_vocab
 from .layout import JOINT, KEY_VALUE, Layout, joint
 from .workload import Workload
@@ -50,9 +51,9 @@ def attention(layout: Layout, load: Workload, rows: float, active: float) -> flo
     return 4 * rows * heads * size * queries(load, active) * load.length
 
 
-def gate(dims: ModelDims, width: int, positions: float) -> float:
+def gate(dims: ModelDims, width: float, positions: float) -> float:
     """FLOPs of one gate of width `width` · D on `positions` positions, forward."""
-    return 2 * positions * width * dims.hidden * (dims.hidden + 1)
+    return 2 * positions * gate_units(width, dims.hidden) * (dims.hidden + 1)
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def decode_cost(layout: Layout, load: Workload) -> float:
 def answer_cost(
     dims: ModelDims,
     exit_depths: Sequence[int],
-    gate_width: int,
+    gate_width: float,
     prompt: int,
     depths: Sequence[int],
     needs: Collection[str] = ("gates",),

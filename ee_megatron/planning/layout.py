@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..config.derive import policy_spec, stage_sizes
 from ..config.schema import RunConfig
+from ..exits import gate_units
 from ..families import ModelDims, padded_vocab
 from ..policy import PolicySpec
 
@@ -102,7 +103,7 @@ def rank_parameters(layout: Layout, pipeline_rank: int) -> Parameters:
     copy = matrix if dims.tied and head and not embedding else 0
     shapes = [joint(layout, (part,)) for part in dims.linear_shapes()]
     adapters = len(layers) * sum(rank * (rows + columns) for rows, columns, rank in shapes)
-    width = layout.spec.gate_width * dims.hidden
+    width = gate_units(layout.spec.gate_width, dims.hidden)
     gate = width * dims.hidden + 2 * width + 1
     return Parameters(base, copy, adapters, gate * len(layout.gates(pipeline_rank)))
 

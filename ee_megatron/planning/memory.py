@@ -9,8 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
+from ..exits import gate_units
 from ..families import padded_vocab
 from ..parallel.vocabulary import CHUNK_BYTES, LEAST_CHUNK
+from ..policy import may_travel_in, stays_float32
 from .flops import PassMode, carries_gradient
 from .layout import JOINT, KEY_VALUE, ROW_PARALLEL, Layout, PipelineStage, joint, rank_parameters
 from .workload import Workload
@@ -152,7 +156,8 @@ def layer_activations(layout: Layout, load: Workload, t: Training, layer: int) -
     kept += active * 3 * INDEX
     if layer - 1 in layout.spec.exit_depths:
         asked = t.micro_batch * (load.answer - 1) / here
-        kept += asked * FP32 * dims.hidden * (2 + layout.spec.gate_width)
+        # The stream in fp32, what the gate's first product reads, and its result after the ReLU.
+        kept += asked * (dims.hidden * (FP32 + e) + FP32 * gate_units(layout.spec.gate_width, dims.hidden))
     return kept
 
 
@@ -195,11 +200,12 @@ def adapter_activations(layout: Layout, t: Training, every: float, active: float
 
 
 def logits_chunk(layout: Layout, load: Workload, t: Training) -> float:
-    """Scoring: a chunk's logits in the base's dtype and in fp32, and p log p beside them."""
+    """Scoring: a chunk's logits in fp32, and p log p beside them; a CPU multiplies with the head in fp32 before."""
     rows = padded_vocab(layout.dims.vocab, layout.tensor) // layout.tensor
     chunk = min(max(LEAST_CHUNK, CHUNK_BYTES // (FP32 * rows)), t.micro_batch * load.answer)
     trained = FP32 * rows * layout.dims.hidden if layout.spec.full else 0
-    return chunk * rows * (2 * FP32 + (t.item if t.item != FP32 else 0)) + trained
+    copied = FP32 * rows * layout.dims.hidden if t.on_cpu and t.item != FP32 else 0
+    return chunk * rows * FP32 + max(chunk * rows * FP32, copied) + trained
 
 
 def actor_memory(layout: Layout, load: Workload, item: int, rows: int, packed: bool) -> dict[str, float]:
@@ -212,7 +218,10 @@ def actor_memory(layout: Layout, load: Workload, item: int, rows: int, packed: b
     changed = [sum(linears[p] for p in parts) for parts in JOINT if joint(layout, parts)[2]]
     behind = sum(dims.num_layers - depth for depth in spec.exit_depths[:1])
     stacked = behind * 2 * dims.kv_size * dims.hidden
-    gates = FP32 * sum(math.prod(shape) for shape in spec.gate_shapes(dims).values())
+    gates = sum(
+        (FP32 if packed or stays_float32(name) else item) * math.prod(shape)
+        for name, shape in spec.gate_shapes(dims).items()
+    )
     found = {
         "weights": float(item * base),
         "adapted matrices": float(item * dims.num_layers * sum(changed)),
@@ -220,9 +229,9 @@ def actor_memory(layout: Layout, load: Workload, item: int, rows: int, packed: b
         "gates": float(gates),
     }
     if packed:
-        multiplied = dims.num_layers * sum(linears.values()) + dims.vocab * dims.hidden + stacked
-        # The packed form takes the place of an adapted or stacked matrix.
-        found["packed copies"] = float(item * (multiplied - dims.num_layers * sum(changed) - stacked))
+        # The packed form takes the place of an adapted or stacked matrix; the head's is fp32.
+        multiplied = dims.num_layers * (sum(linears.values()) - sum(changed))
+        found["packed copies"] = float(item * multiplied + FP32 * dims.vocab * dims.hidden)
     found["KV cache"] = float(2 * item * dims.num_layers * dims.kv_size * rows * (load.prompt + load.answer))
     # One prefill reads up to 8192 positions; its keys and values are there twice while they are stacked.
     read = min(8192, rows * load.prompt)
@@ -232,6 +241,11 @@ def actor_memory(layout: Layout, load: Workload, item: int, rows: int, packed: b
     return found
 
 
-def sync_bytes(layout: Layout) -> int:
-    """One version of the policy's tensors as it travels, fp32."""
-    return FP32 * sum(math.prod(shape) for shape in layout.spec.tensor_shapes(layout.dims).values())
+def sync_bytes(layout: Layout, item: int, sync_dtype: str) -> int:
+    """One version of the policy's tensors as it travels to actors with elements of `item` bytes; sync_dtype: that of
+    `rollout`."""
+    wanted, decoder = getattr(torch, sync_dtype), torch.float32 if item == FP32 else torch.bfloat16
+    return sum(
+        (wanted.itemsize if may_travel_in(wanted, name, decoder) else FP32) * math.prod(shape)
+        for name, shape in layout.spec.tensor_shapes(layout.dims).items()
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..config.cluster import job_shape
@@ -69,7 +70,12 @@ class Plan:
     @property
     def sync(self) -> int:
         """Bytes of the weights that one sync sends to the pool."""
-        return sync_bytes(self.layout)
+        return sync_bytes(self.layout, self.item, self.cfg.rollout.sync_dtype)
+
+    @property
+    def trained(self) -> int:
+        """Parameters of the policy, all ranks together."""
+        return sum(math.prod(shape) for shape in self.layout.spec.tensor_shapes(self.layout.dims).values())
 
     def device_bytes(self, kinds: dict[str, float]) -> float:
         """Bytes that count against a device: on a GPU without what lies in the host's memory."""

@@ -24,7 +24,7 @@ def summary(plan: Plan) -> list[str]:
     seconds = ", ".join(f"{phase} {s:.3g} s" for phase, s in plan.seconds.items())
     return [
         f"parameters: {_count(sum(p.base for p in plan.parameters) * plan.layout.tensor)} of the base over all ranks, "
-        f"{_count(plan.sync // 4)} trained and sent to the rollout pool ({plan.sync / MIB:.1f} MiB)",
+        f"{_count(plan.trained)} trained and sent to the rollout pool ({plan.sync / MIB:.1f} MiB)",
         f"memory: up to {size(most)} per learner rank, {size(plan.device_bytes(plan.actor))} per rollout actor "
         f"({plan.item} bytes per element of the base)",
         f"estimate per RL step on {plan.device.name}: {seconds} (ee-megatron plan shows how)",

@@ -6,6 +6,7 @@ communication with arithmetic.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..config.schema import RunConfig
@@ -37,7 +38,7 @@ class Roofline:
             "scoring": self._scoring(),
             "update": self._update(),
             # The policy's tensors once over the network.
-            "weight sync": sync_bytes(self.layout) / self.device.network,
+            "weight sync": sync_bytes(self.layout, self.item, self.cfg.rollout.sync_dtype) / self.device.network,
         }
 
     def _rollouts(self) -> float:
@@ -48,7 +49,8 @@ class Roofline:
         rows = min(self.cfg.rollout.rows, mine)
         read = prompts * prefill_cost(dims, load.prompt) / device.flops
         linears = sum(a * b for a, b in dims.linear_shapes().values())
-        weights = dims.num_layers * linears + dims.vocab * dims.hidden
+        gates = sum(math.prod(shape) for shape in self.layout.spec.gate_shapes(dims).values())
+        weights = dims.num_layers * linears + dims.vocab * dims.hidden + gates
         span = load.prompt + load.answer / 2
         cache = rows * span * dims.num_layers * 2 * dims.kv_size
         per_token = max(

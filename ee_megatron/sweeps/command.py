@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.derive import policy_spec, ranks, read_dims
+from ..config.device import asks_for_gpus, pick_device
 from ..config.identity import STAGES
 from ..config.load import find_config_dir, list_groups, load
 from ..config.schema import RunConfig
@@ -90,12 +91,15 @@ def _sweep(options: argparse.Namespace) -> int:
     if parallel < 1:
         raise ValueError(f"--max-parallel {parallel}: expected a number >= 1")
     slurm = _slurm_options(options.slurm)
-    sweep = resolve(make_grid(options), options.last, Checker(options.executor))
+    checker = Checker(options.executor)
+    sweep = resolve(make_grid(options), options.last, checker)
     queue = queued(sweep) if options.executor == "slurm" else {}
     tasks = to_start(sweep, queue, options.retry_failed)
     if options.dry_run:
         print(_plan(sweep, tasks, queue))
         return 0
+    if options.executor != "slurm" and tasks and checker.neediest is not None:
+        pick_device(checker.neediest, ranks(checker.neediest))
     records.save(sweep)
     write_missing_results(sweep)
     so_far = records.counts(sweep)
@@ -158,6 +162,8 @@ class Checker:
 
     def __init__(self, executor: str):
         self.executor = executor
+        self.neediest: RunConfig | None = None
+        """Of the configurations that ask for GPUs the one with the most ranks."""
         self._seen: set[str] = set()
 
     def __call__(self, cfg: RunConfig) -> None:
@@ -174,6 +180,8 @@ class Checker:
             raise FileNotFoundError(f"rl.replay={cfg.rl.replay}: no such directory; expected a stage's rollouts/")
         if cfg.task.path and not Path(cfg.task.path).exists():
             raise FileNotFoundError(f"task.path={cfg.task.path}: no such file or directory")
+        if asks_for_gpus(cfg) and (self.neediest is None or ranks(cfg) > ranks(self.neediest)):
+            self.neediest = cfg
         if self.executor == "debug" and ranks(cfg) > 1:
             raise ValueError(f"--executor debug: runs in this process, but there are {ranks(cfg)} ranks; use local")
         if self.executor != "slurm" and cfg.cluster.nodes > 1:

@@ -19,18 +19,21 @@ from .task import TaskRunner
 SLURM_S = 60.0
 WARNING_S = 300
 """How long before a time limit submitit is told."""
+PARTING_S = 30
+"""Of the warning, what is left when a stage that has not heeded it is killed: for the record and the way back."""
 
 
 class SlurmTask:
     """What submitit runs on a node, by its protocol: called with nothing, asked for a checkpoint before a time limit or
     a preemption, and started again from what that returned."""
 
-    def __init__(self, directory: Path, key: str):
-        self.directory, self.key = directory, key
+    def __init__(self, directory: Path, key: str, warning_s: float):
+        self.directory, self.key, self.warning_s = directory, key, warning_s
         self._runner: TaskRunner | None = None
 
     def __call__(self) -> str:
-        self._runner = TaskRunner(self.directory, self.key)
+        # A step's learning may need all of the warning, a minute is no use there.
+        self._runner = TaskRunner(self.directory, self.key, grace_s=max(1.0, self.warning_s - PARTING_S))
         code = self._runner.run()
         if code == 0:
             return self.key
@@ -44,7 +47,7 @@ class SlurmTask:
 
         if self._runner is not None:
             self._runner.stop_and_wait()
-        return DelayedSubmission(SlurmTask(self.directory, self.key))
+        return DelayedSubmission(SlurmTask(self.directory, self.key, self.warning_s))
 
     def _go_back(self) -> None:
         """The stage was told to stop, and not by submitit. A preemption without a warning does that: TERM to every
@@ -73,7 +76,7 @@ def submit(
     """
     jobs: dict[str, str] = {}
     earlier = {key: job for key, job in records.submitted(sweep).items() if key in queue}
-    directory = sweep.directory.resolve()
+    directory, warning = sweep.directory.resolve(), float(options.get("warning", WARNING_S))
     for level in sweep.levels():
         chosen = [task for task in level if task in tasks]
         if not chosen:
@@ -84,7 +87,7 @@ def submit(
         executor = _executor(sweep, chosen, options, parallel, requeues, after)
         try:
             with executor.batch():
-                submitted = [executor.submit(SlurmTask(directory, task.key)) for task in chosen]
+                submitted = [executor.submit(SlurmTask(directory, task.key, warning)) for task in chosen]
         except Exception as error:
             said = " ".join(str(error).split())
             raise RuntimeError(f"sbatch refused the sweep's job: {said}") from None

@@ -6,9 +6,11 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import MutableMapping
 from pathlib import Path
 
 from ..config.derive import ranks
+from ..config.device import pick_device
 from ..config.identity import stage_dir, stage_order
 from ..config.schema import RunConfig
 from ..exit_rules import Threshold
@@ -25,6 +27,7 @@ def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
     process, with `stopping.STOPPED`.
     """
     adopt_rank(os.environ)
+    grow_segments(os.environ)
     parent = os.environ.pop(WITH_PARENT, "")
     if "SLURM_STEP_ID" in os.environ or (parent and ranks(cfg) == 1):
         # Elsewhere TERM comes from a launcher that wants its ranks to end, not to go on to their next step.
@@ -36,9 +39,11 @@ def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
             print(f"{stage}: finished before, in {stage_dir(cfg, stage)}")
         return
     stages.check_inputs(cfg, stage)
+    world = ranks(cfg)
+    here = world if stage in stages.LEARNS else 1
+    pick_device(cfg, int(os.environ.get("LOCAL_WORLD_SIZE", here)))
     if "RANK" not in os.environ:
         stages.ready_model(cfg, stage)
-    world = ranks(cfg)
     if stage in stages.LEARNS and world > 1 and "RANK" not in os.environ:
         _torchrun(stage, overrides, world)
         return
@@ -96,6 +101,13 @@ def quiet_libraries() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def grow_segments(environment: MutableMapping[str, str]) -> None:
+    """Batches of ever new shapes leave holes in fixed segments of CUDA's memory; ones that grow have none. Newer
+    torch has a second name for the variable, which the older one would silence: whoever has set either is obeyed."""
+    if "PYTORCH_ALLOC_CONF" not in environment:
+        environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -129,6 +141,8 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
     from ..config.validate import validate
 
     validate(cfg, read_dims(cfg))
+    if not all(stages.is_done(cfg, stage) for stage in stage_order(cfg)):
+        pick_device(cfg, ranks(cfg))
     stages.check_given(cfg)
     for stage in stage_order(cfg):
         if stages.is_done(cfg, stage):

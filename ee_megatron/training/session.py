@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 
 from ..checkpoint.hf_export import export_hf
+from ..config.cluster import verifier_workers
 from ..config.derive import policy_spec
+from ..config.device import pick_device, pick_dtype
 from ..config.identity import stage_dir, to_yaml
 from ..config.schema import RunConfig, TeacherConfig, TracesConfig
 from ..exit_rules import Off
@@ -32,6 +34,7 @@ from ..observe.progress import Progress
 from ..observe.rundir import RunDirectory
 from ..parallel import groups
 from ..parallel.groups import Degrees
+from ..parallel.heartbeat import Heartbeat
 from ..policy import PolicySpec
 from ..rollout.engine.request import GenerationRequest
 from ..rollout.engine.sampling import SamplingParams
@@ -47,20 +50,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def pick_device(cfg: RunConfig) -> str:
-    """ "cuda" or "cpu". Raises ValueError if cuda is asked for and absent."""
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but torch finds no GPU here; set device=cpu or device=auto")
-    return "cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def pick_dtype(cfg: RunConfig, device: str) -> torch.dtype:
-    """model.dtype; auto is bfloat16 where matrix units make it fast (a GPU, a CPU with AMX), else float32."""
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    fast = device == "cuda" or torch.cpu._is_amx_tile_supported()
-    return names.get(cfg.model.dtype, torch.bfloat16 if fast else torch.float32)
-
-
 class Session:
     """A stage at work. Enter it once; leaving closes pool, files and process groups, whatever happened.
 
@@ -73,7 +62,7 @@ class Session:
         self.rank = int(os.environ.get("RANK", "0"))
         self.leads = self.rank == 0
         self.path = stage_dir(cfg, stage)
-        self.device_type = pick_device(cfg)
+        self.device_type = pick_device(cfg, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -86,6 +75,7 @@ class Session:
         self.directory: RunDirectory | None = None
         self.metrics: Metrics | None = None
         self.writer: CheckpointWriter | None = None
+        self.heartbeat: Heartbeat | None = None
         self.bad_steps = 0
         self.saved = 0
 
@@ -100,6 +90,9 @@ class Session:
             degrees = Degrees(p.tensor, p.pipeline, p.data, p.virtual)
             self.device = groups.initialise(degrees, device=self.device_type, timeout_s=p.timeout_s)
             self.stack.callback(groups.finish)
+            if degrees.world > 1:
+                self.heartbeat = Heartbeat(p.timeout_s)
+                self.stack.callback(self.heartbeat.close)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -141,9 +134,8 @@ class Session:
 
     def make_verifier(self, task: Task) -> VerifierPool:
         t = self.cfg.task
-        return self.stack.enter_context(
-            VerifierPool(task, t.verifier_workers, t.verifier_deadline_s, t.verifier_memory_mb)
-        )
+        workers = verifier_workers(self.cfg, self.stage, self.device_type, os.environ, len(os.sched_getaffinity(0)))
+        return self.stack.enter_context(VerifierPool(task, workers, t.verifier_deadline_s, t.verifier_memory_mb))
 
     def open_metrics(self, resume_step: int | None) -> None:
         """The leader's metrics.jsonl and trackers."""
@@ -173,9 +165,11 @@ class Session:
     # -- together -----------------------------------------------------------------------------------------------------
 
     def from_leader(self, make: Callable[..., T] | None, *arguments: Any) -> T:
-        """What rank 0 makes of the arguments, on every rank; the others' are not looked at. Plain records only."""
+        """What rank 0 makes of the arguments, on every rank; the others' are not looked at. Plain records only. The
+        others wait for as long as the leader lives: deadlines of what it does are `make`'s own."""
         box: list[Any] = [make(*arguments) if self.leads and make else None]
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if self.heartbeat is not None:
+            self.heartbeat.meet()
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
@@ -195,7 +189,8 @@ class Session:
     def stop_if_asked(self, learner: Learner | None, step: int) -> None:
         """`stop` before step `step` if any rank has been told to; all ranks call it."""
         asked = torch.tensor([listener.asked])
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if self.heartbeat is not None:
+            self.heartbeat.meet()
             dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         if asked.item():
             self.stop(learner, step)
@@ -254,6 +249,9 @@ class Session:
         self.saved = step
         if self.writer is not None:
             self.writer.write(step, policy, state, value)
+        if self.heartbeat is not None:
+            # Writing waits for the checkpoint before this one.
+            self.heartbeat.meet()
 
     def guard(self, update: Update, batch: ReplayBatch, weights: Weights, step: int) -> None:
         """Count updates whose gradient was not finite; too many in a row end the run, their batch left on disk.

@@ -7,9 +7,11 @@ import re
 from collections.abc import Mapping, MutableMapping
 
 from ..config.cluster import JobShape, job_shape, seats
-from ..config.derive import actor_share
+from ..config.derive import actor_share, start_timeout
+from ..config.device import asks_for_gpus, pick_device
 from ..config.identity import stage_dir
 from ..config.schema import RunConfig
+from ..families.hf_directory import HFDirectory
 from ..planning.command import allocation
 from . import stages
 
@@ -22,9 +24,17 @@ def describe_job(cfg: RunConfig, stage: str, environment: Mapping[str, str]) -> 
     """
     shape = job_shape(cfg, stage)
     check_allocation(shape, environment, " ".join(allocation(cfg, stage)))
+    weights = 0
     if not stages.is_done(cfg, stage):
         stages.check_inputs(cfg, stage)
-        stages.ready_model(cfg, stage)
+        if asks_for_gpus(cfg) and shape.rollout_nodes and not shape.gpus_per_node:
+            raise ValueError(
+                f"device={cfg.device} with cluster.gpus_per_node=0: actors get the GPUs that the settings name; give "
+                "cluster.gpus_per_node=<GPUs of a node>, or set device=cpu"
+            )
+        # This step sees what those of the ranks and of Ray will see of their nodes, which are alike.
+        pick_device(cfg, shape.gpus_per_node or shape.ranks_per_node)
+        weights = HFDirectory(stages.ready_model(cfg, stage)).size()
     cpu = cfg.device == "cpu" or not shape.gpus_per_node
     devices = range(shape.first_device, shape.gpus_per_node)
     share = actor_share(cfg.rollout)
@@ -38,7 +48,7 @@ def describe_job(cfg: RunConfig, stage: str, environment: Mapping[str, str]) -> 
         "rollout_nodes": str(shape.rollout_nodes),
         "ray_cpus": str(cores),
         "ray_gpus": "" if cpu else ",".join(map(str, devices)),
-        "start_timeout_s": str(math.ceil(cfg.rollout.start_timeout_s)),
+        "start_timeout_s": str(math.ceil(start_timeout(cfg.rollout, weights))),
         "directory": str(stage_dir(cfg, stage).resolve()),
         "requeue_limit": str(cfg.cluster.requeue_limit),
         "done": "yes" if stages.is_done(cfg, stage) else "no",

@@ -112,7 +112,7 @@ FAULTS = {
     ),
     "a table that stayed on the CPU": Fault(Decoder, "_reach", _tables_on_the_cpu, "decode_off", DEVICE),
     "gates loaded to the CPU": Fault(
-        decoder_module, "gates_from", lambda real: lambda tensors, depths, _: real(tensors, depths, CPU),
+        decoder_module, "gates_from", lambda real: lambda tensors, depths, dtype, _: real(tensors, depths, dtype, CPU),
         "decode_sample", DEVICE,
     ),
     "a fused optimizer's step on the CPU": Fault(optimizer_state, "_state_of", _step_on_the_cpu, "resume", DEVICE),

@@ -79,9 +79,11 @@ SAMPLINGS = {
 }
 
 
-def make_decoder(path: Path, device: torch.device, spec: PolicySpec = LORA) -> Decoder:
+def make_decoder(
+    path: Path, device: torch.device, spec: PolicySpec = LORA, dtype: torch.dtype = torch.float32
+) -> Decoder:
     """With a policy loaded, without an end of sequence."""
-    decoder = Decoder.from_hf(path, spec, torch.float32, device)
+    decoder = Decoder.from_hf(path, spec, dtype, device)
     decoder.load_policy(start(path, spec))
     decoder.eos_ids = NO_STOP
     return decoder

@@ -62,8 +62,8 @@ class Bench:
     def device(self) -> torch.device:
         return device_of(self.kind)
 
-    def decoder(self, spec: PolicySpec = LORA) -> Decoder:
-        return make_decoder(self.path, self.device, spec)
+    def decoder(self, spec: PolicySpec = LORA, dtype: torch.dtype = torch.float32) -> Decoder:
+        return make_decoder(self.path, self.device, spec, dtype)
 
     def learner(self, spec: PolicySpec = LORA, **options: Any) -> Learner:
         return make_learner(self.path, self.device, spec, self.degrees, **options)
@@ -115,8 +115,8 @@ def nucleus_of_a_flat_distribution(bench: Bench) -> Tensor:
     return truncate(logits.to(bench.device), 0, 0.7, candidates=16).cpu()
 
 
-def scored(bench: Bench, spec: PolicySpec = LORA) -> list:
-    return score(bench.decoder(spec), start(bench.path, spec), rollouts(bench))
+def scored(bench: Bench, spec: PolicySpec = LORA, dtype: torch.dtype = torch.float32) -> list:
+    return score(bench.decoder(spec, dtype), start(bench.path, spec), rollouts(bench))
 
 
 def inspected(bench: Bench) -> list:
@@ -183,6 +183,7 @@ PATHS: dict[str, Callable[[Bench], Any]] = {
     "nucleus_of_a_flat_distribution": nucleus_of_a_flat_distribution,
     "score": scored,
     "score_full": partial(scored, spec=FULL),
+    "score_bfloat16": partial(scored, dtype=torch.bfloat16),
     "inspect": inspected,
     "trace": traced,
     "load": loaded,
@@ -195,7 +196,8 @@ PATHS: dict[str, Callable[[Bench], Any]] = {
     "learn_full": partial(learned, spec=FULL, objective="exact_kl"),
     "learn_full_recompute": partial(learned, spec=FULL, recompute=True),
     "learn_jensen_shannon": partial(learned, objective="distill", kl_direction="jensen_shannon"),
-    "learn_bfloat16": partial(learned, spec=FULL, zero_stage=1, dtype=torch.bfloat16),
+    "learn_bfloat16": partial(learned, dtype=torch.bfloat16),
+    "learn_full_bfloat16": partial(learned, spec=FULL, zero_stage=1, dtype=torch.bfloat16),
     "resume": resumed,
     "resume_flat": partial(resumed, zero_stage=1),
     "resume_full": partial(resumed, spec=FULL),

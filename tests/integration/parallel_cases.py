@@ -62,6 +62,25 @@ def log_probs(tokens, depths):
     return kept.get("log_probs")
 
 
+def read_out(hidden, ids, slope):
+    """Log-probabilities [N, k] at ids by the head alone, and the gradients of sum(slope * log p) for hidden states and
+    head."""
+    head = _kept["learner"].head
+    leaf, weight = hidden.clone().requires_grad_(), head.weight
+    kept, trained = weight.requires_grad, weight.requires_grad_()
+    loss, _ = head(leaf, ids, lambda log_probs, at: (slope[at] * log_probs).sum())
+    gradients = torch.autograd.grad(loss, (leaf, trained))
+    weight.requires_grad_(kept)
+    return head.log_probs_at(hidden, ids)[0], *gradients
+
+
+def ask_gates(hidden):
+    """Logits [M, N] of this rank's gates on streams [N, D]."""
+    layers = [layer for stage in _kept["learner"].model for layer in stage.early_exit_layers()]
+    with torch.no_grad():
+        return torch.stack([layer.gate(hidden) for layer in layers if layer.gate is not None])
+
+
 def state():
     """-> (policy, optimizer state)."""
     return _kept["learner"].export_policy(), _kept["learner"].export_optimizer()

@@ -14,6 +14,7 @@ from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams, make_pool
 from ee_megatron.types import Prompt
+from tests.reference import random_policy
 from tests.tiny import tiny_hf
 
 SPEC = PolicySpec(6, (2, 4), rank=4, alpha=8.0)
@@ -49,9 +50,10 @@ def test_a_pool_says_which_of_its_settings_is_wrong(tmp_path: Path):
             make_pool(RolloutConfig(**settings), path, SPEC, torch.float32, "cpu")
 
 
-def test_weights_narrowed_on_their_way_are_what_the_pool_holds_and_checks(tmp_path: Path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_narrowed_on_their_way_are_what_the_pool_holds_and_checks(dtype, tmp_path: Path):
     path = tiny_hf("llama", tmp_path)
-    pool = LocalPool(path, SPEC, sync_dtype=torch.bfloat16)
+    pool = LocalPool(path, SPEC, dtype, sync_dtype=torch.bfloat16)
     weights = WeightSet(3, initial_policy(HFDirectory(path).dims, SPEC, 0))
     with pytest.raises(ValueError, match="holds weights version 0, not 3"):
         pool.check(weights)
@@ -61,6 +63,24 @@ def test_weights_narrowed_on_their_way_are_what_the_pool_holds_and_checks(tmp_pa
     changed = {n: t + 0.5 if n == "model.layers.1.mlp.up_proj.lora_A.weight" else t for n, t in weights.tensors.items()}
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.lora_A\.weight is .* \(1 of"):
         pool.check(WeightSet(3, changed))
+    name = "gates.4.fc1.weight"
+    with pytest.raises(ValueError, match=r"gates\.4\.fc1\.weight is .* \(1 of"):
+        pool.check(WeightSet(3, weights.tensors | {name: weights.tensors[name] + 0.5}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gates_that_travel_narrow_decide_as_those_that_don_t(dtype, tmp_path: Path):
+    path = tiny_hf("llama", tmp_path)
+    policy = random_policy(HFDirectory(path).dims, SPEC)
+    # Adapters that narrowing leaves alone, so that only gates could make a difference.
+    policy = {name: t if name.startswith("gates.") else t.bfloat16().float() for name, t in policy.items()}
+    found = []
+    for narrow in (None, torch.bfloat16):
+        pool = LocalPool(path, SPEC, dtype, sync_dtype=narrow)
+        pool.load(WeightSet(1, policy))
+        hidden = torch.randn(9, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+        found.append(torch.stack([pool.decoder.gate_logit(i, hidden) for i in range(2)]))
+    assert torch.equal(*found) and found[0].std() > 0.01
 
 
 def test_an_unknown_backend_and_a_missing_model_are_refused(tmp_path: Path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ee_megatron.config.cluster import JobShape, job_shape, seats
+from ee_megatron.config.cluster import JobShape, job_shape, seats, verifier_workers
 from ee_megatron.config.load import load
 from ee_megatron.config.validate import validate
 
@@ -63,3 +63,26 @@ def test_a_cluster_without_gpus_has_nothing_to_share() -> None:
 )
 def test_seats(devices: int, share: float, expected: int) -> None:
     assert seats(devices, share) == expected
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "device", "environment", "cores", "expected"),
+    [
+        # All that a node's processes share: 4 ranks and an actor of 2 threads, which is the GPU's on a GPU.
+        ("rl", ["parallel.data=4"], "cpu", {"LOCAL_WORLD_SIZE": "4"}, 16, 10),
+        ("rl", ["parallel.data=4"], "cuda", {"LOCAL_WORLD_SIZE": "4"}, 16, 11),
+        ("rl", ["parallel.data=4", "rollout=local"], "cpu", {"LOCAL_WORLD_SIZE": "4"}, 16, 12),
+        ("rl", ["parallel.data=4"], "cpu", {"LOCAL_WORLD_SIZE": "4"}, 2, 1),
+        ("traces", ["rollout.actors=3"], "cpu", {}, 16, 9),
+        ("rl", ["cluster.nodes=2", "cluster.rollout_nodes=1", "rollout.actors=8"], "cpu", {}, 9, 8),
+        # Cores of its own, as srun binds them.
+        ("rl", ["parallel.data=8"], "cuda", {"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_PER_TASK": "8"}, 8, 7),
+        ("rl", ["parallel.data=8"], "cuda", {"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_PER_TASK": "8"}, 64, 16),
+        ("rl", ["task.verifier_workers=40"], "cpu", {}, 2, 40),
+    ],
+)  # fmt: skip
+def test_verifiers_take_the_cores_that_ranks_and_actors_leave(
+    stage: str, overrides: list[str], device: str, environment: dict[str, str], cores: int, expected: int
+) -> None:
+    cfg = load(["name=x", "model.path=nowhere", *overrides])
+    assert verifier_workers(cfg, stage, device, environment, cores) == expected

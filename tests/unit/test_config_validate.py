@@ -14,11 +14,12 @@ import pytest
 
 from ee_megatron.config import identity
 from ee_megatron.config.derive import policy_spec, read_dims, resolve_exits
+from ee_megatron.config.identity import to_yaml
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import RunConfig, TracesConfig, setting, settings
 from ee_megatron.config.validate import validate
 from ee_megatron.families import ModelDims
-from ee_megatron.policy import ATTENTION, MLP
+from ee_megatron.policy import ATTENTION, MLP, PolicySpec
 
 TWO_NODES = ("cluster.nodes=2", "cluster.rollout_nodes=1", "cluster.gpus_per_node=8")
 SMALL = dict(max_positions=64, rms_eps=1e-6, rope_theta=1e4, vocab=128)
@@ -177,6 +178,26 @@ def test_policy_spec_carries_every_field() -> None:
     assert (spec.targets, spec.rank, spec.alpha, spec.gate_input, spec.gate_width) == (ATTENTION, 8, 16.0, "raw", 3)
     assert spec.exit_depths == (5, 10, 15, 20, 25) and spec.num_layers == 28
     assert policy_spec(config(), dims()).targets == ATTENTION + MLP
+
+
+def test_gates_may_be_narrower_than_the_model() -> None:
+    spec = policy_spec(config("exits.gate_width=0.5"), dims())
+    shapes = spec.gate_shapes(dims())
+    assert shapes["gates.5.fc1.weight"] == (56, 112) and shapes["gates.25.fc2.weight"] == (1, 56)
+    assert PolicySpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    assert (
+        refused("exits.gate_width=0.3", model=dims())
+        == "exits.gate_width=0.3: 34 units for a model of hidden size 112; expected a multiple of 8: 0.285714 gives 32"
+    )
+    assert refused("exits.gate_width=0", model=dims()) == "exits.gate_width=0: expected a number > 0"
+    with pytest.raises(ValueError, match=r"exits\.gate_width: .*abc"):
+        config("exits.gate_width=abc")
+
+
+def test_one_width_has_one_name_however_it_is_written() -> None:
+    assert to_yaml(config("exits.gate_width=2.0")) == to_yaml(config())
+    assert hashes(config("exits.gate_width=2.0")) == hashes(config("exits.gate_width=2")) == hashes(config())
+    assert hashes(config("exits.gate_width=0.5"))["traces"] != hashes(config())["traces"]
 
 
 def test_dimensions_from_a_model_directory(tmp_path: Path) -> None:

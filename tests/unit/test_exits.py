@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ee_megatron.exits import (
+    GATE_UNITS,
     ExitLayout,
     exit_distribution,
     gate_log_term,
+    gate_units,
     sample_exits,
     target_hazards,
 )
@@ -31,6 +33,23 @@ def test_the_exit_distribution_is_stick_breaking(z):
     q = exit_distribution(torch.sigmoid(z.double()))
     torch.testing.assert_close(q, stick_breaking(z), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(q.sum(), torch.tensor(1.0, dtype=torch.double))
+
+
+@given(st.floats(0.001, 4), st.integers(1, 8192))
+def test_a_gate_s_width_is_whole_or_named_with_the_nearest_that_is(width, hidden):
+    try:
+        units = gate_units(width, hidden)
+    except ValueError as error:
+        offered, expected = str(error).split(": ")[2].split(" gives ")
+        assert gate_units(float(offered), hidden) == int(expected)
+        assert abs(int(expected) - width * hidden) <= GATE_UNITS
+    else:
+        assert units >= 1 and abs(units - width * hidden) <= 0.5 and (units % GATE_UNITS == 0 or width == int(width))
+
+
+@given(st.integers(1, 9), st.integers(1, 8192))
+def test_whole_multiples_of_any_hidden_size_are_widths(width, hidden):
+    assert gate_units(width, hidden) == gate_units(float(width), hidden) == width * hidden
 
 
 @given(logits, st.sampled_from(LAYOUT.outcomes))

@@ -144,6 +144,25 @@ def test_an_actor_holds_the_cache_that_rows_and_positions_take() -> None:
     assert found["weights"] == 2 * PUBLISHED[SEVEN][1]
 
 
+def test_gates_cost_what_they_are_made_of_and_travel_in() -> None:
+    """Biases and second products are fp32; a gate of an eighth of the width takes an eighth of the bytes."""
+    dims, device = published_dims(SEVEN), find_device("H100")
+
+    def planned(**change):
+        return make_plan(
+            config(adapter__rank=0, teacher__enabled=False, **change), dims, device, Assumptions(answer_tokens=48)
+        )
+
+    plain, narrow, small = planned(), planned(rollout__sync_dtype="bfloat16"), planned(exits__gate_width=0.25)
+    matrices = len(plain.layout.spec.exit_depths) * 2 * dims.hidden**2
+    small_parts = plain.trained - matrices
+    assert plain.sync == 4 * plain.trained and narrow.sync == 2 * matrices + 4 * small_parts
+    assert plain.actor["gates"] == 2 * matrices + 4 * small_parts
+    assert planned(rollout__sync_dtype="bfloat16", model__dtype="float32").sync == plain.sync
+    assert small.sync == pytest.approx(plain.sync / 8, rel=1e-3)
+    assert small.flops["update"] < plain.flops["update"] and small.seconds["rollouts"] < plain.seconds["rollouts"]
+
+
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     code = cli.main(["plan", *arguments])
     return code, *capsys.readouterr()

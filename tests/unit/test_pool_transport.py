@@ -34,15 +34,19 @@ def test_every_tensor_arrives_once_and_unchanged_in_chunks_no_larger_than_asked(
     assert WeightSet(1, received).digest == WeightSet(1, sent).digest
 
 
-def test_narrowing_keeps_gates_and_gives_a_digest_of_its_own():
-    weights = WeightSet(4, {"gates.2.fc1.bias": torch.ones(3), "model.x.lora_A.weight": torch.full((2, 2), 0.1)})
-    narrow = narrowed(weights, torch.bfloat16)
+@pytest.mark.parametrize("decoder", [torch.float32, torch.bfloat16])
+def test_narrowing_keeps_what_decoders_use_of_gates_and_gives_a_digest_of_its_own(decoder: torch.dtype):
+    parts = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+    gates = {f"gates.2.{part}": torch.full((2, 2), 0.1) for part in parts}
+    weights = WeightSet(4, {**gates, "model.x.lora_A.weight": torch.full((2, 2), 0.1)})
+    narrow = narrowed(weights, torch.bfloat16, decoder)
     assert narrow.version == 4 and narrow.digest != weights.digest
     assert {name: tensor.dtype for name, tensor in narrow.tensors.items()} == {
-        "gates.2.fc1.bias": torch.float32,
+        "gates.2.fc1.weight": decoder,
+        **{f"gates.2.{part}": torch.float32 for part in parts[1:]},
         "model.x.lora_A.weight": torch.bfloat16,
     }
-    assert narrowed(weights, None) is weights and narrowed(narrow, torch.bfloat16) is narrow
+    assert narrowed(weights, None, decoder) is weights and narrowed(narrow, torch.bfloat16, decoder) is narrow
 
 
 def test_the_first_tensor_that_differs_is_named():

@@ -14,10 +14,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from ee_megatron.config import derive
 from ee_megatron.config.cluster import JobShape
 from ee_megatron.config.load import load
+from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.training.launch import grow_segments, run_stage
 from ee_megatron.training.slurm import adopt_rank, check_allocation, describe_job, tasks_per_node
 from ee_megatron.training.stopping import STOPPED, Listener, Parting, Stopped
 from tests.tiny import tiny_hf
@@ -79,7 +83,10 @@ def test_an_allocation_that_is_large_enough_is_not() -> None:
     check_allocation(SHAPE, {}, "")
 
 
-def test_a_job_is_described_once_its_inputs_are_there(tmp_path: Path) -> None:
+def test_a_job_is_described_once_its_inputs_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The node that is asked has as many GPUs as the settings say.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     model = tiny_hf("llama", tmp_path / "model")
     settings = [
         "name=x", f"model.path={model}", f"runs={tmp_path}", "teacher.enabled=false", "device=cuda",
@@ -89,6 +96,12 @@ def test_a_job_is_described_once_its_inputs_are_there(tmp_path: Path) -> None:
     assert found["nodes"] == "2" and found["rollout_nodes"] == "2" and found["done"] == "no"
     assert found["ray_gpus"] == "0,1,2,3" and found["ray_cpus"] == "4"
     assert found["directory"].startswith(f"{tmp_path}/x/traces-")
+    # Three minutes and what a slow disk needs for this model, for the nodes of Ray as for its actors.
+    size = (model / "model.safetensors").stat().st_size
+    assert HFDirectory(model).size() == size > 1e5 and found["start_timeout_s"] == "181"
+    monkeypatch.setattr(derive, "DISK_BYTES_PER_S", size / 100)
+    assert describe_job(load(settings), "traces", {})["start_timeout_s"] == "280"
+    assert describe_job(load([*settings, "rollout.start_timeout_s=7"]), "traces", {})["start_timeout_s"] == "7"
     # Where devices are left, actors of a lost node find a place.
     assert describe_job(load([*settings, "rollout.actors=4"]), "traces", {})["ray_cpus"] == "4"
     # On a CPU cores are shared out instead of devices.
@@ -202,6 +215,54 @@ def test_a_node_that_is_ended_is_not_started_again(tmp_path: Path) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(node.pid, signal.SIGKILL)
     assert len((tmp_path / "ray.calls").read_text().splitlines()) == 1
+
+
+def prepared(folder: Path, **environment: str) -> dict[str, str]:
+    """What a job script's steps inherit, where Slurm's own tools are stood in for."""
+    for name, said in {"scontrol": "node1", "ee-megatron": "", "getent": "10.0.0.1 STREAM node1"}.items():
+        (folder / name).write_text(f"#!/bin/sh\necho '{said}'\n")
+        (folder / name).chmod(0o755)
+    given = {name: value for name, value in os.environ.items() if not name.startswith("PYTORCH_")}
+    given |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "EE_SITE_ENV": "none", "EE_INTERFACE": ""}
+    done = subprocess.run(
+        ["bash", "-c", ". slurm/common.sh && prepare && env"], env={**given, "PATH": f"{folder}:{given['PATH']}"}
+        | environment, capture_output=True, text=True, cwd=ROOT, timeout=60, check=True,
+    )  # fmt: skip
+    return dict(line.split("=", 1) for line in done.stdout.splitlines() if line.startswith("PYTORCH_"))
+
+
+GROWING = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+CHOSEN: list[dict[str, str]] = [
+    {}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"},
+    {"PYTORCH_CUDA_ALLOC_CONF": ""},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("chosen", CHOSEN)
+def test_cuda_memory_grows_in_segments_unless_somebody_has_chosen(chosen: dict[str, str], tmp_path: Path) -> None:
+    assert prepared(tmp_path, **chosen) == (chosen or GROWING)
+    # Ranks that no job script starts.
+    grow_segments(environment := dict(chosen))
+    assert environment == (chosen or GROWING)
+
+
+def test_ranks_of_this_machine_are_started_with_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Started(Exception):
+        pass
+
+    def execve(program: str, command: list[str], environment: dict[str, str]) -> None:
+        raise Started(environment.get("PYTORCH_CUDA_ALLOC_CONF"))
+
+    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setattr("ee_megatron.training.stages.check_inputs", lambda cfg, stage: None)
+    monkeypatch.setattr("ee_megatron.training.stages.ready_model", lambda cfg, stage: None)
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        # Set first, so that what is put there is taken away after the test.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    cfg = load(["name=x", "model.path=nowhere", f"runs={tmp_path}", "device=cpu", "parallel.data=2"])
+    with pytest.raises(Started, match="expandable_segments:True"):
+        run_stage("calibrate", cfg, [])
 
 
 def test_the_scripts_are_clean() -> None:

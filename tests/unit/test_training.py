@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ee_megatron.config.schema import CalibrateConfig, RLConfig
 from ee_megatron.exits import ExitLayout, exit_distribution, target_hazards
@@ -17,7 +20,7 @@ from ee_megatron.learner.optimizer_state import OptimizerState
 from ee_megatron.objectives.advantages import ADVANTAGES, depth_cost, rollout_reward
 from ee_megatron.objectives.distillation import GATE_TARGETS, Distillation, current_targets
 from ee_megatron.objectives.divergences import Teacher
-from ee_megatron.objectives.policy_gradient import clipped, k3_slope, truncated_ratio
+from ee_megatron.objectives.policy_gradient import K3_GAP, clipped, k3_slope, truncated_ratio
 from ee_megatron.objectives.schedules import learning_rate, price, schedule
 from ee_megatron.objectives.weights import Weights, mean_weights
 from ee_megatron.observe.rundir import RunDirectory
@@ -311,6 +314,20 @@ def test_k3_slope_is_the_derivative_of_k3():
     gap = reference - policy
     (gap.exp() - 1 - gap).sum().backward()
     torch.testing.assert_close(k3_slope(policy.detach(), reference), policy.grad)
+
+
+@given(st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=20))
+def test_far_from_the_reference_k3_goes_on_as_its_tangent(gaps):
+    """The slope's reference: autograd through k3 up to the bound and the tangent there from it on, in float64."""
+    gap = torch.tensor(gaps)
+    policy = (-gap.double()).requires_grad_()
+    beyond = math.exp(K3_GAP) - 1 - K3_GAP + (-policy - K3_GAP) * (math.exp(K3_GAP) - 1)
+    torch.where(gap > K3_GAP, beyond, (-policy).exp() - 1 + policy).sum().backward()
+    slope = k3_slope(-gap, torch.zeros_like(gap))
+    torch.testing.assert_close(slope.double(), policy.grad, rtol=1e-5, atol=1e-5)
+    assert float(slope.min()) >= 1 - math.exp(K3_GAP) * (1 + 1e-6)
+    within = gap <= K3_GAP
+    assert torch.equal(slope[within], (1 - gap.exp())[within])
 
 
 def test_kl_in_the_loss_pulls_towards_the_reference_and_leaves_the_reward_alone():

@@ -140,6 +140,15 @@ def test_the_pool_gives_the_verdicts_of_the_task_itself_and_works_in_a_thread() 
     assert [v.reward for v in got[:3]] == [1.0, 0.0, -1.0]
 
 
+def test_verdicts_do_not_depend_on_how_many_processes_give_them() -> None:
+    items = [(PROMPT, text) for text in ("24", "x", "raise", *map(str, range(20, 30)))]
+    found = []
+    for workers in (1, 3):
+        with VerifierPool(HostileTask(), workers) as pool:
+            found.append(pool.verify_many(items))
+    assert found[0] == found[1] and sum(verdict.correct for verdict in found[0]) == 2
+
+
 def test_large_answers_pass_through() -> None:
     task = make_task(TaskConfig("arithmetic", train=3))
     prompt = task.prompts("train")[0]

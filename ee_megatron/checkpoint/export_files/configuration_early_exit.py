@@ -40,7 +40,7 @@ class EarlyExitConfig(PretrainedConfig):
         self,
         base_model_type: str = "llama",
         exit_depths: list[int] | None = None,
-        gate_width: int = 2,
+        gate_width: float = 2,
         gate_input: str = "normalised",
         exit_policy: dict | None = None,
         **kwargs,

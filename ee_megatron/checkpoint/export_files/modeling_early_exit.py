@@ -30,13 +30,36 @@ CACHE_FIELD = next(
 )
 
 
+# PyTorch 2.8 and later multiply bfloat16 matrices into float32 on a GPU.
+WIDE_PRODUCT = "dtype" in torch.ops.aten.mm.overloads()
+# Rows of a matrix that are copied in float32 at a time where there is no such product: few enough to stay in the cache.
+ROWS = 4096
+
+
+class WideLinear(nn.Linear):
+    """A linear map whose result is float32: the weight is rounded to the input's dtype, the sums are not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> float32 [..., out]."""
+        bias = None if self.bias is None else self.bias.float()
+        if x.dtype == torch.float32:
+            return F.linear(x, self.weight.float(), bias)
+        weight = self.weight.to(x.dtype)
+        if WIDE_PRODUCT and x.is_cuda and not torch.is_grad_enabled():
+            rows = torch.mm(x.reshape(-1, x.shape[-1]), weight.t(), out_dtype=torch.float32)
+            made = rows.view(*x.shape[:-1], weight.shape[0])
+        else:
+            made = torch.cat([F.linear(x.float(), part.float()) for part in weight.split(ROWS)], dim=-1)
+        return made if bias is None else made + bias
+
+
 class Gate(nn.Module):
     """A two-layer perceptron on the residual stream: its output is the logit of exiting here."""
 
-    def __init__(self, hidden: int, width: int, normalised: bool, eps: float):
+    def __init__(self, hidden: int, width: float, normalised: bool, eps: float):
         super().__init__()
-        self.fc1 = nn.Linear(hidden, width * hidden)
-        self.fc2 = nn.Linear(width * hidden, 1)
+        self.fc1 = WideLinear(hidden, round(width * hidden))
+        self.fc2 = nn.Linear(round(width * hidden), 1)
         self.normalised, self.eps = normalised, eps
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -44,7 +67,8 @@ class Gate(nn.Module):
         x = x_BTD.float()
         if self.normalised:
             x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.fc2(F.relu(self.fc1(x.to(self.fc1.weight.dtype)))).float().squeeze(-1)
+        inner = F.relu(self.fc1(x.to(x_BTD.dtype)))
+        return self.fc2(inner.to(self.fc2.weight.dtype)).float().squeeze(-1)
 
 
 def rotate(x_BHTd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -91,7 +115,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = False
     _can_compile_fullgraph = False
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    # A hazard near a threshold should not be decided by rounding, and the gates are small.
+    # Gates were trained in float32; what of them is rounded is rounded as in training (WideLinear).
     _keep_in_fp32_modules_strict = {"gates"}  # noqa: RUF012
 
     def __init__(self, config: EarlyExitConfig):
@@ -100,7 +124,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         # The base class by its configuration; its modules are used, its forward is not.
         self.model: Any = MODEL_MAPPING[type(base)](base)  # type: ignore[operator]
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = WideLinear(config.hidden_size, config.vocab_size, bias=False)
         normalised = config.gate_input == "normalised"
         self.gates = nn.ModuleDict(
             {
@@ -170,7 +194,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast | tuple:
-        """input_ids int64 [B, T] -> logits [B, T or fewer, V].
+        """input_ids int64 [B, T] -> logits float32 [B, T or fewer, V].
 
         exit_depths, int64 [B, T]: prescribed depths (values of config.exit_depths, or the number of layers); the gates
         are not asked. Without it, one new position on top of a cache exits by the exit policy unless `is_prompt`;

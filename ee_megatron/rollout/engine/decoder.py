@@ -105,7 +105,7 @@ class Decoder:
         self._arrival.check_whole()
         tensors = self._arrival.kept
         self._skipped = self.weights.merge(tensors, self.spec, self.layout.depths)
-        self.gates = gates_from(tensors, self.layout.depths, self.device)
+        self.gates = gates_from(tensors, self.layout.depths, self.dtype, self.device)
         self._arrival = None
 
     def _needed_spec(self) -> PolicySpec:
@@ -128,14 +128,14 @@ class Decoder:
 
     def readout(self, hidden: Tensor) -> Tensor:
         """Stream [..., D] at any depth -> logits float32 [..., V]."""
-        return self.weights.head(self.norm(hidden, self.weights.final_norm)).float()
+        return self.weights.head(self.norm(hidden, self.weights.final_norm))
 
     def current_readout(self) -> Callable[[Tensor], Tensor]:
         """`readout` under the weights now loaded, whatever is loaded later; copies what full fine-tuning overwrites."""
         if self.spec is None or not self.spec.full:
             return self.readout
         gain, head = self.weights.final_norm.clone(), self.weights.copy_head()
-        return lambda hidden: head(self.norm(hidden, gain)).float()
+        return lambda hidden: head(self.norm(hidden, gain))
 
     def gate_logit(self, exit_index: int, hidden: Tensor) -> Tensor:
         """Gate i on the stream [..., D] -> z float32 [...]. Raises ValueError when no policy is loaded."""

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from ...families import ModelDims
 from ...policy import PolicySpec
-from .weights import DecoderWeights, Linear
+from .weights import DecoderWeights, WideLinear
 
 
 @dataclass
 class GateWeights:
-    """fc1 [w, D] with its bias [w], fc2 [1, w] and its bias [1], float32 whatever the model's dtype."""
+    """fc1 [w, D] in the model's dtype; its bias [w], fc2 [1, w] and its bias [1] in float32 whatever that is."""
 
-    fc1: Linear
+    fc1: WideLinear
     fc2: Tensor
     fc2_bias: Tensor
 
@@ -53,14 +53,20 @@ class Arrival:
             )
 
 
-def gates_from(tensors: dict[str, Tensor], depths: tuple[int, ...], device: torch.device) -> list[GateWeights]:
-    """Float32 copies of the gates at `depths`, in this order."""
+def gates_from(
+    tensors: dict[str, Tensor], depths: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> list[GateWeights]:
+    """Copies of the gates at `depths`, in this order, for a model of `dtype`."""
 
     def read(depth: int, part: str) -> Tensor:
         return tensors[f"gates.{depth}.{part}"].to(device, torch.float32).clone()
 
     return [
-        GateWeights(Linear(read(d, "fc1.weight"), read(d, "fc1.bias")), read(d, "fc2.weight"), read(d, "fc2.bias"))
+        GateWeights(
+            WideLinear(read(d, "fc1.weight").to(dtype), read(d, "fc1.bias")),
+            read(d, "fc2.weight"),
+            read(d, "fc2.bias"),
+        )
         for d in depths
     ]
 

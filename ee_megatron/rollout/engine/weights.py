@@ -1,7 +1,7 @@
 """The decoder's weights: read from a Hugging Face directory, fused and packed for speed, LoRA merged into a kept base.
 
 Memory: the base once, in the decoder's dtype, and what is multiplied with once more: on a CPU every matrix in oneDNN's
-packed form, elsewhere those that adapters change.
+packed form (the readout's and gates' in float32), elsewhere those that adapters change.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from ...families import ModelDims
 from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec
+from ...products import linear
 
 # Fused matrix -> the linears whose rows it holds, in this order.
 FUSED: dict[str, tuple[str, ...]] = {
@@ -70,6 +71,24 @@ class Linear:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
+class WideLinear(Linear):
+    """x [..., in] -> x W^T + b in float32, x rounded to W's dtype: readout and gates (products.py); b float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        self.dtype = weight.dtype
+        # A CPU multiplies the same values in float32: one copy of the matrix for all products.
+        super().__init__(weight.float() if weight.device.type == "cpu" else weight, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype)
+        if self.weight is not None and self.weight.dtype == self.dtype:
+            return linear(x, self.weight, self.bias, self.dtype)
+        return super().__call__(x.float())
+
+    def plain(self) -> Tensor:
+        return super().plain().to(self.dtype)
+
+
 def _pack(weight: Tensor) -> Tensor | None:
     """The matrix in oneDNN's layout, or None where this PyTorch or processor has no packed product for it."""
     dtypes = (torch.bfloat16, torch.float32)
@@ -120,19 +139,19 @@ class DecoderWeights:
         self.blocks = [self._block(source, layer) for layer in range(self.dims.num_layers)]
         self.final_norm = self._read(source, "model.norm.weight")
         self._head = self.embedding if self.dims.tied else self._read(source, "lm_head.weight")
-        self._packed_head: Linear | None = None
+        self._packed_head: WideLinear | None = None
         self._scratch: dict[str, Tensor] = {}
         self.original = True
 
     @property
-    def head(self) -> Linear:
+    def head(self) -> WideLinear:
         """The readout's matrix [V, D]; after `write_base` there is none before `merge`."""
         assert self._packed_head is not None, "merge comes before use"
         return self._packed_head
 
-    def copy_head(self) -> Linear:
+    def copy_head(self) -> WideLinear:
         """The readout's matrix now, kept apart from what `write_base` changes."""
-        return Linear(self._head.clone())
+        return WideLinear(self._head.clone())
 
     @torch.inference_mode()
     def write_base(self, name: str, tensor: Tensor) -> None:
@@ -174,7 +193,7 @@ class DecoderWeights:
                     block.linears[name] = Linear(weight, block.biases[name], adapted=changed)
                 if name == "qkv" and depths and layer >= depths[0]:
                     folded.append((weight[self.dims.q_size :].float() * block.attention_norm.float()).to(self.dtype))
-        self._packed_head = self._packed_head or Linear(self._head)
+        self._packed_head = self._packed_head or WideLinear(self._head)
         return self._skipped(folded, depths)
 
     def _merged(self, layer: int, name: str, tensors: dict[str, Tensor], spec: PolicySpec) -> Tensor:

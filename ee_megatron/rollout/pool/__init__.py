@@ -29,6 +29,5 @@ def make_pool(
     if rollout.backend == "vllm":
         python = str(Path(rollout.vllm_python).absolute())
         check_python(python)
-        start_s = rollout.start_timeout_s
-        return RayPool(replace(replica, vllm_python=python, tensor=rollout.tensor, start_s=start_s), rollout)
+        return RayPool(replace(replica, vllm_python=python, tensor=rollout.tensor), rollout)
     raise ValueError(f"rollout.backend {rollout.backend!r} is unknown; expected 'local', 'ray' or 'vllm'")

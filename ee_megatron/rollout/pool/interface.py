@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...policy import PolicySpec, WeightSet
+from ...policy import PolicySpec, WeightSet, stays_float32
 from ...types import Rollout, Trace
 from ..engine.request import GenerationRequest
 from ..engine.scheduler import Progress
@@ -85,11 +85,12 @@ class ReplicaSettings:
 
 
 def expected_hashes(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, str]:
-    """Hashes of policy tensors as a replica of `dtype` holds them: gates in float32, a base of its own in `dtype`."""
+    """Hashes of policy tensors as a replica of `dtype` holds them: what it multiplies with in `dtype`, the rest of its
+    gates in float32."""
 
     def held(name: str, tensor: Tensor) -> Tensor:
-        if name.startswith("gates."):
-            return tensor.float()
-        return tensor if ".lora_" in name else tensor.to(dtype)
+        if ".lora_" in name:
+            return tensor
+        return tensor.float() if stays_float32(name) else tensor.to(dtype)
 
     return hashes({name: held(name, tensor) for name, tensor in tensors.items()})

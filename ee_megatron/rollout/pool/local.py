@@ -61,12 +61,12 @@ class LocalPool:
                     f"weights version {weights.version}: tensors have digest {found[:12]}, "
                     f"expected {weights.digest[:12]}; send them again"
                 )
-            weights = narrowed(weights, self.sync_dtype)
+            weights = narrowed(weights, self.sync_dtype, self.decoder.dtype)
         self.decoder.load_policy(weights.tensors if weights else None)
         self._weights = weights
 
     def check(self, weights: WeightSet) -> None:
-        wanted = narrowed(weights, self.sync_dtype)
+        wanted = narrowed(weights, self.sync_dtype, self.decoder.dtype)
         if identity(wanted)[0] != self.version:
             raise ValueError(f"the pool holds weights version {self.version}, not {weights.version}; load them first")
         difference = first_difference(expected_hashes(wanted.tensors, self.decoder.dtype), self.held_hashes())

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...config.device import require_gpus
 from ...policy import WeightSet
 from ..vllm.pipe import EngineDied
 from .interface import ReplicaSettings, identity
@@ -26,19 +27,30 @@ class Replica:
     """It works only for a caller who expects the weights that it holds."""
 
     def __init__(self, settings: ReplicaSettings):
-        self.pool = VllmPool(settings) if settings.vllm_python else LocalPool.of(settings)
         self.held: tuple[int, str] | None = None
         self._stopped = 0
+        self._refusal: ValueError | None = None
+        try:
+            if settings.device == "cuda":
+                require_gpus(settings.tensor, "device=cuda")
+        except ValueError as error:
+            # Raised here it would count as a death, and the next actor would be tried: the first load says it.
+            self._refusal = error
+            return
+        self.pool = VllmPool(settings) if settings.vllm_python else LocalPool.of(settings)
 
     def load(
         self, wanted: tuple[int, str], chunks: Sequence[Any] | None, timeout_s: float
     ) -> tuple[tuple[int, str], int, str]:
         """Fetch a version's chunks (None: the teacher) and load it; what is held now, process id and Ray's node id.
 
-        Until that is done it holds nothing. The digest is taken here, over what arrived.
+        Until that is done it holds nothing. The digest is taken here, over what arrived. Raises ValueError if this
+        node lacks the GPU that it was to use.
         """
         import ray
 
+        if self._refusal is not None:
+            raise self._refusal
         self.held, weights = None, None
         if chunks is not None:
             tensors = {}

@@ -97,9 +97,9 @@ class Actor:
 class Driver:
     """Owns `rollout.actors` actors. `submit` works, `wait` for them; works are served in the order of their arrival.
 
-    Every call has a deadline: `start_timeout_s` for an actor's first load, `timeout_s` for any other. An actor that
-    dies or misses one is replaced where there is room; loss number `failure_budget` fails whatever is asked from then
-    on, and so does a pool without any actor for `start_timeout_s`.
+    Every call has a deadline: `start_timeout_s`, which is above 0 here, for an actor's first load, `timeout_s` for any
+    other. An actor that dies or misses one is replaced where there is room; loss number `failure_budget` fails whatever
+    is asked from then on, and so does a pool without any actor for `start_timeout_s`.
     """
 
     def __init__(self, ray: Any, create: Callable[[], Any], nodes: RayNodes, rollout: RolloutConfig):
@@ -263,8 +263,8 @@ class Driver:
             if actor.call in ended:
                 self._take(actor)
             elif time.monotonic() > actor.deadline:
-                what = "start" if not actor.started else "answer"
-                self._replace(actor, f"it did not {what} within its deadline")
+                limit, what = (self._timeout_s, "answer") if actor.started else (self._start_timeout_s, "start")
+                self._replace(actor, f"it did not {what} within {limit:.4g} s")
 
     def _take(self, actor: Actor) -> None:
         errors, work = self._ray.exceptions, actor.work

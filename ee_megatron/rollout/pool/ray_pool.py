@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...config.derive import actor_share
+from ...config.derive import actor_share, start_timeout
 from ...config.schema import RolloutConfig
 from ...families.hf_directory import HFDirectory
 from ...policy import WeightSet
@@ -66,7 +66,9 @@ class RayPool:
             raise ValueError(f"rollout.actors={actors}: a pool needs at least 1")
         if device_share <= 0 or (device_share > 1 and device_share != int(device_share)):
             raise ValueError(f"rollout.device_share={device_share}: expected a fraction up to 1, or whole devices")
-        dims = HFDirectory(replica.model_path).dims
+        source = HFDirectory(replica.model_path)
+        rollout = replace(rollout, start_timeout_s=start_timeout(rollout, source.size()))
+        replica = replace(replica, start_s=rollout.start_timeout_s)
         prepare_environment()
         import ray
 
@@ -74,7 +76,7 @@ class RayPool:
         self._timeout_s, self._count = rollout.timeout_s, actors
         self._owner = not ray.is_initialized()
         if self._owner:
-            shapes = replica.spec.tensor_shapes(dims).values() if replica.spec else []
+            shapes = replica.spec.tensor_shapes(source.dims).values() if replica.spec else []
             size = 4 * sum(int(np.prod(shape)) for shape in shapes)
             start_ray(ray, actors, device_share, size, rollout.start_timeout_s)
         self._sent = Sent(TEACHER, None)
@@ -95,7 +97,7 @@ class RayPool:
 
     def check(self, weights: WeightSet) -> None:
         """Every actor hashes what it holds, read back from its decoder. Raises RuntimeError if one is lost."""
-        wanted = narrowed(weights, self.sync_dtype)
+        wanted = narrowed(weights, self.sync_dtype, self._replica.dtype)
         if identity(wanted) != self._sent.identity:
             raise ValueError(
                 f"the pool was sent weights version {self._sent.identity[0]}, not this version {weights.version}; "
@@ -166,7 +168,7 @@ class RayPool:
         if weights is None:
             self._sent = Sent(TEACHER, None)
             return self._sent
-        weights = narrowed(weights, self.sync_dtype)
+        weights = narrowed(weights, self.sync_dtype, self._replica.dtype)
         if identity(weights) != self._sent.identity:
             chunks = tuple(self._ray.put(chunk) for chunk in pack(weights.tensors))
             self._sent = Sent(identity(weights), chunks)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...config.schema import RolloutConfig
-from ...policy import WeightSet, digest
+from ...policy import WeightSet, digest, may_travel_in
 
 # A chunk's size unless one tensor alone is larger: what the sender holds beside the weights while it packs.
 CHUNK_BYTES = 64 << 20
@@ -69,16 +69,15 @@ def sync_dtype(rollout: RolloutConfig) -> torch.dtype | None:
     return torch.bfloat16 if rollout.sync_dtype == "bfloat16" else None
 
 
-def narrow(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Policy tensors in `dtype` (None: as they are), gates apart: they decide in float32."""
+def narrowed(weights: WeightSet, dtype: torch.dtype | None, decoder: torch.dtype) -> WeightSet:
+    """The same version with the tensors that may travel in `dtype` (None: as they are) to a decoder of dtype `decoder`
+    in it; where that changes any it has a digest of its own."""
     if dtype is None:
-        return tensors
-    return {name: t if name.startswith("gates.") else t.detach().to(dtype) for name, t in tensors.items()}
-
-
-def narrowed(weights: WeightSet, dtype: torch.dtype | None) -> WeightSet:
-    """The same version with `narrow`ed tensors; where that changes any it has a digest of its own."""
-    tensors = narrow(weights.tensors, dtype)
+        return weights
+    tensors = {
+        name: tensor.detach().to(dtype) if may_travel_in(dtype, name, decoder) else tensor
+        for name, tensor in weights.tensors.items()
+    }
     if all(tensors[name].dtype == tensor.dtype for name, tensor in weights.tensors.items()):
         return weights
     return WeightSet(weights.version, tensors)

@@ -17,14 +17,16 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from ...exit_rules import AtExit
-from ...exits import gate_log_term
+from ...exits import gate_log_term, gate_units
+from ...products import linear
 from .steps import Step, Watched
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 class Gate(nn.Module):
-    """As everywhere: z = W2 relu(W1 x + b1) + b2 on the residual stream, float32 [...]."""
+    """As everywhere: z = W2 relu(W1 x + b1) + b2 on the residual stream, float32 [...]; the first product is rounded
+    as the model's are."""
 
     def __init__(self, hidden: int, width: int, normalise: bool, eps: float):
         super().__init__()
@@ -35,7 +37,7 @@ class Gate(nn.Module):
         x = stream.float()
         if self.normalise:
             x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.fc2(F.relu(self.fc1(x))).squeeze(-1)
+        return self.fc2(F.relu(linear(x, self.fc1.weight, self.fc1.bias, stream.dtype))).squeeze(-1)
 
 
 class EarlyExit:
@@ -55,7 +57,7 @@ class EarlyExit:
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise ValueError("early exits under pipeline parallelism are not supported; set pipeline_parallel_size=1")
         self.exit_depths = tuple(config.exit_depths)
-        width = round(config.gate_width * config.hidden_size)
+        width = gate_units(config.gate_width, config.hidden_size)
         gates = {
             str(depth): Gate(config.hidden_size, width, config.gate_input == "normalised", config.rms_norm_eps)
             for depth in self.exit_depths

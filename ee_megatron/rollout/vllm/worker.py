@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...families.hf_directory import HFDirectory
-from ...policy import PolicySpec
+from ...policy import PolicySpec, stays_float32
 from .model import EarlyExit
 from .steps import Made, Steps
 
@@ -53,7 +53,9 @@ class ExitWorker:
     def exits_held(self, whole: bool) -> dict[str, Tensor]:
         """Gates, and with `whole` every tensor of the base, by their Hugging Face names; the devices' own tensors."""
         model = self._exits_model
-        held: dict[str, Tensor] = {f"gates.{name}": value for name, value in model.exit_gates.named_parameters()}
+        dtype = self.model_runner.model_config.dtype
+        gates = {f"gates.{name}": value for name, value in model.exit_gates.named_parameters()}
+        held: dict[str, Tensor] = {n: v if stays_float32(n) else v.to(dtype) for n, v in gates.items()}
         if whole:
             source = HFDirectory(self._exits_source)
             held |= {name: model.part(name) for name in source.dims.tensor_shapes()}

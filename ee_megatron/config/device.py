@@ -1,0 +1,135 @@
+"""CPU or GPU: what the settings ask for, whether this node has it, and if not why, in one line.
+
+torch is imported only when a node is looked at, nvidia-smi asked only once something is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+from typing import TYPE_CHECKING
+
+from .schema import RunConfig
+
+if TYPE_CHECKING:
+    import torch
+
+SMI_S = 20.0
+"""How long nvidia-smi may take; it hangs where a card does."""
+
+
+def asks_for_gpus(cfg: RunConfig) -> bool:
+    """device=cuda, or device=auto where the cluster's nodes have GPUs: a CPU is no substitute then."""
+    return cfg.device == "cuda" or (cfg.device == "auto" and cfg.cluster.gpus_per_node > 0)
+
+
+def pick_device(cfg: RunConfig, count: int = 1) -> str:
+    """ "cuda" or "cpu" for `count` processes of this node, which take a GPU each.
+
+    Raises ValueError, one line, where GPUs are asked for, or used because they are there, and are fewer than that.
+    """
+    if cfg.device == "cpu" or not (asks_for_gpus(cfg) or _has_gpu()):
+        return "cpu"
+    nodes = f" with cluster.gpus_per_node={cfg.cluster.gpus_per_node}" if cfg.cluster.gpus_per_node else ""
+    require_gpus(count, f"device={cfg.device}{nodes}")
+    return "cuda"
+
+
+def pick_dtype(cfg: RunConfig, device: str) -> torch.dtype:
+    """model.dtype; auto is bfloat16 where matrix units make it fast (a GPU, a CPU with AMX), else float32."""
+    import torch
+
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    fast = device == "cuda" or torch.cpu._is_amx_tile_supported()
+    return names.get(cfg.model.dtype, torch.bfloat16 if fast else torch.float32)
+
+
+def require_gpus(count: int, asked: str) -> None:
+    """Raises ValueError unless this process can use `count` GPUs: what was `asked`, what is here, what to do."""
+    import torch
+
+    found = 0
+    if torch.cuda.is_available():
+        # torch's own count is the driver's, also where CUDA shows a process a single MIG slice.
+        usable = getattr(torch._C, "_cuda_getDeviceCount", torch.cuda.device_count)
+        found = min(torch.cuda.device_count(), usable())
+    if found < count:
+        reason = _too_few(count, found) if found else f"{_none()}, or set device=cpu"
+        raise ValueError(f"{asked} on {socket.gethostname()}: {reason}")
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _too_few(count: int, found: int) -> str:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    slices = len(re.findall(r"^\s*MIG ", _smi("-L")[0], re.MULTILINE))
+    if slices or (visible or "").startswith("MIG-"):
+        listed = f"nvidia-smi -L lists {slices}" if slices else f"CUDA_VISIBLE_DEVICES={visible}"
+        return (
+            f"{count} processes need a GPU each, but these are MIG slices ({listed}): a process sees one, and NCCL "
+            "joins no two of one card; use a single rank, or whole GPUs (an administrator's nvidia-smi -mig 0)"
+        )
+    shown = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
+    return (
+        f"{count} processes need a GPU each, torch finds {found}{shown}; lower parallel.*, take a node with more, or "
+        "let every process see all GPUs of its node (no --gpus-per-task, no --gpu-bind)"
+    )
+
+
+def _none() -> str:
+    """Why torch finds no GPU at all, and what would help. The first of these that holds."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and (not visible.strip() or visible.startswith(("-", "NoDevFiles"))):
+        return f"CUDA_VISIBLE_DEVICES={visible!r} hides every GPU; unset it, or name devices in it"
+    listed, trouble = _smi("-L")
+    cards = len(re.findall(r"^GPU \d+:", listed, re.MULTILINE))
+    if not torch.backends.cuda.is_built():
+        here = f"nvidia-smi lists {cards} GPU(s)" if cards else f"and there is no GPU ({trouble or 'none listed'})"
+        return f"torch {torch.__version__} is built for CPUs only, {here}; install a CUDA build of torch on a GPU node"
+    if trouble:
+        return f"no NVIDIA driver answers ({trouble}); take a node with GPUs, or have its driver mended"
+    summary = _smi()[0]
+    driver, speaks = (re.search(rf"{name} Version:\s*([\d.]+)", summary) for name in ("Driver", "CUDA"))
+    wheel = torch.version.cuda or ""
+    if speaks and wheel and int(speaks[1].split(".")[0]) < int(wheel.split(".")[0]):
+        number = driver[1] if driver else "unknown"
+        return (
+            f"the driver ({number}, for CUDA {speaks[1]}) is too old for torch {torch.__version__}, built for CUDA "
+            f"{wheel}: update the driver, or install a torch built for CUDA {speaks[1].split('.')[0]}"
+        )
+    shown = "" if visible is None else f" and CUDA_VISIBLE_DEVICES={visible} names none of them"
+    return f"nvidia-smi lists {cards} GPU(s){shown}, torch cannot use any ({_torch_says()}); see what nvidia-smi says"
+
+
+def _smi(*options: str) -> tuple[str, str]:
+    """(what nvidia-smi prints, ""), or ("", why it prints nothing)."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", *options], capture_output=True, text=True, timeout=SMI_S, check=False, errors="replace"
+        )
+    except OSError:
+        return "", "no nvidia-smi"
+    except subprocess.TimeoutExpired:
+        return "", f"nvidia-smi did not answer within {SMI_S:g} s"
+    if done.returncode:
+        said = (done.stdout + done.stderr).strip().splitlines()
+        return "", f"nvidia-smi: {said[0]}" if said else f"nvidia-smi ended with exit code {done.returncode}"
+    return done.stdout, ""
+
+
+def _torch_says() -> str:
+    import torch
+
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return " ".join(str(error).split()).split(". ")[0].rstrip(".")
+    return "without a reason"

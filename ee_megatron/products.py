@@ -1,0 +1,54 @@
+"""Products of bfloat16 matrices whose sums stay float32: for logits and gates, where bfloat16's steps are too coarse.
+
+A logit of 20 has neighbours .125 away in bfloat16. Learner and decoder both read out and ask gates by what is here, so
+that they differ in the order of summation alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a [n, k] · b [k, m], both float32 or both bfloat16 -> float32 [n, m]; of bfloat16 the products are exact and
+    summed in float32. No gradient."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.device.type == "cpu":
+        # PyTorch has no kernel for this on a CPU; float32 holds the same values.
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x [..., in] · W^T + b -> float32 [..., out], with x and W [out, in] rounded to `dtype`; b [out] float32 or None.
+
+    Gradients come in the dtypes of x and W: for a float32 master the float32 sums of what bfloat16 products give.
+    """
+    if dtype == torch.float32:
+        return F.linear(x, weight, bias)
+    rows: Tensor = _RoundedLinear.apply(x.reshape(-1, x.size(-1)), weight, dtype)
+    out = rows.view(*x.shape[:-1], weight.size(0))
+    return out if bias is None else out + bias
+
+
+class _RoundedLinear(torch.autograd.Function):
+    """x [n, in] · W^T [n, out] in float32 with operands rounded to `dtype`, as the slope is in the backward pass. Kept
+    are x as rounded and W itself, which is there anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        narrow = x.to(dtype)
+        ctx.save_for_backward(narrow, weight)
+        return product(narrow, weight.to(dtype).t())
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        slope = slope.to(x.dtype)
+        dx = product(slope, weight.to(x.dtype)) if ctx.needs_input_grad[0] else None
+        return dx, product(slope.t(), x) if ctx.needs_input_grad[1] else None, None

@@ -59,6 +59,7 @@ slow: $(VENV)/.dev $(MODEL)/config.json
 	$(BIN)/python -m pytest tests/slow
 
 lint: $(VENV)/.dev
+	@! grep -rnE '^(<{7}|>{7}) ' README.md CONTRIBUTING.md docs configs slurm tools tests ee_megatron
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

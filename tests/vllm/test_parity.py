@@ -80,7 +80,7 @@ def test_without_exits_it_is_vllm_to_the_bit(model, engines: Engines, vllm_pytho
 
 @pytest.mark.parametrize(
     "settings",
-    [{"rows": 1}, {"rows": 64}, {"rows": 16, "chunk": 16}, {"rows": 16, "blocks": 8, "block": 32}],
+    [{"rows": 1}, {"rows": 64}, {"rows": 16, "chunk": 16}, {"rows": 16, "blocks": 10, "block": 32}],
     ids=["one at a time", "64 in flight", "prompts in chunks", "few blocks"],
 )
 def test_how_it_is_scheduled_changes_nothing(settings, llama, engines: Engines):

@@ -160,7 +160,8 @@ class EarlyExit:
                 whole = self._plain[f"{stem}.{fused}"] if kind == "weight" else module.get_parameter(kind)
                 return whole.split(list(module.output_sizes))[parts.index(last)]
         if owner in self._plain and kind == "weight":
-            return self._plain[owner]
+            # Of a vocabulary's rows those that were added to fill a device's share are left out.
+            return self._plain[owner][: getattr(self.get_submodule(owner), "org_vocab_size", None)]  # type: ignore[attr-defined]
         return self.get_parameter(name)  # type: ignore[attr-defined]
 
     def replace_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:

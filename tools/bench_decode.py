@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, StoppingCriteria, StoppingCriteriaList
+from workloads import answer_all, exits_with_mean
 
 from ee_megatron.exit_rules import Off, Prescribed
 from ee_megatron.families import ModelDims
@@ -91,11 +92,7 @@ class Bench:
     def run(self, prompts: list[list[int]], lengths: list[int], depth: float, in_flight: int, seed: int) -> float:
         """Seconds for all answers, prompts included."""
         begun = self.clock()
-        scheduler = Scheduler(self.decoder, self.tokenizer, in_flight)
-        for request in self.requests(prompts, lengths, depth, seed):
-            scheduler.add(request)
-        while scheduler.busy:
-            scheduler.advance()
+        scheduler = answer_all(self.decoder, self.tokenizer, self.requests(prompts, lengths, depth, seed), in_flight)
         assert sum(len(row.tokens) for row in scheduler.finished.values()) == sum(lengths)
         return self.clock() - begun
 
@@ -123,18 +120,6 @@ class Lengths(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         return self.wanted <= input_ids.shape[1] - self.width
-
-
-def exits_with_mean(outcomes: list[int], mean: float, count: int, seed: int) -> list[int]:
-    """Depths drawn from the maximum-entropy distribution over `outcomes` with the given mean (in layers)."""
-    values = np.array(outcomes, dtype=np.float64)
-    low, high = -5.0, 5.0
-    for _ in range(80):
-        tilt = (low + high) / 2
-        weights = np.exp(tilt * (values - values.mean()))
-        weights /= weights.sum()
-        low, high = (tilt, high) if weights @ values < mean else (low, tilt)
-    return np.random.default_rng(seed).choice(outcomes, size=count, p=weights).tolist()
 
 
 def ceiling(dims: ModelDims, mean_depth: float) -> float:

@@ -26,9 +26,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from bench_decode import NEVER, exits_with_mean, median, ratios, spread
+from bench_decode import NEVER, median, ratios, spread
 from torch import Tensor
 from transformers import AutoTokenizer
+from workloads import exits_with_mean
 
 from ee_megatron.exit_rules import Off, Prescribed
 from ee_megatron.families import ModelDims
@@ -158,7 +159,7 @@ class Bench:
         prompt = torch.randint(0, 4000, (self.options.prompt,), generator=generator).tolist()
         num_layers, outcomes = self.dims.num_layers, list(self.decoder.layout.outcomes)
         depths = {
-            (f"p{i}", 0): [num_layers, *exits_with_mean(outcomes, depth * num_layers, tokens, seed=i)]
+            (f"p{i}", 0): [num_layers, *exits_with_mean(outcomes, depth * num_layers, tokens, seed=i).tolist()]
             for i in range(rows)
         }
         exits = Off() if depth >= 1 else Prescribed(depths)

@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
+from workloads import exits_with_mean, make_weights
 
 from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig
 from ee_megatron.families import ModelDims
@@ -37,24 +38,11 @@ from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.batch import ReplayBatch, pack
 from ee_megatron.learner.learner import Learner
 from ee_megatron.model.gpt import EarlyExitGPT
-from ee_megatron.objectives.weights import Weights, mean_weights
 from ee_megatron.parallel import groups
 from ee_megatron.parallel.groups import Degrees
 from ee_megatron.parallel.schedule import run_schedule
 from ee_megatron.policy import PolicySpec, initial_policy
 from ee_megatron.training.checkpoints import write_training
-
-
-def exits_with_mean(outcomes: list[int], mean: float, shape: tuple[int, int], seed: int) -> np.ndarray:
-    """Depths drawn from the maximum-entropy distribution over `outcomes` with the given mean (in layers)."""
-    values = np.array(outcomes, dtype=np.float64)
-    low, high = -5.0, 5.0
-    for _ in range(80):
-        tilt = (low + high) / 2
-        weights = np.exp(tilt * (values - values.mean()))
-        weights /= weights.sum()
-        low, high = (tilt, high) if weights @ values < mean else (low, tilt)
-    return np.random.default_rng(seed).choice(outcomes, size=shape, p=weights)
 
 
 def make_batch(dims: ModelDims, outcomes: list[int], mean: float, rows: int, length: int) -> ReplayBatch:
@@ -66,10 +54,6 @@ def make_batch(dims: ModelDims, outcomes: list[int], mean: float, rows: int, len
         depths = exits_with_mean(outcomes, mean * dims.num_layers, depths.shape, seed=1)
         depths[:, 0] = dims.num_layers
     return pack(list(tokens[:, :1]), list(tokens[:, 1:]), list(depths), dims.num_layers)
-
-
-def make_weights(batch: ReplayBatch) -> Weights:
-    return Weights(mean_weights(batch, batch.counts), mean_weights(batch, batch.asked))
 
 
 def floor_share(dims: ModelDims, depths: torch.Tensor) -> float:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 
-import numpy as np
 import torch
 from layout_cases import make_learner
 from torch.utils.flop_counter import FlopCounterMode
 
 from ee_megatron.config.schema import DeepspeedConfig
 from ee_megatron.families.hf_directory import HFDirectory
-from ee_megatron.learner.batch import ReplayBatch, pack
 from ee_megatron.learner.learner import Learner
-from ee_megatron.objectives.weights import Weights, mean_weights
 from ee_megatron.policy import PolicySpec, initial_policy
+from tools.workloads import make_batch
 
 
 def attention(query, key, *_args, **_kwargs) -> int:
@@ -66,24 +64,6 @@ class Held:
         self.kept.holders[self.key] -= 1
         if not self.kept.holders[self.key]:
             self.kept.now -= self.size
-
-
-def make_batch(
-    spec: PolicySpec, vocab: int, sequences: int, prompt: int, answer: int, shares, group: int
-) -> tuple[ReplayBatch, Weights]:
-    """Sequences of one length, in groups of one prompt, whose later tokens leave in the given shares, rounded within a
-    sequence, in any order."""
-    generator = np.random.default_rng(0)
-    tokens = [generator.integers(0, vocab, prompt + answer) for _ in range(sequences)]
-    for row in range(sequences):
-        tokens[row][:prompt] = tokens[row - row % group][:prompt]
-    # The outcome of each of answer - 1 evenly spaced quantiles.
-    outcome = np.searchsorted(np.cumsum(shares), (np.arange(answer - 1) + 0.5) / (answer - 1)).clip(max=len(shares) - 1)
-    later = np.array(spec.layout.outcomes, dtype=np.int32)[outcome]
-    first = np.array([spec.num_layers], dtype=np.int32)
-    depths = [np.concatenate([first, generator.permutation(later)]) for _ in range(sequences)]
-    batch = pack([t[:prompt] for t in tokens], [t[prompt:] for t in tokens], depths, spec.num_layers)
-    return batch, Weights(mean_weights(batch, batch.counts), mean_weights(batch, batch.asked))
 
 
 def bytes_of(tensors) -> int:

@@ -67,6 +67,7 @@ REFUSED = {
     "GPUs": (["--nodes=2", "--gpus-per-node=1"], [], "this job has 2 node(s) with 1 GPU(s) each, the settings need 2"),
     "nodes": (["--nodes=1", "--gpus-per-node=2"], [], "submit with sbatch --nodes=2 --ntasks-per-node=2"),
     "typo": (["--nodes=2", "--gpus-per-node=2"], ["rl.lamda_exit=1"], "did you mean rl.lambda_exit?"),
+    "device": (["--nodes=2", "--gpus-per-node=2"], ["device=cuda"], "device=cuda with cluster.gpus_per_node=2 on node"),
     "layout": (["--nodes=2", "--gpus-per-node=2"], ["parallel.data=2"], "4 ranks, but 1 learner node(s)"),
 }
 

@@ -1,0 +1,192 @@
+"""`make gpu-check` as far as a CPU goes: every part runs and says something sensible, and what is wrong is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ranks import ROOT
+
+from tools.gpu_check import __main__ as check
+from tools.gpu_check.findings import Findings
+from tools.gpu_check.registry import PARTS, Part
+
+# Parts are run by an interpreter that does as it's told here before anything else.
+FAULTS = """
+import os, sys
+part = sys.orig_argv[-3] if "tools.gpu_check.child" in sys.orig_argv else ""
+if part == "decoder":
+    from ee_megatron.rollout.engine.decoder import Decoder
+    readout = Decoder.readout
+    Decoder.readout = lambda self, hidden: readout(self, hidden).roll(1, -1)
+elif part == "export":
+    os.kill(os.getpid(), 11)
+elif part == "learner":
+    from ee_megatron.objectives import weights
+    weights.mean_weights = None
+elif part == "resume":
+    from ee_megatron.training import checkpoints
+    read = checkpoints.read_training
+    def forgetful(directory):
+        state, counters = read(directory)
+        state.tensors["exp_avg"] = {name: 0 * tensor for name, tensor in state.tensors["exp_avg"].items()}
+        return state, counters
+    checkpoints.read_training = forgetful
+"""
+
+
+def run(out: Path, *arguments: str, path: Path | None = None) -> tuple[int, str, dict]:
+    """Exit code, output and result.json."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{path}{os.pathsep}{ROOT}" if path else str(ROOT),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "tools.gpu_check",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+        "--scratch",
+        str(out.parent),
+    ]
+    done = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    file = out / "result.json"
+    return done.returncode, done.stdout + done.stderr, json.loads(file.read_text()) if file.is_file() else {}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[dict, Path, str]:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    code, output, result = run(out)
+    assert code == 0, output
+    return result, out, output
+
+
+def part_of(result: dict, name: str) -> dict:
+    return next(part for part in result["parts"] if part["name"] == name)
+
+
+@pytest.mark.timeout(900)
+def test_every_part_passes_on_a_cpu_and_says_what_only_a_gpu_has(whole) -> None:
+    result, out, output = whole
+    assert [part["name"] for part in result["parts"]] == [part.name for part in PARTS]
+    assert result["passed"] and not result["failed"]
+    assert {part["status"] for part in result["parts"]} == {"passed"}
+    absent = [c["name"] for part in result["parts"] for c in part["checks"] if c["status"] == "not applicable on cpu"]
+    assert {"NCCL", "float32 with TF32", "memory against the plan"} <= set(absent)
+    assert all(part["title"] in output for part in result["parts"])
+    # Nothing is left of models and children.
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.timeout(900)
+def test_checks_measure_something(whole) -> None:
+    result = whole[0]
+    limits = {
+        check["name"]: check for name in ("decoder", "learner", "export") for check in part_of(result, name)["checks"]
+    }
+    rounded = [c["value"] for name, c in limits.items() if name.startswith("bfloat16")]
+    # bfloat16 rounds: an error of nothing would mean that both sides were computed in float32.
+    assert len(rounded) >= 12 and min(rounded) > 1e-3
+    figures = {f["name"]: f["value"] for part in result["parts"] for f in part["figures"]}
+    assert figures["torch"] and figures["roofline's bandwidth"] > 0
+    assert figures["killed while writing"].startswith(".step_")
+    assert 0 < figures["mean depth"] < 1
+    shares = [
+        c["value"] for name in ("decode", "step") for c in part_of(result, name)["checks"] if "roofline" in c["name"]
+    ]
+    assert len(shares) == 4 and min(shares) > 1e-4
+    for name in ("decode", "step"):
+        tables = part_of(result, name)["tables"]
+        assert len(tables[-1]["rows"]) == 10
+    speeds = {row[0]: row[1:4] for row in part_of(result, "decode")["tables"][0]["rows"]}
+    assert set(speeds) == {"full depth", "mean depth 0.7", "transformers"}
+    assert all(0 < least <= median <= most for median, least, most in speeds.values())
+
+
+@pytest.mark.timeout(900)
+def test_the_page_shows_every_check_and_needs_nothing_else(whole) -> None:
+    result, out, _ = whole
+    page = (out / "index.html").read_text()
+    assert "http" not in page.replace("http-equiv", "")
+    for part in result["parts"]:
+        for entry in (*part["checks"], *part["figures"]):
+            assert entry["name"].replace("'", "&#39;") in page
+
+
+@pytest.mark.timeout(900)
+def test_faults_are_named_and_the_other_parts_go_on(tmp_path) -> None:
+    (tmp_path / "faults").mkdir()
+    (tmp_path / "faults" / "sitecustomize.py").write_text(FAULTS)
+    names = ["decoder", "learner", "export", "resume", "nccl"]
+    code, output, result = run(tmp_path / "out", "--only", *names, path=tmp_path / "faults")
+    assert code == 1, output
+    status = {part["name"]: part["status"] for part in result["parts"]}
+    assert status == {
+        "models": "passed", "reference": "passed", "decoder": "failed", "learner": "crashed", "export": "crashed",
+        "resume": "failed", "nccl": "passed",
+    }  # fmt: skip
+    assert part_of(result, "export")["reasons"] == ["ended by SIGSEGV"]
+    assert "'NoneType' object is not callable" in part_of(result, "learner")["reasons"][0]
+    assert any(
+        reason.startswith("float32: logits, all positions at once") for reason in part_of(result, "decoder")["reasons"]
+    )
+    assert any(reason.startswith("resumed against undisturbed") for reason in part_of(result, "resume")["reasons"])
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert all(line.split(":")[0] in output and line[:40].replace("'", "&#39;") in page for line in result["failed"])
+
+
+def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path, monkeypatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import pathlib, subprocess, sys, time\n"
+        f"pid = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(600)']).pid\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'grandchild').write_text(str(pid))\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    begun = time.monotonic()
+    found = check.outcome(Part("nccl", "Collectives", "machine:collectives", 1), "cpu", tmp_path, 100.0, {})
+    assert found["status"] == "out of time" and found["reasons"] == ["not done within 4 s"]
+    assert time.monotonic() - begun < 60
+    deadline = time.monotonic() + 10
+    stat = Path("/proc", (tmp_path / "grandchild").read_text(), "stat")
+    # Gone, or dead and not yet collected by whoever inherited it.
+    while stat.is_file() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not stat.is_file() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_parts_that_lack_what_they_need_or_time_are_named(tmp_path) -> None:
+    part = next(part for part in PARTS if part.name == "decoder")
+    broken = {"reference": {"status": "crashed"}}
+    assert check.outcome(part, "cpu", tmp_path, 100.0, broken)["reasons"] == ["it needs reference"]
+    late = check.outcome(part, "cpu", tmp_path, 0.0, {"reference": {"status": "passed"}})
+    assert (late["status"], late["reasons"]) == ("not run", ["the time of the whole check was over"])
+
+
+def test_without_a_gpu_one_line_says_what_is_missing(tmp_path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    line = check.obstacle("cuda", tmp_path)
+    assert "DEVICE=cpu" in line and "\n" not in line and ("without CUDA" in line or "finds no GPU" in line)
+    assert check.obstacle("cpu", tmp_path) == ""
+    assert "give another folder by --scratch" in check.obstacle("cpu", tmp_path / "absent")
+
+
+def test_what_is_no_number_fails_and_is_null(tmp_path) -> None:
+    findings = Findings(tmp_path / "f.json", "cuda")
+    findings.check("error", float("nan"), at_most=1.0)
+    findings.check("share", 0.5, at_least=0.1, at_most=1.0)
+    assert findings.failed == ["error"]
+    assert [c["value"] for c in json.loads((tmp_path / "f.json").read_text())["checks"]] == [None, 0.5]

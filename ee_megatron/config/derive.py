@@ -85,3 +85,13 @@ def policy_spec(cfg: RunConfig, dims: ModelDims) -> PolicySpec:
         gate_width=cfg.exits.gate_width,
         gate_input=cfg.exits.gate_input,
     )
+
+
+def has_actors(rollout: RolloutConfig) -> bool:
+    """Whether rollouts are made by actors in processes of their own."""
+    return rollout.backend != "local"
+
+
+def actor_share(rollout: RolloutConfig) -> float:
+    """Devices that an actor takes: a share of one, or as many as its model is shared among."""
+    return rollout.device_share if rollout.tensor == 1 else rollout.tensor

@@ -287,8 +287,13 @@ class RLConfig:
 
 @dataclass
 class RolloutConfig:
-    backend: str = setting("ray", choices=("ray", "local"), execution=True)
-    """ray (actors in their own processes) or local (in process)."""
+    backend: str = setting("ray", choices=("ray", "vllm", "local"), execution=True)
+    """ray (the embedded engine, actors in their own processes), vllm (the same actors, in each a vLLM with exits) or
+    local (the embedded engine in process)."""
+    vllm_python: str = setting(".venv-vllm/bin/python", path=True, execution=True)
+    """backend=vllm: the interpreter of the environment that has it (`make vllm`)."""
+    tensor: int = setting(1, positive=True, execution=True)
+    """backend=vllm: devices of an actor, which tensor parallelism shares the model among."""
     actors: int = setting(1, positive=True, execution=True)
     threads: int = setting(2, positive=True, execution=True)
     """Torch threads per actor on a CPU."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cluster import seats
-from .derive import ranks, resolve_exits, stage_sizes
+from .derive import actor_share, has_actors, ranks, resolve_exits, stage_sizes
 from .schema import SEQUENCE_MULTIPLE, Rules, RunConfig, settings
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def validate(cfg: RunConfig, dims: ModelDims | None) -> None:
     share = cfg.rollout.device_share
     if share > 1 and share != int(share):
         raise ValueError(f"rollout.device_share={share}: expected a fraction up to 1, or whole devices")
+    _check_engine(cfg, dims)
     _check_cluster(cfg)
     if dims is not None:
         _check_tensor(cfg, dims)
@@ -176,10 +177,10 @@ def _check_cluster(cfg: RunConfig) -> None:
             f"cluster.rollout_nodes={cluster.rollout_nodes}: leaves no learner node of cluster.nodes={cluster.nodes}; "
             f"set cluster.nodes={cluster.rollout_nodes + 1} or more"
         )
-    if cluster.rollout_nodes and rollout.backend != "ray":
+    if cluster.rollout_nodes and not has_actors(rollout):
         raise ValueError(
-            f"cluster.rollout_nodes={cluster.rollout_nodes}: needs rollout.backend=ray, found {rollout.backend}, which "
-            "generates in the learner's process; set cluster.rollout_nodes=0"
+            f"cluster.rollout_nodes={cluster.rollout_nodes}: needs rollout.backend=ray or vllm, found "
+            f"{rollout.backend}, which generates in the learner's process; set cluster.rollout_nodes=0"
         )
     if not cluster.gpus_per_node:
         return
@@ -191,12 +192,29 @@ def _check_cluster(cfg: RunConfig) -> None:
             f"{cluster.gpus_per_node} = {learners * cluster.gpus_per_node} devices"
         )
     hosts = cluster.rollout_nodes or cluster.nodes
-    room = hosts * seats(cluster.gpus_per_node, rollout.device_share)
-    if rollout.backend == "ray" and room < rollout.actors:
+    room = hosts * seats(cluster.gpus_per_node, actor_share(rollout))
+    if has_actors(rollout) and room < rollout.actors:
         raise ValueError(
-            f"rollout.actors={rollout.actors} with rollout.device_share={rollout.device_share:g}: {hosts} node(s) of "
+            f"rollout.actors={rollout.actors} of {actor_share(rollout):g} device(s): {hosts} node(s) of "
             f"{cluster.gpus_per_node} devices have room for {room}; lower rollout.actors or raise "
             f"{'cluster.rollout_nodes' if cluster.rollout_nodes else 'cluster.nodes'}"
+        )
+
+
+def _check_engine(cfg: RunConfig, dims: ModelDims | None) -> None:
+    rollout = cfg.rollout
+    if rollout.tensor == 1:
+        return
+    if rollout.backend != "vllm":
+        raise ValueError(
+            f"rollout.tensor={rollout.tensor}: rollout.backend={rollout.backend} has the whole model on one device; "
+            "set rollout.tensor=1, or rollout.backend=vllm"
+        )
+    if dims is not None and (dims.heads % rollout.tensor or dims.kv_heads % rollout.tensor):
+        valid = [d for d in range(1, dims.kv_heads + 1) if not dims.heads % d and not dims.kv_heads % d]
+        raise ValueError(
+            f"rollout.tensor={rollout.tensor} divides not both the model's {dims.heads} attention heads and its "
+            f"{dims.kv_heads} key-value heads; set one of {valid}"
         )
 
 

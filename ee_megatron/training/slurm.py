@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, MutableMapping
 
 from ..config.cluster import JobShape, job_shape, seats
-from ..config.derive import start_timeout
+from ..config.derive import actor_share, start_timeout
 from ..config.device import asks_for_gpus, pick_device
 from ..config.identity import stage_dir
 from ..config.schema import RunConfig
@@ -37,7 +37,7 @@ def describe_job(cfg: RunConfig, stage: str, environment: Mapping[str, str]) -> 
         weights = HFDirectory(stages.ready_model(cfg, stage)).size()
     cpu = cfg.device == "cpu" or not shape.gpus_per_node
     devices = range(shape.first_device, shape.gpus_per_node)
-    share = cfg.rollout.device_share
+    share = actor_share(cfg.rollout)
     # On GPUs an actor takes one core of Ray's accounts besides its share of a device: as many as devices have room for.
     cores = math.ceil(shape.actors_per_node * share) if cpu else seats(len(devices), share)
     return {

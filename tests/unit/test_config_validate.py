@@ -118,7 +118,7 @@ def test_every_rule_on_a_field_is_enforced(key: str, value: Any, expected: str) 
         (["rollout.actors=5", "rollout.device_share=2", *TWO_NODES], ["room for 4", "cluster.rollout_nodes"]),
         (["rollout.actors=17", "rollout.device_share=0.5", "cluster.gpus_per_node=8"], ["room for 16"]),
         (["cluster.rollout_nodes=1"], ["cluster.rollout_nodes=1", "no learner node", "cluster.nodes=2"]),
-        (["rollout=local", *TWO_NODES], ["cluster.rollout_nodes=1", "rollout.backend=ray, found local"]),
+        (["rollout=local", *TWO_NODES], ["cluster.rollout_nodes=1", "rollout.backend=ray or vllm, found local"]),
         (["cluster.rollout_nodes=-1"], ["cluster.rollout_nodes=-1", ">= 0"]),
     ],
 )
@@ -238,6 +238,8 @@ EXECUTION = {
             "threads",
             "rows",
             "device_share",
+            "tensor",
+            "vllm_python",
             "check_weights",
             "start_timeout_s",
             "timeout_s",

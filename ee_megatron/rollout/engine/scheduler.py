@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,11 +21,11 @@ from ...exits import gate_log_term
 from ...types import Prompt, Rollout
 from .cache import KVCache
 from .decoder import Decoder, Prefilled
-from .ending import StopChecker
+from .intake import Intake
 from .ops import Rows
 from .prompts import common_beginning, encode_continuation, encode_text, pad
 from .request import Event, GenerationRequest, Request, Row
-from .sampling import SamplingParams, log_prob, sample_tokens, stream_key, uniforms
+from .sampling import SamplingParams, log_prob, sample_tokens, uniforms
 from .stations import Stations
 
 # Prompt positions read in one parallel forward, padding included, and before rows start: bounds a prefill's memory.
@@ -66,7 +67,7 @@ class Scheduler:
         self._next_id = 0
         # Prompts that have been read, and the logits [V] of their first tokens.
         self._read: dict[tuple[int, ...], tuple[Prefilled, Tensor]] = {}
-        self._stopping: dict[tuple[str, ...], StopChecker] = {}
+        self._intake = Intake(tokenizer, decoder.eos_ids, decoder.layout, decoder.dims.max_positions)
         self._prefix: tuple[tuple[int, ...], Prefilled] | None = None
         device, M = decoder.device, len(decoder.layout.depths)
         self._hidden = torch.zeros(in_flight, decoder.dims.hidden, dtype=decoder.dtype, device=device)
@@ -79,26 +80,7 @@ class Scheduler:
 
     def add(self, request: Request) -> int:
         """Queue a request; its id. Raises ValueError for what this decoder can't answer."""
-        decoder = self.decoder
-        request.exits.check(decoder.layout, decoder.gates is not None)
-        tokens = tuple(
-            encode_text(self.tokenizer, request.prompt) if isinstance(request.prompt, str) else request.prompt
-        )
-        if not tokens:
-            raise ValueError(f"prompt {request.prompt_id!r} has no tokens; give it a text")
-        key = stream_key(request.seed, request.prompt_id, request.sample)
-        stop = request.sampling.stop
-        if stop not in self._stopping:
-            self._stopping[stop] = StopChecker(self.tokenizer, decoder.eos_ids, stop)
-        row = Row(self._next_id, request, tokens, key, self._stopping[stop])
-        if row.tokens and (row.stopping.ended(row.tokens) or len(row.tokens) >= request.sampling.max_new_tokens):
-            raise ValueError(f"answer {request.prompt_id!r} was begun and ended; only an unfinished one goes on")
-        check_prefill(row)
-        if row.longest > decoder.dims.max_positions:
-            raise ValueError(
-                f"prompt and answer take up to {row.longest} positions, the model has {decoder.dims.max_positions}; "
-                "shorten the prompts or lower max_new_tokens"
-            )
+        row = self._intake.begin(self._next_id, request, self.decoder.gates is not None)
         self._next_id += 1
         self.waiting.append(row)
         return row.id
@@ -365,21 +347,6 @@ class Scheduler:
         return torch.from_numpy(uniforms(keys, at, draws)).to(self.decoder.device)
 
 
-def check_prefill(row: Row) -> None:
-    """Raises ValueError for a prefill that leaves the model nothing to say."""
-    prefill, limit = row.request.prefill, row.request.sampling.max_new_tokens
-    if not prefill:
-        return
-    if len(prefill) >= limit:
-        raise ValueError(
-            f"prefill of {row.request.prompt_id!r} has {len(prefill)} tokens, the answer may have {limit}; "
-            "raise max_new_tokens"
-        )
-    text = row.stopping.decode(prefill)
-    if any(stop in text for stop in row.stopping.stop):
-        raise ValueError(f"prefill of {row.request.prompt_id!r} holds a stop string; cut it there")
-
-
 def prescribe(
     logits: Tensor, params: SamplingParams, drawn: tuple[Tensor, Tensor, Tensor], given: list[tuple[int, int]]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -411,11 +378,37 @@ def generate(
     Once `stop()` holds, what there is is returned as it is: answers may be unfinished or without a token. As `begun` of
     another call, under these weights or newer ones, such answers go on and finished ones are returned as they are.
     """
+    if request.samples < 1 or rows < 1:
+        raise ValueError(f"samples={request.samples}, rows={rows}: both must be at least 1")
+    scheduler = Scheduler(decoder, tokenizer, min(rows, max(1, request.answers)))
+    return answer(scheduler, tokenizer, request, version, progress, begun, stop)
+
+
+class Engine(Protocol):
+    """What `answer` asks of whatever makes the tokens."""
+
+    finished: dict[int, Row]
+
+    def add(self, request: Request) -> int: ...
+    def share_prefix(self, tokens: Sequence[int]) -> None: ...
+    def advance(self) -> list[Event]: ...
+    @property
+    def busy(self) -> bool: ...
+    def take_unfinished(self, request: int, version: int) -> Rollout: ...
+
+
+def answer(
+    scheduler: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    request: GenerationRequest,
+    version: int,
+    progress: Progress | None = None,
+    begun: Sequence[Sequence[Rollout]] = (),
+    stop: Callable[[], bool] = lambda: False,
+) -> list[list[Rollout]]:
+    """`generate` by an engine that has nothing else to do."""
     prompts, samples, total = request.prompts, request.samples, request.answers
     sampling, exits, seed = request.sampling, request.exits, request.seed
-    if samples < 1 or rows < 1:
-        raise ValueError(f"samples={samples}, rows={rows}: both must be at least 1")
-    scheduler = Scheduler(decoder, tokenizer, min(rows, max(1, total)))
     encoded = [encode_text(tokenizer, prompt.text) for prompt in prompts]
     prefills = [encode_continuation(tokenizer, p.prefill) if p.prefill else [] for p in prompts]
     ids: dict[tuple[int, int], int] = {}

@@ -70,7 +70,8 @@ class RolloutPool(Protocol):
 
 @dataclass(frozen=True)
 class ReplicaSettings:
-    """What it takes to make a decoder in any process."""
+    """What it takes to make a replica in any process. With `vllm_python` vLLM makes the answers, in the environment of
+    that interpreter, on `tensor` devices, and has to be there within `start_s` seconds."""
 
     model_path: str
     spec: PolicySpec | None
@@ -78,6 +79,9 @@ class ReplicaSettings:
     device: str
     rows: int
     threads: int
+    vllm_python: str = ""
+    tensor: int = 1
+    start_s: float = 600.0
 
 
 def expected_hashes(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, str]:

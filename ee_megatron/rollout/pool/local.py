@@ -16,7 +16,7 @@ from ..engine.decoder import Decoder
 from ..engine.request import GenerationRequest
 from ..engine.scheduler import Progress
 from ..engine.scoring import Inspection, Score
-from .interface import Pending, expected_hashes, identity
+from .interface import Pending, ReplicaSettings, expected_hashes, identity
 from .transport import first_difference, hashes, narrowed
 
 
@@ -42,6 +42,11 @@ class LocalPool:
         self.tokenizer = AutoTokenizer.from_pretrained(str(model_path), local_files_only=True)
         self.rows, self.sync_dtype = rows, sync_dtype
         self._weights: WeightSet | None = None
+
+    @staticmethod
+    def of(settings: ReplicaSettings) -> LocalPool:
+        s = settings
+        return LocalPool(s.model_path, s.spec, s.dtype, s.device, s.rows, s.threads)
 
     @property
     def version(self) -> int:

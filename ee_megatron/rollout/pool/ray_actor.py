@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 
 from ...config.device import require_gpus
 from ...policy import WeightSet
+from ..vllm.pipe import EngineDied
 from .interface import ReplicaSettings, identity
 from .local import LocalPool
 from .ray_nodes import await_head, await_nodes, is_loopback
 from .transport import unpack
+from .vllm import VllmPool
 
 # Calls of this group run beside the one call of the actor's own: they tell it to stop.
 CONTROL = "control"
@@ -29,12 +32,12 @@ class Replica:
         self._refusal: ValueError | None = None
         try:
             if settings.device == "cuda":
-                require_gpus(1, "device=cuda")
+                require_gpus(settings.tensor, "device=cuda")
         except ValueError as error:
             # Raised here it would count as a death, and the next actor would be tried: the first load says it.
             self._refusal = error
             return
-        self.pool = LocalPool(**vars(settings))
+        self.pool = VllmPool(settings) if settings.vllm_python else LocalPool.of(settings)
 
     def load(
         self, wanted: tuple[int, str], chunks: Sequence[Any] | None, timeout_s: float
@@ -66,10 +69,15 @@ class Replica:
             raise ValueError(
                 f"replica holds weights {held}, expected version {expected[0]} ({expected[1][:12]}); load them"
             )
-        if method != "generate":
-            return getattr(self.pool, method)(*arguments)
-        request, begun = arguments
-        return self.pool.generate(request, None, begun, lambda: bool(number) and self._stopped == number)
+        try:
+            if method != "generate":
+                return getattr(self.pool, method)(*arguments)
+            request, begun = arguments
+            return self.pool.generate(request, None, begun, lambda: bool(number) and self._stopped == number)
+        except EngineDied as error:
+            # The driver replaces an actor that is gone and asks another for what this one owes.
+            print(error, file=sys.stderr, flush=True)
+            os._exit(1)
 
     def stop(self, number: int) -> None:
         """Let call `number` end with what it has; without effect on any other."""

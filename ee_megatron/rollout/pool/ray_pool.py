@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...config.derive import start_timeout
+from ...config.derive import actor_share, start_timeout
 from ...config.schema import RolloutConfig
 from ...families.hf_directory import HFDirectory
 from ...policy import WeightSet
@@ -61,13 +61,14 @@ class RayPool:
     """
 
     def __init__(self, replica: ReplicaSettings, rollout: RolloutConfig):
-        actors, device_share = rollout.actors, rollout.device_share
+        actors, device_share = rollout.actors, actor_share(rollout)
         if actors < 1:
             raise ValueError(f"rollout.actors={actors}: a pool needs at least 1")
         if device_share <= 0 or (device_share > 1 and device_share != int(device_share)):
             raise ValueError(f"rollout.device_share={device_share}: expected a fraction up to 1, or whole devices")
         source = HFDirectory(replica.model_path)
         rollout = replace(rollout, start_timeout_s=start_timeout(rollout, source.size()))
+        replica = replace(replica, start_s=rollout.start_timeout_s)
         prepare_environment()
         import ray
 
@@ -138,7 +139,7 @@ class RayPool:
         wanted = self._sent.identity
         ready = [actor for actor in self._actors if actor.held == wanted]
         return {
-            "backend": "ray",
+            "backend": "vllm" if self._replica.vllm_python else "ray",
             "actors": self._count,
             "alive": len(ready),
             "restarts": self._driver.deaths,

@@ -1,0 +1,173 @@
+"""vLLM's engine with exits, driven step by step, as `rollout.engine.scheduler.Scheduler` drives the embedded one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ...families.hf_directory import HFDirectory
+from ...policy import PolicySpec
+from ...types import Rollout
+from ..engine.decoder import read_eos_ids
+from ..engine.intake import Intake
+from ..engine.request import Event, Request, Row
+from . import VERSIONS, architecture
+from .asked import EXTRA, Asked
+
+FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """One engine.
+
+    - rows: requests at a time; chunk: positions that a step reads at most
+    - tensor: devices
+    - blocks: of the cache, 0 for as many as there is memory; block: positions in one, 0 for vLLM's choice
+    - positions: the longest sequence, 0 for the model's own limit
+    - cache_gib: memory of the cache on a CPU
+    """
+
+    model_path: str
+    spec: PolicySpec
+    dtype: torch.dtype
+    rows: int = 64
+    tensor: int = 1
+    blocks: int = 0
+    block: int = 0
+    positions: int = 0
+    chunk: int = 8192
+    cache_gib: float = 1.0
+
+
+class VllmEngine:
+    """Requests come and go; `advance` runs one step of vLLM's. Not thread-safe: one owner."""
+
+    def __init__(self, settings: EngineSettings):
+        # In this process: the caller owns it, and weights are set between two steps.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(settings.cache_gib))))
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        import vllm
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        if not vllm.__version__.startswith(VERSIONS):
+            raise ValueError(f"vLLM {vllm.__version__} is installed, expected {' or '.join(VERSIONS)}; run: make vllm")
+        source = HFDirectory(settings.model_path)
+        self.dims, self.spec = source.dims, settings.spec
+        eos_ids = read_eos_ids(source)
+        source.close()
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            settings.model_path, local_files_only=True
+        )
+        spec, more = settings.spec, {}
+        if settings.blocks:
+            more["num_gpu_blocks_override"] = settings.blocks
+        if settings.block:
+            more["block_size"] = settings.block
+        if settings.positions:
+            more["max_model_len"] = settings.positions
+        arguments = EngineArgs(
+            model=str(Path(settings.model_path)), dtype=str(settings.dtype).removeprefix("torch."),
+            skip_tokenizer_init=True, enforce_eager=True, async_scheduling=False, enable_prefix_caching=False,
+            max_num_seqs=settings.rows, max_num_batched_tokens=settings.chunk, enable_chunked_prefill=True,
+            tensor_parallel_size=settings.tensor, worker_extension_cls=f"{__package__}.worker.ExitWorker",
+            hf_overrides={
+                "architectures": [architecture(FAMILIES[self.dims.family])], "exit_depths": list(spec.exit_depths),
+                "gate_width": spec.gate_width, "gate_input": spec.gate_input,
+            },
+            **more,
+        )  # fmt: skip
+        self.engine = LLMEngine.from_engine_args(arguments)
+        self._call("exits_attach", settings.model_path)
+        self.gated, self.tensor = False, settings.tensor
+        self._adapters: dict[str, Tensor] = {}
+        limit = settings.positions or self.dims.max_positions
+        self._intake = Intake(self.tokenizer, eos_ids, self.spec.layout, limit)
+        self.finished: dict[int, Row] = {}
+        self._rows: dict[int, Row] = {}
+        self._next_id = 0
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        return self.engine.collective_rpc(name, args=arguments)[0]
+
+    # ---- weights ----
+
+    def load(self, tensors: dict[str, Tensor] | None) -> None:
+        """A policy's tensors, or the base without gates. No request may be under way."""
+        assert not self._rows, "weights are set between answers"
+        self._call("exits_load", self.spec, tensors)
+        self.gated = tensors is not None
+        self._adapters = {name: tensor for name, tensor in (tensors or {}).items() if ".lora_" in name}
+
+    def held(self) -> dict[str, Tensor]:
+        """The policy's tensors, read back where vLLM keeps them (gates, a whole base); adapters, which are merged, as
+        they came. Raises ValueError for a whole base that devices share."""
+        if not self.gated:
+            return {}
+        if self.spec.full and self.tensor > 1:
+            raise ValueError(
+                f"rollout.check_weights: each of {self.tensor} devices holds a share; compare with tensor=1"
+            )
+        return {**self._adapters, **self._call("exits_held", self.spec.full)}
+
+    @property
+    def preemptions(self) -> int:
+        """How often requests lost their place in the cache and were read again."""
+        return sum(int(m.value) for m in self.engine.get_metrics() if m.name == "vllm:num_preemptions")
+
+    # ---- requests ----
+
+    def add(self, request: Request) -> int:
+        """As `Scheduler.add`."""
+        from vllm import SamplingParams
+
+        row = self._intake.begin(self._next_id, request, self.gated)
+        self._next_id += 1
+        self._rows[row.id] = row
+        left = request.sampling.max_new_tokens - len(row.tokens)
+        # Tokens and their end are this package's business.
+        params = SamplingParams(
+            temperature=0.0, max_tokens=left, ignore_eos=True, detokenize=False,
+            extra_args={EXTRA: Asked.extra(row)},
+        )  # fmt: skip
+        prompt = {"prompt_token_ids": [*row.prompt_tokens, *row.tokens]}
+        self.engine.add_request(str(row.id), prompt, params)
+        return row.id
+
+    def advance(self) -> list[Event]:
+        """One step of vLLM's: an event per new token."""
+        self.engine.step()
+        events = []
+        for made in self._call("exits_take"):
+            row = self._rows.get(made.name)
+            if row is None:
+                continue
+            events.append(row.append(made.token, made.depth, made.logprob, made.full_logprob, made.exit_logprob))
+            if row.finished is not None:
+                self.engine.abort_request([str(row.id)])
+                self.finished[row.id] = self._rows.pop(row.id)
+        return events
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._rows)
+
+    def take_unfinished(self, request: int, version: int) -> Rollout:
+        """As `Scheduler.take_unfinished`."""
+        row = self.finished.pop(request, None) or self._rows.pop(request)
+        if row.finished is None:
+            self.engine.abort_request([str(request)])
+        return row.rollout(version)
+
+    def share_prefix(self, tokens: Sequence[int]) -> None:
+        """Nothing: vLLM reads every prompt for itself while its prefix cache is off."""

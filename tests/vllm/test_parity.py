@@ -1,0 +1,153 @@
+"""vLLM with exits against the embedded engine, token for token and depth for depth, and against vLLM without exits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from vllm_setup import (
+    ASKED,
+    ENVIRONMENT,
+    FULL,
+    MODELS,
+    PROMPTS,
+    SAMPLINGS,
+    START_S,
+    TOKENS,
+    Engines,
+    Own,
+    answers,
+    assert_same,
+    make_model,
+    policy_of,
+    request,
+)
+
+from ee_megatron.rollout.engine.sampling import SamplingParams
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request, tmp_path_factory) -> tuple[Path, Own]:
+    path = make_model(request.param, tmp_path_factory.mktemp(request.param))
+    own = Own(path)
+    own.decoder.load_policy(policy_of(path))
+    return path, own
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> tuple[Path, Own]:
+    path = make_model("llama", tmp_path_factory.mktemp("llama"))
+    return path, Own(path)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("rule", ASKED)
+def test_every_rule_gives_the_answers_of_the_embedded_engine(rule, sampling, model, engines: Engines):
+    path, own = model
+    expected = own.answers(request(rule, sampling))
+    assert_same(answers(engines(path, policy_of(path)), request(rule, sampling)), expected)
+    assert len({depth for answer in expected for depth in answer.exit_depths.tolist()}) > (rule not in ("off", "fixed"))
+
+
+def test_without_exits_it_is_vllm_to_the_bit(model, engines: Engines, vllm_python, tmp_path: Path):
+    path, own = model
+    shut = policy_of(path)
+    shut = {
+        n: torch.full_like(t, -1e4) if n.endswith("fc2.bias") else 0 * t if "gates." not in n else t
+        for n, t in shut.items()
+    }
+    asked = replace(request("sample", "greedy"), samples=1, sampling=SamplingParams(0.0, TOKENS))
+    found = answers(engines(path, shut), asked)
+    encoded = [own.tokenizer(prompt.text)["input_ids"] for prompt in PROMPTS]
+    (tmp_path / "asked.json").write_text(json.dumps({"prompts": encoded, "tokens": TOKENS, "rows": 64}))
+    engines.__exit__()
+    root = Path(__file__).parents[2]
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(root), **ENVIRONMENT}
+    subprocess.run(
+        [vllm_python, str(Path(__file__).with_name("stock.py")), str(path), str(tmp_path / "asked.json"),
+         str(tmp_path / "out.json")], env=environment, check=True, timeout=START_S,
+    )  # fmt: skip
+    stock = json.loads((tmp_path / "out.json").read_text())
+    for answer, plain in zip(found, stock, strict=True):
+        assert answer.tokens.tolist() == plain["tokens"][: answer.length] and answer.length > 1
+        assert np.array_equal(answer.token_logprobs, np.float32(plain["logprobs"])[: answer.length])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"rows": 1}, {"rows": 64}, {"rows": 16, "chunk": 16}, {"rows": 16, "blocks": 10, "block": 32}],
+    ids=["one at a time", "64 in flight", "prompts in chunks", "few blocks"],
+)
+def test_how_it_is_scheduled_changes_nothing(settings, llama, engines: Engines):
+    path, own = llama
+    own.decoder.load_policy(policy_of(path))
+    engine = engines(path, policy_of(path), **settings)
+    before = engine.call("preemptions")
+    for rule in ASKED:
+        asked = replace(request(rule), prompts=[replace(p, id=f"{p.id}.{i}") for p in PROMPTS for i in range(3)])
+        if rule == "prescribed":
+            asked = request(rule)
+        assert_same(answers(engine, asked), own.answers(asked))
+    assert (engine.call("preemptions") > before) == ("blocks" in settings)
+
+
+def test_weights_are_set_in_place(llama, engines: Engines):
+    path, own = llama
+    engine = engines(path, policy_of(path))
+    for seed in (1, 2, 1):
+        own.decoder.load_policy(policy_of(path, seed=seed))
+        engine.call("load", seed, _packed(policy_of(path, seed=seed)))
+        assert_same(answers(engine, request("sample")), own.answers(request("sample")))
+    own.decoder.load_policy(None)
+    engine.call("load", 0, None)
+    assert_same(answers(engine, request("off")), own.answers(request("off")))
+    with pytest.raises(ValueError, match="exit policy sample needs gates"):
+        answers(engine, request("sample"))
+
+
+def test_a_whole_model_is_taken_over(tmp_path: Path, engines: Engines):
+    path = make_model("qwen2", tmp_path / "model")
+    own = Own(path, FULL)
+    engine = engines(path, policy_of(path, FULL), spec=FULL)
+    for seed in (0, 1):
+        own.decoder.load_policy(policy_of(path, FULL, seed))
+        engine.call("load", seed, _packed(policy_of(path, FULL, seed)))
+        assert_same(answers(engine, request("sample")), own.answers(request("sample")))
+    held = engine.call("held")
+    from ee_megatron.rollout.pool.interface import expected_hashes
+
+    assert held == expected_hashes(policy_of(path, FULL, 1), torch.float32)
+
+
+def test_an_answer_goes_on_where_it_stopped(llama, engines: Engines):
+    path, own = llama
+    own.decoder.load_policy(policy_of(path))
+    engine = engines(path, policy_of(path))
+    asked = request("sample")
+    whole = own.answers(asked)
+    calls = iter(range(10**6))
+    part = engine.call("generate", asked, (), stop=lambda: next(calls) >= 0)
+    lengths = [answer.length for group in part for answer in group]
+    assert min(lengths) < TOKENS, "it was stopped too late to show anything"
+    assert_same(answers(engine, asked, part), whole)
+
+
+def test_given_tokens_are_part_of_the_answer(llama, engines: Engines):
+    path, own = llama
+    own.decoder.load_policy(policy_of(path))
+    prompts = [replace(prompt, prefill="42 ") for prompt in PROMPTS]
+    asked = request("sample", prompts=prompts)
+    found = answers(engines(path, policy_of(path)), asked)
+    assert_same(found, own.answers(asked))
+    assert all(answer.text.startswith("42 ") for answer in found)
+
+
+def _packed(tensors):
+    from ee_megatron.rollout.vllm.pipe import packed
+
+    return packed(tensors)

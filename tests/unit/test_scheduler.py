@@ -97,7 +97,7 @@ def test_any_traffic_gives_the_masked_references_probabilities_and_runs_no_skipp
     kept, ids = decoder.ops, []
     decoder.ops = TorchOps(decoder.dims) if torch_ops else decoder.ops
     try:
-        scheduler = Scheduler(decoder, tokenizer, in_flight, batch, capacity=2)
+        scheduler = Scheduler(decoder, tokenizer, in_flight, batch)
         for i, (prompt, depths, wait) in enumerate(asked):
             for _ in range(wait):
                 scheduler.advance()

@@ -36,9 +36,7 @@ class KVCache:
     `limit`: pages that the pool may have at most; None: as many as are asked for.
     """
 
-    def __init__(
-        self, dims: ModelDims, rows: int, dtype: torch.dtype, device: torch.device, limit: int | None = None
-    ):
+    def __init__(self, dims: ModelDims, rows: int, dtype: torch.dtype, device: torch.device, limit: int | None = None):
         self.device, self.dtype, self.limit, self.pages = device, dtype, limit, 0
         self.table = np.zeros((rows, 1), dtype=np.int64)
         self.held = np.zeros(rows, dtype=np.int64)
@@ -70,7 +68,9 @@ class KVCache:
         needed = self.used + sum(n - int(self.held[row]) for row, n in wanted)
         if needed > self.pages:
             if self.limit is not None and needed > self.limit:
-                raise ValueError(f"{needed} pages of {PAGE} positions asked of a cache of {self.limit}; raise its limit")
+                raise ValueError(
+                    f"{needed} pages of {PAGE} positions asked of a cache of {self.limit}; raise its limit"
+                )
             self._resize(min(needed + needed // SPARE, self.limit or sys.maxsize))
         most, width = max(n for _, n in wanted), self.table.shape[1]
         if most > width:

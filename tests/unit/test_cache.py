@@ -73,7 +73,7 @@ def test_the_place_of_a_position_is_its_page_and_the_offset_in_it():
 def test_a_limit_holds_and_nothing_is_done_past_it():
     cache = KVCache(DIMS, 3, torch.float32, CPU, limit=4)
     cache.hold([0], [40])
-    with pytest.raises(ValueError, match="5 pages of 16 positions asked of a cache of 4; raise its limit"):
+    with pytest.raises(ValueError, match="5 pages of 16 positions asked of a cache of 4; enlarge it"):
         cache.hold([1, 2], [10, 10])
     cache.hold([1], [16])
     assert cache.pages == cache.used == 4 and not cache.held[2]

@@ -1,4 +1,4 @@
-"""The decoder's key/value cache in pages: a row holds as many as the positions it has, wherever they lie in the pool."""
+"""The decoder's key/value cache in pages: a row holds what its positions take, wherever that lies in the pool."""
 
 from __future__ import annotations
 
@@ -68,9 +68,7 @@ class KVCache:
         needed = self.used + sum(n - int(self.held[row]) for row, n in wanted)
         if needed > self.pages:
             if self.limit is not None and needed > self.limit:
-                raise ValueError(
-                    f"{needed} pages of {PAGE} positions asked of a cache of {self.limit}; raise its limit"
-                )
+                raise ValueError(f"{needed} pages of {PAGE} positions asked of a cache of {self.limit}; enlarge it")
             self._resize(min(needed + needed // SPARE, self.limit or sys.maxsize))
         most, width = max(n for _, n in wanted), self.table.shape[1]
         if most > width:
@@ -124,9 +122,8 @@ class KVCache:
         positions = np.arange(start, start + keys.shape[1])
         index = np.stack([self.table[row, positions // PAGE], positions % PAGE])
         pages, offsets = torch.from_numpy(index).to(self.device)
-        for layer, k, v in zip(self.layers, keys, values, strict=True):
-            layer[:, 0][pages, offsets] = k
-            layer[:, 1][pages, offsets] = v
+        for layer, pair in zip(self.layers, torch.stack([keys, values], dim=2), strict=True):
+            layer[pages, :, offsets] = pair
 
     def _resize(self, pages: int) -> None:
         """Make the pool's size `pages`; the first ones stay as they are, new ones are zeros."""

@@ -126,11 +126,9 @@ class TorchOps:
         if k_gain is not None:
             k = norm(k, None, dims.rms_eps) * k_gain[:, None]
         cos, sin = at.angles()
-        k = rotate(k, cos[:, None], sin[:, None])
-        for i, layer in enumerate(cache.layers[first : first + layers]):
-            keys, values = layer.unbind(1)
-            keys[at.pages, at.offsets] = k[:, i]
-            values[at.pages, at.offsets] = v[:, i]
+        pairs = torch.stack([rotate(k, cos[:, None], sin[:, None]), v], dim=2)
+        for layer, pair in zip(cache.layers[first : first + layers], pairs.unbind(1), strict=True):
+            layer[at.pages, :, at.offsets] = pair
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -39,8 +39,8 @@ Progress = Callable[[int, int], None]
 class Scheduler:
     """At most `in_flight` requests at a time have a slot, at most `batch` (default: all) run together.
 
-    `positions` bounds the cache (None: it takes what the rows need). Requests wait until what they may need at most fits
-    beside what those in flight may: no row that has begun is ever short of a page, or put back to make room.
+    `positions` bounds the cache (None: it takes what the rows need). Requests wait until what they can come to need
+    fits beside what those in flight can: no row that has begun is ever short of a page, or put back to make room.
 
     `add` requests at any time, `advance` while `busy`, `take` finished answers. Not thread-safe: one owner.
     """
@@ -158,9 +158,9 @@ class Scheduler:
     @torch.inference_mode()
     def advance(self) -> list[Event]:
         """One piece of work: prompts enter free slots, or one station runs. Returns an event per new token."""
-        # Here no row is under way: pages may move.
-        self.cache.trim()
         started = self._admit()
+        # No row is under way here: pages may move.
+        self.cache.trim()
         if started or not len(self.stations):
             return started
         station, rows = self.stations.take()
@@ -353,6 +353,8 @@ class Scheduler:
             self.decoder.write_skipped(hidden, [rows[i].segment for i in alive], self.cache, at)
         for i in alive:
             self.stations.put(0, rows[i])
+        if not self.waiting:
+            self.cache.trim()
         return events
 
     def _sample(

@@ -28,6 +28,11 @@ def pages_for(positions: int) -> int:
     return -(-positions // PAGE)
 
 
+def pool_pages(held: int) -> int:
+    """Pages that a pool is given when so many are to be held."""
+    return held + held // SPARE
+
+
 class KVCache:
     """layers: one tensor [P, 2, PAGE, KVH, hd] of keys and values per layer; table int64 [R, most]: the pages of each
     row in the order of its positions, of which the first held[r] count.
@@ -69,7 +74,7 @@ class KVCache:
         if needed > self.pages:
             if self.limit is not None and needed > self.limit:
                 raise ValueError(f"{needed} pages of {PAGE} positions asked of a cache of {self.limit}; enlarge it")
-            self._resize(min(needed + needed // SPARE, self.limit or sys.maxsize))
+            self._resize(min(pool_pages(needed), self.limit or sys.maxsize))
         most, width = max(n for _, n in wanted), self.table.shape[1]
         if most > width:
             self.table = np.pad(self.table, ((0, 0), (0, max(most, 2 * width) - width)))
@@ -88,7 +93,7 @@ class KVCache:
     def trim(self) -> None:
         """Give memory back if much of it is free; the pages at the pool's end move, so tables read before are void."""
         used = self.used
-        keep = max(1, used + used // SPARE)
+        keep = max(1, pool_pages(used))
         if self.pages <= used + 2 * (used // SPARE) + 1:
             return
         moved = (np.arange(self.table.shape[1]) < self.held[:, None]) & (self.table >= keep)

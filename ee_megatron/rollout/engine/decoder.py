@@ -291,8 +291,8 @@ class Decoder:
         for i, skipped in enumerate(self._skipped):
             count = sum(o <= i for o in outcome[:early])
             if count:
-                fused, part = skipped.linear(normed[:count]), at.take(slice(count))
-                self.ops.write_kv(fused, cache, skipped.first, skipped.layers, part, skipped.k_norm)
+                fused = skipped.linear(normed[:count])
+                self.ops.write_kv(fused, cache, skipped.first, skipped.layers, at, skipped.k_norm)
 
 
 def read_eos_ids(source: HFDirectory) -> frozenset[int]:

@@ -35,8 +35,8 @@ class Ops(Protocol):
         ...
 
     def write_kv(self, fused: Tensor, cache: KVCache, first: int, layers: int, at: Rows, k_gain: Tensor | None) -> None:
-        """Write keys (normed and rotated here) and values of layers first..first+layers-1, fused [A, layers·2·KVH·hd];
-        k_gain [layers, hd]."""
+        """Write keys (normed and rotated here) and values of layers first..first+layers-1 of the first A rows, fused
+        [A, layers·2·KVH·hd]; k_gain [layers, hd]."""
         ...
 
 
@@ -51,7 +51,7 @@ class Rows:
         self._mask: Tensor | None = None
         self._angles: tuple[Tensor, Tensor] | None = None
 
-    def take(self, which: Tensor | slice) -> Rows:
+    def take(self, which: Tensor) -> Rows:
         """Some of the rows."""
         return Rows(self.where[which], self.span, self.cos, self.sin)
 
@@ -125,10 +125,11 @@ class TorchOps:
         k, v = heads[:, :, 0], heads[:, :, 1]
         if k_gain is not None:
             k = norm(k, None, dims.rms_eps) * k_gain[:, None]
-        cos, sin = at.angles()
+        cos, sin = (table[: len(fused)] for table in at.angles())
         pairs = torch.stack([rotate(k, cos[:, None], sin[:, None]), v], dim=2)
+        pages, offsets = at.pages[: len(fused)], at.offsets[: len(fused)]
         for layer, pair in zip(cache.layers[first : first + layers], pairs.unbind(1), strict=True):
-            layer[at.pages, :, at.offsets] = pair
+            layer[pages, :, offsets] = pair
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

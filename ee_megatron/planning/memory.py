@@ -212,8 +212,8 @@ def logits_chunk(layout: Layout, load: Workload, t: Training) -> float:
 def actor_memory(layout: Layout, load: Workload, item: int, rows: int, packed: bool) -> dict[str, float]:
     """Kind -> bytes of one rollout actor, a whole replica (rollout/engine/weights.py): the base, the matrices that
     adapters change once more, stacked key/value weights of the layers behind each exit, gates; on a CPU packed forms of
-    what is multiplied with. The cache is at its fullest when every row is about to end: pages for all but the last token,
-    and the pool's spare ones."""
+    what is multiplied with. The cache is at its fullest when every row is about to end: pages for all but the last
+    token, and the pool's spare ones."""
     dims, spec = layout.dims, layout.spec
     linears = {name: shape[0] * shape[1] for name, shape in dims.linear_shapes().items()}
     base = sum(math.prod(shape) for shape in dims.tensor_shapes().values())

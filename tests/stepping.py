@@ -15,14 +15,16 @@ def step(decoder: Decoder, cache: KVCache, tokens: Tensor, positions: Tensor, de
 
     Keys and values of the skipped layers are in the cache when this returns.
     """
-    outcomes, span = decoder.layout.outcomes, int(positions.max()) + 1
+    outcomes, places = decoder.layout.outcomes, positions.tolist()
+    cache.hold(range(len(places)), [1 + place for place in places])
     hidden = decoder.weights.embedding[tokens]
     for segment, depth in enumerate(outcomes):
         rows = (depths >= depth).nonzero().squeeze(-1)
         if len(rows):
-            at = decoder.rows(cache, rows, positions[rows], span)
+            at = decoder.rows(cache, rows.tolist(), positions[rows].tolist())
             hidden[rows] = decoder.run_segment(segment, hidden[rows], cache, at)
     order = depths.argsort(stable=True)
     outcome = [outcomes.index(depth) for depth in depths[order].tolist()]
-    decoder.write_skipped(hidden[order], outcome, cache, decoder.rows(cache, order, positions[order], span))
+    at = decoder.rows(cache, order.tolist(), positions[order].tolist())
+    decoder.write_skipped(hidden[order], outcome, cache, at)
     return hidden

@@ -147,12 +147,13 @@ def spread(values: list[float]) -> tuple[float, float]:
 def cost(bench: Bench) -> list[dict]:
     """Seconds of one layer of a segment at some 120 cached positions, by rows."""
     decoder, position, counts = bench.decoder, 120, [1, 2, 4, 8, 16, 32, 64, 128]
-    cache = KVCache(decoder.dims, max(counts), 128, decoder.dtype, decoder.device)
+    cache = KVCache(decoder.dims, max(counts), decoder.dtype, decoder.device)
+    cache.hold(range(max(counts)), [position + 1] * max(counts))
     seconds: dict[int, list[float]] = {rows: [] for rows in counts}
     for _ in range(bench.options.repeats * 4):
         for rows in counts:
             hidden = torch.randn(rows, bench.dims.hidden, dtype=decoder.dtype)
-            at = decoder.rows(cache, torch.arange(rows), torch.full((rows,), position), position + 1)
+            at = decoder.rows(cache, range(rows), [position] * rows)
             begun = bench.clock()
             for segment in range(len(bench.outcomes)):
                 decoder.run_segment(segment, hidden.clone(), cache, at)

@@ -55,14 +55,13 @@ class CompiledOps(TorchOps):
         super().__init__(dims)
         forms = TorchOps(dims)
 
-        def attend(fused, keys, values, slots, positions, span, cos, sin, mask, q_gain, k_gain):
-            at = Rows(slots, positions, span, cos, sin)
+        def attend(fused, pages, where, span, cos, sin, mask, q_gain, k_gain):
+            at = Rows(where, span, cos, sin)
             at._mask = mask
-            return forms.attend(fused, Layers(keys[None], values[None]), 0, at, q_gain, k_gain)
+            return forms.attend(fused, Layers([pages]), 0, at, q_gain, k_gain)
 
-        def write_kv(fused, keys, values, slots, positions, cos, sin, k_gain):
-            at = Rows(slots, positions, 0, cos, sin)
-            forms.write_kv(fused, Layers(keys, values), 0, len(keys), at, k_gain)
+        def write_kv(fused, layers, where, cos, sin, k_gain):
+            forms.write_kv(fused, Layers(layers), 0, len(layers), Rows(where, 0, cos, sin), k_gain)
 
         self.add_norm = torch.compile(forms.add_norm, dynamic=True)
         self.silu_mul = torch.compile(forms.silu_mul, dynamic=True)
@@ -71,21 +70,18 @@ class CompiledOps(TorchOps):
 
     def attend(self, fused, cache, layer, at, q_gain, k_gain):
         return self._attend(
-            fused, cache.keys[layer], cache.values[layer], at.slots, at.positions, at.span, at.cos, at.sin, at.mask(),
-            q_gain, k_gain,
+            fused, cache.layers[layer], at.where, at.span, at.cos, at.sin, at.mask(), q_gain, k_gain
         )  # fmt: skip
 
     def write_kv(self, fused, cache, first, layers, at, k_gain):
-        which = slice(first, first + layers)
-        self._write_kv(fused, cache.keys[which], cache.values[which], at.slots, at.positions, at.cos, at.sin, k_gain)
+        self._write_kv(fused, cache.layers[first : first + layers], at.where, at.cos, at.sin, k_gain)
 
 
 @dataclass
 class Layers:
     """Some layers of a cache."""
 
-    keys: Tensor
-    values: Tensor
+    layers: list[Tensor]
 
 
 class Bench:
@@ -163,7 +159,7 @@ class Bench:
             for i in range(rows)
         }
         exits = Off() if depth >= 1 else Prescribed(depths)
-        scheduler = Scheduler(self.decoder, self.tokenizer, rows, capacity=self.options.prompt + tokens)
+        scheduler = Scheduler(self.decoder, self.tokenizer, rows)
         for i in range(rows):
             scheduler.add(Request(prompt, SamplingParams(1.0, tokens), exits, 0, f"p{i}"))
         return scheduler
@@ -225,10 +221,11 @@ class Bench:
             inverse = self.inverse[variant]
             return lambda: inverse(logits, uniform)
         stretch = self.decoder._skipped[-1].layers
-        cache = KVCache(dims, rows, position + 1, self.dtype, self.decoder.device)
-        cache.keys.normal_()
-        cache.values.normal_()
-        at = self.decoder.rows(cache, torch.arange(rows), torch.full((rows,), position), position + 1)
+        cache = KVCache(dims, rows, self.dtype, self.decoder.device)
+        cache.hold(range(rows), [position + 1] * rows)
+        for layer in cache.layers:
+            layer.normal_()
+        at = self.decoder.rows(cache, range(rows), [position] * rows)
         if name == "write_kv":
             fused = random(rows, stretch * 2 * dims.kv_size)
             first = dims.num_layers - stretch

@@ -15,6 +15,7 @@ from ..exits import gate_units
 from ..families import padded_vocab
 from ..parallel.vocabulary import CHUNK_BYTES, LEAST_CHUNK
 from ..policy import may_travel_in, stays_float32
+from ..rollout.engine.cache import PAGE, pages_for, pool_pages
 from .flops import PassMode, carries_gradient
 from .layout import JOINT, KEY_VALUE, ROW_PARALLEL, Layout, PipelineStage, joint, rank_parameters
 from .workload import Workload
@@ -211,7 +212,8 @@ def logits_chunk(layout: Layout, load: Workload, t: Training) -> float:
 def actor_memory(layout: Layout, load: Workload, item: int, rows: int, packed: bool) -> dict[str, float]:
     """Kind -> bytes of one rollout actor, a whole replica (rollout/engine/weights.py): the base, the matrices that
     adapters change once more, stacked key/value weights of the layers behind each exit, gates; on a CPU packed forms of
-    what is multiplied with. The cache has a slot of prompt + answer positions for every row."""
+    what is multiplied with. The cache is at its fullest when every row is about to end: pages for all but the last
+    token, and the pool's spare ones."""
     dims, spec = layout.dims, layout.spec
     linears = {name: shape[0] * shape[1] for name, shape in dims.linear_shapes().items()}
     base = sum(math.prod(shape) for shape in dims.tensor_shapes().values())
@@ -232,7 +234,8 @@ def actor_memory(layout: Layout, load: Workload, item: int, rows: int, packed: b
         # The packed form takes the place of an adapted or stacked matrix; the head's is fp32.
         multiplied = dims.num_layers * (sum(linears.values()) - sum(changed))
         found["packed copies"] = float(item * multiplied + FP32 * dims.vocab * dims.hidden)
-    found["KV cache"] = float(2 * item * dims.num_layers * dims.kv_size * rows * (load.prompt + load.answer))
+    pages = pool_pages(rows * pages_for(load.prompt + load.answer - 1))
+    found["KV cache"] = float(2 * item * dims.num_layers * dims.kv_size * pages * PAGE)
     # One prefill reads up to 8192 positions; its keys and values are there twice while they are stacked.
     read = min(8192, rows * load.prompt)
     found["prompts being read"] = float(read * item * (4 * dims.num_layers * dims.kv_size + 3 * dims.intermediate))

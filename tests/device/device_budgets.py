@@ -18,12 +18,12 @@ MEASURED_WITH = "2.13.0"
 
 _TABLE = {
     # what                              syncs  copies kernels duplicates
-    "decode off":                      (     4,     15, 479.56,      0),
-    "decode sample":                   (     7,  14.56, 513.33,      0),
-    "decode threshold":                (     7,  14.56, 509.89,      0),
-    "decode confidence":               (     7,     15, 566.22,      0),
-    "decode patience":                 (     7,     15, 562.11,      0),
-    "decode sample, top-p":            (     7,  14.78,    544,      0),
+    "decode off":                      (     4,     10, 478.22,      0),
+    "decode sample":                   (     7,   9.78, 510.67,      0),
+    "decode threshold":                (     7,   9.78, 507.22,      0),
+    "decode confidence":               (     7,     10, 563.11,      0),
+    "decode patience":                 (     7,     10, 560.33,      0),
+    "decode sample, top-p":            (     7,   9.89, 541.11,      0),
     "read prompts":                    (     0,      0,  62.33,      0),
     "load policy":                     (     0,     16,  10.83,      0),
     "score":                           (  0.08,   0.33, 136.92,      0),

@@ -59,7 +59,7 @@ def _item_in_every_layer(real):
 
 
 def _copied_cache(real):
-    return lambda self, fused, cache, *rest: cache.keys.clone() is None or real(self, fused, cache, *rest)
+    return lambda self, fused, cache, *rest: cache.layers[0].clone() is None or real(self, fused, cache, *rest)
 
 
 def _step_on_the_cpu(real):

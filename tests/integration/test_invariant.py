@@ -39,8 +39,9 @@ def decode_step_by_step(decoder: Decoder, tokens, prompts, depths):
     """Log-probabilities [ROWS, WIDTH, V] from the prompt's last position on; what is before stays 0."""
     found = torch.zeros(ROWS, WIDTH, decoder.dims.vocab)
     for row, length in enumerate(prompts):
-        cache = KVCache(decoder.dims, 1, WIDTH, torch.float32, torch.device("cpu"))
+        cache = KVCache(decoder.dims, 1, torch.float32, torch.device("cpu"))
         (read,) = decoder.prefill(tokens[row : row + 1, :length], torch.tensor([length]))
+        cache.hold([0], [length])
         cache.fill(0, 0, read.keys, read.values)
         found[row, length - 1] = decoder.readout(read.hidden).log_softmax(-1)
         for position in range(length, WIDTH):

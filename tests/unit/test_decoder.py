@@ -72,10 +72,11 @@ def frozen_reference(model, tokens: torch.Tensor, depths: torch.Tensor) -> torch
 def decode(decoder: Decoder, tokens: torch.Tensor, prompts: list[int], depths: torch.Tensor) -> torch.Tensor:
     """Logits [B, T, V] by prefill, then cached steps with the given exits; rows of equal length, unequal prompts."""
     B, T = tokens.shape
-    cache = KVCache(decoder.dims, B, T, decoder.dtype, decoder.device)
+    cache = KVCache(decoder.dims, B, decoder.dtype, decoder.device)
     logits = torch.zeros(B, T, decoder.dims.vocab)
     for b, prompt in enumerate(prompts):
         ready = decoder.prefill(tokens[b : b + 1, :prompt], torch.tensor([prompt]))[0]
+        cache.hold([b], [prompt])
         cache.fill(b, 0, ready.keys, ready.values)
         logits[b, prompt - 1] = decoder.readout(ready.hidden)
     done = torch.tensor(prompts)

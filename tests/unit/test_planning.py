@@ -27,6 +27,7 @@ from ee_megatron.planning.memory import actor_memory, in_flight
 from ee_megatron.planning.plan import Assumptions, make_plan
 from ee_megatron.planning.published import PUBLISHED, published_dims
 from ee_megatron.planning.workload import Workload, tilted
+from ee_megatron.rollout.engine.cache import KVCache
 
 ROOT = Path(__file__).parents[2]
 SEVEN = "DeepSeek-R1-Distill-Qwen-7B"
@@ -136,11 +137,15 @@ def test_settings_that_save_memory_save_it(change: dict) -> None:
     assert saving.device_bytes(saving.learner[0]) < plain.device_bytes(plain.learner[0])
 
 
-def test_an_actor_holds_the_cache_that_rows_and_positions_take() -> None:
+def test_an_actor_holds_the_cache_that_its_rows_take_at_their_longest() -> None:
+    """What the engine's own cache says, sized without memory; a page's rest and the spare pages are little."""
     layout = Layout.of(config(), published_dims(SEVEN))
     load = Workload.of(100, 900, layout.spec.layout.outcomes, 1.0)
     found = actor_memory(layout, load, 2, 64, packed=False)
-    assert found["KV cache"] == 2 * 28 * 2 * 4 * 128 * 64 * 1000
+    cache = KVCache(layout.dims, 64, torch.bfloat16, torch.device("meta"))
+    cache.hold(range(64), [100 + 900 - 1] * 64)
+    assert found["KV cache"] == sum(layer.nbytes for layer in cache.layers) == cache.pages * cache.page_bytes
+    assert 1 < found["KV cache"] / (2 * 28 * 2 * 4 * 128 * 64 * 999) < 1.05
     assert found["weights"] == 2 * PUBLISHED[SEVEN][1]
 
 

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from ee_megatron.exit_rules import Confidence, Fixed, Off, Prescribed, Sample, Threshold
 from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import Decoder, SamplingParams
+from ee_megatron.rollout.engine.cache import PAGE
 from ee_megatron.rollout.engine.ops import TorchOps
 from ee_megatron.rollout.engine.request import Event, Request
 from ee_megatron.rollout.engine.scheduler import Scheduler
@@ -97,7 +98,7 @@ def test_any_traffic_gives_the_masked_references_probabilities_and_runs_no_skipp
     kept, ids = decoder.ops, []
     decoder.ops = TorchOps(decoder.dims) if torch_ops else decoder.ops
     try:
-        scheduler = Scheduler(decoder, tokenizer, in_flight, batch, capacity=2)
+        scheduler = Scheduler(decoder, tokenizer, in_flight, batch)
         for i, (prompt, depths, wait) in enumerate(asked):
             for _ in range(wait):
                 scheduler.advance()
@@ -296,9 +297,59 @@ def test_a_request_that_fails_can_be_cancelled_and_the_others_go_on(decoder, tok
     same(finish(scheduler, [kept])[0], alone(decoder, tokenizer, good))
 
 
+@pytest.mark.parametrize("platform", ["linux", "elsewhere"])
+def test_memory_follows_the_tokens_that_are_there(decoder, tokenizer, platform, monkeypatch):
+    """While rows come and go and while they only go; elsewhere than on Linux the pool is copied to change its size."""
+    monkeypatch.setattr("sys.platform", platform)
+    scheduler = Scheduler(decoder, tokenizer, in_flight=128)
+    monkeypatch.undo()
+    generator = np.random.default_rng(0)
+    lengths = generator.lognormal(4.6, 0.7, 150).clip(8, 400).astype(int).tolist()
+    for i, (n, prompt) in enumerate(zip(lengths, generator.integers(20, 100, 150).tolist(), strict=True)):
+        scheduler.add(Request([1 + i % 9] * prompt, SamplingParams(1.0, n), Fixed(1), 0, f"p{i}"))
+    held, there = [], []
+    while scheduler.busy:
+        scheduler.advance()
+        there.append(sum(row.length for row in scheduler.stations))
+        held.append(sum(layer.numel() for layer in scheduler.cache.layers) // scheduler.decoder.dims.num_layers)
+    held, there = np.array(held) / scheduler.cache.layers[0][0].numel() * PAGE, np.array(there)
+    # A few rows' worth of positions: then a page's rest is a larger share of so little.
+    many = there > there.max() / 10
+    assert there.max() > 128 * 80 and many.sum() > 400
+    assert (held[many] / there[many]).max() < 1.2 and held.max() < 1.15 * there.max()
+    assert scheduler.cache.pages < 20 and not scheduler.cache.held.any()
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    order=st.permutations(range(20)), positions=st.integers(80, 200), in_flight=st.integers(1, 25), mapped=st.booleans()
+)
+def test_a_bounded_cache_gives_the_same_answers_and_is_never_exceeded(
+    decoder, tokenizer, order, positions, in_flight, mapped
+):
+    """Requests that wait for pages, pages that were others' before and pages that moved change nothing."""
+    requests = mixed_requests()
+    scheduler = Scheduler(decoder, tokenizer, in_flight, positions=positions)
+    if not mapped:
+        scheduler.cache._maps = []
+    ids = {i: scheduler.add(requests[i]) for i in order}
+    together = 0
+    while scheduler.busy:
+        scheduler.advance()
+        together = max(together, len(scheduler.stations))
+        assert scheduler.cache.pages <= positions // PAGE
+    assert together <= in_flight and (together > 1 or in_flight == 1)
+    for i in order[:4]:
+        same(scheduler.take(ids[i], 0), alone(decoder, tokenizer, requests[i]))
+
+
 def test_what_the_engine_cannot_do_is_refused_in_one_line(path, decoder, tokenizer):
     with pytest.raises(ValueError, match="at least 1"):
         Scheduler(decoder, tokenizer, 0)
+    with pytest.raises(ValueError, match="at least a page, 16 positions"):
+        Scheduler(decoder, tokenizer, 1, positions=15)
+    with pytest.raises(ValueError, match="take up to 41 positions, the cache has 32; enlarge it"):
+        Scheduler(decoder, tokenizer, 1, positions=40).add(Request([1], SamplingParams(1.0, 40)))
     scheduler = Scheduler(decoder, tokenizer, 1)
     for request, message in [
         (Request([]), "no tokens"),

@@ -1,43 +1,153 @@
-"""The decoder's key/value cache: one contiguous slot per row, index = position in the sequence; it grows as needed."""
+"""The decoder's key/value cache in pages: a row holds what its positions take, wherever that lies in the pool."""
 
 from __future__ import annotations
 
+import heapq
+import math
+import mmap
+import sys
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...families import ModelDims
+from .kernels import LANES
+
+# Positions of a page: what the compiled attention reads at a time, so that none of its steps crosses pages.
+PAGE = LANES
+# The pool grows by a 1/SPARE of what is held, and shrinks once more than two of these are free.
+SPARE = 32
+# Columns before the pages in what `where` says: slot, position, and the page and the offset where the position lies.
+TABLE = 4
+
+
+def pages_for(positions: int) -> int:
+    """Pages that so many positions take."""
+    return -(-positions // PAGE)
+
+
+def pool_pages(held: int) -> int:
+    """Pages that a pool is given when so many are to be held."""
+    return held + held // SPARE
 
 
 class KVCache:
-    """keys, values [L, R, S, KVH, hd]; slot r holds valid entries at positions 0..length-1, which its owner counts.
+    """layers: one tensor [P, 2, PAGE, KVH, hd] of keys and values per layer; table int64 [R, most]: the pages of each
+    row in the order of its positions, of which the first held[r] count.
 
     Entries past a row's length are finite leftovers (zeros or an earlier row's) that attention never reads or masks.
+    `limit`: pages that the pool may have at most; None: as many as are asked for.
     """
 
-    def __init__(self, dims: ModelDims, rows: int, capacity: int, dtype: torch.dtype, device: torch.device):
-        self.rows, self.capacity = rows, capacity
-        self._shape = (dims.num_layers, rows, dims.kv_heads, dims.head_dim)
-        self.keys, self.values = (self._zeros(capacity, dtype, device) for _ in range(2))
+    def __init__(self, dims: ModelDims, rows: int, dtype: torch.dtype, device: torch.device, limit: int | None = None):
+        self.device, self.dtype, self.limit, self.pages = device, dtype, limit, 0
+        self.table = np.zeros((rows, 1), dtype=np.int64)
+        self.held = np.zeros(rows, dtype=np.int64)
+        self._shape = (2, PAGE, dims.kv_heads, dims.head_dim)
+        # A heap: the lowest are taken first, so that the pool's end becomes free.
+        self._free: list[int] = []
+        # Linux moves a mapping by its page tables: growing costs no copy and never takes the memory twice.
+        mapped = device.type == "cpu" and sys.platform == "linux"
+        self._maps = [_map(mmap.PAGESIZE) for _ in range(dims.num_layers)] if mapped else []
+        self.layers = [torch.zeros(0, *self._shape, dtype=dtype, device=device) for _ in range(dims.num_layers)]
+        self.addresses = np.zeros(dims.num_layers, dtype=np.int64)
+        """Of each layer's tensor, for the compiled kernels."""
 
-    def fill(self, row: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """Write keys, values [L, T, KVH, hd] of one sequence at positions start..start+T-1 of a slot."""
-        stop = start + keys.shape[1]
-        self.keys[:, row, start:stop] = keys
-        self.values[:, row, start:stop] = values
+    @property
+    def page_bytes(self) -> int:
+        """Of one page in all layers."""
+        return len(self.layers) * math.prod(self._shape) * self.dtype.itemsize
 
-    def reserve(self, positions: int, longest: int, used: int) -> None:
-        """Make room for `positions` per slot: at least doubles, up to `longest`; the first `used` slots stay."""
-        if positions <= self.capacity:
+    @property
+    def used(self) -> int:
+        """Pages that rows hold."""
+        return self.pages - len(self._free)
+
+    def hold(self, rows: Sequence[int], positions: Sequence[int]) -> None:
+        """Give rows (distinct) the pages for so many positions each. Raises ValueError past the limit, nothing done."""
+        wanted = [(row, n) for row, p in zip(rows, positions, strict=True) if (n := pages_for(p)) > self.held[row]]
+        if not wanted:
             return
-        old = self.capacity
-        self.capacity = max(positions, min(longest, 2 * old))
-        for name in ("keys", "values"):
-            before: Tensor = getattr(self, name)
-            after = self._zeros(self.capacity, before.dtype, before.device)
-            after[:, :used, :old] = before[:, :used]
-            setattr(self, name, after)
+        needed = self.used + sum(n - int(self.held[row]) for row, n in wanted)
+        if needed > self.pages:
+            if self.limit is not None and needed > self.limit:
+                raise ValueError(f"{needed} pages of {PAGE} positions asked of a cache of {self.limit}; enlarge it")
+            self._resize(min(pool_pages(needed), self.limit or sys.maxsize))
+        most, width = max(n for _, n in wanted), self.table.shape[1]
+        if most > width:
+            self.table = np.pad(self.table, ((0, 0), (0, max(most, 2 * width) - width)))
+        for row, n in wanted:
+            for block in range(self.held[row], n):
+                self.table[row, block] = heapq.heappop(self._free)
+            self.held[row] = n
 
-    def _zeros(self, capacity: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        layers, rows, heads, size = self._shape
-        # Fresh zeros take no memory on a CPU until they are written: slots that are never used cost nothing.
-        return torch.zeros(layers, rows, capacity, heads, size, dtype=dtype, device=device)
+    def release(self, row: int) -> None:
+        """Take a row's pages back."""
+        for page in self.table[row, : self.held[row]].tolist():
+            heapq.heappush(self._free, page)
+        # Gathers read whole tables, and what is past a row's pages must lie in the pool.
+        self.table[row], self.held[row] = 0, 0
+
+    def trim(self) -> None:
+        """Give memory back if much of it is free; the pages at the pool's end move, so tables read before are void."""
+        used = self.used
+        keep = max(1, pool_pages(used))
+        if self.pages <= used + 2 * (used // SPARE) + 1:
+            return
+        moved = (np.arange(self.table.shape[1]) < self.held[:, None]) & (self.table >= keep)
+        source = self.table[moved]
+        free = sorted(page for page in self._free if page < keep)
+        target, self._free = np.array(free[: len(source)], dtype=np.int64), free[len(source) :]
+        if len(source):
+            self.table[moved] = target
+            old, new = (torch.from_numpy(pages).to(self.device) for pages in (source, target))
+            for layer in self.layers:
+                layer[new] = layer[old]
+        self._resize(keep)
+
+    def where(self, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """int64 [A, TABLE + blocks] on the cache's device, for one position of each row that it holds pages for: row,
+        position, page, offset, then the row's pages up to that of the furthest position of all. Raises ValueError for
+        a position without a page."""
+        slots, at = np.asarray(rows, dtype=np.int64), np.asarray(positions, dtype=np.int64)
+        blocks = at // PAGE
+        lacking = blocks >= self.held[slots]
+        if lacking.any():
+            raise ValueError(f"position {int(at[lacking][0])} has no page in the cache; hold it first")
+        found = np.empty((len(slots), TABLE + 1 + int(blocks.max())), dtype=np.int64)
+        found[:, 0], found[:, 1], found[:, 2], found[:, 3] = slots, at, self.table[slots, blocks], at % PAGE
+        found[:, TABLE:] = self.table[slots, : found.shape[1] - TABLE]
+        return torch.from_numpy(found).to(self.device)
+
+    @torch.inference_mode()
+    def fill(self, row: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Write keys, values [L, T, KVH, hd] of one sequence at positions start..start+T-1 of a row that holds them."""
+        positions = np.arange(start, start + keys.shape[1])
+        index = np.stack([self.table[row, positions // PAGE], positions % PAGE])
+        pages, offsets = torch.from_numpy(index).to(self.device)
+        for layer, pair in zip(self.layers, torch.stack([keys, values], dim=2), strict=True):
+            layer[pages, :, offsets] = pair
+
+    def _resize(self, pages: int) -> None:
+        """Make the pool's size `pages`; the first ones stay as they are, new ones are zeros."""
+        shape, kept = (pages, *self._shape), min(self.pages, pages)
+        count = math.prod(shape)
+        for i, old in enumerate(self.layers):
+            if self._maps:
+                # The old tensor points to where the mapping was; it goes with this assignment.
+                self._maps[i].resize(count * self.dtype.itemsize)
+                self.layers[i] = torch.frombuffer(self._maps[i], dtype=self.dtype, count=count).view(shape)
+            else:
+                self.layers[i] = torch.zeros(shape, dtype=self.dtype, device=self.device)
+                self.layers[i][:kept] = old[:kept]
+        if self.device.type == "cpu":
+            self.addresses[:] = [layer.data_ptr() for layer in self.layers]
+        # Ascending after the others, all of which are lower: still a heap.
+        self._free.extend(range(self.pages, pages))
+        self.pages = pages
+
+
+def _map(size: int) -> mmap.mmap:
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -7,7 +7,7 @@ D hidden, L layers, M exits, H query heads, KVH key/value heads, hd head size, V
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -253,13 +253,12 @@ class Decoder:
 
     # ---- one position per row, with the cache ----
 
-    def rows(self, cache: KVCache, slots: Tensor, positions: Tensor, span: int) -> Rows:
-        """Rows at cache slots int64 [A] (distinct) and positions int64 [A] < span. Raises ValueError past the cache."""
+    def rows(self, cache: KVCache, slots: Sequence[int], positions: Sequence[int]) -> Rows:
+        """A rows at distinct slots of the cache and their positions. Raises ValueError for one that has no page."""
         self._check_ready()
-        if span > cache.capacity:
-            raise ValueError(f"position {span - 1} outside the cache of {cache.capacity}; make it larger")
+        where, span = cache.where(slots, positions), 1 + max(positions)
         self._reach(span)
-        return Rows(slots, positions, span, self._cos, self._sin)
+        return Rows(where, span, self._cos, self._sin)
 
     def run_segment(self, segment: int, hidden: Tensor, cache: KVCache, at: Rows) -> Tensor:
         """The layers between exit `segment` - 1 (0: the embedding) and the next: stream [A, D] -> [A, D].
@@ -292,8 +291,8 @@ class Decoder:
         for i, skipped in enumerate(self._skipped):
             count = sum(o <= i for o in outcome[:early])
             if count:
-                fused, part = skipped.linear(normed[:count]), at.take(slice(count))
-                self.ops.write_kv(fused, cache, skipped.first, skipped.layers, part, skipped.k_norm)
+                fused = skipped.linear(normed[:count])
+                self.ops.write_kv(fused, cache, skipped.first, skipped.layers, at, skipped.k_norm)
 
 
 def read_eos_ids(source: HFDirectory) -> frozenset[int]:

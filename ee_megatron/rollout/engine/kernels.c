@@ -2,7 +2,10 @@
 
    Compiled once per element type: float, or bfloat16 with -DBFLOAT16. Arithmetic is float32 throughout; results are
    rounded to the element type where the PyTorch form in ops.py rounds too. A rows, D hidden, H query heads, KVH
-   key/value heads, hd head size (a multiple of 16), S positions per cache slot. Strides count elements. */
+   key/value heads, hd head size (a multiple of 16).
+
+   A layer's cache is pages [P, 2, PAGE, KVH, hd] of keys and values. `where` [A, stride] says of each row its position
+   and the pages of its positions, in their order (cache.py). */
 
 #include <math.h>
 #include <stdint.h>
@@ -108,7 +111,16 @@ static inline void put_key_value(const element *k, const element *v, const eleme
 
 /* Sixteen floats; the compiler splits them where the processor has narrower registers. */
 typedef float vec __attribute__((vector_size(64), aligned(4)));
-enum { LANES = 16 };
+/* A page of the cache is one step of the attention's loops. */
+enum { LANES = 16, PAGE = LANES };
+
+/* Columns of `where`, as in cache.py; the first and the two between are for the PyTorch form. */
+enum { POSITION = 1, TABLE = 4 };
+
+/* Keys of one position in all heads; its values lie PAGE positions behind. step: elements of a position. */
+static inline element *place(element *pages, const int64_t *where, long position, long step) {
+    return pages + (where[TABLE + position / PAGE] * 2 * PAGE + position % PAGE) * step;
+}
 
 #ifdef BFLOAT16
 typedef uint16_t half_vec __attribute__((vector_size(32), aligned(2)));
@@ -149,17 +161,18 @@ static float softmax(float *s, long length) {
 }
 
 /* Attention of the G heads q [G, 16 N] that share a key/value head over `length` positions; out [G, 16 N]. Sixteen
-   positions at a time are widened into a buffer that all heads read. */
-static inline __attribute__((always_inline)) void attend_vectors(const float *q, const element *keys,
-                                                                 const element *values, long step, long length, long G,
-                                                                 const int N, float *scores, element *out) {
+   positions at a time, a page, are widened into a buffer that all heads read. pages: this key/value head's part. */
+static inline __attribute__((always_inline)) void attend_vectors(const float *q, element *pages, const int64_t *where,
+                                                                 long step, long length, long G, const int N,
+                                                                 float *scores, element *out) {
     const long hd = N * LANES;
     vec block[LANES][N], sum[G][N];
     for (long t = 0; t < length; t += LANES) {
         long count = length - t < LANES ? length - t : LANES;
+        const element *keys = place(pages, where, t, step);
         for (long p = 0; p < LANES; p++) {
             /* Past the end the last position is read again; its sums are not kept. */
-            const element *k = keys + (t + (p < count ? p : count - 1)) * step;
+            const element *k = keys + (p < count ? p : count - 1) * step;
             for (int n = 0; n < N; n++) block[p][n] = load(k + n * LANES);
         }
         for (long j = 0; j < G; j++) {
@@ -181,8 +194,9 @@ static inline __attribute__((always_inline)) void attend_vectors(const float *q,
     }
     for (long t = 0; t < length; t += LANES) {
         long count = length - t < LANES ? length - t : LANES;
+        const element *values = place(pages, where, t, step) + PAGE * step;
         for (long p = 0; p < count; p++)
-            for (int n = 0; n < N; n++) block[p][n] = load(values + (t + p) * step + n * LANES);
+            for (int n = 0; n < N; n++) block[p][n] = load(values + p * step + n * LANES);
         for (long j = 0; j < G; j++) {
             const float *s = scores + j * length + t;
             vec even[N], odd[N];
@@ -205,50 +219,50 @@ static inline __attribute__((always_inline)) void attend_vectors(const float *q,
         }
 }
 
-/* fused [A, (H + 2 KVH) hd] -> out [A, H hd]; writes each row's key and value at its slot and position first.
-   keys, values: this layer's, [slots, S, KVH, hd] by `slot_stride`; cos, sin [positions, hd / 2]. */
-void attend(const element *fused, element *out, const int64_t *slots, const int64_t *positions, const float *cos,
-            const float *sin, element *keys, element *values, long slot_stride, const element *q_gain,
-            const element *k_gain, float eps, long A, long H, long KVH, long hd) {
+/* fused [A, (H + 2 KVH) hd] -> out [A, H hd]; writes each row's key and value at its position first. pages: this
+   layer's; cos, sin [positions, hd / 2]. */
+void attend(const element *fused, element *out, const int64_t *where, long stride, const float *cos, const float *sin,
+            element *pages, const element *q_gain, const element *k_gain, float eps, long A, long H, long KVH,
+            long hd) {
     long G = H / KVH, step = KVH * hd;
     float scale = 1.0f / sqrtf((float)hd);
 #pragma omp parallel for schedule(dynamic, 1)
     for (long task = 0; task < A * KVH; task++) {
-        long a = task / KVH, g = task % KVH, at = positions[a], length = at + 1;
+        long a = task / KVH, g = task % KVH;
+        const int64_t *here = where + a * stride;
+        long at = here[POSITION], length = at + 1;
         const float *c = cos + at * (hd / 2), *s = sin + at * (hd / 2);
         const element *row = fused + a * (H + 2 * KVH) * hd;
-        element *k = keys + slots[a] * slot_stride + g * hd, *v = values + slots[a] * slot_stride + g * hd;
-        put_key_value(row + (H + g) * hd, row + (H + KVH + g) * hd, k_gain, c, s, eps, hd, k + at * step,
-                      v + at * step);
+        element *own = pages + g * hd, *k = place(own, here, at, step);
+        put_key_value(row + (H + g) * hd, row + (H + KVH + g) * hd, k_gain, c, s, eps, hd, k, k + PAGE * step);
         float *work = malloc(sizeof(float) * (size_t)(G * hd + G * length));
         for (long j = 0; j < G; j++) turn(row + (g * G + j) * hd, q_gain, c, s, eps, scale, hd, work + j * hd);
         element *o = out + a * H * hd + g * G * hd;
         if (hd == 64)
-            attend_vectors(work, k, v, step, length, G, 4, work + G * hd, o);
+            attend_vectors(work, own, here, step, length, G, 4, work + G * hd, o);
         else if (hd == 128)
-            attend_vectors(work, k, v, step, length, G, 8, work + G * hd, o);
+            attend_vectors(work, own, here, step, length, G, 8, work + G * hd, o);
         else if (hd == 16)
-            attend_vectors(work, k, v, step, length, G, 1, work + G * hd, o);
+            attend_vectors(work, own, here, step, length, G, 1, work + G * hd, o);
         else
-            attend_vectors(work, k, v, step, length, G, (int)(hd / LANES), work + G * hd, o);
+            attend_vectors(work, own, here, step, length, G, (int)(hd / LANES), work + G * hd, o);
         free(work);
     }
 }
 
-/* fused [A, layers, 2, KVH, hd]: keys (normed and rotated here) and values of `layers` layers of the cache, whose layers
-   lie `layer_stride` apart. k_gain [layers, hd] or NULL. */
-void write_kv(const element *fused, const int64_t *slots, const int64_t *positions, const float *cos, const float *sin,
-              element *keys, element *values, long layer_stride, long slot_stride, const element *k_gain, float eps,
-              long A, long layers, long KVH, long hd) {
+/* fused [A, layers, 2, KVH, hd]: keys (normed and rotated here) and values of layers whose pages are `pages` [layers].
+   k_gain [layers, hd] or NULL. */
+void write_kv(const element *fused, const int64_t *where, long stride, const float *cos, const float *sin,
+              element *const *pages, const element *k_gain, float eps, long A, long layers, long KVH, long hd) {
     long step = KVH * hd;
 #pragma omp parallel for if (A * layers * step >= PARALLEL_FROM)
     for (long task = 0; task < A * layers; task++) {
-        long a = task / layers, l = task % layers, at = positions[a];
+        long a = task / layers, l = task % layers, at = where[a * stride + POSITION];
         const element *k = fused + task * 2 * step, *v = k + step, *gain = k_gain ? k_gain + l * hd : NULL;
-        long base = l * layer_stride + slots[a] * slot_stride + at * step;
+        element *keys = place(pages[l], where + a * stride, at, step), *values = keys + PAGE * step;
         for (long g = 0; g < KVH; g++)
             put_key_value(k + g * hd, v + g * hd, gain, cos + at * (hd / 2), sin + at * (hd / 2), eps, hd,
-                          keys + base + g * hd, values + base + g * hd);
+                          keys + g * hd, values + g * hd);
     }
 }
 

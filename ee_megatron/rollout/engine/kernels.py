@@ -33,8 +33,8 @@ _P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 SIGNATURES = {
     "add_norm": [_P, _P, _P, _P, _L, _L, _F],
     "silu_mul": [_P, _P, _L, _L],
-    "attend": [_P, _P, _P, _P, _P, _P, _P, _P, _L, _P, _P, _F, _L, _L, _L, _L],
-    "write_kv": [_P, _P, _P, _P, _P, _P, _P, _L, _L, _P, _F, _L, _L, _L, _L],
+    "attend": [_P, _P, _P, _L, _P, _P, _P, _P, _P, _F, _L, _L, _L, _L],
+    "write_kv": [_P, _P, _L, _P, _P, _P, _P, _F, _L, _L, _L, _L],
     "sample": [_P, _P, _P, _P, _L, _L],
 }
 

@@ -1,7 +1,7 @@
 """The decoder's elementwise work and attention for one position per row, in PyTorch and by the kernels of kernels.c.
 
 Both classes have the same methods with the same results up to rounding. Shapes: A rows, D hidden, H query heads, KVH
-key/value heads, hd head size, I MLP width. Cache slots and positions are int64 [A] on the cache's device.
+key/value heads, hd head size, I MLP width.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...families import ModelDims
 from . import kernels
-from .cache import KVCache
+from .cache import TABLE, KVCache
 
 
 class Ops(Protocol):
@@ -35,21 +35,25 @@ class Ops(Protocol):
         ...
 
     def write_kv(self, fused: Tensor, cache: KVCache, first: int, layers: int, at: Rows, k_gain: Tensor | None) -> None:
-        """Write keys (normed and rotated here) and values of layers first..first+layers-1, fused [A, layers·2·KVH·hd];
-        k_gain [layers, hd]."""
+        """Write keys (normed and rotated here) and values of layers first..first+layers-1 of the first A rows, fused
+        [A, layers·2·KVH·hd]; k_gain [layers, hd]."""
         ...
 
 
 class Rows:
-    """Where A rows are: cache slots, positions, and the rotary tables' fp32 [positions, hd / 2] for them."""
+    """Where A rows are: what `KVCache.where` says of them, int64 [A, 4 + blocks] on the cache's device, and the rotary
+    tables, fp32 [positions, hd / 2]; all positions lie below `span`."""
 
-    def __init__(self, slots: Tensor, positions: Tensor, span: int, cos: Tensor, sin: Tensor):
-        self.slots, self.positions, self.span, self.cos, self.sin = slots, positions, span, cos, sin
+    def __init__(self, where: Tensor, span: int, cos: Tensor, sin: Tensor):
+        self.where, self.span, self.cos, self.sin = where, span, cos, sin
+        self.slots, self.positions, self.pages, self.offsets = where[:, :TABLE].unbind(1)
+        self.table = where[:, TABLE:]
         self._mask: Tensor | None = None
+        self._angles: tuple[Tensor, Tensor] | None = None
 
-    def take(self, which: Tensor | slice) -> Rows:
+    def take(self, which: Tensor) -> Rows:
         """Some of the rows."""
-        return Rows(self.slots[which], self.positions[which], self.span, self.cos, self.sin)
+        return Rows(self.where[which], self.span, self.cos, self.sin)
 
     def mask(self) -> Tensor:
         """bool [A, 1, 1, span]: what each row sees."""
@@ -57,6 +61,12 @@ class Rows:
             seen = torch.arange(self.span, device=self.positions.device) <= self.positions[:, None]
             self._mask = seen[:, None, None]
         return self._mask
+
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the rows' positions, fp32 [A, 1, hd / 2]."""
+        if self._angles is None:
+            self._angles = self.cos[self.positions][:, None], self.sin[self.positions][:, None]
+        return self._angles
 
 
 def norm(hidden: Tensor, gain: Tensor | None, eps: float) -> Tensor:
@@ -98,13 +108,13 @@ class TorchOps:
         q, k, v = heads.split([dims.heads, dims.kv_heads, dims.kv_heads], dim=1)
         if q_gain is not None:
             q, k = norm(q, q_gain, eps), norm(k, k_gain, eps)
-        cos, sin = at.cos[at.positions][:, None], at.sin[at.positions][:, None]
-        keys, values = cache.keys[layer], cache.values[layer]
-        keys[at.slots, at.positions] = rotate(k, cos, sin)
-        values[at.slots, at.positions] = v
+        cos, sin = at.angles()
+        keys, values = cache.layers[layer].unbind(1)
+        keys[at.pages, at.offsets] = rotate(k, cos, sin)
+        values[at.pages, at.offsets] = v
         # The query heads that share a key/value head take the place of query positions: no head is repeated.
         q = rotate(q, cos, sin).unflatten(1, (dims.kv_heads, -1))
-        k_used, v_used = keys[at.slots, : at.span], values[at.slots, : at.span]
+        k_used, v_used = (pool[at.table].flatten(1, 2)[:, : at.span] for pool in (keys, values))
         return F.scaled_dot_product_attention(
             q, k_used.transpose(1, 2), v_used.transpose(1, 2), attn_mask=at.mask()
         ).flatten(1)
@@ -115,10 +125,11 @@ class TorchOps:
         k, v = heads[:, :, 0], heads[:, :, 1]
         if k_gain is not None:
             k = norm(k, None, dims.rms_eps) * k_gain[:, None]
-        k = rotate(k, at.cos[at.positions][:, None, None], at.sin[at.positions][:, None, None])
-        where = (slice(first, first + layers), at.slots, at.positions)
-        cache.keys[where] = k.transpose(0, 1)
-        cache.values[where] = v.transpose(0, 1)
+        cos, sin = (table[: len(fused)] for table in at.angles())
+        pairs = torch.stack([rotate(k, cos[:, None], sin[:, None]), v], dim=2)
+        pages, offsets = at.pages[: len(fused)], at.offsets[: len(fused)]
+        for layer, pair in zip(cache.layers[first : first + layers], pairs.unbind(1), strict=True):
+            layer[pages, :, offsets] = pair
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -126,8 +137,8 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 class KernelOps:
-    """The compiled kernels: CPU, float32 or bfloat16, head sizes that LANES divides. The cache is read in place, each
-    row up to its own length."""
+    """The compiled kernels: CPU, float32 or bfloat16, head sizes that LANES divides. The cache's pages are read
+    in place, each row's up to its own length."""
 
     def __init__(self, dims: ModelDims, library: ctypes.CDLL):
         self.dims, self.library = dims, library
@@ -152,18 +163,18 @@ class KernelOps:
         dims, rows = self.dims, len(fused)
         out = fused.new_empty(rows, dims.q_size)
         self.library.attend(
-            fused.data_ptr(), out.data_ptr(), at.slots.data_ptr(), at.positions.data_ptr(), at.cos.data_ptr(),
-            at.sin.data_ptr(), cache.keys[layer].data_ptr(), cache.values[layer].data_ptr(), cache.keys.stride(1),
-            _pointer(q_gain), _pointer(k_gain), dims.rms_eps, rows, dims.heads, dims.kv_heads, dims.head_dim,
+            fused.data_ptr(), out.data_ptr(), at.where.data_ptr(), at.where.stride(0), at.cos.data_ptr(),
+            at.sin.data_ptr(), cache.layers[layer].data_ptr(), _pointer(q_gain), _pointer(k_gain), dims.rms_eps, rows,
+            dims.heads, dims.kv_heads, dims.head_dim,
         )  # fmt: skip
         return out
 
     def write_kv(self, fused: Tensor, cache: KVCache, first: int, layers: int, at: Rows, k_gain: Tensor | None) -> None:
         dims = self.dims
         self.library.write_kv(
-            fused.data_ptr(), at.slots.data_ptr(), at.positions.data_ptr(), at.cos.data_ptr(), at.sin.data_ptr(),
-            cache.keys[first].data_ptr(), cache.values[first].data_ptr(), cache.keys.stride(0), cache.keys.stride(1),
-            _pointer(k_gain), dims.rms_eps, len(fused), layers, dims.kv_heads, dims.head_dim,
+            fused.data_ptr(), at.where.data_ptr(), at.where.stride(0), at.cos.data_ptr(), at.sin.data_ptr(),
+            cache.addresses[first:].ctypes.data, _pointer(k_gain), dims.rms_eps, len(fused), layers, dims.kv_heads,
+            dims.head_dim,
         )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ prompts for free slots. What comes out does not depend on that order: each answe
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ...exit_rules import RULES, AtExit, ExitRule
 from ...exits import gate_log_term
 from ...types import Prompt, Rollout
-from .cache import KVCache
+from .cache import PAGE, KVCache, pages_for
 from .decoder import Decoder, Prefilled
 from .intake import Intake
 from .ops import Rows
@@ -32,14 +33,15 @@ from .stations import Stations
 PREFILL_POSITIONS = 8192
 # A shorter common beginning isn't worth a forward of its own.
 SHORTEST_PREFIX = 8
-# Positions that a cache slot has at first; slots grow with the longest request.
-FIRST_POSITIONS = 128
 
 Progress = Callable[[int, int], None]
 
 
 class Scheduler:
-    """At most `in_flight` requests at a time have a cache slot, at most `batch` (default: all) run together.
+    """At most `in_flight` requests at a time have a slot, at most `batch` (default: all) run together.
+
+    `positions` bounds the cache (None: it takes what the rows need). Requests wait until what they can come to need
+    fits beside what those in flight can: no row that has begun is ever short of a page, or put back to make room.
 
     `add` requests at any time, `advance` while `busy`, `take` finished answers. Not thread-safe: one owner.
     """
@@ -50,14 +52,16 @@ class Scheduler:
         tokenizer: PreTrainedTokenizerBase,
         in_flight: int,
         batch: int | None = None,
-        capacity: int = FIRST_POSITIONS,
+        positions: int | None = None,
     ):
         batch = in_flight if batch is None else batch
         if in_flight < 1 or batch < 1:
             raise ValueError(f"in_flight={in_flight}, batch={batch}: both must be at least 1")
         self.decoder, self.tokenizer, self.in_flight = decoder, tokenizer, in_flight
-        capacity = min(capacity, decoder.dims.max_positions)
-        self.cache = KVCache(decoder.dims, in_flight, capacity, decoder.dtype, decoder.device)
+        if positions is not None and positions < PAGE:
+            raise ValueError(f"positions={positions}: the cache must have room for at least a page, {PAGE} positions")
+        limit = None if positions is None else positions // PAGE
+        self.cache = KVCache(decoder.dims, in_flight, decoder.dtype, decoder.device, limit)
         # One per segment, then the readout.
         self.stations = Stations(len(decoder.layout.outcomes) + 1, batch)
         self.waiting: deque[Row] = deque()
@@ -81,6 +85,12 @@ class Scheduler:
     def add(self, request: Request) -> int:
         """Queue a request; its id. Raises ValueError for what this decoder can't answer."""
         row = self._intake.begin(self._next_id, request, self.decoder.gates is not None)
+        limit = self.cache.limit
+        if limit is not None and pages_for(row.longest) > limit:
+            raise ValueError(
+                f"prompt and answer take up to {row.longest} positions, the cache has {limit * PAGE}; "
+                "enlarge it, shorten the prompts or lower max_new_tokens"
+            )
         self._next_id += 1
         self.waiting.append(row)
         return row.id
@@ -97,7 +107,7 @@ class Scheduler:
         for row in self.stations:
             if row.id == request:
                 self.stations.remove(row)
-                self._free.append(row.slot)
+                self._give_back(row)
                 return True
         return False
 
@@ -131,6 +141,8 @@ class Scheduler:
     def advance(self) -> list[Event]:
         """One piece of work: prompts enter free slots, or one station runs. Returns an event per new token."""
         started = self._admit()
+        # No row is under way here: pages may move.
+        self.cache.trim()
         if started or not len(self.stations):
             return started
         station, rows = self.stations.take()
@@ -156,7 +168,12 @@ class Scheduler:
         chosen: list[Row] = []
         begun: list[Row] = []
         unread: dict[tuple[int, ...], None] = {}
+        room = self._room()
         while len(chosen) + len(begun) < free and self.waiting:
+            needed = pages_for(self.waiting[0].longest)
+            if needed > room:
+                break
+            room -= needed
             if self.waiting[0].tokens:
                 begun.append(self.waiting.popleft())
                 continue
@@ -171,6 +188,12 @@ class Scheduler:
         events = self._start(chosen) if chosen else []
         self._forget_unneeded()
         return events
+
+    def _room(self) -> float:
+        """Pages that no row in flight can come to need."""
+        if self.cache.limit is None:
+            return math.inf
+        return self.cache.limit - sum(pages_for(row.longest) for row in self.stations)
 
     def _forget_unneeded(self) -> None:
         needed = {row.prompt_tokens for row in self.waiting} if self._read else set()
@@ -218,10 +241,7 @@ class Scheduler:
         """Give rows a cache slot with what has been read of them; they wait before the first segment then."""
         for row, _ in entering:
             row.slot = self._free.pop()
-        if entering:
-            longest = max(row.longest for row, _ in entering)
-            used = 1 + max(row.slot for row in [*self.stations, *(row for row, _ in entering)])
-            self.cache.reserve(longest, self.decoder.dims.max_positions, used)
+        self._hold([row for row, _ in entering])
         for row, prefilled in entering:
             if prefilled.start:
                 assert self._prefix is not None
@@ -229,12 +249,19 @@ class Scheduler:
             self.cache.fill(row.slot, prefilled.start, prefilled.keys, prefilled.values)
             self.stations.put(0, row)
 
+    def _hold(self, rows: list[Row]) -> None:
+        """Give rows the pages of what they have: the last token's keys and values are made next."""
+        self.cache.hold([row.slot for row in rows], [row.length for row in rows])
+
     # ---- a station ----
 
     def _run(self, segment: int, rows: list[Row]) -> None:
         """One segment, then its gate: each row goes on to the readout or to the next segment."""
         decoder, device = self.decoder, self.decoder.device
-        slots = torch.tensor([row.slot for row in rows], device=device)
+        if segment == 0:
+            self._hold(rows)
+        at = self._at(rows)
+        slots = at.slots
         if segment == 0:
             hidden = decoder.weights.embedding[torch.tensor([row.tokens[-1] for row in rows], device=device)]
             self._uniform[slots] = self._draw(rows)
@@ -242,7 +269,7 @@ class Scheduler:
             self._notes[slots] = 0.0
         else:
             hidden = self._hidden[slots]
-        hidden = decoder.run_segment(segment, hidden, self.cache, self._at(rows, slots))
+        hidden = decoder.run_segment(segment, hidden, self.cache, at)
         bounds, last = (0, *decoder.layout.outcomes), len(decoder.layout.depths)
         leave = [True] * len(rows) if segment == last else self._leave(segment, rows, hidden, slots)
         self._hidden[slots] = hidden
@@ -251,11 +278,8 @@ class Scheduler:
             row.segment = segment
             self.stations.put(last + 1 if gone else segment + 1, row)
 
-    def _at(self, rows: list[Row], slots: Tensor) -> Rows:
-        positions = [row.length - 1 for row in rows]
-        return self.decoder.rows(
-            self.cache, slots, torch.tensor(positions, device=self.decoder.device), 1 + max(positions)
-        )
+    def _at(self, rows: list[Row]) -> Rows:
+        return self.decoder.rows(self.cache, [row.slot for row in rows], [row.length - 1 for row in rows])
 
     def _leave(self, exit_index: int, rows: list[Row], hidden: Tensor, slots: Tensor) -> list[bool]:
         """Ask the exit rule of each row; keeps the exits' log-probabilities where there are gates."""
@@ -297,8 +321,9 @@ class Scheduler:
     def _readout(self, rows: list[Row]) -> list[Event]:
         """Sample the next tokens of rows at their exits; those that go on write the keys and values they skipped."""
         rows.sort(key=lambda row: row.segment)
-        slots = torch.tensor([row.slot for row in rows], device=self.decoder.device)
-        hidden, at = self._hidden[slots], self._at(rows, slots)
+        at = self._at(rows)
+        slots = at.slots
+        hidden = self._hidden[slots]
         depths = [self.decoder.layout.outcomes[row.segment] for row in rows]
         exits = self._exit_logprob[slots].tolist()
         events = self._sample(rows, self.decoder.readout(hidden), self._uniform[slots, -1], depths, exits)
@@ -310,6 +335,8 @@ class Scheduler:
             self.decoder.write_skipped(hidden, [rows[i].segment for i in alive], self.cache, at)
         for i in alive:
             self.stations.put(0, rows[i])
+        if not self.waiting:
+            self.cache.trim()
         return events
 
     def _sample(
@@ -335,9 +362,13 @@ class Scheduler:
         if row.finished is None:
             return False
         if row.slot >= 0:
-            self._free.append(row.slot)
+            self._give_back(row)
         self.finished[row.id] = row
         return True
+
+    def _give_back(self, row: Row) -> None:
+        self._free.append(row.slot)
+        self.cache.release(row.slot)
 
     def _draw(self, rows: list[Row]) -> Tensor:
         """float64 [R, M+1]: one number per gate and one for the token that each row generates next."""

@@ -81,9 +81,7 @@ class Steps(nn.Module):
         """What the runner has scheduled: for each request a stretch of positions."""
         batch, exits = self.runner.input_batch, len(self.exit_depths)
         count = batch.num_reqs
-        self._asked = {name: self._asked[name] for name in batch.req_ids[:count] if name in self._asked} | {
-            name: asked for name, asked in self._asked.items() if name in self.runner.requests
-        }
+        self._asked = {name: asked for name, asked in self._asked.items() if name in self.runner.requests}
         starts = self.runner.query_start_loc.np[: count + 1]
         free: list[np.ndarray] = []
         bounds: list[np.ndarray] = []

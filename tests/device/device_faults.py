@@ -133,7 +133,8 @@ FAULTS = {
         "decode sample", "syncs",
     ),
     "an index on the CPU": Fault(
-        Decoder, "rows", lambda real: lambda decoder, cache, slots, *rest: real(decoder, cache, slots.cpu(), *rest),
+        ops.Rows, "angles",
+        lambda real: lambda rows: tuple(table[rows.positions.cpu()][:, None] for table in (rows.cos, rows.sin)),
         "decode off", "copies",
     ),
     "a copy of the whole cache in every layer": Fault(ops.TorchOps, "attend", _copied_cache, "decode off", "kernels"),

@@ -22,8 +22,9 @@ from ee_megatron.exit_rules import Off, Sample
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import WeightSet
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams, make_pool
+from ee_megatron.rollout.pool.interface import ReplicaSettings
 from ee_megatron.rollout.pool.ray_pool import RayPool
-from ee_megatron.rollout.pool.vllm import PROCESS
+from ee_megatron.rollout.pool.vllm import PROCESS, VllmPool
 from ee_megatron.types import Prompt, Rollout
 
 LONG = SamplingParams(1.0, 160)
@@ -91,6 +92,18 @@ def test_the_teacher_answers_and_finished_answers_are_read_again(path, pool: Ray
     found, expected = pool.trace(answers, top_k=4), local.trace(answers, top_k=4)
     for left, right in zip(found, expected, strict=True):
         torch.testing.assert_close(left.divergences, right.divergences, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_exits_answers_too(path, vllm_python: str):
+    """The teacher's stage has no policy yet."""
+    asked = GenerationRequest(PROMPTS, 1, SAMPLINGS["whole"], Off(), 0)
+    plain = LocalPool(path, None)
+    pool = VllmPool(ReplicaSettings(str(path), None, torch.float32, "cpu", 8, 1, vllm_python))
+    try:
+        pool.load(None)
+        assert_same(flat(pool.generate(asked)), flat(plain.generate(asked)))
+    finally:
+        pool.close()
 
 
 @pytest.mark.timeout(1800)

@@ -22,8 +22,6 @@ class VllmPool:
     reference and is made when it is first asked for."""
 
     def __init__(self, settings: ReplicaSettings):
-        if settings.spec is None:
-            raise ValueError("rollout.backend=vllm needs a policy's exits; use the embedded engine for a plain model")
         self.settings = settings
         engine = EngineSettings(
             settings.model_path, settings.spec, settings.dtype, rows=settings.rows, tensor=settings.tensor

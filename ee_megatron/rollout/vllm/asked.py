@@ -67,8 +67,10 @@ class Asked:
     def bounds(self, first: int, stop: int, depths: Sequence[int]) -> np.ndarray | None:
         """For tokens `first` <= t < `stop` (of which none is 0): the hazards above which their positions leave, float64
         [stop - first, M]; None where the rule has to see readouts and it is not known what it said."""
-        drawn = self.uniform(first, stop, len(depths))
         bounds = np.empty((stop - first, len(depths)))
+        if not depths:
+            return bounds
+        drawn = self.uniform(first, stop, len(depths))
         for at, token in enumerate(range(first, stop)):
             said = self.depths if token < len(self.depths) else self.prescribed
             if token < len(said):

@@ -26,7 +26,7 @@ FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """One engine.
+    """One engine; without a `spec` for a model without exits.
 
     - rows: requests at a time; chunk: positions that a step reads at most
     - tensor: devices
@@ -36,7 +36,7 @@ class EngineSettings:
     """
 
     model_path: str
-    spec: PolicySpec
+    spec: PolicySpec | None
     dtype: torch.dtype
     rows: int = 64
     tensor: int = 1
@@ -63,13 +63,14 @@ class VllmEngine:
         if not vllm.__version__.startswith(VERSIONS):
             raise ValueError(f"vLLM {vllm.__version__} is installed, expected {' or '.join(VERSIONS)}; run: make vllm")
         source = HFDirectory(settings.model_path)
-        self.dims, self.spec = source.dims, settings.spec
+        self.dims = source.dims
+        spec = self.spec = settings.spec or PolicySpec(self.dims.num_layers, (), rank=0)
         eos_ids = read_eos_ids(source)
         source.close()
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             settings.model_path, local_files_only=True
         )
-        spec, more = settings.spec, {}
+        more: dict[str, Any] = {}
         if settings.blocks:
             more["num_gpu_blocks_override"] = settings.blocks
         if settings.block:

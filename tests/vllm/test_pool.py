@@ -119,7 +119,7 @@ def test_ten_kills_lose_no_answer_and_leave_no_engine(path, pool: RayPool, local
     def strike() -> None:
         while len(struck) < 10 and not done.is_set():
             actors = [actor for actor in pool._actors if actor.pid and actor.pid not in struck and actor.started]
-            if len(actors) < 2 or done.wait(chance.uniform(0, 0.5)):
+            if done.wait(chance.uniform(0, 0.5)) or len(actors) < 2:
                 continue
             victim = chance.choice(actors).pid
             owned = [p.pid for p in engines() if p.ppid() == victim]

@@ -25,7 +25,7 @@ from torch import Tensor
 STOP = "stop"
 # How often a caller that waits looks whether it is to stop, seconds.
 LOOK_S = 0.05
-LOG_LINES = 12
+LOG_LINES, LOG_BYTES = 12, 8192
 
 
 class EngineDied(RuntimeError):
@@ -81,7 +81,8 @@ class EngineProcess:
     def __init__(self, python: str, module: str, settings: Any, environment: Mapping[str, str], deadline_s: float):
         check_python(python)
         ours, theirs = socket.socketpair()
-        self._log = tempfile.NamedTemporaryFile(prefix="vllm-", suffix=".log")  # noqa: SIM115
+        # Without a name: nothing is left where this process is killed.
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
         package = Path(__file__).parents[3]
         inherited = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH", "")]))
         self._process = subprocess.Popen(
@@ -124,7 +125,10 @@ class EngineProcess:
         raise ValueError(text) if kind == "ValueError" else RuntimeError(f"{kind} in vLLM's {method}: {text}")
 
     def _said(self) -> str:
-        return "\n".join(Path(self._log.name).read_text(errors="replace").splitlines()[-LOG_LINES:])
+        # At its own place: the engine writes at the file's.
+        end = os.fstat(self._log.fileno()).st_size
+        text = os.pread(self._log.fileno(), LOG_BYTES, max(0, end - LOG_BYTES)).decode(errors="replace")
+        return "\n".join(text.splitlines()[-LOG_LINES:])
 
     def close(self) -> None:
         """End it and whatever it started."""

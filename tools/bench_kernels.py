@@ -112,7 +112,7 @@ class Bench:
     def using(self, variant: str) -> Iterator[None]:
         library = kernels.library if variant == "c" else lambda dtype: None
         with patch.object(kernels, "library", library), patch.object(sampling, "inverse_cdf", self.inverse[variant]):
-            self.decoder.ops = self.ops[variant]
+            self.decoder.use(self.ops[variant])
             yield
 
     def first(self, variant: str, work: Callable[[], object]) -> None:

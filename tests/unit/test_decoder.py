@@ -189,13 +189,13 @@ def test_rows_that_exit_run_no_deeper_layer(tmp_path, monkeypatch):
     path = tiny_hf("llama", tmp_path)
     decoder = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
     ran: list[tuple[int, int]] = []
-    real = decoder.ops.attend
+    real = decoder.ops.run
 
-    def counted(fused, cache, layer, *rest):
-        ran.append((layer, len(fused)))
-        return real(fused, cache, layer, *rest)
+    def counted(first, stop, hidden, *rest):
+        ran.extend((layer, len(hidden)) for layer in range(first, stop))
+        return real(first, stop, hidden, *rest)
 
-    monkeypatch.setattr(decoder.ops, "attend", counted)
+    monkeypatch.setattr(decoder.ops, "run", counted)
     decoder.eos_ids = frozenset()
     scheduler = Scheduler(decoder, AutoTokenizer.from_pretrained(path), in_flight=4)
     for name, depth in zip("abcd", (1, 3, 3, 4), strict=True):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ee_megatron.products import linear, product
-from ee_megatron.rollout.engine.weights import WideLinear
+from ee_megatron.rollout.engine.linear import WideLinear
 
 BF16 = torch.bfloat16
 # Half of bfloat16's spacing.

@@ -96,7 +96,8 @@ def test_any_traffic_gives_the_masked_references_probabilities_and_runs_no_skipp
     asked, in_flight, batch, torch_ops = case
     reference = Reference(path, SPEC, random_policy(decoder.dims, SPEC))
     kept, ids = decoder.ops, []
-    decoder.ops = TorchOps(decoder.dims) if torch_ops else decoder.ops
+    if torch_ops:
+        decoder.use(TorchOps(decoder.dims))
     try:
         scheduler = Scheduler(decoder, tokenizer, in_flight, batch)
         for i, (prompt, depths, wait) in enumerate(asked):
@@ -106,7 +107,7 @@ def test_any_traffic_gives_the_masked_references_probabilities_and_runs_no_skipp
             ids.append(scheduler.add(Request(prompt, SamplingParams(1.0, len(depths)), exits, 7, f"p{i}")))
         answers = finish(scheduler, ids)
     finally:
-        decoder.ops = kept
+        decoder.use(kept)
     for rollout, (prompt, depths, _) in zip(answers, asked, strict=True):
         assert rollout.exit_depths.tolist() == depths and rollout.prompt_tokens.tolist() == prompt
         tokens, exits = by_the_book(reference, rollout)

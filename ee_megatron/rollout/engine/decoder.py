@@ -20,7 +20,7 @@ from ...families import inverse_frequencies
 from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec
 from .cache import KVCache
-from .ops import Rows, choose_ops, norm, rotate
+from .ops import Ops, Rows, choose_ops, norm, rotate
 from .policy_loading import Arrival, GateWeights, check_tensors, gates_from
 from .weights import DecoderWeights, SkippedKV
 
@@ -65,6 +65,11 @@ class Decoder:
         source.close()
         return decoder
 
+    def use(self, ops: Ops) -> None:
+        """Run layers by these instead of those that were chosen."""
+        self.ops = ops
+        ops.take(self.weights.blocks)
+
     # ---- weights ----
 
     @torch.inference_mode()
@@ -80,6 +85,7 @@ class Decoder:
         if tensors is None:
             self.weights.restore_base()
             self.gates, self._skipped = None, self.weights.merge(None, None, self.layout.depths)
+            self.ops.take(self.weights.blocks)
             return
         self.load_chunk(tensors)
         self.finish_load()
@@ -105,6 +111,7 @@ class Decoder:
         self._arrival.check_whole()
         tensors = self._arrival.kept
         self._skipped = self.weights.merge(tensors, self.spec, self.layout.depths)
+        self.ops.take(self.weights.blocks)
         self.gates = gates_from(tensors, self.layout.depths, self.dtype, self.device)
         self._arrival = None
 
@@ -141,10 +148,9 @@ class Decoder:
         """Gate i on the stream [..., D] -> z float32 [...]. Raises ValueError when no policy is loaded."""
         if self.gates is None:
             raise ValueError("no gates are loaded; call load_policy with the policy's tensors first")
-        gate, wide = self.gates[exit_index], hidden.float()
-        if self.spec is not None and self.spec.gate_input == "normalised":
-            wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.dims.rms_eps)
-        return F.linear(F.relu(gate.fc1(wide)), gate.fc2, gate.fc2_bias).squeeze(-1)
+        gate = self.gates[exit_index]
+        normalise = self.spec is not None and self.spec.gate_input == "normalised"
+        return self.ops.gate(hidden, gate.fc1, gate.fc2, gate.fc2_bias, normalise)
 
     def _reach(self, longest: int) -> None:
         """Make the rotary tables, float32 [positions, hd / 2], cover positions below `longest`."""
@@ -265,20 +271,8 @@ class Decoder:
 
         Writes the rows' keys and values of these layers. `hidden` may be overwritten.
         """
-        bounds, ops, blocks = (0, *self.layout.outcomes), self.ops, self.weights.blocks
-        first, stop = bounds[segment], bounds[segment + 1]
-        normed = ops.add_norm(hidden, None, blocks[first].attention_norm)
-        for layer in range(first, stop):
-            block = blocks[layer]
-            linears = block.linears
-            attended = ops.attend(linears["qkv"](normed), cache, layer, at, block.q_norm, block.k_norm)
-            normed = ops.add_norm(hidden, linears["out"](attended), block.mlp_norm)
-            delta = linears["down"](ops.silu_mul(linears["gate_up"](normed)))
-            if layer + 1 < stop:
-                normed = ops.add_norm(hidden, delta, blocks[layer + 1].attention_norm)
-            else:
-                hidden += delta
-        return hidden
+        bounds = (0, *self.layout.outcomes)
+        return self.ops.run(bounds[segment], bounds[segment + 1], hidden, cache, at)
 
     def write_skipped(self, hidden: Tensor, outcome: list[int], cache: KVCache, at: Rows) -> None:
         """Keys and values that rows, ordered by outcome, still owe to the layers they skipped; streams [A, D] at their

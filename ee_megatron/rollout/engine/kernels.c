@@ -1,35 +1,16 @@
 /* Decoding kernels for CPUs: one query position per row, the cache read where it lies. kernels.py compiles and calls them.
 
-   Compiled once per element type: float, or bfloat16 with -DBFLOAT16. Arithmetic is float32 throughout; results are
-   rounded to the element type where the PyTorch form in ops.py rounds too. A rows, D hidden, H query heads, KVH
-   key/value heads, hd head size (a multiple of 16).
+   Arithmetic is float32 throughout; results are rounded to the element type where the PyTorch form in ops.py rounds
+   too. A rows, D hidden, H query heads, KVH key/value heads, hd head size (a multiple of 16).
 
    A layer's cache is pages [P, 2, PAGE, KVH, hd] of keys and values. `where` [A, stride] says of each row its position
    and the pages of its positions, in their order (cache.py). */
 
+#include "kernels.h"
+
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-
-#ifdef BFLOAT16
-typedef uint16_t element;
-static inline float widen(element x) {
-    union { uint32_t bits; float value; } u = {(uint32_t)x << 16};
-    return u.value;
-}
-static inline element narrow(float x) {
-    union { float value; uint32_t bits; } u = {x};
-    return (element)((u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16);
-}
-#else
-typedef float element;
-static inline float widen(element x) { return x; }
-static inline element narrow(float x) { return x; }
-#endif
-
-/* Below this many elements a second thread costs more than it saves. */
-enum { PARALLEL_FROM = 16384 };
 
 /* exp for x <= 88: 2^n times a polynomial on [-ln2/2, ln2/2]; relative error about 1e-7 (Cephes' coefficients). */
 static inline float exponential(float x) {
@@ -45,6 +26,18 @@ static inline float exponential(float x) {
     p = p * r * r + r + 1.0f;
     union { int32_t bits; float value; } scale = {((int32_t)n + 127) << 23};
     return p * scale.value;
+}
+
+static inline float largest(const float *x, long n) {
+    float top = x[0];
+    long i = 0;
+    if (n >= LANES) {
+        vec most = *(const vec *)x;
+        for (i = LANES; i + LANES <= n; i += LANES) most = greater(most, *(const vec *)(x + i));
+        for (int l = 0; l < LANES; l++) top = most[l] > top ? most[l] : top;
+    }
+    for (; i < n; i++) top = x[i] > top ? x[i] : top;
+    return top;
 }
 
 /* hidden [A, D] += delta [A, D] (NULL: nothing); out = RMSNorm(hidden) * gain (NULL: no gain). */
@@ -109,10 +102,8 @@ static inline void put_key_value(const element *k, const element *v, const eleme
     memcpy(values, v, sizeof(element) * hd);
 }
 
-/* Sixteen floats; the compiler splits them where the processor has narrower registers. */
-typedef float vec __attribute__((vector_size(64), aligned(4)));
 /* A page of the cache is one step of the attention's loops. */
-enum { LANES = 16, PAGE = LANES };
+enum { PAGE = LANES };
 
 /* Columns of `where`, as in cache.py; the first and the two between are for the PyTorch form. */
 enum { POSITION = 1, TABLE = 4 };
@@ -151,8 +142,7 @@ static inline vec sums(vec *x) {
 }
 
 static float softmax(float *s, long length) {
-    float top = s[0], total = 0;
-    for (long t = 1; t < length; t++) top = s[t] > top ? s[t] : top;
+    float top = largest(s, length), total = 0;
     for (long t = 0; t < length; t++) {
         s[t] = exponential(s[t] - top);
         total += s[t];
@@ -267,30 +257,52 @@ void write_kv(const element *fused, const int64_t *where, long stride, const flo
 }
 
 #ifndef BFLOAT16
+/* Logits are weighed in blocks: within one in float32, their sums in float64. */
+enum { BLOCK = 512 };
+
+static inline float weight_of(float below) { return below < -86.0f ? 0.0f : exponential(below); }
+
+/* The sum of exp(x - top) over x [V]; mass [ceil(V / BLOCK)], unless NULL: that of each block. */
+static double weigh(const float *x, long V, float top, double *mass) {
+    double total = 0;
+    for (long b = 0; b * BLOCK < V; b++) {
+        long stop = (b + 1) * BLOCK < V ? (b + 1) * BLOCK : V;
+        float sum = 0;
+        for (long i = b * BLOCK; i < stop; i++) sum += weight_of(x[i] - top);
+        if (mass) mass[b] = sum;
+        total += sum;
+    }
+    return total;
+}
+
+/* Greedy choice: logits [A, V] -> the first of the greatest, token [A], and its log-probability [A]. */
+void best(const float *logits, int64_t *token, float *logprob, long A, long V) {
+#pragma omp parallel for
+    for (long a = 0; a < A; a++) {
+        const float *x = logits + a * V;
+        float top = largest(x, V);
+        long at = 0;
+        while (at < V - 1 && x[at] != top) at++;
+        token[a] = at;
+        logprob[a] = -(float)log(weigh(x, V, top, NULL));
+    }
+}
+
 /* Inverse-CDF sampling: logits [A, V] (already divided by the temperature), uniform [A] in [0, 1) -> token [A] and its
    log-probability [A]. -inf logits have no weight and are never drawn. */
 void sample(const float *logits, const double *uniform, int64_t *token, float *logprob, long A, long V) {
-    enum { BLOCK = 512 };
     long blocks = (V + BLOCK - 1) / BLOCK;
 #pragma omp parallel for
     for (long a = 0; a < A; a++) {
         const float *x = logits + a * V;
-        double *mass = malloc(sizeof(double) * (size_t)blocks), total = 0;
-        float top = x[0];
-        for (long i = 1; i < V; i++) top = x[i] > top ? x[i] : top;
-        for (long b = 0; b < blocks; b++) {
-            long stop = (b + 1) * BLOCK < V ? (b + 1) * BLOCK : V;
-            float sum = 0;
-            for (long i = b * BLOCK; i < stop; i++) sum += x[i] - top < -86.0f ? 0.0f : exponential(x[i] - top);
-            mass[b] = sum;
-            total += sum;
-        }
-        double left = uniform[a] * total;
+        double *mass = malloc(sizeof(double) * (size_t)blocks);
+        float top = largest(x, V);
+        double total = weigh(x, V, top, mass), left = uniform[a] * total;
         long b = 0;
         while (b < blocks - 1 && left >= mass[b]) left -= mass[b++];
         long stop = (b + 1) * BLOCK < V ? (b + 1) * BLOCK : V, chosen = -1;
         for (long i = b * BLOCK; i < stop; i++) {
-            float weight = x[i] - top < -86.0f ? 0.0f : exponential(x[i] - top);
+            float weight = weight_of(x[i] - top);
             if (weight == 0.0f) continue;
             chosen = i;
             left -= weight;

@@ -1,4 +1,4 @@
-"""Compiles kernels.c with the machine's C compiler, once per machine and source, and loads it.
+"""Compiles kernels.c and product.c with the machine's C compiler, once per machine and source, and loads them.
 
 Nothing depends on it: without a compiler, or with EE_MEGATRON_KERNELS=0, the PyTorch forms in ops.py do the same work.
 How much the kernels save is measured in docs/measurements/2026-11-26-decoding-kernels.md.
@@ -15,11 +15,15 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "product.c")]
+HEADER = Path(__file__).with_name("kernels.h")
 FLAGS = (
     "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math",
     "-fno-signed-zeros", "-freciprocal-math",
@@ -29,18 +33,87 @@ COMPILE_SECONDS = 60
 LANES = 16
 ELEMENTS = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
 
-_P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
-SIGNATURES = {
+# Inputs that lie together in product.c.
+PAIRS = {torch.float32: 1, torch.bfloat16: 2}
+
+_P, _L, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
+
+
+class Product(ctypes.Structure):
+    """`product` of kernels.h."""
+
+    _fields_ = (("panels", _P), ("bias", _P), ("width", _L), ("out", _L))
+
+
+class Shape(ctypes.Structure):
+    """`shape` of kernels.h."""
+
+    _fields_ = (
+        ("hidden", _L), ("heads", _L), ("kv_heads", _L), ("head_dim", _L), ("intermediate", _L), ("eps", _F),
+    )  # fmt: skip
+
+
+class Layer(ctypes.Structure):
+    """`layer` of kernels.h."""
+
+    _fields_ = (
+        ("qkv", Product), ("out", Product), ("gate_up", Product), ("down", Product), ("attention_norm", _P),
+        ("mlp_norm", _P), ("q_norm", _P), ("k_norm", _P),
+    )  # fmt: skip
+
+
+SIGNATURES: dict[str, list[Any]] = {
     "add_norm": [_P, _P, _P, _P, _L, _L, _F],
     "silu_mul": [_P, _P, _L, _L],
     "attend": [_P, _P, _P, _L, _P, _P, _P, _P, _P, _F, _L, _L, _L, _L],
     "write_kv": [_P, _P, _L, _P, _P, _P, _P, _F, _L, _L, _L, _L],
-    "sample": [_P, _P, _P, _P, _L, _L],
 }
+# Where the processor has what product.c needs.
+PRODUCT_SIGNATURES: dict[str, list[Any]] = {
+    "pack": [_P, _P, _L, _L],
+    "multiply": [ctypes.POINTER(Product), _P, _P, _L, _I],
+    "run_layers": [ctypes.POINTER(Layer), _P, _L, _P, _P, _P, _L, _P, _P, _L, ctypes.POINTER(Shape)],
+    "gate": [ctypes.POINTER(Product), _P, _F, _P, _I, _F, _P, _P, _P, _L],
+}
+# Of float32 only.
+SAMPLING_SIGNATURES: dict[str, list[Any]] = {"best": [_P, _P, _P, _L, _L], "sample": [_P, _P, _P, _P, _L, _L]}
+
+
+class Library:
+    """The kernels for one dtype, by their names. `columns`: outputs of a panel, 0 where there are no products."""
+
+    add_norm: Callable[..., None]
+    silu_mul: Callable[..., None]
+    attend: Callable[..., None]
+    write_kv: Callable[..., None]
+    pack: Callable[..., None]
+    multiply: Callable[..., None]
+    run_layers: Callable[..., None]
+    gate: Callable[..., None]
+    best: Callable[..., None]
+    sample: Callable[..., None]
+
+    def __init__(self, path: Path, dtype: torch.dtype):
+        loaded = ctypes.CDLL(str(path))
+        self.columns = int(loaded.columns()) if loaded.supports_products() else 0
+        wanted = dict(SIGNATURES)
+        if self.columns:
+            wanted |= PRODUCT_SIGNATURES
+        if dtype == torch.float32:
+            wanted |= SAMPLING_SIGNATURES
+        for name, arguments in wanted.items():
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = arguments, None
+            setattr(self, name, function)
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """For a kernel's argument; None is NULL."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 @functools.cache
-def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+def library(dtype: torch.dtype) -> Library | None:
     """The kernels for elements of `dtype`; None where they can't be had."""
     if os.environ.get("EE_MEGATRON_KERNELS") == "0" or dtype not in ELEMENTS:
         return None
@@ -48,20 +121,15 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     if compiler is None:
         return None
     try:
-        loaded = ctypes.CDLL(str(_compiled(compiler, ELEMENTS[dtype])))
+        return Library(_compiled(compiler, ELEMENTS[dtype]), dtype)
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         logging.getLogger(__name__).warning("decoding kernels not compiled, PyTorch is used instead: %s", detail)
         return None
-    for name, arguments in SIGNATURES.items():
-        if name != "sample" or dtype == torch.float32:
-            function = getattr(loaded, name)
-            function.argtypes, function.restype = arguments, None
-    return loaded
 
 
 def _compiled(compiler: str, defines: tuple[str, ...]) -> Path:
-    identity = hashlib.sha256(SOURCE.read_bytes())
+    identity = hashlib.sha256(b"".join(path.read_bytes() for path in (HEADER, *SOURCES)))
     # -march=native: a home directory may be shared between machines with different processors.
     for part in (compiler, *FLAGS, *defines, platform.machine(), _processor(), torch.__version__):
         identity.update(part.encode() + b"\n")
@@ -69,12 +137,14 @@ def _compiled(compiler: str, defines: tuple[str, ...]) -> Path:
     target = directory / f"kernels-{identity.hexdigest()[:20]}.so"
     if not target.is_file():
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            unlinked, linked = Path(scratch, "kernels.o"), Path(scratch, "kernels.so")
-            _run([compiler, *FLAGS, *defines, "-c", str(SOURCE), "-o", str(unlinked)])
+            linked, objects = Path(scratch, "kernels.so"), []
+            for source in SOURCES:
+                objects.append(str(Path(scratch, source.stem + ".o")))
+                _run([compiler, *FLAGS, *defines, "-c", str(source), "-o", objects[-1]])
             # Linked apart from the flags above, and to the OpenMP that PyTorch runs: a second would spin against it.
             found = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
             openmp = str(found[0]) if found else "-fopenmp"
-            _run([compiler, "-shared", str(unlinked), openmp, "-lm", "-o", str(linked)])
+            _run([compiler, "-shared", *objects, openmp, "-lm", "-o", str(linked)])
             os.replace(linked, target)
     return target
 

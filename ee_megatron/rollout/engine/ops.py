@@ -1,4 +1,4 @@
-"""The decoder's elementwise work and attention for one position per row, in PyTorch and by the kernels of kernels.c.
+"""The decoder's layers for one position per row, in PyTorch and by the kernels of kernels.c and product.c.
 
 Both classes have the same methods with the same results up to rounding. Shapes: A rows, D hidden, H query heads, KVH
 key/value heads, hd head size, I MLP width.
@@ -7,6 +7,7 @@ key/value heads, hd head size, I MLP width.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -16,9 +17,24 @@ from torch import Tensor
 from ...families import ModelDims
 from . import kernels
 from .cache import TABLE, KVCache
+from .linear import Panels, WideLinear
+from .weights import Block
 
 
 class Ops(Protocol):
+    def take(self, blocks: Sequence[Block]) -> None:
+        """The layers that `run` runs from now on."""
+        ...
+
+    def run(self, first: int, stop: int, hidden: Tensor, cache: KVCache, at: Rows) -> Tensor:
+        """Layers first..stop-1 of the stream hidden [A, D] -> [A, D]; writes the rows' keys and values of these layers.
+        `hidden` may be overwritten."""
+        ...
+
+    def gate(self, hidden: Tensor, fc1: WideLinear, fc2: Tensor, fc2_bias: Tensor, normalise: bool) -> Tensor:
+        """A gate's logits float32 [...] on streams [..., D], divided by their root mean square if `normalise`."""
+        ...
+
     def add_norm(self, hidden: Tensor, delta: Tensor | None, gain: Tensor | None) -> Tensor:
         """hidden [A, D] += delta in place; returns RMSNorm(hidden) · gain (None: without one)."""
         ...
@@ -85,7 +101,38 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-class TorchOps:
+class LayerByLayer(Ops):
+    """Layers put together of the pieces that a class below has."""
+
+    dims: ModelDims
+    blocks: Sequence[Block] = ()
+
+    def take(self, blocks: Sequence[Block]) -> None:
+        self.blocks = blocks
+
+    def run(self, first: int, stop: int, hidden: Tensor, cache: KVCache, at: Rows) -> Tensor:
+        blocks = self.blocks
+        normed = self.add_norm(hidden, None, blocks[first].attention_norm)
+        for layer in range(first, stop):
+            block = blocks[layer]
+            linears = block.linears
+            attended = self.attend(linears["qkv"](normed), cache, layer, at, block.q_norm, block.k_norm)
+            normed = self.add_norm(hidden, linears["out"](attended), block.mlp_norm)
+            delta = linears["down"](self.silu_mul(linears["gate_up"](normed)))
+            if layer + 1 < stop:
+                normed = self.add_norm(hidden, delta, blocks[layer + 1].attention_norm)
+            else:
+                hidden += delta
+        return hidden
+
+    def gate(self, hidden: Tensor, fc1: WideLinear, fc2: Tensor, fc2_bias: Tensor, normalise: bool) -> Tensor:
+        wide = hidden.float()
+        if normalise:
+            wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.dims.rms_eps)
+        return F.linear(F.relu(fc1(wide)), fc2, fc2_bias).squeeze(-1)
+
+
+class TorchOps(LayerByLayer):
     """Any device, any dtype."""
 
     def __init__(self, dims: ModelDims):
@@ -132,22 +179,68 @@ class TorchOps:
             layer[pages, :, offsets] = pair
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-class KernelOps:
+class KernelOps(LayerByLayer):
     """The compiled kernels: CPU, float32 or bfloat16, head sizes that LANES divides. The cache's pages are read
-    in place, each row's up to its own length."""
+    in place, each row's up to its own length. Where all matrices are in panels, layers run without a way back to
+    Python. Not thread-safe: scratch memory is kept between calls."""
 
-    def __init__(self, dims: ModelDims, library: ctypes.CDLL):
+    def __init__(self, dims: ModelDims, library: kernels.Library):
         self.dims, self.library = dims, library
+        self._layers: ctypes.Array[kernels.Layer] | None = None
+        self._shape = kernels.Shape(
+            dims.hidden, dims.heads, dims.kv_heads, dims.head_dim, dims.intermediate, dims.rms_eps
+        )
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, blocks: Sequence[Block]) -> None:
+        super().take(blocks)
+        self._layers = None
+        if all(isinstance(linear.matrix, Panels) for block in blocks for linear in block.linears.values()):
+            self._layers = (kernels.Layer * len(blocks))(*map(_layer, blocks))
+
+    def run(self, first: int, stop: int, hidden: Tensor, cache: KVCache, at: Rows) -> Tensor:
+        if self._layers is None:
+            return super().run(first, stop, hidden, cache, at)
+        dims, rows = self.dims, len(hidden)
+        width = dims.hidden + (dims.q_size + 2 * dims.kv_size) + 3 * dims.intermediate + max(dims.q_size, dims.hidden)
+        hidden = hidden.contiguous()
+        self.library.run_layers(
+            self._layers[first], cache.addresses[first:].ctypes.data, stop - first, hidden.data_ptr(),
+            self._memory(rows * width * hidden.element_size()), at.where.data_ptr(), at.where.stride(0),
+            at.cos.data_ptr(), at.sin.data_ptr(), rows, self._shape,
+        )  # fmt: skip
+        return hidden
+
+    def gate(self, hidden: Tensor, fc1: WideLinear, fc2: Tensor, fc2_bias: Tensor, normalise: bool) -> Tensor:
+        if not isinstance(fc1.matrix, Panels):
+            return super().gate(hidden, fc1, fc2, fc2_bias, normalise)
+        hidden = hidden.contiguous()
+        logit = torch.empty(hidden.shape[:-1])
+        rows, row = logit.numel(), 4 * fc1.matrix.out + hidden.shape[-1] * hidden.element_size()
+        units = self._memory(rows * row)
+        self.library.gate(
+            fc1.matrix.product, fc2.data_ptr(), float(fc2_bias), hidden.data_ptr(), normalise, self.dims.rms_eps,
+            units + 4 * rows * fc1.matrix.out, units, logit.data_ptr(), rows,
+        )  # fmt: skip
+        return logit
+
+    def _memory(self, size: int) -> int:
+        """Address of at least `size` bytes."""
+        if len(self._scratch) < size:
+            self._scratch = torch.empty(size, dtype=torch.uint8)
+        return self._scratch.data_ptr()
 
     def add_norm(self, hidden: Tensor, delta: Tensor | None, gain: Tensor | None) -> Tensor:
         out = torch.empty_like(hidden)
         rows, width = hidden.shape
         self.library.add_norm(
-            hidden.data_ptr(), _pointer(delta), _pointer(gain), out.data_ptr(), rows, width, self.dims.rms_eps
+            hidden.data_ptr(),
+            kernels.pointer(delta),
+            kernels.pointer(gain),
+            out.data_ptr(),
+            rows,
+            width,
+            self.dims.rms_eps,
         )
         return out
 
@@ -164,8 +257,8 @@ class KernelOps:
         out = fused.new_empty(rows, dims.q_size)
         self.library.attend(
             fused.data_ptr(), out.data_ptr(), at.where.data_ptr(), at.where.stride(0), at.cos.data_ptr(),
-            at.sin.data_ptr(), cache.layers[layer].data_ptr(), _pointer(q_gain), _pointer(k_gain), dims.rms_eps, rows,
-            dims.heads, dims.kv_heads, dims.head_dim,
+            at.sin.data_ptr(), cache.layers[layer].data_ptr(), kernels.pointer(q_gain), kernels.pointer(k_gain),
+            dims.rms_eps, rows, dims.heads, dims.kv_heads, dims.head_dim,
         )  # fmt: skip
         return out
 
@@ -173,9 +266,16 @@ class KernelOps:
         dims = self.dims
         self.library.write_kv(
             fused.data_ptr(), at.where.data_ptr(), at.where.stride(0), at.cos.data_ptr(), at.sin.data_ptr(),
-            cache.addresses[first:].ctypes.data, _pointer(k_gain), dims.rms_eps, len(fused), layers, dims.kv_heads,
-            dims.head_dim,
+            cache.addresses[first:].ctypes.data, kernels.pointer(k_gain), dims.rms_eps, len(fused), layers,
+            dims.kv_heads, dims.head_dim,
         )  # fmt: skip
+
+
+def _layer(block: Block) -> kernels.Layer:
+    matrices = (block.linears[name].matrix for name in ("qkv", "out", "gate_up", "down"))
+    products = (matrix.product for matrix in matrices if isinstance(matrix, Panels))
+    gains = (block.attention_norm, block.mlp_norm, block.q_norm, block.k_norm)
+    return kernels.Layer(*products, *map(kernels.pointer, gains))
 
 
 def choose_ops(dims: ModelDims, dtype: torch.dtype, device: torch.device) -> Ops:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ...families import ModelDims
 from ...policy import PolicySpec
-from .weights import DecoderWeights, WideLinear
+from .linear import WideLinear
+from .weights import DecoderWeights
 
 
 @dataclass

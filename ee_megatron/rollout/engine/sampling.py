@@ -74,8 +74,7 @@ def sample_tokens(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tu
     sampling: one uniform per token, whatever the batch.
     """
     if params.temperature == 0:
-        best = logits.argmax(dim=-1)
-        logprobs = log_prob(logits, best)
+        best, logprobs = greedy(logits)
         return best, logprobs, logprobs
     if params.temperature != 1:
         logits = logits / params.temperature
@@ -84,13 +83,31 @@ def sample_tokens(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tu
     return tokens, logprobs, logprobs if kept is logits else log_prob(logits, tokens)
 
 
+def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [R, V] -> the first of the most probable tokens int64 [R], and its log-probability float32 [R]."""
+    library = _library(logits)
+    if library is None:
+        tokens = logits.argmax(dim=-1)
+        return tokens, log_prob(logits, tokens)
+    tokens, logprobs, logits = (
+        torch.empty(len(logits), dtype=torch.int64),
+        torch.empty(len(logits)),
+        logits.contiguous(),
+    )
+    library.best(logits.data_ptr(), tokens.data_ptr(), logprobs.data_ptr(), *map(int, logits.shape))
+    return tokens, logprobs
+
+
+def _library(logits: Tensor) -> kernels.Library | None:
+    return kernels.library(torch.float32) if logits.device.type == "cpu" and logits.dtype == torch.float32 else None
+
+
 def inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens int64 [R] at the quantiles uniform [R] of softmax(logits [R, V]), and their log-probabilities [R]."""
-    library = kernels.library(torch.float32) if logits.device.type == "cpu" and logits.dtype == torch.float32 else None
+    library = _library(logits)
     if library is not None:
+        tokens, logprobs = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
         logits, uniform = logits.contiguous(), uniform.to(torch.float64).contiguous()
-        tokens = torch.empty(len(logits), dtype=torch.int64)
-        logprobs = torch.empty(len(logits))
         library.sample(
             logits.data_ptr(), uniform.data_ptr(), tokens.data_ptr(), logprobs.data_ptr(), *map(int, logits.shape)
         )

@@ -1,7 +1,7 @@
 """The decoder's weights: read from a Hugging Face directory, fused and packed for speed, LoRA merged into a kept base.
 
-Memory: the base once, in the decoder's dtype, and what is multiplied with once more: on a CPU every matrix in oneDNN's
-packed form (the readout's and gates' in float32), elsewhere those that adapters change.
+Memory: the base once, in the decoder's dtype, and what is multiplied with once more: on a CPU every matrix in a packed
+form (linear.py; the readout's and gates' may be float32 there), elsewhere those that adapters change.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...families import ModelDims
 from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec
-from ...products import linear
+from .linear import Linear, WideLinear
 
 # Fused matrix -> the linears whose rows it holds, in this order.
 FUSED: dict[str, tuple[str, ...]] = {
@@ -33,73 +32,6 @@ NORMS = {
     "self_attn.q_norm": "q_norm",
     "self_attn.k_norm": "k_norm",
 }
-# The number of rows that packing is told to expect; any number works.
-PACKED_ROWS = 16
-# oneDNN's kernels for one and two rows read the matrix more slowly than that for four (by 1.2 to 2.3, in float32 and
-# bfloat16, on one and two threads): fewer rows are filled up.
-LEAST_ROWS = 4
-
-
-class Linear:
-    """x [..., in] -> x W^T + b. Packed by oneDNN where that runs, else plain: `weight` is None where it is packed.
-
-    `adapted`: not the base's matrix.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, adapted: bool = False):
-        self.bias, self.adapted = bias, adapted
-        self.packed = _pack(weight)
-        self.weight = weight if self.packed is None else None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.weight is not None:
-            return F.linear(x, self.weight, self.bias)
-        rows = x.shape[:-1].numel()
-        if rows >= LEAST_ROWS:
-            return self._product(x)
-        filled = torch.cat([x.reshape(rows, -1), x.new_zeros(LEAST_ROWS - rows, x.shape[-1])])
-        return self._product(filled)[:rows].reshape(*x.shape[:-1], -1)
-
-    def plain(self) -> Tensor:
-        """The matrix [out, in] that is multiplied with, unpacked."""
-        if self.weight is not None:
-            return self.weight
-        assert self.packed is not None
-        return self.packed.to_dense()
-
-    def _product(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-
-
-class WideLinear(Linear):
-    """x [..., in] -> x W^T + b in float32, x rounded to W's dtype: readout and gates (products.py); b float32."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        self.dtype = weight.dtype
-        # A CPU multiplies the same values in float32: one copy of the matrix for all products.
-        super().__init__(weight.float() if weight.device.type == "cpu" else weight, bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        x = x.to(self.dtype)
-        if self.weight is not None and self.weight.dtype == self.dtype:
-            return linear(x, self.weight, self.bias, self.dtype)
-        return super().__call__(x.float())
-
-    def plain(self) -> Tensor:
-        return super().plain().to(self.dtype)
-
-
-def _pack(weight: Tensor) -> Tensor | None:
-    """The matrix in oneDNN's layout, or None where this PyTorch or processor has no packed product for it."""
-    dtypes = (torch.bfloat16, torch.float32)
-    if weight.device.type != "cpu" or weight.dtype not in dtypes or not torch.backends.mkldnn.is_available():
-        return None
-    try:
-        if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return None
-        return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
-    except (AttributeError, RuntimeError):
-        return None
 
 
 @dataclass
@@ -200,12 +132,12 @@ class DecoderWeights:
         base, previous = self.blocks[layer].base[name], self.blocks[layer].linears.get(name)
         # Fresh memory costs as much as the product: the last policy's matrix is written over where it is still there,
         # and where matrices are packed one of every shape serves all layers.
-        if previous is not None and previous.packed is not None:
+        if previous is not None and previous.copied:
             if name not in self._scratch:
                 self._scratch[name] = torch.empty_like(base)
             merged = self._scratch[name]
         else:
-            reuse = previous.weight if previous is not None and previous.adapted else None
+            reuse = previous.plain() if previous is not None and previous.adapted else None
             merged = torch.empty_like(base) if reuse is None else reuse
         rows = self._rows(name)
         for part, source, target in zip(FUSED[name], base.split(rows), merged.split(rows), strict=True):

@@ -1,0 +1,160 @@
+"""The decoder's products: each matrix once, in the form that is fastest here.
+
+On processors with 512-bit registers that is the panels of product.c, else oneDNN's layout, else the plain matrix.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...products import linear
+from . import kernels
+
+# The number of rows that oneDNN's packing is told to expect; any number works.
+PACKED_ROWS = 16
+# oneDNN's kernels for one and two rows read the matrix more slowly than that for four (by 1.2 to 2.3, in float32 and
+# bfloat16, on one and two threads): fewer rows are filled up.
+LEAST_ROWS = 4
+
+
+class Matrix(Protocol):
+    """W [out, in] and perhaps a bias [out]."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., in], of W's dtype -> x W^T + b."""
+        ...
+
+    def plain(self) -> Tensor:
+        """W, as it was given."""
+        ...
+
+
+class Panels:
+    """Packed for product.c; with `wide` results are float32 whatever W's dtype is."""
+
+    def __init__(self, library: kernels.Library, weight: Tensor, bias: Tensor | None, wide: bool):
+        self.out, self.width = weight.shape
+        self.wide, self.library = wide, library
+        weight = weight.contiguous()
+        panels = -(-self.out // library.columns)
+        self.packed = torch.empty(panels * library.columns * self.width, dtype=weight.dtype)
+        library.pack(weight.data_ptr(), self.packed.data_ptr(), self.width, self.out)
+        # The kernels add it before they round.
+        self._bias = None if bias is None else bias.float().contiguous()
+        self.product = kernels.Product(self.packed.data_ptr(), kernels.pointer(self._bias), self.width, self.out)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        dtype = torch.float32 if self.wide else x.dtype
+        y = torch.empty(*x.shape[:-1], self.out, dtype=dtype)
+        self.library.multiply(self.product, x.data_ptr(), y.data_ptr(), x.shape[:-1].numel(), self.wide)
+        return y
+
+    def plain(self) -> Tensor:
+        pair = kernels.PAIRS[self.packed.dtype]
+        panels = self.packed.view(-1, self.width // pair, self.library.columns, pair)
+        return panels.transpose(1, 2).reshape(-1, self.width)[: self.out]
+
+
+class OneDNN:
+    """Packed by oneDNN: W in the dtype of its results."""
+
+    def __init__(self, packed: Tensor, bias: Tensor | None):
+        self.packed, self.bias = packed, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.shape[:-1].numel()
+        if rows >= LEAST_ROWS:
+            return self._product(x)
+        filled = torch.cat([x.reshape(rows, -1), x.new_zeros(LEAST_ROWS - rows, x.shape[-1])])
+        return self._product(filled)[:rows].reshape(*x.shape[:-1], -1)
+
+    def plain(self) -> Tensor:
+        return self.packed.to_dense()
+
+    def _product(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+class Plain:
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def plain(self) -> Tensor:
+        return self.weight
+
+
+def _panels(weight: Tensor, bias: Tensor | None, wide: bool) -> Panels | None:
+    library = kernels.library(weight.dtype) if weight.device.type == "cpu" else None
+    if library is None or not library.columns or weight.shape[1] % kernels.PAIRS[weight.dtype]:
+        return None
+    return Panels(library, weight, bias, wide)
+
+
+def _pack(weight: Tensor) -> Tensor | None:
+    """The matrix in oneDNN's layout, or None where this PyTorch or processor has no packed product for it."""
+    dtypes = (torch.bfloat16, torch.float32)
+    if weight.device.type != "cpu" or weight.dtype not in dtypes or not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return None
+        return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+    except (AttributeError, RuntimeError):
+        return None
+
+
+class Linear:
+    """x [..., in] -> x W^T + b, in W's dtype. `adapted`: not the base's matrix."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, adapted: bool = False):
+        self.bias, self.adapted = bias, adapted
+        self.matrix: Matrix = _panels(weight, bias, wide=False) or _packed(weight, bias) or Plain(weight, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.matrix(x)
+
+    def plain(self) -> Tensor:
+        """W [out, in]."""
+        return self.matrix.plain()
+
+    @property
+    def copied(self) -> bool:
+        """Whether W was copied, so that its memory is the caller's again."""
+        return not isinstance(self.matrix, Plain)
+
+
+class WideLinear(Linear):
+    """x [..., in] -> x W^T + b in float32, x rounded to W's dtype: readout and gates (products.py); b float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        self.dtype = weight.dtype
+        panels = _panels(weight, bias, wide=True)
+        if panels is not None:
+            self.bias, self.adapted, self.matrix = bias, False, panels
+            return
+        # Without a kernel for it a CPU multiplies the same values in float32: one copy of the matrix for all products.
+        super().__init__(weight.float() if weight.device.type == "cpu" else weight, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype)
+        if isinstance(self.matrix, Panels) and self.matrix.wide:
+            return self.matrix(x)
+        if isinstance(self.matrix, Plain) and self.matrix.weight.dtype == self.dtype:
+            return linear(x, self.matrix.weight, self.bias, self.dtype)
+        return self.matrix(x.float())
+
+    def plain(self) -> Tensor:
+        return super().plain().to(self.dtype)
+
+
+def _packed(weight: Tensor, bias: Tensor | None) -> OneDNN | None:
+    packed = _pack(weight)
+    return None if packed is None else OneDNN(packed, bias)

@@ -1,0 +1,113 @@
+"""Compiled products, layers and gates against float64 and the PyTorch forms; rows don't depend on their company."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ee_megatron.policy import PolicySpec
+from ee_megatron.rollout import Decoder
+from ee_megatron.rollout.engine import kernels, sampling
+from ee_megatron.rollout.engine.cache import KVCache
+from ee_megatron.rollout.engine.linear import Linear, Panels, WideLinear
+from ee_megatron.rollout.engine.ops import KernelOps, TorchOps
+from tests.reference import random_policy
+from tests.tiny import tiny_hf
+
+SPEC = PolicySpec(6, (1, 3, 4), rank=4, alpha=8.0)
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def has_products(dtype: torch.dtype) -> bool:
+    library = kernels.library(dtype)
+    return library is not None and library.columns > 0
+
+
+needs_products = pytest.mark.skipif(
+    not any(map(shutil.which, ("gcc", "clang", "cc"))) or not has_products(torch.float32),
+    reason="products are compiled for processors with 512-bit registers",
+)
+
+
+@needs_products
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    rows=st.one_of(st.integers(1, 30), st.sampled_from([239, 241, 490])),
+    width=st.one_of(st.integers(1, 70), st.sampled_from([2048, 2050, 4100])),
+    out=st.integers(1, 100),
+    bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    wide=st.booleans(),
+)
+def test_products_are_those_of_float64_and_rows_do_not_depend_on_their_company(
+    seed, rows, width, out, bias, dtype, wide
+):
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = (torch.randn(n, width, generator=generator).to(dtype) for n in (rows, out))
+    added = torch.randn(out, generator=generator) if bias else None
+    if added is not None and not wide:
+        added = added.to(dtype)
+    linear = WideLinear(weight, added) if wide else Linear(weight, added)
+    if has_products(dtype) and width % 2 == 0:
+        assert isinstance(linear.matrix, Panels)
+    found = linear(x)
+    exact = F.linear(x.double(), weight.double(), None if added is None else added.double())
+    step = 2.0**-8 if dtype == torch.bfloat16 and not wide else 0.0
+    # A sum's rounding, by the sum of what is summed; a result's, by itself.
+    scale = F.linear(x.double().abs(), weight.double().abs()) + 1
+    assert bool(((found - exact).abs() <= step * exact.abs() + 2e-6 * scale).all())
+    assert torch.equal(linear.plain(), weight)
+    if isinstance(linear.matrix, Panels):
+        some = torch.randperm(rows, generator=generator)[: 1 + seed % rows]
+        assert torch.equal(linear(x[some]), found[some])
+
+
+@needs_products
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_and_gates_without_python_between_them_equal_the_pytorch_form(tmp_path, family, dtype):
+    decoder = Decoder.from_hf(tiny_hf(family, tmp_path), SPEC, dtype, "cpu")
+    decoder.load_policy(random_policy(decoder.dims, SPEC))
+    if not has_products(dtype):
+        pytest.skip("no products of bfloat16 on this processor")
+    assert isinstance(decoder.ops, KernelOps) and decoder.ops._layers is not None
+    compiled, plain = decoder.ops, TorchOps(decoder.dims)
+    generator, rows = torch.Generator().manual_seed(1), 9
+    start = torch.randn(rows, decoder.dims.hidden, generator=generator).to(dtype)
+    found = []
+    for ops in (compiled, plain):
+        decoder.use(ops)
+        cache = KVCache(decoder.dims, rows, dtype, decoder.device)
+        cache.hold(range(rows), [40] * rows)
+        hidden, logits = start.clone(), []
+        for position in (0, 1, 2):
+            at = decoder.rows(cache, range(rows), [position] * rows)
+            for segment in range(4):
+                hidden = decoder.run_segment(segment, hidden, cache, at)
+                if segment < 3:
+                    logits.append(decoder.gate_logit(segment, hidden))
+        found.append([hidden, torch.stack(logits), torch.stack(cache.layers)])
+    for a, b in zip(*found, strict=True):
+        if dtype == torch.float32:
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+        else:
+            # A dozen roundings of a 256th each, in another order of summation.
+            assert (a - b).float().abs().mean() <= 0.02 * b.float().abs().mean()
+
+
+@needs_products
+@pytest.mark.parametrize("vocab", [1, 15, 16, 17, 512, 1500])
+def test_greedy_choice_is_the_first_of_the_greatest(vocab):
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(40, vocab, generator=generator).mul(3).round()
+    tokens, logprobs = sampling.greedy(logits)
+    first = (logits == logits.amax(-1, keepdim=True)).int().argmax(-1)
+    assert torch.equal(tokens, first)
+    expected = logits.double().log_softmax(-1).gather(1, first[:, None]).squeeze(1)
+    torch.testing.assert_close(logprobs.double(), expected, rtol=1e-6, atol=2e-6)

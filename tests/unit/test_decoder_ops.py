@@ -78,11 +78,13 @@ def test_attention_and_cache_writes_equal_the_pytorch_form(seed, rows, span, siz
     fused = random(rows, (heads[0] + 2 * heads[1]) * size)
     q_gain, k_gain = (random(size), random(size)) if gains else (None, None)
     skipped, skipped_gain = random(rows, 2 * 2 * heads[1] * size), random(2, size) if gains else None
-    found = []
+    found, turned = [], []
     for ops, cache in zip(both(dims, dtype), caches, strict=True):
+        turned.append(torch.cat(ops.turn(fused.clone(), at.positions.contiguous(), at.cos, at.sin, q_gain, k_gain), 1))
         found.append(ops.attend(fused, cache, 1, at, q_gain, k_gain))
         ops.write_kv(skipped, cache, 1, 2, at, skipped_gain)
         ops.write_kv(skipped[: rows // 2], cache, 0, 2, at, skipped_gain)
+    near(turned[0], turned[1])
     near(found[0], found[1])
     near(torch.stack(caches[0].layers), torch.stack(caches[1].layers))
 

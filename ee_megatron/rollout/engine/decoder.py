@@ -20,7 +20,7 @@ from ...families import inverse_frequencies
 from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec
 from .cache import KVCache
-from .ops import Ops, Rows, choose_ops, norm, rotate
+from .ops import Ops, Rows, choose_ops, norm
 from .policy_loading import Arrival, GateWeights, check_tensors, gates_from
 from .weights import DecoderWeights, SkippedKV
 
@@ -159,23 +159,6 @@ class Decoder:
             angles = steps[:, None] * self._inverse_frequencies
             self._cos, self._sin = angles.cos(), angles.sin()
 
-    def _qkv(self, layer: int, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Stream [..., D] -> q [..., H, hd], k and v [..., KVH, hd], normed where the family does and rotated."""
-        block, dims = self.weights.blocks[layer], self.dims
-        fused = block.linears["qkv"](self.norm(hidden, block.attention_norm))
-        heads = fused.unflatten(-1, (dims.heads + 2 * dims.kv_heads, dims.head_dim))
-        q, k, v = heads.split([dims.heads, dims.kv_heads, dims.kv_heads], dim=-2)
-        if block.q_norm is not None:
-            q, k = self.norm(q, block.q_norm), self.norm(k, block.k_norm)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
-
-    def _after_attention(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Output projection, MLP and both residual sums: stream [..., D], attended [..., H·hd] -> stream [..., D]."""
-        linears = self.weights.blocks[layer].linears
-        hidden = hidden + linears["out"](attended)
-        gate, up = linears["gate_up"](self.norm(hidden, self.weights.blocks[layer].mlp_norm)).chunk(2, dim=-1)
-        return hidden + linears["down"](F.silu(gate) * up)
-
     # ---- all positions at once ----
 
     @torch.inference_mode()
@@ -206,8 +189,7 @@ class Decoder:
         hidden, _, keys, values = self._parallel(tokens, lengths, exit_depths, prefix=prefix, keep_kv=True)
         start = prefix.keys.shape[1] if prefix else 0
         ends = lengths.tolist()
-        k_LBT, v_LBT = torch.stack(keys), torch.stack(values)
-        return [Prefilled(k_LBT[:, b, :n], v_LBT[:, b, :n], hidden[b, n - 1], start) for b, n in enumerate(ends)]
+        return [Prefilled(keys[:, b, :n], values[:, b, :n], hidden[b, n - 1], start) for b, n in enumerate(ends)]
 
     def _parallel(
         self,
@@ -217,7 +199,8 @@ class Decoder:
         prefix: Prefilled | None = None,
         residuals_at: tuple[int, ...] = (),
         keep_kv: bool = False,
-    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+        """The stream [B, T, D], at `residuals_at` too; with `keep_kv` keys and values [L, B, T, KVH, hd]."""
         B, T = tokens.shape
         if len(lengths) != B or int(lengths.min()) < 1 or int(lengths.max()) > T:
             raise ValueError(f"lengths {lengths.tolist()} do not fit tokens of shape {[B, T]}; expected {B} of 1..{T}")
@@ -230,16 +213,22 @@ class Decoder:
         mask = None if prefix is None else torch.ones(T, past + T, dtype=torch.bool, device=self.device).tril(past)
         self._check_ready()
         self._reach(past + T)
-        cos, sin = self._cos[past : past + T, None], self._sin[past : past + T, None]
-        hidden = self.weights.embedding[tokens.to(self.device)]
+        positions = torch.arange(past, past + T, device=self.device).repeat(B)
+        ops = self.ops
+        # Positions of all sequences one after another; the stream is changed in place.
+        stream = self.weights.embedding[tokens.to(self.device)].view(B * T, -1)
+        deeper = None if exit_depths is None else exit_depths.reshape(B * T, 1)
         residuals: list[Tensor] = []
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        for layer in range(self.dims.num_layers):
-            q, k, v = self._qkv(layer, hidden, cos, sin)
+        dims = self.dims
+        shape = (dims.num_layers if keep_kv else 0, B, T, dims.kv_heads, dims.head_dim)
+        keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        for layer, block in enumerate(self.weights.blocks):
+            linears, before = block.linears, stream if deeper is None else stream.clone()
+            fused = linears["qkv"](ops.add_norm(stream, None, block.attention_norm))
+            turned = ops.turn(fused, positions, self._cos, self._sin, block.q_norm, block.k_norm)
+            q, k, v = (heads.unflatten(0, (B, T)) for heads in turned)
             if keep_kv:
-                keys.append(k)
-                values.append(v)
+                keys[layer], values[layer] = k, v
             if prefix is not None:
                 k = torch.cat([prefix.keys[layer].expand(B, -1, -1, -1), k], dim=1)
                 v = torch.cat([prefix.values[layer].expand(B, -1, -1, -1), v], dim=1)
@@ -249,12 +238,16 @@ class Decoder:
                 v.transpose(1, 2),
                 attn_mask=mask,
                 is_causal=mask is None,
-                enable_gqa=self.dims.heads != self.dims.kv_heads,
+                enable_gqa=dims.heads != dims.kv_heads,
             )
-            new = self._after_attention(layer, hidden, attended.transpose(1, 2).flatten(-2))
-            hidden = new if exit_depths is None else torch.where((exit_depths > layer)[..., None], new, hidden)
+            delta = linears["out"](attended.transpose(1, 2).reshape(B * T, -1))
+            normed = ops.add_norm(stream, delta, block.mlp_norm)
+            stream += linears["down"](ops.silu_mul(linears["gate_up"](normed)))
+            if deeper is not None:
+                stream = torch.where(deeper > layer, stream, before)
             if layer + 1 in residuals_at:
-                residuals.append(hidden)
+                residuals.append(stream.view(B, T, -1).clone())
+        hidden = stream.view(B, T, -1)
         return hidden, residuals, keys, values
 
     # ---- one position per row, with the cache ----

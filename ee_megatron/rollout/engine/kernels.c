@@ -94,6 +94,22 @@ static inline void turn(const element *x, const element *gain, const float *cos,
     }
 }
 
+/* fused [A, (H + 2 KVH) hd], queries and keys in place: normed where there are gains, rotated by rows position [A] of the
+   tables. */
+void turn_heads(element *fused, const int64_t *position, const float *cos, const float *sin, const element *q_gain,
+                const element *k_gain, float eps, long A, long H, long KVH, long hd) {
+#pragma omp parallel for if (A * H * hd >= PARALLEL_FROM)
+    for (long a = 0; a < A; a++) {
+        const float *c = cos + position[a] * (hd / 2), *s = sin + position[a] * (hd / 2);
+        for (long j = 0; j < H + KVH; j++) {
+            element *head = fused + (a * (H + 2 * KVH) + j) * hd;
+            float turned[hd];
+            turn(head, j < H ? q_gain : k_gain, c, s, eps, 1.0f, hd, turned);
+            for (long i = 0; i < hd; i++) head[i] = narrow(turned[i]);
+        }
+    }
+}
+
 static inline void put_key_value(const element *k, const element *v, const element *gain, const float *cos,
                                  const float *sin, float eps, long hd, element *keys, element *values) {
     float turned[hd];

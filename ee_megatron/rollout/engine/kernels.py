@@ -65,6 +65,7 @@ class Layer(ctypes.Structure):
 SIGNATURES: dict[str, list[Any]] = {
     "add_norm": [_P, _P, _P, _P, _L, _L, _F],
     "silu_mul": [_P, _P, _L, _L],
+    "turn_heads": [_P, _P, _P, _P, _P, _P, _F, _L, _L, _L, _L],
     "attend": [_P, _P, _P, _L, _P, _P, _P, _P, _P, _F, _L, _L, _L, _L],
     "write_kv": [_P, _P, _L, _P, _P, _P, _P, _F, _L, _L, _L, _L],
 }
@@ -84,6 +85,7 @@ class Library:
 
     add_norm: Callable[..., None]
     silu_mul: Callable[..., None]
+    turn_heads: Callable[..., None]
     attend: Callable[..., None]
     write_kv: Callable[..., None]
     pack: Callable[..., None]

@@ -43,6 +43,14 @@ class Ops(Protocol):
         """gate_up [A, 2 I] -> silu(gate) · up [A, I]."""
         ...
 
+    def turn(
+        self, fused: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor | None, k_gain: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Fused q, k, v [N, (H + 2 KVH) hd], which may be overwritten -> queries [N, H, hd], keys and values
+        [N, KVH, hd], queries and keys normed where there are gains, and rotated by rows `positions` int64 [N] of the
+        tables."""
+        ...
+
     def attend(
         self, fused: Tensor, cache: KVCache, layer: int, at: Rows, q_gain: Tensor | None, k_gain: Tensor | None
     ) -> Tensor:
@@ -101,6 +109,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
+def _heads(fused: Tensor, dims: ModelDims) -> tuple[Tensor, Tensor, Tensor]:
+    heads = fused.unflatten(-1, (dims.heads + 2 * dims.kv_heads, dims.head_dim))
+    q, k, v = heads.split([dims.heads, dims.kv_heads, dims.kv_heads], dim=1)
+    return q, k, v
+
+
 class LayerByLayer(Ops):
     """Layers put together of the pieces that a class below has."""
 
@@ -147,20 +161,25 @@ class TorchOps(LayerByLayer):
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
+    def turn(
+        self, fused: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor | None, k_gain: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = _heads(fused, self.dims)
+        if q_gain is not None:
+            q, k = norm(q, q_gain, self.dims.rms_eps), norm(k, k_gain, self.dims.rms_eps)
+        cos, sin = cos[positions][:, None], sin[positions][:, None]
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
     def attend(
         self, fused: Tensor, cache: KVCache, layer: int, at: Rows, q_gain: Tensor | None, k_gain: Tensor | None
     ) -> Tensor:
-        dims, eps = self.dims, self.dims.rms_eps
-        heads = fused.unflatten(-1, (dims.heads + 2 * dims.kv_heads, dims.head_dim))
-        q, k, v = heads.split([dims.heads, dims.kv_heads, dims.kv_heads], dim=1)
-        if q_gain is not None:
-            q, k = norm(q, q_gain, eps), norm(k, k_gain, eps)
-        cos, sin = at.angles()
+        dims = self.dims
+        q, k, v = self.turn(fused, at.positions, at.cos, at.sin, q_gain, k_gain)
         keys, values = cache.layers[layer].unbind(1)
-        keys[at.pages, at.offsets] = rotate(k, cos, sin)
+        keys[at.pages, at.offsets] = k
         values[at.pages, at.offsets] = v
         # The query heads that share a key/value head take the place of query positions: no head is repeated.
-        q = rotate(q, cos, sin).unflatten(1, (dims.kv_heads, -1))
+        q = q.unflatten(1, (dims.kv_heads, -1))
         k_used, v_used = (pool[at.table].flatten(1, 2)[:, : at.span] for pool in (keys, values))
         return F.scaled_dot_product_attention(
             q, k_used.transpose(1, 2), v_used.transpose(1, 2), attn_mask=at.mask()
@@ -249,6 +268,16 @@ class KernelOps(LayerByLayer):
         out = gate_up.new_empty(rows, width)
         self.library.silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, width)
         return out
+
+    def turn(
+        self, fused: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor | None, k_gain: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dims = self.dims
+        self.library.turn_heads(
+            fused.data_ptr(), positions.data_ptr(), cos.data_ptr(), sin.data_ptr(), kernels.pointer(q_gain),
+            kernels.pointer(k_gain), dims.rms_eps, len(fused), dims.heads, dims.kv_heads, dims.head_dim,
+        )  # fmt: skip
+        return _heads(fused, dims)
 
     def attend(
         self, fused: Tensor, cache: KVCache, layer: int, at: Rows, q_gain: Tensor | None, k_gain: Tensor | None

@@ -73,24 +73,40 @@ void silu_mul(const element *gate_up, element *out, long A, long I) {
     }
 }
 
+#ifdef BFLOAT16
+typedef uint16_t half_vec __attribute__((vector_size(32), aligned(2)));
+typedef uint32_t bits_vec __attribute__((vector_size(64)));
+static inline vec load(const element *x) {
+    return (vec)(__builtin_convertvector(*(const half_vec *)x, bits_vec) << 16);
+}
+#else
+static inline vec load(const element *x) { return *(const vec *)x; }
+#endif
+
+static inline void store(vec x, element *out) {
+#ifdef BFLOAT16
+    bits_vec bits = (bits_vec)x;
+    *(half_vec *)out = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, half_vec);
+#else
+    *(vec *)out = x;
+#endif
+}
+
 /* One head [hd]: RMSNorm with gain if there is one, RoPE with the tables' rows cos, sin [hd / 2], times `scale`. */
-static inline void turn(const element *x, const element *gain, const float *cos, const float *sin, float eps,
-                        float scale, long hd, float *out) {
+static inline void turn(const element *x, const element *gain, const float *restrict cos, const float *restrict sin,
+                        float eps, float scale, long hd, float *restrict out) {
     long half = hd / 2;
-    float norm = 1.0f;
+    float wide[hd];
+    for (long i = 0; i < hd; i += LANES) *(vec *)(wide + i) = load(x + i);
     if (gain) {
         float squares = 0;
-        for (long i = 0; i < hd; i++) squares += widen(x[i]) * widen(x[i]);
-        norm = 1.0f / sqrtf(squares / (float)hd + eps);
+        for (long i = 0; i < hd; i++) squares += wide[i] * wide[i];
+        float norm = 1.0f / sqrtf(squares / (float)hd + eps);
+        for (long i = 0; i < hd; i++) wide[i] = widen(narrow(widen(narrow(wide[i] * norm)) * widen(gain[i])));
     }
     for (long i = 0; i < half; i++) {
-        float a = widen(x[i]), b = widen(x[i + half]);
-        if (gain) {
-            a = widen(narrow(widen(narrow(a * norm)) * widen(gain[i])));
-            b = widen(narrow(widen(narrow(b * norm)) * widen(gain[i + half])));
-        }
-        out[i] = scale * (a * cos[i] - b * sin[i]);
-        out[i + half] = scale * (b * cos[i] + a * sin[i]);
+        out[i] = scale * (wide[i] * cos[i] - wide[i + half] * sin[i]);
+        out[i + half] = scale * (wide[i + half] * cos[i] + wide[i] * sin[i]);
     }
 }
 
@@ -105,7 +121,7 @@ void turn_heads(element *fused, const int64_t *position, const float *cos, const
             element *head = fused + (a * (H + 2 * KVH) + j) * hd;
             float turned[hd];
             turn(head, j < H ? q_gain : k_gain, c, s, eps, 1.0f, hd, turned);
-            for (long i = 0; i < hd; i++) head[i] = narrow(turned[i]);
+            for (long i = 0; i < hd; i += LANES) store(*(const vec *)(turned + i), head + i);
         }
     }
 }
@@ -114,7 +130,7 @@ static inline void put_key_value(const element *k, const element *v, const eleme
                                  const float *sin, float eps, long hd, element *keys, element *values) {
     float turned[hd];
     turn(k, gain, cos, sin, eps, 1.0f, hd, turned);
-    for (long i = 0; i < hd; i++) keys[i] = narrow(turned[i]);
+    for (long i = 0; i < hd; i += LANES) store(*(const vec *)(turned + i), keys + i);
     memcpy(values, v, sizeof(element) * hd);
 }
 
@@ -128,16 +144,6 @@ enum { POSITION = 1, TABLE = 4 };
 static inline element *place(element *pages, const int64_t *where, long position, long step) {
     return pages + (where[TABLE + position / PAGE] * 2 * PAGE + position % PAGE) * step;
 }
-
-#ifdef BFLOAT16
-typedef uint16_t half_vec __attribute__((vector_size(32), aligned(2)));
-typedef uint32_t bits_vec __attribute__((vector_size(64)));
-static inline vec load(const element *x) {
-    return (vec)(__builtin_convertvector(*(const half_vec *)x, bits_vec) << 16);
-}
-#else
-static inline vec load(const element *x) { return *(const vec *)x; }
-#endif
 
 #define FOLD(a, b, LOW, HIGH) (__builtin_shufflevector(a, b, LOW) + __builtin_shufflevector(a, b, HIGH))
 #define LOW8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
@@ -157,54 +163,65 @@ static inline vec sums(vec *x) {
     return FOLD(x[0], x[1], LOW1, HIGH1);
 }
 
-static float softmax(float *s, long length) {
-    float top = largest(s, length), total = 0;
-    for (long t = 0; t < length; t++) {
-        s[t] = exponential(s[t] - top);
-        total += s[t];
+/* s [n], n a multiple of LANES -> exp(s - its greatest) in place; their sum. */
+static inline float softmax(float *s, long n) {
+    float top = largest(s, n);
+    vec total = {0};
+    for (long t = 0; t < n; t += LANES) {
+        float *x = s + t;
+        for (int l = 0; l < LANES; l++) x[l] = exponential(x[l] - top);
+        total += *(const vec *)x;
     }
-    return total;
+    float sum = 0;
+    for (int l = 0; l < LANES; l++) sum += total[l];
+    return sum;
 }
 
+/* Of a score that doesn't count: its exponential is 0 beside the others'. */
+#define NOTHING -1e30f
+
 /* Attention of the G heads q [G, 16 N] that share a key/value head over `length` positions; out [G, 16 N]. Sixteen
-   positions at a time, a page, are widened into a buffer that all heads read. pages: this key/value head's part. */
+   positions at a time, a page, are widened into a buffer that all heads read. pages: this key/value head's part;
+   scores: G times `length`, rounded up to whole pages. */
 static inline __attribute__((always_inline)) void attend_vectors(const float *q, element *pages, const int64_t *where,
                                                                  long step, long length, long G, const int N,
                                                                  float *scores, element *out) {
-    const long hd = N * LANES;
-    vec block[LANES][N], sum[G][N];
-    for (long t = 0; t < length; t += LANES) {
-        long count = length - t < LANES ? length - t : LANES;
+    const long hd = N * LANES, width = (length + PAGE - 1) / PAGE * PAGE;
+    vec block[PAGE][N];
+    for (long t = 0; t < length; t += PAGE) {
+        long count = length - t < PAGE ? length - t : PAGE;
         const element *keys = place(pages, where, t, step);
-        for (long p = 0; p < LANES; p++) {
+        for (long p = 0; p < PAGE; p++) {
             /* Past the end the last position is read again; its sums are not kept. */
             const element *k = keys + (p < count ? p : count - 1) * step;
             for (int n = 0; n < N; n++) block[p][n] = load(k + n * LANES);
         }
         for (long j = 0; j < G; j++) {
-            vec part[LANES], head[N];
+            vec part[PAGE], head[N];
             for (int n = 0; n < N; n++) head[n] = *(const vec *)(q + j * hd + n * LANES);
-            for (long p = 0; p < LANES; p++) {
+            for (long p = 0; p < PAGE; p++) {
                 vec product = head[0] * block[p][0];
                 for (int n = 1; n < N; n++) product += head[n] * block[p][n];
                 part[p] = product;
             }
-            vec dots = sums(part);
-            memcpy(scores + j * length + t, &dots, sizeof(float) * (size_t)count);
+            *(vec *)(scores + j * width + t) = sums(part);
         }
+        for (long j = 0; j < G; j++)
+            for (long p = count; p < PAGE; p++) scores[j * width + t + p] = NOTHING;
     }
+    vec sum[G][N];
     float total[G];
     for (long j = 0; j < G; j++) {
-        total[j] = softmax(scores + j * length, length);
+        total[j] = softmax(scores + j * width, width);
         for (int n = 0; n < N; n++) sum[j][n] = (vec){0};
     }
-    for (long t = 0; t < length; t += LANES) {
-        long count = length - t < LANES ? length - t : LANES;
+    for (long t = 0; t < length; t += PAGE) {
+        long count = length - t < PAGE ? length - t : PAGE;
         const element *values = place(pages, where, t, step) + PAGE * step;
         for (long p = 0; p < count; p++)
             for (int n = 0; n < N; n++) block[p][n] = load(values + p * step + n * LANES);
         for (long j = 0; j < G; j++) {
-            const float *s = scores + j * length + t;
+            const float *s = scores + j * width + t;
             vec even[N], odd[N];
             for (int n = 0; n < N; n++) even[n] = sum[j][n], odd[n] = (vec){0};
             long p = 0;
@@ -219,10 +236,7 @@ static inline __attribute__((always_inline)) void attend_vectors(const float *q,
         }
     }
     for (long j = 0; j < G; j++)
-        for (int n = 0; n < N; n++) {
-            vec mean = sum[j][n] / total[j];
-            for (int i = 0; i < LANES; i++) out[j * hd + n * LANES + i] = narrow(mean[i]);
-        }
+        for (int n = 0; n < N; n++) store(sum[j][n] / total[j], out + j * hd + n * LANES);
 }
 
 /* fused [A, (H + 2 KVH) hd] -> out [A, H hd]; writes each row's key and value at its position first. pages: this
@@ -241,7 +255,7 @@ void attend(const element *fused, element *out, const int64_t *where, long strid
         const element *row = fused + a * (H + 2 * KVH) * hd;
         element *own = pages + g * hd, *k = place(own, here, at, step);
         put_key_value(row + (H + g) * hd, row + (H + KVH + g) * hd, k_gain, c, s, eps, hd, k, k + PAGE * step);
-        float *work = malloc(sizeof(float) * (size_t)(G * hd + G * length));
+        float *work = malloc(sizeof(float) * (size_t)(G * hd + G * (length + PAGE - 1)));
         for (long j = 0; j < G; j++) turn(row + (g * G + j) * hd, q_gain, c, s, eps, scale, hd, work + j * hd);
         element *o = out + a * H * hd + g * G * hd;
         if (hd == 64)

@@ -272,7 +272,7 @@ class KernelOps(LayerByLayer):
     def turn(
         self, fused: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor | None, k_gain: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dims = self.dims
+        dims, positions = self.dims, positions.contiguous()
         self.library.turn_heads(
             fused.data_ptr(), positions.data_ptr(), cos.data_ptr(), sin.data_ptr(), kernels.pointer(q_gain),
             kernels.pointer(k_gain), dims.rms_eps, len(fused), dims.heads, dims.kv_heads, dims.head_dim,

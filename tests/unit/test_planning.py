@@ -22,6 +22,7 @@ from ee_megatron.planning.construct import build_ranks, check_sums
 from ee_megatron.planning.devices import find_device
 from ee_megatron.planning.entry import scale
 from ee_megatron.planning.flops import PassMode, whole_pass
+from ee_megatron.planning.generation import MEMORY
 from ee_megatron.planning.layout import Layout, rank_parameters
 from ee_megatron.planning.memory import actor_memory, in_flight
 from ee_megatron.planning.plan import Assumptions, make_plan
@@ -162,10 +163,10 @@ def test_gates_cost_what_they_are_made_of_and_travel_in() -> None:
     matrices = len(plain.layout.spec.exit_depths) * 2 * dims.hidden**2
     small_parts = plain.trained - matrices
     assert plain.sync == 4 * plain.trained and narrow.sync == 2 * matrices + 4 * small_parts
-    assert plain.actor["gates"] == 2 * matrices + 4 * small_parts
+    assert plain.actor.kinds["gates"] == 2 * matrices + 4 * small_parts
     assert planned(rollout__sync_dtype="bfloat16", model__dtype="float32").sync == plain.sync
     assert small.sync == pytest.approx(plain.sync / 8, rel=1e-3)
-    assert small.flops["update"] < plain.flops["update"] and small.seconds["rollouts"] < plain.seconds["rollouts"]
+    assert small.flops["update"] < plain.flops["update"] and small.round.parts[MEMORY] < plain.round.parts[MEMORY]
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -188,6 +189,11 @@ def test_a_model_that_no_device_holds_is_refused(capsys: pytest.CaptureFixture[s
     model = "DeepSeek-R1-Distill-Llama-70B"
     code, _, err = run(capsys, "experiment=rl_7b", "exits.depths=[40]", "--dims", model, "--no-build", "--on", "H100")
     assert code == 2 and "a whole replica on one device" in err and err.count("\n") == 1
+    # Half of its 8 devices each, and what is proposed is accepted.
+    proposal = err.split("let vLLM share it out, ")[1].split()
+    assert proposal == ["rollout.backend=vllm", "rollout.tensor=4", "rollout.actors=2"]
+    code, _, err = run(capsys, "experiment=rl_7b", "exits.depths=[40]", "--dims", model, "--no-build", *proposal)
+    assert code == 0, err
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,11 @@ def position_bytes(dims: ModelDims, item: int, tensor: int = 1) -> int:
     return 2 * item * dims.num_layers * max(1, dims.kv_heads // tensor) * dims.head_dim
 
 
+def vllm_vocabulary(dims: ModelDims) -> int:
+    """Rows of the vocabulary as vLLM pads it, before it cuts it."""
+    return -(-dims.vocab // 64) * 64
+
+
 def cache_positions(rollout: RolloutConfig, dims: ModelDims, item: int) -> int:
     """Positions that rollout.cache_gib holds."""
     return int(rollout.cache_gib * 2**30 / position_bytes(dims, item, rollout.tensor))

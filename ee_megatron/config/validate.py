@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cluster import job_shape, seats
-from .derive import actor_share, check_cache, has_actors, ranks, resolve_exits, stage_sizes
+from .derive import actor_share, check_cache, has_actors, ranks, resolve_exits, stage_sizes, vllm_vocabulary
 from .device import asks_for_gpus
 from .schema import SEQUENCE_MULTIPLE, Rules, RunConfig, settings
 
@@ -208,8 +208,8 @@ def _check_cluster(cfg: RunConfig) -> None:
     if rollout.backend == "vllm" and job_shape(cfg, "rl").shares_devices:
         raise ValueError(
             f"rollout.backend=vllm: takes nine tenths of a GPU for itself, but the {rollout.actors} actor(s) of "
-            f"{rollout.tensor} device(s) would share those of the {ranks(cfg)} ranks; give cluster.rollout_nodes, fewer "
-            "ranks or fewer actors"
+            f"{rollout.tensor} device(s) would share those of the {ranks(cfg)} ranks; give cluster.rollout_nodes, "
+            "fewer ranks or fewer actors"
         )
 
 
@@ -235,16 +235,16 @@ def _check_engine(cfg: RunConfig, dims: ModelDims | None) -> None:
     if not _shares_out(dims, rollout.tensor):
         valid = [degree for degree in range(1, dims.heads + 1) if _shares_out(dims, degree)]
         raise ValueError(
-            f"rollout.tensor={rollout.tensor}: has to divide the model's {dims.heads} attention heads and its "
-            f"intermediate size {dims.intermediate}, and to divide its {dims.kv_heads} key-value heads or be a "
-            f"multiple of them; set one of {valid}"
+            f"rollout.tensor={rollout.tensor}: has to divide the model's {dims.heads} attention heads, its "
+            f"intermediate size {dims.intermediate} and its vocabulary {vllm_vocabulary(dims)}, and to divide its "
+            f"{dims.kv_heads} key-value heads or be a multiple of them; set one of {valid}"
         )
 
 
 def _shares_out(dims: ModelDims, tensor: int) -> bool:
     """Whether vLLM can cut the model for so many devices."""
     kv_heads = max(dims.kv_heads, tensor) % min(dims.kv_heads, tensor) == 0
-    return kv_heads and not dims.heads % tensor and not dims.intermediate % tensor
+    return kv_heads and not any(size % tensor for size in (dims.heads, dims.intermediate, vllm_vocabulary(dims)))
 
 
 def _check_tensor(cfg: RunConfig, dims: ModelDims) -> None:

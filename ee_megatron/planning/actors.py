@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..config.derive import position_bytes
+from ..config.derive import position_bytes, vllm_vocabulary
 from ..config.schema import RunConfig
 from ..families import ModelDims
 from ..rollout.engine.cache import PAGE, pages_for, pages_in
@@ -15,9 +15,6 @@ from .devices import GIB, Device
 from .layout import KEY_VALUE, ROW_PARALLEL, Layout
 from .memory import FP32, actor_memory
 from .workload import Workload
-
-# vLLM gives every device's share of the vocabulary a multiple of so many rows.
-VOCABULARY_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ def linear_shards(dims: ModelDims, tensor: int) -> dict[str, int]:
 
 def vocabulary_rows(dims: ModelDims, tensor: int) -> int:
     """Rows of the embedding, and of the readout, on each device."""
-    return -(-dims.vocab // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE // tensor
+    return vllm_vocabulary(dims) // tensor
 
 
 def shard_elements(dims: ModelDims, tensor: int) -> int:

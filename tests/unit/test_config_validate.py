@@ -153,9 +153,9 @@ def test_what_the_rules_let_through() -> None:
     [
         (["parallel.tensor=3"], dims(), ["parallel.tensor=3", "28 attention heads", "4 key-value heads", "2, 4"]),
         (["parallel.tensor=4"], dims(intermediate=110), ["110 intermediate size", "1, 2"]),
-        (["rollout=vllm", "rollout.tensor=3"], dims(), ["rollout.tensor=3", "28 attention heads", "[1, 2, 4, 28]"]),
+        (["rollout=vllm", "rollout.tensor=3"], dims(), ["rollout.tensor=3", "28 attention heads", "[1, 2, 4]"]),
         (["rollout=vllm", "rollout.tensor=4"], dims(intermediate=110), ["intermediate size 110", "[1, 2]"]),
-        (["rollout=vllm", "rollout.tensor=7"], dims(), ["4 key-value heads", "[1, 2, 4, 28]"]),
+        (["rollout=vllm", "rollout.tensor=7"], dims(), ["4 key-value heads", "[1, 2, 4]"]),
         (["exits.depths=[5,28]"], dims(), ["exits.depths", "1..27"]),
         (["exits.depths=[0]"], dims(), ["exits.depths", "1..27"]),
         (

@@ -130,7 +130,7 @@ def _actor(plan: Plan) -> list[str]:
     rows = [[kind, size(value)] for kind, value in actor.kinds.items()]
     rows.append(["on the device" if actor.devices == 1 else "on each device", size(plan.device_bytes(actor.kinds))])
     where = "on the learner's devices" if plan.shared else "on devices of their own"
-    each = f" of {actor.devices} devices" if actor.devices > 1 else ""
+    each = f" x {actor.devices} devices" if actor.devices > 1 else ""
     head = [f"memory of a rollout actor ({rollout.backend}: {rollout.actors}{each}, {where})", ""]
     lines = [*_table(head, rows), f"  {device.name}: {size(device.memory)}, {size(device.reserved)} of them reserved"]
     if not plan.generates:

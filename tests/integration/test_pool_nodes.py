@@ -95,7 +95,7 @@ def test_a_cluster_without_room_is_an_error_within_its_deadline(cluster, tmp_pat
 
 @pytest.mark.timeout(300)
 def test_an_actor_of_several_devices_gets_as_many_of_one_node(cluster, monkeypatch):
-    """Ray counts GPUs that it is told of: two actors of four have room on a node of eight, none on four nodes of two."""
+    """Ray counts GPUs that it is told of: two actors of four have room on a node of eight, none on nodes of two."""
     import ray
 
     for gpus in (2, 2, 2, 2, 8):

@@ -112,6 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     serve.add_argument("--rows", type=int, default=32, help="requests that run together (default: 32)")
     serve.add_argument("--queue", type=int, default=256, help="requests that may wait; more get 429 (default: 256)")
+    serve.add_argument("--cache-gib", type=float, default=0.0, help="memory of their cache (default: what they take)")
     serve.add_argument("--max-length", type=int, default=0, help="tokens of prompt and answer (default: the model's)")
     serve.add_argument("--max-new-tokens", type=int, default=256, help="of requests that don't say (default: 256)")
     serve.add_argument(
@@ -274,7 +275,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     settings = ServerSettings(
         options.host, options.port, options.rows, options.queue,
-        options.max_length, options.max_new_tokens, options.grace,
+        options.max_length, options.max_new_tokens, options.grace, options.cache_gib,
     )  # fmt: skip
     serve(cfg, settings, options.exits, options.model, options.policy)
     return 0

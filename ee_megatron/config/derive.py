@@ -87,6 +87,35 @@ def policy_spec(cfg: RunConfig, dims: ModelDims) -> PolicySpec:
     )
 
 
+def position_bytes(dims: ModelDims, item: int, tensor: int = 1) -> int:
+    """Of one position's keys and values, of `item` bytes per element, on each of `tensor` devices. They share key-value
+    heads out; where there are more devices than heads each has one."""
+    return 2 * item * dims.num_layers * max(1, dims.kv_heads // tensor) * dims.head_dim
+
+
+def vllm_vocabulary(dims: ModelDims) -> int:
+    """Rows of the vocabulary as vLLM pads it, before it cuts it."""
+    return -(-dims.vocab // 64) * 64
+
+
+def cache_positions(rollout: RolloutConfig, dims: ModelDims, item: int) -> int:
+    """Positions that rollout.cache_gib holds."""
+    return int(rollout.cache_gib * 2**30 / position_bytes(dims, item, rollout.tensor))
+
+
+def check_cache(rollout: RolloutConfig, dims: ModelDims, item: int) -> None:
+    """Raises ValueError if rollout.cache_gib has no room for the longest answer, whatever its prompt."""
+    held, longest = cache_positions(rollout, dims, item), rollout.max_new_tokens + 1
+    if rollout.cache_gib and held < longest:
+        # A little more than it takes: what is held is cut into pages, and this is rounded.
+        needed = 1.02 * longest * position_bytes(dims, item, rollout.tensor) / 2**30
+        raise ValueError(
+            f"rollout.cache_gib={rollout.cache_gib:g}: holds {held} positions, rollout.max_new_tokens="
+            f"{rollout.max_new_tokens} and a prompt of one take {longest}; raise it above {needed:.3g}, or lower "
+            "rollout.max_new_tokens"
+        )
+
+
 def has_actors(rollout: RolloutConfig) -> bool:
     """Whether rollouts are made by actors in processes of their own."""
     return rollout.backend != "local"

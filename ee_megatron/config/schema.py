@@ -299,6 +299,9 @@ class RolloutConfig:
     """Torch threads per actor on a CPU."""
     rows: int = setting(128, positive=True, execution=True)
     """Sequences in flight per actor."""
+    cache_gib: float = setting(0.0, at_least=0, execution=True)
+    """Most memory of an actor's key-value cache, GiB on each of its devices; rows that don't fit wait. 0: as much as
+    the rows take or, with backend=vllm, what is left of nine tenths of a GPU (on a CPU 1 GiB)."""
     device_share: float = setting(1.0, positive=True, execution=True)
     """Share of a GPU (of a core, on a CPU) that Ray reserves for an actor; several actors share a device below 1."""
     max_staleness: int = setting(0, at_least=0, part="freshness")

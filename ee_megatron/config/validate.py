@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cluster import seats
-from .derive import actor_share, has_actors, ranks, resolve_exits, stage_sizes
+from .cluster import job_shape, seats
+from .derive import actor_share, check_cache, has_actors, ranks, resolve_exits, stage_sizes, vllm_vocabulary
+from .device import asks_for_gpus
 from .schema import SEQUENCE_MULTIPLE, Rules, RunConfig, settings
 
 if TYPE_CHECKING:
@@ -191,6 +192,11 @@ def _check_cluster(cfg: RunConfig) -> None:
             f"{learners} learner node(s) (cluster.nodes - cluster.rollout_nodes) x cluster.gpus_per_node="
             f"{cluster.gpus_per_node} = {learners * cluster.gpus_per_node} devices"
         )
+    if has_actors(rollout) and rollout.tensor > cluster.gpus_per_node:
+        raise ValueError(
+            f"rollout.tensor={rollout.tensor}: an actor lives on one node, which has cluster.gpus_per_node="
+            f"{cluster.gpus_per_node} devices; lower rollout.tensor"
+        )
     hosts = cluster.rollout_nodes or cluster.nodes
     room = hosts * seats(cluster.gpus_per_node, actor_share(rollout))
     if has_actors(rollout) and room < rollout.actors:
@@ -199,23 +205,46 @@ def _check_cluster(cfg: RunConfig) -> None:
             f"{cluster.gpus_per_node} devices have room for {room}; lower rollout.actors or raise "
             f"{'cluster.rollout_nodes' if cluster.rollout_nodes else 'cluster.nodes'}"
         )
+    if rollout.backend == "vllm" and job_shape(cfg, "rl").shares_devices:
+        raise ValueError(
+            f"rollout.backend=vllm: takes nine tenths of a GPU for itself, but the {rollout.actors} actor(s) of "
+            f"{rollout.tensor} device(s) would share those of the {ranks(cfg)} ranks; give cluster.rollout_nodes, "
+            "fewer ranks or fewer actors"
+        )
 
 
 def _check_engine(cfg: RunConfig, dims: ModelDims | None) -> None:
     rollout = cfg.rollout
-    if rollout.tensor == 1:
-        return
+    if dims is not None:
+        # auto: as small as it may turn out; the pool knows (rollout/pool).
+        check_cache(rollout, dims, 4 if cfg.model.dtype == "float32" else 2)
     if rollout.backend != "vllm":
+        if rollout.tensor > 1:
+            raise ValueError(
+                f"rollout.tensor={rollout.tensor}: rollout.backend={rollout.backend} has the whole model on one "
+                "device; set rollout.tensor=1, or rollout.backend=vllm"
+            )
+        return
+    if rollout.device_share < 1 and asks_for_gpus(cfg):
         raise ValueError(
-            f"rollout.tensor={rollout.tensor}: rollout.backend={rollout.backend} has the whole model on one device; "
-            "set rollout.tensor=1, or rollout.backend=vllm"
+            f"rollout.device_share={rollout.device_share:g}: rollout.backend=vllm takes nine tenths of a GPU for "
+            "itself; set rollout.device_share=1"
         )
-    if dims is not None and (dims.heads % rollout.tensor or dims.kv_heads % rollout.tensor):
-        valid = [d for d in range(1, dims.kv_heads + 1) if not dims.heads % d and not dims.kv_heads % d]
+    if dims is None or rollout.tensor == 1:
+        return
+    if not _shares_out(dims, rollout.tensor):
+        valid = [degree for degree in range(1, dims.heads + 1) if _shares_out(dims, degree)]
         raise ValueError(
-            f"rollout.tensor={rollout.tensor} divides not both the model's {dims.heads} attention heads and its "
-            f"{dims.kv_heads} key-value heads; set one of {valid}"
+            f"rollout.tensor={rollout.tensor}: has to divide the model's {dims.heads} attention heads, its "
+            f"intermediate size {dims.intermediate} and its vocabulary {vllm_vocabulary(dims)}, and to divide its "
+            f"{dims.kv_heads} key-value heads or be a multiple of them; set one of {valid}"
         )
+
+
+def _shares_out(dims: ModelDims, tensor: int) -> bool:
+    """Whether vLLM can cut the model for so many devices."""
+    kv_heads = max(dims.kv_heads, tensor) % min(dims.kv_heads, tensor) == 0
+    return kv_heads and not any(size % tensor for size in (dims.heads, dims.intermediate, vllm_vocabulary(dims)))
 
 
 def _check_tensor(cfg: RunConfig, dims: ModelDims) -> None:

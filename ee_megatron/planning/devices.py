@@ -13,7 +13,9 @@ GIB = 2**30
 class Device:
     """tflops: dense bfloat16 (fp32 on a CPU) peak; efficiency: share of it that large products are assumed to reach;
     memory: bytes; bandwidth: bytes/s of its memory; link and network: bytes/s per direction to a device of the same
-    node and of another; launch: seconds that starting one kernel takes; reserved: bytes for the driver's context,
+    node and of another; launch: seconds that starting one kernel takes, Python's and PyTorch's share included; row: of
+    the host's own work per row and token of the embedded engine; streaming: share of the bandwidth that decoding is
+    assumed to reach; reserved: bytes for the driver's context,
     collectives' buffers and the allocator's gaps; packed: matrices are kept in a second, packed layout for decoding."""
 
     name: str
@@ -23,7 +25,9 @@ class Device:
     link: float
     network: float
     efficiency: float = 0.4
-    launch: float = 4e-6
+    launch: float = 7.5e-6
+    row: float = 34e-6
+    streaming: float = 0.8
     reserved: float = 3.0 * GIB
     packed: bool = False
 
@@ -78,4 +82,7 @@ def this_cpu() -> Device:
         torch.set_num_threads(threads)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     # Loopback copies and one core's share of memory bandwidth: an order of magnitude, not a measurement.
-    return Device("cpu", 2 * 1024**3 / best / 1e12, float(memory), 1e10, 2e9, 1e9, 0.7, 2e-6, 1.0 * GIB, packed=True)
+    tflops = 2 * 1024**3 / best / 1e12
+    return Device(
+        "cpu", tflops, float(memory), 1e10, 2e9, 1e9, 0.7, launch=6e-6, streaming=1.0, reserved=1.0 * GIB, packed=True
+    )

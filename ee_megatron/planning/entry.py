@@ -15,7 +15,7 @@ from .command import launch_command
 from .devices import Device, find_device
 from .memory import actor_memory
 from .plan import Assumptions, Plan, make_plan
-from .propose import nearest_fit
+from .propose import nearest_fit, with_vllm
 from .published import published_dims
 from .report import scaling_lines, summary, to_json, to_text
 
@@ -57,11 +57,15 @@ def refuse_what_does_not_fit(plan: Plan, dims: ModelDims) -> None:
     changes = nearest_fit(plan, dims)
     if changes:
         raise ValueError(f"{lack}; the nearest that fits: {' '.join(changes)}")
+    if plan.actor.backend == "vllm":
+        raise ValueError(f"{lack}; no change of layout, batch, rows or devices of an actor that was tried fits")
     least = actor_memory(plan.layout, plan.longest, plan.item, 1, plan.on_cpu)
     alone = (plan.device_bytes(least) + plan.device.reserved) / 2**30
+    shared = with_vllm(plan, dims)
     raise ValueError(
-        f"{lack}; no change of layout, batch or rows that was tried fits. A rollout actor is a whole replica on one "
-        f"device and needs {alone:.1f} GiB with a single row: take devices with more memory"
+        f"{lack}; no change of layout, batch or rows that was tried fits. An actor of the embedded engine is a whole "
+        f"replica on one device and needs {alone:.1f} GiB with a single row: "
+        + (f"let vLLM share it out, {' '.join(shared)}" if shared else "take devices with more memory")
     )
 
 
@@ -87,7 +91,7 @@ def scale(cfg: RunConfig, dims: ModelDims, device: Device, assumed: Assumptions,
             )
         changed = copy.deepcopy(cfg)
         changed.cluster.nodes, changed.parallel.data = count, data
-        changed.rollout.actors = devices - ranks(changed)
+        changed.rollout.actors = max(1, (devices - ranks(changed)) // changed.rollout.tensor)
         whole, rest = divmod(ranks(changed), cfg.cluster.gpus_per_node)
         changed.cluster.rollout_nodes = 0 if rest else count - whole
         plans.append(make_plan(changed, dims, device, assumed))

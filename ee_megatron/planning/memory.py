@@ -1,4 +1,4 @@
-"""Bytes per learner rank and per rollout actor, by kind.
+"""Bytes per learner rank and per rollout actor of the embedded engine, by kind.
 
 Activations are what autograd keeps of one layer for the micro-batches in flight, tensor by tensor as model/ computes
 them; the peak is taken with every token at full depth, since a batch may contain such answers.
@@ -209,11 +209,13 @@ def logits_chunk(layout: Layout, load: Workload, t: Training) -> float:
     return chunk * rows * FP32 + max(chunk * rows * FP32, copied) + trained
 
 
-def actor_memory(layout: Layout, load: Workload, item: int, rows: int, packed: bool) -> dict[str, float]:
-    """Kind -> bytes of one rollout actor, a whole replica (rollout/engine/weights.py): the base, the matrices that
-    adapters change once more, stacked key/value weights of the layers behind each exit, gates; on a CPU packed forms of
-    what is multiplied with. The cache is at its fullest when every row is about to end: pages for all but the last
-    token, and the pool's spare ones."""
+def actor_memory(
+    layout: Layout, load: Workload, item: int, rows: int, packed: bool, most: int | None = None
+) -> dict[str, float]:
+    """Kind -> bytes of one rollout actor with the embedded engine, a whole replica (rollout/engine/weights.py): the
+    base, the matrices that adapters change once more, stacked key/value weights of the layers behind each exit, gates;
+    on a CPU packed forms of what is multiplied with. The cache is at its fullest when every row is about to end: pages
+    for all but the last token, and the pool's spare ones; `most`: pages that it may have."""
     dims, spec = layout.dims, layout.spec
     linears = {name: shape[0] * shape[1] for name, shape in dims.linear_shapes().items()}
     base = sum(math.prod(shape) for shape in dims.tensor_shapes().values())
@@ -234,7 +236,7 @@ def actor_memory(layout: Layout, load: Workload, item: int, rows: int, packed: b
         # The packed form takes the place of an adapted or stacked matrix; the head's is fp32.
         multiplied = dims.num_layers * (sum(linears.values()) - sum(changed))
         found["packed copies"] = float(item * multiplied + FP32 * dims.vocab * dims.hidden)
-    pages = pool_pages(rows * pages_for(load.prompt + load.answer - 1))
+    pages = min(pool_pages(rows * pages_for(load.prompt + load.answer - 1)), math.inf if most is None else most)
     found["KV cache"] = float(2 * item * dims.num_layers * dims.kv_size * pages * PAGE)
     # One prefill reads up to 8192 positions; its keys and values are there twice while they are stacked.
     read = min(8192, rows * load.prompt)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..config.cluster import job_shape
 from ..config.schema import RunConfig
 from ..config.validate import validate
 from ..families import ModelDims
-from .devices import Device
+from ..rollout.vllm import CPU_CACHE_GIB, GPU_SHARE
+from .actors import Actor, make_actor
+from .devices import GIB, Device
+from .generation import Round, token_round
 from .layout import Layout, Parameters, rank_parameters
-from .memory import Training, actor_memory, learner_memory, sync_bytes
+from .memory import Training, learner_memory, sync_bytes
 from .step import phase_flops
 from .timing import Roofline
 from .workload import Workload
@@ -31,7 +35,7 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by kind per pipeline rank and per rollout actor; FLOPs of all ranks and seconds by phase.
+    """Bytes by kind per pipeline rank; a rollout actor; FLOPs of all ranks by phase.
 
     load, longest: of an average answer, and of the longest, at full depth; item: bytes per element of the base.
     """
@@ -43,9 +47,14 @@ class Plan:
     longest: Workload
     item: int
     learner: list[dict[str, float]]
-    actor: dict[str, float]
+    actor: Actor
     flops: dict[str, float]
-    seconds: dict[str, float]
+    roofline: Roofline
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """Phase of an RL step -> seconds."""
+        return self.roofline.phases()
 
     @property
     def parameters(self) -> list[Parameters]:
@@ -68,6 +77,23 @@ class Plan:
         return self.device.packed
 
     @property
+    def generates(self) -> bool:
+        """Whether there are rollouts to make: none are where recorded ones are learned from."""
+        return not self.cfg.rl.replay
+
+    @property
+    def round(self) -> Round:
+        """A token round of an actor with as many answers in flight as it has at a time."""
+        rows = max(1, self.actor.rows)
+        return token_round(self.cfg, self.layout, self.load, self.device, self.item, rows)
+
+    @property
+    def tokens_per_s(self) -> tuple[float, float]:
+        """Of an actor while its rows are full, and of the whole pool over the phase, prompts and waits included."""
+        answers = self.cfg.rl.prompts_per_step * self.cfg.rl.group_size
+        return self.actor.rows / self.round.seconds, answers * self.load.answer / self.seconds["rollouts"]
+
+    @property
     def sync(self) -> int:
         """Bytes of the weights that one sync sends to the pool."""
         return sync_bytes(self.layout, self.item, self.cfg.rollout.sync_dtype)
@@ -83,24 +109,45 @@ class Plan:
 
     def shortage(self) -> str:
         """Which device lacks how much memory, in words; empty if everything fits."""
-        device, world, actors = self.device, self.layout.ranks, self.cfg.rollout.actors
-        stages, actor = [self.device_bytes(kinds) for kinds in self.learner], self.device_bytes(self.actor)
+        device, world, rollout = self.device, self.layout.ranks, self.cfg.rollout
+        stages = [self.device_bytes(kinds) for kinds in self.learner]
+        actor = self.device_bytes(self.actor.kinds) if self.generates else 0.0
         worst, most = max(enumerate(stages), key=lambda stage: stage[1])
         if self.on_cpu:
             # Processes of one machine share its memory.
-            whole = world // len(stages) * sum(stages) + actors * actor
-            needs = {f"{world} learner rank(s) and {actors} actor(s) on one machine": whole}
-        elif self.shared:
+            taking = rollout.actors * self.actor.devices
+            whole = world // len(stages) * sum(stages) + taking * actor
+            needs = {f"{world} learner rank(s) and {taking} actor(s) on one machine": whole}
+        elif self.shared and self.generates:
             needs = {f"a device with learner stage {worst} and a rollout actor": most + actor}
         else:
             needs = {f"a learner rank of stage {worst}": most, "a rollout actor": actor}
         for what, size in needs.items():
             if size + device.reserved > device.memory:
                 return (
-                    f"{what} needs {(size + device.reserved) / 2**30:.1f} GiB, {device.name} has "
-                    f"{device.memory / 2**30:.1f} ({device.reserved / 2**30:.1f} of them reserved)"
+                    f"{what} needs {(size + device.reserved) / GIB:.1f} GiB, {device.name} has "
+                    f"{device.memory / GIB:.1f} ({device.reserved / GIB:.1f} of them reserved)"
                 )
+        if self.generates and not self.actor.holds_a_sequence:
+            return self._short_cache()
         return ""
+
+    def _short_cache(self) -> str:
+        device, actor, limit = self.device, self.actor, self.cfg.rollout.cache_gib
+        if limit:
+            what = f"rollout.cache_gib={limit:g}"
+        elif self.on_cpu:
+            what = f"vLLM's {CPU_CACHE_GIB} GiB on a CPU (rollout.cache_gib)"
+        else:
+            others = (sum(actor.kinds.values()) - actor.kinds["KV cache"]) / GIB
+            what = (
+                f"what is left of {GPU_SHARE:g} x {device.memory / GIB:.1f} GiB beside {others:.1f} for weights and a "
+                f"step and {device.reserved / GIB:.1f} reserved"
+            )
+        return (
+            f"the cache of a rollout actor needs room for one longest sequence, {actor.sequence} positions; {what} "
+            f"holds {actor.positions}"
+        )
 
 
 def element_bytes(cfg: RunConfig, on_cpu: bool) -> int:
@@ -125,26 +172,18 @@ def make_plan(cfg: RunConfig, dims: ModelDims, device: Device, assumed: Assumpti
     load = load.in_groups(cfg.rl.group_size, cfg.parallel.micro_batch_size)
     longest = Workload.of(assumed.prompt_tokens, longest_answer, outcomes, 1.0)
     item = element_bytes(cfg, device.packed)
-    learner, actor = memory(cfg, layout, longest, item, device.packed)
-    flops, seconds = phase_flops(layout, load, cfg), Roofline(cfg, layout, load, device, item).phases()
-    return Plan(cfg, layout, device, load, longest, item, learner, actor, flops, seconds)
+    learner = learner_kinds(cfg, layout, longest, item, device.packed)
+    actor = make_actor(cfg, layout, load, longest, item, device)
+    roofline = Roofline(cfg, layout, load, device, item, max(1, actor.rows))
+    return Plan(cfg, layout, device, load, longest, item, learner, actor, phase_flops(layout, load, cfg), roofline)
 
 
-def actor_rows(cfg: RunConfig) -> int:
-    """Cache slots that an actor asks for: as many as it may have in flight, no more than it is given."""
-    answers = -(-cfg.rl.prompts_per_step // cfg.rollout.actors) * cfg.rl.group_size
-    return min(cfg.rollout.rows, answers)
-
-
-def memory(
-    cfg: RunConfig, layout: Layout, longest: Workload, item: int, on_cpu: bool
-) -> tuple[list[dict[str, float]], dict[str, float]]:
-    """Kind -> bytes in an RL step: of a learner rank, by pipeline rank, and of a rollout actor."""
+def learner_kinds(cfg: RunConfig, layout: Layout, longest: Workload, item: int, on_cpu: bool) -> list[dict[str, float]]:
+    """Kind -> bytes of a learner rank in an RL step, by pipeline rank."""
     per_update = -(-cfg.rl.prompts_per_step * cfg.rl.group_size // cfg.rl.minibatches)
     batches = max(1, -(-per_update // (cfg.parallel.micro_batch_size * layout.data)))
     parallel, zero = cfg.parallel, cfg.deepspeed
     training = Training(
         item, parallel.micro_batch_size, parallel.recompute, zero.zero_stage, zero.offload_optimizer, on_cpu
     )
-    learner = [learner_memory(layout, longest, training, p, batches) for p in range(layout.pipeline)]
-    return learner, actor_memory(layout, longest, item, actor_rows(cfg), on_cpu)
+    return [learner_memory(layout, longest, training, p, batches) for p in range(layout.pipeline)]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from operator import attrgetter
 
 from ..config.schema import RunConfig
 from ..config.validate import validate
 from ..families import ModelDims
+from .actors import make_actor, wanted_rows
 from .layout import Layout
-from .plan import Plan, actor_rows, memory
+from .plan import Plan, learner_kinds
 from .workload import Workload
 
 # What a change costs the user, roughly: time for recomputing, time for smaller batches, devices.
@@ -21,6 +22,8 @@ PRICES = {
     "parallel.recompute": 1.0,
     "parallel.micro_batch_size": 0.6,
     "rollout.rows": 0.6,
+    "rollout.actors": 0.5,
+    "rollout.tensor": 1.5,
     "deepspeed.zero_stage": 1.5,
     "deepspeed.offload_optimizer": 2.0,
     "parallel.data": 2.5,
@@ -40,13 +43,33 @@ def nearest_fit(plan: Plan, dims: ModelDims) -> list[str]:
         except ValueError:
             continue
         longest = Workload.of(plan.longest.prompt, plan.longest.answer, layout.spec.layout.outcomes, 1.0)
-        learner, actor = memory(changed, layout, longest, plan.item, plan.on_cpu)
+        learner = learner_kinds(changed, layout, longest, plan.item, plan.on_cpu)
+        actor = make_actor(changed, layout, plan.load, longest, plan.item, plan.device)
         if not replace(plan, cfg=changed, layout=layout, learner=learner, actor=actor).shortage():
             return [f"{key}={str(value).lower()}" for key, value in changes.items()]
     return []
 
 
-def apply(cfg: RunConfig, changes: dict[str, int | bool]) -> RunConfig:
+def with_vllm(plan: Plan, dims: ModelDims) -> list[str]:
+    """Settings under which vLLM's actors would fit where a whole replica on one device doesn't, on the same devices."""
+    cluster = plan.cfg.cluster
+    devices = (cluster.rollout_nodes or cluster.nodes) * cluster.gpus_per_node
+    for tensor in (2, 4, 8):
+        changes: dict[str, int | bool | str] = {
+            "rollout.backend": "vllm", "rollout.tensor": tensor, "rollout.actors": max(1, devices // tensor)
+        }  # fmt: skip
+        changed = apply(plan.cfg, changes)
+        try:
+            validate(changed, dims)
+        except ValueError:
+            continue
+        actor = make_actor(changed, plan.layout, plan.load, plan.longest, plan.item, plan.device)
+        if not replace(plan, cfg=changed, actor=actor).shortage():
+            return [f"{key}={value}" for key, value in changes.items()]
+    return []
+
+
+def apply(cfg: RunConfig, changes: Mapping[str, int | bool | str]) -> RunConfig:
     """A changed copy. Another number of pipeline ranks drops `stage_layers`."""
     changed = copy.deepcopy(cfg)
     for key, value in changes.items():
@@ -63,7 +86,7 @@ def _by_price(cfg: RunConfig) -> Iterator[dict[str, int | bool]]:
     choices: dict[str, list[int | bool]] = {
         "parallel.recompute": [True],
         "parallel.micro_batch_size": list(_halves(parallel.micro_batch_size)),
-        "rollout.rows": list(_halves(actor_rows(cfg)))[:5],
+        "rollout.rows": list(_halves(wanted_rows(cfg)))[:5],
         "deepspeed.zero_stage": [s for s in (1, 2, 3) if s > stage],
         "deepspeed.offload_optimizer": [True],
         "parallel.data": list(_halves(parallel.data)),
@@ -71,6 +94,10 @@ def _by_price(cfg: RunConfig) -> Iterator[dict[str, int | bool]]:
         "parallel.pipeline": [parallel.pipeline * f for f in (2, 4)],
         "cluster.nodes": [cfg.cluster.nodes + more for more in (1, 2, 3, 7)],
     }
+    if cfg.rollout.backend == "vllm":
+        # Devices that an actor takes more of are those of other actors.
+        choices["rollout.tensor"] = [cfg.rollout.tensor * f for f in (2, 4, 8)]
+        choices["rollout.actors"] = list(_halves(cfg.rollout.actors))
     now = {key: attrgetter(key)(cfg) for key in choices}
     options = [[(0.0, None), *((_price(key, now[key], v), (key, v)) for v in values if v != now[key])]
                for key, values in choices.items()]  # fmt: skip

@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from .plan import HOST, Plan, actor_rows
+from ..rollout.vllm import CPU_CACHE_GIB, GPU_SHARE
+from .generation import assumption
+from .plan import HOST, Plan
 
 GIB, MIB = 2**30, 2**20
 
 
 def to_text(plan: Plan, command: str) -> str:
     parts = (
-        _layout(plan), _parameters(plan), _learner(plan), _actor(plan), _phases(plan), _assumptions(plan),
+        _layout(plan), _parameters(plan), _learner(plan), _actor(plan), _phases(plan), _rollouts(plan),
+        _assumptions(plan),
         [f"command: {command}"],
     )  # fmt: skip
     return "\n\n".join("\n".join(lines) for lines in parts)
@@ -25,7 +28,8 @@ def summary(plan: Plan) -> list[str]:
     return [
         f"parameters: {_count(sum(p.base for p in plan.parameters) * plan.layout.tensor)} of the base over all ranks, "
         f"{_count(plan.trained)} trained and sent to the rollout pool ({plan.sync / MIB:.1f} MiB)",
-        f"memory: up to {size(most)} per learner rank, {size(plan.device_bytes(plan.actor))} per rollout actor "
+        f"memory: up to {size(most)} per learner rank, {size(plan.device_bytes(plan.actor.kinds))} per "
+        f"{'rollout actor' if plan.actor.devices == 1 else 'device of a rollout actor'} "
         f"({plan.item} bytes per element of the base)",
         f"estimate per RL step on {plan.device.name}: {seconds} (ee-megatron plan shows how)",
     ]
@@ -41,7 +45,12 @@ def to_json(plan: Plan, command: str) -> dict[str, Any]:
         "gates": [layout.gates(p) for p in range(layout.pipeline)],
         "parameters": [vars(p) for p in plan.parameters],
         "learner_bytes": plan.learner,
-        "actor_bytes": plan.actor,
+        "actor_bytes": plan.actor.kinds,
+        "actor": {"backend": plan.actor.backend, "devices": plan.actor.devices, "rows": plan.actor.rows,
+                  "wanted_rows": plan.actor.wanted, "cache_positions": plan.actor.positions,
+                  "reader_bytes": plan.actor.reader, "cache_beside_reader_bytes": plan.actor.beside_reader},
+        "round": vars(plan.round),
+        "tokens_per_s": dict(zip(("actor", "pool"), plan.tokens_per_s, strict=True)),
         "shared_devices": plan.shared,
         "flops": plan.flops,
         "seconds": plan.seconds,
@@ -117,12 +126,52 @@ def _learner(plan: Plan) -> list[str]:
 
 
 def _actor(plan: Plan) -> list[str]:
-    rows = [[kind, size(value)] for kind, value in plan.actor.items()]
-    rows.append(["on the device", size(plan.device_bytes(plan.actor))])
+    actor, rollout, device = plan.actor, plan.cfg.rollout, plan.device
+    rows = [[kind, size(value)] for kind, value in actor.kinds.items()]
+    rows.append(["on the device" if actor.devices == 1 else "on each device", size(plan.device_bytes(actor.kinds))])
     where = "on the learner's devices" if plan.shared else "on devices of their own"
-    head = [f"memory of a rollout actor ({plan.cfg.rollout.actors}, {where})", ""]
-    device = plan.device
-    return [*_table(head, rows), f"  {device.name}: {size(device.memory)}, {size(device.reserved)} of them reserved"]
+    each = f" x {actor.devices} devices" if actor.devices > 1 else ""
+    head = [f"memory of a rollout actor ({rollout.backend}: {rollout.actors}{each}, {where})", ""]
+    lines = [*_table(head, rows), f"  {device.name}: {size(device.memory)}, {size(device.reserved)} of them reserved"]
+    if not plan.generates:
+        return [f"rollouts: recorded ones, from {plan.cfg.rl.replay}; no actors"]
+    if actor.backend == "vllm" and not rollout.cache_gib:
+        share = f"{CPU_CACHE_GIB} GiB on a CPU" if plan.on_cpu else f"what is left of {GPU_SHARE:g} of the device"
+        lines.append(
+            f"  its cache is {share}, which vLLM takes whatever is asked of it (rollout.cache_gib: less or more)"
+        )
+    return lines + _cache(plan) + _reader(plan)
+
+
+def _cache(plan: Plan) -> list[str]:
+    actor = plan.actor
+    if actor.positions is None:
+        return [f"  its cache has what {actor.rows} rows in flight take; rollout.cache_gib bounds it"]
+    wanted = f"of {actor.wanted} that it is given" if actor.rows < actor.wanted else "as many as it is given"
+    return [
+        f"  its cache holds {actor.positions:,} positions, a longest sequence takes {actor.sequence:,}: "
+        f"{actor.rows} answers in flight, {wanted} (rollout.rows={plan.cfg.rollout.rows})"
+    ]
+
+
+def _reader(plan: Plan) -> list[str]:
+    """The embedded engine's replica in an actor of vLLM's: where it is made, and whether there is room."""
+    actor = plan.actor
+    if not actor.reader:
+        return []
+    if actor.beside_reader >= actor.kinds["KV cache"]:
+        verdict = "there is room for it"
+    elif actor.beside_reader:
+        most = actor.beside_reader // (GIB / 10) / 10
+        verdict = f"run them with rollout.cache_gib={most:g} or less, or there is no room for it"
+    else:
+        verdict = "no cache leaves room for it: run them with rollout.backend=ray where one device, or a host with "
+        verdict += "device=cpu, holds it"
+    return [
+        f"  traces and evaluate read answers again by a whole replica of {size(actor.reader)} on its first device, "
+        "made when first needed (RL needs none):",
+        f"  {verdict}",
+    ]
 
 
 def _phases(plan: Plan) -> list[str]:
@@ -131,8 +180,24 @@ def _phases(plan: Plan) -> list[str]:
         for phase, seconds in plan.seconds.items()
     ]
     rows.append(["all, one after another", _flops(sum(plan.flops.values())), f"{plan.step_seconds:.3g} s"])
+    sync = ", ".join(f"{part} {seconds:.2g} s" for part, seconds in plan.roofline.sync().items())
     return [*_table(["an RL step", "FLOPs", f"on {plan.device.name}"], rows),
-            f"  sent to the rollout pool: {plan.sync:,} bytes per version"]  # fmt: skip
+            *([f"  sent to the rollout pool: {plan.sync:,} bytes per version ({sync})"] if sync else [])]  # fmt: skip
+
+
+def _rollouts(plan: Plan) -> list[str]:
+    if not plan.generates:
+        return []
+    one, actor, (each, pool) = plan.round, plan.actor, plan.tokens_per_s
+    parts = ", ".join(f"{part} {seconds * 1e3:.3g}" for part, seconds in one.parts.items() if seconds)
+    skips = "all layers for every token" if actor.backend == "vllm" else "layers behind an exit are skipped"
+    most = one.weighs_most
+    return [
+        f"rollouts: {each:,.0f} tokens/s of an actor with {actor.rows} rows in flight, {pool:,.0f} of the pool over "
+        f"the phase; {skips}",
+        f"  a token for every row takes {one.seconds * 1e3:.3g} ms, by themselves: {parts}",
+        f"  weighs most: {most} ({assumption(most, plan.device)})",
+    ]
 
 
 def _assumptions(plan: Plan) -> list[str]:
@@ -174,7 +239,7 @@ def _bound(plan: Plan) -> str:
     if slowest == "rollouts":
         idle = max(0, actors - prompts)
         spare = f", {idle} actor(s) without a prompt" if idle else ""
-        return f"rollouts: {plan.load.answer} tokens one after another, {actor_rows(cfg)} rows per actor{spare}"
+        return f"rollouts: {plan.load.answer} tokens one after another, {plan.actor.rows} rows per actor{spare}"
     block = cfg.parallel.micro_batch_size * layout.data
     if prompts * group < block:
         return f"{slowest}: {prompts * group} sequences for {block} places of a micro-batch on every replica"

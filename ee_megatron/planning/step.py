@@ -27,15 +27,17 @@ def updates(cfg: RunConfig) -> tuple[int, int, PassMode]:
 
 
 def phase_flops(layout: Layout, load: Workload, cfg: RunConfig) -> dict[str, float]:
-    """FLOPs of all ranks and actors by phase of one RL step."""
+    """FLOPs of all ranks and actors by phase of one RL step, as they are computed: vLLM reads a prompt for each of its
+    answers and runs all layers for every token."""
 
     def over(sequences: int, how: PassMode) -> float:
         return whole_pass(layout, load, cfg.parallel.micro_batch_size, sequences, how)
 
     sequences, (count, part, train) = rollouts_per_step(cfg), updates(cfg)
-    read = cfg.rl.prompts_per_step * prefill_cost(layout.dims, load.prompt)
+    vllm = cfg.rollout.backend == "vllm"
+    read = (sequences if vllm else cfg.rl.prompts_per_step) * prefill_cost(layout.dims, load.prompt)
     return {
-        "rollouts": read + sequences * decode_cost(layout, load),
+        "rollouts": read + sequences * decode_cost(layout, load.at_full_depth() if vllm else load),
         # The policy's scores once more before each further update.
         "scoring": over(sequences, POLICY) + over(sequences, REFERENCE) + (count - 1) * over(part, POLICY),
         "update": count * over(part, train),

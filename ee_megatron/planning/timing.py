@@ -11,25 +11,30 @@ from dataclasses import dataclass
 
 from ..config.schema import RunConfig
 from .devices import Device
-from .flops import PassMode, decode_cost, micro_batches, pass_cost, prefill_cost
+from .flops import PassMode, micro_batches, pass_cost, prefill_cost
+from .generation import all_reduce, token_round
 from .layout import Layout, rank_parameters
 from .memory import FP32, sync_bytes
 from .step import POLICY, REFERENCE, rollouts_per_step, updates
 from .workload import Workload
 
-# Kernels that the decoder starts per layer and token step in plain PyTorch, gates and readout spread over the layers.
-KERNELS_PER_LAYER = 25
+# Packing, digests and unpacking of a version's bytes: 282 MB in a second (docs/serving.md).
+PACKED_BYTES_PER_S = 282e6
+# Every process of a vLLM reads the whole base again for each version and merges adapters on the host, a core each. What
+# was measured on a shared core here is a fifth of both.
+READ_BYTES_PER_S, MERGED_BYTES_PER_S = 4e9, 2e9
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """item: bytes per element of the base."""
+    """item: bytes per element of the base; rows: answers that an actor has in flight at a time."""
 
     cfg: RunConfig
     layout: Layout
     load: Workload
     device: Device
     item: int
+    rows: int
 
     def phases(self) -> dict[str, float]:
         """Phase of an RL step -> seconds."""
@@ -37,28 +42,42 @@ class Roofline:
             "rollouts": self._rollouts(),
             "scoring": self._scoring(),
             "update": self._update(),
-            # The policy's tensors once over the network.
-            "weight sync": sync_bytes(self.layout, self.item, self.cfg.rollout.sync_dtype) / self.device.network,
+            "weight sync": sum(self.sync().values()),
         }
 
     def _rollouts(self) -> float:
-        """The busiest actor: its prompts read, then wave after wave of rows, token by token."""
-        dims, load, device = self.layout.dims, self.load, self.device
+        """The busiest actor: its prompts read, then wave after wave of rows, token by token. Nothing where recorded
+        rollouts are learned from."""
+        if self.cfg.rl.replay:
+            return 0.0
         prompts = -(-self.cfg.rl.prompts_per_step // self.cfg.rollout.actors)
         mine = prompts * self.cfg.rl.group_size
-        rows = min(self.cfg.rollout.rows, mine)
-        read = prompts * prefill_cost(dims, load.prompt) / device.flops
-        linears = sum(a * b for a, b in dims.linear_shapes().values())
-        gates = sum(math.prod(shape) for shape in self.layout.spec.gate_shapes(dims).values())
-        weights = dims.num_layers * linears + dims.vocab * dims.hidden + gates
-        span = load.prompt + load.answer / 2
-        cache = rows * span * dims.num_layers * 2 * dims.kv_size
-        per_token = max(
-            self.item * (weights + cache) / device.bandwidth,
-            rows * decode_cost(self.layout, load) / max(1, load.answer - 1) / device.flops,
-            dims.num_layers * KERNELS_PER_LAYER * device.launch,
-        )
-        return read + -(-mine // rows) * (load.answer - 1) * per_token
+        rows = min(self.rows, mine)
+        each = token_round(self.cfg, self.layout, self.load, self.device, self.item, rows).seconds
+        return prompts * self._read() + -(-mine // rows) * (self.load.answer - 1) * each
+
+    def _read(self) -> float:
+        """A prompt for all of its answers: once or, by vLLM, for every answer, on all its devices."""
+        dims, prompt, tensor = self.layout.dims, self.load.prompt, self.cfg.rollout.tensor
+        seconds = prefill_cost(dims, prompt) / self.device.flops
+        if self.cfg.rollout.backend != "vllm":
+            return seconds
+        reduced = (2 * dims.num_layers + 1) * all_reduce(prompt * dims.hidden * self.item, self.device, tensor)
+        return self.cfg.rl.group_size * (seconds / tensor + reduced)
+
+    def sync(self) -> dict[str, float]:
+        """Seconds of what it takes to bring a version of the policy's tensors to an actor; actors do it at a time."""
+        if self.cfg.rl.replay:
+            return {}
+        sent = sync_bytes(self.layout, self.item, self.cfg.rollout.sync_dtype)
+        found = {"network": sent / self.device.network, "packing and digests": sent / PACKED_BYTES_PER_S}
+        if self.cfg.rollout.backend == "vllm" and not self.layout.spec.full:
+            dims, merged = self.layout.dims, self.layout.spec.targets if self.layout.spec.rank else ()
+            base = sum(math.prod(shape) for shape in dims.tensor_shapes().values())
+            changed = dims.num_layers * sum(math.prod(dims.linear_shapes()[name]) for name in merged)
+            found["reading the base again"] = self.item * base / READ_BYTES_PER_S
+            found["merging adapters"] = self.item * changed / MERGED_BYTES_PER_S
+        return found
 
     def _scoring(self) -> float:
         """The policy under the recorded exits and the reference; the policy once more before each further update."""

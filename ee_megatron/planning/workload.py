@@ -47,6 +47,10 @@ class Workload:
         micro-batch (learner/batch.py)."""
         return replace(self, shared=(self.prompt - 1) * (1 - 1 / min(group, micro_batch)))
 
+    def at_full_depth(self) -> Workload:
+        """The same without exits."""
+        return replace(self, shares=(*[0.0] * (len(self.outcomes) - 1), 1.0))
+
     @property
     def written(self) -> float:
         """Positions of one sequence that a layer makes keys and values at; its last token is read by nobody."""

@@ -27,6 +27,7 @@ from device_setup import (
 )
 from pretend_gpu_cases import TEXTS, Bench
 
+from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.objectives.weights import mean_weights
 from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout.engine.request import Request
@@ -55,6 +56,29 @@ def token_rounds(bench: Bench, rule: str = "off", sampling: str = "whole", rows:
         while scheduler.busy:
             scheduler.advance()
     return counts, TOKENS - 1
+
+
+def round_kernels(shallow: Path, deep: Path) -> dict[str, float]:
+    """Kernels of a token-round at full depth in bfloat16: per layer, per exit and for the rest, as planning has them.
+    `deep` has six layers more."""
+
+    def counted(path: Path, exits: tuple[int, ...]) -> float:
+        bench = Bench("gpu", path)
+        layers = HFDirectory(path).dims.num_layers
+        decoder = bench.decoder(PolicySpec(layers, exits, rank=4, alpha=8.0), torch.bfloat16)
+        scheduler = Scheduler(decoder, bench.tokenizer(), in_flight=8)
+        for i in range(8):
+            scheduler.add(Request(TEXTS[0], SAMPLINGS["whole"], RULES["off"], 0, f"p{i}"))
+        scheduler.advance()
+        with pretend_gpu.counting() as counts:
+            while scheduler.busy:
+                scheduler.advance()
+        return counts.totals()["kernels"] / (TOKENS - 1)
+
+    with on("gpu"):
+        base = counted(shallow, (1, 3, 4))
+        layer, each = (counted(deep, (1, 3, 4)) - base) / 6, (base - counted(shallow, (1,))) / 2
+    return {"layer": layer, "exit": each, "round": base - HFDirectory(shallow).dims.num_layers * layer - 3 * each}
 
 
 def reading(bench: Bench) -> Cost:

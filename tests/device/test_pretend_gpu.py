@@ -21,6 +21,7 @@ from pretend_gpu_cases import PATHS
 from ranks import Ranks
 
 from ee_megatron import exit_rules
+from ee_megatron.planning.generation import KERNELS
 from tests.pretend_gpu import PretendGPU
 from tests.tiny import tiny_hf
 
@@ -119,6 +120,14 @@ def test_no_more_is_asked_of_the_device_than_before(name, device, path):
     under = {kind: found[kind] for kind in KINDS if found[kind] < budget[kind]}
     if under:
         warnings.warn(f"{name}: {under} is below the table's {budget}; lower it in device_budgets.py", stacklevel=1)
+
+
+def test_a_token_round_starts_as_many_kernels_as_the_plan_counts(device, tmp_path_factory):
+    if torch.__version__.split("+")[0] != MEASURED_WITH:
+        pytest.skip("other versions are made of other operations")
+    shallow, deep = (tiny_hf("llama", tmp_path_factory.mktemp("llama"), layers=layers) for layers in (6, 12))
+    found = call(device, "device_costs:round_kernels", shallow=shallow, deep=deep)
+    assert {kind: round(count) for kind, count in found.items()} == KERNELS
 
 
 @pytest.mark.parametrize("what", WAVES)

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from ee_megatron.config.derive import position_bytes
 from ee_megatron.config.schema import RolloutConfig
-from ee_megatron.exit_rules import Fixed
+from ee_megatron.exit_rules import Fixed, Off
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams, make_pool
+from ee_megatron.rollout.engine.cache import KVCache
 from ee_megatron.types import Prompt
 from tests.reference import random_policy
 from tests.tiny import tiny_hf
@@ -48,6 +50,37 @@ def test_a_pool_says_which_of_its_settings_is_wrong(tmp_path: Path):
     ):
         with pytest.raises(ValueError, match=message):
             make_pool(RolloutConfig(**settings), path, SPEC, torch.float32, "cpu")
+
+
+def test_a_cache_with_a_limit_is_never_exceeded_and_changes_no_answer(tmp_path: Path, monkeypatch):
+    path, held = tiny_hf("llama", tmp_path), 160
+    gib = held * position_bytes(HFDirectory(path).dims, 4) / 2**30
+    most = []
+    monkeypatch.setattr(
+        KVCache, "_resize", lambda self, pages, old=KVCache._resize: most.append(pages) or old(self, pages)
+    )
+    asked = GenerationRequest(
+        [Prompt(f"p{i}", f"{i} + 1 =", "", "") for i in range(6)], 2, SamplingParams(1.0, 40), Off(), 0
+    )
+    texts = []
+    for limit in (0.0, gib):
+        most.clear()
+        rollout = RolloutConfig("local", rows=12, threads=1, max_new_tokens=40, cache_gib=limit)
+        answers = make_pool(rollout, path, SPEC, torch.float32, "cpu").generate(asked)
+        texts.append([answer.tokens.tolist() for group in answers for answer in group])
+        assert (max(most) <= held // 16) == bool(limit)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("backend", ["local", "ray", "vllm"])
+def test_a_cache_that_no_longest_answer_fits_is_refused_before_anything_starts(backend: str, tmp_path: Path):
+    """In float32 it holds half of what bfloat16 would."""
+    path = tiny_hf("llama", tmp_path)
+    gib = 500 * position_bytes(HFDirectory(path).dims, 4) / 2**30
+    with pytest.raises(
+        ValueError, match=r"holds 500 positions, rollout.max_new_tokens=500 and a prompt of one take 501"
+    ):
+        make_pool(RolloutConfig(backend, max_new_tokens=500, cache_gib=gib), path, SPEC, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -318,6 +318,8 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path: Path, capsys: pytes
         (["--model", str(model), "--policy", str(tmp_path)], "no policy checkpoint there"),
         (["--model", str(model), "--port", "70000"], "port 70000"),
         (["--model", str(model), "--max-length", "4096"], "the model has 512 positions"),
+        (["--model", str(model), "--cache-gib", "-1"], "cache-gib -1.0: expected a number >= 0"),
+        (["--model", str(model), "--cache-gib", "1e-4", "--max-length", "400"], "a request takes up to 400; raise it"),
         (["--model", str(model), "--exits", "fixed:2"], "no exit depth"),
     ):
         assert cli.main(["serve", *arguments]) == 2

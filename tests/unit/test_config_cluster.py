@@ -27,6 +27,21 @@ def test_the_7b_run_learns_on_one_node_and_generates_on_the_other() -> None:
     assert not job_shape(cfg, "rl").shares_devices
 
 
+def test_the_70b_run_generates_on_two_actors_of_four_devices() -> None:
+    cfg = load(["experiment=rl_70b"])
+    validate(cfg, None)
+    assert job_shape(cfg, "rl") == JobShape(
+        nodes=5, learner_nodes=4, ranks=32, ranks_per_node=8, rollout_nodes=1, actors_per_node=2, first_device=0,
+        gpus_per_node=8,
+    )  # fmt: skip
+    assert not job_shape(cfg, "rl").shares_devices
+
+
+def test_actors_of_several_devices_get_those_behind_the_ranks() -> None:
+    behind = shape("rl", *EIGHT, "rollout=vllm", "parallel=tp2_pp2", "rollout.tensor=2", "rollout.actors=2")
+    assert (behind.first_device, behind.actors_per_node, behind.shares_devices) == (4, 2, False)
+
+
 def test_stages_take_only_the_nodes_that_they_use() -> None:
     nodes = ("cluster.nodes=5", "cluster.rollout_nodes=3", *EIGHT, "parallel.data=16", "rollout.actors=24")
     calibrate, traces = shape("calibrate", *nodes), shape("traces", *nodes)

@@ -120,6 +120,10 @@ def test_every_rule_on_a_field_is_enforced(key: str, value: Any, expected: str) 
         (["cluster.rollout_nodes=1"], ["cluster.rollout_nodes=1", "no learner node", "cluster.nodes=2"]),
         (["rollout=local", *TWO_NODES], ["cluster.rollout_nodes=1", "rollout.backend=ray or vllm, found local"]),
         (["cluster.rollout_nodes=-1"], ["cluster.rollout_nodes=-1", ">= 0"]),
+        (["rollout=vllm", "rollout.tensor=16", *TWO_NODES], ["rollout.tensor=16", "cluster.gpus_per_node=8"]),
+        (["rollout=vllm", "rollout.tensor=4", "rollout.actors=3", *TWO_NODES], ["of 4 device(s)", "room for 2"]),
+        (["rollout=vllm", "parallel.data=8", "cluster.gpus_per_node=8"], ["nine tenths", "share those of the 8 ranks"]),
+        (["rollout=vllm", "rollout.device_share=0.5", *TWO_NODES], ["rollout.device_share=0.5", "nine tenths"]),
     ],
 )
 def test_rules_without_a_model(overrides: list[str], parts: list[str]) -> None:
@@ -130,6 +134,11 @@ def test_rules_without_a_model(overrides: list[str], parts: list[str]) -> None:
 def test_what_the_rules_let_through() -> None:
     validate(config("parallel.data=8", "rollout.actors=8", *TWO_NODES), None)
     validate(config("rollout.actors=24", "rollout.device_share=0.333", *TWO_NODES), None)
+    validate(config("rollout=vllm", "rollout.tensor=4", "rollout.actors=2", "parallel.data=8", *TWO_NODES), dims())
+    validate(config("rollout=vllm", "parallel.data=7", "cluster.gpus_per_node=8"), dims())
+    validate(config("rollout=vllm", "rollout.device_share=0.5"), dims())
+    # More devices than key-value heads: each has one of them.
+    validate(config("rollout=vllm", "rollout.tensor=8"), dims(heads=32, kv_heads=4))
     validate(config("rl.group_size=1", "rl.advantage=none"), None)
     validate(config("task=tom"), None)
     validate(config("task=reasoning_gym"), None)
@@ -144,6 +153,9 @@ def test_what_the_rules_let_through() -> None:
     [
         (["parallel.tensor=3"], dims(), ["parallel.tensor=3", "28 attention heads", "4 key-value heads", "2, 4"]),
         (["parallel.tensor=4"], dims(intermediate=110), ["110 intermediate size", "1, 2"]),
+        (["rollout=vllm", "rollout.tensor=3"], dims(), ["rollout.tensor=3", "28 attention heads", "[1, 2, 4]"]),
+        (["rollout=vllm", "rollout.tensor=4"], dims(intermediate=110), ["intermediate size 110", "[1, 2]"]),
+        (["rollout=vllm", "rollout.tensor=7"], dims(), ["4 key-value heads", "[1, 2, 4]"]),
         (["exits.depths=[5,28]"], dims(), ["exits.depths", "1..27"]),
         (["exits.depths=[0]"], dims(), ["exits.depths", "1..27"]),
         (
@@ -158,6 +170,26 @@ def test_rules_that_need_the_model(overrides: list[str], model: ModelDims, parts
     validate(config(*overrides), None)
     message = refused(*overrides, model=model)
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(("dtype", "item"), [("float32", 4), ("bfloat16", 2), ("auto", 2)])
+def test_a_cache_that_the_longest_answer_does_not_fit_is_refused_with_the_numbers(dtype: str, item: int) -> None:
+    """28 layers, 4 key-value heads of 4 elements; the size that the message names is accepted."""
+    rows = ("rollout.max_new_tokens=100", f"model.dtype={dtype}")
+    position = 2 * item * 28 * 4 * 4
+    message = refused(f"rollout.cache_gib={100.5 * position / 2**30}", *rows, model=dims())
+    for part in ("holds 100 positions", "rollout.max_new_tokens=100", "take 101", "lower rollout.max_new_tokens"):
+        assert part in message, message
+    enough = message.split("raise it above ")[1].split(",")[0]
+    validate(config(f"rollout.cache_gib={enough}", *rows), dims())
+    # Devices that share key-value heads out hold more; those that are more than the heads don't.
+    shared = f"rollout.cache_gib={100.5 * position / 2**30 / 4}"
+    validate(config(shared, "rollout=vllm", "rollout.tensor=2", "rollout.max_new_tokens=40", rows[1]), dims())
+    wide = dims(heads=32)
+    for tensor in (4, 8):
+        limit = ("rollout=vllm", f"rollout.tensor={tensor}", shared, rows[1])
+        validate(config(*limit, "rollout.max_new_tokens=99"), wide)
+        assert "holds 100 positions" in refused(*limit, "rollout.max_new_tokens=100", model=wide)
 
 
 def test_exits_as_given_by_default_and_at_requested_boundaries() -> None:
@@ -237,6 +269,7 @@ EXECUTION = {
             "actors",
             "threads",
             "rows",
+            "cache_gib",
             "device_share",
             "tensor",
             "vllm_python",

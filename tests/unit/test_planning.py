@@ -15,16 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ee_megatron import cli
+from ee_megatron.config.derive import position_bytes
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import RunConfig
+from ee_megatron.planning.actors import shard_elements
 from ee_megatron.planning.command import launch_command, launch_commands
 from ee_megatron.planning.construct import build_ranks, check_sums
 from ee_megatron.planning.devices import find_device
 from ee_megatron.planning.entry import scale
 from ee_megatron.planning.flops import PassMode, whole_pass
+from ee_megatron.planning.generation import ARITHMETIC, MEMORY, REDUCING, ROWS, STARTING, all_reduce, embedded_round
 from ee_megatron.planning.layout import Layout, rank_parameters
 from ee_megatron.planning.memory import actor_memory, in_flight
-from ee_megatron.planning.plan import Assumptions, make_plan
+from ee_megatron.planning.plan import Assumptions, Plan, make_plan
 from ee_megatron.planning.published import PUBLISHED, published_dims
 from ee_megatron.planning.workload import Workload, tilted
 from ee_megatron.rollout.engine.cache import KVCache
@@ -162,10 +165,10 @@ def test_gates_cost_what_they_are_made_of_and_travel_in() -> None:
     matrices = len(plain.layout.spec.exit_depths) * 2 * dims.hidden**2
     small_parts = plain.trained - matrices
     assert plain.sync == 4 * plain.trained and narrow.sync == 2 * matrices + 4 * small_parts
-    assert plain.actor["gates"] == 2 * matrices + 4 * small_parts
+    assert plain.actor.kinds["gates"] == 2 * matrices + 4 * small_parts
     assert planned(rollout__sync_dtype="bfloat16", model__dtype="float32").sync == plain.sync
     assert small.sync == pytest.approx(plain.sync / 8, rel=1e-3)
-    assert small.flops["update"] < plain.flops["update"] and small.seconds["rollouts"] < plain.seconds["rollouts"]
+    assert small.flops["update"] < plain.flops["update"] and small.round.parts[MEMORY] < plain.round.parts[MEMORY]
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -188,6 +191,11 @@ def test_a_model_that_no_device_holds_is_refused(capsys: pytest.CaptureFixture[s
     model = "DeepSeek-R1-Distill-Llama-70B"
     code, _, err = run(capsys, "experiment=rl_7b", "exits.depths=[40]", "--dims", model, "--no-build", "--on", "H100")
     assert code == 2 and "a whole replica on one device" in err and err.count("\n") == 1
+    # Half of its 8 devices each, and what is proposed is accepted.
+    proposal = err.split("let vLLM share it out, ")[1].split()
+    assert proposal == ["rollout.backend=vllm", "rollout.tensor=4", "rollout.actors=2"]
+    code, _, err = run(capsys, "experiment=rl_7b", "exits.depths=[40]", "--dims", model, "--no-build", *proposal)
+    assert code == 0, err
 
 
 @pytest.mark.parametrize(
@@ -272,3 +280,151 @@ def test_more_nodes_help_less_and_less() -> None:
     with pytest.raises(ValueError, match="less than one learner replica of 16 ranks"):
         big = load(["experiment=rl_32b"])
         scale(big, published_dims("DeepSeek-R1-Distill-Qwen-32B"), find_device("H100"), Assumptions(), [1])
+
+
+# ---- actors of vLLM's, and rounds ----
+
+SEVENTY = "DeepSeek-R1-Distill-Llama-70B"
+
+
+def seventy(*overrides: str, device: str = "H100", **assumed) -> Plan:
+    cfg = load(["experiment=rl_70b", *overrides])
+    return make_plan(cfg, published_dims(SEVENTY), find_device(device), Assumptions(**assumed))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "heads_each"),
+    [(SEVENTY, 8, 1), (SEVENTY, 2, 4), (SEVEN, 4, 1), ("DeepSeek-R1-Distill-Qwen-1.5B", 4, 1), ("SmolLM2-135M", 1, 3)],
+)
+def test_devices_share_the_model_as_vllm_cuts_it(name: str, tensor: int, heads_each: int) -> None:
+    """Heads, MLP and vocabulary, biases with their matrices; norms, and sums' biases, are everywhere. 1.5B has two
+    key-value heads for four devices."""
+    dims = published_dims(name)
+    kv = heads_each * dims.head_dim
+    layer = dims.hidden * (2 * dims.q_size // tensor + 2 * kv + 3 * dims.intermediate // tensor) + 2 * dims.hidden
+    layer += (dims.q_size // tensor + 2 * kv) if dims.qkv_bias else 0
+    vocabulary = dims.vocab // tensor * dims.hidden * (1 if dims.tied else 2)
+    assert dims.vocab % 64 == 0
+    assert shard_elements(dims, tensor) == dims.num_layers * layer + vocabulary + dims.hidden
+    assert position_bytes(dims, 2, tensor) == 2 * 2 * dims.num_layers * kv
+    if tensor == 1:
+        assert shard_elements(dims, 1) == PUBLISHED[name][1]
+
+
+def test_the_cache_of_a_vllm_is_what_is_left_of_its_share() -> None:
+    plan = seventy()
+    kinds, device = plan.actor.kinds, plan.device
+    assert sum(kinds.values()) == pytest.approx(0.9 * device.memory - device.reserved)
+    assert kinds["gates"] == 4 * (plan.trained - seventy("exits.depths=[20,40,60]").trained) / 4 * 7
+    page = 16 * 2 * 2 * 80 * 2 * 128
+    assert plan.actor.positions == (int(kinds["KV cache"] / page) - 1) * 16
+    assert plan.actor.sequence == 1104 and plan.actor.rows == plan.actor.wanted == 32
+    # Of longer answers fewer have room: by their mean length, for rows that vLLM runs short of are read again later.
+    long = seventy("rollout.max_new_tokens=30000", "rl.prompts_per_step=64", answer_tokens=15000)
+    assert long.actor.rows == long.actor.positions // 15200 < long.actor.wanted == 128
+    half = seventy("rollout.cache_gib=10")
+    assert half.actor.kinds["KV cache"] == 10 * 2**30 and half.device_bytes(half.actor.kinds) < 50 * 2**30
+
+
+def test_a_vllm_without_room_for_one_longest_sequence_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ["experiment=rl_70b", "--dims", SEVENTY, "--no-build", "--memory-gib", "45"]
+    code, out, err = run(capsys, *wanted)
+    assert code == 2 and err.count("\n") == 1 and "KV cache" in out
+    assert "one longest sequence, 1104 positions; what is left of 0.9 x 45.0 GiB beside 37.9" in err, err
+    proposal = err.split("the nearest that fits: ")[1].split()
+    assert "rollout.tensor=8" in proposal
+    assert run(capsys, *wanted, *proposal)[0] == 0
+    code, _, err = run(capsys, "experiment=rl_70b", "--dims", SEVENTY, "--no-build", "rollout.cache_gib=0.075")
+    assert code == 2 and "rollout.cache_gib=0.075 holds 960" in err
+
+
+def test_recorded_rollouts_need_no_actor(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(
+        capsys, "experiment=rl_70b", "rollout=ray", "rollout.tensor=1", "rl.replay=somewhere", "--dims", SEVENTY,
+        "--no-build",
+    )  # fmt: skip
+    assert code == 0 and "recorded ones, from somewhere; no actors" in out and "rollouts: 0" not in out, err
+
+
+def test_what_is_read_again_needs_room_for_a_whole_replica(capsys: pytest.CaptureFixture[str]) -> None:
+    """A 7B replica has room beside vLLM's if the cache leaves it; one of 70B never has."""
+    arguments = ["experiment=rl_7b", "rollout=vllm", "--dims", SEVEN, "--no-build"]
+    _, out, _ = run(capsys, *arguments)
+    limit = out.split("run them with ")[1].split()[0]
+    assert limit.startswith("rollout.cache_gib=4")
+    assert "there is room for it" in run(capsys, *arguments, limit)[1]
+    assert "no cache leaves room for it" in run(capsys, "experiment=rl_70b", "--dims", SEVENTY, "--no-build")[1]
+    assert "whole replica of" not in run(capsys, "experiment=rl_7b", "--dims", SEVEN, "--no-build")[1]
+
+
+def test_a_bounded_cache_bounds_memory_and_rows() -> None:
+    """The engine lets a row begin when what it may come to need is free."""
+    dims, device = published_dims(SEVEN), find_device("H100")
+    many = dict(rl__prompts_per_step=16, rl__group_size=8, rollout__rows=128, rollout__max_new_tokens=1000)
+    free = make_plan(config(**many), dims, device, Assumptions())
+    bound = make_plan(config(**many, rollout__cache_gib=2.0), dims, device, Assumptions())
+    page = 16 * 2 * 2 * 28 * 4 * 128
+    assert bound.actor.kinds["KV cache"] <= 2 * 2**30 < free.actor.kinds["KV cache"]
+    assert bound.actor.rows == 2 * 2**30 // page // 75 and free.actor.rows == 128
+    assert bound.seconds["rollouts"] > 2 * free.seconds["rollouts"]
+
+
+def test_exits_save_the_embedded_engine_work_and_vllm_none() -> None:
+    dims, device = published_dims(SEVEN), find_device("H100")
+
+    def each(backend: str, depth: float) -> Plan:
+        return make_plan(
+            config(rollout__backend=backend), dims, device, Assumptions(answer_tokens=48, mean_depth=depth)
+        )
+
+    for part in (MEMORY, ARITHMETIC, STARTING):
+        assert each("ray", 0.4).round.parts[part] < each("ray", 0.9).round.parts[part]
+    assert each("vllm", 0.4).round == each("vllm", 0.9).round
+    assert (
+        each("vllm", 0.4).flops["rollouts"] == each("vllm", 1.0).flops["rollouts"] > each("ray", 1.0).flops["rollouts"]
+    )
+
+
+def test_weights_are_read_for_whoever_is_left() -> None:
+    """One row reads what it runs; among many somebody goes on to the last layer nearly always."""
+    dims, device = published_dims(SEVEN), dataclasses.replace(find_device("H100"), launch=0.0, row=0.0)
+    layout = Layout.of(config(), dims)
+
+    def read(rows: int, depth: float) -> float:
+        load = Workload.of(1, 600, layout.spec.layout.outcomes, depth)
+        return embedded_round(layout, load, device, 2, rows).parts[MEMORY]
+
+    assert read(1, 0.5) == pytest.approx(0.5 * read(1, 1.0), rel=0.1)
+    assert read(64, 0.5) > 0.85 * read(1, 1.0)
+
+
+def test_a_round_by_vllm_is_shared_but_for_what_every_device_does() -> None:
+    four, eight = seventy().round, seventy("rollout.tensor=8", "rollout.actors=1", "rl.prompts_per_step=8").round
+    assert eight.parts[MEMORY] < 0.7 * four.parts[MEMORY]
+    assert eight.parts[ARITHMETIC] < four.parts[ARITHMETIC] and eight.parts[REDUCING] > four.parts[REDUCING] > 0
+    assert eight.parts[ROWS] == four.parts[ROWS]
+    alone = make_plan(config(rollout__backend="vllm"), published_dims(SEVEN), find_device("H100"), Assumptions(200, 48))
+    assert alone.round.parts[REDUCING] == 0
+    assert alone.round.seconds < sum(alone.round.parts.values())
+
+
+@pytest.mark.parametrize(
+    ("tensor", "size", "measured"),
+    [(2, 512, 9.5), (8, 512, 10.1), (8, 262144, 24.1), (2, 1048576, 26.6), (4, 1048576, 40.2), (8, 1048576, 45.0)],
+)
+def test_all_reduces_take_what_was_published(tensor: int, size: int, measured: float) -> None:
+    """vLLM's kernel on H100s, microseconds (sgl-project/sglang#2904)."""
+    assert all_reduce(size, find_device("H100"), tensor) * 1e6 == pytest.approx(measured, rel=0.25)
+
+
+def test_the_report_names_tokens_per_second_and_what_weighs_most(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "experiment=rl_7b", "--dims", SEVEN, "--no-build", "--json")
+    found = json.loads(out)
+    prompts = 16 * 4 * 900
+    assert found["tokens_per_s"]["pool"] == pytest.approx(prompts / found["seconds"]["rollouts"])
+    assert found["tokens_per_s"]["actor"] == pytest.approx(8 / found["round"]["seconds"])
+    _, out, _ = run(capsys, "experiment=rl_7b", "--dims", SEVEN, "--no-build")
+    assert f"{found['tokens_per_s']['actor']:,.0f} tokens/s of an actor with 8 rows" in out
+    assert "weighs most: starting kernels (7.5 us per kernel" in out
+    _, out, _ = run(capsys, "experiment=rl_70b", "--dims", SEVENTY, "--no-build")
+    assert "weighs most: reading weights and cache (80% of 3.35 TB/s" in out and "reading the base again" in out

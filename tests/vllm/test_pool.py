@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,7 @@ import pytest
 import torch
 from vllm_setup import LORA, PROMPTS, SAMPLINGS, assert_same, make_model, policy_of, request
 
+from ee_megatron.config.derive import position_bytes
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import RolloutConfig
 from ee_megatron.config.validate import validate
@@ -106,6 +108,24 @@ def test_a_model_without_exits_answers_too(path, vllm_python: str):
         pool.close()
 
 
+def test_a_cache_with_a_limit_holds_what_it_says_and_refuses_what_it_can_never_hold(path, vllm_python: str):
+    """vLLM by itself wants room for the longest sequence that the model takes."""
+    dims, held = HFDirectory(path).dims, 384
+    assert dims.max_positions > held
+    limit = held * position_bytes(dims, 4) / 2**30
+    asked = GenerationRequest(PROMPTS, 2, SAMPLINGS["whole"], Off(), 0)
+    pool = VllmPool(ReplicaSettings(str(path), None, torch.float32, "cpu", 8, 1, vllm_python, cache_gib=limit))
+    try:
+        pool.load(None)
+        assert_same(flat(pool.generate(asked)), flat(LocalPool(path, None, cache_gib=limit).generate(asked)))
+        # vLLM cuts it into blocks of 128 positions on a CPU, and keeps one empty.
+        for each, fit in ((pool, 256), (pool.reader, held)):
+            with pytest.raises(ValueError, match=f"prompt and answer take up to 4.. positions, the cache has {fit}"):
+                each.generate(replace(asked, sampling=SamplingParams(1.0, held)))
+    finally:
+        pool.close()
+
+
 @pytest.mark.timeout(1800)
 def test_ten_kills_lose_no_answer_and_leave_no_engine(path, pool: RayPool, local: LocalPool):
     """Actors and engines by turns; every prompt is answered once, with the tokens of an undisturbed run."""
@@ -159,7 +179,7 @@ def test_without_a_vllm_that_was_tested_nothing_starts(found: str, path: Path, t
 def test_devices_of_an_actor_share_the_heads_evenly(path: Path):
     dims = HFDirectory(path).dims
     for overrides, message in (
-        (["rollout=vllm", "rollout.tensor=3"], "rollout.tensor=3 divides not both the model's 4 attention heads"),
+        (["rollout=vllm", "rollout.tensor=3"], "rollout.tensor=3: has to divide the model's 4 attention heads"),
         (["rollout=ray", "rollout.tensor=2"], "rollout.tensor=2: rollout.backend=ray has the whole model"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -38,7 +38,7 @@ def decode(findings: Findings, bench: Bench) -> None:
 
     answered(1.0)
     if findings.only_on_cuda("memory against the plan"):
-        planned, peak = plan.device_bytes(plan.actor), bench.peak_bytes()
+        planned, peak = plan.device_bytes(plan.actor.kinds), bench.peak_bytes()
         compare_memory(findings, "rollout actor", planned, peak)
     answered(bench.size.depth)
     hf = AutoModelForCausalLM.from_pretrained(bench.folder(False), dtype=torch.bfloat16).to(bench.device).eval()
@@ -61,7 +61,7 @@ def decode(findings: Findings, bench: Bench) -> None:
     )  # fmt: skip
     for name, depth in kinds.items():
         at = plan if depth < 1 else bench.plan(bench.settings(False, prompts=rows), device, prompt, answer, depth)
-        bound = Roofline(at.cfg, at.layout, at.load, ideal(device), at.item).phases()["rollouts"]
+        bound = Roofline(at.cfg, at.layout, at.load, ideal(device), at.item, rows).phases()["rollouts"]
         share = bound / spread(seconds[name])[0]
         findings.figure(f"{name}: roofline", tokens / bound, "tokens/s")
         findings.figure(f"{name}: what `plan` expects", tokens / at.seconds["rollouts"], "tokens/s")

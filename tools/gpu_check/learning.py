@@ -49,7 +49,7 @@ def step(findings: Findings, bench: Bench) -> None:
         live.append(bench.live_bytes())
     findings.check("live memory grows over steps by", max(live) - live[0], at_most=GROWTH, unit="bytes")
     findings.table("Seconds", ("what", "median", "least", "most"), [(n, *spread(t)) for n, t in seconds.items()])
-    bounds = Roofline(cfg, plan.layout, plan.load, ideal(device), plan.item).phases()
+    bounds = Roofline(cfg, plan.layout, plan.load, ideal(device), plan.item, plan.actor.rows).phases()
     for name, taken in seconds.items():
         median = spread(taken)[0]
         findings.figure(f"{name}: roofline", bounds[name], "s")

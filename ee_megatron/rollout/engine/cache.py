@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...config.derive import position_bytes
 from ...families import ModelDims
 from .kernels import LANES
 
@@ -26,6 +27,11 @@ TABLE = 4
 def pages_for(positions: int) -> int:
     """Pages that so many positions take."""
     return -(-positions // PAGE)
+
+
+def pages_in(gib: float, dims: ModelDims, item: int) -> int:
+    """Pages that fit so much memory, with elements of `item` bytes."""
+    return int(gib * 2**30 / (PAGE * position_bytes(dims, item)))
 
 
 def pool_pages(held: int) -> int:

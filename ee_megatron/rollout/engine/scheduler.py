@@ -399,8 +399,9 @@ def generate(
     rows: int = 64,
     begun: Sequence[Sequence[Rollout]] = (),
     stop: Callable[[], bool] = lambda: False,
+    positions: int | None = None,
 ) -> list[list[Rollout]]:
-    """The answers to every prompt, in the prompts' order, with up to `rows` in flight.
+    """The answers to every prompt, in the prompts' order, with up to `rows` in flight and as many as fit `positions`.
 
     A seed gives the same answers whatever `rows` is and whatever else is asked. In float32 that holds up to rounding:
     another batch may change the last bits of a logit, and with them a choice that hangs on these bits. `progress(done,
@@ -411,7 +412,7 @@ def generate(
     """
     if request.samples < 1 or rows < 1:
         raise ValueError(f"samples={request.samples}, rows={rows}: both must be at least 1")
-    scheduler = Scheduler(decoder, tokenizer, min(rows, max(1, request.answers)))
+    scheduler = Scheduler(decoder, tokenizer, min(rows, max(1, request.answers)), positions=positions)
     return answer(scheduler, tokenizer, request, version, progress, begun, stop)
 
 

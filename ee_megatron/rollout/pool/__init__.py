@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
+from ...config.derive import check_cache
 from ...config.schema import RolloutConfig
+from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec
 from ..vllm.pipe import check_python
 from .interface import ReplicaSettings, RolloutPool
@@ -19,11 +21,17 @@ from .transport import sync_dtype
 def make_pool(
     rollout: RolloutConfig, model_path: str | Path, spec: PolicySpec | None, dtype: torch.dtype, device: str
 ) -> RolloutPool:
-    """The pool that `rollout.backend` names. Raises ValueError for another name, and where there is no vLLM."""
+    """The pool that `rollout.backend` names. Raises ValueError for another name, for a cache that no answer fits, and
+    where there is no vLLM."""
+    source = HFDirectory(model_path)
+    check_cache(rollout, source.dims, dtype.itemsize)
+    source.close()
     if rollout.backend == "local":
-        narrow = sync_dtype(rollout)
-        return LocalPool(model_path, spec, dtype, device, rollout.rows, rollout.threads, narrow)
-    replica = ReplicaSettings(str(Path(model_path).resolve()), spec, dtype, device, rollout.rows, rollout.threads)
+        narrow, gib = sync_dtype(rollout), rollout.cache_gib
+        return LocalPool(model_path, spec, dtype, device, rollout.rows, rollout.threads, narrow, gib)
+    replica = ReplicaSettings(
+        str(Path(model_path).resolve()), spec, dtype, device, rollout.rows, rollout.threads, cache_gib=rollout.cache_gib
+    )
     if rollout.backend == "ray":
         return RayPool(replica, rollout)
     if rollout.backend == "vllm":

@@ -71,7 +71,9 @@ class RolloutPool(Protocol):
 @dataclass(frozen=True)
 class ReplicaSettings:
     """What it takes to make a replica in any process. With `vllm_python` vLLM makes the answers, in the environment of
-    that interpreter, on `tensor` devices, and has to be there within `start_s` seconds."""
+    that interpreter, on `tensor` devices, and has to be there within `start_s` seconds.
+
+    `cache_gib`: as in `rollout`."""
 
     model_path: str
     spec: PolicySpec | None
@@ -82,6 +84,7 @@ class ReplicaSettings:
     vllm_python: str = ""
     tensor: int = 1
     start_s: float = 600.0
+    cache_gib: float = 0.0
 
 
 def expected_hashes(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, str]:

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from ...policy import PolicySpec, WeightSet, digest
 from ...types import Rollout, Trace
 from ..engine import scheduler, scoring
+from ..engine.cache import PAGE, pages_in
 from ..engine.decoder import Decoder
 from ..engine.request import GenerationRequest
 from ..engine.scheduler import Progress
@@ -24,6 +25,7 @@ class LocalPool:
     """A pool of one replica in this process. Sets torch's thread count if `threads` > 0 and the device is a CPU.
 
     `sync_dtype`: what weights are narrowed to before they are loaded, as for a pool of actors; None: nothing is.
+    `cache_gib`: the most that the cache may take; 0: as much as the rows do.
     """
 
     def __init__(
@@ -35,18 +37,20 @@ class LocalPool:
         rows: int = 64,
         threads: int = 0,
         sync_dtype: torch.dtype | None = None,
+        cache_gib: float = 0.0,
     ):
         if threads > 0 and device == "cpu":
             torch.set_num_threads(threads)
         self.decoder = Decoder.from_hf(model_path, spec, dtype, device)
         self.tokenizer = AutoTokenizer.from_pretrained(str(model_path), local_files_only=True)
         self.rows, self.sync_dtype = rows, sync_dtype
+        self.positions = pages_in(cache_gib, self.decoder.dims, dtype.itemsize) * PAGE if cache_gib else None
         self._weights: WeightSet | None = None
 
     @staticmethod
     def of(settings: ReplicaSettings) -> LocalPool:
         s = settings
-        return LocalPool(s.model_path, s.spec, s.dtype, s.device, s.rows, s.threads)
+        return LocalPool(s.model_path, s.spec, s.dtype, s.device, s.rows, s.threads, cache_gib=s.cache_gib)
 
     @property
     def version(self) -> int:
@@ -95,7 +99,9 @@ class LocalPool:
         stop: Callable[[], bool] = lambda: False,
     ) -> list[list[Rollout]]:
         """`begun` and `stop` as in `scheduler.generate`."""
-        return scheduler.generate(self.decoder, self.tokenizer, request, self.version, progress, self.rows, begun, stop)
+        return scheduler.generate(
+            self.decoder, self.tokenizer, request, self.version, progress, self.rows, begun, stop, self.positions
+        )
 
     def begin(self, weights: WeightSet, request: GenerationRequest) -> Pending:
         """Answers at once: there is no other process that could go on meanwhile."""

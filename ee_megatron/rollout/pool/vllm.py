@@ -24,8 +24,9 @@ class VllmPool:
     def __init__(self, settings: ReplicaSettings):
         self.settings = settings
         engine = EngineSettings(
-            settings.model_path, settings.spec, settings.dtype, rows=settings.rows, tensor=settings.tensor
-        )
+            settings.model_path, settings.spec, settings.dtype, rows=settings.rows, tensor=settings.tensor,
+            cache_gib=settings.cache_gib,
+        )  # fmt: skip
         environment = {"VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": str(max(1, settings.threads))}
         self._engine = EngineProcess(settings.vllm_python, PROCESS, engine, environment, settings.start_s)
         self._reader: LocalPool | None = None

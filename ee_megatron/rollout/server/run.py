@@ -10,6 +10,7 @@ import uvicorn
 from transformers import AutoTokenizer
 
 from ...exit_rules import ExitRule
+from ..engine.cache import PAGE, pages_in
 from ..engine.decoder import Decoder
 from ..pool.ray_nodes import is_loopback
 from .app import Limits, Service, make_app
@@ -19,7 +20,8 @@ from .worker import Engine
 @dataclass(frozen=True)
 class ServerSettings:
     """host, port (0: a free one); rows that run together, requests that may wait; positions of a request (0: as many as
-    the model has); new tokens of one that doesn't say; seconds that running requests get at the end."""
+    the model and the cache have); new tokens of one that doesn't say; seconds that running requests get at the end;
+    memory of the cache, GiB (0: as much as the requests take)."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -28,6 +30,7 @@ class ServerSettings:
     max_length: int = 0
     default_tokens: int = 256
     grace_s: float = 30.0
+    cache_gib: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
@@ -35,8 +38,10 @@ class ServerSettings:
         for name in ("rows", "queue", "default_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
-        if self.max_length < 0 or self.grace_s < 0:
-            raise ValueError(f"max-length {self.max_length}, grace {self.grace_s}: neither can be negative")
+        for name in ("max_length", "grace_s", "cache_gib"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                flag = name.removesuffix("_s").replace("_", "-")
+                raise ValueError(f"{flag} {getattr(self, name)}: expected a number >= 0")
 
 
 def run(
@@ -53,8 +58,17 @@ def run(
     positions = decoder.dims.max_positions
     if settings.max_length > positions:
         raise ValueError(f"max-length {settings.max_length}: the model has {positions} positions; lower it")
+    held = None
+    if settings.cache_gib:
+        held = pages_in(settings.cache_gib, decoder.dims, decoder.dtype.itemsize) * PAGE
+        positions = min(positions, held)
+        if positions < max(2, settings.max_length):
+            raise ValueError(
+                f"cache-gib {settings.cache_gib:g}: holds {held} positions, a request takes up to "
+                f"{settings.max_length or 'its tokens'}; raise it or lower max-length"
+            )
     tokenizers = [AutoTokenizer.from_pretrained(model_path, local_files_only=True) for _ in range(2)]
-    engine = Engine(decoder, tokenizers[0], settings.rows, settings.queue)
+    engine = Engine(decoder, tokenizers[0], settings.rows, settings.queue, held)
     limits = Limits(settings.max_length or positions, default_tokens=settings.default_tokens)
     about = {"layers": decoder.dims.num_layers, "exits": list(decoder.layout.depths), "exit_policy": exits.kind}
     service = Service(engine, tokenizers[1], name, exits, limits, api_key, {**about, **(describe or {})})

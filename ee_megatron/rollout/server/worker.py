@@ -40,13 +40,21 @@ class Ticket:
 
 
 class Engine:
-    """At most `rows` requests run at a time and `queue_limit` wait; `submit` refuses more."""
+    """At most `rows` requests run at a time, and as many as fit `positions` (None: any number), and `queue_limit` wait;
+    `submit` refuses more."""
 
-    def __init__(self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, rows: int, queue_limit: int):
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: int,
+        queue_limit: int,
+        positions: int | None = None,
+    ):
         self.rows, self.queue_limit, self.num_layers = rows, queue_limit, decoder.dims.num_layers
         self.vocab = decoder.dims.vocab
-        self._decoder, self._tokenizer = decoder, tokenizer
-        self._scheduler = Scheduler(decoder, tokenizer, rows)
+        self._decoder, self._tokenizer, self._positions = decoder, tokenizer, positions
+        self._scheduler = Scheduler(decoder, tokenizer, rows, positions=positions)
         self._inbox: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._open: set[Ticket] = set()
@@ -192,7 +200,7 @@ class Engine:
 
     def _give_up(self, error: Exception) -> None:
         """Tell everyone and begin with an empty scheduler: what state the failure left the old one in is not known."""
-        self._scheduler = Scheduler(self._decoder, self._tokenizer, self.rows)
+        self._scheduler = Scheduler(self._decoder, self._tokenizer, self.rows, positions=self._positions)
         with self._lock:
             lost = list(self._by_id.values())
             self._by_id.clear()

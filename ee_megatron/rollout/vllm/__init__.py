@@ -9,6 +9,9 @@ from __future__ import annotations
 FAMILIES = ("Llama", "Qwen2", "Qwen3")
 # Tested; others are refused, for vLLM's insides move.
 VERSIONS = ("0.32",)
+# Of a GPU's memory, what an engine takes for all that it holds, and of a CPU's what its cache has, GiB.
+GPU_SHARE = 0.9
+CPU_CACHE_GIB = 1
 
 
 def architecture(family: str) -> str:

@@ -18,7 +18,7 @@ from ...types import Rollout
 from ..engine.decoder import read_eos_ids
 from ..engine.intake import Intake
 from ..engine.request import Event, Request, Row
-from . import VERSIONS, architecture
+from . import CPU_CACHE_GIB, GPU_SHARE, VERSIONS, architecture
 from .asked import EXTRA, Asked
 
 FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -32,7 +32,7 @@ class EngineSettings:
     - tensor: devices
     - blocks: of the cache, 0 for as many as there is memory; block: positions in one, 0 for vLLM's choice
     - positions: the longest sequence, 0 for the model's own limit
-    - cache_gib: memory of the cache on a CPU
+    - cache_gib: memory of the cache on each device, 0 for what is left of `GPU_SHARE` or on a CPU `CPU_CACHE_GIB`
     """
 
     model_path: str
@@ -44,7 +44,7 @@ class EngineSettings:
     block: int = 0
     positions: int = 0
     chunk: int = 8192
-    cache_gib: float = 1.0
+    cache_gib: float = 0.0
 
 
 class VllmEngine:
@@ -53,7 +53,11 @@ class VllmEngine:
     def __init__(self, settings: EngineSettings):
         # In this process: the caller owns it, and weights are set between two steps.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(settings.cache_gib))))
+        if settings.cache_gib:
+            # It would take the place of what is asked for here.
+            os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+        else:
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_CACHE_GIB))
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         import vllm
@@ -77,10 +81,16 @@ class VllmEngine:
             more["block_size"] = settings.block
         if settings.positions:
             more["max_model_len"] = settings.positions
+        elif settings.cache_gib:
+            # As long as the cache has room for: vLLM refuses one that doesn't hold the model's longest sequence.
+            more["max_model_len"] = -1
+        if settings.cache_gib:
+            more["kv_cache_memory_bytes"] = int(settings.cache_gib * 2**30)
         arguments = EngineArgs(
             model=str(Path(settings.model_path)), dtype=str(settings.dtype).removeprefix("torch."),
             skip_tokenizer_init=True, enforce_eager=True, async_scheduling=False, enable_prefix_caching=False,
             max_num_seqs=settings.rows, max_num_batched_tokens=settings.chunk, enable_chunked_prefill=True,
+            gpu_memory_utilization=GPU_SHARE,
             tensor_parallel_size=settings.tensor, worker_extension_cls=f"{__package__}.worker.ExitWorker",
             hf_overrides={
                 "architectures": [architecture(FAMILIES[self.dims.family])], "exit_depths": list(spec.exit_depths),
@@ -94,6 +104,7 @@ class VllmEngine:
         self._adapters: dict[str, Tensor] = {}
         limit = settings.positions or self.dims.max_positions
         self._intake = Intake(self.tokenizer, eos_ids, self.spec.layout, limit)
+        self._room = int(self.engine.model_config.max_model_len)
         self.finished: dict[int, Row] = {}
         self._rows: dict[int, Row] = {}
         self._next_id = 0
@@ -133,6 +144,11 @@ class VllmEngine:
         from vllm import SamplingParams
 
         row = self._intake.begin(self._next_id, request, self.gated)
+        if row.longest > self._room:
+            raise ValueError(
+                f"prompt and answer take up to {row.longest} positions, the cache has {self._room}; enlarge it, "
+                "shorten the prompts or lower max_new_tokens"
+            )
         self._next_id += 1
         self._rows[row.id] = row
         left = request.sampling.max_new_tokens - len(row.tokens)

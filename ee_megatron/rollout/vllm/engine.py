@@ -121,10 +121,9 @@ class VllmEngine:
             )
         return {**self._adapters, **self._call("exits_held", self.spec.full)}
 
-    @property
-    def preemptions(self) -> int:
-        """How often requests lost their place in the cache and were read again."""
-        return sum(int(m.value) for m in self.engine.get_metrics() if m.name == "vllm:num_preemptions")
+    def counter(self, name: str) -> int:
+        """One of vLLM's counters, as `vllm:num_preemptions`."""
+        return sum(int(metric.value) for metric in self.engine.get_metrics() if metric.name == name)
 
     # ---- requests ----
 

@@ -1,4 +1,4 @@
-"""Run by vLLM's own interpreter: the exit policy that each export is served with, or what vLLM says against it.
+"""Run by vLLM's own interpreter: exit policy and model that each export is served with, or what vLLM says against it.
 
 settings.py '[[PATH, {argument: value}, {environment: value}], ...]'
 """
@@ -22,7 +22,7 @@ def main(cases: str) -> None:
         vllm.__version__ = environment.get("VERSION", version)
         try:
             config = EngineArgs(model=path, **arguments).create_engine_config()
-            found.append(config.model_config.hf_config.exit_policy)
+            found.append([config.model_config.hf_config.exit_policy, config.model_config.architecture])
         except Exception as error:
             found.append(str(error))
     print(json.dumps(found))

@@ -18,7 +18,7 @@ import openai
 import pytest
 from vllm_setup import ENVIRONMENT, LORA, SAMPLINGS, START_S, TEXTS, TOKENS, Own, make_model, policy_of
 
-from ee_megatron.checkpoint.hf_export import export_hf
+from ee_megatron.checkpoint.hf_export import DEFAULT_EXIT_POLICY, export_hf
 from ee_megatron.exit_rules import Confidence, ExitRule, Fixed, Off, Patience, Sample, Threshold
 from ee_megatron.rollout import Request, SamplingParams, Scheduler
 from ee_megatron.types import Rollout
@@ -256,6 +256,24 @@ def test_what_is_wrong_with_a_requests_exits_is_one_line(served: Served, fields:
         assert "\n" not in caught.value.body["message"] and caught.value.body["param"] == "exit_policy"
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_client_that_leaves_frees_its_place(served: Served, chat: bool):
+    def made() -> float:
+        """Tokens, once there are no more."""
+        counts = [-1.0]
+        while len(counts) < 3 or counts[-1] != counts[-3]:
+            time.sleep(0.5)
+            text = httpx.get(f"{served.url}/metrics", timeout=10).text
+            counts.append(sum(map(float, re.findall(r"^vllm:generation_tokens_total{.*} (\S+)$", text, re.MULTILINE))))
+        return counts[-1]
+
+    before, ask = made(), served.chat if chat else served.complete
+    asked = {"max_tokens": 200, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    with ask("9", stream=True, **asked) as answer:
+        next(iter(answer))
+    assert 0 < made() - before < 200
+
+
 def test_beam_search_is_refused(served: Served):
     with pytest.raises(openai.BadRequestError, match="use_beam_search reads every token as part of a prompt"):
         served.complete(extra_body={"use_beam_search": True})
@@ -301,9 +319,12 @@ def test_what_cant_be_served_is_said_before_anything_starts(export: tuple[Path, 
     (bare / "config.json").write_text(json.dumps({**config, "exit_depths": []}))
     policy = {"kind": "fixed", "value": 4}
     (told / "generation_config.json").write_text(json.dumps({"eos_token_id": 128, "exit_policy": policy}))
+    base = make_model("qwen3", tmp_path / "base")
+    other = export_hf(base, (LORA, policy_of(base)), tmp_path / "other")
     cases = [
         [str(path), {}, {}],
         [str(told), {}, {}],
+        [str(other), {}, {}],
         [str(path), {"pipeline_parallel_size": 2}, {}],
         [str(path), {"enable_lora": True}, {}],
         [str(path), {"async_scheduling": True}, {}],
@@ -317,7 +338,8 @@ def test_what_cant_be_served_is_said_before_anything_starts(export: tuple[Path, 
         env=environment, timeout=START_S, check=True, capture_output=True, text=True,
     )  # fmt: skip
     found = json.loads(ran.stdout.splitlines()[-1])
-    assert found[:2] == [DEFAULT.to_json(), policy]
+    llama, qwen = (f"EarlyExit{family}ForCausalLM" for family in ("Llama", "Qwen3"))
+    assert found[:3] == [[DEFAULT.to_json(), llama], [policy, llama], [DEFAULT_EXIT_POLICY, qwen]]
     messages = (
         "not served with --pipeline-parallel-size above 1; leave it out",
         "not served with --enable-lora; leave it out",
@@ -326,5 +348,5 @@ def test_what_cant_be_served_is_said_before_anything_starts(export: tuple[Path, 
         r"exit_depths \[\]; expected an early-exit export of llama, qwen2, qwen3; make one with: ee-megatron convert",
         "vLLM 0.33.1 is installed, early exits were tested with 0.32; run: make vllm",
     )
-    for said, message in zip(found[2:], messages, strict=True):
+    for said, message in zip(found[3:], messages, strict=True):
         assert len([line for line in said.splitlines() if re.search(message, line)]) == 1, said

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...exit_rules import OFFERED, RULES, ExitRule, Off, Prescribed, known, make_rule, usage
+from ...exits import ExitLayout
 from ..engine.request import Row
 from ..engine.sampling import SamplingParams, stream_key, uniforms
 
@@ -126,6 +127,17 @@ def read_rule(given: Any) -> ExitRule:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise ValueError(f"{FIELD}.value {value!r} is no number; expected {usage()}")
     return make_rule(kind, value)
+
+
+def rule_for(config: Any, given: Any) -> ExitRule:
+    """The exit rule of a request to the export that vLLM's `config` is of: `given`, or the export's own for None.
+    Raises ValueError."""
+    model = config.model_config.hf_config
+    rule = read_rule(model.exit_policy if given is None else given)
+    rule.check(ExitLayout(model.num_hidden_layers, tuple(model.exit_depths)), True)
+    if "readout" in rule.needs and config.parallel_config.tensor_parallel_size > 1:
+        raise ValueError(f"{FIELD} {rule.kind} reads out at every exit, which tensor parallelism can't; set another")
+    return rule
 
 
 def check_names(names: Iterable[str]) -> None:

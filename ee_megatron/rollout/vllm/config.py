@@ -9,10 +9,8 @@ import vllm
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-from ...exit_rules import ExitRule
-from ...exits import ExitLayout
-from . import FAMILIES, architecture, check_version
-from .asked import FIELD, read_rule
+from .asked import FIELD, rule_for
+from .tested import FAMILIES, architecture, check_version
 
 BASES = {family.lower(): family for family in FAMILIES}
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
@@ -83,16 +81,6 @@ def check_settings(config: Any) -> None:
     }
     if found := [name for name, there in refused.items() if there]:
         raise ValueError(f"an early-exit model is not served with {found[0]}; leave it out")
-
-
-def rule_for(config: Any, given: Any) -> ExitRule:
-    """The exit rule of a request to this model, whose own is `given`, if it has one. Raises ValueError."""
-    model = config.model_config.hf_config
-    rule = read_rule(model.exit_policy if given is None else given)
-    rule.check(ExitLayout(model.num_hidden_layers, tuple(model.exit_depths)), True)
-    if "readout" in rule.needs and config.parallel_config.tensor_parallel_size > 1:
-        raise ValueError(f"{FIELD} {rule.kind} reads out at every exit, which tensor parallelism can't; set another")
-    return rule
 
 
 def register() -> None:

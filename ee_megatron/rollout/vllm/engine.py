@@ -18,8 +18,8 @@ from ...types import Rollout
 from ..engine.decoder import read_eos_ids
 from ..engine.intake import Intake
 from ..engine.request import Event, Request, Row
-from . import architecture, check_version
 from .asked import EXTRA, Asked
+from .tested import architecture, check_version
 
 FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 

@@ -21,8 +21,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import RequestState
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
-from .asked import EXTRA, FIELD, Asked, check_names
-from .config import rule_for
+from .asked import EXTRA, FIELD, Asked, check_names, rule_for
 
 # What JSON can hold of a log-probability; vLLM's own bound.
 LOWEST = -9999.0
@@ -242,7 +241,13 @@ def _streamed(plain: Callable) -> Callable:
                 yield item
 
         bound.arguments["result_generator"] = watched()
-        async for chunk in plain(*bound.args, **bound.kwargs):
-            yield told.add_to_chunk(chunk)
+        stream = plain(*bound.args, **bound.kwargs)
+        try:
+            async for chunk in stream:
+                yield told.add_to_chunk(chunk)
+        finally:
+            # A client that has left is to free its place now, not when somebody collects what is not closed.
+            await stream.aclose()
+            await results.aclose()
 
     return chunks

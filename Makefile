@@ -140,4 +140,5 @@ $(VLLM_VENV)/.made: | $(BIN)/python
 	$(VLLM_VENV)/bin/python -m pip install '$(VLLM)'
 	$(VLLM_VENV)/bin/python -m pip uninstall -y torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install --no-deps -e .
+	$(VLLM_VENV)/bin/python tools/name_vllm.py
 	@touch $@

@@ -9,8 +9,8 @@ from ..config.derive import position_bytes, vllm_vocabulary
 from ..config.schema import RunConfig
 from ..families import ModelDims
 from ..rollout.engine.cache import PAGE, pages_for, pages_in
-from ..rollout.vllm import CPU_CACHE_GIB, GPU_SHARE
 from ..rollout.vllm.engine import EngineSettings
+from ..rollout.vllm.memory import CPU_CACHE_GIB, GPU_SHARE
 from .devices import GIB, Device
 from .layout import KEY_VALUE, ROW_PARALLEL, Layout
 from .memory import FP32, actor_memory

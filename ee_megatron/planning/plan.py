@@ -10,7 +10,7 @@ from ..config.cluster import job_shape
 from ..config.schema import RunConfig
 from ..config.validate import validate
 from ..families import ModelDims
-from ..rollout.vllm import CPU_CACHE_GIB, GPU_SHARE
+from ..rollout.vllm.memory import CPU_CACHE_GIB, GPU_SHARE
 from .actors import Actor, make_actor
 from .devices import GIB, Device
 from .generation import Round, token_round

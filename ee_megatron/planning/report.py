@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from ..rollout.vllm import CPU_CACHE_GIB, GPU_SHARE
+from ..rollout.vllm.memory import CPU_CACHE_GIB, GPU_SHARE
 from .generation import assumption
 from .plan import HOST, Plan
 

@@ -29,6 +29,7 @@ from vllm_setup import (
 )
 
 from ee_megatron.rollout.engine.sampling import SamplingParams
+from ee_megatron.types import Prompt
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -87,13 +88,13 @@ def test_how_it_is_scheduled_changes_nothing(settings, llama, engines: Engines):
     path, own = llama
     own.decoder.load_policy(policy_of(path))
     engine = engines(path, policy_of(path), **settings)
-    before = engine.call("preemptions")
+    before = engine.call("counter", "vllm:num_preemptions")
     for rule in ASKED:
         asked = replace(request(rule), prompts=[replace(p, id=f"{p.id}.{i}") for p in PROMPTS for i in range(3)])
         if rule == "prescribed":
             asked = request(rule)
         assert_same(answers(engine, asked), own.answers(asked))
-    assert (engine.call("preemptions") > before) == ("blocks" in settings)
+    assert (engine.call("counter", "vllm:num_preemptions") > before) == ("blocks" in settings)
 
 
 def test_weights_are_set_in_place(llama, engines: Engines):
@@ -108,6 +109,26 @@ def test_weights_are_set_in_place(llama, engines: Engines):
     assert_same(answers(engine, request("off")), own.answers(request("off")))
     with pytest.raises(ValueError, match="exit policy sample needs gates"):
         answers(engine, request("sample"))
+
+
+def test_prompts_of_a_group_are_read_once_under_each_policy(llama, engines: Engines):
+    """What was read under other weights, or answered with exits, is never taken for a prompt's."""
+    path, own = llama
+    engine = engines(path, policy_of(path), block=32)
+    text = " ".join(str(i) for i in range(20))
+    asked = replace(request("sample"), prompts=[Prompt(f"p{i}", text + " " * i, "", "t") for i in range(2)], samples=4)
+    for seed in (1, 2):
+        policy = policy_of(path, seed=seed)
+        own.decoder.load_policy(policy)
+        engine.call("load", seed, _packed(policy))
+        before = engine.call("counter", "vllm:prefix_cache_hits")
+        expected = own.answers(asked)
+        assert_same(answers(engine, asked), expected)
+        # Two prompts of one block, which one of all eight answers reads.
+        assert engine.call("counter", "vllm:prefix_cache_hits") - before == 7 * 32
+        # Prompts that contain an answer.
+        longer = [replace(p, id=f"{p.id}+", text=p.text + expected[4 * i].text) for i, p in enumerate(asked.prompts)]
+        assert_same(answers(engine, replace(asked, prompts=longer)), own.answers(replace(asked, prompts=longer)))
 
 
 def test_a_whole_model_is_taken_over(tmp_path: Path, engines: Engines):

@@ -40,7 +40,7 @@ def methods(settings: EngineSettings) -> Mapping[str, Callable[..., Any]]:
     served = Served(settings)
     return {
         "load": served.load, "held": served.held, "generate": served.generate,
-        "preemptions": lambda: served.engine.preemptions,
+        "counter": served.engine.counter,
     }  # fmt: skip
 
 

@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ...exit_rules import RULES, ExitRule, Off, Prescribed, known
+from ...exit_rules import OFFERED, RULES, ExitRule, Off, Prescribed, known, make_rule, usage
+from ...exits import ExitLayout
 from ..engine.request import Row
-from ..engine.sampling import SamplingParams, uniforms
+from ..engine.sampling import SamplingParams, stream_key, uniforms
 
 # The key in vLLM's `SamplingParams.extra_args`.
 EXTRA = "early_exit"
+# What users set in a request, as for this package's own server.
+FIELD = "exit_policy"
 
 
 @dataclass
 class Asked:
     """One request as the model runner knows it.
 
-    - name: comes back with every token
     - prompt: length of the prompt, without what was answered before
-    - key: of the answer's random stream
+    - stream: seed, prompt's id and sample, which name the answer's random stream
     - rule: decides about exits of tokens of which `prescribed` says nothing
+    - name: comes back with every token of a rollout
     - prescribed: depth of every token, entry 0 is L; of Prescribed and of answers that go on
-    - sampling: temperature, top_k and top_p
+    - sampling: temperature, top_k and top_p; None: vLLM's sampler decides, with this stream's random numbers
     - given: the tokens that the answer is made to begin with
     - depths: of the tokens made so far; read again after a preemption
     """
 
-    name: int
     prompt: int
-    key: int
+    stream: Sequence[Any]
     rule: ExitRule
-    prescribed: Sequence[int]
-    sampling: SamplingParams
-    given: Sequence[int]
+    name: int = -1
+    prescribed: Sequence[int] = ()
+    sampling: SamplingParams | None = None
+    given: Sequence[int] = ()
     depths: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._key = stream_key(*self.stream)
 
     @staticmethod
     def extra(row: Row) -> dict[str, Any]:
@@ -48,10 +54,8 @@ class Asked:
             prescribed, rule = rule.depths.get((request.prompt_id, request.sample), ()), Off()
         sampling = request.sampling.distribution
         return {
+            **Asked.served(rule, len(row.prompt_tokens), (request.seed, request.prompt_id, request.sample)),
             "name": row.id,
-            "prompt": len(row.prompt_tokens),
-            "key": row.key,
-            "rule": {"kind": rule.kind, **asdict(rule)},  # type: ignore[call-overload]
             "prescribed": [int(depth) for depth in prescribed],
             "sampling": {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p},
             "given": [int(token) for token in request.prefill],
@@ -59,10 +63,21 @@ class Asked:
         }
 
     @staticmethod
+    def served(rule: ExitRule, prompt: int, stream: Sequence[Any]) -> dict[str, Any]:
+        """The same for a request of a user's, whose tokens vLLM chooses."""
+        return {"prompt": prompt, "stream": list(stream), "rule": {"kind": rule.kind, **asdict(rule)}}  # type: ignore[call-overload]
+
+    @staticmethod
     def of(extra: dict[str, Any]) -> Asked:
         rule = dict(extra["rule"])
         kind = rule.pop("kind")
-        return Asked(**{**extra, "rule": RULES[kind](**rule), "sampling": SamplingParams(**extra["sampling"])})
+        sampling = SamplingParams(**extra["sampling"]) if "sampling" in extra else None
+        return Asked(**{**extra, "rule": RULES[kind](**rule), "sampling": sampling})
+
+    @staticmethod
+    def full_depth(extra: dict[str, Any]) -> bool:
+        """Whether every position goes through all layers."""
+        return extra["rule"]["kind"] == Off.kind and not extra.get("prescribed") and not extra.get("depths")
 
     def bounds(self, first: int, stop: int, depths: Sequence[int]) -> np.ndarray | None:
         """For tokens `first` <= t < `stop` (of which none is 0): the hazards above which their positions leave, float64
@@ -89,5 +104,44 @@ class Asked:
 
     def uniform(self, first: int, stop: int, exits: int) -> np.ndarray:
         """float64 [stop - first, M + 1]: the numbers of these tokens, one per exit and one for the token itself."""
-        keys = np.full(stop - first, self.key, dtype=np.uint64)
+        keys = np.full(stop - first, self._key, dtype=np.uint64)
         return uniforms(keys, np.arange(first, stop), exits + 1)
+
+
+def read_rule(given: Any) -> ExitRule:
+    """`exit_policy` of a request, {"kind": "threshold", "value": 0.7} or "threshold:0.7". Raises ValueError, one line
+    that says what is allowed."""
+    if isinstance(given, str):
+        name, _, number = given.partition(":")
+        try:
+            given = {"kind": name, "value": float(number) if number else None}
+        except ValueError:
+            raise ValueError(f"{FIELD} {given!r}: {number!r} is no number; expected {usage()}") from None
+    if not isinstance(given, Mapping):
+        raise ValueError(f'{FIELD} {given!r}: expected an object, {{"kind": "threshold", "value": 0.5}}, or {usage()}')
+    if unknown := sorted(map(str, given.keys() - {"kind", "value"})):
+        raise ValueError(f"{FIELD}.{unknown[0]}: no such field; expected kind and value")
+    kind, value = given.get("kind"), given.get("value")
+    if kind not in OFFERED:
+        raise ValueError(f"{FIELD}.kind {kind!r} is unknown; expected one of {', '.join(OFFERED)}")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ValueError(f"{FIELD}.value {value!r} is no number; expected {usage()}")
+    return make_rule(kind, value)
+
+
+def rule_for(config: Any, given: Any) -> ExitRule:
+    """The exit rule of a request to the export that vLLM's `config` is of: `given`, or the export's own for None.
+    Raises ValueError."""
+    model = config.model_config.hf_config
+    rule = read_rule(model.exit_policy if given is None else given)
+    rule.check(ExitLayout(model.num_hidden_layers, tuple(model.exit_depths)), True)
+    if "readout" in rule.needs and config.parallel_config.tensor_parallel_size > 1:
+        raise ValueError(f"{FIELD} {rule.kind} reads out at every exit, which tensor parallelism can't; set another")
+    return rule
+
+
+def check_names(names: Iterable[str]) -> None:
+    """vLLM ignores fields that it doesn't know; one that was meant for exits is refused here. Raises ValueError."""
+    for name in names:
+        if name.startswith(("exit", EXTRA)) and name != FIELD:
+            raise ValueError(f"{name}: no such field; expected {FIELD}")

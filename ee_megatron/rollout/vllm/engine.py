@@ -18,8 +18,9 @@ from ...types import Rollout
 from ..engine.decoder import read_eos_ids
 from ..engine.intake import Intake
 from ..engine.request import Event, Request, Row
-from . import CPU_CACHE_GIB, GPU_SHARE, VERSIONS, architecture
 from .asked import EXTRA, Asked
+from .memory import CPU_CACHE_GIB, GPU_SHARE
+from .tested import architecture, check_version
 
 FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
@@ -64,8 +65,7 @@ class VllmEngine:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        if not vllm.__version__.startswith(VERSIONS):
-            raise ValueError(f"vLLM {vllm.__version__} is installed, expected {' or '.join(VERSIONS)}; run: make vllm")
+        check_version(vllm.__version__)
         source = HFDirectory(settings.model_path)
         self.dims = source.dims
         spec = self.spec = settings.spec or PolicySpec(self.dims.num_layers, (), rank=0)
@@ -88,10 +88,9 @@ class VllmEngine:
             more["kv_cache_memory_bytes"] = int(settings.cache_gib * 2**30)
         arguments = EngineArgs(
             model=str(Path(settings.model_path)), dtype=str(settings.dtype).removeprefix("torch."),
-            skip_tokenizer_init=True, enforce_eager=True, async_scheduling=False, enable_prefix_caching=False,
+            skip_tokenizer_init=True, enforce_eager=True, async_scheduling=False, enable_prefix_caching=True,
             max_num_seqs=settings.rows, max_num_batched_tokens=settings.chunk, enable_chunked_prefill=True,
-            gpu_memory_utilization=GPU_SHARE,
-            tensor_parallel_size=settings.tensor, worker_extension_cls=f"{__package__}.worker.ExitWorker",
+            gpu_memory_utilization=GPU_SHARE, tensor_parallel_size=settings.tensor,
             hf_overrides={
                 "architectures": [architecture(FAMILIES[self.dims.family])], "exit_depths": list(spec.exit_depths),
                 "gate_width": spec.gate_width, "gate_input": spec.gate_input,
@@ -99,7 +98,6 @@ class VllmEngine:
             **more,
         )  # fmt: skip
         self.engine = LLMEngine.from_engine_args(arguments)
-        self._call("exits_attach", settings.model_path)
         self.gated, self.tensor = False, settings.tensor
         self._adapters: dict[str, Tensor] = {}
         limit = settings.positions or self.dims.max_positions
@@ -118,6 +116,8 @@ class VllmEngine:
         """A policy's tensors, or the base without gates. No request may be under way."""
         assert not self._rows, "weights are set between answers"
         self._call("exits_load", self.spec, tensors)
+        if not self.engine.reset_prefix_cache():
+            raise RuntimeError("vLLM didn't let go of keys and values of the weights before these")
         self.gated = tensors is not None
         self._adapters = {name: tensor for name, tensor in (tensors or {}).items() if ".lora_" in name}
 
@@ -132,10 +132,9 @@ class VllmEngine:
             )
         return {**self._adapters, **self._call("exits_held", self.spec.full)}
 
-    @property
-    def preemptions(self) -> int:
-        """How often requests lost their place in the cache and were read again."""
-        return sum(int(m.value) for m in self.engine.get_metrics() if m.name == "vllm:num_preemptions")
+    def counter(self, name: str) -> int:
+        """One of vLLM's counters, as `vllm:num_preemptions`."""
+        return sum(int(metric.value) for metric in self.engine.get_metrics() if metric.name == name)
 
     # ---- requests ----
 
@@ -187,4 +186,4 @@ class VllmEngine:
         return row.rollout(version)
 
     def share_prefix(self, tokens: Sequence[int]) -> None:
-        """Nothing: vLLM reads every prompt for itself while its prefix cache is off."""
+        """Nothing: vLLM finds prompts, and beginnings of prompts, that it has read by itself."""

@@ -48,14 +48,7 @@ class EarlyExit:
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        config, cache = vllm_config.model_config.hf_config, vllm_config.cache_config
-        if cache.enable_prefix_caching:
-            raise ValueError(
-                "prefix caching knows tokens only, and keys and values here depend on exits, too; "
-                "run with --no-enable-prefix-caching"
-            )
-        if vllm_config.parallel_config.pipeline_parallel_size > 1:
-            raise ValueError("early exits under pipeline parallelism are not supported; set pipeline_parallel_size=1")
+        config = vllm_config.model_config.hf_config
         self.exit_depths = tuple(config.exit_depths)
         width = gate_units(config.gate_width, config.hidden_size)
         gates = {

@@ -50,7 +50,7 @@ def receive(connection: Connection) -> Any:
 
 def check_python(python: str) -> None:
     """Raises ValueError, in one line, where this interpreter has no vLLM of a tested version."""
-    from . import VERSIONS
+    from .tested import VERSIONS
 
     wanted = " or ".join(VERSIONS)
     if not Path(python).is_file():

@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from vllm.distributed.aux_output_connector.connector import AuxRequestOutput
 from vllm.v1.outputs import SamplerOutput
 
 from ...exit_rules import NEVER, ExitRule, Tokens
-from ..engine.sampling import SamplingParams, sample_tokens
+from ..engine.sampling import SamplingParams, inverse_cdf, log_prob, sample_tokens, truncate
 from ..engine.scheduler import prescribe
 from .asked import EXTRA, Asked
+
+# vLLM's: temperatures below are greedy.
+GREEDY = 1e-5
 
 
 @dataclass
@@ -55,16 +59,57 @@ class Made:
     exit_logprob: float
 
 
+class Draws(nn.Module):
+    """Stands in place of the part of vLLM's sampler that draws tokens: by the numbers that are set here, one per row,
+    where there are any. Penalties, biases, grammars and log-probabilities stay vLLM's."""
+
+    def __init__(self, plain: nn.Module):
+        super().__init__()
+        self.plain = plain
+        self.uniform: Tensor | None = None
+        self.logprobs: Tensor | None = None
+
+    def forward(
+        self, logits: Tensor, generators: Any, k: Tensor | None, p: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """logits float32 [R, V], temperature applied, k int [R], p float [R] -> tokens int64 [R], logits or
+        log-probabilities [R, V] if vLLM is to report those. `logprobs` float32 [R]: of what was drawn from."""
+        if self.uniform is None:
+            return self.plain(logits, generators, k, p)
+        rows = len(logits)
+        kinds: dict[tuple[int, float], list[int]] = {}
+        for i, kind in enumerate(
+            zip([0] * rows if k is None else k.tolist(), [1.0] * rows if p is None else p.tolist(), strict=True)
+        ):
+            kinds.setdefault(kind, []).append(i)
+        kept = logits
+        for (top_k, top_p), which in kinds.items():
+            if 0 < top_k < logits.shape[-1] or top_p < 1:
+                # A bound that keeps all is vLLM's way to say none.
+                kept = kept.clone() if kept is logits else kept
+                kept[which] = truncate(logits[which], top_k if top_k < logits.shape[-1] else 0, top_p)
+        tokens, self.logprobs = inverse_cdf(kept, self.uniform)
+        if self.plain.logprobs_mode == "processed_logits":
+            return tokens, kept
+        return tokens, kept.log_softmax(dim=-1) if self.plain.logprobs_mode == "processed_logprobs" else None
+
+
 class Steps(nn.Module):
     """Stands in place of the runner's sampler, and before its forward pass. Requests without `EXTRA` never exit and are
-    sampled by vLLM."""
+    sampled by vLLM; those of users have depths here, and are sampled by vLLM with this package's random numbers."""
 
     def __init__(self, runner: Any, depths: Sequence[int], num_layers: int):
         super().__init__()
         self.runner, self.exit_depths, self.num_layers = runner, tuple(depths), num_layers
         self.plain = runner.sampler
+        # What else the runner has of its sampler, for the log-probabilities of prompts.
+        for name in ("logprobs_mode", "compute_logprobs", "gather_logprobs"):
+            setattr(self, name, getattr(self.plain, name))
+        self.draws = self.plain.topk_topp_sampler = Draws(self.plain.topk_topp_sampler)
         self.step: Step | None = None
         self.made: list[Made] = []
+        # What goes back with users' tokens: depth, log-probabilities of token and exit, float64 [1, 3].
+        self.told: dict[str, AuxRequestOutput] = {}
         self._asked: dict[str, Asked] = {}
 
     def asked(self, request: str) -> Asked | None:
@@ -136,37 +181,72 @@ class Steps(nn.Module):
         asked = [self.asked(name) for name in names]
         if not any(asked):
             return self.plain(logits=logits, sampling_metadata=sampling_metadata, **options)
-        tokens = torch.zeros(len(names), dtype=torch.int64, device=logits.device)
-        others = None
-        if not all(asked):
-            others = self.plain(logits=logits.clone(), sampling_metadata=sampling_metadata, **options)
-            tokens.copy_(others.sampled_token_ids[:, 0])
         # Rows in the middle of a prompt have logits too, which nobody wants.
         unwanted = self.runner.discard_request_mask.np[: len(names)]
-        kinds: dict[SamplingParams, list[int]] = {}
-        for i, one in enumerate(asked):
-            if one is not None and not unwanted[i]:
-                kinds.setdefault(one.sampling, []).append(i)
+        wanted = [(i, one) for i, one in enumerate(asked) if one is not None and not unwanted[i]]
+        rollouts = [(i, one, one.sampling) for i, one in wanted if one.sampling is not None]
+        users = [(i, one) for i, one in wanted if one.sampling is None]
         depths, exits = self._exits(len(names))
-        for params, rows in kinds.items():
-            which = torch.tensor(rows, device=logits.device)
-            chosen = [one for i in rows if (one := asked[i]) is not None]
-            drawn = [one.uniform(len(one.depths), len(one.depths) + 1, len(self.exit_depths)) for one in chosen]
-            uniform = torch.from_numpy(np.concatenate(drawn)[:, -1]).to(logits.device)
+        tokens = torch.zeros(len(names), dtype=torch.int64, device=logits.device)
+        others = None
+        if users or len(rollouts) < len(names):
+            others = self._by_vllm(names, users, logits, sampling_metadata, options, depths, exits)
+            tokens.copy_(others.sampled_token_ids[:, 0])
+        kinds: dict[SamplingParams, list[tuple[int, Asked]]] = {}
+        for i, one, sampling in rollouts:
+            kinds.setdefault(sampling, []).append((i, one))
+        for params, members in kinds.items():
+            which = torch.tensor([i for i, _ in members], device=logits.device)
             wide = logits[which].float()
-            sampled = sample_tokens(wide, params, uniform)
+            sampled = sample_tokens(wide, params, self._uniform(members))
             given = [
-                (j, one.given[len(one.depths)]) for j, one in enumerate(chosen) if len(one.depths) < len(one.given)
+                (j, one.given[len(one.depths)])
+                for j, (_, one) in enumerate(members)
+                if len(one.depths) < len(one.given)
             ]
             if given:
                 sampled = prescribe(wide, params, sampled, given)
             tokens[which] = sampled[0]
             columns = (column.tolist() for column in sampled)
-            for i, one, token, logprob, full in zip(rows, chosen, *columns, strict=True):
+            for (i, one), token, logprob, full in zip(members, *columns, strict=True):
                 self.made.append(Made(one.name, token, depths[i], logprob, full, exits[i]))
                 one.depths.append(depths[i])
         logprobs = None if others is None else others.logprobs_tensors
         return SamplerOutput(sampled_token_ids=tokens.to(torch.int32).unsqueeze(-1), logprobs_tensors=logprobs)
+
+    def _by_vllm(
+        self, names: Sequence[str], users: list[tuple[int, Asked]], logits: Tensor, sampling_metadata: Any,
+        options: dict[str, Any], depths: list[int], exits: list[float],
+    ) -> SamplerOutput:  # fmt: skip
+        """vLLM's choice for all rows; of users' the depths are kept."""
+        if users:
+            # Nobody asks what the others of these rows draw: they are in the middle of a prompt.
+            uniform = torch.zeros(len(names), dtype=torch.float64, device=logits.device)
+            uniform[[i for i, _ in users]] = self._uniform(users)
+            self.draws.uniform = uniform
+        try:
+            found = self.plain(logits=logits.clone(), sampling_metadata=sampling_metadata, **options)
+        finally:
+            self.draws.uniform = None
+        if not users:
+            return found
+        # A greedy choice has the log-probability of temperature 1.
+        logprobs = log_prob(logits.float(), found.sampled_token_ids[:, 0].long())
+        if not sampling_metadata.all_greedy:
+            assert self.draws.logprobs is not None
+            drawn = sampling_metadata.temperature >= GREEDY
+            logprobs = torch.where(drawn, self.draws.logprobs, logprobs)
+        for (i, one), logprob in zip(users, logprobs[[i for i, _ in users]].tolist(), strict=True):
+            row = np.array([[depths[i], logprob, exits[i]]])
+            self.told[names[i]] = AuxRequestOutput(len(one.depths), row)
+            one.depths.append(depths[i])
+        return found
+
+    def _uniform(self, members: list[tuple[int, Asked]]) -> Tensor:
+        """float64 [R]: the numbers that draw the members' next tokens."""
+        exits = len(self.exit_depths)
+        drawn = [one.uniform(len(one.depths), len(one.depths) + 1, exits) for _, one in members]
+        return torch.from_numpy(np.concatenate(drawn)[:, -1]).to(self.runner.device)
 
     def _exits(self, count: int) -> tuple[list[int], list[float]]:
         """Depth and exit log-probability of each request's newest position."""

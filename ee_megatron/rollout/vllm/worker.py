@@ -1,4 +1,4 @@
-"""What can be called on vLLM's workers: exits are attached, weights set in place, tokens fetched."""
+"""vLLM's worker with exits: they are attached, weights set in place, tokens fetched."""
 
 from __future__ import annotations
 
@@ -8,26 +8,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.platforms import current_platform
 
 from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec, stays_float32
 from .model import EarlyExit
 from .steps import Made, Steps
 
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as Worker
+else:
+    from vllm.v1.worker.gpu_worker import Worker
 
-class ExitWorker:
-    """Mixed into vLLM's worker; every name begins with `exits_`, for none may be vLLM's own."""
+
+class ExitWorker(Worker):
+    """What can be called from outside begins with `exits_`, for none may be vLLM's own."""
 
     model_runner: Any
 
-    def exits_attach(self, path: str) -> None:
-        """`path`: the Hugging Face directory that the base's weights are read from."""
+    def load_model(self, **options: Any) -> None:
+        super().load_model(**options)
         runner = self.model_runner
         model = runner.model
         assert isinstance(model, EarlyExit), type(model)
-        self._exits_source, self._exits_model = Path(path), model
+        self._exits_model = model
         steps = self._exits_steps = runner.sampler = Steps(runner, model.exit_depths, len(model.model.layers))
-        run = runner._model_forward
+        run, sample = runner._model_forward, runner.sample_tokens
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             model.step = steps.prepare()
@@ -36,7 +42,13 @@ class ExitWorker:
             finally:
                 model.step = None
 
-        runner._model_forward = forward
+        def sample_tokens(grammar: Any) -> Any:
+            output = sample(grammar)
+            if steps.told:
+                output.aux_output_connector_output, steps.told = steps.told, {}
+            return output
+
+        runner._model_forward, runner.sample_tokens = forward, sample_tokens
 
     def exits_take(self) -> list[Made]:
         """The tokens that have been made since the last call."""
@@ -57,13 +69,13 @@ class ExitWorker:
         gates = {f"gates.{name}": value for name, value in model.exit_gates.named_parameters()}
         held: dict[str, Tensor] = {n: v if stays_float32(n) else v.to(dtype) for n, v in gates.items()}
         if whole:
-            source = HFDirectory(self._exits_source)
+            source = HFDirectory(Path(self.model_runner.model_config.model))
             held |= {name: model.part(name) for name in source.dims.tensor_shapes()}
             source.close()
         return {name: value.detach().cpu() for name, value in held.items()}
 
     def _exits_base(self) -> Iterator[tuple[str, Tensor]]:
-        source = HFDirectory(self._exits_source)
+        source = HFDirectory(Path(self.model_runner.model_config.model))
         for name in source.dims.tensor_shapes():
             yield name, source.tensor(name)
         source.close()

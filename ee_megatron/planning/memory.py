@@ -233,14 +233,15 @@ def actor_memory(
         "gates": float(gates),
     }
     if packed:
-        # The packed form takes the place of an adapted or stacked matrix; the head's is fp32.
+        # The packed form takes the place of an adapted or stacked matrix; the head's is fp32 where the processor has no
+        # products of bfloat16 with fp32 sums (rollout/engine/linear.py).
         multiplied = dims.num_layers * (sum(linears.values()) - sum(changed))
         found["packed copies"] = float(item * multiplied + FP32 * dims.vocab * dims.hidden)
     pages = min(pool_pages(rows * pages_for(load.prompt + load.answer - 1)), math.inf if most is None else most)
     found["KV cache"] = float(2 * item * dims.num_layers * dims.kv_size * pages * PAGE)
-    # One prefill reads up to 8192 positions; its keys and values are there twice while they are stacked.
+    # One prefill reads up to 8192 positions: their keys and values, and what a layer makes of them.
     read = min(8192, rows * load.prompt)
-    found["prompts being read"] = float(read * item * (4 * dims.num_layers * dims.kv_size + 3 * dims.intermediate))
+    found["prompts being read"] = float(read * item * (2 * dims.num_layers * dims.kv_size + 3 * dims.intermediate))
     # Sampling: logits, their exponentials and the running sum.
     found["logits"] = float(rows * dims.vocab * 3 * FP32)
     return found

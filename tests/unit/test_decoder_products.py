@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
+from ee_megatron.exit_rules import Sample
 from ee_megatron.policy import PolicySpec
-from ee_megatron.rollout import Decoder
+from ee_megatron.rollout import Decoder, GenerationRequest, SamplingParams, generate
 from ee_megatron.rollout.engine import kernels, sampling
 from ee_megatron.rollout.engine.cache import KVCache
 from ee_megatron.rollout.engine.linear import Linear, Panels, WideLinear
 from ee_megatron.rollout.engine.ops import KernelOps, TorchOps
+from ee_megatron.types import Prompt
 from tests.reference import random_policy
 from tests.tiny import tiny_hf
 
@@ -99,6 +103,31 @@ def test_layers_and_gates_without_python_between_them_equal_the_pytorch_form(tmp
         else:
             # A dozen roundings of a 256th each, in another order of summation.
             assert (a - b).float().abs().mean() <= 0.02 * b.float().abs().mean()
+
+
+@needs_products
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "texts", [("abc", "1 + 1 =", "xyzzy, and more of it"), ("one two 3", "one two 4 and 5", "one two")]
+)
+def test_answers_have_the_same_bits_however_many_rows_are_in_flight(tmp_path, dtype, texts):
+    if not has_products(dtype):
+        pytest.skip("no products of bfloat16 on this processor")
+    path = tiny_hf("qwen3", tmp_path)
+    decoder, tokenizer = Decoder.from_hf(path, SPEC, dtype, "cpu"), AutoTokenizer.from_pretrained(path)
+    decoder.load_policy(random_policy(decoder.dims, SPEC))
+    prompts = [Prompt(f"p{i}", text, "", "") for i, text in enumerate(texts)]
+    request = GenerationRequest(prompts, 4, SamplingParams(1.0, 20), Sample(), 1)
+
+    def bits(rows: int) -> list[bytes]:
+        answers = generate(decoder, tokenizer, request, version=0, rows=rows)
+        return [
+            np.concatenate([a.tokens, a.exit_depths, a.token_logprobs, a.exit_logprobs]).astype(np.float64).tobytes()
+            for group in answers
+            for a in group
+        ]
+
+    assert bits(1) == bits(3) == bits(12)
 
 
 @needs_products

@@ -208,7 +208,7 @@ class Decoder:
             raise ValueError(
                 f"exit depths must lie in 1..{self.dims.num_layers}; give padding and prompts the full depth"
             )
-        past = prefix.keys.shape[1] if prefix else 0
+        past, ends = prefix.keys.shape[1] if prefix else 0, lengths.tolist()
         # Causal, and the whole prefix. Right padding needs no mask of its own: no valid position sees it.
         mask = None if prefix is None else torch.ones(T, past + T, dtype=torch.bool, device=self.device).tril(past)
         self._check_ready()
@@ -232,15 +232,8 @@ class Decoder:
             if prefix is not None:
                 k = torch.cat([prefix.keys[layer].expand(B, -1, -1, -1), k], dim=1)
                 v = torch.cat([prefix.values[layer].expand(B, -1, -1, -1), v], dim=1)
-            attended = F.scaled_dot_product_attention(
-                q.transpose(1, 2),
-                k.transpose(1, 2),
-                v.transpose(1, 2),
-                attn_mask=mask,
-                is_causal=mask is None,
-                enable_gqa=dims.heads != dims.kv_heads,
-            )
-            delta = linears["out"](attended.transpose(1, 2).reshape(B * T, -1))
+            attended = self._attend(q, k, v, mask, ends)
+            delta = linears["out"](attended.reshape(B * T, -1))
             normed = ops.add_norm(stream, delta, block.mlp_norm)
             stream += linears["down"](ops.silu_mul(linears["gate_up"](normed)))
             if deeper is not None:
@@ -249,6 +242,24 @@ class Decoder:
                 residuals.append(stream.view(B, T, -1).clone())
         hidden = stream.view(B, T, -1)
         return hidden, residuals, keys, values
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ends: list[int]) -> Tensor:
+        """q [B, T, H, hd], k and v [B, past + T, KVH, hd], ends: the sequences' lengths -> [B, T, H, hd]. On a CPU each
+        sequence by itself: its bits don't depend on what is read along with it, and padding costs nothing."""
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            return F.scaled_dot_product_attention(
+                q.transpose(-3, -2), k.transpose(-3, -2), v.transpose(-3, -2), attn_mask=mask, is_causal=mask is None,
+                enable_gqa=self.dims.heads != self.dims.kv_heads,
+            ).transpose(-3, -2)  # fmt: skip
+
+        if self.device.type != "cpu":
+            return attend(q, k, v, mask)
+        past, attended = k.shape[1] - q.shape[1], torch.zeros(q.shape, dtype=q.dtype)
+        for b, n in enumerate(ends):
+            here, seen = slice(b, b + 1), None if mask is None else mask[:n, : past + n]
+            attended[here, :n] = attend(q[here, :n], k[here, : past + n], v[here, : past + n], seen)
+        return attended
 
     # ---- one position per row, with the cache ----
 

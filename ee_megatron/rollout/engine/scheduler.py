@@ -403,9 +403,10 @@ def generate(
 ) -> list[list[Rollout]]:
     """The answers to every prompt, in the prompts' order, with up to `rows` in flight and as many as fit `positions`.
 
-    A seed gives the same answers whatever `rows` is and whatever else is asked. In float32 that holds up to rounding:
-    another batch may change the last bits of a logit, and with them a choice that hangs on these bits. `progress(done,
-    total)` counts answers. Raises ValueError for impossible settings and for prompts that do not fit the model.
+    A seed gives the same answers whatever `rows` is: to the bit where the decoder's products are its own (linear.py),
+    elsewhere up to rounding: another batch may change the last bits of a logit, and with them a choice that hangs on
+    these bits. `progress(done, total)` counts answers. Raises ValueError for impossible settings and for prompts
+    that do not fit the model.
 
     Once `stop()` holds, what there is is returned as it is: answers may be unfinished or without a token. As `begun` of
     another call, under these weights or newer ones, such answers go on and finished ones are returned as they are.

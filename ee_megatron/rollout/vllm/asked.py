@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-
-from ...exit_rules import RULES, ExitRule, Off, Prescribed, known
+from ...exit_rules import RULES, ExitRule, Off, Prescribed
 from ..engine.request import Row
-from ..engine.sampling import SamplingParams, uniforms
+from ..engine.sampling import SamplingParams
 
 # The key in vLLM's `SamplingParams.extra_args`.
 EXTRA = "early_exit"
@@ -64,30 +62,12 @@ class Asked:
         kind = rule.pop("kind")
         return Asked(**{**extra, "rule": RULES[kind](**rule), "sampling": SamplingParams(**extra["sampling"])})
 
-    def bounds(self, first: int, stop: int, depths: Sequence[int]) -> np.ndarray | None:
-        """For tokens `first` <= t < `stop` (of which none is 0): the hazards above which their positions leave, float64
-        [stop - first, M]; None where the rule has to see readouts and it is not known what it said."""
-        bounds = np.empty((stop - first, len(depths)))
-        if not depths:
-            return bounds
-        drawn = self.uniform(first, stop, len(depths))
-        for at, token in enumerate(range(first, stop)):
-            said = self.depths if token < len(self.depths) else self.prescribed
-            if token < len(said):
-                bounds[at] = known([[said[token] == depth for depth in depths]], depths)
-                continue
-            if self.prescribed:
-                raise ValueError(
-                    f"prescribed exits of request {self.name}: {len(self.prescribed)} given, token {token} needs one; "
-                    "give more"
-                )
-            ahead = self.rule.ahead(drawn[at : at + 1], depths, [("", 0, token)])
-            if ahead is None:
-                return None
-            bounds[at] = ahead
-        return bounds
-
-    def uniform(self, first: int, stop: int, exits: int) -> np.ndarray:
-        """float64 [stop - first, M + 1]: the numbers of these tokens, one per exit and one for the token itself."""
-        keys = np.full(stop - first, self.key, dtype=np.uint64)
-        return uniforms(keys, np.arange(first, stop), exits + 1)
+    def said(self, token: int) -> int:
+        """The depth at which this token's position leaves, where that is given. Raises ValueError where it should be
+        and isn't."""
+        depths = self.depths if token < len(self.depths) else self.prescribed
+        if token >= len(depths):
+            raise ValueError(
+                f"prescribed exits of request {self.name}: {len(depths)} given, token {token} needs one; give more"
+            )
+        return depths[token]

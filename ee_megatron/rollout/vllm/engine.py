@@ -33,6 +33,7 @@ class EngineSettings:
     - blocks: of the cache, 0 for as many as there is memory; block: positions in one, 0 for vLLM's choice
     - positions: the longest sequence, 0 for the model's own limit
     - cache_gib: memory of the cache on a CPU
+    - compile: as vLLM compiles its own models, with CUDA graphs on a GPU; else eagerly
     """
 
     model_path: str
@@ -45,6 +46,7 @@ class EngineSettings:
     positions: int = 0
     chunk: int = 8192
     cache_gib: float = 1.0
+    compile: bool = False
 
 
 class VllmEngine:
@@ -79,9 +81,10 @@ class VllmEngine:
             more["max_model_len"] = settings.positions
         arguments = EngineArgs(
             model=str(Path(settings.model_path)), dtype=str(settings.dtype).removeprefix("torch."),
-            skip_tokenizer_init=True, enforce_eager=True, async_scheduling=False, enable_prefix_caching=False,
-            max_num_seqs=settings.rows, max_num_batched_tokens=settings.chunk, enable_chunked_prefill=True,
-            tensor_parallel_size=settings.tensor, worker_extension_cls=f"{__package__}.worker.ExitWorker",
+            skip_tokenizer_init=True, enforce_eager=not settings.compile, async_scheduling=False,
+            enable_prefix_caching=False, max_num_seqs=settings.rows, max_num_batched_tokens=settings.chunk,
+            enable_chunked_prefill=True, tensor_parallel_size=settings.tensor,
+            worker_extension_cls=f"{__package__}.worker.ExitWorker",
             hf_overrides={
                 "architectures": [architecture(FAMILIES[self.dims.family])], "exit_depths": list(spec.exit_depths),
                 "gate_width": spec.gate_width, "gate_input": spec.gate_input,

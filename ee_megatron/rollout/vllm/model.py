@@ -13,6 +13,7 @@ from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
@@ -34,19 +35,27 @@ class Gate(nn.Module):
         super().__init__()
         self.normalise, self.eps, self.dtype = normalise, eps, dtype
         self.fc1, self.fc2 = nn.Linear(hidden, width, dtype=dtype), nn.Linear(width, 1, dtype=torch.float32)
-        if self.fc1.weight.device.type == "cpu":
-            # `product` would widen it at every step: it holds what `dtype` holds, and is wide.
-            self.fc1.weight.data = self.fc1.weight.data.float()
         self.fc1.bias.data = self.fc1.bias.data.float()
+        self.on_cpu = self.fc1.weight.device.type == "cpu"
+        if self.on_cpu:
+            # There float32 alone gives float32: it holds what `dtype` holds, and is wide.
+            self.fc1.weight.data = self.fc1.weight.data.float()
+        self._pack()
 
     def load(self, name: str, tensor: Tensor) -> None:
         self.get_parameter(name).copy_(tensor.to(self.dtype) if name == "fc1.weight" else tensor)
+        self._pack()
+
+    def _pack(self) -> None:
+        if self.on_cpu:
+            dispatch_cpu_unquantized_gemm(self.fc1, remove_weight=False)
 
     def forward(self, stream: Tensor) -> Tensor:
-        x, weight = stream.float(), self.fc1.weight
+        x, fc1 = stream.float(), self.fc1
         if self.normalise:
             x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        x = product(x.to(self.dtype).to(weight.dtype), weight.t()) + self.fc1.bias
+        x = x.to(self.dtype)
+        x = fc1.cpu_linear(x.float(), fc1.weight, fc1.bias) if self.on_cpu else product(x, fc1.weight.t()) + fc1.bias
         return self.fc2(F.relu(x)).squeeze(-1)
 
 

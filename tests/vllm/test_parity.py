@@ -30,6 +30,10 @@ from vllm_setup import (
 
 from ee_megatron.rollout.engine.sampling import SamplingParams
 
+FAMILIES = ["llama", "qwen2", "qwen3"]
+# Few positions at a time: the graph is tried with as many as a step may have.
+COMPILED = {"compile": True, "chunk": 256}
+
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request, tmp_path_factory) -> tuple[Path, Own]:
@@ -54,7 +58,18 @@ def test_every_rule_gives_the_answers_of_the_embedded_engine(rule, sampling, mod
     assert len({depth for answer in expected for depth in answer.exit_depths.tolist()}) > (rule not in ("off", "fixed"))
 
 
-def test_without_exits_it_is_vllm_to_the_bit(model, engines: Engines, vllm_python, tmp_path: Path):
+@pytest.mark.parametrize("model", FAMILIES, indirect=True)
+@pytest.mark.parametrize("rule", ["threshold", "sample", "prescribed", "confidence"])
+def test_compiled_it_gives_the_same_answers(rule, model, engines: Engines):
+    """Confidence, which has to see readouts, leaves the graph aside."""
+    path, own = model
+    asked = request(rule)
+    assert_same(answers(engines(path, policy_of(path), **COMPILED), asked), own.answers(asked))
+    assert list(engines.cache.glob("torch_compile_cache/torch_aot_compile/*/rank_0_0/model")), "nothing was compiled"
+
+
+@pytest.mark.parametrize("compiled", [{}, COMPILED], ids=["eager", "compiled"])
+def test_without_exits_it_is_vllm_to_the_bit(compiled, model, engines: Engines, vllm_python, tmp_path: Path):
     path, own = model
     shut = policy_of(path)
     shut = {
@@ -62,9 +77,10 @@ def test_without_exits_it_is_vllm_to_the_bit(model, engines: Engines, vllm_pytho
         for n, t in shut.items()
     }
     asked = replace(request("sample", "greedy"), samples=1, sampling=SamplingParams(0.0, TOKENS))
-    found = answers(engines(path, shut), asked)
+    found = answers(engines(path, shut, **compiled), asked)
     encoded = [own.tokenizer(prompt.text)["input_ids"] for prompt in PROMPTS]
-    (tmp_path / "asked.json").write_text(json.dumps({"prompts": encoded, "tokens": TOKENS, "rows": 64}))
+    stated = {"prompts": encoded, "tokens": TOKENS, "rows": 64, "compile": bool(compiled)}
+    (tmp_path / "asked.json").write_text(json.dumps(stated))
     engines.__exit__()
     root = Path(__file__).parents[2]
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(root), **ENVIRONMENT}
@@ -96,9 +112,10 @@ def test_how_it_is_scheduled_changes_nothing(settings, llama, engines: Engines):
     assert (engine.call("preemptions") > before) == ("blocks" in settings)
 
 
-def test_weights_are_set_in_place(llama, engines: Engines):
+@pytest.mark.parametrize("compiled", [{}, COMPILED], ids=["eager", "compiled"])
+def test_weights_are_set_in_place(compiled, llama, engines: Engines):
     path, own = llama
-    engine = engines(path, policy_of(path))
+    engine = engines(path, policy_of(path), **compiled)
     for seed in (1, 2, 1):
         own.decoder.load_policy(policy_of(path, seed=seed))
         engine.call("load", seed, _packed(policy_of(path, seed=seed)))

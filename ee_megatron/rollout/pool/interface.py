@@ -71,7 +71,7 @@ class RolloutPool(Protocol):
 @dataclass(frozen=True)
 class ReplicaSettings:
     """What it takes to make a replica in any process. With `vllm_python` vLLM makes the answers, in the environment of
-    that interpreter, on `tensor` devices, and has to be there within `start_s` seconds."""
+    that interpreter, on `tensor` devices, compiled or not, and has to be there within `start_s` seconds."""
 
     model_path: str
     spec: PolicySpec | None
@@ -80,6 +80,7 @@ class ReplicaSettings:
     rows: int
     threads: int
     vllm_python: str = ""
+    vllm_compile: bool = True
     tensor: int = 1
     start_s: float = 600.0
 

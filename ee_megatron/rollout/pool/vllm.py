@@ -24,7 +24,12 @@ class VllmPool:
     def __init__(self, settings: ReplicaSettings):
         self.settings = settings
         engine = EngineSettings(
-            settings.model_path, settings.spec, settings.dtype, rows=settings.rows, tensor=settings.tensor
+            settings.model_path,
+            settings.spec,
+            settings.dtype,
+            rows=settings.rows,
+            tensor=settings.tensor,
+            compile=settings.vllm_compile,
         )
         environment = {"VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": str(max(1, settings.threads))}
         self._engine = EngineProcess(settings.vllm_python, PROCESS, engine, environment, settings.start_s)

@@ -17,6 +17,9 @@ from ..engine.sampling import SamplingParams, sample_tokens, uniforms
 from ..engine.scheduler import prescribe
 from .asked import EXTRA, Asked
 
+# That sample together on a CPU: what sampling leaves of more is handed back to the machine and had anew every step.
+ROWS = 16
+
 
 @dataclass
 class Watched:
@@ -170,28 +173,26 @@ class Steps(nn.Module):
         wanted = ~self.runner.discard_request_mask.np[: len(batch.names)]
         made, (depths, exits) = batch.made, self._exits(len(batch.names))
         for params, members in batch.samplings.items():
-            rows = np.flatnonzero(members & wanted)
-            if not len(rows):
-                continue
-            whole = len(rows) == len(batch.names)
-            which = torch.from_numpy(rows).to(logits.device)
-            drawn = uniforms(batch.keys[rows], made[rows], len(self.exit_depths) + 1)[:, -1]
-            uniform = torch.from_numpy(drawn).to(logits.device)
-            wide = (logits if whole else logits[which]).float()
-            sampled = sample_tokens(wide, params, uniform)
-            chosen = [one for i in rows.tolist() if (one := batch.asked[i]) is not None]
-            given = [
-                (j, one.given[len(one.depths)]) for j, one in enumerate(chosen) if len(one.depths) < len(one.given)
-            ]
-            if given:
-                sampled = prescribe(wide, params, sampled, given)
-            tokens[which] = sampled[0].to(torch.int32)
-            columns = (column.tolist() for column in sampled)
-            for i, one, token, logprob, full in zip(rows.tolist(), chosen, *columns, strict=True):
-                # The first comes from the prompt.
-                exit_logprob = exits[i] if made[i] and self.model.gated else 0.0
-                self.made.append(Made(one.name, token, depths[i], logprob, full, exit_logprob))
-                one.depths.append(depths[i])
+            every = np.flatnonzero(members & wanted)
+            step = ROWS if logits.device.type == "cpu" else max(1, len(every))
+            for rows in (every[at : at + step] for at in range(0, len(every), step)):
+                which = torch.from_numpy(rows).to(logits.device)
+                drawn = uniforms(batch.keys[rows], made[rows], len(self.exit_depths) + 1)[:, -1]
+                wide = logits[which].float()
+                sampled = sample_tokens(wide, params, torch.from_numpy(drawn).to(logits.device))
+                chosen = [one for i in rows.tolist() if (one := batch.asked[i]) is not None]
+                given = [
+                    (j, one.given[len(one.depths)]) for j, one in enumerate(chosen) if len(one.depths) < len(one.given)
+                ]
+                if given:
+                    sampled = prescribe(wide, params, sampled, given)
+                tokens[which] = sampled[0].to(torch.int32)
+                columns = (column.tolist() for column in sampled)
+                for i, one, token, logprob, full in zip(rows.tolist(), chosen, *columns, strict=True):
+                    # The first comes from the prompt.
+                    exit_logprob = exits[i] if made[i] and self.model.gated else 0.0
+                    self.made.append(Made(one.name, token, depths[i], logprob, full, exit_logprob))
+                    one.depths.append(depths[i])
         logprobs = None if others is None else others.logprobs_tensors
         return SamplerOutput(sampled_token_ids=tokens.unsqueeze(-1), logprobs_tensors=logprobs)
 

@@ -21,7 +21,8 @@ def main(path: str, prompts: str, out: str) -> None:
         asked = json.load(file)
     llm = LLM(
         path, dtype="float32", enforce_eager=not asked["compile"], max_model_len=256,
-        max_num_seqs=asked["rows"], max_logprobs=-1, enable_prefix_caching=False, skip_tokenizer_init=True, logprobs_mode="raw_logits", async_scheduling=False,
+        max_num_seqs=asked["rows"], max_logprobs=-1, enable_prefix_caching=False, skip_tokenizer_init=True,
+        logprobs_mode="raw_logits", async_scheduling=False,
     )  # fmt: skip
     params = SamplingParams(temperature=0.0, max_tokens=asked["tokens"], ignore_eos=True, detokenize=False, logprobs=-1)
     found = []

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from vllm_setup import (
@@ -125,6 +126,22 @@ def test_weights_are_set_in_place(compiled, llama, engines: Engines):
     assert_same(answers(engine, request("off")), own.answers(request("off")))
     with pytest.raises(ValueError, match="exit policy sample needs gates"):
         answers(engine, request("sample"))
+
+
+@pytest.mark.parametrize("compiled", [{}, COMPILED], ids=["eager", "compiled"])
+def test_two_devices_share_the_model(compiled, llama, engines: Engines):
+    """Ranks that disagreed on an exit would be reported; new weights reach every rank."""
+    path, own = llama
+    engine = engines(path, policy_of(path), tensor=2, **compiled)
+    for seed in (0, 1):
+        own.decoder.load_policy(policy_of(path, seed=seed))
+        engine.call("load", seed, _packed(policy_of(path, seed=seed)))
+        for rule in ("sample", "threshold", "prescribed", "confidence"):
+            assert_same(answers(engine, request(rule)), own.answers(request(rule)))
+    ranks = psutil.Process(engine.pid).children(recursive=True)
+    assert len(ranks) >= 2
+    engines.__exit__()
+    assert not psutil.wait_procs(ranks, timeout=30)[1]
 
 
 def test_a_whole_model_is_taken_over(tmp_path: Path, engines: Engines):

@@ -102,6 +102,7 @@ class VllmEngine:
         self._next_id = 0
 
     def _call(self, name: str, *arguments: Any) -> Any:
+        """What the first device answers."""
         return self.engine.collective_rpc(name, args=arguments)[0]
 
     # ---- weights ----
@@ -149,10 +150,15 @@ class VllmEngine:
         return row.id
 
     def advance(self) -> list[Event]:
-        """One step of vLLM's: an event per new token."""
+        """One step of vLLM's: an event per new token. Raises RuntimeError where devices that share the model decided
+        differently: then each has keys and values of another answer."""
         self.engine.step()
         events = []
-        for made in self._call("exits_take"):
+        first, *others = self.engine.collective_rpc("exits_take")
+        for rank, other in enumerate(others, start=1):
+            if [made.decided for made in other] != [made.decided for made in first]:
+                raise RuntimeError(f"tensor rank {rank} made other tokens or exits than rank 0: {other} and {first}")
+        for made in first:
             row = self._rows.get(made.name)
             if row is None:
                 continue

@@ -56,6 +56,11 @@ class Made:
     full_logprob: float
     exit_logprob: float
 
+    @property
+    def decided(self) -> tuple[int, int, int]:
+        """What has to be the same on every device."""
+        return self.name, self.token, self.depth
+
 
 class Batch:
     """The runner's requests in its order, as arrays: which are `ours`, bool [N]; int64 [N] lengths of their prompts;

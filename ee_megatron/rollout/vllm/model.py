@@ -54,8 +54,9 @@ class Gate(nn.Module):
         x, fc1 = stream.float(), self.fc1
         if self.normalise:
             x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        packed: Any = getattr(fc1, "cpu_linear", None)
         x = x.to(self.dtype)
-        x = fc1.cpu_linear(x.float(), fc1.weight, fc1.bias) if self.on_cpu else product(x, fc1.weight.t()) + fc1.bias
+        x = packed(x.float(), fc1.weight, fc1.bias) if self.on_cpu else product(x, fc1.weight.t()) + fc1.bias
         return self.fc2(F.relu(x)).squeeze(-1)
 
 

@@ -183,7 +183,9 @@ class Steps(nn.Module):
             for rows in (every[at : at + step] for at in range(0, len(every), step)):
                 which = torch.from_numpy(rows).to(logits.device)
                 drawn = uniforms(batch.keys[rows], made[rows], len(self.exit_depths) + 1)[:, -1]
-                wide = logits[which].float()
+                # Neighbours mostly: no copy then.
+                together = rows[-1] - rows[0] + 1 == len(rows)
+                wide = (logits[rows[0] : rows[-1] + 1] if together else logits[which]).float()
                 sampled = sample_tokens(wide, params, torch.from_numpy(drawn).to(logits.device))
                 chosen = [one for i in rows.tolist() if (one := batch.asked[i]) is not None]
                 given = [

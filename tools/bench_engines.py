@@ -5,9 +5,10 @@
 
 Greedy answers of exactly --tokens tokens to as many distinct prompts as are in flight, reading the prompts included.
 Engines that exit do it with depths drawn from the maximum-entropy distribution of mean --depth, exits after every fifth
-layer. Every engine is a process of its own that holds its model (tools/engine_worker.py); they take turns, in rotated
-order, so that a drift of the machine's speed touches all. One thread each. Ratios are taken within a repeat, of wall
-and of processor seconds; medians [least, most] over repeats. The first job of every size is left out.
+layer, and have gates then; vLLM with exits has them always. Every engine is a process of its own that holds its model
+(tools/engine_worker.py); they take turns, in rotated order, so that a drift of the machine's speed touches all. One
+thread each. Ratios are taken within a repeat, of wall and of processor seconds; medians [least, most] over repeats. The
+first job of every size is left out.
 
 OpenVINO needs an environment and an export of its own:
     python -m venv .venv-peers; .venv-peers/bin/pip install openvino-genai 'optimum-intel[openvino]'

@@ -2,8 +2,8 @@
 
     engine_worker.py ENGINE MODEL DTYPE ROWS
 
-A job: {"prompts": [[id]], "tokens": n, "depths": [[depth]] or null}; its answer: {"wall": s, "cpu": s, "digest": sum of
-token ids}. Every answer has exactly n tokens, chosen greedily; ROWS is the most prompts of a job. The first line is
+A job: {"prompts": [[id]], "tokens": n, "depths": [[depth]] or null}; its answer: {"wall": s, "cpu": s, "tokens":
+[[id]]}. Every answer has exactly n tokens, chosen greedily; ROWS is the most prompts of a job. The first line is
 written once the engine is ready.
 """
 
@@ -33,13 +33,14 @@ def own(path: str, dtype: str, rows: int) -> Answer:
     from ee_megatron.rollout import Decoder, Request, SamplingParams, Scheduler
 
     spec, gates = policy(path)
-    decoder = Decoder.from_hf(path, spec, getattr(torch, dtype), "cpu")
-    decoder.load_policy(gates)
+    # At full depth the model has no gates, as elsewhere.
+    plain, exiting = (Decoder.from_hf(path, spec, getattr(torch, dtype), "cpu") for _ in range(2))
+    exiting.load_policy(gates)
     tokenizer = AutoTokenizer.from_pretrained(path)
 
     def answer(job: dict[str, Any]) -> list[list[int]]:
-        scheduler = Scheduler(decoder, tokenizer, rows)
         depths = job["depths"]
+        scheduler = Scheduler(plain if depths is None else exiting, tokenizer, rows)
         rule = Off() if depths is None else Prescribed({(f"p{i}", 0): row for i, row in enumerate(depths)})
         ids = [
             scheduler.add(Request(prompt, SamplingParams(0.0, job["tokens"]), rule, 0, f"p{i}"))
@@ -97,7 +98,9 @@ def masked(path: str, dtype: str, rows: int) -> Answer:
     from ee_megatron.rollout.vllm.engine import EngineSettings, VllmEngine
 
     spec, gates = policy(path)
-    engine = VllmEngine(EngineSettings(path, spec, getattr(torch, dtype), rows=rows, positions=longest(path)))
+    engine = VllmEngine(
+        EngineSettings(path, spec, getattr(torch, dtype), rows=rows, positions=longest(path), compile=True)
+    )
     engine.load(gates)
 
     def answer(job: dict[str, Any]) -> list[list[int]]:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 
 START_S = 180.0
+# What it may take more where vLLM compiles and has nothing in its cache.
+COMPILE_S = 180.0
 """For an actor's imports, and for Ray's nodes to find one another."""
 DISK_BYTES_PER_S = 100e6
 """What a slow disk, or a busy network file system, gives one reader."""
@@ -68,7 +70,8 @@ def stage_sizes(parallel: ParallelConfig, exits: ExitLayout) -> tuple[int, ...]:
 
 def start_timeout(rollout: RolloutConfig, weight_bytes: int) -> float:
     """rollout.start_timeout_s or, where that is 0, the seconds that an actor with so much to read may take."""
-    return rollout.start_timeout_s or START_S + weight_bytes / DISK_BYTES_PER_S
+    compiles = rollout.backend == "vllm" and rollout.vllm_compile
+    return rollout.start_timeout_s or START_S + compiles * COMPILE_S + weight_bytes / DISK_BYTES_PER_S
 
 
 def policy_spec(cfg: RunConfig, dims: ModelDims) -> PolicySpec:

@@ -292,6 +292,8 @@ class RolloutConfig:
     local (the embedded engine in process)."""
     vllm_python: str = setting(".venv-vllm/bin/python", path=True, execution=True)
     """backend=vllm: the interpreter of the environment that has it (`make vllm`)."""
+    vllm_compile: bool = setting(True, execution=True)
+    """backend=vllm: compile the model when an actor starts, on a GPU with CUDA graphs; else it runs eagerly."""
     tensor: int = setting(1, positive=True, execution=True)
     """backend=vllm: devices of an actor, which tensor parallelism shares the model among."""
     actors: int = setting(1, positive=True, execution=True)
@@ -319,7 +321,8 @@ class RolloutConfig:
     prompt_template: str = setting("plain", choices=("plain", "chat"))
     """plain (Question: ... Answer:) or chat (the tokenizer's chat template)."""
     start_timeout_s: float = setting(0.0, at_least=0, execution=True)
-    """Deadline of an actor's start, seconds; 0: three minutes, and one second per 100 MB of weights to read."""
+    """Deadline of an actor's start, seconds; 0: three minutes, three more where vLLM compiles, and one second per
+    100 MB of weights to read."""
     timeout_s: float = setting(600.0, positive=True, execution=True)
     """Deadline of any other call on an actor, seconds: a chunk of answers or traces, a new version of the weights."""
     failure_budget: int = setting(3, at_least=0, execution=True)

@@ -273,6 +273,7 @@ EXECUTION = {
             "device_share",
             "tensor",
             "vllm_python",
+            "vllm_compile",
             "check_weights",
             "start_timeout_s",
             "timeout_s",

@@ -21,8 +21,8 @@ def vllm_python() -> str:
 
 
 @pytest.fixture(scope="module")
-def engines(vllm_python: str) -> Iterator:
+def engines(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     from vllm_setup import Engines
 
-    with Engines(vllm_python) as running:
+    with Engines(vllm_python, tmp_path_factory.mktemp("vllm_cache")) as running:
         yield running

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from vllm_setup import (
@@ -30,6 +31,10 @@ from vllm_setup import (
 
 from ee_megatron.rollout.engine.sampling import SamplingParams
 from ee_megatron.types import Prompt
+
+FAMILIES = ["llama", "qwen2", "qwen3"]
+# Few positions at a time: the graph is tried with as many as a step may have.
+COMPILED = {"compile": True, "chunk": 256}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -55,7 +60,18 @@ def test_every_rule_gives_the_answers_of_the_embedded_engine(rule, sampling, mod
     assert len({depth for answer in expected for depth in answer.exit_depths.tolist()}) > (rule not in ("off", "fixed"))
 
 
-def test_without_exits_it_is_vllm_to_the_bit(model, engines: Engines, vllm_python, tmp_path: Path):
+@pytest.mark.parametrize("model", FAMILIES, indirect=True)
+@pytest.mark.parametrize("rule", ["threshold", "sample", "prescribed", "confidence"])
+def test_compiled_it_gives_the_same_answers(rule, model, engines: Engines):
+    """Confidence, which has to see readouts, leaves the graph aside."""
+    path, own = model
+    asked = request(rule)
+    assert_same(answers(engines(path, policy_of(path), **COMPILED), asked), own.answers(asked))
+    assert list(engines.cache.glob("torch_compile_cache/torch_aot_compile/*/rank_0_0/model")), "nothing was compiled"
+
+
+@pytest.mark.parametrize("compiled", [{}, COMPILED], ids=["eager", "compiled"])
+def test_without_exits_it_is_vllm_to_the_bit(compiled, model, engines: Engines, vllm_python, tmp_path: Path):
     path, own = model
     shut = policy_of(path)
     shut = {
@@ -63,9 +79,10 @@ def test_without_exits_it_is_vllm_to_the_bit(model, engines: Engines, vllm_pytho
         for n, t in shut.items()
     }
     asked = replace(request("sample", "greedy"), samples=1, sampling=SamplingParams(0.0, TOKENS))
-    found = answers(engines(path, shut), asked)
+    found = answers(engines(path, shut, **compiled), asked)
     encoded = [own.tokenizer(prompt.text)["input_ids"] for prompt in PROMPTS]
-    (tmp_path / "asked.json").write_text(json.dumps({"prompts": encoded, "tokens": TOKENS, "rows": 64}))
+    stated = {"prompts": encoded, "tokens": TOKENS, "rows": 64, "compile": bool(compiled)}
+    (tmp_path / "asked.json").write_text(json.dumps(stated))
     engines.__exit__()
     root = Path(__file__).parents[2]
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(root), **ENVIRONMENT}
@@ -97,9 +114,10 @@ def test_how_it_is_scheduled_changes_nothing(settings, llama, engines: Engines):
     assert (engine.call("counter", "vllm:num_preemptions") > before) == ("blocks" in settings)
 
 
-def test_weights_are_set_in_place(llama, engines: Engines):
+@pytest.mark.parametrize("compiled", [{}, COMPILED], ids=["eager", "compiled"])
+def test_weights_are_set_in_place(compiled, llama, engines: Engines):
     path, own = llama
-    engine = engines(path, policy_of(path))
+    engine = engines(path, policy_of(path), **compiled)
     for seed in (1, 2, 1):
         own.decoder.load_policy(policy_of(path, seed=seed))
         engine.call("load", seed, _packed(policy_of(path, seed=seed)))
@@ -129,6 +147,22 @@ def test_prompts_of_a_group_are_read_once_under_each_policy(llama, engines: Engi
         # Prompts that contain an answer.
         longer = [replace(p, id=f"{p.id}+", text=p.text + expected[4 * i].text) for i, p in enumerate(asked.prompts)]
         assert_same(answers(engine, replace(asked, prompts=longer)), own.answers(replace(asked, prompts=longer)))
+
+
+@pytest.mark.parametrize("compiled", [{}, COMPILED], ids=["eager", "compiled"])
+def test_two_devices_share_the_model(compiled, llama, engines: Engines):
+    """Ranks that disagreed on an exit would be reported; new weights reach every rank."""
+    path, own = llama
+    engine = engines(path, policy_of(path), tensor=2, **compiled)
+    for seed in (0, 1):
+        own.decoder.load_policy(policy_of(path, seed=seed))
+        engine.call("load", seed, _packed(policy_of(path, seed=seed)))
+        for rule in ("sample", "threshold", "prescribed", "confidence"):
+            assert_same(answers(engine, request(rule)), own.answers(request(rule)))
+    ranks = psutil.Process(engine.pid).children(recursive=True)
+    assert len(ranks) >= 2
+    engines.__exit__()
+    assert not psutil.wait_procs(ranks, timeout=30)[1]
 
 
 def test_a_whole_model_is_taken_over(tmp_path: Path, engines: Engines):

@@ -126,9 +126,10 @@ class Own:
 
 @dataclass
 class Engines:
-    """Engines by their settings; one at a time is alive."""
+    """Engines by their settings; one at a time is alive. `cache`: where they keep what they compile."""
 
     python: str
+    cache: Path
     _running: dict[EngineSettings, EngineProcess] = field(default_factory=dict)
 
     def __enter__(self) -> Engines:
@@ -144,7 +145,8 @@ class Engines:
         settings = EngineSettings(str(path), spec, torch.float32, positions=256, **more)
         if settings not in self._running:
             self.__exit__()
-            self._running[settings] = EngineProcess(self.python, PROCESS, settings, ENVIRONMENT, START_S)
+            environment = {**ENVIRONMENT, "VLLM_CACHE_ROOT": str(self.cache)}
+            self._running[settings] = EngineProcess(self.python, PROCESS, settings, environment, START_S)
         engine = self._running[settings]
         engine.call("load", 1, packed(policy))
         return engine

@@ -37,5 +37,6 @@ def make_pool(
     if rollout.backend == "vllm":
         python = str(Path(rollout.vllm_python).absolute())
         check_python(python)
-        return RayPool(replace(replica, vllm_python=python, tensor=rollout.tensor), rollout)
+        replica = replace(replica, vllm_python=python, vllm_compile=rollout.vllm_compile, tensor=rollout.tensor)
+        return RayPool(replica, rollout)
     raise ValueError(f"rollout.backend {rollout.backend!r} is unknown; expected 'local', 'ray' or 'vllm'")

@@ -6,12 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-
-from ...exit_rules import OFFERED, RULES, ExitRule, Off, Prescribed, known, make_rule, usage
+from ...exit_rules import OFFERED, RULES, ExitRule, Off, Prescribed, make_rule, usage
 from ...exits import ExitLayout
 from ..engine.request import Row
-from ..engine.sampling import SamplingParams, stream_key, uniforms
+from ..engine.sampling import SamplingParams, stream_key
 
 # The key in vLLM's `SamplingParams.extra_args`.
 EXTRA = "early_exit"
@@ -43,7 +41,7 @@ class Asked:
     depths: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._key = stream_key(*self.stream)
+        self.key = stream_key(*self.stream)
 
     @staticmethod
     def extra(row: Row) -> dict[str, Any]:
@@ -79,33 +77,15 @@ class Asked:
         """Whether every position goes through all layers."""
         return extra["rule"]["kind"] == Off.kind and not extra.get("prescribed") and not extra.get("depths")
 
-    def bounds(self, first: int, stop: int, depths: Sequence[int]) -> np.ndarray | None:
-        """For tokens `first` <= t < `stop` (of which none is 0): the hazards above which their positions leave, float64
-        [stop - first, M]; None where the rule has to see readouts and it is not known what it said."""
-        bounds = np.empty((stop - first, len(depths)))
-        if not depths:
-            return bounds
-        drawn = self.uniform(first, stop, len(depths))
-        for at, token in enumerate(range(first, stop)):
-            said = self.depths if token < len(self.depths) else self.prescribed
-            if token < len(said):
-                bounds[at] = known([[said[token] == depth for depth in depths]], depths)
-                continue
-            if self.prescribed:
-                raise ValueError(
-                    f"prescribed exits of request {self.name}: {len(self.prescribed)} given, token {token} needs one; "
-                    "give more"
-                )
-            ahead = self.rule.ahead(drawn[at : at + 1], depths, [("", 0, token)])
-            if ahead is None:
-                return None
-            bounds[at] = ahead
-        return bounds
-
-    def uniform(self, first: int, stop: int, exits: int) -> np.ndarray:
-        """float64 [stop - first, M + 1]: the numbers of these tokens, one per exit and one for the token itself."""
-        keys = np.full(stop - first, self._key, dtype=np.uint64)
-        return uniforms(keys, np.arange(first, stop), exits + 1)
+    def said(self, token: int) -> int:
+        """The depth at which this token's position leaves, where that is given. Raises ValueError where it should be
+        and isn't."""
+        depths = self.depths if token < len(self.depths) else self.prescribed
+        if token >= len(depths):
+            raise ValueError(
+                f"prescribed exits of request {self.name}: {len(depths)} given, token {token} needs one; give more"
+            )
+        return depths[token]
 
 
 def read_rule(given: Any) -> ExitRule:

@@ -58,7 +58,6 @@ class EarlyExitSettings:
         default = getattr(model.hf_config, FIELD, None)
         if default is None:
             return
-        model.enforce_eager = True
         # As transformers decides with the code that the export carries.
         model.hf_config.exit_policy = model.try_get_generation_config().get(FIELD) or default
         rule_for(config, None)

@@ -34,6 +34,7 @@ class EngineSettings:
     - blocks: of the cache, 0 for as many as there is memory; block: positions in one, 0 for vLLM's choice
     - positions: the longest sequence, 0 for the model's own limit
     - cache_gib: memory of the cache on each device, 0 for what is left of `GPU_SHARE` or on a CPU `CPU_CACHE_GIB`
+    - compile: as vLLM compiles its own models, with CUDA graphs on a GPU; else eagerly
     """
 
     model_path: str
@@ -46,6 +47,7 @@ class EngineSettings:
     positions: int = 0
     chunk: int = 8192
     cache_gib: float = 0.0
+    compile: bool = False
 
 
 class VllmEngine:
@@ -88,9 +90,9 @@ class VllmEngine:
             more["kv_cache_memory_bytes"] = int(settings.cache_gib * 2**30)
         arguments = EngineArgs(
             model=str(Path(settings.model_path)), dtype=str(settings.dtype).removeprefix("torch."),
-            skip_tokenizer_init=True, enforce_eager=True, async_scheduling=False, enable_prefix_caching=True,
-            max_num_seqs=settings.rows, max_num_batched_tokens=settings.chunk, enable_chunked_prefill=True,
-            gpu_memory_utilization=GPU_SHARE, tensor_parallel_size=settings.tensor,
+            skip_tokenizer_init=True, enforce_eager=not settings.compile, async_scheduling=False,
+            enable_prefix_caching=True, max_num_seqs=settings.rows, max_num_batched_tokens=settings.chunk,
+            enable_chunked_prefill=True, gpu_memory_utilization=GPU_SHARE, tensor_parallel_size=settings.tensor,
             hf_overrides={
                 "architectures": [architecture(FAMILIES[self.dims.family])], "exit_depths": list(spec.exit_depths),
                 "gate_width": spec.gate_width, "gate_input": spec.gate_input,
@@ -108,6 +110,7 @@ class VllmEngine:
         self._next_id = 0
 
     def _call(self, name: str, *arguments: Any) -> Any:
+        """What the first device answers."""
         return self.engine.collective_rpc(name, args=arguments)[0]
 
     # ---- weights ----
@@ -161,10 +164,15 @@ class VllmEngine:
         return row.id
 
     def advance(self) -> list[Event]:
-        """One step of vLLM's: an event per new token."""
+        """One step of vLLM's: an event per new token. Raises RuntimeError where devices that share the model decided
+        differently: then each has keys and values of another answer."""
         self.engine.step()
         events = []
-        for made in self._call("exits_take"):
+        first, *others = self.engine.collective_rpc("exits_take")
+        for rank, other in enumerate(others, start=1):
+            if [made.decided for made in other] != [made.decided for made in first]:
+                raise RuntimeError(f"tensor rank {rank} made other tokens or exits than rank 0: {other} and {first}")
+        for made in first:
             row = self._rows.get(made.name)
             if row is None:
                 continue

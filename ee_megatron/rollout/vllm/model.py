@@ -3,23 +3,26 @@ values from it. All positions run all layers, so shapes don't depend on what exi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from vllm.compilation.backends import set_model_tag
+from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
-from ...exit_rules import AtExit
-from ...exits import gate_log_term, gate_units
-from ...products import linear
-from .steps import Step, Watched
+from ...exit_rules import NEVER
+from ...exits import gate_units
+from ...products import product
+from .steps import Watched
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -28,20 +31,92 @@ class Gate(nn.Module):
     """As everywhere: z = W2 relu(W1 x + b1) + b2 on the residual stream, float32 [...]; the first product is rounded
     as the model's are."""
 
-    def __init__(self, hidden: int, width: int, normalise: bool, eps: float):
+    def __init__(self, hidden: int, width: int, normalise: bool, eps: float, dtype: torch.dtype):
         super().__init__()
-        self.normalise, self.eps = normalise, eps
-        self.fc1, self.fc2 = nn.Linear(hidden, width, dtype=torch.float32), nn.Linear(width, 1, dtype=torch.float32)
+        self.normalise, self.eps, self.dtype = normalise, eps, dtype
+        self.fc1, self.fc2 = nn.Linear(hidden, width, dtype=dtype), nn.Linear(width, 1, dtype=torch.float32)
+        self.fc1.bias.data = self.fc1.bias.data.float()
+        self.on_cpu = self.fc1.weight.device.type == "cpu"
+        if self.on_cpu:
+            # There float32 alone gives float32: it holds what `dtype` holds, and is wide.
+            self.fc1.weight.data = self.fc1.weight.data.float()
+        self._pack()
+
+    def load(self, name: str, tensor: Tensor) -> None:
+        self.get_parameter(name).copy_(tensor.to(self.dtype) if name == "fc1.weight" else tensor)
+        self._pack()
+
+    def _pack(self) -> None:
+        if self.on_cpu:
+            dispatch_cpu_unquantized_gemm(self.fc1, remove_weight=False)
 
     def forward(self, stream: Tensor) -> Tensor:
-        x = stream.float()
+        x, fc1 = stream.float(), self.fc1
         if self.normalise:
             x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.fc2(F.relu(linear(x, self.fc1.weight, self.fc1.bias, stream.dtype))).squeeze(-1)
+        packed: Any = getattr(fc1, "cpu_linear", None)
+        x = x.to(self.dtype)
+        x = packed(x.float(), fc1.weight, fc1.bias) if self.on_cpu else product(x, fc1.weight.t()) + fc1.bias
+        return self.fc2(F.relu(x)).squeeze(-1)
+
+
+@support_torch_compile(dynamic_arg_dims=dict.fromkeys(("input_ids", "positions", "inputs_embeds", "bounds", "fine"), 0))
+class GatedLayers(nn.Module):
+    """A model of vLLM's without its readout, with gates between its layers. Every token of a step is asked at every
+    exit and runs all layers, so that a step's shapes are those of vLLM's own model, and the graph is one."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", body: Any):
+        super().__init__()
+        config, dtype = vllm_config.model_config.hf_config, vllm_config.model_config.dtype
+        self.body, self.exit_depths = body, tuple(config.exit_depths)
+        width = gate_units(config.gate_width, config.hidden_size)
+        normalise = config.gate_input == "normalised"
+        gates = {
+            str(depth): Gate(config.hidden_size, width, normalise, config.rms_norm_eps, dtype)
+            for depth in self.exit_depths
+        }
+        self.gates = nn.ModuleDict(gates).requires_grad_(False)
+        # Of the step; with any the graph is left aside.
+        self.watched: Sequence[Watched] = ()
+
+    def forward(
+        self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None, bounds: Tensor, fine: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Bounds float64 [T, M], fine bool [T]: as `ExitRule.ahead` has them -> the last layer's stream, normalised
+        [T, D]; the exits taken, int32 [T], and their log-probabilities, float32 [T]."""
+        hidden = self.body.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        residual, last = None, len(self.body.layers)
+        depths = torch.full_like(fine, last, dtype=torch.int32)
+        logprobs = torch.zeros_like(fine, dtype=torch.float32)
+        # Which positions have left, and the streams at the last exit, which theirs must stay.
+        left, ice = torch.zeros_like(fine), None
+        for number, layer in enumerate(self.body.layers, start=1):
+            hidden, residual = layer(positions, hidden, residual)
+            if ice is not None:
+                hidden, residual = hidden.masked_fill(left[:, None], 0), torch.where(left[:, None], ice, residual)
+            if number not in self.exit_depths:
+                continue
+            index, ice = self.exit_depths.index(number), hidden + residual
+            logit = self.gates[str(number)](ice)
+            # Some rules compare hazards in float64, the others in float32.
+            hazard = torch.where(fine, logit.double().sigmoid(), logit.sigmoid().double())
+            fires = hazard > bounds[:, index]
+            for watched in self.watched:
+                watched.ask(index, number, ice, logit, fires)
+            fires &= ~left
+            logprobs += torch.where(left, 0.0, F.logsigmoid(torch.where(fires, logit, -logit)))
+            depths = torch.where(fires, number, depths)
+            left = left | fires
+            hidden, residual = hidden.masked_fill(left[:, None], 0), torch.where(left[:, None], ice, residual)
+        return self.body.norm(hidden, residual)[0], depths, logprobs
 
 
 class EarlyExit:
-    """Mixed in before a causal language model of vLLM's."""
+    """Mixed in before a causal language model of vLLM's.
+
+    What a step's tokens must know is written into buffers before it runs, and what they did is read from others:
+    a graph finds them where they were when it was captured.
+    """
 
     model: Any
     config: Any
@@ -50,14 +125,13 @@ class EarlyExit:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         config = vllm_config.model_config.hf_config
         self.exit_depths = tuple(config.exit_depths)
-        width = gate_units(config.gate_width, config.hidden_size)
-        gates = {
-            str(depth): Gate(config.hidden_size, width, config.gate_input == "normalised", config.rms_norm_eps)
-            for depth in self.exit_depths
-        }
-        self.exit_gates = nn.ModuleDict(gates).requires_grad_(False)
-        # Set while a step runs; without one the model is the plain one.
-        self.step: Step | None = None
+        with set_model_tag("early_exit"):
+            self.gated_layers = GatedLayers(vllm_config=vllm_config, body=self.model)
+        tokens, exits = vllm_config.scheduler_config.max_num_batched_tokens, len(self.exit_depths)
+        self.bounds = torch.full((tokens, exits), NEVER, dtype=torch.float64)
+        self.fine = torch.zeros(tokens, dtype=torch.bool)
+        self.depths, self.logprobs = torch.zeros(tokens, dtype=torch.int32), torch.zeros(tokens, dtype=torch.float32)
+        # Without gates depths may be prescribed, and their probabilities are nothing.
         self.gated = False
         # vLLM packs matrices for a CPU and drops what it packed; new weights are written into these.
         self._plain: dict[str, nn.Parameter] = {}
@@ -65,72 +139,30 @@ class EarlyExit:
     def forward(
         self, input_ids: Tensor | None, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None
     ) -> Tensor:
-        step = self.step
-        hidden = self.model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        # Of positions that have left, and zeros elsewhere: the streams, and where they are.
-        ice, left = torch.zeros_like(hidden), None
-        residual = None
-        if step is not None:
-            last = len(self.model.layers)
-            step.depths = torch.full_like(step.free, last)
-            step.logprobs = torch.zeros(len(step.free), device=step.free.device)
-        for number, layer in enumerate(self.model.layers, start=1):
-            hidden, residual = layer(positions, hidden, residual)
-            if left is not None:
-                hidden, residual = hidden.masked_fill(left, 0), torch.where(left, ice, residual)
-            if step is None or not len(step.free) or number not in self.exit_depths:
-                continue
-            fired = self._ask(step, number, hidden, residual)
-            frozen = torch.zeros(len(hidden), 1, dtype=torch.bool, device=hidden.device)
-            frozen[step.free] = fired.unsqueeze(1)
-            ice = torch.where(frozen, hidden + residual, ice)
-            left = frozen if left is None else left | frozen
-            hidden, residual = hidden.masked_fill(left, 0), torch.where(left, ice, residual)
-        return self.model.norm(hidden, residual)[0]
-
-    def _ask(self, step: Step, depth: int, hidden: Tensor, residual: Tensor) -> Tensor:
-        """bool [F]: which positions leave here that have not left before."""
-        assert step.depths is not None and step.logprobs is not None
-        index, stream = self.exit_depths.index(depth), hidden[step.free] + residual[step.free]
-        logit = self.exit_gates[str(depth)](stream) if self.gated else stream.new_zeros(len(stream)).float()
-        # Some rules compare hazards in float64, the others in float32.
-        hazard = torch.where(step.fine, logit.double().sigmoid(), logit.sigmoid().double())
-        fires = hazard > step.bounds[:, index]
-        for watched in step.watched:
-            self._watch(step, watched, index, depth, stream, logit, fires)
-        still = step.depths == len(self.model.layers)
-        fires &= still
-        if self.gated:
-            taken = torch.where(fires, depth, depth + 1)
-            step.logprobs += torch.where(still, gate_log_term(logit, taken, depth), 0.0)
-        step.depths = torch.where(fires, depth, step.depths)
-        return fires
-
-    def _watch(
-        self, step: Step, watched: Watched, index: int, depth: int, stream: Tensor, logit: Tensor, fires: Tensor
-    ) -> None:
-        """Rules that see readouts, asked as the scheduler of the embedded engine asks them."""
-        at = torch.searchsorted(step.free, watched.places)
-        rows = stream[at]
-        answer = watched.rule.fires(
-            AtExit(
-                index, depth, logit[at],
-                readout=lambda: self.compute_logits(self.model.norm(rows)).float(),  # type: ignore[attr-defined]
-                uniform=lambda i: watched.uniform[:, i],
-                tokens=lambda: watched.tokens,
-                notes=watched.notes,
-            )
+        tokens = len(positions)
+        hidden, depths, logprobs = self.gated_layers(
+            input_ids=input_ids, positions=positions, inputs_embeds=inputs_embeds, bounds=self.bounds[:tokens],
+            fine=self.fine[:tokens],
         )  # fmt: skip
-        fires[at] = answer.to(fires.device)
+        self.depths[:tokens].copy_(depths)
+        self.logprobs[:tokens].copy_(logprobs)
+        return hidden
+
+    def readout(self, streams: Tensor) -> Tensor:
+        """Streams [R, D] -> logits float32 [R, V], as if the model ended there."""
+        return self.compute_logits(self.model.norm(streams)).float()  # type: ignore[attr-defined]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Hugging Face names; gates may be missing (a base model), and are shut then."""
 
+        gates = self.gated_layers.gates
+
         def named() -> Iterable[tuple[str, Tensor]]:
             for name, tensor in weights:
                 if name.startswith("gates."):
-                    self.exit_gates.get_parameter(name.removeprefix("gates.")).copy_(tensor)
-                    loaded.add(f"exit_gates.{name.removeprefix('gates.')}")
+                    _, depth, parameter = name.split(".", 2)
+                    gates.get_submodule(depth).load(parameter, tensor)  # type: ignore[operator]
+                    self.gated = True
                 else:
                     yield name, tensor
 
@@ -138,10 +170,8 @@ class EarlyExit:
         for name, module in matrices:
             # On a GPU it is the parameter that is there anyway.
             module.weight = self._plain.setdefault(name, module.weight)
-        loaded: set[str] = set()
-        loaded |= super().load_weights(named())  # type: ignore[misc]
-        self.gated = self.gated or bool([name for name in loaded if name.startswith("exit_gates.")])
-        return loaded | {f"exit_gates.{name}" for name, _ in self.exit_gates.named_parameters()}
+        loaded: set[str] = super().load_weights(named())  # type: ignore[misc]
+        return loaded | {f"gated_layers.gates.{name}" for name, _ in gates.named_parameters()}
 
     def part(self, name: str) -> Tensor:
         """The tensor of a Hugging Face name, out of the fused one that holds it; on a single device."""

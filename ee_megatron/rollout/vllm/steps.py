@@ -3,7 +3,7 @@ the next tokens with this package's random numbers, and what comes back of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,38 +13,39 @@ from torch import Tensor, nn
 from vllm.distributed.aux_output_connector.connector import AuxRequestOutput
 from vllm.v1.outputs import SamplerOutput
 
-from ...exit_rules import NEVER, ExitRule, Tokens
-from ..engine.sampling import SamplingParams, inverse_cdf, log_prob, sample_tokens, truncate
+from ...exit_rules import NEVER, AtExit, ExitRule, Tokens, known
+from ..engine.sampling import SamplingParams, inverse_cdf, log_prob, sample_tokens, truncate, uniforms
 from ..engine.scheduler import prescribe
 from .asked import EXTRA, Asked
 
+# That sample together on a CPU: what sampling leaves of more is handed back to the machine and had anew every step.
+ROWS = 16
 # vLLM's: temperatures below are greedy.
 GREEDY = 1e-5
 
 
 @dataclass
 class Watched:
-    """Tokens of a step whose rule has to see readouts: their places int64 [R], names and random numbers [R, M+1]."""
+    """Tokens of a step whose rule has to see readouts: their places int64 [R], names and random numbers [R, M+1].
+    `readout`: streams [R, D] -> logits float32 [R, V]."""
 
     rule: ExitRule
     places: Tensor
     tokens: Tokens
     uniform: Tensor
     notes: Tensor
+    readout: Callable[[Tensor], Tensor]
 
-
-@dataclass
-class Step:
-    """T tokens. `free` int64 [F]: those that may exit; bounds float64 [F, M], fine bool [F]: as `ExitRule.ahead` has
-    them. The model leaves `depths` int64 [F] and `logprobs` float32 [F]: the exits taken, and their log-probability."""
-
-    free: Tensor
-    bounds: Tensor
-    fine: Tensor
-    watched: list[Watched]
-    last: np.ndarray
-    depths: Tensor | None = None
-    logprobs: Tensor | None = None
+    def ask(self, index: int, depth: int, streams: Tensor, logits: Tensor, fires: Tensor) -> None:
+        """Asks as the embedded engine's scheduler does. Streams [T, D], logits [T]; writes into `fires` bool [T]."""
+        rows = streams[self.places]
+        answer = self.rule.fires(
+            AtExit(
+                index, depth, logits[self.places], readout=lambda: self.readout(rows),
+                uniform=lambda i: self.uniform[:, i], tokens=lambda: self.tokens, notes=self.notes,
+            )
+        )  # fmt: skip
+        fires[self.places] = answer.to(fires.device)
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class Made:
     logprob: float
     full_logprob: float
     exit_logprob: float
+
+    @property
+    def decided(self) -> tuple[int, int, int]:
+        """What has to be the same on every device."""
+        return self.name, self.token, self.depth
 
 
 class Draws(nn.Module):
@@ -94,23 +100,58 @@ class Draws(nn.Module):
         return tokens, kept.log_softmax(dim=-1) if self.plain.logprobs_mode == "processed_logprobs" else None
 
 
+class Batch:
+    """The runner's requests in its order, as arrays: which are `ours`, and of these the `users`, whose tokens vLLM
+    chooses, bool [N]; int64 [N] lengths of prompts; uint64 [N] keys; by rule, and of rollouts by sampling, which they
+    are, bool [N]."""
+
+    def __init__(self, names: list[str], asked: list[Asked | None]):
+        self.names, self.asked = names, asked
+        self.ours = np.array([one is not None for one in asked], dtype=bool)
+        self.prompts = np.array([one.prompt if one else 0 for one in asked], dtype=np.int64)
+        self.keys = np.array([one.key if one else 0 for one in asked], dtype=np.uint64)
+        self.users = np.array([bool(one and one.sampling is None) for one in asked], dtype=bool)
+        # Of these every token's exit is given.
+        self.prescribed = np.array([bool(one and one.prescribed) for one in asked], dtype=bool)
+        self.rules: dict[ExitRule, np.ndarray] = {}
+        self.samplings: dict[SamplingParams, np.ndarray] = {}
+        for i, one in enumerate(asked):
+            if one is not None:
+                self.rules.setdefault(one.rule, np.zeros(len(asked), dtype=bool))[i] = True
+                if one.sampling is not None:
+                    self.samplings.setdefault(one.sampling, np.zeros(len(asked), dtype=bool))[i] = True
+
+    @property
+    def made(self) -> np.ndarray:
+        """int64 [N]: tokens that there are of each answer."""
+        return np.array([len(one.depths) if one else 0 for one in self.asked], dtype=np.int64)
+
+
 class Steps(nn.Module):
     """Stands in place of the runner's sampler, and before its forward pass. Requests without `EXTRA` never exit and are
     sampled by vLLM; those of users have depths here, and are sampled by vLLM with this package's random numbers."""
 
-    def __init__(self, runner: Any, depths: Sequence[int], num_layers: int):
+    def __init__(self, runner: Any, model: Any):
         super().__init__()
-        self.runner, self.exit_depths, self.num_layers = runner, tuple(depths), num_layers
+        self.runner, self.model, self.exit_depths = runner, model, model.exit_depths
         self.plain = runner.sampler
         # What else the runner has of its sampler, for the log-probabilities of prompts.
         for name in ("logprobs_mode", "compute_logprobs", "gather_logprobs"):
             setattr(self, name, getattr(self.plain, name))
         self.draws = self.plain.topk_topp_sampler = Draws(self.plain.topk_topp_sampler)
-        self.step: Step | None = None
         self.made: list[Made] = []
         # What goes back with users' tokens: depth, log-probabilities of token and exit, float64 [1, 3].
         self.told: dict[str, AuxRequestOutput] = {}
         self._asked: dict[str, Asked] = {}
+        self._batch = Batch([], [])
+        self._bounds, self._fine = _host(model.bounds), _host(model.fine)
+
+    def batch(self) -> Batch:
+        names = self.runner.input_batch.req_ids[: self.runner.input_batch.num_reqs]
+        if names != self._batch.names:
+            self._asked = {name: asked for name, asked in self._asked.items() if name in self.runner.requests}
+            self._batch = Batch(list(names), [self.asked(name) for name in names])
+        return self._batch
 
     def asked(self, request: str) -> Asked | None:
         extra = (self.runner.requests[request].sampling_params.extra_args or {}).get(EXTRA)
@@ -122,113 +163,107 @@ class Steps(nn.Module):
 
     # ---- before the model runs ----
 
-    def prepare(self) -> Step:
-        """What the runner has scheduled: for each request a stretch of positions."""
-        batch, exits = self.runner.input_batch, len(self.exit_depths)
-        count = batch.num_reqs
-        self._asked = {name: asked for name, asked in self._asked.items() if name in self.runner.requests}
-        starts = self.runner.query_start_loc.np[: count + 1]
-        free: list[np.ndarray] = []
-        bounds: list[np.ndarray] = []
-        fine: list[np.ndarray] = []
-        watching: dict[ExitRule, list[tuple[int, Asked, int]]] = {}
-        last = np.full(count, -1)
-        for i, name in enumerate(batch.req_ids[:count]):
-            asked = self.asked(name)
-            if asked is None:
-                continue
-            computed, scheduled = int(batch.num_computed_tokens_cpu[i]), int(starts[i + 1] - starts[i])
-            # Position prompt - 1 + t predicts token t; token 0 comes from the prompt, which never exits.
-            begin, end = (at - asked.prompt + 1 for at in (computed, computed + scheduled))
-            first = max(begin, 1)
-            if end <= first:
-                continue
-            place = int(starts[i]) + first - begin
-            found = asked.bounds(first, end, self.exit_depths)
-            if found is None:
-                # What it said of tokens that are there is known; the newest alone is asked.
-                known = asked.bounds(first, end - 1, self.exit_depths)
-                assert known is not None, "a rule that sees readouts is asked token by token"
-                found = np.concatenate([known, np.full((1, exits), NEVER)])
-                watching.setdefault(asked.rule, []).append((place + end - 1 - first, asked, end - 1))
-            last[i] = sum(map(len, free)) + end - 1 - first
-            free.append(np.arange(place, place + end - first))
-            bounds.append(found)
-            fine.append(np.full(end - first, asked.rule.fine))
-        device = self.runner.device
-        self.step = Step(
-            _joined(free, np.int64, (0,), device), _joined(bounds, np.float64, (0, exits), device),
-            _joined(fine, bool, (0,), device),
-            [self._watched(rule, members) for rule, members in watching.items()], last,
-        )  # fmt: skip
-        return self.step
-
-    def _watched(self, rule: ExitRule, members: list[tuple[int, Asked, int]]) -> Watched:
-        places, asked, tokens = zip(*members, strict=True)
-        exits, device = len(self.exit_depths), self.runner.device
-        drawn = [a.uniform(t, t + 1, exits) for a, t in zip(asked, tokens, strict=True)]
-        return Watched(
-            rule, torch.tensor(places, device=device), [("", 0, t) for t in tokens],
-            torch.from_numpy(np.concatenate(drawn)).to(device),
-            torch.zeros(len(places), rule.notes, dtype=torch.float64, device=device),
-        )  # fmt: skip
+    def prepare(self) -> list[Watched]:
+        """Tells the model the bounds of what the runner has scheduled, for each request a stretch of positions."""
+        batch, device = self.batch(), self.model.bounds.device
+        starts = self.runner.query_start_loc.np[: len(batch.names) + 1].astype(np.int64)
+        total, exits = int(starts[-1]), len(self.exit_depths)
+        bounds, fine = self._bounds.numpy()[:total], self._fine.numpy()[:total]
+        bounds.fill(NEVER)
+        fine.fill(False)
+        # Position prompt - 1 + t predicts token t; token 0 comes from the prompt, which never exits.
+        begin = self.runner.input_batch.num_computed_tokens_cpu[: len(batch.names)] - batch.prompts + 1
+        end = begin + np.diff(starts)
+        first = np.maximum(begin, 1)
+        counts = np.where(batch.ours, np.maximum(end - first, 0), 0)
+        row = np.repeat(np.arange(len(batch.names)), counts)
+        token = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts) + first[row]
+        place = starts[row] + token - begin[row]
+        watched = []
+        if exits and len(row):
+            drawn = uniforms(batch.keys[row], token, exits + 1)
+            said = batch.prescribed[row] | (token < batch.made[row])
+            for rule, members in batch.rules.items():
+                which = np.flatnonzero(members[row] & ~said)
+                if not len(which):
+                    continue
+                at, names = place[which], [("", 0, t) for t in token[which].tolist()]
+                ahead = rule.ahead(drawn[which], self.exit_depths, names)
+                if ahead is not None:
+                    bounds[at], fine[at] = ahead, rule.fine
+                    continue
+                assert (token[which] == end[row[which]] - 1).all(), "a rule that sees readouts is asked token by token"
+                watched.append(
+                    Watched(
+                        rule, torch.from_numpy(at).to(device), names, torch.from_numpy(drawn[which]).to(device),
+                        torch.zeros(len(which), rule.notes, dtype=torch.float64, device=device), self.model.readout,
+                    )
+                )  # fmt: skip
+            which = np.flatnonzero(said)
+            if len(which):
+                pairs = zip(row[which].tolist(), token[which].tolist(), strict=True)
+                given = np.array([batch.asked[i].said(t) for i, t in pairs])  # type: ignore[union-attr]
+                bounds[place[which]] = known(given[:, None] == np.array(self.exit_depths), self.exit_depths)
+        for host, buffer in ((self._bounds, self.model.bounds), (self._fine, self.model.fine)):
+            if host is not buffer:
+                buffer[:total].copy_(host[:total], non_blocking=True)
+        return watched
 
     # ---- after it ----
 
     def forward(self, logits: Tensor, sampling_metadata: Any, **options: Any) -> SamplerOutput:
         """Logits [requests, V] -> the next tokens, this package's where a request has `EXTRA`."""
-        names = self.runner.input_batch.req_ids[: len(logits)]
-        asked = [self.asked(name) for name in names]
-        if not any(asked):
+        batch = self.batch()
+        if not batch.ours.any():
             return self.plain(logits=logits, sampling_metadata=sampling_metadata, **options)
         # Rows in the middle of a prompt have logits too, which nobody wants.
-        unwanted = self.runner.discard_request_mask.np[: len(names)]
-        wanted = [(i, one) for i, one in enumerate(asked) if one is not None and not unwanted[i]]
-        rollouts = [(i, one, one.sampling) for i, one in wanted if one.sampling is not None]
-        users = [(i, one) for i, one in wanted if one.sampling is None]
-        depths, exits = self._exits(len(names))
-        tokens = torch.zeros(len(names), dtype=torch.int64, device=logits.device)
+        wanted = ~self.runner.discard_request_mask.np[: len(batch.names)]
+        made, (depths, exits) = batch.made, self._exits(batch)
+        tokens = torch.zeros(len(batch.names), dtype=torch.int32, device=logits.device)
         others = None
-        if users or len(rollouts) < len(names):
-            others = self._by_vllm(names, users, logits, sampling_metadata, options, depths, exits)
+        if batch.users.any() or not batch.ours.all():
+            users = np.flatnonzero(batch.users & wanted)
+            others = self._by_vllm(batch, users, logits, sampling_metadata, options, depths, exits)
             tokens.copy_(others.sampled_token_ids[:, 0])
-        kinds: dict[SamplingParams, list[tuple[int, Asked]]] = {}
-        for i, one, sampling in rollouts:
-            kinds.setdefault(sampling, []).append((i, one))
-        for params, members in kinds.items():
-            which = torch.tensor([i for i, _ in members], device=logits.device)
-            wide = logits[which].float()
-            sampled = sample_tokens(wide, params, self._uniform(members))
-            given = [
-                (j, one.given[len(one.depths)])
-                for j, (_, one) in enumerate(members)
-                if len(one.depths) < len(one.given)
-            ]
-            if given:
-                sampled = prescribe(wide, params, sampled, given)
-            tokens[which] = sampled[0]
-            columns = (column.tolist() for column in sampled)
-            for (i, one), token, logprob, full in zip(members, *columns, strict=True):
-                self.made.append(Made(one.name, token, depths[i], logprob, full, exits[i]))
-                one.depths.append(depths[i])
+        for params, members in batch.samplings.items():
+            every = np.flatnonzero(members & wanted)
+            step = ROWS if logits.device.type == "cpu" else max(1, len(every))
+            for rows in (every[at : at + step] for at in range(0, len(every), step)):
+                which = torch.from_numpy(rows).to(logits.device)
+                drawn = self._uniform(batch, rows, made)
+                # Neighbours mostly: no copy then.
+                together = rows[-1] - rows[0] + 1 == len(rows)
+                wide = (logits[rows[0] : rows[-1] + 1] if together else logits[which]).float()
+                sampled = sample_tokens(wide, params, drawn)
+                chosen = [one for i in rows.tolist() if (one := batch.asked[i]) is not None]
+                given = [
+                    (j, one.given[len(one.depths)]) for j, one in enumerate(chosen) if len(one.depths) < len(one.given)
+                ]
+                if given:
+                    sampled = prescribe(wide, params, sampled, given)
+                tokens[which] = sampled[0].to(torch.int32)
+                columns = (column.tolist() for column in sampled)
+                for i, one, token, logprob, full in zip(rows.tolist(), chosen, *columns, strict=True):
+                    self.made.append(Made(one.name, token, depths[i], logprob, full, exits[i]))
+                    one.depths.append(depths[i])
         logprobs = None if others is None else others.logprobs_tensors
-        return SamplerOutput(sampled_token_ids=tokens.to(torch.int32).unsqueeze(-1), logprobs_tensors=logprobs)
+        return SamplerOutput(sampled_token_ids=tokens.unsqueeze(-1), logprobs_tensors=logprobs)
 
     def _by_vllm(
-        self, names: Sequence[str], users: list[tuple[int, Asked]], logits: Tensor, sampling_metadata: Any,
-        options: dict[str, Any], depths: list[int], exits: list[float],
+        self, batch: Batch, users: np.ndarray, logits: Tensor, sampling_metadata: Any, options: dict[str, Any],
+        depths: Sequence[int], exits: Sequence[float],
     ) -> SamplerOutput:  # fmt: skip
-        """vLLM's choice for all rows; of users' the depths are kept."""
-        if users:
+        """vLLM's choice for all rows; of `users`, int64 [U], the depths are kept."""
+        if len(users):
             # Nobody asks what the others of these rows draw: they are in the middle of a prompt.
-            uniform = torch.zeros(len(names), dtype=torch.float64, device=logits.device)
-            uniform[[i for i, _ in users]] = self._uniform(users)
+            uniform = torch.zeros(len(batch.names), dtype=torch.float64, device=logits.device)
+            uniform[users] = self._uniform(batch, users, batch.made)
             self.draws.uniform = uniform
         try:
             found = self.plain(logits=logits.clone(), sampling_metadata=sampling_metadata, **options)
         finally:
             self.draws.uniform = None
-        if not users:
+        if not len(users):
             return found
         # A greedy choice has the log-probability of temperature 1.
         logprobs = log_prob(logits.float(), found.sampled_token_ids[:, 0].long())
@@ -236,27 +271,28 @@ class Steps(nn.Module):
             assert self.draws.logprobs is not None
             drawn = sampling_metadata.temperature >= GREEDY
             logprobs = torch.where(drawn, self.draws.logprobs, logprobs)
-        for (i, one), logprob in zip(users, logprobs[[i for i, _ in users]].tolist(), strict=True):
+        for i, logprob in zip(users.tolist(), logprobs[users].tolist(), strict=True):
+            one = batch.asked[i]
+            assert one is not None
             row = np.array([[depths[i], logprob, exits[i]]])
-            self.told[names[i]] = AuxRequestOutput(len(one.depths), row)
+            self.told[batch.names[i]] = AuxRequestOutput(len(one.depths), row)
             one.depths.append(depths[i])
         return found
 
-    def _uniform(self, members: list[tuple[int, Asked]]) -> Tensor:
-        """float64 [R]: the numbers that draw the members' next tokens."""
-        exits = len(self.exit_depths)
-        drawn = [one.uniform(len(one.depths), len(one.depths) + 1, exits) for _, one in members]
-        return torch.from_numpy(np.concatenate(drawn)[:, -1]).to(self.runner.device)
+    def _uniform(self, batch: Batch, rows: np.ndarray, made: np.ndarray) -> Tensor:
+        """float64 [R]: the numbers that draw the next tokens of these rows."""
+        drawn = uniforms(batch.keys[rows], made[rows], len(self.exit_depths) + 1)[:, -1]
+        return torch.from_numpy(drawn).to(self.runner.device)
 
-    def _exits(self, count: int) -> tuple[list[int], list[float]]:
-        """Depth and exit log-probability of each request's newest position."""
-        step = self.step
-        if step is None or step.depths is None or step.logprobs is None:
-            return [self.num_layers] * count, [0.0] * count
-        depths, logprobs = [*step.depths.tolist(), self.num_layers], [*step.logprobs.tolist(), 0.0]
-        return [depths[at] for at in step.last], [logprobs[at] for at in step.last]
+    def _exits(self, batch: Batch) -> tuple[list[int], list[float]]:
+        """Depth and exit log-probability of each request's newest position; a first token comes from the prompt."""
+        ends = self.runner.query_start_loc.np[1 : len(batch.names) + 1]
+        newest = torch.from_numpy(ends - 1).to(self.model.depths.device)
+        logprobs = self.model.logprobs[newest].tolist()
+        asked = batch.made if self.model.gated else np.zeros(len(batch.names), dtype=bool)
+        return self.model.depths[newest].tolist(), [p if at else 0.0 for p, at in zip(logprobs, asked, strict=True)]
 
 
-def _joined(parts: list[np.ndarray], dtype: Any, empty: tuple[int, ...], device: torch.device) -> Tensor:
-    whole = np.concatenate(parts).astype(dtype) if parts else np.empty(empty, dtype=dtype)
-    return torch.from_numpy(whole).to(device)
+def _host(buffer: Tensor) -> Tensor:
+    """Where the host writes what goes into `buffer`: itself on a CPU."""
+    return buffer if buffer.device.type == "cpu" else torch.empty_like(buffer, device="cpu", pin_memory=True)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 
 from ...families.hf_directory import HFDirectory
@@ -32,15 +34,19 @@ class ExitWorker(Worker):
         model = runner.model
         assert isinstance(model, EarlyExit), type(model)
         self._exits_model = model
-        steps = self._exits_steps = runner.sampler = Steps(runner, model.exit_depths, len(model.model.layers))
+        steps = self._exits_steps = runner.sampler = Steps(runner, model)
         run, sample = runner._model_forward, runner.sample_tokens
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            model.step = steps.prepare()
+            model.gated_layers.watched = steps.prepare()
+            if model.gated_layers.watched:
+                # Rules that see readouts are no part of a graph.
+                context = get_forward_context()
+                context.skip_compiled, context.cudagraph_runtime_mode = True, CUDAGraphMode.NONE
             try:
                 return run(*args, **kwargs)
             finally:
-                model.step = None
+                model.gated_layers.watched = ()
 
         def sample_tokens(grammar: Any) -> Any:
             output = sample(grammar)
@@ -66,7 +72,7 @@ class ExitWorker(Worker):
         """Gates, and with `whole` every tensor of the base, by their Hugging Face names; the devices' own tensors."""
         model = self._exits_model
         dtype = self.model_runner.model_config.dtype
-        gates = {f"gates.{name}": value for name, value in model.exit_gates.named_parameters()}
+        gates = {f"gates.{name}": value for name, value in model.gated_layers.gates.named_parameters()}
         held: dict[str, Tensor] = {n: v if stays_float32(n) else v.to(dtype) for n, v in gates.items()}
         if whole:
             source = HFDirectory(Path(self.model_runner.model_config.model))

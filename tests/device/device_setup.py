@@ -38,7 +38,7 @@ from ee_megatron.objectives.weights import Weights, mean_weights
 from ee_megatron.parallel.groups import Degrees
 from ee_megatron.policy import PolicySpec, initial_policy
 from ee_megatron.rollout.engine import kernels
-from ee_megatron.rollout.engine import weights as decoder_weights
+from ee_megatron.rollout.engine import linear as decoder_linear
 from ee_megatron.rollout.engine.decoder import Decoder
 from ee_megatron.rollout.engine.request import GenerationRequest
 from ee_megatron.rollout.engine.sampling import SamplingParams
@@ -194,7 +194,7 @@ def on(kind: str, degrees: Degrees = SINGLE) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(patched(kernels, library=lambda dtype: None))
-        stack.enter_context(patched(decoder_weights, _pack=lambda weight: None))
+        stack.enter_context(patched(decoder_linear, _pack=lambda weight: None))
         stack.enter_context(torch._dynamo.config.patch(disable=True))
         stack.enter_context(patched(engine, _import_deepspeed=lambda on_cpu: SimpleNamespace(initialize=_initialize)))
         if kind != "cpu":

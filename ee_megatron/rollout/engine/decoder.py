@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...exits import ExitLayout
@@ -20,7 +19,7 @@ from ...families import inverse_frequencies
 from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec
 from .cache import KVCache
-from .ops import Ops, Rows, choose_ops, norm
+from .ops import Ops, Places, Rows, choose_ops, norm
 from .policy_loading import Arrival, GateWeights, check_tensors, gates_from
 from .weights import DecoderWeights, SkippedKV
 
@@ -213,7 +212,7 @@ class Decoder:
         mask = None if prefix is None else torch.ones(T, past + T, dtype=torch.bool, device=self.device).tril(past)
         self._check_ready()
         self._reach(past + T)
-        positions = torch.arange(past, past + T, device=self.device).repeat(B)
+        at = Places(torch.arange(past, past + T, device=self.device).repeat(B), self._cos, self._sin)
         ops = self.ops
         # Positions of all sequences one after another; the stream is changed in place.
         stream = self.weights.embedding[tokens.to(self.device)].view(B * T, -1)
@@ -225,14 +224,14 @@ class Decoder:
         for layer, block in enumerate(self.weights.blocks):
             linears, before = block.linears, stream if deeper is None else stream.clone()
             fused = linears["qkv"](ops.add_norm(stream, None, block.attention_norm))
-            turned = ops.turn(fused, positions, self._cos, self._sin, block.q_norm, block.k_norm)
+            turned = ops.turn(fused, at, block.q_norm, block.k_norm)
             q, k, v = (heads.unflatten(0, (B, T)) for heads in turned)
             if keep_kv:
                 keys[layer], values[layer] = k, v
             if prefix is not None:
                 k = torch.cat([prefix.keys[layer].expand(B, -1, -1, -1), k], dim=1)
                 v = torch.cat([prefix.values[layer].expand(B, -1, -1, -1), v], dim=1)
-            attended = self._attend(q, k, v, mask, ends)
+            attended = ops.attend_parallel(q, k, v, mask, ends)
             delta = linears["out"](attended.reshape(B * T, -1))
             normed = ops.add_norm(stream, delta, block.mlp_norm)
             stream += linears["down"](ops.silu_mul(linears["gate_up"](normed)))
@@ -242,24 +241,6 @@ class Decoder:
                 residuals.append(stream.view(B, T, -1).clone())
         hidden = stream.view(B, T, -1)
         return hidden, residuals, keys, values
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ends: list[int]) -> Tensor:
-        """q [B, T, H, hd], k and v [B, past + T, KVH, hd], ends: the sequences' lengths -> [B, T, H, hd]. On a CPU each
-        sequence by itself: its bits don't depend on what is read along with it, and padding costs nothing."""
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-            return F.scaled_dot_product_attention(
-                q.transpose(-3, -2), k.transpose(-3, -2), v.transpose(-3, -2), attn_mask=mask, is_causal=mask is None,
-                enable_gqa=self.dims.heads != self.dims.kv_heads,
-            ).transpose(-3, -2)  # fmt: skip
-
-        if self.device.type != "cpu":
-            return attend(q, k, v, mask)
-        past, attended = k.shape[1] - q.shape[1], torch.zeros(q.shape, dtype=q.dtype)
-        for b, n in enumerate(ends):
-            here, seen = slice(b, b + 1), None if mask is None else mask[:n, : past + n]
-            attended[here, :n] = attend(q[here, :n], k[here, : past + n], v[here, : past + n], seen)
-        return attended
 
     # ---- one position per row, with the cache ----
 

@@ -44,11 +44,10 @@ class Ops(Protocol):
         ...
 
     def turn(
-        self, fused: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor | None, k_gain: Tensor | None
+        self, fused: Tensor, at: Places, q_gain: Tensor | None, k_gain: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Fused q, k, v [N, (H + 2 KVH) hd], which may be overwritten -> queries [N, H, hd], keys and values
-        [N, KVH, hd], queries and keys normed where there are gains, and rotated by rows `positions` int64 [N] of the
-        tables."""
+        [N, KVH, hd], queries and keys normed where there are gains, and rotated by their positions."""
         ...
 
     def attend(
@@ -58,22 +57,41 @@ class Ops(Protocol):
         when this returns."""
         ...
 
+    def attend_parallel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ends: Sequence[int]) -> Tensor:
+        """Queries [B, T, H, hd] at the last T of the positions of k, v [B, P + T, KVH, hd], ends: lengths of the B
+        sequences, right-padded -> [B, T, H, hd]. mask bool [T, P + T]; None: causal."""
+        ...
+
     def write_kv(self, fused: Tensor, cache: KVCache, first: int, layers: int, at: Rows, k_gain: Tensor | None) -> None:
         """Write keys (normed and rotated here) and values of layers first..first+layers-1 of the first A rows, fused
         [A, layers·2·KVH·hd]; k_gain [layers, hd]."""
         ...
 
 
-class Rows:
-    """Where A rows are: what `KVCache.where` says of them, int64 [A, 4 + blocks] on the cache's device, and the rotary
-    tables, fp32 [positions, hd / 2]; all positions lie below `span`."""
+class Places:
+    """Positions int64 [N] of what is computed, and the rotary tables, fp32 [positions, hd / 2]."""
+
+    def __init__(self, positions: Tensor, cos: Tensor, sin: Tensor):
+        self.positions, self.cos, self.sin = positions, cos, sin
+        self._angles: tuple[Tensor, Tensor] | None = None
+
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the positions, fp32 [N, 1, hd / 2]."""
+        if self._angles is None:
+            self._angles = self.cos[self.positions][:, None], self.sin[self.positions][:, None]
+        return self._angles
+
+
+class Rows(Places):
+    """Where A rows are: what `KVCache.where` says of them, int64 [A, 4 + blocks] on the cache's device; all positions
+    lie below `span`."""
 
     def __init__(self, where: Tensor, span: int, cos: Tensor, sin: Tensor):
-        self.where, self.span, self.cos, self.sin = where, span, cos, sin
-        self.slots, self.positions, self.pages, self.offsets = where[:, :TABLE].unbind(1)
+        self.where, self.span = where, span
+        self.slots, positions, self.pages, self.offsets = where[:, :TABLE].unbind(1)
+        super().__init__(positions, cos, sin)
         self.table = where[:, TABLE:]
         self._mask: Tensor | None = None
-        self._angles: tuple[Tensor, Tensor] | None = None
 
     def take(self, which: Tensor) -> Rows:
         """Some of the rows."""
@@ -85,12 +103,6 @@ class Rows:
             seen = torch.arange(self.span, device=self.positions.device) <= self.positions[:, None]
             self._mask = seen[:, None, None]
         return self._mask
-
-    def angles(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the rows' positions, fp32 [A, 1, hd / 2]."""
-        if self._angles is None:
-            self._angles = self.cos[self.positions][:, None], self.sin[self.positions][:, None]
-        return self._angles
 
 
 def norm(hidden: Tensor, gain: Tensor | None, eps: float) -> Tensor:
@@ -139,6 +151,12 @@ class LayerByLayer(Ops):
                 hidden += delta
         return hidden
 
+    def attend_parallel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ends: Sequence[int]) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None,
+            enable_gqa=self.dims.heads != self.dims.kv_heads,
+        ).transpose(1, 2)  # fmt: skip
+
     def gate(self, hidden: Tensor, fc1: WideLinear, fc2: Tensor, fc2_bias: Tensor, normalise: bool) -> Tensor:
         wide = hidden.float()
         if normalise:
@@ -162,19 +180,18 @@ class TorchOps(LayerByLayer):
         return F.silu(gate) * up
 
     def turn(
-        self, fused: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor | None, k_gain: Tensor | None
+        self, fused: Tensor, at: Places, q_gain: Tensor | None, k_gain: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = _heads(fused, self.dims)
         if q_gain is not None:
             q, k = norm(q, q_gain, self.dims.rms_eps), norm(k, k_gain, self.dims.rms_eps)
-        cos, sin = cos[positions][:, None], sin[positions][:, None]
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        return rotate(q, *at.angles()), rotate(k, *at.angles()), v
 
     def attend(
         self, fused: Tensor, cache: KVCache, layer: int, at: Rows, q_gain: Tensor | None, k_gain: Tensor | None
     ) -> Tensor:
         dims = self.dims
-        q, k, v = self.turn(fused, at.positions, at.cos, at.sin, q_gain, k_gain)
+        q, k, v = self.turn(fused, at, q_gain, k_gain)
         keys, values = cache.layers[layer].unbind(1)
         keys[at.pages, at.offsets] = k
         values[at.pages, at.offsets] = v
@@ -270,11 +287,11 @@ class KernelOps(LayerByLayer):
         return out
 
     def turn(
-        self, fused: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor | None, k_gain: Tensor | None
+        self, fused: Tensor, at: Places, q_gain: Tensor | None, k_gain: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dims, positions = self.dims, positions.contiguous()
+        dims, positions = self.dims, at.positions.contiguous()
         self.library.turn_heads(
-            fused.data_ptr(), positions.data_ptr(), cos.data_ptr(), sin.data_ptr(), kernels.pointer(q_gain),
+            fused.data_ptr(), positions.data_ptr(), at.cos.data_ptr(), at.sin.data_ptr(), kernels.pointer(q_gain),
             kernels.pointer(k_gain), dims.rms_eps, len(fused), dims.heads, dims.kv_heads, dims.head_dim,
         )  # fmt: skip
         return _heads(fused, dims)
@@ -290,6 +307,16 @@ class KernelOps(LayerByLayer):
             dims.rms_eps, rows, dims.heads, dims.kv_heads, dims.head_dim,
         )  # fmt: skip
         return out
+
+    def attend_parallel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ends: Sequence[int]) -> Tensor:
+        """Each sequence by itself: its bits don't depend on what is read along with it, and padding costs nothing."""
+        past, attended = k.shape[1] - q.shape[1], torch.zeros(q.shape, dtype=q.dtype)
+        for b, n in enumerate(ends):
+            here, seen = slice(b, b + 1), None if mask is None else mask[:n, : past + n]
+            attended[here, :n] = super().attend_parallel(
+                q[here, :n], k[here, : past + n], v[here, : past + n], seen, [n]
+            )  # fmt: skip
+        return attended
 
     def write_kv(self, fused: Tensor, cache: KVCache, first: int, layers: int, at: Rows, k_gain: Tensor | None) -> None:
         dims = self.dims

@@ -234,7 +234,7 @@ class Decoder:
             attended = ops.attend_parallel(q, k, v, mask, ends)
             delta = linears["out"](attended.reshape(B * T, -1))
             normed = ops.add_norm(stream, delta, block.mlp_norm)
-            stream += linears["down"](ops.silu_mul(linears["gate_up"](normed)))
+            stream += ops.mlp(normed, linears)
             if deeper is not None:
                 stream = torch.where(deeper > layer, stream, before)
             if layer + 1 in residuals_at:

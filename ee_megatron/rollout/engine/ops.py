@@ -7,7 +7,7 @@ key/value heads, hd head size, I MLP width.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -17,8 +17,11 @@ from torch import Tensor
 from ...families import ModelDims
 from . import kernels
 from .cache import TABLE, KVCache
-from .linear import Panels, WideLinear
+from .linear import Linear, Panels, WideLinear
 from .weights import Block
+
+# Of a prompt that go through an MLP at a time on a CPU.
+POSITIONS = 768
 
 
 class Ops(Protocol):
@@ -29,6 +32,10 @@ class Ops(Protocol):
     def run(self, first: int, stop: int, hidden: Tensor, cache: KVCache, at: Rows) -> Tensor:
         """Layers first..stop-1 of the stream hidden [A, D] -> [A, D]; writes the rows' keys and values of these layers.
         `hidden` may be overwritten."""
+        ...
+
+    def mlp(self, normed: Tensor, linears: Mapping[str, Linear]) -> Tensor:
+        """What the MLP adds to the stream: normed [N, D] -> [N, D]."""
         ...
 
     def gate(self, hidden: Tensor, fc1: WideLinear, fc2: Tensor, fc2_bias: Tensor, normalise: bool) -> Tensor:
@@ -144,7 +151,7 @@ class LayerByLayer(Ops):
             linears = block.linears
             attended = self.attend(linears["qkv"](normed), cache, layer, at, block.q_norm, block.k_norm)
             normed = self.add_norm(hidden, linears["out"](attended), block.mlp_norm)
-            delta = linears["down"](self.silu_mul(linears["gate_up"](normed)))
+            delta = self.mlp(normed, linears)
             if layer + 1 < stop:
                 normed = self.add_norm(hidden, delta, blocks[layer + 1].attention_norm)
             else:
@@ -156,6 +163,9 @@ class LayerByLayer(Ops):
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None,
             enable_gqa=self.dims.heads != self.dims.kv_heads,
         ).transpose(1, 2)  # fmt: skip
+
+    def mlp(self, normed: Tensor, linears: Mapping[str, Linear]) -> Tensor:
+        return linears["down"](self.silu_mul(linears["gate_up"](normed)))
 
     def gate(self, hidden: Tensor, fc1: WideLinear, fc2: Tensor, fc2_bias: Tensor, normalise: bool) -> Tensor:
         wide = hidden.float()
@@ -246,6 +256,11 @@ class KernelOps(LayerByLayer):
             at.cos.data_ptr(), at.sin.data_ptr(), rows, self._shape,
         )  # fmt: skip
         return hidden
+
+    def mlp(self, normed: Tensor, linears: Mapping[str, Linear]) -> Tensor:
+        """A prompt's positions in parts: what is between the products stays in the cache, and its memory is had again
+        instead of anew from the machine."""
+        return torch.cat([super(KernelOps, self).mlp(part, linears) for part in normed.split(POSITIONS)])
 
     def gate(self, hidden: Tensor, fc1: WideLinear, fc2: Tensor, fc2_bias: Tensor, normalise: bool) -> Tensor:
         if not isinstance(fc1.matrix, Panels):

@@ -115,8 +115,6 @@ def rule_for(config: Any, given: Any) -> ExitRule:
     model = config.model_config.hf_config
     rule = read_rule(model.exit_policy if given is None else given)
     rule.check(ExitLayout(model.num_hidden_layers, tuple(model.exit_depths)), True)
-    if "readout" in rule.needs and config.parallel_config.tensor_parallel_size > 1:
-        raise ValueError(f"{FIELD} {rule.kind} reads out at every exit, which tensor parallelism can't; set another")
     return rule
 
 

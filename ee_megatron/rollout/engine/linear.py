@@ -91,7 +91,8 @@ class Plain:
         return self.weight
 
 
-def _panels(weight: Tensor, bias: Tensor | None, wide: bool) -> Panels | None:
+def panels(weight: Tensor, bias: Tensor | None, wide: bool) -> Panels | None:
+    """The matrix packed, or None where the kernels have no products for it."""
     library = kernels.library(weight.dtype) if weight.device.type == "cpu" else None
     if library is None or not library.columns or weight.shape[1] % kernels.PAIRS[weight.dtype]:
         return None
@@ -116,7 +117,7 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, adapted: bool = False):
         self.bias, self.adapted = bias, adapted
-        self.matrix: Matrix = _panels(weight, bias, wide=False) or _packed(weight, bias) or Plain(weight, bias)
+        self.matrix: Matrix = panels(weight, bias, wide=False) or _packed(weight, bias) or Plain(weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.matrix(x)
@@ -136,9 +137,9 @@ class WideLinear(Linear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         self.dtype = weight.dtype
-        panels = _panels(weight, bias, wide=True)
-        if panels is not None:
-            self.bias, self.adapted, self.matrix = bias, False, panels
+        packed = panels(weight, bias, wide=True)
+        if packed is not None:
+            self.bias, self.adapted, self.matrix = bias, False, packed
             return
         # Without a kernel for it a CPU multiplies the same values in float32: one copy of the matrix for all products.
         super().__init__(weight.float() if weight.device.type == "cpu" else weight, bias)

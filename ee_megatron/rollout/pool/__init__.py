@@ -23,6 +23,8 @@ def make_pool(
 ) -> RolloutPool:
     """The pool that `rollout.backend` names. Raises ValueError for another name, for a cache that no answer fits, and
     where there is no vLLM."""
+    if rollout.backend not in ("local", "ray", "vllm"):
+        raise ValueError(f"rollout.backend {rollout.backend!r} is unknown; expected 'local', 'ray' or 'vllm'")
     source = HFDirectory(model_path)
     check_cache(rollout, source.dims, dtype.itemsize)
     source.close()
@@ -32,11 +34,8 @@ def make_pool(
     replica = ReplicaSettings(
         str(Path(model_path).resolve()), spec, dtype, device, rollout.rows, rollout.threads, cache_gib=rollout.cache_gib
     )
-    if rollout.backend == "ray":
-        return RayPool(replica, rollout)
     if rollout.backend == "vllm":
         python = str(Path(rollout.vllm_python).absolute())
         check_python(python)
         replica = replace(replica, vllm_python=python, vllm_compile=rollout.vllm_compile, tensor=rollout.tensor)
-        return RayPool(replica, rollout)
-    raise ValueError(f"rollout.backend {rollout.backend!r} is unknown; expected 'local', 'ray' or 'vllm'")
+    return RayPool(replica, rollout)

@@ -91,8 +91,7 @@ class Plain:
         return self.weight
 
 
-def panels(weight: Tensor, bias: Tensor | None, wide: bool) -> Panels | None:
-    """The matrix packed, or None where the kernels have no products for it."""
+def _panels(weight: Tensor, bias: Tensor | None, wide: bool) -> Panels | None:
     library = kernels.library(weight.dtype) if weight.device.type == "cpu" else None
     if library is None or not library.columns or weight.shape[1] % kernels.PAIRS[weight.dtype]:
         return None
@@ -117,7 +116,7 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, adapted: bool = False):
         self.bias, self.adapted = bias, adapted
-        self.matrix: Matrix = panels(weight, bias, wide=False) or _packed(weight, bias) or Plain(weight, bias)
+        self.matrix: Matrix = _panels(weight, bias, wide=False) or _packed(weight, bias) or Plain(weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.matrix(x)
@@ -137,7 +136,7 @@ class WideLinear(Linear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         self.dtype = weight.dtype
-        packed = panels(weight, bias, wide=True)
+        packed = _panels(weight, bias, wide=True)
         if packed is not None:
             self.bias, self.adapted, self.matrix = bias, False, packed
             return

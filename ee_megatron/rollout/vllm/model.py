@@ -22,46 +22,22 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from ...exit_rules import NEVER
 from ...exits import gate_units
 from ...products import product
-from ..engine import kernels
-from ..engine.linear import panels
 from .steps import Watched
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-@torch.library.custom_op("ee_megatron::wide_product", mutates_args=())
-def wide_product(x: Tensor, panels: Tensor, bias: Tensor, out: int) -> Tensor:
-    """x [T, D], panels of W [out, D] in x's dtype, bias float32 [out] -> x W^T + b, float32 [T, out]: the embedded
-    engine's product on a CPU, which has none of bfloat16 matrices that gives float32 (rollout/engine/linear.py)."""
-    library, x = kernels.library(panels.dtype), x.contiguous()
-    assert library is not None, "panels are made by it"
-    y = torch.empty(len(x), out, dtype=torch.float32)
-    product = kernels.Product(panels.data_ptr(), bias.data_ptr(), x.shape[1], out)
-    library.multiply(product, x.data_ptr(), y.data_ptr(), len(x), True)
-    return y
-
-
-@wide_product.register_fake
-def _(x: Tensor, panels: Tensor, bias: Tensor, out: int) -> Tensor:
-    # Not its len, which would fix the number of tokens.
-    return x.new_empty(x.shape[0], out, dtype=torch.float32)
 
 
 class Gate(nn.Module):
     """As everywhere: z = W2 relu(W1 x + b1) + b2 on the residual stream, float32 [...]; the first product is rounded
     as the model's are."""
 
-    panels: Tensor | None
-
     def __init__(self, hidden: int, width: int, normalise: bool, eps: float, dtype: torch.dtype):
         super().__init__()
-        self.normalise, self.eps, self.dtype, self.width = normalise, eps, dtype, width
+        self.normalise, self.eps, self.dtype = normalise, eps, dtype
         self.fc1, self.fc2 = nn.Linear(hidden, width, dtype=dtype), nn.Linear(width, 1, dtype=torch.float32)
         self.fc1.bias.data = self.fc1.bias.data.float()
         self.on_cpu = self.fc1.weight.device.type == "cpu"
-        packed = panels(self.fc1.weight.detach(), None, wide=True) if self.on_cpu else None
-        self.register_buffer("panels", packed.packed if packed else None, persistent=False)
-        if self.on_cpu and packed is None:
+        if self.on_cpu:
             # There float32 alone gives float32: it holds what `dtype` holds, and is wide.
             self.fc1.weight.data = self.fc1.weight.data.float()
         self._pack()
@@ -71,26 +47,16 @@ class Gate(nn.Module):
         self._pack()
 
     def _pack(self) -> None:
-        if self.panels is not None:
-            library = kernels.library(self.dtype)
-            assert library is not None, "panels are made by it"
-            weight = self.fc1.weight.detach()
-            library.pack(weight.data_ptr(), self.panels.data_ptr(), weight.shape[1], self.width)
-        elif self.on_cpu:
+        if self.on_cpu:
             dispatch_cpu_unquantized_gemm(self.fc1, remove_weight=False)
 
     def forward(self, stream: Tensor) -> Tensor:
         x, fc1 = stream.float(), self.fc1
         if self.normalise:
             x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        packed: Any = getattr(fc1, "cpu_linear", None)
         x = x.to(self.dtype)
-        if self.panels is not None:
-            x = wide_product(x, self.panels, fc1.bias, self.width)
-        elif self.on_cpu:
-            packed: Any = getattr(fc1, "cpu_linear", None)
-            x = packed(x.float(), fc1.weight, fc1.bias)
-        else:
-            x = product(x, fc1.weight.t()) + fc1.bias
+        x = packed(x.float(), fc1.weight, fc1.bias) if self.on_cpu else product(x, fc1.weight.t()) + fc1.bias
         return self.fc2(F.relu(x)).squeeze(-1)
 
 

@@ -131,6 +131,19 @@ def test_answers_have_the_same_bits_however_many_rows_are_in_flight(tmp_path, dt
 
 
 @needs_products
+def test_a_processor_without_products_of_bfloat16_decodes_with_gates(tmp_path, monkeypatch):
+    """As with AMX: of that dtype oneDNN has the faster ones, of float32 the kernels."""
+    monkeypatch.setattr(kernels.library(torch.bfloat16), "columns", 0)
+    monkeypatch.delattr(kernels.library(torch.bfloat16), "gate", raising=False)
+    decoder = Decoder.from_hf(tiny_hf("llama", tmp_path), SPEC, torch.bfloat16, "cpu")
+    decoder.load_policy(random_policy(decoder.dims, SPEC))
+    hidden = torch.randn(5, decoder.dims.hidden).to(torch.bfloat16)
+    found = decoder.gate_logit(1, hidden)
+    decoder.use(TorchOps(decoder.dims))
+    torch.testing.assert_close(found, decoder.gate_logit(1, hidden), rtol=1e-5, atol=1e-5)
+
+
+@needs_products
 @pytest.mark.parametrize("vocab", [1, 15, 16, 17, 512, 1500])
 def test_greedy_choice_is_the_first_of_the_greatest(vocab):
     generator = torch.Generator().manual_seed(vocab)

@@ -263,7 +263,8 @@ class KernelOps(LayerByLayer):
         return torch.cat([super(KernelOps, self).mlp(part, linears) for part in normed.split(POSITIONS)])
 
     def gate(self, hidden: Tensor, fc1: WideLinear, fc2: Tensor, fc2_bias: Tensor, normalise: bool) -> Tensor:
-        if not isinstance(fc1.matrix, Panels):
+        # Where the model's dtype has no products the matrix may be in panels of float32.
+        if not isinstance(fc1.matrix, Panels) or not fc1.matrix.wide:
             return super().gate(hidden, fc1, fc2, fc2_bias, normalise)
         hidden = hidden.contiguous()
         logit = torch.empty(hidden.shape[:-1])

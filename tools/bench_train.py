@@ -37,6 +37,8 @@ from ee_megatron.families import ModelDims
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.batch import ReplayBatch, pack
 from ee_megatron.learner.learner import Learner
+from ee_megatron.learner.packing import deal, padded
+from ee_megatron.learner.passes import MicroBatch
 from ee_megatron.model.gpt import EarlyExitGPT
 from ee_megatron.parallel import groups
 from ee_megatron.parallel.groups import Degrees
@@ -66,23 +68,30 @@ def floor_share(dims: ModelDims, depths: torch.Tensor) -> float:
 
 
 def run(learner: Learner, batch: ReplayBatch, *, plain: bool) -> float:
-    """CPU seconds of one forward and backward pass; `plain` runs without control tensor, as megatron-core would."""
+    """CPU seconds of one forward and backward pass of a micro-batch; `plain`: without control, by megatron-core's own
+    layers, which take sequences of one length side by side."""
     for parameter in learner.model.parameters():
         parameter.grad = None
 
     weights = make_weights(batch)
-
-    def forward(model: EarlyExitGPT, part: ReplayBatch) -> torch.Tensor:
-        return model(part.tokens, None if plain else part.control(weights))
-
-    def loss(part: ReplayBatch, output: torch.Tensor) -> torch.Tensor:
-        hidden = output.transpose(0, 1)[part.counts]
-        assert learner.head is not None
-        weight, labels = weights.token[part.counts], part.labels()[part.counts].unsqueeze(-1)
-        return learner.head(hidden, labels, lambda log_probs, at: -(weight[at] * log_probs[:, 0]).sum())[0]
-
     begun = time.process_time()
-    run_schedule(learner.model, [batch], forward, loss, sequence=batch.tokens.size(1), rows=batch.rows, train=True)
+    ((strip,),) = deal(batch, batch.tokens.numel(), 1).ranks
+    packed = MicroBatch.of(batch, weights, strip, padded(strip.positions), 1.0)
+
+    def forward(model: EarlyExitGPT, part: MicroBatch) -> torch.Tensor:
+        return model(batch.tokens, None) if plain else model(part.tokens, part.control)
+
+    def loss(part: MicroBatch, output: torch.Tensor) -> torch.Tensor:
+        hidden = output.transpose(0, 1)[batch.counts] if plain else output.flatten(0, 1)[part.counted]
+        assert learner.head is not None
+        weight, labels = (
+            (weights.token[batch.counts], batch.labels()[batch.counts]) if plain else (part.token, part.labels)
+        )
+        return learner.head(hidden, labels.unsqueeze(-1), lambda log_probs, at: -(weight[at] * log_probs[:, 0]).sum())[
+            0
+        ]
+
+    run_schedule(learner.model, [packed], forward, loss, slots=packed.tokens.size(1), train=True)
     return time.process_time() - begun
 
 
@@ -97,7 +106,7 @@ def scoring_memory(device: torch.device, rows: int = 4, length: int = 1024, voca
         source = HFDirectory(folder)
         spec = PolicySpec(4, (2,))
         learner = Learner(
-            source, spec, initial_policy(source.dims, spec, 0), ParallelConfig(micro_batch_size=rows),
+            source, spec, initial_policy(source.dims, spec, 0), ParallelConfig(tokens_per_micro_batch=rows * length),
             DeepspeedConfig(), device=device,
         )  # fmt: skip
     batch = make_batch(learner.dims, [2, 4], 0.75, rows, length)
@@ -164,7 +173,7 @@ def step_times(options: argparse.Namespace, device: torch.device) -> dict:
     for name, depths in (("plain", ()), ("exits", exits)):
         spec = PolicySpec(dims.num_layers, depths)
         learners[name] = Learner(
-            source, spec, initial_policy(dims, spec, 0), ParallelConfig(micro_batch_size=options.rows),
+            source, spec, initial_policy(dims, spec, 0), ParallelConfig(),
             DeepspeedConfig(), device=device, dtype=getattr(torch, options.dtype),
         )  # fmt: skip
     batches = {mean: make_batch(dims, outcomes, mean, options.rows, options.length) for mean in (1.0, 0.7, 0.5, 0.3)}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ..model.control import make_control
+from ..model.packed import PackedSequences
 from .describe import Checkpoint
 from .export_files.configuration_early_exit import EarlyExitConfig
 from .export_files.modeling_early_exit import EarlyExitForCausalLM
@@ -92,8 +93,9 @@ def _megatron(checkpoint: Checkpoint, ids_BT: Tensor, depths_BT: Tensor) -> Tens
             parameters.pop(item.parameter).copy_(item.shard([checkpoint.whole(name) for name in item.names], 1, 0))
             checkpoint.base.release()
         assert not parameters, sorted(parameters)
-        hidden_TBD = model(ids_BT, make_control(depths_BT))
-        return (hidden_TBD @ model.readout_weight().T).transpose(0, 1)[..., : dims.vocab].clone()
+        packed = PackedSequences.of([ids_BT.size(1)] * len(ids_BT))
+        hidden_W1D = model(ids_BT.view(1, -1), make_control(packed, depths_BT.flatten()))
+        return (hidden_W1D @ model.readout_weight().T).view(*ids_BT.shape, -1)[..., : dims.vocab].clone()
 
 
 logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)

@@ -76,8 +76,12 @@ class ParallelConfig:
     stage_layers: list[int] = setting([])
     """Layers per stage (pipeline * virtual of them); empty: boundaries at the exits nearest to an even split."""
     sequence_parallel: bool = False
-    micro_batch_size: int = setting(8, positive=True)
-    """Sequences per micro-batch."""
+    tokens_per_micro_batch: int = setting(2048, positive=True)
+    """Sequences are packed into micro-batches of at most so many positions, prompts that they share counted once; one
+    that is longer has a micro-batch for itself."""
+    attention: str = setting("auto", choices=("auto", "blocks"))
+    """How packed sequences attend: auto (PyTorch's compiled FlexAttention on a GPU, else blocks) or blocks (products of
+    some queries by their keys, in plain PyTorch; where compiling fails)."""
     recompute: bool = False
     """Recompute every layer in the backward pass instead of storing its activations."""
     timeout_s: int = setting(1800, positive=True)

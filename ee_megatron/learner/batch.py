@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config.schema import SEQUENCE_MULTIPLE
-from ..model.control import Control, make_control
-from ..objectives.weights import TensorRows, Weights
+from ..objectives.weights import TensorRows
 
 
 @dataclass(frozen=True)
@@ -41,30 +39,14 @@ class ReplayBatch(TensorRows):
         full = torch.where(self.exit_depths > 0, num_layers, 0).to(self.exit_depths.dtype)
         return replace(self, exit_depths=full)
 
-    def sources(self) -> Tensor:
-        """The sequence that each position takes its key and value from, int64 [B, S]: its own, or an earlier one that
-        begins with the same tokens; -1 for padding.
+    def lengths(self) -> Tensor:
+        """Positions of each sequence, int64 [B]; its last token is an input of nothing and has none."""
+        return (self.exit_depths > 0).sum(1)
 
-        Only prompt positions are shared, short of the last one: they run at full depth and predict nothing that counts,
-        so what sequences of a group (or with common few-shot examples) have in common is run once, with the sum of
-        their gradients.
-        """
-        rows, width = self.tokens.shape
-        before = torch.where(self.counts.any(1), self.counts.int().argmax(1), 0)
-        alike = (self.tokens.unsqueeze(1) == self.tokens).int().cumprod(-1).sum(-1)
-        common = torch.minimum(alike, torch.minimum(before.unsqueeze(1), before))
-        here = torch.arange(width, device=self.tokens.device)
-        sources = torch.arange(rows, device=self.tokens.device).unsqueeze(1).repeat(1, width)
-        sources[self.exit_depths == 0] = -1
-        for row in range(1, rows):
-            length, leader = common[row, :row].max(0)
-            sources[row] = torch.where(here < length, sources[leader], sources[row])
-        return sources
-
-    def control(self, weights: Weights | None = None) -> Control:
-        """What the layers must know (model/control.py), without a loss where there are no weights."""
-        w = weights or Weights()
-        return make_control(self.exit_depths, self.asked, w.exit, w.entropy, self.sources(), w.target_hazards)
+    def shareable(self) -> Tensor:
+        """Positions of each sequence that another one with the same tokens there may run for it, int64 [B]: the prompt
+        short of the last one. They run at full depth and predict nothing that counts."""
+        return torch.where(self.counts.any(1), self.counts.int().argmax(1), 0)
 
     def labels(self) -> Tensor:
         """The token that each position predicts, int64 [B, S]; the last column repeats and never counts."""
@@ -76,16 +58,14 @@ def pack(
     answers: Sequence[np.ndarray],
     exit_depths: Sequence[np.ndarray] | None,
     num_layers: int,
-    multiple: int = SEQUENCE_MULTIPLE,
 ) -> ReplayBatch:
     """Prompt tokens [P], answer tokens [T] and exit depths [T] per sequence -> a batch, None for full depth.
 
     Entry t of `exit_depths` belongs to the position that predicted answer token t. The last answer token is an input of
-    nothing, but keeping it makes `labels` a shift. S is rounded up to `multiple` (a tensor-parallel degree divides it).
+    nothing, but keeping it makes `labels` a shift.
     """
     rows = len(prompts)
-    longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    width = -(-longest // multiple) * multiple
+    width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
     tokens = torch.zeros(rows, width, dtype=torch.int64)
     depths = torch.zeros(rows, width, dtype=torch.int32)
     counts = torch.zeros(rows, width, dtype=torch.bool)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +29,7 @@ from ..transfer import to_device
 from .batch import ReplayBatch
 from .engine import Updater, fill_missing_gradients, sum_replicated_gradients, sum_tied_gradients
 from .optimizer_state import OptimizerState, read_state, read_values, write_state
+from .packing import Strip, deal, padded
 from .passes import MicroBatch, ReferenceStates, SchedulePass
 
 
@@ -59,6 +62,26 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Placed:
+    """A micro-batch and how wide it is."""
+
+    strip: Strip
+    width: int
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How a pass was packed. positions: those that were computed, over all data ranks, prompts that sequences share
+    counted once; slots: those and the padding beside them; micro_batches: per data rank; largest: positions of the
+    fullest."""
+
+    positions: int
+    slots: int
+    micro_batches: int
+    largest: int
+
+
+@dataclass(frozen=True)
 class LearnerOptions:
     """What a stage asks of its learner: dropout of the adapters' inputs, the direction of a divergence from the teacher
     (as calibrate.kl_direction), the temperature of the token distribution."""
@@ -68,8 +91,29 @@ class LearnerOptions:
     temperature: float = 1.0
 
 
-DEFAULTS = LearnerOptions()
 NO_WEIGHTS = Weights()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What is computed on a batch: "score" or "train" the policy at the prescribed exits, or read the "reference" (the
+    base at full depth, without exits)."""
+
+    what: str
+    weights: Weights = NO_WEIGHTS
+    teacher: Teacher | None = None
+    hazards_of: tuple[int, ...] = ()
+
+    @property
+    def trains(self) -> bool:
+        return self.what == "train"
+
+    @property
+    def exits(self) -> bool:
+        return self.what != "reference"
+
+
+DEFAULTS = LearnerOptions()
 
 
 class Learner:
@@ -93,7 +137,9 @@ class Learner:
         options: LearnerOptions = DEFAULTS,
     ):
         self.spec, self.dims, self.parallel, self.device = spec, source.dims, parallel, device
-        self.micro_batch_size = parallel.micro_batch_size
+        # Told how far a pass has come: what it is ("score", "reference" or "train"), positions done, positions in all.
+        self.progress: Callable[[str, int, int], None] | None = None
+        self.packed = Packed(0, 0, 0, 0)
         self.direction, self.temperature = KL_DIRECTIONS[options.kl_direction], options.temperature
         self.config = megatron_config(
             source.dims,
@@ -106,10 +152,11 @@ class Learner:
             dtype=dtype,
             on_cpu=device.type == "cpu",
             adapter_dropout=options.adapter_dropout,
+            flex_attention=device.type == "cuda" and parallel.attention == "auto",
         )
         self._base_directory = source.path
         self.model = self._base_model(source)
-        self._reference: RankModel | None = None
+        self._base: RankModel | None = None
         self.pieces = policy_pieces(self.model)
         load_policy_tensors(self.pieces, policy)
         for piece in self.pieces:
@@ -145,27 +192,21 @@ class Learner:
         """Scores without gradients. `reference`: the base at full depth, without exits. They include the divergence
         from `teacher`, if there is one, and with `hazards` these."""
         if reference:
-            return self._run_reference(batch)[0]
-        return self._run(
-            batch, train=False, exits=True, teacher=teacher, reference=self._reference_for(batch, teacher),
-            hazards_of=self.spec.exit_depths if hazards else (),
-        )  # fmt: skip
+            return self._run(batch, Pass("reference"))
+        return self._run(batch, Pass("score", teacher=teacher, hazards_of=self.spec.exit_depths if hazards else ()))
 
     def step(
         self, batch: ReplayBatch, weights: Weights, teacher: Teacher | None = None, *, adapter_lr: float, gate_lr: float
     ) -> Update:
         """One optimizer update on the loss that `weights` describes (objectives/weights.py), its divergence, if there
-        is one, from `teacher`; where that is the reference, it runs first."""
-        reference = self._reference_for(batch, teacher)
+        is one, from `teacher`."""
         if self.config.adapter_dropout:
             # The masks depend on the update alone, so that a resumed run draws what the undisturbed one did; tensor
             # ranks drop the same inputs, data ranks others.
             torch.manual_seed(self.updates * 65_537 + parallel_state.get_data_parallel_rank())
-        self.model.train()
         with self.updater.accumulate():
-            scores = self._run(batch, weights, train=True, exits=True, teacher=teacher, reference=reference)
+            scores = self._run(batch, Pass("train", weights, teacher))
             self.complete_gradients()
-        self.model.eval()
         norms = self.updater.norms()
         applied = math.isfinite(norms["all"])
         if applied:
@@ -207,78 +248,106 @@ class Learner:
 
     # -- one pass -----------------------------------------------------------------------------------------------------
 
-    def _run_reference(self, batch: ReplayBatch, keep_hidden: list[Tensor] | None = None) -> tuple[Scores, Head | None]:
-        """The base at full depth: its scores, and the head that reads it out."""
+    def _run(self, batch: ReplayBatch, wanted: Pass) -> Scores:
+        """The scores; the gradients of a pass that trains are left on the parameters."""
+        ranks = parallel_state.get_data_parallel_world_size()
+        stages, virtual = self.parallel.pipeline, self.parallel.virtual
+        # The interleaved schedule deals micro-batches out in groups of one per pipeline rank.
+        dealt = deal(batch, self.parallel.tokens_per_micro_batch, ranks, stages if virtual > 1 else 1)
+        # Stages exchange hidden states of one shape; without a pipeline each micro-batch has its own.
+        each = [
+            [Placed(strip, padded(dealt.largest if stages > 1 else strip.positions)) for strip in strips]
+            for strips in dealt.ranks
+        ]
+        own = each[parallel_state.get_data_parallel_rank()]
+        slots = sum(slot.width for part in each for slot in part)
+        self.packed = Packed(dealt.positions, slots, len(own), dealt.largest)
+
+        with contextlib.ExitStack() as stack:
+            model, head = self.model, self.head
+            if not wanted.exits:
+                model, head = stack.enter_context(self._reference())
+            passes = SchedulePass(
+                model, head, self.direction, exits=wanted.exits, train=wanted.trains, teacher=wanted.teacher,
+                hazards_of=wanted.hazards_of, done=self._clock(wanted.what, own),
+            )  # fmt: skip
+            full = batch if wanted.exits else batch.at_full_depth(self.dims.num_layers)
+            # The reference's hidden states are kept for as many micro-batches as fill the pipeline.
+            at_once = stages if wanted.teacher is Teacher.REFERENCE else len(own)
+            for first in range(0, len(own), at_once):
+                part = own[first : first + at_once]
+                if wanted.teacher is Teacher.REFERENCE:
+                    passes.reference = self._states(batch, part)
+                self._schedule(passes, model, self._micro_batches(full, part, wanted.weights))
+        return self._collect(passes, batch, each)
+
+    def _micro_batches(
+        self, batch: ReplayBatch, slots: list[Placed], weights: Weights = NO_WEIGHTS
+    ) -> list[MicroBatch]:
+        # Gradients are averaged over data-parallel ranks; the weights are normalised over all of them already.
+        scale = float(parallel_state.get_data_parallel_world_size())
+        made = [MicroBatch.of(batch, weights, slot.strip, slot.width, scale) for slot in slots]
+        return to_device(made, self.device)
+
+    def _schedule(self, passes: SchedulePass, model: RankModel, micro_batches: list[MicroBatch]) -> None:
+        model.train(passes.train)
+        with model.recording_gates() if passes.exits else contextlib.nullcontext():
+            run_schedule(
+                model, micro_batches, passes.forward, passes.loss,
+                slots=micro_batches[0].tokens.size(1), train=passes.train,
+            )  # fmt: skip
+        model.eval()
+
+    def _states(self, batch: ReplayBatch, slots: list[Placed]) -> ReferenceStates:
+        """The reference's hidden states for these micro-batches."""
+        with self._reference() as (model, head):
+            states = ReferenceStates(head, deque())
+            passes = SchedulePass(model, head, self.direction, exits=False, train=False, keep_hidden=states.hidden)
+            full = batch.at_full_depth(self.dims.num_layers)
+            self._schedule(passes, model, self._micro_batches(full, slots, NO_WEIGHTS))
+        return states
+
+    @contextlib.contextmanager
+    def _reference(self) -> Iterator[tuple[RankModel, Head | None]]:
+        """Inside, the base, and the head that reads it out."""
         if not self.spec.full:
             with self.model.adapters_off():
-                return self._run(batch, train=False, exits=False, keep_hidden=keep_hidden), self.head
-        if self._reference is None:
-            self._reference = self._base_model(HFDirectory(self._base_directory))
-        head = self._make_head(self._reference)
-        scores = self._run(batch, train=False, exits=False, model=self._reference, head=head, keep_hidden=keep_hidden)
-        return scores, head
+                yield self.model, self.head
+            return
+        if self._base is None:
+            self._base = self._base_model(HFDirectory(self._base_directory))
+        yield self._base, self._make_head(self._base)
 
-    def _reference_for(self, batch: ReplayBatch, teacher: Teacher | None) -> ReferenceStates | None:
-        if teacher is not Teacher.REFERENCE:
-            return None
-        hidden: list[Tensor] = []
-        return ReferenceStates(self._run_reference(batch, hidden)[1], hidden)
+    def _clock(self, what: str, slots: list[Placed]) -> Callable[[], None]:
+        """Tells `progress` of every micro-batch that this rank has run forward."""
+        positions = [slot.strip.positions for slot in slots]
+        done = iter(range(1, len(positions) + 1))
 
-    def _run(
-        self,
-        batch: ReplayBatch,
-        weights: Weights = NO_WEIGHTS,
-        *,
-        train: bool,
-        exits: bool,
-        model: RankModel | None = None,
-        head: Head | None = None,
-        teacher: Teacher | None = None,
-        reference: ReferenceStates | None = None,
-        keep_hidden: list[Tensor] | None = None,
-        hazards_of: tuple[int, ...] = (),
-    ) -> Scores:
-        head = self.head if model is None else head
-        model = model or self.model
-        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        block = self.micro_batch_size * ranks
-        if self.parallel.virtual > 1:
-            # The interleaved schedule deals micro-batches out in groups of one per pipeline rank.
-            block *= self.parallel.pipeline
-        rows = -(-batch.rows // block) * block
-        share = rows // ranks
-        mine = slice(rank * share, (rank + 1) * share)
-        own, own_weights = batch.pad_rows(rows).select(mine), weights.pad_rows(rows).select(mine)
-        if not exits:
-            own = own.at_full_depth(self.dims.num_layers)
-        cuts = [slice(i, i + self.micro_batch_size) for i in range(0, share, self.micro_batch_size)]
-        # Gradients are averaged over data-parallel ranks; the weights are normalised over all of them already.
-        micro_batches = [MicroBatch.of(own.select(cut), own_weights.select(cut), scale=float(ranks)) for cut in cuts]
-        passes = SchedulePass(
-            model, head, self.direction, exits=exits, train=train, teacher=teacher,
-            reference=reference, keep_hidden=keep_hidden, hazards_of=hazards_of,
-        )  # fmt: skip
-        with model.recording_gates() if exits else contextlib.nullcontext():
-            run_schedule(
-                model,
-                to_device(micro_batches, self.device),
-                passes.forward,
-                passes.loss,
-                sequence=batch.tokens.size(1),
-                rows=self.micro_batch_size,
-                train=train,
-            )
-        return self._collect(passes, batch.rows)
+        def advance() -> None:
+            if self.progress is not None:
+                self.progress(what, sum(positions[: next(done)]), sum(positions))
 
-    def _collect(self, passes: SchedulePass, wanted: int) -> Scores:
+        return advance
+
+    def _collect(self, passes: SchedulePass, batch: ReplayBatch, each: list[list[Placed]]) -> Scores:
         """Put the stages' parts together (a sum: each part is 0 where another stage owns it), then the data ranks'."""
         parts = passes.stacked()
         dist.all_reduce(parts, group=parallel_state.get_pipeline_model_parallel_group())
-        group = parallel_state.get_data_parallel_group()
-        if dist.get_world_size(group) > 1:
-            gathered = [torch.empty_like(parts) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(gathered, parts, group=group)
-            parts = torch.cat(gathered, dim=1)
-        parts = parts[:, :wanted].cpu()
-        tokens, exits, kl, token_entropy, exit_entropy = parts[:5].unbind()
-        return Scores(tokens, exits, kl, token_entropy, exit_entropy, parts[5:].movedim(0, -1))
+        widths = [sum(slot.width for slot in slots) for slots in each]
+        ranks = [parts]
+        if len(each) > 1:
+            # Ranks without a pipeline have other numbers of slots.
+            parts = nn.functional.pad(parts, (0, max(widths) - parts.size(1)))
+            ranks = [torch.empty_like(parts) for _ in each]
+            dist.all_gather(ranks, parts, group=parallel_state.get_data_parallel_group())
+        sequence = batch.tokens.size(1)
+        whole = torch.zeros(len(parts), batch.tokens.numel())
+        for found, slots in zip(ranks, each, strict=True):
+            start, on_host = 0, found.cpu()
+            for slot in slots:
+                places = slot.strip.places(sequence)
+                whole[:, places] = on_host[:, start : start + len(places)]
+                start += slot.width
+        whole = whole.unflatten(1, batch.tokens.shape)
+        tokens, exits, kl, token_entropy, exit_entropy = whole[:5].unbind()
+        return Scores(tokens, exits, kl, token_entropy, exit_entropy, whole[5:].movedim(0, -1))

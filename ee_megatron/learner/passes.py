@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..exits import gate_log_term
-from ..model.control import ASKED, ENTROPY, EXIT_DEPTH, WEIGHT, Control
+from ..model.control import ASKED, EXIT_DEPTH, Control, make_control
 from ..model.gpt import EarlyExitGPT, RankModel
 from ..model.layer import gate_entropy
 from ..objectives.divergences import Direction, Teacher
 from ..objectives.weights import Weights
 from ..parallel.vocabulary import Head, full_divergence, lumped_kl
 from .batch import ReplayBatch
+from .packing import Strip
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """B sequences of S positions as the device sees them. N of the positions predict a token that counts.
+    """Packed sequences as the device sees them. N of the W slots predict a token that counts.
 
-    tokens int64 [B, S]; counted int64 [N]: those positions in [S, B] flattened, sequence by sequence; labels int64 [N];
-    token, divergence fp32 [N] or None: weights of the loss; teacher_ids int64, teacher_logprobs fp32 [N, k] or None.
+    tokens int64 [1, W]; counted int64 [N]: those slots; labels int64 [N]; token, divergence fp32 [N] or None: weights
+    of the loss; teacher_ids int64, teacher_logprobs fp32 [N, k] or None.
     """
 
     tokens: Tensor
@@ -35,32 +38,44 @@ class MicroBatch:
     teacher_logprobs: Tensor | None
 
     @staticmethod
-    def of(batch: ReplayBatch, weights: Weights, scale: float) -> MicroBatch:
+    def of(batch: ReplayBatch, weights: Weights, strip: Strip, width: int, scale: float) -> MicroBatch:
         """All on the CPU, where it is known how many positions count; weights are multiplied by `scale`."""
-        control = batch.control(weights)
-        control.channels[..., WEIGHT : ENTROPY + 1] *= scale
+        places = strip.places(batch.tokens.size(1))
+        counted = batch.counts.flatten()[places].nonzero().squeeze(1)
+
+        def slots(value: Tensor | None, scale: float = 1) -> Tensor | None:
+            """[B, S, ...] -> of every slot [W, ...], zeros for padding."""
+            if value is None:
+                return None
+            taken = value.flatten(0, 1)[places]
+            whole = taken.new_zeros(width, *taken.shape[1:])
+            whole[: len(taken)] = taken if scale == 1 else taken * scale
+            return whole
 
         def at(value: Tensor | None, scale: float = 1) -> Tensor | None:
-            return None if value is None else value[batch.counts] * scale
+            """[B, S, ...] -> where a token counts [N, ...]."""
+            taken = None if value is None else value.flatten(0, 1)[places[counted]]
+            return taken if taken is None or scale == 1 else taken * scale
 
-        row, position = batch.counts.nonzero().unbind(1)
-        return MicroBatch(
-            batch.tokens, control, position * batch.rows + row, batch.labels()[batch.counts],
-            at(weights.token, scale), at(weights.divergence, scale), at(batch.teacher_ids), at(batch.teacher_logprobs),
+        tokens, depths, labels = slots(batch.tokens), slots(batch.exit_depths), at(batch.labels())
+        assert tokens is not None and depths is not None and labels is not None
+        control = make_control(
+            strip.packed(width), depths, slots(batch.asked), slots(weights.exit, scale), slots(weights.entropy, scale),
+            slots(weights.target_hazards),
         )  # fmt: skip
-
-    def place(self, values: Tensor) -> Tensor:
-        """Values at the positions that count [N] -> [B, S], zeros elsewhere."""
-        rows, length = self.tokens.shape
-        return values.new_zeros(length * rows).index_copy(0, self.counted, values).view(length, rows).t()
+        return MicroBatch(
+            tokens.unsqueeze(0), control, counted, labels, at(weights.token, scale), at(weights.divergence, scale),
+            at(batch.teacher_ids), at(batch.teacher_logprobs),
+        )  # fmt: skip
 
 
 @dataclass
 class ReferenceStates:
-    """The reference's head (last stage only) and its hidden states at counted positions [N, D], per micro-batch."""
+    """The reference's head (last stage only) and its hidden states at counted slots [N, D], per micro-batch that is
+    still to come."""
 
     head: Head | None
-    hidden: list[Tensor]
+    hidden: deque[Tensor]
 
 
 class SchedulePass:
@@ -76,14 +91,17 @@ class SchedulePass:
         train: bool,
         teacher: Teacher | None = None,
         reference: ReferenceStates | None = None,
-        keep_hidden: list[Tensor] | None = None,
+        keep_hidden: deque[Tensor] | None = None,
         hazards_of: tuple[int, ...] = (),
+        done: Callable[[], None] | None = None,
     ):
         self.head, self.exits, self.train = head, exits, train
         self.direction = direction
         # Divergence is from the batch's stored distribution, from the reference, or there is none.
         self.stored, self.reference = teacher is Teacher.STORED, reference
         self.keep_hidden = keep_hidden
+        # Told of every micro-batch that this rank has run forward.
+        self.done = done
         self.token_logprobs: list[Tensor] = []
         self.token_entropy: list[Tensor] = []
         self.kl: list[Tensor] = []
@@ -95,13 +113,12 @@ class SchedulePass:
 
     def forward(self, stage: EarlyExitGPT, micro_batch: MicroBatch) -> Tensor:
         output = stage(micro_batch.tokens, micro_batch.control)
-        channels = micro_batch.control.channels.transpose(0, 1)
+        channels = micro_batch.control.channels
         exit_depths, asked = channels[..., EXIT_DEPTH], channels[..., ASKED] > 0
         logprobs = torch.zeros(asked.shape, device=asked.device)
         entropy = torch.zeros_like(logprobs)
         hazards = logprobs.new_zeros(len(self.hazards_of), *logprobs.shape)
         for depth, logit in stage.take_gates().items() if self.exits else ():
-            logit = logit.transpose(0, 1)
             reached = exit_depths >= depth
             if self.hazards_of:
                 hazards[self.hazards_of.index(depth)] = torch.sigmoid(logit) * (asked & reached)
@@ -111,14 +128,17 @@ class SchedulePass:
         self.exit_logprobs[chunk].append(torch.where(asked, logprobs, 0.0))
         self.exit_entropy[chunk].append(torch.where(asked, entropy, 0.0))
         self.hazards[chunk].append(hazards)
+        if self.done is not None and chunk == len(self.hazards) - 1:
+            self.done()
         return output
 
     def loss(self, micro_batch: MicroBatch, output: Tensor) -> Tensor:
         """The terms of tokens and divergence (those of the gates are with their layers)."""
-        # The last stage returns [S, B, D]; only positions that predict a generated token are read out.
+        # The last stage returns [W, 1, D]; only slots that predict a generated token are read out.
         hidden = output.flatten(0, 1).index_select(0, micro_batch.counted)
         if self.keep_hidden is not None:
             self.keep_hidden.append(hidden)
+            return hidden.new_zeros(())
         no_weight = torch.zeros(len(hidden), device=hidden.device)
         token, divergence = (
             no_weight if weight is None else weight for weight in (micro_batch.token, micro_batch.divergence)
@@ -128,11 +148,12 @@ class SchedulePass:
             loss, logprobs, entropy, kl = self._read_out(micro_batch, hidden, token, divergence)
         if self.reference is not None:
             assert self.head is not None and self.reference.head is not None
-            against = self.reference.head, self.reference.hidden[len(self.token_logprobs)]
+            against = self.reference.head, self.reference.hidden.popleft()
             extra, kl = full_divergence(self.head, hidden, *against, divergence, self.direction)
             loss = loss + extra
         for store, value in ((self.token_logprobs, logprobs), (self.token_entropy, entropy), (self.kl, kl)):
-            store.append(micro_batch.place(value))
+            whole = value.new_zeros(micro_batch.tokens.size(1))
+            store.append(whole.index_copy(0, micro_batch.counted, value))
         return loss
 
     def _read_out(
@@ -163,7 +184,7 @@ class SchedulePass:
         return loss_of(log_probs, slice(None)), log_probs[:, -1], entropy, kl
 
     def stacked(self) -> Tensor:
-        """This rank's share of every score [5 + M, micro-batches * rows, S], in the order of `Scores`."""
+        """This rank's share of every score [5 + M, slots of all micro-batches], in the order of `Scores`."""
         logprobs, entropy = (
             torch.stack([torch.cat(parts) for parts in chunks]).sum(0)
             for chunks in (self.exit_logprobs, self.exit_entropy)

@@ -19,13 +19,15 @@ class EarlyExitTransformerConfig(TransformerConfig):
 
     dims: the model's dimensions; spec: adapters and gates (None: the plain model, no gates, no adapters);
     adapter_dropout: probability of dropping an input of an adapter in training mode; recompute: layers keep their
-    inputs only and are run again in the backward pass.
+    inputs only and are run again in the backward pass; flex_attention: packed sequences attend by FlexAttention
+    (model/attention.py).
     """
 
     dims: ModelDims | None = None
     spec: PolicySpec | None = None
     adapter_dropout: float = 0.0
     recompute: bool = False
+    flex_attention: bool = False
 
 
 def megatron_config(
@@ -40,6 +42,7 @@ def megatron_config(
     dtype: torch.dtype = torch.float32,
     on_cpu: bool = True,
     adapter_dropout: float = 0.0,
+    flex_attention: bool = False,
 ) -> EarlyExitTransformerConfig:
     """The config of one run. `stage_sizes`: layers per stage, their sum is L; `virtual` stages lie on each pipeline
     rank, stage i on rank i mod the number of ranks.
@@ -89,4 +92,5 @@ def megatron_config(
         # The loss arrives already normalised over the global batch, so the schedule must not divide it again.
         calculate_per_token_loss=True,
         recompute=recompute,
+        flex_attention=flex_attention,
     )

@@ -13,31 +13,30 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .active import Active, Keys, Segment
+from .packed import Active, PackedSequences, Segment
 
 EXIT_DEPTH, ASKED, WEIGHT, ENTROPY, TARGETS = 0, 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
 class Control:
-    """S x B positions, in sequence-major order.
+    """For W slots of packed sequences.
 
-    `channels` fp32 [S, B, C]:
-        channel 0      prescribed exit depth (layers that may change the position; L = no exit, 0 = padding, or a
-                       position that an earlier sequence runs)
+    `channels` fp32 [W, C]:
+        channel 0      prescribed exit depth (layers that may change the position; L = no exit, 0 = padding)
         channel 1      1 where gates are asked, else 0 (prompt, padding)
         channel 2      weight of the position in the exit loss
         channel 3      weight of the gates' entropy at the position, a bonus
         channel 4 + i  optional soft target of gate i, -1 for none; without them the prescribed depth is the target
-    `segments`: the positions that run on to each of `depths`, the exit depths that occur, in rising order.
-    `keys`: where keys and values are computed, and who takes them.
+    `segments`: the slots that run on to each of `depths`, the exit depths that occur, in rising order.
+    `packed`: which slots belong together.
     `ranks`, `rank`: the sequence-parallel group's size (1 without) and this rank's place in it.
     """
 
     channels: Tensor
     depths: tuple[int, ...]
     segments: tuple[Segment, ...]
-    keys: Keys
+    packed: PackedSequences
     ranks: int = 1
     rank: int = 0
     _active: dict[int, Active] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -47,43 +46,31 @@ class Control:
         return replace(self, ranks=ranks, rank=rank)
 
     def active(self, layer: int) -> Active | None:
-        """The positions whose exit depth is at least `layer` (1-based); one object for all layers of a segment, None
-        if there are no such positions."""
+        """The slots whose exit depth is at least `layer` (1-based); one object for all layers of a segment, None if
+        there are no such slots."""
         at = bisect.bisect_left(self.depths, layer)
         if at == len(self.depths):
             return None
         if at not in self._active:
-            self._active[at] = Active(self.segments[at], self.keys, self.ranks, self.rank)
+            self._active[at] = Active(self.segments[at], self.packed, self.ranks, self.rank)
         return self._active[at]
 
 
 def make_control(
+    packed: PackedSequences,
     exit_depths: Tensor,
     asked: Tensor | None = None,
     weight: Tensor | None = None,
     entropy: Tensor | None = None,
-    sources: Tensor | None = None,
     targets: Tensor | None = None,
 ) -> Control:
-    """From one tensor [B, S] per channel (targets: [B, S, M]), all on the CPU.
-
-    Left out: no gate is asked, weights are 0, every position takes its own key and value. `sources` int64: the sequence
-    whose key and value a position takes, its own or an earlier one that begins with the same prompt (the position is
-    then run there only); -1 for padding.
-    """
-    rows = torch.arange(len(exit_depths)).unsqueeze(1)
-    sources = rows.expand_as(exit_depths) if sources is None else sources
-    # What another sequence runs has no depth of its own here.
-    exit_depths = torch.where(sources == rows, exit_depths, 0)
+    """From one tensor [W] per channel (targets: [W, M]), all on the CPU. Left out: no gate is asked, weights are 0."""
     nothing = torch.zeros_like(exit_depths)
     channels = (exit_depths, *(nothing if x is None else x for x in (asked, weight, entropy)))
     control = torch.stack([x.float() for x in channels], dim=-1)
     if targets is not None:
         control = torch.cat([control, targets.float()], dim=-1)
-    depth_SB = exit_depths.t()
-    asked_SB = torch.zeros_like(depth_SB, dtype=torch.bool) if asked is None else asked.t().bool()
-    depths = sorted(set(exit_depths.flatten().tolist()) - {0})
-    segments = tuple(Segment.of(depth_SB >= depth, asked_SB) for depth in depths)
-    return Control(
-        control.transpose(0, 1).contiguous(), tuple(int(d) for d in depths), segments, Keys.of(sources.t())
-    )  # fmt: skip
+    where = torch.zeros_like(exit_depths, dtype=torch.bool) if asked is None else asked.bool()
+    depths = sorted(set(exit_depths.tolist()) - {0})
+    segments = tuple(Segment.of(exit_depths >= depth, where) for depth in depths)
+    return Control(control, tuple(int(d) for d in depths), segments, packed)

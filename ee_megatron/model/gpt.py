@@ -61,8 +61,9 @@ def layer_spec(config: EarlyExitTransformerConfig) -> ModuleSpec:
 class EarlyExitGPT(GPTModel):
     """One pipeline stage's part of the model.
 
-    `forward(tokens [b, s], control | None)` returns this stage's hidden states [s, b, D] (sharded along s under
-    sequence parallelism); on the last stage they are final_norm(h) and whole along s.
+    `forward(tokens [1, W], control)` returns this stage's hidden states of packed sequences [W, 1, D] (sharded along W
+    under sequence parallelism); on the last stage they are final_norm(h) and whole along W. Without a control it is
+    megatron-core's model: tokens [b, s] -> [s, b, D], every sequence whole and without exits.
     """
 
     def forward(self, tokens: Tensor, control: Control | None = None) -> Tensor:  # type: ignore[override]
@@ -97,7 +98,7 @@ class EarlyExitGPT(GPTModel):
         self.embedding.register_forward_hook(_ask_for_gradient)
 
     def take_gates(self) -> dict[int, Tensor]:
-        """Gate logits of the latest forward pass by depth, fp32 [s, b], whole along s; this stage's gates only."""
+        """Gate logits of the latest forward pass by depth, fp32 [W]; this stage's gates only."""
         taken: dict[int, Tensor] = {}
         for layer in self.early_exit_layers():
             if layer.recorded is not None:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..exits import gate_log_term
-from .active import Active
 from .config import EarlyExitTransformerConfig
 from .control import ENTROPY, EXIT_DEPTH, TARGETS, WEIGHT, Control
+from .packed import Active
 from .parts import ExitGate, mlp_of_active
 
 
@@ -54,7 +54,7 @@ def gate_entropy(gate_logit: Tensor) -> Tensor:
 class EarlyExitLayer(TransformerLayer):
     """Layer l (1-based). Positions whose exit depth is below l keep their residual stream; their keys and values are
     still computed, from the frozen stream, because they are computed from whatever enters the layer. Padding is not
-    computed at all, nor are prompt positions that an earlier sequence of the batch has too.
+    computed at all.
 
     If l - 1 is an exit depth, the layer owns that exit's gate, which reads the stream that enters the layer.
     """
@@ -66,7 +66,7 @@ class EarlyExitLayer(TransformerLayer):
         if config.spec is not None and self.depth in config.spec.exit_depths:
             self.gate = ExitGate(config)
             self.gate_index = config.spec.exit_depths.index(self.depth)
-        # Gate logits of the last forward pass [s, b] (local positions, 0 where not asked), if `record` is set.
+        # Gate logits of the last forward pass [w] (this rank's slots, 0 where not asked), if `record` is set.
         self.record = False
         self.recorded: Tensor | None = None
 
@@ -77,7 +77,7 @@ class EarlyExitLayer(TransformerLayer):
         return super().__call__(*args, **kwargs)
 
     def forward(self, hidden_states: Tensor, context: Control | None = None, **kwargs: Any):
-        """hidden [s, b, D], control or None (no exits: the plain layer) -> (hidden, control)."""
+        """hidden [w, 1, D] and control, or [s, b, D] and None (megatron-core's layer) -> (hidden, control)."""
         # megatron-core's name of the argument.
         control = context
         if self.config.recompute and self.training and torch.is_grad_enabled():
@@ -101,8 +101,6 @@ class EarlyExitLayer(TransformerLayer):
         active = control.active(self.layer_number)
         if active is None:
             return hidden_states
-        if active.everywhere:
-            return super().forward(hidden_states, context=None, **kwargs)[0]
         return self._forward_active(hidden_states, active, kwargs["rotary_pos_emb"])
 
     def _ask(self, gate: ExitGate, hidden_states: Tensor, control: Control) -> Tensor:
@@ -111,23 +109,20 @@ class EarlyExitLayer(TransformerLayer):
         mine = flat.new_empty(0, dtype=torch.int64) if active is None else active.asked_mine
         logit = gate(flat.index_select(0, mine))
         if self.record:
-            whole = logit.new_zeros(len(flat)).index_copy(0, mine, logit.detach())
-            self.recorded = whole.view(hidden_states.shape[:2])
+            self.recorded = logit.new_zeros(len(flat)).index_copy(0, mine, logit.detach())
         if not logit.requires_grad or active is None:
             return hidden_states
-        loss = gate_loss(
-            logit, control.channels.flatten(0, 1).index_select(0, active.asked), self.depth, self.gate_index
-        )
+        loss = gate_loss(logit, control.channels.index_select(0, active.asked), self.depth, self.gate_index)
         return _AttachLoss.apply(hidden_states, loss)
 
     def _forward_active(self, hidden_states: Tensor, active: Active, rotary: Tensor) -> Tensor:
         """The layer for the active positions; the others keep their stream and pay for their keys and values only."""
         flat = hidden_states.flatten(0, 1)
-        stream = flat.index_select(0, active.mine) + self.self_attention.forward_active(
+        stream = active.pick_mine(flat) + self.self_attention.forward_active(
             self.input_layernorm(hidden_states), active, rotary
         )
         stream = stream + mlp_of_active(self.mlp, self.pre_mlp_layernorm(stream), active)
-        return flat.index_copy(0, active.mine, stream).view_as(hidden_states)
+        return active.put_mine(stream, flat).view_as(hidden_states)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any):
         """The base tensors only: gates are saved by name, without regard to the layout (policy.py)."""

@@ -25,8 +25,8 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
-from .active import Active
 from .config import EarlyExitTransformerConfig
+from .packed import Active
 
 
 class LoRAPair(nn.Module):
@@ -104,13 +104,13 @@ class _Column(_Adapted, ColumnParallelLinear):
         raise NotImplementedError
 
     def enter(self, x: Tensor, active: Active | None = None) -> Tensor:
-        """This rank's positions [s_local, b, in] (or its active ones [n, in]) -> all of them [s, b, in] ([N, in])."""
+        """This rank's slots [w, 1, in] (or its active ones [n, in]) -> all of them [W, 1, in] ([N, in])."""
         if not self.sequence_parallel:
             return copy_to_tensor_model_parallel_region(x, group=self.tp_group)
         if active is not None:
             x = active.spread(x)
         whole = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.tp_group)
-        return whole if active is None else whole.flatten(0, 1).index_select(0, active.index)
+        return whole if active is None else active.pick(whole.flatten(0, 1))
 
     def local(self, x: Tensor, parts: tuple[str, ...] | None = None) -> Tensor:
         """x [..., in] that has entered -> [..., local out]: all parts in the fused order, or some of them one after the
@@ -192,14 +192,14 @@ class _Row(_Adapted, RowParallelLinear):
         return output.unflatten(0, x.shape[:-1])
 
     def leave(self, x: Tensor, active: Active | None = None) -> Tensor:
-        """Shares [s, b, out] (or [N, out] of the active positions) -> their sum at this rank's positions
-        [s_local, b, out] ([n, out])."""
+        """Shares [W, 1, out] (or [N, out] of the active slots) -> their sum at this rank's slots [w, 1, out]
+        ([n, out])."""
         if not self.sequence_parallel:
             return reduce_from_tensor_model_parallel_region(x, group=self.tp_group)
         if active is not None:
             x = active.place(x)
         mine = reduce_scatter_to_sequence_parallel_region(x, group=self.tp_group)
-        return mine if active is None else mine.flatten(0, 1).index_select(0, active.mine)
+        return mine if active is None else active.pick_mine(mine.flatten(0, 1))
 
     def forward(self, input_: Tensor):
         if not self._enabled(self.PARTS):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
 from ..exits import gate_units
 from ..products import linear
-from .active import Active
+from .attention import attend_packed
 from .config import EarlyExitTransformerConfig
+from .packed import Active, Turn
 
 
 class RMSNorm(nn.Module):
@@ -42,73 +42,55 @@ class HeadNorm(RMSNorm):
 
 
 class CausalAttention(nn.Module):
-    """Core attention through scaled_dot_product_attention: q [s, b, h, d], k and v [s, b, g, d] -> [s, b, h * d].
-
-    Sequences are padded on the right, so the causal mask alone keeps padding out of every real position.
-    """
+    """Core attention of megatron-core's own layer, for sequences of one length: q [s, b, h, d], k and v [s, b, g, d]
+    -> [s, b, h * d]."""
 
     def __init__(self, config: EarlyExitTransformerConfig, *_: object, **__: object):
         super().__init__()
-        self.config = config
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = attend(q, k, v, mask=None)
-        return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
-
-    def forward_active(self, query: Tensor, key: Tensor, value: Tensor, active: Active) -> Tensor:
-        """query [N, h, d] of the active positions, key and value [s, b, g, d] of all -> [N, h * d].
-
-        Few queries are packed per sequence; many keep their places, where the kernel skips what causality forbids.
-        """
-        key, value = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
-        packed = query.new_zeros(active.rows * active.width, *query.shape[1:]).index_copy(0, active.at, query)
-        packed = packed.unflatten(0, (active.rows, active.width)).transpose(1, 2)
-        out = attend(packed, key, value, active.mask).transpose(1, 2)
-        return out.flatten(0, 1).index_select(0, active.at).flatten(1)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Grouped-query attention, q [b, h, n, d], k and v [b, g, s, d] -> [b, h, n, d]; causal without a mask."""
-    dtype, grouped = query.dtype, query.size(1) != key.size(1)
-    if query.device.type == "cpu":
-        # torch's bfloat16 attention kernel is several times slower than its fp32 one on a CPU.
-        query, key, value = query.float(), key.float(), value.float()
-    elif grouped and mask is not None:
-        # The fused CUDA kernels take either a mask or grouped heads.
-        key, value = (x.repeat_interleave(query.size(1) // key.size(1), 1) for x in (key, value))
-        grouped = False
-    out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=grouped)
-    return out.to(dtype)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+        return out.permute(2, 0, 1, 3).flatten(2)
 
 
 class SkippingAttention(SelfAttention):
-    """Self-attention; `forward` is megatron-core's own, `forward_active` is for layers that some positions skip."""
+    """Self-attention; `forward` is megatron-core's own, `forward_active` is for packed sequences, of which some
+    positions skip the layer."""
 
-    def forward_active(self, normed: Tensor, active: Active, rotary: Tensor) -> Tensor:
-        """Queries and output of the active positions only, keys and values of all that have some of their own.
+    def forward_active(self, normed: Tensor, active: Active, angles: Tensor) -> Tensor:
+        """Queries and output of the active slots only, keys and values of all that are in use.
 
-        normed [s_local, b, D]; rotary [s, 1, 1, d], megatron-core's angles -> [n, D] at this rank's active positions.
+        normed [w, 1, D]; angles [W, 1, 1, d], megatron-core's rotary ones -> [n, D] at this rank's active slots.
         """
-        whole = self.linear_qkv.enter(normed)
+        used = self.linear_qkv.enter(normed).flatten(0, 1)[: active.packed.length]
         d = self.hidden_size_per_attention_head
-        whole, keys = whole.flatten(0, 1), active.keys
-        key, value = self.linear_qkv.local(keys.enter(whole), ("k_proj", "v_proj")).unflatten(-1, (2, -1, d)).unbind(1)
-        query = self.linear_qkv.local(whole.index_select(0, active.index), ("q_proj",)).unflatten(-1, (-1, d))
+        if active.everywhere:
+            grouped = self.linear_qkv.local(used).unflatten(-1, (self.num_query_groups_per_partition, -1, d))
+            query, key, value = grouped[:, :, :-2].flatten(1, 2), grouped[:, :, -2], grouped[:, :, -1]
+        else:
+            both = self.linear_qkv.local(used, ("k_proj", "v_proj"))
+            key, value = both.unflatten(-1, (2, -1, d)).unbind(1)
+            query = self.linear_qkv.local(used.index_select(0, active.index), ("q_proj",)).unflatten(-1, (-1, d))
         if self.q_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-
-        def turn(x: Tensor, positions: Tensor) -> Tensor:
-            return apply_rotary_pos_emb(x.unsqueeze(1), rotary.index_select(0, positions), self.config).squeeze(1)
-
-        key, query = turn(key, keys.positions), turn(query, active.positions)
-        attended = self.core_attention.forward_active(query, keys.share(key), keys.share(value), active)
-        output = self.linear_proj.leave(self.linear_proj.local(attended), active)
+        turn_keys, turn_queries = active.turns(angles, query.dtype)
+        key, query, take = turned(key, turn_keys), turned(query, turn_queries), active.packed.take
+        attended = attend_packed(query, take(key), take(value), active.spans, self.config.flex_attention)
+        output = self.linear_proj.leave(self.linear_proj.local(attended.flatten(1)), active)
         return output if self.linear_proj.bias is None else output + self.linear_proj.bias
 
 
+def turned(x: Tensor, turn: Turn) -> Tensor:
+    """Rotary position embedding of x [N, h, d], the halves of a head being the pairs that turn (Su et al. 2021, arXiv
+    2104.09864, in Hugging Face's order)."""
+    cos, sin = turn
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
 def mlp_of_active(mlp: MLP, normed: Tensor, active: Active) -> Tensor:
-    """megatron-core's SwiGLU MLP for this rank's active positions only: normed [n, D] -> [n, D]."""
+    """megatron-core's SwiGLU MLP for this rank's active slots only: normed [n, D] -> [n, D]."""
     hidden = mlp.linear_fc1.local(mlp.linear_fc1.enter(normed, active))
     if mlp.linear_fc1.bias is not None:
         hidden = hidden + mlp.linear_fc1.bias

@@ -18,16 +18,6 @@ class TensorRows:
         """Some of the sequences."""
         return self._each(lambda value: value[index])
 
-    def pad_rows(self, rows: int) -> Self:
-        """Extended by rows of zeros, which are sequences of padding, to `rows`."""
-
-        def extend(value: Tensor) -> Tensor:
-            whole = value.new_zeros(rows, *value.shape[1:])
-            whole[: len(value)] = value
-            return whole
-
-        return self._each(extend)
-
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
         changed: dict[str, Any] = {name: change(value) for name, value in vars(self).items() if value is not None}
         return replace(self, **changed)

@@ -21,16 +21,15 @@ def run_schedule(
     forward: Callable[[EarlyExitGPT, MicroBatch], Tensor],
     loss: Callable[[MicroBatch, Tensor], Tensor],
     *,
-    sequence: int,
-    rows: int,
+    slots: int,
     train: bool,
 ) -> None:
     """Run every micro-batch forward and, if `train`, backward; gradients accumulate on the parameters.
 
-    forward(stage, micro_batch) runs on every stage and returns its output [sequence, rows, ...]; loss(micro_batch,
-    output) runs on the last stage and returns a scalar that is summed over micro-batches, undivided. All micro-batches
-    have the same shape [rows, sequence]; under virtual pipeline parallelism their number must be a multiple of the
-    pipeline ranks (ValueError of megatron-core). Raises whatever the callables raise.
+    forward(stage, micro_batch) runs on every stage and returns its output [slots, 1, D]; loss(micro_batch, output) runs
+    on the last stage and returns a scalar that is summed over micro-batches, undivided. With more than one stage all
+    micro-batches have `slots` slots; under virtual pipeline parallelism their number must be a multiple of the pipeline
+    ranks (ValueError of megatron-core). Raises whatever the callables raise.
     """
 
     def forward_step(iterator: Any, chunk: EarlyExitGPT):
@@ -48,7 +47,7 @@ def run_schedule(
             data_iterator=[iter(micro_batches) for _ in model],
             model=list(model),
             num_microbatches=len(micro_batches),
-            seq_length=sequence,
-            micro_batch_size=rows,
+            seq_length=slots,
+            micro_batch_size=1,
             forward_only=not train,
         )

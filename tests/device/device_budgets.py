@@ -5,7 +5,7 @@ in the unit. A test fails where a number rises, and warns where one fell: lower 
 
 - decode: per token-round, in which every one of 8 rows advances by a token; by exit rule
 - read prompts, load policy: per layer
-- score, learn: per layer and micro-batch of 3 sequences; `learn` is a whole update, optimizer included
+- score, learn: per layer and micro-batch of about 3 sequences; `learn` is a whole update, optimizer included
 - syncs: the host waits for the device; copies: from host to device, which block; kernels: launches
 - duplicates: the most often one element is hit by one accumulating index, in the whole unit
 """

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from device_costs import live_bytes, measure
 from device_setup import on, patched
+from ee_megatron.model.packed import Active
 from pretend_gpu_cases import PATHS, Bench
 
 from ee_megatron.learner import learner as learner_module
 from ee_megatron.learner import optimizer_state
-from ee_megatron.model.active import Active
 from ee_megatron.parallel.vocabulary import Head
 from ee_megatron.rollout.engine import decoder as decoder_module
 from ee_megatron.rollout.engine import ops, scoring
@@ -85,10 +85,10 @@ def _labels_on_the_host(real):
     return lambda batches, device: [replace(real(batch, device), labels=batch.labels) for batch in batches]
 
 
-def _loop_over_rows(real):
-    def init(active, segment, *rest):
-        assert all(int((segment.index % segment.rows == row).sum()) >= 0 for row in range(segment.rows))
-        real(active, segment, *rest)
+def _asks_each_sequence(real):
+    def init(active, segment, packed, *rest):
+        assert all(int(packed.positions[start]) >= 0 for start in packed.bounds[:-1])
+        real(active, segment, packed, *rest)
 
     return init
 
@@ -127,7 +127,7 @@ FAULTS = {
     "a hidden .item() in every layer": Fault(
         ops.TorchOps, "silu_mul", _item_in_every_layer, "decode off", "syncs"
     ),
-    "a loop over rows that asks each": Fault(Active, "__init__", _loop_over_rows, "score", "syncs"),
+    "a loop over sequences that asks each": Fault(Active, "__init__", _asks_each_sequence, "score", "syncs"),
     "a gate's answer by way of the host": Fault(
         Decoder, "gate_logit", lambda real: lambda decoder, *args: real(decoder, *args).cpu().to(decoder.device),
         "decode sample", "syncs",

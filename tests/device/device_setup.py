@@ -51,7 +51,7 @@ LAYERS = 6
 LORA = PolicySpec(LAYERS, (1, 3, 4), rank=4, alpha=8.0)
 FULL = PolicySpec(LAYERS, (1, 3, 4), rank=0, full=True)
 OUTCOMES = (*LORA.exit_depths, LAYERS)
-TOKENS, MICRO_BATCH, MICRO_BATCHES = 10, 3, 2
+TOKENS, LESSON, STRIP, MICRO_BATCHES = 10, 6, 40, 2
 SINGLE = Degrees()
 NO_STOP = frozenset({10**6})
 
@@ -121,7 +121,7 @@ def make_learner(
     return Learner(
         HFDirectory(path), spec, policy or start(path, spec),
         ParallelConfig(
-            degrees.tensor, degrees.pipeline, degrees.data, micro_batch_size=MICRO_BATCH, recompute=recompute
+            degrees.tensor, degrees.pipeline, degrees.data, tokens_per_micro_batch=STRIP, recompute=recompute
         ),
         DeepspeedConfig(zero_stage=zero_stage, gradient_clipping=0.3, eps=1e-4, weight_decay=0.01),
         device=device, dtype=dtype, options=LearnerOptions(**options),
@@ -137,7 +137,7 @@ class Lesson:
     teacher: Teacher | None
 
 
-def make_lesson(objective: str = "likelihood", seed: int = 0, rows: int = MICRO_BATCH * MICRO_BATCHES) -> Lesson:
+def make_lesson(objective: str = "likelihood", seed: int = 0, rows: int = LESSON) -> Lesson:
     """Sequences of which some share prompts, with what an objective of OBJECTIVES needs."""
     numbers, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     prompts = [numbers.integers(0, 128, n) for n in numbers.integers(3, 9, rows)]

@@ -14,9 +14,11 @@ from ee_megatron.checkpoint.policy_shards import gather_policy_tensors, load_pol
 from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.batch import ReplayBatch
-from ee_megatron.learner.learner import Learner, LearnerOptions
+from ee_megatron.learner.learner import Learner, LearnerOptions, Pass
 from ee_megatron.model.config import megatron_config
+from ee_megatron.model.control import make_control
 from ee_megatron.model.gpt import RankModel, build_model
+from ee_megatron.model.packed import PackedSequences
 from ee_megatron.objectives.weights import Weights
 from ee_megatron.parallel import groups
 from ee_megatron.parallel.groups import Degrees
@@ -52,29 +54,31 @@ def make_learner(
     )  # fmt: skip
 
 
-def blank(tokens, depths) -> ReplayBatch:
-    """Sequences at which nothing counts."""
-    no = torch.zeros(tokens.shape, dtype=torch.bool)
-    return ReplayBatch(tokens, depths, no, no)
-
-
 def logits(model: RankModel, tokens, depths):
-    """Local logits [B, S, V_local] of the last stage, None on others. `depths` None: no control tensor at all."""
+    """Local logits [B, S, V_local] of the last stage, None on others. `depths` None: megatron-core's own layers, one
+    sequence at a time."""
     kept = {}
 
     def forward(stage, rows):
         at, exits = rows
-        return stage(at, None if depths is None else blank(at, exits).control())
+        if depths is None:
+            return stage(at, None)
+        packed = PackedSequences.of([at.size(1)] * len(at))
+        return stage(at.view(1, -1), make_control(packed, exits.flatten()))
 
     def loss(rows, output):
-        kept.setdefault("logits", []).append((output @ model.last.readout_weight().t()).transpose(0, 1))
+        found = (output @ model.last.readout_weight().t()).transpose(0, 1)
+        kept.setdefault("logits", []).append(found.reshape(*rows[0].shape, -1))
         return output.sum() * 0
 
     exits = torch.zeros(tokens.shape) if depths is None else depths
     # Two micro-batches, so that a schedule has something to interleave.
     half = tokens.size(0) // 2
     batches = [(tokens[:half], exits[:half]), (tokens[half:], exits[half:])]
-    run_schedule(model, batches, forward, loss, sequence=tokens.size(1), rows=half, train=False)
+    if depths is None:
+        # Without a control the schedule's slots are those of one sequence.
+        batches = [(tokens[i : i + 1], exits[i : i + 1]) for i in range(len(tokens))]
+    run_schedule(model, batches, forward, loss, slots=batches[0][0].numel(), train=False)
     return torch.cat(kept["logits"]) if kept else None
 
 
@@ -96,7 +100,7 @@ def everything(
     path, spec: PolicySpec, policy, degrees, stages, options, tokens, patterns, batch: ReplayBatch, weights: Weights
 ):
     """-> per rank: logits of the base and of every pattern, gradients, and two comparisons to the bit."""
-    learner = make_learner(path, spec, policy, degrees, stages, micro_batch_size=2, **options)
+    learner = make_learner(path, spec, policy, degrees, stages, tokens_per_micro_batch=2 * tokens.size(1), **options)
     learner.model.eval()
     found = {
         "tensor_rank": parallel_state.get_tensor_model_parallel_rank(),
@@ -108,22 +112,22 @@ def everything(
         bare = PolicySpec(spec.num_layers, (), rank=spec.rank, alpha=spec.alpha)
         without_gates = plain_model(path, bare, policy, learner, stages, options)
         base = plain_model(path, None, None, learner, stages, options)
-        found["never"] = (logits(learner.model, tokens, full), logits(without_gates, tokens, None))
+        found["never"] = (logits(learner.model, tokens, full), logits(without_gates, tokens, full))
         with learner.model.adapters_off():
-            found["base"] = (logits(learner.model, tokens, full), logits(base, tokens, None))
+            found["base"] = (logits(learner.model, tokens, full), logits(base, tokens, full))
+        # megatron-core's own layers.
+        found["plain"] = logits(base, tokens, None)
     return found
 
 
 def gradients(learner: Learner, batch: ReplayBatch, weights: Weights):
     """Of the likelihood loss, whole tensors by name, as they are when the optimizer sees them."""
-    learner.model.train()
     with learner.updater.accumulate():
-        learner._run(batch, weights, train=True, exits=True)
+        learner._run(batch, Pass("train", weights))
         learner.complete_gradients()
         group = parallel_state.get_data_parallel_group()
         for piece in learner.pieces:
             dist.all_reduce(piece.parameter.grad, group=group)
             piece.parameter.grad /= dist.get_world_size(group)
         found = gather_policy_tensors(learner.pieces, lambda parameter: parameter.grad)
-    learner.model.eval()
     return found

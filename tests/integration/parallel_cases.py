@@ -5,11 +5,12 @@ from __future__ import annotations
 import layout_cases
 import torch
 import torch.distributed as dist
-from layout_cases import blank
 from torch.utils.flop_counter import FlopCounterMode
 
 from ee_megatron.learner.batch import ReplayBatch
 from ee_megatron.learner.learner import Learner
+from ee_megatron.model.control import make_control
+from ee_megatron.model.packed import PackedSequences
 from ee_megatron.objectives.divergences import Teacher
 from ee_megatron.objectives.weights import Weights
 from ee_megatron.parallel.schedule import run_schedule
@@ -49,16 +50,16 @@ def log_probs(tokens, depths):
     learner, kept = _kept["learner"], {}
 
     def forward(model, batch):
-        return model(batch.tokens, batch.control())
+        packed = PackedSequences.of([batch[0].size(1)] * len(batch[0]))
+        return model(batch[0].view(1, -1), make_control(packed, batch[1].flatten()))
 
     def loss(batch, output):
-        hidden = output.transpose(0, 1).flatten(0, 1)
+        hidden = output.flatten(0, 1)
         every = torch.arange(learner.dims.vocab).expand(hidden.size(0), -1)
-        kept["log_probs"] = learner.head.log_probs_at(hidden, every)[0].view(*batch.tokens.shape, -1)
+        kept["log_probs"] = learner.head.log_probs_at(hidden, every)[0].view(*batch[0].shape, -1)
         return hidden.sum() * 0
 
-    batch = blank(tokens, depths)
-    run_schedule(learner.model, [batch], forward, loss, sequence=tokens.size(1), rows=tokens.size(0), train=False)
+    run_schedule(learner.model, [(tokens, depths)], forward, loss, slots=tokens.numel(), train=False)
     return kept.get("log_probs")
 
 

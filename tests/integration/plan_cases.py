@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ee_megatron.config.schema import DeepspeedConfig
 from ee_megatron.families.hf_directory import HFDirectory
-from ee_megatron.learner.learner import Learner
+from ee_megatron.learner.learner import Learner, Pass
 from ee_megatron.policy import PolicySpec, initial_policy
 from tools.workloads import make_batch
 
@@ -85,7 +85,7 @@ def measure(
     """-> this rank's FLOPs of scoring, of the reference and of a step, and its bytes by kind."""
     source, options = HFDirectory(path), dict(options)
     policy = initial_policy(source.dims, spec, 0, source.tensor)
-    options |= {"deepspeed": DeepspeedConfig(options.pop("zero_stage", 1)), "micro_batch_size": micro_batch}
+    options |= {"deepspeed": DeepspeedConfig(options.pop("zero_stage", 1)), "tokens_per_micro_batch": micro_batch}
     learner = make_learner(path, spec, policy, degrees, sizes, **options)
     batch, weights = make_batch(spec, source.dims.vocab, sequences, prompt, answer, shares, group)
     found: dict[str, float] = {}
@@ -105,7 +105,7 @@ def measure(
     learner.model.train()
     with learner.updater.accumulate():
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
-            learner._run(deepest, weights, train=True, exits=True)
+            learner._run(deepest, Pass("train", weights))
         learner.complete_gradients()
         local = sum(p.grad.nbytes for p in learner.model.parameters() if p.grad is not None)
     # By address: what is averaged over one data-parallel rank is the gradient itself.

@@ -137,8 +137,8 @@ def test_logits_and_gradients_with_adapters(layout, model, models, ranks):
     vocab = HFDirectory(path).dims.vocab
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(tokens).logits
-    ours = last_stage(results, lambda r: r["base"][0])[..., :vocab]
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for ours in (last_stage(results, lambda r: r["base"][0]), last_stage(results, lambda r: r["plain"])):
+        torch.testing.assert_close(ours[..., :vocab], theirs, rtol=1e-5, atol=1e-5)
 
     reference = Reference(path, SPEC, policy)
     for index, depths in enumerate(patterns):

@@ -70,7 +70,7 @@ def test_scores_and_updates_equal_the_reference(family, degrees, stages, options
     with Ranks(int(np.prod(degrees)), tmp_path / "ranks") as ranks:
         ranks.call(
             "parallel_cases:make_learner", path=path, spec=SPEC, policy=policy, degrees=degrees, stages=stages,
-            options={"micro_batch_size": 2, "deepspeed": DeepspeedConfig(gradient_clipping=0.3), **options},
+            options={"tokens_per_micro_batch": 36, "deepspeed": DeepspeedConfig(gradient_clipping=0.3), **options},
         )  # fmt: skip
         scores = ranks.call("parallel_cases:score", batch=batch)
         with_hazards = ranks.call("parallel_cases:score", batch=batch, hazards=True)
@@ -122,7 +122,7 @@ def test_a_prompt_that_sequences_share_is_run_once(tmp_path):
     with Ranks(1, tmp_path / "ranks") as ranks:
         ranks.call(
             "parallel_cases:make_learner", path=path, spec=SPEC, policy=policy, degrees=(1, 1, 1), stages=(6,),
-            options={"micro_batch_size": 4},
+            options={"tokens_per_micro_batch": 1024},
         )  # fmt: skip
         costs = [ranks.call("parallel_cases:cost_of_scoring", batch=b)[0] for b in (apart, together)]
     # Positions: 4 x 63 against 63 + 3 x 16; attention and the readout, which nobody shares, are the rest.
@@ -135,7 +135,7 @@ def test_a_learner_scores_without_dropout_before_its_first_step(tmp_path):
     with Ranks(1, tmp_path / "ranks") as ranks:
         ranks.call(
             "parallel_cases:make_learner", path=path, spec=SPEC, policy=policy, degrees=(1, 1, 1), stages=(6,),
-            options={"micro_batch_size": 2, "adapter_dropout": 0.5},
+            options={"tokens_per_micro_batch": 36, "adapter_dropout": 0.5},
         )  # fmt: skip
         first, second = (ranks.call("parallel_cases:score", batch=batch)[0] for _ in range(2))
     assert torch.equal(first.token_logprobs, second.token_logprobs)
@@ -150,7 +150,7 @@ def test_copies_that_came_apart_are_noticed_on_every_rank(tmp_path):
     with Ranks(2, tmp_path / "ranks") as ranks:
         ranks.call(
             "parallel_cases:make_learner", path=path, spec=SPEC, policy=policy, degrees=(2, 1, 1), stages=(6,),
-            options={"micro_batch_size": 2},
+            options={"tokens_per_micro_batch": 36},
         )  # fmt: skip
         ranks.call("parallel_cases:step", batch=batch, weights=weights, times=2)
         assert ranks.call("parallel_cases:drift") == ["", ""]
@@ -167,7 +167,7 @@ def test_a_data_parallel_rank_without_a_sequence_takes_part(tmp_path):
         with Ranks(world, tmp_path / f"ranks{world}") as ranks:
             ranks.call(
                 "parallel_cases:make_learner", path=path, spec=SPEC, policy=policy, degrees=(1, 1, world),
-                stages=(6,), options={"micro_batch_size": 1},
+                stages=(6,), options={"tokens_per_micro_batch": 18},
             )  # fmt: skip
             after[world] = ranks.call("parallel_cases:step", batch=batch, weights=weights, timeout=90)[-1][1]
     for name, value in after[1].items():
@@ -188,7 +188,7 @@ def test_gradients_of_distillation_equal_the_reference(tmp_path):
     with Ranks(2, tmp_path / "ranks") as ranks:
         ranks.call(
             "parallel_cases:make_learner", path=path, spec=SPEC, policy=policy, degrees=(1, 2, 1), stages=(3, 3),
-            options={"micro_batch_size": 5, "deepspeed": DeepspeedConfig(gradient_clipping=0.0)},
+            options={"tokens_per_micro_batch": 90, "deepspeed": DeepspeedConfig(gradient_clipping=0.0)},
         )  # fmt: skip
         update, _ = ranks.call("parallel_cases:step", batch=batch, weights=weights, teacher=Teacher.STORED)[0]
     for value in policy.values():
@@ -246,7 +246,7 @@ def test_gradients_of_distillation_over_the_whole_vocabulary(mode, direction, tm
     with Ranks(2, tmp_path / "ranks") as ranks:
         ranks.call(
             "parallel_cases:make_learner", path=path, spec=spec, policy=policy, degrees=(2, 1, 1), stages=(6,),
-            options={"micro_batch_size": 2, "kl_direction": direction, "sequence_parallel": True,
+            options={"tokens_per_micro_batch": 36, "kl_direction": direction, "sequence_parallel": True,
                      "deepspeed": DeepspeedConfig(gradient_clipping=0.0)},
         )  # fmt: skip
         update, _ = ranks.call("parallel_cases:step", batch=batch, weights=weights, teacher=Teacher.REFERENCE)[0]
@@ -279,7 +279,7 @@ def test_gradients_of_the_likelihood_with_the_exact_kl_beside_it(mode, tmp_path)
     with Ranks(2, tmp_path / "ranks") as ranks:
         ranks.call(
             "parallel_cases:make_learner", path=path, spec=spec, policy=policy, degrees=(1, 2, 1), stages=(3, 3),
-            options={"micro_batch_size": 2, "deepspeed": DeepspeedConfig(gradient_clipping=0.0)},
+            options={"tokens_per_micro_batch": 36, "deepspeed": DeepspeedConfig(gradient_clipping=0.0)},
         )  # fmt: skip
         update, _ = ranks.call("parallel_cases:step", batch=batch, weights=weights, teacher=Teacher.REFERENCE)[0]
     reference = trainable(path, spec, policy)

@@ -21,7 +21,8 @@ from ee_megatron.tasks import make_task
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = [
-    "experiment=ladder", "model=ladder_100k", "task.train=300", "task.validation=30", "parallel.micro_batch_size=8",
+    "experiment=ladder", "model=ladder_100k", "task.train=300", "task.validation=30",
+    "parallel.tokens_per_micro_batch=256",
     "pretrain.steps=6", "pretrain.batch_size=16", "pretrain.checkpoint_every=2",
 ]  # fmt: skip
 

@@ -23,7 +23,8 @@ from tests.tiny import tiny_hf
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = [
-    "device=cpu", "model.dtype=float32", "parallel.micro_batch_size=4", "exits.depths=[2,3,4]", "adapter.rank=4",
+    "device=cpu", "model.dtype=float32", "parallel.tokens_per_micro_batch=128", "exits.depths=[2,3,4]",
+    "adapter.rank=4",
     "teacher.enabled=false", "task.validation=4", "task.evaluation=4", "traces.problems=4", "calibrate.epochs=1",
     "calibrate.patterns=1", "calibrate.batch_size=4", "rl.prompts_per_step=2", "rl.group_size=2",
     "rollout.max_new_tokens=6", "rollout=local", "rollout.threads=1", "evaluate.thresholds=[0.5]",

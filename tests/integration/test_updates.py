@@ -90,7 +90,7 @@ def build(ranks, case, layout, optimizer):
     degrees, stages = LAYOUTS[layout]
     ranks.call(
         "parallel_cases:make_learner", path=path, spec=spec, policy=policy, degrees=degrees, stages=stages,
-        options={"micro_batch_size": 2, "deepspeed": optimizer},
+        options={"tokens_per_micro_batch": 36, "deepspeed": optimizer},
     )  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def test_bfloat16_weights_keep_float32_masters(stage, ranks, models):
     def build_narrow(start):
         ranks.call(
             "parallel_cases:make_learner", path=path, spec=spec, policy=start, degrees=(2, 1, 2), stages=(6,),
-            options={"micro_batch_size": 2, "dtype": torch.bfloat16,
+            options={"tokens_per_micro_batch": 36, "dtype": torch.bfloat16,
                      "deepspeed": DeepspeedConfig(stage, gradient_clipping=CLIP)},
         )  # fmt: skip
 

@@ -22,7 +22,7 @@ from ee_megatron.training import stages
 from tests.tiny import tiny_hf
 
 SETTINGS = [
-    "name=tiny", "device=cpu", "model.dtype=float32", "parallel.pipeline=2", "parallel.micro_batch_size=4",
+    "name=tiny", "device=cpu", "model.dtype=float32", "parallel.pipeline=2", "parallel.tokens_per_micro_batch=128",
     "exits.depths=[2,3,4]", "adapter.rank=4", "teacher.enabled=false", "task.validation=6", "task.evaluation=8",
     "traces.problems=16", "calibrate.epochs=1", "calibrate.patterns=1", "calibrate.batch_size=8",
     "rl.steps=4", "rl.prompts_per_step=4", "rl.group_size=2", "rollout.max_new_tokens=8", "rollout.actors=1",

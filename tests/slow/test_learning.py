@@ -42,7 +42,7 @@ def run(folder, seed: int, lambda_exit: float) -> tuple[np.ndarray, np.ndarray]:
         if name.endswith("fc2.bias"):
             # Half-open gates: from shut ones there would be nothing to explore.
             policy[name].fill_(-1.0)
-    parallel = ParallelConfig(micro_batch_size=32)
+    parallel = ParallelConfig()
     learner = Learner(source, SPEC, policy, parallel, DeepspeedConfig(), device=torch.device("cpu"))
     pool = LocalPool(path, SPEC, rows=32)
     rl = RLConfig(lambda_exit=lambda_exit, beta=0.0, group_size=SAMPLES, steps=STEPS)

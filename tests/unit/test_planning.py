@@ -131,7 +131,7 @@ def test_micro_batches_in_flight() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"parallel__recompute": True}, {"parallel__micro_batch_size": 2}, {"deepspeed__offload_optimizer": True}],
+    [{"parallel__recompute": True}, {"parallel__tokens_per_micro_batch": 2}, {"deepspeed__offload_optimizer": True}],
 )
 def test_settings_that_save_memory_save_it(change: dict) -> None:
     dims, device = published_dims(SEVEN), find_device("H100")

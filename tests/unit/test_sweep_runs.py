@@ -296,7 +296,7 @@ def test_parameters_are_counted_by_kind(base: list[str], tmp_path: Path) -> None
 
 def test_what_pretraining_cost_is_counted_by_hand(base: list[str]) -> None:
     """Forward once, backward twice over; 15 of 16 tokens go in, and as many come out."""
-    cfg = load([*base, "parallel.micro_batch_size=4"])
+    cfg = load([*base, "parallel.tokens_per_micro_batch=128"])
     dims = read_dims(cfg)
     figures = {"loss": 2.0, "answer_loss": 1.0, "tokens": 8 * 15, "sequences": 8, "length": 16.0}
     found = pretrained(figures, cfg, dims)

@@ -28,7 +28,7 @@ def step(findings: Findings, bench: Bench) -> None:
     )  # fmt: skip
     deepest = batch.at_full_depth(learner.spec.num_layers)
     findings.figure("sequences", f"{prompts} prompts x {group} answers, {prompt} + {answer} tokens")
-    findings.figure("micro-batch", micro_batch)
+    findings.figure("tokens per micro-batch", micro_batch)
     for _ in range(2):
         # The second has AdamW's moments from the start.
         learner.step(deepest, weights, adapter_lr=1e-4, gate_lr=1e-4)

@@ -1,0 +1,156 @@
+"""Exact causal attention of packed sequences of which some positions ask nothing.
+
+A query sees the keys of its own sequence up to its own position. Nothing is padded, key and value heads that several
+query heads share are not repeated, and no mask of all queries by all keys is ever made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+# Queries of a sequence that are multiplied with its keys at a time on a CPU: their scores then stay in its caches
+# (32 queries, 3 heads a group, 4,096 keys: 1.5 MiB).
+QUERIES = 32
+
+
+@dataclass(frozen=True)
+class Spans:
+    """N queries and K keys of R sequences, both sequence by sequence, in rising positions.
+
+    query_bounds, key_bounds int64 [R + 1], host; host_positions int64 [N], and the same on the device: position of a
+    query in its sequence, which is also its place among the sequence's keys.
+    """
+
+    query_bounds: np.ndarray
+    key_bounds: np.ndarray
+    host_positions: np.ndarray
+    positions: Tensor
+
+    @cached_property
+    def blocks(self) -> list[tuple[slice, slice, int]]:
+        """(queries, keys up to those of the last of them, how many of these keys the first of them sees)."""
+        found = []
+        for row in range(len(self.query_bounds) - 1):
+            first, stop = self.query_bounds[row : row + 2].tolist()
+            start = int(self.key_bounds[row])
+            for at in range(first, stop, QUERIES):
+                end = min(stop, at + QUERIES)
+                low, high = self.host_positions[[at, end - 1]].tolist()
+                found.append((slice(at, end), slice(start, start + high + 1), low + 1))
+        return found
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """For `flex_attention`: which blocks of queries see which blocks of keys."""
+        device, queries, keys = self.positions.device, int(self.query_bounds[-1]), int(self.key_bounds[-1])
+
+        def rows(bounds: np.ndarray) -> Tensor:
+            each = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+            return torch.from_numpy(each).to(device, non_blocking=True)
+
+        row, key_row = rows(self.query_bounds), rows(self.key_bounds)
+        start = torch.from_numpy(self.key_bounds[:-1]).to(device, non_blocking=True)
+        place = torch.arange(keys, device=device) - start[key_row]
+        at = self.positions
+
+        def seen(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (row[query] == key_row[key]) & (place[key] <= at[query])
+
+        return create_block_mask(seen, None, None, queries, keys, device=device, _compile=device.type == "cuda")
+
+
+def attend_packed(query: Tensor, key: Tensor, value: Tensor, spans: Spans, flex: bool) -> Tensor:
+    """query [N, h, d], key and value [K, g, d] with h a multiple of g -> [N, h, d], in the query's dtype.
+
+    `flex`: by PyTorch's FlexAttention, compiled, which needs CUDA; else block by block in float32, whose products are
+    several times as fast as those of bfloat16 on a CPU.
+    """
+    if flex:
+        return flexible(query, key, value, spans, _compiled())
+    return _BlockAttention.apply(query.float(), key.float(), value.float(), spans).to(query.dtype)
+
+
+def flexible(query: Tensor, key: Tensor, value: Tensor, spans: Spans, attend: Callable[..., Any]) -> Tensor:
+    """`attend_packed` by `attend`, which is `flex_attention`, compiled or not."""
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    out = attend(q, k, v, block_mask=spans.block_mask, enable_gqa=query.size(1) != key.size(1))
+    return out.squeeze(0).transpose(0, 1)
+
+
+@cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """softmax(q k^T / sqrt(d)) v by blocks of queries; scores are made again in the backward pass from what their
+    softmax was divided by (Dao 2023, "FlashAttention-2", arXiv 2307.08691, without blocks of keys)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
+        q, k, v = _grouped(query, key).mul_(query.size(-1) ** -0.5), _heads_first(key), _heads_first(value)
+        out = torch.empty_like(q)
+        normaliser = q.new_empty(q.size(0), q.size(1), 1)
+        for rows, keys, scores in _scores(q, k, query.size(1) // key.size(1), spans):
+            top = scores.amax(-1, keepdim=True)
+            scores.sub_(top).exp_()
+            total = scores.sum(-1, keepdim=True)
+            out[:, rows] = torch.bmm(scores, v[:, keys]).div_(total)
+            normaliser[:, rows] = total.log_().add_(top)
+        ctx.spans = spans
+        ctx.save_for_backward(query, key, value, out, normaliser)
+        return _ungrouped(out, query)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, normaliser = ctx.saved_tensors
+        scale = query.size(-1) ** -0.5
+        q, k, v = _grouped(query, key).mul_(scale), _heads_first(key), _heads_first(value)
+        d_out = _grouped(gradient, key)
+        shift = (d_out * out).sum(-1, keepdim=True)
+        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for rows, keys, scores in _scores(q, k, query.size(1) // key.size(1), ctx.spans):
+            weights = scores.sub_(normaliser[:, rows]).exp_()
+            d_v[:, keys].baddbmm_(weights.transpose(1, 2), d_out[:, rows])
+            slope = torch.bmm(d_out[:, rows], v[:, keys].transpose(1, 2))
+            slope.sub_(shift[:, rows]).mul_(weights)
+            torch.bmm(slope, k[:, keys], out=d_q[:, rows])
+            d_k[:, keys].baddbmm_(slope.transpose(1, 2), q[:, rows])
+        return _ungrouped(d_q, query).mul_(scale), d_k.transpose(0, 1), d_v.transpose(0, 1), None
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """[K, g, d] -> [g, K, d]."""
+    return x.transpose(0, 1).contiguous()
+
+
+def _grouped(x: Tensor, key: Tensor) -> Tensor:
+    """[N, h, d] -> a copy [g, N * (h / g), d]: side by side the heads that share a head of `key` [K, g, d]."""
+    grouped = x.unflatten(1, (key.size(1), x.size(1) // key.size(1))).transpose(0, 1)
+    return grouped.clone(memory_format=torch.contiguous_format).flatten(1, 2)
+
+
+def _ungrouped(x: Tensor, query: Tensor) -> Tensor:
+    """The inverse of `_grouped`."""
+    return x.unflatten(1, (query.size(0), query.size(1) // x.size(0))).transpose(0, 1).reshape(query.shape)
+
+
+def _scores(q: Tensor, k: Tensor, heads: int, spans: Spans) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Per block: its rows of `q`, its keys, and the scores [g, rows, keys], -inf where a query doesn't see a key;
+    `heads` share a key's."""
+    for queries, keys, common in spans.blocks:
+        rows = slice(queries.start * heads, queries.stop * heads)
+        scores = torch.bmm(q[:, rows], k[:, keys].transpose(1, 2))
+        later = torch.arange(common, scores.size(-1), device=q.device)
+        hidden = later > spans.positions[queries].unsqueeze(1)
+        scores.unflatten(1, (-1, heads))[..., common:].masked_fill_(hidden.unsqueeze(1), -math.inf)
+        yield rows, keys, scores

@@ -1,0 +1,156 @@
+"""Sequences packed one after the other, which of their positions a layer still changes, and what each of them sees.
+
+Slots are numbered 0 to W - 1; a slot holds one position of one sequence, padding comes last. What is counted (how many,
+from where to where) is counted on the host, before a layer runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .attention import Spans
+
+# Cosines and sines [N, 1, d] of rotary angles.
+Turn = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class PackedSequences:
+    """R sequences in W slots, of which the first `length` are in use.
+
+    A sequence may begin with what the one before it begins with: these positions have no slot of their own, and it
+    takes their keys and values from where they are.
+
+    bounds int64 [R + 1], host: sequence r has the slots bounds[r] to bounds[r + 1]. key_bounds int64 [R + 1], host: the
+    same among all keys that sequences see, K of them. positions int64 [W]: place in its sequence, 0 for padding.
+    keys int64 [K]: the slot of each key; None: the slots as they are.
+    """
+
+    width: int
+    length: int
+    bounds: np.ndarray
+    key_bounds: np.ndarray
+    host_positions: np.ndarray
+    positions: Tensor
+    keys: Tensor | None
+
+    @staticmethod
+    def of(lengths: Sequence[int], shared: Sequence[int] = (), width: int = 0) -> PackedSequences:
+        """`lengths` of whole sequences; `shared`: how many positions each has in common with the one before it (never
+        more than either's length), 0 where left out. `width`: slots, at least as many as are in use."""
+        shared = shared or [0] * len(lengths)
+        bounds = np.cumsum([0, *(n - common for n, common in zip(lengths, shared, strict=True))])
+        length = int(bounds[-1])
+        positions = np.zeros(max(width, length), dtype=np.int64)
+        paths: list[np.ndarray] = []
+        for row, (n, common) in enumerate(zip(lengths, shared, strict=True)):
+            own = np.arange(bounds[row], bounds[row + 1])
+            positions[own] = np.arange(common, n)
+            paths.append(np.concatenate([paths[-1][:common], own]) if common else own)
+        keys = torch.from_numpy(np.concatenate(paths)) if any(shared) else None
+        return PackedSequences(
+            len(positions), length, bounds, np.cumsum([0, *lengths]), positions, torch.from_numpy(positions), keys
+        )
+
+    def take(self, x: Tensor) -> Tensor:
+        """Keys or values of the slots in use [length, ...] -> of what every sequence sees [K, ...]."""
+        return x if self.keys is None else x.index_select(0, self.keys)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The N slots that run between two exits.
+
+    index int64 [N]; asked int64 [n]: those of them at which gates are asked. host_index, host_asked: the same, on the
+    host.
+    """
+
+    host_index: np.ndarray
+    host_asked: np.ndarray
+    index: Tensor
+    asked: Tensor
+
+    @staticmethod
+    def of(running: Tensor, asked: Tensor) -> Segment:
+        """running, asked bool [W] on the CPU."""
+        index, asked_index = (x.nonzero().squeeze(1) for x in (running, running & asked))
+        return Segment(index.numpy(), asked_index.numpy(), index, asked_index)
+
+
+class Active:
+    """The slots of a segment, as the layers in it need them; on every tensor-parallel rank the same but for `mine` and
+    `asked_mine`, which are this rank's part of the slots under sequence parallelism. One object serves all layers of a
+    segment, and their recomputation."""
+
+    def __init__(self, segment: Segment, packed: PackedSequences, ranks: int = 1, rank: int = 0):
+        self.segment, self.packed = segment, packed
+        self.local_width = packed.width // ranks
+        # This rank's first slot, and the one behind its last.
+        self._first, self._stop = (at * self.local_width for at in (rank, rank + 1))
+        self.index = segment.index
+        self.mine = self._local(segment.index, segment.host_index)
+        self.asked_mine = self._local(segment.asked, segment.host_asked)
+        # The same places, counted in all slots.
+        self.asked = self.asked_mine if ranks == 1 else self.asked_mine + self._first
+        self._turns: tuple[Turn, Turn] | None = None
+
+    def _local(self, index: Tensor, host: np.ndarray) -> Tensor:
+        if self.local_width == self.packed.width:
+            return index
+        return index[slice(*np.searchsorted(host, (self._first, self._stop)))] - self._first
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether every slot that is in use runs."""
+        return len(self.index) == self.packed.length
+
+    def pick(self, x: Tensor) -> Tensor:
+        """All slots [W, ...] -> the active ones [N, ...]."""
+        return x[: len(self.index)] if self.everywhere else x.index_select(0, self.index)
+
+    def pick_mine(self, x: Tensor) -> Tensor:
+        """This rank's slots [w, ...] -> its active ones [n, ...]."""
+        return self.pick(x) if self._whole else x.index_select(0, self.mine)
+
+    def put_mine(self, x: Tensor, into: Tensor) -> Tensor:
+        """This rank's slots `into` [w, D] with x [n, D] at its active ones."""
+        if self._whole and self.everywhere:
+            return x if len(x) == len(into) else torch.cat([x, into[len(x) :]])
+        return into.index_copy(0, self.mine, x)
+
+    @property
+    def _whole(self) -> bool:
+        return self.local_width == self.packed.width
+
+    def spread(self, x: Tensor) -> Tensor:
+        """This rank's active slots [n, D] at their places, zeros elsewhere: [w, 1, D]."""
+        return x.new_zeros(self.local_width, x.size(-1)).index_copy(0, self.mine, x).unsqueeze(1)
+
+    def place(self, x: Tensor) -> Tensor:
+        """All active slots [N, D] at their places, zeros elsewhere: [W, 1, D]."""
+        return x.new_zeros(self.packed.width, x.size(-1)).index_copy(0, self.index, x).unsqueeze(1)
+
+    @cached_property
+    def spans(self) -> Spans:
+        """Whose keys each active slot sees, and how many of them."""
+        host = self.segment.host_index
+        return Spans(
+            np.searchsorted(host, self.packed.bounds),
+            self.packed.key_bounds,
+            self.packed.host_positions[host],
+            self.pick(self.packed.positions),
+        )
+
+    def turns(self, angles: Tensor, dtype: torch.dtype) -> tuple[Turn, Turn]:
+        """Rotary turns of the keys (all slots in use) and of the queries (the active ones); angles [W, 1, 1, d]."""
+        if self._turns is None:
+            at = angles.flatten(1).index_select(0, self.packed.positions[: self.packed.length])
+            keys = at.cos().to(dtype).unsqueeze(1), at.sin().to(dtype).unsqueeze(1)
+            self._turns = keys, (self.pick(keys[0]), self.pick(keys[1]))
+        return self._turns

@@ -1,0 +1,106 @@
+"""How sequences are dealt out to ranks and micro-batches, and which keys the positions in them see."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ee_megatron.learner.batch import ReplayBatch, pack
+from ee_megatron.learner.packing import Deal, deal, padded
+from ee_megatron.model.packed import PackedSequences
+
+LAYERS = 4
+# (prompt, tokens of the answer): few different tokens, so that prompts are alike.
+ROWS = st.lists(
+    st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=6), st.integers(1, 9)), min_size=1, max_size=12
+)
+
+
+def batch_of(rows: list[tuple[list[int], int]]) -> ReplayBatch:
+    prompts = [np.array(prompt) for prompt, _ in rows]
+    return pack(prompts, [np.arange(2, 2 + length) for _, length in rows], None, LAYERS)
+
+
+def lognormal(mean: int, cap: int, prompts: int, group: int, prompt: int = 100, seed: int = 0) -> ReplayBatch:
+    generator = np.random.default_rng(seed)
+    lengths = np.minimum(cap, generator.lognormal(np.log(mean) - 0.32, 0.8, prompts * group).astype(int) + 1)
+    heads = [generator.integers(0, 1000, prompt) for _ in range(prompts)]
+    answers = [generator.integers(0, 1000, n) for n in lengths]
+    return pack([heads[i // group] for i in range(prompts * group)], answers, None, LAYERS)
+
+
+def tokens_seen(batch: ReplayBatch, dealt: Deal) -> dict[int, list[int]]:
+    """The tokens of the keys that each row sees, by row."""
+    found: dict[int, list[int]] = {}
+    for strip in (strip for strips in dealt.ranks for strip in strips):
+        packed = strip.packed(padded(strip.positions))
+        tokens = batch.tokens.flatten()[strip.places(batch.tokens.size(1))]
+        seen, positions = packed.take(tokens).tolist(), packed.take(packed.positions[: packed.length]).tolist()
+        for row, first, stop in zip(strip.rows, packed.key_bounds, packed.key_bounds[1:], strict=False):
+            assert row not in found and positions[first:stop] == list(range(stop - first))
+            found[row] = seen[first:stop]
+    return found
+
+
+@given(ROWS, st.integers(1, 40), st.integers(1, 3), st.integers(1, 3))
+def test_every_sequence_is_dealt_once_and_sees_its_own_tokens(rows, tokens, ranks, multiple) -> None:
+    batch = batch_of(rows)
+    dealt = deal(batch, tokens, ranks, multiple)
+    lengths = batch.lengths().tolist()
+    assert tokens_seen(batch, dealt) == {row: batch.tokens[row, :n].tolist() for row, n in enumerate(lengths)}
+    assert len({len(strips) for strips in dealt.ranks}) == 1 and len(dealt.ranks) == ranks
+    assert len(dealt.ranks[0]) % multiple == 0
+    assert dealt.largest <= max(tokens, *lengths)
+    assert dealt == deal(batch, tokens, ranks, multiple)
+
+
+@given(ROWS)
+def test_a_position_is_computed_once_for_all_sequences_of_a_micro_batch_that_have_it(rows) -> None:
+    batch = batch_of(rows)
+    ((strip,),) = deal(batch, 1000, 1).ranks
+    prefixes = {tuple(prompt[:at]) for prompt, _ in rows for at in range(1, len(prompt))}
+    assert strip.positions == len(prefixes) + sum(length for _, length in rows)
+
+
+@pytest.mark.parametrize(("mean", "cap", "tokens"), [(600, 900, 8192), (2000, 4096, 16384), (6000, 16384, 32768)])
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_micro_batches_are_full_and_alike(mean, cap, tokens, ranks) -> None:
+    batch = lognormal(mean, cap, prompts=32, group=8)
+    dealt = deal(batch, tokens, ranks)
+    strips = [strip.positions for strips in dealt.ranks for strip in strips]
+    slots = padded(dealt.largest) * len(strips)
+    sums = [sum(strip.positions for strip in strips) for strips in dealt.ranks]
+    assert slots <= 1.05 * dealt.positions and max(sums) <= 1.02 * dealt.positions / ranks
+    # Prompts may cost more than once, but never as often as there are sequences that begin with them.
+    assert dealt.positions <= int(batch.lengths().sum()) and dealt.largest <= max(tokens, cap + 100)
+    # No more micro-batches than the sum asks for, and one for the rest.
+    assert len(strips) <= (-(-int(batch.lengths().sum()) // (tokens * ranks)) + 1) * ranks
+
+
+def test_groups_with_long_prompts_stay_together_and_few_shot_examples_are_in_every_micro_batch() -> None:
+    generator = np.random.default_rng(0)
+    examples = generator.integers(0, 99, 300)
+    prompts = [np.concatenate([examples, generator.integers(0, 99, 40)]) for _ in range(16)]
+    batch = pack([prompts[i // 4] for i in range(64)], [generator.integers(0, 99, 20)] * 64, None, LAYERS)
+    dealt = deal(batch, 1024, 2)
+    # 300 for the examples, and per group 40 + 4 x 20 less what is an input of nothing: 12 groups a micro-batch at most.
+    each = [strip.positions for strips in dealt.ranks for strip in strips]
+    assert each == [299 + 1 + 4 * (39 + 80)] * 4 or max(each) <= 300 + 4 * 120
+    rows = [{row // 4 for row in strip.rows} for strips in dealt.ranks for strip in strips]
+    assert sum(len(groups) for groups in rows) == 16
+
+
+def test_what_no_sequence_has_is_padding() -> None:
+    packed = PackedSequences.of([3, 4], [0, 2], width=8)
+    assert packed.length == 5 and packed.positions.tolist() == [0, 1, 2, 2, 3, 0, 0, 0]
+    assert packed.take(torch.tensor([10, 11, 12, 22, 23])).tolist() == [10, 11, 12, 10, 11, 22, 23]
+    alone = PackedSequences.of([3, 4])
+    assert alone.keys is None and alone.take(torch.arange(7)).tolist() == list(range(7))
+
+
+def test_data_ranks_without_a_sequence_have_empty_micro_batches() -> None:
+    dealt = deal(batch_of([([1, 2], 3)]), 100, 3)
+    assert [[s.positions for s in strips] for strips in dealt.ranks] == [[4], [0], [0]] and padded(0) > 0

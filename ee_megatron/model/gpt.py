@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -110,6 +111,14 @@ class EarlyExitGPT(GPTModel):
         return taken
 
 
+class Rotary(RotaryEmbedding):
+    """megatron-core's angles without its cache, which keeps those of the last 32 widths, and every micro-batch may have
+    another."""
+
+    def forward(self, max_seq_len: int, offset: int = 0, **_: Any) -> Tensor:
+        return self.get_emb(max_seq_len, offset)
+
+
 class RankModel(nn.ModuleList):
     """The parts of the model on this rank, in order: one stage, or several under virtual pipeline parallelism."""
 
@@ -180,5 +189,6 @@ def build_stage(config: EarlyExitTransformerConfig, vp_stage: int | None = None)
     )
     if model.pre_process and config.recompute:
         model.ask_for_input_gradient()
+    model.rotary_pos_emb = Rotary(dims.head_dim, 1.0, use_cpu_initialization=config.use_cpu_initialization)
     model.rotary_pos_emb.inv_freq = inverse_frequencies(dims).to(model.rotary_pos_emb.inv_freq.device)
     return model

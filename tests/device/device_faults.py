@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from device_costs import live_bytes, measure
 from device_setup import on, patched
-from ee_megatron.model.packed import Active
 from pretend_gpu_cases import PATHS, Bench
 
 from ee_megatron.learner import learner as learner_module
 from ee_megatron.learner import optimizer_state
+from ee_megatron.model.packed import Active
 from ee_megatron.parallel.vocabulary import Head
 from ee_megatron.rollout.engine import decoder as decoder_module
 from ee_megatron.rollout.engine import ops, scoring

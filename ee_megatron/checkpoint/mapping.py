@@ -29,8 +29,8 @@ class Entry:
     """One Megatron parameter of a stage: its name there, the HF tensors it holds, and the two directions.
 
     dim: along which the tensor-parallel ranks cut the HF tensors; below 0: each of them holds them whole.
-    shard(hf_tensors, ranks, rank) -> the rank's local tensor; parts(local tensor, ranks) -> its share of each HF tensor.
-    As `parts` only moves rows, a vector of the local tensor's row numbers may take its place.
+    shard(hf_tensors, ranks, rank) -> the rank's local tensor; parts(local tensor, ranks) -> its share of each tensor.
+    As that only moves rows, a vector of the local tensor's row numbers may take its place.
     rows: of the whole tensor, where shares are padded beyond it.
     """
 

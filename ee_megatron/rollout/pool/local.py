@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from ...policy import PolicySpec, WeightSet, digest
+from ...policy import PolicySpec, WeightSet
+from ...tensors import digest
 from ...types import Rollout, Trace
 from ..engine import scheduler, scoring
 from ..engine.cache import PAGE, pages_in

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ...config.schema import RolloutConfig
-from ...policy import WeightSet, digest, may_travel_in
+from ...policy import WeightSet, may_travel_in
+from ...tensors import digest
 
 # A chunk's size unless one tensor alone is larger: what the sender holds beside the weights while it packs.
 CHUNK_BYTES = 64 << 20

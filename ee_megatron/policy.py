@@ -133,10 +133,10 @@ def may_travel_in(dtype: torch.dtype, name: str, decoder: torch.dtype) -> bool:
 
 @dataclass
 class WeightSet:
-    """One version of the policy's tensors, as it travels from the learner to the pool."""
+    """One version of the policy's tensors, as it travels from the learner to the pool; that may hold them already."""
 
     version: int
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     digest: str = ""
 
     def __post_init__(self) -> None:

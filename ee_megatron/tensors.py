@@ -207,6 +207,12 @@ class Digest:
         self._settle()
         self._last = self._thread.submit(hash_block, self._sha, block)
 
+    def passing(self, stream: Iterable[Block]) -> Iterator[Block]:
+        """The stream, hashed as it passes."""
+        for block in stream:
+            self.update(block)
+            yield block
+
     def hexdigest(self) -> str:
         self._settle()
         return self._sha.hexdigest()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from ..families import ModelDims
 from ..policy import PolicySpec, read_policy, write_policy_json
-from ..tensors import FileTensors, LazyTensors, Stream, shape_of
-from .safetensors_io import write_stream
+from ..tensors import Block, FileTensors, LazyTensors, Stream, drain, shape_of
+from .safetensors_io import write_through
 from .sources import TensorSource, check_finite
 
 Policy = tuple[PolicySpec, Mapping[str, Tensor]]
@@ -28,7 +28,13 @@ def open_policy(directory: str | Path, *, check: bool = True) -> Policy:
 
 def write_policy(directory: Path, spec: PolicySpec, stream: Stream) -> None:
     """As `policy.save_policy`, for tensors that come in blocks and are not held."""
-    write_policy_json(directory, spec, write_stream(directory / "policy.safetensors", stream))
+    drain(policy_written(directory, spec, stream))
+
+
+def policy_written(directory: Path, spec: PolicySpec, stream: Stream) -> Iterator[Block]:
+    """The stream, written as `write_policy` does while it passes."""
+    sha256 = yield from write_through(directory / "policy.safetensors", stream)
+    write_policy_json(directory, spec, sha256)
 
 
 def check_policy(dims: ModelDims, spec: PolicySpec, tensors: Mapping[str, Tensor]) -> None:

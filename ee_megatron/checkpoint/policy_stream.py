@@ -222,12 +222,7 @@ class TensorStream:
         self.table, self._plan, self._holder, self._meet = plan.table, plan, holder, meet
 
     def __iter__(self) -> Iterator[Block]:
-        plan = self._plan
-        if self._meet:
-            self._meet()
-        if not plan.leads:
-            return self._send()
-        return self._receive()
+        return self._receive() if self._plan.leads else self._send()
 
     def _buckets(self) -> Iterator[list[tuple[str, int, int]]]:
         for number, bucket in enumerate(buckets(self.table, BUCKET_BYTES)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..tensors import Digest, Stream
+from ..tensors import Block, Digest, Stream
 from .manifest import tensor_bytes
 from .workspace import OutputFile
 
@@ -75,8 +75,11 @@ class SafetensorsWriter:
             assert size == self._end, (self._file.name, size, self._end)
 
 
-def write_stream(path: Path, stream: Stream) -> str:
-    """A file of fp32 tensors as they come, with the bytes that safetensors' `save_file` gives it; the digest."""
+def write_through(path: Path, stream: Stream) -> Generator[Block, None, str]:
+    """The stream, of which a file is made as it passes; returns the digest.
+
+    The tensors are fp32; the file has the bytes that safetensors' own `save_file` gives it.
+    """
     table = {name: (torch.float32, shape) for name, shape in sorted(stream.table.items())}
     with SafetensorsWriter(path, table, metadata=None) as writer, Digest() as found:
         for block in stream:
@@ -84,7 +87,18 @@ def write_stream(path: Path, stream: Stream) -> str:
                 raise ValueError(f"{block.name}: dtype {block.data.dtype}, a checkpoint holds float32")
             found.update(block)
             writer.write(block.data)
+            yield block
         return found.hexdigest()
+
+
+def write_stream(path: Path, stream: Stream) -> str:
+    """`write_through` for a stream that goes nowhere else."""
+    passing = write_through(path, stream)
+    while True:
+        try:
+            next(passing)
+        except StopIteration as end:
+            return end.value
 
 
 def write_small(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -29,8 +29,7 @@ from ..learner.learner import Learner, Scores, Update
 from ..objectives.advantages import ADVANTAGES, DEPTH_CREDITS, depth_cost, mean_log_ratio, rollout_reward
 from ..objectives.policy_gradient import KL_TERMS, SURROGATES, Experience, PolicyGradient, truncated_ratio
 from ..objectives.schedules import learning_rate, price
-from ..policy import WeightSet
-from ..tensors import LayeredTensors
+from ..tensors import LayeredTensors, drain
 from ..types import Group
 from .rollout_source import make_source
 from .session import Session
@@ -55,7 +54,11 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
             for step in range(done, rl.steps):
                 session.stop_if_asked(learner, step)
                 begun = time.monotonic()
-                weights = WeightSet(step + 1, learner.export_policy())
+                stream, weights = learner.stream_policy(session.meet), None
+                if source is not None:
+                    weights = source.take(step + 1, stream)
+                else:
+                    drain(stream)
                 groups = session.unless_stopped(source.act if source else None, weights, step, bar.detail)
                 if groups is None:
                     session.stop(learner, step)

@@ -10,7 +10,6 @@ name) and the gates. Names are layout-free: every body of the model maps them on
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from .exits import ExitLayout, gate_units
 from .families import ModelDims
+from .tensors import digest
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -119,16 +119,6 @@ def initial_policy(
     return tensors
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes, dtypes and bytes in name order: two sides hold the same weights iff digests agree."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        total.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return total.hexdigest()
-
-
 def stays_float32(name: str) -> bool:
     """Whether a model of any dtype uses this policy tensor in float32: a gate's do, but for the weight of its first
     product, which is rounded to the model's dtype."""
@@ -143,10 +133,10 @@ def may_travel_in(dtype: torch.dtype, name: str, decoder: torch.dtype) -> bool:
 
 @dataclass
 class WeightSet:
-    """One version of the policy's tensors, as it travels from the learner to the pool."""
+    """One version of the policy's tensors, as it travels from the learner to the pool; that may hold them already."""
 
     version: int
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     digest: str = ""
 
     def __post_init__(self) -> None:
@@ -158,7 +148,12 @@ def save_policy(directory: Path, spec: PolicySpec, tensors: Mapping[str, Tensor]
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, directory / "policy.safetensors"
     )
-    (directory / "policy.json").write_text(json.dumps({**spec.to_json(), "sha256": digest(tensors)}, indent=1))
+    write_policy_json(directory, spec, digest(tensors))
+
+
+def write_policy_json(directory: Path, spec: PolicySpec, sha256: str) -> None:
+    """What a policy's tensors are, and their digest."""
+    (directory / "policy.json").write_text(json.dumps({**spec.to_json(), "sha256": sha256}, indent=1))
 
 
 def load_policy(directory: str | Path) -> tuple[PolicySpec, dict[str, Tensor]]:
@@ -168,9 +163,9 @@ def load_policy(directory: str | Path) -> tuple[PolicySpec, dict[str, Tensor]]:
 
 
 def read_policy(
-    directory: str | Path, read: Callable[[Path], Mapping[str, Tensor]]
+    directory: str | Path, read: Callable[[Path], Mapping[str, Tensor]], check: bool = True
 ) -> tuple[PolicySpec, Mapping[str, Tensor]]:
-    """As `load_policy`, with `read` for the tensors' file; the digest asks for them one at a time."""
+    """As `load_policy`, with `read` for the tensors' file; the digest, which `check` asks for, reads them in parts."""
     path = Path(directory) / "policy.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory}: no policy.json there; expected a policy checkpoint")
@@ -180,6 +175,6 @@ def read_policy(
         raise ValueError(f"{path}: not valid JSON ({error}); the file is damaged") from None
     expected, file = data.pop("sha256"), path.with_name("policy.safetensors")
     tensors = read(file)
-    if digest(tensors) != expected:
+    if check and digest(tensors) != expected:
         raise ValueError(f"{file}: contents do not match the digest in policy.json; the file is damaged")
     return PolicySpec.from_json(data), tensors

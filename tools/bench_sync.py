@@ -3,8 +3,9 @@
     python tools/bench_sync.py --model models/SmolLM2-135M-Instruct --repeats 5
 
 Two cases: adapters (rank 8 on the attention's linears, as in the paper) with gates, and full fine-tuning, where the
-whole model travels; both narrowed to bfloat16, the decoders' dtype. The gather is a real learner's `export_policy` in
-this process (one rank); `--no-learner` starts from tensors that are there. Each version differs from the one before.
+whole model travels; both narrowed to bfloat16, the decoders' dtype. `take` is a version's way into the object store:
+gathered from a real learner in this process (one rank), narrowed, hashed and put there a chunk at a time;
+`--no-learner` starts from tensors that are there. Each version differs from the one before.
 The clock stops when every actor has taken the digest of what arrived, has loaded it and says so. `--check` compares
 every tensor on both sides afterwards. Prints a table and one line of JSON: medians over the repeats, seconds.
 """
@@ -17,10 +18,11 @@ import json
 import statistics
 import time
 import warnings
+from functools import partial
 from typing import Any
 
 CASES = ("adapters", "full")
-PHASES = ("gather", "digest", "send_and_load")
+PHASES = ("take", "load")
 
 
 def parse() -> argparse.Namespace:
@@ -41,10 +43,10 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
     from ee_megatron.config.schema import RolloutConfig
     from ee_megatron.families.hf_directory import HFDirectory
     from ee_megatron.parallel import groups
-    from ee_megatron.policy import ATTENTION, PolicySpec, WeightSet, initial_policy
+    from ee_megatron.policy import ATTENTION, PolicySpec, initial_policy
     from ee_megatron.rollout.pool.interface import ReplicaSettings
     from ee_megatron.rollout.pool.ray_pool import RayPool
-    from ee_megatron.rollout.pool.transport import narrowed
+    from ee_megatron.tensors import ChangedStream, HeldStream
 
     source = HFDirectory(options.model)
     dims = source.dims
@@ -52,29 +54,25 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
     full = case == "full"
     spec = PolicySpec(dims.num_layers, exits, rank=0 if full else 8, alpha=16.0, targets=ATTENTION, full=full)
     policy = initial_policy(dims, spec, 0, base=source.tensor)
-    gather = (lambda: policy) if options.no_learner else learner_of(source, spec, policy).export_policy
+    gather = (lambda: HeldStream(policy)) if options.no_learner else learner_of(source, spec, policy).stream_policy
+    name = f"gates.{exits[0]}.fc2.bias"
     replica = ReplicaSettings(options.model, spec, torch.bfloat16, "cpu", 8, options.threads)
     pool = RayPool(replica, RolloutConfig(actors=options.actors))
     try:
         pool.load(None)
         phases: dict[str, list[float]] = {name: [] for name in (*PHASES, "total")}
-        size = 0
         for version in range(1, options.repeats + 2):
             clock = [time.perf_counter()]
-            tensors = gather()
-            clock.append(time.perf_counter())
-            # A version that an actor holds already would not be sent: make each another one.
-            tensors[f"gates.{exits[0]}.fc2.bias"] = torch.full((1,), float(version))
-            weights = narrowed(WeightSet(version, tensors), torch.bfloat16, torch.bfloat16)
+            weights = pool.take(version, ChangedStream(gather(), partial(marked, name, float(version))))
             clock.append(time.perf_counter())
             pool.load(weights)
             clock.append(time.perf_counter())
-            size = sum(tensor.nbytes for tensor in weights.tensors.values())
             spans = [b - a for a, b in itertools.pairwise(clock)]
             # The first warms up whatever is made once.
             if version > 1:
                 for name, seconds in zip((*PHASES, "total"), (*spans, clock[-1] - clock[0]), strict=True):
                     phases[name].append(seconds)
+        size = sum(tensor.nbytes for tensor in weights.tensors.values())
         if options.check:
             pool.check(weights)
         assert pool.health()["alive"] == options.actors
@@ -84,6 +82,11 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
             groups.finish()
     medians = {name: statistics.median(values) for name, values in phases.items()}
     return {"case": case, "mb": size / 1e6, **medians, "worst": max(phases["total"])}
+
+
+def marked(name: str, version: float, block: Any) -> Any:
+    """A version that an actor holds already would not be sent: each has another number in one place."""
+    return block.data.new_full((1,), version) if block.name == name else block.data
 
 
 def learner_of(source: Any, spec: Any, policy: dict) -> Any:

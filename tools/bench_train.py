@@ -44,7 +44,7 @@ from ee_megatron.parallel import groups
 from ee_megatron.parallel.groups import Degrees
 from ee_megatron.parallel.schedule import run_schedule
 from ee_megatron.policy import PolicySpec, initial_policy
-from ee_megatron.training.checkpoints import write_training
+from ee_megatron.training.checkpoints import TrainingStreams, write_training
 
 
 def make_batch(dims: ModelDims, outcomes: list[int], mean: float, rows: int, length: int) -> ReplayBatch:
@@ -149,7 +149,7 @@ def checkpoint_waits(options: argparse.Namespace, device: torch.device) -> dict:
             policy, state = learner.export_policy(), learner.export_optimizer()
             clock.append(time.perf_counter())
             with tempfile.TemporaryDirectory(dir=".") as folder:
-                write_training(Path(folder), spec, policy, state, {})
+                write_training(Path(folder), spec, TrainingStreams.of(policy, state), {})
                 clock.append(time.perf_counter())
             waits.append(clock[1] - clock[0])
             writes.append(clock[2] - clock[1])

@@ -24,11 +24,12 @@ from torch import Tensor
 from ..exit_rules import Threshold
 from ..families import FAMILIES
 from ..families.hf_directory import HFDirectory
-from ..policy import PolicySpec, digest
+from ..policy import PolicySpec
+from ..tensors import FileTensors, digest
 from .export_files.configuration_early_exit import check_exit_policy
 from .manifest import Digest, Hasher, Ledger, copy_tokenizer, entry, entry_of, write_manifest
 from .meter import Meter
-from .policy_files import LazyTensors, check_policy, open_policy
+from .policy_files import check_policy, open_policy
 from .safetensors_io import SafetensorsWriter, aligned, nbytes, write_small
 from .sources import HFSource, TensorSource, TunedSource, Watch, ahead, total_bytes
 from .workspace import Workspace, workspace
@@ -108,7 +109,7 @@ def export_hf(
 
 def fingerprint_of(tensors: Mapping[str, Tensor]) -> object:
     """What tells policies apart; that of a full fine-tuning was checked against its digest when it was opened."""
-    if isinstance(tensors, LazyTensors):
+    if isinstance(tensors, FileTensors):
         state = tensors.path.stat()
         return [str(tensors.path), state.st_size, state.st_mtime_ns]
     return digest(dict(tensors))

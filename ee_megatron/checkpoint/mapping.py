@@ -21,69 +21,83 @@ from ..model.config import padded_vocab
 from ..model.gpt import EarlyExitGPT
 
 Shard = Callable[[list[Tensor], int, int], Tensor]
-Join = Callable[[list[Tensor]], list[Tensor]]
+Parts = Callable[[Tensor, int], list[Tensor]]
 
 
 @dataclass(frozen=True)
 class Entry:
     """One Megatron parameter of a stage: its name there, the HF tensors it holds, and the two directions.
 
-    shard(hf_tensors, ranks, rank) -> the rank's local tensor; join(local tensors of all ranks) -> hf_tensors.
+    dim: along which the tensor-parallel ranks cut the HF tensors; below 0: each of them holds them whole.
+    shard(hf_tensors, ranks, rank) -> the rank's local tensor; parts(local tensor, ranks) -> its share of each tensor.
+    As that only moves rows, a vector of the local tensor's row numbers may take its place.
+    rows: of the whole tensor, where shares are padded beyond it.
     """
 
     parameter: str
     names: tuple[str, ...]
+    dim: int
     shard: Shard
-    join: Join
+    parts: Parts
+    rows: int | None = None
 
     @property
     def split(self) -> bool:
         """Whether tensor-parallel ranks hold different parts."""
-        return self.shard is not _whole
+        return self.dim >= 0
+
+    def join(self, locals_: list[Tensor]) -> list[Tensor]:
+        """The HF tensors from the local tensors of all ranks."""
+        if self.dim < 0:
+            return self.parts(locals_[0], 1)
+        shares = [self.parts(local, len(locals_)) for local in locals_]
+        return [torch.cat(same, self.dim)[: self.rows] for same in zip(*shares, strict=True)]
 
 
 def _whole(tensors: list[Tensor], ranks: int, rank: int) -> Tensor:
     return tensors[0]
 
 
-def along(dim: int) -> tuple[Shard, Join]:
-    """The two directions of one tensor that the ranks cut along `dim`; below 0: that each of them holds whole."""
+def _itself(local: Tensor, ranks: int) -> list[Tensor]:
+    return [local]
+
+
+def along(dim: int) -> tuple[int, Shard, Parts]:
+    """How one tensor is held that the ranks cut along `dim`; below 0: that each of them holds whole."""
     if dim < 0:
-        return _whole, lambda locals_: locals_[:1]
-    return lambda tensors, ranks, rank: tensors[0].chunk(ranks, dim)[rank], lambda locals_: [torch.cat(locals_, dim)]
+        return dim, _whole, _itself
+    return dim, lambda tensors, ranks, rank: tensors[0].chunk(ranks, dim)[rank], _itself
 
 
-def _qkv(dims: ModelDims) -> tuple[Shard, Join]:
+def _qkv(dims: ModelDims) -> tuple[int, Shard, Parts]:
     per_group = dims.heads // dims.kv_heads * dims.head_dim
 
     def shard(tensors: list[Tensor], ranks: int, rank: int) -> Tensor:
         parts = [t.unflatten(0, (dims.kv_heads, -1)).chunk(ranks, 0)[rank] for t in tensors]
         return torch.cat(parts, dim=1).flatten(0, 1)
 
-    def join(locals_: list[Tensor]) -> list[Tensor]:
-        groups = torch.cat([t.unflatten(0, (dims.kv_heads // len(locals_), -1)) for t in locals_])
-        parts = groups.split([per_group, dims.head_dim, dims.head_dim], dim=1)
-        return [part.flatten(0, 1).contiguous() for part in parts]
+    def parts(local: Tensor, ranks: int) -> list[Tensor]:
+        groups = local.unflatten(0, (dims.kv_heads // ranks, -1))
+        return [part.flatten(0, 1) for part in groups.split([per_group, dims.head_dim, dims.head_dim], dim=1)]
 
-    return shard, join
+    return 0, shard, parts
 
 
 def _gate_up_shard(tensors: list[Tensor], ranks: int, rank: int) -> Tensor:
     return torch.cat([t.chunk(ranks, 0)[rank] for t in tensors])
 
 
-def _gate_up_join(locals_: list[Tensor]) -> list[Tensor]:
-    halves = [t.chunk(2, 0) for t in locals_]
-    return [torch.cat([half[part] for half in halves]) for part in (0, 1)]
+def _gate_up_parts(local: Tensor, ranks: int) -> list[Tensor]:
+    return list(local.chunk(2, 0))
 
 
-def _vocabulary(dims: ModelDims) -> tuple[Shard, Join]:
+def _vocabulary(dims: ModelDims) -> tuple[int, Shard, Parts, int]:
     def shard(tensors: list[Tensor], ranks: int, rank: int) -> Tensor:
         extra = padded_vocab(dims.vocab, ranks) - dims.vocab
         padded = torch.cat([tensors[0], tensors[0].new_zeros(extra, dims.hidden)]) if extra else tensors[0]
         return padded.chunk(ranks, 0)[rank]
 
-    return shard, lambda locals_: [torch.cat(locals_)[: dims.vocab]]
+    return 0, shard, _itself, dims.vocab
 
 
 def entries(dims: ModelDims, first_layer: int, layers: int, *, embedding: bool, head: bool) -> Iterator[Entry]:
@@ -93,7 +107,7 @@ def entries(dims: ModelDims, first_layer: int, layers: int, *, embedding: bool, 
     stage serves as head, the output layer.
     """
     vocabulary, whole, columns = _vocabulary(dims), along(-1), along(1)
-    qkv, gate_up = _qkv(dims), (_gate_up_shard, _gate_up_join)
+    qkv, gate_up = _qkv(dims), (0, _gate_up_shard, _gate_up_parts)
     if embedding:
         yield Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), *vocabulary)
     for local in range(layers):

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..policy import PolicySpec, digest, save_policy
+from ..policy import PolicySpec, save_policy
+from ..tensors import digest
 from .manifest import copy_tokenizer, entry_of, write_manifest
 from .megatron_directory import CheckpointLayout, write_weights
 from .megatron_io import KIND, WEIGHTS

@@ -4,57 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..families import ModelDims
-from ..policy import PolicySpec, read_policy
+from ..policy import PolicySpec, read_policy, write_policy_json
+from ..tensors import Block, FileTensors, LazyTensors, Stream, drain, shape_of
+from .safetensors_io import write_through
 from .sources import TensorSource, check_finite
 
 Policy = tuple[PolicySpec, Mapping[str, Tensor]]
 
 
-class LazyTensors(Mapping[str, Tensor]):
-    """The tensors of one safetensors file, read when asked for and not kept."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        with self._file() as file:
-            self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._shapes:
-            raise KeyError(name)
-        # Opened for each: a mapped file counts as memory of the process as far as it was read.
-        with self._file() as file:
-            return file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, without reading it."""
-        return self._shapes[name]
-
-    def _file(self) -> Any:
-        try:
-            return safe_open(self.path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.path}: cannot be read ({error}); the file is missing or damaged") from None
-
-
-def open_policy(directory: str | Path) -> Policy:
-    """As `policy.load_policy`, but the tensors of a full fine-tuning stay in their file. The digest is checked.
+def open_policy(directory: str | Path, *, check: bool = True) -> Policy:
+    """As `policy.load_policy`, but the tensors of a full fine-tuning stay in their file. Without `check` the digest,
+    which somebody has looked at, is not computed.
 
     Raises FileNotFoundError or ValueError, one line.
     """
-    spec, tensors = read_policy(directory, LazyTensors)
+    spec, tensors = read_policy(directory, FileTensors, check)
     return spec, tensors if spec.full else dict(tensors)
+
+
+def write_policy(directory: Path, spec: PolicySpec, stream: Stream) -> None:
+    """As `policy.save_policy`, for tensors that come in blocks and are not held."""
+    drain(policy_written(directory, spec, stream))
+
+
+def policy_written(directory: Path, spec: PolicySpec, stream: Stream) -> Iterator[Block]:
+    """The stream, written as `write_policy` does while it passes."""
+    sha256 = yield from write_through(directory / "policy.safetensors", stream)
+    write_policy_json(directory, spec, sha256)
 
 
 def check_policy(dims: ModelDims, spec: PolicySpec, tensors: Mapping[str, Tensor]) -> None:
@@ -66,7 +46,7 @@ def check_policy(dims: ModelDims, spec: PolicySpec, tensors: Mapping[str, Tensor
     if missing or extra:
         raise ValueError(f"policy tensors: missing {missing[:3]}, unexpected {extra[:3]}; spec and tensors disagree")
     for name, shape in expected.items():
-        found = tensors.shape(name) if isinstance(tensors, LazyTensors) else tuple(tensors[name].shape)
+        found = shape_of(tensors, name)
         if found != shape:
             raise ValueError(f"policy tensor {name} has shape {list(found)}, the model implies {list(shape)}")
     if not isinstance(tensors, LazyTensors):

@@ -1,8 +1,8 @@
-"""The policy's whole tensors (policy.py) and the shards of them that each rank holds, both ways."""
+"""Which shards of the policy's whole tensors (policy.py) a rank holds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,6 @@ from torch import Tensor, nn
 
 from ..model.gpt import EarlyExitGPT
 from .mapping import Entry, along, stage_entries, stage_parameters
-
-# Tensors cross stage boundaries in buckets of about this many elements.
-BUCKET = 2**24
 
 
 @dataclass(frozen=True)
@@ -61,67 +58,6 @@ def _added(model: EarlyExitGPT) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 @torch.no_grad()
-def load_policy_tensors(pieces: list[Piece], tensors: dict[str, Tensor]) -> None:
-    """Fill this rank's shards from whole tensors. Raises ValueError for a missing or misshapen one."""
-    group = parallel_state.get_tensor_model_parallel_group()
-    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    for piece in pieces:
-        missing = [name for name in piece.entry.names if name not in tensors]
-        if missing:
-            raise ValueError(f"policy tensors lack {missing[0]}; the checkpoint was made with other adapters or exits")
-        local = piece.entry.shard([tensors[name] for name in piece.entry.names], ranks, rank)
-        if local.shape != piece.parameter.shape:
-            raise ValueError(
-                f"{piece.entry.names[0]}: shape {tuple(local.shape)} in the checkpoint, "
-                f"{tuple(piece.parameter.shape)} in the run"
-            )
-        piece.parameter.copy_(local)
-
-
-@torch.no_grad()
-def gather_policy_tensors(
-    pieces: list[Piece], value: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter
-) -> dict[str, Tensor]:
-    """Whole tensors on every rank, fp32 on the CPU: shards joined over tensor ranks, stages over pipeline ranks.
-
-    `value` picks what is gathered for a parameter: itself, or its gradient.
-    """
-    group = parallel_state.get_pipeline_model_parallel_group()
-    stages, mine = dist.get_world_size(group), dist.get_rank(group)
-    owned = [piece for piece in pieces if not piece.copy]
-    found: dict[str, Tensor] = {}
-    if stages == 1:
-        for piece in owned:
-            start = value(piece.parameter).untyped_storage().data_ptr()
-            for name, joined in _join(piece, value):
-                tensor = joined.float().cpu()
-                # Joining mostly copies; what it passes through would change under the caller's hands.
-                found[name] = tensor.clone() if tensor.untyped_storage().data_ptr() == start else tensor
-        return found
-    device = pieces[0].parameter.device if pieces else torch.device("cpu")
-    listing: list = [None] * stages
-    # ZeRO-3 leaves an empty tensor in the place of a sharded parameter.
-    sizes = [getattr(piece.parameter, "ds_numel", piece.parameter.numel()) for piece in owned]
-    dist.all_gather_object(listing, _buckets(sizes), group=group)
-    for stage, buckets in enumerate(listing):
-        for first, last in buckets:
-            table: list = [None]
-            if stage == mine:
-                whole = [pair for piece in owned[first:last] for pair in _join(piece, value)]
-                table = [[(name, tuple(tensor.shape)) for name, tensor in whole]]
-                flat = torch.cat([tensor.flatten().float() for _, tensor in whole])
-            source = dist.get_global_rank(group, stage)
-            dist.broadcast_object_list(table, source, group=group)
-            lengths = [torch.Size(shape).numel() for _, shape in table[0]]
-            if stage != mine:
-                flat = torch.empty(sum(lengths), device=device)
-            dist.broadcast(flat, source, group=group)
-            for (name, shape), part in zip(table[0], flat.cpu().split(lengths), strict=True):
-                found[name] = part.view(shape).clone()
-    return found
-
-
-@torch.no_grad()
 def check_copies(pieces: Iterable[Piece]) -> None:
     """Compare to the bit what every tensor-parallel rank holds whole: gates, norms, the replicated adapter factors.
 
@@ -150,24 +86,3 @@ def _checksum(parameter: Tensor) -> Tensor:
     bits = parameter.detach().contiguous().view(torch.int32 if parameter.element_size() == 4 else torch.int16).flatten()
     # Odd factors keep a change in one place from vanishing modulo 2^64, and tell places apart.
     return (bits.long() * (2 * torch.arange(len(bits), device=bits.device) + 1)).sum()
-
-
-def _buckets(sizes: list[int]) -> list[tuple[int, int]]:
-    """Consecutive ranges [first, last) of about BUCKET elements."""
-    ranges, first, total = [], 0, 0
-    for index, size in enumerate(sizes):
-        total += size
-        if total >= BUCKET or index == len(sizes) - 1:
-            ranges.append((first, index + 1))
-            first, total = index + 1, 0
-    return ranges
-
-
-def _join(piece: Piece, value: Callable[[nn.Parameter], Tensor]) -> list[tuple[str, Tensor]]:
-    group = parallel_state.get_tensor_model_parallel_group()
-    local = value(piece.parameter).detach().contiguous()
-    parts = [local]
-    if piece.entry.split and dist.get_world_size(group) > 1:
-        parts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, local, group=group)
-    return list(zip(piece.entry.names, piece.entry.join(parts), strict=True))

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..tensors import Block, Digest, Stream
 from .manifest import tensor_bytes
 from .workspace import OutputFile
 
@@ -39,10 +41,14 @@ def aligned(table: Table) -> list[str]:
 
 
 class SafetensorsWriter:
-    """One file. Its tensors are written in the order of `aligned(table)`, each in as many blocks as one likes."""
+    """One file. Its tensors are written in the order of `aligned(table)`, each in as many blocks as one likes.
 
-    def __init__(self, path: Path, table: Table):
-        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    `metadata`: what the header says beside the tensors; transformers wants to know the format."""
+
+    def __init__(
+        self, path: Path, table: Table, metadata: Mapping[str, str] | None = MappingProxyType({"format": "pt"})
+    ):
+        header: dict[str, dict] = {"__metadata__": dict(metadata)} if metadata else {}
         end = 0
         for name in aligned(table):
             dtype, shape = table[name]
@@ -67,6 +73,32 @@ class SafetensorsWriter:
         if kind is None:
             size = Path(self._file.name).stat().st_size
             assert size == self._end, (self._file.name, size, self._end)
+
+
+def write_through(path: Path, stream: Stream) -> Generator[Block, None, str]:
+    """The stream, of which a file is made as it passes; returns the digest.
+
+    The tensors are fp32; the file has the bytes that safetensors' own `save_file` gives it.
+    """
+    table = {name: (torch.float32, shape) for name, shape in sorted(stream.table.items())}
+    with SafetensorsWriter(path, table, metadata=None) as writer, Digest() as found:
+        for block in stream:
+            if block.data.dtype != torch.float32:
+                raise ValueError(f"{block.name}: dtype {block.data.dtype}, a checkpoint holds float32")
+            found.update(block)
+            writer.write(block.data)
+            yield block
+        return found.hexdigest()
+
+
+def write_stream(path: Path, stream: Stream) -> str:
+    """`write_through` for a stream that goes nowhere else."""
+    passing = write_through(path, stream)
+    while True:
+        try:
+            next(passing)
+        except StopIteration as end:
+            return end.value
 
 
 def write_small(path: Path, tensors: Mapping[str, Tensor]) -> None:

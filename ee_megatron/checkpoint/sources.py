@@ -14,6 +14,7 @@ from torch import Tensor
 from ..families import FAMILIES, ModelDims
 from ..families.hf_directory import HFDirectory
 from ..policy import PolicySpec
+from ..tensors import LazyTensors, Shape
 from .manifest import MANIFEST, Digest, Hasher
 from .meter import Meter
 from .safetensors_io import DTYPES, nbytes, places
@@ -118,6 +119,34 @@ class HFSource(TensorSource):
         """Exits and gates of an early-exit export."""
         config = self.directory.config
         return gate_spec(self.dims, config) if config.get("model_type") == "early_exit" else None
+
+
+class BaseTensors(LazyTensors):
+    """The tensors of a Hugging Face directory as a policy has them: in float32."""
+
+    def __init__(self, directory: HFDirectory):
+        self._directory, self._read = directory, 0
+
+    def part(self, name: str, *where: slice) -> Tensor:
+        found = self._directory.slice(name)[where or slice(None)].to(torch.float32, copy=True)
+        # A mapped file counts as memory of the process as far as it was read.
+        self._read += found.nbytes
+        if self._read > BLOCK_BYTES:
+            self._directory.close()
+            self._read = 0
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._directory.dims.tensor_shapes()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._directory.dims.tensor_shapes())
+
+    def __len__(self) -> int:
+        return len(self._directory.dims.tensor_shapes())
+
+    def shape(self, name: str) -> Shape:
+        return self._directory.dims.tensor_shapes()[name]
 
 
 class TunedSource(TensorSource):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,8 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from ..checkpoint.mapping import load_base
-from ..checkpoint.policy_shards import check_copies, gather_policy_tensors, load_policy_tensors, policy_pieces
+from ..checkpoint.policy_shards import check_copies, policy_pieces
+from ..checkpoint.policy_stream import Holder, Plan, TensorStream, Values, load_tensors
 from ..config.derive import stage_sizes
 from ..config.schema import DeepspeedConfig, ParallelConfig
 from ..families.hf_directory import HFDirectory
@@ -25,10 +26,11 @@ from ..objectives.weights import TensorRows, Weights
 from ..parallel.schedule import run_schedule
 from ..parallel.vocabulary import Head
 from ..policy import PolicySpec
+from ..tensors import collect
 from ..transfer import to_device
 from .batch import ReplayBatch
 from .engine import Updater, fill_missing_gradients, sum_replicated_gradients, sum_tied_gradients
-from .optimizer_state import OptimizerState, read_state, read_values, write_state
+from .optimizer_state import OptimizerState, holder_of, kinds, prepare
 from .packing import Strip, deal, padded
 from .passes import MicroBatch, ReferenceStates, SchedulePass
 
@@ -119,16 +121,16 @@ DEFAULTS = LearnerOptions()
 class Learner:
     """A Megatron model under one layout with its DeepSpeed engine.
 
-    `policy`: whole tensors (policy.py) to start from. The reference is the base in `source`: under adapters the same
-    weights with adapters off, under full fine-tuning a second, frozen model, built when it is first asked for. Raises
-    ValueError for stages that don't end at exits.
+    `policy`: whole tensors (policy.py) to start from, of which a rank reads what it holds. The reference is the base in
+    `source`: under adapters the same weights with adapters off, under full fine-tuning a second, frozen model, built
+    when it is first asked for. Raises ValueError for stages that don't end at exits.
     """
 
     def __init__(
         self,
         source: HFDirectory,
         spec: PolicySpec,
-        policy: dict[str, Tensor],
+        policy: Mapping[str, Tensor],
         parallel: ParallelConfig,
         deepspeed: DeepspeedConfig,
         *,
@@ -158,13 +160,15 @@ class Learner:
         self.model = self._base_model(source)
         self._base: RankModel | None = None
         self.pieces = policy_pieces(self.model)
-        load_policy_tensors(self.pieces, policy)
+        self.shapes = spec.tensor_shapes(source.dims)
+        load_tensors(self.pieces, Values(), self.shapes, policy, "policy")
         for piece in self.pieces:
             piece.parameter.requires_grad_()
         self.head = self._make_head(self.model)
         whole = nn.ModuleList([self.model, *([self.head] if self.head else [])])
         self.updater = Updater(self.pieces, deepspeed, on_cpu=device.type == "cpu", whole=whole)
         self.updates = 0
+        self._plans: dict[str, Plan] = {}
 
     def _make_head(self, model: RankModel) -> Head | None:
         if not model.last.post_process:
@@ -228,22 +232,38 @@ class Learner:
         """RuntimeError where what the tensor-parallel ranks hold in copies is no longer the same on all of them."""
         check_copies(self.pieces)
 
+    def stream_policy(self, meet: Callable[[], None] | None = None) -> TensorStream:
+        """The whole policy, fp32, on its way to the leader; `meet` as in `TensorStream`."""
+        holder = holder_of(self.updater, "value") if self.updater.settings.zero_stage == 3 else Values()
+        return self._stream("value", holder, meet)
+
+    def stream_optimizer(self, meet: Callable[[], None] | None = None) -> dict[str, TensorStream]:
+        """AdamW's state by kind, whatever the layout, on its way to the leader."""
+        return {kind: self._stream("state", holder_of(self.updater, kind), meet) for kind in kinds(self.updater)}
+
+    def _stream(self, plan: str, holder: Holder, meet: Callable[[], None] | None) -> TensorStream:
+        if plan not in self._plans:
+            self._plans[plan] = Plan(self.pieces, holder, self.shapes)
+        return TensorStream(self._plans[plan], holder, meet)
+
     def export_policy(self) -> dict[str, Tensor]:
-        """The whole policy, fp32, on every rank."""
-        if self.updater.settings.zero_stage == 3:
-            return read_values(self.updater)
-        return gather_policy_tensors(self.pieces)
+        """The whole policy, fp32, in the leader's memory; nothing on other ranks."""
+        return collect(self.stream_policy())
 
     def export_optimizer(self) -> OptimizerState:
-        """AdamW's state, whole tensors on every rank, whatever the layout."""
-        return read_state(self.updater, self.updates)
+        """AdamW's state, whole tensors in the leader's memory, whatever the layout; none on other ranks."""
+        return OptimizerState(self.updates, {kind: collect(part) for kind, part in self.stream_optimizer().items()})
 
     def load_optimizer(self, state: OptimizerState) -> None:
         """The inverse of `export_optimizer`, under this or another layout; the policy is loaded by the constructor.
 
         Raises ValueError when the state belongs to another policy.
         """
-        write_state(self.updater, state)
+        prepare(self.updater, state.updates)
+        for kind in kinds(self.updater):
+            if kind in state.tensors:
+                holder, what = holder_of(self.updater, kind), f"optimizer state {kind}"
+                load_tensors(self.pieces, holder, self.shapes, state.tensors[kind], what)
         self.updates = state.updates
 
     # -- one pass -----------------------------------------------------------------------------------------------------

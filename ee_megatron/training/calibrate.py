@@ -11,7 +11,7 @@ scale the adapters' change by `keep`, above the middle by `keep_upper` too; some
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ..objectives.distillation import GATE_TARGETS, Distillation
 from ..objectives.divergences import TEACHERS
 from ..objectives.schedules import schedule
 from ..objectives.weights import Weights, mean_weights
-from ..policy import initial_policy, load_policy
+from ..tensors import Block, ChangedStream, Stream, part_of
 from ..types import Trace
 from .session import Session
 from .stored import load_traces
@@ -140,23 +140,22 @@ def target_depth(traces: list[Trace], layout: ExitLayout, kl_factor: float) -> f
     return total / tokens / layout.num_layers
 
 
-Tensors = dict[str, torch.Tensor]
-
-
-def interpolated(policy: Tensors, start: Tensors, num_layers: int, keep: float, keep_upper: float) -> Tensors:
+def interpolated(
+    policy: Stream, start: Mapping[str, torch.Tensor], num_layers: int, keep: float, keep_upper: float
+) -> Stream:
     """The policy with `keep` of its body's change since `start`, and of that `keep_upper` in the layers above the
     middle; gates stay. Of an adapter B alone is scaled, since the change is B A (Wortsman et al. 2022, "Robust
     fine-tuning of zero-shot models", arXiv 2109.01903, with one share for all)."""
 
-    def share(name: str) -> float:
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
-        return keep * keep_upper if layer and int(layer[1]) >= num_layers / 2 else keep
+    def change(block: Block) -> torch.Tensor:
+        if block.name.startswith("gates.") or ".lora_A." in block.name:
+            return block.data
+        layer = re.match(r"model\.layers\.(\d+)\.", block.name)
+        share = keep * keep_upper if layer and int(layer[1]) >= num_layers / 2 else keep
+        begun = part_of(start, block.name, slice(block.first, block.first + len(block.data)))
+        return torch.lerp(begun, block.data, share)
 
-    moved = dict(policy)
-    for name, tensor in policy.items():
-        if not name.startswith("gates.") and ".lora_A." not in name:
-            moved[name] = torch.lerp(start[name], tensor, share(name))
-    return moved
+    return ChangedStream(policy, change)
 
 
 def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
@@ -167,10 +166,10 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
     updates = planned.updates
     with Session(cfg, "calibrate", model_path, learner=True) as session:
         done, checkpoint = session.latest()
-        start = initial_policy(session.source.dims, session.spec, c.seed, session.source.tensor)
-        policy = load_policy(checkpoint)[1] if checkpoint else start
+        start = session.start(c.seed)
+        begun = session.read_policy(checkpoint, checked=True)[1] if checkpoint else start
         options: dict[str, Any] = {"adapter_dropout": cfg.adapter.dropout, "kl_direction": c.kl_direction}
-        learner = session.make_learner(policy, checkpoint, **options)
+        learner = session.make_learner(begun, checkpoint, **options)
         layout = session.spec.layout
         objective = Distillation(TEACHERS[c.teacher], GATE_TARGETS[c.gate_targets], c.gate_weight, c.depth_power)
         session.open_metrics(resume_step=done)
@@ -180,10 +179,12 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
                 session.stop_if_asked(learner, step)
                 settled = step >= planned.settle_from
                 if step == planned.settle_from and min(c.keep, c.keep_upper) < 1:
-                    policy = interpolated(learner.export_policy(), start, layout.num_layers, c.keep, c.keep_upper)
-                    # Two learners at once would not fit where one just does.
-                    del learner
-                    learner = session.make_learner(policy, **options)
+                    policy = learner.stream_policy(session.meet)
+                    moved = interpolated(policy, start, layout.num_layers, c.keep, c.keep_upper)
+                    with session.on_disk(moved) as tensors:
+                        # Two learners at once would not fit where one just does.
+                        del learner
+                        learner = session.make_learner(tensors, **options)
                 students = step >= planned.student_from
                 own = own_hazards(learner, traces, updates[step], layout.num_layers) if students else ()
                 batch = make_batch(traces, updates[step], layout, c, own)

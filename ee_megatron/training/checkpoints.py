@@ -7,42 +7,62 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..checkpoint.policy_files import open_policy, write_policy
+from ..checkpoint.safetensors_io import write_stream
 from ..learner.optimizer_state import OptimizerState
 from ..observe.rundir import RunDirectory
-from ..policy import PolicySpec, digest, load_policy, save_policy
+from ..policy import PolicySpec
+from ..tensors import FileTensors, HeldStream, Stream, digest, drain
 
 
-def write_training(
-    directory: Path, spec: PolicySpec, policy: dict[str, Tensor], state: OptimizerState, counters: dict[str, float]
-) -> None:
+@dataclass(frozen=True)
+class TrainingStreams:
+    """The tensors of a checkpoint on their way to the leader: all ranks use up the policy, then each kind of state."""
+
+    updates: int
+    policy: Stream
+    state: Mapping[str, Stream]
+
+    @staticmethod
+    def of(policy: Mapping[str, Tensor], state: OptimizerState) -> TrainingStreams:
+        """From tensors in memory."""
+        return TrainingStreams(state.updates, HeldStream(policy), {k: HeldStream(t) for k, t in state.tensors.items()})
+
+    def drain(self) -> None:
+        """A rank's part in a checkpoint that the leader writes."""
+        for stream in (self.policy, *self.state.values()):
+            drain(stream)
+
+
+def write_training(directory: Path, spec: PolicySpec, streams: TrainingStreams, counters: dict[str, float]) -> None:
     """Write into an existing directory (the caller makes it appear whole)."""
-    save_policy(directory, spec, policy)
+    write_policy(directory, spec, streams.policy)
     folder = directory / "optimizer"
     folder.mkdir()
-    for kind, tensors in state.tensors.items():
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"{kind}.safetensors")
-    digests = {kind: digest(tensors) for kind, tensors in state.tensors.items()}
-    text = json.dumps({"updates": state.updates, "counters": counters, "sha256": digests})
+    digests = {kind: write_stream(folder / f"{kind}.safetensors", stream) for kind, stream in streams.state.items()}
+    text = json.dumps({"updates": streams.updates, "counters": counters, "sha256": digests})
     (directory / "training.json").write_text(text)
 
 
-def read_training(directory: Path) -> tuple[OptimizerState, dict[str, float]]:
-    """What `write_training` wrote beside the policy. Raises FileNotFoundError if the directory holds a policy only,
-    ValueError if its contents are not what was written."""
+def read_training(directory: Path, *, check: bool = True) -> tuple[OptimizerState, dict[str, float]]:
+    """What `write_training` wrote beside the policy; tensors stay in their files. Without `check` nobody looks at their
+    digests. Raises FileNotFoundError if the directory holds a policy only, ValueError if its contents are not what was
+    written."""
     file = directory / "training.json"
     if not file.is_file():
         raise FileNotFoundError(f"{directory}: no training.json; it holds a policy to start from, not a run to resume")
     found = json.loads(file.read_text())
-    tensors = {path.stem: load_file(path) for path in sorted((directory / "optimizer").glob("*.safetensors"))}
-    for kind, expected in found["sha256"].items():
-        if kind not in tensors or digest(tensors[kind]) != expected:
+    tensors = {kind: FileTensors(directory / "optimizer" / f"{kind}.safetensors") for kind in found["sha256"]}
+    for kind, expected in found["sha256"].items() if check else ():
+        if digest(tensors[kind]) != expected:
             raise ValueError(f"{directory}/optimizer/{kind}.safetensors: not what was written; the file is damaged")
     return OptimizerState(int(found["updates"]), tensors), found["counters"]
 
@@ -50,7 +70,7 @@ def read_training(directory: Path) -> tuple[OptimizerState, dict[str, float]]:
 def damage(directory: Path) -> str | None:
     """Why a run can't be resumed from a checkpoint whose files are all there, or None. Reads all of it."""
     try:
-        load_policy(directory)
+        open_policy(directory)
         read_training(directory)
     except (ValueError, OSError, KeyError, SafetensorError) as error:
         return " ".join(str(error).split())
@@ -58,7 +78,8 @@ def damage(directory: Path) -> str | None:
 
 
 class CheckpointWriter:
-    """The leader's checkpoints: written in a thread, one at a time, whole or not at all.
+    """The leader's checkpoints, one at a time, whole or not at all: in a thread if their tensors are in memory, else as
+    these come.
 
     `counters` go into every checkpoint; with a value to judge by, the best one outlives the `keep` newest. A write that
     failed is raised by the next `write`, by `wait` or by `close`; the checkpoints before it are still there.
@@ -70,25 +91,41 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
 
-    def write(self, step: int, policy: dict[str, Tensor], state: OptimizerState, value: float | None) -> None:
+    def write(self, step: int, policy: Mapping[str, Tensor], state: OptimizerState, value: float | None) -> None:
+        """Hand over a checkpoint; nobody may change its tensors any more."""
+        counters = self._judge(step, value)
+        self._writing = self._thread.submit(self._write, step, TrainingStreams.of(policy, state), counters)
+
+    def write_as_it_comes(self, step: int, streams: TrainingStreams, value: float | None) -> None:
+        """Returns when it is on disk."""
+        counters = self._judge(step, value)
+        try:
+            self._write(step, streams, counters)
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def _judge(self, step: int, value: float | None) -> dict[str, float]:
         self.wait()
         if value is not None and value > self.counters.get("best_value", -math.inf):
             self.counters |= {"best_value": value, "best_step": step}
-        self._writing = self._thread.submit(self._write, step, policy, state, dict(self.counters))
+        return dict(self.counters)
 
-    def _write(self, step: int, policy: dict[str, Tensor], state: OptimizerState, counters: dict[str, float]) -> None:
+    def _write(self, step: int, streams: TrainingStreams, counters: dict[str, float]) -> None:
         with self.directory.write_checkpoint(step) as temporary:
-            write_training(temporary, self.spec, policy, state, counters)
+            write_training(temporary, self.spec, streams, counters)
         best = counters.get("best_step")
         self.directory.keep_last(self.keep, None if best is None else int(best))
+
+    def _failure(self, error: BaseException) -> OSError:
+        folder = self.directory.path / "checkpoints"
+        return OSError(f"no checkpoint could be written to {folder}: {error}; earlier ones are untouched")
 
     def wait(self) -> None:
         """Return when what was handed over is on disk. Raises OSError or what else kept it from getting there."""
         error = self._writing.exception() if self._writing else None
         self._writing = None
         if error is not None:
-            folder = self.directory.path / "checkpoints"
-            raise OSError(f"no checkpoint could be written to {folder}: {error}; earlier ones are untouched") from error
+            raise self._failure(error) from error
 
     def close(self) -> None:
         self._thread.shutdown()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..checkpoint.policy_files import open_policy
 from ..config.schema import RunConfig
 from ..evaluation.evaluate import Answer, add_readings, evaluate_model
 from ..evaluation.gates import gate_calibration
@@ -23,13 +24,13 @@ from ..evaluation.results import table, write_results
 from ..evaluation.summary import EvaluationRow, choose_threshold
 from ..exit_rules import CONTROLS, ExitRule, Off, Sample, Threshold
 from ..planning.flops import answer_cost
-from ..policy import WeightSet, load_policy
 from ..report.numbers import pareto_front
 from ..report.tables import controls_table, externalisation_table
 from ..rollout.engine.prompts import encode_continuation
 from ..rollout.engine.request import GenerationRequest
 from ..rollout.engine.sampling import SamplingParams
 from ..rollout.pool.interface import RolloutPool
+from ..tensors import HeldStream
 from ..types import Prompt, Rollout
 from . import stages
 from .controls import Reference, all_controls, run_controls
@@ -134,7 +135,7 @@ class Evaluation:
         self.bar.advance(1, accuracy=row.accuracy, depth=row.mean_depth)
 
     def load(self, checkpoint: Path) -> None:
-        self.pool.load(WeightSet(1, load_policy(checkpoint)[1]))
+        self.pool.load(self.pool.take(1, HeldStream(open_policy(checkpoint)[1])))
 
     def on_validation(self, model: str, exits: ExitRule) -> EvaluationRow:
         return self.answer(model, exits, self.validation)[0]

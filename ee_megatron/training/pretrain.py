@@ -20,7 +20,6 @@ from ..learner.batch import ReplayBatch, pack
 from ..learner.learner import Learner
 from ..objectives.schedules import schedule
 from ..objectives.weights import text_likelihood
-from ..policy import initial_policy, load_policy
 from ..tasks import Split
 from .session import Session
 
@@ -34,8 +33,8 @@ def pretrain(cfg: RunConfig, initial: Path) -> Path:
     p = cfg.pretrain
     with Session(cfg, "pretrain", initial, learner=True, full=True) as session:
         done, checkpoint = session.latest()
-        start = initial_policy(session.source.dims, session.spec, p.seed, session.source.tensor)
-        learner = session.make_learner(load_policy(checkpoint)[1] if checkpoint else start, checkpoint)
+        policy = session.read_policy(checkpoint, checked=True)[1] if checkpoint else session.start(p.seed)
+        learner = session.make_learner(policy, checkpoint)
         texts = [tokens for tokens, _ in tokenised(session, "train")]
         order = plan(len(texts), p)
         lengths = np.array([len(tokens) for tokens in texts])

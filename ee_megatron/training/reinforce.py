@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from ..learner.learner import Learner, Scores, Update
 from ..objectives.advantages import ADVANTAGES, DEPTH_CREDITS, depth_cost, mean_log_ratio, rollout_reward
 from ..objectives.policy_gradient import KL_TERMS, SURROGATES, Experience, PolicyGradient, truncated_ratio
 from ..objectives.schedules import learning_rate, price
-from ..policy import WeightSet, load_policy
+from ..tensors import LayeredTensors, drain
 from ..types import Group
 from .rollout_source import make_source
 from .session import Session
@@ -39,7 +40,7 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
     rl = cfg.rl
     with Session(cfg, "rl", model_path, learner=True) as session:
         done, checkpoint = session.latest()
-        spec, policy = load_policy(checkpoint or start)
+        spec, policy = session.read_policy(checkpoint or start, checked=checkpoint is not None)
         if spec != session.spec:
             raise ValueError(
                 f"{start}: made with {spec}, the configuration says {session.spec}; give the same exits and adapter"
@@ -53,7 +54,11 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
             for step in range(done, rl.steps):
                 session.stop_if_asked(learner, step)
                 begun = time.monotonic()
-                weights = WeightSet(step + 1, learner.export_policy())
+                stream, weights = learner.stream_policy(session.meet), None
+                if source is not None:
+                    weights = source.take(step + 1, stream)
+                else:
+                    drain(stream)
                 groups = session.unless_stopped(source.act if source else None, weights, step, bar.detail)
                 if groups is None:
                     session.stop(learner, step)
@@ -72,13 +77,13 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
         session.finish()
 
 
-def sharpened(policy: dict[str, Tensor], centre: float, sharpness: float) -> dict[str, Tensor]:
+def sharpened(policy: Mapping[str, Tensor], centre: float, sharpness: float) -> Mapping[str, Tensor]:
     """The policy with gate logits sharpness * (z - logit(centre)). Exits sampled from calibrated hazards are far worse
     than the same gates under a high threshold; so RL may start at that threshold, in a policy it can still explore."""
     shift = math.log(centre / (1 - centre))
-    moved = {name: tensor * sharpness for name, tensor in policy.items() if name.endswith("fc2.weight")}
-    moved |= {name: (tensor - shift) * sharpness for name, tensor in policy.items() if name.endswith("fc2.bias")}
-    return {**policy, **moved}
+    moved = {name: policy[name] * sharpness for name in policy if name.endswith("fc2.weight")}
+    moved |= {name: (policy[name] - shift) * sharpness for name in policy if name.endswith("fc2.bias")}
+    return LayeredTensors(moved, policy)
 
 
 def learn(

@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ..checkpoint.policy_files import open_policy, policy_written
 from ..config.schema import RLConfig
 from ..exit_rules import Sample
 from ..observe.rundir import atomic_directory
-from ..policy import PolicySpec, WeightSet, load_policy, save_policy
+from ..policy import PolicySpec, WeightSet
 from ..rollout.engine.request import GenerationRequest
 from ..rollout.engine.sampling import SamplingParams
 from ..rollout.pool.interface import Pending, RolloutPool
 from ..tasks import VerifierPool
+from ..tensors import Block, Shape, Stream, drain
 from ..types import Group, Prompt, Rollout
 from .session import Session
 from .stored import load_rollouts, save_rollouts
@@ -40,6 +43,11 @@ class ReplaySource:
 
     def __init__(self, directory: Path, group_size: int):
         self.directory, self.group_size = directory, group_size
+
+    def take(self, version: int, policy: Stream) -> WeightSet:
+        """Nobody asks for the weights."""
+        drain(policy)
+        return WeightSet(version, {})
 
     def act(self, weights: WeightSet, step: int, detail: Callable[[str, int, int], None]) -> list[Group]:
         groups = load_rollouts(self.directory / f"step_{step + 1}")
@@ -69,6 +77,13 @@ class RolloutSource:
         self._under_way: dict[int, Pending] = {}
         self._mean_age = 0.0
 
+    def take(self, version: int, policy: Stream) -> WeightSet:
+        """A version of the weights as its tensors come; where rollouts are made ahead it goes to the disk, too."""
+        n = self.cfg.rollout.max_staleness
+        if n:
+            policy = self.history.keeping(version, policy, oldest=version_for(self._saved_steps(), n))
+        return self.pool.take(version, policy)
+
     def act(self, weights: WeightSet, step: int, detail: Callable[[str, int, int], None]) -> list[Group]:
         """Step `step`'s groups, while those of later steps are begun as far as rollout.max_staleness lets them. The
         prompts depend on seed and step alone, so that a resumed run goes on where it was: no prompt twice, none lost,
@@ -91,8 +106,6 @@ class RolloutSource:
         """Ask for every step's rollouts that may be made by now and have not been asked for."""
         rl, r = self.cfg.rl, self.cfg.rollout
         n = r.max_staleness
-        if n:
-            self.history.keep(weights, oldest=version_for(self._saved_steps(), n))
         if r.partial != "finish":
             keep = r.partial == "continue"
             # Dropping the rollouts that are due now would make everybody wait for them again.
@@ -141,19 +154,18 @@ class RolloutSource:
 
 class WeightHistory:
     """Versions of the weights that rollouts under way may have been begun with, on disk: version_N/ as
-    `policy.save_policy` writes it, appearing whole."""
+    `policy.save_policy` would write it, appearing whole."""
 
     def __init__(self, directory: Path, spec: PolicySpec):
         self.directory, self.spec = directory, spec
 
-    def keep(self, weights: WeightSet, oldest: int) -> None:
-        """Write a version if it is not there; remove those before `oldest`, which no run goes back to."""
-        if not self._path(weights.version).is_dir():
-            with atomic_directory(self._path(weights.version)) as temporary:
-                save_policy(temporary, self.spec, weights.tensors)
+    def keeping(self, number: int, policy: Stream, oldest: int) -> Stream:
+        """The stream, written as it passes if that version is not there; versions before `oldest`, which no run goes
+        back to, are removed."""
         for path in self.directory.glob("version_*"):
             if int(path.name.split("_")[1]) < oldest:
                 shutil.rmtree(path)
+        return policy if self._path(number).is_dir() else KeptStream(policy, self._path(number), self.spec)
 
     def version(self, number: int, current: WeightSet) -> WeightSet:
         """A version from disk unless it is the current one. If it is gone the current one takes its place."""
@@ -162,10 +174,27 @@ class WeightHistory:
         if not self._path(number).is_dir():
             log.warning("%s is gone; rollouts are made under version %d instead", self._path(number), current.version)
             return current
-        return WeightSet(number, load_policy(self._path(number))[1])
+        return WeightSet(number, open_policy(self._path(number))[1])
 
     def _path(self, number: int) -> Path:
         return self.directory / f"version_{number}"
+
+
+@dataclass(frozen=True)
+class KeptStream:
+    """Another stream, of which a policy directory is made as it passes."""
+
+    stream: Stream
+    directory: Path
+    spec: PolicySpec
+
+    @property
+    def table(self) -> Mapping[str, Shape]:
+        return self.stream.table
+
+    def __iter__(self) -> Iterator[Block]:
+        with atomic_directory(self.directory) as temporary:
+            yield from policy_written(temporary, self.spec, self.stream)
 
 
 def version_for(step: int, staleness: int) -> int:

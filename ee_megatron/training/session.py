@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 
 from ..checkpoint.hf_export import export_hf
+from ..checkpoint.policy_files import open_policy, write_policy
+from ..checkpoint.sources import BaseTensors
 from ..config.cluster import verifier_workers
 from ..config.derive import policy_spec
 from ..config.device import pick_device, pick_dtype
@@ -31,18 +33,19 @@ from ..learner.learner import Learner, LearnerOptions, Update
 from ..objectives.weights import Weights
 from ..observe.metrics import Metrics
 from ..observe.progress import Progress
-from ..observe.rundir import RunDirectory
+from ..observe.rundir import RunDirectory, atomic_directory
 from ..parallel import groups
 from ..parallel.groups import Degrees
 from ..parallel.heartbeat import Heartbeat
-from ..policy import PolicySpec
+from ..policy import PolicySpec, initial_policy
 from ..rollout.engine.request import GenerationRequest
 from ..rollout.engine.sampling import SamplingParams
 from ..rollout.pool import make_pool
 from ..rollout.pool.interface import RolloutPool
 from ..tasks import Task, VerifierPool, task_of
+from ..tensors import LayeredTensors, Stream, drain
 from ..types import Prompt, Rollout
-from .checkpoints import CheckpointWriter, damage, read_training
+from .checkpoints import CheckpointWriter, TrainingStreams, damage, read_training
 from .stages import DONE
 from .stopping import Parting, Stopped, listener
 
@@ -100,7 +103,9 @@ class Session:
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
-    def make_learner(self, policy: dict[str, torch.Tensor], checkpoint: Path | None = None, **options: Any) -> Learner:
+    def make_learner(
+        self, policy: Mapping[str, torch.Tensor], checkpoint: Path | None = None, **options: Any
+    ) -> Learner:
         """This rank's part of a learner, its optimizer where `checkpoint` left it, whatever layout wrote that;
         `options` as in `LearnerOptions`."""
         learner = Learner(
@@ -114,7 +119,8 @@ class Session:
             options=LearnerOptions(**options),
         )
         if checkpoint:
-            state, counters = read_training(checkpoint)
+            # The leader looked at the digests when it chose this checkpoint.
+            state, counters = read_training(checkpoint, check=False)
             learner.load_optimizer(state)
             if self.writer is not None:
                 self.writer.counters = counters
@@ -230,25 +236,72 @@ class Session:
         self.log(step + 1, {"loss": loss, "grad_norm": update.norms["all"], "learning_rate": rate})
         bar.advance(1, loss=loss)
 
+    def start(self, seed: int) -> Mapping[str, torch.Tensor]:
+        """The policy that the stage starts from; of a base that is trained, what a rank holds is read when it is
+        asked for."""
+        if not self.spec.full:
+            return initial_policy(self.source.dims, self.spec, seed)
+        added = initial_policy(self.source.dims, replace(self.spec, full=False), seed)
+        return LayeredTensors(added, BaseTensors(self.source))
+
+    def read_policy(self, directory: Path, *, checked: bool) -> tuple[PolicySpec, Mapping[str, torch.Tensor]]:
+        """A policy checkpoint, of which a rank reads what it asks for. The leader compares it with its digest, once for
+        all ranks, unless `latest` did. Raises as `open_policy`."""
+        if not checked:
+            self.from_leader(lambda: open_policy(directory)[0])
+        return open_policy(directory, check=False)
+
+    @contextmanager
+    def on_disk(self, policy: Stream) -> Iterator[Mapping[str, torch.Tensor]]:
+        """A policy in a file of the stage for the length of the block, readable by every rank; all ranks call it."""
+        folder = self.path / "policy"
+        if self.leads:
+            with atomic_directory(folder) as temporary:
+                write_policy(temporary, self.spec, policy)
+        else:
+            drain(policy)
+        self.from_leader(None)
+        yield open_policy(folder, check=False)[1]
+        if dist.is_initialized():
+            dist.barrier()
+        if self.leads:
+            shutil.rmtree(folder)
+
+    @property
+    def meet(self) -> Callable[[], None] | None:
+        """What ranks wait for the leader with; None where there is one rank."""
+        return self.heartbeat.meet if self.heartbeat else None
+
     def write_model(self, learner: Learner) -> Path:
         """What was learned as a Hugging Face directory, adapters merged, without gates; all ranks call it."""
-        tensors, out = learner.export_policy(), self.path / "model"
-        if self.leads:
-            # There is one already if a run was killed between writing it and saying so.
-            shutil.rmtree(out, ignore_errors=True)
-            export_hf(self.source, (self.spec, tensors), out, adapters="merge", gates="drop")
+        out = self.path / "model"
+        with self.on_disk(learner.stream_policy(self.meet)) as tensors:
+            if self.leads:
+                # There is one already if a run was killed between writing it and saying so.
+                shutil.rmtree(out, ignore_errors=True)
+                export_hf(self.source, (self.spec, tensors), out, adapters="merge", gates="drop")
+            self.from_leader(None)
         return out
 
     def save(self, learner: Learner, step: int, value: float | None = None) -> None:
-        """Checkpoint after `step` steps. The state is collected here, on every rank; the leader writes it in a thread
-        of its own while training goes on. `value`: what the best checkpoint is judged by, the larger the better.
+        """Checkpoint after `step` steps. Adapters are collected here and written in a thread of the leader's while
+        training goes on; under full fine-tuning they are written as they come, since a copy of all of it would be many
+        times the model. `value`: what the best checkpoint is judged by, the larger the better.
 
         Raises RuntimeError where the ranks have come apart: that is not worth keeping."""
         learner.check_copies()
-        policy, state = learner.export_policy(), learner.export_optimizer()
         self.saved = step
-        if self.writer is not None:
-            self.writer.write(step, policy, state, value)
+        if self.spec.full:
+            state = learner.stream_optimizer(self.meet)
+            streams = TrainingStreams(learner.updates, learner.stream_policy(self.meet), state)
+            if self.writer is not None:
+                self.writer.write_as_it_comes(step, streams, value)
+            else:
+                streams.drain()
+        else:
+            policy, moments = learner.export_policy(), learner.export_optimizer()
+            if self.writer is not None:
+                self.writer.write(step, policy, moments, value)
         if self.heartbeat is not None:
             # Writing waits for the checkpoint before this one.
             self.heartbeat.meet()

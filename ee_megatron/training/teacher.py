@@ -19,7 +19,6 @@ from ..config.schema import RunConfig
 from ..learner.batch import pack
 from ..objectives.schedules import schedule
 from ..objectives.weights import answer_likelihood
-from ..policy import initial_policy
 from .session import Session
 
 logger = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ def train_teacher(cfg: RunConfig, model_path: Path) -> Path:
         if examples is None:
             session.stop(None, 0)
         t = cfg.teacher
-        start = initial_policy(session.source.dims, session.spec, t.seed, session.source.tensor)
+        start = session.start(t.seed)
         learner = session.make_learner(start, adapter_dropout=cfg.adapter.dropout)
         session.open_metrics(resume_step=0)
         order = np.random.default_rng(t.seed)

@@ -8,9 +8,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from whole_gather import gather
 
 from ee_megatron.checkpoint.mapping import load_base
-from ee_megatron.checkpoint.policy_shards import gather_policy_tensors, load_policy_tensors, policy_pieces
+from ee_megatron.checkpoint.policy_shards import policy_pieces
+from ee_megatron.checkpoint.policy_stream import Values, load_tensors
 from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.batch import ReplayBatch
@@ -92,7 +94,7 @@ def plain_model(path, spec: PolicySpec | None, policy, learner: Learner, stages,
     for stage in model:
         load_base(stage, HFDirectory(path))
     if spec is not None:
-        load_policy_tensors(policy_pieces(model), policy)
+        load_tensors(policy_pieces(model), Values(), spec.tensor_shapes(learner.dims), policy, "policy")
     return model.eval()
 
 
@@ -129,5 +131,5 @@ def gradients(learner: Learner, batch: ReplayBatch, weights: Weights):
         for piece in learner.pieces:
             dist.all_reduce(piece.parameter.grad, group=group)
             piece.parameter.grad /= dist.get_world_size(group)
-        found = gather_policy_tensors(learner.pieces, lambda parameter: parameter.grad)
+        found = gather(learner.pieces, lambda parameter: parameter.grad)
     return found

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+from pathlib import Path
+from unittest import mock
+
 import layout_cases
 import torch
 import torch.distributed as dist
+import whole_gather
 from torch.utils.flop_counter import FlopCounterMode
 
+from ee_megatron.checkpoint import policy_stream
+from ee_megatron.checkpoint.policy_files import open_policy
 from ee_megatron.learner.batch import ReplayBatch
 from ee_megatron.learner.learner import Learner
 from ee_megatron.model.control import make_control
@@ -15,12 +22,18 @@ from ee_megatron.objectives.divergences import Teacher
 from ee_megatron.objectives.weights import Weights
 from ee_megatron.parallel.schedule import run_schedule
 from ee_megatron.policy import PolicySpec
+from ee_megatron.tensors import ChangedStream
+from ee_megatron.training.checkpoints import TrainingStreams, read_training, write_training
 
+# Tensors are cut within rows' groups, and parts of a flat partition within rows.
+policy_stream.BUCKET_BYTES = 40_000
 _kept: dict[str, Learner] = {}
 
 
 def make_learner(path, spec: PolicySpec, policy, degrees, stages, options) -> None:
-    """Build this rank's learner and keep it for later calls."""
+    """Build this rank's learner and keep it for later calls. `policy`: tensors, or the checkpoint that holds them."""
+    if isinstance(policy, Path):
+        policy = open_policy(policy, check=False)[1]
     _kept.pop("learner", None)
     _kept["learner"] = layout_cases.make_learner(path, spec, policy, degrees, stages, **options)
 
@@ -42,7 +55,7 @@ def step(batch: ReplayBatch, weights: Weights, times: int = 1, teacher: Teacher 
     for _ in range(times):
         update = learner.step(batch, weights, teacher, adapter_lr=rates["body"], gate_lr=rates["gates"])
         first = first or update
-    return first, learner.export_policy()
+    return first, policy()
 
 
 def log_probs(tokens, depths):
@@ -82,12 +95,64 @@ def ask_gates(hidden):
         return torch.stack([layer.gate(hidden) for layer in layers if layer.gate is not None])
 
 
+def policy():
+    """Whole tensors, on every rank; what the leader is sent is the same to the bit, and others get nothing."""
+    learner = _kept["learner"]
+    expected = whole_gather.policy_of(learner)
+    assert_sent(learner.export_policy(), expected)
+    return expected
+
+
 def state():
-    """-> (policy, optimizer state)."""
-    return _kept["learner"].export_policy(), _kept["learner"].export_optimizer()
+    """-> (policy, optimizer state), on every rank, likewise."""
+    learner = _kept["learner"]
+    expected, sent = whole_gather.state_of(learner), learner.export_optimizer()
+    assert sent.tensors.keys() == expected.tensors.keys()
+    for kind, tensors in expected.tensors.items():
+        assert_sent(sent.tensors[kind], tensors)
+    return policy(), expected
+
+
+def assert_sent(found, expected) -> None:
+    if dist.get_rank():
+        assert not found
+        return
+    assert list(found) == sorted(expected)
+    for name, tensor in expected.items():
+        same = found[name].shape == tensor.shape and found[name].view(torch.int32).equal(tensor.view(torch.int32))
+        assert same, f"{name}: what arrived is not what the ranks hold"
+
+
+def checkpoint(folder):
+    """Write one -> (bytes of a bucket, bytes sent, of the largest message, of blocks alive at once)."""
+    learner, sent, refs, alive = _kept["learner"], [], [], []
+
+    def send(buffer, **options):
+        sent.append(buffer.nbytes)
+        return plain(buffer, **options)
+
+    def watch(block):
+        refs.append(weakref.ref(block.data))
+        blocks = [ref() for ref in refs]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in blocks if t is not None}
+        alive.append(sum(storages.values()))
+        return block.data
+
+    plain, streams = dist.send, {"": learner.stream_policy(), **learner.stream_optimizer()}
+    watched = {kind: ChangedStream(stream, watch) for kind, stream in streams.items()}
+    whole = TrainingStreams(learner.updates, watched.pop(""), watched)
+    with mock.patch.object(dist, "send", send):
+        if dist.get_rank():
+            whole.drain()
+        else:
+            write_training(folder, learner.spec, whole, {})
+    return policy_stream.BUCKET_BYTES, sum(sent), max(sent, default=0), max(alive, default=0)
 
 
 def resume(optimizer):
+    """`optimizer`: a state, or the checkpoint that holds one."""
+    if isinstance(optimizer, Path):
+        optimizer = read_training(optimizer, check=False)[0]
     _kept["learner"].load_optimizer(optimizer)
 
 

@@ -16,11 +16,12 @@ from ee_megatron.checkpoint.bodies import logits_of
 from ee_megatron.checkpoint.convert import main
 from ee_megatron.checkpoint.describe import open_checkpoint
 from ee_megatron.checkpoint.hf_export import export_hf
-from ee_megatron.checkpoint.policy_files import LazyTensors, open_policy
+from ee_megatron.checkpoint.policy_files import open_policy
 from ee_megatron.checkpoint.verify import verify
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, load_policy, save_policy
 from ee_megatron.rollout.engine.decoder import Decoder
+from ee_megatron.tensors import FileTensors
 from tests.tiny import tiny_hf
 
 LAYERS, DEPTHS = 6, (2, 3, 5)
@@ -166,7 +167,7 @@ def test_full_fine_tuning_exports_the_tuned_base(tmp_path, capsys, family, tied)
     base = tiny_hf(family, tmp_path / "base", tied=tied)
     policy = random_policy(base, tmp_path / "policy", full=True)
     spec, tensors = load_policy(policy)
-    assert isinstance(open_policy(policy)[1], LazyTensors)
+    assert isinstance(open_policy(policy)[1], FileTensors)
     for gates in ("embed", "drop"):
         assert run("export", "--checkpoint", policy, "--hf", base, "--out", tmp_path / gates, "--gates", gates) == 0
         stored = load_file(tmp_path / gates / "model.safetensors")

@@ -15,6 +15,7 @@ from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams, make_pool
 from ee_megatron.rollout.engine.cache import KVCache
+from ee_megatron.tensors import HeldStream
 from ee_megatron.types import Prompt
 from tests.reference import random_policy
 from tests.tiny import tiny_hf
@@ -39,6 +40,18 @@ def test_the_local_pool_holds_versions_and_refuses_damaged_weights(tmp_path: Pat
         pool.load(WeightSet(6, good.tensors, digest="0" * 64))
     again = pool.generate(GenerationRequest(prompts, 2, SamplingParams(1.0, 8), Fixed(2), 0))[0]
     assert pool.health()["version"] == 5 and np.array_equal(again[0].tokens, answers[0].tokens)
+
+
+def test_weights_that_come_in_blocks_are_those_that_come_whole(tmp_path: Path, monkeypatch):
+    path = tiny_hf("llama", tmp_path)
+    pool = make_pool(RolloutConfig("local", rows=4, threads=0), path, SPEC, torch.float32, "cpu")
+    whole = WeightSet(5, initial_policy(HFDirectory(path).dims, SPEC, 0))
+    monkeypatch.setattr("ee_megatron.tensors.BLOCK_BYTES", 200)
+    taken = pool.take(5, HeldStream(whole.tensors))
+    assert (taken.version, taken.digest) == (5, whole.digest)
+    pool.load(taken)
+    pool.check(whole)
+    assert pool.health()["digest"] == whole.digest
 
 
 def test_a_pool_says_which_of_its_settings_is_wrong(tmp_path: Path):

@@ -7,19 +7,23 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ee_megatron.config.schema import RolloutConfig
 from ee_megatron.exit_rules import Off, Sample
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import GenerationRequest, LocalPool, ReplicaSettings, SamplingParams
-from ee_megatron.rollout.pool.ray_pool import RayPool
+from ee_megatron.rollout.pool.ray_pool import PutTensors, RayPool
+from ee_megatron.rollout.pool.transport import narrowed, pack
+from ee_megatron.tensors import FileTensors, HeldStream
 from ee_megatron.types import Prompt, Rollout
 from tests.tiny import tiny_hf
 
@@ -106,6 +110,30 @@ def test_actors_answer_as_the_local_pool_does_and_survive_a_kill(path: Path, poo
         pool.generate(GenerationRequest(PROMPTS, 1, SAMPLING, EXITS, 5)),
         local.generate(GenerationRequest(PROMPTS, 1, SAMPLING, EXITS, 5)),
     )
+
+
+def test_weights_go_into_the_store_as_they_come_and_are_those_that_were_sent(
+    path: Path, pool: RayPool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr("ee_megatron.tensors.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("ee_megatron.rollout.pool.ray_pool.pack", partial(pack, chunk_bytes=5000))
+    whole, other = weights(path, 21), weights(path, 22)
+    taken = pool.take(21, HeldStream(whole.tensors))
+    assert isinstance(taken.tensors, PutTensors) and len(taken.tensors.chunks) > 5
+    assert taken.digest == narrowed(whole, pool.sync_dtype, torch.float32).digest
+    pool.load(taken)
+    assert (pool.health()["version"], pool.health()["digest"]) == (21, taken.digest)
+    pool.check(taken)
+    pool.check(whole)
+    pool.load(other)
+    with pytest.raises(ValueError, match="load them first"):
+        pool.check(taken)
+    # What was put stays where it is for as long as somebody has it.
+    pool.load(taken)
+    pool.check(whole)
+    save_file(other.tensors, tmp_path / "policy.safetensors")
+    pool.load(WeightSet(22, FileTensors(tmp_path / "policy.safetensors")))
+    pool.check(other)
 
 
 def test_everything_that_listens_does_so_on_loopback(pool: RayPool):

@@ -3,15 +3,19 @@ was saved under one layout goes on under another as if nothing had happened."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from ranks import Ranks
+from safetensors.torch import save_file
 from test_layouts import likelihood_loss
 from test_parallel_model import make_batch
 
 from ee_megatron.config.schema import DeepspeedConfig
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, initial_policy
+from ee_megatron.tensors import digest
 from tests.reference import Reference, random_policy
 from tests.tiny import tiny_hf
 
@@ -171,6 +175,56 @@ def test_resume_in_place_is_exact_to_the_bit(stage, ranks, models):
     again = ranks.call("parallel_cases:state")[0][0]
     for name, value in straight.items():
         assert torch.equal(value, again[name]), name
+
+
+CHECKPOINTS = [
+    (0, "PP2_DP2", torch.float32),
+    (1, "TP2_PP2", torch.bfloat16),
+    (2, "TP2_DP2", torch.bfloat16),
+    (2, "DP4", torch.float32),
+    (3, "DP4", torch.float32),
+]
+
+
+@pytest.mark.parametrize(("stage", "layout", "dtype"), CHECKPOINTS)
+def test_a_checkpoint_s_bytes_and_what_ranks_hold_of_it_meanwhile(stage, layout, dtype, ranks, models, tmp_path):
+    """The files are those that one process writes which has all tensors; no rank has more than a few buckets of them,
+    and what the ranks read of them again is as it was to the bit."""
+    path, spec, policy, _ = models["llama_tied", "full"]
+    degrees, stages = LAYOUTS[layout]
+
+    def build(start):
+        ranks.call(
+            "parallel_cases:make_learner", path=path, spec=spec, policy=start, degrees=degrees, stages=stages,
+            options={"micro_batch_size": 2, "deepspeed": settings(stage), "dtype": dtype},
+        )  # fmt: skip
+
+    build(policy)
+    update(ranks, 0, 2)
+    found = ranks.call("parallel_cases:checkpoint", folder=tmp_path)
+    expected, state = ranks.call("parallel_cases:state")[0]
+    assert set(state.tensors) == {"exp_avg", "exp_avg_sq", *(["master"] if dtype == torch.bfloat16 else [])}
+    save_file(expected, tmp_path / "expected")
+    assert (tmp_path / "policy.safetensors").read_bytes() == (tmp_path / "expected").read_bytes()
+    assert json.loads((tmp_path / "policy.json").read_text())["sha256"] == digest(expected)
+    for kind, tensors in state.tensors.items():
+        save_file(tensors, tmp_path / "expected")
+        written = (tmp_path / "optimizer" / f"{kind}.safetensors").read_bytes()
+        assert written == (tmp_path / "expected").read_bytes(), kind
+    size = sum(4 * tensor.numel() for tensor in expected.values())
+    (bucket, sent, most, alive), *others = found
+    assert size > 20 * bucket and sent == most == 0
+    assert 0 < alive <= 3 * bucket, f"{alive} bytes of blocks alive on the leader"
+    assert sum(sent for _, sent, _, _ in others) > size / 4
+    for _, _, most, alive in others:
+        # Each run of numbers in a message begins at a multiple of 8 bytes.
+        assert most < 1.1 * bucket and alive == 0, "a rank sent more than a bucket at once, or kept blocks"
+    build(tmp_path)
+    ranks.call("parallel_cases:resume", optimizer=tmp_path)
+    again, restored = ranks.call("parallel_cases:state")[0]
+    assert_same_state(restored, state)
+    for name, tensor in expected.items():
+        assert torch.equal(again[name], tensor), name
 
 
 def assert_same_state(found, expected):

@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checkpoint", "parallel", "scaling"),
     ("report", "model", "rollout", "tasks"),
     ("config",),
-    ("types", "exits", "exit_rules", "policy", "products", "families", "objectives", "observe", "transfer"),
+    ("types", "exits", "exit_rules", "policy", "products", "families", "objectives", "observe", "transfer", "tensors"),
 )
 # Within the ground floor, which has no circle.
 SAME_FLOOR = {
@@ -30,6 +30,7 @@ SAME_FLOOR = {
     ("objectives", "exits"),
     ("policy", "exits"),
     ("policy", "families"),
+    ("policy", "tensors"),
     ("observe", "types"),
 }
 

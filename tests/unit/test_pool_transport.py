@@ -7,7 +7,8 @@ import torch
 
 from ee_megatron.policy import WeightSet
 from ee_megatron.rollout.pool import ray_actor
-from ee_megatron.rollout.pool.transport import first_difference, hashes, narrowed, pack, unpack
+from ee_megatron.rollout.pool.transport import first_difference, hashes, narrowed, pack, travels_in, unpack
+from ee_megatron.tensors import HeldStream
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -20,7 +21,7 @@ def tensors() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("chunk_bytes", [1, 200, 1 << 20])
 def test_every_tensor_arrives_once_and_unchanged_in_chunks_no_larger_than_asked(chunk_bytes: int):
     sent = tensors()
-    chunks = list(pack(sent, chunk_bytes))
+    chunks = list(pack(HeldStream(sent), lambda name: sent[name].dtype, chunk_bytes))
     received: dict[str, torch.Tensor] = {}
     for chunk in chunks:
         assert len(chunk.data) <= chunk_bytes or len(chunk.entries) == 1
@@ -32,6 +33,19 @@ def test_every_tensor_arrives_once_and_unchanged_in_chunks_no_larger_than_asked(
         assert received[name].dtype == tensor.dtype and torch.equal(received[name], tensor)
     assert (len(chunks) == 1) == (chunk_bytes == 1 << 20)
     assert WeightSet(1, received).digest == WeightSet(1, sent).digest
+
+
+@pytest.mark.parametrize("decoder", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_bytes", [300, 1 << 20])
+def test_what_passes_in_blocks_is_what_is_narrowed_in_memory(decoder, chunk_bytes, monkeypatch):
+    monkeypatch.setattr("ee_megatron.tensors.BLOCK_BYTES", 100)
+    sent = {name: tensor.float() for name, tensor in tensors().items()} | {"gates.2.fc1.weight": torch.randn(9, 8)}
+    assert len(list(HeldStream(sent))) > len(sent)
+    received: dict[str, torch.Tensor] = {}
+    for chunk in pack(HeldStream(sent), lambda name: travels_in(name, torch.bfloat16, decoder), chunk_bytes):
+        received |= unpack(chunk)
+    assert WeightSet(1, received).digest == narrowed(WeightSet(1, sent), torch.bfloat16, decoder).digest
+    assert received["gates.2.fc1.weight"].dtype == decoder
 
 
 @pytest.mark.parametrize("decoder", [torch.float32, torch.bfloat16])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 from dataclasses import replace
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from ee_megatron.config.schema import CalibrateConfig, RLConfig
 from ee_megatron.exits import ExitLayout, exit_distribution, target_hazards
@@ -24,7 +27,8 @@ from ee_megatron.objectives.policy_gradient import K3_GAP, clipped, k3_slope, tr
 from ee_megatron.objectives.schedules import learning_rate, price, schedule
 from ee_megatron.objectives.weights import Weights, mean_weights
 from ee_megatron.observe.rundir import RunDirectory
-from ee_megatron.policy import PolicySpec
+from ee_megatron.policy import PolicySpec, save_policy
+from ee_megatron.tensors import HeldStream, collect
 from ee_megatron.training.calibrate import (
     Item,
     draw_exits,
@@ -33,7 +37,7 @@ from ee_megatron.training.calibrate import (
     plan,
     target_depth,
 )
-from ee_megatron.training.checkpoints import damage, read_training, write_training
+from ee_megatron.training.checkpoints import TrainingStreams, damage, read_training, write_training
 from ee_megatron.training.reinforce import credit, objective_of, replay, sharpened
 from ee_megatron.training.rollout_source import step_prompts
 from ee_megatron.training.stored import load_rollouts, load_traces, save_rollouts, save_traces
@@ -143,7 +147,7 @@ def test_interpolation_scales_the_change_of_the_weights_and_leaves_the_gates():
         start |= {f"{layer}lora_A.weight": torch.randn(2, 5), f"{layer}lora_B.weight": torch.zeros(4, 2)}
         policy |= {f"{layer}lora_A.weight": a, f"{layer}lora_B.weight": b, f"{layer}weight": w}
         start[f"{layer}weight"] = base
-    found = interpolated(policy, start, 5, 0.75, 0.6)
+    found = collect(interpolated(HeldStream(policy), start, 5, 0.75, 0.6))
     for index, layer in enumerate(layers):
         # Of five layers the last two lie above the middle.
         share = 0.75 * 0.6 if index > 2 else 0.75
@@ -381,7 +385,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog
     with RunDirectory(tmp_path) as run:
         for step in (1, 2):
             with run.write_checkpoint(step) as directory:
-                write_training(directory, spec, tensors, state, {"best_step": step})
+                write_training(directory, spec, TrainingStreams.of(tensors, state), {"best_step": step})
         assert run.latest_checkpoint(damage) == run.checkpoint_dir(2)
         found, counters = read_training(run.checkpoint_dir(2))
         assert (
@@ -395,6 +399,39 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog
         file.write_bytes(bytes(data))
         assert run.latest_checkpoint(damage) == run.checkpoint_dir(1)
     assert "step_2" in caplog.text and "exp_avg.safetensors: not what was written" in caplog.text
+
+
+def test_a_checkpoint_has_the_bytes_that_safetensors_own_writer_gives_it(tmp_path, monkeypatch):
+    """As checkpoints always had them, also where a tensor is written in several blocks."""
+    monkeypatch.setattr("ee_megatron.tensors.BLOCK_BYTES", 100)
+    spec = PolicySpec(6, (2, 4), rank=0)
+    tensors = {name: torch.randn(shape) for name, shape in {"b": (31, 4), "a.10": (3,), "a.2": (5, 7)}.items()}
+    state = OptimizerState(7, {kind: {n: t.square() for n, t in tensors.items()} for kind in ("exp_avg", "exp_avg_sq")})
+    for folder in ("new", "old"):
+        (tmp_path / folder / "optimizer").mkdir(parents=True)
+    (tmp_path / "new" / "optimizer").rmdir()
+    write_training(tmp_path / "new", spec, TrainingStreams.of(tensors, state), {"best_step": 3})
+    save_policy(tmp_path / "old", spec, tensors)
+    for kind, held in state.tensors.items():
+        save_file(held, tmp_path / "old" / "optimizer" / f"{kind}.safetensors")
+    digests = {kind: sha256_in_name_order(held) for kind, held in state.tensors.items()}
+    (tmp_path / "old" / "training.json").write_text(
+        json.dumps({"updates": 7, "counters": {"best_step": 3}, "sha256": digests})
+    )
+    files = [path.relative_to(tmp_path / "old") for path in (tmp_path / "old").rglob("*") if path.is_file()]
+    assert len(files) == 5
+    for file in files:
+        assert (tmp_path / "new" / file).read_bytes() == (tmp_path / "old" / file).read_bytes(), file
+    assert json.loads((tmp_path / "new" / "policy.json").read_text())["sha256"] == sha256_in_name_order(tensors)
+    assert damage(tmp_path / "new") is None
+
+
+def sha256_in_name_order(tensors):
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(f"{name} {tuple(tensors[name].shape)} torch.float32\n".encode())
+        total.update(tensors[name].numpy().tobytes())
+    return total.hexdigest()
 
 
 def test_current_targets_stand_at_the_exit_that_was_taken():

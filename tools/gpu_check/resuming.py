@@ -20,7 +20,7 @@ from torch import Tensor
 from ee_megatron.learner.learner import Learner
 from ee_megatron.observe.rundir import COMPLETE, latest_checkpoint
 from ee_megatron.policy import load_policy
-from ee_megatron.training.checkpoints import damage, read_training, write_training
+from ee_megatron.training.checkpoints import TrainingStreams, damage, read_training, write_training
 
 from .findings import Findings
 from .shapes import Bench
@@ -87,7 +87,7 @@ def resume(findings: Findings, bench: Bench) -> None:
         advance(bench, learner, step)
     folder.mkdir()
     policy, state = learner.export_policy(), learner.export_optimizer()
-    write_training(folder, learner.spec, policy, state, {})
+    write_training(folder, learner.spec, TrainingStreams.of(policy, state), {})
     del learner
     again = begin(bench, load_policy(folder)[1])
     again.load_optimizer(read_training(folder)[0])

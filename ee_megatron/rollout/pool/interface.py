@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ...policy import PolicySpec, WeightSet, stays_float32
+from ...tensors import Stream, digest
 from ...types import Rollout, Trace
 from ..engine.request import GenerationRequest
 from ..engine.scheduler import Progress
 from ..engine.scoring import Inspection, Score
-from .transport import hashes
 
 # What a pool that holds the teacher reports as its weights.
 TEACHER: tuple[int, str] = (0, "teacher")
@@ -38,6 +38,10 @@ class Pending(Protocol):
 
 class RolloutPool(Protocol):
     """One interface for the pool in process and the pool of actors. Results are in the order of what was asked."""
+
+    def take(self, version: int, stream: Stream) -> WeightSet:
+        """A version of the weights as its tensors come, kept where the replicas find them, to be loaded or begun with:
+        at most a few blocks are anywhere else. The digest is that of what the pool sends on."""
 
     def load(self, weights: WeightSet | None) -> None:
         """Hold these weights from now on (None: the teacher). Raises ValueError if they don't arrive as sent."""
@@ -88,7 +92,7 @@ class ReplicaSettings:
     cache_gib: float = 0.0
 
 
-def expected_hashes(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, str]:
+def expected_hashes(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, str]:
     """Hashes of policy tensors as a replica of `dtype` holds them: what it multiplies with in `dtype`, the rest of its
     gates in float32."""
 
@@ -97,4 +101,4 @@ def expected_hashes(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str,
             return tensor
         return tensor.float() if stays_float32(name) else tensor.to(dtype)
 
-    return hashes({name: held(name, tensor) for name, tensor in tensors.items()})
+    return {name: digest({name: held(name, tensor)}) for name, tensor in tensors.items()}

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
-from ...policy import PolicySpec, WeightSet, digest
+from ...policy import PolicySpec, WeightSet
+from ...tensors import Digest, Stream, collect, digest
 from ...types import Rollout, Trace
 from ..engine import scheduler, scoring
 from ..engine.cache import PAGE, pages_in
@@ -46,6 +48,7 @@ class LocalPool:
         self.rows, self.sync_dtype = rows, sync_dtype
         self.positions = pages_in(cache_gib, self.decoder.dims, dtype.itemsize) * PAGE if cache_gib else None
         self._weights: WeightSet | None = None
+        self._taken: WeightSet | None = None
 
     @staticmethod
     def of(settings: ReplicaSettings) -> LocalPool:
@@ -56,17 +59,29 @@ class LocalPool:
     def version(self) -> int:
         return identity(self._weights)[0]
 
+    def take(self, version: int, stream: Stream) -> WeightSet:
+        """The tensors, in this process. They are hashed as they come, once."""
+        with Digest() as found:
+            tensors = collect(found.passing(stream))
+            self._taken = WeightSet(version, tensors, found.hexdigest())
+        return self._taken
+
+    @property
+    def _tensors(self) -> dict[str, Tensor] | None:
+        return dict(self._weights.tensors) if self._weights else None
+
     def load(self, weights: WeightSet | None) -> None:
         """Raises ValueError if the tensors are not those that the digest names, or do not fit the policy."""
-        if weights is not None:
+        if weights is not None and weights is not self._taken:
             found = digest(weights.tensors)
             if found != weights.digest:
                 raise ValueError(
                     f"weights version {weights.version}: tensors have digest {found[:12]}, "
                     f"expected {weights.digest[:12]}; send them again"
                 )
+        if weights is not None:
             weights = narrowed(weights, self.sync_dtype, self.decoder.dtype)
-        self.decoder.load_policy(weights.tensors if weights else None)
+        self.decoder.load_policy(dict(weights.tensors) if weights else None)
         self._weights = weights
 
     def check(self, weights: WeightSet) -> None:
@@ -112,14 +127,12 @@ class LocalPool:
         return scoring.trace(self.decoder, rollouts, top_k, progress)
 
     def score(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[Score]:
-        tensors = self._weights.tensors if self._weights else None
-        return scoring.score(self.decoder, tensors, rollouts, progress)
+        return scoring.score(self.decoder, self._tensors, rollouts, progress)
 
     def inspect(
         self, rollouts: Sequence[Rollout], streams: bool = False, progress: Progress | None = None
     ) -> list[Inspection]:
-        tensors = self._weights.tensors if self._weights else None
-        return scoring.inspect(self.decoder, tensors, rollouts, streams, progress)
+        return scoring.inspect(self.decoder, self._tensors, rollouts, streams, progress)
 
     def health(self) -> dict:
         version, name = identity(self._weights)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ...config.derive import actor_share, start_timeout
 from ...config.schema import RolloutConfig
 from ...families.hf_directory import HFDirectory
 from ...policy import WeightSet
+from ...tensors import Block, Digest, HeldStream, LazyTensors, Shape, Stream, part_of
 from ...types import Rollout, Trace
 from ..engine.request import GenerationRequest
 from ..engine.scheduler import Progress, is_whole
@@ -21,7 +24,7 @@ from .interface import TEACHER, ReplicaSettings, expected_hashes, identity
 from .ray_actor import actor_needs, create_replica, prepare_environment, start_ray
 from .ray_driver import Driver, Sent, Work
 from .ray_nodes import RayNodes
-from .transport import first_difference, narrowed, pack, sync_dtype
+from .transport import first_difference, narrowed, pack, sync_dtype, travels_in, unpack
 
 # Chunks per actor: more spread the load better and lose less to a death, fewer keep its rows fuller.
 CHUNKS_PER_ACTOR = 4
@@ -52,6 +55,29 @@ class RayPending:
 
     def renew(self, weights: WeightSet, keep: bool) -> None:
         self.pool._driver.renew(self.work, self.pool._send(weights), keep)
+
+
+class PutTensors(LazyTensors):
+    """The tensors of a version where they lie in the object store, `numbers` the chunk of each. They stay there for as
+    long as this object lives."""
+
+    def __init__(self, ray: Any, chunks: tuple[Any, ...], numbers: Mapping[str, int], shapes: Mapping[str, Shape]):
+        self._ray, self.chunks, self._numbers, self._shapes = ray, chunks, numbers, shapes
+
+    def part(self, name: str, *where: slice) -> Tensor:
+        return part_of(unpack(self._ray.get(self.chunks[self._numbers[name]])), name, *where)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._numbers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def shape(self, name: str) -> Shape:
+        return self._shapes[name]
 
 
 class RayPool:
@@ -91,13 +117,26 @@ class RayPool:
     def _actors(self) -> list:
         return self._driver.actors
 
+    def take(self, version: int, stream: Stream) -> WeightSet:
+        """Into the object store, one chunk after the other, each while the next one's tensors come: the node's actors
+        read it where it lies."""
+        chunks, numbers = [], {}
+        narrow, decoder = self.sync_dtype, self._replica.dtype
+        with Digest() as found:
+            for number, chunk in enumerate(pack(stream, lambda name: travels_in(name, narrow, decoder))):
+                for name, tensor in unpack(chunk).items():
+                    found.update(Block(name, tuple(tensor.shape), 0, tensor))
+                    numbers[name] = number
+                chunks.append(self._ray.put(chunk))
+            return WeightSet(version, PutTensors(self._ray, tuple(chunks), numbers, stream.table), found.hexdigest())
+
     def load(self, weights: WeightSet | None) -> None:
         """Returns when every actor reports this version and digest."""
         self._driver.wait(self._driver.submit(Work(self._send(weights))))
 
     def check(self, weights: WeightSet) -> None:
         """Every actor hashes what it holds, read back from its decoder. Raises RuntimeError if one is lost."""
-        wanted = narrowed(weights, self.sync_dtype, self._replica.dtype)
+        wanted = self._narrowed(weights)
         if identity(wanted) != self._sent.identity:
             raise ValueError(
                 f"the pool was sent weights version {self._sent.identity[0]}, not this version {weights.version}; "
@@ -164,15 +203,28 @@ class RayPool:
             self._ray.shutdown()
 
     def _send(self, weights: WeightSet | None) -> Sent:
-        """Put a version into the object store, one chunk after the other: the node's actors read it where it lies."""
+        """Put a version into the object store, unless it is there."""
         if weights is None:
             self._sent = Sent(TEACHER, None)
             return self._sent
-        weights = narrowed(weights, self.sync_dtype, self._replica.dtype)
-        if identity(weights) != self._sent.identity:
-            chunks = tuple(self._ray.put(chunk) for chunk in pack(weights.tensors))
-            self._sent = Sent(identity(weights), chunks)
+        wanted = self._narrowed(weights)
+        if identity(wanted) != self._sent.identity:
+            held = wanted.tensors
+            if isinstance(held, PutTensors):
+                chunks = held.chunks
+            else:
+                packed = pack(HeldStream(held), lambda name: held[name].dtype)
+                chunks = tuple(self._ray.put(chunk) for chunk in packed)
+            self._sent = Sent(identity(wanted), chunks)
         return self._sent
+
+    def _narrowed(self, weights: WeightSet) -> WeightSet:
+        """As the weights travel; what has done so already stays as it is, and what is in a file passes through."""
+        if isinstance(weights.tensors, PutTensors):
+            return weights
+        if isinstance(weights.tensors, LazyTensors):
+            return self.take(weights.version, HeldStream(weights.tensors))
+        return narrowed(weights, self.sync_dtype, self._replica.dtype)
 
     def _generation(self, sent: Sent, request: GenerationRequest) -> Work:
         # By the number of actors that there should be: answers must not depend on who is alive.

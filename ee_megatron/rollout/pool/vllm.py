@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ...policy import WeightSet, digest
+from ...policy import WeightSet
+from ...tensors import digest
 from ...types import Rollout, Trace
 from ..engine.request import GenerationRequest
 from ..engine.scheduler import Progress

@@ -1,0 +1,346 @@
+"""The policy's whole tensors on their way between the ranks that hold them and the leader, a bucket at a time.
+
+Every rank knows which tensors there are and cuts them, in name order, into the same buckets of rows. For each bucket a
+rank sends the leader what it holds of it, in one message; nobody else receives anything. Loading goes the other way
+without messages: each rank reads what it holds from where the tensors are stored.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from ..tensors import Block, Shape, part_of, shape_of
+from .policy_shards import Piece
+
+# Of fp32 numbers, as the leader puts them together.
+BUCKET_BYTES = 64 << 20
+# Buckets after which the ranks meet: one whose tensors come late waits for the leader's disk, not for a collective.
+PACE = 64
+# Messages are bytes; numbers of any dtype begin at multiples of this.
+ALIGNMENT = 8
+
+
+class Holder(Protocol):
+    """What is streamed of each parameter (its value, a moment) and which part of it this rank holds.
+
+    replicated: data-parallel ranks hold the same."""
+
+    replicated: bool
+
+    def span(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """First and end of the elements of the flattened parameter that this rank holds."""
+
+    def dtype(self, parameter: nn.Parameter) -> torch.dtype:
+        """Of what `read` returns."""
+
+    def read(self, parameter: nn.Parameter, begin: int, end: int) -> Tensor:
+        """Elements begin .. end - 1 of the flattened parameter, all of them within `span`."""
+
+    def write(self, parameter: nn.Parameter, begin: int, values: Tensor) -> None:
+        """The elements from `begin` on, all of them within `span`."""
+
+
+class Values:
+    """The parameters' own values, whole on every data-parallel rank; `of` picks another tensor of the same shape."""
+
+    replicated = True
+
+    def __init__(self, of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter):
+        self._of = of
+
+    def span(self, parameter: nn.Parameter) -> tuple[int, int]:
+        return 0, parameter.numel()
+
+    def dtype(self, parameter: nn.Parameter) -> torch.dtype:
+        return self._of(parameter).dtype
+
+    def read(self, parameter: nn.Parameter, begin: int, end: int) -> Tensor:
+        return self._of(parameter).detach().reshape(-1)[begin:end]
+
+    def write(self, parameter: nn.Parameter, begin: int, values: Tensor) -> None:
+        target = self._of(parameter).detach()
+        assert target.is_contiguous()
+        target.view(-1)[begin : begin + len(values)].copy_(values)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's part of a whole tensor: rows `row` .. row + rows - 1, columns `column` .. column + columns - 1.
+
+    runs: (row of the share, row of the parameter, how many) each; begin, end: the elements of the flattened parameter
+    that the rank holds; padded: whether rows of the parameter behind the share's only pad it. A vector has one column.
+    """
+
+    number: int
+    row: int
+    rows: int
+    column: int
+    columns: int
+    runs: tuple[tuple[int, int, int], ...]
+    begin: int
+    end: int
+    dtype: torch.dtype
+    padded: bool
+
+    def pieces(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """Of the whole tensor's rows first .. last - 1 what the rank holds: (element of the share's part of these
+        rows, flattened; element of the parameter; how many) each."""
+        top, bottom = max(first - self.row, 0), min(last - self.row, self.rows)
+        for row, at, count in self.runs:
+            low, high = max(row, top), min(row + count, bottom)
+            begin, end = ((at + edge - row) * self.columns for edge in (low, high))
+            clipped, until = max(begin, self.begin), min(end, self.end)
+            if clipped < until:
+                yield (low - top) * self.columns + clipped - begin, clipped, until - clipped
+
+
+def shares_of(pieces: Sequence[Piece], holder: Holder) -> dict[str, list[Share]]:
+    """name -> this rank's shares. `Share.number` is the piece's; several pieces may hold one tensor (`Piece.copy`)."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    found: dict[str, list[Share]] = {}
+    for number, piece in enumerate(pieces):
+        entry, parameter = piece.entry, piece.parameter
+        # ZeRO-3 leaves an empty tensor in the place of a sharded parameter.
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        columns = math.prod(shape[1:])
+        begin, end = holder.span(parameter)
+        numbers = entry.parts(torch.arange(shape[0]), ranks)
+        for name, places in zip(entry.names, numbers, strict=True):
+            row = rank * len(places) if entry.dim == 0 else 0
+            rows = min(len(places), max(0, entry.rows - row)) if entry.rows is not None else len(places)
+            column = rank * columns if entry.dim == 1 else 0
+            share = Share(
+                number, row, rows, column, columns, _runs(places[:rows]), begin, end, holder.dtype(parameter),
+                padded=rows < len(places),
+            )  # fmt: skip
+            found.setdefault(name, []).append(share)
+    return found
+
+
+def _runs(places: Tensor) -> tuple[tuple[int, int, int], ...]:
+    """Row numbers as ranges of consecutive ones."""
+    starts = [0, *((places.diff() != 1).nonzero().flatten() + 1).tolist(), len(places)]
+    return tuple((a, int(places[a]), b - a) for a, b in itertools.pairwise(starts) if b > a)
+
+
+def buckets(table: Mapping[str, Shape], limit: int) -> Iterator[list[tuple[str, int, int]]]:
+    """Every row of every tensor once, in name order: (name, first row, end) in lists of at most `limit` bytes in fp32,
+    or of one row that is larger."""
+    bucket: list[tuple[str, int, int]] = []
+    room = limit
+    for name in sorted(table):
+        rows, width = table[name][0], 4 * math.prod(table[name][1:])
+        first = 0
+        while first < rows:
+            fits = room // width
+            if not fits and bucket:
+                yield bucket
+                bucket, room = [], limit
+                continue
+            last = min(rows, first + max(1, fits))
+            bucket.append((name, first, last))
+            first, room = last, room - (last - first) * width
+    if bucket:
+        yield bucket
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Numbers of a message: for block `block` of the bucket, from element `at` on of what `share` has of it; of the
+    parameter those from `element` on. `byte`: where they begin in the message."""
+
+    block: int
+    share: Share
+    at: int
+    element: int
+    count: int
+    byte: int
+
+
+def message(shares: Mapping[str, list[Share]], bucket: list[tuple[str, int, int]]) -> tuple[list[Segment], int]:
+    """What a rank sends of a bucket, and its length in bytes."""
+    segments, byte = [], 0
+    for block, (name, first, last) in enumerate(bucket):
+        for share in shares.get(name, ()):
+            for at, element, count in share.pieces(first, last):
+                segments.append(Segment(block, share, at, element, count, byte))
+                byte += -(-count * share.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+    return segments, byte
+
+
+class Plan:
+    """Who sends what: made once for a layout, by all ranks together.
+
+    `shapes`: every tensor of the policy and its whole shape.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], holder: Holder, shapes: Mapping[str, Shape]):
+        self.pieces, self.table = pieces, {name: shapes[name] for name in sorted(shapes)}
+        self.leads = dist.get_rank() == 0
+        data_rank = parallel_state.get_data_parallel_rank()
+        tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+        self.mine: dict[str, list[Share]] = {}
+        if data_rank == 0 or not holder.replicated:
+            for name, shares in shares_of(pieces, holder).items():
+                sent = [
+                    share
+                    for share in shares
+                    if not pieces[share.number].copy and (pieces[share.number].entry.split or tensor_rank == 0)
+                ]
+                if sent:
+                    self.mine[name] = sent
+        every: list[dict[str, list[Share]] | None] = [None] * dist.get_world_size()
+        dist.gather_object(self.mine, every if self.leads else None)
+        self.others = {rank: shares for rank, shares in enumerate(every) if rank and shares}
+        if self.leads:
+            self._check([self.mine, *self.others.values()])
+
+    def _check(self, ranks: list[dict[str, list[Share]]]) -> None:
+        for name, shape in self.table.items():
+            held = [n for shares in ranks for share in shares.get(name, ()) for _, _, n in share.pieces(0, shape[0])]
+            assert sum(held) == math.prod(shape), f"{name}: ranks hold {sum(held)} of {math.prod(shape)} elements"
+
+
+class TensorStream:
+    """Whole tensors of one kind, fp32. All ranks iterate together, each for as long as there is something: the leader
+    gets the blocks, in name order; the others send and get none. A block's numbers are its own.
+
+    `meet`: what ranks wait for the leader with while it takes its time; None: with their collectives' deadline.
+    """
+
+    def __init__(self, plan: Plan, holder: Holder, meet: Callable[[], None] | None = None):
+        self.table, self._plan, self._holder, self._meet = plan.table, plan, holder, meet
+
+    def __iter__(self) -> Iterator[Block]:
+        return self._receive() if self._plan.leads else self._send()
+
+    def _buckets(self) -> Iterator[list[tuple[str, int, int]]]:
+        for number, bucket in enumerate(buckets(self.table, BUCKET_BYTES)):
+            if number and number % PACE == 0 and self._meet:
+                self._meet()
+            yield bucket
+
+    @torch.no_grad()
+    def _send(self) -> Iterator[Block]:
+        for bucket in self._buckets():
+            segments, size = message(self._plan.mine, bucket)
+            if size:
+                buffer = torch.empty(size, dtype=torch.uint8)
+                for segment in segments:
+                    _numbers(buffer, segment).copy_(self._read(segment))
+                dist.send(buffer, dst=0)
+        yield from ()
+
+    @torch.no_grad()
+    def _receive(self) -> Iterator[Block]:
+        waiting = None
+        for bucket in self._buckets():
+            coming = bucket, [self._ask(rank, shares, bucket) for rank, shares in self._plan.others.items()]
+            # The next bucket travels while whoever iterates works on this one.
+            if waiting:
+                yield from self._assemble(*waiting)
+            waiting = coming
+        if waiting:
+            yield from self._assemble(*waiting)
+
+    def _ask(
+        self, rank: int, shares: Mapping[str, list[Share]], bucket: list[tuple[str, int, int]]
+    ) -> tuple[list[Segment], Tensor, dist.Work | None]:
+        segments, size = message(shares, bucket)
+        buffer = torch.empty(size, dtype=torch.uint8)
+        return segments, buffer, dist.irecv(buffer, src=rank) if size else None
+
+    def _assemble(
+        self,
+        bucket: list[tuple[str, int, int]],
+        messages: list[tuple[list[Segment], Tensor, dist.Work | None]],
+    ) -> Iterator[Block]:
+        shapes = [(last - first, *self.table[name][1:]) for name, first, last in bucket]
+        whole = torch.empty(sum(math.prod(shape) for shape in shapes)).split([math.prod(shape) for shape in shapes])
+        tables = [numbers.view(shape[0], -1) for numbers, shape in zip(whole, shapes, strict=True)]
+        for segment in message(self._plan.mine, bucket)[0]:
+            _place(tables, bucket, segment, self._read(segment).cpu())
+        for segments, buffer, work in messages:
+            if work is not None:
+                work.wait()
+            for segment in segments:
+                _place(tables, bucket, segment, _numbers(buffer, segment))
+        # What has arrived is in place: only that is held while the blocks are used.
+        messages.clear()
+        for (name, first, _), numbers, shape in zip(bucket, whole, shapes, strict=True):
+            yield Block(name, self.table[name], first, numbers.view(shape))
+
+    def _read(self, segment: Segment) -> Tensor:
+        parameter = self._plan.pieces[segment.share.number].parameter
+        return self._holder.read(parameter, segment.element, segment.element + segment.count)
+
+
+def _numbers(buffer: Tensor, segment: Segment) -> Tensor:
+    dtype = segment.share.dtype
+    return buffer[segment.byte : segment.byte + segment.count * dtype.itemsize].view(dtype)
+
+
+def _place(tables: list[Tensor], bucket: list[tuple[str, int, int]], segment: Segment, numbers: Tensor) -> None:
+    """Put a segment's numbers into its block: the rest of a row, whole rows, the beginning of one."""
+    share, (_, first, _) = segment.share, bucket[segment.block]
+    top = max(share.row - first, 0)
+    area = tables[segment.block][:, share.column : share.column + share.columns]
+    row, column = divmod(segment.at, share.columns)
+    row += top
+    if column:
+        begun = min(share.columns - column, len(numbers))
+        area[row, column : column + begun].copy_(numbers[:begun])
+        numbers, row = numbers[begun:], row + 1
+    rows = len(numbers) // share.columns
+    if rows:
+        area[row : row + rows].copy_(numbers[: rows * share.columns].view(rows, -1))
+    if len(numbers) > rows * share.columns:
+        area[row + rows, : len(numbers) - rows * share.columns].copy_(numbers[rows * share.columns :])
+
+
+@torch.no_grad()
+def load_tensors(
+    pieces: Sequence[Piece], holder: Holder, shapes: Mapping[str, Shape], tensors: Mapping[str, Tensor], what: str
+) -> None:
+    """Fill what this rank holds, reading no more than that of the whole tensors. Rows that only pad become zeros.
+
+    Raises ValueError for a missing or misshapen one; `what` says what they are.
+    """
+    for name, shares in shares_of(pieces, holder).items():
+        if name not in tensors:
+            raise ValueError(f"{what}: {name} is missing; the checkpoint was made with other adapters or exits")
+        found = shape_of(tensors, name)
+        if found != shapes[name]:
+            raise ValueError(f"{what}: {name} has shape {found} in the checkpoint, {shapes[name]} in the run")
+        for share in shares:
+            _fill(pieces[share.number].parameter, holder, tensors, name, share)
+
+
+def _fill(parameter: nn.Parameter, holder: Holder, tensors: Mapping[str, Tensor], name: str, share: Share) -> None:
+    step = max(1, BUCKET_BYTES // (4 * share.columns))
+    columns = slice(share.column, share.column + share.columns)
+    end = share.row + share.rows
+    for first in range(share.row, end, step):
+        pieces = list(share.pieces(first, min(first + step, end)))
+        if pieces:
+            top = min(at for at, _, _ in pieces) // share.columns
+            bottom = max(-(-(at + count) // share.columns) for at, _, count in pieces)
+            rows = slice(first + top, first + bottom)
+            wanted = (rows, columns) if len(shape_of(tensors, name)) > 1 else (rows,)
+            values = part_of(tensors, name, *wanted).reshape(-1)
+            for at, element, count in pieces:
+                begin = at - top * share.columns
+                holder.write(parameter, element, values[begin : begin + count])
+    padding = max(share.begin, share.rows * share.columns)
+    if share.padded and padding < share.end:
+        holder.write(parameter, padding, torch.zeros(share.end - padding))

@@ -18,7 +18,7 @@ from ..objectives.policy_gradient import KL_TERMS, SURROGATES
 from ..objectives.schedules import DECAYS
 
 SEQUENCE_MULTIPLE = 8
-"""Sequences of a batch are padded to a multiple of this, which parallel.sequence_parallel shares out."""
+"""A micro-batch's positions are padded to a multiple of this, which parallel.sequence_parallel shares out."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,9 @@ class ParallelConfig:
     stage_layers: list[int] = setting([])
     """Layers per stage (pipeline * virtual of them); empty: boundaries at the exits nearest to an even split."""
     sequence_parallel: bool = False
-    micro_batch_size: int = setting(8, positive=True)
-    """Sequences per micro-batch."""
+    tokens_per_micro_batch: int = setting(2048, positive=True)
+    """Positions of a micro-batch, into which the sequences of a step are packed; what sequences of a group share of
+    their prompt counts once. A longer sequence has a micro-batch of its own."""
     recompute: bool = False
     """Recompute every layer in the backward pass instead of storing its activations."""
     timeout_s: int = setting(1800, positive=True)

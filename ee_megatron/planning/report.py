@@ -8,6 +8,7 @@ from typing import Any
 from ..rollout.vllm.memory import CPU_CACHE_GIB, GPU_SHARE
 from .generation import assumption
 from .plan import HOST, Plan
+from .step import passes
 
 GIB, MIB = 2**30, 2**20
 
@@ -24,13 +25,16 @@ def to_text(plan: Plan, command: str) -> str:
 def summary(plan: Plan) -> list[str]:
     """The few lines that a dry run adds."""
     most = max(plan.device_bytes(kinds) for kinds in plan.learner)
+    each = "rollout actor" if plan.actor.devices == 1 else "device of a rollout actor"
+    actor = f", {size(plan.device_bytes(plan.actor.kinds))} per {each}" if plan.generates else ""
+    sent = f" and sent to the rollout pool ({plan.sync / MIB:.1f} MiB)" if plan.generates else ""
     seconds = ", ".join(f"{phase} {s:.3g} s" for phase, s in plan.seconds.items())
+    lack = plan.shortage()
     return [
         f"parameters: {_count(sum(p.base for p in plan.parameters) * plan.layout.tensor)} of the base over all ranks, "
-        f"{_count(plan.trained)} trained and sent to the rollout pool ({plan.sync / MIB:.1f} MiB)",
-        f"memory: up to {size(most)} per learner rank, {size(plan.device_bytes(plan.actor.kinds))} per "
-        f"{'rollout actor' if plan.actor.devices == 1 else 'device of a rollout actor'} "
-        f"({plan.item} bytes per element of the base)",
+        f"{_count(plan.trained)} trained{sent}",
+        f"memory: up to {size(most)} per learner rank{actor} ({plan.item} bytes per element of the base)",
+        *([f"does not fit: {lack} (ee-megatron plan names what would, and plans for other devices)"] if lack else []),
         f"estimate per RL step on {plan.device.name}: {seconds} (ee-megatron plan shows how)",
     ]
 
@@ -50,7 +54,7 @@ def to_json(plan: Plan, command: str) -> dict[str, Any]:
                   "wanted_rows": plan.actor.wanted, "cache_positions": plan.actor.positions,
                   "reader_bytes": plan.actor.reader, "cache_beside_reader_bytes": plan.actor.beside_reader},
         "round": vars(plan.round),
-        "tokens_per_s": dict(zip(("actor", "pool"), plan.tokens_per_s, strict=True)),
+        "tokens_per_s": dict(zip(("actor", "pool"), plan.tokens_per_s, strict=True)) if plan.generates else {},
         "shared_devices": plan.shared,
         "flops": plan.flops,
         "seconds": plan.seconds,
@@ -240,9 +244,11 @@ def _bound(plan: Plan) -> str:
         idle = max(0, actors - prompts)
         spare = f", {idle} actor(s) without a prompt" if idle else ""
         return f"rollouts: {plan.load.answer} tokens one after another, {plan.actor.rows} rows per actor{spare}"
-    block = cfg.parallel.micro_batch_size * layout.data
-    if prompts * group < block:
-        return f"{slowest}: {prompts * group} sequences for {block} places of a micro-batch on every replica"
-    batches = -(-prompts * group // block)
+    if slowest == "weight sync":
+        return f"{slowest}: {size(plan.sync)} to every actor"
+    packed = max((packed for _, packed, _ in passes(cfg, plan.load)[slowest]), key=lambda found: found.sequences)
+    if prompts * group < layout.data:
+        return f"{slowest}: {prompts * group} sequences for {layout.data} replicas"
+    batches = packed.micro_batches
     idle_share = (layout.pipeline - 1) / (batches * layout.virtual + layout.pipeline - 1)
     return f"{slowest}: {batches} micro-batch(es) per replica, {idle_share:.0%} of the pipeline idle"

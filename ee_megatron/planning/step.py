@@ -6,8 +6,11 @@ import copy
 
 from ..config.schema import RunConfig
 from ..families import ModelDims
+from ..objectives.divergences import TEACHERS, Teacher
+from ..objectives.policy_gradient import KL_TERMS
 from .flops import PassMode, decode_cost, prefill_cost, whole_pass
 from .layout import Layout
+from .packing import Packing, pack_pass
 from .workload import Workload
 
 POLICY, REFERENCE = PassMode(train=False), PassMode(train=False, policy=False)
@@ -22,26 +25,54 @@ def rollouts_per_step(cfg: RunConfig) -> int:
 def updates(cfg: RunConfig) -> tuple[int, int, PassMode]:
     """Updates of one RL step, the sequences of each, and how it runs them."""
     count, again = cfg.rl.epochs * cfg.rl.minibatches, cfg.parallel.recompute
-    how = PassMode(train=True, recompute=again, input_gradient=again or cfg.deepspeed.zero_stage == 3)
-    return count, max(1, rollouts_per_step(cfg) // count), how
+    how = PassMode(
+        train=True,
+        recompute=again,
+        input_gradient=again or cfg.deepspeed.zero_stage == 3,
+        divergence=KL_TERMS[cfg.rl.kl].teacher is Teacher.REFERENCE,
+    )
+    return count, max(1, rollouts_per_step(cfg) // cfg.rl.minibatches), how
+
+
+def passes(cfg: RunConfig, load: Workload) -> dict[str, list[tuple[float, Packing, PassMode]]]:
+    """Passes of the learner by phase of one RL step: how often, over what, and how."""
+    count, part, train = updates(cfg)
+    whole, each = (pack_pass(cfg, load, n, cfg.rl.group_size) for n in (rollouts_per_step(cfg), part))
+    # The policy's scores once more before each further update.
+    scoring = [(1, whole, POLICY), (1, whole, REFERENCE), (count - 1, each, POLICY)]
+    # An exact divergence runs the reference again, with every update.
+    update = [(count * train.divergence, each, REFERENCE), (count, each, train)]
+    return {
+        phase: [entry for entry in entries if entry[0]] for phase, entries in (("scoring", scoring), ("update", update))
+    }
 
 
 def phase_flops(layout: Layout, load: Workload, cfg: RunConfig) -> dict[str, float]:
     """FLOPs of all ranks and actors by phase of one RL step, as they are computed: vLLM reads a prompt for each of its
-    answers and runs all layers for every token."""
-
-    def over(sequences: int, how: PassMode) -> float:
-        return whole_pass(layout, load, cfg.parallel.micro_batch_size, sequences, how)
-
-    sequences, (count, part, train) = rollouts_per_step(cfg), updates(cfg)
-    vllm = cfg.rollout.backend == "vllm"
+    answers and runs all layers for every token. No rollouts where recorded ones are learned from."""
+    sequences, vllm = rollouts_per_step(cfg), cfg.rollout.backend == "vllm"
     read = (sequences if vllm else cfg.rl.prompts_per_step) * prefill_cost(layout.dims, load.prompt)
-    return {
-        "rollouts": read + sequences * decode_cost(layout, load.at_full_depth() if vllm else load),
-        # The policy's scores once more before each further update.
-        "scoring": over(sequences, POLICY) + over(sequences, REFERENCE) + (count - 1) * over(part, POLICY),
-        "update": count * over(part, train),
+    made = read + sequences * decode_cost(layout, load.at_full_depth() if vllm else load)
+    return ({} if cfg.rl.replay else {"rollouts": made}) | {
+        phase: sum(times * whole_pass(layout, packed.load, packed.sequences, how) for times, packed, how in entries)
+        for phase, entries in passes(cfg, load).items()
     }
+
+
+def calibration_flops(layout: Layout, load: Workload, cfg: RunConfig) -> float:
+    """FLOPs of all ranks for an update of calibration, on average, and what is scored for it (training/calibrate.py)."""
+    c, again = cfg.calibrate, cfg.parallel.recompute
+    full = TEACHERS[c.teacher] is Teacher.REFERENCE
+    compared = PassMode(train=False, divergence=full)
+    update = PassMode(train=True, recompute=again, input_gradient=again, likelihood=not full, divergence=full)
+    # The student's own targets take its divergences first, its own exits the hazards of every gate.
+    scored = [(1, load, compared)] if c.gate_targets == "current" else []
+    own = [(c.student_patterns, load.at_full_depth(), POLICY)]
+    taught = [(full * (1 + len(scored)), load, REFERENCE)]
+    return sum(
+        times * whole_pass(layout, what, c.batch_size, how)
+        for times, what, how in (*scored, *own, *taught, (1, load, update))
+    )
 
 
 def pretrain_flops(cfg: RunConfig, dims: ModelDims, length: float, sequences: int) -> float:
@@ -51,4 +82,4 @@ def pretrain_flops(cfg: RunConfig, dims: ModelDims, length: float, sequences: in
     full.adapter.full = True
     load = Workload(1, length - 1, (dims.num_layers,), (1.0,))  # type: ignore[arg-type]
     how = PassMode(train=True, policy=False, recompute=cfg.parallel.recompute)
-    return whole_pass(Layout.of(full, dims), load, cfg.parallel.micro_batch_size, sequences, how)
+    return whole_pass(Layout.of(full, dims), load, sequences, how)

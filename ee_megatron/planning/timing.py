@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from ..config.schema import RunConfig
 from .devices import Device
-from .flops import PassMode, micro_batches, pass_cost, prefill_cost
+from .flops import PassMode, pass_cost, prefill_cost
 from .generation import all_reduce, token_round
 from .layout import Layout, rank_parameters
 from .memory import FP32, sync_bytes
-from .step import POLICY, REFERENCE, rollouts_per_step, updates
+from .packing import Packing
+from .step import passes, updates
 from .workload import Workload
 
 # Packing, digests and unpacking of a version's bytes: 282 MB in a second (docs/serving.md).
@@ -37,19 +38,17 @@ class Roofline:
     rows: int
 
     def phases(self) -> dict[str, float]:
-        """Phase of an RL step -> seconds."""
-        return {
-            "rollouts": self._rollouts(),
-            "scoring": self._scoring(),
-            "update": self._update(),
-            "weight sync": sum(self.sync().values()),
+        """Phase of an RL step -> seconds. Where recorded rollouts are learned from none are made or sent weights."""
+        learner = {
+            "scoring": self._passes("scoring"),
+            "update": self._passes("update") + self._optimizer(),
         }
+        if self.cfg.rl.replay:
+            return learner
+        return {"rollouts": self._rollouts(), **learner, "weight sync": sum(self.sync().values())}
 
     def _rollouts(self) -> float:
-        """The busiest actor: its prompts read, then wave after wave of rows, token by token. Nothing where recorded
-        rollouts are learned from."""
-        if self.cfg.rl.replay:
-            return 0.0
+        """The busiest actor: its prompts read, then wave after wave of rows, token by token."""
         prompts = -(-self.cfg.rl.prompts_per_step // self.cfg.rollout.actors)
         mine = prompts * self.cfg.rl.group_size
         rows = min(self.rows, mine)
@@ -79,44 +78,40 @@ class Roofline:
             found["merging adapters"] = self.item * changed / MERGED_BYTES_PER_S
         return found
 
-    def _scoring(self) -> float:
-        """The policy under the recorded exits and the reference; the policy once more before each further update."""
-        count, part, _ = updates(self.cfg)
-        seconds = sum(self._pass(rollouts_per_step(self.cfg), how) for how in (POLICY, REFERENCE))
-        return seconds + (count - 1) * self._pass(part, POLICY)
+    def _passes(self, phase: str) -> float:
+        return sum(times * self._pass(packed, how) for times, packed, how in passes(self.cfg, self.load)[phase])
 
-    def _update(self) -> float:
-        """Forward and backward passes, the gradients' all-reduce and AdamW, over all updates of a step."""
-        layout, device, (count, part, how) = self.layout, self.device, updates(self.cfg)
+    def _optimizer(self) -> float:
+        """The gradients' all-reduce and AdamW, over all updates of a step."""
+        layout, device, (count, _, _) = self.layout, self.device, updates(self.cfg)
         largest = max(rank_parameters(layout, p).trained(layout.spec.full) for p in range(layout.pipeline))
         ring = 2 * (layout.data - 1) / layout.data
         reduce = ring * FP32 * largest / self._link(layout.ranks)
         # AdamW reads and writes parameter, gradient and both moments.
         adam = 7 * FP32 * largest / (layout.data if self.cfg.deepspeed.zero_stage else 1) / device.bandwidth
-        return count * (self._pass(part, how) + reduce + adam)
+        return count * (reduce + adam)
 
-    def _pass(self, sequences: int, how: PassMode) -> float:
-        """One pass over `sequences`: the slowest stage, the pipeline's filling and draining, tensor-parallel sums, and
-        a micro-batch's way through the pipeline (the others' hops hide behind arithmetic)."""
-        layout, size = self.layout, self.cfg.parallel.micro_batch_size
-        batches = sum(real > 0 for real in micro_batches(layout, size, sequences, 0))
-        slowest = max(pass_cost(layout, self.load, size, sequences, how))
-        busy = slowest / self.device.flops + batches * self._tensor_sums(how)
+    def _pass(self, packed: Packing, how: PassMode) -> float:
+        """The slowest stage, the pipeline's filling and draining, tensor-parallel sums, and a micro-batch's way through
+        the pipeline (the others' hops hide behind arithmetic)."""
+        layout, batches = self.layout, packed.micro_batches
+        slowest = max(pass_cost(layout, packed.load, packed.sequences, how))
+        busy = slowest / self.device.flops + batches * self._tensor_sums(packed, how)
         idle = (layout.pipeline - 1) / (batches * layout.virtual)
         hop = self.device.network if self.cfg.cluster.gpus_per_node else self.device.link
-        return busy * (1 + idle) + (layout.pipeline - 1) * self._stream() / hop
+        return busy * (1 + idle) + (layout.pipeline - 1) * self._stream(packed) / hop
 
-    def _tensor_sums(self, how: PassMode) -> float:
+    def _tensor_sums(self, packed: Packing, how: PassMode) -> float:
         """Per micro-batch: two sums per layer forward, two backward, of the active positions' streams."""
         layout = self.layout
         layers = layout.dims.num_layers / layout.pipeline
         passes = (1 + how.train + (how.train and how.recompute)) * 2
         ring = 2 * (layout.tensor - 1) / layout.tensor
-        return layers * passes * ring * self._stream() / self._link(layout.tensor)
+        return layers * passes * ring * self._stream(packed) / self._link(layout.tensor)
 
-    def _stream(self) -> float:
+    def _stream(self, packed: Packing) -> float:
         """Bytes of a micro-batch's residual stream."""
-        return self.cfg.parallel.micro_batch_size * self.load.length * self.layout.dims.hidden * self.item
+        return float(packed.width * self.layout.dims.hidden * self.item)
 
     def _link(self, peers: int) -> float:
         """Bytes/s between that many ranks in a row; without cluster.gpus_per_node all of them are on one node."""

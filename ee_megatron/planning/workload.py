@@ -6,14 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..config.schema import SEQUENCE_MULTIPLE
-
 
 @dataclass(frozen=True)
 class Workload:
     """Sequences of `prompt` + `answer` tokens. Of the answer's tokens the first comes from the prompt, which never
     exits; the others take outcome i (exit i, or none) with probability shares[i]. `outcomes` are depths. `shared`: of a
-    prompt's positions, how many another sequence of the micro-batch has run already, on average."""
+    prompt's positions, how many another sequence of the strip has run already, on average."""
 
     prompt: int
     answer: int
@@ -38,14 +36,13 @@ class Workload:
         return Workload(prompt, answer, tuple(outcomes), tilted(outcomes, later))
 
     @property
-    def length(self) -> int:
-        """Positions of a padded sequence."""
-        return -(-(self.prompt + self.answer) // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
+    def positions(self) -> float:
+        """Positions that one sequence adds to a strip."""
+        return self.prompt - self.shared + self.answer
 
-    def in_groups(self, group: int, micro_batch: int) -> Workload:
-        """The same where `group` sequences of one prompt are neighbours: all but its last position is run once in a
-        micro-batch (learner/batch.py)."""
-        return replace(self, shared=(self.prompt - 1) * (1 - 1 / min(group, micro_batch)))
+    def in_groups(self, together: float) -> Workload:
+        """The same where so many sequences of one prompt lie in a strip: all but its last position is run once."""
+        return replace(self, shared=(self.prompt - 1) * (1 - 1 / together))
 
     def at_full_depth(self) -> Workload:
         """The same without exits."""
@@ -63,6 +60,13 @@ class Workload:
     def active(self, layer: int, full: bool = False) -> float:
         """Positions of one sequence that layer `layer` (1-based) changes."""
         return self.prompt - self.shared + (self.answer - 1) * (1.0 if full else self.reaching(layer))
+
+    def seen(self, layer: int, full: bool = False) -> float:
+        """Keys that the queries of one sequence see in layer `layer` (1-based), summed over its active positions."""
+        # All but the last position of a prompt are shared, or none.
+        prompt = (self.prompt + 1 - self.shared) * self.prompt / 2
+        later = (self.answer - 1) * (self.prompt + self.answer / 2)
+        return prompt + later * (1.0 if full else self.reaching(layer))
 
     def asked(self, depth: int) -> float:
         """Positions of one sequence at which the gate at `depth` is asked: those that got that far."""

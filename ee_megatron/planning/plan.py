@@ -54,8 +54,19 @@ class Plan:
 
     @cached_property
     def seconds(self) -> dict[str, float]:
-        """Phase of an RL step -> seconds."""
+        """Phase of an RL step -> likely seconds."""
         return self.roofline.phases()
+
+    @cached_property
+    def best_seconds(self) -> dict[str, float]:
+        """The same with every assumption at its optimistic end."""
+        return self.roofline.at_best(*self.roofline.assumed).phases()
+
+    @cached_property
+    def gains(self) -> dict[str, float]:
+        """Assumption -> seconds by which a step gets shorter if it alone is at its optimistic end; most first."""
+        found = {name: self.step_seconds - self.roofline.at_best(name).seconds for name in self.roofline.assumed}
+        return dict(sorted(found.items(), key=lambda entry: -entry[1]))
 
     @property
     def parameters(self) -> list[Parameters]:
@@ -64,7 +75,7 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """Seconds of a whole RL step."""
+        """Likely seconds of a whole RL step."""
         return sum(self.seconds.values())
 
     @property
@@ -174,7 +185,7 @@ def make_plan(cfg: RunConfig, dims: ModelDims, device: Device, assumed: Assumpti
     item = element_bytes(cfg, device.packed)
     learner = learner_kinds(cfg, layout, longest, item, device.packed)
     actor = make_actor(cfg, layout, load, longest, item, device)
-    roofline = Roofline(cfg, layout, load, device, item, max(1, actor.rows))
+    roofline = Roofline(cfg, layout, load, device, item, max(1, actor.rows), longest_answer)
     return Plan(cfg, layout, device, load, longest, item, learner, actor, phase_flops(layout, load, cfg), roofline)
 
 

@@ -9,6 +9,7 @@ from ..rollout.vllm.memory import CPU_CACHE_GIB, GPU_SHARE
 from .generation import assumption
 from .plan import HOST, Plan
 from .step import passes
+from .timing import ASSUMED
 
 GIB, MIB = 2**30, 2**20
 
@@ -28,7 +29,7 @@ def summary(plan: Plan) -> list[str]:
     each = "rollout actor" if plan.actor.devices == 1 else "device of a rollout actor"
     actor = f", {size(plan.device_bytes(plan.actor.kinds))} per {each}" if plan.generates else ""
     sent = f" and sent to the rollout pool ({plan.sync / MIB:.1f} MiB)" if plan.generates else ""
-    seconds = ", ".join(f"{phase} {s:.3g} s" for phase, s in plan.seconds.items())
+    seconds = ", ".join(f"{phase} {plan.best_seconds[phase]:.3g} to {s:.3g} s" for phase, s in plan.seconds.items())
     lack = plan.shortage()
     return [
         f"parameters: {_count(sum(p.base for p in plan.parameters) * plan.layout.tensor)} of the base over all ranks, "
@@ -58,6 +59,8 @@ def to_json(plan: Plan, command: str) -> dict[str, Any]:
         "shared_devices": plan.shared,
         "flops": plan.flops,
         "seconds": plan.seconds,
+        "seconds_at_best": plan.best_seconds,
+        "seconds_less_at_best": plan.gains,
         "sync_bytes": plan.sync,
         "device": vars(plan.device),
         "command": command,
@@ -180,13 +183,26 @@ def _reader(plan: Plan) -> list[str]:
 
 def _phases(plan: Plan) -> list[str]:
     rows = [
-        [phase, _flops(plan.flops[phase]) if phase in plan.flops else "", f"{seconds:.3g} s"]
+        [phase, _flops(plan.flops[phase]) if phase in plan.flops else "", *_range(plan.best_seconds[phase], seconds)]
         for phase, seconds in plan.seconds.items()
     ]
-    rows.append(["all, one after another", _flops(sum(plan.flops.values())), f"{plan.step_seconds:.3g} s"])
+    best = sum(plan.best_seconds.values())
+    rows.append(["all, one after another", _flops(sum(plan.flops.values())), *_range(best, plan.step_seconds)])
     sync = ", ".join(f"{part} {seconds:.2g} s" for part, seconds in plan.roofline.sync().items())
-    return [*_table(["an RL step", "FLOPs", f"on {plan.device.name}"], rows),
-            *([f"  sent to the rollout pool: {plan.sync:,} bytes per version ({sync})"] if sync else [])]  # fmt: skip
+    lines = _table([f"an RL step on {plan.device.name}", "FLOPs", "at best", "likely"], rows)
+    if sync:
+        lines.append(f"  sent to the rollout pool: {plan.sync:,} bytes per version ({sync})")
+    for (name, gain), title in zip(plan.gains.items(), ("weighs most", "then"), strict=False):
+        what, value = ASSUMED[name]
+        lines.append(
+            f"  {title}: {what}, {value(plan.roofline)}; at {value(plan.roofline.at_best(name))} a step takes "
+            f"{plan.step_seconds - gain:.3g} s"
+        )
+    return lines
+
+
+def _range(best: float, likely: float) -> tuple[str, str]:
+    return f"{best:.3g} s", f"{likely:.3g} s"
 
 
 def _rollouts(plan: Plan) -> list[str]:
@@ -200,7 +216,7 @@ def _rollouts(plan: Plan) -> list[str]:
         f"rollouts: {each:,.0f} tokens/s of an actor with {actor.rows} rows in flight, {pool:,.0f} of the pool over "
         f"the phase; {skips}",
         f"  a token for every row takes {one.seconds * 1e3:.3g} ms, by themselves: {parts}",
-        f"  weighs most: {most} ({assumption(most, plan.device)})",
+        f"  of a round most is {most} ({assumption(most, plan.device)})",
     ]
 
 
@@ -214,7 +230,7 @@ def _assumptions(plan: Plan) -> list[str]:
         f"assumed: {rl.prompts_per_step} x {rl.group_size} answers of {load.answer} tokens to prompts of "
         f"{load.prompt}; mean depth {mean:.2f} of the layers",
         f"  (share of tokens by depth: {shares}); memory for answers of {plan.longest.answer} tokens at full depth;",
-        f"  {device.name}: {device.tflops:.4g} TFLOP/s, {device.efficiency:.0%} of them reached; memory "
+        f"  {device.name}: {device.peak(plan.item) / 1e12:.4g} TFLOP/s in {8 * plan.item} bits; memory "
         f"{device.bandwidth / 1e12:.3g} TB/s, links {device.link / 1e9:.3g} GB/s, network "
         f"{device.network / 1e9:.3g} GB/s",
     ]

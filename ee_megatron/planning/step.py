@@ -60,7 +60,7 @@ def phase_flops(layout: Layout, load: Workload, cfg: RunConfig) -> dict[str, flo
 
 
 def calibration_flops(layout: Layout, load: Workload, cfg: RunConfig) -> float:
-    """FLOPs of all ranks for an update of calibration, on average, and what is scored for it (training/calibrate.py)."""
+    """FLOPs of all ranks for an update of calibration and what is scored for it, on average (training/calibrate.py)."""
     c, again = cfg.calibrate, cfg.parallel.recompute
     full = TEACHERS[c.teacher] is Teacher.REFERENCE
     compared = PassMode(train=False, divergence=full)

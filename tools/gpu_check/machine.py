@@ -80,7 +80,8 @@ def device_of(bench: Bench) -> tuple[Device, str]:
         return known, f"{known.name}'s data sheet"
     memory = float(torch.cuda.get_device_properties(0).total_memory)
     measured = tflops(bench, torch.bfloat16, "highest"), memory, bandwidth(bench)
-    return Device(name, *measured, link=450e9, network=50e9), "a copy and a product, measured here"
+    fp32 = tflops(bench, torch.float32, "highest")
+    return Device(name, *measured, link=450e9, network=50e9, fp32=fp32), "a copy and products, measured here"
 
 
 def bandwidth(bench: Bench) -> float:

@@ -82,6 +82,17 @@ DEVICES: dict[str, Device] = {
 }
 
 
+OTHER_BOARDS = ("PCIe", "NVL", "MIG", "GH200", "H100L")
+"""Boards that are sold under the name of one of DEVICES and are slower."""
+
+
+def board(name: str) -> Device | None:
+    """The device that a driver names so, if it is one of `DEVICES`."""
+    if any(other in name for other in OTHER_BOARDS):
+        return None
+    return next((device for key, device in DEVICES.items() if key in name), None)
+
+
 def find_device(
     name: str, tflops: float | None = None, memory_gib: float | None = None, efficiency: float | None = None
 ) -> Device:

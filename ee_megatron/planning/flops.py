@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..exits import gate_units
 from ..families import ModelDims, padded_vocab
 from .layout import JOINT, KEY_VALUE, Layout, joint
-from .workload import Workload
+from .workload import Counted, Load, Workload
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def products(layout: Layout, every: float, active: float) -> dict[str, Product]:
     return {name: product(parts) for name, parts in zip(("q", "kv", "out", "gate_up", "down"), JOINT, strict=True)}
 
 
-def attention(layout: Layout, load: Workload, sequences: float, layer: int, full: bool) -> float:
+def attention(layout: Layout, load: Load, sequences: float, layer: int, full: bool) -> float:
     """FLOPs of scores and weighted values, forward, of a layer's active positions on one tensor-parallel rank."""
     width = layout.dims.heads // layout.tensor * layout.dims.head_dim
     return 4 * width * sequences * load.seen(layer, full)
@@ -62,7 +62,7 @@ class PassMode:
     divergence: bool = False
 
 
-def layer_cost(layout: Layout, load: Workload, layer: int, sequences: float, how: PassMode) -> float:
+def layer_cost(layout: Layout, load: Load, layer: int, sequences: float, how: PassMode) -> float:
     """FLOPs of one layer on one rank."""
     active = load.active(layer, full=not how.policy)
     found = products(layout, sequences * load.written, sequences * active)
@@ -95,7 +95,7 @@ def carries_gradient(layout: Layout, layer: int, how: PassMode) -> bool:
     return layer > 1 + min(layout.spec.exit_depths, default=layout.dims.num_layers)
 
 
-def gate_cost(layout: Layout, load: Workload, layer: int, sequences: float) -> float:
+def gate_cost(layout: Layout, load: Load, layer: int, sequences: float) -> float:
     if layer - 1 not in layout.spec.exit_depths:
         return 0.0
     # Under sequence parallelism each tensor-parallel rank asks at its own positions; else all of them at all.
@@ -103,7 +103,7 @@ def gate_cost(layout: Layout, load: Workload, layer: int, sequences: float) -> f
     return gate(layout.dims, layout.spec.gate_width, sequences * load.asked(layer - 1)) / share
 
 
-def head_cost(layout: Layout, load: Workload, sequences: float, how: PassMode) -> float:
+def head_cost(layout: Layout, load: Load, sequences: float, how: PassMode) -> float:
     """FLOPs of the readout on one tensor-parallel rank; a divergence makes both distributions, and learns from one."""
     rows = padded_vocab(layout.dims.vocab, layout.tensor) // layout.tensor
     backward = (1 + layout.spec.full) if how.train else 0
@@ -111,7 +111,7 @@ def head_cost(layout: Layout, load: Workload, sequences: float, how: PassMode) -
     return 2 * sequences * load.answer * rows * layout.dims.hidden * readouts
 
 
-def stage_cost(layout: Layout, load: Workload, pipeline_rank: int, sequences: float, how: PassMode) -> float:
+def stage_cost(layout: Layout, load: Load, pipeline_rank: int, sequences: float, how: PassMode) -> float:
     """FLOPs of `sequences` sequences on one (tensor, pipeline) rank."""
     total = 0.0
     for stage in layout.stages(pipeline_rank):
@@ -122,12 +122,12 @@ def stage_cost(layout: Layout, load: Workload, pipeline_rank: int, sequences: fl
     return total
 
 
-def pass_cost(layout: Layout, load: Workload, sequences: float, how: PassMode) -> list[float]:
+def pass_cost(layout: Layout, load: Load, sequences: float, how: PassMode) -> list[float]:
     """FLOPs by pipeline rank of a data rank's even share of the sequences, on one tensor-parallel rank."""
     return [stage_cost(layout, load, p, sequences / layout.data, how) for p in range(layout.pipeline)]
 
 
-def whole_pass(layout: Layout, load: Workload, sequences: float, how: PassMode) -> float:
+def whole_pass(layout: Layout, load: Load, sequences: float, how: PassMode) -> float:
     """FLOPs of all ranks."""
     return layout.tensor * layout.data * sum(pass_cost(layout, load, sequences, how))
 
@@ -153,6 +153,19 @@ def decode_cost(layout: Layout, load: Workload) -> float:
     for depth in layout.spec.exit_depths:
         total += gate(dims, layout.spec.gate_width, load.reaching(depth))
     return tokens * (total + 2 * dims.vocab * dims.hidden)
+
+
+def generation_cost(layout: Layout, made: Counted, prompts: Sequence[int]) -> float:
+    """FLOPs of answers by the exits that they took, by an engine that skips, as `decode_cost` and `answer_cost` count
+    them; `prompts`: lengths of those that are read."""
+    dims, made = layout.dims, made.without_prompts()
+    linears = sum(rows * columns for rows, columns in dims.linear_shapes().values())
+    total = sum(prefill_cost(dims, prompt) for prompt in prompts) + made.written * 2 * dims.vocab * dims.hidden
+    for layer in range(1, dims.num_layers + 1):
+        run = made.active(layer)
+        total += 2 * linears * run + 4 * dims.heads * dims.head_dim * made.seen(layer)
+        total += 4 * dims.kv_size * dims.hidden * (made.written - run)
+    return total + sum(gate(dims, layout.spec.gate_width, made.asked(depth)) for depth in layout.spec.exit_depths)
 
 
 def answer_cost(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from ..config.schema import RunConfig
 from ..families import ModelDims
 from ..objectives.divergences import TEACHERS, Teacher
 from ..objectives.policy_gradient import KL_TERMS
-from .flops import PassMode, decode_cost, prefill_cost, whole_pass
+from .flops import PassMode, decode_cost, generation_cost, prefill_cost, whole_pass
 from .layout import Layout
 from .packing import Packing, pack_pass
-from .workload import Workload
+from .workload import Counted, Workload
 
 POLICY, REFERENCE = PassMode(train=False), PassMode(train=False, policy=False)
 """How rollouts are scored: the policy under their exits, the reference at full depth."""
@@ -56,6 +60,36 @@ def phase_flops(layout: Layout, load: Workload, cfg: RunConfig) -> dict[str, flo
     return ({} if cfg.rl.replay else {"rollouts": made}) | {
         phase: sum(times * whole_pass(layout, packed.load, packed.sequences, how) for times, packed, how in entries)
         for phase, entries in passes(cfg, load).items()
+    }
+
+
+def step_flops(
+    layout: Layout,
+    cfg: RunConfig,
+    prompts: Sequence[int],
+    depths: Sequence[np.ndarray],
+    kept: Sequence[int],
+    shared: float,
+) -> dict[str, float]:
+    """FLOPs by phase of a step that was done, from the lengths of its prompts and the exits of its answers, whoever
+    shared the work; recomputation is not counted, and every engine is taken for one that skips. `kept`: answers that
+    are learned from; shared: as in `Counted.of`."""
+    layout, rl = layout.on_one_rank(), cfg.rl
+    count, _, train = updates(cfg)
+    train = replace(train, recompute=False, input_gradient=False)
+
+    def counted(rows: Sequence[int]) -> Counted:
+        layers = layout.dims.num_layers
+        return Counted.of([prompts[i] for i in rows], [depths[i] for i in rows], layers, rl.group_size, shared)
+
+    every, learned = counted(range(len(prompts))), counted(kept)
+    run = {how: whole_pass(layout, learned, 1, how) for how in (POLICY, REFERENCE, train)}
+    return {
+        "rollout": generation_cost(layout, every, prompts[:: rl.group_size]),
+        "score": sum(whole_pass(layout, every, 1, how) for how in (POLICY, REFERENCE)),
+        # Each update but the first scores its share again.
+        "update": rl.epochs * (run[train] + run[REFERENCE] * train.divergence)
+        + run[POLICY] * (count - 1) / rl.minibatches,
     }
 
 

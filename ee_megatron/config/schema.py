@@ -324,8 +324,9 @@ class RolloutConfig:
     start_timeout_s: float = setting(0.0, at_least=0, execution=True)
     """Deadline of an actor's start, seconds; 0: three minutes, three more where vLLM compiles, and one second per
     100 MB of weights to read."""
-    timeout_s: float = setting(600.0, positive=True, execution=True)
-    """Deadline of any other call on an actor, seconds: a chunk of answers or traces, a new version of the weights."""
+    timeout_s: float = setting(0.0, at_least=0, execution=True)
+    """Deadline of any other call on an actor, seconds: a chunk of answers or traces, a new version of the weights. 0:
+    ten minutes and a quarter of a second per token of max_new_tokens."""
     failure_budget: int = setting(3, at_least=0, execution=True)
     """Actor deaths after which a run stops."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from ..config.derive import call_timeout, has_actors
 from ..rollout.vllm.memory import CPU_CACHE_GIB, GPU_SHARE
 from .generation import assumption
 from .plan import HOST, Plan
@@ -212,12 +213,18 @@ def _rollouts(plan: Plan) -> list[str]:
     parts = ", ".join(f"{part} {seconds * 1e3:.3g}" for part, seconds in one.parts.items() if seconds)
     skips = "all layers for every token" if actor.backend == "vllm" else "layers behind an exit are skipped"
     most = one.weighs_most
-    return [
+    lines = [
         f"rollouts: {each:,.0f} tokens/s of an actor with {actor.rows} rows in flight, {pool:,.0f} of the pool over "
         f"the phase; {skips}",
         f"  a token for every row takes {one.seconds * 1e3:.3g} ms, by themselves: {parts}",
         f"  of a round most is {most} ({assumption(most, plan.device)})",
     ]
+    if has_actors(plan.cfg.rollout):
+        lines.append(
+            f"  a call on an actor, up to two waves of the longest answers, takes up to "
+            f"{2 * plan.longest.answer * one.seconds:.3g} s of {call_timeout(plan.cfg.rollout):.4g} (rollout.timeout_s)"
+        )
+    return lines
 
 
 def _assumptions(plan: Plan) -> list[str]:

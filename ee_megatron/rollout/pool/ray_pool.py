@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...config.derive import actor_share, start_timeout
+from ...config.derive import actor_share, call_timeout, start_timeout
 from ...config.schema import RolloutConfig
 from ...families.hf_directory import HFDirectory
 from ...policy import WeightSet
@@ -67,7 +67,8 @@ class RayPool:
         if device_share <= 0 or (device_share > 1 and device_share != int(device_share)):
             raise ValueError(f"rollout.device_share={device_share}: expected a fraction up to 1, or whole devices")
         source = HFDirectory(replica.model_path)
-        rollout = replace(rollout, start_timeout_s=start_timeout(rollout, source.size()))
+        limits = {"start_timeout_s": start_timeout(rollout, source.size()), "timeout_s": call_timeout(rollout)}
+        rollout = replace(rollout, **limits)
         replica = replace(replica, start_s=rollout.start_timeout_s)
         prepare_environment()
         import ray

@@ -315,7 +315,8 @@ def _dry_run(cfg: RunConfig, command: str, overrides: list[str]) -> int:
         estimates = dry_run_lines(cfg, dims)
     else:
         lines.append(f"exits: not checked against the model: no {cfg.model.path}/config.json here")
-    lines.append(f"rollouts: {cfg.rollout.backend}, {cfg.rollout.actors} actor(s)")
+    recorded = f"recorded ones, from {cfg.rl.replay}; no actors" if command == "rl" and cfg.rl.replay else ""
+    lines.append(f"rollouts: {recorded or f'{cfg.rollout.backend}, {cfg.rollout.actors} actor(s)'}")
     names, last = list(ORDER), "evaluate" if command == "run" else command
     left_out = set(OPTIONAL) - {*stage_order(cfg), last}
     lines += [f"{name}: {stage_dir(cfg, name)}" for name in names[: names.index(last) + 1] if name not in left_out]

@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 
 
 START_S = 180.0
-# What it may take more where vLLM compiles and has nothing in its cache.
-COMPILE_S = 180.0
 """For an actor's imports, and for Ray's nodes to find one another."""
+COMPILE_S = 180.0
+"""What it may take more where vLLM compiles and has nothing in its cache."""
 DISK_BYTES_PER_S = 100e6
 """What a slow disk, or a busy network file system, gives one reader."""
+CALL_S, TOKEN_S = 600.0, 0.25
+"""For any call on an actor, and for each token of its longest answers: ten times what two waves of full rows take a 32B
+model on an H100 (docs/plans.md)."""
 
 
 def ranks(cfg: RunConfig) -> int:
@@ -72,6 +75,11 @@ def start_timeout(rollout: RolloutConfig, weight_bytes: int) -> float:
     """rollout.start_timeout_s or, where that is 0, the seconds that an actor with so much to read may take."""
     compiles = rollout.backend == "vllm" and rollout.vllm_compile
     return rollout.start_timeout_s or START_S + compiles * COMPILE_S + weight_bytes / DISK_BYTES_PER_S
+
+
+def call_timeout(rollout: RolloutConfig) -> float:
+    """rollout.timeout_s or, where that is 0, the seconds that a call on an actor may take."""
+    return rollout.timeout_s or CALL_S + TOKEN_S * rollout.max_new_tokens
 
 
 def policy_spec(cfg: RunConfig, dims: ModelDims) -> PolicySpec:

@@ -18,7 +18,7 @@ from ..objectives.policy_gradient import KL_TERMS, SURROGATES
 from ..objectives.schedules import DECAYS
 
 SEQUENCE_MULTIPLE = 8
-"""Sequences of a batch are padded to a multiple of this, which parallel.sequence_parallel shares out."""
+"""A micro-batch's positions are padded to a multiple of this, which parallel.sequence_parallel shares out."""
 
 
 @dataclass(frozen=True)
@@ -327,8 +327,9 @@ class RolloutConfig:
     start_timeout_s: float = setting(0.0, at_least=0, execution=True)
     """Deadline of an actor's start, seconds; 0: three minutes, three more where vLLM compiles, and one second per
     100 MB of weights to read."""
-    timeout_s: float = setting(600.0, positive=True, execution=True)
-    """Deadline of any other call on an actor, seconds: a chunk of answers or traces, a new version of the weights."""
+    timeout_s: float = setting(0.0, at_least=0, execution=True)
+    """Deadline of any other call on an actor, seconds: a chunk of answers or traces, a new version of the weights. 0:
+    ten minutes and a quarter of a second per token of max_new_tokens."""
     failure_budget: int = setting(3, at_least=0, execution=True)
     """Actor deaths after which a run stops."""
 

@@ -45,6 +45,9 @@ class Progress:
         self._start = self._last_line = clock()
         self._values: dict[str, float] = {}
         self._detail = ""
+        # Name, count and time of the first sign of what the step is busy with, and the last count.
+        self._busy: tuple[str, int, float] | None = None
+        self._busy_done = 0
         self._rich: RichProgress | None = None
         self._task = TaskID(0)
 
@@ -64,12 +67,20 @@ class Progress:
         """`steps` more are done; `values` (reward, accuracy, depth, loss, …) replace the figures of the same name."""
         self.done += steps
         self._values.update({name: float(value) for name, value in values.items()})
-        self._detail = ""
+        self._detail, self._busy = "", None
         self._show()
 
     def detail(self, name: str, done: int, total: int) -> None:
-        """What the step in progress is busy with; gone at the next `advance`."""
-        self._detail = f"{name} {done}/{total}"
+        """What the step in progress is busy with, and for how long still; gone at the next `advance`. What begins anew,
+        by name or by count, is extrapolated anew."""
+        now = self._clock()
+        if self._busy is None or self._busy[0] != name or done < self._busy_done:
+            self._busy = name, done, now
+        _, first, since = self._busy
+        self._busy_done = done
+        self._detail = f"{name} {done:,}/{total:,}"
+        if first < done < total:
+            self._detail += f", {duration((now - since) / (done - first) * (total - done))} left"
         self._show()
 
     def _fields(self) -> dict[str, Any]:

@@ -1,20 +1,18 @@
 """FLOPs of scoring, learning and generating, by the products that the code runs.
 
-A multiply-add counts 2. Attention counts the rectangle that its kernel is given (queries x keys), as
-torch.utils.flop_counter does, also where causality lets the kernel skip half of it. Norms, activations and softmax
-are not counted: they cost memory traffic, not products.
+A multiply-add counts 2. The learner's attention counts the keys that each query sees, sequence by sequence. Norms,
+activations and softmax are not counted: they cost memory traffic, not products.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ..exits import gate_units
 from ..families import ModelDims, padded_vocab
 from .layout import JOINT, KEY_VALUE, Layout, joint
-from .workload import Workload
+from .workload import Counted, Load, Workload
 
 
 @dataclass(frozen=True)
@@ -38,17 +36,10 @@ def products(layout: Layout, every: float, active: float) -> dict[str, Product]:
     return {name: product(parts) for name, parts in zip(("q", "kv", "out", "gate_up", "down"), JOINT, strict=True)}
 
 
-def queries(load: Workload, active: float) -> float:
-    """Query positions per sequence that attention is given: packed where that costs less than the causal half, as many
-    for all as for the sequence that has most."""
-    active += load.shared
-    return active if active < load.length / 2 else load.length
-
-
-def attention(layout: Layout, load: Workload, rows: float, active: float) -> float:
-    """FLOPs of scores and weighted values, forward, of `rows` sequences on one tensor-parallel rank."""
-    heads, size = layout.dims.heads // layout.tensor, layout.dims.head_dim
-    return 4 * rows * heads * size * queries(load, active) * load.length
+def attention(layout: Layout, load: Load, sequences: float, layer: int, full: bool) -> float:
+    """FLOPs of scores and weighted values, forward, of a layer's active positions on one tensor-parallel rank."""
+    width = layout.dims.heads // layout.tensor * layout.dims.head_dim
+    return 4 * width * sequences * load.seen(layer, full)
 
 
 def gate(dims: ModelDims, width: float, positions: float) -> float:
@@ -59,22 +50,26 @@ def gate(dims: ModelDims, width: float, positions: float) -> float:
 @dataclass(frozen=True)
 class PassMode:
     """How a batch is run. train: with backward pass; recompute: layers run forward twice; policy: with adapters, gates
-    and exits (False: the reference at full depth); input_gradient: the first layer's input asks for a gradient."""
+    and exits (False: the reference at full depth); input_gradient: the first layer's input asks for a gradient;
+    likelihood: tokens' log-probabilities are read out; divergence: so is that from the reference over the whole
+    vocabulary (another pass makes the reference's hidden states)."""
 
     train: bool
     policy: bool = True
     recompute: bool = False
     input_gradient: bool = False
+    likelihood: bool = True
+    divergence: bool = False
 
 
-def layer_cost(layout: Layout, load: Workload, layer: int, rows: float, real: float, how: PassMode) -> float:
-    """FLOPs of one layer on one rank for a micro-batch of `rows` sequences of which `real` are not padding."""
+def layer_cost(layout: Layout, load: Load, layer: int, sequences: float, how: PassMode) -> float:
+    """FLOPs of one layer on one rank."""
     active = load.active(layer, full=not how.policy)
-    found = products(layout, real * load.written, real * active)
+    found = products(layout, sequences * load.written, sequences * active)
     linear = sum(p.base for p in found.values())
     adapters = sum(p.down + p.up for p in found.values()) if how.policy else 0.0
-    attended = attention(layout, load, rows, active)
-    gated = gate_cost(layout, load, layer, real) if how.policy else 0.0
+    attended = attention(layout, load, sequences, layer, not how.policy)
+    gated = gate_cost(layout, load, layer, sequences) if how.policy else 0.0
     forward = linear + adapters + attended + gated
     if not how.train:
         return forward
@@ -100,57 +95,41 @@ def carries_gradient(layout: Layout, layer: int, how: PassMode) -> bool:
     return layer > 1 + min(layout.spec.exit_depths, default=layout.dims.num_layers)
 
 
-def gate_cost(layout: Layout, load: Workload, layer: int, real: float) -> float:
+def gate_cost(layout: Layout, load: Load, layer: int, sequences: float) -> float:
     if layer - 1 not in layout.spec.exit_depths:
         return 0.0
     # Under sequence parallelism each tensor-parallel rank asks at its own positions; else all of them at all.
     share = layout.tensor if layout.sequence_parallel else 1
-    return gate(layout.dims, layout.spec.gate_width, real * load.asked(layer - 1)) / share
+    return gate(layout.dims, layout.spec.gate_width, sequences * load.asked(layer - 1)) / share
 
 
-def head_cost(layout: Layout, load: Workload, real: float, how: PassMode) -> float:
+def head_cost(layout: Layout, load: Load, sequences: float, how: PassMode) -> float:
+    """FLOPs of the readout on one tensor-parallel rank; a divergence makes both distributions, and learns from one."""
     rows = padded_vocab(layout.dims.vocab, layout.tensor) // layout.tensor
-    return 2 * real * load.answer * rows * layout.dims.hidden * (1 + (1 + layout.spec.full if how.train else 0))
+    backward = (1 + layout.spec.full) if how.train else 0
+    readouts = (1 + backward) * how.likelihood + (2 + backward) * how.divergence
+    return 2 * sequences * load.answer * rows * layout.dims.hidden * readouts
 
 
-def stage_cost(layout: Layout, load: Workload, pipeline_rank: int, rows: float, real: float, how: PassMode) -> float:
-    """FLOPs of one micro-batch on one (tensor, pipeline) rank; a micro-batch of padding only costs nothing."""
+def stage_cost(layout: Layout, load: Load, pipeline_rank: int, sequences: float, how: PassMode) -> float:
+    """FLOPs of `sequences` sequences on one (tensor, pipeline) rank."""
     total = 0.0
-    if real <= 0:
-        return total
     for stage in layout.stages(pipeline_rank):
         for layer in stage.layers:
-            total += layer_cost(layout, load, layer, rows, real, how)
+            total += layer_cost(layout, load, layer, sequences, how)
         if stage.head:
-            total += head_cost(layout, load, real, how)
+            total += head_cost(layout, load, sequences, how)
     return total
 
 
-def micro_batches(layout: Layout, size: int, sequences: int, data_rank: int) -> list[int]:
-    """Real sequences in each micro-batch of a data-parallel rank; the rest of `size` is padding (learner.py)."""
-    block = size * layout.data * (layout.pipeline if layout.virtual > 1 else 1)
-    share = -(-sequences // block) * block // layout.data
-    start = data_rank * share
-    return [max(0, min(size, sequences - start - i)) for i in range(0, share, size)]
+def pass_cost(layout: Layout, load: Load, sequences: float, how: PassMode) -> list[float]:
+    """FLOPs by pipeline rank of a data rank's even share of the sequences, on one tensor-parallel rank."""
+    return [stage_cost(layout, load, p, sequences / layout.data, how) for p in range(layout.pipeline)]
 
 
-def pass_cost(layout: Layout, load: Workload, size: int, sequences: int, how: PassMode) -> list[float]:
-    """FLOPs by pipeline rank of data rank 0, which has no less to do than the others, on one tensor-parallel rank."""
-    counts = Counter(micro_batches(layout, size, sequences, 0))
-    return [
-        sum(count * stage_cost(layout, load, pipeline_rank, size, real, how) for real, count in counts.items())
-        for pipeline_rank in range(layout.pipeline)
-    ]
-
-
-def whole_pass(layout: Layout, load: Workload, size: int, sequences: int, how: PassMode) -> float:
+def whole_pass(layout: Layout, load: Load, sequences: float, how: PassMode) -> float:
     """FLOPs of all ranks."""
-    return layout.tensor * sum(
-        stage_cost(layout, load, pipeline_rank, size, real, how)
-        for data_rank in range(layout.data)
-        for real in micro_batches(layout, size, sequences, data_rank)
-        for pipeline_rank in range(layout.pipeline)
-    )
+    return layout.tensor * layout.data * sum(pass_cost(layout, load, sequences, how))
 
 
 def prefill_cost(dims: ModelDims, prompt: int) -> float:
@@ -174,6 +153,19 @@ def decode_cost(layout: Layout, load: Workload) -> float:
     for depth in layout.spec.exit_depths:
         total += gate(dims, layout.spec.gate_width, load.reaching(depth))
     return tokens * (total + 2 * dims.vocab * dims.hidden)
+
+
+def generation_cost(layout: Layout, made: Counted, prompts: Sequence[int]) -> float:
+    """FLOPs of answers by the exits that they took, by an engine that skips, as `decode_cost` and `answer_cost` count
+    them; `prompts`: lengths of those that are read."""
+    dims, made = layout.dims, made.without_prompts()
+    linears = sum(rows * columns for rows, columns in dims.linear_shapes().values())
+    total = sum(prefill_cost(dims, prompt) for prompt in prompts) + made.written * 2 * dims.vocab * dims.hidden
+    for layer in range(1, dims.num_layers + 1):
+        run = made.active(layer)
+        total += 2 * linears * run + 4 * dims.heads * dims.head_dim * made.seen(layer)
+        total += 4 * dims.kv_size * dims.hidden * (made.written - run)
+    return total + sum(gate(dims, layout.spec.gate_width, made.asked(depth)) for depth in layout.spec.exit_depths)
 
 
 def answer_cost(

@@ -22,6 +22,9 @@ from .workload import Workload
 # Kernels that PyTorch starts in a token round, bfloat16: per layer, per exit, and for readout and sampling. Counted on
 # the pretend GPU (tests/device), which holds them here.
 KERNELS = {"layer": 62, "exit": 28, "round": 37}
+# How often host or device waits for the other, copies to the device included: per segment between exits and for the
+# rest of a round (counted there too).
+WAITS = {"segment": 3, "round": 5}
 # The same of a CPU, whose kernels do most of a layer at once.
 CPU_KERNELS = {"layer": 8, "exit": 12, "round": 20}
 # How often attention moves a row's cache: on a GPU it is gathered out of its pages, which reads and writes it, and then
@@ -36,8 +39,8 @@ GATHERED = 3
 REDUCE_S, REDUCE_SHARE = 10e-6, 0.115
 NCCL_S, NCCL_SHARE = 40e-6, 0.5
 # Between two steps the device waits: 5 to 6 ms for 256 rows where vLLM schedules in step with it
-# (vllm-project/vllm#11133), as it does here, and what this package does for each row in between, about 35 us.
-VLLM_ROW_S = 5.5e-3 / 256 + 35e-6
+# (vllm-project/vllm#11133), as it does here. What this package does for each row in between comes to it (Device.row).
+VLLM_ROW_S = 5.5e-3 / 256
 # Replaying a step's CUDA graphs, in pieces between the attentions; sglang has seen 2 ms (sgl-project/sglang#5593).
 GRAPHS_S = 2e-3
 
@@ -57,29 +60,32 @@ class Round:
 
 
 MEMORY, ARITHMETIC, STARTING = "reading weights and cache", "arithmetic", "starting kernels"
-ROWS, REDUCING, GRAPHS = "work of the host per row", "all-reduces", "replaying graphs"
+WAITING, ROWS, REDUCING = "waits of host and device", "work of the host per row", "all-reduces"
+GRAPHS = "replaying graphs"
 
 
 def assumption(part: str, device: Device) -> str:
     """What a part's seconds rest on, in words."""
     return {
         MEMORY: f"{device.streaming:.0%} of {device.bandwidth / 1e12:.3g} TB/s are reached",
-        ARITHMETIC: f"{device.efficiency:.0%} of {device.tflops:.4g} TFLOP/s are reached",
+        ARITHMETIC: f"{device.efficiency:.0%} of the device's peak are reached",
         STARTING: f"{device.launch * 1e6:.3g} us per kernel, {KERNELS['layer']} of them in a layer",
+        WAITING: f"{device.wait * 1e6:.3g} us each time, {WAITS['segment']} times a segment",
         ROWS: "row by row in Python, nothing of it beside the device's work",
         REDUCING: f"{REDUCE_S * 1e6:.3g} us each and {REDUCE_SHARE:.1%} of the link's {device.link / 1e9:.3g} GB/s",
         GRAPHS: f"vLLM replays CUDA graphs, {GRAPHS_S * 1e3:.3g} ms a step",
     }[part]
 
 
-def token_round(cfg: RunConfig, layout: Layout, load: Workload, device: Device, item: int, rows: int) -> Round:
+def token_round(cfg: RunConfig, layout: Layout, load: Workload, device: Device, item: int, rows: float) -> Round:
     """A round of an actor with so many rows, halfway through their answers on average."""
+    device = device.of_cores(cfg.rollout.threads)
     if cfg.rollout.backend == "vllm":
         return vllm_round(layout, load, device, item, rows, cfg.rollout.tensor)
     return embedded_round(layout, load, device, item, rows)
 
 
-def embedded_round(layout: Layout, load: Workload, device: Device, item: int, rows: int) -> Round:
+def embedded_round(layout: Layout, load: Workload, device: Device, item: int, rows: float) -> Round:
     """Segment by segment: rows that have left run nothing more, but a segment's weights are read, and its kernels
     started, once for whoever is left, unless nobody is or its station waits for more (rollout/engine/stations.py)."""
     dims, kernels = layout.dims, CPU_KERNELS if device.packed else KERNELS
@@ -93,7 +99,7 @@ def embedded_round(layout: Layout, load: Workload, device: Device, item: int, ro
         nonlocal seconds
         times = {
             MEMORY: item * (elements + cached * (1 if device.packed else GATHERED)) / speed,
-            ARITHMETIC: flops / device.flops,
+            ARITHMETIC: flops / device.flops(item),
             STARTING: started * device.launch,
         }
         seconds += max(times.values())
@@ -120,10 +126,14 @@ def embedded_round(layout: Layout, load: Workload, device: Device, item: int, ro
         run((1 - share**rows) * behind, 0.0, rows * (1 - share) * 2 * behind, 0.0)
     head = dims.vocab * dims.hidden
     run(head, 0.0, rows * 2 * head, kernels["round"])
-    return Round(seconds + rows * device.row, parts | {ROWS: rows * device.row})
+    beside = {
+        WAITING: (len(layout.spec.layout.outcomes) * WAITS["segment"] + WAITS["round"]) * device.wait,
+        ROWS: rows * device.row,
+    }
+    return Round(seconds + sum(beside.values()), parts | beside)
 
 
-def vllm_round(layout: Layout, load: Workload, device: Device, item: int, rows: int, tensor: int) -> Round:
+def vllm_round(layout: Layout, load: Workload, device: Device, item: int, rows: float, tensor: int) -> Round:
     """All rows run all layers whatever their exits; a device has its share of the work, and all of the gates', whose
     matrices are float32 and rounded in every step."""
     dims, cut = layout.dims, sum(linear_shards(layout.dims, tensor).values())
@@ -135,9 +145,9 @@ def vllm_round(layout: Layout, load: Workload, device: Device, item: int, rows: 
     asking = rows * sum(gate(dims, layout.spec.gate_width, 1) for _ in layout.spec.exit_depths)
     parts = {
         MEMORY: (item * (weights + cache) + gates) / (device.bandwidth * device.streaming),
-        ARITHMETIC: ((work - asking) / tensor + asking) / device.flops,
+        ARITHMETIC: ((work - asking) / tensor + asking) / device.flops(item),
         REDUCING: (2 * dims.num_layers + 1) * all_reduce(rows * dims.hidden * item, device, tensor),
-        ROWS: rows * VLLM_ROW_S,
+        ROWS: rows * (VLLM_ROW_S + device.row),
         GRAPHS: GRAPHS_S,
     }
     if device.packed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config.derive import policy_spec, stage_sizes
 from ..config.schema import RunConfig
@@ -51,6 +51,11 @@ class Layout:
         p, spec = cfg.parallel, policy_spec(cfg, dims)
         sizes = stage_sizes(p, spec.layout)
         return Layout(dims, spec, p.tensor, p.pipeline, p.data, p.virtual, p.sequence_parallel, sizes)
+
+    def on_one_rank(self) -> Layout:
+        """The same model and policy where nothing is shared out."""
+        one = {"tensor": 1, "pipeline": 1, "data": 1, "virtual": 1}
+        return replace(self, **one, sequence_parallel=False, sizes=(self.dims.num_layers,))  # type: ignore[arg-type]
 
     @property
     def ranks(self) -> int:

@@ -17,7 +17,8 @@ from ..parallel.vocabulary import CHUNK_BYTES, LEAST_CHUNK
 from ..policy import may_travel_in, stays_float32
 from ..rollout.engine.cache import PAGE, pages_for, pool_pages
 from .flops import PassMode, carries_gradient
-from .layout import JOINT, KEY_VALUE, ROW_PARALLEL, Layout, PipelineStage, joint, rank_parameters
+from .layout import JOINT, ROW_PARALLEL, Layout, PipelineStage, joint, rank_parameters
+from .packing import Packing
 from .workload import Workload
 
 FP32, INDEX = 4, 8
@@ -28,19 +29,18 @@ REDUCE_BUCKET = 500_000_000
 @dataclass(frozen=True)
 class Training:
     """What decides a learner rank's memory beside its layout. item: bytes of an element of the base (2 or 4); on_cpu:
-    attention runs in fp32 there, and its kernels take grouped heads with a mask."""
+    attention runs in fp32 there; divergence: the loss has an exact one, from the reference."""
 
     item: int
-    micro_batch: int
     recompute: bool
     zero_stage: int
     offload: bool
     on_cpu: bool
+    divergence: bool = False
 
 
-def learner_memory(layout: Layout, load: Workload, t: Training, pipeline_rank: int, batches: int) -> dict[str, float]:
-    """Kind -> bytes on the device of one rank, with `batches` micro-batches per update. "optimizer (host)" is not on
-    the device."""
+def learner_memory(layout: Layout, packed: Packing, t: Training, pipeline_rank: int) -> dict[str, float]:
+    """Kind -> bytes on the device of one rank in an update. "optimizer (host)" is not on the device."""
     full, counted = layout.spec.full, rank_parameters(layout, pipeline_rank)
     # Adapters and gates are fp32 whatever the base is; DeepSpeed's engine needs each learning-rate group, so a rank
     # without gates or adapters brings one idle element.
@@ -58,13 +58,18 @@ def learner_memory(layout: Layout, load: Workload, t: Training, pipeline_rank: i
         # After the backward pass: the averaged partition beside the local gradients.
         found["gradients"] += FP32 * count / share
         found["reduction bucket"] = reduction_bucket(counted.base + counted.copy if full else 0, small, t)
-    found["activations"] = activations(layout, load, t, pipeline_rank, batches)
+    found["activations"] = activations(layout, packed, t, pipeline_rank)
     if layout.pipeline > 1:
         # Outputs are kept until their gradient returns (deallocate_pipeline_outputs is off).
-        whole = t.micro_batch * load.length * layout.dims.hidden * t.item
-        found["pipeline buffers"] = whole * (1 + in_flight(layout, pipeline_rank, batches))
+        whole = packed.width * layout.dims.hidden * t.item
+        found["pipeline buffers"] = float(whole * (1 + in_flight(layout, pipeline_rank, packed.micro_batches)))
     if any(stage.head for stage in layout.stages(pipeline_rank)):
-        found["logits chunk"] = logits_chunk(layout, load, t)
+        found["logits chunk"] = logits_chunk(layout, packed, t)
+        if t.divergence:
+            # The reference runs ahead of the update by one micro-batch or, to fill a pipeline, one for each of its
+            # ranks.
+            hidden = packed.each * packed.load.answer * layout.dims.hidden
+            found["reference states"] = layout.pipeline * hidden * t.item
     if full:
         found["reference"] = float(t.item * (counted.base + counted.copy))
     return found
@@ -89,19 +94,19 @@ def in_flight(layout: Layout, pipeline_rank: int, batches: int) -> int:
     return min(warm_up, batches * layout.virtual)
 
 
-def activations(layout: Layout, load: Workload, t: Training, pipeline_rank: int, batches: int) -> float:
+def activations(layout: Layout, packed: Packing, t: Training, pipeline_rank: int) -> float:
     """Peak of what autograd keeps on a rank: at the end of a micro-batch's forward pass or, under recomputation, while
     a layer is run again."""
-    stages, flying = layout.stages(pipeline_rank), in_flight(layout, pipeline_rank, batches)
-    kept = [stage_activations(layout, load, t, stage) for stage in stages]
-    final = final_activations(layout, load, t) if any(stage.head for stage in stages) else 0.0
+    stages, flying = layout.stages(pipeline_rank), in_flight(layout, pipeline_rank, packed.micro_batches)
+    kept = [stage_activations(layout, packed, t, stage) for stage in stages]
+    final = final_activations(layout, packed, t) if any(stage.head for stage in stages) else 0.0
     others = (flying - 1) * sum(kept) / len(stages)
     peak = others + kept[-1] + final
     if t.recompute:
         # The layer's own input is kept already, and those of the layers behind it are gone.
-        entered = layer_input(layout, load, t)
+        entered = layer_input(layout, packed, t)
         again = [
-            (at + (t.item != FP32)) * entered + layer_activations(layout, load, t, layer)
+            (at + (t.item != FP32)) * entered + layer_activations(layout, packed, t, layer)
             for stage in stages
             for at, layer in enumerate(stage.layers)
         ]
@@ -109,31 +114,32 @@ def activations(layout: Layout, load: Workload, t: Training, pipeline_rank: int,
     return peak
 
 
-def layer_input(layout: Layout, load: Workload, t: Training) -> float:
+def layer_input(layout: Layout, packed: Packing, t: Training) -> float:
     share = layout.tensor if layout.sequence_parallel else 1
-    return t.micro_batch * load.length * layout.dims.hidden * t.item / share
+    return packed.width * layout.dims.hidden * t.item / share
 
 
-def stage_activations(layout: Layout, load: Workload, t: Training, stage: PipelineStage) -> float:
+def stage_activations(layout: Layout, packed: Packing, t: Training, stage: PipelineStage) -> float:
     if t.recompute:
-        return len(stage.layers) * layer_input(layout, load, t)
-    return sum(layer_activations(layout, load, t, layer) for layer in stage.layers)
+        return len(stage.layers) * layer_input(layout, packed, t)
+    return sum(layer_activations(layout, packed, t, layer) for layer in stage.layers)
 
 
-def final_activations(layout: Layout, load: Workload, t: Training) -> float:
+def final_activations(layout: Layout, packed: Packing, t: Training) -> float:
     """The final norm's input (and what follows it, where it is trained), and the gradients that the loss has made
     already: of the counted positions' hidden states and, where it is trained, of the head."""
     dims, full = layout.dims, layout.spec.full
     share = layout.tensor if layout.sequence_parallel else 1
-    normed = t.micro_batch * load.length * dims.hidden / share * (FP32 + (t.item if full else 0))
+    normed = packed.width * dims.hidden / share * (FP32 + (t.item if full else 0))
+    counted = packed.each * packed.load.answer
     head = padded_vocab(dims.vocab, layout.tensor) // layout.tensor * dims.hidden * t.item if full else 0
-    return normed + t.micro_batch * load.answer * dims.hidden * t.item + head
+    return normed + counted * dims.hidden * t.item * (1 + t.divergence) + head
 
 
-def layer_activations(layout: Layout, load: Workload, t: Training, layer: int) -> float:
+def layer_activations(layout: Layout, packed: Packing, t: Training, layer: int) -> float:
     """Bytes that autograd keeps of one layer and one micro-batch, every token at full depth; parameters left out."""
     dims, e, full = layout.dims, t.item, layout.spec.full
-    every, active = t.micro_batch * load.length, t.micro_batch * load.active(layer, full=True)
+    every, active = packed.width, packed.filled
     here = layout.tensor if layout.sequence_parallel else 1
     q, kv, inner = (size // layout.tensor for size in (dims.q_size, dims.kv_size, dims.intermediate))
     entering = carries_gradient(layout, layer, PassMode(True, input_gradient=t.recompute or t.zero_stage == 3))
@@ -146,67 +152,64 @@ def layer_activations(layout: Layout, load: Workload, t: Training, layer: int) -
     if here > 1:
         # Sequence parallelism: what is put at its place before a gather and before the two reduce-scatters.
         kept += (active / here + 2 * active) * dims.hidden * e
-    kept += linear_inputs(layout, t, every, active) + adapter_activations(layout, t, every, active)
+    kept += linear_inputs(layout, t, active) + adapter_activations(layout, t, active)
     if entering:
         # The gradient of q, k and v products needs their rows of the fused weight, which are copies.
         kept += (q + 2 * kv) * dims.hidden * e
-    kept += attention_activations(layout, t, every, active)
+    kept += attention_activations(layout, t, active)
     # SwiGLU: gate and up, silu(gate).
     kept += active * 3 * inner * e
     # Where the active positions are.
     kept += active * 3 * INDEX
     if layer - 1 in layout.spec.exit_depths:
-        asked = t.micro_batch * (load.answer - 1) / here
+        asked = packed.each * (packed.load.answer - 1) / here
         # The stream in fp32, what the gate's first product reads, and its result after the ReLU.
         kept += asked * (dims.hidden * (FP32 + e) + FP32 * gate_units(layout.spec.gate_width, dims.hidden))
     return kept
 
 
-def linear_inputs(layout: Layout, t: Training, every: float, active: float) -> float:
+def linear_inputs(layout: Layout, t: Training, active: float) -> float:
     """What linears read: kept for their adapters' sake, or for their own gradient. Frozen ones keep nothing."""
-    size = 0.0
-    for parts in JOINT:
-        _, columns, rank = joint(layout, parts)
-        if layout.spec.full or rank:
-            size += (every if parts == KEY_VALUE else active) * columns
-    return t.item * size
+    found = (joint(layout, parts) for parts in JOINT)
+    return t.item * active * sum(columns for _, columns, rank in found if layout.spec.full or rank)
 
 
-def attention_activations(layout: Layout, t: Training, every: float, active: float) -> float:
-    """Queries at their places, rotated keys, values (a view of the joint product), output, one sum per query, angles;
-    with norms on heads their inputs too. On a CPU the kernel runs in fp32."""
+def attention_activations(layout: Layout, t: Training, active: float) -> float:
+    """Rotated queries and keys, values (a view of the joint product), output, one sum per query, angles; with norms on
+    heads their inputs too. On a CPU the kernel runs in fp32."""
     dims, e = layout.dims, t.item
     q, kv, heads = (size // layout.tensor for size in (dims.q_size, dims.kv_size, dims.heads))
     wide = e != FP32
     kernel = FP32 if t.on_cpu else e
-    kept = every * (2 * q + kv) * kernel + every * heads * FP32 + every * 2 * kv * e
+    kept = active * ((2 * q + kv) * kernel + heads * FP32 + 2 * kv * e)
     if t.on_cpu and wide:
-        kept += every * kv * FP32
+        kept += active * kv * FP32
     if dims.qk_norm:
-        kept += active * q * FP32 + active * heads * FP32 + (every * kv * FP32 if wide else 0)
+        kept += active * (q + heads + (kv if wide else 0)) * FP32
         if layout.spec.full:
-            kept += (active * q + every * kv) * e
-    return kept + 2 * (active + every / t.micro_batch) * dims.head_dim * e
+            kept += active * (q + kv) * e
+    return kept + 4 * active * dims.head_dim * e
 
 
-def adapter_activations(layout: Layout, t: Training, every: float, active: float) -> float:
+def adapter_activations(layout: Layout, t: Training, active: float) -> float:
     """The narrow products, and the factors as joined for one product each."""
     kept = 0.0
     for parts in JOINT:
         rows, columns, rank = joint(layout, parts)
         # A row-parallel linear's second factor is one adapter's own: a parameter, or its narrower copy.
         joined = columns + (rows if parts[0] not in ROW_PARALLEL or t.item != FP32 else 0)
-        kept += rank * ((every if parts == KEY_VALUE else active) + joined) * t.item
+        kept += rank * (active + joined) * t.item
     return kept
 
 
-def logits_chunk(layout: Layout, load: Workload, t: Training) -> float:
-    """Scoring: a chunk's logits in fp32, and p log p beside them; a CPU multiplies with the head in fp32 before."""
+def logits_chunk(layout: Layout, packed: Packing, t: Training) -> float:
+    """Scoring: a chunk's logits in fp32, and p log p beside them; a divergence has two distributions and what its
+    slope is made of; a CPU multiplies with the head in fp32 before."""
     rows = padded_vocab(layout.dims.vocab, layout.tensor) // layout.tensor
-    chunk = min(max(LEAST_CHUNK, CHUNK_BYTES // (FP32 * rows)), t.micro_batch * load.answer)
+    chunk = min(max(LEAST_CHUNK, CHUNK_BYTES // (FP32 * rows)), packed.each * packed.load.answer)
     trained = FP32 * rows * layout.dims.hidden if layout.spec.full else 0
     copied = FP32 * rows * layout.dims.hidden if t.on_cpu and t.item != FP32 else 0
-    return chunk * rows * FP32 + max(chunk * rows * FP32, copied) + trained
+    return chunk * rows * FP32 + max((6 if t.divergence else 1) * chunk * rows * FP32, copied) + trained
 
 
 def actor_memory(

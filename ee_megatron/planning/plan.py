@@ -16,7 +16,8 @@ from .devices import GIB, Device
 from .generation import Round, token_round
 from .layout import Layout, Parameters, rank_parameters
 from .memory import Training, learner_memory, sync_bytes
-from .step import phase_flops
+from .packing import pack_pass
+from .step import phase_flops, updates
 from .timing import Roofline
 from .workload import Workload
 
@@ -53,8 +54,19 @@ class Plan:
 
     @cached_property
     def seconds(self) -> dict[str, float]:
-        """Phase of an RL step -> seconds."""
+        """Phase of an RL step -> likely seconds."""
         return self.roofline.phases()
+
+    @cached_property
+    def best_seconds(self) -> dict[str, float]:
+        """The same with every assumption at its optimistic end."""
+        return self.roofline.at_best(*self.roofline.assumed).phases()
+
+    @cached_property
+    def gains(self) -> dict[str, float]:
+        """Assumption -> seconds by which a step gets shorter if it alone is at its optimistic end; most first."""
+        found = {name: self.step_seconds - self.roofline.at_best(name).seconds for name in self.roofline.assumed}
+        return dict(sorted(found.items(), key=lambda entry: -entry[1]))
 
     @property
     def parameters(self) -> list[Parameters]:
@@ -63,7 +75,7 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """Seconds of a whole RL step."""
+        """Likely seconds of a whole RL step."""
         return sum(self.seconds.values())
 
     @property
@@ -169,21 +181,20 @@ def make_plan(cfg: RunConfig, dims: ModelDims, device: Device, assumed: Assumpti
     if answer > longest_answer:
         raise ValueError(f"--answer-tokens {answer}: longer than rollout.max_new_tokens={longest_answer} allows")
     load = Workload.of(assumed.prompt_tokens, answer, outcomes, assumed.mean_depth)
-    load = load.in_groups(cfg.rl.group_size, cfg.parallel.micro_batch_size)
     longest = Workload.of(assumed.prompt_tokens, longest_answer, outcomes, 1.0)
     item = element_bytes(cfg, device.packed)
     learner = learner_kinds(cfg, layout, longest, item, device.packed)
     actor = make_actor(cfg, layout, load, longest, item, device)
-    roofline = Roofline(cfg, layout, load, device, item, max(1, actor.rows))
+    roofline = Roofline(cfg, layout, load, device, item, max(1, actor.rows), longest_answer)
     return Plan(cfg, layout, device, load, longest, item, learner, actor, phase_flops(layout, load, cfg), roofline)
 
 
 def learner_kinds(cfg: RunConfig, layout: Layout, longest: Workload, item: int, on_cpu: bool) -> list[dict[str, float]]:
     """Kind -> bytes of a learner rank in an RL step, by pipeline rank."""
-    per_update = -(-cfg.rl.prompts_per_step * cfg.rl.group_size // cfg.rl.minibatches)
-    batches = max(1, -(-per_update // (cfg.parallel.micro_batch_size * layout.data)))
-    parallel, zero = cfg.parallel, cfg.deepspeed
+    _, part, how = updates(cfg)
+    zero = cfg.deepspeed
     training = Training(
-        item, parallel.micro_batch_size, parallel.recompute, zero.zero_stage, zero.offload_optimizer, on_cpu
+        item, cfg.parallel.recompute, zero.zero_stage, zero.offload_optimizer, on_cpu, divergence=how.divergence
     )
-    return [learner_memory(layout, longest, training, p, batches) for p in range(layout.pipeline)]
+    packed = pack_pass(cfg, longest, part, cfg.rl.group_size)
+    return [learner_memory(layout, packed, training, p) for p in range(layout.pipeline)]

@@ -20,7 +20,7 @@ from .workload import Workload
 # What a change costs the user, roughly: time for recomputing, time for smaller batches, devices.
 PRICES = {
     "parallel.recompute": 1.0,
-    "parallel.micro_batch_size": 0.6,
+    "parallel.tokens_per_micro_batch": 0.6,
     "rollout.rows": 0.6,
     "rollout.actors": 0.5,
     "rollout.tensor": 1.5,
@@ -85,7 +85,7 @@ def _by_price(cfg: RunConfig) -> Iterator[dict[str, int | bool]]:
     parallel, stage = cfg.parallel, cfg.deepspeed.zero_stage
     choices: dict[str, list[int | bool]] = {
         "parallel.recompute": [True],
-        "parallel.micro_batch_size": list(_halves(parallel.micro_batch_size)),
+        "parallel.tokens_per_micro_batch": list(_halves(parallel.tokens_per_micro_batch))[:6],
         "rollout.rows": list(_halves(wanted_rows(cfg)))[:5],
         "deepspeed.zero_stage": [s for s in (1, 2, 3) if s > stage],
         "deepspeed.offload_optimizer": [True],

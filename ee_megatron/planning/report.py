@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from ..config.derive import call_timeout, has_actors
 from ..rollout.vllm.memory import CPU_CACHE_GIB, GPU_SHARE
 from .generation import assumption
 from .plan import HOST, Plan
+from .step import passes
+from .timing import ASSUMED
 
 GIB, MIB = 2**30, 2**20
 
@@ -24,13 +27,16 @@ def to_text(plan: Plan, command: str) -> str:
 def summary(plan: Plan) -> list[str]:
     """The few lines that a dry run adds."""
     most = max(plan.device_bytes(kinds) for kinds in plan.learner)
-    seconds = ", ".join(f"{phase} {s:.3g} s" for phase, s in plan.seconds.items())
+    each = "rollout actor" if plan.actor.devices == 1 else "device of a rollout actor"
+    actor = f", {size(plan.device_bytes(plan.actor.kinds))} per {each}" if plan.generates else ""
+    sent = f" and sent to the rollout pool ({plan.sync / MIB:.1f} MiB)" if plan.generates else ""
+    seconds = ", ".join(f"{phase} {plan.best_seconds[phase]:.3g} to {s:.3g} s" for phase, s in plan.seconds.items())
+    lack = plan.shortage()
     return [
         f"parameters: {_count(sum(p.base for p in plan.parameters) * plan.layout.tensor)} of the base over all ranks, "
-        f"{_count(plan.trained)} trained and sent to the rollout pool ({plan.sync / MIB:.1f} MiB)",
-        f"memory: up to {size(most)} per learner rank, {size(plan.device_bytes(plan.actor.kinds))} per "
-        f"{'rollout actor' if plan.actor.devices == 1 else 'device of a rollout actor'} "
-        f"({plan.item} bytes per element of the base)",
+        f"{_count(plan.trained)} trained{sent}",
+        f"memory: up to {size(most)} per learner rank{actor} ({plan.item} bytes per element of the base)",
+        *([f"does not fit: {lack} (ee-megatron plan names what would, and plans for other devices)"] if lack else []),
         f"estimate per RL step on {plan.device.name}: {seconds} (ee-megatron plan shows how)",
     ]
 
@@ -50,10 +56,12 @@ def to_json(plan: Plan, command: str) -> dict[str, Any]:
                   "wanted_rows": plan.actor.wanted, "cache_positions": plan.actor.positions,
                   "reader_bytes": plan.actor.reader, "cache_beside_reader_bytes": plan.actor.beside_reader},
         "round": vars(plan.round),
-        "tokens_per_s": dict(zip(("actor", "pool"), plan.tokens_per_s, strict=True)),
+        "tokens_per_s": dict(zip(("actor", "pool"), plan.tokens_per_s, strict=True)) if plan.generates else {},
         "shared_devices": plan.shared,
         "flops": plan.flops,
         "seconds": plan.seconds,
+        "seconds_at_best": plan.best_seconds,
+        "seconds_less_at_best": plan.gains,
         "sync_bytes": plan.sync,
         "device": vars(plan.device),
         "command": command,
@@ -176,13 +184,26 @@ def _reader(plan: Plan) -> list[str]:
 
 def _phases(plan: Plan) -> list[str]:
     rows = [
-        [phase, _flops(plan.flops[phase]) if phase in plan.flops else "", f"{seconds:.3g} s"]
+        [phase, _flops(plan.flops[phase]) if phase in plan.flops else "", *_range(plan.best_seconds[phase], seconds)]
         for phase, seconds in plan.seconds.items()
     ]
-    rows.append(["all, one after another", _flops(sum(plan.flops.values())), f"{plan.step_seconds:.3g} s"])
+    best = sum(plan.best_seconds.values())
+    rows.append(["all, one after another", _flops(sum(plan.flops.values())), *_range(best, plan.step_seconds)])
     sync = ", ".join(f"{part} {seconds:.2g} s" for part, seconds in plan.roofline.sync().items())
-    return [*_table(["an RL step", "FLOPs", f"on {plan.device.name}"], rows),
-            *([f"  sent to the rollout pool: {plan.sync:,} bytes per version ({sync})"] if sync else [])]  # fmt: skip
+    lines = _table([f"an RL step on {plan.device.name}", "FLOPs", "at best", "likely"], rows)
+    if sync:
+        lines.append(f"  sent to the rollout pool: {plan.sync:,} bytes per version ({sync})")
+    for (name, gain), title in zip(plan.gains.items(), ("weighs most", "then"), strict=False):
+        what, value = ASSUMED[name]
+        lines.append(
+            f"  {title}: {what}, {value(plan.roofline)}; at {value(plan.roofline.at_best(name))} a step takes "
+            f"{plan.step_seconds - gain:.3g} s"
+        )
+    return lines
+
+
+def _range(best: float, likely: float) -> tuple[str, str]:
+    return f"{best:.3g} s", f"{likely:.3g} s"
 
 
 def _rollouts(plan: Plan) -> list[str]:
@@ -192,12 +213,18 @@ def _rollouts(plan: Plan) -> list[str]:
     parts = ", ".join(f"{part} {seconds * 1e3:.3g}" for part, seconds in one.parts.items() if seconds)
     skips = "all layers for every token" if actor.backend == "vllm" else "layers behind an exit are skipped"
     most = one.weighs_most
-    return [
+    lines = [
         f"rollouts: {each:,.0f} tokens/s of an actor with {actor.rows} rows in flight, {pool:,.0f} of the pool over "
         f"the phase; {skips}",
         f"  a token for every row takes {one.seconds * 1e3:.3g} ms, by themselves: {parts}",
-        f"  weighs most: {most} ({assumption(most, plan.device)})",
+        f"  of a round most is {most} ({assumption(most, plan.device)})",
     ]
+    if has_actors(plan.cfg.rollout):
+        lines.append(
+            f"  a call on an actor, up to two waves of the longest answers, takes up to "
+            f"{2 * plan.longest.answer * one.seconds:.3g} s of {call_timeout(plan.cfg.rollout):.4g} (rollout.timeout_s)"
+        )
+    return lines
 
 
 def _assumptions(plan: Plan) -> list[str]:
@@ -210,7 +237,7 @@ def _assumptions(plan: Plan) -> list[str]:
         f"assumed: {rl.prompts_per_step} x {rl.group_size} answers of {load.answer} tokens to prompts of "
         f"{load.prompt}; mean depth {mean:.2f} of the layers",
         f"  (share of tokens by depth: {shares}); memory for answers of {plan.longest.answer} tokens at full depth;",
-        f"  {device.name}: {device.tflops:.4g} TFLOP/s, {device.efficiency:.0%} of them reached; memory "
+        f"  {device.name}: {device.peak(plan.item) / 1e12:.4g} TFLOP/s in {8 * plan.item} bits; memory "
         f"{device.bandwidth / 1e12:.3g} TB/s, links {device.link / 1e9:.3g} GB/s, network "
         f"{device.network / 1e9:.3g} GB/s",
     ]
@@ -240,9 +267,11 @@ def _bound(plan: Plan) -> str:
         idle = max(0, actors - prompts)
         spare = f", {idle} actor(s) without a prompt" if idle else ""
         return f"rollouts: {plan.load.answer} tokens one after another, {plan.actor.rows} rows per actor{spare}"
-    block = cfg.parallel.micro_batch_size * layout.data
-    if prompts * group < block:
-        return f"{slowest}: {prompts * group} sequences for {block} places of a micro-batch on every replica"
-    batches = -(-prompts * group // block)
+    if slowest == "weight sync":
+        return f"{slowest}: {size(plan.sync)} to every actor"
+    packed = max((packed for _, packed, _ in passes(cfg, plan.load)[slowest]), key=lambda found: found.sequences)
+    if prompts * group < layout.data:
+        return f"{slowest}: {prompts * group} sequences for {layout.data} replicas"
+    batches = packed.micro_batches
     idle_share = (layout.pipeline - 1) / (batches * layout.virtual + layout.pipeline - 1)
     return f"{slowest}: {batches} micro-batch(es) per replica, {idle_share:.0%} of the pipeline idle"

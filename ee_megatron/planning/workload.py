@@ -5,15 +5,37 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
-from ..config.schema import SEQUENCE_MULTIPLE
+import numpy as np
+
+
+class Load(Protocol):
+    """What a pass has to run, of one sequence or of all together."""
+
+    @property
+    def answer(self) -> float:
+        """Tokens that are predicted."""
+
+    @property
+    def written(self) -> float:
+        """Positions that a layer makes keys and values at; the last token of a sequence is read by nobody."""
+
+    def active(self, layer: int, full: bool = False) -> float:
+        """Positions that layer `layer` (1-based) changes; full: without exits."""
+
+    def seen(self, layer: int, full: bool = False) -> float:
+        """Keys that these positions' queries see, summed."""
+
+    def asked(self, depth: int) -> float:
+        """Positions at which the gate at `depth` is asked: those that got that far."""
 
 
 @dataclass(frozen=True)
 class Workload:
     """Sequences of `prompt` + `answer` tokens. Of the answer's tokens the first comes from the prompt, which never
     exits; the others take outcome i (exit i, or none) with probability shares[i]. `outcomes` are depths. `shared`: of a
-    prompt's positions, how many another sequence of the micro-batch has run already, on average."""
+    prompt's positions, how many another sequence of the strip has run already, on average."""
 
     prompt: int
     answer: int
@@ -38,14 +60,13 @@ class Workload:
         return Workload(prompt, answer, tuple(outcomes), tilted(outcomes, later))
 
     @property
-    def length(self) -> int:
-        """Positions of a padded sequence."""
-        return -(-(self.prompt + self.answer) // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
+    def positions(self) -> float:
+        """Positions that one sequence adds to a strip."""
+        return self.prompt - self.shared + self.answer
 
-    def in_groups(self, group: int, micro_batch: int) -> Workload:
-        """The same where `group` sequences of one prompt are neighbours: all but its last position is run once in a
-        micro-batch (learner/batch.py)."""
-        return replace(self, shared=(self.prompt - 1) * (1 - 1 / min(group, micro_batch)))
+    def in_groups(self, together: float) -> Workload:
+        """The same where so many sequences of one prompt lie in a strip: all but its last position is run once."""
+        return replace(self, shared=(self.prompt - 1) * (1 - 1 / together))
 
     def at_full_depth(self) -> Workload:
         """The same without exits."""
@@ -53,7 +74,6 @@ class Workload:
 
     @property
     def written(self) -> float:
-        """Positions of one sequence that a layer makes keys and values at; its last token is read by nobody."""
         return self.prompt - self.shared + self.answer - 1
 
     def reaching(self, depth: int) -> float:
@@ -61,12 +81,64 @@ class Workload:
         return sum(share for outcome, share in zip(self.outcomes, self.shares, strict=True) if outcome >= depth)
 
     def active(self, layer: int, full: bool = False) -> float:
-        """Positions of one sequence that layer `layer` (1-based) changes."""
         return self.prompt - self.shared + (self.answer - 1) * (1.0 if full else self.reaching(layer))
 
+    def seen(self, layer: int, full: bool = False) -> float:
+        # All but the last position of a prompt are shared, or none.
+        prompt = (self.prompt + 1 - self.shared) * self.prompt / 2
+        later = (self.answer - 1) * (self.prompt + self.answer / 2)
+        return prompt + later * (1.0 if full else self.reaching(layer))
+
     def asked(self, depth: int) -> float:
-        """Positions of one sequence at which the gate at `depth` is asked: those that got that far."""
         return (self.answer - 1) * self.reaching(depth)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Given sequences, all together. prompts, prompts_seen: positions of prompts that are run, and the keys that they
+    see; later, later_seen [L + 1]: by depth, answer tokens behind the first ones that took it, and their keys."""
+
+    answer: float
+    prompts: float
+    prompts_seen: float
+    later: np.ndarray
+    later_seen: np.ndarray
+
+    @staticmethod
+    def of(
+        prompts: Sequence[int], depths: Sequence[np.ndarray], num_layers: int, group: int = 1, shared: float = 1.0
+    ) -> Counted:
+        """Tokens of each prompt, and depths [T] of each answer's tokens, the first of which comes with the prompt.
+        `group` neighbours have one prompt, of which this share is run only once."""
+        later, seen = np.zeros(num_layers + 1), np.zeros(num_layers + 1)
+        for prompt, taken in zip(prompts, depths, strict=True):
+            later += np.bincount(taken[1:], minlength=num_layers + 1)
+            keys = prompt + np.arange(1, len(taken), dtype=np.float64)
+            seen += np.bincount(taken[1:], weights=keys, minlength=num_layers + 1)
+        own = np.asarray(prompts, dtype=np.float64)
+        # Of the others of a group only the prompt's last position is run.
+        run = np.where(np.arange(len(own)) % group == 0, 1.0, 1.0 - shared)
+        positions, keys = 1 + (own - 1) * run, own + own * (own - 1) / 2 * run
+        return Counted(
+            float(sum(map(len, depths))), float(positions.sum()), float(keys.sum()), later, seen
+        )  # fmt: skip
+
+    @property
+    def written(self) -> float:
+        return self.prompts + float(self.later.sum())
+
+    def active(self, layer: int, full: bool = False) -> float:
+        return self.prompts + float(self.later[0 if full else layer :].sum())
+
+    def seen(self, layer: int, full: bool = False) -> float:
+        return self.prompts_seen + float(self.later_seen[0 if full else layer :].sum())
+
+    def asked(self, depth: int) -> float:
+        return float(self.later[depth:].sum())
+
+    def without_prompts(self) -> Counted:
+        """Where these have been read before."""
+        return replace(self, prompts=0.0, prompts_seen=0.0)
 
 
 def tilted(outcomes: Sequence[int], mean: float) -> tuple[float, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -30,13 +31,15 @@ class ReportRun:
 
 @dataclass
 class StageData:
-    """A stage's configuration text and its curves by metric. `run` says whose it is where there are several."""
+    """A stage's configuration text, its curves by metric, its clocks' by name. `run` says whose it is where there are
+    several."""
 
     name: str
     directory: Path
     run: str = ""
     config: str = ""
     curves: dict[str, Curve] = field(default_factory=dict)
+    timings: dict[str, Curve] = field(default_factory=dict)
 
 
 @dataclass
@@ -77,7 +80,7 @@ def read_inputs(stage_dirs: Mapping[str, Path]) -> Inputs:
 
 def _read_stage(name: str, directory: Path, missing: list[str]) -> StageData:
     stage = StageData(name, directory)
-    config, metrics = directory / "config.yaml", directory / "metrics.jsonl"
+    config, metrics, timings = (directory / name for name in ("config.yaml", "metrics.jsonl", "timings.jsonl"))
     if config.is_file():
         stage.config = config.read_text(encoding="utf-8", errors="replace")
     else:
@@ -89,6 +92,10 @@ def _read_stage(name: str, directory: Path, missing: list[str]) -> StageData:
             missing.append(f"{name}: {str(error).replace(str(directory), '').lstrip('/')}")
     elif name not in WITHOUT_METRICS:
         missing.append(f"{name}: metrics.jsonl is missing")
+    if timings.is_file():
+        # A clock's file that is damaged is nobody's loss.
+        with contextlib.suppress(ValueError):
+            stage.timings = _curves(read_metrics(timings))
     return stage
 
 

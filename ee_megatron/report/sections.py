@@ -1,6 +1,7 @@
-"""The report's sections behind the results: runs, tasks, thresholds and gates, controls, depth, externalisation.
+"""The report's sections behind the results: runs, tasks, thresholds and gates, controls, depth, externalisation, time.
 
-Each is built from one part of results.json and is empty, and left out, where that part is missing.
+Each is built from one part of results.json, the last from RL's clocks, and is empty, and left out, where that is
+missing.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
+from statistics import median
 from typing import Any
 
 from . import charts
@@ -17,7 +19,15 @@ from .data import Inputs, ReportRun
 from .numbers import estimate, number, or_nan, pareto_front
 from .results import Results
 from .svg import legend_mark
-from .tables import TextTable, controls_table, correlation_table, depth_table, externalisation_table, task_table
+from .tables import (
+    TextTable,
+    controls_table,
+    correlation_table,
+    depth_table,
+    externalisation_table,
+    phase_table,
+    task_table,
+)
 
 TRADEOFF = Axes("mean depth (fraction of the layers)", "accuracy", percent_y=True)
 
@@ -36,6 +46,7 @@ def sections(inputs: Inputs, runs: Sequence[ReportRun]) -> list[ReportSection]:
     """Those that there is something to show in."""
     results = inputs.results
     made = [_tasks(results), _exits(results), _controls(inputs), _depth(results), _externalisation(results)]
+    made.append(_phases(inputs))
     if len(runs) > 1:
         made.insert(0, _runs(inputs, runs))
     return [section for section in made if section.charts or section.tables]
@@ -108,6 +119,20 @@ def _tasks(results: Results) -> ReportSection:
     if results.by_task:
         note = "Accuracy with its 95 % interval (Wilson) and mean depth in layers, by task or family"
         section.tables.append((note, task_table(results.in_order(results.by_task))))
+    return section
+
+
+def _phases(inputs: Inputs) -> ReportSection:
+    section = ReportSection("phases", "Where an RL step's time goes")
+    for stage in inputs.stages:
+        if stage.name != "rl" or "seconds_step" not in stage.timings:
+            continue
+        timings = {name: median(value for _, value in curve) for name, curve in stage.timings.items()}
+        note = f"{stage.run + ': ' if stage.run else ''}median over {len(stage.timings['seconds_step'])} steps; FLOPs "
+        note += "by the lengths and exits that there were, recomputation left out"
+        if padding := stage.curves.get("padding"):
+            note += f"; {median(value for _, value in padding):.1%} of the positions of micro-batches were padding"
+        section.tables.append((note, phase_table(timings)))
     return section
 
 

@@ -48,6 +48,34 @@ class TextTable:
         return "\n".join(line(cells) for cells in (self.heads, ["-" * width for width in widths], *self.rows))
 
 
+PHASES = {
+    "sync": "weights sent", "rollout": "rollouts", "verify": "verdicts", "score": "scoring", "update": "update"
+}  # fmt: skip
+"""A step's phases in their order, by their name in timings.jsonl."""
+
+
+def phase_table(timings: Mapping[str, float]) -> TextTable:
+    """An RL step by phase, by timings.jsonl: seconds; tokens of its answers and FLOPs per second and device;
+    MFU, what these are of the device's peak. Dashes: not known, or not of this phase."""
+
+    def figure(name: str, form: str, scale: float = 1.0) -> str:
+        return form.format(timings[name] * scale) if name in timings else "–"
+
+    whole = timings["seconds_step"]
+    spent = {phase: timings[f"seconds_{phase}"] for phase in PHASES if f"seconds_{phase}" in timings}
+    rows = []
+    for phase, seconds in spent.items():
+        made = (
+            figure(f"tokens_per_s_device/{phase}", "{:,.0f}"),
+            figure(f"flops_per_s_device/{phase}", "{:.3g}", 1e-12),
+            figure(f"mfu/{phase}", "{:.1%}"),
+        )
+        rows.append((PHASES[phase], f"{seconds:.3g}", f"{seconds / whole:.0%}", *made))
+    rest = max(0.0, whole - sum(spent.values()))
+    rows += [(name, f"{s:.3g}", f"{s / whole:.0%}", "–", "–", "–") for name, s in (("rest", rest), ("step", whole))]
+    return TextTable(("phase", "seconds", "share", "tokens/s a device", "TFLOP/s a device", "MFU"), rows)
+
+
 def controls_table(entries: Sequence[Mapping[str, Any]]) -> TextTable:
     """The policy under test and its controls; (!) where the depth asked for was not reached."""
     heads = ("control", "matched by", "depth asked", "depth got", "accuracy", "reference - control", "p")

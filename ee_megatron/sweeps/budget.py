@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from ..config.schema import RunConfig
 from ..families import ModelDims
-from ..planning.flops import PassMode, whole_pass
 from ..planning.layout import Layout
-from ..planning.step import phase_flops, pretrain_flops, rollouts_per_step
+from ..planning.step import calibration_flops, phase_flops, pretrain_flops, rollouts_per_step
 from ..planning.workload import Workload
 from .grid import IsoFlop
 
@@ -25,14 +24,13 @@ class Purchase:
 
 def buy(cfg: RunConfig, dims: ModelDims, budget: float, how: IsoFlop) -> Purchase:
     """The setting nearest to `budget` FLOPs. rl.steps counts rollouts, scoring and updates; calibrate.epochs counts
-    updates, and so does pretrain.steps, at full depth.
+    updates with the scores that they ask for; pretrain.steps updates at full depth.
 
     Raises ValueError if the budget is less than half of the least that can be had."""
     layout = Layout.of(cfg, dims)
     answer = how.answer_tokens or cfg.rollout.max_new_tokens
     load = Workload.of(how.prompt_tokens, answer, layout.spec.layout.outcomes, how.mean_depth)
     if how.set == "rl.steps":
-        load = load.in_groups(cfg.rl.group_size, cfg.parallel.micro_batch_size)
         count, flops = _whole(budget, sum(phase_flops(layout, load, cfg).values()), "RL step")
         return Purchase(str(count), count * rollouts_per_step(cfg) * answer, flops)
     if how.set == "pretrain.steps":
@@ -40,8 +38,7 @@ def buy(cfg: RunConfig, dims: ModelDims, budget: float, how: IsoFlop) -> Purchas
         count, flops = _whole(budget, pretrain_flops(cfg, dims, length, batch), "update")
         return Purchase(str(count), count * batch * (length - 1), flops)
     batch = cfg.calibrate.batch_size
-    how_run = PassMode(train=True, recompute=cfg.parallel.recompute, input_gradient=cfg.parallel.recompute)
-    update = whole_pass(layout, load, cfg.parallel.micro_batch_size, batch, how_run)
+    update = calibration_flops(layout, load, cfg)
     sequences = cfg.traces.problems * cfg.traces.samples * cfg.calibrate.patterns
     count, _ = _whole(budget, update, "update")
     # calibrate.py rounds epochs to sequences and fills batches from them.

@@ -125,12 +125,11 @@ def reinforced(rows: Sequence[Mapping[str, float]], cfg: RunConfig, layout: Layo
     figures |= {column: sum(row[name] for row in tail) / len(tail) for column, name in REINFORCED.items()}
     if not all("prompt_length" in row for row in rows):
         return figures
-    phases: dict[str, float] = {}
+    phases, single = dict[str, float](), alone(cfg, layout.dims)
     for row in rows:
         counts = {int(k.split("/")[1]): v * row["tokens"] for k, v in row.items() if k.startswith("exit_share/")}
         load = workload(layout, counts, row["prompt_length"], row["length"], rollouts_per_step(cfg))
-        load = load.in_groups(cfg.rl.group_size, cfg.parallel.micro_batch_size)
-        for phase, flops in phase_flops(layout, load, cfg).items():
+        for phase, flops in phase_flops(layout, load, single).items():
             phases[phase] = phases.get(phase, 0.0) + flops
     figures |= {f"flops_{phase}": flops for phase, flops in phases.items()}
     return figures | {"flops_rl": sum(phases.values())}

@@ -31,6 +31,7 @@ from ..objectives.policy_gradient import KL_TERMS, SURROGATES, Experience, Polic
 from ..objectives.schedules import learning_rate, price
 from ..tensors import LayeredTensors, drain
 from ..types import Group
+from .costs import counted, speeds
 from .rollout_source import make_source
 from .session import Session
 
@@ -51,6 +52,7 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
         source = make_source(session) if session.leads else None
         session.open_metrics(resume_step=done)
         with session.progress(rl.steps, done) as bar:
+            learner.progress = bar.detail
             for step in range(done, rl.steps):
                 session.stop_if_asked(learner, step)
                 begun = time.monotonic()
@@ -62,14 +64,13 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
                 groups = session.unless_stopped(source.act if source else None, weights, step, bar.detail)
                 if groups is None:
                     session.stop(learner, step)
-                rolled = time.monotonic()
-                values, timings = learn(session, learner, groups, step)
+                values, seconds = learn(session, learner, groups, step)
                 if source is not None:
                     values |= source.health()
-                timings |= {
-                    "seconds_rollout": rolled - begun,
-                    "tokens_per_s": values["tokens"] / (time.monotonic() - begun),
-                }
+                    seconds |= source.seconds
+                seconds["step"] = time.monotonic() - begun
+                timings = {f"seconds_{phase}": value for phase, value in seconds.items()}
+                timings |= {"tokens_per_s": values["tokens"] / seconds["step"], **speeds(session, values, seconds)}
                 session.log(step + 1, values, timings)
                 bar.advance(1, reward=values["reward"], accuracy=values["accuracy"], depth=values["mean_depth"])
                 if (step + 1) % rl.checkpoint_every == 0 or step + 1 == rl.steps:
@@ -89,7 +90,7 @@ def sharpened(policy: Mapping[str, Tensor], centre: float, sharpness: float) -> 
 def learn(
     session: Session, learner: Learner, groups: list[Group], step: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """All updates on one step's rollouts -> (metrics, seconds). Every rank calls it with the same groups."""
+    """All updates on one step's rollouts -> (metrics, seconds by phase). Every rank calls it with the same groups."""
     rl, layers = session.cfg.rl, session.spec.num_layers
     objective = objective_of(rl)
     clock = [time.monotonic()]
@@ -97,6 +98,7 @@ def learn(
     first, reference = learner.score(batch), learner.score(batch, reference=True)
     clock.append(time.monotonic())
     experience, values = credit(batch, groups, first, reference, rl, layers, step)
+    packed = learner.packed
     kept = [i for i, group in enumerate(groups) if not rl.drop_equal_groups or np.ptp(group.rewards) > 0]
     per_step = rl.epochs * rl.minibatches
     updates: list[Update] = []
@@ -130,7 +132,8 @@ def learn(
         "groups_dropped": float(len(groups) - len(kept)),
         "clipped": float(np.mean(clipped_share)) if clipped_share else 0.0,
     }
-    return values, {"seconds_score": clock[1] - clock[0], "seconds_update": clock[2] - clock[1]}
+    values |= counted(session, groups, kept, packed)
+    return values, {"score": clock[1] - clock[0], "update": clock[2] - clock[1]}
 
 
 def replay(groups: list[Group], num_layers: int) -> ReplayBatch:

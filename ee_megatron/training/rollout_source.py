@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +62,14 @@ class ReplaySource:
     def health(self) -> dict[str, float]:
         return {}
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {}
+
 
 class RolloutSource:
-    """The leader's side of a step: prompts in, verified groups out."""
+    """The leader's side of a step: prompts in, verified groups out. seconds: of the last step, by phase: weights sent,
+    rollouts waited for, verified."""
 
     def __init__(self, session: Session):
         self.cfg = session.cfg
@@ -76,6 +82,7 @@ class RolloutSource:
         self._session = session
         self._under_way: dict[int, Pending] = {}
         self._mean_age = 0.0
+        self.seconds: dict[str, float] = {}
 
     def take(self, version: int, policy: Stream) -> WeightSet:
         """A version of the weights as its tensors come; where rollouts are made ahead it goes to the disk, too."""
@@ -89,15 +96,20 @@ class RolloutSource:
         prompts depend on seed and step alone, so that a resumed run goes on where it was: no prompt twice, none lost,
         until all have been used."""
         rl, r = self.cfg.rl, self.cfg.rollout
+        clock = [time.monotonic()]
         if r.check_weights or not r.max_staleness:
             self.pool.load(weights)
         if r.check_weights:
             self.pool.check(weights)
+        clock.append(time.monotonic())
         self._begin(weights, step)
         answers = self._under_way.pop(step).result(lambda done, total: detail("rollouts", done, total))
         check_versions(answers, weights.version, r.max_staleness)
         self._mean_age = weights.version - float(np.concatenate(versions_of(answers)).mean())
+        clock.append(time.monotonic())
         groups = self._verified(step_prompts(self.prompts, step, rl), answers)
+        clock.append(time.monotonic())
+        self.seconds = dict(zip(("sync", "rollout", "verify"), np.diff(clock).tolist(), strict=True))
         if rl.dump_rollouts:
             save_rollouts(self.dump_directory / f"step_{step + 1}", groups)
         return groups

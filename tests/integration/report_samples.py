@@ -29,6 +29,16 @@ def write_run(root: Path, steps: int = 40, prompts: int = 4) -> dict[str, Path]:
             for s in range(1, steps + 1)
         ]
         (stages[stage] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    clocks = {"seconds_sync": 0.5, "seconds_rollout": 4.0, "seconds_verify": 0.1, "seconds_score": 2.0}
+    clocks |= {
+        "seconds_update": 3.0,
+        "seconds_step": 10.0,
+        "tokens_per_s": 400.0,
+        "tokens_per_s_device/rollout": 1234.0,
+    }
+    clocks |= {"flops_per_s_device/update": 3.21e14, "mfu/update": 0.325}
+    rows = [{"step": s} | {k: v * (3 if s == 1 else 1) for k, v in clocks.items()} for s in range(1, steps + 1)]
+    (stages["rl"] / "timings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (stages["evaluate"] / "results.json").write_text(json.dumps(results(rng, prompts)))
     return stages
 

@@ -11,9 +11,13 @@ from ranks import Ranks
 
 from ee_megatron.config import derive
 from ee_megatron.config.schema import RolloutConfig
+from ee_megatron.exit_rules import Off
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.rollout import ReplicaSettings
+from ee_megatron.rollout.engine.request import GenerationRequest
+from ee_megatron.rollout.engine.sampling import SamplingParams
 from ee_megatron.rollout.pool.ray_pool import RayPool
+from ee_megatron.types import Prompt
 from tests.tiny import tiny_hf
 
 
@@ -94,3 +98,23 @@ def test_an_actor_without_the_gpu_that_it_was_given_is_said_at_once_and_not_trie
         pool.close()
     finally:
         ray.shutdown()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("per_token", "answers"), [(30.0, True), (0.0, False)])
+def test_a_call_may_take_as_long_as_its_answers_are_long(per_token, answers, path, monkeypatch):
+    """A millisecond is too short for any; a setting of one's own is not added to."""
+    monkeypatch.setattr(derive, "CALL_S", 0.001)
+    monkeypatch.setattr(derive, "TOKEN_S", per_token)
+    settings = ReplicaSettings(str(path), None, torch.float32, "cpu", rows=2, threads=1)
+    pool = RayPool(settings, RolloutConfig(actors=1, failure_budget=1, device_share=0.5, max_new_tokens=4))
+    try:
+        asked = GenerationRequest([Prompt("p", "one", "", "x")], 2, SamplingParams(1.0, 4), Off(), 0)
+        if answers:
+            assert len(pool.generate(asked)[0]) == 2
+        else:
+            with pytest.raises(RuntimeError, match=r"it did not answer within 0\.001 s"):
+                pool.generate(asked)
+    finally:
+        pool.close()
+    assert derive.call_timeout(RolloutConfig(timeout_s=7.0)) == 7.0

@@ -196,7 +196,7 @@ def test_a_checkpoint_s_bytes_and_what_ranks_hold_of_it_meanwhile(stage, layout,
     def build(start):
         ranks.call(
             "parallel_cases:make_learner", path=path, spec=spec, policy=start, degrees=degrees, stages=stages,
-            options={"micro_batch_size": 2, "deepspeed": settings(stage), "dtype": dtype},
+            options={"tokens_per_micro_batch": 36, "deepspeed": settings(stage), "dtype": dtype},
         )  # fmt: skip
 
     build(policy)

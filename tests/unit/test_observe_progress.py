@@ -42,6 +42,23 @@ def test_a_resumed_stage_extrapolates_from_its_own_steps_only():
     assert out.getvalue().splitlines()[0] == "rl 11/12  0:30  0:30 left"
 
 
+def test_a_long_step_says_what_it_is_busy_with_and_for_how_long():
+    out, clock = io.StringIO(), Clock()
+    with Progress("rl", 12, stream=out, interval=0.0, clock=clock) as bar:
+        # What was done by the first sign took nobody knows how long.
+        for now, name, done in ((10, "score", 4_000), (20, "score", 8_000), (25, "train", 3_000), (40, "train", 9_000)):
+            clock.now = now
+            bar.detail(name, done, 12_000)
+        clock.now = 50
+        bar.detail("train", 12_000, 12_000)
+        # A second update of the step.
+        bar.detail("train", 4_000, 12_000)
+    assert [line.split("  ")[-1] for line in out.getvalue().splitlines()] == [
+        "score 4,000/12,000", "score 8,000/12,000, 0:10 left", "train 3,000/12,000", "train 9,000/12,000, 0:08 left",
+        "train 12,000/12,000", "train 4,000/12,000",
+    ]  # fmt: skip
+
+
 def test_other_ranks_show_nothing():
     out = io.StringIO()
     with Progress("rl", 1, enabled=False, stream=out) as bar:

@@ -27,6 +27,7 @@ from ee_megatron.planning.flops import PassMode, whole_pass
 from ee_megatron.planning.generation import ARITHMETIC, MEMORY, REDUCING, ROWS, STARTING, all_reduce, embedded_round
 from ee_megatron.planning.layout import Layout, rank_parameters
 from ee_megatron.planning.memory import actor_memory, in_flight
+from ee_megatron.planning.packing import pack_pass
 from ee_megatron.planning.plan import Assumptions, Plan, make_plan
 from ee_megatron.planning.published import PUBLISHED, published_dims
 from ee_megatron.planning.workload import Workload, tilted
@@ -104,18 +105,19 @@ def test_the_reference_costs_two_flops_per_parameter_and_position() -> None:
     layout = Layout.of(config(2, 2, 1), published_dims(SEVEN))
     load = Workload.of(200, 600, layout.spec.layout.outcomes, 0.5)
     dims, sequences = layout.dims, 8
-    found = whole_pass(layout, load, 4, sequences, PassMode(train=False, policy=False))
+    found = whole_pass(layout, load, sequences, PassMode(train=False, policy=False))
     linears = dims.num_layers * sum(a * b for a, b in dims.linear_shapes().values())
-    attention = dims.num_layers * 4 * dims.heads * dims.head_dim * load.length**2
+    length = load.prompt + load.answer
+    attention = dims.num_layers * 4 * dims.heads * dims.head_dim * length**2 / 2
     head = 2 * dims.vocab * dims.hidden * load.answer
-    assert found == pytest.approx(sequences * (2 * linears * load.length + attention + head), rel=0.005)
+    assert found == pytest.approx(sequences * (2 * linears * length + attention + head), rel=0.005)
 
 
 def test_less_depth_costs_less_and_recomputing_more() -> None:
     layout = Layout.of(config(), published_dims(SEVEN))
 
     def cost(depth: float, how: PassMode) -> float:
-        return whole_pass(layout, Workload.of(50, 900, layout.spec.layout.outcomes, depth), 4, 16, how)
+        return whole_pass(layout, Workload.of(50, 900, layout.spec.layout.outcomes, depth), 16, how)
 
     step = PassMode(train=True)
     assert cost(0.5, step) < 0.65 * cost(1.0, step)
@@ -131,7 +133,7 @@ def test_micro_batches_in_flight() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"parallel__recompute": True}, {"parallel__tokens_per_micro_batch": 2}, {"deepspeed__offload_optimizer": True}],
+    [{"parallel__recompute": True}, {"parallel__tokens_per_micro_batch": 512}, {"deepspeed__offload_optimizer": True}],
 )
 def test_settings_that_save_memory_save_it(change: dict) -> None:
     dims, device = published_dims(SEVEN), find_device("H100")
@@ -338,12 +340,26 @@ def test_a_vllm_without_room_for_one_longest_sequence_is_refused(capsys: pytest.
     assert code == 2 and "rollout.cache_gib=0.075 holds 960" in err
 
 
-def test_recorded_rollouts_need_no_actor(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run(
-        capsys, "experiment=rl_70b", "rollout=ray", "rollout.tensor=1", "rl.replay=somewhere", "--dims", SEVENTY,
-        "--no-build",
-    )  # fmt: skip
-    assert code == 0 and "recorded ones, from somewhere; no actors" in out and "rollouts: 0" not in out, err
+def test_recorded_rollouts_need_no_actor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A plan and a dry run say the same: whether it fits, what it takes, how many nodes it asks for."""
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[SEVENTY][0]))
+    # A whole replica on one device, which no H100 holds.
+    wanted = ["experiment=rl_70b", "rollout.backend=ray", "rollout.tensor=1", f"model.path={tmp_path}"]
+    code, _, err = run(capsys, *wanted, "--no-build")
+    assert code == 2 and "a rollout actor needs" in err
+    assert cli.main(["rl", *wanted, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert f"# does not fit: {err.removeprefix('error: ').split(';')[0]}" in said and "GiB per rollout actor" in said
+
+    replayed = [*wanted, f"rl.replay={tmp_path}"]
+    code, out, err = run(capsys, *replayed, "--no-build")
+    assert code == 0 and f"recorded ones, from {tmp_path}; no actors" in out and "weight sync" not in out, err
+    assert cli.main(["rl", *replayed, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "does not fit" not in said and f"# rollouts: recorded ones, from {tmp_path}; no actors" in said
+    assert "rollout actor" not in said and "pool" not in said and "weight sync" not in said
+    assert "sbatch --nodes=4 " in out and "sbatch --nodes=4 " in said
+    assert json.loads(run(capsys, *replayed, "--no-build", "--json")[1])["tokens_per_s"] == {}
 
 
 def test_what_is_read_again_needs_room_for_a_whole_replica(capsys: pytest.CaptureFixture[str]) -> None:
@@ -425,6 +441,83 @@ def test_the_report_names_tokens_per_second_and_what_weighs_most(capsys: pytest.
     assert found["tokens_per_s"]["actor"] == pytest.approx(8 / found["round"]["seconds"])
     _, out, _ = run(capsys, "experiment=rl_7b", "--dims", SEVEN, "--no-build")
     assert f"{found['tokens_per_s']['actor']:,.0f} tokens/s of an actor with 8 rows" in out
-    assert "weighs most: starting kernels (7.5 us per kernel" in out
+    assert "of a round most is starting kernels (7.5 us per kernel" in out
+    assert "weighs most: time in which the host starts a kernel, 7.5 us; at 4 us a step takes " in out
     _, out, _ = run(capsys, "experiment=rl_70b", "--dims", SEVENTY, "--no-build")
-    assert "weighs most: reading weights and cache (80% of 3.35 TB/s" in out and "reading the base again" in out
+    assert "of a round most is reading weights and cache (65% of 3.35 TB/s" in out and "reading the base again" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "cfg", "device"),
+    [(SEVEN, config(2, 2, 2), "H100"), (SEVENTY, config(8, 4, 1, rollout__backend="vllm", rollout__tensor=8), "A100"),
+     ("SmolLM2-135M", config(data=2), "cpu")],
+)  # fmt: skip
+def test_a_plan_is_a_range_and_names_what_it_hangs_on(name: str, cfg: RunConfig, device: str) -> None:
+    cfg.rollout.max_new_tokens = 1000
+    plan = make_plan(cfg, published_dims(name), find_device(device), Assumptions(200, 300))
+    assert all(plan.best_seconds[phase] <= seconds for phase, seconds in plan.seconds.items())
+    assert all(gain >= 0 for gain in plan.gains.values()) and sum(plan.best_seconds.values()) < plan.step_seconds
+    # What weighs most is what changes the step most, moved alone.
+    most, gain = next(iter(plan.gains.items()))
+    assert gain == max(plan.gains.values()) == pytest.approx(plan.step_seconds - plan.roofline.at_best(most).seconds)
+    # Answers of one length have no longest to wait for.
+    equal = make_plan(cfg, published_dims(name), find_device(device), Assumptions(200, 1000))
+    assert "lengths" in plan.gains and "lengths" not in equal.gains
+    # Who names the efficiency leaves nothing to assume.
+    named = make_plan(cfg, published_dims(name), find_device(device, efficiency=0.5), Assumptions(200, 300))
+    assert "efficiency" not in named.gains
+
+
+def test_a_step_waits_for_its_longest_answer() -> None:
+    dims, device = published_dims(SEVEN), find_device("H100")
+
+    def rollouts(longest: int, rows: int) -> float:
+        cfg = config(rollout__max_new_tokens=longest, rollout__rows=rows)
+        return make_plan(cfg, dims, device, Assumptions(200, 200)).seconds["rollouts"]
+
+    assert rollouts(800, 64) == pytest.approx(4 * rollouts(200, 64), rel=0.15)
+    # With few rows at a time the rest of the answers fill the time.
+    assert rollouts(800, 4) == pytest.approx(rollouts(200, 4), rel=0.01)
+
+
+def test_a_small_model_on_a_gpu_is_bound_by_its_host() -> None:
+    """Twice the tokens in a micro-batch twice as large take the learner no longer; in more micro-batches they do."""
+    dims = published_dims("SmolLM2-135M")
+
+    def update(group: int, tokens: int) -> float:
+        cfg = config(rl__group_size=group, parallel__tokens_per_micro_batch=tokens)
+        return make_plan(cfg, dims, find_device("H100"), Assumptions(20, 48)).roofline.phases()["update"]
+
+    assert update(8, 16_000) == pytest.approx(update(4, 8_000), rel=0.01)
+    assert update(8, 2_000) > 3 * update(4, 8_000)
+
+
+# ---- packing ----
+
+
+@given(
+    st.integers(1, 300), st.integers(1, 6000), st.integers(1, 64), st.integers(1, 16), st.integers(1, 4),
+    st.integers(64, 20000), st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2)]),
+)  # fmt: skip
+def test_strips_hold_all_sequences_and_keep_within_the_budget(prompt, answer, groups, group, data, budget, stages):
+    pipeline, virtual = stages
+    cfg = config(pipeline=pipeline, data=data, virtual=virtual, parallel__tokens_per_micro_batch=budget)
+    packed = pack_pass(cfg, Workload(prompt, answer, (4,), (1.0,)), groups * group, group)
+    strips, longest = data * packed.micro_batches, prompt + answer
+    assert strips * packed.width >= packed.positions >= groups * (group * (answer + 1) + prompt - 1) - 1e-6
+    assert packed.positions <= groups * group * longest
+    assert packed.width <= 1.04 * max(budget, longest) + 8
+    assert virtual == 1 or packed.micro_batches % pipeline == 0
+    assert packed.micro_batches < -(-groups * group // data) + pipeline
+    fewer = packed.micro_batches - (pipeline if virtual > 1 else 1)
+    assert packed.positions > fewer * data * budget
+
+
+def test_a_groups_prompt_is_held_once_per_strip() -> None:
+    load = Workload(101, 50, (4,), (1.0,))
+    whole = pack_pass(config(parallel__tokens_per_micro_batch=304), load, 4, 4)
+    assert whole.micro_batches == 1 and whole.positions == 100 + 4 * 51
+    halves = pack_pass(config(parallel__tokens_per_micro_batch=250), load, 4, 4)
+    assert halves.micro_batches == 2 and halves.positions == 2 * 100 + 4 * 51
+    assert pack_pass(config(parallel__tokens_per_micro_batch=250), load, 4).positions == 4 * 151
+    assert whole.padding == pytest.approx(1 - 304 / 320)

@@ -103,6 +103,21 @@ def test_every_table_of_the_evaluation_is_on_the_page(tmp_path):
     assert len(page.of("circle", "hollow")) == 1, "the control that missed its depth"
 
 
+def test_the_time_of_a_step_stands_by_phase(tmp_path):
+    """Medians, so that a slow first step doesn't count; what no phase has is the rest."""
+    stages = write_run(tmp_path / "run")
+    page = Page(write_report([ReportRun(stages)], tmp_path / "report.html"))
+    for words in (
+        "rollouts 4 40% 1,234 – –", "scoring 2 20% – – –", "update 3 30% – 321 32.5%", "rest 0.4 4%", "step 10 100%",
+        "median over 40 steps",
+    ):  # fmt: skip
+        assert words in page.text, words
+    # Clocks are nobody's metrics, and their file may be missing or damaged.
+    assert "seconds_score" not in page.text
+    (stages["rl"] / "timings.jsonl").write_text("no clock\n")
+    assert "weights sent" not in Page(write_report([ReportRun(stages)], tmp_path / "report.html")).text
+
+
 def test_runs_are_compared_on_one_page_and_what_they_share_stands_once(tmp_path):
     one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
     two |= {stage: one[stage] for stage in ("teacher", "traces", "calibrate")}

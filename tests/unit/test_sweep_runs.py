@@ -284,6 +284,28 @@ def test_flops_do_not_depend_on_who_shares_the_work(base: list[str], tmp_path: P
     assert total() == total("parallel.pipeline=2", "parallel.tensor=2", "parallel.data=2")
 
 
+def test_an_exact_divergence_costs_a_pass_of_the_reference_and_two_readouts(base: list[str]) -> None:
+    """In what a run cost and in what a budget buys of it."""
+
+    def phases(*settings: str) -> dict[str, float]:
+        cfg = load([*base, "rl.prompts_per_step=8", "rl.group_size=1", *settings])
+        return reinforced([STEP], cfg, one_rank(cfg, read_dims(cfg)))
+
+    plain, exact, again = phases(), phases("rl.kl=exact"), phases("rl.kl=exact", "rl.epochs=2")
+    prompt, answer = round(STEP["prompt_length"]), STEP["length"]
+    head, positions = 2 * 8 * answer * 130 * 64, prompt + answer - 1
+    linears = 64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 96
+    reference = 8 * 6 * (2 * positions * linears + 4 * 64 * positions * (positions + 1) / 2) + head
+    # Two distributions more, and the way back through one.
+    assert exact["flops_update"] - plain["flops_update"] == pytest.approx(reference + 3 * head)
+    assert exact["flops_scoring"] == plain["flops_scoring"]
+    assert again["flops_update"] == pytest.approx(2 * exact["flops_update"])
+    assert phases("rl.kl=exact", "rl.minibatches=2")["flops_update"] == pytest.approx(exact["flops_update"])
+    how = IsoFlop("rl.steps", 10, 16)
+    cfg, dear = (load([*base, "adapter.rank=4", f"rl.kl={kl}"]) for kl in ("reward", "exact"))
+    assert int(buy(dear, read_dims(cfg), 1e13, how).text) < 0.9 * int(buy(cfg, read_dims(cfg), 1e13, how).text)
+
+
 def test_parameters_are_counted_by_kind(base: list[str], tmp_path: Path) -> None:
     cfg = load([*base, "adapter.rank=4", "adapter.targets=attention"])
     row = measure(cfg, {})
@@ -296,14 +318,14 @@ def test_parameters_are_counted_by_kind(base: list[str], tmp_path: Path) -> None
 
 def test_what_pretraining_cost_is_counted_by_hand(base: list[str]) -> None:
     """Forward once, backward twice over; 15 of 16 tokens go in, and as many come out."""
-    cfg = load([*base, "parallel.tokens_per_micro_batch=128"])
+    cfg = load([*base, "parallel.tokens_per_micro_batch=64"])
     dims = read_dims(cfg)
     figures = {"loss": 2.0, "answer_loss": 1.0, "tokens": 8 * 15, "sequences": 8, "length": 16.0}
     found = pretrained(figures, cfg, dims)
     layer = 64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 96
     products = 3 * 2 * 15 * (6 * layer + 130 * 64)
-    # Scores and values over whole padded sequences; their backward pass recomputes the scores.
-    attention = 3.5 * 6 * 4 * 16 * 16 * 64
+    # Scores and values of what each token sees; their backward pass recomputes the scores.
+    attention = 3.5 * 6 * 4 * sum(range(1, 16)) * 64
     assert found["flops_pretrain"] == pytest.approx(8 * (products + attention), rel=1e-9)
     assert (found["loss"], found["loss_answer"], found["tokens_pretrain"]) == (2.0, 1.0, 120)
 

@@ -61,7 +61,7 @@ def decode(findings: Findings, bench: Bench) -> None:
     )  # fmt: skip
     for name, depth in kinds.items():
         at = plan if depth < 1 else bench.plan(bench.settings(False, prompts=rows), device, prompt, answer, depth)
-        bound = Roofline(at.cfg, at.layout, at.load, ideal(device), at.item, rows).phases()["rollouts"]
+        bound = Roofline(at.cfg, at.layout, at.load, ideal(device), at.item, rows, answer).phases()["rollouts"]
         share = bound / spread(seconds[name])[0]
         findings.figure(f"{name}: roofline", tokens / bound, "tokens/s")
         findings.figure(f"{name}: what `plan` expects", tokens / at.seconds["rollouts"], "tokens/s")

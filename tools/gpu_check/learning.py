@@ -16,11 +16,11 @@ from .shapes import Bench, ideal
 
 
 def step(findings: Findings, bench: Bench) -> None:
-    prompts, group, prompt, answer, micro_batch = bench.size.step
+    prompts, group, prompt, answer, tokens = bench.size.step
     device, _ = device_of(bench)
     bench.forget_peak()
     bench.join()
-    cfg = bench.settings(False, prompts, group, micro_batch)
+    cfg = bench.settings(False, prompts, group, tokens)
     plan = bench.plan(cfg, device, prompt, answer)
     learner = bench.learner(cfg, torch.bfloat16, bench.policy(False))
     batch, weights = make_batch(
@@ -28,7 +28,7 @@ def step(findings: Findings, bench: Bench) -> None:
     )  # fmt: skip
     deepest = batch.at_full_depth(learner.spec.num_layers)
     findings.figure("sequences", f"{prompts} prompts x {group} answers, {prompt} + {answer} tokens")
-    findings.figure("tokens per micro-batch", micro_batch)
+    findings.figure("positions of a micro-batch", tokens)
     for _ in range(2):
         # The second has AdamW's moments from the start.
         learner.step(deepest, weights, adapter_lr=1e-4, gate_lr=1e-4)
@@ -49,7 +49,7 @@ def step(findings: Findings, bench: Bench) -> None:
         live.append(bench.live_bytes())
     findings.check("live memory grows over steps by", max(live) - live[0], at_most=GROWTH, unit="bytes")
     findings.table("Seconds", ("what", "median", "least", "most"), [(n, *spread(t)) for n, t in seconds.items()])
-    bounds = Roofline(cfg, plan.layout, plan.load, ideal(device), plan.item, plan.actor.rows).phases()
+    bounds = Roofline(cfg, plan.layout, plan.load, ideal(device), plan.item, plan.actor.rows, answer).phases()
     for name, taken in seconds.items():
         median = spread(taken)[0]
         findings.figure(f"{name}: roofline", bounds[name], "s")

@@ -10,14 +10,12 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from ee_megatron.planning.devices import DEVICES, Device, this_cpu
+from ee_megatron.planning.devices import Device, board, this_cpu
 
 from .findings import Findings
 from .shapes import Bench
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "transformers")
-# Boards that are sold under the name of another one of DEVICES and are slower.
-OTHER_BOARDS = ("PCIe", "NVL", "MIG", "GH200", "H100L")
 
 
 def measure(findings: Findings, bench: Bench) -> None:
@@ -75,12 +73,13 @@ def device_of(bench: Bench) -> tuple[Device, str]:
     if bench.kind == "cpu":
         return replace(this_cpu(), bandwidth=bandwidth(bench)), "a copy and a product, measured here"
     name = torch.cuda.get_device_name(0)
-    known = next((device for key, device in DEVICES.items() if key in name), None)
-    if known is not None and not any(board in name for board in OTHER_BOARDS):
+    known = board(name)
+    if known is not None:
         return known, f"{known.name}'s data sheet"
     memory = float(torch.cuda.get_device_properties(0).total_memory)
     measured = tflops(bench, torch.bfloat16, "highest"), memory, bandwidth(bench)
-    return Device(name, *measured, link=450e9, network=50e9), "a copy and a product, measured here"
+    fp32 = tflops(bench, torch.float32, "highest")
+    return Device(name, *measured, link=450e9, network=50e9, fp32=fp32), "a copy and products, measured here"
 
 
 def bandwidth(bench: Bench) -> float:

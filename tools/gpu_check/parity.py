@@ -132,7 +132,7 @@ def learn(bench: Bench, rollouts: Sequence[Rollout], dtype: torch.dtype) -> dict
 
     AdamW's first step is lr · g / (|g| + eps): with an eps far above every gradient and lr = eps it moves by -g.
     """
-    cfg, policy = bench.settings(True, micro_batch=96), bench.policy(True)
+    cfg, policy = bench.settings(True, tokens=96), bench.policy(True)
     found: dict[str, Tensor] = {}
     for term in ("tokens", "exits"):
         learner = bench.learner(cfg, dtype, policy, DeepspeedConfig(gradient_clipping=0.0, eps=1e3))

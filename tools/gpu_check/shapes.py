@@ -40,7 +40,7 @@ SMALL_MODEL = {
 class Size:
     """`whole`: config.json of the model whose speed and memory are measured; `shallow`: layers of the one that is
     compared with the CPU, and its exits; decode: answers, tokens of a prompt and of an answer; step: prompts, answers
-    to each, tokens of a prompt, of an answer and of a micro-batch; depth: mean, as a share of the layers."""
+    to each, tokens of a prompt and of an answer, positions of a micro-batch; depth: mean, as a share of the layers."""
 
     whole: dict[str, Any]
     shallow: int
@@ -74,12 +74,12 @@ class Bench:
     def folder(self, shallow: bool) -> Path:
         return self.scratch / ("shallow" if shallow else "whole")
 
-    def settings(self, shallow: bool, prompts: int = 1, answers: int = 1, micro_batch: int = 2048) -> RunConfig:
+    def settings(self, shallow: bool, prompts: int = 1, answers: int = 1, tokens: int = 2048) -> RunConfig:
         """Of an RL run on the model, as a user would set them."""
         cfg = RunConfig(name="gpu-check", device=self.kind)
         cfg.model.path, cfg.model.dtype = str(self.folder(shallow)), "bfloat16"
         cfg.exits.depths = list(self.size.exits) if shallow else []
-        cfg.parallel.tokens_per_micro_batch = micro_batch
+        cfg.parallel.tokens_per_micro_batch = tokens
         cfg.rl.prompts_per_step, cfg.rl.group_size, cfg.rl.advantage = prompts, answers, "none"
         cfg.rollout.backend, cfg.rollout.rows = "local", prompts * answers
         return cfg
@@ -207,4 +207,4 @@ def write_model(config: dict[str, Any], folder: Path, device: torch.device) -> i
 
 def ideal(device: Device) -> Device:
     """The device as a roofline sees it: its peaks, no time for the host's work."""
-    return replace(device, efficiency=1.0, streaming=1.0, launch=0.0, row=0.0)
+    return replace(device, efficiency=1.0, streaming=1.0, moving=1.0, reach=1.0, launch=0.0, wait=0.0, row=0.0)

@@ -26,7 +26,7 @@ FINISHED = "FINISHED"
 
 def begin(bench: Bench, policy: dict[str, Tensor]) -> Learner:
     """A learner in bfloat16, as a user's: ZeRO-1, and AdamW in its fused form on a GPU."""
-    return bench.learner(bench.settings(True, micro_batch=96), torch.bfloat16, policy)
+    return bench.learner(bench.settings(True, tokens=96), torch.bfloat16, policy)
 
 
 def advance(bench: Bench, learner: Learner, step: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ...config.derive import actor_share, start_timeout
+from ...config.derive import actor_share, call_timeout, start_timeout
 from ...config.schema import RolloutConfig
 from ...families.hf_directory import HFDirectory
 from ...policy import WeightSet
@@ -93,7 +93,8 @@ class RayPool:
         if device_share <= 0 or (device_share > 1 and device_share != int(device_share)):
             raise ValueError(f"rollout.device_share={device_share}: expected a fraction up to 1, or whole devices")
         source = HFDirectory(replica.model_path)
-        rollout = replace(rollout, start_timeout_s=start_timeout(rollout, source.size()))
+        limits: dict[str, Any] = {"start_timeout_s": start_timeout(rollout, source.size()), "timeout_s": call_timeout(rollout)}
+        rollout = replace(rollout, **limits)
         replica = replace(replica, start_s=rollout.start_timeout_s)
         prepare_environment()
         import ray

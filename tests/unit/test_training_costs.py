@@ -1,0 +1,133 @@
+"""What an RL step cost: FLOPs by the lengths and exits that there were, and what a device made of its time."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ee_megatron.config.schema import RunConfig
+from ee_megatron.planning import devices
+from ee_megatron.planning.flops import PassMode, answer_cost, decode_cost, generation_cost, prefill_cost, whole_pass
+from ee_megatron.planning.layout import Layout
+from ee_megatron.planning.published import published_dims
+from ee_megatron.planning.step import phase_flops, step_flops
+from ee_megatron.planning.workload import Counted, Workload
+from ee_megatron.training.costs import counted, speeds
+from ee_megatron.types import Group, Rollout
+
+DIMS = published_dims("SmolLM2-135M")
+OUTCOMES = (10, 20, 30)
+
+
+def config(**settings) -> RunConfig:
+    cfg = RunConfig(name="x")
+    cfg.exits.depths = list(OUTCOMES[:-1])
+    for key, value in settings.items():
+        section, name = key.split("__")
+        setattr(getattr(cfg, section), name, value)
+    return cfg
+
+
+LAYOUT = Layout.of(config(), DIMS)
+
+
+@given(st.lists(st.tuples(st.integers(1, 300), st.lists(st.sampled_from(OUTCOMES), max_size=40)), min_size=1))
+def test_generation_is_counted_as_the_answers_are_one_by_one(answers) -> None:
+    prompts = [prompt for prompt, _ in answers]
+    depths = [np.array([30, *taken], dtype=np.int32) for _, taken in answers]
+    found = generation_cost(LAYOUT, Counted.of(prompts, depths, 30), prompts)
+    each = [answer_cost(DIMS, OUTCOMES[:-1], 2, p, d.tolist()) for p, d in zip(prompts, depths, strict=True)]
+    assert found == pytest.approx(sum(each), rel=1e-12)
+
+
+@pytest.mark.parametrize("how", [PassMode(train=False), PassMode(train=False, policy=False), PassMode(train=True)])
+@pytest.mark.parametrize("group", [1, 4])
+def test_equal_answers_cost_what_is_planned_of_them(how: PassMode, group: int) -> None:
+    later = [10, 20, 20, 30] * 5
+    made = Counted.of([50] * 8, [np.array([30, *np.roll(later, i)]) for i in range(8)], 30, group)
+    load = Workload(50, 21, OUTCOMES, (0.25, 0.5, 0.25))
+    planned = whole_pass(LAYOUT, load.in_groups(group), 8, how)
+    # Which of the tokens leave early changes what attention sees, a little.
+    assert whole_pass(LAYOUT, made, 1, how) == pytest.approx(planned, rel=2e-3)
+    assert generation_cost(LAYOUT, made, [50]) - prefill_cost(DIMS, 50) == pytest.approx(
+        8 * decode_cost(LAYOUT, load), rel=2e-3
+    )
+
+
+def rollout(prompt: int, taken: list[int]) -> Rollout:
+    length = len(taken)
+    zeros = np.zeros(length, dtype=np.float32)
+    return Rollout(
+        "p", np.arange(prompt, dtype=np.int32), tokens=np.arange(length, dtype=np.int32),
+        exit_depths=np.array(taken, dtype=np.int32), token_logprobs=zeros, exit_logprobs=zeros, text="",
+        finished=True, weight_version=1,
+    )  # fmt: skip
+
+
+def session(cfg: RunConfig, device: str = "cpu"):
+    return SimpleNamespace(cfg=cfg, source=SimpleNamespace(dims=DIMS), device_type=device, dtype=torch.bfloat16)
+
+
+def step(cfg: RunConfig, kept=(0, 1), positions: int = 0) -> dict[str, float]:
+    size, load = cfg.rl.group_size, [30] + [10, 20, 30, 30] * 5
+    groups = [Group(None, [rollout(40, load) for _ in range(size)], None, None, None) for _ in range(2)]
+    whole = 2 * (40 + size * 21 + (size - 1))
+    packed = SimpleNamespace(positions=positions or whole, slots=400, micro_batches=3)
+    return counted(session(cfg), groups, list(kept), packed)
+
+
+def test_a_steps_flops_are_those_that_a_plan_of_it_has() -> None:
+    cfg = config(rl__prompts_per_step=2, rl__group_size=4, parallel__tokens_per_micro_batch=4096)
+    found = step(cfg)
+    load = Workload(40, 21, OUTCOMES, (0.25, 0.25, 0.5))
+    planned = phase_flops(LAYOUT, load, cfg)
+    assert found["flops/rollout"] == pytest.approx(planned["rollouts"], rel=2e-3)
+    assert found["flops/score"] == pytest.approx(planned["scoring"], rel=2e-3)
+    assert found["flops/update"] == pytest.approx(planned["update"], rel=2e-3)
+    assert found["padding"] == pytest.approx(1 - (2 * (40 + 4 * 21 + 3)) / 400) and found["micro_batches"] == 3
+    # Whoever shares the work, and without what is recomputed.
+    shared = config(
+        rl__prompts_per_step=2, rl__group_size=4, parallel__tensor=3, parallel__pipeline=3, parallel__recompute=True
+    )
+    assert step(shared) == found
+    # Groups that are dropped teach nothing; more updates, each but the first with its scores.
+    assert step(cfg, kept=(1,))["flops/update"] == pytest.approx(found["flops/update"] / 2)
+    twice = config(rl__prompts_per_step=2, rl__group_size=4, rl__epochs=2)
+    scored = whole_pass(LAYOUT, load.in_groups(4), 8, PassMode(train=False))
+    assert step(twice)["flops/update"] == pytest.approx(2 * found["flops/update"] + scored, rel=2e-3)
+    # Prompts that lay in strips of their own were run again.
+    assert step(cfg, positions=8 * 61)["flops/score"] > 1.5 * found["flops/score"]
+
+
+def test_what_a_device_made_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"tokens": 1200.0, "flops/rollout": 1e13, "flops/score": 4e13, "flops/update": 8e13}
+    seconds = {"sync": 1.0, "rollout": 4.0, "verify": 0.5, "score": 2.0, "update": 5.0, "step": 14.0}
+    cfg = config(parallel__data=4, rollout__actors=2, rollout__backend="vllm", rollout__tensor=3)
+    found = speeds(session(cfg), values, seconds)
+    assert found["tokens_per_s_device/rollout"] == 1200 / 4 / 6 and found["tokens_per_s_device/score"] == 1200 / 2 / 4
+    assert found["flops_per_s_device/update"] == 8e13 / 5 / 4
+    # No data sheet knows this CPU.
+    assert not any(name.startswith("mfu/") for name in found)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert speeds(session(cfg, "cuda"), values, seconds)["mfu/update"] == pytest.approx(8e13 / 5 / 4 / 989e12)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 PCIe")
+    assert "mfu/update" not in speeds(session(cfg, "cuda"), values, seconds)
+    # Nobody waited for all of what was made beside learning.
+    cfg.rollout.max_staleness = 1
+    assert not any(name.endswith("/rollout") for name in speeds(session(cfg), values, seconds))
+
+
+def test_boards_are_known_by_name() -> None:
+    assert devices.board("NVIDIA A100-SXM4-80GB") is devices.DEVICES["A100"]
+    assert devices.board("NVIDIA GeForce RTX 4090") is None
+
+
+def test_no_answers_are_no_work() -> None:
+    cfg = config(rl__prompts_per_step=1, rl__group_size=1)
+    found = step_flops(LAYOUT, cfg, [5], [np.array([30])], [], 1.0)
+    assert found["update"] == 0 and found["rollout"] == prefill_cost(DIMS, 5)

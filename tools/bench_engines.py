@@ -5,7 +5,8 @@
 
 Greedy answers of exactly --tokens tokens to as many distinct prompts as are in flight, reading the prompts included.
 Engines that exit do it with depths drawn from the maximum-entropy distribution of mean --depth, exits after every fifth
-layer, and have gates then; vLLM with exits has them always. Every engine is a process of its own that holds its model
+layer, and have gates then; vLLM with exits has them always: compiled (masked), the same eagerly (eager), and where they
+save (compact). Every engine is a process of its own that holds its model
 (tools/engine_worker.py); they take turns, in rotated order, so that a drift of the machine's speed touches all. One
 thread each. Ratios are taken within a repeat, of wall and of processor seconds; medians [least, most] over repeats. The
 first job of every size is left out.
@@ -35,9 +36,10 @@ import numpy as np
 from workloads import exits_with_mean
 
 WORKER = Path(__file__).with_name("engine_worker.py")
-ENGINES = ("own", "vllm", "masked", "transformers", "openvino")
+VLLM = ("vllm", "masked", "eager", "compact")
+ENGINES = ("own", *VLLM, "transformers", "openvino")
 # Engines that exit, with and without exits.
-EXITING = ("own", "masked")
+EXITING = ("own", "masked", "eager", "compact")
 START_S, JOB_S = 600, 600
 # An id that is never generated: answers have one length, whatever the model would do.
 LAST_TOKEN = "eos_token_id"
@@ -130,7 +132,7 @@ def jobs(options: argparse.Namespace, vocab: int, layers: int, rows: int, repeat
 
 def measure(options: argparse.Namespace, model: Path, dtype: str, scratch: Path) -> list[dict[str, Any]]:
     config = json.loads((model / "config.json").read_text())
-    pythons = {"vllm": options.vllm_python, "masked": options.vllm_python, "openvino": options.openvino_python}
+    pythons = {**dict.fromkeys(VLLM, options.vllm_python), "openvino": options.openvino_python}
     named = [name for name in options.engines if name != "openvino" or (dtype == "float32" and options.openvino_model)]
     engines: dict[str, Engine] = {}
     table: list[dict[str, Any]] = []
@@ -193,7 +195,8 @@ def compare(
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    usual = [name for name in ENGINES if name not in ("eager", "compact")]
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=usual)
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--repeats", type=int, default=3)

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,8 @@ def vllm(path: str, dtype: str, rows: int) -> Answer:
     return answer
 
 
-def masked(path: str, dtype: str, rows: int) -> Answer:
-    """vLLM with exits."""
+def masked(path: str, dtype: str, rows: int, **how: bool) -> Answer:
+    """vLLM with exits, compiled where `how` doesn't say otherwise."""
     import torch
 
     from ee_megatron.exit_rules import Off, Prescribed
@@ -98,9 +99,8 @@ def masked(path: str, dtype: str, rows: int) -> Answer:
     from ee_megatron.rollout.vllm.engine import EngineSettings, VllmEngine
 
     spec, gates = policy(path)
-    engine = VllmEngine(
-        EngineSettings(path, spec, getattr(torch, dtype), rows=rows, positions=longest(path), compile=True)
-    )
+    how = {"compile": True, **how}
+    engine = VllmEngine(EngineSettings(path, spec, getattr(torch, dtype), rows=rows, positions=longest(path), **how))
     engine.load(gates)
 
     def answer(job: dict[str, Any]) -> list[list[int]]:
@@ -159,7 +159,10 @@ def openvino(path: str, dtype: str, rows: int) -> Answer:
     return answer
 
 
-ENGINES = {"own": own, "vllm": vllm, "masked": masked, "transformers": transformers, "openvino": openvino}
+ENGINES = {
+    "own": own, "vllm": vllm, "masked": masked, "eager": partial(masked, compile=False),
+    "compact": partial(masked, compile=False, compact=True), "transformers": transformers, "openvino": openvino,
+}  # fmt: skip
 
 
 def main() -> None:

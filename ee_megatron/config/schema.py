@@ -298,6 +298,9 @@ class RolloutConfig:
     """backend=vllm: the interpreter of the environment that has it (`make vllm`)."""
     vllm_compile: bool = setting(True, execution=True)
     """backend=vllm: compile the model when an actor starts, on a GPU with CUDA graphs; else it runs eagerly."""
+    vllm_exits: str = setting("masked", choices=("masked", "compact"), execution=True)
+    """backend=vllm: masked (every position runs all layers; one that has left keeps its stream) or compact (it runs
+    keys and values alone in deeper layers; needs vllm_compile=false)."""
     tensor: int = setting(1, positive=True, execution=True)
     """backend=vllm: devices of an actor, which tensor parallelism shares the model among."""
     actors: int = setting(1, positive=True, execution=True)

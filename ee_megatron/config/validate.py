@@ -224,7 +224,17 @@ def _check_engine(cfg: RunConfig, dims: ModelDims | None) -> None:
                 f"rollout.tensor={rollout.tensor}: rollout.backend={rollout.backend} has the whole model on one "
                 "device; set rollout.tensor=1, or rollout.backend=vllm"
             )
+        if rollout.vllm_exits == "compact":
+            raise ValueError(
+                f"rollout.vllm_exits=compact: is for rollout.backend=vllm, found {rollout.backend}, where exits save "
+                "anyway; leave it out"
+            )
         return
+    if rollout.vllm_exits == "compact" and rollout.vllm_compile:
+        raise ValueError(
+            "rollout.vllm_exits=compact: how many positions run isn't known ahead, which a compiled model needs, found "
+            "rollout.vllm_compile=true; set rollout.vllm_compile=false"
+        )
     if rollout.device_share < 1 and asks_for_gpus(cfg):
         raise ValueError(
             f"rollout.device_share={rollout.device_share:g}: rollout.backend=vllm takes nine tenths of a GPU for "

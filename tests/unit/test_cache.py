@@ -28,7 +28,10 @@ def contents(cache: KVCache, row: int, length: int) -> torch.Tensor:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    steps=st.lists(st.tuples(st.integers(0, ROWS - 1), st.integers(0, 150), st.booleans()), max_size=40),
+    steps=st.lists(
+        st.tuples(st.integers(0, ROWS - 1), st.integers(0, 150), st.booleans(), st.none() | st.integers(0, ROWS - 1)),
+        max_size=40,
+    ),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     mapped=st.booleans(),
 )
@@ -37,10 +40,15 @@ def test_rows_keep_what_they_wrote_through_growth_release_and_moves(steps, dtype
     if not mapped:
         cache._maps = []
     written: dict[int, torch.Tensor] = {}
-    for number, (row, more, leaves) in enumerate(steps):
+    for number, (row, more, leaves, source) in enumerate(steps):
         if leaves:
             cache.release(row)
             written.pop(row, None)
+        elif source in written and row not in written:
+            # Of the whole pages the first half, at least one if there is one.
+            pages = (written[source].shape[1] // PAGE + 1) // 2
+            cache.share(source, row, pages)
+            written[row] = written[source][:, : pages * PAGE]
         elif more:
             before = written.get(row, torch.zeros(2, 0, 2, 2, 4, dtype=dtype))
             new = torch.full((2, more, 2, 2, 4), number + 1.0, dtype=dtype) + torch.arange(2)[:, None].to(dtype)
@@ -54,8 +62,22 @@ def test_rows_keep_what_they_wrote_through_growth_release_and_moves(steps, dtype
             assert cache.pages <= cache.used + 2 * (cache.used // SPARE) + 1
         for other, expected in written.items():
             assert torch.equal(contents(cache, other, expected.shape[1]), expected)
-        held = [page for r in range(ROWS) for page in cache.table[r, : cache.held[r]].tolist()]
-        assert len(set(held)) == len(held) == cache.used and sorted([*held, *cache._free]) == list(range(cache.pages))
+        rows = [cache.table[r, : cache.held[r]].tolist() for r in range(ROWS)]
+        assert all(len(set(pages)) == len(pages) for pages in rows)
+        held = set().union(*rows)
+        assert len(held) == cache.used and sorted([*held, *cache._free]) == list(range(cache.pages))
+
+
+def test_pages_that_rows_share_are_free_when_the_last_has_left():
+    cache = KVCache(DIMS, 3, torch.float32, CPU, limit=5)
+    cache.hold([0], [3 * PAGE])
+    cache.share(0, 1, 2)
+    cache.share(1, 2, 2)
+    cache.hold([1, 2], [2 * PAGE + 1, 2 * PAGE + 1])
+    assert cache.used == 2 + 3
+    for row, left in ((0, 4), (2, 3), (1, 0)):
+        cache.release(row)
+        assert cache.used == left
 
 
 def test_the_place_of_a_position_is_its_page_and_the_offset_in_it():

@@ -123,6 +123,8 @@ def test_every_rule_on_a_field_is_enforced(key: str, value: Any, expected: str) 
         (["rollout=vllm", "rollout.tensor=16", *TWO_NODES], ["rollout.tensor=16", "cluster.gpus_per_node=8"]),
         (["rollout=vllm", "rollout.tensor=4", "rollout.actors=3", *TWO_NODES], ["of 4 device(s)", "room for 2"]),
         (["rollout=vllm", "parallel.data=8", "cluster.gpus_per_node=8"], ["nine tenths", "share those of the 8 ranks"]),
+        (["rollout.vllm_exits=compact"], ["rollout.vllm_exits=compact", "rollout.backend=vllm", "found ray"]),
+        (["rollout=vllm", "rollout.vllm_exits=compact"], ["rollout.vllm_exits=compact", "rollout.vllm_compile=false"]),
         (["rollout=vllm", "rollout.device_share=0.5", *TWO_NODES], ["rollout.device_share=0.5", "nine tenths"]),
     ],
 )
@@ -137,6 +139,7 @@ def test_what_the_rules_let_through() -> None:
     validate(config("rollout=vllm", "rollout.tensor=4", "rollout.actors=2", "parallel.data=8", *TWO_NODES), dims())
     validate(config("rollout=vllm", "parallel.data=7", "cluster.gpus_per_node=8"), dims())
     validate(config("rollout=vllm", "rollout.device_share=0.5"), dims())
+    validate(config("rollout=vllm", "rollout.vllm_exits=compact", "rollout.vllm_compile=false"), dims())
     # More devices than key-value heads: each has one of them.
     validate(config("rollout=vllm", "rollout.tensor=8"), dims(heads=32, kv_heads=4))
     validate(config("rl.group_size=1", "rl.advantage=none"), None)
@@ -274,6 +277,7 @@ EXECUTION = {
             "tensor",
             "vllm_python",
             "vllm_compile",
+            "vllm_exits",
             "check_weights",
             "start_timeout_s",
             "timeout_s",

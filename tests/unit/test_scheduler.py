@@ -258,6 +258,45 @@ def test_equal_prompts_and_a_common_beginning_are_read_once(decoder, tokenizer, 
     same(answers[7], alone(decoder, tokenizer, Request([*head, 61], SamplingParams(1.0, 3), prompt_id="1", sample=2)))
 
 
+@pytest.mark.parametrize("common", [0, 20], ids=["a prompt of its own", "a common beginning"])
+def test_a_group_computes_and_holds_its_prompt_once(common, decoder, tokenizer, monkeypatch):
+    """Whole pages of it; answers lie behind, each in pages of its own."""
+    read: list[int] = []
+    real = decoder.prefill
+    monkeypatch.setattr(decoder, "prefill", lambda tokens, *rest: read.append(tokens.numel()) or real(tokens, *rest))
+    prompt, group = [1 + i % 90 for i in range(5 * PAGE + 3)], 8
+    asked = [Request(prompt, SamplingParams(1.0, 3 + 9 * k), Sample(), 0, "p", k) for k in range(group)]
+    # Three rows wait: they join when others have left.
+    scheduler = Scheduler(decoder, tokenizer, in_flight=5)
+    ids = [scheduler.add(request) for request in asked]
+    scheduler.share_prefix(prompt[:common])
+    while scheduler.busy:
+        scheduler.advance()
+        rows = list(scheduler.stations)
+        own = sum(max(1, -(-row.length // PAGE) - 5) for row in rows)
+        assert not rows or 5 < scheduler.cache.used <= 5 + own
+        tables = {tuple(scheduler.cache.table[row.slot, :5].tolist()) for row in rows}
+        assert len(tables) == (len(rows) > 0)
+    assert sum(read) == len(prompt) and not scheduler.cache.used and not scheduler._together
+    for i, request in zip(ids, asked, strict=True):
+        same(scheduler.take(i, 0), alone(decoder, tokenizer, request))
+
+
+def test_a_bounded_cache_counts_what_a_group_shares_once(decoder, tokenizer):
+    prompt, group = [1 + i % 90 for i in range(8 * PAGE)], 8
+    asked = [Request(prompt, SamplingParams(1.0, PAGE), Sample(), 0, "p", k) for k in range(group)]
+    other = Request(prompt[::-1], SamplingParams(1.0, PAGE), Sample(), 0, "q")
+    # Eight pages of the prompt and one for each answer; with copies it would be one answer at a time.
+    scheduler = Scheduler(decoder, tokenizer, in_flight=group + 1, positions=(8 + group) * PAGE)
+    ids = [scheduler.add(request) for request in [*asked, other]]
+    scheduler.advance()
+    assert len(scheduler.stations) == group and scheduler.waiting[0].request is other
+    answers = finish(scheduler, ids)
+    assert scheduler.cache.pages <= 8 + group
+    for answer, request in zip(answers, [*asked, other], strict=True):
+        same(answer, alone(decoder, tokenizer, request))
+
+
 def test_many_prompts_are_read_a_bounded_number_of_positions_at_a_time(decoder, tokenizer, monkeypatch):
     requests = [Request([n + 1] * (n % 17 + 1), SamplingParams(1.0, 4), prompt_id=str(n)) for n in range(40)]
     monkeypatch.setattr("ee_megatron.rollout.engine.scheduler.PREFILL_POSITIONS", 20)

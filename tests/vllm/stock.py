@@ -1,6 +1,6 @@
 """Run by vLLM's own interpreter: greedy answers of its own model, with the log-probability of every token.
 
-stock.py MODEL PROMPTS.json OUT.json
+stock.py MODEL PROMPTS.json
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import sys
 
 
-def main(path: str, prompts: str, out: str) -> None:
+def main(path: str, prompts: str) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import torch
     from vllm import LLM, SamplingParams
@@ -32,9 +32,8 @@ def main(path: str, prompts: str, out: str) -> None:
         tokens, logprobs = greedy(logits)
         assert tokens.tolist() == list(answer.token_ids)
         found.append({"tokens": tokens.tolist(), "logprobs": logprobs.tolist()})
-    with open(out, "w") as file:
-        json.dump(found, file)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main(*sys.argv[1:3])

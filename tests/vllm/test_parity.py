@@ -14,9 +14,12 @@ import torch
 from vllm_setup import (
     ASKED,
     ENVIRONMENT,
+    EXITS,
     FULL,
+    LAYERS,
     MODELS,
     PROMPTS,
+    REPLAYED,
     SAMPLINGS,
     START_S,
     TOKENS,
@@ -35,6 +38,7 @@ from ee_megatron.types import Prompt
 FAMILIES = ["llama", "qwen2", "qwen3"]
 # Few positions at a time: the graph is tried with as many as a step may have.
 COMPILED = {"compile": True, "chunk": 256}
+COMPACT = {"compact": True}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -70,8 +74,29 @@ def test_compiled_it_gives_the_same_answers(rule, model, engines: Engines):
     assert list(engines.cache.glob("torch_compile_cache/torch_aot_compile/*/rank_0_0/model")), "nothing was compiled"
 
 
-@pytest.mark.parametrize("compiled", [{}, COMPILED], ids=["eager", "compiled"])
-def test_without_exits_it_is_vllm_to_the_bit(compiled, model, engines: Engines, vllm_python, tmp_path: Path):
+@pytest.mark.parametrize("rule", ASKED)
+def test_compact_it_gives_the_same_answers(rule, model, engines: Engines):
+    path, own = model
+    asked = request(rule)
+    assert_same(answers(engines(path, policy_of(path), **COMPACT), asked), own.answers(asked))
+
+
+def test_compact_a_layer_runs_only_positions_that_come_to_it(llama, vllm_python, tmp_path: Path):
+    path, own = llama
+    prompts = [own.tokenizer(prompt.text)["input_ids"] for prompt in PROMPTS]
+    given = [list(REPLAYED[prompt.id, 0][:TOKENS]) for prompt in PROMPTS]
+    asked = {"layers": LAYERS, "exits": EXITS, "prompts": prompts, "depths": given}
+    found = by_vllm(vllm_python, tmp_path, "counted.py", str(path), json.dumps(asked))
+    # The position that makes a first token is the prompt's.
+    later = [depth for depths in found["depths"] for depth in depths[1:]]
+    assert found["depths"] == [depths[: len(kept)] for depths, kept in zip(given, found["depths"], strict=True)]
+    read = sum(map(len, prompts))
+    assert found["ran"] == [read + sum(depth >= number for depth in later) for number in range(1, LAYERS + 1)]
+    assert found["ran"][0] > found["ran"][-1] > read
+
+
+@pytest.mark.parametrize("how", [{}, COMPILED, COMPACT], ids=["eager", "compiled", "compact"])
+def test_without_exits_it_is_vllm_to_the_bit(how, model, engines: Engines, vllm_python, tmp_path: Path):
     path, own = model
     shut = policy_of(path)
     shut = {
@@ -79,18 +104,12 @@ def test_without_exits_it_is_vllm_to_the_bit(compiled, model, engines: Engines, 
         for n, t in shut.items()
     }
     asked = replace(request("sample", "greedy"), samples=1, sampling=SamplingParams(0.0, TOKENS))
-    found = answers(engines(path, shut, **compiled), asked)
+    found = answers(engines(path, shut, **how), asked)
     encoded = [own.tokenizer(prompt.text)["input_ids"] for prompt in PROMPTS]
-    stated = {"prompts": encoded, "tokens": TOKENS, "rows": 64, "compile": bool(compiled)}
+    stated = {"prompts": encoded, "tokens": TOKENS, "rows": 64, "compile": how == COMPILED}
     (tmp_path / "asked.json").write_text(json.dumps(stated))
     engines.__exit__()
-    root = Path(__file__).parents[2]
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(root), **ENVIRONMENT}
-    subprocess.run(
-        [vllm_python, str(Path(__file__).with_name("stock.py")), str(path), str(tmp_path / "asked.json"),
-         str(tmp_path / "out.json")], env=environment, check=True, timeout=START_S,
-    )  # fmt: skip
-    stock = json.loads((tmp_path / "out.json").read_text())
+    stock = by_vllm(vllm_python, tmp_path, "stock.py", str(path), str(tmp_path / "asked.json"))
     for answer, plain in zip(found, stock, strict=True):
         assert answer.tokens.tolist() == plain["tokens"][: answer.length] and answer.length > 1
         assert np.array_equal(answer.token_logprobs, np.float32(plain["logprobs"])[: answer.length])
@@ -98,9 +117,14 @@ def test_without_exits_it_is_vllm_to_the_bit(compiled, model, engines: Engines, 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"rows": 1}, {"rows": 64}, {"rows": 16, "chunk": 16}, {"rows": 16, "blocks": 10, "block": 32}],
-    ids=["one at a time", "64 in flight", "prompts in chunks", "few blocks"],
-)
+    [
+        {"rows": 1}, {"rows": 64}, {"rows": 16, "chunk": 16}, {"rows": 16, "blocks": 10, "block": 32},
+        {"rows": 16, "chunk": 16, **COMPACT}, {"rows": 16, "blocks": 10, "block": 32, **COMPACT},
+    ],
+    ids=[
+        "one at a time", "64 in flight", "prompts in chunks", "few blocks", "chunks, compact", "few blocks, compact",
+    ],
+)  # fmt: skip
 def test_how_it_is_scheduled_changes_nothing(settings, llama, engines: Engines):
     path, own = llama
     own.decoder.load_policy(policy_of(path))
@@ -114,10 +138,10 @@ def test_how_it_is_scheduled_changes_nothing(settings, llama, engines: Engines):
     assert (engine.call("counter", "vllm:num_preemptions") > before) == ("blocks" in settings)
 
 
-@pytest.mark.parametrize("compiled", [{}, COMPILED], ids=["eager", "compiled"])
-def test_weights_are_set_in_place(compiled, llama, engines: Engines):
+@pytest.mark.parametrize("how", [{}, COMPILED, COMPACT], ids=["eager", "compiled", "compact"])
+def test_weights_are_set_in_place(how, llama, engines: Engines):
     path, own = llama
-    engine = engines(path, policy_of(path), **compiled)
+    engine = engines(path, policy_of(path), **how)
     for seed in (1, 2, 1):
         own.decoder.load_policy(policy_of(path, seed=seed))
         engine.call("load", seed, _packed(policy_of(path, seed=seed)))
@@ -129,10 +153,11 @@ def test_weights_are_set_in_place(compiled, llama, engines: Engines):
         answers(engine, request("sample"))
 
 
-def test_prompts_of_a_group_are_read_once_under_each_policy(llama, engines: Engines):
+@pytest.mark.parametrize("how", [{}, COMPACT], ids=["masked", "compact"])
+def test_prompts_of_a_group_are_read_once_under_each_policy(how, llama, engines: Engines):
     """What was read under other weights, or answered with exits, is never taken for a prompt's."""
     path, own = llama
-    engine = engines(path, policy_of(path), block=32)
+    engine = engines(path, policy_of(path), block=32, **how)
     text = " ".join(str(i) for i in range(20))
     asked = replace(request("sample"), prompts=[Prompt(f"p{i}", text + " " * i, "", "t") for i in range(2)], samples=4)
     for seed in (1, 2):
@@ -149,11 +174,11 @@ def test_prompts_of_a_group_are_read_once_under_each_policy(llama, engines: Engi
         assert_same(answers(engine, replace(asked, prompts=longer)), own.answers(replace(asked, prompts=longer)))
 
 
-@pytest.mark.parametrize("compiled", [{}, COMPILED], ids=["eager", "compiled"])
-def test_two_devices_share_the_model(compiled, llama, engines: Engines):
+@pytest.mark.parametrize("how", [{}, COMPILED, COMPACT], ids=["eager", "compiled", "compact"])
+def test_two_devices_share_the_model(how, llama, engines: Engines):
     """Ranks that disagreed on an exit would be reported; new weights reach every rank."""
     path, own = llama
-    engine = engines(path, policy_of(path), tensor=2, **compiled)
+    engine = engines(path, policy_of(path), tensor=2, **how)
     for seed in (0, 1):
         own.decoder.load_policy(policy_of(path, seed=seed))
         engine.call("load", seed, _packed(policy_of(path, seed=seed)))
@@ -179,10 +204,11 @@ def test_a_whole_model_is_taken_over(tmp_path: Path, engines: Engines):
     assert held == expected_hashes(policy_of(path, FULL, 1), torch.float32)
 
 
-def test_an_answer_goes_on_where_it_stopped(llama, engines: Engines):
+@pytest.mark.parametrize("how", [{}, COMPACT], ids=["masked", "compact"])
+def test_an_answer_goes_on_where_it_stopped(how, llama, engines: Engines):
     path, own = llama
     own.decoder.load_policy(policy_of(path))
-    engine = engines(path, policy_of(path))
+    engine = engines(path, policy_of(path), **how)
     asked = request("sample")
     whole = own.answers(asked)
     calls = iter(range(10**6))
@@ -200,6 +226,15 @@ def test_given_tokens_are_part_of_the_answer(llama, engines: Engines):
     found = answers(engines(path, policy_of(path)), asked)
     assert_same(found, own.answers(asked))
     assert all(answer.text.startswith("42 ") for answer in found)
+
+
+def by_vllm(python: str, home: Path, script: str, *arguments: str):
+    """What a script beside this file prints last, run by vLLM's own interpreter."""
+    root = Path(__file__).parents[2]
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(home), "PYTHONPATH": str(root), **ENVIRONMENT}
+    command = [python, str(Path(__file__).with_name(script)), *arguments]
+    ran = subprocess.run(command, env=environment, check=True, timeout=START_S, stdout=subprocess.PIPE, text=True)
+    return json.loads(ran.stdout.splitlines()[-1])
 
 
 def _packed(tensors):

@@ -1,4 +1,5 @@
-"""The decoder's key/value cache in pages: a row holds what its positions take, wherever that lies in the pool."""
+"""The decoder's key/value cache in pages: a row holds what its positions take, wherever that lies in the pool. Rows
+that begin alike may hold the same pages."""
 
 from __future__ import annotations
 
@@ -51,6 +52,8 @@ class KVCache:
         self.device, self.dtype, self.limit, self.pages = device, dtype, limit, 0
         self.table = np.zeros((rows, 1), dtype=np.int64)
         self.held = np.zeros(rows, dtype=np.int64)
+        # Rows that hold each page.
+        self._holders = np.zeros(0, dtype=np.int64)
         self._shape = (2, PAGE, dims.kv_heads, dims.head_dim)
         # A heap: the lowest are taken first, so that the pool's end becomes free.
         self._free: list[int] = []
@@ -68,7 +71,7 @@ class KVCache:
 
     @property
     def used(self) -> int:
-        """Pages that rows hold."""
+        """Pages that rows hold; those that several hold count once."""
         return self.pages - len(self._free)
 
     def hold(self, rows: Sequence[int], positions: Sequence[int]) -> None:
@@ -86,12 +89,21 @@ class KVCache:
             self.table = np.pad(self.table, ((0, 0), (0, max(most, 2 * width) - width)))
         for row, n in wanted:
             for block in range(self.held[row], n):
-                self.table[row, block] = heapq.heappop(self._free)
+                page = self.table[row, block] = heapq.heappop(self._free)
+                self._holders[page] = 1
             self.held[row] = n
 
+    def share(self, source: int, row: int, pages: int) -> None:
+        """Let a row that has no page hold the first ones of another, whole ones that neither writes again."""
+        assert not self.held[row] and pages <= self.held[source], (source, row, pages)
+        self.table[row, :pages], self.held[row] = self.table[source, :pages], pages
+        self._holders[self.table[row, :pages]] += 1
+
     def release(self, row: int) -> None:
-        """Take a row's pages back."""
-        for page in self.table[row, : self.held[row]].tolist():
+        """Take a row's pages back, as far as no other row holds them."""
+        pages = self.table[row, : self.held[row]]
+        self._holders[pages] -= 1
+        for page in pages[self._holders[pages] == 0].tolist():
             heapq.heappush(self._free, page)
         # Gathers read whole tables, and what is past a row's pages must lie in the pool.
         self.table[row], self.held[row] = 0, 0
@@ -103,11 +115,12 @@ class KVCache:
         if self.pages <= used + 2 * (used // SPARE) + 1:
             return
         moved = (np.arange(self.table.shape[1]) < self.held[:, None]) & (self.table >= keep)
-        source = self.table[moved]
+        source, which = np.unique(self.table[moved], return_inverse=True)
         free = sorted(page for page in self._free if page < keep)
         target, self._free = np.array(free[: len(source)], dtype=np.int64), free[len(source) :]
         if len(source):
-            self.table[moved] = target
+            self.table[moved] = target[which]
+            self._holders[target] = self._holders[source]
             old, new = (torch.from_numpy(pages).to(self.device) for pages in (source, target))
             for layer in self.layers:
                 layer[new] = layer[old]
@@ -152,6 +165,7 @@ class KVCache:
             self.addresses[:] = [layer.data_ptr() for layer in self.layers]
         # Ascending after the others, all of which are lower: still a heap.
         self._free.extend(range(self.pages, pages))
+        self._holders = np.pad(self._holders[:kept], (0, pages - kept))
         self.pages = pages
 
 

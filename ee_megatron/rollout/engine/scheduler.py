@@ -71,6 +71,8 @@ class Scheduler:
         self._next_id = 0
         # Prompts that have been read, and the logits [V] of their first tokens.
         self._read: dict[tuple[int, ...], tuple[Prefilled, Tensor]] = {}
+        # Slots of rows in flight that hold their prompt's whole pages together, by the prompt.
+        self._together: dict[tuple[int, ...], list[int]] = {}
         self._intake = Intake(tokenizer, decoder.eos_ids, decoder.layout, decoder.dims.max_positions)
         self._prefix: tuple[tuple[int, ...], Prefilled] | None = None
         device, M = decoder.device, len(decoder.layout.depths)
@@ -168,9 +170,11 @@ class Scheduler:
         chosen: list[Row] = []
         begun: list[Row] = []
         unread: dict[tuple[int, ...], None] = {}
-        room = self._room()
+        room, held = self._room(), set(self._together)
         while len(chosen) + len(begun) < free and self.waiting:
             needed = pages_for(self.waiting[0].longest)
+            if self.waiting[0].prompt_tokens in held:
+                needed -= _common_pages(self.waiting[0])
             if needed > room:
                 break
             room -= needed
@@ -182,6 +186,7 @@ class Scheduler:
                 if unread and len(prompt) + sum(map(len, unread)) > PREFILL_POSITIONS:
                     break
                 unread[prompt] = None
+            held.add(prompt)
             chosen.append(self.waiting.popleft())
         self._go_on(sorted(begun, key=lambda row: -row.length))
         self._read_prompts(sorted(unread, key=len, reverse=True))
@@ -193,7 +198,8 @@ class Scheduler:
         """Pages that no row in flight can come to need."""
         if self.cache.limit is None:
             return math.inf
-        return self.cache.limit - sum(pages_for(row.longest) for row in self.stations)
+        own = sum(pages_for(row.longest) - _common_pages(row) for row in self.stations)
+        return self.cache.limit - own - sum(len(prompt) // PAGE for prompt in self._together)
 
     def _forget_unneeded(self) -> None:
         needed = {row.prompt_tokens for row in self.waiting} if self._read else set()
@@ -239,14 +245,27 @@ class Scheduler:
 
     def _enter(self, entering: list[tuple[Row, Prefilled]]) -> None:
         """Give rows a cache slot with what has been read of them; they wait before the first segment then."""
+        first: list[Row] = []
+        others: list[Row] = []
         for row, _ in entering:
             row.slot = self._free.pop()
-        self._hold([row for row, _ in entering])
+            alike = self._together.setdefault(row.prompt_tokens, []) if _common_pages(row) else []
+            (others if alike else first).append(row)
+            alike.append(row.slot)
+        self._hold(first)
+        for row in others:
+            self.cache.share(self._together[row.prompt_tokens][0], row.slot, _common_pages(row))
+        self._hold(others)
+        shared = {row.slot: PAGE * _common_pages(row) for row in others}
         for row, prefilled in entering:
+            parts = [prefilled]
             if prefilled.start:
                 assert self._prefix is not None
-                self.cache.fill(row.slot, 0, self._prefix[1].keys, self._prefix[1].values)
-            self.cache.fill(row.slot, prefilled.start, prefilled.keys, prefilled.values)
+                parts.insert(0, self._prefix[1])
+            for part in parts:
+                there = max(0, shared.get(row.slot, 0) - part.start)
+                if there < part.keys.shape[1]:
+                    self.cache.fill(row.slot, part.start + there, part.keys[:, there:], part.values[:, there:])
             self.stations.put(0, row)
 
     def _hold(self, rows: list[Row]) -> None:
@@ -369,6 +388,11 @@ class Scheduler:
     def _give_back(self, row: Row) -> None:
         self._free.append(row.slot)
         self.cache.release(row.slot)
+        if _common_pages(row):
+            alike = self._together[row.prompt_tokens]
+            alike.remove(row.slot)
+            if not alike:
+                del self._together[row.prompt_tokens]
 
     def _draw(self, rows: list[Row]) -> Tensor:
         """float64 [R, M+1]: one number per gate and one for the token that each row generates next."""
@@ -376,6 +400,12 @@ class Scheduler:
         at = np.array([len(row.tokens) for row in rows])
         draws = len(self.decoder.layout.depths) + 1
         return torch.from_numpy(uniforms(keys, at, draws)).to(self.decoder.device)
+
+
+def _common_pages(row: Row) -> int:
+    """Whole pages of a prompt's positions, which nothing is written to once it has been read. Those of an answer that
+    goes on are its own: it was read with it."""
+    return 0 if row.request.begun is not None else len(row.prompt_tokens) // PAGE
 
 
 def prescribe(

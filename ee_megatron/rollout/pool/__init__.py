@@ -37,5 +37,8 @@ def make_pool(
     if rollout.backend == "vllm":
         python = str(Path(rollout.vllm_python).absolute())
         check_python(python)
-        replica = replace(replica, vllm_python=python, vllm_compile=rollout.vllm_compile, tensor=rollout.tensor)
+        replica = replace(
+            replica, vllm_python=python, vllm_compile=rollout.vllm_compile, tensor=rollout.tensor,
+            vllm_compact=rollout.vllm_exits == "compact",
+        )  # fmt: skip
     return RayPool(replica, rollout)

@@ -75,7 +75,8 @@ class RolloutPool(Protocol):
 @dataclass(frozen=True)
 class ReplicaSettings:
     """What it takes to make a replica in any process. With `vllm_python` vLLM makes the answers, in the environment of
-    that interpreter, on `tensor` devices, compiled or not, and has to be there within `start_s` seconds.
+    that interpreter, on `tensor` devices, compiled or not, with exits compact or masked, and has to be there within
+    `start_s` seconds.
 
     `cache_gib`: as in `rollout`."""
 
@@ -87,6 +88,7 @@ class ReplicaSettings:
     threads: int
     vllm_python: str = ""
     vllm_compile: bool = True
+    vllm_compact: bool = False
     tensor: int = 1
     start_s: float = 600.0
     cache_gib: float = 0.0

@@ -27,6 +27,7 @@ class VllmPool:
         engine = EngineSettings(
             settings.model_path, settings.spec, settings.dtype, rows=settings.rows, tensor=settings.tensor,
             cache_gib=settings.cache_gib, compile=settings.vllm_compile,
+            compact=settings.vllm_compact,
         )  # fmt: skip
         environment = {"VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": str(max(1, settings.threads))}
         self._engine = EngineProcess(settings.vllm_python, PROCESS, engine, environment, settings.start_s)

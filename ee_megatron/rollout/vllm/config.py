@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
 from .asked import FIELD, rule_for
-from .tested import FAMILIES, architecture, check_version
+from .tested import COMPACT, FAMILIES, architecture, check_version
 
 BASES = {family.lower(): family for family in FAMILIES}
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
@@ -80,6 +80,8 @@ def check_settings(config: Any) -> None:
     }
     if found := [name for name, there in refused.items() if there]:
         raise ValueError(f"an early-exit model is not served with {found[0]}; leave it out")
+    if getattr(config.model_config.hf_config, COMPACT, False) and not config.model_config.enforce_eager:
+        raise ValueError(f"{COMPACT}: how many positions run isn't known ahead, found a compiled model; run it eagerly")
 
 
 def register() -> None:

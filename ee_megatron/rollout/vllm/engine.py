@@ -20,7 +20,7 @@ from ..engine.intake import Intake
 from ..engine.request import Event, Request, Row
 from .asked import EXTRA, Asked
 from .memory import CPU_CACHE_GIB, GPU_SHARE
-from .tested import architecture, check_version
+from .tested import COMPACT, architecture, check_version
 
 FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
@@ -35,6 +35,7 @@ class EngineSettings:
     - positions: the longest sequence, 0 for the model's own limit
     - cache_gib: memory of the cache on each device, 0 for what is left of `GPU_SHARE` or on a CPU `CPU_CACHE_GIB`
     - compile: as vLLM compiles its own models, with CUDA graphs on a GPU; else eagerly
+    - compact: positions that have left run only what others need of them; not compiled
     """
 
     model_path: str
@@ -48,6 +49,7 @@ class EngineSettings:
     chunk: int = 8192
     cache_gib: float = 0.0
     compile: bool = False
+    compact: bool = False
 
 
 class VllmEngine:
@@ -95,7 +97,7 @@ class VllmEngine:
             enable_chunked_prefill=True, gpu_memory_utilization=GPU_SHARE, tensor_parallel_size=settings.tensor,
             hf_overrides={
                 "architectures": [architecture(FAMILIES[self.dims.family])], "exit_depths": list(spec.exit_depths),
-                "gate_width": spec.gate_width, "gate_input": spec.gate_input,
+                "gate_width": spec.gate_width, "gate_input": spec.gate_input, COMPACT: settings.compact,
             },
             **more,
         )  # fmt: skip

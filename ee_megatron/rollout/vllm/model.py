@@ -1,5 +1,5 @@
 """vLLM's Llama-like models with exits: positions that have left keep their stream, and deeper layers get keys and
-values from it. All positions run all layers, so shapes don't depend on what exits decide."""
+values from it. All positions run all layers, so shapes don't depend on what exits decide; unless exits are compact."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -22,7 +23,9 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from ...exit_rules import NEVER
 from ...exits import gate_units
 from ...products import product
+from .compact import CompactLayers
 from .steps import Watched
+from .tested import COMPACT
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -97,10 +100,7 @@ class GatedLayers(nn.Module):
             if number not in self.exit_depths:
                 continue
             index, ice = self.exit_depths.index(number), hidden + residual
-            logit = self.gates[str(number)](ice)
-            # Some rules compare hazards in float64, the others in float32.
-            hazard = torch.where(fine, logit.double().sigmoid(), logit.sigmoid().double())
-            fires = hazard > bounds[:, index]
+            logit, fires = self.ask(index, ice, bounds, fine)
             for watched in self.watched:
                 watched.ask(index, number, ice, logit, fires)
             fires &= ~left
@@ -109,6 +109,13 @@ class GatedLayers(nn.Module):
             left = left | fires
             hidden, residual = hidden.masked_fill(left[:, None], 0), torch.where(left[:, None], ice, residual)
         return self.body.norm(hidden, residual)[0], depths, logprobs
+
+    def ask(self, index: int, streams: Tensor, bounds: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
+        """Streams [T, D] -> this exit's logits, float32 [T], and whether they are above the bounds, bool [T]."""
+        logit = self.gates[str(self.exit_depths[index])](streams)
+        # Some rules compare hazards in float64, the others in float32.
+        hazard = torch.where(fine, logit.double().sigmoid(), logit.sigmoid().double())
+        return logit, hazard > bounds[:, index]
 
 
 class EarlyExit:
@@ -131,6 +138,7 @@ class EarlyExit:
         self.bounds = torch.full((tokens, exits), NEVER, dtype=torch.float64)
         self.fine = torch.zeros(tokens, dtype=torch.bool)
         self.depths, self.logprobs = torch.zeros(tokens, dtype=torch.int32), torch.zeros(tokens, dtype=torch.float32)
+        self.compact = CompactLayers(self.gated_layers) if getattr(config, COMPACT, False) else None
         # Without gates depths may be prescribed, and their probabilities are nothing.
         self.gated = False
         # vLLM packs matrices for a CPU and drops what it packed; new weights are written into these.
@@ -140,7 +148,11 @@ class EarlyExit:
         self, input_ids: Tensor | None, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None
     ) -> Tensor:
         tokens = len(positions)
-        hidden, depths, logprobs = self.gated_layers(
+        # Without a cache, when vLLM looks how much memory a step takes, nothing exits.
+        layers: GatedLayers | CompactLayers = self.gated_layers
+        if self.compact is not None and get_forward_context().attn_metadata is not None:
+            layers = self.compact
+        hidden, depths, logprobs = layers(
             input_ids=input_ids, positions=positions, inputs_embeds=inputs_embeds, bounds=self.bounds[:tokens],
             fine=self.fine[:tokens],
         )  # fmt: skip
@@ -171,6 +183,8 @@ class EarlyExit:
             # On a GPU it is the parameter that is there anyway.
             module.weight = self._plain.setdefault(name, module.weight)
         loaded: set[str] = super().load_weights(named())  # type: ignore[misc]
+        if self.compact is not None:
+            self.compact.take(lambda i: self._plain[f"model.layers.{i}.self_attn.qkv_proj"])
         return loaded | {f"gated_layers.gates.{name}" for name, _ in gates.named_parameters()}
 
     def part(self, name: str) -> Tensor:

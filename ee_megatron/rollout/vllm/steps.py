@@ -4,7 +4,7 @@ the next tokens with this package's random numbers, and what comes back of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,14 @@ class Watched:
             )
         )  # fmt: skip
         fires[self.places] = answer.to(fires.device)
+
+    def among(self, stays: Tensor) -> Watched:
+        """Those of them that stay, bool [T], with their places among all that stay."""
+        kept = stays[self.places]
+        return replace(
+            self, places=(stays.cumsum(0) - 1)[self.places[kept]], uniform=self.uniform[kept], notes=self.notes[kept],
+            tokens=[token for token, here in zip(self.tokens, kept.tolist(), strict=True) if here],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 FAMILIES = ("Llama", "Qwen2", "Qwen3")
 # Others are refused, for vLLM's insides move.
 VERSIONS = ("0.32",)
+# The field of a model's configuration in vLLM that makes its exits compact.
+COMPACT = "compact_exits"
 
 
 def architecture(family: str) -> str:

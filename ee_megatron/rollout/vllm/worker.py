@@ -35,6 +35,8 @@ class ExitWorker(Worker):
         assert isinstance(model, EarlyExit), type(model)
         self._exits_model = model
         steps = self._exits_steps = runner.sampler = Steps(runner, model)
+        if model.compact is not None:
+            model.compact.builder = lambda: runner.attn_groups[0][0].get_metadata_builder()
         run, sample = runner._model_forward, runner.sample_tokens
 
         def forward(*args: Any, **kwargs: Any) -> Any:

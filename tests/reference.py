@@ -16,8 +16,11 @@ from ee_megatron.policy import PolicySpec
 
 
 class Reference:
-    def __init__(self, path, spec: PolicySpec | None = None, policy: dict[str, Tensor] | None = None):
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    def __init__(
+        self, path, spec: PolicySpec | None = None, policy: dict[str, Tensor] | None = None, attention: str = "eager"
+    ):
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
+        self.model.eval()
         self.model.requires_grad_(False)
         self.spec, self.policy = spec, policy or {}
 
@@ -51,11 +54,18 @@ class Reference:
         return weights
 
     def logits(self, tokens: Tensor, depths: Tensor) -> Tensor:
-        return self.model.lm_head(self.model.model.norm(self.stream(tokens, depths)[-1]))
+        return self.read_out(self.stream(tokens, depths))
+
+    def read_out(self, streams: list[Tensor]) -> Tensor:
+        return self.model.lm_head(self.model.model.norm(streams[-1]))
 
     def gate_logits(self, tokens: Tensor, depths: Tensor) -> Tensor:
         """[B, S, M]"""
-        streams, found = self.stream(tokens, depths), []
+        return self.ask(self.stream(tokens, depths))
+
+    def ask(self, streams: list[Tensor]) -> Tensor:
+        """Gate logits [B, S, M] on the streams that `stream` gave."""
+        found = []
         for depth in self.spec.exit_depths:
             x = streams[depth]
             if self.spec.gate_input == "normalised":

@@ -57,6 +57,7 @@ def tiny_hf(
     torch.manual_seed(seed)
     if family == "qwen3":
         overrides.setdefault("head_dim", hidden // heads)
+    overrides.setdefault("max_position_embeddings", 512)
     config = CONFIGS[family](
         vocab_size=vocab,
         hidden_size=hidden,
@@ -64,7 +65,6 @@ def tiny_hf(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         intermediate_size=intermediate,
-        max_position_embeddings=512,
         tie_word_embeddings=tied,
         initializer_range=scale,
         bos_token_id=None,

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class KeysValues:
-    """One layer's keys and values of streams that have left, from its norm to vLLM's cache. `weight` [3 parts, D]: of
-    queries, keys and values, unpacked."""
+    """One layer's keys and values of streams that have left, from its norm's gain to vLLM's cache. `weight` [3 parts,
+    D]: of queries, keys and values, unpacked."""
 
     def __init__(self, layer: Any, weight: Tensor):
         attention = self.attention = layer.self_attn
-        self.norm, self.normalise_keys = layer.input_layernorm, getattr(attention, "k_norm", None)
+        self.gain, self.normalise_keys = layer.input_layernorm.weight, getattr(attention, "k_norm", None)
         bias = attention.qkv_proj.bias
         self.product = SimpleNamespace(
             weight=weight[attention.q_size :].detach(), bias=None if bias is None else bias[attention.q_size :].detach()
@@ -35,11 +35,11 @@ class KeysValues:
             # A copy: out of what vLLM has packed no rows can be taken.
             dispatch_cpu_unquantized_gemm(self.product, remove_weight=True)
 
-    def write(self, streams: Tensor, positions: Tensor, slots: Tensor) -> None:
-        """Streams [R, D], positions and places in the cache int64 [R]."""
+    def write(self, units: Tensor, positions: Tensor, slots: Tensor) -> None:
+        """Normalised streams [R, D], positions and places in the cache int64 [R]."""
         attention, product = self.attention, self.product
         linear = product.cpu_linear if self.on_cpu else F.linear
-        both = linear(self.norm(streams), product.weight, product.bias)
+        both = linear(units * self.gain, product.weight, product.bias)
         keys, values = (part.view(len(both), -1, attention.head_dim) for part in both.chunk(2, dim=-1))
         if self.normalise_keys is not None:
             keys = self.normalise_keys(keys)
@@ -82,11 +82,12 @@ class CompactLayers:
         depths = torch.full_like(fine, len(body.layers), dtype=torch.int32)
         logprobs = torch.zeros_like(fine, dtype=torch.float32)
         step, here = Step(context, positions), positions
-        left, streams, places, slots = running[:0], hidden[:0], positions[:0], positions[:0]
+        # Streams that stay as they are differ between layers' norms by the gain alone.
+        left, units, places, slots = running[:0], hidden[:0], positions[:0], positions[:0]
         for number, (layer, kept) in enumerate(zip(body.layers, self._kept, strict=True), start=1):
             if len(left):
                 # First: a running position may look at one of its own step that has left.
-                kept.write(streams, places, slots)
+                kept.write(units, places, slots)
             if not len(running):
                 continue
             hidden, residual = layer(here, hidden, residual)
@@ -102,7 +103,7 @@ class CompactLayers:
             if not len(leave):
                 continue
             depths[running[leave]] = number
-            left, streams = torch.cat((left, running[leave])), torch.cat((streams, stream[leave]))
+            left, units = torch.cat((left, running[leave])), torch.cat((units, self._unit(stream[leave])))
             places, slots = positions[left], step.slots[left]
             watched = [one for one in (one.among(~fires) for one in watched) if len(one.places)]
             running, here, bounds, fine = running[stay], here[stay], bounds[stay], fine[stay]
@@ -112,10 +113,16 @@ class CompactLayers:
         if not len(left):
             return body.norm(hidden, residual)[0], depths, logprobs
         out = hidden.new_empty(len(depths), hidden.shape[-1])
-        out[left] = body.norm(streams)
+        out[left] = units * body.norm.weight
         if len(running):
             out[running] = body.norm(hidden, residual)[0]
         return out, depths, logprobs
+
+    def _unit(self, streams: Tensor) -> Tensor:
+        """Streams [R, D] as RMSNorm has them before its gain."""
+        wide = streams.float()
+        mean = wide.pow(2).mean(-1, keepdim=True)
+        return (wide * torch.rsqrt(mean + self.layers.body.norm.variance_epsilon)).to(streams.dtype)
 
 
 class Step:

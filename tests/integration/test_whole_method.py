@@ -203,7 +203,8 @@ def test_full_fine_tuning_goes_on_after_a_kill_with_rollouts_made_ahead(finished
         "rollout.max_staleness=1", "rollout.check_weights=true", "rollout.sync_dtype=bfloat16",
     )  # fmt: skip
     runs = folder / "runs" / "tiny"
-    others = set(runs.iterdir())
+    others = set(runs.glob("rl-*"))
+    run("traces", folder, *full)
     run("calibrate", folder, *full)
     run("rl", folder, *full)
     (stage,) = (path for path in set(runs.glob("rl-*")) - others)

@@ -214,7 +214,6 @@ def test_full_fine_tuning_goes_on_after_a_kill_with_rollouts_made_ahead(finished
     assert all(row["exit_mismatch"] < 0.1 for row in undisturbed)
     (stage / "DONE").unlink()
     shutil.rmtree(stage / "checkpoints" / "step_4")
-    shutil.rmtree(stage / "checkpoints" / "step_3")
     shutil.rmtree(stage / "ahead" / "version_4")
     run("rl", folder, *full)
     assert all(np.array_equal(tensor, end[name]) for name, tensor in load_file(

@@ -1,7 +1,7 @@
 """What a checkpoint under full fine-tuning costs: seconds and memory of saving and loading it, beside cp and sha256sum.
 
     python tools/bench_checkpoint.py --layers 14                        # half of DeepSeek-R1-Distill-Qwen-7B
-    python tools/bench_checkpoint.py --layers 28 --repeats 1 --no-copy
+    python tools/bench_checkpoint.py --layers 28 --overlay --repeats 1 --no-copy
     python tools/bench_checkpoint.py --layers 4 --width 0.5 --vocab 16384 --tensor 2 --old /path/to/an/older/tree
     python tools/bench_checkpoint.py --layers 1 --width 0.5 --vocab 8192 --data 2 --zero 1
 
@@ -51,6 +51,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=None, help="with optimizer state, under ZeRO")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-copy", action="store_true", help="leave cp out, which needs the same disk space again")
+    parser.add_argument(
+        "--overlay", action="store_true", help="all parameters in one place of memory, where the model has no room"
+    )
     parser.add_argument("--dir", type=Path, default=Path("."), help="where to write; everything is removed again")
     parser.add_argument("--old", type=Path, default=None, help="a tree of an older version, run for comparison")
     parser.add_argument("--worker", type=Path, default=None, help=argparse.SUPPRESS)
@@ -98,7 +101,11 @@ class Rank:
         sizes = (self.options.layers // stages,) * stages
         config = megatron_config(self.dims, self.spec, sizes, tensor=self.options.tensor, dtype=torch.bfloat16)
         pieces = policy_pieces(build_model(config))
-        for piece in pieces:
+        if self.options.overlay:
+            room = torch.empty(max(piece.parameter.numel() for piece in pieces), dtype=torch.bfloat16)
+            for piece in pieces:
+                piece.parameter.data = room[: piece.parameter.numel()].view_as(piece.parameter)
+        for piece in sorted(pieces, key=lambda piece: -piece.parameter.numel())[: 1 if self.options.overlay else None]:
             fill(piece.parameter.data)
         return pieces
 

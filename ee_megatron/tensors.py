@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import math
+import os
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -11,12 +15,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 Shape = tuple[int, ...]
-# What is read or hashed at once, and how much of a mapped file stays in memory.
+# What is read or hashed at once.
 BLOCK_BYTES = 64 << 20
+# Of numbers in safetensors files.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -56,42 +61,70 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 class FileTensors(LazyTensors):
-    """The tensors of one safetensors file. Raises ValueError if it is none."""
+    """The tensors of one safetensors file. Raises ValueError if it is none, or not whole.
+
+    It is read, not mapped: pages of a mapped file count as memory of the process, and one that is larger than the
+    machine's memory can't be mapped as safetensors maps it.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        self._handle: Any = None
-        self._read = 0
-        file = self._file()
-        self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        try:
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                size = path.stat().st_size
+                if length > size:
+                    raise ValueError(f"{size} bytes, its header alone should have {length}")
+                table = json.loads(file.read(length))
+            table.pop("__metadata__", None)
+            self._entries = {name: (DTYPES[line["dtype"]], tuple(line["shape"])) for name, line in table.items()}
+            self._begin = {name: 8 + length + line["data_offsets"][0] for name, line in table.items()}
+            end = 8 + length + max((line["data_offsets"][1] for line in table.values()), default=0)
+            if end != size:
+                raise ValueError(f"{size} bytes, its header promises {end}")
+        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+            raise ValueError(f"{path}: cannot be read ({error}); the file is missing or damaged") from None
 
     def part(self, name: str, *where: slice) -> Tensor:
-        found = self._file().get_slice(name)[where or slice(None)].clone()
-        # A mapped file counts as memory of the process as far as it was read.
-        self._read += found.nbytes
-        if self._read > BLOCK_BYTES:
-            self._handle, self._read = None, 0
+        dtype, shape = self._entries[name]
+        ranges = [part.indices(size)[:2] for part, size in zip(where, shape, strict=False)]
+        ranges += [(0, size) for size in shape[len(ranges) :]]
+        found = torch.empty([end - begin for begin, end in ranges], dtype=dtype)
+        if not found.numel():
+            return found
+        data = found.view(-1).view(torch.uint8).numpy().data
+        # Runs of numbers that lie together: all that is asked for, or a part of each row.
+        whole = all(taken == (0, size) for taken, size in zip(ranges[1:], shape[1:], strict=True))
+        assert whole or len(shape) == 2
+        width = dtype.itemsize * math.prod(shape[1:])
+        run = len(data) if whole else found.size(1) * dtype.itemsize
+        offset = self._begin[name] + (ranges[0][0] * width if shape else 0)
+        if not whole:
+            offset += ranges[1][0] * dtype.itemsize
+        with self.path.open("rb", buffering=0) as file:
+            for at in range(0, len(data), run):
+                self._read(file, offset, data[at : at + run])
+                offset += width
         return found
 
+    def _read(self, file: io.FileIO, offset: int, data: memoryview) -> None:
+        while data:
+            count = os.preadv(file.fileno(), [data], offset)
+            if not count:
+                raise ValueError(f"{self.path}: ends at byte {offset}; the file was cut while it was read")
+            data, offset = data[count:], offset + count
+
     def __contains__(self, name: object) -> bool:
-        return name in self._shapes
+        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._shapes)
+        return len(self._entries)
 
     def shape(self, name: str) -> Shape:
-        return self._shapes[name]
-
-    def _file(self) -> Any:
-        if self._handle is None:
-            try:
-                self._handle = safe_open(self.path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{self.path}: cannot be read ({error}); the file is missing or damaged") from None
-        return self._handle
+        return self._entries[name][1]
 
 
 class LayeredTensors(LazyTensors):
@@ -238,6 +271,11 @@ def hash_block(sha: Any, block: Block) -> None:
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over names, shapes, dtypes and bytes in name order: two sides hold the same weights iff digests agree."""
+    if isinstance(tensors, LazyTensors):
+        # What is read is hashed while the next is being read.
+        with Digest() as found:
+            drain(found.passing(blocks_of(tensors)))
+            return found.hexdigest()
     sha = hashlib.sha256()
     for block in blocks_of(tensors):
         hash_block(sha, block)

@@ -1,12 +1,12 @@
 """What a checkpoint under full fine-tuning costs: seconds and memory of saving and loading it, beside cp and sha256sum.
 
     python tools/bench_checkpoint.py --layers 14                        # half of DeepSeek-R1-Distill-Qwen-7B
-    python tools/bench_checkpoint.py --layers 28 --repeats 1 --no-copy
-    python tools/bench_checkpoint.py --layers 4 --vocab 16384 --tensor 2 --old /path/to/an/older/tree
-    python tools/bench_checkpoint.py --layers 2 --vocab 16384 --data 2 --zero 1
+    python tools/bench_checkpoint.py --layers 28 --overlay --repeats 1 --no-copy
+    python tools/bench_checkpoint.py --layers 4 --width 0.5 --vocab 16384 --tensor 2 --old /path/to/an/older/tree
+    python tools/bench_checkpoint.py --layers 1 --width 0.5 --vocab 8192 --data 2 --zero 1
 
-The model has that model's shapes, with fewer layers or a smaller vocabulary if memory or disk asks for it, and numbers
-in bfloat16 that repeat; nothing is downloaded. Without --zero the policy alone is written and read, by ranks that hold
+The model has that model's shapes, with fewer layers or words or narrower if memory or disk asks for it; numbers
+are bfloat16 and repeat; nothing is downloaded. Without --zero the policy alone is written and read, by ranks that hold
 their parameters and nothing else; with it by real learners, whose AdamW moments and fp32 masters are written and read
 too. Each repeat saves, copies the same bytes with cp, hashes them with sha256sum, checks the digest as the leader does
 before a run goes on, and loads; nothing of the files is in the page cache when any of them begins. `extra` is the peak
@@ -36,6 +36,7 @@ SHAPE = {
     "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 10000, "hidden_act": "silu",
     "max_position_embeddings": 131072,
 }  # fmt: skip
+WIDE = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 SAVE, LOAD, CHECK = "save", "load", "check"
 
 
@@ -43,12 +44,16 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=14)
     parser.add_argument("--vocab", type=int, default=SHAPE["vocab_size"])
+    parser.add_argument("--width", type=float, default=1.0, help="a share of the streams, heads and MLP units")
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--pipeline", type=int, default=1)
     parser.add_argument("--data", type=int, default=1)
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=None, help="with optimizer state, under ZeRO")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-copy", action="store_true", help="leave cp out, which needs the same disk space again")
+    parser.add_argument(
+        "--overlay", action="store_true", help="all parameters in one place of memory, where the model has no room"
+    )
     parser.add_argument("--dir", type=Path, default=Path("."), help="where to write; everything is removed again")
     parser.add_argument("--old", type=Path, default=None, help="a tree of an older version, run for comparison")
     parser.add_argument("--worker", type=Path, default=None, help=argparse.SUPPRESS)
@@ -72,8 +77,11 @@ class Rank:
         torch.set_num_threads(1)
         self.options, self.folder = options, scratch / "checkpoint"
         device = groups.initialise(Degrees(options.tensor, options.pipeline, options.data))
-        self.dims = dims_from_config({**SHAPE, "num_hidden_layers": options.layers, "vocab_size": options.vocab})
-        exits = tuple(range(options.layers // options.pipeline, options.layers, options.layers // options.pipeline))
+        self.config: dict[str, Any] = {**SHAPE, "num_hidden_layers": options.layers, "vocab_size": options.vocab}
+        self.config |= {name: int(SHAPE[name] * options.width) for name in WIDE}  # type: ignore[operator]
+        self.dims = dims_from_config(self.config)
+        stages = options.layers // options.pipeline
+        exits = tuple(range(stages, options.layers, stages))
         self.spec = PolicySpec(options.layers, exits, rank=0, full=True)
         self.leads = int(os.environ["RANK"]) == 0
         self.learner: Any = None
@@ -93,7 +101,11 @@ class Rank:
         sizes = (self.options.layers // stages,) * stages
         config = megatron_config(self.dims, self.spec, sizes, tensor=self.options.tensor, dtype=torch.bfloat16)
         pieces = policy_pieces(build_model(config))
-        for piece in pieces:
+        if self.options.overlay:
+            room = torch.empty(max(piece.parameter.numel() for piece in pieces), dtype=torch.bfloat16)
+            for piece in pieces:
+                piece.parameter.data = room[: piece.parameter.numel()].view_as(piece.parameter)
+        for piece in sorted(pieces, key=lambda piece: -piece.parameter.numel())[: 1 if self.options.overlay else None]:
             fill(piece.parameter.data)
         return pieces
 
@@ -108,7 +120,7 @@ class Rank:
         from ee_megatron.policy import initial_policy
 
         if self.leads:
-            write_model(model, self.dims)
+            write_model(model, self.config, self.dims)
         dist.barrier()
         source = HFDirectory(model)
         stages = self.options.pipeline
@@ -212,7 +224,7 @@ def fill(tensor: Any) -> None:
         part.copy_(block[: len(part)])
 
 
-def write_model(folder: Path, dims: Any) -> None:
+def write_model(folder: Path, config: dict[str, Any], dims: Any) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -221,7 +233,6 @@ def write_model(folder: Path, dims: Any) -> None:
     for tensor in tensors.values():
         fill(tensor)
     save_file(tensors, folder / "model.safetensors")
-    config = {**SHAPE, "num_hidden_layers": dims.num_layers, "vocab_size": dims.vocab}
     (folder / "config.json").write_text(json.dumps(config))
 
 

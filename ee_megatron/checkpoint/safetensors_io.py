@@ -16,17 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..tensors import Block, Digest, Stream
+from ..tensors import DTYPES, Block, Digest, Stream
 from .manifest import tensor_bytes
 from .workspace import OutputFile
 
-CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
-DTYPES = {code: dtype for dtype, code in CODES.items()}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 Table = Mapping[str, tuple[torch.dtype, Sequence[int]]]
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from ..families import FAMILIES, ModelDims
 from ..families.hf_directory import HFDirectory
 from ..policy import PolicySpec
-from ..tensors import LazyTensors, Shape
+from ..tensors import DTYPES, LazyTensors, Shape
 from .manifest import MANIFEST, Digest, Hasher
 from .meter import Meter
-from .safetensors_io import DTYPES, nbytes, places
+from .safetensors_io import nbytes, places
 
 BLOCK_BYTES = 64 << 20
 AHEAD_BYTES = 512 << 20

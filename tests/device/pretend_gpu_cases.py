@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from device_setup import (
     FULL,
     LORA,
@@ -167,7 +168,10 @@ def resumed(bench: Bench, spec: PolicySpec = LORA, **options: Any) -> list:
     """Two updates, everything written down, a new learner from that, two more updates."""
     learner = bench.learner(spec, **options)
     seen = [update(learner, make_lesson(seed=i)) for i in range(2)]
-    policy, state = learner.export_policy(), learner.export_optimizer()
+    written = [learner.export_policy(), learner.export_optimizer()]
+    # Ranks read what the leader was sent.
+    dist.broadcast_object_list(written)
+    policy, state = written
     again = bench.learner(spec, policy=policy, **options)
     again.load_optimizer(state)
     seen += [update(again, make_lesson(seed=i)) for i in range(2, 4)]

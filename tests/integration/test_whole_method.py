@@ -193,6 +193,35 @@ def test_the_adapters_stop_and_shrink_while_the_gates_settle_and_a_resumed_run_s
         stage.rename(folder / "settled")
 
 
+@pytest.mark.timeout(900)
+def test_full_fine_tuning_goes_on_after_a_kill_with_rollouts_made_ahead(finished):
+    """Checkpoints and weights pass through the ranks in blocks then, and start values, policies and AdamW's state are
+    read in parts."""
+    folder, _ = finished
+    full = (
+        "adapter.full=true", "calibrate.keep=0.75", "calibrate.settle=0.5", "rl.checkpoint_every=1",
+        "rollout.max_staleness=1", "rollout.check_weights=true", "rollout.sync_dtype=bfloat16",
+    )  # fmt: skip
+    runs = folder / "runs" / "tiny"
+    others = set(runs.glob("rl-*"))
+    run("traces", folder, *full)
+    run("calibrate", folder, *full)
+    run("rl", folder, *full)
+    (stage,) = (path for path in set(runs.glob("rl-*")) - others)
+    undisturbed = read_metrics(stage / "metrics.jsonl")
+    end = load_file(stage / "checkpoints" / "step_4" / "policy.safetensors")
+    assert "model.embed_tokens.weight" in end
+    assert all(row["exit_mismatch"] < 0.1 for row in undisturbed)
+    (stage / "DONE").unlink()
+    shutil.rmtree(stage / "checkpoints" / "step_4")
+    shutil.rmtree(stage / "ahead" / "version_4")
+    run("rl", folder, *full)
+    assert all(np.array_equal(tensor, end[name]) for name, tensor in load_file(
+        stage / "checkpoints" / "step_4" / "policy.safetensors"
+    ).items())  # fmt: skip
+    assert [row["reward"] for row in read_metrics(stage / "metrics.jsonl")] == [row["reward"] for row in undisturbed]
+
+
 @pytest.mark.timeout(400)
 def test_stages_end_with_the_run_that_started_them(tmp_path):
     tiny_hf("llama", tmp_path / "model")

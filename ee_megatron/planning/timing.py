@@ -101,14 +101,14 @@ class Roofline:
         return prompts * self._read() + rounds * each
 
     def _read(self) -> float:
-        """A prompt for all of its answers: once or, by vLLM, for every answer, on all its devices."""
+        """A prompt, once for all of its answers (vLLM finds its blocks again), on all of an actor's devices."""
         dims, prompt, tensor = self.layout.dims, self.load.prompt, self.cfg.rollout.tensor
         device = self.device.of_cores(self.cfg.rollout.threads)
         seconds = prefill_cost(dims, prompt) / device.flops(self.item)
         if self.cfg.rollout.backend != "vllm":
             return seconds
         reduced = (2 * dims.num_layers + 1) * all_reduce(prompt * dims.hidden * self.item, self.device, tensor)
-        return self.cfg.rl.group_size * (seconds / tensor + reduced)
+        return seconds / tensor + reduced
 
     def sync(self) -> dict[str, float]:
         """Seconds of what it takes to bring a version of the policy's tensors to an actor; actors do it at a time."""

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from ranks import ROOT, Ranks
 
-from ee_megatron.families import dims_from_config
 from ee_megatron.config.schema import RunConfig
+from ee_megatron.families import dims_from_config
 from ee_megatron.planning.flops import PassMode, pass_cost, whole_pass
 from ee_megatron.planning.layout import Layout
 from ee_megatron.planning.memory import Training, learner_memory

@@ -7,7 +7,7 @@ activations and softmax are not counted: they cost memory traffic, not products.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..exits import gate_units
 from ..families import ModelDims, padded_vocab
@@ -125,6 +125,18 @@ def stage_cost(layout: Layout, load: Load, pipeline_rank: int, sequences: float,
 def pass_cost(layout: Layout, load: Load, sequences: float, how: PassMode) -> list[float]:
     """FLOPs by pipeline rank of a data rank's even share of the sequences, on one tensor-parallel rank."""
     return [stage_cost(layout, load, p, sequences / layout.data, how) for p in range(layout.pipeline)]
+
+
+def wide_cost(layout: Layout, load: Load, pipeline_rank: int, sequences: float, how: PassMode) -> float:
+    """Of `stage_cost` what a CPU multiplies in float32 whatever the model's dtype: attention, gates, logits."""
+    total = 0.0
+    for stage in layout.stages(pipeline_rank):
+        for layer in stage.layers:
+            total += attention(layout, load, sequences, layer, not how.policy) * (3.5 if how.train else 1)
+            total += gate_cost(layout, load, layer, sequences) * how.policy * (3 if how.train else 1)
+        if stage.head:
+            total += head_cost(layout, load, sequences, replace(how, train=False))
+    return total
 
 
 def whole_pass(layout: Layout, load: Load, sequences: float, how: PassMode) -> float:

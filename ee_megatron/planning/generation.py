@@ -25,8 +25,8 @@ KERNELS = {"layer": 62, "exit": 28, "round": 37}
 # How often host or device waits for the other, copies to the device included: per segment between exits and for the
 # rest of a round (counted there too).
 WAITS = {"segment": 3, "round": 5}
-# The same of a CPU, whose kernels do most of a layer at once.
-CPU_KERNELS = {"layer": 8, "exit": 12, "round": 20}
+# The same of a CPU, whose kernels do most of a segment in one call; vLLM starts them layer by layer there.
+CPU_KERNELS, VLLM_CPU_KERNELS = {"layer": 1, "exit": 12, "round": 20}, 8
 # How often attention moves a row's cache: on a GPU it is gathered out of its pages, which reads and writes it, and then
 # read; a CPU reads the pages in place.
 GATHERED = 3
@@ -102,7 +102,8 @@ def embedded_round(layout: Layout, load: Workload, device: Device, item: int, ro
             ARITHMETIC: flops / device.flops(item),
             STARTING: started * device.launch,
         }
-        seconds += max(times.values())
+        # A GPU reads, multiplies and is given work at once; a core does one after the other.
+        seconds += sum(times.values()) if device.packed else max(times.values())
         for part, took in times.items():
             parts[part] += took
 
@@ -152,7 +153,7 @@ def vllm_round(layout: Layout, load: Workload, device: Device, item: int, rows: 
     }
     if device.packed:
         # A CPU runs eagerly, and its step is not waited for by another processor.
-        parts[GRAPHS] = dims.num_layers * CPU_KERNELS["layer"] * device.launch
+        parts[GRAPHS] = dims.num_layers * VLLM_CPU_KERNELS * device.launch
     return Round(sum(parts.values()) - min(parts[MEMORY], parts[ARITHMETIC]), parts)
 
 

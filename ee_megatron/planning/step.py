@@ -52,10 +52,10 @@ def passes(cfg: RunConfig, load: Workload) -> dict[str, list[tuple[float, Packin
 
 
 def phase_flops(layout: Layout, load: Workload, cfg: RunConfig) -> dict[str, float]:
-    """FLOPs of all ranks and actors by phase of one RL step, as they are computed: vLLM reads a prompt for each of its
-    answers and runs all layers for every token. No rollouts where recorded ones are learned from."""
+    """FLOPs of all ranks and actors by phase of one RL step, as they are computed: vLLM runs all layers for all tokens.
+    No rollouts where recorded ones are learned from."""
     sequences, vllm = rollouts_per_step(cfg), cfg.rollout.backend == "vllm"
-    read = (sequences if vllm else cfg.rl.prompts_per_step) * prefill_cost(layout.dims, load.prompt)
+    read = cfg.rl.prompts_per_step * prefill_cost(layout.dims, load.prompt)
     made = read + sequences * decode_cost(layout, load.at_full_depth() if vllm else load)
     return ({} if cfg.rl.replay else {"rollouts": made}) | {
         phase: sum(times * whole_pass(layout, packed.load, packed.sequences, how) for times, packed, how in entries)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from ..config.schema import RunConfig
 from .devices import Device
-from .flops import PassMode, pass_cost, prefill_cost
+from .flops import PassMode, pass_cost, prefill_cost, wide_cost
 from .generation import all_reduce, token_round
 from .layout import Layout, rank_parameters
 from .memory import FP32, Training, layer_activations, sync_bytes
@@ -101,14 +101,14 @@ class Roofline:
         return prompts * self._read() + rounds * each
 
     def _read(self) -> float:
-        """A prompt for all of its answers: once or, by vLLM, for every answer, on all its devices."""
+        """A prompt, once for all of its answers (vLLM finds its blocks again), on all of an actor's devices."""
         dims, prompt, tensor = self.layout.dims, self.load.prompt, self.cfg.rollout.tensor
         device = self.device.of_cores(self.cfg.rollout.threads)
         seconds = prefill_cost(dims, prompt) / device.flops(self.item)
         if self.cfg.rollout.backend != "vllm":
             return seconds
         reduced = (2 * dims.num_layers + 1) * all_reduce(prompt * dims.hidden * self.item, self.device, tensor)
-        return self.cfg.rl.group_size * (seconds / tensor + reduced)
+        return seconds / tensor + reduced
 
     def sync(self) -> dict[str, float]:
         """Seconds of what it takes to bring a version of the policy's tensors to an actor; actors do it at a time."""
@@ -158,8 +158,7 @@ class Roofline:
         """The slowest stage, the pipeline's filling and draining, tensor-parallel sums, and a micro-batch's way through
         the pipeline (the others' hops hide behind arithmetic)."""
         layout, batches, device = self.layout, packed.micro_batches, self._ranks_device
-        slowest = max(pass_cost(layout, packed.load, packed.sequences, how))
-        computing = slowest / device.flops(self.item) + batches * self._traffic(packed, how)
+        computing = self._arithmetic(packed, how) + batches * self._traffic(packed, how)
         starting = batches * layout.dims.num_layers / layout.pipeline * kernels(how) * device.launch
         # A GPU works while the host starts what comes next.
         busy = computing + starting if device.packed else max(computing, starting)
@@ -167,6 +166,18 @@ class Roofline:
         idle = (layout.pipeline - 1) / (batches * layout.virtual)
         hop = self.device.network if self.cfg.cluster.gpus_per_node else self.device.link
         return busy * (1 + idle) + (layout.pipeline - 1) * self._stream(packed) / hop / device.reach
+
+    def _arithmetic(self, packed: Packing, how: PassMode) -> float:
+        """Seconds of the slowest stage's products."""
+        layout, device, share = self.layout, self._ranks_device, packed.sequences / self.layout.data
+        costs = pass_cost(layout, packed.load, packed.sequences, how)
+        if not device.packed:
+            return max(costs) / device.flops(self.item)
+        wide = [wide_cost(layout, packed.load, p, share, how) for p in range(layout.pipeline)]
+        return max(
+            (cost - in_float32) / device.flops(self.item) + in_float32 / device.flops(FP32)
+            for cost, in_float32 in zip(costs, wide, strict=True)
+        )
 
     def _traffic(self, packed: Packing, how: PassMode) -> float:
         """Seconds per micro-batch of what a rank's layers move besides products, by what autograd would keep of one."""

@@ -80,12 +80,12 @@ def optimizer_bytes(learner: Learner) -> int:
 
 def measure(
     path, spec: PolicySpec, degrees, sizes, sequences: int, prompt: int, answer: int, shares, group: int,
-    micro_batch: int, options,
+    tokens: int, options,
 ):  # fmt: skip
     """-> this rank's FLOPs of scoring, of the reference and of a step, and its bytes by kind."""
     source, options = HFDirectory(path), dict(options)
     policy = initial_policy(source.dims, spec, 0, source.tensor)
-    options |= {"deepspeed": DeepspeedConfig(options.pop("zero_stage", 1)), "tokens_per_micro_batch": micro_batch}
+    options |= {"deepspeed": DeepspeedConfig(options.pop("zero_stage", 1)), "tokens_per_micro_batch": tokens}
     learner = make_learner(path, spec, policy, degrees, sizes, **options)
     batch, weights = make_batch(spec, source.dims.vocab, sequences, prompt, answer, shares, group)
     found: dict[str, float] = {}

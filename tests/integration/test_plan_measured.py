@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from ranks import ROOT, Ranks
 
+from ee_megatron.config.schema import RunConfig
 from ee_megatron.families import dims_from_config
-from ee_megatron.planning.flops import PassMode, micro_batches, pass_cost, whole_pass
+from ee_megatron.planning.flops import PassMode, pass_cost, whole_pass
 from ee_megatron.planning.layout import Layout
 from ee_megatron.planning.memory import Training, learner_memory
+from ee_megatron.planning.packing import pack_pass
 from ee_megatron.planning.workload import Workload
 from ee_megatron.policy import ATTENTION, PolicySpec
 from tests.tiny import tiny_hf
@@ -65,17 +67,19 @@ def three(tmp_path_factory):
         yield running
 
 
-def compare(
-    ranks, path, spec, layout, sequences, prompt, answer, depth, micro_batch, group=1
-) -> list[tuple[str, float]]:
-    """(what, prediction / measurement) for every rank and kind."""
+def compare(ranks, path, spec, layout, sequences, prompt, answer, depth, tokens, group=1) -> list[tuple[str, float]]:
+    """(what, prediction / measurement) for every rank and kind; tokens: of a micro-batch."""
     degrees, sizes, options = layout
     dims = dims_from_config(json.loads((path / "config.json").read_text()))
-    load = Workload.of(prompt, answer, spec.layout.outcomes, depth).in_groups(group, micro_batch)
+    cfg = RunConfig()
+    cfg.parallel.tensor, cfg.parallel.pipeline, cfg.parallel.data = degrees
+    cfg.parallel.tokens_per_micro_batch = tokens
+    packed = pack_pass(cfg, Workload.of(prompt, answer, spec.layout.outcomes, depth), sequences, group)
+    load = packed.load
     plan = Layout(dims, spec, *degrees, 1, options.get("sequence_parallel", False), sizes)
     measured = ranks.call(
         "plan_cases:measure", path=path, spec=spec, degrees=degrees, sizes=sizes, sequences=sequences, prompt=prompt,
-        answer=answer, shares=load.shares, group=group, micro_batch=micro_batch, options=options,
+        answer=answer, shares=load.shares, group=group, tokens=tokens, options=options,
     )  # fmt: skip
     recompute, zero = options.get("recompute", False), options.get("zero_stage", 1)
     passes = {
@@ -83,17 +87,16 @@ def compare(
         "flops reference": PassMode(train=False, policy=False),
         "flops step": PassMode(train=True, recompute=recompute, input_gradient=recompute),
     }
-    batches = len(micro_batches(plan, micro_batch, sequences, 0))
-    training = Training(4, micro_batch, recompute, zero, offload=False, on_cpu=True)
+    training = Training(4, recompute, zero, offload=False, on_cpu=True)
     ratios = []
     for rank, found in enumerate(measured):
         stage = rank // (plan.tensor * plan.data)
-        memory = learner_memory(plan, load, training, stage, batches)
-        predicted = {name: pass_cost(plan, load, micro_batch, sequences, how)[stage] for name, how in passes.items()}
+        memory = learner_memory(plan, packed, training, stage)
+        predicted = {name: pass_cost(plan, load, sequences, how)[stage] for name, how in passes.items()}
         predicted |= {kind: memory[kind] for kind in ("weights", "gradients", "optimizer", "activations")}
         ratios += [(f"{kind} of rank {rank}", predicted[kind] / found[kind]) for kind in predicted]
     for name, how in passes.items():
-        whole = whole_pass(plan, load, micro_batch, sequences, how)
+        whole = whole_pass(plan, load, sequences, how)
         ratios.append((f"{name} of all", whole / sum(found[name] for found in measured)))
     return ratios
 
@@ -109,19 +112,19 @@ def check(ratios: list[tuple[str, float]]) -> None:
 @pytest.mark.parametrize("layout", TINY)
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_tiny_models_cost_what_was_planned(four, models, name, layout, mode) -> None:
-    check(compare(four, models[name], SPECS[mode], TINY[layout], 16, 24, 39, 0.7, 4))
+    check(compare(four, models[name], SPECS[mode], TINY[layout], 16, 24, 39, 0.7, 256))
 
 
 @pytest.mark.parametrize("depth", [1.0, 0.45])
 def test_other_depths_cost_what_was_planned(four, models, depth) -> None:
-    check(compare(four, models["llama"], SPECS["lora"], TINY["TP2_DP2"], 16, 8, 71, depth, 4))
+    check(compare(four, models["llama"], SPECS["lora"], TINY["TP2_DP2"], 16, 8, 71, depth, 320))
 
 
 @pytest.mark.parametrize("layout", ["TP2_DP2", "PP2_DP2_recompute", "TP2_PP2_zero2"])
 def test_a_prompt_that_a_group_shares_costs_what_was_planned(four, models, layout) -> None:
-    check(compare(four, models["qwen3"], SPECS["lora"], TINY[layout], 16, 40, 31, 0.7, 4, group=4))
+    check(compare(four, models["qwen3"], SPECS["lora"], TINY[layout], 16, 40, 31, 0.7, 176, group=4))
 
 
 @pytest.mark.parametrize("layout", SMOL)
 def test_smollm2_costs_what_was_planned(three, layout) -> None:
-    check(compare(three, MODEL, SMOL_SPEC, SMOL[layout], 3, 24, 47, 0.7, 1))
+    check(compare(three, MODEL, SMOL_SPEC, SMOL[layout], 3, 24, 47, 0.7, 72))

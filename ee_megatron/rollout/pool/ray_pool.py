@@ -93,8 +93,8 @@ class RayPool:
         if device_share <= 0 or (device_share > 1 and device_share != int(device_share)):
             raise ValueError(f"rollout.device_share={device_share}: expected a fraction up to 1, or whole devices")
         source = HFDirectory(replica.model_path)
-        limits: dict[str, Any] = {"start_timeout_s": start_timeout(rollout, source.size()), "timeout_s": call_timeout(rollout)}
-        rollout = replace(rollout, **limits)
+        starting = start_timeout(rollout, source.size())
+        rollout = replace(rollout, start_timeout_s=starting, timeout_s=call_timeout(rollout))
         replica = replace(replica, start_s=rollout.start_timeout_s)
         prepare_environment()
         import ray

@@ -42,7 +42,7 @@ from ee_megatron.policy import PolicySpec, initial_policy
 
 PROMPT, DEPTH = 60, 0.65
 # Mean, cap, tokens of a micro-batch; the padded learner's micro-batch holds as many tokens of mean length.
-LENGTHS = {"600": (600, 900, 4096), "2000": (2000, 4096, 8192)}
+LENGTHS = {"600": (600, 900, 2048), "2000": (2000, 4096, 4224)}
 
 
 def answer_lengths(mean: int, cap: int, count: int, seed: int) -> np.ndarray:

@@ -57,7 +57,7 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
     gather = (lambda: HeldStream(policy)) if options.no_learner else learner_of(source, spec, policy).stream_policy
     name = f"gates.{exits[0]}.fc2.bias"
     replica = ReplicaSettings(options.model, spec, torch.bfloat16, "cpu", 8, options.threads)
-    pool = RayPool(replica, RolloutConfig(actors=options.actors))
+    pool = RayPool(replica, RolloutConfig(actors=options.actors, sync_dtype="bfloat16"))
     try:
         pool.load(None)
         phases: dict[str, list[float]] = {name: [] for name in (*PHASES, "total")}

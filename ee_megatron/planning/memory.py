@@ -17,7 +17,7 @@ from ..parallel.vocabulary import CHUNK_BYTES, LEAST_CHUNK
 from ..policy import may_travel_in, stays_float32
 from ..rollout.engine.cache import PAGE, pages_for, pool_pages
 from .flops import PassMode, carries_gradient
-from .layout import JOINT, ROW_PARALLEL, Layout, PipelineStage, joint, rank_parameters
+from .layout import JOINT, KEY_VALUE, ROW_PARALLEL, Layout, PipelineStage, joint, rank_parameters
 from .packing import Packing
 from .workload import Workload
 
@@ -141,26 +141,20 @@ def layer_activations(layout: Layout, packed: Packing, t: Training, layer: int) 
     dims, e, full = layout.dims, t.item, layout.spec.full
     every, active = packed.width, packed.filled
     here = layout.tensor if layout.sequence_parallel else 1
-    q, kv, inner = (size // layout.tensor for size in (dims.q_size, dims.kv_size, dims.intermediate))
+    inner = dims.intermediate // layout.tensor
     entering = carries_gradient(layout, layer, PassMode(True, input_gradient=t.recompute or t.zero_stage == 3))
-    kept = (every if entering else 0) / here * dims.hidden * FP32
     # Norms keep their input in fp32 (in fp32 that is the residual stream itself) and, where the gain is trained, what
-    # it multiplies; the stream is kept once more where it is put back among the positions that do not run the layer.
-    kept += active / here * dims.hidden * (FP32 + e)
+    # it multiplies.
+    kept = ((every if entering else 0) + active) / here * dims.hidden * FP32
     if full:
         kept += (every + active) / here * dims.hidden * e
     if here > 1:
         # Sequence parallelism: what is put at its place before a gather and before the two reduce-scatters.
         kept += (active / here + 2 * active) * dims.hidden * e
     kept += linear_inputs(layout, t, active) + adapter_activations(layout, t, active)
-    if entering:
-        # The gradient of q, k and v products needs their rows of the fused weight, which are copies.
-        kept += (q + 2 * kv) * dims.hidden * e
-    kept += attention_activations(layout, t, active)
+    kept += attention_activations(layout, packed, t)
     # SwiGLU: gate and up, silu(gate).
     kept += active * 3 * inner * e
-    # Where the active positions are.
-    kept += active * 3 * INDEX
     if layer - 1 in layout.spec.exit_depths:
         asked = packed.each * (packed.load.answer - 1) / here
         # The stream in fp32, what the gate's first product reads, and its result after the ReLU.
@@ -169,26 +163,32 @@ def layer_activations(layout: Layout, packed: Packing, t: Training, layer: int) 
 
 
 def linear_inputs(layout: Layout, t: Training, active: float) -> float:
-    """What linears read: kept for their adapters' sake, or for their own gradient. Frozen ones keep nothing."""
-    found = (joint(layout, parts) for parts in JOINT)
-    return t.item * active * sum(columns for _, columns, rank in found if layout.spec.full or rank)
+    """What linears read: kept for their adapters' sake, or for their own gradient. Frozen ones keep nothing; queries,
+    keys and values are made of the same."""
+    found = {parts: joint(layout, parts) for parts in JOINT}
+    kept = {parts: columns for parts, (_, columns, rank) in found.items() if layout.spec.full or rank}
+    if JOINT[0] in kept:
+        kept.pop(KEY_VALUE, None)
+    return t.item * active * sum(kept.values())
 
 
-def attention_activations(layout: Layout, t: Training, active: float) -> float:
-    """Rotated queries and keys, values (a view of the joint product), output, one sum per query, angles; with norms on
-    heads their inputs too. On a CPU the kernel runs in fp32."""
-    dims, e = layout.dims, t.item
+def attention_activations(layout: Layout, packed: Packing, t: Training) -> float:
+    """Rotated queries and keys, values, output, one sum per query; with norms on heads their inputs too. On a CPU the
+    kernel runs in fp32. Values are a view of the joint product, which stays with them, unless keys and values of a
+    prompt are handed to all of its sequences."""
+    dims, e, active, load = layout.dims, t.item, packed.filled, packed.load
     q, kv, heads = (size // layout.tensor for size in (dims.q_size, dims.kv_size, dims.heads))
-    wide = e != FP32
     kernel = FP32 if t.on_cpu else e
-    kept = active * ((2 * q + kv) * kernel + heads * FP32 + 2 * kv * e)
-    if t.on_cpu and wide:
-        kept += active * kv * FP32
+    kept = active * (2 * q * kernel + heads * FP32)
+    if load.shared or kernel != e:
+        kept += packed.each * (load.prompt + load.answer - 1) * 2 * kv * kernel
+    else:
+        kept += active * (kv + q + 2 * kv) * e
     if dims.qk_norm:
-        kept += active * (q + heads + (kv if wide else 0)) * FP32
+        kept += active * (q + heads + (kv if e != FP32 else 0)) * FP32
         if layout.spec.full:
             kept += active * (q + kv) * e
-    return kept + 4 * active * dims.head_dim * e
+    return kept
 
 
 def adapter_activations(layout: Layout, t: Training, active: float) -> float:

@@ -63,7 +63,7 @@ def pack_pass(cfg: RunConfig, load: Workload, sequences: float, group: int = 1) 
             break
         count = min(needed, most)
     even = sequences * shared.positions / (data * count) * SPARE
-    width = round_up(math.ceil(max(even, load.prompt + load.answer)), SEQUENCE_MULTIPLE)
+    width = round_up(math.ceil(max(even, load.prompt + load.answer - 1)), SEQUENCE_MULTIPLE)
     return Packing(shared, sequences, data, count, width)
 
 

@@ -61,8 +61,8 @@ class Workload:
 
     @property
     def positions(self) -> float:
-        """Positions that one sequence adds to a strip."""
-        return self.prompt - self.shared + self.answer
+        """Positions that one sequence adds to a strip: its last token is no input."""
+        return self.written
 
     def in_groups(self, together: float) -> Workload:
         """The same where so many sequences of one prompt lie in a strip: all but its last position is run once."""

@@ -40,7 +40,7 @@ def counted(session: Session, groups: Sequence[Group], kept: Sequence[int], pack
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     prompts = [len(rollout.prompt_tokens) for rollout in rollouts]
     # What was not run again, of what a group could share at most.
-    apart = sum(prompts) + sum(rollout.length for rollout in rollouts)
+    apart = sum(prompts) + sum(rollout.length - 1 for rollout in rollouts)
     most = sum((size - 1) * (prompt - 1) for prompt in prompts[::size])
     shared = min(1.0, max(0.0, (apart - packed.positions) / most)) if most else 1.0
     flops = step_flops(

@@ -525,8 +525,8 @@ def test_strips_hold_all_sequences_and_keep_within_the_budget(prompt, answer, gr
     pipeline, virtual = stages
     cfg = config(pipeline=pipeline, data=data, virtual=virtual, parallel__tokens_per_micro_batch=budget)
     packed = pack_pass(cfg, Workload(prompt, answer, (4,), (1.0,)), groups * group, group)
-    strips, longest = data * packed.micro_batches, prompt + answer
-    assert strips * packed.width >= packed.positions >= groups * (group * (answer + 1) + prompt - 1) - 1e-6
+    strips, longest = data * packed.micro_batches, prompt + answer - 1
+    assert strips * packed.width >= packed.positions >= groups * (group * answer + prompt - 1) - 1e-6
     assert packed.positions <= groups * group * longest
     assert packed.width <= 1.04 * max(budget, longest) + 8
     assert virtual == 1 or packed.micro_batches % pipeline == 0
@@ -537,9 +537,9 @@ def test_strips_hold_all_sequences_and_keep_within_the_budget(prompt, answer, gr
 
 def test_a_groups_prompt_is_held_once_per_strip() -> None:
     load = Workload(101, 50, (4,), (1.0,))
-    whole = pack_pass(config(parallel__tokens_per_micro_batch=304), load, 4, 4)
-    assert whole.micro_batches == 1 and whole.positions == 100 + 4 * 51
+    whole = pack_pass(config(parallel__tokens_per_micro_batch=300), load, 4, 4)
+    assert whole.micro_batches == 1 and whole.positions == 100 + 4 * 50
     halves = pack_pass(config(parallel__tokens_per_micro_batch=250), load, 4, 4)
-    assert halves.micro_batches == 2 and halves.positions == 2 * 100 + 4 * 51
-    assert pack_pass(config(parallel__tokens_per_micro_batch=250), load, 4).positions == 4 * 151
-    assert whole.padding == pytest.approx(1 - 304 / 320)
+    assert halves.micro_batches == 2 and halves.positions == 2 * 100 + 4 * 50
+    assert pack_pass(config(parallel__tokens_per_micro_batch=250), load, 4).positions == 4 * 150
+    assert whole.padding == pytest.approx(1 - 300 / 312)

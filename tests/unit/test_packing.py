@@ -83,12 +83,12 @@ def test_micro_batches_are_full_and_alike(mean, cap, tokens, ranks) -> None:
 def test_groups_with_long_prompts_stay_together_and_few_shot_examples_are_in_every_micro_batch() -> None:
     generator = np.random.default_rng(0)
     examples = generator.integers(0, 99, 300)
-    prompts = [np.concatenate([examples, generator.integers(0, 99, 40)]) for _ in range(16)]
+    prompts = [np.concatenate([examples, [i], generator.integers(0, 99, 39)]) for i in range(16)]
     batch = pack([prompts[i // 4] for i in range(64)], [generator.integers(0, 99, 20)] * 64, None, LAYERS)
     dealt = deal(batch, 1024, 2)
-    # 300 for the examples, and per group 40 + 4 x 20 less what is an input of nothing: 12 groups a micro-batch at most.
+    # The examples, and per group what is left of its prompt but for the last position, then four answers from there on.
     each = [strip.positions for strips in dealt.ranks for strip in strips]
-    assert each == [299 + 1 + 4 * (39 + 80)] * 4 or max(each) <= 300 + 4 * 120
+    assert sum(each) == len(each) * 300 + 16 * (39 + 4 * 20) and max(each) <= 1024
     rows = [{row // 4 for row in strip.rows} for strips in dealt.ranks for strip in strips]
     assert sum(len(groups) for groups in rows) == 16
 

@@ -60,7 +60,7 @@ def ours(options: argparse.Namespace) -> None:
     from ee_megatron.rollout.engine.request import GenerationRequest
     from ee_megatron.rollout.engine.sampling import SamplingParams
     from ee_megatron.rollout.pool.local import LocalPool
-    from ee_megatron.training.reinforce import credit, objective_of, replay
+    from ee_megatron.training.experience import credit, objective_of, replay
     from ee_megatron.types import Group, Prompt
 
     torch.set_num_threads(options.threads)
@@ -74,7 +74,7 @@ def ours(options: argparse.Namespace) -> None:
     pool.decoder.eos_ids = frozenset()
     prompts = [Prompt(str(i), text, "", "bench") for i, text in enumerate(prompt_texts(PROMPTS))]
     rl = RLConfig(group_size=SAMPLES, beta=BETA, lambda_exit=0.0, advantage="grpo")
-    objective = objective_of(rl)
+    objective = objective_of(rl, LENGTH)
     versions = iter(range(1, 10**6))
 
     def step() -> dict[str, float]:
@@ -89,7 +89,8 @@ def ours(options: argparse.Namespace) -> None:
         clock.append(time.perf_counter())
         batch = replay(found, dims.num_layers)
         first = learner.score(batch)
-        experience, _ = credit(batch, found, first, learner.score(batch, reference=True), rl, dims.num_layers, 0)
+        reference = learner.score(batch, reference=True).token_logprobs
+        experience, _ = credit(batch, found, first, reference, rl, spec.layout, price=0.0, longest=LENGTH)
         weights, _ = objective.weights(batch, experience, first.token_logprobs, first.exit_logprobs)
         clock.append(time.perf_counter())
         learner.step(batch, weights, objective.kl.teacher, adapter_lr=1e-5, gate_lr=1e-5)

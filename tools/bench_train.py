@@ -76,7 +76,7 @@ def run(learner: Learner, batch: ReplayBatch, *, plain: bool) -> float:
     weights = make_weights(batch)
     begun = time.process_time()
     ((strip,),) = deal(batch, batch.tokens.numel(), 1).ranks
-    packed = MicroBatch.of(batch, weights, strip, padded(strip.positions), 1.0)
+    packed = MicroBatch.of(batch, weights, strip, padded(strip.positions), 1.0, len(learner.spec.exit_depths))
 
     def forward(model: EarlyExitGPT, part: MicroBatch) -> torch.Tensor:
         return model(batch.tokens, None) if plain else model(part.tokens, part.control)

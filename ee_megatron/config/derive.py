@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from .schema import ParallelConfig, RolloutConfig, RunConfig
+from ..objectives.depth import CREDITS
+from ..objectives.policy_gradient import KL_TERMS
+from .schema import ParallelConfig, RLConfig, RolloutConfig, RunConfig
 
 if TYPE_CHECKING:
     from ..exits import ExitLayout
@@ -26,6 +28,27 @@ DISK_BYTES_PER_S = 100e6
 CALL_S, TOKEN_S = 600.0, 0.25
 """For any call on an actor, and for each token of its longest answers: ten times what two waves of full rows take a 32B
 model on an H100 (docs/plans.md)."""
+
+
+class Scoring(NamedTuple):
+    """What an RL step scores before its first update: the policy; with it the exact divergence from the reference; the
+    reference's log-probabilities of the tokens."""
+
+    policy: bool
+    divergence: bool
+    reference: bool
+
+
+def scoring(rl: RLConfig) -> Scoring:
+    """What the objective has to know, and what is scored for the metrics' sake unless rl.skip_scoring."""
+    exact = KL_TERMS[rl.kl].teacher is not None
+    judged = CREDITS[rl.credit].local and rl.beta * rl.exit_kl > 0
+    needed = rl.beta > 0 or judged
+    return Scoring(
+        policy=not rl.skip_scoring,
+        divergence=exact and judged and not rl.skip_scoring,
+        reference=not exact and (needed or not rl.skip_scoring),
+    )
 
 
 def ranks(cfg: RunConfig) -> int:

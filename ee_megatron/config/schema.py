@@ -11,11 +11,13 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-from ..objectives.advantages import ADVANTAGES, DEPTH_COSTS, DEPTH_CREDITS
+from ..objectives.advantages import ADVANTAGES, CHARGES
+from ..objectives.depth import CREDITS, DEPTH_COSTS
 from ..objectives.distillation import GATE_TARGETS
 from ..objectives.divergences import KL_DIRECTIONS, TEACHERS
-from ..objectives.policy_gradient import KL_TERMS, SURROGATES
+from ..objectives.policy_gradient import IMPORTANCE, KL_TERMS, RATIOS, SURROGATES
 from ..objectives.schedules import DECAYS
+from ..objectives.weights import AVERAGES
 
 SEQUENCE_MULTIPLE = 8
 """A micro-batch's positions are padded to a multiple of this, which parallel.sequence_parallel shares out."""
@@ -239,14 +241,39 @@ class RLConfig:
     """K rollouts per prompt."""
     temperature: float = setting(1.0, positive=True)
     lambda_exit: float = setting(0.5, at_least=0)
-    """Price of depth: reward falls by lambda times the mean depth as a fraction of the layers."""
+    """Price of depth: reward falls by lambda times what an answer's depth costs. accuracy_floor starts there."""
     lambda_warmup: float = setting(0.0, share=True)
     """Share of the steps over which the price rises linearly from 0."""
     depth_cost: str = setting("mean", choices=DEPTH_COSTS)
-    """mean (of depth/L over the answer's tokens) or total (sum, divided by cost_length)."""
+    """What an answer's depth costs: mean (of depth/L over its tokens), total (sum, divided by cost_length), max (over
+    the tokens that may exit) or square (mean of the squares)."""
     cost_length: int = setting(32, positive=True)
-    depth_credit: str = setting("sequence", choices=DEPTH_CREDITS)
-    """sequence (the cost is part of the answer's reward) or token (a token answers for the depth from it on only)."""
+    """Tokens that total depth and lambda_length count in."""
+    lambda_length: float = setting(0.0, at_least=0, added_later=True)
+    """Price of length: reward falls by it for every cost_length tokens."""
+    charge: str = setting("all", choices=CHARGES, added_later=True)
+    """Which answers pay for depth and length: all, or right ones only. Under all, a group without a right answer is
+    rewarded for being shallow."""
+    credit: str = setting("answer", choices=CREDITS)
+    """What teaches an exit: answer (its answer's reward, as in the paper), token (of the answer's depth that from it on
+    only) or exit (what it costs itself: lambda times its depth and beta times exit_kl times the divergence at its
+    token, against going on at that gate). The longer the answers the more of answer's and token's signal is noise."""
+    exit_task: float = setting(0.1, at_least=0, added_later=True)
+    """With credit=exit: weight of the task's advantage on the answer's exits."""
+    exit_kl: float = setting(1.0, at_least=0, added_later=True)
+    """With credit=exit: weight of the divergence at an exit, beside beta."""
+    token_depth: float = setting(1.0, at_least=0, added_later=True)
+    """With credit=exit: weight of the depth's advantage on the answer's tokens. 0: what is written doesn't answer for
+    the depth that it takes."""
+    accuracy_floor: float | None = setting(None, added_later=True)
+    """Percentage points that accuracy may fall below the reference's: lambda then rises while there are some left and
+    falls when there are none. Empty: lambda stays what it is."""
+    accuracy_window: int = setting(8, positive=True, added_later=True)
+    """Steps that accuracy_floor's running mean covers, and steps' worth of prompts that the reference is tried on."""
+    lambda_rate: float = setting(2.0, at_least=0, added_later=True)
+    """With accuracy_floor: how much lambda changes a step, per unit of accuracy (1 = 100 points)."""
+    lambda_max: float = setting(4.0, positive=True, added_later=True)
+    """With accuracy_floor: how far lambda may rise."""
     beta: float = setting(0.05, at_least=0)
     """Weight of KL(policy || reference)."""
     kl: str = setting("reward", choices=KL_TERMS)
@@ -258,8 +285,24 @@ class RLConfig:
     """What the loss does with the ratio to the policy at the start of the step: ppo (a clipped ratio per position,
     token and exit together) or gspo (one per answer, the geometric mean over its positions; `clip` is then far smaller,
     3e-4 in its paper)."""
+    ratios: str = setting("together", choices=RATIOS, added_later=True)
+    """Ratios of token and exit: together (their product weighs and clips both) or apart (each its own)."""
+    importance: str = setting("truncate", choices=IMPORTANCE, added_later=True)
+    """What the importance ratio learner/rollout does: truncate (cut at importance_cap), mask (left out outside
+    importance_floor to importance_cap) or none."""
     importance_cap: float = setting(2.0, positive=True)
-    """Truncation of the importance ratio learner/rollout (token and exit together)."""
+    importance_floor: float = setting(0.5, at_least=0, added_later=True)
+    """With importance=mask."""
+    loss_average: str = setting("answer", choices=AVERAGES, added_later=True)
+    """The loss is a mean over each answer, then over answers (answer), over all tokens (token), or a sum over each
+    answer divided by rollout.max_new_tokens (constant). Under answer a token of a long answer counts less."""
+    overlong: str = setting("verdict", choices=("verdict", "filter", "penalty"), added_later=True)
+    """Answers cut at rollout.max_new_tokens: as the verifier finds them (verdict), left out (filter), or like all long
+    ones penalised, up to 1 over the last overlong_buffer of what is allowed (penalty)."""
+    overlong_buffer: float = setting(0.2, share=True, added_later=True)
+    skip_scoring: bool = setting(False, added_later=True)
+    """Learn from a step's rollouts without scoring them first. Only where the objective asks for nothing that they
+    don't bring along: one update a step, importance=none, no staleness, no divergence but an exact one of tokens."""
     epochs: int = setting(1, positive=True)
     """Passes over a step's rollouts."""
     minibatches: int = setting(1, positive=True)
@@ -267,10 +310,12 @@ class RLConfig:
     clip: float = setting(0.2, at_least=0)
     """PPO: a position whose ratio to the policy at the start of the step has left 1 +- clip in its advantage's
     direction no longer counts; 0: never. Without effect on the first update of a step."""
+    clip_high: float = setting(0.0, at_least=0, added_later=True)
+    """The upper bound apart from the lower one (clip-higher); 0: the same."""
     entropy_bonus: float = setting(0.0, at_least=0)
     """Weight of the gates' entropy (nats per position) as a bonus."""
     drop_equal_groups: bool = False
-    """Leave out prompts whose answers all got the same task reward."""
+    """Leave out prompts whose answers all got the same task reward, unless right ones among them pay for depth."""
     warmup: int = setting(0, at_least=0)
     """Updates with a linearly rising learning rate."""
     decay: str = setting("constant", choices=DECAYS)

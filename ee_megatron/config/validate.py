@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..objectives.depth import CREDITS, DEPTH_COSTS
 from .cluster import job_shape, seats
-from .derive import actor_share, check_cache, has_actors, ranks, resolve_exits, stage_sizes, vllm_vocabulary
+from .derive import actor_share, check_cache, has_actors, ranks, resolve_exits, scoring, stage_sizes, vllm_vocabulary
 from .device import asks_for_gpus
 from .schema import SEQUENCE_MULTIPLE, Rules, RunConfig, settings
 
@@ -132,6 +133,7 @@ def _check_training(cfg: RunConfig) -> None:
             f"rl.group_size={cfg.rl.group_size}: rl.advantage={cfg.rl.advantage} compares the rollouts of one prompt; "
             "expected at least 2, or rl.advantage=none"
         )
+    _check_objective(cfg)
     outside = [threshold for threshold in cfg.evaluate.thresholds if not 0 <= threshold <= 1]
     if outside:
         raise ValueError(f"evaluate.thresholds: {outside} are no hazards; expected values from 0 to 1")
@@ -139,6 +141,46 @@ def _check_training(cfg: RunConfig) -> None:
         raise ValueError(
             f"evaluate.control_policy={cfg.evaluate.control_policy}: only controls use it; set evaluate.controls=true"
         )
+
+
+def _check_objective(cfg: RunConfig) -> None:
+    rl = cfg.rl
+    if CREDITS[rl.credit].to_go and DEPTH_COSTS[rl.depth_cost].largest:
+        raise ValueError(
+            f"rl.credit={rl.credit} with rl.depth_cost={rl.depth_cost}: the largest depth is no sum over tokens, so "
+            "none has a part of it; set rl.credit=exit or answer"
+        )
+    if rl.importance == "mask" and rl.importance_floor >= rl.importance_cap:
+        raise ValueError(
+            f"rl.importance_floor={rl.importance_floor}: expected less than rl.importance_cap={rl.importance_cap}"
+        )
+    if rl.clip_high and rl.clip_high < rl.clip:
+        raise ValueError(
+            f"rl.clip_high={rl.clip_high}: expected at least rl.clip={rl.clip}, or 0 for the same bound on both sides"
+        )
+    if rl.accuracy_floor is not None and not -100 < rl.accuracy_floor < 100:
+        raise ValueError(
+            f"rl.accuracy_floor={rl.accuracy_floor}: expected percentage points below the reference, 1 for example"
+        )
+    if rl.accuracy_floor is not None and rl.replay:
+        raise ValueError(
+            "rl.accuracy_floor: recorded rollouts (rl.replay) don't tell what lambda does; leave one of the two out"
+        )
+    if not rl.skip_scoring:
+        return
+    wanted = scoring(rl)
+    asked = {
+        f"rl.epochs={rl.epochs}, rl.minibatches={rl.minibatches} (expected 1 and 1)": rl.epochs * rl.minibatches > 1,
+        f"rl.importance={rl.importance} (expected none)": rl.importance != "none",
+        f"rollout.max_staleness={cfg.rollout.max_staleness} (expected 0)": cfg.rollout.max_staleness > 0,
+        f"rl.kl={rl.kl} with rl.beta={rl.beta} (expected exact, or 0)": wanted.reference,
+        f"rl.credit={rl.credit} with rl.exit_kl={rl.exit_kl} (expected 0)": (
+            CREDITS[rl.credit].local and rl.beta * rl.exit_kl > 0
+        ),
+    }
+    found = [text for text, needs in asked.items() if needs]
+    if found:
+        raise ValueError(f"rl.skip_scoring=true: the objective has to know scores: {'; '.join(found)}")
 
 
 def _check_parallel(cfg: RunConfig) -> None:

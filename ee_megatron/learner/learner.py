@@ -306,7 +306,8 @@ class Learner:
     ) -> list[MicroBatch]:
         # Gradients are averaged over data-parallel ranks; the weights are normalised over all of them already.
         scale = float(parallel_state.get_data_parallel_world_size())
-        made = [MicroBatch.of(batch, weights, slot.strip, slot.width, scale) for slot in slots]
+        exits = len(self.spec.exit_depths)
+        made = [MicroBatch.of(batch, weights, slot.strip, slot.width, scale, exits) for slot in slots]
         return to_device(made, self.device)
 
     def _schedule(self, passes: SchedulePass, model: RankModel, micro_batches: list[MicroBatch]) -> None:

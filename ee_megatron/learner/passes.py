@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..exits import gate_log_term
-from ..model.control import ASKED, EXIT_DEPTH, Control, make_control
+from ..model.control import ASKED, EXIT_DEPTH, HAZARD, LIKELIHOOD, TARGET, Control, make_control
 from ..model.gpt import EarlyExitGPT, RankModel
 from ..model.layer import gate_entropy
 from ..objectives.divergences import Direction, Teacher
@@ -38,7 +38,7 @@ class MicroBatch:
     teacher_logprobs: Tensor | None
 
     @staticmethod
-    def of(batch: ReplayBatch, weights: Weights, strip: Strip, width: int, scale: float) -> MicroBatch:
+    def of(batch: ReplayBatch, weights: Weights, strip: Strip, width: int, scale: float, num_exits: int) -> MicroBatch:
         """All on the CPU, where it is known how many positions count; weights are multiplied by `scale`."""
         places = strip.places(batch.tokens.size(1))
         counted = batch.counts.flatten()[places].nonzero().squeeze(1)
@@ -59,14 +59,33 @@ class MicroBatch:
 
         tokens, depths, labels = slots(batch.tokens), slots(batch.exit_depths), at(batch.labels())
         assert tokens is not None and depths is not None and labels is not None
-        control = make_control(
-            strip.packed(width), depths, slots(batch.asked), slots(weights.exit, scale), slots(weights.entropy, scale),
-            slots(weights.target_hazards),
-        )  # fmt: skip
+        entropy, hazard = slots(weights.entropy, scale), slots(weights.hazard, scale)
+        gates = gate_weights(slots(weights.exit, scale), slots(weights.target_hazards), hazard, entropy, num_exits)
+        control = make_control(strip.packed(width), depths, slots(batch.asked), entropy, gates)
         return MicroBatch(
             tokens.unsqueeze(0), control, counted, labels, at(weights.token, scale), at(weights.divergence, scale),
             at(batch.teacher_ids), at(batch.teacher_logprobs),
         )  # fmt: skip
+
+
+def gate_weights(
+    likelihood: Tensor | None, targets: Tensor | None, hazard: Tensor | None, entropy: Tensor | None, num_exits: int
+) -> Tensor | None:
+    """`Control.gates` [W, M, 3] from the weights (objectives/weights.py) of W slots; None if gates have no loss."""
+    given = next((x for x in (likelihood, hazard, entropy) if x is not None), None)
+    if given is None:
+        return None
+    shape = (len(given), num_exits)
+    gates = torch.zeros(*shape, 3)
+    gates[..., TARGET] = -1.0 if targets is None else targets
+    if likelihood is not None:
+        gates[..., LIKELIHOOD] = likelihood if likelihood.dim() == 2 else likelihood.unsqueeze(-1)
+        if targets is not None:
+            # A gate without a target learns nothing there.
+            gates[..., LIKELIHOOD] *= targets >= 0
+    if hazard is not None:
+        gates[..., HAZARD] = hazard
+    return gates
 
 
 @dataclass

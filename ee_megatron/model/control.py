@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .packed import Active, PackedSequences, Segment
 
-EXIT_DEPTH, ASKED, WEIGHT, ENTROPY, TARGETS = 0, 1, 2, 3, 4
+EXIT_DEPTH, ASKED, ENTROPY = 0, 1, 2
+LIKELIHOOD, TARGET, HAZARD = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,18 @@ class Control:
     `channels` fp32 [W, C]:
         channel 0      prescribed exit depth (layers that may change the position; L = no exit, 0 = padding)
         channel 1      1 where gates are asked, else 0 (prompt, padding)
-        channel 2      weight of the position in the exit loss
-        channel 3      weight of the gates' entropy at the position, a bonus
-        channel 4 + i  optional soft target of gate i, -1 for none; without them the prescribed depth is the target
+        channel 2      weight of the gates' entropy at the position, a bonus
+    `gates` fp32 [W, M, 3], what each gate's loss weighs there; None: nothing
+        channel 0      -log-likelihood of what the gate did, or the cross-entropy to its target hazard if there is one
+        channel 1      its target hazard, -1 for none
+        channel 2      its hazard
     `segments`: the slots that run on to each of `depths`, the exit depths that occur, in rising order.
     `packed`: which slots belong together.
     `ranks`, `rank`: the sequence-parallel group's size (1 without) and this rank's place in it.
     """
 
     channels: Tensor
+    gates: Tensor | None
     depths: tuple[int, ...]
     segments: tuple[Segment, ...]
     packed: PackedSequences
@@ -60,17 +64,15 @@ def make_control(
     packed: PackedSequences,
     exit_depths: Tensor,
     asked: Tensor | None = None,
-    weight: Tensor | None = None,
     entropy: Tensor | None = None,
-    targets: Tensor | None = None,
+    gates: Tensor | None = None,
 ) -> Control:
-    """From one tensor [W] per channel (targets: [W, M]), all on the CPU. Left out: no gate is asked, weights are 0."""
+    """From one tensor [W] per channel, and `gates` as they are, all on the CPU. Left out: no gate is asked, weights are
+    0."""
     nothing = torch.zeros_like(exit_depths)
-    channels = (exit_depths, *(nothing if x is None else x for x in (asked, weight, entropy)))
+    channels = (exit_depths, *(nothing if x is None else x for x in (asked, entropy)))
     control = torch.stack([x.float() for x in channels], dim=-1)
-    if targets is not None:
-        control = torch.cat([control, targets.float()], dim=-1)
     where = torch.zeros_like(exit_depths, dtype=torch.bool) if asked is None else asked.bool()
     depths = sorted(set(exit_depths.tolist()) - {0})
     segments = tuple(Segment.of(exit_depths >= depth, where) for depth in depths)
-    return Control(control, tuple(int(d) for d in depths), segments, packed)
+    return Control(control, gates, tuple(int(d) for d in depths), segments, packed)

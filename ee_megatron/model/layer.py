@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..exits import gate_log_term
 from .config import EarlyExitTransformerConfig
-from .control import ENTROPY, EXIT_DEPTH, TARGETS, WEIGHT, Control
+from .control import ENTROPY, EXIT_DEPTH, HAZARD, LIKELIHOOD, TARGET, Control
 from .packed import Active
 from .parts import ExitGate, mlp_of_active
 
@@ -34,14 +34,17 @@ class _AttachLoss(torch.autograd.Function):
         return grad, torch.ones_like(loss)
 
 
-def gate_loss(gate_logit: Tensor, channels: Tensor, depth: int, index: int) -> Tensor:
-    """Weighted exit loss of one gate, a scalar: - sum over positions of weight * log-likelihood + bonus * entropy.
+def gate_loss(gate_logit: Tensor, channels: Tensor, weights: Tensor, depth: int) -> Tensor:
+    """The loss of one gate, a scalar: the sum over positions of what `weights` [n, 3] say, less bonus * entropy.
 
-    gate_logit [n], channels [n, C] (model/control.py) of the positions that reach the gate.
+    gate_logit [n], channels [n, C], weights (model/control.py) of the positions that reach the gate.
     """
-    targets = channels[..., TARGETS + index] if channels.size(-1) > TARGETS else None
-    likelihood = gate_log_term(gate_logit, channels[..., EXIT_DEPTH], depth, targets)
-    return -(channels[..., WEIGHT] * likelihood + channels[..., ENTROPY] * gate_entropy(gate_logit)).sum()
+    likelihood = gate_log_term(gate_logit, channels[..., EXIT_DEPTH], depth, weights[..., TARGET])
+    return (
+        weights[..., HAZARD] * torch.sigmoid(gate_logit)
+        - weights[..., LIKELIHOOD] * likelihood
+        - channels[..., ENTROPY] * gate_entropy(gate_logit)
+    ).sum()
 
 
 def gate_entropy(gate_logit: Tensor) -> Tensor:
@@ -110,9 +113,10 @@ class EarlyExitLayer(TransformerLayer):
         logit = gate(flat.index_select(0, mine))
         if self.record:
             self.recorded = logit.new_zeros(len(flat)).index_copy(0, mine, logit.detach())
-        if not logit.requires_grad or active is None:
+        if not logit.requires_grad or active is None or control.gates is None:
             return hidden_states
-        loss = gate_loss(logit, control.channels.index_select(0, active.asked), self.depth, self.gate_index)
+        weights = control.gates[:, self.gate_index].index_select(0, active.asked)
+        loss = gate_loss(logit, control.channels.index_select(0, active.asked), weights, self.depth)
         return _AttachLoss.apply(hidden_states, loss)
 
     def _forward_active(self, hidden_states: Tensor, active: Active, rotary: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .divergences import Teacher
 from .weights import Positions, TensorRows, Weights, mean_weights
@@ -12,36 +12,59 @@ from .weights import Positions, TensorRows, Weights, mean_weights
 if TYPE_CHECKING:
     from torch import Tensor
 
-# (log ratio of the current policy to the one at the start of the step, token and exit together; advantage; positions
-# that count; clip), [B, S] each -> what A * grad log pi is multiplied by, [B, S], 0 where the surrogate is flat.
-Surrogate = Callable[["Tensor", "Tensor", "Tensor", float], "Tensor"]
+# (log ratio of the current policy to the one at the start of the step; advantage; positions that count; bounds), the
+# tensors [B, S] -> what A * grad log pi is multiplied by, [B, S], 0 where the surrogate is flat.
+Surrogate = Callable[["Tensor", "Tensor", "Tensor", "Clip"], "Tensor"]
 
 
-def truncated_ratio(learner: Tensor, rollout: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """Importance ratios per position, exp(log p_learner - log p_rollout) of token and exit together, and the same
-    truncated from above at `cap` (truncated importance sampling, Ionides 2008). All [B, S]."""
-    raw = (learner - rollout).exp()
-    return raw, raw.clamp(max=cap)
+class Clip(NamedTuple):
+    """A ratio within 1 - low and 1 + high counts (apart from each other: "clip-higher", Yu et al. 2025, arXiv
+    2503.14476); low 0: every one does."""
+
+    low: float
+    high: float
 
 
-def clipped(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """`ratio` where the clipped surrogate min(ratio A, clip(ratio, 1 - c, 1 + c) A) still has a gradient, else 0.
+def _truncated(raw: Tensor, floor: float, cap: float) -> Tensor:
+    return raw.clamp(max=cap)
+
+
+def _masked(raw: Tensor, floor: float, cap: float) -> Tensor:
+    return raw.where((raw >= floor) & (raw <= cap), 0.0)
+
+
+def _unweighted(raw: Tensor, floor: float, cap: float) -> Tensor:
+    return raw * 0 + 1
+
+
+IMPORTANCE: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+    "truncate": _truncated,
+    "mask": _masked,
+    "none": _unweighted,
+}
+"""What becomes of the ratios of the learner's probabilities to the rollout's: cut from above (truncated importance
+sampling, Ionides 2008); left out where they are outside [floor, cap] (Ling team 2025, "Every step evolves", arXiv
+2510.18855, IcePop); not used."""
+
+
+def clipped(ratio: Tensor, advantage: Tensor, clip: Clip) -> Tensor:
+    """`ratio` where the clipped surrogate min(ratio A, clip(ratio, 1 - low, 1 + high) A) still has a gradient, else 0.
 
     The surrogate's gradient is then (what this returns) * A * grad log pi (Schulman et al. 2017, arXiv 1707.06347).
-    clip 0: the ratio everywhere. All [B, S].
+    All [B, S].
     """
-    if not clip:
+    if not clip.low:
         return ratio
-    flat = (ratio > 1 + clip).where(advantage >= 0, ratio < 1 - clip)
+    flat = (ratio > 1 + clip.high).where(advantage >= 0, ratio < 1 - clip.low)
     return ratio.masked_fill(flat, 0.0)
 
 
-def ppo(log_ratio: Tensor, advantage: Tensor, counts: Tensor, clip: float) -> Tensor:
+def ppo(log_ratio: Tensor, advantage: Tensor, counts: Tensor, clip: Clip) -> Tensor:
     """A ratio for each position (Schulman et al. 2017, arXiv 1707.06347)."""
     return clipped(log_ratio.exp(), advantage, clip)
 
 
-def gspo(log_ratio: Tensor, advantage: Tensor, counts: Tensor, clip: float) -> Tensor:
+def gspo(log_ratio: Tensor, advantage: Tensor, counts: Tensor, clip: Clip) -> Tensor:
     """A ratio for each answer, (pi(answer) / pi_old(answer))^(1/length), the geometric mean of its positions' ratios
     (Zheng et al. 2025, "Group sequence policy optimization", arXiv 2507.18071)."""
     mean = (log_ratio * counts).sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp(min=1)
@@ -49,6 +72,13 @@ def gspo(log_ratio: Tensor, advantage: Tensor, counts: Tensor, clip: float) -> T
 
 
 SURROGATES: dict[str, Surrogate] = {"ppo": ppo, "gspo": gspo}
+
+RATIOS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "together": lambda token, exit_: (token + exit_, token + exit_),
+    "apart": lambda token, exit_: (token, exit_),
+}
+"""From log ratios of token and exit, those that the two are weighed and clipped by: both by their product, or each by
+its own, which leaves either the whole trust region."""
 
 
 K3_GAP = 5.0
@@ -85,45 +115,61 @@ KL_TERMS = {
 
 @dataclass(frozen=True)
 class Experience(TensorRows):
-    """What a step's rollouts teach, the same for all updates on them; float32 [B, S] each.
+    """What a step's rollouts teach, the same for all updates on them; float32 [B, S] each but for `hazard`.
 
-    advantage; importance: truncated importance ratio of the policy at the start of the step to the one that sampled;
-    old_logprobs: the former's log-probability of token and exit together; reference_logprobs: the reference's of the
-    token.
+    token_advantage, exit_advantage: of the token and of the exit; token_importance, exit_importance: weights of the
+    policy at the start of the step against the one that sampled; old_tokens, old_exits: the former's log-probabilities;
+    reference_logprobs: the reference's of the token, None where nothing asks for them; hazard: what firing costs more
+    than going on at each gate, [B, S, M], None where exits don't answer for themselves.
     """
 
-    advantage: Tensor
-    importance: Tensor
-    old_logprobs: Tensor
-    reference_logprobs: Tensor
+    token_advantage: Tensor
+    exit_advantage: Tensor
+    token_importance: Tensor
+    exit_importance: Tensor
+    old_tokens: Tensor
+    old_exits: Tensor
+    reference_logprobs: Tensor | None = None
+    hazard: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """- surrogate(ratio, A) of tokens and exits + beta * KL - entropy_bonus * H(gates) (method.md, stage 2)."""
+    """- surrogate(ratio, A) of tokens and of exits + expected cost at the gates + beta * KL - entropy_bonus * H(gates)
+    (method.md, stage 2). `average`, `constant`: as in `mean_weights`."""
 
     surrogate: Surrogate
     kl: KLTerm
-    clip: float
+    clip: Clip
     beta: float
     entropy_bonus: float
+    ratios: str = "together"
+    average: str = "answer"
+    constant: int = 1
 
     def weights(
         self, batch: Positions, experience: Experience, token_logprobs: Tensor, exit_logprobs: Tensor
     ) -> tuple[Weights, float]:
         """The log-probabilities [B, S] are the current policy's -> (weights whose loss has the objective's gradient
         there, share of the positions that clipping leaves out)."""
-        log_ratio = token_logprobs + exit_logprobs - experience.old_logprobs
-        factor = self.surrogate(log_ratio, experience.advantage, batch.counts, self.clip)
-        scale = experience.advantage * experience.importance * factor
-        per_token, per_exit = mean_weights(batch, batch.counts), mean_weights(batch, batch.asked)
-        token = scale * per_token
-        if self.kl.slope is not None:
+        moved = RATIOS[self.ratios](token_logprobs - experience.old_tokens, exit_logprobs - experience.old_exits)
+        taught = (experience.token_advantage, experience.exit_advantage)
+        factors = [self.surrogate(m, a, batch.counts, self.clip) for m, a in zip(moved, taught, strict=True)]
+        per_token, per_exit = (
+            mean_weights(batch, where, self.average, self.constant) for where in (batch.counts, batch.asked)
+        )
+        token = experience.token_advantage * experience.token_importance * factors[0] * per_token
+        if self.kl.slope is not None and experience.reference_logprobs is not None:
             token = token - self.beta * per_token * self.kl.slope(token_logprobs, experience.reference_logprobs)
         weights = Weights(
             token=token,
-            exit=scale * per_exit,
+            exit=experience.exit_advantage * experience.exit_importance * factors[1] * per_exit,
+            # No ratio: it is the expectation over what the gate decides. Left out is what importance leaves out.
+            hazard=None
+            if experience.hazard is None
+            else experience.hazard * (per_exit * (experience.exit_importance > 0)).unsqueeze(-1),
             entropy=self.entropy_bonus * per_exit if self.entropy_bonus else None,
             divergence=self.beta * per_token if self.kl.teacher else None,
         )
-        return weights, float((factor == 0)[batch.counts].float().mean())
+        flat = (factors[0] == 0) | ((factors[1] == 0) & batch.asked)
+        return weights, float(flat[batch.counts].float().mean())

@@ -19,6 +19,14 @@ def price(step: int, steps: int, lambda_exit: float, warmup: float) -> float:
     return lambda_exit if step >= rise else lambda_exit * (step + 1) / (rise + 1)
 
 
+def dual_price(lambda_exit: float, surplus: float, rate: float, highest: float) -> float:
+    """The next lambda, from 0 to `highest`: it rises by `rate` times the accuracy that is left over above the goal, and
+    falls where accuracy is below it. An update as in dual ascent (Boyd et al. 2011, "Distributed optimization and
+    statistical learning via ADMM", 2.1) on "least depth such that accuracy >= goal", but of the price of depth: the
+    inverse of that constraint's multiplier."""
+    return min(max(lambda_exit + rate * surplus, 0.0), highest)
+
+
 def learning_rate(update: int, total: int, warmup: int, decay: str, floor: float = 0.1) -> float:
     """Factor of update `update` (0-based): linear rise over `warmup` updates, then one of DECAYS, with `floor` at the
     last update where it falls."""

@@ -28,7 +28,8 @@ class Weights(TensorRows):
     """Weights of the terms of the loss at every position, normalised over the global batch; None: no such term.
 
     - token       float32 [B, S]: of -log p(next token)
-    - exit        float32 [B, S]: of -log q(prescribed exit)
+    - exit        float32 [B, S]: of -log q(prescribed exit), or [B, S, M]: of each gate's share of it
+    - hazard      float32 [B, S, M]: of the hazard of every gate that the position comes by
     - entropy     float32 [B, S]: of the gates' entropy at the position, nats, as a bonus
     - divergence  float32 [B, S]: of the divergence, nats, from the teacher
     - target_hazards float32 [B, S, M]: what the gates learn with weight `exit` instead of the prescribed exit, by
@@ -37,6 +38,7 @@ class Weights(TensorRows):
 
     token: Tensor | None = None
     exit: Tensor | None = None
+    hazard: Tensor | None = None
     entropy: Tensor | None = None
     divergence: Tensor | None = None
     target_hazards: Tensor | None = None
@@ -53,14 +55,34 @@ class Positions(Protocol):
     def asked(self) -> Tensor: ...
 
 
-def mean_weights(batch: Positions, where: Tensor) -> Tensor:
-    """Weights of "mean over the sequence's positions in `where`, then mean over sequences", float32 [B, S].
+def _per_answer(lengths: Tensor, constant: int) -> Tensor:
+    return lengths.clamp(min=1) * max(1, int((lengths > 0).sum()))
 
-    The divisor is the number of generated tokens of the sequence, also for exits, so that both means of the method run
-    over the same positions.
+
+def _per_token(lengths: Tensor, constant: int) -> Tensor:
+    return lengths * 0 + lengths.sum().clamp(min=1)
+
+
+def _per_constant(lengths: Tensor, constant: int) -> Tensor:
+    return lengths * 0 + constant * max(1, int((lengths > 0).sum()))
+
+
+AVERAGES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "answer": _per_answer,
+    "token": _per_token,
+    "constant": _per_constant,
+}
+"""What a position's share of the loss is divided by, from the answers' lengths [B, 1]: a mean over each answer, then
+over answers (a token of a long one counts less); a mean over all tokens (Yu et al. 2025, "DAPO", arXiv 2503.14476); a
+sum over each answer by a constant, then the mean (Liu et al. 2025, "Dr. GRPO", arXiv 2503.20783)."""
+
+
+def mean_weights(batch: Positions, where: Tensor, average: str = "answer", constant: int = 1) -> Tensor:
+    """Weights of the mean over positions in `where` that `average`, of AVERAGES, says, float32 [B, S].
+
+    Lengths are those in generated tokens, also for exits, so that both means of the method run over the same positions.
     """
-    lengths = batch.counts.sum(1, keepdim=True).clamp(min=1)
-    return where.float() / lengths / max(1, int((batch.counts.any(1)).sum()))
+    return where.float() / AVERAGES[average](batch.counts.sum(1, keepdim=True), constant)
 
 
 def answer_likelihood(batch: Positions) -> Weights:

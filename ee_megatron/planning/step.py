@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..config.derive import scoring
 from ..config.schema import RunConfig
 from ..families import ModelDims
 from ..objectives.divergences import TEACHERS, Teacher
@@ -38,16 +39,23 @@ def updates(cfg: RunConfig) -> tuple[int, int, PassMode]:
     return count, max(1, rollouts_per_step(cfg) // cfg.rl.minibatches), how
 
 
+def scored(cfg: RunConfig) -> list[PassMode]:
+    """The passes before the first update (training/reinforce.py, `scored`)."""
+    wanted = scoring(cfg.rl)
+    policy = replace(POLICY, divergence=wanted.divergence)
+    return [policy] * wanted.policy + [REFERENCE] * (wanted.reference + wanted.divergence)
+
+
 def passes(cfg: RunConfig, load: Workload) -> dict[str, list[tuple[float, Packing, PassMode]]]:
     """Passes of the learner by phase of one RL step: how often, over what, and how."""
     count, part, train = updates(cfg)
     whole, each = (pack_pass(cfg, load, n, cfg.rl.group_size) for n in (rollouts_per_step(cfg), part))
     # The policy's scores once more before each further update.
-    scoring = [(1, whole, POLICY), (1, whole, REFERENCE), (count - 1, each, POLICY)]
+    before = [(1, whole, how) for how in scored(cfg)] + [(count - 1, each, POLICY)]
     # An exact divergence runs the reference again, with every update.
     update = [(count * train.divergence, each, REFERENCE), (count, each, train)]
     return {
-        phase: [entry for entry in entries if entry[0]] for phase, entries in (("scoring", scoring), ("update", update))
+        phase: [entry for entry in entries if entry[0]] for phase, entries in (("scoring", before), ("update", update))
     }
 
 
@@ -86,7 +94,7 @@ def step_flops(
     run = {how: whole_pass(layout, learned, 1, how) for how in (POLICY, REFERENCE, train)}
     return {
         "rollout": generation_cost(layout, every, prompts[:: rl.group_size]),
-        "score": sum(whole_pass(layout, every, 1, how) for how in (POLICY, REFERENCE)),
+        "score": sum(whole_pass(layout, every, 1, how) for how in scored(cfg)),
         # Each update but the first scores its share again.
         "update": rl.epochs * (run[train] + run[REFERENCE] * train.divergence)
         + run[POLICY] * (count - 1) / rl.minibatches,

@@ -22,6 +22,9 @@ from ..observe.rundir import RunDirectory
 from ..policy import PolicySpec
 from ..tensors import FileTensors, HeldStream, Stream, digest, drain
 
+# The counters that the writer keeps itself.
+BEST = ("best_value", "best_step")
+
 
 @dataclass(frozen=True)
 class TrainingStreams:
@@ -106,14 +109,14 @@ class CheckpointWriter:
 
     def _judge(self, step: int, value: float | None) -> dict[str, float]:
         self.wait()
-        if value is not None and value > self.counters.get("best_value", -math.inf):
-            self.counters |= {"best_value": value, "best_step": step}
+        if value is not None and value > self.counters.get(BEST[0], -math.inf):
+            self.counters |= dict(zip(BEST, (value, step), strict=True))
         return dict(self.counters)
 
     def _write(self, step: int, streams: TrainingStreams, counters: dict[str, float]) -> None:
         with self.directory.write_checkpoint(step) as temporary:
             write_training(temporary, self.spec, streams, counters)
-        best = counters.get("best_step")
+        best = counters.get(BEST[1])
         self.directory.keep_last(self.keep, None if best is None else int(best))
 
     def _failure(self, error: BaseException) -> OSError:

@@ -34,7 +34,7 @@ class Packed(Protocol):
 
 
 def counted(session: Session, groups: Sequence[Group], kept: Sequence[int], packed: Packed) -> dict[str, float]:
-    """Metrics: FLOPs of the step's phases, and what scoring's micro-batches held; `kept`: groups that are learned
+    """Metrics: FLOPs of the step's phases, and what scoring's micro-batches held; `kept`: answers that are learned
     from, `packed`: how all of them were packed."""
     cfg, size = session.cfg, session.cfg.rl.group_size
     rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -45,7 +45,7 @@ def counted(session: Session, groups: Sequence[Group], kept: Sequence[int], pack
     shared = min(1.0, max(0.0, (apart - packed.positions) / most)) if most else 1.0
     flops = step_flops(
         Layout.of(cfg, session.source.dims), cfg, prompts, [rollout.exit_depths for rollout in rollouts],
-        [g * size + k for g in kept for k in range(size)], shared,
+        kept, shared,
     )  # fmt: skip
     return {f"flops/{phase}": value for phase, value in flops.items()} | {
         "padding": 1 - packed.positions / packed.slots,

@@ -8,6 +8,7 @@ with are kept in the stage's ahead/ directory, so that a killed run makes the sa
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import time
@@ -19,8 +20,8 @@ import numpy as np
 
 from ..checkpoint.policy_files import open_policy, policy_written
 from ..config.schema import RLConfig
-from ..exit_rules import Sample
-from ..observe.rundir import atomic_directory
+from ..exit_rules import Off, Sample
+from ..observe.rundir import atomic_directory, write_atomic
 from ..policy import PolicySpec, WeightSet
 from ..rollout.engine.request import GenerationRequest
 from ..rollout.engine.sampling import SamplingParams
@@ -44,6 +45,9 @@ class ReplaySource:
 
     def __init__(self, directory: Path, group_size: int):
         self.directory, self.group_size = directory, group_size
+
+    def reference_accuracy(self) -> None:
+        """Recorded rollouts have none to be held to."""
 
     def take(self, version: int, policy: Stream) -> WeightSet:
         """Nobody asks for the weights."""
@@ -83,6 +87,26 @@ class RolloutSource:
         self._under_way: dict[int, Pending] = {}
         self._mean_age = 0.0
         self.seconds: dict[str, float] = {}
+
+    def reference_accuracy(self) -> float | None:
+        """With rl.accuracy_floor: how often the reference is right on the prompts of the first rl.accuracy_window
+        steps, at full depth and else sampled as rollouts are. Found out once; the stage's reference.json has it."""
+        rl, r = self.cfg.rl, self.cfg.rollout
+        if rl.accuracy_floor is None:
+            return None
+        file = self._session.path / "reference.json"
+        if not file.is_file():
+            prompts = [prompt for step in range(rl.accuracy_window) for prompt in step_prompts(self.prompts, step, rl)]
+            sampling = SamplingParams(rl.temperature, r.max_new_tokens, tuple(r.stop))
+            self.pool.load(None)
+            with self._session.progress(len(prompts) * rl.group_size, what="reference") as bar:
+                answers = self.pool.generate(
+                    GenerationRequest(prompts, rl.group_size, sampling, Off(), rl.seed),
+                    lambda done, total: bar.advance(done - bar.done),
+                )
+            right = np.concatenate([group.correct for group in self._verified(prompts, answers)])
+            write_atomic(file, json.dumps({"accuracy": float(right.mean()), "answers": len(right)}) + "\n")
+        return float(json.loads(file.read_text())["accuracy"])
 
     def take(self, version: int, policy: Stream) -> WeightSet:
         """A version of the weights as its tensors come; where rollouts are made ahead it goes to the disk, too."""

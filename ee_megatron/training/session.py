@@ -45,7 +45,7 @@ from ..rollout.pool.interface import RolloutPool
 from ..tasks import Task, VerifierPool, task_of
 from ..tensors import LayeredTensors, Stream, drain
 from ..types import Prompt, Rollout
-from .checkpoints import CheckpointWriter, TrainingStreams, damage, read_training
+from .checkpoints import BEST, CheckpointWriter, TrainingStreams, damage, read_training
 from .stages import DONE
 from .stopping import Parting, Stopped, listener
 
@@ -81,6 +81,8 @@ class Session:
         self.heartbeat: Heartbeat | None = None
         self.bad_steps = 0
         self.saved = 0
+        # What a stage keeps in its checkpoints beside tensors, the same on every rank.
+        self.counters: dict[str, float] = {}
 
     def __enter__(self) -> Session:
         if self.leads:
@@ -122,6 +124,7 @@ class Session:
             # The leader looked at the digests when it chose this checkpoint.
             state, counters = read_training(checkpoint, check=False)
             learner.load_optimizer(state)
+            self.counters.update(counters)
             if self.writer is not None:
                 self.writer.counters = counters
         return learner
@@ -291,6 +294,8 @@ class Session:
         Raises RuntimeError where the ranks have come apart: that is not worth keeping."""
         learner.check_copies()
         self.saved = step
+        if self.writer is not None:
+            self.writer.counters |= {name: self.counters[name] for name in self.counters if name not in BEST}
         if self.spec.full:
             state = learner.stream_optimizer(self.meet)
             streams = TrainingStreams(learner.updates, learner.stream_policy(self.meet), state)

@@ -8,7 +8,10 @@ from pathlib import Path
 from layout_cases import gradients, make_learner
 
 from ee_megatron.policy import PolicySpec
-from ee_megatron.training.reinforce import credit, objective_of, replay
+from ee_megatron.training.experience import credit, objective_of, replay
+
+# Tokens that an answer may have.
+LONGEST = 16_384
 
 
 def step(path, spec: PolicySpec, policy, degrees, stages, groups, rl):
@@ -16,10 +19,10 @@ def step(path, spec: PolicySpec, policy, degrees, stages, groups, rl):
     learner = make_learner(path, spec, policy, degrees, stages, tokens_per_micro_batch=16_384, recompute=True)
     clock = [time.monotonic()]
     batch = replay(groups, spec.num_layers)
-    first, reference = learner.score(batch), learner.score(batch, reference=True)
+    first, reference = learner.score(batch), learner.score(batch, reference=True).token_logprobs
     clock.append(time.monotonic())
-    experience, _ = credit(batch, groups, first, reference, rl, spec.num_layers, 0)
-    weights, _ = objective_of(rl).weights(batch, experience, first.token_logprobs, first.exit_logprobs)
+    experience, _ = credit(batch, groups, first, reference, rl, spec.layout, price=rl.lambda_exit, longest=LONGEST)
+    weights, _ = objective_of(rl, LONGEST).weights(batch, experience, first.token_logprobs, first.exit_logprobs)
     found = gradients(learner, batch, weights)
     clock.append(time.monotonic())
     status = Path("/proc/self/status").read_text()

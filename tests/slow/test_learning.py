@@ -19,7 +19,7 @@ from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout.engine.request import GenerationRequest
 from ee_megatron.rollout.engine.sampling import SamplingParams
 from ee_megatron.rollout.pool.local import LocalPool
-from ee_megatron.training.reinforce import credit, objective_of, replay
+from ee_megatron.training.experience import credit, objective_of, replay, rollout_metrics
 from ee_megatron.types import Group, Prompt
 from tests.tiny import tiny_hf
 
@@ -59,12 +59,15 @@ def run(folder, seed: int, lambda_exit: float) -> tuple[np.ndarray, np.ndarray]:
             found.append(Group(prompt, group, task, task > 0.5, task > 0.5))
         batch = replay(found, 4)
         first = learner.score(batch)
-        experience, values = credit(batch, found, first, learner.score(batch, reference=True), rl, 4, step)
-        objective = objective_of(rl)
+        experience, values = credit(
+            batch, found, first, learner.score(batch, reference=True).token_logprobs, rl, SPEC.layout,
+            price=lambda_exit, longest=8,
+        )  # fmt: skip
+        objective = objective_of(rl, 8)
         weights, _ = objective.weights(batch, experience, first.token_logprobs, first.exit_logprobs)
         learner.step(batch, weights, objective.kl.teacher, adapter_lr=RATE, gate_lr=RATE)
         rewards.append(values["task_reward"])
-        depths.append(values["mean_depth"])
+        depths.append(rollout_metrics(batch, found, 4)["mean_depth"])
     return np.array(rewards), np.array(depths)
 
 

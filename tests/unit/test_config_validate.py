@@ -305,7 +305,10 @@ def assign(cfg: RunConfig, key: str, value: Any) -> None:
 def changed(cfg: RunConfig, key: str) -> RunConfig:
     cfg = copy.deepcopy(cfg)
     old = {name: value for name, value, _ in settings(cfg)}[key]
-    new = (not old) if isinstance(old, bool) else [*old, *old, 3] if isinstance(old, list) else old + type(old)(7)
+    if old is None:
+        new = 7.0
+    else:
+        new = (not old) if isinstance(old, bool) else [*old, *old, 3] if isinstance(old, list) else old + type(old)(7)
     assign(cfg, key, new)
     return cfg
 

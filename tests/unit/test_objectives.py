@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ee_megatron.objectives.policy_gradient import KL_TERMS, SURROGATES, Experience, PolicyGradient
+from ee_megatron.objectives.policy_gradient import KL_TERMS, SURROGATES, Clip, Experience, PolicyGradient
 
 CLIP = 0.2
 
@@ -33,8 +33,10 @@ def drawn(batch: SimpleNamespace, seed: int = 0) -> tuple[Tensor, Tensor, Tensor
 
 def weights_of(surrogate: str, batch: SimpleNamespace, clip: float = CLIP, seed: int = 0):
     token, exits, old, advantage = drawn(batch, seed)
-    experience = Experience(advantage[:, None] * batch.counts, torch.ones_like(old), old, torch.zeros_like(old))
-    objective = PolicyGradient(SURROGATES[surrogate], KL_TERMS["reward"], clip, beta=0.0, entropy_bonus=0.0)
+    taught, one = advantage[:, None] * batch.counts, torch.ones_like(old)
+    experience = Experience(taught, taught, one, one, old, torch.zeros_like(old))
+    bounds = Clip(clip, clip)
+    objective = PolicyGradient(SURROGATES[surrogate], KL_TERMS["reward"], bounds, beta=0.0, entropy_bonus=0.0)
     return objective.weights(batch, experience, token, exits)
 
 

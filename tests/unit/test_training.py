@@ -20,10 +20,11 @@ from ee_megatron.exits import ExitLayout, exit_distribution, target_hazards
 from ee_megatron.learner.batch import pack, spread
 from ee_megatron.learner.learner import Scores
 from ee_megatron.learner.optimizer_state import OptimizerState
-from ee_megatron.objectives.advantages import ADVANTAGES, depth_cost, rollout_reward
+from ee_megatron.objectives.advantages import ADVANTAGES, rollout_reward
+from ee_megatron.objectives.depth import DEPTH_COSTS
 from ee_megatron.objectives.distillation import GATE_TARGETS, Distillation, current_targets
 from ee_megatron.objectives.divergences import Teacher
-from ee_megatron.objectives.policy_gradient import K3_GAP, clipped, k3_slope, truncated_ratio
+from ee_megatron.objectives.policy_gradient import IMPORTANCE, K3_GAP, Clip, clipped, k3_slope
 from ee_megatron.objectives.schedules import learning_rate, price, schedule
 from ee_megatron.objectives.weights import Weights, mean_weights
 from ee_megatron.observe.rundir import RunDirectory
@@ -38,12 +39,14 @@ from ee_megatron.training.calibrate import (
     target_depth,
 )
 from ee_megatron.training.checkpoints import TrainingStreams, damage, read_training, write_training
-from ee_megatron.training.reinforce import credit, objective_of, replay, sharpened
+from ee_megatron.training.experience import credit, objective_of, replay, rollout_metrics
+from ee_megatron.training.reinforce import sharpened
 from ee_megatron.training.rollout_source import step_prompts
 from ee_megatron.training.stored import load_rollouts, load_traces, save_rollouts, save_traces
 from ee_megatron.types import Group, Prompt, Rollout, Trace
 
 LAYOUT = ExitLayout(6, (2, 4))
+LONGEST = 10
 
 
 def a_trace(name="p", length=5, seed=0) -> Trace:
@@ -63,26 +66,49 @@ def a_trace(name="p", length=5, seed=0) -> Trace:
 
 def test_advantages_by_hand():
     rewards = np.array([[1.0, 0.0, 0.5, 0.5]])
+    every = np.ones((1, 4), bool)
     for k in range(4):
         others = np.delete(rewards[0], k).mean()
-        assert ADVANTAGES["rloo"](rewards)[0, k] == pytest.approx(rewards[0, k] - others)
-    assert ADVANTAGES["mean"](rewards)[0] == pytest.approx([0.5, -0.5, 0, 0])
-    assert ADVANTAGES["grpo"](rewards)[0, 0] == pytest.approx(0.5 / (rewards.std() + 1e-4))
-    assert ADVANTAGES["grpo"](np.ones((2, 3))) == pytest.approx(np.zeros((2, 3)))
-    assert ADVANTAGES["none"](rewards) is rewards
+        assert ADVANTAGES["rloo"](rewards, every)[0, k] == pytest.approx(rewards[0, k] - others)
+    assert ADVANTAGES["mean"](rewards, every)[0] == pytest.approx([0.5, -0.5, 0, 0])
+    assert ADVANTAGES["grpo"](rewards, every)[0, 0] == pytest.approx(0.5 / (rewards.std() + 1e-4))
+    assert ADVANTAGES["grpo"](np.ones((2, 3)), np.ones((2, 3), bool)) == pytest.approx(np.zeros((2, 3)))
+    assert np.array_equal(ADVANTAGES["none"](rewards, every), rewards)
+
+
+@given(st.lists(st.tuples(st.floats(-5, 5), st.booleans()), min_size=2, max_size=6))
+def test_answers_that_don_t_count_change_nobody_s_advantage(answers):
+    """As if they had not been there; alone among its kind an answer has nothing to be better than."""
+    rewards, counted = (np.array([column]) for column in zip(*answers, strict=True))
+    left = rewards[:, counted[0]]
+    for name, function in ADVANTAGES.items():
+        found = function(rewards, counted)
+        assert not found[~counted].any()
+        if left.size:
+            assert found[0][counted[0]] == pytest.approx(function(left, left == left)[0], abs=1e-9)
+        if left.size == 1 and name != "none":
+            assert not found.any()
 
 
 def test_reward_and_depth_cost_by_hand():
     batch = pack([np.arange(3)] * 2, [np.arange(4), np.arange(2)], [np.array([6, 2, 4, 6]), np.array([6, 2])], 6)
-    assert depth_cost(batch, 6, "mean", 10).tolist() == pytest.approx([18 / 24, 8 / 12])
-    assert depth_cost(batch, 6, "total", 10).tolist() == pytest.approx([0.3, 8 / 60])
+    expected = {
+        "mean": [18 / 24, 8 / 12],
+        "total": [0.3, 8 / 60],
+        "max": [1, 1 / 3],
+        "square": [(36 + 4 + 16 + 36) / 144, 40 / 72],
+    }
+    for kind, costs in expected.items():
+        assert DEPTH_COSTS[kind].of_answers(batch, 6, 10).tolist() == pytest.approx(costs), kind
     reward = rollout_reward(torch.tensor([1.0]), torch.tensor([0.2]), torch.tensor([0.5]), beta=0.1, lambda_exit=0.4)
     assert reward.item() == pytest.approx(1 - 0.02 - 0.2)
 
 
-def test_ratio_is_cut_from_above_only():
-    raw, cut = truncated_ratio(torch.tensor([0.0, 2.0, -2.0]), torch.zeros(3), cap=2.0)
-    assert raw[1] > 7 and cut.tolist() == pytest.approx([1.0, 2.0, float(np.exp(-2))])
+def test_importance_ratios_are_cut_masked_or_not_used():
+    raw = torch.tensor([1.0, 7.0, 0.1, 0.5, 2.0])
+    assert IMPORTANCE["truncate"](raw, 0.5, 2.0).tolist() == pytest.approx([1.0, 2.0, 0.1, 0.5, 2.0])
+    assert IMPORTANCE["mask"](raw, 0.5, 2.0).tolist() == pytest.approx([1.0, 0.0, 0.0, 0.5, 2.0])
+    assert IMPORTANCE["none"](raw, 0.5, 2.0).tolist() == [1.0] * 5
 
 
 def test_schedule_rises_then_falls_to_a_tenth():
@@ -250,10 +276,11 @@ def scores(batch, tokens=None, exits=None) -> Scores:
 def weights_of(groups, rl, now=None, reference=None):
     batch = replay(groups, 6)
     first = scores(batch)
-    experience, values = credit(batch, groups, first, reference or first, rl, 6, 0)
+    known = (reference or first).token_logprobs
+    experience, values = credit(batch, groups, first, known, rl, LAYOUT, price=rl.lambda_exit, longest=LONGEST)
     current = now(batch) if now else first
-    weights, share = objective_of(rl).weights(batch, experience, current.token_logprobs, current.exit_logprobs)
-    return batch, weights, experience, values, share
+    weights, share = objective_of(rl, LONGEST).weights(batch, experience, current.token_logprobs, current.exit_logprobs)
+    return batch, weights, experience, values | rollout_metrics(batch, groups, 6), share
 
 
 def test_shallower_answers_of_equal_worth_are_pushed_up():
@@ -275,9 +302,9 @@ def test_the_exact_kl_is_weighed_once_and_not_charged_twice():
     far = scores(plain, tokens=torch.full(plain.tokens.shape, -9.0))
     rl = RLConfig(lambda_exit=0.0, beta=0.8, kl="exact")
     batch, weights, experience, _, _ = weights_of(groups, rl, reference=far)
-    assert objective_of(rl).kl.teacher is Teacher.REFERENCE
+    assert objective_of(rl, LONGEST).kl.teacher is Teacher.REFERENCE
     assert weights.divergence is not None and weights.divergence.sum(1).tolist() == pytest.approx([0.4, 0.4])
-    assert (weights.divergence > 0).equal(batch.counts) and not experience.advantage.any()
+    assert (weights.divergence > 0).equal(batch.counts) and not experience.token_advantage.any()
     assert weights_of(groups, RLConfig(beta=0.8, kl="reward"), reference=far)[1].divergence is None
 
 
@@ -286,7 +313,7 @@ def test_a_token_answers_for_the_depth_from_it_on():
     rl = RLConfig(
         lambda_exit=0.6,
         beta=0.0,
-        depth_credit="token",
+        credit="token",
         depth_cost="total",
         cost_length=2,
         advantage="mean",
@@ -294,7 +321,8 @@ def test_a_token_answers_for_the_depth_from_it_on():
     )
     _, _, experience, _, _ = weights_of([a_group([6, 2, 4], [6, 6])], rl)
     first, second = np.array([12, 6, 4]) / 12, np.array([12, 6, 0]) / 12
-    found = experience.advantage
+    found = experience.token_advantage
+    assert torch.equal(found, experience.exit_advantage)
     assert found[0, 2:5].tolist() == pytest.approx((0.6 * (second - first)).tolist())
     assert found[1, 2:4].tolist() == pytest.approx((0.6 * (first - second))[:2].tolist())
     assert found[1, 4:].abs().sum() == 0 and found[:, :2].abs().sum() == 0
@@ -306,10 +334,10 @@ def test_clipped_surrogate_has_ppo_s_gradient():
     logprob, old, advantage = torch.randn(50, requires_grad=True), torch.randn(50), torch.randn(50)
     ratio = (logprob - old).exp()
     torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum().backward()
-    kept = clipped(ratio.detach(), advantage, 0.2)
+    kept = clipped(ratio.detach(), advantage, Clip(0.2, 0.2))
     torch.testing.assert_close(kept * advantage, logprob.grad)
     assert 0 < int((kept == 0).sum()) < 50
-    assert torch.equal(clipped(ratio.detach(), advantage, 0.0), ratio.detach())
+    assert torch.equal(clipped(ratio.detach(), advantage, Clip(0.0, 0.0)), ratio.detach())
 
 
 def test_k3_slope_is_the_derivative_of_k3():

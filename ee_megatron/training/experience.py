@@ -1,0 +1,175 @@
+"""What a step's rollouts teach: from verdicts, depths and scores to an advantage for every token and exit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config.schema import RLConfig
+from ..exits import ExitLayout
+from ..learner.batch import ReplayBatch, pack, spread
+from ..learner.learner import Scores
+from ..objectives.advantages import (
+    ADVANTAGES,
+    CHARGES,
+    length_cost,
+    mean_log_ratio,
+    overlong_penalty,
+    rollout_reward,
+)
+from ..objectives.depth import CREDITS, DEPTH_COSTS, token_advantage
+from ..objectives.exit_credit import hazard_costs
+from ..objectives.policy_gradient import IMPORTANCE, KL_TERMS, RATIOS, SURROGATES, Clip, Experience, PolicyGradient
+from ..types import Group, Rollout
+
+
+def objective_of(rl: RLConfig, longest: int) -> PolicyGradient:
+    """`longest`: generated tokens that an answer may have."""
+    clip = Clip(rl.clip, rl.clip_high or rl.clip)
+    return PolicyGradient(
+        SURROGATES[rl.surrogate], KL_TERMS[rl.kl], clip, rl.beta, rl.entropy_bonus, rl.ratios, rl.loss_average, longest
+    )
+
+
+def replay(groups: Sequence[Group], num_layers: int) -> ReplayBatch:
+    """The rollouts of all groups, under the exits that they took."""
+    rollouts = [r for g in groups for r in g.rollouts]
+    return pack(
+        [r.prompt_tokens for r in rollouts], [r.tokens for r in rollouts], [r.exit_depths for r in rollouts], num_layers
+    )
+
+
+def taught(groups: Sequence[Group], rl: RLConfig) -> Tensor:
+    """Which answers count, bool [B]: with rl.overlong=filter those that ended by themselves."""
+    finished = torch.tensor([r.finished for g in groups for r in g.rollouts])
+    return finished if rl.overlong == "filter" else finished | True
+
+
+def credit(
+    batch: ReplayBatch,
+    groups: Sequence[Group],
+    first: Scores | None,
+    reference: Tensor | None,
+    rl: RLConfig,
+    layout: ExitLayout,
+    *,
+    price: float,
+    longest: int,
+) -> tuple[Experience, dict[str, float]]:
+    """What the rollouts teach at a price of depth `price`, and metrics of it.
+
+    `first`: scores of the policy at the start of the step, with hazards and divergences where an exit answers for
+    itself; None: those that the rollouts brought along hold. `reference`: its log-probabilities of the tokens, where
+    the objective asks for them.
+    """
+    rollouts = [r for g in groups for r in g.rollouts]
+    counts, counted = batch.counts, taught(groups, rl)
+    old = [spread(batch, [getattr(r, name) for r in rollouts]) for name in ("token_logprobs", "exit_logprobs")]
+    start = old if first is None else [first.token_logprobs, first.exit_logprobs]
+
+    def among(values: Tensor, which: Tensor) -> Tensor:
+        """Advantages within the groups, float32 [B]."""
+        grouped = [x.numpy().reshape(len(groups), -1) for x in (values, which)]
+        return torch.from_numpy(ADVANTAGES[rl.advantage](*grouped)).float().reshape(-1)
+
+    charged = CHARGES[rl.charge](torch.from_numpy(np.concatenate([g.correct for g in groups]))) & counted
+    task = torch.from_numpy(np.concatenate([g.rewards for g in groups])).float()
+    worth = task - rl.lambda_length * length_cost(batch, rl.cost_length) * charged
+    if rl.overlong == "penalty":
+        worth = worth - overlong_penalty(counts.sum(1), longest, rl.overlong_buffer)
+    log_ratio = None if reference is None else mean_log_ratio(batch, start[0], reference)
+    if KL_TERMS[rl.kl].in_reward and log_ratio is not None:
+        worth = rollout_reward(worth, log_ratio, torch.zeros_like(worth), rl.beta, 0.0)
+    kind, how = DEPTH_COSTS[rl.depth_cost], CREDITS[rl.credit]
+    cost = kind.of_answers(batch, layout.num_layers, rl.cost_length)
+    by_task, by_depth = among(worth, counted), price * among(-cost, charged)
+
+    of_tokens, of_exits, hazard = by_task + by_depth, by_task + by_depth, None
+    if how.to_go:
+        to_go = kind.to_go(batch, layout.num_layers, rl.cost_length)
+        from_there = price * token_advantage(batch, to_go, charged, rl.group_size)
+        of_tokens = of_exits = by_task.unsqueeze(1) + from_there
+    elif how.local:
+        of_tokens, of_exits = by_task + rl.token_depth * by_depth, rl.exit_task * by_task
+        hazard = _exit_costs(batch, layout, first, reference, rl, price * charged)
+    of_tokens, of_exits = ((a if a.dim() == 2 else a.unsqueeze(1)) * counts for a in (of_tokens, of_exits))
+
+    moved = [now - then for now, then in zip(start, old, strict=True)]
+    raw = [ratio.exp() for ratio in RATIOS[rl.ratios](*moved)]
+    importance = [IMPORTANCE[rl.importance](ratio, rl.importance_floor, rl.importance_cap) for ratio in raw]
+    experience = Experience(of_tokens, of_exits, importance[0], importance[1], start[0], start[1], reference, hazard)
+    together = (moved[0] + moved[1]).exp()[counts]
+    values = {
+        "reward": float((worth - price * cost * charged).mean()),
+        "task_reward": float(task.mean()),
+        "depth_cost": float(cost.mean()),
+        "lambda": price,
+        "advantage_spread": float((by_task + by_depth).std(unbiased=False)),
+        "charged": float(charged.float().mean()),
+        "filtered": float((~counted).float().mean()),
+        "importance_ratio_mean": float(together.mean()),
+        "importance_ratio_max": float(together.max()),
+        "importance_left_out": float(((importance[0] == 0) | (importance[1] == 0))[counts].float().mean()),
+    }
+    if log_ratio is not None:
+        values["kl_to_reference"] = float(log_ratio.mean())
+    return experience, values
+
+
+def _exit_costs(
+    batch: ReplayBatch, layout: ExitLayout, first: Scores | None, reference: Tensor | None, rl: RLConfig, price: Tensor
+) -> Tensor:
+    """What firing costs more than going on, [B, S, M]: price [B] of depth, and beta * rl.exit_kl of the divergence, per
+    token. Weights of the loss divide by an answer's tokens; a cost is an answer's."""
+    lengths = batch.counts.sum(1).clamp(min=1)
+    costs = DEPTH_COSTS[rl.depth_cost].of_outcomes(batch, layout, rl.cost_length) * (price * lengths)[:, None, None]
+    divergence, weight = None, rl.beta * rl.exit_kl
+    if weight and first is not None:
+        divergence = weight * (first.kl if reference is None else first.token_logprobs - reference)
+    return hazard_costs(batch, layout, costs, divergence, None if first is None else first.hazards)
+
+
+def entropies(batch: ReplayBatch, seen: Scores) -> dict[str, float]:
+    """Means over generated tokens, nats: of the next token's distribution and of the gates."""
+    return {
+        "token_entropy": float(seen.token_entropy[batch.counts].mean()),
+        "exit_entropy": float(seen.exit_entropy[batch.counts].mean()),
+    }
+
+
+def mismatch(batch: ReplayBatch, rollouts: Sequence[Rollout], seen: Scores) -> dict[str, float]:
+    """How far the learner's log-probabilities of tokens and exits are from the rollouts', nats, mean of absolutes."""
+    counts = batch.counts
+    return {
+        f"{what}_mismatch": float((scored - spread(batch, made))[counts].abs().mean())
+        for what, scored, made in (
+            ("token", seen.token_logprobs, [r.token_logprobs for r in rollouts]),
+            ("exit", seen.exit_logprobs, [r.exit_logprobs for r in rollouts]),
+        )
+    }
+
+
+def rollout_metrics(batch: ReplayBatch, groups: Sequence[Group], num_layers: int) -> dict[str, float]:
+    """Metrics of the rollouts as they are."""
+    counts, lengths = batch.counts, batch.counts.sum(1).float()
+    fraction = batch.exit_depths.float()[counts] / num_layers
+    depths, hits = torch.unique(batch.exit_depths[counts], return_counts=True)
+    low, middle, high = torch.quantile(fraction, torch.tensor([0.1, 0.5, 0.9])).tolist()
+    largest = DEPTH_COSTS["max"].of_answers(batch, num_layers, 1)
+    return {
+        "accuracy": float(np.mean(np.concatenate([g.correct for g in groups]))),
+        "well_formed": float(np.mean(np.concatenate([g.well_formed for g in groups]))),
+        "finished": float(np.mean([r.finished for g in groups for r in g.rollouts])),
+        "mean_depth": float(fraction.mean()),
+        "depth_q10": low,
+        "depth_q50": middle,
+        "depth_q90": high,
+        "max_depth": float(largest.mean()),
+        "total_depth": float((batch.exit_depths * counts).sum(1).float().mean()),
+        "length": float(lengths.mean()),
+        "prompt_length": float(np.mean([len(r.prompt_tokens) for g in groups for r in g.rollouts])),
+        "tokens": float(lengths.sum()),
+    } | {f"exit_share/{int(d)}": float(h) / int(counts.sum()) for d, h in zip(depths, hits, strict=True)}

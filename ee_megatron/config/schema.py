@@ -125,6 +125,9 @@ class TaskConfig:
     families: list[str] = setting(["product", "sum", "word"])
     """arithmetic: product, sum, word, chain; tom: first_order, second_order, true_belief, reality, memory;
     reasoning_gym: names of its families, chain_sum for one."""
+    operands: str = setting("small", choices=("small", "wide"), added_later=True)
+    """arithmetic: which numbers. Of small ones there are few pairs (66 products), so that many problems on them are
+    worth less than their number; wide ones are harder, and most test problems have a pair of their own."""
     path: str = ""
     """gsm8k and dataset: a .jsonl or .parquet file, a directory with such files for each split, or a data set that
     `datasets` saved to disk."""

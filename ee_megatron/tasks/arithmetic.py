@@ -6,11 +6,11 @@ import random
 import re
 from collections.abc import Iterator
 from decimal import Decimal
-from itertools import combinations_with_replacement, islice
+from itertools import islice
 
 from ..config.schema import TaskConfig
 from ..types import Prompt
-from .arithmetic_templates import FAMILIES, Kind
+from .arithmetic_templates import FAMILIES, Kind, among
 from .base import SHARES, ChatTemplate, Problem, Verdict, split_of
 from .numbers import MAX_NUMBER, last_number, number_value
 from .procedural import ProceduralTask
@@ -29,7 +29,7 @@ class PairSplit:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        pairs = list(combinations_with_replacement(range(2, 13), 2))
+        pairs = list(among(2, 12))
         random.Random(f"pairs/{seed}").shuffle(pairs)
         first, second = round(SHARES["train"] * len(pairs)), round(SHARES["validation"] * len(pairs))
         splits = ["train"] * first + ["validation"] * second + ["evaluation"] * (len(pairs) - first - second)
@@ -51,7 +51,7 @@ class ArithmeticTask(ProceduralTask):
 
     def __init__(self, task: TaskConfig, chat: ChatTemplate | None = None) -> None:
         super().__init__(task, tuple(FAMILIES), chat)
-        self._pair_split = PairSplit(self.seed)
+        self._pair_split, self.operands = PairSplit(self.seed), task.operands
 
     def verify(self, prompt: Prompt, text: str) -> Verdict:
         return verify_line(prompt.answer, text)
@@ -71,8 +71,7 @@ class ArithmeticTask(ProceduralTask):
     def _stream(self, kind: Kind, family: str, split: str, seen: set[str]) -> Iterator[Problem]:
         """Distinct problems, going round all pairs of the split before any pair comes again in other words."""
         rng = random.Random(f"{self.seed}/{family}/{kind.name}/{split}")
-        numbers = range(kind.numbers[0], kind.numbers[1] + 1)
-        pairs = [pair for pair in combinations_with_replacement(numbers, 2) if self._pair_split(*pair) == split]
+        pairs = [pair for pair in kind.operands[self.operands] if self._pair_split(*pair) == split]
         fresh = True
         while fresh:
             fresh = False

@@ -6,6 +6,7 @@ import operator
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 
 from .base import Problem
 
@@ -15,12 +16,18 @@ Inside = Callable[[int, int], bool]
 Render = Callable[[int, int, random.Random, Inside], Problem | None]
 
 
+def among(low: int, high: int) -> tuple[Pair, ...]:
+    """All unordered pairs of numbers from `low` to `high`, both included."""
+    return tuple(combinations_with_replacement(range(low, high + 1), 2))
+
+
 @dataclass(frozen=True)
 class Kind:
-    """One kind of problem in a family: operands from `numbers` (both ends included); None: this draw does not work."""
+    """One kind of problem in a family, its pairs of operands by task.operands. What renders one gives None where a draw
+    does not work."""
 
     name: str
-    numbers: tuple[int, int]
+    operands: dict[str, tuple[Pair, ...]]
     render: Render
 
 
@@ -139,18 +146,26 @@ def _chain(first: str, second: str) -> Render:
     return render
 
 
+def _both(small: tuple[Pair, ...], wide: tuple[Pair, ...]) -> dict[str, tuple[Pair, ...]]:
+    return {"small": small, "wide": wide}
+
+
+# Products beyond the table that a small model still gets right at times.
+_BEYOND = tuple((a, b) for a in range(2, 10) for b in (*range(13, 61), 70, 80, 90))
+_PRODUCTS = _both(among(2, 12), among(2, 12) + _BEYOND)
+
 FAMILIES: dict[str, tuple[Kind, ...]] = {
-    "product": (Kind("product", (2, 12), _bare("x", PRODUCT)),),
-    "sum": (Kind("sum", (5, 40), _bare("+", SUM)),),
+    "product": (Kind("product", _PRODUCTS, _bare("x", PRODUCT)),),
+    "sum": (Kind("sum", _both(among(5, 40), among(5, 99)), _bare("+", SUM)),),
     "word": (
-        Kind("product", (2, 12), _word("x", WORD_PRODUCT)),
-        Kind("sum", (2, 20), _word("+", WORD_SUM)),
-        Kind("difference", (2, 20), _word("-", WORD_DIFFERENCE)),
+        Kind("product", _PRODUCTS, _word("x", WORD_PRODUCT)),
+        Kind("sum", _both(among(2, 20), among(2, 60)), _word("+", WORD_SUM)),
+        Kind("difference", _both(among(2, 20), among(2, 40)), _word("-", WORD_DIFFERENCE)),
     ),
     "chain": (
-        Kind("product-sum", (2, 9), _chain("x", "+")),
-        Kind("sum-sum", (2, 20), _chain("+", "+")),
-        Kind("product-difference", (2, 9), _chain("x", "-")),
-        Kind("sum-difference", (2, 20), _chain("+", "-")),
+        Kind("product-sum", _both(among(2, 9), among(2, 20)), _chain("x", "+")),
+        Kind("sum-sum", _both(among(2, 20), among(2, 40)), _chain("+", "+")),
+        Kind("product-difference", _both(among(2, 9), among(2, 20)), _chain("x", "-")),
+        Kind("sum-difference", _both(among(2, 20), among(2, 40)), _chain("+", "-")),
     ),
 }

@@ -95,8 +95,8 @@ def parse() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, dict[str, Any]]:
     path = options.model
-    if not (path / "model.safetensors").is_file() and not (path / "model.safetensors.index.json").is_file():
-        path = draw_model(load(["experiment=ladder", f"model.path={path}"]), scratch / "model")
+    if not any(path.glob("model*.safetensors")):
+        path = with_random_weights(path, scratch, longest=max(map(int, options.lengths.split(","))))
     source = HFDirectory(path)
     spec = PolicySpec(source.dims.num_layers, tuple(map(int, options.exits.split(","))), rank=8, alpha=16.0)
     policy = initial_policy(source.dims, spec, options.seed)
@@ -123,6 +123,15 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, dict[str, A
             print(f"{length} tokens: {repeat + 1} of {options.repeats}", flush=True)
         found[str(length)] = {name: ratio(torch.stack(each)) for name, each in gradients.items()}
     return found
+
+
+def with_random_weights(shape: Path, scratch: Path, longest: int) -> Path:
+    """A model of this shape that has positions for answers of `longest` tokens."""
+    config = json.loads((shape / "config.json").read_text())
+    config["max_position_embeddings"] = max(config["max_position_embeddings"], longest + 100)
+    (scratch / "shape").mkdir()
+    (scratch / "shape" / "config.json").write_text(json.dumps(config))
+    return draw_model(load(["experiment=ladder", f"model.path={scratch / 'shape'}"]), scratch / "model")
 
 
 def rollouts(options: argparse.Namespace, decoder: Decoder, tokenizer: Any, length: int, repeat: int) -> list[Group]:

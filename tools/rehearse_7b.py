@@ -122,6 +122,7 @@ class Rehearsal:
             f"rollout.max_new_tokens={options.tokens}", "rollout.threads=1", "traces.problems=8",
             "calibrate.epochs=1", "calibrate.patterns=1", "calibrate.batch_size=4", "rl.steps=3",
             "rl.checkpoint_every=1", f"rl.prompts_per_step={options.prompts}", f"rl.group_size={options.group}",
+            "rl.accuracy_window=1",
             "tracker.wandb=disabled",
         ]  # fmt: skip
 

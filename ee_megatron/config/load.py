@@ -25,6 +25,9 @@ from .schema import RunConfig
 
 ENVIRONMENT_VARIABLE = "EE_CONFIG_DIR"
 
+# Settings of runs that were saved under another name, and values that have another.
+RENAMED = {"rl.depth_credit": ("rl.credit", {"sequence": "answer"})}
+
 
 def load(overrides: list[str], config_dir: Path | None = None) -> RunConfig:
     """Compose `configs/config.yaml`, the chosen group files and `key=value` settings, later ones winning.
@@ -61,6 +64,12 @@ def read_saved(path: Path) -> RunConfig:
         saved = OmegaConf.load(path)
         if not isinstance(saved, DictConfig):
             raise ValueError("a list, expected settings")
+        for old, (new, values) in RENAMED.items():
+            value = OmegaConf.select(saved, old)
+            if value is not None:
+                OmegaConf.update(saved, new, values.get(value, value))
+                section, name = old.split(".")
+                del saved[section][name]
         _check_keys(saved)
         return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), saved)))
     except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:

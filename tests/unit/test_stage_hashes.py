@@ -14,14 +14,14 @@ from ee_megatron.config.load import find_config_dir, list_groups, load
 
 # Per experiment the hashes of its stages, in their order. The model is not there, so default exits stay as asked for.
 HASHES = {
-    "demo_cpu": "4f379bd7 8be859b5 7ddafe90 57b7d5d8 04b07053 f05b8ca2",
-    "demo_gpu": "4f379bd7 8be859b5 7ddafe90 57b7d5d8 04b07053 f05b8ca2",
-    "ladder": "df53f41d 1099a345 2d25b37f ab53fee8 020291b8 4904587f",
-    "rl_1.5b": "499842cd 47dbfe15 004857f8 7b903868 da498a9f e6ab5617",
-    "rl_32b": "499842cd 47dbfe15 2689e0b5 08bf05b6 439c222d 212d56ea",
-    "rl_70b": "499842cd 47dbfe15 5f85a74b bb8bf878 13bfc401 4bbdfdd8",
-    "rl_7b": "499842cd 47dbfe15 3b2f53eb eaa7ad21 cf38dad8 83e21713",
-    "smollm2": "2a1a54b9 44e4ef86 7aba4a2e 46dae011 2d8b5913 ef086d6c",
+    "demo_cpu": "4f379bd7 8be859b5 7ddafe90 57b7d5d8 969b34f0 19df9a86",
+    "demo_gpu": "4f379bd7 8be859b5 7ddafe90 57b7d5d8 969b34f0 19df9a86",
+    "ladder": "df53f41d 1099a345 2d25b37f ab53fee8 a9503910 b23fcda7",
+    "rl_1.5b": "499842cd 897b6965 10e9272e d2dc8cbc 3619ebf8 da98f2d9",
+    "rl_32b": "499842cd 20643aa4 2b1b52d5 3d46b410 89fdc0d1 0a14d77a",
+    "rl_70b": "499842cd 20643aa4 893b9a69 1094f86c 412b066e 03bdc85a",
+    "rl_7b": "499842cd 20643aa4 7be09e7c 78ae0fa1 9f8000bd f0aa8067",
+    "smollm2": "2a1a54b9 44e4ef86 7aba4a2e 46dae011 de37d8ce 605007a1",
 }
 
 

@@ -18,9 +18,10 @@ ALL = ["product", "sum", "word", "chain"]
 SPLITS = ("train", "validation", "evaluation")
 
 
-@pytest.fixture(scope="module")
-def task() -> ArithmeticTask:
-    return ArithmeticTask(TaskConfig("arithmetic", ALL, train=3000, validation=400, evaluation=500))
+@pytest.fixture(scope="module", params=["small", "wide"])
+def task(request: pytest.FixtureRequest) -> ArithmeticTask:
+    settings = TaskConfig("arithmetic", ALL, train=3000, validation=400, evaluation=500, operands=request.param)
+    return ArithmeticTask(settings)
 
 
 def pairs_in(text: str) -> set[tuple[int, int]]:
@@ -39,6 +40,18 @@ def test_no_operand_pair_of_a_held_out_split_occurs_in_training_in_any_family(ta
     assert not seen["train"] & seen["validation"]
     assert not seen["train"] & seen["evaluation"]
     assert not seen["validation"] & seen["evaluation"]
+
+
+def test_wide_operands_give_held_out_problems_pairs_of_their_own() -> None:
+    """Per thousand test problems: groups that are right or wrong together, and pairs of products, the fewest."""
+    groups, products = {}, {}
+    for operands in ("small", "wide"):
+        prompts = ArithmeticTask(TaskConfig("arithmetic", ALL, evaluation=1000, operands=operands)).prompts(
+            "evaluation"
+        )
+        groups[operands] = len({p.group for p in prompts})
+        products[operands] = len({p.group for p in prompts if p.task == "arithmetic.product"})
+    assert groups["wide"] > 600 > 2 * groups["small"] and products["wide"] > 7 * products["small"]
 
 
 def test_examples_come_from_training_pairs_and_are_no_prompt_themselves(task: ArithmeticTask) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,14 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from ee_megatron.config.derive import scoring
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig, RLConfig
 from ee_megatron.exit_rules import Sample
 from ee_megatron.families.hf_directory import HFDirectory
-from ee_megatron.learner.learner import Learner
+from ee_megatron.learner.batch import ReplayBatch
+from ee_megatron.learner.learner import Learner, Scores
+from ee_megatron.objectives.divergences import Teacher
 from ee_megatron.parallel import groups as rank_groups
 from ee_megatron.parallel.groups import Degrees
 from ee_megatron.policy import PolicySpec, initial_policy
@@ -41,7 +45,6 @@ from ee_megatron.rollout.engine.request import GenerationRequest
 from ee_megatron.rollout.engine.sampling import SamplingParams
 from ee_megatron.rollout.engine.scheduler import generate
 from ee_megatron.training.experience import credit, objective_of, replay
-from ee_megatron.training.reinforce import scored
 from ee_megatron.training.scratch import draw_model
 from ee_megatron.types import Group, Prompt, Rollout
 
@@ -62,21 +65,26 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     rank_groups.initialise(Degrees())
-    with tempfile.TemporaryDirectory() as scratch:
-        found = measure(options, Path(scratch))
-    rank_groups.finish()
     step = f"{options.prompts} x {options.samples} answers a step"
     print(f"{options.model}, exits {options.exits}, {step}, {options.repeats} repeats")
     print(f"{'tokens':>7} {'objective':<28} {'signal / noise':>15} {'95% interval':>20} {'against answer':>15}")
-    for length, rows in found.items():
-        first = rows[next(iter(OBJECTIVES))]
-        for name, row in rows.items():
-            low, high = row["interval"]
-            # Against what the interval still allows the first objective to have.
-            least = f">= {low / first['interval'][1]:.1f}" if row is not first else ""
-            print(f"{length:>7} {name:<28} {row['ratio']:>15.3f} [{low:>8.3f}, {high:>8.3f}] {least:>15}")
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for length, rows in measure(options, Path(scratch)):
+            found[length] = rows
+            show(length, rows)
+    rank_groups.finish()
     if options.json:
         options.json.write_text(json.dumps({"settings": vars(options), "found": found}, default=str, indent=1))
+
+
+def show(length: str, rows: dict[str, Any]) -> None:
+    first = rows[next(iter(OBJECTIVES))]
+    for name, row in rows.items():
+        low, high = row["interval"]
+        # Against what the interval still allows the first objective to have.
+        least = f">= {low / first['interval'][1]:.1f}" if row is not first else ""
+        print(f"{length:>7} {name:<28} {row['ratio']:>15.3f} [{low:>8.3f}, {high:>8.3f}] {least:>15}", flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -93,7 +101,8 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(options: argparse.Namespace, scratch: Path) -> dict[str, dict[str, Any]]:
+def measure(options: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Length, and what was found of every objective at it."""
     path = options.model
     if not any(path.glob("model*.safetensors")):
         path = with_random_weights(path, scratch, longest=max(map(int, options.lengths.split(","))))
@@ -113,16 +122,19 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, dict[str, A
     decoder.load_policy(policy)
     tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     learner = Learner(source, spec, policy, ParallelConfig(), DeepspeedConfig(), device=torch.device("cpu"))
-    found: dict[str, dict[str, Any]] = {}
     for length in map(int, options.lengths.split(",")):
         gradients: dict[str, list[torch.Tensor]] = {name: [] for name in OBJECTIVES}
         for repeat in range(options.repeats):
             groups = rollouts(options, decoder, tokenizer, length, repeat)
+            batch = replay(groups, spec.num_layers)
+            # All that any objective asks for.
+            first = learner.score(batch, teacher=Teacher.REFERENCE, hazards=True)
+            reference = learner.score(batch, reference=True).token_logprobs
             for name, settings in OBJECTIVES.items():
-                gradients[name].append(gradient(learner, spec, groups, replace(settings, group_size=options.samples)))
-            print(f"{length} tokens: {repeat + 1} of {options.repeats}", flush=True)
-        found[str(length)] = {name: ratio(torch.stack(each)) for name, each in gradients.items()}
-    return found
+                rl = replace(settings, group_size=options.samples)
+                known = reference if scoring(rl).reference else None
+                gradients[name].append(gradient(learner, batch, groups, first, known, rl, length))
+        yield str(length), {name: ratio(torch.stack(each)) for name, each in gradients.items()}
 
 
 def with_random_weights(shape: Path, scratch: Path, longest: int) -> Path:
@@ -153,14 +165,19 @@ def verdict(answer: Rollout) -> bool:
     return bool(np.random.default_rng(answer.tokens.astype(np.uint32)).random() < 0.5)
 
 
-def gradient(learner: Learner, spec: PolicySpec, groups: list[Group], rl: RLConfig) -> torch.Tensor:
+def gradient(
+    learner: Learner,
+    batch: ReplayBatch,
+    groups: list[Group],
+    first: Scores,
+    reference: torch.Tensor | None,
+    rl: RLConfig,
+    length: int,
+) -> torch.Tensor:
     """Of the gates' weights, as one vector."""
-    batch = replay(groups, spec.num_layers)
-    longest = int(batch.counts.sum(1).max())
-    first, reference = scored(learner, batch, rl)
-    assert first is not None
-    experience, _ = credit(batch, groups, first, reference, rl, spec.layout, price=rl.lambda_exit, longest=longest)
-    objective = objective_of(rl, longest)
+    layout = learner.spec.layout
+    experience, _ = credit(batch, groups, first, reference, rl, layout, price=rl.lambda_exit, longest=length)
+    objective = objective_of(rl, length)
     weights, _ = objective.weights(batch, experience, first.token_logprobs, first.exit_logprobs)
     sums: dict[int, torch.Tensor] = {}
 

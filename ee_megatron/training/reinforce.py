@@ -55,7 +55,10 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
             policy = sharpened(policy, rl.gate_centre, rl.gate_sharpness)
         learner = session.make_learner(policy, checkpoint, temperature=rl.temperature)
         source = make_source(session) if session.leads else None
-        cost = Price(rl, session.from_leader(source.reference_accuracy if source else None), session.counters)
+        reference = session.unless_stopped(lambda: [source.reference_accuracy()] if source else None)
+        if reference is None:
+            session.stop(learner, done)
+        cost = Price(rl, reference[0], session.counters)
         session.open_metrics(resume_step=done)
         with session.progress(rl.steps, done) as bar:
             learner.progress = bar.detail

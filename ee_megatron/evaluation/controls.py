@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from ..exit_rules import Dial, ExitRule
 from .evaluate import Answer
-from .statistics import bootstrap_interval, mcnemar_exact
+from .statistics import clustered_difference, mcnemar_exact
 from .summary import EvaluationRow
 
 TOLERANCE = 0.01
@@ -116,15 +116,17 @@ def match_accuracy(
 
 
 def compare(reference: Sequence[Answer], control: Sequence[Answer]) -> dict[str, float | int | dict[str, float]]:
-    """Reference minus control in accuracy on the prompts that both answered, with McNemar's exact test.
+    """Reference minus control in accuracy on the prompts that both answered, its interval over groups of them that are
+    right or wrong together, with McNemar's exact test.
 
     {"difference": {"value", "low", "high"}, "only_reference", "only_control", "p_value", "n"}.
     """
     right = {answer["id"]: answer["correct"] for answer in control}
-    shared = [(a["correct"], right[a["id"]]) for a in reference if a["id"] in right]
-    test = mcnemar_exact([a for a, _ in shared], [b for _, b in shared])
+    shared = [answer for answer in reference if answer["id"] in right]
+    ours, theirs = [a["correct"] for a in shared], [right[a["id"]] for a in shared]
+    test = mcnemar_exact(ours, theirs)
     return {
-        "difference": bootstrap_interval([float(a) - float(b) for a, b in shared])._asdict(),
+        "difference": clustered_difference(theirs, ours, [a.get("group") or a["id"] for a in shared])._asdict(),
         "only_reference": test.only_first,
         "only_control": test.only_second,
         "p_value": test.p_value,

@@ -24,8 +24,9 @@ from .svg import colour, legend_box, legend_mark
 from .template import FOLDER, render, style
 
 COLUMNS = (
-    ("exits", "exits"), ("accuracy", "accuracy [95 %]"), ("n", "n"), ("p_value", "p"), ("mean_depth", "mean depth"),
-    ("total_depth", "total depth"), ("length", "length"), ("kl", "KL (nats)"), ("tokens_per_s", "tokens/s"),
+    ("exits", "exits"), ("accuracy", "accuracy [95 %]"), ("n", "n"), ("difference", "to teacher [95 %]"),
+    ("p_value", "p"), ("mean_depth", "mean depth"), ("total_depth", "total depth"), ("length", "length"),
+    ("kl", "KL (nats)"), ("tokens_per_s", "tokens/s"),
 )  # fmt: skip
 # The loop's own figures first, housekeeping after them.
 LEADING = ("reward", "accuracy", "mean_depth", "total_depth", "length", "loss", "kl")
@@ -104,7 +105,8 @@ def _table(results: Results) -> list[dict[str, Any]]:
         model = str(row.get("model", ""))
         label = f"{model}, {row.get('exits', '')}"
         paired = results.paired.get(label) or {}
-        cells = {key: _cell(key, {**row, "p_value": paired.get("p_value")}) for key, _ in COLUMNS}
+        compared = {key: paired.get(key) for key in ("p_value", "difference", "group_low", "group_high")}
+        cells = {key: _cell(key, {**row, **compared}) for key, _ in COLUMNS}
         css = colour(models.index(model))
         table.append(
             {"mark": len(table) + 1, "model": model, "colour": css, "label": label, "row": row, "cells": cells}
@@ -168,6 +170,11 @@ def _cell(key: str, row: Mapping[str, Any]) -> str:
         low, high = row.get("low"), row.get("high")
         interval = f" [{100 * low:.1f}, {100 * high:.1f}]" if is_number(low) and is_number(high) else ""
         return f"{100 * value:.1f}{interval} %"
+    if key == "difference":
+        # Over groups of problems that are right or wrong together: the other interval is too narrow.
+        low, high = row.get("group_low"), row.get("group_high")
+        interval = f" [{100 * low:+.1f}, {100 * high:+.1f}]" if is_number(low) and is_number(high) else ""
+        return f"{100 * value:+.1f}{interval}"
     forms = {
         "n": "{:,.0f}",
         "p_value": "{:.2g}",

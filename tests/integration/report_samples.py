@@ -82,7 +82,21 @@ def results(rng: random.Random, prompts: int) -> dict:
     for i, label in enumerate(labels):
         bins = [{"entropy": 0.1 + 0.4 * b, "depth": 18.0 - 1.5 * i + 2.8 * b, "tokens": 387} for b in range(5)]
         correlation[label] = {"spearman": 0.5 - i / 50, "low": 0.3, "high": 0.6, "tokens": 3100, "bins": bins}
-    paired = {label: {"n": 400, "only_teacher": 21, "only_model": 14, "p_value": 0.3105} for label in labels}
+    paired = {
+        label: {
+            "n": 400,
+            "only_teacher": 21,
+            "only_model": 14,
+            "p_value": 0.3105,
+            "difference": -0.0175,
+            "low": -0.03,
+            "high": -0.005,
+            "group_low": -0.041,
+            "group_high": 0.006,
+            "groups": 120,
+        }
+        for label in labels
+    }
     return {
         "meta": meta | {"threshold_calibrated": 0.9, "threshold_reinforced": 0.9},
         "rows": rows,

@@ -172,6 +172,10 @@ def test_the_marginal_leaves_out_first_tokens_and_the_comparison_pairs_prompts()
     found = compare(reference, control)
     assert found["n"] == 10 and found["difference"]["value"] == pytest.approx(0.5)  # type: ignore[index]
     assert (found["only_reference"], found["only_control"], found["p_value"]) == (5, 0, 2 / 32)
+    # Problems of one group are right or wrong together: resampled as a whole, they always give the same difference.
+    together = compare([answer | {"group": "2,3"} for answer in reference], control)["difference"]  # type: ignore[misc]
+    assert together == {"value": 0.5, "low": 0.5, "high": 0.5}
+    assert found["difference"]["low"] < 0.3 and found["difference"]["high"] > 0.7  # type: ignore[index]
     entry = {
         "control": "fixed depth", "matched_by": "depth", "target": 0.5, "within": False,
         "row": planted_row(0.53, 0.7).to_json(), "comparison": found,

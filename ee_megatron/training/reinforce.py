@@ -16,6 +16,7 @@ minimises a weighted likelihood with the same gradient (objectives/policy_gradie
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -39,6 +40,8 @@ from .experience import credit, entropies, mismatch, objective_of, replay, rollo
 from .pricing import Price
 from .rollout_source import make_source
 from .session import Session
+
+logger = logging.getLogger(__name__)
 
 
 def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
@@ -116,6 +119,11 @@ def learn(
     values |= rollout_metrics(batch, groups, layout.num_layers)
     values |= cost.learn(values["accuracy"])
     counting, kept = taught(groups, rl), kept_groups(groups, rl, values["lambda"])
+    if not counting.any():
+        logger.warning(
+            "step %d: every answer was cut at rollout.max_new_tokens=%d, so rl.overlong=filter leaves nothing to learn "
+            "from; raise it, or set rl.overlong=verdict", step + 1, session.cfg.rollout.max_new_tokens,
+        )  # fmt: skip
     per_step = rl.epochs * rl.minibatches
     updates: list[Update] = []
     clipped_share: list[float] = []

@@ -1,4 +1,4 @@
-"""What an exit costs, against enumeration: the expected cost of outcomes is differentiated by every hazard with autograd
+"""What an exit costs, against enumeration: the expected cost of outcomes is differentiated by every hazard, by autograd
 through the exit distribution, and the depth of one position is replaced and the whole answer's cost computed anew."""
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from ee_megatron.objectives.exit_credit import hazard_costs
 LAYOUT = ExitLayout(8, (2, 4, 6))
 EXITS = len(LAYOUT.depths)
 COST_LENGTH = 5
+QUICK = settings(max_examples=60, deadline=None)
 SUMS = ("mean", "total", "square")
 
 
@@ -121,6 +122,7 @@ def test_positions_are_compared_with_those_of_about_the_same_hazard():
     torch.testing.assert_close(alike[outcomes == 0], torch.full((400,), -0.75))
 
 
+@QUICK
 @given(with_a_decision, drawn_costs, st.booleans(), st.booleans(), st.integers(0, 99))
 def test_gates_that_a_position_does_not_come_by_cost_nothing(answers, kind, with_divergence, known, seed):
     batch = batch_of(answers, prompts=[2 + i for i in range(len(answers))])
@@ -132,6 +134,7 @@ def test_gates_that_a_position_does_not_come_by_cost_nothing(answers, kind, with
     assert not found[~reached].any() and found.isfinite().all()
 
 
+@QUICK
 @given(with_a_decision, drawn_costs, st.booleans(), st.integers(0, 99))
 def test_by_the_price_alone_firing_is_never_dearer_than_going_on(answers, kind, known, seed):
     batch = batch_of(answers)
@@ -143,6 +146,7 @@ def test_by_the_price_alone_firing_is_never_dearer_than_going_on(answers, kind, 
         assert (found[reached] < 0).all()
 
 
+@QUICK
 @given(with_a_decision, st.integers(0, 99))
 def test_the_largest_depth_charges_nothing_where_another_token_is_as_deep(answers, seed):
     batch = batch_of(answers)
@@ -172,6 +176,7 @@ def test_a_gate_that_never_fired_is_taught_by_the_price_but_not_beside_a_diverge
     assert both[:, 1].all()
 
 
+@QUICK
 @given(with_a_decision, drawn_costs, st.booleans(), st.randoms(use_true_random=False), st.integers(0, 99))
 def test_the_order_of_the_answers_does_not_matter(answers, kind, with_divergence, random, seed):
     batch = batch_of(answers)
@@ -184,6 +189,7 @@ def test_the_order_of_the_answers_does_not_matter(answers, kind, with_divergence
 
 
 @pytest.mark.parametrize("kind", sorted(DEPTH_COSTS))
+@QUICK
 @given(answers=with_a_decision)
 def test_the_cost_of_an_outcome_is_the_answer_s_with_the_position_s_depth_replaced(kind, answers):
     """Up to what doesn't depend on the outcome."""
@@ -200,6 +206,7 @@ def test_the_cost_of_an_outcome_is_the_answer_s_with_the_position_s_depth_replac
 
 
 @pytest.mark.parametrize("kind", SUMS)
+@QUICK
 @given(answers=drawn_answers)
 def test_the_first_token_bears_the_whole_cost_and_each_of_the_others_what_is_left(kind, answers):
     batch, cost = batch_of(answers, prompts=[2 + i for i in range(len(answers))]), DEPTH_COSTS[kind]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ee_megatron.config.schema import RLConfig
@@ -23,6 +23,7 @@ from tests.by_hand import a_group
 
 LAYOUT = ExitLayout(6, (2, 4))
 LONGEST = 10
+QUICK = settings(max_examples=60, deadline=None)
 
 
 def scores(batch, tokens=None, exits=None) -> Scores:
@@ -140,6 +141,7 @@ depths_of_wrong = st.lists(st.lists(st.sampled_from([2, 4, 6]), min_size=0, max_
 
 
 @pytest.mark.parametrize("credit_kind", ["answer", "token", "exit"])
+@QUICK
 @given(wrong=depths_of_wrong)
 def test_with_charge_right_nobody_s_advantage_depends_on_how_deep_wrong_answers_are(credit_kind, wrong):
     def found(depths, charge):
@@ -338,6 +340,7 @@ def test_price_by_hand_under_an_accuracy_floor():
         assert cost.at(1) == pytest.approx(value)
 
 
+@QUICK
 @given(accuracies, st.floats(0.1, 1), st.floats(0, 20))
 def test_lambda_rises_while_accuracy_holds_falls_while_it_does_not_and_stays_in_its_bounds(seen, reference, rate):
     rl = replace(FLOOR, lambda_rate=rate)
@@ -352,6 +355,7 @@ def test_lambda_rises_while_accuracy_holds_falls_while_it_does_not_and_stays_in_
     assert min(seen) - 1e-9 <= found["accuracy_running"] <= max(seen) + 1e-9
 
 
+@QUICK
 @given(accuracies, st.integers(0, 30))
 def test_a_price_made_from_another_s_counters_goes_on_as_that_one_would(seen, at):
     whole = Price(FLOOR, 0.6, {})

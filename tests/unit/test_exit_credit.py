@@ -94,10 +94,12 @@ def test_sampled_outcomes_give_the_slope_of_the_expected_cost_of_every_kind_of_p
     generator = torch.Generator().manual_seed(0)
     tokens, answers = 30, 100
     kind = torch.arange(answers * tokens) % 3
+    blank = batch_of([[EXITS] * tokens] * answers)
+    depths = torch.tensor(LAYOUT.outcomes, dtype=blank.exit_depths.dtype)
     slopes = []
     for _ in range(40):
         outcomes = sample_exits(kinds[kind], generator)
-        batch = batch_of(outcomes.view(answers, tokens).tolist())
+        batch = replace(blank, exit_depths=blank.exit_depths.masked_scatter(blank.asked, depths[outcomes]))
         own = at_asked(batch, by_outcome[outcomes]) if with_divergence else None
         costs = price.expand(*batch.tokens.shape, -1)
         found = hazard_costs(batch, LAYOUT, costs, own, at_asked(batch, kinds[kind]))[batch.asked]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from ee_megatron.objectives.exit_credit import hazard_costs
 LAYOUT = ExitLayout(8, (2, 4, 6))
 EXITS = len(LAYOUT.depths)
 COST_LENGTH = 5
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SUMS = ("mean", "total", "square")
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ee_megatron.config.schema import RLConfig
@@ -23,7 +23,7 @@ from tests.by_hand import a_group
 
 LAYOUT = ExitLayout(6, (2, 4))
 LONGEST = 10
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def scores(batch, tokens=None, exits=None) -> Scores:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ee_megatron.config.schema import RunConfig
@@ -36,6 +36,7 @@ def config(**settings) -> RunConfig:
 LAYOUT = Layout.of(config(), DIMS)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.integers(1, 300), st.lists(st.sampled_from(OUTCOMES), max_size=40)), min_size=1))
 def test_generation_is_counted_as_the_answers_are_one_by_one(answers) -> None:
     prompts = [prompt for prompt, _ in answers]

@@ -162,6 +162,11 @@ def _check_objective(cfg: RunConfig) -> None:
         raise ValueError(
             f"rl.accuracy_floor={rl.accuracy_floor}: expected percentage points below the reference, 1 for example"
         )
+    if rl.accuracy_floor is not None and rl.lambda_exit > rl.lambda_max:
+        raise ValueError(
+            f"rl.lambda_exit={rl.lambda_exit}: with rl.accuracy_floor lambda starts there and stays below "
+            f"rl.lambda_max={rl.lambda_max}; expected at most that"
+        )
     if rl.accuracy_floor is not None and rl.replay:
         raise ValueError(
             "rl.accuracy_floor: recorded rollouts (rl.replay) don't tell what lambda does; leave one of the two out"

@@ -6,6 +6,7 @@ timings.jsonl.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -33,22 +34,25 @@ class Packed(Protocol):
     def micro_batches(self) -> int: ...
 
 
-def counted(session: Session, groups: Sequence[Group], kept: Sequence[int], packed: Packed) -> dict[str, float]:
-    """Metrics: FLOPs of the step's phases, and what scoring's micro-batches held; `kept`: answers that are learned
-    from, `packed`: how all of them were packed."""
+def counted(
+    session: Session, groups: Sequence[Group], kept: Sequence[int], packed: Packed, passed: Sequence[int] | None = None
+) -> dict[str, float]:
+    """Metrics: FLOPs of the step's phases, and what a pass's micro-batches held; `kept`: answers that are learned from,
+    `packed`: how a pass over the answers `passed`, all by default, was packed."""
     cfg, size = session.cfg, session.cfg.rl.group_size
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     prompts = [len(rollout.prompt_tokens) for rollout in rollouts]
+    rows = range(len(rollouts)) if passed is None else passed
     # What was not run again, of what a group could share at most.
-    apart = sum(prompts) + sum(rollout.length - 1 for rollout in rollouts)
-    most = sum((size - 1) * (prompt - 1) for prompt in prompts[::size])
+    apart = sum(prompts[row] + rollouts[row].length - 1 for row in rows)
+    most = sum((n - 1) * (prompts[group * size] - 1) for group, n in Counter(row // size for row in rows).items())
     shared = min(1.0, max(0.0, (apart - packed.positions) / most)) if most else 1.0
     flops = step_flops(
         Layout.of(cfg, session.source.dims), cfg, prompts, [rollout.exit_depths for rollout in rollouts],
         kept, shared,
     )  # fmt: skip
     return {f"flops/{phase}": value for phase, value in flops.items()} | {
-        "padding": 1 - packed.positions / packed.slots,
+        "padding": 1 - packed.positions / packed.slots if packed.slots else 0.0,
         "micro_batches": float(packed.micro_batches),
     }
 
@@ -57,12 +61,15 @@ def speeds(session: Session, values: dict[str, float], seconds: dict[str, float]
     """Timings: the step's answer tokens, and FLOPs, per second of a phase and device that worked in it; mfu: these as a
     share of the device's peak, where that is known. `values`: the step's metrics; seconds: of its phases.
 
-    Nothing of rollouts that were recorded, or made beside learning: nobody waited for all of them."""
+    Nothing of rollouts that were recorded, or made beside learning: nobody waited for all of them. Nor of a phase in
+    which nothing was done."""
     cfg = session.cfg
     peak = peak_of(session)
     found = {}
     for phase in PHASES:
         if phase not in seconds or (phase == "rollout" and (cfg.rl.replay or cfg.rollout.max_staleness)):
+            continue
+        if not values[f"flops/{phase}"]:
             continue
         each = seconds[phase] * devices(cfg, phase)
         found[f"tokens_per_s_device/{phase}"] = values["tokens"] / each

@@ -29,7 +29,7 @@ from torch import Tensor
 from ..config.derive import scoring
 from ..config.schema import RLConfig, RunConfig
 from ..learner.batch import ReplayBatch
-from ..learner.learner import Learner, Scores, Update
+from ..learner.learner import Learner, Packed, Scores, Update
 from ..objectives.depth import CREDITS
 from ..objectives.divergences import Teacher
 from ..objectives.schedules import learning_rate
@@ -168,7 +168,11 @@ def learn(
         "clipped": float(np.mean(clipped_share)) if clipped_share else 0.0,
     }
     learned = [row for g in kept for row in range(g * rl.group_size, (g + 1) * rl.group_size) if counting[row]]
-    values |= counted(session, groups, learned, packed)
+    passed = None
+    if first is None and reference is None:
+        # Nothing was scored: the update, if there was one, is the only pass.
+        packed, passed = (learner.packed, learned) if updates else (Packed(0, 0, 0, 0), [])
+    values |= counted(session, groups, learned, packed, passed)
     return values, {"score": clock[1] - clock[0], "update": clock[2] - clock[1]}
 
 

@@ -122,6 +122,12 @@ def everything(
     return found
 
 
+def gradients_alone(path, spec: PolicySpec, policy, degrees, stages, options, batch: ReplayBatch, weights: Weights):
+    """`gradients` of a learner made for them, with several micro-batches."""
+    learner = make_learner(path, spec, policy, degrees, stages, tokens_per_micro_batch=36, **options)
+    return gradients(learner, batch, weights)
+
+
 def gradients(learner: Learner, batch: ReplayBatch, weights: Weights):
     """Of the likelihood loss, whole tensors by name, as they are when the optimizer sees them."""
     with learner.updater.accumulate():

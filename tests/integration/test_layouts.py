@@ -6,6 +6,8 @@ model at world size 1. fp32; tolerances are on logits of order 1 and relative to
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -113,6 +115,16 @@ def likelihood_loss(reference: Reference, batch, weights):
     return -(tokens * weights.token).sum() - (exits * weights.exit).sum()
 
 
+def gates_loss(reference: Reference, batch, weights):
+    """Every gate with weights of its own: of the log of what it did, and of its hazard, where the position comes by."""
+    hazards = torch.sigmoid(reference.gate_logits(batch.tokens, batch.exit_depths).double())
+    ends = batch.exit_depths.unsqueeze(-1)
+    depths = torch.tensor(SPEC.exit_depths)
+    reached = batch.asked.unsqueeze(-1) & (ends >= depths)
+    did = torch.where(ends == depths, hazards, 1 - hazards).log()
+    return ((weights.hazard * hazards - weights.exit * did) * reached).sum()
+
+
 def assert_gradients(found, expected):
     assert found.keys() == expected.keys()
     for name, wanted in expected.items():
@@ -183,3 +195,27 @@ def test_logits_and_gradients_of_full_fine_tuning(layout, model, models, ranks):
     expected |= {name: value.grad for name, value in policy.items() if name.startswith("gates.")}
     for result in results:
         assert_gradients(result["gradients"], expected)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUT_ORDER if world(name) <= 2])
+def test_gradients_where_every_gate_has_weights_of_its_own(layout, models, ranks):
+    """What exits answer for themselves. The two stages of PP2 meet at an exit, whose gate the second one has."""
+    path, (batch, weights) = models["qwen3"], make_batch(rows=6)
+    generator = torch.Generator().manual_seed(3)
+    shape = (*batch.tokens.shape, len(SPEC.exit_depths))
+    # Padding, prompts and gates behind the exit have weights too, which must not count.
+    exits, hazard = torch.randn(2, *shape, generator=generator)
+    weights = replace(weights, token=None, exit=exits / 30, hazard=hazard / 30)
+    policy = random_policy(HFDirectory(path).dims, SPEC)
+    degrees, stages, options = LAYOUTS[layout]
+    results = ranks(world(layout)).call(
+        "layout_cases:gradients_alone", path=path, spec=SPEC, policy=policy, degrees=degrees, stages=stages,
+        options=options, batch=batch, weights=weights,
+    )  # fmt: skip
+    for value in policy.values():
+        value.requires_grad_()
+    gates_loss(Reference(path, SPEC, policy), batch, weights).backward()
+    expected = {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in policy.items()}
+    assert all(expected[name].any() for name in expected if name.startswith("gates."))
+    for result in results:
+        assert_gradients(result, expected)

@@ -26,6 +26,11 @@ from tests.tiny import tiny_hf
 SEEDS, STEPS, PROMPTS, SAMPLES = 8, 40, 8, 4
 SPEC = PolicySpec(4, (1, 2, 3), rank=8, alpha=16.0)
 RATE = 1e-2
+# Exits that answer for their answer, as in the paper, or for what they cost themselves.
+CREDITS = {
+    "answer": {},
+    "exit": {"credit": "exit", "charge": "right", "loss_average": "token", "kl": "reward"},
+}
 
 
 def reward(text: str) -> float:
@@ -33,7 +38,7 @@ def reward(text: str) -> float:
     return sum(c.isdigit() for c in text) / max(1, len(text))
 
 
-def run(folder, seed: int, lambda_exit: float) -> tuple[np.ndarray, np.ndarray]:
+def run(folder, seed: int, lambda_exit: float, settings: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
     """Mean task reward and mean depth of every step."""
     path = tiny_hf("llama", folder, layers=4, hidden=32, intermediate=64, seed=seed, scale=0.2)
     source = HFDirectory(path)
@@ -45,7 +50,7 @@ def run(folder, seed: int, lambda_exit: float) -> tuple[np.ndarray, np.ndarray]:
     parallel = ParallelConfig()
     learner = Learner(source, SPEC, policy, parallel, DeepspeedConfig(), device=torch.device("cpu"))
     pool = LocalPool(path, SPEC, rows=32)
-    rl = RLConfig(lambda_exit=lambda_exit, beta=0.0, group_size=SAMPLES, steps=STEPS)
+    rl = RLConfig(lambda_exit=lambda_exit, beta=0.0, group_size=SAMPLES, steps=STEPS, **settings)
     prompts = [Prompt(f"p{i}", f"{i}:", "", "digits") for i in range(PROMPTS)]
     rewards, depths = [], []
     for step in range(STEPS):
@@ -58,7 +63,7 @@ def run(folder, seed: int, lambda_exit: float) -> tuple[np.ndarray, np.ndarray]:
             task = np.array([reward(r.text) for r in group], dtype=np.float32)
             found.append(Group(prompt, group, task, task > 0.5, task > 0.5))
         batch = replay(found, 4)
-        first = learner.score(batch)
+        first = learner.score(batch, hazards=True)
         experience, values = credit(
             batch, found, first, learner.score(batch, reference=True).token_logprobs, rl, SPEC.layout,
             price=lambda_exit, longest=8,
@@ -84,12 +89,13 @@ def p_value(changes: np.ndarray) -> float:
 
 
 @pytest.mark.timeout(1800)
-def test_reward_rises_and_depth_falls_only_where_it_costs(tmp_path):
+@pytest.mark.parametrize("credited", CREDITS)
+def test_reward_rises_and_depth_falls_only_where_it_costs(credited, tmp_path):
     torch.set_num_threads(1)
     groups.initialise(Degrees())
     found = {}
     for lambda_exit in (0.0, 0.5):
-        runs = [run(tmp_path / f"{lambda_exit}-{seed}", seed, lambda_exit) for seed in range(SEEDS)]
+        runs = [run(tmp_path / f"{lambda_exit}-{seed}", seed, lambda_exit, CREDITS[credited]) for seed in range(SEEDS)]
         found[lambda_exit] = tuple(np.array([change(r[i]) for r in runs]) for i in (0, 1))
     groups.finish()
     report = {

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ee_megatron.config import identity
-from ee_megatron.config.derive import policy_spec, read_dims, resolve_exits
+from ee_megatron.config.derive import policy_spec, read_dims, resolve_exits, scoring
 from ee_megatron.config.identity import to_yaml
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import RunConfig, TracesConfig, setting, settings
@@ -22,6 +22,8 @@ from ee_megatron.families import ModelDims
 from ee_megatron.policy import ATTENTION, MLP, PolicySpec
 
 TWO_NODES = ("cluster.nodes=2", "cluster.rollout_nodes=1", "cluster.gpus_per_node=8")
+# Settings under which nothing has to be scored first.
+SKIPPING = ("rl.skip_scoring=true", "rl.importance=none", "rl.kl=exact")
 SMALL = dict(max_positions=64, rms_eps=1e-6, rope_theta=1e4, vocab=128)
 
 
@@ -123,6 +125,21 @@ def test_every_rule_on_a_field_is_enforced(key: str, value: Any, expected: str) 
         (["rollout=vllm", "rollout.tensor=16", *TWO_NODES], ["rollout.tensor=16", "cluster.gpus_per_node=8"]),
         (["rollout=vllm", "rollout.tensor=4", "rollout.actors=3", *TWO_NODES], ["of 4 device(s)", "room for 2"]),
         (["rollout=vllm", "parallel.data=8", "cluster.gpus_per_node=8"], ["nine tenths", "share those of the 8 ranks"]),
+        (["rl.credit=token", "rl.depth_cost=max"], ["rl.credit=token", "rl.depth_cost=max", "rl.credit=exit"]),
+        (["rl.importance=mask", "rl.importance_floor=2"], ["rl.importance_floor=2", "rl.importance_cap=2"]),
+        (["rl.clip_high=0.1"], ["rl.clip_high=0.1", "rl.clip=0.2"]),
+        (["rl.accuracy_floor=100"], ["rl.accuracy_floor=100", "percentage points"]),
+        (["rl.accuracy_floor=-100"], ["rl.accuracy_floor=-100", "percentage points"]),
+        (["rl.accuracy_floor=1", "rl.replay=runs/x"], ["rl.accuracy_floor", "rl.replay"]),
+        (["rl.accuracy_floor=1", "rl.lambda_exit=5"], ["rl.lambda_exit=5", "rl.lambda_max=4"]),
+        ([*SKIPPING, "rl.epochs=2"], ["rl.skip_scoring=true", "rl.epochs=2, rl.minibatches=1 (expected 1 and 1)"]),
+        ([*SKIPPING, "rl.minibatches=2"], ["rl.skip_scoring=true", "rl.epochs=1, rl.minibatches=2"]),
+        ([*SKIPPING, "rl.importance=truncate"], ["rl.importance=truncate (expected none)"]),
+        ([*SKIPPING, "rollout.max_staleness=1"], ["rollout.max_staleness=1 (expected 0)"]),
+        ([*SKIPPING, "rl.kl=reward"], ["rl.kl=reward with rl.beta=0.05 (expected exact, or 0)"]),
+        ([*SKIPPING, "rl.kl=loss"], ["rl.kl=loss with rl.beta=0.05"]),
+        ([*SKIPPING, "rl.credit=exit"], ["rl.credit=exit with rl.exit_kl=1.0 (expected 0)"]),
+        (["rl.skip_scoring=true", "rl.epochs=2"], ["rl.epochs=2", "rl.importance=truncate", "rl.kl=reward"]),
         (["rollout.vllm_exits=compact"], ["rollout.vllm_exits=compact", "rollout.backend=vllm", "found ray"]),
         (["rollout=vllm", "rollout.vllm_exits=compact"], ["rollout.vllm_exits=compact", "rollout.vllm_compile=false"]),
         (["rollout=vllm", "rollout.device_share=0.5", *TWO_NODES], ["rollout.device_share=0.5", "nine tenths"]),
@@ -143,12 +160,43 @@ def test_what_the_rules_let_through() -> None:
     # More devices than key-value heads: each has one of them.
     validate(config("rollout=vllm", "rollout.tensor=8"), dims(heads=32, kv_heads=4))
     validate(config("rl.group_size=1", "rl.advantage=none"), None)
+    validate(config("rl.credit=exit", "rl.depth_cost=max", "rl.importance_floor=2", "rl.clip_high=0.2"), None)
+    validate(config("rl.accuracy_floor=0", "rl.lambda_exit=4"), None)
+    validate(config("rl.accuracy_floor=-1.5", "rl.lambda_exit=0"), None)
+    validate(config(*SKIPPING), None)
+    validate(config(*SKIPPING, "rl.credit=exit", "rl.exit_kl=0"), None)
+    validate(config(*SKIPPING, "rl.kl=reward", "rl.beta=0", "rl.credit=exit"), None)
+    validate(config("rl.epochs=2", "rl.minibatches=2", "rollout.max_staleness=1", "rl.credit=exit"), None)
     validate(config("task=tom"), None)
     validate(config("task=reasoning_gym"), None)
     validate(config("task=dataset", "task.path=rows.jsonl", "task.evaluation_split="), None)
     validate(config("adapter.rank=0", "teacher.enabled=false"), None)
     validate(config("deepspeed=zero2", "parallel.data=4"), dims())
     validate(config("parallel=tp2_pp2", "parallel.sequence_parallel=true", "deepspeed=zero2"), dims())
+
+
+# The passes before the first update: the policy's, with it the exact divergence, the reference's.
+POLICY, WITH_DIVERGENCE, AND_REFERENCE = (True, False, False), (True, True, False), (True, False, True)
+NOTHING, REFERENCE_ALONE = (False, False, False), (False, False, True)
+
+
+@pytest.mark.parametrize("credit", ["answer", "token", "exit"])
+@pytest.mark.parametrize("kl", ["reward", "loss", "exact"])
+def test_what_is_scored_before_the_first_update(kl: str, credit: str) -> None:
+    def passes(*overrides: str) -> tuple[bool, bool, bool]:
+        return tuple(scoring(config(f"rl.kl={kl}", f"rl.credit={credit}", *overrides).rl))
+
+    exact, local = kl == "exact", credit == "exit"
+    if exact:
+        assert passes() == (WITH_DIVERGENCE if local else POLICY)
+        # What nothing asks for isn't computed.
+        assert passes("rl.beta=0") == passes("rl.exit_kl=0") == POLICY
+        assert passes("rl.skip_scoring=true") == NOTHING
+    else:
+        # Without a use for it the reference is scored for the metrics, unless nothing is to be.
+        assert passes() == passes("rl.beta=0") == passes("rl.exit_kl=0") == AND_REFERENCE
+        assert passes("rl.skip_scoring=true") == passes("rl.skip_scoring=true", "rl.exit_kl=0") == REFERENCE_ALONE
+        assert passes("rl.skip_scoring=true", "rl.beta=0") == NOTHING
 
 
 @pytest.mark.parametrize(

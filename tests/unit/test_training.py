@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from ee_megatron.config.schema import CalibrateConfig, RLConfig
 from ee_megatron.exits import ExitLayout, exit_distribution, target_hazards
 from ee_megatron.learner.batch import pack, spread
-from ee_megatron.learner.learner import Scores
 from ee_megatron.learner.optimizer_state import OptimizerState
 from ee_megatron.objectives.advantages import ADVANTAGES, rollout_reward
 from ee_megatron.objectives.depth import DEPTH_COSTS
@@ -39,14 +38,13 @@ from ee_megatron.training.calibrate import (
     target_depth,
 )
 from ee_megatron.training.checkpoints import TrainingStreams, damage, read_training, write_training
-from ee_megatron.training.experience import credit, objective_of, replay, rollout_metrics
 from ee_megatron.training.reinforce import sharpened
 from ee_megatron.training.rollout_source import step_prompts
 from ee_megatron.training.stored import load_rollouts, load_traces, save_rollouts, save_traces
-from ee_megatron.types import Group, Prompt, Rollout, Trace
+from ee_megatron.types import Prompt, Trace
+from tests.by_hand import a_group
 
 LAYOUT = ExitLayout(6, (2, 4))
-LONGEST = 10
 
 
 def a_trace(name="p", length=5, seed=0) -> Trace:
@@ -252,82 +250,6 @@ def test_prompts_of_the_steps_use_every_prompt_once_before_any_twice():
     assert seen[:10] != seen[10:20]
 
 
-def a_rollout(depths, logprob=-1.0) -> Rollout:
-    n = len(depths)
-    return Rollout(
-        "p", np.arange(3), np.arange(n), np.array(depths, dtype=np.int32), np.full(n, logprob, dtype=np.float32),
-        np.zeros(n, dtype=np.float32), "", True, 1,
-    )  # fmt: skip
-
-
-def a_group(*depths, rewards=None, logprob=-1.0) -> Group:
-    n = len(depths)
-    rewards = np.ones(n, np.float32) if rewards is None else np.array(rewards, dtype=np.float32)
-    rollouts = [a_rollout(d, logprob) for d in depths]
-    return Group(Prompt("p", "", "", "t"), rollouts, rewards, np.ones(n, bool), np.ones(n, bool))
-
-
-def scores(batch, tokens=None, exits=None) -> Scores:
-    zero = torch.zeros(batch.tokens.shape)
-    tokens = torch.where(batch.counts, -1.0, 0.0) if tokens is None else tokens
-    return Scores(tokens, zero if exits is None else exits, zero, zero, zero, torch.zeros(*tokens.shape, 0))
-
-
-def weights_of(groups, rl, now=None, reference=None):
-    batch = replay(groups, 6)
-    first = scores(batch)
-    known = (reference or first).token_logprobs
-    experience, values = credit(batch, groups, first, known, rl, LAYOUT, price=rl.lambda_exit, longest=LONGEST)
-    current = now(batch) if now else first
-    weights, share = objective_of(rl, LONGEST).weights(batch, experience, current.token_logprobs, current.exit_logprobs)
-    return batch, weights, experience, values | rollout_metrics(batch, groups, 6), share
-
-
-def test_shallower_answers_of_equal_worth_are_pushed_up():
-    """The gradient weights: with equal task reward the deep answer's tokens and exits go down, the shallow one's up."""
-    groups = [a_group([6, 2, 2], [6, 6, 6])]
-    _, weights, _, values, _ = weights_of(groups, RLConfig(lambda_exit=0.5, beta=0.0))
-    gap = 0.5 * (18 - 10) / 18
-    assert weights.token[0].sum().item() == pytest.approx(gap / 2)
-    assert weights.token[1].sum().item() == pytest.approx(-gap / 2)
-    assert weights.exit[0].sum().item() == pytest.approx(gap / 2 * 2 / 3)
-    assert values["importance_ratio_mean"] == pytest.approx(1.0) and values["mean_depth"] == pytest.approx(28 / 36)
-    assert not weights_of(groups, RLConfig(lambda_exit=0.0, beta=0.0))[1].token.any()
-
-
-def test_the_exact_kl_is_weighed_once_and_not_charged_twice():
-    """beta, each answer's tokens sharing 1/n of it; the reward then has no KL in it."""
-    groups = [a_group([6, 2, 2], [6, 6])]
-    plain = replay(groups, 6)
-    far = scores(plain, tokens=torch.full(plain.tokens.shape, -9.0))
-    rl = RLConfig(lambda_exit=0.0, beta=0.8, kl="exact")
-    batch, weights, experience, _, _ = weights_of(groups, rl, reference=far)
-    assert objective_of(rl, LONGEST).kl.teacher is Teacher.REFERENCE
-    assert weights.divergence is not None and weights.divergence.sum(1).tolist() == pytest.approx([0.4, 0.4])
-    assert (weights.divergence > 0).equal(batch.counts) and not experience.token_advantage.any()
-    assert weights_of(groups, RLConfig(beta=0.8, kl="reward"), reference=far)[1].divergence is None
-
-
-def test_a_token_answers_for_the_depth_from_it_on():
-    """Per-token credit by hand: cost to go against the other answer's at the same token, nothing past an end."""
-    rl = RLConfig(
-        lambda_exit=0.6,
-        beta=0.0,
-        credit="token",
-        depth_cost="total",
-        cost_length=2,
-        advantage="mean",
-        group_size=2,
-    )
-    _, _, experience, _, _ = weights_of([a_group([6, 2, 4], [6, 6])], rl)
-    first, second = np.array([12, 6, 4]) / 12, np.array([12, 6, 0]) / 12
-    found = experience.token_advantage
-    assert torch.equal(found, experience.exit_advantage)
-    assert found[0, 2:5].tolist() == pytest.approx((0.6 * (second - first)).tolist())
-    assert found[1, 2:4].tolist() == pytest.approx((0.6 * (first - second))[:2].tolist())
-    assert found[1, 4:].abs().sum() == 0 and found[:, :2].abs().sum() == 0
-
-
 def test_clipped_surrogate_has_ppo_s_gradient():
     """Against autograd through min(ratio A, clip(ratio) A) with random ratios on both sides of the bounds."""
     torch.manual_seed(0)
@@ -359,25 +281,6 @@ def test_far_from_the_reference_k3_goes_on_as_its_tangent(gaps):
     assert float(slope.min()) >= 1 - math.exp(K3_GAP) * (1 + 1e-6)
     within = gap <= K3_GAP
     assert torch.equal(slope[within], (1 - gap.exp())[within])
-
-
-def test_kl_in_the_loss_pulls_towards_the_reference_and_leaves_the_reward_alone():
-    groups = [a_group([6, 2], [6, 2], rewards=[1, 0])]
-    higher = lambda batch: scores(batch, torch.where(batch.counts, -0.5, 0.0))  # noqa: E731
-    rl = RLConfig(lambda_exit=0.0, beta=0.3, kl="loss", clip=0.0)
-    batch, plain, _, _, _ = weights_of(groups, replace(rl, beta=0.0), now=higher)
-    _, pulled, _, values, _ = weights_of(groups, rl, now=higher)
-    slope = 0.3 * (1 - np.exp(-0.5)) / 4
-    assert values["reward"] == pytest.approx(0.5)
-    assert (plain.token - pulled.token)[batch.counts].tolist() == pytest.approx([slope] * 4)
-
-
-def test_positions_far_from_the_step_s_start_no_longer_count():
-    groups = [a_group([6, 2], [6, 2], rewards=[1, 0])]
-    moved = lambda batch: scores(batch, torch.where(batch.counts, -0.5, 0.0))  # noqa: E731
-    batch, weights, _, _, share = weights_of(groups, RLConfig(lambda_exit=0.0, beta=0.0, clip=0.2), now=moved)
-    assert not weights.token[0].any() and weights.token[1][batch.counts[1]].abs().min() > 0
-    assert share == pytest.approx(0.5)
 
 
 def test_price_and_learning_rate_schedules():

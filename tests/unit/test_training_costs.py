@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ee_megatron.config.schema import RunConfig
@@ -36,6 +36,7 @@ def config(**settings) -> RunConfig:
 LAYOUT = Layout.of(config(), DIMS)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.integers(1, 300), st.lists(st.sampled_from(OUTCOMES), max_size=40)), min_size=1))
 def test_generation_is_counted_as_the_answers_are_one_by_one(answers) -> None:
     prompts = [prompt for prompt, _ in answers]
@@ -73,12 +74,12 @@ def session(cfg: RunConfig, device: str = "cpu"):
     return SimpleNamespace(cfg=cfg, source=SimpleNamespace(dims=DIMS), device_type=device, dtype=torch.bfloat16)
 
 
-def step(cfg: RunConfig, kept=range(8), positions: int = 0) -> dict[str, float]:
+def step(cfg: RunConfig, kept=range(8), positions: int = 0, passed=None, slots: int = 400) -> dict[str, float]:
     size, load = cfg.rl.group_size, [30] + [10, 20, 30, 30] * 5
     groups = [Group(None, [rollout(40, load) for _ in range(size)], None, None, None) for _ in range(2)]
     whole = 2 * (40 + size * 20 + (size - 1))
-    packed = SimpleNamespace(positions=positions or whole, slots=400, micro_batches=3)
-    return counted(session(cfg), groups, list(kept), packed)
+    packed = SimpleNamespace(positions=positions or whole, slots=slots, micro_batches=3)
+    return counted(session(cfg), groups, list(kept), packed, passed)
 
 
 def test_a_steps_flops_are_those_that_a_plan_of_it_has() -> None:
@@ -104,6 +105,22 @@ def test_a_steps_flops_are_those_that_a_plan_of_it_has() -> None:
     assert step(cfg, positions=8 * 60)["flops/score"] > 1.5 * found["flops/score"]
 
 
+def test_where_nothing_is_scored_the_update_tells_how_much_of_the_prompts_was_shared() -> None:
+    settings = dict(rl__prompts_per_step=2, rl__group_size=4, rl__kl="exact", rl__skip_scoring=True)
+    kept = [0, 1, 2, 4]
+    # Three answers of one group, which share its prompt, and one of the other.
+    together = (40 + 3 * 20 + 2) + (40 + 20)
+    found = step(config(**settings), kept, positions=together, passed=kept)
+    assert found["flops/score"] == 0 and found["padding"] == pytest.approx(1 - together / 400)
+    scored = step(config(**{**settings, "rl__skip_scoring": False}), kept)
+    assert found["flops/update"] == pytest.approx(scored["flops/update"])
+    apart = step(config(**settings), kept, positions=4 * 60, passed=kept)
+    assert apart["flops/update"] > 1.3 * found["flops/update"]
+    # No answer was learned from, so that there was no pass at all.
+    none = step(config(**settings), [], positions=1, passed=[], slots=0)
+    assert none["flops/update"] == none["padding"] == 0
+
+
 def test_what_a_device_made_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"tokens": 1200.0, "flops/rollout": 1e13, "flops/score": 4e13, "flops/update": 8e13}
     seconds = {"sync": 1.0, "rollout": 4.0, "verify": 0.5, "score": 2.0, "update": 5.0, "step": 14.0}
@@ -117,6 +134,8 @@ def test_what_a_device_made_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None
     assert speeds(session(cfg, "cuda"), values, seconds)["mfu/update"] == pytest.approx(8e13 / 5 / 4 / 989e12)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 PCIe")
     assert "mfu/update" not in speeds(session(cfg, "cuda"), values, seconds)
+    # A phase without work has no speed.
+    assert not any(name.endswith("/score") for name in speeds(session(cfg), values | {"flops/score": 0.0}, seconds))
     # Nobody waited for all of what was made beside learning.
     cfg.rollout.max_staleness = 1
     assert not any(name.endswith("/rollout") for name in speeds(session(cfg), values, seconds))

@@ -1,0 +1,116 @@
+"""RL stages through the command line whose exits answer for themselves, under a price that an accuracy leads, and such
+as score nothing first. Two ranks at PP2, rollouts in the leader's process, from a policy that was never calibrated."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ee_megatron.config.derive import policy_spec
+from ee_megatron.config.load import load
+from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.observe.metrics import read_metrics
+from ee_megatron.policy import initial_policy, save_policy
+from tests.tiny import tiny_hf
+
+# The gates of a policy that nobody trained are nearly shut; the centre opens them half.
+SETTINGS = [
+    "name=tiny", "device=cpu", "model.dtype=float32", "parallel.pipeline=2", "parallel.tokens_per_micro_batch=128",
+    "exits.depths=[1,2,3]", "adapter.rank=4", "teacher.enabled=false", "task.validation=6", "task.evaluation=8",
+    "rl.prompts_per_step=4", "rl.group_size=2", "rl.gate_centre=0.018", "rl.kl=exact", "rollout.max_new_tokens=6",
+    "rollout.backend=local", "rollout.threads=1", "tracker.wandb=disabled",
+]  # fmt: skip
+LED = (
+    "rl.steps=4", "rl.checkpoint_every=1", "rl.credit=exit", "rl.charge=right", "rl.beta=0.2", "rl.accuracy_floor=5",
+    "rl.accuracy_window=2", "rl.lambda_exit=0.3",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> list[str]:
+    """The command, without `runs` and the settings that a test adds."""
+    folder = tmp_path_factory.mktemp("made")
+    model = tiny_hf("llama", folder / "model", layers=4, hidden=32, intermediate=48)
+    settings = [*SETTINGS, f"model.path={model}", f"start={folder / 'start'}"]
+    source = HFDirectory(model)
+    spec = policy_spec(load(settings), source.dims)
+    policy = initial_policy(source.dims, spec, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    moved = {name: t + 0.1 * torch.randn(t.shape, generator=generator) for name, t in policy.items()}
+    (folder / "start").mkdir()
+    save_policy(folder / "start", spec, moved)
+    return [sys.executable, "-m", "ee_megatron.cli", "rl", *settings]
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def finish(command: list[str], runs: Path) -> Path:
+    """Run the stage to its end -> its directory."""
+    job = start(command)
+    output, _ = job.communicate(timeout=280)
+    assert job.returncode == 0, output[-3000:]
+    (stage,) = (runs / "tiny").glob("rl-*")
+    return stage
+
+
+def without_clock(stage: Path) -> list[dict[str, float]]:
+    clock = ("seconds", "tokens_per_s", "time")
+    rows = read_metrics(stage / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if not key.startswith(clock)} for row in rows]
+
+
+@pytest.mark.timeout(900)
+def test_a_killed_run_goes_on_at_the_price_that_it_had_come_to(made, tmp_path):
+    """SIGKILL after two of four steps; the reference's accuracy is found out once."""
+    straight = finish([*made, *LED, f"runs={tmp_path / 'straight'}"], tmp_path / "straight")
+    rows = without_clock(straight)
+    reference = json.loads((straight / "reference.json").read_text())
+    assert reference["answers"] == 16
+    assert rows[0]["lambda"] == 0.3 and len({row["lambda"] for row in rows}) == 4
+    for row, after in itertools.pairwise(rows):
+        surplus = row["accuracy_running"] - row["accuracy_goal"]
+        assert row["accuracy_goal"] == pytest.approx(reference["accuracy"] - 0.05)
+        assert after["lambda"] == pytest.approx(max(row["lambda"] + 2 * surplus, 0))
+    # Gates are taught by the divergence where hardly an answer is right.
+    assert all(row["kl_exact"] > 0 and row["grad_norm/gates"] > 0 for row in rows)
+    assert all(len([key for key in row if key.startswith("exit_share/")]) > 1 for row in rows)
+
+    command = [*made, *LED, f"runs={tmp_path / 'killed'}"]
+    job, deadline = start(command), time.monotonic() + 280
+    while not list((tmp_path / "killed").glob("tiny/rl-*/checkpoints/step_2/COMPLETE")):
+        assert time.monotonic() < deadline and job.poll() is None, "the run did not reach step 2"
+        time.sleep(0.02)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    (stage,) = (tmp_path / "killed" / "tiny").glob("rl-*")
+    assert not (stage / "DONE").is_file()
+    written = (stage / "reference.json").stat().st_mtime_ns
+    assert finish(command, tmp_path / "killed") == stage
+    assert without_clock(stage) == rows
+    assert (stage / "reference.json").stat().st_mtime_ns == written
+
+
+@pytest.mark.timeout(600)
+def test_a_step_that_scores_nothing_first_still_shows_how_far_learner_and_pool_are_apart(made, tmp_path):
+    settings = ("rl.steps=2", "rl.skip_scoring=true", "rl.importance=none", "rl.credit=answer", f"runs={tmp_path}")
+    rows = read_metrics(finish([*made, *settings], tmp_path) / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert 0 < row["token_mismatch"] < 1e-4 and row["exit_mismatch"] < 1e-4
+        assert row["kl_to_reference"] == row["kl_exact"] > 0 and row["grad_norm"] > 0
+        # What only a pass before the update could tell.
+        assert "token_entropy" not in row

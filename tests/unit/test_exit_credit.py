@@ -1,0 +1,224 @@
+"""What an exit costs, against enumeration: the expected cost of outcomes is differentiated by every hazard, by autograd
+through the exit distribution, and the depth of one position is replaced and the whole answer's cost computed anew."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ee_megatron.exits import ExitLayout, exit_distribution, sample_exits
+from ee_megatron.learner.batch import ReplayBatch, pack
+from ee_megatron.objectives.depth import DEPTH_COSTS
+from ee_megatron.objectives.exit_credit import hazard_costs
+
+LAYOUT = ExitLayout(8, (2, 4, 6))
+EXITS = len(LAYOUT.depths)
+COST_LENGTH = 5
+QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+SUMS = ("mean", "total", "square")
+
+
+def batch_of(answers: list[list[int]], prompts: list[int] | None = None) -> ReplayBatch:
+    """Answers by the outcomes of their tokens after the first, which always has full depth."""
+    depths = [np.array([LAYOUT.num_layers, *(LAYOUT.outcomes[i] for i in outcomes)]) for outcomes in answers]
+    lengths = prompts or [3] * len(answers)
+    return pack([np.arange(n) for n in lengths], [np.arange(len(d)) for d in depths], depths, LAYOUT.num_layers)
+
+
+def at_asked(batch: ReplayBatch, values: Tensor) -> Tensor:
+    """One value per token that was asked, in order, put where its position is; 0 elsewhere."""
+    placed = values.new_zeros(*batch.asked.shape, *values.shape[1:])
+    placed[batch.asked] = values
+    return placed
+
+
+def outcomes_of(batch: ReplayBatch) -> Tensor:
+    """Of every asked position, in order."""
+    depths = batch.exit_depths[batch.asked]
+    return (depths.unsqueeze(-1) == depths.new_tensor(LAYOUT.outcomes)).int().argmax(-1)
+
+
+def slope_of_expected_cost(hazards: Tensor, costs: Tensor) -> Tensor:
+    """d/ds of sum_i q_i(s) C_i, [..., M]: by autograd through all outcomes."""
+    leaf = hazards.double().clone().requires_grad_()
+    (exit_distribution(leaf) * costs.double()).sum().backward()
+    assert leaf.grad is not None
+    return leaf.grad.float()
+
+
+drawn_answers = st.lists(st.lists(st.integers(0, EXITS), min_size=0, max_size=6), min_size=1, max_size=6)
+with_a_decision = drawn_answers.filter(any)
+drawn_costs = st.sampled_from(sorted(DEPTH_COSTS))
+
+
+def priced(batch: ReplayBatch, kind: str) -> Tensor:
+    return DEPTH_COSTS[kind].of_outcomes(batch, LAYOUT, COST_LENGTH)
+
+
+def drawn_numbers(batch: ReplayBatch, seed: int, *last: int) -> Tensor:
+    return torch.rand(*batch.tokens.shape, *last, generator=torch.Generator().manual_seed(seed))
+
+
+# Hazards 1/2, 1/4 and 1/3: of eight positions four, one, one and two take the outcomes, which is their distribution.
+EXACT_HAZARDS = torch.tensor([1 / 2, 1 / 4, 1 / 3])
+EXACT_OUTCOMES = [[0, 0, 3, 1], [3, 0, 2, 0]]
+
+
+@pytest.mark.parametrize("hazards_known", [False, True])
+@pytest.mark.parametrize("divergences", [None, (0.9, 0.1, -0.3, 0.05)])
+def test_with_outcomes_in_proportion_the_weights_add_up_to_the_slope_of_the_expected_cost(hazards_known, divergences):
+    """No sampling is left, so exactly, whatever an outcome costs."""
+    batch = batch_of(EXACT_OUTCOMES)
+    price = torch.tensor([0.1, 0.7, 0.4, 1.0])
+    by_outcome = torch.tensor(divergences or [0.0] * 4)
+    own = None if divergences is None else at_asked(batch, by_outcome[outcomes_of(batch)])
+    hazards = at_asked(batch, EXACT_HAZARDS.expand(8, -1)) if hazards_known else None
+    found = hazard_costs(batch, LAYOUT, price.expand(*batch.tokens.shape, -1), own, hazards)
+    expected = slope_of_expected_cost(EXACT_HAZARDS, price + by_outcome)
+    torch.testing.assert_close(found.sum((0, 1)) / 8, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("with_divergence", [False, True])
+def test_sampled_outcomes_give_the_slope_of_the_expected_cost_of_every_kind_of_position(with_divergence):
+    """Three kinds of positions with their own hazards; 40 batches of 3,000 positions, four standard errors. The kinds
+    differ in every hazard, so that each has parts of its own, and in what the other outcomes then come to."""
+    kinds = torch.tensor([[0.15, 0.6, 0.2], [0.4, 0.3, 0.5], [0.7, 0.1, 0.8]])
+    price = torch.tensor([0.2, 0.5, 0.7, 1.0])
+    by_outcome = torch.tensor([0.9, 0.1, -0.3, 0.05]) if with_divergence else torch.zeros(4)
+    generator = torch.Generator().manual_seed(0)
+    tokens, answers = 30, 100
+    kind = torch.arange(answers * tokens) % 3
+    blank = batch_of([[EXITS] * tokens] * answers)
+    depths = torch.tensor(LAYOUT.outcomes, dtype=blank.exit_depths.dtype)
+    slopes = []
+    for _ in range(40):
+        outcomes = sample_exits(kinds[kind], generator)
+        batch = replace(blank, exit_depths=blank.exit_depths.masked_scatter(blank.asked, depths[outcomes]))
+        own = at_asked(batch, by_outcome[outcomes]) if with_divergence else None
+        costs = price.expand(*batch.tokens.shape, -1)
+        found = hazard_costs(batch, LAYOUT, costs, own, at_asked(batch, kinds[kind]))[batch.asked]
+        slopes.append(torch.stack([found[kind == k].mean(0) for k in range(3)]))
+    means, error = torch.stack(slopes).mean(0), torch.stack(slopes).std(0) / len(slopes) ** 0.5
+    expected = torch.stack([slope_of_expected_cost(hazards, price + by_outcome) for hazards in kinds])
+    # Parts are drawn towards the gate's mean as by four positions, of some hundred that they have.
+    assert ((means - expected).abs() < 4 * error + 2e-3).all(), (means, expected, error)
+    assert error.max() < 5e-3 and expected.abs().min() > 0.01
+
+
+def test_positions_are_compared_with_those_of_about_the_same_hazard():
+    """What going on costs is taken from the same kind of position, not from all of them alike."""
+    outcomes = torch.tensor([0, 1] * 200 + [0, 3] * 200)
+    hazards = torch.tensor([[0.2, 0.5, 0.5]] * 400 + [[0.8, 0.5, 0.5]] * 400)
+    batch = batch_of(outcomes.view(20, 40).tolist())
+    costs = torch.tensor([0.0, 0.5, 0.75, 1.0]).expand(*batch.tokens.shape, -1)
+    apart = hazard_costs(batch, LAYOUT, costs, None, at_asked(batch, hazards))[batch.asked][:, 0]
+    alike = hazard_costs(batch, LAYOUT, costs, None, None)[batch.asked][:, 0]
+    first, second = apart[:400][outcomes[:400] == 0], apart[400:][outcomes[400:] == 0]
+    assert first.mean().item() == pytest.approx(-0.5, abs=0.02) and second.mean().item() == pytest.approx(-1, abs=0.02)
+    torch.testing.assert_close(alike[outcomes == 0], torch.full((400,), -0.75))
+
+
+@QUICK
+@given(with_a_decision, drawn_costs, st.booleans(), st.booleans(), st.integers(0, 99))
+def test_gates_that_a_position_does_not_come_by_cost_nothing(answers, kind, with_divergence, known, seed):
+    batch = batch_of(answers, prompts=[2 + i for i in range(len(answers))])
+    own = drawn_numbers(batch, seed) if with_divergence else None
+    found = hazard_costs(
+        batch, LAYOUT, priced(batch, kind), own, drawn_numbers(batch, seed + 1, EXITS) if known else None
+    )
+    reached = batch.asked.unsqueeze(-1) & (batch.exit_depths.unsqueeze(-1) >= torch.tensor(LAYOUT.depths))
+    assert not found[~reached].any() and found.isfinite().all()
+
+
+@QUICK
+@given(with_a_decision, drawn_costs, st.booleans(), st.integers(0, 99))
+def test_by_the_price_alone_firing_is_never_dearer_than_going_on(answers, kind, known, seed):
+    batch = batch_of(answers)
+    found = hazard_costs(batch, LAYOUT, priced(batch, kind), None, drawn_numbers(batch, seed, EXITS) if known else None)
+    assert float(found.max()) <= 1e-6
+    if kind in SUMS:
+        # And cheaper wherever a gate was come by: what lies behind it is deeper.
+        reached = batch.asked.unsqueeze(-1) & (batch.exit_depths.unsqueeze(-1) >= torch.tensor(LAYOUT.depths))
+        assert (found[reached] < 0).all()
+
+
+@QUICK
+@given(with_a_decision, st.integers(0, 99))
+def test_the_largest_depth_charges_nothing_where_another_token_is_as_deep(answers, seed):
+    batch = batch_of(answers)
+    found = hazard_costs(batch, LAYOUT, priced(batch, "max"), None, drawn_numbers(batch, seed, EXITS))
+    for row, outcomes in enumerate(answers):
+        mine = found[row][batch.asked[row]]
+        for token, outcome in enumerate(outcomes):
+            others = max((o for i, o in enumerate(outcomes) if i != token), default=-1)
+            # It went on to `outcome`, past the gates before.
+            if others >= outcome:
+                assert (mine[token, :outcome].abs() < 1e-6).all()
+            else:
+                assert (mine[token, :outcome] < -1e-3).all()
+            if others == EXITS:
+                assert (mine[token].abs() < 1e-6).all()
+
+
+def test_a_gate_that_never_fired_is_taught_by_the_price_but_not_beside_a_divergence():
+    """Nothing is known of what its exit does to the next token."""
+    batch = batch_of([[1, 3], [3, 1, 3]])
+    own = at_asked(batch, torch.tensor([0.3, 0.1, 0.2, 0.6, 0.0]))
+    costs = priced(batch, "mean")
+    price_only, both = (hazard_costs(batch, LAYOUT, costs, d, None)[batch.asked] for d in (None, own))
+    assert (price_only[:, 0] < 0).all() and not both[:, 0].any()
+    went_on = outcomes_of(batch) == 3
+    assert (price_only[went_on, 2] < 0).all() and not both[:, 2].any()
+    assert both[:, 1].all()
+
+
+@QUICK
+@given(with_a_decision, drawn_costs, st.booleans(), st.randoms(use_true_random=False), st.integers(0, 99))
+def test_the_order_of_the_answers_does_not_matter(answers, kind, with_divergence, random, seed):
+    batch = batch_of(answers)
+    own, hazards = drawn_numbers(batch, seed), drawn_numbers(batch, seed + 1, EXITS)
+    order = torch.tensor(random.sample(range(len(answers)), len(answers)))
+    one = hazard_costs(batch, LAYOUT, priced(batch, kind), own if with_divergence else None, hazards)
+    moved = batch.select(order)
+    two = hazard_costs(moved, LAYOUT, priced(moved, kind), own[order] if with_divergence else None, hazards[order])
+    torch.testing.assert_close(two, one[order], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", sorted(DEPTH_COSTS))
+@QUICK
+@given(answers=with_a_decision)
+def test_the_cost_of_an_outcome_is_the_answer_s_with_the_position_s_depth_replaced(kind, answers):
+    """Up to what doesn't depend on the outcome."""
+    batch, cost = batch_of(answers), DEPTH_COSTS[kind]
+    found, before = priced(batch, kind), cost.of_answers(batch, LAYOUT.num_layers, COST_LENGTH)
+    taken = outcomes_of(batch)
+    for (row, position), now in zip(batch.asked.nonzero().tolist(), taken.tolist(), strict=True):
+        for outcome, depth in enumerate(LAYOUT.outcomes):
+            depths = batch.exit_depths.clone()
+            depths[row, position] = depth
+            after = cost.of_answers(replace(batch, exit_depths=depths), LAYOUT.num_layers, COST_LENGTH)
+            difference = found[row, position, outcome] - found[row, position, now]
+            assert difference.item() == pytest.approx(float(after[row] - before[row]), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", SUMS)
+@QUICK
+@given(answers=drawn_answers)
+def test_the_first_token_bears_the_whole_cost_and_each_of_the_others_what_is_left(kind, answers):
+    batch, cost = batch_of(answers, prompts=[2 + i for i in range(len(answers))]), DEPTH_COSTS[kind]
+    to_go = cost.to_go(batch, LAYOUT.num_layers, COST_LENGTH)
+    first = batch.counts.int().argmax(1, keepdim=True)
+    whole = cost.of_answers(batch, LAYOUT.num_layers, COST_LENGTH)
+    torch.testing.assert_close(to_go.gather(1, first).squeeze(1), whole)
+    for row, counted in enumerate(batch.counts):
+        mine = to_go[row][counted].tolist()
+        share = [(d / LAYOUT.num_layers) ** (2 if kind == "square" else 1) for d in batch.exit_depths[row][counted]]
+        divisor = COST_LENGTH if kind == "total" else len(mine)
+        for here, after, own in zip(mine, [*mine[1:], 0.0], share, strict=True):
+            assert here - after == pytest.approx(float(own) / divisor, abs=1e-5)

@@ -1,0 +1,375 @@
+"""What a step's rollouts teach: advantages and costs by hand, and which answers count."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ee_megatron.config.schema import RLConfig
+from ee_megatron.exits import ExitLayout
+from ee_megatron.learner.learner import Scores
+from ee_megatron.objectives.advantages import ADVANTAGES
+from ee_megatron.objectives.divergences import Teacher
+from ee_megatron.training.experience import credit, objective_of, replay, rollout_metrics, taught
+from ee_megatron.training.pricing import Price
+from ee_megatron.training.reinforce import kept_groups
+from tests.by_hand import a_group
+
+LAYOUT = ExitLayout(6, (2, 4))
+LONGEST = 10
+QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def scores(batch, tokens=None, exits=None) -> Scores:
+    zero = torch.zeros(batch.tokens.shape)
+    tokens = torch.where(batch.counts, -1.0, 0.0) if tokens is None else tokens
+    return Scores(tokens, zero if exits is None else exits, zero, zero, zero, torch.zeros(*tokens.shape, 2))
+
+
+def weights_of(groups, rl, now=None, reference=None):
+    batch = replay(groups, 6)
+    first = scores(batch)
+    known = (reference or first).token_logprobs
+    experience, values = credit(batch, groups, first, known, rl, LAYOUT, price=rl.lambda_exit, longest=LONGEST)
+    current = now(batch) if now else first
+    weights, share = objective_of(rl, LONGEST).weights(batch, experience, current.token_logprobs, current.exit_logprobs)
+    return batch, weights, experience, values | rollout_metrics(batch, groups, 6), share
+
+
+def test_shallower_answers_of_equal_worth_are_pushed_up():
+    """The gradient weights: with equal task reward the deep answer's tokens and exits go down, the shallow one's up."""
+    groups = [a_group([6, 2, 2], [6, 6, 6])]
+    _, weights, _, values, _ = weights_of(groups, RLConfig(lambda_exit=0.5, beta=0.0))
+    gap = 0.5 * (18 - 10) / 18
+    assert weights.token[0].sum().item() == pytest.approx(gap / 2)
+    assert weights.token[1].sum().item() == pytest.approx(-gap / 2)
+    assert weights.exit[0].sum().item() == pytest.approx(gap / 2 * 2 / 3)
+    assert values["importance_ratio_mean"] == pytest.approx(1.0) and values["mean_depth"] == pytest.approx(28 / 36)
+    assert not weights_of(groups, RLConfig(lambda_exit=0.0, beta=0.0))[1].token.any()
+
+
+def test_the_exact_kl_is_weighed_once_and_not_charged_twice():
+    """beta, each answer's tokens sharing 1/n of it; the reward then has no KL in it."""
+    groups = [a_group([6, 2, 2], [6, 6])]
+    plain = replay(groups, 6)
+    far = scores(plain, tokens=torch.full(plain.tokens.shape, -9.0))
+    rl = RLConfig(lambda_exit=0.0, beta=0.8, kl="exact")
+    batch, weights, experience, _, _ = weights_of(groups, rl, reference=far)
+    assert objective_of(rl, LONGEST).kl.teacher is Teacher.REFERENCE
+    assert weights.divergence is not None and weights.divergence.sum(1).tolist() == pytest.approx([0.4, 0.4])
+    assert (weights.divergence > 0).equal(batch.counts) and not experience.token_advantage.any()
+    assert weights_of(groups, RLConfig(beta=0.8, kl="reward"), reference=far)[1].divergence is None
+
+
+def test_a_token_answers_for_the_depth_from_it_on():
+    """Per-token credit by hand: cost to go against the other answer's at the same token, nothing past an end."""
+    rl = RLConfig(
+        lambda_exit=0.6,
+        beta=0.0,
+        credit="token",
+        depth_cost="total",
+        cost_length=2,
+        advantage="mean",
+        group_size=2,
+    )
+    _, _, experience, _, _ = weights_of([a_group([6, 2, 4], [6, 6])], rl)
+    first, second = np.array([12, 6, 4]) / 12, np.array([12, 6, 0]) / 12
+    found = experience.token_advantage
+    assert torch.equal(found, experience.exit_advantage)
+    assert found[0, 2:5].tolist() == pytest.approx((0.6 * (second - first)).tolist())
+    assert found[1, 2:4].tolist() == pytest.approx((0.6 * (first - second))[:2].tolist())
+    assert found[1, 4:].abs().sum() == 0 and found[:, :2].abs().sum() == 0
+
+
+def test_kl_in_the_loss_pulls_towards_the_reference_and_leaves_the_reward_alone():
+    groups = [a_group([6, 2], [6, 2], rewards=[1, 0])]
+    higher = lambda batch: scores(batch, torch.where(batch.counts, -0.5, 0.0))  # noqa: E731
+    rl = RLConfig(lambda_exit=0.0, beta=0.3, kl="loss", clip=0.0)
+    batch, plain, _, _, _ = weights_of(groups, replace(rl, beta=0.0), now=higher)
+    _, pulled, _, values, _ = weights_of(groups, rl, now=higher)
+    slope = 0.3 * (1 - np.exp(-0.5)) / 4
+    assert values["reward"] == pytest.approx(0.5)
+    assert (plain.token - pulled.token)[batch.counts].tolist() == pytest.approx([slope] * 4)
+
+
+def test_positions_far_from_the_step_s_start_no_longer_count():
+    groups = [a_group([6, 2], [6, 2], rewards=[1, 0])]
+    moved = lambda batch: scores(batch, torch.where(batch.counts, -0.5, 0.0))  # noqa: E731
+    batch, weights, _, _, share = weights_of(groups, RLConfig(lambda_exit=0.0, beta=0.0, clip=0.2), now=moved)
+    assert not weights.token[0].any() and weights.token[1][batch.counts[1]].abs().min() > 0
+    assert share == pytest.approx(0.5)
+
+
+def learned(groups, rl, first=True, **changed):
+    """-> (batch, experience, metrics) at the price rl.lambda_exit; `changed`: scores that are not the rollouts' own."""
+    batch = replay(groups, 6)
+    seen = replace(scores(batch), **changed) if first else None
+    rl = replace(rl, group_size=len(groups[0].rollouts))
+    given = batch, groups, seen, None, rl, LAYOUT
+    return batch, *credit(*given, price=rl.lambda_exit, longest=LONGEST)
+
+
+def per_answer(batch, advantage) -> list[float]:
+    """The advantage that all tokens of an answer share."""
+    rows = [row[counted] for row, counted in zip(advantage, batch.counts, strict=True)]
+    assert all((row == row[0]).all() for row in rows)
+    return [float(row[0]) for row in rows]
+
+
+def test_with_charge_right_wrong_answers_neither_pay_nor_are_what_right_ones_are_compared_with():
+    groups = [a_group([6, 2, 2], [6, 4, 4], [6, 6, 6], [6, 6], rewards=[1, 0.5, 0, 0], right=[1, 1, 0, 0])]
+    groups += [a_group([6, 2], [6, 6], [6, 4], [6, 4], rewards=[0, 1, 0, 0], right=[0, 1, 0, 0])]
+    rl = RLConfig(lambda_exit=0.6, beta=0.0, charge="right")
+    batch, experience, values = learned(groups, rl)
+    task = [1 - 0.5 / 3, 0.5 - 1 / 3, -0.5, -0.5, -1 / 3, 1, -1 / 3, -1 / 3]
+    saved = 0.6 * (14 / 18 - 10 / 18)
+    expected = [task[0] + saved, task[1] - saved, *task[2:]]
+    assert per_answer(batch, experience.token_advantage) == pytest.approx(expected)
+    assert torch.equal(experience.token_advantage, experience.exit_advantage)
+    paid = 0.6 * np.mean([10 / 18, 14 / 18, 0, 0, 0, 1, 0, 0])
+    assert values["reward"] == pytest.approx(2.5 / 8 - paid) and values["charged"] == pytest.approx(3 / 8)
+    assert per_answer(batch, learned(groups, replace(rl, charge="all"))[1].token_advantage) != pytest.approx(expected)
+
+
+depths_of_wrong = st.lists(st.lists(st.sampled_from([2, 4, 6]), min_size=0, max_size=5), min_size=2, max_size=2)
+
+
+@pytest.mark.parametrize("credit_kind", ["answer", "token", "exit"])
+@QUICK
+@given(wrong=depths_of_wrong)
+def test_with_charge_right_nobody_s_advantage_depends_on_how_deep_wrong_answers_are(credit_kind, wrong):
+    def found(depths, charge):
+        answers = [[6, 2, 2], [6, *depths[0]], [6, 4, 4, 6], [6, *depths[1]]]
+        group = a_group(*answers, rewards=[1, 0, 1, 0], right=[1, 0, 1, 0])
+        rl = RLConfig(lambda_exit=0.6, beta=0.0, credit=credit_kind, charge=charge)
+        batch, experience, _ = learned([group], rl)
+        rows = zip(experience.token_advantage, batch.counts, strict=True)
+        return [row[counted].tolist() for row, counted in rows]
+
+    full = [[6] * len(depths) for depths in wrong]
+    one, two = found(wrong, "right"), found(full, "right")
+    assert one == two and all(value == pytest.approx(-2 / 3) for row in (one[1], one[3]) for value in row)
+    if wrong != full:
+        assert found(wrong, "all") != found(full, "all")
+
+
+def test_tokens_of_right_answers_are_compared_with_right_ones_at_the_same_token():
+    """credit=token with a wrong answer in the group, by hand."""
+    group = a_group([6, 2, 4], [6, 2, 2], [6, 6], rewards=[0, 0, 0], right=[1, 0, 1])
+    rl = RLConfig(lambda_exit=0.6, beta=0.0, credit="token", depth_cost="total", cost_length=2, charge="right")
+    batch, experience, _ = learned([group], rl)
+    first, third = np.array([12, 6, 4]) / 12, np.array([12, 6, 0]) / 12
+    found = [row[counted].tolist() for row, counted in zip(experience.token_advantage, batch.counts, strict=True)]
+    assert found[0] == pytest.approx((0.6 * (third - first)).tolist()) and found[1] == [0, 0, 0]
+    assert found[2] == pytest.approx((0.6 * (first - third))[:2].tolist())
+
+
+def test_under_grpo_task_and_depth_are_each_measured_by_their_own_spread():
+    """So the unit that depth costs are in doesn't matter, and depth counts as much where all answers are right."""
+    depths = ([6, 2, 2], [6, 6, 6], [6, 4, 4], [6, 6, 4])
+    rl = RLConfig(lambda_exit=0.5, beta=0.0, advantage="grpo", depth_cost="total")
+    found = {}
+    for unit in (1, 10):
+        group = a_group(*depths, rewards=[1, 0, 1, 0])
+        batch, experience, _ = learned([group], replace(rl, cost_length=unit))
+        found[unit] = per_answer(batch, experience.token_advantage)
+    assert found[1] == pytest.approx(found[10], abs=5e-3)
+    costs = np.array([[10, 18, 14, 16]]) / 6
+    every = np.ones((1, 4), bool)
+    task, depth = (ADVANTAGES["grpo"](values, every)[0] for values in (np.array([[1.0, 0, 1, 0]]), -costs))
+    assert found[1] == pytest.approx((task + 0.5 * depth).tolist())
+    batch, experience, _ = learned([a_group(*depths)], replace(rl, cost_length=1))
+    assert per_answer(batch, experience.token_advantage) == pytest.approx((0.5 * depth).tolist())
+
+
+def test_with_overlong_filter_a_cut_answer_counts_for_nobody():
+    rl = RLConfig(lambda_exit=0.5, beta=0.0, overlong="filter")
+    rows = ([6, 2, 2], [6, 4], [6, 6, 6])
+    whole = a_group(*rows[:2], rewards=[1, 0])
+    for cut, reward in (([6, 2, 6, 2], 1), ([6, 6], 0)):
+        groups = [a_group(*rows[:2], cut, rewards=[1, 0, reward], finished=[True, True, False])]
+        batch, experience, values = learned(groups, rl)
+        alone, without, _ = learned([whole], rl)
+        expected = per_answer(alone, without.token_advantage)
+        assert per_answer(batch, experience.token_advantage) == pytest.approx([*expected, 0])
+        assert taught(groups, rl).tolist() == [True, True, False]
+        assert values["filtered"] == pytest.approx(1 / 3) and values["charged"] == pytest.approx(2 / 3)
+        assert taught(groups, replace(rl, overlong="verdict")).all()
+        kept = per_answer(batch, learned(groups, replace(rl, overlong="verdict"))[1].token_advantage)
+        assert kept != pytest.approx([*expected, 0])
+
+
+def test_with_overlong_penalty_long_answers_lose_up_to_one_over_the_last_share_of_what_is_allowed():
+    rl = RLConfig(lambda_exit=0.0, beta=0.0, overlong="penalty", overlong_buffer=0.2, advantage="none")
+    groups = [a_group(*([6] * n for n in (1, 8, 9, 10)), rewards=[1, 1, 1, 0])]
+    batch, experience, values = learned(groups, rl)
+    assert per_answer(batch, experience.token_advantage) == pytest.approx([1, 1, 0.5, -1])
+    assert values["reward"] == pytest.approx(1.5 / 4) and values["task_reward"] == pytest.approx(3 / 4)
+    plain = learned(groups, replace(rl, overlong="verdict"))[1]
+    assert per_answer(batch, plain.token_advantage) == [1, 1, 1, 0]
+
+
+@pytest.mark.parametrize(("charge", "expected"), [("all", [0.7, 0.9, -0.2]), ("right", [0.7, 0.9, 0.0])])
+def test_length_costs_its_price_per_cost_length_tokens(charge, expected):
+    rl = RLConfig(lambda_exit=0.0, beta=0.0, lambda_length=0.2, cost_length=2, charge=charge, advantage="none")
+    groups = [a_group([6, 2, 2], [6], [6, 4], rewards=[1, 1, 0], right=[1, 1, 0])]
+    batch, experience, _ = learned(groups, rl)
+    assert per_answer(batch, experience.token_advantage) == pytest.approx(expected)
+
+
+def test_with_credit_exit_tokens_answer_for_task_and_depth_and_exits_for_a_share_of_the_task():
+    groups = [a_group([6, 2, 2], [6, 6, 6], rewards=[1, 0])]
+    rl = RLConfig(lambda_exit=0.6, beta=0.0, credit="exit", exit_task=0.25, token_depth=0.5)
+    batch, experience, _ = learned(groups, rl)
+    saved = 0.6 * 8 / 18
+    assert per_answer(batch, experience.token_advantage) == pytest.approx([1 + 0.5 * saved, -1 - 0.5 * saved])
+    assert per_answer(batch, experience.exit_advantage) == pytest.approx([0.25, -0.25])
+    assert learned(groups, replace(rl, credit="answer"))[1].hazard is None
+
+
+# Of two answers of three tokens, asked outcomes: depths 2 and 4, 6 and 2.
+TWO = ([6, 2, 4], [6, 6, 2])
+# What firing costs more than going on, by gate, in units of a layer. Going on at 2 leads to 4 and 6 alike often.
+LAYERS_SAVED = [[-3, 0], [-2, -2], [-4, -2], [-3, 0]]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_with_credit_exit_gates_pay_for_the_layers_of_their_own_token(skip):
+    """mean over the tokens of an answer: what the loss divides by is multiplied in."""
+    rl = RLConfig(lambda_exit=0.6, beta=0.0, credit="exit")
+    batch, experience, _ = learned([a_group(*TWO)], rl, first=not skip)
+    expected = 0.6 / 6 * torch.tensor(LAYERS_SAVED)
+    torch.testing.assert_close(experience.hazard[batch.asked], expected, rtol=1e-5, atol=1e-6)
+    assert not experience.hazard[~batch.asked].any()
+    objective = objective_of(rl, LONGEST)
+    weights, _ = objective.weights(batch, experience, experience.old_tokens, experience.old_exits)
+    torch.testing.assert_close(weights.hazard[batch.asked], expected / 6, rtol=1e-5, atol=1e-6)
+
+
+def test_with_charge_right_gates_of_wrong_answers_pay_for_divergence_alone():
+    rl = RLConfig(lambda_exit=0.6, beta=0.5, exit_kl=2.0, credit="exit", charge="right", kl="exact")
+    group = a_group(*TWO, right=[1, 0])
+    batch = replay([group], 6)
+    kl = torch.zeros(batch.tokens.shape)
+    kl[batch.asked] = torch.tensor([0.8, 0.1, 0.0, 0.4])
+    hazards = torch.full((*kl.shape, 2), 0.5)
+    _, experience, _ = learned([group], rl, kl=kl, hazards=hazards)
+    # Gate 2 fired at 0.8 and 0.4, 0.6 on average, and went on at 0.1 and 0, 0.05; gate 4 fired at 0.1 and went on at 0.
+    caused = torch.tensor([[0.75, 0], [0.5, 0.1], [0.6, 0.1], [0.35, 0]])
+    price = 0.6 / 6 * torch.tensor(LAYERS_SAVED) * torch.tensor([[1], [1], [0], [0]])
+    torch.testing.assert_close(experience.hazard[batch.asked], price + caused, rtol=1e-5, atol=1e-6)
+    _, free, _ = learned([group], replace(rl, exit_kl=0.0), kl=kl, hazards=hazards)
+    torch.testing.assert_close(free.hazard[batch.asked], price, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kl", ["reward", "loss"])
+def test_without_an_exact_divergence_gates_pay_for_the_log_ratio_of_the_token(kl):
+    rl = RLConfig(lambda_exit=0.0, beta=0.5, credit="exit", kl=kl)
+    group = a_group(*TWO)
+    batch = replay([group], 6)
+    ratio = torch.zeros(batch.tokens.shape)
+    ratio[batch.asked] = torch.tensor([1.6, 0.2, 0.0, 0.8])
+    first = scores(batch)
+    experience, values = credit(
+        batch, [group], first, first.token_logprobs - ratio, rl, LAYOUT, price=0.0, longest=LONGEST
+    )
+    expected = torch.tensor([[0.75, 0], [0.5, 0.1], [0.6, 0.1], [0.35, 0]])
+    torch.testing.assert_close(experience.hazard[batch.asked], expected, rtol=1e-5, atol=1e-6)
+    assert values["kl_to_reference"] == pytest.approx((1.8 / 3 + 0.8 / 3) / 2)
+
+
+def test_without_scores_what_the_rollouts_brought_along_is_where_the_step_starts():
+    groups = [a_group([6, 2, 2], [6, 6], rewards=[1, 0], logprob=-0.7)]
+    batch, experience, values = learned(groups, RLConfig(beta=0.0, importance="none", skip_scoring=True), first=False)
+    assert experience.old_tokens[batch.counts].tolist() == pytest.approx([-0.7] * 5)
+    assert not experience.old_exits.any() and values["importance_ratio_max"] == 1.0
+    scored = learned(groups, RLConfig(beta=0.0))[1]
+    assert scored.old_tokens[batch.counts].tolist() == [-1.0] * 5
+
+
+@pytest.mark.parametrize("ratios", ["together", "apart"])
+def test_importance_masks_by_the_ratio_of_token_and_exit_together_or_of_each_apart(ratios):
+    groups = [a_group([6, 2, 2], [6, 6, 6], rewards=[1, 0], logprob=0.0)]
+    batch = replay(groups, 6)
+    tokens, exits = torch.zeros(batch.tokens.shape), torch.zeros(batch.tokens.shape)
+    tokens[batch.counts] = torch.tensor([0.0, 1.5, 0.4, 0.4, 0.0, 0.0])
+    exits[batch.counts] = torch.tensor([0.0, 0.0, 0.6, 0.0, -1.0, -0.5])
+    rl = RLConfig(beta=0.0, importance="mask", importance_floor=0.5, importance_cap=2.0, ratios=ratios)
+    _, experience, values = learned(groups, rl, token_logprobs=tokens, exit_logprobs=exits)
+    token, exit_ = experience.token_importance[batch.counts], experience.exit_importance[batch.counts]
+    e = math.exp
+    if ratios == "together":
+        expected = [1, 0, 0, e(0.4), 0, e(-0.5)]
+        assert token.tolist() == exit_.tolist() == pytest.approx(expected)
+        assert values["importance_left_out"] == pytest.approx(3 / 6)
+    else:
+        assert token.tolist() == pytest.approx([1, 0, e(0.4), e(0.4), 1, 1])
+        assert exit_.tolist() == pytest.approx([1, 1, e(0.6), 1, 0, e(-0.5)])
+        assert values["importance_left_out"] == pytest.approx(2 / 6)
+
+
+def test_groups_of_equal_answers_are_dropped_unless_right_ones_may_become_shallower():
+    differing, right, wrong = (
+        a_group([6, 2], [6, 6], rewards=rewards, right=[r > 0 for r in rewards]) for rewards in ([1, 0], [1, 1], [0, 0])
+    )
+    groups, rl = [differing, right, wrong], RLConfig(drop_equal_groups=True)
+    assert kept_groups(groups, rl, price=0.5) == [0, 1]
+    assert kept_groups(groups, rl, price=0.0) == [0]
+    assert kept_groups(groups, replace(rl, drop_equal_groups=False), price=0.0) == [0, 1, 2]
+
+
+FLOOR = RLConfig(accuracy_floor=2.0, lambda_exit=0.5, lambda_rate=2.0, lambda_max=1.0, accuracy_window=3)
+accuracies = st.lists(st.floats(0, 1), min_size=1, max_size=30)
+
+
+def test_price_by_hand_under_an_accuracy_floor():
+    cost = Price(FLOOR, 0.62, {})
+    assert cost.at(0) == cost.at(99) == 0.5
+    running = [0.7, 0.65, 0.55, 0.7 * 2 / 3 * 0.55 / 0.7 + 0.9 / 3]
+    value = 0.5
+    for accuracy, mean in zip((0.7, 0.6, 0.35, 0.9), running, strict=True):
+        found = cost.learn(accuracy)
+        assert found == pytest.approx({"accuracy_running": mean, "accuracy_goal": 0.6})
+        value += 2 * (mean - 0.6)
+        assert cost.at(1) == pytest.approx(value)
+
+
+@QUICK
+@given(accuracies, st.floats(0.1, 1), st.floats(0, 20))
+def test_lambda_rises_while_accuracy_holds_falls_while_it_does_not_and_stays_in_its_bounds(seen, reference, rate):
+    rl = replace(FLOOR, lambda_rate=rate)
+    cost = Price(rl, reference, {})
+    for step, accuracy in enumerate(seen):
+        before, found = cost.at(step), cost.learn(accuracy)
+        after, surplus = cost.at(step + 1), found["accuracy_running"] - found["accuracy_goal"]
+        assert 0 <= after <= rl.lambda_max
+        assert (after - before) * surplus >= 0
+        if rate * abs(surplus) > 1e-6:
+            assert after != before or after in (0, rl.lambda_max)
+    assert min(seen) - 1e-9 <= found["accuracy_running"] <= max(seen) + 1e-9
+
+
+@QUICK
+@given(accuracies, st.integers(0, 30))
+def test_a_price_made_from_another_s_counters_goes_on_as_that_one_would(seen, at):
+    whole = Price(FLOOR, 0.6, {})
+    for accuracy in seen[:at]:
+        whole.learn(accuracy)
+    resumed = Price(FLOOR, 0.6, dict(whole.counters))
+    for step, accuracy in enumerate(seen[at:]):
+        assert resumed.at(step) == whole.at(step)
+        assert resumed.learn(accuracy) == whole.learn(accuracy)
+    assert resumed.counters == whole.counters
+
+
+def test_without_an_accuracy_floor_the_price_keeps_to_its_schedule_whatever_is_right():
+    cost = Price(RLConfig(steps=10, lambda_exit=0.5, lambda_warmup=0.4), None, {})
+    for step, expected in ((0, 0.1), (3, 0.4), (4, 0.5), (9, 0.5)):
+        assert cost.at(step) == pytest.approx(expected) and cost.learn(0.0) == {}
+    assert cost.counters == {}

@@ -246,7 +246,7 @@ class RLConfig:
     lambda_exit: float = setting(0.5, at_least=0)
     """Price of depth: reward falls by lambda times what an answer's depth costs. accuracy_floor starts there."""
     lambda_warmup: float = setting(0.0, share=True)
-    """Share of the steps over which the price rises linearly from 0."""
+    """Share of the steps over which the price rises linearly from 0; without effect under accuracy_floor."""
     depth_cost: str = setting("mean", choices=DEPTH_COSTS)
     """What an answer's depth costs: mean (of depth/L over its tokens), total (sum, divided by cost_length), max (over
     the tokens that may exit) or square (mean of the squares)."""

@@ -105,3 +105,12 @@ def test_a_saved_configuration_is_read_as_it_was(tmp_path: Path) -> None:
     cfg = load(["experiment=demo_cpu", "rl.lambda_exit=0.3", "task.families=[sum]"])
     (tmp_path / "config.yaml").write_text(to_yaml(cfg))
     assert read_saved(tmp_path / "config.yaml") == cfg
+
+
+def test_a_run_that_was_saved_under_older_names_is_read(tmp_path: Path) -> None:
+    cfg = load(["experiment=ladder"])
+    text = to_yaml(cfg)
+    for old, new in (("sequence", "answer"), ("token", "token")):
+        assert "\n  credit: answer\n" in text
+        (tmp_path / "config.yaml").write_text(text.replace("\n  credit: answer\n", f"\n  depth_credit: {old}\n"))
+        assert read_saved(tmp_path / "config.yaml").rl.credit == new

@@ -273,8 +273,11 @@ class RLConfig:
     falls when there are none. Empty: lambda stays what it is."""
     accuracy_window: int = setting(8, positive=True, added_later=True)
     """Steps that accuracy_floor's running mean covers, and steps' worth of prompts that the reference is tried on."""
-    lambda_rate: float = setting(2.0, at_least=0, added_later=True)
-    """With accuracy_floor: how much lambda changes a step, per unit of accuracy (1 = 100 points)."""
+    lambda_rate: float = setting(0.5, at_least=0, added_later=True)
+    """With accuracy_floor: what lambda gains or loses for good in a step, per unit of accuracy (1 = 100 points)."""
+    lambda_gain: float = setting(10.0, at_least=0, added_later=True)
+    """With accuracy_floor: what lambda is above or below that now, per unit of accuracy: it keeps lambda from going on
+    rising while accuracy already falls."""
     lambda_max: float = setting(4.0, positive=True, added_later=True)
     """With accuracy_floor: how far lambda may rise."""
     beta: float = setting(0.05, at_least=0)

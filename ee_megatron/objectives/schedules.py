@@ -19,12 +19,17 @@ def price(step: int, steps: int, lambda_exit: float, warmup: float) -> float:
     return lambda_exit if step >= rise else lambda_exit * (step + 1) / (rise + 1)
 
 
-def dual_price(lambda_exit: float, surplus: float, rate: float, highest: float) -> float:
-    """The next lambda, from 0 to `highest`: it rises by `rate` times the accuracy that is left over above the goal, and
-    falls where accuracy is below it. An update as in dual ascent (Boyd et al. 2011, "Distributed optimization and
-    statistical learning via ADMM", 2.1) on "least depth such that accuracy >= goal", but of the price of depth: the
-    inverse of that constraint's multiplier."""
-    return min(max(lambda_exit + rate * surplus, 0.0), highest)
+def dual_price(base: float, surplus: float, rate: float, gain: float, highest: float) -> tuple[float, float]:
+    """(base, lambda) of the next step, both from 0 to `highest`, from the accuracy that is left over above the goal.
+
+    The base adds up `rate` times the surplus, as in dual ascent on "least depth such that accuracy >= goal" (Boyd et
+    al. 2011, "Distributed optimization and statistical learning via ADMM", 2.1), but of the price of depth: the inverse
+    of that constraint's multiplier. It alone overshoots, since accuracy answers to a price only after some steps; `gain`
+    times the surplus comes on top (Stooke et al. 2020, "Responsive safety in reinforcement learning by PID Lagrangian
+    methods", arXiv 2007.03964).
+    """
+    base = min(max(base + rate * surplus, 0.0), highest)
+    return base, min(max(base + gain * surplus, 0.0), highest)
 
 
 def learning_rate(update: int, total: int, warmup: int, decay: str, floor: float = 0.1) -> float:

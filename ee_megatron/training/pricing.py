@@ -31,6 +31,9 @@ class Price:
         before = self.counters.get("accuracy_running", accuracy)
         running = before + (accuracy - before) / steps
         goal = self.reference - self.rl.accuracy_floor / 100
-        value = dual_price(self.at(0), running - goal, self.rl.lambda_rate, self.rl.lambda_max)
-        self.counters.update({"lambda": value, "accuracy_running": running, "accuracy_steps": steps})
+        rl, base = self.rl, self.counters.get("lambda_base", self.rl.lambda_exit)
+        base, value = dual_price(base, running - goal, rl.lambda_rate, rl.lambda_gain, rl.lambda_max)
+        self.counters.update(
+            {"lambda": value, "lambda_base": base, "accuracy_running": running, "accuracy_steps": steps}
+        )
         return {"accuracy_running": running, "accuracy_goal": goal}

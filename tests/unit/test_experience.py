@@ -16,6 +16,7 @@ from ee_megatron.exits import ExitLayout
 from ee_megatron.learner.learner import Scores
 from ee_megatron.objectives.advantages import ADVANTAGES
 from ee_megatron.objectives.divergences import Teacher
+from ee_megatron.objectives.schedules import dual_price
 from ee_megatron.training.experience import credit, objective_of, replay, rollout_metrics, taught
 from ee_megatron.training.pricing import Price
 from ee_megatron.training.reinforce import kept_groups
@@ -324,7 +325,9 @@ def test_groups_of_equal_answers_are_dropped_unless_right_ones_may_become_shallo
     assert kept_groups(groups, replace(rl, drop_equal_groups=False), price=0.0) == [0, 1, 2]
 
 
-FLOOR = RLConfig(accuracy_floor=2.0, lambda_exit=0.5, lambda_rate=2.0, lambda_max=1.0, accuracy_window=3)
+FLOOR = RLConfig(
+    accuracy_floor=2.0, lambda_exit=0.5, lambda_rate=2.0, lambda_gain=1.0, lambda_max=1.0, accuracy_window=3
+)
 accuracies = st.lists(st.floats(0, 1), min_size=1, max_size=30)
 
 
@@ -337,13 +340,13 @@ def test_price_by_hand_under_an_accuracy_floor():
         found = cost.learn(accuracy)
         assert found == pytest.approx({"accuracy_running": mean, "accuracy_goal": 0.6})
         value += 2 * (mean - 0.6)
-        assert cost.at(1) == pytest.approx(value)
+        assert cost.at(1) == pytest.approx(value + (mean - 0.6))
 
 
 @QUICK
 @given(accuracies, st.floats(0.1, 1), st.floats(0, 20))
 def test_lambda_rises_while_accuracy_holds_falls_while_it_does_not_and_stays_in_its_bounds(seen, reference, rate):
-    rl = replace(FLOOR, lambda_rate=rate)
+    rl = replace(FLOOR, lambda_rate=rate, lambda_gain=0.0)
     cost = Price(rl, reference, {})
     for step, accuracy in enumerate(seen):
         before, found = cost.at(step), cost.learn(accuracy)
@@ -353,6 +356,13 @@ def test_lambda_rises_while_accuracy_holds_falls_while_it_does_not_and_stays_in_
         if rate * abs(surplus) > 1e-6:
             assert after != before or after in (0, rl.lambda_max)
     assert min(seen) - 1e-9 <= found["accuracy_running"] <= max(seen) + 1e-9
+
+
+@QUICK
+@given(st.floats(0, 1), st.floats(-1, 1), st.floats(0, 20))
+def test_what_accuracy_has_left_now_moves_lambda_at_once_and_the_base_not_at_all(base, surplus, gain):
+    same, value = dual_price(base, surplus, 0.0, gain, 1.0)
+    assert same == base and value == pytest.approx(min(max(base + gain * surplus, 0), 1))
 
 
 @QUICK

@@ -24,9 +24,9 @@ def dual_price(base: float, surplus: float, rate: float, gain: float, highest: f
 
     The base adds up `rate` times the surplus, as in dual ascent on "least depth such that accuracy >= goal" (Boyd et
     al. 2011, "Distributed optimization and statistical learning via ADMM", 2.1), but of the price of depth: the inverse
-    of that constraint's multiplier. It alone overshoots, since accuracy answers to a price only after some steps; `gain`
-    times the surplus comes on top (Stooke et al. 2020, "Responsive safety in reinforcement learning by PID Lagrangian
-    methods", arXiv 2007.03964).
+    of that constraint's multiplier. Alone it overshoots, since accuracy answers to a price after some steps only, so
+    `gain` times the surplus comes on top (Stooke et al. 2020, "Responsive safety in reinforcement learning by PID
+    Lagrangian methods", arXiv 2007.03964).
     """
     base = min(max(base + rate * surplus, 0.0), highest)
     return base, min(max(base + gain * surplus, 0.0), highest)

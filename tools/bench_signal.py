@@ -200,7 +200,7 @@ def ratio(gradients: torch.Tensor) -> dict[str, Any]:
         apart = rows[:, None] != rows[None, :]
         part = products[np.ix_(rows, rows)]
         signal, power = part[apart].mean(), products[rows, rows].mean()
-        return float(np.sqrt(max(signal, 0.0) / max(power - signal, 1e-300)))
+        return float(np.sqrt(max(signal, 0.0) / (power - signal))) if power > signal else np.inf
 
     draw = np.random.default_rng(0)
     count = len(products)

@@ -120,12 +120,13 @@ def gate_log_term(gate_logit: Tensor, exit_depths: Tensor, depth: int, targets: 
     """The share of log q(prescribed exit) that the gate at `depth` owns; the sum over all gates is log q.
 
     z [...], prescribed depths [...] -> [...]: logsigmoid(z) where the position exits here, logsigmoid(-z) where it goes
-    deeper, 0 where it had exited before (this gate was never asked). Where there is a target hazard s* >= 0 [...]:
-    s* logsigmoid(z) + (1 - s*) logsigmoid(-z), the negative cross-entropy.
+    deeper, 0 where it had exited before (this gate was never asked). With target hazards s* [...] instead:
+    s* logsigmoid(z) + (1 - s*) logsigmoid(-z), the negative cross-entropy; 0 where s* is negative.
     """
     here, deeper = F.logsigmoid(gate_logit), F.logsigmoid(-gate_logit)
-    term = torch.where(exit_depths == depth, here, torch.where(exit_depths > depth, deeper, 0.0))
-    return term if targets is None else torch.where(targets >= 0, targets * here + (1 - targets) * deeper, term)
+    if targets is None:
+        return torch.where(exit_depths == depth, here, torch.where(exit_depths > depth, deeper, 0.0))
+    return torch.where(targets >= 0, targets * here + (1 - targets) * deeper, 0.0)
 
 
 def target_hazards(divergences: Tensor, kl_factor: float) -> Tensor:

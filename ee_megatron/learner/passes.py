@@ -70,22 +70,17 @@ class MicroBatch:
 
 def gate_weights(
     likelihood: Tensor | None, targets: Tensor | None, hazard: Tensor | None, entropy: Tensor | None, num_exits: int
-) -> Tensor | None:
-    """`Control.gates` [W, M, 3] from the weights (objectives/weights.py) of W slots; None if gates have no loss."""
+) -> dict[int, Tensor] | None:
+    """The terms of the gates' loss [W, M] each, from the weights (objectives/weights.py) of W slots; None: there are
+    none."""
     given = next((x for x in (likelihood, hazard, entropy) if x is not None), None)
     if given is None:
         return None
-    shape = (len(given), num_exits)
-    gates = torch.zeros(*shape, 3)
-    gates[..., TARGET] = -1.0 if targets is None else targets
-    if likelihood is not None:
-        gates[..., LIKELIHOOD] = likelihood if likelihood.dim() == 2 else likelihood.unsqueeze(-1)
-        if targets is not None:
-            # A gate without a target learns nothing there.
-            gates[..., LIKELIHOOD] *= targets >= 0
-    if hazard is not None:
-        gates[..., HAZARD] = hazard
-    return gates
+    if likelihood is None:
+        likelihood = given.new_zeros(len(given))
+    each = likelihood if likelihood.dim() == 2 else likelihood.unsqueeze(-1).expand(-1, num_exits)
+    terms = {LIKELIHOOD: each, TARGET: targets, HAZARD: hazard}
+    return {term: value for term, value in terms.items() if value is not None}
 
 
 @dataclass

@@ -16,6 +16,7 @@ from torch import Tensor
 from .packed import Active, PackedSequences, Segment
 
 EXIT_DEPTH, ASKED, ENTROPY = 0, 1, 2
+# What a gate's loss may consist of.
 LIKELIHOOD, TARGET, HAZARD = 0, 1, 2
 
 
@@ -27,10 +28,10 @@ class Control:
         channel 0      prescribed exit depth (layers that may change the position; L = no exit, 0 = padding)
         channel 1      1 where gates are asked, else 0 (prompt, padding)
         channel 2      weight of the gates' entropy at the position, a bonus
-    `gates` fp32 [W, M, 3], what each gate's loss weighs there; None: nothing
-        channel 0      -log-likelihood of what the gate did, or the cross-entropy to its target hazard if there is one
-        channel 1      its target hazard, -1 for none
-        channel 2      its hazard
+    `gates` fp32 [W, M, terms], what each gate's loss weighs there, by `terms`; None: gates have no loss
+        LIKELIHOOD     -log-likelihood of what the gate did or, where there are targets, the cross-entropy to them
+        TARGET         its target hazard, -1 for none
+        HAZARD         its hazard
     `segments`: the slots that run on to each of `depths`, the exit depths that occur, in rising order.
     `packed`: which slots belong together.
     `ranks`, `rank`: the sequence-parallel group's size (1 without) and this rank's place in it.
@@ -41,6 +42,7 @@ class Control:
     depths: tuple[int, ...]
     segments: tuple[Segment, ...]
     packed: PackedSequences
+    terms: tuple[int, ...] = ()
     ranks: int = 1
     rank: int = 0
     _active: dict[int, Active] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -65,14 +67,15 @@ def make_control(
     exit_depths: Tensor,
     asked: Tensor | None = None,
     entropy: Tensor | None = None,
-    gates: Tensor | None = None,
+    gates: dict[int, Tensor] | None = None,
 ) -> Control:
-    """From one tensor [W] per channel, and `gates` as they are, all on the CPU. Left out: no gate is asked, weights are
-    0."""
+    """From one tensor [W] per channel, and per term of the gates' loss one [W, M], all on the CPU. Left out: no gate is
+    asked, none has a loss."""
     nothing = torch.zeros_like(exit_depths)
     channels = (exit_depths, *(nothing if x is None else x for x in (asked, entropy)))
     control = torch.stack([x.float() for x in channels], dim=-1)
     where = torch.zeros_like(exit_depths, dtype=torch.bool) if asked is None else asked.bool()
     depths = sorted(set(exit_depths.tolist()) - {0})
     segments = tuple(Segment.of(exit_depths >= depth, where) for depth in depths)
-    return Control(control, gates, tuple(int(d) for d in depths), segments, packed)
+    weights, terms = (torch.stack(list(gates.values()), dim=-1), tuple(gates)) if gates else (None, ())
+    return Control(control, weights, tuple(int(d) for d in depths), segments, packed, terms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,17 +35,16 @@ class _AttachLoss(torch.autograd.Function):
         return grad, torch.ones_like(loss)
 
 
-def gate_loss(gate_logit: Tensor, channels: Tensor, weights: Tensor, depth: int) -> Tensor:
-    """The loss of one gate, a scalar: the sum over positions of what `weights` [n, 3] say, less bonus * entropy.
+def gate_loss(gate_logit: Tensor, channels: Tensor, weights: Mapping[int, Tensor], depth: int) -> Tensor:
+    """The loss of one gate, a scalar: the sum over positions of what `weights` say, less bonus * entropy.
 
-    gate_logit [n], channels [n, C], weights (model/control.py) of the positions that reach the gate.
+    gate_logit [n], channels [n, C], weights [n] by term (model/control.py) of the positions that reach the gate.
     """
-    likelihood = gate_log_term(gate_logit, channels[..., EXIT_DEPTH], depth, weights[..., TARGET])
-    return (
-        weights[..., HAZARD] * torch.sigmoid(gate_logit)
-        - weights[..., LIKELIHOOD] * likelihood
-        - channels[..., ENTROPY] * gate_entropy(gate_logit)
-    ).sum()
+    likelihood = gate_log_term(gate_logit, channels[..., EXIT_DEPTH], depth, weights.get(TARGET))
+    loss = -(weights[LIKELIHOOD] * likelihood + channels[..., ENTROPY] * gate_entropy(gate_logit))
+    if HAZARD in weights:
+        loss = loss + weights[HAZARD] * torch.sigmoid(gate_logit)
+    return loss.sum()
 
 
 def gate_entropy(gate_logit: Tensor) -> Tensor:
@@ -115,7 +115,8 @@ class EarlyExitLayer(TransformerLayer):
             self.recorded = logit.new_zeros(len(flat)).index_copy(0, mine, logit.detach())
         if not logit.requires_grad or active is None or control.gates is None:
             return hidden_states
-        weights = control.gates[:, self.gate_index].index_select(0, active.asked)
+        asked = control.gates[:, self.gate_index].index_select(0, active.asked)
+        weights = dict(zip(control.terms, asked.unbind(-1), strict=True))
         loss = gate_loss(logit, control.channels.index_select(0, active.asked), weights, self.depth)
         return _AttachLoss.apply(hidden_states, loss)
 

@@ -169,7 +169,7 @@ def _check_objective(cfg: RunConfig) -> None:
         )
     if rl.accuracy_floor is not None and rl.replay:
         raise ValueError(
-            "rl.accuracy_floor: recorded rollouts (rl.replay) don't tell what lambda does; leave one of the two out"
+            "rl.accuracy_floor: recorded rollouts (rl.replay) don't tell what lambda does; set rl.accuracy_floor=null"
         )
     if not rl.skip_scoring:
         return

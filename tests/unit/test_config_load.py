@@ -41,7 +41,7 @@ def test_the_experiments_are_the_files_there_are() -> None:
 def test_command_line_wins_over_experiment_over_default() -> None:
     plain = load(["name=a", "model.path=m"])
     assert (plain.rl.adapter_lr, plain.rl.steps) == (RunConfig().rl.adapter_lr, RunConfig().rl.steps)
-    paper = load(["experiment=rl_7b"])
+    paper = load(["experiment=rl_7b", "rl=paper"])
     assert (paper.rl.adapter_lr, paper.rl.gate_lr, paper.rl.lambda_exit, paper.rl.beta) == (1e-4, 1e-5, 0.5, 0.05)
     assert load(["experiment=rl_7b", "rl.adapter_lr=3e-3"]).rl.adapter_lr == 3e-3
     assert load(["rl.adapter_lr=3e-3", "experiment=rl_7b"]).rl.adapter_lr == 3e-3
@@ -66,7 +66,7 @@ def test_rl_7b_is_two_by_two_by_two_on_gsm8k() -> None:
     cfg = load(["experiment=rl_7b"])
     assert (cfg.parallel.tensor, cfg.parallel.pipeline, cfg.parallel.data, ranks(cfg)) == (2, 2, 2, 8)
     assert (cfg.task.name, cfg.teacher.enabled, cfg.rollout.prompt_template) == ("gsm8k", False, "chat")
-    assert 14 in cfg.exits.depths and cfg.rollout.max_new_tokens == 900
+    assert 14 in cfg.exits.depths and cfg.rollout.max_new_tokens == 8192
 
 
 @pytest.mark.parametrize("sign", ["", "+", "++"])
@@ -111,7 +111,7 @@ def refused_plain(directory: Path) -> str:
         ("rl.steps=null", ("rl.steps", "None", "expected int")),
         ("parallel.recompute=perhaps", ("parallel.recompute", "'perhaps'", "expected bool")),
         ("exits.depths=[a]", ("exits.depths", "'a'", "expected list[int]")),
-        ("rl=5", ("rl is a section", "rl.steps")),
+        ("rl=5", ("rl=5: no such choice", "long_answers, paper")),
         ("model.path=${oc.env:EE_NOT_SET_ANYWHERE}", ("settings: ", "EE_NOT_SET_ANYWHERE")),
         ("rl.steps=1,2", ("several values",)),
         ("~rl.steps", ("cannot be deleted",)),

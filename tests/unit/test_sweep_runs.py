@@ -284,7 +284,9 @@ def test_flops_do_not_depend_on_who_shares_the_work(base: list[str], tmp_path: P
     assert total() == total("parallel.pipeline=2", "parallel.tensor=2", "parallel.data=2")
 
 
-def test_an_exact_divergence_costs_a_pass_of_the_reference_and_two_readouts(base: list[str]) -> None:
+def test_an_exact_divergence_runs_the_reference_with_the_update_and_reads_two_more_distributions(
+    base: list[str],
+) -> None:
     """In what a run cost and in what a budget buys of it."""
 
     def phases(*settings: str) -> dict[str, float]:
@@ -298,12 +300,12 @@ def test_an_exact_divergence_costs_a_pass_of_the_reference_and_two_readouts(base
     reference = 8 * 6 * (2 * positions * linears + 4 * 64 * positions * (positions + 1) / 2) + head
     # Two distributions more, and the way back through one.
     assert exact["flops_update"] - plain["flops_update"] == pytest.approx(reference + 3 * head)
-    assert exact["flops_scoring"] == plain["flops_scoring"]
+    assert plain["flops_scoring"] - exact["flops_scoring"] == pytest.approx(reference)
     assert again["flops_update"] == pytest.approx(2 * exact["flops_update"])
     assert phases("rl.kl=exact", "rl.minibatches=2")["flops_update"] == pytest.approx(exact["flops_update"])
     how = IsoFlop("rl.steps", 10, 16)
     cfg, dear = (load([*base, "adapter.rank=4", f"rl.kl={kl}"]) for kl in ("reward", "exact"))
-    assert int(buy(dear, read_dims(cfg), 1e13, how).text) < 0.9 * int(buy(cfg, read_dims(cfg), 1e13, how).text)
+    assert int(buy(dear, read_dims(cfg), 1e13, how).text) < int(buy(cfg, read_dims(cfg), 1e13, how).text)
 
 
 def test_parameters_are_counted_by_kind(base: list[str], tmp_path: Path) -> None:

@@ -270,7 +270,7 @@ class RLConfig:
     the depth that it takes."""
     accuracy_floor: float | None = setting(None, added_later=True)
     """Percentage points that accuracy may fall below the reference's: lambda then rises while there are some left and
-    falls when there are none. Empty: lambda stays what it is."""
+    falls when there are none. null: lambda stays what it is."""
     accuracy_window: int = setting(8, positive=True, added_later=True)
     """Steps that accuracy_floor's running mean covers, and steps' worth of prompts that the reference is tried on."""
     lambda_rate: float = setting(0.5, at_least=0, added_later=True)

@@ -66,8 +66,3 @@ def overlong_penalty(lengths: Tensor, longest: int, buffer: float) -> Tensor:
 def mean_log_ratio(batch: Positions, policy: Tensor, reference: Tensor) -> Tensor:
     """k1 estimate of KL(policy ‖ reference): mean over generated tokens of log pi - log pi_ref, float32 [B]."""
     return ((policy - reference) * batch.counts).sum(1) / batch.counts.sum(1).clamp(min=1)
-
-
-def rollout_reward(task: Tensor, log_ratio: Tensor, cost: Tensor, beta: float, lambda_exit: float) -> Tensor:
-    """R = r_task - beta * mean log-ratio - lambda * depth cost, float32 [B] (method.md, stage 2)."""
-    return task - beta * log_ratio - lambda_exit * cost

@@ -18,7 +18,6 @@ from ..objectives.advantages import (
     length_cost,
     mean_log_ratio,
     overlong_penalty,
-    rollout_reward,
 )
 from ..objectives.depth import CREDITS, DEPTH_COSTS, token_advantage
 from ..objectives.exit_credit import hazard_costs
@@ -82,7 +81,7 @@ def credit(
         worth = worth - overlong_penalty(counts.sum(1), longest, rl.overlong_buffer)
     log_ratio = None if reference is None else mean_log_ratio(batch, start[0], reference)
     if KL_TERMS[rl.kl].in_reward and log_ratio is not None:
-        worth = rollout_reward(worth, log_ratio, torch.zeros_like(worth), rl.beta, 0.0)
+        worth = worth - rl.beta * log_ratio
     kind, how = DEPTH_COSTS[rl.depth_cost], CREDITS[rl.credit]
     cost = kind.of_answers(batch, layout.num_layers, rl.cost_length)
     by_task, by_depth = among(worth, counted), price * among(-cost, charged)

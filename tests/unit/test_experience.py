@@ -55,6 +55,21 @@ def test_shallower_answers_of_equal_worth_are_pushed_up():
     assert not weights_of(groups, RLConfig(lambda_exit=0.0, beta=0.0))[1].token.any()
 
 
+def test_the_paper_s_reward_by_hand():
+    """R = r_task - beta * mean(log pi - log pi_ref) - lambda * mean(depth / L), and its leave-one-out advantage."""
+    groups = [a_group([6, 2, 2], [6, 6], rewards=[1, 0.5])]
+    plain = replay(groups, 6)
+    # log pi is -1 everywhere, so the two log ratios are 0.2 and 0.7.
+    reference = scores(plain, tokens=torch.tensor([[-1.2], [-1.7]]).expand(plain.tokens.shape))
+    _, _, experience, values, _ = weights_of(groups, RLConfig(lambda_exit=0.4, beta=0.1), reference=reference)
+    first, second = 1 - 0.1 * 0.2 - 0.4 * 10 / 18, 0.5 - 0.1 * 0.7 - 0.4
+    assert values["reward"] == pytest.approx((first + second) / 2)
+    assert values["kl_to_reference"] == pytest.approx(0.45)
+    for taught_by in (experience.token_advantage, experience.exit_advantage):
+        assert taught_by.amax(1)[0].item() == pytest.approx(first - second)
+        assert taught_by.amin(1)[1].item() == pytest.approx(second - first)
+
+
 def test_the_exact_kl_is_weighed_once_and_not_charged_twice():
     """beta, each answer's tokens sharing 1/n of it; the reward then has no KL in it."""
     groups = [a_group([6, 2, 2], [6, 6])]

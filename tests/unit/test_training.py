@@ -19,7 +19,7 @@ from ee_megatron.config.schema import CalibrateConfig, RLConfig
 from ee_megatron.exits import ExitLayout, exit_distribution, target_hazards
 from ee_megatron.learner.batch import pack, spread
 from ee_megatron.learner.optimizer_state import OptimizerState
-from ee_megatron.objectives.advantages import ADVANTAGES, rollout_reward
+from ee_megatron.objectives.advantages import ADVANTAGES
 from ee_megatron.objectives.depth import DEPTH_COSTS
 from ee_megatron.objectives.distillation import GATE_TARGETS, Distillation, current_targets
 from ee_megatron.objectives.divergences import Teacher
@@ -88,7 +88,7 @@ def test_answers_that_don_t_count_change_nobody_s_advantage(answers):
             assert not found.any()
 
 
-def test_reward_and_depth_cost_by_hand():
+def test_depth_costs_by_hand():
     batch = pack([np.arange(3)] * 2, [np.arange(4), np.arange(2)], [np.array([6, 2, 4, 6]), np.array([6, 2])], 6)
     expected = {
         "mean": [18 / 24, 8 / 12],
@@ -98,8 +98,6 @@ def test_reward_and_depth_cost_by_hand():
     }
     for kind, costs in expected.items():
         assert DEPTH_COSTS[kind].of_answers(batch, 6, 10).tolist() == pytest.approx(costs), kind
-    reward = rollout_reward(torch.tensor([1.0]), torch.tensor([0.2]), torch.tensor([0.5]), beta=0.1, lambda_exit=0.4)
-    assert reward.item() == pytest.approx(1 - 0.02 - 0.2)
 
 
 def test_importance_ratios_are_cut_masked_or_not_used():

@@ -7,14 +7,17 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from ranks import ROOT
 
+from ee_megatron.planning.devices import find_device
 from tools.gpu_check import __main__ as check
 from tools.gpu_check.findings import Findings
 from tools.gpu_check.registry import PARTS, Part
+from tools.gpu_check.shapes import ideal
 
 # Parts are run by an interpreter that does as it's told here before anything else.
 FAULTS = """
@@ -182,6 +185,13 @@ def test_without_a_gpu_one_line_says_what_is_missing(tmp_path) -> None:
     assert "DEVICE=cpu" in line and "\n" not in line and ("without CUDA" in line or "finds no GPU" in line)
     assert check.obstacle("cpu", tmp_path) == ""
     assert "give another folder by --scratch" in check.obstacle("cpu", tmp_path / "absent")
+
+
+def test_a_roofline_is_never_below_the_faster_kind_of_products() -> None:
+    """A CPU without bfloat16 instructions emulates them; a GPU has its bfloat16 peak."""
+    emulating, board = replace(find_device("H100"), tflops=0.01, fp32=0.08), find_device("H100")
+    assert ideal(emulating).peak(2) == ideal(emulating).peak(4) == pytest.approx(0.08e12)
+    assert ideal(board).peak(2) == board.peak(2) > ideal(board).peak(4)
 
 
 def test_what_is_no_number_fails_and_is_null(tmp_path) -> None:

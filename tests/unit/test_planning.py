@@ -336,8 +336,8 @@ def test_a_vllm_without_room_for_one_longest_sequence_is_refused(capsys: pytest.
     proposal = err.split("the nearest that fits: ")[1].split()
     assert "rollout.tensor=8" in proposal
     assert run(capsys, *wanted, *proposal)[0] == 0
-    code, _, err = run(capsys, "experiment=rl_70b", "--dims", SEVENTY, "--no-build", "rollout.cache_gib=0.075")
-    assert code == 2 and "rollout.cache_gib=0.075 holds 960" in err
+    code, _, err = run(capsys, "experiment=rl_70b", "--dims", SEVENTY, "--no-build", "rollout.cache_gib=0.64")
+    assert code == 2 and "rollout.cache_gib=0.64 holds 8368" in err, err
 
 
 def test_recorded_rollouts_need_no_actor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

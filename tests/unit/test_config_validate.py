@@ -437,3 +437,15 @@ def test_a_stage_that_is_left_out_has_no_settings(stage: str) -> None:
     off = config(f"{stage}.enabled=false")
     assert hashes(off) == hashes(changed(off, f"{stage}.seed"))
     assert stage not in identity.stage_order(off) and stage in identity.stage_order(config(f"{stage}.enabled=true"))
+
+
+def test_what_rl_takes_of_a_task_and_where_it_leaves() -> None:
+    assert "rl.families=['hop9']: expected some of task.families, hop1, hop2" in refused(
+        "task=hops", "rl.families=[hop9]"
+    )
+    assert "which task.name=gsm8k has none of" in refused("task=gsm8k", "task.path=there", "rl.families=[product]")
+    assert "task.families=['product', 'sum', 'word'] (product, sum, word)" in refused("task.name=hops")
+    assert "set rl.kl=reward, not exact" in refused("rl.kl_sum=true", "rl.kl=exact")
+    assert "set rl.credit=answer" in refused("rl.fixed_depth=5", "rl.credit=exit")
+    assert "rl.fixed_depth=3: expected 0 or one of [5, 10, 15, 20, 25, 28]" in refused("rl.fixed_depth=3", model=dims())
+    validate(config("rl.fixed_depth=28", "task=hops", "rl.families=[hop3]"), dims())

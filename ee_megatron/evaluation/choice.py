@@ -140,7 +140,7 @@ def choice(
     wrong: dict[Key, list[Prompt]] = {}
     leads: dict[str, list[str]] = {}
     for family, group in wanted.items():
-        spoilt = [(prompt, found) for prompt in group if (found := task.corrupted(prompt)) is not None]
+        spoilt = [(prompt, step) for prompt in group if (step := task.corrupted(prompt)) is not None]
         if spoilt:
             wrong[family, CORRUPTED] = [replace(prompt, prefill=opening) for prompt, (opening, _) in spoilt]
             leads[family] = [state for _, (_, state) in spoilt]

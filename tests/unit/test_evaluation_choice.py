@@ -157,14 +157,15 @@ def whole() -> dict:
 
 def test_the_tables_show_every_figure() -> None:
     found = whole()
-    free = [line.split() for line in free_table(found).text().splitlines()[2:]]
-    assert free[0] == "start sampled hop1 50.0% 50.0% 0.0% 0.0% 100.0% 3.00 0.556 1.667 0.333".split()
-    assert [line[:4] for line in free[2:]] == [["reinforced", "fixed", "3", family] for family in ("hop1", "hop3")]
-    forced = [line.split() for line in forced_table(found).text().splitlines()[2:]]
-    assert forced[4] == "start hop3 steps 100.0% 5.00 0.467 2.333 0.333 100.0% 0.0%".split()
-    assert forced[6] == "reinforced hop1 terse 100.0% 3.00 0.667 2.000 0.500 100.0% –".split()
-    wrong = [line.split() for line in corrupted_table(found).text().splitlines()[2:]]
-    assert wrong == [[model, "hop3", "30", "0.0%", "100.0%"] for model in ("start", "reinforced")]
+    free, forced, wrong = (
+        [" ".join(line.split()) for line in made.text().splitlines()[2:]]
+        for made in (free_table(found), forced_table(found), corrupted_table(found))
+    )
+    assert free[0] == "start sampled hop1 50.0% 50.0% 0.0% 0.0% 100.0% 3.00 0.556 1.667 0.333"
+    assert [line[:23] for line in free[2:]] == ["reinforced fixed 3 hop1", "reinforced fixed 3 hop3"]
+    assert forced[4] == "start hop3 steps 100.0% 5.00 0.467 2.333 0.333 100.0% 0.0%"
+    assert forced[6] == "reinforced hop1 terse 100.0% 3.00 0.667 2.000 0.500 100.0% –"
+    assert wrong == ["start hop3 30 0.0% 100.0%", "reinforced hop3 30 0.0% 100.0%"]
     assert "terse 40%, steps 40%, padded 20%" in choice_tables(found)[0][0]
 
 

@@ -421,6 +421,11 @@ class EvaluateConfig:
     externalisation_prompts problems per model (docs/evaluation.md)."""
     externalisation_prompts: int = setting(100, at_least=0, only_with="externalisation")
     """Test problems for that; 0: all."""
+    choice: str = setting("", choices=("", "reinforced", "all"), added_later=True)
+    """Tasks with styles: which one a model answers in, and what each costs it, sampled as RL samples. Of the last model
+    (reinforced), or also of the teacher and of the policy that RL starts from (all)."""
+    choice_answers: int = setting(300, positive=True, only_with="choice", added_later=True)
+    """Sampled answers for that, per family and condition."""
     seed: int = setting(0, at_least=0)
 
 

@@ -54,10 +54,10 @@ def validate(cfg: RunConfig, dims: ModelDims | None) -> None:
 
 
 def _check_value(key: str, value: Any, rules: Rules) -> None:
-    least = rules.at_least
+    least, named = rules.at_least, [choice or "nothing" for choice in rules.choices]
     for wrong, expected in (
         (isinstance(value, float) and not math.isfinite(value), "a finite number"),
-        (rules.choices and value not in rules.choices, f"one of {', '.join(rules.choices)}"),
+        (rules.choices and value not in rules.choices, f"one of {', '.join(named)}"),
         (rules.positive and value <= 0, "a number > 0"),
         (least is not None and value < least, f"a number >= {least}"),
         (rules.share and not 0 <= value <= 1, "a share from 0 to 1"),
@@ -150,6 +150,11 @@ def _check_training(cfg: RunConfig) -> None:
     if cfg.evaluate.control_policy and not cfg.evaluate.controls:
         raise ValueError(
             f"evaluate.control_policy={cfg.evaluate.control_policy}: only controls use it; set evaluate.controls=true"
+        )
+    if cfg.evaluate.choice and cfg.task.name != "hops":
+        raise ValueError(
+            f"evaluate.choice={cfg.evaluate.choice}: task.name={cfg.task.name} has no styles to choose from; expected "
+            "task.name=hops, or evaluate.choice left out"
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from ..observe.rundir import write_atomic
 from ..report.numbers import strict_json
 from ..report.tables import TextTable
+from .page import write_page
 from .rows import Row, rows, to_csv
 from .study import Study, read_study
 from .verdicts import Verdict, at_tau, verdicts
@@ -20,6 +21,7 @@ EPILOG = """\
 reads   every finished evaluation below DIRECTORY: */evaluate-*/ with config.yaml, results.json and DONE, of runs that
         measured the choice of style (task.name=hops, evaluate.choice=reinforced or all); others are counted
 writes  externalise.html  the question, the answer, figures, acceptance points, controls; needs nothing but itself
+        plots/            the figures once more, as PNG
         externalise.csv   a row per run and family of problems: shares, right, depth, length, the closed form's forecast
         externalise.json  the same rows and the acceptance points with their intervals
 
@@ -43,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
     out = given.out or given.directory
     out.mkdir(parents=True, exist_ok=True)
     print(_write(out / "externalise.csv", to_csv(strict_json(table))))
+    print(write_page(out / "externalise.html", given.directory, study, table, points, facts(study)))
     data = json.dumps(strict_json(as_json(study, table, points)), indent=1, ensure_ascii=False, allow_nan=False)
     print(_write(out / "externalise.json", data + "\n"))
     return 0

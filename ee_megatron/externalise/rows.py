@@ -30,8 +30,8 @@ def _row(study: Study, record: Record, family: str) -> Row:
     }  # fmt: skip
     row |= {f"share_{style}": found.share[style] for style in (*STYLES, OTHER)}
     row |= {f"forecast_{style}": expected.get(style) for style in STYLES}
-    row |= {"log_odds_padded_terse": padding_odds(record, family), "right": found.free.correct}
-    row |= {f.name: getattr(found.free, f.name) for f in fields(Figures)[2:]}
+    row |= {"log_odds_padded_terse": padding_odds(record, family)}
+    row |= {f.name: getattr(found.free, f.name) for f in fields(Figures)[1:]}
     row |= {"price_paid": price(objective, found.free)}
     row |= {f"right_{style}": _right(found.forced, style) for style in STYLES}
     row |= {"right_terse_full": _right(found.forced_full, TERSE)}

@@ -154,6 +154,11 @@ class Study:
         return None
 
 
+def counted(number: int, thing: str) -> str:
+    """ "1 hop", "3 hops"."""
+    return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
 def read_study(directory: Path) -> Study:
     """Every finished evaluation below `directory` with a choice of style in it.
 
@@ -175,8 +180,9 @@ def read_study(directory: Path) -> Study:
     records = [_record(directory, path, configs[path], part) for path, part in parts.items()]
     kept, remarks = _once_each(records, {_name(directory, path): cfg for path, cfg in configs.items()})
     if len(finished) > len(parts):
-        left_out = len(finished) - len(parts)
-        remarks.append(f"{left_out} of {len(finished)} finished evaluations measured no choice of style: left out")
+        remarks.append(
+            f"{len(finished) - len(parts)} of {len(finished)} finished evaluations measured no choice of style: left out"
+        )
     remarks += _unlike(list(configs.values())) + _differs(kept)
     stages = {d for path, cfg in configs.items() for d in _stages(path, cfg)}
     times = [spent["device_seconds"] for stage in sorted(stages) if (spent := read_spent(stage))]

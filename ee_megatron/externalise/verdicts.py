@@ -26,7 +26,7 @@ from .compare import (
     padding_odds,
     steps_share,
 )
-from .study import CAP, FREE, NO_EXITS, Condition, Study
+from .study import CAP, FREE, NO_EXITS, Condition, Study, counted
 
 PRICE = 1.0
 """The lambda at which costs are compared."""
@@ -52,7 +52,7 @@ class Part:
             return f"{self.name}: not measured"
         value, low, high = self.estimate
         interval = f" [{self.form}, {self.form}]".format(low, high) if math.isfinite(low) else ""
-        return f"{self.name} {self.form.format(value)}{interval}"
+        return f"{self.name}: {self.form.format(value)}{interval}"
 
 
 @dataclass(frozen=True)
@@ -103,15 +103,15 @@ def sound_base(study: Study, tau: int) -> Verdict:
     parts = []
     runs = [r for r in study.records if r.tau == tau]
     for family in study.families(tau):
-        k = f"k = {study.hops[family]}"
+        k = counted(study.hops[family], "hop")
         gap = before_rl(study, tau, family, study.start, _skill_gap)
-        parts.append(_within(study, tau, f"{k}: terse − steps, own exits", gap, SKILL_GAP))
+        parts.append(_within(study, tau, f"{k}, terse − steps under own exits", gap, SKILL_GAP))
         at = {
             depth: before_rl(study, tau, family, study.start_anywhere, partial(_padding_gap, depth=depth))
             for depth in range(1, runs[0].num_layers + 1)
         }
         worst = max((depth for depth in at if at[depth]), key=lambda d: abs(over_bases(at[d]).value), default=0)
-        name = f"{k}: padded − terse, most at depth {worst}" if worst else f"{k}: padded − terse at every depth"
+        name = f"{k}, padded − terse, most at depth {worst}" if worst else f"{k}, padded − terse at every depth"
         parts.append(_within(study, tau, name, at.get(worst, {}), PADDING_GAP))
     statement = (
         f"Before RL a terse answer is as often right as steps are under the gates' exits (within {SKILL_GAP:.0%}), and "
@@ -124,7 +124,7 @@ def exits_alone(study: Study, tau: int) -> Verdict:
     """Point 2."""
     pair = (WITHOUT, NONE)
     parts = [
-        _within(study, tau, f"k = {study.hops[family]}", effect(study, tau, family, pair, steps_share), DRIFT)
+        _within(study, tau, counted(study.hops[family], "hop"), effect(study, tau, family, pair, steps_share), DRIFT)
         for family in study.families(tau)
     ]
     statement = f"Exits without a price leave the share of steps within {DRIFT:g} of that without exits."
@@ -137,7 +137,7 @@ def deepest_token(study: Study, tau: int) -> Verdict:
     gain = mean_of([effect(study, tau, family, pair, steps_share) for family in _of_hops(study, 3)])
     passed = all(value > 0 for value in gain.values())
     # One base against it is enough, whatever others would say.
-    part = _part(study, tau, "k = 3: gain in steps", gain, passed)
+    part = _part(study, tau, "3 hops, gain in steps", gain, passed)
     parts = [part if passed or not gain else replace(part, passed=False)]
     statement = "A price on the deepest token (max) makes every base write more steps at 3 hops than no price."
     name = "pricing the deepest token externalises"
@@ -150,11 +150,11 @@ def padding(study: Study, tau: int) -> Verdict:
     for cost in ("mean", "max"):
         pair = (Condition(cost, PRICE), WITHOUT)
         conditions.append(pair[0])
-        families = _compared(study, [tau], pair)
+        families = compared(study, [tau], pair)
         change = mean_effect(study, tau, families, pair, padding_odds)
         estimate = over_bases(change)
         passed = estimate.low > 0 if cost == "mean" else estimate.low <= 0 <= estimate.high
-        part = _part(study, tau, f"{cost}: change of log odds{_over(study, families)}", change, passed)
+        part = _part(study, tau, f"{cost}, change of log odds{_over(study, families)}", change, passed)
         parts.append(part if math.isfinite(estimate.low) else replace(part, passed=None))
     statement = (
         "The mean depth pays for padding, the largest doesn't: the log odds of padded to terse answers rise under "
@@ -173,8 +173,8 @@ def capped(study: Study, tau: int) -> Verdict:
     change = difference(shares[1], base)
     enough = over_bases(shares[3]).value >= CAPPED_SHARE
     parts = [
-        _within(study, tau, "k = 1: share of steps − the base's", change, DRIFT),
-        replace(_part(study, tau, "k = 3: share of steps", shares[3], enough), form="{:.2f}"),
+        _within(study, tau, "1 hop, share of steps − the base's", change, DRIFT),
+        replace(_part(study, tau, "3 hops, share of steps", shares[3], enough), form="{:.2f}"),
     ]
     statement = (
         f"Held to {CAPPED_DEPTH} layers, a model writes steps where it must: its share stays within {DRIFT:g} of the "
@@ -188,11 +188,11 @@ def sign_turns(study: Study) -> Verdict:
     """Point 6: steps are cheaper than one deep token in total only while they are short."""
     pair, parts = (Condition("total", PRICE), WITHOUT), []
     for tau, sign in zip(TAUS, (1, -1), strict=True):
-        families = _compared(study, TAUS, pair) or _compared(study, [tau], pair)
+        families = compared(study, TAUS, pair) or compared(study, [tau], pair)
         gain = mean_effect(study, tau, families, pair, steps_share)
         estimate = over_bases(gain)
         doubt = " (interval includes 0)" if estimate.low <= 0 <= estimate.high else ""
-        name = f"{tau} token{'s' if tau > 1 else ''} a step: gain in steps{_over(study, families)}{doubt}"
+        name = f"{counted(tau, 'token')} a step, gain in steps{_over(study, families)}{doubt}"
         parts.append(_part(study, tau, name, gain, sign * estimate.value > 0))
     statement = (
         f"A price on total depth makes a model write more steps where a step takes {TAUS[0]} token, and fewer where it "
@@ -206,19 +206,19 @@ def sign_turns(study: Study) -> Verdict:
 def gains(study: Study, cost: str) -> dict[int, ByBase]:
     """Tokens a step -> what a cost at PRICE changes in the share of steps, mean over the families, by base."""
     pair = (Condition(cost, PRICE), WITHOUT)
-    taus = [tau for tau in study.taus if _compared(study, [tau], pair)]
-    families = _compared(study, taus, pair)
-    found = {tau: mean_effect(study, tau, families or _compared(study, [tau], pair), pair, steps_share) for tau in taus}
+    taus = [tau for tau in study.taus if compared(study, [tau], pair)]
+    families = compared(study, taus, pair)
+    found = {tau: mean_effect(study, tau, families or compared(study, [tau], pair), pair, steps_share) for tau in taus}
     return {tau: values for tau, values in found.items() if values}
 
 
-def _compared(study: Study, taus: Iterable[int], pair: tuple[Condition, Condition]) -> list[str]:
+def compared(study: Study, taus: Iterable[int], pair: tuple[Condition, Condition]) -> list[str]:
     """Families that both conditions have runs of, at each of the tokens a step."""
     return [f for f in study.hops if all(effect(study, tau, f, pair, steps_share) for tau in taus)]
 
 
 def _over(study: Study, families: Sequence[str]) -> str:
-    return f", mean of k = {', '.join(str(study.hops[f]) for f in families)}" if len(families) > 1 else ""
+    return f" (mean of {', '.join(str(study.hops[f]) for f in families)} hops)" if len(families) > 1 else ""
 
 
 def _within(study: Study, tau: int, name: str, values: ByBase, limit: float) -> Part:

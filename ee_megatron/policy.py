@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .exits import ExitLayout, gate_units
 from .families import ModelDims
-from .tensors import digest
+from .tensors import LayeredTensors, digest
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -117,6 +117,15 @@ def initial_policy(
             bound = 1.0 / math.sqrt(shape[1])
             tensors[name] = (torch.rand(shape, generator=generator) * 2 - 1) * bound
     return tensors
+
+
+def sharpened(policy: Mapping[str, Tensor], centre: float, sharpness: float) -> Mapping[str, Tensor]:
+    """The policy with gate logits sharpness * (z - logit(centre)). Exits sampled from calibrated hazards are far worse
+    than the same gates under a high threshold; so RL may start at that threshold, in a policy it can still explore."""
+    shift = math.log(centre / (1 - centre))
+    moved = {name: policy[name] * sharpness for name in policy if name.endswith("fc2.weight")}
+    moved |= {name: (policy[name] - shift) * sharpness for name in policy if name.endswith("fc2.bias")}
+    return LayeredTensors(moved, policy)
 
 
 def stays_float32(name: str) -> bool:

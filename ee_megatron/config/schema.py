@@ -120,14 +120,21 @@ class AdapterConfig:
 
 @dataclass
 class TaskConfig:
-    name: str = setting("arithmetic", choices=("arithmetic", "gsm8k", "tom", "reasoning_gym", "dataset", "jsonl"))
-    """arithmetic and tom (built in), reasoning_gym, gsm8k or dataset (also: jsonl); docs/tasks.md describes them."""
+    name: str = setting(
+        "arithmetic", choices=("arithmetic", "gsm8k", "tom", "hops", "reasoning_gym", "dataset", "jsonl")
+    )
+    """arithmetic, tom and hops (built in), reasoning_gym, gsm8k or dataset (also: jsonl); docs/tasks.md describes
+    them."""
     families: list[str] = setting(["product", "sum", "word"])
     """arithmetic: product, sum, word, chain; tom: first_order, second_order, true_belief, reality, memory;
-    reasoning_gym: names of its families, chain_sum for one."""
+    hops: hop1 to hop4; reasoning_gym: names of its families, chain_sum for one."""
     operands: str = setting("small", choices=("small", "wide"), added_later=True)
     """arithmetic: which numbers. Of small ones there are few pairs (66 products), so that many problems on them are
     worth less than their number; wide ones are harder, and most test problems have a pair of their own."""
+    style_weights: list[float] = setting([0.4, 0.4, 0.2], added_later=True)
+    """hops: shares of terse, written-out and padded answers among those that are trained on."""
+    tokens_per_step: int = setting(1, positive=True, added_later=True)
+    """hops: tokens of a written step."""
     path: str = ""
     """gsm8k and dataset: a .jsonl or .parquet file, a directory with such files for each split, or a data set that
     `datasets` saved to disk."""
@@ -268,6 +275,10 @@ class RLConfig:
     token_depth: float = setting(1.0, at_least=0, added_later=True)
     """With credit=exit: weight of the depth's advantage on the answer's tokens. 0: what is written doesn't answer for
     the depth that it takes."""
+    fixed_depth: int = setting(0, at_least=0, added_later=True)
+    """Every token of an answer leaves at this depth, an exit or L, and no gate learns; 0: gates decide."""
+    families: list[str] = setting([], added_later=True)
+    """Answer problems of these of the task's families only; empty: all."""
     accuracy_floor: float | None = setting(None, added_later=True)
     """Percentage points that accuracy may fall below the reference's: lambda then rises while there are some left and
     falls when there are none. null: lambda stays what it is."""
@@ -285,6 +296,9 @@ class RLConfig:
     kl: str = setting("reward", choices=KL_TERMS)
     """reward (k1 estimate, subtracted from the reward), loss (k3 estimate, added to the loss) or exact (over the whole
     vocabulary, added to the loss: every token teaches, at the price of another pass of the reference)."""
+    kl_sum: bool = setting(False, added_later=True)
+    """With kl=reward: the estimate is the sum over an answer's tokens, as in E[reward] - beta KL, not their mean. Of
+    answers of different length the longer one is then held to the reference at each token as much as the shorter."""
     advantage: str = setting("rloo", choices=ADVANTAGES)
     """rloo, mean, grpo or none."""
     surrogate: str = setting("ppo", choices=SURROGATES, added_later=True)
@@ -407,6 +421,11 @@ class EvaluateConfig:
     externalisation_prompts problems per model (docs/evaluation.md)."""
     externalisation_prompts: int = setting(100, at_least=0, only_with="externalisation")
     """Test problems for that; 0: all."""
+    choice: str = setting("", choices=("", "reinforced", "all"), added_later=True)
+    """Tasks with styles: which one a model answers in, and what each costs it, sampled as RL samples. Of the last model
+    (reinforced), or also of the teacher and of the policy that RL starts from (all)."""
+    choice_answers: int = setting(300, positive=True, only_with="choice", added_later=True)
+    """Sampled answers for that, per family and condition."""
     seed: int = setting(0, at_least=0)
 
 

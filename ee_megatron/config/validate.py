@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..objectives.depth import CREDITS, DEPTH_COSTS
+from ..objectives.policy_gradient import KL_TERMS
 from .cluster import job_shape, seats
 from .derive import actor_share, check_cache, has_actors, ranks, resolve_exits, scoring, stage_sizes, vllm_vocabulary
 from .device import asks_for_gpus
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 TASK_FAMILIES = {
     "arithmetic": ("product", "sum", "word", "chain"),
     "tom": ("first_order", "second_order", "true_belief", "reality", "memory"),
+    "hops": ("hop1", "hop2", "hop3", "hop4"),
 }
 
 
@@ -41,7 +43,10 @@ def validate(cfg: RunConfig, dims: ModelDims | None) -> None:
     _check_cluster(cfg)
     if dims is not None:
         _check_tensor(cfg, dims)
-        stage_sizes(cfg.parallel, resolve_exits(cfg, dims))
+        exits = resolve_exits(cfg, dims)
+        stage_sizes(cfg.parallel, exits)
+        if cfg.rl.fixed_depth and cfg.rl.fixed_depth not in exits.outcomes:
+            raise ValueError(f"rl.fixed_depth={cfg.rl.fixed_depth}: expected 0 or one of {list(exits.outcomes)}")
         # Late, because it brings torch.
         from ..exits import gate_units
 
@@ -49,10 +54,10 @@ def validate(cfg: RunConfig, dims: ModelDims | None) -> None:
 
 
 def _check_value(key: str, value: Any, rules: Rules) -> None:
-    least = rules.at_least
+    least, named = rules.at_least, [choice or "nothing" for choice in rules.choices]
     for wrong, expected in (
         (isinstance(value, float) and not math.isfinite(value), "a finite number"),
-        (rules.choices and value not in rules.choices, f"one of {', '.join(rules.choices)}"),
+        (rules.choices and value not in rules.choices, f"one of {', '.join(named)}"),
         (rules.positive and value <= 0, "a number > 0"),
         (least is not None and value < least, f"a number >= {least}"),
         (rules.share and not 0 <= value <= 1, "a share from 0 to 1"),
@@ -70,7 +75,12 @@ def _check_names(cfg: RunConfig) -> None:
 
 def _check_task(cfg: RunConfig) -> None:
     task = cfg.task
-    if task.name in ("arithmetic", "tom", "reasoning_gym"):
+    if cfg.rl.families and (task.path or not set(cfg.rl.families) <= set(task.families)):
+        raise ValueError(
+            f"rl.families={cfg.rl.families}: expected some of task.families, "
+            f"{', '.join(task.families) if not task.path else f'which task.name={task.name} has none of'}"
+        )
+    if task.name in (*TASK_FAMILIES, "reasoning_gym"):
         _check_families(task.name, list(task.families))
         return
     if not task.path:
@@ -141,6 +151,11 @@ def _check_training(cfg: RunConfig) -> None:
         raise ValueError(
             f"evaluate.control_policy={cfg.evaluate.control_policy}: only controls use it; set evaluate.controls=true"
         )
+    if cfg.evaluate.choice and cfg.task.name != "hops":
+        raise ValueError(
+            f"evaluate.choice={cfg.evaluate.choice}: task.name={cfg.task.name} has no styles to choose from; expected "
+            "task.name=hops, or evaluate.choice left out"
+        )
 
 
 def _check_objective(cfg: RunConfig) -> None:
@@ -149,6 +164,13 @@ def _check_objective(cfg: RunConfig) -> None:
         raise ValueError(
             f"rl.credit={rl.credit} with rl.depth_cost={rl.depth_cost}: the largest depth is no sum over tokens, so "
             "none has a part of it; set rl.credit=exit or answer"
+        )
+    if rl.kl_sum and not KL_TERMS[rl.kl].in_reward:
+        raise ValueError(f"rl.kl_sum=true: only the reward holds a sum over an answer; set rl.kl=reward, not {rl.kl}")
+    if rl.fixed_depth and CREDITS[rl.credit].local:
+        raise ValueError(
+            f"rl.fixed_depth={rl.fixed_depth} with rl.credit={rl.credit}: no exit is chosen that could answer for "
+            "itself; set rl.credit=answer"
         )
     if rl.importance == "mask" and rl.importance_floor >= rl.importance_cap:
         raise ValueError(

@@ -14,12 +14,29 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 # Queries of a sequence that are multiplied with its keys at a time on a CPU: their scores then stay in its caches
 # (32 queries, 3 heads a group, 4,096 keys: 1.5 MiB).
 QUERIES = 32
+# Sequences of at most so many keys are attended to together, those of like length padded to the longest: one by one the
+# calls would take longer than the products.
+SHORT = 64
+
+
+@dataclass(frozen=True)
+class Together:
+    """R sequences of like length as rows: `queries` int64 [R * n] and `keys` int64 [R * m], which go where, padding
+    repeats a sequence's first; `seen` bool [R, 1, n, m]; `used` int64: which of the R * n queries are not padding, and
+    `places` where their results go."""
+
+    queries: Tensor
+    keys: Tensor
+    seen: Tensor
+    used: Tensor
+    places: Tensor
 
 
 @dataclass(frozen=True)
@@ -39,7 +56,7 @@ class Spans:
     def blocks(self) -> list[tuple[slice, slice, int]]:
         """(queries, keys up to those of the last of them, how many of these keys the first of them sees)."""
         found = []
-        for row in range(len(self.query_bounds) - 1):
+        for row in np.flatnonzero(np.diff(self.key_bounds) > SHORT):
             first, stop = self.query_bounds[row : row + 2].tolist()
             start = int(self.key_bounds[row])
             for at in range(first, stop, QUERIES):
@@ -47,6 +64,26 @@ class Spans:
                 low, high = self.host_positions[[at, end - 1]].tolist()
                 found.append((slice(at, end), slice(start, start + high + 1), low + 1))
         return found
+
+    @cached_property
+    def together(self) -> list[Together]:
+        """The sequences of at most `SHORT` keys, by powers of two of their length."""
+        lengths, asking = np.diff(self.key_bounds), np.diff(self.query_bounds)
+        short = (lengths <= SHORT) & (asking > 0)
+        sizes = np.ceil(np.log2(np.maximum(lengths, 1)))
+        return [self._rows(np.flatnonzero(short & (sizes == size))) for size in np.unique(sizes[short])]
+
+    def _rows(self, rows: np.ndarray) -> Together:
+        asking, lengths = (np.diff(bounds)[rows, None] for bounds in (self.query_bounds, self.key_bounds))
+        query, key = np.arange(asking.max()), np.arange(lengths.max())
+        queries = self.query_bounds[rows, None] + np.where(query < asking, query, 0)
+        keys = self.key_bounds[rows, None] + np.where(key < lengths, key, 0)
+        used = (query < asking).ravel().nonzero()[0]
+        # A query's place is among its sequence's own keys, so none that is padding comes before it.
+        seen = key <= self.host_positions[queries][:, None, :, None]
+        flat = queries.ravel()
+        parts = [torch.from_numpy(x) for x in (flat, keys.ravel(), seen, used, flat[used])]
+        return Together(*(x.to(self.positions.device, non_blocking=True) for x in parts))
 
     @cached_property
     def block_mask(self) -> BlockMask:
@@ -76,7 +113,23 @@ def attend_packed(query: Tensor, key: Tensor, value: Tensor, spans: Spans, flex:
     """
     if flex:
         return flexible(query, key, value, spans, _compiled())
-    return _BlockAttention.apply(query.float(), key.float(), value.float(), spans).to(query.dtype)
+    wide = query.float(), key.float(), value.float()
+    if not spans.together:
+        return _BlockAttention.apply(*wide, spans).to(query.dtype)
+    out = _BlockAttention.apply(*wide, spans) if spans.blocks else torch.zeros_like(wide[0])
+    for rows in spans.together:
+        out = out.index_copy(0, rows.places, _rows_attend(*wide, rows))
+    return out.to(query.dtype)
+
+
+def _rows_attend(query: Tensor, key: Tensor, value: Tensor, rows: Together) -> Tensor:
+    """The results of the queries that `rows` has, [len(rows.places), h, d]."""
+    q, k, v = (
+        x.index_select(0, index).unflatten(0, (len(rows.seen), -1)).transpose(1, 2)
+        for x, index in ((query, rows.queries), (key, rows.keys), (value, rows.keys))
+    )
+    out = F.scaled_dot_product_attention(q, k, v, rows.seen, enable_gqa=query.size(1) != key.size(1))
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, rows.used)
 
 
 def flexible(query: Tensor, key: Tensor, value: Tensor, spans: Spans, attend: Callable[..., Any]) -> Tensor:
@@ -98,8 +151,9 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
         q, k, v = _grouped(query, key).mul_(query.size(-1) ** -0.5), _heads_first(key), _heads_first(value)
-        out = torch.empty_like(q)
-        normaliser = q.new_empty(q.size(0), q.size(1), 1)
+        # Zero where no block has a query.
+        out = torch.zeros_like(q)
+        normaliser = q.new_zeros(q.size(0), q.size(1), 1)
         for rows, keys, scores in _scores(q, k, query.size(1) // key.size(1), spans):
             top = scores.amax(-1, keepdim=True)
             scores.sub_(top).exp_()
@@ -117,7 +171,7 @@ class _BlockAttention(torch.autograd.Function):
         q, k, v = _grouped(query, key).mul_(scale), _heads_first(key), _heads_first(value)
         d_out = _grouped(gradient, key)
         shift = (d_out * out).sum(-1, keepdim=True)
-        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for rows, keys, scores in _scores(q, k, query.size(1) // key.size(1), ctx.spans):
             weights = scores.sub_(normaliser[:, rows]).exp_()
             d_v[:, keys].baddbmm_(weights.transpose(1, 2), d_out[:, rows])

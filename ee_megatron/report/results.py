@@ -13,9 +13,9 @@ MADE_BY = {
     "calibrated": ("calibrate",),
     "reinforced": ("rl",),
 }
-NOT_BY_MODEL = ("meta", "rows", "answers", "controls")
+NOT_BY_MODEL = ("meta", "rows", "answers", "controls", "choice")
 # Not every evaluation measures these.
-OPTIONAL = ("gates", "pareto", "externalisation", "controls")
+OPTIONAL = ("gates", "pareto", "externalisation", "controls", "choice")
 
 
 @dataclass
@@ -40,6 +40,8 @@ class Results:
     pareto: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     externalisation: dict[str, Any] = field(default_factory=dict)
     controls: list[dict[str, Any]] = field(default_factory=list)
+    choice: dict[str, Any] = field(default_factory=dict)
+    """What of it is by model stands under "models"; evaluation/choice.py makes it."""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Results:

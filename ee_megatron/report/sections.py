@@ -1,4 +1,5 @@
-"""The report's sections behind the results: runs, tasks, thresholds and gates, controls, depth, externalisation, time.
+"""The report's sections behind the results: runs, tasks, styles, thresholds and gates, controls, depth, externalising,
+time.
 
 Each is built from one part of results.json, the last from RL's clocks, and is empty, and left out, where that is
 missing.
@@ -21,6 +22,7 @@ from .results import Results
 from .svg import legend_mark
 from .tables import (
     TextTable,
+    choice_tables,
     controls_table,
     correlation_table,
     depth_table,
@@ -45,8 +47,8 @@ class ReportSection:
 def sections(inputs: Inputs, runs: Sequence[ReportRun]) -> list[ReportSection]:
     """Those that there is something to show in."""
     results = inputs.results
-    made = [_tasks(results), _exits(results), _controls(inputs), _depth(results), _externalisation(results)]
-    made.append(_phases(inputs))
+    made = [_tasks(results), _choice(inputs), _exits(results), _controls(inputs), _depth(results)]
+    made += [_externalisation(results), _phases(inputs)]
     if len(runs) > 1:
         made.insert(0, _runs(inputs, runs))
     return [section for section in made if section.charts or section.tables]
@@ -119,6 +121,15 @@ def _tasks(results: Results) -> ReportSection:
     if results.by_task:
         note = "Accuracy with its 95 % interval (Wilson) and mean depth in layers, by task or family"
         section.tables.append((note, task_table(results.in_order(results.by_task))))
+    return section
+
+
+def _choice(inputs: Inputs) -> ReportSection:
+    section = ReportSection("choice", "Choice of style")
+    for run, results in inputs.by_run:
+        if results.choice:
+            tables = [(f"{run}. {note}" if run else note, table) for note, table in choice_tables(results.choice)]
+            section.tables += [(note, table) for note, table in tables if table.rows]
     return section
 
 

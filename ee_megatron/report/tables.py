@@ -108,6 +108,63 @@ def externalisation_table(models: Mapping[str, Mapping[str, Any]]) -> TextTable:
     return TextTable(heads, rows)
 
 
+def choice_tables(choice: Mapping[str, Any]) -> list[tuple[str, TextTable]]:
+    """Caption and table each: the styles of free answers, the styles one by one, and answers after a wrong step."""
+    weights = ", ".join(f"{s} {w:.0%}" for s, w in zip(choice["styles"], choice["weights"], strict=True))
+    free = (
+        f"Which style the model answers in where it may choose: shares of {choice['answers_per_family']} sampled "
+        f"answers per family. Worked answers that were trained on: {weights}. Length in tokens, depths as shares of "
+        f"the {choice['num_layers']} layers; total: summed over an answer"
+    )
+    forced = (
+        "Each style by itself, its opening given: what it costs and how often it is right under the model's own exits, "
+        "with the same weights at full depth, and with every token held to one depth"
+    )
+    wrong = (
+        "A written-out answer whose first step is made wrong: how often the answer is right all the same, and how "
+        "often it is where the wrong step leads"
+    )
+    return [(free, free_table(choice)), (forced, forced_table(choice)), (wrong, corrupted_table(choice))]
+
+
+def free_table(choice: Mapping[str, Any]) -> TextTable:
+    """Shares of the styles, accuracy, length and depths of free answers, per model and family."""
+    kinds = (*choice["styles"], "other")
+    heads = ("model", "exits", "family", *kinds, "right", "length", "mean depth", "total depth", "max depth")
+    rows = []
+    for model, family, found in _by_family(choice):
+        free = found["free"]
+        shares = (_figure(free["share"], kind, "{:.1%}") for kind in kinds)
+        exits = choice["models"][model]["exits"]
+        rows.append((model, exits, family, *shares, _figure(free, "correct", "{:.1%}"), *_costs(free)))
+    return TextTable(heads, rows, names=3)
+
+
+def forced_table(choice: Mapping[str, Any]) -> TextTable:
+    """Accuracy, length and depths of answers in a given style, and its accuracy at other depths. Dashes: not asked."""
+    fixed = _keys(found.get("fixed") or {} for _, _, found in _by_family(choice))
+    depths = [depth for depth in fixed if int(depth) < choice["num_layers"]]
+    heads = ("model", "family", "style", "right", "length", "mean depth", "total depth", "max depth")
+    heads = (*heads, "right at full depth", *(f"at {depth}" for depth in depths))
+    rows = []
+    for model, family, found in _by_family(choice):
+        for style in choice["styles"]:
+            own, held = found["forced"][style], found.get("fixed") or {}
+            others = [found["forced_full"][style], *((held.get(depth) or {}).get(style) for depth in depths)]
+            right = (_figure(figures, "correct", "{:.1%}") for figures in (own, *others))
+            rows.append((model, family, style, next(right), *_costs(own), *right))
+    return TextTable(heads, rows, names=3)
+
+
+def corrupted_table(choice: Mapping[str, Any]) -> TextTable:
+    rows = [
+        (model, family, str(wrong["n"]), *(_figure(wrong, key, "{:.1%}") for key in ("correct", "followed")))
+        for model, family, found in _by_family(choice)
+        if (wrong := found["corrupted"])
+    ]
+    return TextTable(("model", "family", "n", "right", "where the step leads"), rows, names=2)
+
+
 def task_table(tasks: Mapping[str, Mapping[str, Any]]) -> TextTable:
     """Accuracy with its interval, and mean depth in layers, per "model, exits" and task."""
     names = _keys(tasks.values())
@@ -160,6 +217,21 @@ def correlation_table(correlations: Mapping[str, Mapping[str, Any]]) -> TextTabl
 def _keys(parts: Iterable[Mapping[str, Any]]) -> list[str]:
     """All keys in the order in which they first occur."""
     return list(dict.fromkeys(key for part in parts for key in part))
+
+
+def _by_family(choice: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """(model, family, what was found) in order."""
+    return [(m, family, found) for m, of in choice["models"].items() for family, found in of["families"].items()]
+
+
+def _costs(found: Mapping[str, Any]) -> list[str]:
+    return [_figure(found, "length", "{:.2f}")] + [
+        _figure(found, f"{kind}_depth", "{:.3f}") for kind in ("mean", "total", "max")
+    ]
+
+
+def _figure(found: Mapping[str, Any] | None, key: str, form: str) -> str:
+    return form.format(found[key]) if found and is_number(found.get(key)) else "–"
 
 
 def _at(found: Mapping[str, Any], path: Sequence[str]) -> Mapping[str, Any] | None:

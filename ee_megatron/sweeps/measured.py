@@ -31,6 +31,8 @@ REINFORCED = {
     "rollout_mean_depth": "mean_depth", "rollout_total_depth": "total_depth", "rollout_length": "length",
 }  # fmt: skip
 """Columns of the table and what they are called in results.json and metrics.jsonl."""
+CHOSEN = ("correct", "length", "mean_depth", "total_depth", "max_depth")
+"""Of free answers where a model chose their style; columns have the family behind the name, correct_hop3 for one."""
 TAIL = 0.25
 """Share of the RL steps, the last ones, that `reward` and its like are means of."""
 
@@ -99,7 +101,18 @@ def evaluated(results: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
         figures["flops_answer"] = answer
         # The first token comes with the prompt.
         figures["flops_token"] = answer / (load.answer - 1) if load.answer > 1 else None
-    return figures
+    return figures | chosen_styles(results.get("choice") or {})
+
+
+def chosen_styles(choice: Mapping[str, Any]) -> dict[str, float]:
+    """The last model's free answers by family, where evaluate.choice asked for them: shares of the styles, figures."""
+    columns: dict[str, float] = {}
+    for found in list(choice.get("models", {}).values())[-1:]:
+        for family, entry in found["families"].items():
+            free = entry["free"]
+            columns |= {f"share_{style}_{family}": share for style, share in free["share"].items()}
+            columns |= {f"{name}_{family}": free[name] for name in CHOSEN}
+    return columns
 
 
 def workload(layout: Layout, counts: Mapping[int, float], prompt: float, length: float, answers: float) -> Workload:

@@ -8,19 +8,21 @@ from pathlib import Path
 
 from ..config.schema import RunConfig, TaskConfig
 from .arithmetic import ArithmeticTask
-from .base import ChatTemplate, Split, Task, Verdict
+from .base import ChatTemplate, Split, StyledTask, Task, Verdict
 from .dataset import DatasetTask, GSM8KTask
+from .hops import HopsTask
 from .reasoning_gym import ReasoningGymTask
 from .tom import ToMTask
 from .verifier import VerifierPool
 
-__all__ = ["TASKS", "ChatTemplate", "Split", "Task", "Verdict", "VerifierPool", "make_task", "task_of"]
+__all__ = ["TASKS", "ChatTemplate", "Split", "StyledTask", "Task", "Verdict", "VerifierPool", "make_task", "task_of"]
 
 TASKS: dict[str, Callable[[TaskConfig, ChatTemplate | None], Task]] = {
     "arithmetic": ArithmeticTask,
     "gsm8k": GSM8KTask,
     "tom": ToMTask,
     "reasoning_gym": ReasoningGymTask,
+    "hops": HopsTask,
     "dataset": DatasetTask,
     "jsonl": DatasetTask,
 }

@@ -77,6 +77,29 @@ class Task(Protocol):
         ...
 
 
+class StyledTask(Task, Protocol):
+    """A task whose answers may be written in several ways, between which a model has the choice.
+
+    `style_weights`: shares of the `styles` among worked answers.
+    """
+
+    styles: tuple[str, ...]
+    style_weights: tuple[float, ...]
+
+    def style_of(self, prompt: Prompt, text: str) -> str | None:
+        """The style of an answer's text; None: it has the form of none."""
+        ...
+
+    def opening(self, style: str) -> str:
+        """What every answer in that style, and no other, begins with."""
+        ...
+
+    def corrupted(self, prompt: Prompt) -> tuple[str, str] | None:
+        """The beginning of a written-out answer whose first step is wrong, and the wrong answer that follows from it;
+        None where there is a single step."""
+        ...
+
+
 class Problem(NamedTuple):
     """A question, its reference answer, a worked answer as the model should write it, and the groups it belongs to."""
 
@@ -151,9 +174,14 @@ class ProblemTask:
 
 def split_of(text: str) -> str:
     """The split that a hash of `text` gives it, by SHARES: the same however many problems are asked for."""
-    point = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32
+    point = share_of(text)
     for split in SPLITS:
         point -= SHARES[split]
         if point < 0:
             return split
     return SPLITS[-1]
+
+
+def share_of(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..checkpoint.policy_files import open_policy
 from ..config.schema import RunConfig
+from ..evaluation.choice import ChoiceBench, choice
 from ..evaluation.evaluate import Answer, add_readings, evaluate_model
 from ..evaluation.gates import gate_calibration
 from ..evaluation.interventions import Bench, externalisation
@@ -24,16 +28,19 @@ from ..evaluation.results import table, write_results
 from ..evaluation.summary import EvaluationRow, choose_threshold
 from ..exit_rules import CONTROLS, ExitRule, Off, Sample, Threshold
 from ..planning.flops import answer_cost
+from ..policy import sharpened
 from ..report.numbers import pareto_front
-from ..report.tables import controls_table, externalisation_table
+from ..report.tables import choice_tables, controls_table, externalisation_table
 from ..rollout.engine.prompts import encode_continuation
 from ..rollout.engine.request import GenerationRequest
 from ..rollout.engine.sampling import SamplingParams
 from ..rollout.pool.interface import RolloutPool
+from ..tasks.base import StyledTask
 from ..tensors import HeldStream
 from ..types import Prompt, Rollout
 from . import stages
 from .controls import Reference, all_controls, run_controls
+from .rollout_source import exits_of
 from .session import Session
 from .stopping import listener
 
@@ -135,7 +142,10 @@ class Evaluation:
         self.bar.advance(1, accuracy=row.accuracy, depth=row.mean_depth)
 
     def load(self, checkpoint: Path) -> None:
-        self.pool.load(self.pool.take(1, HeldStream(open_policy(checkpoint)[1])))
+        self.hold(open_policy(checkpoint)[1])
+
+    def hold(self, policy: Mapping[str, Tensor]) -> None:
+        self.pool.load(self.pool.take(1, HeldStream(policy)))
 
     def on_validation(self, model: str, exits: ExitRule) -> EvaluationRow:
         return self.answer(model, exits, self.validation)[0]
@@ -203,9 +213,46 @@ class Evaluation:
         rules = all_controls(reference, checkpoints, outcomes, session.source.dims.vocab, unpriced)
         self.more["controls"] = run_controls(self, reference, rules, self.done)
 
+    def choice(self, checkpoints: Mapping[str, Path]) -> None:
+        """Which style the models that evaluate.choice names answer in, sampled as RL samples."""
+        cfg, spec, task = self.session.cfg, self.session.spec, cast(StyledTask, self.task)
+        rl, found = cfg.rl, dict[str, Any]()
+        for model in choosing(cfg, checkpoints):
+            full = model == "teacher" or rl.fixed_depth == spec.num_layers
+            if model == "teacher":
+                self.pool.load(None)
+            elif model == "start":
+                calibrated = open_policy(checkpoints["calibrated"])[1]
+                self.hold(sharpened(calibrated, rl.gate_centre, rl.gate_sharpness))
+            else:
+                self.load(checkpoints[model])
+            bench = ChoiceBench(
+                self.pool,
+                self.verifier,
+                task,
+                replace(self.sampling, temperature=rl.temperature),
+                spec.num_layers,
+                getattr(spec, "first_token", False),
+                cfg.evaluate.choice_answers,
+                cfg.evaluate.seed,
+                partial(self.bar.detail, f"{model} styles"),
+            )
+            depths = spec.layout.outcomes if model == "start" else ()
+            found[model] = choice(bench, self.test, Off() if full else exits_of(rl), depths)
+            self.bar.advance(1)
+        self.more["choice"] = {
+            "styles": list(task.styles),
+            "weights": list(task.style_weights),
+            "num_layers": spec.num_layers,
+            "answers_per_family": cfg.evaluate.choice_answers,
+            "models": found,
+        }
+
     def texts(self) -> str:
         """Every table, for the terminal."""
         parts = [table(self.rows)]
+        if "choice" in self.more:
+            parts += [found.text() for _, found in choice_tables(self.more["choice"]) if found.rows]
         if "controls" in self.more:
             parts.append(controls_table(self.more["controls"]).text())
         if "externalisation" in self.more:
@@ -213,16 +260,25 @@ class Evaluation:
         return "\n\n".join(parts)
 
 
-def count_sets(cfg: RunConfig, models: int) -> int:
-    """Sets of answers that the progress bar counts: one per row and threshold tried, two per control."""
+def choosing(cfg: RunConfig, checkpoints: Collection[str]) -> list[str]:
+    """The models whose choice of style is measured, in the order of the method; without RL the last is its start."""
+    last = "reinforced" if "reinforced" in checkpoints else "start"
+    asked = {"": (), "reinforced": (last,), "all": ("teacher", "start", last)}
+    return list(dict.fromkeys(asked[cfg.evaluate.choice]))
+
+
+def count_sets(cfg: RunConfig, checkpoints: Collection[str]) -> int:
+    """Sets of answers that the progress bar counts: one per row and threshold tried, two per control, one per model
+    whose choice of style is measured."""
+    models = len(checkpoints)
     rules = len(CONTROLS) + (models > 1) + bool(cfg.evaluate.control_policy) if cfg.evaluate.controls else 0
-    return 1 + models * (len(cfg.evaluate.thresholds) + 3) + 2 * rules
+    return 1 + models * (len(cfg.evaluate.thresholds) + 3) + 2 * rules + len(choosing(cfg, checkpoints))
 
 
 def evaluate(cfg: RunConfig, model_path: Path) -> None:
     """Run the stage: results.json for the report, table.txt for the terminal."""
     found = policies(cfg)
-    sets = count_sets(cfg, len(found))
+    sets = count_sets(cfg, found)
     with listener.at_once(), Session(cfg, "evaluate", model_path, learner=False) as session:
         work = Evaluation(session, sets)
         work.teacher()
@@ -230,6 +286,8 @@ def evaluate(cfg: RunConfig, model_path: Path) -> None:
             work.policy(model, checkpoint)
         if cfg.evaluate.controls:
             work.controls(found)
+        if cfg.evaluate.choice:
+            work.choice(found)
         spec = session.spec
         work.meta |= {
             "name": cfg.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -33,12 +34,13 @@ def objective_of(rl: RLConfig, longest: int) -> PolicyGradient:
     )
 
 
-def replay(groups: Sequence[Group], num_layers: int) -> ReplayBatch:
-    """The rollouts of all groups, under the exits that they took."""
+def replay(groups: Sequence[Group], num_layers: int, *, gates: bool = True) -> ReplayBatch:
+    """The rollouts of all groups, under the exits that they took; without `gates` they were told where to leave."""
     rollouts = [r for g in groups for r in g.rollouts]
-    return pack(
+    batch = pack(
         [r.prompt_tokens for r in rollouts], [r.tokens for r in rollouts], [r.exit_depths for r in rollouts], num_layers
     )
+    return batch if gates else replace(batch, asked=batch.asked & False)
 
 
 def taught(groups: Sequence[Group], rl: RLConfig) -> Tensor:
@@ -81,7 +83,7 @@ def credit(
         worth = worth - overlong_penalty(counts.sum(1), longest, rl.overlong_buffer)
     log_ratio = None if reference is None else mean_log_ratio(batch, start[0], reference)
     if KL_TERMS[rl.kl].in_reward and log_ratio is not None:
-        worth = worth - rl.beta * log_ratio
+        worth = worth - rl.beta * log_ratio * (counts.sum(1) if rl.kl_sum else 1)
     kind, how = DEPTH_COSTS[rl.depth_cost], CREDITS[rl.credit]
     cost = kind.of_answers(batch, layout.num_layers, rl.cost_length)
     by_task, by_depth = among(worth, counted), price * among(-cost, charged)

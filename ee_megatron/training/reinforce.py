@@ -17,9 +17,7 @@ minimises a weighted likelihood with the same gradient (objectives/policy_gradie
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +31,8 @@ from ..learner.learner import Learner, Packed, Scores, Update
 from ..objectives.depth import CREDITS
 from ..objectives.divergences import Teacher
 from ..objectives.schedules import learning_rate
-from ..tensors import LayeredTensors, drain
+from ..policy import sharpened
+from ..tensors import drain
 from ..types import Group
 from .costs import counted, speeds
 from .experience import credit, entropies, mismatch, objective_of, replay, rollout_metrics, taught
@@ -90,15 +89,6 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
         session.finish()
 
 
-def sharpened(policy: Mapping[str, Tensor], centre: float, sharpness: float) -> Mapping[str, Tensor]:
-    """The policy with gate logits sharpness * (z - logit(centre)). Exits sampled from calibrated hazards are far worse
-    than the same gates under a high threshold; so RL may start at that threshold, in a policy it can still explore."""
-    shift = math.log(centre / (1 - centre))
-    moved = {name: policy[name] * sharpness for name in policy if name.endswith("fc2.weight")}
-    moved |= {name: (policy[name] - shift) * sharpness for name in policy if name.endswith("fc2.bias")}
-    return LayeredTensors(moved, policy)
-
-
 def learn(
     session: Session, learner: Learner, groups: list[Group], step: int, cost: Price
 ) -> tuple[dict[str, float], dict[str, float]]:
@@ -106,7 +96,7 @@ def learn(
     rl, layout = session.cfg.rl, session.spec.layout
     objective = objective_of(rl, session.cfg.rollout.max_new_tokens)
     clock = [time.monotonic()]
-    batch = replay(groups, layout.num_layers)
+    batch = replay(groups, layout.num_layers, gates=not rl.fixed_depth)
     first, reference = scored(learner, batch, rl)
     clock.append(time.monotonic())
     packed = learner.packed

@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from ..checkpoint.policy_files import open_policy, policy_written
 from ..config.schema import RLConfig
-from ..exit_rules import Off, Sample
+from ..exit_rules import ExitRule, Fixed, Off, Sample
 from ..observe.rundir import atomic_directory, write_atomic
 from ..policy import PolicySpec, WeightSet
 from ..rollout.engine.request import GenerationRequest
@@ -79,7 +79,7 @@ class RolloutSource:
         self.cfg = session.cfg
         task = session.make_task()
         self.verifier: VerifierPool = session.make_verifier(task)
-        self.prompts = task.prompts("train")
+        self.prompts = prompts_of(task.prompts("train"), self.cfg.rl.families)
         self.pool: RolloutPool = session.make_pool(session.spec)
         self.dump_directory = session.path / "rollouts"
         self.history = WeightHistory(session.path / "ahead", session.spec)
@@ -155,7 +155,7 @@ class RolloutSource:
                         step_prompts(self.prompts, coming, rl),
                         rl.group_size,
                         SamplingParams(rl.temperature, r.max_new_tokens, tuple(r.stop)),
-                        Sample(),
+                        exits_of(rl),
                         rl.seed * 1_000_003 + coming,
                     ),
                 )
@@ -251,6 +251,16 @@ def check_versions(answers: list[list[Rollout]], version: int, staleness: int) -
 
 def versions_of(answers: list[list[Rollout]]) -> list[np.ndarray]:
     return [a.weight_versions for group in answers for a in group if a.weight_versions is not None]
+
+
+def exits_of(rl: RLConfig) -> ExitRule:
+    """The rule that rollouts are made under."""
+    return Fixed(rl.fixed_depth) if rl.fixed_depth else Sample()
+
+
+def prompts_of(prompts: list[Prompt], families: Sequence[str]) -> list[Prompt]:
+    """Those of some families; of all, if none is named."""
+    return [p for p in prompts if not families or p.task.partition(".")[2] in families]
 
 
 def step_prompts(prompts: list[Prompt], step: int, rl: RLConfig) -> list[Prompt]:

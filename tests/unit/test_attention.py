@@ -44,18 +44,19 @@ def expected(spans: Spans, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 @settings(deadline=None)
 @given(
     st.lists(st.integers(1, 90), min_size=1, max_size=4), st.sampled_from([0.1, 0.6, 1.0]), st.integers(0, 99),
-    st.sampled_from([1, 7, 32]),
+    st.sampled_from([1, 7, 32]), st.sampled_from([0, 20, 64]),
 )  # fmt: skip
-def test_blocks_attend_as_single_queries_do(lengths, share, seed, block) -> None:
+def test_blocks_and_rows_attend_as_single_queries_do(lengths, share, seed, block, short) -> None:
+    """Long sequences by blocks of their queries, short ones together as rows, and both side by side."""
     spans, (query, key, value, slope) = make(lengths, share, seed)
     right = expected(spans, query, key, value)
-    queries = attention.QUERIES
-    try:
-        attention.QUERIES = block
-        out = attention._BlockAttention.apply(query, key, value, spans)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "QUERIES", block)
+        patch.setattr(attention, "SHORT", short)
+        # What float32 would hide: the products themselves, in float64.
+        patch.setattr(Tensor, "float", lambda x: x)
+        out = attend_packed(query, key, value, spans, flex=False)
         found = torch.autograd.grad(out, (query, key, value), slope.double())
-    finally:
-        attention.QUERIES = queries
     torch.testing.assert_close(out, right, rtol=1e-12, atol=1e-12)
     for mine, theirs in zip(found, torch.autograd.grad(right, (query, key, value), slope.double()), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-11)

@@ -24,6 +24,8 @@ from ee_megatron.policy import ATTENTION, MLP, PolicySpec
 TWO_NODES = ("cluster.nodes=2", "cluster.rollout_nodes=1", "cluster.gpus_per_node=8")
 # Settings under which nothing has to be scored first.
 SKIPPING = ("rl.skip_scoring=true", "rl.importance=none", "rl.kl=exact")
+# With everything that an evaluation may do without.
+MEASURED = ("evaluate.controls=true", "evaluate.externalisation=true", "evaluate.choice=all")
 SMALL = dict(max_positions=64, rms_eps=1e-6, rope_theta=1e4, vocab=128)
 
 
@@ -53,7 +55,7 @@ def broken() -> Iterator[tuple[str, Any, str]]:
         if isinstance(value, float):
             yield key, float("nan"), "a finite number"
         if rules.choices:
-            yield key, "nonsense", f"one of {', '.join(rules.choices)}"
+            yield key, "nonsense", f"one of {', '.join(choice or 'nothing' for choice in rules.choices)}"
         if rules.positive:
             yield key, kind(0), "a number > 0"
         if rules.at_least is not None:
@@ -90,6 +92,7 @@ def test_every_rule_on_a_field_is_enforced(key: str, value: Any, expected: str) 
         (["calibrate.uniform_patterns=1.5"], ["calibrate.uniform_patterns=1.5", "0 to 1"]),
         (["evaluate.thresholds=[0.5,2]"], ["evaluate.thresholds", "2"]),
         (["evaluate.externalisation_prompts=-1"], ["evaluate.externalisation_prompts=-1", ">= 0"]),
+        (["evaluate.choice=all"], ["evaluate.choice=all", "task.name=arithmetic", "task.name=hops"]),
         (["evaluate.control_policy=runs/x"], ["evaluate.control_policy=runs/x", "evaluate.controls=true"]),
         (["task.families=[product,quotient]"], ["quotient", "product, sum, word, chain"]),
         (["task.name=jsonl"], ["task.path"]),
@@ -368,12 +371,12 @@ def hashes(cfg: RunConfig) -> dict[str, str]:
 def test_switched_off_parts_of_the_evaluation_are_not_in_its_name() -> None:
     found = identity.identity(config(), "evaluate")["evaluate"]
     assert set(found) == {"split", "thresholds", "tolerance", "answers", "seed"}
-    assert hashes(config("evaluate.externalisation_prompts=7")) == hashes(config())
+    assert hashes(config("evaluate.externalisation_prompts=7", "evaluate.choice_answers=7")) == hashes(config())
 
 
 def test_the_mark_on_a_field_decides_whether_it_is_part_of_an_identity() -> None:
     """Walks the schema, so that a field that is added is asked about too."""
-    base = config("pretrain.enabled=true", "evaluate.controls=true", "evaluate.externalisation=true")
+    base = config("pretrain.enabled=true", *MEASURED)
     in_stages = {section for sections in identity.STAGES.values() for section in sections}
     before = hashes(base)["evaluate"]
     for key, _, rules in settings(base):
@@ -401,7 +404,7 @@ def test_a_setting_that_was_added_later_is_named_once_it_is_set() -> None:
 
 @pytest.mark.parametrize("key", sorted(key for key, _, _ in settings(RunConfig())))
 def test_a_setting_changes_the_stages_that_depend_on_it_and_no_others(key: str) -> None:
-    base = config("pretrain.enabled=true", "evaluate.controls=true", "evaluate.externalisation=true")
+    base = config("pretrain.enabled=true", *MEASURED)
     before, after = hashes(base), hashes(changed(base, key))
     different = [stage for stage in before if before[stage] != after[stage]]
     section = key.split(".")[0]
@@ -437,3 +440,15 @@ def test_a_stage_that_is_left_out_has_no_settings(stage: str) -> None:
     off = config(f"{stage}.enabled=false")
     assert hashes(off) == hashes(changed(off, f"{stage}.seed"))
     assert stage not in identity.stage_order(off) and stage in identity.stage_order(config(f"{stage}.enabled=true"))
+
+
+def test_what_rl_takes_of_a_task_and_where_it_leaves() -> None:
+    assert "rl.families=['hop9']: expected some of task.families, hop1, hop2" in refused(
+        "task=hops", "rl.families=[hop9]"
+    )
+    assert "which task.name=gsm8k has none of" in refused("task=gsm8k", "task.path=there", "rl.families=[product]")
+    assert "task.families=['product', 'sum', 'word'] (product, sum, word)" in refused("task.name=hops")
+    assert "set rl.kl=reward, not exact" in refused("rl.kl_sum=true", "rl.kl=exact")
+    assert "set rl.credit=answer" in refused("rl.fixed_depth=5", "rl.credit=exit")
+    assert "rl.fixed_depth=3: expected 0 or one of [5, 10, 15, 20, 25, 28]" in refused("rl.fixed_depth=3", model=dims())
+    validate(config("rl.fixed_depth=28", "task=hops", "rl.families=[hop3]"), dims())

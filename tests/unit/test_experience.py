@@ -70,6 +70,30 @@ def test_the_paper_s_reward_by_hand():
         assert taught_by.amin(1)[1].item() == pytest.approx(second - first)
 
 
+def test_the_distance_from_the_reference_may_be_a_sum():
+    """kl_sum: R = r_task - beta * sum(log pi - log pi_ref): three tokens and two, 0.2 and 0.7 each."""
+    groups = [a_group([6, 2, 2], [6, 6], rewards=[1, 0.5])]
+    plain = replay(groups, 6)
+    reference = scores(plain, tokens=torch.tensor([[-1.2], [-1.7]]).expand(plain.tokens.shape))
+    rl = RLConfig(lambda_exit=0.0, beta=0.1, kl_sum=True)
+    _, _, experience, values, _ = weights_of(groups, rl, reference=reference)
+    first, second = 1 - 0.1 * 3 * 0.2, 0.5 - 0.1 * 2 * 0.7
+    assert values["reward"] == pytest.approx((first + second) / 2)
+    # The metric stays a mean, comparable whatever the reward holds.
+    assert values["kl_to_reference"] == pytest.approx(0.45)
+    assert experience.token_advantage.amax(1)[0].item() == pytest.approx(first - second)
+
+
+def test_where_all_are_told_where_to_leave_no_gate_learns():
+    groups = [a_group([6, 2, 2], [6, 2], rewards=[1, 0])]
+    batch = replay(groups, 6, gates=False)
+    assert not batch.asked.any() and batch.exit_depths.equal(replay(groups, 6).exit_depths)
+    rl = RLConfig(lambda_exit=0.5, beta=0.0, fixed_depth=2)
+    experience, _ = credit(batch, groups, scores(batch), None, rl, LAYOUT, price=0.0, longest=LONGEST)
+    weights, _ = objective_of(rl, LONGEST).weights(batch, experience, scores(batch).token_logprobs, torch.zeros(()))
+    assert not weights.exit.any() and weights.token.any()
+
+
 def test_the_exact_kl_is_weighed_once_and_not_charged_twice():
     """beta, each answer's tokens sharing 1/n of it; the reward then has no KL in it."""
     groups = [a_group([6, 2, 2], [6, 6])]

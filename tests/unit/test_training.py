@@ -27,7 +27,7 @@ from ee_megatron.objectives.policy_gradient import IMPORTANCE, K3_GAP, Clip, cli
 from ee_megatron.objectives.schedules import learning_rate, price, schedule
 from ee_megatron.objectives.weights import Weights, mean_weights
 from ee_megatron.observe.rundir import RunDirectory
-from ee_megatron.policy import PolicySpec, save_policy
+from ee_megatron.policy import PolicySpec, save_policy, sharpened
 from ee_megatron.tensors import HeldStream, collect
 from ee_megatron.training.calibrate import (
     Item,
@@ -38,7 +38,6 @@ from ee_megatron.training.calibrate import (
     target_depth,
 )
 from ee_megatron.training.checkpoints import TrainingStreams, damage, read_training, write_training
-from ee_megatron.training.reinforce import sharpened
 from ee_megatron.training.rollout_source import step_prompts
 from ee_megatron.training.stored import load_rollouts, load_traces, save_rollouts, save_traces
 from ee_megatron.types import Prompt, Trace

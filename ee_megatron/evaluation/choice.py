@@ -1,0 +1,188 @@
+"""Which style a model answers in where it may choose, and what each costs it: sampled answers to a styled task.
+
+Greedy answers would turn a share into 0 or 1, so answers are sampled, at the temperature and by the exit rule of RL.
+Beside the free ones every style is forced by its opening (`Prompt.prefill`): under the same exits; at full depth, where
+it shows whether the weights can still do it; with all tokens held to one depth, which shows what depth a style needs. A
+wrong first step, put in the model's mouth, tells whether the answer follows the text.
+
+A prompt's name decides its random numbers: all models and conditions draw the same.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..exit_rules import ExitRule, Fixed, Off
+from ..rollout.engine.request import GenerationRequest
+from ..rollout.engine.sampling import SamplingParams
+from ..rollout.pool.interface import RolloutPool
+from ..tasks.base import StyledTask
+from ..tasks.verifier import VerifierPool
+from ..types import Prompt, Rollout
+
+FREE, CORRUPTED, OTHER = "free", "corrupted", "other"
+Key = tuple[str, str]
+"""A family, and what its answers are: FREE, CORRUPTED or forced into the style of that name."""
+
+
+class Judged(NamedTuple):
+    """An answer to a prompt, and whether it is right."""
+
+    prompt: Prompt
+    rollout: Rollout
+    correct: bool
+
+
+def figures(answers: Sequence[Judged], num_layers: int, first_exits: bool) -> dict[str, float]:
+    """n answers -> their number, the share of right ones, and means over answers. With T tokens of an answer, the
+    stop's included, and d_t = depth of token t / L:
+
+    - length: T; total_depth: Σ_t d_t; mean_depth: Σ_t d_t / T; square: Σ_t d_t² / T
+    - max_depth: max_t d_t; unless `first_exits` without the first token, whose depth L is no choice (0 if it is alone)
+
+    NaN without answers.
+    """
+    depths = [np.asarray(answer.rollout.exit_depths, dtype=np.float64) / num_layers for answer in answers]
+    chosen = depths if first_exits else [d[1:] for d in depths]
+
+    def mean(values: Iterable[float]) -> float:
+        return float(np.mean(list(values))) if answers else float("nan")
+
+    return {
+        "n": len(answers),
+        "correct": mean(answer.correct for answer in answers),
+        "mean_depth": mean(d.mean() for d in depths),
+        "total_depth": mean(d.sum() for d in depths),
+        "max_depth": mean(d.max(initial=0.0) for d in chosen),
+        "square": mean(np.square(d).mean() for d in depths),
+        "length": mean(len(d) for d in depths),
+    }
+
+
+def shares(found: Sequence[str | None], styles: Sequence[str]) -> dict[str, float]:
+    """Share of each style, and of answers in none (`OTHER`), among the styles found in n answers; NaN without any."""
+    counts = Counter(OTHER if style is None else style for style in found)
+    return {style: counts[style] / len(found) if found else float("nan") for style in (*styles, OTHER)}
+
+
+def cycled(prompts: Sequence[Prompt], answers: int) -> list[Prompt]:
+    """The prompts over and over, until there are as many as answers are wanted."""
+    return [prompts[i % len(prompts)] for i in range(answers)]
+
+
+def by_family(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
+    """ "hops.hop3" is of family "hop3"; fewest hops first."""
+    groups: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault(prompt.task.partition(".")[2], []).append(prompt)
+    return {family: groups[family] for family in sorted(groups, key=hops)}
+
+
+def hops(family: str) -> int:
+    """ "hop3" -> 3."""
+    return int(family.removeprefix("hop"))
+
+
+@dataclass(frozen=True)
+class ChoiceBench:
+    """Where answers are made and judged, how they are sampled, and `answers` of them per family and condition.
+
+    `first_exits`: an answer's first token may exit like any other. `progress(done, total)` counts answers.
+    """
+
+    pool: RolloutPool
+    verifier: VerifierPool
+    task: StyledTask
+    sampling: SamplingParams
+    num_layers: int
+    first_exits: bool
+    answers: int
+    seed: int = 0
+    progress: Callable[[int, int], None] | None = None
+
+    def ask(self, sets: Mapping[Key, Sequence[Prompt]], exits: ExitRule) -> dict[Key, list[Judged]]:
+        """One answer to every prompt of every set: a single request, so that the pool's rows stay full."""
+        asked = [prompt for prompts in sets.values() for prompt in prompts]
+        named = [prompt for prompts in sets.values() for prompt in _apart(prompts)]
+        made = self.pool.generate(GenerationRequest(named, 1, self.sampling, exits, self.seed), self.progress)
+        rollouts = [answer for (answer,) in made]
+        verdicts = self.verifier.verify_many([(p, a.text) for p, a in zip(asked, rollouts, strict=True)])
+        judged = (Judged(p, a, v.correct) for p, a, v in zip(asked, rollouts, verdicts, strict=True))
+        return {key: [next(judged) for _ in prompts] for key, prompts in sets.items()}
+
+    def figures(self, answers: Sequence[Judged]) -> dict[str, float]:
+        return figures(answers, self.num_layers, self.first_exits)
+
+
+def choice(
+    bench: ChoiceBench, prompts: Sequence[Prompt], exits: ExitRule, depths: Sequence[int] = ()
+) -> dict[str, Any]:
+    """How the weights that the pool holds answer under `exits`, by family; plain JSON values.
+
+    `depths`: exit depths and L at which the forced styles are measured with all tokens held to them.
+    Raises ValueError without prompts.
+    """
+    if not prompts:
+        raise ValueError("no prompts to choose a style for; give the task more problems")
+    task, families = bench.task, by_family(prompts)
+    wanted = {family: cycled(group, bench.answers) for family, group in families.items()}
+    forced: dict[Key, list[Prompt]] = {
+        (family, style): [replace(prompt, prefill=task.opening(style)) for prompt in group]
+        for family, group in wanted.items()
+        for style in task.styles
+    }
+    free: dict[Key, list[Prompt]] = {(family, FREE): group for family, group in wanted.items()}
+    wrong: dict[Key, list[Prompt]] = {}
+    leads: dict[str, list[str]] = {}
+    for family, group in wanted.items():
+        spoilt = [(prompt, step) for prompt in group if (step := task.corrupted(prompt)) is not None]
+        if spoilt:
+            wrong[family, CORRUPTED] = [replace(prompt, prefill=opening) for prompt, (opening, _) in spoilt]
+            leads[family] = [state for _, (_, state) in spoilt]
+    own = bench.ask({**free, **forced, **wrong}, exits)
+    # The same rule would give the same answers.
+    full = own if exits == Off() else bench.ask(forced, Off())
+    held = {depth: full if depth == bench.num_layers else bench.ask(forced, Fixed(depth)) for depth in depths}
+
+    def styles(of: Mapping[Key, Sequence[Judged]], family: str) -> dict[str, dict[str, float]]:
+        return {style: bench.figures(of[family, style]) for style in task.styles}
+
+    found: dict[str, Any] = {}
+    for family in families:
+        answers = own[family, FREE]
+        written = shares([task.style_of(answer.prompt, answer.rollout.text) for answer in answers], task.styles)
+        found[family] = {
+            "hops": hops(family),
+            "free": {**bench.figures(answers), "share": written},
+            "forced": styles(own, family),
+            "forced_full": styles(full, family),
+            CORRUPTED: _followed(bench, own[family, CORRUPTED], leads[family]) if family in leads else None,
+        }
+        if depths:
+            found[family]["fixed"] = {str(depth): styles(of, family) for depth, of in held.items()}
+    return {"exits": exits.label, "families": found}
+
+
+def _apart(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Prompts that occur more than once under names of their own, or all their answers would be the same."""
+    seen = Counter[str]()
+    named = []
+    for prompt in prompts:
+        named.append(replace(prompt, id=f"{prompt.id}#{seen[prompt.id]}"))
+        seen[prompt.id] += 1
+    return named
+
+
+def _followed(bench: ChoiceBench, answers: Sequence[Judged], leads: Sequence[str]) -> dict[str, float]:
+    """Shares of answers that are right all the same, and of those that are where the wrong step `leads`, [n] each."""
+    asked = [(replace(a.prompt, answer=state), a.rollout.text) for a, state in zip(answers, leads, strict=True)]
+    return {
+        "n": len(answers),
+        "correct": float(np.mean([answer.correct for answer in answers])),
+        "followed": float(np.mean([verdict.correct for verdict in bench.verifier.verify_many(asked)])),
+    }

@@ -148,10 +148,18 @@ class Study:
         return self._of_origin(TEACHER, record.origin, family, False)
 
     def _of_origin(self, model: str, origin: str, family: str, gates: bool) -> FamilyChoice | None:
+        found = self._before.get((model, origin, family), [])
+        return next((choice for choice, held in found if not (gates and held)), None)
+
+    @cached_property
+    def _before(self) -> dict[tuple[str, str, str], list[tuple[FamilyChoice, bool]]]:
+        """Model, origin, family -> what was measured of it, and whether at a fixed depth."""
+        found: dict[tuple[str, str, str], list[tuple[FamilyChoice, bool]]] = {}
         for r in self.records:
-            if r.origin == origin and not (gates and r.objective.fixed_depth) and family in r.models.get(model, {}):
-                return r.models[model][family]
-        return None
+            for model in (TEACHER, START):
+                for family, choice in r.models.get(model, {}).items():
+                    found.setdefault((model, r.origin, family), []).append((choice, bool(r.objective.fixed_depth)))
+        return found
 
 
 def counted(number: int, thing: str) -> str:
@@ -180,9 +188,8 @@ def read_study(directory: Path) -> Study:
     records = [_record(directory, path, configs[path], part) for path, part in parts.items()]
     kept, remarks = _once_each(records, {_name(directory, path): cfg for path, cfg in configs.items()})
     if len(finished) > len(parts):
-        remarks.append(
-            f"{len(finished) - len(parts)} of {len(finished)} finished evaluations measured no choice of style: left out"
-        )
+        unmeasured = f"{len(finished) - len(parts)} of {len(finished)} finished evaluations"
+        remarks.append(f"{unmeasured} measured no choice of style: left out")
     remarks += _unlike(list(configs.values())) + _differs(kept)
     stages = {d for path, cfg in configs.items() for d in _stages(path, cfg)}
     times = [spent["device_seconds"] for stage in sorted(stages) if (spent := read_spent(stage))]
@@ -213,7 +220,7 @@ def _record(directory: Path, path: Path, cfg: RunConfig, part: Mapping[str, Any]
         num_layers = int(part["num_layers"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / 'results.json'}: {error}") from None
-    families = tuple(name.rsplit(".", 1)[-1] for name in getattr(rl, "families", [])) or tuple(models[REINFORCED])
+    families = tuple(name.rsplit(".", 1)[-1] for name in rl.families) or tuple(models[REINFORCED])
     if missing := [family for family in families if family not in models[REINFORCED]]:
         raise ValueError(
             f"{path / 'results.json'}: RL drew problems of {', '.join(missing)}, whose choice was not measured; "
@@ -223,11 +230,9 @@ def _record(directory: Path, path: Path, cfg: RunConfig, part: Mapping[str, Any]
         path=_name(directory, path),
         base=cfg.pretrain.seed,
         seed=rl.seed,
-        tau=getattr(cfg.task, "tokens_per_step", 1),
+        tau=cfg.task.tokens_per_step,
         families=families,
-        objective=Objective(
-            rl.beta, rl.depth_cost, rl.lambda_exit, rl.cost_length, rl.lambda_length, getattr(rl, "fixed_depth", 0)
-        ),
+        objective=Objective(rl.beta, rl.depth_cost, rl.lambda_exit, rl.cost_length, rl.lambda_length, rl.fixed_depth),
         num_layers=num_layers,
         models=models,
         weights=weights,
@@ -241,7 +246,7 @@ def _not_as_assumed(cfg: RunConfig) -> tuple[str, ...]:
     """Where the objective is another one than right - lambda cost - beta sum log(pi/reference)."""
     rl = cfg.rl
     found = {
-        "rl.kl_sum=false": rl.kl == "reward" and not getattr(rl, "kl_sum", False),
+        "rl.kl_sum=false": rl.kl == "reward" and not rl.kl_sum,
         f"rl.charge={rl.charge}": rl.charge != "all" and bool(rl.lambda_exit or rl.lambda_length),
         f"rl.credit={rl.credit}": rl.credit != "answer" and bool(rl.lambda_exit),
         f"rl.accuracy_floor={rl.accuracy_floor}": rl.accuracy_floor is not None,

@@ -43,7 +43,7 @@ ODDS = (
 )
 TOKENS = (
     "What a price on total depth changes in the share of steps. A step of more tokens costs more in total than the "
-    "deep token that it saves. Marks: mean over bases with its 95 % interval; faint: each base; dashed: the closed form."
+    "deep token that it saves. Marks: mean over bases with its 95 % interval; faint: each base; dashed: closed form."
 )
 
 

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ee_megatron import cli
+from ee_megatron.config.identity import stage_dir
 from ee_megatron.externalise.study import CAP, FREE, LENGTH, NO_EXITS, Condition, Objective, read_study
 from tests.externalise_samples import ANSWERS, LAYERS, config, record, records, write
+
+# Two bases, 1 and 3 hops, all conditions at 1 token a step and what point 6 needs at 4: 36 runs.
+MADE = [r for r in records(bases=(1, 2), seeds=(1,)) if r.tau == 1 or r.condition.label in ("lambda 0", "total 1")]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two bases, one seed, 1 and 3 hops, 1 and 4 tokens a step: 56 runs."""
     root = tmp_path_factory.mktemp("runs")
-    for made in records(bases=(1, 2), seeds=(1,)):
+    for made in MADE:
         write(root, made)
     return root
+
+
+@pytest.fixture(scope="module")
+def written(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command made of the runs; what it printed is in shown.txt."""
+    out = tmp_path_factory.mktemp("out")
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        assert cli.main(["externalise", str(runs), "--out", str(out)]) == 0
+    (out / "shown.txt").write_text(shown.getvalue())
+    return out
 
 
 @pytest.mark.parametrize(
@@ -44,8 +61,8 @@ def test_a_run_is_named_by_what_it_paid_for(objective: Objective, expected: Cond
 
 def test_runs_are_read_back_as_they_were(runs: Path) -> None:
     study = read_study(runs)
-    made = {r.key: r for r in records(bases=(1, 2), seeds=(1,))}
-    assert {r.key for r in study.records} == set(made) and len(study.records) == 56
+    made = {r.key: r for r in MADE}
+    assert {r.key for r in study.records} == set(made) and len(study.records) == len(MADE) == 36
     for found in study.records:
         assert found.models == made[found.key].models and found.objective == made[found.key].objective
         assert found.weights == made[found.key].weights and found.differs == ()
@@ -54,16 +71,15 @@ def test_runs_are_read_back_as_they_were(runs: Path) -> None:
     assert len({r.origin for r in study.records}) == 4
 
 
-def test_the_command_writes_page_table_and_figures(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert cli.main(["externalise", str(runs), "--out", str(tmp_path)]) == 0
-    shown = capsys.readouterr().out
-    assert "56 runs of 2 bases" in shown and "3 pricing the deepest token externalises" in shown
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"externalise.html", "externalise.csv", "externalise.json", "plots"}
-    assert len(list((tmp_path / "plots").iterdir())) == 2 * 2 * 2 + 1
-    with (tmp_path / "externalise.csv").open() as file:
+def test_the_command_writes_page_table_and_figures(runs: Path, written: Path) -> None:
+    shown = (written / "shown.txt").read_text()
+    assert "36 runs of 2 bases" in shown and "3 pricing the deepest token externalises" in shown
+    names = {path.name for path in written.iterdir()}
+    assert names == {"externalise.html", "externalise.csv", "externalise.json", "plots", "shown.txt"}
+    assert len(list((written / "plots").iterdir())) == 2 * 2 * 2 + 1
+    with (written / "externalise.csv").open() as file:
         table = list(csv.DictReader(file))
-    assert len(table) == 56
+    assert len(table) == 36
     (row,) = [
         r for r in table
         if (r["condition"], r["base"], r["tau"], r["hops"]) == ("max 1", "2", "1", "3")
@@ -72,17 +88,16 @@ def test_the_command_writes_page_table_and_figures(runs: Path, tmp_path: Path, c
     assert float(row["share_steps"]) == pytest.approx(expected.share["steps"])
     assert float(row["forecast_steps"]) == pytest.approx(0.998, abs=2e-3) and row["n"] == str(ANSWERS)
     assert (row["lambda_exit"], row["kind"], row["seconds_rl"]) == ("1.0", "max", "")
-    data = json.loads((tmp_path / "externalise.json").read_text())
+    data = json.loads((written / "externalise.json").read_text())
     assert [p["passed"] for p in data["points"]] == [True] * 6
-    assert data["runs"] == 56 and len(data["rows"]) == 56 and sorted(data["points_at"]) == ["1", "4"]
+    assert data["runs"] == 36 and len(data["rows"]) == 36 and sorted(data["points_at"]) == ["1", "4"]
     part = data["points"][2]["parts"][0]
     assert sorted(part["per_base"]) == ["1", "2"] and part["estimate"]["low"] < part["estimate"]["value"]
     assert str(runs) not in json.dumps(data)
 
 
-def test_the_page_begins_with_question_and_answer_and_has_all_parts(runs: Path, tmp_path: Path) -> None:
-    cli.main(["externalise", str(runs), "--out", str(tmp_path)])
-    page = (tmp_path / "externalise.html").read_text()
+def test_the_page_begins_with_question_and_answer_and_has_all_parts(written: Path) -> None:
+    page = (written / "externalise.html").read_text()
     question = page.index("<h1>Does a price on depth make a model write its steps down?</h1>")
     answer = page.index(
         "Yes: charged 1 for the depth of its deepest token, a model wrote its steps in 100% of its answers"
@@ -173,8 +188,8 @@ def test_what_was_left_out_and_what_isnt_alike_is_said(tmp_path: Path) -> None:
     # The same run evaluated again, with less measured: the fuller one stays.
     again = config(record("lambda 0"))
     again.evaluate.answers = 1
-    alone = record("lambda 0")
-    write(tmp_path, alone.__class__(**{**vars_of(alone), "models": {"reinforced": alone.models["reinforced"]}}), again)
+    made = record("lambda 0")
+    write(tmp_path, replace(made, models={"reinforced": made.models["reinforced"]}), again)
     study = read_study(tmp_path)
     remarks = " | ".join(study.remarks)
     assert len(study.records) == 2 and all(len(r.models) == 3 for r in study.records if r.condition == Condition(FREE))
@@ -184,17 +199,11 @@ def test_what_was_left_out_and_what_isnt_alike_is_said(tmp_path: Path) -> None:
     assert "1 of 2 runs have rl.kl_sum=false, which is not the objective that the closed form solves" in remarks
 
 
-def vars_of(made) -> dict:
-    return {name: getattr(made, name) for name in made.__dataclass_fields__}
-
-
 def test_time_on_record_is_that_of_every_stage_once(tmp_path: Path) -> None:
     """Both runs share a calibration; its time counts once."""
     for name in ("lambda 0", "max 1"):
         stage = write(tmp_path, record(name))
         (stage / "spent.json").write_text('{"seconds": 30, "device_seconds": 60, "starts": 1}')
-        from ee_megatron.config.identity import stage_dir
-
         for before, seconds in (("calibrate", 90), ("rl", 20)):
             shared = stage.parent / stage_dir(config(record(name)), before).name
             shared.mkdir(exist_ok=True)

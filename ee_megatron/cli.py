@@ -49,6 +49,10 @@ HANDED_ON = {
         ".scaling.command",
         "scaling laws from a table of runs: fits with intervals, competing forms, plots",
     ),
+    "externalise": (
+        ".externalise.command",
+        "whether a price on depth makes a model write its steps down: a study's runs on one page, with a table",
+    ),
 }
 """Commands whose module reads their arguments itself, in its `main`."""
 
@@ -62,6 +66,7 @@ examples:
   ee-megatron sweep experiment=demo_cpu rl.lambda_exit=0,0.3,1 seed=1,2,3 --name front
   ee-megatron convert --help
   ee-megatron scaling --help
+  ee-megatron externalise runs
 
 Settings are key=value; `--dry-run` prints all of them. EE_DEBUG=1 shows the full traceback of an error.
 """

@@ -52,8 +52,8 @@ class Frame:
     height: int
     x_range: tuple[float, float]
     y_range: tuple[float, float]
-    left: int = 44
-    right: int = 10
+    left: float = 44
+    right: float = 10
     top: int = 10
     bottom: int = 36
     log_y: bool = False
@@ -86,8 +86,7 @@ class Frame:
         if x_label:
             middle = (self.left + end) / 2
             parts.append(
-                f'<text class="label" x="{middle:.0f}" y="{self.height - 4}" text-anchor="middle">'
-                f"{escape(x_label)}</text>"
+                f'<text class="label" x="{middle:.0f}" y="{floor + 32}" text-anchor="middle">{escape(x_label)}</text>'
             )
         if y_label:
             middle = (self.top + floor) / 2
@@ -131,6 +130,12 @@ def legend_mark(series: int, rule: int | None = None) -> Markup:
         return Markup(f'<svg class="key" viewBox="0 0 14 14" aria-hidden="true">{marker(series, 7, 7)}</svg>')
     line = f'<line class="line {colour(series)} r{rule % 4}" x1="0" x2="34" y1="7" y2="7"/>'
     return Markup(f'<svg class="key long" viewBox="0 0 34 14" aria-hidden="true">{line}{marker(series, 17, 7)}</svg>')
+
+
+def legend_line(series: int, rule: int) -> Markup:
+    """A line without a marker."""
+    line = f'<line class="line {colour(series)} r{rule % 4}" x1="0" x2="34" y1="7" y2="7"/>'
+    return Markup(f'<svg class="key long" viewBox="0 0 34 14" aria-hidden="true">{line}</svg>')
 
 
 def legend_box(outcome: int) -> Markup:

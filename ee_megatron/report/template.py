@@ -1,4 +1,4 @@
-"""What pages share: the style sheet and how a template is read."""
+"""What pages share: the style sheet, pieces (parts.html.j2) and how a template is read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def style() -> Markup:
 def render(template: Path, **context: Any) -> str:
     """The page of a Jinja template. What it is given is escaped unless it is Markup; what it lacks is an error."""
     environment = Environment(
-        loader=FileSystemLoader(template.parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        loader=FileSystemLoader([template.parent, FOLDER]), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     return environment.get_template(template.name).render(context)

@@ -1,13 +1,18 @@
 """A headless Chromium driven over the DevTools protocol on a pipe: no port, no further package."""
 
 import base64
+import io
 import json
 import os
 import select
 import shutil
 import subprocess
 import time
+from importlib.resources import files
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -102,3 +107,33 @@ class Browser:
             self._process.wait(10)
         os.close(self._in)
         os.close(self._out)
+
+
+def drawn(browser: Browser, page: Path, width: int, dark: bool) -> None:
+    """It draws in that mode, nothing is wider than the window, it logs no error, it fetches nothing."""
+    browser.open(page, width, 900, dark)
+    image = np.asarray(Image.open(io.BytesIO(browser.screenshot())).convert("L"))
+    assert image.shape[1] == width and image.std() > 10
+    assert (image.mean() < 100) == dark
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    wide = (
+        "[...document.querySelectorAll('main *')].filter(e => !e.closest('pre, svg, .scroll') && "
+        "e.getBoundingClientRect().right > innerWidth + 1 && getComputedStyle(e).position !== 'absolute').length"
+    )
+    assert browser.evaluate(wide) == 0
+    bad = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
+    assert [e for e in browser.events if e.get("method") in bad] == []
+    urls = [e["params"]["request"]["url"] for e in browser.events if e.get("method") == "Network.requestWillBeSent"]
+    assert all(url.startswith(("file://", "data:")) for url in urls) and urls
+
+
+AXE = """axe.run(document, {resultTypes: ['violations']}).then(r => JSON.stringify(r.violations.map(
+    v => v.id + ': ' + v.nodes.slice(0, 3).map(n => n.html.slice(0, 120)).join(' | '))))"""
+
+
+def barriers(browser: Browser, page: Path, width: int, dark: bool) -> list[str]:
+    """What axe-core finds, all folds open."""
+    browser.open(page, width, 900, dark)
+    browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    browser.evaluate(files("axe_core_python").joinpath("axe.min.js").read_text(encoding="utf-8") + ";0")
+    return json.loads(browser.evaluate(AXE, wait=True))

@@ -1,13 +1,7 @@
 """The report in a real browser: it draws, it logs no error, it fetches nothing, its tooltips and keys work."""
 
-import io
-import json
-from importlib.resources import files
-
-import numpy as np
 import pytest
-from PIL import Image
-from report_browser import EXECUTABLE, Browser
+from report_browser import EXECUTABLE, Browser, barriers, drawn
 from report_samples import write_run
 
 from ee_megatron.report.data import ReportRun
@@ -33,20 +27,7 @@ def browser(tmp_path_factory):
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [1180, 390])
 def test_it_draws_without_errors_requests_or_overflow(browser, report, width, dark):
-    browser.open(report, width, 900, dark)
-    image = np.asarray(Image.open(io.BytesIO(browser.screenshot())).convert("L"))
-    assert image.shape[1] == width and image.std() > 10
-    assert (image.mean() < 100) == dark
-    assert browser.evaluate("document.documentElement.scrollWidth") == width
-    wide = (
-        "[...document.querySelectorAll('main *')].filter(e => !e.closest('pre, svg, .scroll') && "
-        "e.getBoundingClientRect().right > innerWidth + 1 && getComputedStyle(e).position !== 'absolute').length"
-    )
-    assert browser.evaluate(wide) == 0
-    bad = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
-    assert [e for e in browser.events if e.get("method") in bad] == []
-    urls = [e["params"]["request"]["url"] for e in browser.events if e.get("method") == "Network.requestWillBeSent"]
-    assert all(url.startswith(("file://", "data:")) for url in urls) and urls
+    drawn(browser, report, width, dark)
 
 
 def test_pointing_at_a_token_shows_its_figures_inside_the_window(browser, report):
@@ -65,18 +46,11 @@ def test_pointing_at_a_token_shows_its_figures_inside_the_window(browser, report
     assert browser.evaluate(TIP) is None
 
 
-AXE = """axe.run(document, {resultTypes: ['violations']}).then(r => JSON.stringify(r.violations.map(
-    v => v.id + ': ' + v.nodes.slice(0, 3).map(n => n.html.slice(0, 120)).join(' | '))))"""
-
-
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [1180, 390])
 def test_axe_finds_no_barrier(browser, report, width, dark):
     """Every rule of axe-core: names, roles, contrast in both modes, reading order, what the keyboard reaches."""
-    browser.open(report, width, 900, dark)
-    browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-    browser.evaluate(files("axe_core_python").joinpath("axe.min.js").read_text(encoding="utf-8") + ";0")
-    assert json.loads(browser.evaluate(AXE, wait=True)) == []
+    assert barriers(browser, report, width, dark) == []
 
 
 def test_a_token_tells_what_each_exit_on_the_way_would_have_written(browser, report):

@@ -16,6 +16,7 @@ SOURCE = Path(__file__).parents[2] / PACKAGE
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
+    ("externalise",),
     ("sweeps", "answering"),
     ("training",),
     ("learner", "evaluation", "planning"),

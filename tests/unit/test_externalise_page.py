@@ -1,0 +1,213 @@
+"""`ee-megatron externalise`: run directories in; a page, a table and JSON out; what is missing or mixed up is said."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ee_megatron import cli
+from ee_megatron.config.identity import stage_dir
+from ee_megatron.externalise.study import CAP, FREE, LENGTH, NO_EXITS, Condition, Objective, read_study
+from tests.externalise_samples import ANSWERS, LAYERS, config, record, records, write
+
+# Two bases, 1 and 3 hops, all conditions at 1 token a step and what point 6 needs at 4: 36 runs.
+MADE = [r for r in records(bases=(1, 2), seeds=(1,)) if r.tau == 1 or r.condition.label in ("lambda 0", "total 1")]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    for made in MADE:
+        write(root, made)
+    return root
+
+
+@pytest.fixture(scope="module")
+def written(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command made of the runs; what it printed is in shown.txt."""
+    out = tmp_path_factory.mktemp("out")
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        assert cli.main(["externalise", str(runs), "--out", str(out)]) == 0
+    (out / "shown.txt").write_text(shown.getvalue())
+    return out
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected", "label"),
+    [
+        (Objective(0.1, fixed_depth=LAYERS), Condition(NO_EXITS), "no exits"),
+        (Objective(0.1, fixed_depth=2), Condition(CAP, 2), "cap 2"),
+        # Every answer costs as much, so the price that is left in the settings changes nothing.
+        (Objective(0.1, "max", 0.5, fixed_depth=2), Condition(CAP, 2), "cap 2"),
+        (Objective(0.1, "total", 0.5, fixed_depth=2), Condition(CAP, 2, "total 0.5"), "cap 2 and total 0.5"),
+        (Objective(0.1, "max"), Condition(FREE), "lambda 0"),
+        (Objective(0.1, "square", 0.25), Condition("square", 0.25), "square 0.25"),
+        (Objective(0.1, lambda_length=0.5), Condition(LENGTH, 0.5), "length 0.5"),
+        (Objective(0.1, "mean", 1.0, lambda_length=0.5), Condition("mean", 1.0, "length 0.5"), "mean 1 and length 0.5"),
+    ],
+)
+def test_a_run_is_named_by_what_it_paid_for(objective: Objective, expected: Condition, label: str) -> None:
+    assert objective.condition(LAYERS) == expected and expected.label == label
+    assert expected.priced == (label in ("square 0.25",))
+
+
+def test_runs_are_read_back_as_they_were(runs: Path) -> None:
+    study = read_study(runs)
+    made = {r.key: r for r in MADE}
+    assert {r.key for r in study.records} == set(made) and len(study.records) == len(MADE) == 36
+    for found in study.records:
+        assert found.models == made[found.key].models and found.objective == made[found.key].objective
+        assert found.weights == made[found.key].weights and found.differs == ()
+    assert not study.remarks and study.taus == [1, 4] and study.hops == {"hop1": 1, "hop3": 3}
+    # Runs of a base and a length of step begin alike, whatever they pay for; others don't.
+    assert len({r.origin for r in study.records}) == 4
+
+
+def test_the_command_writes_page_table_and_figures(runs: Path, written: Path) -> None:
+    shown = (written / "shown.txt").read_text()
+    assert "36 runs of 2 bases" in shown and "3 pricing the deepest token externalises" in shown
+    names = {path.name for path in written.iterdir()}
+    assert names == {"externalise.html", "externalise.csv", "externalise.json", "plots", "shown.txt"}
+    assert len(list((written / "plots").iterdir())) == 2 * 2 * 2 + 1
+    with (written / "externalise.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 36
+    (row,) = [
+        r for r in table
+        if (r["condition"], r["base"], r["tau"], r["hops"]) == ("max 1", "2", "1", "3")
+    ]  # fmt: skip
+    expected = record("max 1", 2).found("hop3")
+    assert float(row["share_steps"]) == pytest.approx(expected.share["steps"])
+    assert float(row["forecast_steps"]) == pytest.approx(0.998, abs=2e-3) and row["n"] == str(ANSWERS)
+    assert (row["lambda_exit"], row["kind"], row["seconds_rl"]) == ("1.0", "max", "")
+    data = json.loads((written / "externalise.json").read_text())
+    assert [p["passed"] for p in data["points"]] == [True] * 6
+    assert data["runs"] == 36 and len(data["rows"]) == 36 and sorted(data["points_at"]) == ["1", "4"]
+    part = data["points"][2]["parts"][0]
+    assert sorted(part["per_base"]) == ["1", "2"] and part["estimate"]["low"] < part["estimate"]["value"]
+    assert str(runs) not in json.dumps(data)
+
+
+def test_the_page_begins_with_question_and_answer_and_has_all_parts(written: Path) -> None:
+    page = (written / "externalise.html").read_text()
+    question = page.index("<h1>Does a price on depth make a model write its steps down?</h1>")
+    answer = page.index(
+        "Yes: charged 1 for the depth of its deepest token, a model wrote its steps in 100% of its answers"
+    )
+    assert question < answer < page.index("<nav")
+    assert "All 6 points that were set before the runs are met." in page
+    for words in (
+        "A wrong first step put into", "every token held to one depth", "Terse answers, the style given", "✓ met",
+        "closed form", "log odds padded : terse", "4 tokens a step", "1 hop", "3 hops", ">cap 2<", "Every run.",
+    ):  # fmt: skip
+        assert words in page, words
+    # One answer for every opening, each token with its depth.
+    assert page.count("<article") == 3 and 'data-tip="&#34;3&#34;\ndepth 1 of 6' in page
+    assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
+
+
+def test_two_conditions_of_one_base_make_a_page_that_says_what_it_cannot(tmp_path: Path, capsys) -> None:
+    for name in ("lambda 0", "max 1"):
+        write(tmp_path / "runs", record(name))
+    assert cli.main(["externalise", str(tmp_path / "runs")]) == 0
+    page = (tmp_path / "runs" / "externalise.html").read_text()
+    assert "It looks so: " in page and "1 base, so without an interval" in page
+    assert "2 are met (1, 3) and 4 are open for want of runs (2, 4, 5, 6)" in page
+    assert "not measured" in page and "✗ missed" not in page
+    # Without what RL began from there is no forecast and there are no controls of it, but a page.
+    shutil.rmtree(tmp_path / "runs")
+    write(tmp_path / "runs", record("max 1"))
+    assert cli.main(["externalise", str(tmp_path / "runs")]) == 0
+    page = (tmp_path / "runs" / "externalise.html").read_text()
+    assert "Nothing can be said yet" in page and "closed form</span>" not in page
+    table = (tmp_path / "runs" / "externalise.csv").read_text()
+    assert len(table.splitlines()) == 2 and ",nan" not in table
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: None, "no such directory"),
+        (lambda root: root.mkdir(), "no finished evaluation in it"),
+        (lambda root: (write(root, record("max 1")) / "DONE").unlink(), "no finished evaluation in it"),
+        (lambda root: (write(root, record("max 1")) / "results.json").write_text("{}"), "none of which measured"),
+        (
+            lambda root: (write(root, record("max 1")) / "results.json").write_text("{"),
+            "not the results of an evaluation",
+        ),
+        (lambda root: damage(write(root, record("max 1"))), "part choice is damaged"),
+        (lambda root: untrained(root), "RL drew problems of hop2, whose choice was not measured"),
+        (lambda root: two_recipes(root), "name a directory that holds runs of one recipe"),
+    ],
+)
+def test_what_is_no_study_is_refused_in_one_line(tmp_path: Path, make, message: str, capsys) -> None:
+    make(tmp_path / "runs")
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["externalise", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def damage(stage: Path) -> None:
+    path = stage / "results.json"
+    data = json.loads(path.read_text())
+    del data["choice"]["models"]["reinforced"]["families"]["hop3"]["free"]["share"]
+    path.write_text(json.dumps(data))
+
+
+def untrained(root: Path) -> None:
+    made = record("max 1")
+    cfg = config(made)
+    cfg.rl.families = ["hop2", "hop3"]
+    write(root, made, cfg)
+
+
+def two_recipes(root: Path) -> None:
+    for rate in (1e-4, 5e-4):
+        made = record("max 1")
+        cfg = config(made)
+        cfg.rl.adapter_lr = rate
+        write(root, made, cfg)
+
+
+def test_what_was_left_out_and_what_isnt_alike_is_said(tmp_path: Path) -> None:
+    write(tmp_path, record("lambda 0"))
+    (write(tmp_path, record("max 1", seed=5)) / "results.json").write_text("{}")
+    longer = config(record("max 1"))
+    longer.rl.steps, longer.rl.kl_sum = 99, False
+    write(tmp_path, record("max 1"), longer)
+    # The same run evaluated again, with less measured: the fuller one stays.
+    again = config(record("lambda 0"))
+    again.evaluate.answers = 1
+    made = record("lambda 0")
+    write(tmp_path, replace(made, models={"reinforced": made.models["reinforced"]}), again)
+    study = read_study(tmp_path)
+    remarks = " | ".join(study.remarks)
+    assert len(study.records) == 2 and all(len(r.models) == 3 for r in study.records if r.condition == Condition(FREE))
+    assert "1 of 4 finished evaluations measured no choice of style: left out" in remarks
+    assert "1 further evaluations of the same runs: left out" in remarks
+    assert "the runs also differ in rl.steps: 12, 99" in remarks
+    assert "1 of 2 runs have rl.kl_sum=false, which is not the objective that the closed form solves" in remarks
+
+
+def test_time_on_record_is_that_of_every_stage_once(tmp_path: Path) -> None:
+    """Both runs share a calibration; its time counts once."""
+    for name in ("lambda 0", "max 1"):
+        stage = write(tmp_path, record(name))
+        (stage / "spent.json").write_text('{"seconds": 30, "device_seconds": 60, "starts": 1}')
+        for before, seconds in (("calibrate", 90), ("rl", 20)):
+            shared = stage.parent / stage_dir(config(record(name)), before).name
+            shared.mkdir(exist_ok=True)
+            (shared / "spent.json").write_text(json.dumps({"seconds": seconds, "device_seconds": seconds, "starts": 1}))
+    study = read_study(tmp_path)
+    assert study.device_seconds == 60 + 60 + 90 + 20 + 20 and (study.timed, study.stages) == (5, 5)
+    assert {r.seconds for r in study.records} == {20}

@@ -117,15 +117,17 @@ def test_every_model_is_measured_and_the_results_read_back(settings, capsys):
 @pytest.mark.timeout(600)
 def test_under_a_fixed_depth_every_answer_is_sampled_at_it(settings):
     """These settings have no reinforced policy: the last is the one that RL would start from."""
-    for depth, label in ((2, "fixed 2"), (3, "full depth")):
+    for depth, label, first in ((2, "fixed 2", True), (3, "full depth", False)):
         extra = (f"rl.fixed_depth={depth}", "evaluate.choice=reinforced", "evaluate.choice_answers=8")
-        _, found = evaluated(settings, *extra)
+        _, found = evaluated(settings, *extra, f"exits.first_token={first}", "rl.families=[hop3]")
         (start,) = found["models"].values()
         assert list(found["models"]) == ["start"] and start["exits"] == label
-        for entry in start["families"].values():
-            assert entry["free"]["max_depth"] == pytest.approx(depth / LAYERS)
-            assert all(f["max_depth"] == pytest.approx(depth / LAYERS) for f in entry["forced"].values())
-            assert entry["fixed"]["3"] == entry["forced_full"]
+        assert list(start["families"]) == ["hop3"], "the families that RL answers"
+        (entry,) = start["families"].values()
+        for figures in (entry["free"], *entry["forced"].values()):
+            # Both, so that the first token is at that depth, too.
+            assert figures["max_depth"] == figures["mean_depth"] == pytest.approx(depth / LAYERS)
+        assert entry["fixed"]["3"] == entry["forced_full"]
 
 
 @pytest.mark.timeout(300)

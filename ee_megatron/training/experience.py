@@ -33,12 +33,11 @@ def objective_of(rl: RLConfig, longest: int) -> PolicyGradient:
     )
 
 
-def replay(groups: Sequence[Group], num_layers: int) -> ReplayBatch:
-    """The rollouts of all groups, under the exits that they took."""
+def replay(groups: Sequence[Group], num_layers: int, first_token: bool = False) -> ReplayBatch:
+    """The rollouts of all groups, under the exits that they took; first_token as in `ExitLayout`."""
     rollouts = [r for g in groups for r in g.rollouts]
-    return pack(
-        [r.prompt_tokens for r in rollouts], [r.tokens for r in rollouts], [r.exit_depths for r in rollouts], num_layers
-    )
+    prompts, answers = [r.prompt_tokens for r in rollouts], [r.tokens for r in rollouts]
+    return pack(prompts, answers, [r.exit_depths for r in rollouts], num_layers, first_token)
 
 
 def taught(groups: Sequence[Group], rl: RLConfig) -> Tensor:

@@ -106,7 +106,7 @@ def learn(
     rl, layout = session.cfg.rl, session.spec.layout
     objective = objective_of(rl, session.cfg.rollout.max_new_tokens)
     clock = [time.monotonic()]
-    batch = replay(groups, layout.num_layers)
+    batch = replay(groups, layout.num_layers, layout.first_token)
     first, reference = scored(learner, batch, rl)
     clock.append(time.monotonic())
     packed = learner.packed

@@ -281,7 +281,8 @@ def _from_sections(data: Any) -> Grid:
             raise ValueError(f"{name}: no such section{hint}")
     fixed = {key: f"{key}={written(key, value)}" for key, value in _settings(data, "settings").items()}
     axes = [{key: _axis_of(key, values)} for key, values in _settings(data, "axes").items()]
-    groups = [{key: _axis_of(key, values) for key, values in group.items()} for group in _list(data, "zip")]
+    zipped_axes = [_columns(group) if set(group) == {"keys", "rows"} else group for group in _list(data, "zip")]
+    groups = [{key: _axis_of(key, values) for key, values in group.items()} for group in zipped_axes]
     for group in groups:
         check_lengths(group)
     rules = [{k: v if isinstance(v, list) else [v] for k, v in rule.items()} for rule in _list(data, "exclude")]
@@ -304,6 +305,19 @@ def _list(data: dict, name: str) -> list[dict[str, Any]]:
     if not isinstance(items, list):
         raise ValueError(f"{name}: expected a list of key: value mappings, found a {type(items).__name__}")
     return [_checked(item, name) for item in items]
+
+
+def _columns(table: dict[str, Any]) -> dict[str, list[Any]]:
+    """Zipped axes as a table, {"keys": [K], "rows": lists of K values} -> each key's values."""
+    keys, rows = table["keys"], table["rows"]
+    if not isinstance(keys, list) or not isinstance(rows, list) or not keys or not rows:
+        raise ValueError(f"zip: expected keys: [a, b] and rows: [[1, 2], ...], found {table}")
+    wrong = [row for row in rows if not isinstance(row, list) or len(row) != len(keys)]
+    if wrong:
+        raise ValueError(
+            f"zip: expected {len(keys)} values in every row, for {', '.join(map(str, keys))}; found {wrong[0]}"
+        )
+    return {str(key): [row[i] for row in rows] for i, key in enumerate(keys)}
 
 
 def _checked(section: Any, name: str) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from ..tensors import HeldStream
 from ..types import Prompt, Rollout
 from . import stages
 from .controls import Reference, all_controls, run_controls
-from .rollout_source import exits_of
+from .rollout_source import exits_of, prompts_of
 from .session import Session
 from .stopping import listener
 
@@ -214,9 +214,11 @@ class Evaluation:
         self.more["controls"] = run_controls(self, reference, rules, self.done)
 
     def choice(self, checkpoints: Mapping[str, Path]) -> None:
-        """Which style the models that evaluate.choice names answer in, sampled as RL samples."""
+        """Which style the models that evaluate.choice names answer in, sampled as RL samples: the problems of the
+        families that RL answers."""
         cfg, spec, task = self.session.cfg, self.session.spec, cast(StyledTask, self.task)
         rl, found = cfg.rl, dict[str, Any]()
+        problems = prompts_of(self.test, rl.families)
         for model in choosing(cfg, checkpoints):
             full = model == "teacher" or rl.fixed_depth == spec.num_layers
             if model == "teacher":
@@ -232,13 +234,13 @@ class Evaluation:
                 task,
                 replace(self.sampling, temperature=rl.temperature),
                 spec.num_layers,
-                getattr(spec, "first_token", False),
+                spec.first_token,
                 cfg.evaluate.choice_answers,
                 cfg.evaluate.seed,
                 partial(self.bar.detail, f"{model} styles"),
             )
             depths = spec.layout.outcomes if model == "start" else ()
-            found[model] = choice(bench, self.test, Off() if full else exits_of(rl), depths)
+            found[model] = choice(bench, problems, Off() if full else exits_of(rl), depths)
             self.bar.advance(1)
         self.more["choice"] = {
             "styles": list(task.styles),

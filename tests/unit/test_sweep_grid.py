@@ -194,6 +194,12 @@ def test_a_file_says_the_same_as_the_command_line(tmp_path: Path) -> None:
         "experiment=demo_cpu", "task.families=[sum,word]", "rl.lambda_exit=0.0", "calibrate.seed=1", "rl.seed=1",
         "model.path=a", "rl.steps=5",
     ]  # fmt: skip
+    file.write_text(
+        FILE.replace(
+            "{model.path: [a, b], rl.steps: [5, 10]}", "{keys: [model.path, rl.steps], rows: [[a, 5], [b, 10]]}"
+        )
+    )
+    assert from_file(file) == grid
     changed = combine(grid, from_settings(["rl.lambda_exit=0,7", "experiment=rl_7b"]))
     assert {p["rl.lambda_exit"].plain for p in changed.points()} == {0, 7} and changed.fixed[
         "experiment"
@@ -212,6 +218,8 @@ def test_a_file_says_the_same_as_the_command_line(tmp_path: Path) -> None:
         ("settings: {a: 1}\naxes: {a: [1, 2]}", "a: given twice"),
         ("zip: [{a: [1], b: [1, 2]}]", "a has 1, b has 2"),
         ("zip: {a: [1]}", "expected a list"),
+        ("zip: [{keys: [a, b], rows: [[1, 2], [3]]}]", "expected 2 values in every row, for a, b; found [3]"),
+        ("zip: [{keys: a, rows: [[1]]}]", "expected keys: [a, b] and rows: [[1, 2], ...]"),
         ("isoflop: {sett: x}", "isoflop.sett: no such field"),
         ("isoflop: {set: rl.beta}", "expected one of rl.steps, calibrate.epochs, pretrain.steps"),
         ("- a", "expected the sections"),

@@ -13,7 +13,7 @@ from ..report.numbers import strict_json
 from ..report.tables import TextTable
 from .page import write_page
 from .rows import Row, rows, to_csv
-from .study import Study, read_study
+from .study import Study, counted, read_study
 from .verdicts import Verdict, at_tau, verdicts
 
 ABOUT = "whether a price on depth makes a model write its steps down: a study's runs on one page, with a table"
@@ -53,7 +53,8 @@ def main(argv: Sequence[str]) -> int:
 
 def facts(study: Study) -> str:
     """How much there is of it, and the time it took where that is known."""
-    parts = [f"{len(study.records)} runs of {len({r.base for r in study.records})} bases"]
+    bases = len({r.base for r in study.records})
+    parts = [f"{counted(len(study.records), 'run')} of {counted(bases, 'base')}"]
     parts.append("tokens a step: " + ", ".join(map(str, study.taus)))
     if study.timed:
         whole = "" if study.timed == study.stages else f" ({study.timed} of {study.stages} stages have it on record)"

@@ -46,7 +46,7 @@ STEPS_SHARE = Quantity(
 )  # fmt: skip
 PADDING = Quantity(
     "padding", "Padded against terse", padding_odds, lambda share: math.log(share[PADDED] / share[TERSE]),
-    Axes("λ, price of depth", "log odds padded : terse"), "{:+.2f}",
+    Axes("λ, price of depth", "log odds padded : terse", span=1.0), "{:+.2f}",
 )  # fmt: skip
 
 
@@ -165,6 +165,6 @@ def by_tokens(study: Study, cost: str = "total") -> list[Chart]:
     if dots:
         drawn.insert(0, Line(series, DASHED, "closed form", dots, marked=len(dots) == 1))
         legend.append((legend_line(series, DASHED), "closed form"))
-    axes = Axes("tokens a step", "change of the share of steps", level=0.0)
+    axes = Axes("tokens a step", "change of the share of steps", level=0.0, span=0.1)
     title = f"A price on {cost} depth, by length of a step"
     return [Chart(f"{cost}_by_tokens", title, lines(drawn, axes, title), "", legend)]

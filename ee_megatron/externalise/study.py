@@ -56,13 +56,16 @@ class Objective:
     cost_length: int = 1
     lambda_length: float = 0.0
     fixed_depth: int = 0
+    first_exits: bool = True
+    """An answer's first token may leave early like any other."""
 
     def condition(self, num_layers: int) -> Condition:
         length = f"length {self.lambda_length:g}" if self.lambda_length else ""
         if self.fixed_depth:
-            # At one depth all costs but the total are alike for every answer, so their price changes nothing.
-            total = f"total {self.lambda_exit:g}" if self.lambda_exit and self.depth_cost == "total" else ""
-            also = " and ".join(part for part in (total, length) if part)
+            # With all tokens at one depth every answer costs the same, but for its total.
+            alike = self.depth_cost == "max" or (self.depth_cost != "total" and self.first_exits)
+            depth = "" if alike or not self.lambda_exit else f"{self.depth_cost} {self.lambda_exit:g}"
+            also = " and ".join(part for part in (depth, length) if part)
             full = self.fixed_depth == num_layers
             return Condition(NO_EXITS, also=also) if full else Condition(CAP, self.fixed_depth, also)
         if self.lambda_exit:
@@ -232,7 +235,15 @@ def _record(directory: Path, path: Path, cfg: RunConfig, part: Mapping[str, Any]
         seed=rl.seed,
         tau=cfg.task.tokens_per_step,
         families=families,
-        objective=Objective(rl.beta, rl.depth_cost, rl.lambda_exit, rl.cost_length, rl.lambda_length, rl.fixed_depth),
+        objective=Objective(
+            beta=rl.beta,
+            depth_cost=rl.depth_cost,
+            lambda_exit=rl.lambda_exit,
+            cost_length=rl.cost_length,
+            lambda_length=rl.lambda_length,
+            fixed_depth=rl.fixed_depth,
+            first_exits=getattr(cfg.exits, "first_token", True),
+        ),
         num_layers=num_layers,
         models=models,
         weights=weights,
@@ -276,10 +287,16 @@ def _once_each(records: Sequence[Record], configs: Mapping[str, RunConfig]) -> t
 
 
 def _unlike(configs: Sequence[RunConfig]) -> list[str]:
-    """Settings in which the runs differ though the study doesn't vary them."""
-    flat = [dict(_flat(identity(cfg, "evaluate"))) for cfg in configs]
-    values = {key: {run.get(key, "default") for run in flat} for key in dict.fromkeys(k for run in flat for k in run)}
-    found = {key: seen for key, seen in values.items() if len(seen) > 1 and key not in FACTORS}
+    """Settings in which the runs differ though the study doesn't vary them. Longer steps may ask for others."""
+    values: dict[tuple[str, int], set[str]] = {}
+    flat = [(cfg.task.tokens_per_step, dict(_flat(identity(cfg, "evaluate")))) for cfg in configs]
+    for key in dict.fromkeys(key for _, run in flat for key in run if key not in FACTORS):
+        for tau, run in flat:
+            values.setdefault((key, tau), set()).add(run.get(key, "default"))
+    found: dict[str, set[str]] = {}
+    for (key, _), seen in values.items():
+        if len(seen) > 1:
+            found.setdefault(key, set()).update(seen)
     return [f"the runs also differ in {key}: {', '.join(sorted(seen))}" for key, seen in found.items()]
 
 

@@ -183,6 +183,8 @@ class Axes:
     y_range: tuple[float, float] | None = None
     level: float | None = None
     """Of y, as a dashed line."""
+    span: float = 0.0
+    """Least range of y: what differs by less looks alike."""
 
     def ranges(self, lines: Sequence[Line]) -> tuple[tuple[float, float], tuple[float, float]]:
         xs = [d.x for line in lines for d in line.dots]
@@ -197,6 +199,8 @@ class Axes:
             positive = [v for v in ys if v > 0] or [1.0]
             return padded(xs, 0.06), (min(positive) / 1.3, max(positive) * 1.3)
         low, high = padded(ys, 0.06)
+        wider = max(0.0, self.span - (high - low)) / 2
+        low, high = low - wider, high + wider
         return padded(xs, 0.06), (max(0.0, low), min(1.0, high)) if self.percent_y else (low, high)
 
 

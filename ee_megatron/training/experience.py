@@ -34,9 +34,7 @@ def objective_of(rl: RLConfig, longest: int) -> PolicyGradient:
     )
 
 
-def replay(
-    groups: Sequence[Group], num_layers: int, first_token: bool = False, *, gates: bool = True
-) -> ReplayBatch:
+def replay(groups: Sequence[Group], num_layers: int, first_token: bool = False, *, gates: bool = True) -> ReplayBatch:
     """The rollouts of all groups, under the exits that they took; without `gates` they were told where to leave.
     first_token as in `ExitLayout`."""
     rollouts = [r for g in groups for r in g.rollouts]

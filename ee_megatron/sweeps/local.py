@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Event
 
+from ..observe.progress import Progress
 from . import records
 from .records import FAILED, KILLED, STOPPED
 from .sweep import StageTask, Sweep
@@ -44,10 +45,10 @@ class LocalExecutor:
     def run(self, tasks: Sequence[StageTask]) -> int:
         """Start `tasks`, parents first, and wait. 0; 1 if one failed; 130 if told to stop."""
         waiting = list(tasks)
-        with stopped_by_signals(self._told.set):
+        with stopped_by_signals(self._told.set), Progress("tasks", len(tasks)) as bar:
             try:
                 while (waiting or self._running) and not self._told.is_set():
-                    self._collect()
+                    bar.advance(self._collect())
                     self._start_ready(waiting)
                     time.sleep(0.1)
                 if self._told.is_set():
@@ -78,7 +79,9 @@ class LocalExecutor:
             self._running[task.key] = (child, slot)
             self._say(f"started {self.sweep.describe(task)}")
 
-    def _collect(self) -> None:
+    def _collect(self) -> int:
+        """How many tasks have ended."""
+        before = len(self.codes)
         for key, (child, slot) in list(self._running.items()):
             code = child.poll()
             if code is None:
@@ -90,6 +93,7 @@ class LocalExecutor:
             state = records.task_state(self.sweep, task)
             reason = f" (exit code {code}): {record.error}" if record and state == FAILED else ""
             self._say(f"{state} {self.sweep.describe(task)}{reason}; {records.counts(self.sweep)}")
+        return len(self.codes) - before
 
     def _end_all(self) -> None:
         number, deadline = signal.SIGTERM, 0.0

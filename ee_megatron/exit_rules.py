@@ -454,7 +454,8 @@ class Off(ExitRule):
 
 @dataclass(frozen=True)
 class Prescribed(ExitRule):
-    """Replay: `depths` maps (prompt id, sample) to the depth of every generated token, entry 0 is L."""
+    """Replay: `depths` maps (prompt id, sample) to the depth of every generated token. Entry 0 is L unless first tokens
+    may exit."""
 
     depths: Mapping[tuple[str, int], Sequence[int]] = field(default_factory=dict, hash=False)
 
@@ -481,10 +482,11 @@ class Prescribed(ExitRule):
     def check(self, layout: ExitLayout, has_gates: bool) -> None:
         for key, depths in self.depths.items():
             wrong = sorted(set(map(int, depths)) - set(layout.outcomes))
-            if wrong or (len(depths) and int(depths[0]) != layout.num_layers):
+            if wrong or (len(depths) and not layout.first_token and int(depths[0]) != layout.num_layers):
+                first = "" if layout.first_token else f"{layout.num_layers} first (prompts never exit), then "
                 raise ValueError(
-                    f"prescribed exits of {key}: {wrong or int(depths[0])} not possible; expected "
-                    f"{layout.num_layers} first (prompts never exit), then any of {list(layout.outcomes)}"
+                    f"prescribed exits of {key}: {wrong or int(depths[0])} not possible; expected {first}any of "
+                    f"{list(layout.outcomes)}"
                 )
 
 

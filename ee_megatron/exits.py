@@ -19,11 +19,14 @@ from torch import Tensor
 class ExitLayout:
     """The exit depths of a model. A property of the model, stored with it; the pipeline layout belongs to the run.
 
+    first_token: a prompt's last position, which predicts the first generated token, may exit as the later ones do.
+
     Raises ValueError unless 1 <= e_1 < ... < e_M <= L-1.
     """
 
     num_layers: int
     depths: tuple[int, ...]
+    first_token: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "depths", tuple(int(d) for d in self.depths))

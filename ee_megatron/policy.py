@@ -35,6 +35,7 @@ class PolicySpec:
     exit_depths as in `ExitLayout`; rank 0 means no adapters; `targets` are linear names within a block; the LoRA
     product is scaled by alpha / rank. `full`: full fine-tuning, without adapters (rank 0). `gate_input` is "normalised"
     (the residual stream divided by its root mean square, no gain) or "raw" (the stream itself, as in the paper).
+    first_token as in `ExitLayout`.
     """
 
     num_layers: int
@@ -45,6 +46,7 @@ class PolicySpec:
     gate_width: float = 2
     gate_input: str = "normalised"
     full: bool = False
+    first_token: bool = False
 
     def __post_init__(self) -> None:
         if self.full and self.rank:
@@ -52,7 +54,7 @@ class PolicySpec:
 
     @property
     def layout(self) -> ExitLayout:
-        return ExitLayout(self.num_layers, tuple(self.exit_depths))
+        return ExitLayout(self.num_layers, tuple(self.exit_depths), self.first_token)
 
     @property
     def scale(self) -> float:
@@ -83,7 +85,11 @@ class PolicySpec:
         return {**base, **self.adapter_shapes(dims), **self.gate_shapes(dims)}
 
     def to_json(self) -> dict:
-        return asdict(self)
+        data = asdict(self)
+        if not self.first_token:
+            # As files have it that were written before there was a choice.
+            del data["first_token"]
+        return data
 
     @staticmethod
     def from_json(data: dict) -> PolicySpec:

@@ -37,10 +37,10 @@ class Rollout:
 
     - prompt_tokens  int64 [P]
     - tokens         int64 [T]
-    - exit_depths    int32 [T]; layers that changed the residual stream of the predicting position. Entry 0 is always L:
-      its predicting position is the prompt's last and prompt positions never exit.
+    - exit_depths    int32 [T]; layers that changed the residual stream of the predicting position. Entry 0 is L unless
+      `exits.first_token` is set: its predicting position is the prompt's last, and prompt positions never exit else.
     - token_logprobs float32 [T], natural log, under the distribution that was sampled from (temperature applied)
-    - exit_logprobs  float32 [T], log q(exit); 0 for entry 0
+    - exit_logprobs  float32 [T], log q(exit); 0 for entry 0 where it can't exit
     - full_logprobs  float32 [T], as token_logprobs but without top-k and top-p; the same array where nothing was cut
     - finished: an end-of-sequence token or a stop string ended it, not the length limit
     - weight_version: the weights that its last token was generated under

@@ -10,7 +10,7 @@ import pytest
 # By name of file, longest first.
 LONG = (
     "test_whole_method", "test_pool_*", "test_updates", "test_rank_failure", "test_sweep_local", "test_plan_measured",
-    "test_pretrain_ranks", "test_gpu_check", "test_exits_that_answer",
+    "test_pretrain_ranks", "test_gpu_check", "test_exits_that_answer", "test_choice_of_style",
 )  # fmt: skip
 # One file of these at a time: their tests look at the clock.
 ALONE = "test_pool_*"

@@ -186,7 +186,7 @@ def simulate(stations: Stations, bench: Bench, in_flight: int, depth: float, wor
     drawn = iter(exits_with_mean(bench.outcomes, depth * dims.num_layers, tokens + in_flight * 2, seed=0))
 
     def begin() -> None:
-        row = Row(0, Request([]), (), 0, None)  # type: ignore[arg-type]
+        row = Row(0, Request([]), (), (), 0, None)  # type: ignore[arg-type]
         row.segment = bench.outcomes.index(next(drawn))
         stations.put(0, row)
 

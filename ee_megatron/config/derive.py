@@ -118,6 +118,7 @@ def policy_spec(cfg: RunConfig, dims: ModelDims) -> PolicySpec:
         targets=ATTENTION if cfg.adapter.targets == "attention" else ATTENTION + MLP,
         gate_width=cfg.exits.gate_width,
         gate_input=cfg.exits.gate_input,
+        first_token=cfg.exits.first_token,
     )
 
 

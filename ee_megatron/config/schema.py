@@ -99,6 +99,9 @@ class ExitsConfig:
     """Hidden width of a gate in units of the model's hidden size; .25, say, where gates are most of what is trained."""
     gate_input: str = setting("normalised", choices=("normalised", "raw"))
     """normalised (residual stream over its root mean square) or raw (the paper's)."""
+    first_token: bool = setting(False, added_later=True)
+    """The prompt's last position, which predicts the first generated token, may exit as those of later tokens do; the
+    prompt's others never exit."""
 
     def __post_init__(self) -> None:
         # 2.0 is the same setting as 2, and has the same name for its results.

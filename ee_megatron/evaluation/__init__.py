@@ -1,7 +1,7 @@
 """Evaluation: answers → one row per model and exit policy, the choice of a threshold, results.json.
 
 Beside them figures.py and gates.py (depth, KL, calibration), controls.py (rules that know less), externalisation.py and
-interventions.py (what is written down). Definitions: docs/evaluation.md.
+interventions.py (what is written down), choice.py (in which style). Definitions: docs/evaluation.md.
 """
 
 from .evaluate import Answer, evaluate_model

@@ -19,7 +19,7 @@ class ReplayBatch(TensorRows):
     - tokens       int64 [B, S]
     - exit_depths  int32 [B, S]: prescribed; L where a position does not exit (prompt), 0 for padding
     - counts       bool [B, S]: the position predicts a generated token
-    - asked        bool [B, S]: gates are asked at the position (`counts` without the first one of a sequence)
+    - asked        bool [B, S]: gates are asked at the position (`counts`, a sequence's first only where it may exit)
     - teacher_ids  int64 [B, S, k], teacher_logprobs float32 [B, S, k] or None: the stored teacher's distribution
     """
 
@@ -58,11 +58,12 @@ def pack(
     answers: Sequence[np.ndarray],
     exit_depths: Sequence[np.ndarray] | None,
     num_layers: int,
+    first_token: bool = False,
 ) -> ReplayBatch:
     """Prompt tokens [P], answer tokens [T] and exit depths [T] per sequence -> a batch, None for full depth.
 
-    Entry t of `exit_depths` belongs to the position that predicted answer token t. The last answer token is an input of
-    nothing, but keeping it makes `labels` a shift.
+    Entry t of `exit_depths` belongs to the position that predicted answer token t; first_token as in `ExitLayout`. The
+    last answer token is an input of nothing, but keeping it makes `labels` a shift.
     """
     rows = len(prompts)
     width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
@@ -77,13 +78,14 @@ def pack(
         counts[row, start : start + length] = True
         if exit_depths is not None:
             depths[row, start : start + length] = torch.as_tensor(np.asarray(exit_depths[row], dtype=np.int32))
-            if length and int(depths[row, start]) != num_layers:
+            if length and not first_token and int(depths[row, start]) != num_layers:
                 raise ValueError(
                     "the first generated token comes from the prompt, which never exits: its depth must be L"
                 )
     asked = counts.clone()
-    asked[:, 1:] &= counts[:, :-1]
-    asked[:, 0] = False
+    if not first_token:
+        asked[:, 1:] &= counts[:, :-1]
+        asked[:, 0] = False
     return ReplayBatch(tokens, depths, counts, asked)
 
 

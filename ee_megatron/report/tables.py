@@ -144,8 +144,8 @@ def forced_table(choice: Mapping[str, Any]) -> TextTable:
     """Accuracy, length and depths of answers in a given style, and its accuracy at other depths. Dashes: not asked."""
     fixed = _keys(found.get("fixed") or {} for _, _, found in _by_family(choice))
     depths = [depth for depth in fixed if int(depth) < choice["num_layers"]]
-    costs = ("length", "mean depth", "total depth", "max depth")
-    heads = ("model", "family", "style", "right", *costs, "right at full depth", *(f"at {depth}" for depth in depths))
+    own_exits = ("right", "length", "mean depth", "total depth", "max depth")
+    heads = ("model", "family", "style", *own_exits, "right at full depth", *(f"at {depth}" for depth in depths))
     rows = []
     for model, family, found in _by_family(choice):
         for style in choice["styles"]:

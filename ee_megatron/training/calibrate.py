@@ -72,7 +72,7 @@ def draw_exits(
 ) -> np.ndarray:
     """Exit depths [T] of one pattern: from the target distribution or, given the student's hazards [T, M], at the first
     that exceeds a threshold drawn from [0.5, 1); for the configured share of patterns, uniform over all outcomes.
-    Token 0 never exits. The same item always draws the same pattern, from the same hazards."""
+    Token 0 exits only where it may. The same item always draws the same pattern, from the same hazards."""
     seed = np.random.SeedSequence([c.seed, item.trace, item.pattern]).generate_state(1)[0]
     generator = torch.Generator().manual_seed(int(seed))
     uniform = float(torch.rand((), generator=generator)) < c.uniform_patterns
@@ -85,7 +85,8 @@ def draw_exits(
     else:
         index = sample_exits(target_hazards(torch.from_numpy(trace.divergences), c.kl_factor), generator)
     depths = np.array(layout.outcomes, dtype=np.int32)[index.numpy()]
-    depths[:1] = layout.num_layers
+    if not layout.first_token:
+        depths[:1] = layout.num_layers
     return depths
 
 
@@ -100,12 +101,17 @@ def make_batch(
     chosen = [traces[item.trace] for item in items]
     known = hazards or [None] * len(items)
     depths = [draw_exits(t, item, layout, c, own) for t, item, own in zip(chosen, items, known, strict=True)]
-    batch = pack([t.prompt_tokens for t in chosen], [t.tokens for t in chosen], depths, layout.num_layers)
+    batch = _pack(chosen, depths, layout)
     return replace(
         batch,
         teacher_ids=spread(batch, [t.topk_ids.astype(np.int64) for t in chosen]),
         teacher_logprobs=spread(batch, [t.topk_logprobs for t in chosen]),
     )
+
+
+def _pack(traces: Sequence[Trace], depths: Sequence[np.ndarray] | None, layout: ExitLayout) -> ReplayBatch:
+    prompts, answers = [t.prompt_tokens for t in traces], [t.tokens for t in traces]
+    return pack(prompts, answers, depths, layout.num_layers, layout.first_token)
 
 
 def make_weights(
@@ -121,21 +127,23 @@ def make_weights(
     return objective.weights(batch, learner.spec.layout, traced, own)
 
 
-def own_hazards(learner: Learner, traces: list[Trace], items: list[Item], num_layers: int) -> list[torch.Tensor]:
+def own_hazards(learner: Learner, traces: list[Trace], items: list[Item], layout: ExitLayout) -> list[torch.Tensor]:
     """Hazards [T, M] of every gate for each item, at full depth."""
-    chosen = [traces[item.trace] for item in items]
-    batch = pack([t.prompt_tokens for t in chosen], [t.tokens for t in chosen], None, num_layers)
+    batch = _pack([traces[item.trace] for item in items], None, layout)
     hazards = learner.score(batch, hazards=True).hazards
     return [hazards[row][batch.counts[row]] for row in range(batch.rows)]
 
 
 def target_depth(traces: list[Trace], layout: ExitLayout, kl_factor: float) -> float:
-    """Expected depth / L under the target distribution, mean over tokens (the first of each answer at full depth)."""
+    """Expected depth / L under the target distribution, mean over tokens (the first of each answer at full depth,
+    where it can't exit)."""
     depths = torch.tensor(layout.outcomes, dtype=torch.float32)
     total, tokens = 0.0, 0
     for trace in traces:
-        q = exit_distribution(target_hazards(torch.from_numpy(trace.divergences), kl_factor))
-        total += float((q[1:] @ depths).sum()) + layout.num_layers
+        expected = exit_distribution(target_hazards(torch.from_numpy(trace.divergences), kl_factor)) @ depths
+        if not layout.first_token:
+            expected[:1] = layout.num_layers
+        total += float(expected.sum())
         tokens += len(trace.tokens)
     return total / tokens / layout.num_layers
 
@@ -186,7 +194,7 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
                         del learner
                         learner = session.make_learner(tensors, **options)
                 students = step >= planned.student_from
-                own = own_hazards(learner, traces, updates[step], layout.num_layers) if students else ()
+                own = own_hazards(learner, traces, updates[step], layout) if students else ()
                 batch = make_batch(traces, updates[step], layout, c, own)
                 chosen = [traces[item.trace] for item in updates[step]]
                 weights = make_weights(learner, objective, batch, chosen, c.kl_factor)

@@ -34,12 +34,14 @@ def objective_of(rl: RLConfig, longest: int) -> PolicyGradient:
     )
 
 
-def replay(groups: Sequence[Group], num_layers: int, *, gates: bool = True) -> ReplayBatch:
-    """The rollouts of all groups, under the exits that they took; without `gates` they were told where to leave."""
+def replay(
+    groups: Sequence[Group], num_layers: int, first_token: bool = False, *, gates: bool = True
+) -> ReplayBatch:
+    """The rollouts of all groups, under the exits that they took; without `gates` they were told where to leave.
+    first_token as in `ExitLayout`."""
     rollouts = [r for g in groups for r in g.rollouts]
-    batch = pack(
-        [r.prompt_tokens for r in rollouts], [r.tokens for r in rollouts], [r.exit_depths for r in rollouts], num_layers
-    )
+    prompts, answers = [r.prompt_tokens for r in rollouts], [r.tokens for r in rollouts]
+    batch = pack(prompts, answers, [r.exit_depths for r in rollouts], num_layers, first_token)
     return batch if gates else replace(batch, asked=batch.asked & False)
 
 

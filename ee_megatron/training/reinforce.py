@@ -96,7 +96,7 @@ def learn(
     rl, layout = session.cfg.rl, session.spec.layout
     objective = objective_of(rl, session.cfg.rollout.max_new_tokens)
     clock = [time.monotonic()]
-    batch = replay(groups, layout.num_layers, gates=not rl.fixed_depth)
+    batch = replay(groups, layout.num_layers, layout.first_token, gates=not rl.fixed_depth)
     first, reference = scored(learner, batch, rl)
     clock.append(time.monotonic())
     packed = learner.packed

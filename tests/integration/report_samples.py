@@ -107,6 +107,7 @@ def results(rng: random.Random, prompts: int) -> dict:
         **figures(list(histogram)),
         "controls": controls(),
         "externalisation": {model: externalisation(m) for m, model in enumerate(RULES)},
+        "choice": choice(),
     }
 
 
@@ -181,6 +182,20 @@ def controls() -> list[dict]:
     for i, name in enumerate(("fixed depth", "random exits", "confidence", "entropy")):
         found += [entry(name, "depth", 0.3 - i / 10, within=i != 2), entry(name, "accuracy", 0.0)]
     return found
+
+
+def choice() -> dict:
+    styles, depths = ["terse", "steps", "padded"], [str(depth) for depth in (*DEPTHS, LAYERS)]
+    found = {"n": 300, "correct": 0.912, "length": 4.25, "square": 0.2}
+    found |= {"mean_depth": 0.413, "total_depth": 1.755, "max_depth": 0.84}
+    each = dict.fromkeys(styles, found)
+    entry = {"hops": 3, "free": {**found, "share": {"terse": 0.34, "steps": 0.512, "padded": 0.14, "other": 0.008}}}
+    entry |= {"forced": each, "forced_full": each, "corrupted": {"n": 300, "correct": 0.013, "followed": 0.967}}
+    start = {"hop3": {**entry, "fixed": dict.fromkeys(depths, each)}}
+    reinforced = {"hop1": {**entry, "hops": 1, "corrupted": None}, "hop3": entry}
+    models = {name: {"exits": "sampled", "families": f} for name, f in (("start", start), ("reinforced", reinforced))}
+    whole = {"styles": styles, "weights": [0.4, 0.4, 0.2], "num_layers": LAYERS, "answers_per_family": 300}
+    return {**whole, "models": models}
 
 
 def externalisation(model: int) -> dict:

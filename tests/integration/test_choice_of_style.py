@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from ee_megatron.config.derive import policy_spec
 from ee_megatron.config.identity import stage_dir

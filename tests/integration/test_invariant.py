@@ -3,17 +3,25 @@ parallel forward pass with frozen positions, and the Megatron model cut into pip
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import Ranks
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ee_megatron.exit_rules import Sample, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, initial_policy
+from ee_megatron.rollout import GenerationRequest, SamplingParams, generate
 from ee_megatron.rollout.engine.cache import KVCache
 from ee_megatron.rollout.engine.decoder import Decoder
+from ee_megatron.rollout.engine.scoring import score
+from ee_megatron.training.experience import replay
+from ee_megatron.types import Group, Prompt
 from tests.reference import Reference, random_policy
 from tests.stepping import step
 from tests.tiny import tiny_hf
@@ -25,10 +33,11 @@ OUTCOMES = (1, 3, 4, 6)
 
 @st.composite
 def patterns(draw):
-    """Tokens [ROWS, WIDTH], prompt lengths and exit depths: prompts at full depth, then anything."""
+    """Tokens [ROWS, WIDTH], how many of each are read together (the prompt, or all but its last token where this may
+    exit), and exit depths: these at full depth, then anything."""
     tokens = draw(st.lists(st.integers(0, 127), min_size=ROWS * WIDTH, max_size=ROWS * WIDTH))
     depths = draw(st.lists(st.sampled_from(OUTCOMES), min_size=ROWS * WIDTH, max_size=ROWS * WIDTH))
-    prompts = draw(st.lists(st.integers(1, WIDTH), min_size=ROWS, max_size=ROWS))
+    prompts = draw(st.lists(st.integers(0, WIDTH), min_size=ROWS, max_size=ROWS))
     depths = torch.tensor(depths, dtype=torch.int32).view(ROWS, WIDTH)
     for row, length in enumerate(prompts):
         depths[row, :length] = LAYERS
@@ -36,14 +45,15 @@ def patterns(draw):
 
 
 def decode_step_by_step(decoder: Decoder, tokens, prompts, depths):
-    """Log-probabilities [ROWS, WIDTH, V] from the prompt's last position on; what is before stays 0."""
+    """Log-probabilities [ROWS, WIDTH, V] from the last position on that is read; what is before stays 0."""
     found = torch.zeros(ROWS, WIDTH, decoder.dims.vocab)
     for row, length in enumerate(prompts):
         cache = KVCache(decoder.dims, 1, torch.float32, torch.device("cpu"))
-        (read,) = decoder.prefill(tokens[row : row + 1, :length], torch.tensor([length]))
-        cache.hold([0], [length])
-        cache.fill(0, 0, read.keys, read.values)
-        found[row, length - 1] = decoder.readout(read.hidden).log_softmax(-1)
+        if length:
+            (read,) = decoder.prefill(tokens[row : row + 1, :length], torch.tensor([length]))
+            cache.hold([0], [length])
+            cache.fill(0, 0, read.keys, read.values)
+            found[row, length - 1] = decoder.readout(read.hidden).log_softmax(-1)
         for position in range(length, WIDTH):
             which = slice(position, position + 1)
             hidden = step(decoder, cache, tokens[row, which], torch.tensor([position]), depths[row, which])
@@ -75,9 +85,56 @@ def test_decoder_parallel_and_pipeline_agree_for_any_exit_pattern(family, tied, 
             torch.testing.assert_close(pipeline, expected, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(parallel.log_softmax(-1), expected, rtol=1e-4, atol=1e-5)
             for row, length in enumerate(prompts):
-                torch.testing.assert_close(steps[row, length - 1 :], expected[row, length - 1 :], rtol=1e-4, atol=1e-5)
+                known = slice(max(0, length - 1), None)
+                torch.testing.assert_close(steps[row, known], expected[row, known], rtol=1e-4, atol=1e-5)
 
         agree()
+
+
+@pytest.mark.parametrize("first_token", [False, True], ids=["prompts never exit", "first token exits"])
+def test_the_learner_scores_what_the_engine_sampled(first_token, tmp_path):
+    """Tokens and exits of groups whose prompts the engine reads once and the learner packs once, from a cache that is
+    short of pages, under pipeline and tensor parallelism."""
+    spec = replace(SPEC, first_token=first_token)
+    path = tiny_hf("qwen3", tmp_path / "model", tied=False, layers=LAYERS)
+    policy = random_policy(HFDirectory(path).dims, spec)
+    decoder, tokenizer = Decoder.from_hf(path, spec, torch.float32, "cpu"), AutoTokenizer.from_pretrained(path)
+    decoder.load_policy(policy)
+    prompts = [Prompt(str(n), ("word problem " * 4)[:n], "", "") for n in (1, 5, 17, 33, 34)]
+    verdicts = [np.zeros(4)] * 3
+    groups = [
+        Group(prompt, rollouts, *verdicts)
+        for rule in (Sample(), Threshold(0.5))
+        for prompt, rollouts in zip(
+            prompts,
+            generate(
+                decoder, tokenizer, GenerationRequest(prompts, 4, SamplingParams(1.0, 9), rule, 0), 0, positions=160
+            ),
+            strict=True,
+        )
+    ]
+    answers = [rollout for group in groups for rollout in group.rollouts]
+    first = {int(rollout.exit_depths[0]) for rollout in answers}
+    assert first == ({1, 3, 4, LAYERS} if first_token else {LAYERS})
+    if first_token:
+        assert any(len({int(r.exit_depths[0]) for r in group.rollouts}) > 1 for group in groups)
+    batch = replay(groups, LAYERS, first_token)
+    read = score(decoder, policy, answers)
+    with Ranks(2, tmp_path / "ranks") as ranks:
+        for degrees, stages in (((1, 2, 1), (3, 3)), ((2, 1, 1), (6,))):
+            ranks.call(
+                "parallel_cases:make_learner", path=path, spec=spec, policy=policy, degrees=degrees, stages=stages,
+                options={"tokens_per_micro_batch": 128},
+            )  # fmt: skip
+            found = ranks.call("parallel_cases:score", batch=batch)[0]
+            for row, (rollout, ours) in enumerate(zip(answers, read, strict=True)):
+                at = batch.counts[row]
+                for learner, engine, scored in (
+                    (found.token_logprobs, rollout.token_logprobs, ours.policy_logprobs),
+                    (found.exit_logprobs, rollout.exit_logprobs, ours.exit_logprobs),
+                ):
+                    np.testing.assert_allclose(learner[row][at], engine, atol=1e-4)
+                    np.testing.assert_allclose(scored, engine, atol=1e-4)
 
 
 def test_gates_that_never_fire_leave_the_hugging_face_model(tmp_path):

@@ -31,8 +31,8 @@ LAYOUTS = [
 ]
 
 
-def make_batch(seed: int = 0, rows: int = 5):
-    """A batch, and weights of both signs for its tokens and exits."""
+def make_batch(seed: int = 0, rows: int = 5, first_token: bool = False):
+    """A batch, and weights of both signs for its tokens and exits; first_token: answers' first tokens exit, too."""
     generator = np.random.default_rng(seed)
     prompts = [generator.integers(0, 128, n) for n in generator.integers(2, 10, rows)]
     # As in a group of samples, and as with few-shot examples: the whole prompt of the sequence before, or some of it.
@@ -40,7 +40,10 @@ def make_batch(seed: int = 0, rows: int = 5):
         prompts[1], prompts[3] = prompts[0], np.concatenate([prompts[2][:-1], prompts[2][:1]])
     answers = [generator.integers(0, 128, n) for n in generator.integers(1, 10, rows)]
     depths = [np.concatenate([[6], generator.choice(OUTCOMES, len(a) - 1)]) for a in answers]
-    batch = pack(prompts, answers, depths, 6)
+    if first_token:
+        for row, taken in enumerate(depths):
+            taken[0] = OUTCOMES[row % len(OUTCOMES)]
+    batch = pack(prompts, answers, depths, 6, first_token)
     scale = torch.linspace(-1, 1.5, rows)[:, None]
     token, exit_weight = scale * mean_weights(batch, batch.counts), 0.7 * scale * mean_weights(batch, batch.asked)
     return batch, Weights(token, exit_weight)
@@ -66,7 +69,9 @@ def adamw(policy):
 def test_scores_and_updates_equal_the_reference(family, degrees, stages, options, tmp_path):
     """Two clipped AdamW updates under the layout equal two of a single process on transformers' layers."""
     path = tiny_hf(family, tmp_path / "model", tied=family != "qwen2")
-    policy, (batch, weights) = random_policy(HFDirectory(path).dims, SPEC), make_batch()
+    # Two sequences have one prompt, whose last position they leave at different exits.
+    batch, weights = make_batch(first_token=family.startswith("qwen"))
+    policy = random_policy(HFDirectory(path).dims, SPEC)
     with Ranks(int(np.prod(degrees)), tmp_path / "ranks") as ranks:
         ranks.call(
             "parallel_cases:make_learner", path=path, spec=SPEC, policy=policy, degrees=degrees, stages=stages,

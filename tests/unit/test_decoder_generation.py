@@ -17,6 +17,7 @@ from ee_megatron.exit_rules import (
     Entropy,
     Fixed,
     Off,
+    Patience,
     Prescribed,
     Random,
     Sample,
@@ -34,7 +35,11 @@ from ee_megatron.types import Prompt, Rollout
 from tests.tiny import tiny_hf, tiny_tokenizer
 
 SPEC = PolicySpec(6, (1, 3, 4), rank=4, alpha=8.0)
-LENGTHS = [3, 40, 17, 8, 25, 11, 30]
+EARLY = replace(SPEC, first_token=True)
+EITHER = pytest.mark.parametrize(
+    "policy", [False, True], ids=["prompts never exit", "first token exits"], indirect=True
+)
+LENGTHS = [1, 40, 17, 8, 25, 11, 30]
 PROMPTS = [Prompt(id=f"p{i}", text=f"Q{i}: " + "abc x 12 " * 9, answer="", task="") for i in range(7)]
 PROMPTS = [Prompt(id=p.id, text=p.text[:n], answer="", task="") for p, n in zip(PROMPTS, LENGTHS, strict=True)]
 SHARED = [Prompt(id=p.id, text="Some worked examples come first.\n" + p.text, answer="", task="") for p in PROMPTS]
@@ -65,10 +70,17 @@ def lively_policy(decoder: Decoder, bias: float = 3.5) -> dict[str, torch.Tensor
 
 
 @pytest.fixture(scope="module")
-def policy(path: Path) -> Decoder:
-    decoder = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
-    decoder.load_policy(lively_policy(decoder))
-    return decoder
+def policies(path: Path) -> list[Decoder]:
+    """Two with the same weights; the second lets first tokens exit."""
+    decoders = [Decoder.from_hf(path, spec, torch.float32, "cpu") for spec in (SPEC, EARLY)]
+    for decoder in decoders:
+        decoder.load_policy(lively_policy(decoder))
+    return decoders
+
+
+@pytest.fixture
+def policy(policies: list[Decoder], request: pytest.FixtureRequest) -> Decoder:
+    return policies[getattr(request, "param", False)]
 
 
 def flat(answers: list[list[Rollout]]) -> list[Rollout]:
@@ -96,12 +108,13 @@ def test_greedy_text_equals_transformers(tmp_path, family):
             assert rollout.weight_version == 4 and (rollout.exit_depths == 6).all() and not rollout.exit_logprobs.any()
 
 
+@EITHER
 @pytest.mark.parametrize(
     "exits",
     [
         Sample(), Threshold(0.5), Confidence(CONFIDENCE),
         Entropy(ENTROPY), Random(SHARES),
-        Threshold(0.3, other=0.7, mix=0.5),
+        Threshold(0.3, other=0.7, mix=0.5), Patience(2),
     ],
     ids=str,
 )  # fmt: skip
@@ -121,7 +134,8 @@ def test_a_seed_gives_the_same_answers_whatever_the_batching(policy, tokenizer, 
             np.testing.assert_allclose(a.exit_logprobs, b.exit_logprobs, atol=1e-4)
     depths = np.concatenate([r.exit_depths[1:] for r in flat(expected)])
     assert set(depths) == {1, 3, 4, 6} or not isinstance(exits, Sample)
-    assert len(set(depths)) > 1 and all(r.exit_depths[0] == 6 for r in flat(expected))
+    first = {int(r.exit_depths[0]) for r in flat(expected)}
+    assert len(set(depths)) > 1 and (min(first) < 6 if policy.layout.first_token else first == {6})
     assert any(
         a.tokens.tolist() != b.tokens.tolist() for a, b in zip(flat(run(prompts, 8, 2)), flat(expected), strict=True)
     )
@@ -133,6 +147,7 @@ def stop_after(turns: int):
     return lambda: next(left, None) is None
 
 
+@EITHER
 @pytest.mark.parametrize("exits", [Sample(), OFF], ids=str)
 @pytest.mark.parametrize("prompts", [PROMPTS, SHARED], ids=["apart", "shared prefix"])
 def test_answers_that_were_stopped_go_on_as_if_they_had_not_been(policy, tokenizer, exits, prompts):
@@ -152,11 +167,12 @@ def test_answers_that_were_stopped_go_on_as_if_they_had_not_been(policy, tokeniz
             assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.exit_depths, b.exit_depths)
             np.testing.assert_allclose(a.token_logprobs, b.token_logprobs, atol=1e-4)
             np.testing.assert_allclose(a.exit_logprobs, b.exit_logprobs, atol=1e-4)
-    assert lengths[0] == 0 and lengths == sorted(set(lengths))
+    assert lengths[0] == 0 and lengths == sorted(lengths) and len(set(lengths)) > 3
 
 
-def test_answers_continued_under_new_weights_say_which_token_is_whose(path, tokenizer):
-    decoder = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
+@pytest.mark.parametrize("spec", [SPEC, EARLY], ids=["prompts never exit", "first token exits"])
+def test_answers_continued_under_new_weights_say_which_token_is_whose(spec, path, tokenizer):
+    decoder = Decoder.from_hf(path, spec, torch.float32, "cpu")
     old, sampling = lively_policy(decoder), SamplingParams(1.0, 24)
     new = {name: tensor * 1.2 for name, tensor in old.items()}
     decoder.load_policy(old)
@@ -186,6 +202,7 @@ def test_answers_continued_under_new_weights_say_which_token_is_whose(path, toke
         Scheduler(decoder, tokenizer, 2).add(Request(PROMPTS[0].text, sampling, begun=answers[0]))
 
 
+@EITHER
 @pytest.mark.parametrize("exits", [Sample(), Threshold(0.5), Fixed(3), OFF], ids=str)
 def test_recorded_logprobs_equal_rescoring_under_the_recorded_exits(policy, tokenizer, exits):
     answers = flat(
@@ -195,13 +212,24 @@ def test_recorded_logprobs_equal_rescoring_under_the_recorded_exits(policy, toke
     for rollout, entry in zip(answers, scores, strict=True):
         np.testing.assert_allclose(rollout.token_logprobs, entry.policy_logprobs, atol=2e-4)
         np.testing.assert_allclose(rollout.exit_logprobs, entry.exit_logprobs, atol=2e-4)
-        assert rollout.exit_logprobs[0] == 0
+        free = 0 if policy.layout.first_token else 1
+        assert not rollout.exit_logprobs[:free].any()
         if isinstance(exits, Fixed):
-            assert (rollout.exit_depths[1:] == 3).all()
-        if rollout.length > 1:
-            assert (rollout.exit_logprobs[1:] < 0).all()
+            assert (rollout.exit_depths[free:] == 3).all()
+        assert (rollout.exit_logprobs[free:] < 0).all()
 
 
+def test_where_first_tokens_may_exit_full_depth_says_what_it_said(policies, tokenizer):
+    asked = GenerationRequest([*PROMPTS, *SHARED], 2, SamplingParams(1.0, 16), OFF, 3)
+    plain, early = (flat(generate(policy, tokenizer, asked, version=0, rows=5)) for policy in policies)
+    for a, b in zip(plain, early, strict=True):
+        assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.exit_depths, b.exit_depths)
+        np.testing.assert_allclose(a.token_logprobs, b.token_logprobs, atol=1e-4)
+        # Its gates were asked, and none fired.
+        assert a.exit_logprobs[0] == 0 > b.exit_logprobs[0]
+
+
+@EITHER
 def test_prescribed_exits_replay_a_rollout(policy, tokenizer):
     sampled = flat(
         generate(policy, tokenizer, GenerationRequest(PROMPTS, 2, SamplingParams(1.0, 16), Sample(), 3), version=0)
@@ -224,16 +252,17 @@ def test_prescribed_exits_replay_a_rollout(policy, tokenizer):
         generate(policy, tokenizer, GenerationRequest(PROMPTS, 1, SamplingParams(), Prescribed(), 0), 0)
 
 
+@EITHER
 def test_exits_are_sampled_with_the_gates_probabilities(policy, tokenizer):
-    sampling = SamplingParams(0.0, 2)
+    at = 0 if policy.layout.first_token else 1
     answers = generate(
-        policy, tokenizer, GenerationRequest(PROMPTS[:1], 2000, sampling, Sample(), 0), version=0, rows=256
+        policy, tokenizer, GenerationRequest(PROMPTS[1:2], 2000, SamplingParams(0.0, 1 + at), Sample(), 0), 0, rows=256
     )[0]
-    tokens = torch.tensor([[*answers[0].prompt_tokens, answers[0].tokens[0]]])
+    tokens = torch.tensor([[*answers[0].prompt_tokens, *answers[0].tokens[:at]]])
     _, residuals = policy.forward_with_residuals(tokens, torch.tensor([tokens.shape[1]]))
     hazards = torch.stack([policy.gate_logit(i, r[0, -1]) for i, r in enumerate(residuals)]).sigmoid()
     q = exit_distribution(hazards).numpy()
-    counts = np.array([sum(r.exit_depths[1] == depth for r in answers) for depth in policy.layout.outcomes]) / 2000
+    counts = np.array([sum(r.exit_depths[at] == depth for r in answers) for depth in policy.layout.outcomes]) / 2000
     assert q.max() < 0.95
     np.testing.assert_allclose(counts, q, atol=4 * 0.5 / np.sqrt(2000))
 

@@ -98,6 +98,7 @@ def test_every_table_of_the_evaluation_is_on_the_page(tmp_path):
         "word: accuracy", "71.0% [66.0%, 76.0%]", "22.0",
         "final answer", "28.0", "7.10 [7.00, 7.20]", "surprisal, by kind of token",
         "0.060 [0.020, 0.100]", "ECE at 25", "Fronts over thresholds", "Policy minus control",
+        "Choice of style", "51.2%", "right at full depth at 10 at 15 at 20 at 25", "where the step leads", "96.7%",
     ):  # fmt: skip
         assert words in page.text, words
     assert len(page.of("circle", "hollow")) == 1, "the control that missed its depth"
@@ -137,6 +138,7 @@ def test_runs_are_compared_on_one_page_and_what_they_share_stands_once(tmp_path)
     assert heads[:4] == ["teacher, full depth", "calibrated, hazard > 0.9", "reinforced (lambda_exit=0), hazard > 0.9",
                          "reinforced (lambda_exit=0.5), hazard > 0.9"]  # fmt: skip
     assert "0.640" in page.text and "Front over runs" in page.text and "2 early-exit runs" in page.text
+    assert "lambda_exit=0.5. Which style the model answers in" in page.text
     assert page.text.count("teacher: config.yaml") == 1 and "rl, lambda_exit=0.5: config.yaml" in page.text
     assert (tmp_path / "plots" / "front_runs.png").is_file() and (tmp_path / "plots" / "controls_1.png").is_file()
     # One panel per metric of RL, with a line for each run.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,9 @@ from tests.tiny import tiny_hf
 SPEC = PolicySpec(6, (1, 3, 4), rank=4, alpha=8.0)
 OUTCOMES = (1, 3, 4, 6)
 NO_STOP = frozenset({10**6})
+EITHER = pytest.mark.parametrize(
+    "decoder", [False, True], ids=["prompts never exit", "first token exits"], indirect=True
+)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
@@ -39,11 +43,19 @@ def tokenizer(path: Path):
 
 
 @pytest.fixture(scope="module")
-def decoder(path: Path) -> Decoder:
-    made = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
-    made.load_policy(random_policy(made.dims, SPEC))
-    made.eos_ids = NO_STOP
+def decoders(path: Path) -> list[Decoder]:
+    """Two with the same weights; the second lets first tokens exit."""
+    made = []
+    for first_token in (False, True):
+        made.append(Decoder.from_hf(path, replace(SPEC, first_token=first_token), torch.float32, "cpu"))
+        made[-1].load_policy(random_policy(made[-1].dims, SPEC))
+        made[-1].eos_ids = NO_STOP
     return made
+
+
+@pytest.fixture
+def decoder(decoders: list[Decoder], request: pytest.FixtureRequest) -> Decoder:
+    return decoders[getattr(request, "param", False)]
 
 
 def finish(scheduler: Scheduler, ids: list[int]) -> list[Rollout]:
@@ -72,34 +84,40 @@ def by_the_book(reference: Reference, rollout: Rollout) -> tuple[np.ndarray, np.
     depths[0, at] = torch.tensor(rollout.exit_depths).long()
     logp = reference.logits(tokens, depths).log_softmax(-1)[0, at]
     exits = reference.log_q(reference.gate_logits(tokens, depths), depths)[0, at]
-    exits[0] = 0
+    if not reference.spec.first_token:
+        exits[0] = 0
     return logp.gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0].numpy(), exits.numpy()
 
 
 @st.composite
 def traffic(draw):
-    """Requests with prescribed exits: (prompt tokens, depths), how many are in flight and run together, and after how
-    many pieces of work each arrives."""
-    asked = []
+    """Requests with prescribed exits: (prompt tokens, depths, after how many pieces of work it arrives); whether first
+    tokens exit, how many requests are in flight and run together, positions of the cache. Some have one prompt."""
+    asked, prompts, first_token = [], [], draw(st.booleans())
     for i in range(draw(st.integers(1, 9))):
-        prompt = draw(st.lists(st.integers(0, 127), min_size=1, max_size=12))
+        if not prompts or draw(st.booleans()):
+            length = draw(st.one_of(st.integers(1, 12), st.integers(PAGE - 1, 2 * PAGE + 2)))
+            prompts.append(draw(st.lists(st.integers(0, 127), min_size=length, max_size=length)))
         depths = draw(st.lists(st.sampled_from(OUTCOMES), min_size=0, max_size=9))
-        asked.append((prompt, [6, *depths], draw(st.integers(0, 12)) if i else 0))
-    return asked, draw(st.integers(1, 6)), draw(st.integers(1, 6)), draw(st.booleans())
+        first = draw(st.sampled_from(OUTCOMES)) if first_token else 6
+        asked.append((draw(st.sampled_from(prompts)), [first, *depths], draw(st.integers(0, 12)) if i else 0))
+    positions = draw(st.one_of(st.none(), st.integers(3 * PAGE, 8 * PAGE)))
+    return asked, first_token, draw(st.integers(1, 6)), draw(st.integers(1, 6)), positions, draw(st.booleans())
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(traffic())
 def test_any_traffic_gives_the_masked_references_probabilities_and_runs_no_skipped_layer(
-    path, decoder, tokenizer, case
+    path, decoders, tokenizer, case
 ):
-    asked, in_flight, batch, torch_ops = case
-    reference = Reference(path, SPEC, random_policy(decoder.dims, SPEC))
+    asked, first_token, in_flight, batch, positions, torch_ops = case
+    decoder = decoders[first_token]
+    reference = Reference(path, decoder.spec, random_policy(decoder.dims, SPEC))
     kept, ids = decoder.ops, []
     if torch_ops:
         decoder.use(TorchOps(decoder.dims))
     try:
-        scheduler = Scheduler(decoder, tokenizer, in_flight, batch)
+        scheduler = Scheduler(decoder, tokenizer, in_flight, batch, positions)
         for i, (prompt, depths, wait) in enumerate(asked):
             for _ in range(wait):
                 scheduler.advance()
@@ -113,8 +131,9 @@ def test_any_traffic_gives_the_masked_references_probabilities_and_runs_no_skipp
         tokens, exits = by_the_book(reference, rollout)
         np.testing.assert_allclose(rollout.token_logprobs, tokens, atol=1e-4, rtol=1e-4)
         np.testing.assert_allclose(rollout.exit_logprobs, exits, atol=1e-4, rtol=1e-4)
-    # Work done: what the exits prescribe (the first token comes from reading the prompt), not rows times layers.
-    assert scheduler.row_layers == sum(sum(depths[1:]) for _, depths, _ in asked)
+    # Work done: what the exits prescribe (a first token that can't exit comes from reading the prompt), not rows times
+    # layers.
+    assert scheduler.row_layers == sum(sum(depths[not first_token :]) for _, depths, _ in asked)
 
 
 def mixed_requests() -> list[Request]:
@@ -132,9 +151,9 @@ def mixed_requests() -> list[Request]:
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.permutations(range(20)), st.integers(1, 25), st.integers(1, 25))
-def test_requests_of_every_kind_answer_as_they_would_alone(decoder, tokenizer, order, in_flight, batch):
-    requests = mixed_requests()
+@given(st.permutations(range(20)), st.integers(1, 25), st.integers(1, 25), st.booleans())
+def test_requests_of_every_kind_answer_as_they_would_alone(decoders, tokenizer, order, in_flight, batch, first_token):
+    requests, decoder = mixed_requests(), decoders[first_token]
     expected = [alone(decoder, tokenizer, request) for request in requests] if order[0] % 4 == 0 else None
     scheduler = Scheduler(decoder, tokenizer, in_flight, batch)
     ids = {}
@@ -258,13 +277,16 @@ def test_equal_prompts_and_a_common_beginning_are_read_once(decoder, tokenizer, 
     same(answers[7], alone(decoder, tokenizer, Request([*head, 61], SamplingParams(1.0, 3), prompt_id="1", sample=2)))
 
 
+@EITHER
 @pytest.mark.parametrize("common", [0, 20], ids=["a prompt of its own", "a common beginning"])
-def test_a_group_computes_and_holds_its_prompt_once(common, decoder, tokenizer, monkeypatch):
-    """Whole pages of it; answers lie behind, each in pages of its own."""
+@pytest.mark.parametrize("length", [5 * PAGE, 5 * PAGE + 1, 5 * PAGE + 3])
+def test_a_group_computes_and_holds_its_prompt_once(length, common, decoder, tokenizer, monkeypatch):
+    """Whole pages of it; answers lie behind, each in pages of its own, and so does what exits of the prompt."""
     read: list[int] = []
     real = decoder.prefill
     monkeypatch.setattr(decoder, "prefill", lambda tokens, *rest: read.append(tokens.numel()) or real(tokens, *rest))
-    prompt, group = [1 + i % 90 for i in range(5 * PAGE + 3)], 8
+    prompt, group = [1 + i % 90 for i in range(length)], 8
+    once = length - decoder.layout.first_token
     asked = [Request(prompt, SamplingParams(1.0, 3 + 9 * k), Sample(), 0, "p", k) for k in range(group)]
     # Three rows wait: they join when others have left.
     scheduler = Scheduler(decoder, tokenizer, in_flight=5)
@@ -273,11 +295,12 @@ def test_a_group_computes_and_holds_its_prompt_once(common, decoder, tokenizer, 
     while scheduler.busy:
         scheduler.advance()
         rows = list(scheduler.stations)
-        own = sum(max(1, -(-row.length // PAGE) - 5) for row in rows)
-        assert not rows or 5 < scheduler.cache.used <= 5 + own
-        tables = {tuple(scheduler.cache.table[row.slot, :5].tolist()) for row in rows}
+        whole = once // PAGE
+        own = sum(max(1, -(-row.length // PAGE) - whole) for row in rows)
+        assert not rows or whole < scheduler.cache.used <= whole + own
+        tables = {tuple(scheduler.cache.table[row.slot, :whole].tolist()) for row in rows}
         assert len(tables) == (len(rows) > 0)
-    assert sum(read) == len(prompt) and not scheduler.cache.used and not scheduler._together
+    assert sum(read) == once and not scheduler.cache.used and not scheduler._together
     for i, request in zip(ids, asked, strict=True):
         same(scheduler.take(i, 0), alone(decoder, tokenizer, request))
 
@@ -362,13 +385,17 @@ def test_memory_follows_the_tokens_that_are_there(decoder, tokenizer, platform, 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    order=st.permutations(range(20)), positions=st.integers(80, 200), in_flight=st.integers(1, 25), mapped=st.booleans()
+    order=st.permutations(range(20)),
+    positions=st.integers(80, 200),
+    in_flight=st.integers(1, 25),
+    mapped=st.booleans(),
+    first_token=st.booleans(),
 )
 def test_a_bounded_cache_gives_the_same_answers_and_is_never_exceeded(
-    decoder, tokenizer, order, positions, in_flight, mapped
+    decoders, tokenizer, order, positions, in_flight, mapped, first_token
 ):
     """Requests that wait for pages, pages that were others' before and pages that moved change nothing."""
-    requests = mixed_requests()
+    requests, decoder = mixed_requests(), decoders[first_token]
     scheduler = Scheduler(decoder, tokenizer, in_flight, positions=positions)
     if not mapped:
         scheduler.cache._maps = []

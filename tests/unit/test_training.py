@@ -125,6 +125,14 @@ def test_pack_puts_each_exit_where_its_token_is_predicted():
         pack([np.array([7])], [np.array([20])], [np.array([2])], 6)
 
 
+def test_where_first_tokens_may_exit_the_prompts_last_position_is_asked():
+    batch = pack([np.array([7, 8, 9]), np.array([7])], [np.array([20, 21]), np.array([20])], [[2, 4], [4]], 6, True)
+    assert batch.exit_depths.tolist() == [[6, 6, 2, 4, 0], [4, 0, 0, 0, 0]]
+    assert torch.equal(batch.asked, batch.counts) and batch.shareable().tolist() == [2, 0]
+    # The largest depth of an answer counts it.
+    assert DEPTH_COSTS["max"].of_answers(batch, 6, 10).tolist() == pytest.approx([4 / 6, 4 / 6])
+
+
 def test_every_trace_gets_every_pattern_once_an_epoch():
     c = CalibrateConfig(epochs=2, patterns=3, batch_size=4)
     updates = plan(5, c).updates
@@ -182,9 +190,15 @@ def test_patterns_follow_the_targets_and_repeat():
     trace, c = a_trace(length=40), CalibrateConfig()
     draws = np.stack([draw_exits(trace, Item(0, i), LAYOUT, c) for i in range(3000)])
     assert (draws[:, 0] == 6).all()
+    early = replace(LAYOUT, first_token=True)
+    free = np.stack([draw_exits(trace, Item(0, i), early, c) for i in range(3000)])
+    assert (free[:, 1:] == draws[:, 1:]).all()
     q = exit_distribution(target_hazards(torch.from_numpy(trace.divergences), c.kl_factor))
     for outcome, depth in enumerate(LAYOUT.outcomes):
-        assert (draws[:, 1:] == depth).mean(0) == pytest.approx(q[1:, outcome].numpy(), abs=0.05)
+        assert (free == depth).mean(0) == pytest.approx(q[:, outcome].numpy(), abs=0.05)
+    assert target_depth([trace], early, c.kl_factor) == pytest.approx(free.mean() / 6, abs=0.01)
+    batch = make_batch([trace], [Item(0, 7)], early, c)
+    assert batch.exit_depths[batch.asked].tolist() == free[7].tolist()
     assert (draw_exits(trace, Item(0, 7), LAYOUT, c) == draws[7]).all()
     mean = (draws[:, 1:].mean() * 39 + 6) / 40 / 6
     assert target_depth([trace], LAYOUT, c.kl_factor) == pytest.approx(mean, abs=0.01)

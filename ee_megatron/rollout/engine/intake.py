@@ -35,7 +35,9 @@ class Intake:
         stop = request.sampling.stop
         if stop not in self._stopping:
             self._stopping[stop] = StopChecker(self.tokenizer, self.eos_ids, stop)
-        row = Row(number, request, tokens, key, self._stopping[stop])
+        # The position that may exit is run as those of generated tokens are.
+        read = tokens[:-1] if self.layout.first_token else tokens
+        row = Row(number, request, tokens, read, key, self._stopping[stop])
         if row.tokens and (row.stopping.ended(row.tokens) or len(row.tokens) >= request.sampling.max_new_tokens):
             raise ValueError(f"answer {request.prompt_id!r} was begun and ended; only an unfinished one goes on")
         check_prefill(row)

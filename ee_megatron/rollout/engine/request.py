@@ -77,6 +77,8 @@ class Event:
 class Row:
     """One answer in the making; lists as in `Rollout`.
 
+    `read` is what of the prompt is read in parallel, at full depth: all of it, or all but its last token, which then is
+    run as a generated one.
     `segment` is the last that ran for the token being made: at the readout, the index of its exit.
     `slot` is its place in the cache (-1: none yet), `shown` the characters that events have reported.
     """
@@ -84,6 +86,7 @@ class Row:
     id: int
     request: Request
     prompt_tokens: tuple[int, ...]
+    read: tuple[int, ...]
     key: int
     stopping: StopChecker
     slot: int = -1
@@ -106,6 +109,11 @@ class Row:
         """The token that the prefill prescribes next; None where the model is free."""
         at = len(self.tokens)
         return int(self.request.prefill[at]) if at < len(self.request.prefill) else None
+
+    @property
+    def last(self) -> int:
+        """The token whose position predicts the next one."""
+        return self.tokens[-1] if self.tokens else self.prompt_tokens[-1]
 
     @property
     def length(self) -> int:

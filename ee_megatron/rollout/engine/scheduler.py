@@ -69,9 +69,9 @@ class Scheduler:
         self.row_layers = 0
         self._free = list(range(in_flight))[::-1]
         self._next_id = 0
-        # Prompts that have been read, and the logits [V] of their first tokens.
+        # What of prompts has been read, and the logits [V] at its end.
         self._read: dict[tuple[int, ...], tuple[Prefilled, Tensor]] = {}
-        # Slots of rows in flight that hold their prompt's whole pages together, by the prompt.
+        # Slots of rows in flight that hold whole pages of what was read of their prompts together, by what that is.
         self._together: dict[tuple[int, ...], list[int]] = {}
         self._intake = Intake(tokenizer, decoder.eos_ids, decoder.layout, decoder.dims.max_positions)
         self._prefix: tuple[tuple[int, ...], Prefilled] | None = None
@@ -165,7 +165,7 @@ class Scheduler:
         if not free or not self.waiting:
             return []
         # Reading prompts one by one wastes the batch: wait for a few free slots unless the next prompt is read.
-        if self.waiting[0].prompt_tokens not in self._read and len(self.stations) and free < self.in_flight // 8:
+        if self._unread(self.waiting[0]) and len(self.stations) and free < self.in_flight // 8:
             return []
         chosen: list[Row] = []
         begun: list[Row] = []
@@ -173,7 +173,7 @@ class Scheduler:
         room, held = self._room(), set(self._together)
         while len(chosen) + len(begun) < free and self.waiting:
             needed = pages_for(self.waiting[0].longest)
-            if self.waiting[0].prompt_tokens in held:
+            if self.waiting[0].read in held:
                 needed -= _common_pages(self.waiting[0])
             if needed > room:
                 break
@@ -181,12 +181,12 @@ class Scheduler:
             if self.waiting[0].tokens:
                 begun.append(self.waiting.popleft())
                 continue
-            prompt = self.waiting[0].prompt_tokens
-            if prompt not in self._read and prompt not in unread:
-                if unread and len(prompt) + sum(map(len, unread)) > PREFILL_POSITIONS:
+            read = self.waiting[0].read
+            if self._unread(self.waiting[0]) and read not in unread:
+                if unread and len(read) + sum(map(len, unread)) > PREFILL_POSITIONS:
                     break
-                unread[prompt] = None
-            held.add(prompt)
+                unread[read] = None
+            held.add(read)
             chosen.append(self.waiting.popleft())
         self._go_on(sorted(begun, key=lambda row: -row.length))
         self._read_prompts(sorted(unread, key=len, reverse=True))
@@ -194,15 +194,18 @@ class Scheduler:
         self._forget_unneeded()
         return events
 
+    def _unread(self, row: Row) -> bool:
+        return bool(row.read) and row.read not in self._read
+
     def _room(self) -> float:
         """Pages that no row in flight can come to need."""
         if self.cache.limit is None:
             return math.inf
         own = sum(pages_for(row.longest) - _common_pages(row) for row in self.stations)
-        return self.cache.limit - own - sum(len(prompt) // PAGE for prompt in self._together)
+        return self.cache.limit - own - sum(len(read) // PAGE for read in self._together)
 
     def _forget_unneeded(self) -> None:
-        needed = {row.prompt_tokens for row in self.waiting} if self._read else set()
+        needed = {row.read for row in self.waiting} if self._read else set()
         self._read = {tokens: read for tokens, read in self._read.items() if tokens in needed}
 
     def _read_prompts(self, prompts: list[tuple[int, ...]]) -> None:
@@ -221,8 +224,11 @@ class Scheduler:
                 self._read.update(zip(part, zip(prefilled, logits, strict=True), strict=True))
 
     def _start(self, rows: list[Row]) -> list[Event]:
-        """Sample first tokens (full depth: prompt positions never exit) and give unfinished answers a cache slot."""
-        prefilled, logits = zip(*(self._read[row.prompt_tokens] for row in rows), strict=True)
+        """Sample first tokens, where prompt positions never exit, and give unfinished answers a cache slot."""
+        if self.decoder.layout.first_token:
+            self._enter([(row, self._read[row.read][0] if row.read else None) for row in rows])
+            return []
+        prefilled, logits = zip(*(self._read[row.read] for row in rows), strict=True)
         uniform = self._draw(rows)[:, -1]
         depths = [self.decoder.dims.num_layers] * len(rows)
         events = self._sample(rows, torch.stack(logits), uniform, depths, [0.0] * len(rows))
@@ -243,23 +249,24 @@ class Scheduler:
             prefilled = decoder.prefill(tokens, lengths, exit_depths=depths.to(decoder.device))
             self._enter(list(zip(part, prefilled, strict=True)))
 
-    def _enter(self, entering: list[tuple[Row, Prefilled]]) -> None:
-        """Give rows a cache slot with what has been read of them; they wait before the first segment then."""
+    def _enter(self, entering: Sequence[tuple[Row, Prefilled | None]]) -> None:
+        """Give rows a cache slot with what has been read of them (None: nothing); they wait before the first segment
+        then."""
         first: list[Row] = []
         others: list[Row] = []
         for row, _ in entering:
             row.slot = self._free.pop()
-            alike = self._together.setdefault(row.prompt_tokens, []) if _common_pages(row) else []
+            alike = self._together.setdefault(row.read, []) if _common_pages(row) else []
             (others if alike else first).append(row)
             alike.append(row.slot)
         self._hold(first)
         for row in others:
-            self.cache.share(self._together[row.prompt_tokens][0], row.slot, _common_pages(row))
+            self.cache.share(self._together[row.read][0], row.slot, _common_pages(row))
         self._hold(others)
         shared = {row.slot: PAGE * _common_pages(row) for row in others}
         for row, prefilled in entering:
-            parts = [prefilled]
-            if prefilled.start:
+            parts = [] if prefilled is None else [prefilled]
+            if prefilled is not None and prefilled.start:
                 assert self._prefix is not None
                 parts.insert(0, self._prefix[1])
             for part in parts:
@@ -282,7 +289,7 @@ class Scheduler:
         at = self._at(rows)
         slots = at.slots
         if segment == 0:
-            hidden = decoder.weights.embedding[torch.tensor([row.tokens[-1] for row in rows], device=device)]
+            hidden = decoder.weights.embedding[torch.tensor([row.last for row in rows], device=device)]
             self._uniform[slots] = self._draw(rows)
             self._exit_logprob[slots] = 0.0
             self._notes[slots] = 0.0
@@ -389,10 +396,10 @@ class Scheduler:
         self._free.append(row.slot)
         self.cache.release(row.slot)
         if _common_pages(row):
-            alike = self._together[row.prompt_tokens]
+            alike = self._together[row.read]
             alike.remove(row.slot)
             if not alike:
-                del self._together[row.prompt_tokens]
+                del self._together[row.read]
 
     def _draw(self, rows: list[Row]) -> Tensor:
         """float64 [R, M+1]: one number per gate and one for the token that each row generates next."""
@@ -403,9 +410,9 @@ class Scheduler:
 
 
 def _common_pages(row: Row) -> int:
-    """Whole pages of a prompt's positions, which nothing is written to once it has been read. Those of an answer that
-    goes on are its own: it was read with it."""
-    return 0 if row.request.begun is not None else len(row.prompt_tokens) // PAGE
+    """Whole pages of what was read of a prompt, which nothing is written to afterwards. Those of an answer that goes
+    on are its own: it was read with it."""
+    return 0 if row.request.begun is not None else len(row.read) // PAGE
 
 
 def prescribe(

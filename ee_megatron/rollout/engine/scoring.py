@@ -29,7 +29,7 @@ class Score:
     """A rollout read again; T entries as in `Rollout`, float32, natural logs, temperature 1.
 
     - policy_logprobs: log π(token) at the rollout's own exits
-    - exit_logprobs: log q(exit); 0 for entry 0 and without gates
+    - exit_logprobs: log q(exit); 0 where no gate was asked: at entry 0 unless the first token may exit, without gates
     - teacher_logprobs, teacher_entropy: of the base model at full depth
     - divergence: KL(teacher ‖ policy at the rollout's own exits), nats
     """
@@ -45,7 +45,8 @@ class Score:
 class Inspection:
     """What a rollout's gates and streams held at its own exits; T entries as in `Rollout`, M exits.
 
-    - hazards float32 [T, M]: what gate i gave; NaN where it was not asked: behind the exit, at entry 0, without gates
+    - hazards float32 [T, M]: what gate i gave; NaN where it was not asked: behind the exit, without gates, at entry 0
+      unless the first token may exit
     - divergences float32 [T, M]: KL(teacher at full depth ‖ policy's readout at exit i), nats, NaN where not asked
     - said int32 [T, M], said_logprobs float32 [T, M]: exit i's most probable token; -1 and NaN where not asked
     - teacher_said int32 [T], teacher_said_logprobs float32 [T]: the teacher's, at full depth
@@ -66,13 +67,13 @@ class Inspection:
 class _Batch:
     """Rollouts read together: what is known at the N positions that predict their tokens.
 
-    tokens, taken, first [N]: the tokens, the depths at which they were made, whether they are a rollout's first;
+    tokens, taken, asked [N]: the tokens, the depths at which they were made, whether they might exit;
     final [N, D], exits M x [N, D]: streams; exit_logprobs [N]; teacher [N, D]: its final stream, and its readout.
     """
 
     tokens: Tensor
     taken: Tensor
-    first: Tensor
+    asked: Tensor
     final: Tensor
     exits: list[Tensor]
     exit_logprobs: Tensor
@@ -100,7 +101,7 @@ def _inspect_chunk(decoder: Decoder, batch: _Batch, at: slice, streams: bool) ->
     p = logp.exp()
     negative_entropy, best = (p * logp).sum(-1), logp.max(dim=-1)
     depths = torch.tensor(decoder.layout.depths, device=decoder.device)
-    asked_NM = (batch.taken[at, None] >= depths) & ~batch.first[at, None]
+    asked_NM = (batch.taken[at, None] >= depths) & batch.asked[at, None]
     hazards, costs, logprobs = (torch.full(asked_NM.shape, float("nan"), device=decoder.device) for _ in range(3))
     said = torch.full(asked_NM.shape, -1, dtype=torch.int32, device=decoder.device)
     for i, stream in enumerate(batch.exits):
@@ -194,11 +195,13 @@ def _read(
         streams = decoder.forward_with_residuals(tokens, lengths, depths if teacher else None)
         final, *exits = (_pick(stream, chosen) for stream in (streams[0], *streams[1]))
         said = torch.cat([torch.as_tensor(r.tokens) for r in chosen]).to(decoder.device)
-        first = torch.cat([torch.arange(r.length) == 0 for r in chosen]).to(decoder.device)
+        asked = torch.cat([(torch.arange(r.length) > 0) | decoder.layout.first_token for r in chosen]).to(
+            decoder.device
+        )
         taken = _pick(depths, chosen)
-        logprobs = _exit_logprobs(decoder, exits, taken).masked_fill(first, 0.0)
+        logprobs = _exit_logprobs(decoder, exits, taken).where(asked, 0.0)
         theirs, readout = (teacher[0][number], teacher[1]) if teacher else (final, decoder.readout)
-        batch = _Batch(said, taken, first, final, exits, logprobs, theirs, readout)
+        batch = _Batch(said, taken, asked, final, exits, logprobs, theirs, readout)
         parts = [chunk(batch, slice(start, start + size)) for start in range(0, len(said), size)]
         columns, start = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)], 0
         for i in indices:

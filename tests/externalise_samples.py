@@ -146,7 +146,7 @@ def config(made: Record) -> RunConfig:
     cfg.task.name, cfg.task.tokens_per_step = "hops", made.tau
     cfg.pretrain.enabled, cfg.teacher.enabled = True, False
     cfg.pretrain.seed, cfg.rl.seed = made.base, made.seed
-    cfg.rl.families, cfg.rl.kl_sum = list(made.families), True
+    cfg.rl.families, cfg.rl.kl_sum, cfg.exits.first_token = list(made.families), True, made.objective.first_exits
     for name in ("beta", "depth_cost", "lambda_exit", "cost_length", "lambda_length", "fixed_depth"):
         setattr(cfg.rl, name, getattr(made.objective, name))
     return cfg

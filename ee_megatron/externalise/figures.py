@@ -40,12 +40,18 @@ class Quantity:
     form: str
 
 
+def _odds(share: Shares) -> float:
+    """nan where a style is never written."""
+    possible = share[PADDED] > 0 and share[TERSE] > 0
+    return math.log(share[PADDED] / share[TERSE]) if possible else math.nan
+
+
 STEPS_SHARE = Quantity(
     "steps", "Steps written down", steps_share, lambda share: share[STEPS],
     Axes("λ, price of depth", "share of steps", y_range=(0.0, 1.02)), "{:.2f}",
 )  # fmt: skip
 PADDING = Quantity(
-    "padding", "Padded against terse", padding_odds, lambda share: math.log(share[PADDED] / share[TERSE]),
+    "padding", "Padded against terse", padding_odds, _odds,
     Axes("λ, price of depth", "log odds padded : terse", span=1.0), "{:+.2f}",
 )  # fmt: skip
 

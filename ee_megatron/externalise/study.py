@@ -242,7 +242,7 @@ def _record(directory: Path, path: Path, cfg: RunConfig, part: Mapping[str, Any]
             cost_length=rl.cost_length,
             lambda_length=rl.lambda_length,
             fixed_depth=rl.fixed_depth,
-            first_exits=getattr(cfg.exits, "first_token", True),
+            first_exits=cfg.exits.first_token,
         ),
         num_layers=num_layers,
         models=models,

@@ -158,7 +158,7 @@ def padding(study: Study, tau: int) -> Verdict:
         parts.append(part if math.isfinite(estimate.low) else replace(part, passed=None))
     statement = (
         "The mean depth pays for padding, the largest doesn't: the log odds of padded to terse answers rise under "
-        "mean (interval above 0) and not under max (interval about 0)."
+        "mean (interval above 0) and not under max (interval includes 0)."
     )
     return Verdict(4, "only the mean pays for padding", statement, f"{tau}", parts, _count(study, [tau], conditions))
 

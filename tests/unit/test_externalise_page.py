@@ -20,7 +20,7 @@ from ee_megatron.externalise.page import _varied
 from ee_megatron.externalise.study import CAP, FREE, LENGTH, NO_EXITS, Condition, Objective, Study, read_study
 from ee_megatron.externalise.verdicts import verdicts
 from ee_megatron.externalise.words import answer
-from tests.externalise_samples import ANSWERS, LAYERS, config, record, records, with_share, write
+from tests.externalise_samples import ANSWERS, LAYERS, WEIGHTS, config, record, records, with_share, write
 
 # Two bases, 1 and 3 hops, all conditions at 1 token a step and what point 6 needs at 4: 36 runs.
 MADE = [r for r in records(bases=(1, 2), seeds=(1,)) if r.tau == 1 or r.condition.label in ("lambda 0", "total 1")]
@@ -140,6 +140,12 @@ def test_two_conditions_of_one_base_make_a_page_that_says_what_it_cannot(tmp_pat
     assert cli.main(["externalise", str(tmp_path / "runs")]) == 0
     page = (tmp_path / "runs" / "externalise.html").read_text()
     assert "Nothing can be said yet" in page and "closed form</span>" not in page
+    # Nor does a run without any price make it stumble, or a teacher that never pads.
+    alone = record("lambda 0")
+    teacher = replace(alone.models["teacher"]["hop3"], share={**WEIGHTS, "padded": 0.0, "other": 0.2})
+    for i, made in enumerate((record("cap 2"), replace(alone, models={**alone.models, "teacher": {"hop3": teacher}}))):
+        write(tmp_path / f"one{i}", made)
+        assert cli.main(["externalise", str(tmp_path / f"one{i}")]) == 0
     table = (tmp_path / "runs" / "externalise.csv").read_text()
     assert len(table.splitlines()) == 2 and ",nan" not in table
 

@@ -68,7 +68,7 @@ def credit(
     """
     rollouts = [r for g in groups for r in g.rollouts]
     counts, counted = batch.counts, taught(groups, rl)
-    old = [spread(batch, [getattr(r, name) for r in rollouts]) for name in ("token_logprobs", "exit_logprobs")]
+    old = list(_made(batch, rollouts))
     start = old if first is None else [first.token_logprobs, first.exit_logprobs]
 
     def among(values: Tensor, which: Tensor) -> Tensor:
@@ -143,14 +143,20 @@ def entropies(batch: ReplayBatch, seen: Scores) -> dict[str, float]:
 
 def mismatch(batch: ReplayBatch, rollouts: Sequence[Rollout], seen: Scores) -> dict[str, float]:
     """How far the learner's log-probabilities of tokens and exits are from the rollouts', nats, mean of absolutes."""
-    counts = batch.counts
+    tokens, exits = _made(batch, rollouts)
+    pairs = {"token": (seen.token_logprobs, tokens), "exit": (seen.exit_logprobs, exits)}
     return {
-        f"{what}_mismatch": float((scored - spread(batch, made))[counts].abs().mean())
-        for what, scored, made in (
-            ("token", seen.token_logprobs, [r.token_logprobs for r in rollouts]),
-            ("exit", seen.exit_logprobs, [r.exit_logprobs for r in rollouts]),
-        )
+        f"{what}_mismatch": float((scored - made)[batch.counts].abs().mean()) for what, (scored, made) in pairs.items()
     }
+
+
+def _made(batch: ReplayBatch, rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of tokens and exits under which the rollouts were made, [B, S]. An exit that no gate was asked
+    for was certain, whatever the gates say of it."""
+    tokens, exits = (
+        spread(batch, [getattr(r, name) for r in rollouts]) for name in ("token_logprobs", "exit_logprobs")
+    )
+    return tokens, exits.where(batch.asked, 0.0)
 
 
 def rollout_metrics(batch: ReplayBatch, groups: Sequence[Group], num_layers: int) -> dict[str, float]:

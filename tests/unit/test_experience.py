@@ -17,7 +17,7 @@ from ee_megatron.learner.learner import Scores
 from ee_megatron.objectives.advantages import ADVANTAGES
 from ee_megatron.objectives.divergences import Teacher
 from ee_megatron.objectives.schedules import dual_price
-from ee_megatron.training.experience import credit, objective_of, replay, rollout_metrics, taught
+from ee_megatron.training.experience import credit, mismatch, objective_of, replay, rollout_metrics, taught
 from ee_megatron.training.pricing import Price
 from ee_megatron.training.reinforce import kept_groups
 from tests.by_hand import a_group
@@ -89,7 +89,12 @@ def test_where_all_are_told_where_to_leave_no_gate_learns():
     batch = replay(groups, 6, gates=False)
     assert not batch.asked.any() and batch.exit_depths.equal(replay(groups, 6).exit_depths)
     rl = RLConfig(lambda_exit=0.5, beta=0.0, fixed_depth=2)
-    experience, _ = credit(batch, groups, scores(batch), None, rl, LAYOUT, price=0.0, longest=LONGEST)
+    # What the gates would have said of the exits that were taken plays no part.
+    for rollout in groups[0].rollouts:
+        rollout.exit_logprobs[:] = -30.0
+    experience, values = credit(batch, groups, scores(batch), None, rl, LAYOUT, price=0.0, longest=LONGEST)
+    assert values["importance_ratio_max"] == 1 and (experience.token_importance == 1).all()
+    assert mismatch(batch, groups[0].rollouts, scores(batch))["exit_mismatch"] == 0
     weights, _ = objective_of(rl, LONGEST).weights(batch, experience, scores(batch).token_logprobs, torch.zeros(()))
     assert not weights.exit.any() and weights.token.any()
 

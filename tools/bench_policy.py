@@ -82,7 +82,7 @@ def main() -> int:
                 cost[kind] = sum(
                     answer_cost(
                         dims, spec.exit_depths, spec.gate_width, len(a.prompt_tokens), a.exit_depths.tolist(),
-                        KINDS[kind],
+                        KINDS[kind], spec.first_token,
                     )
                     for a in answers
                 )  # fmt: skip

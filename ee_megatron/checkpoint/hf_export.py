@@ -31,7 +31,7 @@ from .manifest import Digest, Hasher, Ledger, copy_tokenizer, entry, entry_of, w
 from .meter import Meter
 from .policy_files import check_policy, open_policy
 from .safetensors_io import SafetensorsWriter, aligned, nbytes, write_small
-from .sources import HFSource, TensorSource, TunedSource, Watch, ahead, total_bytes
+from .sources import HFSource, TensorSource, TunedSource, Watch, ahead, gate_facts, total_bytes
 from .workspace import Workspace, workspace
 
 EXPORT_FILES = Path(__file__).parent / "export_files"
@@ -245,9 +245,7 @@ def _write_config(
                 "AutoConfig": "configuration_early_exit.EarlyExitConfig",
                 "AutoModelForCausalLM": "modeling_early_exit.EarlyExitForCausalLM",
             },
-            "exit_depths": list(spec.exit_depths),
-            "gate_width": spec.gate_width,
-            "gate_input": spec.gate_input,
+            **gate_facts(spec),
             "exit_policy": exit_policy,
         }
         for file in ("configuration_early_exit.py", "modeling_early_exit.py"):
@@ -293,6 +291,5 @@ def _write_sidecar(
         return {}
     content = {name: tensors[name].float().contiguous() for name in names}
     write_small(folder / "gates.safetensors", content)
-    facts = {"exit_depths": list(spec.exit_depths), "gate_width": spec.gate_width, "gate_input": spec.gate_input}
-    (folder / "gates.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (folder / "gates.json").write_text(json.dumps(gate_facts(spec), indent=2) + "\n")
     return {name: entry_of(content[name], ledger.take(f"policy:{name}"), "gates.safetensors") for name in names}

@@ -22,7 +22,7 @@ from .safetensors_io import nbytes, places
 BLOCK_BYTES = 64 << 20
 AHEAD_BYTES = 512 << 20
 # What an early-exit export's config.json has more than its base's.
-EMBED_FIELDS = ("base_model_type", "auto_map", "exit_depths", "gate_width", "gate_input", "exit_policy")
+EMBED_FIELDS = ("base_model_type", "auto_map", "exit_depths", "gate_width", "gate_input", "first_token", "exit_policy")
 
 
 class TensorSource:
@@ -172,8 +172,15 @@ class TunedSource(TensorSource):
 
 def gate_spec(dims: ModelDims, facts: Mapping[str, Any]) -> PolicySpec:
     """A policy of gates alone, from what an export's config.json or gates.json says of them."""
+    depths, first = tuple(facts["exit_depths"]), facts.get("first_token", False)
     width, stream = facts["gate_width"], facts["gate_input"]
-    return PolicySpec(dims.num_layers, tuple(facts["exit_depths"]), rank=0, gate_width=width, gate_input=stream)
+    return PolicySpec(dims.num_layers, depths, rank=0, gate_width=width, gate_input=stream, first_token=first)
+
+
+def gate_facts(spec: PolicySpec) -> dict[str, Any]:
+    """What `gate_spec` reads."""
+    facts = {"exit_depths": list(spec.exit_depths), "gate_width": spec.gate_width, "gate_input": spec.gate_input}
+    return {**facts, "first_token": True} if spec.first_token else facts
 
 
 def base_config(config: dict, dims: ModelDims) -> dict:

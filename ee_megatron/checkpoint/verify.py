@@ -53,8 +53,8 @@ def _compare_gates(a: Checkpoint, b: Checkpoint) -> tuple[list[str], list[str]]:
     if not a.spec.exit_depths or not b.spec.exit_depths:
         only = [str(one.path) for one in (a, b) if one.spec.exit_depths]
         return [], [f"gates only in {only[0]}"] if only else []
-    if a.spec.exit_depths != b.spec.exit_depths or a.spec.gate_input != b.spec.gate_input:
-        return [f"exits: {a.spec.exit_depths} {a.spec.gate_input}, {b.spec.exit_depths} {b.spec.gate_input}"], []
+    if a.spec.layout != b.spec.layout or a.spec.gate_input != b.spec.gate_input:
+        return [f"exits: {a.spec.layout} {a.spec.gate_input}, {b.spec.layout} {b.spec.gate_input}"], []
     left, right = a.gates(), b.gates()
     return [f"{name}: differs" for name in left if not torch.equal(left[name], right[name])], []
 

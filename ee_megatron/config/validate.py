@@ -299,6 +299,11 @@ def _check_engine(cfg: RunConfig, dims: ModelDims | None) -> None:
                 "anyway; leave it out"
             )
         return
+    if cfg.exits.first_token:
+        raise ValueError(
+            "exits.first_token=true: vLLM here reads whole prompts at full depth, found rollout.backend=vllm; set "
+            "rollout.backend=ray or local"
+        )
     if rollout.vllm_exits == "compact" and rollout.vllm_compile:
         raise ValueError(
             "rollout.vllm_exits=compact: how many positions run isn't known ahead, which a compiled model needs, found "

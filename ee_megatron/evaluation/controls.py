@@ -21,10 +21,10 @@ TRIALS = 20
 ACCURACY_TRIALS = 8
 
 
-def marginal_exits(answers: Sequence[Answer], outcomes: Sequence[int]) -> list[float]:
-    """Shares of the outcomes over all tokens but the answers' first, whose depth is no choice. Raises ValueError if
-    there are none."""
-    depths = [t["depth"] for a in answers for t in a["tokens"][1:]]
+def marginal_exits(answers: Sequence[Answer], outcomes: Sequence[int], first_token: bool = False) -> list[float]:
+    """Shares of the outcomes over all tokens whose depth is a choice: the answers' first where `first_token`, and the
+    others. Raises ValueError if there are none."""
+    depths = [t["depth"] for a in answers for t in a["tokens"][not first_token :]]
     if not depths:
         raise ValueError("answers of one token each have no exits; raise rollout.max_new_tokens")
     return [depths.count(outcome) / len(depths) for outcome in outcomes]

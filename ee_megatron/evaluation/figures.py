@@ -35,7 +35,7 @@ def depth_figures(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
     - mean: over all tokens; quantiles: depths that occur, over all tokens; total: layers per answer
     - answer: mean over the tokens that write the final answer, and how many answers have such
     - flops: per answer, prompt included; None where they were not counted
-    - classes: {class: {"depth", "tokens"}} without the answers' first tokens, whose depth is no choice
+    - classes: {class: {"depth", "tokens"}} without the answers' first tokens, whose depth may be no choice
     """
     found: dict[str, dict[str, Any]] = {}
     for name, group in by_label(answers).items():
@@ -98,7 +98,7 @@ def paired(
 ) -> list[np.ndarray]:
     """float64 [T, 2] per answer: depth and measure of its tokens, those at its `places` where these are given.
 
-    Left out: first tokens, whose depth is no choice, tokens without the measure, and answers without any other.
+    Left out: first tokens, whose depth may be no choice, tokens without the measure, and answers without any other.
     """
     columns = []
     for i, answer in enumerate(answers):

@@ -192,7 +192,8 @@ def _hints(bench: Bench, prompts: Sequence[Prompt], answers: Sequence[Rollout]) 
 
 
 def _serial(answers: Sequence[Rollout], codec: Codec) -> dict[str, Any]:
-    """Opaque serial depth of all tokens but an answer's first, whose depth is no choice, and of the final answer's."""
+    """Opaque serial depth of all tokens but an answer's first, whose depth may be no choice, and of the final
+    answer's."""
     spans = [text_of.answer_span([codec.decode([int(t)]) for t in a.tokens]) for a in answers]
     return {
         "all": serial_depth([a.exit_depths[1:] for a in answers]),

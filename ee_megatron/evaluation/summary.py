@@ -16,8 +16,8 @@ from .statistics import wilson_interval
 class EvaluationRow:
     """- model: teacher, calibrated or reinforced; exits: the exit policy, in words
     - n answers, correct of them; accuracy = correct/n with its 95% Wilson interval [low, high]
-    - mean_depth: mean of depth/L over all generated tokens of all answers, none left out (the first token of an answer,
-      which never exits, counts as 1)
+    - mean_depth: mean of depth/L over all generated tokens of all answers, none left out (an answer's first counts as 1
+      where it can't exit)
     - total_depth: layers per answer, i.e. the mean over answers of the sum of depths over their tokens
     - length: tokens per answer
     - kl: mean over the same tokens of KL(teacher at full depth ‖ model at its exits), nats; None: not measured

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class DepthCost:
     """Sum over an answer's tokens of share(depth / L), divided by `divisor(tokens, rl.cost_length)`; or, `largest`, the
-    largest depth / L among the tokens whose gates were asked (the first one's never are)."""
+    largest depth / L among the tokens whose gates were asked (the first one's may never be)."""
 
     share: Callable[[Tensor], Tensor] = lambda fraction: fraction
     divisor: Callable[[Tensor, int], Tensor] = lambda lengths, cost_length: lengths

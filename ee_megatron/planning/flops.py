@@ -152,9 +152,9 @@ def prefill_cost(dims: ModelDims, prompt: int) -> float:
 
 
 def decode_cost(layout: Layout, load: Workload) -> float:
-    """Generating the later tokens of one answer: layers up to the exit, keys and values of the others, the gates on
-    the way, the readout. Attention sees the tokens so far."""
-    dims, tokens = layout.dims, load.answer - 1
+    """Generating the tokens of one answer that don't come from reading its prompt: layers up to the exit, keys and
+    values of the others, the gates on the way, the readout. Attention sees the tokens so far."""
+    dims, tokens = layout.dims, load.later
     linears = sum(rows * columns for rows, columns in dims.linear_shapes().values())
     skipped = 2 * dims.kv_size * dims.hidden
     span = load.prompt + load.answer / 2
@@ -170,9 +170,9 @@ def decode_cost(layout: Layout, load: Workload) -> float:
 def generation_cost(layout: Layout, made: Counted, prompts: Sequence[int]) -> float:
     """FLOPs of answers by the exits that they took, by an engine that skips, as `decode_cost` and `answer_cost` count
     them; `prompts`: lengths of those that are read."""
-    dims, made = layout.dims, made.without_prompts()
+    dims, first, made = layout.dims, layout.spec.first_token, made.without_prompts()
     linears = sum(rows * columns for rows, columns in dims.linear_shapes().values())
-    total = sum(prefill_cost(dims, prompt) for prompt in prompts) + made.written * 2 * dims.vocab * dims.hidden
+    total = sum(prefill_cost(dims, prompt - first) for prompt in prompts) + made.written * 2 * dims.vocab * dims.hidden
     for layer in range(1, dims.num_layers + 1):
         run = made.active(layer)
         total += 2 * linears * run + 4 * dims.heads * dims.head_dim * made.seen(layer)
@@ -187,17 +187,20 @@ def answer_cost(
     prompt: int,
     depths: Sequence[int],
     needs: Collection[str] = ("gates",),
+    first_token: bool = False,
 ) -> float:
     """FLOPs of one answer by the exits that it took: `prefill_cost` of its prompt, then every later token's layers, the
     keys and values that it owes the others, its readout, and what its exit rule asked for on the way.
 
-    depths [T], the first of them the prompt's; needs, of an `ExitRule`: "gates" (of width gate_width · D) and "readout"
-    (of every exit on the way) cost something. `decode_cost` is the mean of this over a distribution of exits.
+    depths [T], the first of them the prompt's unless `first_token`, with which the prompt's last token is run as later
+    ones; needs, of an `ExitRule`: "gates" (of width gate_width · D) and "readout" (of every exit on the way) cost
+    something. `decode_cost` is the mean of this over a distribution of exits.
     """
     linears = sum(rows * columns for rows, columns in dims.linear_shapes().values())
     head, skipped = 2 * dims.vocab * dims.hidden, 4 * dims.kv_size * dims.hidden
-    total = prefill_cost(dims, prompt)
-    for t, depth in enumerate(depths[1:], 1):
+    begin = 0 if first_token else 1
+    total = prefill_cost(dims, prompt - first_token)
+    for t, depth in enumerate(depths[begin:], begin):
         total += depth * (2 * linears + 4 * dims.heads * dims.head_dim * (prompt + t))
         total += (dims.num_layers - depth) * skipped + head
         if "gates" in needs:

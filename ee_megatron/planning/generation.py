@@ -142,7 +142,7 @@ def vllm_round(layout: Layout, load: Workload, device: Device, item: int, rows: 
     weights = dims.num_layers * cut + vocabulary_rows(dims, tensor) * dims.hidden
     cache = rows * span * dims.num_layers * 2 * dims.head_dim * max(1, dims.kv_heads // tensor)
     gates = gate_elements(layout) * (4 if item == 4 else 4 + 2 * item)
-    work = rows * decode_cost(layout, load.at_full_depth()) / max(1, load.answer - 1)
+    work = rows * decode_cost(layout, load.at_full_depth()) / max(1, load.later)
     asking = rows * sum(gate(dims, layout.spec.gate_width, 1) for _ in layout.spec.exit_depths)
     parts = {
         MEMORY: (item * (weights + cache) + gates) / (device.bandwidth * device.streaming),

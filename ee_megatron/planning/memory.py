@@ -156,7 +156,7 @@ def layer_activations(layout: Layout, packed: Packing, t: Training, layer: int) 
     # SwiGLU: gate and up, silu(gate).
     kept += active * 3 * inner * e
     if layer - 1 in layout.spec.exit_depths:
-        asked = packed.each * (packed.load.answer - 1) / here
+        asked = packed.each * packed.load.later / here
         # The stream in fp32, what the gate's first product reads, and its result after the ReLU.
         kept += asked * (dims.hidden * (FP32 + e) + FP32 * gate_units(layout.spec.gate_width, dims.hidden))
     return kept

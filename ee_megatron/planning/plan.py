@@ -180,8 +180,9 @@ def make_plan(cfg: RunConfig, dims: ModelDims, device: Device, assumed: Assumpti
     answer = assumed.answer_tokens or longest_answer
     if answer > longest_answer:
         raise ValueError(f"--answer-tokens {answer}: longer than rollout.max_new_tokens={longest_answer} allows")
-    load = Workload.of(assumed.prompt_tokens, answer, outcomes, assumed.mean_depth)
-    longest = Workload.of(assumed.prompt_tokens, longest_answer, outcomes, 1.0)
+    prompt, first = assumed.prompt_tokens, layout.spec.first_token
+    load = Workload.of(prompt, answer, outcomes, assumed.mean_depth, first)
+    longest = Workload.of(prompt, longest_answer, outcomes, 1.0, first)
     item = element_bytes(cfg, device.packed)
     learner = learner_kinds(cfg, layout, longest, item, device.packed)
     actor = make_actor(cfg, layout, load, longest, item, device)

@@ -42,7 +42,9 @@ def nearest_fit(plan: Plan, dims: ModelDims) -> list[str]:
             layout = Layout.of(changed, dims)
         except ValueError:
             continue
-        longest = Workload.of(plan.longest.prompt, plan.longest.answer, layout.spec.layout.outcomes, 1.0)
+        # Exits may have moved with the stages.
+        exits = layout.spec.layout
+        longest = Workload.of(plan.longest.prompt, plan.longest.answer, exits.outcomes, 1.0, exits.first_token)
         learner = learner_kinds(changed, layout, longest, plan.item, plan.on_cpu)
         actor = make_actor(changed, layout, plan.load, longest, plan.item, plan.device)
         if not replace(plan, cfg=changed, layout=layout, learner=learner, actor=actor).shortage():

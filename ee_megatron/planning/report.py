@@ -231,7 +231,8 @@ def _assumptions(plan: Plan) -> list[str]:
     load, rl, device = plan.load, plan.cfg.rl, plan.device
     pairs = list(zip(load.outcomes, load.shares, strict=True))
     layers = plan.layout.dims.num_layers
-    mean = (layers + (load.answer - 1) * sum(depth * share for depth, share in pairs)) / load.answer / layers
+    free = load.later * sum(depth * share for depth, share in pairs)
+    mean = (layers * (load.answer - load.later) + free) / load.answer / layers
     shares = ", ".join(f"{depth}: {share:.2f}" for depth, share in pairs)
     return [
         f"assumed: {rl.prompts_per_step} x {rl.group_size} answers of {load.answer} tokens to prompts of "

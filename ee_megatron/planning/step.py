@@ -63,7 +63,7 @@ def phase_flops(layout: Layout, load: Workload, cfg: RunConfig) -> dict[str, flo
     """FLOPs of all ranks and actors by phase of one RL step, as they are computed: vLLM runs all layers for all tokens.
     No rollouts where recorded ones are learned from."""
     sequences, vllm = rollouts_per_step(cfg), cfg.rollout.backend == "vllm"
-    read = cfg.rl.prompts_per_step * prefill_cost(layout.dims, load.prompt)
+    read = cfg.rl.prompts_per_step * prefill_cost(layout.dims, load.prompt - load.first_token)
     made = read + sequences * decode_cost(layout, load.at_full_depth() if vllm else load)
     return ({} if cfg.rl.replay else {"rollouts": made}) | {
         phase: sum(times * whole_pass(layout, packed.load, packed.sequences, how) for times, packed, how in entries)
@@ -87,8 +87,8 @@ def step_flops(
     train = replace(train, recompute=False, input_gradient=False)
 
     def counted(rows: Sequence[int]) -> Counted:
-        layers = layout.dims.num_layers
-        return Counted.of([prompts[i] for i in rows], [depths[i] for i in rows], layers, rl.group_size, shared)
+        layers, first = layout.dims.num_layers, layout.spec.first_token
+        return Counted.of([prompts[i] for i in rows], [depths[i] for i in rows], layers, rl.group_size, shared, first)
 
     every, learned = counted(range(len(prompts))), counted(kept)
     run = {how: whole_pass(layout, learned, 1, how) for how in (POLICY, REFERENCE, train)}

@@ -94,8 +94,8 @@ class Roofline:
         or, if that takes longer, of the longest answer, with fewer rows in the end."""
         prompts = -(-self.cfg.rl.prompts_per_step // self.cfg.rollout.actors)
         mine = prompts * self.cfg.rl.group_size
-        rows, later = min(self.rows, mine), self.load.answer - 1
-        rounds = max(-(-mine // rows) * later, self.longest - 1)
+        rows, later = min(self.rows, mine), self.load.later
+        rounds = max(-(-mine // rows) * later, self.longest - (self.load.answer - later))
         in_flight = max(1.0, mine * later / rounds) if rounds else 1.0
         each = token_round(self.cfg, self.layout, self.load, self.device, self.item, in_flight).seconds
         return prompts * self._read() + rounds * each
@@ -104,7 +104,7 @@ class Roofline:
         """A prompt, once for all of its answers (vLLM finds its blocks again), on all of an actor's devices."""
         dims, prompt, tensor = self.layout.dims, self.load.prompt, self.cfg.rollout.tensor
         device = self.device.of_cores(self.cfg.rollout.threads)
-        seconds = prefill_cost(dims, prompt) / device.flops(self.item)
+        seconds = prefill_cost(dims, prompt - self.load.first_token) / device.flops(self.item)
         if self.cfg.rollout.backend != "vllm":
             return seconds
         reduced = (2 * dims.num_layers + 1) * all_reduce(prompt * dims.hidden * self.item, self.device, tensor)

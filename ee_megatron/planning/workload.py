@@ -34,30 +34,37 @@ class Load(Protocol):
 @dataclass(frozen=True)
 class Workload:
     """Sequences of `prompt` + `answer` tokens. Of the answer's tokens the first comes from the prompt, which never
-    exits; the others take outcome i (exit i, or none) with probability shares[i]. `outcomes` are depths. `shared`: of a
-    prompt's positions, how many another sequence of the strip has run already, on average."""
+    exits; the others take outcome i (exit i, or none) with probability shares[i], and with `first_token` it, too.
+    `outcomes` are depths. `shared`: of a prompt's positions, how many another sequence of the strip has run already, on
+    average."""
 
     prompt: int
     answer: int
     outcomes: tuple[int, ...]
     shares: tuple[float, ...]
     shared: float = 0.0
+    first_token: bool = False
 
     @staticmethod
-    def of(prompt: int, answer: int, outcomes: Sequence[int], mean_depth: float) -> Workload:
+    def of(prompt: int, answer: int, outcomes: Sequence[int], mean_depth: float, first_token: bool = False) -> Workload:
         """The flattest distribution over the outcomes (the one of most entropy) with this mean depth, as a share of the
         layers, over all tokens of an answer. Raises ValueError if no distribution has it."""
         if prompt < 1 or answer < 1:
             raise ValueError(f"--prompt-tokens {prompt}, --answer-tokens {answer}: expected numbers >= 1")
-        layers = outcomes[-1]
-        lowest = (outcomes[0] * (answer - 1) + layers) / layers / answer
+        layers, later = outcomes[-1], answer - (not first_token)
+        lowest = (outcomes[0] * later + layers * (answer - later)) / layers / answer
         if not lowest - 1e-9 <= mean_depth <= 1:
             raise ValueError(
                 f"--mean-depth {mean_depth}: expected {lowest:.2f} (every token at the first exit, depth {outcomes[0]} "
                 f"of {layers}) to 1"
             )
-        later = max(outcomes[0], (mean_depth * answer - 1) * layers / (answer - 1)) if answer > 1 else layers
-        return Workload(prompt, answer, tuple(outcomes), tilted(outcomes, later))
+        mean = max(outcomes[0], (mean_depth * answer - (answer - later)) * layers / later) if later else layers
+        return Workload(prompt, answer, tuple(outcomes), tilted(outcomes, mean), first_token=first_token)
+
+    @property
+    def later(self) -> float:
+        """Tokens of an answer that may exit."""
+        return self.answer - (not self.first_token)
 
     @property
     def positions(self) -> float:
@@ -77,26 +84,28 @@ class Workload:
         return self.prompt - self.shared + self.answer - 1
 
     def reaching(self, depth: int) -> float:
-        """Share of the answer's later tokens that run layer `depth` (1-based)."""
+        """Share of the answer's tokens that may exit that run layer `depth` (1-based)."""
         return sum(share for outcome, share in zip(self.outcomes, self.shares, strict=True) if outcome >= depth)
 
     def active(self, layer: int, full: bool = False) -> float:
-        return self.prompt - self.shared + (self.answer - 1) * (1.0 if full else self.reaching(layer))
+        prompt = self.prompt - self.shared - self.first_token
+        return prompt + self.later * (1.0 if full else self.reaching(layer))
 
     def seen(self, layer: int, full: bool = False) -> float:
         # All but the last position of a prompt are shared, or none.
-        prompt = (self.prompt + 1 - self.shared) * self.prompt / 2
-        later = (self.answer - 1) * (self.prompt + self.answer / 2)
+        prompt = (self.prompt + 1 - self.shared) * self.prompt / 2 - self.first_token * self.prompt
+        later = (self.answer - 1) * (self.prompt + self.answer / 2) + self.first_token * self.prompt
         return prompt + later * (1.0 if full else self.reaching(layer))
 
     def asked(self, depth: int) -> float:
-        return (self.answer - 1) * self.reaching(depth)
+        return self.later * self.reaching(depth)
 
 
 @dataclass(frozen=True)
 class Counted:
-    """Given sequences, all together. prompts, prompts_seen: positions of prompts that are run, and the keys that they
-    see; later, later_seen [L + 1]: by depth, answer tokens behind the first ones that took it, and their keys."""
+    """Given sequences, all together. prompts, prompts_seen: positions of prompts that are run and can't exit, and the
+    keys that they see; later, later_seen [L + 1]: by depth, answer tokens that might exit and took it, and their keys.
+    """
 
     answer: float
     prompts: float
@@ -106,19 +115,21 @@ class Counted:
 
     @staticmethod
     def of(
-        prompts: Sequence[int], depths: Sequence[np.ndarray], num_layers: int, group: int = 1, shared: float = 1.0
-    ) -> Counted:
-        """Tokens of each prompt, and depths [T] of each answer's tokens, the first of which comes with the prompt.
-        `group` neighbours have one prompt, of which this share is run only once."""
+        prompts: Sequence[int], depths: Sequence[np.ndarray], num_layers: int, group: int = 1, shared: float = 1.0,
+        first_token: bool = False,
+    ) -> Counted:  # fmt: skip
+        """Tokens of each prompt, and depths [T] of each answer's tokens; unless `first_token` the first comes with the
+        prompt. `group` neighbours have one prompt, of which this share is run only once."""
         later, seen = np.zeros(num_layers + 1), np.zeros(num_layers + 1)
         for prompt, taken in zip(prompts, depths, strict=True):
-            later += np.bincount(taken[1:], minlength=num_layers + 1)
-            keys = prompt + np.arange(1, len(taken), dtype=np.float64)
-            seen += np.bincount(taken[1:], weights=keys, minlength=num_layers + 1)
+            free = taken[not first_token :]
+            later += np.bincount(free, minlength=num_layers + 1)
+            keys = prompt + np.arange(len(taken) - len(free), len(taken), dtype=np.float64)
+            seen += np.bincount(free, weights=keys, minlength=num_layers + 1)
         own = np.asarray(prompts, dtype=np.float64)
         # Of the others of a group only the prompt's last position is run.
-        run = np.where(np.arange(len(own)) % group == 0, 1.0, 1.0 - shared)
-        positions, keys = 1 + (own - 1) * run, own + own * (own - 1) / 2 * run
+        run, last = np.where(np.arange(len(own)) % group == 0, 1.0, 1.0 - shared), not first_token
+        positions, keys = last + (own - 1) * run, last * own + own * (own - 1) / 2 * run
         return Counted(
             float(sum(map(len, depths))), float(positions.sum()), float(keys.sum()), later, seen
         )  # fmt: skip

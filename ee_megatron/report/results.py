@@ -100,7 +100,7 @@ class Results:
 def entropy_points(results: Results) -> dict[str, list[tuple[float, float]]]:
     """Label -> [(entropy in nats, depth as a fraction of L)] over the kept answers.
 
-    Left out: the first token of an answer, whose depth is no choice, and labels whose depth never varies.
+    Left out: the first token of an answer, whose depth may be no choice, and labels whose depth never varies.
     """
     points: dict[str, list[tuple[float, float]]] = {}
     layers = results.num_layers

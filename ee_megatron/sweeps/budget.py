@@ -29,7 +29,8 @@ def buy(cfg: RunConfig, dims: ModelDims, budget: float, how: IsoFlop) -> Purchas
     Raises ValueError if the budget is less than half of the least that can be had."""
     layout = Layout.of(cfg, dims)
     answer = how.answer_tokens or cfg.rollout.max_new_tokens
-    load = Workload.of(how.prompt_tokens, answer, layout.spec.layout.outcomes, how.mean_depth)
+    exits = layout.spec.layout
+    load = Workload.of(how.prompt_tokens, answer, exits.outcomes, how.mean_depth, exits.first_token)
     if how.set == "rl.steps":
         count, flops = _whole(budget, sum(phase_flops(layout, load, cfg).values()), "RL step")
         return Purchase(str(count), count * rollouts_per_step(cfg) * answer, flops)

@@ -197,7 +197,8 @@ class Checker:
         if spec != wanted:
             raise ValueError(
                 f"start={cfg.start}: made with exits {list(spec.exit_depths)} and adapters of rank {spec.rank}, the "
-                f"settings say {list(wanted.exit_depths)} and {wanted.rank} (or differ in alpha, targets or gates)"
+                f"settings say {list(wanted.exit_depths)} and {wanted.rank} (or differ in alpha, targets, gates or "
+                "exits.first_token)"
             )
 
 

@@ -97,10 +97,10 @@ def evaluated(results: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     if histogram and prompt:
         load = workload(layout, {int(d): int(c) for d, c in histogram.items()}, prompt, chosen["length"], chosen["n"])
         answer = decode_cost(layout, load)
-        figures["flops_prompt"] = prefill_cost(layout.dims, round(prompt))
+        figures["flops_prompt"] = prefill_cost(layout.dims, load.prompt - load.first_token)
         figures["flops_answer"] = answer
-        # The first token comes with the prompt.
-        figures["flops_token"] = answer / (load.answer - 1) if load.answer > 1 else None
+        # A first token that can't exit comes with the prompt.
+        figures["flops_token"] = answer / load.later if load.later > 0 else None
     return figures | chosen_styles(results.get("choice") or {})
 
 
@@ -118,15 +118,15 @@ def chosen_styles(choice: Mapping[str, Any]) -> dict[str, float]:
 def workload(layout: Layout, counts: Mapping[int, float], prompt: float, length: float, answers: float) -> Workload:
     """Exits as they were counted over all tokens of `answers` answers -> the load of one of them.
 
-    An answer's first token is counted at full depth, though it comes from the prompt and is no choice: it is taken out.
-    Lengths are means, not whole numbers; products are linear in them, attention nearly.
+    An answer's first token that can't exit is counted at full depth, though it comes from the prompt and is no choice:
+    it is taken out. Lengths are means, not whole numbers; products are linear in them, attention nearly.
     """
-    outcomes = layout.spec.layout.outcomes
+    outcomes, first_token = layout.spec.layout.outcomes, layout.spec.first_token
     later = {depth: float(counts.get(depth, 0.0)) for depth in outcomes}
-    later[outcomes[-1]] = max(0.0, later[outcomes[-1]] - answers)
+    later[outcomes[-1]] = max(0.0, later[outcomes[-1]] - answers * (not first_token))
     total = sum(later.values())
     shares = tuple(later[d] / total if total else float(d == outcomes[-1]) for d in outcomes)
-    return Workload(round(prompt), length, outcomes, shares)  # type: ignore[arg-type]
+    return Workload(round(prompt), length, outcomes, shares, first_token=first_token)  # type: ignore[arg-type]
 
 
 def reinforced(rows: Sequence[Mapping[str, float]], cfg: RunConfig, layout: Layout) -> dict[str, Any]:

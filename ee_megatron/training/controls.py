@@ -46,12 +46,17 @@ class Control:
 
 
 def all_controls(
-    reference: Reference, checkpoints: dict[str, Path], outcomes: Sequence[int], vocab: int, unpriced: Path | None
+    reference: Reference,
+    checkpoints: dict[str, Path],
+    outcomes: Sequence[int],
+    vocab: int,
+    unpriced: Path | None,
+    first_token: bool = False,
 ) -> list[Control]:
     """Every rule that is a control, on the reference's own weights; then other policies' gates: calibrated but not
     reinforced, and `unpriced`, reinforced with lambda = 0."""
     model, own = reference.model, checkpoints[reference.model]
-    span = DialRange(outcomes, vocab, marginal_exits(reference.validation_answers, outcomes))
+    span = DialRange(outcomes, vocab, marginal_exits(reference.validation_answers, outcomes, first_token))
     controls = [Control(rule.control, model, own, rule.dial(span)) for rule in CONTROLS]
     gates = Threshold.dial(span)
     if model != "calibrated":

@@ -98,6 +98,7 @@ class Evaluation:
             len(rollout.prompt_tokens),
             rollout.exit_depths.tolist(),
             exits.needs,
+            spec.first_token,
         )
 
     def answer(
@@ -209,8 +210,9 @@ class Evaluation:
     def controls(self, checkpoints: dict[str, Path]) -> None:
         """The last model against rules that know less."""
         session, reference = self.session, list(self.chosen.values())[-1]
-        outcomes, unpriced = session.spec.layout.outcomes, stages.control_policy(session.cfg)
-        rules = all_controls(reference, checkpoints, outcomes, session.source.dims.vocab, unpriced)
+        exits, unpriced = session.spec.layout, stages.control_policy(session.cfg)
+        vocab = session.source.dims.vocab
+        rules = all_controls(reference, checkpoints, exits.outcomes, vocab, unpriced, exits.first_token)
         self.more["controls"] = run_controls(self, reference, rules, self.done)
 
     def choice(self, checkpoints: Mapping[str, Path]) -> None:

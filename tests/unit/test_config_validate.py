@@ -144,6 +144,7 @@ def test_every_rule_on_a_field_is_enforced(key: str, value: Any, expected: str) 
         ([*SKIPPING, "rl.credit=exit"], ["rl.credit=exit with rl.exit_kl=1.0 (expected 0)"]),
         (["rl.skip_scoring=true", "rl.epochs=2"], ["rl.epochs=2", "rl.importance=truncate", "rl.kl=reward"]),
         (["rollout.vllm_exits=compact"], ["rollout.vllm_exits=compact", "rollout.backend=vllm", "found ray"]),
+        (["rollout=vllm", "exits.first_token=true"], ["exits.first_token=true", "rollout.backend=ray or local"]),
         (["rollout=vllm", "rollout.vllm_exits=compact"], ["rollout.vllm_exits=compact", "rollout.vllm_compile=false"]),
         (["rollout=vllm", "rollout.device_share=0.5", *TWO_NODES], ["rollout.device_share=0.5", "nine tenths"]),
     ],
@@ -263,7 +264,11 @@ def test_policy_spec_carries_every_field() -> None:
     spec = policy_spec(cfg, dims())
     assert (spec.targets, spec.rank, spec.alpha, spec.gate_input, spec.gate_width) == (ATTENTION, 8, 16.0, "raw", 3)
     assert spec.exit_depths == (5, 10, 15, 20, 25) and spec.num_layers == 28
-    assert policy_spec(config(), dims()).targets == ATTENTION + MLP
+    plain, early = policy_spec(config(), dims()), policy_spec(config("exits.first_token=true"), dims())
+    assert plain.targets == ATTENTION + MLP
+    assert not plain.layout.first_token and early.layout.first_token
+    # Files of before the setting stay what they are.
+    assert "first_token" not in plain.to_json() and PolicySpec.from_json(early.to_json()) == early != plain
 
 
 def test_gates_may_be_narrower_than_the_model() -> None:

@@ -165,6 +165,7 @@ def an_answer(name: str, correct: bool, depths: list[int]) -> Answer:
 def test_the_marginal_leaves_out_first_tokens_and_the_comparison_pairs_prompts() -> None:
     answers = [an_answer("a", True, [6, 2, 2, 4]), an_answer("b", True, [6, 6])]
     assert marginal_exits(answers, OUTCOMES) == [0.5, 0.25, 0.25]
+    assert marginal_exits(answers, OUTCOMES, first_token=True) == pytest.approx([2 / 6, 1 / 6, 3 / 6])
     with pytest.raises(ValueError, match="one token each"):
         marginal_exits([an_answer("a", True, [6])], OUTCOMES)
     reference = [an_answer(str(i), i < 9, [6]) for i in range(10)]

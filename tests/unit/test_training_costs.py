@@ -34,29 +34,36 @@ def config(**settings) -> RunConfig:
 
 
 LAYOUT = Layout.of(config(), DIMS)
+EARLY = Layout.of(config(exits__first_token=True), DIMS)
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.integers(1, 300), st.lists(st.sampled_from(OUTCOMES), max_size=40)), min_size=1))
 def test_generation_is_counted_as_the_answers_are_one_by_one(answers) -> None:
     prompts = [prompt for prompt, _ in answers]
-    depths = [np.array([30, *taken], dtype=np.int32) for _, taken in answers]
-    found = generation_cost(LAYOUT, Counted.of(prompts, depths, 30), prompts)
-    each = [answer_cost(DIMS, OUTCOMES[:-1], 2, p, d.tolist()) for p, d in zip(prompts, depths, strict=True)]
-    assert found == pytest.approx(sum(each), rel=1e-12)
+    for layout, first in ((LAYOUT, 30), (EARLY, 10), (EARLY, 30)):
+        depths, early = [np.array([first, *taken], dtype=np.int32) for _, taken in answers], layout.spec.first_token
+        found = generation_cost(layout, Counted.of(prompts, depths, 30, first_token=early), prompts)
+        each = [
+            answer_cost(DIMS, OUTCOMES[:-1], 2, p, d.tolist(), first_token=early)
+            for p, d in zip(prompts, depths, strict=True)
+        ]
+        assert found == pytest.approx(sum(each), rel=1e-12)
 
 
 @pytest.mark.parametrize("how", [PassMode(train=False), PassMode(train=False, policy=False), PassMode(train=True)])
 @pytest.mark.parametrize("group", [1, 4])
-def test_equal_answers_cost_what_is_planned_of_them(how: PassMode, group: int) -> None:
-    later = [10, 20, 20, 30] * 5
-    made = Counted.of([50] * 8, [np.array([30, *np.roll(later, i)]) for i in range(8)], 30, group)
-    load = Workload(50, 21, OUTCOMES, (0.25, 0.5, 0.25))
-    planned = whole_pass(LAYOUT, load.in_groups(group), 8, how)
+@pytest.mark.parametrize("layout", [LAYOUT, EARLY], ids=["prompts never exit", "first token exits"])
+def test_equal_answers_cost_what_is_planned_of_them(layout: Layout, how: PassMode, group: int) -> None:
+    later, first = [10, 20, 20, 30] * 5, layout.spec.first_token
+    taken = [np.array([*[30] * (not first), *np.roll(later, i)]) for i in range(8)]
+    made = Counted.of([50] * 8, taken, 30, group, first_token=first)
+    load = Workload(50, len(taken[0]), OUTCOMES, (0.25, 0.5, 0.25), first_token=first)
+    planned = whole_pass(layout, load.in_groups(group), 8, how)
     # Which of the tokens leave early changes what attention sees, a little.
-    assert whole_pass(LAYOUT, made, 1, how) == pytest.approx(planned, rel=2e-3)
-    assert generation_cost(LAYOUT, made, [50]) - prefill_cost(DIMS, 50) == pytest.approx(
-        8 * decode_cost(LAYOUT, load), rel=2e-3
+    assert whole_pass(layout, made, 1, how) == pytest.approx(planned, rel=2e-3)
+    assert generation_cost(layout, made, [50]) - prefill_cost(DIMS, 50 - first) == pytest.approx(
+        8 * decode_cost(layout, load), rel=2e-3
     )
 
 

@@ -123,7 +123,7 @@ def sequences(rollouts: Sequence[Rollout]) -> Tensor:
 def batch_of(rollouts: Sequence[Rollout], spec: PolicySpec) -> ReplayBatch:
     return pack(
         [r.prompt_tokens for r in rollouts], [r.tokens for r in rollouts], [r.exit_depths for r in rollouts],
-        spec.num_layers,
+        spec.num_layers, spec.first_token,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 BASE_MODEL_TYPES = ("llama", "qwen2", "qwen3")
-OWN_FIELDS = ("base_model_type", "exit_depths", "gate_width", "gate_input", "exit_policy")
+OWN_FIELDS = ("base_model_type", "exit_depths", "gate_width", "gate_input", "first_token", "exit_policy")
 POLICY_KINDS = ("threshold", "sample", "off", "fixed")
 
 
@@ -31,7 +31,8 @@ class EarlyExitConfig(PretrainedConfig):
 
     base_model_type: llama, qwen2 or qwen3, whose layers are used unchanged. exit_depths: layers that have run at each
     exit, increasing. gate_width: a gate's hidden width in units of hidden_size. gate_input: "normalised" (the residual
-    stream over its root mean square) or "raw". exit_policy: the default of `generate`, see `check_exit_policy`.
+    stream over its root mean square) or "raw". first_token: whether the prompt's last position, which predicts the
+    first generated token, may exit. exit_policy: the default of `generate`, see `check_exit_policy`.
     """
 
     model_type = "early_exit"
@@ -42,6 +43,7 @@ class EarlyExitConfig(PretrainedConfig):
         exit_depths: list[int] | None = None,
         gate_width: float = 2,
         gate_input: str = "normalised",
+        first_token: bool = False,
         exit_policy: dict | None = None,
         **kwargs,
     ):
@@ -57,6 +59,7 @@ class EarlyExitConfig(PretrainedConfig):
         self.exit_depths = [int(depth) for depth in exit_depths or []]
         self.gate_width = gate_width
         self.gate_input = gate_input
+        self.first_token = first_token
         self.exit_policy = dict(exit_policy or {"kind": "threshold", "value": 0.5})
         # Files of full-attention Qwen models may name a window that is switched off; the cache must not follow it.
         self.sliding_window = None

@@ -8,7 +8,7 @@
 What an exit at depth e does: the residual stream of the position stays what it was after e layers; every deeper layer
 still computes that position's key and value from it, with its own norm and projections, so that later tokens that go
 deeper find them in the cache; the next token is read from the final norm and the head as always. Prompt positions never
-exit, so the first generated token comes from all layers.
+exit, so the first generated token comes from all layers; with `first_token` in config.json the last of them may.
 """
 
 from __future__ import annotations
@@ -147,9 +147,15 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         """As in transformers, with `exit_policy` (see the configuration) for this call.
 
         Afterwards `last_exit_depths`, int64 [rows, generated tokens], says how many layers ran for each token, -1 after
-        a row's end; None under beam search, where rows change places.
+        a row's end; None under beam search, where rows change places. Raises ValueError for `prefill_chunk_size` where
+        the first token may exit.
         """
         given = kwargs.get("generation_config")
+        pieces = kwargs.get("prefill_chunk_size") or getattr(
+            given or self.generation_config, "prefill_chunk_size", None
+        )
+        if self.config.first_token and pieces:
+            raise ValueError(f"prefill_chunk_size={pieces}: which piece ends the prompt isn't known; leave it out")
         policy = exit_policy or getattr(given, "exit_policy", None) or self.exit_policy()
         check_exit_policy(policy, self.config.exit_depths, self.config.num_hidden_layers)
         beams = kwargs.get("num_beams") or getattr(given or self.generation_config, "num_beams", None) or 1
@@ -197,8 +203,8 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         """input_ids int64 [B, T] -> logits float32 [B, T or fewer, V].
 
         exit_depths, int64 [B, T]: prescribed depths (values of config.exit_depths, or the number of layers); the gates
-        are not asked. Without it, one new position on top of a cache exits by the exit policy unless `is_prompt`;
-        anything else runs through all layers.
+        are not asked. Without it, one new position on top of a cache exits by the exit policy, and of what `is_prompt`
+        none or, with config.first_token, the last one; anything else runs through all layers.
         """
         cache = cache if cache is not None else past_key_values
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -211,7 +217,8 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids = torch.arange(past, past + new, device=x_BTD.device)[None]
         mask = attention_mask_4d(attention_mask, rows, new, past, x_BTD.device)
         rope = tuple(part.unsqueeze(1) for part in self.model.rotary_emb(x_BTD, position_ids))
-        policy = {"kind": "off"} if exit_depths is not None or is_prompt or new > 1 or not past else self.exit_policy()
+        asked = exit_depths is None and (self.config.first_token if is_prompt else new == 1 and past > 0)
+        policy = self.exit_policy() if asked else {"kind": "off"}
         depth_BT = self._start_depths(exit_depths, policy, rows, new, x_BTD.device)
         for depth, layer in enumerate(self.model.layers):
             if str(depth) in self.gates and policy["kind"] in ("threshold", "sample"):
@@ -232,8 +239,10 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
     def _start_depths(self, given: Tensor | None, policy: dict, rows: int, new: int, device: torch.device) -> Tensor:
         """Depths before any gate was asked, int64 [B, T]. Raises ValueError for a prescribed depth that is no exit."""
         if given is None:
-            depth = policy["value"] if policy["kind"] == "fixed" else self.config.num_hidden_layers
-            return torch.full((rows, new), depth, dtype=torch.long, device=device)
+            depth_BT = torch.full((rows, new), self.config.num_hidden_layers, dtype=torch.long, device=device)
+            if policy["kind"] == "fixed":
+                depth_BT[:, -1] = policy["value"]
+            return depth_BT
         outcomes = [*self.config.exit_depths, self.config.num_hidden_layers]
         given = torch.as_tensor(given, device=device).long()
         if given.shape != (rows, new):
@@ -243,12 +252,14 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         return given
 
     def _ask_gate(self, depth: int, x_BTD: Tensor, depth_BT: Tensor, policy: dict) -> Tensor:
-        undecided = depth_BT > depth
+        """Only the last position may exit: what is before it is the prompt's."""
+        last_B1 = depth_BT[:, -1:]
+        undecided = last_B1 > depth
         if not bool(undecided.any()):
             return depth_BT
-        hazard_BT = torch.sigmoid(self.gates[str(depth)](x_BTD))
-        bar = torch.rand_like(hazard_BT) if policy["kind"] == "sample" else policy["value"]
-        return torch.where(undecided & (hazard_BT > bar), depth, depth_BT)
+        hazard_B1 = torch.sigmoid(self.gates[str(depth)](x_BTD[:, -1:]))
+        bar = torch.rand_like(hazard_B1) if policy["kind"] == "sample" else policy["value"]
+        return torch.cat([depth_BT[:, :-1], torch.where(undecided & (hazard_B1 > bar), depth, last_B1)], dim=1)
 
     def _layer(
         self,

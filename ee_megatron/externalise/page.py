@@ -11,6 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from ..exit_rules import Sample
 from ..observe.rundir import write_atomic
 from ..report.answers import problems
 from ..report.charts import Chart
@@ -113,8 +114,10 @@ def _answers(directory: Path, study: Study) -> tuple[Results, Record | None]:
         data = json.loads((directory / record.path / "results.json").read_text(encoding="utf-8"))
         results = Results.from_json(data)
         own = [a for a in results.answers if a.get("model") == REINFORCED and _family(a) in record.families]
+        # As RL made them, where there are such.
+        sampled = [a for a in own if a.get("exits") == Sample().label]
         if own:
-            return Results(meta=results.meta, answers=_varied(own)), record
+            return Results(meta=results.meta, answers=_varied(sampled or own)), record
     return Results(meta={"num_layers": study.records[0].num_layers}), None
 
 

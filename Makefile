@@ -10,7 +10,7 @@
 # make gpu-check    whether all is right and fast on this machine's GPU, in ten minutes; DEVICE=cpu: smaller, on none
 # make gpu-wheels   what gpu-check needs beside torch, into wheels/, for a machine without a network (GPU_PYTHON=3.12)
 # make model  the demo's model, which the tests use too
-# make taste  six minutes on two cores, from random weights: does a price on depth make a model write its steps down?
+# make taste  seven minutes on two cores, from random weights: does a price on depth make a model write its steps down?
 # make externalise    the same on three models, under six conditions, in less than an hour (docs/externalisation.md)
 # make scaling-demo   a scaling study on two cores in about an hour: sizes from random weights, prices of depth, fits, plots
 #

@@ -15,7 +15,6 @@ from ee_megatron.model import attention as packed_attention
 from ee_megatron.policy import PolicySpec, initial_policy
 from tools.workloads import make_batch
 
-
 # The plan counts the products that a sequence asks for; short ones are attended to together, padded (docs/plans.md).
 packed_attention.SHORT = 0
 

@@ -21,8 +21,8 @@ TASKS: dict[str, Callable[[TaskConfig, ChatTemplate | None], Task]] = {
     "arithmetic": ArithmeticTask,
     "gsm8k": GSM8KTask,
     "tom": ToMTask,
-    "reasoning_gym": ReasoningGymTask,
     "hops": HopsTask,
+    "reasoning_gym": ReasoningGymTask,
     "dataset": DatasetTask,
     "jsonl": DatasetTask,
 }

@@ -12,7 +12,7 @@ import pytest
 
 from ee_megatron.config.schema import RunConfig, TaskConfig, settings
 from ee_megatron.config.validate import TASK_FAMILIES
-from ee_megatron.tasks import TASKS, Verdict, VerifierPool, make_task
+from ee_megatron.tasks import TASKS, Verdict, VerifierPool, hops, make_task
 from ee_megatron.tasks import arithmetic_templates as arithmetic
 from ee_megatron.tasks import tom_templates as words
 from ee_megatron.tasks.tom import FAMILIES, VOCABULARY, ToMTask
@@ -228,4 +228,5 @@ def test_bad_requests_say_what_is_possible() -> None:
 def test_the_configuration_knows_the_tasks_and_their_families() -> None:
     rules = {key: rules for key, _, rules in settings(RunConfig())}["task.name"]
     assert rules.choices == tuple(TASKS)
-    assert {"arithmetic": tuple(arithmetic.FAMILIES), "tom": tuple(FAMILIES)} == TASK_FAMILIES
+    known = {"arithmetic": arithmetic.FAMILIES, "tom": FAMILIES, "hops": hops.FAMILIES}
+    assert {name: tuple(families) for name, families in known.items()} == TASK_FAMILIES

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 # Queries of a sequence that are multiplied with its keys at a time on a CPU: their scores then stay in its caches
@@ -128,7 +129,9 @@ def _rows_attend(query: Tensor, key: Tensor, value: Tensor, rows: Together) -> T
         x.index_select(0, index).unflatten(0, (len(rows.seen), -1)).transpose(1, 2)
         for x, index in ((query, rows.queries), (key, rows.keys), (value, rows.keys))
     )
-    out = F.scaled_dot_product_attention(q, k, v, rows.seen, enable_gqa=query.size(1) != key.size(1))
+    # The fused kernel's exponentials are less exact than gradients are held to.
+    with sdpa_kernel(SDPBackend.MATH):
+        out = F.scaled_dot_product_attention(q, k, v, rows.seen, enable_gqa=query.size(1) != key.size(1))
     return out.transpose(1, 2).flatten(0, 1).index_select(0, rows.used)
 
 

@@ -15,7 +15,7 @@ from ee_megatron.config.load import find_config_dir, list_groups, load
 from ee_megatron.config.schema import RunConfig
 from ee_megatron.config.validate import validate
 
-EXPERIMENTS = ("demo_cpu", "demo_gpu", "ladder", "rl_1.5b", "rl_7b", "rl_32b", "rl_70b", "smollm2")
+EXPERIMENTS = ("demo_cpu", "demo_gpu", "externalise", "ladder", "rl_1.5b", "rl_7b", "rl_32b", "rl_70b", "smollm2")
 DEMO = "experiment=demo_cpu"
 
 

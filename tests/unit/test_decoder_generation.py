@@ -42,6 +42,8 @@ EITHER = pytest.mark.parametrize(
 LENGTHS = [1, 40, 17, 8, 25, 11, 30]
 PROMPTS = [Prompt(id=f"p{i}", text=f"Q{i}: " + "abc x 12 " * 9, answer="", task="") for i in range(7)]
 PROMPTS = [Prompt(id=p.id, text=p.text[:n], answer="", task="") for p, n in zip(PROMPTS, LENGTHS, strict=True)]
+# The first, a single token, is answered by nothing but the end of the sequence.
+TALKED_ABOUT = PROMPTS[1:]
 SHARED = [Prompt(id=p.id, text="Some worked examples come first.\n" + p.text, answer="", task="") for p in PROMPTS]
 OFF = Off()
 # Of 130 tokens the untrained model gives its favourite about this much.
@@ -399,10 +401,11 @@ def test_score_measures_the_divergence_from_the_teacher_and_leaves_the_policy_lo
 def test_an_answer_prefilled_with_its_own_beginning_is_the_same_answer(policy, tokenizer, exits, rows):
     """Given tokens choose their exits as generated ones do: greedy answers can't tell the difference."""
     sampling = SamplingParams(0.0, 20)
-    expected = flat(generate(policy, tokenizer, GenerationRequest(PROMPTS, 1, sampling, exits, 3), version=0))
+    expected = flat(generate(policy, tokenizer, GenerationRequest(TALKED_ABOUT, 1, sampling, exits, 3), version=0))
+    assert all(a.length > 3 + i for i, a in enumerate(expected))
     # The tiny tokenizer has one token per character, so texts cut anywhere are tokens cut there.
     texts = [tokenizer.decode(a.tokens[: 3 + i], clean_up_tokenization_spaces=False) for i, a in enumerate(expected)]
-    begun = [replace(p, prefill=text) for p, text in zip(PROMPTS, texts, strict=True)]
+    begun = [replace(p, prefill=text) for p, text in zip(TALKED_ABOUT, texts, strict=True)]
     found = flat(generate(policy, tokenizer, GenerationRequest(begun, 1, sampling, exits, 3), version=0, rows=rows))
     for a, b in zip(found, expected, strict=True):
         assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.exit_depths, b.exit_depths)
@@ -449,20 +452,21 @@ def test_random_exits_have_the_shares_that_were_asked_for(policy, tokenizer):
 
 
 def test_the_entropy_rule_exits_where_the_readout_is_sharp_enough(policy, tokenizer):
-    (rollout,) = generate(
-        policy, tokenizer, GenerationRequest(PROMPTS[:1], 1, SamplingParams(0.0, 20), Entropy(ENTROPY), 0), 0
-    )[0]
-    tokens = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])
-    start, depths = len(rollout.prompt_tokens) - 1, torch.full(tokens.shape, 6)
-    depths[0, start : start + rollout.length] = torch.tensor(rollout.exit_depths)
-    _, residuals = policy.forward_with_residuals(tokens, torch.tensor([tokens.shape[1]]), depths)
-    for t in range(1, rollout.length):
-        for depth, residual in zip((1, 3, 4), residuals, strict=True):
-            p = policy.readout(residual[0, start + t]).softmax(-1)
-            sharp = float(-(p * p.log()).sum()) < ENTROPY
-            if depth <= rollout.exit_depths[t]:
-                assert sharp == (depth == rollout.exit_depths[t])
-    assert len(set(rollout.exit_depths[1:])) > 1
+    asked = GenerationRequest(TALKED_ABOUT, 1, SamplingParams(0.0, 20), Entropy(ENTROPY), 0)
+    taken = set()
+    for rollout in flat(generate(policy, tokenizer, asked, 0)):
+        tokens = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])
+        start, depths = len(rollout.prompt_tokens) - 1, torch.full(tokens.shape, 6)
+        depths[0, start : start + rollout.length] = torch.tensor(rollout.exit_depths)
+        _, residuals = policy.forward_with_residuals(tokens, torch.tensor([tokens.shape[1]]), depths)
+        for t in range(1, rollout.length):
+            for depth, residual in zip((1, 3, 4), residuals, strict=True):
+                p = policy.readout(residual[0, start + t]).softmax(-1)
+                sharp = float(-(p * p.log()).sum()) < ENTROPY
+                if depth <= rollout.exit_depths[t]:
+                    assert sharp == (depth == rollout.exit_depths[t])
+        taken |= set(rollout.exit_depths[1:].tolist())
+    assert len(taken) > 1
 
 
 def test_a_mixed_bound_is_one_or_the_other_token_by_token(policy, tokenizer):

@@ -22,9 +22,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 # Queries of a sequence that are multiplied with its keys at a time on a CPU: their scores then stay in its caches
 # (32 queries, 3 heads a group, 4,096 keys: 1.5 MiB).
 QUERIES = 32
-# Sequences of at most so many keys are attended to together, those of like length padded to the longest: one by one the
-# calls would take longer than the products.
-SHORT = 64
+# Sequences of at most so many keys, each a single block, are attended to together, those of like length padded to the
+# longest: one by one the calls would take longer than the products.
+SHORT = QUERIES
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ee_megatron.config.schema import DeepspeedConfig
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.learner import Learner, Pass
-from ee_megatron.model import attention as packed_attention
 from ee_megatron.policy import PolicySpec, initial_policy
 from tools.workloads import make_batch
-
-# The plan counts the products that a sequence asks for; short ones are attended to together, padded (docs/plans.md).
-packed_attention.SHORT = 0
 
 
 def attention(query, key, *_args, **_kwargs) -> int:

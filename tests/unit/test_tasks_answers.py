@@ -154,6 +154,10 @@ def test_a_bare_last_line_is_right_but_badly_formed() -> None:
         ("nobody", "no", False),
         ("yes and no", "yes", False),
         ("not true", "true", False),
+        ("yes, no", "yes", False),
+        ("no. Or yes.", "no", False),
+        ("yes, no doubt", "yes", True),
+        ("no, no, no", "no", True),
         # Letters of a choice.
         ("B", "B", True),
         ("(b)", "B", True),
@@ -164,6 +168,12 @@ def test_a_bare_last_line_is_right_but_badly_formed() -> None:
         ("A", "B", False),
         ("A or B", "A", False),
         ("A, B", "A", False),
+        ("(B) or (C)", "B", False),
+        ("B) and C)", "B", False),
+        ("(B), (C)", "B", False),
+        ("(b)/(c)", "B", False),
+        ("(B) and a half of it", "B", True),
+        ("B. Option A is out.", "B", True),
         ("Banana", "B", False),
         # Expressions.
         ("1 + x", "x+1", True),
@@ -174,6 +184,11 @@ def test_a_bare_last_line_is_right_but_badly_formed() -> None:
         ("2\\sqrt{2}", "\\sqrt{8}", True),
         ("36/2", "18", False),
         ("1.5 x \\frac{1}{2}", "0.75", False),
+        ("0.5 or 3/4", "3/4", False),
+        ("not x+1", "x+1", False),
+        ("\\int_0^1 x dx", "1/2", False),
+        ("(" * 8 + "x+1" + ")" * 8, "1+x", True),
+        ("(" * 9 + "x+1" + ")" * 9, "1+x", False),
     ],
 )
 def test_same_answer(written_as: str, reference: str, same: bool) -> None:
@@ -197,6 +212,23 @@ def test_words_without_a_mark(reference: str, text: str, reward: float) -> None:
     assert verify_solution(reference, text).reward == reward
 
 
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("So it is \\boxed{18}.", 1.0),
+        ("It is not that, so \\boxed{18}.", 1.0),
+        ("It is not \\boxed{18}.", 0.0),
+        ("The answer is not $\\boxed{18}$", 0.0),
+        ("It isn't equal to \\boxed{18}", 0.0),
+        ("\\boxed{18} or \\boxed{19}", 0.0),
+        ("\\boxed{19} or \\boxed{18}", 0.0),
+        ("\\boxed{19}? No: \\boxed{18}", 1.0),
+    ],
+)
+def test_boxes_that_are_taken_back(text: str, reward: float) -> None:
+    assert verify_solution("18", text).reward == reward
+
+
 def hostile(marker: Path) -> list[str]:
     """Texts that are long, deep, odd or would do something if they were run."""
     call = f"__import__('os').system('touch {marker}')"
@@ -209,6 +241,9 @@ def hostile(marker: Path) -> list[str]:
         "\\frac{1}" * 12_000,
         "\\frac{" * 20 + "1" + "}{2}" * 20,
         "\\sqrt{" * 30 + "2" + "}" * 30,
+        "[" * 90 + "x+1" + "]" * 90,
+        "\\int_0^1 \\int_0^1 \\int_0^1 \\sin(x^2 y^2 z^2) dx dy dz",
+        "\\sum_{n=1}^{99} \\frac{1}{n^2}",
         "9^{9^{9^9}}",
         "9^9^9^9",
         "(x+1)^{99}-(x-1)^{99}",
@@ -255,7 +290,7 @@ def test_hostile_answers_end_within_the_deadline_and_are_never_right(tmp_path: P
             took = time.monotonic() - begun
             timeouts = pool.timeouts
         assert not any(verdict.correct for verdict in verdicts)
-        # Nearly all are judged at once; what math-verify can't finish costs its deadline and a new process.
-        assert timeouts <= 2
-        assert took < 10 + timeouts * (deadline + 5)
+        # What math-verify can't finish never reaches it.
+        assert timeouts == 0
+        assert took < 10
     assert not marker.exists()

@@ -44,8 +44,8 @@ _SAID = re.compile(r"([a-z]+)\s*(?:$|[,.;:!\u2013\u2014-])")
 _NAMED = re.compile(r"^[A-Za-z]\s*=\s*|^=\s*|^(?:therefore|thus|hence|then|so|simply|just|exactly|again|also)\b[ ,:]*")
 _HEDGED = re.compile(r"\b(?:or|and|not)\b")
 # "The answer is not \boxed{18}", and the second box of "\boxed{18} or \boxed{19}".
-_DENIED = re.compile(r"(?:\bnot|n't|n\u2019t|\bnever)(?: be| equal(?: to)?)?[\s$:(\[\\]*$", re.IGNORECASE)
-_EITHER = re.compile(r"\}[\s$).\\]*\bor\b[\s$(\\]*$")
+_DENIED = re.compile(r"(?:\bnot|n't|n\u2019t|\bnever)(?: be| equal(?: to)?)?[ $:(\[\\]*\Z", re.IGNORECASE)
+_EITHER = re.compile(r"\}[ $).\\]*\bor\b[ $(\\]*\Z")
 # What turns a choice into two: "(B) or (C)", "B) and C)", "(B), (C)". Not "B. A is wrong", not "B) a".
 _ANOTHER = re.compile(r"\s*(?:(?:or|and|,|/|&)\s*)+(?:(?:option|choice) )?(?:\([A-Za-z]\)|[A-Z](?=\)|[.,]|\s|$))")
 # Evaluating these could take for ever: towers of powers, three-digit exponents, factorials, integrals and sums.

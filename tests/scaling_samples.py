@@ -32,13 +32,21 @@ def noisy(seed: int, sizes: int = 7, tokens: int = 7, sd: float = 0.015, rows: i
     return Observations(n, d, 6 * n * d, predict(CHINCHILLA, n, d)[0] * np.exp(noise), runs)
 
 
-def isoflop_runs(seed: int, budgets: int = 6, sizes: int = 9, sd: float = 0.005) -> Observations:
-    """Sizes from a sixth to six times the optimum at each of `budgets` from 1e18 to 1e21 FLOPs."""
+def isoflop_runs(seed: int, budgets: int = 6, sizes: int = 9, sd: float = 0.005, ladder: str = "own") -> Observations:
+    """Runs at each of `budgets` from 1e18 to 1e21 FLOPs. Sizes, by `ladder`: a sixth to six times the optimum of each
+    budget (own), 4e7 to 1.6e10 for all (common), or scattered at random from a twelfth to nine times the optimum,
+    further up at larger budgets (uneven)."""
     rng = np.random.default_rng(seed)
     flops = np.repeat(np.geomspace(1e18, 1e21, budgets), sizes)
     _, a, b, alpha, beta = CHINCHILLA[0]
     optimum = (alpha * a / (beta * b)) ** (1 / (alpha + beta)) * (flops / 6) ** EXPONENT_A
-    n = optimum * np.tile(np.geomspace(1 / 6, 6, sizes), budgets)
+    if ladder == "own":
+        n = optimum * np.tile(np.geomspace(1 / 6, 6, sizes), budgets)
+    elif ladder == "common":
+        n = np.tile(np.geomspace(4e7, 1.6e10, sizes), budgets)
+    else:
+        up = np.repeat(np.linspace(0, 1, budgets), sizes)
+        n = optimum * np.exp(rng.uniform(-2.5 + up, 1.2 + up, len(flops)))
     d = flops / (6 * n)
     loss = predict(CHINCHILLA, n, d)[0] * np.exp(rng.normal(0, sd, len(n)))
     return Observations(n, d, flops, loss, np.arange(len(n)))

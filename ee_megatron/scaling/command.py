@@ -1,8 +1,10 @@
-"""`ee-megatron scaling fit | compare | plot`: one table of runs in, fits with intervals or clear refusals out."""
+"""`ee-megatron scaling fit | predict | compare | plot`: a table of runs in, fits with intervals or refusals out."""
 
 from __future__ import annotations
 
 import argparse
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .compare import compare
-from .fit import METHODS, FitOrRefusal, fit_all
-from .isoflop_law import IsoFlopFit
+from .fit import METHODS, FitOrRefusal, LawFit, fit_all
+from .forecast import Forecast, forecast_lines, forecast_losses, forecast_optima
+from .isoflop_law import IsoFlopFit, group_budgets
 from .page import PageSection, write_json, write_page, write_text
 from .refusal import Refused
 from .table import ColumnNames, Observations, RunTable, observations, read_table
@@ -20,6 +23,7 @@ from .text import comparison_lines, fit_lines
 
 MIN_BOOTSTRAP = 200
 FIT = "L(N, D) = E + A/N^alpha + B/D^beta and isoFLOP minima, with 95 % intervals over runs and held-out errors"
+PREDICT = "loss of a size and token count, best size of a budget, with intervals; says what lies beyond the table"
 COMPARE = (
     "which form a metric follows: constant, linear, power law, saturating, logistic, with lambda; by held-out error"
 )
@@ -27,6 +31,7 @@ PLOT = "the fits with bands, isoFLOP curves, Pareto fronts: PNG files and one HT
 EPILOG = """\
 examples:
   ee-megatron scaling fit runs.csv --params N --tokens D --loss final_loss --out fits
+  ee-megatron scaling predict runs.csv --at 7e9,1.4e11 --compute 1e22 --out forecast
   ee-megatron scaling compare runs.parquet --metric mean_depth --against params,lambda
   ee-megatron scaling plot runs.csv --accuracy accuracy --depth mean_depth --out plots
 
@@ -58,6 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
     fit = _add(commands, "fit", FIT, _fit)
     _add_fit(fit)
+    predicting = _add(commands, "predict", PREDICT, _predict)
+    _add_fit(predicting)
+    predicting.add_argument(
+        "--at", action="append", default=[], type=_point, metavar="N,D", help="parameters and tokens of a run to come"
+    )
+    predicting.add_argument(
+        "--compute", action="append", default=[], type=_positive, metavar="C", help="FLOPs of a budget to come"
+    )
     comparing = _add(commands, "compare", COMPARE, _compare)
     _add_compare(comparing, required=True)
     plot = _add(commands, "plot", PLOT, _plot)
@@ -76,7 +89,11 @@ def _add(
     parser = commands.add_parser(name, help=text, description=text)
     parser.add_argument("table", type=Path, metavar="TABLE", help="a .csv or .parquet file, one row per measurement")
     parser.add_argument(
-        "--where", action="append", default=[], metavar="COL=VALUE", help="use such rows only, e.g. status=finished"
+        "--where",
+        action="append",
+        default=[],
+        metavar="CONDITION",
+        help="use such rows only: status=finished, status!=failed, params<1e9, loss>=2 (may be repeated)",
     )
     parser.add_argument("--run", metavar="COL", help="runs, resampled as wholes (default: run; without it, rows)")
     parser.add_argument("--lambda", dest="penalty", metavar="COL", help="depth penalty; may be 0 (default: lambda)")
@@ -89,11 +106,32 @@ def _add(
     return parser
 
 
+def _positive(text: str) -> float:
+    value = float(text) if re.fullmatch(r"[0-9.]+(?:[eE][+-]?[0-9]+)?", text.strip()) else 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0, as in 7e9")
+    return value
+
+
+def _point(text: str) -> tuple[float, float]:
+    parts = text.split(",")
+    if len(parts) != 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected parameters and tokens, as in 7e9,1.4e11")
+    return _positive(parts[0]), _positive(parts[1])
+
+
 def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", metavar="COL", help="training tokens D (default: tokens)")
     parser.add_argument("--flops", metavar="COL", help="FLOPs C; D = C/(6N) without tokens (default: flops)")
     parser.add_argument("--loss", metavar="COL", help="loss in nats (default: loss)")
     parser.add_argument("--method", choices=[*METHODS, "all"], default="all", help="default: all")
+    parser.add_argument("--budget", metavar="COL", help="isoflop: rows with one value of it are one compute budget")
+    parser.add_argument(
+        "--budget-within",
+        type=float,
+        metavar="SHARE",
+        help="isoflop: a budget's FLOPs differ by this share at most (default: budgets end at gaps of a tenth)",
+    )
 
 
 def _add_compare(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -102,7 +140,7 @@ def _add_compare(parser: argparse.ArgumentParser, required: bool) -> None:
 
 
 def _columns(given: argparse.Namespace) -> ColumnNames:
-    names = ("params", "tokens", "flops", "loss", "run", "penalty")
+    names = ("params", "tokens", "flops", "loss", "run", "penalty", "budget")
     chosen = {name: value for name in names if (value := getattr(given, name, None)) is not None}
     return replace(ColumnNames(**chosen), given=frozenset(chosen))
 
@@ -127,7 +165,14 @@ def _fit_groups(
     given: argparse.Namespace, table: RunTable, columns: ColumnNames
 ) -> tuple[list[FittedGroup], Observations]:
     """One law per value of lambda where such a column was named: runs under another penalty follow another law."""
+    if given.budget and given.budget_within is not None:
+        raise ValueError("--budget with --budget-within: the column names the budgets already; give one of them")
     obs = observations(table, columns)
+    if given.budget_within is not None:
+        if not 0 < given.budget_within < 10:
+            raise ValueError(f"--budget-within {given.budget_within:g}: expected a share above 0, e.g. 0.1")
+        note = f"a compute budget's FLOPs differ by {given.budget_within:g} at most"
+        obs = replace(obs, budgets=group_budgets(obs.flops, given.budget_within), notes=(*obs.notes, note))
     parts = [("", obs)]
     if "penalty" in columns.given:
         penalty = table.numbers(columns.penalty, "--lambda")
@@ -185,6 +230,28 @@ def _fit(given: argparse.Namespace) -> int:
         ],
     }
     return _write(given, table, obs.run_count, lines[:-1], data)
+
+
+def _predict(given: argparse.Namespace) -> int:
+    if not given.at and not given.compute:
+        raise ValueError("predict: found nothing to predict; expected --at N,D or --compute C, each once or more")
+    (table, chosen), columns = _read(given), _columns(given)
+    groups, obs = _fit_groups(given, table, columns)
+    _refuse_all(groups)
+    lines: list[str] = []
+    results: list[dict[str, Any]] = []
+    for name, part, outcomes in groups:
+        forecasts: list[Forecast] = []
+        refused = [f"  {method}: refused: {o}" for method, o in outcomes.items() if isinstance(o, Refused)]
+        for method, outcome in outcomes.items():
+            if isinstance(outcome, LawFit) and given.at:
+                forecasts += forecast_losses(method, outcome, part, given.at, given.seed)
+            if not isinstance(outcome, Refused):
+                forecasts += forecast_optima(method, outcome, part, given.compute)
+        lines += [*([name] if name else []), *forecast_lines(forecasts), *refused]
+        results += [{"group": name or "all rows", **one.as_json()} for one in forecasts]
+    data = {**_source(given, table, [*chosen, *obs.notes]), "forecasts": results}
+    return _write(given, table, obs.run_count, lines, data)
 
 
 def _against(given: argparse.Namespace) -> tuple[str, ...]:

@@ -63,6 +63,13 @@ def _band(curves: Array) -> tuple[Array, Array]:
     return low, high
 
 
+def _solid_inside(axes: Axes, x: Array, y: Array, known: Array, colour: str) -> None:
+    """A curve that is dashed where it leaves the range of what was measured."""
+    inside = (x >= known.min()) & (x <= known.max())
+    axes.plot(x, np.where(inside, y, np.nan), color=colour, lw=1.2)
+    axes.plot(x, y, color=colour, lw=1.0, ls=(0, (3, 3)))
+
+
 def loss_law(fit: LawFit, obs: Observations, label: str = "") -> Picture:
     """Loss against N, one curve and band per token count (at most eight of them), measured losses as points."""
     figure, (axes,) = _figure(6.2, 4.2)
@@ -75,26 +82,26 @@ def loss_law(fit: LawFit, obs: Observations, label: str = "") -> Picture:
     for index, (tokens, colour) in enumerate(zip(shown, scale(len(shown), SCALE), strict=True)):
         at = np.full(len(sizes), tokens)
         axes.fill_between(sizes, *_band(predict(fit.draws, sizes, at)), color=colour, alpha=0.25, lw=0)
-        axes.plot(sizes, predict(values, sizes, at)[0], color=colour, lw=1.2)
         rows = obs.tokens == tokens
+        _solid_inside(axes, sizes, predict(values, sizes, at)[0], obs.params, colour)
         mark = MARKERS[index % len(MARKERS)]
         axes.plot(obs.params[rows], obs.loss[rows], mark, color=colour, ms=4, label=f"D = {tokens:.3g}")
     axes.set(xscale="log", xlabel="parameters N", ylabel="loss", title=f"{fit.method}{label}")
     axes.legend(frameon=False, fontsize=7)
     caption = (
-        f"Loss against parameters by {fit.method}{label}, a curve per token count; bands hold 95 % of the resampled "
-        f"fits. alpha {fit.values['alpha']:.3g}, beta {fit.values['beta']:.3g}, E {fit.values['E']:.3g}."
+        f"Loss against parameters by {fit.method}{label}, a curve per token count, dashed beyond the sizes of the "
+        f"table; bands hold 95 % of the resampled fits. "
+        f"alpha {fit.values['alpha']:.3g}, beta {fit.values['beta']:.3g}, E {fit.values['E']:.3g}."
     )
     return Picture(f"loss_{fit.method}", caption, _png(figure))
 
 
 def isoflop(fit: IsoFlopFit, obs: Observations, label: str = "") -> Picture:
-    """Left: a parabola per budget with its minimum. Right: the minima, their power law and its band."""
+    """Left: a curve per budget with its minimum. Right: the minima, their power law and its band."""
     figure, (left, right) = _figure(9.0, 4.0, 2)
     for index, (budget, colour) in enumerate(zip(fit.budgets, scale(len(fit.budgets), SCALE), strict=True)):
-        x = np.linspace(np.log(obs.params[budget.rows].min()), np.log(obs.params[budget.rows].max()), 60)
-        c0, c1, c2 = budget.coefficients
-        left.plot(np.exp(x), c0 + c1 * x + c2 * x**2, color=colour, lw=1.2)
+        sizes = np.geomspace(obs.params[budget.rows].min(), obs.params[budget.rows].max(), 60)
+        left.plot(sizes, budget.at(sizes), color=colour, lw=1.2)
         mark = MARKERS[index % len(MARKERS)]
         left.plot(
             obs.params[budget.rows], obs.loss[budget.rows], mark, color=colour, ms=4, label=f"C = {budget.flops:.2g}"
@@ -105,14 +112,14 @@ def isoflop(fit: IsoFlopFit, obs: Observations, label: str = "") -> Picture:
     x = np.linspace(log_flops.min() - 0.3, log_flops.max() + 0.3, 60)
     band = fit.draws[:, :1] + fit.draws[:, 1:] * (x - log_flops.mean())
     right.fill_between(np.exp(x), *np.exp(_band(band)), color=SERIES[1], alpha=0.2, lw=0)
-    right.plot(np.exp(x), fit.coefficient * np.exp(fit.exponent * x), color=SERIES[1], lw=1.2)
+    _solid_inside(right, np.exp(x), fit.coefficient * np.exp(fit.exponent * x), np.exp(log_flops), SERIES[1])
     left.set(xscale="log", xlabel="parameters N", ylabel="loss", title=f"isoFLOP{label}")
     right.set(xscale="log", yscale="log", xlabel="FLOPs C", ylabel="N_opt", title=f"N_opt ∝ C^{fit.exponent:.3f}")
     left.legend(frameon=False, fontsize=7)
     low, high = fit.interval
     caption = (
         f"Left: loss against parameters at equal FLOPs{label}, minima as stars. Right: the minima against FLOPs, "
-        f"exponent {fit.exponent:.3g} [{low:.3g}, {high:.3g}]."
+        f"dashed beyond them, exponent {fit.exponent:.3g} [{low:.3g}, {high:.3g}]."
     )
     return Picture("isoflop", caption, _png(figure))
 

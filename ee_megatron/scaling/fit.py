@@ -82,7 +82,7 @@ def fit_law(obs: Observations, method: str, draws: int, seed: int) -> LawFit:
     left_out = leave_one_run_out(obs.runs)
     jackknife = solve(left_out, np.repeat(point.values, len(left_out), axis=0))
     fitted = len(PARAMETERS) if method == "varpro" else 0
-    value_K, draws_SK, jackknife_GK = (_with_derived(v) for v in (point.values, sampled.values, jackknife.values))
+    value_K, draws_SK, jackknife_GK = (with_derived(v) for v in (point.values, sampled.values, jackknife.values))
     names = (*PARAMETERS, *DERIVED)
     intervals = {
         name: bca_interval(float(value_K[0, k]), draws_SK[:, k], jackknife_GK[:, k], fitted)
@@ -118,9 +118,9 @@ def best_of_grid(design: Design, solve: Solver, weights: Array) -> Fits:
     return Fits(found.values[best : best + 1], found.objective[best : best + 1], found.bound[best : best + 1])
 
 
-def _with_derived(values: Array) -> Array:
-    """[S, 5] -> [S, 7]: a = beta/(alpha + beta) and G = (alpha A / (beta B))^(1/(alpha + beta)) (Hoffmann et al. 2022,
-    equation 4)."""
+def with_derived(values: Array) -> Array:
+    """PARAMETERS [S, 5] with DERIVED behind them [S, 7]: a = beta/(alpha + beta) and
+    G = (alpha A / (beta B))^(1/(alpha + beta)) (Hoffmann et al. 2022, equation 4)."""
     _, a, b, alpha, beta = values.T
     share = beta / (alpha + beta)
     # In a few resamples (no more, see check_bounds) a term may be absent: an extreme G, not an undefined one.

@@ -6,6 +6,8 @@ import csv
 import difflib
 import hashlib
 import math
+import operator
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +21,8 @@ FLOPS_PER_PARAMETER_AND_TOKEN = 6
 """C = 6ND: forward and backward pass of a dense transformer (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)."""
 # Counts that are not those of the table's other columns: attention, embeddings or active parameters counted otherwise.
 FLOPS_TOLERANCE = 0.2
+_CONDITION = re.compile(r"([^<>=!]+)(<=|>=|!=|<|>|=)(.*)")
+_COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 
 @dataclass(frozen=True)
@@ -44,14 +48,22 @@ class RunTable:
         )
 
     def where(self, conditions: Sequence[str]) -> RunTable:
-        """The rows in which each COLUMN=VALUE holds, compared as text. Raises ValueError where none is left."""
+        """The rows in which every condition holds: COLUMN=VALUE and COLUMN!=VALUE compare text, <, <=, >, >= numbers.
+        Raises ValueError for what is no condition, a cell that is no number, and where no row is left."""
         kept = list(range(len(self)))
         for condition in conditions:
-            column, equals, value = condition.partition("=")
-            if not equals:
-                raise ValueError(f"--where {condition}: expected COLUMN=VALUE, e.g. status=finished")
+            parts = _CONDITION.fullmatch(condition)
+            if parts is None:
+                raise ValueError(f"--where {condition}: expected COLUMN=VALUE or COLUMN<NUMBER, e.g. status=finished")
+            column, sign, value = parts.groups()
             cells = self.cells(column, "--where")
-            kept = [row for row in kept if str(cells[row]) == value]
+            if sign in ("=", "!="):
+                kept = [row for row in kept if (str(cells[row]) == value) == (sign == "=")]
+            else:
+                bound, numbers = _number(value), self.numbers(column, "--where")
+                if math.isnan(bound):
+                    raise ValueError(f"--where {condition}: {value!r} is no number; expected one beside {sign}")
+                kept = [row for row in kept if _COMPARE[sign](numbers[row], bound)]
             if not kept:
                 there = ", ".join(sorted({str(cell) for cell in cells})[:5])
                 raise ValueError(f"--where {condition}: no row is left of {len(self)}; {column} has {there}")
@@ -91,13 +103,15 @@ class ColumnNames:
     loss: str = "loss"
     run: str = "run"
     penalty: str = "lambda"
+    budget: str = ""
     given: frozenset[str] = field(default_factory=frozenset)
 
 
 @dataclass(frozen=True)
 class Observations:
     """Rows to fit: parameters N, tokens D, FLOPs C = 6ND unless the table has them, loss (float64 [R]) and run (int
-    [R], 0..G-1). `notes` say what was derived or assumed."""
+    [R], 0..G-1). `budgets`: int [R], rows of equal FLOPs where the user named them. `notes` say what was derived or
+    assumed."""
 
     params: Array
     tokens: Array
@@ -105,6 +119,7 @@ class Observations:
     loss: Array
     runs: Array
     notes: tuple[str, ...] = ()
+    budgets: Array | None = None
 
     @property
     def run_count(self) -> int:
@@ -114,7 +129,8 @@ class Observations:
         """The rows where `chosen` (bool [R]), runs counted anew."""
         _, runs = np.unique(self.runs[chosen], return_inverse=True)
         kept = replace(self, params=self.params[chosen], tokens=self.tokens[chosen], flops=self.flops[chosen])
-        return replace(kept, loss=self.loss[chosen], runs=runs)
+        budgets = None if self.budgets is None else self.budgets[chosen]
+        return replace(kept, loss=self.loss[chosen], runs=runs, budgets=budgets)
 
 
 def read_table(path: Path) -> RunTable:
@@ -195,4 +211,10 @@ def observations(table: RunTable, columns: ColumnNames) -> Observations:
         notes.append(
             f"column {columns.flops} is {ratio.min():.2f} to {ratio.max():.2f} times 6ND; isoFLOP uses the column"
         )
-    return Observations(params, tokens, flops, loss, runs, tuple(notes))
+    budgets: Array | None = None
+    if columns.budget:
+        _, budgets = np.unique(
+            np.array([str(cell) for cell in table.cells(columns.budget, "--budget")]), return_inverse=True
+        )
+        notes.append(f"a compute budget is one value of column {columns.budget}")
+    return Observations(params, tokens, flops, loss, runs, tuple(notes), budgets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from .compare import Comparison, coefficients
@@ -58,6 +59,10 @@ def _isoflop_lines(fit: IsoFlopFit) -> list[str]:
         f"  {'exponent_a':<14}{number(fit.exponent):>10}  {f'[{number(low)}, {number(high)}]':<24}exponent of C"
     )
     lines.append(f"  {'coefficient_k':<14}{number(fit.coefficient):>10}")
+    left, right = fit.steepness
+    lines.append(f"  curves rise as exp({left:.3g} ln N) to the left of a minimum, exp({right:.3g} ln N) to the right")
+    if math.isfinite(fit.window):
+        lines.append(f"  sizes within a factor of {fit.window:g} of their minimum only: the curve fits no wider window")
     lines.append(f"  {'FLOPs':>12} {'N_opt':>12} {'loss there':>12}")
     lines += [f"  {b.flops:>12.4g} {b.params:>12.4g} {b.loss:>12.4f}" for b in fit.budgets]
     lines += [f"  left out: {reason}" for reason in fit.left_out]

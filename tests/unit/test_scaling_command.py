@@ -11,7 +11,9 @@ import pytest
 from ee_megatron import cli
 from ee_megatron.report.numbers import pareto_front
 from ee_megatron.scaling.figures import pareto
-from tests.scaling_samples import isoflop_runs, noisy, write_csv
+from ee_megatron.scaling.loss_law import predict
+from ee_megatron.scaling.table import read_table
+from tests.scaling_samples import CHINCHILLA, EXPONENT_A, isoflop_runs, noisy, write_csv
 
 FAST = ["--bootstrap", "200"]
 
@@ -160,3 +162,84 @@ def test_help_names_the_three_commands(capsys) -> None:
         with pytest.raises(SystemExit) as caught:
             cli.main(["scaling", name, "--help"])
         assert caught.value.code == 0
+
+
+def test_predict_gives_intervals_that_hold_the_truth_and_says_what_lies_beyond(
+    losses: Path, tmp_path: Path, capsys
+) -> None:
+    # The table ends at 1e10 parameters and 4e11 tokens.
+    arguments = ["scaling", "predict", str(losses), *FAST, "--at", "1e9,1e11", "--at", "7e10,1.4e12"]
+    assert cli.main([*arguments, "--compute", "1e22", "--out", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert "N 7 × the largest, D 3.5 × the largest" in text and "isoflop: refused" in text
+    found = json.loads((tmp_path / "out" / "predict.json").read_text())["forecasts"]
+    assert [(f["method"], f["quantity"]) for f in found] == [
+        (method, quantity) for method in ("huber", "varpro") for quantity in ("loss", "loss", "N_opt")
+    ]
+    truths = [*predict(CHINCHILLA, np.array([1e9, 7e10]), np.array([1e11, 1.4e12]))[0]]
+    _, a, b, alpha, beta = CHINCHILLA[0]
+    truths.append((alpha * a / (beta * b)) ** (1 / (alpha + beta)) * (1e22 / 6) ** EXPONENT_A)
+    for forecast, truth in zip(found, truths * 2, strict=True):
+        law = forecast["interval_of_law"]
+        assert law["low"] < truth < law["high"] and law["low"] < forecast["value"] < law["high"]
+        if forecast["quantity"] == "loss":
+            run = forecast["interval_of_run"]
+            assert run["low"] < law["low"] and law["high"] < run["high"]
+    assert [f["beyond"] == [] for f in found[:2]] == [True, False]
+    # Extrapolation is less certain than interpolation.
+    width = [f["interval_of_law"]["high"] - f["interval_of_law"]["low"] for f in found[:2]]
+    assert width[1] > 1.5 * width[0]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ([], "nothing to predict; expected --at N,D or --compute C"),
+        (["--at", "7e9"], "expected parameters and tokens, as in 7e9,1.4e11"),
+        (["--at", "7e9,nan"], "expected a number above 0"),
+        (["--compute", "-1"], "expected a number above 0"),
+        (["--compute", "1e999"], "expected a number above 0"),
+    ],
+)
+def test_a_forecast_of_nothing_is_refused(losses: Path, capsys, extra: list[str], message: str) -> None:
+    try:
+        code = cli.main(["scaling", "predict", str(losses), *FAST, *extra])
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2 and message in capsys.readouterr().err
+
+
+def test_the_optimum_of_isoflop_is_predicted_from_named_budgets(tmp_path: Path, capsys) -> None:
+    obs = isoflop_runs(0, budgets=5, sizes=8, ladder="common")
+    budget = [f"b{round(np.log10(flops) * 100)}" for flops in obs.flops]
+    drift = obs.flops * np.tile(np.geomspace(1, 1.5, 8), 5)
+    path = write_csv(
+        tmp_path / "runs.csv",
+        {"params": obs.params, "tokens": obs.tokens, "flops": drift, "loss": obs.loss, "budget": budget},
+    )
+    fit = ["scaling", "predict", str(path), *FAST, "--method", "isoflop", "--compute", "1e22"]
+    assert cli.main(fit) == 2 and "--budget COLUMN" in capsys.readouterr().err
+    assert cli.main([*fit, "--budget", "budget", "--budget-within", "0.5"]) == 2
+    assert "give one of them" in capsys.readouterr().err
+    assert cli.main([*fit, "--budget-within", "0.6"]) == 0
+    within = capsys.readouterr().out
+    assert cli.main([*fit, "--budget", "budget"]) == 0
+    named = capsys.readouterr().out
+    assert "× the largest" in named
+    table = [text.splitlines()[-1].split() for text in (within, named)]
+    assert table[0] == table[1]
+
+
+@pytest.mark.parametrize(
+    ("condition", "rows"),
+    [("params<1e9", 18), ("params>=1e9", 18), ("loss!=nothing", 36), ("tokens<=1e9", 6), ("tokens>1e9", 30)],
+)
+def test_rows_are_chosen_by_number_too(losses: Path, condition: str, rows: int) -> None:
+    assert len(read_table(losses).where([condition])) == rows
+
+
+def test_a_condition_that_compares_with_no_number_is_refused(losses: Path) -> None:
+    with pytest.raises(ValueError, match="'many' is no number; expected one beside <"):
+        read_table(losses).where(["params<many"])
+    with pytest.raises(ValueError, match="expected COLUMN=VALUE or COLUMN<NUMBER"):
+        read_table(losses).where(["params"])

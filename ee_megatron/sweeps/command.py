@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -189,11 +188,9 @@ class Checker:
 
     def _check_start(self, cfg: RunConfig, dims: Any) -> None:
         # Late: torch takes seconds to import.
-        from ..policy import PolicySpec
+        from ..policy import read_policy_json
 
-        data = json.loads((stages.calibrated(cfg) / "policy.json").read_text())
-        data.pop("sha256", None)
-        spec, wanted = PolicySpec.from_json(data), policy_spec(cfg, dims)
+        spec, wanted = read_policy_json(stages.calibrated(cfg)).spec, policy_spec(cfg, dims)
         if spec != wanted:
             raise ValueError(
                 f"start={cfg.start}: made with exits {list(spec.exit_depths)} and adapters of rank {spec.rank}, the "

@@ -8,6 +8,7 @@ difference.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 import tempfile
@@ -141,7 +142,7 @@ def _tell_stages(sizes: tuple[int, ...]) -> None:
         return
     print(f"layers per stage: {list(sizes)}")
     layers, stages = sum(sizes), len(sizes)
-    if max(sizes) > LOPSIDED * layers / stages:
+    if max(sizes) > max(LOPSIDED * layers / stages, math.ceil(layers / stages)):
         even = [round(layers * stage / stages) for stage in range(1, stages)]
         print(
             f"warning: layers per stage {list(sizes)}: all wait for the one of {max(sizes)}, an even share is "

@@ -197,6 +197,11 @@ class Checker:
                 f"settings say {list(wanted.exit_depths)} and {wanted.rank} (or differ in alpha, targets, gates or "
                 "exits.first_token)"
             )
+        pair = f"{cfg.start} on {cfg.model.path}"
+        if pair not in self._seen and not (cfg.teacher.enabled or cfg.pretrain.enabled):
+            # Otherwise the model is yet to be made, and the stage looks at it.
+            stages.check_bases(cfg, "rl", Path(cfg.model.path))
+            self._seen.add(pair)
 
 
 def to_start(sweep: Sweep, queue: dict[str, str], retry_failed: bool) -> list[StageTask]:

@@ -11,6 +11,7 @@ from ..config.schema import RunConfig
 from ..observe.rundir import DONE as DONE
 from ..observe.rundir import latest_checkpoint
 
+# As policy.py has it, which imports torch.
 POLICY = "policy.json"
 
 

@@ -30,7 +30,7 @@ from .sources import TensorSource, TunedSource
 BASE = "base"
 WIDTH = 512
 # What changes the mathematics beside the tensors' names and shapes; a new field with a neutral default stays out.
-_FIELDS = ("family", "heads", "kv_heads", "head_dim", "rms_eps", "rope_theta", "rope_scaling")
+_FIELDS = ("family", "heads", "kv_heads", "head_dim", "rms_eps", "rope_theta")
 _told: set[str] = set()
 
 
@@ -83,7 +83,9 @@ def base_identity(base: HFDirectory | TensorSource) -> BaseIdentity:
 
 
 def _header(dims: ModelDims) -> bytes:
-    return repr([getattr(dims, name) for name in _FIELDS]).encode()
+    # A config that was loaded and saved again may have 8.0 for 8.
+    scaling = [(key, float(value) if isinstance(value, int) else value) for key, value in dims.rope_scaling]
+    return repr([*(getattr(dims, name) for name in _FIELDS), scaling]).encode()
 
 
 def _sample(base: HFDirectory | TensorSource, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..policy import PolicySpec
+from .base_identity import recorded_base
 from .hf_export import adapter_of, merged_weight
 from .manifest import MANIFEST, Digest, Hasher, read_manifest, tensor_sha256
 from .megatron_directory import MegatronDirectory
@@ -90,6 +91,7 @@ def describe(folder: Path, hashes: bool = True) -> tuple[str, list[Row], dict[st
     if (folder / "policy.json").is_file() and not (folder / WEIGHTS).is_dir():
         spec, tensors = open_policy(folder)
         facts = {"exit_depths": list(spec.exit_depths), "rank": spec.rank, "alpha": spec.alpha}
+        facts["base"] = recorded_base(folder) or "not recorded"
         return "policy", [_row(name, tensors[name], hashes) for name in tensors], facts
     opened = open_checkpoint(folder)
     manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {"tensors": {}}

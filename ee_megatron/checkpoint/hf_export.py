@@ -108,8 +108,8 @@ def export_hf(
         entries |= _write_sidecar(spec, tensors, folder, gates, ledger)
         ledger.close()
         copied = copy_tokenizer(base.path, folder)
-        facts = {"adapters": adapters, "gates": gates, "exit_depths": list(spec.exit_depths), "copied": copied}
-        facts["speed"] = meter.line()
+        facts: dict[str, Any] = {"adapters": adapters, "gates": gates, "exit_depths": list(spec.exit_depths)}
+        facts |= {"copied": copied, "speed": meter.line()}
         if origin is not None:
             facts["origin"] = dict(origin)
         write_manifest(folder, "hf_export", entries, **facts)

@@ -105,6 +105,13 @@ def test_contents_and_mathematics_of_a_model_are_its_identity(made, tmp_path):
     assert not identity(other).same(base)
     (other / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
     assert identity(other).same(base)
+    scaled = []
+    for factor in (2, 2.0, 4.0):
+        rope = {"rope_type": "linear", "factor": factor, "rope_theta": 1e4}
+        (other / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+        scaled.append(identity(other))
+    assert scaled[0] == scaled[1] and not scaled[1].same(scaled[2]) and not scaled[0].same(base)
+    (other / "config.json").write_text(json.dumps(config))
     tensors = {name: tensor.clone() for name, tensor in load_file(made["base"] / "model.safetensors").items()}
     tensors["model.layers.1.mlp.down_proj.weight"] *= 1.01
     tuned = base_identity(TunedSource(HFSource(made["base"]), tensors))
@@ -150,7 +157,9 @@ def test_a_policy_that_is_put_into_another_models_checkpoint_is_found_out(made, 
     assert [path.name for path in tmp_path.iterdir()] == ["mixed"]
 
 
-def test_what_an_import_writes_says_which_base_it_belongs_to(made, tmp_path):
+def test_what_an_import_writes_says_which_base_it_belongs_to(made, tmp_path, capsys):
+    assert run("inspect", made["policy"]) == 0
+    assert f"base {identity(made['teacher'])}" in capsys.readouterr().out
     out = tmp_path / "out"
     assert run("import", "--hf", made["teacher"], "--policy", made["policy"], "--out", out, "--quiet") == 0
     assert recorded_base(out) == identity(made["teacher"]) == recorded_base(made["policy"])

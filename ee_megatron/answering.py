@@ -82,7 +82,7 @@ def choose(cfg: RunConfig, model: str | None = None, policy: str | None = None, 
     path = Path(model) if model else stages.base_model(cfg) if checkpoint else stages.source_model(cfg)
     spec, tensors = load_policy(checkpoint) if checkpoint else (None, None)
     if checkpoint:
-        check_base(checkpoint, HFDirectory(path), unchecked=base_unchecked)
+        check_base(checkpoint, HFDirectory(path), unchecked=base_unchecked or cfg.model.base_unchecked)
     return Chosen(f"{path.resolve().name}-{name}" if model else name, path, checkpoint, spec, tensors)
 
 

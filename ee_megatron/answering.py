@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from .checkpoint.base_identity import check_base
 from .config.device import pick_device, pick_dtype
 from .config.schema import RunConfig
 from .exit_rules import ExitRule, Off, parse
@@ -69,16 +70,19 @@ def newest_policy(cfg: RunConfig) -> tuple[str, Path | None]:
     return "base", None
 
 
-def choose(cfg: RunConfig, model: str | None = None, policy: str | None = None) -> Chosen:
+def choose(cfg: RunConfig, model: str | None = None, policy: str | None = None, base_unchecked: bool = False) -> Chosen:
     """The model directory and policy checkpoint (or stage directory) given; else the configuration's newest policy.
 
-    Raises FileNotFoundError or ValueError for what is not there or does not fit together.
+    Raises FileNotFoundError or ValueError for what is not there or does not fit together, unless `base_unchecked` as to
+    whether the policy was made on that model.
     """
     name, checkpoint = ("base", None) if model or policy else newest_policy(cfg)
     if policy:
         name, checkpoint = "policy", stages.policy_at(f"--policy {policy}", policy)
     path = Path(model) if model else stages.base_model(cfg) if checkpoint else stages.source_model(cfg)
     spec, tensors = load_policy(checkpoint) if checkpoint else (None, None)
+    if checkpoint:
+        check_base(checkpoint, HFDirectory(path), unchecked=base_unchecked or cfg.model.base_unchecked)
     return Chosen(f"{path.resolve().name}-{name}" if model else name, path, checkpoint, spec, tensors)
 
 
@@ -88,12 +92,19 @@ def make_replica(cfg: RunConfig, chosen: Chosen, device: str) -> LocalPool:
     return pool
 
 
-def serve(cfg: RunConfig, settings: ServerSettings, exits: str, model: str | None, policy: str | None) -> None:
+def serve(
+    cfg: RunConfig,
+    settings: ServerSettings,
+    exits: str,
+    model: str | None,
+    policy: str | None,
+    base_unchecked: bool = False,
+) -> None:
     """Answer over HTTP until told to stop; the key that clients need, if any, is EE_API_KEY's."""
     from .rollout.server.run import run
 
     device = pick_device(cfg)
-    chosen = choose(cfg, model, policy)
+    chosen = choose(cfg, model, policy, base_unchecked)
     default = chosen.exits(exits)
     replica = make_replica(cfg, chosen, device)
     name = chosen.name if model else f"{cfg.name}-{chosen.name}"
@@ -109,11 +120,12 @@ def stream_answer(
     max_new_tokens: int,
     model: str | None = None,
     policy: str | None = None,
+    base_unchecked: bool = False,
 ) -> None:
     """Print the answer token by token, then how deep it went."""
     parse_exits(exits)
     device = pick_device(cfg)
-    chosen = choose(cfg, model, policy)
+    chosen = choose(cfg, model, policy, base_unchecked)
     rule, replica = chosen.exits(exits), make_replica(cfg, chosen, device)
     layers = HFDirectory(chosen.path).dims.num_layers
     sampling = SamplingParams(temperature, max_new_tokens, tuple(cfg.rollout.stop))

@@ -165,6 +165,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy", default=None, metavar="DIR", help="a policy checkpoint or stage directory (default: the newest)"
     )
+    parser.add_argument(
+        "--base-unchecked", action="store_true", help="let the policy run on a model that it was not made on"
+    )
 
 
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -266,7 +269,10 @@ def _generate(options: argparse.Namespace) -> int:
     launch.quiet_libraries()
     from .answering import stream_answer
 
-    stream_answer(cfg, options.prompt, options.exits, options.temperature, tokens, options.model, options.policy)
+    stream_answer(
+        cfg, options.prompt, options.exits, options.temperature, tokens,
+        options.model, options.policy, options.base_unchecked,
+    )  # fmt: skip
     return 0
 
 
@@ -282,7 +288,7 @@ def _serve(options: argparse.Namespace) -> int:
         options.host, options.port, options.rows, options.queue,
         options.max_length, options.max_new_tokens, options.grace, options.cache_gib,
     )  # fmt: skip
-    serve(cfg, settings, options.exits, options.model, options.policy)
+    serve(cfg, settings, options.exits, options.model, options.policy, options.base_unchecked)
     return 0
 
 

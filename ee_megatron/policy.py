@@ -22,8 +22,10 @@ from torch import Tensor
 
 from .exits import ExitLayout, gate_units
 from .families import ModelDims
+from .families.hf_directory import read_json
 from .tensors import LayeredTensors, digest
 
+POLICY_JSON = "policy.json"
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -96,6 +98,12 @@ class PolicySpec:
         return PolicySpec(**{**data, "exit_depths": tuple(data["exit_depths"]), "targets": tuple(data["targets"])})
 
 
+def untrained_gates(spec: PolicySpec, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the policy has gates, and all are as `initial_policy` makes them: they answer the same to every input."""
+    weights = [f"gates.{depth}.fc2.weight" for depth in spec.exit_depths]
+    return bool(weights) and not any(bool(tensors[name].any()) for name in weights)
+
+
 # Before calibration a gate should stay shut: sigmoid(-4) = 0.018.
 INITIAL_GATE_BIAS = -4.0
 
@@ -158,17 +166,43 @@ class WeightSet:
         self.digest = self.digest or digest(self.tensors)
 
 
-def save_policy(directory: Path, spec: PolicySpec, tensors: Mapping[str, Tensor]) -> None:
-    """Write policy.safetensors and policy.json into an existing directory (the caller makes it appear whole)."""
+def save_policy(
+    directory: Path, spec: PolicySpec, tensors: Mapping[str, Tensor], base: Mapping[str, str] | None = None
+) -> None:
+    """Write policy.safetensors and policy.json into an existing directory (the caller makes it appear whole). `base`:
+    the identity of the model that the policy belongs to (checkpoint/base_identity.py)."""
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, directory / "policy.safetensors"
     )
-    write_policy_json(directory, spec, digest(tensors))
+    write_policy_json(directory, spec, digest(tensors), base)
 
 
-def write_policy_json(directory: Path, spec: PolicySpec, sha256: str) -> None:
-    """What a policy's tensors are, and their digest."""
-    (directory / "policy.json").write_text(json.dumps({**spec.to_json(), "sha256": sha256}, indent=1))
+def write_policy_json(directory: Path, spec: PolicySpec, sha256: str, base: Mapping[str, str] | None = None) -> None:
+    """What a policy's tensors are, their digest, the base model that they belong to."""
+    more = {"base": dict(base)} if base else {}
+    (directory / POLICY_JSON).write_text(json.dumps({**spec.to_json(), "sha256": sha256, **more}, indent=1))
+
+
+@dataclass(frozen=True)
+class PolicyFile:
+    """policy.json: the spec, the digest of the tensors, the record of the base (None: an older file, without one)."""
+
+    spec: PolicySpec
+    sha256: str
+    base: Mapping[str, str] | None
+
+
+def read_policy_json(directory: str | Path) -> PolicyFile:
+    """What `write_policy_json` wrote. Raises FileNotFoundError or ValueError, naming the file."""
+    path = Path(directory) / POLICY_JSON
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory}: no {POLICY_JSON} there; expected a policy checkpoint")
+    data = read_json(path)
+    try:
+        sha256, base = data.pop("sha256"), data.pop("base", None)
+        return PolicyFile(PolicySpec.from_json(data), sha256, base)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not what a policy's should be ({error}); the file is damaged") from None
 
 
 def load_policy(directory: str | Path) -> tuple[PolicySpec, dict[str, Tensor]]:
@@ -181,15 +215,8 @@ def read_policy(
     directory: str | Path, read: Callable[[Path], Mapping[str, Tensor]], check: bool = True
 ) -> tuple[PolicySpec, Mapping[str, Tensor]]:
     """As `load_policy`, with `read` for the tensors' file; the digest, which `check` asks for, reads them in parts."""
-    path = Path(directory) / "policy.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory}: no policy.json there; expected a policy checkpoint")
-    try:
-        data = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); the file is damaged") from None
-    expected, file = data.pop("sha256"), path.with_name("policy.safetensors")
+    known, file = read_policy_json(directory), Path(directory) / "policy.safetensors"
     tensors = read(file)
-    if check and digest(tensors) != expected:
-        raise ValueError(f"{file}: contents do not match the digest in policy.json; the file is damaged")
-    return PolicySpec.from_json(data), tensors
+    if check and digest(tensors) != known.sha256:
+        raise ValueError(f"{file}: contents do not match the digest in {POLICY_JSON}; the file is damaged")
+    return known.spec, tensors

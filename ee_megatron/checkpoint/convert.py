@@ -8,103 +8,172 @@ difference.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError
 
-from ..exits import ExitLayout
-from ..policy import PolicySpec, initial_policy
-from .describe import describe, open_checkpoint
-from .hf_export import DTYPES, SHARD_BYTES, export_hf
-from .manifest import read_manifest, tensor_sha256
-from .megatron_directory import CheckpointLayout, MegatronDirectory
-from .megatron_import import gates_of, write_megatron
-from .megatron_io import WEIGHTS
-from .policy_files import Policy, open_policy, policy_beside
-from .sources import HFSource, TensorSource
+from .workspace import check_output, partial_of
 
-SHORT = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# torch, transformers and megatron-core take seconds to import: each command does when it has read its arguments.
+if TYPE_CHECKING:
+    import torch
+
+    from ..exits import ExitLayout
+    from .policy_files import Policy
+    from .sources import HFSource, TensorSource
+
+DTYPES = ("float32", "bfloat16", "float16")
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+# What errors of the training configuration call by the names of its settings has flags here.
+FLAGS = {"parallel.pipeline x parallel.virtual": "--pp x --vpp", "exits.depths": "--exit-depths"}
+# How much larger than an even share the largest stage may be without a word.
+LOPSIDED = 1.25
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one sub-command; returns the exit code: 0, 1 (a difference was found) or 2 (an error, one line)."""
+    """Run one sub-command; returns the exit code: 0, 1 (a difference was found), 2 (an error, one line) or 130
+    (interrupted)."""
     args = _parser().parse_args(argv)
+    out = Path(args.out) if "out" in args else None
     try:
+        if out is not None:
+            check_output(out)
         return args.run(args)
+    except KeyboardInterrupt:
+        print(f"interrupted{_left_over(out)}", file=sys.stderr)
+        return 130
     except (OSError, ValueError, SafetensorError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        for setting, flag in FLAGS.items():
+            text = text.replace(setting, flag)
+        print(f"error: {text}", file=sys.stderr)
         return 2
 
 
+def _left_over(out: Path | None) -> str:
+    if out is None or not partial_of(out).is_dir():
+        return ""
+    return f"; what was finished is in {partial_of(out)}: the same command with --resume goes on from there"
+
+
 def _import(args: argparse.Namespace) -> int:
+    from .sources import HFSource
+
     source = HFSource(args.hf)
     return _write(args, source, _import_policy(args, source))
 
 
 def _import_policy(args: argparse.Namespace, source: HFSource) -> Policy:
-    """Adapters and gates of an import: given, brought along by the directory, or fresh."""
-    given = open_policy(args.policy) if args.policy else gates_of(source)
+    """Adapters and gates of an import: given, brought along by the directory, fresh if asked for, or none."""
+    from ..exits import ExitLayout
+    from ..policy import PolicySpec, initial_policy
+    from .megatron_import import gates_of
+    from .policy_files import no_policy, policy_on
+
+    layers, fresh = source.dims.num_layers, args.exit_depths or args.gates == "fresh"
+    if args.rank < 0:
+        raise ValueError(f"--rank {args.rank}: expected a rank of at least 1, or 0 for no adapters")
+    if args.gates == "drop" and (args.exit_depths or args.policy or args.rank):
+        raise ValueError("--gates drop makes a plain checkpoint; leave --exit-depths, --policy and --rank out")
+    if args.gates == "drop":
+        return no_policy(layers)
+    given = policy_on(source, args.policy, args.base_unchecked) if args.policy else gates_of(source)
     if given is not None:
-        if args.exit_depths or args.rank:
+        if fresh or args.rank:
             raise ValueError(
-                f"{args.policy or args.hf} brings its own exit depths and gates; leave --exit-depths and --rank out"
+                f"{args.policy or args.hf} brings its own exit depths and gates; leave --exit-depths, --rank and "
+                "--gates fresh out"
             )
         return given
-    layers = source.dims.num_layers
-    if args.pp < 1 or args.vpp < 1:
-        raise ValueError(f"--pp {args.pp} --vpp {args.vpp}: must be at least 1")
+    if not fresh:
+        if args.rank:
+            raise ValueError(f"--rank {args.rank}: fresh adapters come with gates; add --exit-depths or --gates fresh")
+        return no_policy(layers)
     exits = ExitLayout(layers, args.exit_depths) if args.exit_depths else ExitLayout.default(layers, args.pp * args.vpp)
     spec = PolicySpec(layers, exits.depths, rank=args.rank, alpha=float(args.alpha or 2 * args.rank))
     return spec, initial_policy(source.dims, spec, args.seed)
 
 
 def _reshard(args: argparse.Namespace) -> int:
+    from .megatron_directory import MegatronDirectory
+    from .policy_files import policy_beside
+
     source = MegatronDirectory(args.checkpoint)
-    return _write(args, source, policy_beside(source))
+    return _write(args, source, policy_beside(source, args.base_unchecked))
 
 
 def _write(args: argparse.Namespace, source: TensorSource, policy: Policy) -> int:
-    layout = CheckpointLayout.plan(source.dims, policy[0].layout, args.tp, args.pp, args.vpp)
-    meter = write_megatron(
-        source, Path(args.out), policy, layout, SHORT.get(args.dtype), resume=args.resume, quiet=args.quiet
-    )
+    from .megatron_directory import CheckpointLayout
+    from .megatron_import import write_megatron
+
+    exits = _boundaries(source.dims.num_layers, policy, args.pp, args.vpp)
+    layout = CheckpointLayout.plan(source.dims, exits, args.tp, args.pp, args.vpp)
+    dtype = _torch_dtype(args.dtype)
+    meter = write_megatron(source, Path(args.out), policy, layout, dtype, resume=args.resume, quiet=args.quiet)
     degrees = f"TP {layout.tensor} x PP {layout.pipeline}" + (f" x VPP {layout.virtual}" if layout.virtual > 1 else "")
-    dims, exits = source.dims, list(policy[0].exit_depths)
-    print(f"{args.out}: {dims.family}, {dims.num_layers} layers, exits at {exits}, {degrees}")
+    dims, depths = source.dims, list(policy[0].exit_depths)
+    gates = f"exits at {depths}" if depths else "no gates"
+    print(f"{args.out}: {dims.family}, {dims.num_layers} layers, {gates}, {degrees}")
+    _tell_stages(layout.stage_layers)
     print(meter.line())
     return 0
 
 
+def _boundaries(layers: int, policy: Policy, pipeline: int, virtual: int) -> ExitLayout:
+    """Where stages may meet: at the model's exits; a plain model is cut evenly."""
+    from ..exits import ExitLayout
+
+    if policy[0].exit_depths:
+        return policy[0].layout
+    stages = pipeline * virtual
+    if stages > layers:
+        raise ValueError(f"--pp {pipeline} --vpp {virtual}: {stages} stages, but the model has {layers} layers")
+    return ExitLayout(layers, tuple(round(layers * stage / stages) for stage in range(1, stages)))
+
+
+def _tell_stages(sizes: tuple[int, ...]) -> None:
+    if len(sizes) < 2:
+        return
+    print(f"layers per stage: {list(sizes)}")
+    layers, stages = sum(sizes), len(sizes)
+    if max(sizes) > max(LOPSIDED * layers / stages, math.ceil(layers / stages)):
+        even = [round(layers * stage / stages) for stage in range(1, stages)]
+        print(
+            f"warning: layers per stage {list(sizes)}: all wait for the one of {max(sizes)}, an even share is "
+            f"{layers / stages:g}; stages meet at exits, and exits near {even} would even them out",
+            file=sys.stderr,
+        )
+
+
 def _export(args: argparse.Namespace) -> int:
+    from ..policy import untrained_gates
+    from .hf_export import SHARD_BYTES, export_hf
+    from .manifest import read_manifest
+
     checkpoint, gates = Path(args.checkpoint), args.gates
-    base: TensorSource | str
-    if (checkpoint / WEIGHTS).is_dir():
-        base = MegatronDirectory(checkpoint)
-        if args.hf and HFSource(args.hf).dims != base.dims:
-            raise ValueError(
-                f"{args.hf} has other dimensions than {checkpoint}, which holds its own base; leave --hf out"
-            )
-        policy = policy_beside(base)
-        if gates == "auto" and not (checkpoint / "policy.json").is_file():
-            gates = "drop"
-    else:
-        policy = open_policy(checkpoint)
-        if not args.hf:
-            raise ValueError(f"{checkpoint} holds a policy without its base model; add --hf BASE")
-        base = args.hf
+    base, policy = _export_parts(args)
+    exits = policy[0].exit_depths
+    if gates == "auto" and untrained_gates(*policy):
+        raise ValueError(
+            f"{checkpoint}: its gates were never trained; train them, or say --gates drop for the plain model or "
+            "--gates embed for the gates as they are"
+        )
+    if gates in ("embed", "sidecar") and not exits:
+        raise ValueError(f"{checkpoint} has no gates, but --gates {gates} asks for them; use --gates drop")
     out = export_hf(
         base,
         policy,
         Path(args.out),
         args.adapters,
-        gates,
+        gates if exits else "drop",
         args.dtype,
-        shard_bytes=args.max_shard_size,
+        shard_bytes=args.max_shard_size or SHARD_BYTES,
         resume=args.resume,
         quiet=args.quiet,
     )
@@ -114,7 +183,34 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export_parts(args: argparse.Namespace) -> tuple[TensorSource, Policy]:
+    """Base and policy of an export: both in a Megatron checkpoint, or a policy and the base that is given with it."""
+    from ..policy import read_policy_json
+    from .base_identity import base_identity
+    from .describe import open_base
+    from .megatron_directory import MegatronDirectory
+    from .megatron_io import WEIGHTS
+    from .policy_files import policy_beside, policy_on
+
+    checkpoint = Path(args.checkpoint)
+    if not (checkpoint / WEIGHTS).is_dir():
+        if not args.hf:
+            # The complaint about a directory that holds no policy comes first.
+            read_policy_json(checkpoint)
+            raise ValueError(f"{checkpoint} holds a policy without its base model; add --hf BASE")
+        base = open_base(args.hf)
+        return base, policy_on(base, checkpoint, args.base_unchecked)
+    base = MegatronDirectory(checkpoint)
+    if args.hf and not base_identity(open_base(args.hf)).same(base_identity(base)):
+        raise ValueError(f"{args.hf} is another model than {checkpoint}, which holds its own base; leave --hf out")
+    return base, policy_beside(base, args.base_unchecked)
+
+
 def _inspect(args: argparse.Namespace) -> int:
+    import torch
+
+    from .describe import describe
+
     kind, rows, facts = describe(Path(args.directory), not args.no_hash)
     wide, stored = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
     differ = any(row[0] != row[1] for row in rows)
@@ -128,9 +224,10 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from .describe import open_checkpoint
     from .verify import verify
 
-    a, b = (open_checkpoint(Path(path), args.hf) for path in (args.a, args.b))
+    a, b = (open_checkpoint(Path(path), args.hf, args.base_unchecked) for path in (args.a, args.b))
     same, lines = verify(a, b, logits=not args.no_logits)
     for line in lines:
         print(line, file=sys.stdout if same else sys.stderr)
@@ -139,13 +236,19 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _roundtrip(args: argparse.Namespace) -> int:
+    from .hf_export import export_hf
+    from .manifest import tensor_sha256
+    from .megatron_directory import CheckpointLayout, MegatronDirectory
+    from .megatron_import import write_megatron
+    from .policy_files import no_policy
+    from .sources import HFSource
+
     source = HFSource(args.hf)
-    exits = ExitLayout.default(source.dims.num_layers, args.pp)
-    spec = PolicySpec(source.dims.num_layers, exits.depths, rank=0)
+    policy = no_policy(source.dims.num_layers)
+    exits = _boundaries(source.dims.num_layers, policy, args.pp, 1)
     layout = CheckpointLayout.plan(source.dims, exits, args.tp, args.pp)
     with tempfile.TemporaryDirectory(prefix="roundtrip.", dir=args.work, ignore_cleanup_errors=True) as folder:
         work = Path(folder)
-        policy = spec, initial_policy(source.dims, spec, 0)
         write_megatron(source, work / "megatron", policy, layout, quiet=args.quiet)
         export_hf(MegatronDirectory(work / "megatron"), policy, work / "hf", gates="drop", quiet=args.quiet)
         back = HFSource(work / "hf")
@@ -172,6 +275,18 @@ def _depths(text: str) -> tuple[int, ...]:
         ) from None
 
 
+def _dtype(text: str) -> str:
+    """One vocabulary for all commands: short names are other words for torch's."""
+    return SHORT.get(text, text)
+
+
+def _torch_dtype(name: str) -> torch.dtype | None:
+    """None: as each tensor is stored."""
+    import torch
+
+    return None if name == "auto" else getattr(torch, name)
+
+
 def _size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.strip().upper())
     unit = UNITS.get(match.group(2)) if match else None
@@ -187,11 +302,19 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     command = _command(commands, "import", "Hugging Face model -> Megatron checkpoint", _import)
     command.add_argument("--hf", required=True, help="Hugging Face model directory, or an early-exit export")
-    _writes(command, SHORT)
+    _writes(command)
     _layout(command)
-    command.add_argument("--exit-depths", type=_depths, help="for example 7,14,21; default: every fifth layer")
+    command.add_argument(
+        "--gates",
+        choices=("auto", "fresh", "drop"),
+        default="auto",
+        help="auto: those that --policy or the model brings along, else none; fresh: untrained ones at the default "
+        "depths; drop: none (default: auto)",
+    )
+    command.add_argument("--exit-depths", type=_depths, help="fresh gates at these depths, for example 7,14,21")
     command.add_argument("--policy", help="policy checkpoint whose adapters and gates are taken along")
-    command.add_argument("--rank", type=int, default=0, help="rank of fresh adapters; 0: none")
+    _unchecked(command)
+    command.add_argument("--rank", type=int, default=0, help="rank of fresh adapters beside fresh gates; 0: none")
     command.add_argument("--alpha", type=float, help="scale of fresh adapters; default: twice the rank")
     command.add_argument("--seed", type=int, default=0, help="seed of fresh gates and adapters")
 
@@ -199,23 +322,29 @@ def _parser() -> argparse.ArgumentParser:
         commands, "export", "policy or Megatron checkpoint -> Hugging Face model or PEFT adapter", _export
     )
     command.add_argument("--checkpoint", required=True, help="policy checkpoint or Megatron checkpoint")
-    command.add_argument("--hf", help="base model; not needed with a Megatron checkpoint")
-    _writes(command, DTYPES)
+    command.add_argument("--hf", help="base model of a policy checkpoint, which it was made on")
+    _unchecked(command)
+    _writes(command)
     command.add_argument("--adapters", choices=("merge", "keep"), default="merge")
-    command.add_argument("--gates", choices=("auto", "embed", "sidecar", "drop"), default="auto")
     command.add_argument(
-        "--max-shard-size", type=_size, default=SHARD_BYTES, help="largest weight file, as in 5GB (default: 4GiB)"
+        "--gates",
+        choices=("auto", "embed", "sidecar", "drop"),
+        default="auto",
+        help="auto: embed, or sidecar with --adapters keep; drop where there are none (default: auto)",
     )
+    command.add_argument("--max-shard-size", type=_size, help="largest weight file, as in 5GB (default: 4GiB)")
 
     command = _command(commands, "reshard", "Megatron checkpoint -> the same for another parallel layout", _reshard)
     command.add_argument("--checkpoint", required=True, help="Megatron checkpoint")
-    _writes(command, SHORT)
+    _unchecked(command)
+    _writes(command)
     _layout(command)
 
     command = _command(commands, "verify", "whether two checkpoints of any kind are the same model", _verify)
     command.add_argument("a", help="Hugging Face model, early-exit export, Megatron or policy checkpoint")
     command.add_argument("b", help="another one")
     command.add_argument("--hf", help="base model of policy checkpoints")
+    _unchecked(command)
     command.add_argument("--no-logits", action="store_true", help="compare tensors only; needs little memory")
 
     command = _command(commands, "inspect", "table of tensors, shapes, dtypes, hashes; layout, exit depths", _inspect)
@@ -237,9 +366,21 @@ def _command(commands, name: str, text: str, run) -> argparse.ArgumentParser:
     return command
 
 
-def _writes(command: argparse.ArgumentParser, dtypes: dict[str, torch.dtype]) -> None:
+def _unchecked(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--base-unchecked", action="store_true", help="take a policy with a model that it was not made on"
+    )
+
+
+def _writes(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", required=True, help="directory to make")
-    command.add_argument("--dtype", choices=("auto", *dtypes), default="auto", help="default: as each tensor is stored")
+    command.add_argument(
+        "--dtype",
+        type=_dtype,
+        choices=("auto", *DTYPES),
+        default="auto",
+        help=f"also {', '.join(SHORT)} for short; auto: as each tensor is stored (default: auto)",
+    )
     command.add_argument("--resume", action="store_true", help="go on from what a killed run left")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ..policy import PolicySpec
+from .base_identity import recorded_base
 from .hf_export import adapter_of, merged_weight
 from .manifest import MANIFEST, Digest, Hasher, read_manifest, tensor_sha256
 from .megatron_directory import MegatronDirectory
 from .megatron_import import folded, gates_of
 from .megatron_io import WEIGHTS
-from .policy_files import no_policy, open_policy, policy_beside
+from .policy_files import no_policy, open_policy, policy_beside, policy_on
 from .safetensors_io import read_small
 from .sources import HFSource, TensorSource, rows_of
 
@@ -50,20 +51,27 @@ class Checkpoint:
         return {name: self.tensors[name] for name in self.spec.gate_shapes(self.base.dims)}
 
 
-def open_checkpoint(path: Path, hf: str | Path | None = None) -> Checkpoint:
+def open_base(path: str | Path) -> TensorSource:
+    """The model that a policy is to run on: a Hugging Face directory or a Megatron checkpoint. Raises as these do."""
+    return MegatronDirectory(path) if (Path(path) / WEIGHTS).is_dir() else HFSource(path)
+
+
+def open_checkpoint(path: Path, hf: str | Path | None = None, base_unchecked: bool = False) -> Checkpoint:
     """A Hugging Face model, an early-exit export, a Megatron checkpoint, or a policy or adapter on the model `hf`.
 
-    Raises FileNotFoundError or ValueError, one line.
+    Raises FileNotFoundError or ValueError, one line: for a policy that belongs to another model, too, unless
+    `base_unchecked`.
     """
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such directory")
     if (path / WEIGHTS).is_dir():
         base = MegatronDirectory(path)
-        return Checkpoint("megatron", path, base, *policy_beside(base))
+        return Checkpoint("megatron", path, base, *policy_beside(base, base_unchecked))
     if (path / "policy.json").is_file():
         if hf is None:
             raise ValueError(f"{path} holds a policy without its base model; add --hf BASE")
-        source, policy = folded(HFSource(hf), open_policy(path))
+        whole = open_base(hf)
+        source, policy = folded(whole, policy_on(whole, path, base_unchecked))
         return Checkpoint("hf", path, source, *policy)
     plain = HFSource(path)
     kind = "embed" if plain.spec() else "hf"
@@ -83,6 +91,7 @@ def describe(folder: Path, hashes: bool = True) -> tuple[str, list[Row], dict[st
     if (folder / "policy.json").is_file() and not (folder / WEIGHTS).is_dir():
         spec, tensors = open_policy(folder)
         facts = {"exit_depths": list(spec.exit_depths), "rank": spec.rank, "alpha": spec.alpha}
+        facts["base"] = recorded_base(folder) or "not recorded"
         return "policy", [_row(name, tensors[name], hashes) for name in tensors], facts
     opened = open_checkpoint(folder)
     manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {"tensors": {}}

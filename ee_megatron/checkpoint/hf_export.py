@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from ..families import FAMILIES
 from ..families.hf_directory import HFDirectory
 from ..policy import PolicySpec
 from ..tensors import FileTensors, digest
+from .base_identity import check_base
 from .export_files.configuration_early_exit import check_exit_policy
 from .manifest import Digest, Hasher, Ledger, copy_tokenizer, entry, entry_of, write_manifest
 from .meter import Meter
@@ -53,6 +55,7 @@ def export_hf(
     *,
     resume: bool = False,
     quiet: bool = True,
+    origin: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the export and return its path. It appears whole or not at all, and never over something that exists.
 
@@ -61,14 +64,18 @@ def export_hf(
     dtype: float32, bfloat16, float16, or auto (each tensor as it is stored in the base); gates stay float32.
     exit_policy: the default of the embedded model's `generate`, {"kind": "threshold", "value": 0.5} unless given.
     resume: go on from what a killed run left, and leave the same if this one fails. quiet: no progress bar.
+    origin: what the export was made from, as its manifest shall say (JSON).
 
     Raises ValueError or FileNotFoundError: an option or combination that does not exist, a policy that does not fit the
-    base, a tensor that is damaged or would be left over or used twice, an output that exists. OSError: disk full.
+    base or whose directory says that it was made on another, a tensor that is damaged or would be left over or used
+    twice, an output that exists. OSError: disk full.
     """
     if not isinstance(base, TensorSource):
         base = HFSource(base)
         if base.spec() is not None:
             raise ValueError(f"{base.path}: is an early-exit export; give the plain model that it was made from")
+    if not isinstance(policy, tuple):
+        check_base(policy, base, otherwise="hand over what open_policy reads there to go on all the same")
     spec, tensors = policy if isinstance(policy, tuple) else open_policy(policy)
     out = Path(out)
     gates = ("embed" if adapters == "merge" else "sidecar") if gates == "auto" else gates
@@ -101,8 +108,10 @@ def export_hf(
         entries |= _write_sidecar(spec, tensors, folder, gates, ledger)
         ledger.close()
         copied = copy_tokenizer(base.path, folder)
-        facts = {"adapters": adapters, "gates": gates, "exit_depths": list(spec.exit_depths), "copied": copied}
-        facts["speed"] = meter.line()
+        facts: dict[str, Any] = {"adapters": adapters, "gates": gates, "exit_depths": list(spec.exit_depths)}
+        facts |= {"copied": copied, "speed": meter.line()}
+        if origin is not None:
+            facts["origin"] = dict(origin)
         write_manifest(folder, "hf_export", entries, **facts)
     return out
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..families.hf_directory import read_json
+
 MANIFEST = "manifest.json"
 IN_FLIGHT = 160 << 20
 TOKENIZER_FILES = (
@@ -139,10 +141,7 @@ def read_manifest(directory: Path) -> dict:
     path = directory / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{directory}: no {MANIFEST} there; expected a directory that the converter wrote")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); the directory is damaged, convert again") from None
+    return read_json(path)
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:

@@ -9,7 +9,6 @@ own. Another layout reads the same files and cuts across the chunks.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ..exits import ExitLayout
 from ..families import ModelDims, dims_from_config
+from ..families.hf_directory import read_json
 from ..model.config import padded_vocab
 from .manifest import MANIFEST, Hasher, Ledger, entry, read_manifest
 from .mapping import Entry
@@ -217,7 +217,7 @@ class MegatronDirectory(TensorSource):
             raise ValueError(f"{self.path}: {MANIFEST} says {self.manifest['kind']!r}, expected {KIND!r}")
         if not (self.path / "config.json").is_file():
             raise FileNotFoundError(f"{self.path}: no config.json there; expected that of the Hugging Face model")
-        self.config: dict = json.loads((self.path / "config.json").read_text())
+        self.config = read_json(self.path / "config.json")
         self.dims = dims_from_config(self.config)
         self.reader = TorchDistReader(self.path / WEIGHTS)
         self._entry = {name: item for item in whole_entries(self.dims) for name in item.names}

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..families.hf_directory import read_json
 from ..policy import PolicySpec, save_policy
 from ..tensors import digest
+from .base_identity import BASE, base_identity
 from .manifest import copy_tokenizer, entry_of, write_manifest
 from .megatron_directory import CheckpointLayout, write_weights
 from .megatron_io import KIND, WEIGHTS
@@ -33,12 +35,14 @@ def write_megatron(
 ) -> Meter:
     """Write the checkpoint (see megatron_io), whole or not at all; returns the meter with its figures.
 
-    dtype None: each tensor as it is stored. A fully fine-tuned policy becomes the base, its gates the policy.
+    dtype None: each tensor as it is stored. A policy without tensors makes a plain checkpoint, without policy.json. A
+    fully fine-tuned policy becomes the base, its gates the policy.
     Raises ValueError or OSError, one line: a policy that does not fit, damaged tensors, an output that exists, a full
     disk.
     """
     source, (spec, tensors) = folded(source, policy)
     check_policy(source.dims, spec, tensors)
+    base = base_identity(source).to_json()
     job = {
         "command": "megatron",
         "source": source.fingerprint(),
@@ -50,13 +54,14 @@ def write_megatron(
     with workspace(out, job, resume) as space, Meter("weights", total_bytes(source), quiet) as meter:
         chunks, lines = write_weights(space, source, layout, dtype, meter)
         write_metadata(space.folder / WEIGHTS, chunks)
-        save_policy(space.folder, spec, tensors)
+        if tensors:
+            save_policy(space.folder, spec, tensors, base)
         for name, value in tensors.items():
             lines[name] = entry_of(value, [f"policy:{name}"], "policy.safetensors")
         (space.folder / "config.json").write_text(json.dumps(source.config, indent=2) + "\n")
         copied = copy_tokenizer(source.path, space.folder)
         facts = {"exit_depths": list(spec.exit_depths), "layout": layout.to_json(source.dims), "copied": copied}
-        write_manifest(space.folder, KIND, lines, **facts)
+        write_manifest(space.folder, KIND, lines, **{BASE: base}, **facts)
     return meter
 
 
@@ -82,5 +87,5 @@ def gates_of(source: HFSource) -> Policy | None:
     sidecar = source.path / "gates.json"
     if not sidecar.is_file():
         return None
-    facts = json.loads(sidecar.read_text())
+    facts = read_json(sidecar)
     return gate_spec(source.dims, facts), read_small(source.path / "gates.safetensors")

@@ -8,8 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from ..families import ModelDims
-from ..policy import PolicySpec, read_policy, write_policy_json
+from ..policy import POLICY_JSON, PolicySpec, read_policy, write_policy_json
 from ..tensors import Block, FileTensors, LazyTensors, Stream, drain, shape_of
+from .base_identity import check_base, recorded_base
 from .safetensors_io import write_through
 from .sources import TensorSource, check_finite
 
@@ -26,15 +27,17 @@ def open_policy(directory: str | Path, *, check: bool = True) -> Policy:
     return spec, tensors if spec.full else dict(tensors)
 
 
-def write_policy(directory: Path, spec: PolicySpec, stream: Stream) -> None:
+def write_policy(directory: Path, spec: PolicySpec, stream: Stream, base: Mapping[str, str] | None = None) -> None:
     """As `policy.save_policy`, for tensors that come in blocks and are not held."""
-    drain(policy_written(directory, spec, stream))
+    drain(policy_written(directory, spec, stream, base))
 
 
-def policy_written(directory: Path, spec: PolicySpec, stream: Stream) -> Iterator[Block]:
+def policy_written(
+    directory: Path, spec: PolicySpec, stream: Stream, base: Mapping[str, str] | None = None
+) -> Iterator[Block]:
     """The stream, written as `write_policy` does while it passes."""
     sha256 = yield from write_through(directory / "policy.safetensors", stream)
-    write_policy_json(directory, spec, sha256)
+    write_policy_json(directory, spec, sha256, base)
 
 
 def check_policy(dims: ModelDims, spec: PolicySpec, tensors: Mapping[str, Tensor]) -> None:
@@ -59,6 +62,15 @@ def no_policy(num_layers: int) -> Policy:
     return PolicySpec(num_layers, (), rank=0), dict[str, Tensor]()
 
 
-def policy_beside(base: TensorSource) -> Policy:
-    """The policy in a Megatron checkpoint; one without is a plain model."""
-    return open_policy(base.path) if (base.path / "policy.json").is_file() else no_policy(base.dims.num_layers)
+def policy_on(base: TensorSource, directory: str | Path, unchecked: bool = False) -> Policy:
+    """`open_policy` for a policy that is to run on `base`. Raises as `check_base`, too, unless `unchecked`."""
+    check_base(directory, base, unchecked=unchecked)
+    return open_policy(directory)
+
+
+def policy_beside(base: TensorSource, unchecked: bool = False) -> Policy:
+    """The policy in a Megatron checkpoint; one without is a plain model. Raises as `policy_on`."""
+    if not (base.path / POLICY_JSON).is_file():
+        return no_policy(base.dims.num_layers)
+    # What lies in one directory was put together; only a record can say that it was not.
+    return policy_on(base, base.path, unchecked or recorded_base(base.path) is None)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..families import FAMILIES, ModelDims
 from ..families.hf_directory import HFDirectory
 from ..policy import PolicySpec
-from ..tensors import DTYPES, LazyTensors, Shape
+from ..tensors import DTYPES, LazyTensors, Shape, part_of
 from .manifest import MANIFEST, Digest, Hasher
 from .meter import Meter
 from .safetensors_io import nbytes, places
@@ -42,6 +42,10 @@ class TensorSource:
     def tensor(self, name: str) -> Tensor:
         """The whole tensor on the CPU, in the dtype that it is stored in."""
         raise NotImplementedError
+
+    def part(self, name: str, *where: slice) -> Tensor:
+        """A part of a tensor, a range per dimension."""
+        return self.tensor(name)[where]
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """The tensor as consecutive blocks of rows."""
@@ -85,6 +89,9 @@ class HFSource(TensorSource):
 
     def tensor(self, name: str) -> Tensor:
         return self.directory.tensor(name)
+
+    def part(self, name: str, *where: slice) -> Tensor:
+        return self.directory.slice(name)[where]
 
     def release(self) -> None:
         # A mapped file counts as this process's memory as far as it was read.
@@ -161,6 +168,9 @@ class TunedSource(TensorSource):
 
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name].to(self.dtype(name))
+
+    def part(self, name: str, *where: slice) -> Tensor:
+        return part_of(self._tensors, name, *where).to(self.dtype(name))
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         for block in rows_of(self._tensors[name]):

@@ -73,7 +73,7 @@ class OutputFile:
                 done += os.write(self._handle, self._buffer[done:count])
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
-                    raise
+                    raise named(error, self.name) from None
                 # A file system that opens such files without writing them.
                 flags = fcntl.fcntl(self._handle, fcntl.F_GETFL)
                 fcntl.fcntl(self._handle, fcntl.F_SETFL, flags & ~self._direct)
@@ -140,6 +140,25 @@ def _boot() -> str:
     return BOOT_ID.read_text().strip() if BOOT_ID.is_file() else ""
 
 
+def partial_of(out: Path) -> Path:
+    """The directory in which `out` is made."""
+    return out.parent / f".{out.name}.partial"
+
+
+def check_output(out: Path) -> None:
+    """Raises ValueError unless a directory can appear at `out`."""
+    if out.is_symlink():
+        # It could not be replaced by a directory when all the work is done.
+        raise ValueError(f"{out} is a symbolic link to {os.readlink(out)}; give the directory itself")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists already; remove it or choose another output directory")
+
+
+def named(error: OSError, place: str) -> OSError:
+    """The error with the name of a file, which a failed write lacks: a full disk is one of several."""
+    return error if error.filename or error.errno is None else OSError(error.errno, error.strerror, place)
+
+
 @contextmanager
 def workspace(out: Path, job: dict[str, Any], resume: bool = False) -> Iterator[Workspace]:
     """A workspace that becomes `out` when the block ends well.
@@ -151,9 +170,8 @@ def workspace(out: Path, job: dict[str, Any], resume: bool = False) -> Iterator[
     Raises ValueError: `out` exists and is not an empty directory, another process is making it, or it was begun for
     another job.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} exists already; remove it or choose another output directory")
-    folder = out.parent / f".{out.name}.partial"
+    check_output(out)
+    folder = partial_of(out)
     folder.mkdir(parents=True, exist_ok=True)
     keep = resume
     with (folder / JOURNAL).open("a+") as journal:
@@ -177,6 +195,8 @@ def workspace(out: Path, job: dict[str, Any], resume: bool = False) -> Iterator[
         except KeyboardInterrupt:
             keep = True
             raise
+        except OSError as error:
+            raise named(error, str(folder)) from None
         finally:
             if not keep and folder.is_dir():
                 shutil.rmtree(folder, ignore_errors=True)

@@ -5,7 +5,6 @@ torch is imported only where exits or dimensions are built, so that checks witho
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -62,6 +61,7 @@ def read_dims(cfg: RunConfig) -> ModelDims:
     Raises FileNotFoundError (no such directory or file) or ValueError (not JSON, unsupported architecture).
     """
     from ..families import dims_from_config
+    from ..families.hf_directory import read_json
 
     file = Path(cfg.model.path) / "config.json"
     if not file.is_file():
@@ -69,10 +69,7 @@ def read_dims(cfg: RunConfig) -> ModelDims:
             f"model.path={cfg.model.path}: no config.json there; expected a Hugging Face model directory: "
             "give model.path=<directory>, or run `make demo` once, which fetches the demo's"
         )
-    try:
-        return dims_from_config(json.loads(file.read_text()))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not valid JSON ({error}); copy the model again") from None
+    return dims_from_config(read_json(file))
 
 
 def resolve_exits(cfg: RunConfig, dims: ModelDims) -> ExitLayout:

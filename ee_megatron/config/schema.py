@@ -65,6 +65,8 @@ class ModelConfig:
     """Hugging Face model directory: config.json, safetensors, tokenizer; with pretrain.enabled, config.json only."""
     dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"))
     """float32, bfloat16 or auto: bfloat16 on a GPU and on a CPU with AMX, float32 on other CPUs."""
+    base_unchecked: bool = setting(False, execution=True)
+    """Let policies (start, evaluate.control_policy, a stage's own checkpoints) run on a model they weren't made on."""
 
 
 @dataclass

@@ -201,3 +201,7 @@ def refuse_common(config: dict, family: str) -> None:
     missing = [key for key in needed if key not in config]
     if missing:
         raise ValueError(f"{family}: config.json lacks {missing}")
+    for key in (*needed, *(key for key in ("num_key_value_heads", "head_dim") if config.get(key) is not None)):
+        size = config[key]
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{family}: {key}={size!r}, expected a whole number of at least 1")

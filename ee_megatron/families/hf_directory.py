@@ -27,11 +27,11 @@ class HFDirectory:
                 f"{self.path}: no config.json there; expected a Hugging Face model directory "
                 "(config.json + *.safetensors)"
             )
+        self.config = read_json(config)
         try:
-            self.config: dict = json.loads(config.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{config}: not valid JSON ({error}); copy the model again") from None
-        self.dims: ModelDims = dims_from_config(self.config)
+            self.dims: ModelDims = dims_from_config(self.config)
+        except ValueError as error:
+            raise ValueError(f"{config}: {error}") from None
         self._shards: dict[str, Path] = self._index()
         self._open: dict[Path, object] = {}
         self._check()
@@ -63,7 +63,9 @@ class HFDirectory:
     def _index(self) -> dict[str, Path]:
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
-            table = json.loads(index.read_text())["weight_map"]
+            table = read_json(index).get("weight_map")
+            if not isinstance(table, dict) or not all(isinstance(file, str) for file in table.values()):
+                raise ValueError(f"{index}: no weight_map of tensor names and files in it; copy the model again")
             files = {name: self.path / file for name, file in table.items()}
             for shard in sorted(set(files.values())):
                 listed = {name for name, file in files.items() if file == shard}
@@ -72,6 +74,8 @@ class HFDirectory:
                     raise ValueError(f"{shard}: lacks {sorted(listed - found)[0]}, which the index lists there")
         else:
             shard = self.path / "model.safetensors"
+            if not shard.is_file() and (other := _other_weights(self.path)):
+                raise FileNotFoundError(f"{self.path}: no model.safetensors there, {other}")
             files = dict.fromkeys(_header(shard), shard)
         # A tied head may be stored all the same, and an early-exit export carries its gates beside the base.
         skip = ("rotary_emb.inv_freq",)
@@ -97,6 +101,30 @@ class HFDirectory:
                     raise ValueError(
                         f"{shard}: {name} has shape {entry['shape']}, config.json implies {list(expected[name])}"
                     )
+
+
+def read_json(path: Path) -> dict:
+    """A file with a JSON object. Raises ValueError, naming the file, for anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); the file is damaged, copy it again") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); copy it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds a JSON {type(found).__name__}, expected an object of names and values")
+    return found
+
+
+def _other_weights(folder: Path) -> str:
+    """What is there instead of the file that is wanted, and what to do about it; "" if there is nothing."""
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    if pickles:
+        return (
+            f"only {pickles[0]} and the like; save it as safetensors: model.save_pretrained(DIR) of transformers does"
+        )
+    shards = sorted(p.name for p in folder.glob("model-*.safetensors"))
+    return f"and {shards[0]} without model.safetensors.index.json; copy the index too" if shards else ""
 
 
 def _header(shard: Path) -> dict[str, dict]:

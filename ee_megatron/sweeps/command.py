@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -189,17 +188,20 @@ class Checker:
 
     def _check_start(self, cfg: RunConfig, dims: Any) -> None:
         # Late: torch takes seconds to import.
-        from ..policy import PolicySpec
+        from ..policy import read_policy_json
 
-        data = json.loads((stages.calibrated(cfg) / "policy.json").read_text())
-        data.pop("sha256", None)
-        spec, wanted = PolicySpec.from_json(data), policy_spec(cfg, dims)
+        spec, wanted = read_policy_json(stages.calibrated(cfg)).spec, policy_spec(cfg, dims)
         if spec != wanted:
             raise ValueError(
                 f"start={cfg.start}: made with exits {list(spec.exit_depths)} and adapters of rank {spec.rank}, the "
                 f"settings say {list(wanted.exit_depths)} and {wanted.rank} (or differ in alpha, targets, gates or "
                 "exits.first_token)"
             )
+        pair = f"{cfg.start} on {cfg.model.path}"
+        if pair not in self._seen and not (cfg.teacher.enabled or cfg.pretrain.enabled):
+            # Otherwise the model is yet to be made, and the stage looks at it.
+            stages.check_bases(cfg, "rl", Path(cfg.model.path))
+            self._seen.add(pair)
 
 
 def to_start(sweep: Sweep, queue: dict[str, str], retry_failed: bool) -> list[StageTask]:

@@ -45,9 +45,15 @@ class TrainingStreams:
             drain(stream)
 
 
-def write_training(directory: Path, spec: PolicySpec, streams: TrainingStreams, counters: dict[str, float]) -> None:
-    """Write into an existing directory (the caller makes it appear whole)."""
-    write_policy(directory, spec, streams.policy)
+def write_training(
+    directory: Path,
+    spec: PolicySpec,
+    streams: TrainingStreams,
+    counters: dict[str, float],
+    base: Mapping[str, str] | None = None,
+) -> None:
+    """Write into an existing directory (the caller makes it appear whole). `base`: as `policy.save_policy` has it."""
+    write_policy(directory, spec, streams.policy, base)
     folder = directory / "optimizer"
     folder.mkdir()
     digests = {kind: write_stream(folder / f"{kind}.safetensors", stream) for kind, stream in streams.state.items()}
@@ -84,12 +90,13 @@ class CheckpointWriter:
     """The leader's checkpoints, one at a time, whole or not at all: in a thread if their tensors are in memory, else as
     these come.
 
-    `counters` go into every checkpoint; with a value to judge by, the best one outlives the `keep` newest. A write that
-    failed is raised by the next `write`, by `wait` or by `close`; the checkpoints before it are still there.
+    `base`, the identity of the model that the policy belongs to, and `counters` go into every checkpoint; with a value
+    to judge by, the best one outlives the `keep` newest. A write that failed is raised by the next `write`, by `wait`
+    or by `close`; the checkpoints before it are still there.
     """
 
-    def __init__(self, directory: RunDirectory, spec: PolicySpec, keep: int):
-        self.directory, self.spec, self.keep = directory, spec, keep
+    def __init__(self, directory: RunDirectory, spec: PolicySpec, keep: int, base: Mapping[str, str] | None = None):
+        self.directory, self.spec, self.keep, self.base = directory, spec, keep, base
         self.counters: dict[str, float] = {}
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
@@ -115,7 +122,7 @@ class CheckpointWriter:
 
     def _write(self, step: int, streams: TrainingStreams, counters: dict[str, float]) -> None:
         with self.directory.write_checkpoint(step) as temporary:
-            write_training(temporary, self.spec, streams, counters)
+            write_training(temporary, self.spec, streams, counters, self.base)
         best = counters.get(BEST[1])
         self.directory.keep_last(self.keep, None if best is None else int(best))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -161,16 +163,25 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
 
 
 def export(cfg: RunConfig) -> Path:
-    """The reinforced model as a Hugging Face directory whose `generate` exits early, at the chosen threshold."""
-    import json
+    """The reinforced model as a Hugging Face directory whose `generate` exits early, at the chosen threshold.
 
-    out = stage_dir(cfg, "rl").with_name(stage_dir(cfg, "rl").name.replace("rl-", "export-"))
-    if out.is_dir():
-        return out
+    Its name is that of the RL stage, but the threshold is the evaluation's: one that was made from other things than
+    these settings lead to is made again. Its manifest says what it was made from.
+    """
     quiet_libraries()
     from ..checkpoint.hf_export import export_hf
+    from ..checkpoint.manifest import MANIFEST, read_manifest
+    from ..policy import read_policy_json
 
-    results = json.loads((stage_dir(cfg, "evaluate") / "results.json").read_text())
-    threshold = float(results["meta"].get("threshold_reinforced", 0.5))
-    policy = Threshold(threshold).to_json()
-    return export_hf(stages.base_model(cfg), stages.reinforced(cfg), out, "merge", "embed", exit_policy=policy)
+    out = stage_dir(cfg, "rl").with_name(stage_dir(cfg, "rl").name.replace("rl-", "export-"))
+    base, reinforced, evaluation = stages.base_model(cfg), stages.reinforced(cfg), stage_dir(cfg, "evaluate")
+    results = json.loads((evaluation / "results.json").read_text())
+    policy = Threshold(float(results["meta"].get("threshold_reinforced", 0.5))).to_json()
+    known = read_policy_json(reinforced)
+    origin = {"evaluation": evaluation.name, "exit_policy": policy, "policy": known.sha256, "base": known.base}
+    if out.is_dir():
+        if (out / MANIFEST).is_file() and read_manifest(out).get("origin") == origin:
+            return out
+        print(f"{out}: made from another evaluation or policy; it is made again from {evaluation.name}")
+        shutil.rmtree(out)
+    return export_hf(base, reinforced, out, "merge", "embed", exit_policy=policy, origin=origin)

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from ..checkpoint.base_identity import base_identity
 from ..checkpoint.hf_export import export_hf
 from ..checkpoint.policy_files import open_policy, write_policy
 from ..checkpoint.sources import BaseTensors
@@ -88,7 +89,8 @@ class Session:
         if self.leads:
             self.directory = self.stack.enter_context(RunDirectory(self.path))
             self.directory.write_atomic("config.yaml", to_yaml(self.cfg))
-            self.writer = CheckpointWriter(self.directory, self.spec, self.cfg.checkpoint.keep)
+            base = base_identity(self.source).to_json() if self.learns else None
+            self.writer = CheckpointWriter(self.directory, self.spec, self.cfg.checkpoint.keep, base)
             self.stack.callback(self.writer.close)
         if self.learns:
             p = self.cfg.parallel

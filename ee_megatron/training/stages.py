@@ -11,6 +11,9 @@ from ..config.schema import RunConfig
 from ..observe.rundir import DONE as DONE
 from ..observe.rundir import latest_checkpoint
 
+# As policy.py has it, which imports torch.
+POLICY = "policy.json"
+
 
 def is_done(cfg: RunConfig, stage: str) -> bool:
     return (stage_dir(cfg, stage) / DONE).is_file()
@@ -54,7 +57,7 @@ def trained(stage: Path) -> tuple[RunConfig, Path, Path]:
 def policy_at(setting: str, path: str) -> Path:
     """The checkpoint at `path`, or the newest one of the stage there. Raises FileNotFoundError, naming the setting."""
     given = Path(path)
-    found = given if (given / "policy.json").is_file() else latest_checkpoint(given)
+    found = given if (given / POLICY).is_file() else latest_checkpoint(given)
     if found is None:
         raise FileNotFoundError(f"{setting}: no policy checkpoint there; give a stage or checkpoint directory")
     return found
@@ -110,6 +113,7 @@ def ready_model(cfg: RunConfig, stage: str) -> Path:
         return draw_model(cfg, stage_dir(cfg, stage) / "initial")
     path = source_model(cfg) if stage == "teacher" else base_model(cfg)
     check_weights(path)
+    check_bases(cfg, stage, path)
     return path
 
 
@@ -117,6 +121,26 @@ def check_given(cfg: RunConfig) -> None:
     """Raises FileNotFoundError or ValueError if the model that the user names cannot be started from."""
     if not cfg.pretrain.enabled:
         check_weights(Path(cfg.model.path))
+
+
+def check_bases(cfg: RunConfig, stage: str, model_path: Path) -> None:
+    """Raises ValueError if a policy that `stage` reads, its own checkpoints among them, belongs to another model than
+    the one at `model_path`, unless model.base_unchecked. A model may have been replaced at its place since."""
+    from ..checkpoint.base_identity import check_base
+    from ..families.hf_directory import HFDirectory
+
+    # One of a stage's checkpoints stands for all of them, whole or not.
+    policies = sorted(stage_dir(cfg, stage).glob(f"checkpoints/step_*/{POLICY}"))[:1]
+    found = [path.parent for path in policies]
+    if stage in ("rl", "evaluate"):
+        found.append(calibrated(cfg))
+    if stage == "evaluate":
+        found += [reinforced(cfg)] if is_done(cfg, "rl") else []
+        found += [path for path in [control_policy(cfg)] if path]
+    base = HFDirectory(model_path)
+    for policy in found:
+        otherwise = "set model.base_unchecked=true to go on all the same"
+        check_base(policy, base, unchecked=cfg.model.base_unchecked, otherwise=otherwise)
 
 
 def check_weights(model_path: Path) -> None:

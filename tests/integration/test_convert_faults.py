@@ -193,6 +193,8 @@ def test_a_full_disk_leaves_nothing_and_resume_goes_on(tmp_path, capfd, command)
     assert finished(start(options, limit=400_000)) == 2
     error = capfd.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1, error
+    # Which disk is full, if there are several.
+    assert f"{tmp_path / '.out.partial'}/" in error, error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "megatron"]
     assert contents(base) | contents(megatron) == before
     assert run(*options) == 0

@@ -17,6 +17,9 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
+from ee_megatron.checkpoint.base_identity import base_identity, recorded_base
+from ee_megatron.checkpoint.manifest import read_manifest
+from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.observe.metrics import read_metrics
 from ee_megatron.training import stages
 from tests.tiny import tiny_hf
@@ -95,6 +98,10 @@ def test_every_stage_leaves_what_the_next_one_needs(finished):
     assert (cfg.rl.steps, model, checkpoint.name) == (4, folder / "model", "step_4")
     with pytest.raises(FileNotFoundError, match="no checkpoint there"):
         stages.trained(only(folder, "traces"))
+    for stage in ("calibrate", "rl"):
+        assert recorded_base(stages.trained(only(folder, stage))[2]) == base_identity(HFDirectory(folder / "model"))
+    origin = read_manifest(only(folder, "export"))["origin"]
+    assert origin["evaluation"] == only(folder, "evaluate").name
 
 
 @pytest.mark.timeout(600)

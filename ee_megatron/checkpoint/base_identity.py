@@ -1,0 +1,134 @@
+"""Which base model a policy belongs to: a digest of the base, and the check wherever the two come together.
+
+A fine-tuned model has the dimensions, names and headers of the model that it was made from, so contents must count; and
+hashing all of a large model at every start takes minutes. So a few hundred numbers of every tensor are taken, at fixed
+places. Fine-tuning changes some in nearly every matrix. Whoever edits a single row may go unseen: this tells models
+apart, it doesn't prove that a file is whole.
+
+Only dimensions, Hugging Face names and numbers enter, so how the model is cut into files doesn't count, and a Megatron
+import is its source. Nor does the dtype, as far as the numbers allow: a model and its rounded copy are the same base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..families import ModelDims
+from ..families.hf_directory import HFDirectory
+from ..policy import POLICY_JSON, read_policy_json
+from .manifest import tensor_bytes
+from .sources import TensorSource, TunedSource
+
+BASE = "base"
+WIDTH = 512
+# What changes the mathematics beside the tensors' names and shapes; a new field with a neutral default stays out.
+_FIELDS = ("family", "heads", "kv_heads", "head_dim", "rms_eps", "rope_theta")
+_told: set[str] = set()
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """A base model. path: where it lay, for messages alone. The digests are of the sample rounded to either dtype:
+    float32, its copy in bfloat16 and that copy in float32 again agree in the one, float32 and its copy in float16 in
+    the other."""
+
+    path: str
+    bfloat16: str
+    float16: str
+
+    def same(self, other: BaseIdentity) -> bool:
+        return self.bfloat16 == other.bfloat16 or self.float16 == other.float16
+
+    def to_json(self) -> dict[str, str]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Any, where: Path) -> BaseIdentity:
+        """Raises ValueError, naming the file `where`, if it is no such record."""
+        fields = BaseIdentity.__dataclass_fields__
+        if not isinstance(data, Mapping) or not all(isinstance(data.get(name), str) for name in fields):
+            raise ValueError(f"{where}: {BASE!r} is {str(data)[:80]!r}, expected {', '.join(fields)}; it is damaged")
+        return BaseIdentity(*(data[name] for name in fields))
+
+    def __str__(self) -> str:
+        return f"{self.path} [{self.bfloat16[:12]}]"
+
+
+def base_identity(base: HFDirectory | TensorSource) -> BaseIdentity:
+    """Identity of a base model; reads about two kilobytes of each tensor. A converted Megatron checkpoint has it on
+    record: its tensors are compared with the manifest's hashes when they are used."""
+    manifest = getattr(base, "manifest", {})
+    if BASE in manifest:
+        return BaseIdentity.from_json(manifest[BASE], base.path / "manifest.json")
+    digests = {dtype: hashlib.sha256(_header(base.dims)) for dtype in (torch.bfloat16, torch.float16)}
+    for name, shape in base.dims.tensor_shapes().items():
+        sample = _sample(base, name, shape).float()
+        for dtype, found in digests.items():
+            found.update(f"{name} {list(shape)}\n".encode())
+            found.update(tensor_bytes(sample.to(dtype)))
+    if isinstance(base, HFDirectory):
+        base.close()
+    else:
+        base.release()
+    path = f"{base.path}, fully fine-tuned" if isinstance(base, TunedSource) else str(base.path)
+    return BaseIdentity(path, *(found.hexdigest() for found in digests.values()))
+
+
+def _header(dims: ModelDims) -> bytes:
+    # A config that was loaded and saved again may have 8.0 for 8.
+    scaling = [(key, float(value) if isinstance(value, int) else value) for key, value in dims.rope_scaling]
+    return repr([*(getattr(dims, name) for name in _FIELDS), scaling]).encode()
+
+
+def _sample(base: HFDirectory | TensorSource, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Of a matrix the beginnings of two rows, of a vector its beginning."""
+    if len(shape) == 1:
+        return _part(base, name, slice(0, 2 * WIDTH))
+    rows = [_part(base, name, slice(row, row + 1), slice(0, WIDTH)) for row in (shape[0] // 3, 2 * shape[0] // 3)]
+    return torch.cat(rows)
+
+
+def _part(base: HFDirectory | TensorSource, name: str, *where: slice) -> Tensor:
+    return base.slice(name)[where] if isinstance(base, HFDirectory) else base.part(name, *where)
+
+
+def recorded_base(policy: str | Path) -> BaseIdentity | None:
+    """The base that a policy checkpoint says it belongs to; None: written before that was recorded."""
+    found = read_policy_json(policy).base
+    return None if found is None else BaseIdentity.from_json(found, Path(policy) / POLICY_JSON)
+
+
+def check_base(
+    policy: str | Path,
+    base: HFDirectory | TensorSource,
+    *,
+    unchecked: bool = False,
+    otherwise: str = "use --base-unchecked to go on all the same",
+) -> None:
+    """Raises ValueError, one line, if the policy checkpoint `policy` was made on another model than `base`.
+
+    `unchecked`: don't look. `otherwise`: what the user can do who wants the two together. A policy without a record is
+    taken, and that is said on stderr, once.
+    """
+    if unchecked:
+        return
+    expected = recorded_base(policy)
+    if expected is None:
+        if str(policy) not in _told:
+            _told.add(str(policy))
+            print(f"{policy}: doesn't say which base model it belongs to; {base.path} is not checked", file=sys.stderr)
+        return
+    found = base_identity(base)
+    if not found.same(expected):
+        raise ValueError(
+            f"{policy}: belongs to another base model: found {found}, expected {expected}; give the model that it was "
+            f"made on, or {otherwise}"
+        )

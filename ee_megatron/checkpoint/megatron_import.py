@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..policy import PolicySpec, save_policy
 from ..tensors import digest
@@ -15,8 +14,7 @@ from .megatron_directory import CheckpointLayout, write_weights
 from .megatron_io import KIND, WEIGHTS
 from .meter import Meter
 from .policy_files import Policy, check_policy
-from .safetensors_io import read_small
-from .sources import HFSource, TensorSource, TunedSource, gate_spec, total_bytes
+from .sources import TensorSource, TunedSource, total_bytes
 from .torch_dist import write_metadata
 from .workspace import workspace
 
@@ -69,18 +67,3 @@ def folded(source: TensorSource, policy: Policy) -> tuple[TensorSource, Policy]:
     gates = {name: tensors[name] for name in spec.gate_shapes(source.dims)}
     facts = {**spec.to_json(), "full": False}
     return TunedSource(source, tensors), (PolicySpec.from_json(facts), gates)
-
-
-def gates_of(source: HFSource) -> Policy | None:
-    """The gates that a Hugging Face directory brings along, embedded in the model or beside it; None: a plain model."""
-    spec = source.spec()
-    if spec is not None:
-        found: dict[str, Tensor] = {}
-        for file in sorted(source.path.glob("model*.safetensors")):
-            found |= read_small(file, prefix="gates.")
-        return spec, found
-    sidecar = source.path / "gates.json"
-    if not sidecar.is_file():
-        return None
-    facts = json.loads(sidecar.read_text())
-    return gate_spec(source.dims, facts), read_small(source.path / "gates.safetensors")

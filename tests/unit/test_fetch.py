@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
+from ee_megatron.checkpoint import demo_model
 from tests.tiny import tiny_hf
-
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "fetch_demo_model.py"
 
 
 @pytest.fixture
 def tool():
-    spec = importlib.util.spec_from_file_location("fetch_demo_model", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return demo_model
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from ...policy import PolicySpec
 from .cache import KVCache
 from .ops import Ops, Places, Rows, choose_ops, norm
 from .policy_loading import Arrival, GateWeights, check_tensors, gates_from
-from .weights import DecoderWeights, SkippedKV
+from .weights import DecoderWeights, ModelSource, SkippedKV
 
 
 @dataclass
@@ -59,10 +59,12 @@ class Decoder:
     @staticmethod
     def from_hf(path: str | Path, spec: PolicySpec | None, dtype: torch.dtype, device: torch.device | str) -> Decoder:
         """Read a Hugging Face directory. Raises FileNotFoundError or ValueError as `HFDirectory` does."""
-        source = HFDirectory(path)
-        decoder = Decoder(DecoderWeights(source, dtype, torch.device(device)), spec, read_eos_ids(source))
-        source.close()
-        return decoder
+        return Decoder.of(HFDirectory(path), spec, dtype, device)
+
+    @staticmethod
+    def of(source: ModelSource, spec: PolicySpec | None, dtype: torch.dtype, device: torch.device | str) -> Decoder:
+        """A decoder of the model that `source` holds."""
+        return Decoder(DecoderWeights(source, dtype, torch.device(device)), spec, read_eos_ids(source))
 
     def use(self, ops: Ops) -> None:
         """Run layers by these instead of those that were chosen."""
@@ -172,10 +174,15 @@ class Decoder:
 
     @torch.inference_mode()
     def forward_with_residuals(
-        self, tokens: Tensor, lengths: Tensor, exit_depths: Tensor | None = None
+        self, tokens: Tensor, lengths: Tensor, exit_depths: Tensor | None = None, at: Sequence[int] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """As `forward_parallel`, with the stream at each exit depth, M tensors [B, T, D], for gates and readouts."""
-        return self._parallel(tokens, lengths, exit_depths, residuals_at=self.layout.depths)[:2]
+        """As `forward_parallel`, with the stream at each depth of `at`, tensors [B, T, D], for gates and readouts.
+
+        at: depths in 1..L that increase; None: the M exit depths.
+        """
+        return self._parallel(
+            tokens, lengths, exit_depths, residuals_at=self.layout.depths if at is None else tuple(at)
+        )[:2]
 
     @torch.inference_mode()
     def prefill(
@@ -274,7 +281,7 @@ class Decoder:
                 self.ops.write_kv(fused, cache, skipped.first, skipped.layers, at, skipped.k_norm)
 
 
-def read_eos_ids(source: HFDirectory) -> frozenset[int]:
+def read_eos_ids(source: ModelSource) -> frozenset[int]:
     """End-of-sequence ids from generation_config.json, else config.json; empty if neither names one."""
     generation = source.path / "generation_config.json"
     stated = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None

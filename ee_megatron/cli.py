@@ -158,11 +158,8 @@ def _add(
 def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     # A run's model reads the prompt as it stands, so it has to look as in training, up to where the answer begins.
     example = r"--exits threshold:0.7 --prompt $'Question: What is 7 times 8?\nAnswer:'"
+    example += "\n  ee-megatron generate --model models/SmolLM2-135M-Instruct --prompt 'What is 7 times 8?'"
     generate = _add(commands, "generate", _generate, example=example)
-    assert generate.epilog
-    generate.epilog = generate.epilog.replace("example:", "examples:") + (
-        "\n  ee-megatron generate --model models/SmolLM2-135M-Instruct --prompt 'What is 7 times 8?'"
-    )
     generate.add_argument("--prompt", required=True, help="text that the model reads")
     rules = f"{exit_rules.usage()} (default: what an export says, else threshold:0.5)"
     generate.add_argument("--exits", default=None, metavar="RULE", help=rules)

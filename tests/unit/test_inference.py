@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from ee_megatron import EarlyExitModel, cli
+from ee_megatron.answering import wants_chat
 from ee_megatron.checkpoint.hf_export import export_hf
 from ee_megatron.config.identity import to_yaml
 from ee_megatron.config.schema import RunConfig
@@ -149,8 +151,6 @@ def test_a_stream_is_the_answer_token_by_token(model: EarlyExitModel) -> None:
 
 
 def test_messages_go_through_the_chat_template(house: House, tmp_path: Path) -> None:
-    import shutil
-
     folder = shutil.copytree(house.base, tmp_path / "chat")
     (folder / "chat_template.jinja").write_text(CHAT)
     chatty = EarlyExitModel.load(folder, **FLOAT32)
@@ -161,6 +161,19 @@ def test_messages_go_through_the_chat_template(house: House, tmp_path: Path) -> 
     assert one.prompt_tokens.tolist() == two.prompt_tokens.tolist() == tokens
     with pytest.raises(ValueError, match="no chat template"):
         EarlyExitModel.load(house.base).encode(messages)
+
+
+def test_a_prompt_is_a_message_for_chat_models_as_their_makers_left_them(house: House, tmp_path: Path) -> None:
+    def chatty(folder: Path) -> EarlyExitModel:
+        copy = shutil.copytree(folder, tmp_path / folder.name)
+        (copy / "chat_template.jinja").write_text(CHAT)
+        return EarlyExitModel.load(copy, **FLOAT32)
+
+    plain, gated, run = chatty(house.base), chatty(house.embed), EarlyExitModel.load(house.run)
+    assert wants_chat(plain, None) and not wants_chat(plain, False)
+    # What these were trained on isn't known, or is known to be plain.
+    assert not wants_chat(gated, None) and wants_chat(gated, True) and not wants_chat(run, None)
+    assert not wants_chat(EarlyExitModel.load(house.base), None)
 
 
 @pytest.mark.parametrize("replayed", [False, True])

@@ -20,10 +20,10 @@ from ..exits import ExitLayout
 from ..policy import PolicySpec, initial_policy
 from .describe import describe, open_checkpoint
 from .hf_export import DTYPES, SHARD_BYTES, export_hf
-from .kinds import WEIGHTS, gates_of
 from .manifest import read_manifest, tensor_sha256
 from .megatron_directory import CheckpointLayout, MegatronDirectory
-from .megatron_import import write_megatron
+from .megatron_import import gates_of, write_megatron
+from .megatron_io import WEIGHTS
 from .policy_files import Policy, open_policy, policy_beside
 from .sources import HFSource, TensorSource
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..policy import PolicySpec
 from .hf_export import adapter_of, merged_weight
-from .kinds import WEIGHTS, gates_of
 from .manifest import MANIFEST, Digest, Hasher, read_manifest, tensor_sha256
 from .megatron_directory import MegatronDirectory
-from .megatron_import import folded
+from .megatron_import import folded, gates_of
+from .megatron_io import WEIGHTS
 from .policy_files import no_policy, open_policy, policy_beside
 from .safetensors_io import read_small
 from .sources import HFSource, TensorSource, rows_of

@@ -9,6 +9,7 @@ import torch
 
 from ..policy import PolicySpec, save_policy
 from ..tensors import digest
+from .kinds import gates_of as gates_of
 from .manifest import copy_tokenizer, entry_of, write_manifest
 from .megatron_directory import CheckpointLayout, write_weights
 from .megatron_io import KIND, WEIGHTS

@@ -131,7 +131,7 @@ def read(
     if prescribed is not None and prescribed.shape != sequence.shape:
         raise ValueError(f"{prescribed.shape[1]} depths for {len(tokens)} positions; give one for each")
     lengths = torch.tensor([len(tokens)])
-    final, inner = decoder.forward_with_residuals(sequence, lengths, prescribed, depths[:-1])
+    final, inner = decoder.streams_at(depths[:-1], sequence, lengths, prescribed)
     streams = [stream[0, first:] for stream in (*inner, final)]
     following = torch.tensor([*tokens[first + 1 :], -1], device=device)
     parts = list(_chunks(decoder, streams, following, top_k, full))

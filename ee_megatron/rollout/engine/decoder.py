@@ -174,15 +174,10 @@ class Decoder:
 
     @torch.inference_mode()
     def forward_with_residuals(
-        self, tokens: Tensor, lengths: Tensor, exit_depths: Tensor | None = None, at: Sequence[int] | None = None
+        self, tokens: Tensor, lengths: Tensor, exit_depths: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """As `forward_parallel`, with the stream at each depth of `at`, tensors [B, T, D], for gates and readouts.
-
-        at: depths in 1..L that increase; None: the M exit depths.
-        """
-        return self._parallel(
-            tokens, lengths, exit_depths, residuals_at=self.layout.depths if at is None else tuple(at)
-        )[:2]
+        """As `forward_parallel`, with the stream at each exit depth, M tensors [B, T, D], for gates and readouts."""
+        return self._parallel(tokens, lengths, exit_depths, residuals_at=self.layout.depths)[:2]
 
     @torch.inference_mode()
     def prefill(
@@ -196,6 +191,13 @@ class Decoder:
         start = prefix.keys.shape[1] if prefix else 0
         ends = lengths.tolist()
         return [Prefilled(keys[:, b, :n], values[:, b, :n], hidden[b, n - 1], start) for b, n in enumerate(ends)]
+
+    @torch.inference_mode()
+    def streams_at(
+        self, at: Sequence[int], tokens: Tensor, lengths: Tensor, exit_depths: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As `forward_with_residuals`, with the stream at any depths instead: `at` increases and lies in 1..L."""
+        return self._parallel(tokens, lengths, exit_depths, residuals_at=tuple(at))[:2]
 
     def _parallel(
         self,

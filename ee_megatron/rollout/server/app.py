@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers import PreTrainedTokenizerBase
 
 from ...exit_rules import ExitRule
-from ..engine.prompts import encode_chat, encode_text
+from ..engine.prompts import encode_text
 from ..engine.request import Event
 from ..engine.request import Request as EngineRequest
 from .protocol import Asked, BadRequest, ChatRequest, Choice, CompletionRequest, parse, usage
@@ -136,12 +136,18 @@ async def read_body(service: Service, request: Request) -> bytes:
 
 
 def chat_tokens(service: Service, asked: ChatRequest) -> list[int]:
-    if not service.tokenizer.chat_template:
+    tokenizer = service.tokenizer
+    if not tokenizer.chat_template:
         raise BadRequest("this model has no chat template; use /v1/completions", param="messages")
     try:
-        return encode_chat(service.tokenizer, [message.plain() for message in asked.messages])
-    except ValueError as error:
-        raise BadRequest(f"messages: {error}", param="messages") from None
+        text = tokenizer.apply_chat_template(
+            [message.plain() for message in asked.messages], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:
+        # Templates refuse roles and orders of messages in exceptions of their own.
+        raise BadRequest(f"messages: the chat template refuses them: {error}", param="messages") from None
+    # The template writes the beginning of the sequence itself.
+    return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
 
 
 def check_lengths(service: Service, prompts: list[list[int]], limit: int | None, n: int) -> list[int]:

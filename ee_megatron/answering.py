@@ -14,7 +14,7 @@ from rich.text import Text
 
 from .config.schema import RunConfig
 from .exit_rules import ExitRule, Off, parse_option
-from .inference.found import Found, choose
+from .inference.found import choose
 from .inference.model import EarlyExitModel
 from .rollout.engine.sampling import SamplingParams
 
@@ -25,29 +25,30 @@ if TYPE_CHECKING:
 SHADES = ("color(33)", "color(38)", "color(109)", "color(179)", "color(214)", "color(203)")
 
 
-def rule_for(found: Found, text: str | None) -> ExitRule:
+def load(cfg: RunConfig, model: str | None, policy: str | None, exits: str | None) -> EarlyExitModel:
+    """What answers. Raises FileNotFoundError or ValueError; for an exit rule that is none before anything is read."""
+    if exits is not None:
+        parse_option("--exits", exits)
+    return EarlyExitModel.of(cfg, choose(cfg, model, policy), cfg.rollout.threads)
+
+
+def rule_for(answering: EarlyExitModel, exits: str | None) -> ExitRule:
     """The exit rule asked for, or the model's own; full depth, said once, where that would need gates that it lacks."""
-    rule = found.default_exits if text is None else parse_option("--exits", text)
-    if found.tensors is None and (text is None or "gates" in rule.needs):
+    if exits is None:
+        return answering.default_exits
+    rule = parse_option("--exits", exits)
+    if not answering.has_gates and "gates" in rule.needs:
         print("no policy with gates: the base model answers at full depth", file=sys.stderr)
         return Off()
     return rule
-
-
-def load(cfg: RunConfig, model: str | None, policy: str | None, exits: str | None) -> tuple[EarlyExitModel, ExitRule]:
-    """What answers, and by which exit rule. Raises FileNotFoundError or ValueError."""
-    if exits is not None:
-        parse_option("--exits", exits)
-    found = choose(cfg, model, policy)
-    rule = rule_for(found, exits)
-    return EarlyExitModel.of(cfg, found, cfg.rollout.threads), rule
 
 
 def serve(cfg: RunConfig, settings: ServerSettings, exits: str | None, model: str | None, policy: str | None) -> None:
     """Answer over HTTP until told to stop; the key that clients need, if any, is EE_API_KEY's."""
     from .rollout.server.run import run
 
-    answering, default = load(cfg, model, policy, exits)
+    answering = load(cfg, model, policy, exits)
+    default = rule_for(answering, exits)
     name = answering.name if model else f"{cfg.name}-{answering.name}"
     about = {"policy": str(answering.checkpoint) if answering.checkpoint else None}
     api_key = os.environ.get("EE_API_KEY") or None

@@ -158,7 +158,7 @@ def _add(
 def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     # A run's model reads the prompt as it stands, so it has to look as in training, up to where the answer begins.
     example = r"--exits threshold:0.7 --prompt $'Question: What is 7 times 8?\nAnswer:'"
-    example += "\n  ee-megatron generate --model models/SmolLM2-135M-Instruct --prompt 'What is 7 times 8?'"
+    example += "\n  ee-megatron generate --model models/SmolLM2-135M-Instruct --prompt 'What is the capital of France?'"
     generate = _add(commands, "generate", _generate, example=example)
     generate.add_argument("--prompt", required=True, help="text that the model reads")
     rules = f"{exit_rules.usage()} (default: what an export says, else threshold:0.5)"
@@ -280,19 +280,20 @@ def _generate(options: argparse.Namespace) -> int:
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {options.max_new_tokens}: expected a number >= 1")
     if options.exits is not None:
+        # Before torch is imported, which takes its time; `load` does it for those who come another way.
         exit_rules.parse_option("--exits", options.exits)
     from .training import launch
 
     launch.quiet_libraries()
     with _loading(options.model or cfg.name):
-        from .answering import load, stream_answer, wants_chat
+        from .answering import load, rule_for, stream_answer, wants_chat
         from .rollout.engine.sampling import SamplingParams
 
-        answering, rule = load(cfg, options.model, options.policy, options.exits)
+        answering = load(cfg, options.model, options.policy, options.exits)
     # Of a run that is named by its directory: its own settings, unless there are others.
     rollout = cfg.rollout if options.overrides or answering.settings is None else answering.settings.rollout
     tokens = rollout.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
-    chat = wants_chat(answering, options.chat)
+    rule, chat = rule_for(answering, options.exits), wants_chat(answering, options.chat)
     sampling = SamplingParams(options.temperature, tokens, () if chat else tuple(rollout.stop))
     stream_answer(answering, options.prompt, rule, sampling, chat)
     return 0

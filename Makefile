@@ -161,7 +161,7 @@ $(VENV)/.dev: $(VENV)/.demo
 	@touch $@
 
 $(MODEL)/config.json: | $(VENV)/.demo
-	$(BIN)/python tools/fetch_demo_model.py --out $(MODEL)
+	$(BIN)/python -m ee_megatron.checkpoint.demo_model --out $(MODEL)
 
 # The audio and video packages that come along are built for GPUs only and keep vLLM from starting without one.
 $(VLLM_VENV)/.made: | $(BIN)/python

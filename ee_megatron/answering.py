@@ -7,25 +7,16 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console
 from rich.text import Text
 
-from .checkpoint.base_identity import check_base
-from .config.device import pick_device, pick_dtype
 from .config.schema import RunConfig
-from .exit_rules import ExitRule, Off, parse
-from .families.hf_directory import HFDirectory
-from .policy import PolicySpec, load_policy
+from .exit_rules import ExitRule, Off, parse_option
+from .inference.found import choose
+from .inference.model import EarlyExitModel
 from .rollout.engine.sampling import SamplingParams
-from .rollout.engine.scheduler import stream
-from .rollout.pool.local import LocalPool
-from .training import stages
-from .types import Prompt
 
 if TYPE_CHECKING:
     from .rollout.server.run import ServerSettings
@@ -34,68 +25,31 @@ if TYPE_CHECKING:
 SHADES = ("color(33)", "color(38)", "color(109)", "color(179)", "color(214)", "color(203)")
 
 
-def parse_exits(text: str) -> ExitRule:
-    """`exit_rules.parse` with the option's name in its errors."""
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise ValueError(f"--exits {text!r}: {error}") from None
+def load(
+    cfg: RunConfig, model: str | None, policy: str | None, exits: str | None, base_unchecked: bool = False
+) -> EarlyExitModel:
+    """What answers. Raises FileNotFoundError or ValueError: for an exit rule that is none before anything is read, for
+    a policy of another base unless `base_unchecked`."""
+    if exits is not None:
+        parse_option("--exits", exits)
+    return EarlyExitModel.of(cfg, choose(cfg, model, policy, base_unchecked), cfg.rollout.threads)
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """What is to answer: a name for it, the Hugging Face directory, the policy on it (None: the model as it is)."""
-
-    name: str
-    path: Path
-    checkpoint: Path | None
-    spec: PolicySpec | None
-    tensors: dict[str, torch.Tensor] | None
-
-    def exits(self, text: str) -> ExitRule:
-        """The exit rule asked for; full depth, said once, where it would need gates that aren't there."""
-        rule = parse_exits(text)
-        if self.tensors is None and "gates" in rule.needs:
-            print("no policy with gates: the base model answers at full depth", file=sys.stderr)
-            return Off()
-        return rule
-
-
-def newest_policy(cfg: RunConfig) -> tuple[str, Path | None]:
-    """(name, checkpoint) of the furthest stage that has finished; ("base", None) if none has."""
-    if stages.is_done(cfg, "rl"):
-        return "reinforced", stages.reinforced(cfg)
-    if cfg.start or stages.is_done(cfg, "calibrate"):
-        return "calibrated", stages.calibrated(cfg)
-    return "base", None
-
-
-def choose(cfg: RunConfig, model: str | None = None, policy: str | None = None, base_unchecked: bool = False) -> Chosen:
-    """The model directory and policy checkpoint (or stage directory) given; else the configuration's newest policy.
-
-    Raises FileNotFoundError or ValueError for what is not there or does not fit together, unless `base_unchecked` as to
-    whether the policy was made on that model.
-    """
-    name, checkpoint = ("base", None) if model or policy else newest_policy(cfg)
-    if policy:
-        name, checkpoint = "policy", stages.policy_at(f"--policy {policy}", policy)
-    path = Path(model) if model else stages.base_model(cfg) if checkpoint else stages.source_model(cfg)
-    spec, tensors = load_policy(checkpoint) if checkpoint else (None, None)
-    if checkpoint:
-        check_base(checkpoint, HFDirectory(path), unchecked=base_unchecked or cfg.model.base_unchecked)
-    return Chosen(f"{path.resolve().name}-{name}" if model else name, path, checkpoint, spec, tensors)
-
-
-def make_replica(cfg: RunConfig, chosen: Chosen, device: str) -> LocalPool:
-    pool = LocalPool(chosen.path, chosen.spec, pick_dtype(cfg, device), device, rows=1, threads=cfg.rollout.threads)
-    pool.decoder.load_policy(chosen.tensors)
-    return pool
+def rule_for(answering: EarlyExitModel, exits: str | None) -> ExitRule:
+    """The exit rule asked for, or the model's own; full depth, said once, where that would need gates that it lacks."""
+    if exits is None:
+        return answering.default_exits
+    rule = parse_option("--exits", exits)
+    if not answering.has_gates and "gates" in rule.needs:
+        print("no policy with gates: the base model answers at full depth", file=sys.stderr)
+        return Off()
+    return rule
 
 
 def serve(
     cfg: RunConfig,
     settings: ServerSettings,
-    exits: str,
+    exits: str | None,
     model: str | None,
     policy: str | None,
     base_unchecked: bool = False,
@@ -103,41 +57,37 @@ def serve(
     """Answer over HTTP until told to stop; the key that clients need, if any, is EE_API_KEY's."""
     from .rollout.server.run import run
 
-    device = pick_device(cfg)
-    chosen = choose(cfg, model, policy, base_unchecked)
-    default = chosen.exits(exits)
-    replica = make_replica(cfg, chosen, device)
-    name = chosen.name if model else f"{cfg.name}-{chosen.name}"
-    about = {"policy": str(chosen.checkpoint) if chosen.checkpoint else None}
-    run(replica.decoder, str(chosen.path), name, default, settings, os.environ.get("EE_API_KEY") or None, about)
+    answering = load(cfg, model, policy, exits, base_unchecked)
+    default = rule_for(answering, exits)
+    name = answering.name if model else f"{cfg.name}-{answering.name}"
+    about = {"policy": str(answering.checkpoint) if answering.checkpoint else None}
+    api_key = os.environ.get("EE_API_KEY") or None
+    run(answering.decoder, str(answering.source), name, default, settings, api_key, about)
 
 
-def stream_answer(
-    cfg: RunConfig,
-    prompt: str,
-    exits: str,
-    temperature: float,
-    max_new_tokens: int,
-    model: str | None = None,
-    policy: str | None = None,
-    base_unchecked: bool = False,
-) -> None:
+def wants_chat(answering: EarlyExitModel, asked: bool | None) -> bool:
+    """Whether a prompt on the command line is put through the chat template. Where nobody says: as the run's prompts
+    were; without a run, if the model has a template and is as its makers left it. What gates were trained on, if their
+    run isn't known, isn't known either: the prompt is read as it stands."""
+    if asked is not None:
+        return asked
+    if answering.settings is not None:
+        return answering.settings.rollout.prompt_template == "chat" and answering.has_chat_template
+    return answering.has_chat_template and not answering.has_gates
+
+
+def stream_answer(answering: EarlyExitModel, prompt: str, rule: ExitRule, sampling: SamplingParams, chat: bool) -> None:
     """Print the answer token by token, then how deep it went."""
-    parse_exits(exits)
-    device = pick_device(cfg)
-    chosen = choose(cfg, model, policy, base_unchecked)
-    rule, replica = chosen.exits(exits), make_replica(cfg, chosen, device)
-    layers = HFDirectory(chosen.path).dims.num_layers
-    sampling = SamplingParams(temperature, max_new_tokens, tuple(cfg.rollout.stop))
+    layers = answering.num_layers
     console = Console(highlight=False, soft_wrap=True)
     depths = []
-    for token in stream(replica.decoder, replica.tokenizer, Prompt("prompt", prompt, "", ""), sampling, rule):
+    for token in answering.stream(prompt, rule, sampling=sampling, chat=chat):
         depths.append(token.depth)
         shade = SHADES[min(len(SHADES) - 1, int(token.depth / layers * len(SHADES)))]
         console.print(Text(token.text, style=shade), end="")
     console.print()
     mean = sum(depths) / max(1, len(depths))
-    legend = Text(f"{chosen.name} model, {len(depths)} tokens, mean depth {mean:.1f} of {layers} layers: ")
+    legend = Text(f"{answering.name} model, {len(depths)} tokens, mean depth {mean:.1f} of {layers} layers: ")
     for i, shade in enumerate(SHADES):
         legend.append(f"≤{round(layers * (i + 1) / len(SHADES))} ", style=shade)
     console.print(legend)

@@ -10,8 +10,10 @@ import importlib
 import os
 import select
 import sys
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from . import exit_rules
@@ -102,14 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     page.add_argument(
         "--out", type=Path, metavar="FILE", help="with RUN: the file (default: report.html in the directory above them)"
     )
-    example = "--prompt 'Question: What is 7 times 8?' --exits threshold:0.7"
-    generate = _add(commands, "generate", _generate, example=example)
-    generate.add_argument("--prompt", required=True, help="text that the model reads")
-    rules = f"{exit_rules.usage()} (default: threshold:0.5)"
-    generate.add_argument("--exits", default="threshold:0.5", metavar="RULE", help=rules)
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token (default: 0)")
-    generate.add_argument("--max-new-tokens", type=int, default=None, help="default: rollout.max_new_tokens")
-    _add_model(generate)
+    _add_generate(commands)
     serve = _add(commands, "serve", _serve, example="--port 8000 --exits threshold:0.7")
     _add_model(serve)
     serve.add_argument("--exits", default="threshold:0.5", metavar="RULE", help="for requests without exit_policy")
@@ -160,8 +155,30 @@ def _add(
     return parser
 
 
+def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    # A run's model reads the prompt as it stands, so it has to look as in training, up to where the answer begins.
+    example = r"--exits threshold:0.7 --prompt $'Question: What is 7 times 8?\nAnswer:'"
+    example += "\n  ee-megatron generate --model models/SmolLM2-135M-Instruct --prompt 'What is the capital of France?'"
+    generate = _add(commands, "generate", _generate, example=example)
+    generate.add_argument("--prompt", required=True, help="text that the model reads")
+    rules = f"{exit_rules.usage()} (default: what an export says, else threshold:0.5)"
+    generate.add_argument("--exits", default=None, metavar="RULE", help=rules)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token (default: 0)")
+    tokens = "default: rollout.max_new_tokens; 256 without a run"
+    generate.add_argument("--max-new-tokens", type=int, default=None, metavar="N", help=tokens)
+    generate.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="the prompt is a user's message in the model's chat template (default: as the run's prompts were; without "
+        "a run, for a model that has a template and no gates)",
+    )
+    _add_model(generate)
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=None, metavar="DIR", help="a Hugging Face directory; needs no experiment")
+    text = "a Hugging Face model, an export with its gates, a run or a Megatron checkpoint; needs no experiment"
+    parser.add_argument("--model", default=None, metavar="DIR", help=text)
     parser.add_argument(
         "--policy", default=None, metavar="DIR", help="a policy checkpoint or stage directory (default: the newest)"
     )
@@ -248,32 +265,54 @@ def _answering(options: argparse.Namespace) -> RunConfig:
         return _configured(options, with_model=True)
     if not options.overrides:
         cfg = RunConfig()
-        cfg.rollout.stop = []
+        cfg.rollout.stop, cfg.rollout.max_new_tokens = [], 256
     else:
         from .config.load import load
 
         cfg = load(["name=given", "model.path=given", *options.overrides])
     cfg.model.path = options.model
+    if not Path(options.model).is_dir():
+        raise FileNotFoundError(f"--model {options.model}: no such directory; expected a model, an export or a run")
     return cfg
 
 
 def _generate(options: argparse.Namespace) -> int:
     cfg = _answering(options)
-    if options.temperature < 0:
+    if not 0 <= options.temperature < float("inf"):
         raise ValueError(f"--temperature {options.temperature}: expected a number >= 0")
-    tokens = cfg.rollout.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
-    if tokens < 1:
-        raise ValueError(f"--max-new-tokens {tokens}: expected a number >= 1")
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {options.max_new_tokens}: expected a number >= 1")
+    if options.exits is not None:
+        # Before torch is imported, which takes its time; `load` does it for those who come another way.
+        exit_rules.parse_option("--exits", options.exits)
     from .training import launch
 
     launch.quiet_libraries()
-    from .answering import stream_answer
+    with _loading(options.model or cfg.name):
+        from .answering import load, rule_for, stream_answer, wants_chat
+        from .rollout.engine.sampling import SamplingParams
 
-    stream_answer(
-        cfg, options.prompt, options.exits, options.temperature, tokens,
-        options.model, options.policy, options.base_unchecked,
-    )  # fmt: skip
+        answering = load(cfg, options.model, options.policy, options.exits, options.base_unchecked)
+    # Of a run that is named by its directory: its own settings, unless there are others.
+    rollout = cfg.rollout if options.overrides or answering.settings is None else answering.settings.rollout
+    tokens = rollout.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
+    rule, chat = rule_for(answering, options.exits), wants_chat(answering, options.chat)
+    sampling = SamplingParams(options.temperature, tokens, () if chat else tuple(rollout.stop))
+    stream_answer(answering, options.prompt, rule, sampling, chat)
     return 0
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Say that something is being loaded, and in the end on the same line how long it took."""
+    start = time.monotonic()
+    print(f"loading {name} ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    except BaseException:
+        print(file=sys.stderr)
+        raise
+    print(f" {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -305,7 +344,7 @@ def _quiet_megatron() -> None:
 def _dry_run(cfg: RunConfig, command: str, overrides: list[str]) -> int:
     """Settings and plan up to the command's stage on stdout; without a model directory what depends on the model is
     left out."""
-    from .config.derive import ranks, read_dims, resolve_exits, stage_sizes
+    from .config.derive import model_dir, ranks, read_dims, resolve_exits, stage_sizes
     from .config.identity import OPTIONAL, stage_dir, stage_order, to_yaml
     from .config.identity import STAGES as ORDER
     from .config.validate import validate
@@ -313,7 +352,7 @@ def _dry_run(cfg: RunConfig, command: str, overrides: list[str]) -> int:
 
     parallel, estimates = cfg.parallel, list[str]()
     lines = [f"ranks: {ranks(cfg)} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {parallel.data}"]
-    if (Path(cfg.model.path) / "config.json").is_file():
+    if (model_dir(cfg) / "config.json").is_file():
         dims = read_dims(cfg)
         validate(cfg, dims)
         exits = resolve_exits(cfg, dims)

@@ -524,6 +524,14 @@ def parse(text: str) -> ExitRule:
     return make_rule(kind, float(value) if value else None)
 
 
+def parse_option(option: str, text: str) -> ExitRule:
+    """`parse` with the option's name in its errors."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise ValueError(f"{option} {text!r}: {error}") from None
+
+
 def usage() -> str:
     """What `parse` takes from users, in one line."""
     forms = [RULES[kind].usage for kind in OFFERED]

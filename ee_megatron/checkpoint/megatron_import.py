@@ -6,19 +6,17 @@ import json
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from ..families.hf_directory import read_json
 from ..policy import PolicySpec, save_policy
 from ..tensors import digest
 from .base_identity import BASE, base_identity
+from .kinds import gates_of as gates_of
 from .manifest import copy_tokenizer, entry_of, write_manifest
 from .megatron_directory import CheckpointLayout, write_weights
 from .megatron_io import KIND, WEIGHTS
 from .meter import Meter
 from .policy_files import Policy, check_policy
-from .safetensors_io import read_small
-from .sources import HFSource, TensorSource, TunedSource, gate_spec, total_bytes
+from .sources import TensorSource, TunedSource, total_bytes
 from .torch_dist import write_metadata
 from .workspace import workspace
 
@@ -74,18 +72,3 @@ def folded(source: TensorSource, policy: Policy) -> tuple[TensorSource, Policy]:
     gates = {name: tensors[name] for name in spec.gate_shapes(source.dims)}
     facts = {**spec.to_json(), "full": False}
     return TunedSource(source, tensors), (PolicySpec.from_json(facts), gates)
-
-
-def gates_of(source: HFSource) -> Policy | None:
-    """The gates that a Hugging Face directory brings along, embedded in the model or beside it; None: a plain model."""
-    spec = source.spec()
-    if spec is not None:
-        found: dict[str, Tensor] = {}
-        for file in sorted(source.path.glob("model*.safetensors")):
-            found |= read_small(file, prefix="gates.")
-        return spec, found
-    sidecar = source.path / "gates.json"
-    if not sidecar.is_file():
-        return None
-    facts = read_json(sidecar)
-    return gate_spec(source.dims, facts), read_small(source.path / "gates.safetensors")

@@ -23,9 +23,9 @@ from megatron.core import dist_checkpointing, parallel_state
 from ..families import ModelDims
 from ..model.config import megatron_config
 from ..model.gpt import EarlyExitGPT, RankModel, build_stage
+from .kinds import WEIGHTS as WEIGHTS
 from .mapping import Entry, entries
 
-WEIGHTS = "weights"
 KIND = "megatron"
 DEADLINE = timedelta(minutes=10)
 

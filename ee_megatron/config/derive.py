@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..objectives.depth import CREDITS
 from ..objectives.policy_gradient import KL_TERMS
+from .load import shipped
 from .schema import ParallelConfig, RLConfig, RolloutConfig, RunConfig
 
 if TYPE_CHECKING:
@@ -55,6 +56,11 @@ def ranks(cfg: RunConfig) -> int:
     return cfg.parallel.tensor * cfg.parallel.pipeline * cfg.parallel.data
 
 
+def model_dir(cfg: RunConfig) -> Path:
+    """The directory that model.path names: relative to the working directory, or one of the shapes in configs/."""
+    return shipped(cfg.model.path)
+
+
 def read_dims(cfg: RunConfig) -> ModelDims:
     """Dimensions from the model directory's config.json; weights are not looked at.
 
@@ -63,11 +69,12 @@ def read_dims(cfg: RunConfig) -> ModelDims:
     from ..families import dims_from_config
     from ..families.hf_directory import read_json
 
-    file = Path(cfg.model.path) / "config.json"
+    file = model_dir(cfg) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(
             f"model.path={cfg.model.path}: no config.json there; expected a Hugging Face model directory: "
-            "give model.path=<directory>, or run `make demo` once, which fetches the demo's"
+            "give model.path=<directory>; the demo's is made by `make model` in a checkout, elsewhere by `python -m "
+            "ee_megatron.checkpoint.demo_model --out models/SmolLM2-135M-Instruct`"
         )
     return dims_from_config(read_json(file))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from .derive import read_dims, resolve_exits
+from .derive import model_dir, read_dims, resolve_exits
 from .schema import RunConfig, settings
 
 # What each stage adds to the settings of the stage before it.
@@ -65,7 +65,7 @@ def _section(cfg: RunConfig, name: str) -> Any:
     values = dict(_results(cfg.rollout, name) if name == "freshness" else _results(getattr(cfg, name)))
     if name in OPTIONAL and not values["enabled"]:
         return {"enabled": False}
-    if name == "exits" and not cfg.exits.depths and (Path(cfg.model.path) / "config.json").is_file():
+    if name == "exits" and not cfg.exits.depths and (model_dir(cfg) / "config.json").is_file():
         # Exits by default follow the stage boundaries: what was chosen counts, not how it was asked for.
         values["depths"] = list(resolve_exits(cfg, read_dims(cfg)).depths)
     return values

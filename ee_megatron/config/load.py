@@ -32,7 +32,7 @@ RENAMED = {"rl.depth_credit": ("rl.credit", {"sequence": "answer"})}
 def load(overrides: list[str], config_dir: Path | None = None) -> RunConfig:
     """Compose `configs/config.yaml`, the chosen group files and `key=value` settings, later ones winning.
 
-    `config_dir` falls back to the environment variable EE_CONFIG_DIR, then to the repository's configs/.
+    `config_dir` falls back to the environment variable EE_CONFIG_DIR, then to the package's own.
     Raises ValueError (unknown key or choice, wrong type, missing value; one line) or FileNotFoundError (no configs).
     """
     directory = find_config_dir(config_dir)
@@ -79,14 +79,30 @@ def read_saved(path: Path) -> RunConfig:
 def find_config_dir(config_dir: Path | None = None) -> Path:
     """The directory that holds config.yaml, absolute. Raises FileNotFoundError that says where it was looked for."""
     named = os.environ.get(ENVIRONMENT_VARIABLE)
-    directory = config_dir or (Path(named) if named else Path(__file__).parents[2] / "configs")
+    directory = config_dir or (Path(named) if named else _own_configs())
     directory = Path(directory).resolve()
     if not (directory / "config.yaml").is_file():
         raise FileNotFoundError(
-            f"{directory}: no config.yaml there; install from a checkout (pip install -e .) "
-            f"or set {ENVIRONMENT_VARIABLE} to its configs directory"
+            f"{directory}: no config.yaml there; install the package anew, or set {ENVIRONMENT_VARIABLE} "
+            "to the configs directory of a checkout"
         )
     return directory
+
+
+def _own_configs() -> Path:
+    """Inside an installed package, beside that of a checkout (setup.py)."""
+    package = Path(__file__).parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.with_name("configs")
+
+
+def shipped(path: str) -> Path:
+    """A path of a setting as it is; configs/... is in the package's own where the working directory has none."""
+    given = Path(path)
+    if given.parts[:1] != ("configs",) or given.exists():
+        return given
+    found = find_config_dir().joinpath(*given.parts[1:])
+    return found if found.exists() else given
 
 
 def list_groups(directory: Path) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from ..config.derive import model_dir, read_dims
 from ..config.schema import RunConfig
 from ..families import ModelDims
 from ..families.hf_directory import HFDirectory
@@ -29,11 +30,9 @@ def draw_model(cfg: RunConfig, path: Path) -> Path:
 
     Raises FileNotFoundError or ValueError: a shape that is not supported, a vocabulary too small for all bytes.
     """
-    from ..config.derive import read_dims
-
     if path.is_dir():
         return path
-    shape, dims = Path(cfg.model.path), read_dims(cfg)
+    shape, dims = model_dir(cfg), read_dims(cfg)
     with atomic_directory(path) as folder:
         shutil.copyfile(shape / "config.json", folder / "config.json")
         save_file(draw_weights(dims, cfg.pretrain.seed), folder / "model.safetensors", metadata={"format": "pt"})
@@ -63,7 +62,7 @@ def draw_weights(dims: ModelDims, seed: int) -> dict[str, Tensor]:
 
 def worked_texts(cfg: RunConfig) -> list[str]:
     """Question and worked answer of every training problem, a line's end behind it: what rollouts stop at."""
-    task = task_of(cfg, Path(cfg.model.path))
+    task = task_of(cfg, model_dir(cfg))
     return [f"{prompt.text}{answer}\n" for prompt, answer in task.worked("train")]
 
 

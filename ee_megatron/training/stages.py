@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..config.cluster import LEARNS as LEARNS
+from ..config.derive import model_dir
 from ..config.identity import stage_dir
 from ..config.load import read_saved
 from ..config.schema import RunConfig
@@ -21,7 +22,7 @@ def is_done(cfg: RunConfig, stage: str) -> bool:
 
 def source_model(cfg: RunConfig) -> Path:
     """What the teacher is made of: model.path, or the pretrained model. Raises FileNotFoundError if that is missing."""
-    return _finished(cfg, "pretrain") / "model" if cfg.pretrain.enabled else Path(cfg.model.path)
+    return _finished(cfg, "pretrain") / "model" if cfg.pretrain.enabled else model_dir(cfg)
 
 
 def base_model(cfg: RunConfig) -> Path:
@@ -45,13 +46,20 @@ def control_policy(cfg: RunConfig) -> Path | None:
 
 
 def trained(stage: Path) -> tuple[RunConfig, Path, Path]:
-    """The settings, the base model and the newest checkpoint of a calibrate or rl stage, by its directory alone. Raises
-    FileNotFoundError or ValueError for a directory that is none."""
+    """The settings, the base model and the newest checkpoint of a calibrate or rl stage, by its directory alone,
+    wherever that and this process are now. Raises FileNotFoundError or ValueError for a directory that is none."""
     cfg = read_saved(stage / "config.yaml")
     checkpoint = latest_checkpoint(stage)
     if checkpoint is None:
         raise FileNotFoundError(f"{stage}: no checkpoint there; give the directory of a calibrate or rl stage")
-    return cfg, base_model(cfg), checkpoint
+    run, recorded = stage.resolve().parent, Path(cfg.runs)
+    if not (recorded / cfg.name).exists():
+        cfg.runs, cfg.name = str(run.parent), run.name
+    base = base_model(cfg)
+    if not base.exists() and not base.is_absolute() and not recorded.is_absolute():
+        # Relative to where the run was started, whence it wrote to `recorded`.
+        base = run.parents[len(recorded.parts)] / base
+    return cfg, base, checkpoint
 
 
 def policy_at(setting: str, path: str) -> Path:
@@ -120,7 +128,7 @@ def ready_model(cfg: RunConfig, stage: str) -> Path:
 def check_given(cfg: RunConfig) -> None:
     """Raises FileNotFoundError or ValueError if the model that the user names cannot be started from."""
     if not cfg.pretrain.enabled:
-        check_weights(Path(cfg.model.path))
+        check_weights(model_dir(cfg))
 
 
 def check_bases(cfg: RunConfig, stage: str, model_path: Path) -> None:

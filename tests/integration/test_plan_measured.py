@@ -62,7 +62,7 @@ def four(tmp_path_factory):
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
     if not (MODEL / "config.json").is_file():
-        pytest.skip("the demo model is not here; run `make demo` or tools/fetch_demo_model.py once")
+        pytest.skip("the demo model is not here; run `make model` once")
     with Ranks(3, tmp_path_factory.mktemp("three")) as running:
         yield running
 

@@ -314,7 +314,7 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path: Path, capsys: pytes
 
     model = tiny_hf("llama", tmp_path / "m")
     for arguments, message in (
-        (["--model", str(tmp_path / "none")], "no config.json"),
+        (["--model", str(tmp_path / "none")], "no such directory"),
         (["--model", str(model), "--policy", str(tmp_path)], "no policy checkpoint there"),
         (["--model", str(model), "--port", "70000"], "port 70000"),
         (["--model", str(model), "--max-length", "4096"], "the model has 512 positions"),

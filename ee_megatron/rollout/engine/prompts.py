@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory, by its tokenizer files alone: config.json, which may name code of the
+    directory's own (an early-exit export's does), is not looked at."""
+    return AutoTokenizer.from_pretrained(
+        str(path), local_files_only=True, trust_remote_code=False, config=PretrainedConfig()
+    )
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -22,6 +31,27 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text that goes on from a prompt: nothing special is put in front of it."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of messages in the model's chat template, up to where its answer begins. Raises ValueError without a
+    template, or if it refuses the messages."""
+    if not tokenizer.chat_template:
+        raise ValueError("this model has no chat template; give the prompt as text")
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:
+        # Templates refuse roles and orders of messages in exceptions of their own.
+        raise ValueError(f"the chat template refuses the messages: {error}") from None
+    # The template writes the beginning of the sequence itself.
+    return encode_continuation(tokenizer, str(text))
+
+
+def piece(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """The text of a token alone; a part of a character is shown as the replacement character."""
+    return str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
 
 def pad(sequences: Sequence[Sequence[int] | np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:

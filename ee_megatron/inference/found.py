@@ -1,0 +1,164 @@
+"""What a path names: a run, a stage of one, a policy, a model with gates or without, a Megatron checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ..checkpoint.base_identity import check_base
+from ..checkpoint.kinds import gates_of, is_megatron
+from ..checkpoint.policy_files import policy_beside
+from ..checkpoint.sources import HFSource, TensorSource
+from ..config.schema import RunConfig
+from ..exit_rules import ExitRule, Off, Threshold, make_rule
+from ..families.hf_directory import HFDirectory
+from ..policy import PolicySpec, load_policy
+from ..rollout.engine.weights import ModelSource
+from ..training import stages
+
+NAMES = {"rl": "reinforced", "calibrate": "calibrated"}
+"""Stages that make a policy, the furthest first, and what their policy is called."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model that answers: a name for it, where it lies (its tokenizer too), adapters and gates on it.
+
+    - checkpoint: the policy's directory; None for a plain model and for gates that the model brings along
+    - spec, tensors: the policy, as `load_policy` gives it; None for a model as it is
+    - settings: those of the run that trained it, if it is one's
+    """
+
+    name: str
+    source: ModelSource
+    checkpoint: Path | None = None
+    spec: PolicySpec | None = None
+    tensors: dict[str, Tensor] | None = None
+    settings: RunConfig | None = None
+
+    @property
+    def path(self) -> Path:
+        """The directory of the model's config.json and tokenizer."""
+        return Path(self.source.path)
+
+    @property
+    def default_exits(self) -> ExitRule:
+        """The rule where none is asked for: what an export says of itself, else a threshold of 0.5; without gates full
+        depth."""
+        if self.tensors is None:
+            return Off()
+        said = self.source.config.get("exit_policy") if self.checkpoint is None else None
+        return make_rule(said["kind"], said.get("value")) if said else Threshold(0.5)
+
+
+def find(path: str | Path, policy: str | Path | None = None, base_unchecked: bool = False) -> Found:
+    """What `path` names; with `policy`, a policy checkpoint or stage directory, the model at `path` under that policy
+    instead of any gates that it brings along. docs/api.md lists what a path may be.
+
+    Raises FileNotFoundError or ValueError, one line: nothing there, damaged, or not fitting together, unless
+    `base_unchecked` as to whether the policy was made on that model.
+    """
+    place = Path(path)
+    if not place.is_dir():
+        raise FileNotFoundError(
+            f"{path}: no such directory; expected a run (runs/NAME) or a stage of it, a Hugging Face model or export, "
+            "or a Megatron checkpoint"
+        )
+    if policy is not None:
+        return with_policy("policy", place, stages.policy_at(f"policy {policy}", str(policy)), unchecked=base_unchecked)
+    if is_megatron(place) or (place / "config.json").is_file():
+        return _model(place, base_unchecked)
+    if (place / "policy.json").is_file():
+        stage = place.absolute().parents[1]
+        if not (stage / "config.yaml").is_file():
+            raise ValueError(f"{path}: a policy without its base model; name the base, and this as its policy")
+        return _of_stage(stage, place, base_unchecked)
+    if (place / "config.yaml").is_file():
+        return _of_stage(place, None, base_unchecked)
+    if (place / "adapter_config.json").is_file():
+        raise ValueError(f"{path}: a PEFT adapter; name its base model, and as its policy what the adapter was made of")
+    return _of_stage(_furthest_stage(place), None, base_unchecked)
+
+
+def choose(cfg: RunConfig, model: str | None = None, policy: str | None = None, base_unchecked: bool = False) -> Found:
+    """What `find` finds where a model is named; else the configuration's newest policy, or the one given, on its base.
+
+    Raises as `find`.
+    """
+    base_unchecked = base_unchecked or cfg.model.base_unchecked
+    if model:
+        return find(model, policy, base_unchecked)
+    name, checkpoint = _newest_policy(cfg)
+    if policy:
+        name, checkpoint = "policy", stages.policy_at(f"policy {policy}", policy)
+    if checkpoint is None:
+        return Found(name, HFDirectory(stages.source_model(cfg)), settings=cfg)
+    return with_policy(name, stages.base_model(cfg), checkpoint, cfg, base_unchecked)
+
+
+def with_policy(
+    name: str, base: Path, checkpoint: Path, settings: RunConfig | None = None, unchecked: bool = False
+) -> Found:
+    """The model at `base`, plain or Megatron, under the policy of a checkpoint; with the settings of its run `name` is
+    the whole name. Every policy meets its base here."""
+    source = _open(base)
+    spec, tensors = load_policy(checkpoint)
+    check_base(checkpoint, source, unchecked=unchecked)
+    whole = name if settings else f"{base.resolve().name}-{name}"
+    return Found(whole, source, checkpoint, spec, tensors, settings)
+
+
+def _newest_policy(cfg: RunConfig) -> tuple[str, Path | None]:
+    """(name, checkpoint) of the furthest stage that has finished; ("base", None) if none has."""
+    if stages.is_done(cfg, "rl"):
+        return NAMES["rl"], stages.reinforced(cfg)
+    if cfg.start or stages.is_done(cfg, "calibrate"):
+        return NAMES["calibrate"], stages.calibrated(cfg)
+    return "base", None
+
+
+def _open(path: Path) -> HFDirectory | TensorSource:
+    if not is_megatron(path):
+        return HFDirectory(path)
+    # megatron-core takes seconds to import.
+    from ..checkpoint.megatron_directory import MegatronDirectory
+
+    return MegatronDirectory(path)
+
+
+def _model(path: Path, unchecked: bool = False) -> Found:
+    """A model directory with the gates that are in it or beside it."""
+    source, name = _open(path), path.resolve().name
+    if isinstance(source, HFDirectory):
+        brings = source.config.get("model_type") == "early_exit" or (path / "gates.json").is_file()
+        policy = gates_of(HFSource(source)) if brings else None
+    else:
+        spec, tensors = policy_beside(source, unchecked)  # type: ignore[arg-type]
+        policy = (spec, dict(tensors)) if spec.exit_depths or tensors else None
+    if policy is None:
+        return Found(f"{name}-base", source)
+    return Found(f"{name}-gates", source, spec=policy[0], tensors=policy[1])
+
+
+def _of_stage(stage: Path, checkpoint: Path | None, unchecked: bool) -> Found:
+    """What a stage of a run has made: a policy on its base, or a model. `checkpoint`: not its newest one."""
+    if (stage / "model" / "config.json").is_file():
+        return _model(stage / "model")
+    settings, base, newest = stages.trained(stage)
+    kind = stage.resolve().name.rpartition("-")[0]
+    name = f"{stage.resolve().parent.name}-{NAMES.get(kind, 'policy')}"
+    return with_policy(name, base, checkpoint or newest, settings, unchecked)
+
+
+def _furthest_stage(run: Path) -> Path:
+    """The finished stage of a run whose policy has come furthest; of several, the one that finished last."""
+    for kind in NAMES:
+        finished = [path for path in run.glob(f"{kind}-*") if (path / stages.DONE).is_file()]
+        if finished:
+            return max(finished, key=lambda path: (path / stages.DONE).stat().st_mtime)
+    raise FileNotFoundError(
+        f"{run}: no model, checkpoint or finished calibrate or rl stage there; expected a run (runs/NAME), a Hugging "
+        "Face directory or a Megatron checkpoint"
+    )

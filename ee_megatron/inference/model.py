@@ -1,0 +1,262 @@
+"""`EarlyExitModel`: a trained model as Python users expect one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+
+from ..config.device import pick_device, pick_dtype
+from ..config.schema import RunConfig
+from ..exit_rules import ExitRule, parse
+from ..rollout.engine.decoder import Decoder
+from ..rollout.engine.prompts import (
+    common_beginning,
+    encode_chat,
+    encode_continuation,
+    encode_text,
+    load_tokenizer,
+    piece,
+)
+from ..rollout.engine.request import Event, Request
+from ..rollout.engine.sampling import SamplingParams
+from ..rollout.engine.scheduler import Scheduler
+from .answers import Answer, Answers
+from .found import Found, find
+from .readout import Readout, read
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+Message = Mapping[str, str]
+"""{"role": "user", "content": "..."}."""
+Prompt = str | Sequence[int] | np.ndarray | Sequence[Message]
+"""Text as it stands, token ids, or the messages of a chat."""
+
+
+class EarlyExitModel:
+    """A model with exits, or a plain one, in this process. `load` makes one.
+
+    - decoder, tokenizer: what runs it; name, source: what it is and where it lies
+    - settings: those of the run that trained it (config/schema.py), or None
+    """
+
+    def __init__(self, found: Found, dtype: torch.dtype, device: str):
+        self.name, self.source, self.settings = found.name, found.path, found.settings
+        self.checkpoint, self.default_exits = found.checkpoint, found.default_exits
+        self.decoder = Decoder.of(found.source, found.spec, dtype, device)
+        if found.tensors is not None:
+            self.decoder.load_policy(found.tensors)
+        self.tokenizer = load_tokenizer(found.path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        policy: str | Path | None = None,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str = "auto",
+        threads: int = 0,
+        base_unchecked: bool = False,
+    ) -> EarlyExitModel:
+        """Load what `path` names: a run (its reinforced policy, else the calibrated one), a stage or checkpoint of a
+        run, a Hugging Face model, an export with its gates, a Megatron checkpoint (docs/api.md).
+
+        - policy: a policy checkpoint or stage directory on top of the model at `path`
+        - dtype: float32, bfloat16, or auto: what the run was made in, else bfloat16 where that is fast
+        - device: cpu, cuda, or auto: a GPU if there is one
+        - threads: torch's on a CPU, for the whole process; 0 leaves them as they are
+        - base_unchecked: take a policy that was made on another model
+
+        Raises FileNotFoundError or ValueError, one line that says what was found, what was expected, what to do.
+        """
+        name = str(dtype).removeprefix("torch.")
+        if name not in DTYPES:
+            raise ValueError(f"dtype={name}: expected one of {', '.join(DTYPES)}")
+        if device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device={device}: expected auto, cpu or cuda")
+        if threads < 0:
+            raise ValueError(f"threads={threads}: expected 0 or more")
+        found = find(path, policy, base_unchecked)
+        cfg = RunConfig(device=device)
+        cfg.model.dtype = found.settings.model.dtype if name == "auto" and found.settings else name
+        return cls.of(cfg, found, threads)
+
+    @classmethod
+    def of(cls, cfg: RunConfig, found: Found, threads: int = 0) -> EarlyExitModel:
+        """The model that was found, on the device and in the dtype of a configuration."""
+        device = pick_device(cfg)
+        if threads > 0 and device == "cpu":
+            torch.set_num_threads(threads)
+        return cls(found, pick_dtype(cfg, device), device)
+
+    def __repr__(self) -> str:
+        dims, dtype = self.decoder.dims, str(self.decoder.dtype).removeprefix("torch.")
+        exits = f"exits at {list(self.exit_depths)}" if self.has_gates else "no exits"
+        return f"<EarlyExitModel {self.name}: {dims.family}, {dims.num_layers} layers, {exits}, {dtype}>"
+
+    @property
+    def num_layers(self) -> int:
+        return self.decoder.dims.num_layers
+
+    @property
+    def exit_depths(self) -> tuple[int, ...]:
+        """Layers before each exit; () for a plain model."""
+        return self.decoder.layout.depths
+
+    @property
+    def has_gates(self) -> bool:
+        return self.decoder.gates is not None
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    def encode(self, prompt: Prompt, chat: bool = False) -> list[int]:
+        """Token ids of a prompt: of text as it stands (with `chat`: as one user's message), of messages in the model's
+        chat template. Ids come back as they are. Raises ValueError: no template, nothing in it."""
+        tokens: list[int]
+        if isinstance(prompt, str):
+            said = {"role": "user", "content": prompt}
+            tokens = encode_chat(self.tokenizer, [said]) if chat else encode_text(self.tokenizer, prompt)
+        elif len(prompt) and isinstance(prompt[0], Mapping):
+            tokens = encode_chat(self.tokenizer, cast("Sequence[Message]", prompt))
+        else:
+            tokens = [int(token) for token in cast("Sequence[int]", prompt)]
+        vocab = self.decoder.dims.vocab
+        if not tokens or not all(0 <= token < vocab for token in tokens):
+            raise ValueError(f"{prompt!r:.80}: expected text, messages, or token ids in 0..{vocab - 1}, and not empty")
+        return tokens
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        exits: str | ExitRule | None = None,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        max_new_tokens: int = 256,
+        n: int = 1,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        chat: bool = False,
+        rows: int = 64,
+    ) -> Answers:
+        """`n` answers to each prompt: a text, a list of texts, lists of token ids, or chat messages.
+
+        - exits: "threshold:0.7", "sample", "fixed:20", "confidence:0.9", "off", ... (exit_rules.py). None: what an
+          export says of itself, else threshold:0.5; without gates full depth
+        - temperature 0 takes the most probable token; top_k 0 and top_p 1 keep the whole vocabulary
+        - max_new_tokens bounds an answer; `stop`: strings that end one, and are cut off
+        - seed: makes sampled answers a function of prompt, seed and settings
+        - chat: each text is a user's message in the model's chat template; messages are always put through it
+        - rows: answers that are made together, up to
+
+        Raises ValueError for settings that this model can't follow, before anything is generated.
+        """
+        if n < 1 or rows < 1:
+            raise ValueError(f"n={n}, rows={rows}: both must be at least 1")
+        rule = self.exit_rule(exits)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        sampling = SamplingParams(temperature, max_new_tokens, stops, top_k, top_p)
+        encoded = [self.encode(prompt, chat) for prompt in _several(prompts)]
+        scheduler = Scheduler(self.decoder, self.tokenizer, max(1, min(rows, n * len(encoded))))
+        ids: dict[tuple[int, int], int] = {}
+        # The longest first, so that prompts of like length are read together.
+        for p in sorted(range(len(encoded)), key=lambda i: -len(encoded[i])):
+            for k in range(n):
+                # Prompts are named as the server names them: the same seed gives the same answers there.
+                ids[p, k] = scheduler.add(Request(encoded[p], sampling, rule, seed, str(p or ""), k))
+        scheduler.share_prefix(common_beginning(encoded))
+        while scheduler.busy:
+            scheduler.advance()
+        return Answers(self._answer(scheduler, ids[p, k], p, k) for p in range(len(encoded)) for k in range(n))
+
+    def stream(
+        self,
+        prompt: Prompt,
+        exits: str | ExitRule | None = None,
+        *,
+        sampling: SamplingParams | None = None,
+        seed: int = 0,
+        chat: bool = False,
+    ) -> Iterator[Event]:
+        """One answer token by token: events with `text` (what became certain with this token), `token`, `depth`,
+        `logprob`, `exit_logprob`, `finished`. Checked when called, not at the first token; raises as `generate`."""
+        sampling = sampling or SamplingParams(0.0, 256)
+        scheduler = Scheduler(self.decoder, self.tokenizer, in_flight=1)
+        scheduler.add(Request(self.encode(prompt, chat), sampling, self.exit_rule(exits), seed, stream=True))
+
+        def events() -> Iterator[Event]:
+            while scheduler.busy:
+                yield from scheduler.advance()
+
+        return events()
+
+    def readout(
+        self,
+        text: str | Sequence[int] | np.ndarray,
+        prompt: Prompt | None = None,
+        *,
+        at: Sequence[int] | None = None,
+        exits: Sequence[int] | np.ndarray | None = None,
+        top_k: int = 5,
+        full: bool = False,
+        chat: bool = False,
+    ) -> Readout:
+        """Read a given text once, in parallel, and say what every exit would have predicted at every position.
+
+        - text: or its token ids, an answer's `tokens` for one. With a `prompt` the text goes on from it, and position t
+          of the result is the one that predicts token t of the text; the last predicts what would follow. Without one
+          all positions of the text are read out
+        - at: depths to read out at, instead of the exits (for a plain model: every layer)
+        - exits: the depths at which the text's tokens were predicted (an answer's `depths`), beyond which their
+          positions don't go, as in generation. None: all positions run through all layers
+        - top_k: how many tokens are kept per position and depth; full: keep all logits, 4·N·T·V bytes
+        - chat: as in `generate`, for the prompt
+        """
+        before = [] if prompt is None else self.encode(prompt, chat)
+        if isinstance(text, str):
+            after = encode_continuation(self.tokenizer, text) if before else self.encode(text)
+        else:
+            after = [int(token) for token in text]
+        first, tokens = max(0, len(before) - 1), [*before, *after]
+        depths = None
+        if exits is not None:
+            if not before or len(exits) != len(after):
+                raise ValueError(
+                    f"exits: {len(exits)} depths for {len(after)} tokens behind a prompt of {len(before)}; give "
+                    "a prompt, and a depth for every token of the text"
+                )
+            layers = self.num_layers
+            depths = [layers] * first + [int(depth) for depth in exits] + [layers]
+        return read(self.decoder, self.tokenizer, tokens, first, at, depths, top_k, full)
+
+    def exit_rule(self, exits: str | ExitRule | None) -> ExitRule:
+        """The rule that `generate` would follow. Raises ValueError for one that the model can't."""
+        rule = self.default_exits if exits is None else parse(exits) if isinstance(exits, str) else exits
+        if not self.has_gates and "gates" in rule.needs:
+            raise ValueError(f"exits={rule!s}: {self.name} has no gates; load a policy or an export, or use 'off'")
+        rule.check(self.decoder.layout, self.has_gates)
+        return rule
+
+    def _answer(self, scheduler: Scheduler, request: int, prompt: int, sample: int) -> Answer:
+        made = scheduler.take(request, 0)
+        pieces = [piece(self.tokenizer, token) for token in made.tokens.tolist()]
+        return Answer.of(made, pieces, prompt, sample, self.num_layers)
+
+
+def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Prompts as a list: a text, one chat and one list of token ids are one prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    given: list = prompts.tolist() if isinstance(prompts, np.ndarray) else list(prompts)
+    return [given] if given and not _is_prompt(given[0]) else given
+
+
+def _is_prompt(item: object) -> bool:
+    """Whether an entry of a list is a prompt itself, rather than a token or a message."""
+    return isinstance(item, str | np.ndarray | Sequence)

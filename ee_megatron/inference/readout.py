@@ -1,0 +1,197 @@
+"""What every exit would have said: a given text read once in parallel, and read out at each depth (logit lens).
+
+Shapes: T positions, N depths (the last is L), M exits, V vocabulary, k kept tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..exits import exit_distribution
+from ..rollout.engine.decoder import Decoder
+from ..rollout.engine.prompts import piece
+from ..rollout.engine.sampling import log_prob
+from ..rollout.engine.scoring import LOGITS_BYTES, divergence
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """Position t reads a token and predicts the next; row n is what depth n would have said. On the CPU; natural logs,
+    temperature 1, entropies and divergences in nats.
+
+    - depths: N numbers of layers, increasing; the last is L. Those of the model's M exits, unless others were asked for
+    - tokens int64 [T]: the token that each position reads; next_tokens int64 [T]: the one that follows, -1 at the end
+    - logits float32 [N, T, V], or None: only kept where `full` was asked for
+    - top_ids int64 [N, T, k], top_logprobs float32 [N, T, k]: the k most probable next tokens, the best first
+    - next_logprobs float32 [N, T]: log-probability of the token that follows; NaN at the end
+    - entropies float32 [N, T]; divergences float32 [N, T]: KL(last layer ‖ this depth), 0 in the last row
+    - hazards float32 [N - 1, T]: probability that the gate at this depth stops a position that has come to it; NaN
+      where there is no gate
+    """
+
+    depths: tuple[int, ...]
+    tokens: Tensor
+    next_tokens: Tensor
+    logits: Tensor | None
+    top_ids: Tensor
+    top_logprobs: Tensor
+    next_logprobs: Tensor
+    entropies: Tensor
+    divergences: Tensor
+    hazards: Tensor
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def logprobs(self) -> Tensor:
+        """Float32 [N, T, V]. Raises ValueError unless the logits were kept."""
+        if self.logits is None:
+            raise ValueError("the logits were not kept; ask for readout(..., full=True)")
+        return self.logits.log_softmax(dim=-1)
+
+    @property
+    def exit_probabilities(self) -> Tensor:
+        """Float32 [N, T]: where sampled exits would leave; columns sum to 1. Raises ValueError where a depth other than
+        the last has no gate."""
+        if bool(self.hazards.isnan().any()):
+            raise ValueError("some of these depths have no gate; read the model out at its own exits, with its gates")
+        return exit_distribution(self.hazards.T).T
+
+    def piece(self, token: int) -> str:
+        """The text of a token alone; "" for -1."""
+        return "" if token < 0 else piece(self.tokenizer, token)
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per position and depth: position, depth (int), token, next_token, top_token (str), top_id (int),
+        top_logprob, next_logprob, entropy, divergence, hazard (float; NaN in the last layer)."""
+        import pandas as pd
+
+        N, T = self.entropies.shape
+        never = torch.full((1, T), float("nan"))
+        best = self.top_ids[:, :, 0]
+
+        def flat(table: Tensor) -> list:
+            return table.T.flatten().tolist()
+
+        def by_position(row: Tensor) -> list[str]:
+            return [self.piece(token) for token in row.tolist() for _ in range(N)]
+
+        return pd.DataFrame(
+            {
+                "position": [t for t in range(T) for _ in range(N)],
+                "depth": list(self.depths) * T,
+                "token": by_position(self.tokens),
+                "next_token": by_position(self.next_tokens),
+                "top_token": [self.piece(token) for token in flat(best)],
+                "top_id": flat(best),
+                "top_logprob": flat(self.top_logprobs[:, :, 0]),
+                "next_logprob": flat(self.next_logprobs),
+                "entropy": flat(self.entropies),
+                "divergence": flat(self.divergences),
+                "hazard": flat(torch.cat([self.hazards, never])),
+            }
+        )
+
+
+@torch.inference_mode()
+def read(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Sequence[int],
+    first: int = 0,
+    at: Sequence[int] | None = None,
+    exits: Sequence[int] | None = None,
+    top_k: int = 5,
+    full: bool = False,
+) -> Readout:
+    """Read out positions `first`.. of a sequence at depths `at` (None: the exits; where there are none every layer).
+
+    exits: the depth of each position of the sequence, which goes no deeper; None: all run through. Vocabulary-sized
+    tensors exist for a chunk of positions at a time, unless `full` keeps them. Raises ValueError for tokens, depths or
+    a `top_k` that the model doesn't have.
+    """
+    dims, device = decoder.dims, decoder.device
+    depths = _depths(decoder, at)
+    if not tokens or not all(0 <= token < dims.vocab for token in tokens):
+        raise ValueError(f"{len(tokens)} tokens: expected at least one, all in 0..{dims.vocab - 1}")
+    if len(tokens) > dims.max_positions:
+        raise ValueError(f"{len(tokens)} tokens: the model has {dims.max_positions} positions; shorten the text")
+    if not 1 <= top_k <= dims.vocab:
+        raise ValueError(f"top_k={top_k}: expected 1..{dims.vocab}, how many of the most probable tokens to keep")
+    sequence = torch.tensor([list(tokens)], device=device)
+    prescribed = None if exits is None else torch.tensor([list(exits)], device=device)
+    if prescribed is not None and prescribed.shape != sequence.shape:
+        raise ValueError(f"{prescribed.shape[1]} depths for {len(tokens)} positions; give one for each")
+    lengths = torch.tensor([len(tokens)])
+    final, inner = decoder.streams_at(depths[:-1], sequence, lengths, prescribed)
+    streams = [stream[0, first:] for stream in (*inner, final)]
+    following = torch.tensor([*tokens[first + 1 :], -1], device=device)
+    parts = list(_chunks(decoder, streams, following, top_k, full))
+    logits, ids, values, said, entropies, divergences = (
+        torch.cat(column, dim=1).cpu() for column in zip(*parts, strict=True)
+    )
+    return Readout(
+        depths=depths,
+        tokens=sequence[0, first:].cpu(),
+        next_tokens=following.cpu(),
+        logits=logits if full else None,
+        top_ids=ids,
+        top_logprobs=values,
+        next_logprobs=said,
+        entropies=entropies,
+        divergences=divergences,
+        hazards=_hazards(decoder, depths, streams).cpu(),
+        tokenizer=tokenizer,
+    )
+
+
+def _depths(decoder: Decoder, at: Sequence[int] | None) -> tuple[int, ...]:
+    layers = decoder.dims.num_layers
+    if at is None:
+        return (*(decoder.layout.depths or range(1, layers)), layers)
+    wrong = [depth for depth in at if not 1 <= depth <= layers]
+    if wrong:
+        raise ValueError(f"depths {wrong}: the model has {layers} layers; give depths in 1..{layers}")
+    return (*sorted({int(depth) for depth in at} - {layers}), layers)
+
+
+def _chunks(
+    decoder: Decoder, streams: list[Tensor], following: Tensor, top_k: int, full: bool
+) -> Iterator[tuple[Tensor, ...]]:
+    """Of some positions at a time: logits [N, n, V] (or [N, n, 0]), ids and values [N, n, k], the next token's
+    log-probabilities, entropies and divergences [N, n]."""
+    size = max(1, LOGITS_BYTES // (4 * decoder.dims.vocab))
+    for start in range(0, len(following), size):
+        part = slice(start, start + size)
+        targets = following[part]
+        last = decoder.readout(streams[-1][part])
+        logp = last.log_softmax(dim=-1)
+        p = logp.exp()
+        negative_entropy = (p * logp).sum(-1)
+        found: list[tuple[Tensor, ...]] = []
+        for stream in streams:
+            logits = last if stream is streams[-1] else decoder.readout(stream[part])
+            ours = logits.log_softmax(dim=-1)
+            best = ours.topk(top_k, dim=-1)
+            said = log_prob(logits, targets.clamp(min=0)).masked_fill(targets < 0, float("nan"))
+            cost = torch.zeros_like(said) if stream is streams[-1] else divergence(p, negative_entropy, logits)
+            kept = logits if full else logits[:, :0]
+            found.append((kept, best.indices, best.values, said, -(ours.exp() * ours).sum(-1), cost))
+        yield tuple(torch.stack(column) for column in zip(*found, strict=True))
+
+
+def _hazards(decoder: Decoder, depths: Sequence[int], streams: list[Tensor]) -> Tensor:
+    """Float32 [N - 1, T]; NaN where there is no gate."""
+    hazards = torch.full((len(depths) - 1, len(streams[0])), float("nan"), device=decoder.device)
+    for n, depth in enumerate(depths[:-1]):
+        if decoder.gates is not None and depth in decoder.layout.depths:
+            hazards[n] = decoder.gate_logit(decoder.layout.depths.index(depth), streams[n]).sigmoid()
+    return hazards

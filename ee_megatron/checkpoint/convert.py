@@ -22,6 +22,7 @@ from .describe import describe, open_checkpoint
 from .hf_export import DTYPES, SHARD_BYTES, export_hf
 from .manifest import read_manifest, tensor_sha256
 from .megatron_directory import CheckpointLayout, MegatronDirectory
+from .megatron_foreign import ForeignMegatron, refuse_foreign
 from .megatron_import import gates_of, write_megatron
 from .megatron_io import WEIGHTS
 from .policy_files import Policy, open_policy, policy_beside
@@ -42,11 +43,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    source = HFSource(args.hf)
+    if args.config and not args.megatron:
+        raise ValueError(f"--config {args.config}: only with --megatron; --hf has a config.json of its own")
+    source: TensorSource = HFSource(args.hf) if args.hf else ForeignMegatron(args.megatron, args.config)
     return _write(args, source, _import_policy(args, source))
 
 
-def _import_policy(args: argparse.Namespace, source: HFSource) -> Policy:
+def _import_policy(args: argparse.Namespace, source: TensorSource) -> Policy:
     """Adapters and gates of an import: given, brought along by the directory, or fresh."""
     given = open_policy(args.policy) if args.policy else gates_of(source)
     if given is not None:
@@ -93,6 +96,7 @@ def _export(args: argparse.Namespace) -> int:
         if gates == "auto" and not (checkpoint / "policy.json").is_file():
             gates = "drop"
     else:
+        refuse_foreign(checkpoint)
         policy = open_policy(checkpoint)
         if not args.hf:
             raise ValueError(f"{checkpoint} holds a policy without its base model; add --hf BASE")
@@ -185,8 +189,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="ee-megatron convert", description="Convert between Hugging Face and Megatron checkpoints."
     )
     commands = parser.add_subparsers(required=True, metavar="command")
-    command = _command(commands, "import", "Hugging Face model -> Megatron checkpoint", _import)
-    command.add_argument("--hf", required=True, help="Hugging Face model directory, or an early-exit export")
+    command = _command(commands, "import", "Hugging Face model or foreign Megatron checkpoint -> Megatron checkpoint", _import)
+    base = command.add_mutually_exclusive_group(required=True)
+    base.add_argument("--hf", help="Hugging Face model directory, or an early-exit export")
+    base.add_argument("--megatron", help="what Megatron-LM or Megatron-Bridge saved (torch_dist)")
+    command.add_argument("--config", help="with --megatron: directory with the model's config.json and tokenizer")
     _writes(command, SHORT)
     _layout(command)
     command.add_argument("--exit-depths", type=_depths, help="for example 7,14,21; default: every fifth layer")

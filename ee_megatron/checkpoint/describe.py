@@ -14,6 +14,7 @@ from ..policy import PolicySpec
 from .hf_export import adapter_of, merged_weight
 from .manifest import MANIFEST, Digest, Hasher, read_manifest, tensor_sha256
 from .megatron_directory import MegatronDirectory
+from .megatron_foreign import refuse_foreign
 from .megatron_import import folded, gates_of
 from .megatron_io import WEIGHTS
 from .policy_files import no_policy, open_policy, policy_beside
@@ -65,6 +66,7 @@ def open_checkpoint(path: Path, hf: str | Path | None = None) -> Checkpoint:
             raise ValueError(f"{path} holds a policy without its base model; add --hf BASE")
         source, policy = folded(HFSource(hf), open_policy(path))
         return Checkpoint("hf", path, source, *policy)
+    refuse_foreign(path)
     plain = HFSource(path)
     kind = "embed" if plain.spec() else "hf"
     return Checkpoint(kind, path, plain, *(gates_of(plain) or no_policy(plain.dims.num_layers)))

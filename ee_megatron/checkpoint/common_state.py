@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 COMMON = "common.pt"
-# Plain containers, which hold what the rest is in.
-_KNOWN = {("collections", "OrderedDict"): OrderedDict, ("builtins", "set"): set, ("builtins", "frozenset"): frozenset}
+# A plain container that may hold what is asked for.
+_KNOWN = {("collections", "OrderedDict"): OrderedDict}
 
 
 class Inert:
@@ -40,6 +40,10 @@ class Inert:
         for part in state if isinstance(state, tuple) else (state,):
             if isinstance(part, dict):
                 self.__dict__.update(part)
+
+    def __call__(self, *_: Any, **__: Any) -> Inert:
+        """A method, fetched by name and called: another object of which nothing is known."""
+        return Inert()
 
     def append(self, item: Any) -> None:
         """Nothing, like the two below: what a subclass of a container contains isn't needed."""

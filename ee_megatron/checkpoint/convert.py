@@ -189,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="ee-megatron convert", description="Convert between Hugging Face and Megatron checkpoints."
     )
     commands = parser.add_subparsers(required=True, metavar="command")
-    command = _command(commands, "import", "Hugging Face model or foreign Megatron checkpoint -> Megatron checkpoint", _import)
+    command = _command(commands, "import", "Hugging Face or foreign Megatron model -> Megatron checkpoint", _import)
     base = command.add_mutually_exclusive_group(required=True)
     base.add_argument("--hf", help="Hugging Face model directory, or an early-exit export")
     base.add_argument("--megatron", help="what Megatron-LM or Megatron-Bridge saved (torch_dist)")

@@ -270,8 +270,7 @@ class MegatronTensors(TensorSource):
         missing, extra = sorted(expected.keys() - stored), sorted(stored - expected.keys())
         if missing or extra:
             raise ValueError(
-                f"{self.reader.folder}: missing {missing[:3]}, unexpected {extra[:3]}; "
-                "config.json and weights disagree"
+                f"{self.reader.folder}: missing {missing[:3]}, unexpected {extra[:3]}; config.json and weights disagree"
             )
         shapes = self.dims.tensor_shapes()
         for name, item in expected.items():

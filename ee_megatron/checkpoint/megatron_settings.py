@@ -1,7 +1,7 @@
 """A model's dimensions as Megatron-LM and Megatron-Bridge record them beside their weights, both ways.
 
-    common.pt         Megatron-LM's arguments, an argparse.Namespace
-    run_config.yaml   Megatron-Bridge's settings; `model` has the fields of megatron-core's TransformerConfig
+common.pt         Megatron-LM's arguments, an argparse.Namespace
+run_config.yaml   Megatron-Bridge's settings; `model` has the fields of megatron-core's TransformerConfig
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .common_state import read_common
 RUN_CONFIG = "run_config.yaml"
 # megatron-core's llama3 scaling knows a factor; the rest is fixed there.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-# Settings that change the mathematics, and the values under which ours is the same. A setting that isn't there is neutral.
+# Settings that change the mathematics, and the values under which ours is the same. One that isn't there is neutral.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",),
     "swiglu": (True,),
@@ -122,7 +122,10 @@ def common_state(dims: ModelDims, layout: Mapping[str, Any], dtype: torch.dtype)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Settings by name, from run_config.yaml or the arguments in common.pt; empty if there are none. Raises ValueError."""
+    """Settings by name, from run_config.yaml or the arguments in common.pt; none if neither is there.
+
+    Raises ValueError, one line: damaged.
+    """
     file = folder / RUN_CONFIG
     if file.is_file():
         try:
@@ -147,7 +150,9 @@ def compare_settings(settings: Mapping[str, Any], dims: ModelDims, where: Path, 
         found, wanted = _setting(settings, names), getattr(dims, field)
         # Positions may be fewer in training than what the model can do.
         if found is not None and field != "max_positions" and float(found) != float(wanted):
-            raise ValueError(f"{where}: {names[0]}={found} in the checkpoint, {wanted} in {config}; give its own --config")
+            raise ValueError(
+                f"{where}: {names[0]}={found} is recorded there, {wanted} in {config}; give its own --config"
+            )
 
 
 def config_of(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: Path) -> dict[str, Any]:
@@ -162,7 +167,7 @@ def config_of(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     found["head_dim"] = found["head_dim"] or (hidden // heads if heads and hidden else None)
     missing = [_NAMES[field][0] for field, value in found.items() if value is None]
     if missing:
-        raise ValueError(f"{where}: records no {', '.join(missing)}; add --config with the model's Hugging Face directory")
+        raise ValueError(f"{where}: records no {', '.join(missing)}; add --config with its Hugging Face directory")
     layer = "decoder.layers.0."
     qk_norm = f"{layer}self_attention.q_layernorm.weight" in shapes
     out_bias, qkv_bias = (f"{layer}self_attention.linear_{part}.bias" in shapes for part in ("proj", "qkv"))

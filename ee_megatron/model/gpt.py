@@ -31,9 +31,8 @@ from .layer import EarlyExitLayer
 from .lora import DownLinear, GateUpLinear, LoRAPair, OutLinear, QKVLinear
 from .parts import CausalAttention, HeadNorm, RMSNorm, SkippingAttention
 
-
-# Under which names megatron-core stores a layer's norms: those of Transformer Engine, which fuses a norm with the product
-# behind it. Its own layer spec for unfused norms says the same.
+# Under which names megatron-core stores a layer's norms: those of Transformer Engine, which fuses a norm with the
+# product behind it. Its layer spec for unfused norms says the same.
 STORED_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",

@@ -26,9 +26,7 @@ class Inert:
     """
 
     of = ""
-
-    def __init__(self, *arguments: Any, **named: Any):
-        self.arguments = (*arguments, *named.values())
+    arguments: tuple[Any, ...]
 
     def __new__(cls, *arguments: Any, **named: Any) -> Inert:
         made = super().__new__(cls)

@@ -20,6 +20,7 @@ from .common_state import read_common
 RUN_CONFIG = "run_config.yaml"
 # megatron-core's llama3 scaling knows a factor; the rest is fixed there.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_LLAMA3_ON = ("use_rope_scaling", "rope_scaling")
 # Settings that change the mathematics, and the values under which ours is the same. One that isn't there is neutral.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",),
@@ -153,6 +154,12 @@ def compare_settings(settings: Mapping[str, Any], dims: ModelDims, where: Path, 
             raise ValueError(
                 f"{where}: {names[0]}={found} is recorded there, {wanted} in {config}; give its own --config"
             )
+    scaled, llama3 = _setting(settings, _LLAMA3_ON), dict(dims.rope_scaling).get("rope_type") == "llama3"
+    if scaled is not None and bool(scaled) != llama3:
+        raise ValueError(
+            f"{where}: {_LLAMA3_ON[0]}={scaled} is recorded there, {config} has {dict(dims.rope_scaling) or None}; "
+            "give its own --config"
+        )
 
 
 def config_of(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: Path) -> dict[str, Any]:
@@ -201,7 +208,7 @@ def _setting(settings: Mapping[str, Any], names: tuple[str, ...]) -> Any:
 
 
 def _rope_scaling(settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    if settings.get("use_rope_scaling") or settings.get("rope_scaling"):
+    if _setting(settings, _LLAMA3_ON):
         return {"rope_type": "llama3", "factor": float(settings.get("rope_scaling_factor") or 8.0), **LLAMA3}
     linear = _setting(settings, ("rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor"))
     return {"rope_type": "linear", "factor": float(linear)} if linear else None

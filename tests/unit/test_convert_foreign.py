@@ -101,6 +101,12 @@ def tied_config(saved: Path, base: Path) -> None:
     (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
 
 
+def scaled_rotation(saved: Path, base: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    (base / "config.json").write_text(json.dumps(config | {"rope_parameters": {"rope_theta": 10000.0, **scaling}}))
+
+
 W = "iter_0000010"
 REFUSED = {
     "experts": (
@@ -139,7 +145,10 @@ def test_what_cannot_be_imported_is_refused_in_one_line(tmp_path, capsys, kind):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "saved"]
 
 
-@pytest.mark.parametrize(("harm", "message"), [(other_heads, "num_attention_heads=4"), (tied_config, "tie_word_emb")])
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [(other_heads, "num_attention_heads=4"), (tied_config, "tie_word_emb"), (scaled_rotation, "use_rope")],
+)
 def test_a_config_of_another_model_is_refused(tmp_path, capsys, harm, message):
     base, saved = foreign(tmp_path)
     harm(saved, base)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ..exits import ExitLayout
     from .policy_files import Policy
-    from .sources import HFSource, TensorSource
+    from .sources import TensorSource
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -63,17 +63,20 @@ def _left_over(out: Path | None) -> str:
 
 
 def _import(args: argparse.Namespace) -> int:
+    from .megatron_foreign import ForeignMegatron
     from .sources import HFSource
 
-    source = HFSource(args.hf)
+    if args.config and not args.megatron:
+        raise ValueError(f"--config {args.config}: only with --megatron; --hf has a config.json of its own")
+    source: TensorSource = HFSource(args.hf) if args.hf else ForeignMegatron(args.megatron, args.config)
     return _write(args, source, _import_policy(args, source))
 
 
-def _import_policy(args: argparse.Namespace, source: HFSource) -> Policy:
+def _import_policy(args: argparse.Namespace, source: TensorSource) -> Policy:
     """Adapters and gates of an import: given, brought along by the directory, fresh if asked for, or none."""
     from ..exits import ExitLayout
     from ..policy import PolicySpec, initial_policy
-    from .megatron_import import gates_of
+    from .kinds import gates_of
     from .policy_files import no_policy, policy_on
 
     layers, fresh = source.dims.num_layers, args.exit_depths or args.gates == "fresh"
@@ -188,12 +191,14 @@ def _export_parts(args: argparse.Namespace) -> tuple[TensorSource, Policy]:
     from ..policy import read_policy_json
     from .base_identity import base_identity
     from .describe import open_base
+    from .kinds import WEIGHTS
     from .megatron_directory import MegatronDirectory
-    from .megatron_io import WEIGHTS
+    from .megatron_foreign import refuse_foreign
     from .policy_files import policy_beside, policy_on
 
     checkpoint = Path(args.checkpoint)
     if not (checkpoint / WEIGHTS).is_dir():
+        refuse_foreign(checkpoint)
         if not args.hf:
             # The complaint about a directory that holds no policy comes first.
             read_policy_json(checkpoint)
@@ -300,8 +305,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="ee-megatron convert", description="Convert between Hugging Face and Megatron checkpoints."
     )
     commands = parser.add_subparsers(required=True, metavar="command")
-    command = _command(commands, "import", "Hugging Face model -> Megatron checkpoint", _import)
-    command.add_argument("--hf", required=True, help="Hugging Face model directory, or an early-exit export")
+    command = _command(commands, "import", "Hugging Face or foreign Megatron model -> Megatron checkpoint", _import)
+    base = command.add_mutually_exclusive_group(required=True)
+    base.add_argument("--hf", help="Hugging Face model directory, or an early-exit export")
+    base.add_argument("--megatron", help="what Megatron-LM or Megatron-Bridge saved (torch_dist)")
+    command.add_argument("--config", help="with --megatron: directory with the model's config.json and tokenizer")
     _writes(command)
     _layout(command)
     command.add_argument(

@@ -13,9 +13,11 @@ from torch import Tensor
 from ..policy import PolicySpec
 from .base_identity import recorded_base
 from .hf_export import adapter_of, merged_weight
+from .kinds import gates_of
 from .manifest import MANIFEST, Digest, Hasher, read_manifest, tensor_sha256
 from .megatron_directory import MegatronDirectory
-from .megatron_import import folded, gates_of
+from .megatron_foreign import refuse_foreign
+from .megatron_import import folded
 from .megatron_io import WEIGHTS
 from .policy_files import no_policy, open_policy, policy_beside, policy_on
 from .safetensors_io import read_small
@@ -73,6 +75,7 @@ def open_checkpoint(path: Path, hf: str | Path | None = None, base_unchecked: bo
         whole = open_base(hf)
         source, policy = folded(whole, policy_on(whole, path, base_unchecked))
         return Checkpoint("hf", path, source, *policy)
+    refuse_foreign(path)
     plain = HFSource(path)
     kind = "embed" if plain.spec() else "hf"
     return Checkpoint(kind, path, plain, *(gates_of(plain) or no_policy(plain.dims.num_layers)))

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..families.hf_directory import read_json
 from ..policy import PolicySpec
 from .safetensors_io import read_small
-from .sources import HFSource, gate_spec
+from .sources import HFSource, TensorSource, gate_spec
 
 WEIGHTS = "weights"
 """The folder of a Megatron checkpoint's torch_dist files."""
@@ -19,8 +19,10 @@ def is_megatron(path: Path) -> bool:
     return (path / WEIGHTS).is_dir()
 
 
-def gates_of(source: HFSource) -> tuple[PolicySpec, dict[str, Tensor]] | None:
+def gates_of(source: TensorSource) -> tuple[PolicySpec, dict[str, Tensor]] | None:
     """The gates that a Hugging Face directory brings along, embedded in the model or beside it; None: a plain model."""
+    if not isinstance(source, HFSource):
+        return None
     spec = source.spec()
     if spec is not None:
         found: dict[str, Tensor] = {}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..families import ModelDims
 from ..families.hf_directory import HFDirectory
 from ..model.config import padded_vocab
-from ..model.gpt import EarlyExitGPT
+from ..model.gpt import STORED_NORMS, EarlyExitGPT
 
 Shard = Callable[[list[Tensor], int, int], Tensor]
 Parts = Callable[[Tensor, int], list[Tensor]]
@@ -42,6 +42,11 @@ class Entry:
     rows: int | None = None
 
     @property
+    def stored(self) -> str:
+        """The parameter's name in a checkpoint, if its stage is the whole model."""
+        return stored_name(self.parameter)
+
+    @property
     def split(self) -> bool:
         """Whether tensor-parallel ranks hold different parts."""
         return self.dim >= 0
@@ -52,6 +57,20 @@ class Entry:
             return self.parts(locals_[0], 1)
         shares = [self.parts(local, len(locals_)) for local in locals_]
         return [torch.cat(same, self.dim)[: self.rows] for same in zip(*shares, strict=True)]
+
+
+def stored_name(parameter: str) -> str:
+    """A parameter's name in megatron-core's checkpoints."""
+    for module, stored in STORED_NORMS.items():
+        parameter = parameter.replace(f".{module}", f".{stored}")
+    return parameter
+
+
+def name_before(stored: str) -> str:
+    """The name under which earlier versions stored what is `stored` now."""
+    for module, now in STORED_NORMS.items():
+        stored = stored.replace(f".{now}", f".{module}")
+    return stored
 
 
 def _whole(tensors: list[Tensor], ranks: int, rank: int) -> Tensor:

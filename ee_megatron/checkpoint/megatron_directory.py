@@ -10,7 +10,7 @@ own. Another layout reads the same files and cuts across the chunks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from ..families import ModelDims, dims_from_config
 from ..families.hf_directory import read_json
 from ..model.config import padded_vocab
 from .manifest import MANIFEST, Hasher, Ledger, entry, read_manifest
-from .mapping import Entry
+from .mapping import Entry, stored_name
 from .megatron_io import KIND, WEIGHTS, whole_entries
 from .meter import Meter
 from .safetensors_io import nbytes
@@ -132,7 +132,7 @@ class _Writer:
             self._vocabulary(item)
         else:
             for shape, offsets, local in _cut(item, self._read(item), self._ranks):
-                self._file.add(item.parameter, shape, offsets, local)
+                self._file.add(item.stored, shape, offsets, local)
 
     def lines(self) -> dict[str, dict]:
         """The manifest's lines of what was written. Raises ValueError if a tensor was not what its source promised."""
@@ -144,7 +144,7 @@ class _Writer:
 
     def _watch(self, name: str, item: Entry) -> Watch:
         watch = Watch(self._source, name, self._dtype, self._hasher, self._meter)
-        self._watches[name] = watch, item.parameter
+        self._watches[name] = watch, item.stored
         return watch
 
     def _read(self, item: Entry) -> list[Tensor]:
@@ -174,7 +174,7 @@ class _Writer:
             block = next(blocks)
             if have < count:
                 block = torch.cat([block, block.new_zeros(count - have, dims.hidden)])
-            self._file.add(item.parameter, (rows, dims.hidden), (begin, 0), block)
+            self._file.add(item.stored, (rows, dims.hidden), (begin, 0), block)
         assert next(blocks, None) is None
 
 
@@ -202,32 +202,22 @@ def global_shape(item: Entry, shapes: list[torch.Size] | list[tuple[int, ...]]) 
     return tuple(item.shard([torch.empty(shape, device="meta") for shape in shapes], 1, 0).shape)
 
 
-class MegatronDirectory(TensorSource):
-    """A Megatron checkpoint as a `TensorSource`. Opening it reads no weights; every read is checked for its place.
+class MegatronTensors(TensorSource):
+    """The tensors of a Megatron checkpoint. Opening it reads no weights; every read is checked for its place.
 
-    Raises FileNotFoundError or ValueError: not such a directory, an unsupported architecture, parameters that are
-    missing, left over or misshapen, chunks that are not those of the recorded layout. A directory that ranks wrote
-    (`save_weights`) and that has a config.json but no manifest is read as well; it has no hashes to check.
+    reader: parameters by their stored names, one for each layer; manifest: at least {"tensors": {}}. Raises ValueError
+    for parameters that are missing, left over or misshapen.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.manifest = read_manifest(self.path) if (self.path / MANIFEST).is_file() else {"tensors": {}}
-        if self.manifest.get("kind", KIND) != KIND:
-            raise ValueError(f"{self.path}: {MANIFEST} says {self.manifest['kind']!r}, expected {KIND!r}")
-        if not (self.path / "config.json").is_file():
-            raise FileNotFoundError(f"{self.path}: no config.json there; expected that of the Hugging Face model")
-        self.config = read_json(self.path / "config.json")
-        self.dims = dims_from_config(self.config)
-        self.reader = TorchDistReader(self.path / WEIGHTS)
+    def __init__(self, path: Path, config: dict, dims: ModelDims, reader: TorchDistReader, manifest: dict):
+        self.path, self.config, self.dims, self.reader, self.manifest = path, config, dims, reader, manifest
         self._entry = {name: item for item in whole_entries(self.dims) for name in item.names}
         self._check_parameters()
-        self._check_layout()
         self._parts: dict[str, Tensor] = {}
 
     def parameter(self, name: str) -> str:
-        """The Megatron parameter that a Hugging Face tensor is (part of)."""
-        return self._entry[name].parameter
+        """The Megatron parameter that a Hugging Face tensor is (part of), as it is stored."""
+        return self._entry[name].stored
 
     def dtype(self, name: str) -> torch.dtype:
         return self.reader.dtype(self.parameter(name))
@@ -236,15 +226,15 @@ class MegatronDirectory(TensorSource):
         """The tensor as Hugging Face stores it, on the CPU."""
         item = self._entry[name]
         if len(item.names) == 1:
-            whole = self.reader.read(item.parameter)
+            whole = self.reader.read(item.stored)
             return whole[: self.dims.vocab] if item.parameter in VOCABULARY else whole
         if GATE_UP in item.parameter:
-            return self.reader.read(item.parameter, item.names.index(name), len(item.names))
+            return self.reader.read(item.stored, item.names.index(name), len(item.names))
         if name not in self._parts:
             # Parts of one layer wait for their turn; what an earlier layer left is not needed any more.
             layer = name.rsplit(".", 3)[0]
             self._parts = {other: part for other, part in self._parts.items() if other.startswith(f"{layer}.")}
-            self._parts |= dict(zip(item.names, item.join([self.reader.read(item.parameter)]), strict=True))
+            self._parts |= dict(zip(item.names, item.join([self.reader.read(item.stored)]), strict=True))
         return self._parts.pop(name).contiguous()
 
     def blocks(self, name: str) -> Iterator[Tensor]:
@@ -253,7 +243,7 @@ class MegatronDirectory(TensorSource):
             yield from super().blocks(name)
             return
         left = self.dims.vocab
-        for block in self.reader.blocks(item.parameter):
+        for block in self.reader.blocks(item.stored):
             # Rows behind the vocabulary only pad it for the ranks.
             for part in rows_of(block[:left]):
                 left -= len(part)
@@ -276,12 +266,11 @@ class MegatronDirectory(TensorSource):
 
     def _check_parameters(self) -> None:
         stored = {name for name in self.reader.chunks if not name.endswith("._extra_state")}
-        expected = {item.parameter: item for item in self._entry.values()}
+        expected = {item.stored: item for item in self._entry.values()}
         missing, extra = sorted(expected.keys() - stored), sorted(stored - expected.keys())
         if missing or extra:
             raise ValueError(
-                f"{self.path / WEIGHTS}: missing {missing[:3]}, unexpected {extra[:3]}; "
-                "config.json and weights disagree"
+                f"{self.reader.folder}: missing {missing[:3]}, unexpected {extra[:3]}; config.json and weights disagree"
             )
         shapes = self.dims.tensor_shapes()
         for name, item in expected.items():
@@ -289,8 +278,29 @@ class MegatronDirectory(TensorSource):
             padded = name in VOCABULARY and found[1:] == wanted[1:] and found[0] >= wanted[0]
             if found != wanted and not padded:
                 raise ValueError(
-                    f"{self.path / WEIGHTS}: {name} has shape {list(found)}, config.json implies {list(wanted)}"
+                    f"{self.reader.folder}: {name} has shape {list(found)}, config.json implies {list(wanted)}"
                 )
+
+
+class MegatronDirectory(MegatronTensors):
+    """A Megatron checkpoint of ours.
+
+    Raises FileNotFoundError or ValueError: not such a directory, an unsupported architecture, other parameters than its
+    own, chunks that are not those of the recorded layout. A directory that ranks wrote (`save_weights`) and that has a
+    config.json but no manifest is read as well; it has no hashes to check.
+    """
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        manifest = read_manifest(path) if (path / MANIFEST).is_file() else {"tensors": {}}
+        if manifest.get("kind", KIND) != KIND:
+            raise ValueError(f"{path}: {MANIFEST} says {manifest['kind']!r}, expected {KIND!r}")
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{path}: no config.json there; expected that of the Hugging Face model")
+        config: dict = read_json(path / "config.json")
+        reader = TorchDistReader(path / WEIGHTS, _named_as_now)
+        super().__init__(path, config, dims_from_config(config), reader, manifest)
+        self._check_layout()
 
     def _check_layout(self) -> None:
         layout = self.manifest.get("layout")
@@ -303,3 +313,8 @@ class MegatronDirectory(TensorSource):
                 f"{self.path}: {MANIFEST} says tensor-parallel degree {layout['tensor']} and {vocabulary} "
                 f"rows of vocabulary, the weights are cut for {self.stored_degree()} and have {rows}; convert it again"
             )
+
+
+def _named_as_now(chunk: StoredChunk) -> StoredChunk:
+    """Earlier versions stored norms under the names that they have in the model."""
+    return replace(chunk, parameter=stored_name(chunk.parameter))

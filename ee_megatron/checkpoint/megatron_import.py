@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,10 +11,12 @@ import torch
 from ..policy import PolicySpec, save_policy
 from ..tensors import digest
 from .base_identity import BASE, base_identity
-from .kinds import gates_of as gates_of
+from .common_state import write_common
 from .manifest import copy_tokenizer, entry_of, write_manifest
 from .megatron_directory import CheckpointLayout, write_weights
-from .megatron_io import KIND, WEIGHTS
+from .megatron_foreign import TRACKER
+from .megatron_io import KIND, WEIGHTS, empty_objects
+from .megatron_settings import common_state
 from .meter import Meter
 from .policy_files import Policy, check_policy
 from .sources import TensorSource, TunedSource, total_bytes
@@ -51,16 +54,28 @@ def write_megatron(
     }
     with workspace(out, job, resume) as space, Meter("weights", total_bytes(source), quiet) as meter:
         chunks, lines = write_weights(space, source, layout, dtype, meter)
-        write_metadata(space.folder / WEIGHTS, chunks)
+        common = common_state(source.dims, asdict(layout), dtype or source.dtype(source.names()[-1]))
+        write_common(space.folder / WEIGHTS, common)
+        write_metadata(space.folder / WEIGHTS, chunks, empty_objects(source.dims))
+        _lead_megatron_lm(space.folder)
         if tensors:
             save_policy(space.folder, spec, tensors, base)
         for name, value in tensors.items():
             lines[name] = entry_of(value, [f"policy:{name}"], "policy.safetensors")
         (space.folder / "config.json").write_text(json.dumps(source.config, indent=2) + "\n")
-        copied = copy_tokenizer(source.path, space.folder)
+        copied = copy_tokenizer(source.tokenizer or source.path, space.folder)
         facts = {"exit_depths": list(spec.exit_depths), "layout": layout.to_json(source.dims), "copied": copied}
         write_manifest(space.folder, KIND, lines, **{BASE: base}, **facts)
     return meter
+
+
+def _lead_megatron_lm(folder: Path) -> None:
+    """It looks for its checkpoints in directories of its own naming, and for a file that says which of them counts."""
+    (folder / TRACKER).write_text("release\n")
+    release = folder / "release"
+    # There already in what an earlier run left.
+    release.unlink(missing_ok=True)
+    release.symlink_to(WEIGHTS, target_is_directory=True)
 
 
 def folded(source: TensorSource, policy: Policy) -> tuple[TensorSource, Policy]:

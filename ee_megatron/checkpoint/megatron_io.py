@@ -1,6 +1,7 @@
 """Megatron checkpoints (torch_dist): the base model's tensors in megatron-core's distributed format.
 
     <directory>/weights/        what megatron-core's dist_checkpointing reads; any tensor or pipeline layout can load it
+    <directory>/release         the same directory under the name by which Megatron-LM's --load finds it
     <directory>/policy.*        adapters and gates by their layout-free names (policy.py)
     <directory>/config.json     the Hugging Face config; tokenizer files and manifest.json beside it
 
@@ -10,7 +11,7 @@ writes the same format in one process, tensor by tensor: megatron_directory.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +25,9 @@ from ..families import ModelDims
 from ..model.config import megatron_config
 from ..model.gpt import EarlyExitGPT, RankModel, build_stage
 from .kinds import WEIGHTS as WEIGHTS
-from .mapping import Entry, entries
+from .mapping import Entry, entries, name_before
+from .megatron_settings import common_state
+from .torch_dist import TorchDistReader
 
 KIND = "megatron"
 DEADLINE = timedelta(minutes=10)
@@ -66,15 +69,28 @@ def cuda_optional() -> Iterator[None]:
         torch.cuda.synchronize, torch.cuda.current_device = originals
 
 
-def _sharded(stages: Iterable[EarlyExitGPT]) -> dict[str, Any]:
+def _sharded(stages: Iterable[EarlyExitGPT], stored: Container[str] | None = None) -> dict[str, Any]:
+    """What the stages store; or, given the names in a checkpoint (`stored`), the parameters as they are found there."""
     # Layers are stored one by one, not stacked, so that stages of unequal length can load them.
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     metadata = {"dp_cp_group": group, "non_homogeneous_layers": True}
     states = [stage.sharded_state_dict(metadata=metadata) for stage in stages]
-    return {
-        str(number): {name: tensor for name, tensor in state.items() if not name.endswith("._extra_state")}
-        for number, state in enumerate(states)
-    }
+    if stored is not None:
+        states = [{n: t for n, t in state.items() if not n.endswith("._extra_state")} for state in states]
+        for tensor in (tensor for state in states for tensor in state.values()):
+            if tensor.key not in stored:
+                tensor.key = name_before(tensor.key)
+    return {str(number): state for number, state in enumerate(states)}
+
+
+def empty_objects(dims: ModelDims) -> list[str]:
+    """Objects without content that megatron-core's models ask a checkpoint for: one for every module that might hold
+    scales of 8-bit numbers, of its own modules and of Transformer Engine's."""
+    modules = ["self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"]
+    if dims.qk_norm:
+        modules += ["self_attention.q_layernorm", "self_attention.k_layernorm"]
+    names = [f"decoder.layers.{layer}.{module}" for layer in range(dims.num_layers) for module in modules]
+    return [f"{name}._extra_state/shard_0_1" for name in [*names, "decoder.final_layernorm"]]
 
 
 def _stages(model: EarlyExitGPT | RankModel) -> list[EarlyExitGPT]:
@@ -87,8 +103,14 @@ def save_weights(model: EarlyExitGPT | RankModel, directory: Path) -> None:
 
     The calling program needs a `__main__` guard: megatron-core starts helper processes that import it again.
     """
+    stages = _stages(model)
+    config = stages[0].config
+    assert config.dims is not None
+    layout = {"tensor": config.tensor_model_parallel_size, "pipeline": config.pipeline_model_parallel_size}
+    common = common_state(config.dims, layout, config.params_dtype)
+    content = common.pop("content_metadata")
     with cuda_optional():
-        dist_checkpointing.save(_sharded(_stages(model)), str(directory))
+        dist_checkpointing.save(common | _sharded(stages), str(directory), content_metadata=content)
 
 
 @torch.no_grad()
@@ -104,8 +126,9 @@ def load_weights(model: EarlyExitGPT | RankModel, directory: Path) -> None:
     for name, parameter in ((n, p) for stage in stages for n, p in stage.named_parameters()):
         if name.endswith(("word_embeddings.weight", "output_layer.weight")):
             parameter.zero_()
+    stored = TorchDistReader(directory).chunks
     with cuda_optional():
-        loaded = dist_checkpointing.load(_sharded(stages), str(directory))
+        loaded = dist_checkpointing.load(_sharded(stages, stored), str(directory))
     for number, stage in enumerate(stages):
         stage.load_state_dict(loaded[str(number)], strict=False)
 

@@ -31,6 +31,8 @@ class TensorSource:
     path: Path
     config: dict
     dims: ModelDims
+    # Where tokenizer and templates are, if not in `path`.
+    tokenizer: Path | None = None
 
     def names(self) -> list[str]:
         """The tensors' Hugging Face names, in the model's order."""
@@ -161,6 +163,7 @@ class TunedSource(TensorSource):
 
     def __init__(self, base: TensorSource, tensors: Mapping[str, Tensor]):
         self.base, self.path, self.config, self.dims = base, base.path, base.config, base.dims
+        self.tokenizer = base.tokenizer
         self._tensors = tensors
 
     def dtype(self, name: str) -> torch.dtype:

@@ -1,7 +1,7 @@
 """Megatron-core's torch_dist format, read and written in one process, chunk by chunk, without process groups.
 
     metadata.json    which format this is
-    common.pt        what is not a tensor (nothing)
+    common.pt        what is not a tensor: common_state.py
     .metadata        per parameter: global shape, dtype, its chunks; per chunk: file, offset, length
     *.distcp         chunks, each as `torch.save` writes a tensor, one after another, each at a multiple of ALIGNMENT
 
@@ -19,7 +19,7 @@ import struct
 import sys
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -39,6 +40,7 @@ from torch.distributed.checkpoint.metadata import (
 from .workspace import OutputFile
 
 FORMAT = "metadata.json"
+EMPTY_OBJECT = "objects.distcp"
 # What torch.save gives the numbers within a chunk; with the chunk at a multiple of it, they are aligned in the file.
 ALIGNMENT = 8
 # The classes that a .metadata file consists of. It is a pickle: anything else in it is refused, not executed.
@@ -123,8 +125,11 @@ class ChunkFile:
         self._file.__exit__(kind, *rest)
 
 
-def write_metadata(folder: Path, chunks: Sequence[StoredChunk]) -> None:
-    """Finish a checkpoint whose chunks are all written. Raises ValueError unless they tile every parameter."""
+def write_metadata(folder: Path, chunks: Sequence[StoredChunk], empty: Iterable[str] = ()) -> None:
+    """Finish a checkpoint whose chunks and common.pt are written. Raises ValueError unless they tile every parameter.
+
+    empty: names of objects that readers ask for and that hold nothing: all are one `[None]` in a file of its own.
+    """
     by_name: dict[str, list[StoredChunk]] = defaultdict(list)
     for chunk in chunks:
         by_name[chunk.parameter].append(chunk)
@@ -137,8 +142,13 @@ def write_metadata(folder: Path, chunks: Sequence[StoredChunk]) -> None:
         tensors[name] = TensorStorageMetadata(properties, torch.Size(own[0].shape), boxes)
         for number, c in enumerate(own):
             storage[MetadataIndex(name, c.offsets, number)] = _StorageInfo(c.file, c.offset, c.length)
+    for name in empty:
+        if not (folder / EMPTY_OBJECT).exists():
+            # megatron-core stores a list: one object for every rank-local copy of the name.
+            torch.save([None], folder / EMPTY_OBJECT)
+        tensors[name] = BytesStorageMetadata()
+        storage[MetadataIndex(name)] = _StorageInfo(EMPTY_OBJECT, 0, (folder / EMPTY_OBJECT).stat().st_size)
     metadata = Metadata(tensors, {}, storage, StorageMeta(), CURRENT_DCP_VERSION)
-    torch.save({}, folder / "common.pt")
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     facts = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     facts |= {"common_backend": "torch", "common_backend_version": 1}
@@ -157,11 +167,22 @@ def check_tiling(name: str, chunks: Sequence[StoredChunk]) -> None:
         for c in chunks
     )
     covered = sum(torch.Size(c.sizes).numel() for c in chunks)
-    clear = not any(_overlap(a, b) for a, b in itertools.combinations(chunks, 2))
-    if not inside or not clear or covered != torch.Size(shape).numel():
+    if not inside or _any_overlap(chunks) or covered != torch.Size(shape).numel():
         raise ValueError(
             f"{name}: its chunks do not make up a tensor of shape {list(shape)}; the checkpoint is damaged"
         )
+
+
+def _any_overlap(chunks: Sequence[StoredChunk]) -> bool:
+    """Only boxes that begin before the one in hand ends are compared with it: stacked layers are thousands of boxes."""
+    in_order = sorted(chunks, key=lambda c: c.offsets)
+    for number, chunk in enumerate(in_order):
+        for other in in_order[number + 1 :]:
+            if chunk.offsets and other.offsets[0] >= chunk.offsets[0] + chunk.sizes[0]:
+                break
+            if _overlap(chunk, other):
+                return True
+    return False
 
 
 def _overlap(a: StoredChunk, b: StoredChunk) -> bool:
@@ -175,22 +196,30 @@ class TorchDistReader:
     A tensor that is one chunk is the file itself, mapped copy-on-write: no memory is filled before it is looked at, and
     letting go of the tensor gives it back.
 
+    named: by which name a chunk is known, and as part of which shape (None: not at all); remedy: what to do about a
+    damaged checkpoint.
+
     Raises FileNotFoundError or ValueError, one line: no checkpoint, another format, metadata that cannot be read or
     does not fit its files.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        named: Callable[[StoredChunk], StoredChunk | None] = lambda chunk: chunk,
+        remedy: str = "convert it again",
+    ):
+        self.folder, self._remedy = folder, remedy
         if not (folder / FORMAT).is_file():
-            raise FileNotFoundError(f"{folder}: no {FORMAT} there; the checkpoint is incomplete, convert it again")
+            raise FileNotFoundError(f"{folder}: no {FORMAT} there; the checkpoint is incomplete, {remedy}")
         try:
             backend = json.loads((folder / FORMAT).read_text()).get("sharded_backend")
         except json.JSONDecodeError:
             backend = "unreadable"
         if backend != "torch_dist":
-            raise ValueError(f"{folder / FORMAT}: format {backend!r}, expected 'torch_dist'; convert it again")
+            raise ValueError(f"{folder / FORMAT}: format {backend!r}, expected 'torch_dist'; {remedy}")
         self.chunks: dict[str, list[StoredChunk]] = defaultdict(list)
-        for chunk in self._read_metadata():
+        for chunk in filter(None, map(named, self._read_metadata())):
             self.chunks[chunk.parameter].append(chunk)
         for name, chunks in self.chunks.items():
             check_tiling(name, chunks)
@@ -246,11 +275,12 @@ class TorchDistReader:
             raise ValueError(self._damaged(path.name, error)) from None
         if (
             not isinstance(tensor, Tensor)
-            or tuple(tensor.shape) != chunk.sizes
+            or tuple(tensor.shape) not in (chunk.sizes, (1, *chunk.sizes))
             or tensor.dtype != self.dtype(chunk.parameter)
         ):
             raise ValueError(self._damaged(path.name, f"{chunk.parameter} is not what .metadata says"))
-        return tensor
+        # A layer of a stack of layers is known by its own shape.
+        return tensor.view(chunk.sizes)
 
     def _read_metadata(self) -> Iterator[StoredChunk]:
         try:
@@ -278,7 +308,7 @@ class TorchDistReader:
 
     def _damaged(self, file: str, reason: object) -> str:
         text = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
-        return f"{self.folder / file}: cannot be read ({text}); the checkpoint is damaged, convert it again"
+        return f"{self.folder / file}: cannot be read ({text}); the checkpoint is damaged, {self._remedy}"
 
 
 class _Metadata(pickle.Unpickler):

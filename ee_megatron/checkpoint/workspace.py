@@ -238,7 +238,7 @@ def _clear(folder: Path, journal: TextIO) -> None:
     journal.truncate()
     for path in folder.iterdir():
         if path.name != JOURNAL:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _publish(folder: Path, out: Path) -> None:

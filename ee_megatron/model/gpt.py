@@ -31,6 +31,13 @@ from .layer import EarlyExitLayer
 from .lora import DownLinear, GateUpLinear, LoRAPair, OutLinear, QKVLinear
 from .parts import CausalAttention, HeadNorm, RMSNorm, SkippingAttention
 
+# Under which names megatron-core stores a layer's norms: those of Transformer Engine, which fuses a norm with the
+# product behind it. Its layer spec for unfused norms says the same.
+STORED_NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
 
 def layer_spec(config: EarlyExitTransformerConfig) -> ModuleSpec:
     norm = HeadNorm if config.qk_layernorm else None
@@ -55,6 +62,7 @@ def layer_spec(config: EarlyExitTransformerConfig) -> ModuleSpec:
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=STORED_NORMS,
         ),
     )
 

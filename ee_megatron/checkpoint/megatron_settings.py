@@ -1,0 +1,214 @@
+"""A model's dimensions as Megatron-LM and Megatron-Bridge record them beside their weights, both ways.
+
+common.pt         Megatron-LM's arguments, an argparse.Namespace
+run_config.yaml   Megatron-Bridge's settings; `model` has the fields of megatron-core's TransformerConfig
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ..families import FAMILIES, ModelDims, padded_vocab
+from .common_state import read_common
+
+RUN_CONFIG = "run_config.yaml"
+# megatron-core's llama3 scaling knows a factor; the rest is fixed there.
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_LLAMA3_ON = ("use_rope_scaling", "rope_scaling")
+# Settings that change the mathematics, and the values under which ours is the same. One that isn't there is neutral.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "normalization": ("RMSNorm",),
+    "swiglu": (True,),
+    "gated_linear_unit": (True,),
+    "position_embedding_type": ("rope",),
+    "rotary_percent": (1.0,),
+    "rotary_interleaved": (False,),
+    "apply_layernorm_1p": (False,),
+    "layernorm_zero_centered_gamma": (False,),
+    "apply_residual_connection_post_layernorm": (False,),
+    "num_experts": (None, 0),
+    "num_moe_experts": (None, 0),
+    "multi_latent_attention": (False,),
+    "mtp_num_layers": (None, 0),
+    "qk_l2_norm": (False,),
+    "window_size": (None,),
+    "no_rope_freq": (None,),
+    "softmax_type": ("vanilla",),
+    "attention_output_gate": (False,),
+    "is_hybrid_model": (False,),
+    "heterogeneous_layers_config_path": (None,),
+    "experimental_attention_variant": (None,),
+}
+# Dimension -> what it is called; the first that is there counts.
+_NAMES = {
+    "num_layers": ("num_layers",),
+    "hidden": ("hidden_size",),
+    "intermediate": ("ffn_hidden_size",),
+    "heads": ("num_attention_heads",),
+    "kv_heads": ("num_query_groups",),
+    "head_dim": ("kv_channels",),
+    "max_positions": ("max_position_embeddings", "seq_length"),
+    "rms_eps": ("norm_epsilon", "layernorm_epsilon"),
+    "rope_theta": ("rotary_base",),
+}
+
+
+def arguments(dims: ModelDims, layout: Mapping[str, Any], dtype: torch.dtype) -> Namespace:
+    """Megatron-LM's arguments for a model. `layout`: degrees "tensor", "pipeline" of the ranks it is cut for."""
+    scaling = dict(dims.rope_scaling)
+    kind = scaling.get("rope_type")
+    return Namespace(
+        num_layers=dims.num_layers,
+        hidden_size=dims.hidden,
+        ffn_hidden_size=dims.intermediate,
+        num_attention_heads=dims.heads,
+        group_query_attention=dims.kv_heads < dims.heads,
+        num_query_groups=dims.kv_heads,
+        kv_channels=dims.head_dim,
+        max_position_embeddings=dims.max_positions,
+        position_embedding_type="rope",
+        # An old spelling of the same, compared by every reader: positions aren't learned beside what the type says.
+        add_position_embedding=True,
+        rotary_base=int(dims.rope_theta),
+        rotary_percent=1.0,
+        rotary_interleaved=False,
+        rotary_seq_len_interpolation_factor=int(float(scaling["factor"])) if kind == "linear" else None,
+        use_rope_scaling=kind == "llama3",
+        rope_scaling_factor=float(scaling["factor"]) if kind == "llama3" else 8.0,
+        normalization="RMSNorm",
+        norm_epsilon=dims.rms_eps,
+        apply_layernorm_1p=False,
+        swiglu=True,
+        squared_relu=False,
+        add_bias_linear=dims.out_bias and dims.mlp_bias,
+        add_qkv_bias=dims.qkv_bias,
+        qk_layernorm=dims.qk_norm,
+        untie_embeddings_and_output_weights=not dims.tied,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        apply_query_key_layer_scaling=False,
+        tokenizer_type="HuggingFaceTokenizer",
+        vocab_size=dims.vocab,
+        padded_vocab_size=padded_vocab(dims.vocab, layout["tensor"]),
+        make_vocab_size_divisible_by=1,
+        tensor_model_parallel_size=layout["tensor"],
+        pipeline_model_parallel_size=layout["pipeline"],
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        ckpt_format="torch_dist",
+        # There is no optimizer and no state of random numbers to go on from.
+        no_save_optim=True,
+        no_save_rng=True,
+        consumed_train_samples=0,
+        consumed_valid_samples=0,
+    )
+
+
+def common_state(dims: ModelDims, layout: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """What Megatron-LM expects in common.pt: version of the format, iteration, arguments, and one entry per layer."""
+    content = {"non_homogeneous_layers": True}
+    return {
+        "args": arguments(dims, layout, dtype),
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "content_metadata": content,
+    }
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Settings by name, from run_config.yaml or the arguments in common.pt; none if neither is there.
+
+    Raises ValueError, one line: damaged.
+    """
+    file = folder / RUN_CONFIG
+    if file.is_file():
+        try:
+            model = yaml.safe_load(file.read_text()).get("model", {})
+        except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+            text = " ".join(str(error).split())
+            raise ValueError(f"{file}: cannot be read ({text}); the checkpoint is damaged, save it again") from None
+        return dict(model)
+    return dict(getattr(read_common(folder).get("args"), "__dict__", {}))
+
+
+def refuse_settings(settings: Mapping[str, Any], where: Path) -> None:
+    """Raises ValueError, naming the setting, for what would change the mathematics and is not supported."""
+    for name, neutral in _NEUTRAL.items():
+        if name in settings and settings[name] not in neutral:
+            raise ValueError(f"{where}: {name}={settings[name]!r} is not supported; expected {neutral[0]!r}")
+
+
+def compare_settings(settings: Mapping[str, Any], dims: ModelDims, where: Path, config: Path) -> None:
+    """Raises ValueError for the first dimension that the checkpoint records and `config` contradicts."""
+    for field, names in _NAMES.items():
+        found, wanted = _setting(settings, names), getattr(dims, field)
+        # Positions may be fewer in training than what the model can do.
+        if found is not None and field != "max_positions" and float(found) != float(wanted):
+            raise ValueError(
+                f"{where}: {names[0]}={found} is recorded there, {wanted} in {config}; give its own --config"
+            )
+    scaled, llama3 = _setting(settings, _LLAMA3_ON), dict(dims.rope_scaling).get("rope_type") == "llama3"
+    if scaled is not None and bool(scaled) != llama3:
+        raise ValueError(
+            f"{where}: {_LLAMA3_ON[0]}={scaled} is recorded there, {config} has {dict(dims.rope_scaling) or None}; "
+            "give its own --config"
+        )
+
+
+def config_of(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: Path) -> dict[str, Any]:
+    """A Hugging Face config from recorded settings, and from the stored parameters what these show.
+
+    shapes: whole parameters by their stored names. The vocabulary is the recorded one, else as many rows as are stored,
+    padding included. Raises ValueError for a dimension that isn't recorded.
+    """
+    found = {field: _setting(settings, names) for field, names in _NAMES.items()}
+    heads, hidden = found["heads"], found["hidden"]
+    found["kv_heads"] = found["kv_heads"] or heads
+    found["head_dim"] = found["head_dim"] or (hidden // heads if heads and hidden else None)
+    missing = [_NAMES[field][0] for field, value in found.items() if value is None]
+    if missing:
+        raise ValueError(f"{where}: records no {', '.join(missing)}; add --config with its Hugging Face directory")
+    layer = "decoder.layers.0."
+    qk_norm = f"{layer}self_attention.q_layernorm.weight" in shapes
+    out_bias, qkv_bias = (f"{layer}self_attention.linear_{part}.bias" in shapes for part in ("proj", "qkv"))
+    family = "qwen3" if qk_norm else "qwen2" if qkv_bias and not out_bias else "llama"
+    config = {
+        "model_type": family,
+        "architectures": [FAMILIES[family].ARCHITECTURE],
+        "hidden_act": "silu",
+        "num_hidden_layers": found["num_layers"],
+        "hidden_size": hidden,
+        "intermediate_size": found["intermediate"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": found["kv_heads"],
+        "head_dim": found["head_dim"],
+        "max_position_embeddings": found["max_positions"],
+        "rms_norm_eps": found["rms_eps"],
+        "rope_theta": float(found["rope_theta"]),
+        "rope_scaling": _rope_scaling(settings),
+        "vocab_size": settings.get("vocab_size") or shapes["embedding.word_embeddings.weight"][0],
+        "tie_word_embeddings": "output_layer.weight" not in shapes,
+    }
+    if family != "qwen2":
+        config["attention_bias"] = qkv_bias
+    if family == "llama":
+        config["mlp_bias"] = f"{layer}mlp.linear_fc1.bias" in shapes
+    return config
+
+
+def _setting(settings: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    return next((settings[name] for name in names if settings.get(name) is not None), None)
+
+
+def _rope_scaling(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    if _setting(settings, _LLAMA3_ON):
+        return {"rope_type": "llama3", "factor": float(settings.get("rope_scaling_factor") or 8.0), **LLAMA3}
+    linear = _setting(settings, ("rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor"))
+    return {"rope_type": "linear", "factor": float(linear)} if linear else None

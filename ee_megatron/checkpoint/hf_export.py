@@ -36,6 +36,7 @@ from .workspace import Workspace, workspace
 
 EXPORT_FILES = Path(__file__).parent / "export_files"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EXPORTED_CODE = tuple(f"{part}_early_exit.py" for part in ("configuration", "generation", "layers", "modeling"))
 SHARD_BYTES = 4 << 30
 DEFAULT_EXIT_POLICY = Threshold(0.5).to_json()
 COMBINATIONS = {"merge": ("embed", "sidecar", "drop"), "keep": ("sidecar", "drop")}
@@ -248,7 +249,7 @@ def _write_config(
             **gate_facts(spec),
             "exit_policy": exit_policy,
         }
-        for file in ("configuration_early_exit.py", "modeling_early_exit.py"):
+        for file in EXPORTED_CODE:
             shutil.copyfile(EXPORT_FILES / file, folder / file)
     else:
         config["architectures"] = [FAMILIES[base.dims.family].ARCHITECTURE]

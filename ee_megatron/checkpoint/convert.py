@@ -105,6 +105,7 @@ def _export(args: argparse.Namespace) -> int:
         gates,
         args.dtype,
         shard_bytes=args.max_shard_size,
+        base_name=args.base_name,
         resume=args.resume,
         quiet=args.quiet,
     )
@@ -205,6 +206,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--gates", choices=("auto", "embed", "sidecar", "drop"), default="auto")
     command.add_argument(
         "--max-shard-size", type=_size, default=SHARD_BYTES, help="largest weight file, as in 5GB (default: 4GiB)"
+    )
+
+    command.add_argument(
+        "--base-name", help="what --adapters keep calls the base model: a name on the hub, or a directory"
     )
 
     command = _command(commands, "reshard", "Megatron checkpoint -> the same for another parallel layout", _reshard)

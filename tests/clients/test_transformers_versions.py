@@ -49,7 +49,8 @@ folder, names = sys.argv[1], sys.argv[2:]
 inputs = torch.load(f"{folder}/inputs.pt")
 made = {"version": transformers.__version__, "logits": {}, "answers": {}, "modes": {}}
 ids, prompts = inputs["ids"], inputs["prompts"]
-greedy = {"max_new_tokens": inputs["new"], "do_sample": False, "eos_token_id": None, "pad_token_id": 129}
+# An end that never comes: older prompt lookup can't do without one.
+greedy = {"max_new_tokens": inputs["new"], "do_sample": False, "eos_token_id": 10**6, "pad_token_id": 129}
 MODES = ({"prompt_lookup_num_tokens": 3}, {"use_cache": False}, {"exit_policy": "threshold:0.5"})
 
 def load(name, dtype=torch.float32):

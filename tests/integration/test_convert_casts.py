@@ -25,6 +25,7 @@ def policy_for(base, size: float = 0.1, **options):
 
 
 def refused(capsys, *words: str) -> str:
+    capsys.readouterr()
     assert main(list(words)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1

@@ -6,12 +6,16 @@ import re
 
 from transformers import CONFIG_MAPPING, PretrainedConfig, __version__
 
-OLDEST = (4, 46)
-if tuple(int(part) for part in re.findall(r"\d+", __version__)[:2]) < OLDEST:
+VERSION, OLDEST = tuple(int(part) for part in re.findall(r"\d+", __version__)[:2]), (4, 46)
+if VERSION < OLDEST:
     raise ImportError(
         f"transformers {__version__} is too old for a model with early exits, which needs "
         f"{'.'.join(map(str, OLDEST))} or newer; pip install -U transformers"
     )
+
+# What this version calls the rotary embedding's settings, and what others do.
+ROPE = ("rope_parameters",), ("rope_theta", "rope_scaling")
+OWN_ROPE, OTHER_ROPE = ROPE if VERSION >= (5,) else ROPE[::-1]
 
 BASE_MODEL_TYPES = ("llama", "qwen2", "qwen3")
 OWN_FIELDS = ("base_model_type", "exit_depths", "gate_width", "gate_input", "first_token", "exit_policy")
@@ -68,7 +72,7 @@ class EarlyExitConfig(PretrainedConfig):
 
     model_type = "early_exit"
     # Trainer's evaluation gathers a model's outputs from all devices; a cache can't be.
-    keys_to_ignore_at_inference = ("past_key_values", "cache")
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -88,8 +92,8 @@ class EarlyExitConfig(PretrainedConfig):
         # The base's class fills in its defaults and brings older spellings of fields into its own form.
         fields = CONFIG_MAPPING[base_model_type](**kwargs).to_dict()
         fields.pop("model_type", None)
-        rope = {name: fields[name] for name in ("rope_parameters", "rope_theta", "rope_scaling") if name in fields}
-        super().__init__(**{**fields, **kwargs, **rope})
+        given = {**fields, **kwargs, **{name: fields[name] for name in OWN_ROPE}}
+        super().__init__(**{name: value for name, value in given.items() if name not in OTHER_ROPE})
         self.use_cache = fields.get("use_cache", True)
         self.base_model_type = base_model_type
         self.exit_depths = [int(depth) for depth in exit_depths or []]

@@ -71,6 +71,13 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         self._running: Generation | None = None
         self.post_init()
 
+    # Older transformers don't find the head by itself, and would not tie it.
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings  # type: ignore[assignment]
+
     @staticmethod
     def _check_attention(config: EarlyExitConfig) -> None:
         kind = getattr(config, "_attn_implementation", None) or ATTENTION[0]
@@ -167,7 +174,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         past = int(cache.get_seq_length()) if cache is not None else 0
         # Positions that begin anew mean several sequences in one row, unless a cache says what came before.
         packed = position_ids if cache is None else None
-        if self.model.gradient_checkpointing and self.training:
+        if self.model.gradient_checkpointing and self.training and torch.is_grad_enabled():
             cache, use_cache = None, False
         elif use_cache and cache is None:
             cache = DynamicCache()
@@ -261,7 +268,8 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         self, layer: Any, index: int, x_BTD: Tensor, active_BT: Tensor, shared: Pass
     ) -> tuple[Tensor, Tensor | None]:
         """`_layer`, without keeping what it computes for the gradient where that was asked for."""
-        if self.training and getattr(layer, "gradient_checkpointing", self.model.gradient_checkpointing):
+        wanted = getattr(layer, "gradient_checkpointing", self.model.gradient_checkpointing)
+        if wanted and self.training and torch.is_grad_enabled():
             again = self.model._gradient_checkpointing_func
             return again(self._layer, layer, index, x_BTD, active_BT, shared)
         return self._layer(layer, index, x_BTD, active_BT, shared)

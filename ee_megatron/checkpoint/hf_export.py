@@ -107,6 +107,7 @@ def export_hf(
         entries |= _write_sidecar(spec, tensors, folder, gates, ledger)
         ledger.close()
         copied = copy_tokenizer(base.path, folder)
+        _name_tokenizer_for_all_versions(folder / "tokenizer_config.json")
         facts = {"adapters": adapters, "gates": gates, "exit_depths": list(spec.exit_depths), "copied": copied}
         facts["speed"] = meter.line()
         write_manifest(folder, "hf_export", entries, **facts)
@@ -296,6 +297,22 @@ def _for_all_versions(base: TensorSource, dtype: str) -> dict:
     }
     stored = dtype if dtype != "auto" else config.get("dtype") or config.get("torch_dtype")
     return fields | ({"dtype": stored, "torch_dtype": stored} if stored else {})
+
+
+def _name_tokenizer_for_all_versions(file: Path) -> None:
+    """A tokenizer that transformers 5 saved, under the names that transformers 4 has and 5 still reads."""
+    if not file.is_file():
+        return
+    try:
+        fields = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file.name} of the base is not valid JSON: {error}") from None
+    if fields.get("tokenizer_class") != "TokenizersBackend":
+        return
+    fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(fields.get("extra_special_tokens"), list):
+        fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+    file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
 
 
 def _write_peft(plan: ExportPlan, folder: Path, ledger: Ledger, base_name: str | None) -> dict[str, dict]:

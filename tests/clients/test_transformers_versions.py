@@ -114,8 +114,8 @@ class Made:
             decoder.eos_ids = frozenset({10**6})
             with torch.no_grad():
                 self.logits[name] = model(ids).logits
-                lengths = torch.full((2,), ids.shape[1])
-                self.logits[f"{name}-prescribed"] = decoder.forward_parallel(ids, lengths, depths)
+                hidden = decoder.forward_parallel(ids, torch.full((2,), ids.shape[1]), depths)
+                self.logits[f"{name}-prescribed"] = decoder.readout(hidden)
             tokenizer = AutoTokenizer.from_pretrained(base)
             self.answers[name] = [answer(decoder, tokenizer, prompt.tolist()) for prompt in prompts]
 

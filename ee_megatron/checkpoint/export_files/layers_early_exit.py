@@ -41,8 +41,9 @@ class Gate(nn.Module):
 
     def __init__(self, hidden: int, width: float, normalised: bool, eps: float):
         super().__init__()
-        self.fc1 = WideLinear(hidden, round(width * hidden))
-        self.fc2 = nn.Linear(round(width * hidden), 1)
+        # By name, since older transformers make modules in the dtype that is asked for.
+        self.fc1 = WideLinear(hidden, round(width * hidden), dtype=torch.float32)
+        self.fc2 = nn.Linear(round(width * hidden), 1, dtype=torch.float32)
         self.normalised, self.eps = normalised, eps
 
     def forward(self, x_BTD: Tensor) -> Tensor:

@@ -186,7 +186,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         shared = Pass(mask, rope, cache, past, eager)  # type: ignore[arg-type]
         depth_BT, policy, first = self._start_depths(exit_depths, rows, new, past, cache, x_BTD.device)
         hidden: list[Tensor] = []
-        weights: list[Tensor] = []
+        weights: list[Tensor | None] = []
         for depth, layer in enumerate(self.model.layers):
             if first < new and str(depth) in self.gates and policy["kind"] in ("threshold", "sample"):
                 depth_BT = self._ask_gate(depth, x_BTD, depth_BT, policy, first)

@@ -177,6 +177,7 @@ def _export(args: argparse.Namespace) -> int:
         gates if exits else "drop",
         args.dtype,
         shard_bytes=args.max_shard_size or SHARD_BYTES,
+        base_name=args.base_name,
         resume=args.resume,
         quiet=args.quiet,
     )
@@ -341,6 +342,10 @@ def _parser() -> argparse.ArgumentParser:
         help="auto: embed, or sidecar with --adapters keep; drop where there are none (default: auto)",
     )
     command.add_argument("--max-shard-size", type=_size, help="largest weight file, as in 5GB (default: 4GiB)")
+
+    command.add_argument(
+        "--base-name", help="what --adapters keep calls the base model: a name on the hub, or a directory"
+    )
 
     command = _command(commands, "reshard", "Megatron checkpoint -> the same for another parallel layout", _reshard)
     command.add_argument("--checkpoint", required=True, help="Megatron checkpoint")

@@ -12,6 +12,7 @@ Tensors pass through block by block; only those that take up an adapter are in m
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from ..exit_rules import Threshold
 from ..families import FAMILIES
+from ..families.base import rope_parameters
 from ..families.hf_directory import HFDirectory
 from ..policy import PolicySpec
 from ..tensors import FileTensors, digest
@@ -33,11 +35,12 @@ from .manifest import Digest, Hasher, Ledger, copy_tokenizer, entry, entry_of, w
 from .meter import Meter
 from .policy_files import check_policy, open_policy
 from .safetensors_io import SafetensorsWriter, aligned, nbytes, write_small
-from .sources import HFSource, TensorSource, TunedSource, Watch, ahead, gate_facts, total_bytes
+from .sources import HFSource, TensorSource, TunedSource, Watch, ahead, cast, gate_facts, total_bytes
 from .workspace import Workspace, workspace
 
 EXPORT_FILES = Path(__file__).parent / "export_files"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EXPORTED_CODE = tuple(f"{part}_early_exit.py" for part in ("configuration", "generation", "layers", "modeling"))
 SHARD_BYTES = 4 << 30
 DEFAULT_EXIT_POLICY = Threshold(0.5).to_json()
 COMBINATIONS = {"merge": ("embed", "sidecar", "drop"), "keep": ("sidecar", "drop")}
@@ -53,6 +56,7 @@ def export_hf(
     exit_policy: dict | None = None,
     shard_bytes: int = SHARD_BYTES,
     *,
+    base_name: str | None = None,
     resume: bool = False,
     quiet: bool = True,
     origin: Mapping[str, Any] | None = None,
@@ -62,6 +66,7 @@ def export_hf(
     policy: a policy checkpoint directory, or spec and tensors; that of a full fine-tuning is the base, too.
     gates "auto": embed with merged adapters, else sidecar.
     dtype: float32, bfloat16, float16, or auto (each tensor as it is stored in the base); gates stay float32.
+    base_name: what a PEFT adapter calls its base, a hub name or a directory; that of `base` unless given.
     exit_policy: the default of the embedded model's `generate`, {"kind": "threshold", "value": 0.5} unless given.
     resume: go on from what a killed run left, and leave the same if this one fails. quiet: no progress bar.
     origin: what the export was made from, as its manifest shall say (JSON).
@@ -80,6 +85,7 @@ def export_hf(
     out = Path(out)
     gates = ("embed" if adapters == "merge" else "sidecar") if gates == "auto" else gates
     _check_options(spec, adapters, gates, dtype)
+    base_name = _peft_base(base, base_name, adapters)
     check_policy(base.dims, spec, tensors)
     exit_policy = exit_policy or DEFAULT_EXIT_POLICY
     check_exit_policy(exit_policy, list(spec.exit_depths), spec.num_layers)
@@ -93,7 +99,7 @@ def export_hf(
         "source": base.fingerprint(),
         "spec": spec.to_json(),
         "policy": fingerprint_of(tensors),
-        "options": [adapters, gates, dtype, exit_policy, shard_bytes],
+        "options": [adapters, gates, dtype, exit_policy, shard_bytes, base_name],
     }
     total = total_bytes(base) if adapters == "merge" else 0
     with workspace(out, job, resume) as space, Meter("export", total, quiet) as meter:
@@ -104,10 +110,11 @@ def export_hf(
             # Names, shapes and lengths as the next reader will see them.
             HFDirectory(folder)
         else:
-            entries = _write_peft(plan, folder, ledger)
+            entries = _write_peft(plan, folder, ledger, base_name)
         entries |= _write_sidecar(spec, tensors, folder, gates, ledger)
         ledger.close()
         copied = copy_tokenizer(base.path, folder)
+        _name_tokenizer_for_all_versions(folder / "tokenizer_config.json")
         facts: dict[str, Any] = {"adapters": adapters, "gates": gates, "exit_depths": list(spec.exit_depths)}
         facts |= {"copied": copied, "speed": meter.line()}
         if origin is not None:
@@ -133,6 +140,31 @@ def _check_options(spec: PolicySpec, adapters: str, gates: str, dtype: str) -> N
         raise ValueError(f"dtype={dtype!r}: expected auto, {', '.join(DTYPES)}")
     if adapters == "keep" and not spec.rank:
         raise ValueError("adapters='keep': the policy has no adapters (rank 0); use adapters='merge'")
+
+
+def _peft_base(base: TensorSource, name: str | None, adapters: str) -> str | None:
+    """What a PEFT adapter is to call its base, so that it is found from any directory; None for a merged model.
+
+    `_name_or_path` in config.json is not asked: a model that was fine-tuned and saved names its parent there.
+    """
+    if adapters == "merge":
+        if name:
+            raise ValueError(f"--base-name {name}: only for --adapters keep; a merged model names no base")
+        return None
+    if name is None and isinstance(base, HFSource):
+        return str(base.path.resolve())
+    if name is None:
+        raise ValueError(
+            f"{base.path}: holds no model that PEFT can load; say with --base-name what it was imported from, a "
+            "name on the hub or a directory"
+        )
+    if not Path(name).is_dir():
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+            raise ValueError(f"--base-name {name}: neither a directory nor a name on the hub, as in org/model")
+        return name
+    if HFDirectory(name).dims != base.dims:
+        raise ValueError(f"--base-name {name}: has other dimensions than {base.path}")
+    return str(Path(name).resolve())
 
 
 def adapter_of(name: str, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -241,10 +273,7 @@ def _write_shard(
 def _write_config(
     base: TensorSource, spec: PolicySpec, folder: Path, gates: str, dtype: str, exit_policy: dict
 ) -> None:
-    config = dict(base.config)
-    if dtype != "auto":
-        config.pop("torch_dtype", None)
-        config["dtype"] = dtype
+    config = dict(base.config) | _for_all_versions(base, dtype)
     if gates == "embed":
         config |= {
             "model_type": "early_exit",
@@ -257,26 +286,57 @@ def _write_config(
             **gate_facts(spec),
             "exit_policy": exit_policy,
         }
-        for file in ("configuration_early_exit.py", "modeling_early_exit.py"):
+        for file in EXPORTED_CODE:
             shutil.copyfile(EXPORT_FILES / file, folder / file)
     else:
         config["architectures"] = [FAMILIES[base.dims.family].ARCHITECTURE]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _write_peft(plan: ExportPlan, folder: Path, ledger: Ledger) -> dict[str, dict]:
+def _for_all_versions(base: TensorSource, dtype: str) -> dict:
+    """What transformers 4 and 5 read under different names, or fill with different defaults, under both names."""
+    config, dims = base.config, base.dims
+    rope = rope_parameters(config, dims.family)
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    fields = {
+        "rope_parameters": rope,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+        "tie_word_embeddings": dims.tied,
+    }
+    stored = dtype if dtype != "auto" else config.get("dtype") or config.get("torch_dtype")
+    return fields | ({"dtype": stored, "torch_dtype": stored} if stored else {})
+
+
+def _name_tokenizer_for_all_versions(file: Path) -> None:
+    """A tokenizer that transformers 5 saved, under the names that transformers 4 has and 5 still reads."""
+    if not file.is_file():
+        return
+    try:
+        fields = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file.name} of the base is not valid JSON: {error}") from None
+    if fields.get("tokenizer_class") != "TokenizersBackend":
+        return
+    fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(fields.get("extra_special_tokens"), list):
+        fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+    file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write_peft(plan: ExportPlan, folder: Path, ledger: Ledger, base_name: str | None) -> dict[str, dict]:
     base, spec, file = plan.base, plan.spec, "adapter_model.safetensors"
     content: dict[str, Tensor] = {}
     entries: dict[str, dict] = {}
     for name in spec.adapter_shapes(base.dims):
         target, value = f"base_model.model.{name}", plan.tensors[name]
-        content[target] = value.to(DTYPES.get(plan.dtype, value.dtype))
+        content[target] = cast(f"policy tensor {name}", value, DTYPES.get(plan.dtype, value.dtype))
         entries[target] = entry_of(content[target], ledger.take(f"policy:{name}"), file)
     write_small(folder / file, content)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base.path),
+        "base_model_name_or_path": base_name,
         "inference_mode": True,
         "r": spec.rank,
         "lora_alpha": spec.alpha,

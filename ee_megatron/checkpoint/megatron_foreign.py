@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..families import ModelDims, dims_from_config
+from ..families.hf_directory import read_json
 from .manifest import MANIFEST
 from .megatron_directory import MegatronTensors
 from .megatron_io import WEIGHTS
@@ -156,13 +157,7 @@ def _read_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no config.json there; expected the model's Hugging Face directory")
-    try:
-        fields = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); copy it again") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: holds a {type(fields).__name__}, expected an object; copy it again")
-    return fields
+    return read_json(path)
 
 
 def _check_tied(dims: ModelDims, reader: TorchDistReader, given: Path) -> None:

@@ -170,14 +170,14 @@ class TunedSource(TensorSource):
         return self.base.dtype(name)
 
     def tensor(self, name: str) -> Tensor:
-        return self._tensors[name].to(self.dtype(name))
+        return cast(f"policy tensor {name}", self._tensors[name], self.dtype(name))
 
     def part(self, name: str, *where: slice) -> Tensor:
         return part_of(self._tensors, name, *where).to(self.dtype(name))
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         for block in rows_of(self._tensors[name]):
-            yield block.to(self.dtype(name))
+            yield cast(f"policy tensor {name}", block, self.dtype(name))
 
     def release(self) -> None:
         self.base.release()
@@ -259,6 +259,21 @@ def check_finite(name: str, block: Tensor) -> None:
             raise ValueError(f"{name} holds NaN or infinite numbers; expected finite ones; the model is damaged")
 
 
+def cast(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
+    """The block in another dtype. Raises ValueError if finite numbers don't fit into it."""
+    made = block.to(dtype)
+    if made is block or not made.numel() or all(end.isfinite() for end in made.aminmax()):
+        return made
+    lost = made.isinf() & block.isfinite()
+    if bool(lost.any()):
+        kind, largest = str(dtype).removeprefix("torch."), float(block.abs().max())
+        raise ValueError(
+            f"{name}: {int(lost.sum())} of {block.numel()} numbers, up to {largest:.4g}, don't fit into {kind}, which "
+            f"ends at {torch.finfo(dtype).max:.4g}; choose bfloat16 or float32 with --dtype"
+        )
+    return made
+
+
 class Watch:
     """What every block of a base tensor goes through: finite, hashed as it is read, changed by `change`, cast to
     `dtype` (None: as it is stored), hashed as it is written."""
@@ -279,12 +294,16 @@ class Watch:
         self._read = self._written if same else Digest(hasher)
 
     def block(self, block: Tensor) -> Tensor:
-        """The next block as it is to be written. Raises ValueError if it holds NaN or infinite numbers."""
-        check_finite(f"{self._source.path}: {self._name}", block)
+        """The next block as it is to be written. Raises ValueError if it holds NaN or infinite numbers, or will."""
+        name = f"{self._source.path}: {self._name}"
+        check_finite(name, block)
         self._meter.add(block.nbytes)
         if self._expected and self._read is not self._written:
             self._read.update(block)
-        block = (self._change(block) if self._change else block).to(self.dtype)
+        if self._change:
+            block = self._change(block)
+            check_finite(f"{name} with its adapter", block)
+        block = cast(name, block, self.dtype)
         self._written.update(block)
         return block
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from ee_megatron.checkpoint.hf_export import export_hf
+from ee_megatron.checkpoint.hf_export import EXPORT_FILES, export_hf
 from ee_megatron.checkpoint.manifest import Ledger
 from ee_megatron.checkpoint.sources import HFSource, gate_spec
 from ee_megatron.exit_rules import Fixed, Off, Threshold
@@ -261,8 +262,6 @@ def test_an_export_whose_first_token_exits_answers_as_the_engine_does(tmp_path):
         assert model.last_exit_depths[0].tolist() == expected.exit_depths.tolist()
         first.append(int(expected.exit_depths[0]))
     assert first[-2:] == [3, LAYERS] and min(first[:3]) < LAYERS
-    with pytest.raises(ValueError, match="prefill_chunk_size=4: which piece ends the prompt"):
-        model.generate(sequences(1, 9), prefill_chunk_size=4, **options)
 
 
 def test_depths_after_the_end_of_a_row_are_marked(tmp_path):
@@ -375,3 +374,25 @@ def test_ledger_refuses_reuse_unknown_names_and_leftovers():
         ledger.take("base:c")
     with pytest.raises(ValueError, match="not used"):
         ledger.close()
+
+
+def test_a_transformers_that_is_too_old_is_named(monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "4.45.2")
+    with pytest.raises(ImportError, match=r"transformers 4\.45\.2 is too old .*, which needs 4\.46 or newer"):
+        runpy.run_path(str(EXPORT_FILES / "configuration_early_exit.py"))
+
+
+@pytest.mark.parametrize("given", ["dtype", "torch_dtype", None])
+def test_config_speaks_to_old_and_new_transformers(tmp_path, given):
+    """Read back for real by old versions in tests/clients/test_transformers_versions.py."""
+    base = tiny_hf("llama", tmp_path / "base", rope_parameters=LLAMA3_ROPE)
+    config = json.loads((base / "config.json").read_text())
+    config.pop("dtype")
+    (base / "config.json").write_text(json.dumps(config | ({given: "float32"} if given else {})))
+    for gates in ("drop", "embed"):
+        out = export_hf(base, random_policy(base), tmp_path / gates, gates=gates)
+        made = json.loads((out / "config.json").read_text())
+        scaling = {name: value for name, value in LLAMA3_ROPE.items() if name != "rope_theta"}
+        assert made["rope_parameters"] == LLAMA3_ROPE
+        assert (made["rope_theta"], made["rope_scaling"]) == (10000.0, scaling)
+        assert [made.get(name) for name in ("dtype", "torch_dtype")] == ["float32" if given else None] * 2

@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
-from transformers import CONFIG_MAPPING, PretrainedConfig
+import re
+
+from transformers import CONFIG_MAPPING, PretrainedConfig, __version__
+
+VERSION, OLDEST = tuple(int(part) for part in re.findall(r"\d+", __version__)[:2]), (4, 46)
+if VERSION < OLDEST:
+    raise ImportError(
+        f"transformers {__version__} is too old for a model with early exits, which needs "
+        f"{'.'.join(map(str, OLDEST))} or newer; pip install -U transformers"
+    )
+
+# What this version calls the rotary embedding's settings, and what others do.
+ROPE = ("rope_parameters",), ("rope_theta", "rope_scaling")
+OWN_ROPE, OTHER_ROPE = ROPE if VERSION >= (5,) else ROPE[::-1]
 
 BASE_MODEL_TYPES = ("llama", "qwen2", "qwen3")
 OWN_FIELDS = ("base_model_type", "exit_depths", "gate_width", "gate_input", "first_token", "exit_policy")
 POLICY_KINDS = ("threshold", "sample", "off", "fixed")
+
+
+def read_exit_policy(policy: dict | str) -> dict:
+    """A policy in full from its short form: "off", "sample", "threshold" (0.5), "threshold:0.7", "fixed:12".
+
+    Raises ValueError for what is neither. `check_exit_policy` looks at kind and value.
+    """
+    if isinstance(policy, dict):
+        return dict(policy)
+    kind, colon, value = policy.partition(":") if isinstance(policy, str) else ("", "", "")
+    try:
+        number = float(value) if colon else 0.5 if kind == "threshold" else None
+    except ValueError:
+        kind, number = "", None
+    if kind not in POLICY_KINDS or (colon and kind in ("off", "sample")):
+        raise ValueError(
+            f'exit_policy {policy!r}: expected "off", "sample", "threshold:0.7", "fixed:12" or a dictionary with kind '
+            "and value"
+        )
+    if number is None:
+        return {"kind": kind}
+    return {"kind": kind, "value": int(number) if kind == "fixed" and number.is_integer() else number}
 
 
 def check_exit_policy(policy: dict, exit_depths: list[int], num_layers: int) -> None:
@@ -36,6 +71,8 @@ class EarlyExitConfig(PretrainedConfig):
     """
 
     model_type = "early_exit"
+    # Trainer's evaluation gathers a model's outputs from all devices; a cache can't be.
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -44,23 +81,26 @@ class EarlyExitConfig(PretrainedConfig):
         gate_width: float = 2,
         gate_input: str = "normalised",
         first_token: bool = False,
-        exit_policy: dict | None = None,
+        exit_policy: dict | str | None = None,
         **kwargs,
     ):
         if base_model_type not in BASE_MODEL_TYPES:
             raise ValueError(f"base_model_type {base_model_type!r} is unknown; choose one of {BASE_MODEL_TYPES}")
+        if base_model_type not in CONFIG_MAPPING:
+            raise ImportError(f"transformers {__version__} has no {base_model_type}; pip install -U transformers")
         kwargs.pop("model_type", None)
-        # The base's class fills in its defaults and brings older spellings of fields into today's form.
+        # The base's class fills in its defaults and brings older spellings of fields into its own form.
         fields = CONFIG_MAPPING[base_model_type](**kwargs).to_dict()
         fields.pop("model_type", None)
-        super().__init__(**{**fields, **kwargs, "rope_parameters": fields["rope_parameters"]})
+        given = {**fields, **kwargs, **{name: fields[name] for name in OWN_ROPE}}
+        super().__init__(**{name: value for name, value in given.items() if name not in OTHER_ROPE})
         self.use_cache = fields.get("use_cache", True)
         self.base_model_type = base_model_type
         self.exit_depths = [int(depth) for depth in exit_depths or []]
         self.gate_width = gate_width
         self.gate_input = gate_input
         self.first_token = first_token
-        self.exit_policy = dict(exit_policy or {"kind": "threshold", "value": 0.5})
+        self.exit_policy = read_exit_policy(exit_policy or "threshold")
         # Files of full-attention Qwen models may name a window that is switched off; the cache must not follow it.
         self.sliding_window = None
         self.layer_types = ["full_attention"] * self.num_hidden_layers

@@ -2,7 +2,7 @@
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     out = model.generate(**inputs)                                              # the exit policy of config.json
-    out = model.generate(**inputs, exit_policy={"kind": "threshold", "value": 0.9})
+    out = model.generate(**inputs, exit_policy="threshold:0.9")                 # or {"kind": "threshold", "value": 0.9}
     model.last_exit_depths                                                      # layers run for every generated token
 
 What an exit at depth e does: the residual stream of the position stays what it was after e layers; every deeper layer
@@ -17,108 +17,43 @@ from dataclasses import fields as dataclass_fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .configuration_early_exit import EarlyExitConfig, check_exit_policy
+from .configuration_early_exit import EarlyExitConfig, check_exit_policy, read_exit_policy
+from .generation_early_exit import REFUSED, Generation, check_mode
+from .layers_early_exit import Gate, Pass, WideLinear, attend, attention_mask_4d, check_cache, heads, rotate
 
 # The cache is called `cache` in newer transformers and `past_key_values` in older ones.
 CACHE_FIELD = next(
     field.name for field in dataclass_fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values")
 )
-
-
-# PyTorch 2.8 and later multiply bfloat16 matrices into float32 on a GPU.
-WIDE_PRODUCT = "dtype" in torch.ops.aten.mm.overloads()
-# Rows of a matrix that are copied in float32 at a time where there is no such product: few enough to stay in the cache.
-ROWS = 4096
-
-
-class WideLinear(nn.Linear):
-    """A linear map whose result is float32: the weight is rounded to the input's dtype, the sums are not."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> float32 [..., out]."""
-        bias = None if self.bias is None else self.bias.float()
-        if x.dtype == torch.float32:
-            return F.linear(x, self.weight.float(), bias)
-        weight = self.weight.to(x.dtype)
-        if WIDE_PRODUCT and x.is_cuda and not torch.is_grad_enabled():
-            rows = torch.mm(x.reshape(-1, x.shape[-1]), weight.t(), out_dtype=torch.float32)
-            made = rows.view(*x.shape[:-1], weight.shape[0])
-        else:
-            made = torch.cat([F.linear(x.float(), part.float()) for part in weight.split(ROWS)], dim=-1)
-        return made if bias is None else made + bias
-
-
-class Gate(nn.Module):
-    """A two-layer perceptron on the residual stream: its output is the logit of exiting here."""
-
-    def __init__(self, hidden: int, width: float, normalised: bool, eps: float):
-        super().__init__()
-        self.fc1 = WideLinear(hidden, round(width * hidden))
-        self.fc2 = nn.Linear(round(width * hidden), 1)
-        self.normalised, self.eps = normalised, eps
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """Residual stream [..., D] -> logit, float32 [...]."""
-        x = x_BTD.float()
-        if self.normalised:
-            x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        inner = F.relu(self.fc1(x.to(x_BTD.dtype)))
-        return self.fc2(inner.to(self.fc2.weight.dtype)).float().squeeze(-1)
-
-
-def rotate(x_BHTd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the half-split form; cos and sin [B, 1, T, d]."""
-    first, second = x_BHTd.chunk(2, dim=-1)
-    return x_BHTd * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def attention_mask_4d(mask_BS: Tensor | None, rows: int, new: int, past: int, device: torch.device) -> Tensor | None:
-    """Which keys a query sees, bool [B or 1, 1, new, past + new]; None where one new position sees them all.
-
-    `mask_BS` is 1 for tokens and 0 for padding over all past + new positions. Every position sees itself, so that
-    padding has something to look at and no row of the softmax is empty.
-    """
-    if mask_BS is not None and mask_BS.dim() != 2:
-        raise ValueError(f"attention_mask has {mask_BS.dim()} dimensions, expected 2; static caches are not supported")
-    if mask_BS is not None and mask_BS.shape != (rows, past + new):
-        raise ValueError(f"attention_mask has shape {tuple(mask_BS.shape)}, expected {(rows, past + new)}")
-    if mask_BS is not None and bool(mask_BS.all()):
-        mask_BS = None
-    if mask_BS is None and new == 1:
-        return None
-    query = torch.arange(past, past + new, device=device)[:, None]
-    key = torch.arange(past + new, device=device)[None, :]
-    visible = (key <= query)[None, None]
-    if mask_BS is None:
-        return visible
-    return (visible & mask_BS.bool()[:, None, None, :]) | (key == query)[None, None]
-
-
-def heads(x_BTE: Tensor, projection: nn.Module, attention: Any, norm: str | None = None) -> Tensor:
-    """[B, T, D] -> [B, heads, T, d], with the per-head norm that Qwen3 puts on queries and keys."""
-    x = projection(x_BTE).unflatten(-1, (-1, attention.head_dim))
-    if norm is not None and hasattr(attention, norm):
-        x = getattr(attention, norm)(x)
-    return x.transpose(1, 2)
+ATTENTION = ("sdpa", "eager")
+# Arguments of `forward` beside its own: what the loss takes, and what says nothing that isn't known otherwise.
+LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
+NEEDLESS_ARGUMENTS = ("cache_position", "token_type_ids")
 
 
 class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = EarlyExitConfig
     config: EarlyExitConfig
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"]  # noqa: RUF012
     _supports_sdpa = True
+    _supports_cache_class = True
+    _supports_static_cache = True
     _supports_attention_backend = False
     _can_compile_fullgraph = False
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    # Gates were trained in float32; what of them is rounded is rounded as in training (WideLinear).
+    # Gates were trained in float32; what of them is rounded is rounded as in training (WideLinear). Quantisation
+    # looks at the first name, loading in 16 bits at the second.
+    _keep_in_fp32_modules = ["gates"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = {"gates"}  # noqa: RUF012
 
     def __init__(self, config: EarlyExitConfig):
+        self._check_attention(config)
         super().__init__(config)
         base = config.base_config()
         # The base class by its configuration; its modules are used, its forward is not.
@@ -133,155 +68,229 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             }
         )
         self.last_exit_depths: Tensor | None = None
-        self._call_policy: dict | None = None
-        self._recorded: list[Tensor] | None = None
+        self._running: Generation | None = None
         self.post_init()
+
+    # Older transformers don't find the head by itself, and would not tie it.
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings  # type: ignore[assignment]
+
+    @staticmethod
+    def _check_attention(config: EarlyExitConfig) -> None:
+        kind = getattr(config, "_attn_implementation", None) or ATTENTION[0]
+        if kind not in ATTENTION:
+            raise ValueError(
+                f"attn_implementation {kind!r} isn't supported with early exits; use {' or '.join(ATTENTION)}"
+            )
 
     def exit_policy(self) -> dict:
         """The policy in force: of the running `generate` call, else of generation_config, else of config."""
-        own = getattr(self.generation_config, "exit_policy", None)
-        return self._call_policy or own or self.config.exit_policy
+        if self._running is not None:
+            return self._running.policy
+        return read_exit_policy(getattr(self.generation_config, "exit_policy", None) or self.config.exit_policy)
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, *args, exit_policy: dict | None = None, **kwargs):
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        *args,
+        exit_policy: dict | str | None = None,
+        **kwargs,
+    ):
         """As in transformers, with `exit_policy` (see the configuration) for this call.
 
         Afterwards `last_exit_depths`, int64 [rows, generated tokens], says how many layers ran for each token, -1 after
-        a row's end; None under beam search, where rows change places. Raises ValueError for `prefill_chunk_size` where
-        the first token may exit.
+        a row's end; None under beam search, where rows change places. Drafts (assisted, prompt lookup) are checked
+        under the same exits. Raises ValueError for a mode that exits can't be combined with; with the policy "off" all
+        are transformers' own.
         """
-        given = kwargs.get("generation_config")
-        pieces = kwargs.get("prefill_chunk_size") or getattr(
-            given or self.generation_config, "prefill_chunk_size", None
-        )
-        if self.config.first_token and pieces:
-            raise ValueError(f"prefill_chunk_size={pieces}: which piece ends the prompt isn't known; leave it out")
-        policy = exit_policy or getattr(given, "exit_policy", None) or self.exit_policy()
+        policy = read_exit_policy(exit_policy or getattr(generation_config, "exit_policy", None) or self.exit_policy())
         check_exit_policy(policy, self.config.exit_depths, self.config.num_hidden_layers)
-        beams = kwargs.get("num_beams") or getattr(given or self.generation_config, "num_beams", None) or 1
-        self._call_policy, self._recorded, self.last_exit_depths = policy, [], None
+
+        def asked(name: str) -> Any:
+            found = [getattr(config, name, None) for config in (generation_config, self.generation_config)]
+            return kwargs[name] if name in kwargs else next((value for value in found if value is not None), None)
+
+        own_loop = {name: asked(name) for name in (*REFUSED, "num_beam_groups", "cache_implementation")}
+        beams = asked("num_beams") or 1
+        if policy["kind"] != "off":
+            check_mode({**own_loop, "num_beams": beams, "use_cache": asked("use_cache")})
+        # A prompt that comes in pieces, or with a draft behind it, doesn't end where the first pass ends.
+        drafted = kwargs.get("assistant_model") or any(isinstance(value, PreTrainedModel) for value in args)
+        pieces = drafted or asked("prompt_lookup_num_tokens") or asked("prefill_chunk_size")
+        ids, embedded, mask = inputs, kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        ids = kwargs.get("input_ids") if ids is None else ids
+        read = next((part.shape[1] for part in (mask, embedded, ids) if part is not None), 1)
+        aligned = beams == 1 and not any(own_loop[name] for name in REFUSED)
+        before, self.last_exit_depths = self._running, None
+        running = self._running = Generation(policy, read if pieces else None, self.config.first_token, aligned)
         try:
-            output = super().generate(inputs, *args, **kwargs)
-            if beams == 1 and self._recorded:
-                depths = torch.stack(self._recorded, dim=1)
-                tokens = output if isinstance(output, Tensor) else output.sequences
-                ends = kwargs.get("eos_token_id", getattr(given or self.generation_config, "eos_token_id", None))
-                self.last_exit_depths = self._without_tail(depths, tokens[:, -depths.shape[1] :], ends)
-            return output
+            output = super().generate(inputs, generation_config, *args, **kwargs)
         finally:
-            self._call_policy, self._recorded = None, None
-
-    @staticmethod
-    def _without_tail(depths_BT: Tensor, tokens_BT: Tensor, ends: int | list[int] | None) -> Tensor:
-        if ends is None:
-            return depths_BT
-        end = torch.isin(tokens_BT, torch.as_tensor(ends, device=tokens_BT.device).reshape(-1))
-        after = (end.int().cumsum(dim=1) - end.int()) > 0
-        return depths_BT.masked_fill(after.to(depths_BT.device), -1)
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs):
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        inputs["is_prompt"] = bool(is_first_iteration)
-        return inputs
+            self._running = before
+        tokens = output if isinstance(output, Tensor) else output.sequences
+        given = ids.shape[1] if ids is not None else int(embedded is None)
+        self.last_exit_depths = running.of_tokens(tokens[:, given:], asked("eos_token_id"))
+        return output
 
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict | None = None,
         position_ids: Tensor | None = None,
-        cache: DynamicCache | None = None,
-        past_key_values: DynamicCache | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         exit_depths: Tensor | None = None,
-        is_prompt: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast | tuple:
-        """input_ids int64 [B, T] -> logits float32 [B, T or fewer, V].
+        """input_ids int64 [B, T] or inputs_embeds [B, T, D] -> logits float32 [B, T or fewer, V].
 
         exit_depths, int64 [B, T]: prescribed depths (values of config.exit_depths, or the number of layers); the gates
-        are not asked. Without it, one new position on top of a cache exits by the exit policy, and of what `is_prompt`
-        none or, with config.first_token, the last one; anything else runs through all layers.
+        are not asked. Without it, `generate`'s tokens and one new position on top of a cache exit by the exit policy;
+        anything else, training too, runs through all layers.
+
+        Hidden states and attention weights are transformers'; of a layer that a position skipped, the hidden state is
+        that before it and the weights are 0.
         """
+        self._check_call(kwargs, input_ids, inputs_embeds)
         cache = cache if cache is not None else past_key_values
+        check_cache(cache)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and cache is None:
-            cache = DynamicCache()
+        hidden_wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        weights_wanted = self.config.output_attentions if output_attentions is None else output_attentions
         x_BTD = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         rows, new = x_BTD.shape[:2]
-        past = cache.get_seq_length() if cache is not None else 0
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        # Positions that begin anew mean several sequences in one row, unless a cache says what came before.
+        packed = position_ids if cache is None else None
+        if self.model.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            cache, use_cache = None, False
+        elif use_cache and cache is None:
+            cache = DynamicCache()
         if position_ids is None:
             position_ids = torch.arange(past, past + new, device=x_BTD.device)[None]
-        mask = attention_mask_4d(attention_mask, rows, new, past, x_BTD.device)
+        mask = attention_mask_4d(attention_mask, packed, rows, new, past, x_BTD.device)
         rope = tuple(part.unsqueeze(1) for part in self.model.rotary_emb(x_BTD, position_ids))
-        asked = exit_depths is None and (self.config.first_token if is_prompt else new == 1 and past > 0)
-        policy = self.exit_policy() if asked else {"kind": "off"}
-        depth_BT = self._start_depths(exit_depths, policy, rows, new, x_BTD.device)
+        eager = bool(weights_wanted) or self.config._attn_implementation == "eager"
+        shared = Pass(mask, rope, cache, past, eager)  # type: ignore[arg-type]
+        depth_BT, policy, first = self._start_depths(exit_depths, rows, new, past, cache, x_BTD.device)
+        hidden: list[Tensor] = []
+        weights: list[Tensor | None] = []
         for depth, layer in enumerate(self.model.layers):
-            if str(depth) in self.gates and policy["kind"] in ("threshold", "sample"):
-                depth_BT = self._ask_gate(depth, x_BTD, depth_BT, policy)
-            x_BTD = self._layer(layer, depth, x_BTD, depth_BT > depth, mask, rope, cache)
-        if self._recorded is not None:
-            # A prompt may come in several pieces; only its last position predicts a generated token.
-            self._recorded = [*([] if is_prompt else self._recorded), depth_BT[:, -1]]
+            if first < new and str(depth) in self.gates and policy["kind"] in ("threshold", "sample"):
+                depth_BT = self._ask_gate(depth, x_BTD, depth_BT, policy, first)
+            hidden += [x_BTD] if hidden_wanted else []
+            x_BTD, seen = self._through(layer, depth, x_BTD, depth_BT > depth, shared)
+            weights += [seen] if weights_wanted else []
+        if self._running is not None:
+            self._running.note(past, depth_BT)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(self.model.norm(x_BTD[:, keep]))
+        read_BTD = self.model.norm(x_BTD if hidden_wanted else x_BTD[:, keep])
+        logits = self.lm_head(read_BTD[:, keep] if hidden_wanted else read_BTD)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         made: dict[str, Any] = {CACHE_FIELD: cache if use_cache else None}
+        made |= {"hidden_states": (*hidden, read_BTD)} if hidden_wanted else {}
+        made |= {"attentions": tuple(weights)} if weights_wanted else {}
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **made)
-        return output.to_tuple() if return_dict is False else output
+        return_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
 
-    def _start_depths(self, given: Tensor | None, policy: dict, rows: int, new: int, device: torch.device) -> Tensor:
-        """Depths before any gate was asked, int64 [B, T]. Raises ValueError for a prescribed depth that is no exit."""
+    def _check_call(self, kwargs: dict[str, Any], input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+        """Raise TypeError or ValueError for what would be ignored; drop from `kwargs` what isn't for the loss."""
+        self._check_attention(self.config)
+        for name in NEEDLESS_ARGUMENTS:
+            kwargs.pop(name, None)
+        for name in [name for name, value in kwargs.items() if value is None]:
+            kwargs.pop(name)
+        strange = sorted(set(kwargs) - set(LOSS_ARGUMENTS))
+        if strange:
+            raise TypeError(f"a model with early exits doesn't take {', '.join(strange)}; leave it out")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        placed = {str(place) for place in (getattr(self, "hf_device_map", None) or {}).values()} - {"cpu", "disk"}
+        if len(placed) > 1:
+            raise ValueError(
+                f"device_map spreads the layers over {', '.join(sorted(placed))}; early exits need them on one device, "
+                "with the rest on cpu or disk"
+            )
+
+    def _start_depths(
+        self, given: Tensor | None, rows: int, new: int, past: int, cache: Any, device: torch.device
+    ) -> tuple[Tensor, dict, int]:
+        """Depths before any gate was asked, int64 [B, T]; what decides; the first position that it decides on.
+
+        Raises ValueError for a prescribed depth that is no exit.
+        """
+        layers = self.config.num_hidden_layers
         if given is None:
-            depth_BT = torch.full((rows, new), self.config.num_hidden_layers, dtype=torch.long, device=device)
+            depth_BT = torch.full((rows, new), layers, dtype=torch.long, device=device)
+            policy, first = self.exit_policy(), 0 if new == 1 and past > 0 else new
+            if self._running is not None:
+                known_BT, first = self._running.begin(past, new, cache is not None)
+                if known_BT is not None:
+                    depth_BT[:, : known_BT.shape[1]] = known_BT
             if policy["kind"] == "fixed":
-                depth_BT[:, -1] = policy["value"]
-            return depth_BT
-        outcomes = [*self.config.exit_depths, self.config.num_hidden_layers]
+                depth_BT[:, first:] = policy["value"]
+            return depth_BT, policy, first
+        outcomes = [*self.config.exit_depths, layers]
         given = torch.as_tensor(given, device=device).long()
         if given.shape != (rows, new):
             raise ValueError(f"exit_depths has shape {tuple(given.shape)}, expected {(rows, new)}")
         if not bool(torch.isin(given, torch.tensor(outcomes, device=device)).all()):
             raise ValueError(f"exit_depths holds values outside {outcomes}")
-        return given
+        return given, {"kind": "off"}, new
 
-    def _ask_gate(self, depth: int, x_BTD: Tensor, depth_BT: Tensor, policy: dict) -> Tensor:
-        """Only the last position may exit: what is before it is the prompt's."""
-        last_B1 = depth_BT[:, -1:]
-        undecided = last_B1 > depth
-        if not bool(undecided.any()):
+    def _ask_gate(self, depth: int, x_BTD: Tensor, depth_BT: Tensor, policy: dict, first: int) -> Tensor:
+        """Only positions from `first` on may exit: what is before them is the prompt's, or decided already."""
+        found_BT = depth_BT[:, first:]
+        undecided_BT = found_BT > depth
+        if not bool(undecided_BT.any()):
             return depth_BT
-        hazard_B1 = torch.sigmoid(self.gates[str(depth)](x_BTD[:, -1:]))
-        bar = torch.rand_like(hazard_B1) if policy["kind"] == "sample" else policy["value"]
-        return torch.cat([depth_BT[:, :-1], torch.where(undecided & (hazard_B1 > bar), depth, last_B1)], dim=1)
+        hazard_BT = torch.sigmoid(self.gates[str(depth)](x_BTD[:, first:]))
+        bar = torch.rand_like(hazard_BT) if policy["kind"] == "sample" else policy["value"]
+        found_BT = torch.where(undecided_BT & (hazard_BT > bar), depth, found_BT)
+        return torch.cat([depth_BT[:, :first], found_BT], dim=1)
+
+    def _through(
+        self, layer: Any, index: int, x_BTD: Tensor, active_BT: Tensor, shared: Pass
+    ) -> tuple[Tensor, Tensor | None]:
+        """`_layer`, without keeping what it computes for the gradient where that was asked for."""
+        wanted = getattr(layer, "gradient_checkpointing", self.model.gradient_checkpointing)
+        if wanted and self.training and torch.is_grad_enabled():
+            again = self.model._gradient_checkpointing_func
+            return again(self._layer, layer, index, x_BTD, active_BT, shared)
+        return self._layer(layer, index, x_BTD, active_BT, shared)
 
     def _layer(
-        self,
-        layer: Any,
-        index: int,
-        x_BTD: Tensor,
-        active_BT: Tensor,
-        mask: Tensor | None,
-        rope: tuple[Tensor, Tensor],
-        cache: DynamicCache | None,
-    ) -> Tensor:
-        """One decoder layer: keys and values for every position, the rest for the rows that have an active position."""
-        attention = layer.self_attn
-        cos, sin = rope
+        self, layer: Any, index: int, x_BTD: Tensor, active_BT: Tensor, shared: Pass
+    ) -> tuple[Tensor, Tensor | None]:
+        """One decoder layer: keys and values for every position, the rest for the rows that have an active position.
+
+        Returns the stream [B, T, D] and, if wanted, the attention weights [B, H, T, S], 0 where a position skipped it.
+        """
+        attention, mask = layer.self_attn, shared.mask
+        cos, sin = shared.rope
         normed = layer.input_layernorm(x_BTD)
         k = rotate(heads(normed, attention.k_proj, attention, "k_norm"), cos, sin)
         v = heads(normed, attention.v_proj, attention)
-        if cache is not None:
-            k, v = cache.update(k, v, index)
+        k, v = shared.keep(k, v, index)
         active_B = active_BT.any(dim=1)
+        shape = (len(x_BTD), self.config.num_attention_heads, x_BTD.shape[1], k.shape[2])
         if not bool(active_B.any()):
-            return x_BTD
+            return x_BTD, x_BTD.new_zeros(shape) if shared.weights else None
         rows = None if bool(active_B.all()) else active_B.nonzero().squeeze(1)
         if rows is not None:
             normed, k, v = normed[rows], k[rows], v[rows]
@@ -290,12 +299,14 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             mask = mask[rows] if mask is not None and mask.shape[0] > 1 else mask
         stream = x_BTD if rows is None else x_BTD[rows]
         q = rotate(heads(normed, attention.q_proj, attention, "q_norm"), cos, sin)
-        context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attention.scaling, enable_gqa=True)
+        context, seen = attend(q, k, v, mask, attention.head_dim**-0.5, shared.weights)
         stream = stream + attention.o_proj(context.transpose(1, 2).flatten(2))
         stream = stream + layer.mlp(layer.post_attention_layernorm(stream))
         if rows is not None:
             stream = x_BTD.index_copy(0, rows, stream)
-        return torch.where(active_BT[..., None], stream, x_BTD)
+            seen = None if seen is None else seen.new_zeros(shape).index_copy(0, rows, seen)
+        seen = None if seen is None else seen * active_BT[:, None, :, None]
+        return torch.where(active_BT[..., None], stream, x_BTD), seen
 
 
 __all__ = ["EarlyExitForCausalLM"]

@@ -95,10 +95,13 @@ def serve(cfg: RunConfig, settings: ServerSettings, exits: str, model: str | Non
     device = pick_device(cfg)
     chosen = choose(cfg, model, policy)
     default = chosen.exits(exits)
-    replica = make_replica(cfg, chosen, device)
-    name = chosen.name if model else f"{cfg.name}-{chosen.name}"
-    about = {"policy": str(chosen.checkpoint) if chosen.checkpoint else None}
-    run(replica.decoder, str(chosen.path), name, default, settings, os.environ.get("EE_API_KEY") or None, about)
+    # Before the model is read, which takes its time.
+    with settings.bind() as listening:
+        replica = make_replica(cfg, chosen, device)
+        name = chosen.name if model else f"{cfg.name}-{chosen.name}"
+        about = {"policy": str(chosen.checkpoint) if chosen.checkpoint else None}
+        key = os.environ.get("EE_API_KEY") or None
+        run(replica.decoder, str(chosen.path), name, default, settings, listening, key, about)
 
 
 def stream_answer(

@@ -150,7 +150,8 @@ class KVCache:
             layer[pages, :, offsets] = pair
 
     def _resize(self, pages: int) -> None:
-        """Make the pool's size `pages`; the first ones stay as they are, new ones are zeros."""
+        """Make the pool's size `pages`; the first ones stay as they are, new ones are zeros. Where there is no memory
+        for all layers it raises; some have grown then, and nothing else has changed."""
         shape, kept = (pages, *self._shape), min(self.pages, pages)
         count = math.prod(shape)
         for i, old in enumerate(self.layers):
@@ -161,8 +162,8 @@ class KVCache:
             else:
                 self.layers[i] = torch.zeros(shape, dtype=self.dtype, device=self.device)
                 self.layers[i][:kept] = old[:kept]
-        if self.device.type == "cpu":
-            self.addresses[:] = [layer.data_ptr() for layer in self.layers]
+            if self.device.type == "cpu":
+                self.addresses[i] = self.layers[i].data_ptr()
         # Ascending after the others, all of which are lower: still a heap.
         self._free.extend(range(self.pages, pages))
         self._holders = np.pad(self._holders[:kept], (0, pages - kept))

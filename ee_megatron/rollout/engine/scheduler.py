@@ -34,6 +34,9 @@ from .stations import Stations
 PREFILL_POSITIONS = 8192
 # A shorter common beginning isn't worth a forward of its own.
 SHORTEST_PREFIX = 8
+# Where short requests pass long ones: a long one can come to need more than so much of the cache, and all of them that
+# run together no more than their share, unless it is a single one.
+LONG, SHARE_OF_LONG = 1 / 16, 1 / 2
 
 Progress = Callable[[int, int], None]
 # Told of a request by its id that it alone can't go on, and why.
@@ -46,6 +49,7 @@ class Scheduler:
     `positions` bounds the cache (None: it takes what the rows need). Requests wait until what they can come to need
     fits beside what those in flight can: no row that has begun is ever short of a page, or put back to make room.
 
+    With `passing` short requests don't wait for long ones that the cache has no room for; each kind keeps its order.
     Prompts are read `reading` positions at a time, longer ones alone. With `failed` a piece of work that can't be done
     for several requests is tried for each by itself, and only who fails then is forgotten, and told of.
 
@@ -60,13 +64,15 @@ class Scheduler:
         batch: int | None = None,
         positions: int | None = None,
         reading: int = PREFILL_POSITIONS,
+        passing: bool = False,
         failed: Failed | None = None,
     ):
         batch = in_flight if batch is None else batch
         if in_flight < 1 or batch < 1:
             raise ValueError(f"in_flight={in_flight}, batch={batch}: both must be at least 1")
         self.decoder, self.tokenizer, self.in_flight = decoder, tokenizer, in_flight
-        self._reading, self._failed = reading, failed
+        self._reading, self._passing, self._failed = reading, passing, failed
+        self._entering: list[Row] = []
         if positions is not None and positions < PAGE:
             raise ValueError(f"positions={positions}: the cache must have room for at least a page, {PAGE} positions")
         limit = None if positions is None else positions // PAGE
@@ -190,13 +196,13 @@ class Scheduler:
             if self._failed is None:
                 raise
         events: list[Event] = []
-        while self.waiting and self._free:
-            row = self.waiting[0]
+        for _ in range(waiting):
+            left = len(self.waiting)
             try:
                 events += self._admit(1)
             except Exception as error:
-                self._give_up(row, error)
-            if self.waiting and self.waiting[0] is row:
+                self._give_up(self._entering[0], error)
+            if len(self.waiting) == left:
                 break
         return events
 
@@ -219,33 +225,55 @@ class Scheduler:
         begun: list[Row] = []
         unread: dict[tuple[int, ...], None] = {}
         room, held = self._room(), set(self._together)
-        while len(chosen) + len(begun) < free and self.waiting:
-            needed = pages_for(self.waiting[0].longest)
-            if self.waiting[0].read in held:
-                needed -= _common_pages(self.waiting[0])
-            if needed > room:
-                break
+        while len(chosen) + len(begun) < free and (found := self._next(room, [*chosen, *begun], held)):
+            row, needed = found
             room -= needed
-            if self.waiting[0].tokens:
-                begun.append(self.waiting.popleft())
+            if row.tokens:
+                self.waiting.remove(row)
+                begun.append(row)
                 continue
-            read = self.waiting[0].read
-            if self._unread(self.waiting[0]) and read not in unread:
-                if unread and len(read) + sum(map(len, unread)) > self._reading:
+            if self._unread(row) and row.read not in unread:
+                if unread and len(row.read) + sum(map(len, unread)) > self._reading:
                     break
-                unread[read] = None
-            held.add(read)
-            chosen.append(self.waiting.popleft())
+                unread[row.read] = None
+            held.add(row.read)
+            self.waiting.remove(row)
+            chosen.append(row)
+        self._entering = [*begun, *chosen]
         try:
             self._go_on(sorted(begun, key=lambda row: -row.length))
             self._read_prompts(sorted(unread, key=len, reverse=True))
             events = self._start(chosen) if chosen else []
         except Exception:
             inside = set(self.stations)
-            self._put_back([row for row in (*begun, *chosen) if row not in inside])
+            self._put_back([row for row in self._entering if row not in inside])
             raise
         self._forget_unneeded()
         return events
+
+    def _next(self, room: float, coming: list[Row], held: set[tuple[int, ...]]) -> tuple[Row, int] | None:
+        """The row that comes in next, beside those that are `coming`, and the pages that it needs; None: there is no
+        room for it."""
+        kinds = set[bool]()
+        for row in self.waiting:
+            long = self._is_long(row)
+            if long in kinds:
+                continue
+            kinds.add(long)
+            needed = pages_for(row.longest) - (_common_pages(row) if row.read in held else 0)
+            if needed <= (min(room, self._room_of_long(coming)) if long else room):
+                return row, needed
+            if not self._passing or len(kinds) == 2:
+                return None
+        return None
+
+    def _is_long(self, row: Row) -> bool:
+        limit = self.cache.limit
+        return self._passing and limit is not None and pages_for(row.longest) > LONG * limit
+
+    def _room_of_long(self, coming: list[Row]) -> float:
+        taken = sum(pages_for(row.longest) for row in (*self.stations, *coming) if self._is_long(row))
+        return SHARE_OF_LONG * (self.cache.limit or 0) - taken if taken else math.inf
 
     def _put_back(self, rows: list[Row]) -> None:
         """Rows that didn't get in wait again, as they came."""

@@ -18,7 +18,7 @@ from ..engine.scheduler import PREFILL_POSITIONS
 
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 # Left to the interpreter, threads and the HTTP side.
-MARGIN = 128 << 20
+MARGIN = 192 << 20
 # Of what is free then, the most that reading prompts may take; and what is left alone of the rest.
 READING_SHARE, SPARE_SHARE = 0.4, 0.1
 # float32 copies of a row's logits while a token is chosen.
@@ -110,8 +110,10 @@ def plan_memory(decoder: Decoder, rows: int, longest: int, cache_gib: float, fre
         reading = there - wanted
     else:
         reading = min(int(there * READING_SHARE), read * max(longest, PREFILL_POSITIONS))
-        wanted = min(int((there - reading) * (1 - SPARE_SHARE)), rows * -(-longest // PAGE) * PAGE * position)
-        limit = free.limit
+        wanted, limit = int((there - reading) * (1 - SPARE_SHARE)), free.limit
+        most = rows * -(-longest // PAGE) * PAGE * position
+        if most < wanted:
+            wanted, limit = most, f"what {rows} requests can take"
     pages, prompt = wanted // (PAGE * position), reading // read
     if pages < 1 or prompt < PAGE:
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from ...exit_rules import OFFERED, ExitRule, make_rule
 from ..engine.request import Request
@@ -101,6 +101,10 @@ class StreamOptions(Given):
     include_obfuscation: bool = False
 
 
+def _listed(given: Any) -> Any:
+    return [given] if isinstance(given, str) else given
+
+
 class Asked(Given):
     """Fields that both endpoints share.
 
@@ -113,7 +117,7 @@ class Asked(Given):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, lt=1 << 31)
     n: int = Field(1, ge=1)
-    stop: Text | Annotated[list[Text], Field(max_length=STOPS)] | None = None
+    stop: Annotated[list[Text], Field(max_length=STOPS), BeforeValidator(_listed)] | None = None
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 64)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -131,7 +135,7 @@ class Asked(Given):
     def requests(self, prompts: list[list[int]], tokens: list[int], default_exits: ExitRule) -> list[Request]:
         """`n` requests per prompt, with `tokens` new ones at most each; they share a seed and differ in `sample`."""
         seed = secrets.randbits(63) if self.seed is None else self.seed
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = tuple(self.stop or ())
         temperature = self.temperature if self.temperature >= COLDEST else 0.0
         sampling = [SamplingParams(temperature, limit, stop, self.top_k, self.top_p) for limit in tokens]
         exits = make_rule(self.exit_policy.kind, self.exit_policy.value) if self.exit_policy else default_exits
@@ -203,7 +207,8 @@ def parse(model: type[Asked], body: bytes) -> Any:
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        # Where a field may have several forms, what is wrong furthest inside is what was meant.
+        first = max(error.errors(include_url=False), key=lambda found: len(found["loc"]))
         where = ".".join(str(part) for part in first["loc"])
         found = "" if first["type"] in ("missing", "json_invalid") else f" (found {str(first['input'])[:80]!r})"
         raise BadRequest(" ".join(f"{where or 'body'}: {first['msg']}{found}".split()), param=where or None) from None

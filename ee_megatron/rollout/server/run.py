@@ -7,6 +7,7 @@ import math
 import signal
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -152,6 +153,8 @@ class Announcing(uvicorn.Server):
         self._service, self._grace_s, self._said = service, grace_s, said
 
     async def startup(self, sockets: list | None = None) -> None:
+        # Each thread takes address space, and there may be little.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2, "replies"))
         await super().startup(sockets)
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]

@@ -73,7 +73,7 @@ class Engine:
         self.metrics = Metrics(decoder.layout.outcomes)
         self._decoder = decoder
         self._make = lambda: Scheduler(
-            decoder, tokenizer, rows, positions=positions, reading=reading, failed=self._failed
+            decoder, tokenizer, rows, positions=positions, reading=reading, passing=True, failed=self._failed
         )
         self._scheduler = self._make()
         self._inbox: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()

@@ -9,6 +9,7 @@ import queue
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -85,7 +86,9 @@ class Served:
             r"a request: (\d+), its prompt (\d+)\)\n",
             line,
         )
-        assert found, line
+        if found is None:
+            self.process.kill()
+            pytest.fail(f"the server said {line!r}")
         self.url, self.cache_mib, self.limit, self.longest = found[1], int(found[2]), found[3], int(found[5])
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key or "none", max_retries=0, timeout=60)
 
@@ -354,10 +357,14 @@ def test_generate_takes_a_model_and_a_policy(tmp_path: Path, capsys: pytest.Capt
     assert "tiny-policy model, 9 tokens, mean depth 2.4 of 6 layers" in capsys.readouterr().out
 
 
-def test_mistakes_on_the_command_line_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_mistakes_on_the_command_line_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     from ee_megatron import cli
 
     model = tiny_hf("llama", tmp_path / "m")
+    taken = socket.create_server(("127.0.0.1", 0))
+    busy = taken.getsockname()[1]
     for arguments, message in (
         (["--model", str(tmp_path / "none")], "no config.json"),
         (["--model", str(model), "--policy", str(tmp_path)], "no policy checkpoint there"),
@@ -365,8 +372,15 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path: Path, capsys: pytes
         (["--model", str(model), "--max-length", "4096"], "the model has 512 positions"),
         (["--model", str(model), "--cache-gib", "-1"], "cache-gib -1.0: expected a number >= 0"),
         (["--model", str(model), "--cache-gib", "1e-4", "--max-length", "400"], "a request takes up to 400; raise it"),
-        (["--model", str(model), "--exits", "fixed:2"], "no exit depth"),
+        (["--model", str(model), "--exits", "fixed:2", "--port", "0"], "no exit depth"),
+        (["--model", str(tmp_path / "none"), "--grace", "nan"], "grace nan: expected a number >= 0"),
+        (["--model", str(model), "--port", str(busy)], f"port {busy} on 127.0.0.1: Address already in use"),
+        (["--model", str(model), "--cache-gib", "1e6"], "GiB for it; lower it"),
     ):
         assert cli.main(["serve", *arguments]) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ") and message in error
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    assert cli.main(["serve", "--model", str(model)]) == 2
+    assert capsys.readouterr().err.startswith("error: WORLD_SIZE='abc' in the environment: expected a number of ranks")
+    taken.close()

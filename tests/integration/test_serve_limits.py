@@ -423,6 +423,7 @@ def test_log_probabilities_of_a_prompt_are_an_independent_forwards(running: Runn
 
 def test_the_most_probable_tokens_are_those_of_the_exit_that_was_taken(running: Running, path: Path, decoder: Decoder):
     asked = {"messages": [{"role": "user", "content": "7"}], "model": "tiny", "max_tokens": 6, "seed": 3}
+    asked["exit_policy"] = {"kind": "fixed", "value": 2}
     reply = running.http.post("/v1/chat/completions", json={**asked, "logprobs": True, "top_logprobs": 4})
     choice = reply.json()["choices"][0]
     prompt, exits = [ord(c) for c in "[user]7"], choice["early_exit"]

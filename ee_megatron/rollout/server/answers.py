@@ -34,7 +34,6 @@ class Answers:
 
     def __init__(self, engine: Engine, count: int, ticket: Callable[[int, Callable[[Told], None]], Ticket]):
         self._engine, self._left = engine, count
-        self._over: Callable[[], None] = lambda: None
         self._events: asyncio.Queue[tuple[int, Told]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -79,14 +78,9 @@ class Answers:
         """Tell the client this instead of what is still to come. In the event loop's thread."""
         self._events.put_nowait((0, error))
 
-    def when_over(self, tell: Callable[[], None]) -> None:
-        """Call this once nothing more is wanted."""
-        self._over = tell
-
     def cancel(self) -> None:
         """What has not finished is given up; safe to call always."""
         self._engine.cancel(self._tickets)
-        self._over()
 
 
 def told_as(error: Exception) -> BadRequest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
@@ -15,7 +16,7 @@ from ...exit_rules import ExitRule
 from ..engine.prompts import encode_text
 from .answers import Answers, Reply
 from .choices import Choice
-from .guard import Access, Bodies, Guard, refusal
+from .guard import BROKEN, Access, Bodies, Guard, refusal
 from .metrics import CONTENT_TYPE
 from .protocol import Asked, BadRequest, ChatRequest, CompletionRequest, parse
 from .texts import QUICK, Texts
@@ -48,11 +49,11 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     bodies: Bodies = field(default_factory=Bodies)
     stopping: bool = False
-    under_way: set[Answers] = field(default_factory=set)
+    under_way: WeakSet[Answers] = field(default_factory=WeakSet)
 
     def end(self) -> None:
         """Tell everyone who still waits that the server stops. In the event loop's thread."""
-        for answers in self.under_way:
+        for answers in list(self.under_way):
             answers.end(STOPPING)
 
 
@@ -72,6 +73,10 @@ def make_app(service: Service) -> Guard:
         reply = refusal(BadRequest(f"{where}: {error.detail}", error.status_code))
         reply.headers.update(error.headers or {})
         return reply
+
+    @app.exception_handler(Exception)
+    async def broken(_: Request, error: Exception) -> Response:
+        return refusal(BROKEN)
 
     @app.get("/health")
     async def health(request: Request) -> Response:
@@ -252,15 +257,7 @@ async def answer(
         raise STOPPING
     count = 0 if not generate and score is None else len(requests)
     under_way = Answers(service.engine, count, lambda i, sink: Ticket(requests[i], sink, score, generate))
-    return await follow(service, request, reply, under_way, generate, echo=echoes is not None and score is None)
-
-
-async def follow(
-    service: Service, request: Request, reply: Reply, under_way: Answers, generate: bool, echo: bool
-) -> Response:
-    """The response, with its events known to the service for as long as they come."""
     service.under_way.add(under_way)
-    under_way.when_over(lambda: service.under_way.discard(under_way))
-    if reply.asked.stream:
-        return reply.stream(request, under_way, generate, echo)
+    if asked.stream:
+        return reply.stream(request, under_way, generate, echo=echoes is not None and score is None)
     return await reply.collect(request, under_way, generate)

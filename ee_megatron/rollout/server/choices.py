@@ -28,7 +28,7 @@ class Choice:
         self.prompt_tokens = len(prompt)
         self._prompt, self._decode, self._echo = prompt, decode, echo
         self._score: PromptScore | None = None
-        self._only_prompt = False
+        self._only_prompt, self._length = False, 0
         self.events: list[Event] = []
 
     @property
@@ -57,7 +57,7 @@ class Choice:
         else:
             role = {"role": "assistant"} if len(self.events) == 1 else {}
             content = {"delta": {**role, "content": event.text}}
-        before = sum(len(e.text) for e in self.events[:-1]) if self.top is not None else 0
+        before, self._length = self._length, self._length + len(event.text)
         return self._fields(content, [event], len(self._begin()) + before, with_prompt=False)
 
     def _begin(self) -> str:

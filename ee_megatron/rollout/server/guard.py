@@ -7,6 +7,7 @@ import hmac
 import ipaddress
 import logging
 import resource
+import socket
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -24,6 +25,10 @@ log = logging.getLogger(__name__)
 HEAD_S, BODY_S, STALLED_S = 10.0, 20.0, 20.0
 # Bytes of a body, and of all bodies that are being read; connections.
 MAX_BODY, MAX_BODIES, MAX_CONNECTIONS = 4 << 20, 64 << 20, 1000
+# Bytes that the system keeps of what a client hasn't taken yet.
+SEND_BUFFER = 1 << 17
+
+BROKEN = BadRequest("the server failed to answer this; its log says why", 500)
 
 
 def refusal(error: BadRequest) -> JSONResponse:
@@ -159,10 +164,11 @@ class Guard:
         except BadRequest as error:
             await refusal(error)(scope, receive, tell)
         except Exception:
-            log.exception("%s %s failed", request.method, request.url.path)
+            # The routes' own layer has answered what failed there, and hands it on to be logged.
             if begun:
                 raise
-            await refusal(BadRequest("the server failed to answer this; its log says why", 500))(scope, receive, tell)
+            log.exception("%s %s failed", request.method, request.url.path)
+            await refusal(BROKEN)(scope, receive, tell)
 
 
 PREFLIGHT = Response(
@@ -186,6 +192,8 @@ class Connection(H11Protocol):
         if len(self.connections) > most_connections():
             transport.abort()
             return
+        # The system's own buffer would grow to megabytes before a reader who doesn't read is noticed.
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self._arm()
 
     def data_received(self, data: bytes) -> None:

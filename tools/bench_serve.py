@@ -70,6 +70,7 @@ class Server:
             raise RuntimeError(f"the server didn't start: {self.line!r}")
         self.port = int(self.line.split(" on http://")[1].split("/")[0].rsplit(":", 1)[1])
         self.name = self.line.split()[1]
+        self.longest = int(self.line.split("a request: ")[1].split(",")[0])
 
     def stop(self) -> None:
         self.process.terminate()
@@ -143,7 +144,7 @@ async def long_bodies(server: Server) -> None:
 
 
 async def long_answers(server: Server) -> None:
-    await ask(server.port, request(server.name, prompt="1", max_tokens=POSITIONS // 2 - 8, n=4, stream=True))
+    await ask(server.port, request(server.name, prompt="1", max_tokens=server.longest - 8, n=4, stream=True))
 
 
 async def unread_streams(server: Server) -> None:
@@ -207,7 +208,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="of all blocks together (default: 60)")
     parser.add_argument("--blocks", type=int, default=6, help="half of them with hostile clients (default: 6)")
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--limit-mib", type=int, default=2600, help="address space of the server (default: 2600)")
+    parser.add_argument("--limit-mib", type=int, default=2000, help="address space of the server (default: 2000)")
     parser.add_argument("--factor", type=float, default=2.0, help="that p95 may grow by (default: 2)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()

@@ -76,7 +76,7 @@ class Served:
             preexec_fn=limit,
         )
         # A server that never says where it is must not hold the tests up.
-        overdue = threading.Timer(120, self.process.kill)
+        overdue = threading.Timer(300, self.process.kill)
         overdue.start()
         assert self.process.stdout is not None
         line = self.process.stdout.readline()

@@ -382,6 +382,23 @@ def test_a_request_that_does_not_fit_now_waits_and_the_cache_keeps_to_its_size(p
         engine.close()
 
 
+def test_short_requests_pass_long_ones_that_wait_for_room_and_long_ones_keep_their_order(path: Path, decoder: Decoder):
+    """A cache of 64 pages: long ones take 25 each, of which one runs beside another's half, short ones a page."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+
+    def begun(passing: bool) -> list[int]:
+        made, order = Scheduler(decoder, tokenizer, 8, positions=1024, passing=passing), list[int]()
+        for i, tokens in enumerate((390, 390, 390, 10, 10)):
+            made.add(Request([5 + i], SamplingParams(0, tokens), Off(), prompt_id=str(i)))
+        while made.busy:
+            order += [event.request for event in made.advance() if event.request not in order]
+        return order
+
+    # Without passing two long ones fit, and everybody waits behind the third.
+    assert begun(False) == [0, 1, 2, 3, 4]
+    assert begun(True) == [0, 3, 4, 1, 2]
+
+
 # ---- log-probabilities and figures ----
 
 

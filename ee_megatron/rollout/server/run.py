@@ -113,7 +113,8 @@ def run(
     exits.check(decoder.layout, decoder.gates is not None)
     budget, longest = plan(decoder, settings)
     tokenizers = [AutoTokenizer.from_pretrained(model_path, local_files_only=True) for _ in range(3)]
-    engine = Engine(decoder, tokenizers[0], settings.rows, settings.queue, budget.positions, budget.reading)
+    scarce = budget.positions < settings.rows * longest
+    engine = Engine(decoder, tokenizers[0], settings.rows, settings.queue, budget.positions, budget.reading, scarce)
     longest_prompt = min(longest, budget.longest_prompt)
     limits = Limits(longest, longest_prompt, default_tokens=settings.default_tokens)
     about = {"layers": decoder.dims.num_layers, "exits": list(decoder.layout.depths), "exit_policy": exits.kind}

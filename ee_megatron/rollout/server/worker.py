@@ -57,7 +57,7 @@ class Ticket:
 
 class Engine:
     """At most `rows` requests run at a time, and as many as fit `positions` (None: any number), and `queue_limit` wait;
-    `submit` refuses more. Prompts are read `reading` positions at a time."""
+    `submit` refuses more. `reading` and `passing` are the scheduler's."""
 
     def __init__(
         self,
@@ -67,13 +67,14 @@ class Engine:
         queue_limit: int,
         positions: int | None = None,
         reading: int = PREFILL_POSITIONS,
+        passing: bool = False,
     ):
         self.rows, self.queue_limit, self.num_layers = rows, queue_limit, decoder.dims.num_layers
         self.vocab = decoder.dims.vocab
         self.metrics = Metrics(decoder.layout.outcomes)
         self._decoder = decoder
         self._make = lambda: Scheduler(
-            decoder, tokenizer, rows, positions=positions, reading=reading, passing=True, failed=self._failed
+            decoder, tokenizer, rows, positions=positions, reading=reading, passing=passing, failed=self._failed
         )
         self._scheduler = self._make()
         self._inbox: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()

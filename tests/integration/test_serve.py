@@ -324,9 +324,9 @@ def test_a_failure_in_the_engine_ends_the_request_that_caused_it_and_no_other(tm
 
 
 def test_under_a_memory_limit_long_requests_are_refused_or_wait_and_nobody_elses_stream_ends(tmp_path: Path):
-    served = Served(tmp_path, "--rows", "16", memory_kib=LIMIT_KIB)
+    served = Served(tmp_path, "--rows", "64", memory_kib=LIMIT_KIB)
     try:
-        assert served.limit == "ulimit -v" and 0 < served.cache_mib < 16 * 20000 * 1536 / 2**20
+        assert served.limit == "ulimit -v" and 0 < served.cache_mib < 64 * 20000 * 1536 / 2**20
         streams = [served.complete(max_tokens=1500, stream=True, seed=i, **ENDLESS) for i in range(3)]
         begun = [next(iter(stream)) for stream in streams]
         assert begun[0].choices

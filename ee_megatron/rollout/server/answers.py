@@ -16,7 +16,7 @@ from fastapi.responses import Response, StreamingResponse
 
 from ..engine.scoring import PromptScore
 from .choices import Choice, usage
-from .protocol import Asked, BadRequest
+from .protocol import NO_MEMORY, Asked, BadRequest
 from .worker import Busy, Engine, Ticket, Told
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def told_as(error: Exception) -> BadRequest:
         return error
     text = " ".join(str(error).split())
     if is_memory(error):
-        return BadRequest("there is no memory for this request now; try again later or ask for less", 503, "no_memory")
+        return NO_MEMORY
     return BadRequest(text, 400) if isinstance(error, ValueError) else BadRequest(f"the engine failed: {text}", 500)
 
 

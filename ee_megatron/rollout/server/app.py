@@ -16,9 +16,9 @@ from ...exit_rules import ExitRule
 from ..engine.prompts import encode_text
 from .answers import Answers, Reply
 from .choices import Choice
-from .guard import BROKEN, Access, Bodies, Guard, refusal
+from .guard import Access, Bodies, Guard, refusal
 from .metrics import CONTENT_TYPE
-from .protocol import Asked, BadRequest, ChatRequest, CompletionRequest, parse
+from .protocol import BROKEN, NO_MEMORY, Asked, BadRequest, ChatRequest, CompletionRequest, parse
 from .texts import QUICK, Texts
 from .worker import Engine, Ticket
 
@@ -73,6 +73,10 @@ def make_app(service: Service) -> Guard:
         reply = refusal(BadRequest(f"{where}: {error.detail}", error.status_code))
         reply.headers.update(error.headers or {})
         return reply
+
+    @app.exception_handler(MemoryError)
+    async def scarce(_: Request, error: MemoryError) -> Response:
+        return refusal(NO_MEMORY)
 
     @app.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> Response:

@@ -17,18 +17,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .metrics import Metrics
-from .protocol import BadRequest
+from .protocol import BROKEN, BadRequest
 
 log = logging.getLogger(__name__)
 # Seconds: until a connection has sent a request's head; until its body is there; that a reader may take none of what
 # waits for it.
 HEAD_S, BODY_S, STALLED_S = 10.0, 20.0, 20.0
 # Bytes of a body, and of all bodies that are being read; connections.
-MAX_BODY, MAX_BODIES, MAX_CONNECTIONS = 4 << 20, 64 << 20, 1000
+MAX_BODY, MAX_BODIES, MAX_CONNECTIONS = 4 << 20, 32 << 20, 1000
 # Bytes that the system keeps of what a client hasn't taken yet.
 SEND_BUFFER = 1 << 17
-
-BROKEN = BadRequest("the server failed to answer this; its log says why", 500)
 
 
 def refusal(error: BadRequest) -> JSONResponse:
@@ -111,7 +109,7 @@ class Bodies:
     deadline_s: float = BODY_S
     _held: int = field(default=0, init=False)
 
-    async def read(self, request: Request) -> bytes:
+    async def read(self, request: Request) -> bytearray:
         """Raises BadRequest: 413, 408, or 503 where all bodies together are too much."""
         body = bytearray()
         try:
@@ -127,7 +125,7 @@ class Bodies:
             raise BadRequest(f"the body wasn't there after {self.deadline_s:g} s; send it faster", 408) from None
         finally:
             self._held -= len(body)
-        return bytes(body)
+        return body
 
 
 class Guard:

@@ -17,8 +17,8 @@ from ..engine.decoder import Decoder
 from ..engine.scheduler import PREFILL_POSITIONS
 
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
-# Left to the interpreter, threads and the HTTP side.
-MARGIN = 192 << 20
+# Left to the interpreter, threads, and bodies that the HTTP side reads.
+MARGIN = 256 << 20
 # Of what is free then, the most that reading prompts may take; and what is left alone of the rest.
 READING_SHARE, SPARE_SHARE = 0.4, 0.1
 # float32 copies of a row's logits while a token is chosen.

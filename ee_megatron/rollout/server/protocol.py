@@ -67,6 +67,10 @@ class BadRequest(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
+BROKEN = BadRequest("the server failed to answer this; its log says why", 500)
+NO_MEMORY = BadRequest("there is no memory for this request now; try again later or ask for less", 503, "no_memory")
+
+
 class Given(BaseModel):
     """Fields from a client: unknown ones are refused, null is as good as none, numbers are finite."""
 
@@ -202,7 +206,7 @@ class ChatRequest(Asked):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-def parse(model: type[Asked], body: bytes) -> Any:
+def parse(model: type[Asked], body: bytes | bytearray) -> Any:
     """Raises BadRequest with one line on the first thing wrong."""
     try:
         return model.model_validate_json(body)

@@ -73,10 +73,11 @@ class Engine:
         self.vocab = decoder.dims.vocab
         self.metrics = Metrics(decoder.layout.outcomes)
         self._decoder = decoder
-        self._make = lambda: Scheduler(
+        self._scheduler = Scheduler(
             decoder, tokenizer, rows, positions=positions, reading=reading, passing=passing, failed=self._failed
         )
-        self._scheduler = self._make()
+        if positions is not None:
+            self._scheduler.cache.reserve()
         self._inbox: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._open: set[Ticket] = set()
@@ -286,7 +287,7 @@ class Engine:
         self._end(self._by_id[request], "failed", error)
 
     def _begin_again(self, error: Exception) -> None:
-        """Tell everyone and begin with an empty scheduler: what state the failure left the old one in is not known."""
-        self._scheduler = self._make()
+        """Tell everyone, and begin with an empty scheduler: whose request it was is not known."""
         for ticket in list(self._by_id.values()):
+            self._scheduler.cancel(ticket.id)
             self._end(ticket, "failed", error)

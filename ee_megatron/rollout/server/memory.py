@@ -19,6 +19,8 @@ from ..engine.scheduler import PREFILL_POSITIONS
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 # Left to the interpreter, threads, and bodies that the HTTP side reads.
 MARGIN = 256 << 20
+# Of a limit on addresses: threads reserve more of them than they use memory.
+ADDRESSES = 384 << 20
 # Of what is free then, the most that reading prompts may take; and what is left alone of the rest.
 READING_SHARE, SPARE_SHARE = 0.4, 0.1
 # float32 copies of a row's logits while a token is chosen.
@@ -63,7 +65,7 @@ def _limits() -> Iterator[Free]:
     ):
         limit = resource.getrlimit(which)[0]
         if limit != resource.RLIM_INFINITY:
-            yield Free(max(0, limit - _kib(PROC / "self" / "status", field)), name)
+            yield Free(max(0, limit - _kib(PROC / "self" / "status", field) - ADDRESSES), name)
     for group, most, now, cached in (
         (CGROUP, "memory.max", "memory.current", "inactive_file"),
         (CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

@@ -16,7 +16,7 @@ T = TypeVar("T")
 # Characters up to which work is quick: it never waits behind longer.
 QUICK = 1 << 14
 # Pieces of slow work that may wait; a text has so many characters at most for each position that it may take.
-SLOW_QUEUE, CHARACTERS_PER_TOKEN = 32, 16
+SLOW_QUEUE, CHARACTERS_PER_TOKEN = 8, 16
 DECODED = 1 << 17
 
 

@@ -50,7 +50,7 @@ class Scheduler:
     fits beside what those in flight can: no row that has begun is ever short of a page, or put back to make room.
 
     With `passing` short requests don't wait for long ones that the cache has no room for; each kind keeps its order.
-    Prompts are read `reading` positions at a time, longer ones alone. With `failed` a piece of work that can't be done
+    Prompts are read `reading` positions at a time (None: PREFILL_POSITIONS), longer ones alone. With `failed` a piece of work that can't be done
     for several requests is tried for each by itself, and only who fails then is forgotten, and told of.
 
     `add` requests at any time, `advance` while `busy`, `take` finished answers. Not thread-safe: one owner.
@@ -63,7 +63,7 @@ class Scheduler:
         in_flight: int,
         batch: int | None = None,
         positions: int | None = None,
-        reading: int = PREFILL_POSITIONS,
+        reading: int | None = None,
         passing: bool = False,
         failed: Failed | None = None,
     ):
@@ -71,7 +71,7 @@ class Scheduler:
         if in_flight < 1 or batch < 1:
             raise ValueError(f"in_flight={in_flight}, batch={batch}: both must be at least 1")
         self.decoder, self.tokenizer, self.in_flight = decoder, tokenizer, in_flight
-        self._reading, self._passing, self._failed = reading, passing, failed
+        self._reading, self._passing, self._failed = reading or PREFILL_POSITIONS, passing, failed
         self._entering: list[Row] = []
         if positions is not None and positions < PAGE:
             raise ValueError(f"positions={positions}: the cache must have room for at least a page, {PAGE} positions")

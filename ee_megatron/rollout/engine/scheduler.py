@@ -50,8 +50,8 @@ class Scheduler:
     fits beside what those in flight can: no row that has begun is ever short of a page, or put back to make room.
 
     With `passing` short requests don't wait for long ones that the cache has no room for; each kind keeps its order.
-    Prompts are read `reading` positions at a time (None: PREFILL_POSITIONS), longer ones alone. With `failed` a piece of
-    work that can't be done for several requests is tried for each by itself, and only who fails then is forgotten, and
+    Prompts are read `reading` positions (None: PREFILL_POSITIONS) at a time, longer ones alone. With `failed` a piece
+    of work that can't be done for several requests is tried for each by itself; only who fails then is forgotten, and
     told of.
 
     `add` requests at any time, `advance` while `busy`, `take` finished answers. Not thread-safe: one owner.

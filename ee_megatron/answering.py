@@ -57,12 +57,16 @@ def serve(
     """Answer over HTTP until told to stop; the key that clients need, if any, is EE_API_KEY's."""
     from .rollout.server.run import run
 
-    answering = load(cfg, model, policy, exits, base_unchecked)
-    default = rule_for(answering, exits)
-    name = answering.name if model else f"{cfg.name}-{answering.name}"
-    about = {"policy": str(answering.checkpoint) if answering.checkpoint else None}
-    api_key = os.environ.get("EE_API_KEY") or None
-    run(answering.decoder, str(answering.source), name, default, settings, api_key, about)
+    if exits is not None:
+        parse_option("--exits", exits)
+    # Before the model is read, which takes its time.
+    with settings.bind() as listening:
+        answering = load(cfg, model, policy, exits, base_unchecked)
+        default = rule_for(answering, exits)
+        name = answering.name if model else f"{cfg.name}-{answering.name}"
+        about = {"policy": str(answering.checkpoint) if answering.checkpoint else None}
+        key = os.environ.get("EE_API_KEY") or None
+        run(answering.decoder, str(answering.source), name, default, settings, listening, key, about)
 
 
 def wants_chat(answering: EarlyExitModel, asked: bool | None) -> bool:

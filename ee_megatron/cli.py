@@ -107,12 +107,21 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     serve = _add(commands, "serve", _serve, example="--port 8000 --exits threshold:0.7")
     _add_model(serve)
-    serve.add_argument("--exits", default="threshold:0.5", metavar="RULE", help="for requests without exit_policy")
+    serve.add_argument(
+        "--exits", default=None, metavar="RULE", help="for requests without exit_policy (default: as in generate)"
+    )
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     serve.add_argument("--rows", type=int, default=32, help="requests that run together (default: 32)")
     serve.add_argument("--queue", type=int, default=256, help="requests that may wait; more get 429 (default: 256)")
-    serve.add_argument("--cache-gib", type=float, default=0.0, help="memory of their cache (default: what they take)")
+    serve.add_argument("--cache-gib", type=float, default=0.0, help="memory of their cache (default: what is free)")
+    serve.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web pages that may ask; * for any (repeatable)",
+    )
     serve.add_argument("--max-length", type=int, default=0, help="tokens of prompt and answer (default: the model's)")
     serve.add_argument("--max-new-tokens", type=int, default=256, help="of requests that don't say (default: 256)")
     serve.add_argument(
@@ -325,7 +334,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     settings = ServerSettings(
         options.host, options.port, options.rows, options.queue,
-        options.max_length, options.max_new_tokens, options.grace, options.cache_gib,
+        options.max_length, options.max_new_tokens, options.grace, options.cache_gib, tuple(options.allow_origin),
     )  # fmt: skip
     serve(cfg, settings, options.exits, options.model, options.policy, options.base_unchecked)
     return 0
@@ -376,8 +385,11 @@ def _dry_run(cfg: RunConfig, command: str, overrides: list[str]) -> int:
 
 
 def _guarded(action: Callable[[], int]) -> int:
-    rank, world = os.environ.get("RANK"), int(os.environ.get("WORLD_SIZE", "1"))
-    if rank is not None and world > 1:
+    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
+    if not world.isdecimal():
+        print(f"error: WORLD_SIZE={world!r} in the environment: expected a number of ranks; unset it", file=sys.stderr)
+        return 2
+    if rank is not None and int(world) > 1:
         return _guarded_rank(action, f"rank {rank} of {world}")
     try:
         return action()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
 import re
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,13 +28,15 @@ from ee_megatron.policy import PolicySpec, initial_policy, save_policy
 from ee_megatron.rollout import LocalPool, SamplingParams
 from ee_megatron.rollout.engine.request import Request
 from ee_megatron.rollout.engine.scheduler import Scheduler
-from ee_megatron.rollout.server.worker import Engine
+from ee_megatron.rollout.server.worker import Engine, Ticket
 from ee_megatron.types import Rollout
 from tests.tiny import tiny_hf
 
 ROOT = Path(__file__).parents[2]
 SPEC = PolicySpec(6, (2, 4), rank=4, alpha=8.0)
 KEY = "a key for tests"
+# Address space that leaves the engine little beside torch's libraries.
+LIMIT_KIB = 2_000_000
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[assistant]"
 # Greedy answers of the tiny model run in circles: nothing ends them but their length.
 ENDLESS = {"prompt": "Once upon", "temperature": 0, "extra_body": {"exit_policy": {"kind": "off"}}}
@@ -40,7 +45,7 @@ ENDLESS = {"prompt": "Once upon", "temperature": 0, "extra_body": {"exit_policy"
 class Served:
     """`ee-megatron serve` on a tiny model with a policy whose gates fire about half of the time."""
 
-    def __init__(self, directory: Path, *options: str, key: str | None = None):
+    def __init__(self, directory: Path, *options: str, key: str | None = None, memory_kib: int | None = None):
         self.model, self.policy = directory / "tiny", directory / "policy"
         if not self.model.is_dir():
             make_model(self.model, self.policy)
@@ -57,26 +62,39 @@ class Served:
             *options,
             "model.dtype=float32",
         ]
+
+        def limit() -> None:
+            if memory_kib is not None:
+                resource.setrlimit(resource.RLIMIT_AS, (memory_kib << 10,) * 2)
+
         self.process = subprocess.Popen(
             [sys.executable, "-m", "ee_megatron.cli", *command],
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
             cwd=ROOT,
+            preexec_fn=limit,
         )
         # A server that never says where it is must not hold the tests up.
-        overdue = threading.Timer(120, self.process.kill)
+        overdue = threading.Timer(300, self.process.kill)
         overdue.start()
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         overdue.cancel()
-        found = re.fullmatch(r"serving tiny-policy on (http://127\.0\.0\.1:\d+)/v1\n", line)
-        assert found, line
-        self.url = found[1]
+        found = re.fullmatch(
+            r"serving tiny-policy on (http://127\.0\.0\.1:\d+)/v1 \(cache: (\d+) MiB by (.+), (\d+) tokens; "
+            r"a request: (\d+), its prompt (\d+)\)\n",
+            line,
+        )
+        if found is None:
+            self.process.kill()
+            pytest.fail(f"the server said {line!r}")
+        self.url, self.cache_mib, self.limit, self.longest = found[1], int(found[2]), found[3], int(found[5])
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key or "none", max_retries=0, timeout=60)
 
     def health(self) -> dict:
-        return httpx.get(f"{self.url}/health", timeout=10).json()
+        headers = {"Authorization": f"Bearer {self.client.api_key}"}
+        return httpx.get(f"{self.url}/health", headers=headers, timeout=10).json()
 
     def until(self, what, seconds: float = 20) -> dict:
         deadline = time.monotonic() + seconds
@@ -227,7 +245,7 @@ def test_a_full_queue_is_429_and_empties_again(served: Served):
     [
         ({"model": "gpt"}, openai.NotFoundError, "ask for 'tiny-policy'"),
         ({"max_tokens": 16000}, openai.BadRequestError, "takes 16000 in all"),
-        ({"max_tokens": 0}, openai.BadRequestError, "max_tokens: Input should be greater than or equal to 1"),
+        ({"max_tokens": -1}, openai.BadRequestError, "max_tokens: Input should be greater than or equal to 0"),
         ({"temperature": -1}, openai.BadRequestError, "temperature"),
         ({"prompt": ""}, openai.BadRequestError, "no tokens"),
         ({"prompt": [5000]}, openai.BadRequestError, r"0\.\.129"),
@@ -250,7 +268,7 @@ def test_without_the_key_there_is_no_answer(served: Served):
     for headers in ({"Authorization": "Bearer wrong"}, {}):
         reply = httpx.get(f"{served.url}/v1/models", headers=headers, timeout=10)
         assert reply.status_code == 401 and reply.json()["error"]["code"] == "invalid_api_key"
-    assert httpx.get(f"{served.url}/health", timeout=10).status_code == 200
+    assert httpx.get(f"{served.url}/health", timeout=10).json() == {"status": "ok", "model": "tiny-policy"}
 
 
 def test_sigterm_lets_a_running_request_finish_and_ends_one_that_takes_too_long(tmp_path: Path):
@@ -258,6 +276,7 @@ def test_sigterm_lets_a_running_request_finish_and_ends_one_that_takes_too_long(
         served = Served(tmp_path, "--grace", "60" if finishes else "1")
         received = ""
         reason = None
+        told = ""
         started = time.monotonic()
         try:
             for number, chunk in enumerate(served.complete(max_tokens=max_tokens, stream=True, **ENDLESS)):
@@ -265,16 +284,18 @@ def test_sigterm_lets_a_running_request_finish_and_ends_one_that_takes_too_long(
                     served.process.send_signal(signal.SIGTERM)
                 received += chunk.choices[0].text
                 reason = chunk.choices[0].finish_reason
-        except (openai.APIError, httpx.HTTPError):
-            assert not finishes
+        except openai.APIError as error:
+            # The last event says why there is no more.
+            told = str(error)
         assert (reason == "length") == finishes and received
+        assert ("the server is stopping" in told) == (not finishes)
         assert served.process.wait(30) == 0
         assert finishes or time.monotonic() - started < 25
         with pytest.raises(openai.APIConnectionError):
             served.complete()
 
 
-def test_a_failure_in_the_engine_is_told_to_those_it_concerns_and_later_requests_are_answered(tmp_path: Path):
+def test_a_failure_in_the_engine_ends_the_request_that_caused_it_and_no_other(tmp_path: Path):
     pool = LocalPool(tiny_hf("llama", tmp_path), SPEC)
     engine = Engine(pool.decoder, pool.tokenizer, rows=2, queue_limit=8)
     try:
@@ -282,21 +303,48 @@ def test_a_failure_in_the_engine_is_told_to_those_it_concerns_and_later_requests
         # A replay without depths fails once it is under way.
         wrong = Request("1", SamplingParams(0, 400), Prescribed(), prompt_id="wrong")
         right = Request("2", SamplingParams(0, 400), Off())
-        tickets = engine.submit([(wrong, told[0].put), (right, told[1].put), (right, told[2].put)])
-        for line in told[:3]:
-            while not isinstance(outcome := line.get(timeout=30), Exception):
-                assert outcome.finished is None
-            assert "prescribed exits" in str(outcome)
-        engine.submit([(Request("2", SamplingParams(0, 5), Off()), told[3].put)])
+        tickets = [Ticket(request, line.put) for request, line in zip((wrong, right, right), told, strict=False)]
+        engine.submit(tickets)
+        while not isinstance(outcome := told[0].get(timeout=30), Exception):
+            assert outcome.finished is None
+        assert "prescribed exits" in str(outcome)
+        # Its neighbours in the batch go on to their ends.
+        for line in told[1:3]:
+            assert [line.get(timeout=30).finished for _ in range(400)] == [None] * 399 + ["length"]
+        engine.submit([Ticket(Request("2", SamplingParams(0, 5), Off()), told[3].put)])
         # Cancelled after its end, under a number that another request has by now.
         engine.cancel(tickets)
         assert [told[3].get(timeout=30).finished for _ in range(5)] == [None] * 4 + ["length"]
         health = engine.health()
-        assert (health["failed"], health["answered"], health["running"], health["queue"]) == (3, 1, 0, 0)
+        assert (health["failed"], health["answered"], health["running"], health["queue"]) == (1, 3, 0, 0)
     finally:
         engine.close()
     with pytest.raises(RuntimeError, match="has stopped"):
-        engine.submit([(right, told[0].put)])
+        engine.submit([Ticket(right, told[0].put)])
+
+
+def test_under_a_memory_limit_long_requests_are_refused_or_wait_and_nobody_elses_stream_ends(tmp_path: Path):
+    served = Served(tmp_path, "--rows", "64", memory_kib=LIMIT_KIB)
+    try:
+        assert served.limit == "ulimit -v" and 0 < served.cache_mib < 64 * 20000 * 1536 / 2**20
+        streams = [served.complete(max_tokens=1500, stream=True, seed=i, **ENDLESS) for i in range(3)]
+        begun = [next(iter(stream)) for stream in streams]
+        assert begun[0].choices
+        hostile = [threading.Thread(target=ask_for_all, args=(served,)) for _ in range(6)]
+        for thread in hostile:
+            thread.start()
+        for stream in streams:
+            *_, last = stream
+            assert last.choices[0].finish_reason == "length"
+        assert served.complete().choices[0].text and served.health()["failed"] == 0
+    finally:
+        served.process.kill()
+        served.process.wait(30)
+
+
+def ask_for_all(served: Served) -> None:
+    with contextlib.suppress(openai.APIError, httpx.HTTPError):
+        served.complete(max_tokens=served.longest - 16, n=4, **ENDLESS)
 
 
 def test_generate_takes_a_model_and_a_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -309,10 +357,14 @@ def test_generate_takes_a_model_and_a_policy(tmp_path: Path, capsys: pytest.Capt
     assert "tiny-policy model, 9 tokens, mean depth 2.4 of 6 layers" in capsys.readouterr().out
 
 
-def test_mistakes_on_the_command_line_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_mistakes_on_the_command_line_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     from ee_megatron import cli
 
     model = tiny_hf("llama", tmp_path / "m")
+    taken = socket.create_server(("127.0.0.1", 0))
+    busy = taken.getsockname()[1]
     for arguments, message in (
         (["--model", str(tmp_path / "none")], "no such directory"),
         (["--model", str(model), "--policy", str(tmp_path)], "no policy checkpoint there"),
@@ -320,8 +372,15 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path: Path, capsys: pytes
         (["--model", str(model), "--max-length", "4096"], "the model has 512 positions"),
         (["--model", str(model), "--cache-gib", "-1"], "cache-gib -1.0: expected a number >= 0"),
         (["--model", str(model), "--cache-gib", "1e-4", "--max-length", "400"], "a request takes up to 400; raise it"),
-        (["--model", str(model), "--exits", "fixed:2"], "no exit depth"),
+        (["--model", str(model), "--exits", "fixed:2", "--port", "0"], "no exit depth"),
+        (["--model", str(tmp_path / "none"), "--grace", "nan"], "grace nan: expected a number >= 0"),
+        (["--model", str(model), "--port", str(busy)], f"port {busy} on 127.0.0.1: Address already in use"),
+        (["--model", str(model), "--cache-gib", "1e6"], "GiB for it; lower it"),
     ):
         assert cli.main(["serve", *arguments]) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ") and message in error
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    assert cli.main(["serve", "--model", str(model)]) == 2
+    assert capsys.readouterr().err.startswith("error: WORLD_SIZE='abc' in the environment: expected a number of ranks")
+    taken.close()

@@ -50,6 +50,7 @@ class KVCache:
 
     def __init__(self, dims: ModelDims, rows: int, dtype: torch.dtype, device: torch.device, limit: int | None = None):
         self.device, self.dtype, self.limit, self.pages = device, dtype, limit, 0
+        self._reserved = False
         self.table = np.zeros((rows, 1), dtype=np.int64)
         self.held = np.zeros(rows, dtype=np.int64)
         # Rows that hold each page.
@@ -73,6 +74,13 @@ class KVCache:
     def used(self) -> int:
         """Pages that rows hold; those that several hold count once."""
         return self.pages - len(self._free)
+
+    def reserve(self) -> None:
+        """Take all that `limit` allows, and keep it: nothing else in this process can be in its place later. On Linux's
+        CPUs that is address space, and memory only once a page is used. Raises OSError or torch's error."""
+        assert self.limit is not None
+        self._resize(self.limit)
+        self._reserved = True
 
     def hold(self, rows: Sequence[int], positions: Sequence[int]) -> None:
         """Give rows (distinct) the pages for so many positions each. Raises ValueError past the limit, nothing done."""
@@ -111,6 +119,8 @@ class KVCache:
     def trim(self) -> None:
         """Give memory back if much of it is free; the pages at the pool's end move, so tables read before are void."""
         used = self.used
+        if self._reserved:
+            return
         keep = max(1, pool_pages(used))
         if self.pages <= used + 2 * (used // SPARE) + 1:
             return
@@ -150,7 +160,8 @@ class KVCache:
             layer[pages, :, offsets] = pair
 
     def _resize(self, pages: int) -> None:
-        """Make the pool's size `pages`; the first ones stay as they are, new ones are zeros."""
+        """Make the pool's size `pages`; the first ones stay as they are, new ones are zeros. Where there is no memory
+        for all layers it raises; some have grown then, and nothing else has changed."""
         shape, kept = (pages, *self._shape), min(self.pages, pages)
         count = math.prod(shape)
         for i, old in enumerate(self.layers):
@@ -161,8 +172,8 @@ class KVCache:
             else:
                 self.layers[i] = torch.zeros(shape, dtype=self.dtype, device=self.device)
                 self.layers[i][:kept] = old[:kept]
-        if self.device.type == "cpu":
-            self.addresses[:] = [layer.data_ptr() for layer in self.layers]
+            if self.device.type == "cpu":
+                self.addresses[i] = self.layers[i].data_ptr()
         # Ascending after the others, all of which are lower: still a heap.
         self._free.extend(range(self.pages, pages))
         self._holders = np.pad(self._holders[:kept], (0, pages - kept))

@@ -13,6 +13,9 @@ from .prompts import encode_text
 from .request import Request, Row
 from .sampling import stream_key
 
+# Sets of stop strings that are remembered: requests may come with any.
+STOPS_KEPT = 64
+
 
 @dataclass
 class Intake:
@@ -34,6 +37,8 @@ class Intake:
         key = stream_key(request.seed, request.prompt_id, request.sample)
         stop = request.sampling.stop
         if stop not in self._stopping:
+            if len(self._stopping) >= STOPS_KEPT:
+                del self._stopping[next(iter(self._stopping))]
             self._stopping[stop] = StopChecker(self.tokenizer, self.eos_ids, stop)
         # The position that may exit is run as those of generated tokens are.
         read = tokens[:-1] if self.layout.first_token else tokens

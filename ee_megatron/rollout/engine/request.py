@@ -10,7 +10,7 @@ import numpy as np
 from ...exit_rules import ExitRule, Off
 from ...types import Prompt, Rollout
 from .ending import StopChecker
-from .sampling import SamplingParams
+from .sampling import SamplingParams, TopLogprobs
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Request:
     - seed, prompt_id, sample: name the answer's random stream, and nothing else does: same names, same answer. A
       prompt's samples differ in `sample`; requests with equal prompts that wait together are read once.
     - stream: whether events carry text (it costs a detokenisation per token)
+    - top_logprobs: how many of the most probable tokens events name beside the chosen one
     - prefill: tokens that the answer is made to begin with. They are part of it and count towards max_new_tokens; their
       exits are chosen by `exits`, their log-probabilities are those of the whole distribution
     - begun: its first tokens, as `Scheduler.take_unfinished` gave them: they are read again, at their own exits, under
@@ -52,6 +53,7 @@ class Request:
     prompt_id: str = ""
     sample: int = 0
     stream: bool = False
+    top_logprobs: int = 0
     prefill: Sequence[int] = ()
     begun: Rollout | None = None
 
@@ -60,7 +62,8 @@ class Request:
 class Event:
     """A request got a token: its id, the text that became certain with it, its exit depth and log-probabilities.
 
-    `finished` is None, or why this was the last: "stop" (end of sequence or a stop string) or "length".
+    `finished` is None, or why this was the last: "stop" (end of sequence or a stop string) or "length". `top`: the most
+    probable tokens at this place, as many as the request wanted, with their `full_logprob`.
     """
 
     request: int
@@ -71,6 +74,7 @@ class Event:
     full_logprob: float
     exit_logprob: float
     finished: str | None
+    top: TopLogprobs = ()
 
 
 @dataclass(eq=False)
@@ -123,7 +127,15 @@ class Row:
     def longest(self) -> int:
         return len(self.prompt_tokens) + self.request.sampling.max_new_tokens
 
-    def append(self, token: int, depth: int, logprob: float, full_logprob: float, exit_logprob: float) -> Event:
+    def append(
+        self,
+        token: int,
+        depth: int,
+        logprob: float,
+        full_logprob: float,
+        exit_logprob: float,
+        top: TopLogprobs = (),
+    ) -> Event:
         """Add a token and decide whether it is the last."""
         self.tokens.append(token)
         self.exit_depths.append(depth)
@@ -136,7 +148,7 @@ class Row:
         elif len(self.tokens) >= self.request.sampling.max_new_tokens:
             self.finished = "length"
         text = self._new_text() if self.request.stream else ""
-        return Event(self.id, token, text, depth, logprob, full_logprob, exit_logprob, self.finished)
+        return Event(self.id, token, text, depth, logprob, full_logprob, exit_logprob, self.finished, top)
 
     def rollout(self, version: int) -> Rollout:
         token_logprobs = np.array(self.token_logprobs, dtype=np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,10 @@ from . import kernels
 
 # How many of the most probable tokens are sorted to find a nucleus; a flat distribution takes a whole sort.
 NUCLEUS = 512
+
+
+# (token, log-probability), the most probable first.
+TopLogprobs = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,20 @@ def log_prob(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(dim=-1)
 
 
+def most_probable(logits: Tensor, params: SamplingParams, counts: Sequence[int]) -> list[TopLogprobs]:
+    """For each of logits [R, V] its `counts[r]` most probable tokens, most probable first, under the whole distribution
+    (temperature applied, 1 where it is 0)."""
+    wanted = [i for i, count in enumerate(counts) if count]
+    found: list[TopLogprobs] = [()] * len(counts)
+    if wanted:
+        chosen = logits[wanted] / (params.temperature or 1.0)
+        values, tokens = chosen.topk(min(max(counts), logits.shape[-1]), dim=-1)
+        values = values - chosen.logsumexp(dim=-1, keepdim=True)
+        for i, row_tokens, row_values in zip(wanted, tokens.tolist(), values.tolist(), strict=True):
+            found[i] = tuple(zip(row_tokens, row_values, strict=True))[: counts[i]]
+    return found
+
+
 def truncate(logits: Tensor, top_k: int, top_p: float, candidates: int = NUCLEUS) -> Tensor:
     """-inf outside the top_k most probable tokens and outside the smallest set that holds top_p of the mass.
 
@@ -144,6 +163,8 @@ def truncate(logits: Tensor, top_k: int, top_p: float, candidates: int = NUCLEUS
         total = (values if top_k else logits).logsumexp(dim=-1, keepdim=True)
         probabilities = (values - total).exp()
         kept = probabilities.cumsum(dim=-1) - probabilities < top_p
+        # However small top_p is, float32's zero included.
+        kept[:, 0] = True
     drop = torch.ones_like(logits, dtype=torch.bool).scatter(-1, order, ~kept)
     result = logits.masked_fill(drop, float("-inf"))
     if not top_k and width < vocab and len(short := kept[:, -1].nonzero().squeeze(-1)):

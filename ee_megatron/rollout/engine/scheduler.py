@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -26,15 +27,20 @@ from .intake import Intake
 from .ops import Rows
 from .prompts import common_beginning, encode_continuation, encode_text, pad
 from .request import Event, GenerationRequest, Request, Row
-from .sampling import SamplingParams, log_prob, sample_tokens, uniforms
+from .sampling import SamplingParams, log_prob, most_probable, sample_tokens, uniforms
 from .stations import Stations
 
 # Prompt positions read in one parallel forward, padding included, and before rows start: bounds a prefill's memory.
 PREFILL_POSITIONS = 8192
 # A shorter common beginning isn't worth a forward of its own.
 SHORTEST_PREFIX = 8
+# Where short requests pass long ones: a long one can come to need more than so much of the cache, and all of them that
+# run together no more than their share, unless it is a single one.
+LONG, SHARE_OF_LONG = 1 / 16, 1 / 2
 
 Progress = Callable[[int, int], None]
+# Told of a request by its id that it alone can't go on, and why.
+Failed = Callable[[int, Exception], None]
 
 
 class Scheduler:
@@ -42,6 +48,11 @@ class Scheduler:
 
     `positions` bounds the cache (None: it takes what the rows need). Requests wait until what they can come to need
     fits beside what those in flight can: no row that has begun is ever short of a page, or put back to make room.
+
+    With `passing` short requests don't wait for long ones that the cache has no room for; each kind keeps its order.
+    Prompts are read `reading` positions (None: PREFILL_POSITIONS) at a time, longer ones alone. With `failed` a piece
+    of work that can't be done for several requests is tried for each by itself; only who fails then is forgotten, and
+    told of.
 
     `add` requests at any time, `advance` while `busy`, `take` finished answers. Not thread-safe: one owner.
     """
@@ -53,11 +64,16 @@ class Scheduler:
         in_flight: int,
         batch: int | None = None,
         positions: int | None = None,
+        reading: int | None = None,
+        passing: bool = False,
+        failed: Failed | None = None,
     ):
         batch = in_flight if batch is None else batch
         if in_flight < 1 or batch < 1:
             raise ValueError(f"in_flight={in_flight}, batch={batch}: both must be at least 1")
         self.decoder, self.tokenizer, self.in_flight = decoder, tokenizer, in_flight
+        self._reading, self._passing, self._failed = reading or PREFILL_POSITIONS, passing, failed
+        self._entering: list[Row] = []
         if positions is not None and positions < PAGE:
             raise ValueError(f"positions={positions}: the cache must have room for at least a page, {PAGE} positions")
         limit = None if positions is None else positions // PAGE
@@ -132,6 +148,11 @@ class Scheduler:
     def busy(self) -> bool:
         return bool(self.waiting or len(self.stations))
 
+    @property
+    def free(self) -> int:
+        """Slots that no request has."""
+        return len(self._free)
+
     def share_prefix(self, tokens: Sequence[int]) -> None:
         """Read a common beginning once; prompts that begin with it and go on are read from there."""
         self._prefix = None
@@ -141,58 +162,127 @@ class Scheduler:
 
     @torch.inference_mode()
     def advance(self) -> list[Event]:
-        """One piece of work: prompts enter free slots, or one station runs. Returns an event per new token."""
-        started = self._admit()
+        """One piece of work: prompts enter free slots, or one station runs. Returns an event per new token.
+
+        Where it raises, nothing of it is kept: whoever asked for what can't be done may be cancelled, the others go on.
+        """
+        started = self._admit_all()
         # No row is under way here: pages may move.
         self.cache.trim()
         if started or not len(self.stations):
             return started
-        station, rows = self.stations.take()
-        if station == len(self.stations.queues) - 1:
-            return self._readout(rows)
+        return self._run_all(*self.stations.take())
+
+    def _run_all(self, station: int, rows: list[Row]) -> list[Event]:
+        """A station's rows together; where that fails and someone is to be told, each by itself."""
+        work = self._readout if station == len(self.stations.queues) - 1 else partial(self._run, station)
         try:
-            self._run(station, rows)
+            return work(rows)
+        except Exception as error:
+            if self._failed is None or len(rows) == 1:
+                self.stations.queues[station][:0] = rows
+            if self._failed is None:
+                raise
+            if len(rows) == 1:
+                self._give_up(rows[0], error)
+                return []
+        return [event for row in rows for event in self._run_all(station, [row])]
+
+    def _admit_all(self) -> list[Event]:
+        """New rows together; where that fails and someone is to be told, each by itself."""
+        waiting = len(self.waiting)
+        try:
+            return self._admit(waiting)
         except Exception:
-            # Nothing of it is kept: whoever asked for what can't be done may be cancelled, and the others go on.
-            self.stations.queues[station][:0] = rows
-            raise
-        return []
+            if self._failed is None:
+                raise
+        events: list[Event] = []
+        for _ in range(waiting):
+            left = len(self.waiting)
+            try:
+                events += self._admit(1)
+            except Exception as error:
+                self._give_up(self._entering[0], error)
+            if len(self.waiting) == left:
+                break
+        return events
+
+    def _give_up(self, row: Row, error: Exception) -> None:
+        assert self._failed is not None
+        self.cancel(row.id)
+        self._failed(row.id, error)
 
     # ---- entering ----
 
-    def _admit(self) -> list[Event]:
-        free = len(self._free)
+    def _admit(self, most: int) -> list[Event]:
+        """Let rows in, `most` at most. Where it raises they wait as before."""
+        free = min(most, len(self._free))
         if not free or not self.waiting:
             return []
         # Reading prompts one by one wastes the batch: wait for a few free slots unless the next prompt is read.
-        if self._unread(self.waiting[0]) and len(self.stations) and free < self.in_flight // 8:
+        if self._unread(self.waiting[0]) and len(self.stations) and len(self._free) < self.in_flight // 8:
             return []
         chosen: list[Row] = []
         begun: list[Row] = []
         unread: dict[tuple[int, ...], None] = {}
         room, held = self._room(), set(self._together)
-        while len(chosen) + len(begun) < free and self.waiting:
-            needed = pages_for(self.waiting[0].longest)
-            if self.waiting[0].read in held:
-                needed -= _common_pages(self.waiting[0])
-            if needed > room:
-                break
+        while len(chosen) + len(begun) < free and (found := self._next(room, [*chosen, *begun], held)):
+            row, needed = found
             room -= needed
-            if self.waiting[0].tokens:
-                begun.append(self.waiting.popleft())
+            if row.tokens:
+                self.waiting.remove(row)
+                begun.append(row)
                 continue
-            read = self.waiting[0].read
-            if self._unread(self.waiting[0]) and read not in unread:
-                if unread and len(read) + sum(map(len, unread)) > PREFILL_POSITIONS:
+            if self._unread(row) and row.read not in unread:
+                if unread and len(row.read) + sum(map(len, unread)) > self._reading:
                     break
-                unread[read] = None
-            held.add(read)
-            chosen.append(self.waiting.popleft())
-        self._go_on(sorted(begun, key=lambda row: -row.length))
-        self._read_prompts(sorted(unread, key=len, reverse=True))
-        events = self._start(chosen) if chosen else []
+                unread[row.read] = None
+            held.add(row.read)
+            self.waiting.remove(row)
+            chosen.append(row)
+        self._entering = [*begun, *chosen]
+        try:
+            self._go_on(sorted(begun, key=lambda row: -row.length))
+            self._read_prompts(sorted(unread, key=len, reverse=True))
+            events = self._start(chosen) if chosen else []
+        except Exception:
+            inside = set(self.stations)
+            self._put_back([row for row in self._entering if row not in inside])
+            raise
         self._forget_unneeded()
         return events
+
+    def _next(self, room: float, coming: list[Row], held: set[tuple[int, ...]]) -> tuple[Row, int] | None:
+        """The row that comes in next, beside those that are `coming`, and the pages that it needs; None: there is no
+        room for it."""
+        kinds = set[bool]()
+        for row in self.waiting:
+            long = self._is_long(row)
+            if long in kinds:
+                continue
+            kinds.add(long)
+            needed = pages_for(row.longest) - (_common_pages(row) if row.read in held else 0)
+            if needed <= (min(room, self._room_of_long(coming)) if long else room):
+                return row, needed
+            if not self._passing or len(kinds) == 2:
+                return None
+        return None
+
+    def _is_long(self, row: Row) -> bool:
+        limit = self.cache.limit
+        return self._passing and limit is not None and pages_for(row.longest) > LONG * limit
+
+    def _room_of_long(self, coming: list[Row]) -> float:
+        taken = sum(pages_for(row.longest) for row in (*self.stations, *coming) if self._is_long(row))
+        return SHARE_OF_LONG * (self.cache.limit or 0) - taken if taken else math.inf
+
+    def _put_back(self, rows: list[Row]) -> None:
+        """Rows that didn't get in wait again, as they came."""
+        for row in rows:
+            if row.slot >= 0:
+                self._give_back(row)
+                row.slot = -1
+        self.waiting.extendleft(sorted(rows, key=lambda row: -row.id))
 
     def _unread(self, row: Row) -> bool:
         return bool(row.read) and row.read not in self._read
@@ -205,7 +295,12 @@ class Scheduler:
         return self.cache.limit - own - sum(len(read) // PAGE for read in self._together)
 
     def _forget_unneeded(self) -> None:
-        needed = {row.read for row in self.waiting} if self._read else set()
+        """Keep what waiting rows need, the next ones' first, up to what is read at a time: it lies beside the cache."""
+        needed, room = set[tuple[int, ...]](), self._reading
+        for row in self.waiting if self._read else ():
+            if row.read in self._read and row.read not in needed and len(row.read) <= room:
+                needed.add(row.read)
+                room -= len(row.read)
         self._read = {tokens: read for tokens, read in self._read.items() if tokens in needed}
 
     def _read_prompts(self, prompts: list[tuple[int, ...]]) -> None:
@@ -216,7 +311,7 @@ class Scheduler:
         for group, past in ((inside, prefix), (outside, None)):
             start = len(head) if past else 0
             while group:
-                count = max(1, PREFILL_POSITIONS // (len(group[0]) - start))
+                count = max(1, self._reading // (len(group[0]) - start))
                 part, group = group[:count], group[count:]
                 tokens, lengths = pad([p[start:] for p in part], self.decoder.device)
                 prefilled = self.decoder.prefill(tokens, lengths, past)
@@ -227,19 +322,25 @@ class Scheduler:
         """Sample first tokens, where prompt positions never exit, and give unfinished answers a cache slot."""
         if self.decoder.layout.first_token:
             self._enter([(row, self._read[row.read][0] if row.read else None) for row in rows])
+            self._wait_first(rows)
             return []
         prefilled, logits = zip(*(self._read[row.read] for row in rows), strict=True)
+        self._enter(list(zip(rows, prefilled, strict=True)), coming=1)
         uniform = self._draw(rows)[:, -1]
         depths = [self.decoder.dims.num_layers] * len(rows)
         events = self._sample(rows, torch.stack(logits), uniform, depths, [0.0] * len(rows))
-        self._enter([(row, read) for row, read in zip(rows, prefilled, strict=True) if not self._retire(row)])
+        self._wait_first([row for row in rows if not self._retire(row)])
         return events
+
+    def _wait_first(self, rows: list[Row]) -> None:
+        for row in rows:
+            self.stations.put(0, row)
 
     def _go_on(self, rows: list[Row]) -> None:
         """Give begun answers, the longest first, a cache slot: all but their last token is read at its own exits."""
         decoder = self.decoder
         while rows:
-            count = max(1, PREFILL_POSITIONS // rows[0].length)
+            count = max(1, self._reading // rows[0].length)
             part, rows = rows[:count], rows[count:]
             tokens, lengths = pad([[*row.prompt_tokens, *row.tokens[:-1]] for row in part], decoder.device)
             depths = torch.full(tokens.shape, decoder.dims.num_layers, dtype=torch.int64)
@@ -248,10 +349,10 @@ class Scheduler:
                 depths[b, first : first + len(row.tokens)] = torch.tensor(row.exit_depths)
             prefilled = decoder.prefill(tokens, lengths, exit_depths=depths.to(decoder.device))
             self._enter(list(zip(part, prefilled, strict=True)))
+            self._wait_first(part)
 
-    def _enter(self, entering: Sequence[tuple[Row, Prefilled | None]]) -> None:
-        """Give rows a cache slot with what has been read of them (None: nothing); they wait before the first segment
-        then."""
+    def _enter(self, entering: Sequence[tuple[Row, Prefilled | None]], coming: int = 0) -> None:
+        """Give rows a cache slot with what has been read of them (None: nothing), and pages for `coming` more."""
         first: list[Row] = []
         others: list[Row] = []
         for row, _ in entering:
@@ -259,10 +360,10 @@ class Scheduler:
             alike = self._together.setdefault(row.read, []) if _common_pages(row) else []
             (others if alike else first).append(row)
             alike.append(row.slot)
-        self._hold(first)
+        self._hold(first, coming)
         for row in others:
             self.cache.share(self._together[row.read][0], row.slot, _common_pages(row))
-        self._hold(others)
+        self._hold(others, coming)
         shared = {row.slot: PAGE * _common_pages(row) for row in others}
         for row, prefilled in entering:
             parts = [] if prefilled is None else [prefilled]
@@ -273,16 +374,15 @@ class Scheduler:
                 there = max(0, shared.get(row.slot, 0) - part.start)
                 if there < part.keys.shape[1]:
                     self.cache.fill(row.slot, part.start + there, part.keys[:, there:], part.values[:, there:])
-            self.stations.put(0, row)
 
-    def _hold(self, rows: list[Row]) -> None:
+    def _hold(self, rows: list[Row], coming: int = 0) -> None:
         """Give rows the pages of what they have: the last token's keys and values are made next."""
-        self.cache.hold([row.slot for row in rows], [row.length for row in rows])
+        self.cache.hold([row.slot for row in rows], [row.length + coming for row in rows])
 
     # ---- a station ----
 
-    def _run(self, segment: int, rows: list[Row]) -> None:
-        """One segment, then its gate: each row goes on to the readout or to the next segment."""
+    def _run(self, segment: int, rows: list[Row]) -> list[Event]:
+        """One segment, then its gate: each row goes on to the readout or to the next segment. Nobody gets a token."""
         decoder, device = self.decoder, self.decoder.device
         if segment == 0:
             self._hold(rows)
@@ -303,6 +403,7 @@ class Scheduler:
         for row, gone in zip(rows, leave, strict=True):
             row.segment = segment
             self.stations.put(last + 1 if gone else segment + 1, row)
+        return []
 
     def _at(self, rows: list[Row]) -> Rows:
         return self.decoder.rows(self.cache, [row.slot for row in rows], [row.length - 1 for row in rows])
@@ -345,22 +446,18 @@ class Scheduler:
         )
 
     def _readout(self, rows: list[Row]) -> list[Event]:
-        """Sample the next tokens of rows at their exits; those that go on write the keys and values they skipped."""
+        """Write the keys and values that rows skipped, and sample their next tokens, which can't be taken back."""
         rows.sort(key=lambda row: row.segment)
         at = self._at(rows)
         slots = at.slots
         hidden = self._hidden[slots]
         depths = [self.decoder.layout.outcomes[row.segment] for row in rows]
         exits = self._exit_logprob[slots].tolist()
+        self.decoder.write_skipped(hidden, [row.segment for row in rows], self.cache, at)
         events = self._sample(rows, self.decoder.readout(hidden), self._uniform[slots, -1], depths, exits)
-        alive = [i for i, row in enumerate(rows) if not self._retire(row)]
-        if alive:
-            if len(alive) < len(rows):
-                kept = torch.tensor(alive, device=self.decoder.device)
-                hidden, at = hidden[kept], at.take(kept)
-            self.decoder.write_skipped(hidden, [rows[i].segment for i in alive], self.cache, at)
-        for i in alive:
-            self.stations.put(0, rows[i])
+        for row in rows:
+            if not self._retire(row):
+                self.stations.put(0, row)
         if not self.waiting:
             self.cache.trim()
         return events
@@ -368,20 +465,25 @@ class Scheduler:
     def _sample(
         self, rows: list[Row], logits: Tensor, uniform: Tensor, depths: list[int], exits: list[float]
     ) -> list[Event]:
-        """Tokens from logits [R, V] by each row's own sampling parameters; appends them."""
+        """Tokens from logits [R, V] by each row's own sampling parameters; appends them, once all are drawn."""
         kinds: dict[SamplingParams, list[int]] = {}
         for i, row in enumerate(rows):
             kinds.setdefault(row.request.sampling.distribution, []).append(i)
-        events: dict[int, Event] = {}
+        found: dict[int, tuple] = {}
         for params, members in kinds.items():
             which = slice(None) if len(kinds) == 1 else torch.tensor(members, device=logits.device)
             drawn = sample_tokens(logits[which], params, uniform[which])
             given = [(j, token) for j, i in enumerate(members) if (token := rows[i].given) is not None]
             if given:
                 drawn = prescribe(logits[which], params, drawn, given)
-            for i, token, logprob, full in zip(members, *(column.tolist() for column in drawn), strict=True):
-                events[i] = rows[i].append(token, depths[i], logprob, full, exits[i])
-        return [events[i] for i in range(len(rows))]
+            best = most_probable(logits[which], params, [rows[i].request.top_logprobs for i in members])
+            columns = (*(column.tolist() for column in drawn), best)
+            found.update(zip(members, zip(*columns, strict=True), strict=True))
+        return [
+            row.append(token, depths[i], logprob, full, exits[i], top)
+            for i, row in enumerate(rows)
+            for token, logprob, full, top in [found[i]]
+        ]
 
     def _retire(self, row: Row) -> bool:
         """Whether a row has finished; its slot is free then."""

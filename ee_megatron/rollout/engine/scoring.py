@@ -16,7 +16,7 @@ from ...exits import gate_log_term
 from ...types import Rollout, Trace
 from .decoder import Decoder
 from .prompts import pad
-from .sampling import log_prob
+from .sampling import SamplingParams, TopLogprobs, log_prob, most_probable
 from .scheduler import Progress
 
 # Positions per parallel forward (padding included) and bytes of one float32 logits chunk.
@@ -61,6 +61,43 @@ class Inspection:
     teacher_said: np.ndarray
     teacher_said_logprobs: np.ndarray
     streams: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class PromptScore:
+    """A prompt of T tokens read: T - 1 entries, for its second token on. Natural logs, temperature 1.
+
+    - logprobs: log π(token | the tokens before it)
+    - top: the most probable tokens in its place, as many as were wanted, most probable first
+    """
+
+    logprobs: tuple[float, ...]
+    top: tuple[TopLogprobs, ...]
+
+
+@torch.inference_mode()
+def score_prompts(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], counts: Sequence[int], logits_bytes: int = LOGITS_BYTES
+) -> list[PromptScore]:
+    """The prompts [B] of token ids, none of them empty, read together under the weights now loaded; `counts[b]`: how
+    many of the most probable tokens are wanted.
+
+    Prompt positions never exit (method.md), so these are at full depth, whatever a request's exit rule is.
+    """
+    tokens, lengths = pad(prompts, decoder.device)
+    stream = decoder.forward_parallel(tokens, lengths)
+    size = max(1, logits_bytes // (4 * decoder.dims.vocab))
+    found = []
+    for b, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
+        logprobs: list[float] = []
+        top: list[TopLogprobs] = []
+        for start in range(0, len(prompt) - 1, size):
+            stop = min(start + size, len(prompt) - 1)
+            logits = decoder.readout(stream[b, start:stop])
+            logprobs += log_prob(logits, tokens[b, start + 1 : stop + 1]).tolist()
+            top += most_probable(logits, SamplingParams(), [count] * (stop - start))
+        found.append(PromptScore(tuple(logprobs), tuple(top)))
+    return found
 
 
 @dataclass

@@ -14,15 +14,22 @@ from transformers import PreTrainedTokenizerBase
 
 from ..engine.decoder import Decoder
 from ..engine.request import Event, Request
-from ..engine.scheduler import Scheduler
+from ..engine.scheduler import PREFILL_POSITIONS, Scheduler
+from ..engine.scoring import PromptScore, score_prompts
+from .metrics import Metrics
 
 # Over how many seconds the rate of tokens is taken, and over how many tokens their mean depth.
 RATE_WINDOW_S = 10.0
 DEPTH_WINDOW = 1000
 log = logging.getLogger(__name__)
 
-# Told, in the engine's thread, of each token of a request, or of the error that ended it.
-Sink = Callable[[Event | Exception], None]
+# Prompt positions, padding included, that are scored in one go between two pieces of the scheduler's work.
+SCORE_POSITIONS = 2048
+
+# Told, in the engine's thread, of what a prompt's tokens score if that was wanted, then of each token of the answer, or
+# of the error that ended it.
+Told = PromptScore | Event | Exception
+Sink = Callable[[Told], None]
 
 
 class Busy(Exception):
@@ -31,17 +38,26 @@ class Busy(Exception):
 
 @dataclass(eq=False)
 class Ticket:
-    """A request in the engine; `id` is the scheduler's once it has it."""
+    """A request in the engine; `id` is the scheduler's once it has it.
+
+    - score: None, or that the prompt's own tokens are to be scored first, with so many of the most probable ones
+    - generate: False: that was all
+    - at: when it came, then when its last token did, by `time.monotonic`
+    """
 
     request: Request
     sink: Sink
+    score: int | None = None
+    generate: bool = True
     id: int = -1
+    begun: bool = False
     cancelled: bool = False
+    at: float = 0.0
 
 
 class Engine:
     """At most `rows` requests run at a time, and as many as fit `positions` (None: any number), and `queue_limit` wait;
-    `submit` refuses more."""
+    `submit` refuses more. `reading` and `passing` are the scheduler's."""
 
     def __init__(
         self,
@@ -50,18 +66,25 @@ class Engine:
         rows: int,
         queue_limit: int,
         positions: int | None = None,
+        reading: int = PREFILL_POSITIONS,
+        passing: bool = False,
     ):
         self.rows, self.queue_limit, self.num_layers = rows, queue_limit, decoder.dims.num_layers
         self.vocab = decoder.dims.vocab
-        self._decoder, self._tokenizer, self._positions = decoder, tokenizer, positions
-        self._scheduler = Scheduler(decoder, tokenizer, rows, positions=positions)
+        self.metrics = Metrics(decoder.layout.outcomes)
+        self._decoder = decoder
+        self._scheduler = Scheduler(
+            decoder, tokenizer, rows, positions=positions, reading=reading, passing=passing, failed=self._failed
+        )
+        if positions is not None:
+            self._scheduler.cache.reserve()
         self._inbox: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._open: set[Ticket] = set()
         self._by_id: dict[int, Ticket] = {}
+        self._unscored: deque[Ticket] = deque()
         self._rates: deque[tuple[float, int]] = deque()
         self._depths: deque[int] = deque(maxlen=DEPTH_WINDOW)
-        self._counts = {"answered": 0, "cancelled": 0, "refused": 0, "failed": 0}
         self._closing = False
         self._begun = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -71,22 +94,22 @@ class Engine:
         """Raises ValueError if this model can't follow the request's exit policy."""
         request.exits.check(self._decoder.layout, self._decoder.gates is not None)
 
-    def submit(self, requests: list[tuple[Request, Sink]]) -> list[Ticket]:
+    def submit(self, tickets: list[Ticket]) -> None:
         """Queue requests that belong together: all of them or, raising Busy, none."""
-        tickets = [Ticket(request, sink) for request, sink in requests]
+        now = time.monotonic()
         with self._lock:
             if self._closing or not self._thread.is_alive():
                 raise RuntimeError("the engine has stopped; start the server again")
             if len(self._open) + len(tickets) > self.rows + self.queue_limit:
-                self._counts["refused"] += len(tickets)
+                self.metrics.ended("refused", len(tickets))
                 raise Busy(
                     f"{len(self._open)} requests are running or waiting, at most {self.rows} run and "
                     f"{self.queue_limit} wait; try again later or with a smaller n"
                 )
             self._open.update(tickets)
         for ticket in tickets:
+            ticket.at = now
             self._inbox.put(ticket)
-        return tickets
 
     def cancel(self, tickets: list[Ticket]) -> None:
         """Give up what of these has not finished; nothing more is told of them."""
@@ -102,18 +125,34 @@ class Engine:
         with self._lock:
             now, depths = time.monotonic(), list(self._depths)
             recent = sum(count for at, count in self._rates if now - at <= RATE_WINDOW_S)
-            running = sum(ticket.id in self._by_id for ticket in self._open)
-            waiting = max(0, running - self.rows) + len(self._open) - running
+            running = self._scheduler.in_flight - self._scheduler.free
             return {
-                "running": min(running, self.rows),
-                "queue": waiting,
+                "running": running,
+                "queue": max(0, len(self._open) - running),
                 "rows": self.rows,
                 "queue_limit": self.queue_limit,
                 "tokens_per_s": recent / min(RATE_WINDOW_S, max(1.0, now - self._begun)),
                 "mean_depth": sum(depths) / len(depths) / self.num_layers if depths else None,
-                **self._counts,
+                **self.metrics.outcomes(),
                 "uptime_s": now - self._begun,
             }
+
+    def metrics_text(self) -> str:
+        """Everything that is counted, for Prometheus."""
+        health, cache = self.health(), self._scheduler.cache
+        depth, limit = health["mean_depth"], cache.limit
+        gauges = {
+            "requests_running": ("Answers that have a place in the batch.", health["running"]),
+            "requests_queued": ("Answers that wait for one.", health["queue"]),
+            "cache_used_bytes": ("Of the key-value cache, held by answers.", cache.used * cache.page_bytes),
+            "cache_allocated_bytes": ("Of the key-value cache, taken from the system.", cache.pages * cache.page_bytes),
+            "uptime_seconds": ("Since the start.", health["uptime_s"]),
+        }
+        if limit is not None:
+            gauges["cache_limit_bytes"] = ("Of the key-value cache, at most.", limit * cache.page_bytes)
+        if depth is not None:
+            gauges["mean_depth_share"] = ("Layers run of all, mean over the last thousand tokens.", depth)
+        return self.metrics.text(gauges)
 
     @property
     def alive(self) -> bool:
@@ -130,14 +169,16 @@ class Engine:
     # ---- the thread ----
 
     def _run(self) -> None:
-        while self._receive(block=not self._scheduler.busy):
+        while self._receive(block=not (self._scheduler.busy or self._unscored)):
+            if self._unscored:
+                self._score()
             if not self._scheduler.busy:
                 continue
             try:
                 events = self._scheduler.advance()
             except Exception as error:
                 log.exception("the engine failed; %d requests are given up", len(self._by_id))
-                self._give_up(error)
+                self._begin_again(error)
                 continue
             if events:
                 self._report(events)
@@ -154,58 +195,99 @@ class Engine:
             block = False
             if ticket.cancelled:
                 self._drop(ticket)
-            elif ticket.id < 0:
+            elif ticket.score is not None:
+                self.metrics.came(len(ticket.request.prompt))
+                self._unscored.append(ticket)
+            else:
+                self.metrics.came(len(ticket.request.prompt))
                 self._add(ticket)
+
+    def _score(self) -> None:
+        """Score the prompts of those that came first, as many as are read together."""
+        chosen, longest = list[Ticket](), 0
+        while self._unscored:
+            longest = max(longest, len(self._unscored[0].request.prompt))
+            if chosen and longest * (len(chosen) + 1) > SCORE_POSITIONS:
+                break
+            chosen.append(self._unscored.popleft())
+        self._score_together(chosen)
+
+    def _score_together(self, tickets: list[Ticket]) -> None:
+        prompts = [ticket.request.prompt for ticket in tickets]
+        try:
+            scores = score_prompts(self._decoder, prompts, [ticket.score or 0 for ticket in tickets])  # type: ignore[arg-type]
+        except Exception as error:
+            if len(tickets) == 1:
+                self._end(tickets[0], "failed", error)
+                return
+            for ticket in tickets:
+                self._score_together([ticket])
+            return
+        for ticket, score in zip(tickets, scores, strict=True):
+            if ticket.generate:
+                ticket.sink(score)
+                self._add(ticket)
+            else:
+                self._end(ticket, "answered", score)
 
     def _add(self, ticket: Ticket) -> None:
         try:
             ticket.id = self._scheduler.add(ticket.request)
         except Exception as error:
-            with self._lock:
-                self._open.discard(ticket)
-                self._counts["failed"] += 1
-            ticket.sink(error)
+            self._end(ticket, "failed", error)
             return
         with self._lock:
             self._by_id[ticket.id] = ticket
+
+    def _end(self, ticket: Ticket, outcome: str, last: Told) -> None:
+        """Forget a ticket and tell its owner the last thing."""
+        with self._lock:
+            self._by_id.pop(ticket.id, None)
+            self._open.discard(ticket)
+        self.metrics.ended(outcome)
+        if not ticket.cancelled:
+            ticket.sink(last)
 
     def _drop(self, ticket: Ticket) -> None:
         known = self._by_id.get(ticket.id) is ticket
         if known:
             self._scheduler.cancel(ticket.id)
+        elif ticket in self._unscored:
+            self._unscored.remove(ticket)
         with self._lock:
             if known:
                 self._by_id.pop(ticket.id)
             if ticket in self._open:
                 self._open.discard(ticket)
-                self._counts["cancelled"] += 1
+                self.metrics.ended("cancelled")
 
     def _report(self, events: list[Event]) -> None:
         now = time.monotonic()
+        waited: dict[bool, list[float]] = {False: [], True: []}
+        for event in events:
+            ticket = self._by_id[event.request]
+            waited[ticket.begun].append(now - ticket.at)
+            ticket.at, ticket.begun = now, True
+            if event.finished is not None:
+                self._scheduler.cancel(event.request)
+                self._end(ticket, "answered", event)
+            elif not ticket.cancelled:
+                ticket.sink(event)
+        depths = [event.depth for event in events]
+        self.metrics.tokens(depths, first=waited[False], between=waited[True])
         with self._lock:
             self._rates.append((now, len(events)))
             while now - self._rates[0][0] > RATE_WINDOW_S:
                 self._rates.popleft()
-            self._depths.extend(event.depth for event in events)
-        for event in events:
-            ticket = self._by_id[event.request]
-            if event.finished is not None:
-                self._scheduler.cancel(event.request)
-                with self._lock:
-                    self._by_id.pop(event.request)
-                    self._open.discard(ticket)
-                    self._counts["answered"] += 1
-            if not ticket.cancelled:
-                ticket.sink(event)
+            self._depths.extend(depths)
 
-    def _give_up(self, error: Exception) -> None:
-        """Tell everyone and begin with an empty scheduler: what state the failure left the old one in is not known."""
-        self._scheduler = Scheduler(self._decoder, self._tokenizer, self.rows, positions=self._positions)
-        with self._lock:
-            lost = list(self._by_id.values())
-            self._by_id.clear()
-            self._open.difference_update(lost)
-            self._counts["failed"] += len(lost)
-        for ticket in lost:
-            if not ticket.cancelled:
-                ticket.sink(error)
+    def _failed(self, request: int, error: Exception) -> None:
+        """The scheduler has given up one request, which alone can't go on."""
+        log.warning("request %d failed: %s", request, error)
+        self._end(self._by_id[request], "failed", error)
+
+    def _begin_again(self, error: Exception) -> None:
+        """Tell everyone, and begin with an empty scheduler: whose request it was is not known."""
+        for ticket in list(self._by_id.values()):
+            self._scheduler.cancel(ticket.id)
+            self._end(ticket, "failed", error)

@@ -23,10 +23,23 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checkpoint", "parallel", "scaling"),
     ("report", "model", "rollout", "tasks"),
     ("config",),
-    ("types", "exits", "exit_rules", "policy", "products", "families", "objectives", "observe", "transfer", "tensors"),
+    (
+        "types",
+        "exit_layout",
+        "exits",
+        "exit_rules",
+        "policy",
+        "products",
+        "families",
+        "objectives",
+        "observe",
+        "transfer",
+        "tensors",
+    ),
 )
 # Within the ground floor, which has no circle.
 SAME_FLOOR = {
+    ("exits", "exit_layout"),
     ("exit_rules", "exits"),
     ("objectives", "exits"),
     ("policy", "exits"),

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import exit_rules
+from .arguments import Parser
 from .config.faults import lines_of
 from .config.schema import RunConfig
 from .training.ranks import check_variables, is_rank
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ee-megatron",
         description="Early-exit transformers: calibration and reinforcement learning.",
         epilog=EPILOG,
@@ -206,7 +207,7 @@ def _ready(overrides: list[str], command: str) -> RunConfig:
 
     found = attempt(overrides)
     wanted = [command] if command != "run" else stage_order(found.cfg) if found.cfg else []
-    refuse(Preflight().faults(found, wanted, inputs=command != "run"))
+    refuse(Preflight().faults(found, wanted, inputs=command != "run", here=overrides))
     assert found.cfg is not None
     return found.cfg
 
@@ -262,6 +263,8 @@ def _answering(options: argparse.Namespace) -> RunConfig:
     """The configuration that `generate` and `serve` go by; with --model it needs no experiment."""
     if options.model is None:
         return _configured(options, with_model=True)
+    if not (Path(options.model) / "config.json").is_file():
+        raise FileNotFoundError(f"--model {options.model!r}: no config.json there; expected a Hugging Face directory")
     if not options.overrides:
         cfg = RunConfig()
         cfg.rollout.stop = []

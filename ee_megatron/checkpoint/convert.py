@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from ..arguments import Parser
 from ..exits import ExitLayout
 from ..policy import PolicySpec, initial_policy
 from .describe import describe, open_checkpoint
@@ -181,9 +182,7 @@ def _size(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ee-megatron convert", description="Convert between Hugging Face and Megatron checkpoints."
-    )
+    parser = Parser(prog="ee-megatron convert", description="Convert between Hugging Face and Megatron checkpoints.")
     commands = parser.add_subparsers(required=True, metavar="command")
     command = _command(commands, "import", "Hugging Face model -> Megatron checkpoint", _import)
     command.add_argument("--hf", required=True, help="Hugging Face model directory, or an early-exit export")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..arguments import Parser
 from .compare import compare
 from .fit import METHODS, FitOrRefusal, fit_all
 from .isoflop_law import IsoFlopFit
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ee-megatron scaling",
         description="Scaling laws from a table of runs.",
         epilog=EPILOG,

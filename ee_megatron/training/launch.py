@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..config.derive import ranks
 from ..config.device import pick_device
-from ..config.identity import stage_dir, stage_order
+from ..config.identity import outdated, stage_dir, stage_order
 from ..config.schema import RunConfig
 from ..exit_rules import Threshold
 from . import stages
@@ -39,6 +39,9 @@ def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
             print(f"{stage}: finished before, in {stage_dir(cfg, stage)}")
         return
     stages.check_inputs(cfg, stage)
+    before = None if "RANK" in os.environ else outdated(cfg, stage)
+    if before is not None:
+        print(f"{stage}: the data at {cfg.task.path} has changed since {before} was made; now {stage_dir(cfg, stage)}")
     world = ranks(cfg)
     here = world if stage in stages.LEARNS else 1
     pick_device(cfg, int(os.environ.get("LOCAL_WORLD_SIZE", here)))

@@ -6,6 +6,7 @@ Everything is looked at and said at once. No torch, unless a policy to start fro
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from ..config.schema import RunConfig
 from ..config.validate import alone, model_faults, repaired, unless_about
 from ..tasks import Task, make_task
 from . import stages
+from .slurm import check_place
 
 if TYPE_CHECKING:
     from ..families import ModelDims
@@ -31,9 +33,11 @@ class Preflight:
     def __init__(self) -> None:
         self._known: dict[str, list[str]] = {}
 
-    def faults(self, found: Attempt, wanted: Sequence[str], *, inputs: bool = False) -> list[str]:
+    def faults(
+        self, found: Attempt, wanted: Sequence[str], *, inputs: bool = False, here: list[str] | None = None
+    ) -> list[str]:
         """What is wrong, one line each. `wanted`: the stages that are to run; `inputs`: whether what the first of them
-        reads of earlier ones has to be there already."""
+        reads of earlier ones has to be there already; `here`: settings of a run that is to start on this machine."""
         if found.cfg is None:
             return found.faults
         wrong = alone(found.cfg)
@@ -48,6 +52,8 @@ class Preflight:
             # What a stage that has finished read may be gone.
             wanted = [stage for stage in wanted if not stages.is_done(cfg, stage)]
         together += self._of_files(cfg, dims, wanted)
+        if here is not None and wanted:
+            together += faults_of(lambda: check_place(cfg, wanted, here, os.environ))
         if inputs and wanted and dims is not None and not together:
             together += faults_of(lambda: stages.check_inputs(cfg, wanted[0]))
         return [*found.faults, *wrong.values(), *unless_about(together, {*wrong, *found.without})]

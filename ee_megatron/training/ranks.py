@@ -89,10 +89,10 @@ class Ranks:
         """The rank that failed first, None if none did."""
         while True:
             codes = [process.poll() for process in self._processes]
-            failed = [rank for rank, code in enumerate(codes) if code]
+            failed = {rank: code for rank, code in enumerate(codes) if code}
             if failed:
                 # Ranks that lose another one fail too: killed ones, and whoever spoke first, are the reason.
-                return min(failed, key=lambda rank: (codes[rank] > 0, self._log(rank).stat().st_mtime_ns))
+                return min(failed, key=lambda rank: (failed[rank] > 0, self._log(rank).stat().st_mtime_ns))
             if all(code == 0 for code in codes):
                 return None
             time.sleep(0.05)

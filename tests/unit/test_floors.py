@@ -26,6 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "types",
         "exit_layout",
+        "arguments",
         "exits",
         "exit_rules",
         "policy",

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ee_megatron.config.derive import read_dims
+from ee_megatron.config.faults import Faults
 from ee_megatron.config.identity import stage_dir
 from ee_megatron.config.load import load
 from ee_megatron.config.validate import validate
@@ -27,7 +28,7 @@ from ee_megatron.sweeps.local import split_devices, visible_devices
 from ee_megatron.sweeps.measured import measure, one_rank, pretrained, reinforced, workload
 from ee_megatron.sweeps.slurm import minutes_of
 from ee_megatron.sweeps.status import status_table
-from ee_megatron.sweeps.sweep import GridError, Sweep, resolve
+from ee_megatron.sweeps.sweep import Sweep, resolve
 
 TINY = {
     "model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -75,13 +76,13 @@ def test_a_runs_id_is_the_hash_of_its_last_stage_and_of_nothing_else(base: list[
 
 
 def test_points_that_are_the_same_run_are_refused(base: list[str]) -> None:
-    with pytest.raises(GridError) as caught:
+    with pytest.raises(Faults) as caught:
         made(base, "rollout.actors=1,2")
     assert "point 2 (rollout.actors=2): the same run as point 1 (rollout.actors=1)" in caught.value.lines[0]
 
 
 def test_every_wrong_point_is_listed_before_anything_is_written(base: list[str], tmp_path: Path) -> None:
-    with pytest.raises(GridError) as caught:
+    with pytest.raises(Faults) as caught:
         made(base, "rl.lambda_exit=0,-1", "rl.group_size=1,4")
     lines = caught.value.lines
     assert len(lines) == 2
@@ -114,7 +115,7 @@ def test_shared_stages_are_tasks_of_their_own_that_come_first(base: list[str]) -
 def test_what_starts_from_a_given_policy_needs_no_calibration(base: list[str]) -> None:
     sweep = made([*base, "teacher.enabled=false", "start=somewhere"], "rl.lambda_exit=0,1", last="rl")
     assert [[stage for stage, _ in task.stages] for task in sweep.tasks] == [["rl"], ["rl"]]
-    with pytest.raises(GridError, match="--last traces: this run's stages are rl, evaluate"):
+    with pytest.raises(Faults, match="--last traces: this run's stages are rl, evaluate"):
         made([*base, "teacher.enabled=false", "start=somewhere"], "rl.lambda_exit=0,1", last="traces")
 
 
@@ -362,7 +363,7 @@ def test_an_isoflop_grid_gives_larger_models_fewer_steps(base: list[str], tmp_pa
     for run in sweep.runs:
         assert load(run.overrides).rl.steps == run.settings["rl.steps"]
         assert run.settings["budget_flops"] == pytest.approx(run.settings["budget"], rel=0.2)
-    with pytest.raises(GridError, match="raise it"):
+    with pytest.raises(Faults, match="raise it"):
         made(base, "budget=1,2")
 
 

@@ -27,7 +27,13 @@ def draw(count: int, folder: Path, seed: int = 0) -> list[list[str]]:
 
 def _stage(dice: random.Random, folder: Path, *wrong: str) -> list[str]:
     stage = dice.choice(STAGES)
-    return [stage, "experiment=demo_cpu", f"runs={folder}/runs", *wrong, *(["--dry-run"] if dice.random() < 0.3 else [])]
+    return [
+        stage,
+        "experiment=demo_cpu",
+        f"runs={folder}/runs",
+        *wrong,
+        *(["--dry-run"] if dice.random() < 0.3 else []),
+    ]
 
 
 def _keys(test: Callable[[object, object], bool]) -> list[str]:
@@ -62,7 +68,14 @@ def _name(dice: random.Random, folder: Path) -> list[str]:
     name = dice.choice(NAMES)
     key = dice.choice(("name", "name", "tracker.project"))
     if dice.random() < 0.3:
-        return ["sweep", "experiment=demo_cpu", f"runs={folder}/runs", "rl.lambda_exit=0,1", f"--name={name}", "--dry-run"]
+        return [
+            "sweep",
+            "experiment=demo_cpu",
+            f"runs={folder}/runs",
+            "rl.lambda_exit=0,1",
+            f"--name={name}",
+            "--dry-run",
+        ]
     return _stage(dice, folder, f"{key}={name}")
 
 
@@ -149,3 +162,15 @@ def _malformed(dice: random.Random, folder: Path) -> list[str]:
             "rl.steps=\x1b[2J", "\x00=1",
         )),
     )  # fmt: skip
+
+
+def complaint(arguments: list[str], code: object, out: str, err: str) -> str:
+    """What is wrong with an answer to a bad input; "" if nothing is."""
+    lines = err.splitlines()
+    if code != 2:
+        return f"{arguments}: exit code {code}: {out[-300:]} {err[-600:]}"
+    if not lines or len(lines) > 20 or not all(line.startswith("error: ") for line in lines):
+        return f"{arguments}: {err[-1500:]!r}"
+    if any(len(line) < 20 or not line.isprintable() for line in lines):
+        return f"{arguments}: {lines}"
+    return ""

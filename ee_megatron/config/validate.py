@@ -58,7 +58,10 @@ def _fault(key: str, value: Any, rules: Rules) -> str | None:
     for wrong, expected in (
         (any(isinstance(item, float) and not math.isfinite(item) for item in items), "a finite number"),
         (any(isinstance(item, int) and abs(item) >= LARGEST for item in items), "a number below 2^63"),
-        (not rules.free_text and not all(text.isprintable() for text in texts), "text of printable characters"),
+        (
+            not (rules.free_text or rules.name) and not all(text.isprintable() for text in texts),
+            "text of printable characters",
+        ),
         (rules.choices and value not in rules.choices, f"one of {', '.join(named)}"),
         (rules.positive and value <= 0, "a number > 0"),
         (least is not None and value < least, f"a number >= {least}"),

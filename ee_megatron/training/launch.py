@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -157,16 +158,15 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
 
 
 def _followed(command: list[str]) -> int:
-    """The exit code of a child that Ctrl-C reaches too, and that ends by itself then."""
-    child = subprocess.Popen(command, env=dying_with_me())
-    try:
+    """The exit code of a child that Ctrl-C reaches too, and that says so and ends by itself then."""
+    with subprocess.Popen(command, env=dying_with_me()) as child:
         try:
             return child.wait()
         except KeyboardInterrupt:
-            return child.wait(PARTING_S)
-    except BaseException:
-        child.kill()
-        raise
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(PARTING_S)
+            child.kill()
+            return 130
 
 
 def export(cfg: RunConfig) -> Path:

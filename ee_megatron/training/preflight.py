@@ -54,7 +54,8 @@ class Preflight:
         together += self._of_files(cfg, dims, wanted)
         if here is not None and wanted:
             together += faults_of(lambda: check_place(cfg, wanted, here, os.environ))
-        if inputs and wanted and dims is not None and not together:
+        if inputs and wanted and not (found.faults or wrong or together):
+            # With other settings it would be other stages that have to be there.
             together += faults_of(lambda: stages.check_inputs(cfg, wanted[0]))
         return [*found.faults, *wrong.values(), *unless_about(together, {*wrong, *found.without})]
 

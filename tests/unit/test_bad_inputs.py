@@ -8,22 +8,10 @@ from pathlib import Path
 import pytest
 
 from ee_megatron import cli
-from tests.bad_inputs import draw
+from tests.bad_inputs import complaint, draw
 
 ROOT = Path(__file__).parents[2]
 COUNT = 63
-
-
-def complaint(arguments: list[str], code: object, out: str, err: str) -> str:
-    """What is wrong with an answer to a bad input; "" if nothing is."""
-    lines = err.splitlines()
-    if code != 2:
-        return f"{arguments}: exit code {code}: {out[-300:]} {err[-600:]}"
-    if not lines or len(lines) > 20 or not all(line.startswith("error: ") for line in lines):
-        return f"{arguments}: {err[-1500:]!r}"
-    if any(len(line) < 20 or not line.isprintable() for line in lines):
-        return f"{arguments}: {lines}"
-    return ""
 
 
 def answer(arguments: list[str]) -> object:

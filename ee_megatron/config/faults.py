@@ -29,7 +29,10 @@ def faults_of(check: Callable[[], object]) -> Iterator[str]:
 
 
 def lines_of(error: BaseException) -> list[str]:
-    """An error as the lines that it is shown in."""
-    if isinstance(error, Faults):
-        return error.lines
-    return [" ".join(str(error).split()) or type(error).__name__]
+    """An error as the lines that it is shown in: printable, whatever it quotes."""
+    texts = error.lines if isinstance(error, Faults) else [str(error)]
+    return [_printable(" ".join(text.split())) or type(error).__name__ for text in texts]
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -138,7 +138,9 @@ def test_a_sweeps_name_is_a_name_wherever_it_is_given(
             said = capsys.readouterr().err
             assert "expected a plain name" in said or "not a setting" in said, said
     assert cli.main([*fixed, "--name=x", "runs=a\u2028b"]) == 2
-    assert "expected text of printable characters" in capsys.readouterr().err
+    assert "not a setting" in capsys.readouterr().err
+    assert cli.main([*fixed, "--name=x", "runs=a\u200bb"]) == 2
+    assert "runs='a\\u200bb': expected text of printable characters" in capsys.readouterr().err
     assert no_canary(tmp_path) and not (tmp_path / "runs").exists()
 
 

@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
     # Subcommands' parsers are asked by this method too, each for its own options.
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         found, rest = super().parse_known_args(args, namespace)
         for name, value in vars(found).items():
             number = isinstance(value, int | float) and not isinstance(value, bool)

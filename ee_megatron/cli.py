@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser: argparse.ArgumentParser = Parser(
         prog="ee-megatron",
         description="Early-exit transformers: calibration and reinforcement learning.",
         epilog=EPILOG,

@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser: argparse.ArgumentParser = Parser(
         prog="ee-megatron scaling",
         description="Scaling laws from a table of runs.",
         epilog=EPILOG,

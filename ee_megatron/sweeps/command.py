@@ -47,7 +47,7 @@ WATCH_S = 5.0
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit code: 0, 1 (a run failed), 2 (bad input), 130 (told to stop)."""
+    """Returns the exit code: 0, 1 (a run failed), 130 (told to stop). Raises Faults with everything that is wrong."""
     first, *rest = arguments or [""]
     if first in ("status", "collect"):
         return _look(first, rest)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from ee_megatron import cli
 from ee_megatron.config.derive import read_dims
 from ee_megatron.config.faults import Faults
 from ee_megatron.config.identity import stage_dir
@@ -86,13 +87,14 @@ def test_every_wrong_point_is_listed_before_anything_is_written(base: list[str],
         made(base, "rl.lambda_exit=0,-1", "rl.group_size=1,4")
     lines = caught.value.lines
     assert len(lines) == 2
-    assert lines[0].startswith("point 1 (rl.lambda_exit=0 rl.group_size=1): rl.group_size=1: ")
+    assert lines[0].startswith("point 1 (rl.lambda_exit=0 rl.group_size=1) and 1 other(s), up to point 3 (rl.lambda")
+    assert "rl.group_size=1: rl.advantage=rloo" in lines[0]
     assert lines[1].startswith("point 3 (rl.lambda_exit=-1 rl.group_size=1) and 1 other(s), up to point 4 (rl.lambda")
     assert "rl.lambda_exit=-1" in lines[1] and not (tmp_path / "runs").exists()
 
 
 def test_the_command_line_lists_them_too(base: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main([*base, "teacher.enabled=false", "rl.lamda_exit=1,2", "rl.steps=0,1"]) == 2
+    assert cli.main(["sweep", *base, "teacher.enabled=false", "rl.lamda_exit=1,2", "rl.steps=0,1"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: point 1") and "did you mean rl.lambda_exit?" in lines[0]
     assert not (tmp_path / "runs").exists()

@@ -23,7 +23,7 @@ from ee_megatron.planning.flops import decode_cost
 from ee_megatron.sweeps import records
 from ee_megatron.sweeps.budget import buy
 from ee_megatron.sweeps.collect import collect, columns, rows, to_csv
-from ee_megatron.sweeps.command import forget_failures, main, to_start, write_missing_results
+from ee_megatron.sweeps.command import forget_failures, to_start, write_missing_results
 from ee_megatron.sweeps.grid import IsoFlop, from_settings
 from ee_megatron.sweeps.local import split_devices, visible_devices
 from ee_megatron.sweeps.measured import measure, one_rank, pretrained, reinforced, workload

@@ -139,7 +139,7 @@ def test_a_sweeps_name_is_a_name_wherever_it_is_given(
             assert "expected a plain name" in said or "not a setting" in said, said
     assert cli.main([*fixed, "--name=x", "runs=a\u2028b"]) == 2
     assert "not a setting" in capsys.readouterr().err
-    assert cli.main([*fixed, "--name=x", "runs=a\u200bb"]) == 2
+    assert cli.main([*fixed, "--name=x", "runs='a\u200bb'"]) == 2
     assert "runs='a\\u200bb': expected text of printable characters" in capsys.readouterr().err
     assert no_canary(tmp_path) and not (tmp_path / "runs").exists()
 

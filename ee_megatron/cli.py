@@ -17,7 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import exit_rules
+from .arguments import Parser
+from .config.faults import lines_of
 from .config.schema import RunConfig
+from .training.ranks import check_variables, is_rank
 
 STAGES = {
     "pretrain": "train a small model from random weights on the task's worked problems (size ladder)",
@@ -90,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = Parser(
         prog="ee-megatron",
         description="Early-exit transformers: calibration and reinforcement learning.",
         epilog=EPILOG,
@@ -223,12 +226,29 @@ def _configured(options: argparse.Namespace, *, with_model: bool = False) -> Run
     return cfg
 
 
+def _ready(overrides: list[str], command: str) -> RunConfig:
+    """The settings of a stage, or of all of them ("run"), once everything that they need has been looked at. Raises
+    Faults, everything that is wrong."""
+    from .config.faults import refuse
+    from .config.identity import stage_order
+    from .config.load import attempt
+    from .training.preflight import Preflight
+
+    found = attempt(overrides)
+    wanted = [command] if command != "run" else stage_order(found.cfg) if found.cfg else []
+    refuse(Preflight().faults(found, wanted, inputs=command != "run", here=overrides))
+    assert found.cfg is not None
+    return found.cfg
+
+
 def _run(options: argparse.Namespace) -> int:
     """A stage, or all of them."""
-    cfg = _configured(options, with_model=not options.dry_run)
     if options.dry_run:
-        return _dry_run(cfg, options.command, options.overrides)
+        return _dry_run(_configured(options), options.command, options.overrides)
     from .training import launch
+
+    # Of several ranks whoever started them has looked at what they read.
+    cfg = _configured(options) if is_rank(os.environ) else _ready(options.overrides, options.command)
 
     if options.command == "run":
         launch.run_method(cfg, options.overrides)
@@ -246,7 +266,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _job(options: argparse.Namespace) -> int:
-    cfg = _configured(options, with_model=True)
+    cfg = _ready(options.overrides, options.stage)
     from .training.slurm import describe_job
 
     found = describe_job(cfg, options.stage, os.environ)
@@ -272,6 +292,11 @@ def _answering(options: argparse.Namespace) -> RunConfig:
     """The configuration that `generate` and `serve` go by; with --model it needs no experiment."""
     if options.model is None:
         return _configured(options, with_model=True)
+    if not Path(options.model).is_dir():
+        raise FileNotFoundError(
+            f"--model {options.model!r}: no such directory; expected a run (runs/NAME), a Hugging Face model or "
+            "export, or a Megatron checkpoint"
+        )
     if not options.overrides:
         cfg = RunConfig()
         cfg.rollout.stop, cfg.rollout.max_new_tokens = [], 256
@@ -385,13 +410,11 @@ def _dry_run(cfg: RunConfig, command: str, overrides: list[str]) -> int:
 
 
 def _guarded(action: Callable[[], int]) -> int:
-    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
-    if not world.isdecimal():
-        print(f"error: WORLD_SIZE={world!r} in the environment: expected a number of ranks; unset it", file=sys.stderr)
-        return 2
-    if rank is not None and int(world) > 1:
-        return _guarded_rank(action, f"rank {rank} of {world}")
     try:
+        check_variables(os.environ)
+        rank, world = os.environ.get("RANK"), int(os.environ.get("WORLD_SIZE", "1"))
+        if rank is not None and world > 1:
+            return _guarded_rank(action, f"rank {rank} of {world}")
         return action()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -401,7 +424,7 @@ def _guarded(action: Callable[[], int]) -> int:
             raise
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 0
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print("".join(f"error: {line}\n" for line in lines_of(error)), end="", file=sys.stderr)
         return 2 if isinstance(error, ValueError | FileNotFoundError) else 1
 
 
@@ -416,8 +439,8 @@ def _nobody_reads() -> bool:
 
 
 def _guarded_rank(action: Callable[[], int], name: str) -> int:
-    """One of several processes: what goes wrong is said with the rank's name and, unless it is bad input, where. In one
-    write, since the others may be writing too."""
+    """One of several processes: what goes wrong is said with the rank's name, last, and, unless it is bad input, where.
+    In one write, since the others may be writing too."""
     import faulthandler
     import traceback
 
@@ -430,14 +453,14 @@ def _guarded_rank(action: Callable[[], int], name: str) -> int:
         sys.stderr.write(f"error: {name}: {_one_line(error)}\n")
         return 2
     except Exception as error:
-        sys.stderr.write(f"error: {name}: {_one_line(error)}\n{name} failed here:\n{traceback.format_exc()}")
+        sys.stderr.write(f"{name} failed here:\n{traceback.format_exc()}error: {name}: {_one_line(error)}\n")
         return 1
     finally:
         sys.stderr.flush()
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return "; ".join(lines_of(error))
 
 
 if __name__ == "__main__":

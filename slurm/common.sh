@@ -6,6 +6,8 @@ set -euo pipefail
 
 STOPPED=85 # exit code of a stage that was told to stop (ee_megatron/training/stopping.py)
 
+KEYS=(nodes learner_nodes ranks ranks_per_node rollout_nodes ray_cpus ray_gpus start_timeout_s directory requeue_limit done)
+
 declare -A job=()     # what `ee-megatron job` says
 declare -A steps=()   # process id of a background srun -> what it is
 declare -a hosts=()   # nodes of the allocation
@@ -18,6 +20,9 @@ fail() {
   echo "error: $*" >&2
   exit 2
 }
+
+# number NAME TEXT: a whole number, or the end. bash's arithmetic runs commands that it finds in a text.
+number() { [[ $2 =~ ^[0-9]{1,9}$ ]] || fail "$1: expected a whole number, found '$2'"; }
 
 # run_stage STAGE [key=value ...]
 run_stage() {
@@ -46,6 +51,8 @@ run_stage() {
 prepare() {
   ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || fail "bash $BASH_VERSION: expected 5.1 or newer"
   [[ -n ${SLURM_JOB_ID:-} ]] || fail "no SLURM_JOB_ID: submit this script with sbatch"
+  number SLURM_JOB_ID "$SLURM_JOB_ID"
+  number SLURM_RESTART_COUNT "${SLURM_RESTART_COUNT:-0}"
   local site=${EE_SITE_ENV:-slurm/site.env}
   if [[ -f $site ]]; then
     # shellcheck source=/dev/null
@@ -75,12 +82,29 @@ prepare() {
   export MASTER_ADDR MASTER_PORT=$base EE_RAY_PORT=$((base + 1))
 }
 
-# Settings, inputs and allocation are checked before anything else starts; its one line of error is this job's.
+# Settings, inputs and allocation are checked before anything else starts; its lines of error are this job's. What it says
+# is read key by key: only these, and numbers where numbers belong.
 read_job() {
   local text key value
   text=$(srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="${hosts[0]}" --time=10 "${container[@]}" \
     ee-megatron job "$@") || exit $?
-  while IFS='=' read -r key value; do job[$key]=$value; done <<<"$text"
+  while IFS='=' read -r key value; do
+    case $key in
+      nodes | learner_nodes | ranks | ranks_per_node | rollout_nodes | ray_cpus | start_timeout_s | requeue_limit)
+        number "ee-megatron job: $key" "$value"
+        ;;
+      ray_gpus) [[ $value =~ ^([0-9]+(,[0-9]+)*)?$ ]] || fail "ee-megatron job: $key: expected 0,1,..., found '$value'" ;;
+      done) [[ $value == yes || $value == no ]] || fail "ee-megatron job: $key: expected yes or no, found '$value'" ;;
+      directory) [[ $value == /* ]] || fail "ee-megatron job: $key: expected a whole path, found '$value'" ;;
+      # What else may speak there: a module, a container's start-up.
+      *) continue ;;
+    esac
+    [[ -z ${job[$key]+set} ]] || fail "ee-megatron job: $key was said twice"
+    job[$key]=$value
+  done <<<"$text"
+  for key in "${KEYS[@]}"; do
+    [[ -n ${job[$key]+set} ]] || fail "ee-megatron job: said nothing of $key"
+  done
 }
 
 # The head lives beside the learner's first rank, which the run cannot lose anyway, so that any rollout node may be lost.

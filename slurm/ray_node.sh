@@ -5,6 +5,10 @@ set -euo pipefail
 # Meant for the ranks, who need their actors until they have stopped.
 trap '' USR1 USR2
 role=$1 cpus=$2 gpus=$3 patience=$4
+if ! [[ $cpus =~ ^[0-9]+$ && $patience =~ ^[0-9]+$ && $gpus =~ ^([0-9]+(,[0-9]+)*)?$ && $EE_RAY_HEAD =~ ^[^:]+:[0-9]+$ ]]; then
+  echo "error: ray_node.sh: expected head|worker CPUS GPUS SECONDS and EE_RAY_HEAD=address:port, found: $* ${EE_RAY_HEAD:-}" >&2
+  exit 2
+fi
 address=$(slurm/node_address.sh)
 count=0
 if [[ -n $gpus ]]; then

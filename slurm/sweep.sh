@@ -22,5 +22,6 @@ stage=$1 key=${2%%=*}
 IFS=, read -ra values <<<"${2#*=}"
 shift 2
 task=${SLURM_ARRAY_TASK_ID:?submit with sbatch --array=0-$((${#values[@]} - 1))}
+number SLURM_ARRAY_TASK_ID "$task"
 ((task < ${#values[@]})) || fail "task $task: there are ${#values[@]} values; use --array=0-$((${#values[@]} - 1))"
 run_stage "$stage" "$@" "$key=${values[task]}"

@@ -74,6 +74,7 @@ ReturnToService=2
 SlurmdTimeout={node_timeout}
 KillWait={kill_wait}
 InactiveLimit=0
+MaxArraySize={largest_array}
 MessageTimeout=30
 MailProg=/bin/true
 {nodes}
@@ -89,10 +90,10 @@ class MiniSlurm:
     whose jobs preempt those of the other.
     """
 
-    def __init__(self, directory: Path | str, nodes: int = 2, gpus: int = 2, cpus: int = 16):
+    def __init__(self, directory: Path | str, nodes: int = 2, gpus: int = 2, cpus: int = 16, largest_array: int = 1001):
         self.directory = Path(directory).resolve()
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
-        self.gpus, self.cpus = gpus, cpus
+        self.gpus, self.cpus, self.largest_array = gpus, cpus, largest_array
         self._launcher: subprocess.Popen | None = None
 
     def __enter__(self) -> MiniSlurm:
@@ -274,7 +275,7 @@ class MiniSlurm:
         ]
         text = CONFIGURATION.format(
             directory=self.directory, network=NETWORK, nodes="\n".join(nodes), node_timeout=NODE_TIMEOUT_S,
-            kill_wait=KILL_WAIT_S, credential=CREDENTIAL_S,
+            kill_wait=KILL_WAIT_S, credential=CREDENTIAL_S, largest_array=self.largest_array,
         )  # fmt: skip
         (self.directory / "slurm.conf").write_text(text)
         (self.directory / "cgroup.conf").write_text("CgroupPlugin=disabled\n")

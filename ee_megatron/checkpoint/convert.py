@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
+from ..arguments import Parser
 from .workspace import check_output, partial_of
 
 # torch, transformers and megatron-core take seconds to import: each command does when it has read its arguments.
@@ -302,9 +303,7 @@ def _size(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ee-megatron convert", description="Convert between Hugging Face and Megatron checkpoints."
-    )
+    parser = Parser(prog="ee-megatron convert", description="Convert between Hugging Face and Megatron checkpoints.")
     commands = parser.add_subparsers(required=True, metavar="command")
     command = _command(commands, "import", "Hugging Face or foreign Megatron model -> Megatron checkpoint", _import)
     base = command.add_mutually_exclusive_group(required=True)

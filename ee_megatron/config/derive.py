@@ -14,7 +14,7 @@ from .load import shipped
 from .schema import ParallelConfig, RLConfig, RolloutConfig, RunConfig
 
 if TYPE_CHECKING:
-    from ..exits import ExitLayout
+    from ..exit_layout import ExitLayout
     from ..families import ModelDims
     from ..policy import PolicySpec
 
@@ -81,7 +81,7 @@ def read_dims(cfg: RunConfig) -> ModelDims:
 
 def resolve_exits(cfg: RunConfig, dims: ModelDims) -> ExitLayout:
     """The model's exits: exits.depths, or every fifth layer and the stage boundaries where none are given."""
-    from ..exits import ExitLayout
+    from ..exit_layout import ExitLayout
 
     if cfg.exits.depths:
         return ExitLayout(dims.num_layers, tuple(cfg.exits.depths))

@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .schema import RunConfig
@@ -58,6 +59,12 @@ def require_gpus(count: int, asked: str) -> None:
     if found < count:
         reason = _too_few(count, found) if found else f"{_none()}, or set device=cpu"
         raise ValueError(f"{asked} on {socket.gethostname()}: {reason}")
+
+
+def gpu_files() -> list[str]:
+    """The numbers of this machine's NVIDIA GPUs, by their device files."""
+    files = Path("/dev").glob("nvidia[0-9]*") if Path("/dev").is_dir() else []
+    return sorted((file.name.removeprefix("nvidia") for file in files), key=int)
 
 
 def _has_gpu() -> bool:

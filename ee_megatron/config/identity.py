@@ -1,7 +1,7 @@
 """Where a stage's results live: one directory per set of settings that can change them.
 
 A run with other ranks, actors or deadlines finds the same directory and goes on; one with another learning rate has
-its own.
+its own, and so has one whose data set has changed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from .content import digest, recorded
 from .derive import model_dir, read_dims, resolve_exits
 from .schema import RunConfig, settings
 
@@ -33,9 +34,26 @@ OPTIONAL = ("pretrain", "teacher")
 
 
 def stage_dir(cfg: RunConfig, stage: str) -> Path:
-    """<runs>/<name>/<stage>-<8 hex digits>; nothing is created. Raises ValueError for an unknown stage."""
-    text = json.dumps(identity(cfg, stage), sort_keys=True)
-    return Path(cfg.runs) / cfg.name / f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    """<runs>/<name>/<stage>-<8 hex digits>; nothing is created. Raises ValueError for an unknown stage.
+
+    The digits are those of the settings; where the directory of that name was made from another content of task.path,
+    those of settings and content.
+    """
+    known, content = identity(cfg, stage), digest(cfg.task.path)
+    plain = Path(cfg.runs) / cfg.name / f"{stage}-{_digits(known)}"
+    if recorded(plain) in ("", content) or not content:
+        return plain
+    return plain.with_name(f"{stage}-{_digits(known | {'data': content})}")
+
+
+def outdated(cfg: RunConfig, stage: str) -> Path | None:
+    """The directory that the stage would have had if the data at task.path had not changed since; None if it hasn't."""
+    plain = Path(cfg.runs) / cfg.name / f"{stage}-{_digits(identity(cfg, stage))}"
+    return None if stage_dir(cfg, stage) == plain else plain
+
+
+def _digits(known: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def identity(cfg: RunConfig, stage: str) -> dict[str, Any]:

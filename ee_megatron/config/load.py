@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from .faults import lines_of, refuse
 from .schema import RunConfig
 
 ENVIRONMENT_VARIABLE = "EE_CONFIG_DIR"
@@ -29,29 +30,79 @@ ENVIRONMENT_VARIABLE = "EE_CONFIG_DIR"
 RENAMED = {"rl.depth_credit": ("rl.credit", {"sequence": "answer"})}
 
 
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """What settings come to. `faults`: one line each for those that cannot be read; `without`: their keys; `cfg`: what
+    the others make, None where that cannot be said."""
+
+    cfg: RunConfig | None
+    faults: list[str]
+    without: frozenset[str] = frozenset()
+
+
 def load(overrides: list[str], config_dir: Path | None = None) -> RunConfig:
     """Compose `configs/config.yaml`, the chosen group files and `key=value` settings, later ones winning.
 
     `config_dir` falls back to the environment variable EE_CONFIG_DIR, then to the package's own.
-    Raises ValueError (unknown key or choice, wrong type, missing value; one line) or FileNotFoundError (no configs).
+    Raises Faults (a ValueError: unknown keys or choices, wrong types, missing values; a line for each) or
+    FileNotFoundError (no configs).
     """
+    found = attempt(overrides, config_dir)
+    refuse(found.faults)
+    assert found.cfg is not None
+    return found.cfg
+
+
+def attempt(overrides: list[str], config_dir: Path | None = None) -> Attempt:
+    """`load` that goes on past what is wrong, so that all of it can be said. Raises FileNotFoundError (no configs)."""
     directory = find_config_dir(config_dir)
     groups = list_groups(directory)
-    plain = [_plain(override, groups) for override in _parse(overrides)]
-    composed = _compose(directory, [text for text in plain if text != "experiment=null"])
-    _check_keys(composed)
+    plain, faults, without = list[str](), list[str](), set[str]()
+    for text in overrides:
+        try:
+            plain.append(_plain(_parsed(text), groups))
+        except ValueError as error:
+            faults.append(str(error))
+            without.add(text.split("=", 1)[0].lstrip("+~"))
+    if without & groups.keys():
+        # A group's choice decides about too much to go on without it.
+        return Attempt(None, faults)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), composed)
-        OmegaConf.resolve(merged)
-    except OmegaConfBaseException as error:
-        raise ValueError(_explain(error)) from None
-    missing = sorted(cast("set[str]", OmegaConf.missing_keys(merged)))
+        composed = _compose(directory, [text for text in plain if text != "experiment=null"])
+        _check_keys(composed)
+        cfg = _merged(composed, groups, faults, without)
+    except ValueError as error:
+        return Attempt(None, [*faults, *lines_of(error)])
+    return Attempt(cfg, faults, frozenset(without))
+
+
+def _merged(
+    composed: DictConfig, groups: Mapping[str, list[str]], faults: list[str], without: set[str]
+) -> RunConfig | None:
+    """What was composed, as the schema has it. Values of a wrong type are left out, one after another, and noted."""
+    while True:
+        try:
+            merged = OmegaConf.merge(OmegaConf.structured(RunConfig), composed)
+            OmegaConf.resolve(merged)
+            break
+        except OmegaConfBaseException as error:
+            faults.append(_explain(error))
+            key = str(error.full_key or "").split("[")[0]
+            *path, name = key.split(".")
+            section = OmegaConf.select(composed, ".".join(path)) if path else composed
+            if key in without or not isinstance(section, DictConfig) or name not in section:
+                return None
+            without.add(key)
+            del section[name]
+    missing = sorted(cast("set[str]", OmegaConf.missing_keys(merged)) - without)
     if missing:
         experiments = ", ".join(groups.get("experiment", [])) or "none found"
         raise ValueError(
             f"{', '.join(missing)}: not set; give {' '.join(f'{key}=...' for key in missing)} "
             f"or a whole run by experiment=... ({experiments})"
         )
+    for key in without & {"name", "model.path"}:
+        OmegaConf.update(merged, key, "unknown")
     return cast(RunConfig, OmegaConf.to_object(merged))
 
 
@@ -111,22 +162,18 @@ def list_groups(directory: Path) -> dict[str, list[str]]:
     return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 
-def _parse(overrides: list[str]) -> Iterator[Override]:
-    parser = OverridesParser.create()
-    for text in overrides:
-        try:
-            override = parser.parse_override(text)
-        except HydraException as error:
-            raise ValueError(
-                f"{text}: not a setting; expected key=value, e.g. rl.steps=5 ({_one_line(error)})"
-            ) from None
-        if override.is_delete():
-            raise ValueError(f"{text}: settings cannot be deleted; give another value instead")
-        if override.is_sweep_override():
-            raise ValueError(
-                f"{text}: several values for one run; give one value, a list as key=[a,b], or use `ee-megatron sweep`"
-            )
-        yield override
+def _parsed(text: str) -> Override:
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise ValueError(f"{text}: not a setting; expected key=value, e.g. rl.steps=5 ({_one_line(error)})") from None
+    if override.is_delete():
+        raise ValueError(f"{text}: settings cannot be deleted; give another value instead")
+    if override.is_sweep_override():
+        raise ValueError(
+            f"{text}: several values for one run; give one value, a list as key=[a,b], or use `ee-megatron sweep`"
+        )
+    return override
 
 
 def _plain(override: Override, groups: Mapping[str, list[str]]) -> str:
@@ -153,13 +200,14 @@ def _compose(directory: Path, overrides: list[str]) -> DictConfig:
 
 
 def _check_keys(config: DictConfig) -> None:
-    known = _known_keys()
+    known, wrong = _known_keys(), list[str]()
     for key, value in _walk(OmegaConf.to_container(config, resolve=False), ""):
         if key not in known:
-            raise ValueError(_unknown(key, known))
-        if known[key] is None and not isinstance(value, dict):
+            wrong.append(_unknown(key, known))
+        elif known[key] is None and not isinstance(value, dict):
             field = next(name for name in known if name.startswith(f"{key}."))
-            raise ValueError(f"{key}={value}: {key} is a section; set one of its fields, e.g. {field}=...")
+            wrong.append(f"{key}={value}: {key} is a section; set one of its fields, e.g. {field}=...")
+    refuse(wrong)
 
 
 def _walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:

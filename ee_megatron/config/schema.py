@@ -32,6 +32,10 @@ class Rules:
     at_least: float | None = None
     share: bool = False
     """From 0 to 1."""
+    name: bool = False
+    """Becomes part of directories' and jobs' names."""
+    free_text: bool = False
+    """May hold line ends and other characters that don't print."""
     path: bool = False
     """A file or directory: other spellings of the same are equal."""
     execution: bool = False
@@ -394,7 +398,7 @@ class RolloutConfig:
     check_weights: bool = setting(False, execution=True)
     """Compare every tensor on both sides after every sync."""
     max_new_tokens: int = setting(48, positive=True)
-    stop: list[str] = setting(["\n"])
+    stop: list[str] = setting(["\n"], free_text=True)
     prompt_template: str = setting("plain", choices=("plain", "chat"))
     """plain (Question: ... Answer:) or chat (the tokenizer's chat template)."""
     start_timeout_s: float = setting(0.0, at_least=0, execution=True)
@@ -460,7 +464,7 @@ class CheckpointConfig:
 class TrackerConfig:
     wandb: str = setting("auto", choices=("auto", "online", "offline", "disabled"))
     """auto (online with a key, else offline), online, offline or disabled."""
-    project: str = "ee-megatron"
+    project: str = setting("ee-megatron", name=True)
     tensorboard: bool = False
 
 
@@ -478,7 +482,7 @@ class ClusterConfig:
 
 @dataclass
 class RunConfig:
-    name: str = "???"
+    name: str = setting("???", name=True)
     """Results go to <runs>/<name>/<stage>-<hash of what the stage depends on>."""
     runs: str = "runs"
     device: str = setting("auto", choices=("auto", "cpu", "cuda"))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..arguments import Parser
 from ..observe.rundir import write_atomic
 from ..report.numbers import strict_json
 from ..report.tables import TextTable
@@ -32,7 +33,7 @@ example:
 
 def main(argv: Sequence[str]) -> int:
     """Returns 0. Raises ValueError or FileNotFoundError for what a user can put right."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ee-megatron externalise", description=ABOUT, epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ def inverse_frequencies(dims: ModelDims) -> torch.Tensor:
 
     The llama3 rule interpolates between scaled and unscaled frequencies by wavelength, as in the Llama 3.1 release.
     """
+    import torch
+
     exponent = torch.arange(0, dims.head_dim, 2, dtype=torch.int64).float() / dims.head_dim
     inv = 1.0 / (dims.rope_theta**exponent)
     scaling = dict(dims.rope_scaling)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import safe_open
 
 from . import ModelDims, dims_from_config
+
+if TYPE_CHECKING:
+    import torch
 
 
 class HFDirectory:

@@ -7,7 +7,7 @@ import copy
 import json
 import sys
 
-from ..config.derive import ranks, read_dims
+from ..config.derive import ranks, read_dims, resolve_exits
 from ..config.device import asks_for_gpus
 from ..config.schema import RunConfig
 from ..families import ModelDims
@@ -18,11 +18,18 @@ from .plan import Assumptions, Plan, make_plan
 from .propose import nearest_fit, with_vllm
 from .published import published_dims
 from .report import scaling_lines, summary, to_json, to_text
+from .workload import least_depth
 
 
 def dry_run_lines(cfg: RunConfig, dims: ModelDims) -> list[str]:
     """Parameters, memory and time by arithmetic. Raises ValueError as `make_plan` does."""
-    return summary(make_plan(cfg, dims, find_device(default_device(cfg)), Assumptions()))
+    outcomes = resolve_exits(cfg, dims).outcomes
+    # No option says otherwise here: where exits are deep, tokens are as deep as they may be at least.
+    depth = max(Assumptions.mean_depth, least_depth(cfg.rollout.max_new_tokens, outcomes, cfg.exits.first_token))
+    plan = make_plan(cfg, dims, find_device(default_device(cfg)), Assumptions(mean_depth=depth))
+    lack = plan.shortage()
+    hint = [f"does not fit: {lack}; `ee-megatron plan` says what would, and --on names other devices"] if lack else []
+    return [*summary(plan), *hint]
 
 
 def run_plan(cfg: RunConfig, options: argparse.Namespace) -> int:

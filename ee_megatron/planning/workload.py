@@ -52,7 +52,7 @@ class Workload:
         if prompt < 1 or answer < 1:
             raise ValueError(f"--prompt-tokens {prompt}, --answer-tokens {answer}: expected numbers >= 1")
         layers, later = outcomes[-1], answer - (not first_token)
-        lowest = (outcomes[0] * later + layers * (answer - later)) / layers / answer
+        lowest = least_depth(answer, outcomes, first_token)
         if not lowest - 1e-9 <= mean_depth <= 1:
             raise ValueError(
                 f"--mean-depth {mean_depth}: expected {lowest:.2f} (every token at the first exit, depth {outcomes[0]} "
@@ -150,6 +150,12 @@ class Counted:
     def without_prompts(self) -> Counted:
         """Where these have been read before."""
         return replace(self, prompts=0.0, prompts_seen=0.0)
+
+
+def least_depth(answer: int, outcomes: Sequence[int], first_token: bool) -> float:
+    """The mean depth, as a share of the layers, of an answer whose tokens all leave at the first exit."""
+    later = answer - (not first_token)
+    return (outcomes[0] * later + outcomes[-1] * (answer - later)) / outcomes[-1] / answer
 
 
 def tilted(outcomes: Sequence[int], mean: float) -> tuple[float, ...]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..arguments import Parser
 from .compare import compare
 from .fit import METHODS, FitOrRefusal, LawFit, fit_all
 from .forecast import Forecast, forecast_lines, forecast_losses, forecast_optima
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = Parser(
         prog="ee-megatron scaling",
         description="Scaling laws from a table of runs.",
         epilog=EPILOG,

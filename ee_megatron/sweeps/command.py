@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from ..config.derive import policy_spec, ranks, read_dims
+from ..arguments import Parser
+from ..config.derive import ranks
 from ..config.device import asks_for_gpus, pick_device
+from ..config.faults import refuse
 from ..config.identity import STAGES
-from ..config.load import find_config_dir, list_groups, load
+from ..config.load import Attempt, find_config_dir, list_groups, load
 from ..config.schema import RunConfig
-from ..config.validate import validate
+from ..config.validate import check_name
 from ..observe.lock import RunLock
-from ..training import stages
+from ..training.preflight import Preflight
 from ..training.stopping import STOPPED, WITH_PARENT, dying_with_me, follow_parent
 from . import records
 from .collect import collect
@@ -25,7 +27,7 @@ from .grid import GROUP, Grid, check, combine, excluded, from_file, from_setting
 from .local import LocalExecutor
 from .slurm import minutes_of, queued, submit
 from .status import status_table
-from .sweep import GridError, StageTask, Sweep, resolve, spelt
+from .sweep import StageTask, Sweep, resolve, spelt, stages_of
 from .task import TaskRunner, Told, finish_run, stopped_by_signals
 
 EPILOG = """\
@@ -45,21 +47,17 @@ WATCH_S = 5.0
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit code: 0, 1 (a run failed), 2 (bad input), 130 (told to stop)."""
+    """Returns the exit code: 0, 1 (a run failed), 130 (told to stop). Raises Faults with everything that is wrong."""
     first, *rest = arguments or [""]
     if first in ("status", "collect"):
         return _look(first, rest)
     if first == "task":
         return _task(rest)
-    try:
-        return _sweep(_parse(list(arguments)))
-    except GridError as error:
-        print("\n".join(f"error: {line}" for line in error.lines), file=sys.stderr)
-        return 2
+    return _sweep(_parse(list(arguments)))
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ee-megatron sweep",
         description="A grid of runs: checked as a whole, shared stages made once, one table.",
         usage="%(prog)s key=a,b,c ... [options]\n       %(prog)s status NAME [--watch]\n       %(prog)s collect NAME",
@@ -90,7 +88,7 @@ def _sweep(options: argparse.Namespace) -> int:
     if parallel < 1:
         raise ValueError(f"--max-parallel {parallel}: expected a number >= 1")
     slurm = _slurm_options(options.slurm)
-    checker = Checker(options.executor)
+    checker = Checker(options.executor, options.last)
     sweep = resolve(make_grid(options), options.last, checker)
     queue = queued(sweep) if options.executor == "slurm" else {}
     tasks = to_start(sweep, queue, options.retry_failed)
@@ -135,6 +133,7 @@ def make_grid(options: argparse.Namespace) -> Grid:
         key, _, value = text.removeprefix("isoflop.").partition("=")
         grid.isoflop.put(key, value)
     if options.name:
+        check_name("--name", options.name)
         grid.fixed.pop("name", None)
         grid.fixed["name"] = f"name={options.name}"
     check(grid)
@@ -159,49 +158,21 @@ def _grid_file(name: str) -> Path:
 class Checker:
     """All that can be known of a configuration before anything starts. Models and start policies are looked at once."""
 
-    def __init__(self, executor: str):
-        self.executor = executor
+    def __init__(self, executor: str, last: str):
+        self.executor, self.last = executor, last
         self.neediest: RunConfig | None = None
         """Of the configurations that ask for GPUs the one with the most ranks."""
-        self._seen: set[str] = set()
+        self._preflight = Preflight()
 
     def __call__(self, cfg: RunConfig) -> None:
-        """Raises ValueError or FileNotFoundError."""
-        validate(cfg, None)
-        dims = read_dims(cfg)
-        validate(cfg, dims)
-        if cfg.model.path not in self._seen:
-            stages.check_given(cfg)
-            self._seen.add(cfg.model.path)
-        if cfg.start:
-            self._check_start(cfg, dims)
-        if cfg.rl.replay and not Path(cfg.rl.replay).is_dir():
-            raise FileNotFoundError(f"rl.replay={cfg.rl.replay}: no such directory; expected a stage's rollouts/")
-        if cfg.task.path and not Path(cfg.task.path).exists():
-            raise FileNotFoundError(f"task.path={cfg.task.path}: no such file or directory")
+        """Raises Faults, all that is wrong."""
+        refuse(self._preflight.faults(Attempt(cfg, []), stages_of(cfg, self.last)))
         if asks_for_gpus(cfg) and (self.neediest is None or ranks(cfg) > ranks(self.neediest)):
             self.neediest = cfg
         if self.executor == "debug" and ranks(cfg) > 1:
             raise ValueError(f"--executor debug: runs in this process, but there are {ranks(cfg)} ranks; use local")
         if self.executor != "slurm" and cfg.cluster.nodes > 1:
             raise ValueError(f"cluster.nodes={cfg.cluster.nodes}: more than this machine; use --executor slurm")
-
-    def _check_start(self, cfg: RunConfig, dims: Any) -> None:
-        # Late: torch takes seconds to import.
-        from ..policy import read_policy_json
-
-        spec, wanted = read_policy_json(stages.calibrated(cfg)).spec, policy_spec(cfg, dims)
-        if spec != wanted:
-            raise ValueError(
-                f"start={cfg.start}: made with exits {list(spec.exit_depths)} and adapters of rank {spec.rank}, the "
-                f"settings say {list(wanted.exit_depths)} and {wanted.rank} (or differ in alpha, targets, gates or "
-                "exits.first_token)"
-            )
-        pair = f"{cfg.start} on {cfg.model.path}"
-        if pair not in self._seen and not (cfg.teacher.enabled or cfg.pretrain.enabled):
-            # Otherwise the model is yet to be made, and the stage looks at it.
-            stages.check_bases(cfg, "rl", Path(cfg.model.path))
-            self._seen.add(pair)
 
 
 def to_start(sweep: Sweep, queue: dict[str, str], retry_failed: bool) -> list[StageTask]:
@@ -278,7 +249,7 @@ def _task(arguments: list[str]) -> int:
 
 
 def _look(command: str, arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=f"ee-megatron sweep {command}", description="by name or directory")
+    parser = Parser(prog=f"ee-megatron sweep {command}", description="by name or directory")
     parser.add_argument("name", metavar="NAME", help="the runs' name, NAME/sweep-<hash>, or a sweep's directory")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are (default: runs)")
     parser.add_argument("--last", default="", choices=list(STAGES), help="of several sweeps, the one up to this stage")
@@ -306,8 +277,9 @@ def _slurm_options(given: Sequence[str]) -> dict[str, str]:
     options = {}
     for text in given:
         key, equals, value = text.removeprefix("--").partition("=")
-        if not equals or not key:
-            raise ValueError(f"--slurm {text}: expected an option of sbatch as key=value, e.g. partition=gpu")
+        if not equals or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", key) or not value.isprintable():
+            # A line end would go on as a line of the job's script.
+            raise ValueError(f"--slurm {text!r}: expected an option of sbatch as key=value, e.g. partition=gpu")
         options[key] = value
     minutes_of(options.get("time", "1"))
     if not options.get("warning", "0").isdigit():

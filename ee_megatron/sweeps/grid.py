@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,7 @@ SEEDS = ("calibrate.seed", "rl.seed")
 """What `seed` stands for: all that is trained. Problems, teacher and traces stay as they are, and are shared."""
 FIXED_ONLY = ("name", "runs", "experiment")
 GROUP = "sweep"
+MOST_POINTS = 10**6
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER}):({_NUMBER}):({_NUMBER}|log\d+|lin\d+)")
 _WHOLE = re.compile(r"[+-]?\d+")
@@ -88,7 +90,11 @@ class Grid:
         return [key for factor in self.factors for key in factor]
 
     def points(self) -> list[dict[str, Value]]:
-        """Raises ValueError for exclusions that match no point, or all of them."""
+        """Raises ValueError for exclusions that match no point, or all of them, and for too many points."""
+        size = math.prod(len(_entries(factor)) for factor in self.factors)
+        if size > MOST_POINTS:
+            axes = " x ".join(f"{len(_entries(factor))} ({','.join(factor)})" for factor in self.factors)
+            raise ValueError(f"{size} points, {axes}: expected at most {MOST_POINTS}; take fewer values of an axis")
         entries = [[dict(zip(factor, e, strict=True)) for e in _entries(factor)] for factor in self.factors]
         every = [{k: v for part in parts for k, v in part.items()} for parts in itertools.product(*entries)]
         kept = every
@@ -122,6 +128,15 @@ def matches(point: Mapping[str, Value], rule: Mapping[str, Sequence[Any]]) -> bo
 def same(a: Any, b: Any) -> bool:
     """Equal, but true is not 1."""
     return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)
+
+
+def _hashable(value: Any) -> Any:
+    """Equal exactly where `same` says so, lists and sections entry by entry."""
+    if isinstance(value, list):
+        return tuple(map(_hashable, value))
+    if isinstance(value, dict):
+        return tuple(sorted((str(key), _hashable(item)) for key, item in value.items()))
+    return isinstance(value, bool), value
 
 
 def describe(values: Mapping[str, Any]) -> str:
@@ -187,8 +202,11 @@ def span(key: str, start: str, stop: str, step: str) -> list[int] | list[float]:
     """
     text = f"{key}={start}:{stop}:{step}"
     whole = all(_WHOLE.fullmatch(end) for end in (start, stop))
+    if not all(math.isfinite(float(end)) for end in (start, stop)):
+        raise ValueError(f"{text}: expected finite ends")
     if step.startswith(("log", "lin")):
         low, high, count = float(start), float(stop), int(step[3:])
+        _check_count(text, count)
         if count < 2:
             raise ValueError(f"{text}: expected at least 2 values, found {count}")
         if step.startswith("log") and (low <= 0 or high <= 0):
@@ -201,8 +219,16 @@ def span(key: str, start: str, stop: str, step: str) -> list[int] | list[float]:
     first, last, width = Decimal(start), Decimal(stop), Decimal(step)
     if width == 0 or (last - first) / width < 0:
         raise ValueError(f"{text}: a step of {step} does not lead from {start} to {stop}")
+    steps = float(last - first) / float(width) if float(width) else math.inf
+    _check_count(text, steps + 1)
     kind = int if whole and _WHOLE.fullmatch(step) else float
     return [kind(first + i * width) for i in range(int((last - first) // width) + 1)]
+
+
+def _check_count(text: str, count: float) -> None:
+    """Raises ValueError for a range of more values than a grid may have points; nothing is built yet."""
+    if not count <= MOST_POINTS:
+        raise ValueError(f"{text}: {count:g} values; expected at most {MOST_POINTS}")
 
 
 def axis(key: str, values: list[Value]) -> list[Value]:
@@ -374,10 +400,13 @@ def check(grid: Grid) -> None:
         if strangers:
             raise ValueError(f"exclude: {', '.join(strangers)} does not vary; axes: {', '.join(grid.keys) or 'none'}")
     for factor in grid.factors:
-        for one, other in itertools.combinations(_entries(factor), 2):
-            if all(same(a.plain, b.plain) for a, b in zip(one, other, strict=True)):
-                twice = describe({key: value.text for key, value in zip(factor, other, strict=True)})
+        seen = set()
+        for entry in _entries(factor):
+            known = tuple(_hashable(value.plain) for value in entry)
+            if known in seen:
+                twice = describe({key: value.text for key, value in zip(factor, entry, strict=True)})
                 raise ValueError(f"{twice}: given twice")
+            seen.add(known)
     varied = {*grid.fixed, *grid.keys}
     doubled = [key for key in SEEDS if key in varied] if SEED in varied else []
     if doubled:

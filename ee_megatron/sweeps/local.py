@@ -6,9 +6,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from threading import Event
 
+from ..config.device import gpu_files
 from ..observe.progress import Progress
 from . import records
 from .records import FAILED, KILLED, STOPPED
@@ -110,8 +110,7 @@ def visible_devices(environment: Mapping[str, str]) -> list[str]:
     """The machine's GPUs, as CUDA_VISIBLE_DEVICES names them; none where there are none."""
     if "CUDA_VISIBLE_DEVICES" in environment:
         return [part for part in environment["CUDA_VISIBLE_DEVICES"].split(",") if part]
-    files = Path("/dev").glob("nvidia[0-9]*") if Path("/dev").is_dir() else []
-    return sorted((file.name.removeprefix("nvidia") for file in files), key=int)
+    return gpu_files()
 
 
 def split_devices(devices: Sequence[str], parallel: int) -> list[str]:

@@ -19,6 +19,8 @@ from .task import TaskRunner
 SLURM_S = 60.0
 WARNING_S = 300
 """How long before a time limit submitit is told."""
+SLURMS_ARRAY = 1001
+"""Slurm's own MaxArraySize where nobody has set another."""
 PARTING_S = 30
 """Of the warning, what is left when a stage that has not heeded it is killed: for the record and the way back."""
 
@@ -67,7 +69,8 @@ def submit(
     requeues: int,
     queue: Mapping[str, str],
 ) -> dict[str, str]:
-    """Submit tasks as one job array per level (a plain job for a single task) and return at once: task -> job.
+    """Submit tasks as one job array per level (a plain job for a single task; several arrays where Slurm takes none of
+    that size) and return at once: task -> job.
 
     options: of sbatch; parallel: an array's tasks at a time; requeues: after time limits, at most. A level starts after
     all that it needs, submitted now or in the `queue`, has ended, however: a run whose shared stages failed says so
@@ -75,6 +78,7 @@ def submit(
     stage of several ranks may start steps. Raises RuntimeError with sbatch's words if it refuses.
     """
     jobs: dict[str, str] = {}
+    largest = largest_array()
     earlier = {key: job for key, job in records.submitted(sweep).items() if key in queue}
     directory, warning = sweep.directory.resolve(), float(options.get("warning", WARNING_S))
     for level in sweep.levels():
@@ -83,17 +87,29 @@ def submit(
             continue
         needed = {before.key for task in chosen for before in sweep.chain(task)[:-1]}
         waits = records.job_numbers({key: job for key, job in {**earlier, **jobs}.items() if key in needed})
-        after = ":".join(["afterany", *waits]) if waits else ""
-        executor = _executor(sweep, chosen, options, parallel, requeues, after)
-        try:
-            with executor.batch():
-                submitted = [executor.submit(SlurmTask(directory, task.key, warning)) for task in chosen]
-        except Exception as error:
-            said = " ".join(str(error).split())
-            raise RuntimeError(f"sbatch refused the sweep's job: {said}") from None
-        jobs |= {task.key: job.job_id for task, job in zip(chosen, submitted, strict=True)}
-        records.note_submitted(sweep, jobs)
+        pieces = [chosen[start : start + largest] for start in range(0, len(chosen), largest)]
+        # Together at most `parallel`; where that is less than one each, one array after another.
+        share, before = max(1, parallel // len(pieces)), list[str]()
+        for piece in pieces:
+            held = [*waits, *(before if parallel < len(pieces) else [])]
+            after = ":".join(["afterany", *held]) if held else ""
+            executor = _executor(sweep, piece, options, share, requeues, after)
+            try:
+                with executor.batch():
+                    submitted = [executor.submit(SlurmTask(directory, task.key, warning)) for task in piece]
+            except Exception as error:
+                said = " ".join(str(error).split())
+                raise RuntimeError(f"sbatch refused the sweep's job: {said}") from None
+            jobs |= {task.key: job.job_id for task, job in zip(piece, submitted, strict=True)}
+            before = records.job_numbers({task.key: jobs[task.key] for task in piece})
+            records.note_submitted(sweep, jobs)
     return jobs
+
+
+def largest_array() -> int:
+    """How many tasks a job array may have here (MaxArraySize). Raises RuntimeError if Slurm does not answer."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _asked(["scontrol", "show", "config"]), re.MULTILINE)
+    return max(1, int(found[1])) if found else SLURMS_ARRAY
 
 
 def _executor(
@@ -142,17 +158,21 @@ def queued(sweep: Sweep) -> dict[str, str]:
     if not numbers:
         return {}
     # Slurm refuses a list of which every job is gone, so all of them are asked for and sorted out here.
-    command = ["squeue", "--noheader", "--array", "--format=%F|%K|%T", "--me"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_S, check=False)
-    except FileNotFoundError:
-        return {}
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"squeue did not answer within {SLURM_S:g} s; try again") from None
-    if done.returncode:
-        raise RuntimeError(f"squeue: {' '.join(done.stderr.split())}; try again")
     states: dict[str, str] = {}
-    for line in done.stdout.splitlines():
+    for line in _asked(["squeue", "--noheader", "--array", "--format=%F|%K|%T", "--me"]).splitlines():
         number, index, state = line.strip().split("|")
         states[number if index == "N/A" else f"{number}_{index}"] = state
     return {key: states[job] for key, job in jobs.items() if job in states}
+
+
+def _asked(command: list[str]) -> str:
+    """What a program of Slurm's says; nothing where there is none. Raises RuntimeError if it does not answer."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_S, check=False)
+    except FileNotFoundError:
+        return ""
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{command[0]} did not answer within {SLURM_S:g} s; try again") from None
+    if done.returncode:
+        raise RuntimeError(f"{command[0]}: {' '.join(done.stderr.split())}; try again")
+    return done.stdout

@@ -8,25 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..config.cluster import job_shape
 from ..config.derive import read_dims
+from ..config.faults import lines_of, refuse
 from ..config.identity import stage_dir, stage_order
 from ..config.load import load
 from ..config.schema import RunConfig
 from .grid import BUDGET, Grid, Value, describe
-
-
-class GridError(ValueError):
-    """Everything that is wrong with a grid's points, one line each."""
-
-    def __init__(self, lines: Sequence[str]):
-        super().__init__("; ".join(lines))
-        self.lines = list(lines)
 
 
 @dataclass
@@ -110,7 +103,7 @@ def spelt(settings: Mapping[str, Any]) -> str:
 def resolve(grid: Grid, last: str, check: Callable[[RunConfig], None]) -> Sweep:
     """Load and check every point; nothing is written.
 
-    `check` raises ValueError or FileNotFoundError for a configuration that cannot start. Raises GridError with all
+    `check` raises ValueError or FileNotFoundError for a configuration that cannot start. Raises Faults with all
     errors, each with the points that have it.
     """
     errors: dict[str, list[str]] = {}
@@ -127,9 +120,9 @@ def resolve(grid: Grid, last: str, check: Callable[[RunConfig], None]) -> Sweep:
                 )
             names[run.id], runs[run.id] = name, (run, cfg)
         except (ValueError, FileNotFoundError) as error:
-            errors.setdefault(" ".join(str(error).split()), []).append(name)
-    if errors:
-        raise GridError([f"{_some(points)}: {text}" for text, points in errors.items()])
+            for line in lines_of(error):
+                errors.setdefault(line, []).append(name)
+    refuse(f"{_some(points)}: {line}" for line, points in errors.items())
     cfg = next(iter(runs.values()))[1]
     digest = hashlib.sha256(" ".join([last, *sorted(runs)]).encode()).hexdigest()[:8]
     directory = Path(cfg.runs) / cfg.name / f"sweep-{digest}"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import MutableMapping
@@ -13,20 +13,21 @@ from pathlib import Path
 
 from ..config.derive import ranks
 from ..config.device import pick_device
-from ..config.identity import stage_dir, stage_order
+from ..config.identity import outdated, stage_dir, stage_order
 from ..config.schema import RunConfig
 from ..exit_rules import Threshold
 from . import stages
+from .ranks import Ranks, free_port
 from .slurm import adopt_rank
-from .stopping import WITH_PARENT, Stopped, dying_with_me, follow_parent, listener
+from .stopping import PARTING_S, WITH_PARENT, Stopped, dying_with_me, follow_parent, listener
 
 
 def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
     """Run one stage to its end; nothing happens if it has finished before with the same settings.
 
-    For a learning stage with several ranks this process becomes torchrun (and does not return), unless it already is a
-    rank (RANK, or SLURM_PROCID in a step of several tasks). In a Slurm step a stage that is told to stop ends the
-    process, with `stopping.STOPPED`.
+    A learning stage with several ranks is started as so many processes, unless this already is one of them (RANK, or
+    SLURM_PROCID in a step of several tasks); raises SystemExit with the code of the rank that failed. In a Slurm step a
+    stage that is told to stop ends the process, with `stopping.STOPPED`.
     """
     adopt_rank(os.environ)
     grow_segments(os.environ)
@@ -41,13 +42,16 @@ def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
             print(f"{stage}: finished before, in {stage_dir(cfg, stage)}")
         return
     stages.check_inputs(cfg, stage)
+    before = None if "RANK" in os.environ else outdated(cfg, stage)
+    if before is not None:
+        print(f"{stage}: the data at {cfg.task.path} has changed since {before} was made; now {stage_dir(cfg, stage)}")
     world = ranks(cfg)
     here = world if stage in stages.LEARNS else 1
     pick_device(cfg, int(os.environ.get("LOCAL_WORLD_SIZE", here)))
     if "RANK" not in os.environ:
         stages.ready_model(cfg, stage)
     if stage in stages.LEARNS and world > 1 and "RANK" not in os.environ:
-        _torchrun(stage, overrides, world)
+        _on_ranks(stage, cfg, overrides, world)
         return
     try:
         _run_here(stage, cfg)
@@ -110,29 +114,22 @@ def grow_segments(environment: MutableMapping[str, str]) -> None:
         environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _torchrun(stage: str, overrides: list[str], world: int) -> None:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={world}",
-        "--master-addr=127.0.0.1", f"--master-port={_free_port()}", "-m", "ee_megatron.cli", stage, *overrides,
-    ]  # fmt: skip
+def _on_ranks(stage: str, cfg: RunConfig, overrides: list[str], world: int) -> None:
+    command = [sys.executable, "-m", "ee_megatron.cli", stage, *overrides]
     # Ranks share the cores; more than one thread each would cost more than it brings.
     environment = {
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
         # Batches of ever new shapes leave holes in every arena that glibc opens for a thread.
         "MALLOC_ARENA_MAX": "2",
-        "TORCHELASTIC_ERROR_FILE": os.devnull,
         **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
     }
     sys.stdout.flush()
-    # This process has nothing left to do: torchrun takes its place, its signals and its exit code.
-    os.execve(sys.executable, command, environment)
+    code = Ranks(command, world, stage_dir(cfg, stage) / "ranks", environment).run()
+    if code:
+        raise SystemExit(code)
 
 
 def run_method(cfg: RunConfig, overrides: list[str]) -> None:
@@ -151,7 +148,7 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
             print(f"{stage}: finished before, in {stage_dir(cfg, stage)}")
             continue
         command = [sys.executable, "-m", "ee_megatron.cli", stage, *overrides]
-        code = subprocess.run(command, env=dying_with_me(), check=False).returncode
+        code = _followed(command)
         if code:
             raise SystemExit(code)
     exported = export(cfg)
@@ -160,6 +157,18 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
     page = report_run(cfg)
     print((stage_dir(cfg, "evaluate") / "table.txt").read_text())
     print(f"exported model: {exported}\nreport: {page}")
+
+
+def _followed(command: list[str]) -> int:
+    """The exit code of a child that Ctrl-C reaches too, and that says so and ends by itself then."""
+    with subprocess.Popen(command, env=dying_with_me()) as child:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(PARTING_S)
+            child.kill()
+            return 130
 
 
 def export(cfg: RunConfig) -> Path:

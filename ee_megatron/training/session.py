@@ -5,7 +5,9 @@ Rank 0 leads: it alone talks to the rollout pool, writes files and shows progres
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +25,7 @@ from ..checkpoint.hf_export import export_hf
 from ..checkpoint.policy_files import open_policy, write_policy
 from ..checkpoint.sources import BaseTensors
 from ..config.cluster import verifier_workers
+from ..config.content import RECORD, digest, recorded
 from ..config.derive import policy_spec
 from ..config.device import pick_device, pick_dtype
 from ..config.identity import stage_dir, to_yaml
@@ -32,7 +35,7 @@ from ..families.hf_directory import HFDirectory
 from ..learner.batch import ReplayBatch
 from ..learner.learner import Learner, LearnerOptions, Update
 from ..objectives.weights import Weights
-from ..observe.metrics import Metrics
+from ..observe.metrics import Metrics, read_metrics
 from ..observe.progress import Progress
 from ..observe.rundir import RunDirectory, atomic_directory
 from ..parallel import groups
@@ -89,6 +92,9 @@ class Session:
         if self.leads:
             self.directory = self.stack.enter_context(RunDirectory(self.path))
             self.directory.write_atomic("config.yaml", to_yaml(self.cfg))
+            content = digest(self.cfg.task.path)
+            if content and not recorded(self.path):
+                self.directory.write_atomic(RECORD, json.dumps({"sha256": content}) + "\n")
             base = base_identity(self.source).to_json() if self.learns else None
             self.writer = CheckpointWriter(self.directory, self.spec, self.cfg.checkpoint.keep, base)
             self.stack.callback(self.writer.close)
@@ -342,8 +348,23 @@ class Session:
         return (self.saved, Path(found)) if found else (0, None)
 
     def finish(self, text: str = "") -> None:
-        """Mark the stage as finished, once its last checkpoint is on disk."""
+        """Mark the stage as finished, once its last checkpoint is on disk.
+
+        Raises RuntimeError if it has diverged: what it left is no result."""
         if self.writer is not None:
             self.writer.wait()
         if self.directory:
+            self._check_last_step()
             self.directory.write_atomic(DONE, text + "\n")
+
+    def _check_last_step(self) -> None:
+        # From the file: a stage that goes on after its last step has seen no figures itself.
+        file = self.path / "metrics.jsonl"
+        rows = read_metrics(file) if file.is_file() else []
+        wrong = [name for name in ("reward", "loss") if rows and math.isnan(rows[-1].get(name, 0.0))]
+        if wrong or self.bad_steps:
+            what = f"{wrong[0]} is not finite" if wrong else "the gradient is not finite"
+            raise RuntimeError(
+                f"{self.stage} has diverged: {what} at step {rows[-1]['step'] if rows else 0}, its last, so that it is "
+                f"not finished; lower the learning rates, and remove {self.path} or give other settings"
+            )

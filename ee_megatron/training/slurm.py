@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, MutableMapping
+import shutil
+from collections.abc import Mapping, MutableMapping, Sequence
 
 from ..config.cluster import JobShape, job_shape, seats
 from ..config.derive import actor_share, start_timeout
-from ..config.device import asks_for_gpus, pick_device
+from ..config.device import asks_for_gpus, gpu_files, pick_device
 from ..config.identity import stage_dir
 from ..config.schema import RunConfig
 from ..families.hf_directory import HFDirectory
-from ..planning.command import allocation
+from ..planning.command import allocation, launch_command
 from . import stages
+from .ranks import is_rank
 
 
 def describe_job(cfg: RunConfig, stage: str, environment: Mapping[str, str]) -> dict[str, str]:
@@ -40,7 +42,7 @@ def describe_job(cfg: RunConfig, stage: str, environment: Mapping[str, str]) -> 
     share = actor_share(cfg.rollout)
     # On GPUs an actor takes one core of Ray's accounts besides its share of a device: as many as devices have room for.
     cores = math.ceil(shape.actors_per_node * share) if cpu else seats(len(devices), share)
-    return {
+    found = {
         "nodes": str(shape.nodes),
         "learner_nodes": str(shape.learner_nodes),
         "ranks": str(shape.ranks),
@@ -53,6 +55,12 @@ def describe_job(cfg: RunConfig, stage: str, environment: Mapping[str, str]) -> 
         "requeue_limit": str(cfg.cluster.requeue_limit),
         "done": "yes" if stages.is_done(cfg, stage) else "no",
     }
+    for key, value in found.items():
+        if not value.isprintable():
+            raise ValueError(
+                f"{key}={value!r}: expected printable characters only; the job's script reads it as a line"
+            )
+    return found
 
 
 def check_allocation(shape: JobShape, environment: Mapping[str, str], flags: str) -> None:
@@ -64,6 +72,22 @@ def check_allocation(shape: JobShape, environment: Mapping[str, str], flags: str
         raise ValueError(
             f"this job has {nodes} node(s) with {gpus} GPU(s) each, the settings need {shape.nodes} with "
             f"{shape.gpus_per_node}: submit with sbatch {flags}, or change cluster.nodes and cluster.gpus_per_node"
+        )
+
+
+def check_place(cfg: RunConfig, wanted: Sequence[str], overrides: list[str], environment: Mapping[str, str]) -> None:
+    """Raises ValueError on a login node if these stages need more nodes or GPUs than this machine has: what would start
+    here belongs into jobs."""
+    if "SLURM_JOB_ID" in environment or is_rank(environment) or not shutil.which("sbatch"):
+        return
+    shapes = [job_shape(cfg, stage) for stage in wanted]
+    nodes, gpus = max(shape.nodes for shape in shapes), max(shape.gpus_per_node for shape in shapes)
+    here = len(gpu_files())
+    if nodes > 1 or gpus > here:
+        commands = "; ".join(launch_command(cfg, stage, overrides) for stage in wanted)
+        raise ValueError(
+            f"the settings need {nodes} node(s) with {gpus} GPU(s) each, this machine has {here} and is no Slurm job: "
+            f"submit {commands}; to run here, set cluster.nodes=1 cluster.rollout_nodes=0 cluster.gpus_per_node=0"
         )
 
 

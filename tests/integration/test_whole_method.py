@@ -1,4 +1,4 @@
-"""The whole method through the command line on a tiny model, with the real parts: torchrun ranks at PP2, DeepSpeed,
+"""The whole method through the command line on a tiny model, with the real parts: ranks at PP2, DeepSpeed,
 Ray actors, verifier processes, export and report. And one stage killed in the middle."""
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def test_full_fine_tuning_goes_on_from_a_checkpoint_with_rollouts_made_ahead(fin
 @pytest.mark.timeout(400)
 def test_stages_end_with_the_run_that_started_them(tmp_path):
     tiny_hf("llama", tmp_path / "model")
-    # Two ranks under torchrun, for far longer than the test waits.
+    # Two ranks, for far longer than the test waits.
     method = subprocess.Popen(
         command("run", tmp_path, "calibrate.epochs=4000", "rollout.backend=local"),
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},

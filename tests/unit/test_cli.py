@@ -115,7 +115,7 @@ def test_exit_codes(
         raise error
 
     monkeypatch.delenv("EE_DEBUG", raising=False)
-    monkeypatch.setattr(loading, "load", fail)
+    monkeypatch.setattr(loading, "attempt", fail)
     assert cli.main(["rl", "experiment=demo_cpu"]) == code
     assert capsys.readouterr().err == line
 

@@ -24,10 +24,24 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checkpoint", "parallel", "scaling"),
     ("report", "model", "rollout", "tasks"),
     ("config",),
-    ("types", "exits", "exit_rules", "policy", "products", "families", "objectives", "observe", "transfer", "tensors"),
+    (
+        "types",
+        "exit_layout",
+        "arguments",
+        "exits",
+        "exit_rules",
+        "policy",
+        "products",
+        "families",
+        "objectives",
+        "observe",
+        "transfer",
+        "tensors",
+    ),
 )
 # Within the ground floor, which has no circle.
 SAME_FLOOR = {
+    ("exits", "exit_layout"),
     ("exit_rules", "exits"),
     ("objectives", "exits"),
     ("policy", "exits"),

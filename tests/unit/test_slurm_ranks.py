@@ -22,6 +22,7 @@ from ee_megatron.config.cluster import JobShape
 from ee_megatron.config.load import load
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.training.launch import grow_segments, run_stage
+from ee_megatron.training.ranks import Ranks
 from ee_megatron.training.slurm import adopt_rank, check_allocation, describe_job, tasks_per_node
 from ee_megatron.training.stopping import STOPPED, Listener, Parting, Stopped
 from tests.tiny import tiny_hf
@@ -253,10 +254,10 @@ def test_ranks_of_this_machine_are_started_with_it_too(tmp_path: Path, monkeypat
     class Started(Exception):
         pass
 
-    def execve(program: str, command: list[str], environment: dict[str, str]) -> None:
-        raise Started(environment.get("PYTORCH_CUDA_ALLOC_CONF"))
+    def start(ranks: Ranks, rank: int) -> None:
+        raise Started(ranks._environment.get("PYTORCH_CUDA_ALLOC_CONF"))
 
-    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setattr(Ranks, "_start", start)
     monkeypatch.setattr("ee_megatron.training.stages.check_inputs", lambda cfg, stage: None)
     monkeypatch.setattr("ee_megatron.training.stages.ready_model", lambda cfg, stage: None)
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):

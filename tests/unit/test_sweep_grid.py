@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -246,3 +247,32 @@ def test_the_words_of_the_language_are_no_settings_of_the_schema() -> None:
     with pytest.raises(ValueError, match="seed"):
         load(["experiment=demo_cpu", "seed=1"])
     assert set(language.SEEDS) <= {"calibrate.seed", "rl.seed"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a=0:1:lin1000000000", "a=1:10:log1000001", "a=1:1000000000000:1", "a=0:1:1e-300", "a=0:1e300:1e-300"],
+)
+def test_a_range_of_too_many_values_is_refused_before_it_is_made(text: str) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"values; expected at most 1000000"):
+            from_settings([text])
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+    finally:
+        tracemalloc.stop()
+
+
+def test_so_is_a_grid_of_too_many_points() -> None:
+    grid = from_settings(["a=1:1000:1", "b=0:1.0:lin1001"])
+    with pytest.raises(ValueError, match=r"1001000 points, 1000 \(a\) x 1001 \(b\): expected at most 1000000"):
+        grid.points()
+    with pytest.raises(ValueError, match="expected finite ends"):
+        from_settings(["a=0:1e999:lin3"])
+
+
+def test_twice_the_same_value_is_found_among_many_at_once() -> None:
+    check(from_settings(["a=1:20000:1", "b=1,true,[1],[true]"]))
+    for text in ("a=1,2,1.0", "a=[1,2],[1,2]", "a=x,y,x"):
+        with pytest.raises(ValueError, match="given twice"):
+            check(from_settings([text]))

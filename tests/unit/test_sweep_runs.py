@@ -12,7 +12,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from ee_megatron import cli
 from ee_megatron.config.derive import read_dims
+from ee_megatron.config.faults import Faults
 from ee_megatron.config.identity import stage_dir
 from ee_megatron.config.load import load
 from ee_megatron.config.validate import validate
@@ -21,13 +23,13 @@ from ee_megatron.planning.flops import decode_cost
 from ee_megatron.sweeps import records
 from ee_megatron.sweeps.budget import buy
 from ee_megatron.sweeps.collect import collect, columns, rows, to_csv
-from ee_megatron.sweeps.command import forget_failures, main, to_start, write_missing_results
+from ee_megatron.sweeps.command import forget_failures, to_start, write_missing_results
 from ee_megatron.sweeps.grid import IsoFlop, from_settings
 from ee_megatron.sweeps.local import split_devices, visible_devices
 from ee_megatron.sweeps.measured import measure, one_rank, pretrained, reinforced, workload
 from ee_megatron.sweeps.slurm import minutes_of
 from ee_megatron.sweeps.status import status_table
-from ee_megatron.sweeps.sweep import GridError, Sweep, resolve
+from ee_megatron.sweeps.sweep import Sweep, resolve
 
 TINY = {
     "model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -75,23 +77,24 @@ def test_a_runs_id_is_the_hash_of_its_last_stage_and_of_nothing_else(base: list[
 
 
 def test_points_that_are_the_same_run_are_refused(base: list[str]) -> None:
-    with pytest.raises(GridError) as caught:
+    with pytest.raises(Faults) as caught:
         made(base, "rollout.actors=1,2")
     assert "point 2 (rollout.actors=2): the same run as point 1 (rollout.actors=1)" in caught.value.lines[0]
 
 
 def test_every_wrong_point_is_listed_before_anything_is_written(base: list[str], tmp_path: Path) -> None:
-    with pytest.raises(GridError) as caught:
+    with pytest.raises(Faults) as caught:
         made(base, "rl.lambda_exit=0,-1", "rl.group_size=1,4")
     lines = caught.value.lines
     assert len(lines) == 2
-    assert lines[0].startswith("point 1 (rl.lambda_exit=0 rl.group_size=1): rl.group_size=1: ")
+    assert lines[0].startswith("point 1 (rl.lambda_exit=0 rl.group_size=1) and 1 other(s), up to point 3 (rl.lambda")
+    assert "rl.group_size=1: rl.advantage=rloo" in lines[0]
     assert lines[1].startswith("point 3 (rl.lambda_exit=-1 rl.group_size=1) and 1 other(s), up to point 4 (rl.lambda")
     assert "rl.lambda_exit=-1" in lines[1] and not (tmp_path / "runs").exists()
 
 
 def test_the_command_line_lists_them_too(base: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main([*base, "teacher.enabled=false", "rl.lamda_exit=1,2", "rl.steps=0,1"]) == 2
+    assert cli.main(["sweep", *base, "teacher.enabled=false", "rl.lamda_exit=1,2", "rl.steps=0,1"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: point 1") and "did you mean rl.lambda_exit?" in lines[0]
     assert not (tmp_path / "runs").exists()
@@ -114,7 +117,7 @@ def test_shared_stages_are_tasks_of_their_own_that_come_first(base: list[str]) -
 def test_what_starts_from_a_given_policy_needs_no_calibration(base: list[str]) -> None:
     sweep = made([*base, "teacher.enabled=false", "start=somewhere"], "rl.lambda_exit=0,1", last="rl")
     assert [[stage for stage, _ in task.stages] for task in sweep.tasks] == [["rl"], ["rl"]]
-    with pytest.raises(GridError, match="--last traces: this run's stages are rl, evaluate"):
+    with pytest.raises(Faults, match="--last traces: this run's stages are rl, evaluate"):
         made([*base, "teacher.enabled=false", "start=somewhere"], "rl.lambda_exit=0,1", last="traces")
 
 
@@ -362,7 +365,7 @@ def test_an_isoflop_grid_gives_larger_models_fewer_steps(base: list[str], tmp_pa
     for run in sweep.runs:
         assert load(run.overrides).rl.steps == run.settings["rl.steps"]
         assert run.settings["budget_flops"] == pytest.approx(run.settings["budget"], rel=0.2)
-    with pytest.raises(GridError, match="raise it"):
+    with pytest.raises(Faults, match="raise it"):
         made(base, "budget=1,2")
 
 

@@ -30,6 +30,7 @@ TINY = [
     "rollout.actors=1", "rollout.threads=1", "evaluate.thresholds=[0.5]", "evaluate.answers=3",
     "tracker.wandb=disabled", "cluster.gpus_per_node=2",
 ]  # fmt: skip
+LARGEST_ARRAY = 12
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY")
 
 
@@ -147,7 +148,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     if lacking:
         pytest.skip(f"no Slurm on this machine: it needs {'; '.join(lacking)}")
     folder = tmp_path_factory.mktemp("slurm")
-    with mini_slurm.MiniSlurm(folder / "cluster", nodes=3, gpus=2) as cluster:
+    with mini_slurm.MiniSlurm(folder / "cluster", nodes=3, gpus=2, largest_array=LARGEST_ARRAY) as cluster:
         yield Site(cluster, folder)
 
 

@@ -1,0 +1,38 @@
+"""Everything that is wrong with what somebody asked for, said at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+
+class Faults(ValueError):
+    """One line per fault, in `lines`, each once. As text: the line, or all of them with semicolons between."""
+
+    def __init__(self, lines: Iterable[str]):
+        self.lines = list(dict.fromkeys(lines))
+        super().__init__("; ".join(self.lines))
+
+
+def refuse(lines: Iterable[str]) -> None:
+    """Raises Faults if there are any."""
+    found = list(lines)
+    if found:
+        raise Faults(found)
+
+
+def faults_of(check: Callable[[], object]) -> Iterator[str]:
+    """What a check says that raises for the first thing it finds, or for all of them (Faults)."""
+    try:
+        check()
+    except (ValueError, FileNotFoundError) as error:
+        yield from lines_of(error)
+
+
+def lines_of(error: BaseException) -> list[str]:
+    """An error as the lines that it is shown in: printable, whatever it quotes."""
+    texts = error.lines if isinstance(error, Faults) else [str(error)]
+    return [_printable(" ".join(text.split())) or type(error).__name__ for text in texts]
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

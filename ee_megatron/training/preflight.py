@@ -1,0 +1,155 @@
+"""All that can be known of a run before anything starts: its settings, its model, the files that they name, its data.
+
+Everything is looked at and said at once. No torch, unless a policy to start from has to be read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config.contradictions import contradictions
+from ..config.derive import model_dir, policy_spec, read_dims
+from ..config.faults import faults_of, lines_of
+from ..config.load import Attempt
+from ..config.schema import RunConfig
+from ..config.validate import alone, model_faults, repaired, unless_about
+from ..tasks import Task, make_task
+from . import stages
+from .slurm import check_place
+
+if TYPE_CHECKING:
+    from ..families import ModelDims
+
+TASK_READERS = ("pretrain", "teacher", "traces", "rl", "evaluate")
+
+
+class Preflight:
+    """Looks at configurations; at files that several of them name, once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, list[str]] = {}
+
+    def faults(
+        self, found: Attempt, wanted: Sequence[str], *, inputs: bool = False, here: list[str] | None = None
+    ) -> list[str]:
+        """What is wrong, one line each. `wanted`: the stages that are to run; `inputs`: whether what the first of them
+        reads of earlier ones has to be there already; `here`: settings of a run that is to start on this machine."""
+        if found.cfg is None:
+            return found.faults
+        wrong = alone(found.cfg)
+        cfg = repaired(found.cfg, wrong)
+        together, dims = list(contradictions(cfg)), None
+        try:
+            dims = read_dims(cfg)
+            together += model_faults(cfg, dims)
+        except (ValueError, FileNotFoundError) as error:
+            together += lines_of(error)
+        if not (found.faults or wrong or together):
+            # What a stage that has finished read may be gone.
+            wanted = [stage for stage in wanted if not stages.is_done(cfg, stage)]
+        together += self._of_files(cfg, dims, wanted)
+        if here is not None and wanted:
+            together += faults_of(lambda: check_place(cfg, wanted, here, os.environ))
+        if inputs and wanted and not (found.faults or wrong or together):
+            # With other settings it would be other stages that have to be there.
+            together += faults_of(lambda: stages.check_inputs(cfg, wanted[0]))
+        return [*found.faults, *wrong.values(), *unless_about(together, {*wrong, *found.without})]
+
+    def _of_files(self, cfg: RunConfig, dims: ModelDims | None, wanted: Sequence[str]) -> Iterator[str]:
+        rl = {"rl", "evaluate"} & {*wanted}
+        if dims is not None and not cfg.pretrain.enabled:
+            yield from self._once(f"weights {cfg.model.path}", lambda: faults_of(lambda: stages.check_given(cfg)))
+        if rl and cfg.start:
+            missing = self._once(f"start {cfg.start}", lambda: faults_of(lambda: stages.calibrated(cfg)))
+            yield from missing
+            if dims is not None and not missing:
+                yield from faults_of(lambda: check_start(cfg, dims))
+                # Where the model is yet to be made the stage looks at it.
+                if not (cfg.teacher.enabled or cfg.pretrain.enabled):
+                    pair = f"base of {cfg.start}: {cfg.model.path} {cfg.model.base_unchecked}"
+                    yield from self._once(
+                        pair, lambda: faults_of(lambda: stages.check_bases(cfg, "rl", model_dir(cfg)))
+                    )
+        if "rl" in wanted and cfg.rl.replay:
+            yield from self._once(f"replay {cfg.rl.replay}", lambda: _replay_faults(cfg.rl.replay))
+        if "evaluate" in wanted and cfg.evaluate.controls:
+            yield from faults_of(lambda: stages.control_policy(cfg))
+        reading = [stage for stage in wanted if stage in TASK_READERS and not (stage == "rl" and cfg.rl.replay)]
+        if reading:
+            task, needs = json.dumps(vars(cfg.task), sort_keys=True), [*reading, vars(cfg.teacher), cfg.rl.families]
+            yield from self._once(f"task {task} {needs}", lambda: _task_faults(cfg, reading))
+
+    def _once(self, what: str, look: Callable[[], Iterator[str]]) -> list[str]:
+        if what not in self._known:
+            self._known[what] = list(look())
+        return self._known[what]
+
+
+def check_start(cfg: RunConfig, dims: ModelDims) -> None:
+    """Raises ValueError if the policy at `start` has other adapters, exits or gates than the settings say."""
+    # Late: torch takes seconds to import.
+    from ..policy import read_policy_json
+
+    spec, wanted = read_policy_json(stages.calibrated(cfg)).spec, policy_spec(cfg, dims)
+    if spec != wanted:
+        raise ValueError(
+            f"start={cfg.start}: made with exits {list(spec.exit_depths)} and adapters of rank {spec.rank}, the "
+            f"settings say {list(wanted.exit_depths)} and {wanted.rank} (or differ in alpha, targets, gates or "
+            "exits.first_token)"
+        )
+
+
+def _check_bases(cfg: RunConfig) -> None:
+    stages.check_bases(cfg, "rl", model_dir(cfg))
+
+
+def _replay_faults(replay: str) -> Iterator[str]:
+    if not (Path(replay) / "step_1" / "rollouts.safetensors").is_file():
+        yield (
+            f"rl.replay={replay}: no recorded rollouts there (step_1/); expected the rollouts directory of an rl stage "
+            "that ran with rl.dump_rollouts=true"
+        )
+
+
+def _task_faults(cfg: RunConfig, reading: Sequence[str]) -> Iterator[str]:
+    """Whether the data is there, can be read and is enough for the stages that read it."""
+    path = cfg.task.path
+    if path and not Path(path).exists():
+        yield (
+            f"task.path={path}: no such file or directory; expected a .jsonl or .parquet file, a directory of them, or "
+            "a data set saved to disk"
+        )
+        return
+    try:
+        task = make_task(cfg.task)
+        # Its problems are made in numbers that the settings ask for, one by one.
+        yield from () if cfg.task.name == "reasoning_gym" else _count_faults(cfg, task, reading)
+    except (ValueError, FileNotFoundError) as error:
+        yield from lines_of(error)
+
+
+def _count_faults(cfg: RunConfig, task: Task, reading: Sequence[str]) -> Iterator[str]:
+    where = cfg.task.path or f"task.name={cfg.task.name}"
+    train = task.prompts("train")
+    if not train:
+        yield f"task.train: {where} leaves no training problem beside validation and evaluation; ask for fewer of these"
+        return
+    if "teacher" in reading:
+        t = cfg.teacher
+        shown = faults_of(lambda: task.few_shot(train[0], t.shots, t.seed))
+        yield from (f"teacher.{line}" for line in shown)
+        problems = min(len(train), t.problems)
+        if problems < t.batch_size:
+            yield (
+                f"teacher.batch_size={t.batch_size}: {problems} problem(s) (of {where}, at most teacher.problems="
+                f"{t.problems}) give at most as many examples, fewer than one batch; lower it, or give more problems"
+            )
+    if "rl" in reading and not any(p.task.partition(".")[2] in cfg.rl.families for p in train) and cfg.rl.families:
+        yield f"rl.families={list(cfg.rl.families)}: no training problem of {where} is of these"
+    for split in ("validation", "evaluation"):
+        if "evaluate" in reading and not task.prompts(split):  # type: ignore[arg-type]
+            yield f"task.{split}: {where} leaves no problem for it"

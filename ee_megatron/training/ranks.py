@@ -1,0 +1,146 @@
+"""The ranks of one machine, started, watched and ended together. What goes wrong is said once, in one last line; all
+else that ranks say on stderr is in a log of each.
+
+On a cluster srun does this (slurm/common.sh). No torch: the process that watches is a light one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from .stopping import STOPPED, WITH_PARENT
+
+LOG = "EE_RANK_LOG"
+"""Set for a rank that is started here: the file that its stderr goes to."""
+GRACE_S = 10.0
+"""From the word to end to the end of ranks that do not heed it."""
+NUMBERS = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID",
+    "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_NUM_NODES", "SLURM_CPUS_PER_TASK",
+)  # fmt: skip
+"""What launchers say in numbers."""
+
+
+def check_variables(environment: Mapping[str, str]) -> None:
+    """Raises ValueError if what a launcher says of this process is not to be understood."""
+    for name in NUMBERS:
+        text = environment.get(name, "0")
+        if not re.fullmatch(r"[0-9]{1,9}", text):
+            raise ValueError(f"{name}={text!r}: expected a whole number, as a launcher of ranks sets it; unset it")
+    rank, world = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+    if "RANK" in environment and "WORLD_SIZE" in environment and rank >= world:
+        raise ValueError(f"RANK={rank} with WORLD_SIZE={world}: expected ranks from 0 on, below the number of them")
+
+
+def is_rank(environment: Mapping[str, str]) -> bool:
+    """Whether somebody has started this process as one of several."""
+    return "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+class Ranks:
+    """`world` processes of one command, each with its rank in the variables that torch reads. `run` once."""
+
+    def __init__(self, command: Sequence[str], world: int, logs: Path, environment: Mapping[str, str]):
+        self.world, self._logs = world, logs
+        self._command, self._environment = list(command), dict(environment)
+        self._processes: list[subprocess.Popen] = []
+
+    def run(self) -> int:
+        """Start all, wait, and end the others once one has failed; its error is the last line on stderr. Returns the
+        exit code: 0, that of the rank that failed first, or 128 and the number of the signal that killed it.
+
+        Ctrl-C and TERM end all of them.
+        """
+        self._logs.mkdir(parents=True, exist_ok=True)
+        with _terminating():
+            try:
+                for rank in range(self.world):
+                    self._processes.append(self._start(rank))
+                failed = self._wait()
+            finally:
+                self._end()
+        if failed is None:
+            return 0
+        code = self._processes[failed].returncode
+        print(self._said(failed, code), file=sys.stderr, flush=True)
+        return code if code > 0 else 128 - code
+
+    def _start(self, rank: int) -> subprocess.Popen:
+        given = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.world)}
+        given |= {"LOCAL_WORLD_SIZE": str(self.world), LOG: str(self._log(rank)), WITH_PARENT: str(os.getpid())}
+        with self._log(rank).open("wb") as log:
+            # Progress and figures are the leader's, on stdout.
+            return subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, stdout=None if rank == 0 else log, stderr=log,
+                env=self._environment | given, preexec_fn=_ignore_interrupts,
+            )  # fmt: skip
+
+    def _wait(self) -> int | None:
+        """The rank that failed first, None if none did."""
+        while True:
+            codes = [process.poll() for process in self._processes]
+            failed = {rank: code for rank, code in enumerate(codes) if code}
+            if failed:
+                # Ranks that lose another one fail too: killed ones, and whoever spoke first, are the reason.
+                return min(failed, key=lambda rank: (failed[rank] > 0, self._log(rank).stat().st_mtime_ns))
+            if all(code == 0 for code in codes):
+                return None
+            time.sleep(0.05)
+
+    def _end(self) -> None:
+        for number, patience in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
+            for process in self._processes:
+                if process.poll() is None:
+                    process.send_signal(number)
+            deadline = time.monotonic() + patience
+            while any(process.poll() is None for process in self._processes) and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+    def _log(self, rank: int) -> Path:
+        return self._logs / f"rank-{rank}.log"
+
+    def _said(self, rank: int, code: int) -> str:
+        log, name = self._log(rank), f"rank {rank} of {self.world}"
+        if code < 0:
+            return f"error: {name}: killed by {signal.Signals(-code).name}; its log is {log}"
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        if code == STOPPED:
+            return lines[-1] if lines else f"{name}: stopped, as told"
+        errors = [line for line in lines if line.startswith("error: ")]
+        last = errors[-1] if errors else f"error: {name}: ended with exit code {code}"
+        return last if code == 2 else f"{last} ({log})"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _ignore_interrupts() -> None:
+    # The terminal's INT reaches every process; ranks end when they are told to.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _terminating() -> Iterator[None]:
+    """Inside, TERM ends this process as an error would, so that what it has started is ended too."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

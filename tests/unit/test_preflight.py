@@ -1,0 +1,139 @@
+"""What can be known before anything starts is known: all of it at once, without torch, with nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ee_megatron import cli
+from ee_megatron.config.load import Attempt, load
+from ee_megatron.training.preflight import Preflight
+from tests.tiny import tiny_hf
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    model = tiny_hf("llama", tmp_path / "model")
+    return [
+        "name=x", f"model.path={model}", f"runs={tmp_path / 'runs'}", "device=cpu", "rollout=local",
+        "rollout.max_new_tokens=8",
+    ]  # fmt: skip
+
+
+def problems(file: Path, count: int) -> Path:
+    file.write_text("".join(json.dumps({"question": f"What is {i}?", "answer": str(i)}) + "\n" for i in range(count)))
+    return file
+
+
+def lines(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    assert cli.main(list(arguments)) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("error: ") for line in said)
+    return [line.removeprefix("error: ") for line in said]
+
+
+def test_everything_is_said_at_once(base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = lines(
+        capsys, "run", *base, "start=/nonexistent", "rl.replay=/nonexistent", 'rollout.stop=[""]', "rl.lamda_exit=1",
+        "evaluate.thresholds=[]", "task=dataset", "task.path=/nonexistent", "rollout.max_new_tokens=100000",
+        "evaluate.controls=true", "evaluate.control_policy=/x", "rl.beta=nan", "rl.steps=many", "rl.group_size=1",
+        "exits.depths=[99]", "parallel.virtual=2",
+    )  # fmt: skip
+    wanted = (
+        "rl.lamda_exit: no such setting", "rl.steps: Value 'many'", "rl.beta=nan: expected a finite number",
+        "rl.group_size=1", "evaluate.thresholds=[]", "rollout.stop=['']", "parallel.virtual=2",
+        "rollout.max_new_tokens=100000", "exits.depths: [99]", "start=/nonexistent", "rl.replay=/nonexistent",
+        "evaluate.control_policy=/x", "task.path=/nonexistent",
+    )  # fmt: skip
+    assert [sum(line.startswith(start) for line in found) for start in wanted] == [1] * len(wanted), found
+    assert len(found) == len(wanted) and not (tmp_path / "runs").exists()
+
+
+def test_a_faulty_setting_brings_no_faults_that_follow_from_it(
+    base: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lines(capsys, "run", *base, "cluster.nodes=0", "cluster.rollout_nodes=2", "rollout.backend=ray") == [
+        "cluster.nodes=0: expected a number > 0"
+    ]
+    assert len(lines(capsys, "rl", *base, "parallel.tensor=0")) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["teacher.shots=1000"], "teacher.shots: 1000"),
+        (["teacher.shots=2", "teacher.batch_size=2000"], "teacher.batch_size=2000: 330 problem(s)"),
+        (["teacher.problems=3"], "teacher.batch_size=16: 3 problem(s)"),
+        (["task.validation=100000"], "task.validation: 100000 problems"),
+    ],
+)
+def test_there_have_to_be_examples_enough(
+    settings: list[str], says: str, base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (line,) = lines(capsys, "run", *base, *settings)
+    assert line.startswith(says) and not (tmp_path / "runs").exists()
+
+
+def test_so_it_is_with_files(base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = problems(tmp_path / "data.jsonl", 30)
+    task = ["task=dataset", f"task.path={data}", "task.validation=5", "task.evaluation=5", "teacher.batch_size=4"]
+    (line,) = lines(capsys, "run", *base, *task, "teacher.shots=9")
+    assert line == "teacher.shots: 9; dataset has 5 worked examples"
+    (line,) = lines(capsys, "run", *base, *task, "task.evaluation=25")
+    assert line.startswith("task.evaluation: 25 problems")
+    (line,) = lines(capsys, "run", *base, *task, "task.question_column=q")
+    assert "no ['q'], only" in line and not (tmp_path / "runs").exists()
+    cfg = load([*base, *task])
+    assert Preflight().faults(Attempt(cfg, []), ["teacher", "traces", "rl"]) == []
+
+
+def test_a_finished_stage_needs_nothing_any_more(base: list[str], tmp_path: Path) -> None:
+    settings = [*base, "teacher.enabled=false", "start=/nonexistent"]
+    found = Preflight().faults(Attempt(load(settings), []), ["rl"])
+    assert len(found) == 1
+    from ee_megatron.config.identity import stage_dir
+
+    directory = stage_dir(load(settings), "rl")
+    directory.mkdir(parents=True)
+    (directory / "DONE").touch()
+    assert Preflight().faults(Attempt(load(settings), []), ["rl"]) == []
+
+
+def test_no_torch_on_the_way(base: list[str]) -> None:
+    """Nor any other library that takes seconds: a model is looked at, not read."""
+    code = (
+        "import sys\nfrom ee_megatron import cli\n"
+        f"assert cli.main(['run', *{base!r}, 'exits.depths=[99]', 'teacher.shots=99', 'start=/x']) == 2\n"
+        "assert not {'torch', 'transformers', 'datasets', 'megatron', 'numpy.random'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False,
+        env={"PYTHONPATH": str(ROOT), "EE_CONFIG_DIR": str(ROOT / "configs")},
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stderr.count("\n") == 3, done.stderr
+
+
+def test_on_a_login_node_the_job_is_named_instead(
+    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\ntouch SUBMITTED\n")
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    settings = [*base, "teacher.enabled=false", "cluster.nodes=2", "rollout.backend=ray", "device=cpu"]
+    (line,) = lines(capsys, "traces", *settings)
+    assert "the settings need 2 node(s) with 0 GPU(s) each" in line and "sbatch --nodes=2" in line
+    assert "slurm/stage.sh traces" in line and not (tmp_path / "SUBMITTED").exists()
+    faults = Preflight().faults(Attempt(load(settings), []), ["traces"], here=[])
+    assert len(faults) == 1
+    # In a job, and where nobody submits, it is not a question.
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert Preflight().faults(Attempt(load(settings), []), ["traces"], here=[]) == []

@@ -1,0 +1,102 @@
+"""The ranks of one machine: one line at the end whatever goes wrong, the rest in logs; none outlives the others."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ee_megatron.training.ranks import Ranks
+
+ROOT = Path(__file__).parents[2]
+# What a rank does, by its number.
+RANK = """
+import os, sys, time, traceback
+rank = os.environ["RANK"]
+print("rank", rank, "of", os.environ["WORLD_SIZE"], "speaks", flush=True)
+print("noise of rank", rank, file=sys.stderr, flush=True)
+{body}
+"""
+WAITS = "open(f'{sys.argv[1]}/here-{rank}', 'w').write(str(os.getpid()))\ntime.sleep(60)"
+
+
+def ranks(body: str, logs: Path, world: int = 3) -> Ranks:
+    command = [sys.executable, "-c", RANK.format(body=body), str(logs.parent)]
+    return Ranks(command, world, logs, dict(os.environ))
+
+
+def test_all_end_well_and_only_the_leader_is_heard(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert ranks("", tmp_path / "ranks").run() == 0
+    said = capfd.readouterr()
+    assert said.out == "rank 0 of 3 speaks\n" and said.err == ""
+    logs = [(tmp_path / "ranks" / f"rank-{rank}.log").read_text() for rank in range(3)]
+    assert all(f"noise of rank {rank}" in log for rank, log in enumerate(logs)) and "rank 2 of 3 speaks" in logs[2]
+
+
+FAILS = """
+if rank == "1":
+    try: 1 / 0
+    except ZeroDivisionError: traceback.print_exc()
+    sys.exit(print("error: rank 1 of 3: it broke", file=sys.stderr) or 1)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "line"),
+    [
+        (FAILS, 1, "error: rank 1 of 3: it broke ({logs}/rank-1.log)"),
+        ("sys.exit(print('error: bad input', file=sys.stderr) or 2)", 2, "error: bad input"),
+        ("if rank == '2': os.kill(os.getpid(), 9)\ntime.sleep(60)", 137,
+         "error: rank 2 of 3: killed by SIGKILL; its log is {logs}/rank-2.log"),
+        ("if rank == '0': sys.exit(7)\ntime.sleep(60)", 7,
+         "error: rank 0 of 3: ended with exit code 7 ({logs}/rank-0.log)"),
+    ],
+)  # fmt: skip
+def test_the_reason_is_the_last_and_only_line(
+    body: str, code: int, line: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    begun, logs = time.monotonic(), tmp_path / "ranks"
+    assert ranks(body, logs).run() == code
+    assert capfd.readouterr().err == line.format(logs=logs) + "\n" and time.monotonic() - begun < 50
+    if "1 / 0" in body:
+        assert "ZeroDivisionError" in (logs / "rank-1.log").read_text()
+
+
+LAUNCHER = """
+import os, sys
+from pathlib import Path
+from ee_megatron import cli
+from ee_megatron.training.ranks import Ranks
+ranks = Ranks([sys.executable, "-c", sys.argv[1], sys.argv[2]], 2, Path(sys.argv[2]) / "ranks", dict(os.environ))
+sys.exit(cli._guarded(ranks.run))
+"""
+
+
+@pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "")])
+def test_a_signal_ends_all_of_them_without_a_word(number: signal.Signals, code: int, said: str, tmp_path: Path) -> None:
+    """The whole group gets it, as from a terminal."""
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, RANK.format(body=WAITS), str(tmp_path)], stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while len(started := [path for path in tmp_path.glob("here-*") if path.read_text()]) < 2:
+            assert time.monotonic() < deadline and launcher.poll() is None
+            time.sleep(0.05)
+        children = [int(path.read_text()) for path in started]
+        if number == signal.SIGINT:
+            os.killpg(launcher.pid, number)
+        else:
+            launcher.send_signal(number)
+        assert launcher.communicate(timeout=60)[1] == said and launcher.returncode == code
+        assert not any(Path(f"/proc/{child}").exists() for child in children)
+    finally:
+        launcher.kill()
+        launcher.wait()

@@ -71,9 +71,7 @@ class Preflight:
                 # Where the model is yet to be made the stage looks at it.
                 if not (cfg.teacher.enabled or cfg.pretrain.enabled):
                     pair = f"base of {cfg.start}: {cfg.model.path} {cfg.model.base_unchecked}"
-                    yield from self._once(
-                        pair, lambda: faults_of(lambda: stages.check_bases(cfg, "rl", model_dir(cfg)))
-                    )
+                    yield from self._once(pair, lambda: faults_of(lambda: _check_bases(cfg)))
         if "rl" in wanted and cfg.rl.replay:
             yield from self._once(f"replay {cfg.rl.replay}", lambda: _replay_faults(cfg.rl.replay))
         if "evaluate" in wanted and cfg.evaluate.controls:

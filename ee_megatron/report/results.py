@@ -15,7 +15,7 @@ MADE_BY = {
 }
 NOT_BY_MODEL = ("meta", "rows", "answers", "controls", "choice")
 # Not every evaluation measures these.
-OPTIONAL = ("gates", "pareto", "externalisation", "controls", "choice")
+OPTIONAL = ("compared", "gates", "pareto", "externalisation", "controls", "choice")
 
 
 @dataclass
@@ -32,6 +32,8 @@ class Results:
     exit_histogram: dict[str, dict[str, int]] = field(default_factory=dict)
     """Label -> depth (as a string, JSON's keys) -> tokens."""
     paired: dict[str, dict[str, Any]] = field(default_factory=dict)
+    compared: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Label of a model at its chosen exits -> what changed from the model before it; evaluation/compare.py makes it."""
     depth: dict[str, Any] = field(default_factory=dict)
     by_task: dict[str, Any] = field(default_factory=dict)
     kl_by_exit: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)

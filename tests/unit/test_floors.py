@@ -23,7 +23,19 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checkpoint", "parallel", "scaling"),
     ("report", "model", "rollout", "tasks"),
     ("config",),
-    ("types", "exits", "exit_rules", "policy", "products", "families", "objectives", "observe", "transfer", "tensors"),
+    (
+        "types",
+        "exits",
+        "exit_rules",
+        "policy",
+        "products",
+        "families",
+        "objectives",
+        "observe",
+        "statistics",
+        "transfer",
+        "tensors",
+    ),
 )
 # Within the ground floor, which has no circle.
 SAME_FLOOR = {

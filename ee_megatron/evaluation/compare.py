@@ -16,8 +16,8 @@ def compared(before: Sequence[Answer], after: Sequence[Answer], num_layers: int)
 
     {"against": label of `before`, "n", "groups", "only_before", "only_after" (right there alone), "p_value" (McNemar,
     exact), "accuracy", "depth" (mean over tokens, share of the layers), "total_depth" (layers per answer), "length"
-    (tokens per answer): {"value", "low", "high"}}. Intervals are 95 % percentile bootstraps over groups of problems that
-    share operands.
+    (tokens per answer): {"value", "low", "high"}}. Intervals are 95 % percentile bootstraps over groups of problems
+    that share operands.
     """
     known = {answer["id"]: answer for answer in before}
     pairs = [(known[a["id"]], a) for a in after if a["id"] in known]

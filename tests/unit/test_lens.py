@@ -1,4 +1,4 @@
-"""The logit lens: on the way to an exit it reads what the run read; behind it, what that token alone would have come to."""
+"""The logit lens: on the way to an exit it reads what the run read; behind it, what that token alone would come to."""
 
 from __future__ import annotations
 

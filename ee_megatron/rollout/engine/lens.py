@@ -1,6 +1,6 @@
-"""The logit lens (nostalgebraist 2020): what the readout at every exit would write, also behind the exit that was taken.
+"""The logit lens (nostalgebraist 2020): what the readout at every exit would write, also behind the one that was taken.
 
-Behind it there is nothing to read in the run itself, since the stream is frozen. So a token's position is read once more
+Behind it there is nothing to read in the run itself, since the stream is frozen. So a token's position is read again
 and goes on to the end, alone: the positions before it keep their own exits.
 """
 

@@ -19,7 +19,7 @@ from ee_megatron.report.results import binned
 class Page(HTMLParser):
     """Tags with attributes, visible text, and unclosed elements of a page."""
 
-    VOID = frozenset({"meta", "link", "br", "img", "circle", "rect", "line", "path", "polyline"})
+    VOID = frozenset({"meta", "link", "br", "img", "input", "circle", "rect", "line", "path", "polyline"})
 
     def __init__(self, path: Path) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from ee_megatron.config.schema import RunConfig
 from ee_megatron.exit_rules import Sample
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.observe.rundir import DONE, RunDirectory
-from ee_megatron.policy import WeightSet, initial_policy, save_policy
+from ee_megatron.policy import PolicySpec, WeightSet, initial_policy, save_policy
 from ee_megatron.report.runs import report_run
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.tasks import make_task
@@ -39,12 +39,16 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def policy(cfg: RunConfig, model: Path, seed: int) -> dict[str, torch.Tensor]:
-    """Adapters that change the model, and gates that fire on some positions."""
-    tensors = initial_policy(HFDirectory(model).dims, policy_spec(cfg, HFDirectory(model).dims), seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {name: t + 0.1 * torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
-    return {name: t + 3.5 if name.endswith("fc2.bias") else t for name, t in tensors.items()}
+def policies(spec: PolicySpec, model: Path) -> list[dict[str, torch.Tensor]]:
+    """Adapters that change the model, and gates that fire on some positions; then the same a little further on."""
+    generator = torch.Generator().manual_seed(1)
+    tensors: dict[str, torch.Tensor] = initial_policy(HFDirectory(model).dims, spec, seed=1)
+    tensors = {name: t + 3.5 if name.endswith("fc2.bias") else t for name, t in tensors.items()}
+    found = []
+    for size in (0.1, 0.03):
+        tensors = {name: t + size * torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
+        found.append(tensors)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     cfg = load([*SETTINGS, f"model.path={model}", f"runs={folder / 'runs'}"])
     spec = policy_spec(cfg, HFDirectory(model).dims)
     pool = LocalPool(model, spec, rows=8, threads=1)
-    for seed, stage in ((1, "calibrate"), (2, "rl")):
-        tensors = policy(cfg, model, seed)
+    for tensors, stage in zip(policies(spec, model), ("calibrate", "rl"), strict=True):
         with RunDirectory(stage_dir(cfg, stage)) as directory:
             with directory.write_checkpoint(1) as path:
                 save_policy(path, spec, tensors)

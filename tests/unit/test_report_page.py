@@ -55,6 +55,10 @@ def _edit(stages: dict[str, Path], change) -> None:
     path.write_text(json.dumps(data))
 
 
+def _problems(page: Page) -> int:
+    return sum((a.get("aria-labelledby") or "").startswith("p") for a in page.of("article"))
+
+
 def test_every_row_metric_and_token_of_the_files_is_in_the_page(tmp_path):
     stages = write_run(tmp_path / "run")
     page = Page(write_report([ReportRun(stages)], tmp_path / "report.html"))
@@ -161,7 +165,7 @@ def test_the_same_prompt_stands_side_by_side_in_the_order_of_the_method(tmp_path
     page = Page(write_report([ReportRun(stages)], tmp_path / "report.html"))
     labels = [a["aria-label"] for a in page.of("div", "answer")]
     assert [label.split(",")[0] for label in labels] == list(RULES) * 4
-    assert len(page.of("article")) == 4
+    assert _problems(page) == 4
 
 
 def test_a_models_exit_rules_share_its_column(tmp_path):
@@ -258,7 +262,7 @@ def test_a_long_prompt_is_headed_by_its_end_and_kept_whole(tmp_path):
     stages, long = write_run(tmp_path / "run"), "Example. " * 100 + "What is 3 x 8?"
     _edit(stages, lambda data: [answer.update(prompt=long) for answer in data["answers"]])
     page = Page(write_report([ReportRun(stages)], tmp_path / "report.html"))
-    assert page.text.count("What is 3 x 8?") == 2 and page.text.count(long) == 1 and len(page.of("article")) == 1
+    assert page.text.count("What is 3 x 8?") == 2 and page.text.count(long) == 1 and _problems(page) == 1
 
 
 def test_no_stage_at_all_is_an_error_of_one_line(tmp_path):

@@ -84,7 +84,7 @@ def _token(token: Mapping[str, Any], outcomes: Sequence[int]) -> dict[str, Any]:
 
 def visible(text: str) -> str:
     """A token with signs for what has none."""
-    return text.replace("\n", "↵\n").replace("\t", "⇥\t") or "∅"
+    return text.replace("\n", "↵\n").replace("\t", "⇥") or "∅"
 
 
 def _reading(reading: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@
   const field = (name) => document.getElementById(`d-${name}`);
   const PAGE = 10;
   const [RIGHT, TOKENS, DEPTH, PIECES, PLACES, GAP] = [0, 1, 2, 3, 4, 5];
-  const signs = (text) => text.replace(/\n/g, "↵\n").replace(/\t/g, "⇥\t") || "∅";
+  const signs = (text) => text.replace(/\n/g, "↵\n").replace(/\t/g, "⇥") || "∅";
   const whole = (answer) => (answer ? answer[PIECES].join("") : "");
   const sought = problems.map(([prompt, reference, answers]) => [prompt, reference, ...answers.map(whole)].join("\n").toLowerCase());
   let start = 0;

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup, escape
 
@@ -37,10 +38,13 @@ def powers(low: float, high: float) -> list[float]:
 
 
 def tick_words(values: Sequence[float], percent: bool = False) -> list[str]:
-    """The ticks in words, with as many digits as it takes for no two to look alike."""
+    """The ticks in words, with as many digits as it takes to say them, so that no two look alike."""
+    slack = 0.01 * min((b - a for a, b in pairwise(values)), default=math.inf)
+    words: list[str] = []
     for digits in range(8):
         words = [f"{value:.{digits}%}" if percent else number(value, 3 + digits) for value in values]
-        if len(set(words)) == len(set(values)):
+        said = [float(word.replace(",", "").rstrip("%")) / (100 if percent else 1) for word in words]
+        if all(abs(a - b) <= slack for a, b in zip(said, values, strict=True)):
             break
     return words
 

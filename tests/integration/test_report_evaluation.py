@@ -130,7 +130,7 @@ def test_the_filters_find_what_the_evaluation_found(browser: Browser, page: Path
     )
     line = lines[10]
     for pieces, label in zip(shown, LABELS, strict=True):
-        assert pieces == [p.replace("\n", "↵\n").replace("\t", "⇥\t") or "∅" for p in line["answers"][label]["pieces"]]
+        assert pieces == [p.replace("\n", "↵\n").replace("\t", "⇥") or "∅" for p in line["answers"][label]["pieces"]]
 
 
 def test_the_grid_shows_every_exit_and_marks_the_one_taken(browser: Browser, page: Path, run: RunConfig) -> None:

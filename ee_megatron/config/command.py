@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from .load import find_config_dir, list_groups, load
@@ -20,32 +22,40 @@ def settings_of(cfg: RunConfig) -> list[str] | None:
     wanted = dict(_flat(asdict(cfg)))
     # An experiment may leave these to the user.
     given = [f"{key}={_word(wanted[key])}" for key in ("name", "model.path")]
-    found: list[list[str]] = []
     try:
-        experiments = list_groups(find_config_dir()).get("experiment", [])
+        directory = find_config_dir()
     except FileNotFoundError:
         return None
     # That of the run's name first: composing all of them takes seconds.
+    experiments = list_groups(directory).get("experiment", [])
     experiments = sorted(experiments, key=lambda name: not cfg.name.startswith(name))
+    found: list[list[str]] = []
     for start in (*([f"experiment={name}"] for name in experiments), []):
         if found and len(found[0]) <= FEW:
             break
-        for also in ([], given):
-            try:
-                base = dict(_flat(asdict(load([*start, *also]))))
-            except ValueError:
-                continue
+        also: list[str] = []
+        base = _base(directory, *start)
+        if base is None:
+            also, base = given, _base(directory, *start, *given)
+        if base is not None:
             differing = [f"{key}={_word(value)}" for key, value in wanted.items() if base.get(key) != value]
             found.append([*start, *also, *differing])
             found.sort(key=len)
-            break
-    for settings in found:
-        try:
-            if load(settings) == cfg:
-                return settings
-        except ValueError:
-            continue
-    return None
+    return next((settings for settings in found if _loaded(directory, *settings) == cfg), None)
+
+
+def _loaded(directory: Path, *settings: str) -> RunConfig | None:
+    try:
+        return load([*settings], directory)
+    except ValueError:
+        return None
+
+
+@cache
+def _base(directory: Path, *settings: str) -> dict[str, Any] | None:
+    """By key; a report of many runs asks for the same ones."""
+    loaded = _loaded(directory, *settings)
+    return None if loaded is None else dict(_flat(asdict(loaded)))
 
 
 def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

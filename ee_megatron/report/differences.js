@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  const { labels, problems } = JSON.parse(document.getElementById("difference-data").textContent);
+  const { labels, outcomes, problems } = JSON.parse(document.getElementById("difference-data").textContent);
   const field = (name) => document.getElementById(`d-${name}`);
   const PAGE = 10;
   const [RIGHT, TOKENS, DEPTH, PIECES, PLACES, GAP] = [0, 1, 2, 3, 4, 5];
@@ -48,7 +48,9 @@
     const text = made("p", undefined, "tokens");
     answer[PIECES].forEach((piece, i) => {
       if (i === answer[GAP]) text.append(made("span", ` … ${answer[TOKENS] - answer[PIECES].length} tokens … `, "note"));
-      text.append(made("span", signs(piece), `t k${answer[PLACES][i]}${i === parts ? " parts" : ""}`));
+      const token = made("span", signs(piece), `t k${answer[PLACES][i]}${i === parts ? " parts" : ""}`);
+      token.dataset.tip = `depth ${outcomes[answer[PLACES][i]]} of ${outcomes[outcomes.length - 1]}`;
+      text.append(token);
     });
     box.append(head, text);
     return box;

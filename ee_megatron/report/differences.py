@@ -60,7 +60,7 @@ def differences(results: Results, problems: Sequence[Mapping[str, Any]]) -> dict
         for p in shared
     ]
     first, second = (labels[-2], labels[-1]) if len(labels) > 1 else (labels[0], labels[0])
-    found = {"labels": labels, "problems": entries}
+    found = {"labels": labels, "outcomes": outcomes, "problems": entries}
     return {
         "labels": labels,
         "first": first,

@@ -35,12 +35,14 @@ def test_it_draws_without_errors_requests_or_overflow(browser, report, width, da
 def test_pointing_at_a_token_shows_its_figures_inside_the_window(browser, report):
     browser.open(report, 390, 800, False)
     assert browser.evaluate(TIP) is None
-    browser.evaluate("document.querySelectorAll('.t')[15].scrollIntoView({block: 'center', behavior: 'instant'})")
-    box = browser.evaluate("(() => { const b = document.querySelectorAll('.t')[15].getClientRects()[0];"
+    browser.evaluate(
+        "document.querySelectorAll('#answers .t')[15].scrollIntoView({block: 'center', behavior: 'instant'})"
+    )
+    box = browser.evaluate("(() => { const b = document.querySelectorAll('#answers .t')[15].getClientRects()[0];"
                            " return [b.left + b.width / 2, b.top + b.height / 2] })()")  # fmt: skip
     browser.point(*box)
     shown = browser.evaluate(TIP)
-    assert shown == browser.evaluate("document.querySelectorAll('.t')[15].dataset.tip")
+    assert shown == browser.evaluate("document.querySelectorAll('#answers .t')[15].dataset.tip")
     assert all(word in shown for word in ("depth", "\nprobability", "\nexit probability", "\nentropy"))
     inside = "(() => { const b = document.getElementById('tip').getBoundingClientRect();"
     assert browser.evaluate(f"{inside} return b.left >= 0 && b.right <= innerWidth && b.top >= 0 }})()")
@@ -57,7 +59,7 @@ def test_axe_finds_no_barrier(browser, report, width, dark):
 
 def test_a_token_tells_what_each_exit_on_the_way_would_have_written(browser, report):
     browser.open(report, 1180, 900, False)
-    chosen = "[...document.querySelectorAll('.t')].find(t => /exit 15: .*hazard/.test(t.dataset.tip))"
+    chosen = "[...document.querySelectorAll('#answers .t')].find(t => /exit 15: .*hazard/.test(t.dataset.tip))"
     browser.evaluate(f"{chosen}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
     box = browser.evaluate(f"(() => {{ const b = {chosen}.getClientRects()[0];"
                            " return [b.left + b.width / 2, b.top + b.height / 2] })()")  # fmt: skip
@@ -68,16 +70,18 @@ def test_a_token_tells_what_each_exit_on_the_way_would_have_written(browser, rep
 
 def test_keys_walk_an_answers_tokens_and_tab_goes_to_the_next_answer(browser, report):
     browser.open(report, 1180, 900, False)
-    browser.evaluate("document.querySelector('.t').focus()")
+    browser.evaluate("document.querySelector('#answers .t').focus()")
     seen = [browser.evaluate(TIP)]
     for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "End", "Home"):
         browser.press(key)
         seen.append(browser.evaluate(TIP))
-    tips = browser.evaluate("[...document.querySelector('.tokens').querySelectorAll('.t')].map(t => t.dataset.tip)")
+    tips = browser.evaluate(
+        "[...document.querySelector('#answers .tokens').querySelectorAll('.t')].map(t => t.dataset.tip)"
+    )
     assert seen == [tips[i] for i in (0, 1, 2, 1, len(tips) - 1, 0)]
     assert browser.evaluate("document.activeElement.getAttribute('aria-describedby')") == "tip"
     browser.press("Tab")
-    second = "document.querySelectorAll('.tokens')[1].contains(document.activeElement)"
+    second = "document.querySelectorAll('#answers .tokens')[1].contains(document.activeElement)"
     assert browser.evaluate(second) is True
     browser.press("Escape")
     assert browser.evaluate(TIP) is None

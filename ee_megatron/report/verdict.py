@@ -120,8 +120,8 @@ def _estimate(found: Mapping[str, Any] | None) -> Estimate | None:
 
 
 def _apart(before: Mapping[str, Any], after: Mapping[str, Any], z: float | None = None) -> Estimate:
-    counts = [(round(row["accuracy"] * row["n"]), int(row["n"])) for row in (before, after)]
-    return proportion_difference(*counts) if z is None else proportion_difference(*counts, z)
+    first, second = ((round(row["accuracy"] * row["n"]), int(row["n"])) for row in (before, after))
+    return proportion_difference(first, second) if z is None else proportion_difference(first, second, z)
 
 
 def _depth_apart(results: Results, first: str, second: str) -> Estimate | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config.identity import STAGES
+from ..config.identity import STAGES, stage_order
 from ..config.schema import RunConfig
 from ..observe.metrics import read_metrics
 from .differences import problems_of
@@ -91,8 +91,8 @@ def read_inputs(run: ReportRun) -> Inputs:
         remarks: list[str] = [] if name in run.coming else missing
         if name in present:
             stages.append(_read_stage(name, present[name], remarks))
-        elif name != "pretrain":
-            # A model from random weights is the exception, which nobody misses.
+        elif name != "pretrain" and (run.config is None or name in stage_order(run.config)):
+            # A model from random weights is the exception, which nobody misses, nor a stage that was switched off.
             remarks.append(f"{name}: not part of this run, or not run yet")
     inputs = Inputs(stages, Results(), [], missing)
     if "evaluate" in present and "evaluate" not in run.coming:

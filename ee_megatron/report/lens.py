@@ -59,7 +59,8 @@ def _cell(readout: Sequence[Sequence[Any]], row: Mapping[str, Any], depth: int |
     lines = [f"{quoted(t)} {math.exp(p):.3f}" for t, p in readout]
     came = "written" if written else "the prompt goes on"
     tip = "\n".join([where, *lines, f"{came}: {quoted(row['text'])}"])
-    return {"text": visible(text).strip("\n"), "css": " ".join(kinds), "tip": tip}
+    shown = visible(text).strip("\n") if text.strip(" ") else "␣" * len(text)
+    return {"text": shown or "∅", "css": " ".join(kinds), "tip": tip}
 
 
 def read_lens(text: str) -> dict[str, Any]:

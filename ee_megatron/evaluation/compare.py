@@ -23,9 +23,9 @@ def compared(before: Sequence[Answer], after: Sequence[Answer], num_layers: int)
     pairs = [(known[a["id"]], a) for a in after if a["id"] in known]
     if not pairs:
         return None
-    rights = [[bool(answer["correct"]) for answer in side] for side in zip(*pairs, strict=True)]
+    first, second = ([bool(answer["correct"]) for answer in side] for side in zip(*pairs, strict=True))
     clusters = [a.get("group") or a["id"] for _, a in pairs]
-    test = mcnemar_exact(*rights)
+    test = mcnemar_exact(first, second)
     _, place = np.unique(np.array(clusters, dtype=str), return_inverse=True)
     # Per group: depth and tokens before, after, and how many problems.
     columns = [[sum(t["depth"] for t in a["tokens"]) for a in side] for side in zip(*pairs, strict=True)]
@@ -53,6 +53,6 @@ def compared(before: Sequence[Answer], after: Sequence[Answer], num_layers: int)
         "only_before": test.only_first,
         "only_after": test.only_second,
         "p_value": test.p_value,
-        "accuracy": clustered_difference(*rights, clusters)._asdict(),
+        "accuracy": clustered_difference(first, second, clusters)._asdict(),
         **{kind: change(kind) for kind in ("depth", "total_depth", "length")},
     }

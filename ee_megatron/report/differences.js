@@ -58,7 +58,7 @@
 
   const chosen = () => {
     const [first, second] = [field("first"), field("second")].map((select) => labels.indexOf(select.value));
-    const words = field("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+    const text = field("search").value.toLowerCase();
     const right = rights[field("right").value];
     const length = ways[field("length").value];
     const depth = ways[field("depth").value];
@@ -66,7 +66,7 @@
     problems.forEach(([, , answers], place) => {
       const [a, b] = [answers[first], answers[second]];
       if (a && b && right(a, b) && length(change(a, b, TOKENS)) && depth(change(a, b, DEPTH))
-          && words.every((word) => sought[place].includes(word))) found.push([place, a, b]);
+          && sought[place].includes(text)) found.push([place, a, b]);
     });
     return found.sort(orders[field("order").value]);
   };

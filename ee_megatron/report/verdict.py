@@ -307,7 +307,7 @@ def _why(results: Results, row: Mapping[str, Any], full: Mapping[str, Any]) -> s
             f"{seconds - counted:.2f} of the full-depth time went into what FLOPs don't count. {flight} are decoded in "
             "the smaller batches that stand at each exit, and the fewer they are, the more each token costs."
         )
-    return said + "nothing was lost beside the FLOPs."
+    return said + "no overhead of the exits shows."
 
 
 def _few(c: Change) -> list[Finding]:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..exit_rules import Dial, ExitRule
+from ..statistics import clustered_difference, mcnemar_exact
 from .evaluate import Answer
-from .statistics import clustered_difference, mcnemar_exact
 from .summary import EvaluationRow
 
 TOLERANCE = 0.01

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .statistics import Estimate, bootstrap_interval
+from ..statistics import Estimate, bootstrap_interval
 
 SERIAL_QUANTILES = (0.5, 0.9, 1.0)
 

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..statistics import bootstrap_interval, spearman_interval, wilson_interval
 from .chain import CLASSES, answer_span, token_class
 from .evaluate import Answer
-from .statistics import bootstrap_interval, spearman_interval, wilson_interval
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 ANSWER = "answer"

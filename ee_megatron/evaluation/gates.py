@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..exits import target_hazards
-from .statistics import bootstrap_interval
+from ..statistics import bootstrap_interval
 
 BINS = 10
 RESAMPLES = 500

@@ -17,6 +17,7 @@ from ..exit_rules import ExitRule
 from ..rollout.engine.request import GenerationRequest
 from ..rollout.engine.sampling import SamplingParams
 from ..rollout.pool.interface import RolloutPool
+from ..statistics import bootstrap_interval
 from ..tasks.verifier import VerifierPool
 from ..types import Prompt, Rollout
 from . import chain as text_of
@@ -31,7 +32,6 @@ from .externalisation import (
     truncation_curve,
 )
 from .planning_probe import AHEAD, planning_probe
-from .statistics import bootstrap_interval
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ANSWER_TOKENS = 12

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..statistics import Estimate, bootstrap_interval
 from ..types import Rollout
-from .statistics import Estimate, bootstrap_interval
 
 AHEAD = (1, 2, 4)
 RIDGE = 1e-2

@@ -13,9 +13,9 @@ from ..observe.rundir import write_atomic
 from ..report.numbers import strict_json
 from ..report.results import Results
 from ..report.tables import TextTable
+from ..statistics import clustered_difference, mcnemar_exact, spearman_interval
 from .evaluate import Answer
 from .figures import by_label, by_task, depth_correlations, depth_figures, kl_by_exit, paired
-from .statistics import clustered_difference, mcnemar_exact, spearman_interval
 from .summary import EvaluationRow
 
 BINS = 8

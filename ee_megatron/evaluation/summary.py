@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from ..statistics import wilson_interval
 from ..tasks.base import Verdict
 from ..types import Prompt, Rollout
-from .statistics import wilson_interval
 
 
 @dataclass(frozen=True)

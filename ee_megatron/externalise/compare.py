@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from ..evaluation.statistics import Estimate, t_interval
+from ..statistics import Estimate, t_interval
 from .choice import PADDED, STEPS, TERSE, FamilyChoice
 from .study import Condition, Record, Study
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from ..evaluation.statistics import Estimate
+from ..statistics import Estimate
 from .choice import PADDED, START, STEPS, TERSE, FamilyChoice
 from .compare import (
     ByBase,

@@ -28,10 +28,9 @@ def problems(results: Results) -> list[dict[str, Any]]:
         columns: dict[str, list[dict[str, Any]]] = {}
         for a in answers:
             columns.setdefault(str(a.get("model", "")), []).append(_answer(a, outcomes, order))
-        heading = prompt if len(prompt) <= PROMPT_SHOWN else "… " + prompt[-PROMPT_SHOWN:].lstrip()
         found.append(
             {
-                "heading": heading,
+                "heading": heading(prompt),
                 "prompt": prompt,
                 "reference": answers[0].get("reference", ""),
                 "columns": list(columns.values()),
@@ -41,19 +40,31 @@ def problems(results: Results) -> list[dict[str, Any]]:
     return sorted(found, key=lambda p: -len(p["columns"]))
 
 
+def heading(prompt: str) -> str:
+    """A prompt, or its end where it is long."""
+    return prompt if len(prompt) <= PROMPT_SHOWN else "… " + prompt[-PROMPT_SHOWN:].lstrip()
+
+
 def _answer(answer: Mapping[str, Any], outcomes: Sequence[int], order: Mapping[str, int]) -> dict[str, Any]:
-    tokens = answer.get("tokens") or []
-    depths = [t["depth"] for t in tokens if is_number(t.get("depth"))]
-    mean = f"{sum(depths) / len(depths) / outcomes[-1]:.2f}" if depths else "–"
     model = str(answer.get("model", ""))
     return {
         "model": model,
         "mark": legend_mark(order[model]),
         "exits": answer.get("exits", ""),
-        "correct": answer.get("correct"),
-        "mean": mean,
         "text": answer.get("text", ""),
+        **shown_answer(answer, outcomes),
+    }
+
+
+def shown_answer(answer: Mapping[str, Any], outcomes: Sequence[int]) -> dict[str, Any]:
+    """{"correct", "mean": mean depth in words, "tokens", "left_out": how many tokens are missing in the middle}."""
+    tokens = answer.get("tokens") or []
+    depths = [t["depth"] for t in tokens if is_number(t.get("depth"))]
+    return {
+        "correct": answer.get("correct"),
+        "mean": f"{sum(depths) / len(depths) / outcomes[-1]:.2f}" if depths else "–",
         "tokens": [_token(token, outcomes) for token in tokens],
+        "left_out": answer.get("left_out", 0),
     }
 
 
@@ -68,17 +79,21 @@ def _token(token: Mapping[str, Any], outcomes: Sequence[int]) -> dict[str, Any]:
         lines.append(f"entropy {token['entropy']:.3f} nats")
     lines += [_reading(reading) for reading in token.get("readings") or []]
     text = str(token.get("text", ""))
-    visible = text.replace("\n", "↵\n").replace("\t", "⇥\t") or "∅"
-    return {"text": visible, "index": index, "tip": f"{_quoted(text)}\n" + "\n".join(lines)}
+    return {"text": visible(text), "index": index, "tip": f"{quoted(text)}\n" + "\n".join(lines)}
+
+
+def visible(text: str) -> str:
+    """A token with signs for what has none."""
+    return text.replace("\n", "↵\n").replace("\t", "⇥") or "∅"
 
 
 def _reading(reading: Mapping[str, Any]) -> str:
     """What one exit would have written, as a line: who, the token, its probability, the hazard."""
     who = "teacher" if reading.get("depth") is None else f"exit {reading['depth']}"
-    line = f"{who}: {_quoted(str(reading.get('text', '')))} {math.exp(reading['logprob']):.2f}"
+    line = f"{who}: {quoted(str(reading.get('text', '')))} {math.exp(reading['logprob']):.2f}"
     hazard = reading.get("hazard")
     return f"{line}, hazard {hazard:.2f}" if is_number(hazard) else line
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)

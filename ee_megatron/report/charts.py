@@ -53,8 +53,9 @@ def tradeoff(series: Sequence[tuple[str, list[Dot]]]) -> Markup:
     """Accuracy against mean depth, 95 % intervals as bars; beside a point its row in the table, as its word."""
     points = [p for _, group in series for p in group]
     low, high = padded([v for p in points for v in (p.low, p.high)], 0.06)
-    frame = Frame(460, 330, padded([p.x for p in points], 0.07), (max(0.0, low), min(1.0, high) if high > 0 else 1.0))
-    parts = frame.axes("mean depth (fraction of the layers)", "accuracy", percent_y=True)
+    y_range = (max(0.0, low), min(1.0, high) if high > 0 else 1.0)
+    frame = Frame(460, 330, padded([p.x for p in points], 0.07), y_range, percent_y=True)
+    parts = frame.axes("mean depth (fraction of the layers)", "accuracy")
     taken = [(frame.x(p.x), frame.y(p.y)) for p in points]
     for index, (_, group) in enumerate(series):
         parts += _bars(frame, index, group)
@@ -214,8 +215,11 @@ def lines(drawn: Sequence[Line], axes: Axes, title: str, beside: Sequence[Slot] 
     if beside and axes.y_range is None:
         y_range = axes.ranges([*drawn, *(line for slot in beside for line in slot.lines)])[1]
     right, bottom = (10 + GAP + SLOT * len(beside), 36 + NAMES) if beside else (10, 36)
-    frame = Frame(460, 330 + bottom - 36, x_range, y_range, log_y=axes.log_y, right=right, bottom=bottom)
-    parts = frame.axes(axes.x, axes.y, percent_y=axes.percent_y)
+    frame = Frame(
+        460, 330 + bottom - 36, x_range, y_range, log_y=axes.log_y, right=right, bottom=bottom,
+        percent_y=axes.percent_y, labelled=bool(axes.y),
+    )  # fmt: skip
+    parts = frame.axes(axes.x, axes.y)
     if axes.level is not None:
         y, end = frame.y(axes.level), frame.width - frame.right
         parts.append(f'<line class="axis dashed" x1="{frame.left}" x2="{end}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -336,8 +340,8 @@ def curve(name: str, runs: Sequence[tuple[str, int, Curve]]) -> Markup:
     steps = [s for _, _, points in shown for s, _ in points]
     values = [y for _, _, points in shown for _, y in points if math.isfinite(y)]
     x_range = (min(steps), max(steps)) if max(steps) > min(steps) else (steps[0] - 1, steps[0] + 1)
-    frame = Frame(270, 140, x_range, padded(values, 0.1), left=42, right=8, top=6, bottom=20)
-    parts = frame.axes("", "", x_ticks=4, y_ticks=3)
+    frame = Frame(270, 140, x_range, padded(values, 0.1), right=8, top=6, bottom=20, y_ticks=3, labelled=False)
+    parts = frame.axes("", "", x_ticks=4, whole_x=True)
     for _, series, points in shown:
         css = f" {colour(series)}" if len(shown) > 1 else ""
         parts += _pieces(frame, points, css)

@@ -12,7 +12,7 @@ from .results import MADE_BY, Results
 
 def merge(runs: Sequence[ReportRun]) -> Inputs:
     """Raises ValueError for runs of different numbers of layers, whose depths are not the same thing."""
-    read = [(run, read_inputs(run.stages)) for run in runs]
+    read = [(run, read_inputs(run)) for run in runs]
     layers = {run.label: inputs.results.num_layers for run, inputs in read if inputs.results.rows}
     if len(set(layers.values())) > 1:
         found = ", ".join(f"{label}: {count}" for label, count in layers.items())
@@ -20,13 +20,14 @@ def merge(runs: Sequence[ReportRun]) -> Inputs:
             f"runs of models with different numbers of layers ({found}): expected one; "
             "report them one by one, or compare sizes with `ee-megatron sweep collect` and `ee-megatron scaling`"
         )
-    results = Results()
+    results, problems, lens = Results(), dict[str, dict[str, Any]](), dict[str, Any]()
     for run, inputs in read:
         names = {model: _name(model, run, inputs, read) for model in inputs.results.models}
         _add(results, inputs.results, names)
+        _add_records(problems, lens, inputs, names)
     by_run = [(run.label, inputs.results) for run, inputs in read]
     missing = [f"{run.label}: {line}" for run, inputs in read for line in inputs.missing]
-    return Inputs(_stages(read), results, by_run, missing)
+    return Inputs(_stages(read), results, by_run, missing, list(problems.values()), lens)
 
 
 def _name(model: str, run: ReportRun, inputs: Inputs, read: Sequence[tuple[ReportRun, Inputs]]) -> str:
@@ -60,8 +61,7 @@ def _add(into: Results, found: Results, names: Mapping[str, str]) -> None:
     """What `into` already has of a shared model stays as it is."""
 
     def renamed(label: str) -> str:
-        model = next((m for m in names if label == m or label.startswith(f"{m}, ")), label)
-        return names.get(model, model) + label[len(model) :]
+        return _renamed(label, names)
 
     into.meta = into.meta or {"num_layers": found.num_layers, "exit_depths": found.meta.get("exit_depths") or []}
     into.meta["exit_depths"] = sorted({*into.meta["exit_depths"], *(found.meta.get("exit_depths") or [])})
@@ -73,6 +73,29 @@ def _add(into: Results, found: Results, names: Mapping[str, str]) -> None:
         have = getattr(into, part)
         for label, value in getattr(found, part).items():
             have.setdefault(renamed(str(label)), value)
+
+
+def _renamed(label: str, names: Mapping[str, str]) -> str:
+    model = next((m for m in names if label == m or label.startswith(f"{m}, ")), label)
+    return names.get(model, model) + label[len(model) :]
+
+
+def _add_records(
+    problems: dict[str, dict[str, Any]], lens: dict[str, Any], inputs: Inputs, names: Mapping[str, str]
+) -> None:
+    """Answers by problem, and readouts; a shared model's are those of the first run that has them."""
+    for line in inputs.problems:
+        into = problems.setdefault(str(line.get("id", line["prompt"])), {**line, "answers": {}})
+        for label, answer in line["answers"].items():
+            into["answers"].setdefault(_renamed(label, names), answer)
+    found = inputs.lens
+    if not found or lens.setdefault("exit_depths", found["exit_depths"]) != found["exit_depths"]:
+        # Columns of other exits would not line up.
+        return
+    kept = lens.setdefault("answers", [])
+    known = {_which(answer) for answer in kept}
+    named = _with_model(found["answers"], lambda model: _renamed(model, names))
+    kept += [answer for answer in named if _which(answer) not in known]
 
 
 def _with_model(rows: Sequence[Mapping[str, Any]], renamed: Callable[[str], str]) -> list[dict[str, Any]]:

@@ -37,9 +37,9 @@ def pareto_front(costs: Iterable[float], values: Iterable[float]) -> list[bool]:
     return [not any(a <= c and b >= v and (a, b) != (c, v) for a, b in points) for c, v in points]
 
 
-def number(value: float) -> str:
+def number(value: float, digits: int = 3) -> str:
     """Three significant digits; whole from a thousand on."""
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:,.{digits - 3}f}"
 
 
 def span(values: Sequence[float], form: Callable[[float], str]) -> str:

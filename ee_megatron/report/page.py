@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,26 @@ from ..observe.rundir import write_atomic
 from . import charts
 from .answers import problems
 from .charts import Chart, Dot, Line
-from .data import Curve, Inputs, ReportRun, StageData, read_inputs
+from .data import Inputs, ReportRun, read_inputs
+from .differences import differences
+from .files import commands, links, table_csv
+from .lens import grids
 from .merge import merge
-from .numbers import estimate, is_number, number, span
+from .numbers import estimate, is_number, span
 from .palette import stylesheet
 from .pictures import multiples, picture
-from .results import MADE_BY, Results, binned, entropy_points, stored_bins
+from .results import Results, binned, entropy_points, stored_bins
 from .sections import sections
 from .svg import colour, legend_box, legend_mark
 from .template import FOLDER, render, style
+from .training import curves, rollouts
+from .verdict import verdicts
 
 COLUMNS = (
     ("exits", "exits"), ("accuracy", "accuracy [95 %]"), ("n", "n"), ("difference", "to teacher [95 %]"),
     ("p_value", "p"), ("mean_depth", "mean depth"), ("total_depth", "total depth"), ("length", "length"),
     ("kl", "KL (nats)"), ("tokens_per_s", "tokens/s"),
 )  # fmt: skip
-# The loop's own figures first, housekeeping after them.
-LEADING = ("reward", "accuracy", "mean_depth", "total_depth", "length", "loss", "kl")
 
 
 def write_report(runs: Sequence[ReportRun], output: Path) -> Path:
@@ -39,17 +43,20 @@ def write_report(runs: Sequence[ReportRun], output: Path) -> Path:
     What is missing of a run is named in the report. Raises ValueError if no stage's directory exists, or if runs of
     different numbers of layers are to be compared.
     """
-    inputs = read_inputs(runs[0].stages) if len(runs) == 1 else merge(runs)
+    inputs = read_inputs(runs[0]) if len(runs) == 1 else merge(runs)
     output = Path(output)
-    results, outcomes = inputs.results, inputs.results.outcomes
+    results, outcomes = inputs.results, inputs.outcomes
     table = _table(results)
     found = {"tradeoff": _tradeoff(results, table), "entropy": _entropy(results), "histogram": _histogram(results)}
-    parts, training = sections(inputs, runs), _training(inputs)
+    parts, training = sections(inputs, runs), curves(inputs)
+    changes = differences(results, inputs.problems)
+    scripts = ["page.js", *(["differences.js"] if changes else [])]
     page = render(
         FOLDER / "page.html.j2",
         style=style() + Markup(stylesheet(len(outcomes))),
-        script=Markup((FOLDER / "page.js").read_text(encoding="utf-8")),
+        script=Markup("".join((FOLDER / name).read_text(encoding="utf-8") for name in scripts)),
         **_header(inputs, runs),
+        verdicts=verdicts(inputs),
         **found,
         columns=COLUMNS,
         table=table,
@@ -58,7 +65,13 @@ def write_report(runs: Sequence[ReportRun], output: Path) -> Path:
         num_layers=results.num_layers,
         sections=parts,
         training=training,
+        rollouts=rollouts(inputs),
         problems=problems(results),
+        lens=grids(inputs.lens, results.models, results.num_layers) if inputs.lens else None,
+        differences=changes,
+        links=links(inputs, output),
+        csv=table_csv(results) if results.rows else "",
+        commands=commands(runs),
         stages=[stage for stage in inputs.stages if stage.config],
         missing=inputs.missing,
         runs=len(runs),
@@ -70,6 +83,8 @@ def write_report(runs: Sequence[ReportRun], output: Path) -> Path:
             write_atomic(folder / f"{chart.name}.png", picture(chart, len(outcomes)))
     for stage in training:
         panels = [(panel["name"], panel["chart"]) for panel in stage["panels"]]
+        if not panels:
+            continue
         write_atomic(folder / f"training_{stage['name']}.png", multiples(panels, stage["legend"]))
     write_atomic(output, page)
     return output
@@ -77,11 +92,16 @@ def write_report(runs: Sequence[ReportRun], output: Path) -> Path:
 
 def _header(inputs: Inputs, runs: Sequence[ReportRun]) -> dict[str, Any]:
     meta = inputs.results.meta
-    title = str(meta.get("name") or meta.get("title") or "Early-exit run")
+    config = runs[0].config
+    title = str(meta.get("name") or meta.get("title") or (config.name if config else "Early-exit run"))
     if len(runs) > 1:
         title = f"{len(runs)} early-exit runs"
     facts = [(str(key).replace("_", " "), _plain(value)) for key, value in meta.items() if key not in ("name", "title")]
-    return {"title": title, "facts": facts, "summary": _summary(inputs.results)}
+    coming = list(dict.fromkeys(stage for run in runs for stage in run.coming))
+    written = time.strftime("%Y-%m-%d %H:%M")
+    return {
+        "title": title, "facts": facts, "summary": _summary(inputs.results), "coming": coming, "written": written
+    }  # fmt: skip
 
 
 def _summary(results: Results) -> list[tuple[str, str]]:
@@ -194,49 +214,6 @@ def _correlations(depth_by_entropy: Mapping[str, Any]) -> list[tuple[str, str]]:
             tokens = f", {values['tokens']:,.0f} tokens" if is_number(values.get("tokens")) else ""
             lines.append((label, f"Spearman ρ {estimate({**values, 'value': values['spearman']})}{tokens}"))
     return lines
-
-
-def _training(inputs: Inputs) -> list[dict[str, Any]]:
-    """Per stage that logged steps its metrics, the loop's own first; several runs share a metric's panel."""
-    found = []
-    for name in dict.fromkeys(stage.name for stage in inputs.stages if stage.curves):
-        group = [stage for stage in inputs.stages if stage.name == name and stage.curves]
-        series = [_series(stage, place, inputs.results.models) for place, stage in enumerate(group)]
-        metrics = dict.fromkeys(metric for stage in group for metric in stage.curves)
-        panels: dict[str, list[tuple[str, int, Curve]]] = {}
-        for metric in sorted(metrics, key=lambda n: LEADING.index(n) if n in LEADING else len(LEADING)):
-            panels[metric.replace("_", " ")] = [
-                (stage.run, index, stage.curves[metric])
-                for stage, index in zip(group, series, strict=True)
-                if metric in stage.curves
-            ]
-        found.append(
-            {
-                "name": name,
-                "steps": max(s for stage in group for points in stage.curves.values() for s, _ in points),
-                "legend": [(legend_mark(c), stage.run) for stage, c in zip(group, series, strict=True)]
-                if len(group) > 1
-                else [],
-                "panels": [
-                    {"name": metric, "last": _last(lines), "chart": charts.curve(metric, lines)}
-                    for metric, lines in panels.items()
-                ],
-            }
-        )
-    return found
-
-
-def _series(stage: StageData, place: int, models: Sequence[str]) -> int:
-    """The colour of the model that the stage made, if that is in the results."""
-    made = next((model for model, makers in MADE_BY.items() if stage.name in makers), "")
-    model = made + (f" ({stage.run})" if stage.run else "")
-    return models.index(model) if model in models else place
-
-
-def _last(lines: Sequence[tuple[str, int, Curve]]) -> str:
-    """The last value; of several runs the least and the greatest."""
-    values = [next(value for _, value in reversed(points) if math.isfinite(value)) for _, _, points in lines]
-    return span(values, number)
 
 
 def _plain(value: Any) -> str:

@@ -15,7 +15,7 @@ MADE_BY = {
 }
 NOT_BY_MODEL = ("meta", "rows", "answers", "controls", "choice")
 # Not every evaluation measures these.
-OPTIONAL = ("gates", "pareto", "externalisation", "controls", "choice")
+OPTIONAL = ("compared", "gates", "pareto", "externalisation", "controls", "choice")
 
 
 @dataclass
@@ -32,6 +32,8 @@ class Results:
     exit_histogram: dict[str, dict[str, int]] = field(default_factory=dict)
     """Label -> depth (as a string, JSON's keys) -> tokens."""
     paired: dict[str, dict[str, Any]] = field(default_factory=dict)
+    compared: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Label of a model at its chosen exits -> what changed from the model before it; evaluation/compare.py makes it."""
     depth: dict[str, Any] = field(default_factory=dict)
     by_task: dict[str, Any] = field(default_factory=dict)
     kl_by_exit: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
@@ -87,14 +89,14 @@ class Results:
         """A part by label, models in order."""
         return dict(sorted(part.items(), key=lambda item: self.rank(item[0])))
 
+    def chosen(self, model: str) -> dict[str, Any] | None:
+        """The row of a model at the threshold that validation chose for it; the teacher's at full depth."""
+        rule = "full depth" if model == "teacher" else f"hazard > {self.meta.get(f'threshold_{model}')}"
+        return next((row for row in self.rows if row.get("model") == model and row.get("exits") == rule), None)
+
     def last_chosen(self) -> dict[str, Any] | None:
-        """The row of the last model at the threshold that validation chose for it."""
-        for model in reversed(self.models):
-            rule = f"hazard > {self.meta.get(f'threshold_{model}')}"
-            for row in self.rows:
-                if row.get("model") == model and row.get("exits") == rule:
-                    return row
-        return None
+        """That of the last model for which a threshold was chosen."""
+        return next((row for m in reversed(self.models) if m != "teacher" and (row := self.chosen(m))), None)
 
 
 def entropy_points(results: Results) -> dict[str, list[tuple[float, float]]]:

@@ -17,14 +17,20 @@ LABEL_LENGTH = 40
 """Characters of a run's settings that still fit beside a model's name."""
 
 
-def report_run(cfg: RunConfig) -> Path:
-    """report.html of one configuration, from whatever stages there are. Raises ValueError if there is none."""
+def report_path(cfg: RunConfig) -> Path:
+    """Where `report_run` writes."""
+    return Path(cfg.runs) / cfg.name / "report.html"
+
+
+def report_run(cfg: RunConfig, coming: Sequence[str] = ()) -> Path:
+    """report.html of one configuration, from whatever stages there are. `coming`: stages that will finish yet, with
+    which there may be none. Raises ValueError if there is none else."""
     found = _stages_of(cfg, Path(cfg.runs) / cfg.name)
-    if not found:
+    if not found and not coming:
         raise ValueError(
             f"{Path(cfg.runs) / cfg.name}: no stage has run with these settings; start with `ee-megatron run`"
         )
-    return write_report([ReportRun(found)], Path(cfg.runs) / cfg.name / "report.html")
+    return write_report([ReportRun(found, config=cfg, coming=coming)], report_path(cfg))
 
 
 def report_directories(named: Sequence[Path], out: Path | None = None) -> Path:
@@ -41,7 +47,7 @@ def report_directories(named: Sequence[Path], out: Path | None = None) -> Path:
         common = Path(os.path.commonpath([end.parent.resolve() for end in ends]))
         out = common / "report.html"
     if len(found) == 1:
-        return write_report([ReportRun(found[0])], out)
+        return write_report([ReportRun(found[0], config=configs[0])], out)
     settings = _differing(configs)
     labels = [", ".join(f"{key}={value}" for key, value in each.items()) for each in settings]
     if len(set(labels)) < len(labels):
@@ -49,7 +55,7 @@ def report_directories(named: Sequence[Path], out: Path | None = None) -> Path:
     elif max(map(len, labels)) > LABEL_LENGTH:
         # The table of settings says what they stand for.
         labels = [f"run {i + 1}" for i in range(len(labels))]
-    return write_report([ReportRun(*each) for each in zip(found, labels, settings, strict=True)], out)
+    return write_report([ReportRun(*each) for each in zip(found, labels, settings, configs, strict=True)], out)
 
 
 def _ends(path: Path) -> list[Path]:

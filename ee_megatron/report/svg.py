@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup, escape
 
@@ -36,6 +37,23 @@ def powers(low: float, high: float) -> list[float]:
     return found if len(found) > 1 else [v for k in span for m in (1, 2, 5) if low <= (v := m * 10.0**k) <= high]
 
 
+def tick_words(values: Sequence[float], percent: bool = False) -> list[str]:
+    """The ticks in words, with as many digits as it takes to say them, so that no two look alike."""
+    slack = 0.01 * min((b - a for a, b in pairwise(values)), default=math.inf)
+    words: list[str] = []
+    for digits in range(8):
+        words = [f"{value:.{digits}%}" if percent else number(value, 3 + digits) for value in values]
+        said = [float(word.replace(",", "").rstrip("%")) / (100 if percent else 1) for word in words]
+        if all(abs(a - b) <= slack for a, b in zip(said, values, strict=True)):
+            break
+    return words
+
+
+def width_of(word: str, size: float) -> float:
+    """About how wide a number is in a font of that size: digits are wider than points, narrower than per cent."""
+    return size * sum({".": 0.3, ",": 0.3, "-": 0.4, "%": 0.95}.get(c, 0.58) for c in word)
+
+
 def padded(values: Sequence[float], share: float = 0.08) -> tuple[float, float]:
     """Least and greatest finite value with some air; never an empty range."""
     finite = [v for v in values if math.isfinite(v)] or [0.0]
@@ -44,19 +62,36 @@ def padded(values: Sequence[float], share: float = 0.08) -> tuple[float, float]:
     return low - air, high + air
 
 
+# Sizes that page.css gives ticks on a narrow screen, and the strip that a label of the y axis takes.
+TICK, LABEL = 14.0, 18
+
+
 @dataclass
 class Frame:
-    """A plot area inside a viewBox of width × height, with linear axes."""
+    """A plot area inside a viewBox of width × height, with linear axes. `left` is by default what the words of its y
+    ticks take, and its label, if it has one."""
 
     width: int
     height: int
     x_range: tuple[float, float]
     y_range: tuple[float, float]
-    left: float = 44
+    left: float = math.nan
     right: float = 10
     top: int = 10
     bottom: int = 36
     log_y: bool = False
+    percent_y: bool = False
+    y_ticks: int = 5
+    labelled: bool = True
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.left):
+            words = tick_words(self.y_values, self.percent_y)
+            self.left = round(8 + LABEL * self.labelled + max((width_of(w, TICK) for w in words), default=0), 1)
+
+    @property
+    def y_values(self) -> list[float]:
+        return powers(*self.y_range) if self.log_y else ticks(*self.y_range, self.y_ticks)
 
     def x(self, value: float) -> float:
         low, high = self.x_range
@@ -68,21 +103,19 @@ class Frame:
             low, high, value = math.log10(low), math.log10(high), math.log10(value)
         return self.height - self.bottom - (value - low) / (high - low) * (self.height - self.top - self.bottom)
 
-    def axes(
-        self, x_label: str, y_label: str, percent_y: bool = False, x_ticks: int = 5, y_ticks: int = 5
-    ) -> list[str]:
-        """Grid, ticks and labels; a label that is empty is left out."""
+    def axes(self, x_label: str, y_label: str, x_ticks: int = 5, whole_x: bool = False) -> list[str]:
+        """Grid, ticks and labels; a label that is empty is left out. `whole_x`: no ticks between whole numbers."""
         parts, end, floor = [], self.width - self.right, self.height - self.bottom
-        for value in powers(*self.y_range) if self.log_y else ticks(*self.y_range, y_ticks):
+        for value, text in zip(self.y_values, tick_words(self.y_values, self.percent_y), strict=True):
             y = self.y(value)
-            text = f"{value:.0%}" if percent_y else number(value)
             parts.append(f'<line class="grid" x1="{self.left}" x2="{end}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(f'<text class="tick" x="{self.left - 5}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>')
         parts.append(f'<line class="axis" x1="{self.left}" x2="{end}" y1="{floor}" y2="{floor}"/>')
-        for value in ticks(*self.x_range, x_ticks):
+        x_values = [v for v in ticks(*self.x_range, x_ticks) if not whole_x or v == int(v)]
+        for value, text in zip(x_values, tick_words(x_values), strict=True):
             x = self.x(value)
             parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 3}"/>')
-            parts.append(f'<text class="tick" x="{x:.1f}" y="{floor + 14}" text-anchor="middle">{number(value)}</text>')
+            parts.append(f'<text class="tick" x="{x:.1f}" y="{floor + 14}" text-anchor="middle">{text}</text>')
         if x_label:
             middle = (self.left + end) / 2
             parts.append(

@@ -166,19 +166,15 @@ def corrupted_table(choice: Mapping[str, Any]) -> TextTable:
 
 
 def task_table(tasks: Mapping[str, Mapping[str, Any]]) -> TextTable:
-    """Accuracy with its interval, and mean depth in layers, per "model, exits" and task."""
-    names = _keys(tasks.values())
-    heads = ("model, exits", *(f"{name}: {what}" for name in names for what in ("accuracy", "depth")))
+    """Accuracy with its interval, and mean depth in layers: a row per task and "model, exits", so that many tasks make
+    the table longer, not wider."""
     rows = []
-    for label, entry in tasks.items():
-        cells = [label]
-        for name in names:
-            found = entry.get(name)
-            accuracy = {**found, "value": found["accuracy"]} if found else None
-            depth = f"{found['mean_depth']['value']:.1f}" if found else "–"
-            cells += [estimate(accuracy, "{:.1%}"), depth]
-        rows.append(tuple(cells))
-    return TextTable(heads, rows)
+    for name in _keys(tasks.values()):
+        for label, entry in tasks.items():
+            if found := entry.get(name):
+                accuracy, depth = estimate({**found, "value": found["accuracy"]}, "{:.1%}"), found["mean_depth"]
+                rows.append((name, label, f"{found['n']:,}", accuracy, f"{depth['value']:.1f}"))
+    return TextTable(("task", "model, exits", "n", "accuracy", "depth"), rows, names=2)
 
 
 def depth_table(depth: Mapping[str, Mapping[str, Any]]) -> TextTable:

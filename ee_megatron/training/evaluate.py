@@ -16,14 +16,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint.policy_files import open_policy
 from ..config.schema import RunConfig
 from ..evaluation.choice import ChoiceBench, choice
+from ..evaluation.compare import compared
 from ..evaluation.evaluate import Answer, add_readings, evaluate_model
 from ..evaluation.gates import gate_calibration
 from ..evaluation.interventions import Bench, externalisation
+from ..evaluation.records import Records
 from ..evaluation.results import table, write_results
 from ..evaluation.summary import EvaluationRow, choose_threshold
 from ..exit_rules import CONTROLS, ExitRule, Off, Sample, Threshold
@@ -77,7 +79,7 @@ class Evaluation:
         self.sampling = SamplingParams(0.0, cfg.rollout.max_new_tokens, tuple(cfg.rollout.stop))
         self.test: list[Prompt] = self.task.prompts(cfg.evaluate.split)  # type: ignore[arg-type]
         self.validation: list[Prompt] = self.task.prompts("validation")
-        tokenizer = AutoTokenizer.from_pretrained(str(session.model_path), local_files_only=True)
+        tokenizer = session.tokenizer
         self.tokens = Tokens(tokenizer)
         # What the prompts cost to read; the table of a sweep asks for it.
         lengths = [len(tokenizer(p.text, add_special_tokens=False)["input_ids"]) for p in self.test]
@@ -87,6 +89,8 @@ class Evaluation:
         self.meta: dict[str, object] = {}
         self.more: dict[str, Any] = {"gates": {}, "pareto": {}}
         self.chosen: dict[str, Reference] = {}
+        self.records = Records(session.spec.exit_depths, cfg.evaluate.answers, session.decode)
+        self.before: list[Answer] = []
         self.bar = session.stack.enter_context(session.progress(sets))
 
     def flops(self, rollout: Rollout, exits: ExitRule) -> float:
@@ -112,7 +116,7 @@ class Evaluation:
             GenerationRequest(prompts, 1, self.sampling, exits, self.session.cfg.evaluate.seed),
             label=model,
             num_layers=self.session.spec.num_layers,
-            decode=lambda token: self.tokens.decode([token]),
+            decode=self.session.decode,
             with_divergence=final,
             flops=(lambda rollout: self.flops(rollout, exits)) if final else None,
             collect=rollouts,
@@ -137,7 +141,15 @@ class Evaluation:
         shown = [i for i in range(min(self.session.cfg.evaluate.answers, len(answers))) if rollouts[i].length]
         inspected = self.pool.inspect([rollouts[i] for i in shown])
         depths = self.session.spec.exit_depths
-        add_readings([answers[i] for i in shown], inspected, depths, lambda token: self.tokens.decode([token]))
+        add_readings([answers[i] for i in shown], inspected, depths, self.session.decode)
+
+    def keep(self, row: EvaluationRow, answers: list[Answer], rollouts: Sequence[Rollout]) -> None:
+        """A model's answers at the exits that were chosen for it: for the report, and against those of the model
+        before it."""
+        self.records.add(self.pool, answers, rollouts)
+        if found := compared(self.before, answers, self.session.spec.num_layers):
+            self.more.setdefault("compared", {})[f"{row.model}, {row.exits}"] = found
+        self.before = answers
 
     def done(self, row: EvaluationRow) -> None:
         self.bar.advance(1, accuracy=row.accuracy, depth=row.mean_depth)
@@ -156,7 +168,7 @@ class Evaluation:
 
     def teacher(self) -> None:
         self.pool.load(None)
-        self.measure("teacher", Off(), self.test, final=True)
+        self.keep(*self.measure("teacher", Off(), self.test, final=True))
         self.externalise("teacher", Off())
 
     def policy(self, model: str, checkpoint: Path) -> None:
@@ -181,6 +193,7 @@ class Evaluation:
         exits = Threshold(threshold)
         row, answers, rollouts = self.measure(model, exits, self.test, final=True)
         self.chosen[model] = Reference(model, exits, *tried[chosen][:2], row, answers)
+        self.keep(row, answers, rollouts)
         inspected = self.pool.inspect([rollout for rollout in rollouts if rollout.length])
         self.more["gates"][model] = gate_calibration(
             [entry.hazards for entry in inspected],
@@ -301,10 +314,12 @@ def evaluate(cfg: RunConfig, model_path: Path) -> None:
             "split": f"{cfg.evaluate.split}, {len(work.test)} problems, held out",
             "threshold choice": f"on {len(work.validation)} validation problems, tolerance {cfg.evaluate.tolerance}",
             "decoding": "greedy tokens",
+            "answers in flight": min(len(work.test), cfg.rollout.rows * cfg.rollout.actors),
             "date": time.strftime("%Y-%m-%d"),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {session.device_type}",
             "versions": f"python {platform.python_version()}, torch {torch.__version__}",
         }
+        work.records.write(session.path)
         write_results(
             session.path / "results.json", work.rows, work.answers, work.meta, cfg.evaluate.answers, work.more
         )

@@ -143,6 +143,11 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
     if not all(stages.is_done(cfg, stage) for stage in stage_order(cfg)):
         pick_device(cfg, ranks(cfg))
     stages.check_given(cfg)
+    from ..report.runs import report_path, report_run
+
+    evaluated = stages.is_done(cfg, "evaluate")
+    if not evaluated:
+        print(f"report: {report_path(cfg)}, written anew after every stage", flush=True)
     for stage in stage_order(cfg):
         if stages.is_done(cfg, stage):
             print(f"{stage}: finished before, in {stage_dir(cfg, stage)}")
@@ -151,12 +156,27 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
         code = _followed(command)
         if code:
             raise SystemExit(code)
+        _report_so_far(cfg)
     exported = export(cfg)
+    page = report_run(cfg)
+    if evaluated:
+        # Else the stage has just printed it.
+        print((stage_dir(cfg, "evaluate") / "table.txt").read_text())
+    print(f"exported model: {exported}\nreport: {page}")
+
+
+def _report_so_far(cfg: RunConfig) -> None:
+    """The report of the stages that are done. Training goes on whatever is wrong with it."""
     from ..report.runs import report_run
 
-    page = report_run(cfg)
-    print((stage_dir(cfg, "evaluate") / "table.txt").read_text())
-    print(f"exported model: {exported}\nreport: {page}")
+    coming = [stage for stage in stage_order(cfg) if not stages.is_done(cfg, stage)]
+    if not coming:
+        # The last one is written, with everything, at the end.
+        return
+    try:
+        report_run(cfg, coming)
+    except (OSError, ValueError) as error:
+        print(f"report: not written this time ({error})", file=sys.stderr)
 
 
 def _followed(command: list[str]) -> int:

@@ -38,6 +38,7 @@ from .costs import counted, speeds
 from .experience import credit, entropies, mismatch, objective_of, replay, rollout_metrics, taught
 from .pricing import Price
 from .rollout_source import make_source
+from .samples import keep_samples, sampled_steps
 from .session import Session
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
         if reference is None:
             session.stop(learner, done)
         cost = Price(rl, reference[0], session.counters)
+        shown = sampled_steps(rl.steps)
         session.open_metrics(resume_step=done)
         with session.progress(rl.steps, done) as bar:
             learner.progress = bar.detail
@@ -75,6 +77,8 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
                 groups = session.unless_stopped(source.act if source else None, weights, step, bar.detail)
                 if groups is None:
                     session.stop(learner, step)
+                if session.directory is not None and step + 1 in shown:
+                    keep_samples(session.directory, step + 1, groups, session.decode)
                 values, seconds = learn(session, learner, groups, step, cost)
                 if source is not None:
                     values |= source.health()

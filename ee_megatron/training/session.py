@@ -13,12 +13,14 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..checkpoint.base_identity import base_identity
 from ..checkpoint.hf_export import export_hf
@@ -145,6 +147,14 @@ class Session:
             # Ray takes TERM for itself when a driver starts.
             listener.listen()
         return pool
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(str(self.model_path), local_files_only=True)
+
+    def decode(self, token: int) -> str:
+        """The text of one token."""
+        return str(self.tokenizer.decode([token]))
 
     def make_task(self) -> Task:
         return task_of(self.cfg, self.model_path)

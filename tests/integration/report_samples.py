@@ -25,7 +25,9 @@ def write_run(root: Path, steps: int = 40, prompts: int = 4) -> dict[str, Path]:
     }
     for stage, metrics in names.items():
         rows = [
-            {"step": s} | {m: round(math.exp(-s / 15) + 0.1 * rng.random() + i / 4, 4) for i, m in enumerate(metrics)}
+            {"step": s}
+            | {m: round(math.exp(-s / 15) + 0.1 * rng.random() + i / 4, 4) for i, m in enumerate(metrics)}
+            | ({"lambda": 1.0, "actors_alive": 2.0} if stage == "rl" else {})
             for s in range(1, steps + 1)
         ]
         (stages[stage] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -39,8 +41,53 @@ def write_run(root: Path, steps: int = 40, prompts: int = 4) -> dict[str, Path]:
     clocks |= {"flops_per_s_device/update": 3.21e14, "mfu/update": 0.325}
     rows = [{"step": s} | {k: v * (3 if s == 1 else 1) for k, v in clocks.items()} for s in range(1, steps + 1)]
     (stages["rl"] / "timings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (stages["evaluate"] / "results.json").write_text(json.dumps(results(rng, prompts)))
+    found = results(rng, prompts)
+    (stages["evaluate"] / "results.json").write_text(json.dumps(found))
+    write_records(stages, found, rng)
     return stages
+
+
+def write_records(stages: dict[str, Path], found: dict, rng: random.Random) -> None:
+    """Every answer, the readouts at every exit for one problem, and rollouts of three steps."""
+    labels = [f"{model}, {rules[-1]}" for model, rules in RULES.items()]
+    lines = []
+    for i in range(35):
+        answers = {}
+        for label in labels:
+            length = len(PIECES) - (i % 3 if label == labels[-1] else 0)
+            depths = [LAYERS, *(rng.choice([*DEPTHS, LAYERS]) for _ in range(length - 1))]
+            depths = [LAYERS] * length if label == labels[0] else depths
+            right = not (i % 5 == 0 and label == labels[1]) and not (i % 7 == 1 and label == labels[2])
+            answers[label] = {"correct": right, "pieces": PIECES[:length], "depths": depths}
+        asked = {"id": f"p{i}", "prompt": f"Question: What is {i} x 8?", "reference": str(8 * i)}
+        lines.append({**asked, "task": "arithmetic", "answers": answers})
+    (stages["evaluate"] / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def readout(piece: str) -> list:
+        return [[piece, -0.1], [" the", -2.5], ["9", -4.0]]
+
+    def row(piece: str, taken: int) -> dict:
+        seen = [readout(piece if depth >= 15 else " the") for depth in (*DEPTHS, LAYERS)]
+        return {"text": piece, "taken": taken, "readouts": seen, "teacher": readout(piece)}
+
+    read = []
+    for model, rules in RULES.items():
+        taken = LAYERS if model == "teacher" else 20
+        rows = [row(" is", LAYERS), row(" 3", LAYERS), *(row(piece, taken) for piece in PIECES)]
+        kept = {"id": "p0", "prompt": "Question: What is 0 x 8?", "model": model, "exits": rules[-1]}
+        read.append(kept | {"given": 2, "tokens": len(PIECES), "rows": rows})
+    (stages["evaluate"] / "lens.json").write_text(json.dumps({"exit_depths": DEPTHS, "answers": read}))
+    (stages["rl"] / "samples").mkdir()
+    for step in (1, 20, 40):
+        tokens = [{"text": p, "depth": rng.choice(DEPTHS), "logprob": -0.3, "exit_logprob": -0.2} for p in PIECES]
+        rollout = {
+            "prompt": "Question: What is 5 x 9?",
+            "reference": "45",
+            "correct": step > 1,
+            "reward": float(step > 1),
+        }
+        kept = {"step": step, "rollouts": [rollout | {"left_out": 0, "tokens": tokens}] * 2}
+        (stages["rl"] / "samples" / f"step_{step}.json").write_text(json.dumps(kept))
 
 
 def results(rng: random.Random, prompts: int) -> dict:
@@ -104,11 +151,19 @@ def results(rng: random.Random, prompts: int) -> dict:
         "depth_by_entropy": correlation,
         "exit_histogram": histogram,
         "paired": paired,
+        "compared": {"reinforced, hazard > 0.9": compared()},
         **figures(list(histogram)),
         "controls": controls(),
         "externalisation": {model: externalisation(m) for m, model in enumerate(RULES)},
         "choice": choice(),
     }
+
+
+def compared() -> dict:
+    changes = {"accuracy": estimate(0.0, 0.03), "depth": estimate(-0.21, 0.02)}
+    changes |= {"total_depth": estimate(-81, 9), "length": estimate(1.0, 0.4)}
+    counts = {"n": 400, "groups": 120, "only_before": 20, "only_after": 20, "p_value": 1.0}
+    return {"against": "calibrated, hazard > 0.9", **counts, **changes}
 
 
 def estimate(value: float, spread: float = 0.04) -> dict[str, float]:
@@ -144,7 +199,7 @@ def figures(labels: list[str]) -> dict:
         for t in (0.3, 0.5, 0.7, 0.9)
     ]
     return {
-        "depth": dict.fromkeys(labels, depth),
+        "depth": {label: depth if label == labels[0] else {**depth, "flops": estimate(5.2e9, 1e8)} for label in labels},
         "by_task": {label: {"sum": by_task(0.9, 18.0), "word": by_task(0.71, 22.0)} for label in labels},
         "kl_by_exit": {
             label: {

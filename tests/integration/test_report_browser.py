@@ -1,5 +1,7 @@
 """The report in a real browser: it draws, it logs no error, it fetches nothing, its tooltips and keys work."""
 
+import json
+
 import pytest
 from report_browser import EXECUTABLE, Browser, barriers, drawn
 from report_samples import write_run
@@ -33,12 +35,14 @@ def test_it_draws_without_errors_requests_or_overflow(browser, report, width, da
 def test_pointing_at_a_token_shows_its_figures_inside_the_window(browser, report):
     browser.open(report, 390, 800, False)
     assert browser.evaluate(TIP) is None
-    browser.evaluate("document.querySelectorAll('.t')[15].scrollIntoView({block: 'center', behavior: 'instant'})")
-    box = browser.evaluate("(() => { const b = document.querySelectorAll('.t')[15].getClientRects()[0];"
+    browser.evaluate(
+        "document.querySelectorAll('#answers .t')[15].scrollIntoView({block: 'center', behavior: 'instant'})"
+    )
+    box = browser.evaluate("(() => { const b = document.querySelectorAll('#answers .t')[15].getClientRects()[0];"
                            " return [b.left + b.width / 2, b.top + b.height / 2] })()")  # fmt: skip
     browser.point(*box)
     shown = browser.evaluate(TIP)
-    assert shown == browser.evaluate("document.querySelectorAll('.t')[15].dataset.tip")
+    assert shown == browser.evaluate("document.querySelectorAll('#answers .t')[15].dataset.tip")
     assert all(word in shown for word in ("depth", "\nprobability", "\nexit probability", "\nentropy"))
     inside = "(() => { const b = document.getElementById('tip').getBoundingClientRect();"
     assert browser.evaluate(f"{inside} return b.left >= 0 && b.right <= innerWidth && b.top >= 0 }})()")
@@ -55,7 +59,7 @@ def test_axe_finds_no_barrier(browser, report, width, dark):
 
 def test_a_token_tells_what_each_exit_on_the_way_would_have_written(browser, report):
     browser.open(report, 1180, 900, False)
-    chosen = "[...document.querySelectorAll('.t')].find(t => /exit 15: .*hazard/.test(t.dataset.tip))"
+    chosen = "[...document.querySelectorAll('#answers .t')].find(t => /exit 15: .*hazard/.test(t.dataset.tip))"
     browser.evaluate(f"{chosen}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
     box = browser.evaluate(f"(() => {{ const b = {chosen}.getClientRects()[0];"
                            " return [b.left + b.width / 2, b.top + b.height / 2] })()")  # fmt: skip
@@ -66,16 +70,18 @@ def test_a_token_tells_what_each_exit_on_the_way_would_have_written(browser, rep
 
 def test_keys_walk_an_answers_tokens_and_tab_goes_to_the_next_answer(browser, report):
     browser.open(report, 1180, 900, False)
-    browser.evaluate("document.querySelector('.t').focus()")
+    browser.evaluate("document.querySelector('#answers .t').focus()")
     seen = [browser.evaluate(TIP)]
     for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "End", "Home"):
         browser.press(key)
         seen.append(browser.evaluate(TIP))
-    tips = browser.evaluate("[...document.querySelector('.tokens').querySelectorAll('.t')].map(t => t.dataset.tip)")
+    tips = browser.evaluate(
+        "[...document.querySelector('#answers .tokens').querySelectorAll('.t')].map(t => t.dataset.tip)"
+    )
     assert seen == [tips[i] for i in (0, 1, 2, 1, len(tips) - 1, 0)]
     assert browser.evaluate("document.activeElement.getAttribute('aria-describedby')") == "tip"
     browser.press("Tab")
-    second = "document.querySelectorAll('.tokens')[1].contains(document.activeElement)"
+    second = "document.querySelectorAll('#answers .tokens')[1].contains(document.activeElement)"
     assert browser.evaluate(second) is True
     browser.press("Escape")
     assert browser.evaluate(TIP) is None
@@ -88,3 +94,82 @@ def test_a_chart_mark_answers_the_pointer(browser, report):
                            " return [b.left + b.width / 2, b.top + b.height / 2] })()")  # fmt: skip
     browser.point(*box)
     assert "accuracy 86.0 [82.5, 89.3] %" in browser.evaluate(TIP)
+
+
+def count(browser):
+    return browser.evaluate("document.getElementById('d-count').textContent")
+
+
+def choose(browser, name, value, event="change"):
+    field = f"document.getElementById('d-{name}')"
+    browser.evaluate(f"{field}.value = '{value}'; {field}.dispatchEvent(new Event('{event}'))")
+    return count(browser)
+
+
+def test_what_changed_is_filtered_searched_and_turned_in_pages(browser, report):
+    browser.open(report, 1180, 900, False)
+    # Of 35 problems calibrated is wrong on 0, 5, 10, …, reinforced on 1, 8, 15, …; 15 they share.
+    assert count(browser) == "35 of 35 problems; 1 to 10 below"
+    assert choose(browser, "right", "won") == "6 of 35 problems; 1 to 6 below"
+    assert choose(browser, "right", "lost") == "4 of 35 problems; 1 to 4 below"
+    assert choose(browser, "right", "none") == "1 of 35 problems; 1 to 1 below"
+    assert browser.evaluate("document.querySelector('#d-list h3').textContent") == "Question: What is 15 x 8?"
+    assert choose(browser, "right", "both").startswith("24 of 35")
+    # Every third answer is as long as before, the others are shorter.
+    assert choose(browser, "length", "less").startswith("15 of 35")
+    assert choose(browser, "right", "any") == "23 of 35 problems; 1 to 10 below"
+    choose(browser, "length", "any")
+    for turns, words in ((1, "11 to 20"), (1, "21 to 30"), (1, "31 to 35")):
+        browser.evaluate("document.getElementById('d-after').click()")
+        assert count(browser) == f"35 of 35 problems; {words} below", turns
+    assert browser.evaluate("document.getElementById('d-after').disabled") is True
+    assert choose(browser, "search", "What is 3 x", "input") == "1 of 35 problems; 1 to 1 below"
+    assert choose(browser, "search", "nowhere", "input") == "0 of 35 problems"
+    assert browser.evaluate("document.querySelectorAll('#d-list article').length") == 0
+    choose(browser, "search", "", "input")
+    choose(browser, "order", "deeper")
+    depths = "[...document.querySelectorAll('#d-list article')].map(a => [...a.querySelectorAll('h4 .note')].map("
+    depths = browser.evaluate(f"{depths} n => parseFloat(n.textContent.slice(6))))")
+    changes = [round(after - before, 2) for before, after in depths]
+    assert changes == sorted(changes, reverse=True) and changes[0] > 0
+    choose(browser, "first", "teacher, full depth")
+    assert "teacher, full depth" in browser.evaluate("document.querySelector('#d-list h4').textContent")
+
+
+def test_the_first_token_at_which_answers_part_is_marked(browser, report):
+    browser.open(report, 1180, 900, False)
+    choose(browser, "length", "less")
+    marked = browser.evaluate(
+        "[...document.querySelector('#d-list article').querySelectorAll('.tokens')].map(p => "
+        "[...p.querySelectorAll('.t')].findIndex(t => t.classList.contains('parts')))"
+    )
+    # The second answer is the first one without its last token.
+    assert marked == [12, -1]
+
+
+def test_the_grid_of_exits_tells_what_would_have_been_written_behind_the_exit(browser, report):
+    browser.open(report, 390, 900, False)
+    rows = "[...document.querySelector('#lens details[open] table').tBodies[0].rows]"
+    cells = browser.evaluate(f"{rows}.map(r => [...r.cells].map(c => c.className))")
+    assert len(cells) == 13 and all(len(row) == 7 for row in cells)
+    for row in cells:
+        _, ten, fifteen, twenty, twenty_five, end, teacher = row
+        assert "taken" in twenty and "same" in fifteen and "same" not in ten and "behind" not in teacher
+        assert all("behind" in css for css in (twenty_five, end)) and "behind" not in ten + fifteen
+    tip = browser.evaluate("document.querySelector('#lens details[open] .behind').dataset.tip")
+    assert tip.startswith('depth 25, had it gone on\n" 3" 0.905\n')
+
+
+def test_differences_of_thousands_of_answers_stay_quick(browser, tmp_path):
+    stages = write_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (stages["evaluate"] / "answers.jsonl").read_text().splitlines()]
+    many = [{**lines[i % 35], "id": str(i), "prompt": f"Question number {i}"} for i in range(5000)]
+    (stages["evaluate"] / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in many))
+    page = write_report([ReportRun(stages)], tmp_path / "report.html")
+    browser.open(page, 1180, 900, False)
+    assert count(browser) == "5000 of 5000 problems; 1 to 10 below"
+    browser.evaluate("window.begun = performance.now()")
+    assert choose(browser, "search", "number 4321", "input").startswith("1 of 5000")
+    # One processor that does other things besides; a page of DOM for all of them takes tens of seconds.
+    assert browser.evaluate("performance.now() - window.begun") < 3000
+    assert page.stat().st_size < 12e6

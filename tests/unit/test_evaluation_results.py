@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ee_megatron.evaluation import Answer, EvaluationRow, choose_threshold, summarise, table, write_results
-from ee_megatron.evaluation.statistics import wilson_interval
+from ee_megatron.statistics import wilson_interval
 from ee_megatron.tasks import Verdict
 from ee_megatron.types import Prompt, Rollout
 

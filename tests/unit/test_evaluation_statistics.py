@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ee_megatron.evaluation.statistics import (
+from ee_megatron.statistics import (
     bootstrap_interval,
     clustered_difference,
     mcnemar_exact,

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from ee_megatron.evaluation.statistics import t_interval
 from ee_megatron.externalise.choice import Model
 from ee_megatron.externalise.compare import by_base, effect, measured, padding_odds, steps_share
 from ee_megatron.externalise.study import Condition, Record, Study
 from ee_megatron.externalise.verdicts import gains, verdicts
+from ee_megatron.statistics import t_interval
 from tests.externalise_samples import record, records, study, with_share
 
 Change = Callable[[Record], Record]

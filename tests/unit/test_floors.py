@@ -35,6 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "families",
         "objectives",
         "observe",
+        "statistics",
         "transfer",
         "tensors",
     ),

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_samples import RULES, write_run
+from report_samples import PIECES, RULES, write_run
 
 from ee_megatron.report import charts, svg
 from ee_megatron.report.data import ReportRun
@@ -19,7 +19,7 @@ from ee_megatron.report.results import binned
 class Page(HTMLParser):
     """Tags with attributes, visible text, and unclosed elements of a page."""
 
-    VOID = frozenset({"meta", "link", "br", "img", "circle", "rect", "line", "path", "polyline"})
+    VOID = frozenset({"meta", "link", "br", "img", "input", "circle", "rect", "line", "path", "polyline"})
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -55,6 +55,10 @@ def _edit(stages: dict[str, Path], change) -> None:
     path.write_text(json.dumps(data))
 
 
+def _problems(page: Page) -> int:
+    return sum((a.get("aria-labelledby") or "").startswith("p") for a in page.of("article"))
+
+
 def test_every_row_metric_and_token_of_the_files_is_in_the_page(tmp_path):
     stages = write_run(tmp_path / "run")
     page = Page(write_report([ReportRun(stages)], tmp_path / "report.html"))
@@ -70,7 +74,8 @@ def test_every_row_metric_and_token_of_the_files_is_in_the_page(tmp_path):
         assert words in page.text
     data = json.loads((stages["evaluate"] / "results.json").read_text())
     tokens = page.of("span", "t")
-    assert len(tokens) == sum(len(a["tokens"]) for a in data["answers"])
+    rollouts = 3 * 2 * len(PIECES)
+    assert len(tokens) == sum(len(a["tokens"]) for a in data["answers"]) + rollouts
     first = data["answers"][1]["tokens"][1]
     tip = tokens[len(data["answers"][0]["tokens"]) + 1]["data-tip"]
     assert f"depth {first['depth']} of 30" in tip and f"entropy {first['entropy']:.3f} nats" in tip
@@ -95,7 +100,7 @@ def test_every_table_of_the_evaluation_is_on_the_page(tmp_path):
     for words in (
         "random exits", "confidence", "depth (!)", "+20.0% [+16.0%, +24.0%]",
         "chain necessity", "0.50 [0.46, 0.54]", "serial depth, 0.9", "probe uplift at its best depth, 2 ahead",
-        "word: accuracy", "71.0% [66.0%, 76.0%]", "22.0",
+        "word teacher, full depth 200 71.0% [66.0%, 76.0%] 22.0",
         "final answer", "28.0", "7.10 [7.00, 7.20]", "surprisal, by kind of token",
         "0.060 [0.020, 0.100]", "ECE at 25", "Fronts over thresholds", "Policy minus control",
         "Choice of style", "51.2%", "right at full depth at 10 at 15 at 20 at 25", "where the step leads", "96.7%",
@@ -143,7 +148,7 @@ def test_runs_are_compared_on_one_page_and_what_they_share_stands_once(tmp_path)
     assert (tmp_path / "plots" / "front_runs.png").is_file() and (tmp_path / "plots" / "controls_1.png").is_file()
     # One panel per metric of RL, with a line for each run.
     rl = (tmp_path / "report.html").read_text().split("<h3>rl ")[1]
-    assert rl.count("<polyline") == 2 * 8
+    assert rl.count("<polyline") == 2 * 8 and "2 that never changed" in rl
 
 
 def test_runs_of_different_sizes_are_not_compared(tmp_path):
@@ -160,7 +165,7 @@ def test_the_same_prompt_stands_side_by_side_in_the_order_of_the_method(tmp_path
     page = Page(write_report([ReportRun(stages)], tmp_path / "report.html"))
     labels = [a["aria-label"] for a in page.of("div", "answer")]
     assert [label.split(",")[0] for label in labels] == list(RULES) * 4
-    assert len(page.of("article")) == 4
+    assert _problems(page) == 4
 
 
 def test_a_models_exit_rules_share_its_column(tmp_path):
@@ -182,7 +187,7 @@ def test_a_models_exit_rules_share_its_column(tmp_path):
 def test_an_answer_is_one_tab_stop(tmp_path):
     page = Page(write_report([ReportRun(write_run(tmp_path / "run"))], tmp_path / "report.html"))
     stops = [a["tabindex"] for a in page.of("span", "t")]
-    assert stops.count("0") == 12 and set(stops) == {"0", "-1"}
+    assert stops.count("0") == 12 + 6 and set(stops) == {"0", "-1"}
 
 
 def test_hostile_text_stays_text(tmp_path):
@@ -202,7 +207,8 @@ def test_hostile_text_stays_text(tmp_path):
     (stages["rl"] / "config.yaml").write_text(evil)
     (stages["rl"] / "metrics.jsonl").write_text(json.dumps({"step": 1, evil: 1.0}) + "\n")
     page = Page(write_report([ReportRun(stages)], tmp_path / "report.html"))
-    assert len(page.of("script")) == 1 and not page.of("img") and page.text.count("<script>alert(1)") > 20
+    kinds = [script.get("type") for script in page.of("script")]
+    assert kinds == ["application/json", None] and not page.of("img") and page.text.count("<script>alert(1)") > 20
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
 
 
@@ -210,7 +216,9 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
     path = write_report([ReportRun(write_run(tmp_path / "run"))], tmp_path / "report.html")
     page = Page(path)
     sources = [v for _, a in page.tags for k, v in a.items() if k in ("src", "href", "srcset", "action")]
-    assert all(s.startswith(("#", "data:")) for s in sources)
+    own = [s for s in sources if not s.startswith(("#", "data:"))]
+    # The files that the stages left, where they are.
+    assert len(own) == 7 and all(s.startswith("./run/") and (tmp_path / s).is_file() for s in own)
     assert not re.search(r"@import|url\(|https?://", path.read_text())
     assert any("default-src 'none'" in (a.get("content") or "") for a in page.of("meta"))
 
@@ -254,7 +262,7 @@ def test_a_long_prompt_is_headed_by_its_end_and_kept_whole(tmp_path):
     stages, long = write_run(tmp_path / "run"), "Example. " * 100 + "What is 3 x 8?"
     _edit(stages, lambda data: [answer.update(prompt=long) for answer in data["answers"]])
     page = Page(write_report([ReportRun(stages)], tmp_path / "report.html"))
-    assert page.text.count("What is 3 x 8?") == 2 and page.text.count(long) == 1 and len(page.of("article")) == 1
+    assert page.text.count("What is 3 x 8?") == 2 and page.text.count(long) == 1 and _problems(page) == 1
 
 
 def test_no_stage_at_all_is_an_error_of_one_line(tmp_path):

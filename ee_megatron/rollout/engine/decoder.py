@@ -174,10 +174,15 @@ class Decoder:
 
     @torch.inference_mode()
     def forward_with_residuals(
-        self, tokens: Tensor, lengths: Tensor, exit_depths: Tensor | None = None
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        exit_depths: Tensor | None = None,
+        prefix: Prefilled | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """As `forward_parallel`, with the stream at each exit depth, M tensors [B, T, D], for gates and readouts."""
-        return self._parallel(tokens, lengths, exit_depths, residuals_at=self.layout.depths)[:2]
+        """As `forward_parallel`, with the stream at each exit depth, M tensors [B, T, D], for gates and readouts; after
+        a common prefix if one is given."""
+        return self._parallel(tokens, lengths, exit_depths, prefix, self.layout.depths)[:2]
 
     @torch.inference_mode()
     def prefill(

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...policy import PolicySpec, WeightSet, stays_float32
 from ...tensors import Stream, digest
 from ...types import Rollout, Trace
+from ..engine.lens import Lens
 from ..engine.request import GenerationRequest
 from ..engine.scheduler import Progress
 from ..engine.scoring import Inspection, Score
@@ -65,6 +66,10 @@ class RolloutPool(Protocol):
         self, rollouts: Sequence[Rollout], streams: bool = False, progress: Progress | None = None
     ) -> list[Inspection]:
         """Hazards and costs of exiting wherever a gate was asked; with `streams` the hidden states at every exit."""
+
+    def lens(self, rollouts: Sequence[Rollout], top_k: int, prompt: int, answer: int) -> list[Lens]:
+        """What every exit would write, `top_k` tokens each: at the last `prompt` positions of each prompt and for the
+        first `answer` tokens of each answer."""
 
     def health(self) -> dict:
         """backend, actors, alive, restarts, version, digest."""

@@ -15,6 +15,7 @@ from ...types import Rollout, Trace
 from ..engine import scheduler, scoring
 from ..engine.cache import PAGE, pages_in
 from ..engine.decoder import Decoder
+from ..engine.lens import Lens, lens
 from ..engine.prompts import load_tokenizer
 from ..engine.request import GenerationRequest
 from ..engine.scheduler import Progress
@@ -133,6 +134,9 @@ class LocalPool:
         self, rollouts: Sequence[Rollout], streams: bool = False, progress: Progress | None = None
     ) -> list[Inspection]:
         return scoring.inspect(self.decoder, self._tensors, rollouts, streams, progress)
+
+    def lens(self, rollouts: Sequence[Rollout], top_k: int, prompt: int, answer: int) -> list[Lens]:
+        return lens(self.decoder, self._tensors, rollouts, top_k, prompt, answer)
 
     def health(self) -> dict:
         version, name = identity(self._weights)

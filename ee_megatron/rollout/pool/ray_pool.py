@@ -17,6 +17,7 @@ from ...families.hf_directory import HFDirectory
 from ...policy import WeightSet
 from ...tensors import Block, Digest, HeldStream, LazyTensors, Shape, Stream, part_of
 from ...types import Rollout, Trace
+from ..engine.lens import Lens
 from ..engine.request import GenerationRequest
 from ..engine.scheduler import Progress, is_whole
 from ..engine.scoring import Inspection, Score
@@ -173,6 +174,9 @@ class RayPool:
         self, rollouts: Sequence[Rollout], streams: bool = False, progress: Progress | None = None
     ) -> list[Inspection]:
         return self._read("inspect", rollouts, (streams,), progress)
+
+    def lens(self, rollouts: Sequence[Rollout], top_k: int, prompt: int, answer: int) -> list[Lens]:
+        return self._read("lens", rollouts, (top_k, prompt, answer), None)
 
     def health(self) -> dict:
         """As of the last call: `alive` counts actors that hold the wanted weights; `pids` are theirs."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from ...policy import WeightSet
 from ...tensors import digest
 from ...types import Rollout, Trace
+from ..engine.lens import Lens
 from ..engine.request import GenerationRequest
 from ..engine.scheduler import Progress
 from ..engine.scoring import Inspection, Score
@@ -74,6 +75,9 @@ class VllmPool:
         self, rollouts: Sequence[Rollout], streams: bool = False, progress: Progress | None = None
     ) -> list[Inspection]:
         return self.reader.inspect(rollouts, streams, progress)
+
+    def lens(self, rollouts: Sequence[Rollout], top_k: int, prompt: int, answer: int) -> list[Lens]:
+        return self.reader.lens(rollouts, top_k, prompt, answer)
 
     def close(self) -> None:
         self._engine.close()

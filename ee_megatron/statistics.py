@@ -66,10 +66,38 @@ def mcnemar_exact(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
         raise ValueError(f"paired test of {len(first)} and {len(second)} items; give both models the same items")
     only_first = sum(bool(a) and not b for a, b in zip(first, second, strict=True))
     only_second = sum(bool(b) and not a for a, b in zip(first, second, strict=True))
+    return PairedTest(only_first, only_second, discordant_p(only_first, only_second))
+
+
+def discordant_p(only_first: int, only_second: int) -> float:
+    """The p of `mcnemar_exact`, from the discordant pairs alone."""
     discordant = only_first + only_second
     tail = sum(math.comb(discordant, i) for i in range(min(only_first, only_second) + 1))
     # Integers: 2**discordant overflows a float from 1024 on.
-    return PairedTest(only_first, only_second, min(1.0, (2 * tail) / (1 << discordant)))
+    return min(1.0, (2 * tail) / (1 << discordant))
+
+
+def fragility(only_first: int, only_second: int, level: float = 0.05) -> int:
+    """How many items decide whether p < `level` in McNemar's exact test: those of the greater side that would have to
+    be ties, or ties that would have to fall to it, for the test to say the contrary. After Walsh et al., Journal of
+    Clinical Epidemiology 67 (2014), there for Fisher's test. Ties are taken to be enough."""
+    less, more = sorted((only_first, only_second))
+    step = -1 if discordant_p(less, more) < level else 1
+    moved = 0
+    while (discordant_p(less, more + step * moved) < level) == (step < 0):
+        moved += 1
+    return moved
+
+
+def proportion_difference(first: tuple[int, int], second: tuple[int, int], z: float = Z_95) -> Estimate:
+    """The second proportion minus the first, (successes, n) each, of independent samples: Newcombe, Statistics in
+    Medicine 17 (1998), 873-890, method 10, from Wilson's intervals. For pairs that agree mostly it is too wide."""
+    shares = [k / n if n else math.nan for k, n in (first, second)]
+    lows, highs = zip(*(wilson_interval(k, n, z) for k, n in (first, second)), strict=True)
+    value = shares[1] - shares[0]
+    down = math.hypot(shares[1] - lows[1], highs[0] - shares[0])
+    up = math.hypot(highs[1] - shares[1], shares[0] - lows[0])
+    return Estimate(value, value - down, value + up)
 
 
 def bootstrap_interval(
@@ -103,6 +131,23 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> Estimate:
     data = np.asarray(values, dtype=np.float64)
     half = float(stdtrit(n - 1, (1 + level) / 2) * data.std(ddof=1) / math.sqrt(n))
     return Estimate(float(data.mean()), float(data.mean()) - half, float(data.mean()) + half)
+
+
+def welch_interval(first: Sequence[float], second: Sequence[float], level: float = 0.95) -> Estimate:
+    """Mean of `second` minus that of `first` with Welch's interval (Biometrika 34 (1947)). No interval (NaN) if either
+    has fewer than two values."""
+    a, b = (np.asarray(side, dtype=np.float64) for side in (first, second))
+    value = float(b.mean() - a.mean())
+    if min(len(a), len(b)) < 2:
+        return Estimate(value, math.nan, math.nan)
+    parts = [side.var(ddof=1) / len(side) for side in (a, b)]
+    if not sum(parts) > 0:
+        return Estimate(value, value, value)
+    from scipy.special import stdtrit
+
+    freedom = sum(parts) ** 2 / sum(p * p / (len(side) - 1) for p, side in zip(parts, (a, b), strict=True))
+    half = float(stdtrit(freedom, (1 + level) / 2) * math.sqrt(sum(parts)))
+    return Estimate(value, value - half, value + half)
 
 
 def clustered_difference(first: Sequence[bool], second: Sequence[bool], clusters: Sequence[str]) -> Estimate:

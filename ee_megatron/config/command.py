@@ -1,0 +1,95 @@
+"""The settings on a command line that give a configuration again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .load import find_config_dir, list_groups, load
+from .schema import RunConfig
+
+FEW = 6
+"""No further experiment is tried once one is left by so few settings."""
+
+
+def settings_of(cfg: RunConfig) -> list[str] | None:
+    """The shortest list found for which `load` gives `cfg`: an experiment and what differs from it. None if there is
+    none, because the configuration files are not here or a value can't be written so."""
+    wanted = dict(_flat(asdict(cfg)))
+    # An experiment may leave these to the user.
+    given = [f"{key}={_word(wanted[key])}" for key in ("name", "model.path")]
+    try:
+        directory = find_config_dir()
+    except FileNotFoundError:
+        return None
+    # That of the run's name first: composing all of them takes seconds.
+    experiments = list_groups(directory).get("experiment", [])
+    experiments = sorted(experiments, key=lambda name: not cfg.name.startswith(name))
+    found: list[list[str]] = []
+    for start in (*([f"experiment={name}"] for name in experiments), []):
+        if found and len(found[0]) <= FEW:
+            break
+        also: list[str] = []
+        base = _base(directory, *start)
+        if base is None:
+            also, base = given, _base(directory, *start, *given)
+        if base is not None:
+            differing = [f"{key}={_word(value)}" for key, value in wanted.items() if base.get(key) != value]
+            found.append([*start, *also, *differing])
+            found.sort(key=len)
+    return next((settings for settings in found if _loaded(directory, *settings) == cfg), None)
+
+
+def _loaded(directory: Path, *settings: str) -> RunConfig | None:
+    try:
+        return load([*settings], directory)
+    except ValueError:
+        return None
+
+
+@cache
+def _base(directory: Path, *settings: str) -> dict[str, Any] | None:
+    """By key; a report of many runs asks for the same ones."""
+    loaded = _loaded(directory, *settings)
+    return None if loaded is None else dict(_flat(asdict(loaded)))
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _word(value: Any) -> str:
+    """A value as Hydra's grammar reads it back."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        plain = value and all(c.isalnum() or c in "._/-+" for c in value) and not _reads_otherwise(value)
+        if plain:
+            return value
+        # Backslashes count before a quotation mark only, those at the end included.
+        escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), value)
+        return f'"{escaped}"'
+    if isinstance(value, list):
+        return f"[{','.join(map(_word, value))}]"
+    return repr(value)
+
+
+def _reads_otherwise(text: str) -> bool:
+    """Whether a word without quotes would be a number, a truth value or null."""
+    if text.lower() in ("null", "true", "false", "nan", "inf"):
+        return True
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from omegaconf import OmegaConf
 
 from ..checkpoint.hf_export import export_hf
 from ..checkpoint.policy_files import open_policy, write_policy
@@ -34,6 +35,7 @@ from ..objectives.weights import Weights
 from ..observe.metrics import Metrics
 from ..observe.progress import Progress
 from ..observe.rundir import RunDirectory, atomic_directory
+from ..observe.trackers import Tracking
 from ..parallel import groups
 from ..parallel.groups import Degrees
 from ..parallel.heartbeat import Heartbeat
@@ -150,18 +152,10 @@ class Session:
         """The leader's metrics.jsonl and trackers."""
         if self.leads:
             t = self.cfg.tracker
-            config = {"stage": self.stage, "yaml": to_yaml(self.cfg)}
-            self.metrics = self.stack.enter_context(
-                Metrics(
-                    self.path,
-                    t.wandb,
-                    t.project,
-                    f"{self.cfg.name}-{self.path.name}",
-                    config,
-                    t.tensorboard,
-                    resume_step,
-                )
-            )
+            config = {"stage": self.stage, **OmegaConf.to_container(OmegaConf.structured(self.cfg))}
+            name = f"{self.cfg.name}-{self.path.name}"
+            tracking = Tracking(t.wandb, t.project, name, self.cfg.name, self.stage, config, t.tensorboard)
+            self.metrics = self.stack.enter_context(Metrics(self.path, tracking, resume_step))
 
     def progress(self, total: int, done: int = 0, what: str = "") -> Progress:
         """The leader's progress bar, to be entered; one at a time."""

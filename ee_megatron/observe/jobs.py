@@ -29,7 +29,7 @@ def own_job() -> Job:
 
 
 def has_ended(job: Job) -> bool:
-    """Whether that start of the job is over, by what Slurm says. False where nobody can say: no job or no cluster known,
+    """Whether that start of the job is over, by what Slurm says. False where nobody can say: no job or cluster known,
     no Slurm here or another cluster's, no answer."""
     if not (job.number and job.cluster) or job.cluster != (own_job().cluster or _cluster_here()):
         return False

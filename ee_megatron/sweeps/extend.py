@@ -51,20 +51,19 @@ def ids(sweep: Sweep) -> set[str]:
 
 def _union(earlier: Sweep, grid: Sweep) -> Sweep:
     """Runs of both in `earlier`'s place; those that both have are started as `grid` says."""
-    if ids(earlier) <= ids(grid):
-        runs = [replace(run) for run in grid.runs]
-    else:
-        ours = {run.id: run for run in grid.runs}
-        both = [ours.get(run.id, run) for run in earlier.runs]
-        runs = [replace(run) for run in [*both, *(run for run in grid.runs if run.id not in ids(earlier))]]
+    before, ours = ({run.id: run for run in sweep.runs} for sweep in (earlier, grid))
+    first, then = (grid, earlier) if before.keys() <= ours.keys() else (earlier, grid)
+    order = dict.fromkeys(run.id for sweep in (first, then) for run in sweep.runs)
+    runs = [replace(ours.get(ident) or before[ident]) for ident in order]
     if len(runs) == len(grid.runs):
         return replace(grid, directory=earlier.directory)
     configured = [(run, _configuration(earlier.directory, run, grid.last)) for run in runs]
-    keys = list(dict.fromkeys(key for run in runs for key in run.settings))
+    keys = dict.fromkeys(key for sweep in (first, then) for run in sweep.runs for key in run.settings)
     for run, cfg in configured:
         run.tasks = []
         # What one grid varies the other may have left alone.
-        values = {key: run.settings[key] if key in run.settings else _setting(cfg, key) for key in keys}
+        known = (before[run.id].settings if run.id in before else {}) | run.settings
+        values = {key: known[key] if key in known else _setting(cfg, key) for key in keys}
         run.settings = {key: value for key, value in values.items() if value is not None}
     return Sweep(earlier.directory, grid.last, runs, cut(configured, grid.last))
 

@@ -457,7 +457,7 @@ class CheckpointConfig:
 @dataclass
 class TrackerConfig:
     wandb: str = setting("auto", choices=("auto", "online", "offline", "disabled"))
-    """auto (online with a key, else offline), online, offline or disabled."""
+    """auto (what WANDB_MODE says, else online with a key, else offline), online, offline or disabled."""
     project: str = "ee-megatron"
     tensorboard: bool = False
 

@@ -95,7 +95,8 @@ def _sweep(options: argparse.Namespace) -> int:
     if parallel < 1:
         raise ValueError(f"--max-parallel {parallel}: expected a number >= 1")
     slurm = _slurm_options(options.slurm)
-    site_options(os.environ)
+    if options.executor == "slurm":
+        site_options(os.environ)
     checker = Checker(options.executor)
     grid = resolve(make_grid(options), options.last, checker)
     sweep, mine = placed(grid, options.extend), ids(grid)
@@ -126,7 +127,8 @@ def _sweep(options: argparse.Namespace) -> int:
         code = _here(sweep, tasks) if options.executor == "debug" else _locally(sweep, tasks, parallel)
     finally:
         lock.release()
-    return code or _ending(sweep, mine)
+    unfinished = _ending(sweep, mine)
+    return code or unfinished
 
 
 def _ending(sweep: Sweep, mine: set[str]) -> int:

@@ -173,25 +173,26 @@ def test_shared_stages_come_first_and_several_ranks_stop_and_go_on_by_submitits_
 @pytest.mark.timeout(300)
 def test_a_cancelled_run_is_dead_at_once_and_goes_on_on_another_node(site):
     """Its lock names a process of a node that nobody here can look at: Slurm is asked."""
-    settings = ["experiment=rl_7b", *site.rl("cancelled", *ALONE, "parallel.pipeline=1"), f"rl.steps={LONG}",
+    settings = ["experiment=rl_7b", *site.rl("dropped", *ALONE, "parallel.pipeline=1"), f"rl.steps={LONG}",
                 "rl.checkpoint_every=2", "rl.prompts_per_step=2"]  # fmt: skip
-    command = [*settings, "--last", "rl", "--name", "cancelled", "--executor", "slurm", "--slurm", "time=10"]
+    command = [*settings, "--last", "rl", "--name", "dropped", "--executor", "slurm", "--slurm", "time=10"]
     assert "cpus-per-task=8 mem=0" in sweep(site, *command).stdout
-    (task,) = opened(site, "cancelled").tasks
-    record = one_at_work(site, "cancelled", {task.key})
+    (task,) = opened(site, "dropped").tasks
+    record = one_at_work(site, "dropped", {task.key})
     found = site.cluster.job(record.job)
     assert (found["CPUs/Task"], found["MinMemoryNode"]) == ("8", "0"), found
     assert f"left out: rl: Slurm has it as job {record.job} (RUNNING)" in sweep(site, *command).stdout
-    site.cluster.run("scancel", record.job)
-    # Processes that don't heed TERM have a few seconds; until then Slurm has the job, and the sweep says so.
-    wait_for(site, "cancelled", lambda: not site.queue(), 60, "the cancelled job's end")
+    # At once and without a word to anybody: the record says that it is running, and locks are held.
+    site.cluster.run("scancel", "--full", "--signal=KILL", record.job)
+    wait_for(site, "dropped", lambda: not site.queue(), 60, "the cancelled job's end")
+    assert records.read_record(opened(site, "dropped"), task.key).state == records.RUNNING
     said = sweep(site, *command, "--slurm", f"exclude={record.host}").stdout
     assert "1 task(s) to start" in said and "left out" not in said, said
 
     def started_again() -> bool:
-        now = records.read_record(opened(site, "cancelled"), task.key)
+        now = records.read_record(opened(site, "dropped"), task.key)
         return now.job != record.job and any(event.startswith("start") for event in now.events[len(record.events) :])
 
-    wait_for(site, "cancelled", started_again, 100, "the run to go on")
-    now = records.read_record(opened(site, "cancelled"), task.key)
+    wait_for(site, "dropped", started_again, 100, "the run to go on")
+    now = records.read_record(opened(site, "dropped"), task.key)
     assert now.host != record.host and now.starts == 2

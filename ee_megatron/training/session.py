@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -152,7 +152,8 @@ class Session:
         """The leader's metrics.jsonl and trackers."""
         if self.leads:
             t = self.cfg.tracker
-            config = {"stage": self.stage, **OmegaConf.to_container(OmegaConf.structured(self.cfg))}
+            settings = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(self.cfg)))
+            config = {"stage": self.stage, **settings}
             name = f"{self.cfg.name}-{self.path.name}"
             tracking = Tracking(t.wandb, t.project, name, self.cfg.name, self.stage, config, t.tensorboard)
             self.metrics = self.stack.enter_context(Metrics(self.path, tracking, resume_step))

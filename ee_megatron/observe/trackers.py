@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 WANDB_MODES = ("auto", "offline", "online", "disabled")
 # What WANDB_MODE may say, older words included.
 SPOKEN = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
-INIT_TIMEOUT_S = 30.0
+INIT_TIMEOUT_S, LOCAL_TIMEOUT_S = 30.0, 90.0
+"""For a server to take a run; for wandb's own process on this machine, which a busy node starts slowly."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def _forget_wandb() -> None:
 
     ending = threading.Thread(target=wandb.teardown, daemon=True)
     ending.start()
-    ending.join(INIT_TIMEOUT_S)
+    ending.join(LOCAL_TIMEOUT_S)
 
 
 def _offline(run_dir: Path, tracking: Tracking, rows: Sequence[dict[str, Any]]) -> Tracker:
@@ -119,9 +120,8 @@ def _wandb_run(run_dir: Path, tracking: Tracking, mode: str) -> Any:
     identity.parent.mkdir(exist_ok=True)
     if not identity.exists():
         write_atomic(identity, uuid.uuid4().hex[:12])
-    settings = wandb.Settings(
-        silent=True, console="off", init_timeout=INIT_TIMEOUT_S, disable_git=True, disable_code=True
-    )
+    patience = INIT_TIMEOUT_S if mode == "online" else LOCAL_TIMEOUT_S
+    settings = wandb.Settings(silent=True, console="off", init_timeout=patience, disable_git=True, disable_code=True)
     run = wandb.init(
         project=tracking.project, name=tracking.name or None, group=tracking.group or None,
         job_type=tracking.job_type or None, id=identity.read_text().strip(), config=dict(tracking.config),

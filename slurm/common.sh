@@ -2,6 +2,8 @@
 # What every job script here does: check the settings, start Ray and the learner's ranks as steps of this allocation,
 # hand signals on, and put the job back into the queue if it was stopped. What runs where is Python's to say
 # (`ee-megatron job`); this file starts, watches and ends processes.
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) ||
+  { echo "error: $(hostname): bash $BASH_VERSION: job scripts need 4.4 or newer; name one in their first line" >&2; exit 2; }
 set -euo pipefail
 
 STOPPED=85 # exit code of a stage that was told to stop (ee_megatron/training/stopping.py)
@@ -11,7 +13,12 @@ KEYS=(nodes learner_nodes ranks ranks_per_node rollout_nodes ray_cpus ray_gpus s
 declare -A job=()     # what `ee-megatron job` says
 declare -A steps=()   # process id of a background srun -> what it is
 declare -a hosts=()   # nodes of the allocation
-declare -a container=()
+declare -a container=() # srun's options for a container (pyxis)
+declare -a within=()    # the command that a step's own is put behind (Apptainer)
+# A step of one task with all cores of the job on its node: srun counts a task's cores by each of these variables, which the
+# batch script has from sbatch.
+declare -a whole_node=(env -u SRUN_CPUS_PER_TASK -u SLURM_CPUS_PER_TASK -u SLURM_TRES_PER_TASK -u RAY_ADDRESS
+  srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --overlap)
 learner='' told='' logs=''
 
 say() { echo "[$(date +%H:%M:%S)] $*"; }
@@ -49,24 +56,33 @@ run_stage() {
 }
 
 prepare() {
-  ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || fail "bash $BASH_VERSION: expected 5.1 or newer"
   [[ -n ${SLURM_JOB_ID:-} ]] || fail "no SLURM_JOB_ID: submit this script with sbatch"
   number SLURM_JOB_ID "$SLURM_JOB_ID"
   number SLURM_RESTART_COUNT "${SLURM_RESTART_COUNT:-0}"
+  [[ -z ${SLURM_HET_SIZE:-} ]] || fail "a heterogeneous job: the nodes of a job have to be alike; submit without ':'"
   local site=${EE_SITE_ENV:-slurm/site.env}
   if [[ -f $site ]]; then
     # shellcheck source=/dev/null
     . "$site"
   fi
   mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  # Ray's sockets, which rank 0 finds there from another container.
+  local scratch=${EE_SCRATCH:-/tmp}
+  within=("${EE_CONTAINER_COMMAND[@]}")
+  if ((${#within[@]} == 1)); then read -ra within <<<"${within[0]}"; fi
   if [[ -n ${EE_CONTAINER_IMAGE:-} ]]; then
     container=(--container-image="$EE_CONTAINER_IMAGE" --container-workdir="$PWD"
-      --container-mounts="${EE_CONTAINER_MOUNTS:-$PWD:$PWD}")
+      --container-mounts="${EE_CONTAINER_MOUNTS:-$PWD:$PWD},$scratch:$scratch")
+    if [[ -n ${EE_CONTAINER_NAME:-} ]]; then name_container; fi
+  elif ((${#within[@]} > 0)); then
+    command -v "${within[0]}" >/dev/null || fail "EE_CONTAINER_COMMAND in $site: no ${within[0]} on $(hostname)"
+    export APPTAINER_BINDPATH="$PWD,$scratch${APPTAINER_BINDPATH:+,$APPTAINER_BINDPATH}"
+    export SINGULARITY_BINDPATH=$APPTAINER_BINDPATH
   else
     command -v ee-megatron >/dev/null || fail "ee-megatron is not on PATH: activate its environment in $site"
   fi
   # srun has not inherited it from sbatch since Slurm 22.05; steps that need another number say so.
-  export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+  export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_PER_GPU:-1}}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
   # Memory in segments that grow: batches of ever new shapes leave no holes. Every torch since 2.1 reads this name.
   if [[ -z ${PYTORCH_ALLOC_CONF+set}${PYTORCH_CUDA_ALLOC_CONF+set} ]]; then
@@ -82,12 +98,19 @@ prepare() {
   export MASTER_ADDR MASTER_PORT=$base EE_RAY_PORT=$((base + 1))
 }
 
+# One container per node, unpacked once, before steps that would otherwise unpack it at the same time.
+name_container() {
+  container+=(--container-name="$EE_CONTAINER_NAME")
+  srun --nodes="${#hosts[@]}" --ntasks="${#hosts[@]}" --ntasks-per-node=1 "${container[@]}" true ||
+    fail "EE_CONTAINER_IMAGE=$EE_CONTAINER_IMAGE: no container of it on some node; srun says above why"
+}
+
 # Settings, inputs and allocation are checked before anything else starts; its lines of error are this job's. What it says
 # is read key by key: only these, and numbers where numbers belong.
 read_job() {
   local text key value
   text=$(srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="${hosts[0]}" --time=10 "${container[@]}" \
-    ee-megatron job "$@") || exit $?
+    "${within[@]}" ee-megatron job "$@") || exit $?
   while IFS='=' read -r key value; do
     case $key in
       nodes | learner_nodes | ranks | ranks_per_node | rollout_nodes | ray_cpus | start_timeout_s | requeue_limit)
@@ -131,34 +154,40 @@ start_ray() {
 # ray_node head|worker NODE CPUS GPUS: a step of its own per node, so that a node takes no other along. Ray shares the
 # node with the ranks there (--overlap) and gives its actors cores and devices itself.
 ray_node() {
-  env -u SRUN_CPUS_PER_TASK -u RAY_ADDRESS EE_RAY_HEAD="$RAY_ADDRESS" \
-    srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$2" --overlap --cpu-bind=none --no-kill \
+  EE_RAY_HEAD="$RAY_ADDRESS" "${whole_node[@]}" --nodelist="$2" --cpu-bind=none --no-kill \
     --output="$logs/ray-$2.log" --error="$logs/ray-$2.log" "${container[@]}" \
-    slurm/ray_node.sh "$1" "$3" "$4" "${job[start_timeout_s]}" &
+    "${within[@]}" slurm/ray_node.sh "$1" "$3" "$4" "${job[start_timeout_s]}" &
   steps[$!]="Ray's $1 on $2"
 }
 
+# EE_SRUN: the site's options for this step, how its tasks are bound to cores for one.
 start_ranks() {
-  local nodes
+  local nodes options
+  read -ra options <<<"${EE_SRUN:-}"
   nodes=$(IFS=, && echo "${hosts[*]:0:job[learner_nodes]}")
   srun --nodes="${job[learner_nodes]}" --ntasks="${job[ranks]}" --ntasks-per-node="${job[ranks_per_node]}" \
     --nodelist="$nodes" --overlap --kill-on-bad-exit=1 --output="$logs/rank-%t.log" --error="$logs/rank-%t.log" \
-    "${container[@]}" ee-megatron "$@" &
+    "${options[@]}" "${container[@]}" "${within[@]}" ee-megatron "$@" &
   learner=$!
   steps[$learner]='the ranks'
 }
 
 # Wait for the ranks; returns their exit code. Ray's steps may end before them: the pool knows what to do then.
+# Looked at every second: bash before 5.1 doesn't say which process `wait -n` has waited for.
 watch() {
-  local ended code
+  local pid code running
   while :; do
-    ended='' code=0
-    wait -n -p ended "${!steps[@]}" || code=$?
-    # A signal was handled.
-    [[ -n ${ended:-} ]] || continue
-    [[ $ended != "$learner" ]] || return "$code"
-    say "${steps[$ended]} ended with exit code $code"
-    unset "steps[$ended]"
+    running=$(jobs -rp)
+    running=" ${running//$'\n'/ } "
+    for pid in "${!steps[@]}"; do
+      [[ $running != *" $pid "* ]] || continue
+      code=0
+      wait "$pid" || code=$?
+      [[ $pid != "$learner" ]] || return "$code"
+      say "${steps[$pid]} ended with exit code $code"
+      unset "steps[$pid]"
+    done
+    sleep 1
   done
 }
 

@@ -1,6 +1,6 @@
 #!/bin/bash
 # ray_node.sh head|worker CPUS GPUS SECONDS: Ray on this node until it is ended. It hands out CPUS cores and GPUS (4,5,6,7
-# or nothing); a worker waits SECONDS for the head.
+# or nothing: places among those that the job has here); a worker waits SECONDS for the head.
 set -euo pipefail
 # Meant for the ranks, who need their actors until they have stopped.
 trap '' USR1 USR2
@@ -10,15 +10,28 @@ if ! [[ $cpus =~ ^[0-9]+$ && $patience =~ ^[0-9]+$ && $gpus =~ ^([0-9]+(,[0-9]+)
   exit 2
 fi
 address=$(slurm/node_address.sh)
-count=0
+devices=()
 if [[ -n $gpus ]]; then
   IFS=, read -ra devices <<<"$gpus"
-  count=${#devices[@]}
+  # By Slurm's own names, where it gives any: on a node that jobs share, this job's GPUs need not begin with 0, and slices
+  # (MIG) have no number.
+  if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+    IFS=, read -ra names <<<"$CUDA_VISIBLE_DEVICES"
+    for place in "${!devices[@]}"; do
+      if [[ -z ${names[devices[place]]:-} ]]; then
+        echo "error: $(hostname): GPUs $gpus asked for, CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names ${#names[@]};" \
+          "let every step see all GPUs of its node (no --gpus-per-task, no --gpu-bind)" >&2
+        exit 2
+      fi
+      devices[place]=${names[devices[place]]}
+    done
+  fi
 fi
-export CUDA_VISIBLE_DEVICES=$gpus
+CUDA_VISIBLE_DEVICES=$(IFS=, && echo "${devices[*]}")
+export CUDA_VISIBLE_DEVICES
 # Ended at the job's end, when nobody needs the actors: nothing to wait for.
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
-options=(--node-ip-address="$address" --num-cpus="$cpus" --num-gpus="$count" --min-worker-port=0 --max-worker-port=0
+options=(--node-ip-address="$address" --num-cpus="$cpus" --num-gpus="${#devices[@]}" --min-worker-port=0 --max-worker-port=0
   --disable-usage-stats --block)
 if [[ $role == head ]]; then
   # The workers take the directory over from the head.

@@ -463,7 +463,7 @@ class CheckpointConfig:
 @dataclass
 class TrackerConfig:
     wandb: str = setting("auto", choices=("auto", "online", "offline", "disabled"))
-    """auto (online with a key, else offline), online, offline or disabled."""
+    """auto (what WANDB_MODE says, else online with a key, else offline), online, offline or disabled."""
     project: str = setting("ee-megatron", name=True)
     tensorboard: bool = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -10,9 +11,13 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
+from .jobs import Job, has_ended, own_job
 
 GUARD_DEADLINE_S = 5.0
+NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What flock says on a file system that has none."""
 
 
 def process_start(pid: int) -> str | None:
@@ -42,7 +47,7 @@ class RunLock:
     processes that find the same stale lock cannot both take it. The flock itself is not what holds the lock: forked
     children inherit it and would keep a dead parent's run, and a file server keeps that of a node that died. A holder
     on another host cannot be probed: it is believed to be alive, unless it was an earlier start of the same Slurm job,
-    which a requeue has ended.
+    which a requeue has ended, or Slurm says that its job has ended (of the same user's: others' jobs may be hidden).
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,7 +58,7 @@ class RunLock:
         """Raises RuntimeError, naming the holder, while another live process holds the lock."""
         with self._guarded():
             holder = self._holder()
-            if holder and _alive(holder):
+            if holder and _alive(holder, self.path.stat().st_uid == os.getuid()):
                 raise RuntimeError(
                     f"{self.path.parent} is being written by process {holder.get('pid')} on {holder.get('host')}; "
                     f"wait for it or end it, choose another run directory, or delete {self.path.name} if it is dead"
@@ -61,8 +66,9 @@ class RunLock:
             self._token = uuid.uuid4().hex
             pid = os.getpid()
             record = {"host": socket.gethostname(), "pid": pid, "start": process_start(pid), "token": self._token}
-            job, restart = _slurm()
-            self.path.write_text(json.dumps({**record, "job": job, "restart": restart}))
+            job = own_job()
+            slurm = {"job": job.number, "restart": job.restart, "cluster": job.cluster}
+            self.path.write_text(json.dumps({**record, **slurm}))
 
     def release(self) -> None:
         """Empties the file if this object still holds it. It is never unlinked: another process may have it open."""
@@ -83,27 +89,46 @@ class RunLock:
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
-        # Preserved: filelock neither unlinks the file nor writes into it where the file system has no flock.
-        guard = FileLock(self.path, GUARD_DEADLINE_S, mode=0o644, poll_interval=0.02, preserve_lock_file=True)
+        # Preserved: filelock neither unlinks the file nor writes into it.
+        guard: BaseFileLock = FileLock(
+            self.path, GUARD_DEADLINE_S, mode=0o644, poll_interval=0.02, preserve_lock_file=True
+        )
         try:
             guard.acquire()
         except Timeout:
             raise RuntimeError(f"{self.path}: another process has kept it busy for {GUARD_DEADLINE_S:g} s") from None
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
+                raise
+            guard = self._without_flock(error)
         try:
             yield
         finally:
             guard.release()
 
+    def _without_flock(self, error: OSError) -> BaseFileLock:
+        """Where the file system has no flock (NFS or Lustre mounted without): a file beside the lock that only one
+        process can create. It is there for a moment only; a process killed in that moment on another machine leaves it,
+        and then somebody has to delete it."""
+        marker = self.path.with_name(f"{self.path.name}.guard")
+        guard = SoftFileLock(marker, GUARD_DEADLINE_S, poll_interval=0.02)
+        try:
+            guard.acquire()
+        except Timeout:
+            raise RuntimeError(
+                f"{marker}: there for {GUARD_DEADLINE_S:g} s (this file system has no flock: {error.strerror}); delete "
+                "it if no process is at work in this directory"
+            ) from None
+        return guard
 
-def _alive(holder: dict) -> bool:
+
+def _alive(holder: dict, ours: bool) -> bool:
+    """`ours`: whether this user wrote the file."""
     if holder.get("host") != socket.gethostname():
-        job, restart = _slurm()
-        return not (job and holder.get("job") == job and holder.get("restart", 0) < restart)
+        job, here = Job(str(holder.get("job", "")), holder.get("restart", 0), holder.get("cluster", "")), own_job()
+        if here.number and job.number == here.number and job.restart < here.restart:
+            return False
+        return not (ours and has_ended(job))
     pid = int(holder.get("pid", -1))
     start = process_start(pid) if pid > 0 else None
     return start is not None and start == holder.get("start") and pid != os.getpid()
-
-
-def _slurm() -> tuple[str, int]:
-    """This process's Slurm job ("" outside one) and how often that job has been requeued."""
-    return os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)

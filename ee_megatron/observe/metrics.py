@@ -10,17 +10,15 @@ import logging
 import math
 import os
 import threading
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, SupportsFloat, cast
+from typing import Any, SupportsFloat
 
 from .rundir import write_atomic
+from .trackers import Tracking, start
 
 logger = logging.getLogger(__name__)
 
-WANDB_MODES = ("auto", "offline", "online", "disabled")
-INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 60.0
 
 
@@ -49,44 +47,22 @@ class Metrics:
 
     Args:
         run_dir: metrics.jsonl, timings.jsonl, wandb/ and tensorboard/ go here.
-        wandb_mode: auto (online with WANDB_API_KEY, else offline), offline, online or disabled.
-        config: what the trackers show as the run's configuration.
+        tracking: which trackers there are, and what they are told of the run; none by default.
         resume_step: lines of later steps are cut, so that a resumed run writes them anew; None keeps every line.
 
-    Raises ValueError for an unknown mode.
+    Raises ValueError for an unknown mode of wandb.
     """
 
-    def __init__(
-        self,
-        run_dir: Path | str,
-        wandb_mode: str = "auto",
-        project: str = "ee-megatron",
-        name: str = "",
-        config: Mapping[str, Any] | None = None,
-        tensorboard: bool = False,
-        resume_step: int | None = None,
-    ) -> None:
-        if wandb_mode not in WANDB_MODES:
-            raise ValueError(f"tracker.wandb: {wandb_mode!r} is none of {', '.join(WANDB_MODES)}; choose one of them")
+    def __init__(self, run_dir: Path | str, tracking: Tracking | None = None, resume_step: int | None = None) -> None:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.path = self.run_dir / "metrics.jsonl"
-        self._files = []
-        for path in (self.path, self.run_dir / "timings.jsonl"):
+        files = self.path, self.run_dir / "timings.jsonl"
+        for path in files:
             _mend(path, resume_step)
-            self._files.append(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644))
+        self._trackers = start(self.run_dir, tracking or Tracking(), _together(*files), resume_step)
+        self._files = [os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644) for path in files]
         self._warned: set[str] = set()
-        starts: dict[str, Callable[[], Any]] = {}
-        if wandb_mode != "disabled":
-            starts["wandb"] = lambda: _wandb(self.run_dir, wandb_mode, project, name, dict(config or {}))
-        if tensorboard:
-            starts["tensorboard"] = lambda: _Board(self.run_dir, resume_step)
-        self._trackers: dict[str, Any] = {}
-        for tracker, start in starts.items():
-            try:
-                self._trackers[tracker] = start()
-            except Exception as error:
-                logger.warning("%s is not used: %s: %s", tracker, type(error).__name__, error)
 
     def log(
         self, step: int, values: Mapping[str, SupportsFloat], timings: Mapping[str, SupportsFloat] | None = None
@@ -142,33 +118,18 @@ def _mend(path: Path, resume_step: int | None) -> None:
         write_atomic(path, "".join(_line(row) for row in kept))
 
 
+def _together(metrics: Path, timings: Path) -> list[dict[str, Any]]:
+    """The rows of both files as trackers got them: one per step, in order."""
+    rows: dict[int, dict[str, Any]] = {}
+    for path in (metrics, timings):
+        for row in read_metrics(path) if path.exists() else []:
+            rows.setdefault(row["step"], {"step": row["step"]}).update(row)
+    return [rows[step] for step in sorted(rows)]
+
+
 def _line(row: Mapping[str, Any]) -> str:
     finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
-
-
-def _wandb(run_dir: Path, mode: str, project: str, name: str, config: dict[str, Any]) -> Any:
-    if mode == "auto":
-        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-    os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    import wandb
-
-    # The id is kept, so that a resumed run goes on in the same wandb run.
-    identity = run_dir / "wandb" / "run_id"
-    identity.parent.mkdir(exist_ok=True)
-    if not identity.exists():
-        write_atomic(identity, uuid.uuid4().hex[:12])
-    settings = wandb.Settings(
-        silent=True, console="off", init_timeout=INIT_TIMEOUT_S, disable_git=True, disable_code=True
-    )
-    run = wandb.init(
-        project=project, name=name or None, id=identity.read_text().strip(), config=config, dir=str(run_dir),
-        mode=cast(Any, mode), resume="allow" if mode == "online" else None, settings=settings,
-    )  # fmt: skip
-    # An own step axis: wandb refuses steps that it has already seen, which a resumed run repeats.
-    run.define_metric("*", step_metric="step")
-    return run
 
 
 def _finish(name: str, tracker: Any) -> None:
@@ -176,19 +137,3 @@ def _finish(name: str, tracker: Any) -> None:
         tracker.finish()
     except Exception as error:
         logger.warning("%s did not finish: %s", name, error)
-
-
-class _Board:
-    """TensorBoard with the methods of a wandb run."""
-
-    def __init__(self, run_dir: Path, resume_step: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        purge_step = None if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
-        self.finish = self._writer.close
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        for key in list(row)[1:]:
-            self._writer.add_scalar(key, row[key], row["step"])
-        self._writer.flush()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
 from ..config.cluster import job_shape
 from ..config.derive import ranks
 from ..config.identity import stage_order
+from ..config.sbatch import merged, site_options, words
 from ..config.schema import RunConfig
 
 SCRIPTS = Path(__file__).parents[2] / "slurm"
@@ -30,7 +32,7 @@ def launch_command(cfg: RunConfig, stage: str, overrides: list[str]) -> str:
             return f"ee-megatron {stage} {settings}".rstrip()
         module = f"-m ee_megatron.cli {stage} {settings}".rstrip()
         return f"torchrun --nnodes=1 --nproc-per-node={world} {module}"
-    flags = " ".join(allocation(cfg, stage))
+    flags = shlex.join(allocation(cfg, stage))
     experiment = next((t.split("=", 1)[1] for t in overrides if t.startswith("experiment=")), "")
     script = f"{stage}_{experiment.removeprefix('rl_')}.sh"
     if experiment and (SCRIPTS / script).is_file():
@@ -41,11 +43,12 @@ def launch_command(cfg: RunConfig, stage: str, overrides: list[str]) -> str:
 
 
 def allocation(cfg: RunConfig, stage: str) -> list[str]:
-    """sbatch's options for the nodes of a stage's job: on each one task slot, with its share of the cores, per GPU."""
+    """sbatch's options for the nodes of a stage's job: on each one task slot, with its share of the cores, per GPU; the
+    site's after them. Raises ValueError for a wrong EE_SBATCH."""
     shape = job_shape(cfg, stage)
     gpus = shape.gpus_per_node
-    options = [f"--nodes={shape.nodes}", f"--ntasks-per-node={gpus or shape.ranks_per_node}"]
-    return [*options, f"--gpus-per-node={gpus}"] if gpus else options
+    options = {"nodes": str(shape.nodes), "ntasks-per-node": str(gpus or shape.ranks_per_node)}
+    return words(merged(options, {"gpus-per-node": str(gpus)} if gpus else {}, site_options(os.environ)))
 
 
 def on_cluster(cfg: RunConfig) -> bool:

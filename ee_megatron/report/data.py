@@ -17,7 +17,7 @@ from .differences import problems_of
 from .lens import read_lens
 from .results import Results
 
-# Stages that log no steps of their own.
+# Stages without steps: an evaluation logs its figures once, for trackers.
 WITHOUT_METRICS = ("traces", "evaluate")
 Curve = Sequence[tuple[int, float]]
 """(step, value) each; a value may be nan."""
@@ -111,7 +111,7 @@ def _read_stage(name: str, directory: Path, missing: list[str]) -> StageData:
         stage.config = config.read_text(encoding="utf-8", errors="replace")
     else:
         missing.append(f"{name}: config.yaml is missing")
-    if metrics.is_file():
+    if metrics.is_file() and name not in WITHOUT_METRICS:
         try:
             stage.curves = _curves(read_metrics(metrics))
         except ValueError as error:

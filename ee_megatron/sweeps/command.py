@@ -16,6 +16,7 @@ from ..config.device import asks_for_gpus, pick_device
 from ..config.faults import refuse
 from ..config.identity import STAGES
 from ..config.load import Attempt, find_config_dir, list_groups, load
+from ..config.sbatch import site_options
 from ..config.schema import RunConfig
 from ..config.validate import check_name
 from ..observe.lock import RunLock
@@ -23,10 +24,11 @@ from ..training.preflight import Preflight
 from ..training.stopping import STOPPED, WITH_PARENT, dying_with_me, follow_parent
 from . import records
 from .collect import collect
+from .extend import ids, placed
 from .grid import GROUP, Grid, check, combine, excluded, from_file, from_settings, zipped
 from .local import LocalExecutor
-from .slurm import minutes_of, queued, submit
-from .status import status_table
+from .slurm import asked_for, minutes_of, queued, submit
+from .status import left_out, status_table
 from .sweep import StageTask, Sweep, resolve, spelt, stages_of
 from .task import TaskRunner, Told, finish_run, stopped_by_signals
 
@@ -35,6 +37,7 @@ examples:
   ee-megatron sweep experiment=demo_cpu rl.lambda_exit=0,0.3,1 seed=1,2,3 --name front --dry-run
   ee-megatron sweep experiment=demo_cpu rl.adapter_lr=1e-5:1e-3:log3 --name rates --max-parallel 2
   ee-megatron sweep sweep=lambda_front --executor slurm --slurm partition=gpu --slurm time=8:00:00
+  ee-megatron sweep experiment=demo_cpu rl.lambda_exit=2 seed=1,2,3 --name front --extend
   ee-megatron sweep status front --watch
   ee-megatron sweep collect front
 
@@ -74,6 +77,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--executor", default="local", choices=("local", "slurm", "debug"))
     parser.add_argument("--max-parallel", type=int, metavar="N", help="tasks at a time (default: local 1, slurm 256)")
     parser.add_argument("--slurm", action="append", default=[], metavar="key=value", help="an option of sbatch")
+    parser.add_argument("--extend", action="store_true", help="add these points to the sweep that the name has")
     parser.add_argument("--retry-failed", action="store_true", help="start failed runs again too")
     parser.add_argument("--dry-run", action="store_true", help="check and list the points; start and write nothing")
     options, rest = parser.parse_known_args(arguments)
@@ -88,34 +92,51 @@ def _sweep(options: argparse.Namespace) -> int:
     if parallel < 1:
         raise ValueError(f"--max-parallel {parallel}: expected a number >= 1")
     slurm = _slurm_options(options.slurm)
+    if options.executor == "slurm":
+        site_options(os.environ)
     checker = Checker(options.executor, options.last)
-    sweep = resolve(make_grid(options), options.last, checker)
+    grid = resolve(make_grid(options), options.last, checker)
+    sweep, mine = placed(grid, options.extend), ids(grid)
     queue = queued(sweep) if options.executor == "slurm" else {}
-    tasks = to_start(sweep, queue, options.retry_failed)
+    wanted = [task for task in sweep.tasks if mine & set(task.runs)]
+    tasks = [task for task in to_start(sweep, queue, options.retry_failed) if task in wanted]
+    out = left_out(sweep, [task for task in wanted if task not in tasks], queue)
     if options.dry_run:
         print(_plan(sweep, tasks, queue))
         return 0
     if options.executor != "slurm" and tasks and checker.neediest is not None:
         pick_device(checker.neediest, ranks(checker.neediest))
-    records.save(sweep)
-    write_missing_results(sweep)
-    so_far = records.counts(sweep)
-    print(f"{sweep.directory}: {len(sweep.runs)} run(s); {so_far}; {len(tasks)} task(s) to start", flush=True)
-    if options.executor == "slurm":
-        return _on_slurm(sweep, tasks, slurm, parallel, queue)
     lock = RunLock(sweep.directory / ".lock")
-    lock.acquire()
+    if options.executor != "slurm":
+        sweep.directory.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     try:
+        records.save(sweep)
+        write_missing_results(sweep)
+        only = f", {len(mine)} of them asked for" if len(mine) < len(sweep.runs) else ""
+        so_far = records.counts(sweep, queue)
+        print(f"{sweep.directory}: {len(sweep.runs)} run(s){only}; {so_far}; {len(tasks)} task(s) to start", flush=True)
+        for line in out:
+            print(f"left out: {line}", flush=True)
+        if options.executor == "slurm":
+            return _on_slurm(sweep, tasks, slurm, parallel, queue)
         forget_failures(sweep, tasks)
         code = _here(sweep, tasks) if options.executor == "debug" else _locally(sweep, tasks, parallel)
     finally:
         lock.release()
+    unfinished = _ending(sweep, mine)
+    return code or unfinished
+
+
+def _ending(sweep: Sweep, mine: set[str]) -> int:
+    """Say what became of a local sweep; 1 unless all of the runs that were asked for have finished."""
     print(f"{records.counts(sweep)}; `ee-megatron sweep collect {_name(sweep)}` makes the table")
-    states = [records.run_state(sweep, run) for run in sweep.runs]
-    for run, state in zip(sweep.runs, states, strict=True):
+    runs = [run for run in sweep.runs if run.id in mine]
+    states = [records.run_state(sweep, run) for run in runs]
+    for run, state in zip(runs, states, strict=True):
         if state == records.FAILED:
             print(f"error: {spelt(run.settings) or 'the run'}: {records.error_of(sweep, run)}", file=sys.stderr)
-    return code or int(any(state != records.FINISHED for state in states))
+    return int(any(state != records.FINISHED for state in states))
 
 
 def make_grid(options: argparse.Namespace) -> Grid:
@@ -177,8 +198,9 @@ class Checker:
 
 def to_start(sweep: Sweep, queue: dict[str, str], retry_failed: bool) -> list[StageTask]:
     """Unfinished tasks that nobody is at, and that no failed one keeps from starting. `queue`: what Slurm has."""
-    unclaimed = [task for task in sweep.tasks if task.key not in queue]
-    free = [task for task in unclaimed if records.task_state(sweep, task) not in (records.FINISHED, records.RUNNING)]
+    unclaimed = [task for task in sweep.tasks if queue.get(task.key, records.GONE) == records.GONE]
+    busy = (records.FINISHED, records.RUNNING)
+    free = [task for task in unclaimed if records.task_state(sweep, task, queue) not in busy]
     return [task for task in free if retry_failed or records.failure(sweep, task) is None]
 
 
@@ -228,7 +250,9 @@ def _on_slurm(
     for number in records.job_numbers(jobs):
         its = [sweep.task(key) for key, job in jobs.items() if job.split("_")[0] == number]
         what = f"{len(its)} tasks in an array" if len(its) > 1 else sweep.describe(its[0])
-        print(f"submitted job {number}: {what}")
+        asked = asked_for(its, options)
+        said = " ".join(f"{key}={asked[key]}" for key in asked if key not in ("time", "warning"))
+        print(f"submitted job {number}: {what} ({said})")
     print(f"`ee-megatron sweep status {_name(sweep)} --watch` follows them")
     return 0
 

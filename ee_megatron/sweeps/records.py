@@ -32,6 +32,8 @@ SPENT = "spent.json"
 BEAT_S = 5.0
 SILENT_S = 120.0
 """A task on another machine that has not written for so long is taken for lost."""
+GONE = "GONE"
+"""In a queue of tasks: Slurm no longer has the job that says it is at this one."""
 WAITING, QUEUED, RUNNING, STOPPED, KILLED, FAILED, FINISHED = (
     "waiting", "queued", "running", "stopped", "killed", "failed", "finished",
 )  # fmt: skip
@@ -80,8 +82,7 @@ def find_sweep(name: str, runs: Path, last: str = "") -> Sweep:
     for directory in (Path(name), runs / name):
         if (directory / MANIFEST).is_file():
             return open_sweep(directory)
-    sweeps = [open_sweep(file.parent) for file in sorted((runs / name).glob(f"sweep-*/{MANIFEST}"))]
-    sweeps = [sweep for sweep in sweeps if last in ("", sweep.last)]
+    sweeps = [sweep for sweep in sweeps_in(runs / name) if last in ("", sweep.last)]
     if len(sweeps) > 1:
         listed = ", ".join(f"{name}/{sweep.directory.name}" for sweep in sweeps)
         raise ValueError(f"{name}: there are {len(sweeps)} sweeps of this name; give --last STAGE or one of {listed}")
@@ -90,6 +91,16 @@ def find_sweep(name: str, runs: Path, last: str = "") -> Sweep:
         where = f"{runs / name}: no sweep {f'up to {last} ' if last else ''}there"
         raise FileNotFoundError(f"{where}; {'there are ' + ', '.join(others) if others else f'none is in {runs}'}")
     return sweeps[0]
+
+
+def sweeps_in(folder: Path) -> list[Sweep]:
+    """Those of one name, but for any whose runs all belong to another of them too: a sweep that has grown since."""
+    found = [open_sweep(file.parent) for file in sorted(folder.glob(f"sweep-*/{MANIFEST}"))]
+    runs = [(sweep.last, {run.id for run in sweep.runs}) for sweep in found]
+    return [
+        sweep for sweep, (last, mine) in zip(found, runs, strict=True)
+        if not any(last == other and mine < theirs for other, theirs in runs)
+    ]  # fmt: skip
 
 
 # ---- tasks ----
@@ -121,18 +132,30 @@ def write_record(sweep: Sweep, key: str, record: Record) -> None:
 def own(record: Record) -> None:
     """This process is the one that the record is about from now on."""
     record.host, record.pid = socket.gethostname(), os.getpid()
-    record.process, record.job = process_start(os.getpid()) or "", os.environ.get("SLURM_JOB_ID", "")
+    record.process, record.job = process_start(os.getpid()) or "", own_job(os.environ)
+
+
+def own_job(environment: Mapping[str, str]) -> str:
+    """This process's Slurm job as sbatch's users name it, 12 or 12_3; "" outside one."""
+    if array := environment.get("SLURM_ARRAY_JOB_ID"):
+        return f"{array}_{environment.get('SLURM_ARRAY_TASK_ID', '')}"
+    return environment.get("SLURM_JOB_ID", "")
 
 
 def task_state(sweep: Sweep, task: StageTask, queue: Mapping[str, str] | None = None) -> str:
     """By what is on disk: a task that says it is running is believed while its process lives or keeps writing. `queue`:
-    what Slurm has of the tasks (slurm.py); one that waits there (again) is queued."""
+    what Slurm has of the tasks (slurm.py); one that waits there (again) is queued, one whose job has ended is dead."""
     if is_done(sweep, task):
         return FINISHED
-    record = read_record(sweep, task.key)
-    if record is not None and record.state == RUNNING and _alive(record, record_path(sweep, task.key)):
+    record, there = read_record(sweep, task.key), (queue or {}).get(task.key)
+    if (
+        record is not None
+        and record.state == RUNNING
+        and there != GONE
+        and _alive(record, record_path(sweep, task.key))
+    ):
         return RUNNING
-    if queue and queue.get(task.key) in ("PENDING", "CONFIGURING", "REQUEUED", "COMPLETING"):
+    if there in ("PENDING", "CONFIGURING", "REQUEUED", "COMPLETING"):
         return QUEUED
     if record is None or record.state == FINISHED:
         # Never begun; or finished once, and somebody has removed a stage since.
@@ -143,7 +166,12 @@ def task_state(sweep: Sweep, task: StageTask, queue: Mapping[str, str] | None = 
 def _alive(record: Record, file: Path) -> bool:
     if record.host == socket.gethostname():
         return process_start(record.pid) == record.process
-    return time.time() - file.stat().st_mtime < SILENT_S
+    return silent_for(file) < SILENT_S
+
+
+def silent_for(file: Path) -> float:
+    """Seconds since a task's record was last written."""
+    return max(0.0, time.time() - file.stat().st_mtime)
 
 
 def failure(sweep: Sweep, task: StageTask) -> tuple[StageTask, Record] | None:
@@ -186,10 +214,10 @@ def error_of(sweep: Sweep, run: SweepRun) -> str:
     return record.error if task.key == run.tasks[-1] else f"{task.key}, which it needs: {record.error}"
 
 
-def counts(sweep: Sweep) -> str:
+def counts(sweep: Sweep, queue: Mapping[str, str] | None = None) -> str:
     """ "11 finished, 1 failed" """
-    number = Counter(run_state(sweep, run) for run in sweep.runs)
-    order = (FINISHED, RUNNING, STOPPED, KILLED, FAILED, WAITING)
+    number = Counter(run_state(sweep, run, queue) for run in sweep.runs)
+    order = (FINISHED, RUNNING, QUEUED, STOPPED, KILLED, FAILED, WAITING)
     return ", ".join(f"{number[state]} {state}" for state in order if number[state])
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config.sbatch import DEFAULTS, merged, site_options
 from . import records
 from .sweep import StageTask, Sweep
 from .task import TaskRunner
@@ -79,7 +80,9 @@ def submit(
     """
     jobs: dict[str, str] = {}
     largest = largest_array()
-    earlier = {key: job for key, job in records.submitted(sweep).items() if key in queue}
+    earlier = {
+        key: job for key, job in records.submitted(sweep).items() if queue.get(key, records.GONE) != records.GONE
+    }
     directory, warning = sweep.directory.resolve(), float(options.get("warning", WARNING_S))
     for level in sweep.levels():
         chosen = [task for task in level if task in tasks]
@@ -117,24 +120,41 @@ def _executor(
 ) -> Any:
     from submitit.slurm.slurm import SlurmExecutor, SlurmJobEnvironment
 
+    given: dict[str, Any] = {"requeue": "", **asked_for(tasks, options)}
+    minutes, warning = minutes_of(given.pop("time")), int(given.pop("warning"))
+    nodes, slots = int(given.pop("nodes")), int(given.pop("ntasks-per-node"))
+    given = {key: value or True for key, value in given.items()}
+
     # `exec`: signals to the batch script's process then reach Python, not a shell that waits for it.
     python = f"exec {shlex.quote(sys.executable)}"
     executor = SlurmExecutor(sweep.directory / "slurm", max_num_timeout=requeues, python=python)
-    given: dict[str, Any] = {"time": "1440", "warning": WARNING_S, "requeue": True, **options}
-    minutes, warning = minutes_of(given.pop("time")), given.pop("warning")
     executor.update_parameters(
         job_name=f"sweep-{sweep.directory.parent.name}",
         time=minutes,
-        nodes=max(task.nodes for task in tasks),
-        ntasks_per_node=max(task.slots for task in tasks),
+        nodes=nodes,
+        ntasks_per_node=slots,
         array_parallelism=parallel,
         use_srun=False,
         stderr_to_stdout=True,
-        gpus_per_node=max(task.gpus for task in tasks) or None,
         dependency=after or None,
-        additional_parameters={"signal": f"B:{SlurmJobEnvironment.USR_SIG}@{int(warning)}", **given},
+        # submitit's own would be refused where wckeys are enforced.
+        wckey=None,
+        additional_parameters={"signal": f"B:{SlurmJobEnvironment.USR_SIG}@{warning}", **given},
     )
     return executor
+
+
+def asked_for(tasks: Sequence[StageTask], options: Mapping[str, str]) -> dict[str, str]:
+    """sbatch's options for one array of tasks: what the settings and the job scripts say, then the site (EE_SBATCH),
+    then `options`. Raises ValueError for a wrong EE_SBATCH."""
+    gpus = max(task.gpus for task in tasks)
+    settings = {
+        "time": "1440",
+        "warning": str(WARNING_S),
+        "nodes": str(max(task.nodes for task in tasks)),
+        "ntasks-per-node": str(max(task.slots for task in tasks)),
+    }
+    return merged(settings, {"gpus-per-node": str(gpus)} if gpus else {}, DEFAULTS, site_options(os.environ), options)
 
 
 def minutes_of(text: str) -> int:
@@ -149,7 +169,8 @@ def minutes_of(text: str) -> int:
 
 
 def queued(sweep: Sweep) -> dict[str, str]:
-    """Tasks that Slurm still has: key -> PENDING, RUNNING, ... Empty where there is no Slurm or nothing was submitted.
+    """Tasks that Slurm still has: key -> PENDING, RUNNING, ...; GONE for one that says it runs in a job that Slurm has
+    no longer. Empty where there is no Slurm or nothing was submitted.
 
     Raises RuntimeError if Slurm does not answer.
     """
@@ -162,7 +183,12 @@ def queued(sweep: Sweep) -> dict[str, str]:
     for line in _asked(["squeue", "--noheader", "--array", "--format=%F|%K|%T", "--me"]).splitlines():
         number, index, state = line.strip().split("|")
         states[number if index == "N/A" else f"{number}_{index}"] = state
-    return {key: states[job] for key, job in jobs.items() if job in states}
+    found = {key: states[job] for key, job in jobs.items() if job in states}
+    for key, job in jobs.items():
+        record = None if key in found else records.read_record(sweep, key)
+        if record is not None and record.state == records.RUNNING and record.job == job:
+            found[key] = records.GONE
+    return found
 
 
 def _asked(command: list[str]) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from . import records
-from .sweep import Sweep
+from .sweep import StageTask, Sweep
 
 ERROR_WIDTH = 90
 SETTING_WIDTH = 40
+MOST_LISTED = 10
 
 
 def status_table(sweep: Sweep, queue: Mapping[str, str]) -> str:
@@ -37,6 +38,38 @@ def status_table(sweep: Sweep, queue: Mapping[str, str]) -> str:
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
     lines.append(", ".join(f"{count} {state}" for state, count in states.items()))
     return "\n".join(lines)
+
+
+def left_out(sweep: Sweep, tasks: Sequence[StageTask], queue: Mapping[str, str]) -> list[str]:
+    """A line for each of the unfinished among `tasks` that are not to be started, with the reason; failed ones, and
+    those beyond the first few, in one."""
+    lines, failed = [], 0
+    for task in tasks:
+        state = records.task_state(sweep, task, queue)
+        if state == records.FINISHED:
+            continue
+        if queue.get(task.key, records.GONE) != records.GONE:
+            job = records.submitted(sweep).get(task.key, "?")
+            lines.append(f"{sweep.describe(task)}: Slurm has it as job {job} ({queue[task.key]})")
+        elif state == records.RUNNING:
+            lines.append(f"{sweep.describe(task)}: {_believed(sweep, task)}")
+        else:
+            failed += 1
+    more = len(lines) - MOST_LISTED
+    lines = [*lines[:MOST_LISTED], *([f"{more} more like these"] if more > 0 else [])]
+    return lines + (
+        [f"{failed} task(s) that failed or need one that did; --retry-failed starts them"] if failed else []
+    )
+
+
+def _believed(sweep: Sweep, task: StageTask) -> str:
+    record = records.read_record(sweep, task.key)
+    assert record is not None
+    silent = records.silent_for(records.record_path(sweep, task.key))
+    where = f"running on {record.host}{f' as job {record.job}' if record.job else ''}"
+    if silent < 2 * records.BEAT_S:
+        return f"{where}, written {silent:.0f} s ago"
+    return f"{where}, silent for {silent:.0f} s; taken for dead after {max(0.0, records.SILENT_S - silent):.0f} s more"
 
 
 def _tail(value: object) -> str:

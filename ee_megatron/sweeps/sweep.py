@@ -126,7 +126,7 @@ def resolve(grid: Grid, last: str, check: Callable[[RunConfig], None]) -> Sweep:
     cfg = next(iter(runs.values()))[1]
     digest = hashlib.sha256(" ".join([last, *sorted(runs)]).encode()).hexdigest()[:8]
     directory = Path(cfg.runs) / cfg.name / f"sweep-{digest}"
-    return Sweep(directory, last, [run for run, _ in runs.values()], _cut(list(runs.values()), last))
+    return Sweep(directory, last, [run for run, _ in runs.values()], cut(list(runs.values()), last))
 
 
 def _some(points: list[str]) -> str:
@@ -161,7 +161,7 @@ def stages_of(cfg: RunConfig, last: str) -> list[str]:
     return stages[: stages.index(last) + 1]
 
 
-def _cut(runs: list[tuple[SweepRun, RunConfig]], last: str) -> list[StageTask]:
+def cut(runs: list[tuple[SweepRun, RunConfig]], last: str) -> list[StageTask]:
     """Chains of stage directories -> tasks, parents before children; fills in `SweepRun.tasks`."""
     chains = [[(stage, stage_dir(cfg, stage).name) for stage in stages_of(cfg, last)] for _, cfg in runs]
     users: dict[str, list[str]] = {}

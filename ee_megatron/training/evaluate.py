@@ -87,6 +87,7 @@ class Evaluation:
         self.rows: list[EvaluationRow] = []
         self.answers: list[Answer] = []
         self.meta: dict[str, object] = {}
+        self.logged: dict[str, float] = {}
         self.more: dict[str, Any] = {"gates": {}, "pareto": {}}
         self.chosen: dict[str, Reference] = {}
         self.records = Records(session.spec.exit_depths, cfg.evaluate.answers, session.decode)
@@ -132,6 +133,8 @@ class Evaluation:
         if final:
             self.rows.append(row)
             self.answers += answers
+            # By the rule's kind: the same names whatever threshold was chosen.
+            self.logged |= {f"{model}/{exits.kind}/{name}": value for name, value in logged_of(row)}
             self.look_inside(answers, rollouts)
         self.done(row)
         return row, answers, rollouts
@@ -179,7 +182,7 @@ class Evaluation:
         rows = [row for row, *_ in tried]
         chosen = rows.index(choose_threshold(rows, e.tolerance))
         threshold = e.thresholds[chosen]
-        self.meta[f"threshold_{model}"] = threshold
+        self.meta[f"threshold_{model}"] = self.logged[f"{model}/threshold"] = threshold
         self.meta[f"validation_{model}"] = [
             {"threshold": t, "accuracy": r.accuracy, "mean_depth": r.mean_depth, "n": r.n}
             for t, r in zip(e.thresholds, rows, strict=True)
@@ -277,6 +280,12 @@ class Evaluation:
         return "\n\n".join(parts)
 
 
+def logged_of(row: EvaluationRow) -> list[tuple[str, float]]:
+    """What trackers get of a row of the results."""
+    names = ("accuracy", "mean_depth", "total_depth", "length", "kl")
+    return [(name, value) for name in names if (value := getattr(row, name)) is not None]
+
+
 def choosing(cfg: RunConfig, checkpoints: Collection[str]) -> list[str]:
     """The models whose choice of style is measured, in the order of the method; without RL the last is its start."""
     last = "reinforced" if "reinforced" in checkpoints else "start"
@@ -325,5 +334,7 @@ def evaluate(cfg: RunConfig, model_path: Path) -> None:
         )
         assert session.directory is not None
         session.directory.write_atomic("table.txt", work.texts() + "\n")
+        session.open_metrics(resume_step=0)
+        session.log(1, work.logged)
         print(work.texts())
         session.finish()

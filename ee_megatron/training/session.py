@@ -16,10 +16,11 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from omegaconf import OmegaConf
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..checkpoint.base_identity import base_identity
@@ -40,6 +41,7 @@ from ..objectives.weights import Weights
 from ..observe.metrics import Metrics, read_metrics
 from ..observe.progress import Progress
 from ..observe.rundir import RunDirectory, atomic_directory
+from ..observe.trackers import Tracking
 from ..parallel import groups
 from ..parallel.groups import Degrees
 from ..parallel.heartbeat import Heartbeat
@@ -168,18 +170,11 @@ class Session:
         """The leader's metrics.jsonl and trackers."""
         if self.leads:
             t = self.cfg.tracker
-            config = {"stage": self.stage, "yaml": to_yaml(self.cfg)}
-            self.metrics = self.stack.enter_context(
-                Metrics(
-                    self.path,
-                    t.wandb,
-                    t.project,
-                    f"{self.cfg.name}-{self.path.name}",
-                    config,
-                    t.tensorboard,
-                    resume_step,
-                )
-            )
+            settings = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(self.cfg)))
+            config = {"stage": self.stage, **settings}
+            name = f"{self.cfg.name}-{self.path.name}"
+            tracking = Tracking(t.wandb, t.project, name, self.cfg.name, self.stage, config, t.tensorboard)
+            self.metrics = self.stack.enter_context(Metrics(self.path, tracking, resume_step))
 
     def progress(self, total: int, done: int = 0, what: str = "") -> Progress:
         """The leader's progress bar, to be entered; one at a time."""

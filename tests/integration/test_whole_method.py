@@ -86,6 +86,12 @@ def test_every_stage_leaves_what_the_next_one_needs(finished):
         assert entry["matched_by"] != "depth" or entry["within"] == (
             abs(entry["validation"]["mean_depth"] / entry["target"] - 1) <= 0.01
         )
+    # What wandb and TensorBoard get of an evaluation, whatever threshold was chosen.
+    (logged,) = read_metrics(only(folder, "evaluate") / "metrics.jsonl")
+    by_rule = {row["model"]: row for row in results["rows"] if row["exits"].startswith("hazard")}
+    for model in ("calibrated", "reinforced"):
+        assert logged[f"{model}/threshold/accuracy"] == by_rule[model]["accuracy"]
+        assert logged[f"{model}/threshold/kl"] == by_rule[model]["kl"] and logged[f"{model}/threshold"] == 0.5
     assert list(results["externalisation"]) == ["teacher", "calibrated", "reinforced"]
     assert all(found["n"] == 4 for found in results["externalisation"].values())
     assert results["depth"]["teacher, full depth"]["flops"]["value"] > 0

@@ -4,17 +4,21 @@ import json
 import math
 import os
 import signal
+import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
+from ee_megatron.observe import trackers
 from ee_megatron.observe.metrics import Metrics, read_metrics
+from ee_megatron.observe.trackers import Tracking, wandb_mode
 
 
-def _open(path, **options):
-    return Metrics(path, **{"wandb_mode": "disabled", **options})
+def _open(path, resume_step=None, **options):
+    return Metrics(path, Tracking(**options), resume_step)
 
 
 def test_each_call_is_one_line_on_disk_at_once(tmp_path):
@@ -29,7 +33,7 @@ def test_lines_of_a_killed_process_are_all_there(tmp_path):
     code = f"""
 import os, signal
 from ee_megatron.observe.metrics import Metrics
-metrics = Metrics({str(tmp_path)!r}, "disabled")
+metrics = Metrics({str(tmp_path)!r})
 for step in range(50):
     metrics.log(step, {{"x": step}})
 os.kill(os.getpid(), signal.SIGKILL)
@@ -96,28 +100,118 @@ def test_values_that_are_not_finite_stay_valid_json_and_are_warned_of_once(tmp_p
 
 def test_an_unknown_mode_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"tracker\.wandb: 'of' is none of auto, offline, online, disabled"):
-        Metrics(tmp_path, "of")
+        _open(tmp_path, wandb="of")
 
 
-def test_auto_without_a_key_writes_an_offline_wandb_run_silently(tmp_path):
-    code = f"""
+LOGS = """
+import sys
 from ee_megatron.observe.metrics import Metrics
-with Metrics({str(tmp_path)!r}, "auto", "project", "name", {{"a": 1}}) as metrics:
-    metrics.log(1, {{"loss": 0.5}})
+from ee_megatron.observe.trackers import Tracking
+folder, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+tracking = Tracking("auto", "project", "front-rl-1", "front", "rl", {"rl": {"steps": 4, "families": ["sum"]}})
+with Metrics(folder, tracking, resume_step=first - 1) as metrics:
+    for step in range(first, last + 1):
+        metrics.log(step, {"loss": step / 2}, {"seconds": step})
 """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path / "home")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+
+
+def _logged(folder, first: int, last: int, **environment: str) -> float:
+    """A run of its own process, silent whatever it does; how long it took."""
+    given = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(folder / "home")}
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", LOGS, str(folder), str(first), str(last)],
+        capture_output=True, text=True, env=given | environment, timeout=120,
+    )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(files) == 1 and b"loss" in files[0].read_bytes()
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+    return time.monotonic() - begun
+
+
+def _records(file) -> list:
+    """What wandb wrote into a run's file: a header of 7 bytes, then blocks of 32 KiB with pieces of records, each piece
+    after its checksum, length (2 bytes) and kind (whole, first, middle, last)."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, whole, found = file.read_bytes(), 7, b"", []
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        whole += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            found.append(record)
+            whole = b""
+    return found
+
+
+def _history(records) -> list[dict]:
+    """The values of each logged step."""
+    rows = [r.history.item for r in records if r.WhichOneof("record_type") == "history"]
+    return [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row
+         if not (item.key or item.nested_key[0]).startswith("_")} for row in rows
+    ]  # fmt: skip
+
+
+def test_wandb_gets_settings_as_columns_and_a_resumed_run_stays_one_directory(tmp_path):
+    """No key: offline. Steps 1 to 3, killed after the checkpoint of step 2, go on at 3."""
+    _logged(tmp_path, 1, 3)
+    (first,) = (tmp_path / "wandb").glob("offline-run-*")
+    time.sleep(1.1)  # Its name has the second in which it began.
+    _logged(tmp_path, 3, 4)
+    (second,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert second != first and second.name.split("-")[-1] == (tmp_path / "wandb" / "run_id").read_text()
+    (file,) = second.glob("*.wandb")
+    records = _records(file)
+    run = next(record.run for record in records if record.WhichOneof("record_type") == "run")
+    assert (run.project, run.display_name, run.run_group, run.job_type) == ("project", "front-rl-1", "front", "rl")
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["rl"] == {"steps": 4, "families": ["sum"]}
+    assert _history(records) == [{"step": step, "loss": step / 2, "seconds": step} for step in (1, 2, 3, 4)]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_wandbs_own_word_is_obeyed_also_where_there_is_a_key(tmp_path):
+    key = {"WANDB_API_KEY": "0" * 40}
+    # It would wait for a server that nobody can reach.
+    assert _logged(tmp_path / "offline", 1, 1, WANDB_MODE="offline", **key) < trackers.INIT_TIMEOUT_S
+    assert len(list((tmp_path / "offline" / "wandb").glob("offline-run-*/*.wandb"))) == 1
+    _logged(tmp_path / "disabled", 1, 1, WANDB_MODE="disabled", **key)
+    assert sorted(p.name for p in (tmp_path / "disabled").iterdir()) == ["metrics.jsonl", "timings.jsonl"]
+
+
+def test_the_mode_is_the_settings_then_the_environments_then_follows_the_key():
+    key = {"WANDB_API_KEY": "k"}
+    assert [wandb_mode("auto", e) for e in ({}, key)] == ["offline", "online"]
+    for word, mode in [("offline", "offline"), ("dryrun", "offline"), ("Disabled", "disabled"), ("online", "online")]:
+        assert wandb_mode("auto", {"WANDB_MODE": word, **key}) == mode
+    assert wandb_mode("online", {"WANDB_MODE": "offline"}) == "online"
+    with pytest.raises(ValueError, match="WANDB_MODE=of: expected online, offline or disabled"):
+        wandb_mode("auto", {"WANDB_MODE": "of"})
+
+
+def test_a_run_that_no_server_takes_is_written_offline(tmp_path, monkeypatch, caplog):
+    """A port where nobody listens, and little patience."""
+    monkeypatch.setattr(trackers, "INIT_TIMEOUT_S", 2.0)
+    for name, value in {"API_KEY": "0" * 40, "BASE_URL": "http://127.0.0.1:9", "DIR": ""}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with _open(tmp_path, wandb="auto") as metrics:
+        metrics.log(1, {"x": 1})
+    assert any("no run online" in message and "offline" in message for message in caplog.messages)
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert _history(_records(file)) == [{"step": 1, "x": 1}]
 
 
 def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(tmp_path, caplog):
     # A file stands where wandb and tensorboard want a directory.
     (tmp_path / "wandb").touch()
     (tmp_path / "tensorboard").touch()
-    with Metrics(tmp_path, "offline", tensorboard=True) as metrics:
+    with _open(tmp_path, wandb="offline", tensorboard=True) as metrics:
         metrics.log(1, {"x": 1})
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
     assert any("wandb is not used" in m for m in caplog.messages)

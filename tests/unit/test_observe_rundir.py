@@ -1,5 +1,6 @@
 """The run directory: nothing half-written is ever found, one process writes, the newest usable checkpoint is taken."""
 
+import errno
 import json
 import logging
 import multiprocessing
@@ -214,6 +215,62 @@ def test_a_lock_file_that_somebody_keeps_busy_is_not_waited_for_for_ever(tmp_pat
     monkeypatch.setattr(lock, "GUARD_DEADLINE_S", 0.1)
     with FileLock(tmp_path / ".lock"), pytest.raises(RuntimeError, match=r"\.lock: another process has kept it busy"):
         RunLock(tmp_path / ".lock").acquire()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_without_flock_a_lock_still_has_one_holder(number, tmp_path, monkeypatch):
+    """NFS or Lustre mounted without locks."""
+
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setattr(lock, "GUARD_DEADLINE_S", 0.2)
+    file = tmp_path / ".lock"
+    with RunDirectory(tmp_path):
+        assert json.loads(file.read_text())["pid"] == os.getpid()
+    assert file.read_text() == "" and not list(tmp_path.glob(".lock.*"))
+    holder = {"host": os.uname().nodename, "pid": os.getppid(), "start": lock.process_start(os.getppid())}
+    file.write_text(json.dumps(holder))
+    with pytest.raises(RuntimeError, match=f"written by process {os.getppid()}"):
+        RunLock(file).acquire()
+    # Somebody on another machine was killed in the middle.
+    (tmp_path / ".lock.guard").write_text("1\nelsewhere\n")
+    with pytest.raises(
+        RuntimeError, match=r"\.lock\.guard: there for 0\.2 s \(this file system has no flock: .*delete"
+    ):
+        RunLock(file).acquire()
+
+
+SAYS = {
+    "JobId=77 JobState=RUNNING Restarts=1 Reason=None": False,
+    "JobId=77 JobState=COMPLETING Restarts=1": False,
+    "JobId=77 JobState=CANCELLED Restarts=1": True,
+    "JobId=77 JobState=PENDING Restarts=1": True,
+    "JobId=77 JobState=RUNNING Restarts=2": True,
+    "slurm_load_jobs error: Invalid job id specified": True,
+    "slurm_load_jobs error: Unable to contact slurm controller (connect failure)": False,
+}
+
+
+@pytest.mark.parametrize("said", SAYS)
+def test_a_holder_of_another_node_is_dead_once_slurm_says_so(said, tmp_path, monkeypatch):
+    fails = "error" in said
+    config, show = 'echo "ClusterName = here"', f'echo "{said}" {">&2; exit 1" if fails else ""}'
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\nif [ "$2" = config ]; then {config}; else {show}; fi\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    for name in ("SLURM_JOB_ID", "SLURM_CLUSTER_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    holder = {"host": "elsewhere", "pid": 1, "start": "1", "token": "t", "job": "77", "restart": 1}
+    # Another cluster's jobs have numbers too, and older locks name no cluster.
+    for cluster, dead in (("there", False), ("", False), ("here", SAYS[said])):
+        (tmp_path / ".lock").write_text(json.dumps({**holder, "cluster": cluster}))
+        if dead:
+            RunDirectory(tmp_path).close()
+        else:
+            with pytest.raises(RuntimeError, match="elsewhere"):
+                RunDirectory(tmp_path)
 
 
 def test_a_reused_pid_and_a_half_written_lock_are_stale_but_another_host_is_not(tmp_path, monkeypatch):

@@ -196,6 +196,42 @@ def test_a_node_that_ray_could_not_start_on_is_tried_again_while_there_is_time(
     assert len(tried) == calls and all(line.startswith("start --address=127.0.0.1:") for line in tried)
 
 
+@pytest.mark.parametrize(
+    ("given", "asked", "taken"),
+    [
+        ("2,3,6,7", "0,1", "2,3"),
+        ("2,3,6,7", "2,3", "6,7"),
+        ("MIG-a,MIG-b", "0,1", "MIG-a,MIG-b"),
+        ("GPU-5c", "0", "GPU-5c"),
+        (None, "4,5", "4,5"),
+        ("0,1", "", ""),
+    ],
+)
+def test_ray_hands_out_the_gpus_that_slurm_has_given(given: str | None, asked: str, taken: str, tmp_path: Path) -> None:
+    done = ray_node(tmp_path, asked, given)
+    count = len(taken.split(",")) if taken else 0
+    assert done.returncode == 0 and f"devices={taken};" in done.stdout and f"--num-gpus={count} " in done.stdout
+
+
+def test_gpus_that_the_step_does_not_see_are_one_line(tmp_path: Path) -> None:
+    done = ray_node(tmp_path, "0,1", "3")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "GPUs 0,1 asked for, CUDA_VISIBLE_DEVICES=3 names 1" in done.stderr and "no --gpu-bind" in done.stderr
+
+
+def ray_node(folder: Path, asked: str, given: str | None) -> subprocess.CompletedProcess[str]:
+    """A head, with a `ray` that says what it was started with."""
+    (folder / "ray").write_text('#!/bin/sh\necho "devices=$CUDA_VISIBLE_DEVICES; $* "\n')
+    (folder / "ray").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "EE_INTERFACE": "",
+                   "EE_RAY_HEAD": "127.0.0.1:6379", "EE_RAY_TEMP": "/tmp/x"}  # fmt: skip
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    return subprocess.run(
+        [str(ROOT / "slurm" / "ray_node.sh"), "head", "1", asked, "5"], capture_output=True, text=True, cwd=ROOT,
+        env=environment | ({} if given is None else {"CUDA_VISIBLE_DEVICES": given}), timeout=60, check=False,
+    )  # fmt: skip
+
+
 def test_a_node_that_is_ended_is_not_started_again(tmp_path: Path) -> None:
     fake = tmp_path / "ray"
     fake.write_text('#!/bin/sh\necho "$@" >>"$0.calls"\ntrap "exit 9" TERM\nsleep 60 &\nwait\n')
@@ -221,17 +257,25 @@ def test_a_node_that_is_ended_is_not_started_again(tmp_path: Path) -> None:
     assert len((tmp_path / "ray.calls").read_text().splitlines()) == 1
 
 
-def prepared(folder: Path, **environment: str) -> dict[str, str]:
-    """What a job script's steps inherit, where Slurm's own tools are stood in for."""
-    for name, said in {"scontrol": "node1", "ee-megatron": "", "getent": "10.0.0.1 STREAM node1"}.items():
-        (folder / name).write_text(f"#!/bin/sh\necho '{said}'\n")
+def in_a_job(folder: Path, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script after common.sh, where Slurm's own tools are stood in for: srun says what it was called with."""
+    says = {"scontrol": "echo node1", "ee-megatron": "", "getent": "echo 10.0.0.1 STREAM node1", "apptainer": "",
+            "srun": 'printf "%s|" srun "$@"; echo'}  # fmt: skip
+    for name, said in says.items():
+        (folder / name).write_text(f"#!/bin/bash\n{said}\n")
         (folder / name).chmod(0o755)
     given = {name: value for name, value in os.environ.items() if not name.startswith("PYTORCH_")}
     given |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "EE_SITE_ENV": "none", "EE_INTERFACE": ""}
-    done = subprocess.run(
-        ["bash", "-c", ". slurm/common.sh && prepare && env"], env={**given, "PATH": f"{folder}:{given['PATH']}"}
-        | environment, capture_output=True, text=True, cwd=ROOT, timeout=60, check=True,
+    return subprocess.run(
+        ["bash", "-c", f". slurm/common.sh || exit 2\n{script}"], capture_output=True, text=True, cwd=ROOT, timeout=60,
+        env={**given, "PATH": f"{folder}:{given['PATH']}"} | environment, check=False,
     )  # fmt: skip
+
+
+def prepared(folder: Path, **environment: str) -> dict[str, str]:
+    """What a job script's steps inherit of torch's variables."""
+    done = in_a_job(folder, "prepare && env", **environment)
+    assert done.returncode == 0, done.stderr
     return dict(line.split("=", 1) for line in done.stdout.splitlines() if line.startswith("PYTORCH_"))
 
 
@@ -248,6 +292,86 @@ def test_cuda_memory_grows_in_segments_unless_somebody_has_chosen(chosen: dict[s
     # Ranks that no job script starts.
     grow_segments(environment := dict(chosen))
     assert environment == (chosen or GROWING)
+
+
+PLACES = "job=([learner_nodes]=1 [ranks]=2 [ranks_per_node]=2 [start_timeout_s]=9); logs=/tmp"
+STEPS = f"""
+prepare
+{PLACES}
+RAY_ADDRESS=10.0.0.1:6379
+start_ranks rl experiment=rl_7b; wait
+logs=$PWD/logs; ray_node worker node1 8 0,1; wait
+"""
+
+
+def test_a_container_of_pyxis_has_the_scratch_directory_and_may_be_one_per_node(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    site.write_text("EE_CONTAINER_IMAGE=/i.sqsh EE_CONTAINER_MOUNTS=/data:/data EE_SCRATCH=/scratch\n")
+    done = in_a_job(tmp_path, STEPS, EE_SITE_ENV=str(site))
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and all("|--container-mounts=/data:/data,/scratch:/scratch|" in line for line in lines)
+    assert lines[0].endswith("|ee-megatron|rl|experiment=rl_7b|") and "container-name" not in done.stdout
+    with site.open("a") as file:
+        file.write("EE_CONTAINER_NAME=ee\n")
+    lines = in_a_job(tmp_path, STEPS, EE_SITE_ENV=str(site)).stdout.splitlines()
+    # Unpacked by a step of its own, on every node, before others need it.
+    assert len(lines) == 3 and lines[0].endswith("|true|") and "|--nodes=1|--ntasks=1|" in lines[0]
+    assert all("|--container-name=ee|" in line and "|--container-image=/i.sqsh|" in line for line in lines)
+
+
+def test_every_step_is_put_behind_the_sites_command(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    site.write_text('EE_CONTAINER_COMMAND=(apptainer exec --nv "/my images/ee.sif") EE_SCRATCH=/scratch\n')
+    done = in_a_job(tmp_path, f"{STEPS}echo $APPTAINER_BINDPATH", EE_SITE_ENV=str(site), APPTAINER_BINDPATH="/data")
+    ranks, ray, bound = done.stdout.splitlines()
+    assert ranks.endswith("|apptainer|exec|--nv|/my images/ee.sif|ee-megatron|rl|experiment=rl_7b|")
+    assert "|apptainer|exec|--nv|/my images/ee.sif|slurm/ray_node.sh|worker|8|0,1|9|" in ray
+    assert bound == f"{ROOT},/scratch,/data"
+    site.write_text("EE_CONTAINER_COMMAND='singularity exec ee.sif'\n")
+    done = in_a_job(tmp_path, STEPS, EE_SITE_ENV=str(site), PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert done.returncode == 2 and "EE_CONTAINER_COMMAND" in done.stderr and "no singularity on" in done.stderr
+
+
+def test_the_sites_binding_is_the_ranks_and_rays_step_has_none_of_its_own(tmp_path: Path) -> None:
+    ranks, ray = in_a_job(tmp_path, STEPS, EE_SRUN="--cpu-bind=map_ldom:0,1 --mem-bind=local").stdout.splitlines()
+    assert "|--cpu-bind=map_ldom:0,1|--mem-bind=local|ee-megatron|" in ranks
+    assert "|--cpu-bind=none|" in ray and "map_ldom" not in ray
+
+
+def test_cores_per_gpu_are_a_ranks_cores_too(tmp_path: Path) -> None:
+    def cores(**environment: str) -> str:
+        return in_a_job(tmp_path, "prepare; echo $SRUN_CPUS_PER_TASK", **environment).stdout.strip()
+
+    assert cores(SLURM_CPUS_PER_TASK="6", SLURM_CPUS_PER_GPU="9") == "6"
+    assert cores(SLURM_CPUS_PER_GPU="9") == "9"
+
+
+def test_a_heterogeneous_job_is_refused(tmp_path: Path) -> None:
+    done = in_a_job(tmp_path, "prepare", SLURM_HET_SIZE="2")
+    assert done.returncode == 2 and done.stderr.startswith("error: a heterogeneous job")
+
+
+WATCHED = """
+trap 'echo told' USR1
+(sleep 0.3; exit 3) & steps[$!]='an early one'
+(sleep 1.2; exit 7) & learner=$! steps[$learner]='the ranks'
+(sleep 0.6; kill -USR1 $$) &
+sleep 30 & steps[$!]='a late one'; late=$!
+code=0; watch || code=$?
+kill $late
+echo "ended $code with ${#steps[@]} left"
+"""
+
+
+def test_ranks_are_waited_for_whatever_else_ends_or_is_signalled(tmp_path: Path) -> None:
+    *before, end = in_a_job(tmp_path, WATCHED).stdout.splitlines()
+    assert end == "ended 7 with 2 left" and len(before) == 2 and "told" in before
+    assert any(line.endswith("an early one ended with exit code 3") for line in before)
+
+
+def test_a_rank_that_ended_before_anybody_looked_is_noticed(tmp_path: Path) -> None:
+    script = "(exit 9) & learner=$! steps[$learner]='the ranks'; sleep 0.5; watch || echo ended $?"
+    assert in_a_job(tmp_path, script).stdout == "ended 9\n"
 
 
 def test_ranks_of_this_machine_are_started_with_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

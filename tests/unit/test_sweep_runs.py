@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import os
+import re
 import socket
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -17,18 +19,22 @@ from ee_megatron.config.derive import read_dims
 from ee_megatron.config.faults import Faults
 from ee_megatron.config.identity import stage_dir
 from ee_megatron.config.load import load
+from ee_megatron.config.sbatch import site_options
 from ee_megatron.config.validate import validate
 from ee_megatron.observe.lock import process_start
+from ee_megatron.planning.command import allocation
 from ee_megatron.planning.flops import decode_cost
-from ee_megatron.sweeps import records
+from ee_megatron.sweeps import records, status
 from ee_megatron.sweeps.budget import buy
 from ee_megatron.sweeps.collect import collect, columns, rows, to_csv
-from ee_megatron.sweeps.command import forget_failures, to_start, write_missing_results
+from ee_megatron.sweeps.command import forget_failures, main, to_start, write_missing_results
+from ee_megatron.sweeps.extend import placed
 from ee_megatron.sweeps.grid import IsoFlop, from_settings
 from ee_megatron.sweeps.local import split_devices, visible_devices
 from ee_megatron.sweeps.measured import measure, one_rank, pretrained, reinforced, workload
-from ee_megatron.sweeps.slurm import minutes_of
-from ee_megatron.sweeps.status import status_table
+from ee_megatron.sweeps.records import own_job
+from ee_megatron.sweeps.slurm import _executor, asked_for, minutes_of
+from ee_megatron.sweeps.status import left_out, status_table
 from ee_megatron.sweeps.sweep import Sweep, resolve
 
 TINY = {
@@ -188,6 +194,126 @@ def test_what_slurm_has_in_its_queue_is_left_to_it(base: list[str]) -> None:
     assert to_start(sweep, queue, True) == [sweep.tasks[0]]
     assert records.task_state(sweep, first, queue) == records.QUEUED
     assert "queued" in status_table(sweep, queue)
+
+
+def test_what_slurm_has_ended_is_dead_at_once(base: list[str]) -> None:
+    """A task of a node that nobody can look at, written a moment ago: alive, unless Slurm says that its job is gone."""
+    sweep = made(base, "rl.lambda_exit=0,1", "teacher.enabled=false", last="rl")
+    _, first, second = sweep.tasks
+    for task in (first, second):
+        record = records.Record(records.RUNNING, "rl", host="elsewhere", job="12_3")
+        records.write_record(sweep, task.key, record)
+    queue = {first.key: records.GONE}
+    assert records.task_state(sweep, first, queue) == records.KILLED and first in to_start(sweep, queue, False)
+    assert records.task_state(sweep, second, queue) == records.RUNNING and second not in to_start(sweep, queue, True)
+    assert own_job({"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}) == "12_3"
+    assert own_job({"SLURM_JOB_ID": "15"}) == "15" and own_job({}) == ""
+
+
+def test_what_is_not_started_is_said_with_the_reason(base: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = made(base, "rl.lambda_exit=0.0,0.1,0.2,0.3,0.4", "teacher.enabled=false", last="rl")
+    shared, silent, fresh, waiting, failed, *rest = sweep.tasks
+    finish(sweep, shared.key)
+    for task, age in ((silent, 50), (fresh, 2)):
+        records.write_record(sweep, task.key, records.Record(records.RUNNING, "rl", host="elsewhere", job="12_3"))
+        then = time.time() - age
+        os.utime(records.record_path(sweep, task.key), (then, then))
+    records.write_record(sweep, failed.key, records.Record(records.FAILED, "rl", 1, "it broke"))
+    records.note_submitted(sweep, {waiting.key: "12_4"})
+    queue = {waiting.key: "COMPLETING"}
+    tasks = to_start(sweep, queue, False)
+    assert tasks == rest
+    one, two, three, four = left_out(sweep, [task for task in sweep.tasks if task not in tasks], queue)
+    assert re.search(
+        r"0\.0: running on elsewhere as job 12_3, silent for 5\d s; taken for dead after [67]\d s more", one
+    )
+    assert re.search(r"running on elsewhere as job 12_3, written \d s ago", two)
+    assert three.endswith("rl.lambda_exit=0.2: Slurm has it as job 12_4 (COMPLETING)")
+    assert four == "1 task(s) that failed or need one that did; --retry-failed starts them"
+    monkeypatch.setattr(status, "MOST_LISTED", 3)
+    pending = {task.key: "PENDING" for task in sweep.tasks}
+    assert left_out(sweep, sweep.tasks, pending)[3:] == ["2 more like these"]
+
+
+# ---- sweeps that grow ----
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is a config.json: nothing is started."""
+    monkeypatch.setattr("ee_megatron.training.stages.check_given", lambda cfg: None)
+
+
+def plan_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
+    code = main([*arguments, "--last", "rl", "--dry-run"])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    return said.out.splitlines()
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_grid_with_another_point_extends_the_sweep(
+    base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = [*base, "teacher.enabled=false"]
+    small = placed(resolve(from_settings([*base, "rl.lambda_exit=0"]), "rl", check), False)
+    records.save(small)
+    # Alone, the run was one task; with another they part after calibration.
+    assert [[stage for stage, _ in task.stages] for task in small.tasks] == [["traces", "calibrate", "rl"]]
+    finish(small, small.tasks[0].key)
+    records.write_record(small, small.tasks[0].key, records.Record(records.FINISHED, "rl", starts=1, seconds=7.0))
+    larger = placed(resolve(from_settings([*base, "rl.lambda_exit=0,1", "seed=0,1"]), "rl", check), False)
+    records.save(larger)
+    assert larger.directory == small.directory and records.find_sweep("t", tmp_path / "runs") == larger
+    # What was done is done: traces and one calibration are shared, one run is finished.
+    assert records.run_state(larger, larger.runs[0]) == records.FINISHED
+    assert records.read_record(larger, larger.runs[0].tasks[-1]).seconds == 7.0
+    todo = [[stage for stage, _ in task.stages] for task in to_start(larger, {}, False)]
+    assert todo == [["calibrate"], ["rl"], ["rl"], ["rl"]]
+    # The first grid again is a part of it: nothing is left to do of it, and nothing is forgotten.
+    lines = plan_of([*base, "rl.lambda_exit=0"], capsys)
+    assert lines[0] == f"{small.directory}: 4 run(s), 7 task(s), 0 to start"
+    again = placed(resolve(from_settings([*base, "rl.lambda_exit=0"]), "rl", check), False)
+    assert [(run.id, run.settings) for run in again.runs] == [(run.id, run.settings) for run in larger.runs]
+    # Another part: only what was asked for starts.
+    lines = plan_of([*base, "rl.lambda_exit=1", "seed=1"], capsys)
+    assert lines[0].endswith("2 to start") and sum(line.startswith("  start ") for line in lines) == 2
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_points_are_added_by_extend_and_by_nothing_else(
+    base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = [*base, "teacher.enabled=false"]
+    sweep = made(base, "rl.lambda_exit=0,1", last="rl")
+    with pytest.raises(
+        ValueError, match=r"has a sweep of 2 run\(s\) up to rl, and none of these points are its: --ext"
+    ):
+        main([*base, "rl.lambda_exit=2", "--last", "rl"])
+    with pytest.raises(ValueError, match="and not all of these points"):
+        main([*base, "rl.lambda_exit=1,2", "--last", "rl"])
+    with pytest.raises(ValueError, match="has no sweep up to evaluate yet"):
+        main([*base, "rl.lambda_exit=2", "--extend"])
+    assert records.find_sweep("t", tmp_path / "runs") == sweep
+    lines = plan_of([*base, "rl.lambda_exit=2,3", "rl.steps=5", "--extend"], capsys)
+    assert lines[0] == f"{sweep.directory}: 4 run(s), 5 task(s), 3 to start"
+    grown = placed(
+        resolve(from_settings([*base, "rl.lambda_exit=2", "task.families=[sum],[sum,word]"]), "rl", check), True
+    )
+    records.save(grown)
+    assert records.find_sweep("t", tmp_path / "runs") == grown and len(grown.runs) == 4
+    # What only one of the grids varies has its value in every row.
+    table = rows(grown)
+    assert [row["rl.lambda_exit"] for row in table] == [0, 1, 2, 2]
+    defaults = str(load(base).task.families)
+    assert [row["task.families"] for row in table] == [defaults, defaults, "['sum']", "['sum', 'word']"]
+
+
+def test_of_two_sweeps_of_a_name_one_with_all_runs_counts(base: list[str], tmp_path: Path) -> None:
+    """As they were left by versions that made a new one for every grid."""
+    made(base, "rl.lambda_exit=0,1")
+    both = made(base, "rl.lambda_exit=0,1,2")
+    assert records.find_sweep("t", tmp_path / "runs") == both
 
 
 # ---- what is collected ----
@@ -377,6 +503,62 @@ def test_time_limits_are_read_as_slurm_reads_them() -> None:
     assert found == {"90": 90, "2:30": 3, "1:30:00": 90, "1-12": 2160, "1-12:30": 2190}
     with pytest.raises(ValueError, match="--slurm time=soon"):
         minutes_of("soon")
+
+
+def test_a_sweeps_jobs_ask_for_what_the_job_scripts_ask_for_and_the_site_says(
+    base: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = made([*base, "cluster.gpus_per_node=4"], "rl.lambda_exit=0,1").tasks
+    monkeypatch.delenv("EE_SBATCH", raising=False)
+    asked = asked_for(tasks, {})
+    lines = (Path(__file__).parents[2] / "slurm" / "rl_7b.sh").read_text()
+    for key in ("cpus-per-task", "mem"):
+        assert f"#SBATCH --{key}={asked[key]}\n" in lines
+    assert (asked["nodes"], asked["ntasks-per-node"], asked["gpus-per-node"]) == ("1", "4", "4")
+    monkeypatch.setenv("EE_SBATCH", "--cpus-per-task=12 --mem=900G --gres=gpu:h100:4 --exclusive")
+    site = asked_for(tasks, {})
+    assert (site["cpus-per-task"], site["mem"], site["gres"], site["exclusive"]) == ("12", "900G", "gpu:h100:4", "")
+    assert "gpus-per-node" not in site
+    own = asked_for(tasks, {"cpus-per-gpu": "6", "mem-per-gpu": "80G"})
+    assert own["cpus-per-gpu"] == "6" and own["mem-per-gpu"] == "80G" and not {"cpus-per-task", "mem"} & own.keys()
+    assert "--cpus-per-task=12 --mem=900G --gres=gpu:h100:4 --exclusive" in " ".join(
+        allocation(load([*base, "cluster.gpus_per_node=4"]), "rl")
+    )
+
+
+def test_what_sbatch_gets_names_no_wckey_but_the_sites(
+    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("EE_SBATCH", "--exclusive")
+    sweep = made([*base, "cluster.gpus_per_node=4"], "rl.lambda_exit=0,1")
+
+    def script(**options: str) -> list[str]:
+        executor = _executor(sweep, sweep.tasks[-2:], {"time": "90", **options}, 2, 3, "afterany:7")
+        return executor._make_submission_file_text("command", "id").splitlines()
+
+    lines = script()
+    for option in ("cpus-per-task=8", "mem=0", "gpus-per-node=4", "nodes=1", "exclusive", "requeue", "time=90",
+                   "ntasks-per-node=4", "dependency=afterany:7", "signal=B:USR2@300"):  # fmt: skip
+        assert f"#SBATCH --{option}" in lines, (option, lines)
+    assert not any("wckey" in line for line in lines)
+    assert "#SBATCH --wckey=physics" in script(wckey="physics")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("-p gpu", r"'-p': expected options of sbatch as --option=value"),
+        ("--mem-per-gpu=80G", "the job scripts say --mem, beside which sbatch refuses it"),
+        ("--cpus-per-gpu=4", "the job scripts say --cpus-per-task"),
+        ("--nodes=2", "follows from the settings"),
+    ],
+)
+def test_a_sites_options_that_no_job_could_take_are_named(text: str, says: str) -> None:
+    with pytest.raises(ValueError, match=f"EE_SBATCH: .*{says}"):
+        site_options({"EE_SBATCH": text})
 
 
 def test_devices_are_shared_out_among_slots() -> None:

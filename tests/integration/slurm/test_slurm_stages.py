@@ -46,6 +46,26 @@ def test_each_stage_goes_by_the_command_that_a_dry_run_prints(site):
     assert site.end(job, 60)["JobState"] == "COMPLETED" and "finished before" in site.log(job)
 
 
+# Four of a node's sixteen cores for each of two ranks; Ray, beside them, is to have the eight of the job.
+WHOLE = """#!/bin/bash
+. slurm/common.sh || exit 2
+prepare
+srun --ntasks=2 --ntasks-per-node=2 --overlap bash -c 'echo "rank $SLURM_CPUS_PER_TASK"'
+"${whole_node[@]}" bash -c 'echo "ray $SLURM_CPUS_ON_NODE of GPUs $CUDA_VISIBLE_DEVICES"'
+"""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("cores", [["--cpus-per-task=4", "--mem=0"], ["--cpus-per-gpu=4"]])
+def test_rays_step_has_every_core_of_the_job_on_its_node(cores, site):
+    script = site.folder / "whole.sh"
+    script.write_text(WHOLE)
+    job = site.submit(["sbatch", "--ntasks-per-node=2", "--gpus-per-node=2", *cores, str(script)])
+    assert site.end(job, 60)["JobState"] == "COMPLETED", site.everything(job)
+    lines = sorted(site.log(job).split("\n"))
+    assert "ray 8 of GPUs 0,1" in lines and lines.count("rank 4") == (2 if "--mem=0" in cores else 0), lines
+
+
 @pytest.mark.timeout(400)
 def test_an_array_runs_one_value_per_task(site):
     settings = site.rl(

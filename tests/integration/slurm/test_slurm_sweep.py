@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -168,3 +169,34 @@ def test_shared_stages_come_first_and_several_ranks_stop_and_go_on_by_submitits_
     checkpoints = records.stage_path(current, first.key) / "checkpoints"
     # Nothing but the word to stop has made a checkpoint before the last.
     assert len(list(checkpoints.iterdir())) == 2
+
+
+@pytest.mark.timeout(480)
+def test_a_killed_run_is_dead_at_once_and_goes_on_on_another_node(site):
+    """Its lock names a process of a node that nobody here can look at: Slurm is asked."""
+    settings = ["experiment=rl_7b", *site.rl("dropped", *ALONE, "parallel.pipeline=1"), f"rl.steps={LONG}",
+                "rl.checkpoint_every=2", "rl.prompts_per_step=2"]  # fmt: skip
+    command = [*settings, "--last", "rl", "--name", "dropped", "--executor", "slurm", "--slurm", "time=10"]
+    assert "cpus-per-task=8 mem=0" in sweep(site, *command).stdout
+    (task,) = opened(site, "dropped").tasks
+    record = one_at_work(site, "dropped", {task.key})
+    found = site.cluster.job(record.job)
+    assert (found["CPUs/Task"], found["MinMemoryNode"]) == ("8", "0"), found
+    assert f"left out: rl: Slurm has it as job {record.job} (RUNNING)" in sweep(site, *command).stdout
+    # At once and without a word to anybody, as a node that is short of memory does: the record says that it is running,
+    # and its locks are held.
+    for pid, node, program in site.cluster.processes():
+        if node == record.host and "python" in program[0]:
+            os.kill(pid, signal.SIGKILL)
+    wait_for(site, "dropped", lambda: not site.queue(), 60, "the killed job's end")
+    assert records.read_record(opened(site, "dropped"), task.key).state == records.RUNNING
+    said = sweep(site, *command, "--slurm", f"exclude={record.host}").stdout
+    assert "1 task(s) to start" in said and "left out" not in said, said
+
+    def started_again() -> bool:
+        now = records.read_record(opened(site, "dropped"), task.key)
+        return now.job != record.job and any(event.startswith("start") for event in now.events[len(record.events) :])
+
+    wait_for(site, "dropped", started_again, 100, "the run to go on")
+    now = records.read_record(opened(site, "dropped"), task.key)
+    assert now.host != record.host and now.starts == 2

@@ -15,7 +15,18 @@ from ee_megatron.config.load import find_config_dir, list_groups, load
 from ee_megatron.config.schema import RunConfig
 from ee_megatron.config.validate import validate
 
-EXPERIMENTS = ("demo_cpu", "demo_gpu", "externalise", "ladder", "rl_1.5b", "rl_7b", "rl_32b", "rl_70b", "smollm2")
+EXPERIMENTS = (
+    "demo_cpu",
+    "demo_gpu",
+    "externalise",
+    "ladder",
+    "rl_1.5b",
+    "rl_7b",
+    "rl_32b",
+    "rl_70b",
+    "smollm2",
+    "your_data",
+)
 DEMO = "experiment=demo_cpu"
 
 
@@ -29,7 +40,9 @@ def refused(*overrides: str, config_dir: Path | None = None) -> str:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_is_a_whole_valid_run(experiment: str) -> None:
-    cfg = load([f"experiment={experiment}"])
+    # What only the user can give.
+    given = ["model.path=model", "task.path=mine.jsonl"] if experiment == "your_data" else []
+    cfg = load([f"experiment={experiment}", *given])
     assert isinstance(cfg, RunConfig) and cfg.name == experiment
     validate(cfg, None)
 

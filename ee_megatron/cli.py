@@ -305,8 +305,6 @@ def _answering(options: argparse.Namespace) -> RunConfig:
 
         cfg = load(["name=given", "model.path=given", *options.overrides])
     cfg.model.path = options.model
-    if not Path(options.model).is_dir():
-        raise FileNotFoundError(f"--model {options.model}: no such directory; expected a model, an export or a run")
     return cfg
 
 

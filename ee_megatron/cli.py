@@ -226,9 +226,9 @@ def _configured(options: argparse.Namespace, *, with_model: bool = False) -> Run
     return cfg
 
 
-def _ready(overrides: list[str], command: str) -> RunConfig:
-    """The settings of a stage, or of all of them ("run"), once everything that they need has been looked at. Raises
-    Faults, everything that is wrong."""
+def _ready(overrides: list[str], command: str, starts_here: bool = True) -> RunConfig:
+    """The settings of a stage, or of all of them ("run"), once everything that they need has been looked at, this
+    machine too if it `starts_here`. Raises Faults, everything that is wrong."""
     from .config.faults import refuse
     from .config.identity import stage_order
     from .config.load import attempt
@@ -236,7 +236,7 @@ def _ready(overrides: list[str], command: str) -> RunConfig:
 
     found = attempt(overrides)
     wanted = [command] if command != "run" else stage_order(found.cfg) if found.cfg else []
-    refuse(Preflight().faults(found, wanted, inputs=command != "run", here=overrides))
+    refuse(Preflight().faults(found, wanted, inputs=command != "run", here=overrides if starts_here else None))
     assert found.cfg is not None
     return found.cfg
 
@@ -266,7 +266,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _job(options: argparse.Namespace) -> int:
-    cfg = _ready(options.overrides, options.stage)
+    cfg = _ready(options.overrides, options.stage, starts_here=False)
     from .training.slurm import describe_job
 
     found = describe_job(cfg, options.stage, os.environ)
@@ -292,7 +292,7 @@ def _answering(options: argparse.Namespace) -> RunConfig:
     """The configuration that `generate` and `serve` go by; with --model it needs no experiment."""
     if options.model is None:
         return _configured(options, with_model=True)
-    if not Path(options.model).is_dir():
+    if not options.model or not Path(options.model).is_dir():
         raise FileNotFoundError(
             f"--model {options.model!r}: no such directory; expected a run (runs/NAME), a Hugging Face model or "
             "export, or a Megatron checkpoint"

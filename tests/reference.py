@@ -6,6 +6,8 @@ stream. Adapters enter as W + scale * B A through `functional_call`, so autograd
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,10 +18,24 @@ from ee_megatron.policy import PolicySpec
 
 
 class Reference:
+    """`exact`: in float64 throughout, but for the rotary table, so that what differs from it is the other's error."""
+
     def __init__(
-        self, path, spec: PolicySpec | None = None, policy: dict[str, Tensor] | None = None, attention: str = "eager"
+        self,
+        path,
+        spec: PolicySpec | None = None,
+        policy: dict[str, Tensor] | None = None,
+        attention: str = "eager",
+        exact: bool = False,
     ):
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
+        # Eager attention's softmax and the norms are in float32 whatever the model is in.
+        attention, dtype = ("sdpa", torch.float64) if exact else (attention, torch.float32)
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+        if exact:
+            for module in self.model.modules():
+                if type(module).__name__.endswith("RMSNorm"):
+                    module.forward = partial(_norm, module)
+            policy = {name: value.double() for name, value in (policy or {}).items()}
         self.model.eval()
         self.model.requires_grad_(False)
         self.spec, self.policy = spec, policy or {}
@@ -30,7 +46,9 @@ class Reference:
         hidden = inner.embed_tokens(tokens)
         positions = torch.arange(tokens.size(1)).unsqueeze(0)
         rotary = inner.rotary_emb(hidden, positions)
-        causal = torch.full((tokens.size(1),) * 2, torch.finfo(hidden.dtype).min).triu(1)[None, None]
+        causal = torch.full((tokens.size(1),) * 2, torch.finfo(hidden.dtype).min, dtype=hidden.dtype).triu(1)[
+            None, None
+        ]
         streams = [hidden]
         for index, layer in enumerate(inner.layers):
             out = functional_call(
@@ -83,6 +101,10 @@ class Reference:
             chosen = torch.where(depths == depth, alive * hazards[..., i], chosen)
             alive = alive * (1 - hazards[..., i])
         return torch.where(depths >= self.model.config.num_hidden_layers, alive, chosen).log().float()
+
+
+def _norm(module, hidden: Tensor) -> Tensor:
+    return module.weight * hidden / (hidden.pow(2).mean(-1, keepdim=True) + module.variance_epsilon).sqrt()
 
 
 def random_policy(dims, spec: PolicySpec, seed: int = 0, size: float = 0.15) -> dict[str, Tensor]:

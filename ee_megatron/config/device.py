@@ -89,12 +89,17 @@ def _too_few(count: int, found: int) -> str:
     )
 
 
+def hides_all(visible: str | None) -> bool:
+    """Whether a value of CUDA_VISIBLE_DEVICES (None: not set) leaves no GPU to be seen."""
+    return visible is not None and (not visible.strip() or visible.startswith(("-", "NoDevFiles")))
+
+
 def _none() -> str:
     """Why torch finds no GPU at all, and what would help. The first of these that holds."""
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and (not visible.strip() or visible.startswith(("-", "NoDevFiles"))):
+    if hides_all(visible):
         return f"CUDA_VISIBLE_DEVICES={visible!r} hides every GPU; unset it, or name devices in it"
     listed, trouble = _smi("-L")
     cards = len(re.findall(r"^GPU \d+:", listed, re.MULTILINE))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 
 from ..config.cluster import JobShape, job_shape, seats
 from ..config.derive import actor_share, start_timeout
-from ..config.device import asks_for_gpus, gpu_files, pick_device
+from ..config.device import asks_for_gpus, gpu_files, hides_all, pick_device
 from ..config.identity import stage_dir
 from ..config.schema import RunConfig
 from ..families.hf_directory import HFDirectory
@@ -82,6 +82,9 @@ def check_place(cfg: RunConfig, wanted: Sequence[str], overrides: list[str], env
         return
     shapes = [job_shape(cfg, stage) for stage in wanted]
     nodes, gpus = max(shape.nodes for shape in shapes), max(shape.gpus_per_node for shape in shapes)
+    if gpus and hides_all(environment.get("CUDA_VISIBLE_DEVICES")):
+        # Whoever hides this machine's GPUs is told of that instead.
+        return
     here = len(gpu_files())
     if nodes > 1 or gpus > here:
         commands = "; ".join(launch_command(cfg, stage, overrides) for stage in wanted)

@@ -127,11 +127,27 @@ def gates_loss(reference: Reference, batch, weights):
     return ((weights.hazard * hazards - weights.exit * did) * reached).sum()
 
 
-def assert_gradients(found, expected):
-    assert found.keys() == expected.keys()
-    for name, wanted in expected.items():
-        error = float((found[name] - wanted).norm() / wanted.norm().clamp(min=1e-6))
-        assert error < 1e-5, f"{name}: relative error {error:.1e}, norm {float(wanted.norm()):.1e}"
+def assert_gradients(found, exact, plain):
+    """Within 1e-5 of the exact ones or, where rounding alone costs transformers' own layers more than half of that
+    (normalised queries: what is left of large terms), within twice what it costs them."""
+    assert found.keys() == exact.keys() == plain.keys()
+    for name, wanted in exact.items():
+        scale = wanted.norm().clamp(min=1e-6)
+        error, allowed = float((found[name] - wanted).norm() / scale), float((plain[name] - wanted).norm() / scale)
+        assert error < max(1e-5, 2 * allowed), (
+            f"{name}: relative error {error:.1e}, in float32 by the book {allowed:.1e}"
+        )
+
+
+def gradients_by_the_book(path, spec, policy, batch, weights, exact):
+    """By transformers' own layers: of the policy's tensors, and where every weight is trained of the model's."""
+    for value in policy.values():
+        value.grad = None
+    reference = Reference(path, spec, policy, exact=exact)
+    reference.model.requires_grad_(spec.full)
+    likelihood_loss(reference, batch, weights).backward()
+    trained = {name: p.grad for name, p in reference.model.named_parameters() if name in policy and spec.full}
+    return trained | {name: value.grad for name, value in policy.items() if value.requires_grad}
 
 
 LAYOUT_ORDER = sorted(LAYOUTS, key=world)
@@ -165,10 +181,9 @@ def test_logits_and_gradients_with_adapters(layout, model, models, ranks):
 
     for value in policy.values():
         value.requires_grad_()
-    likelihood_loss(reference, batch, weights).backward()
-    expected = {name: value.grad for name, value in policy.items()}
+    by_the_book = [gradients_by_the_book(path, SPEC, policy, batch, weights, exact) for exact in (True, False)]
     for result in results:
-        assert_gradients(result["gradients"], expected)
+        assert_gradients(result["gradients"], *by_the_book)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -188,15 +203,12 @@ def test_logits_and_gradients_of_full_fine_tuning(layout, model, models, ranks):
         if name.startswith("gates."):
             policy[name].requires_grad_()
     reference = Reference(path, FULL, policy)
-    reference.model.requires_grad_(True)
     found = last_stage(results, lambda r: r["patterns"][0])[..., : source.dims.vocab]
     # Padding is never read out, and is frozen at depth 0 in both.
     torch.testing.assert_close(found, reference.logits(batch.tokens[:4], batch.exit_depths[:4]), rtol=1e-5, atol=2e-5)
-    likelihood_loss(reference, batch, weights).backward()
-    expected = {name: p.grad for name, p in reference.model.named_parameters() if name in policy}
-    expected |= {name: value.grad for name, value in policy.items() if name.startswith("gates.")}
+    by_the_book = [gradients_by_the_book(path, FULL, policy, batch, weights, exact) for exact in (True, False)]
     for result in results:
-        assert_gradients(result["gradients"], expected)
+        assert_gradients(result["gradients"], *by_the_book)
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUT_ORDER if world(name) <= 2])
@@ -220,4 +232,4 @@ def test_gradients_where_every_gate_has_weights_of_its_own(layout, models, ranks
     expected = {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in policy.items()}
     assert all(expected[name].any() for name in expected if name.startswith("gates."))
     for result in results:
-        assert_gradients(result, expected)
+        assert_gradients(result, expected, expected)

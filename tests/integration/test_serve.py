@@ -373,14 +373,18 @@ def test_mistakes_on_the_command_line_are_one_line(
         (["--model", str(model), "--cache-gib", "-1"], "cache-gib -1.0: expected a number >= 0"),
         (["--model", str(model), "--cache-gib", "1e-4", "--max-length", "400"], "a request takes up to 400; raise it"),
         (["--model", str(model), "--exits", "fixed:2", "--port", "0"], "no exit depth"),
-        (["--model", str(tmp_path / "none"), "--grace", "nan"], "grace nan: expected a number >= 0"),
+        (["--model", str(tmp_path / "none"), "--grace", "nan"], "grace nan: expected a finite number"),
         (["--model", str(model), "--port", str(busy)], f"port {busy} on 127.0.0.1: Address already in use"),
         (["--model", str(model), "--cache-gib", "1e6"], "GiB for it; lower it"),
     ):
-        assert cli.main(["serve", *arguments]) == 2
+        try:
+            code = cli.main(["serve", *arguments])
+        except SystemExit as stopped:
+            code = stopped.code
+        assert code == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ") and message in error
     monkeypatch.setenv("WORLD_SIZE", "abc")
     assert cli.main(["serve", "--model", str(model)]) == 2
-    assert capsys.readouterr().err.startswith("error: WORLD_SIZE='abc' in the environment: expected a number of ranks")
+    assert capsys.readouterr().err.startswith("error: WORLD_SIZE='abc': expected a whole number")
     taken.close()

@@ -26,11 +26,13 @@ TWO_NODES = ("cluster.nodes=2", "cluster.rollout_nodes=1", "cluster.gpus_per_nod
 SKIPPING = ("rl.skip_scoring=true", "rl.importance=none", "rl.kl=exact")
 # With everything that an evaluation may do without.
 MEASURED = ("evaluate.controls=true", "evaluate.externalisation=true", "evaluate.choice=all")
-SMALL = dict(max_positions=64, rms_eps=1e-6, rope_theta=1e4, vocab=128)
+SMALL = dict(rms_eps=1e-6, rope_theta=1e4, vocab=128)
 
 
-def dims(layers: int = 28, heads: int = 28, kv_heads: int = 4, intermediate: int = 112) -> ModelDims:
-    return ModelDims("qwen2", layers, heads * 4, intermediate, heads, kv_heads, 4, **SMALL)
+def dims(
+    layers: int = 28, heads: int = 28, kv_heads: int = 4, intermediate: int = 112, positions: int = 64
+) -> ModelDims:
+    return ModelDims("qwen2", layers, heads * 4, intermediate, heads, kv_heads, 4, max_positions=positions, **SMALL)
 
 
 def config(*overrides: str) -> RunConfig:
@@ -232,15 +234,15 @@ def test_a_cache_that_the_longest_answer_does_not_fit_is_refused_with_the_number
     """28 layers, 4 key-value heads of 4 elements; the size that the message names is accepted."""
     rows = ("rollout.max_new_tokens=100", f"model.dtype={dtype}")
     position = 2 * item * 28 * 4 * 4
-    message = refused(f"rollout.cache_gib={100.5 * position / 2**30}", *rows, model=dims())
+    message = refused(f"rollout.cache_gib={100.5 * position / 2**30}", *rows, model=dims(positions=128))
     for part in ("holds 100 positions", "rollout.max_new_tokens=100", "take 101", "lower rollout.max_new_tokens"):
         assert part in message, message
     enough = message.split("raise it above ")[1].split(",")[0]
-    validate(config(f"rollout.cache_gib={enough}", *rows), dims())
+    validate(config(f"rollout.cache_gib={enough}", *rows), dims(positions=128))
     # Devices that share key-value heads out hold more; those that are more than the heads don't.
     shared = f"rollout.cache_gib={100.5 * position / 2**30 / 4}"
     validate(config(shared, "rollout=vllm", "rollout.tensor=2", "rollout.max_new_tokens=40", rows[1]), dims())
-    wide = dims(heads=32)
+    wide = dims(heads=32, positions=128)
     for tensor in (4, 8):
         limit = ("rollout=vllm", f"rollout.tensor={tensor}", shared, rows[1])
         validate(config(*limit, "rollout.max_new_tokens=99"), wide)
@@ -312,6 +314,7 @@ def write_model(path: Path, layers: int) -> None:
 # What does not belong to a stage's identity: it changes how a result is computed, not what it is.
 NEVER = ("name", "runs", "device", "deterministic", "parallel", "checkpoint", "tracker", "cluster")
 EXECUTION = {
+    "model.base_unchecked",
     "task.verifier_workers",
     "task.verifier_deadline_s",
     "task.verifier_memory_mb",

@@ -286,5 +286,8 @@ def test_generate_uses_the_gates_of_an_export_and_says_that_it_loads(
 
 def test_a_temperature_that_is_no_number_is_refused(house: House, capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in ("nan", "inf", "-1"):
-        assert cli.main(["generate", "--model", str(house.base), "--prompt", "x", "--temperature", wrong]) == 2
-        assert capsys.readouterr().err.startswith(f"error: --temperature {float(wrong)}: expected")
+        try:
+            code = cli.main(["generate", "--model", str(house.base), "--prompt", "x", "--temperature", wrong])
+        except SystemExit as stopped:
+            code = stopped.code
+        assert code == 2 and capsys.readouterr().err.startswith(f"error: --temperature {float(wrong)}: expected")

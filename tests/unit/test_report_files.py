@@ -8,7 +8,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,7 +104,7 @@ def test_run_writes_the_report_after_every_stage_and_prints_the_table_once(
 ) -> None:
     cfg = load(["experiment=demo_cpu", f"runs={tmp_path / 'runs'}", "name=front"])
     stages = Stages(cfg, write_run(tmp_path / "samples"))
-    monkeypatch.setattr(subprocess, "run", stages)
+    monkeypatch.setattr(launch, "_followed", lambda command: stages(command).returncode)
     monkeypatch.setattr(launch, "pick_device", lambda *_: "cpu")
     monkeypatch.setattr(launch.stages, "check_given", lambda _: None)
     monkeypatch.setattr(launch, "export", lambda _: tmp_path / "export")

@@ -128,13 +128,17 @@ def gates_loss(reference: Reference, batch, weights):
 
 
 def assert_gradients(found, exact, plain):
-    """Within 1e-5 of the exact ones or, where rounding alone costs transformers' own layers more than half of that
-    (normalised queries: what is left of large terms), within twice what it costs them."""
+    """Within 1e-5 of the exact ones or, where rounding costs transformers' own layers in float32 more than a quarter of
+    that, within four times of what it costs them.
+
+    What they lose is one draw of it: behind Qwen3's normalised queries, which leave little of large terms, nine ways to
+    compute one gradient (attention by blocks, together, in float64; TP 1 and 2; by the book) were 0.45 to 1.4e-5 off.
+    """
     assert found.keys() == exact.keys() == plain.keys()
     for name, wanted in exact.items():
         scale = wanted.norm().clamp(min=1e-6)
         error, allowed = float((found[name] - wanted).norm() / scale), float((plain[name] - wanted).norm() / scale)
-        assert error < max(1e-5, 2 * allowed), (
+        assert error < max(1e-5, 4 * allowed), (
             f"{name}: relative error {error:.1e}, in float32 by the book {allowed:.1e}"
         )
 

@@ -254,7 +254,9 @@ def test_a_reader_who_does_not_read_is_cut_off(running: Running):
     line = socket.socket()
     line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
     line.connect(running.address)
-    body = json.dumps({"model": "tiny", "prompt": "1", "n": 4, "max_tokens": 2000, "stream": True, "logprobs": 20})
+    # Seeded, and eight answers: a few that end at once would fit into the buffers.
+    asked = {"model": "tiny", "prompt": "1", "n": 8, "max_tokens": 2000, "stream": True, "logprobs": 20, "seed": 1}
+    body = json.dumps(asked)
     head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     before = running.engine.health()["cancelled"]
     line.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())

@@ -207,7 +207,9 @@ def _nearby(obs: Observations, rows: list[Array], fits: CurveFits, window: float
     ladder, near = _ladder(obs, rows), []
     for part, centre, minimum in zip(rows, ladder.centre, fits.minima()[0], strict=True):
         distance = np.abs(np.log(obs.params[part]) - centre - minimum)
-        reach = np.unique(distance)[MIN_SIZES - 1]
+        # Of sizes, not of distances: two sizes may lie equally far on either side.
+        _, first = np.unique(obs.params[part], return_index=True)
+        reach = np.sort(distance[first])[MIN_SIZES - 1]
         near.append(part[distance <= max(np.log(window), reach)])
     return near
 

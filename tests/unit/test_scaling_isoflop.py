@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ee_megatron.scaling.isoflop_law import _drawn_residuals, fit_isoflop, group_budgets
+from ee_megatron.scaling.isoflop_curve import fit_curves
+from ee_megatron.scaling.isoflop_law import _drawn_residuals, _ladder, _nearby, fit_isoflop, group_budgets
 from ee_megatron.scaling.refusal import Refused
 from ee_megatron.scaling.table import Observations
 from tests.scaling_samples import EXPONENT_A, isoflop_runs
@@ -66,6 +67,15 @@ def test_losses_of_another_form_are_fitted_near_their_minima_only_or_refused() -
         Refused, match=r"no curve with one minimum fits|compute budgets with a minimum|of the resamples"
     ):
         fit_isoflop(Observations(obs.params, obs.tokens, obs.flops, jagged, obs.runs), 200, 0)
+
+
+def test_a_window_keeps_five_sizes_also_where_they_lie_in_pairs_round_the_minimum() -> None:
+    offset = np.array([-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0])
+    rows, flops = [np.arange(7)], np.full(7, 1e18)
+    obs = Observations(np.exp(offset), flops, flops, 3 + offset**2, np.arange(7))
+    fits = fit_curves(_ladder(obs, rows), np.ones((1, 1, 7)))
+    (near,) = _nearby(obs, rows, fits, 1.1)
+    assert sorted(near.tolist()) == [1, 2, 3, 4, 5]
 
 
 def test_budgets_can_be_named_or_given_a_width() -> None:

@@ -136,7 +136,7 @@ class TaskConfig:
     them."""
     families: list[str] = setting(["product", "sum", "word"])
     """arithmetic: product, sum, word, chain; tom: first_order, second_order, true_belief, reality, memory;
-    hops: hop1 to hop4; reasoning_gym: names of its families, chain_sum for one."""
+    hops: hop1 to hop8, as far as task.slots; reasoning_gym: names of its families, chain_sum for one."""
     operands: str = setting("small", choices=("small", "wide"), added_later=True)
     """arithmetic: which numbers. Of small ones there are few pairs (66 products), so that many problems on them are
     worth less than their number; wide ones are harder, and most test problems have a pair of their own."""
@@ -144,6 +144,8 @@ class TaskConfig:
     """hops: shares of terse, written-out and padded answers among those that are trained on."""
     tokens_per_step: int = setting(1, positive=True, added_later=True)
     """hops: tokens of a written step."""
+    slots: int = setting(4, positive=True, added_later=True)
+    """hops: operations that a prompt has room for, and most hops of a problem."""
     path: str = ""
     """gsm8k and dataset: a .jsonl or .parquet file, a directory with such files for each split, or a data set that
     `datasets` saved to disk."""
@@ -174,6 +176,10 @@ class PretrainConfig:
     enabled: bool = False
     """true: model.path holds no weights but a shape (config.json); weights are drawn at random and trained on the
     task's worked problems, question and answer."""
+    layers: int = setting(0, at_least=0, added_later=True)
+    """Layers instead of config.json's; 0: as it says."""
+    width: int = setting(0, at_least=0, added_later=True)
+    """Hidden size instead of config.json's: MLP and number of heads in proportion, heads as large as they were."""
     steps: int = setting(1000, positive=True)
     batch_size: int = setting(64, positive=True)
     """Sequences per update."""

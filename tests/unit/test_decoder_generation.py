@@ -28,8 +28,8 @@ from ee_megatron.exits import exit_distribution
 from ee_megatron.policy import PolicySpec, initial_policy
 from ee_megatron.rollout import Decoder, GenerationRequest, Request, SamplingParams, Scheduler, generate, stream
 from ee_megatron.rollout.engine.ending import StopChecker
+from ee_megatron.rollout.engine.generation import is_whole
 from ee_megatron.rollout.engine.sampling import sample_tokens, stream_key, uniforms
-from ee_megatron.rollout.engine.scheduler import is_whole
 from ee_megatron.rollout.engine.scoring import score, trace
 from ee_megatron.types import Prompt, Rollout
 from tests.tiny import tiny_hf, tiny_tokenizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +11,9 @@ from ...exit_rules import ExitRule, Off
 from ...types import Prompt, Rollout
 from .ending import StopChecker
 from .sampling import SamplingParams, TopLogprobs
+
+# Told how many of how many answers there are.
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

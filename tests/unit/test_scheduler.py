@@ -320,6 +320,39 @@ def test_a_bounded_cache_counts_what_a_group_shares_once(decoder, tokenizer):
         same(answer, alone(decoder, tokenizer, request))
 
 
+@EITHER
+def test_what_nobody_will_read_is_not_written_to_the_cache(decoder, tokenizer, monkeypatch):
+    """Keys and values that a token skipped, where the answer ends with the next one: by a stop string or by length."""
+    written = 0
+    real = decoder.ops.write_kv
+
+    def counted(fused, cache, first, layers, *rest):
+        nonlocal written
+        written += len(fused) * layers
+        real(fused, cache, first, layers, *rest)
+
+    monkeypatch.setattr(decoder.ops, "write_kv", counted)
+    scheduler = Scheduler(decoder, tokenizer, in_flight=9)
+    asked = [
+        Request("abc", SamplingParams(1.0, 2 + 2 * k, tuple("abcdefgh")), Sample() if k % 2 else Fixed(1), k, "p", k)
+        for k in range(16)
+    ]
+    answers = finish(scheduler, [scheduler.add(request) for request in asked])
+    # Entry t is the exit of the position that predicts token t, which the next token sees.
+    assert written == sum(int((6 - answer.exit_depths[:-1]).sum()) for answer in answers)
+    for finished in (True, False):
+        assert any(answer.exit_depths[-1] < 6 and answer.finished == finished for answer in answers)
+
+
+def test_answers_of_one_token_take_no_page(decoder, tokenizer):
+    """Where prompts never exit, it comes from reading the prompt."""
+    scheduler = Scheduler(decoder, tokenizer, in_flight=3)
+    one = [Request([n, 2, 3], SamplingParams(1.0, 1), Sample(), 0, str(n)) for n in range(7)]
+    answers = finish(scheduler, [scheduler.add(request) for request in one])
+    assert [answer.length for answer in answers] == [1] * 7
+    assert not scheduler.cache.pages and scheduler.free == 3
+
+
 def test_many_prompts_are_read_a_bounded_number_of_positions_at_a_time(decoder, tokenizer, monkeypatch):
     requests = [Request([n + 1] * (n % 17 + 1), SamplingParams(1.0, 4), prompt_id=str(n)) for n in range(40)]
     monkeypatch.setattr("ee_megatron.rollout.engine.reading.PREFILL_POSITIONS", 20)

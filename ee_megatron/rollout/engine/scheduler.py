@@ -22,7 +22,7 @@ from .cache import PAGE, KVCache, pages_for
 from .decoder import Decoder
 from .intake import Intake
 from .reading import Reader
-from .request import Event, Request, Row
+from .request import Event, NextToken, Request, Row
 from .slots import Slots
 from .stations import Stations
 from .steps import Steps
@@ -240,15 +240,15 @@ class Scheduler:
             self._wait_first(part)
 
     def _start(self, rows: list[Row]) -> list[Event]:
-        """Sample first tokens, where prompt positions never exit, and give unfinished answers a cache slot."""
+        """Sample first tokens, where prompt positions never exit, and give answers that go on a cache slot."""
         if self.decoder.layout.first_token:
             self.slots.enter([(row, self.reader.parts(row)) for row in rows])
             self._wait_first(rows)
             return []
-        self.slots.enter([(row, self.reader.parts(row)) for row in rows], coming=1)
-        events = self.steps.first(rows, [self.reader.of(row).logits for row in rows])
-        self._wait_first([row for row in rows if not self._retire(row)])
-        return events
+        new = self.steps.first(rows, [self.reader.of(row).logits for row in rows])
+        going = [row for row, token in zip(rows, new, strict=True) if token.finished is None]
+        self.slots.enter([(row, self.reader.parts(row)) for row in going], coming=1)
+        return self._append(rows, new)
 
     def _put_back(self, rows: list[Row]) -> None:
         """Rows that didn't get in wait again, as they came."""
@@ -273,17 +273,22 @@ class Scheduler:
         return []
 
     def _readout(self, rows: list[Row]) -> list[Event]:
-        """Next tokens; rows that have not finished begin with the next one."""
-        events = self.steps.readout(rows)
-        self._wait_first([row for row in rows if not self._retire(row)])
+        """Next tokens, by the order that the readout puts the rows in."""
+        new = self.steps.readout(rows)
+        events = self._append(rows, new)
         if not len(self.waiting):
             self.cache.trim()
         return events
 
-    def _retire(self, row: Row) -> bool:
-        """Whether a row has finished; its slot is free then."""
-        if row.finished is None:
-            return False
-        self.slots.leave(row)
-        self.finished[row.id] = row
-        return True
+    def _append(self, rows: list[Row], new: list[NextToken]) -> list[Event]:
+        """Give rows their tokens, which can't be taken back: those that go on begin with the next one, the slots of the
+        others are free."""
+        events = [row.append(token) for row, token in zip(rows, new, strict=True)]
+        for row in rows:
+            if row.finished is None:
+                self.stations.put(0, row)
+                continue
+            if row.slot >= 0:
+                self.slots.leave(row)
+            self.finished[row.id] = row
+        return events

@@ -10,7 +10,7 @@ from ...exit_rules import RULES, AtExit, ExitRule
 from ...exits import gate_log_term
 from .decoder import Decoder
 from .ops import Rows
-from .request import Event, Row
+from .request import NextToken, Row
 from .sampling import SamplingParams, most_probable, prescribe, sample_tokens, uniforms
 from .slots import Slots
 
@@ -91,26 +91,35 @@ class Steps:
             notes=self._notes[slots, : rule.notes],
         )
 
-    def readout(self, rows: list[Row]) -> list[Event]:
-        """Write the keys and values that rows skipped, and sample their next tokens, which can't be taken back."""
+    def readout(self, rows: list[Row]) -> list[NextToken]:
+        """Sample the next tokens of rows, which are put in order, and write the keys and values that those skipped
+        which go on: nobody reads an ended answer's. No row has its token yet, so where it raises, they may come here
+        again."""
         rows.sort(key=lambda row: row.segment)
         at = self._at(rows)
         slots = at.slots
         hidden = self._hidden[slots]
         depths = [self.decoder.layout.outcomes[row.segment] for row in rows]
         exits = self._exit_logprob[slots].tolist()
-        self.decoder.write_skipped(hidden, [row.segment for row in rows], self.slots.cache, at)
-        return self.sample(rows, self.decoder.readout(hidden), self._uniform[slots, -1], depths, exits)
+        new = self.sample(rows, self.decoder.readout(hidden), self._uniform[slots, -1], depths, exits)
+        early = sum(row.segment < len(self.decoder.layout.depths) for row in rows)
+        owing = [i for i in range(early) if new[i].finished is None]
+        if owing:
+            if len(owing) < early:
+                kept = torch.tensor(owing, device=self.decoder.device)
+                hidden, at = hidden[kept], at.take(kept)
+            self.decoder.write_skipped(hidden, [rows[i].segment for i in owing], self.slots.cache, at)
+        return new
 
-    def first(self, rows: list[Row], logits: list[Tensor]) -> list[Event]:
+    def first(self, rows: list[Row], logits: list[Tensor]) -> list[NextToken]:
         """Sample first tokens from logits [V] at the end of each prompt, where positions don't exit."""
         depths = [self.decoder.dims.num_layers] * len(rows)
         return self.sample(rows, torch.stack(logits), self.draw(rows)[:, -1], depths, [0.0] * len(rows))
 
     def sample(
         self, rows: list[Row], logits: Tensor, uniform: Tensor, depths: list[int], exits: list[float]
-    ) -> list[Event]:
-        """Tokens from logits [R, V] by each row's own sampling parameters; appends them, once all are drawn."""
+    ) -> list[NextToken]:
+        """Tokens from logits [R, V] by each row's own sampling parameters."""
         kinds: dict[SamplingParams, list[int]] = {}
         for i, row in enumerate(rows):
             kinds.setdefault(row.request.sampling.distribution, []).append(i)
@@ -125,7 +134,7 @@ class Steps:
             columns = (*(column.tolist() for column in drawn), best)
             found.update(zip(members, zip(*columns, strict=True), strict=True))
         return [
-            row.append(token, depths[i], logprob, full, exits[i], top)
+            NextToken(token, depths[i], logprob, full, exits[i], row.ending(token), top)
             for i, row in enumerate(rows)
             for token, logprob, full, top in [found[i]]
         ]

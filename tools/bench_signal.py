@@ -41,9 +41,9 @@ from ee_megatron.parallel import groups as rank_groups
 from ee_megatron.parallel.groups import Degrees
 from ee_megatron.policy import PolicySpec, initial_policy
 from ee_megatron.rollout import Decoder
+from ee_megatron.rollout.engine.generation import generate
 from ee_megatron.rollout.engine.request import GenerationRequest
 from ee_megatron.rollout.engine.sampling import SamplingParams
-from ee_megatron.rollout.engine.scheduler import generate
 from ee_megatron.training.experience import credit, objective_of, replay
 from ee_megatron.training.scratch import draw_model
 from ee_megatron.types import Group, Prompt, Rollout

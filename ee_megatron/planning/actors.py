@@ -55,7 +55,7 @@ def make_actor(cfg: RunConfig, layout: Layout, load: Workload, longest: Workload
     if cfg.rollout.backend == "vllm":
         return vllm_actor(cfg, layout, load, longest, item, device)
     wanted, dims = wanted_rows(cfg), layout.dims
-    # A row begins when what it may come to need is free (rollout/engine/scheduler.py).
+    # A row begins when what it may come to need is free (rollout/engine/waiting.py).
     pages, most = pages_for(longest.prompt + longest.answer), None
     rows = wanted
     if cfg.rollout.cache_gib:

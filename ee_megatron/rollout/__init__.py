@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from .engine.decoder import Decoder
+from .engine.generation import generate, stream
 from .engine.request import Event, GenerationRequest, Request
 from .engine.sampling import SamplingParams
-from .engine.scheduler import Scheduler, generate, stream
+from .engine.scheduler import Scheduler
 from .engine.scoring import Score
 from .pool import make_pool
 from .pool.interface import ReplicaSettings, RolloutPool

@@ -25,7 +25,8 @@ from ..training.stopping import STOPPED, WITH_PARENT, dying_with_me, follow_pare
 from . import records
 from .collect import collect
 from .extend import ids, placed
-from .grid import GROUP, Grid, check, combine, excluded, from_file, from_settings, zipped
+from .grid import GROUP, Grid, check, combine, excluded, from_settings, zipped
+from .grid_file import from_file
 from .local import LocalExecutor
 from .slurm import asked_for, minutes_of, queued, submit
 from .status import left_out, status_table

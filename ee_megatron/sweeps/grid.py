@@ -7,20 +7,16 @@ range() leaves out its stop and has no logarithmic form.
 
 from __future__ import annotations
 
-import difflib
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 
 SEED, BUDGET = "seed", "budget"
@@ -29,12 +25,9 @@ SEEDS = ("calibrate.seed", "rl.seed")
 FIXED_ONLY = ("name", "runs", "experiment")
 GROUP = "sweep"
 MOST_POINTS = 10**6
-_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-_RANGE = re.compile(rf"({_NUMBER}):({_NUMBER}):({_NUMBER}|log\d+|lin\d+)")
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_RANGE = re.compile(rf"({NUMBER}):({NUMBER}):({NUMBER}|log\d+|lin\d+)")
 _WHOLE = re.compile(r"[+-]?\d+")
-# A point before a digit begins a number.
-_PLAIN = re.compile(r"(?:[A-Za-z_/]|\.(?![0-9]))[A-Za-z0-9_./+-]*")
-_WORDS = ("true", "false", "null", "nan", "inf", "on", "off", "yes", "no")
 
 
 @dataclass(frozen=True)
@@ -175,22 +168,24 @@ def parse(text: str) -> tuple[str, list[Value], bool]:
     if override.is_delete():
         raise ValueError(f"{text}: settings cannot be deleted; give another value instead")
     if isinstance(element, ChoiceSweep) and not element.shuffle:
-        return key, [value for each in element.list for value in _expand(key, each)], True
+        return key, [value for each in element.list for value in expand(key, each)], True
     if override.is_sweep_override():
         raise ValueError(f"{text}: expected values with commas between them, or a range start:stop:step")
-    if _is_range(element):
-        return key, _expand(key, element), True
+    if is_range(element):
+        return key, expand(key, element), True
     # What is fixed keeps the user's own words.
     return key, [Value(text.split("=", 1)[1], override.value())], False
 
 
-def _is_range(element: Any) -> bool:
+def is_range(element: Any) -> bool:
+    """Whether a value is written as a range."""
     # Quoted strings are of a type of their own: never ranges.
     return isinstance(element, str) and _RANGE.fullmatch(element) is not None
 
 
-def _expand(key: str, element: Any) -> list[Value]:
-    if _is_range(element):
+def expand(key: str, element: Any) -> list[Value]:
+    """A value, or all values of a range."""
+    if is_range(element):
         return [Value(repr(number), number) for number in span(key, *element.split(":"))]
     return [Value(Override._get_value_element_as_str(element), Override._convert_value(element))]
 
@@ -268,111 +263,7 @@ def excluded(text: str) -> dict[str, list[Any]]:
     return rule
 
 
-# ---- files ----
-
-SECTIONS = ("settings", "axes", "zip", "exclude", "isoflop")
-
-
-class _Loader(yaml.SafeLoader):
-    """Numbers and words as YAML 1.2 has them: to 1.1, 1:2:30 is a number of base 60, 1e-5 a word and `on` is true."""
-
-
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("bool", r"true|false|True|False", "tfTF"),
-    ("null", r"~|null|Null|", ["~", "n", "N", ""]),
-    ("int", r"[-+]?\d+", "-+0123456789"),
-    ("float", _NUMBER, "-+.0123456789"),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), list(_first))
-
-
-def from_file(path: Path) -> Grid:
-    """A grid from YAML (docs/sweeps.md). Raises ValueError, naming the file and the part."""
-    try:
-        return _from_sections(yaml.load(path.read_text(encoding="utf-8"), _Loader))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not a grid: {' '.join(str(error).split())}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _from_sections(data: Any) -> Grid:
-    if not isinstance(data, dict):
-        raise ValueError(f"expected the sections {', '.join(SECTIONS)}, found a {type(data).__name__}")
-    for name in data:
-        if name not in SECTIONS:
-            near = difflib.get_close_matches(str(name), SECTIONS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(SECTIONS)}"
-            raise ValueError(f"{name}: no such section{hint}")
-    fixed = {key: f"{key}={written(key, value)}" for key, value in _settings(data, "settings").items()}
-    axes = [{key: _axis_of(key, values)} for key, values in _settings(data, "axes").items()]
-    zipped_axes = [_columns(group) if set(group) == {"keys", "rows"} else group for group in _list(data, "zip")]
-    groups = [{key: _axis_of(key, values) for key, values in group.items()} for group in zipped_axes]
-    for group in groups:
-        check_lengths(group)
-    rules = [{k: v if isinstance(v, list) else [v] for k, v in rule.items()} for rule in _list(data, "exclude")]
-    grid = Grid(fixed, [*axes, *groups], rules)
-    keys = [*grid.fixed, *grid.keys]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise ValueError(f"{', '.join(twice)}: given twice; a setting is fixed, an axis or zipped")
-    for key, value in _settings(data, "isoflop").items():
-        grid.isoflop.put(key, value)
-    return grid
-
-
-def _settings(data: dict, name: str) -> dict[str, Any]:
-    return _checked(data.get(name) or {}, name)
-
-
-def _list(data: dict, name: str) -> list[dict[str, Any]]:
-    items = data.get(name) or []
-    if not isinstance(items, list):
-        raise ValueError(f"{name}: expected a list of key: value mappings, found a {type(items).__name__}")
-    return [_checked(item, name) for item in items]
-
-
-def _columns(table: dict[str, Any]) -> dict[str, list[Any]]:
-    """Zipped axes as a table, {"keys": [K], "rows": lists of K values} -> each key's values."""
-    keys, rows = table["keys"], table["rows"]
-    if not isinstance(keys, list) or not isinstance(rows, list) or not keys or not rows:
-        raise ValueError(f"zip: expected keys: [a, b] and rows: [[1, 2], ...], found {table}")
-    wrong = [row for row in rows if not isinstance(row, list) or len(row) != len(keys)]
-    if wrong:
-        raise ValueError(
-            f"zip: expected {len(keys)} values in every row, for {', '.join(map(str, keys))}; found {wrong[0]}"
-        )
-    return {str(key): [row[i] for row in rows] for i, key in enumerate(keys)}
-
-
-def _checked(section: Any, name: str) -> dict[str, Any]:
-    if not isinstance(section, dict) or (not section and name in ("zip", "exclude")):
-        raise ValueError(f"{name}: expected key: value, found {section!r}")
-    nested = [key for key, value in section.items() if isinstance(value, dict)]
-    if nested:
-        raise ValueError(f"{name}: {nested[0]} holds a section; write keys with dots, e.g. {nested[0]}.field: value")
-    return {str(key): value for key, value in section.items()}
-
-
-def _axis_of(key: str, values: Any) -> list[Value]:
-    if _is_range(values):
-        return axis(key, _expand(key, values))
-    if not isinstance(values, list) or not values:
-        raise ValueError(f"{key}: expected a list of values or a range start:stop:step, found {values!r}")
-    return axis(key, [Value(written(key, value), value) for value in values])
-
-
-def written(key: str, value: Any) -> str:
-    """A value from YAML as a setting's text that means the same."""
-    if isinstance(value, list):
-        return f"[{','.join(written(key, item) for item in value)}]"
-    if isinstance(value, str):
-        plain = _PLAIN.fullmatch(value) and value.lower() not in _WORDS
-        return value if plain else QuotedString(value, Quote.single).with_quotes()
-    if value is None or isinstance(value, bool | int | float):
-        return json.dumps(value)
-    raise ValueError(f"{key}: expected a number, a word, true, false, null or a list, found {value!r}")
+# ---- as a whole ----
 
 
 def combine(file: Grid, line: Grid) -> Grid:

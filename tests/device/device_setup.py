@@ -41,9 +41,9 @@ from ee_megatron.policy import PolicySpec, initial_policy
 from ee_megatron.rollout.engine import kernels
 from ee_megatron.rollout.engine import linear as decoder_linear
 from ee_megatron.rollout.engine.decoder import Decoder
+from ee_megatron.rollout.engine.generation import generate
 from ee_megatron.rollout.engine.request import GenerationRequest
 from ee_megatron.rollout.engine.sampling import SamplingParams
-from ee_megatron.rollout.engine.scheduler import generate
 from ee_megatron.types import Prompt, Rollout
 from tests.pretend_gpu import NAME, PretendGPU, register
 from tests.reference import random_policy

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from ee_megatron.exit_rules import Off, Prescribed, Sample
 from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import Decoder, SamplingParams
-from ee_megatron.rollout.engine import scheduler
+from ee_megatron.rollout.engine.reading import PREFILL_POSITIONS
 from ee_megatron.rollout.engine.request import Request
 from ee_megatron.rollout.engine.sampling import sample_tokens
 from ee_megatron.rollout.engine.scheduler import Scheduler
@@ -320,11 +320,11 @@ def test_who_finds_no_memory_ends_alone_and_the_others_answer_as_if_it_had_never
                 if where == "reading":
                     fail_for(made, patch, "prefill", decoder, lambda tokens, *_: len(prompts[bad]) in map(int, _[0]))
                 elif where == "a segment":
-                    fail_for(made, patch, "_leave", made, lambda _, rows, *rest: rows_are_bad(rows))
+                    fail_for(made, patch, "leave", made.steps, lambda _, rows, *rest: rows_are_bad(rows))
                 elif where == "the cache":
-                    fail_for(made, patch, "_hold", made, lambda rows, *_: rows_are_bad(rows))
+                    fail_for(made, patch, "hold", made.slots, lambda rows, *_: rows_are_bad(rows))
                 else:
-                    fail_for(made, patch, "_sample", made, lambda rows, *_: rows_are_bad(rows))
+                    fail_for(made, patch, "sample", made.steps, lambda rows, *_: rows_are_bad(rows))
                 assert slot
             while made.busy:
                 made.advance()
@@ -340,9 +340,7 @@ def test_who_finds_no_memory_ends_alone_and_the_others_answer_as_if_it_had_never
 
 def test_memory_is_counted_before_the_first_request(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     plenty = plan_memory(decoder, 4, 2048, 0, Free(8 << 30, "plenty"))
-    assert (
-        plenty.positions == 4 * 2048 and plenty.longest_prompt == 2048 and plenty.reading == scheduler.PREFILL_POSITIONS
-    )
+    assert plenty.positions == 4 * 2048 and plenty.longest_prompt == 2048 and plenty.reading == PREFILL_POSITIONS
     position = 2 * 6 * 2 * 16 * 4
     assert plenty.cache_bytes == plenty.positions * position
     scarce = plan_memory(decoder, 4, 2048, 0, Free((258 << 20), "little"))

@@ -28,8 +28,8 @@ from ee_megatron.exits import exit_distribution
 from ee_megatron.policy import PolicySpec, initial_policy
 from ee_megatron.rollout import Decoder, GenerationRequest, Request, SamplingParams, Scheduler, generate, stream
 from ee_megatron.rollout.engine.ending import StopChecker
+from ee_megatron.rollout.engine.generation import is_whole
 from ee_megatron.rollout.engine.sampling import sample_tokens, stream_key, uniforms
-from ee_megatron.rollout.engine.scheduler import is_whole
 from ee_megatron.rollout.engine.scoring import score, trace
 from ee_megatron.types import Prompt, Rollout
 from tests.tiny import tiny_hf, tiny_tokenizer
@@ -308,11 +308,11 @@ def test_stop_strings_end_the_text_but_keep_their_tokens():
     tokenizer = tiny_tokenizer()
     stopping = StopChecker(tokenizer, [128], ["END", "\n"])
     ids = tokenizer("abENcENDx").input_ids
-    assert [stopping.ended(ids[: n + 1]) for n in range(len(ids))] == [False] * 7 + [True, True][:1] + [False]
+    assert [stopping.ends(ids[:n], ids[n]) for n in range(len(ids))] == [False] * 7 + [True, True][:1] + [False]
     assert stopping.text(ids[:8]) == "abENc" and stopping.settled(ids[:4]) == "ab"
-    assert stopping.ended([97, 10]) and stopping.ended([97, 128]) and not stopping.ended([97])
-    assert StopChecker(tokenizer, [], []).ended([128])
-    assert StopChecker(tokenizer, [1], ["<|end|>"]).ended([97, 128])
+    assert stopping.ends([97], 10) and stopping.ends([97], 128) and not stopping.ends([], 97)
+    assert StopChecker(tokenizer, [], []).ends([], 128)
+    assert StopChecker(tokenizer, [1], ["<|end|>"]).ends([97], 128)
 
 
 def test_generation_ends_at_a_stop_string_and_streams_the_same(policy, tokenizer):

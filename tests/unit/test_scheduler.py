@@ -162,7 +162,7 @@ def test_requests_of_every_kind_answer_as_they_would_alone(decoders, tokenizer, 
         for _ in range(n % 3):
             scheduler.advance()
     answers = finish(scheduler, [ids[i] for i in range(20)])
-    assert not scheduler.finished and len(scheduler._free) == in_flight
+    assert not scheduler.finished and scheduler.free == in_flight
     for rollout, other in zip(answers, expected or [alone(decoder, tokenizer, r) for r in requests], strict=True):
         same(rollout, other)
 
@@ -212,7 +212,7 @@ def test_requests_join_and_leave_a_running_engine(decoder, tokenizer):
         scheduler.take(late, 0),
         alone(decoder, tokenizer, Request("abc", SamplingParams(1.0, 5), Sample(), 0, "d")),
     )
-    assert scheduler.cancel(second) and not scheduler.finished and len(scheduler._free) == 2
+    assert scheduler.cancel(second) and not scheduler.finished and scheduler.free == 2
 
 
 def test_events_stream_the_answer(decoder, tokenizer):
@@ -273,7 +273,7 @@ def test_equal_prompts_and_a_common_beginning_are_read_once(decoder, tokenizer, 
     apart = scheduler.add(Request([9, 9], SamplingParams(1.0, 3)))
     scheduler.share_prefix(head)
     answers = finish(scheduler, [*ids, apart])
-    assert sum(read) == 50 + 4 + 2 and not scheduler._read
+    assert sum(read) == 50 + 4 + 2 and not scheduler.reader._read
     same(answers[7], alone(decoder, tokenizer, Request([*head, 61], SamplingParams(1.0, 3), prompt_id="1", sample=2)))
 
 
@@ -300,7 +300,7 @@ def test_a_group_computes_and_holds_its_prompt_once(length, common, decoder, tok
         assert not rows or whole < scheduler.cache.used <= whole + own
         tables = {tuple(scheduler.cache.table[row.slot, :whole].tolist()) for row in rows}
         assert len(tables) == (len(rows) > 0)
-    assert sum(read) == once and not scheduler.cache.used and not scheduler._together
+    assert sum(read) == once and not scheduler.cache.used and not scheduler.slots.together
     for i, request in zip(ids, asked, strict=True):
         same(scheduler.take(i, 0), alone(decoder, tokenizer, request))
 
@@ -313,16 +313,49 @@ def test_a_bounded_cache_counts_what_a_group_shares_once(decoder, tokenizer):
     scheduler = Scheduler(decoder, tokenizer, in_flight=group + 1, positions=(8 + group) * PAGE)
     ids = [scheduler.add(request) for request in [*asked, other]]
     scheduler.advance()
-    assert len(scheduler.stations) == group and scheduler.waiting[0].request is other
+    assert len(scheduler.stations) == group and scheduler.waiting.first.request is other
     answers = finish(scheduler, ids)
     assert scheduler.cache.pages <= 8 + group
     for answer, request in zip(answers, [*asked, other], strict=True):
         same(answer, alone(decoder, tokenizer, request))
 
 
+@EITHER
+def test_what_nobody_will_read_is_not_written_to_the_cache(decoder, tokenizer, monkeypatch):
+    """Keys and values that a token skipped, where the answer ends with the next one: by a stop string or by length."""
+    written = 0
+    real = decoder.ops.write_kv
+
+    def counted(fused, cache, first, layers, *rest):
+        nonlocal written
+        written += len(fused) * layers
+        real(fused, cache, first, layers, *rest)
+
+    monkeypatch.setattr(decoder.ops, "write_kv", counted)
+    scheduler = Scheduler(decoder, tokenizer, in_flight=9)
+    asked = [
+        Request("abc", SamplingParams(1.0, 2 + 2 * k, tuple("abcdefgh")), Sample() if k % 2 else Fixed(1), k, "p", k)
+        for k in range(16)
+    ]
+    answers = finish(scheduler, [scheduler.add(request) for request in asked])
+    # Entry t is the exit of the position that predicts token t, which the next token sees.
+    assert written == sum(int((6 - answer.exit_depths[:-1]).sum()) for answer in answers)
+    for finished in (True, False):
+        assert any(answer.exit_depths[-1] < 6 and answer.finished == finished for answer in answers)
+
+
+def test_answers_of_one_token_take_no_page(decoder, tokenizer):
+    """Where prompts never exit, it comes from reading the prompt."""
+    scheduler = Scheduler(decoder, tokenizer, in_flight=3)
+    one = [Request([n, 2, 3], SamplingParams(1.0, 1), Sample(), 0, str(n)) for n in range(7)]
+    answers = finish(scheduler, [scheduler.add(request) for request in one])
+    assert [answer.length for answer in answers] == [1] * 7
+    assert not scheduler.cache.pages and scheduler.free == 3
+
+
 def test_many_prompts_are_read_a_bounded_number_of_positions_at_a_time(decoder, tokenizer, monkeypatch):
     requests = [Request([n + 1] * (n % 17 + 1), SamplingParams(1.0, 4), prompt_id=str(n)) for n in range(40)]
-    monkeypatch.setattr("ee_megatron.rollout.engine.scheduler.PREFILL_POSITIONS", 20)
+    monkeypatch.setattr("ee_megatron.rollout.engine.reading.PREFILL_POSITIONS", 20)
     read: list[int] = []
     real = decoder.prefill
     monkeypatch.setattr(decoder, "prefill", lambda tokens, *rest: read.append(tokens.numel()) or real(tokens, *rest))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from ee_megatron.config.load import load
 from ee_megatron.sweeps import grid as language
-from ee_megatron.sweeps.grid import check, combine, excluded, from_file, from_settings, parse, span, written, zipped
+from ee_megatron.sweeps.grid import check, combine, excluded, from_settings, parse, span, zipped
+from ee_megatron.sweeps.grid_file import from_file, written
 
 
 def plains(*arguments: str) -> list[dict]:

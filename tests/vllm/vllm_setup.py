@@ -28,9 +28,9 @@ from ee_megatron.exit_rules import (
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, initial_policy
 from ee_megatron.rollout.engine.decoder import Decoder
+from ee_megatron.rollout.engine.generation import generate
 from ee_megatron.rollout.engine.request import GenerationRequest
 from ee_megatron.rollout.engine.sampling import SamplingParams
-from ee_megatron.rollout.engine.scheduler import generate
 from ee_megatron.rollout.pool.vllm import PROCESS
 from ee_megatron.rollout.vllm.engine import EngineSettings
 from ee_megatron.rollout.vllm.pipe import EngineProcess, packed

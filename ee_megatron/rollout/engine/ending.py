@@ -23,14 +23,13 @@ class StopChecker:
         self._always = any(last == " " or not last.isascii() for last in self._last_characters)
         self._could_complete = cache(self._completes)
 
-    def ended(self, tokens: Sequence[int]) -> bool:
-        """Whether the newest token ends the answer."""
-        newest = tokens[-1]
+    def ends(self, tokens: Sequence[int], newest: int) -> bool:
+        """Whether an answer ends with the token that comes next after its `tokens`."""
         if newest in self.end_ids:
             return True
         if not self.stop or not (self._always or self._could_complete(newest)):
             return False
-        text = self.decode(tokens)
+        text = self.decode([*tokens, newest])
         return any(stop in text for stop in self.stop)
 
     def text(self, tokens: Sequence[int]) -> str:

@@ -43,7 +43,9 @@ class Intake:
         # The position that may exit is run as those of generated tokens are.
         read = tokens[:-1] if self.layout.first_token else tokens
         row = Row(number, request, tokens, read, key, self._stopping[stop])
-        if row.tokens and (row.stopping.ended(row.tokens) or len(row.tokens) >= request.sampling.max_new_tokens):
+        if row.tokens and (
+            row.stopping.ends(row.tokens[:-1], row.last) or len(row.tokens) >= request.sampling.max_new_tokens
+        ):
             raise ValueError(f"answer {request.prompt_id!r} was begun and ended; only an unfinished one goes on")
         check_prefill(row)
         if row.longest > self.max_positions:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from ...exit_rules import ExitRule, Off
 from ...types import Prompt, Rollout
 from .ending import StopChecker
 from .sampling import SamplingParams, TopLogprobs
+
+# Told how many of how many answers there are.
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,18 @@ class Request:
     top_logprobs: int = 0
     prefill: Sequence[int] = ()
     begun: Rollout | None = None
+
+
+class NextToken(NamedTuple):
+    """What a row gets next: fields as in `Event`."""
+
+    token: int
+    depth: int
+    logprob: float
+    full_logprob: float
+    exit_logprob: float
+    finished: str | None
+    top: TopLogprobs = ()
 
 
 @dataclass(frozen=True)
@@ -127,28 +143,25 @@ class Row:
     def longest(self) -> int:
         return len(self.prompt_tokens) + self.request.sampling.max_new_tokens
 
-    def append(
-        self,
-        token: int,
-        depth: int,
-        logprob: float,
-        full_logprob: float,
-        exit_logprob: float,
-        top: TopLogprobs = (),
-    ) -> Event:
-        """Add a token and decide whether it is the last."""
-        self.tokens.append(token)
-        self.exit_depths.append(depth)
-        self.token_logprobs.append(logprob)
-        self.full_logprobs.append(full_logprob)
-        self.exit_logprobs.append(exit_logprob)
+    def ending(self, token: int) -> str | None:
+        """Why the answer ends if this token comes next, as in `Event.finished`; None: it goes on."""
+        made = len(self.tokens) + 1
         # What was given can't end an answer: it would leave the model nothing to say.
-        if len(self.tokens) > len(self.request.prefill) and self.stopping.ended(self.tokens):
-            self.finished = "stop"
-        elif len(self.tokens) >= self.request.sampling.max_new_tokens:
-            self.finished = "length"
+        if made > len(self.request.prefill) and self.stopping.ends(self.tokens, token):
+            return "stop"
+        return "length" if made >= self.request.sampling.max_new_tokens else None
+
+    def append(self, new: NextToken) -> Event:
+        self.tokens.append(new.token)
+        self.exit_depths.append(new.depth)
+        self.token_logprobs.append(new.logprob)
+        self.full_logprobs.append(new.full_logprob)
+        self.exit_logprobs.append(new.exit_logprob)
+        self.finished = new.finished
         text = self._new_text() if self.request.stream else ""
-        return Event(self.id, token, text, depth, logprob, full_logprob, exit_logprob, self.finished, top)
+        return Event(
+            self.id, new.token, text, new.depth, new.logprob, new.full_logprob, new.exit_logprob, new.finished, new.top
+        )
 
     def rollout(self, version: int) -> Rollout:
         token_logprobs = np.array(self.token_logprobs, dtype=np.float32)

@@ -89,6 +89,18 @@ def sample_tokens(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tu
     return tokens, logprobs, logprobs if kept is logits else log_prob(logits, tokens)
 
 
+def prescribe(
+    logits: Tensor, params: SamplingParams, drawn: tuple[Tensor, Tensor, Tensor], given: list[tuple[int, int]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `sample_tokens` drew from logits [R, V], with the (row, token) pairs `given` in place of these rows' own."""
+    rows, tokens = (torch.tensor(column, device=logits.device) for column in zip(*given, strict=True))
+    taken, logprobs, full = (column.clone() for column in drawn)
+    taken[rows] = tokens.to(taken)
+    scores = log_prob(logits[rows] / (params.temperature or 1.0), tokens)
+    logprobs[rows] = full[rows] = scores.to(full)
+    return taken, logprobs, full
+
+
 def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [R, V] -> the first of the most probable tokens int64 [R], and its log-probability float32 [R]."""
     library = _library(logits)

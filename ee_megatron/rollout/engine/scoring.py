@@ -16,8 +16,8 @@ from ...exits import gate_log_term
 from ...types import Rollout, Trace
 from .decoder import Decoder
 from .prompts import pad
+from .request import Progress
 from .sampling import SamplingParams, TopLogprobs, log_prob, most_probable
-from .scheduler import Progress
 
 # Positions per parallel forward (padding included) and bytes of one float32 logits chunk.
 FORWARD_POSITIONS = 4096

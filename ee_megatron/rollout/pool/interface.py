@@ -13,8 +13,7 @@ from ...policy import PolicySpec, WeightSet, stays_float32
 from ...tensors import Stream, digest
 from ...types import Rollout, Trace
 from ..engine.lens import Lens
-from ..engine.request import GenerationRequest
-from ..engine.scheduler import Progress
+from ..engine.request import GenerationRequest, Progress
 from ..engine.scoring import Inspection, Score
 
 # What a pool that holds the teacher reports as its weights.

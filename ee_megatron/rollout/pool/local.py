@@ -12,13 +12,12 @@ from torch import Tensor
 from ...policy import PolicySpec, WeightSet
 from ...tensors import Digest, Stream, collect, digest
 from ...types import Rollout, Trace
-from ..engine import scheduler, scoring
+from ..engine import generation, scoring
 from ..engine.cache import PAGE, pages_in
 from ..engine.decoder import Decoder
 from ..engine.lens import Lens, lens
 from ..engine.prompts import load_tokenizer
-from ..engine.request import GenerationRequest
-from ..engine.scheduler import Progress
+from ..engine.request import GenerationRequest, Progress
 from ..engine.scoring import Inspection, Score
 from .interface import Pending, ReplicaSettings, expected_hashes, identity
 from .transport import first_difference, hashes, narrowed
@@ -114,8 +113,8 @@ class LocalPool:
         begun: Sequence[Sequence[Rollout]] = (),
         stop: Callable[[], bool] = lambda: False,
     ) -> list[list[Rollout]]:
-        """`begun` and `stop` as in `scheduler.generate`."""
-        return scheduler.generate(
+        """`begun` and `stop` as in `generation.generate`."""
+        return generation.generate(
             self.decoder, self.tokenizer, request, self.version, progress, self.rows, begun, stop, self.positions
         )
 

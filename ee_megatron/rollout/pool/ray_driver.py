@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...config.schema import RolloutConfig
-from ..engine.scheduler import Progress
+from ..engine.request import Progress
 from .ray_actor import CONTROL
 from .ray_nodes import RayNodes
 

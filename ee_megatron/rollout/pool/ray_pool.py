@@ -17,9 +17,9 @@ from ...families.hf_directory import HFDirectory
 from ...policy import WeightSet
 from ...tensors import Block, Digest, HeldStream, LazyTensors, Shape, Stream, part_of
 from ...types import Rollout, Trace
+from ..engine.generation import is_whole
 from ..engine.lens import Lens
-from ..engine.request import GenerationRequest
-from ..engine.scheduler import Progress, is_whole
+from ..engine.request import GenerationRequest, Progress
 from ..engine.scoring import Inspection, Score
 from .interface import TEACHER, ReplicaSettings, expected_hashes, identity
 from .ray_actor import actor_needs, create_replica, prepare_environment, start_ray

@@ -8,8 +8,7 @@ from ...policy import WeightSet
 from ...tensors import digest
 from ...types import Rollout, Trace
 from ..engine.lens import Lens
-from ..engine.request import GenerationRequest
-from ..engine.scheduler import Progress
+from ..engine.request import GenerationRequest, Progress
 from ..engine.scoring import Inspection, Score
 from ..vllm.engine import EngineSettings
 from ..vllm.pipe import EngineProcess, packed

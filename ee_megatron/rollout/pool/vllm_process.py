@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...types import Rollout
+from ..engine.generation import answer
 from ..engine.request import GenerationRequest
-from ..engine.scheduler import answer
 from ..vllm import register
 from ..vllm.engine import EngineSettings, VllmEngine
 from ..vllm.pipe import listen, unpacked

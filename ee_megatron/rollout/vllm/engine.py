@@ -17,7 +17,7 @@ from ...policy import PolicySpec
 from ...types import Rollout
 from ..engine.decoder import read_eos_ids
 from ..engine.intake import Intake
-from ..engine.request import Event, Request, Row
+from ..engine.request import Event, NextToken, Request, Row
 from .asked import EXTRA, Asked
 from .memory import CPU_CACHE_GIB, GPU_SHARE
 from .tested import COMPACT, architecture, check_version
@@ -178,7 +178,9 @@ class VllmEngine:
             row = self._rows.get(made.name)
             if row is None:
                 continue
-            events.append(row.append(made.token, made.depth, made.logprob, made.full_logprob, made.exit_logprob))
+            ending = row.ending(made.token)
+            new = NextToken(made.token, made.depth, made.logprob, made.full_logprob, made.exit_logprob, ending)
+            events.append(row.append(new))
             if row.finished is not None:
                 self.engine.abort_request([str(row.id)])
                 self.finished[row.id] = self._rows.pop(row.id)

@@ -14,8 +14,7 @@ from vllm.distributed.aux_output_connector.connector import AuxRequestOutput
 from vllm.v1.outputs import SamplerOutput
 
 from ...exit_rules import NEVER, AtExit, ExitRule, Tokens, known
-from ..engine.sampling import SamplingParams, inverse_cdf, log_prob, sample_tokens, truncate, uniforms
-from ..engine.scheduler import prescribe
+from ..engine.sampling import SamplingParams, inverse_cdf, log_prob, prescribe, sample_tokens, truncate, uniforms
 from .asked import EXTRA, Asked
 
 # That sample together on a CPU: what sampling leaves of more is handed back to the machine and had anew every step.

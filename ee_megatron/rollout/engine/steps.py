@@ -1,0 +1,147 @@
+"""What a station does: a segment of layers and the gate behind it, or the readout, where rows get their next tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...exit_rules import RULES, AtExit, ExitRule
+from ...exits import gate_log_term
+from .decoder import Decoder
+from .ops import Rows
+from .request import NextToken, Row
+from .sampling import SamplingParams, most_probable, prescribe, sample_tokens, uniforms
+from .slots import Slots
+
+
+class Steps:
+    """The work on rows that have slots, and what each slot keeps of the token being made: stream [D], random numbers
+    float64 [M+1], log q of its exits so far, the exit rules' notes."""
+
+    def __init__(self, decoder: Decoder, slots: Slots, count: int):
+        self.decoder, self.slots = decoder, slots
+        device, M = decoder.device, len(decoder.layout.depths)
+        self._hidden = torch.zeros(count, decoder.dims.hidden, dtype=decoder.dtype, device=device)
+        self._uniform = torch.zeros(count, M + 1, dtype=torch.float64, device=device)
+        self._exit_logprob = torch.zeros(count, device=device)
+        most = max(rule.notes for rule in RULES.values())
+        self._notes = torch.zeros(count, most, dtype=torch.float64, device=device)
+
+    def segment(self, index: int, rows: list[Row]) -> list[bool]:
+        """Run the layers up to exit `index` and ask its gate: which rows leave there. Where it raises, the rows may
+        come here again."""
+        decoder, device = self.decoder, self.decoder.device
+        if index == 0:
+            self.slots.hold(rows)
+        at = self._at(rows)
+        slots = at.slots
+        if index == 0:
+            hidden = decoder.weights.embedding[torch.tensor([row.last for row in rows], device=device)]
+            self._uniform[slots] = self.draw(rows)
+            self._exit_logprob[slots] = 0.0
+            self._notes[slots] = 0.0
+        else:
+            hidden = self._hidden[slots]
+        hidden = decoder.run_segment(index, hidden, self.slots.cache, at)
+        last = index == len(decoder.layout.depths)
+        leave = [True] * len(rows) if last else self.leave(index, rows, hidden, slots)
+        self._hidden[slots] = hidden
+        for row in rows:
+            row.segment = index
+        return leave
+
+    def _at(self, rows: list[Row]) -> Rows:
+        return self.decoder.rows(self.slots.cache, [row.slot for row in rows], [row.length - 1 for row in rows])
+
+    def leave(self, exit_index: int, rows: list[Row], hidden: Tensor, slots: Tensor) -> list[bool]:
+        """Ask the exit rule of each row; keeps the exits' log-probabilities where there are gates."""
+        decoder, depth = self.decoder, self.decoder.layout.depths[exit_index]
+        gated = decoder.gates is not None
+        logit = decoder.gate_logit(exit_index, hidden) if gated else torch.zeros(len(rows), device=decoder.device)
+        rules: dict[ExitRule, list[int]] = {}
+        for i, row in enumerate(rows):
+            rules.setdefault(row.request.exits, []).append(i)
+        leave = [False] * len(rows)
+        noted: list[tuple[Tensor, Tensor]] = []
+        for rule, members in rules.items():
+            which = slice(None) if len(rules) == 1 else torch.tensor(members, device=decoder.device)
+            at = self._at_exit(exit_index, rule, [rows[i] for i in members], hidden[which], logit[which], slots[which])
+            for i, gone in zip(members, rule.fires(at).tolist(), strict=True):
+                leave[i] = gone
+            noted.append((slots[which], at.notes))
+        # Once all rules have answered: where one can't, the rows come here again.
+        for places, notes in noted:
+            self._notes[places, : notes.shape[1]] = notes
+        if gated:
+            taken = torch.tensor([depth if gone else depth + 1 for gone in leave], device=decoder.device)
+            self._exit_logprob[slots] += gate_log_term(logit, taken, depth)
+        return leave
+
+    def _at_exit(
+        self, exit_index: int, rule: ExitRule, rows: list[Row], hidden: Tensor, logit: Tensor, slots: Tensor
+    ) -> AtExit:
+        return AtExit(
+            exit_index,
+            self.decoder.layout.depths[exit_index],
+            logit,
+            readout=lambda: self.decoder.readout(hidden),
+            uniform=lambda i: self._uniform[slots, i],
+            tokens=lambda: [(row.request.prompt_id, row.request.sample, len(row.tokens)) for row in rows],
+            notes=self._notes[slots, : rule.notes],
+        )
+
+    def readout(self, rows: list[Row]) -> list[NextToken]:
+        """Sample the next tokens of rows, which are put in order, and write the keys and values that those skipped
+        which go on: nobody reads an ended answer's. No row has its token yet, so where it raises, they may come here
+        again."""
+        rows.sort(key=lambda row: row.segment)
+        at = self._at(rows)
+        slots = at.slots
+        hidden = self._hidden[slots]
+        depths = [self.decoder.layout.outcomes[row.segment] for row in rows]
+        exits = self._exit_logprob[slots].tolist()
+        new = self.sample(rows, self.decoder.readout(hidden), self._uniform[slots, -1], depths, exits)
+        early = sum(row.segment < len(self.decoder.layout.depths) for row in rows)
+        owing = [i for i in range(early) if new[i].finished is None]
+        if owing:
+            if len(owing) < early:
+                kept = torch.tensor(owing, device=self.decoder.device)
+                hidden, at = hidden[kept], at.take(kept)
+            self.decoder.write_skipped(hidden, [rows[i].segment for i in owing], self.slots.cache, at)
+        return new
+
+    def first(self, rows: list[Row], logits: list[Tensor]) -> list[NextToken]:
+        """Sample first tokens from logits [V] at the end of each prompt, where positions don't exit."""
+        depths = [self.decoder.dims.num_layers] * len(rows)
+        return self.sample(rows, torch.stack(logits), self.draw(rows)[:, -1], depths, [0.0] * len(rows))
+
+    def sample(
+        self, rows: list[Row], logits: Tensor, uniform: Tensor, depths: list[int], exits: list[float]
+    ) -> list[NextToken]:
+        """Tokens from logits [R, V] by each row's own sampling parameters."""
+        kinds: dict[SamplingParams, list[int]] = {}
+        for i, row in enumerate(rows):
+            kinds.setdefault(row.request.sampling.distribution, []).append(i)
+        found: dict[int, tuple] = {}
+        for params, members in kinds.items():
+            which = slice(None) if len(kinds) == 1 else torch.tensor(members, device=logits.device)
+            drawn = sample_tokens(logits[which], params, uniform[which])
+            given = [(j, token) for j, i in enumerate(members) if (token := rows[i].given) is not None]
+            if given:
+                drawn = prescribe(logits[which], params, drawn, given)
+            best = most_probable(logits[which], params, [rows[i].request.top_logprobs for i in members])
+            columns = (*(column.tolist() for column in drawn), best)
+            found.update(zip(members, zip(*columns, strict=True), strict=True))
+        return [
+            NextToken(token, depths[i], logprob, full, exits[i], row.ending(token), top)
+            for i, row in enumerate(rows)
+            for token, logprob, full, top in [found[i]]
+        ]
+
+    def draw(self, rows: list[Row]) -> Tensor:
+        """float64 [R, M+1]: one number per gate and one for the token that each row generates next."""
+        keys = np.array([row.key for row in rows], dtype=np.uint64)
+        at = np.array([len(row.tokens) for row in rows])
+        draws = len(self.decoder.layout.depths) + 1
+        return torch.from_numpy(uniforms(keys, at, draws)).to(self.decoder.device)

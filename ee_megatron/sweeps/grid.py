@@ -175,6 +175,10 @@ def parse(text: str) -> tuple[str, list[Value], bool]:
     key, element = override.key_or_group, override._value
     if override.is_delete():
         raise ValueError(f"{text}: settings cannot be deleted; give another value instead")
+    if isinstance(element, ChoiceSweep) and any(isinstance(each, RangeSweep) for each in element.list):
+        raise ValueError(
+            f"{text}: range() among other values; expected it alone, or start:stop:step (with its stop) there"
+        )
     if isinstance(element, ChoiceSweep) and not element.shuffle:
         return key, [value for each in element.list for value in _expand(key, each)], True
     if isinstance(element, RangeSweep) and not element.shuffle:

@@ -65,6 +65,7 @@ def test_brackets_and_quotes_make_one_value(text: str, value: object) -> None:
         (["a=glob(*)"], "a range start:stop:step"),
         (["a=range(3,0)"], "a=range(3,0): no values, since a step of 1 does not lead from 3 towards 0"),
         (["a=range(0,3,0)"], "no values"),
+        (["a=7,range(0,3)"], "range() among other values"),
         (["a=shuffle(range(0,3))"], "or range(start,stop,step)"),
         (["a=range(0,3)", "a=4"], "given twice"),
         (["a=1:2:0"], "does not lead from 1 to 2"),

@@ -50,8 +50,10 @@ def check_forecast(stored: StoredForecast, table: RunTable, run: str | None, wit
     result: dict[str, Any] = {"notes": [note], "points": [], "without_rows": [], "not_checked": []}
     by_point: dict[str, list[dict[str, Any]]] = {}
     for one in stored.data["forecasts"]:
-        target = by_point.setdefault(_point_name(one), []) if one.get("interval_of_run") else result["not_checked"]
-        target.append(one if one.get("interval_of_run") else f"{one['quantity']} at {point_text(one['at'])}")
+        if one.get("interval_of_run"):
+            by_point.setdefault(_point_name(one), []).append(one)
+        else:
+            result["not_checked"].append(f"{one['quantity']} at {point_text(one['at'])}")
     for name, forecasts in by_point.items():
         at = {**forecasts[0]["at"], **forecasts[0].get("lambda", {})}
         there = np.all([np.abs(where[column] - x) <= within * abs(x) for column, x in at.items()], axis=0)

@@ -83,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     add_predict_options(predicting)
     checking = commands.add_parser("check", help=CHECK, description=CHECK)
     add_check_options(checking)
-    _add_choice(checking)
+    _add_where(checking)
+    checking.add_argument("--run", metavar="COL", help="runs, whose rows count once (default: the forecast's)")
     checking.add_argument("--out", type=Path, metavar="DIR", help="write the results there (default: beside FORECAST)")
     checking.set_defaults(command="check")
     comparing = _add(commands, "compare", COMPARE, _compare)
@@ -99,11 +100,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, handler: Any
 ) -> argparse.ArgumentParser:
-    # argparse fills in %(...)s in both.
-    text = text.replace("%", "%%")
-    parser = commands.add_parser(name, help=text, description=text)
+    # argparse fills in %(...)s in help texts, and leaves a description without %(prog) as it is.
+    parser = commands.add_parser(name, help=text.replace("%", "%%"), description=text)
     parser.add_argument("table", type=Path, metavar="TABLE", help="a .csv or .parquet file, one row per measurement")
-    _add_choice(parser)
+    _add_where(parser)
+    parser.add_argument("--run", metavar="COL", help="runs, resampled as wholes (default: run; without it, rows)")
     parser.add_argument("--lambda", dest="penalty", metavar="COL", help="depth penalty; may be 0 (default: lambda)")
     parser.add_argument("--params", metavar="COL", help="parameters N (default: params)")
     parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples (default: 1000)")
@@ -114,7 +115,7 @@ def _add(
     return parser
 
 
-def _add_choice(parser: argparse.ArgumentParser) -> None:
+def _add_where(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--where",
         action="append",
@@ -122,7 +123,6 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
         metavar="CONDITION",
         help="use such rows only: status=finished, status!=failed, params<1e9, loss>=2 (may be repeated)",
     )
-    parser.add_argument("--run", metavar="COL", help="runs, resampled as wholes (default: run; without it, rows)")
 
 
 def _add_fit(parser: argparse.ArgumentParser) -> None:

@@ -1,30 +1,40 @@
-"""`ee-megatron scaling fit | predict | compare | plot`: a table of runs in, fits with intervals or refusals out."""
+"""`ee-megatron scaling fit | predict | check | compare | plot`: a table of runs in, fits or refusals out."""
 
 from __future__ import annotations
 
 import argparse
-import math
-import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ..arguments import Parser
 from .compare import compare
-from .fit import METHODS, FitOrRefusal, LawFit, fit_all
-from .forecast import Forecast, forecast_lines, forecast_losses, forecast_optima
-from .isoflop_law import IsoFlopFit, group_budgets
+from .fit import METHODS
+from .forecasting import add_check_options, add_predict_options, check, predict
+from .inputs import (
+    FittedGroup,
+    column_names,
+    compared_columns,
+    fit_groups,
+    read_rows,
+    refuse_all,
+    source,
+)
+from .isoflop_law import IsoFlopFit
 from .page import PageSection, write_json, write_page, write_text
 from .refusal import Refused
-from .table import ColumnNames, Observations, RunTable, observations, read_table
+from .table import ColumnNames, RunTable
 from .text import comparison_lines, fit_lines
 
 MIN_BOOTSTRAP = 200
 FIT = "L(N, D) = E + A/N^alpha + B/D^beta and isoFLOP minima, with 95 % intervals over runs and held-out errors"
-PREDICT = "loss of a size and token count, best size of a budget, with intervals; says what lies beyond the table"
+PREDICT = (
+    "loss of a size and token count, best size of a budget, or any metric of a run to come, with 95 % intervals; with "
+    "--out a dated forecast that is not overwritten silently"
+)
+CHECK = "a forecast that predict wrote beside the runs made since: in its intervals or not, and by how much"
 COMPARE = (
     "which form a metric follows: constant, linear, power law, saturating, logistic, with lambda; by held-out error"
 )
@@ -33,6 +43,8 @@ EPILOG = """\
 examples:
   ee-megatron scaling fit runs.csv --params N --tokens D --loss final_loss --out fits
   ee-megatron scaling predict runs.csv --at 7e9,1.4e11 --compute 1e22 --out forecast
+  ee-megatron scaling predict runs.csv --metric mean_depth --against layers,params --at 16,786432 --out ahead
+  ee-megatron scaling check ahead/predict.json later.csv
   ee-megatron scaling compare runs.parquet --metric mean_depth --against params,lambda
   ee-megatron scaling plot runs.csv --accuracy accuracy --depth mean_depth --out plots
 
@@ -44,6 +56,8 @@ def main(argv: Sequence[str]) -> int:
     """Run one sub-command; returns 0. Raises ValueError (Refused among them) or FileNotFoundError for what a user can
     put right."""
     given = _parser().parse_args(list(argv))
+    if given.command == "check":
+        return check(given)
     if given.bootstrap < MIN_BOOTSTRAP:
         raise ValueError(
             f"--bootstrap {given.bootstrap}: expected at least {MIN_BOOTSTRAP}, since a 2.5 % quantile of fewer "
@@ -64,14 +78,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
     fit = _add(commands, "fit", FIT, _fit)
     _add_fit(fit)
-    predicting = _add(commands, "predict", PREDICT, _predict)
+    predicting = _add(commands, "predict", PREDICT, predict)
     _add_fit(predicting)
-    predicting.add_argument(
-        "--at", action="append", default=[], type=_point, metavar="N,D", help="parameters and tokens of a run to come"
-    )
-    predicting.add_argument(
-        "--compute", action="append", default=[], type=_positive, metavar="C", help="FLOPs of a budget to come"
-    )
+    add_predict_options(predicting)
+    checking = commands.add_parser("check", help=CHECK, description=CHECK)
+    add_check_options(checking)
+    _add_where(checking)
+    checking.add_argument("--run", metavar="COL", help="runs, whose rows count once (default: the forecast's)")
+    checking.add_argument("--out", type=Path, metavar="DIR", help="write the results there (default: beside FORECAST)")
+    checking.set_defaults(command="check")
     comparing = _add(commands, "compare", COMPARE, _compare)
     _add_compare(comparing, required=True)
     plot = _add(commands, "plot", PLOT, _plot)
@@ -85,17 +100,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, handler: Any
 ) -> argparse.ArgumentParser:
-    # argparse fills in %(...)s in both.
-    text = text.replace("%", "%%")
-    parser = commands.add_parser(name, help=text, description=text)
+    # argparse fills in %(...)s in help texts, and leaves a description without %(prog) as it is.
+    parser = commands.add_parser(name, help=text.replace("%", "%%"), description=text)
     parser.add_argument("table", type=Path, metavar="TABLE", help="a .csv or .parquet file, one row per measurement")
-    parser.add_argument(
-        "--where",
-        action="append",
-        default=[],
-        metavar="CONDITION",
-        help="use such rows only: status=finished, status!=failed, params<1e9, loss>=2 (may be repeated)",
-    )
+    _add_where(parser)
     parser.add_argument("--run", metavar="COL", help="runs, resampled as wholes (default: run; without it, rows)")
     parser.add_argument("--lambda", dest="penalty", metavar="COL", help="depth penalty; may be 0 (default: lambda)")
     parser.add_argument("--params", metavar="COL", help="parameters N (default: params)")
@@ -107,18 +115,14 @@ def _add(
     return parser
 
 
-def _positive(text: str) -> float:
-    value = float(text) if re.fullmatch(r"[0-9.]+(?:[eE][+-]?[0-9]+)?", text.strip()) else 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0, as in 7e9")
-    return value
-
-
-def _point(text: str) -> tuple[float, float]:
-    parts = text.split(",")
-    if len(parts) != 2:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected parameters and tokens, as in 7e9,1.4e11")
-    return _positive(parts[0]), _positive(parts[1])
+def _add_where(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="CONDITION",
+        help="use such rows only: status=finished, status!=failed, params<1e9, loss>=2 (may be repeated)",
+    )
 
 
 def _add_fit(parser: argparse.ArgumentParser) -> None:
@@ -140,61 +144,7 @@ def _add_compare(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--against", metavar="COL[,COL]", required=required, help="by what, e.g. params,lambda")
 
 
-def _columns(given: argparse.Namespace) -> ColumnNames:
-    names = ("params", "tokens", "flops", "loss", "run", "penalty", "budget")
-    chosen = {name: value for name in names if (value := getattr(given, name, None)) is not None}
-    return replace(ColumnNames(**chosen), given=frozenset(chosen))
-
-
-def _read(given: argparse.Namespace) -> tuple[RunTable, list[str]]:
-    """The table's chosen rows, and notes on what was chosen."""
-    whole = read_table(given.table)
-    table = whole.where(given.where)
-    chosen = f"{len(table)} of {len(whole)} rows: {', '.join(given.where)}"
-    return table, [chosen] if given.where else []
-
-
-class FittedGroup(NamedTuple):
-    """Runs that follow one law, and what each method made of them; `name` is "" where there is one group only."""
-
-    name: str
-    obs: Observations
-    outcomes: dict[str, FitOrRefusal]
-
-
-def _fit_groups(
-    given: argparse.Namespace, table: RunTable, columns: ColumnNames
-) -> tuple[list[FittedGroup], Observations]:
-    """One law per value of lambda where such a column was named: runs under another penalty follow another law."""
-    if given.budget and given.budget_within is not None:
-        raise ValueError("--budget with --budget-within: the column names the budgets already; give one of them")
-    obs = observations(table, columns)
-    if given.budget_within is not None:
-        if not 0 < given.budget_within < 10:
-            raise ValueError(f"--budget-within {given.budget_within:g}: expected a share above 0, e.g. 0.1")
-        note = f"a compute budget's FLOPs differ by {given.budget_within:g} at most"
-        obs = replace(obs, budgets=group_budgets(obs.flops, given.budget_within), notes=(*obs.notes, note))
-    parts = [("", obs)]
-    if "penalty" in columns.given:
-        penalty = table.numbers(columns.penalty, "--lambda")
-        parts = [(f"{columns.penalty} = {level:g}", obs.rows(penalty == level)) for level in np.unique(penalty)]
-    methods = METHODS if given.method == "all" else (given.method,)
-    return [FittedGroup(name, part, fit_all(part, methods, given.bootstrap, given.seed)) for name, part in parts], obs
-
-
-def _refuse_all(groups: Sequence[FittedGroup]) -> None:
-    """Raises Refused with every reason in one line where nothing was fitted."""
-    outcomes = [(f"{g.name + ', ' if g.name else ''}{method}", o) for g in groups for method, o in g.outcomes.items()]
-    if all(isinstance(outcome, Refused) for _, outcome in outcomes):
-        raise Refused(" | ".join(f"{label}: {outcome}" for label, outcome in outcomes))
-
-
-def _source(given: argparse.Namespace, table: RunTable, notes: Sequence[str]) -> dict[str, Any]:
-    facts = {"table": table.name, "sha256": table.digest, "bootstrap": given.bootstrap, "seed": given.seed}
-    return {**facts, "notes": list(notes)}
-
-
-def _write(given: argparse.Namespace, table: RunTable, runs: int, lines: list[str], data: dict[str, Any]) -> int:
+def write_results(given: argparse.Namespace, table: RunTable, runs: int, lines: list[str], data: dict[str, Any]) -> int:
     """Print `lines` below what they are of; with --out into files too, as text and `data` as JSON."""
     lines = [f"{table.name}: {len(table)} rows, {runs} runs", f"seed {given.seed}", *data["notes"], "", *lines]
     print("\n".join(lines))
@@ -205,15 +155,15 @@ def _write(given: argparse.Namespace, table: RunTable, runs: int, lines: list[st
 
 
 def _fit(given: argparse.Namespace) -> int:
-    (table, chosen), columns = _read(given), _columns(given)
-    groups, obs = _fit_groups(given, table, columns)
-    _refuse_all(groups)
+    (table, chosen), columns = read_rows(given), column_names(given)
+    groups, obs = fit_groups(given, table, columns)
+    refuse_all(groups)
     lines: list[str] = []
-    for name, part, outcomes in groups:
+    for name, part, outcomes, _ in groups:
         lines += [*([f"{name}: {len(part.loss)} rows, {part.run_count} runs"] if name else []), *fit_lines(outcomes)]
         lines.append("")
     data = {
-        **_source(given, table, [*chosen, *obs.notes]),
+        **source(given, table, [*chosen, *obs.notes]),
         "columns": {n: getattr(columns, n) for n in ("params", "tokens", "flops", "loss", "run")},
         "rows": len(table),
         "runs": obs.run_count,
@@ -227,52 +177,21 @@ def _fit(given: argparse.Namespace) -> int:
                     for method, outcome in outcomes.items()
                 },
             }
-            for name, part, outcomes in groups
+            for name, part, outcomes, _ in groups
         ],
     }
-    return _write(given, table, obs.run_count, lines[:-1], data)
-
-
-def _predict(given: argparse.Namespace) -> int:
-    if not given.at and not given.compute:
-        raise ValueError("predict: found nothing to predict; expected --at N,D or --compute C, each once or more")
-    (table, chosen), columns = _read(given), _columns(given)
-    groups, obs = _fit_groups(given, table, columns)
-    _refuse_all(groups)
-    lines: list[str] = []
-    results: list[dict[str, Any]] = []
-    for name, part, outcomes in groups:
-        forecasts: list[Forecast] = []
-        refused = [f"  {method}: refused: {o}" for method, o in outcomes.items() if isinstance(o, Refused)]
-        for method, outcome in outcomes.items():
-            if isinstance(outcome, LawFit) and given.at:
-                forecasts += forecast_losses(method, outcome, part, given.at, given.seed)
-            if not isinstance(outcome, Refused):
-                forecasts += forecast_optima(method, outcome, part, given.compute)
-        lines += [*([name] if name else []), *forecast_lines(forecasts), *refused]
-        results += [{"group": name or "all rows", **one.as_json()} for one in forecasts]
-    data = {**_source(given, table, [*chosen, *obs.notes]), "forecasts": results}
-    return _write(given, table, obs.run_count, lines, data)
-
-
-def _against(given: argparse.Namespace) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in given.against.split(",") if name.strip())
-    if given.penalty is not None and given.penalty not in names:
-        names = (*names, given.penalty)
-    if not names or len(set(names)) < len(names) or given.metric in names:
-        raise ValueError(f"--against {given.against}: expected one or more different columns other than the metric's")
-    return names
+    return write_results(given, table, obs.run_count, lines[:-1], data)
 
 
 def _compare(given: argparse.Namespace) -> int:
-    table, chosen = _read(given)
-    comparison = compare(table, _columns(given), given.metric, _against(given), given.bootstrap, given.seed)
-    data = {**comparison.as_json(), **_source(given, table, [*chosen, *comparison.notes])}
-    return _write(given, table, int(comparison.runs.max()) + 1, comparison_lines(comparison), data)
+    table, chosen = read_rows(given)
+    comparison = compare(table, column_names(given), given.metric, compared_columns(given), given.bootstrap, given.seed)
+    data = {**comparison.as_json(), **source(given, table, [*chosen, *comparison.notes])}
+    return write_results(given, table, int(comparison.runs.max()) + 1, comparison_lines(comparison), data)
 
 
 def _plot(given: argparse.Namespace) -> int:
-    (table, chosen), columns = _read(given), _columns(given)
+    (table, chosen), columns = read_rows(given), column_names(given)
     if (given.accuracy is None) != (given.depth is None) or (given.metric is None) != (given.against is None):
         raise ValueError("--accuracy and --depth, --metric and --against: found one of a pair; give both or neither")
     other = given.accuracy is not None or given.metric is not None
@@ -280,9 +199,9 @@ def _plot(given: argparse.Namespace) -> int:
     notes: Sequence[str] = ()
     # A table without losses can still have fronts and metrics; asked for nothing else, its missing loss is the error.
     if columns.loss in table.columns or "loss" in columns.given or not other:
-        groups, obs = _fit_groups(given, table, columns)
+        groups, obs = fit_groups(given, table, columns)
         if not other:
-            _refuse_all(groups)
+            refuse_all(groups)
         sections, notes = _law_sections(groups), obs.notes
     if given.accuracy is not None:
         sections.append(_pareto_section(given, table, columns))
@@ -298,7 +217,7 @@ def _law_sections(groups: Sequence[FittedGroup]) -> list[PageSection]:
     from . import figures
 
     sections = []
-    for index, (name, obs, outcomes) in enumerate(groups):
+    for index, (name, obs, outcomes, _) in enumerate(groups):
         label, suffix = (f", {name}", f"_{index}") if name else ("", "")
         pictures = []
         for outcome in outcomes.values():
@@ -330,7 +249,7 @@ def _metric_section(given: argparse.Namespace, table: RunTable, columns: ColumnN
 
     title = f"{given.metric} against {given.against}"
     try:
-        comparison = compare(table, columns, given.metric, _against(given), given.bootstrap, given.seed)
+        comparison = compare(table, columns, given.metric, compared_columns(given), given.bootstrap, given.seed)
     except Refused as refusal:
         return PageSection(title, [f"refused: {refusal}"], [])
     pictures = [figures.metric(comparison, column) for column in range(len(comparison.feats.names))]

@@ -6,7 +6,7 @@ Shape suffixes: S resamples, G runs, R rows, C columns, F forms.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,7 @@ class FormResult:
     """One form. error: held-out root mean square, in the metric's unit; gain: its mean squared error less the
     constant's, with an interval over runs (negative is better); `beats` where the interval lies below 0 at the level
     that holds for all forms together; `ties` where the errors leave open whether it or the best form is better.
-    theta [P], draws [S, P]: of the standardised columns."""
+    predicted [R]: each row by a fit without its run. theta [P], draws [S, P]: of the standardised columns."""
 
     form: Form
     error: float
@@ -34,6 +34,7 @@ class FormResult:
     interval: BootstrapInterval
     beats: bool
     ties: bool
+    predicted: Array = field(repr=False)
     theta: Array = field(repr=False)
     draws: Array = field(repr=False)
 
@@ -62,14 +63,26 @@ class Comparison:
         """Forms that beat the constant, best first."""
         return sorted((r for r in self.results if r.beats), key=lambda r: r.error)
 
+    @property
+    def best(self) -> FormResult:
+        """The form that predicts held-out runs best of those that beat the constant; the constant where none does."""
+        return self.winners[0] if self.winners else self.constant
+
+    @property
+    def near(self) -> list[FormResult]:
+        """Forms that cannot be told from the best, best first. Where none beats the constant, those not told from the
+        form of the least error, which may not be told from the constant either."""
+        others = self.winners[1:] if self.winners else sorted(self.results[1:], key=lambda r: r.error)
+        return [r for r in others if r.ties]
+
     def verdict(self) -> str:
         names = ", ".join(self.feats.names)
         if not self.winners:
             return f"no form beats the constant: these runs show no dependence of {self.metric} on {names}"
-        first = self.winners[0]
+        first = self.best
         share = 1 - (first.error / self.constant.error) ** 2 if self.constant.error > 0 else 0.0
-        near = [r.form.name for r in self.winners[1:] if r.ties]
-        also = f"; not told apart from it: {', '.join(near)}" if near else ""
+        near = ", ".join(r.form.name for r in self.near)
+        also = f"; not told apart from it: {near}" if near else ""
         return f"{first.form.name} predicts {self.metric} best ({share:.0%} of the constant's squared error gone){also}"
 
     def as_json(self) -> dict[str, Any]:
@@ -115,8 +128,7 @@ def compare(
     feats = features(against, raw, penalty)
     folds, how = _folds(runs, seed)
     weights = resample_runs(runs, draws, seed)
-    errors: dict[str, Array] = {}
-    fitted: list[tuple[Form, Array, Array]] = []
+    fitted: list[_Fitted] = []
     refused: dict[str, str] = {}
     for form in FORMS:
         try:
@@ -129,10 +141,11 @@ def compare(
         except Refused as refusal:
             refused[form.name] = str(refusal)
             continue
-        errors[form.name] = _run_errors(form, design, y, runs, folds)
+        predicted = _held_out(form, design, y, folds)
+        errors = np.bincount(runs, (predicted - y) ** 2) / np.bincount(runs)
         theta = fit_form(form, design, y, np.ones((1, len(y))))
-        fitted.append((form, theta[0], fit_form(form, design, y, weights)))
-    results = _judge(fitted, errors, draws, seed)
+        fitted.append(_Fitted(form, predicted, errors, theta[0], fit_form(form, design, y, weights)))
+    results = _judge(fitted, draws, seed)
     return Comparison(metric, feats, raw, y, runs, results, refused, how, (note,))
 
 
@@ -145,11 +158,10 @@ def _folds(runs: Array, seed: int) -> tuple[Array, str]:
     return leave_one_run_out(fold[runs]), f"{MAX_FOLDS} folds over {count} runs"
 
 
-def _run_errors(form: Form, design: Array, y: Array, runs: Array, folds: Array) -> Array:
-    """Mean squared error [G] of each run, predicted by a fit without it."""
+def _held_out(form: Form, design: Array, y: Array, folds: Array) -> Array:
+    """Each row [R], predicted by a fit without its run; a row is left out of exactly one fold."""
     predicted = evaluate(form, fit_form(form, design, y, folds), design)
-    squares = (((predicted - y) ** 2) * (folds == 0)).sum(axis=0)
-    return np.bincount(runs, squares) / np.bincount(runs)
+    return np.asarray(predicted[(folds == 0).argmax(axis=0), np.arange(len(y))])
 
 
 def _mean_difference(difference: Array, draws: int, seed: int) -> Array:
@@ -158,23 +170,32 @@ def _mean_difference(difference: Array, draws: int, seed: int) -> Array:
     return np.asarray(difference[chosen].mean(axis=1))
 
 
-def _judge(
-    fitted: list[tuple[Form, Array, Array]], errors: dict[str, Array], draws: int, seed: int
-) -> list[FormResult]:
+class _Fitted(NamedTuple):
+    """A form with what `FormResult` has of it; errors [G], the mean squared held-out error of each run."""
+
+    form: Form
+    predicted: Array
+    errors: Array
+    theta: Array
+    draws: Array
+
+
+def _judge(fitted: list[_Fitted], draws: int, seed: int) -> list[FormResult]:
     """Several forms against one constant: each at 1 - 0.05/F, so that all together are wrong in 5 % (Bonferroni)."""
     rivals = max(1, len(fitted) - 1)
     strict = 1 - (1 - LEVEL) / rivals
-    best = min(errors.values(), key=lambda values: float(values.mean()))
+    best = min((one.errors for one in fitted), key=lambda values: float(values.mean()))
+    constant = next(one.errors for one in fitted if one.form.name == "constant")
     results = []
-    for form, theta, sampled in fitted:
-        difference = errors[form.name] - errors["constant"]
+    for form, predicted, errors, theta, sampled in fitted:
+        difference = errors - constant
         means = _mean_difference(difference, draws, seed)
         freedom = len(difference) - 1
         beats = form.name != "constant" and percentile_interval(means, freedom, strict).high < 0
-        error, gain = float(np.sqrt(errors[form.name].mean())), float(difference.mean())
+        error, gain = float(np.sqrt(errors.mean())), float(difference.mean())
         interval = percentile_interval(means, freedom)
-        ties = percentile_interval(_mean_difference(errors[form.name] - best, draws, seed), freedom).low <= 0
-        results.append(FormResult(form, error, gain, interval, beats, ties, theta, sampled))
+        ties = percentile_interval(_mean_difference(errors - best, draws, seed), freedom).low <= 0
+        results.append(FormResult(form, error, gain, interval, beats, ties, predicted, theta, sampled))
     return results
 
 

@@ -16,6 +16,8 @@ from .solver import Array, Curve, minimise
 
 # Of a standardised ln x: a factor of e^8 per standard deviation is a step, not a trend.
 STEEPEST = 8.0
+# Problems times rows that are solved together.
+BATCH = 50_000
 
 
 @dataclass(frozen=True)
@@ -198,12 +200,17 @@ def fit_form(form: Form, design: Array, y: Array, weights: Array) -> Array:
     low, high = np.full(size, -np.inf), np.full(size, np.inf)
     if form.steepness is not None:
         low[form.steepness :], high[form.steepness :] = -STEEPEST, STEEPEST
+    count = len(weights)
+    # Small batches cost calls, large ones the cache.
+    together = max(1, BATCH // (count * len(y)))
     minima = [
-        minimise(form.curve(design), y, weights, np.tile(start, (len(weights), 1)), low, high, steps=80)
-        for start in starts
-    ]
-    best = np.argmin([minimum.objective for minimum in minima], axis=0)
-    return np.stack([minimum.theta for minimum in minima])[best, np.arange(len(weights))]
+        minimise(form.curve(design), y, np.tile(weights, (len(part), 1)), np.repeat(part, count, axis=0), low, high,
+                 steps=80)
+        for part in np.split(starts, range(together, len(starts), together))
+    ]  # fmt: skip
+    objective = np.concatenate([minimum.objective for minimum in minima]).reshape(-1, count)
+    theta = np.concatenate([minimum.theta for minimum in minima]).reshape(-1, count, size)
+    return np.asarray(theta[objective.argmin(axis=0), np.arange(count)])
 
 
 def evaluate(form: Form, theta: Array, design: Array) -> Array:

@@ -60,7 +60,7 @@ class RunTable:
             if sign in ("=", "!="):
                 kept = [row for row in kept if (str(cells[row]) == value) == (sign == "=")]
             else:
-                bound, numbers = _number(value), self.numbers(column, "--where")
+                bound, numbers = as_number(value), self.numbers(column, "--where")
                 if math.isnan(bound):
                     raise ValueError(f"--where {condition}: {value!r} is no number; expected one beside {sign}")
                 kept = [row for row in kept if _COMPARE[sign](numbers[row], bound)]
@@ -73,7 +73,7 @@ class RunTable:
     def numbers(self, column: str, option: str, *, positive: bool = False) -> Array:
         """A column as float64 [R]. Raises ValueError for a cell that is no finite number or, where asked, not > 0."""
         cells = self.cells(column, option)
-        values = np.array([_number(cell) for cell in cells])
+        values = np.array([as_number(cell) for cell in cells])
         wrong = ~np.isfinite(values) | (positive & (values <= 0))
         if wrong.any():
             row = int(np.argmax(wrong))
@@ -86,7 +86,8 @@ class RunTable:
         return values
 
 
-def _number(cell: Any) -> float:
+def as_number(cell: Any) -> float:
+    """A cell's value; NaN for one that is no number."""
     try:
         return float(cell)
     except (TypeError, ValueError):

@@ -1,8 +1,8 @@
 """The language of sweeps: settings with several values -> grid points, each a plain list of `key=value`.
 
-Hydra's grammar reads settings: a comma outside brackets and quotes separates the values of an axis. The ranges
-`start:stop:step`, `start:stop:linN` and `start:stop:logN`, unquoted, are ours: they hold both ends, while Hydra's
-range() leaves out its stop and has no logarithmic form.
+Hydra's grammar reads settings: a comma outside brackets and quotes separates the values of an axis, and range(start,
+stop, step) is one, which leaves out its stop. The ranges `start:stop:step`, `start:stop:linN` and `start:stop:logN`,
+unquoted, are ours: they hold both ends.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from decimal import Decimal
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
 SEED, BUDGET = "seed", "budget"
@@ -167,10 +167,18 @@ def parse(text: str) -> tuple[str, list[Value], bool]:
     key, element = override.key_or_group, override._value
     if override.is_delete():
         raise ValueError(f"{text}: settings cannot be deleted; give another value instead")
+    if isinstance(element, ChoiceSweep) and any(isinstance(each, RangeSweep) for each in element.list):
+        raise ValueError(
+            f"{text}: range() among other values; expected it alone, or start:stop:step (with its stop) there"
+        )
     if isinstance(element, ChoiceSweep) and not element.shuffle:
         return key, [value for each in element.list for value in expand(key, each)], True
+    if isinstance(element, RangeSweep) and not element.shuffle:
+        return key, _hydras_range(text, element), True
     if override.is_sweep_override():
-        raise ValueError(f"{text}: expected values with commas between them, or a range start:stop:step")
+        raise ValueError(
+            f"{text}: expected values with commas between them, a range start:stop:step, or range(start,stop,step)"
+        )
     if is_range(element):
         return key, expand(key, element), True
     # What is fixed keeps the user's own words.
@@ -188,6 +196,18 @@ def expand(key: str, element: Any) -> list[Value]:
     if is_range(element):
         return [Value(repr(number), number) for number in span(key, *element.split(":"))]
     return [Value(Override._get_value_element_as_str(element), Override._convert_value(element))]
+
+
+def _hydras_range(text: str, element: RangeSweep) -> list[Value]:
+    """The values that Hydra's own sweeps take from its range(), the stop left out. Raises ValueError for none."""
+    start, stop, step = element.start, element.stop, element.step
+    assert start is not None and stop is not None
+    if not all(math.isfinite(end) for end in (start, stop, step)):
+        raise ValueError(f"{text}: expected finite ends")
+    if step == 0 or (stop - start) / step <= 0:
+        raise ValueError(f"{text}: no values, since a step of {step} does not lead from {start} towards {stop}")
+    _check_count(text, abs((stop - start) / step))
+    return [Value(repr(number), number) for number in element.range()]
 
 
 def span(key: str, start: str, stop: str, step: str) -> list[int] | list[float]:

@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from .grid import NUMBER, Grid, Value, axis, check_lengths, expand, is_range
+from .grid import NUMBER, Grid, Value, axis, check_lengths, expand, is_range, parse
 
 SECTIONS = ("settings", "axes", "zip", "exclude", "isoflop")
+_HYDRAS_RANGE = re.compile(r"range\(.*\)")
 # A point before a digit begins a number.
 _PLAIN = re.compile(r"(?:[A-Za-z_/]|\.(?![0-9]))[A-Za-z0-9_./+-]*")
 _WORDS = ("true", "false", "null", "nan", "inf", "on", "off", "yes", "no")
@@ -104,6 +105,8 @@ def _checked(section: Any, name: str) -> dict[str, Any]:
 def _axis_of(key: str, values: Any) -> list[Value]:
     if is_range(values):
         return axis(key, expand(key, values))
+    if isinstance(values, str) and _HYDRAS_RANGE.fullmatch(values):
+        return axis(key, parse(f"{key}={values}")[1])
     if not isinstance(values, list) or not values:
         raise ValueError(f"{key}: expected a list of values or a range start:stop:step, found {values!r}")
     return axis(key, [Value(written(key, value), value) for value in values])

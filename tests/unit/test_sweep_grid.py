@@ -8,6 +8,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -34,6 +35,11 @@ def plains(*arguments: str) -> list[dict]:
         ("a.b=0:1:0.25,7", [0.0, 0.25, 0.5, 0.75, 1.0, 7]),
         ("a.b=1e-4:1e-2:log3", [0.0001, 0.001, 0.01]),
         ("a.b=5:1:-2", [5, 3, 1]),
+        ("a.b=range(0,3)", [0, 1, 2]),
+        ("a.b=range(3)", [0, 1, 2]),
+        ("a.b=range(10, 40, 10)", [10, 20, 30]),
+        ("a.b=range(0,1,0.25)", [0.0, 0.25, 0.5, 0.75]),
+        ("a.b=range(3,0,-1)", [3, 2, 1]),
     ],
 )
 def test_several_values_make_an_axis(text: str, values: list) -> None:
@@ -58,6 +64,11 @@ def test_brackets_and_quotes_make_one_value(text: str, value: object) -> None:
         (["a"], "not a setting"),
         (["~a"], "cannot be deleted"),
         (["a=glob(*)"], "a range start:stop:step"),
+        (["a=range(3,0)"], "a=range(3,0): no values, since a step of 1 does not lead from 3 towards 0"),
+        (["a=range(0,3,0)"], "no values"),
+        (["a=7,range(0,3)"], "range() among other values"),
+        (["a=shuffle(range(0,3))"], "or range(start,stop,step)"),
+        (["a=range(0,3)", "a=4"], "given twice"),
         (["a=1:2:0"], "does not lead from 1 to 2"),
         (["a=1:2:-1"], "does not lead"),
         (["a=0:2:log3"], "ends > 0"),
@@ -140,6 +151,16 @@ def test_logarithmic_ranges_have_equal_ratios_and_exact_ends(low: float, high: f
     assert not whole and len(found) == count and (found[0], found[-1]) == (low, high)
     ratios = [math.log(b / a) for a, b in itertools.pairwise(found)]
     assert max(ratios) - min(ratios) < 1e-4
+
+
+def test_hydras_range_has_the_values_of_hydras_own_sweeps_and_is_an_axis_of_files_too(tmp_path: Path) -> None:
+    for text in ("range(0,5)", "range(0,1,0.1)", "range(1.5,-1,-0.5)", "range(2,3)"):
+        hydras = list(OverridesParser.create().parse_override(f"a={text}").sweep_iterator())
+        assert [value.plain for value in parse(f"a={text}")[1]] == hydras
+    file = tmp_path / "grid.yaml"
+    file.write_text("axes: {a: 'range(0,3)'}")
+    assert [point["a"].plain for point in from_file(file).points()] == [0, 1, 2]
+    assert parse("a='range(0,3)'")[1][0].plain == "range(0,3)"
 
 
 def test_whole_ends_make_whole_numbers() -> None:
@@ -252,8 +273,9 @@ def test_the_words_of_the_language_are_no_settings_of_the_schema() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["a=0:1:lin1000000000", "a=1:10:log1000001", "a=1:1000000000000:1", "a=0:1:1e-300", "a=0:1e300:1e-300"],
-)
+    ["a=0:1:lin1000000000", "a=1:10:log1000001", "a=1:1000000000000:1", "a=0:1:1e-300", "a=0:1e300:1e-300",
+     "a=range(1000000001)", "a=range(0,1,1e-9)"],
+)  # fmt: skip
 def test_a_range_of_too_many_values_is_refused_before_it_is_made(text: str) -> None:
     tracemalloc.start()
     try:

@@ -13,9 +13,11 @@ from typing import Any
 from ee_megatron.config.identity import stage_dir, to_yaml
 from ee_megatron.config.schema import RunConfig
 from ee_megatron.externalise.choice import STYLES, FamilyChoice, read_models
+from ee_megatron.externalise.shape import Shape
 from ee_megatron.externalise.study import Objective, Record, Study
 
 LAYERS, ANSWERS, BETA = 6, 300, 0.1
+MODEL = "no/such/model"
 WEIGHTS = {"terse": 0.4, "steps": 0.4, "padded": 0.2}
 # Layers that a terse answer's token takes, and how often it is right when held to 1 ... 6 of them; by hops.
 SERIAL = {1: 2.1, 2: 3.2, 3: 5.1}
@@ -96,8 +98,8 @@ def record(
         models = {"teacher": {name: family(hops, tau, WEIGHTS, LAYERS)}, "start": {name: start}, **models}
     return Record(
         path=f"b{base}t{tau}/evaluate-{condition.replace(' ', '')}{hops}{seed}", base=base, seed=seed, tau=tau,
-        families=(name,), objective=objective, num_layers=LAYERS, models=read_models(part(models)), weights=WEIGHTS,
-        origin=f"b{base}t{tau}",
+        families=(name,), objective=objective, shape=Shape(LAYERS, path=MODEL), models=read_models(part(models)),
+        weights=WEIGHTS, origin=f"b{base}t{tau}",
     )  # fmt: skip
 
 
@@ -142,7 +144,7 @@ def answer(style: str, prompt: str, model: str = "reinforced", depth: int = 1) -
 def config(made: Record) -> RunConfig:
     """The settings of a made-up run."""
     cfg = RunConfig(name="study")
-    cfg.model.path = "no/such/model"
+    cfg.model.path = MODEL
     cfg.task.name, cfg.task.tokens_per_step = "hops", made.tau
     cfg.pretrain.enabled, cfg.teacher.enabled = True, False
     cfg.pretrain.seed, cfg.rl.seed = made.base, made.seed

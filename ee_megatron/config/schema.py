@@ -174,6 +174,10 @@ class PretrainConfig:
     enabled: bool = False
     """true: model.path holds no weights but a shape (config.json); weights are drawn at random and trained on the
     task's worked problems, question and answer."""
+    layers: int = setting(0, at_least=0, added_later=True)
+    """Layers instead of config.json's; 0: as it says."""
+    width: int = setting(0, at_least=0, added_later=True)
+    """Hidden size instead of config.json's: MLP and number of heads in proportion, heads as large as they were."""
     steps: int = setting(1000, positive=True)
     batch_size: int = setting(64, positive=True)
     """Sequences per update."""

@@ -14,7 +14,7 @@ from ee_megatron.evaluation.choice import ChoiceBench, Judged, by_family, choice
 from ee_megatron.exit_rules import ExitRule, Fixed, Off, Sample
 from ee_megatron.report.tables import choice_tables, corrupted_table, forced_table, free_table
 from ee_megatron.rollout.engine.sampling import SamplingParams
-from ee_megatron.sweeps.measured import chosen_styles
+from ee_megatron.sweeps.styles import chosen_styles
 from ee_megatron.tasks.hops import HopsTask
 from ee_megatron.training.evaluate import choosing
 from ee_megatron.types import Prompt, Rollout

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from ee_megatron.externalise.choice import STYLES, Figures
-from ee_megatron.externalise.forecast import closed_form, forecast, price, reference_shares
+from ee_megatron.externalise.forecast import forecast, price, reference_shares
 from ee_megatron.externalise.study import Objective, Study
+from ee_megatron.objectives.optimum import closed_form
 from tests.externalise_samples import BETA, OBJECTIVES, WEIGHTS, record
 
 

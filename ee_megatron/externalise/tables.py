@@ -35,7 +35,7 @@ def runs_table(rows: Sequence[Row]) -> Captioned:
     shape = ("layers", "width") if len({(row["layers"], row["width"], row["parameters"]) for row in rows}) > 1 else ()
     found = [
         (
-            *(_cell(row[name], "{:d}") for name in shape),
+            *(_cell(row[name], "{:.0f}") for name in shape),
             row["condition"], str(row["tau"]), str(row["hops"]), str(row["base"]), str(row["seed"]),
             *(f"{row[f'share_{style}']:.2f} / {_cell(row[f'forecast_{style}'])}" for style in STYLES),
             _cell(row["correct"]), _cell(row["mean_depth"]), _cell(row["length"]),

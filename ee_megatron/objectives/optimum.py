@@ -43,7 +43,8 @@ def closed_form(reference: Shares, value: Shares, beta: float) -> dict[str, floa
 
 def takeover_price(reference: Shares, value: Shares, cost: Shares, beta: float, style: str) -> float | None:
     """The least lambda >= 0 at which the closed form gives `style` half of the answers; None if there is none, or if a
-    figure isn't finite. `value`: what an answer is worth without the price, `cost`: what lambda is charged for.
+    figure isn't finite. `value`: what an answer is worth without the price, `cost`: what lambda is charged for. beta 0:
+    the least at which no other is better.
 
     Against the others j the style has half where g(lambda) <= 0,
 

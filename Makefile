@@ -62,13 +62,13 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 
 test: $(VENV)/.dev $(MODEL)/config.json
-	$(PYTEST) tests/unit tests/integration --ignore=tests/integration/slurm
+	$(PYTEST) -m "not slow" tests/unit tests/integration --ignore=tests/integration/slurm
 
 unit: $(VENV)/.dev $(MODEL)/config.json
-	$(PYTEST) tests/unit
+	$(PYTEST) -m "not slow" tests/unit
 
 integration: $(VENV)/.dev $(MODEL)/config.json
-	$(PYTEST) tests/integration --ignore=tests/integration/slurm
+	$(PYTEST) -m "not slow" tests/integration --ignore=tests/integration/slurm
 
 device: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/device
@@ -97,6 +97,7 @@ rehearsal: $(VENV)/.dev
 	$(BIN)/python tools/rehearse_7b.py --directory $(REHEARSAL)
 
 slow: $(VENV)/.dev $(MODEL)/config.json
+	$(PYTEST) -m slow tests/unit tests/integration --ignore=tests/integration/slurm
 	$(BIN)/python -m pytest tests/slow
 
 lint: $(VENV)/.dev

@@ -15,7 +15,7 @@ from .schema import SEQUENCE_MULTIPLE, RunConfig
 TASK_FAMILIES = {
     "arithmetic": ("product", "sum", "word", "chain"),
     "tom": ("first_order", "second_order", "true_belief", "reality", "memory"),
-    "hops": ("hop1", "hop2", "hop3", "hop4"),
+    "hops": tuple(f"hop{hops}" for hops in range(1, 9)),
 }
 
 
@@ -34,6 +34,8 @@ def _check_task(cfg: RunConfig) -> Iterator[str]:
         )
     if task.name in (*TASK_FAMILIES, "reasoning_gym"):
         yield from _check_families(task.name, list(task.families))
+        if task.name == "hops":
+            yield from _check_slots(cfg)
         return
     if not task.path:
         yield (
@@ -51,6 +53,18 @@ def _check_task(cfg: RunConfig) -> Iterator[str]:
         )
 
 
+def _check_slots(cfg: RunConfig) -> Iterator[str]:
+    task, known = cfg.task, TASK_FAMILIES["hops"]
+    if task.slots > len(known):
+        yield f"task.slots={task.slots}: expected at most {len(known)}"
+    beyond = [family for family in task.families if family in known[task.slots :]]
+    if beyond:
+        yield (
+            f"task.families: {', '.join(beyond)} with task.slots={task.slots}: a prompt has no room for as many hops; "
+            f"expected families up to hop{task.slots}, or more slots"
+        )
+
+
 def _check_families(name: str, families: list[str]) -> Iterator[str]:
     known = TASK_FAMILIES.get(name, ())
     if not families or (known and not set(families) <= set(known)):
@@ -63,6 +77,11 @@ def _check_families(name: str, families: list[str]) -> Iterator[str]:
 
 
 def _check_training(cfg: RunConfig) -> Iterator[str]:
+    if not cfg.pretrain.enabled and (cfg.pretrain.layers or cfg.pretrain.width):
+        yield (
+            f"pretrain.layers={cfg.pretrain.layers}, pretrain.width={cfg.pretrain.width}: a model that has weights "
+            "keeps its shape; set pretrain.enabled=true, or leave them out"
+        )
     if not 0 <= cfg.adapter.dropout < 1:
         yield (f"adapter.dropout={cfg.adapter.dropout}: expected 0 <= dropout < 1")
     if cfg.teacher.enabled and cfg.adapter.rank == 0 and not cfg.adapter.full:

@@ -5,8 +5,9 @@ torch is imported only where exits or dimensions are built, so that checks witho
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..objectives.depth import CREDITS
 from ..objectives.policy_gradient import KL_TERMS
@@ -62,11 +63,20 @@ def model_dir(cfg: RunConfig) -> Path:
 
 
 def read_dims(cfg: RunConfig) -> ModelDims:
-    """Dimensions from the model directory's config.json; weights are not looked at.
+    """Dimensions from the model directory's config.json and what replaces them; weights are not looked at.
 
-    Raises FileNotFoundError (no such directory or file) or ValueError (not JSON, unsupported architecture).
+    Raises what `shape_config` does, and ValueError for an unsupported architecture.
     """
     from ..families import dims_from_config
+
+    return dims_from_config(shape_config(cfg))
+
+
+def shape_config(cfg: RunConfig) -> dict[str, Any]:
+    """The model directory's config.json, with the layers and the width that pretrain.layers and pretrain.width ask for.
+
+    Raises FileNotFoundError (no such directory or file) or ValueError (not JSON, no whole number of heads).
+    """
     from ..families.hf_directory import read_json
 
     file = model_dir(cfg) / "config.json"
@@ -76,7 +86,31 @@ def read_dims(cfg: RunConfig) -> ModelDims:
             "give model.path=<directory>; the demo's is made by `make model` in a checkout, elsewhere by `python -m "
             "ee_megatron.checkpoint.demo_model --out models/SmolLM2-135M-Instruct`"
         )
-    return dims_from_config(read_json(file))
+    return reshaped(read_json(file), cfg.pretrain.layers, cfg.pretrain.width)
+
+
+def reshaped(config: dict[str, Any], layers: int, width: int) -> dict[str, Any]:
+    """config.json with so many layers and so wide a residual stream; 0: as it was. The MLP keeps its ratio to the
+    width, to the next multiple of 8; heads keep their size, so that their number follows. Raises ValueError."""
+    changed = dict(config)
+    if layers:
+        changed["num_hidden_layers"] = layers
+    if not width:
+        return changed
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    of_query, of_key = heads, config.get("num_key_value_heads", heads)
+    if width * of_query % hidden or width * of_key % hidden:
+        step = hidden // math.gcd(of_query, of_key)
+        raise ValueError(
+            f"pretrain.width={width}: heads of {hidden // heads} don't divide it; expected a multiple of {step}"
+        )
+    changed |= {
+        "hidden_size": width,
+        "intermediate_size": 8 * max(1, round(config["intermediate_size"] * width / hidden / 8)),
+        "num_attention_heads": width * of_query // hidden,
+        "num_key_value_heads": width * of_key // hidden,
+    }
+    return changed
 
 
 def resolve_exits(cfg: RunConfig, dims: ModelDims) -> ExitLayout:

@@ -136,7 +136,7 @@ class TaskConfig:
     them."""
     families: list[str] = setting(["product", "sum", "word"])
     """arithmetic: product, sum, word, chain; tom: first_order, second_order, true_belief, reality, memory;
-    hops: hop1 to hop4; reasoning_gym: names of its families, chain_sum for one."""
+    hops: hop1 to hop8, as far as task.slots; reasoning_gym: names of its families, chain_sum for one."""
     operands: str = setting("small", choices=("small", "wide"), added_later=True)
     """arithmetic: which numbers. Of small ones there are few pairs (66 products), so that many problems on them are
     worth less than their number; wide ones are harder, and most test problems have a pair of their own."""
@@ -144,6 +144,8 @@ class TaskConfig:
     """hops: shares of terse, written-out and padded answers among those that are trained on."""
     tokens_per_step: int = setting(1, positive=True, added_later=True)
     """hops: tokens of a written step."""
+    slots: int = setting(4, positive=True, added_later=True)
+    """hops: operations that a prompt has room for, and most hops of a problem."""
     path: str = ""
     """gsm8k and dataset: a .jsonl or .parquet file, a directory with such files for each split, or a data set that
     `datasets` saved to disk."""

@@ -1,6 +1,6 @@
 """Chains of permutations that a model may follow in its activations or in writing: a task with a choice.
 
-A problem gives up to four operations, permutations of eight states, and a start; the answer is the state at the end.
+A problem gives up to `slots` operations, permutations of eight states, and a start; the answer is the state at the end.
 One character is one token, and the start stands last in the prompt, so that no position before it can know the answer.
 A worked answer is, whatever the number of hops:
 
@@ -21,8 +21,8 @@ from ..types import Prompt
 from .base import ChatTemplate, Problem, ProblemTask, Verdict, share_of
 
 STATES, OPERATIONS, EMPTY = "01234567", "abcd", "_"
-SLOTS = 4
-FAMILIES = {f"hop{hops}": hops for hops in range(1, SLOTS + 1)}
+MOST_HOPS = 8
+FAMILIES = {f"hop{hops}": hops for hops in range(1, MOST_HOPS + 1)}
 HELD_OUT = {"validation": 0.05, "evaluation": 0.1}
 """Shares of the problems that training never sees; of one and two hops there are too few to hold any out."""
 FEWEST_HELD_OUT = 3
@@ -40,8 +40,11 @@ class HopsTask(ProblemTask):
         if chat is not None:
             raise ValueError("task.name=hops has no words for a chat template; set rollout.prompt_template=plain")
         super().__init__(task, "", None)
-        known, families = FAMILIES.keys(), task.families
-        if not families or len(set(families)) != len(families) or not set(families) <= known:
+        if task.slots > MOST_HOPS:
+            raise ValueError(f"task.slots: {task.slots}; choose at most {MOST_HOPS}")
+        self.slots = task.slots
+        known, families = [name for name, hops in FAMILIES.items() if hops <= self.slots], task.families
+        if not families or len(set(families)) != len(families) or not set(families) <= set(known):
             raise ValueError(f"task.families: {list(families)}; choose one or more, each once, of {', '.join(known)}")
         weights = task.style_weights
         if len(weights) != len(self.styles) or min(weights) < 0 or sum(weights) <= 0:
@@ -85,7 +88,7 @@ class HopsTask(ProblemTask):
         """A family's problems of a split in random order, then again in another, for ever."""
         hops = FAMILIES[family]
         every = [
-            "".join(operations) + EMPTY * (SLOTS - hops) + start
+            "".join(operations) + EMPTY * (self.slots - hops) + start
             for operations in itertools.product(OPERATIONS, repeat=hops)
             for start in STATES
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from ..config.derive import model_dir, read_dims
+from ..config.derive import model_dir, read_dims, shape_config
 from ..config.schema import RunConfig
 from ..families import ModelDims
 from ..families.hf_directory import HFDirectory
@@ -34,7 +35,7 @@ def draw_model(cfg: RunConfig, path: Path) -> Path:
         return path
     shape, dims = model_dir(cfg), read_dims(cfg)
     with atomic_directory(path) as folder:
-        shutil.copyfile(shape / "config.json", folder / "config.json")
+        (folder / "config.json").write_text(json.dumps(shape_config(cfg), indent=2) + "\n", encoding="utf-8")
         save_file(draw_weights(dims, cfg.pretrain.seed), folder / "model.safetensors", metadata={"format": "pt"})
         if (shape / "tokenizer.json").is_file():
             for file in shape.glob("*token*.json"):

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, initial_policy
+from tests.covering import covering
 from tests.reference import Reference, random_policy
 from tests.tiny import tiny_hf
 
@@ -157,8 +158,7 @@ def gradients_by_the_book(path, spec, policy, batch, weights, exact):
 LAYOUT_ORDER = sorted(LAYOUTS, key=world)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("layout", LAYOUT_ORDER)
+@pytest.mark.parametrize(("layout", "model"), covering(LAYOUT_ORDER, MODELS))
 def test_logits_and_gradients_with_adapters(layout, model, models, ranks):
     path, patterns, (batch, weights) = models[model], drawn_patterns(), make_batch(rows=6, first_token=model in FIRST)
     policy = random_policy(HFDirectory(path).dims, SPEC)
@@ -190,8 +190,7 @@ def test_logits_and_gradients_with_adapters(layout, model, models, ranks):
         assert_gradients(result["gradients"], *by_the_book)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("layout", LAYOUT_ORDER)
+@pytest.mark.parametrize(("layout", "model"), covering(LAYOUT_ORDER, reversed(MODELS)))
 def test_logits_and_gradients_of_full_fine_tuning(layout, model, models, ranks):
     path, (batch, weights) = models[model], make_batch(rows=6, first_token=model in FIRST)
     source = HFDirectory(path)

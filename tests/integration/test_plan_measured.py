@@ -3,6 +3,7 @@ tensors that exist, on SmolLM2 and two tiny models, three layouts each."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ee_megatron.planning.memory import Training, learner_memory
 from ee_megatron.planning.packing import pack_pass
 from ee_megatron.planning.workload import Workload
 from ee_megatron.policy import ATTENTION, PolicySpec
+from tests.covering import covering
 from tests.tiny import tiny_hf
 
 FLOPS, MEMORY = 0.05, 0.10
@@ -108,10 +110,9 @@ def check(ratios: list[tuple[str, float]]) -> None:
                     for k in ("flops", "memory")})  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", SPECS)
-@pytest.mark.parametrize("layout", TINY)
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_tiny_models_cost_what_was_planned(four, models, name, layout, mode) -> None:
+@pytest.mark.parametrize(("layout", "case"), covering(TINY, itertools.product(("llama", "qwen3"), SPECS)))
+def test_tiny_models_cost_what_was_planned(four, models, layout, case) -> None:
+    name, mode = case
     check(compare(four, models[name], SPECS[mode], TINY[layout], 16, 24, 39, 0.7, 256))
 
 

@@ -16,6 +16,7 @@ from ee_megatron.config.schema import DeepspeedConfig
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, initial_policy
 from ee_megatron.tensors import digest
+from tests.covering import covering
 from tests.reference import Reference, random_policy
 from tests.tiny import tiny_hf
 
@@ -115,11 +116,9 @@ def assert_same(found, expected, started):
         assert float((found[name] - wanted).norm()) < 2e-3 * moved + 1e-6, f"{name}: differs by a part of its movement"
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("stage", "layout"), CASES)
-def test_five_updates(stage, layout, model, mode, ranks, models):
-    case = models[model, mode]
+@pytest.mark.parametrize(("zero", "trained"), covering(CASES, [(m, mode) for m in MODELS for mode in ("lora", "full")]))
+def test_five_updates(zero, trained, ranks, models):
+    (stage, layout), case = zero, models[trained]
     build(ranks, case, layout, settings(stage))
     norms = update(ranks, 0, UPDATES)
     expected, book = case[3]
@@ -137,18 +136,18 @@ def test_offloaded_optimizer_state(ranks, models):
     assert_same(ranks.call("parallel_cases:state")[0][0], case[3][0], case[2])
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ((1, "TP2_PP2"), (2, "DP4")),
-        ((2, "DP4"), (0, "PP2_DP2")),
-        ((0, "TP2_DP2"), (3, "DP4")),
-        ((3, "DP4"), (1, "TP2_DP2")),
-    ],
-)
-def test_resume_under_another_layout_and_stage(before, after, mode, ranks, models):
+MOVES = [
+    ((1, "TP2_PP2"), (2, "DP4")),
+    ((2, "DP4"), (0, "PP2_DP2")),
+    ((0, "TP2_DP2"), (3, "DP4")),
+    ((3, "DP4"), (1, "TP2_DP2")),
+]
+
+
+@pytest.mark.parametrize(("move", "mode"), covering(MOVES, ["lora", "full"]))
+def test_resume_under_another_layout_and_stage(move, mode, ranks, models):
     """Three updates here, two there: weights and moments are those of five updates in one place."""
+    before, after = move
     path, spec, policy, (expected, _) = models["llama_tied", mode]
     build(ranks, (path, spec, policy, None), before[1], settings(before[0]))
     update(ranks, 0, 3)

@@ -459,4 +459,11 @@ def test_what_rl_takes_of_a_task_and_where_it_leaves() -> None:
     assert "set rl.kl=reward, not exact" in refused("rl.kl_sum=true", "rl.kl=exact")
     assert "set rl.credit=answer" in refused("rl.fixed_depth=5", "rl.credit=exit")
     assert "rl.fixed_depth=3: expected 0 or one of [5, 10, 15, 20, 25, 28]" in refused("rl.fixed_depth=3", model=dims())
+    assert "hop5, hop6 with task.slots=4: a prompt has no room for as many hops" in refused(
+        "task=hops", "task.families=[hop4,hop5,hop6]"
+    )
+    assert "task.slots=9: expected at most 8" in refused("task=hops", "task.slots=9")
+    assert "pretrain.layers=3, pretrain.width=0: a model that has weights keeps its shape" in refused(
+        "pretrain.layers=3"
+    )
     validate(config("rl.fixed_depth=28", "task=hops", "rl.families=[hop3]"), dims())

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ee_megatron.config.derive import read_dims
+from ee_megatron.config.identity import stage_dir
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import PretrainConfig, RunConfig
 from ee_megatron.objectives.weights import text_likelihood
@@ -90,6 +91,23 @@ def test_a_vocabulary_without_room_for_all_bytes_is_refused(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"vocab_size=256 in config.json: .* needs 257 or more"):
         draw_model(ladder("100k", f"model.path={tmp_path}"), tmp_path / "initial")
     assert not (tmp_path / "initial").exists()
+
+
+def test_a_shape_may_be_asked_for_by_layers_and_width(tmp_path: Path) -> None:
+    settings = ["pretrain.layers=3", "pretrain.width=52", "exits.depths=[1,2]"]
+    cfg, plain = ladder("1m", *settings), read_dims(ladder("1m"))
+    dims = read_dims(cfg)
+    # 104 wide with heads of 26 and an MLP of 280: half of each.
+    assert (dims.num_layers, dims.hidden, dims.heads, dims.kv_heads, dims.intermediate) == (3, 52, 2, 2, 144)
+    assert dims.head_dim == plain.head_dim == 26
+    model = AutoModelForCausalLM.from_pretrained(draw_model(cfg, tmp_path / "initial"))
+    assert {name: tuple(t.shape) for name, t in model.state_dict().items()}.items() >= dims.tensor_shapes().items()
+    assert stage_dir(cfg, "pretrain") != stage_dir(ladder("1m"), "pretrain")
+
+
+def test_a_width_that_heads_do_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"pretrain\.width=60: heads of 26 don't divide it; expected a multiple of 26"):
+        read_dims(ladder("1m", "pretrain.width=60"))
 
 
 def test_every_text_comes_before_any_comes_again() -> None:

@@ -135,6 +135,8 @@ def test_it_travels_to_verifiers_without_its_problems() -> None:
     ("settings", "said"),
     [
         ({"families": ["hop5"]}, "task.families: ['hop5']; choose one or more, each once, of hop1, hop2, hop3, hop4"),
+        ({"families": ["hop6"], "slots": 5}, "choose one or more, each once, of hop1, hop2, hop3, hop4, hop5"),
+        ({"slots": 9}, "task.slots: 9; choose at most 8"),
         ({"families": ["hop1", "hop1"]}, "each once"),
         ({"style_weights": [1.0, 1.0]}, "task.style_weights: [1.0, 1.0]; give 3 shares, of terse, steps, padded"),
         ({"style_weights": [1.0, -1.0, 1.0]}, "task.style_weights"),
@@ -143,6 +145,15 @@ def test_it_travels_to_verifiers_without_its_problems() -> None:
 def test_refusals(settings: dict, said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
         hops(**settings)
+
+
+def test_more_hops_need_more_slots() -> None:
+    task = hops(families=["hop1", "hop6"], slots=6, train=400)
+    for prompt in task.prompts("train"):
+        count = 6 if prompt.task == "hops.hop6" else 1
+        assert re.fullmatch(rf"[abcd]{{{count}}}_{{{6 - count}}}[0-7]", prompt.text)
+        assert task.style_of(prompt, task.written(task.states(prompt.text), "steps")) == "steps"
+    assert task.permutations == hops().permutations
 
 
 def test_no_chat_and_no_examples() -> None:

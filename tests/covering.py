@@ -1,0 +1,29 @@
+"""Which cases of a product run every time: `make test` takes a part that has every value and mixes them, `make slow`
+the rest. Cases keep their order and names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+SLOW = pytest.mark.slow
+
+
+def covering(cases: Iterable[Any], others: Iterable[Any]) -> list[Any]:
+    """Parameters `(case, other)`: every case with one of the others, in turn, every time; the rest marked slow."""
+    rest = list(others)
+    return [
+        pytest.param(case, other, marks=() if i % len(rest) == j else SLOW)
+        for i, case in enumerate(cases)
+        for j, other in enumerate(rest)
+    ]
+
+
+def some(cases: Iterable[Any], kept: Iterable[Any]) -> list[Any]:
+    """The cases, those that are not `kept` marked slow. Raises ValueError for a case that isn't there."""
+    every, wanted = list(cases), list(kept)
+    if strangers := [case for case in wanted if case not in every]:
+        raise ValueError(f"{strangers}: no such case")
+    return [pytest.param(case, marks=() if case in wanted else SLOW) for case in every]

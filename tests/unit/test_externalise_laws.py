@@ -128,6 +128,10 @@ def test_a_shape_is_what_the_settings_and_config_json_say(tmp_path: Path) -> Non
     assert (
         shape == Shape(6, 64, 6 * block + 64) and shape.label == f"6 layers of width 64, {6 * block + 64:,} parameters"
     )
+    cfg.pretrain.layers, cfg.pretrain.width = 8, 128
+    block = 128 * 128 * 2 + 2 * 128 * 64 + 3 * 128 * 192 + 2 * 128
+    assert shape_of(cfg, 8) == Shape(8, 128, 8 * block + 128)
+    cfg.pretrain.layers = cfg.pretrain.width = 0
     # What was measured counts: the file there now is another.
     assert shape_of(cfg, 12) == Shape(12, 0, 0, str(tmp_path))
     cfg.model.path, cfg.pretrain.width = "gone", 128

@@ -2,7 +2,7 @@
 # make test   unit and integration tests; make unit, make integration: one of them
 # make slurm  job scripts on a real Slurm, several nodes on this machine; needs root, installs Debian's Slurm if it is missing
 # make device every path that runs on a device, on a pretend GPU: what mixes devices fails, syncs and kernels have budgets
-# make slow   what takes long: twenty kills of an RL run, learning over seeds, a fresh environment, ten kills of a conversion
+# make slow   the layouts, kinds and modes that `make test` leaves out, and what takes long: twenty kills of an RL run, learning over seeds, a fresh environment, ten kills of a conversion
 # make vllm   the environment in which vLLM makes rollouts (rollout.backend=vllm); 3 GB
 # make vllm-test  vLLM with exits against the embedded engine; whenever rollout/ or vLLM's version changes
 # make clients    what other programs make of checkpoints and server: old transformers, evaluation harnesses, Megatron-LM (docs/clients.md)

@@ -69,3 +69,9 @@ def test_content_counts_not_place_or_time(tmp_path: Path, data: Path) -> None:
     (folder / "train.jsonl").write_text("b\n")
     (folder / "test.jsonl").write_text("a\n")
     assert digest(str(folder)) != first
+
+
+def test_without_a_path_nothing_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory may hold a million files, and every stage's name asks."""
+    monkeypatch.setattr(Path, "rglob", lambda *_: pytest.fail("looked into the working directory"))
+    assert digest("") == ""

@@ -167,6 +167,19 @@ def clustered_difference(first: Sequence[bool], second: Sequence[bool], clusters
     return bootstrap_interval(sums, lambda sample: float(sample[:, 0].sum() / sample[:, 1].sum()))
 
 
+def least_squares_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """Slope and intercept of the line that minimises Σ (y - intercept - slope x)², values [n] each: slope =
+    cov(x, y) / var(x). Points of which a value isn't finite are left out; NaN unless two of the rest differ in x."""
+    if len(x) != len(y):
+        raise ValueError(f"a line through {len(x)} and {len(y)} values; expected as many of each")
+    points = np.array([(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)])
+    if len(points) < 2 or not np.ptp(points[:, 0]) > 0:
+        return math.nan, math.nan
+    (a, b), (da, db) = points.mean(0), (points - points.mean(0)).T
+    slope = float(da @ db / (da @ da))
+    return slope, float(b) - slope * float(a)
+
+
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """Rank correlation of x [n] and y [n]: Pearson's r of the ranks, ties sharing their mean rank; Spearman (1904).
 

@@ -13,9 +13,11 @@ from typing import Any
 from ee_megatron.config.identity import stage_dir, to_yaml
 from ee_megatron.config.schema import RunConfig
 from ee_megatron.externalise.choice import STYLES, FamilyChoice, read_models
+from ee_megatron.externalise.shape import Shape
 from ee_megatron.externalise.study import Objective, Record, Study
 
 LAYERS, ANSWERS, BETA = 6, 300, 0.1
+MODEL = "no/such/model"
 WEIGHTS = {"terse": 0.4, "steps": 0.4, "padded": 0.2}
 # Layers that a terse answer's token takes, and how often it is right when held to 1 ... 6 of them; by hops.
 SERIAL = {1: 2.1, 2: 3.2, 3: 5.1}
@@ -44,7 +46,7 @@ def figures(correct: float, depths: Sequence[float], n: int = ANSWERS) -> dict[s
 def forced(hops: int, tau: int, held: int = 0) -> dict[str, Any]:
     """The styles given: under own gates, or all tokens held to a depth."""
     deep, easy = (held, held) if held else (SERIAL[hops], 1)
-    right = HELD[hops][(held or LAYERS) - 1]
+    right = HELD[hops][min(held or LAYERS, LAYERS) - 1]
     steps = (0.95 if held == 1 else 0.98) if held else right
     return {
         "terse": figures(right, [easy, deep, easy]),
@@ -65,10 +67,10 @@ def family(hops: int, tau: int, share: Mapping[str, float], exits: int = 0, star
     return found | ({"fixed": {str(d): forced(hops, tau, d) for d in range(1, LAYERS + 1)}} if start else {})
 
 
-def part(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def part(models: Mapping[str, Mapping[str, Any]], layers: int = LAYERS) -> dict[str, Any]:
     """results.json's part."""
     return {
-        "styles": list(STYLES), "weights": list(WEIGHTS.values()), "num_layers": LAYERS, "answers_per_family": ANSWERS,
+        "styles": list(STYLES), "weights": list(WEIGHTS.values()), "num_layers": layers, "answers_per_family": ANSWERS,
         "models": {name: {"exits": "sampled", "families": families} for name, families in models.items()},
     }  # fmt: skip
 
@@ -84,10 +86,19 @@ def boltzmann(hops: int, tau: int, objective: Objective, rng: random.Random) -> 
 
 
 def record(
-    condition: str, base: int = 1, seed: int = 1, tau: int = 1, hops: int = 3, share: Mapping[str, float] | None = None
+    condition: str,
+    base: int = 1,
+    seed: int = 1,
+    tau: int = 1,
+    hops: int = 3,
+    share: Mapping[str, float] | None = None,
+    layers: int = LAYERS,
 ) -> Record:
-    """A run as the closed form has it; lambda 0 has measured teacher and start too."""
+    """A run as the closed form has it; lambda 0 has measured teacher and start too. `layers`: of which its depths are
+    the same shares as of the usual number."""
     objective = OBJECTIVES[condition]
+    if condition == "no exits":
+        objective = replace(objective, fixed_depth=layers)
     share = share or boltzmann(hops, tau, objective, random.Random(f"{condition}{base}{seed}{tau}{hops}"))
     name, exits = f"hop{hops}", objective.fixed_depth
     models = {"reinforced": {name: family(hops, tau, share, exits)}}
@@ -95,9 +106,9 @@ def record(
         start = family(hops, tau, WEIGHTS, start=True)
         models = {"teacher": {name: family(hops, tau, WEIGHTS, LAYERS)}, "start": {name: start}, **models}
     return Record(
-        path=f"b{base}t{tau}/evaluate-{condition.replace(' ', '')}{hops}{seed}", base=base, seed=seed, tau=tau,
-        families=(name,), objective=objective, num_layers=LAYERS, models=read_models(part(models)), weights=WEIGHTS,
-        origin=f"b{base}t{tau}",
+        path=f"b{base}t{tau}l{layers}/evaluate-{condition.replace(' ', '')}{hops}{seed}", base=base, seed=seed, tau=tau,
+        families=(name,), objective=objective, shape=Shape(layers, path=MODEL),
+        models=read_models(part(models, layers)), weights=WEIGHTS, origin=f"b{base}t{tau}l{layers}",
     )  # fmt: skip
 
 
@@ -142,10 +153,11 @@ def answer(style: str, prompt: str, model: str = "reinforced", depth: int = 1) -
 def config(made: Record) -> RunConfig:
     """The settings of a made-up run."""
     cfg = RunConfig(name="study")
-    cfg.model.path = "no/such/model"
+    cfg.model.path = MODEL
     cfg.task.name, cfg.task.tokens_per_step = "hops", made.tau
     cfg.pretrain.enabled, cfg.teacher.enabled = True, False
     cfg.pretrain.seed, cfg.rl.seed = made.base, made.seed
+    cfg.pretrain.layers = made.num_layers if made.num_layers != LAYERS else 0
     cfg.rl.families, cfg.rl.kl_sum, cfg.exits.first_token = list(made.families), True, made.objective.first_exits
     for name in ("beta", "depth_cost", "lambda_exit", "cost_length", "lambda_length", "fixed_depth"):
         setattr(cfg.rl, name, getattr(made.objective, name))
@@ -160,8 +172,9 @@ def write(root: Path, made: Record, cfg: RunConfig | None = None) -> Path:
     (stage / "config.yaml").write_text(to_yaml(cfg))
     models = {name: {f: to_json(found) for f, found in model.items()} for name, model in made.models.items()}
     answers = [answer(style, f"ca_b{i}") for i, style in enumerate(STYLES)]
-    meta = {"num_layers": LAYERS, "exit_depths": [1, 2, 3, 4, 5]}
-    (stage / "results.json").write_text(json.dumps({"meta": meta, "answers": answers, "choice": part(models)}))
+    meta = {"num_layers": made.num_layers, "exit_depths": [1, 2, 3, 4, 5]}
+    results = {"meta": meta, "answers": answers, "choice": part(models, made.num_layers)}
+    (stage / "results.json").write_text(json.dumps(results))
     (stage / "DONE").touch()
     return stage
 

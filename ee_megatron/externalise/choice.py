@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..report.numbers import or_nan
+from ..sweeps.styles import STEPS, TERSE
 
-TERSE, STEPS, PADDED = "terse", "steps", "padded"
+PADDED = "padded"
 STYLES = (TERSE, STEPS, PADDED)
 OTHER = "other"
 TEACHER, START, REINFORCED = "teacher", "start", "reinforced"

@@ -12,10 +12,11 @@ from ..arguments import Parser
 from ..observe.rundir import write_atomic
 from ..report.numbers import strict_json
 from ..report.tables import TextTable
+from .laws import laws, laws_rows
 from .page import write_page
-from .rows import Row, rows, to_csv
+from .rows import Row, of_shape, rows, to_csv
 from .study import Study, counted, read_study
-from .verdicts import Verdict, at_tau, verdicts
+from .verdicts import Points, Verdict, at_tau, verdicts
 
 ABOUT = "whether a price on depth makes a model write its steps down: a study's runs on one page, with a table"
 EPILOG = """\
@@ -24,10 +25,15 @@ reads   every finished evaluation below DIRECTORY: */evaluate-*/ with config.yam
 writes  externalise.html  the question, the answer, figures, acceptance points, controls; needs nothing but itself
         plots/            the figures once more, as PNG
         externalise.csv   a row per run and family of problems: shares, right, depth, length, the closed form's forecast
+        laws.csv          a row per model, family and cost of depth: layers that a hop takes, the price at which steps
+                          take over, by the closed form and as found
         externalise.json  the same rows and the acceptance points with their intervals
 
 example:
   ee-megatron externalise runs --out study
+
+Runs whose models have other numbers of layers, or another width, are judged by themselves, each shape with its figures
+and its acceptance points; the page then begins with what the laws say of all of them.
 """
 
 
@@ -41,12 +47,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the files go (default: DIRECTORY)")
     given = parser.parse_args(list(argv))
     study = read_study(given.directory)
-    table, points = rows(study), verdicts(study)
+    table, found = rows(study), laws(study)
+    points = {shape: verdicts(study.of_shape(shape)) for shape in study.shapes}
     print("\n".join([facts(study), *study.remarks, "", points_table(points).text(), ""]))
     out = given.out or given.directory
     out.mkdir(parents=True, exist_ok=True)
     print(_write(out / "externalise.csv", to_csv(strict_json(table))))
-    print(write_page(out / "externalise.html", given.directory, study, table, points, facts(study)))
+    if found:
+        print(_write(out / "laws.csv", to_csv(strict_json(laws_rows(found)))))
+    print(write_page(out / "externalise.html", given.directory, study, table, points, found, facts(study)))
     data = json.dumps(strict_json(as_json(study, table, points)), indent=1, ensure_ascii=False, allow_nan=False)
     print(_write(out / "externalise.json", data + "\n"))
     return 0
@@ -54,8 +63,9 @@ def main(argv: Sequence[str]) -> int:
 
 def facts(study: Study) -> str:
     """How much there is of it, and the time it took where that is known."""
-    bases = len({r.base for r in study.records})
-    parts = [f"{counted(len(study.records), 'run')} of {counted(bases, 'base')}"]
+    bases, shapes = len({(r.shape, r.base) for r in study.records}), len(study.shapes)
+    of = f" in {shapes} shapes" if shapes > 1 else ""
+    parts = [f"{counted(len(study.records), 'run')} of {counted(bases, 'base')}{of}"]
     parts.append("tokens a step: " + ", ".join(map(str, study.taus)))
     if study.timed:
         whole = "" if study.timed == study.stages else f" ({study.timed} of {study.stages} stages have it on record)"
@@ -63,24 +73,42 @@ def facts(study: Study) -> str:
     return "; ".join(parts)
 
 
-def points_table(points: Sequence[Verdict]) -> TextTable:
-    """The acceptance points in words."""
+def points_table(points: Points) -> TextTable:
+    """The acceptance points in words; with several shapes each shape's, its name before them."""
     heads = ("point", "met", "tokens a step", "bases", "runs", "found (mean over bases, 95 %)")
     found = [
-        (f"{v.point} {v.name}", v.answer, v.tau, str(v.bases), str(v.runs), "; ".join(part.words for part in v.parts))
-        for v in points
+        (shape.label, f"{v.point} {v.name}", v.answer, v.tau, str(v.bases), str(v.runs), _found(v))
+        for shape, judged in points.items()
+        for v in judged
     ]
-    return TextTable(heads, found, names=2)
+    if len(points) == 1:
+        return TextTable(heads, [cells[1:] for cells in found], names=2)
+    return TextTable(("shape", *heads), found, names=3)
 
 
-def as_json(study: Study, table: Sequence[Row], points: Sequence[Verdict]) -> dict[str, Any]:
-    """The study's figures. `points_at`: points 1 to 5 by tokens a step."""
+def _found(point: Verdict) -> str:
+    return "; ".join(part.words for part in point.parts)
+
+
+def as_json(study: Study, table: Sequence[Row], points: Points) -> dict[str, Any]:
+    """The study's figures. `points_at`: points 1 to 5 by tokens a step. With several shapes both stand in `shapes`, by
+    shape."""
+    judged = [
+        {
+            "points": [point.as_json() for point in found],
+            "points_at": {
+                tau: [point.as_json() for point in at_tau(study.of_shape(shape), tau)]
+                for tau in study.of_shape(shape).taus
+            },
+        }
+        for shape, found in points.items()
+    ]
+    several = [{**of_shape(shape), **found} for shape, found in zip(points, judged, strict=True)]
     return {
         "runs": len(study.records),
         "remarks": list(study.remarks),
         "device_seconds": study.device_seconds if study.timed else None,
-        "points": [point.as_json() for point in points],
-        "points_at": {tau: [point.as_json() for point in at_tau(study, tau)] for tau in study.taus},
+        **(judged[0] if len(judged) == 1 else {"shapes": several}),
         "rows": list(table),
     }
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from ..objectives.optimum import Shares
 from ..report.charts import Axes, Chart, Dot, Line, Slot, lines
 from ..report.svg import legend_line, legend_mark
 from .choice import PADDED, STEPS, TERSE
 from .compare import ByBase, Figure, by_base, difference, mean_of, measured, over_bases, padding_odds, steps_share
-from .forecast import Shares, forecast
+from .forecast import forecast
 from .study import CAP, FREE, LENGTH, NO_EXITS, Condition, Record, Study, counted
 from .verdicts import PRICE, compared, gains
 

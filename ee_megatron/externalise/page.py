@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from ..report.template import FOLDER, render, style
 from . import words
 from .choice import REINFORCED
 from .figures import NOTE, PADDING, STEPS_SHARE, by_tokens, panels
+from .laws import Law, laws_table
 from .rows import Row
+from .shape import Shape
 from .study import Record, Study, counted
 from .tables import controls, runs_table
-from .verdicts import PRICE, Verdict, at_tau
+from .verdicts import PRICE, Points, Verdict, at_tau
 
 SHOWN = 3
 """Answers that are shown token by token."""
@@ -42,42 +44,60 @@ class Panel:
 
 
 def write_page(
-    output: Path, directory: Path, study: Study, table: Sequence[Row], points: Sequence[Verdict], facts: str
+    output: Path,
+    directory: Path,
+    study: Study,
+    table: Sequence[Row],
+    points: Points,
+    found: Sequence[Law],
+    facts: str,
 ) -> Path:
     """Write the page to `output` (.html), its charts as PNG to plots/ beside it; returns `output`. `directory`: where
-    the study's runs are."""
+    the study's runs are. Models of several shapes have their figures, points and controls apart, and a table of laws.
+    """
     results, record = _answers(directory, study)
     outcomes = results.outcomes
-    found = _panels(study)
+    several = len(points) > 1
+    parts = {shape: study.of_shape(shape) for shape in points}
+    drawn = [panel for shape, part in parts.items() for panel in _panels(part, shape if several else None)]
     page = render(
         Path(__file__).parent / "page.html.j2",
         style=style() + Markup(stylesheet(len(outcomes))),
         script=Markup((FOLDER / "page.js").read_text(encoding="utf-8")),
         question=words.QUESTION,
-        answer=words.answer(study, points),
+        lead=[
+            f"{shape.label}: {words.answer(part, points[shape])}" if several else words.answer(part, points[shape])
+            for shape, part in parts.items()
+        ],
         asked=words.ASKED,
         claim=words.CLAIM,
         facts=facts,
         remarks=study.remarks,
-        panels=found,
+        laws=laws_table(found) if several else None,
+        panels=drawn,
         accepted=words.ACCEPTED,
-        points=list(map(_point, points)),
-        again=[(f"{counted(tau, 'token')} a step", list(map(_point, at_tau(study, tau)))) for tau in study.taus[1:]],
+        judged=[_judged(part, shape.label if several else "", points[shape]) for shape, part in parts.items()],
         problems=problems(results),
         shown=_shown(record, study) if record else "",
         outcomes=outcomes,
-        controls=[(_at(tau, study, caption), shown) for tau in study.taus for caption, shown in controls(study, tau)],
+        controls=[
+            (_at(tau, part, caption, shape.label if several else ""), shown)
+            for shape, part in parts.items()
+            for tau in part.taus
+            for caption, shown in controls(part, tau)
+        ],
         runs=runs_table(table),
     )
     folder = output.parent / "plots"
     folder.mkdir(parents=True, exist_ok=True)
-    for chart in (chart for panel in found for chart in panel.charts):
+    for chart in (chart for panel in drawn for chart in panel.charts):
         write_atomic(folder / f"{chart.name}.png", picture(chart, len(outcomes)))
     write_atomic(output, page)
     return output
 
 
-def _panels(study: Study) -> list[Panel]:
+def _panels(study: Study, shape: Shape | None) -> list[Panel]:
+    """Those of a study of one shape; named after it, where there are others."""
     several = len(study.taus) > 1
     found = []
     for tau in study.taus:
@@ -87,11 +107,26 @@ def _panels(study: Study) -> list[Panel]:
             found.append(Panel(f"{quantity.name}-{tau}", quantity.title + apart, note, panels(study, tau, quantity)))
     charts = by_tokens(study)
     found.append(Panel("tokens", "Long steps", words.TOKENS, charts))
-    return [panel for panel in found if panel.charts]
+    shown = [panel for panel in found if panel.charts]
+    return [_of_shape(panel, shape) for panel in shown] if shape else shown
 
 
-def _at(tau: int, study: Study, caption: str) -> str:
-    return f"{counted(tau, 'token')} a step. {caption}" if len(study.taus) > 1 else caption
+def _of_shape(panel: Panel, shape: Shape) -> Panel:
+    charts = [replace(chart, name=f"{chart.name}_{shape.slug}") for chart in panel.charts]
+    return Panel(f"{panel.name}-{shape.slug}", f"{panel.title}: {shape.label}", panel.note, charts)
+
+
+def _at(tau: int, study: Study, caption: str, shape: str) -> str:
+    apart = [shape] if shape else []
+    apart += [f"{counted(tau, 'token')} a step"] if len(study.taus) > 1 else []
+    return ". ".join([*apart, caption])
+
+
+def _judged(study: Study, title: str, points: Sequence[Verdict]) -> dict[str, Any]:
+    """The points of one shape: at the fewest tokens a step, and again at others."""
+    others = study.taus[1:]
+    again = [(f"{counted(tau, 'token')} a step", list(map(_point, at_tau(study, tau)))) for tau in others]
+    return {"title": title, "points": list(map(_point, points)), "again": again}
 
 
 def _point(point: Verdict) -> dict[str, Any]:
@@ -139,7 +174,8 @@ def _varied(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _shown(record: Record, study: Study) -> str:
     hops = ", ".join(str(study.hops[f]) for f in record.families)
+    shape = f"{record.shape.label}; base" if len(study.shapes) > 1 else "Base"
     return (
-        f"Base {record.base}, seed {record.seed}, {record.condition.label}, trained on problems of {hops} hops; "
+        f"{shape} {record.base}, seed {record.seed}, {record.condition.label}, trained on problems of {hops} hops; "
         "A problem names permutations and, last, the state to begin with; T begins a terse answer, S steps, P padding."
     )

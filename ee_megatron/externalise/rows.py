@@ -11,6 +11,7 @@ from typing import Any
 from .choice import OTHER, STYLES, TERSE, FamilyChoice, Figures
 from .compare import padding_odds
 from .forecast import forecast, price
+from .shape import Shape
 from .study import Record, Study
 
 Row = dict[str, Any]
@@ -24,9 +25,10 @@ def _row(study: Study, record: Record, family: str) -> Row:
     found, objective = record.found(family), record.objective
     start, expected = study.start(record, family), forecast(study, record, family) or {}
     row: Row = {
-        "base": record.base, "seed": record.seed, "tau": record.tau, "family": family, "hops": found.hops,
-        "trained_on": " ".join(record.families), "condition": record.condition.label, "kind": record.condition.kind,
-        "number": record.condition.number, "lambda_exit": objective.lambda_exit, "n": found.free.n,
+        **of_shape(record.shape), "base": record.base, "seed": record.seed, "tau": record.tau, "family": family,
+        "hops": found.hops, "trained_on": " ".join(record.families), "condition": record.condition.label,
+        "kind": record.condition.kind, "number": record.condition.number, "lambda_exit": objective.lambda_exit,
+        "n": found.free.n,
     }  # fmt: skip
     row |= {f"share_{style}": found.share[style] for style in (*STYLES, OTHER)}
     row |= {f"forecast_{style}": expected.get(style) for style in STYLES}
@@ -42,6 +44,11 @@ def _row(study: Study, record: Record, family: str) -> Row:
     return row | {"seconds_rl": record.seconds, "evaluation": record.path}
 
 
+def of_shape(shape: Shape) -> Row:
+    """A shape's columns; empty what isn't known."""
+    return {"layers": shape.layers, "width": shape.width or None, "parameters": shape.parameters or None}
+
+
 def _full(study: Study, record: Record, family: str) -> Mapping[str, Figures]:
     start: FamilyChoice | None = study.start_anywhere(record, family)
     return start.forced_full if start else {}
@@ -52,9 +59,10 @@ def _right(forced: Mapping[str, Figures], style: str) -> float | None:
 
 
 def to_csv(found: Sequence[Row]) -> str:
-    """Comma-separated values, a head line first; empty where there is none."""
+    """Comma-separated values, a head line of all columns first; empty where there is none."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(found[0]), lineterminator="\n")
+    heads = list(dict.fromkeys(name for row in found for name in row))
+    writer = csv.DictWriter(buffer, heads, lineterminator="\n")
     writer.writeheader()
     writer.writerows(found)
     return buffer.getvalue()

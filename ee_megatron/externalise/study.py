@@ -15,6 +15,7 @@ from ..config.schema import RunConfig
 from ..observe.rundir import DONE
 from ..sweeps.records import read_spent
 from .choice import REINFORCED, START, TEACHER, FamilyChoice, Model, read_models
+from .shape import Shape, shape_of
 
 NO_EXITS, CAP, FREE, LENGTH = "no exits", "cap", "lambda 0", "length"
 # What a study varies, and what the runs are known by; in all else they should be alike.
@@ -22,8 +23,11 @@ FACTORS = frozenset(
     {
         "rl.seed", "pretrain.seed", "teacher.seed", "traces.seed", "calibrate.seed", "evaluate.seed", "evaluate.choice",
         "task.tokens_per_step", "rl.families", "rl.fixed_depth", "rl.depth_cost", "rl.lambda_exit", "rl.lambda_length",
+        "pretrain.layers", "pretrain.width",
     }
 )  # fmt: skip
+OF_SHAPE = frozenset({"model.path", "exits.depths"})
+"""What may differ between models of several shapes without a word."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +88,16 @@ class Record:
     tau: int
     families: tuple[str, ...]
     objective: Objective
-    num_layers: int
+    shape: Shape
     models: Mapping[str, Model]
     weights: Mapping[str, float] = field(default_factory=dict)
     origin: str = ""
     differs: tuple[str, ...] = ()
     seconds: float | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return self.shape.layers
 
     @cached_property
     def condition(self) -> Condition:
@@ -101,19 +109,28 @@ class Record:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return self.tau, self.families, self.condition.label, self.base, self.seed
+        return self.shape, self.tau, self.families, self.condition.label, self.base, self.seed
 
 
 @dataclass(frozen=True)
 class Study:
     """Records in order. `remarks`: what was left out or isn't alike; `device_seconds`: of all stages whose time is on
-    record, `timed` of `stages`."""
+    record, `timed` of `stages`. Whatever is averaged over bases is so within one shape: ask `of_shape`."""
 
     records: Sequence[Record]
     remarks: Sequence[str] = ()
     device_seconds: float = 0.0
     timed: int = 0
     stages: int = 0
+
+    @cached_property
+    def shapes(self) -> list[Shape]:
+        """Of the runs' models, the fewest layers first."""
+        return sorted({r.shape for r in self.records})
+
+    def of_shape(self, shape: Shape) -> Study:
+        """Its runs alone."""
+        return Study([r for r in self.records if r.shape == shape])
 
     @cached_property
     def taus(self) -> list[int]:
@@ -193,7 +210,7 @@ def read_study(directory: Path) -> Study:
     if len(finished) > len(parts):
         unmeasured = f"{len(finished) - len(parts)} of {len(finished)} finished evaluations"
         remarks.append(f"{unmeasured} measured no choice of style: left out")
-    remarks += _unlike(list(configs.values())) + _differs(kept)
+    remarks += _unlike([(r.shape, cfg) for r, cfg in zip(records, configs.values(), strict=True)]) + _differs(kept)
     stages = {d for path, cfg in configs.items() for d in _stages(path, cfg)}
     times = [spent["device_seconds"] for stage in sorted(stages) if (spent := read_spent(stage))]
     return Study(kept, remarks, sum(times), len(times), len(stages))
@@ -244,7 +261,7 @@ def _record(directory: Path, path: Path, cfg: RunConfig, part: Mapping[str, Any]
             fixed_depth=rl.fixed_depth,
             first_exits=cfg.exits.first_token,
         ),
-        num_layers=num_layers,
+        shape=shape_of(cfg, num_layers),
         models=models,
         weights=weights,
         origin=f"{stage_dir(cfg, 'calibrate').name} {cfg.start} {rl.gate_centre} {rl.gate_sharpness} {rl.temperature}",
@@ -286,18 +303,29 @@ def _once_each(records: Sequence[Record], configs: Mapping[str, RunConfig]) -> t
     return [kept[key] for key in sorted(kept)], remarks
 
 
-def _unlike(configs: Sequence[RunConfig]) -> list[str]:
-    """Settings in which the runs differ though the study doesn't vary them. Longer steps may ask for others."""
-    values: dict[tuple[str, int], set[str]] = {}
-    flat = [(cfg.task.tokens_per_step, dict(_flat(identity(cfg, "evaluate")))) for cfg in configs]
-    for key in dict.fromkeys(key for _, run in flat for key in run if key not in FACTORS):
-        for tau, run in flat:
-            values.setdefault((key, tau), set()).add(run.get(key, "default"))
-    found: dict[str, set[str]] = {}
-    for (key, _), seen in values.items():
-        if len(seen) > 1:
-            found.setdefault(key, set()).update(seen)
-    return [f"the runs also differ in {key}: {', '.join(sorted(seen))}" for key, seen in found.items()]
+def _unlike(runs: Sequence[tuple[Shape, RunConfig]]) -> list[str]:
+    """Settings in which the runs differ though the study doesn't vary them. Longer steps may ask for others; so may
+    other shapes, but what is compared between shapes is then compared between recipes too."""
+    flat = [(shape, cfg.task.tokens_per_step, dict(_flat(identity(cfg, "evaluate")))) for shape, cfg in runs]
+    within: dict[str, set[str]] = {}
+    across: dict[str, set[str]] = {}
+    for key in dict.fromkeys(key for *_, run in flat for key in run if key not in FACTORS):
+        values: dict[int, dict[Shape, set[str]]] = {}
+        for shape, tau, run in flat:
+            values.setdefault(tau, {}).setdefault(shape, set()).add(run.get(key, "default"))
+        for by_shape in values.values():
+            for seen in by_shape.values():
+                if len(seen) > 1:
+                    within.setdefault(key, set()).update(seen)
+            seen = set().union(*by_shape.values())
+            if len(seen) > 1 and key not in OF_SHAPE:
+                across.setdefault(key, set()).update(seen)
+    remarks = [f"the runs also differ in {key}: {', '.join(sorted(seen))}" for key, seen in within.items()]
+    return remarks + [
+        f"models of different shapes also differ in {key}: {', '.join(sorted(seen))}"
+        for key, seen in across.items()
+        if key not in within
+    ]
 
 
 def _flat(sections: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

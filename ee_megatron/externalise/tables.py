@@ -31,8 +31,11 @@ def runs_table(rows: Sequence[Row]) -> Captioned:
         "share of the layers; tokens per answer; minutes of RL where they are on record."
     )
     heads = ("condition", "tokens a step", "hops", "base", "seed", *STYLES, "right", "mean depth", "length", "minutes")
+    # Of one shape they all are, or each says its own.
+    shape = ("layers", "width") if len({(row["layers"], row["width"], row["parameters"]) for row in rows}) > 1 else ()
     found = [
         (
+            *(_cell(row[name], "{:.0f}") for name in shape),
             row["condition"], str(row["tau"]), str(row["hops"]), str(row["base"]), str(row["seed"]),
             *(f"{row[f'share_{style}']:.2f} / {_cell(row[f'forecast_{style}'])}" for style in STYLES),
             _cell(row["correct"]), _cell(row["mean_depth"]), _cell(row["length"]),
@@ -40,7 +43,7 @@ def runs_table(rows: Sequence[Row]) -> Captioned:
         )
         for row in rows
     ]  # fmt: skip
-    return caption, TextTable(heads, found, names=5)
+    return caption, TextTable((*shape, *heads), found, names=5 + len(shape))
 
 
 def _start(study: Study, tau: int) -> Captioned:

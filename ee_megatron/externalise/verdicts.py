@@ -7,7 +7,7 @@ is asked of its mean over bases: a single base's figures, of some hundred answer
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from .compare import (
     padding_odds,
     steps_share,
 )
+from .shape import Shape
 from .study import CAP, FREE, NO_EXITS, Condition, Study, counted
 
 PRICE = 1.0
@@ -88,8 +89,12 @@ class Verdict:
         return found | {"parts": [{k: v for k, v in part.items() if k != "form"} for part in parts]}
 
 
+Points = Mapping[Shape, Sequence[Verdict]]
+"""What was found of each shape of model."""
+
+
 def verdicts(study: Study) -> list[Verdict]:
-    """The six points, 1 to 5 at the fewest tokens a step."""
+    """The six points, 1 to 5 at the fewest tokens a step, of a study of one shape."""
     return [*at_tau(study, study.taus[0]), sign_turns(study)]
 
 

@@ -21,6 +21,7 @@ from ..planning.layout import Layout, rank_parameters
 from ..planning.step import phase_flops, pretrain_flops, rollouts_per_step
 from ..planning.workload import Workload
 from .records import read_spent
+from .styles import chosen_styles
 
 EVALUATED = {
     "exits": "exits", "accuracy": "accuracy", "accuracy_low": "low", "accuracy_high": "high", "answers": "n",
@@ -31,8 +32,6 @@ REINFORCED = {
     "rollout_mean_depth": "mean_depth", "rollout_total_depth": "total_depth", "rollout_length": "length",
 }  # fmt: skip
 """Columns of the table and what they are called in results.json and metrics.jsonl."""
-CHOSEN = ("correct", "length", "mean_depth", "total_depth", "max_depth")
-"""Of free answers where a model chose their style; columns have the family behind the name, correct_hop3 for one."""
 TAIL = 0.25
 """Share of the RL steps, the last ones, that `reward` and its like are means of."""
 
@@ -45,7 +44,8 @@ def measure(cfg: RunConfig, stages: Mapping[str, Path]) -> dict[str, Any]:
     if "pretrain" in stages:
         row |= pretrained(json.loads((stages["pretrain"] / "pretrain.json").read_text()), cfg, dims)
     if "evaluate" in stages:
-        row |= evaluated(json.loads((stages["evaluate"] / "results.json").read_text()), layout)
+        results = json.loads((stages["evaluate"] / "results.json").read_text())
+        row |= evaluated(results, layout) | chosen_styles(results.get("choice") or {}, cfg.rl)
     if "rl" in stages:
         row |= reinforced(read_metrics(stages["rl"] / "metrics.jsonl"), cfg, layout)
     return row | parameters(dims, layout) | spent(stages)
@@ -101,18 +101,7 @@ def evaluated(results: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
         figures["flops_answer"] = answer
         # A first token that can't exit comes with the prompt.
         figures["flops_token"] = answer / load.later if load.later > 0 else None
-    return figures | chosen_styles(results.get("choice") or {})
-
-
-def chosen_styles(choice: Mapping[str, Any]) -> dict[str, float]:
-    """The last model's free answers by family, where evaluate.choice asked for them: shares of the styles, figures."""
-    columns: dict[str, float] = {}
-    for found in list(choice.get("models", {}).values())[-1:]:
-        for family, entry in found["families"].items():
-            free = entry["free"]
-            columns |= {f"share_{style}_{family}": share for style, share in free["share"].items()}
-            columns |= {f"{name}_{family}": free[name] for name in CHOSEN}
-    return columns
+    return figures
 
 
 def workload(layout: Layout, counts: Mapping[int, float], prompt: float, length: float, answers: float) -> Workload:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ee_megatron.statistics import (
     bootstrap_interval,
     clustered_difference,
+    least_squares_line,
     mcnemar_exact,
     spearman,
     spearman_interval,
@@ -99,6 +100,16 @@ def test_differences_ask_for_as_many_of_each() -> None:
     with pytest.raises(ValueError, match="1 and 2 items in 2 clusters"):
         clustered_difference([True], [True, False], ["a", "b"])
     assert np.isnan(clustered_difference([], [], []).value)
+
+
+def test_a_line_by_hand() -> None:
+    """Through (1, 1), (2, 3), (3, 4): slope (1 · 1.667 + 1 · 1.333) / 2; a point that isn't known is none."""
+    assert least_squares_line([1, 2, 3], [1, 3, 4]) == pytest.approx((1.5, -1 / 3))
+    assert least_squares_line([1, 9, 3, 2], [1, math.nan, 4, 3]) == pytest.approx((1.5, -1 / 3))
+    for nothing in (([], []), ([1], [2]), ([1, 1], [2, 3]), ([1, math.nan], [2, 3])):
+        assert all(map(math.isnan, least_squares_line(*nothing)))
+    with pytest.raises(ValueError, match="as many of each"):
+        least_squares_line([1], [1, 2])
 
 
 def test_ranks_of_ties_are_shared() -> None:

@@ -8,11 +8,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ee_megatron.externalise.choice import STYLES, Figures
-from ee_megatron.externalise.forecast import closed_form, forecast, price, reference_shares
+from ee_megatron.externalise.forecast import forecast, price, reference_shares
 from ee_megatron.externalise.study import Objective, Study
+from ee_megatron.objectives.optimum import closed_form, takeover_price
 from tests.externalise_samples import BETA, OBJECTIVES, WEIGHTS, record
+
+Case = tuple[dict[str, float], dict[str, float], dict[str, float], float]
+"""Shares of the reference, worth and cost of the styles, beta."""
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.1, 1.0])
@@ -47,6 +53,66 @@ def test_what_the_reference_never_writes_stays_unwritten_and_beta_zero_takes_the
     assert closed_form({"terse": 0.5, "steps": 0.0, "padded": 0.5}, value, 0.1)["steps"] == 0
     assert closed_form(WEIGHTS, value, 0.0) == pytest.approx({"terse": 0, "steps": 2 / 3, "padded": 1 / 3})
     assert closed_form(WEIGHTS, {"terse": 900.0, "steps": 0.0, "padded": 0.0}, 0.01)["terse"] == 1
+
+
+def share_of_steps(case: Case, price: float) -> float:
+    reference, value, cost, beta = case
+    return closed_form(reference, {s: value[s] - price * cost[s] for s in STYLES}, beta)["steps"]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    weights = draw(st.lists(st.integers(1, 50), min_size=3, max_size=3))
+    sixths = st.integers(0, 12).map(lambda n: n / 6)
+    value = draw(st.lists(st.integers(0, 20).map(lambda n: n / 20), min_size=3, max_size=3))
+    cost = draw(st.lists(sixths, min_size=3, max_size=3))
+    reference = {style: weight / sum(weights) for style, weight in zip(STYLES, weights, strict=True)}
+    beta = draw(st.sampled_from((0.0, 0.02, 0.1, 1.0)))
+    return reference, dict(zip(STYLES, value, strict=True)), dict(zip(STYLES, cost, strict=True)), beta
+
+
+@given(cases())
+@settings(max_examples=150, deadline=None)
+def test_the_price_of_half_is_the_first_on_a_dense_grid(case: Case) -> None:
+    """Below it steps have less than half, at it half; where there is none, none of the grid has it."""
+    found = takeover_price(*case, "steps")
+    grid = [i / 40 for i in range(400)] + [10.0, 100.0, 1000.0]
+    first = next((price for price in grid if share_of_steps(case, price) >= 0.5 + 1e-9), None)
+    if found is None:
+        assert first is None
+        return
+    # Where half is approached but never met, it counts as met at rounding.
+    assert all(share_of_steps(case, price) < 0.5 + 1e-9 for price in grid if price < found - 1e-9)
+    assert first is None or found <= first + 1e-9
+    if case[3] and found:
+        assert share_of_steps(case, found) == pytest.approx(0.5, abs=1e-9)
+    elif case[3]:
+        assert share_of_steps(case, 0.0) >= 0.5 - 1e-9
+
+
+def test_the_price_of_half_by_hand() -> None:
+    """terse .6 to steps .4 and nobody pads: ln 1.5 beta = lambda (c_terse - c_steps)."""
+    reference, value = {"terse": 0.6, "steps": 0.4, "padded": 0.0}, dict.fromkeys(STYLES, 1.0)
+    cost = {"terse": 0.8, "steps": 0.3, "padded": 9.0}
+    assert takeover_price(reference, value, cost, 0.1, "steps") == pytest.approx(0.1 * math.log(1.5) / 0.5)
+    assert takeover_price(reference, {**value, "terse": 0.9}, cost, 0.1, "steps") == 0.0
+    assert takeover_price(reference, value, {**cost, "steps": 0.8}, 0.1, "steps") is None
+    assert takeover_price({**reference, "steps": 0.0}, value, cost, 0.1, "steps") is None
+    assert takeover_price({**reference, "terse": 0.0}, value, cost, 0.1, "steps") == 0.0
+    assert takeover_price(reference, {**value, "terse": math.nan}, cost, 0.1, "steps") is None
+
+
+def test_a_share_that_rises_to_half_and_falls_again_has_its_first_price() -> None:
+    """Padding is deep and much written, terse answers are shallow and rare: steps win for a while, between the two."""
+    reference, value = {"terse": 0.05, "steps": 0.35, "padded": 0.6}, dict.fromkeys(STYLES, 1.0)
+    case = (reference, value, {"terse": 0.0, "steps": 0.5, "padded": 1.0}, 0.1)
+    found = takeover_price(*case, "steps")
+    assert found is not None and share_of_steps(case, found) == pytest.approx(0.5)
+    assert share_of_steps(case, found - 0.01) < 0.5 < share_of_steps(case, found + 0.01)
+    assert share_of_steps(case, 5.0) < 0.01
+    # With more terse answers the summit is too low.
+    other = ({"terse": 0.35, "steps": 0.05, "padded": 0.6}, *case[1:])
+    assert takeover_price(*other, "steps") is None and max(share_of_steps(other, i / 100) for i in range(300)) < 0.5
 
 
 @pytest.mark.parametrize(

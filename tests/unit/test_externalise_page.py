@@ -87,7 +87,7 @@ def test_the_command_writes_page_table_and_figures(runs: Path, written: Path) ->
     shown = (written / "shown.txt").read_text()
     assert "36 runs of 2 bases" in shown and "3 pricing the deepest token externalises" in shown
     names = {path.name for path in written.iterdir()}
-    assert names == {"externalise.html", "externalise.csv", "externalise.json", "plots", "shown.txt"}
+    assert names == {"externalise.html", "externalise.csv", "externalise.json", "laws.csv", "plots", "shown.txt"}
     assert len(list((written / "plots").iterdir())) == 2 * 2 * 2 + 1
     with (written / "externalise.csv").open() as file:
         table = list(csv.DictReader(file))

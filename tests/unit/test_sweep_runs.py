@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import re
 import socket
@@ -449,6 +450,30 @@ def test_parameters_are_counted_by_kind(base: list[str], tmp_path: Path) -> None
     assert row["parameters_adapters"] == 6 * 4 * (2 * (64 + 64) + 2 * (64 + 32))
     assert row["parameters_gates"] == 2 * (128 * 64 + 128 + 128 + 1)
     assert row["parameters_trained"] == row["parameters_adapters"] + row["parameters_gates"]
+
+
+def test_a_choice_of_style_has_its_columns_by_the_runs_own_settings(base: list[str], tmp_path: Path) -> None:
+    """Deepest tokens of 4 and 1 of 6 layers, half the teacher's share: ln 2 of beta buys the three layers between."""
+
+    def of(layers: int) -> dict[str, float]:
+        d = layers / 6
+        depths = {"mean_depth": d, "total_depth": 3 * d, "max_depth": d, "square": d * d}
+        return {"n": 2, "correct": 1.0, "length": 3.0, **depths}
+
+    styles = {"terse": 2 / 3, "steps": 1 / 3}
+    free = {**of(4), "share": {**styles, "other": 0.0}}
+    model = {"families": {"hop2": {"hops": 2, "free": free, "forced": {"terse": of(4), "steps": of(1)}}}}
+    models = {"teacher": model, "start": model}
+    choice = {"styles": list(styles), "weights": [0.5, 0.5], "num_layers": 6, "models": models}
+    (tmp_path / "results.json").write_text(json.dumps({**EVALUATED, "choice": choice}))
+    cfg = load([*base, "rl.beta=0.3", "rl.cost_length=6"])
+    row = measure(cfg, {"evaluate": tmp_path})
+    assert row["share_terse_hop2"] == 2 / 3 and row["start_layers_terse_hop2"] == 4.0 == row["layers_terse_hop2"]
+    assert row["start_price_max_hop2"] == pytest.approx(0.3 * math.log(2) / 0.5)
+    assert row["start_price_total_hop2"] == pytest.approx(0.3 * math.log(2) / (1.5 / 6))
+    del models["start"]
+    (tmp_path / "results.json").write_text(json.dumps({**EVALUATED, "choice": choice}))
+    assert not [name for name in measure(cfg, {"evaluate": tmp_path}) if name.startswith("start_")]
 
 
 def test_what_pretraining_cost_is_counted_by_hand(base: list[str]) -> None:

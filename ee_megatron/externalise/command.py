@@ -12,7 +12,7 @@ from ..arguments import Parser
 from ..observe.rundir import write_atomic
 from ..report.numbers import strict_json
 from ..report.tables import TextTable
-from .laws import laws, laws_rows
+from .laws import LEVEL, laws, laws_rows
 from .page import write_page
 from .rows import Row, of_shape, rows, to_csv
 from .study import Study, counted, read_study
@@ -45,9 +45,18 @@ def main(argv: Sequence[str]) -> int:
     )  # fmt: skip
     parser.add_argument("directory", type=Path, metavar="DIRECTORY", help="holds the study's runs, at any depth")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the files go (default: DIRECTORY)")
+    parser.add_argument(
+        "--level",
+        type=float,
+        default=LEVEL,
+        metavar="SHARE",
+        help="of written steps, whose price laws.csv has (%(default)s)",
+    )
     given = parser.parse_args(list(argv))
+    if not 0 < given.level < 1:
+        raise ValueError(f"--level {given.level:g}: expected a share between 0 and 1, e.g. 0.75")
     study = read_study(given.directory)
-    table, found = rows(study), laws(study)
+    table, found = rows(study), laws(study, given.level)
     points = {shape: verdicts(study.of_shape(shape)) for shape in study.shapes}
     print("\n".join([facts(study), *study.remarks, "", points_table(points).text(), ""]))
     out = given.out or given.directory

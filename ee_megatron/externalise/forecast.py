@@ -42,11 +42,11 @@ def forecast(study: Study, record: Record, family: str, lambda_exit: float | Non
     return closed_form(reference, values, objective.beta)
 
 
-def steps_price(study: Study, record: Record, family: str, cost: str) -> float | None:
-    """The price of depth, of a run like this one that pays for `cost`, from which on the closed form has half of the
-    answers in steps; None where it never has, or where nobody measured what it needs."""
+def steps_price(study: Study, record: Record, family: str, cost: str, level: float) -> float | None:
+    """The price of depth, of a run like this one that pays for `cost`, from which on the closed form has the share
+    `level` of the answers in steps; None where it never has, or where nobody measured what it needs."""
     forced = {style: vars(figures) for style, figures in before_rl(study, record, family).items()}
-    return styles.steps_price(forced, reference_shares(study, record, family), record.objective, cost)
+    return styles.steps_price(forced, reference_shares(study, record, family), record.objective, cost, level)
 
 
 def before_rl(study: Study, record: Record, family: str) -> Mapping[str, Figures]:

@@ -22,8 +22,8 @@ from .rows import Row, of_shape
 from .shape import Shape
 from .study import FREE, Condition, Record, Study
 
-HALF = 0.5
-"""The share of steps from which on they have taken over."""
+LEVEL = 0.5
+"""The share of steps from which on they have taken over, unless another is asked for."""
 ASKED, ON_REQUEST = ("mean", "total", "max"), "square"
 """Costs that a price is forecast for in any study, and one that it is where a run paid it."""
 NOTHING = "–"
@@ -33,8 +33,8 @@ NOTHING = "–"
 class Law:
     """One base on one family, under one cost of depth; RL seeds averaged. `layers`, `right`: of every style when it is
     given, before RL; empty where that was not measured. `per_hop`, `at_no_hop`: layers of a terse answer's deepest
-    token as a line over the hops of all families. `forecast`, `observed`: the price at which steps take over, None
-    where they don't; `shares`: price -> share of steps, of `runs` runs."""
+    token as a line over the hops of all families. `forecast`, `observed`: the price at which steps have the share
+    `level`, None where they don't; `shares`: price -> share of steps, of `runs` runs."""
 
     shape: Shape
     base: int
@@ -50,9 +50,10 @@ class Law:
     observed: float | None
     shares: Mapping[float, float]
     runs: int
+    level: float
 
 
-def crossing(shares: Mapping[float, float], level: float = HALF) -> float | None:
+def crossing(shares: Mapping[float, float], level: float) -> float | None:
     """The least price at which `shares` (price -> share) reach the level, on straight lines between neighbouring
     prices. 0 if they have reached it without a price; None if they never do, or have at the lowest price that was
     tried where that is not 0."""
@@ -65,13 +66,13 @@ def crossing(shares: Mapping[float, float], level: float = HALF) -> float | None
     return None
 
 
-def laws(study: Study) -> list[Law]:
+def laws(study: Study, level: float = LEVEL) -> list[Law]:
     """By shape, tokens a step, family, cost and base; bases that only had fixed depths, or a price of length, have
-    none."""
-    return [law for shape in study.shapes for law in _of_shape(study.of_shape(shape), shape)]
+    none. `level`: the share of steps that prices are asked for."""
+    return [law for shape in study.shapes for law in _of_shape(study.of_shape(shape), shape, level)]
 
 
-def _of_shape(study: Study, shape: Shape) -> Iterator[Law]:
+def _of_shape(study: Study, shape: Shape, level: float) -> Iterator[Law]:
     for tau in study.taus:
         for family in study.families(tau):
             runs = [r for r in study.runs(tau, family) if r.condition == Condition(FREE) or r.condition.priced]
@@ -83,14 +84,14 @@ def _of_shape(study: Study, shape: Shape) -> Iterator[Law]:
                     mine = [r for r in runs if r.base == base]
                     shares = {price: values[base] for price, values in found.items() if base in values}
                     count = sum(r.condition in places for r in mine)
-                    yield _law(study, shape, mine[0], family, cost, shares, count)
+                    yield _law(study, mine[0], family, cost, shares, count, level)
 
 
 def _law(
-    study: Study, shape: Shape, run: Record, family: str, cost: str, shares: Mapping[float, float], runs: int
+    study: Study, run: Record, family: str, cost: str, shares: Mapping[float, float], runs: int, level: float
 ) -> Law:
     """`run`: any of the base's, of which what was there before RL is that of all."""
-    start = study.start(run, family)
+    start, shape = study.start(run, family), run.shape
     forced = start.forced if start else {}
     others = [found for f in study.families(run.tau) if (found := study.start(run, f)) and TERSE in found.forced]
     per_hop, at_no_hop = depth_of_hops(
@@ -107,10 +108,11 @@ def _law(
         right={style: figures.correct for style, figures in forced.items()},
         per_hop=per_hop,
         at_no_hop=at_no_hop,
-        forecast=steps_price(study, run, family, cost),
-        observed=crossing(shares),
+        forecast=steps_price(study, run, family, cost, level),
+        observed=crossing(shares, level),
         shares=shares,
         runs=runs,
+        level=level,
     )
 
 
@@ -127,7 +129,7 @@ def _row(law: Law, prices: Sequence[float]) -> Row:
     }  # fmt: skip
     row |= {f"layers_{style}": law.layers.get(style) for style in STYLES}
     row |= {f"right_{style}": law.right.get(style) for style in STYLES}
-    row |= {"layers_per_hop": law.per_hop, "layers_at_no_hop": law.at_no_hop}
+    row |= {"level": law.level, "layers_per_hop": law.per_hop, "layers_at_no_hop": law.at_no_hop}
     for name, price in (("forecast", law.forecast), ("observed", law.observed)):
         row |= {f"price_{name}": price, f"price_{name}_per_layer": None if price is None else price / law.shape.layers}
     row |= {f"share_steps_{price:g}": law.shares.get(price) for price in prices}
@@ -135,13 +137,14 @@ def _row(law: Law, prices: Sequence[float]) -> Row:
 
 
 def laws_table(found: Sequence[Law]) -> tuple[str, TextTable]:
-    """A caption and a row per shape, tokens a step, family and cost: means over bases with their 95 % intervals."""
+    """A caption and a row per shape, tokens a step, family and cost: means over bases with their 95 % intervals.
+    `found`: one or more, of one level."""
     caption = (
         "By shape of the model. Before RL, the style given: layers that the deepest token of an answer takes, and "
-        "layers per hop, over the families whose terse answers are right. Then the price λ at which steps have half of "
-        "the answers: by the closed form, and as the runs have it, on straight lines between neighbouring prices. λ is "
-        "charged on shares of the layers: a layer costs λ / L. Mean over bases, 95 %; where some bases have none, how "
-        "many have."
+        "layers per hop, over the families whose terse answers are right. Then the price λ at which steps have "
+        f"{found[0].level:.0%} of the answers: by the closed form, and as the runs have it, on straight lines between "
+        "neighbouring prices. λ is charged on shares of the layers: a layer costs λ / L. Mean over bases, 95 %; where "
+        "some bases have none, how many have."
     )
     heads = (
         "shape", "tokens a step", "hops", "cost", "layers, terse", "layers, steps", "layers per hop",

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 Shares = Mapping[str, float]
 """Style -> share of the answers."""
 TOLERANCE = 1e-12
-"""Of a reward: by so little a style may fall short of one half."""
+"""Of a reward: by so little a style may fall short of the share that is asked for."""
 
 
 def answer_costs(figures: Mapping[str, float], cost_length: int) -> dict[str, float]:
@@ -41,28 +41,31 @@ def closed_form(reference: Shares, value: Shares, beta: float) -> dict[str, floa
     return {style: odds.get(style, 0.0) / total for style in reference}
 
 
-def takeover_price(reference: Shares, value: Shares, cost: Shares, beta: float, style: str) -> float | None:
-    """The least lambda >= 0 at which the closed form gives `style` half of the answers; None if there is none, or if a
-    figure isn't finite. `value`: what an answer is worth without the price, `cost`: what lambda is charged for. beta 0:
-    the least at which no other is better.
+def takeover_price(
+    reference: Shares, value: Shares, cost: Shares, beta: float, style: str, level: float = 0.5
+) -> float | None:
+    """The least lambda >= 0 at which the closed form gives `style` that share of the answers, 0 < level < 1; None if
+    there is none, or if a figure isn't finite. `value`: what an answer is worth without the price, `cost`: what lambda
+    is charged for. beta 0: the least at which no other is better.
 
-    Against the others j the style has half where g(lambda) <= 0,
+    Against the others j the style has the level s where g(lambda) <= 0,
 
-        g(lambda) = beta log sum_j exp(a_j(lambda) / beta),
+        g(lambda) = beta log sum_j exp(a_j(lambda) / beta) + beta log(s / (1 - s)),
         a_j(lambda) = beta log(reference_j / reference_style) + value_j - value_style - lambda (cost_j - cost_style),
 
-    and share = 1 / (1 + exp(g / beta)). The share need not rise with lambda: against a deeper style it does, against a
-    shallower one it falls. But g, a log-sum-exp of lines (for beta 0 their maximum), is convex (Boyd and Vandenberghe,
-    Convex Optimization, 2004, 3.1.5), so that the prices at which the style has half are one interval. Where g(0) > 0
-    Newton's iteration from 0 runs up to its lower end and never past it, each tangent lying below g; where g rises, or
-    is level, above 0, no higher price helps.
+    and odds = exp(-g / beta) s / (1 - s). The share need not rise with lambda: against a deeper style it does,
+    against a shallower one it falls. But g, a log-sum-exp of lines (for beta 0 their maximum), is convex (Boyd and
+    Vandenberghe, Convex Optimization, 2004, 3.1.5), so that the prices at which the style has its level are one
+    interval. Where g(0) > 0 Newton's iteration from 0 runs up to its lower end and never past it, each tangent lying
+    below g; where g rises, or is level, above 0, no higher price helps.
     """
     others = [name for name, share in reference.items() if share > 0 and name != style]
     used = [v for name in (*others, style) for v in (reference.get(name, 0.0), value[name], cost[name])]
     if not all(map(math.isfinite, (*used, beta))) or not reference.get(style, 0.0) > 0:
         return None
+    more = beta * math.log(level / (1 - level))
     lines = [
-        (beta * math.log(reference[j] / reference[style]) + value[j] - value[style], cost[style] - cost[j])
+        (beta * math.log(reference[j] / reference[style]) + value[j] - value[style] + more, cost[style] - cost[j])
         for j in others
     ]
     price = 0.0

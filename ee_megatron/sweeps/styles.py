@@ -109,10 +109,11 @@ def takeover_prices(families: Families, references: Mapping[str, Shares], rl: RL
 
 
 def steps_price(
-    forced: Mapping[str, Mapping[str, float]], reference: Shares, objective: Priced, cost: str
+    forced: Mapping[str, Mapping[str, float]], reference: Shares, objective: Priced, cost: str, level: float = 0.5
 ) -> float | None:
-    """The least price of depth, charged for `cost`, from which on the closed form has half of the answers in steps
-    (objectives/optimum.py); None where there is none. `forced`: figures of every style when it is given, before RL."""
+    """The least price of depth, charged for `cost`, from which on the closed form has the share `level` of the answers
+    in steps (objectives/optimum.py); None where there is none. `forced`: figures of every style when it is given,
+    before RL."""
     if STEPS not in forced or not set(reference) <= set(forced):
         return None
     charged = {style: answer_costs(figures, objective.cost_length)[cost] for style, figures in forced.items()}
@@ -120,7 +121,7 @@ def steps_price(
         style: figures["correct"] - objective.lambda_length * figures["length"] / objective.cost_length
         for style, figures in forced.items()
     }
-    return takeover_price(reference, worth, charged, objective.beta, STEPS)
+    return takeover_price(reference, worth, charged, objective.beta, STEPS, level)
 
 
 def shares_of(written: Shares, styles: Iterable[str]) -> dict[str, float]:

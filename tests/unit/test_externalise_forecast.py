@@ -95,6 +95,8 @@ def test_the_price_of_half_by_hand() -> None:
     reference, value = {"terse": 0.6, "steps": 0.4, "padded": 0.0}, dict.fromkeys(STYLES, 1.0)
     cost = {"terse": 0.8, "steps": 0.3, "padded": 9.0}
     assert takeover_price(reference, value, cost, 0.1, "steps") == pytest.approx(0.1 * math.log(1.5) / 0.5)
+    # Three of four: odds of 3 instead of 2/3.
+    assert takeover_price(reference, value, cost, 0.1, "steps", 0.75) == pytest.approx(0.1 * math.log(4.5) / 0.5)
     assert takeover_price(reference, {**value, "terse": 0.9}, cost, 0.1, "steps") == 0.0
     assert takeover_price(reference, value, {**cost, "steps": 0.8}, 0.1, "steps") is None
     assert takeover_price({**reference, "steps": 0.0}, value, cost, 0.1, "steps") is None

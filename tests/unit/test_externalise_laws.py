@@ -48,7 +48,7 @@ CONFIG = {
 def test_the_observed_price_is_where_straight_lines_reach_half(
     shares: Mapping[float, float], expected: float | None
 ) -> None:
-    found = crossing(shares)
+    found = crossing(shares, 0.5)
     assert found is None if expected is None else found == pytest.approx(expected)
 
 

@@ -27,6 +27,7 @@ from ee_megatron.tasks import VerifierPool
 from ee_megatron.tasks.hops import HopsTask
 from ee_megatron.training import stages
 from ee_megatron.training.evaluate import evaluate
+from tests.covering import SLOW
 
 ROOT = Path(__file__).parents[2]
 STYLES = ["terse", "steps", "padded"]
@@ -114,6 +115,7 @@ def test_every_model_is_measured_and_the_results_read_back(settings, capsys):
     assert "Choice of style" in page and f"{start['hop3']['free']['total_depth']:.3f}" in page
 
 
+@SLOW
 @pytest.mark.timeout(600)
 def test_under_a_fixed_depth_every_answer_is_sampled_at_it(settings):
     """These settings have no reinforced policy: the last is the one that RL would start from."""

@@ -20,6 +20,7 @@ from ee_megatron.config.load import load
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.observe.metrics import read_metrics
 from ee_megatron.policy import initial_policy, save_policy
+from tests.covering import SLOW
 from tests.tiny import tiny_hf
 
 # The gates of a policy that nobody trained are nearly shut; the centre opens them half.
@@ -106,6 +107,7 @@ def test_a_killed_run_goes_on_at_the_price_that_it_had_come_to(made, tmp_path):
     assert (stage / "reference.json").stat().st_mtime_ns == written
 
 
+@SLOW
 @pytest.mark.timeout(600)
 def test_a_step_that_scores_nothing_first_still_shows_how_far_learner_and_pool_are_apart(made, tmp_path):
     settings = ("rl.steps=2", "rl.skip_scoring=true", "rl.importance=none", "rl.credit=answer", f"runs={tmp_path}")

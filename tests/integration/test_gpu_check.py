@@ -14,6 +14,7 @@ import pytest
 from ranks import ROOT
 
 from ee_megatron.planning.devices import find_device
+from tests.covering import SLOW
 from tools.gpu_check import __main__ as check
 from tools.gpu_check.findings import Findings
 from tools.gpu_check.registry import PARTS, Part
@@ -78,6 +79,7 @@ def part_of(result: dict, name: str) -> dict:
     return next(part for part in result["parts"] if part["name"] == name)
 
 
+@SLOW
 @pytest.mark.timeout(900)
 def test_every_part_passes_on_a_cpu_and_says_what_only_a_gpu_has(whole) -> None:
     result, out, output = whole
@@ -91,6 +93,7 @@ def test_every_part_passes_on_a_cpu_and_says_what_only_a_gpu_has(whole) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+@SLOW
 @pytest.mark.timeout(900)
 def test_checks_measure_something(whole) -> None:
     result = whole[0]
@@ -116,6 +119,7 @@ def test_checks_measure_something(whole) -> None:
     assert all(0 < least <= median <= most for median, least, most in speeds.values())
 
 
+@SLOW
 @pytest.mark.timeout(900)
 def test_the_page_shows_every_check_and_needs_nothing_else(whole) -> None:
     result, out, _ = whole
@@ -126,6 +130,7 @@ def test_the_page_shows_every_check_and_needs_nothing_else(whole) -> None:
             assert entry["name"].replace("'", "&#39;") in page
 
 
+@SLOW
 @pytest.mark.timeout(900)
 def test_faults_are_named_and_the_other_parts_go_on(tmp_path) -> None:
     (tmp_path / "faults").mkdir()

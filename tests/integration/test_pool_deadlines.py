@@ -18,6 +18,7 @@ from ee_megatron.rollout.engine.request import GenerationRequest
 from ee_megatron.rollout.engine.sampling import SamplingParams
 from ee_megatron.rollout.pool.ray_pool import RayPool
 from ee_megatron.types import Prompt
+from tests.covering import SLOW
 from tests.tiny import tiny_hf
 
 
@@ -39,6 +40,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory):
         yield running
 
 
+@SLOW
 @pytest.mark.timeout(300)
 def test_an_actor_slower_than_any_collective_may_be_ends_no_rank(path, ranks: Ranks, tmp_path):
     settings = [
@@ -61,6 +63,7 @@ def test_no_group_of_ranks_has_a_shorter_deadline_than_all_of_them(ranks: Ranks)
     assert min(ranks.call("deadline_cases:group_deadline", port=free_port(), timeout_s=90)) >= 90
 
 
+@SLOW
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("rate", "starts"), [(1 / 200, True), (1e6, False)])
 def test_an_actor_may_take_as_long_to_start_as_its_weights_to_be_read(rate, starts, path, monkeypatch):
@@ -80,6 +83,7 @@ def test_an_actor_may_take_as_long_to_start_as_its_weights_to_be_read(rate, star
         pool.close()
 
 
+@SLOW
 @pytest.mark.timeout(120)
 def test_an_actor_without_the_gpu_that_it_was_given_is_said_at_once_and_not_tried_again(path):
     """Ray hands out what it was told there is; torch looks."""

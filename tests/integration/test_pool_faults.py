@@ -12,6 +12,7 @@ from pool_cases import EXITS, FULL, LONG, PROMPTS, Killer, bits, make, policy
 
 from ee_megatron.rollout import GenerationRequest, LocalPool
 from ee_megatron.rollout.pool.ray_pool import RayPool
+from tests.covering import SLOW
 from tests.tiny import tiny_hf
 
 
@@ -41,6 +42,7 @@ def test_a_batch_through_kills_has_the_same_bits_and_asks_again_only_for_what_wa
     assert pending.work.given <= len(pending.work.arguments) + lost
 
 
+@SLOW
 def test_work_of_two_versions_under_way_is_answered_under_its_own_weights(path: Path, pool: RayPool):
     first, second = policy(path, FULL, 2), policy(path, FULL, 3)
     expected = []
@@ -55,6 +57,7 @@ def test_work_of_two_versions_under_way_is_answered_under_its_own_weights(path: 
     assert {r.weight_version for g in earlier for r in g} == {2}
 
 
+@SLOW
 def test_renewed_work_is_dropped_where_unfinished_and_answered_under_the_new_weights(path: Path, pool: RayPool):
     old, new = policy(path, FULL, 21), policy(path, FULL, 22)
     expected = {}
@@ -77,6 +80,7 @@ def test_renewed_work_is_dropped_where_unfinished_and_answered_under_the_new_wei
     )
 
 
+@SLOW
 def test_work_continued_under_new_weights_is_answered_once_through_a_kill(path: Path, pool: RayPool):
     old, new = policy(path, FULL, 31), policy(path, FULL, 32)
     local = {weights.version: LocalPool(path, FULL) for weights in (old, new)}

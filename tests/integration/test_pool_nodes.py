@@ -17,6 +17,7 @@ from ee_megatron.rollout.pool.ray_actor import prepare_environment
 from ee_megatron.rollout.pool.ray_driver import LOOK_S
 from ee_megatron.rollout.pool.ray_nodes import RayNodes
 from ee_megatron.rollout.pool.ray_pool import RayPool
+from tests.covering import SLOW
 from tests.tiny import tiny_hf
 
 DEADLINE = 120
@@ -38,6 +39,7 @@ def cluster(monkeypatch):
     found.shutdown()
 
 
+@SLOW
 @pytest.mark.timeout(900)
 def test_a_lost_node_is_one_loss_and_its_actors_come_back_with_it(cluster, tmp_path, monkeypatch):
     """Two nodes with two actors each. The answers are those of a single process throughout."""
@@ -93,6 +95,7 @@ def test_a_cluster_without_room_is_an_error_within_its_deadline(cluster, tmp_pat
         pool.close()
 
 
+@SLOW
 @pytest.mark.timeout(300)
 def test_an_actor_of_several_devices_gets_as_many_of_one_node(cluster, monkeypatch):
     """Ray counts GPUs that it is told of: two actors of four have room on a node of eight, none on nodes of two."""

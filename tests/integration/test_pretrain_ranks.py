@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ee_megatron.config.schema import TaskConfig
 from ee_megatron.observe.metrics import read_metrics
 from ee_megatron.tasks import make_task
+from tests.covering import SLOW
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = [
@@ -72,6 +73,7 @@ def test_the_held_out_loss_is_what_transformers_computes(trained: Path) -> None:
     assert figures["sequences"] == 6 * 16 and figures["tokens"] == round(figures["length"] * 96) - 96
 
 
+@SLOW
 @pytest.mark.timeout(300)
 def test_other_layouts_train_the_same_model(trained: Path, tmp_path: Path) -> None:
     """Two pipeline ranks, whose first stage is drawn before they start."""

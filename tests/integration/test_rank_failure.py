@@ -15,6 +15,7 @@ import torch
 from test_whole_method import command, only, run
 
 from ee_megatron.observe.rundir import latest_checkpoint
+from tests.covering import SLOW
 from tests.tiny import tiny_hf
 
 # Long enough that it would not end by itself while the test looks.
@@ -55,8 +56,16 @@ def refuse_writing(pid: int) -> None:
     ("fault", "rank", "says", "logged"),
     [
         (kill, 1, "error: rank 1 of 2: killed by SIGKILL", []),
-        (abort, 1, "error: rank 1 of 2: killed by SIGABRT", ["Current thread", "training/calibrate.py"]),
-        (refuse_writing, 0, "error: rank 0 of 2: no checkpoint could be written", ["failed here:", "session.save"]),
+        pytest.param(
+            abort, 1, "error: rank 1 of 2: killed by SIGABRT", ["Current thread", "training/calibrate.py"], marks=SLOW
+        ),
+        pytest.param(
+            refuse_writing,
+            0,
+            "error: rank 0 of 2: no checkpoint could be written",
+            ["failed here:", "session.save"],
+            marks=SLOW,
+        ),
     ],
 )
 def test_the_others_end_within_a_minute(fault, rank, says, logged, traced, tmp_path):

@@ -19,6 +19,7 @@ from ee_megatron.sweeps import records
 from ee_megatron.sweeps.grid import from_settings
 from ee_megatron.sweeps.local import LocalExecutor
 from ee_megatron.sweeps.sweep import Sweep, resolve
+from tests.covering import SLOW
 from tests.tiny import tiny_hf
 
 ROOT = Path(__file__).parents[2]
@@ -127,6 +128,7 @@ def test_a_sweep_survives_failures_and_kills_and_does_nothing_twice(tmp_path):
     assert [record_of(sweep, index).starts for index in range(3)] == [1, 1, 3]
 
 
+@SLOW
 @pytest.mark.timeout(200)
 def test_the_debug_executor_goes_through_the_whole_method_in_one_process(tmp_path):
     """And a second sweep of the same settings finds everything made, and has its results without starting anything."""

@@ -16,7 +16,7 @@ from ee_megatron.config.schema import DeepspeedConfig
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, initial_policy
 from ee_megatron.tensors import digest
-from tests.covering import covering
+from tests.covering import covering, some
 from tests.reference import Reference, random_policy
 from tests.tiny import tiny_hf
 
@@ -160,7 +160,7 @@ def test_resume_under_another_layout_and_stage(move, mode, ranks, models):
     assert_same(ranks.call("parallel_cases:state")[0][0], expected, policy)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", some([0, 1, 2, 3], [1, 3]))
 def test_resume_in_place_is_exact_to_the_bit(stage, ranks, models):
     path, spec, policy, _ = models["llama_tied", "lora"]
     build(ranks, (path, spec, policy, None), "DP4", settings(stage))
@@ -185,11 +185,11 @@ CHECKPOINTS = [
 ]
 
 
-@pytest.mark.parametrize(("stage", "layout", "dtype"), CHECKPOINTS)
-def test_a_checkpoint_s_bytes_and_what_ranks_hold_of_it_meanwhile(stage, layout, dtype, ranks, models, tmp_path):
+@pytest.mark.parametrize("case", some(CHECKPOINTS, CHECKPOINTS[1::3]))
+def test_a_checkpoint_s_bytes_and_what_ranks_hold_of_it_meanwhile(case, ranks, models, tmp_path):
     """The files are those that one process writes which has all tensors; no rank has more than a few buckets of them,
     and what the ranks read of them again is as it was to the bit."""
-    path, spec, policy, _ = models["llama_tied", "full"]
+    (stage, layout, dtype), (path, spec, policy, _) = case, models["llama_tied", "full"]
     degrees, stages = LAYOUTS[layout]
 
     def build(start):

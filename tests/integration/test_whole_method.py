@@ -22,6 +22,7 @@ from ee_megatron.checkpoint.manifest import read_manifest
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.observe.metrics import read_metrics
 from ee_megatron.training import stages
+from tests.covering import SLOW
 from tests.tiny import tiny_hf
 
 SETTINGS = [
@@ -45,7 +46,7 @@ def run(name: str, folder: Path, *extra: str) -> str:
         command(name, folder, *extra),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -64,7 +65,7 @@ def finished(tmp_path_factory):
     return folder, run("run", folder)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1000)
 def test_every_stage_leaves_what_the_next_one_needs(finished):
     folder, output = finished
     for stage in ("traces", "calibrate", "rl", "evaluate"):
@@ -119,7 +120,7 @@ def test_every_stage_leaves_what_the_next_one_needs(finished):
     assert origin["evaluation"] == only(folder, "evaluate").name
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1000)
 def test_learner_and_pool_agree_at_every_step(finished):
     """Replayed scores equal the ones recorded at sampling: fp32, two implementations, pipeline against decoder."""
     folder, _ = finished
@@ -131,7 +132,7 @@ def test_learner_and_pool_agree_at_every_step(finished):
         assert row["grad_norm"] > 0
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1000)
 def test_replayed_rollouts_teach_the_same(finished):
     """The dumped rollouts in place of a pool: the same metrics, and the same policy to the bit, without any actor."""
     folder, _ = finished
@@ -148,7 +149,7 @@ def test_replayed_rollouts_teach_the_same(finished):
         second.rename(folder / "replayed")
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1000)
 def test_a_second_run_does_nothing_again(finished):
     folder, _ = finished
     before = (only(folder, "rl") / "metrics.jsonl").read_bytes()
@@ -157,7 +158,7 @@ def test_a_second_run_does_nothing_again(finished):
     assert (only(folder, "rl") / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1000)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished):
     """SIGKILL of every learner process after two of four steps; the same command then gives the undisturbed metrics."""
     folder, _ = finished
@@ -185,7 +186,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished):
         }
 
 
-@pytest.mark.timeout(600)
+@SLOW
+@pytest.mark.timeout(1000)
 def test_the_adapters_stop_and_shrink_while_the_gates_settle_and_a_resumed_run_shrinks_them_once(finished):
     folder, _ = finished
     runs = folder / "runs" / "tiny"
@@ -215,6 +217,7 @@ def test_the_adapters_stop_and_shrink_while_the_gates_settle_and_a_resumed_run_s
         stage.rename(folder / "settled")
 
 
+@SLOW
 @pytest.mark.timeout(900)
 def test_full_fine_tuning_goes_on_from_a_checkpoint_with_rollouts_made_ahead(finished):
     """Checkpoints and weights pass through the ranks in blocks then, and start values, policies and AdamW's state are

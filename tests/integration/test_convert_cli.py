@@ -201,6 +201,7 @@ def test_inspect_says_which_tensors_hold_numbers_that_are_not_finite(tmp_path, c
     for name in names:
         tensors[name].view(-1)[5] = float(value)
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
     assert run("inspect", base) == 1
     shown = capsys.readouterr()
     marked = [line.split()[0] for line in shown.out.splitlines() if line.endswith("NaN or infinite")]

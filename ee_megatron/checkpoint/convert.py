@@ -2,7 +2,7 @@
 
 Weights pass through block by block, on one CPU process, whatever the model's size. Anything that does not fit is one
 line on stderr and exit code 2, and nothing half-written stays behind. Exit code 1: `verify` or `roundtrip` found a
-difference.
+difference, `inspect` numbers that aren't finite.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ LOPSIDED = 1.25
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one sub-command; returns the exit code: 0, 1 (a difference was found), 2 (an error, one line) or 130
-    (interrupted)."""
+    """Run one sub-command; returns the exit code: 0, 1 (a difference or damage was found), 2 (an error, one line) or
+    130 (interrupted)."""
     args = _parser().parse_args(argv)
     out = Path(args.out) if "out" in args else None
     try:
@@ -219,15 +219,24 @@ def _inspect(args: argparse.Namespace) -> int:
     from .describe import describe
 
     kind, rows, facts = describe(Path(args.directory), not args.no_hash)
-    wide, stored = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
-    differ = any(row[0] != row[1] for row in rows)
+    wide = max((len(row.name) for row in rows), default=0)
+    stored = max((len(row.stored) for row in rows), default=0)
+    differ = any(row.name != row.stored for row in rows)
     print(f"{args.directory}: {kind}")
-    for name, place, shape, dtype, sha256 in rows:
-        where = f"  {place if place != name else '':<{stored}}" if differ else ""
-        print(f"{name:<{wide}}{where}  {dtype:<9} {shape!s:<16} {sha256[:16]}".rstrip())
-    numbers = sum(torch.Size(row[2]).numel() for row in rows)
+    for row in rows:
+        where = f"  {row.stored if row.stored != row.name else '':<{stored}}" if differ else ""
+        says = row.sha256[:16] + ("" if row.finite else "  NaN or infinite")
+        print(f"{row.name:<{wide}}{where}  {row.dtype:<9} {row.shape!s:<16} {says}".rstrip())
+    numbers = sum(torch.Size(row.shape).numel() for row in rows)
     print(f"{len(rows)} tensors, {numbers:,} numbers" + "".join(f", {name} {value}" for name, value in facts.items()))
-    return 0
+    if damaged := [row.name for row in rows if not row.finite]:
+        more = f" and {len(damaged) - 1} more of {len(rows)} tensors" if len(damaged) > 1 else ""
+        print(
+            f"{args.directory}: NaN or infinite numbers in {damaged[0]}{more}; expected finite ones; make the model "
+            "again, with --dtype bfloat16 or float32 if a cast to float16 did it",
+            file=sys.stderr,
+        )
+    return 1 if damaged else 0
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -361,7 +370,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "inspect", "table of tensors, shapes, dtypes, hashes; layout, exit depths", _inspect)
     command.add_argument("directory")
-    command.add_argument("--no-hash", action="store_true", help="read headers only")
+    command.add_argument("--no-hash", action="store_true", help="read headers only; numbers aren't looked at")
 
     command = _command(commands, "roundtrip", "import and export again; every tensor must come back equal", _roundtrip)
     command.add_argument("--hf", required=True, help="Hugging Face model directory")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +21,19 @@ from .megatron_import import folded
 from .megatron_io import WEIGHTS
 from .policy_files import no_policy, open_policy, policy_beside, policy_on
 from .safetensors_io import read_small
-from .sources import HFSource, TensorSource, rows_of
+from .sources import HFSource, TensorSource, all_finite, rows_of
 
-# name, name in the files, shape, dtype, sha256
-Row = tuple[str, str, list[int], str, str]
+
+class Row(NamedTuple):
+    """A tensor: its name, that in the files, shape, dtype, sha256 ("" if it wasn't read), whether all that was read of
+    it is finite."""
+
+    name: str
+    stored: str
+    shape: list[int]
+    dtype: str
+    sha256: str
+    finite: bool
 
 
 @dataclass
@@ -84,8 +93,9 @@ def open_checkpoint(path: Path, hf: str | Path | None = None, base_unchecked: bo
 def describe(folder: Path, hashes: bool = True) -> tuple[str, list[Row], dict[str, Any]]:
     """Kind of a directory, its tensors and facts about it.
 
-    `hashes`: read every tensor, and compare with the manifest where there is one; else only headers are read and the
-    hashes are those of the manifest. Raises ValueError if the directory is of no kind or is damaged.
+    `hashes`: read every tensor, compare with the manifest where there is one, and look for numbers that aren't finite;
+    else only headers are read and the hashes are those of the manifest. Raises ValueError if the directory is of no
+    kind or is damaged.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such directory")
@@ -102,19 +112,20 @@ def describe(folder: Path, hashes: bool = True) -> tuple[str, list[Row], dict[st
     rows: list[Row] = []
     with Hasher() as hasher:
         for name in opened.base.names():
-            recorded = manifest["tensors"].get(name, {}).get("sha256", "")
+            recorded, finite = manifest["tensors"].get(name, {}).get("sha256", ""), True
             if hashes:
                 digest = Digest(hasher)
                 for block in opened.base.blocks(name):
                     digest.update(block)
+                    finite = finite and all_finite(block)
             sha256 = digest.hexdigest() if hashes else recorded
             _compare(folder, name, manifest, sha256)
             stored = opened.base.parameter(name) if isinstance(opened.base, MegatronDirectory) else name
-            rows.append((name, stored, list(shapes[name]), _dtype(opened.base.dtype(name)), sha256))
+            rows.append(Row(name, stored, list(shapes[name]), _dtype(opened.base.dtype(name)), sha256, finite))
             opened.base.release()
     for name, tensor in opened.tensors.items():
         rows.append(_row(name, tensor, hashes))
-        _compare(folder, name, manifest, rows[-1][-1])
+        _compare(folder, name, manifest, rows[-1].sha256)
     facts = {key: manifest[key] for key in ("layout", "adapters", "gates") if key in manifest}
     if opened.spec.exit_depths:
         facts["exit_depths"] = list(opened.spec.exit_depths)
@@ -140,7 +151,8 @@ def _peft(folder: Path) -> tuple[str, list[Row], dict[str, Any]]:
 
 
 def _row(name: str, tensor: Tensor, hashes: bool) -> Row:
-    return name, name, list(tensor.shape), _dtype(tensor.dtype), tensor_sha256(tensor) if hashes else ""
+    sha256 = tensor_sha256(tensor) if hashes else ""
+    return Row(name, name, list(tensor.shape), _dtype(tensor.dtype), sha256, not hashes or all_finite(tensor))
 
 
 def _dtype(dtype: torch.dtype) -> str:

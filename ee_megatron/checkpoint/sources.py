@@ -251,12 +251,18 @@ def reblock(blocks: Iterable[Tensor], sizes: Iterable[int]) -> Iterator[Tensor]:
     assert not len(rest) and next(stream, None) is None
 
 
+def all_finite(block: Tensor) -> bool:
+    """Whether no number of it is NaN or infinite."""
+    if not block.numel() or not block.is_floating_point():
+        return True
+    low, high = (float(value) for value in block.aminmax())
+    return float("-inf") < low <= high < float("inf")
+
+
 def check_finite(name: str, block: Tensor) -> None:
     """Raises ValueError if a number is NaN or infinite."""
-    if block.numel() and block.is_floating_point():
-        low, high = (float(value) for value in block.aminmax())
-        if not (float("-inf") < low <= high < float("inf")):
-            raise ValueError(f"{name} holds NaN or infinite numbers; expected finite ones; the model is damaged")
+    if not all_finite(block):
+        raise ValueError(f"{name} holds NaN or infinite numbers; expected finite ones; the model is damaged")
 
 
 def cast(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from layout_cases import split
 from ranks import Ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ee_megatron.checkpoint.convert import main
@@ -190,6 +190,25 @@ def test_inspect_shows_every_kind_of_directory(tmp_path, capsys):
         shown = capsys.readouterr().out
         assert kind in shown.splitlines()[0] and tensor in shown
     assert run("inspect", tmp_path / "nowhere") == 2
+
+
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_inspect_says_which_tensors_hold_numbers_that_are_not_finite(tmp_path, capsys, value):
+    """As exports to float16 did before they refused what doesn't fit: their manifests agree with them."""
+    base = tiny_hf("llama", tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    names = "model.layers.2.mlp.up_proj.weight", "model.norm.weight"
+    for name in names:
+        tensors[name].view(-1)[5] = float(value)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    assert run("inspect", base) == 1
+    shown = capsys.readouterr()
+    marked = [line.split()[0] for line in shown.out.splitlines() if line.endswith("NaN or infinite")]
+    assert sorted(marked) == sorted(names)
+    assert shown.err.count("\n") == 1 and names[0] in shown.err and "and 1 more of" in shown.err
+    # Headers say nothing of numbers.
+    assert run("inspect", base, "--no-hash") == 0
 
 
 def test_the_tool_runs_as_a_program(tmp_path):

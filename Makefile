@@ -5,7 +5,7 @@
 # make slow   the layouts, kinds and modes that `make test` leaves out, and what takes long: twenty kills of an RL run, learning over seeds, a fresh environment, ten kills of a conversion
 # make vllm   the environment in which vLLM makes rollouts (rollout.backend=vllm); 3 GB
 # make vllm-test  vLLM with exits against the embedded engine; whenever rollout/ or vLLM's version changes
-# make clients    what other programs make of checkpoints and server: old transformers, evaluation harnesses, Megatron-LM (docs/clients.md)
+# make clients    what other programs make of checkpoints and server: old transformers, evaluation harnesses, Megatron-LM, llama.cpp (docs/clients.md)
 # make rehearsal  the 7B run's jobs with its layout, layers and long answers on a Slurm of this machine, only narrower; half an hour, 12 GiB
 # make lint   ruff and mypy
 # make gpu-check    whether all is right and fast on this machine's GPU, in ten minutes; DEVICE=cpu: smaller, on none
@@ -84,7 +84,7 @@ PEERS := $(patsubst tests/clients/%.txt,.venv-peers/%/.made,$(wildcard tests/cli
 .venv-peers/%/.made: tests/clients/%.txt $(VENV)/.dev
 	@rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
-	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(" + repr(sysconfig.get_path("purelib")) + ")")' \
+	@$(BIN)/python -c 'import os, sysconfig; print("import site; site.addsitedir(" + repr(os.path.realpath(sysconfig.get_path("purelib"))) + ")")' \
 	  > $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_base.pth
 	$(@D)/bin/python -m pip install --quiet -r $<
 	@touch $@

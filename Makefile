@@ -13,7 +13,7 @@
 # make model  the demo's model, which the tests use too
 # make taste  seven minutes on two cores, from random weights: does a price on depth make a model write its steps down?
 # make externalise    the same on three models, under six conditions, in less than an hour (docs/externalisation.md)
-# make scaling-demo   a scaling study on two cores in about an hour: sizes from random weights, prices of depth, fits, plots
+# make scaling-demo   a scaling study on two cores: models of several layers and widths from random weights, what a hop costs each, when each writes
 #
 # PYTHON: any Python >= 3.11 that can make a virtual environment.
 PYTHON ?= python3
@@ -44,7 +44,8 @@ externalise: $(VENV)/.demo
 	$(BIN)/ee-megatron sweep sweep=externalise_laptop --max-parallel 2
 	$(BIN)/ee-megatron externalise runs/externalise
 
-# Loss by size and tokens, then accuracy and depth by size and price; the second sweep finds the first one's models.
+# Loss by shape and tokens, then what a hop costs and when models write, by shape and price; the second sweep finds the
+# first one's models. That a fit is refused is a finding: the others go on.
 LADDER := runs/ladder
 SIZE := --params parameters_layers
 scaling-demo: $(VENV)/.demo
@@ -52,10 +53,12 @@ scaling-demo: $(VENV)/.demo
 	$(BIN)/ee-megatron sweep collect ladder --last pretrain --out $(LADDER)/loss
 	$(BIN)/ee-megatron sweep sweep=ladder_front --max-parallel 2
 	$(BIN)/ee-megatron sweep collect ladder --last evaluate --out $(LADDER)/front
+	$(BIN)/ee-megatron externalise $(LADDER) --level 0.75
+	-$(BIN)/ee-megatron scaling fit $(LADDER)/loss/table.csv $(SIZE) --tokens tokens_pretrain --loss loss --out $(LADDER)/loss
+	-$(BIN)/ee-megatron scaling compare $(LADDER)/laws.csv --where cost=max --metric layers_terse --against hops,layers,width \
+	  --out $(LADDER)/depth
 	$(BIN)/ee-megatron scaling plot $(LADDER)/loss/table.csv $(SIZE) --tokens tokens_pretrain --flops flops_pretrain \
 	  --metric loss --against parameters_layers,tokens_pretrain --out $(LADDER)/loss
-	$(BIN)/ee-megatron scaling plot $(LADDER)/front/table.csv $(SIZE) --lambda rl.lambda_exit --accuracy accuracy \
-	  --depth mean_depth --metric mean_depth --against parameters_layers,rl.lambda_exit --out $(LADDER)/front
 
 # Workers of a test run; a worker takes up to 4 GiB. tests/conftest.py says what goes to which.
 WORKERS ?= 2

@@ -22,9 +22,12 @@ def digest(path: str) -> str:
 
     Files are read once per process while their sizes and times stay what they are.
     """
+    if not path:
+        # Path("") is the working directory, which may hold environments and a million files.
+        return ""
     root = Path(path)
     files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.suffix in SUFFIXES and f.is_file())
-    if not path or not files:
+    if not files:
         return ""
     stats = [file.stat() for file in files]
     key = (path, *((str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, stats, strict=True)))

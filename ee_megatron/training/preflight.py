@@ -78,6 +78,8 @@ class Preflight:
                 if not (cfg.teacher.enabled or cfg.pretrain.enabled):
                     pair = f"base of {cfg.start}: {cfg.model.path} {cfg.model.base_unchecked}"
                     yield from self._once(pair, lambda: faults_of(lambda: _check_bases(cfg)))
+        if wanted:
+            yield from self._once(f"runs {cfg.runs}", lambda: _runs_faults(cfg.runs))
         if "rl" in wanted and cfg.rl.replay:
             yield from self._once(f"replay {cfg.rl.replay}", lambda: _replay_faults(cfg.rl.replay))
         if "evaluate" in wanted and cfg.evaluate.controls:
@@ -124,6 +126,15 @@ def check_start(cfg: RunConfig, dims: ModelDims) -> None:
 
 def _check_bases(cfg: RunConfig) -> None:
     stages.check_bases(cfg, "rl", model_dir(cfg))
+
+
+def _runs_faults(runs: str) -> Iterator[str]:
+    """Whether directories can be made there."""
+    there = next(path for path in (Path(runs).absolute(), *Path(runs).absolute().parents) if path.exists())
+    if not there.is_dir():
+        yield f"runs={runs}: {there} is no directory; name one that can be made"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        yield f"runs={runs}: {there} may not be written to; name another directory, or change its permissions"
 
 
 def _replay_faults(replay: str) -> Iterator[str]:

@@ -94,6 +94,12 @@ def test_so_it_is_with_files(base: list[str], tmp_path: Path, capsys: pytest.Cap
     assert Preflight().faults(Attempt(cfg, []), ["teacher", "traces", "rl"]) == []
 
 
+def test_runs_need_a_place(base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    (line,) = lines(capsys, "run", *base, f"runs={tmp_path}/file/runs")
+    assert line.startswith(f"runs={tmp_path}/file/runs: {tmp_path}/file is no directory")
+
+
 def test_a_dry_run_says_what_is_not_here(base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def remarks(*arguments: str) -> list[str]:
         assert cli.main([*arguments, "--dry-run"]) == 0

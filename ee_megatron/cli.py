@@ -161,7 +161,9 @@ def _add(
     )
     if dry_run:
         parser.add_argument(
-            "--dry-run", action="store_true", help="check, print settings, ranks and directories; start nothing"
+            "--dry-run",
+            action="store_true",
+            help="check, print settings, ranks, directories and what is missing; start nothing",
         )
     parser.set_defaults(handler=handler)
     return parser
@@ -226,25 +228,32 @@ def _configured(options: argparse.Namespace, *, with_model: bool = False) -> Run
     return cfg
 
 
-def _ready(overrides: list[str], command: str, starts_here: bool = True) -> RunConfig:
+def _ready(overrides: list[str], command: str, *, starts_here: bool = True) -> RunConfig:
     """The settings of a stage, or of all of them ("run"), once everything that they need has been looked at, this
     machine too if it `starts_here`. Raises Faults, everything that is wrong."""
     from .config.faults import refuse
+
+    cfg, wrong, missing = _look(overrides, command, overrides if starts_here else None)
+    refuse([*wrong, *missing])
+    assert cfg is not None
+    return cfg
+
+
+def _look(overrides: list[str], command: str, here: list[str] | None) -> tuple[RunConfig | None, list[str], list[str]]:
+    """The settings, and what is wrong with them by themselves and on this machine, as Preflight has it."""
     from .config.identity import stage_order
     from .config.load import attempt
     from .training.preflight import Preflight
 
     found = attempt(overrides)
     wanted = [command] if command != "run" else stage_order(found.cfg) if found.cfg else []
-    refuse(Preflight().faults(found, wanted, inputs=command != "run", here=overrides if starts_here else None))
-    assert found.cfg is not None
-    return found.cfg
+    return found.cfg, *Preflight().look(found, wanted, inputs=command != "run", here=here)
 
 
 def _run(options: argparse.Namespace) -> int:
     """A stage, or all of them."""
     if options.dry_run:
-        return _dry_run(_configured(options), options.command, options.overrides)
+        return _dry_run(options.overrides, options.command)
     from .training import launch
 
     # Of several ranks whoever started them has looked at what they read.
@@ -254,6 +263,20 @@ def _run(options: argparse.Namespace) -> int:
         launch.run_method(cfg, options.overrides)
     else:
         launch.run_stage(options.command, cfg, options.overrides)
+    return 0
+
+
+def _dry_run(overrides: list[str], command: str) -> int:
+    """What another machine may have is no reason to refuse a plan."""
+    from .config.faults import refuse
+    from .config.identity import to_yaml
+    from .training.dry_run import remarks
+
+    cfg, wrong, missing = _look(overrides, command, None)
+    refuse(wrong)
+    assert cfg is not None
+    lines = remarks(cfg, command, overrides, missing)
+    print(to_yaml(cfg) + "".join(f"# {line}\n" for line in lines), end="")
     return 0
 
 
@@ -371,40 +394,6 @@ def _hand_on(command: str, *arguments: str) -> int:
 def _quiet_megatron() -> None:
     """megatron-core names at import every accelerator library that it does without."""
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
-
-
-def _dry_run(cfg: RunConfig, command: str, overrides: list[str]) -> int:
-    """Settings and plan up to the command's stage on stdout; without a model directory what depends on the model is
-    left out."""
-    from .config.derive import model_dir, ranks, read_dims, resolve_exits, stage_sizes
-    from .config.identity import OPTIONAL, stage_dir, stage_order, to_yaml
-    from .config.identity import STAGES as ORDER
-    from .config.validate import validate
-    from .planning.command import launch_commands
-
-    parallel, estimates = cfg.parallel, list[str]()
-    lines = [f"ranks: {ranks(cfg)} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {parallel.data}"]
-    if (model_dir(cfg) / "config.json").is_file():
-        dims = read_dims(cfg)
-        validate(cfg, dims)
-        exits = resolve_exits(cfg, dims)
-        sizes = stage_sizes(parallel, exits)
-        lines.append(f"exits: {list(exits.depths)} of {dims.num_layers} layers; layers per stage: {list(sizes)}")
-        # megatron-core, whose configuration the arithmetic shares, takes seconds to import.
-        _quiet_megatron()
-        from .planning.entry import dry_run_lines
-
-        estimates = dry_run_lines(cfg, dims)
-    else:
-        lines.append(f"exits: not checked against the model: no {cfg.model.path}/config.json here")
-    recorded = f"recorded ones, from {cfg.rl.replay}; no actors" if command == "rl" and cfg.rl.replay else ""
-    lines.append(f"rollouts: {recorded or f'{cfg.rollout.backend}, {cfg.rollout.actors} actor(s)'}")
-    names, last = list(ORDER), "evaluate" if command == "run" else command
-    left_out = set(OPTIONAL) - {*stage_order(cfg), last}
-    lines += [f"{name}: {stage_dir(cfg, name)}" for name in names[: names.index(last) + 1] if name not in left_out]
-    lines += [*estimates, *(f"command: {line}" for line in launch_commands(cfg, command, overrides))]
-    print(to_yaml(cfg) + "".join(f"# {line}\n" for line in lines), end="")
-    return 0
 
 
 def _guarded(action: Callable[[], int]) -> int:

@@ -8,7 +8,7 @@ set -euo pipefail
 
 STOPPED=85 # exit code of a stage that was told to stop (ee_megatron/training/stopping.py)
 
-KEYS=(nodes learner_nodes ranks ranks_per_node rollout_nodes ray_cpus ray_gpus start_timeout_s directory requeue_limit done)
+KEYS=(nodes learner_nodes ranks ranks_per_node rollout_nodes ray_cpus ray_gpus start_timeout_s directory requeue_limit 'done')
 
 declare -A job=()     # what `ee-megatron job` says
 declare -A steps=()   # process id of a background srun -> what it is

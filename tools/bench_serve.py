@@ -67,7 +67,8 @@ class Server:
         self.line = self.process.stdout.readline().strip()
         if " on http://" not in self.line:
             self.process.kill()
-            raise RuntimeError(f"the server didn't start: {self.line!r}")
+            # It has said why.
+            sys.exit(f"no server within {limit_mib} MiB for {rows} rows")
         self.port = int(self.line.split(" on http://")[1].split("/")[0].rsplit(":", 1)[1])
         self.name = self.line.split()[1]
         self.longest = int(self.line.split("a request: ")[1].split(",")[0])

@@ -22,7 +22,12 @@ def site_options(environment: Mapping[str, str]) -> dict[str, str]:
     """EE_SBATCH as option -> value, "" for one without. Raises ValueError for what a job script could not take: a word
     that is no --option=value, what the settings say, another way to ask for what the scripts' #SBATCH lines ask for."""
     found: dict[str, str] = {}
-    for word in shlex.split(environment.get(SITE, "")):
+    text = environment.get(SITE, "")
+    try:
+        given = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"{SITE}: {text!r}: {error}; expected options of sbatch as --option=value") from None
+    for word in given:
         key, _, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not key:
             raise ValueError(f"{SITE}: {word!r}: expected options of sbatch as --option=value")

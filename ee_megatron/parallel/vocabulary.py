@@ -18,9 +18,7 @@ from torch import Tensor, nn
 
 from ..objectives.divergences import Direction
 from ..products import product
-
-# Bytes of a chunk's fp32 logits, and the fewest positions that still make an efficient product.
-CHUNK_BYTES, LEAST_CHUNK = 2**27, 64
+from .readout_chunk import chunk_positions
 
 # (log-probabilities [n, k] of a chunk, where it lies in [N]) -> the chunk's share of the loss, a scalar.
 ChunkLoss = Callable[[Tensor, slice], Tensor]
@@ -41,7 +39,7 @@ class Head(nn.Module):
     ):
         super().__init__()
         self.weight, self.vocab, self.temperature = weight, vocab, temperature
-        self.chunk = chunk or max(LEAST_CHUNK, CHUNK_BYTES // (4 * weight.size(0)))
+        self.chunk = chunk or chunk_positions(weight.size(0))
         self.group = parallel_state.get_tensor_model_parallel_group()
         self.ranks = dist.get_world_size(self.group)
         self.start = dist.get_rank(self.group) * weight.size(0)

@@ -9,8 +9,7 @@ from ..config.derive import position_bytes, vllm_vocabulary
 from ..config.schema import RunConfig
 from ..families import ModelDims
 from ..rollout.engine.cache import PAGE, pages_for, pages_in
-from ..rollout.vllm.engine import EngineSettings
-from ..rollout.vllm.memory import CPU_CACHE_GIB, GPU_SHARE
+from ..rollout.vllm.memory import CHUNK, CPU_CACHE_GIB, GPU_SHARE
 from .devices import GIB, Device
 from .layout import KEY_VALUE, ROW_PARALLEL, Layout
 from .memory import FP32, actor_memory
@@ -143,8 +142,8 @@ def step_bytes(layout: Layout, item: int, tensor: int) -> float:
     """What a step of as many positions as vLLM reads at a time has beside weights, at most: the stream, its residual,
     the streams of positions that have left, a copy of each, and what a layer makes of them; and a gate's first matrix,
     rounded to the stream's dtype."""
-    dims, chunk = layout.dims, EngineSettings.chunk
+    dims = layout.dims
     q, kv = dims.q_size // tensor, dims.kv_size * max(1, dims.kv_heads // tensor) // dims.kv_heads
     widest = max(3 * dims.intermediate // tensor, 2 * q + 2 * kv)
     gates = [item * math.prod(s) for name, s in layout.spec.gate_shapes(dims).items() if name.endswith("fc1.weight")]
-    return float(chunk * item * (6 * dims.hidden + widest) + max(gates, default=0))
+    return float(CHUNK * item * (6 * dims.hidden + widest) + max(gates, default=0))

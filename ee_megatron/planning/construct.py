@@ -98,6 +98,8 @@ def _as_rank(layout: Layout, tensor_rank: int, pipeline_rank: int) -> Iterator[N
     from ..parallel import cpu_shims, groups
 
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    with cpu_shims.lean_imports():
+        import megatron.core.models.gpt.gpt_model  # noqa: F401
     cpu_shims.install()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

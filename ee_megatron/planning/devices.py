@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import timeit
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     import torch
 
 GIB = 2**30
+
+LONG_S = 0.2
+"""A run that warming up is little of: products in bfloat16 on a processor without instructions for them."""
 
 GPU_AT_BEST = {
     "efficiency": 0.55, "streaming": 0.8, "moving": 0.8, "reach": 0.9, "launch": 4e-6, "wait": 8e-6, "row": 15e-6,
@@ -147,6 +151,7 @@ def _product_s(dtype: torch.dtype) -> float:
 
 
 def _least(action: Callable[[], object]) -> float:
-    """Seconds of the fastest of five runs, after one that is not counted."""
-    action()
-    return min(timeit.repeat(action, number=1, repeat=5))
+    """Seconds of this thread's CPU time, which other processes don't lengthen: of the fastest of five runs after one
+    that is not counted, or of the first alone where it is long."""
+    first = timeit.timeit(action, timer=time.thread_time, number=1)
+    return first if first > LONG_S else min(timeit.repeat(action, timer=time.thread_time, number=1, repeat=5))

@@ -13,7 +13,7 @@ import torch
 
 from ..exits import gate_units
 from ..families import padded_vocab
-from ..parallel.vocabulary import CHUNK_BYTES, LEAST_CHUNK
+from ..parallel.readout_chunk import chunk_positions
 from ..policy import may_travel_in, stays_float32
 from ..rollout.engine.cache import PAGE, pages_for, pool_pages
 from .flops import PassMode, carries_gradient
@@ -208,7 +208,7 @@ def logits_chunk(layout: Layout, packed: Packing, t: Training) -> float:
     """Scoring: a chunk's logits in fp32, and p log p beside them; a divergence has two distributions and what its
     slope is made of; a CPU multiplies with the head in fp32 before."""
     rows = padded_vocab(layout.dims.vocab, layout.tensor) // layout.tensor
-    chunk = min(max(LEAST_CHUNK, CHUNK_BYTES // (FP32 * rows)), packed.each * packed.load.answer)
+    chunk = min(chunk_positions(rows), packed.each * packed.load.answer)
     trained = FP32 * rows * layout.dims.hidden if layout.spec.full else 0
     copied = FP32 * rows * layout.dims.hidden if t.on_cpu and t.item != FP32 else 0
     return chunk * rows * FP32 + max((6 if t.divergence else 1) * chunk * rows * FP32, copied) + trained

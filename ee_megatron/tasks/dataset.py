@@ -210,17 +210,22 @@ def _load_files(files: list[Path]) -> Any:
     if file.suffix not in _FORMATS:
         raise ValueError(f"task.path: {file.name} is neither .jsonl nor .parquet; convert it or name another file")
     kind = _FORMATS[file.suffix]
-    quiet = not datasets.is_progress_bar_enabled()
+    quiet, loud = not datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bar()
+    # What fails is said below, once.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         with tempfile.TemporaryDirectory() as cache:
             return datasets.load_dataset(
                 kind, data_files=[str(name) for name in files], split="train", cache_dir=cache, keep_in_memory=True
             )
-    except datasets.exceptions.DatasetGenerationError as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise ValueError(f"{file}: not readable as {kind} ({reason}); expected one object per line") from None
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        # A damaged Parquet file is a ValueError of pyarrow's, which doesn't name it.
+        reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
+        expected = "one object per line" if kind == "json" else "a whole Parquet file"
+        raise ValueError(f"{file}: not readable as {kind} ({reason}); expected {expected}") from None
     finally:
+        datasets.logging.set_verbosity(loud)
         if not quiet:
             datasets.enable_progress_bar()
 
@@ -234,8 +239,12 @@ def _rows(source: str, table: Any, columns: list[str]) -> Iterator[list[Any]]:
         raise ValueError(
             f"{source}: no {missing}, only {table.column_names}; set task.question_column and answer_column"
         )
-    for row in table.select_columns(list(dict.fromkeys(path[0] for path in paths.values()))):
-        yield [_nested(source, name, row[paths[name][0]], paths[name][1:]) for name in columns]
+    try:
+        for row in table.select_columns(list(dict.fromkeys(path[0] for path in paths.values()))):
+            yield [_nested(source, name, row[paths[name][0]], paths[name][1:]) for name in columns]
+    except UnicodeDecodeError as error:
+        # Texts are decoded as they are asked for.
+        raise ValueError(f"{source}: not UTF-8 ({error}); convert it, with iconv for example") from None
 
 
 def _nested(source: str, name: str, value: Any, path: list[str]) -> Any:

@@ -5,6 +5,7 @@ Everything is looked at and said at once. No torch, unless a policy to start fro
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from ..config.contradictions import contradictions
 from ..config.derive import model_dir, policy_spec, read_dims
 from ..config.faults import faults_of, lines_of
 from ..config.load import Attempt
-from ..config.schema import RunConfig
+from ..config.schema import RunConfig, TaskConfig
 from ..config.validate import alone, model_faults, repaired, unless_about
 from ..tasks import Task, make_task
 from . import stages
@@ -36,28 +37,33 @@ class Preflight:
     def faults(
         self, found: Attempt, wanted: Sequence[str], *, inputs: bool = False, here: list[str] | None = None
     ) -> list[str]:
-        """What is wrong, one line each. `wanted`: the stages that are to run; `inputs`: whether what the first of them
-        reads of earlier ones has to be there already; `here`: settings of a run that is to start on this machine."""
+        """All that `look` finds."""
+        return [*itertools.chain(*self.look(found, wanted, inputs=inputs, here=here))]
+
+    def look(
+        self, found: Attempt, wanted: Sequence[str], *, inputs: bool = False, here: list[str] | None = None
+    ) -> tuple[list[str], list[str]]:
+        """What is wrong, one line each: with the settings, and with what they find on this machine. `wanted`: the
+        stages that are to run; `inputs`: whether what the first of them reads of earlier ones has to be there already;
+        `here`: settings of a run that is to start on this machine."""
         if found.cfg is None:
-            return found.faults
+            return found.faults, []
         wrong = alone(found.cfg)
         cfg = repaired(found.cfg, wrong)
-        together, dims = list(contradictions(cfg)), None
-        try:
-            dims = read_dims(cfg)
-            together += model_faults(cfg, dims)
-        except (ValueError, FileNotFoundError) as error:
-            together += lines_of(error)
-        if not (found.faults or wrong or together):
+        dims, missing = _dims_of(cfg)
+        together = [*contradictions(cfg), *(model_faults(cfg, dims) if dims is not None else ())]
+        if not (found.faults or wrong or together or missing):
             # What a stage that has finished read may be gone.
             wanted = [stage for stage in wanted if not stages.is_done(cfg, stage)]
-        together += self._of_files(cfg, dims, wanted)
+        missing += self._of_files(cfg, dims, wanted)
+        (missing if _is_given(cfg.task) else together).extend(self._of_data(cfg, wanted))
         if here is not None and wanted:
-            together += faults_of(lambda: check_place(cfg, wanted, here, os.environ))
-        if inputs and wanted and not (found.faults or wrong or together):
+            missing += faults_of(lambda: check_place(cfg, wanted, here, os.environ))
+        if inputs and wanted and not (found.faults or wrong or together or missing):
             # With other settings it would be other stages that have to be there.
-            together += faults_of(lambda: stages.check_inputs(cfg, wanted[0]))
-        return [*found.faults, *wrong.values(), *unless_about(together, {*wrong, *found.without})]
+            missing += faults_of(lambda: stages.check_inputs(cfg, wanted[0]))
+        keys = {*wrong, *found.without}
+        return [*found.faults, *wrong.values(), *unless_about(together, keys)], unless_about(missing, keys)
 
     def _of_files(self, cfg: RunConfig, dims: ModelDims | None, wanted: Sequence[str]) -> Iterator[str]:
         rl = {"rl", "evaluate"} & {*wanted}
@@ -72,10 +78,14 @@ class Preflight:
                 if not (cfg.teacher.enabled or cfg.pretrain.enabled):
                     pair = f"base of {cfg.start}: {cfg.model.path} {cfg.model.base_unchecked}"
                     yield from self._once(pair, lambda: faults_of(lambda: _check_bases(cfg)))
+        if wanted:
+            yield from self._once(f"runs {cfg.runs}", lambda: _runs_faults(cfg.runs))
         if "rl" in wanted and cfg.rl.replay:
             yield from self._once(f"replay {cfg.rl.replay}", lambda: _replay_faults(cfg.rl.replay))
         if "evaluate" in wanted and cfg.evaluate.controls:
             yield from faults_of(lambda: stages.control_policy(cfg))
+
+    def _of_data(self, cfg: RunConfig, wanted: Sequence[str]) -> Iterator[str]:
         reading = [stage for stage in wanted if stage in TASK_READERS and not (stage == "rl" and cfg.rl.replay)]
         if reading:
             task, needs = json.dumps(vars(cfg.task), sort_keys=True), [*reading, vars(cfg.teacher), cfg.rl.families]
@@ -85,6 +95,19 @@ class Preflight:
         if what not in self._known:
             self._known[what] = list(look())
         return self._known[what]
+
+
+def _is_given(task: TaskConfig) -> bool:
+    """Whether its problems come from outside this package, and may be there on one machine and not on another."""
+    return bool(task.path) or task.name == "reasoning_gym"
+
+
+def _dims_of(cfg: RunConfig) -> tuple[ModelDims | None, list[str]]:
+    """The model's dimensions, or what keeps them from being read."""
+    try:
+        return read_dims(cfg), []
+    except (ValueError, FileNotFoundError) as error:
+        return None, lines_of(error)
 
 
 def check_start(cfg: RunConfig, dims: ModelDims) -> None:
@@ -103,6 +126,15 @@ def check_start(cfg: RunConfig, dims: ModelDims) -> None:
 
 def _check_bases(cfg: RunConfig) -> None:
     stages.check_bases(cfg, "rl", model_dir(cfg))
+
+
+def _runs_faults(runs: str) -> Iterator[str]:
+    """Whether directories can be made there."""
+    there = next(path for path in (Path(runs).absolute(), *Path(runs).absolute().parents) if path.exists())
+    if not there.is_dir():
+        yield f"runs={runs}: {there} is no directory; name one that can be made"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        yield f"runs={runs}: {there} may not be written to; name another directory, or change its permissions"
 
 
 def _replay_faults(replay: str) -> Iterator[str]:

@@ -349,6 +349,11 @@ def test_memory_is_counted_before_the_first_request(decoder: Decoder, monkeypatc
     assert taken <= (258 << 20) - memory.MARGIN
     with pytest.raises(ValueError, match=r"little leaves 100 MiB beside the model"):
         plan_memory(decoder, 4, 2048, 0, Free(100 << 20, "little"))
+    # With what is said to be needed it starts.
+    with pytest.raises(ValueError, match=r"a request of \d+ tokens needs \d+,") as refused:
+        plan_memory(decoder, 64, 2048, 0, Free(100 << 20, "little"))
+    needed = int(str(refused.value).split("needs ")[1].split(",")[0])
+    assert plan_memory(decoder, 64, 2048, 0, Free(needed << 20, "enough")).positions > 0
     with pytest.raises(ValueError, match=r"cache-gib 9: plenty leaves 7\.75 GiB"):
         plan_memory(decoder, 4, 2048, 9, Free(8 << 30, "plenty"))
     (tmp_path / "memory.max").write_text("5000000\n")

@@ -94,6 +94,33 @@ def test_so_it_is_with_files(base: list[str], tmp_path: Path, capsys: pytest.Cap
     assert Preflight().faults(Attempt(cfg, []), ["teacher", "traces", "rl"]) == []
 
 
+def test_runs_need_a_place(base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    (line,) = lines(capsys, "run", *base, f"runs={tmp_path}/file/runs")
+    assert line.startswith(f"runs={tmp_path}/file/runs: {tmp_path}/file is no directory")
+
+
+def test_a_dry_run_says_what_is_not_here(base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def remarks(*arguments: str) -> list[str]:
+        assert cli.main([*arguments, "--dry-run"]) == 0
+        said = [line[2:] for line in capsys.readouterr().out.splitlines() if line.startswith("# ")]
+        assert said[-1].startswith("command: ") and not (tmp_path / "runs").exists()
+        assert ("started here it would be refused" in said[-2]) == any(line.startswith("not ready") for line in said)
+        return [line.removeprefix("not ready here: ") for line in said if line.startswith("not ready here: ")]
+
+    data = ["task=dataset", f"task.path={tmp_path / 'data.jsonl'}", "task.validation=5", "task.evaluation=5"]
+    problems(tmp_path / "data.jsonl", 30)
+    assert remarks("run", *base, *data, "teacher.batch_size=4") == []
+    (line,) = remarks("run", *base, *data, "teacher.batch_size=64")
+    assert line.startswith("teacher.batch_size=64: 15 problem(s)")
+    found = remarks("run", *base, "model.path=/no/model", "start=/no/policy", "task=dataset", "task.path=/no/data")
+    assert [line.split(":")[0] for line in found] == ["model.path=/no/model", "start=/no/policy", "task.path=/no/data"]
+    (line,) = remarks("calibrate", *base)
+    assert "stage 'teacher' has not finished" in line
+    # The package's own problems are the same everywhere.
+    assert lines(capsys, "run", *base, "teacher.shots=1000", "rl.lamda=1", "--dry-run")[1].startswith("teacher.shots")
+
+
 def test_a_finished_stage_needs_nothing_any_more(base: list[str], tmp_path: Path) -> None:
     settings = [*base, "teacher.enabled=false", "start=/nonexistent"]
     found = Preflight().faults(Attempt(load(settings), []), ["rl"])
@@ -118,6 +145,20 @@ def test_no_torch_on_the_way(base: list[str]) -> None:
         env={"PYTHONPATH": str(ROOT), "EE_CONFIG_DIR": str(ROOT / "configs")},
     )  # fmt: skip
     assert done.returncode == 0 and done.stderr.count("\n") == 3, done.stderr
+
+
+def test_plans_wait_for_no_library_but_torch(base: list[str]) -> None:
+    code = (
+        "import sys\nfrom ee_megatron import cli\n"
+        f"assert cli.main(['run', *{base!r}, '--dry-run']) == 0\n"
+        f"assert cli.main(['plan', *{base!r}, '--no-build']) == 0\n"
+        "assert not {'transformers', 'datasets', 'megatron', 'deepspeed', 'ray', 'wandb'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False,
+        env={"PYTHONPATH": str(ROOT), "EE_CONFIG_DIR": str(ROOT / "configs")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_on_a_login_node_the_job_is_named_instead(

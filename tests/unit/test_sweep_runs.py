@@ -576,6 +576,7 @@ def test_what_sbatch_gets_names_no_wckey_but_the_sites(
     ("text", "says"),
     [
         ("-p gpu", r"'-p': expected options of sbatch as --option=value"),
+        ("--comment='a", "No closing quotation; expected options of sbatch"),
         ("--mem-per-gpu=80G", "the job scripts say --mem, beside which sbatch refuses it"),
         ("--cpus-per-gpu=4", "the job scripts say --cpus-per-task"),
         ("--nodes=2", "follows from the settings"),

@@ -213,6 +213,12 @@ def test_unusable_files_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not readable as json") as error:
         make_task(TaskConfig("jsonl", path=str(tmp_path / "broken.jsonl")))
     assert "\n" not in str(error.value)
+    (tmp_path / "broken.parquet").write_bytes(b"\0\1\2")
+    with pytest.raises(ValueError, match=r"broken\.parquet: not readable as parquet"):
+        make_task(TaskConfig("jsonl", path=str(tmp_path / "broken.parquet")))
+    (tmp_path / "latin.jsonl").write_bytes('{"question": "é?", "answer": "2"}\n'.encode("latin1"))
+    with pytest.raises(ValueError, match=r"latin\.jsonl: not UTF-8"):
+        make_task(TaskConfig("jsonl", path=str(tmp_path / "latin.jsonl")))
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 from collections.abc import Iterator
@@ -118,9 +119,12 @@ def plan_memory(decoder: Decoder, rows: int, longest: int, cache_gib: float, fre
             wanted, limit = most, f"what {rows} requests can take"
     pages, prompt = wanted // (PAGE * position), reading // read
     if pages < 1 or prompt < PAGE:
+        kept = free.bytes - there
+        least = kept + PAGE * max(read / READING_SHARE, position / ((1 - READING_SHARE) * (1 - SPARE_SHARE)))
         raise ValueError(
             f"{free.limit} leaves {max(0, free.bytes) / 2**20:.0f} MiB beside the model; a request of {PAGE} tokens "
-            f"takes {(MARGIN + PAGE * (position + read)) / 2**20:.0f} MiB; free memory, or take a smaller model"
+            f"needs {math.ceil(least / 2**20)}, {kept / 2**20:.0f} of them for bodies, threads and the logits of "
+            f"{rows} rows; free memory, lower --rows, or take a smaller model"
         )
     longest_prompt = min(longest, prompt, pages * PAGE)
     return Budget(pages * PAGE, longest_prompt, min(PREFILL_POSITIONS, prompt), pages * PAGE * position, limit)

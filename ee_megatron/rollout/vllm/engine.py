@@ -19,7 +19,7 @@ from ..engine.decoder import read_eos_ids
 from ..engine.intake import Intake
 from ..engine.request import Event, NextToken, Request, Row
 from .asked import EXTRA, Asked
-from .memory import CPU_CACHE_GIB, GPU_SHARE
+from .memory import CHUNK, CPU_CACHE_GIB, GPU_SHARE
 from .tested import COMPACT, architecture, check_version
 
 FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -46,7 +46,7 @@ class EngineSettings:
     blocks: int = 0
     block: int = 0
     positions: int = 0
-    chunk: int = 8192
+    chunk: int = CHUNK
     cache_gib: float = 0.0
     compile: bool = False
     compact: bool = False

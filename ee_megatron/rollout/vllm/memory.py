@@ -1,4 +1,4 @@
-"""What an engine takes of a device's memory, where `rollout.cache_gib` doesn't say."""
+"""What decides how much memory an engine takes, where `rollout.cache_gib` doesn't say."""
 
 from __future__ import annotations
 
@@ -6,3 +6,5 @@ from __future__ import annotations
 GPU_SHARE = 0.9
 # Of a CPU's, for its cache.
 CPU_CACHE_GIB = 1
+# Positions that a step reads at most.
+CHUNK = 8192

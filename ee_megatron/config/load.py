@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -76,13 +77,19 @@ def attempt(overrides: list[str], config_dir: Path | None = None) -> Attempt:
     return Attempt(cfg, faults, frozenset(without))
 
 
+@functools.cache
+def _schema() -> DictConfig:
+    """Made once, since that takes as long as merging: `merge` copies it."""
+    return OmegaConf.structured(RunConfig)
+
+
 def _merged(
     composed: DictConfig, groups: Mapping[str, list[str]], faults: list[str], without: set[str]
 ) -> RunConfig | None:
     """What was composed, as the schema has it. Values of a wrong type are left out, one after another, and noted."""
     while True:
         try:
-            merged = OmegaConf.merge(OmegaConf.structured(RunConfig), composed)
+            merged = OmegaConf.merge(_schema(), composed)
             OmegaConf.resolve(merged)
             break
         except OmegaConfBaseException as error:
@@ -122,7 +129,7 @@ def read_saved(path: Path) -> RunConfig:
                 section, name = old.split(".")
                 del saved[section][name]
         _check_keys(saved)
-        return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), saved)))
+        return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(_schema(), saved)))
     except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
         raise ValueError(f"{path}: not a run's configuration ({_one_line(error)}); name another run") from None
 

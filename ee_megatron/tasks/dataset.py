@@ -163,8 +163,6 @@ def _lettered(where: str, question: object, answer: object, options: object) -> 
 
 def _tables(path: Path, train: str, evaluation: str) -> dict[str, tuple[str, Any]]:
     """{"train": (name for messages, table)}, and the same under "test" if there is an evaluation split."""
-    import datasets
-
     if not path.exists():
         raise FileNotFoundError(
             f"task.path: {path} does not exist; expected a .jsonl or .parquet file, a directory of them, or a data set "
@@ -174,9 +172,9 @@ def _tables(path: Path, train: str, evaluation: str) -> dict[str, tuple[str, Any
     if path.is_file():
         return {"train": (str(path), _load_files([path]))}
     if (path / "state.json").is_file():
-        return {"train": (str(path), datasets.load_from_disk(str(path), keep_in_memory=True))}
+        return {"train": (str(path), _load_saved(path))}
     if (path / "dataset_dict.json").is_file():
-        saved = datasets.load_from_disk(str(path), keep_in_memory=True)
+        saved = _load_saved(path)
         for name in wanted.values():
             if name not in saved:
                 raise ValueError(
@@ -202,13 +200,21 @@ def _split_files(path: Path, split: str) -> list[Path]:
     )
 
 
-def _load_files(files: list[Path]) -> Any:
-    """A table of the files' rows. Nothing is left in a cache: the rows are few, and a stale copy would go unnoticed."""
+def _load_saved(path: Path) -> Any:
+    """What `datasets` saved to disk: a table, or tables by their split."""
     import datasets
 
+    return datasets.load_from_disk(str(path), keep_in_memory=True)
+
+
+def _load_files(files: list[Path]) -> Any:
+    """A table of the files' rows. Nothing is left in a cache: the rows are few, and a stale copy would go unnoticed."""
     file = files[0]
     if file.suffix not in _FORMATS:
         raise ValueError(f"task.path: {file.name} is neither .jsonl nor .parquet; convert it or name another file")
+    # Late: it takes over a second to import, which a wrong path needn't wait for.
+    import datasets
+
     kind = _FORMATS[file.suffix]
     quiet, loud = not datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bar()

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..objectives.depth import CREDITS
 from ..objectives.policy_gradient import KL_TERMS
-from .load import shipped
 from .schema import ParallelConfig, RLConfig, RolloutConfig, RunConfig
+from .shipped import shipped
 
 if TYPE_CHECKING:
     from ..exit_layout import ExitLayout

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -24,8 +23,7 @@ from yaml import YAMLError
 
 from .faults import lines_of, refuse
 from .schema import RunConfig
-
-ENVIRONMENT_VARIABLE = "EE_CONFIG_DIR"
+from .shipped import find_config_dir, list_groups
 
 # Settings of runs that were saved under another name, and values that have another.
 RENAMED = {"rl.depth_credit": ("rl.credit", {"sequence": "answer"})}
@@ -132,41 +130,6 @@ def read_saved(path: Path) -> RunConfig:
         return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(_schema(), saved)))
     except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
         raise ValueError(f"{path}: not a run's configuration ({_one_line(error)}); name another run") from None
-
-
-def find_config_dir(config_dir: Path | None = None) -> Path:
-    """The directory that holds config.yaml, absolute. Raises FileNotFoundError that says where it was looked for."""
-    named = os.environ.get(ENVIRONMENT_VARIABLE)
-    directory = config_dir or (Path(named) if named else _own_configs())
-    directory = Path(directory).resolve()
-    if not (directory / "config.yaml").is_file():
-        raise FileNotFoundError(
-            f"{directory}: no config.yaml there; install the package anew, or set {ENVIRONMENT_VARIABLE} "
-            "to the configs directory of a checkout"
-        )
-    return directory
-
-
-def _own_configs() -> Path:
-    """Inside an installed package, beside that of a checkout (setup.py)."""
-    package = Path(__file__).parents[1]
-    installed = package / "configs"
-    return installed if installed.is_dir() else package.with_name("configs")
-
-
-def shipped(path: str) -> Path:
-    """A path of a setting as it is; configs/... is in the package's own where the working directory has none."""
-    given = Path(path)
-    if given.parts[:1] != ("configs",) or given.exists():
-        return given
-    found = find_config_dir().joinpath(*given.parts[1:])
-    return found if found.exists() else given
-
-
-def list_groups(directory: Path) -> dict[str, list[str]]:
-    """Config groups and the choices of each: {"experiment": ["demo_cpu", ...], ...}."""
-    folders = sorted(path for path in directory.iterdir() if path.is_dir())
-    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 
 def _parsed(text: str) -> Override:

@@ -15,9 +15,10 @@ from ..config.derive import ranks
 from ..config.device import asks_for_gpus, pick_device
 from ..config.faults import refuse
 from ..config.identity import STAGES
-from ..config.load import Attempt, find_config_dir, list_groups, load
+from ..config.load import Attempt, load
 from ..config.sbatch import site_options
 from ..config.schema import RunConfig
+from ..config.shipped import find_config_dir, list_groups
 from ..config.validate import check_name
 from ..observe.lock import RunLock
 from ..training.preflight import Preflight

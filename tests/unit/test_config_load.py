@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 
 from ee_megatron.config.derive import ranks
 from ee_megatron.config.identity import to_yaml
-from ee_megatron.config.load import find_config_dir, list_groups, load
+from ee_megatron.config.load import load
 from ee_megatron.config.schema import RunConfig
+from ee_megatron.config.shipped import find_config_dir, list_groups
 from ee_megatron.config.validate import validate
 
 EXPERIMENTS = (

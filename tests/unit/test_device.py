@@ -18,7 +18,8 @@ import torch
 from ee_megatron import cli
 from ee_megatron.config import device as module
 from ee_megatron.config.device import asks_for_gpus, pick_device, pick_dtype
-from ee_megatron.config.load import find_config_dir, list_groups, load
+from ee_megatron.config.load import load
+from ee_megatron.config.shipped import find_config_dir, list_groups
 from ee_megatron.rollout.pool.interface import ReplicaSettings
 from ee_megatron.rollout.pool.ray_actor import Replica
 from tests.tiny import tiny_hf

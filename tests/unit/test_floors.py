@@ -6,6 +6,8 @@ FLOORS is the project's one statement of that order (top first); CONTRIBUTING.md
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -205,3 +207,14 @@ def test_a_planted_circle_is_found(tmp_path: Path, back: str) -> None:
 def test_an_import_for_types_alone_makes_no_circle(tmp_path: Path) -> None:
     back = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .a import x"
     assert cycle(plant(tmp_path, {"model/a.py": "from . import b", "model/b.py": back})) == []
+
+
+def test_vllms_process_needs_nothing_that_its_environment_lacks() -> None:
+    """The package is there without its dependencies (Makefile): vLLM pins other versions of them."""
+    code = (
+        "import sys\n"
+        "for name in ('hydra', 'omegaconf', 'megatron', 'deepspeed', 'datasets', 'submitit', 'ray'): sys.modules[name] = None\n"
+        "import ee_megatron.rollout.pool.vllm_process\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

@@ -10,7 +10,8 @@ from __future__ import annotations
 import pytest
 
 from ee_megatron.config.identity import STAGES, stage_dir
-from ee_megatron.config.load import find_config_dir, list_groups, load
+from ee_megatron.config.load import load
+from ee_megatron.config.shipped import find_config_dir, list_groups
 
 # Per experiment the hashes of its stages, in their order. The model is not there, so default exits stay as asked for.
 HASHES = {

@@ -213,7 +213,8 @@ def test_vllms_process_needs_nothing_that_its_environment_lacks() -> None:
     """The package is there without its dependencies (Makefile): vLLM pins other versions of them."""
     code = (
         "import sys\n"
-        "for name in ('hydra', 'omegaconf', 'megatron', 'deepspeed', 'datasets', 'submitit', 'ray'): sys.modules[name] = None\n"
+        "for name in ('hydra', 'omegaconf', 'megatron', 'deepspeed', 'datasets', 'submitit', 'ray'):\n"
+        "    sys.modules[name] = None\n"
         "import ee_megatron.rollout.pool.vllm_process\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)

@@ -22,8 +22,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 # Queries of a sequence that are multiplied with its keys at a time on a CPU: their scores then stay in its caches
 # (32 queries, 3 heads a group, 4,096 keys: 1.5 MiB).
 QUERIES = 32
-# Sequences of at most so many keys, each a single block, are attended to together, those of like length padded to the
-# longest: one by one the calls would take longer than the products.
+# Sequences of at most so many keys, each a single block, are attended to together on a CPU, those of like length padded
+# to the longest: one by one the calls would take longer than the products. Elsewhere each layer would have to send what
+# goes where to the device.
 SHORT = QUERIES
 
 
@@ -53,11 +54,16 @@ class Spans:
     host_positions: np.ndarray
     positions: Tensor
 
+    @property
+    def short(self) -> int:
+        """Keys of the longest sequence that is attended to together with others."""
+        return SHORT if self.positions.device.type == "cpu" else 0
+
     @cached_property
     def blocks(self) -> list[tuple[slice, slice, int]]:
         """(queries, keys up to those of the last of them, how many of these keys the first of them sees)."""
         found = []
-        for row in np.flatnonzero(np.diff(self.key_bounds) > SHORT):
+        for row in np.flatnonzero(np.diff(self.key_bounds) > self.short):
             first, stop = self.query_bounds[row : row + 2].tolist()
             start = int(self.key_bounds[row])
             for at in range(first, stop, QUERIES):
@@ -68,9 +74,9 @@ class Spans:
 
     @cached_property
     def together(self) -> list[Together]:
-        """The sequences of at most `SHORT` keys, by powers of two of their length."""
+        """The sequences of at most `short` keys, by powers of two of their length."""
         lengths, asking = np.diff(self.key_bounds), np.diff(self.query_bounds)
-        short = (lengths <= SHORT) & (asking > 0)
+        short = (lengths <= self.short) & (asking > 0)
         sizes = np.ceil(np.log2(np.maximum(lengths, 1)))
         return [self._rows(np.flatnonzero(short & (sizes == size))) for size in np.unique(sizes[short])]
 
@@ -154,9 +160,9 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
         q, k, v = _grouped(query, key).mul_(query.size(-1) ** -0.5), _heads_first(key), _heads_first(value)
-        # Zero where no block has a query.
-        out = torch.zeros_like(q)
-        normaliser = q.new_zeros(q.size(0), q.size(1), 1)
+        # Zero where no block has a query; where each is in one, nothing needs a beginning.
+        make = q.new_zeros if spans.together else q.new_empty
+        out, normaliser = make(q.shape), make(q.size(0), q.size(1), 1)
         for rows, keys, scores in _scores(q, k, query.size(1) // key.size(1), spans):
             top = scores.amax(-1, keepdim=True)
             scores.sub_(top).exp_()
@@ -174,7 +180,8 @@ class _BlockAttention(torch.autograd.Function):
         q, k, v = _grouped(query, key).mul_(scale), _heads_first(key), _heads_first(value)
         d_out = _grouped(gradient, key)
         shift = (d_out * out).sum(-1, keepdim=True)
-        d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        d_q = torch.zeros_like(q) if ctx.spans.together else torch.empty_like(q)
+        d_k, d_v = torch.zeros_like(k), torch.zeros_like(v)
         for rows, keys, scores in _scores(q, k, query.size(1) // key.size(1), ctx.spans):
             weights = scores.sub_(normaliser[:, rows]).exp_()
             d_v[:, keys].baddbmm_(weights.transpose(1, 2), d_out[:, rows])

@@ -103,7 +103,7 @@ class Site:
         files = list((self.folder / "runs" / name).glob("rl-*/metrics.jsonl"))
         return read_metrics(files[0]) if files else []
 
-    def reach(self, name: str, job: str, step: int, timeout: float = 180) -> None:
+    def reach(self, name: str, job: str, step: int, timeout: float = 420) -> None:
         """Wait until an RL run has done so many steps."""
 
         def done() -> bool:

@@ -95,14 +95,17 @@ def reshaped(config: dict[str, Any], layers: int, width: int) -> dict[str, Any]:
     changed = dict(config)
     if layers:
         changed["num_hidden_layers"] = layers
+        # One entry per layer, in newer files; all are alike in what is supported (families/base.py).
+        if types := changed.get("layer_types"):
+            changed["layer_types"] = [types[0]] * layers
     if not width:
         return changed
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    of_query, of_key = heads, config.get("num_key_value_heads", heads)
+    hidden, of_query = config["hidden_size"], config["num_attention_heads"]
+    of_key = config.get("num_key_value_heads", of_query)
     if width * of_query % hidden or width * of_key % hidden:
         step = hidden // math.gcd(of_query, of_key)
         raise ValueError(
-            f"pretrain.width={width}: heads of {hidden // heads} don't divide it; expected a multiple of {step}"
+            f"pretrain.width={width}: heads of {hidden // of_query} don't divide it; expected a multiple of {step}"
         )
     changed |= {
         "hidden_size": width,

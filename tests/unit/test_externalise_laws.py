@@ -13,6 +13,7 @@ import pytest
 
 from ee_megatron import cli
 from ee_megatron.config.load import load
+from ee_megatron.externalise.command import main
 from ee_megatron.externalise.laws import Law, crossing, laws, laws_rows, laws_table
 from ee_megatron.externalise.shape import Shape, shape_of
 from ee_megatron.externalise.study import Record, Study, read_study
@@ -101,6 +102,20 @@ def test_rows_have_a_column_for_every_price_and_prices_per_layer() -> None:
     assert (row["layers"], row["width"], row["parameters"]) == (6, None, None)
     # Of one family alone there is no line.
     assert math.isnan(row["layers_per_hop"])
+
+
+def test_prices_are_those_of_the_level_that_is_asked_for() -> None:
+    study = Study([at(0, 0.4), at(2, 0.8), record("mean 1")])
+    half, most = (only(laws(study, level), cost="max") for level in (0.5, 0.7))
+    assert (half.observed, most.observed) == (pytest.approx(0.5), pytest.approx(1.5))
+    assert half.forecast is not None and most.forecast is not None and half.forecast < most.forecast
+    assert laws_rows([most])[0]["level"] == 0.7 and "have 70% of" in laws_table([most])[0]
+
+
+@pytest.mark.parametrize("level", ["0", "1", "-1"])
+def test_a_level_that_is_no_share_is_refused(level: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a share between 0 and 1"):
+        main([str(tmp_path), f"--level={level}"])
 
 
 def test_what_was_not_measured_leaves_its_cells_empty() -> None:

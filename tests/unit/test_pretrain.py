@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ee_megatron.config.derive import read_dims
+from ee_megatron.config.derive import read_dims, reshaped
 from ee_megatron.config.identity import stage_dir
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import PretrainConfig, RunConfig
@@ -103,6 +103,12 @@ def test_a_shape_may_be_asked_for_by_layers_and_width(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(draw_model(cfg, tmp_path / "initial"))
     assert {name: tuple(t.shape) for name, t in model.state_dict().items()}.items() >= dims.tensor_shapes().items()
     assert stage_dir(cfg, "pretrain") != stage_dir(ladder("1m"), "pretrain")
+
+
+def test_a_list_by_layer_has_as_many_entries_as_there_are_layers() -> None:
+    config = {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}
+    assert reshaped(config, 2, 0) == {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    assert reshaped(config, 0, 0) == config
 
 
 def test_a_width_that_heads_do_not_divide_is_refused() -> None:

@@ -14,6 +14,7 @@ import torch
 from ee_megatron.checkpoint.hf_export import export_hf
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec
+from tests.covering import SLOW
 from tests.tiny import tiny_hf
 
 USER = """
@@ -47,7 +48,10 @@ print(json.dumps({"tokens": made.tolist(), "depths": depths, "layers": model.con
 """
 
 
-@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False), ("qwen3", True)])
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [pytest.param("llama", True, marks=SLOW), ("qwen2", False), pytest.param("qwen3", True, marks=SLOW)],
+)
 def test_export_generates_with_early_exits_without_this_package(tmp_path: Path, family: str, tied: bool):
     base = tiny_hf(family, tmp_path / "base", tied=tied)
     spec = PolicySpec(6, (2, 4), rank=4, alpha=8.0)

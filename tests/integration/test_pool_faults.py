@@ -28,6 +28,7 @@ def pool(path: Path) -> Iterator[RayPool]:
     pool.close()
 
 
+@SLOW
 def test_a_batch_through_kills_has_the_same_bits_and_asks_again_only_for_what_was_lost(path: Path, pool: RayPool):
     pool.load(policy(path, FULL, 1))
     expected = bits(pool.generate(GenerationRequest(PROMPTS, 4, LONG, EXITS, 1)))

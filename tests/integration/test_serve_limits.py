@@ -255,7 +255,15 @@ def test_a_reader_who_does_not_read_is_cut_off(running: Running):
     line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
     line.connect(running.address)
     # The likeliest tokens of random weights go round in circles and never end: 14 MB, where buffers hold half a one.
-    asked = {"model": "tiny", "prompt": "1", "n": 8, "max_tokens": 2000, "stream": True, "logprobs": 20, "temperature": 0}
+    asked = {
+        "model": "tiny",
+        "prompt": "1",
+        "n": 8,
+        "max_tokens": 2000,
+        "stream": True,
+        "logprobs": 20,
+        "temperature": 0,
+    }
     body = json.dumps(asked)
     head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     before = running.engine.health()["cancelled"]

@@ -160,7 +160,7 @@ def test_resume_under_another_layout_and_stage(move, mode, ranks, models):
     assert_same(ranks.call("parallel_cases:state")[0][0], expected, policy)
 
 
-@pytest.mark.parametrize("stage", some([0, 1, 2, 3], [1, 3]))
+@pytest.mark.parametrize("stage", some([0, 1, 2, 3], [3]))
 def test_resume_in_place_is_exact_to_the_bit(stage, ranks, models):
     path, spec, policy, _ = models["llama_tied", "lora"]
     build(ranks, (path, spec, policy, None), "DP4", settings(stage))
@@ -248,7 +248,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(ranks, models):
     assert_same(ranks.call("parallel_cases:state")[0][0], models["llama_tied", "lora"][3][0], policy)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", some([1, 2], [2]))
 def test_bfloat16_weights_keep_float32_masters(stage, ranks, models):
     """Updates far below bfloat16's resolution add up in the masters; a resumed run goes on from these to the bit."""
     path, spec, policy, _ = models["qwen3", "full"]

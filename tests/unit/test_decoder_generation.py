@@ -32,6 +32,7 @@ from ee_megatron.rollout.engine.generation import is_whole
 from ee_megatron.rollout.engine.sampling import sample_tokens, stream_key, uniforms
 from ee_megatron.rollout.engine.scoring import score, trace
 from ee_megatron.types import Prompt, Rollout
+from tests.covering import covering
 from tests.tiny import tiny_hf, tiny_tokenizer
 
 SPEC = PolicySpec(6, (1, 3, 4), rank=4, alpha=8.0)
@@ -112,15 +113,17 @@ def test_greedy_text_equals_transformers(tmp_path, family):
 
 @EITHER
 @pytest.mark.parametrize(
-    "exits",
-    [
-        Sample(), Threshold(0.5), Confidence(CONFIDENCE),
-        Entropy(ENTROPY), Random(SHARES),
-        Threshold(0.3, other=0.7, mix=0.5), Patience(2),
-    ],
-    ids=str,
+    ("exits", "prompts"),
+    covering(
+        [
+            Sample(), Threshold(0.5), Confidence(CONFIDENCE),
+            Entropy(ENTROPY), Random(SHARES),
+            Threshold(0.3, other=0.7, mix=0.5), Patience(2),
+        ],
+        [PROMPTS, SHARED],
+    ),
+    ids=lambda value: {id(PROMPTS): "apart", id(SHARED): "shared prefix"}.get(id(value), str(value)),
 )  # fmt: skip
-@pytest.mark.parametrize("prompts", [PROMPTS, SHARED], ids=["apart", "shared prefix"])
 def test_a_seed_gives_the_same_answers_whatever_the_batching(policy, tokenizer, exits, prompts):
     def run(asked, rows, seed=1):
         return generate(

@@ -23,6 +23,7 @@ from .config.schema import RunConfig
 from .training.ranks import check_variables, is_rank
 
 STAGES = {
+    "imported": "the model of a Megatron checkpoint (model.checkpoint) as the one that the other stages start from",
     "pretrain": "train a small model from random weights on the task's worked problems (size ladder)",
     "teacher": "stage 0: sample answers with examples in the prompt, keep the right ones, fine-tune and merge",
     "traces": "stage 1a: the teacher's answers with each exit's divergence, kept on disk",

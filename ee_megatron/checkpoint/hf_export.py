@@ -113,7 +113,7 @@ def export_hf(
             entries = _write_peft(plan, folder, ledger, base_name)
         entries |= _write_sidecar(spec, tensors, folder, gates, ledger)
         ledger.close()
-        copied = copy_tokenizer(base.path, folder)
+        copied = copy_tokenizer(base.tokenizer or base.path, folder)
         _name_tokenizer_for_all_versions(folder / "tokenizer_config.json")
         facts: dict[str, Any] = {"adapters": adapters, "gates": gates, "exit_depths": list(spec.exit_depths)}
         facts |= {"copied": copied, "speed": meter.line()}

@@ -138,6 +138,17 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return dict(getattr(read_common(folder).get("args"), "__dict__", {}))
 
 
+def trained_for(folder: Path) -> dict[str, int]:
+    """{"iteration", "tokens"}: updates, and positions of the sequences that they saw, as Megatron-LM counts them; what
+    isn't recorded is left out. Raises ValueError, one line: damaged."""
+    state = read_common(folder)
+    arguments = getattr(state.get("args"), "__dict__", {})
+    counts = {"iteration": state.get("iteration")}
+    if arguments.get("consumed_train_samples") and arguments.get("seq_length"):
+        counts["tokens"] = arguments["consumed_train_samples"] * arguments["seq_length"]
+    return {name: int(count) for name, count in counts.items() if isinstance(count, int)}
+
+
 def refuse_settings(settings: Mapping[str, Any], where: Path) -> None:
     """Raises ValueError, naming the setting, for what would change the mathematics and is not supported."""
     for name, neutral in _NEUTRAL.items():

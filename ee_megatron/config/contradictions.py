@@ -82,6 +82,11 @@ def _check_training(cfg: RunConfig) -> Iterator[str]:
             f"pretrain.layers={cfg.pretrain.layers}, pretrain.width={cfg.pretrain.width}: a model that has weights "
             "keeps its shape; set pretrain.enabled=true, or leave them out"
         )
+    if cfg.pretrain.enabled and cfg.model.checkpoint:
+        yield (
+            f"model.checkpoint={cfg.model.checkpoint} with pretrain.enabled=true: two models to start from; leave one "
+            "out"
+        )
     if not 0 <= cfg.adapter.dropout < 1:
         yield (f"adapter.dropout={cfg.adapter.dropout}: expected 0 <= dropout < 1")
     if cfg.teacher.enabled and cfg.adapter.rank == 0 and not cfg.adapter.full:

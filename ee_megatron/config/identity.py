@@ -21,7 +21,8 @@ from .schema import RunConfig, settings
 
 # What each stage adds to the settings of the stage before it.
 STAGES: dict[str, tuple[str, ...]] = {
-    "pretrain": ("model", "task", "pretrain", "deepspeed"),
+    "imported": ("model",),
+    "pretrain": ("task", "pretrain", "deepspeed"),
     "teacher": ("teacher", "rollout", "adapter"),
     "traces": ("traces", "exits"),
     "calibrate": ("calibrate",),
@@ -29,8 +30,8 @@ STAGES: dict[str, tuple[str, ...]] = {
     "evaluate": ("evaluate",),
 }
 
-# Stages that a run may do without: each has a section of its name that says so.
-OPTIONAL = ("pretrain", "teacher")
+# Stages that a run may do without: model.checkpoint says so, or a section of the stage's name.
+OPTIONAL = ("imported", "pretrain", "teacher")
 
 
 def stage_dir(cfg: RunConfig, stage: str) -> Path:
@@ -67,8 +68,8 @@ def identity(cfg: RunConfig, stage: str) -> dict[str, Any]:
 
 def stage_order(cfg: RunConfig) -> list[str]:
     """The stages of the whole method under this configuration."""
-    left_out = {name for name in OPTIONAL if not getattr(cfg, name).enabled}
-    return [stage for stage in STAGES if stage not in left_out]
+    wanted = {"imported": bool(cfg.model.checkpoint), "pretrain": cfg.pretrain.enabled, "teacher": cfg.teacher.enabled}
+    return [stage for stage in STAGES if wanted.get(stage, True)]
 
 
 def to_yaml(cfg: RunConfig) -> str:

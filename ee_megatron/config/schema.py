@@ -66,7 +66,11 @@ def settings(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Rules]]
 @dataclass
 class ModelConfig:
     path: str = setting("???", path=True)
-    """Hugging Face model directory: config.json, safetensors, tokenizer; with pretrain.enabled, config.json only."""
+    """Hugging Face model directory: config.json, safetensors, tokenizer; with pretrain.enabled, config.json only; with
+    model.checkpoint, config.json and tokenizer."""
+    checkpoint: str = setting("", path=True, added_later=True)
+    """Megatron checkpoint, of Megatron-LM, Megatron-Bridge or `convert import`, whose weights are taken; name an
+    iteration where several are saved."""
     dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"))
     """float32, bfloat16 or auto: bfloat16 on a GPU and on a CPU with AMX, float32 on other CPUs."""
     base_unchecked: bool = setting(False, execution=True)

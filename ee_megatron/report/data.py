@@ -18,7 +18,7 @@ from .lens import read_lens
 from .results import Results
 
 # Stages without steps: an evaluation logs its figures once, for trackers.
-WITHOUT_METRICS = ("traces", "evaluate")
+WITHOUT_METRICS = ("imported", "traces", "evaluate")
 Curve = Sequence[tuple[int, float]]
 """(step, value) each; a value may be nan."""
 
@@ -91,8 +91,8 @@ def read_inputs(run: ReportRun) -> Inputs:
         remarks: list[str] = [] if name in run.coming else missing
         if name in present:
             stages.append(_read_stage(name, present[name], remarks))
-        elif name != "pretrain" and (run.config is None or name in stage_order(run.config)):
-            # A model from random weights is the exception, which nobody misses, nor a stage that was switched off.
+        elif name not in ("imported", "pretrain") and (run.config is None or name in stage_order(run.config)):
+            # A model that is made first is the exception, which nobody misses, nor a stage that was switched off.
             remarks.append(f"{name}: not part of this run, or not run yet")
     inputs = Inputs(stages, Results(), [], missing)
     if "evaluate" in present and "evaluate" not in run.coming:

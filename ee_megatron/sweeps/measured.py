@@ -41,6 +41,8 @@ def measure(cfg: RunConfig, stages: Mapping[str, Path]) -> dict[str, Any]:
     dims = read_dims(cfg)
     layout = one_rank(cfg, dims)
     row: dict[str, Any] = {"seed": cfg.rl.seed}
+    if "imported" in stages:
+        row |= imported(json.loads((stages["imported"] / "imported.json").read_text()))
     if "pretrain" in stages:
         row |= pretrained(json.loads((stages["pretrain"] / "pretrain.json").read_text()), cfg, dims)
     if "evaluate" in stages:
@@ -75,6 +77,12 @@ def pretrained(figures: Mapping[str, float], cfg: RunConfig, dims: ModelDims) ->
         "tokens_pretrain": round(figures["tokens"]),
         "flops_pretrain": flops,
     }
+
+
+def imported(figures: Mapping[str, int]) -> dict[str, Any]:
+    """Updates and tokens behind an imported checkpoint, where it says so (training/imported.py)."""
+    names = {"iteration": "iteration", "tokens": "tokens_pretrain"}
+    return {column: figures[name] for name, column in names.items() if name in figures}
 
 
 def evaluated(results: Mapping[str, Any], layout: Layout) -> dict[str, Any]:

@@ -67,7 +67,11 @@ def _run_here(stage: str, cfg: RunConfig) -> None:
 
         with lean_imports():
             import megatron.core.models.gpt.gpt_model  # noqa: F401
-    if stage == "pretrain":
+    if stage == "imported":
+        from .imported import import_model
+
+        import_model(cfg)
+    elif stage == "pretrain":
         from .pretrain import pretrain
 
         pretrain(cfg, stages.ready_model(cfg, stage))

@@ -1,6 +1,7 @@
 """All that can be known of a run before anything starts: its settings, its model, the files that they name, its data.
 
-Everything is looked at and said at once. No torch, unless a policy to start from has to be read.
+Everything is looked at and said at once. No torch, unless a policy or a Megatron checkpoint to start from has to be
+read.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 from ..config.contradictions import contradictions
 from ..config.derive import model_dir, policy_spec, read_dims
 from ..config.faults import faults_of, lines_of
+from ..config.identity import OPTIONAL, stage_order
 from ..config.load import Attempt
 from ..config.schema import RunConfig, TaskConfig
 from ..config.validate import alone, model_faults, repaired, unless_about
@@ -68,14 +70,15 @@ class Preflight:
     def _of_files(self, cfg: RunConfig, dims: ModelDims | None, wanted: Sequence[str]) -> Iterator[str]:
         rl = {"rl", "evaluate"} & {*wanted}
         if dims is not None and not cfg.pretrain.enabled:
-            yield from self._once(f"weights {cfg.model.path}", lambda: faults_of(lambda: stages.check_given(cfg)))
+            weights = f"weights {cfg.model.path} {cfg.model.checkpoint}"
+            yield from self._once(weights, lambda: faults_of(lambda: stages.check_given(cfg)))
         if rl and cfg.start:
             missing = self._once(f"start {cfg.start}", lambda: faults_of(lambda: stages.calibrated(cfg)))
             yield from missing
             if dims is not None and not missing:
                 yield from faults_of(lambda: check_start(cfg, dims))
                 # Where the model is yet to be made the stage looks at it.
-                if not (cfg.teacher.enabled or cfg.pretrain.enabled):
+                if not {*OPTIONAL} & {*stage_order(cfg)}:
                     pair = f"base of {cfg.start}: {cfg.model.path} {cfg.model.base_unchecked}"
                     yield from self._once(pair, lambda: faults_of(lambda: _check_bases(cfg)))
         if wanted:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..config.cluster import LEARNS as LEARNS
 from ..config.derive import model_dir
-from ..config.identity import stage_dir
+from ..config.identity import stage_dir, stage_order
 from ..config.load import read_saved
 from ..config.schema import RunConfig
 from ..observe.rundir import DONE as DONE
@@ -14,6 +14,8 @@ from ..observe.rundir import latest_checkpoint
 
 # As policy.py has it, which imports torch.
 POLICY = "policy.json"
+FIRST = ("imported", "pretrain")
+"""Stages that make the model which the others start from, and read none that a stage has made."""
 
 
 def is_done(cfg: RunConfig, stage: str) -> bool:
@@ -21,8 +23,12 @@ def is_done(cfg: RunConfig, stage: str) -> bool:
 
 
 def source_model(cfg: RunConfig) -> Path:
-    """What the teacher is made of: model.path, or the pretrained model. Raises FileNotFoundError if that is missing."""
-    return _finished(cfg, "pretrain") / "model" if cfg.pretrain.enabled else model_dir(cfg)
+    """What the teacher is made of: model.path, or what was imported or pretrained. Raises FileNotFoundError if that is
+    missing."""
+    for stage in FIRST:
+        if stage in stage_order(cfg):
+            return _finished(cfg, stage) / "model"
+    return model_dir(cfg)
 
 
 def base_model(cfg: RunConfig) -> Path:
@@ -99,7 +105,7 @@ def check_inputs(cfg: RunConfig, stage: str) -> None:
     """Raises FileNotFoundError, naming the command that helps, if what `stage` reads is not there."""
     if stage == "teacher":
         source_model(cfg)
-    elif stage != "pretrain":
+    elif stage not in FIRST:
         base_model(cfg)
     if stage == "calibrate":
         traces(cfg)
@@ -110,8 +116,9 @@ def check_inputs(cfg: RunConfig, stage: str) -> None:
 
 
 def ready_model(cfg: RunConfig, stage: str) -> Path:
-    """The model that `stage` starts from, its weights checked; that of `pretrain` is drawn here if it has to be. Done
-    before ranks start, whose launcher would bury the one line of an error in its own report.
+    """The model that `stage` starts from, its weights checked; that of `pretrain` is drawn here if it has to be, that
+    of `imported` is what model.path says of it. Done before ranks start, whose launcher would bury the one line of an
+    error in its own report.
 
     Raises FileNotFoundError or ValueError.
     """
@@ -119,6 +126,8 @@ def ready_model(cfg: RunConfig, stage: str) -> Path:
         from .scratch import draw_model
 
         return draw_model(cfg, stage_dir(cfg, stage) / "initial")
+    if stage == "imported":
+        return model_dir(cfg)
     path = source_model(cfg) if stage == "teacher" else base_model(cfg)
     check_weights(path)
     check_bases(cfg, stage, path)
@@ -127,7 +136,13 @@ def ready_model(cfg: RunConfig, stage: str) -> Path:
 
 def check_given(cfg: RunConfig) -> None:
     """Raises FileNotFoundError or ValueError if the model that the user names cannot be started from."""
-    if not cfg.pretrain.enabled:
+    if cfg.model.checkpoint:
+        if not is_done(cfg, "imported"):
+            # Late: torch takes seconds to import, and other runs need none for this.
+            from .imported import open_source
+
+            open_source(cfg)
+    elif not cfg.pretrain.enabled:
         check_weights(model_dir(cfg))
 
 

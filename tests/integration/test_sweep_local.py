@@ -13,7 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from ee_megatron.checkpoint.convert import main as convert
 from ee_megatron.observe.metrics import read_metrics
 from ee_megatron.sweeps import records
 from ee_megatron.sweeps.grid import from_settings
@@ -149,6 +151,33 @@ def test_the_debug_executor_goes_through_the_whole_method_in_one_process(tmp_pat
     assert records.read_result(sweep, sweep.runs[0].id) == result
     changed = {file.name for file, stamp in before.items() if file.stat().st_mtime_ns != stamp}
     assert changed <= {"manifest.json"}
+
+
+@pytest.mark.timeout(200)
+def test_checkpoints_of_a_pretraining_run_are_an_axis(tmp_path):
+    """Each is imported once, and what it was trained for stands in the table."""
+    model = tiny_hf("llama", tmp_path / "model")
+    for iteration in (10, 20):
+        out = tmp_path / f"iter_{iteration:07d}"
+        assert convert(["import", "--hf", str(model), "--out", str(out), "--quiet"]) == 0
+        common = out / "weights" / "common.pt"
+        state = torch.load(common, weights_only=False)
+        state["iteration"] = iteration
+        state["args"].consumed_train_samples, state["args"].seq_length = 4 * iteration, 64
+        torch.save(state, common)
+        # As Megatron-LM has it: the weights alone.
+        (out / "weights").rename(tmp_path / f"saved_{iteration}")
+    for file in model.glob("*.safetensors"):
+        file.unlink()
+    axis = f"model.checkpoint={tmp_path / 'saved_10'},{tmp_path / 'saved_20'}"
+    grid = command(tmp_path, "series", axis, "traces.temperature=0.7,0.8", "--last", "traces", "--executor", "debug")
+    done = subprocess.run(grid, capture_output=True, text=True, timeout=150, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (sweep,) = [records.open_sweep(path) for path in (tmp_path / "runs" / "series").glob("sweep-*")]
+    found = [records.read_result(sweep, run.id) for run in sweep.runs]
+    assert sorted((row["iteration"], row["tokens_pretrain"]) for row in found) == [(10, 2560)] * 2 + [(20, 5120)] * 2
+    imported = list((tmp_path / "runs" / "series").glob("imported-*"))
+    assert len(imported) == 2 and len(list((tmp_path / "runs" / "series").glob("traces-*"))) == 4
 
 
 STUBBORN = """\

@@ -345,7 +345,8 @@ EXECUTION = {
     ),
 }
 FIRST_STAGE = {
-    **dict.fromkeys(("model", "task", "pretrain", "deepspeed"), "pretrain"),
+    "model": "imported",
+    **dict.fromkeys(("task", "pretrain", "deepspeed"), "pretrain"),
     **dict.fromkeys(("teacher", "rollout", "adapter"), "teacher"),
     **dict.fromkeys(("traces", "exits"), "traces"),
     "calibrate": "calibrate",
@@ -439,11 +440,11 @@ def test_stage_directories_are_named_and_stable() -> None:
     assert directory == identity.stage_dir(config("runs=somewhere", "name=x"), "rl")
     stage, digest = directory.name.split("-")
     assert stage == "rl" and len(digest) == 8 and int(digest, 16) >= 0
-    with pytest.raises(ValueError, match="expected one of pretrain, teacher, traces"):
+    with pytest.raises(ValueError, match="expected one of imported, pretrain, teacher, traces"):
         identity.stage_dir(cfg, "training")
 
 
-@pytest.mark.parametrize("stage", identity.OPTIONAL)
+@pytest.mark.parametrize("stage", ["pretrain", "teacher"])
 def test_a_stage_that_is_left_out_has_no_settings(stage: str) -> None:
     off = config(f"{stage}.enabled=false")
     assert hashes(off) == hashes(changed(off, f"{stage}.seed"))

@@ -35,8 +35,10 @@ def test_every_experiment_is_pinned() -> None:
 @pytest.mark.parametrize("experiment", HASHES)
 def test_stage_directories_keep_their_names(experiment: str) -> None:
     cfg = load([f"experiment={experiment}", "model.path=no/such/model", "name=pinned"])
-    assert [stage_dir(cfg, stage).name for stage in STAGES] == [
-        f"{stage}-{digest}" for stage, digest in zip(STAGES, HASHES[experiment].split(), strict=True)
+    # No experiment starts from a Megatron checkpoint.
+    stages = [stage for stage in STAGES if stage != "imported"]
+    assert [stage_dir(cfg, stage).name for stage in stages] == [
+        f"{stage}-{digest}" for stage, digest in zip(stages, HASHES[experiment].split(), strict=True)
     ]
 
 

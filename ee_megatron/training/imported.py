@@ -1,0 +1,83 @@
+"""Before stage 0, for checkpoints of a pretraining run: the model of one as a Hugging Face directory of its own.
+
+Beside it stands what the checkpoint says of its training, so that a sweep over checkpoints has it in its table.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config.derive import model_dir, read_dims
+from ..config.identity import stage_dir, to_yaml
+from ..config.schema import RunConfig
+from ..observe.rundir import RunDirectory
+from .stages import DONE
+from .stopping import listener
+
+if TYPE_CHECKING:
+    from ..checkpoint.megatron_directory import MegatronTensors
+
+FIGURES = "imported.json"
+"""In the stage's directory: {"iteration", "tokens"}, updates and tokens that the weights were trained for; what the
+checkpoint doesn't say is left out."""
+
+
+def import_model(cfg: RunConfig) -> Path:
+    """Run or resume the stage: bit for bit what `convert` writes. Returns the model's directory.
+
+    Raises what `open_source` does, and OSError: disk full.
+    """
+    from ..checkpoint.hf_export import export_hf
+    from ..checkpoint.megatron_settings import trained_for
+    from ..checkpoint.policy_files import no_policy
+
+    path = stage_dir(cfg, "imported")
+    with listener.at_once(), RunDirectory(path) as directory:
+        directory.write_atomic("config.yaml", to_yaml(cfg))
+        source = open_source(cfg)
+        model = path / "model"
+        if not model.is_dir():
+            origin = {"checkpoint": cfg.model.checkpoint}
+            export_hf(source, no_policy(source.dims.num_layers), model, gates="drop", resume=True, origin=origin)
+        directory.write_atomic(FIGURES, json.dumps(trained_for(source.reader.folder)) + "\n")
+        directory.write_atomic(DONE, f"{cfg.model.checkpoint}\n")
+    return model
+
+
+def open_source(cfg: RunConfig) -> MegatronTensors:
+    """The checkpoint at model.checkpoint, its tensors by their Hugging Face names; no weights are read yet.
+
+    Raises FileNotFoundError or ValueError, one line: no such checkpoint, one of another shape than model.path's
+    config.json says, gates or adapters of its own, no tokenizer at model.path.
+    """
+    from ..checkpoint.kinds import is_megatron
+    from ..checkpoint.manifest import TOKENIZER_FILES
+    from ..checkpoint.megatron_directory import MegatronDirectory
+    from ..checkpoint.megatron_foreign import ForeignMegatron
+    from ..checkpoint.policy_files import policy_beside
+
+    given, path = model_dir(cfg), Path(cfg.model.checkpoint)
+    if not any((given / name).is_file() for name in TOKENIZER_FILES if name.startswith("tokenizer.")):
+        raise FileNotFoundError(
+            f"model.path={cfg.model.path}: no tokenizer there; model.checkpoint has weights alone, so give a directory "
+            "with config.json and tokenizer"
+        )
+    if not is_megatron(path):
+        try:
+            source: MegatronTensors = ForeignMegatron(path, given)
+        except ValueError as error:
+            # What the converter has a flag for is a setting here.
+            raise ValueError(f"model.checkpoint={path}: {str(error).replace('--config', 'model.path')}") from None
+    else:
+        source = MegatronDirectory(path)
+        if source.dims != read_dims(cfg):
+            raise ValueError(f"model.checkpoint={path}: another shape than {given / 'config.json'} says; give its own")
+        if policy_beside(source)[0].exit_depths:
+            raise ValueError(
+                f"model.checkpoint={path}: has gates of its own; give the model that they were trained on as "
+                "model.path and the policy as start"
+            )
+    source.tokenizer = given
+    return source

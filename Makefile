@@ -13,7 +13,7 @@
 # make model  the demo's model, which the tests use too
 # make taste  seven minutes on two cores, from random weights: does a price on depth make a model write its steps down?
 # make externalise    the same on three models, under six conditions, in less than an hour (docs/externalisation.md)
-# make scaling-demo   a scaling study on two cores: models of several layers and widths from random weights, what a hop costs each, when each writes
+# make scaling-demo   a scaling study on two cores in less than an hour: models of two depths and two widths from random weights, what a hop costs each, when each writes; SEEDS=0,1,2: more of them
 #
 # PYTHON: any Python >= 3.11 that can make a virtual environment.
 PYTHON ?= python3
@@ -47,11 +47,12 @@ externalise: $(VENV)/.demo
 # Loss by shape and tokens, then what a hop costs and when models write, by shape and price; the second sweep finds the
 # first one's models. That a fit is refused is a finding: the others go on.
 LADDER := runs/ladder
+SEEDS ?= 0
 SIZE := --params parameters_layers
 scaling-demo: $(VENV)/.demo
-	$(BIN)/ee-megatron sweep sweep=ladder_loss --last pretrain --max-parallel 2
+	$(BIN)/ee-megatron sweep sweep=ladder_loss_laptop pretrain.seed=$(SEEDS) --last pretrain --max-parallel 2
+	$(BIN)/ee-megatron sweep sweep=ladder_front_laptop pretrain.seed=$(SEEDS) --max-parallel 2
 	$(BIN)/ee-megatron sweep collect ladder --last pretrain --out $(LADDER)/loss
-	$(BIN)/ee-megatron sweep sweep=ladder_front --max-parallel 2
 	$(BIN)/ee-megatron sweep collect ladder --last evaluate --out $(LADDER)/front
 	$(BIN)/ee-megatron externalise $(LADDER) --level 0.75
 	-$(BIN)/ee-megatron scaling fit $(LADDER)/loss/table.csv $(SIZE) --tokens tokens_pretrain --loss loss --out $(LADDER)/loss

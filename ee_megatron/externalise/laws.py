@@ -124,8 +124,8 @@ def laws_rows(found: Sequence[Law]) -> list[Row]:
 
 def _row(law: Law, prices: Sequence[float]) -> Row:
     row: Row = {
-        **of_shape(law.shape), "base": law.base, "tau": law.tau, "family": law.family, "hops": law.hops,
-        "cost": law.cost,
+        "model": f"{law.shape.slug}#{law.base}", **of_shape(law.shape), "base": law.base, "tau": law.tau,
+        "family": law.family, "hops": law.hops, "cost": law.cost,
     }  # fmt: skip
     row |= {f"layers_{style}": law.layers.get(style) for style in STYLES}
     row |= {f"right_{style}": law.right.get(style) for style in STYLES}

@@ -95,6 +95,7 @@ def test_a_bases_laws_by_hand() -> None:
 def test_rows_have_a_column_for_every_price_and_prices_per_layer() -> None:
     found = laws(Study([at(0, 0.4), at(2, 0.8), record("mean 1")]))
     rows = laws_rows(found)
+    assert len({row["model"] for row in rows}) == len({(law.shape, law.base) for law in found})
     assert [name for name in rows[0] if name.startswith("share_steps")] == [f"share_steps_{p}" for p in (0, 1, 2)]
     (row,) = (row for row in rows if row["cost"] == "max")
     assert (row["share_steps_0"], row["share_steps_1"], row["share_steps_2"]) == (pytest.approx(0.4), None, 0.8)

@@ -269,6 +269,16 @@ def test_every_grid_that_comes_along_is_a_grid(file: Path) -> None:
             load(grid.overrides(point))
 
 
+@pytest.mark.parametrize("name", ["ladder_front", "ladder_loss"])
+def test_what_a_laptop_runs_is_a_part_of_the_whole_study(name: str) -> None:
+    """So that either finds what the other has made."""
+    folder = Path(__file__).parents[2] / "configs" / "sweep"
+    whole, part = (from_file(folder / f"{file}.yaml") for file in (name, f"{name}_laptop"))
+    every = [whole.overrides(point) for point in whole.points()]
+    assert 0 < len(part.points()) < len(every)
+    assert all(part.overrides(point) in every for point in part.points())
+
+
 def test_the_words_of_the_language_are_no_settings_of_the_schema() -> None:
     with pytest.raises(ValueError, match="seed"):
         load(["experiment=demo_cpu", "seed=1"])

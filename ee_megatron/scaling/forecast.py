@@ -121,8 +121,10 @@ def forecast_form(comparison: Comparison, result: FormResult, point: Sequence[fl
     draws = evaluate(result.form, result.draws, design)[:, 0]
     runs = int(comparison.runs.max()) + 1
     freedom = runs - len(result.theta)
-    law = percentile_interval(value + (draws - value) * math.sqrt(runs / freedom), freedom)
-    run = _of_one_run(result, comparison.values, value, law, float(stdtrit(freedom, (1 + LEVEL) / 2)))
+    wide = percentile_interval(value + (draws - value) * math.sqrt(runs / freedom), freedom)
+    one = _of_one_run(result, comparison.values, value, wide, float(stdtrit(freedom, (1 + LEVEL) / 2)))
+    # Widening knows nothing of where a form's values end.
+    law, run = (BootstrapInterval(*np.clip(ends, *result.form.range).tolist()) for ends in (wide, one))
     where = dict(zip(feats.names, at.tolist(), strict=True))
     return Forecast(result.form.name, where, comparison.metric, value, law, run, _beyond_columns(comparison, at, raw))
 

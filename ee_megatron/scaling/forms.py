@@ -6,6 +6,7 @@ deviation while fitting. Shape suffixes: S problems, P parameters, R rows, C col
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -41,7 +42,8 @@ class Form:
 
     `design` takes standardised columns [C, R] and lambda's place among them to [P, R], and `curve` and `starts` take
     that to what `solver.minimise` needs. Each of `needs` raises Refused where the metric [R] or the features rule the
-    form out. `steepness` is the place of the first slope where slopes have a bound.
+    form out. `steepness` is the place of the first slope where slopes have a bound; `range` is what no value of the
+    form leaves.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Form:
     starts: Callable[[Array, Array], Array]
     needs: tuple[Callable[[Features, Array], None], ...] = ()
     steepness: int | None = None
+    range: tuple[float, float] = (-math.inf, math.inf)
 
 
 def features(names: tuple[str, ...], raw: Array, penalty: int | None) -> Features:
@@ -176,16 +179,17 @@ def _log_start(design: Array, y: Array) -> Array:
     return _least_squares(design, np.log(np.maximum(y, 1e-12 * max(float(y.max()), 1e-300))))
 
 
+_POSITIVE, _SHARE = (0.0, math.inf), (0.0, 1.0)
 _LINEAR, _POWER, _LOGISTIC = _linked(_identity), _linked(_exponential), _linked(_sigmoid)
 FORMS = (
     Form("constant", "c", _constant, _LINEAR, _least_squares),
     Form("linear", "c + Σ b t", _with_one, _LINEAR, _least_squares),
-    Form("power", "exp(c + Σ b t)", _with_one, _POWER, _log_start, (_positive,)),
+    Form("power", "exp(c + Σ b t)", _with_one, _POWER, _log_start, (_positive,), range=_POSITIVE),
     Form("saturating", "c + a exp(Σ b t)", _with_one, _saturating, _saturating_starts, (_three_values,), 2),
-    Form("logistic", "1 / (1 + exp(-c - Σ b t))", _with_one, _LOGISTIC, _logit_start, (_fraction,)),
+    Form("logistic", "1 / (1 + exp(-c - Σ b t))", _with_one, _LOGISTIC, _logit_start, (_fraction,), range=_SHARE),
     Form("linear × lambda", "c + Σ b t + λ Σ g t", _crossed, _LINEAR, _least_squares, (_has_penalty,)),
     Form("logistic × lambda", "1 / (1 + exp(-c - Σ b t - λ Σ g t))", _crossed, _LOGISTIC, _logit_start,
-         (_has_penalty, _fraction)),
+         (_has_penalty, _fraction), range=_SHARE),
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from ee_megatron import __version__, cli
 from ee_megatron.scaling.compare import compare
-from ee_megatron.scaling.forecast import forecast_metric, noise_of
+from ee_megatron.scaling.forecast import forecast_form, forecast_metric, noise_of
 from ee_megatron.scaling.table import ColumnNames, RunTable
 from tests.scaling_samples import noisy, write_csv
 
@@ -130,6 +130,19 @@ def test_noise_without_a_trend_is_forecast_as_a_constant() -> None:
     assert (
         best.method == "constant" and best.law.low < 0.6 < best.law.high and best.beyond == ("layers 8 × the largest",)
     )
+
+
+def test_shares_are_forecast_between_nothing_and_all() -> None:
+    """The widened interval of a steep logistic curve would reach beyond both."""
+    layers = np.repeat([4.0, 8.0, 16.0], 3)
+    rng = np.random.default_rng(3)
+    comparison = judged(np.clip(0.9 + rng.normal(0, 0.08, 9), 0.01, 0.99), {"layers": layers}, ("layers",))
+    logistic, linear = (next(r for r in comparison.results if r.form.name == name) for name in ("logistic", "linear"))
+    for point in (1.0, 64.0):
+        found, free = (forecast_form(comparison, form, (point,)) for form in (logistic, linear))
+        for interval in (found.law, found.run):
+            assert 0 <= interval.low <= found.value <= interval.high <= 1
+        assert free.run.high > 1
 
 
 @pytest.mark.parametrize("share", [True, False])

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from ..config.derive import model_dir, read_dims
 from ..config.identity import stage_dir, to_yaml
 from ..config.schema import RunConfig
-from ..observe.rundir import RunDirectory
-from .stages import DONE
+from ..observe.rundir import DONE, RunDirectory
 from .stopping import listener
 
 if TYPE_CHECKING:

@@ -138,6 +138,9 @@ def _records(file) -> list:
             position += 32768 - position % 32768
             continue
         length, kind = struct.unpack_from("<HB", data, position + 4)
+        if position + 7 + length > len(data):
+            # Still being written.
+            break
         whole += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):
@@ -146,6 +149,15 @@ def _records(file) -> list:
             found.append(record)
             whole = b""
     return found
+
+
+def _settled(file) -> list:
+    """A finished run's records. wandb's writer goes on for a moment after `finish`; the run's end comes last."""
+    deadline = time.monotonic() + 20
+    while not (records := _records(file)) or records[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() < deadline, [record.WhichOneof("record_type") for record in records]
+        time.sleep(0.05)
+    return records
 
 
 def _history(records) -> list[dict]:
@@ -166,7 +178,7 @@ def test_wandb_gets_settings_as_columns_and_a_resumed_run_stays_one_directory(tm
     (second,) = (tmp_path / "wandb").glob("offline-run-*")
     assert second != first and second.name.split("-")[-1] == (tmp_path / "wandb" / "run_id").read_text()
     (file,) = second.glob("*.wandb")
-    records = _records(file)
+    records = _settled(file)
     run = next(record.run for record in records if record.WhichOneof("record_type") == "run")
     assert (run.project, run.display_name, run.run_group, run.job_type) == ("project", "front-rl-1", "front", "rl")
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
@@ -204,7 +216,7 @@ def test_a_run_that_no_server_takes_is_written_offline(tmp_path, monkeypatch, ca
         metrics.log(1, {"x": 1})
     assert any("no run online" in message and "offline" in message for message in caplog.messages)
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    assert _history(_records(file)) == [{"step": 1, "x": 1}]
+    assert _history(_settled(file)) == [{"step": 1, "x": 1}]
 
 
 def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(tmp_path, caplog):

@@ -79,7 +79,7 @@ def preempt(site, name: str, record: records.Record) -> None:
     wait_for(site, name, lambda: site.cluster.job(record.job)["Restarts"] != "0", 60, title)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1000)
 def test_twelve_runs_come_to_eleven_results_whatever_happens_to_their_jobs(site):
     """One array: two tasks are preempted, one loses its node, one cannot learn. Nothing that was done is done again."""
     # The ones that something will happen to take longer than the others.
@@ -107,7 +107,7 @@ def test_twelve_runs_come_to_eleven_results_whatever_happens_to_their_jobs(site)
     node = struck[2].host
     site.cluster.power_off(node)
     try:
-        wait_for(site, "array", lambda: not site.queue(), 300, "the end of the array")
+        wait_for(site, "array", lambda: not site.queue(), 600, "the end of the array")
     finally:
         site.cluster.power_on(node)
 

@@ -140,13 +140,13 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def trained_for(folder: Path) -> dict[str, int]:
     """{"iteration", "tokens"}: updates, and positions of the sequences that they saw, as Megatron-LM counts them; what
-    isn't recorded is left out. Raises ValueError, one line: damaged."""
+    isn't recorded, or 0 as in what `convert import` writes, is left out. Raises ValueError, one line: damaged."""
     state = read_common(folder)
     arguments = getattr(state.get("args"), "__dict__", {})
     counts = {"iteration": state.get("iteration")}
     if arguments.get("consumed_train_samples") and arguments.get("seq_length"):
         counts["tokens"] = arguments["consumed_train_samples"] * arguments["seq_length"]
-    return {name: int(count) for name, count in counts.items() if isinstance(count, int)}
+    return {name: int(count) for name, count in counts.items() if isinstance(count, int) and count > 0}
 
 
 def refuse_settings(settings: Mapping[str, Any], where: Path) -> None:

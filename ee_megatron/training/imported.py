@@ -6,6 +6,7 @@ Beside it stands what the checkpoint says of its training, so that a sweep over 
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,11 +33,10 @@ def import_model(cfg: RunConfig) -> Path:
     from ..checkpoint.megatron_settings import trained_for
     from ..checkpoint.policy_files import no_policy
 
-    path = stage_dir(cfg, "imported")
+    source, path = open_source(cfg), stage_dir(cfg, "imported")
+    model = path / "model"
     with listener.at_once(), RunDirectory(path) as directory:
         directory.write_atomic("config.yaml", to_yaml(cfg))
-        source = open_source(cfg)
-        model = path / "model"
         if not model.is_dir():
             origin = {"checkpoint": cfg.model.checkpoint}
             export_hf(source, no_policy(source.dims.num_layers), model, gates="drop", resume=True, origin=origin)
@@ -48,9 +48,13 @@ def import_model(cfg: RunConfig) -> Path:
 def open_source(cfg: RunConfig) -> MegatronTensors:
     """The checkpoint at model.checkpoint, its tensors by their Hugging Face names; no weights are read yet.
 
-    Raises FileNotFoundError or ValueError, one line: no such checkpoint, one of another shape than model.path's
-    config.json says, gates or adapters of its own, no tokenizer at model.path.
+    Raises FileNotFoundError or ValueError, one line: none named, no such checkpoint, one of another shape than
+    model.path's config.json says, gates or adapters of its own, no tokenizer at model.path.
     """
+    if not cfg.model.checkpoint:
+        raise ValueError("model.checkpoint: not set; give the Megatron checkpoint that is to be imported")
+    # megatron-core says on import which faster parts aren't installed, between the lines of what is wrong.
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     from ..checkpoint.kinds import is_megatron
     from ..checkpoint.manifest import TOKENIZER_FILES
     from ..checkpoint.megatron_directory import MegatronDirectory

@@ -103,7 +103,9 @@ def _missing(cfg: RunConfig, stage: str) -> FileNotFoundError:
 
 def check_inputs(cfg: RunConfig, stage: str) -> None:
     """Raises FileNotFoundError, naming the command that helps, if what `stage` reads is not there."""
-    if stage == "teacher":
+    if stage == "imported":
+        check_checkpoint(cfg)
+    elif stage == "teacher":
         source_model(cfg)
     elif stage not in FIRST:
         base_model(cfg)
@@ -138,12 +140,17 @@ def check_given(cfg: RunConfig) -> None:
     """Raises FileNotFoundError or ValueError if the model that the user names cannot be started from."""
     if cfg.model.checkpoint:
         if not is_done(cfg, "imported"):
-            # Late: torch takes seconds to import, and other runs need none for this.
-            from .imported import open_source
-
-            open_source(cfg)
+            check_checkpoint(cfg)
     elif not cfg.pretrain.enabled:
         check_weights(model_dir(cfg))
+
+
+def check_checkpoint(cfg: RunConfig) -> None:
+    """Raises FileNotFoundError or ValueError if model.checkpoint cannot be imported."""
+    # Late: torch takes seconds to import, and other runs need none for this.
+    from .imported import open_source
+
+    open_source(cfg)
 
 
 def check_bases(cfg: RunConfig, stage: str, model_path: Path) -> None:

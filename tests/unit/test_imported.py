@@ -66,7 +66,7 @@ def test_the_model_is_the_checkpoints_to_the_bit_and_others_start_from_it(tmp_pa
     assert not Preflight().faults(attempt(given), ["imported", "traces"])
 
 
-def test_a_stage_that_was_killed_goes_on_where_it_was(tmp_path, made, monkeypatch):
+def test_a_stage_that_ended_behind_the_model_goes_on_from_there(tmp_path, made, monkeypatch):
     base, shape, saved = made
     cfg = load(settings(tmp_path, shape, saved))
 
@@ -143,7 +143,17 @@ def test_what_does_not_fit_is_a_line_before_anything_starts(tmp_path, made, harm
 def test_ours_is_taken_as_it_is_too(tmp_path, made):
     base, shape, _ = made
     assert run("import", "--hf", base, "--out", tmp_path / "ours", "--tp", "2") == 0
-    assert hashes(import_model(load(settings(tmp_path, shape, tmp_path / "ours")))) == hashes(base)
+    cfg = load(settings(tmp_path, shape, tmp_path / "ours"))
+    assert hashes(import_model(cfg)) == hashes(base)
+    # What wasn't trained there has no number of updates.
+    assert json.loads((stage_dir(cfg, "imported") / "imported.json").read_text()) == {}
+
+
+def test_the_stage_without_a_checkpoint_says_what_is_missing(tmp_path, made):
+    base, _, _ = made
+    given = [text for text in settings(tmp_path, base, base) if "checkpoint" not in text]
+    (said,) = Preflight().faults(attempt(given), ["imported"], inputs=True)
+    assert said == "model.checkpoint: not set; give the Megatron checkpoint that is to be imported"
 
 
 def test_two_models_to_start_from_are_a_contradiction(tmp_path, made):

@@ -416,7 +416,7 @@ def test_memory_follows_the_tokens_that_are_there(decoder, tokenizer, platform, 
     assert scheduler.cache.pages < 20 and not scheduler.cache.held.any()
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     order=st.permutations(range(20)),
     positions=st.integers(80, 200),

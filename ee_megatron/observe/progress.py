@@ -113,7 +113,10 @@ class Progress:
 
     def _write(self) -> None:
         self._last_line, self._written = self._clock(), self.done
-        print(self.line(), file=self._stream, flush=True)
+        # One write: `print` to an unbuffered stream makes two, and a process killed in between leaves half a line, to
+        # which its parent's error is then appended.
+        self._stream.write(f"{self.line()}\n")
+        self._stream.flush()
 
     def __exit__(self, *error: object) -> None:
         if self._rich is not None:

@@ -67,6 +67,29 @@ def test_other_ranks_show_nothing():
     assert out.getvalue() == ""
 
 
+def test_a_process_killed_at_any_moment_leaves_whole_lines():
+    # Unbuffered, each write is a system call, and the error of whoever watches the process may come after any of them.
+    raw = Recorded()
+    with Progress("rl", 2, stream=io.TextIOWrapper(raw, write_through=True), interval=0.0) as bar:
+        bar.advance(1, loss=1.0)
+        bar.advance(1, loss=0.5)
+    assert len(raw.writes) == 2 and all(data.endswith(b"\n") for data in raw.writes)
+
+
+class Recorded(io.RawIOBase):
+    """A file without a buffer; `writes` are its system calls."""
+
+    def __init__(self) -> None:
+        self.writes: list[bytes] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        self.writes.append(bytes(data))
+        return len(data)
+
+
 def test_a_terminal_gets_a_bar_with_the_figures():
     code = """
 from ee_megatron.observe.progress import Progress

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from ..objectives.depth import CREDITS, DEPTH_COSTS
 from ..objectives.policy_gradient import KL_TERMS
 from .cluster import job_shape, seats
-from .derive import actor_share, has_actors, ranks, scoring
+from .derive import actor_share, draws_weights, has_actors, ranks, scoring
 from .device import asks_for_gpus
 from .schema import SEQUENCE_MULTIPLE, RunConfig
 
@@ -16,7 +16,10 @@ TASK_FAMILIES = {
     "arithmetic": ("product", "sum", "word", "chain"),
     "tom": ("first_order", "second_order", "true_belief", "reality", "memory"),
     "hops": tuple(f"hop{hops}" for hops in range(1, 9)),
+    "sums": tuple(f"hop{hops}" for hops in range(1, 5)),
 }
+STYLED = ("hops", "sums")
+"""Tasks whose answers have styles to choose from."""
 
 
 def contradictions(cfg: RunConfig) -> Iterator[str]:
@@ -34,7 +37,7 @@ def _check_task(cfg: RunConfig) -> Iterator[str]:
         )
     if task.name in (*TASK_FAMILIES, "reasoning_gym"):
         yield from _check_families(task.name, list(task.families))
-        if task.name == "hops":
+        if task.name in STYLED:
             yield from _check_slots(cfg)
         return
     if not task.path:
@@ -54,7 +57,7 @@ def _check_task(cfg: RunConfig) -> Iterator[str]:
 
 
 def _check_slots(cfg: RunConfig) -> Iterator[str]:
-    task, known = cfg.task, TASK_FAMILIES["hops"]
+    task, known = cfg.task, TASK_FAMILIES[cfg.task.name]
     if task.slots > len(known):
         yield f"task.slots={task.slots}: expected at most {len(known)}"
     beyond = [family for family in task.families if family in known[task.slots :]]
@@ -77,10 +80,10 @@ def _check_families(name: str, families: list[str]) -> Iterator[str]:
 
 
 def _check_training(cfg: RunConfig) -> Iterator[str]:
-    if not cfg.pretrain.enabled and (cfg.pretrain.layers or cfg.pretrain.width):
+    if not draws_weights(cfg) and (cfg.pretrain.layers or cfg.pretrain.width):
         yield (
             f"pretrain.layers={cfg.pretrain.layers}, pretrain.width={cfg.pretrain.width}: a model that has weights "
-            "keeps its shape; set pretrain.enabled=true, or leave them out"
+            "keeps its shape; set pretrain.enabled=true and pretrain.init=random, or leave them out"
         )
     if cfg.pretrain.enabled and cfg.model.checkpoint:
         yield (
@@ -102,7 +105,7 @@ def _check_training(cfg: RunConfig) -> Iterator[str]:
             f"rl.gate_centre={cfg.rl.gate_centre}, rl.gate_sharpness={cfg.rl.gate_sharpness}: expected a hazard "
             "between 0 and 1 and a factor above 0"
         )
-    if cfg.pretrain.enabled and cfg.rollout.prompt_template == "chat":
+    if draws_weights(cfg) and cfg.rollout.prompt_template == "chat":
         yield ("rollout.prompt_template=chat: a model that is pretrained here has no chat template; set plain")
     if cfg.rl.minibatches > cfg.rl.prompts_per_step:
         yield (
@@ -124,10 +127,10 @@ def _check_training(cfg: RunConfig) -> Iterator[str]:
         yield (
             f"evaluate.control_policy={cfg.evaluate.control_policy}: only controls use it; set evaluate.controls=true"
         )
-    if cfg.evaluate.choice and cfg.task.name != "hops":
+    if cfg.evaluate.choice and cfg.task.name not in STYLED:
         yield (
             f"evaluate.choice={cfg.evaluate.choice}: task.name={cfg.task.name} has no styles to choose from; expected "
-            "task.name=hops, or evaluate.choice left out"
+            f"task.name={' or '.join(STYLED)}, or evaluate.choice left out"
         )
 
 

@@ -62,6 +62,11 @@ def model_dir(cfg: RunConfig) -> Path:
     return shipped(cfg.model.path)
 
 
+def draws_weights(cfg: RunConfig) -> bool:
+    """Whether the run starts from random weights, so that model.path need hold none."""
+    return cfg.pretrain.enabled and cfg.pretrain.init == "random"
+
+
 def read_dims(cfg: RunConfig) -> ModelDims:
     """Dimensions from the model directory's config.json and what replaces them; weights are not looked at.
 

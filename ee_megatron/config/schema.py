@@ -66,8 +66,8 @@ def settings(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Rules]]
 @dataclass
 class ModelConfig:
     path: str = setting("???", path=True)
-    """Hugging Face model directory: config.json, safetensors, tokenizer; with pretrain.enabled, config.json only; with
-    model.checkpoint, config.json and tokenizer."""
+    """Hugging Face model directory: config.json, safetensors, tokenizer; where weights are drawn by pretrain,
+    config.json only; with model.checkpoint, config.json and tokenizer."""
     checkpoint: str = setting("", path=True, added_later=True)
     """Megatron checkpoint, of Megatron-LM, Megatron-Bridge or `convert import`, whose weights are taken; name an
     iteration where several are saved."""
@@ -134,22 +134,22 @@ class AdapterConfig:
 @dataclass
 class TaskConfig:
     name: str = setting(
-        "arithmetic", choices=("arithmetic", "gsm8k", "tom", "hops", "reasoning_gym", "dataset", "jsonl")
+        "arithmetic", choices=("arithmetic", "gsm8k", "tom", "hops", "sums", "reasoning_gym", "dataset", "jsonl")
     )
-    """arithmetic, tom and hops (built in), reasoning_gym, gsm8k or dataset (also: jsonl); docs/tasks.md describes
+    """arithmetic, tom, hops and sums (built in), reasoning_gym, gsm8k or dataset (also: jsonl); docs/tasks.md describes
     them."""
     families: list[str] = setting(["product", "sum", "word"])
     """arithmetic: product, sum, word, chain; tom: first_order, second_order, true_belief, reality, memory;
-    hops: hop1 to hop8, as far as task.slots; reasoning_gym: names of its families, chain_sum for one."""
+    hops and sums: hop1 to hop8 and hop1 to hop4, as far as task.slots; reasoning_gym: names of its families, chain_sum for one."""
     operands: str = setting("small", choices=("small", "wide"), added_later=True)
     """arithmetic: which numbers. Of small ones there are few pairs (66 products), so that many problems on them are
     worth less than their number; wide ones are harder, and most test problems have a pair of their own."""
     style_weights: list[float] = setting([0.4, 0.4, 0.2], added_later=True)
-    """hops: shares of terse, written-out and padded answers among those that are trained on."""
+    """hops and sums: shares of terse, written-out and padded answers among those that are trained on."""
     tokens_per_step: int = setting(1, positive=True, added_later=True)
     """hops: tokens of a written step."""
     slots: int = setting(4, positive=True, added_later=True)
-    """hops: operations that a prompt has room for, and most hops of a problem."""
+    """hops and sums: most hops of a problem; of hops, operations that a prompt has room for."""
     path: str = ""
     """gsm8k and dataset: a .jsonl or .parquet file, a directory with such files for each split, or a data set that
     `datasets` saved to disk."""
@@ -178,10 +178,11 @@ class TaskConfig:
 @dataclass
 class PretrainConfig:
     enabled: bool = False
-    """true: model.path holds no weights but a shape (config.json); weights are drawn at random and trained on the
-    task's worked problems, question and answer."""
+    """true: before anything else all weights are trained on the task's worked problems, question and answer."""
+    init: str = setting("random", choices=("random", "model"), added_later=True)
+    """What is trained: weights drawn at random for the shape in model.path's config.json, or the model at model.path."""
     layers: int = setting(0, at_least=0, added_later=True)
-    """Layers instead of config.json's; 0: as it says."""
+    """Layers of a random model instead of config.json's; 0: as it says."""
     width: int = setting(0, at_least=0, added_later=True)
     """Hidden size instead of config.json's: MLP and number of heads in proportion, heads as large as they were."""
     steps: int = setting(1000, positive=True)
@@ -192,7 +193,7 @@ class PretrainConfig:
     """Share of the updates with a rising learning rate; then it falls linearly to a tenth."""
     checkpoint_every: int = setting(200, positive=True, execution=True)
     seed: int = setting(0, at_least=0)
-    """Decides the first weights and the order of the problems."""
+    """Decides random weights and the order of the problems."""
 
 
 @dataclass

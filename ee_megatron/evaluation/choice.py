@@ -22,6 +22,7 @@ from ..rollout.engine.request import GenerationRequest
 from ..rollout.engine.sampling import SamplingParams
 from ..rollout.pool.interface import RolloutPool
 from ..tasks.base import StyledTask
+from ..tasks.chains import hops_of
 from ..tasks.verifier import VerifierPool
 from ..types import Prompt, Rollout
 
@@ -80,12 +81,7 @@ def by_family(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
     groups: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         groups.setdefault(prompt.task.partition(".")[2], []).append(prompt)
-    return {family: groups[family] for family in sorted(groups, key=hops)}
-
-
-def hops(family: str) -> int:
-    """ "hop3" -> 3."""
-    return int(family.removeprefix("hop"))
+    return {family: groups[family] for family in sorted(groups, key=hops_of)}
 
 
 @dataclass(frozen=True)
@@ -157,7 +153,7 @@ def choice(
         answers = own[family, FREE]
         written = shares([task.style_of(answer.prompt, answer.rollout.text) for answer in answers], task.styles)
         found[family] = {
-            "hops": hops(family),
+            "hops": hops_of(family),
             "free": {**bench.figures(answers), "share": written},
             "forced": styles(own, family),
             "forced_full": styles(full, family),

@@ -167,7 +167,7 @@ def _varied(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for answer in answers:
         if answer["prompt"] not in prompts:
             prompts.add(answer["prompt"])
-            of_opening.setdefault(str(answer.get("text", ""))[:1], []).append(answer)
+            of_opening.setdefault(str(answer.get("text", "")).lstrip()[:1], []).append(answer)
     rounds = zip_longest(*of_opening.values())
     return [answer for turn in rounds for answer in turn if answer is not None][:SHOWN]
 
@@ -177,5 +177,6 @@ def _shown(record: Record, study: Study) -> str:
     shape = f"{record.shape.label}; base" if len(study.shapes) > 1 else "Base"
     return (
         f"{shape} {record.base}, seed {record.seed}, {record.condition.label}, trained on problems of {hops} hops; "
-        "A problem names permutations and, last, the state to begin with; T begins a terse answer, S steps, P padding."
+        "A problem names operations and, last, the state to begin with; T or That begins a terse answer, S or First steps, "
+        "P or Well padding."
     )

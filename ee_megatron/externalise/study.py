@@ -238,6 +238,8 @@ def _record(directory: Path, path: Path, cfg: RunConfig, part: Mapping[str, Any]
         models = read_models(part)
         weights = dict(zip(part["styles"], part["weights"], strict=True))
         num_layers = int(part["num_layers"])
+        # Results from before it was written there are of hops.
+        tau = int(part.get("tokens_per_step", cfg.task.tokens_per_step))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / 'results.json'}: {error}") from None
     families = tuple(name.rsplit(".", 1)[-1] for name in rl.families) or tuple(models[REINFORCED])
@@ -250,7 +252,7 @@ def _record(directory: Path, path: Path, cfg: RunConfig, part: Mapping[str, Any]
         path=_name(directory, path),
         base=cfg.pretrain.seed,
         seed=rl.seed,
-        tau=cfg.task.tokens_per_step,
+        tau=tau,
         families=families,
         objective=Objective(
             beta=rl.beta,

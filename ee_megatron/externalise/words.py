@@ -18,15 +18,15 @@ COSTS = {
 }
 """What of an answer is priced, the cleanest first (design: max has no way out through filler)."""
 ASKED = (
-    "A small model was taught to follow chains of up to four permutations in three styles alike: terse (the answer at "
-    "once, all hops inside one pass through its layers), in steps (a state written for every hop) and padded (as long "
-    "as the steps, but dots). It may leave its layers early, token by token. Reinforcement learning then rewards right "
+    "A model was taught to follow chains of operations in three styles alike: terse (the answer at once, all hops "
+    "inside one pass through its layers), in steps (a state written for every hop) and padded (as long as the steps, "
+    "but without content). It may leave its layers early, token by token. Reinforcement learning then rewards right "
     "answers, and charges λ times what their depth costs: the mean over the answer's tokens, their total, or the "
     "largest (max). Nothing in the reward speaks of styles. A base is one pretrained model; intervals are over bases."
 )
 CLAIM = (
     "What this can show: in a model that can do both, the price moves the choice. Not shown: new reasoning, or that "
-    "large pretrained language models do the same."
+    "models do the same whose styles nobody taught them."
 )
 
 ACCEPTED = (

@@ -13,7 +13,7 @@ from ..report.numbers import is_number, or_nan
 from ..statistics import least_squares_line
 
 TERSE, STEPS = "terse", "steps"
-"""Styles of tasks/hops.py: all hops inside one token; a token, or a few, for each."""
+"""Styles of tasks/chains.py: all hops inside one token; a token, or a few, for each."""
 CHOSEN = ("correct", "length", "mean_depth", "total_depth", "max_depth")
 """Of free answers; columns have the family behind the name, correct_hop3 for one."""
 SKILLED = 0.8

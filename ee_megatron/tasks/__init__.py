@@ -12,6 +12,7 @@ from .base import ChatTemplate, Split, StyledTask, Task, Verdict
 from .dataset import DatasetTask, GSM8KTask
 from .hops import HopsTask
 from .reasoning_gym import ReasoningGymTask
+from .sums import SumsTask
 from .tom import ToMTask
 from .verifier import VerifierPool
 
@@ -22,6 +23,7 @@ TASKS: dict[str, Callable[[TaskConfig, ChatTemplate | None], Task]] = {
     "gsm8k": GSM8KTask,
     "tom": ToMTask,
     "hops": HopsTask,
+    "sums": SumsTask,
     "reasoning_gym": ReasoningGymTask,
     "dataset": DatasetTask,
     "jsonl": DatasetTask,

@@ -80,11 +80,13 @@ class Task(Protocol):
 class StyledTask(Task, Protocol):
     """A task whose answers may be written in several ways, between which a model has the choice.
 
-    `style_weights`: shares of the `styles` among worked answers.
+    `style_weights`: shares of the `styles` among worked answers. `tokens_per_step`: what a written step takes, about, where
+    its words vary.
     """
 
     styles: tuple[str, ...]
     style_weights: tuple[float, ...]
+    tokens_per_step: int
 
     def style_of(self, prompt: Prompt, text: str) -> str | None:
         """The style of an answer's text; None: it has the form of none."""

@@ -263,6 +263,7 @@ class Evaluation:
         self.more["choice"] = {
             "styles": list(task.styles),
             "weights": list(task.style_weights),
+            "tokens_per_step": task.tokens_per_step,
             "num_layers": spec.num_layers,
             "answers_per_family": cfg.evaluate.choice_answers,
             "models": found,

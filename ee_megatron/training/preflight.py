@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config.contradictions import contradictions
-from ..config.derive import model_dir, policy_spec, read_dims
+from ..config.derive import draws_weights, model_dir, policy_spec, read_dims
 from ..config.faults import faults_of, lines_of
 from ..config.identity import OPTIONAL, stage_order
 from ..config.load import Attempt
@@ -69,7 +69,7 @@ class Preflight:
 
     def _of_files(self, cfg: RunConfig, dims: ModelDims | None, wanted: Sequence[str]) -> Iterator[str]:
         rl = {"rl", "evaluate"} & {*wanted}
-        if dims is not None and not cfg.pretrain.enabled:
+        if dims is not None and not draws_weights(cfg):
             weights = f"weights {cfg.model.path} {cfg.model.checkpoint}"
             yield from self._once(weights, lambda: faults_of(lambda: stages.check_given(cfg)))
         if rl and cfg.start:

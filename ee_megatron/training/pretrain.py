@@ -1,4 +1,5 @@
-"""Before stage 0, for the size ladder: a small model from random weights.
+"""Before stage 0: a model trained on the task's worked problems, from random weights (the size ladder) or from those of
+a pretrained one, which learns the ways to answer that it is to choose from.
 
 texts <- question and worked answer of every training problem
 maximise log p(text), every weight, full depth                              (learner)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..config.cluster import LEARNS as LEARNS
-from ..config.derive import model_dir
+from ..config.derive import draws_weights, model_dir
 from ..config.identity import stage_dir, stage_order
 from ..config.load import read_saved
 from ..config.schema import RunConfig
@@ -124,13 +124,16 @@ def ready_model(cfg: RunConfig, stage: str) -> Path:
 
     Raises FileNotFoundError or ValueError.
     """
-    if stage == "pretrain":
+    if stage == "pretrain" and draws_weights(cfg):
         from .scratch import draw_model
 
         return draw_model(cfg, stage_dir(cfg, stage) / "initial")
     if stage == "imported":
         return model_dir(cfg)
-    path = source_model(cfg) if stage == "teacher" else base_model(cfg)
+    if stage == "pretrain":
+        path = model_dir(cfg)
+    else:
+        path = source_model(cfg) if stage == "teacher" else base_model(cfg)
     check_weights(path)
     check_bases(cfg, stage, path)
     return path
@@ -141,7 +144,7 @@ def check_given(cfg: RunConfig) -> None:
     if cfg.model.checkpoint:
         if not is_done(cfg, "imported"):
             check_checkpoint(cfg)
-    elif not cfg.pretrain.enabled:
+    elif not draws_weights(cfg):
         check_weights(model_dir(cfg))
 
 

@@ -73,6 +73,16 @@ def test_the_held_out_loss_is_what_transformers_computes(trained: Path) -> None:
     assert figures["sequences"] == 6 * 16 and figures["tokens"] == round(figures["length"] * 96) - 96
 
 
+@pytest.mark.timeout(300)
+def test_a_model_that_has_weights_is_trained_on(trained: Path, tmp_path: Path) -> None:
+    """A learning rate of nearly nothing leaves it as it is; its first loss is what its last update left."""
+    still = ["pretrain.init=model", f"model.path={trained / 'model'}", "pretrain.learning_rate=1e-12"]
+    other = finish(start(tmp_path, *still))
+    want, got = (json.loads((path / "pretrain.json").read_text()) for path in (trained, other))
+    assert got["loss"] == pytest.approx(want["loss"], abs=1e-6)
+    assert not (other / "initial").exists() and (other / "model" / "tokenizer.json").is_file()
+
+
 @SLOW
 @pytest.mark.timeout(300)
 def test_other_layouts_train_the_same_model(trained: Path, tmp_path: Path) -> None:

@@ -467,4 +467,14 @@ def test_what_rl_takes_of_a_task_and_where_it_leaves() -> None:
     assert "pretrain.layers=3, pretrain.width=0: a model that has weights keeps its shape" in refused(
         "pretrain.layers=3"
     )
+    assert "pretrain.layers=0, pretrain.width=64: a model that has weights keeps its shape" in refused(
+        "pretrain.enabled=true", "pretrain.init=model", "pretrain.width=64"
+    )
+    assert "has no chat template" in refused("pretrain.enabled=true", "rollout.prompt_template=chat")
+    assert "hop4 with task.slots=3: a prompt has no room for as many hops" in refused("task=sums", "task.families=[hop4]")
+    assert "task.name=arithmetic has no styles to choose from; expected task.name=hops or sums" in refused(
+        "evaluate.choice=all"
+    )
+    validate(config("pretrain.enabled=true", "pretrain.init=model", "rollout.prompt_template=chat"), dims())
     validate(config("rl.fixed_depth=28", "task=hops", "rl.families=[hop3]"), dims())
+    validate(config("task=sums", "evaluate.choice=all"), dims())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,19 @@ def test_every_token_but_the_first_counts_alike() -> None:
     assert batch.counts.sum() == 6 and not batch.asked.any()
     weights = text_likelihood(batch)
     assert torch.equal(weights.token[batch.counts], torch.full((6,), 1 / 6))
+
+
+def test_a_model_that_is_trained_on_is_the_one_at_its_path(tmp_path: Path, drawn: Path) -> None:
+    cfg = ladder("100k", f"runs={tmp_path}", "pretrain.init=model", f"model.path={drawn}")
+    assert stages.ready_model(cfg, "pretrain") == drawn
+    assert stages.stage_dir(cfg, "pretrain").name != stages.stage_dir(ladder("100k"), "pretrain").name
+    broken = tmp_path / "broken"
+    shutil.copytree(drawn, broken)
+    (broken / "model.safetensors").unlink()
+    cfg = ladder("100k", f"runs={tmp_path}", "pretrain.init=model", f"model.path={broken}")
+    for look in (lambda: stages.ready_model(cfg, "pretrain"), lambda: stages.check_given(cfg)):
+        with pytest.raises(FileNotFoundError, match="safetensors"):
+            look()
 
 
 def test_later_stages_build_on_what_is_pretrained(tmp_path: Path) -> None:

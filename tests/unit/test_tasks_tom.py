@@ -12,9 +12,11 @@ import pytest
 
 from ee_megatron.config.contradictions import TASK_FAMILIES
 from ee_megatron.config.schema import RunConfig, TaskConfig, settings
-from ee_megatron.tasks import TASKS, Verdict, VerifierPool, hops, make_task
+from ee_megatron.tasks import TASKS, Verdict, VerifierPool, make_task
 from ee_megatron.tasks import arithmetic_templates as arithmetic
 from ee_megatron.tasks import tom_templates as words
+from ee_megatron.tasks.hops import HopsTask
+from ee_megatron.tasks.sums import SumsTask
 from ee_megatron.tasks.tom import FAMILIES, VOCABULARY, ToMTask
 from ee_megatron.types import Prompt
 
@@ -228,5 +230,6 @@ def test_bad_requests_say_what_is_possible() -> None:
 def test_the_configuration_knows_the_tasks_and_their_families() -> None:
     rules = {key: rules for key, _, rules in settings(RunConfig())}["task.name"]
     assert rules.choices == tuple(TASKS)
-    known = {"arithmetic": arithmetic.FAMILIES, "tom": FAMILIES, "hops": hops.FAMILIES}
+    known = {"arithmetic": arithmetic.FAMILIES, "tom": FAMILIES}
+    known |= {task.name: [f"hop{hops}" for hops in range(1, task.most_hops + 1)] for task in (HopsTask, SumsTask)}
     assert {name: tuple(families) for name, families in known.items()} == TASK_FAMILIES

@@ -1,0 +1,123 @@
+"""What tasks with a choice share: chains of hops that a model may follow in its activations or in writing.
+
+A problem is a chain of operations and a start, the answer what comes out at the end. A worked answer is, whatever the
+number of hops, in one of three styles:
+
+    terse   the answer alone: every hop inside the model
+    steps   a state for each hop
+    padded  as long as the steps, but without content: every hop inside the model
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+
+from ..config.schema import TaskConfig
+from ..types import Prompt
+from .base import ChatTemplate, Problem, ProblemTask, share_of
+
+FAMILY = "hop"
+HELD_OUT = {"validation": 0.05, "evaluation": 0.1}
+"""Shares of the problems that training never sees, where there are enough to hold any out."""
+PROBLEMS = 1500
+"""Problems of a split per family, where all there are are asked for: they come again and again."""
+
+
+class ChainTask(ProblemTask):
+    """Deterministic in its section. `Prompt.group` is the problem itself, by which repetitions are told.
+
+    A task says what its texts are (`chains`), what they come to (`states`) and how that is written (`written`);
+    `fewest_held_out`: hops from which on there are enough problems to hold some out.
+    """
+
+    styles = ("terse", "steps", "padded")
+    most_hops: int
+    fewest_held_out: int
+
+    def __init__(self, task: TaskConfig, chat: ChatTemplate | None = None) -> None:
+        if chat is not None:
+            raise ValueError(f"task.name={self.name} has no words for a chat template; set rollout.prompt_template=plain")
+        super().__init__(task, "", None)
+        if task.slots > self.most_hops:
+            raise ValueError(f"task.slots: {task.slots}; choose at most {self.most_hops}")
+        self.slots = task.slots
+        known, families = [f"{FAMILY}{hops}" for hops in range(1, self.slots + 1)], task.families
+        if not families or len(set(families)) != len(families) or not set(families) <= set(known):
+            raise ValueError(f"task.families: {list(families)}; choose one or more, each once, of {', '.join(known)}")
+        weights = task.style_weights
+        if len(weights) != len(self.styles) or min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(
+                f"task.style_weights: {list(weights)}; give {len(self.styles)} shares, of {', '.join(self.styles)}"
+            )
+        self.families = tuple(families)
+        self.style_weights = tuple(weight / sum(weights) for weight in weights)
+
+    # ---- what a task of this kind says ----
+
+    def chains(self, hops: int) -> Iterator[str]:
+        """The text of every problem of so many hops."""
+        raise NotImplementedError
+
+    def states(self, text: str) -> Sequence[str]:
+        """The states after each hop of the problem `text`."""
+        raise NotImplementedError
+
+    def written(self, states: Sequence[str], style: str) -> str:
+        """The answer in one of `styles`, from the states after each hop."""
+        raise NotImplementedError
+
+    # ---- problems ----
+
+    def few_shot(self, prompt: Prompt, shots: int, seed: int) -> Prompt:
+        if shots:
+            raise ValueError(f"shots: {shots}; {self.name} has no worked examples; set teacher.enabled=false")
+        split = prompt.id.split("/")[2:3]
+        if not split or split[0] not in self.sizes or prompt.id not in self._built(split[0]):
+            raise self._unknown(prompt)
+        return prompt
+
+    def _built(self, split: str) -> dict[str, tuple[Prompt, Problem]]:
+        if split in self.sizes and split not in self._problems:
+            self._problems[split] = dict(itertools.islice(self._build(split), self.sizes[split] or None))
+        return super()._built(split)
+
+    def _build(self, split: str) -> Iterator[tuple[str, tuple[Prompt, Problem]]]:
+        """Families in blocks of one problem each, every block in its own random order, each with a style at random."""
+        rng = random.Random(f"{self.seed}/{split}")
+        streams = {family: self._stream(family, split) for family in self.families}
+        count = -(-self.sizes[split] // len(self.families)) or PROBLEMS
+        for index in range(count):
+            for family in rng.sample(self.families, len(self.families)):
+                text = next(streams[family])
+                states = self.states(text)
+                worked = self.written(states, rng.choices(self.styles, self.style_weights)[0])
+                problem = Problem(text, states[-1], worked, text)
+                name = f"{self.name}/{family}/{split}/{index:05d}"
+                yield name, (Prompt(name, text, states[-1], f"{self.name}.{family}", text), problem)
+
+    def _stream(self, family: str, split: str) -> Iterator[str]:
+        """A family's problems of a split in random order, then again in another, for ever."""
+        hops = hops_of(family)
+        mine = [text for text in self.chains(hops) if hops < self.fewest_held_out or self._split(text) == split]
+        rng = random.Random(f"{self.seed}/{family}/{split}")
+        while True:
+            yield from rng.sample(mine, len(mine))
+
+    def _split(self, text: str) -> str:
+        point = share_of(f"{self.seed}:{text}")
+        for split, share in HELD_OUT.items():
+            if point < share:
+                return split
+            point -= share
+        return "train"
+
+
+def hops_of(family: str) -> int:
+    """ "hop3", and "hops.hop3" of a prompt's task, -> 3."""
+    return int(family.rpartition(".")[2].removeprefix(FAMILY))
+
+
+def first_line(text: str) -> str:
+    return text.split("\n", 1)[0].strip()

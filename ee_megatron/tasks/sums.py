@@ -1,0 +1,111 @@
+"""Chains of small sums in words: the task with a choice for a pretrained language model.
+
+"add 5, double, take 3, from 7" is 21. The start stands last in the prompt, so that no position before it can know the
+answer; its digit is a token of its own where tokenizers split numbers into digits. Styles (tasks/chains.py):
+
+    terse   " That is 21"
+    steps   " First 12, then 24, then 21"                  a total for each hop
+    padded  " Well, let me see, let me see, 21"            as many tokens, give or take a digit's
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+
+from ..types import Prompt
+from .base import Verdict
+from .chains import ChainTask, first_line, hops_of
+
+STARTS, AMOUNTS, LARGEST = range(1, 10), range(1, 6), 99
+OPERATIONS = ("double", *(f"{verb} {amount}" for verb in ("add", "take") for amount in AMOUNTS))
+FROM = ", from "
+OPENINGS = {"terse": " That", "steps": " First", "padded": " Well"}
+NUMBER = "[0-9]{1,3}"
+_ANSWER = re.compile(f"(?<![0-9])({NUMBER})\\Z")
+
+
+class SumsTask(ChainTask):
+    name = "sums"
+    # A comma, "then", a space where it is a token, one or two digits.
+    tokens_per_step = 4
+    # Six hops are a billion problems, all of which a family would have to be drawn from.
+    most_hops = 4
+    # Of one hop there are fewer than a hundred problems, of two a thousand.
+    fewest_held_out = 2
+
+    def chains(self, hops: int) -> Iterator[str]:
+        for operations in itertools.product(OPERATIONS, repeat=hops):
+            for start in STARTS:
+                if all(0 <= total <= LARGEST for total in totals(operations, start)):
+                    yield ", ".join(operations) + FROM + str(start)
+
+    def states(self, text: str) -> list[str]:
+        operations, start = _read(text)
+        return [str(total) for total in totals(operations, start)]
+
+    # ---- answers ----
+
+    def written(self, states: Sequence[str], style: str) -> str:
+        if style == "steps":
+            return f"{OPENINGS[style]} {', then '.join(states)}"
+        if style == "padded":
+            return f"{OPENINGS[style]}{', let me see' * (len(states) - 1)}, {states[-1]}"
+        return f"{OPENINGS[style]} is {states[-1]}"
+
+    def opening(self, style: str) -> str:
+        """What an answer in that style begins with, and none of another."""
+        return OPENINGS[style]
+
+    def style_of(self, prompt: Prompt, text: str) -> str | None:
+        """The style of an answer, None if it has the form of none. Steps are only those with a total for every hop."""
+        line = first_line(text)
+        for style, form in _forms(f"{{{hops_of(prompt.task) - 1}}}").items():
+            if re.fullmatch(form, line):
+                return style
+        return None
+
+    def corrupted(self, prompt: Prompt) -> tuple[str, str] | None:
+        """The beginning of a steps answer whose first total is one too large, and what the other hops make of it, itself
+        wrong, since no operation makes two totals alike. None for a single hop."""
+        operations, start = _read(prompt.text)
+        if len(operations) < 2:
+            return None
+        wrong = totals(operations[:1], start)[0] + 1
+        return f"{OPENINGS['steps']} {wrong}", str(totals(operations[1:], wrong)[-1])
+
+    def verify(self, prompt: Prompt, text: str) -> Verdict:
+        """The answer is the number at the end of the line. Well formed: the line has the form of a style, with however
+        many steps."""
+        line = first_line(text)
+        found = _ANSWER.search(line)
+        return Verdict(
+            correct=found is not None and int(found[1]) == int(prompt.answer),
+            well_formed=any(re.fullmatch(form, line) for form in _forms("*").values()),
+            answered=found is not None,
+        )
+
+
+def totals(operations: Sequence[str], start: int) -> list[int]:
+    """The running totals of operations on `start`, one for each."""
+    total, found = start, []
+    for operation in operations:
+        verb, _, amount = operation.partition(" ")
+        total = {"double": total * 2, "add": total + int(amount or 0), "take": total - int(amount or 0)}[verb]
+        found.append(total)
+    return found
+
+
+def _read(text: str) -> tuple[list[str], int]:
+    operations, _, start = text.rpartition(FROM)
+    return operations.split(", "), int(start)
+
+
+def _forms(more: str) -> dict[str, str]:
+    """Patterns of the styles' lines; `more`: how often what comes for every further hop."""
+    return {
+        "terse": f"That is {NUMBER}",
+        "steps": f"First {NUMBER}(, then {NUMBER}){more}",
+        "padded": f"Well(, let me see)*, {NUMBER}",
+    }

@@ -140,7 +140,8 @@ class TaskConfig:
     them."""
     families: list[str] = setting(["product", "sum", "word"])
     """arithmetic: product, sum, word, chain; tom: first_order, second_order, true_belief, reality, memory;
-    hops and sums: hop1 to hop8 and hop1 to hop4, as far as task.slots; reasoning_gym: names of its families, chain_sum for one."""
+    hops and sums: hop1 to hop8 and hop1 to hop4, as far as task.slots; reasoning_gym: names of its families,
+    chain_sum for one."""
     operands: str = setting("small", choices=("small", "wide"), added_later=True)
     """arithmetic: which numbers. Of small ones there are few pairs (66 products), so that many problems on them are
     worth less than their number; wide ones are harder, and most test problems have a pair of their own."""
@@ -180,7 +181,8 @@ class PretrainConfig:
     enabled: bool = False
     """true: before anything else all weights are trained on the task's worked problems, question and answer."""
     init: str = setting("random", choices=("random", "model"), added_later=True)
-    """What is trained: weights drawn at random for the shape in model.path's config.json, or the model at model.path."""
+    """What is trained: weights drawn at random for the shape in model.path's config.json, or the model that is
+    there."""
     layers: int = setting(0, at_least=0, added_later=True)
     """Layers of a random model instead of config.json's; 0: as it says."""
     width: int = setting(0, at_least=0, added_later=True)

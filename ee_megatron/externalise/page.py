@@ -177,6 +177,6 @@ def _shown(record: Record, study: Study) -> str:
     shape = f"{record.shape.label}; base" if len(study.shapes) > 1 else "Base"
     return (
         f"{shape} {record.base}, seed {record.seed}, {record.condition.label}, trained on problems of {hops} hops; "
-        "A problem names operations and, last, the state to begin with; T or That begins a terse answer, S or First steps, "
-        "P or Well padding."
+        "A problem names operations and, last, the state to begin with; T or That begins a terse answer, S or First "
+        "steps, P or Well padding."
     )

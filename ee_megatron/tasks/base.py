@@ -80,8 +80,8 @@ class Task(Protocol):
 class StyledTask(Task, Protocol):
     """A task whose answers may be written in several ways, between which a model has the choice.
 
-    `style_weights`: shares of the `styles` among worked answers. `tokens_per_step`: what a written step takes, about, where
-    its words vary.
+    `style_weights`: shares of the `styles` among worked answers. `tokens_per_step`: what a written step takes, about,
+    where its words vary.
     """
 
     styles: tuple[str, ...]

@@ -38,7 +38,9 @@ class ChainTask(ProblemTask):
 
     def __init__(self, task: TaskConfig, chat: ChatTemplate | None = None) -> None:
         if chat is not None:
-            raise ValueError(f"task.name={self.name} has no words for a chat template; set rollout.prompt_template=plain")
+            raise ValueError(
+                f"task.name={self.name} has no words for a chat template; set rollout.prompt_template=plain"
+            )
         super().__init__(task, "", None)
         if task.slots > self.most_hops:
             raise ValueError(f"task.slots: {task.slots}; choose at most {self.most_hops}")

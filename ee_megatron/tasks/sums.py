@@ -67,8 +67,8 @@ class SumsTask(ChainTask):
         return None
 
     def corrupted(self, prompt: Prompt) -> tuple[str, str] | None:
-        """The beginning of a steps answer whose first total is one too large, and what the other hops make of it, itself
-        wrong, since no operation makes two totals alike. None for a single hop."""
+        """The beginning of a steps answer whose first total is one too large, and what the other hops make of it,
+        itself wrong, since no operation makes two totals alike. None for a single hop."""
         operations, start = _read(prompt.text)
         if len(operations) < 2:
             return None

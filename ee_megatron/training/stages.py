@@ -130,10 +130,7 @@ def ready_model(cfg: RunConfig, stage: str) -> Path:
         return draw_model(cfg, stage_dir(cfg, stage) / "initial")
     if stage == "imported":
         return model_dir(cfg)
-    if stage == "pretrain":
-        path = model_dir(cfg)
-    else:
-        path = source_model(cfg) if stage == "teacher" else base_model(cfg)
+    path = {"pretrain": model_dir, "teacher": source_model}.get(stage, base_model)(cfg)
     check_weights(path)
     check_bases(cfg, stage, path)
     return path

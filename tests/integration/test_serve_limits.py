@@ -243,11 +243,12 @@ def test_slow_connections_are_closed_and_others_are_answered_meanwhile(running: 
     )
     assert running.complete({}).status_code == 200
     for line in (silent, half, slow_body):
-        line.settimeout(10)
+        line.settimeout(30)
         head, _, body = line.makefile("rb").read().partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 408") and json.loads(body)["error"]["type"] == "invalid_request_error"
         line.close()
-    assert time.monotonic() - started < 8
+    # HEAD_S and a little, where nothing else runs.
+    assert time.monotonic() - started < 30
 
 
 def test_a_reader_who_does_not_read_is_cut_off(running: Running):

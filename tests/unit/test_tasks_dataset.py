@@ -278,9 +278,9 @@ def test_verdict_on_a_solution(reference: str, text: str, verdict: Verdict) -> N
     ids=range(12),
 )
 def test_hostile_answers_are_judged_at_once(text: str) -> None:
-    begun = time.perf_counter()
+    begun = time.process_time()
     assert not verify_solution("42", text).correct
-    assert time.perf_counter() - begun < 2.0
+    assert time.process_time() - begun < 2.0
 
 
 def test_numbers_in_words_and_units() -> None:

@@ -39,6 +39,8 @@ def _check_task(cfg: RunConfig) -> Iterator[str]:
         yield from _check_families(task.name, list(task.families))
         if task.name in STYLED:
             yield from _check_slots(cfg)
+        if task.name == "sums" and task.tokens_per_step != 1:
+            yield f"task.tokens_per_step={task.tokens_per_step}: task.name=sums writes its steps in words; leave it out"
         return
     if not task.path:
         yield (

@@ -472,6 +472,7 @@ def test_what_rl_takes_of_a_task_and_where_it_leaves() -> None:
     )
     assert "has no chat template" in refused("pretrain.enabled=true", "rollout.prompt_template=chat")
     assert "hop4 with task.slots=3: a prompt has no room" in refused("task=sums", "task.families=[hop4]")
+    assert "task.tokens_per_step=4: task.name=sums writes" in refused("task=sums", "task.tokens_per_step=4")
     assert "task.name=arithmetic has no styles to choose from; expected task.name=hops or sums" in refused(
         "evaluate.choice=all"
     )

@@ -26,6 +26,7 @@ EXPERIMENTS = (
     "rl_32b",
     "rl_70b",
     "smollm2",
+    "sums",
     "your_data",
 )
 DEMO = "experiment=demo_cpu"

@@ -5,7 +5,7 @@ answer; its digit is a token of its own where tokenizers split numbers into digi
 
     terse   " That is 21"
     steps   " First 12, then 24, then 21"                  a total for each hop
-    padded  " Well, let me see, let me see, 21"            as many tokens, give or take a digit's
+    padded  " Well, let me see, let me see, 21"            about as many tokens
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SumsTask(ChainTask):
     name = "sums"
     # A comma, "then", a space where it is a token, one or two digits.
     tokens_per_step = 4
-    # Six hops are a billion problems, all of which a family would have to be drawn from.
+    # Of five hops there are over a million problems, all of which a family would have to be drawn from.
     most_hops = 4
     # Of one hop there are fewer than a hundred problems, of two a thousand.
     fewest_held_out = 2

@@ -84,7 +84,7 @@ def evaluated(settings: list[str], *extra: str) -> tuple[RunConfig, dict]:
 def test_every_model_is_measured_and_the_results_read_back(settings, capsys):
     cfg, found = evaluated(settings, "evaluate.choice=all")
     assert (found["styles"], found["num_layers"], found["answers_per_family"]) == (STYLES, LAYERS, ANSWERS)
-    assert found["weights"] == pytest.approx([0.4, 0.4, 0.2])
+    assert found["weights"] == pytest.approx([0.4, 0.4, 0.2]) and found["tokens_per_step"] == 1
     exits = {"teacher": "full depth", "start": "sampled", "reinforced": "sampled"}
     assert {model: of["exits"] for model, of in found["models"].items()} == exits
     for model, of in found["models"].items():

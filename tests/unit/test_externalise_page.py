@@ -83,6 +83,15 @@ def test_runs_are_read_back_as_they_were(runs: Path) -> None:
     assert len({r.origin for r in study.records}) == 4
 
 
+def test_tokens_a_step_are_the_tasks_where_the_results_say_them(tmp_path: Path) -> None:
+    results = write(tmp_path, record("max 1")) / "results.json"
+    assert read_study(tmp_path).taus == [1]
+    said = json.loads(results.read_text())
+    said["choice"]["tokens_per_step"] = 4
+    results.write_text(json.dumps(said))
+    assert read_study(tmp_path).taus == [4]
+
+
 def test_the_command_writes_page_table_and_figures(runs: Path, written: Path) -> None:
     shown = (written / "shown.txt").read_text()
     assert "36 runs of 2 bases" in shown and "3 pricing the deepest token externalises" in shown
@@ -275,3 +284,6 @@ def test_of_the_answers_one_of_each_opening_is_shown_first() -> None:
     steps = [say("a", "S12"), say("b", "S34"), say("a", "T2")]
     assert _varied([*steps, say("c", "T5"), say("d", "P.5")]) == [steps[0], say("c", "T5"), say("d", "P.5")]
     assert _varied([*steps, say("c", "S5")]) == [steps[0], steps[1], say("c", "S5")]
+    # Words begin with a space where a question ends without one.
+    words = [say("a", " That is 3"), say("b", " That is 4"), say("c", " First 2, then 3")]
+    assert _varied(words) == [words[0], words[2], words[1]]

@@ -56,7 +56,8 @@ def test_padded_answers_are_as_long_as_steps_and_say_nothing() -> None:
     for prompt in task.prompts("train")[:200]:
         totals = task.states(prompt.text)
         steps, padded = (re.findall(r"\w+|,", task.written(totals, style)) for style in ("steps", "padded"))
-        # "First 12, then 24" and "Well, let me see, 24": a word more where a total of two digits is two tokens.
+        # "First 12, then 24" and "Well, let me see, 24": a word more a hop, where a total's digits and the space before
+        # them are two or three tokens.
         assert len(padded) - len(steps) == len(totals)
         assert task.written(totals, "padded") == task.written([*["0"] * (len(totals) - 1), totals[-1]], "padded")
 

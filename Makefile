@@ -56,7 +56,7 @@ scaling-demo: $(VENV)/.demo
 	$(BIN)/ee-megatron sweep collect ladder --last evaluate --out $(LADDER)/front
 	$(BIN)/ee-megatron externalise $(LADDER) --level 0.75
 	-$(BIN)/ee-megatron scaling fit $(LADDER)/loss/table.csv $(SIZE) --tokens tokens_pretrain --loss loss --out $(LADDER)/loss
-	-$(BIN)/ee-megatron scaling compare $(LADDER)/laws.csv --where cost=max --metric layers_terse --against hops,layers,width \
+	-$(BIN)/ee-megatron scaling compare $(LADDER)/laws.csv --where cost=max --metric depth_terse --against hops,layers,width \
 	  --out $(LADDER)/depth
 	$(BIN)/ee-megatron scaling plot $(LADDER)/loss/table.csv $(SIZE) --tokens tokens_pretrain --flops flops_pretrain \
 	  --metric loss --against parameters_layers,tokens_pretrain --out $(LADDER)/loss

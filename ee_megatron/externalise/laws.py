@@ -1,14 +1,15 @@
 """What a ladder of models is trained for: how many layers a hop takes inside a token, and the price of depth at which a
 model begins to write its steps, by the shape of the model.
 
-Depths stand in layers, which is what a hop takes; so do caps. Prices stand as they were set: lambda is charged on
-depths as shares of the L layers, so that one layer costs lambda / L (`..._per_layer`), the same to every shape.
+Depths stand in layers, which is what a hop takes, and as shares of the L layers that there are, which bound them
+(`depth_...`); caps in layers. Prices stand as they were set: lambda is charged on shares, so that one layer costs
+lambda / L (`..._per_layer`), the same to every shape.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
@@ -68,23 +69,30 @@ def crossing(shares: Mapping[float, float], level: float) -> float | None:
 
 def laws(study: Study, level: float = LEVEL) -> list[Law]:
     """By shape, tokens a step, family, cost and base; bases that only had fixed depths, or a price of length, have
-    none. `level`: the share of steps that prices are asked for."""
+    none. Where other bases were trained on a family alone, one that was not has no prices there, but the rest: what
+    was measured before RL. `level`: the share of steps that prices are asked for."""
     return [law for shape in study.shapes for law in _of_shape(study.of_shape(shape), shape, level)]
 
 
 def _of_shape(study: Study, shape: Shape, level: float) -> Iterator[Law]:
     for tau in study.taus:
         for family in study.families(tau):
-            runs = [r for r in study.runs(tau, family) if r.condition == Condition(FREE) or r.condition.priced]
+            runs = _on_the_line(study.runs(tau, family))
+            having = _on_the_line(r for r in study.records if r.tau == tau and family in r.families)
             paid = {r.condition.kind for r in runs}
             for cost in (*ASKED, *([ON_REQUEST] if ON_REQUEST in paid else [])):
                 places = {Condition(FREE)} | {r.condition for r in runs if r.condition.kind == cost}
                 found = {c.number: measured(study, tau, family, c, steps_share) for c in places}
-                for base in sorted({r.base for r in runs}):
-                    mine = [r for r in runs if r.base == base]
+                for base in sorted({r.base for r in having}):
+                    one = next(r for r in (*runs, *having) if r.base == base)
                     shares = {price: values[base] for price, values in found.items() if base in values}
-                    count = sum(r.condition in places for r in mine)
-                    yield _law(study, mine[0], family, cost, shares, count, level)
+                    count = sum(r.condition in places for r in runs if r.base == base)
+                    yield _law(study, one, family, cost, shares, count, level)
+
+
+def _on_the_line(runs: Iterable[Record]) -> list[Record]:
+    """Those that a cost of depth was paid in, or nothing."""
+    return [r for r in runs if r.condition == Condition(FREE) or r.condition.priced]
 
 
 def _law(
@@ -128,6 +136,7 @@ def _row(law: Law, prices: Sequence[float]) -> Row:
         "family": law.family, "hops": law.hops, "cost": law.cost,
     }  # fmt: skip
     row |= {f"layers_{style}": law.layers.get(style) for style in STYLES}
+    row |= {f"depth_{style}": law.layers[style] / law.shape.layers if style in law.layers else None for style in STYLES}
     row |= {f"right_{style}": law.right.get(style) for style in STYLES}
     row |= {"level": law.level, "layers_per_hop": law.per_hop, "layers_at_no_hop": law.at_no_hop}
     for name, price in (("forecast", law.forecast), ("observed", law.observed)):

@@ -101,8 +101,23 @@ def test_rows_have_a_column_for_every_price_and_prices_per_layer() -> None:
     assert (row["share_steps_0"], row["share_steps_1"], row["share_steps_2"]) == (pytest.approx(0.4), None, 0.8)
     assert row["price_observed"] == pytest.approx(0.5) and row["price_observed_per_layer"] == pytest.approx(0.5 / 6)
     assert (row["layers"], row["width"], row["parameters"]) == (6, None, None)
+    assert (row["layers_terse"], row["depth_terse"]) == (pytest.approx(5.1), pytest.approx(5.1 / 6))
     # Of one family alone there is no line.
     assert math.isnan(row["layers_per_hop"])
+
+
+def test_a_base_that_was_trained_on_all_families_has_what_was_measured_before() -> None:
+    """Its run is no place on the line of the family alone, so that it has no prices; layers were measured all the same.
+    Where no base was trained on the family alone, the run is one."""
+    parts = [record("lambda 0", base=2, hops=hops) for hops in (1, 3)]
+    models = {model: parts[0].models[model] | parts[1].models[model] for model in parts[0].models}
+    both = replace(parts[0], families=("hop1", "hop3"), models=models)
+    found = laws(Study([at(0, 0.4), at(1, 0.6), both]))
+    alone, other = only(found, base=1, family="hop3", cost="max"), only(found, base=2, family="hop3", cost="max")
+    assert (alone.runs, alone.observed) == (2, pytest.approx(0.5)) and (other.runs, other.observed) == (0, None)
+    assert other.layers == alone.layers and other.forecast == alone.forecast and other.shares == {}
+    assert laws_rows([other])[0]["price_observed"] is None
+    assert only(found, base=2, family="hop1", cost="max").runs == 1
 
 
 def test_prices_are_those_of_the_level_that_is_asked_for() -> None:

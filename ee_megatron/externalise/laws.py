@@ -33,7 +33,8 @@ NOTHING = "–"
 @dataclass(frozen=True)
 class Law:
     """One base on one family, under one cost of depth; RL seeds averaged. `layers`, `right`: of every style when it is
-    given, before RL; empty where that was not measured. `per_hop`, `at_no_hop`: layers of a terse answer's deepest
+    given, before RL, under its own exits; `right_full`: at full depth, what the model could do; empty where that was
+    not measured. `per_hop`, `at_no_hop`: layers of a terse answer's deepest
     token as a line over the hops of all families. `forecast`, `observed`: the price at which steps have the share
     `level`, None where they don't; `shares`: price -> share of steps, of `runs` runs."""
 
@@ -45,6 +46,7 @@ class Law:
     cost: str
     layers: Mapping[str, float]
     right: Mapping[str, float]
+    right_full: Mapping[str, float]
     per_hop: float
     at_no_hop: float
     forecast: float | None
@@ -101,6 +103,7 @@ def _law(
     """`run`: any of the base's, of which what was there before RL is that of all."""
     start, shape = study.start(run, family), run.shape
     forced = start.forced if start else {}
+    full = study.start_anywhere(run, family)
     others = [found for f in study.families(run.tau) if (found := study.start(run, f)) and TERSE in found.forced]
     per_hop, at_no_hop = depth_of_hops(
         (found.hops, found.forced[TERSE].correct, shape.layers * found.forced[TERSE].max_depth) for found in others
@@ -114,6 +117,7 @@ def _law(
         cost=cost,
         layers={style: shape.layers * figures.max_depth for style, figures in forced.items()},
         right={style: figures.correct for style, figures in forced.items()},
+        right_full={style: figures.correct for style, figures in full.forced_full.items()} if full else {},
         per_hop=per_hop,
         at_no_hop=at_no_hop,
         forecast=steps_price(study, run, family, cost, level),
@@ -138,6 +142,7 @@ def _row(law: Law, prices: Sequence[float]) -> Row:
     row |= {f"layers_{style}": law.layers.get(style) for style in STYLES}
     row |= {f"depth_{style}": law.layers[style] / law.shape.layers if style in law.layers else None for style in STYLES}
     row |= {f"right_{style}": law.right.get(style) for style in STYLES}
+    row |= {f"right_{style}_full": law.right_full.get(style) for style in STYLES}
     row |= {"level": law.level, "layers_per_hop": law.per_hop, "layers_at_no_hop": law.at_no_hop}
     for name, price in (("forecast", law.forecast), ("observed", law.observed)):
         row |= {f"price_{name}": price, f"price_{name}_per_layer": None if price is None else price / law.shape.layers}
@@ -150,14 +155,15 @@ def laws_table(found: Sequence[Law]) -> tuple[str, TextTable]:
     `found`: one or more, of one level."""
     caption = (
         "By shape of the model. Before RL, the style given: layers that the deepest token of an answer takes, and "
-        "layers per hop, over the families whose terse answers are right. Then the price λ at which steps have "
+        "layers per hop, over the families whose terse answers are right; how often terse answers are right at full "
+        "depth. Then the price λ at which steps have "
         f"{found[0].level:.0%} of the answers: by the closed form, and as the runs have it, on straight lines between "
         "neighbouring prices. λ is charged on shares of the layers: a layer costs λ / L. Mean over bases, 95 %; where "
         "some bases have none, how many have."
     )
     heads = (
         "shape", "tokens a step", "hops", "cost", "layers, terse", "layers, steps", "layers per hop",
-        "λ, closed form", "λ, observed", "bases",
+        "terse right, full depth", "λ, closed form", "λ, observed", "bases",
     )  # fmt: skip
     rows = []
     for _, group in groupby(found, key=lambda law: (law.shape, law.tau, law.family, law.cost)):
@@ -167,6 +173,7 @@ def laws_table(found: Sequence[Law]) -> tuple[str, TextTable]:
             [each.layers.get(TERSE) for each in alike],
             [each.layers.get(STEPS) for each in alike],
             [each.per_hop for each in alike],
+            [each.right_full.get(TERSE) for each in alike],
             [each.forecast for each in alike],
             [each.observed for each in alike],
         )

@@ -106,6 +106,17 @@ def test_rows_have_a_column_for_every_price_and_prices_per_layer() -> None:
     assert math.isnan(row["layers_per_hop"])
 
 
+def test_what_a_model_could_do_stands_beside_what_its_exits_let_it_do() -> None:
+    """Gates that leave too early cost silent answers; how many hops a model can follow is seen at full depth."""
+    run = at(0, 0.4)
+    start = run.models["start"]["hop3"]
+    hasty = replace(start, forced={**start.forced, "terse": replace(start.forced["terse"], correct=0.5)})
+    study = Study([replace(run, models={**run.models, "start": {"hop3": hasty}}), record("cap 2")])
+    row = next(row for row in laws_rows(laws(study)) if row["cost"] == "max")
+    assert (row["right_terse"], row["right_terse_full"], row["right_steps_full"]) == (0.5, 0.98, 0.98)
+    assert laws_table(laws(study))[1].rows[0][7] == "0.98"
+
+
 def test_a_base_that_was_trained_on_all_families_has_what_was_measured_before() -> None:
     """Its run is no place on the line of the family alone, so that it has no prices; layers were measured all the same.
     Where no base was trained on the family alone, the run is one."""
@@ -139,7 +150,7 @@ def test_what_was_not_measured_leaves_its_cells_empty() -> None:
     law = only(laws(Study(bare)), cost="max")
     assert law.layers == {} and law.forecast is None and math.isnan(law.per_hop) and law.observed == pytest.approx(0.5)
     (row,) = laws_table([law])[1].rows
-    assert row[4:9] == ("–", "–", "–", "–", "0.50")
+    assert row[4:10] == ("–", "–", "–", "–", "–", "0.50")
     # A study of fixed depths, or of a price of length, has no price of depth.
     assert laws(Study([record("cap 2"), record("no exits"), record("length 0.5")])) == []
 
@@ -148,7 +159,7 @@ def test_the_table_says_how_many_bases_have_a_price() -> None:
     runs = [at(0, 0.4), at(1, 0.6), at(0, 0.4, base=2), at(1, 0.45, base=2)]
     _, table = laws_table([law for law in laws(Study(runs)) if law.cost == "max"])
     (row,) = table.rows
-    assert row[4] == "5.10 [5.10, 5.10]" and row[8] == "0.50 (1 of 2)" and row[9] == "2"
+    assert row[4] == "5.10 [5.10, 5.10]" and row[9] == "0.50 (1 of 2)" and row[10] == "2"
 
 
 def test_a_shape_is_what_the_settings_and_config_json_say(tmp_path: Path) -> None:

@@ -34,9 +34,9 @@ NOTHING = "–"
 class Law:
     """One base on one family, under one cost of depth; RL seeds averaged. `layers`, `right`: of every style when it is
     given, before RL, under its own exits; `right_full`: at full depth, what the model could do; empty where that was
-    not measured. `per_hop`, `at_no_hop`: layers of a terse answer's deepest
-    token as a line over the hops of all families. `forecast`, `observed`: the price at which steps have the share
-    `level`, None where they don't; `shares`: price -> share of steps, of `runs` runs."""
+    not measured. `per_hop`, `at_no_hop`: layers of a terse answer's deepest token as a line over the hops of all
+    families. `forecast`, `observed`: the price at which steps have the share `level`, None where they don't; `shares`:
+    price -> share of steps, of `runs` runs."""
 
     shape: Shape
     base: int

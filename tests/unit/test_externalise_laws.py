@@ -111,10 +111,16 @@ def test_what_a_model_could_do_stands_beside_what_its_exits_let_it_do() -> None:
     run = at(0, 0.4)
     start = run.models["start"]["hop3"]
     hasty = replace(start, forced={**start.forced, "terse": replace(start.forced["terse"], correct=0.5)})
-    study = Study([replace(run, models={**run.models, "start": {"hop3": hasty}}), record("cap 2")])
+    study = Study([replace(run, models={**run.models, "start": {"hop3": hasty}})])
     row = next(row for row in laws_rows(laws(study)) if row["cost"] == "max")
     assert (row["right_terse"], row["right_terse_full"], row["right_steps_full"]) == (0.5, 0.98, 0.98)
     assert laws_table(laws(study))[1].rows[0][7] == "0.98"
+    # Full depth has no gates, so that a run under a cap may have measured it.
+    bare = replace(run, models={"reinforced": run.models["reinforced"]})
+    capped = record("cap 2")
+    capped = replace(capped, models={**capped.models, "start": {"hop3": start}})
+    row = next(row for row in laws_rows(laws(Study([bare, capped]))) if row["cost"] == "max")
+    assert (row["right_terse"], row["right_terse_full"]) == (None, 0.98)
 
 
 def test_a_base_that_was_trained_on_all_families_has_what_was_measured_before() -> None:

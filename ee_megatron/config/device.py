@@ -39,12 +39,19 @@ def pick_device(cfg: RunConfig, count: int = 1) -> str:
 
 
 def pick_dtype(cfg: RunConfig, device: str) -> torch.dtype:
-    """model.dtype; auto is bfloat16 where matrix units make it fast (a GPU, a CPU with AMX), else float32."""
+    """model.dtype; auto is bfloat16 where processors multiply it faster than float32, a GPU always."""
     import torch
 
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    fast = device == "cuda" or torch.cpu._is_amx_tile_supported()
+    fast = device == "cuda" or multiplies_bfloat16()
     return names.get(cfg.model.dtype, torch.bfloat16 if fast else torch.float32)
+
+
+def multiplies_bfloat16() -> bool:
+    """This CPU has instructions for products of bfloat16 (AMX, AVX512-BF16), which beat those of float32."""
+    import torch
+
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def require_gpus(count: int, asked: str) -> None:

@@ -72,7 +72,8 @@ class ModelConfig:
     """Megatron checkpoint, of Megatron-LM, Megatron-Bridge or `convert import`, whose weights are taken; name an
     iteration where several are saved."""
     dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"))
-    """float32, bfloat16 or auto: bfloat16 on a GPU and on a CPU with AMX, float32 on other CPUs."""
+    """float32, bfloat16 or auto: bfloat16 on a GPU and on a CPU that multiplies it (AMX, AVX512-BF16), float32 on other
+    CPUs."""
     base_unchecked: bool = setting(False, execution=True)
     """Let policies (start, evaluate.control_policy, a stage's own checkpoints) run on a model they weren't made on."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..config.cluster import job_shape
+from ..config.device import multiplies_bfloat16
 from ..config.schema import RunConfig
 from ..config.validate import validate
 from ..families import ModelDims
@@ -163,11 +164,9 @@ class Plan:
 
 
 def element_bytes(cfg: RunConfig, on_cpu: bool) -> int:
-    """As training/session.py picks the dtype."""
+    """As `pick_dtype` picks on the device that is planned for."""
     if cfg.model.dtype == "auto":
-        import torch
-
-        return 4 if on_cpu and not torch.cpu._is_amx_tile_supported() else 2
+        return 4 if on_cpu and not multiplies_bfloat16() else 2
     return 4 if cfg.model.dtype == "float32" else 2
 
 

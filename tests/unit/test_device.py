@@ -20,6 +20,7 @@ from ee_megatron.config import device as module
 from ee_megatron.config.device import asks_for_gpus, pick_device, pick_dtype
 from ee_megatron.config.load import load
 from ee_megatron.config.shipped import find_config_dir, list_groups
+from ee_megatron.planning.plan import element_bytes
 from ee_megatron.rollout.pool.interface import ReplicaSettings
 from ee_megatron.rollout.pool.ray_actor import Replica
 from tests.tiny import tiny_hf
@@ -223,3 +224,13 @@ def test_gpus_that_are_there_cost_no_look_at_nvidia_smi(model, monkeypatch, tmp_
 def test_a_cpu_is_used_without_a_word_only_where_no_gpu_is_asked_for(model: list[str]) -> None:
     assert pick_device(load([*model, "device=auto"])) == pick_device(load([*model, "device=cpu"]), 9) == "cpu"
     assert pick_dtype(load([*model, "model.dtype=float32"]), "cuda") == torch.float32
+
+
+@pytest.mark.parametrize("instructions", ["_is_amx_tile_supported", "_is_avx512_bf16_supported", None])
+def test_auto_is_bfloat16_on_a_cpu_that_multiplies_it(model: list[str], monkeypatch, instructions: str | None) -> None:
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == instructions)
+    cfg = load([*model, "model.dtype=auto"])
+    assert pick_dtype(cfg, "cpu") == (torch.bfloat16 if instructions else torch.float32)
+    assert element_bytes(cfg, on_cpu=True) == (2 if instructions else 4)
+    assert pick_dtype(cfg, "cuda") == torch.bfloat16 and element_bytes(cfg, on_cpu=False) == 2

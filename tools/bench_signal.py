@@ -1,6 +1,7 @@
 """Signal to noise of the gates' gradient in one RL step, by length of the answers and by objective.
 
     python tools/bench_signal.py --json signal.json
+    python tools/bench_signal.py --lengths 2000 --repeats 32 --objectives answer,exit
     python tools/bench_signal.py --model models/SmolLM2-135M-Instruct --exits 10,15,20,25 --repeats 6
 
 Rollouts are the engine's own under sampled exits, never ended before the length that is asked for; the learner scores
@@ -53,12 +54,13 @@ OPENNESS = -1.0
 
 BASE = RLConfig(lambda_exit=1.0, beta=0.05, kl="reward")
 OBJECTIVES = {
-    "answer (the paper's)": BASE,
+    "answer": BASE,
     "token": replace(BASE, credit="token"),
-    "exit, price alone": replace(BASE, credit="exit", charge="right", exit_task=0.0, exit_kl=0.0),
-    "exit, price and divergence": replace(BASE, credit="exit", charge="right", kl="exact", beta=1.0, exit_task=0.0),
+    "exit_price": replace(BASE, credit="exit", charge="right", exit_task=0.0, exit_kl=0.0),
+    "exit_price_divergence": replace(BASE, credit="exit", charge="right", kl="exact", beta=1.0, exit_task=0.0),
     "exit": replace(BASE, credit="exit", charge="right", kl="exact", beta=1.0),
 }
+"""The paper's first: all others are compared with it."""
 
 
 def main() -> None:
@@ -75,11 +77,12 @@ def main() -> None:
             show(length, rows)
     rank_groups.finish()
     if options.json:
-        options.json.write_text(json.dumps({"settings": vars(options), "found": found}, default=str, indent=1))
+        settings = vars(options) | {"objectives": list(options.objectives)}
+        options.json.write_text(json.dumps({"settings": settings, "found": found}, default=str, indent=1))
 
 
 def show(length: str, rows: dict[str, Any]) -> None:
-    first = rows[next(iter(OBJECTIVES))]
+    first = next(iter(rows.values()))
     for name, row in rows.items():
         low, high = row["interval"]
         # Against what the interval still allows the first objective to have.
@@ -95,10 +98,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--objectives", type=objectives, default=",".join(OBJECTIVES), help="some of %(default)s")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
+
+
+def objectives(text: str) -> dict[str, RLConfig]:
+    """Of "answer,exit"; the first of all is always among them."""
+    unknown = set(text.split(",")) - set(OBJECTIVES)
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: expected some of {', '.join(OBJECTIVES)}")
+    first = next(iter(OBJECTIVES))
+    return {name: rl for name, rl in OBJECTIVES.items() if name in (first, *text.split(","))}
 
 
 def measure(options: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -123,14 +136,14 @@ def measure(options: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, d
     tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     learner = Learner(source, spec, policy, ParallelConfig(), DeepspeedConfig(), device=torch.device("cpu"))
     for length in map(int, options.lengths.split(",")):
-        gradients: dict[str, list[torch.Tensor]] = {name: [] for name in OBJECTIVES}
+        gradients: dict[str, list[torch.Tensor]] = {name: [] for name in options.objectives}
         for repeat in range(options.repeats):
             groups = rollouts(options, decoder, tokenizer, length, repeat)
             batch = replay(groups, spec.num_layers)
             # All that any objective asks for.
             first = learner.score(batch, teacher=Teacher.REFERENCE, hazards=True)
             reference = learner.score(batch, reference=True).token_logprobs
-            for name, settings in OBJECTIVES.items():
+            for name, settings in options.objectives.items():
                 rl = replace(settings, group_size=options.samples)
                 known = reference if scoring(rl).reference else None
                 gradients[name].append(gradient(learner, batch, groups, first, known, rl, length))

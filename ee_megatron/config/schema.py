@@ -221,6 +221,9 @@ class TracesConfig:
     top_k: int = setting(16, positive=True)
     """Kept teacher log-probabilities per position; the rest is one lumped tail."""
     only_correct: bool = False
+    wide_operands: float = setting(0.0, share=True, added_later=True)
+    """arithmetic on small operands: share of the problems whose operands are wide. Calibration asks for no right
+    answer, so it may see more pairs than the task has."""
     seed: int = setting(0, at_least=0)
 
 
@@ -247,6 +250,8 @@ class CalibrateConfig:
     context. Costs a scoring pass."""
     uniform_patterns: float = setting(0.0, share=True)
     """Share of patterns drawn uniformly over the exits instead: trains shallow readouts too."""
+    full_patterns: float = setting(0.0, share=True, added_later=True)
+    """Share of patterns without any exit: holds the answers at full depth, which no other pattern trains."""
     depth_power: float = setting(0.0, at_least=0)
     """The KL of a position counts (exit depth / L) to this power: hopeless shallow exits pull less at the adapters."""
     keep: float = setting(1.0, share=True)

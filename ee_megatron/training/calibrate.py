@@ -71,14 +71,17 @@ def draw_exits(
     trace: Trace, item: Item, layout: ExitLayout, c: CalibrateConfig, hazards: torch.Tensor | None = None
 ) -> np.ndarray:
     """Exit depths [T] of one pattern: from the target distribution or, given the student's hazards [T, M], at the first
-    that exceeds a threshold drawn from [0.5, 1); for the configured share of patterns, uniform over all outcomes.
-    Token 0 exits only where it may. The same item always draws the same pattern, from the same hazards."""
+    that exceeds a threshold drawn from [0.5, 1); for the configured shares of patterns, uniform over all outcomes or
+    without an exit. Token 0 exits only where it may. The same item always draws the same pattern, from the same
+    hazards."""
     seed = np.random.SeedSequence([c.seed, item.trace, item.pattern]).generate_state(1)[0]
     generator = torch.Generator().manual_seed(int(seed))
-    uniform = float(torch.rand((), generator=generator)) < c.uniform_patterns
+    kind = float(torch.rand((), generator=generator))
     length, exits = trace.divergences.shape
-    if uniform:
+    if kind < c.uniform_patterns:
         index = torch.randint(exits + 1, (length,), generator=generator)
+    elif kind >= 1 - c.full_patterns:
+        index = torch.full((length,), exits)
     elif hazards is not None:
         fires = hazards > 0.5 + 0.5 * torch.rand((), generator=generator)
         index = torch.where(fires.any(-1), fires.int().argmax(-1), exits)

@@ -92,6 +92,16 @@ def test_every_rule_on_a_field_is_enforced(key: str, value: Any, expected: str) 
         (["rl.gate_centre=1"], ["rl.gate_centre=1", "between 0 and 1"]),
         (["rl.gate_sharpness=0"], ["rl.gate_sharpness=0", "above 0"]),
         (["calibrate.uniform_patterns=1.5"], ["calibrate.uniform_patterns=1.5", "0 to 1"]),
+        (["calibrate.full_patterns=2"], ["calibrate.full_patterns=2", "0 to 1"]),
+        (
+            ["calibrate.uniform_patterns=0.6", "calibrate.full_patterns=0.5"],
+            ["calibrate.uniform_patterns=0.6", "calibrate.full_patterns=0.5", "at most 1 together"],
+        ),
+        (["traces.wide_operands=0.5", "task.operands=wide"], ["traces.wide_operands=0.5", "arithmetic, wide"]),
+        (
+            ["traces.wide_operands=0.5", "task.name=hops", "task.families=[hop1]"],
+            ["traces.wide_operands=0.5", "hops, small"],
+        ),
         (["evaluate.thresholds=[0.5,2]"], ["evaluate.thresholds", "2"]),
         (["evaluate.externalisation_prompts=-1"], ["evaluate.externalisation_prompts=-1", ">= 0"]),
         (["evaluate.choice=all"], ["evaluate.choice=all", "task.name=arithmetic", "task.name=hops"]),

@@ -217,6 +217,10 @@ def test_patterns_of_the_student_end_at_its_first_gate_above_a_threshold_that_va
     assert (draw_exits(trace, Item(0, 7), LAYOUT, c, hazards) == draws[7]).all()
     mixed = replace(c, uniform_patterns=0.5)
     assert len({tuple(draw_exits(trace, Item(0, i), LAYOUT, mixed, hazards)) for i in range(50)}) > 10
+    for held, own in ((replace(c, full_patterns=0.3), hazards), (replace(mixed, full_patterns=0.5), None)):
+        # The rest leaves at 2 or 4 somewhere: no hazard of 1 and no uniform draw keeps all five to the end.
+        full = [(draw_exits(trace, Item(0, i), LAYOUT, held, own) == 6).all() for i in range(400)]
+        assert np.mean(full) == pytest.approx(held.full_patterns, abs=0.08)
     batch = make_batch([trace], [Item(0, 7)], LAYOUT, c, hazards=[hazards])
     assert batch.exit_depths[batch.counts].tolist() == draws[7].tolist()
 

@@ -251,7 +251,7 @@ class CalibrateConfig:
     uniform_patterns: float = setting(0.0, share=True)
     """Share of patterns drawn uniformly over the exits instead: trains shallow readouts too."""
     full_patterns: float = setting(0.0, share=True, added_later=True)
-    """Share of patterns without any exit: holds the answers at full depth, which no other pattern trains."""
+    """Share of patterns without any exit: holds the answers at full depth, which the others hardly train."""
     depth_power: float = setting(0.0, at_least=0)
     """The KL of a position counts (exit depth / L) to this power: hopeless shallow exits pull less at the adapters."""
     keep: float = setting(1.0, share=True)

@@ -96,11 +96,12 @@ def _check_training(cfg: RunConfig) -> Iterator[str]:
         yield (f"adapter.dropout={cfg.adapter.dropout}: expected 0 <= dropout < 1")
     if cfg.teacher.enabled and cfg.adapter.rank == 0 and not cfg.adapter.full:
         yield ("adapter.rank=0: the teacher is trained through adapters; give a rank > 0 or teacher.enabled=false")
-    if cfg.traces.wide_operands and (cfg.task.name, cfg.task.operands) != ("arithmetic", "small"):
-        yield (
-            f"traces.wide_operands={cfg.traces.wide_operands}: only task.name=arithmetic with task.operands=small has "
-            f"wider ones; found {cfg.task.name}, {cfg.task.operands}; leave it out"
-        )
+    for key, share in (("traces", cfg.traces.wide_operands), ("rl", cfg.rl.wide_operands)):
+        if share and (cfg.task.name, cfg.task.operands) != ("arithmetic", "small"):
+            yield (
+                f"{key}.wide_operands={share}: only task.name=arithmetic with task.operands=small has wider ones; "
+                f"found {cfg.task.name}, {cfg.task.operands}; leave it out"
+            )
     if cfg.calibrate.uniform_patterns + cfg.calibrate.full_patterns > 1:
         yield (
             f"calibrate.uniform_patterns={cfg.calibrate.uniform_patterns}, "

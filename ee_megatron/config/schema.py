@@ -307,6 +307,9 @@ class RLConfig:
     """Every token of an answer leaves at this depth, an exit or L, and no gate learns; 0: gates decide."""
     families: list[str] = setting([], added_later=True)
     """Answer problems of these of the task's families only; empty: all."""
+    wide_operands: float = setting(0.0, share=True, added_later=True)
+    """As traces.wide_operands, for the problems that are answered: the divergence from the reference teaches on them,
+    the reward where an answer is right."""
     accuracy_floor: float | None = setting(None, added_later=True)
     """Percentage points that accuracy may fall below the reference's: lambda then rises while there are some left and
     falls when there are none. null: lambda stays what it is."""

@@ -29,6 +29,7 @@ from ..rollout.pool.interface import Pending, RolloutPool
 from ..tasks import VerifierPool
 from ..tensors import Block, Shape, Stream, drain
 from ..types import Group, Prompt, Rollout
+from .problems import training_problems
 from .session import Session
 from .stored import load_rollouts, save_rollouts
 
@@ -79,7 +80,8 @@ class RolloutSource:
         self.cfg = session.cfg
         task = session.make_task()
         self.verifier: VerifierPool = session.make_verifier(task)
-        self.prompts = prompts_of(task.prompts("train"), self.cfg.rl.families)
+        problems = training_problems(self.cfg, session.model_path, task, self.cfg.rl.wide_operands)
+        self.prompts = prompts_of(problems, self.cfg.rl.families)
         self.pool: RolloutPool = session.make_pool(session.spec)
         self.dump_directory = session.path / "rollouts"
         self.history = WeightHistory(session.path / "ahead", session.spec)

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from ..config.schema import RunConfig
-from ..tasks import Task, task_of
-from ..types import Prompt
+from .problems import training_problems
 from .session import Session
 from .stopping import listener
 from .stored import save_traces
-
-
-def problems(cfg: RunConfig, model_path: Path, task: Task) -> list[Prompt]:
-    """The first training problems of `task`, the configuration's own; for the share `traces.wide_operands` problems
-    with wide operands that the task does not have. Both hold out the same pairs."""
-    t = cfg.traces
-    wide = round(t.wide_operands * t.problems)
-    own = task.prompts("train")
-    if not wide:
-        return own[: t.problems]
-    known = {prompt.text for prompt in own}
-    wider = task_of(replace(cfg, task=replace(cfg.task, operands="wide")), model_path)
-    others = [replace(p, id=f"{p.id}/wide") for p in wider.prompts("train") if p.text not in known]
-    return own[: t.problems - wide] + others[:wide]
 
 
 def make_traces(cfg: RunConfig, model_path: Path) -> None:
@@ -33,7 +17,7 @@ def make_traces(cfg: RunConfig, model_path: Path) -> None:
     with listener.at_once(), Session(cfg, "traces", model_path, learner=False) as session:
         task = session.make_task()
         verifier = session.make_verifier(task)
-        prompts = problems(cfg, model_path, task)
+        prompts = training_problems(cfg, model_path, task, t.wide_operands, t.problems)
         pool = session.make_pool(session.spec)
         answers = session.sample(pool, prompts, t, "answers")
         flat = [(p, a) for p, group in zip(prompts, answers, strict=True) for a in group]

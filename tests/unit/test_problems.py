@@ -1,0 +1,37 @@
+"""Which problems the teacher answers for calibration, and RL."""
+
+from pathlib import Path
+
+import pytest
+
+from ee_megatron.config.load import load
+from ee_megatron.tasks import task_of
+from ee_megatron.training.problems import training_problems
+
+
+@pytest.mark.parametrize("limit", [None, 300])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_wide_operands_add_pairs_that_no_split_holds_out(share, limit):
+    cfg = load(["experiment=smollm2", "task.train=500"])
+    task = task_of(cfg, Path(cfg.model.path))
+    own = task.prompts("train")
+    chosen = training_problems(cfg, Path(cfg.model.path), task, share, limit)
+    wide = [p for p in chosen if p.id.endswith("/wide")]
+    assert chosen == [*own[: len(chosen) - len(wide)], *wide]
+    assert len(wide) == round(share * len(chosen))
+    assert len(chosen) == limit or limit is None
+    assert len({p.id for p in chosen}) == len(chosen) == len({p.text for p in chosen})
+    known, held_out = pairs(own), pairs([*task.prompts("validation"), *task.prompts("evaluation")])
+    assert not held_out & pairs(chosen)
+    assert len(pairs(chosen) - known) > len(wide) / 2 if wide else pairs(chosen) <= known
+
+
+def test_without_a_limit_all_of_the_scarcer_kind_are_used():
+    cfg = load(["experiment=smollm2", "task.train=500"])
+    task = task_of(cfg, Path(cfg.model.path))
+    chosen = training_problems(cfg, Path(cfg.model.path), task, 0.2)
+    assert chosen[:500] == task.prompts("train") and len(chosen) == 625
+
+
+def pairs(prompts):
+    return {pair for prompt in prompts for pair in prompt.group.split(";")}

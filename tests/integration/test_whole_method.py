@@ -22,17 +22,17 @@ from ee_megatron.checkpoint.manifest import read_manifest
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.observe.metrics import read_metrics
 from ee_megatron.training import stages
-from ee_megatron.training.stored import load_rollouts
+from ee_megatron.training.stored import load_rollouts, load_traces
 from tests.covering import SLOW
 from tests.tiny import tiny_hf
 
 SETTINGS = [
     "name=tiny", "device=cpu", "model.dtype=float32", "parallel.pipeline=2", "parallel.tokens_per_micro_batch=128",
     "exits.depths=[2,3,4]", "adapter.rank=4", "teacher.enabled=false", "task.validation=6", "task.evaluation=8",
-    "traces.problems=16", "calibrate.epochs=1", "calibrate.patterns=1", "calibrate.batch_size=8",
-    "rl.steps=4", "rl.prompts_per_step=4", "rl.group_size=2", "rollout.max_new_tokens=8", "rollout.actors=1",
-    "rl.dump_rollouts=true", "rl.wide_operands=0.5", "rollout.threads=1", "evaluate.thresholds=[0.5]",
-    "evaluate.answers=3", "evaluate.controls=true", "evaluate.externalisation=true",
+    "traces.problems=16", "traces.wide_operands=0.25", "calibrate.epochs=1", "calibrate.patterns=1",
+    "calibrate.batch_size=8", "rl.steps=4", "rl.prompts_per_step=4", "rl.group_size=2", "rollout.max_new_tokens=8",
+    "rollout.actors=1", "rl.dump_rollouts=true", "rl.wide_operands=0.5", "rollout.threads=1",
+    "evaluate.thresholds=[0.5]", "evaluate.answers=3", "evaluate.controls=true", "evaluate.externalisation=true",
     "evaluate.externalisation_prompts=4", "tracker.wandb=disabled",
 ]  # fmt: skip
 
@@ -133,7 +133,9 @@ def test_learner_and_pool_agree_at_every_step(finished):
         assert row["grad_norm"] > 0
 
 
-def test_rl_answers_problems_on_wide_operands_beside_its_own(finished):
+def test_traces_and_rl_are_of_problems_on_wide_operands_too(finished):
+    traced = [trace.prompt_id for trace in load_traces(only(finished[0], "traces") / "dataset")]
+    assert [name.endswith("/wide") for name in traced] == [False] * 12 + [True] * 4, traced
     of_steps = only(finished[0], "rl") / "rollouts"
     ids = [group.prompt.id for step in range(1, 5) for group in load_rollouts(of_steps / f"step_{step}")]
     wide = [name for name in ids if name.endswith("/wide")]

@@ -44,6 +44,7 @@ class Rollout:
     - full_logprobs  float32 [T], as token_logprobs but without top-k and top-p; the same array where nothing was cut
     - finished: an end-of-sequence token or a stop string ended it, not the length limit
     - weight_version: the weights that its last token was generated under
+    - exit_divergences float32 [T, M + 1]: with rl.exit_divergence=all, as the pool's `exit_divergences`
     - weight_versions int32 [T]: those of every token; not all alike only where an answer was continued under new ones
     """
 
@@ -58,6 +59,7 @@ class Rollout:
     weight_version: int
     full_logprobs: np.ndarray | None = None
     weight_versions: np.ndarray | None = None
+    exit_divergences: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.weight_versions is None:

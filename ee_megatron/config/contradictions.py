@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from ..objectives.depth import CREDITS, DEPTH_COSTS
 from ..objectives.policy_gradient import KL_TERMS
 from .cluster import job_shape, seats
-from .derive import actor_share, draws_weights, has_actors, ranks, scoring
+from .derive import actor_share, draws_weights, exits_judged, exits_read, has_actors, ranks, scoring
 from .device import asks_for_gpus
 from .schema import SEQUENCE_MULTIPLE, RunConfig
 
@@ -162,6 +162,19 @@ def _check_objective(cfg: RunConfig) -> Iterator[str]:
             f"rl.fixed_depth={rl.fixed_depth} with rl.credit={rl.credit}: no exit is chosen that could answer for "
             "itself; set rl.credit=answer"
         )
+    read = exits_read(rl)
+    if exits_judged(rl) and not read and rl.exit_kl_power != 1 and KL_TERMS[rl.kl].teacher is None:
+        yield (
+            f"rl.exit_kl_power={rl.exit_kl_power} with rl.kl={rl.kl}: a sampled token's log ratio can be negative and "
+            "has no power; set rl.kl=exact, rl.exit_divergence=all or rl.exit_kl_power=1"
+        )
+    if rl.exit_divergence == "all" and exits_judged(rl) and rl.replay:
+        yield "rl.exit_divergence=all: recorded rollouts (rl.replay) have no pool to read them; set it to taken"
+    if read and cfg.rollout.max_staleness:
+        yield (
+            f"rl.exit_divergence=all with rollout.max_staleness={cfg.rollout.max_staleness}: reading would wait for "
+            "rollouts of later steps; set rollout.max_staleness=0, or rl.exit_divergence=taken"
+        )
     if rl.importance == "mask" and rl.importance_floor >= rl.importance_cap:
         yield (f"rl.importance_floor={rl.importance_floor}: expected less than rl.importance_cap={rl.importance_cap}")
     if rl.clip_high and rl.clip_high < rl.clip:
@@ -187,8 +200,8 @@ def _check_objective(cfg: RunConfig) -> Iterator[str]:
         f"rl.importance={rl.importance} (expected none)": rl.importance != "none",
         f"rollout.max_staleness={cfg.rollout.max_staleness} (expected 0)": cfg.rollout.max_staleness > 0,
         f"rl.kl={rl.kl} with rl.beta={rl.beta} (expected exact, or 0)": wanted.reference,
-        f"rl.credit={rl.credit} with rl.exit_kl={rl.exit_kl} (expected 0)": (
-            CREDITS[rl.credit].local and rl.beta * rl.exit_kl > 0
+        f"rl.credit={rl.credit} with rl.exit_kl={rl.exit_kl} (expected 0, or rl.exit_divergence=all)": (
+            exits_judged(rl) and not read
         ),
     }
     found = [text for text, needs in asked.items() if needs]

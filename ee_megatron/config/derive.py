@@ -40,10 +40,20 @@ class Scoring(NamedTuple):
     reference: bool
 
 
+def exits_judged(rl: RLConfig) -> bool:
+    """Whether exits answer for divergences."""
+    return CREDITS[rl.credit].local and rl.beta * rl.exit_kl > 0
+
+
+def exits_read(rl: RLConfig) -> bool:
+    """Whether the pool reads rollouts again for the divergences of all exits that their tokens came by."""
+    return exits_judged(rl) and rl.exit_divergence == "all" and not rl.replay
+
+
 def scoring(rl: RLConfig) -> Scoring:
     """What the objective has to know, and what is scored for the metrics' sake unless rl.skip_scoring."""
     exact = KL_TERMS[rl.kl].teacher is not None
-    judged = CREDITS[rl.credit].local and rl.beta * rl.exit_kl > 0
+    judged = exits_judged(rl) and not exits_read(rl)
     needed = rl.beta > 0 or judged
     return Scoring(
         policy=not rl.skip_scoring,

@@ -300,6 +300,13 @@ class RLConfig:
     """With credit=exit: weight of the task's advantage on the answer's exits."""
     exit_kl: float = setting(1.0, at_least=0, added_later=True)
     """With credit=exit: weight of the divergence at an exit, beside beta."""
+    exit_divergence: str = setting("taken", choices=("taken", "all"), added_later=True)
+    """With credit=exit: where divergences are known. taken: at the exits that tokens took; for a token that went on,
+    firing costs the mean over those that fired with about the same hazard. all: at every exit that a token came by; the
+    pool reads the rollouts once more."""
+    exit_kl_power: float = setting(1.0, at_least=1, added_later=True)
+    """With credit=exit and kl=exact: an exit answers for its divergence to this power. Above 1 a rare large one, at a
+    token on which the answer hangs, outweighs many small ones."""
     token_depth: float = setting(1.0, at_least=0, added_later=True)
     """With credit=exit: weight of the depth's advantage on the answer's tokens. 0: what is written doesn't answer for
     the depth that it takes."""

@@ -24,16 +24,18 @@ def hazard_costs(
 ) -> Tensor:
     """What firing costs more than going on, float32 [B, S, M]; 0 at gates that a position doesn't come by.
 
-    costs [B, S, M + 1]: of each outcome (`DepthCost.of_outcomes`); divergence [B, S]: what the outcome that was taken
-    costs beside that, None for nothing; hazards [B, S, M] of the gates that were asked, None if nobody knows them.
+    costs [B, S, M + 1]: of each outcome (`DepthCost.of_outcomes`); divergence: what an outcome costs beside that, of
+    the one that was taken [B, S] or of all up to it [B, S, M + 1], None for nothing; hazards [B, S, M] of the gates
+    that were asked, None if nobody knows them.
 
     With C_i the cost of exiting at gate i and V_i that of going on, the expected cost there is s_i C_i + (1 - s_i) V_i
     and its slope by the hazard s_i is C_i - V_i. A loss in which the hazard has this weight therefore has the expected
     cost's gradient over both decisions of the gate, without the noise of the one that was drawn (all-action policy
     gradient: Sutton et al. 2000, "Policy gradient methods for reinforcement learning with function approximation").
     One of C_i and V_i happened; the other is the mean over positions that decided otherwise at this gate, with about
-    the same hazard. The price of an exit needs no such estimate. Where the divergence counts and a gate never fired,
-    nothing is known of its exit and nothing is taught.
+    the same hazard. The price of an exit needs no such estimate, and with the divergences of all outcomes C_i needs
+    none: tokens that gates take for alike then teach them apart. Where only the divergence that was taken counts and a
+    gate never fired, nothing is known of its exit and nothing is taught.
     """
     exits = len(layout.depths)
     outcome = (batch.exit_depths.unsqueeze(-1) == batch.exit_depths.new_tensor(layout.outcomes)).int().argmax(-1)
@@ -42,7 +44,7 @@ def hazard_costs(
         reached = batch.asked & (outcome >= gate)
         ends, here = outcome[reached], costs[reached]
         fired = ends == gate
-        if not len(ends) or (divergence is not None and not fired.any()):
+        if not len(ends) or (divergence is not None and divergence.dim() == 2 and not fired.any()):
             continue
         part = _equal_parts(hazards[..., gate][reached]) if hazards is not None else torch.zeros_like(ends)
         went_on = one_hot(ends[~fired], exits + 1).float()
@@ -51,11 +53,14 @@ def hazard_costs(
         taken = here.gather(-1, ends.unsqueeze(-1)).squeeze(-1)
         difference = here[:, gate] - torch.where(fired, (behind * here).sum(-1), taken)
         if divergence is not None:
-            own = divergence[reached]
+            known = divergence[reached]
+            own = known if known.dim() == 1 else known.gather(-1, ends.unsqueeze(-1)).squeeze(-1)
             of_firing, of_going_on = (
                 _means(own[which, None], part[which], otherwise=own.mean(0, keepdim=True))[part, 0]
                 for which in (fired, ~fired)
             )
+            if known.dim() == 2:
+                of_firing = known[:, gate]
             difference = difference + torch.where(fired, own - of_going_on, of_firing - own)
         result[..., gate][reached] = difference
     return result

@@ -151,6 +151,15 @@ def prefill_cost(dims: ModelDims, prompt: int) -> float:
     return dims.num_layers * (2 * prompt * linears + attended) + 2 * dims.vocab * dims.hidden
 
 
+def exits_read_cost(layout: Layout, load: Workload) -> float:
+    """An answer read once more with its prompt (rl.exit_divergence=all), under the reference and under the policy,
+    which runs every layer in parallel; what both end in and each exit on the way are read out."""
+    readouts = 2 + sum(load.reaching(depth) for depth in layout.spec.exit_depths)
+    return 2 * prefill_cost(layout.dims, load.prompt + load.answer) + (
+        2 * layout.dims.vocab * layout.dims.hidden * readouts * load.answer
+    )
+
+
 def decode_cost(layout: Layout, load: Workload) -> float:
     """Generating the tokens of one answer that don't come from reading its prompt: layers up to the exit, keys and
     values of the others, the gates on the way, the readout. Attention sees the tokens so far."""

@@ -268,6 +268,8 @@ def _bound(plan: Plan) -> str:
         idle = max(0, actors - prompts)
         spare = f", {idle} actor(s) without a prompt" if idle else ""
         return f"rollouts: {plan.load.answer} tokens one after another, {plan.actor.rows} rows per actor{spare}"
+    if slowest == "exits read":
+        return f"{slowest}: {-(-prompts // actors) * group} answers per actor, under the policy and the reference"
     if slowest == "weight sync":
         return f"{slowest}: {size(plan.sync)} to every actor"
     packed = max((packed for _, packed, _ in passes(cfg, plan.load)[slowest]), key=lambda found: found.sequences)

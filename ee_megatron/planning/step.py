@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..config.derive import scoring
+from ..config.derive import exits_read, scoring
 from ..config.schema import RunConfig
 from ..families import ModelDims
 from ..objectives.divergences import TEACHERS, Teacher
 from ..objectives.policy_gradient import KL_TERMS
-from .flops import PassMode, decode_cost, generation_cost, prefill_cost, whole_pass
+from .flops import PassMode, decode_cost, exits_read_cost, generation_cost, prefill_cost, whole_pass
 from .layout import Layout
 from .packing import Packing, pack_pass
 from .workload import Counted, Workload
@@ -65,7 +65,10 @@ def phase_flops(layout: Layout, load: Workload, cfg: RunConfig) -> dict[str, flo
     sequences, vllm = rollouts_per_step(cfg), cfg.rollout.backend == "vllm"
     read = cfg.rl.prompts_per_step * prefill_cost(layout.dims, load.prompt - load.first_token)
     made = read + sequences * decode_cost(layout, load.at_full_depth() if vllm else load)
-    return ({} if cfg.rl.replay else {"rollouts": made}) | {
+    of_actors = {} if cfg.rl.replay else {"rollouts": made}
+    if exits_read(cfg.rl):
+        of_actors["exits read"] = sequences * exits_read_cost(layout, load)
+    return of_actors | {
         phase: sum(times * whole_pass(layout, packed.load, packed.sequences, how) for times, packed, how in entries)
         for phase, entries in passes(cfg, load).items()
     }

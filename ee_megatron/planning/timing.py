@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from ..config.derive import exits_read
 from ..config.schema import RunConfig
 from .devices import Device
-from .flops import PassMode, pass_cost, prefill_cost, wide_cost
+from .flops import PassMode, exits_read_cost, pass_cost, prefill_cost, wide_cost
 from .generation import all_reduce, token_round
 from .layout import Layout, rank_parameters
 from .memory import FP32, Training, layer_activations, sync_bytes
@@ -87,7 +88,8 @@ class Roofline:
         }
         if self.cfg.rl.replay:
             return learner
-        return {"rollouts": self._rollouts(), **learner, "weight sync": sum(self.sync().values())}
+        read = {"exits read": self._exits_read()} if exits_read(self.cfg.rl) else {}
+        return {"rollouts": self._rollouts(), **read, **learner, "weight sync": sum(self.sync().values())}
 
     def _rollouts(self) -> float:
         """The busiest actor: its prompts read, then rounds of all rows, one for each token of wave after wave of rows
@@ -99,6 +101,12 @@ class Roofline:
         in_flight = max(1.0, mine * later / rounds) if rounds else 1.0
         each = token_round(self.cfg, self.layout, self.load, self.device, self.item, in_flight).seconds
         return prompts * self._read() + rounds * each
+
+    def _exits_read(self) -> float:
+        """Of the busiest actor."""
+        mine = -(-self.cfg.rl.prompts_per_step // self.cfg.rollout.actors) * self.cfg.rl.group_size
+        flops = mine * exits_read_cost(self.layout, self.load)
+        return flops / self.device.of_cores(self.cfg.rollout.threads).flops(self.item)
 
     def _read(self) -> float:
         """A prompt, once for all of its answers (vLLM finds its blocks again), on all of an actor's devices."""

@@ -49,7 +49,8 @@ class TextTable:
 
 
 PHASES = {
-    "sync": "weights sent", "rollout": "rollouts", "verify": "verdicts", "score": "scoring", "update": "update"
+    "sync": "weights sent", "rollout": "rollouts", "verify": "verdicts", "divergences": "exits read",
+    "score": "scoring", "update": "update",
 }  # fmt: skip
 """A step's phases in their order, by their name in timings.jsonl."""
 

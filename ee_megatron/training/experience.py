@@ -95,7 +95,7 @@ def credit(
         of_tokens = of_exits = by_task.unsqueeze(1) + from_there
     elif how.local:
         of_tokens, of_exits = by_task + rl.token_depth * by_depth, rl.exit_task * by_task
-        hazard = _exit_costs(batch, layout, first, reference, rl, price * charged)
+        hazard = _exit_costs(batch, layout, rollouts, first, reference, rl, price * charged)
     of_tokens, of_exits = ((a if a.dim() == 2 else a.unsqueeze(1)) * counts for a in (of_tokens, of_exits))
 
     moved = [now - then for now, then in zip(start, old, strict=True)]
@@ -121,15 +121,24 @@ def credit(
 
 
 def _exit_costs(
-    batch: ReplayBatch, layout: ExitLayout, first: Scores | None, reference: Tensor | None, rl: RLConfig, price: Tensor
+    batch: ReplayBatch,
+    layout: ExitLayout,
+    rollouts: Sequence[Rollout],
+    first: Scores | None,
+    reference: Tensor | None,
+    rl: RLConfig,
+    price: Tensor,
 ) -> Tensor:
-    """What firing costs more than going on, [B, S, M]: price [B] of depth, and beta * rl.exit_kl of the divergence, per
-    token. Weights of the loss divide by an answer's tokens; a cost is an answer's."""
+    """What firing costs more than going on, [B, S, M]: price [B] of depth, and beta * rl.exit_kl of the divergence to
+    the power rl.exit_kl_power, per token. Weights of the loss divide by an answer's tokens; a cost is an answer's."""
     lengths = batch.counts.sum(1).clamp(min=1)
     costs = DEPTH_COSTS[rl.depth_cost].of_outcomes(batch, layout, rl.cost_length) * (price * lengths)[:, None, None]
     divergence, weight = None, rl.beta * rl.exit_kl
-    if weight and first is not None:
-        divergence = weight * (first.kl if reference is None else first.token_logprobs - reference)
+    if weight and rl.exit_divergence == "all":
+        divergence = weight * spread(batch, [np.asarray(r.exit_divergences) for r in rollouts]) ** rl.exit_kl_power
+    elif weight and first is not None:
+        of_taken = first.kl**rl.exit_kl_power if reference is None else first.token_logprobs - reference
+        divergence = weight * of_taken
     return hazard_costs(batch, layout, costs, divergence, None if first is None else first.hazards)
 
 

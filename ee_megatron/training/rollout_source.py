@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ..checkpoint.policy_files import open_policy, policy_written
+from ..config.derive import exits_read
 from ..config.schema import RLConfig
 from ..exit_rules import ExitRule, Fixed, Off, Sample
 from ..observe.rundir import atomic_directory, write_atomic
@@ -136,6 +137,12 @@ class RolloutSource:
         groups = self._verified(step_prompts(self.prompts, step, rl), answers)
         clock.append(time.monotonic())
         self.seconds = dict(zip(("sync", "rollout", "verify"), np.diff(clock).tolist(), strict=True))
+        if exits_read(rl):
+            rollouts = [rollout for group in answers for rollout in group]
+            read = self.pool.exit_divergences(rollouts, lambda done, total: detail("divergences", done, total))
+            for rollout, divergences in zip(rollouts, read, strict=True):
+                rollout.exit_divergences = divergences
+            self.seconds["divergences"] = time.monotonic() - clock[-1]
         if rl.dump_rollouts:
             save_rollouts(self.dump_directory / f"step_{step + 1}", groups)
         return groups

@@ -32,7 +32,7 @@ SETTINGS = [
 ]  # fmt: skip
 LED = (
     "rl.steps=4", "rl.checkpoint_every=1", "rl.credit=exit", "rl.charge=right", "rl.beta=0.2", "rl.accuracy_floor=5",
-    "rl.accuracy_window=2", "rl.lambda_exit=0.3",
+    "rl.accuracy_window=2", "rl.lambda_exit=0.3", "rl.exit_divergence=all", "rl.exit_kl_power=1.5",
 )  # fmt: skip
 
 

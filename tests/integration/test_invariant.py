@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ee_megatron.exit_rules import Sample, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.objectives.divergences import Teacher
 from ee_megatron.policy import PolicySpec, initial_policy
 from ee_megatron.rollout import GenerationRequest, SamplingParams, generate
 from ee_megatron.rollout.engine.cache import KVCache
 from ee_megatron.rollout.engine.decoder import Decoder
-from ee_megatron.rollout.engine.scoring import score
+from ee_megatron.rollout.engine.scoring import exit_divergences, score
 from ee_megatron.training.experience import replay
 from ee_megatron.types import Group, Prompt
 from tests.reference import Reference, random_policy
@@ -93,8 +94,8 @@ def test_decoder_parallel_and_pipeline_agree_for_any_exit_pattern(family, tied, 
 
 @pytest.mark.parametrize("first_token", [False, True], ids=["prompts never exit", "first token exits"])
 def test_the_learner_scores_what_the_engine_sampled(first_token, tmp_path):
-    """Tokens and exits of groups whose prompts the engine reads once and the learner packs once, from a cache that is
-    short of pages, under pipeline and tensor parallelism."""
+    """Tokens, exits and divergences of groups whose prompts the engine reads once and the learner packs once, from a
+    cache that is short of pages, under pipeline and tensor parallelism."""
     spec = replace(SPEC, first_token=first_token)
     path = tiny_hf("qwen3", tmp_path / "model", tied=False, layers=LAYERS)
     policy = random_policy(HFDirectory(path).dims, spec)
@@ -120,15 +121,23 @@ def test_the_learner_scores_what_the_engine_sampled(first_token, tmp_path):
         assert any(len({int(r.exit_depths[0]) for r in group.rollouts}) > 1 for group in groups)
     batch = replay(groups, LAYERS, first_token)
     read = score(decoder, policy, answers)
+    outcomes = np.array(spec.layout.outcomes)
+    diverged = [
+        np.take_along_axis(of_all, (rollout.exit_depths[:, None] == outcomes).argmax(1)[:, None], axis=1)[:, 0]
+        for rollout, of_all in zip(answers, exit_divergences(decoder, policy, answers), strict=True)
+    ]
     with Ranks(2, tmp_path / "ranks") as ranks:
         for degrees, stages in (((1, 2, 1), (3, 3)), ((2, 1, 1), (6,))):
             ranks.call(
                 "parallel_cases:make_learner", path=path, spec=spec, policy=policy, degrees=degrees, stages=stages,
                 options={"tokens_per_micro_batch": 128},
             )  # fmt: skip
-            found = ranks.call("parallel_cases:score", batch=batch)[0]
-            for row, (rollout, ours) in enumerate(zip(answers, read, strict=True)):
+            found = ranks.call("parallel_cases:score", batch=batch, teacher=Teacher.REFERENCE)[0]
+            for row, (rollout, ours, kl) in enumerate(zip(answers, read, diverged, strict=True)):
                 at = batch.counts[row]
+                asked = batch.asked[row][at]
+                np.testing.assert_allclose(found.kl[row][at][asked], kl[asked], atol=1e-4)
+                assert np.isnan(kl[~asked]).all()
                 for learner, engine, scored in (
                     (found.token_logprobs, rollout.token_logprobs, ours.policy_logprobs),
                     (found.exit_logprobs, rollout.exit_logprobs, ours.exit_logprobs),

@@ -92,6 +92,8 @@ def test_actors_answer_as_the_local_pool_does_and_survive_a_kill(path: Path, poo
     assert seen[-1] == (96, 96) and len(seen) > 1
     for a, b in zip(pool.score(flat(expected)), local.score(flat(expected)), strict=True):
         np.testing.assert_allclose(a.divergence, b.divergence, atol=1e-4)
+    for a, b in zip(pool.exit_divergences(flat(expected)), local.exit_divergences(flat(expected)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
     assert pool.health()["version"] == 7 and pool.health()["alive"] == 2
 
     victim = pool.health()["pids"][0]

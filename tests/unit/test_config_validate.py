@@ -142,6 +142,8 @@ def test_every_rule_on_a_field_is_enforced(key: str, value: Any, expected: str) 
         (["rollout=vllm", "rollout.tensor=4", "rollout.actors=3", *TWO_NODES], ["of 4 device(s)", "room for 2"]),
         (["rollout=vllm", "parallel.data=8", "cluster.gpus_per_node=8"], ["nine tenths", "share those of the 8 ranks"]),
         (["rl.credit=token", "rl.depth_cost=max"], ["rl.credit=token", "rl.depth_cost=max", "rl.credit=exit"]),
+        (["rl.credit=exit", "rl.exit_kl_power=2"], ["rl.exit_kl_power=2.0 with rl.kl=reward", "rl.kl=exact"]),
+        (["rl.exit_kl_power=0.5"], ["rl.exit_kl_power", ">= 1"]),
         (["rl.importance=mask", "rl.importance_floor=2"], ["rl.importance_floor=2", "rl.importance_cap=2"]),
         (["rl.clip_high=0.1"], ["rl.clip_high=0.1", "rl.clip=0.2"]),
         (["rl.accuracy_floor=100"], ["rl.accuracy_floor=100", "percentage points"]),
@@ -154,7 +156,12 @@ def test_every_rule_on_a_field_is_enforced(key: str, value: Any, expected: str) 
         ([*SKIPPING, "rollout.max_staleness=1"], ["rollout.max_staleness=1 (expected 0)"]),
         ([*SKIPPING, "rl.kl=reward"], ["rl.kl=reward with rl.beta=0.05 (expected exact, or 0)"]),
         ([*SKIPPING, "rl.kl=loss"], ["rl.kl=loss with rl.beta=0.05"]),
-        ([*SKIPPING, "rl.credit=exit"], ["rl.credit=exit with rl.exit_kl=1.0 (expected 0)"]),
+        ([*SKIPPING, "rl.credit=exit"], ["rl.credit=exit with rl.exit_kl=1.0 (expected 0, or"]),
+        (["rl.credit=exit", "rl.exit_divergence=all", "rl.replay=runs/x"], ["rl.exit_divergence=all", "rl.replay"]),
+        (
+            ["rl.credit=exit", "rl.exit_divergence=all", "rollout.max_staleness=1"],
+            ["rl.exit_divergence=all with rollout.max_staleness=1"],
+        ),
         (["rl.skip_scoring=true", "rl.epochs=2"], ["rl.epochs=2", "rl.importance=truncate", "rl.kl=reward"]),
         (["rollout.vllm_exits=compact"], ["rollout.vllm_exits=compact", "rollout.backend=vllm", "found ray"]),
         (["rollout=vllm", "exits.first_token=true"], ["exits.first_token=true", "rollout.backend=ray or local"]),
@@ -178,6 +185,10 @@ def test_what_the_rules_let_through() -> None:
     validate(config("rollout=vllm", "rollout.tensor=8"), dims(heads=32, kv_heads=4))
     validate(config("rl.group_size=1", "rl.advantage=none"), None)
     validate(config("rl.credit=exit", "rl.depth_cost=max", "rl.importance_floor=2", "rl.clip_high=0.2"), None)
+    validate(config("rl.credit=exit", "rl.exit_kl_power=2", "rl.kl=exact"), None)
+    validate(config("rl.credit=exit", "rl.exit_kl_power=2", "rl.exit_divergence=all"), None)
+    validate(config("rl.credit=exit", "rl.exit_divergence=all", "rl.beta=0", "rollout.max_staleness=1"), None)
+    validate(config(*SKIPPING, "rl.credit=exit", "rl.exit_divergence=all"), None)
     validate(config("rl.accuracy_floor=0", "rl.lambda_exit=4"), None)
     validate(config("rl.accuracy_floor=-1.5", "rl.lambda_exit=0"), None)
     validate(config(*SKIPPING), None)
@@ -207,7 +218,7 @@ def test_what_is_scored_before_the_first_update(kl: str, credit: str) -> None:
     if exact:
         assert passes() == (WITH_DIVERGENCE if local else POLICY)
         # What nothing asks for isn't computed.
-        assert passes("rl.beta=0") == passes("rl.exit_kl=0") == POLICY
+        assert passes("rl.beta=0") == passes("rl.exit_kl=0") == passes("rl.exit_divergence=all") == POLICY
         assert passes("rl.skip_scoring=true") == NOTHING
     else:
         # Without a use for it the reference is scored for the metrics, unless nothing is to be.

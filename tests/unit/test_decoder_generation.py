@@ -30,7 +30,7 @@ from ee_megatron.rollout import Decoder, GenerationRequest, Request, SamplingPar
 from ee_megatron.rollout.engine.ending import StopChecker
 from ee_megatron.rollout.engine.generation import is_whole
 from ee_megatron.rollout.engine.sampling import sample_tokens, stream_key, uniforms
-from ee_megatron.rollout.engine.scoring import score, trace
+from ee_megatron.rollout.engine.scoring import exit_divergences, score, trace
 from ee_megatron.types import Prompt, Rollout
 from tests.covering import covering
 from tests.tiny import tiny_hf, tiny_tokenizer
@@ -397,6 +397,33 @@ def test_score_measures_the_divergence_from_the_teacher_and_leaves_the_policy_lo
         np.testing.assert_allclose(found.teacher_entropy, -(theirs.exp() * theirs).sum(-1), atol=1e-5)
     same = score(teacher, None, [r for r in answers if r.length == 1] or answers[:1])
     assert teacher.gates is None and policy.gates is not None and len(same) >= 1
+
+
+def test_divergences_of_exits_are_those_of_one_token_that_leaves_there_and_not_where_it_did(path, policy, tokenizer):
+    answers = flat(
+        generate(policy, tokenizer, GenerationRequest(PROMPTS[:3], 1, SamplingParams(1.0, 8), Sample(), 1), version=0)
+    )
+    teacher = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
+    known = 0
+    for rollout, found in zip(answers, exit_divergences(policy, lively_policy(policy), answers), strict=True):
+        sequence = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])
+        lengths, first = torch.tensor([sequence.shape[1]]), len(rollout.prompt_tokens) - 1
+        depths = torch.full_like(sequence, 6)
+        depths[0, first : first + rollout.length] = torch.tensor(rollout.exit_depths).long()
+        theirs = teacher.readout(teacher.forward_parallel(sequence, lengths)[0]).log_softmax(-1)
+        assert found.shape == (rollout.length, 4) and found.dtype == np.float32
+        for t, taken in enumerate(rollout.exit_depths):
+            for i, depth in enumerate(SPEC.layout.outcomes):
+                if t == 0 or depth > taken:
+                    assert np.isnan(found[t, i])
+                    continue
+                changed = depths.clone()
+                changed[0, first + t] = depth
+                ours = policy.readout(policy.forward_parallel(sequence, lengths, changed)[0, first + t]).log_softmax(-1)
+                expected = (ours.exp() * (ours - theirs[first + t])).sum()
+                np.testing.assert_allclose(found[t, i], expected, atol=2e-5)
+                known += depth < taken
+    assert known > 10
 
 
 @pytest.mark.parametrize("exits", [Sample(), Threshold(0.5)], ids=str)

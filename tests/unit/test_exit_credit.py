@@ -57,6 +57,12 @@ with_a_decision = drawn_answers.filter(any)
 drawn_costs = st.sampled_from(sorted(DEPTH_COSTS))
 
 
+def of_outcomes(batch: ReplayBatch, costs: Tensor) -> Tensor:
+    """Costs [asked, M + 1] as far as a position came, NaN behind its outcome and where nothing was asked."""
+    behind = torch.arange(EXITS + 1) > outcomes_of(batch).unsqueeze(-1)
+    return at_asked(batch, costs.masked_fill(behind, torch.nan)).where(batch.asked.unsqueeze(-1), torch.nan)
+
+
 def priced(batch: ReplayBatch, kind: str) -> Tensor:
     return DEPTH_COSTS[kind].of_outcomes(batch, LAYOUT, COST_LENGTH)
 
@@ -71,13 +77,18 @@ EXACT_OUTCOMES = [[0, 0, 3, 1], [3, 0, 2, 0]]
 
 
 @pytest.mark.parametrize("hazards_known", [False, True])
+@pytest.mark.parametrize("of_all", [False, True])
 @pytest.mark.parametrize("divergences", [None, (0.9, 0.1, -0.3, 0.05)])
-def test_with_outcomes_in_proportion_the_weights_add_up_to_the_slope_of_the_expected_cost(hazards_known, divergences):
+def test_with_outcomes_in_proportion_the_weights_add_up_to_the_slope_of_the_expected_cost(
+    hazards_known, divergences, of_all
+):
     """No sampling is left, so exactly, whatever an outcome costs."""
     batch = batch_of(EXACT_OUTCOMES)
     price = torch.tensor([0.1, 0.7, 0.4, 1.0])
     by_outcome = torch.tensor(divergences or [0.0] * 4)
     own = None if divergences is None else at_asked(batch, by_outcome[outcomes_of(batch)])
+    if of_all and own is not None:
+        own = of_outcomes(batch, by_outcome.expand(8, -1))
     hazards = at_asked(batch, EXACT_HAZARDS.expand(8, -1)) if hazards_known else None
     found = hazard_costs(batch, LAYOUT, price.expand(*batch.tokens.shape, -1), own, hazards)
     expected = slope_of_expected_cost(EXACT_HAZARDS, price + by_outcome)
@@ -124,16 +135,35 @@ def test_positions_are_compared_with_those_of_about_the_same_hazard():
     torch.testing.assert_close(alike[outcomes == 0], torch.full((400,), -0.75))
 
 
+def test_tokens_of_one_hazard_are_taught_apart_where_the_divergences_of_all_outcomes_are_known():
+    """Every other token would lose by the first exit; one in ten took it."""
+    outcomes, harmful = torch.tensor(([0] * 2 + [3] * 18) * 20), torch.arange(400) % 2 == 1
+    batch = batch_of(outcomes.view(20, 20).tolist())
+    by_outcome = torch.zeros(400, EXITS + 1)
+    by_outcome[harmful, 0] = 3.0
+    costs = torch.tensor([0.0, 0.5, 0.75, 1.0]).expand(*batch.tokens.shape, -1)
+    hazards = at_asked(batch, torch.full((400, EXITS), 0.1))
+    taken = at_asked(batch, by_outcome.gather(-1, outcomes.unsqueeze(-1)).squeeze(-1))
+    apart = hazard_costs(batch, LAYOUT, costs, of_outcomes(batch, by_outcome), hazards)[batch.asked][:, 0]
+    alike = hazard_costs(batch, LAYOUT, costs, taken, hazards)[batch.asked][:, 0]
+    torch.testing.assert_close(apart, torch.where(harmful, 2.0, -1.0))
+    went_on = outcomes > 0
+    # The same mean, but what went on is told the mean of both kinds.
+    torch.testing.assert_close(alike[went_on], torch.full((360,), 0.5))
+    assert apart.mean().item() == pytest.approx(alike.mean().item()) == pytest.approx(0.5)
+
+
 @QUICK
 @given(with_a_decision, drawn_costs, st.booleans(), st.booleans(), st.integers(0, 99))
 def test_gates_that_a_position_does_not_come_by_cost_nothing(answers, kind, with_divergence, known, seed):
     batch = batch_of(answers, prompts=[2 + i for i in range(len(answers))])
     own = drawn_numbers(batch, seed) if with_divergence else None
-    found = hazard_costs(
-        batch, LAYOUT, priced(batch, kind), own, drawn_numbers(batch, seed + 1, EXITS) if known else None
-    )
+    hazards = drawn_numbers(batch, seed + 1, EXITS) if known else None
+    of_all = of_outcomes(batch, drawn_numbers(batch, seed, EXITS + 1)[batch.asked])
     reached = batch.asked.unsqueeze(-1) & (batch.exit_depths.unsqueeze(-1) >= torch.tensor(LAYOUT.depths))
-    assert not found[~reached].any() and found.isfinite().all()
+    for divergence in (own, of_all):
+        found = hazard_costs(batch, LAYOUT, priced(batch, kind), divergence, hazards)
+        assert not found[~reached].any() and found.isfinite().all()
 
 
 @QUICK
@@ -173,6 +203,9 @@ def test_a_gate_that_never_fired_is_taught_by_the_price_but_not_beside_a_diverge
     costs = priced(batch, "mean")
     price_only, both = (hazard_costs(batch, LAYOUT, costs, d, None)[batch.asked] for d in (None, own))
     assert (price_only[:, 0] < 0).all() and not both[:, 0].any()
+    # Unless it is read: 1 nat at every exit, and going on costs what it did.
+    read = hazard_costs(batch, LAYOUT, costs, of_outcomes(batch, torch.ones(5, EXITS + 1)), None)[batch.asked]
+    torch.testing.assert_close(read, price_only)
     went_on = outcomes_of(batch) == 3
     assert (price_only[went_on, 2] < 0).all() and not both[:, 2].any()
     assert both[:, 1].all()

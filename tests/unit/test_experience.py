@@ -309,6 +309,19 @@ def test_with_charge_right_gates_of_wrong_answers_pay_for_divergence_alone():
     caused = torch.tensor([[0.75, 0], [0.5, 0.1], [0.6, 0.1], [0.35, 0]])
     price = 0.6 / 6 * torch.tensor(LAYERS_SAVED) * torch.tensor([[1], [1], [0], [0]])
     torch.testing.assert_close(experience.hazard[batch.asked], price + caused, rtol=1e-5, atol=1e-6)
+    # Squares: gate 2 fired at .64 and .16 and went on at .01 and 0; gate 4 fired at .01 and went on at 0.
+    squares = torch.tensor([[0.635, 0], [0.39, 0.01], [0.4, 0.01], [0.155, 0]])
+    _, squared, _ = learned([group], replace(rl, exit_kl_power=2.0), kl=kl, hazards=hazards)
+    torch.testing.assert_close(squared.hazard[batch.asked], price + squares, rtol=1e-5, atol=1e-6)
+    # Read at every exit that was come by, gate 2 diverges by .5 more than what was taken, gate 4 by .2 more.
+    for rollout, row in zip(group.rollouts, range(2), strict=True):
+        taken = kl[row][batch.counts[row]].numpy()[:, None]
+        behind = np.array([2, 4, 6]) > rollout.exit_depths[:, None]
+        more = np.array([0.5, 0.2, 0.0]) * (np.array([2, 4, 6]) < rollout.exit_depths[:, None])
+        rollout.exit_divergences = np.where(behind, np.nan, taken + more).astype(np.float32)
+    caused = torch.tensor([[0.75, 0], [0.5, 0.1], [0.5, 0.2], [0.35, 0]])
+    _, read, _ = learned([group], replace(rl, exit_divergence="all"), kl=kl, hazards=hazards)
+    torch.testing.assert_close(read.hazard[batch.asked], price + caused, rtol=1e-5, atol=1e-6)
     _, free, _ = learned([group], replace(rl, exit_kl=0.0), kl=kl, hazards=hazards)
     torch.testing.assert_close(free.hazard[batch.asked], price, rtol=1e-5, atol=1e-6)
 

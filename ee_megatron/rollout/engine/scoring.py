@@ -132,6 +132,31 @@ def inspect(
     return [Inspection(*columns) for columns in read]
 
 
+@torch.inference_mode()
+def exit_divergences(
+    decoder: Decoder,
+    policy: dict[str, Tensor] | None,
+    rollouts: Sequence[Rollout],
+    progress: Progress | None = None,
+) -> list[np.ndarray]:
+    """KL(policy's readout ‖ teacher at full depth), nats, temperature 1, float32 [T, M + 1] per rollout: at every exit
+    that the token came by or took, at full depth if it got there; NaN behind its exit and where it might not exit.
+    Leaves the policy loaded."""
+    teacher = _teacher(decoder, policy, rollouts)
+    read = _read(decoder, rollouts, lambda batch, at: _divergences_chunk(decoder, batch, at), progress, teacher)
+    return [divergences for (divergences,) in read]
+
+
+def _divergences_chunk(decoder: Decoder, batch: _Batch, at: slice) -> tuple[Tensor]:
+    theirs = batch.teacher_readout(batch.teacher[at]).log_softmax(dim=-1)
+    found = torch.full((len(theirs), len(batch.exits) + 1), float("nan"), device=decoder.device)
+    for i, (depth, stream) in enumerate(zip(decoder.layout.outcomes, (*batch.exits, batch.final), strict=True)):
+        passed = ((batch.taken[at] >= depth) & batch.asked[at]).nonzero().squeeze(-1)
+        ours = decoder.readout(stream[at][passed]).log_softmax(dim=-1)
+        found[passed, i] = torch.einsum("nv,nv->n", ours.exp(), ours - theirs[passed]).clamp(min=0)
+    return (found,)
+
+
 def _inspect_chunk(decoder: Decoder, batch: _Batch, at: slice, streams: bool) -> tuple[Tensor, ...]:
     """The fields of `Inspection` for one chunk of positions; the exits are read where they were asked."""
     logp = batch.teacher_readout(batch.teacher[at]).log_softmax(dim=-1)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,6 +66,9 @@ class RolloutPool(Protocol):
         self, rollouts: Sequence[Rollout], streams: bool = False, progress: Progress | None = None
     ) -> list[Inspection]:
         """Hazards and costs of exiting wherever a gate was asked; with `streams` the hidden states at every exit."""
+
+    def exit_divergences(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[np.ndarray]:
+        """KL of every outcome that a token came by from the teacher, float32 [T, M + 1], NaN elsewhere."""
 
     def lens(self, rollouts: Sequence[Rollout], top_k: int, prompt: int, answer: int) -> list[Lens]:
         """What every exit would write, `top_k` tokens each: at the last `prompt` positions of each prompt and for the

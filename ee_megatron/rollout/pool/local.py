@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -133,6 +134,9 @@ class LocalPool:
         self, rollouts: Sequence[Rollout], streams: bool = False, progress: Progress | None = None
     ) -> list[Inspection]:
         return scoring.inspect(self.decoder, self._tensors, rollouts, streams, progress)
+
+    def exit_divergences(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[np.ndarray]:
+        return scoring.exit_divergences(self.decoder, self._tensors, rollouts, progress)
 
     def lens(self, rollouts: Sequence[Rollout], top_k: int, prompt: int, answer: int) -> list[Lens]:
         return lens(self.decoder, self._tensors, rollouts, top_k, prompt, answer)

@@ -175,6 +175,9 @@ class RayPool:
     ) -> list[Inspection]:
         return self._read("inspect", rollouts, (streams,), progress)
 
+    def exit_divergences(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[np.ndarray]:
+        return self._read("exit_divergences", rollouts, (), progress)
+
     def lens(self, rollouts: Sequence[Rollout], top_k: int, prompt: int, answer: int) -> list[Lens]:
         return self._read("lens", rollouts, (top_k, prompt, answer), None)
 

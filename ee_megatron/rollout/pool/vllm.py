@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from ...policy import WeightSet
 from ...tensors import digest
 from ...types import Rollout, Trace
@@ -19,8 +21,8 @@ PROCESS = f"{__package__}.vllm_process"
 
 
 class VllmPool:
-    """Answers come from vLLM; what is read again (`trace`, `score`, `inspect`) from the embedded engine, which is the
-    reference and is made when it is first asked for."""
+    """Answers come from vLLM; what is read again (`trace`, `score`, `inspect`, `exit_divergences`) from the embedded
+    engine, which is the reference and is made when it is first asked for."""
 
     def __init__(self, settings: ReplicaSettings):
         self.settings = settings
@@ -74,6 +76,9 @@ class VllmPool:
         self, rollouts: Sequence[Rollout], streams: bool = False, progress: Progress | None = None
     ) -> list[Inspection]:
         return self.reader.inspect(rollouts, streams, progress)
+
+    def exit_divergences(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[np.ndarray]:
+        return self.reader.exit_divergences(rollouts, progress)
 
     def lens(self, rollouts: Sequence[Rollout], top_k: int, prompt: int, answer: int) -> list[Lens]:
         return self.reader.lens(rollouts, top_k, prompt, answer)

@@ -152,6 +152,8 @@ def _divergences_chunk(decoder: Decoder, batch: _Batch, at: slice) -> tuple[Tens
     found = torch.full((len(theirs), len(batch.exits) + 1), float("nan"), device=decoder.device)
     for i, (depth, stream) in enumerate(zip(decoder.layout.outcomes, (*batch.exits, batch.final), strict=True)):
         passed = ((batch.taken[at] >= depth) & batch.asked[at]).nonzero().squeeze(-1)
+        if not len(passed):
+            continue
         ours = decoder.readout(stream[at][passed]).log_softmax(dim=-1)
         found[passed, i] = torch.einsum("nv,nv->n", ours.exp(), ours - theirs[passed]).clamp(min=0)
     return (found,)

@@ -305,8 +305,8 @@ class RLConfig:
     firing costs the mean over those that fired with about the same hazard. all: at every exit that a token came by; the
     pool reads the rollouts once more."""
     exit_kl_power: float = setting(1.0, at_least=1, added_later=True)
-    """With credit=exit, and kl=exact or exit_divergence=all: an exit answers for its divergence to this power. Above 1 a
-    rare large one, at a token on which the answer hangs, outweighs many small ones."""
+    """With credit=exit, and kl=exact or exit_divergence=all: an exit answers for its divergence to this power. Above 1
+    a rare large one, at a token on which the answer hangs, outweighs many small ones."""
     token_depth: float = setting(1.0, at_least=0, added_later=True)
     """With credit=exit: weight of the depth's advantage on the answer's tokens. 0: what is written doesn't answer for
     the depth that it takes."""

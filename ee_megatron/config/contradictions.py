@@ -170,6 +170,11 @@ def _check_objective(cfg: RunConfig) -> Iterator[str]:
         )
     if rl.exit_divergence == "all" and exits_judged(rl) and rl.replay:
         yield "rl.exit_divergence=all: recorded rollouts (rl.replay) have no pool to read them; set it to taken"
+    if read and rl.temperature != 1:
+        yield (
+            f"rl.exit_divergence=all with rl.temperature={rl.temperature}: the pool reads exits at 1; set "
+            "rl.temperature=1, or rl.exit_divergence=taken"
+        )
     if read and cfg.rollout.max_staleness:
         yield (
             f"rl.exit_divergence=all with rollout.max_staleness={cfg.rollout.max_staleness}: reading would wait for "

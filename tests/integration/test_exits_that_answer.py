@@ -88,6 +88,7 @@ def test_a_killed_run_goes_on_at_the_price_that_it_had_come_to(made, tmp_path):
         assert row["accuracy_goal"] == pytest.approx(reference["accuracy"] - 0.05)
         base = min(max(base + 0.5 * surplus, 0), 4)
         assert after["lambda"] == pytest.approx(min(max(base + 10 * surplus, 0), 4))
+    assert all(row["seconds_divergences"] > 0 for row in read_metrics(straight / "timings.jsonl"))
     # Gates are taught by the divergence where hardly an answer is right.
     assert all(row["kl_exact"] > 0 and row["grad_norm/gates"] > 0 for row in rows)
     assert all(len([key for key in row if key.startswith("exit_share/")]) > 1 for row in rows)

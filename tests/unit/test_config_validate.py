@@ -158,6 +158,7 @@ def test_every_rule_on_a_field_is_enforced(key: str, value: Any, expected: str) 
         ([*SKIPPING, "rl.kl=loss"], ["rl.kl=loss with rl.beta=0.05"]),
         ([*SKIPPING, "rl.credit=exit"], ["rl.credit=exit with rl.exit_kl=1.0 (expected 0, or"]),
         (["rl.credit=exit", "rl.exit_divergence=all", "rl.replay=runs/x"], ["rl.exit_divergence=all", "rl.replay"]),
+        (["rl.credit=exit", "rl.exit_divergence=all", "rl.temperature=0.7"], ["rl.exit_divergence=all", "=0.7"]),
         (
             ["rl.credit=exit", "rl.exit_divergence=all", "rollout.max_staleness=1"],
             ["rl.exit_divergence=all with rollout.max_staleness=1"],

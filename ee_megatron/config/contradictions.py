@@ -119,6 +119,20 @@ def _check_training(cfg: RunConfig) -> Iterator[str]:
             f"rl.gate_centre={cfg.rl.gate_centre}, rl.gate_sharpness={cfg.rl.gate_sharpness}: expected a hazard "
             "between 0 and 1 and a factor above 0"
         )
+    if cfg.rl.keep is not None:
+        c = cfg.calibrate
+        if not 0 < cfg.rl.keep <= 1:
+            yield f"rl.keep={cfg.rl.keep}: expected a share above 0 and at most 1, or null for what calibration kept"
+        if not c.keep * c.keep_upper:
+            yield (
+                f"rl.keep={cfg.rl.keep} with calibrate.keep={c.keep}, calibrate.keep_upper={c.keep_upper}: nothing is "
+                "left that could grow; give shares above 0, or leave rl.keep out"
+            )
+        if cfg.start:
+            yield (
+                f"rl.keep={cfg.rl.keep} with start={cfg.start}: how much of its change that policy kept isn't known; "
+                "leave one out"
+            )
     if draws_weights(cfg) and cfg.rollout.prompt_template == "chat":
         yield ("rollout.prompt_template=chat: a model that is pretrained here has no chat template; set plain")
     if cfg.rl.minibatches > cfg.rl.prompts_per_step:

@@ -382,6 +382,9 @@ class RLConfig:
     """Keep every step's rollouts in the stage's rollouts/ directory."""
     replay: str = ""
     """Train on the rollouts of this directory, as dumped, instead of a pool's."""
+    keep: float | None = setting(None, added_later=True)
+    """Share of calibration's change of the weights that RL starts from, in place of what calibrate.keep and keep_upper
+    left of it. null: what they left."""
     gate_centre: float = 0.5
     gate_sharpness: float = 1.0
     """The gates that RL starts from have their logits z replaced by sharpness * (z - logit(centre)): what a threshold

@@ -10,7 +10,6 @@ scale the adapters' change by `keep`, above the middle by `keep_upper` too; some
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from ..objectives.distillation import GATE_TARGETS, Distillation
 from ..objectives.divergences import TEACHERS
 from ..objectives.schedules import schedule
 from ..objectives.weights import Weights, mean_weights
+from ..policy import change_share
 from ..tensors import Block, ChangedStream, Stream, part_of
 from ..types import Trace
 from .session import Session
@@ -155,14 +155,13 @@ def interpolated(
     policy: Stream, start: Mapping[str, torch.Tensor], num_layers: int, keep: float, keep_upper: float
 ) -> Stream:
     """The policy with `keep` of its body's change since `start`, and of that `keep_upper` in the layers above the
-    middle; gates stay. Of an adapter B alone is scaled, since the change is B A (Wortsman et al. 2022, "Robust
-    fine-tuning of zero-shot models", arXiv 2109.01903, with one share for all)."""
+    middle; gates stay (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", arXiv 2109.01903, with one share
+    for all)."""
 
     def change(block: Block) -> torch.Tensor:
-        if block.name.startswith("gates.") or ".lora_A." in block.name:
+        share = change_share(block.name, num_layers, keep, keep * keep_upper)
+        if share == 1:
             return block.data
-        layer = re.match(r"model\.layers\.(\d+)\.", block.name)
-        share = keep * keep_upper if layer and int(layer[1]) >= num_layers / 2 else keep
         begun = part_of(start, block.name, slice(block.first, block.first + len(block.data)))
         return torch.lerp(begun, block.data, share)
 

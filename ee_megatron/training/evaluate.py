@@ -30,7 +30,6 @@ from ..evaluation.results import table, write_results
 from ..evaluation.summary import EvaluationRow, choose_threshold
 from ..exit_rules import CONTROLS, ExitRule, Off, Sample, Threshold
 from ..planning.flops import answer_cost
-from ..policy import sharpened
 from ..report.numbers import pareto_front
 from ..report.tables import choice_tables, controls_table, externalisation_table
 from ..rollout.engine.prompts import encode_continuation
@@ -242,8 +241,7 @@ class Evaluation:
             if model == "teacher":
                 self.pool.load(None)
             elif model == "start":
-                calibrated = open_policy(checkpoints["calibrated"])[1]
-                self.hold(sharpened(calibrated, rl.gate_centre, rl.gate_sharpness))
+                self.hold(self.session.rl_start(open_policy(checkpoints["calibrated"])[1]))
             else:
                 self.load(checkpoints[model])
             bench = ChoiceBench(

@@ -31,7 +31,6 @@ from ..learner.learner import Learner, Packed, Scores, Update
 from ..objectives.depth import CREDITS
 from ..objectives.divergences import Teacher
 from ..objectives.schedules import learning_rate
-from ..policy import sharpened
 from ..tensors import drain
 from ..types import Group
 from .costs import counted, speeds
@@ -55,7 +54,7 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
                 f"{start}: made with {spec}, the configuration says {session.spec}; give the same exits and adapter"
             )
         if checkpoint is None:
-            policy = sharpened(policy, rl.gate_centre, rl.gate_sharpness)
+            policy = session.rl_start(policy)
         learner = session.make_learner(policy, checkpoint, temperature=rl.temperature)
         source = make_source(session) if session.leads else None
         reference = session.unless_stopped(lambda: [source.reference_accuracy()] if source else None)

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, NoReturn, TypeVar, cast
@@ -45,13 +45,13 @@ from ..observe.trackers import Tracking
 from ..parallel import groups
 from ..parallel.groups import Degrees
 from ..parallel.heartbeat import Heartbeat
-from ..policy import PolicySpec, initial_policy
+from ..policy import PolicySpec, change_share, initial_policy, sharpened
 from ..rollout.engine.request import GenerationRequest
 from ..rollout.engine.sampling import SamplingParams
 from ..rollout.pool import make_pool
 from ..rollout.pool.interface import RolloutPool
 from ..tasks import Task, VerifierPool, task_of
-from ..tensors import LayeredTensors, Stream, drain
+from ..tensors import InterpolatedTensors, LayeredTensors, Stream, drain
 from ..types import Prompt, Rollout
 from .checkpoints import BEST, CheckpointWriter, TrainingStreams, damage, read_training
 from .stages import DONE
@@ -259,6 +259,16 @@ class Session:
             return initial_policy(self.source.dims, self.spec, seed)
         added = initial_policy(self.source.dims, replace(self.spec, full=False), seed)
         return LayeredTensors(added, BaseTensors(self.source))
+
+    def rl_start(self, calibrated: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """What RL starts from, of a calibrated policy: rl.keep, gate_centre and gate_sharpness."""
+        rl, c = self.cfg.rl, self.cfg.calibrate
+        policy = calibrated
+        if rl.keep is not None:
+            lower, upper = rl.keep / c.keep, rl.keep / (c.keep * c.keep_upper)
+            share = partial(change_share, num_layers=self.spec.num_layers, lower=lower, upper=upper)
+            policy = InterpolatedTensors(self.start(c.seed), calibrated, share)
+        return sharpened(policy, rl.gate_centre, rl.gate_sharpness)
 
     def read_policy(self, directory: Path, *, checked: bool) -> tuple[PolicySpec, Mapping[str, torch.Tensor]]:
         """A policy checkpoint, of which a rank reads what it asks for. The leader compares it with its digest, once for

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from ee_megatron.config.schema import CalibrateConfig, RLConfig
+from ee_megatron.config.schema import CalibrateConfig, RLConfig, RunConfig
 from ee_megatron.exits import ExitLayout, exit_distribution, target_hazards
 from ee_megatron.learner.batch import pack, spread
 from ee_megatron.learner.optimizer_state import OptimizerState
@@ -39,6 +40,7 @@ from ee_megatron.training.calibrate import (
 )
 from ee_megatron.training.checkpoints import TrainingStreams, damage, read_training, write_training
 from ee_megatron.training.rollout_source import step_prompts
+from ee_megatron.training.session import Session
 from ee_megatron.training.stored import load_rollouts, load_traces, save_rollouts, save_traces
 from ee_megatron.types import Prompt, Trace
 from tests.by_hand import a_group
@@ -184,6 +186,35 @@ def test_interpolation_scales_the_change_of_the_weights_and_leaves_the_gates():
         torch.testing.assert_close(found[f"{layer}weight"], base + share * (w - base))
     assert torch.equal(found["gates.2.fc2.bias"], policy["gates.2.fc2.bias"])
     assert torch.equal(found["model.norm.weight"], torch.full((5,), 1.75))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_rl_starts_from_the_share_of_calibrations_change_that_it_names(full):
+    shapes = {"weight": (4, 5)} if full else {"lora_A.weight": (2, 5), "lora_B.weight": (4, 2)}
+    start = {"gates.2.fc2.bias": torch.zeros(1), "gates.2.fc2.weight": torch.zeros(1, 3)}
+    trained = {"gates.2.fc2.bias": torch.ones(1), "gates.2.fc2.weight": torch.ones(1, 3)}
+    for layer in range(5):
+        name = f"model.layers.{layer}.mlp.up_proj."
+        for part, shape in shapes.items():
+            start[name + part] = torch.zeros(shape) if "lora_B" in part else torch.randn(shape)
+            trained[name + part] = torch.randn(shape)
+    spec = PolicySpec(num_layers=5, exit_depths=(2,), rank=0 if full else 2, full=full)
+
+    def begun(keep: float | None) -> dict[str, torch.Tensor]:
+        cfg = RunConfig(calibrate=CalibrateConfig(keep=0.8, keep_upper=0.5, seed=7), rl=RLConfig(keep=keep))
+        calibrated = collect(interpolated(HeldStream(trained), start, 5, 0.8, 0.5))
+        seeds = {7: start}
+        session = SimpleNamespace(cfg=cfg, spec=spec, start=lambda seed: seeds[seed])
+        return dict(Session.rl_start(session, calibrated))
+
+    kept, whole, most = begun(None), begun(1.0), begun(0.9)
+    for name in trained:
+        torch.testing.assert_close(whole[name], trained[name])
+        if name.startswith("gates.") or "lora_A" in name:
+            assert torch.equal(most[name], kept[name])
+        else:
+            torch.testing.assert_close(most[name], start[name] + 0.9 * (trained[name] - start[name]))
+            assert not torch.equal(kept[name], most[name])
 
 
 def test_patterns_follow_the_targets_and_repeat():

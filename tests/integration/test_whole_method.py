@@ -133,6 +133,23 @@ def test_learner_and_pool_agree_at_every_step(finished):
         assert row["grad_norm"] > 0
 
 
+@pytest.mark.timeout(1000)
+def test_rl_starts_from_the_share_that_is_asked_for_on_every_stage(finished):
+    folder, _ = finished
+    before = set((folder / "runs" / "tiny").glob("rl-*"))
+    run("rl", folder, "rl.keep=0.5", "rl.adapter_lr=0", "rl.gate_lr=0", "rl.steps=1")
+    (stage,) = set((folder / "runs" / "tiny").glob("rl-*")) - before
+    try:
+        begun = load_file(stage / "checkpoints" / "step_1" / "policy.safetensors")
+    finally:
+        shutil.rmtree(stage)
+    calibrated = load_file(stages.trained(only(folder, "calibrate"))[2] / "policy.safetensors")
+    assert begun.keys() == calibrated.keys()
+    for name, tensor in calibrated.items():
+        np.testing.assert_allclose(begun[name], tensor * (0.5 if ".lora_B." in name else 1), rtol=1e-6, err_msg=name)
+    assert any(np.abs(tensor).max() > 0 for name, tensor in calibrated.items() if ".lora_B." in name)
+
+
 def test_traces_and_rl_are_of_problems_on_wide_operands_too(finished):
     traced = [trace.prompt_id for trace in load_traces(only(finished[0], "traces") / "dataset")]
     assert [name.endswith("/wide") for name in traced] == [False] * 12 + [True] * 4, traced

@@ -177,6 +177,12 @@ def _check_objective(cfg: RunConfig) -> Iterator[str]:
             "itself; set rl.credit=answer"
         )
     read = exits_read(rl)
+    if rl.gate_pull and not read:
+        yield (
+            f"rl.gate_pull={rl.gate_pull} with rl.credit={rl.credit}, rl.exit_divergence={rl.exit_divergence}: what is "
+            "cheaper hangs on what every exit costs; set rl.credit=exit and rl.exit_divergence=all, with rl.beta and "
+            "rl.exit_kl above 0 and no rl.replay, or rl.gate_pull=0"
+        )
     if exits_judged(rl) and not read and rl.exit_kl_power != 1 and KL_TERMS[rl.kl].teacher is None:
         yield (
             f"rl.exit_kl_power={rl.exit_kl_power} with rl.kl={rl.kl}: a sampled token's log ratio can be negative and "

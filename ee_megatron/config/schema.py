@@ -307,6 +307,10 @@ class RLConfig:
     exit_kl_power: float = setting(1.0, at_least=1, added_later=True)
     """With credit=exit, and kl=exact or exit_divergence=all: an exit answers for its divergence to this power. Above 1
     a rare large one, at a token on which the answer hangs, outweighs many small ones."""
+    gate_pull: float = setting(0.0, at_least=0, added_later=True)
+    """With credit=exit and exit_divergence=all: weight, beside the expected cost, of a cross-entropy by which gates
+    learn what is cheaper even where they are sure of the other; answers then pay what their group does on average, and
+    exit_task is without effect."""
     token_depth: float = setting(1.0, at_least=0, added_later=True)
     """With credit=exit: weight of the depth's advantage on the answer's tokens. 0: what is written doesn't answer for
     the depth that it takes."""

@@ -30,7 +30,15 @@ def objective_of(rl: RLConfig, longest: int) -> PolicyGradient:
     """`longest`: generated tokens that an answer may have."""
     clip = Clip(rl.clip, rl.clip_high or rl.clip)
     return PolicyGradient(
-        SURROGATES[rl.surrogate], KL_TERMS[rl.kl], clip, rl.beta, rl.entropy_bonus, rl.ratios, rl.loss_average, longest
+        SURROGATES[rl.surrogate],
+        KL_TERMS[rl.kl],
+        clip,
+        rl.beta,
+        rl.entropy_bonus,
+        rl.ratios,
+        rl.loss_average,
+        longest,
+        rl.gate_pull,
     )
 
 
@@ -95,7 +103,11 @@ def credit(
         of_tokens = of_exits = by_task.unsqueeze(1) + from_there
     elif how.local:
         of_tokens, of_exits = by_task + rl.token_depth * by_depth, rl.exit_task * by_task
-        hazard = _exit_costs(batch, layout, rollouts, first, reference, rl, price * charged)
+        paid = charged.float()
+        if rl.gate_pull:
+            # Which is cheaper is asked of each token: it had better not hang on the luck of its answer.
+            paid = paid.view(len(groups), -1).mean(1).repeat_interleave(rl.group_size)
+        hazard = _exit_costs(batch, layout, rollouts, first, reference, rl, price * paid)
     of_tokens, of_exits = ((a if a.dim() == 2 else a.unsqueeze(1)) * counts for a in (of_tokens, of_exits))
 
     moved = [now - then for now, then in zip(start, old, strict=True)]

@@ -33,6 +33,7 @@ SETTINGS = [
 LED = (
     "rl.steps=4", "rl.checkpoint_every=1", "rl.credit=exit", "rl.charge=right", "rl.beta=0.2", "rl.accuracy_floor=5",
     "rl.accuracy_window=2", "rl.lambda_exit=0.3", "rl.exit_divergence=all", "rl.exit_kl_power=1.5",
+    "rl.gate_pull=0.2",
 )  # fmt: skip
 
 

@@ -119,12 +119,14 @@ def likelihood_loss(reference: Reference, batch, weights):
 
 
 def gates_loss(reference: Reference, batch, weights):
-    """Every gate with weights of its own: of the log of what it did, and of its hazard, where the position comes by."""
+    """Every gate with weights of its own: of the log of what it did, or of the cross-entropy to its target, and of its
+    hazard, where the position comes by."""
     hazards = torch.sigmoid(reference.gate_logits(batch.tokens, batch.exit_depths).double())
     ends = batch.exit_depths.unsqueeze(-1)
     depths = torch.tensor(SPEC.exit_depths)
     reached = batch.asked.unsqueeze(-1) & (ends >= depths)
-    did = torch.where(ends == depths, hazards, 1 - hazards).log()
+    wanted = (ends == depths).double() if weights.target_hazards is None else weights.target_hazards
+    did = wanted * hazards.log() + (1 - wanted) * (1 - hazards).log()
     return ((weights.hazard * hazards - weights.exit * did) * reached).sum()
 
 
@@ -214,15 +216,17 @@ def test_logits_and_gradients_of_full_fine_tuning(layout, model, models, ranks):
         assert_gradients(result["gradients"], *by_the_book)
 
 
+@pytest.mark.parametrize("targets", [False, True], ids=["taken", "targets"])
 @pytest.mark.parametrize("layout", [name for name in LAYOUT_ORDER if world(name) <= 2])
-def test_gradients_where_every_gate_has_weights_of_its_own(layout, models, ranks):
+def test_gradients_where_every_gate_has_weights_of_its_own(layout, targets, models, ranks):
     """What exits answer for themselves. The two stages of PP2 meet at an exit, whose gate the second one has."""
     path, (batch, weights) = models["qwen3"], make_batch(rows=6, first_token=True)
     generator = torch.Generator().manual_seed(3)
     shape = (*batch.tokens.shape, len(SPEC.exit_depths))
     # Padding, prompts and gates behind the exit have weights too, which must not count.
     exits, hazard = torch.randn(2, *shape, generator=generator)
-    weights = replace(weights, token=None, exit=exits / 30, hazard=hazard / 30)
+    wanted = (hazard < 0).float() if targets else None
+    weights = replace(weights, token=None, exit=exits / 30, hazard=hazard / 30, target_hazards=wanted)
     policy = random_policy(HFDirectory(path).dims, SPEC)
     degrees, stages, options = LAYOUTS[layout]
     results = ranks(world(layout)).call(

@@ -324,6 +324,12 @@ def test_with_charge_right_gates_of_wrong_answers_pay_for_divergence_alone():
     torch.testing.assert_close(read.hazard[batch.asked], price + caused, rtol=1e-5, atol=1e-6)
     _, free, _ = learned([group], replace(rl, exit_kl=0.0), kl=kl, hazards=hazards)
     torch.testing.assert_close(free.hazard[batch.asked], price, rtol=1e-5, atol=1e-6)
+    # Where gates are pulled all answers of a group pay what they do on average: half of it.
+    pulled = replace(rl, exit_divergence="all", gate_pull=0.2)
+    _, alike, _ = learned([group], pulled, kl=kl, hazards=hazards)
+    half = 0.3 / 6 * torch.tensor(LAYERS_SAVED)
+    torch.testing.assert_close(alike.hazard[batch.asked], half + caused, rtol=1e-5, atol=1e-6)
+    assert objective_of(pulled, LONGEST).gate_pull == 0.2
 
 
 @pytest.mark.parametrize("kl", ["reward", "loss"])

@@ -30,16 +30,9 @@ def objective_of(rl: RLConfig, longest: int) -> PolicyGradient:
     """`longest`: generated tokens that an answer may have."""
     clip = Clip(rl.clip, rl.clip_high or rl.clip)
     return PolicyGradient(
-        SURROGATES[rl.surrogate],
-        KL_TERMS[rl.kl],
-        clip,
-        rl.beta,
-        rl.entropy_bonus,
-        rl.ratios,
-        rl.loss_average,
-        longest,
-        rl.gate_pull,
-    )
+        SURROGATES[rl.surrogate], KL_TERMS[rl.kl], clip, rl.beta, rl.entropy_bonus, rl.ratios, rl.loss_average, longest,
+        gate_pull=rl.gate_pull,
+    )  # fmt: skip
 
 
 def replay(groups: Sequence[Group], num_layers: int, first_token: bool = False, *, gates: bool = True) -> ReplayBatch:

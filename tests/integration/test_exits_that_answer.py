@@ -33,7 +33,6 @@ SETTINGS = [
 LED = (
     "rl.steps=4", "rl.checkpoint_every=1", "rl.credit=exit", "rl.charge=right", "rl.beta=0.2", "rl.accuracy_floor=5",
     "rl.accuracy_window=2", "rl.lambda_exit=0.3", "rl.exit_divergence=all", "rl.exit_kl_power=1.5",
-    "rl.gate_pull=0.2",
 )  # fmt: skip
 
 
@@ -76,9 +75,11 @@ def without_clock(stage: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.timeout(900)
-def test_a_killed_run_goes_on_at_the_price_that_it_had_come_to(made, tmp_path):
+@pytest.mark.parametrize("pull", ["0.2", pytest.param("0", marks=SLOW)])
+def test_a_killed_run_goes_on_at_the_price_that_it_had_come_to(pull, made, tmp_path):
     """SIGKILL after two of four steps; the reference's accuracy is found out once."""
-    straight = finish([*made, *LED, f"runs={tmp_path / 'straight'}"], tmp_path / "straight")
+    led = (*LED, f"rl.gate_pull={pull}")
+    straight = finish([*made, *led, f"runs={tmp_path / 'straight'}"], tmp_path / "straight")
     rows = without_clock(straight)
     reference = json.loads((straight / "reference.json").read_text())
     assert reference["answers"] == 16
@@ -94,7 +95,7 @@ def test_a_killed_run_goes_on_at_the_price_that_it_had_come_to(made, tmp_path):
     assert all(row["kl_exact"] > 0 and row["grad_norm/gates"] > 0 for row in rows)
     assert all(len([key for key in row if key.startswith("exit_share/")]) > 1 for row in rows)
 
-    command = [*made, *LED, f"runs={tmp_path / 'killed'}"]
+    command = [*made, *led, f"runs={tmp_path / 'killed'}"]
     job, deadline = start(command), time.monotonic() + 280
     while not list((tmp_path / "killed").glob("tiny/rl-*/checkpoints/step_2/COMPLETE")):
         assert time.monotonic() < deadline and job.poll() is None, "the run did not reach step 2"

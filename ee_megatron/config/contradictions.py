@@ -108,6 +108,11 @@ def _check_training(cfg: RunConfig) -> Iterator[str]:
             f"calibrate.full_patterns={cfg.calibrate.full_patterns}: shares of the same patterns; expected at most 1 "
             "together"
         )
+    if cfg.calibrate.reach and not cfg.calibrate.depth_power:
+        yield (
+            f"calibrate.reach={cfg.calibrate.reach} with calibrate.depth_power=0: every KL counts in full already; "
+            "give a power above 0, 1.5 say, or leave reach out"
+        )
     for key, share in (("keep", cfg.calibrate.keep), ("keep_upper", cfg.calibrate.keep_upper)):
         if share < 1 and not cfg.calibrate.settle:
             yield (

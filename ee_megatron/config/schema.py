@@ -254,6 +254,9 @@ class CalibrateConfig:
     """Share of patterns without any exit: holds the answers at full depth, which the others hardly train."""
     depth_power: float = setting(0.0, at_least=0)
     """The KL of a position counts (exit depth / L) to this power: hopeless shallow exits pull less at the adapters."""
+    reach: float = setting(0.0, at_least=0, added_later=True)
+    """Nats within which a shallow exit isn't hopeless: for a share exp(-KL / reach) its KL counts as at full depth,
+    whatever depth_power says. 0: for none. Costs a scoring pass, which gate_targets=current has made already."""
     keep: float = setting(1.0, share=True)
     """Share of the change of the weights that is kept when the adapters' training ends (WiSE-FT): less of it, less is
     forgotten of what the traces don't hold."""

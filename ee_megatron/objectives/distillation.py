@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from .divergences import Teacher
@@ -35,18 +36,31 @@ GATE_TARGETS: dict[str, GateTargets] = {
 @dataclass(frozen=True)
 class Distillation:
     """Mean divergence from the teacher plus `gate_weight` times the gates' mean negative log-likelihood (method.md,
-    stage 1); a position's divergence counts (exit depth / L) to the power `depth_power`."""
+    stage 1). A position's divergence d counts f = (exit depth / L) to the power `depth_power`; with a `reach` in nats
+    f + (1 - f) exp(-d / reach)."""
 
     teacher: Teacher
     gate_targets: GateTargets
     gate_weight: float
     depth_power: float
+    reach: float
 
-    def weights(self, batch: Positions, layout: ExitLayout, traced: Tensor, own: Callable[[], Tensor]) -> Weights:
-        """`traced`, `own`: target hazards, as in `GateTargets`."""
-        fraction = batch.exit_depths.clamp(min=1).float() / layout.num_layers
+    def weights(
+        self,
+        batch: Positions,
+        layout: ExitLayout,
+        traced: Tensor,
+        divergence: Callable[[], Tensor],
+        target: Callable[[Tensor], Tensor],
+    ) -> Weights:
+        """`traced` [B, S, M]: as in `GateTargets`; `divergence`: the student's at the exits taken [B, S], nats, asked
+        for at most once; `target`: the hazards that divergences ask for."""
+        student = cache(divergence)
+        counts = (batch.exit_depths.clamp(min=1).float() / layout.num_layers) ** self.depth_power
+        if self.reach:
+            counts = counts + (1 - counts) * (-student() / self.reach).exp()
         return Weights(
-            divergence=mean_weights(batch, batch.counts) * fraction**self.depth_power,
+            divergence=mean_weights(batch, batch.counts) * counts,
             exit=self.gate_weight * mean_weights(batch, batch.asked),
-            target_hazards=self.gate_targets(batch, layout, traced, own),
+            target_hazards=self.gate_targets(batch, layout, traced, lambda: target(student())),
         )

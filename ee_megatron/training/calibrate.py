@@ -122,12 +122,14 @@ def make_weights(
 ) -> Weights:
     """The objective's weights for a batch of `traces`; where it needs the student's divergences, the batch is scored
     first."""
-    traced = spread(batch, [target_hazards(torch.from_numpy(t.divergences), kl_factor).numpy() for t in traces])
 
-    def own() -> torch.Tensor:
-        return target_hazards(learner.score(batch, teacher=objective.teacher).kl, kl_factor)
+    def target(divergence: torch.Tensor) -> torch.Tensor:
+        return target_hazards(divergence, kl_factor)
 
-    return objective.weights(batch, learner.spec.layout, traced, own)
+    traced = spread(batch, [target(torch.from_numpy(t.divergences)).numpy() for t in traces])
+    return objective.weights(
+        batch, learner.spec.layout, traced, lambda: learner.score(batch, teacher=objective.teacher).kl, target
+    )
 
 
 def own_hazards(learner: Learner, traces: list[Trace], items: list[Item], layout: ExitLayout) -> list[torch.Tensor]:
@@ -181,7 +183,9 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
         options: dict[str, Any] = {"adapter_dropout": cfg.adapter.dropout, "kl_direction": c.kl_direction}
         learner = session.make_learner(begun, checkpoint, **options)
         layout = session.spec.layout
-        objective = Distillation(TEACHERS[c.teacher], GATE_TARGETS[c.gate_targets], c.gate_weight, c.depth_power)
+        objective = Distillation(
+            TEACHERS[c.teacher], GATE_TARGETS[c.gate_targets], c.gate_weight, c.depth_power, c.reach
+        )
         session.open_metrics(resume_step=done)
         target = target_depth(traces, layout, c.kl_factor)
         with session.progress(len(updates), done) as bar:

@@ -97,6 +97,10 @@ def test_every_rule_on_a_field_is_enforced(key: str, value: Any, expected: str) 
             ["calibrate.uniform_patterns=0.6", "calibrate.full_patterns=0.5"],
             ["calibrate.uniform_patterns=0.6", "calibrate.full_patterns=0.5", "at most 1 together"],
         ),
+        (
+            ["calibrate.reach=1", "calibrate.depth_power=0"],
+            ["calibrate.reach=1", "calibrate.depth_power=0", "in full already"],
+        ),
         (["traces.wide_operands=0.5", "task.operands=wide"], ["traces.wide_operands=0.5", "arithmetic, wide"]),
         (["rl.wide_operands=0.5", "task.operands=wide"], ["rl.wide_operands=0.5", "arithmetic, wide"]),
         (

@@ -260,11 +260,40 @@ def test_calibration_batch_carries_the_teacher():
     traces = [a_trace("a", 5), a_trace("b", 3, seed=1)]
     batch = make_batch(traces, [Item(1, 0), Item(0, 2)], LAYOUT, CalibrateConfig())
     assert batch.teacher_ids[0][batch.counts[0]].tolist() == traces[1].topk_ids.tolist()
-    objective = Distillation(Teacher.STORED, GATE_TARGETS["soft"], gate_weight=1.0, depth_power=0.0)
+    objective = Distillation(Teacher.STORED, GATE_TARGETS["soft"], gate_weight=1.0, depth_power=0.0, reach=0.0)
     traced = torch.rand(*batch.tokens.shape, 2)
-    weights = objective.weights(batch, LAYOUT, traced, own=lambda: traced)
+
+    def never(*_: object) -> torch.Tensor:
+        raise AssertionError("the student was scored for nothing")
+
+    weights = objective.weights(batch, LAYOUT, traced, never, never)
     assert weights.target_hazards is traced and weights.token is None
     assert weights.divergence.sum().item() == pytest.approx(1.0)
+
+
+def test_within_reach_a_shallow_exit_counts_like_a_deep_one_and_the_student_is_scored_once():
+    """Weights over those without depth_power: f + (1 - f) exp(-d / reach), f = (e / 6)^2, by hand at four positions."""
+    batch = pack([np.arange(2)], [np.arange(4)], [np.array([2, 2, 2, 6], dtype=np.int32)], 6, first_token=True)
+    given = torch.tensor([0.0, 0.5, 40.0, 3.0])
+    asked: list[torch.Tensor] = []
+
+    def divergence() -> torch.Tensor:
+        asked.append(spread(batch, [given.numpy()]))
+        return asked[-1]
+
+    def weighed(**settings: float) -> torch.Tensor:
+        made = {"gate_weight": 1.0, "depth_power": 2.0, "reach": 0.5, **settings}
+        objective = Distillation(Teacher.STORED, GATE_TARGETS["current"], **made)
+        weights = objective.weights(batch, LAYOUT, torch.zeros(()), divergence, lambda d: (-d).exp())
+        # Gates learn from the same divergences, at the exit taken.
+        assert weights.target_hazards[batch.counts][:, 0].tolist() == pytest.approx([1.0, np.exp(-0.5), 0.0, -1.0])
+        return weights.divergence[batch.counts] * 4
+
+    f = 1 / 9
+    assert weighed().tolist() == pytest.approx([1.0, f + (1 - f) * np.exp(-1.0), f, 1.0], abs=1e-6)
+    assert weighed(reach=0.0).tolist() == pytest.approx([f, f, f, 1.0])
+    assert weighed(depth_power=0.0).tolist() == pytest.approx([1.0] * 4)
+    assert len(asked) == 3
 
 
 def test_sequences_and_their_weights_are_cut_alike():

@@ -107,6 +107,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     try:
+        if min(options.exits, options.problems) < 1:
+            raise ValueError(f"--exits {options.exits}, --problems {options.problems}: expected at least 1 of each")
         cfg, model, checkpoint = stages.trained(options.stage)
         spec, tensors = load_policy(checkpoint)
         prompts = task_of(cfg, model).prompts("train")[: options.problems]

@@ -110,8 +110,8 @@ def calibration_flops(layout: Layout, load: Workload, cfg: RunConfig) -> float:
     full = TEACHERS[c.teacher] is Teacher.REFERENCE
     compared = PassMode(train=False, divergence=full)
     update = PassMode(train=True, recompute=again, input_gradient=again, likelihood=not full, divergence=full)
-    # The student's own targets take its divergences first, its own exits the hazards of every gate.
-    scored = [(1, load, compared)] if c.gate_targets == "current" else []
+    # The student's own targets, and a reach, take its divergences first, its own exits the hazards of every gate.
+    scored = [(1, load, compared)] if c.gate_targets == "current" or c.reach else []
     own = [(c.student_patterns, load.at_full_depth(), POLICY)]
     taught = [(full * (1 + len(scored)), load, REFERENCE)]
     return sum(

@@ -117,6 +117,10 @@ def _pack(traces: Sequence[Trace], depths: Sequence[np.ndarray] | None, layout: 
     return pack(prompts, answers, depths, layout.num_layers, layout.first_token)
 
 
+def objective_of(c: CalibrateConfig) -> Distillation:
+    return Distillation(TEACHERS[c.teacher], GATE_TARGETS[c.gate_targets], c.gate_weight, c.depth_power, c.reach)
+
+
 def make_weights(
     learner: Learner, objective: Distillation, batch: ReplayBatch, traces: list[Trace], kl_factor: float
 ) -> Weights:
@@ -183,9 +187,7 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
         options: dict[str, Any] = {"adapter_dropout": cfg.adapter.dropout, "kl_direction": c.kl_direction}
         learner = session.make_learner(begun, checkpoint, **options)
         layout = session.spec.layout
-        objective = Distillation(
-            TEACHERS[c.teacher], GATE_TARGETS[c.gate_targets], c.gate_weight, c.depth_power, c.reach
-        )
+        objective = objective_of(c)
         session.open_metrics(resume_step=done)
         target = target_depth(traces, layout, c.kl_factor)
         with session.progress(len(updates), done) as bar:

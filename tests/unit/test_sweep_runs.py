@@ -505,6 +505,18 @@ def test_a_budget_buys_the_nearest_number_of_updates(setting: str, base: list[st
         buy(cfg, read_dims(cfg), 1e3, how)
 
 
+def test_the_student_is_scored_once_whether_its_gates_or_the_reach_ask_for_it(base: list[str]) -> None:
+    how = IsoFlop(set="calibrate.epochs", prompt_tokens=20, answer_tokens=16)
+
+    def bought(*settings: str) -> float:
+        cfg = load([*base, "calibrate.depth_power=1.5", *settings])
+        return float(buy(cfg, read_dims(cfg), 1e13, how).text)
+
+    reach, current = "calibrate.reach=1", "calibrate.gate_targets=current"
+    once = bought(reach, "calibrate.gate_targets=sampled")
+    assert once == bought(current) == bought(reach, current) < bought("calibrate.gate_targets=sampled")
+
+
 def test_an_isoflop_grid_gives_larger_models_fewer_steps(base: list[str], tmp_path: Path) -> None:
     (tmp_path / "wide").mkdir()
     wide = {**TINY, "hidden_size": 128, "intermediate_size": 192}

@@ -35,6 +35,7 @@ from ee_megatron.training.calibrate import (
     draw_exits,
     interpolated,
     make_batch,
+    objective_of,
     plan,
     target_depth,
 )
@@ -282,8 +283,8 @@ def test_within_reach_a_shallow_exit_counts_like_a_deep_one_and_the_student_is_s
         return asked[-1]
 
     def weighed(**settings: float) -> torch.Tensor:
-        made = {"gate_weight": 1.0, "depth_power": 2.0, "reach": 0.5, **settings}
-        objective = Distillation(Teacher.STORED, GATE_TARGETS["current"], **made)
+        made = {"depth_power": 2.0, "reach": 0.5, **settings}
+        objective = objective_of(CalibrateConfig(gate_targets="current", **made))
         weights = objective.weights(batch, LAYOUT, torch.zeros(()), divergence, lambda d: (-d).exp())
         # Gates learn from the same divergences, at the exit taken.
         assert weights.target_hazards[batch.counts][:, 0].tolist() == pytest.approx([1.0, np.exp(-0.5), 0.0, -1.0])

@@ -188,6 +188,13 @@ def _check_objective(cfg: RunConfig) -> Iterator[str]:
             "cheaper hangs on what every exit costs; set rl.credit=exit and rl.exit_divergence=all, with rl.beta and "
             "rl.exit_kl above 0 and no rl.replay, or rl.gate_pull=0"
         )
+    if rl.exit_later and (not read or rl.gate_pull):
+        yield (
+            f"rl.exit_later={rl.exit_later} with rl.credit={rl.credit}, rl.exit_divergence={rl.exit_divergence}, "
+            f"rl.gate_pull={rl.gate_pull}: exits can answer for later tokens only where every exit is read, and gates "
+            "that are pulled have no advantage; set rl.credit=exit, rl.exit_divergence=all and rl.gate_pull=0, with "
+            "rl.beta and rl.exit_kl above 0 and no rl.replay, or rl.exit_later=0"
+        )
     if exits_judged(rl) and not read and rl.exit_kl_power != 1 and KL_TERMS[rl.kl].teacher is None:
         yield (
             f"rl.exit_kl_power={rl.exit_kl_power} with rl.kl={rl.kl}: a sampled token's log ratio can be negative and "

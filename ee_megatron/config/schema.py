@@ -301,6 +301,9 @@ class RLConfig:
     token, against going on at that gate). The longer the answers the more of answer's and token's signal is noise."""
     exit_task: float = setting(0.1, at_least=0, added_later=True)
     """With credit=exit: weight of the task's advantage on the answer's exits."""
+    exit_later: float = setting(0.0, at_least=0, added_later=True)
+    """With credit=exit and exit_divergence=all: weight, beside beta times exit_kl, of the divergence of the answer's
+    later tokens, at their own exits, against the group's other answers: what a stream frozen early takes from them."""
     exit_kl: float = setting(1.0, at_least=0, added_later=True)
     """With credit=exit: weight of the divergence at an exit, beside beta."""
     exit_divergence: str = setting("taken", choices=("taken", "all"), added_later=True)

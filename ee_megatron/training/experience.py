@@ -96,11 +96,16 @@ def credit(
         of_tokens = of_exits = by_task.unsqueeze(1) + from_there
     elif how.local:
         of_tokens, of_exits = by_task + rl.token_depth * by_depth, rl.exit_task * by_task
+        divergence = _divergences(batch, rollouts, first, reference, rl)
+        if rl.exit_later and divergence is not None:
+            later = rl.exit_later * _later(batch, layout, divergence)
+            of_exits = of_exits.unsqueeze(1) + token_advantage(batch, later, counted, rl.group_size)
         paid = charged.float()
         if rl.gate_pull:
             # Which is cheaper is asked of each token: it had better not hang on the luck of its answer.
             paid = paid.view(len(groups), -1).mean(1).repeat_interleave(rl.group_size)
-        hazard = _exit_costs(batch, layout, rollouts, first, reference, rl, price * paid)
+        costs = _depth_costs(batch, layout, rl, price * paid)
+        hazard = hazard_costs(batch, layout, costs, divergence, None if first is None else first.hazards)
     of_tokens, of_exits = ((a if a.dim() == 2 else a.unsqueeze(1)) * counts for a in (of_tokens, of_exits))
 
     moved = [now - then for now, then in zip(start, old, strict=True)]
@@ -125,26 +130,32 @@ def credit(
     return experience, values
 
 
-def _exit_costs(
-    batch: ReplayBatch,
-    layout: ExitLayout,
-    rollouts: Sequence[Rollout],
-    first: Scores | None,
-    reference: Tensor | None,
-    rl: RLConfig,
-    price: Tensor,
-) -> Tensor:
-    """What firing costs more than going on, [B, S, M]: price [B] of depth, and beta * rl.exit_kl of the divergence to
-    the power rl.exit_kl_power, per token. Weights of the loss divide by an answer's tokens; a cost is an answer's."""
+def _depth_costs(batch: ReplayBatch, layout: ExitLayout, rl: RLConfig, price: Tensor) -> Tensor:
+    """What the depth of each outcome costs at a price [B], [B, S, M + 1]. Weights of the loss divide by an answer's
+    tokens; a cost is an answer's."""
     lengths = batch.counts.sum(1).clamp(min=1)
-    costs = DEPTH_COSTS[rl.depth_cost].of_outcomes(batch, layout, rl.cost_length) * (price * lengths)[:, None, None]
-    divergence, weight = None, rl.beta * rl.exit_kl
+    return DEPTH_COSTS[rl.depth_cost].of_outcomes(batch, layout, rl.cost_length) * (price * lengths)[:, None, None]
+
+
+def _divergences(
+    batch: ReplayBatch, rollouts: Sequence[Rollout], first: Scores | None, reference: Tensor | None, rl: RLConfig
+) -> Tensor | None:
+    """beta * rl.exit_kl of the divergence to the power rl.exit_kl_power, of the outcome taken [B, S] or, where every
+    exit was read, of all up to it [B, S, M + 1]; None where it costs nothing or nobody knows it."""
+    weight = rl.beta * rl.exit_kl
     if weight and rl.exit_divergence == "all":
-        divergence = weight * spread(batch, [np.asarray(r.exit_divergences) for r in rollouts]) ** rl.exit_kl_power
-    elif weight and first is not None:
-        of_taken = first.kl**rl.exit_kl_power if reference is None else first.token_logprobs - reference
-        divergence = weight * of_taken
-    return hazard_costs(batch, layout, costs, divergence, None if first is None else first.hazards)
+        return weight * spread(batch, [np.asarray(r.exit_divergences) for r in rollouts]) ** rl.exit_kl_power
+    if weight and first is not None:
+        return weight * (first.kl**rl.exit_kl_power if reference is None else first.token_logprobs - reference)
+    return None
+
+
+def _later(batch: ReplayBatch, layout: ExitLayout, divergences: Tensor) -> Tensor:
+    """Sum over an answer's later tokens of the divergence at the outcome that each took, [B, S]; divergences
+    [B, S, M + 1]."""
+    outcome = (batch.exit_depths.unsqueeze(-1) == batch.exit_depths.new_tensor(layout.outcomes)).int().argmax(-1)
+    taken = divergences.gather(-1, outcome.unsqueeze(-1)).squeeze(-1) * batch.counts
+    return taken.flip(1).cumsum(1).flip(1) - taken
 
 
 def entropies(batch: ReplayBatch, seen: Scores) -> dict[str, float]:

@@ -75,10 +75,10 @@ def without_clock(stage: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("pull", ["0.2", pytest.param("0", marks=SLOW)])
-def test_a_killed_run_goes_on_at_the_price_that_it_had_come_to(pull, made, tmp_path):
+@pytest.mark.parametrize("gates", ["rl.gate_pull=0.2", pytest.param("rl.exit_later=1", marks=SLOW)])
+def test_a_killed_run_goes_on_at_the_price_that_it_had_come_to(gates, made, tmp_path):
     """SIGKILL after two of four steps; the reference's accuracy is found out once."""
-    led = (*LED, f"rl.gate_pull={pull}")
+    led = (*LED, gates)
     straight = finish([*made, *led, f"runs={tmp_path / 'straight'}"], tmp_path / "straight")
     rows = without_clock(straight)
     reference = json.loads((straight / "reference.json").read_text())

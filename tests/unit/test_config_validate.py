@@ -167,6 +167,11 @@ def test_every_rule_on_a_field_is_enforced(key: str, value: Any, expected: str) 
             ["rl.credit=exit", "rl.exit_divergence=all", "rollout.max_staleness=1"],
             ["rl.exit_divergence=all with rollout.max_staleness=1"],
         ),
+        (["rl.exit_later=1", "rl.credit=exit"], ["rl.exit_later=1.0", "rl.exit_divergence=taken"]),
+        (
+            ["rl.exit_later=1", "rl.credit=exit", "rl.exit_divergence=all", "rl.gate_pull=0.2"],
+            ["rl.exit_later=1.0", "rl.gate_pull=0.2"],
+        ),
         (["rl.gate_pull=0.2"], ["rl.gate_pull=0.2 with rl.credit=answer", "set rl.credit=exit"]),
         (["rl.gate_pull=0.2", "rl.credit=exit"], ["rl.gate_pull=0.2", "rl.exit_divergence=taken"]),
         (
@@ -202,6 +207,7 @@ def test_what_the_rules_let_through() -> None:
     validate(config("rl.credit=exit", "rl.exit_kl_power=2", "rl.kl=exact"), None)
     validate(config("rl.credit=exit", "rl.exit_kl_power=2", "rl.exit_divergence=all"), None)
     validate(config("rl.credit=exit", "rl.exit_divergence=all", "rl.gate_pull=0.2"), None)
+    validate(config("rl.credit=exit", "rl.exit_divergence=all", "rl.exit_later=1"), None)
     validate(config("rl.credit=exit", "rl.exit_divergence=all", "rl.beta=0", "rollout.max_staleness=1"), None)
     validate(config(*SKIPPING, "rl.credit=exit", "rl.exit_divergence=all"), None)
     validate(config("rl.accuracy_floor=0", "rl.lambda_exit=4"), None)

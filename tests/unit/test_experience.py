@@ -322,6 +322,14 @@ def test_with_charge_right_gates_of_wrong_answers_pay_for_divergence_alone():
     caused = torch.tensor([[0.75, 0], [0.5, 0.1], [0.5, 0.2], [0.35, 0]])
     _, read, _ = learned([group], replace(rl, exit_divergence="all"), kl=kl, hazards=hazards)
     torch.testing.assert_close(read.hazard[batch.asked], price + caused, rtol=1e-5, atol=1e-6)
+    # Behind its second token an answer has .1 to go, the other .4; behind the last nothing.
+    rl = replace(rl, group_size=2)
+    _, later, _ = learned([group], replace(rl, exit_divergence="all", exit_later=0.5), kl=kl, hazards=hazards)
+    of_later = 0.5 * torch.tensor([0.3, 0.0, -0.3, 0.0])
+    torch.testing.assert_close(later.exit_advantage[batch.asked], of_later, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(later.hazard, read.hazard)
+    torch.testing.assert_close(later.token_advantage, read.token_advantage)
+    assert not read.exit_advantage.any()
     _, free, _ = learned([group], replace(rl, exit_kl=0.0), kl=kl, hazards=hazards)
     torch.testing.assert_close(free.hazard[batch.asked], price, rtol=1e-5, atol=1e-6)
     # Where gates are pulled all answers of a group pay what they do on average: half of it.

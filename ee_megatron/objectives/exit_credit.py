@@ -38,7 +38,7 @@ def hazard_costs(
     gate never fired, nothing is known of its exit and nothing is taught.
     """
     exits = len(layout.depths)
-    outcome = (batch.exit_depths.unsqueeze(-1) == batch.exit_depths.new_tensor(layout.outcomes)).int().argmax(-1)
+    outcome = _outcomes(batch, layout)
     result = costs.new_zeros(*outcome.shape, exits)
     for gate in range(exits):
         reached = batch.asked & (outcome >= gate)
@@ -64,6 +64,22 @@ def hazard_costs(
             difference = difference + torch.where(fired, own - of_going_on, of_firing - own)
         result[..., gate][reached] = difference
     return result
+
+
+def later_divergence(batch: Positions, layout: ExitLayout, divergences: Tensor) -> Tensor:
+    """Sum over an answer's later tokens u > t of D_u, the divergence at the outcome that u took, float32 [B, S].
+
+    divergences [B, S, M + 1]: of all outcomes up to that one. An exit at t has a part in D_u because u reads a stream
+    that ends there. Against the group's other answers (`depth.token_advantage`) it is the score function's estimate of
+    that part (Williams 1992, REINFORCE), since what u would have said behind the other decision is not known.
+    """
+    taken = divergences.gather(-1, _outcomes(batch, layout).unsqueeze(-1)).squeeze(-1).where(batch.counts, 0.0)
+    return taken.flip(1).cumsum(1).flip(1) - taken
+
+
+def _outcomes(batch: Positions, layout: ExitLayout) -> Tensor:
+    """Number of the outcome that each position took, int64 [B, S]."""
+    return (batch.exit_depths.unsqueeze(-1) == batch.exit_depths.new_tensor(layout.outcomes)).int().argmax(-1)
 
 
 def _equal_parts(values: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ..objectives.advantages import (
     overlong_penalty,
 )
 from ..objectives.depth import CREDITS, DEPTH_COSTS, token_advantage
-from ..objectives.exit_credit import hazard_costs
+from ..objectives.exit_credit import hazard_costs, later_divergence
 from ..objectives.policy_gradient import IMPORTANCE, KL_TERMS, RATIOS, SURROGATES, Clip, Experience, PolicyGradient
 from ..types import Group, Rollout
 
@@ -98,7 +98,7 @@ def credit(
         of_tokens, of_exits = by_task + rl.token_depth * by_depth, rl.exit_task * by_task
         divergence = _divergences(batch, rollouts, first, reference, rl)
         if rl.exit_later and divergence is not None:
-            later = rl.exit_later * _later(batch, layout, divergence)
+            later = rl.exit_later * later_divergence(batch, layout, divergence)
             of_exits = of_exits.unsqueeze(1) + token_advantage(batch, later, counted, rl.group_size)
         paid = charged.float()
         if rl.gate_pull:
@@ -148,14 +148,6 @@ def _divergences(
     if weight and first is not None:
         return weight * (first.kl**rl.exit_kl_power if reference is None else first.token_logprobs - reference)
     return None
-
-
-def _later(batch: ReplayBatch, layout: ExitLayout, divergences: Tensor) -> Tensor:
-    """Sum over an answer's later tokens of the divergence at the outcome that each took, [B, S]; divergences
-    [B, S, M + 1]."""
-    outcome = (batch.exit_depths.unsqueeze(-1) == batch.exit_depths.new_tensor(layout.outcomes)).int().argmax(-1)
-    taken = divergences.gather(-1, outcome.unsqueeze(-1)).squeeze(-1) * batch.counts
-    return taken.flip(1).cumsum(1).flip(1) - taken
 
 
 def entropies(batch: ReplayBatch, seen: Scores) -> dict[str, float]:

@@ -20,6 +20,7 @@ from . import exit_rules
 from .arguments import Parser
 from .config.faults import lines_of
 from .config.schema import RunConfig
+from .interrupts import interruptible
 from .training.ranks import check_variables, is_rank
 
 STAGES = {
@@ -403,7 +404,8 @@ def _guarded(action: Callable[[], int]) -> int:
         rank, world = os.environ.get("RANK"), int(os.environ.get("WORLD_SIZE", "1"))
         if rank is not None and world > 1:
             return _guarded_rank(action, f"rank {rank} of {world}")
-        return action()
+        with interruptible():
+            return action()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -434,7 +436,8 @@ def _guarded_rank(action: Callable[[], int], name: str) -> int:
 
     faulthandler.enable()
     try:
-        return action()
+        with interruptible():
+            return action()
     except KeyboardInterrupt:
         return 130
     except (ValueError, FileNotFoundError) as error:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from ..arguments import Parser
+from ..interrupts import interruptible
 from .workspace import check_output, partial_of
 
 # torch, transformers and megatron-core take seconds to import: each command does when it has read its arguments.
@@ -43,9 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     out = Path(args.out) if "out" in args else None
     try:
-        if out is not None:
-            check_output(out)
-        return args.run(args)
+        with interruptible():
+            if out is not None:
+                check_output(out)
+            return args.run(args)
     except KeyboardInterrupt:
         print(f"interrupted{_left_over(out)}", file=sys.stderr)
         return 130

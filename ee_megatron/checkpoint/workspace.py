@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..interrupts import interruptible
+
 JOURNAL = "journal.jsonl"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # Direct writes begin, end and lie in memory at multiples of the disk's block; no disk in use has larger ones.
@@ -184,11 +186,12 @@ def workspace(out: Path, job: dict[str, Any], resume: bool = False) -> Iterator[
         try:
             space = Workspace(folder, journal, _continue(out, folder, journal, job) if resume else {})
             try:
-                if not resume or journal.tell() == 0:
-                    _clear(folder, journal)
-                    space._note({"job": job, "boot": _boot()})
-                yield space
-                space.settle()
+                with interruptible():
+                    if not resume or journal.tell() == 0:
+                        _clear(folder, journal)
+                        space._note({"job": job, "boot": _boot()})
+                    yield space
+                    space.settle()
             finally:
                 space.close()
             _publish(folder, out)

@@ -96,10 +96,15 @@ def _check_training(cfg: RunConfig) -> Iterator[str]:
         yield (f"adapter.dropout={cfg.adapter.dropout}: expected 0 <= dropout < 1")
     if cfg.teacher.enabled and cfg.adapter.rank == 0 and not cfg.adapter.full:
         yield ("adapter.rank=0: the teacher is trained through adapters; give a rank > 0 or teacher.enabled=false")
-    for key, share in (("traces", cfg.traces.wide_operands), ("rl", cfg.rl.wide_operands)):
-        if share and (cfg.task.name, cfg.task.operands) != ("arithmetic", "small"):
+    wide = {
+        "traces.wide_operands": cfg.traces.wide_operands,
+        "rl.wide_operands": cfg.rl.wide_operands,
+        "evaluate.wide_problems": cfg.evaluate.wide_problems,
+    }
+    for key, asked in wide.items():
+        if asked and (cfg.task.name, cfg.task.operands) != ("arithmetic", "small"):
             yield (
-                f"{key}.wide_operands={share}: only task.name=arithmetic with task.operands=small has wider ones; "
+                f"{key}={asked}: only task.name=arithmetic with task.operands=small has wider ones; "
                 f"found {cfg.task.name}, {cfg.task.operands}; leave it out"
             )
     if cfg.calibrate.uniform_patterns + cfg.calibrate.full_patterns > 1:

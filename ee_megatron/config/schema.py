@@ -460,6 +460,9 @@ class EvaluateConfig:
     """Hazard thresholds tried on the validation split."""
     tolerance: float = setting(0.02, at_least=0)
     """Chosen: the least depth whose validation accuracy is within this of the best."""
+    wide_problems: int = setting(0, at_least=0, added_later=True)
+    """arithmetic on small operands: up to so many validation problems on wide ones, on which a threshold is chosen,
+    too. Small ones have few pairs that are held out (8 products): what an exit costs the others doesn't show."""
     answers: int = setting(12, at_least=0)
     """Answers kept token by token for the report."""
     controls: bool = setting(False, only_with="controls")

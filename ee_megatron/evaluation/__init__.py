@@ -6,6 +6,15 @@ interventions.py (what is written down), choice.py (in which style). Definitions
 
 from .evaluate import Answer, evaluate_model
 from .results import table, write_results
-from .summary import EvaluationRow, choose_threshold, summarise
+from .summary import EvaluationRow, choose_threshold, pooled, summarise
 
-__all__ = ["Answer", "EvaluationRow", "choose_threshold", "evaluate_model", "summarise", "table", "write_results"]
+__all__ = [
+    "Answer",
+    "EvaluationRow",
+    "choose_threshold",
+    "evaluate_model",
+    "pooled",
+    "summarise",
+    "table",
+    "write_results",
+]

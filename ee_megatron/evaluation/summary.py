@@ -91,6 +91,33 @@ def summarise(
     )
 
 
+def pooled(rows: Sequence[EvaluationRow]) -> EvaluationRow:
+    """The row of all answers of `rows` [k], by one model under one exit policy; `kl` and `tokens_per_s` are left out.
+    Raises ValueError if they are not of one, or for none."""
+    kinds = {(row.model, row.exits) for row in rows}
+    if len(kinds) != 1:
+        raise ValueError(f"rows of {sorted(kinds)}: expected some, of one model under one exit policy")
+    ((model, exits),) = kinds
+    n, correct = sum(row.n for row in rows), sum(row.correct for row in rows)
+    tokens = [row.n * row.length for row in rows]
+    interval = wilson_interval(correct, n)
+    return EvaluationRow(
+        model=model,
+        exits=exits,
+        n=n,
+        correct=correct,
+        accuracy=correct / n,
+        low=interval.low,
+        high=interval.high,
+        mean_depth=sum(t * row.mean_depth for t, row in zip(tokens, rows, strict=True)) / sum(tokens)
+        if any(tokens)
+        else 1.0,
+        total_depth=sum(row.n * row.total_depth for row in rows) / n,
+        length=sum(tokens) / n,
+        timed_out=sum(row.timed_out for row in rows),
+    )
+
+
 def choose_threshold(rows: Sequence[EvaluationRow], tolerance: float) -> EvaluationRow:
     """The row of least mean depth whose accuracy is within `tolerance` of the best row's, full depth among them or not.
 

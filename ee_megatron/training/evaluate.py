@@ -27,7 +27,7 @@ from ..evaluation.gates import gate_calibration
 from ..evaluation.interventions import Bench, externalisation
 from ..evaluation.records import Records
 from ..evaluation.results import table, write_results
-from ..evaluation.summary import EvaluationRow, choose_threshold
+from ..evaluation.summary import EvaluationRow, choose_threshold, pooled
 from ..exit_rules import CONTROLS, ExitRule, Off, Sample, Threshold
 from ..planning.flops import answer_cost
 from ..report.numbers import pareto_front
@@ -41,6 +41,7 @@ from ..tensors import HeldStream
 from ..types import Prompt, Rollout
 from . import stages
 from .controls import Reference, all_controls, run_controls
+from .problems import wider_problems
 from .rollout_source import exits_of, prompts_of
 from .session import Session
 from .stopping import listener
@@ -78,6 +79,10 @@ class Evaluation:
         self.sampling = SamplingParams(0.0, cfg.rollout.max_new_tokens, tuple(cfg.rollout.stop))
         self.test: list[Prompt] = self.task.prompts(cfg.evaluate.split)  # type: ignore[arg-type]
         self.validation: list[Prompt] = self.task.prompts("validation")
+        self.wide: list[Prompt] = []
+        if count := cfg.evaluate.wide_problems:
+            more = replace(cfg, task=replace(cfg.task, validation=count))
+            self.wide = wider_problems(more, session.model_path, self.task, "validation")
         tokenizer = session.tokenizer
         self.tokens = Tokens(tokenizer)
         # What the prompts cost to read; the table of a sweep asks for it.
@@ -179,13 +184,17 @@ class Evaluation:
         self.load(checkpoint)
         tried = [self.measure(model, Threshold(t), self.validation, final=False) for t in e.thresholds]
         rows = [row for row, *_ in tried]
-        chosen = rows.index(choose_threshold(rows, e.tolerance))
+        wide = [self.measure(model, Threshold(t), self.wide, final=False)[0] for t in e.thresholds if self.wide]
+        both = [pooled(pair) for pair in zip(rows, wide, strict=True)] if wide else rows
+        chosen = both.index(choose_threshold(both, e.tolerance))
         threshold = e.thresholds[chosen]
         self.meta[f"threshold_{model}"] = self.logged[f"{model}/threshold"] = threshold
-        self.meta[f"validation_{model}"] = [
-            {"threshold": t, "accuracy": r.accuracy, "mean_depth": r.mean_depth, "n": r.n}
-            for t, r in zip(e.thresholds, rows, strict=True)
-        ]
+        for name, of in (("validation", rows), ("wide", wide)):
+            if of:
+                self.meta[f"{name}_{model}"] = [
+                    {"threshold": t, "accuracy": r.accuracy, "mean_depth": r.mean_depth, "n": r.n}
+                    for t, r in zip(e.thresholds, of, strict=True)
+                ]
         front = pareto_front((r.mean_depth for r in rows), (r.accuracy for r in rows))
         self.more["pareto"][model] = [
             {"threshold": t, "front": kept, **r.to_json()} for t, r, kept in zip(e.thresholds, rows, front, strict=True)
@@ -297,7 +306,8 @@ def count_sets(cfg: RunConfig, checkpoints: Collection[str]) -> int:
     whose choice of style is measured."""
     models = len(checkpoints)
     rules = len(CONTROLS) + (models > 1) + bool(cfg.evaluate.control_policy) if cfg.evaluate.controls else 0
-    return 1 + models * (len(cfg.evaluate.thresholds) + 3) + 2 * rules + len(choosing(cfg, checkpoints))
+    tried = len(cfg.evaluate.thresholds) * (1 + (cfg.evaluate.wide_problems > 0))
+    return 1 + models * (tried + 3) + 2 * rules + len(choosing(cfg, checkpoints))
 
 
 def evaluate(cfg: RunConfig, model_path: Path) -> None:
@@ -320,7 +330,9 @@ def evaluate(cfg: RunConfig, model_path: Path) -> None:
             "exit_depths": list(spec.exit_depths),
             "prompt_tokens": work.prompt_tokens,
             "split": f"{cfg.evaluate.split}, {len(work.test)} problems, held out",
-            "threshold choice": f"on {len(work.validation)} validation problems, tolerance {cfg.evaluate.tolerance}",
+            "threshold choice": f"on {len(work.validation)} validation problems"
+            + (f" and {len(work.wide)} on wide operands" if work.wide else "")
+            + f", tolerance {cfg.evaluate.tolerance}",
             "decoding": "greedy tokens",
             "answers in flight": min(len(work.test), cfg.rollout.rows * cfg.rollout.actors),
             "date": time.strftime("%Y-%m-%d"),

@@ -1,4 +1,4 @@
-"""Which training problems a stage answers: the task's own, and some on wider operands than these have."""
+"""Which problems a stage answers: the task's own, and some on wider operands than these have."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..config.schema import RunConfig
 from ..tasks import Task, task_of
+from ..tasks.base import Split
 from ..types import Prompt
 
 
@@ -14,14 +15,11 @@ def training_problems(
     cfg: RunConfig, model_path: Path, task: Task, wide_share: float, limit: int | None = None
 ) -> list[Prompt]:
     """The first training problems of `task`, the configuration's own, and after them, for the share `wide_share`,
-    problems on wide operands that it does not have; as many as keep the share, at most `limit`. Both hold out the same
-    pairs."""
+    `wider_problems`; as many as keep the share, at most `limit`."""
     own = task.prompts("train")
     if not wide_share:
         return own[:limit]
-    known = {prompt.text for prompt in own}
-    wider = task_of(replace(cfg, task=replace(cfg.task, operands="wide")), model_path).prompts("train")
-    others = [replace(p, id=f"{p.id}/wide") for p in wider if p.text not in known]
+    others = wider_problems(cfg, model_path, task, "train")
     bounds = [len(others) / wide_share]
     if wide_share < 1:
         bounds.append(len(own) / (1 - wide_share))
@@ -30,3 +28,11 @@ def training_problems(
     total = int(min(bounds))
     wide = round(wide_share * total)
     return own[: total - wide] + others[:wide]
+
+
+def wider_problems(cfg: RunConfig, model_path: Path, task: Task, split: Split) -> list[Prompt]:
+    """Problems of a split on wide operands, as many as `cfg.task` asks for but for those that `task`, the
+    configuration's own, has as well. Both hold out the same pairs."""
+    known = {prompt.text for prompt in task.prompts(split)}
+    problems = task_of(replace(cfg, task=replace(cfg.task, operands="wide")), model_path).prompts(split)
+    return [replace(p, id=f"{p.id}/wide") for p in problems if p.text not in known]

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ee_megatron.evaluation import Answer, EvaluationRow, choose_threshold, summarise, table, write_results
+from ee_megatron.evaluation import Answer, EvaluationRow, choose_threshold, pooled, summarise, table, write_results
 from ee_megatron.statistics import wilson_interval
 from ee_megatron.tasks import Verdict
 from ee_megatron.types import Prompt, Rollout
@@ -85,6 +87,26 @@ def test_the_least_depth_within_tolerance_of_the_best_is_chosen_in_any_order() -
         choose_threshold([], 0.02)
     with pytest.raises(ValueError, match="tolerance -1"):
         choose_threshold(rows, -1)
+
+
+@given(st.lists(st.lists(st.integers(1, 10), max_size=5), min_size=2, max_size=9), st.data())
+def test_rows_of_parts_pool_to_the_row_of_the_whole(depths: list[list[int]], data: st.DataObject) -> None:
+    names = [str(i) for i in range(len(depths))]
+    prompts, rollouts = [prompt(n) for n in names], [rollout(n, d) for n, d in zip(names, depths, strict=True)]
+    verdicts = [data.draw(st.sampled_from([RIGHT, WRONG, LOST])) for _ in names]
+    cut = data.draw(st.integers(1, len(names) - 1))
+    kind = {"model": "reinforced", "exits": "hazard > 0.5"}
+    parts = [summarise(prompts[s], rollouts[s], verdicts[s], 10, **kind) for s in (slice(cut), slice(cut, None))]
+    whole, found = summarise(prompts, rollouts, verdicts, 10, **kind), pooled(parts)
+    for name, value in whole.to_json().items():
+        assert found.to_json()[name] == (pytest.approx(value) if isinstance(value, float) else value), name
+
+
+def test_rows_of_other_models_or_exits_do_not_pool() -> None:
+    with pytest.raises(ValueError, match="of one model under one exit policy"):
+        pooled([row("hazard > 0.5", 0.8, 0.6), row("hazard > 0.9", 0.8, 0.7)])
+    with pytest.raises(ValueError, match="expected some"):
+        pooled([])
 
 
 def answer(name: str, model: str, correct: bool, depths: list[int], entropies: list[float | None]) -> Answer:

@@ -6,7 +6,7 @@ import pytest
 
 from ee_megatron.config.load import load
 from ee_megatron.tasks import task_of
-from ee_megatron.training.problems import training_problems
+from ee_megatron.training.problems import training_problems, wider_problems
 
 
 @pytest.mark.parametrize("limit", [None, 300])
@@ -24,6 +24,16 @@ def test_wide_operands_add_pairs_that_no_split_holds_out(share, limit):
     known, held_out = pairs(own), pairs([*task.prompts("validation"), *task.prompts("evaluation")])
     assert not held_out & pairs(chosen)
     assert len(pairs(chosen) - known) > len(wide) / 2 if wide else pairs(chosen) <= known
+
+
+def test_validation_on_wide_operands_has_pairs_that_no_other_split_has():
+    cfg = load(["experiment=smollm2", "task.train=500", "task.validation=300"])
+    task = task_of(cfg, Path(cfg.model.path))
+    own = task.prompts("validation")
+    wide = wider_problems(cfg, Path(cfg.model.path), task, "validation")
+    assert 280 < len(wide) <= 300 and not {p.text for p in own} & {p.text for p in wide}
+    assert len(pairs(wide) - pairs(own)) > 100
+    assert not pairs(wide) & pairs([*task.prompts("train"), *task.prompts("evaluation")])
 
 
 def test_without_a_limit_all_of_the_scarcer_kind_are_used():

@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "types",
         "exit_layout",
         "arguments",
+        "interrupts",
         "exits",
         "exit_rules",
         "policy",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -70,18 +71,14 @@ def summarise(
     if strangers:
         raise ValueError(f"answers are not in the order of the prompts: {strangers[0]!r} is out of place")
     n, correct = len(rollouts), sum(verdict.correct for verdict in verdicts)
-    interval = wilson_interval(correct, n)
     depths = np.concatenate([np.asarray(rollout.exit_depths, dtype=np.float64) for rollout in rollouts])
     tokens = len(depths)
     kl = None if divergences is None or not tokens else float(np.concatenate(list(divergences)).mean(dtype=np.float64))
-    return EvaluationRow(
-        model=model,
-        exits=exits,
-        n=n,
-        correct=correct,
-        accuracy=correct / n,
-        low=interval.low,
-        high=interval.high,
+    return _row(
+        model,
+        exits,
+        n,
+        correct,
         mean_depth=float(depths.mean()) / num_layers if tokens else 1.0,
         total_depth=float(depths.sum()) / n,
         length=tokens / n,
@@ -100,22 +97,22 @@ def pooled(rows: Sequence[EvaluationRow]) -> EvaluationRow:
     ((model, exits),) = kinds
     n, correct = sum(row.n for row in rows), sum(row.correct for row in rows)
     tokens = [row.n * row.length for row in rows]
-    interval = wilson_interval(correct, n)
-    return EvaluationRow(
-        model=model,
-        exits=exits,
-        n=n,
-        correct=correct,
-        accuracy=correct / n,
-        low=interval.low,
-        high=interval.high,
-        mean_depth=sum(t * row.mean_depth for t, row in zip(tokens, rows, strict=True)) / sum(tokens)
-        if any(tokens)
-        else 1.0,
+    layers = sum(t * row.mean_depth for t, row in zip(tokens, rows, strict=True))
+    return _row(
+        model,
+        exits,
+        n,
+        correct,
+        mean_depth=layers / sum(tokens) if any(tokens) else 1.0,
         total_depth=sum(row.n * row.total_depth for row in rows) / n,
         length=sum(tokens) / n,
         timed_out=sum(row.timed_out for row in rows),
     )
+
+
+def _row(model: str, exits: str, n: int, correct: int, **means: Any) -> EvaluationRow:
+    low, high = wilson_interval(correct, n)
+    return EvaluationRow(model, exits, n, correct, correct / n, low, high, **means)
 
 
 def choose_threshold(rows: Sequence[EvaluationRow], tolerance: float) -> EvaluationRow:

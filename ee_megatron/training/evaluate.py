@@ -180,8 +180,26 @@ class Evaluation:
 
     def policy(self, model: str, checkpoint: Path) -> None:
         """Sampled exits, then the threshold that validation chooses, on the test set."""
-        e = self.session.cfg.evaluate
         self.load(checkpoint)
+        exits, validation, validation_answers = self.choose(model)
+        for rule in (Off(), Sample()):
+            self.measure(model, rule, self.test, final=True)
+        row, answers, rollouts = self.measure(model, exits, self.test, final=True)
+        self.chosen[model] = Reference(model, exits, validation, validation_answers, row, answers)
+        self.keep(row, answers, rollouts)
+        inspected = self.pool.inspect([rollout for rollout in rollouts if rollout.length])
+        self.more["gates"][model] = gate_calibration(
+            [entry.hazards for entry in inspected],
+            [entry.divergences for entry in inspected],
+            self.session.cfg.calibrate.kl_factor,
+            self.session.spec.exit_depths,
+        )
+        self.externalise(model, exits)
+
+    def choose(self, model: str) -> tuple[Threshold, EvaluationRow, list[Answer]]:
+        """The threshold that the weights which are loaded get by the answers to all validation problems, wide ones
+        among them; and its row and answers on the validation split's own."""
+        e = self.session.cfg.evaluate
         tried = [self.measure(model, Threshold(t), self.validation, final=False) for t in e.thresholds]
         rows = [row for row, *_ in tried]
         wide = [self.measure(model, Threshold(t), self.wide, final=False)[0] for t in e.thresholds if self.wide]
@@ -199,20 +217,7 @@ class Evaluation:
         self.more["pareto"][model] = [
             {"threshold": t, "front": kept, **r.to_json()} for t, r, kept in zip(e.thresholds, rows, front, strict=True)
         ]
-        for rule in (Off(), Sample()):
-            self.measure(model, rule, self.test, final=True)
-        exits = Threshold(threshold)
-        row, answers, rollouts = self.measure(model, exits, self.test, final=True)
-        self.chosen[model] = Reference(model, exits, *tried[chosen][:2], row, answers)
-        self.keep(row, answers, rollouts)
-        inspected = self.pool.inspect([rollout for rollout in rollouts if rollout.length])
-        self.more["gates"][model] = gate_calibration(
-            [entry.hazards for entry in inspected],
-            [entry.divergences for entry in inspected],
-            self.session.cfg.calibrate.kl_factor,
-            self.session.spec.exit_depths,
-        )
-        self.externalise(model, exits)
+        return Threshold(threshold), *tried[chosen][:2]
 
     def externalise(self, model: str, exits: ExitRule) -> None:
         """The externalisation metrics of the weights that are loaded, if they were asked for."""

@@ -41,7 +41,7 @@ from ..tensors import HeldStream
 from ..types import Prompt, Rollout
 from . import stages
 from .controls import Reference, all_controls, run_controls
-from .problems import wider_problems
+from .problems import wide_validation
 from .rollout_source import exits_of, prompts_of
 from .session import Session
 from .stopping import listener
@@ -79,10 +79,7 @@ class Evaluation:
         self.sampling = SamplingParams(0.0, cfg.rollout.max_new_tokens, tuple(cfg.rollout.stop))
         self.test: list[Prompt] = self.task.prompts(cfg.evaluate.split)  # type: ignore[arg-type]
         self.validation: list[Prompt] = self.task.prompts("validation")
-        self.wide: list[Prompt] = []
-        if count := cfg.evaluate.wide_problems:
-            more = replace(cfg, task=replace(cfg.task, validation=count))
-            self.wide = wider_problems(more, session.model_path, self.task, "validation")
+        self.wide = wide_validation(cfg, session.model_path, self.task)
         tokenizer = session.tokenizer
         self.tokens = Tokens(tokenizer)
         # What the prompts cost to read; the table of a sweep asks for it.

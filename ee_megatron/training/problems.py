@@ -36,3 +36,11 @@ def wider_problems(cfg: RunConfig, model_path: Path, task: Task, split: Split) -
     known = {prompt.text for prompt in task.prompts(split)}
     problems = task_of(replace(cfg, task=replace(cfg.task, operands="wide")), model_path).prompts(split)
     return [replace(p, id=f"{p.id}/wide") for p in problems if p.text not in known]
+
+
+def wide_validation(cfg: RunConfig, model_path: Path, task: Task) -> list[Prompt]:
+    """What thresholds are chosen on beside the validation split's own problems: `evaluate.wide_problems` on wide
+    operands, but for those that `task`, the configuration's own, has as well."""
+    if not (count := cfg.evaluate.wide_problems):
+        return []
+    return wider_problems(replace(cfg, task=replace(cfg.task, validation=count)), model_path, task, "validation")

@@ -35,7 +35,7 @@ def test_the_exit_that_was_made_is_the_one_that_is_blamed(pool: LocalPool, where
     else:
         depths[1:AT] = [1] * (AT - 1)
     exited = answers(pool, depths)
-    found = {p.prompt_id: p for p in partings(pool, PROMPTS, full, exited, GREEDY, LAYERS)}
+    found = {p.prompt_id: p for p in partings(pool, PROMPTS, full, exited, GREEDY, LAYERS, SPEC.exit_depths)}
     apart = [i for i, (a, b) in enumerate(zip(full, exited, strict=True)) if a.tokens.tolist() != b.tokens.tolist()]
     assert apart and set(found) == {PROMPTS[i].id for i in apart}
     for i in apart:
@@ -43,6 +43,8 @@ def test_the_exit_that_was_made_is_the_one_that_is_blamed(pool: LocalPool, where
         same = full[i].tokens[: p.at].tolist() == exited[i].tokens[: p.at].tolist()
         assert same and (p.full, p.wrote) == (full[i].tokens[p.at], exited[i].tokens[p.at]) and p.full != p.wrote
         assert p.depth == depths[p.at]
+        # Nothing left anywhere but at the first exit.
+        assert p.mended == (True, p.own, p.own)
         # What is written at full depth itself can only have read something that was not.
         if p.depth == LAYERS:
             assert not p.own

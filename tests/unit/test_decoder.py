@@ -206,6 +206,18 @@ def test_rows_that_exit_run_no_deeper_layer(tmp_path, monkeypatch):
     assert ran == [(0, 4), (1, 3), (2, 3), (3, 1)]
 
 
+def test_reading_in_parallel_runs_no_mlp_for_positions_that_left_nor_for_padding(tmp_path, monkeypatch):
+    decoder = Decoder.from_hf(tiny_hf("llama", tmp_path), SPEC, torch.float32, "cpu")
+    ran: list[int] = []
+    real = decoder.ops.mlp
+    monkeypatch.setattr(decoder.ops, "mlp", lambda normed, linears: ran.append(len(normed)) or real(normed, linears))
+    tokens, lengths = torch.randint(0, 128, (2, 5)), torch.tensor([5, 3])
+    decoder.forward_parallel(tokens, lengths)
+    decoder.forward_parallel(tokens, lengths, torch.tensor([[6, 1, 3, 6, 4], [1, 1, 3, 6, 6]]))
+    decoder.forward_parallel(tokens, lengths, torch.full((2, 5), 4))
+    assert ran == [8] * 6 + [8, 5, 5, 3, 2, 2] + [8] * 4
+
+
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
     path = tiny_hf("llama", tmp_path)
     decoder = Decoder.from_hf(path, SPEC, torch.float32, "cpu")

@@ -7,7 +7,7 @@ D hidden, L layers, M exits, H query heads, KVH key/value heads, hd head size, V
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -217,6 +217,8 @@ class Decoder:
         B, T = tokens.shape
         if len(lengths) != B or int(lengths.min()) < 1 or int(lengths.max()) > T:
             raise ValueError(f"lengths {lengths.tolist()} do not fit tokens of shape {[B, T]}; expected {B} of 1..{T}")
+        # The host needs them, to count what runs.
+        exit_depths = None if exit_depths is None else exit_depths.cpu()
         if exit_depths is not None and not bool(((exit_depths >= 1) & (exit_depths <= self.dims.num_layers)).all()):
             raise ValueError(
                 f"exit depths must lie in 1..{self.dims.num_layers}; give padding and prompts the full depth"
@@ -230,13 +232,13 @@ class Decoder:
         ops = self.ops
         # Positions of all sequences one after another; the stream is changed in place.
         stream = self.weights.embedding[tokens.to(self.device)].view(B * T, -1)
-        deeper = None if exit_depths is None else exit_depths.reshape(B * T, 1)
         residuals: list[Tensor] = []
         dims = self.dims
         shape = (dims.num_layers if keep_kv else 0, B, T, dims.kv_heads, dims.head_dim)
         keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
-        for layer, block in enumerate(self.weights.blocks):
-            linears, before = block.linears, stream if deeper is None else stream.clone()
+        running = self._running(T, ends, exit_depths)
+        for layer, (block, places) in enumerate(zip(self.weights.blocks, running, strict=True)):
+            linears = block.linears
             fused = linears["qkv"](ops.add_norm(stream, None, block.attention_norm))
             turned = ops.turn(fused, at, block.q_norm, block.k_norm)
             q, k, v = (heads.unflatten(0, (B, T)) for heads in turned)
@@ -245,16 +247,31 @@ class Decoder:
             if prefix is not None:
                 k = torch.cat([prefix.keys[layer].expand(B, -1, -1, -1), k], dim=1)
                 v = torch.cat([prefix.values[layer].expand(B, -1, -1, -1), v], dim=1)
-            attended = ops.attend_parallel(q, k, v, mask, ends)
-            delta = linears["out"](attended.reshape(B * T, -1))
-            normed = ops.add_norm(stream, delta, block.mlp_norm)
-            stream += ops.mlp(normed, linears)
-            if deeper is not None:
-                stream = torch.where(deeper > layer, stream, before)
+            if places is None or len(places):
+                attended = ops.attend_parallel(q, k, v, mask, ends).reshape(B * T, -1)
+                changed = stream if places is None else stream[places]
+                delta = linears["out"](attended if places is None else attended[places])
+                normed = ops.add_norm(changed, delta, block.mlp_norm)
+                changed += ops.mlp(normed, linears)
+                if places is not None:
+                    stream[places] = changed
             if layer + 1 in residuals_at:
                 residuals.append(stream.view(B, T, -1).clone())
         hidden = stream.view(B, T, -1)
         return hidden, residuals, keys, values
+
+    def _running(self, width: int, ends: Sequence[int], exit_depths: Tensor | None) -> Iterator[Tensor | None]:
+        """Layer by layer the places among the B * `width` positions that change there: int64 [N] on the device, None
+        for all of them. The others owe a layer their keys and values, padding not even these."""
+        depths = torch.full((len(ends), width), self.dims.num_layers)
+        if exit_depths is not None:
+            depths.copy_(exit_depths)
+        depths[torch.arange(width) >= torch.tensor(ends)[:, None]] = 0
+        known, places = set(depths.unique().tolist()), None
+        for layer in range(self.dims.num_layers):
+            if layer in known:
+                places = (depths.flatten() > layer).nonzero().squeeze(1).to(self.device)
+            yield places
 
     # ---- one position per row, with the cache ----
 

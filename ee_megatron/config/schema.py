@@ -250,6 +250,9 @@ class CalibrateConfig:
     context. Costs a scoring pass."""
     uniform_patterns: float = setting(0.0, share=True)
     """Share of patterns drawn uniformly over the exits instead: trains shallow readouts too."""
+    uniform_decay: float = setting(0.0, share=True, added_later=True)
+    """Part of that share by which it has fallen, linearly, when the adapters' training ends: readouts that are there
+    leave their place to the exits that will be made. Gates that settle see the whole share again."""
     full_patterns: float = setting(0.0, share=True, added_later=True)
     """Share of patterns without any exit: holds the answers at full depth, which the others hardly train."""
     depth_power: float = setting(0.0, at_least=0)

@@ -67,6 +67,12 @@ def plan(count: int, c: CalibrateConfig) -> UpdatePlan:
     return UpdatePlan(updates, len(updates) - round(c.student_patterns * len(updates)), -(-trained // c.batch_size))
 
 
+def uniform_share(c: CalibrateConfig, step: int, settle_from: int) -> float:
+    """Share of an update's patterns that are uniform over the exits; it falls until gates learn alone. They need all
+    of it: of patterns of their own they would learn only of exits that they choose."""
+    return c.uniform_patterns * (1 - c.uniform_decay * step / settle_from if step < settle_from else 1)
+
+
 def draw_exits(
     trace: Trace, item: Item, layout: ExitLayout, c: CalibrateConfig, hazards: torch.Tensor | None = None
 ) -> np.ndarray:
@@ -203,7 +209,8 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
                         learner = session.make_learner(tensors, **options)
                 students = step >= planned.student_from
                 own = own_hazards(learner, traces, updates[step], layout) if students else ()
-                batch = make_batch(traces, updates[step], layout, c, own)
+                drawn = replace(c, uniform_patterns=uniform_share(c, step, planned.settle_from))
+                batch = make_batch(traces, updates[step], layout, drawn, own)
                 chosen = [traces[item.trace] for item in updates[step]]
                 weights = make_weights(learner, objective, batch, chosen, c.kl_factor)
                 adapter_lr = 0.0 if settled else c.adapter_lr * schedule(step, planned.settle_from, c.warmup)

@@ -38,6 +38,7 @@ from ee_megatron.training.calibrate import (
     objective_of,
     plan,
     target_depth,
+    uniform_share,
 )
 from ee_megatron.training.checkpoints import TrainingStreams, damage, read_training, write_training
 from ee_megatron.training.rollout_source import step_prompts
@@ -155,6 +156,12 @@ def test_gates_settle_last_with_patterns_not_seen_before():
     assert never.settle_from == never.student_from == len(never.updates)
     assert plan(20, replace(c, student_patterns=0.4)).student_from == len(planned.updates) - 4 == 7
     assert plan(20, replace(c, student_patterns=1.0)).student_from == 0
+
+
+def test_uniform_patterns_fade_until_gates_learn_alone():
+    c = CalibrateConfig(uniform_patterns=0.4, uniform_decay=0.5)
+    assert [uniform_share(c, step, 4) for step in range(6)] == pytest.approx([0.4, 0.35, 0.3, 0.25, 0.4, 0.4])
+    assert {uniform_share(replace(c, uniform_decay=0.0), step, 4) for step in range(6)} == {0.4}
 
 
 def test_sharpened_gates_turn_at_the_centre_and_nothing_else_changes():

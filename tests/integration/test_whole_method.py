@@ -225,8 +225,8 @@ def test_the_adapters_stop_and_shrink_while_the_gates_settle_and_a_resumed_run_s
     runs = folder / "runs" / "tiny"
     settings = (
         "calibrate.epochs=4", "calibrate.keep=0.75", "calibrate.keep_upper=0.5", "calibrate.settle=0.25",
-        "calibrate.gate_targets=current", "calibrate.student_patterns=0.5", "calibrate.uniform_patterns=0.3",
-        "calibrate.checkpoint_every=3",
+        "calibrate.gate_targets=current", "calibrate.student_patterns=0.5", "calibrate.uniform_patterns=1",
+        "calibrate.uniform_decay=1", "calibrate.checkpoint_every=3",
     )  # fmt: skip
     before = set(runs.glob("calibrate-*"))
     run("calibrate", folder, *settings)
@@ -239,6 +239,10 @@ def test_the_adapters_stop_and_shrink_while_the_gates_settle_and_a_resumed_run_s
                 assert np.allclose(tensor, at[name] * share, rtol=1e-6, atol=0), name
         assert any(not np.array_equal(end[name], at[name]) for name in end if name.startswith("gates."))
         assert all(np.abs(at[name]).max() > 0 for name in at if "lora_B" in name)
+        # Exits drawn at random are all there is at first and while gates settle; neither gates nor traces of a model that
+        # was never trained ask for any.
+        depths = [row["pattern_depth"] for row in read_metrics(stage / "metrics.jsonl")]
+        assert depths[5] > 0.9 > max(depths[0], *depths[6:]) and len(depths) == 8
         # Step 6 is the last before the change.
         (stage / "DONE").unlink()
         shutil.rmtree(stage / "checkpoints" / "step_8")

@@ -239,8 +239,8 @@ def test_the_adapters_stop_and_shrink_while_the_gates_settle_and_a_resumed_run_s
                 assert np.allclose(tensor, at[name] * share, rtol=1e-6, atol=0), name
         assert any(not np.array_equal(end[name], at[name]) for name in end if name.startswith("gates."))
         assert all(np.abs(at[name]).max() > 0 for name in at if "lora_B" in name)
-        # Exits drawn at random are all there is at first and while gates settle; neither gates nor traces of a model that
-        # was never trained ask for any.
+        # Exits drawn at random are all there is at first and while gates settle; neither gates nor traces of a model
+        # that was never trained ask for any.
         depths = [row["pattern_depth"] for row in read_metrics(stage / "metrics.jsonl")]
         assert depths[5] > 0.9 > max(depths[0], *depths[6:]) and len(depths) == 8
         # Step 6 is the last before the change.

@@ -151,13 +151,25 @@ def prefill_cost(dims: ModelDims, prompt: int) -> float:
     return dims.num_layers * (2 * prompt * linears + attended) + 2 * dims.vocab * dims.hidden
 
 
-def exits_read_cost(layout: Layout, load: Workload) -> float:
-    """An answer read once more with its prompt (rl.exit_divergence=all), under the reference and under the policy,
-    which runs every layer in parallel; what both end in and each exit on the way are read out."""
+def merged_layers_cost(dims: ModelDims, load: Load, full: bool = False) -> float:
+    """Every layer at the positions that run it, with adapters merged, and keys and values of the others; full: without
+    exits."""
+    linears = sum(rows * columns for rows, columns in dims.linear_shapes().values())
+    total = 0.0
+    for layer in range(1, dims.num_layers + 1):
+        run = load.active(layer, full)
+        total += 2 * linears * run + 4 * dims.heads * dims.head_dim * load.seen(layer, full)
+        total += 4 * dims.kv_size * dims.hidden * (load.written - run)
+    return total
+
+
+def exits_read_cost(layout: Layout, load: Workload, group: int) -> float:
+    """An answer read once more (rl.exit_divergence=all), its prompt once for a group of them: by the reference at
+    full depth, by the policy at the answer's own exits; what both end in and each exit on the way are read out."""
+    dims, together = layout.dims, load.in_groups(group)
     readouts = 2 + sum(load.reaching(depth) for depth in layout.spec.exit_depths)
-    return 2 * prefill_cost(layout.dims, load.prompt + load.answer) + (
-        2 * layout.dims.vocab * layout.dims.hidden * readouts * load.answer
-    )
+    layers = merged_layers_cost(dims, together, full=True) + merged_layers_cost(dims, together)
+    return layers + 2 * dims.vocab * dims.hidden * readouts * load.answer
 
 
 def decode_cost(layout: Layout, load: Workload) -> float:
@@ -180,12 +192,8 @@ def generation_cost(layout: Layout, made: Counted, prompts: Sequence[int]) -> fl
     """FLOPs of answers by the exits that they took, by an engine that skips, as `decode_cost` and `answer_cost` count
     them; `prompts`: lengths of those that are read."""
     dims, first, made = layout.dims, layout.spec.first_token, made.without_prompts()
-    linears = sum(rows * columns for rows, columns in dims.linear_shapes().values())
     total = sum(prefill_cost(dims, prompt - first) for prompt in prompts) + made.written * 2 * dims.vocab * dims.hidden
-    for layer in range(1, dims.num_layers + 1):
-        run = made.active(layer)
-        total += 2 * linears * run + 4 * dims.heads * dims.head_dim * made.seen(layer)
-        total += 4 * dims.kv_size * dims.hidden * (made.written - run)
+    total += merged_layers_cost(dims, made)
     return total + sum(gate(dims, layout.spec.gate_width, made.asked(depth)) for depth in layout.spec.exit_depths)
 
 

@@ -67,7 +67,7 @@ def phase_flops(layout: Layout, load: Workload, cfg: RunConfig) -> dict[str, flo
     made = read + sequences * decode_cost(layout, load.at_full_depth() if vllm else load)
     of_actors = {} if cfg.rl.replay else {"rollouts": made}
     if exits_read(cfg.rl):
-        of_actors["exits read"] = sequences * exits_read_cost(layout, load)
+        of_actors["exits read"] = sequences * exits_read_cost(layout, load, cfg.rl.group_size)
     return of_actors | {
         phase: sum(times * whole_pass(layout, packed.load, packed.sequences, how) for times, packed, how in entries)
         for phase, entries in passes(cfg, load).items()

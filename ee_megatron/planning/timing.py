@@ -105,7 +105,7 @@ class Roofline:
     def _exits_read(self) -> float:
         """Of the busiest actor."""
         mine = -(-self.cfg.rl.prompts_per_step // self.cfg.rollout.actors) * self.cfg.rl.group_size
-        flops = mine * exits_read_cost(self.layout, self.load)
+        flops = mine * exits_read_cost(self.layout, self.load, self.cfg.rl.group_size)
         return flops / self.device.of_cores(self.cfg.rollout.threads).flops(self.item)
 
     def _read(self) -> float:

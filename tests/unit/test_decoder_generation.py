@@ -27,10 +27,11 @@ from ee_megatron.exit_rules import (
 from ee_megatron.exits import exit_distribution
 from ee_megatron.policy import PolicySpec, initial_policy
 from ee_megatron.rollout import Decoder, GenerationRequest, Request, SamplingParams, Scheduler, generate, stream
+from ee_megatron.rollout.engine import scoring
 from ee_megatron.rollout.engine.ending import StopChecker
 from ee_megatron.rollout.engine.generation import is_whole
 from ee_megatron.rollout.engine.sampling import sample_tokens, stream_key, uniforms
-from ee_megatron.rollout.engine.scoring import exit_divergences, score, trace
+from ee_megatron.rollout.engine.scoring import exit_divergences, inspect, score, trace
 from ee_megatron.types import Prompt, Rollout
 from tests.covering import covering
 from tests.tiny import tiny_hf, tiny_tokenizer
@@ -397,6 +398,51 @@ def test_score_measures_the_divergence_from_the_teacher_and_leaves_the_policy_lo
         np.testing.assert_allclose(found.teacher_entropy, -(theirs.exp() * theirs).sum(-1), atol=1e-5)
     same = score(teacher, None, [r for r in answers if r.length == 1] or answers[:1])
     assert teacher.gates is None and policy.gates is not None and len(same) >= 1
+
+
+READINGS = {
+    "score": lambda decoder, answers: [vars(x) for x in score(decoder, lively_policy(decoder), answers)],
+    "divergences": lambda decoder, answers: [
+        {"divergence": x} for x in exit_divergences(decoder, lively_policy(decoder), answers)
+    ],
+    "inspect": lambda decoder, answers: [vars(x) for x in inspect(decoder, lively_policy(decoder), answers, True)],
+    "trace": lambda decoder, answers: [vars(x) for x in trace(decoder, answers, 5)],
+}
+
+
+@EITHER
+@pytest.mark.parametrize("reading", READINGS)
+def test_answers_are_read_as_each_would_be_alone_and_a_prompt_that_they_share_once(
+    policy, tokenizer, monkeypatch, reading
+):
+    """Groups that are read in parts, and one answer that shares its prompt with none."""
+    request = GenerationRequest(PROMPTS, 5, SamplingParams(1.0, 12), Sample(), 4)
+    (first, *_), *groups = generate(policy, tokenizer, request, version=0)
+    answers = [first, *flat(groups)]
+    answers = [answers[i] for i in np.random.default_rng(0).permutation(len(answers))]
+    policy.load_policy(lively_policy(policy))
+    parallel, read = Decoder._parallel, []
+
+    def counted(decoder, tokens, lengths, *rest, **named):
+        read.append(int(lengths.sum()))
+        return parallel(decoder, tokens, lengths, *rest, **named)
+
+    monkeypatch.setattr(scoring, "FORWARD_POSITIONS", 100)
+    monkeypatch.setattr(Decoder, "_parallel", counted)
+    together, passes = READINGS[reading](policy, answers), 1 if reading == "trace" else 2
+    prompts = {a.prompt_id: len(a.prompt_tokens) for a in answers}
+    assert sum(read) <= passes * (sum(prompts.values()) + sum(1 + a.length for a in answers))
+    for found, answer in zip(together, answers, strict=True):
+        read.clear()
+        (expected,) = READINGS[reading](policy, [answer])
+        assert sum(read) == passes * (len(answer.prompt_tokens) + answer.length)
+        for name, value in expected.items():
+            # Streams are float16.
+            close = {"atol": 1e-3 if name == "streams" else 2e-5, "err_msg": name}
+            if isinstance(value, np.ndarray):
+                np.testing.assert_allclose(found[name], value, **close)
+            else:
+                assert found[name] == value
 
 
 def test_divergences_of_exits_are_those_of_one_token_that_leaves_there_and_not_where_it_did(path, policy, tokenizer):

@@ -163,14 +163,17 @@ class Decoder:
     # ---- all positions at once ----
 
     @torch.inference_mode()
-    def forward_parallel(self, tokens: Tensor, lengths: Tensor, exit_depths: Tensor | None = None) -> Tensor:
-        """tokens int64 [B, T] right-padded, lengths [B], exit depths int [B, T] or None (full) -> stream [B, T, D].
+    def forward_parallel(
+        self, tokens: Tensor, lengths: Tensor, exit_depths: Tensor | None = None, prefix: Prefilled | None = None
+    ) -> Tensor:
+        """tokens int64 [B, T] right-padded, lengths [B], exit depths int [B, T] or None (full) -> stream [B, T, D];
+        after a common prefix if one is given.
 
         A position of depth e changes in exactly the first e layers; deeper layers make its key and value from the
         frozen stream. Entries past a length are meaningless. Raises ValueError for a depth outside 1..L or a length
         outside 1..T.
         """
-        return self._parallel(tokens, lengths, exit_depths)[0]
+        return self._parallel(tokens, lengths, exit_depths, prefix)[0]
 
     @torch.inference_mode()
     def forward_with_residuals(

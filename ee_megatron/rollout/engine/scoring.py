@@ -1,12 +1,13 @@
 """Reading finished answers again in parallel: traces for calibration, log-probabilities, divergence from the teacher.
 
-Vocabulary-sized tensors exist only for a chunk of positions at a time.
+A prompt that several answers share is read once. Vocabulary-sized tensors exist for a chunk of positions at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ...exits import gate_log_term
 from ...types import Rollout, Trace
-from .decoder import Decoder
+from .decoder import Decoder, Prefilled
 from .prompts import pad
 from .request import Progress
 from .sampling import SamplingParams, TopLogprobs, log_prob, most_probable
@@ -22,6 +23,9 @@ from .sampling import SamplingParams, TopLogprobs, log_prob, most_probable
 # Positions per parallel forward (padding included) and bytes of one float32 logits chunk.
 FORWARD_POSITIONS = 4096
 LOGITS_BYTES = 1 << 25
+# A prompt is read apart from its answers where that saves this part of their positions: answers then attend to it under
+# a mask, and few of them are read together.
+SHARED_FROM = 1 / 8
 
 
 @dataclass
@@ -253,22 +257,23 @@ def _read(
     """
     size = max(1, LOGITS_BYTES // (4 * decoder.dims.vocab))
     found: dict[int, list[np.ndarray]] = {}
-    for number, (indices, tokens, lengths) in enumerate(batches(rollouts, decoder.device)):
-        chosen = [rollouts[i] for i in indices]
-        depths = replay_depths(chosen, tokens.shape[1], decoder)
-        streams = decoder.forward_with_residuals(tokens, lengths, depths if teacher else None)
-        final, *exits = (_pick(stream, chosen) for stream in (streams[0], *streams[1]))
+    for number, (part, prefix) in enumerate(_parts(decoder, rollouts)):
+        chosen = [rollouts[i] for i in part.indices]
+        depths = replay_depths(chosen, part.tokens.shape[1], decoder, part.shared)
+        own_exits = depths if teacher else None
+        streams = decoder.forward_with_residuals(part.tokens, part.lengths, own_exits, prefix)
+        final, *exits = (_pick(stream, chosen, part.shared) for stream in (streams[0], *streams[1]))
         said = torch.cat([torch.as_tensor(r.tokens) for r in chosen]).to(decoder.device)
         asked = torch.cat([(torch.arange(r.length) > 0) | decoder.layout.first_token for r in chosen]).to(
             decoder.device
         )
-        taken = _pick(depths, chosen)
+        taken = _pick(depths, chosen, part.shared)
         logprobs = _exit_logprobs(decoder, exits, taken).where(asked, 0.0)
         theirs, readout = (teacher[0][number], teacher[1]) if teacher else (final, decoder.readout)
         batch = _Batch(said, taken, asked, final, exits, logprobs, theirs, readout)
-        parts = [chunk(batch, slice(start, start + size)) for start in range(0, len(said), size)]
-        columns, start = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)], 0
-        for i in indices:
+        chunks = [chunk(batch, slice(start, start + size)) for start in range(0, len(said), size)]
+        columns, start = [torch.cat(column).cpu().numpy() for column in zip(*chunks, strict=True)], 0
+        for i in part.indices:
             found[i] = [column[start : start + rollouts[i].length] for column in columns]
             start += rollouts[i].length
         if progress:
@@ -279,14 +284,14 @@ def _read(
 def _teacher(
     decoder: Decoder, policy: dict[str, Tensor] | None, rollouts: Sequence[Rollout]
 ) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
-    """The teacher's streams [N, D] at the predicting positions of each batch, and its readout; then the policy's
+    """The teacher's streams [N, D] at the predicting positions of each part, and its readout; then the policy's
     weights are loaded again."""
-    plan = list(batches(rollouts, decoder.device))
     streams: list[Tensor] = []
     try:
         decoder.load_policy(None)
-        for indices, tokens, lengths in plan:
-            streams.append(_pick(decoder.forward_parallel(tokens, lengths), [rollouts[i] for i in indices]))
+        for part, prefix in _parts(decoder, rollouts):
+            stream = decoder.forward_parallel(part.tokens, part.lengths, prefix=prefix)
+            streams.append(_pick(stream, [rollouts[i] for i in part.indices], part.shared))
         return streams, decoder.current_readout()
     finally:
         decoder.load_policy(policy)
@@ -307,33 +312,67 @@ def _exit_logprobs(decoder: Decoder, residuals_ND: list[Tensor], taken: Tensor) 
     return total
 
 
-def replay_depths(rollouts: Sequence[Rollout], width: int, decoder: Decoder) -> Tensor:
-    """Recorded exits as depths int64 [B, width] per position; L for prompts, padding and the unread last token."""
+def replay_depths(rollouts: Sequence[Rollout], width: int, decoder: Decoder, shared: int = 0) -> Tensor:
+    """Recorded exits as depths int64 [B, width] per position behind the first `shared`; L for prompts, padding and the
+    unread last token."""
     depths = torch.full((len(rollouts), width), decoder.dims.num_layers, dtype=torch.int64)
     for b, rollout in enumerate(rollouts):
-        depths[b, _predicting(rollout)] = torch.tensor(rollout.exit_depths, dtype=torch.int64)
+        depths[b, _predicting(rollout, shared)] = torch.tensor(rollout.exit_depths, dtype=torch.int64)
     return depths.to(decoder.device)
 
 
-def batches(rollouts: Sequence[Rollout], device: torch.device) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Rollouts of like length together: (their indices, tokens int64 [B, T], lengths [B]) with B·T bounded."""
-    sizes = [len(r.prompt_tokens) + r.length for r in rollouts]
-    order = sorted((i for i, r in enumerate(rollouts) if r.length), key=lambda i: -sizes[i])
-    if len(order) < len(rollouts):
-        raise ValueError(f"{len(rollouts) - len(order)} rollouts have no generated token; expected at least one each")
+class _Part(NamedTuple):
+    """Rollouts that are read together: their indices, and tokens int64 [B, T], lengths [B] behind the first `shared`
+    tokens, which all of them have."""
+
+    indices: list[int]
+    tokens: Tensor
+    lengths: Tensor
+    shared: int
+
+
+def _parts(decoder: Decoder, rollouts: Sequence[Rollout]) -> Iterator[tuple[_Part, Prefilled | None]]:
+    """All rollouts, some at a time, each time the same, with what they share, read by the weights now loaded: all of a
+    prompt but its last token, whose position predicts. B·(shared + T) is bounded."""
+    if empty := sum(not r.length for r in rollouts):
+        raise ValueError(f"{empty} rollouts have no generated token; expected at least one each")
+    by_prompt: dict[bytes, list[int]] = {}
+    for i, rollout in enumerate(rollouts):
+        by_prompt.setdefault(np.asarray(rollout.prompt_tokens, dtype=np.int64).tobytes(), []).append(i)
+    alone: list[int] = []
+    for group in by_prompt.values():
+        shared = len(rollouts[group[0]].prompt_tokens) - 1
+        positions = sum(shared + 1 + rollouts[i].length for i in group)
+        if (len(group) - 1) * shared < max(1, SHARED_FROM * positions):
+            alone += group
+            continue
+        context = torch.as_tensor(rollouts[group[0]].prompt_tokens[:-1], dtype=torch.int64, device=decoder.device)
+        (prefix,) = decoder.prefill(context[None], torch.tensor([shared]))
+        for part in _of_like_length(rollouts, group, shared, decoder.device):
+            yield part, prefix
+    for part in _of_like_length(rollouts, sorted(alone), 0, decoder.device):
+        yield part, None
+
+
+def _of_like_length(
+    rollouts: Sequence[Rollout], group: Sequence[int], shared: int, device: torch.device
+) -> Iterator[_Part]:
+    sizes = {i: len(rollouts[i].prompt_tokens) + rollouts[i].length for i in group}
+    order = sorted(group, key=lambda i: -sizes[i])
     while order:
         count = max(1, FORWARD_POSITIONS // sizes[order[0]])
         chosen, order = order[:count], order[count:]
-        sequences = [np.concatenate([rollouts[i].prompt_tokens, rollouts[i].tokens]) for i in chosen]
-        yield chosen, *pad(sequences, device)
+        sequences = [np.concatenate([rollouts[i].prompt_tokens, rollouts[i].tokens])[shared:] for i in chosen]
+        yield _Part(chosen, *pad(sequences, device), shared)
 
 
-def _predicting(rollout: Rollout) -> slice:
-    """The positions that predict the generated tokens: the prompt's last up to the last but one of the sequence."""
-    start = len(rollout.prompt_tokens) - 1
+def _predicting(rollout: Rollout, shared: int) -> slice:
+    """The positions, behind the first `shared`, that predict the generated tokens: the prompt's last up to the last but
+    one of the sequence."""
+    start = len(rollout.prompt_tokens) - 1 - shared
     return slice(start, start + rollout.length)
 
 
-def _pick(stream_BT: Tensor, rollouts: Sequence[Rollout]) -> Tensor:
+def _pick(stream_BT: Tensor, rollouts: Sequence[Rollout], shared: int) -> Tensor:
     """[B, T, ...] at the predicting positions, [N, ...]."""
-    return torch.cat([stream_BT[b, _predicting(rollout)] for b, rollout in enumerate(rollouts)])
+    return torch.cat([stream_BT[b, _predicting(rollout, shared)] for b, rollout in enumerate(rollouts)])

@@ -23,7 +23,7 @@ from ee_megatron.planning.command import launch_command, launch_commands
 from ee_megatron.planning.construct import build_ranks, check_sums
 from ee_megatron.planning.devices import find_device
 from ee_megatron.planning.entry import scale
-from ee_megatron.planning.flops import PassMode, whole_pass
+from ee_megatron.planning.flops import PassMode, exits_read_cost, whole_pass
 from ee_megatron.planning.generation import ARITHMETIC, MEMORY, REDUCING, ROWS, STARTING, all_reduce, embedded_round
 from ee_megatron.planning.layout import Layout, rank_parameters
 from ee_megatron.planning.memory import actor_memory, in_flight
@@ -517,23 +517,44 @@ def test_a_small_model_on_a_gpu_is_bound_by_its_host() -> None:
 def test_reading_every_exit_is_a_phase_of_the_actors_and_spares_the_learner_the_reference() -> None:
     dims = published_dims("SmolLM2-135M")
 
-    def plan(*, group: int = 8, mean_depth: float = 0.6, **settings) -> Plan:
+    def plan(*, group: int = 8, **settings) -> Plan:
         cfg = config(rl__credit="exit", rl__kl="exact", rl__group_size=group, exits__depths=[5, 15], **settings)
-        return make_plan(cfg, dims, find_device("H100"), Assumptions(200, 48, mean_depth))
+        return make_plan(cfg, dims, find_device("H100"), Assumptions(200, 48))
 
     taken, read = plan(), plan(rl__exit_divergence="all")
     assert "exits read" not in taken.seconds and "exits read" not in taken.flops
     assert 0 < read.flops["scoring"] < taken.flops["scoring"] and read.flops["update"] == taken.flops["update"]
-    # A forward pass, one that skips, and some readouts, prompts read once: more than the first alone, less than with a
-    # readout at every layer.
-    grouped = read.load.at_full_depth().in_groups(8)
-    one = whole_pass(read.layout, grouped, 8 * read.cfg.rl.prompts_per_step, PassMode(train=False))
-    assert 1.3 * one < read.flops["exits read"] < 3 * one
+    answers = 8 * read.cfg.rl.prompts_per_step
+    assert read.flops["exits read"] == answers * exits_read_cost(read.layout, read.load, 8)
+    # A prompt more with its answers takes as much again; a larger group doesn't.
     twice = plan(group=16, rl__exit_divergence="all")
-    assert read.seconds["exits read"] < twice.seconds["exits read"] < 1.8 * read.seconds["exits read"]
-    deeper = plan(mean_depth=0.9, rl__exit_divergence="all")
-    assert deeper.flops["exits read"] > 1.05 * read.flops["exits read"]
+    assert twice.flops["exits read"] == 2 * answers * exits_read_cost(read.layout, read.load, 16)
+    assert twice.flops["exits read"] < 2 * read.flops["exits read"]
     assert "exits read" not in plan(rl__exit_divergence="all", rl__beta=0.0).seconds
+
+
+@pytest.mark.parametrize("first_token", [False, True], ids=["prompts never exit", "first token exits"])
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_reading_exits_again_costs_what_a_walk_over_positions_and_layers_counts(taken: int, first_token: bool) -> None:
+    dims, prompt, answer, group = published_dims("SmolLM2-135M"), 7, 5, 3
+    cfg = config(exits__depths=[5, 15], exits__first_token=first_token)
+    layout, outcomes = Layout.of(cfg, dims), (5, 15, dims.num_layers)
+    shares = tuple(float(i == taken) for i in range(3))
+    wide, keys = dims.heads * dims.head_dim, 2 * dims.kv_size * dims.hidden
+    linears = 2 * dims.hidden * wide + keys + 3 * dims.hidden * dims.intermediate
+    products = 0.0
+    for reader in ("reference", "policy"):
+        for sequence in range(group):
+            for position in range(0 if sequence == 0 else prompt - 1, prompt - 1 + answer):
+                may_exit = position >= prompt - first_token
+                depth = outcomes[taken] if reader == "policy" and may_exit else dims.num_layers
+                for layer in range(1, dims.num_layers + 1):
+                    products += linears + 2 * wide * (position + 1) if layer <= depth else keys
+    # The reference's at every token, the policy's at each outcome up to the one that was taken.
+    readouts = answer + (answer - (not first_token)) * (taken + 1)
+    products += group * readouts * dims.vocab * dims.hidden
+    load = Workload(prompt, answer, outcomes, shares, first_token=first_token)
+    assert group * exits_read_cost(layout, load, group) == pytest.approx(2 * products, rel=1e-12)
 
 
 # ---- packing ----

@@ -100,6 +100,7 @@ def _check_training(cfg: RunConfig) -> Iterator[str]:
         "traces.wide_operands": cfg.traces.wide_operands,
         "rl.wide_operands": cfg.rl.wide_operands,
         "evaluate.wide_problems": cfg.evaluate.wide_problems,
+        "evaluate.wide_test": cfg.evaluate.wide_test,
     }
     for key, asked in wide.items():
         if asked and (cfg.task.name, cfg.task.operands) != ("arithmetic", "small"):

@@ -466,6 +466,10 @@ class EvaluateConfig:
     wide_problems: int = setting(0, at_least=0, added_later=True)
     """arithmetic on small operands: up to so many validation problems on wide ones, on which a threshold is chosen,
     too. Small ones have few pairs that are held out (8 products): what an exit costs the others doesn't show."""
+    wide_test: int = setting(0, at_least=0, added_later=True)
+    """arithmetic on small operands: up to so many problems on wide ones of the split that is measured, on which every
+    model is measured, too, at full depth and at its threshold. Answers on one pair are right or wrong together, and
+    these have more pairs."""
     answers: int = setting(12, at_least=0)
     """Answers kept token by token for the report."""
     controls: bool = setting(False, only_with="controls")

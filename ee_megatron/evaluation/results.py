@@ -125,6 +125,17 @@ def paired_with_teacher(answers: Sequence[Answer]) -> dict[str, dict[str, float 
     return tests
 
 
+def on_wide(rows: Sequence[EvaluationRow], answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
+    """The part "wide" of results.json, of all models' rows and answers on wide operands: {"model, exits": {"row",
+    "paired" as `paired_with_teacher` has it (the teacher has none), "by_task" as `by_task` has it}}."""
+    tests, tasks = paired_with_teacher(answers), by_task(answers)
+    labels = ((f"{row.model}, {row.exits}", row) for row in rows)
+    return {
+        label: {"row": row.to_json(), "paired": tests.get(label, {}), "by_task": tasks.get(label, {})}
+        for label, row in labels
+    }
+
+
 def table(rows: Sequence[EvaluationRow]) -> str:
     """The rows as text in aligned columns; depth as a share of the layers, total depth in layers, KL in nats."""
     heads = ("model", "exits", "accuracy", "n", "mean depth", "total depth", "length", "KL", "tok/s")

@@ -15,7 +15,7 @@ MADE_BY = {
 }
 NOT_BY_MODEL = ("meta", "rows", "answers", "controls", "choice")
 # Not every evaluation measures these.
-OPTIONAL = ("compared", "gates", "pareto", "externalisation", "controls", "choice")
+OPTIONAL = ("compared", "wide", "gates", "pareto", "externalisation", "controls", "choice")
 
 
 @dataclass
@@ -34,6 +34,8 @@ class Results:
     paired: dict[str, dict[str, Any]] = field(default_factory=dict)
     compared: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Label of a model at its chosen exits -> what changed from the model before it; evaluation/compare.py makes it."""
+    wide: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Label -> what was measured on wide operands; evaluation/results.py makes it."""
     depth: dict[str, Any] = field(default_factory=dict)
     by_task: dict[str, Any] = field(default_factory=dict)
     kl_by_exit: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)

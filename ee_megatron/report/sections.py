@@ -29,6 +29,7 @@ from .tables import (
     externalisation_table,
     phase_table,
     task_table,
+    wide_table,
 )
 
 TRADEOFF = Axes("mean depth (fraction of the layers)", "accuracy", percent_y=True)
@@ -121,6 +122,13 @@ def _tasks(results: Results) -> ReportSection:
     if results.by_task:
         note = "Accuracy with its 95 % interval (Wilson) and mean depth in layers, by task or family"
         section.tables.append((note, task_table(results.in_order(results.by_task))))
+    if results.wide:
+        note = (
+            "Problems on wide operands: accuracy with its 95 % interval (Wilson), mean depth (fraction of the layers), "
+            "length in tokens; difference to the teacher with its 95 % interval over groups of problems that share "
+            "operands, problems that only the teacher or only this model has right, groups, McNemar's exact p"
+        )
+        section.tables.append((note, wide_table(results.in_order(results.wide))))
     return section
 
 

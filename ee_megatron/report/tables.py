@@ -178,6 +178,29 @@ def task_table(tasks: Mapping[str, Mapping[str, Any]]) -> TextTable:
     return TextTable(("task", "model, exits", "n", "accuracy", "depth"), rows, names=2)
 
 
+def wide_table(wide: Mapping[str, Mapping[str, Any]]) -> TextTable:
+    """Accuracy and mean depth (share of the layers) on wide operands, and the difference to the teacher with its
+    interval over groups of problems: a row per "model, exits"."""
+    rows = []
+    for label, found in wide.items():
+        row, test = found["row"], found.get("paired") or {}
+        change = {"value": test.get("difference"), "low": test.get("group_low"), "high": test.get("group_high")}
+        rows.append(
+            (
+                label,
+                f"{row['n']:,}",
+                estimate({**row, "value": row["accuracy"]}, "{:.1%}"),
+                f"{row['mean_depth']:.3f}",
+                f"{row['length']:.1f}",
+                estimate(change, "{:+.1%}"),
+                *(str(test.get(key, "–")) for key in ("only_teacher", "only_model", "groups")),
+                _figure(test, "p_value", "{:.2g}"),
+            )
+        )
+    heads = ("on wide operands", "n", "accuracy", "mean depth", "length", "minus teacher", "lost", "won", "groups", "p")
+    return TextTable(heads, rows)
+
+
 def depth_table(depth: Mapping[str, Mapping[str, Any]]) -> TextTable:
     """Depth in layers by what a token is, per "model, exits"."""
     classes = _keys(entry.get("classes") or {} for entry in depth.values())

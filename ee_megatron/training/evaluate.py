@@ -26,12 +26,12 @@ from ..evaluation.evaluate import Answer, add_readings, evaluate_model
 from ..evaluation.gates import gate_calibration
 from ..evaluation.interventions import Bench, externalisation
 from ..evaluation.records import Records
-from ..evaluation.results import table, write_results
+from ..evaluation.results import on_wide, table, write_results
 from ..evaluation.summary import EvaluationRow, choose_threshold, pooled
 from ..exit_rules import CONTROLS, ExitRule, Off, Sample, Threshold
 from ..planning.flops import answer_cost
 from ..report.numbers import pareto_front
-from ..report.tables import choice_tables, controls_table, externalisation_table
+from ..report.tables import choice_tables, controls_table, externalisation_table, wide_table
 from ..rollout.engine.prompts import encode_continuation
 from ..rollout.engine.request import GenerationRequest
 from ..rollout.engine.sampling import SamplingParams
@@ -41,7 +41,7 @@ from ..tensors import HeldStream
 from ..types import Prompt, Rollout
 from . import stages
 from .controls import Reference, all_controls, run_controls
-from .problems import wide_validation
+from .problems import wide_test, wide_validation
 from .rollout_source import exits_of, prompts_of
 from .session import Session
 from .stopping import listener
@@ -80,6 +80,7 @@ class Evaluation:
         self.test: list[Prompt] = self.task.prompts(cfg.evaluate.split)  # type: ignore[arg-type]
         self.validation: list[Prompt] = self.task.prompts("validation")
         self.wide = wide_validation(cfg, session.model_path, self.task)
+        self.wide_test = wide_test(cfg, session.model_path, self.task)
         tokenizer = session.tokenizer
         self.tokens = Tokens(tokenizer)
         # What the prompts cost to read; the table of a sweep asks for it.
@@ -87,6 +88,8 @@ class Evaluation:
         self.prompt_tokens = sum(lengths) / max(1, len(lengths))
         self.rows: list[EvaluationRow] = []
         self.answers: list[Answer] = []
+        self.wide_rows: list[EvaluationRow] = []
+        self.wide_answers: list[Answer] = []
         self.meta: dict[str, object] = {}
         self.logged: dict[str, float] = {}
         self.more: dict[str, Any] = {"gates": {}, "pareto": {}}
@@ -140,6 +143,15 @@ class Evaluation:
         self.done(row)
         return row, answers, rollouts
 
+    def measure_wide(self, model: str, *rules: ExitRule) -> None:
+        """Further announced sets: the measured split's problems on wide operands, if they were asked for."""
+        for exits in rules if self.wide_test else ():
+            row, answers, _ = self.answer(model, exits, self.wide_test, final=True)
+            self.wide_rows.append(row)
+            self.wide_answers += answers
+            self.logged |= {f"{model}/wide/{exits.kind}/{name}": value for name, value in logged_of(row)}
+            self.done(row)
+
     def look_inside(self, answers: Sequence[Answer], rollouts: Sequence[Rollout]) -> None:
         """For the answers that the report shows: what each exit on the way would have written."""
         shown = [i for i in range(min(self.session.cfg.evaluate.answers, len(answers))) if rollouts[i].length]
@@ -173,6 +185,7 @@ class Evaluation:
     def teacher(self) -> None:
         self.pool.load(None)
         self.keep(*self.measure("teacher", Off(), self.test, final=True))
+        self.measure_wide("teacher", Off())
         self.externalise("teacher", Off())
 
     def policy(self, model: str, checkpoint: Path) -> None:
@@ -191,6 +204,7 @@ class Evaluation:
             self.session.cfg.calibrate.kl_factor,
             self.session.spec.exit_depths,
         )
+        self.measure_wide(model, Off(), exits)
         self.externalise(model, exits)
 
     def choose(self, model: str) -> tuple[Threshold, EvaluationRow, list[Answer]]:
@@ -281,6 +295,8 @@ class Evaluation:
     def texts(self) -> str:
         """Every table, for the terminal."""
         parts = [table(self.rows)]
+        if "wide" in self.more:
+            parts.append(wide_table(self.more["wide"]).text())
         if "choice" in self.more:
             parts += [found.text() for _, found in choice_tables(self.more["choice"]) if found.rows]
         if "controls" in self.more:
@@ -309,7 +325,8 @@ def count_sets(cfg: RunConfig, checkpoints: Collection[str]) -> int:
     models = len(checkpoints)
     rules = len(CONTROLS) + (models > 1) + bool(cfg.evaluate.control_policy) if cfg.evaluate.controls else 0
     tried = len(cfg.evaluate.thresholds) * (1 + (cfg.evaluate.wide_problems > 0))
-    return 1 + models * (tried + 3) + 2 * rules + len(choosing(cfg, checkpoints))
+    wide = (1 + 2 * models) * (cfg.evaluate.wide_test > 0)
+    return 1 + models * (tried + 3) + wide + 2 * rules + len(choosing(cfg, checkpoints))
 
 
 def evaluate(cfg: RunConfig, model_path: Path) -> None:
@@ -341,6 +358,8 @@ def evaluate(cfg: RunConfig, model_path: Path) -> None:
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {session.device_type}",
             "versions": f"python {platform.python_version()}, torch {torch.__version__}",
         }
+        if work.wide_rows:
+            work.more["wide"] = on_wide(work.wide_rows, work.wide_answers)
         work.records.write(session.path)
         write_results(
             session.path / "results.json", work.rows, work.answers, work.meta, cfg.evaluate.answers, work.more

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 from ..config.schema import RunConfig
 from ..tasks import Task, task_of
@@ -39,8 +40,18 @@ def wider_problems(cfg: RunConfig, model_path: Path, task: Task, split: Split) -
 
 
 def wide_validation(cfg: RunConfig, model_path: Path, task: Task) -> list[Prompt]:
-    """What thresholds are chosen on beside the validation split's own problems: `evaluate.wide_problems` on wide
-    operands, but for those that `task`, the configuration's own, has as well."""
-    if not (count := cfg.evaluate.wide_problems):
+    """What thresholds are chosen on beside the validation split's own problems: `evaluate.wide_problems` of
+    `wider_problems`."""
+    return _so_many(cfg, model_path, task, "validation", cfg.evaluate.wide_problems)
+
+
+def wide_test(cfg: RunConfig, model_path: Path, task: Task) -> list[Prompt]:
+    """What is measured beside the measured split's own problems: `evaluate.wide_test` of `wider_problems`."""
+    return _so_many(cfg, model_path, task, cast(Split, cfg.evaluate.split), cfg.evaluate.wide_test)
+
+
+def _so_many(cfg: RunConfig, model_path: Path, task: Task, split: Split, count: int) -> list[Prompt]:
+    if not count:
         return []
-    return wider_problems(replace(cfg, task=replace(cfg.task, validation=count)), model_path, task, "validation")
+    sized: dict[str, Any] = {split: count}
+    return wider_problems(replace(cfg, task=replace(cfg.task, **sized)), model_path, task, split)

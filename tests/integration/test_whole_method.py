@@ -32,8 +32,8 @@ SETTINGS = [
     "traces.problems=16", "traces.wide_operands=0.25", "calibrate.epochs=1", "calibrate.patterns=1",
     "calibrate.batch_size=8", "rl.steps=4", "rl.prompts_per_step=4", "rl.group_size=2", "rollout.max_new_tokens=8",
     "rollout.actors=1", "rl.dump_rollouts=true", "rl.wide_operands=0.5", "rollout.threads=1",
-    "evaluate.thresholds=[0.5]", "evaluate.wide_problems=5", "evaluate.answers=3", "evaluate.controls=true",
-    "evaluate.externalisation=true",
+    "evaluate.thresholds=[0.5]", "evaluate.wide_problems=5", "evaluate.wide_test=7", "evaluate.answers=3",
+    "evaluate.controls=true", "evaluate.externalisation=true",
     "evaluate.externalisation_prompts=4", "tracker.wandb=disabled",
 ]  # fmt: skip
 
@@ -93,6 +93,13 @@ def test_every_stage_leaves_what_the_next_one_needs(finished):
         ((own,), (wide,)) = (results["meta"][f"{split}_{model}"] for split in ("validation", "wide"))
         assert own["threshold"] == wide["threshold"] == 0.5 and own["n"] == 6 and 1 < wide["n"] <= 5
     assert f"and {wide['n']} on wide operands" in results["meta"]["threshold choice"]
+    on_wide = results["wide"]
+    assert list(on_wide) == ["teacher, full depth"] + [
+        f"{model}, {exits}" for model in ("calibrated", "reinforced") for exits in ("full depth", "hazard > 0.5")
+    ]
+    (asked,) = {entry["row"]["n"] for entry in on_wide.values()}
+    assert 1 < asked <= 7 and "on wide operands" in output
+    assert [entry["paired"].get("n") for entry in on_wide.values()] == [None] + [asked] * 4
     # What wandb and TensorBoard get of an evaluation, whatever threshold was chosen.
     (logged,) = read_metrics(only(folder, "evaluate") / "metrics.jsonl")
     by_rule = {row["model"]: row for row in results["rows"] if row["exits"].startswith("hazard")}

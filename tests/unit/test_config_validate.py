@@ -104,6 +104,7 @@ def test_every_rule_on_a_field_is_enforced(key: str, value: Any, expected: str) 
         (["traces.wide_operands=0.5", "task.operands=wide"], ["traces.wide_operands=0.5", "arithmetic, wide"]),
         (["rl.wide_operands=0.5", "task.operands=wide"], ["rl.wide_operands=0.5", "arithmetic, wide"]),
         (["evaluate.wide_problems=5", "task.operands=wide"], ["evaluate.wide_problems=5", "arithmetic, wide"]),
+        (["evaluate.wide_test=5", "task.operands=wide"], ["evaluate.wide_test=5", "arithmetic, wide"]),
         (
             ["traces.wide_operands=0.5", "task.name=hops", "task.families=[hop1]"],
             ["traces.wide_operands=0.5", "hops, small"],

@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ee_megatron.evaluation import Answer, EvaluationRow, choose_threshold, pooled, summarise, table, write_results
+from ee_megatron.evaluation.results import on_wide
+from ee_megatron.report.tables import wide_table
 from ee_megatron.statistics import wilson_interval
 from ee_megatron.tasks import Verdict
 from ee_megatron.types import Prompt, Rollout
@@ -169,6 +171,26 @@ def test_the_interval_of_the_difference_is_that_of_its_groups(tmp_path: Path) ->
     paired = json.loads((tmp_path / "results.json").read_text())["paired"]["reinforced, hazard > 0.5"]
     assert paired["groups"] == 37
     assert paired["group_low"] < paired["low"] < paired["high"] <= paired["group_high"]
+
+
+def test_what_was_measured_on_wide_operands_is_kept_by_label_and_told_in_a_table() -> None:
+    answers = planted()
+    for i, each in enumerate(answers):
+        each["task"] = "sum" if i % 4 < 2 else "word"
+    rows = [
+        replace(row("full depth", 0.75, 1.0), model="teacher"),
+        replace(row("hazard > 0.5", 0.65, 0.4), model="reinforced"),
+    ]
+    found = on_wide(rows, answers)
+    assert list(found) == ["teacher, full depth", "reinforced, hazard > 0.5"]
+    assert found["teacher, full depth"]["paired"] == {}
+    entry = found["reinforced, hazard > 0.5"]
+    assert entry["row"]["mean_depth"] == 0.4 and entry["paired"]["only_teacher"] == 4
+    assert {task: part["n"] for task, part in entry["by_task"].items()} == {"sum": 20, "word": 20}
+    # As the report reads it: a file's null is no number.
+    lines = wide_table(json.loads(json.dumps(found))).text().splitlines()
+    assert lines[2].split()[-5:] == ["–"] * 5 and "75.0% [" in lines[2]
+    assert lines[3].split()[-4:] == ["4", "0", "40", "0.12"] and "-10.0% [" in lines[3] and "0.400" in lines[3]
 
 
 def test_depth_follows_entropy_where_it_was_planted_and_first_tokens_are_left_out(tmp_path: Path) -> None:

@@ -201,6 +201,7 @@ def figures(labels: list[str]) -> dict:
     return {
         "depth": {label: depth if label == labels[0] else {**depth, "flops": estimate(5.2e9, 1e8)} for label in labels},
         "by_task": {label: {"sum": by_task(0.9, 18.0), "word": by_task(0.71, 22.0)} for label in labels},
+        "wide": {label: on_wide(label) for label in labels},
         "kl_by_exit": {
             label: {
                 str(d): {"kl": 40 / d**2, "low": 30 / d**2, "high": 50 / d**2, "tokens": 500} for d in (*DEPTHS, 30)
@@ -217,6 +218,15 @@ def figures(labels: list[str]) -> dict:
             "reinforced": [{**t, "accuracy": t["accuracy"] - 0.02} for t in thresholds],
         },
     }
+
+
+def on_wide(label: str) -> dict:
+    row = {"n": 959, "accuracy": 0.444, "low": 0.413, "high": 0.476, "mean_depth": 0.612, "length": 21.8}
+    counts = {"only_teacher": 92, "only_model": 81, "groups": 439, "p_value": 0.45}
+    test = (
+        {} if label.startswith("teacher") else {"difference": -0.011, "group_low": -0.041, "group_high": 0.02, **counts}
+    )
+    return {"row": row, "paired": test, "by_task": {}}
 
 
 def by_task(accuracy: float, depth: float) -> dict:

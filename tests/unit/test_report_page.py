@@ -68,6 +68,8 @@ def test_every_row_metric_and_token_of_the_files_is_in_the_page(tmp_path):
         "0.760",
         "hazard > 0.9",
         "Spearman ρ 0.50 [0.30, 0.60]",
+        "Problems on wide operands",
+        "-1.1% [-4.1%, +2.0%] 92 81 439 0.45",
         "odd name",
         "gate nll",
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -100,11 +101,15 @@ def test_every_stage_leaves_what_the_next_one_needs(finished):
     (asked,) = {entry["row"]["n"] for entry in on_wide.values()}
     assert 1 < asked <= 7 and "on wide operands" in output
     assert [entry["paired"].get("n") for entry in on_wide.values()] == [None] + [asked] * 4
+    # As many sets of answers as were announced.
+    measured, announced = re.findall(r"^evaluate (\d+)/(\d+)", output, re.MULTILINE)[-1]
+    assert measured == announced
     # What wandb and TensorBoard get of an evaluation, whatever threshold was chosen.
     (logged,) = read_metrics(only(folder, "evaluate") / "metrics.jsonl")
     by_rule = {row["model"]: row for row in results["rows"] if row["exits"].startswith("hazard")}
     for model in ("calibrated", "reinforced"):
         assert logged[f"{model}/threshold/accuracy"] == by_rule[model]["accuracy"]
+        assert logged[f"{model}/wide/threshold/accuracy"] == on_wide[f"{model}, hazard > 0.5"]["row"]["accuracy"]
         assert logged[f"{model}/threshold/kl"] == by_rule[model]["kl"] and logged[f"{model}/threshold"] == 0.5
     assert list(results["externalisation"]) == ["teacher", "calibrated", "reinforced"]
     assert all(found["n"] == 4 for found in results["externalisation"].values())

@@ -6,7 +6,7 @@ import pytest
 
 from ee_megatron.config.load import load
 from ee_megatron.tasks import task_of
-from ee_megatron.training.problems import training_problems, wider_problems
+from ee_megatron.training.problems import training_problems, wide_test, wide_validation, wider_problems
 
 
 @pytest.mark.parametrize("limit", [None, 300])
@@ -34,6 +34,21 @@ def test_validation_on_wide_operands_has_pairs_that_no_other_split_has():
     assert 280 < len(wide) <= 300 and not {p.text for p in own} & {p.text for p in wide}
     assert len(pairs(wide) - pairs(own)) > 100
     assert not pairs(wide) & pairs([*task.prompts("train"), *task.prompts("evaluation")])
+
+
+def test_what_is_measured_on_wide_operands_shares_no_pair_with_what_is_trained_or_chosen_on():
+    cfg = load(["experiment=smollm2", "evaluate.wide_problems=200", "evaluate.wide_test=300"])
+    model = Path(cfg.model.path)
+    task = task_of(cfg, model)
+    measured, own = wide_test(cfg, model, task), task.prompts("evaluation")
+    assert 250 < len(measured) <= 300 and not {p.text for p in own} & {p.text for p in measured}
+    assert len(pairs(measured) - pairs(own)) > 80
+    trained = training_problems(cfg, model, task, 0.5)
+    assert not pairs(measured) & pairs([*trained, *wide_validation(cfg, model, task), *task.prompts("validation")])
+    cfg.evaluate.split = "validation"
+    assert {p.text for p in wide_test(cfg, model, task)} > {p.text for p in wide_validation(cfg, model, task)}
+    cfg.evaluate.wide_test = 0
+    assert wide_test(cfg, model, task) == []
 
 
 def test_without_a_limit_all_of_the_scarcer_kind_are_used():

@@ -4,13 +4,15 @@ Beside them figures.py and gates.py (depth, KL, calibration), controls.py (rules
 interventions.py (what is written down), choice.py (in which style). Definitions: docs/evaluation.md.
 """
 
-from .evaluate import Answer, evaluate_model
+from .evaluate import Answer, AnsweredSet, answer_set, evaluate_model
 from .results import table, write_results
 from .summary import EvaluationRow, choose_threshold, pooled, summarise
 
 __all__ = [
     "Answer",
+    "AnsweredSet",
     "EvaluationRow",
+    "answer_set",
     "choose_threshold",
     "evaluate_model",
     "pooled",

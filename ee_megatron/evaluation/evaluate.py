@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
-from ..rollout.engine.request import GenerationRequest
+from ..rollout.engine.request import GenerationRequest, Progress
 from ..rollout.engine.scoring import Inspection, Score
 from ..rollout.pool.interface import RolloutPool
 from ..tasks.base import Task
@@ -59,42 +60,56 @@ class Answer(TypedDict):
     group: NotRequired[str]
 
 
+@dataclass(frozen=True)
+class AnsweredSet:
+    """The first answer to each prompt of a request, as the pool made it. `scores`: of the answers, read again by model
+    and teacher; None: they were not. `seconds`: of generation alone, by the clock."""
+
+    rollouts: Sequence[Rollout]
+    scores: Sequence[Score] | None
+    seconds: float
+
+
+def answer_set(
+    pool: RolloutPool, request: GenerationRequest, *, scored: bool = False, progress: Progress | None = None
+) -> AnsweredSet:
+    """The request's answers by the weights that the pool holds; `scored` costs another pass over all of them.
+
+    Raises ValueError if there are no prompts.
+    """
+    if not request.prompts:
+        raise ValueError("no prompts to evaluate on; the task has none in this split")
+    begun = time.perf_counter()
+    rollouts = [answers[0] for answers in pool.generate(request, progress)]
+    seconds = time.perf_counter() - begun
+    return AnsweredSet(rollouts, pool.score(rollouts) if scored else None, seconds)
+
+
 def evaluate_model(
-    pool: RolloutPool,
+    answered: AnsweredSet,
+    request: GenerationRequest,
     task: Task,
     verifier: VerifierPool,
-    request: GenerationRequest,
     *,
     label: str,
     num_layers: int,
     decode: Callable[[int], str],
-    with_divergence: bool = False,
     flops: Callable[[Rollout], float] | None = None,
-    collect: list[Rollout] | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[EvaluationRow, list[Answer]]:
-    """The first answer to each prompt by the weights that the pool holds, judged and summarised.
+    """The request's answers, judged and summarised.
 
-    `label` is the model's name in the tables; `decode` gives the text of a token id. With `with_divergence` the answers
-    are read again by model and teacher (another pass over all of them), which fills the row's `kl` and the tokens'
-    entropy. `flops` counts an answer's. `collect` gets the answers as the pool made them.
-    The time behind tokens_per_s is that of generation alone.
+    `label` is the model's name in the tables; `decode` gives the text of a token id. Scores fill the row's `kl` and the
+    tokens' entropy. `flops` counts an answer's.
 
-    Raises ValueError if the verifier is another task's, or if there are no prompts.
+    Raises ValueError if the verifier is another task's.
     """
-    prompts = request.prompts
+    prompts, rollouts, scores = request.prompts, answered.rollouts, answered.scores
     if verifier.task_name != task.name:
         raise ValueError(f"the verifier judges {verifier.task_name!r}, the prompts are {task.name!r}'s; use one task")
-    if not prompts:
-        raise ValueError(f"no prompts to evaluate on; task {task.name!r} has none in this split")
-    begun = time.perf_counter()
-    rollouts = [answers[0] for answers in pool.generate(request, progress)]
-    seconds = time.perf_counter() - begun
     exits = request.exits.label
     verdicts = verifier.verify_many([(p, r.text) for p, r in zip(prompts, rollouts, strict=True)])
-    scores = pool.score(rollouts) if with_divergence else None
     divergences = [score.divergence for score in scores] if scores is not None else None
-    row = summarise(prompts, rollouts, verdicts, num_layers, divergences, seconds, model=label, exits=exits)
+    row = summarise(prompts, rollouts, verdicts, num_layers, divergences, answered.seconds, model=label, exits=exits)
     answers = [
         Answer(
             id=prompt.id,
@@ -111,8 +126,6 @@ def evaluate_model(
         )
         for i, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True))
     ]
-    if collect is not None:
-        collect += rollouts
     return row, answers
 
 

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..checkpoint.base_identity import base_identity
 from ..checkpoint.policy_files import open_policy
+from ..config.identity import identity
 from ..config.schema import RunConfig
 from ..evaluation.choice import ChoiceBench, choice
 from ..evaluation.compare import compared
@@ -35,12 +37,13 @@ from ..report.tables import choice_tables, controls_table, externalisation_table
 from ..rollout.engine.prompts import encode_continuation
 from ..rollout.engine.request import GenerationRequest
 from ..rollout.engine.sampling import SamplingParams
-from ..rollout.pool.interface import RolloutPool
+from ..rollout.pool.interface import TEACHER, RolloutPool
 from ..tasks.base import StyledTask
 from ..tensors import HeldStream
 from ..types import Prompt, Rollout
 from . import stages
 from .controls import Reference, all_controls, run_controls
+from .kept import KeptAnswers
 from .problems import wide_test, wide_validation
 from .rollout_source import exits_of, prompts_of
 from .session import Session
@@ -76,6 +79,17 @@ class Evaluation:
         self.task = session.make_task()
         self.verifier = session.make_verifier(self.task)
         self.pool: RolloutPool = session.make_pool(session.spec)
+        base = base_identity(session.source)
+        made_by = {
+            "base": [base.bfloat16, base.float16],
+            "spec": session.spec.to_json(),
+            "dtype": str(session.dtype),
+            "device": session.device_type,
+            "rollout": identity(cfg, session.stage)["rollout"],
+        }
+        self.kept = KeptAnswers(session.path.parent / "answers", made_by)
+        # Digest of the weights that the pool holds.
+        self.weights = ""
         self.sampling = SamplingParams(0.0, cfg.rollout.max_new_tokens, tuple(cfg.rollout.stop))
         self.test: list[Prompt] = self.task.prompts(cfg.evaluate.split)  # type: ignore[arg-type]
         self.validation: list[Prompt] = self.task.prompts("validation")
@@ -112,26 +126,26 @@ class Evaluation:
 
     def answer(
         self, model: str, exits: ExitRule, prompts: list[Prompt], *, final: bool = False
-    ) -> tuple[EvaluationRow, list[Answer], list[Rollout]]:
-        rollouts: list[Rollout] = []
+    ) -> tuple[EvaluationRow, list[Answer], Sequence[Rollout]]:
+        session = self.session
+        request = GenerationRequest(prompts, 1, self.sampling, exits, session.cfg.evaluate.seed)
+        told = partial(self.bar.detail, f"{model} answers")
+        answered = self.kept.answer(self.pool, self.weights, request, scored=final, progress=told)
         row, answers = evaluate_model(
-            self.pool,
+            answered,
+            request,
             self.task,
             self.verifier,
-            GenerationRequest(prompts, 1, self.sampling, exits, self.session.cfg.evaluate.seed),
             label=model,
-            num_layers=self.session.spec.num_layers,
-            decode=self.session.decode,
-            with_divergence=final,
+            num_layers=session.spec.num_layers,
+            decode=session.decode,
             flops=(lambda rollout: self.flops(rollout, exits)) if final else None,
-            collect=rollouts,
-            progress=lambda done, total: self.bar.detail(f"{model} answers", done, total),
         )
-        return row, answers, rollouts
+        return row, answers, answered.rollouts
 
     def measure(
         self, model: str, exits: ExitRule, prompts: list[Prompt], *, final: bool
-    ) -> tuple[EvaluationRow, list[Answer], list[Rollout]]:
+    ) -> tuple[EvaluationRow, list[Answer], Sequence[Rollout]]:
         """One of the announced sets; `final`: it is a row of the results."""
         row, answers, rollouts = self.answer(model, exits, prompts, final=final)
         if final:
@@ -173,8 +187,14 @@ class Evaluation:
     def load(self, checkpoint: Path) -> None:
         self.hold(open_policy(checkpoint)[1])
 
+    def load_teacher(self) -> None:
+        self.pool.load(None)
+        self.weights = TEACHER[1]
+
     def hold(self, policy: Mapping[str, Tensor]) -> None:
-        self.pool.load(self.pool.take(1, HeldStream(policy)))
+        weights = self.pool.take(1, HeldStream(policy))
+        self.pool.load(weights)
+        self.weights = weights.digest
 
     def on_validation(self, model: str, exits: ExitRule) -> EvaluationRow:
         return self.answer(model, exits, self.validation)[0]
@@ -183,7 +203,7 @@ class Evaluation:
         return self.answer(model, exits, self.test, final=True)[:2]
 
     def teacher(self) -> None:
-        self.pool.load(None)
+        self.load_teacher()
         self.keep(*self.measure("teacher", Off(), self.test, final=True))
         self.measure_wide("teacher", Off())
         self.externalise("teacher", Off())
@@ -264,7 +284,7 @@ class Evaluation:
         for model in choosing(cfg, checkpoints):
             full = model == "teacher" or rl.fixed_depth == spec.num_layers
             if model == "teacher":
-                self.pool.load(None)
+                self.load_teacher()
             elif model == "start":
                 self.hold(self.session.rl_start(open_policy(checkpoints["calibrated"])[1]))
             else:

@@ -1,4 +1,4 @@
-"""Traces and rollouts on disk, so that they can be looked at, handed on and trained from again without a pool.
+"""Traces, rollouts and evaluated answers on disk: to be looked at, handed on and used again without a pool.
 
 NAME.safetensors: all sequences end to end; NAME.jsonl: one JSON line per sequence. No pickle.
 """
@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from ..evaluation.evaluate import AnsweredSet
 from ..observe.rundir import atomic_directory
+from ..rollout.engine.scoring import Score
 from ..types import Group, Prompt, Rollout, Trace
 
 _OF_TRACES = ("tokens", "divergences", "topk_ids", "topk_logprobs", "entropy")
 _OF_ROLLOUTS = ("tokens", "exit_depths", "token_logprobs", "full_logprobs", "exit_logprobs", "weight_versions")
+_OF_SCORES = ("policy_logprobs", "exit_logprobs", "teacher_logprobs", "teacher_entropy", "divergence")
 
 
 def save_traces(directory: Path, traces: Sequence[Trace]) -> None:
@@ -74,13 +77,38 @@ def load_rollouts(directory: Path) -> list[Group]:
     for _, members in groupby(zip(lines, pieces, arrays["rewards"], strict=True), lambda m: m[0]["prompt"]["id"]):
         told, parts, rewards = zip(*members, strict=True)
         prompt = Prompt(**told[0]["prompt"])
-        rollouts = [
-            Rollout(prompt_id=prompt.id, **part, **{k: line[k] for k in ("text", "finished", "weight_version")})
-            for line, part in zip(told, parts, strict=True)
-        ]
+        rollouts = [_rollout(prompt.id, line, part) for line, part in zip(told, parts, strict=True)]
         correct, well_formed = np.array([[line["correct"], line["well_formed"]] for line in told]).T
         groups.append(Group(prompt, rollouts, np.array(rewards), correct, well_formed))
     return groups
+
+
+def save_answers(directory: Path, answered: AnsweredSet) -> None:
+    """Write a set (at least one answer, no `exit_divergences`) as a directory that appears whole."""
+    lines = [
+        {"id": r.prompt_id, "text": r.text, "finished": bool(r.finished), "weight_version": int(r.weight_version)}
+        for r in answered.rollouts
+    ]
+    more = {"seconds": np.array([answered.seconds])}
+    for name in _OF_SCORES if answered.scores is not None else ():
+        more[f"score/{name}"] = np.concatenate([getattr(score, name) for score in answered.scores or ()])
+    _save(directory, "answers", answered.rollouts, _OF_ROLLOUTS, lines, **more)
+
+
+def load_answers(directory: Path) -> AnsweredSet:
+    """Read what `save_answers` wrote. Raises OSError, ValueError, KeyError or SafetensorError for what isn't that."""
+    lines, pieces, arrays = _load(directory, "answers", _OF_ROLLOUTS)
+    rollouts = [_rollout(line["id"], line, piece) for line, piece in zip(lines, pieces, strict=True)]
+    scores = None
+    if f"score/{_OF_SCORES[0]}" in arrays:
+        ends = arrays["lengths"][:, 1].cumsum()[:-1]
+        parts = [np.split(arrays[f"score/{name}"], ends) for name in _OF_SCORES]
+        scores = [Score(*part) for part in zip(*parts, strict=True)]
+    return AnsweredSet(rollouts, scores, float(arrays["seconds"][0]))
+
+
+def _rollout(prompt_id: str, line: dict[str, Any], arrays: dict[str, Any]) -> Rollout:
+    return Rollout(prompt_id=prompt_id, **arrays, **{k: line[k] for k in ("text", "finished", "weight_version")})
 
 
 def _save(

@@ -230,6 +230,45 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished):
         }
 
 
+@pytest.mark.timeout(1000)
+def test_a_killed_evaluation_goes_on_with_the_sets_that_it_has(finished):
+    """SIGKILL after some of its sets; the same command then makes the others, and the undisturbed results."""
+    folder, _ = finished
+    whole = only(folder, "evaluate")
+    answers = whole.parent / "answers"
+    undisturbed = json.loads((whole / "results.json").read_text())
+    shutil.rmtree(whole)
+    shutil.rmtree(answers)
+    job = subprocess.Popen(
+        command("evaluate", folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+    def complete() -> dict[str, int]:
+        return {p.name: p.stat().st_mtime_ns for p in answers.glob("[0-9a-f]*") if p.is_dir()}
+
+    deadline = time.monotonic() + 120
+    while len(complete()) < 4:
+        assert time.monotonic() < deadline and job.poll() is None, "the evaluation did not make four sets"
+        time.sleep(0.01)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    assert not (whole / "DONE").is_file()
+    before = complete()
+    run("evaluate", folder)
+    after = complete()
+    assert {name: after[name] for name in before} == before and len(after) > len(before)
+    assert (whole / "log.txt").read_text().count("answers of before") >= len(before)
+
+    def timeless(found):
+        """Without what the clock decides."""
+        if isinstance(found, dict):
+            return {k: timeless(v) for k, v in found.items() if k not in ("tokens_per_s", "date")}
+        return [timeless(v) for v in found] if isinstance(found, list) else found
+
+    assert timeless(json.loads((whole / "results.json").read_text())) == timeless(undisturbed)
+
+
 @SLOW
 @pytest.mark.timeout(1000)
 def test_the_adapters_stop_and_shrink_while_the_gates_settle_and_a_resumed_run_shrinks_them_once(finished):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ee_megatron.config.schema import TaskConfig
-from ee_megatron.evaluation import Answer, EvaluationRow, evaluate_model
+from ee_megatron.evaluation import Answer, EvaluationRow, answer_set, evaluate_model
 from ee_megatron.evaluation.controls import (
     TOLERANCE,
     compare,
@@ -60,15 +60,8 @@ def verifier() -> Iterator[VerifierPool]:
 
 
 def measured(pool: LocalPool, verifier: VerifierPool, exits: ExitRule) -> tuple[EvaluationRow, list[Answer]]:
-    return evaluate_model(
-        pool,
-        TASK,
-        verifier,
-        GenerationRequest(TASK.prompts("validation"), 1, SAMPLING, exits, 0),
-        label="m",
-        num_layers=6,
-        decode=str,
-    )
+    request = GenerationRequest(TASK.prompts("validation"), 1, SAMPLING, exits, 0)
+    return evaluate_model(answer_set(pool, request), request, TASK, verifier, label="m", num_layers=6, decode=str)
 
 
 def span(outcomes: tuple[int, ...] = OUTCOMES, marginal: Sequence[float] = (1 / 3, 1 / 3, 1 / 3)) -> DialRange:

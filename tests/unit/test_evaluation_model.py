@@ -7,13 +7,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from ee_megatron.config.schema import TaskConfig
-from ee_megatron.evaluation import evaluate_model, write_results
+from ee_megatron.evaluation import AnsweredSet, answer_set, evaluate_model, write_results
 from ee_megatron.evaluation.evaluate import add_readings
 from ee_megatron.exit_rules import ExitRule, Fixed, Off, Sample, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
@@ -21,7 +22,7 @@ from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.tasks import VerifierPool, make_task
 from ee_megatron.tasks.arithmetic import ArithmeticTask
-from ee_megatron.types import Prompt, Rollout
+from ee_megatron.types import Prompt
 from tests.tiny import tiny_hf
 
 SPEC = PolicySpec(6, (2, 4), rank=4, alpha=8.0)
@@ -64,16 +65,15 @@ def test_the_row_agrees_with_the_answers_it_sums_up(pool: LocalPool, verifier: V
     exits = Threshold(0.5)
     prompts, right = known_prompts(pool, exits)
     seen: list[tuple[int, int]] = []
+    request = GenerationRequest(prompts, 1, SAMPLING, exits, 0)
     row, answers = evaluate_model(
-        pool,
+        answer_set(pool, request, scored=True, progress=lambda done, total: seen.append((done, total))),
+        request,
         TASK,
         verifier,
-        GenerationRequest(prompts, 1, SAMPLING, exits, 0),
         label="calibrated",
         num_layers=6,
         decode=lambda token: pool.tokenizer.decode([token]),
-        with_divergence=True,
-        progress=lambda done, total: seen.append((done, total)),
     )
     assert (row.model, row.exits, row.n, row.timed_out) == ("calibrated", "hazard > 0.5", 24, 0)
     assert 0 < row.correct == right == sum(a["correct"] for a in answers)
@@ -97,18 +97,20 @@ def test_the_row_agrees_with_the_answers_it_sums_up(pool: LocalPool, verifier: V
 def test_readings_say_what_each_exit_on_the_way_would_have_written(pool: LocalPool, verifier: VerifierPool) -> None:
     weights, prompts = policy(pool), TASK.prompts("evaluation")[:8]
     pool.load(weights)
-    rollouts: list[Rollout] = []
+    request = GenerationRequest(prompts, 1, SAMPLING, Threshold(0.5), 0)
+    answered = answer_set(pool, request)
     _, answers = evaluate_model(
-        pool,
+        answered,
+        request,
         TASK,
         verifier,
-        GenerationRequest(prompts, 1, SAMPLING, Threshold(0.5), 0),
         label="calibrated",
         num_layers=6,
         decode=lambda token: pool.tokenizer.decode([token]),
-        collect=rollouts,
     )
-    add_readings(answers, pool.inspect(rollouts), SPEC.exit_depths, lambda token: pool.tokenizer.decode([token]))
+    add_readings(
+        answers, pool.inspect(answered.rollouts), SPEC.exit_depths, lambda token: pool.tokenizer.decode([token])
+    )
     left, seen = 0, set()
     for answer in answers:
         for t, token in enumerate(answer["tokens"]):
@@ -133,14 +135,12 @@ def test_readings_say_what_each_exit_on_the_way_would_have_written(pool: LocalPo
 
 def test_the_teacher_at_full_depth_diverges_from_itself_by_nothing(pool: LocalPool, verifier: VerifierPool) -> None:
     pool.load(None)
-    arguments = {"label": "teacher", "num_layers": 6, "decode": str}
-    prompts = TASK.prompts("evaluation")[:6]
-    row, _ = evaluate_model(
-        pool, TASK, verifier, GenerationRequest(prompts, 1, SAMPLING, Off(), 0), with_divergence=True, **arguments
-    )  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {"label": "teacher", "num_layers": 6, "decode": str}
+    request = GenerationRequest(TASK.prompts("evaluation")[:6], 1, SAMPLING, Off(), 0)
+    row, _ = evaluate_model(answer_set(pool, request, scored=True), request, TASK, verifier, **arguments)
     assert row.mean_depth == 1.0 and row.exits == "full depth"
     assert row.kl == pytest.approx(0.0, abs=1e-5)
-    bare, answers = evaluate_model(pool, TASK, verifier, GenerationRequest(prompts, 1, SAMPLING, Off(), 0), **arguments)  # type: ignore[arg-type]
+    bare, answers = evaluate_model(answer_set(pool, request), request, TASK, verifier, **arguments)
     assert bare.kl is None and answers[0]["tokens"][0]["entropy"] is None
 
 
@@ -148,11 +148,12 @@ def test_mistaken_calls_are_refused(pool: LocalPool, verifier: VerifierPool) -> 
     class Other(ArithmeticTask):
         name = "other"
 
-    call = {"label": "teacher", "num_layers": 6, "decode": str}
+    empty = GenerationRequest([], 1, SAMPLING, Off(), 0)
+    call: dict[str, Any] = {"label": "teacher", "num_layers": 6, "decode": str}
     with pytest.raises(ValueError, match="judges 'arithmetic', the prompts are 'other'"):
-        evaluate_model(pool, Other(TaskConfig()), verifier, GenerationRequest([], 1, SAMPLING, Off(), 0), **call)  # type: ignore[arg-type]
+        evaluate_model(AnsweredSet([], None, 1.0), empty, Other(TaskConfig()), verifier, **call)
     with pytest.raises(ValueError, match="no prompts to evaluate on"):
-        evaluate_model(pool, TASK, verifier, GenerationRequest([], 1, SAMPLING, Off(), 0), **call)  # type: ignore[arg-type]
+        answer_set(pool, empty)
 
 
 def test_exit_policies_have_names() -> None:

@@ -1,0 +1,84 @@
+"""Answers to evaluated sets, kept beside the stages: an evaluation that was killed goes on, and those of several RL
+runs measure their common teacher and calibrated policy once.
+
+A set is named by all that decides its answers: base, policy, rule, prompts, settings. What changes speed alone (actors,
+rows, threads) isn't in it: tokens per second are those of when the answers were made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from .. import __version__
+from ..evaluation.evaluate import AnsweredSet, answer_set
+from ..rollout.engine.request import GenerationRequest, Progress
+from ..rollout.pool.interface import RolloutPool
+from .stored import load_answers, save_answers
+
+logger = logging.getLogger(__name__)
+
+
+class KeptAnswers:
+    """A directory of sets, which may be deleted whenever nothing evaluates: they are made again.
+
+    `made_by`: plain JSON values for whatever decides answers beside weights and request.
+    """
+
+    def __init__(self, directory: Path, made_by: Mapping[str, Any]):
+        self.directory, self.made_by = directory, dict(made_by)
+
+    def answer(
+        self,
+        pool: RolloutPool,
+        weights: str,
+        request: GenerationRequest,
+        *,
+        scored: bool = False,
+        progress: Progress | None = None,
+    ) -> AnsweredSet:
+        """As `answer_set`; `weights` is the digest of those that the pool holds. From disk if they are there."""
+        place = self.directory / self._name(weights, request, scored)
+        if place.is_dir() and (found := self._read(place, request)):
+            return found
+        made = answer_set(pool, request, scored=scored, progress=progress)
+        try:
+            save_answers(place, made)
+        except OSError:
+            # Another evaluation wrote the same set at the same time.
+            if not place.is_dir():
+                raise
+        return made
+
+    def _name(self, weights: str, request: GenerationRequest, scored: bool) -> str:
+        sampling = request.sampling
+        known = {
+            "version": __version__,
+            "made_by": self.made_by,
+            "weights": weights,
+            "exits": request.exits.to_results(),
+            "sampling": [sampling.temperature, sampling.max_new_tokens, sampling.stop, sampling.top_k, sampling.top_p],
+            "samples": request.samples,
+            "seed": request.seed,
+            "scored": scored,
+            "prompts": [[p.id, p.text, p.prefill] for p in request.prompts],
+        }
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+
+    @staticmethod
+    def _read(place: Path, request: GenerationRequest) -> AnsweredSet | None:
+        try:
+            found = load_answers(place)
+            if [r.prompt_id for r in found.rollouts] != [p.id for p in request.prompts]:
+                raise ValueError("other prompts")
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            logger.warning("%s: damaged (%s); its answers are made again", place, error)
+            return None
+        logger.info("%s: %d answers of before", place, len(found.rollouts))
+        return found

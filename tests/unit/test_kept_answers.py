@@ -1,0 +1,155 @@
+"""Answers to evaluated sets that are kept: found again whole, made again where anything differs or is damaged."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ee_megatron.config.schema import TaskConfig
+from ee_megatron.evaluation import AnsweredSet
+from ee_megatron.exit_rules import ExitRule, Off, Threshold
+from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
+from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
+from ee_megatron.rollout.engine.scoring import Score
+from ee_megatron.tasks import make_task
+from ee_megatron.training.kept import KeptAnswers
+from ee_megatron.training.stored import save_answers
+from ee_megatron.types import Rollout
+from tests.tiny import tiny_hf
+
+SPEC = PolicySpec(6, (2, 4), rank=4, alpha=8.0)
+PROMPTS = make_task(TaskConfig("arithmetic", train=3, validation=3, evaluation=8)).prompts("evaluation")
+MADE_BY = {"base": "tiny", "dtype": "float32"}
+
+
+class Counting:
+    """The pool, and how often it was asked."""
+
+    def __init__(self, pool: LocalPool):
+        self.pool, self.generated, self.read = pool, 0, 0
+
+    def generate(self, *arguments: Any) -> list[list[Rollout]]:
+        self.generated += 1
+        return self.pool.generate(*arguments)
+
+    def score(self, *arguments: Any) -> list[Score]:
+        self.read += 1
+        return self.pool.score(*arguments)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> LocalPool:
+    path = tiny_hf("llama", tmp_path_factory.mktemp("model"))
+    pool = LocalPool(path, SPEC, rows=8, threads=1)
+    generator = torch.Generator().manual_seed(1)
+    tensors = initial_policy(HFDirectory(path).dims, SPEC, seed=1)
+    tensors = {name: t + 0.1 * torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
+    pool.load(WeightSet(1, {name: t + 3.5 if name.endswith("fc2.bias") else t for name, t in tensors.items()}))
+    return pool
+
+
+def request(exits: ExitRule | None = None, tokens: int = 12, seed: int = 0, **changed: Any) -> GenerationRequest:
+    prompts = [replace(PROMPTS[0], **changed), *PROMPTS[1:]]
+    return GenerationRequest(prompts, 1, SamplingParams(0.0, tokens, ("\n",)), exits or Threshold(0.5), seed)
+
+
+def same(a: Any, b: Any) -> bool:
+    def equal(x: Any, y: Any) -> bool:
+        if isinstance(x, np.ndarray):
+            return x.dtype == y.dtype and np.array_equal(x, y)
+        return bool(x == y)
+
+    return all(equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+
+
+def sets_alike(a: AnsweredSet, b: AnsweredSet) -> bool:
+    pairs = [*zip(a.rollouts, b.rollouts, strict=True), *zip(a.scores or (), b.scores or (), strict=True)]
+    return a.seconds == b.seconds and (a.scores is None) == (b.scores is None) and all(same(x, y) for x, y in pairs)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_set_is_made_once_and_found_again_to_the_bit(pool: LocalPool, tmp_path: Path, scored: bool) -> None:
+    counting: Any = Counting(pool)
+    first = KeptAnswers(tmp_path / "answers", MADE_BY).answer(counting, "w", request(), scored=scored)
+    again = KeptAnswers(tmp_path / "answers", MADE_BY).answer(counting, "w", request(), scored=scored)
+    assert (counting.generated, counting.read) == (1, int(scored))
+    assert {int(d) for r in first.rollouts for d in r.exit_depths} >= {4, 6} and sets_alike(first, again)
+
+
+def test_whatever_decides_answers_tells_sets_apart(pool: LocalPool, tmp_path: Path) -> None:
+    counting: Any = Counting(pool)
+    kept = KeptAnswers(tmp_path / "answers", MADE_BY)
+    kept.answer(counting, "w", request())
+    # The reference doesn't: it is compared with, not read.
+    kept.answer(counting, "w", request(answer="other"))
+    assert counting.generated == 1
+    kept.answer(counting, "other weights", request())
+    kept.answer(counting, "w", request(), scored=True)
+    kept.answer(counting, "w", request(Off()))
+    kept.answer(counting, "w", request(Threshold(0.5000001)))
+    kept.answer(counting, "w", request(tokens=11))
+    kept.answer(counting, "w", request(seed=1))
+    kept.answer(counting, "w", request(text="another text"))
+    KeptAnswers(tmp_path / "answers", {**MADE_BY, "dtype": "bfloat16"}).answer(counting, "w", request())
+    assert counting.generated == 9 and len(list((tmp_path / "answers").iterdir())) == 9
+
+
+@pytest.mark.parametrize("file", ["answers.safetensors", "answers.jsonl"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "other"])
+def test_a_damaged_set_is_made_again(
+    pool: LocalPool, tmp_path: Path, file: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    counting: Any = Counting(pool)
+    kept = KeptAnswers(tmp_path / "answers", MADE_BY)
+    first = kept.answer(counting, "w", request())
+    (place,) = (tmp_path / "answers").iterdir()
+    content = (place / file).read_bytes()
+    if damage == "gone":
+        (place / file).unlink()
+    else:
+        (place / file).write_bytes(content[:100] if damage == "cut" else b"{}\n")
+    with caplog.at_level("WARNING"):
+        again = kept.answer(counting, "w", request())
+    assert counting.generated == 2 and "made again" in caplog.text
+    assert all(same(a, b) for a, b in zip(first.rollouts, again.rollouts, strict=True))
+    assert sets_alike(again, kept.answer(counting, "w", request())) and counting.generated == 2
+
+
+def test_two_that_make_the_same_set_at_once_both_get_it(pool: LocalPool, tmp_path: Path) -> None:
+    """Between one's look and its writing the other has written."""
+    kept = KeptAnswers(tmp_path / "answers", MADE_BY)
+    counting: Any = Counting(pool)
+
+    class Overtaken(Counting):
+        def generate(self, *arguments: Any) -> list[list[Rollout]]:
+            kept.answer(pool, "w", request())
+            return super().generate(*arguments)
+
+    overtaken: Any = Overtaken(pool)
+    made = kept.answer(overtaken, "w", request())
+    found = kept.answer(counting, "w", request())
+    assert counting.generated == 0 and all(same(a, b) for a, b in zip(made.rollouts, found.rollouts, strict=True))
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_write_that_fails_matters_only_if_the_set_is_not_there(
+    pool: LocalPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: bool
+) -> None:
+    def fails(directory: Path, answered: AnsweredSet) -> None:
+        if written:
+            save_answers(directory, answered)
+        raise OSError("directory not empty")
+
+    monkeypatch.setattr("ee_megatron.training.kept.save_answers", fails)
+    kept = KeptAnswers(tmp_path / "answers", MADE_BY)
+    if written:
+        assert len(kept.answer(pool, "w", request()).rollouts) == 8
+    else:
+        with pytest.raises(OSError, match="not empty"):
+            kept.answer(pool, "w", request())

@@ -62,8 +62,8 @@ class Answer(TypedDict):
 
 @dataclass(frozen=True)
 class AnsweredSet:
-    """The first answer to each prompt of a request, as the pool made it. `scores`: of the answers, read again by model
-    and teacher; None: they were not. `seconds`: of generation alone, by the clock."""
+    """The answers to a request as the pool made them, those of a prompt next to each other. `scores`: of the answers,
+    read again by model and teacher; None: they were not. `seconds`: of generation alone, by the clock."""
 
     rollouts: Sequence[Rollout]
     scores: Sequence[Score] | None
@@ -80,7 +80,7 @@ def answer_set(
     if not request.prompts:
         raise ValueError("no prompts to evaluate on; the task has none in this split")
     begun = time.perf_counter()
-    rollouts = [answers[0] for answers in pool.generate(request, progress)]
+    rollouts = [answer for answers in pool.generate(request, progress) for answer in answers]
     seconds = time.perf_counter() - begun
     return AnsweredSet(rollouts, pool.score(rollouts) if scored else None, seconds)
 
@@ -96,7 +96,7 @@ def evaluate_model(
     decode: Callable[[int], str],
     flops: Callable[[Rollout], float] | None = None,
 ) -> tuple[EvaluationRow, list[Answer]]:
-    """The request's answers, judged and summarised.
+    """The answers to a request of one sample, judged and summarised.
 
     `label` is the model's name in the tables; `decode` gives the text of a token id. Scores fill the row's `kl` and the
     tokens' entropy. `flops` counts an answer's.

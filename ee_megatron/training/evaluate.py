@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoint.base_identity import base_identity
 from ..checkpoint.policy_files import open_policy
-from ..config.identity import identity
 from ..config.schema import RunConfig
 from ..evaluation.choice import ChoiceBench, choice
 from ..evaluation.compare import compared
@@ -43,7 +41,7 @@ from ..tensors import HeldStream
 from ..types import Prompt, Rollout
 from . import stages
 from .controls import Reference, all_controls, run_controls
-from .kept import KeptAnswers
+from .kept import ANSWERS
 from .problems import wide_test, wide_validation
 from .rollout_source import exits_of, prompts_of
 from .session import Session
@@ -79,15 +77,7 @@ class Evaluation:
         self.task = session.make_task()
         self.verifier = session.make_verifier(self.task)
         self.pool: RolloutPool = session.make_pool(session.spec)
-        base = base_identity(session.source)
-        made_by = {
-            "base": [base.bfloat16, base.float16],
-            "spec": session.spec.to_json(),
-            "dtype": str(session.dtype),
-            "device": session.device_type,
-            "rollout": identity(cfg, session.stage)["rollout"],
-        }
-        self.kept = KeptAnswers(session.path.parent / "answers", made_by)
+        self.kept = session.kept_answers(session.path.parent / ANSWERS)
         # Digest of the weights that the pool holds.
         self.weights = ""
         self.sampling = SamplingParams(0.0, cfg.rollout.max_new_tokens, tuple(cfg.rollout.stop))

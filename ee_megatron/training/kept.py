@@ -1,5 +1,5 @@
-"""Answers to evaluated sets, kept beside the stages: an evaluation that was killed goes on, and those of several RL
-runs measure their common teacher and calibrated policy once.
+"""Sets of answers on disk: a stage that was killed goes on with those that it has, and evaluations of several RL runs
+measure their common teacher and calibrated policy once.
 
 A set is named by all that decides its answers: base, policy, rule, prompts, settings. What changes speed alone (actors,
 rows, threads) isn't in it: tokens per second are those of when the answers were made.
@@ -23,10 +23,12 @@ from ..rollout.pool.interface import RolloutPool
 from .stored import load_answers, save_answers
 
 logger = logging.getLogger(__name__)
+ANSWERS = "answers"
+"""Name of the directory: an evaluation's lies beside the stages, that of a stage which samples is its own."""
 
 
 class KeptAnswers:
-    """A directory of sets, which may be deleted whenever nothing evaluates: they are made again.
+    """A directory of sets, which may be deleted whenever no stage is at work: they are made again.
 
     `made_by`: plain JSON values for whatever decides answers beside weights and request.
     """
@@ -51,7 +53,7 @@ class KeptAnswers:
         try:
             save_answers(place, made)
         except OSError:
-            # Another evaluation wrote the same set at the same time.
+            # Another stage wrote the same set at the same time.
             if not place.is_dir():
                 raise
         return made
@@ -75,7 +77,7 @@ class KeptAnswers:
     def _read(place: Path, request: GenerationRequest) -> AnsweredSet | None:
         try:
             found = load_answers(place)
-            if [r.prompt_id for r in found.rollouts] != [p.id for p in request.prompts]:
+            if [r.prompt_id for r in found.rollouts] != [p.id for p in request.prompts for _ in range(request.samples)]:
                 raise ValueError("other prompts")
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             logger.warning("%s: damaged (%s); its answers are made again", place, error)

@@ -31,7 +31,7 @@ from ..config.cluster import verifier_workers
 from ..config.content import RECORD, digest, recorded
 from ..config.derive import policy_spec
 from ..config.device import pick_device, pick_dtype
-from ..config.identity import stage_dir, to_yaml
+from ..config.identity import identity, stage_dir, to_yaml
 from ..config.schema import RunConfig, TeacherConfig, TracesConfig
 from ..exit_rules import Off
 from ..families.hf_directory import HFDirectory
@@ -49,15 +49,18 @@ from ..policy import PolicySpec, change_share, initial_policy, sharpened
 from ..rollout.engine.request import GenerationRequest
 from ..rollout.engine.sampling import SamplingParams
 from ..rollout.pool import make_pool
-from ..rollout.pool.interface import RolloutPool
+from ..rollout.pool.interface import TEACHER, RolloutPool
 from ..tasks import Task, VerifierPool, task_of
 from ..tensors import InterpolatedTensors, LayeredTensors, Stream, drain
 from ..types import Prompt, Rollout
 from .checkpoints import BEST, CheckpointWriter, TrainingStreams, damage, read_training
+from .kept import ANSWERS, KeptAnswers
 from .stages import DONE
 from .stopping import Parting, Stopped, listener
 
 logger = logging.getLogger(__name__)
+# Waves of full rows in a part of the answers that is kept: enough that the wait for its last answers is little of it.
+PART_WAVES = 16
 T = TypeVar("T")
 
 
@@ -234,12 +237,35 @@ class Session:
     def sample(
         self, pool: RolloutPool, prompts: list[Prompt], settings: TeacherConfig | TracesConfig, what: str
     ) -> list[list[Rollout]]:
-        """The pool's answers at full depth, `settings.samples` per prompt; the leader's only."""
-        r = self.cfg.rollout
+        """The pool's answers at full depth, `settings.samples` per prompt; the leader's only. Parts that are complete
+        are kept until the stage is finished."""
+        r, samples = self.cfg.rollout, settings.samples
         sampling = SamplingParams(settings.temperature, r.max_new_tokens, tuple(r.stop))
-        request = GenerationRequest(prompts, settings.samples, sampling, Off(), settings.seed)
-        with self.progress(len(prompts) * settings.samples, what=what) as bar:
-            return pool.generate(request, lambda done, total: bar.advance(done - bar.done))
+        kept, part = self.kept_answers(self.path / ANSWERS), max(1, PART_WAVES * r.rows * r.actors // samples)
+        found: list[Rollout] = []
+        with self.progress(len(prompts) * samples, what=what) as bar:
+            for first in range(0, len(prompts), part):
+                request = GenerationRequest(prompts[first : first + part], samples, sampling, Off(), settings.seed)
+
+                def told(done: int, total: int, before: int = len(found)) -> None:
+                    bar.advance(before + done - bar.done)
+
+                found += kept.answer(pool, TEACHER[1], request, progress=told).rollouts
+                if bar.done < len(found):
+                    bar.advance(len(found) - bar.done)
+        return [found[i : i + samples] for i in range(0, len(found), samples)]
+
+    def kept_answers(self, directory: Path) -> KeptAnswers:
+        """Sets of answers, told apart by what of this stage decides them beside weights and requests."""
+        base = base_identity(self.source)
+        made_by = {
+            "base": [base.bfloat16, base.float16],
+            "spec": self.spec.to_json(),
+            "dtype": str(self.dtype),
+            "device": self.device_type,
+            "rollout": identity(self.cfg, self.stage)["rollout"],
+        }
+        return KeptAnswers(directory, made_by)
 
     def fit(
         self, learner: Learner, batch: ReplayBatch, weights: Weights, rate: float, step: int, bar: Progress
@@ -371,6 +397,7 @@ class Session:
         if self.directory:
             self._check_last_step()
             self.directory.write_atomic(DONE, text + "\n")
+            shutil.rmtree(self.path / ANSWERS, ignore_errors=True)
 
     def _check_last_step(self) -> None:
         # From the file: a stage that goes on after its last step has seen no figures itself.

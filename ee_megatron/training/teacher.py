@@ -39,7 +39,7 @@ def train_teacher(cfg: RunConfig, model_path: Path) -> Path:
         updates = -(-len(picks) // t.batch_size)
         with session.progress(updates, what="fine-tuning") as bar:
             for step in range(updates):
-                # The stage is short and keeps nothing half-way: it begins again.
+                # Fine-tuning is short and keeps nothing half-way: it begins again.
                 session.stop_if_asked(None, 0)
                 chosen = [examples[i] for i in picks[step * t.batch_size : (step + 1) * t.batch_size]]
                 batch = pack([p for p, _ in chosen], [a for _, a in chosen], None, session.spec.num_layers)

@@ -1,4 +1,4 @@
-"""Answers to evaluated sets that are kept: found again whole, made again where anything differs or is damaged."""
+"""Sets of answers that are kept: found again whole, made again where anything differs or is damaged."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from ee_megatron.config.load import load
 from ee_megatron.config.schema import TaskConfig
 from ee_megatron.evaluation import AnsweredSet
 from ee_megatron.exit_rules import ExitRule, Off, Threshold
@@ -19,6 +20,7 @@ from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.rollout.engine.scoring import Score
 from ee_megatron.tasks import make_task
 from ee_megatron.training.kept import KeptAnswers
+from ee_megatron.training.session import Session
 from ee_megatron.training.stored import save_answers
 from ee_megatron.types import Rollout
 from tests.tiny import tiny_hf
@@ -153,3 +155,43 @@ def test_a_write_that_fails_matters_only_if_the_set_is_not_there(
     else:
         with pytest.raises(OSError, match="not empty"):
             kept.answer(pool, "w", request())
+
+
+class Dying(Counting):
+    """The pool of a process that is killed when it is asked once too often."""
+
+    def __init__(self, pool: LocalPool, lives: int):
+        super().__init__(pool)
+        self.lives = lives
+
+    def generate(self, *arguments: Any) -> list[list[Rollout]]:
+        if self.generated == self.lives:
+            raise KeyboardInterrupt
+        return super().generate(*arguments)
+
+
+def test_a_stage_that_samples_goes_on_with_the_parts_that_it_has(
+    pool: LocalPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 problems of 2 answers in parts of 3: two parts, a kill, then the third alone; the same as in one piece."""
+    monkeypatch.setattr("ee_megatron.training.session.PART_WAVES", 1)
+    where = [f"model.path={pool.tokenizer.name_or_path}", f"runs={tmp_path}", "name=x", "device=cpu"]
+    small = ["rollout.rows=6", "rollout.max_new_tokens=12", "traces.samples=2", "traces.temperature=1"]
+    cfg = load([*where, *small, "exits.depths=[2,4]", "tracker=disabled"])
+    whole = GenerationRequest(PROMPTS, 2, SamplingParams(1.0, 12, tuple(cfg.rollout.stop)), Off(), cfg.traces.seed)
+    pool.load(None)
+    expected = pool.generate(whole)
+    assert any(not same(a, b) for a, b in expected)
+    dying: Any = Dying(pool, 2)
+    model = Path(pool.tokenizer.name_or_path)
+    with pytest.raises(KeyboardInterrupt), Session(cfg, "traces", model, learner=False) as session:
+        session.sample(dying, list(PROMPTS), cfg.traces, "answers")
+    counting: Any = Counting(pool)
+    with Session(cfg, "traces", model, learner=False) as session:
+        found = session.sample(counting, list(PROMPTS), cfg.traces, "answers")
+        assert counting.generated == 1 and len(list((session.path / "answers").iterdir())) == 3
+        session.finish()
+        assert not (session.path / "answers").exists()
+    assert [len(group) for group in found] == [2] * 8
+    for group, other in zip(found, expected, strict=True):
+        assert all(same(a, b) for a, b in zip(group, other, strict=True))

@@ -19,6 +19,7 @@ from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.rollout.engine.scoring import Score
 from ee_megatron.tasks import make_task
+from ee_megatron.training.evaluate import Evaluation
 from ee_megatron.training.kept import KeptAnswers
 from ee_megatron.training.session import Session
 from ee_megatron.training.stored import save_answers
@@ -195,3 +196,15 @@ def test_a_stage_that_samples_goes_on_with_the_parts_that_it_has(
     assert [len(group) for group in found] == [2] * 8
     for group, other in zip(found, expected, strict=True):
         assert all(same(a, b) for a, b in zip(group, other, strict=True))
+
+
+def test_an_evaluation_names_its_sets_by_the_weights_that_its_pool_holds(pool: LocalPool) -> None:
+    work, policy = Evaluation.__new__(Evaluation), initial_policy(pool.decoder.dims, SPEC, seed=1)
+    work.pool = pool
+    seen = []
+    for tensors in (policy, {name: t + 1 for name, t in policy.items()}):
+        work.hold(tensors)
+        seen.append(work.weights)
+        assert work.weights == pool.health()["digest"]
+    work.load_teacher()
+    assert work.weights == pool.health()["digest"] and len({*seen, work.weights}) == 3

@@ -33,9 +33,10 @@ from workloads import exits_with_mean
 
 from ee_megatron.exit_rules import Off, Prescribed
 from ee_megatron.families import ModelDims
+from ee_megatron.kernels import compiled as kernels
 from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import Decoder, SamplingParams
-from ee_megatron.rollout.engine import kernels, sampling
+from ee_megatron.rollout.engine import sampling
 from ee_megatron.rollout.engine.cache import KVCache
 from ee_megatron.rollout.engine.ops import KernelOps, Ops, Rows, TorchOps
 from ee_megatron.rollout.engine.request import Request

@@ -31,6 +31,7 @@ from ee_megatron.exit_rules import (
     Threshold,
 )
 from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.kernels import compiled as kernels
 from ee_megatron.learner import engine
 from ee_megatron.learner.batch import ReplayBatch, pack
 from ee_megatron.learner.learner import Learner, LearnerOptions, Scores, Update
@@ -38,7 +39,6 @@ from ee_megatron.objectives.divergences import Teacher
 from ee_megatron.objectives.weights import Weights, mean_weights
 from ee_megatron.parallel.groups import Degrees
 from ee_megatron.policy import PolicySpec, initial_policy
-from ee_megatron.rollout.engine import kernels
 from ee_megatron.rollout.engine import linear as decoder_linear
 from ee_megatron.rollout.engine.decoder import Decoder
 from ee_megatron.rollout.engine.generation import generate

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from ee_megatron.exit_rules import Sample
+from ee_megatron.kernels import Panels
+from ee_megatron.kernels import compiled as kernels
 from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import Decoder, GenerationRequest, SamplingParams, generate
-from ee_megatron.rollout.engine import kernels, sampling
+from ee_megatron.rollout.engine import sampling
 from ee_megatron.rollout.engine.cache import KVCache
-from ee_megatron.rollout.engine.linear import Linear, Panels, WideLinear
+from ee_megatron.rollout.engine.linear import Linear, WideLinear
 from ee_megatron.rollout.engine.ops import KernelOps, TorchOps
 from ee_megatron.types import Prompt
 from tests.reference import random_policy

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...config.derive import position_bytes
 from ...families import ModelDims
-from .kernels import LANES
+from ...kernels import LANES
 
 # Positions of a page: what the compiled attention reads at a time, so that none of its steps crosses pages.
 PAGE = LANES

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels import Panels, panels
 from ...products import linear
-from . import kernels
 
 # The number of rows that oneDNN's packing is told to expect; any number works.
 PACKED_ROWS = 16
@@ -31,33 +31,6 @@ class Matrix(Protocol):
     def plain(self) -> Tensor:
         """W, as it was given."""
         ...
-
-
-class Panels:
-    """Packed for product.c; with `wide` results are float32 whatever W's dtype is."""
-
-    def __init__(self, library: kernels.Library, weight: Tensor, bias: Tensor | None, wide: bool):
-        self.out, self.width = weight.shape
-        self.wide, self.library = wide, library
-        weight = weight.contiguous()
-        panels = -(-self.out // library.columns)
-        self.packed = torch.empty(panels * library.columns * self.width, dtype=weight.dtype)
-        library.pack(weight.data_ptr(), self.packed.data_ptr(), self.width, self.out)
-        # The kernels add it before they round.
-        self._bias = None if bias is None else bias.float().contiguous()
-        self.product = kernels.Product(self.packed.data_ptr(), kernels.pointer(self._bias), self.width, self.out)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        dtype = torch.float32 if self.wide else x.dtype
-        y = torch.empty(*x.shape[:-1], self.out, dtype=dtype)
-        self.library.multiply(self.product, x.data_ptr(), y.data_ptr(), x.shape[:-1].numel(), self.wide)
-        return y
-
-    def plain(self) -> Tensor:
-        pair = kernels.PAIRS[self.packed.dtype]
-        panels = self.packed.view(-1, self.width // pair, self.library.columns, pair)
-        return panels.transpose(1, 2).reshape(-1, self.width)[: self.out]
 
 
 class OneDNN:
@@ -91,13 +64,6 @@ class Plain:
         return self.weight
 
 
-def _panels(weight: Tensor, bias: Tensor | None, wide: bool) -> Panels | None:
-    library = kernels.library(weight.dtype) if weight.device.type == "cpu" else None
-    if library is None or not library.columns or weight.shape[1] % kernels.PAIRS[weight.dtype]:
-        return None
-    return Panels(library, weight, bias, wide)
-
-
 def _pack(weight: Tensor) -> Tensor | None:
     """The matrix in oneDNN's layout, or None where this PyTorch or processor has no packed product for it."""
     dtypes = (torch.bfloat16, torch.float32)
@@ -116,7 +82,7 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, adapted: bool = False):
         self.bias, self.adapted = bias, adapted
-        self.matrix: Matrix = _panels(weight, bias, wide=False) or _packed(weight, bias) or Plain(weight, bias)
+        self.matrix: Matrix = panels(weight, bias, wide=False) or _packed(weight, bias) or Plain(weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.matrix(x)
@@ -136,7 +102,7 @@ class WideLinear(Linear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         self.dtype = weight.dtype
-        packed = _panels(weight, bias, wide=True)
+        packed = panels(weight, bias, wide=True)
         if packed is not None:
             self.bias, self.adapted, self.matrix = bias, False, packed
             return

@@ -1,4 +1,4 @@
-"""The decoder's layers for one position per row, in PyTorch and by the kernels of kernels.c and product.c.
+"""The decoder's layers for one position per row, in PyTorch and by compiled kernels.
 
 Both classes have the same methods with the same results up to rounding. Shapes: A rows, D hidden, H query heads, KVH
 key/value heads, hd head size, I MLP width.
@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...families import ModelDims
-from . import kernels
+from ...kernels import Panels, compiled
 from .cache import TABLE, KVCache
-from .linear import Linear, Panels, WideLinear
+from .linear import Linear, WideLinear
 from .weights import Block
 
 # Of a prompt that go through an MLP at a time on a CPU.
 POSITIONS = 768
+# Longer sequences are attended to by PyTorch, whose products of blocks are faster than a kernel of vectors.
+SHORT = 512
 
 
 class Ops(Protocol):
@@ -230,10 +232,10 @@ class KernelOps(LayerByLayer):
     in place, each row's up to its own length. Where all matrices are in panels, layers run without a way back to
     Python. Not thread-safe: scratch memory is kept between calls."""
 
-    def __init__(self, dims: ModelDims, library: kernels.Library):
+    def __init__(self, dims: ModelDims, library: compiled.Library):
         self.dims, self.library = dims, library
-        self._layers: ctypes.Array[kernels.Layer] | None = None
-        self._shape = kernels.Shape(
+        self._layers: ctypes.Array[compiled.Layer] | None = None
+        self._shape = compiled.Shape(
             dims.hidden, dims.heads, dims.kv_heads, dims.head_dim, dims.intermediate, dims.rms_eps
         )
         self._scratch = torch.empty(0, dtype=torch.uint8)
@@ -242,7 +244,7 @@ class KernelOps(LayerByLayer):
         super().take(blocks)
         self._layers = None
         if all(isinstance(linear.matrix, Panels) for block in blocks for linear in block.linears.values()):
-            self._layers = (kernels.Layer * len(blocks))(*map(_layer, blocks))
+            self._layers = (compiled.Layer * len(blocks))(*map(_layer, blocks))
 
     def run(self, first: int, stop: int, hidden: Tensor, cache: KVCache, at: Rows) -> Tensor:
         if self._layers is None:
@@ -287,8 +289,8 @@ class KernelOps(LayerByLayer):
         rows, width = hidden.shape
         self.library.add_norm(
             hidden.data_ptr(),
-            kernels.pointer(delta),
-            kernels.pointer(gain),
+            compiled.pointer(delta),
+            compiled.pointer(gain),
             out.data_ptr(),
             rows,
             width,
@@ -307,8 +309,8 @@ class KernelOps(LayerByLayer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         dims, positions = self.dims, at.positions.contiguous()
         self.library.turn_heads(
-            fused.data_ptr(), positions.data_ptr(), at.cos.data_ptr(), at.sin.data_ptr(), kernels.pointer(q_gain),
-            kernels.pointer(k_gain), dims.rms_eps, len(fused), dims.heads, dims.kv_heads, dims.head_dim,
+            fused.data_ptr(), positions.data_ptr(), at.cos.data_ptr(), at.sin.data_ptr(), compiled.pointer(q_gain),
+            compiled.pointer(k_gain), dims.rms_eps, len(fused), dims.heads, dims.kv_heads, dims.head_dim,
         )  # fmt: skip
         return _heads(fused, dims)
 
@@ -319,7 +321,7 @@ class KernelOps(LayerByLayer):
         out = fused.new_empty(rows, dims.q_size)
         self.library.attend(
             fused.data_ptr(), out.data_ptr(), at.where.data_ptr(), at.where.stride(0), at.cos.data_ptr(),
-            at.sin.data_ptr(), cache.layers[layer].data_ptr(), kernels.pointer(q_gain), kernels.pointer(k_gain),
+            at.sin.data_ptr(), cache.layers[layer].data_ptr(), compiled.pointer(q_gain), compiled.pointer(k_gain),
             dims.rms_eps, rows, dims.heads, dims.kv_heads, dims.head_dim,
         )  # fmt: skip
         return out
@@ -327,6 +329,13 @@ class KernelOps(LayerByLayer):
     def attend_parallel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ends: Sequence[int]) -> Tensor:
         """Each sequence by itself: its bits don't depend on what is read along with it, and padding costs nothing."""
         past, attended = k.shape[1] - q.shape[1], torch.zeros(q.shape, dtype=q.dtype)
+        if k.shape[1] <= SHORT:
+            lengths = torch.tensor(ends)
+            self.library.attend_causal(
+                q.data_ptr(), k.data_ptr(), v.data_ptr(), attended.data_ptr(), lengths.data_ptr(), q.stride(1),
+                k.stride(1), q.shape[0], q.shape[1], past, self.dims.heads, self.dims.kv_heads, self.dims.head_dim,
+            )  # fmt: skip
+            return attended
         for b, n in enumerate(ends):
             here, seen = slice(b, b + 1), None if mask is None else mask[:n, : past + n]
             attended[here, :n] = super().attend_parallel(
@@ -338,19 +347,19 @@ class KernelOps(LayerByLayer):
         dims = self.dims
         self.library.write_kv(
             fused.data_ptr(), at.where.data_ptr(), at.where.stride(0), at.cos.data_ptr(), at.sin.data_ptr(),
-            cache.addresses[first:].ctypes.data, kernels.pointer(k_gain), dims.rms_eps, len(fused), layers,
+            cache.addresses[first:].ctypes.data, compiled.pointer(k_gain), dims.rms_eps, len(fused), layers,
             dims.kv_heads, dims.head_dim,
         )  # fmt: skip
 
 
-def _layer(block: Block) -> kernels.Layer:
+def _layer(block: Block) -> compiled.Layer:
     matrices = (block.linears[name].matrix for name in ("qkv", "out", "gate_up", "down"))
     products = (matrix.product for matrix in matrices if isinstance(matrix, Panels))
     gains = (block.attention_norm, block.mlp_norm, block.q_norm, block.k_norm)
-    return kernels.Layer(*products, *map(kernels.pointer, gains))
+    return compiled.Layer(*products, *map(compiled.pointer, gains))
 
 
 def choose_ops(dims: ModelDims, dtype: torch.dtype, device: torch.device) -> Ops:
     """The compiled kernels where they can be had for this dtype and device, else PyTorch."""
-    library = kernels.library(dtype) if device.type == "cpu" and dims.head_dim % kernels.LANES == 0 else None
+    library = compiled.library(dtype) if device.type == "cpu" and dims.head_dim % compiled.LANES == 0 else None
     return TorchOps(dims) if library is None else KernelOps(dims, library)

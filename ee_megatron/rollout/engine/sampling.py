@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import kernels
+from ...kernels import compiled
 
 # How many of the most probable tokens are sorted to find a nucleus; a flat distribution takes a whole sort.
 NUCLEUS = 512
@@ -116,8 +116,8 @@ def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, logprobs
 
 
-def _library(logits: Tensor) -> kernels.Library | None:
-    return kernels.library(torch.float32) if logits.device.type == "cpu" and logits.dtype == torch.float32 else None
+def _library(logits: Tensor) -> compiled.Library | None:
+    return compiled.library(torch.float32) if logits.device.type == "cpu" and logits.dtype == torch.float32 else None
 
 
 def inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-/* Decoding kernels for CPUs: one query position per row, the cache read where it lies. kernels.py compiles and calls them.
+/* Decoding kernels for CPUs: one query position per row, the cache read where it lies. compiled.py compiles them.
 
    Arithmetic is float32 throughout; results are rounded to the element type where the PyTorch form in ops.py rounds
    too. A rows, D hidden, H query heads, KVH key/value heads, hd head size (a multiple of 16).
@@ -11,34 +11,6 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* exp for x <= 88: 2^n times a polynomial on [-ln2/2, ln2/2]; relative error about 1e-7 (Cephes' coefficients). */
-static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    float n = rintf(x * 1.44269504088896341f);
-    float r = x - n * 0.693147180559945f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    union { int32_t bits; float value; } scale = {((int32_t)n + 127) << 23};
-    return p * scale.value;
-}
-
-static inline float largest(const float *x, long n) {
-    float top = x[0];
-    long i = 0;
-    if (n >= LANES) {
-        vec most = *(const vec *)x;
-        for (i = LANES; i + LANES <= n; i += LANES) most = greater(most, *(const vec *)(x + i));
-        for (int l = 0; l < LANES; l++) top = most[l] > top ? most[l] : top;
-    }
-    for (; i < n; i++) top = x[i] > top ? x[i] : top;
-    return top;
-}
 
 /* hidden [A, D] += delta [A, D] (NULL: nothing); out = RMSNorm(hidden) * gain (NULL: no gain). */
 void add_norm(element *hidden, const element *delta, const element *gain, element *out, long A, long D, float eps) {
@@ -270,6 +242,86 @@ void attend(const element *fused, element *out, const int64_t *where, long strid
     }
 }
 
+/* Queries that are weighed together against two vectors of positions. */
+enum { QUERIES = 4 };
+
+/* A query's logits with the keys of `span` positions, turned: keys [hd, width], width a multiple of 2 LANES. Queries
+   q [R, hd] lie G to a position, positions `step` apart; scores [R, width]. */
+static inline __attribute__((always_inline)) void weigh_keys(const int R, const element *const *q, float scale,
+                                                             const float *keys, long width, long span, long hd,
+                                                             float *scores) {
+    float wide[QUERIES][hd];
+    for (int r = 0; r < R; r++)
+        for (long d = 0; d < hd; d += LANES) *(vec *)(wide[r] + d) = scale * load(q[r] + d);
+    for (long t = 0; t < span; t += 2 * LANES) {
+        vec low[QUERIES], high[QUERIES];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) low[r] = high[r] = (vec){0};
+        for (long d = 0; d < hd; d++) {
+            vec first = *(const vec *)(keys + d * width + t), second = *(const vec *)(keys + d * width + t + LANES);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                low[r] += wide[r][d] * first;
+                high[r] += wide[r][d] * second;
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            *(vec *)(scores + r * width + t) = low[r];
+            *(vec *)(scores + r * width + t + LANES) = high[r];
+        }
+    }
+}
+
+/* Causal attention of whole sequences, each by itself: queries q [B, T, H, hd] at the last T of P + T positions, whose
+   keys and values are k, v [B, P + T, KVH, hd]; `ends` [B] of the T are there -> out [B, T, H, hd], which stays as it was
+   behind them. Elements between positions: step_q, step_kv; out is contiguous. */
+void attend_causal(const element *q, const element *k, const element *v, element *out, const int64_t *ends, long step_q,
+                   long step_kv, long B, long T, long P, long H, long KVH, long hd) {
+    long G = H / KVH;
+    float scale = 1.0f / sqrtf((float)hd);
+#pragma omp parallel for schedule(dynamic, 1)
+    for (long task = 0; task < B * KVH; task++) {
+        long b = task / KVH, g = task % KVH, n = ends[b], all = P + n;
+        long width = (all + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
+        float *keys = aligned_alloc(64, sizeof(float) * (size_t)(width * (2 * hd + QUERIES)));
+        float *values = keys + width * hd, *scores = values + width * hd;
+        const element *own_k = k + b * (P + T) * step_kv + g * hd, *own_v = v + b * (P + T) * step_kv + g * hd;
+        for (long t = 0; t < width; t++)
+            for (long d = 0; d < hd; d++) keys[d * width + t] = t < all ? widen(own_k[t * step_kv + d]) : 0.0f;
+        for (long t = 0; t < all; t++)
+            for (long d = 0; d < hd; d += LANES) *(vec *)(values + t * hd + d) = load(own_v + t * step_kv + d);
+        for (long first = 0; first < n * G; first += QUERIES) {
+            long count = n * G - first < QUERIES ? n * G - first : QUERIES;
+            const element *rows[QUERIES];
+            for (long r = 0; r < QUERIES; r++) {
+                /* Past the end the last query is asked again. */
+                long at = first + (r < count ? r : count - 1);
+                rows[r] = q + (b * T + at / G) * step_q + (g * G + at % G) * hd;
+            }
+            weigh_keys(QUERIES, rows, scale, keys, width, P + (first + count - 1) / G + 1, hd, scores);
+            for (long r = 0; r < count; r++) {
+                long i = (first + r) / G, seen = P + i + 1, whole = (seen + LANES - 1) / LANES * LANES;
+                float *s = scores + r * width;
+                for (long t = seen; t < whole; t++) s[t] = NOTHING;
+                float total = softmax(s, whole);
+                element *o = out + ((b * T + i) * H + g * G + (first + r) % G) * hd;
+                for (long d = 0; d < hd; d += LANES) {
+                    vec even = {0}, odd = {0};
+                    long t = 0;
+                    for (; t + 1 < seen; t += 2) {
+                        even += s[t] * *(const vec *)(values + t * hd + d);
+                        odd += s[t + 1] * *(const vec *)(values + (t + 1) * hd + d);
+                    }
+                    if (t < seen) even += s[t] * *(const vec *)(values + t * hd + d);
+                    store((even + odd) / total, o + d);
+                }
+            }
+        }
+        free(keys);
+    }
+}
+
 /* fused [A, layers, 2, KVH, hd]: keys (normed and rotated here) and values of layers whose pages are `pages` [layers].
    k_gain [layers, hd] or NULL. */
 void write_kv(const element *fused, const int64_t *where, long stride, const float *cos, const float *sin,
@@ -285,65 +337,3 @@ void write_kv(const element *fused, const int64_t *where, long stride, const flo
                           keys + g * hd, values + g * hd);
     }
 }
-
-#ifndef BFLOAT16
-/* Logits are weighed in blocks: within one in float32, their sums in float64. */
-enum { BLOCK = 512 };
-
-static inline float weight_of(float below) { return below < -86.0f ? 0.0f : exponential(below); }
-
-/* The sum of exp(x - top) over x [V]; mass [ceil(V / BLOCK)], unless NULL: that of each block. */
-static double weigh(const float *x, long V, float top, double *mass) {
-    double total = 0;
-    for (long b = 0; b * BLOCK < V; b++) {
-        long stop = (b + 1) * BLOCK < V ? (b + 1) * BLOCK : V;
-        float sum = 0;
-        for (long i = b * BLOCK; i < stop; i++) sum += weight_of(x[i] - top);
-        if (mass) mass[b] = sum;
-        total += sum;
-    }
-    return total;
-}
-
-/* Greedy choice: logits [A, V] -> the first of the greatest, token [A], and its log-probability [A]. */
-void best(const float *logits, int64_t *token, float *logprob, long A, long V) {
-#pragma omp parallel for
-    for (long a = 0; a < A; a++) {
-        const float *x = logits + a * V;
-        float top = largest(x, V);
-        long at = 0;
-        while (at < V - 1 && x[at] != top) at++;
-        token[a] = at;
-        logprob[a] = -(float)log(weigh(x, V, top, NULL));
-    }
-}
-
-/* Inverse-CDF sampling: logits [A, V] (already divided by the temperature), uniform [A] in [0, 1) -> token [A] and its
-   log-probability [A]. -inf logits have no weight and are never drawn. */
-void sample(const float *logits, const double *uniform, int64_t *token, float *logprob, long A, long V) {
-    long blocks = (V + BLOCK - 1) / BLOCK;
-#pragma omp parallel for
-    for (long a = 0; a < A; a++) {
-        const float *x = logits + a * V;
-        double *mass = malloc(sizeof(double) * (size_t)blocks);
-        float top = largest(x, V);
-        double total = weigh(x, V, top, mass), left = uniform[a] * total;
-        long b = 0;
-        while (b < blocks - 1 && left >= mass[b]) left -= mass[b++];
-        long stop = (b + 1) * BLOCK < V ? (b + 1) * BLOCK : V, chosen = -1;
-        for (long i = b * BLOCK; i < stop; i++) {
-            float weight = weight_of(x[i] - top);
-            if (weight == 0.0f) continue;
-            chosen = i;
-            left -= weight;
-            if (left < 0) break;
-        }
-        /* Rounding may leave an empty last block: then the last token with any weight is meant. */
-        for (long i = b * BLOCK - 1; chosen < 0 && i >= 0; i--)
-            if (x[i] - top >= -86.0f) chosen = i;
-        token[a] = chosen;
-        logprob[a] = x[chosen] - (top + (float)log(total));
-        free(mass);
-    }
-}
-#endif

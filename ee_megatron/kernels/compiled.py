@@ -1,6 +1,6 @@
-"""Compiles kernels.c and product.c with the machine's C compiler, once per machine and source, and loads them.
+"""Compiles this package's C with the machine's compiler, once per machine and source, and loads it.
 
-Nothing depends on it: without a compiler, or with EE_MEGATRON_KERNELS=0, the PyTorch forms in ops.py do the same work.
+Nothing depends on it: without a compiler, or with EE_MEGATRON_KERNELS=0, PyTorch does the same work.
 How much the kernels save is measured in docs/measurements/2026-11-26-decoding-kernels.md.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "product.c")]
+SOURCES = [Path(__file__).with_name(name) for name in ("decoding.c", "logits.c", "product.c")]
 HEADER = Path(__file__).with_name("kernels.h")
 FLAGS = (
     "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math",
@@ -67,6 +67,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "silu_mul": [_P, _P, _L, _L],
     "turn_heads": [_P, _P, _P, _P, _P, _P, _F, _L, _L, _L, _L],
     "attend": [_P, _P, _P, _L, _P, _P, _P, _P, _P, _F, _L, _L, _L, _L],
+    "attend_causal": [_P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _L, _L],
     "write_kv": [_P, _P, _L, _P, _P, _P, _P, _F, _L, _L, _L, _L],
 }
 # Where the processor has what product.c needs.
@@ -77,7 +78,11 @@ PRODUCT_SIGNATURES: dict[str, list[Any]] = {
     "gate": [ctypes.POINTER(Product), _P, _F, _P, _I, _F, _P, _P, _P, _L],
 }
 # Of float32 only.
-SAMPLING_SIGNATURES: dict[str, list[Any]] = {"best": [_P, _P, _P, _L, _L], "sample": [_P, _P, _P, _P, _L, _L]}
+LOGITS_SIGNATURES: dict[str, list[Any]] = {
+    "best": [_P, _P, _P, _L, _L],
+    "sample": [_P, _P, _P, _P, _L, _L],
+    "compare": [_P, _P, _P, _P, _L, _L],
+}
 
 
 class Library:
@@ -87,6 +92,7 @@ class Library:
     silu_mul: Callable[..., None]
     turn_heads: Callable[..., None]
     attend: Callable[..., None]
+    attend_causal: Callable[..., None]
     write_kv: Callable[..., None]
     pack: Callable[..., None]
     multiply: Callable[..., None]
@@ -94,6 +100,7 @@ class Library:
     gate: Callable[..., None]
     best: Callable[..., None]
     sample: Callable[..., None]
+    compare: Callable[..., None]
 
     def __init__(self, path: Path, dtype: torch.dtype):
         loaded = ctypes.CDLL(str(path))
@@ -102,7 +109,7 @@ class Library:
         if self.columns:
             wanted |= PRODUCT_SIGNATURES
         if dtype == torch.float32:
-            wanted |= SAMPLING_SIGNATURES
+            wanted |= LOGITS_SIGNATURES
         for name, arguments in wanted.items():
             function = getattr(loaded, name)
             function.argtypes, function.restype = arguments, None

@@ -1,5 +1,6 @@
 /* What the kernels share. Compiled once per element type: float, or bfloat16 with -DBFLOAT16. */
 
+#include <math.h>
 #include <stdint.h>
 
 #ifdef BFLOAT16
@@ -26,6 +27,34 @@ typedef int32_t mask_vec __attribute__((vector_size(64)));
 static inline vec greater(vec a, vec b) {
     mask_vec first = a > b;
     return (vec)((first & (mask_vec)a) | (~first & (mask_vec)b));
+}
+
+/* exp for x <= 88: 2^n times a polynomial on [-ln2/2, ln2/2]; relative error about 1e-7 (Cephes' coefficients). */
+static inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    float n = rintf(x * 1.44269504088896341f);
+    float r = x - n * 0.693147180559945f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    union { int32_t bits; float value; } scale = {((int32_t)n + 127) << 23};
+    return p * scale.value;
+}
+
+static inline float largest(const float *x, long n) {
+    float top = x[0];
+    long i = 0;
+    if (n >= LANES) {
+        vec most = *(const vec *)x;
+        for (i = LANES; i + LANES <= n; i += LANES) most = greater(most, *(const vec *)(x + i));
+        for (int l = 0; l < LANES; l++) top = most[l] > top ? most[l] : top;
+    }
+    for (; i < n; i++) top = x[i] > top ? x[i] : top;
+    return top;
 }
 
 /* Below this many elements a second thread costs more than it saves. */

@@ -6,11 +6,26 @@ that they differ in the order of summation alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .kernels import panels
+
+
+def products_with(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """x [n, k] -> x · W^T [n, m] in float32 as `product` has it, for many x with one W [m, k] of their dtype. On a CPU
+    the values of a bfloat16 W are laid out anew, once, so that what comes of it goes with W's values of now."""
+    if weight.dtype == torch.float32 or weight.device.type != "cpu":
+        return lambda x: product(x, weight.t())
+    packed = panels(weight, wide=True)
+    if packed is not None:
+        return packed
+    wide = weight.float()
+    return lambda x: x.float() @ wide.t()
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -99,12 +99,13 @@ NO_WEIGHTS = Weights()
 @dataclass(frozen=True)
 class Pass:
     """What is computed on a batch: "score" or "train" the policy at the prescribed exits, or read the "reference" (the
-    base at full depth, without exits)."""
+    base at full depth, without exits). Without `reads_out` nothing is said of tokens."""
 
     what: str
     weights: Weights = NO_WEIGHTS
     teacher: Teacher | None = None
     hazards_of: tuple[int, ...] = ()
+    reads_out: bool = True
 
     @property
     def trains(self) -> bool:
@@ -199,6 +200,10 @@ class Learner:
             return self._run(batch, Pass("reference"))
         return self._run(batch, Pass("score", teacher=teacher, hazards_of=self.spec.exit_depths if hazards else ()))
 
+    def hazards(self, batch: ReplayBatch) -> Tensor:
+        """`Scores.hazards` alone: nothing is read out."""
+        return self._run(batch, Pass("score", hazards_of=self.spec.exit_depths, reads_out=False)).hazards
+
     def step(
         self, batch: ReplayBatch, weights: Weights, teacher: Teacher | None = None, *, adapter_lr: float, gate_lr: float
     ) -> Update:
@@ -289,7 +294,7 @@ class Learner:
                 model, head = stack.enter_context(self._reference())
             passes = SchedulePass(
                 model, head, self.direction, exits=wanted.exits, train=wanted.trains, teacher=wanted.teacher,
-                hazards_of=wanted.hazards_of, done=self._clock(wanted.what, own),
+                hazards_of=wanted.hazards_of, reads_out=wanted.reads_out, done=self._clock(wanted.what, own),
             )  # fmt: skip
             full = batch if wanted.exits else batch.at_full_depth(self.dims.num_layers)
             # The reference's hidden states are kept for as many micro-batches as fill the pipeline.
@@ -323,7 +328,9 @@ class Learner:
         """The reference's hidden states for these micro-batches."""
         with self._reference() as (model, head):
             states = ReferenceStates(head, deque())
-            passes = SchedulePass(model, head, self.direction, exits=False, train=False, keep_hidden=states.hidden)
+            passes = SchedulePass(
+                model, head, self.direction, exits=False, train=False, keep_hidden=states.hidden, reads_out=False
+            )  # fmt: skip
             full = batch.at_full_depth(self.dims.num_layers)
             self._schedule(passes, model, self._micro_batches(full, slots, NO_WEIGHTS))
         return states

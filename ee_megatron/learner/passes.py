@@ -15,7 +15,7 @@ from ..model.gpt import EarlyExitGPT, RankModel
 from ..model.layer import gate_entropy
 from ..objectives.divergences import Direction, Teacher
 from ..objectives.weights import Weights
-from ..parallel.vocabulary import Head, full_divergence, lumped_kl
+from ..parallel.vocabulary import Against, Head, lumped_kl
 from .batch import ReplayBatch
 from .packing import Strip
 
@@ -106,6 +106,7 @@ class SchedulePass:
         teacher: Teacher | None = None,
         reference: ReferenceStates | None = None,
         keep_hidden: deque[Tensor] | None = None,
+        reads_out: bool = True,
         hazards_of: tuple[int, ...] = (),
         done: Callable[[], None] | None = None,
     ):
@@ -113,7 +114,7 @@ class SchedulePass:
         self.direction = direction
         # Divergence is from the batch's stored distribution, from the reference, or there is none.
         self.stored, self.reference = teacher is Teacher.STORED, reference
-        self.keep_hidden = keep_hidden
+        self.keep_hidden, self.reads_out = keep_hidden, reads_out
         # Told of every micro-batch that this rank has run forward.
         self.done = done
         self.token_logprobs: list[Tensor] = []
@@ -152,20 +153,14 @@ class SchedulePass:
         hidden = output.flatten(0, 1).index_select(0, micro_batch.counted)
         if self.keep_hidden is not None:
             self.keep_hidden.append(hidden)
+        if not self.reads_out:
             return hidden.new_zeros(())
         no_weight = torch.zeros(len(hidden), device=hidden.device)
         token, divergence = (
             no_weight if weight is None else weight for weight in (micro_batch.token, micro_batch.divergence)
         )
-        loss, logprobs, entropy, kl = no_weight.sum(), no_weight, no_weight, no_weight
-        if micro_batch.token is not None or self.reference is None or not self.train:
-            loss, logprobs, entropy, kl = self._read_out(micro_batch, hidden, token, divergence)
-        if self.reference is not None:
-            assert self.head is not None and self.reference.head is not None
-            against = self.reference.head, self.reference.hidden.popleft()
-            extra, kl = full_divergence(self.head, hidden, *against, divergence, self.direction)
-            loss = loss + extra
-        for store, value in ((self.token_logprobs, logprobs), (self.token_entropy, entropy), (self.kl, kl)):
+        loss, *found = self._read_out(micro_batch, hidden, token, divergence)
+        for store, value in zip((self.token_logprobs, self.token_entropy, self.kl), found, strict=True):
             whole = value.new_zeros(micro_batch.tokens.size(1))
             store.append(whole.index_copy(0, micro_batch.counted, value))
         return loss
@@ -173,29 +168,35 @@ class SchedulePass:
     def _read_out(
         self, micro_batch: MicroBatch, hidden: Tensor, token: Tensor, divergence: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss, log p(token) [N], entropy [N] (only where nothing is trained) and divergence from the stored teacher
-        [N], from log-probabilities at single tokens; `token`, `divergence`: weights [N]."""
+        """Loss, log p(token) [N], entropy [N] (only where nothing is trained) and divergence from the teacher [N];
+        `token`, `divergence`: weights [N]."""
         assert self.head is not None
-        ids = micro_batch.labels.unsqueeze(-1)
-        kl = torch.zeros_like(token)
+        ids, against = micro_batch.labels.unsqueeze(-1), None
         if self.stored:
             assert micro_batch.teacher_ids is not None and micro_batch.teacher_logprobs is not None
-            teacher = micro_batch.teacher_logprobs
             ids = torch.cat([micro_batch.teacher_ids, ids], dim=-1)
+        if self.reference is not None:
+            assert self.reference.head is not None
+            against = Against(self.reference.head, self.reference.hidden.popleft(), divergence, self.direction)
 
         def loss_of(log_probs: Tensor, at: slice) -> Tensor:
             loss = -(token[at] * log_probs[:, -1]).sum()
-            if self.stored:
-                compared = lumped_kl(log_probs[:, :-1], teacher[at], self.direction)
-                kl[at] = compared.detach()
-                loss = loss + (divergence[at] * compared).sum()
-            return loss
+            return loss + (divergence[at] * self._stored_kl(micro_batch, log_probs, at)).sum() if self.stored else loss
 
         if self.train:
-            loss, log_probs = self.head(hidden, ids, loss_of)
-            return loss, log_probs[:, -1], torch.zeros_like(token), kl
-        log_probs, entropy = self.head.log_probs_at(hidden, ids)
-        return loss_of(log_probs, slice(None)), log_probs[:, -1], entropy, kl
+            loss, log_probs, kl = self.head(hidden, ids, loss_of, against)
+            entropy = torch.zeros_like(token)
+        else:
+            log_probs, entropy, kl = self.head.score(hidden, ids, against)
+            loss = loss_of(log_probs, slice(None)) + (divergence * kl).sum()
+        if self.stored:
+            kl = self._stored_kl(micro_batch, log_probs, slice(None))
+        return loss, log_probs[:, -1], entropy, kl
+
+    def _stored_kl(self, micro_batch: MicroBatch, log_probs: Tensor, at: slice) -> Tensor:
+        """Divergence [n] from the stored teacher; log_probs [n, k + 1] at its tokens and the label."""
+        assert micro_batch.teacher_logprobs is not None
+        return lumped_kl(log_probs[:, :-1], micro_batch.teacher_logprobs[at], self.direction)
 
     def stacked(self) -> Tensor:
         """This rank's share of every score [5 + M, slots of all micro-batches], in the order of `Scores`."""

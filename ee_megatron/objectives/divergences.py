@@ -25,6 +25,8 @@ TEACHERS = {teacher.value: teacher for teacher in Teacher}
 
 # Addends [n, 1] each -> their sums over the tensor-parallel ranks, side by side [n, number of addends].
 Total = Callable[..., "Tensor"]
+# A divergence [n], nats, and what makes its slope [n, V_local] by the student's logits.
+Sloped = tuple["Tensor", Callable[[], "Tensor"]]
 
 
 @dataclass(frozen=True)
@@ -32,31 +34,30 @@ class Direction:
     """A divergence of the student's distribution p from the teacher's q, given as log p, log q.
 
     lumped: both [n, k], a whole distribution -> [n], nats; autograd differentiates it.
-    sharded: both [n, V_local] and `Total` -> (divergence [n], nats; its slope [n, V_local] by the student's logits).
-    -inf stands at padded rows of a sharded vocabulary.
+    sharded: both [n, V_local] and `Total` -> `Sloped`. -inf stands at padded rows of a sharded vocabulary.
     """
 
     lumped: Callable[[Tensor, Tensor], Tensor]
-    sharded: Callable[[Tensor, Tensor, Total], tuple[Tensor, Tensor]]
+    sharded: Callable[[Tensor, Tensor, Total], Sloped]
 
 
-def _student_teacher(student: Tensor, teacher: Tensor, total: Total) -> tuple[Tensor, Tensor]:
+def _student_teacher(student: Tensor, teacher: Tensor, total: Total) -> Sloped:
     p, gap = student.exp(), student - teacher
     divergence = total(_expected(p, gap))
-    return divergence.squeeze(-1), _slope(p, gap, divergence, 1.0)
+    return divergence.squeeze(-1), lambda: _slope(p, gap, divergence, 1.0)
 
 
-def _teacher_student(student: Tensor, teacher: Tensor, total: Total) -> tuple[Tensor, Tensor]:
-    p, q = student.exp(), teacher.exp()
-    return total(_expected(q, teacher - student)).squeeze(-1), p - q
+def _teacher_student(student: Tensor, teacher: Tensor, total: Total) -> Sloped:
+    q = teacher.exp()
+    return total(_expected(q, teacher - student)).squeeze(-1), lambda: student.exp() - q
 
 
-def _jensen_shannon(student: Tensor, teacher: Tensor, total: Total) -> tuple[Tensor, Tensor]:
+def _jensen_shannon(student: Tensor, teacher: Tensor, total: Total) -> Sloped:
     p, q = student.exp(), teacher.exp()
     middle = (0.5 * (p + q)).log()
     gap = student - middle
     both = total(_expected(p, gap), _expected(q, teacher - middle))
-    return both.mean(-1), _slope(p, gap, both[:, :1], 0.5)
+    return both.mean(-1), lambda: _slope(p, gap, both[:, :1], 0.5)
 
 
 def _jensen_shannon_lumped(p: Tensor, q: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ norm; the head's local rows are [V_local, D].
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,12 +17,27 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
-from ..objectives.divergences import Direction
-from ..products import product
+from ..objectives.divergences import Direction, Sloped
+from ..products import product, products_with
 from .readout_chunk import chunk_positions
 
 # (log-probabilities [n, k] of a chunk, where it lies in [N]) -> the chunk's share of the loss, a scalar.
 ChunkLoss = Callable[[Tensor, slice], Tensor]
+# Hidden states [n, D] -> this rank's logits fp32 [n, V_local].
+Products = Callable[[Tensor], Tensor]
+# Below any difference of logits that leaves a probability, and finite: times 0 it is 0.
+NOTHING = -1e4
+
+
+@dataclass(frozen=True)
+class Against:
+    """A divergence over the whole vocabulary from what a teacher's head makes of its hidden states [N, D]; `weight`
+    fp32 [N]: what each position's counts in the loss."""
+
+    head: Head
+    hidden: Tensor
+    weight: Tensor
+    direction: Direction
 
 
 class Head(nn.Module):
@@ -39,41 +55,74 @@ class Head(nn.Module):
     ):
         super().__init__()
         self.weight, self.vocab, self.temperature = weight, vocab, temperature
-        self.chunk = chunk or chunk_positions(weight.size(0))
+        on_cpu, trained = weight.device.type == "cpu", weight.requires_grad
+        self.chunk = chunk or chunk_positions(weight.size(0), on_cpu=on_cpu, trained=trained)
         self.group = parallel_state.get_tensor_model_parallel_group()
         self.ranks = dist.get_world_size(self.group)
         self.start = dist.get_rank(self.group) * weight.size(0)
         self.replicated_input = replicated_input and self.ranks > 1
 
     @torch.no_grad()
-    def log_probs_at(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """log p at ids int64 [N, k] -> fp32 [N, k], and the distribution's entropy, nats, fp32 [N]; no gradient."""
+    def score(self, hidden: Tensor, ids: Tensor, against: Against | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """log p at ids int64 [N, k] -> fp32 [N, k], the distribution's entropy, nats, fp32 [N], and its divergence
+        from a teacher's, nats, fp32 [N], zeros without one; no gradient."""
         log_probs = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
-        entropy = torch.empty(ids.shape[:1], dtype=torch.float32, device=hidden.device)
+        entropy, divergence = (log_probs.new_zeros(len(ids)) for _ in range(2))
+        readings = _Readings.of(self, against)
         for at in self.chunks(hidden):
-            log_probs[at], unnormalised, total = self._distribution(hidden[at], ids[at])
+            shifted, top = self.logits(readings.own, hidden[at])
+            shifted.sub_(top).clamp_(min=NOTHING)
+            chosen, weights = self._at(shifted, ids[at]), shifted.exp()
+            total = weights.sum(-1, keepdim=True)
             # With p = e / sum(e): H = log sum(e) - sum(e log e) / sum(e).
-            weighted = self.total(torch.xlogy(unnormalised, unnormalised).sum(-1, keepdim=True))
+            weighted = torch.einsum("nv,nv->n", weights, shifted).unsqueeze(-1)
+            sums = self.total(total, weighted, chosen)
+            total, weighted, chosen = sums[:, :1], sums[:, 1:2], sums[:, 2:]
+            log_probs[at] = chosen - total.log()
             entropy[at] = (total.log() - weighted / total).squeeze(-1)
-        return log_probs, entropy
+            if against is not None:
+                divergence[at], _ = readings.divergence(self._padded(shifted.sub_(total.log())), at)
+        return log_probs, entropy, divergence
 
-    def forward(self, hidden: Tensor, ids: Tensor, function: ChunkLoss) -> tuple[Tensor, Tensor]:
-        """Sum of `function` over chunks of positions -> (loss, fp32 scalar; log p at ids, fp32 [N, k], detached).
+    def forward(
+        self, hidden: Tensor, ids: Tensor, function: ChunkLoss, against: Against | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum of `function` over chunks of positions, and of the weighted divergence from a teacher, if there is one
+        -> (loss, fp32 scalar; log p at ids, fp32 [N, k], and the divergence, nats, fp32 [N], zeros without a teacher:
+        both detached).
 
         The loss has a gradient for the hidden states and, where it is trained, for the head. `function` must be a sum
         over positions; it is differentiated by autograd with respect to its log-probabilities.
         """
         log_probs = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
+        divergence = log_probs.new_zeros(len(ids))
+        readings = _Readings.of(self, against)
 
         def chunk(part: Tensor, at: slice) -> tuple[Tensor, Tensor]:
-            log_probs[at], probabilities, total = self._distribution(part, ids[at])
+            logits, top = self.logits(readings.own, part)
+            chosen = self._at(logits, ids[at])
+            if against is None:
+                probabilities = logits.sub_(top).exp_()
+                total = probabilities.sum(-1, keepdim=True)
+            else:
+                total = (logits - top).exp_().sum(-1, keepdim=True)
+            sums = self.total(total, chosen)
+            total, log_probs[at] = sums[:, :1], sums[:, 1:] - (sums[:, :1].log() + top)
             with torch.enable_grad():
                 leaf = log_probs[at].detach().requires_grad_()
                 share = function(leaf, at)
                 (gradient,) = torch.autograd.grad(share, leaf)
-            return share.detach(), self._backward(probabilities, total, ids[at], gradient)
+            share, slope = share.detach(), None
+            if against is not None:
+                log_p = logits.sub_(total.log() + top)
+                divergence[at], sloped = readings.divergence(log_p, at)
+                share = share + (against.weight[at] * divergence[at]).sum()
+                slope = sloped().mul_(against.weight[at].unsqueeze(1))
+                probabilities, total = log_p.exp_(), torch.ones_like(total)
+            return share, self._backward(probabilities, total, ids[at], gradient, slope)
 
-        return _ChunkedLoss.apply(self.entering(hidden), self.weight, self, chunk), log_probs
+        loss = _ChunkedLoss.apply(self.entering(hidden), self.weight, self, chunk)
+        return loss, log_probs, divergence
 
     def entering(self, hidden: Tensor) -> Tensor:
         """hidden, such that its gradient is the sum over ranks where that is this module's task."""
@@ -81,14 +130,12 @@ class Head(nn.Module):
             return copy_to_tensor_model_parallel_region(hidden, group=self.group)
         return hidden
 
-    def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def logits(self, products: Products, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """[n, D] -> this rank's logits fp32 [n, V_local], -inf at padded rows, and their maximum over ranks [n, 1]."""
-        logits = product(hidden, self.weight.t())
+        logits = products(hidden)
         if self.temperature != 1.0:
             logits.div_(self.temperature)
-        padding = self.start + logits.size(1) - self.vocab
-        if padding > 0:
-            logits[:, max(0, logits.size(1) - padding) :] = float("-inf")
+        self._padded(logits)
         top = logits.amax(-1, keepdim=True)
         if self.ranks > 1:
             dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self.group)
@@ -105,34 +152,65 @@ class Head(nn.Module):
         """Positions that are read out together."""
         return [slice(i, i + self.chunk) for i in range(0, hidden.size(0), self.chunk)]
 
-    def log_softmax(self, hidden: Tensor) -> Tensor:
+    def log_softmax(self, products: Products, hidden: Tensor) -> Tensor:
         """log p over this rank's rows [n, V_local], fp32; -inf at padded rows."""
-        logits, top = self.logits(hidden)
+        logits, top = self.logits(products, hidden)
         total = (logits - top).exp_().sum(-1, keepdim=True)
         return logits.sub_(self.total(total).log() + top)
 
-    def _distribution(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(log p at ids [n, k], unnormalised probabilities [n, V_local], their sum over all ranks [n, 1]), fp32."""
-        logits, top = self.logits(hidden)
-        local, mine = self._local(ids, logits.size(1))
-        chosen = torch.where(mine, logits.gather(1, local), 0.0)
-        total = logits.sub_(top).exp_().sum(-1, keepdim=True)
-        both = self.total(total, chosen)
-        total, chosen = both[:, :1], both[:, 1:]
-        return chosen - (total.log() + top), logits, total
+    def _padded(self, values: Tensor) -> Tensor:
+        """values [n, V_local], -inf at rows that are padding, in place."""
+        padding = self.start + values.size(1) - self.vocab
+        if padding > 0:
+            values[:, max(0, values.size(1) - padding) :] = float("-inf")
+        return values
+
+    def _at(self, values: Tensor, ids: Tensor) -> Tensor:
+        """values [n, V_local] at ids [n, k] where this rank has them, else 0."""
+        local, mine = self._local(ids, values.size(1))
+        return torch.where(mine, values.gather(1, local), 0.0)
 
     def _local(self, ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """Where ids [n, k] are among this rank's `rows`, and which of them it owns; the others' place means nothing."""
         local = ids - self.start
         return local.clamp(0, rows - 1), (local >= 0) & (local < rows)
 
-    def _backward(self, probabilities: Tensor, total: Tensor, ids: Tensor, gradient: Tensor) -> Tensor:
+    def _backward(
+        self, probabilities: Tensor, total: Tensor, ids: Tensor, gradient: Tensor, slope: Tensor | None
+    ) -> Tensor:
         """Gradient [n, k] of the log-probabilities at ids -> gradient of this rank's logits, in place of the
-        probabilities: d log p_i / d logit_j = [i = j] - p_j."""
+        unnormalised probabilities: d log p_i / d logit_j = [i = j] - p_j. With `slope` [n, V_local], that of another
+        term by logits over the temperature, added."""
         logits = probabilities.mul_(-gradient.sum(-1, keepdim=True) / total)
         local, mine = self._local(ids, logits.size(1))
         logits.scatter_add_(1, local, torch.where(mine, gradient, 0.0))
+        if slope is not None:
+            logits += slope
         return logits if self.temperature == 1.0 else logits.div_(self.temperature)
+
+
+@dataclass(frozen=True)
+class _Readings:
+    """The products of one pass over all chunks: a head's own, and those of the teacher that it is compared with."""
+
+    head: Head
+    own: Products
+    against: Against | None
+    teacher: Products | None
+
+    @staticmethod
+    def of(head: Head, against: Against | None) -> _Readings:
+        own = products_with(head.weight.detach())
+        if against is None:
+            return _Readings(head, own, None, None)
+        same = against.head.weight is head.weight
+        return _Readings(head, own, against, own if same else products_with(against.head.weight.detach()))
+
+    def divergence(self, log_p: Tensor, at: slice) -> Sloped:
+        """From the teacher's of a chunk; log_p [n, V_local]."""
+        assert self.against is not None and self.teacher is not None
+        teacher = self.against.head.log_softmax(self.teacher, self.against.hidden[at])
+        return self.against.direction.sharded(log_p, teacher, self.head.total)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -167,28 +245,6 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden * gradient, None if d_weight is None else d_weight * gradient, None, None
-
-
-def full_divergence(
-    head: Head, hidden: Tensor, teacher_head: Head, teacher_hidden: Tensor, weight: Tensor, direction: Direction
-) -> tuple[Tensor, Tensor]:
-    """Sum of weight * divergence from a teacher over the whole vocabulary -> (loss, fp32 scalar; the divergences [N],
-    nats, detached).
-
-    hidden, teacher_hidden [N, D]; weight fp32 [N]. Gradients as in `Head.forward`.
-    """
-    divergence = torch.empty(hidden.size(0), dtype=torch.float32, device=hidden.device)
-
-    def chunk(part: Tensor, at: slice) -> tuple[Tensor, Tensor]:
-        teacher = teacher_head.log_softmax(teacher_hidden[at])
-        divergence[at], slope = direction.sharded(head.log_softmax(part), teacher, head.total)
-        return (weight[at] * divergence[at]).sum(), slope.mul_(weight[at].unsqueeze(1) / head.temperature)
-
-    if torch.is_grad_enabled():
-        return _ChunkedLoss.apply(head.entering(hidden), head.weight, head, chunk), divergence
-    for at in head.chunks(hidden):
-        chunk(hidden[at], at)
-    return (weight * divergence).sum(), divergence
 
 
 def lumped_kl(student: Tensor, teacher: Tensor, direction: Direction) -> Tensor:

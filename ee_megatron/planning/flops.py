@@ -104,10 +104,11 @@ def gate_cost(layout: Layout, load: Load, layer: int, sequences: float) -> float
 
 
 def head_cost(layout: Layout, load: Load, sequences: float, how: PassMode) -> float:
-    """FLOPs of the readout on one tensor-parallel rank; a divergence makes both distributions, and learns from one."""
+    """FLOPs of the readout on one tensor-parallel rank; a divergence needs the teacher's distribution beside the
+    policy's, and whatever is learnt goes back through the policy's once."""
     rows = padded_vocab(layout.dims.vocab, layout.tensor) // layout.tensor
     backward = (1 + layout.spec.full) if how.train else 0
-    readouts = (1 + backward) * how.likelihood + (2 + backward) * how.divergence
+    readouts = (1 + backward) * (how.likelihood or how.divergence) + how.divergence
     return 2 * sequences * load.answer * rows * layout.dims.hidden * readouts
 
 

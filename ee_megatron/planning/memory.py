@@ -206,12 +206,14 @@ def adapter_activations(layout: Layout, t: Training, active: float) -> float:
 
 def logits_chunk(layout: Layout, packed: Packing, t: Training) -> float:
     """Scoring: a chunk's logits in fp32, and p log p beside them; a divergence has two distributions and what its
-    slope is made of; a CPU multiplies with the head in fp32 before."""
+    slope is made of; a CPU multiplies with a copy of the head, of fp32 where the processor has no products of bfloat16
+    with fp32 sums."""
+    trained = layout.spec.full
     rows = padded_vocab(layout.dims.vocab, layout.tensor) // layout.tensor
-    chunk = min(chunk_positions(rows), packed.each * packed.load.answer)
-    trained = FP32 * rows * layout.dims.hidden if layout.spec.full else 0
+    chunk = min(chunk_positions(rows, on_cpu=t.on_cpu, trained=trained), packed.each * packed.load.answer)
+    slope = FP32 * rows * layout.dims.hidden if trained else 0
     copied = FP32 * rows * layout.dims.hidden if t.on_cpu and t.item != FP32 else 0
-    return chunk * rows * FP32 + max((6 if t.divergence else 1) * chunk * rows * FP32, copied) + trained
+    return (7 if t.divergence else 2) * chunk * rows * FP32 + copied + slope
 
 
 def actor_memory(

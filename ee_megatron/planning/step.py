@@ -20,6 +20,8 @@ from .workload import Counted, Workload
 
 POLICY, REFERENCE = PassMode(train=False), PassMode(train=False, policy=False)
 """How rollouts are scored: the policy under their exits, the reference at full depth."""
+COMPARED, ASKED = replace(REFERENCE, likelihood=False), replace(POLICY, likelihood=False)
+"""Without a readout: the reference's hidden states, which a divergence reads out; the hazards of the policy's gates."""
 
 
 def rollouts_per_step(cfg: RunConfig) -> int:
@@ -43,7 +45,7 @@ def scored(cfg: RunConfig) -> list[PassMode]:
     """The passes before the first update (training/reinforce.py, `scored`)."""
     wanted = scoring(cfg.rl)
     policy = replace(POLICY, divergence=wanted.divergence)
-    return [policy] * wanted.policy + [REFERENCE] * (wanted.reference + wanted.divergence)
+    return [policy] * wanted.policy + [REFERENCE] * wanted.reference + [COMPARED] * wanted.divergence
 
 
 def passes(cfg: RunConfig, load: Workload) -> dict[str, list[tuple[float, Packing, PassMode]]]:
@@ -53,7 +55,7 @@ def passes(cfg: RunConfig, load: Workload) -> dict[str, list[tuple[float, Packin
     # The policy's scores once more before each further update.
     before = [(1, whole, how) for how in scored(cfg)] + [(count - 1, each, POLICY)]
     # An exact divergence runs the reference again, with every update.
-    update = [(count * train.divergence, each, REFERENCE), (count, each, train)]
+    update = [(count * train.divergence, each, COMPARED), (count, each, train)]
     return {
         phase: [entry for entry in entries if entry[0]] for phase, entries in (("scoring", before), ("update", update))
     }
@@ -94,12 +96,12 @@ def step_flops(
         return Counted.of([prompts[i] for i in rows], [depths[i] for i in rows], layers, rl.group_size, shared, first)
 
     every, learned = counted(range(len(prompts))), counted(kept)
-    run = {how: whole_pass(layout, learned, 1, how) for how in (POLICY, REFERENCE, train)}
+    run = {how: whole_pass(layout, learned, 1, how) for how in (POLICY, COMPARED, train)}
     return {
         "rollout": generation_cost(layout, every, prompts[:: rl.group_size]),
         "score": sum(whole_pass(layout, every, 1, how) for how in scored(cfg)),
         # Each update but the first scores its share again.
-        "update": rl.epochs * (run[train] + run[REFERENCE] * train.divergence)
+        "update": rl.epochs * (run[train] + run[COMPARED] * train.divergence)
         + run[POLICY] * (count - 1) / rl.minibatches,
     }
 
@@ -112,8 +114,8 @@ def calibration_flops(layout: Layout, load: Workload, cfg: RunConfig) -> float:
     update = PassMode(train=True, recompute=again, input_gradient=again, likelihood=not full, divergence=full)
     # The student's own targets, and a reach, take its divergences first, its own exits the hazards of every gate.
     scored = [(1, load, compared)] if c.gate_targets == "current" or c.reach else []
-    own = [(c.student_patterns, load.at_full_depth(), POLICY)]
-    taught = [(full * (1 + len(scored)), load, REFERENCE)]
+    own = [(c.student_patterns, load.at_full_depth(), ASKED)]
+    taught = [(full * (1 + len(scored)), load, COMPARED)]
     return sum(
         times * whole_pass(layout, what, c.batch_size, how)
         for times, what, how in (*scored, *own, *taught, (1, load, update))

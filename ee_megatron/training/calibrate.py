@@ -145,7 +145,7 @@ def make_weights(
 def own_hazards(learner: Learner, traces: list[Trace], items: list[Item], layout: ExitLayout) -> list[torch.Tensor]:
     """Hazards [T, M] of every gate for each item, at full depth."""
     batch = _pack([traces[item.trace] for item in items], None, layout)
-    hazards = learner.score(batch, hazards=True).hazards
+    hazards = learner.hazards(batch)
     return [hazards[row][batch.counts[row]] for row in range(batch.rows)]
 
 

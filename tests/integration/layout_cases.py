@@ -46,13 +46,13 @@ def split(degrees: Degrees) -> torch.device:
 
 def make_learner(
     path, spec, policy, degrees, stages, *, deepspeed=None, dtype=torch.float32, kl_direction="student_teacher",
-    adapter_dropout=0.0, **parallel,
+    adapter_dropout=0.0, temperature=1.0, **parallel,
 ) -> Learner:  # fmt: skip
     """This rank's learner, after `split`; `parallel`: further settings of that section."""
     section = ParallelConfig(*degrees, stage_layers=list(stages), **parallel)
     return Learner(
         HFDirectory(path), spec, policy, section, deepspeed or DeepspeedConfig(), device=split(Degrees(*degrees)),
-        dtype=dtype, options=LearnerOptions(adapter_dropout, kl_direction),
+        dtype=dtype, options=LearnerOptions(adapter_dropout, kl_direction, temperature),
     )  # fmt: skip
 
 

@@ -42,6 +42,10 @@ def score(batch: ReplayBatch, **options):
     return _kept["learner"].score(batch, **options)
 
 
+def hazards(batch: ReplayBatch):
+    return _kept["learner"].hazards(batch)
+
+
 def cost_of_scoring(batch: ReplayBatch) -> int:
     """FLOPs of this rank."""
     with FlopCounterMode(display=False) as counter:
@@ -69,7 +73,7 @@ def log_probs(tokens, depths):
     def loss(batch, output):
         hidden = output.flatten(0, 1)
         every = torch.arange(learner.dims.vocab).expand(hidden.size(0), -1)
-        kept["log_probs"] = learner.head.log_probs_at(hidden, every)[0].view(*batch[0].shape, -1)
+        kept["log_probs"] = learner.head.score(hidden, every)[0].view(*batch[0].shape, -1)
         return hidden.sum() * 0
 
     run_schedule(learner.model, [(tokens, depths)], forward, loss, slots=tokens.numel(), train=False)
@@ -82,10 +86,10 @@ def read_out(hidden, ids, slope):
     head = _kept["learner"].head
     leaf, weight = hidden.clone().requires_grad_(), head.weight
     kept, trained = weight.requires_grad, weight.requires_grad_()
-    loss, _ = head(leaf, ids, lambda log_probs, at: (slope[at] * log_probs).sum())
+    loss, *_ = head(leaf, ids, lambda log_probs, at: (slope[at] * log_probs).sum())
     gradients = torch.autograd.grad(loss, (leaf, trained))
     weight.requires_grad_(kept)
-    return head.log_probs_at(hidden, ids)[0], *gradients
+    return head.score(hidden, ids)[0], *gradients
 
 
 def ask_gates(hidden):

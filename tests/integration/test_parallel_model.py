@@ -79,6 +79,7 @@ def test_scores_and_updates_equal_the_reference(family, degrees, stages, options
         )  # fmt: skip
         scores = ranks.call("parallel_cases:score", batch=batch)
         with_hazards = ranks.call("parallel_cases:score", batch=batch, hazards=True)
+        alone = ranks.call("parallel_cases:hazards", batch=batch)
         teacher = ranks.call("parallel_cases:score", batch=batch, reference=True)
         steps = ranks.call("parallel_cases:step", batch=batch, weights=weights, times=2)
     for value in policy.values():
@@ -87,8 +88,8 @@ def test_scores_and_updates_equal_the_reference(family, degrees, stages, options
     logits = Reference(path, SPEC, policy).gate_logits(batch.tokens, batch.exit_depths).detach()
     reached = batch.exit_depths.unsqueeze(-1) >= torch.tensor(SPEC.exit_depths)
     hazards = torch.sigmoid(logits) * (reached & batch.asked.unsqueeze(-1))
-    for found in with_hazards:
-        torch.testing.assert_close(found.hazards, hazards, rtol=1e-5, atol=1e-5)
+    for found in (*(scores.hazards for scores in with_hazards), *alone):
+        torch.testing.assert_close(found, hazards, rtol=1e-5, atol=1e-5)
     assert all(found.hazards.size(-1) == 0 for found in scores) and 0 < float((hazards > 0).float().mean()) < 1
     for found in (*scores, *with_hazards, *(update.scores for update, _ in steps)):
         torch.testing.assert_close(found.token_logprobs, tokens.detach(), rtol=1e-5, atol=1e-5)
@@ -271,10 +272,12 @@ def test_gradients_of_distillation_over_the_whole_vocabulary(mode, direction, tm
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
-def test_gradients_of_the_likelihood_with_the_exact_kl_beside_it(mode, tmp_path):
-    """RL's objective with rl.kl=exact at PP2, against autograd through both terms."""
+@pytest.mark.parametrize(("degrees", "stages", "temperature"), [((1, 2, 1), (3, 3), 1.0), ((2, 1, 1), (6,), 0.7)])
+def test_gradients_of_the_likelihood_with_the_exact_kl_beside_it(mode, degrees, stages, temperature, tmp_path):
+    """RL's objective with rl.kl=exact at PP2, and at TP2 with a padded vocabulary and a temperature, against autograd
+    through both terms; scores against the same distributions."""
     spec = SPEC if mode == "lora" else replace(SPEC, rank=0, full=True)
-    path = tiny_hf("llama", tmp_path / "model", tied=False)
+    path = tiny_hf("llama", tmp_path / "model", vocab=131 if degrees[0] > 1 else 130, tied=False)
     source = HFDirectory(path)
     policy, (batch, weights) = random_policy(source.dims, spec), make_batch(3)
     if spec.full:
@@ -283,17 +286,23 @@ def test_gradients_of_the_likelihood_with_the_exact_kl_beside_it(mode, tmp_path)
     weights = replace(weights, divergence=divergence)
     with Ranks(2, tmp_path / "ranks") as ranks:
         ranks.call(
-            "parallel_cases:make_learner", path=path, spec=spec, policy=policy, degrees=(1, 2, 1), stages=(3, 3),
-            options={"tokens_per_micro_batch": 36, "deepspeed": DeepspeedConfig(gradient_clipping=0.0)},
+            "parallel_cases:make_learner", path=path, spec=spec, policy=policy, degrees=degrees, stages=stages,
+            options={"tokens_per_micro_batch": 36, "temperature": temperature,
+                     "deepspeed": DeepspeedConfig(gradient_clipping=0.0)},
         )  # fmt: skip
+        scores = ranks.call("parallel_cases:score", batch=batch, teacher=Teacher.REFERENCE)[0]
         update, _ = ranks.call("parallel_cases:step", batch=batch, weights=weights, teacher=Teacher.REFERENCE)[0]
     reference = trainable(path, spec, policy)
-    student = reference.logits(batch.tokens, batch.exit_depths).log_softmax(-1)
-    teacher = Reference(path).logits(batch.tokens, torch.full_like(batch.exit_depths, 6)).log_softmax(-1)
+    student = (reference.logits(batch.tokens, batch.exit_depths) / temperature).log_softmax(-1)
+    teacher = Reference(path).logits(batch.tokens, torch.full_like(batch.exit_depths, 6))
+    teacher = (teacher / temperature).log_softmax(-1)
     kl = (student.exp() * (student - teacher)).sum(-1)
-    torch.testing.assert_close(update.scores.kl, (kl * batch.counts).detach(), rtol=1e-4, atol=1e-5)
     tokens = student.gather(-1, batch.labels()[..., None])[..., 0] * batch.counts
-    torch.testing.assert_close(update.scores.token_logprobs, tokens.detach(), rtol=1e-4, atol=1e-4)
+    for found in (scores, update.scores):
+        torch.testing.assert_close(found.kl, (kl * batch.counts).detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.token_logprobs, tokens.detach(), rtol=1e-4, atol=1e-4)
+    entropy = -(student.exp() * student).sum(-1) * batch.counts
+    torch.testing.assert_close(scores.token_entropy, entropy.detach(), rtol=1e-4, atol=1e-5)
     exits = reference.log_q(reference.gate_logits(batch.tokens, batch.exit_depths), batch.exit_depths) * batch.asked
     loss = (kl * batch.counts * weights.divergence).sum() - (tokens * weights.token).sum()
     (loss - (exits * weights.exit).sum()).backward()

@@ -17,8 +17,10 @@ from ee_megatron.families import ModelDims
 from ee_megatron.kernels import compiled as kernels
 from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import Decoder, SamplingParams
+from ee_megatron.rollout.engine import ops as ops_module
 from ee_megatron.rollout.engine import sampling
 from ee_megatron.rollout.engine.cache import KVCache
+from ee_megatron.rollout.engine.comparison import compare
 from ee_megatron.rollout.engine.ops import KernelOps, Rows, TorchOps, choose_ops
 from ee_megatron.rollout.engine.request import Request
 from ee_megatron.rollout.engine.scheduler import Scheduler
@@ -88,6 +90,73 @@ def test_attention_and_cache_writes_equal_the_pytorch_form(seed, rows, span, siz
     near(turned[0], turned[1])
     near(found[0], found[1])
     near(torch.stack(caches[0].layers), torch.stack(caches[1].layers))
+
+
+@needs_compiler
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=4),
+    past=st.sampled_from([0, 1, 31, 50]),
+    size=st.sampled_from([16, 48, 64, 128]),
+    heads=st.sampled_from([(1, 1), (6, 2), (4, 4)]),
+    short=st.sampled_from([0, 512]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_whole_sequences_attend_as_in_float64(seed, lengths, past, size, heads, short, dtype):
+    """Padded, after a prefix, by the kernel and, for what is long, by PyTorch; padding is left as it was."""
+    dims = dataclasses.replace(DIMS, heads=heads[0], kv_heads=heads[1], head_dim=size)
+    generator, width = torch.Generator().manual_seed(seed), max(lengths)
+    fused = torch.randn(len(lengths), width, heads[0] + 2 * heads[1], size, generator=generator).to(dtype)
+    q, k, v = fused.split([heads[0], heads[1], heads[1]], dim=2)
+    mask = None
+    if past:
+        before = torch.randn(2, len(lengths), past, heads[1], size, generator=generator).to(dtype)
+        k, v = torch.cat([before[0], k], 1), torch.cat([before[1], v], 1)
+        mask = torch.ones(width, past + width, dtype=torch.bool).tril(past)
+    ops, _ = both(dims, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops_module, "SHORT", short)
+        found = ops.attend_parallel(q, k, v, mask, lengths)
+    for b, n in enumerate(lengths):
+        queries, keys, values = (x[b].double().transpose(0, 1) for x in (q[:, :n], k[:, : past + n], v[:, : past + n]))
+        keys, values = (x.repeat_interleave(heads[0] // heads[1], 0) for x in (keys, values))
+        logits = queries @ keys.transpose(1, 2) / size**0.5
+        seen = torch.ones(n, past + n, dtype=torch.bool).tril(past)
+        exact = logits.masked_fill(~seen, -torch.inf).softmax(-1) @ values
+        near(found[b, :n].transpose(0, 1), exact.to(dtype))
+        assert not found[b, n:].any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    rows=st.integers(1, 5),
+    vocab=st.integers(1, 1500),
+    apart=st.sampled_from([0.0, 0.01, 1.0, 30.0]),
+    cut=st.booleans(),
+    kernel=st.booleans(),
+)
+def test_distributions_are_compared_as_in_float64(seed, rows, vocab, apart, cut, kernel):
+    generator = torch.Generator().manual_seed(seed)
+    logits, of = 5 * torch.randn(rows, vocab, generator=generator), torch.randint(3, (rows,), generator=generator)
+    others = 5 * torch.randn(3, vocab, generator=generator)
+    if apart < 30:
+        logits = others[of] + apart * torch.randn(rows, vocab, generator=generator)
+    if cut and vocab > 1:
+        logits[:, torch.randint(vocab, (1,), generator=generator)] = float("-inf")
+    with pytest.MonkeyPatch.context() as patch:
+        if not kernel:
+            patch.setattr(kernels, "library", lambda dtype: None)
+        found = compare(logits, others, of)
+        assert all(torch.equal(a, b) for a, b in zip(found, compare(logits, others[of]), strict=True))
+    p, q = logits.double().log_softmax(-1), others[of].double().log_softmax(-1)
+    weighted = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(-1)
+    entropy = -torch.where(p > -torch.inf, p.exp() * p, 0.0).sum(-1)
+    expected = weighted, logits.double().logsumexp(-1), others[of].double().logsumexp(-1), entropy
+    for value, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-5)
+    assert float(found.divergence.min()) >= 0
 
 
 @needs_compiler

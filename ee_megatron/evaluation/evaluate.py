@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NotRequired, TypedDict
 
 from ..rollout.engine.request import GenerationRequest, Progress
@@ -70,19 +70,25 @@ class AnsweredSet:
     seconds: float
 
 
-def answer_set(
-    pool: RolloutPool, request: GenerationRequest, *, scored: bool = False, progress: Progress | None = None
-) -> AnsweredSet:
-    """The request's answers by the weights that the pool holds; `scored` costs another pass over all of them.
-
-    Raises ValueError if there are no prompts.
-    """
+def answer_set(pool: RolloutPool, request: GenerationRequest, progress: Progress | None = None) -> AnsweredSet:
+    """The request's answers by the weights that the pool holds, not scored. Raises ValueError if there are no
+    prompts."""
     if not request.prompts:
         raise ValueError("no prompts to evaluate on; the task has none in this split")
     begun = time.perf_counter()
     rollouts = [answer for answers in pool.generate(request, progress) for answer in answers]
-    seconds = time.perf_counter() - begun
-    return AnsweredSet(rollouts, pool.score(rollouts) if scored else None, seconds)
+    return AnsweredSet(rollouts, None, time.perf_counter() - begun)
+
+
+def score_sets(pool: RolloutPool, sets: Sequence[AnsweredSet]) -> list[AnsweredSet]:
+    """Sets of answers to the same prompts with their scores, by the weights that the pool holds.
+
+    The answers of a prompt are next to each other when they are read again, so that the prompt is read once for all.
+    Raises ValueError for sets of different sizes.
+    """
+    together = [rollout for group in zip(*(one.rollouts for one in sets), strict=True) for rollout in group]
+    scores = pool.score(together) if together else []
+    return [replace(one, scores=scores[i :: len(sets)]) for i, one in enumerate(sets)]
 
 
 def evaluate_model(

@@ -9,8 +9,8 @@ import pytest
 
 from ee_megatron.config.load import load
 from ee_megatron.evaluation import EvaluationRow
-from ee_megatron.exit_rules import ExitRule, Threshold
-from ee_megatron.training.evaluate import Evaluation
+from ee_megatron.exit_rules import Threshold
+from ee_megatron.training.evaluate import Evaluation, Measured
 
 # Right answers of 100 by threshold: validation's own can't tell them apart, wide ones can.
 RIGHT = {"own": {0.1: 75, 0.9: 76}, "wide": {0.1: 40, 0.9: 47}}
@@ -24,17 +24,20 @@ class Planted(Evaluation):
         self.wide: Any = "wide" if wide else []
         self.meta, self.logged, self.more = {}, {}, {"pareto": {}}
 
-    def measure(self, model: str, exits: ExitRule, prompts: Any, *, final: bool) -> Any:
-        assert isinstance(exits, Threshold) and not final
+    def try_out(self, model: str, rules: Any, prompts: Any) -> list[Measured]:
+        assert all(isinstance(exits, Threshold) for exits in rules)
+        return [Measured(exits, self.row(model, exits, prompts), [prompts], []) for exits in rules]
+
+    def row(self, model: str, exits: Threshold, prompts: str) -> EvaluationRow:
         right, depth = RIGHT[prompts][exits.value], DEPTH[exits.value]
-        row = EvaluationRow(model, exits.label, 100, right, right / 100, 0.0, 1.0, depth, depth * 600, 20.0)
-        return row, [prompts], []
+        return EvaluationRow(model, exits.label, 100, right, right / 100, 0.0, 1.0, depth, depth * 600, 20.0)
 
 
 @pytest.mark.parametrize(("wide", "threshold"), [(False, 0.1), (True, 0.9)])
 def test_wide_problems_choose_too_and_the_validation_splits_own_row_is_kept(wide: bool, threshold: float) -> None:
     work = Planted(wide)
-    exits, row, answers = work.choose("reinforced")
+    exits, row, answers, _ = work.choose("reinforced")
+    assert isinstance(exits, Threshold)
     assert exits.value == threshold == work.meta["threshold_reinforced"] == work.logged["reinforced/threshold"]
     assert answers == ["own"] and row.correct == RIGHT["own"][threshold]
     assert [entry["accuracy"] for entry in work.meta["validation_reinforced"]] == [0.75, 0.76]

@@ -124,8 +124,8 @@ class Evaluation:
             spec.first_token,
         )
 
-    def request(self, exits: ExitRule, prompts: list[Prompt]) -> GenerationRequest:
-        return GenerationRequest(prompts, 1, self.sampling, exits, self.session.cfg.evaluate.seed)
+    def request(self, prompts: list[Prompt], exits: ExitRule, *others: ExitRule) -> GenerationRequest:
+        return GenerationRequest(prompts, 1, self.sampling, exits, self.session.cfg.evaluate.seed, others)
 
     def told(self, model: str) -> Progress:
         return partial(self.bar.detail, f"{model} answers")
@@ -147,18 +147,18 @@ class Evaluation:
 
     def scored(self, model: str, rules: Sequence[ExitRule], prompts: list[Prompt]) -> list[Measured]:
         """A model by each of some rules: answers made and timed rule by rule, then read again together."""
-        requests = [self.request(exits, prompts) for exits in rules]
+        requests = [self.request(prompts, exits) for exits in rules]
         sets = self.kept.score(self.pool, self.weights, requests, self.told(model))
         return [self.judge(model, request, one) for request, one in zip(requests, sets, strict=True)]
 
     def try_out(self, model: str, rules: Sequence[ExitRule], prompts: list[Prompt]) -> list[Measured]:
-        """Announced sets: a model by rules that are chosen among."""
-        tried = []
-        for exits in rules:
-            request = self.request(exits, prompts)
-            answered = self.kept.answer(self.pool, self.weights, request, self.told(model))
-            tried.append(self.judge(model, request, answered))
-            self.done(tried[-1].row)
+        """Announced sets: a model by rules that are chosen among. They answer together, so that each prompt is read
+        once for all of them; how fast one answers is left out."""
+        request = self.request(prompts, *rules)
+        sets = self.kept.answer_each(self.pool, self.weights, request, self.told(model))
+        tried = [self.judge(model, request.by(rule), one) for rule, one in zip(rules, sets, strict=True)]
+        for one in tried:
+            self.done(one.row)
         return tried
 
     def measure(self, model: str, *rules: ExitRule) -> list[Measured]:
@@ -214,7 +214,7 @@ class Evaluation:
         self.weights = weights.digest
 
     def on_validation(self, model: str, exits: ExitRule) -> EvaluationRow:
-        request = self.request(exits, self.validation)
+        request = self.request(self.validation, exits)
         return self.judge(model, request, self.kept.answer(self.pool, self.weights, request, self.told(model))).row
 
     def on_test(self, model: str, exits: ExitRule) -> tuple[EvaluationRow, list[Answer]]:
@@ -235,7 +235,7 @@ class Evaluation:
         exits = chosen.exits
         self.measure(model, Off(), Sample())
         # The gates' calibration looks into every answer: this reading scores them, too.
-        request = self.request(exits, self.test)
+        request = self.request(self.test, exits)
         answered, inspected = self.kept.inspect(self.pool, self.weights, request, self.told(model))
         found = self.judge(model, request, answered)
         self.add(found, inspected)

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from .. import __version__
-from ..evaluation.evaluate import AnsweredSet, answer_set, score_sets
+from ..evaluation.evaluate import AnsweredSet, answer_sets, score_sets
 from ..rollout.engine.request import GenerationRequest, Progress
 from ..rollout.engine.scoring import Inspection
 from ..rollout.pool.interface import RolloutPool
@@ -41,12 +41,30 @@ class KeptAnswers:
     def answer(
         self, pool: RolloutPool, weights: str, request: GenerationRequest, progress: Progress | None = None
     ) -> AnsweredSet:
-        """As `answer_set`; `weights` is the digest of those that the pool holds. From disk if they are there."""
-        found = self._find(weights, request, scored=False)
-        if found is None:
-            found = answer_set(pool, request, progress)
-            self._save(weights, request, found)
+        """The answers to a request of one rule, as `answer_each`."""
+        (found,) = self.answer_each(pool, weights, request, progress)
         return found
+
+    def answer_each(
+        self,
+        pool: RolloutPool,
+        weights: str,
+        request: GenerationRequest,
+        progress: Progress | None = None,
+        *,
+        timed: bool = False,
+    ) -> list[AnsweredSet]:
+        """As `answer_sets`; `weights` is the digest of those that the pool holds. Each rule's set is kept by itself.
+
+        Those that aren't there are asked for together. `timed`: one without `seconds` is made again.
+        """
+        found = {rule: self._find(weights, request.by(rule), scored=False) for rule in request.rules}
+        lacking = [rule for rule, one in found.items() if one is None or (timed and one.seconds is None)]
+        if lacking:
+            for rule, one in zip(lacking, answer_sets(pool, request.by(*lacking), progress), strict=True):
+                self._save(weights, request.by(rule), one)
+                found[rule] = one
+        return [one for rule in request.rules if (one := found[rule]) is not None]
 
     def score(
         self,
@@ -55,11 +73,11 @@ class KeptAnswers:
         requests: Sequence[GenerationRequest],
         progress: Progress | None = None,
     ) -> list[AnsweredSet]:
-        """The answers to requests for the same prompts, scored: each is made as by `answer`, then those that lack
-        scores are read again together."""
+        """The answers to requests for the same prompts, scored and timed: each is made by itself, then those
+        that lack scores are read again together."""
         found = [self._find(weights, request, scored=True) for request in requests]
         lacking = [request for request, one in zip(requests, found, strict=True) if one is None]
-        made = score_sets(pool, [self.answer(pool, weights, request, progress) for request in lacking])
+        made = score_sets(pool, [self._timed(pool, weights, request, progress) for request in lacking])
         for request, one in zip(lacking, made, strict=True):
             self._save(weights, request, one)
         left = iter(made)
@@ -68,14 +86,20 @@ class KeptAnswers:
     def inspect(
         self, pool: RolloutPool, weights: str, request: GenerationRequest, progress: Progress | None = None
     ) -> tuple[AnsweredSet, list[Inspection]]:
-        """The answers to a request, scored, and what their gates held, which isn't kept: one reading gives both."""
+        """As `score` for one request, and what their gates held, which isn't kept: one reading gives both."""
         found = self._find(weights, request, scored=True)
-        answered = found or self.answer(pool, weights, request, progress)
+        answered = found or self._timed(pool, weights, request, progress)
         inspected = pool.inspect(answered.rollouts)
         if found is None:
             answered = replace(answered, scores=[entry.score for entry in inspected])
             self._save(weights, request, answered)
         return answered, inspected
+
+    def _timed(
+        self, pool: RolloutPool, weights: str, request: GenerationRequest, progress: Progress | None
+    ) -> AnsweredSet:
+        (found,) = self.answer_each(pool, weights, request, progress, timed=True)
+        return found
 
     def _find(self, weights: str, request: GenerationRequest, *, scored: bool) -> AnsweredSet | None:
         place = self.directory / self._name(weights, request, scored)

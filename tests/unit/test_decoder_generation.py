@@ -447,6 +447,41 @@ def test_answers_are_read_as_each_would_be_alone_and_a_prompt_that_they_share_on
                 assert found[name] == value
 
 
+@EITHER
+@pytest.mark.parametrize("rows", [3, 64])
+def test_answers_by_several_rules_are_those_by_each_alone_and_their_prompts_are_read_once(
+    policy, tokenizer, monkeypatch, rows
+):
+    rules = (Threshold(0.4), Sample(), Threshold(0.6), Fixed(3), OFF)
+    request = GenerationRequest(PROMPTS, 2, SamplingParams(1.0, 12), rules[0], 4, rules[1:])
+    prefill, read = Decoder.prefill, []
+
+    def counted(decoder, tokens, lengths, *rest, **named):
+        read.append(len(tokens))
+        return prefill(decoder, tokens, lengths, *rest, **named)
+
+    monkeypatch.setattr(Decoder, "prefill", counted)
+    seen = []
+    found = generate(policy, tokenizer, request, 0, lambda done, total: seen.append((done, total)), rows)
+    # Where first tokens may exit, the shortest prompt has nothing to read before it runs.
+    assert sum(read) == len(PROMPTS) - policy.layout.first_token
+    assert seen[-1] == (70, 70) == (request.answers, request.answers) and request.per_prompt == 10
+    calls = iter(range(1000))
+    stopped = generate(policy, tokenizer, request, 0, rows=rows, stop=lambda: next(calls) == 12)
+    assert any(a.length and not is_whole(a, request.sampling) for a in flat(stopped))
+    gone_on = generate(policy, tokenizer, request, 0, rows=rows, begun=stopped)
+    for i, rule in enumerate(rules):
+        alone = generate(policy, tokenizer, request.by(rule), 0, rows=rows)
+        for group, other, expected in zip(found, gone_on, alone, strict=True):
+            for a, b, c in zip(group[2 * i : 2 * i + 2], other[2 * i : 2 * i + 2], expected, strict=True):
+                assert all(np.array_equal(vars(a)[name], value) for name, value in vars(c).items())
+                assert np.array_equal(b.tokens, c.tokens) and np.array_equal(b.exit_depths, c.exit_depths)
+    depths = [
+        tuple(int(d) for group in found for a in group[2 * i : 2 * i + 2] for d in a.exit_depths) for i in range(5)
+    ]
+    assert len(set(depths)) == 5, "rules that differ"
+
+
 @pytest.mark.parametrize("reading", [score, inspect, exit_divergences])
 def test_the_teachers_own_answers_at_full_depth_are_read_once_and_as_by_two(path, tokenizer, monkeypatch, reading):
     decoder = Decoder.from_hf(path, SPEC, torch.float32, "cpu")

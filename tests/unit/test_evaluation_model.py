@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ee_megatron.config.schema import TaskConfig
-from ee_megatron.evaluation import AnsweredSet, answer_set, evaluate_model, score_sets, write_results
+from ee_megatron.evaluation import AnsweredSet, answer_sets, evaluate_model, score_sets, write_results
 from ee_megatron.evaluation.evaluate import add_readings
 from ee_megatron.exit_rules import ExitRule, Fixed, Off, Sample, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
@@ -66,7 +66,7 @@ def test_the_row_agrees_with_the_answers_it_sums_up(pool: LocalPool, verifier: V
     prompts, right = known_prompts(pool, exits)
     seen: list[tuple[int, int]] = []
     request = GenerationRequest(prompts, 1, SAMPLING, exits, 0)
-    (answered,) = score_sets(pool, [answer_set(pool, request, lambda done, total: seen.append((done, total)))])
+    (answered,) = score_sets(pool, answer_sets(pool, request, lambda done, total: seen.append((done, total))))
     row, answers = evaluate_model(
         answered,
         request,
@@ -99,7 +99,7 @@ def test_readings_say_what_each_exit_on_the_way_would_have_written(pool: LocalPo
     weights, prompts = policy(pool), TASK.prompts("evaluation")[:8]
     pool.load(weights)
     request = GenerationRequest(prompts, 1, SAMPLING, Threshold(0.5), 0)
-    answered = answer_set(pool, request)
+    (answered,) = answer_sets(pool, request)
     _, answers = evaluate_model(
         answered,
         request,
@@ -138,7 +138,7 @@ def test_the_teacher_at_full_depth_diverges_from_itself_by_nothing(pool: LocalPo
     pool.load(None)
     arguments: dict[str, Any] = {"label": "teacher", "num_layers": 6, "decode": str}
     request = GenerationRequest(TASK.prompts("evaluation")[:6], 1, SAMPLING, Off(), 0)
-    answered = answer_set(pool, request)
+    (answered,) = answer_sets(pool, request)
     row, _ = evaluate_model(score_sets(pool, [answered])[0], request, TASK, verifier, **arguments)
     assert row.mean_depth == 1.0 and row.exits == "full depth"
     assert row.kl == pytest.approx(0.0, abs=1e-5)
@@ -152,7 +152,7 @@ def test_sets_that_are_read_together_score_as_each_alone_and_their_prompts_are_r
     pool.load(policy(pool))
     prompts = TASK.prompts("evaluation")[:6]
     rules = (Off(), Sample(), Threshold(0.5))
-    sets = [answer_set(pool, GenerationRequest(prompts, 1, SAMPLING, rule, 0)) for rule in rules]
+    sets = [answer_sets(pool, GenerationRequest(prompts, 1, SAMPLING, rule, 0))[0] for rule in rules]
     read = positions_read(monkeypatch)
     alone = [score_sets(pool, [one])[0] for one in sets]
     apart = sum(read)
@@ -191,7 +191,7 @@ def test_mistaken_calls_are_refused(pool: LocalPool, verifier: VerifierPool) -> 
     with pytest.raises(ValueError, match="judges 'arithmetic', the prompts are 'other'"):
         evaluate_model(AnsweredSet([], None, 1.0), empty, Other(TaskConfig()), verifier, **call)
     with pytest.raises(ValueError, match="no prompts to evaluate on"):
-        answer_set(pool, empty)
+        answer_sets(pool, empty)
 
 
 def test_exit_policies_have_names() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class Counting:
 
     def generate(self, *arguments: Any) -> list[list[Rollout]]:
         self.generated += 1
+        self.asked = arguments[0]
         return self.pool.generate(*arguments)
 
     def score(self, *arguments: Any) -> list[Score]:
@@ -144,6 +146,30 @@ def test_answers_are_kept_before_they_are_read_and_sets_that_lack_scores_are_rea
         (tmp_path / "answers" / kept._name("w", requests[1], True) / name).unlink()
     assert sets_alike(kept.score(counting, "w", requests)[0], together[0])
     assert (counting.generated, counting.read) == (1, 2)
+
+
+def test_sets_of_several_rules_are_made_together_and_each_is_kept_by_itself(pool: LocalPool, tmp_path: Path) -> None:
+    kept = KeptAnswers(tmp_path / "answers", MADE_BY)
+    counting: Any = Counting(pool)
+    rules = [Threshold(t) for t in (0.4, 0.5, 0.6)]
+    asked = request().by(*rules)
+    first = kept.answer_each(counting, "w", asked)
+    assert counting.generated == 1 and len({tuple(r.exit_depths) for one in first for r in one.rollouts[:1]}) > 1
+    for rule, one in zip(rules, first, strict=True):
+        assert one.seconds is None, "nobody knows what one took"
+        assert sets_alike(kept.answer(counting, "w", request(rule)), one)
+        for a, b in zip(one.rollouts, pool.generate(request(rule)), strict=True):
+            assert same(a, b[0])
+    assert counting.generated == 1
+    shutil.rmtree(tmp_path / "answers" / kept._name("w", request(rules[1]), False))
+    again = kept.answer_each(counting, "w", asked)
+    assert counting.generated == 2 and counting.asked.rules == (rules[1],) and again[1].seconds is not None
+    assert all(same(a, b) for a, b in zip(again[1].rollouts, first[1].rollouts, strict=True))
+    assert sets_alike(again[0], first[0]) and sets_alike(again[2], first[2])
+    # A row of the results says how fast it was: answers to the same problems that were made with others don't serve.
+    (scored,) = kept.score(counting, "w", [request(rules[0])])
+    assert counting.generated == 3 and scored.seconds is not None
+    assert kept.answer(counting, "w", request(rules[0])).seconds == scored.seconds and counting.generated == 3
 
 
 def test_a_set_that_is_inspected_is_scored_by_the_same_reading(pool: LocalPool, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ Beside them figures.py and gates.py (depth, KL, calibration), controls.py (rules
 interventions.py (what is written down), choice.py (in which style). Definitions: docs/evaluation.md.
 """
 
-from .evaluate import Answer, AnsweredSet, answer_set, evaluate_model
+from .evaluate import Answer, AnsweredSet, answer_sets, evaluate_model, score_sets
 from .results import table, write_results
 from .summary import EvaluationRow, choose_threshold, pooled, summarise
 
@@ -12,10 +12,11 @@ __all__ = [
     "Answer",
     "AnsweredSet",
     "EvaluationRow",
-    "answer_set",
+    "answer_sets",
     "choose_threshold",
     "evaluate_model",
     "pooled",
+    "score_sets",
     "summarise",
     "table",
     "write_results",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NotRequired, TypedDict
 
 from ..rollout.engine.request import GenerationRequest, Progress
@@ -63,26 +63,38 @@ class Answer(TypedDict):
 @dataclass(frozen=True)
 class AnsweredSet:
     """The answers to a request as the pool made them, those of a prompt next to each other. `scores`: of the answers,
-    read again by model and teacher; None: they were not. `seconds`: of generation alone, by the clock."""
+    read again by model and teacher; None: they were not. `seconds`: of generation alone, by the clock; None: it was not
+    timed by itself."""
 
     rollouts: Sequence[Rollout]
     scores: Sequence[Score] | None
-    seconds: float
+    seconds: float | None
 
 
-def answer_set(
-    pool: RolloutPool, request: GenerationRequest, *, scored: bool = False, progress: Progress | None = None
-) -> AnsweredSet:
-    """The request's answers by the weights that the pool holds; `scored` costs another pass over all of them.
+def answer_sets(pool: RolloutPool, request: GenerationRequest, progress: Progress | None = None) -> list[AnsweredSet]:
+    """The request's answers by the weights that the pool holds, not scored: a set for each of its rules, timed if there
+    is only one.
 
     Raises ValueError if there are no prompts.
     """
     if not request.prompts:
         raise ValueError("no prompts to evaluate on; the task has none in this split")
     begun = time.perf_counter()
-    rollouts = [answer for answers in pool.generate(request, progress) for answer in answers]
-    seconds = time.perf_counter() - begun
-    return AnsweredSet(rollouts, pool.score(rollouts) if scored else None, seconds)
+    groups = pool.generate(request, progress)
+    seconds = None if request.others else time.perf_counter() - begun
+    parts = [slice(start, start + request.samples) for start in range(0, request.per_prompt, request.samples)]
+    return [AnsweredSet([answer for group in groups for answer in group[part]], None, seconds) for part in parts]
+
+
+def score_sets(pool: RolloutPool, sets: Sequence[AnsweredSet]) -> list[AnsweredSet]:
+    """Sets of answers to the same prompts with their scores, by the weights that the pool holds.
+
+    The answers of a prompt are next to each other when they are read again, so that the prompt is read once for all.
+    Raises ValueError for sets of different sizes.
+    """
+    together = [rollout for group in zip(*(one.rollouts for one in sets), strict=True) for rollout in group]
+    scores = pool.score(together) if together else []
+    return [replace(one, scores=scores[i :: len(sets)]) for i, one in enumerate(sets)]
 
 
 def evaluate_model(
@@ -96,7 +108,7 @@ def evaluate_model(
     decode: Callable[[int], str],
     flops: Callable[[Rollout], float] | None = None,
 ) -> tuple[EvaluationRow, list[Answer]]:
-    """The answers to a request of one sample, judged and summarised.
+    """The answers to a request of one sample by one rule, judged and summarised.
 
     `label` is the model's name in the tables; `decode` gives the text of a token id. Scores fill the row's `kl` and the
     tokens' entropy. `flops` counts an answer's.

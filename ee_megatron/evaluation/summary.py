@@ -23,6 +23,7 @@ class EvaluationRow:
     - length: tokens per answer
     - kl: mean over the same tokens of KL(teacher at full depth ‖ model at its exits), nats; None: not measured
     - tokens_per_s: generated tokens per second of wall-clock time, prompts included in the time; None: not timed
+      by itself
     - timed_out: answers without a verdict; they count as wrong
     """
 

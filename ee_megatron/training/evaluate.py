@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ..checkpoint.policy_files import open_policy
 from ..config.schema import RunConfig
 from ..evaluation.choice import ChoiceBench, choice
 from ..evaluation.compare import compared
-from ..evaluation.evaluate import Answer, add_readings, evaluate_model
+from ..evaluation.evaluate import Answer, AnsweredSet, add_readings, evaluate_model
 from ..evaluation.gates import gate_calibration
 from ..evaluation.interventions import Bench, externalisation
 from ..evaluation.records import Records
@@ -33,8 +33,9 @@ from ..planning.flops import answer_cost
 from ..report.numbers import pareto_front
 from ..report.tables import choice_tables, controls_table, externalisation_table, wide_table
 from ..rollout.engine.prompts import encode_continuation
-from ..rollout.engine.request import GenerationRequest
+from ..rollout.engine.request import GenerationRequest, Progress
 from ..rollout.engine.sampling import SamplingParams
+from ..rollout.engine.scoring import Inspection
 from ..rollout.pool.interface import TEACHER, RolloutPool
 from ..tasks.base import StyledTask
 from ..tensors import HeldStream
@@ -67,6 +68,15 @@ class Tokens:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens)))
+
+
+class Measured(NamedTuple):
+    """A model under one rule on one set of prompts: its row, and its answers [n] as judged and as generated."""
+
+    exits: ExitRule
+    row: EvaluationRow
+    answers: list[Answer]
+    rollouts: Sequence[Rollout]
 
 
 class Evaluation:
@@ -114,13 +124,15 @@ class Evaluation:
             spec.first_token,
         )
 
-    def answer(
-        self, model: str, exits: ExitRule, prompts: list[Prompt], *, final: bool = False
-    ) -> tuple[EvaluationRow, list[Answer], Sequence[Rollout]]:
-        session = self.session
-        request = GenerationRequest(prompts, 1, self.sampling, exits, session.cfg.evaluate.seed)
-        told = partial(self.bar.detail, f"{model} answers")
-        answered = self.kept.answer(self.pool, self.weights, request, scored=final, progress=told)
+    def request(self, prompts: list[Prompt], exits: ExitRule, *others: ExitRule) -> GenerationRequest:
+        return GenerationRequest(prompts, 1, self.sampling, exits, self.session.cfg.evaluate.seed, others)
+
+    def told(self, model: str) -> Progress:
+        return partial(self.bar.detail, f"{model} answers")
+
+    def judge(self, model: str, request: GenerationRequest, answered: AnsweredSet) -> Measured:
+        """What a model's answers come to; what those that are scored cost is counted, too."""
+        session, exits = self.session, request.exits
         row, answers = evaluate_model(
             answered,
             request,
@@ -129,47 +141,62 @@ class Evaluation:
             label=model,
             num_layers=session.spec.num_layers,
             decode=session.decode,
-            flops=(lambda rollout: self.flops(rollout, exits)) if final else None,
+            flops=(lambda rollout: self.flops(rollout, exits)) if answered.scores is not None else None,
         )
-        return row, answers, answered.rollouts
+        return Measured(exits, row, answers, answered.rollouts)
 
-    def measure(
-        self, model: str, exits: ExitRule, prompts: list[Prompt], *, final: bool
-    ) -> tuple[EvaluationRow, list[Answer], Sequence[Rollout]]:
-        """One of the announced sets; `final`: it is a row of the results."""
-        row, answers, rollouts = self.answer(model, exits, prompts, final=final)
-        if final:
-            self.rows.append(row)
-            self.answers += answers
-            # By the rule's kind: the same names whatever threshold was chosen.
-            self.logged |= {f"{model}/{exits.kind}/{name}": value for name, value in logged_of(row)}
-            self.look_inside(answers, rollouts)
-        self.done(row)
-        return row, answers, rollouts
+    def scored(self, model: str, rules: Sequence[ExitRule], prompts: list[Prompt]) -> list[Measured]:
+        """A model by each of some rules: answers made and timed rule by rule, then read again together."""
+        requests = [self.request(prompts, exits) for exits in rules]
+        sets = self.kept.score(self.pool, self.weights, requests, self.told(model))
+        return [self.judge(model, request, one) for request, one in zip(requests, sets, strict=True)]
+
+    def try_out(self, model: str, rules: Sequence[ExitRule], prompts: list[Prompt]) -> list[Measured]:
+        """Announced sets: a model by rules that are chosen among. They answer together, so that each prompt is read
+        once for all of them; how fast one answers is left out."""
+        request = self.request(prompts, *rules)
+        sets = self.kept.answer_each(self.pool, self.weights, request, self.told(model))
+        tried = [self.judge(model, request.by(rule), one) for rule, one in zip(rules, sets, strict=True)]
+        for one in tried:
+            self.done(one.row)
+        return tried
+
+    def measure(self, model: str, *rules: ExitRule) -> list[Measured]:
+        """Announced sets: rows of the results."""
+        found = self.scored(model, rules, self.test)
+        for one in found:
+            self.add(one)
+        return found
 
     def measure_wide(self, model: str, *rules: ExitRule) -> None:
         """Further announced sets: the measured split's problems on wide operands, if they were asked for."""
-        for exits in rules if self.wide_test else ():
-            row, answers, _ = self.answer(model, exits, self.wide_test, final=True)
+        for exits, row, answers, _ in self.scored(model, rules, self.wide_test) if self.wide_test else ():
             self.wide_rows.append(row)
             self.wide_answers += answers
             self.logged |= {f"{model}/wide/{exits.kind}/{name}": value for name, value in logged_of(row)}
             self.done(row)
 
-    def look_inside(self, answers: Sequence[Answer], rollouts: Sequence[Rollout]) -> None:
-        """For the answers that the report shows: what each exit on the way would have written."""
-        shown = [i for i in range(min(self.session.cfg.evaluate.answers, len(answers))) if rollouts[i].length]
-        inspected = self.pool.inspect([rollouts[i] for i in shown])
-        depths = self.session.spec.exit_depths
-        add_readings([answers[i] for i in shown], inspected, depths, self.session.decode)
+    def add(self, found: Measured, inspected: Sequence[Inspection] | None = None) -> None:
+        """A row of the results. For the answers that the report shows, what each exit on the way would have written:
+        from `inspected`, if all of the row's answers were."""
+        exits, row, answers, rollouts = found
+        self.rows.append(row)
+        self.answers += answers
+        # By the rule's kind: the same names whatever threshold was chosen.
+        self.logged |= {f"{row.model}/{exits.kind}/{name}": value for name, value in logged_of(row)}
+        session = self.session
+        shown = [i for i in range(min(session.cfg.evaluate.answers, len(answers))) if rollouts[i].length]
+        few = self.pool.inspect([rollouts[i] for i in shown]) if inspected is None else [inspected[i] for i in shown]
+        add_readings([answers[i] for i in shown], few, session.spec.exit_depths, session.decode)
+        self.done(row)
 
-    def keep(self, row: EvaluationRow, answers: list[Answer], rollouts: Sequence[Rollout]) -> None:
+    def keep(self, found: Measured) -> None:
         """A model's answers at the exits that were chosen for it: for the report, and against those of the model
         before it."""
-        self.records.add(self.pool, answers, rollouts)
-        if found := compared(self.before, answers, self.session.spec.num_layers):
-            self.more.setdefault("compared", {})[f"{row.model}, {row.exits}"] = found
-        self.before = answers
+        self.records.add(self.pool, found.answers, found.rollouts)
+        if difference := compared(self.before, found.answers, self.session.spec.num_layers):
+            self.more.setdefault("compared", {})[f"{found.row.model}, {found.row.exits}"] = difference
+        self.before = found.answers
 
     def done(self, row: EvaluationRow) -> None:
         self.bar.advance(1, accuracy=row.accuracy, depth=row.mean_depth)
@@ -187,27 +214,33 @@ class Evaluation:
         self.weights = weights.digest
 
     def on_validation(self, model: str, exits: ExitRule) -> EvaluationRow:
-        return self.answer(model, exits, self.validation)[0]
+        request = self.request(self.validation, exits)
+        return self.judge(model, request, self.kept.answer(self.pool, self.weights, request, self.told(model))).row
 
     def on_test(self, model: str, exits: ExitRule) -> tuple[EvaluationRow, list[Answer]]:
-        return self.answer(model, exits, self.test, final=True)[:2]
+        (found,) = self.scored(model, [exits], self.test)
+        return found.row, found.answers
 
     def teacher(self) -> None:
         self.load_teacher()
-        self.keep(*self.measure("teacher", Off(), self.test, final=True))
+        (found,) = self.measure("teacher", Off())
+        self.keep(found)
         self.measure_wide("teacher", Off())
         self.externalise("teacher", Off())
 
     def policy(self, model: str, checkpoint: Path) -> None:
         """Sampled exits, then the threshold that validation chooses, on the test set."""
         self.load(checkpoint)
-        exits, validation, validation_answers = self.choose(model)
-        for rule in (Off(), Sample()):
-            self.measure(model, rule, self.test, final=True)
-        row, answers, rollouts = self.measure(model, exits, self.test, final=True)
-        self.chosen[model] = Reference(model, exits, validation, validation_answers, row, answers)
-        self.keep(row, answers, rollouts)
-        inspected = self.pool.inspect([rollout for rollout in rollouts if rollout.length])
+        chosen = self.choose(model)
+        exits = chosen.exits
+        self.measure(model, Off(), Sample())
+        # The gates' calibration looks into every answer: this reading scores them, too.
+        request = self.request(self.test, exits)
+        answered, inspected = self.kept.inspect(self.pool, self.weights, request, self.told(model))
+        found = self.judge(model, request, answered)
+        self.add(found, inspected)
+        self.chosen[model] = Reference(model, exits, chosen.row, chosen.answers, found.row, found.answers)
+        self.keep(found)
         self.more["gates"][model] = gate_calibration(
             [entry.hazards for entry in inspected],
             [entry.divergences for entry in inspected],
@@ -217,13 +250,14 @@ class Evaluation:
         self.measure_wide(model, Off(), exits)
         self.externalise(model, exits)
 
-    def choose(self, model: str) -> tuple[Threshold, EvaluationRow, list[Answer]]:
-        """The threshold that the weights which are loaded get by the answers to all validation problems, wide ones
-        among them; and its row and answers on the validation split's own."""
+    def choose(self, model: str) -> Measured:
+        """By the threshold that the answers to all validation problems, wide ones among them, choose for the weights
+        which are loaded: on the validation split's own."""
         e = self.session.cfg.evaluate
-        tried = [self.measure(model, Threshold(t), self.validation, final=False) for t in e.thresholds]
-        rows = [row for row, *_ in tried]
-        wide = [self.measure(model, Threshold(t), self.wide, final=False)[0] for t in e.thresholds if self.wide]
+        rules = [Threshold(t) for t in e.thresholds]
+        tried = self.try_out(model, rules, self.validation)
+        rows = [one.row for one in tried]
+        wide = [one.row for one in self.try_out(model, rules, self.wide)] if self.wide else []
         both = [pooled(pair) for pair in zip(rows, wide, strict=True)] if wide else rows
         chosen = both.index(choose_threshold(both, e.tolerance))
         threshold = e.thresholds[chosen]
@@ -238,7 +272,7 @@ class Evaluation:
         self.more["pareto"][model] = [
             {"threshold": t, "front": kept, **r.to_json()} for t, r, kept in zip(e.thresholds, rows, front, strict=True)
         ]
-        return Threshold(threshold), *tried[chosen][:2]
+        return tried[chosen]
 
     def externalise(self, model: str, exits: ExitRule) -> None:
         """The externalisation metrics of the weights that are loaded, if they were asked for."""

@@ -250,7 +250,7 @@ class Session:
                 def told(done: int, total: int, before: int = len(found)) -> None:
                     bar.advance(before + done - bar.done)
 
-                found += kept.answer(pool, TEACHER[1], request, progress=told).rollouts
+                found += kept.answer(pool, TEACHER[1], request, told).rollouts
                 if bar.done < len(found):
                     bar.advance(len(found) - bar.done)
         return [found[i : i + samples] for i in range(0, len(found), samples)]

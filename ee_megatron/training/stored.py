@@ -89,7 +89,7 @@ def save_answers(directory: Path, answered: AnsweredSet) -> None:
         {"id": r.prompt_id, "text": r.text, "finished": bool(r.finished), "weight_version": int(r.weight_version)}
         for r in answered.rollouts
     ]
-    more = {"seconds": np.array([answered.seconds])}
+    more = {} if answered.seconds is None else {"seconds": np.array([answered.seconds])}
     for name in _OF_SCORES if answered.scores is not None else ():
         more[f"score/{name}"] = np.concatenate([getattr(score, name) for score in answered.scores or ()])
     _save(directory, "answers", answered.rollouts, _OF_ROLLOUTS, lines, **more)
@@ -104,7 +104,7 @@ def load_answers(directory: Path) -> AnsweredSet:
         ends = arrays["lengths"][:, 1].cumsum()[:-1]
         parts = [np.split(arrays[f"score/{name}"], ends) for name in _OF_SCORES]
         scores = [Score(*part) for part in zip(*parts, strict=True)]
-    return AnsweredSet(rollouts, scores, float(arrays["seconds"][0]))
+    return AnsweredSet(rollouts, scores, float(arrays["seconds"][0]) if "seconds" in arrays else None)
 
 
 def _rollout(prompt_id: str, line: dict[str, Any], arrays: dict[str, Any]) -> Rollout:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from ee_megatron.config.schema import RolloutConfig
-from ee_megatron.exit_rules import Off, Sample
+from ee_megatron.exit_rules import Off, Sample, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import GenerationRequest, LocalPool, ReplicaSettings, SamplingParams
@@ -90,6 +90,12 @@ def test_actors_answer_as_the_local_pool_does_and_survive_a_kill(path: Path, poo
         pool.generate(GenerationRequest(PROMPTS, 4, SAMPLING, EXITS, 5), progress=lambda *at: seen.append(at)), expected
     )
     assert seen[-1] == (96, 96) and len(seen) > 1
+    several = GenerationRequest(PROMPTS, 2, SAMPLING, EXITS, 5).by(EXITS, Threshold(0.5), off)
+    seen.clear()
+    found = pool.generate(several, progress=lambda *at: seen.append(at))
+    assert seen[-1] == (144, 144) == (several.answers, several.answers)
+    for i, rule in enumerate(several.rules):
+        same([group[2 * i : 2 * i + 2] for group in found], local.generate(several.by(rule)))
     for a, b in zip(pool.score(flat(expected)), local.score(flat(expected)), strict=True):
         np.testing.assert_allclose(a.divergence, b.divergence, atol=1e-4)
     for a, b in zip(pool.exit_divergences(flat(expected)), local.exit_divergences(flat(expected)), strict=True):

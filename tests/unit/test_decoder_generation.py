@@ -405,7 +405,9 @@ READINGS = {
     "divergences": lambda decoder, answers: [
         {"divergence": x} for x in exit_divergences(decoder, lively_policy(decoder), answers)
     ],
-    "inspect": lambda decoder, answers: [vars(x) for x in inspect(decoder, lively_policy(decoder), answers, True)],
+    "inspect": lambda decoder, answers: [
+        {**vars(x.score), **vars(x), "score": None} for x in inspect(decoder, lively_policy(decoder), answers, True)
+    ],
     "trace": lambda decoder, answers: [vars(x) for x in trace(decoder, answers, 5)],
 }
 
@@ -443,6 +445,72 @@ def test_answers_are_read_as_each_would_be_alone_and_a_prompt_that_they_share_on
                 np.testing.assert_allclose(found[name], value, **close)
             else:
                 assert found[name] == value
+
+
+@EITHER
+@pytest.mark.parametrize("rows", [3, 64])
+def test_answers_by_several_rules_are_those_by_each_alone_and_their_prompts_are_read_once(
+    policy, tokenizer, monkeypatch, rows
+):
+    rules = (Threshold(0.4), Sample(), Threshold(0.6), Fixed(3), OFF)
+    request = GenerationRequest(PROMPTS, 2, SamplingParams(1.0, 12), rules[0], 4, rules[1:])
+    prefill, read = Decoder.prefill, []
+
+    def counted(decoder, tokens, lengths, *rest, **named):
+        read.append(len(tokens))
+        return prefill(decoder, tokens, lengths, *rest, **named)
+
+    monkeypatch.setattr(Decoder, "prefill", counted)
+    seen = []
+    found = generate(policy, tokenizer, request, 0, lambda done, total: seen.append((done, total)), rows)
+    # Where first tokens may exit, the shortest prompt has nothing to read before it runs.
+    assert sum(read) == len(PROMPTS) - policy.layout.first_token
+    assert seen[-1] == (70, 70) == (request.answers, request.answers) and request.per_prompt == 10
+    calls = iter(range(1000))
+    stopped = generate(policy, tokenizer, request, 0, rows=rows, stop=lambda: next(calls) == 12)
+    assert any(a.length and not is_whole(a, request.sampling) for a in flat(stopped))
+    gone_on = generate(policy, tokenizer, request, 0, rows=rows, begun=stopped)
+    for i, rule in enumerate(rules):
+        alone = generate(policy, tokenizer, request.by(rule), 0, rows=rows)
+        for group, other, expected in zip(found, gone_on, alone, strict=True):
+            for a, b, c in zip(group[2 * i : 2 * i + 2], other[2 * i : 2 * i + 2], expected, strict=True):
+                assert all(np.array_equal(vars(a)[name], value) for name, value in vars(c).items())
+                assert np.array_equal(b.tokens, c.tokens) and np.array_equal(b.exit_depths, c.exit_depths)
+    depths = [
+        tuple(int(d) for group in found for a in group[2 * i : 2 * i + 2] for d in a.exit_depths) for i in range(5)
+    ]
+    assert len(set(depths)) == 5, "rules that differ"
+
+
+@pytest.mark.parametrize("reading", [score, inspect, exit_divergences])
+def test_the_teachers_own_answers_at_full_depth_are_read_once_and_as_by_two(path, tokenizer, monkeypatch, reading):
+    decoder = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
+    answers = flat(generate(decoder, tokenizer, GenerationRequest(PROMPTS, 2, SamplingParams(1.0, 12), OFF, 4), 0))
+    decoder.load_policy(lively_policy(decoder))
+    passes, parallel = [], Decoder._parallel
+
+    def counted(one, *rest, **named):
+        passes.append(one.gates is None)
+        return parallel(one, *rest, **named)
+
+    monkeypatch.setattr(Decoder, "_parallel", counted)
+    found = [entry if reading is exit_divergences else vars(entry) for entry in reading(decoder, None, answers)]
+    assert passes and all(passes) and decoder.gates is None, "by the teacher, whatever was loaded"
+    once = len(passes)
+    # One answer that left early, and each is read twice.
+    early = replace(answers[-1], exit_depths=np.where(np.arange(answers[-1].length) > 0, 3, 6))
+    others = reading(decoder, None, [*answers[:-1], early])[:-1]
+    assert len(passes) == 3 * once
+    for entry, other in zip(found[:-1], others, strict=True):
+        if reading is exit_divergences:
+            np.testing.assert_allclose(entry, other, atol=2e-5)
+            continue
+        pairs = {**entry, **vars(entry["score"]), "score": None} if reading is inspect else entry
+        against = {**vars(other), **vars(other.score), "score": None} if reading is inspect else vars(other)
+        for name, value in pairs.items():
+            if value is not None:
+                np.testing.assert_allclose(value, against[name], atol=2e-5, err_msg=name)
+        assert pairs["exit_logprobs"].max() == 0 and (pairs.get("divergence") < 2e-5).all()
 
 
 def test_divergences_of_exits_are_those_of_one_token_that_leaves_there_and_not_where_it_did(path, policy, tokenizer):

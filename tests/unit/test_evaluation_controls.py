@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ee_megatron.config.schema import TaskConfig
-from ee_megatron.evaluation import Answer, EvaluationRow, answer_set, evaluate_model
+from ee_megatron.evaluation import Answer, EvaluationRow, answer_sets, evaluate_model
 from ee_megatron.evaluation.controls import (
     TOLERANCE,
     compare,
@@ -61,7 +61,8 @@ def verifier() -> Iterator[VerifierPool]:
 
 def measured(pool: LocalPool, verifier: VerifierPool, exits: ExitRule) -> tuple[EvaluationRow, list[Answer]]:
     request = GenerationRequest(TASK.prompts("validation"), 1, SAMPLING, exits, 0)
-    return evaluate_model(answer_set(pool, request), request, TASK, verifier, label="m", num_layers=6, decode=str)
+    (answered,) = answer_sets(pool, request)
+    return evaluate_model(answered, request, TASK, verifier, label="m", num_layers=6, decode=str)
 
 
 def span(outcomes: tuple[int, ...] = OUTCOMES, marginal: Sequence[float] = (1 / 3, 1 / 3, 1 / 3)) -> DialRange:

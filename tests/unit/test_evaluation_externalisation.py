@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ from ee_megatron.exit_rules import Off, Sample, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
-from ee_megatron.rollout.engine.scoring import Inspection
+from ee_megatron.rollout.engine.scoring import Inspection, Score
 from ee_megatron.tasks import make_task
 from ee_megatron.types import Prompt, Rollout
 from tests.tiny import tiny_hf, tiny_tokenizer
@@ -220,7 +220,8 @@ class PlantedPool:
     def inspect(self, rollouts, streams=False, progress=None):
         """Streams that hold the token after the one they predict."""
         later = [np.eye(130)[np.append(r.tokens[1:], 0)][:, None] for r in rollouts]
-        return [Inspection(*[np.zeros(0)] * 6, streams=s) for s in later]
+        none = np.zeros(0)
+        return [Inspection(Score(*[none] * 5), *[none] * 6, streams=s) for s in later]
 
 
 class PlainVerifier:
@@ -349,6 +350,8 @@ def test_what_gates_say_and_exits_cost_agrees_with_what_was_recorded(pool: Local
         asked = (depths[None] <= rollout.exit_depths[:, None]) & (np.arange(rollout.length) > 0)[:, None]
         assert np.array_equal(~np.isnan(entry.hazards), asked) and np.array_equal(~np.isnan(entry.divergences), asked)
         here = depths[None] == rollout.exit_depths[:, None]
+        for field in fields(scored):
+            np.testing.assert_array_equal(getattr(entry.score, field.name), getattr(scored, field.name))
         terms = np.where(here, np.log(entry.hazards), np.log1p(-entry.hazards))
         np.testing.assert_allclose(np.nansum(terms, 1), rollout.exit_logprobs, atol=1e-4)
         left = here.any(1) & asked.any(1)

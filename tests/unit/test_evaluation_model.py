@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from ee_megatron.config.schema import TaskConfig
-from ee_megatron.evaluation import AnsweredSet, answer_set, evaluate_model, write_results
+from ee_megatron.evaluation import AnsweredSet, answer_sets, evaluate_model, score_sets, write_results
 from ee_megatron.evaluation.evaluate import add_readings
 from ee_megatron.exit_rules import ExitRule, Fixed, Off, Sample, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
-from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
+from ee_megatron.rollout import Decoder, GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.tasks import VerifierPool, make_task
 from ee_megatron.tasks.arithmetic import ArithmeticTask
 from ee_megatron.types import Prompt
@@ -66,8 +66,9 @@ def test_the_row_agrees_with_the_answers_it_sums_up(pool: LocalPool, verifier: V
     prompts, right = known_prompts(pool, exits)
     seen: list[tuple[int, int]] = []
     request = GenerationRequest(prompts, 1, SAMPLING, exits, 0)
+    (answered,) = score_sets(pool, answer_sets(pool, request, lambda done, total: seen.append((done, total))))
     row, answers = evaluate_model(
-        answer_set(pool, request, scored=True, progress=lambda done, total: seen.append((done, total))),
+        answered,
         request,
         TASK,
         verifier,
@@ -98,7 +99,7 @@ def test_readings_say_what_each_exit_on_the_way_would_have_written(pool: LocalPo
     weights, prompts = policy(pool), TASK.prompts("evaluation")[:8]
     pool.load(weights)
     request = GenerationRequest(prompts, 1, SAMPLING, Threshold(0.5), 0)
-    answered = answer_set(pool, request)
+    (answered,) = answer_sets(pool, request)
     _, answers = evaluate_model(
         answered,
         request,
@@ -137,11 +138,48 @@ def test_the_teacher_at_full_depth_diverges_from_itself_by_nothing(pool: LocalPo
     pool.load(None)
     arguments: dict[str, Any] = {"label": "teacher", "num_layers": 6, "decode": str}
     request = GenerationRequest(TASK.prompts("evaluation")[:6], 1, SAMPLING, Off(), 0)
-    row, _ = evaluate_model(answer_set(pool, request, scored=True), request, TASK, verifier, **arguments)
+    (answered,) = answer_sets(pool, request)
+    row, _ = evaluate_model(score_sets(pool, [answered])[0], request, TASK, verifier, **arguments)
     assert row.mean_depth == 1.0 and row.exits == "full depth"
     assert row.kl == pytest.approx(0.0, abs=1e-5)
-    bare, answers = evaluate_model(answer_set(pool, request), request, TASK, verifier, **arguments)
+    bare, answers = evaluate_model(answered, request, TASK, verifier, **arguments)
     assert bare.kl is None and answers[0]["tokens"][0]["entropy"] is None
+
+
+def test_sets_that_are_read_together_score_as_each_alone_and_their_prompts_are_read_once(
+    pool: LocalPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool.load(policy(pool))
+    prompts = TASK.prompts("evaluation")[:6]
+    rules = (Off(), Sample(), Threshold(0.5))
+    sets = [answer_sets(pool, GenerationRequest(prompts, 1, SAMPLING, rule, 0))[0] for rule in rules]
+    read = positions_read(monkeypatch)
+    alone = [score_sets(pool, [one])[0] for one in sets]
+    apart = sum(read)
+    read.clear()
+    together = score_sets(pool, sets)
+    tokens = sum(len(one.rollouts[i].prompt_tokens) for one in sets[1:] for i in range(len(prompts)))
+    # By policy and teacher; the prompt's last token, which predicts, is read with each answer.
+    assert sum(read) == apart - 2 * tokens + 2 * 2 * len(prompts)
+    for found, expected in zip(together, alone, strict=True):
+        assert found.rollouts is expected.rollouts and found.scores is not None and expected.scores is not None
+        for a, b in zip(found.scores, expected.scores, strict=True):
+            for field in fields(a):
+                np.testing.assert_allclose(getattr(a, field.name), getattr(b, field.name), atol=2e-5)
+    with pytest.raises(ValueError, match="shorter"):
+        score_sets(pool, [sets[0], replace(sets[1], rollouts=sets[1].rollouts[:5])])
+
+
+def positions_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Filled with the positions of every parallel pass from now on."""
+    parallel, read = Decoder._parallel, list[int]()
+
+    def counted(decoder: Decoder, tokens: torch.Tensor, lengths: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        read.append(int(lengths.sum()))
+        return parallel(decoder, tokens, lengths, *rest, **named)
+
+    monkeypatch.setattr(Decoder, "_parallel", counted)
+    return read
 
 
 def test_mistaken_calls_are_refused(pool: LocalPool, verifier: VerifierPool) -> None:
@@ -153,7 +191,7 @@ def test_mistaken_calls_are_refused(pool: LocalPool, verifier: VerifierPool) -> 
     with pytest.raises(ValueError, match="judges 'arithmetic', the prompts are 'other'"):
         evaluate_model(AnsweredSet([], None, 1.0), empty, Other(TaskConfig()), verifier, **call)
     with pytest.raises(ValueError, match="no prompts to evaluate on"):
-        answer_set(pool, empty)
+        answer_sets(pool, empty)
 
 
 def test_exit_policies_have_names() -> None:

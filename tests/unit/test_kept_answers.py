@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,17 @@ import torch
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import TaskConfig
 from ee_megatron.evaluation import AnsweredSet
-from ee_megatron.exit_rules import ExitRule, Off, Threshold
+from ee_megatron.exit_rules import ExitRule, Off, Sample, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
-from ee_megatron.rollout.engine.scoring import Score
+from ee_megatron.rollout.engine.scoring import Inspection, Score
 from ee_megatron.tasks import make_task
 from ee_megatron.training.evaluate import Evaluation
 from ee_megatron.training.kept import KeptAnswers
 from ee_megatron.training.session import Session
 from ee_megatron.training.stored import save_answers
-from ee_megatron.types import Rollout
+from ee_megatron.types import Prompt, Rollout
 from tests.tiny import tiny_hf
 
 SPEC = PolicySpec(6, (2, 4), rank=4, alpha=8.0)
@@ -39,11 +40,16 @@ class Counting:
 
     def generate(self, *arguments: Any) -> list[list[Rollout]]:
         self.generated += 1
+        self.asked = arguments[0]
         return self.pool.generate(*arguments)
 
     def score(self, *arguments: Any) -> list[Score]:
         self.read += 1
         return self.pool.score(*arguments)
+
+    def inspect(self, *arguments: Any) -> list[Inspection]:
+        self.read += 1
+        return self.pool.inspect(*arguments)
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +85,12 @@ def sets_alike(a: AnsweredSet, b: AnsweredSet) -> bool:
 @pytest.mark.parametrize("scored", [False, True])
 def test_a_set_is_made_once_and_found_again_to_the_bit(pool: LocalPool, tmp_path: Path, scored: bool) -> None:
     counting: Any = Counting(pool)
-    first = KeptAnswers(tmp_path / "answers", MADE_BY).answer(counting, "w", request(), scored=scored)
-    again = KeptAnswers(tmp_path / "answers", MADE_BY).answer(counting, "w", request(), scored=scored)
+
+    def made() -> AnsweredSet:
+        kept = KeptAnswers(tmp_path / "answers", MADE_BY)
+        return kept.score(counting, "w", [request()])[0] if scored else kept.answer(counting, "w", request())
+
+    first, again = made(), made()
     assert (counting.generated, counting.read) == (1, int(scored))
     assert {int(d) for r in first.rollouts for d in r.exit_depths} >= {4, 6} and sets_alike(first, again)
 
@@ -93,14 +103,87 @@ def test_whatever_decides_answers_tells_sets_apart(pool: LocalPool, tmp_path: Pa
     kept.answer(counting, "w", request(answer="other"))
     assert counting.generated == 1
     kept.answer(counting, "other weights", request())
-    kept.answer(counting, "w", request(), scored=True)
+    kept.score(counting, "w", [request()])
     kept.answer(counting, "w", request(Off()))
     kept.answer(counting, "w", request(Threshold(0.5000001)))
     kept.answer(counting, "w", request(tokens=11))
     kept.answer(counting, "w", request(seed=1))
     kept.answer(counting, "w", request(text="another text"))
     KeptAnswers(tmp_path / "answers", {**MADE_BY, "dtype": "bfloat16"}).answer(counting, "w", request())
-    assert counting.generated == 9 and len(list((tmp_path / "answers").iterdir())) == 9
+    # Scores are made of the answers that are there.
+    assert counting.generated == 8 and len(list((tmp_path / "answers").iterdir())) == 9
+
+
+def test_a_set_of_before_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is on disk stays of use for as long as the version does."""
+    monkeypatch.setattr("ee_megatron.training.kept.__version__", "1")
+    prompts = [Prompt("p", "Q", "A", "t")]
+    one = GenerationRequest(prompts, 1, SamplingParams(0.0, 12, ("\n",)), Threshold(0.5), 3)
+    names = [KeptAnswers(Path(), {})._name("w", one, scored) for scored in (False, True)]
+    assert names == ["b9d43317658f14e6", "b91a75946b74b759"]
+
+
+def test_answers_are_kept_before_they_are_read_and_sets_that_lack_scores_are_read_together(
+    pool: LocalPool, tmp_path: Path
+) -> None:
+    class Killed(Counting):
+        def score(self, *arguments: Any) -> list[Score]:
+            raise KeyboardInterrupt
+
+    kept = KeptAnswers(tmp_path / "answers", MADE_BY)
+    requests = [request(Off()), request(Sample()), request()]
+    killed: Any = Killed(pool)
+    with pytest.raises(KeyboardInterrupt):
+        kept.score(killed, "w", requests[:2])
+    counting: Any = Counting(pool)
+    together = kept.score(counting, "w", requests)
+    assert (killed.generated, counting.generated, counting.read) == (2, 1, 1)
+    for one, of in zip(together, requests, strict=True):
+        assert sets_alike(one, kept.score(counting, "w", [of])[0])
+    assert (counting.generated, counting.read) == (1, 1)
+    # What one set lacks is made for it alone.
+    for name in ("answers.safetensors", "answers.jsonl"):
+        (tmp_path / "answers" / kept._name("w", requests[1], True) / name).unlink()
+    assert sets_alike(kept.score(counting, "w", requests)[0], together[0])
+    assert (counting.generated, counting.read) == (1, 2)
+
+
+def test_sets_of_several_rules_are_made_together_and_each_is_kept_by_itself(pool: LocalPool, tmp_path: Path) -> None:
+    kept = KeptAnswers(tmp_path / "answers", MADE_BY)
+    counting: Any = Counting(pool)
+    rules = [Threshold(t) for t in (0.4, 0.5, 0.6)]
+    asked = request().by(*rules)
+    first = kept.answer_each(counting, "w", asked)
+    assert counting.generated == 1 and len({tuple(r.exit_depths) for one in first for r in one.rollouts[:1]}) > 1
+    for rule, one in zip(rules, first, strict=True):
+        assert one.seconds is None, "nobody knows what one took"
+        assert sets_alike(kept.answer(counting, "w", request(rule)), one)
+        for a, b in zip(one.rollouts, pool.generate(request(rule)), strict=True):
+            assert same(a, b[0])
+    assert counting.generated == 1
+    shutil.rmtree(tmp_path / "answers" / kept._name("w", request(rules[1]), False))
+    again = kept.answer_each(counting, "w", asked)
+    assert counting.generated == 2 and counting.asked.rules == (rules[1],) and again[1].seconds is not None
+    assert all(same(a, b) for a, b in zip(again[1].rollouts, first[1].rollouts, strict=True))
+    assert sets_alike(again[0], first[0]) and sets_alike(again[2], first[2])
+    # A row of the results says how fast it was: answers to the same problems that were made with others don't serve.
+    (scored,) = kept.score(counting, "w", [request(rules[0])])
+    assert counting.generated == 3 and scored.seconds is not None
+    assert kept.answer(counting, "w", request(rules[0])).seconds == scored.seconds and counting.generated == 3
+
+
+def test_a_set_that_is_inspected_is_scored_by_the_same_reading(pool: LocalPool, tmp_path: Path) -> None:
+    kept = KeptAnswers(tmp_path / "answers", MADE_BY)
+    counting: Any = Counting(pool)
+    first, inspected = kept.inspect(counting, "w", request())
+    assert (counting.generated, counting.read) == (1, 1) and first.scores is not None
+    for scored, expected, entry in zip(first.scores, pool.score(first.rollouts), inspected, strict=True):
+        assert same(scored, expected) and len(entry.hazards) == len(scored.divergence)
+    assert sets_alike(kept.score(counting, "w", [request()])[0], first) and counting.read == 1
+    again, inspected_again = kept.inspect(counting, "w", request())
+    assert sets_alike(again, first) and (counting.generated, counting.read) == (1, 2)
+    for entry, other in zip(inspected_again, inspected, strict=True):
+        np.testing.assert_array_equal(entry.hazards, other.hazards)
 
 
 @pytest.mark.parametrize("file", ["answers.safetensors", "answers.jsonl"])

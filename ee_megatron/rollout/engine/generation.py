@@ -27,7 +27,8 @@ def generate(
     stop: Callable[[], bool] = lambda: False,
     positions: int | None = None,
 ) -> list[list[Rollout]]:
-    """The answers to every prompt, in the prompts' order, with up to `rows` in flight and as many as fit `positions`.
+    """The answers to every prompt, in the prompts' order and of each rule by rule, with up to `rows` in flight and as
+    many as fit `positions`.
 
     A seed gives the same answers whatever `rows` is: to the bit where the decoder's products are its own (linear.py),
     elsewhere up to rounding: another batch may change the last bits of a logit, and with them a choice that hangs on
@@ -66,19 +67,21 @@ def answer(
     stop: Callable[[], bool] = lambda: False,
 ) -> list[list[Rollout]]:
     """`generate` by an engine that has nothing else to do."""
-    prompts, samples, total = request.prompts, request.samples, request.answers
-    sampling, exits, seed = request.sampling, request.exits, request.seed
+    prompts, total = request.prompts, request.answers
+    sampling, seed = request.sampling, request.seed
+    # By rule and sample: the answers to one prompt wait together, and it is read once for all of them.
+    wanted = [(exits, sample) for exits in request.rules for sample in range(request.samples)]
     encoded = [encode_text(tokenizer, prompt.text) for prompt in prompts]
     prefills = [encode_continuation(tokenizer, p.prefill) if p.prefill else [] for p in prompts]
     ids: dict[tuple[int, int], int] = {}
     # The longest prompts first, so that rows of like length are read together.
     for p in sorted(range(len(prompts)), key=lambda i: -len(encoded[i])):
-        for k in range(samples):
+        for k, (exits, sample) in enumerate(wanted):
             first = begun[p][k] if begun else None
             if first is None or not is_whole(first, sampling):
                 first = first if first is not None and first.length else None
                 ids[p, k] = scheduler.add(
-                    Request(encoded[p], sampling, exits, seed, prompts[p].id, k, prefill=prefills[p], begun=first)
+                    Request(encoded[p], sampling, exits, seed, prompts[p].id, sample, prefill=prefills[p], begun=first)
                 )
     scheduler.share_prefix(common_beginning(encoded))
     reported = 0
@@ -88,7 +91,7 @@ def answer(
             reported = len(scheduler.finished)
             progress(reported, total)
     return [
-        [scheduler.take_unfinished(ids[p, k], version) if (p, k) in ids else begun[p][k] for k in range(samples)]
+        [scheduler.take_unfinished(ids[p, k], version) if (p, k) in ids else begun[p][k] for k in range(len(wanted))]
         for p in range(len(prompts))
     ]
 

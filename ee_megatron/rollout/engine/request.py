@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,20 +19,35 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What a pool is asked for: `samples` answers to each prompt. With the weights it decides the answers."""
+    """What a pool is asked for: `samples` answers to each prompt by each of the `rules`, `exits` and `others`, those by
+    one rule next to each other. With the weights it decides the answers; a rule's don't depend on the other rules."""
 
     prompts: Sequence[Prompt]
     samples: int
     sampling: SamplingParams
     exits: ExitRule
     seed: int
+    others: tuple[ExitRule, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", tuple(self.prompts))
 
     @property
+    def rules(self) -> tuple[ExitRule, ...]:
+        return (self.exits, *self.others)
+
+    @property
+    def per_prompt(self) -> int:
+        """Answers to one prompt."""
+        return self.samples * len(self.rules)
+
+    @property
     def answers(self) -> int:
-        return len(self.prompts) * self.samples
+        return len(self.prompts) * self.per_prompt
+
+    def by(self, exits: ExitRule, *others: ExitRule) -> GenerationRequest:
+        """The same by these rules instead."""
+        return replace(self, exits=exits, others=others)
 
 
 @dataclass(frozen=True)

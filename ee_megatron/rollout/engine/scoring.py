@@ -6,7 +6,7 @@ A prompt that several answers share is read once. Vocabulary-sized tensors exist
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +49,7 @@ class Score:
 class Inspection:
     """What a rollout's gates and streams held at its own exits; T entries as in `Rollout`, M exits.
 
+    - score: of the same rollout, as `score` gives it
     - hazards float32 [T, M]: what gate i gave; NaN where it was not asked: behind the exit, without gates, at entry 0
       unless the first token may exit
     - divergences float32 [T, M]: KL(teacher at full depth ‖ policy's readout at exit i), nats, NaN where not asked
@@ -58,6 +59,7 @@ class Inspection:
       (float16 couldn't hold some of the raw ones); frozen behind the exit
     """
 
+    score: Score
     hazards: np.ndarray
     divergences: np.ndarray
     said: np.ndarray
@@ -109,7 +111,8 @@ class _Batch:
     """Rollouts read together: what is known at the N positions that predict their tokens.
 
     tokens, taken, asked [N]: the tokens, the depths at which they were made, whether they might exit;
-    final [N, D], exits M x [N, D]: streams; exit_logprobs [N]; teacher [N, D]: its final stream, and its readout.
+    final [N, D], exits M x [N, D]: streams; exit_logprobs [N]; teacher [N, D]: its final stream, `final` itself where
+    the model is the teacher at full depth, and its readout.
     """
 
     tokens: Tensor
@@ -131,9 +134,13 @@ def inspect(
     progress: Progress | None = None,
 ) -> list[Inspection]:
     """What exiting would have cost wherever a gate was asked, and what the gate said. Leaves the policy loaded."""
-    teacher = _teacher(decoder, policy, rollouts)
-    read = _read(decoder, rollouts, lambda batch, at: _inspect_chunk(decoder, batch, at, streams), progress, teacher)
-    return [Inspection(*columns) for columns in read]
+
+    def chunk(batch: _Batch, at: slice) -> tuple[Tensor, ...]:
+        return _inspect_chunk(decoder, batch, at, streams)
+
+    scored = len(fields(Score))
+    read = _read_beside_teacher(decoder, policy, rollouts, chunk, progress)
+    return [Inspection(Score(*columns[:scored]), *columns[scored:]) for columns in read]
 
 
 @torch.inference_mode()
@@ -146,8 +153,11 @@ def exit_divergences(
     """KL(policy's readout ‖ teacher at full depth), nats, temperature 1, float32 [T, M + 1] per rollout: at every exit
     that the token came by or took, at full depth if it got there; NaN behind its exit and where it might not exit.
     Leaves the policy loaded."""
-    teacher = _teacher(decoder, policy, rollouts)
-    read = _read(decoder, rollouts, lambda batch, at: _divergences_chunk(decoder, batch, at), progress, teacher)
+
+    def chunk(batch: _Batch, at: slice) -> tuple[Tensor]:
+        return _divergences_chunk(decoder, batch, at)
+
+    read = _read_beside_teacher(decoder, policy, rollouts, chunk, progress)
     return [divergences for (divergences,) in read]
 
 
@@ -164,10 +174,10 @@ def _divergences_chunk(decoder: Decoder, batch: _Batch, at: slice) -> tuple[Tens
 
 
 def _inspect_chunk(decoder: Decoder, batch: _Batch, at: slice, streams: bool) -> tuple[Tensor, ...]:
-    """The fields of `Inspection` for one chunk of positions; the exits are read where they were asked."""
-    logp = batch.teacher_readout(batch.teacher[at]).log_softmax(dim=-1)
-    p = logp.exp()
-    negative_entropy, best = (p * logp).sum(-1), logp.max(dim=-1)
+    """The fields of `Score`, then the others of `Inspection`, for one chunk of positions; the exits are read where they
+    were asked."""
+    theirs = _theirs(batch, at)
+    scores, best = _scores(decoder, batch, at, theirs), theirs.logp.max(dim=-1)
     depths = torch.tensor(decoder.layout.depths, device=decoder.device)
     asked_NM = (batch.taken[at, None] >= depths) & batch.asked[at, None]
     hazards, costs, logprobs = (torch.full(asked_NM.shape, float("nan"), device=decoder.device) for _ in range(3))
@@ -180,10 +190,10 @@ def _inspect_chunk(decoder: Decoder, batch: _Batch, at: slice, streams: bool) ->
         if decoder.gates is not None:
             hazards[asked, i] = decoder.gate_logit(i, hidden).sigmoid()
         logits = decoder.readout(hidden)
-        costs[asked, i] = divergence(p[asked], negative_entropy[asked], logits)
+        costs[asked, i] = divergence(theirs.p[asked], theirs.negative_entropy[asked], logits)
         top = logits.max(dim=-1)
         said[asked, i], logprobs[asked, i] = top.indices.int(), top.values - logits.logsumexp(-1)
-    found = (hazards, costs, said, logprobs, best.indices.int(), best.values)
+    found = (*scores, hazards, costs, said, logprobs, best.indices.int(), best.values)
     if not streams:
         return found
     stacked = torch.stack([stream[at] for stream in (*batch.exits, batch.final)], dim=1).float()
@@ -228,20 +238,51 @@ def score(
     The teacher's streams at the predicting positions are kept, then the policy is loaded: one replica serves both.
     Under full fine-tuning the teacher is read from disk again and its head is kept as well until all is scored.
     """
-    teacher = _teacher(decoder, policy, rollouts)
-    read = _read(decoder, rollouts, lambda batch, at: _score_chunk(decoder, batch, at), progress, teacher)
-    return [Score(*columns) for columns in read]
+
+    def chunk(batch: _Batch, at: slice) -> tuple[Tensor, ...]:
+        return _scores(decoder, batch, at, _theirs(batch, at))
+
+    return [Score(*columns) for columns in _read_beside_teacher(decoder, policy, rollouts, chunk, progress)]
 
 
-def _score_chunk(decoder: Decoder, batch: _Batch, at: slice) -> tuple[Tensor, ...]:
-    """The fields of `Score` for one chunk of positions, each [n]."""
-    logits, targets = decoder.readout(batch.final[at]), batch.tokens[at]
+class _Theirs(NamedTuple):
+    """The teacher's distributions at n positions: log p and p [n, V], sum p log p [n]."""
+
+    logp: Tensor
+    p: Tensor
+    negative_entropy: Tensor
+
+
+def _theirs(batch: _Batch, at: slice) -> _Theirs:
     logp = batch.teacher_readout(batch.teacher[at]).log_softmax(dim=-1)
     p = logp.exp()
-    negative_entropy = (p * logp).sum(-1)
-    theirs = logp.gather(-1, targets[:, None]).squeeze(-1)
-    kl = divergence(p, negative_entropy, logits)
-    return log_prob(logits, targets), batch.exit_logprobs[at], theirs, -negative_entropy, kl
+    return _Theirs(logp, p, (p * logp).sum(-1))
+
+
+def _scores(decoder: Decoder, batch: _Batch, at: slice, theirs: _Theirs) -> tuple[Tensor, ...]:
+    """The fields of `Score` for one chunk of positions, each [n]."""
+    targets = batch.tokens[at]
+    # The teacher's own answers need no second readout: its log-probabilities are logits, too.
+    logits = theirs.logp if batch.teacher is batch.final else decoder.readout(batch.final[at])
+    teacher_logprobs = theirs.logp.gather(-1, targets[:, None]).squeeze(-1)
+    kl = divergence(theirs.p, theirs.negative_entropy, logits)
+    return log_prob(logits, targets), batch.exit_logprobs[at], teacher_logprobs, -theirs.negative_entropy, kl
+
+
+def _read_beside_teacher(
+    decoder: Decoder,
+    policy: dict[str, Tensor] | None,
+    rollouts: Sequence[Rollout],
+    chunk: Callable[[_Batch, slice], Sequence[Tensor]],
+    progress: Progress | None,
+) -> list[list[np.ndarray]]:
+    """`_read` at the rollouts' own exits, and by the teacher at full depth: once where these are the same. Leaves the
+    policy loaded."""
+    full_depth = all(np.all(rollout.exit_depths == decoder.dims.num_layers) for rollout in rollouts)
+    if policy is None and full_depth:
+        decoder.load_policy(None)
+        return _read(decoder, rollouts, chunk, progress)
+    return _read(decoder, rollouts, chunk, progress, _teacher(decoder, policy, rollouts))
 
 
 def _read(

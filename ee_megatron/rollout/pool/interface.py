@@ -51,7 +51,7 @@ class RolloutPool(Protocol):
         """Compare every tensor held, wherever, with these. Raises ValueError that names the first which differs."""
 
     def generate(self, request: GenerationRequest, progress: Progress | None = None) -> list[list[Rollout]]:
-        """The samples of each prompt; a pure function of weights and request."""
+        """The samples of each prompt, rule by rule; a pure function of weights and request."""
 
     def begin(self, weights: WeightSet, request: GenerationRequest) -> Pending:
         """`load` and `generate` without waiting: what was asked for before goes first, under its own weights."""

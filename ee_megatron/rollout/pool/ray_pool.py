@@ -236,8 +236,10 @@ class RayPool:
 
     def _generation(self, sent: Sent, request: GenerationRequest) -> Work:
         # By the number of actors that there should be: answers must not depend on who is alive.
-        rows, actors, prompts, samples = self._replica.rows, self._count, request.prompts, request.samples
-        size = max(-(-2 * rows // samples), -(-len(prompts) // (CHUNKS_PER_ACTOR * actors)))
+        rows, actors, prompts = self._replica.rows, self._count, request.prompts
+        # Several rules make more chunks, not larger ones: a chunk's time has a limit.
+        spread = CHUNKS_PER_ACTOR * actors * len(request.rules)
+        size = max(-(-2 * rows // request.per_prompt), -(-len(prompts) // spread))
         size = max(1, min(size, -(-len(prompts) // actors)))
         chunks = [replace(request, prompts=prompts[i : i + size]) for i in range(0, len(prompts), size)]
         return Work(sent, "generate", [(c, ()) for c in chunks], [c.answers for c in chunks], go_on)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..exits import exit_distribution
+from ..rollout.engine.comparison import compare
 from ..rollout.engine.decoder import Decoder
 from ..rollout.engine.prompts import piece
 from ..rollout.engine.sampling import log_prob
-from ..rollout.engine.scoring import LOGITS_BYTES, divergence
+from ..rollout.engine.scoring import LOGITS_BYTES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -173,16 +174,13 @@ def _chunks(
         part = slice(start, start + size)
         targets = following[part]
         last = decoder.readout(streams[-1][part])
-        logp = last.log_softmax(dim=-1)
-        p = logp.exp()
-        negative_entropy = (p * logp).sum(-1)
         found: list[tuple[Tensor, ...]] = []
         for stream in streams:
             logits = last if stream is streams[-1] else decoder.readout(stream[part])
             ours = logits.log_softmax(dim=-1)
             best = ours.topk(top_k, dim=-1)
             said = log_prob(logits, targets.clamp(min=0)).masked_fill(targets < 0, float("nan"))
-            cost = torch.zeros_like(said) if stream is streams[-1] else divergence(p, negative_entropy, logits)
+            cost = torch.zeros_like(said) if stream is streams[-1] else compare(last, logits).divergence
             kept = logits if full else logits[:, :0]
             found.append((kept, best.indices, best.values, said, -(ours.exp() * ours).sum(-1), cost))
         yield tuple(torch.stack(column) for column in zip(*found, strict=True))

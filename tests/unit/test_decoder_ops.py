@@ -148,8 +148,10 @@ def test_distributions_are_compared_as_in_float64(seed, rows, vocab, apart, cut,
     with pytest.MonkeyPatch.context() as patch:
         if not kernel:
             patch.setattr(kernels, "library", lambda dtype: None)
-        found = compare(logits, others, of)
-        assert all(torch.equal(a, b) for a, b in zip(found, compare(logits, others[of]), strict=True))
+        found, plain = compare(logits, others, other_rows=of), compare(logits, others[of])
+        backwards = compare(others, logits, rows=of)
+        assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(backwards, compare(others[of], logits), strict=True))
     p, q = logits.double().log_softmax(-1), others[of].double().log_softmax(-1)
     weighted = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(-1)
     entropy = -torch.where(p > -torch.inf, p.exp() * p, 0.0).sum(-1)

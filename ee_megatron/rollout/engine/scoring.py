@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...exits import gate_log_term
 from ...types import Rollout, Trace
+from .comparison import Comparison, compare
 from .decoder import Decoder, Prefilled
 from .prompts import pad
 from .request import Progress
@@ -162,22 +163,21 @@ def exit_divergences(
 
 
 def _divergences_chunk(decoder: Decoder, batch: _Batch, at: slice) -> tuple[Tensor]:
-    theirs = batch.teacher_readout(batch.teacher[at]).log_softmax(dim=-1)
+    theirs = batch.teacher_readout(batch.teacher[at])
     found = torch.full((len(theirs), len(batch.exits) + 1), float("nan"), device=decoder.device)
     for i, (depth, stream) in enumerate(zip(decoder.layout.outcomes, (*batch.exits, batch.final), strict=True)):
         passed = ((batch.taken[at] >= depth) & batch.asked[at]).nonzero().squeeze(-1)
-        if not len(passed):
-            continue
-        ours = decoder.readout(stream[at][passed]).log_softmax(dim=-1)
-        found[passed, i] = torch.einsum("nv,nv->n", ours.exp(), ours - theirs[passed]).clamp(min=0)
+        if len(passed):
+            ours = decoder.readout(stream[at][passed])
+            found[passed, i] = compare(ours, theirs, other_rows=passed).divergence
     return (found,)
 
 
 def _inspect_chunk(decoder: Decoder, batch: _Batch, at: slice, streams: bool) -> tuple[Tensor, ...]:
     """The fields of `Score`, then the others of `Inspection`, for one chunk of positions; the exits are read where they
     were asked."""
-    theirs = _theirs(batch, at)
-    scores, best = _scores(decoder, batch, at, theirs), theirs.logp.max(dim=-1)
+    theirs = batch.teacher_readout(batch.teacher[at])
+    (scores, compared), best = _scores(decoder, batch, at, theirs), theirs.max(dim=-1)
     depths = torch.tensor(decoder.layout.depths, device=decoder.device)
     asked_NM = (batch.taken[at, None] >= depths) & batch.asked[at, None]
     hazards, costs, logprobs = (torch.full(asked_NM.shape, float("nan"), device=decoder.device) for _ in range(3))
@@ -190,10 +190,10 @@ def _inspect_chunk(decoder: Decoder, batch: _Batch, at: slice, streams: bool) ->
         if decoder.gates is not None:
             hazards[asked, i] = decoder.gate_logit(i, hidden).sigmoid()
         logits = decoder.readout(hidden)
-        costs[asked, i] = divergence(theirs.p[asked], theirs.negative_entropy[asked], logits)
-        top = logits.max(dim=-1)
-        said[asked, i], logprobs[asked, i] = top.indices.int(), top.values - logits.logsumexp(-1)
-    found = (*scores, hazards, costs, said, logprobs, best.indices.int(), best.values)
+        against, top = compare(theirs, logits, rows=asked), logits.max(dim=-1)
+        costs[asked, i] = against.divergence
+        said[asked, i], logprobs[asked, i] = top.indices.int(), top.values - against.other_normaliser
+    found = (*scores, hazards, costs, said, logprobs, best.indices.int(), best.values - compared.normaliser)
     if not streams:
         return found
     stacked = torch.stack([stream[at] for stream in (*batch.exits, batch.final)], dim=1).float()
@@ -219,14 +219,12 @@ def trace(decoder: Decoder, rollouts: Sequence[Rollout], top_k: int, progress: P
 
 def _trace_chunk(decoder: Decoder, batch: _Batch, at: slice, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Divergences [n, M], top-k ids int32 [n, k], their log-probabilities [n, k], entropy [n] of one chunk."""
-    logp = batch.teacher_readout(batch.teacher[at]).log_softmax(dim=-1)
-    p = logp.exp()
-    negative_entropy = (p * logp).sum(-1)
-    divergences = torch.zeros(len(logp), len(batch.exits), device=logp.device)
+    theirs = batch.teacher_readout(batch.teacher[at])
+    divergences, own = torch.zeros(len(theirs), len(batch.exits), device=theirs.device), compare(theirs, theirs)
     for i, stream in enumerate(batch.exits):
-        divergences[:, i] = divergence(p, negative_entropy, decoder.readout(stream[at]))
-    best = logp.topk(top_k, dim=-1)
-    return divergences, best.indices.int(), best.values, -negative_entropy
+        divergences[:, i] = compare(theirs, decoder.readout(stream[at])).divergence
+    best = theirs.topk(top_k, dim=-1)
+    return divergences, best.indices.int(), best.values - own.normaliser[:, None], own.entropy
 
 
 @torch.inference_mode()
@@ -240,33 +238,21 @@ def score(
     """
 
     def chunk(batch: _Batch, at: slice) -> tuple[Tensor, ...]:
-        return _scores(decoder, batch, at, _theirs(batch, at))
+        return _scores(decoder, batch, at, batch.teacher_readout(batch.teacher[at]))[0]
 
     return [Score(*columns) for columns in _read_beside_teacher(decoder, policy, rollouts, chunk, progress)]
 
 
-class _Theirs(NamedTuple):
-    """The teacher's distributions at n positions: log p and p [n, V], sum p log p [n]."""
-
-    logp: Tensor
-    p: Tensor
-    negative_entropy: Tensor
-
-
-def _theirs(batch: _Batch, at: slice) -> _Theirs:
-    logp = batch.teacher_readout(batch.teacher[at]).log_softmax(dim=-1)
-    p = logp.exp()
-    return _Theirs(logp, p, (p * logp).sum(-1))
-
-
-def _scores(decoder: Decoder, batch: _Batch, at: slice, theirs: _Theirs) -> tuple[Tensor, ...]:
-    """The fields of `Score` for one chunk of positions, each [n]."""
-    targets = batch.tokens[at]
-    # The teacher's own answers need no second readout: its log-probabilities are logits, too.
-    logits = theirs.logp if batch.teacher is batch.final else decoder.readout(batch.final[at])
-    teacher_logprobs = theirs.logp.gather(-1, targets[:, None]).squeeze(-1)
-    kl = divergence(theirs.p, theirs.negative_entropy, logits)
-    return log_prob(logits, targets), batch.exit_logprobs[at], teacher_logprobs, -theirs.negative_entropy, kl
+def _scores(decoder: Decoder, batch: _Batch, at: slice, theirs: Tensor) -> tuple[tuple[Tensor, ...], Comparison]:
+    """The fields of `Score` for one chunk of positions, each [n], and what they come from; theirs [n, V]: the teacher's
+    logits."""
+    # The teacher's own answers need no second readout.
+    logits = theirs if batch.teacher is batch.final else decoder.readout(batch.final[at])
+    compared, targets = compare(theirs, logits), batch.tokens[at][:, None]
+    policy_logprobs = logits.gather(-1, targets).squeeze(-1) - compared.other_normaliser
+    teacher_logprobs = theirs.gather(-1, targets).squeeze(-1) - compared.normaliser
+    found = policy_logprobs, batch.exit_logprobs[at], teacher_logprobs, compared.entropy, compared.divergence
+    return found, compared
 
 
 def _read_beside_teacher(
@@ -336,12 +322,6 @@ def _teacher(
         return streams, decoder.current_readout()
     finally:
         decoder.load_policy(policy)
-
-
-def divergence(p: Tensor, negative_entropy: Tensor, logits: Tensor) -> Tensor:
-    """KL(p ‖ softmax(logits)) >= 0: sum p log p - sum p·logits + logsumexp(logits); p, logits [n, V] -> [n]."""
-    cross = torch.einsum("nv,nv->n", p, logits)
-    return (negative_entropy - cross + logits.logsumexp(-1)).clamp(min=0)
 
 
 def _exit_logprobs(decoder: Decoder, residuals_ND: list[Tensor], taken: Tensor) -> Tensor:

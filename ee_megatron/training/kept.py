@@ -61,9 +61,9 @@ class KeptAnswers:
         found = {rule: self._find(weights, request.by(rule), scored=False) for rule in request.rules}
         lacking = [rule for rule, one in found.items() if one is None or (timed and one.seconds is None)]
         if lacking:
-            for rule, one in zip(lacking, answer_sets(pool, request.by(*lacking), progress), strict=True):
-                self._save(weights, request.by(rule), one)
-                found[rule] = one
+            for rule, made in zip(lacking, answer_sets(pool, request.by(*lacking), progress), strict=True):
+                self._save(weights, request.by(rule), made)
+                found[rule] = made
         return [one for rule in request.rules if (one := found[rule]) is not None]
 
     def score(

@@ -20,7 +20,7 @@ from ee_megatron.config.derive import position_bytes
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import RolloutConfig
 from ee_megatron.config.validate import validate
-from ee_megatron.exit_rules import Off, Sample
+from ee_megatron.exit_rules import Off, Sample, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import WeightSet
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams, make_pool
@@ -79,6 +79,8 @@ def test_versions_are_loaded_checked_and_answer_as_the_embedded_engine_does(path
         found = flat(pool.generate(request("sample")))
         assert_same(found, flat(local.generate(request("sample"))))
         assert {answer.weight_version for answer in found} == {version}
+    several = request("sample").by(Sample(), Threshold(0.5), Off())
+    assert_same(flat(pool.generate(several)), flat(local.generate(several)))
     other = WeightSet(2, policy_of(path, seed=3))
     with pytest.raises(ValueError, match="not this version 2"):
         pool.check(other)

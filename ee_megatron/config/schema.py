@@ -334,7 +334,9 @@ class RLConfig:
     """Percentage points that accuracy may fall below the reference's: lambda then rises while there are some left and
     falls when there are none. null: lambda stays what it is."""
     accuracy_window: int = setting(8, positive=True, added_later=True)
-    """Steps that accuracy_floor's running mean covers, and steps' worth of prompts that the reference is tried on."""
+    """Steps that accuracy_floor's running means cover, of the policy and of the reference on the same prompts."""
+    accuracy_samples: int = setting(4, positive=True, added_later=True)
+    """With accuracy_floor: answers of the reference to each prompt of the run, made before its first step."""
     lambda_rate: float = setting(0.5, at_least=0, added_later=True)
     """With accuracy_floor: what lambda gains or loses for good in a step, per unit of accuracy (1 = 100 points)."""
     lambda_gain: float = setting(10.0, at_least=0, added_later=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from ..config.schema import RLConfig
 from ..objectives.schedules import dual_price, price
@@ -10,11 +13,15 @@ from ..objectives.schedules import dual_price, price
 
 @dataclass
 class Price:
-    """lambda of the step to come. With `rl.accuracy_floor`, `reference` is the accuracy that it is counted from, and
-    what has been learned of the run so far goes into every checkpoint as `counters`."""
+    """lambda of the step to come. With `rl.accuracy_floor`, `reference` says by prompt id how often the reference is
+    right, and what has been learned of the run so far goes into every checkpoint as `counters`.
+
+    Policy and reference are compared on the prompts of the same steps: a step has few, and how hard these are varies by
+    far more than what depth costs.
+    """
 
     rl: RLConfig
-    reference: float | None
+    reference: Mapping[str, float] | None
     counters: dict[str, float]
 
     def at(self, step: int) -> float:
@@ -23,17 +30,21 @@ class Price:
             return price(step, self.rl.steps, self.rl.lambda_exit, self.rl.lambda_warmup)
         return self.counters.get("lambda", self.rl.lambda_exit)
 
-    def learn(self, accuracy: float) -> dict[str, float]:
-        """Take in the accuracy of a step's rollouts; metrics."""
-        if self.reference is None or self.rl.accuracy_floor is None:
+    def learn(self, accuracy: float, prompts: Sequence[str]) -> dict[str, float]:
+        """Take in the accuracy of a step's rollouts, as many to each of its prompts (ids); metrics."""
+        rl = self.rl
+        if self.reference is None or rl.accuracy_floor is None:
             return {}
-        steps = min(self.counters.get("accuracy_steps", 0.0) + 1, self.rl.accuracy_window)
-        before = self.counters.get("accuracy_running", accuracy)
-        running = before + (accuracy - before) / steps
-        goal = self.reference - self.rl.accuracy_floor / 100
-        rl, base = self.rl, self.counters.get("lambda_base", self.rl.lambda_exit)
+        steps = min(self.counters.get("accuracy_steps", 0.0) + 1, rl.accuracy_window)
+        running = self._running("accuracy_running", accuracy, steps)
+        theirs = self._running("reference_running", float(np.mean([self.reference[id] for id in prompts])), steps)
+        goal, base = theirs - rl.accuracy_floor / 100, self.counters.get("lambda_base", rl.lambda_exit)
         base, value = dual_price(base, running - goal, rl.lambda_rate, rl.lambda_gain, rl.lambda_max)
-        self.counters.update(
-            {"lambda": value, "lambda_base": base, "accuracy_running": running, "accuracy_steps": steps}
-        )
+        self.counters |= {"lambda": value, "lambda_base": base, "accuracy_steps": steps}
         return {"accuracy_running": running, "accuracy_goal": goal}
+
+    def _running(self, name: str, value: float, steps: float) -> float:
+        """The mean over so many steps with `value` in it."""
+        before = self.counters.get(name, value)
+        self.counters[name] = before + (value - before) / steps
+        return self.counters[name]

@@ -21,7 +21,7 @@ import numpy as np
 from ..checkpoint.policy_files import open_policy, policy_written
 from ..config.derive import exits_read
 from ..config.schema import RLConfig
-from ..exit_rules import ExitRule, Fixed, Off, Sample
+from ..exit_rules import ExitRule, Fixed, Sample
 from ..observe.rundir import atomic_directory, write_atomic
 from ..policy import PolicySpec, WeightSet
 from ..rollout.engine.request import GenerationRequest
@@ -91,25 +91,23 @@ class RolloutSource:
         self._mean_age = 0.0
         self.seconds: dict[str, float] = {}
 
-    def reference_accuracy(self) -> float | None:
-        """With rl.accuracy_floor: how often the reference is right on the prompts of the first rl.accuracy_window
-        steps, at full depth and else sampled as rollouts are. Found out once; the stage's reference.json has it."""
-        rl, r = self.cfg.rl, self.cfg.rollout
+    def reference_accuracy(self) -> dict[str, float] | None:
+        """With rl.accuracy_floor: the share of the reference's answers to each prompt of the run that are right, by the
+        prompt's id; at full depth, else sampled as rollouts are. Found out once; the stage's reference.json has it."""
+        rl = self.cfg.rl
         if rl.accuracy_floor is None:
             return None
         file = self._session.path / "reference.json"
         if not file.is_file():
-            prompts = [prompt for step in range(rl.accuracy_window) for prompt in step_prompts(self.prompts, step, rl)]
-            sampling = SamplingParams(rl.temperature, r.max_new_tokens, tuple(r.stop))
+            count = min(rl.steps * rl.prompts_per_step, len(self.prompts))
+            prompts = [self.prompts[i] for i in shuffled(len(self.prompts), rl.seed, 0)[:count]]
             self.pool.load(None)
-            with self._session.progress(len(prompts) * rl.group_size, what="reference") as bar:
-                answers = self.pool.generate(
-                    GenerationRequest(prompts, rl.group_size, sampling, Off(), rl.seed),
-                    lambda done, total: bar.advance(done - bar.done),
-                )
-            right = np.concatenate([group.correct for group in self._verified(prompts, answers)])
-            write_atomic(file, json.dumps({"accuracy": float(right.mean()), "answers": len(right)}) + "\n")
-        return float(json.loads(file.read_text())["accuracy"])
+            answers = self._session.sample(
+                self.pool, prompts, rl.accuracy_samples, rl.temperature, rl.seed, "reference"
+            )  # fmt: skip
+            right = {group.prompt.id: float(group.correct.mean()) for group in self._verified(prompts, answers)}
+            write_atomic(file, json.dumps(right) + "\n")
+        return json.loads(file.read_text())
 
     def take(self, version: int, policy: Stream) -> WeightSet:
         """A version of the weights as its tensors come; where rollouts are made ahead it goes to the disk, too."""
@@ -277,6 +275,10 @@ def step_prompts(prompts: list[Prompt], step: int, rl: RLConfig) -> list[Prompt]
     first, chosen = step * rl.prompts_per_step, []
     for position in range(first, first + rl.prompts_per_step):
         epoch, place = divmod(position, len(prompts))
-        order = np.random.default_rng([rl.seed, epoch]).permutation(len(prompts))
-        chosen.append(prompts[order[place]])
+        chosen.append(prompts[shuffled(len(prompts), rl.seed, epoch)[place]])
     return chosen
+
+
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which pass `epoch` takes so many prompts, int64 [count]."""
+    return np.random.default_rng([seed, epoch]).permutation(count)

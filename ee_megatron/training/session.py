@@ -32,7 +32,7 @@ from ..config.content import RECORD, digest, recorded
 from ..config.derive import policy_spec
 from ..config.device import pick_device, pick_dtype
 from ..config.identity import identity, stage_dir, to_yaml
-from ..config.schema import RunConfig, TeacherConfig, TracesConfig
+from ..config.schema import RunConfig
 from ..exit_rules import Off
 from ..families.hf_directory import HFDirectory
 from ..learner.batch import ReplayBatch
@@ -235,17 +235,17 @@ class Session:
         )
 
     def sample(
-        self, pool: RolloutPool, prompts: list[Prompt], settings: TeacherConfig | TracesConfig, what: str
+        self, pool: RolloutPool, prompts: list[Prompt], samples: int, temperature: float, seed: int, what: str
     ) -> list[list[Rollout]]:
-        """The pool's answers at full depth, `settings.samples` per prompt; the leader's only. Parts that are complete
-        are kept until the stage is finished."""
-        r, samples = self.cfg.rollout, settings.samples
-        sampling = SamplingParams(settings.temperature, r.max_new_tokens, tuple(r.stop))
+        """The teacher's answers at full depth, so many samples per prompt, by a pool that holds it; the leader's only.
+        Parts that are complete are kept until the stage is finished."""
+        r = self.cfg.rollout
+        sampling = SamplingParams(temperature, r.max_new_tokens, tuple(r.stop))
         kept, part = self.kept_answers(self.path / ANSWERS), max(1, PART_WAVES * r.rows * r.actors // samples)
         found: list[Rollout] = []
         with self.progress(len(prompts) * samples, what=what) as bar:
             for first in range(0, len(prompts), part):
-                request = GenerationRequest(prompts[first : first + part], samples, sampling, Off(), settings.seed)
+                request = GenerationRequest(prompts[first : first + part], samples, sampling, Off(), seed)
 
                 def told(done: int, total: int, before: int = len(found)) -> None:
                     bar.advance(before + done - bar.done)

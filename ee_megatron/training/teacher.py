@@ -58,7 +58,7 @@ def sample_examples(session: Session) -> list[tuple[np.ndarray, np.ndarray]]:
     prompts = task.prompts("train")[: t.problems]
     shown = [task.few_shot(prompt, t.shots, t.seed) for prompt in prompts]
     pool = session.make_pool(None)
-    groups = session.sample(pool, shown, t, "sampling")
+    groups = session.sample(pool, shown, t.samples, t.temperature, t.seed, "sampling")
     pool.close()
     verdicts = verifier.verify_many([(p, a.text) for p, g in zip(prompts, groups, strict=True) for a in g])
     tokenizer = AutoTokenizer.from_pretrained(str(session.model_path), local_files_only=True)

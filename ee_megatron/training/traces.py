@@ -19,7 +19,7 @@ def make_traces(cfg: RunConfig, model_path: Path) -> None:
         verifier = session.make_verifier(task)
         prompts = training_problems(cfg, model_path, task, t.wide_operands, t.problems)
         pool = session.make_pool(session.spec)
-        answers = session.sample(pool, prompts, t, "answers")
+        answers = session.sample(pool, prompts, t.samples, t.temperature, t.seed, "answers")
         flat = [(p, a) for p, group in zip(prompts, answers, strict=True) for a in group]
         verdicts = verifier.verify_many([(p, a.text) for p, a in flat])
         kept = [(a, v.correct) for (_, a), v in zip(flat, verdicts, strict=True) if v.correct or not t.only_correct]

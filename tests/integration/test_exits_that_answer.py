@@ -32,7 +32,8 @@ SETTINGS = [
 ]  # fmt: skip
 LED = (
     "rl.steps=4", "rl.checkpoint_every=1", "rl.credit=exit", "rl.charge=right", "rl.beta=0.2", "rl.accuracy_floor=5",
-    "rl.accuracy_window=2", "rl.lambda_exit=0.3", "rl.exit_divergence=all", "rl.exit_kl_power=1.5",
+    "rl.accuracy_window=2", "rl.accuracy_samples=2", "rl.lambda_exit=0.3", "rl.exit_divergence=all",
+    "rl.exit_kl_power=1.5",
 )  # fmt: skip
 
 
@@ -82,12 +83,13 @@ def test_a_killed_run_goes_on_at_the_price_that_it_had_come_to(gates, made, tmp_
     straight = finish([*made, *led, f"runs={tmp_path / 'straight'}"], tmp_path / "straight")
     rows = without_clock(straight)
     reference = json.loads((straight / "reference.json").read_text())
-    assert reference["answers"] == 16
+    assert len(reference) == 16 and all(share in (0, 0.5, 1) for share in reference.values())
     assert rows[0]["lambda"] == 0.3 and len({row["lambda"] for row in rows}) == 4
+    ways = {round(sum(found) / 4, 6) for found in itertools.combinations(reference.values(), 4)}
+    assert round(rows[0]["accuracy_goal"] + 0.05, 6) in ways
     base = 0.3
     for row, after in itertools.pairwise(rows):
         surplus = row["accuracy_running"] - row["accuracy_goal"]
-        assert row["accuracy_goal"] == pytest.approx(reference["accuracy"] - 0.05)
         base = min(max(base + 0.5 * surplus, 0), 4)
         assert after["lambda"] == pytest.approx(min(max(base + 10 * surplus, 0), 4))
     assert all(row["seconds_divergences"] > 0 for row in read_metrics(straight / "timings.jsonl"))

@@ -403,30 +403,46 @@ accuracies = st.lists(st.floats(0, 1), min_size=1, max_size=30)
 
 
 def test_price_by_hand_under_an_accuracy_floor():
-    cost = Price(FLOOR, 0.62, {})
+    """The goal is the reference's accuracy on the prompts of the same steps, a running mean as the policy's is."""
+    cost = Price(FLOOR, {"easy": 1.0, "middling": 0.6, "hard": 0.24}, {})
     assert cost.at(0) == cost.at(99) == 0.5
-    running = [0.7, 0.65, 0.55, 0.7 * 2 / 3 * 0.55 / 0.7 + 0.9 / 3]
+    running = [0.7, 0.65, 0.55, 0.55 * 2 / 3 + 0.9 / 3]
+    prompts = [["easy", "hard"], ["easy", "middling"], ["middling", "hard"], ["easy"]]
+    theirs = [0.62, (0.62 + 0.8) / 2, (0.62 + 0.8 + 0.42) / 3, (0.62 + 0.8 + 0.42) / 3 * 2 / 3 + 1 / 3]
     value = 0.5
-    for accuracy, mean in zip((0.7, 0.6, 0.35, 0.9), running, strict=True):
-        found = cost.learn(accuracy)
-        assert found == pytest.approx({"accuracy_running": mean, "accuracy_goal": 0.6})
-        value += 2 * (mean - 0.6)
-        assert cost.at(1) == pytest.approx(value + (mean - 0.6))
+    for accuracy, ids, mean, goal in zip((0.7, 0.6, 0.35, 0.9), prompts, running, theirs, strict=True):
+        found = cost.learn(accuracy, ids)
+        assert found == pytest.approx({"accuracy_running": mean, "accuracy_goal": goal - 0.02})
+        value = min(max(value + 2 * (mean - goal + 0.02), 0), 1)
+        assert cost.at(1) == pytest.approx(min(max(value + (mean - goal + 0.02), 0), 1))
 
 
 @QUICK
 @given(accuracies, st.floats(0.1, 1), st.floats(0, 20))
 def test_lambda_rises_while_accuracy_holds_falls_while_it_does_not_and_stays_in_its_bounds(seen, reference, rate):
     rl = replace(FLOOR, lambda_rate=rate, lambda_gain=0.0)
-    cost = Price(rl, reference, {})
+    cost = Price(rl, {"p": reference}, {})
     for step, accuracy in enumerate(seen):
-        before, found = cost.at(step), cost.learn(accuracy)
+        before, found = cost.at(step), cost.learn(accuracy, ["p"])
         after, surplus = cost.at(step + 1), found["accuracy_running"] - found["accuracy_goal"]
         assert 0 <= after <= rl.lambda_max
         assert (after - before) * surplus >= 0
         if rate * abs(surplus) > 1e-6:
             assert after != before or after in (0, rl.lambda_max)
     assert min(seen) - 1e-9 <= found["accuracy_running"] <= max(seen) + 1e-9
+
+
+@QUICK
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(-0.3, 0.3))
+def test_how_hard_a_step_s_prompts_are_does_not_move_lambda(difficulty, apart):
+    """A policy that is as far from the reference on every prompt is held to be as good, whatever comes up."""
+    prices = [
+        Price(replace(FLOOR, lambda_max=9.0), {str(i): p for i, p in enumerate(difficulty)}, {}) for _ in range(2)
+    ]
+    for i, share in enumerate(difficulty):
+        prices[0].learn(share + apart, [str(i)])
+        prices[1].learn(difficulty[0] + apart, ["0"])
+    assert prices[0].at(1) == pytest.approx(prices[1].at(1), abs=1e-9)
 
 
 @QUICK
@@ -439,18 +455,18 @@ def test_what_accuracy_has_left_now_moves_lambda_at_once_and_the_base_not_at_all
 @QUICK
 @given(accuracies, st.integers(0, 30))
 def test_a_price_made_from_another_s_counters_goes_on_as_that_one_would(seen, at):
-    whole = Price(FLOOR, 0.6, {})
+    whole = Price(FLOOR, {"p": 0.6}, {})
     for accuracy in seen[:at]:
-        whole.learn(accuracy)
-    resumed = Price(FLOOR, 0.6, dict(whole.counters))
+        whole.learn(accuracy, ["p"])
+    resumed = Price(FLOOR, {"p": 0.6}, dict(whole.counters))
     for step, accuracy in enumerate(seen[at:]):
         assert resumed.at(step) == whole.at(step)
-        assert resumed.learn(accuracy) == whole.learn(accuracy)
+        assert resumed.learn(accuracy, ["p"]) == whole.learn(accuracy, ["p"])
     assert resumed.counters == whole.counters
 
 
 def test_without_an_accuracy_floor_the_price_keeps_to_its_schedule_whatever_is_right():
     cost = Price(RLConfig(steps=10, lambda_exit=0.5, lambda_warmup=0.4), None, {})
     for step, expected in ((0, 0.1), (3, 0.4), (4, 0.5), (9, 0.5)):
-        assert cost.at(step) == pytest.approx(expected) and cost.learn(0.0) == {}
+        assert cost.at(step) == pytest.approx(expected) and cost.learn(0.0, ["p"]) == {}
     assert cost.counters == {}

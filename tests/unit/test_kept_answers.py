@@ -269,10 +269,10 @@ def test_a_stage_that_samples_goes_on_with_the_parts_that_it_has(
     dying: Any = Dying(pool, 2)
     model = Path(pool.tokenizer.name_or_path)
     with pytest.raises(KeyboardInterrupt), Session(cfg, "traces", model, learner=False) as session:
-        session.sample(dying, list(PROMPTS), cfg.traces, "answers")
+        session.sample(dying, list(PROMPTS), 2, 1.0, cfg.traces.seed, "answers")
     counting: Any = Counting(pool)
     with Session(cfg, "traces", model, learner=False) as session:
-        found = session.sample(counting, list(PROMPTS), cfg.traces, "answers")
+        found = session.sample(counting, list(PROMPTS), 2, 1.0, cfg.traces.seed, "answers")
         assert counting.generated == 1 and len(list((session.path / "answers").iterdir())) == 3
         session.finish()
         assert not (session.path / "answers").exists()

@@ -92,19 +92,20 @@ class RolloutSource:
         self.seconds: dict[str, float] = {}
 
     def reference_accuracy(self) -> dict[str, float] | None:
-        """With rl.accuracy_floor: the share of the reference's answers to each prompt of the run that are right, by the
-        prompt's id; at full depth, else sampled as rollouts are. Found out once; the stage's reference.json has it."""
+        """With rl.accuracy_floor: the share of the reference's answers that are right, by prompt id; to each prompt of
+        the run or, without rl.accuracy_samples, of its first rl.accuracy_window steps. At full depth, else sampled as
+        rollouts are. Found out once; the stage's reference.json has it."""
         rl = self.cfg.rl
         if rl.accuracy_floor is None:
             return None
         file = self._session.path / "reference.json"
         if not file.is_file():
-            count = min(rl.steps * rl.prompts_per_step, len(self.prompts))
+            steps = rl.steps if rl.accuracy_samples else min(rl.steps, rl.accuracy_window)
+            count = min(steps * rl.prompts_per_step, len(self.prompts))
             prompts = [self.prompts[i] for i in shuffled(len(self.prompts), rl.seed, 0)[:count]]
             self.pool.load(None)
-            answers = self._session.sample(
-                self.pool, prompts, rl.accuracy_samples, rl.temperature, rl.seed, "reference"
-            )  # fmt: skip
+            samples = rl.accuracy_samples or rl.group_size
+            answers = self._session.sample(self.pool, prompts, samples, rl.temperature, rl.seed, "reference")
             right = {group.prompt.id: float(group.correct.mean()) for group in self._verified(prompts, answers)}
             write_atomic(file, json.dumps(right) + "\n")
         return json.loads(file.read_text())

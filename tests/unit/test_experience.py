@@ -417,6 +417,12 @@ def test_price_by_hand_under_an_accuracy_floor():
         assert cost.at(1) == pytest.approx(min(max(value + (mean - goal + 0.02), 0), 1))
 
 
+def test_without_answers_to_every_prompt_the_goal_stands_still():
+    cost = Price(replace(FLOOR, accuracy_samples=0), {"of the first steps": 0.4, "and another": 0.8}, {})
+    for prompt in ("of the first steps", "never seen before"):
+        assert cost.learn(0.5, [prompt])["accuracy_goal"] == pytest.approx(0.58)
+
+
 @QUICK
 @given(accuracies, st.floats(0.1, 1), st.floats(0, 20))
 def test_lambda_rises_while_accuracy_holds_falls_while_it_does_not_and_stays_in_its_bounds(seen, reference, rate):

@@ -31,6 +31,7 @@ def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
     """
     adopt_rank(os.environ)
     grow_segments(os.environ)
+    bound_caches(os.environ)
     parent = os.environ.pop(WITH_PARENT, "")
     if "SLURM_STEP_ID" in os.environ or (parent and ranks(cfg) == 1):
         # Elsewhere TERM comes from a launcher that wants its ranks to end, not to go on to their next step.
@@ -116,6 +117,14 @@ def grow_segments(environment: MutableMapping[str, str]) -> None:
     torch has a second name for the variable, which the older one would silence: whoever has set either is obeyed."""
     if "PYTORCH_ALLOC_CONF" not in environment:
         environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
+def bound_caches(environment: MutableMapping[str, str]) -> None:
+    """On a CPU torch makes a kernel for every shape of a product and keeps a thousand of them: by batches of ever new
+    shapes a rank grew by 50 MiB an update. As many as one batch needs are enough. Read when torch is imported; whoever
+    has set either variable is obeyed."""
+    environment.setdefault("LRU_CACHE_CAPACITY", "64")
+    environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def _on_ranks(stage: str, cfg: RunConfig, overrides: list[str], world: int) -> None:

@@ -16,8 +16,8 @@ class Price:
     """lambda of the step to come. With `rl.accuracy_floor`, `reference` says by prompt id how often the reference is
     right, and what has been learned of the run so far goes into every checkpoint as `counters`.
 
-    Policy and reference are compared on the prompts of the same steps, unless rl.accuracy_samples=0: a step may have
-    few, and how hard these are varies by far more than what depth costs.
+    Policy and reference are compared on the prompts of the same steps where it has answered them, else with its mean: a
+    step may have few, and how hard these are varies by far more than what depth costs.
     """
 
     rl: RLConfig
@@ -37,7 +37,8 @@ class Price:
             return {}
         steps = min(self.counters.get("accuracy_steps", 0.0) + 1, rl.accuracy_window)
         running = self._running("accuracy_running", accuracy, steps)
-        shares = [self.reference[id] for id in prompts] if rl.accuracy_samples else list(self.reference.values())
+        known = self.reference
+        shares = [known[id] for id in prompts] if known.keys() >= set(prompts) else list(known.values())
         theirs = self._running("reference_running", float(np.mean(shares)), steps)
         goal, base = theirs - rl.accuracy_floor / 100, self.counters.get("lambda_base", rl.lambda_exit)
         base, value = dual_price(base, running - goal, rl.lambda_rate, rl.lambda_gain, rl.lambda_max)

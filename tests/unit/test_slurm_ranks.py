@@ -294,6 +294,21 @@ def test_cuda_memory_grows_in_segments_unless_somebody_has_chosen(chosen: dict[s
     assert environment == (chosen or GROWING)
 
 
+def test_a_stage_bounds_the_kernels_that_torch_keeps_before_torch_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import os, sys\n"
+        "from ee_megatron.config.load import load\n"
+        "from ee_megatron.training import launch, stages\n"
+        "launch.stages.is_done = lambda cfg, stage: print(os.environ['LRU_CACHE_CAPACITY'], "
+        "os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'], 'torch' in sys.modules) or True\n"
+        f"launch.run_stage('rl', load(['experiment=demo_cpu', 'runs={tmp_path}']), [])\n"
+    )
+    chosen = {**os.environ, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}
+    chosen.pop("LRU_CACHE_CAPACITY", None)
+    done = subprocess.run([sys.executable, "-c", code], env=chosen, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[0] == "64 7 False", done.stderr
+
+
 PLACES = "job=([learner_nodes]=1 [ranks]=2 [ranks_per_node]=2 [start_timeout_s]=9); logs=/tmp"
 STEPS = f"""
 prepare

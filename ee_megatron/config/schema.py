@@ -337,8 +337,8 @@ class RLConfig:
     """Steps that accuracy_floor's running means cover, of the policy and of the reference on the same prompts."""
     accuracy_samples: int = setting(4, at_least=0, added_later=True)
     """With accuracy_floor: answers of the reference to each prompt of the run, made before its first step. 0: as
-    many as group_size to the prompts of the first accuracy_window steps, and their mean for all others: cheaper, and good enough
-    where a step has so many prompts that all steps are about as hard."""
+    many as group_size to the prompts of the first accuracy_window steps, and their mean for all others: cheaper, and
+    good enough where a step has so many prompts that all steps are about as hard."""
     lambda_rate: float = setting(0.5, at_least=0, added_later=True)
     """With accuracy_floor: what lambda gains or loses for good in a step, per unit of accuracy (1 = 100 points)."""
     lambda_gain: float = setting(10.0, at_least=0, added_later=True)

@@ -367,7 +367,7 @@ def _parts(decoder: Decoder, rollouts: Sequence[Rollout]) -> Iterator[tuple[_Par
         if (len(group) - 1) * shared < max(1, SHARED_FROM * positions):
             alone += group
             continue
-        context = torch.as_tensor(rollouts[group[0]].prompt_tokens[:-1], dtype=torch.int64, device=decoder.device)
+        context = torch.tensor(rollouts[group[0]].prompt_tokens[:-1], dtype=torch.int64, device=decoder.device)
         (prefix,) = decoder.prefill(context[None], torch.tensor([shared]))
         for part in _of_like_length(rollouts, group, shared, decoder.device):
             yield part, prefix

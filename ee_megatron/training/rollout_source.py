@@ -94,11 +94,11 @@ class RolloutSource:
     def reference_accuracy(self) -> dict[str, float] | None:
         """With rl.accuracy_floor: the share of the reference's answers that are right, by prompt id; to each prompt of
         the run or, without rl.accuracy_samples, of its first rl.accuracy_window steps. At full depth, else sampled as
-        rollouts are. Found out once; the stage's reference.json has it."""
+        rollouts are. Found out once; the stage's reference_by_prompt.json has it."""
         rl = self.cfg.rl
         if rl.accuracy_floor is None:
             return None
-        file = self._session.path / "reference.json"
+        file = self._session.path / "reference_by_prompt.json"
         if not file.is_file():
             steps = rl.steps if rl.accuracy_samples else min(rl.steps, rl.accuracy_window)
             count = min(steps * rl.prompts_per_step, len(self.prompts))

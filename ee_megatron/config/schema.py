@@ -285,9 +285,9 @@ class RLConfig:
     """K rollouts per prompt."""
     temperature: float = setting(1.0, positive=True)
     lambda_exit: float = setting(0.5, at_least=0)
-    """Price of depth: reward falls by lambda times what an answer's depth costs. accuracy_floor starts there."""
+    """Price of depth: reward falls by lambda times what an answer's depth costs. accuracy_floor leads from there."""
     lambda_warmup: float = setting(0.0, share=True)
-    """Share of the steps over which the price rises linearly from 0; without effect under accuracy_floor."""
+    """Share of the steps over which the price rises linearly from 0. accuracy_floor compares and leads after them."""
     depth_cost: str = setting("mean", choices=DEPTH_COSTS)
     """What an answer's depth costs: mean (of depth/L over its tokens), total (sum, divided by cost_length), max (over
     the tokens that may exit) or square (mean of the squares)."""
@@ -336,9 +336,9 @@ class RLConfig:
     accuracy_window: int = setting(8, positive=True, added_later=True)
     """Steps that accuracy_floor's running means cover, of the policy and of the reference on the same prompts."""
     accuracy_samples: int = setting(4, at_least=0, added_later=True)
-    """With accuracy_floor: answers of the reference to each prompt of the run, made before its first step. 0: as
-    many as group_size to the prompts of the first accuracy_window steps, and their mean for all others: cheaper, and
-    good enough where a step has so many prompts that all steps are about as hard."""
+    """With accuracy_floor: answers of the reference to each prompt that is compared, made before the first step. 0: as
+    many as group_size to the prompts of the first accuracy_window steps compared, and their mean for all others:
+    cheaper, and good enough where a step has so many prompts that all steps are about as hard."""
     lambda_rate: float = setting(0.5, at_least=0, added_later=True)
     """With accuracy_floor: what lambda gains or loses for good in a step, per unit of accuracy (1 = 100 points)."""
     lambda_gain: float = setting(10.0, at_least=0, added_later=True)

@@ -13,9 +13,14 @@ DECAYS: dict[str, Callable[[float], float]] = {
 """Share of the way from the full learning rate to its floor, after a share `done` of the updates."""
 
 
+def price_rise(steps: int, warmup: float) -> int:
+    """Steps over which lambda rises, a share `warmup` of all."""
+    return round(steps * warmup)
+
+
 def price(step: int, steps: int, lambda_exit: float, warmup: float) -> float:
     """lambda at step `step` (0-based): rises linearly over the first `warmup` share of the steps, then stays."""
-    rise = round(steps * warmup)
+    rise = price_rise(steps, warmup)
     return lambda_exit if step >= rise else lambda_exit * (step + 1) / (rise + 1)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config.schema import RLConfig
-from ..objectives.schedules import dual_price, price
+from ..objectives.schedules import dual_price, price, price_rise
 
 
 @dataclass
@@ -17,7 +17,8 @@ class Price:
     right, and what has been learned of the run so far goes into every checkpoint as `counters`.
 
     Policy and reference are compared on the prompts of the same steps where it has answered them, else with its mean: a
-    step may have few, and how hard these are varies by far more than what depth costs.
+    step may have few, and how hard these are varies by far more than what depth costs. What the price rises over is
+    left out: exits that were calibrated, not yet reinforced, lose answers when they are sampled, whatever they cost.
     """
 
     rl: RLConfig
@@ -26,14 +27,14 @@ class Price:
 
     def at(self, step: int) -> float:
         """lambda at step `step` (from 0)."""
-        if self.reference is None:
+        if self.reference is None or step < price_rise(self.rl.steps, self.rl.lambda_warmup):
             return price(step, self.rl.steps, self.rl.lambda_exit, self.rl.lambda_warmup)
         return self.counters.get("lambda", self.rl.lambda_exit)
 
-    def learn(self, accuracy: float, prompts: Sequence[str]) -> dict[str, float]:
-        """Take in the accuracy of a step's rollouts, as many to each of its prompts (ids); metrics."""
+    def learn(self, step: int, accuracy: float, prompts: Sequence[str]) -> dict[str, float]:
+        """Take in the accuracy of step `step`'s rollouts, as many to each of its prompts (ids); metrics."""
         rl = self.rl
-        if self.reference is None or rl.accuracy_floor is None:
+        if self.reference is None or rl.accuracy_floor is None or step < price_rise(rl.steps, rl.lambda_warmup):
             return {}
         steps = min(self.counters.get("accuracy_steps", 0.0) + 1, rl.accuracy_window)
         running = self._running("accuracy_running", accuracy, steps)

@@ -110,7 +110,7 @@ def learn(
     if first is not None:
         values |= mismatch(batch, rollouts, first) | entropies(batch, first)
     values |= rollout_metrics(batch, groups, layout.num_layers)
-    values |= cost.learn(values["accuracy"], [group.prompt.id for group in groups])
+    values |= cost.learn(step, values["accuracy"], [group.prompt.id for group in groups])
     counting, kept = taught(groups, rl), kept_groups(groups, rl, values["lambda"])
     if not counting.any():
         logger.warning(

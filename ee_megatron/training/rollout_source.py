@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from ..checkpoint.policy_files import open_policy, policy_written
 from ..config.derive import exits_read
 from ..config.schema import RLConfig
 from ..exit_rules import ExitRule, Fixed, Sample
+from ..objectives.schedules import price_rise
 from ..observe.rundir import atomic_directory, write_atomic
 from ..policy import PolicySpec, WeightSet
 from ..rollout.engine.request import GenerationRequest
@@ -93,16 +95,17 @@ class RolloutSource:
 
     def reference_accuracy(self) -> dict[str, float] | None:
         """With rl.accuracy_floor: the share of the reference's answers that are right, by prompt id; to each prompt of
-        the run or, without rl.accuracy_samples, of its first rl.accuracy_window steps. At full depth, else sampled as
-        rollouts are. Found out once; the stage's reference_by_prompt.json has it."""
+        the steps after rl.lambda_warmup or, without rl.accuracy_samples, of the first rl.accuracy_window of them. At
+        full depth, else sampled as rollouts are. Found out once; the stage's reference_by_prompt.json has it."""
         rl = self.cfg.rl
         if rl.accuracy_floor is None:
             return None
         file = self._session.path / "reference_by_prompt.json"
         if not file.is_file():
-            steps = rl.steps if rl.accuracy_samples else min(rl.steps, rl.accuracy_window)
-            count = min(steps * rl.prompts_per_step, len(self.prompts))
-            prompts = [self.prompts[i] for i in shuffled(len(self.prompts), rl.seed, 0)[:count]]
+            first = price_rise(rl.steps, rl.lambda_warmup)
+            steps = range(first, rl.steps)[: None if rl.accuracy_samples else rl.accuracy_window]
+            asked = {prompt.id: prompt for step in steps for prompt in step_prompts(self.prompts, step, rl)}
+            prompts = list(asked.values())
             self.pool.load(None)
             samples = rl.accuracy_samples or rl.group_size
             answers = self._session.sample(self.pool, prompts, samples, rl.temperature, rl.seed, "reference")
@@ -280,6 +283,7 @@ def step_prompts(prompts: list[Prompt], step: int, rl: RLConfig) -> list[Prompt]
     return chosen
 
 
+@lru_cache(maxsize=2)  # every place of a pass looks here
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order in which pass `epoch` takes so many prompts, int64 [count]."""
     return np.random.default_rng([seed, epoch]).permutation(count)

@@ -32,8 +32,9 @@ SETTINGS = [
     "rollout.backend=local", "rollout.threads=1", "tracker.wandb=disabled",
 ]  # fmt: skip
 LED = (
-    "rl.steps=4", "rl.checkpoint_every=1", "rl.credit=exit", "rl.charge=right", "rl.beta=0.2", "rl.accuracy_floor=5",
-    "rl.accuracy_window=2", "rl.accuracy_samples=2", "rl.lambda_exit=0.3", "rl.exit_divergence=all",
+    "rl.steps=5", "rl.checkpoint_every=1", "rl.credit=exit", "rl.charge=right", "rl.beta=0.2", "rl.accuracy_floor=5",
+    "rl.accuracy_window=2", "rl.accuracy_samples=2", "rl.lambda_exit=0.3", "rl.lambda_warmup=0.2",
+    "rl.exit_divergence=all",
     "rl.exit_kl_power=1.5",
 )  # fmt: skip
 
@@ -79,21 +80,22 @@ def without_clock(stage: Path) -> list[dict[str, float]]:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("gates", ["rl.gate_pull=0.2", pytest.param("rl.exit_later=1", marks=SLOW)])
 def test_a_killed_run_goes_on_at_the_price_that_it_had_come_to(gates, made, tmp_path):
-    """SIGKILL after two of four steps; the reference's accuracy is found out once."""
+    """SIGKILL after two of five steps, the first at a rising price; the reference's accuracy is found out once."""
     led = (*LED, gates)
     straight = finish([*made, *led, f"runs={tmp_path / 'straight'}"], tmp_path / "straight")
     rows = without_clock(straight)
     reference = json.loads((straight / "reference_by_prompt.json").read_text())
     assert len(reference) == 16 and all(share in (0, 0.5, 1) for share in reference.values())
-    assert rows[0]["lambda"] == 0.3 and len({row["lambda"] for row in rows}) == 4
-    # The file is in the order of the run's prompts, four a step; the window is two steps.
+    assert (rows[0]["lambda"], rows[1]["lambda"]) == (0.15, 0.3) and len({row["lambda"] for row in rows}) == 5
+    assert "accuracy_goal" not in rows[0]
+    # The file is in the order of the run's prompts, four a step, of the steps compared; the window is two steps.
     theirs = np.array(list(reference.values())).reshape(4, 4).mean(1)
     running = [theirs[0], theirs[:2].mean()]
     running += [(running[-1] + theirs[2]) / 2]
     running += [(running[-1] + theirs[3]) / 2]
-    assert [row["accuracy_goal"] for row in rows] == pytest.approx([mean - 0.05 for mean in running])
+    assert [row["accuracy_goal"] for row in rows[1:]] == pytest.approx([mean - 0.05 for mean in running])
     base = 0.3
-    for row, after in itertools.pairwise(rows):
+    for row, after in itertools.pairwise(rows[1:]):
         surplus = row["accuracy_running"] - row["accuracy_goal"]
         base = min(max(base + 0.5 * surplus, 0), 4)
         assert after["lambda"] == pytest.approx(min(max(base + 10 * surplus, 0), 4))

@@ -411,7 +411,7 @@ def test_price_by_hand_under_an_accuracy_floor():
     theirs = [0.62, (0.62 + 0.8) / 2, (0.62 + 0.8 + 0.42) / 3, (0.62 + 0.8 + 0.42) / 3 * 2 / 3 + 1 / 3]
     value = 0.5
     for accuracy, ids, mean, goal in zip((0.7, 0.6, 0.35, 0.9), prompts, running, theirs, strict=True):
-        found = cost.learn(accuracy, ids)
+        found = cost.learn(0, accuracy, ids)
         assert found == pytest.approx({"accuracy_running": mean, "accuracy_goal": goal - 0.02})
         value = min(max(value + 2 * (mean - goal + 0.02), 0), 1)
         assert cost.at(1) == pytest.approx(min(max(value + (mean - goal + 0.02), 0), 1))
@@ -420,7 +420,7 @@ def test_price_by_hand_under_an_accuracy_floor():
 def test_where_the_reference_has_not_answered_its_mean_stands():
     cost = Price(replace(FLOOR, accuracy_window=1), {"of the first steps": 0.4, "and another": 0.8}, {})
     for prompts, goal in ((["of the first steps"], 0.38), (["of the first steps", "never seen before"], 0.58)):
-        assert cost.learn(0.5, prompts)["accuracy_goal"] == pytest.approx(goal)
+        assert cost.learn(0, 0.5, prompts)["accuracy_goal"] == pytest.approx(goal)
 
 
 @QUICK
@@ -429,7 +429,7 @@ def test_lambda_rises_while_accuracy_holds_falls_while_it_does_not_and_stays_in_
     rl = replace(FLOOR, lambda_rate=rate, lambda_gain=0.0)
     cost = Price(rl, {"p": reference}, {})
     for step, accuracy in enumerate(seen):
-        before, found = cost.at(step), cost.learn(accuracy, ["p"])
+        before, found = cost.at(step), cost.learn(step, accuracy, ["p"])
         after, surplus = cost.at(step + 1), found["accuracy_running"] - found["accuracy_goal"]
         assert 0 <= after <= rl.lambda_max
         assert (after - before) * surplus >= 0
@@ -446,9 +446,24 @@ def test_how_hard_a_step_s_prompts_are_does_not_move_lambda(difficulty, apart):
         Price(replace(FLOOR, lambda_max=9.0), {str(i): p for i, p in enumerate(difficulty)}, {}) for _ in range(2)
     ]
     for i, share in enumerate(difficulty):
-        prices[0].learn(share + apart, [str(i)])
-        prices[1].learn(difficulty[0] + apart, ["0"])
+        prices[0].learn(i, share + apart, [str(i)])
+        prices[1].learn(i, difficulty[0] + apart, ["0"])
     assert prices[0].at(1) == pytest.approx(prices[1].at(1), abs=1e-9)
+
+
+@QUICK
+@given(accuracies, st.integers(1, 12), st.integers(0, 10))
+def test_what_is_lost_while_the_price_rises_is_not_held_against_it(seen, rise, lost):
+    """The schedule leads up to `lambda_exit`, whatever accuracy does; from there a price goes on as if it began."""
+    rl = replace(FLOOR, steps=40, lambda_warmup=rise / 40)
+    cost, begun = Price(rl, {"p": 0.6}, {}), Price(replace(rl, lambda_warmup=0.0), {"p": 0.6}, {})
+    for step in range(rise):
+        assert cost.at(step) == pytest.approx(rl.lambda_exit * (step + 1) / (rise + 1))
+        assert cost.learn(step, lost / 10, ["p"]) == {}
+    assert cost.counters == {}
+    for step, accuracy in enumerate(seen):
+        assert cost.at(rise + step) == begun.at(step)
+        assert cost.learn(rise + step, accuracy, ["p"]) == begun.learn(step, accuracy, ["p"])
 
 
 @QUICK
@@ -463,16 +478,16 @@ def test_what_accuracy_has_left_now_moves_lambda_at_once_and_the_base_not_at_all
 def test_a_price_made_from_another_s_counters_goes_on_as_that_one_would(seen, at):
     whole = Price(FLOOR, {"p": 0.6}, {})
     for accuracy in seen[:at]:
-        whole.learn(accuracy, ["p"])
+        whole.learn(0, accuracy, ["p"])
     resumed = Price(FLOOR, {"p": 0.6}, dict(whole.counters))
     for step, accuracy in enumerate(seen[at:]):
         assert resumed.at(step) == whole.at(step)
-        assert resumed.learn(accuracy, ["p"]) == whole.learn(accuracy, ["p"])
+        assert resumed.learn(step, accuracy, ["p"]) == whole.learn(step, accuracy, ["p"])
     assert resumed.counters == whole.counters
 
 
 def test_without_an_accuracy_floor_the_price_keeps_to_its_schedule_whatever_is_right():
     cost = Price(RLConfig(steps=10, lambda_exit=0.5, lambda_warmup=0.4), None, {})
     for step, expected in ((0, 0.1), (3, 0.4), (4, 0.5), (9, 0.5)):
-        assert cost.at(step) == pytest.approx(expected) and cost.learn(0.0, ["p"]) == {}
+        assert cost.at(step) == pytest.approx(expected) and cost.learn(step, 0.0, ["p"]) == {}
     assert cost.counters == {}

@@ -480,7 +480,8 @@ class EvaluateConfig:
     """Compare the last model with exit rules that know less, at its mean depth and at its accuracy; up to 28 readings
     of the validation split and 2 of the test split per rule (docs/evaluation.md)."""
     control_policy: str = setting("", path=True, only_with="controls")
-    """With controls, one more of them: the policy checkpoint or rl stage directory of a run with rl.lambda_exit=0."""
+    """With controls, one more of them: the gates of another run, by its policy checkpoint or rl stage directory, as of
+    one with rl.lambda_exit=0 or at full depth (rl.fixed_depth)."""
     externalisation: bool = setting(False, only_with="externalisation")
     """Measure how much of its reasoning each model writes down; about as much as 12 evaluations of
     externalisation_prompts problems per model (docs/evaluation.md)."""

@@ -50,19 +50,20 @@ def all_controls(
     checkpoints: dict[str, Path],
     outcomes: Sequence[int],
     vocab: int,
-    unpriced: Path | None,
+    other: tuple[str, Path] | None,
     first_token: bool = False,
 ) -> list[Control]:
     """Every rule that is a control, on the reference's own weights; then other policies' gates: calibrated but not
-    reinforced, and `unpriced`, reinforced with lambda = 0."""
+    reinforced, and those of `other`, a policy by its name and checkpoint."""
     model, own = reference.model, checkpoints[reference.model]
     span = DialRange(outcomes, vocab, marginal_exits(reference.validation_answers, outcomes, first_token))
     controls = [Control(rule.control, model, own, rule.dial(span)) for rule in CONTROLS]
     gates = Threshold.dial(span)
     if model != "calibrated":
         controls.append(Control("calibrated gates", "calibrated", checkpoints["calibrated"], gates))
-    if unpriced is not None:
-        controls.append(Control("lambda = 0", "lambda = 0", unpriced, gates))
+    if other is not None:
+        name, checkpoint = other
+        controls.append(Control(name, name, checkpoint, gates))
     return controls
 
 

@@ -294,9 +294,10 @@ class Evaluation:
     def controls(self, checkpoints: dict[str, Path]) -> None:
         """The last model against rules that know less."""
         session, reference = self.session, list(self.chosen.values())[-1]
-        exits, unpriced = session.spec.layout, stages.control_policy(session.cfg)
+        exits, given = session.spec.layout, stages.control_policy(session.cfg)
+        other = (stages.trained_as(given), given) if given else None
         vocab = session.source.dims.vocab
-        rules = all_controls(reference, checkpoints, exits.outcomes, vocab, unpriced, exits.first_token)
+        rules = all_controls(reference, checkpoints, exits.outcomes, vocab, other, exits.first_token)
         self.more["controls"] = run_controls(self, reference, rules, self.done)
 
     def choice(self, checkpoints: Mapping[str, Path]) -> None:

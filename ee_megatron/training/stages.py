@@ -51,6 +51,20 @@ def control_policy(cfg: RunConfig) -> Path | None:
     return policy_at(f"evaluate.control_policy={given}", given) if given else None
 
 
+def trained_as(checkpoint: Path) -> str:
+    """What sets the rl stage of `checkpoint` apart, for a table: the one depth that it had, or its price of depth."""
+    stage = checkpoint.absolute().parents[1]
+    try:
+        rl = read_saved(stage / "config.yaml").rl if stage.name.startswith("rl-") else None
+    except ValueError:  # of another version, or without its stage: its gates can be measured all the same
+        rl = None
+    if rl is None:
+        return "another policy"
+    if rl.fixed_depth:
+        return f"trained at {rl.fixed_depth} layers"
+    return f"lambda = {rl.lambda_exit:g}" + (" at first" if rl.accuracy_floor is not None else "")
+
+
 def trained(stage: Path) -> tuple[RunConfig, Path, Path]:
     """The settings, the base model and the newest checkpoint of a calibrate or rl stage, by its directory alone,
     wherever that and this process are now. Raises FileNotFoundError or ValueError for a directory that is none."""

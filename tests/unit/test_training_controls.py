@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ee_megatron.config.identity import to_yaml
+from ee_megatron.config.schema import RunConfig
 from ee_megatron.evaluation import Answer, EvaluationRow
 from ee_megatron.exit_rules import Entropy, ExitRule, Patience, Random, Threshold
 from ee_megatron.report.tables import controls_table
 from ee_megatron.training.controls import Control, Reference, all_controls, run_controls
+from ee_megatron.training.stages import trained_as
 
 OUTCOMES = (2, 4, 6)
 CHECKPOINTS = {"calibrated": Path("calibrated"), "reinforced": Path("reinforced")}
@@ -62,15 +66,15 @@ def reference(model: str) -> Reference:
     return Reference(model, exits, row(model, 0.5, 0.8), answers(80), row(model, 0.55, 0.85), answers(85))
 
 
-def controls(model: str, unpriced: Path | None = None) -> list[Control]:
+def controls(model: str, other: tuple[str, Path] | None = None) -> list[Control]:
     known = {name: path for name, path in CHECKPOINTS.items() if model == "reinforced" or name == model}
-    return all_controls(reference(model), known, OUTCOMES, 130, unpriced)
+    return all_controls(reference(model), known, OUTCOMES, 130, other)
 
 
 def test_the_rules_run_on_the_weights_they_are_about() -> None:
     names = ["fixed depth", "random exits", "confidence", "entropy", "patience"]
     assert [c.name for c in controls("calibrated")] == names
-    found = controls("reinforced", Path("unpriced"))
+    found = controls("reinforced", ("lambda = 0", Path("unpriced")))
     assert [c.name for c in found] == [*names, "calibrated gates", "lambda = 0"]
     assert [str(c.checkpoint) for c in found] == ["reinforced"] * 5 + ["calibrated", "unpriced"]
     # The middle of the dial is the reference's own marginal, first tokens left out.
@@ -79,7 +83,9 @@ def test_the_rules_run_on_the_weights_they_are_about() -> None:
 
 def test_every_control_is_matched_on_validation_and_measured_once_on_the_test_split() -> None:
     judge, done = PlantedJudge(), []
-    entries = run_controls(judge, reference("reinforced"), controls("reinforced", Path("unpriced")), done.append)
+    entries = run_controls(
+        judge, reference("reinforced"), controls("reinforced", ("lambda = 0", Path("unpriced"))), done.append
+    )
     json.dumps(entries)
     assert len(entries) == 1 + 2 * 7 and len(done) == 14
     assert sum(where == "test" for where, _, _ in judge.calls) == 14
@@ -105,3 +111,23 @@ def test_every_control_is_matched_on_validation_and_measured_once_on_the_test_sp
     own = entries[0]
     assert own["control"] == "(reinforced)" and own["comparison"]["difference"]["value"] == 0
     assert "accuracy (!)" in controls_table(entries).text()
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({"lambda_exit": 0.0}, "lambda = 0"),
+        ({"lambda_exit": 0.3, "accuracy_floor": 1.0}, "lambda = 0.3 at first"),
+        ({"fixed_depth": 30, "lambda_exit": 0.0}, "trained at 30 layers"),
+    ],
+)
+def test_another_policy_is_called_by_what_sets_its_run_apart(changed: dict[str, float], name: str, tmp_path: Path):
+    stage, checkpoint = tmp_path / "rl-01234567", tmp_path / "rl-01234567" / "checkpoints" / "step_9"
+    cfg = RunConfig(name="x")
+    cfg.model.path = "models/x"
+    cfg.rl = replace(cfg.rl, **changed)  # type: ignore[arg-type]
+    checkpoint.mkdir(parents=True)
+    assert trained_as(checkpoint) == "another policy"
+    (stage / "config.yaml").write_text(to_yaml(cfg))
+    assert trained_as(checkpoint) == name
+    assert trained_as(stage.rename(tmp_path / "calibrate-01234567") / "checkpoints" / "step_9") == "another policy"

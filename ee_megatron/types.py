@@ -6,6 +6,7 @@ They hold numpy arrays and Python scalars only, so that they cross process bound
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,20 @@ class Prompt:
     prefill: str = ""
 
 
+class ExitReading(NamedTuple):
+    """What a generated answer's tokens came by, read again: M exits, T tokens.
+
+    - divergences float32 [T, M + 1]: KL(policy's readout || teacher at full depth), nats, temperature 1, at every exit
+      that the token came by or took, at full depth if it got there
+    - hazards     float32 [T, M]: of every gate that was asked
+
+    NaN behind the token's exit and where it might not exit; hazards of a model without gates are NaN.
+    """
+
+    divergences: np.ndarray
+    hazards: np.ndarray
+
+
 @dataclass
 class Rollout:
     """One generated answer with everything that the learner needs to replay it.
@@ -44,7 +59,7 @@ class Rollout:
     - full_logprobs  float32 [T], as token_logprobs but without top-k and top-p; the same array where nothing was cut
     - finished: an end-of-sequence token or a stop string ended it, not the length limit
     - weight_version: the weights that its last token was generated under
-    - exit_divergences float32 [T, M + 1]: with rl.exit_divergence=all, as the pool's `exit_divergences`
+    - exits: with rl.exit_divergence=all, as the pool's `read_exits`
     - weight_versions int32 [T]: those of every token; not all alike only where an answer was continued under new ones
     """
 
@@ -59,7 +74,7 @@ class Rollout:
     weight_version: int
     full_logprobs: np.ndarray | None = None
     weight_versions: np.ndarray | None = None
-    exit_divergences: np.ndarray | None = None
+    exits: ExitReading | None = None
 
     def __post_init__(self) -> None:
         if self.weight_versions is None:

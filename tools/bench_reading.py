@@ -38,7 +38,7 @@ from ee_megatron.tasks import task_of
 from ee_megatron.training import stages
 from ee_megatron.types import Rollout
 
-READINGS = ("score", "exit_divergences")
+READINGS = ("score", "read_exits")
 # More than any part of the positions: no prompt is read apart from its answers.
 NEVER = 2.0
 

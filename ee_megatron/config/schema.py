@@ -377,7 +377,8 @@ class RLConfig:
     overlong_buffer: float = setting(0.2, share=True, added_later=True)
     skip_scoring: bool = setting(False, added_later=True)
     """Learn from a step's rollouts without scoring them first. Only where the objective asks for nothing that they
-    don't bring along: one update a step, importance=none, no staleness, no divergence but an exact one of tokens."""
+    don't bring along: one update a step, importance=none, no staleness, no divergence but an exact one of tokens or,
+    with exit_divergence=all, those of exits."""
     epochs: int = setting(1, positive=True)
     """Passes over a step's rollouts."""
     minibatches: int = setting(1, positive=True)

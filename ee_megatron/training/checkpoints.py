@@ -11,16 +11,19 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ..checkpoint.policy_files import open_policy, write_policy
 from ..checkpoint.safetensors_io import write_stream
-from ..learner.optimizer_state import OptimizerState
 from ..observe.rundir import RunDirectory
 from ..policy import PolicySpec
 from ..tensors import FileTensors, HeldStream, Stream, digest, drain
+
+if TYPE_CHECKING:
+    from ..learner.optimizer_state import OptimizerState
 
 # The counters that the writer keeps itself.
 BEST = ("best_value", "best_step")
@@ -73,6 +76,9 @@ def read_training(directory: Path, *, check: bool = True) -> tuple[OptimizerStat
     for kind, expected in found["sha256"].items() if check else ():
         if digest(tensors[kind]) != expected:
             raise ValueError(f"{directory}/optimizer/{kind}.safetensors: not what was written; the file is damaged")
+    # Late: it brings Megatron along.
+    from ..learner.optimizer_state import OptimizerState
+
     return OptimizerState(int(found["updates"]), tensors), found["counters"]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config.derive import exits_read
 from ..config.schema import RLConfig
 from ..exits import ExitLayout
 from ..learner.batch import ReplayBatch, pack, spread
@@ -23,7 +24,7 @@ from ..objectives.advantages import (
 from ..objectives.depth import CREDITS, DEPTH_COSTS, token_advantage
 from ..objectives.exit_credit import hazard_costs, later_divergence
 from ..objectives.policy_gradient import IMPORTANCE, KL_TERMS, RATIOS, SURROGATES, Clip, Experience, PolicyGradient
-from ..types import Group, Rollout
+from ..types import ExitReading, Group, Rollout
 
 
 def objective_of(rl: RLConfig, longest: int) -> PolicyGradient:
@@ -63,9 +64,9 @@ def credit(
 ) -> tuple[Experience, dict[str, float]]:
     """What the rollouts teach at a price of depth `price`, and metrics of it.
 
-    `first`: scores of the policy at the start of the step, with hazards and divergences where an exit answers for
-    itself; None: those that the rollouts brought along hold. `reference`: its log-probabilities of the tokens, where
-    the objective asks for them.
+    `first`: scores of the policy at the start of the step, where an exit answers for itself with the divergences and
+    hazards that the pool has not read; None: those that the rollouts brought along hold. `reference`: its
+    log-probabilities of the tokens, where the objective asks for them.
     """
     rollouts = [r for g in groups for r in g.rollouts]
     counts, counted = batch.counts, taught(groups, rl)
@@ -105,7 +106,7 @@ def credit(
             # Which is cheaper is asked of each token: it had better not hang on the luck of its answer.
             paid = paid.view(len(groups), -1).mean(1).repeat_interleave(rl.group_size)
         costs = _depth_costs(batch, layout, rl, price * paid)
-        hazard = hazard_costs(batch, layout, costs, divergence, None if first is None else first.hazards)
+        hazard = hazard_costs(batch, layout, costs, divergence, _hazards(batch, rollouts, first, rl))
     of_tokens, of_exits = ((a if a.dim() == 2 else a.unsqueeze(1)) * counts for a in (of_tokens, of_exits))
 
     moved = [now - then for now, then in zip(start, old, strict=True)]
@@ -144,10 +145,23 @@ def _divergences(
     exit was read, of all up to it [B, S, M + 1]; None where it costs nothing or nobody knows it."""
     weight = rl.beta * rl.exit_kl
     if weight and rl.exit_divergence == "all":
-        return weight * spread(batch, [np.asarray(r.exit_divergences) for r in rollouts]) ** rl.exit_kl_power
+        return weight * spread(batch, [_exits(r).divergences for r in rollouts]) ** rl.exit_kl_power
     if weight and first is not None:
         return weight * (first.kl**rl.exit_kl_power if reference is None else first.token_logprobs - reference)
     return None
+
+
+def _hazards(batch: ReplayBatch, rollouts: Sequence[Rollout], first: Scores | None, rl: RLConfig) -> Tensor | None:
+    """Of the gates that positions came by, [B, S, M]; None where nobody knows them."""
+    if exits_read(rl):
+        return spread(batch, [_exits(r).hazards for r in rollouts])
+    return None if first is None else first.hazards
+
+
+def _exits(rollout: Rollout) -> ExitReading:
+    if rollout.exits is None:
+        raise ValueError(f"{rollout.prompt_id}: a rollout whose exits the pool has not read; read them first")
+    return rollout.exits
 
 
 def entropies(batch: ReplayBatch, seen: Scores) -> dict[str, float]:

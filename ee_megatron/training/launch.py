@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 
 from ..config.derive import ranks
@@ -166,10 +166,9 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
             print(f"{stage}: finished before, in {stage_dir(cfg, stage)}")
             continue
         command = [sys.executable, "-m", "ee_megatron.cli", stage, *overrides]
-        code = _followed(command)
+        code = _followed(command, lambda: _report_so_far(cfg))
         if code:
             raise SystemExit(code)
-        _report_so_far(cfg)
     exported = export(cfg)
     page = report_run(cfg)
     if evaluated:
@@ -179,12 +178,11 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
 
 
 def _report_so_far(cfg: RunConfig) -> None:
-    """The report of the stages that are done. Training goes on whatever is wrong with it."""
+    """The report of the stages that are done, if any. Training goes on whatever is wrong with it."""
     from ..report.runs import report_run
 
     coming = [stage for stage in stage_order(cfg) if not stages.is_done(cfg, stage)]
-    if not coming:
-        # The last one is written, with everything, at the end.
+    if len(coming) == len(stage_order(cfg)):
         return
     try:
         report_run(cfg, coming)
@@ -192,10 +190,12 @@ def _report_so_far(cfg: RunConfig) -> None:
         print(f"report: not written this time ({error})", file=sys.stderr)
 
 
-def _followed(command: list[str]) -> int:
-    """The exit code of a child that Ctrl-C reaches too, and that says so and ends by itself then."""
+def _followed(command: list[str], meanwhile: Callable[[], None]) -> int:
+    """The exit code of a child that Ctrl-C reaches too, and that says so and ends by itself then. `meanwhile` is done
+    while it starts, which takes it seconds of imports on one core."""
     with subprocess.Popen(command, env=dying_with_me()) as child:
         try:
+            meanwhile()
             return child.wait()
         except KeyboardInterrupt:
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config.derive import scoring
+from ..config.derive import exits_read, scoring
 from ..config.schema import RLConfig, RunConfig
 from ..learner.batch import ReplayBatch
 from ..learner.learner import Learner, Packed, Scores, Update
@@ -176,7 +176,7 @@ def scored(learner: Learner, batch: ReplayBatch, rl: RLConfig) -> tuple[Scores |
     first = reference = None
     if wanted.policy:
         teacher = Teacher.REFERENCE if wanted.divergence else None
-        first = learner.score(batch, teacher=teacher, hazards=CREDITS[rl.credit].local)
+        first = learner.score(batch, teacher=teacher, hazards=CREDITS[rl.credit].local and not exits_read(rl))
     if wanted.reference:
         reference = learner.score(batch, reference=True).token_logprobs
     return first, reference

@@ -141,9 +141,9 @@ class RolloutSource:
         self.seconds = dict(zip(("sync", "rollout", "verify"), np.diff(clock).tolist(), strict=True))
         if exits_read(rl):
             rollouts = [rollout for group in answers for rollout in group]
-            read = self.pool.exit_divergences(rollouts, lambda done, total: detail("divergences", done, total))
-            for rollout, divergences in zip(rollouts, read, strict=True):
-                rollout.exit_divergences = divergences
+            read = self.pool.read_exits(rollouts, lambda done, total: detail("divergences", done, total))
+            for rollout, reading in zip(rollouts, read, strict=True):
+                rollout.exits = reading
             self.seconds["divergences"] = time.monotonic() - clock[-1]
         if rl.dump_rollouts:
             save_rollouts(self.dump_directory / f"step_{step + 1}", groups)

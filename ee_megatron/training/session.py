@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -36,14 +36,11 @@ from ..config.schema import RunConfig
 from ..exit_rules import Off
 from ..families.hf_directory import HFDirectory
 from ..learner.batch import ReplayBatch
-from ..learner.learner import Learner, LearnerOptions, Update
 from ..objectives.weights import Weights
 from ..observe.metrics import Metrics, read_metrics
 from ..observe.progress import Progress
 from ..observe.rundir import RunDirectory, atomic_directory
 from ..observe.trackers import Tracking
-from ..parallel import groups
-from ..parallel.groups import Degrees
 from ..parallel.heartbeat import Heartbeat
 from ..policy import PolicySpec, change_share, initial_policy, sharpened
 from ..rollout.engine.request import GenerationRequest
@@ -57,6 +54,9 @@ from .checkpoints import BEST, CheckpointWriter, TrainingStreams, damage, read_t
 from .kept import ANSWERS, KeptAnswers
 from .stages import DONE
 from .stopping import Parting, Stopped, listener
+
+if TYPE_CHECKING:
+    from ..learner.learner import Learner, Update
 
 logger = logging.getLogger(__name__)
 # Waves of full rows in a part of the answers that is kept: enough that the wait for its last answers is little of it.
@@ -106,8 +106,11 @@ class Session:
             self.writer = CheckpointWriter(self.directory, self.spec, self.cfg.checkpoint.keep, base)
             self.stack.callback(self.writer.close)
         if self.learns:
+            # Here, as the learner below: stages that only ask the pool do without Megatron, seconds of imports.
+            from ..parallel import groups
+
             p = self.cfg.parallel
-            degrees = Degrees(p.tensor, p.pipeline, p.data, p.virtual)
+            degrees = groups.Degrees(p.tensor, p.pipeline, p.data, p.virtual)
             self.device = groups.initialise(degrees, device=self.device_type, timeout_s=p.timeout_s)
             self.stack.callback(groups.finish)
             if degrees.world > 1:
@@ -125,6 +128,8 @@ class Session:
     ) -> Learner:
         """This rank's part of a learner, its optimizer where `checkpoint` left it, whatever layout wrote that;
         `options` as in `LearnerOptions`."""
+        from ..learner.learner import Learner, LearnerOptions
+
         learner = Learner(
             self.source,
             self.spec,

@@ -84,7 +84,7 @@ def load_rollouts(directory: Path) -> list[Group]:
 
 
 def save_answers(directory: Path, answered: AnsweredSet) -> None:
-    """Write a set (at least one answer, no `exit_divergences`) as a directory that appears whole."""
+    """Write a set (at least one answer, no `exits`) as a directory that appears whole."""
     lines = [
         {"id": r.prompt_id, "text": r.text, "finished": bool(r.finished), "weight_version": int(r.weight_version)}
         for r in answered.rollouts

@@ -20,7 +20,7 @@ from ee_megatron.policy import PolicySpec, initial_policy
 from ee_megatron.rollout import GenerationRequest, SamplingParams, generate
 from ee_megatron.rollout.engine.cache import KVCache
 from ee_megatron.rollout.engine.decoder import Decoder
-from ee_megatron.rollout.engine.scoring import exit_divergences, score
+from ee_megatron.rollout.engine.scoring import read_exits, score
 from ee_megatron.training.experience import replay
 from ee_megatron.types import Group, Prompt
 from tests.reference import Reference, random_policy
@@ -122,9 +122,10 @@ def test_the_learner_scores_what_the_engine_sampled(first_token, tmp_path):
     batch = replay(groups, LAYERS, first_token)
     read = score(decoder, policy, answers)
     outcomes = np.array(spec.layout.outcomes)
+    exits = read_exits(decoder, policy, answers)
     diverged = [
-        np.take_along_axis(of_all, (rollout.exit_depths[:, None] == outcomes).argmax(1)[:, None], axis=1)[:, 0]
-        for rollout, of_all in zip(answers, exit_divergences(decoder, policy, answers), strict=True)
+        np.take_along_axis(e.divergences, (r.exit_depths[:, None] == outcomes).argmax(1)[:, None], axis=1)[:, 0]
+        for r, e in zip(answers, exits, strict=True)
     ]
     with Ranks(2, tmp_path / "ranks") as ranks:
         for degrees, stages in (((1, 2, 1), (3, 3)), ((2, 1, 1), (6,))):
@@ -132,11 +133,12 @@ def test_the_learner_scores_what_the_engine_sampled(first_token, tmp_path):
                 "parallel_cases:make_learner", path=path, spec=spec, policy=policy, degrees=degrees, stages=stages,
                 options={"tokens_per_micro_batch": 128},
             )  # fmt: skip
-            found = ranks.call("parallel_cases:score", batch=batch, teacher=Teacher.REFERENCE)[0]
-            for row, (rollout, ours, kl) in enumerate(zip(answers, read, diverged, strict=True)):
+            found = ranks.call("parallel_cases:score", batch=batch, teacher=Teacher.REFERENCE, hazards=True)[0]
+            for row, (rollout, ours, kl, said) in enumerate(zip(answers, read, diverged, exits, strict=True)):
                 at = batch.counts[row]
                 asked = batch.asked[row][at]
                 np.testing.assert_allclose(found.kl[row][at][asked], kl[asked], atol=1e-4)
+                np.testing.assert_allclose(found.hazards[row][at], np.nan_to_num(said.hazards), atol=1e-4)
                 assert np.isnan(kl[~asked]).all()
                 for learner, engine, scored in (
                     (found.token_logprobs, rollout.token_logprobs, ours.policy_logprobs),

@@ -31,7 +31,7 @@ from ee_megatron.rollout.engine import scoring
 from ee_megatron.rollout.engine.ending import StopChecker
 from ee_megatron.rollout.engine.generation import is_whole
 from ee_megatron.rollout.engine.sampling import sample_tokens, stream_key, uniforms
-from ee_megatron.rollout.engine.scoring import exit_divergences, inspect, score, trace
+from ee_megatron.rollout.engine.scoring import inspect, read_exits, score, trace
 from ee_megatron.types import Prompt, Rollout
 from tests.covering import covering
 from tests.tiny import tiny_hf, tiny_tokenizer
@@ -402,9 +402,7 @@ def test_score_measures_the_divergence_from_the_teacher_and_leaves_the_policy_lo
 
 READINGS = {
     "score": lambda decoder, answers: [vars(x) for x in score(decoder, lively_policy(decoder), answers)],
-    "divergences": lambda decoder, answers: [
-        {"divergence": x} for x in exit_divergences(decoder, lively_policy(decoder), answers)
-    ],
+    "exits": lambda decoder, answers: [x._asdict() for x in read_exits(decoder, lively_policy(decoder), answers)],
     "inspect": lambda decoder, answers: [
         {**vars(x.score), **vars(x), "score": None} for x in inspect(decoder, lively_policy(decoder), answers, True)
     ],
@@ -482,7 +480,7 @@ def test_answers_by_several_rules_are_those_by_each_alone_and_their_prompts_are_
     assert len(set(depths)) == 5, "rules that differ"
 
 
-@pytest.mark.parametrize("reading", [score, inspect, exit_divergences])
+@pytest.mark.parametrize("reading", [score, inspect, read_exits])
 def test_the_teachers_own_answers_at_full_depth_are_read_once_and_as_by_two(path, tokenizer, monkeypatch, reading):
     decoder = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
     answers = flat(generate(decoder, tokenizer, GenerationRequest(PROMPTS, 2, SamplingParams(1.0, 12), OFF, 4), 0))
@@ -494,7 +492,7 @@ def test_the_teachers_own_answers_at_full_depth_are_read_once_and_as_by_two(path
         return parallel(one, *rest, **named)
 
     monkeypatch.setattr(Decoder, "_parallel", counted)
-    found = [entry if reading is exit_divergences else vars(entry) for entry in reading(decoder, None, answers)]
+    found = [entry if reading is read_exits else vars(entry) for entry in reading(decoder, None, answers)]
     assert passes and all(passes) and decoder.gates is None, "by the teacher, whatever was loaded"
     once = len(passes)
     # One answer that left early, and each is read twice.
@@ -502,8 +500,8 @@ def test_the_teachers_own_answers_at_full_depth_are_read_once_and_as_by_two(path
     others = reading(decoder, None, [*answers[:-1], early])[:-1]
     assert len(passes) == 3 * once
     for entry, other in zip(found[:-1], others, strict=True):
-        if reading is exit_divergences:
-            np.testing.assert_allclose(entry, other, atol=2e-5)
+        if reading is read_exits:
+            np.testing.assert_allclose(entry.divergences, other.divergences, atol=2e-5)
             continue
         pairs = {**entry, **vars(entry["score"]), "score": None} if reading is inspect else entry
         against = {**vars(other), **vars(other.score), "score": None} if reading is inspect else vars(other)
@@ -519,13 +517,16 @@ def test_divergences_of_exits_are_those_of_one_token_that_leaves_there_and_not_w
     )
     teacher = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
     known = 0
-    for rollout, found in zip(answers, exit_divergences(policy, lively_policy(policy), answers), strict=True):
+    read = read_exits(policy, lively_policy(policy), answers)
+    inspected = inspect(policy, lively_policy(policy), answers)
+    for rollout, (found, hazards), other in zip(answers, read, inspected, strict=True):
         sequence = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])
         lengths, first = torch.tensor([sequence.shape[1]]), len(rollout.prompt_tokens) - 1
         depths = torch.full_like(sequence, 6)
         depths[0, first : first + rollout.length] = torch.tensor(rollout.exit_depths).long()
         theirs = teacher.readout(teacher.forward_parallel(sequence, lengths)[0]).log_softmax(-1)
         assert found.shape == (rollout.length, 4) and found.dtype == np.float32
+        np.testing.assert_array_equal(hazards, other.hazards)
         for t, taken in enumerate(rollout.exit_depths):
             for i, depth in enumerate(SPEC.layout.outcomes):
                 if t == 0 or depth > taken:

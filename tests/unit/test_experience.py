@@ -13,13 +13,16 @@ from hypothesis import strategies as st
 
 from ee_megatron.config.schema import RLConfig
 from ee_megatron.exits import ExitLayout
+from ee_megatron.learner.batch import spread
 from ee_megatron.learner.learner import Scores
 from ee_megatron.objectives.advantages import ADVANTAGES
 from ee_megatron.objectives.divergences import Teacher
+from ee_megatron.objectives.exit_credit import hazard_costs
 from ee_megatron.objectives.schedules import dual_price
 from ee_megatron.training.experience import credit, mismatch, objective_of, replay, rollout_metrics, taught
 from ee_megatron.training.pricing import Price
 from ee_megatron.training.reinforce import kept_groups
+from ee_megatron.types import ExitReading
 from tests.by_hand import a_group
 
 LAYOUT = ExitLayout(6, (2, 4))
@@ -318,7 +321,8 @@ def test_with_charge_right_gates_of_wrong_answers_pay_for_divergence_alone():
         taken = kl[row][batch.counts[row]].numpy()[:, None]
         behind = np.array([2, 4, 6]) > rollout.exit_depths[:, None]
         more = np.array([0.5, 0.2, 0.0]) * (np.array([2, 4, 6]) < rollout.exit_depths[:, None])
-        rollout.exit_divergences = np.where(behind, np.nan, taken + more).astype(np.float32)
+        divergences = np.where(behind, np.nan, taken + more).astype(np.float32)
+        rollout.exits = ExitReading(divergences, np.full((rollout.length, 2), 0.5, np.float32))
     caused = torch.tensor([[0.75, 0], [0.5, 0.1], [0.5, 0.2], [0.35, 0]])
     _, read, _ = learned([group], replace(rl, exit_divergence="all"), kl=kl, hazards=hazards)
     torch.testing.assert_close(read.hazard[batch.asked], price + caused, rtol=1e-5, atol=1e-6)
@@ -338,6 +342,36 @@ def test_with_charge_right_gates_of_wrong_answers_pay_for_divergence_alone():
     half = 0.3 / 6 * torch.tensor(LAYERS_SAVED)
     torch.testing.assert_close(alike.hazard[batch.asked], half + caused, rtol=1e-5, atol=1e-6)
     assert objective_of(pulled, LONGEST).gate_pull == 0.2
+
+
+def test_hazards_that_the_pool_has_read_tell_tokens_apart_whether_a_step_is_scored_or_not():
+    """What going on costs at a gate is asked of tokens with about the same hazard: here the even ones fire, and have
+    much to lose there, the odd ones little."""
+    rng, length = np.random.default_rng(0), 40
+    depths = [[6, *rng.choice([2, 4, 6], length - 1)] for _ in range(2)]
+    group = a_group(*depths, right=[1, 1])
+    for rollout in group.rollouts:
+        behind = np.array([2, 4, 6]) > rollout.exit_depths[:, None]
+        behind[0] = True  # no gate is asked there
+        even = np.arange(length) % 2 == 0
+        divergences = np.where(behind, np.nan, (even[:, None] + rng.random((length, 3)))).astype(np.float32)
+        hazards = np.where(behind[:, :2], np.nan, np.where(even, 0.8, 0.1)[:, None]).astype(np.float32)
+        rollout.exits = ExitReading(divergences, hazards)
+    rl = RLConfig(lambda_exit=0.6, beta=0.5, credit="exit", kl="exact", exit_divergence="all")
+    batch, scored, _ = learned([group], rl, hazards=torch.rand(2, 50, 2))
+    _, skipped, _ = learned([group], replace(rl, importance="none", skip_scoring=True), first=False)
+    assert torch.equal(scored.hazard, skipped.hazard)
+    price = 0.6 * torch.tensor([2 / 6, 4 / 6, 1.0]).expand(*batch.tokens.shape, 3)
+    divergence = 0.5 * spread(batch, [r.exits.divergences for r in group.rollouts])
+    apart, alike = (
+        hazard_costs(batch, LAYOUT, price, divergence, hazards)
+        for hazards in (spread(batch, [r.exits.hazards for r in group.rollouts]), None)
+    )
+    torch.testing.assert_close(skipped.hazard, apart, rtol=1e-5, atol=1e-6)
+    assert (apart - alike)[batch.asked].abs().max() > 0.1
+    group.rollouts[1].exits = None
+    with pytest.raises(ValueError, match="exits the pool has not read"):
+        learned([group], rl)
 
 
 @pytest.mark.parametrize("kl", ["reward", "loss"])

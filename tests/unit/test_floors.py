@@ -222,3 +222,15 @@ def test_vllms_process_needs_nothing_that_its_environment_lacks() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_stages_that_only_ask_the_pool_do_without_megatron() -> None:
+    """It takes longer to import than everything else together."""
+    code = (
+        "import sys\n"
+        "for name in ('megatron', 'deepspeed'):\n"
+        "    sys.modules[name] = None\n"
+        "import ee_megatron.training.traces, ee_megatron.training.evaluate\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

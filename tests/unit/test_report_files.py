@@ -104,7 +104,7 @@ def test_run_writes_the_report_after_every_stage_and_prints_the_table_once(
 ) -> None:
     cfg = load(["experiment=demo_cpu", f"runs={tmp_path / 'runs'}", "name=front"])
     stages = Stages(cfg, write_run(tmp_path / "samples"))
-    monkeypatch.setattr(launch, "_followed", lambda command: stages(command).returncode)
+    monkeypatch.setattr(launch, "_followed", lambda command, meanwhile: (meanwhile(), stages(command).returncode)[1])
     monkeypatch.setattr(launch, "pick_device", lambda *_: "cpu")
     monkeypatch.setattr(launch.stages, "check_given", lambda _: None)
     monkeypatch.setattr(launch, "export", lambda _: tmp_path / "export")
@@ -130,6 +130,11 @@ def test_a_report_that_cannot_be_written_does_not_end_the_run(
     cfg = load(["experiment=demo_cpu", f"runs={tmp_path}", "name=front"])
     report_path(cfg).mkdir(parents=True)
     launch._report_so_far(cfg)
+    assert capsys.readouterr().err == "", "nothing to report yet"
+    done = stage_dir(cfg, "teacher") / DONE
+    done.parent.mkdir()
+    done.touch()
+    assert launch._followed([sys.executable, "-c", "exit(3)"], lambda: launch._report_so_far(cfg)) == 3
     assert "report: not written this time" in capsys.readouterr().err
     assert sys.modules[launch.__name__] is launch
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...exits import gate_log_term
-from ...types import Rollout, Trace
+from ...types import ExitReading, Rollout, Trace
 from .comparison import Comparison, compare
 from .decoder import Decoder, Prefilled
 from .prompts import pad
@@ -145,32 +145,36 @@ def inspect(
 
 
 @torch.inference_mode()
-def exit_divergences(
+def read_exits(
     decoder: Decoder,
     policy: dict[str, Tensor] | None,
     rollouts: Sequence[Rollout],
     progress: Progress | None = None,
-) -> list[np.ndarray]:
-    """KL(policy's readout ‖ teacher at full depth), nats, temperature 1, float32 [T, M + 1] per rollout: at every exit
-    that the token came by or took, at full depth if it got there; NaN behind its exit and where it might not exit.
-    Leaves the policy loaded."""
+) -> list[ExitReading]:
+    """What exiting costs, or would have, and what the gates say, at every exit that tokens came by. Leaves the policy
+    loaded."""
 
-    def chunk(batch: _Batch, at: slice) -> tuple[Tensor]:
-        return _divergences_chunk(decoder, batch, at)
+    def chunk(batch: _Batch, at: slice) -> tuple[Tensor, ...]:
+        return _exits_chunk(decoder, batch, at)
 
-    read = _read_beside_teacher(decoder, policy, rollouts, chunk, progress)
-    return [divergences for (divergences,) in read]
+    return [ExitReading(*columns) for columns in _read_beside_teacher(decoder, policy, rollouts, chunk, progress)]
 
 
-def _divergences_chunk(decoder: Decoder, batch: _Batch, at: slice) -> tuple[Tensor]:
+def _exits_chunk(decoder: Decoder, batch: _Batch, at: slice) -> tuple[Tensor, ...]:
     theirs = batch.teacher_readout(batch.teacher[at])
-    found = torch.full((len(theirs), len(batch.exits) + 1), float("nan"), device=decoder.device)
+    found, hazards = (
+        torch.full((len(theirs), columns), float("nan"), device=decoder.device)
+        for columns in (len(batch.exits) + 1, len(batch.exits))
+    )
     for i, (depth, stream) in enumerate(zip(decoder.layout.outcomes, (*batch.exits, batch.final), strict=True)):
         passed = ((batch.taken[at] >= depth) & batch.asked[at]).nonzero().squeeze(-1)
-        if len(passed):
-            ours = decoder.readout(stream[at][passed])
-            found[passed, i] = compare(ours, theirs, other_rows=passed).divergence
-    return (found,)
+        if not len(passed):
+            continue
+        hidden = stream[at][passed]
+        found[passed, i] = compare(decoder.readout(hidden), theirs, other_rows=passed).divergence
+        if i < len(batch.exits) and decoder.gates is not None:
+            hazards[passed, i] = decoder.gate_logit(i, hidden).sigmoid()
+    return found, hazards
 
 
 def _inspect_chunk(decoder: Decoder, batch: _Batch, at: slice, streams: bool) -> tuple[Tensor, ...]:

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ...policy import PolicySpec, WeightSet, stays_float32
 from ...tensors import Stream, digest
-from ...types import Rollout, Trace
+from ...types import ExitReading, Rollout, Trace
 from ..engine.lens import Lens
 from ..engine.request import GenerationRequest, Progress
 from ..engine.scoring import Inspection, Score
@@ -67,8 +66,8 @@ class RolloutPool(Protocol):
     ) -> list[Inspection]:
         """Hazards and costs of exiting wherever a gate was asked; with `streams` the hidden states at every exit."""
 
-    def exit_divergences(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[np.ndarray]:
-        """KL of every outcome that a token came by from the teacher, float32 [T, M + 1], NaN elsewhere."""
+    def read_exits(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[ExitReading]:
+        """What every outcome that a token came by diverges by from the teacher, and what its gates say."""
 
     def lens(self, rollouts: Sequence[Rollout], top_k: int, prompt: int, answer: int) -> list[Lens]:
         """What every exit would write, `top_k` tokens each: at the last `prompt` positions of each prompt and for the

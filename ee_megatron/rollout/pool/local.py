@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ...policy import PolicySpec, WeightSet
 from ...tensors import Digest, Stream, collect, digest
-from ...types import Rollout, Trace
+from ...types import ExitReading, Rollout, Trace
 from ..engine import generation, scoring
 from ..engine.cache import PAGE, pages_in
 from ..engine.decoder import Decoder
@@ -135,8 +134,8 @@ class LocalPool:
     ) -> list[Inspection]:
         return scoring.inspect(self.decoder, self._tensors, rollouts, streams, progress)
 
-    def exit_divergences(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[np.ndarray]:
-        return scoring.exit_divergences(self.decoder, self._tensors, rollouts, progress)
+    def read_exits(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[ExitReading]:
+        return scoring.read_exits(self.decoder, self._tensors, rollouts, progress)
 
     def lens(self, rollouts: Sequence[Rollout], top_k: int, prompt: int, answer: int) -> list[Lens]:
         return lens(self.decoder, self._tensors, rollouts, top_k, prompt, answer)

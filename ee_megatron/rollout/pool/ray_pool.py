@@ -16,7 +16,7 @@ from ...config.schema import RolloutConfig
 from ...families.hf_directory import HFDirectory
 from ...policy import WeightSet
 from ...tensors import Block, Digest, HeldStream, LazyTensors, Shape, Stream, part_of
-from ...types import Rollout, Trace
+from ...types import ExitReading, Rollout, Trace
 from ..engine.generation import is_whole
 from ..engine.lens import Lens
 from ..engine.request import GenerationRequest, Progress
@@ -175,8 +175,8 @@ class RayPool:
     ) -> list[Inspection]:
         return self._read("inspect", rollouts, (streams,), progress)
 
-    def exit_divergences(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[np.ndarray]:
-        return self._read("exit_divergences", rollouts, (), progress)
+    def read_exits(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[ExitReading]:
+        return self._read("read_exits", rollouts, (), progress)
 
     def lens(self, rollouts: Sequence[Rollout], top_k: int, prompt: int, answer: int) -> list[Lens]:
         return self._read("lens", rollouts, (top_k, prompt, answer), None)

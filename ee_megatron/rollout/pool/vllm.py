@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from ...policy import WeightSet
 from ...tensors import digest
-from ...types import Rollout, Trace
+from ...types import ExitReading, Rollout, Trace
 from ..engine.lens import Lens
 from ..engine.request import GenerationRequest, Progress
 from ..engine.scoring import Inspection, Score
@@ -21,7 +19,7 @@ PROCESS = f"{__package__}.vllm_process"
 
 
 class VllmPool:
-    """Answers come from vLLM; what is read again (`trace`, `score`, `inspect`, `exit_divergences`) from the embedded
+    """Answers come from vLLM; what is read again (`trace`, `score`, `inspect`, `read_exits`) from the embedded
     engine, which is the reference and is made when it is first asked for."""
 
     def __init__(self, settings: ReplicaSettings):
@@ -77,8 +75,8 @@ class VllmPool:
     ) -> list[Inspection]:
         return self.reader.inspect(rollouts, streams, progress)
 
-    def exit_divergences(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[np.ndarray]:
-        return self.reader.exit_divergences(rollouts, progress)
+    def read_exits(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[ExitReading]:
+        return self.reader.read_exits(rollouts, progress)
 
     def lens(self, rollouts: Sequence[Rollout], top_k: int, prompt: int, answer: int) -> list[Lens]:
         return self.reader.lens(rollouts, top_k, prompt, answer)

@@ -19,13 +19,13 @@ HASHES = {
     "demo_gpu": "4f379bd7 8be859b5 40b7871f e5d7a082 08cbed44 8373faf8",
     "externalise": "e5f39892 d61c72e7 69a625ae 17f496e3 39e656bd 850808b6",
     "ladder": "df53f41d 1099a345 2d25b37f ab53fee8 a9503910 b23fcda7",
-    "rl_1.5b": "499842cd 897b6965 10e9272e d2dc8cbc f46ceb2e 0623e696",
-    "rl_32b": "499842cd 20643aa4 2b1b52d5 3d46b410 bbb94b32 2328ffe2",
-    "rl_70b": "499842cd 20643aa4 893b9a69 1094f86c 79ee9148 09345234",
-    "rl_7b": "499842cd 20643aa4 7be09e7c 78ae0fa1 cb42f5c1 4e8953d1",
+    "rl_1.5b": "499842cd 897b6965 10e9272e d2dc8cbc ba052ecb 213874c2",
+    "rl_32b": "499842cd 20643aa4 2b1b52d5 3d46b410 089e6aba eac8b22c",
+    "rl_70b": "499842cd 20643aa4 893b9a69 1094f86c e8ada09d 57f8980c",
+    "rl_7b": "499842cd 20643aa4 7be09e7c 78ae0fa1 869e1d24 145e8e94",
     "smollm2": "2a1a54b9 44e4ef86 6df2f3d9 1b651cf0 236b9392 22681675",
     "sums": "49aa6d65 d74e2606 60dd37f4 19e5d346 278fc500 433d98f5",
-    "your_data": "7d29cc3e afdf526a fd3601ef e3a511d2 0253878b 140a8bd3",
+    "your_data": "7d29cc3e afdf526a fd3601ef e3a511d2 a86dac1f e3edab52",
 }
 
 

@@ -212,25 +212,19 @@ def test_an_import_for_types_alone_makes_no_circle(tmp_path: Path) -> None:
     assert cycle(plant(tmp_path, {"model/a.py": "from . import b", "model/b.py": back})) == []
 
 
-def test_vllms_process_needs_nothing_that_its_environment_lacks() -> None:
-    """The package is there without its dependencies (Makefile): vLLM pins other versions of them."""
-    code = (
-        "import sys\n"
-        "for name in ('hydra', 'omegaconf', 'megatron', 'deepspeed', 'datasets', 'submitit', 'ray'):\n"
-        "    sys.modules[name] = None\n"
-        "import ee_megatron.rollout.pool.vllm_process\n"
-    )
+def runs_without(names: tuple[str, ...], imports: str) -> None:
+    """In a process of its own, where these packages can't be imported."""
+    code = f"import sys\nfor name in {names}:\n    sys.modules[name] = None\nimport {imports}\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_vllms_process_needs_nothing_that_its_environment_lacks() -> None:
+    """The package is there without its dependencies (Makefile): vLLM pins other versions of them."""
+    missing = ("hydra", "omegaconf", "megatron", "deepspeed", "datasets", "submitit", "ray")
+    runs_without(missing, "ee_megatron.rollout.pool.vllm_process")
 
 
 def test_stages_that_only_ask_the_pool_do_without_megatron() -> None:
-    """It takes longer to import than everything else together."""
-    code = (
-        "import sys\n"
-        "for name in ('megatron', 'deepspeed'):\n"
-        "    sys.modules[name] = None\n"
-        "import ee_megatron.training.traces, ee_megatron.training.evaluate\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    """It takes as long to import as everything else together."""
+    runs_without(("megatron", "deepspeed"), "ee_megatron.training.traces, ee_megatron.training.evaluate")

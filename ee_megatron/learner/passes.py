@@ -172,16 +172,24 @@ class SchedulePass:
         `token`, `divergence`: weights [N]."""
         assert self.head is not None
         ids, against = micro_batch.labels.unsqueeze(-1), None
-        if self.stored:
-            assert micro_batch.teacher_ids is not None and micro_batch.teacher_logprobs is not None
+        stored = micro_batch.teacher_logprobs if self.stored else None
+        if stored is not None:
+            assert micro_batch.teacher_ids is not None
             ids = torch.cat([micro_batch.teacher_ids, ids], dim=-1)
         if self.reference is not None:
             assert self.reference.head is not None
             against = Against(self.reference.head, self.reference.hidden.popleft(), divergence, self.direction)
 
+        # Chunk by chunk, in their order.
+        stored_kl: list[Tensor] = []
+
         def loss_of(log_probs: Tensor, at: slice) -> Tensor:
             loss = -(token[at] * log_probs[:, -1]).sum()
-            return loss + (divergence[at] * self._stored_kl(micro_batch, log_probs, at)).sum() if self.stored else loss
+            if stored is None:
+                return loss
+            compared = lumped_kl(log_probs[:, :-1], stored[at], self.direction)
+            stored_kl.append(compared.detach())
+            return loss + (divergence[at] * compared).sum()
 
         if self.train:
             loss, log_probs, kl = self.head(hidden, ids, loss_of, against)
@@ -189,14 +197,7 @@ class SchedulePass:
         else:
             log_probs, entropy, kl = self.head.score(hidden, ids, against)
             loss = loss_of(log_probs, slice(None)) + (divergence * kl).sum()
-        if self.stored:
-            kl = self._stored_kl(micro_batch, log_probs, slice(None))
-        return loss, log_probs[:, -1], entropy, kl
-
-    def _stored_kl(self, micro_batch: MicroBatch, log_probs: Tensor, at: slice) -> Tensor:
-        """Divergence [n] from the stored teacher; log_probs [n, k + 1] at its tokens and the label."""
-        assert micro_batch.teacher_logprobs is not None
-        return lumped_kl(log_probs[:, :-1], micro_batch.teacher_logprobs[at], self.direction)
+        return loss, log_probs[:, -1], entropy, torch.cat(stored_kl) if stored_kl else kl
 
     def stacked(self) -> Tensor:
         """This rank's share of every score [5 + M, slots of all micro-batches], in the order of `Scores`."""

@@ -67,7 +67,7 @@ class Head(nn.Module):
         """log p at ids int64 [N, k] -> fp32 [N, k], the distribution's entropy, nats, fp32 [N], and its divergence
         from a teacher's, nats, fp32 [N], zeros without one; no gradient."""
         log_probs = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
-        entropy, divergence = (log_probs.new_zeros(len(ids)) for _ in range(2))
+        entropy, divergence = log_probs.new_zeros(2, len(ids))
         readings = _Readings.of(self, against)
         for at in self.chunks(hidden):
             shifted, top = self.logits(readings.own, hidden[at])

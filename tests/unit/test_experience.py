@@ -437,18 +437,20 @@ accuracies = st.lists(st.floats(0, 1), min_size=1, max_size=30)
 
 
 def test_price_by_hand_under_an_accuracy_floor():
-    """The goal is the reference's accuracy on the prompts of the same steps, a running mean as the policy's is."""
+    """The goal is the reference's accuracy on the prompts of the same steps, a running mean as the policy's is; of the
+    first steps a share of it counts."""
     cost = Price(FLOOR, {"easy": 1.0, "middling": 0.6, "hard": 0.24}, {})
     assert cost.at(0) == cost.at(99) == 0.5
     running = [0.7, 0.65, 0.55, 0.55 * 2 / 3 + 0.9 / 3]
     prompts = [["easy", "hard"], ["easy", "middling"], ["middling", "hard"], ["easy"]]
     theirs = [0.62, (0.62 + 0.8) / 2, (0.62 + 0.8 + 0.42) / 3, (0.62 + 0.8 + 0.42) / 3 * 2 / 3 + 1 / 3]
-    value = 0.5
-    for accuracy, ids, mean, goal in zip((0.7, 0.6, 0.35, 0.9), prompts, running, theirs, strict=True):
+    value, steps = 0.5, zip((0.7, 0.6, 0.35, 0.9), prompts, running, theirs, (1 / 3, 2 / 3, 1, 1), strict=True)
+    for accuracy, ids, mean, goal, share in steps:
         found = cost.learn(0, accuracy, ids)
         assert found == pytest.approx({"accuracy_running": mean, "accuracy_goal": goal - 0.02})
-        value = min(max(value + 2 * (mean - goal + 0.02), 0), 1)
-        assert cost.at(1) == pytest.approx(min(max(value + (mean - goal + 0.02), 0), 1))
+        left = share * (mean - goal + 0.02)
+        value = min(max(value + 2 * left, 0), 1)
+        assert cost.at(1) == pytest.approx(min(max(value + left, 0), 1))
 
 
 def test_where_the_reference_has_not_answered_its_mean_stands():

@@ -95,8 +95,8 @@ def test_a_killed_run_goes_on_at_the_price_that_it_had_come_to(gates, made, tmp_
     running += [(running[-1] + theirs[3]) / 2]
     assert [row["accuracy_goal"] for row in rows[1:]] == pytest.approx([mean - 0.05 for mean in running])
     base = 0.3
-    for row, after in itertools.pairwise(rows[1:]):
-        surplus = row["accuracy_running"] - row["accuracy_goal"]
+    for compared, (row, after) in enumerate(itertools.pairwise(rows[1:]), start=1):
+        surplus = min(compared / 2, 1) * (row["accuracy_running"] - row["accuracy_goal"])
         base = min(max(base + 0.5 * surplus, 0), 4)
         assert after["lambda"] == pytest.approx(min(max(base + 10 * surplus, 0), 4))
     assert all(row["seconds_divergences"] > 0 for row in read_metrics(straight / "timings.jsonl"))

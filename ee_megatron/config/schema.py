@@ -334,7 +334,8 @@ class RLConfig:
     """Percentage points that accuracy may fall below the reference's: lambda then rises while there are some left and
     falls when there are none. null: lambda stays what it is."""
     accuracy_window: int = setting(8, positive=True, added_later=True)
-    """Steps that accuracy_floor's running means cover, of the policy and of the reference on the same prompts."""
+    """Steps that accuracy_floor's running means cover, of the policy and of the reference on the same prompts. Until so
+    many have been compared they move lambda by their share of it."""
     accuracy_samples: int = setting(4, at_least=0, added_later=True)
     """With accuracy_floor: answers of the reference to each prompt that is compared, made before the first step. 0: as
     many as group_size to the prompts of the first accuracy_window steps compared, and their mean for all others:

@@ -23,7 +23,7 @@ HASHES = {
     "rl_32b": "499842cd 20643aa4 2b1b52d5 3d46b410 089e6aba eac8b22c",
     "rl_70b": "499842cd 20643aa4 893b9a69 1094f86c e8ada09d 57f8980c",
     "rl_7b": "499842cd 20643aa4 7be09e7c 78ae0fa1 869e1d24 145e8e94",
-    "smollm2": "2a1a54b9 44e4ef86 6df2f3d9 1b651cf0 236b9392 22681675",
+    "smollm2": "2a1a54b9 44e4ef86 6df2f3d9 1b651cf0 c07a1777 4b9f93d2",
     "sums": "49aa6d65 d74e2606 60dd37f4 19e5d346 278fc500 433d98f5",
     "your_data": "7d29cc3e afdf526a fd3601ef e3a511d2 a86dac1f e3edab52",
 }

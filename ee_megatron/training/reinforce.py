@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..config.derive import exits_read, scoring
 from ..config.schema import RLConfig, RunConfig
+from ..host_memory import return_freed
 from ..learner.batch import ReplayBatch
 from ..learner.learner import Learner, Packed, Scores, Update
 from ..objectives.depth import CREDITS
@@ -79,6 +80,9 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
                 if session.directory is not None and step + 1 in shown:
                     keep_samples(session.directory, step + 1, groups, session.decode)
                 values, seconds = learn(session, learner, groups, step, cost)
+                if session.device_type == "cpu":
+                    # The pool works next, here too.
+                    return_freed()
                 if source is not None:
                     values |= source.health()
                     seconds |= source.seconds

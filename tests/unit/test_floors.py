@@ -41,6 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "observe",
         "statistics",
         "transfer",
+        "host_memory",
         "tensors",
     ),
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config.device import require_gpus
+from ...host_memory import return_freed
 from ...policy import WeightSet
 from ..vllm.pipe import EngineDied
 from .interface import ReplicaSettings, identity
@@ -29,6 +30,7 @@ class Replica:
     def __init__(self, settings: ReplicaSettings):
         self.held: tuple[int, str] | None = None
         self._stopped = 0
+        self._device = settings.device
         self._refusal: ValueError | None = None
         try:
             if settings.device == "cuda":
@@ -78,6 +80,10 @@ class Replica:
             # The driver replaces an actor that is gone and asks another for what this one owes.
             print(error, file=sys.stderr, flush=True)
             os._exit(1)
+        finally:
+            if self._device == "cpu":
+                # The learner, or another actor, works next, here too.
+                return_freed()
 
     def stop(self, number: int) -> None:
         """Let call `number` end with what it has; without effect on any other."""

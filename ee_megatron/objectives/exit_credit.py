@@ -83,8 +83,9 @@ def _outcomes(batch: Positions, layout: ExitLayout) -> Tensor:
 
 
 def _equal_parts(values: Tensor) -> Tensor:
-    """[n] -> int64 [n], which of PARTS parts of equal size, by rank; equal values share one."""
-    ranks = torch.searchsorted(values.sort().values, values)
+    """[n] -> int64 [n], which of PARTS parts of equal size, by rank; equal values share one. NaN, a policy's that has
+    diverged, is in the last: that its gradient is not finite is said of the update."""
+    ranks = torch.searchsorted(values.sort().values, values).clamp(max=len(values) - 1)
     return ranks * PARTS // len(values)
 
 

@@ -135,6 +135,19 @@ def test_positions_are_compared_with_those_of_about_the_same_hazard():
     torch.testing.assert_close(alike[outcomes == 0], torch.full((400,), -0.75))
 
 
+@pytest.mark.parametrize("broken", [slice(None), slice(0, 7)], ids=["all", "some"])
+def test_hazards_of_a_policy_that_has_diverged_are_no_error_here(broken):
+    """Its update says so, by a gradient that is not finite; what exits cost stays a number."""
+    outcomes = torch.tensor([0, 1, 3, 3] * 10)
+    batch = batch_of(outcomes.view(10, 4).tolist())
+    hazards = torch.linspace(0.1, 0.9, 40).unsqueeze(-1).repeat(1, EXITS)
+    hazards[broken] = torch.nan
+    costs = torch.tensor([0.0, 0.5, 0.75, 1.0]).expand(*batch.tokens.shape, -1)
+    found = hazard_costs(batch, LAYOUT, costs, None, at_asked(batch, hazards))
+    assert found.isfinite().all()
+    assert (found[batch.asked][:, 0] < 0).all()
+
+
 def test_tokens_of_one_hazard_are_taught_apart_where_the_divergences_of_all_outcomes_are_known():
     """Every other token would lose by the first exit; one in ten took it."""
     outcomes, harmful = torch.tensor(([0] * 2 + [3] * 18) * 20), torch.arange(400) % 2 == 1

@@ -130,3 +130,23 @@ def test_a_step_that_scores_nothing_first_still_shows_how_far_learner_and_pool_a
         assert row["kl_to_reference"] == row["kl_exact"] > 0 and row["grad_norm"] > 0
         # What only a pass before the update could tell.
         assert "token_entropy" not in row
+
+
+COUNTED = """
+import sys
+from ee_megatron import cli
+from ee_megatron.training import reinforce
+
+reinforce.return_freed = lambda: print("memory given back", file=sys.stderr)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.timeout(300)
+def test_the_learner_gives_back_what_a_step_has_freed(made, tmp_path):
+    """On a CPU, where the pool works next on the same machine; one rank is the command's own process."""
+    settings = ("rl.steps=2", "parallel.pipeline=1", f"runs={tmp_path}")
+    command = [sys.executable, "-c", COUNTED, *made[made.index("rl") :], *settings]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("memory given back") == 2

@@ -53,7 +53,7 @@ from ..types import Prompt, Rollout
 from .checkpoints import BEST, CheckpointWriter, TrainingStreams, damage, read_training
 from .kept import ANSWERS, KeptAnswers
 from .stages import DONE
-from .stopping import Parting, Stopped, listener
+from .stopping import Parting, Stopped, keeping_signals, listener
 
 if TYPE_CHECKING:
     from ..learner.learner import Learner, Update
@@ -151,11 +151,10 @@ class Session:
 
     def make_pool(self, spec: PolicySpec | None) -> RolloutPool:
         """The rollout pool round this stage's model; the leader's only."""
-        pool = make_pool(self.cfg.rollout, self.model_path, spec, self.dtype, self.device_type)
+        # Ray takes TERM for itself when a driver starts, to print the C++ stack and abort.
+        with keeping_signals():
+            pool = make_pool(self.cfg.rollout, self.model_path, spec, self.dtype, self.device_type)
         self.stack.callback(pool.close)
-        if listener.listening:
-            # Ray takes TERM for itself when a driver starts.
-            listener.listen()
         return pool
 
     @cached_property

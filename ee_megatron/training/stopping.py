@@ -45,12 +45,10 @@ class Listener:
 
     def __init__(self) -> None:
         self.asked = 0
-        self.listening = False
         self._at_once = False
 
     def listen(self) -> None:
-        """From now on signals are noted instead of ending the process. Again after a library has taken them."""
-        self.listening = True
+        """From now on signals are noted instead of ending the process."""
         for number in SIGNALS:
             signal.signal(number, self._hear)
 
@@ -73,6 +71,17 @@ class Listener:
 
 
 listener = Listener()
+
+
+@contextmanager
+def keeping_signals() -> Iterator[None]:
+    """Whatever a library does inside, afterwards signals mean what they meant before."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def dying_with_me() -> dict[str, str]:

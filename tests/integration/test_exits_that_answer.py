@@ -150,3 +150,16 @@ def test_the_learner_gives_back_what_a_step_has_freed(made, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("memory given back") == 2
+
+
+@pytest.mark.timeout(300)
+def test_a_terminated_stage_beside_ray_ends_as_any_process_does(made, tmp_path):
+    """Ray takes TERM for itself, to print the C++ stack and abort."""
+    settings = ("parallel.pipeline=1", "rollout.backend=ray", "rollout.actors=1", "rl.steps=500", f"runs={tmp_path}")
+    job, deadline = start([*made, *settings]), time.monotonic() + 200
+    while not any(path.stat().st_size for path in tmp_path.glob("tiny/rl-*/metrics.jsonl")):
+        assert time.monotonic() < deadline and job.poll() is None, "the run did not reach step 1"
+        time.sleep(0.1)
+    job.terminate()
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == -signal.SIGTERM and "SIGTERM" not in output, output[-2000:]

@@ -412,26 +412,37 @@ READINGS = {
 
 @EITHER
 @pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("passing", [0, 12])
 def test_answers_are_read_as_each_would_be_alone_and_a_prompt_that_they_share_once(
-    policy, tokenizer, monkeypatch, reading
+    policy, tokenizer, monkeypatch, reading, passing
 ):
-    """Groups that are read in parts, and one answer that shares its prompt with none."""
+    """Groups that are read in parts, and one answer that shares its prompt with none. `passing`: what a pass costs
+    beside its positions; if anything, prompts are read together as far as the shortest of them goes."""
     request = GenerationRequest(PROMPTS, 5, SamplingParams(1.0, 12), Sample(), 4)
     (first, *_), *groups = generate(policy, tokenizer, request, version=0)
     answers = [first, *flat(groups)]
     answers = [answers[i] for i in np.random.default_rng(0).permutation(len(answers))]
     policy.load_policy(lively_policy(policy))
-    parallel, read = Decoder._parallel, []
+    parallel, beginnings, read, begun = Decoder._parallel, Decoder.beginnings, [], []
 
     def counted(decoder, tokens, lengths, *rest, **named):
         read.append(int(lengths.sum()))
         return parallel(decoder, tokens, lengths, *rest, **named)
 
+    def counted_beginnings(decoder, tokens):
+        begun.append(len(tokens))
+        return beginnings(decoder, tokens)
+
+    monkeypatch.setattr(Decoder, "beginnings", counted_beginnings)
     monkeypatch.setattr(scoring, "FORWARD_POSITIONS", 100)
+    monkeypatch.setattr(scoring, "PASS_POSITIONS", passing)
     monkeypatch.setattr(Decoder, "_parallel", counted)
     together, passes = READINGS[reading](policy, answers), 1 if reading == "trace" else 2
     prompts = {a.prompt_id: len(a.prompt_tokens) for a in answers}
-    assert sum(read) <= passes * (sum(prompts.values()) + sum(1 + a.length for a in answers))
+    # One prompt has no position that its answers could share.
+    assert begun == ([2, 1, 2, 1] if passing else [1] * 6) * passes
+    once = sum(prompts.values()) + sum(1 + a.length for a in answers)
+    assert sum(read) <= passes * (once + 2 * passing * len(begun))
     for found, answer in zip(together, answers, strict=True):
         read.clear()
         (expected,) = READINGS[reading](policy, [answer])

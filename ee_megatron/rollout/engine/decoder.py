@@ -33,6 +33,38 @@ class Prefilled:
     hidden: Tensor
     start: int
 
+    @property
+    def length(self) -> int:
+        return self.keys.shape[1]
+
+    def before(self, layer: int, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [count, T, KVH, hd] of a layer for so many sequences, all of which begin with this one."""
+        shape = (count, *self.keys.shape[1:])
+        return self.keys[layer].expand(shape), self.values[layer].expand(shape)
+
+
+@dataclass(frozen=True)
+class Beginnings:
+    """Beginnings of one length read in parallel, keys, values [L, P, S, KVH, hd], and which of them each of several
+    sequences has, `of` int64 [B]."""
+
+    keys: Tensor
+    values: Tensor
+    of: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[2]
+
+    def before(self, layer: int, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [count, S, KVH, hd] of a layer for all sequences; there are `count`."""
+        if len(self.of) != count:
+            raise ValueError(f"{len(self.of)} sequences have a beginning, {count} are read; expected one for each")
+        return self.keys[layer][self.of], self.values[layer][self.of]
+
+
+Prefix = Prefilled | Beginnings
+
 
 class Decoder:
     """A whole replica of the model. `from_hf` makes one; `load_policy` sets adapters and gates (None: the teacher).
@@ -164,10 +196,10 @@ class Decoder:
 
     @torch.inference_mode()
     def forward_parallel(
-        self, tokens: Tensor, lengths: Tensor, exit_depths: Tensor | None = None, prefix: Prefilled | None = None
+        self, tokens: Tensor, lengths: Tensor, exit_depths: Tensor | None = None, prefix: Prefix | None = None
     ) -> Tensor:
         """tokens int64 [B, T] right-padded, lengths [B], exit depths int [B, T] or None (full) -> stream [B, T, D];
-        after a common prefix if one is given.
+        after a prefix, common to all or one for each, if it is given.
 
         A position of depth e changes in exactly the first e layers; deeper layers make its key and value from the
         frozen stream. Entries past a length are meaningless. Raises ValueError for a depth outside 1..L or a length
@@ -181,10 +213,9 @@ class Decoder:
         tokens: Tensor,
         lengths: Tensor,
         exit_depths: Tensor | None = None,
-        prefix: Prefilled | None = None,
+        prefix: Prefix | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """As `forward_parallel`, with the stream at each exit depth, M tensors [B, T, D], for gates and readouts; after
-        a common prefix if one is given."""
+        """As `forward_parallel`, with the stream at each exit depth, M tensors [B, T, D], for gates and readouts."""
         return self._parallel(tokens, lengths, exit_depths, prefix, self.layout.depths)[:2]
 
     @torch.inference_mode()
@@ -196,9 +227,15 @@ class Decoder:
         Prompts are read at full depth (None); `exit_depths` are as in `forward_parallel`.
         """
         hidden, _, keys, values = self._parallel(tokens, lengths, exit_depths, prefix=prefix, keep_kv=True)
-        start = prefix.keys.shape[1] if prefix else 0
+        start = prefix.length if prefix else 0
         ends = lengths.tolist()
         return [Prefilled(keys[:, b, :n], values[:, b, :n], hidden[b, n - 1], start) for b, n in enumerate(ends)]
+
+    @torch.inference_mode()
+    def beginnings(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Read beginnings [P, S] without padding, at full depth -> keys, values [L, P, S, KVH, hd] for `Beginnings`."""
+        lengths = torch.full((len(tokens),), tokens.shape[1])
+        return self._parallel(tokens, lengths, None, keep_kv=True)[2:]
 
     @torch.inference_mode()
     def streams_at(
@@ -212,7 +249,7 @@ class Decoder:
         tokens: Tensor,
         lengths: Tensor,
         exit_depths: Tensor | None,
-        prefix: Prefilled | None = None,
+        prefix: Prefix | None = None,
         residuals_at: tuple[int, ...] = (),
         keep_kv: bool = False,
     ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
@@ -226,7 +263,7 @@ class Decoder:
             raise ValueError(
                 f"exit depths must lie in 1..{self.dims.num_layers}; give padding and prompts the full depth"
             )
-        past, ends = prefix.keys.shape[1] if prefix else 0, lengths.tolist()
+        past, ends = prefix.length if prefix else 0, lengths.tolist()
         # Causal, and the whole prefix. Right padding needs no mask of its own: no valid position sees it.
         mask = None if prefix is None else torch.ones(T, past + T, dtype=torch.bool, device=self.device).tril(past)
         self._check_ready()
@@ -248,8 +285,7 @@ class Decoder:
             if keep_kv:
                 keys[layer], values[layer] = k, v
             if prefix is not None:
-                k = torch.cat([prefix.keys[layer].expand(B, -1, -1, -1), k], dim=1)
-                v = torch.cat([prefix.values[layer].expand(B, -1, -1, -1), v], dim=1)
+                k, v = (torch.cat(pair, dim=1) for pair in zip(prefix.before(layer, B), (k, v), strict=True))
             if places is None or len(places):
                 attended = ops.attend_parallel(q, k, v, mask, ends).reshape(B * T, -1)
                 changed = stream if places is None else stream[places]

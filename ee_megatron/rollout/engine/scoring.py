@@ -1,11 +1,11 @@
 """Reading finished answers again in parallel: traces for calibration, log-probabilities, divergence from the teacher.
 
-A prompt that several answers share is read once. Vocabulary-sized tensors exist for a chunk of positions at a time.
+What several answers share of a prompt is read once. Vocabulary-sized tensors exist for a chunk of positions at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from ...exits import gate_log_term
 from ...types import ExitReading, Rollout, Trace
 from .comparison import Comparison, compare
-from .decoder import Decoder, Prefilled
+from .decoder import Beginnings, Decoder
 from .prompts import pad
 from .request import Progress
 from .sampling import SamplingParams, TopLogprobs, log_prob, most_probable
@@ -24,9 +24,12 @@ from .sampling import SamplingParams, TopLogprobs, log_prob, most_probable
 # Positions per parallel forward (padding included) and bytes of one float32 logits chunk.
 FORWARD_POSITIONS = 4096
 LOGITS_BYTES = 1 << 25
-# A prompt is read apart from its answers where that saves this part of their positions: answers then attend to it under
-# a mask, and few of them are read together.
+# Prompts are read apart from their answers where that saves this part of the positions: answers then attend to them
+# under a mask.
 SHARED_FROM = 1 / 8
+# What a pass costs whatever it reads, in positions: weights are read, kernels started. 60 were measured on a CPU with
+# AMX (SmolLM2-135M, bfloat16, a thread); a GPU does some 300 positions while it reads the weights.
+PASS_POSITIONS = 128
 
 
 @dataclass
@@ -348,7 +351,7 @@ def replay_depths(rollouts: Sequence[Rollout], width: int, decoder: Decoder, sha
 
 class _Part(NamedTuple):
     """Rollouts that are read together: their indices, and tokens int64 [B, T], lengths [B] behind the first `shared`
-    tokens, which all of them have."""
+    tokens, which have been read."""
 
     indices: list[int]
     tokens: Tensor
@@ -356,27 +359,53 @@ class _Part(NamedTuple):
     shared: int
 
 
-def _parts(decoder: Decoder, rollouts: Sequence[Rollout]) -> Iterator[tuple[_Part, Prefilled | None]]:
-    """All rollouts, some at a time, each time the same, with what they share, read by the weights now loaded: all of a
-    prompt but its last token, whose position predicts. B·(shared + T) is bounded."""
+def _parts(decoder: Decoder, rollouts: Sequence[Rollout]) -> Iterator[tuple[_Part, Beginnings | None]]:
+    """All rollouts, some at a time, each time the same, with what each shares with others, read by the weights now
+    loaded: of a prompt at most all but its last token, whose position predicts. B·(shared + T) is bounded."""
     if empty := sum(not r.length for r in rollouts):
         raise ValueError(f"{empty} rollouts have no generated token; expected at least one each")
     by_prompt: dict[bytes, list[int]] = {}
     for i, rollout in enumerate(rollouts):
         by_prompt.setdefault(np.asarray(rollout.prompt_tokens, dtype=np.int64).tobytes(), []).append(i)
     alone: list[int] = []
-    for group in by_prompt.values():
-        shared = len(rollouts[group[0]].prompt_tokens) - 1
-        positions = sum(shared + 1 + rollouts[i].length for i in group)
-        if (len(group) - 1) * shared < max(1, SHARED_FROM * positions):
-            alone += group
+    for bunch in _bunches(rollouts, by_prompt.values()):
+        owner = {i: number for number, group in enumerate(bunch) for i in group}
+        shared = _begun(rollouts, bunch[0])
+        positions = sum(len(rollouts[i].prompt_tokens) + rollouts[i].length for i in owner)
+        if (len(owner) - len(bunch)) * shared < max(PASS_POSITIONS, SHARED_FROM * positions):
+            alone += owner
             continue
-        context = torch.tensor(rollouts[group[0]].prompt_tokens[:-1], dtype=torch.int64, device=decoder.device)
-        (prefix,) = decoder.prefill(context[None], torch.tensor([shared]))
-        for part in _of_like_length(rollouts, group, shared, decoder.device):
-            yield part, prefix
+        heads = np.stack([rollouts[group[0]].prompt_tokens[:shared] for group in bunch]).astype(np.int64)
+        keys, values = decoder.beginnings(torch.from_numpy(heads).to(decoder.device))
+        for part in _of_like_length(rollouts, sorted(owner), shared, decoder.device):
+            of = torch.tensor([owner[i] for i in part.indices], device=decoder.device)
+            yield part, Beginnings(keys, values, of)
     for part in _of_like_length(rollouts, sorted(alone), 0, decoder.device):
         yield part, None
+
+
+def _begun(rollouts: Sequence[Rollout], group: Sequence[int]) -> int:
+    """How many positions the answers to one prompt share: all of it but its last token."""
+    return len(rollouts[group[0]].prompt_tokens) - 1
+
+
+def _bunches(rollouts: Sequence[Rollout], groups: Iterable[list[int]]) -> Iterator[list[list[int]]]:
+    """Answers by prompt, prompts of like length next to each other and the shortest first: as far as that goes, all are
+    read together, and what the others have beyond it with each of their answers. A bunch ends where this would cost
+    more than the two passes that another takes, or where its beginnings fill one."""
+    bunch: list[list[int]] = []
+    shortest, beyond = 0, 0
+    for group in sorted(groups, key=lambda group: _begun(rollouts, group)):
+        own = _begun(rollouts, group)
+        beyond += (len(group) - 1) * (own - shortest)
+        if bunch and (beyond > 2 * PASS_POSITIONS or (len(bunch) + 1) * shortest > FORWARD_POSITIONS):
+            yield bunch
+            bunch = []
+        if not bunch:
+            shortest, beyond = own, 0
+        bunch.append(group)
+    if bunch:
+        yield bunch
 
 
 def _of_like_length(

@@ -151,6 +151,17 @@ def test_prefill_after_a_prefix_equals_prefill_of_the_whole(model_path):
         close(torch.cat([prefix.values, b.values], 1), a.values)
 
 
+def test_sequences_of_one_token_are_read_together_as_each_alone(model_path):
+    decoder = Decoder.from_hf(model_path, None, torch.float32, "cpu")
+    tokens = torch.tensor([[50], [49], [7]])
+    (prefix,) = decoder.prefill(torch.tensor([[3, 5]]), torch.tensor([2]))
+    for before in (None, prefix):
+        together = decoder.forward_parallel(tokens, torch.ones(3, dtype=torch.int64), prefix=before)
+        for row, token in zip(together, tokens, strict=True):
+            alone = decoder.forward_parallel(token[None], torch.tensor([1]), prefix=before)[0]
+            torch.testing.assert_close(row, alone, atol=1e-5, rtol=1e-5)
+
+
 def test_merged_adapters_equal_explicit_ones_and_reloading_does_not_drift(model_path):
     model, decoder = reference(model_path), Decoder.from_hf(model_path, SPEC, torch.float32, "cpu")
     tokens, lengths = torch.randint(0, 128, (2, 16)), torch.tensor([16, 16])

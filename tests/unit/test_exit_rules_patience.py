@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -92,6 +92,7 @@ def test_a_choice_counts_as_long_as_it_stands(choices: list[int], depths: list[i
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@example([("2", 1, 0), ("1", 1, 0.4)], 2, 1)
 @given(
     st.lists(
         st.tuples(st.text("abcdef123 ", min_size=1, max_size=9), st.integers(1, M + 1), st.sampled_from([0, 0.4, 1])),

@@ -332,8 +332,8 @@ class KernelOps(LayerByLayer):
         if k.shape[1] <= SHORT:
             lengths = torch.tensor(ends)
             self.library.attend_causal(
-                q.data_ptr(), k.data_ptr(), v.data_ptr(), attended.data_ptr(), lengths.data_ptr(), q.stride(1),
-                k.stride(1), q.shape[0], q.shape[1], past, self.dims.heads, self.dims.kv_heads, self.dims.head_dim,
+                q.data_ptr(), k.data_ptr(), v.data_ptr(), attended.data_ptr(), lengths.data_ptr(), _row_stride(q),
+                _row_stride(k), q.shape[0], q.shape[1], past, self.dims.heads, self.dims.kv_heads, self.dims.head_dim,
             )  # fmt: skip
             return attended
         for b, n in enumerate(ends):
@@ -363,3 +363,9 @@ def choose_ops(dims: ModelDims, dtype: torch.dtype, device: torch.device) -> Ops
     """The compiled kernels where they can be had for this dtype and device, else PyTorch."""
     library = compiled.library(dtype) if device.type == "cpu" and dims.head_dim % compiled.LANES == 0 else None
     return TorchOps(dims) if library is None else KernelOps(dims, library)
+
+
+def _row_stride(heads_BT: Tensor) -> int:
+    """Elements from a position [B, T, H, hd] to the next, which may be the next sequence's: of a dimension of one torch
+    doesn't keep the stride."""
+    return heads_BT.stride(1 if heads_BT.shape[1] > 1 else 0)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -154,12 +155,16 @@ def test_the_learner_gives_back_what_a_step_has_freed(made, tmp_path):
 
 @pytest.mark.timeout(300)
 def test_a_terminated_stage_beside_ray_ends_as_any_process_does(made, tmp_path):
-    """Ray takes TERM for itself, to print the C++ stack and abort."""
+    """Ray takes TERM for itself, to print the C++ stack and abort. Its processes end with the stage, its
+    agents when they next look for their raylet, which may take them a minute."""
     settings = ("parallel.pipeline=1", "rollout.backend=ray", "rollout.actors=1", "rl.steps=500", f"runs={tmp_path}")
     job, deadline = start([*made, *settings]), time.monotonic() + 200
     while not any(path.stat().st_size for path in tmp_path.glob("tiny/rl-*/metrics.jsonl")):
         assert time.monotonic() < deadline and job.poll() is None, "the run did not reach step 1"
         time.sleep(0.1)
+    children = [child for child in psutil.Process(job.pid).children(recursive=True) if "Agent" not in child.name()]
+    assert any("Replica" in child.name() for child in children)
     job.terminate()
     output, _ = job.communicate(timeout=60)
     assert job.returncode == -signal.SIGTERM and "SIGTERM" not in output, output[-2000:]
+    assert not psutil.wait_procs(children, timeout=30)[1]

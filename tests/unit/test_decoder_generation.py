@@ -442,7 +442,7 @@ def test_answers_are_read_as_each_would_be_alone_and_a_prompt_that_they_share_on
     # One prompt has no position that its answers could share.
     assert begun == ([2, 1, 2, 1] if passing else [1] * 6) * passes
     once = sum(prompts.values()) + sum(1 + a.length for a in answers)
-    assert sum(read) <= passes * (once + 2 * passing * len(begun))
+    assert sum(read) <= passes * once + 2 * passing * len(begun)
     for found, answer in zip(together, answers, strict=True):
         read.clear()
         (expected,) = READINGS[reading](policy, [answer])

@@ -28,7 +28,7 @@ LOGITS_BYTES = 1 << 25
 # under a mask.
 SHARED_FROM = 1 / 8
 # What a pass costs whatever it reads, in positions: weights are read, kernels started. 60 were measured on a CPU with
-# AMX (SmolLM2-135M, bfloat16, a thread); a GPU does some 300 positions while it reads the weights.
+# AMX (SmolLM2-135M, bfloat16, a thread); by count an H100 does some 300 positions while it reads the weights.
 PASS_POSITIONS = 128
 
 

@@ -1,26 +1,49 @@
-"""With two workers the tests of a file stay on one, and what takes long begins first: both end about together."""
+"""Files are dealt out to workers by what they took when last measured (durations.csv), the longest first."""
 
 from __future__ import annotations
 
-from fnmatch import fnmatch
-from pathlib import PurePath
+import csv
+import os
+from collections import Counter
+from pathlib import Path, PurePath
 
 import pytest
 
-# By name of file, longest first.
-LONG = (
-    "test_whole_method", "test_pool_*", "test_updates", "test_rank_failure", "test_sweep_local", "test_plan_measured",
-    "test_pretrain_ranks", "test_gpu_check", "test_exits_that_answer", "test_choice_of_style",
-)  # fmt: skip
-# One file of these at a time: their tests look at the clock.
-ALONE = "test_pool_*"
+DURATIONS = Path(__file__).with_name("durations.csv")
+# Files that look at the clock: one of them at a time.
+ALONE = "test_pool_"
+seconds: Counter[str] = Counter()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """`make test` has EE_TESTS=quick: fewer examples, and the same ones every time."""
+    from hypothesis import settings
+
+    settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True)
+    settings.register_profile("full", deadline=None)
+    settings.load_profile(os.environ.get("EE_TESTS", "full"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--measure", action="store_true", help="write what files took into tests/durations.csv")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> int:
-        return next((i for i, pattern in enumerate(LONG) if fnmatch(item.path.stem, pattern)), len(LONG))
+    known = {}
+    if DURATIONS.is_file():
+        with DURATIONS.open(newline="") as file:
+            known = {row["file"]: float(row["seconds"]) for row in csv.DictReader(file)}
+    items.sort(key=lambda item: -known.get(_group(item.nodeid), 0.0))
 
-    items.sort(key=place)
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    seconds[_group(report.nodeid)] += report.duration
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--measure") and not hasattr(session.config, "workerinput"):
+        rows = "".join(f"{name},{took:.1f}\n" for name, took in seconds.most_common() if took >= 1)
+        DURATIONS.write_text(f"file,seconds\n{rows}")
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
@@ -30,7 +53,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            stem = PurePath(nodeid.split("::", 1)[0]).stem
-            return ALONE if fnmatch(stem, ALONE) else stem
+            return _group(nodeid)
 
     return ByFile(config, log)
+
+
+def _group(nodeid: str) -> str:
+    stem = PurePath(nodeid.split("::", 1)[0]).stem
+    return ALONE if stem.startswith(ALONE) else stem

@@ -1,5 +1,6 @@
-"""Which cases of a product run every time: `make test` takes a part that has every value and mixes them, `make slow`
-the rest. Cases keep their order and names."""
+"""What runs when. `make test`: what guards correctness, in minutes. `make test-all`: also what is marked EXTENDED,
+whole commands with their ranks, kills and files. `make slow`: what is marked SLOW. Of a product of cases `make test`
+takes a part that has every value and mixes them; cases keep their order and names."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-SLOW = pytest.mark.slow
+EXTENDED, SLOW = pytest.mark.extended, pytest.mark.slow
 
 
 def covering(cases: Iterable[Any], others: Iterable[Any]) -> list[Any]:

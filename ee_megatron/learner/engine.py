@@ -50,7 +50,7 @@ class Updater:
     def __init__(self, pieces: list[Piece], settings: DeepspeedConfig, *, on_cpu: bool, whole: nn.Module):
         self.settings, self.pieces = settings, pieces
         self.groups = split_groups(pieces)
-        deepspeed = _import_deepspeed(on_cpu)
+        deepspeed = import_deepspeed(on_cpu)
         optimizer = _adamw(self.groups, settings, on_cpu)
         # DeepSpeed owns these parameters alone. The Megatron model holds the same objects and runs outside the engine,
         # so the frozen base may be bfloat16 while adapters stay fp32, and ZeRO never sees the base.
@@ -143,7 +143,8 @@ class Updater:
                 parameter.grad.mul_(factor)  # type: ignore[union-attr]
 
 
-def _import_deepspeed(on_cpu: bool) -> Any:
+def import_deepspeed(on_cpu: bool) -> Any:
+    """The module, told that it is on a CPU where it is."""
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with lean_imports():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from ..config.identity import outdated, stage_dir, stage_order
 from ..config.schema import RunConfig
 from ..exit_rules import Threshold
 from . import stages
-from .ranks import Ranks, free_port
+from .ranks import Forked, Ranks, free_port
 from .slurm import adopt_rank
 from .stopping import PARTING_S, WITH_PARENT, Stopped, dying_with_me, follow_parent, listener
 
@@ -46,19 +47,44 @@ def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
     before = None if "RANK" in os.environ else outdated(cfg, stage)
     if before is not None:
         print(f"{stage}: the data at {cfg.task.path} has changed since {before} was made; now {stage_dir(cfg, stage)}")
-    world = ranks(cfg)
-    here = world if stage in stages.LEARNS else 1
+    here = ranks(cfg) if stage in stages.LEARNS else 1
     pick_device(cfg, int(os.environ.get("LOCAL_WORLD_SIZE", here)))
+    launches = here > 1 and "RANK" not in os.environ
+    if forks := launches and cfg.device == "cpu":
+        import_ahead()
     if "RANK" not in os.environ:
         stages.ready_model(cfg, stage)
-    if stage in stages.LEARNS and world > 1 and "RANK" not in os.environ:
-        _on_ranks(stage, cfg, overrides, world)
+    if launches:
+        _on_ranks(stage, cfg, overrides, here, forks)
         return
     try:
         _run_here(stage, cfg)
     except Stopped as stop:
         print(f"{stage}: {stop}", file=sys.stderr)
         stop.leave()
+
+
+def import_ahead() -> None:
+    """Import what stages need on a CPU, so that processes forked off this one needn't.
+
+    From then on this process computes on one thread: a child forked off a process whose OpenMP threads have started
+    would wait for them for ever. Children have as many as they would have had.
+    """
+    quiet_libraries()
+    import torch
+
+    from ..learner.engine import import_deepspeed
+    from ..parallel.cpu_shims import lean_imports
+
+    torch.set_num_threads(1)
+    with lean_imports():
+        import megatron.core.models.gpt.gpt_model  # noqa: F401
+    import_deepspeed(on_cpu=True)
+    from . import calibrate, evaluate, reinforce, teacher, traces  # noqa: F401
+
+    # What is imported is never garbage: a collection in a child would copy all its pages.
+    gc.collect()
+    gc.freeze()
 
 
 def _run_here(stage: str, cfg: RunConfig) -> None:
@@ -127,8 +153,8 @@ def bound_caches(environment: MutableMapping[str, str]) -> None:
     environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
-def _on_ranks(stage: str, cfg: RunConfig, overrides: list[str], world: int) -> None:
-    command = [sys.executable, "-m", "ee_megatron.cli", stage, *overrides]
+def _on_ranks(stage: str, cfg: RunConfig, overrides: list[str], world: int, forks: bool) -> None:
+    command = [stage, *overrides] if forks else [sys.executable, "-m", "ee_megatron.cli", stage, *overrides]
     # Ranks share the cores; more than one thread each would cost more than it brings.
     environment = {
         "OMP_NUM_THREADS": "1",
@@ -140,7 +166,7 @@ def _on_ranks(stage: str, cfg: RunConfig, overrides: list[str], world: int) -> N
         "MASTER_PORT": str(free_port()),
     }
     sys.stdout.flush()
-    code = Ranks(command, world, stage_dir(cfg, stage) / "ranks", environment).run()
+    code = Ranks(command, world, stage_dir(cfg, stage) / "ranks", environment, forks).run()
     if code:
         raise SystemExit(code)
 
@@ -159,14 +185,16 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
     from ..report.runs import report_path, report_run
 
     evaluated = stages.is_done(cfg, "evaluate")
+    forks = not evaluated and cfg.device == "cpu"
     if not evaluated:
         print(f"report: {report_path(cfg)}, written anew after every stage", flush=True)
+    if forks:
+        import_ahead()
     for stage in stage_order(cfg):
         if stages.is_done(cfg, stage):
             print(f"{stage}: finished before, in {stage_dir(cfg, stage)}")
             continue
-        command = [sys.executable, "-m", "ee_megatron.cli", stage, *overrides]
-        code = _followed(command, lambda: _report_so_far(cfg))
+        code = _followed([stage, *overrides], forks, lambda: _report_so_far(cfg))
         if code:
             raise SystemExit(code)
     exported = export(cfg)
@@ -190,18 +218,21 @@ def _report_so_far(cfg: RunConfig) -> None:
         print(f"report: not written this time ({error})", file=sys.stderr)
 
 
-def _followed(command: list[str], meanwhile: Callable[[], None]) -> int:
-    """The exit code of a child that Ctrl-C reaches too, and that says so and ends by itself then. `meanwhile` is done
-    while it starts, which takes it seconds of imports on one core."""
-    with subprocess.Popen(command, env=dying_with_me()) as child:
-        try:
-            meanwhile()
-            return child.wait()
-        except KeyboardInterrupt:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(PARTING_S)
-            child.kill()
-            return 130
+def _followed(arguments: list[str], forks: bool, meanwhile: Callable[[], None]) -> int:
+    """The exit code of this package's command line in a child that Ctrl-C reaches too, and that says so and ends by
+    itself then. `meanwhile` is done while it starts."""
+    command = [sys.executable, "-m", "ee_megatron.cli", *arguments]
+    child = Forked(arguments, dying_with_me()) if forks else subprocess.Popen(command, env=dying_with_me())
+    try:
+        meanwhile()
+        return child.wait()
+    except KeyboardInterrupt:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(PARTING_S)
+        return 130
+    finally:
+        child.kill()
+        child.wait()
 
 
 def export(cfg: RunConfig) -> Path:

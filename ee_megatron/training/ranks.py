@@ -1,12 +1,14 @@
 """The ranks of one machine, started, watched and ended together. What goes wrong is said once, in one last line; all
 else that ranks say on stderr is in a log of each.
 
-On a cluster srun does this (slurm/common.sh). No torch: the process that watches is a light one.
+On a cluster srun does this (slurm/common.sh). On a CPU ranks are forked off a process that has imported what they need.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import multiprocessing
 import os
 import re
 import signal
@@ -14,10 +16,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
+from ..host_memory import limit_arenas
 from .stopping import STOPPED, WITH_PARENT
 
 LOG = "EE_RANK_LOG"
@@ -47,13 +51,75 @@ def is_rank(environment: Mapping[str, str]) -> bool:
     return "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
-class Ranks:
-    """`world` processes of one command, each with its rank in the variables that torch reads. `run` once."""
+class Forked:
+    """`ee-megatron` with these arguments in a process forked off this one, whose imports it needn't repeat: as much of
+    subprocess.Popen as is used here.
 
-    def __init__(self, command: Sequence[str], world: int, logs: Path, environment: Mapping[str, str]):
-        self.world, self._logs = world, logs
+    Not for GPUs: CUDA doesn't survive a fork. Nor where this process has computed on several threads: the child would
+    wait for them for ever (`import_ahead` sees to that).
+    """
+
+    def __init__(
+        self, arguments: Sequence[str], environment: Mapping[str, str], stdout: IO | None = None,
+        stderr: IO | None = None, before: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        def main() -> None:
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.environ.clear()
+            os.environ.update(environment)
+            for stream, number in ((stdout, 1), (stderr, 2)):
+                if stream is not None:
+                    os.dup2(stream.fileno(), number)
+            if before is not None:
+                before()
+            # What libraries read of the environment when they were loaded, in another process.
+            if "torch" in sys.modules:
+                threads = environment.get("OMP_NUM_THREADS", "").split(",")[0] or len(os.sched_getaffinity(0))
+                sys.modules["torch"].set_num_threads(int(threads))
+            if "MALLOC_ARENA_MAX" in environment:
+                limit_arenas(int(environment["MALLOC_ARENA_MAX"]))
+            # Named, not imported: the command line is above all else.
+            sys.exit(importlib.import_module("ee_megatron.cli").main(list(arguments)))
+
+        self._process = multiprocessing.get_context("fork").Process(target=main)
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("ee-megatron", timeout or 0.0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None and self.pid:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class Ranks:
+    """`world` processes of one command, each with its rank in the variables that torch reads. `run` once.
+
+    `forked`: the command is this package's own, and this process has imported what it needs (`Forked`).
+    """
+
+    def __init__(
+        self, command: Sequence[str], world: int, logs: Path, environment: Mapping[str, str], forked: bool = False
+    ):
+        self.world, self._logs, self._forked = world, logs, forked
         self._command, self._environment = list(command), dict(environment)
-        self._processes: list[subprocess.Popen] = []
+        self._processes: list[subprocess.Popen | Forked] = []
 
     def run(self) -> int:
         """Start all, wait, and end the others once one has failed; its error is the last line on stderr. Returns the
@@ -71,18 +137,22 @@ class Ranks:
                 self._end()
         if failed is None:
             return 0
-        code = self._processes[failed].returncode
+        code = self._processes[failed].poll()
+        assert code is not None
         print(self._said(failed, code), file=sys.stderr, flush=True)
         return code if code > 0 else 128 - code
 
-    def _start(self, rank: int) -> subprocess.Popen:
+    def _start(self, rank: int) -> subprocess.Popen | Forked:
         given = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.world)}
         given |= {"LOCAL_WORLD_SIZE": str(self.world), LOG: str(self._log(rank)), WITH_PARENT: str(os.getpid())}
         with self._log(rank).open("wb") as log:
             # Progress and figures are the leader's, on stdout.
+            stdout = None if rank == 0 else log
+            if self._forked:
+                return Forked(self._command, self._environment | given, stdout, log, _ignore_interrupts)
             return subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=None if rank == 0 else log, stderr=log,
-                env=self._environment | given, preexec_fn=_ignore_interrupts,
+                self._command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=log, env=self._environment | given,
+                preexec_fn=_ignore_interrupts,
             )  # fmt: skip
 
     def _wait(self) -> int | None:

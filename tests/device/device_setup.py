@@ -197,7 +197,7 @@ def on(kind: str, degrees: Degrees = SINGLE) -> Iterator[None]:
         stack.enter_context(patched(kernels, library=lambda dtype: None))
         stack.enter_context(patched(decoder_linear, _pack=lambda weight: None))
         stack.enter_context(torch._dynamo.config.patch(disable=True))
-        stack.enter_context(patched(engine, _import_deepspeed=lambda on_cpu: SimpleNamespace(initialize=_initialize)))
+        stack.enter_context(patched(engine, import_deepspeed=lambda on_cpu: SimpleNamespace(initialize=_initialize)))
         if kind != "cpu":
             stack.enter_context(PretendGPU())
             device = device_of(kind)

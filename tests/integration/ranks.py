@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import gc
 import importlib
-import multiprocessing
 import os
 import time
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from unittest import mock
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-# Ranks are forked off one process that has imported all this, and has one thread: imports are paid once for all.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["pytest", "deepspeed", "torch._dynamo", "transformers", "parallel_cases", "layout_cases", "plan_cases"]
-)
-SERVER = {
-    "OMP_NUM_THREADS": "1",
-    "DS_ACCELERATOR": "cpu",
-    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *(ROOT / "tests" / part for part in ("", "integration", "device"))))),
-}
+from tests.processes import CONTEXT, start
 
 
 class Ranks:
@@ -43,10 +31,7 @@ class Ranks:
                 "MEETING": str(tmp / "meeting"), "GLOO_SOCKET_IFNAME": "lo",
             }  # fmt: skip
             ours, theirs = CONTEXT.Pipe()
-            process = CONTEXT.Process(target=_serve, args=(environment, tmp / f"rank{rank}.log", theirs))
-            # The first start is the server's.
-            with mock.patch.dict(os.environ, SERVER):
-                process.start()
+            process = start(_serve, environment, tmp / f"rank{rank}.log", theirs)
             theirs.close()
             self.processes.append(process)
             self.pipes.append(ours)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +24,10 @@ from ee_megatron.tasks import VerifierPool
 from ee_megatron.tasks.hops import HopsTask
 from ee_megatron.training import stages
 from ee_megatron.training.evaluate import evaluate
-from tests.covering import SLOW
+from tests.covering import EXTENDED, SLOW
+from tests.processes import ee_megatron
+
+pytestmark = EXTENDED
 
 ROOT = Path(__file__).parents[2]
 STYLES = ["terse", "steps", "padded"]
@@ -45,10 +45,7 @@ SETTINGS = [
 
 
 def run(stage: str, settings: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "ee_megatron.cli", stage, *settings], cwd=ROOT, capture_output=True, text=True,
-        timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = ee_megatron(stage, *settings)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 

@@ -19,6 +19,7 @@ from ee_megatron.checkpoint.convert import main
 from ee_megatron.checkpoint.manifest import read_manifest
 from ee_megatron.checkpoint.workspace import JOURNAL
 from ee_megatron.policy import load_policy
+from tests.processes import Command
 from tests.tiny import tiny_hf
 
 ROOT = Path(__file__).parents[2]
@@ -170,8 +171,7 @@ def test_lopsided_stages_are_announced(base, tmp_path, capsys):
 def test_an_interrupted_conversion_says_how_to_go_on(tmp_path):
     base = tiny_hf("llama", tmp_path / "base", layers=16, hidden=512, intermediate=1024)
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
-    command = [sys.executable, "-m", "ee_megatron.cli", "convert", "import", "--hf", str(base), "--out", str(out)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = Command(["convert", "import", "--hf", base, "--out", out])
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:
         if (partial / JOURNAL).is_file() and (partial / JOURNAL).read_text().count("\n") > 1:

@@ -13,6 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ee_megatron.families.hf_directory import HFDirectory
+from tests.covering import EXTENDED
+
+pytestmark = EXTENDED
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +20,7 @@ from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, load_policy, save_policy
 from ee_megatron.rollout.engine.decoder import Decoder
 from ee_megatron.tensors import FileTensors
+from tests.processes import ee_megatron
 from tests.tiny import tiny_hf
 
 LAYERS, DEPTHS = 6, (2, 3, 5)
@@ -224,7 +223,6 @@ def test_shards_are_of_the_size_asked_for_and_indexed(tmp_path):
 
 def test_the_command_says_nothing_but_its_result(tmp_path):
     base = tiny_hf("llama", tmp_path / "base")
-    command = [sys.executable, "-m", "ee_megatron.cli", "convert", "roundtrip", "--hf", str(base), "--tp", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=Path(__file__).parents[2])
+    done = ee_megatron("convert", "roundtrip", "--hf", base, "--tp", 2)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "" and done.stdout.count("\n") == 1

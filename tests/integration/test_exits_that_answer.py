@@ -22,8 +22,11 @@ from ee_megatron.config.load import load
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.observe.metrics import read_metrics
 from ee_megatron.policy import initial_policy, save_policy
-from tests.covering import SLOW
+from tests.covering import EXTENDED, SLOW
+from tests.processes import Command, ee_megatron
 from tests.tiny import tiny_hf
+
+pytestmark = EXTENDED
 
 # The gates of a policy that nobody trained are nearly shut; the centre opens them half.
 SETTINGS = [
@@ -53,21 +56,13 @@ def made(tmp_path_factory) -> list[str]:
     moved = {name: t + 0.1 * torch.randn(t.shape, generator=generator) for name, t in policy.items()}
     (folder / "start").mkdir()
     save_policy(folder / "start", spec, moved)
-    return [sys.executable, "-m", "ee_megatron.cli", "rl", *settings]
-
-
-def start(command: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    return ["rl", *settings]
 
 
 def finish(command: list[str], runs: Path) -> Path:
     """Run the stage to its end -> its directory."""
-    job = start(command)
-    output, _ = job.communicate(timeout=280)
-    assert job.returncode == 0, output[-3000:]
+    done = ee_megatron(*command)
+    assert done.returncode == 0, done.stderr[-3000:]
     (stage,) = (runs / "tiny").glob("rl-*")
     return stage
 
@@ -106,12 +101,12 @@ def test_a_killed_run_goes_on_at_the_price_that_it_had_come_to(gates, made, tmp_
     assert all(len([key for key in row if key.startswith("exit_share/")]) > 1 for row in rows)
 
     command = [*made, *led, f"runs={tmp_path / 'killed'}"]
-    job, deadline = start(command), time.monotonic() + 280
+    job, deadline = Command(command), time.monotonic() + 280
     while not list((tmp_path / "killed").glob("tiny/rl-*/checkpoints/step_2/COMPLETE")):
         assert time.monotonic() < deadline and job.poll() is None, "the run did not reach step 2"
         time.sleep(0.02)
     os.killpg(job.pid, signal.SIGKILL)
-    job.communicate()
+    job.wait()
     (stage,) = (tmp_path / "killed" / "tiny").glob("rl-*")
     assert not (stage / "DONE").is_file()
     written = (stage / "reference_by_prompt.json").stat().st_mtime_ns
@@ -147,7 +142,7 @@ sys.exit(cli.main(sys.argv[1:]))
 def test_the_learner_gives_back_what_a_step_has_freed(made, tmp_path):
     """On a CPU, where the pool works next on the same machine; one rank is the command's own process."""
     settings = ("rl.steps=2", "parallel.pipeline=1", f"runs={tmp_path}")
-    command = [sys.executable, "-c", COUNTED, *made[made.index("rl") :], *settings]
+    command = [sys.executable, "-c", COUNTED, *made, *settings]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("memory given back") == 2
@@ -158,13 +153,13 @@ def test_a_terminated_stage_beside_ray_ends_as_any_process_does(made, tmp_path):
     """Ray takes TERM for itself, to print the C++ stack and abort. Its processes end with the stage, its
     agents when they next look for their raylet, which may take them a minute."""
     settings = ("parallel.pipeline=1", "rollout.backend=ray", "rollout.actors=1", "rl.steps=500", f"runs={tmp_path}")
-    job, deadline = start([*made, *settings]), time.monotonic() + 200
+    job, deadline = Command([*made, *settings]), time.monotonic() + 200
     while not any(path.stat().st_size for path in tmp_path.glob("tiny/rl-*/metrics.jsonl")):
         assert time.monotonic() < deadline and job.poll() is None, "the run did not reach step 1"
         time.sleep(0.1)
     children = [child for child in psutil.Process(job.pid).children(recursive=True) if "Agent" not in child.name()]
     assert any("Replica" in child.name() for child in children)
-    job.terminate()
-    output, _ = job.communicate(timeout=60)
+    job.send_signal(signal.SIGTERM)
+    output = "".join(job.communicate(timeout=60))
     assert job.returncode == -signal.SIGTERM and "SIGTERM" not in output, output[-2000:]
     assert not psutil.wait_procs(children, timeout=30)[1]

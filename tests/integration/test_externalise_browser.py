@@ -8,9 +8,13 @@ import pytest
 from report_browser import EXECUTABLE, Browser, barriers, drawn
 
 from ee_megatron import cli
+from tests.covering import EXTENDED
 from tests.externalise_samples import records, write
 
-pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no chromium on PATH (Debian: apt-get install chromium)")
+pytestmark = [
+    EXTENDED,
+    pytest.mark.skipif(EXECUTABLE is None, reason="no chromium on PATH (Debian: apt-get install chromium)"),
+]
 
 
 @pytest.fixture(scope="module")

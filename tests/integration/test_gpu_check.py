@@ -11,14 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from ranks import ROOT
 
 from ee_megatron.planning.devices import find_device
-from tests.covering import SLOW
+from tests.covering import EXTENDED, SLOW
+from tests.processes import ROOT
 from tools.gpu_check import __main__ as check
 from tools.gpu_check.findings import Findings
 from tools.gpu_check.registry import PARTS, Part
 from tools.gpu_check.shapes import ideal
+
+pytestmark = EXTENDED
 
 # Parts are run by an interpreter that does as it's told here before anything else.
 FAULTS = """

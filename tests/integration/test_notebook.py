@@ -14,8 +14,11 @@ import pytest
 from ee_megatron.checkpoint.hf_export import export_hf
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec
+from tests.covering import EXTENDED
 from tests.reference import random_policy
 from tests.tiny import tiny_hf
+
+pytestmark = EXTENDED
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "docs" / "notebooks" / "early_exits.ipynb"

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
-from ranks import ROOT, Ranks
+from ranks import Ranks
 
 from ee_megatron.config.schema import RunConfig
 from ee_megatron.families import dims_from_config
@@ -18,8 +18,11 @@ from ee_megatron.planning.memory import Training, learner_memory
 from ee_megatron.planning.packing import pack_pass
 from ee_megatron.planning.workload import Workload
 from ee_megatron.policy import ATTENTION, PolicySpec
-from tests.covering import covering, some
+from tests.covering import EXTENDED, covering, some
+from tests.processes import ROOT
 from tests.tiny import tiny_hf
+
+pytestmark = EXTENDED
 
 FLOPS, MEMORY = 0.05, 0.10
 LAYERS = (1, 3, 4)

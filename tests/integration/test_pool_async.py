@@ -24,6 +24,7 @@ from ee_megatron.training.rollout_source import (
 )
 from ee_megatron.training.session import Session
 from ee_megatron.types import Group
+from tests.covering import EXTENDED
 from tests.tiny import tiny_hf
 
 STEPS = 6
@@ -101,6 +102,7 @@ def test_a_run_that_is_killed_and_resumed_gives_the_same_rollouts(path: Path, tm
     assert found == straight
 
 
+@EXTENDED
 def test_actors_work_while_the_learner_does_and_give_what_the_local_pool_gives(path: Path, tmp_path: Path):
     settings = "rollout.backend=ray", "rollout.actors=2", "rollout.max_staleness=1", "rollout.check_weights=true"
     with open_session(path, tmp_path / "ray", *settings) as session:

@@ -18,8 +18,10 @@ from ee_megatron.rollout.engine.request import GenerationRequest
 from ee_megatron.rollout.engine.sampling import SamplingParams
 from ee_megatron.rollout.pool.ray_pool import RayPool
 from ee_megatron.types import Prompt
-from tests.covering import SLOW
+from tests.covering import EXTENDED, SLOW
 from tests.tiny import tiny_hf
+
+pytestmark = EXTENDED
 
 
 def free_port() -> int:

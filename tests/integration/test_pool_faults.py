@@ -12,8 +12,10 @@ from pool_cases import EXITS, FULL, LONG, PROMPTS, Killer, bits, make, policy
 
 from ee_megatron.rollout import GenerationRequest, LocalPool
 from ee_megatron.rollout.pool.ray_pool import RayPool
-from tests.covering import SLOW
+from tests.covering import EXTENDED, SLOW
 from tests.tiny import tiny_hf
+
+pytestmark = EXTENDED
 
 
 @pytest.fixture(scope="module")

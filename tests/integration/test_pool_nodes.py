@@ -17,8 +17,10 @@ from ee_megatron.rollout.pool.ray_actor import prepare_environment
 from ee_megatron.rollout.pool.ray_driver import LOOK_S
 from ee_megatron.rollout.pool.ray_nodes import RayNodes
 from ee_megatron.rollout.pool.ray_pool import RayPool
-from tests.covering import SLOW
+from tests.covering import EXTENDED, SLOW
 from tests.tiny import tiny_hf
+
+pytestmark = EXTENDED
 
 DEADLINE = 120
 # Not 127.0.0.1: in an address to join Ray puts an outward one of the machine in its place.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,9 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ee_megatron.config.schema import TaskConfig
 from ee_megatron.observe.metrics import read_metrics
 from ee_megatron.tasks import make_task
-from tests.covering import SLOW
+from tests.covering import EXTENDED, SLOW
+from tests.processes import Command
 
-ROOT = Path(__file__).parents[2]
+pytestmark = EXTENDED
+
 SETTINGS = [
     "experiment=ladder", "model=ladder_100k", "task.train=300", "task.validation=30",
     "parallel.tokens_per_micro_batch=256",
@@ -28,17 +28,13 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def start(runs: Path, *extra: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "ee_megatron.cli", "pretrain", *SETTINGS, f"runs={runs}", *extra],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True,
-    )  # fmt: skip
+def start(runs: Path, *extra: str) -> Command:
+    return Command(["pretrain", *SETTINGS, f"runs={runs}", *extra])
 
 
-def finish(process: subprocess.Popen) -> Path:
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output[-3000:]
+def finish(process: Command) -> Path:
+    output = process.communicate(timeout=240)
+    assert process.returncode == 0, output
     (runs,) = [word.removeprefix("runs=") for word in process.args if str(word).startswith("runs=")]
     (found,) = Path(runs).glob("ladder/pretrain-*")
     return found

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -15,8 +14,11 @@ import torch
 from test_whole_method import command, only, run
 
 from ee_megatron.observe.rundir import latest_checkpoint
-from tests.covering import SLOW
+from tests.covering import EXTENDED, SLOW
+from tests.processes import Command, ee_megatron
 from tests.tiny import tiny_hf
+
+pytestmark = EXTENDED
 
 # Long enough that it would not end by itself while the test looks.
 LONG = ("calibrate.epochs=2000", "calibrate.checkpoint_every=5")
@@ -28,14 +30,6 @@ def traced(tmp_path_factory):
     tiny_hf("llama", folder / "model")
     run("traces", folder, "rollout.backend=local")
     return folder
-
-
-def rank_process(parent: int, rank: int) -> int:
-    """Process id of a rank that the process `parent` started."""
-    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
-        if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
-            return int(child)
-    raise AssertionError(f"no rank {rank} among the children of {parent}")
 
 
 def kill(pid: int) -> None:
@@ -69,21 +63,18 @@ def refuse_writing(pid: int) -> None:
     ],
 )
 def test_the_others_end_within_a_minute(fault, rank, says, logged, traced, tmp_path):
-    log = tmp_path / "log"
-    with log.open("w") as file:
-        job = subprocess.Popen(
-            command("calibrate", traced, *LONG, f"calibrate.seed={len(fault.__name__)}"), stdout=file,
-            stderr=file, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+    job = Command(command("calibrate", traced, *LONG, f"calibrate.seed={len(fault.__name__)}"))
     try:
         deadline = time.monotonic() + 120
         while not any((traced / "runs" / "tiny").glob("calibrate-*/checkpoints/step_5/COMPLETE")):
-            assert time.monotonic() < deadline and job.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline and job.poll() is None, job.stderr[-3000:]
             time.sleep(0.05)
-        ranks = [rank_process(job.pid, number) for number in (0, 1)]
+        # In the order of their ranks.
+        ranks = [int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
+        assert len(ranks) == 2
         fault(ranks[rank])
         assert job.wait(timeout=60) != 0
-        text = log.read_text()
+        text = job.stderr
         assert text.splitlines()[-1].startswith(says) and text.count("error") == 1, text[-4000:]
         where = (only(traced, "calibrate") / "ranks" / f"rank-{rank}.log").read_text()
         assert "Traceback" not in text and all(part in where for part in logged), where[-4000:]
@@ -100,11 +91,10 @@ def test_the_others_end_within_a_minute(fault, rank, says, logged, traced, tmp_p
 @pytest.mark.timeout(300)
 def test_gradients_that_stay_infinite_end_the_run_and_leave_the_batch(traced):
     """A learning rate that blows the adapters up: later updates are left out, then the run stops and says why."""
-    done = subprocess.run(
-        command("calibrate", traced, "calibrate.adapter_lr=1e30", "calibrate.warmup=0", "calibrate.epochs=20",
-                "calibrate.seed=99", "checkpoint.bad_steps=3"),
-        capture_output=True, text=True, timeout=200, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = ee_megatron(*command(
+        "calibrate", traced, "calibrate.adapter_lr=1e30", "calibrate.warmup=0", "calibrate.epochs=20",
+        "calibrate.seed=99", "checkpoint.bad_steps=3",
+    ))  # fmt: skip
     assert done.returncode != 0
     assert "3 updates in a row had a gradient that is not finite" in done.stderr, done.stderr[-3000:]
     (batch,) = only(traced, "calibrate").glob("bad_batch_step_*.pt")

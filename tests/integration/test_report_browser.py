@@ -8,8 +8,12 @@ from report_samples import write_run
 
 from ee_megatron.report.data import ReportRun
 from ee_megatron.report.page import write_report
+from tests.covering import EXTENDED
 
-pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no chromium on PATH (Debian: apt-get install chromium)")
+pytestmark = [
+    EXTENDED,
+    pytest.mark.skipif(EXECUTABLE is None, reason="no chromium on PATH (Debian: apt-get install chromium)"),
+]
 TIP = "(() => { const t = document.getElementById('tip'); return t.hidden ? null : t.innerText })()"
 
 

@@ -30,6 +30,7 @@ from ee_megatron.rollout.engine.request import Request
 from ee_megatron.rollout.engine.scheduler import Scheduler
 from ee_megatron.rollout.server.worker import Engine, Ticket
 from ee_megatron.types import Rollout
+from tests.covering import EXTENDED
 from tests.tiny import tiny_hf
 
 ROOT = Path(__file__).parents[2]
@@ -271,6 +272,7 @@ def test_without_the_key_there_is_no_answer(served: Served):
     assert httpx.get(f"{served.url}/health", timeout=10).json() == {"status": "ok", "model": "tiny-policy"}
 
 
+@EXTENDED
 def test_sigterm_lets_a_running_request_finish_and_ends_one_that_takes_too_long(tmp_path: Path):
     for max_tokens, finishes in ((1500, True), (19000, False)):
         served = Served(tmp_path, "--grace", "60" if finishes else "1")
@@ -323,6 +325,7 @@ def test_a_failure_in_the_engine_ends_the_request_that_caused_it_and_no_other(tm
         engine.submit([Ticket(right, told[0].put)])
 
 
+@EXTENDED
 def test_under_a_memory_limit_long_requests_are_refused_or_wait_and_nobody_elses_stream_ends(tmp_path: Path):
     served = Served(tmp_path, "--rows", "64", memory_kib=LIMIT_KIB)
     try:

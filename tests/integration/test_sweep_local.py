@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -21,10 +20,10 @@ from ee_megatron.sweeps import records
 from ee_megatron.sweeps.grid import from_settings
 from ee_megatron.sweeps.local import LocalExecutor
 from ee_megatron.sweeps.sweep import Sweep, resolve
-from tests.covering import SLOW
+from tests.covering import EXTENDED, SLOW
+from tests.processes import Command, ee_megatron
 from tests.tiny import tiny_hf
 
-ROOT = Path(__file__).parents[2]
 SETTINGS = [
     "device=cpu", "model.dtype=float32", "parallel.tokens_per_micro_batch=128", "exits.depths=[2,3,4]",
     "adapter.rank=4",
@@ -42,19 +41,16 @@ GRID = [
 
 def command(folder: Path, name: str, *extra: str) -> list[str]:
     where = [f"model.path={folder / 'model'}", f"runs={folder / 'runs'}", "--name", name]
-    return [sys.executable, "-m", "ee_megatron.cli", "sweep", *SETTINGS, *where, *extra]
+    return ["sweep", *SETTINGS, *where, *extra]
 
 
-def begin(folder: Path, *extra: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(folder, "grid", *GRID, *extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def begin(folder: Path, *extra: str) -> Command:
+    return Command(command(folder, "grid", *GRID, *extra))
 
 
-def finish(process: subprocess.Popen, timeout: float = 150) -> str:
+def finish(process: Command, timeout: float = 150) -> str:
     try:
-        return process.communicate(timeout=timeout)[0]
+        return "".join(process.communicate(timeout=timeout))
     finally:
         process.kill()
 
@@ -77,6 +73,7 @@ def rl_directory(sweep: Sweep, index: int) -> Path:
 
 
 @pytest.mark.timeout(300)
+@EXTENDED
 def test_a_sweep_survives_failures_and_kills_and_does_nothing_twice(tmp_path):
     """Shared stages once; a run that cannot learn; a run whose stage is killed, then one whose whole sweep is."""
     tiny_hf("llama", tmp_path / "model")
@@ -136,7 +133,7 @@ def test_the_debug_executor_goes_through_the_whole_method_in_one_process(tmp_pat
     """And a second sweep of the same settings finds everything made, and has its results without starting anything."""
     tiny_hf("llama", tmp_path / "model")
     grid = command(tmp_path, "whole", "rl.steps=1", "seed=1")
-    done = subprocess.run([*grid, "--executor", "debug"], capture_output=True, text=True, timeout=150, cwd=ROOT)
+    done = ee_megatron(*grid, "--executor", "debug")
     assert done.returncode == 0, done.stdout + done.stderr
     (sweep,) = [records.open_sweep(path) for path in (tmp_path / "runs" / "whole").glob("sweep-*")]
     result = records.read_result(sweep, sweep.runs[0].id)
@@ -146,7 +143,7 @@ def test_the_debug_executor_goes_through_the_whole_method_in_one_process(tmp_pat
     assert result["flops_answer"] > 0 and result["flops_rl"] > 0
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs" / "whole").glob("*-*/*.json*")}
     (sweep.directory / "results" / f"{sweep.runs[0].id}.json").unlink()
-    again = subprocess.run(grid, capture_output=True, text=True, timeout=100, cwd=ROOT)
+    again = ee_megatron(*grid)
     assert again.returncode == 0 and "0 task(s) to start" in again.stdout, again.stdout + again.stderr
     assert records.read_result(sweep, sweep.runs[0].id) == result
     changed = {file.name for file, stamp in before.items() if file.stat().st_mtime_ns != stamp}
@@ -154,6 +151,7 @@ def test_the_debug_executor_goes_through_the_whole_method_in_one_process(tmp_pat
 
 
 @pytest.mark.timeout(200)
+@EXTENDED
 def test_checkpoints_of_a_pretraining_run_are_an_axis(tmp_path):
     """Each is imported once, and what it was trained for stands in the table."""
     model = tiny_hf("llama", tmp_path / "model")
@@ -171,7 +169,7 @@ def test_checkpoints_of_a_pretraining_run_are_an_axis(tmp_path):
         file.unlink()
     axis = f"model.checkpoint={tmp_path / 'saved_10'},{tmp_path / 'saved_20'}"
     grid = command(tmp_path, "series", axis, "traces.temperature=0.7,0.8", "--last", "traces", "--executor", "debug")
-    done = subprocess.run(grid, capture_output=True, text=True, timeout=150, cwd=ROOT)
+    done = ee_megatron(*grid)
     assert done.returncode == 0, done.stdout + done.stderr
     (sweep,) = [records.open_sweep(path) for path in (tmp_path / "runs" / "series").glob("sweep-*")]
     found = [records.read_result(sweep, run.id) for run in sweep.runs]

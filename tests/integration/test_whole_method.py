@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,7 +22,8 @@ from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.observe.metrics import read_metrics
 from ee_megatron.training import stages
 from ee_megatron.training.stored import load_rollouts, load_traces
-from tests.covering import SLOW
+from tests.covering import EXTENDED, SLOW
+from tests.processes import Command, ee_megatron
 from tests.tiny import tiny_hf
 
 SETTINGS = [
@@ -41,17 +40,11 @@ SETTINGS = [
 
 def command(name: str, folder: Path, *extra: str) -> list[str]:
     where = [f"model.path={folder / 'model'}", f"runs={folder / 'runs'}"]
-    return [sys.executable, "-m", "ee_megatron.cli", name, *SETTINGS, *where, *extra]
+    return [name, *SETTINGS, *where, *extra]
 
 
 def run(name: str, folder: Path, *extra: str) -> str:
-    done = subprocess.run(
-        command(name, folder, *extra),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = ee_megatron(*command(name, folder, *extra), timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -151,6 +144,7 @@ def test_learner_and_pool_agree_at_every_step(finished):
 
 
 @pytest.mark.timeout(1000)
+@EXTENDED
 def test_rl_starts_from_the_share_that_is_asked_for_on_every_stage(finished):
     folder, _ = finished
     before = set((folder / "runs" / "tiny").glob("rl-*"))
@@ -177,6 +171,7 @@ def test_traces_and_rl_are_of_problems_on_wide_operands_too(finished):
 
 
 @pytest.mark.timeout(1000)
+@EXTENDED
 def test_replayed_rollouts_teach_the_same(finished):
     """The dumped rollouts in place of a pool: the same metrics, and the same policy to the bit, without any actor."""
     folder, _ = finished
@@ -194,6 +189,7 @@ def test_replayed_rollouts_teach_the_same(finished):
 
 
 @pytest.mark.timeout(1000)
+@EXTENDED
 def test_a_second_run_does_nothing_again(finished):
     folder, _ = finished
     before = (only(folder, "rl") / "metrics.jsonl").read_bytes()
@@ -210,10 +206,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished):
     runs = folder / "runs" / "tiny"
     whole = only(folder, "rl")
     whole.rename(runs / "kept")
-    job = subprocess.Popen(
-        command("rl", folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    job = Command(command("rl", folder))
     deadline = time.monotonic() + 120
     while not (whole / "checkpoints" / "step_2" / "COMPLETE").is_file():
         assert time.monotonic() < deadline and job.poll() is None, "the run did not reach step 2"
@@ -231,6 +224,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished):
 
 
 @pytest.mark.timeout(1000)
+@EXTENDED
 def test_a_killed_evaluation_goes_on_with_the_sets_that_it_has(finished):
     """SIGKILL after some of its sets; the same command then makes the others, and the undisturbed results."""
     folder, _ = finished
@@ -239,10 +233,7 @@ def test_a_killed_evaluation_goes_on_with_the_sets_that_it_has(finished):
     undisturbed = json.loads((whole / "results.json").read_text())
     shutil.rmtree(whole)
     shutil.rmtree(answers)
-    job = subprocess.Popen(
-        command("evaluate", folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    job = Command(command("evaluate", folder))
 
     def complete() -> dict[str, int]:
         return {p.name: p.stat().st_mtime_ns for p in answers.glob("[0-9a-f]*") if p.is_dir()}
@@ -336,13 +327,11 @@ def test_full_fine_tuning_goes_on_from_a_checkpoint_with_rollouts_made_ahead(fin
 
 
 @pytest.mark.timeout(400)
+@EXTENDED
 def test_stages_end_with_the_run_that_started_them(tmp_path):
     tiny_hf("llama", tmp_path / "model")
     # Two ranks, for far longer than the test waits.
-    method = subprocess.Popen(
-        command("run", tmp_path, "calibrate.epochs=4000", "rollout.backend=local"),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    method = Command(command("run", tmp_path, "calibrate.epochs=4000", "rollout.backend=local"))
     try:
         deadline = time.monotonic() + 250
         while not any(read_metrics(found) for found in (tmp_path / "runs").glob("tiny/calibrate-*/metrics.jsonl")):
@@ -365,9 +354,7 @@ def test_damaged_weights_are_one_line_before_anything_starts(name, damage, says,
         weights.write_bytes(weights.read_bytes()[:-1000])
     else:
         weights.unlink()
-    done = subprocess.run(
-        command(name, tmp_path, "teacher.enabled=true"), capture_output=True, text=True, timeout=100, check=False
-    )
+    done = ee_megatron(*command(name, tmp_path, "teacher.enabled=true"), timeout=100)
     assert done.returncode == 2
     errors = done.stderr.strip().splitlines()
     assert len(errors) == 1 and errors[0].startswith("error: ") and says in errors[0]

@@ -10,8 +10,8 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
-from ranks import ROOT
 
+from tests.processes import ROOT
 from tools.gpu_wheels import LIMIT_MIB, THERE, needed
 
 

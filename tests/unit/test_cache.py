@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ee_megatron.families import ModelDims
@@ -26,7 +26,6 @@ def contents(cache: KVCache, row: int, length: int) -> torch.Tensor:
     return torch.stack([layer[pages].transpose(1, 2).flatten(0, 1)[:length] for layer in cache.layers])
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     steps=st.lists(
         st.tuples(st.integers(0, ROWS - 1), st.integers(0, 150), st.booleans(), st.none() | st.integers(0, ROWS - 1)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import subprocess
 import sys
@@ -13,26 +12,16 @@ from omegaconf import OmegaConf
 
 from ee_megatron import cli
 from ee_megatron.config import load as loading
+from tests.processes import ee_megatron
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("run", "teacher", "traces", "calibrate", "rl", "evaluate", "report", "generate")
 
 
-def command(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ee_megatron.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-    )
-
-
 def test_help_lists_every_command_and_is_quick() -> None:
     # Of the processor: others may be busy too.
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = command("--help")
+    done = subprocess.run([sys.executable, "-m", "ee_megatron.cli", "--help"], capture_output=True, text=True, cwd=ROOT)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0 and after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
     listed = {line.split()[0] for line in done.stdout.splitlines() if line.startswith("    ") and line.split()}
@@ -59,24 +48,24 @@ def test_every_command_has_help_with_an_example(name: str, capsys: pytest.Captur
     ],
 )
 def test_bad_input_is_one_line_and_code_2(arguments: list[str], parts: list[str]) -> None:
-    done = command(*arguments)
+    done = ee_megatron(*arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and all(part in done.stderr for part in parts), done.stderr
 
 
 def test_debug_shows_the_traceback() -> None:
-    done = command("rl", "experiment=nothing", EE_DEBUG="1")
+    done = ee_megatron("rl", "experiment=nothing", env={"EE_DEBUG": "1"})
     assert done.returncode != 0 and "Traceback" in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["rl", "--nonsense"], ["report", "--dry-run"], [], ["sing"]])
 def test_unknown_options_and_commands_are_refused(arguments: list[str]) -> None:
-    done = command(*arguments)
+    done = ee_megatron(*arguments)
     assert done.returncode == 2 and "error:" in done.stderr
 
 
 def test_dry_run_prints_settings_ranks_and_directories_and_starts_nothing(tmp_path: Path) -> None:
-    done = command("rl", "experiment=rl_7b", "--dry-run", "rl.steps=3", cwd=tmp_path)
+    done = ee_megatron("rl", "experiment=rl_7b", "--dry-run", "rl.steps=3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert OmegaConf.create(done.stdout).rl.steps == 3
     comments = [line for line in done.stdout.splitlines() if line.startswith("# ")]

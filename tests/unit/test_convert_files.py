@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader, load
@@ -111,7 +111,6 @@ def test_damaged_metadata_is_refused_in_one_line_and_not_executed(tmp_path: Path
     assert not (tmp_path / "harm").exists()
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.data())
 def test_reblock_keeps_rows_and_their_order(lengths: list[int], data: st.DataObject) -> None:
     rows = torch.arange(sum(lengths))

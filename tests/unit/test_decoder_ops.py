@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,7 +46,6 @@ def near(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 @needs_compiler
-@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**16),
     rows=st.integers(1, 9),
@@ -93,7 +92,6 @@ def test_attention_and_cache_writes_equal_the_pytorch_form(seed, rows, span, siz
 
 
 @needs_compiler
-@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**16),
     lengths=st.lists(st.integers(1, 70), min_size=1, max_size=4),
@@ -128,7 +126,6 @@ def test_whole_sequences_attend_as_in_float64(seed, lengths, past, size, heads, 
         assert not found[b, n:].any()
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**16),
     rows=st.integers(1, 5),
@@ -180,7 +177,6 @@ def test_norms_sums_and_activations_equal_the_pytorch_form(dtype, width):
 
 
 @needs_compiler
-@settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**16), vocab=st.integers(1, 1500), u=st.floats(0, 1, exclude_max=True), cut=st.booleans())
 def test_sampling_by_kernel_picks_the_token_at_the_quantile(seed, vocab, u, cut):
     generator = torch.Generator().manual_seed(seed)

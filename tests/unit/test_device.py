@@ -7,8 +7,6 @@ stands in for nvidia-smi.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from ee_megatron.config.shipped import find_config_dir, list_groups
 from ee_megatron.planning.plan import element_bytes
 from ee_megatron.rollout.pool.interface import ReplicaSettings
 from ee_megatron.rollout.pool.ray_actor import Replica
+from tests.processes import ee_megatron
 from tests.tiny import tiny_hf
 
 ROOT = Path(__file__).parents[2]
@@ -92,10 +91,7 @@ def test_cluster_experiments_ask_for_gpus_and_a_cpu_is_asked_for_by_name() -> No
 @pytest.mark.parametrize("stage", ["traces", "run"])
 def test_a_build_for_cpus_is_named_from_a_shell_and_nothing_is_made(stage: str, model: list[str], tmp_path: Path):
     smi(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-m", "ee_megatron.cli", stage, *model], capture_output=True, text=True, timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
-    )  # fmt: skip
+    done = ee_megatron(stage, *model)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
     assert f"torch {torch.__version__} is built for CPUs only, nvidia-smi lists 8 GPU(s)" in done.stderr
     assert not (tmp_path / "runs").exists()

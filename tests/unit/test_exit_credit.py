@@ -20,7 +20,7 @@ from ee_megatron.objectives.exit_credit import hazard_costs, later_divergence
 LAYOUT = ExitLayout(8, (2, 4, 6))
 EXITS = len(LAYOUT.depths)
 COST_LENGTH = 5
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(suppress_health_check=[HealthCheck.too_slow])
 SUMS = ("mean", "total", "square")
 
 

@@ -27,7 +27,7 @@ from tests.by_hand import a_group
 
 LAYOUT = ExitLayout(6, (2, 4))
 LONGEST = 10
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(suppress_health_check=[HealthCheck.too_slow])
 
 
 def scores(batch, tokens=None, exits=None) -> Scores:

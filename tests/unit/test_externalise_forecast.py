@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ee_megatron.externalise.choice import STYLES, Figures
@@ -72,7 +72,6 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @given(cases())
-@settings(max_examples=150, deadline=None)
 def test_the_price_of_half_is_the_first_on_a_dense_grid(case: Case) -> None:
     """Below it steps have less than half, at it half; where there is none, none of the grid has it."""
     found = takeover_price(*case, "steps")

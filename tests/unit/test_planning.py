@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +30,7 @@ from ee_megatron.planning.plan import Assumptions, Plan, make_plan
 from ee_megatron.planning.published import PUBLISHED, published_dims
 from ee_megatron.planning.workload import Workload, tilted
 from ee_megatron.rollout.engine.cache import KVCache
+from tests.processes import ee_megatron
 
 ROOT = Path(__file__).parents[2]
 SEVEN = "DeepSeek-R1-Distill-Qwen-7B"
@@ -218,10 +217,7 @@ def test_bad_input_to_plan_is_one_line(arguments: list[str], part: str, capsys: 
 
 
 def test_a_plan_builds_prints_and_starts_nothing(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "ee_megatron.cli", "plan", "experiment=rl_7b", "--dims", SEVEN, "--json"],
-        capture_output=True, text=True, timeout=120, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""},
-    )  # fmt: skip
+    done = ee_megatron("plan", "experiment=rl_7b", "--dims", SEVEN, "--json", cwd=tmp_path, env={"PATH": ""})
     assert done.returncode == 0, done.stderr
     assert done.stderr == "built 4 (tensor, pipeline) rank(s) without memory: parameters as planned\n"
     found = json.loads(done.stdout)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -66,7 +66,6 @@ def test_transformers_reads_what_is_drawn(drawn: Path) -> None:
     assert loss == pytest.approx(math.log(512), rel=0.1)
 
 
-@settings(max_examples=60, deadline=None)
 @given(text=st.text(max_size=60))
 def test_the_tokenizer_gives_back_any_text_and_cuts_numbers_into_digits(drawn: Path, text: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(drawn)

@@ -10,7 +10,6 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.parse import unquote
 
 import pytest
@@ -86,8 +85,8 @@ class Stages:
     def __init__(self, cfg, samples: dict[str, Path]) -> None:
         self.cfg, self.samples, self.pages = cfg, samples, list[str]()
 
-    def __call__(self, command: list[str], **options: object) -> SimpleNamespace:
-        page, stage = report_path(self.cfg), command[3]
+    def __call__(self, arguments: list[str]) -> int:
+        page, stage = report_path(self.cfg), arguments[0]
         self.pages.append(page.read_text() if page.exists() else "")
         target = stage_dir(self.cfg, stage)
         shutil.copytree(self.samples[stage], target)
@@ -96,7 +95,7 @@ class Stages:
         (target / "table.txt").write_text("model exits accuracy\n")
         if stage == "evaluate":
             print("model exits accuracy")
-        return SimpleNamespace(returncode=0)
+        return 0
 
 
 def test_run_writes_the_report_after_every_stage_and_prints_the_table_once(
@@ -104,7 +103,8 @@ def test_run_writes_the_report_after_every_stage_and_prints_the_table_once(
 ) -> None:
     cfg = load(["experiment=demo_cpu", f"runs={tmp_path / 'runs'}", "name=front"])
     stages = Stages(cfg, write_run(tmp_path / "samples"))
-    monkeypatch.setattr(launch, "_followed", lambda command, meanwhile: (meanwhile(), stages(command).returncode)[1])
+    monkeypatch.setattr(launch, "_followed", lambda arguments, _, meanwhile: (meanwhile(), stages(arguments))[1])
+    monkeypatch.setattr(launch, "import_ahead", lambda: None)
     monkeypatch.setattr(launch, "pick_device", lambda *_: "cpu")
     monkeypatch.setattr(launch.stages, "check_given", lambda _: None)
     monkeypatch.setattr(launch, "export", lambda _: tmp_path / "export")
@@ -134,7 +134,7 @@ def test_a_report_that_cannot_be_written_does_not_end_the_run(
     done = stage_dir(cfg, "teacher") / DONE
     done.parent.mkdir()
     done.touch()
-    assert launch._followed([sys.executable, "-c", "exit(3)"], lambda: launch._report_so_far(cfg)) == 3
+    assert launch._followed(["no-such-command"], False, lambda: launch._report_so_far(cfg)) == 2
     assert "report: not written this time" in capsys.readouterr().err
     assert sys.modules[launch.__name__] is launch
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ee_megatron.config.load import load
@@ -132,7 +132,6 @@ def test_exclusions_leave_out_points_and_must_match_one() -> None:
             grid.points()
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.integers(-50, 50), st.integers(1, 20), st.integers(1, 12))
 def test_ranges_hold_both_ends(start: int, step: int, count: int) -> None:
     stop = start + step * (count - 1)
@@ -142,7 +141,6 @@ def test_ranges_hold_both_ends(start: int, step: int, count: int) -> None:
     assert len(tenths) == count and tenths[-1] == pytest.approx(stop / 10, abs=1e-9)
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.floats(1e-8, 1e8), st.floats(1e-8, 1e8), st.integers(2, 9))
 def test_logarithmic_ranges_have_equal_ratios_and_exact_ends(low: float, high: float, count: int) -> None:
     low, high = float(f"{low:.3g}"), float(f"{high:.3g}")
@@ -174,7 +172,6 @@ plain_values = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
 @example(".0")
 @given(st.one_of(plain_values, st.lists(plain_values, max_size=3)))
 def test_what_a_file_says_arrives_as_it_was_written(value: object) -> None:
@@ -183,7 +180,6 @@ def test_what_a_file_says_arrives_as_it_was_written(value: object) -> None:
     assert not several and found.plain == value and type(found.plain) is type(value)
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.lists(st.one_of(st.integers(-9, 9), st.floats(-5, 5), st.text("ab,[]:'\" =", max_size=6)),
                 min_size=2, max_size=5, unique_by=repr))  # fmt: skip
 def test_an_axis_of_any_values_survives_the_command_line(values: list) -> None:

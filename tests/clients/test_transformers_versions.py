@@ -71,6 +71,8 @@ for name in names:
 
     made["answers"][name] = [answer(prompt) for prompt in prompts]
     made["modes"] |= {f"{name} {mode}": answer(prompts[0], **mode) for mode in MODES}
+    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/{name}-drop")
+    made["modes"][f"{name} stop string"] = answer(prompts[0], stop_strings=["never comes"], tokenizer=tokenizer)
     made["modes"][f"{name} its own drafts"] = answer(prompts[0], assistant_model=model)
     guided = {"guidance_scale": 2.0, "negative_prompt_ids": prompts[1][None]}
     plain = load(f"{name}-drop").generate(prompts[0][None], **guided, **greedy)[0, prompts[0].shape[0]:].tolist()

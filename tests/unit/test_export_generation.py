@@ -278,6 +278,17 @@ def test_without_exits_guidance_is_the_plain_models(sides, cached):
     assert not torch.equal(found, sides.plain.generate(prompts(2), **GREEDY))
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_an_answer_ends_at_a_stop_string(sides, options):
+    ids = prompts(1)
+    free = sides.model.generate(ids, exit_policy="threshold:0.5", **options, **GREEDY)[0].tolist()
+    word = sides.tokenizer.decode(free[9 + 4])
+    made = sides.model.generate(
+        ids, exit_policy="threshold:0.5", stop_strings=[word], tokenizer=sides.tokenizer, **options, **GREEDY
+    )[0].tolist()
+    assert made == free[: len(made)] and len(made) <= 9 + 5 and sides.tokenizer.decode(made[-1]) == word
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -34,6 +34,8 @@ ATTENTION = ("sdpa", "eager")
 # Arguments of `forward` beside its own: what the loss takes, and what says nothing that isn't known otherwise.
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
 NEEDLESS_ARGUMENTS = ("cache_position", "token_type_ids")
+# What `generate` needs for itself and, in newer transformers, leaves among the arguments for the model.
+ARGUMENTS_OF_GENERATE = ("tokenizer", "assistant_tokenizer")
 
 
 class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
@@ -146,6 +148,8 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
     @wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args, **kwargs):
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        for name in ARGUMENTS_OF_GENERATE:
+            inputs.pop(name, None)
         # Tells the passes of `generate` from those that are made in between (guidance, streamers). A bool, since older
         # beam search divides whatever else it finds here among parts of the batch.
         inputs["of_generate"] = True

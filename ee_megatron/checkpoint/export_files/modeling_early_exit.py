@@ -89,10 +89,13 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             )
 
     def exit_policy(self) -> dict:
-        """The policy in force: of this thread's `generate` call, else of generation_config, else of config."""
+        """The policy in force: of this thread's `generate` call; else, while training, "off"; else of
+        generation_config; else of config."""
         running = running_call(self)
         if running is not None:
             return running.policy
+        if self.training:
+            return {"kind": "off"}
         return read_exit_policy(getattr(self.generation_config, "exit_policy", None) or self.config.exit_policy)
 
     @torch.no_grad()
@@ -104,8 +107,8 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         exit_policy: dict | str | None = None,
         **kwargs,
     ):
-        """As in transformers, with `exit_policy` (see the configuration) for this call. Calls in several threads don't
-        see each other.
+        """As in transformers, with `exit_policy` (see the configuration) for this call; without one, a model that is
+        training doesn't exit. Calls in several threads don't see each other.
 
         `last_exit_depths`, int64 [rows, generated tokens], says of the call that finished last how many layers ran for
         each token, -1 after a row's end; None under beam search, where rows change places. Drafts (assisted, prompt

@@ -47,7 +47,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder, names = sys.argv[1], sys.argv[2:]
 inputs = torch.load(f"{folder}/inputs.pt")
-made = {"version": transformers.__version__, "logits": {}, "answers": {}, "modes": {}}
+made = {"version": transformers.__version__, "logits": {}, "answers": {}, "modes": {}, "guided": []}
 ids, prompts = inputs["ids"], inputs["prompts"]
 # An end that never comes: older prompt lookup can't do without one.
 greedy = {"max_new_tokens": inputs["new"], "do_sample": False, "eos_token_id": 10**6, "pad_token_id": 129}
@@ -71,6 +71,12 @@ for name in names:
 
     made["answers"][name] = [answer(prompt) for prompt in prompts]
     made["modes"] |= {f"{name} {mode}": answer(prompts[0], **mode) for mode in MODES}
+    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/{name}-drop")
+    made["modes"][f"{name} stop string"] = answer(prompts[0], stop_strings=["never comes"], tokenizer=tokenizer)
+    made["modes"][f"{name} its own drafts"] = answer(prompts[0], assistant_model=model)
+    guided = {"guidance_scale": 2.0, "negative_prompt_ids": prompts[1][None]}
+    plain = load(f"{name}-drop").generate(prompts[0][None], **guided, **greedy)[0, prompts[0].shape[0]:].tolist()
+    made["guided"].append((answer(prompts[0], exit_policy="off", **guided)[0], plain))
     half = load(f"{name}-embed", torch.bfloat16)
     made["gate"] = (str(half.gates["2"].fc1.weight.dtype), str(half.dtype))
     losses = []
@@ -161,6 +167,7 @@ def test_exports_are_the_same_model_in_other_versions(made, peer):
         assert any(depth < LAYERS for _, depths in made.answers[name] for depth in depths)
     for mode, seen in found["modes"].items():
         assert seen == made.answers[mode.split()[0]][0], mode
+    assert all(seen == plain for seen, plain in found["guided"])
     assert found["gate"] == ("torch.float32", "torch.bfloat16") and found["stored"] == "torch.bfloat16"
     assert found["losses"][0] == pytest.approx(found["losses"][1], rel=1e-4)
     assert found["tokens"] == [97, 98, 99]

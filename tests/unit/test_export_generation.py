@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StaticCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, StaticCache
 
 from ee_megatron.checkpoint.hf_export import export_hf
 from ee_megatron.exit_rules import ExitRule, Fixed, Threshold
@@ -36,6 +39,8 @@ class Sides:
         self.model = load(self.folder)
         self.plain = load(export_hf(base, (spec, tensors), folder / "plain", gates="drop"))
         self.draft = load(tiny_hf("qwen3", folder / "draft", layers=2, hidden=32, seed=3))
+        self.exiting_draft = load(self.folder)
+        self.exiting_draft.generation_config.exit_policy = "fixed:1"
         self.decoder = Decoder.from_hf(base, spec, torch.float32, "cpu")
         self.decoder.load_policy(tensors)
         self.decoder.eos_ids = frozenset({10**6})
@@ -80,6 +85,7 @@ MODES = {
     "prompt lookup": (1, lambda sides, ids: {"prompt_lookup_num_tokens": 4}),
     "another model's drafts": (1, lambda sides, ids: {"assistant_model": sides.draft}),
     "its own drafts": (1, lambda sides, ids: {"assistant_model": sides.plain}),
+    "drafts that exit elsewhere": (1, lambda sides, ids: {"assistant_model": sides.exiting_draft}),
 }
 
 
@@ -112,6 +118,98 @@ def test_drafts_are_accepted_and_thrown_away(sides):
     sides.model.generate(prompts(1), exit_policy="threshold:0.5", assistant_model=sides.plain, **GREEDY)
     handle.remove()
     assert len(calls) < NEW and max(calls[1:]) > 1
+
+
+class Between:
+    """A logits processor that does something else once, when `step` tokens of an answer were made."""
+
+    def __init__(self, step: int, act: Callable[[], object]):
+        self.left, self.act = step, act
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        if self.left == 0:
+            self.act()
+        self.left -= 1
+        return scores
+
+
+def told(model, ids: Tensor, **options) -> tuple[list, list]:
+    """An answer's tokens and depths."""
+    made = model.generate(ids, **options, **GREEDY)
+    return made.tolist(), model.last_exit_depths.tolist()
+
+
+@torch.no_grad()
+def by_hand(model) -> tuple[Tensor, Tensor]:
+    """Logits of a pass over a whole sequence, and of one new position on top of a cache."""
+    ids, cache = prompts(4, seed=7), DynamicCache()
+    model(ids[:, :-1], past_key_values=cache)
+    return model(ids).logits, model(ids[:, -1:], past_key_values=cache).logits
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "read again"])
+def test_answers_in_two_threads_are_those_that_each_gives_alone(sides, cached):
+    """The second begins while the first is under way, and ends after it."""
+    model = sides.model
+    first = (prompts(3), {"exit_policy": "threshold:0.5", "use_cache": cached})
+    second = (prompts(2, length=6, seed=8), {"exit_policy": "fixed:1", "use_cache": cached})
+    alone, policy = [told(model, ids, **options) for ids, options in (first, second)], model.exit_policy()
+    paused, resume = Event(), Event()
+
+    def pause() -> None:
+        paused.set()
+        assert resume.wait(60)
+
+    with ThreadPoolExecutor(1) as pool:
+        others = []
+
+        def begin() -> None:
+            others.append(pool.submit(told, model, second[0], logits_processor=[Between(2, pause)], **second[1]))
+            assert paused.wait(60)
+
+        try:
+            found = [told(model, first[0], logits_processor=[Between(3, begin)], **first[1])]
+        finally:
+            resume.set()
+        found.append(others[0].result())
+    assert found == alone
+    assert model.exit_policy() == policy
+
+
+@pytest.mark.parametrize("thread", ["another", "the same"])
+def test_a_pass_by_hand_and_an_answer_under_way_do_not_see_each_other(sides, thread):
+    model, ids = sides.model, prompts(3)
+    policy = "threshold:0.5"
+    alone, expected, seen = told(model, ids, exit_policy=policy), by_hand(model), []
+    with ThreadPoolExecutor(1) as pool:
+        act = (lambda: pool.submit(by_hand, model).result()) if thread == "another" else lambda: by_hand(model)
+        found = told(model, ids, exit_policy=policy, logits_processor=[Between(3, lambda: seen.extend(act()))])
+    assert found == alone
+    assert all(torch.equal(one, other) for one, other in zip(seen, expected, strict=True)) and len(seen) == 2
+    assert model.exit_policy() == {"kind": "threshold", "value": 0.5}
+
+
+def test_a_pass_by_hand_in_another_thread_exits_by_its_own_policy(sides):
+    model, seen = sides.model, []
+    expected = by_hand(model)
+    with ThreadPoolExecutor(1) as pool:
+        act = Between(3, lambda: seen.extend(pool.submit(by_hand, model).result()))
+        model.generate(prompts(3), exit_policy="off", logits_processor=[act], **GREEDY)
+    assert all(torch.equal(one, other) for one, other in zip(seen, expected, strict=True)) and len(seen) == 2
+
+
+def test_a_call_that_fails_leaves_nothing_behind(sides):
+    model = sides.model
+    alone, expected = told(model, prompts(3), exit_policy="fixed:1"), by_hand(model)
+
+    def fail() -> None:
+        raise KeyError("a processor's")
+
+    with pytest.raises(KeyError):
+        model.generate(prompts(2), exit_policy="off", logits_processor=[Between(3, fail)], **GREEDY)
+    # What is told is still the last answer's that was finished.
+    assert model.last_exit_depths.tolist() == alone[1]
+    assert all(torch.equal(one, other) for one, other in zip(by_hand(model), expected, strict=True))
 
 
 def test_left_padded_rows_and_embedded_prompts(sides):
@@ -171,6 +269,26 @@ def test_without_exits_every_mode_is_the_plain_models(sides):
         assert torch.equal(found, sides.plain.generate(ids, **options, **GREEDY))
 
 
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "read again"])
+def test_without_exits_guidance_is_the_plain_models(sides, cached):
+    options = {"guidance_scale": 2.0, "negative_prompt_ids": prompts(2, length=4, seed=6), "use_cache": cached}
+    found = sides.model.generate(prompts(2), exit_policy="off", **options, **GREEDY)
+    assert torch.equal(found, sides.plain.generate(prompts(2), **options, **GREEDY))
+    assert sides.model.last_exit_depths.tolist() == [[LAYERS] * NEW] * 2
+    assert not torch.equal(found, sides.plain.generate(prompts(2), **GREEDY))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_an_answer_ends_at_a_stop_string(sides, options):
+    ids = prompts(1)
+    free = sides.model.generate(ids, exit_policy="threshold:0.5", **options, **GREEDY)[0].tolist()
+    word = sides.tokenizer.decode(free[9 + 4])
+    made = sides.model.generate(
+        ids, exit_policy="threshold:0.5", stop_strings=[word], tokenizer=sides.tokenizer, **options, **GREEDY
+    )[0].tolist()
+    assert made == free[: len(made)] and len(made) <= 9 + 5 and sides.tokenizer.decode(made[-1]) == word
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -181,6 +299,7 @@ def test_without_exits_every_mode_is_the_plain_models(sides):
         ({"num_beams": 2, "use_cache": False}, "num_beams with use_cache=False"),
         ({"custom_generate": lambda model, **kwargs: None}, "a decoding loop of your own"),
         ({"assistant_early_exit": 1}, "transformers' own early exit"),
+        ({"guidance_scale": 1.5}, "guidance_scale \\(classifier-free guidance\\): not supported with early exits"),
         ({"cache_implementation": "paged"}, "continuous batching"),
         ({"exit_policy": "threshold:high"}, "exit_policy 'threshold:high': expected \"off\""),
         ({"exit_policy": "confidence:0.5"}, "exit_policy 'confidence:0.5'"),

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from ee_megatron.checkpoint.hf_export import export_hf
@@ -114,6 +121,28 @@ def test_peft_adapters_learn_on_top_of_an_export(folders, tmp_path):
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     again = load(tmp_path / "merged")
     assert torch.equal(again.generate(tokens(2), exit_policy="fixed:1", **options), out)
+
+
+@torch.no_grad()
+def test_a_model_that_is_training_samples_as_deep_as_it_trains(folders):
+    """What trains on its own answers (GRPO) generates between steps, with the model as it is."""
+    model, ids = load(folders[0]), tokens(2)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = load(folders[1]).generate(ids, **options)
+    model.generate(ids, **options)
+    assert (model.last_exit_depths < LAYERS).any()
+    model.train()
+    for given in ({}, {"generation_config": GenerationConfig(**options)}):
+        assert torch.equal(model.generate(ids, **(given or options)), expected)
+        assert (model.last_exit_depths == LAYERS).all()
+    # So does a loop of one's own.
+    cache = DynamicCache()
+    model(ids[:, :-1], past_key_values=cache)
+    torch.testing.assert_close(model(ids[:, -1:], past_key_values=cache).logits, model(ids).logits[:, -1:])
+    # What a call asks for is done.
+    for asked in ({"exit_policy": "fixed:1"}, {"generation_config": GenerationConfig(exit_policy="fixed:1")}):
+        model.generate(ids, **asked, **options)
+        assert (model.last_exit_depths[:, 1:] == 1).all()
 
 
 @torch.no_grad()

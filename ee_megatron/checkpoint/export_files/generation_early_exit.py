@@ -5,6 +5,7 @@ Needs torch only.
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ REFUSED = {
 def check_mode(asked: dict[str, Any]) -> None:
     """Raise ValueError, one line, for arguments of `generate` that exits can't be combined with."""
     words = [f"{name} ({words})" for name, words in REFUSED.items() if asked.get(name)]
+    if asked.get("guidance_scale") not in (None, 1):
+        words.append("guidance_scale (classifier-free guidance)")
     if (asked.get("num_beam_groups") or 1) > 1:
         words.append("num_beam_groups (group beam search)")
     if asked.get("cache_implementation") == "paged":
@@ -83,4 +86,13 @@ class Generation:
         return depths_BT.masked_fill(after.to(depths_BT.device), -1)
 
 
-__all__ = ["Generation", "check_mode"]
+# The `generate` calls under way in this thread, each with its model, the innermost last: drafts are made within one.
+RUNNING: ContextVar[tuple[tuple[Any, Generation], ...]] = ContextVar("RUNNING", default=())
+
+
+def running_call(model: Any) -> Generation | None:
+    """The innermost `generate` call of `model` that is under way in this thread."""
+    return next((call for owner, call in reversed(RUNNING.get()) if owner is model), None)
+
+
+__all__ = ["RUNNING", "Generation", "check_mode", "running_call"]

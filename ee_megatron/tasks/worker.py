@@ -1,14 +1,19 @@
-"""The verifier process: receives a task, then answers, and sends verdicts back. Started by `VerifierPool` only."""
+"""The verifier process: receives a task, then answers, and sends verdicts back. Started by `VerifierPool` only.
+
+What it receives is pickled. What it sends are lines of text, KIND NUMBER CONTENT: ready or failed, 0, and why; then for
+each answer verdict or error, 1, 2, ..., and the verdict's fields (1100) or why.
+"""
 
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import os
 import pickle
 import resource
 import signal
 import sys
-from multiprocessing.connection import Connection
+from dataclasses import astuple
 
 # A scorer that evaluates an answer runs what the model wrote. This is no sandbox, but an answer that gets so far
 # neither writes a file nor starts a program nor opens a connection.
@@ -39,29 +44,33 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     # Ctrl-C reaches the whole terminal group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    connection = Connection(descriptor)
+    source = open(descriptor, "rb")  # noqa: SIM115
     try:
-        task = pickle.loads(connection.recv_bytes())
+        task = pickle.load(source)
         getattr(task, "warm_up", lambda: None)()
     except Exception as error:
-        connection.send(("failed", f"{type(error).__name__}: {error}"))
+        os.write(descriptor, _line("failed", 0, f"{type(error).__name__}: {error}"))
         return
-    connection.send(("ready", None))
+    os.write(descriptor, _line("ready", 0, ""))
     silence = os.open(os.devnull, os.O_WRONLY)
     sys.addaudithook(_refuse)
-    while True:
+    for number in itertools.count(1):
         try:
-            prompt, text = connection.recv()
+            prompt, text = pickle.load(source)
         except (EOFError, OSError):
             return
         # If the parent is gone, nobody ends a verifier that hangs: this timer needs no interpreter to do so.
         faulthandler.dump_traceback_later(2 * deadline_s + 10, exit=True, file=silence)
         try:
-            reply = ("verdict", task.verify(prompt, text))
+            reply = _line("verdict", number, "".join("01"[bool(flag)] for flag in astuple(task.verify(prompt, text))))
         except Exception as error:
-            reply = ("error", f"{type(error).__name__}: {error}")
+            reply = _line("error", number, f"{type(error).__name__}: {error}")
         faulthandler.cancel_dump_traceback_later()
         try:
-            connection.send(reply)
+            os.write(descriptor, reply)
         except OSError:
             return
+
+
+def _line(kind: str, number: int, said: str) -> bytes:
+    return f"{kind} {number} {' '.join(said.split())[:300]}\n".encode(errors="replace")

@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Mapping, MutableMapping, Sequence
 
-from ..config.cluster import JobShape, job_shape, seats
+from ..config.cluster import JobShape, job_shape, require_ray_tokens, seats
 from ..config.derive import actor_share, start_timeout
 from ..config.device import asks_for_gpus, gpu_files, hides_all, pick_device
 from ..config.identity import stage_dir
@@ -29,6 +29,8 @@ def describe_job(cfg: RunConfig, stage: str, environment: Mapping[str, str]) -> 
     weights = 0
     if not stages.is_done(cfg, stage):
         stages.check_inputs(cfg, stage)
+        if shape.rollout_nodes:
+            require_ray_tokens()
         if asks_for_gpus(cfg) and shape.rollout_nodes and not shape.gpus_per_node:
             raise ValueError(
                 f"device={cfg.device} with cluster.gpus_per_node=0: actors get the GPUs that the settings name; give "

@@ -27,6 +27,7 @@ from ee_megatron.rollout.engine.sampling import sample_tokens
 from ee_megatron.rollout.engine.scheduler import Scheduler
 from ee_megatron.rollout.server import guard, memory
 from ee_megatron.rollout.server.app import Limits, Service, make_app
+from ee_megatron.rollout.server.choices import Choice
 from ee_megatron.rollout.server.guard import Access, Bodies, Connection
 from ee_megatron.rollout.server.memory import Free, plan_memory
 from ee_megatron.rollout.server.run import ServerSettings
@@ -450,6 +451,75 @@ def test_log_probabilities_of_a_prompt_are_an_independent_forwards(running: Runn
     assert streamed[: len(prompt)] == found["tokens"][: len(prompt)]
     plain = running.complete({"prompt": "ab", "echo": True, "max_tokens": 0}).json()["choices"][0]
     assert plain["text"] == "ab" and plain["logprobs"] is None
+
+
+def test_what_echo_repeats_is_bounded_over_the_whole_request(running: Running, monkeypatch: pytest.MonkeyPatch):
+    long = {"prompt": [5] * 2000, "echo": True, "max_tokens": 0}
+    for more in (
+        {"n": 7, "logprobs": 20},
+        {"prompt": [[5] * 2000] * 7, "logprobs": 20},
+        {"n": 12, "logprobs": 10, "stream": True},
+    ):
+        said = message(running.complete({**long, **more}), 400)
+        assert "262144" in said and all(field in said for field in ("echo", "n=", "logprobs="))
+    monkeypatch.setattr(running.service, "limits", replace(running.service.limits, max_echoed=50))
+    five = {"prompt": [5] * 5, "echo": True, "max_tokens": 0}
+    for asked in ({"n": 2, "logprobs": 4}, {"n": 10}, {"n": 10, "logprobs": 0}):
+        assert running.complete({**five, **asked}).status_code == 200
+    for asked in (
+        {"n": 2, "logprobs": 5},
+        {"n": 11},
+        {"n": 3, "logprobs": 4},
+        {"prompt": [[5] * 5] * 3, "logprobs": 4},
+    ):
+        message(running.complete({**five, **asked}), 400)
+    # What isn't repeated isn't counted.
+    assert running.complete({"prompt": [5] * 5, "n": 4, "logprobs": 5, "max_tokens": 1}).status_code == 200
+
+
+def test_what_a_streamed_prompt_has_to_say_is_written_beside_the_event_loop(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+):
+    real, inside, release = Choice.prompt_piece, threading.Event(), threading.Event()
+
+    def slow(choice: Choice) -> dict:
+        inside.set()
+        release.wait(30)
+        return real(choice)
+
+    monkeypatch.setattr(Choice, "prompt_piece", slow)
+    replies: list[httpx.Response] = []
+    asked = {"echo": True, "logprobs": 1, "max_tokens": 0, "stream": True}
+    long = threading.Thread(target=lambda: replies.append(running.complete(asked)))
+    long.start()
+    assert inside.wait(30)
+    assert running.http.get("/health", timeout=15).status_code == 200
+    release.set()
+    long.join(30)
+    assert "1 + 1 =" in replies[0].text
+
+
+def test_a_prompt_is_scored_once_for_all_its_answers(
+    running: Running, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+):
+    real, read = decoder.forward_parallel, list[int]()
+
+    def counting(tokens, *rest):
+        read.append(len(tokens))
+        return real(tokens, *rest)
+
+    monkeypatch.setattr(decoder, "forward_parallel", counting)
+    body = {"prompt": ["What is 7?", "And 8?"], "n": 4, "echo": True, "logprobs": 2, "seed": 1}
+    for tokens in (0, 3):
+        read.clear()
+        choices = running.complete({**body, "max_tokens": tokens}).json()["choices"]
+        assert sum(read) == 2
+        for prompt, group in zip(body["prompt"], (choices[:4], choices[4:]), strict=True):
+            found = [choice["logprobs"]["token_logprobs"][: len(prompt)] for choice in group]
+            assert found == [found[0]] * 4 and None not in found[0][1:]
+            for choice in group:
+                answer = choice["early_exit"]["token_ids"]
+                assert bool(answer) == bool(tokens) and len(choice["logprobs"]["tokens"]) == len(prompt) + len(answer)
 
 
 def test_the_most_probable_tokens_are_those_of_the_exit_that_was_taken(running: Running, path: Path, decoder: Decoder):

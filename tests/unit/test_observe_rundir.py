@@ -188,6 +188,46 @@ def test_a_run_held_by_a_living_process_is_refused_and_a_dead_ones_is_taken_over
     assert (run / ".lock").read_text() == ""
 
 
+def test_a_holder_in_another_pid_namespace_of_this_host_is_believed_alive(tmp_path):
+    unshare = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    try:
+        subprocess.run([*unshare, "true"], check=True, capture_output=True, timeout=20)
+    except (OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"no PID namespace can be made here: {getattr(error, 'stderr', None) or error}")
+    run, mine, ready = tmp_path / "run", tmp_path / "mine", tmp_path / "ready"
+    prelude = (
+        f"import time\nfrom pathlib import Path\nready = Path({str(ready)!r})\n"
+        f"from ee_megatron.observe.rundir import RunDirectory\ntry:\n    RunDirectory({str(mine)!r})\n"
+        "except RuntimeError:\n    ready.with_name('refused').touch()\n"
+    )
+    with RunDirectory(mine):
+        child = subprocess.Popen([*unshare, sys.executable, "-c", prelude + HOLD.format(path=str(run))])
+        try:
+            _until(ready.exists)
+            assert ready.with_name("refused").exists()
+            with pytest.raises(RuntimeError, match="is being written by"):
+                RunDirectory(run)
+        finally:
+            child.kill()
+            child.wait(10)
+
+
+def test_the_pid_of_a_lock_is_looked_up_in_its_own_namespace_only(tmp_path):
+    """A pid that no process has here: dead where it would be seen, and in locks that name no namespace."""
+    gone = {"host": os.uname().nodename, "pid": 2**22 + 1, "start": "1", "token": "t"}
+    for recorded, dead in (
+        ({"pid_namespace": "pid:[1]"}, False),
+        ({"pid_namespace": lock.pid_namespace()}, True),
+        ({}, True),
+    ):
+        (tmp_path / ".lock").write_text(json.dumps(gone | recorded))
+        if dead:
+            RunDirectory(tmp_path).close()
+        else:
+            with pytest.raises(RuntimeError, match="is being written by"):
+                RunDirectory(tmp_path)
+
+
 def _try(path: Path, barrier, won) -> None:
     barrier.wait(20)
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 import pytest
 import torch
 
@@ -103,3 +105,19 @@ def test_a_cluster_on_other_machines_is_joined_with_a_token_only(address, remote
     ray_actor.prepare_environment()
     assert ray_actor.os.environ["RAY_AUTH_MODE"] == "token" and ray_actor.os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
     monkeypatch.delenv("RAY_AUTH_MODE")
+
+
+def test_a_ray_older_than_its_tokens_joins_no_cluster_on_other_machines(monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda name: "2.51.2")
+    for name, value in (("RAY_AUTH_TOKEN", "secret"), ("RAY_AUTH_MODE", "token"), ("RAY_USAGE_STATS_ENABLED", "0"),
+                        ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.7:6379")
+    with pytest.raises(ValueError, match=r"2\.51\.2.*2\.52"):
+        ray_actor.prepare_environment()
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    ray_actor.prepare_environment()
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.7:6379")
+    for version in ("2.52.0", "2.60.0", "3.0.0.dev0"):
+        monkeypatch.setattr(metadata, "version", lambda name, version=version: version)
+        ray_actor.prepare_environment()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,10 @@ def test_a_job_is_described_once_its_inputs_are_there(tmp_path: Path, monkeypatc
     # On a CPU cores are shared out instead of devices.
     cpu = describe_job(load([*settings, "device=cpu", "rollout.device_share=0.5"]), "traces", {})
     assert cpu["ray_gpus"] == "" and cpu["ray_cpus"] == "2"
+    # Nothing has started yet, and no cluster is to that anybody may join.
+    with monkeypatch.context() as older, pytest.raises(ValueError, match=r"ray 2\.51\.2"):
+        older.setattr(metadata, "version", lambda name: "2.51.2")
+        describe_job(load(settings), "traces", {})
     with pytest.raises(FileNotFoundError, match="'calibrate' has not finished"):
         describe_job(load(settings), "rl", {})
     (model / "model.safetensors").unlink()
@@ -332,6 +337,14 @@ def test_a_container_of_pyxis_has_the_scratch_directory_and_may_be_one_per_node(
     # Unpacked by a step of its own, on every node, before others need it.
     assert len(lines) == 3 and lines[0].endswith("|true|") and "|--nodes=1|--ntasks=1|" in lines[0]
     assert all("|--container-name=ee|" in line and "|--container-image=/i.sqsh|" in line for line in lines)
+
+
+def test_a_site_file_may_read_unset_variables_and_have_commands_fail_and_the_job_then_may_not(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    site.write_text("PS1=$PS1$NOT_SET\nfalse\nfalse | true\nexport EE_SCRATCH=/scratch\n[[ -n $CONDA_EXE ]]\n")
+    for then in ("false", "false | true", "echo $NOT_SET"):
+        done = in_a_job(tmp_path, f"prepare; echo $EE_SCRATCH; {then}; echo on", EE_SITE_ENV=str(site))
+        assert done.stdout == "/scratch\n" and done.returncode, done.stderr
 
 
 def test_every_step_is_put_behind_the_sites_command(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import signal
+import struct
 import threading
 import time
 from dataclasses import dataclass
@@ -114,6 +116,47 @@ def test_an_answer_that_gets_itself_run_writes_no_file_and_starts_no_program(tmp
         assert not pool.verify_many([(PROMPT, f"run open({__file__!r}).read()")])[0].timed_out
     assert all(verdict.timed_out for verdict in verdicts)
     assert not Path(marker).exists()
+
+
+class Unpickled:
+    """Makes a directory where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.timeout(120)
+def test_what_an_answer_writes_to_the_pool_itself_costs_its_own_verdict_and_is_not_unpickled(tmp_path: Path) -> None:
+    marker = tmp_path / "unpickled"
+    hostile, refusal = pickle.dumps(Unpickled(marker)), pickle.dumps(("failed", "no"))
+    lines = [b"failed 2 no", b"verdict 2 11000", b"verdict 9 1110", b"\xff"]
+    wholes = [struct.pack("!i", len(hostile)) + hostile, struct.pack("!i", len(refusal)) + refusal]
+    wholes += [b"x" * 9000, b"verdict 2 1110\n" * 2, *(line + b"\n" for line in lines)]
+    # As much of a message as makes a reader wait for more, and a gigabyte announced.
+    parts = [struct.pack("!i", 100), struct.pack("!i", 1 << 30), b"verdict 2 111"]
+    write = "run import faulthandler, os, sys, time\nfaulthandler.cancel_dump_traceback_later()\n"
+    write += "os.write(int(sys.argv[1]), {})\ntime.sleep({})"
+    texts = [write.format(said, 0) for said in wholes] + [write.format(said, 3600) for said in parts]
+    with VerifierPool(HostileTask(), deadline_s=1) as pool:
+        # A process is replaced after each, so that each is its second answer.
+        verdicts = pool.verify_many(
+            [(PROMPT, text) for hostile in texts for text in ("24", hostile)] + [(PROMPT, "24")]
+        )
+        assert (pool.timeouts, pool.failures) == (len(texts), 0)
+    assert [v.correct for v in verdicts] == [True, False] * len(texts) + [True]
+    assert not marker.exists()
+
+
+@pytest.mark.timeout(60)
+def test_a_verifier_that_reads_no_more_costs_one_verdict() -> None:
+    deaf = "run import pickle, time\npickle.load = lambda _: time.sleep(3600)"
+    with VerifierPool(HostileTask(), deadline_s=1) as pool:
+        # More than the connection's buffers hold.
+        verdicts = pool.verify_many([(PROMPT, text) for text in (deaf, "x" * 2_000_000, "24")])
+    assert [v.timed_out for v in verdicts] == [False, True, False] and verdicts[2].correct
 
 
 def test_a_verifier_killed_from_outside_while_idle_is_replaced_without_losing_an_answer() -> None:

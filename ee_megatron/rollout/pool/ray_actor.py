@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...config.cluster import require_ray_tokens
 from ...config.device import require_gpus
 from ...host_memory import return_freed
 from ...policy import WeightSet
@@ -117,7 +118,7 @@ def create_replica(ray: Any, settings: ReplicaSettings, device_share: float) -> 
 def prepare_environment() -> None:
     """What Ray reads when it is imported or started. Without a cluster to join it stays on the loopback address: the
     variable's name speaks of other systems, but it is what decides which address a single node takes. A cluster on
-    other machines is joined with a token only. Raises ValueError where there is none."""
+    other machines is joined with a token only. Raises ValueError where there is none, or a Ray that knows none."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS", "")
@@ -125,7 +126,10 @@ def prepare_environment() -> None:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     elif is_remote(address):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-        if os.environ["RAY_AUTH_MODE"] == "token" and not has_token():
+        if os.environ["RAY_AUTH_MODE"] != "token":
+            return
+        require_ray_tokens()
+        if not has_token():
             raise ValueError(
                 f"RAY_ADDRESS={address} is another machine and there is no token for it; start its cluster with "
                 "RAY_AUTH_MODE=token and set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH here (docs/serving.md)"

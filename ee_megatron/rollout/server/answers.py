@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -152,6 +153,9 @@ class Reply:
         events = self._chunks(request, under_way, generate, echo)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
+    def _chunk(self, head: dict, index: int, event: Told, generate: bool) -> bytes:
+        return sse({**head, "choices": [self.take(index, event, generate)]})
+
     async def _chunks(self, request: Request, under_way: Answers, generate: bool, echo: bool) -> AsyncIterator[bytes]:
         """Server-sent events: a chunk per token, the usage if asked for, [DONE]; an error ends them."""
         head = self.head()
@@ -160,7 +164,9 @@ class Reply:
                 for choice in self.choices:
                     yield sse({**head, "choices": [choice.prompt_piece()]})
             async for index, event in under_way.events(request):
-                yield sse({**head, "choices": [self.take(index, event, generate)]})
+                # A prompt may have as much to say as a whole answer: not in the event loop.
+                chunk = partial(self._chunk, head, index, event, generate)
+                yield await asyncio.to_thread(chunk) if isinstance(event, PromptScore) else chunk()
             if self.asked.stream_options and self.asked.stream_options.include_usage:
                 yield sse({**head, "choices": [], "usage": self.usage()})
             yield b"data: [DONE]\n\n"

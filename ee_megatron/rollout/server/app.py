@@ -26,12 +26,14 @@ from .worker import Engine, Ticket
 @dataclass(frozen=True)
 class Limits:
     """What one request may ask for: positions of prompt and answer together, of the prompt, answers, new tokens of all
-    of them; new tokens where it doesn't say how many."""
+    of them, tokens and log-probabilities of the prompts echoed in all of them (30 to 50 bytes of the reply each, 8 to
+    14 MB in all; a prompt of 131,072 tokens can still be scored); new tokens where it doesn't say how many."""
 
     max_length: int
     max_prompt: int
     max_answers: int = 128
     max_new: int = 1 << 18
+    max_echoed: int = 1 << 18
     default_tokens: int = 256
 
 
@@ -164,6 +166,7 @@ async def complete(service: Service, request: Request, asked: CompletionRequest)
     echoes: list[str] | None = None
     if asked.echo:
         check_lengths(service, tokens, asked.max_tokens, asked.n)
+        check_echo(service, tokens, asked)
         echoes = [p if isinstance(p, str) else service.texts.decode(p) for p in prompts]
     return await answer(service, request, asked, tokens, asked.max_tokens, echoes)
 
@@ -226,6 +229,17 @@ def check_lengths(service: Service, prompts: list[list[int]], limit: int | None,
             param="max_tokens",
         )
     return allowed
+
+
+def check_echo(service: Service, prompts: list[list[int]], asked: CompletionRequest) -> None:
+    """Raises BadRequest where prompts, repeated with each of their answers, would make more of a reply than is due."""
+    positions, top, most = sum(map(len, prompts)), asked.logprobs or 0, service.limits.max_echoed
+    if (echoed := positions * asked.n * (1 + top)) > most:
+        raise BadRequest(
+            f"echo: {positions} prompt tokens x n={asked.n} x (1 + logprobs={top}) are {echoed} entries; "
+            f"at most {most} a request; lower n or logprobs, or send fewer prompts at a time",
+            param="echo",
+        )
 
 
 async def answer(

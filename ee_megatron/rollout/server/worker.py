@@ -79,7 +79,8 @@ class Engine:
         )
         if positions is not None:
             self._scheduler.cache.reserve()
-        self._inbox: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        # What was submitted together comes together, so that a prompt is scored once for all its answers.
+        self._inbox: queue.SimpleQueue[list[Ticket] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._open: set[Ticket] = set()
         self._by_id: dict[int, Ticket] = {}
@@ -110,7 +111,7 @@ class Engine:
             self._open.update(tickets)
         for ticket in tickets:
             ticket.at = now
-            self._inbox.put(ticket)
+        self._inbox.put(tickets)
 
     def cancel(self, tickets: list[Ticket]) -> None:
         """Give up what of these has not finished; nothing more is told of them."""
@@ -119,7 +120,7 @@ class Engine:
                 running = ticket in self._open and not ticket.cancelled
                 ticket.cancelled = ticket.cancelled or running
             if running:
-                self._inbox.put(ticket)
+                self._inbox.put([ticket])
 
     def health(self) -> dict:
         """Counts now, rates over the last seconds; `mean_depth` is a share of the layers, None before any token."""
@@ -188,48 +189,55 @@ class Engine:
         """Take in what has come, after waiting for it if told to; False if the engine is to end."""
         while True:
             try:
-                ticket = self._inbox.get(block=block)
+                tickets = self._inbox.get(block=block)
             except queue.Empty:
                 return True
-            if ticket is None:
+            if tickets is None:
                 return False
             block = False
-            if ticket.cancelled:
-                self._drop(ticket)
-            elif ticket.score is not None:
+            for ticket in tickets:
+                if ticket.cancelled:
+                    self._drop(ticket)
+                    continue
                 self.metrics.came(len(ticket.request.prompt))
-                self._unscored.append(ticket)
-            else:
-                self.metrics.came(len(ticket.request.prompt))
-                self._add(ticket)
+                if ticket.score is not None:
+                    self._unscored.append(ticket)
+                else:
+                    self._add(ticket)
 
     def _score(self) -> None:
-        """Score the prompts of those that came first, as many as are read together."""
-        chosen, longest = list[Ticket](), 0
+        """Score the prompts of those that came first, as many as are read together; answers to one prompt, which come
+        one after another, share what is read."""
+        chosen, longest = list[list[Ticket]](), 0
         while self._unscored:
-            longest = max(longest, len(self._unscored[0].request.prompt))
-            if chosen and longest * (len(chosen) + 1) > SCORE_POSITIONS:
-                break
-            chosen.append(self._unscored.popleft())
+            prompt, score = self._unscored[0].request.prompt, self._unscored[0].score
+            if not (chosen and chosen[-1][0].request.prompt == prompt and chosen[-1][0].score == score):
+                longest = max(longest, len(prompt))
+                if chosen and longest * (len(chosen) + 1) > SCORE_POSITIONS:
+                    break
+                chosen.append([])
+            chosen[-1].append(self._unscored.popleft())
         self._score_together(chosen)
 
-    def _score_together(self, tickets: list[Ticket]) -> None:
-        prompts = [ticket.request.prompt for ticket in tickets]
+    def _score_together(self, groups: list[list[Ticket]]) -> None:
+        prompts = [group[0].request.prompt for group in groups]
         try:
-            scores = score_prompts(self._decoder, prompts, [ticket.score or 0 for ticket in tickets])  # type: ignore[arg-type]
+            scores = score_prompts(self._decoder, prompts, [group[0].score or 0 for group in groups])  # type: ignore[arg-type]
         except Exception as error:
-            if len(tickets) == 1:
-                self._end(tickets[0], "failed", error)
+            if len(groups) > 1:
+                for group in groups:
+                    self._score_together([group])
                 return
-            for ticket in tickets:
-                self._score_together([ticket])
+            for ticket in groups[0]:
+                self._end(ticket, "failed", error)
             return
-        for ticket, score in zip(tickets, scores, strict=True):
-            if ticket.generate:
-                ticket.sink(score)
-                self._add(ticket)
-            else:
-                self._end(ticket, "answered", score)
+        for group, score in zip(groups, scores, strict=True):
+            for ticket in group:
+                if ticket.generate:
+                    ticket.sink(score)
+                    self._add(ticket)
+                else:
+                    self._end(ticket, "answered", score)
 
     def _add(self, ticket: Ticket) -> None:
         try:

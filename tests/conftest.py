@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import sys
 from collections import Counter
 from pathlib import Path, PurePath
 
@@ -34,6 +35,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         with DURATIONS.open(newline="") as file:
             known = {row["file"]: float(row["seconds"]) for row in csv.DictReader(file)}
     items.sort(key=lambda item: -known.get(_group(item.nodeid), 0.0))
+
+
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """One thread, whatever an earlier test's pool has set: workers share the cores, and threads that wait for one another
+    burn them."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -35,8 +35,13 @@ def dims(
     return ModelDims("qwen2", layers, heads * 4, intermediate, heads, kv_heads, 4, max_positions=positions, **SMALL)
 
 
-def config(*overrides: str) -> RunConfig:
+@functools.cache
+def composed(*overrides: str) -> RunConfig:
     return load(["name=test", "model.path=nowhere", *overrides])
+
+
+def config(*overrides: str) -> RunConfig:
+    return copy.deepcopy(composed(*overrides))
 
 
 def refused(*overrides: str, model: ModelDims | None = None) -> str:

@@ -38,8 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_call(item: pytest.Item) -> None:
-    """One thread, whatever an earlier test's pool has set: workers share the cores, and threads that wait for one another
-    burn them."""
+    """One thread, whatever an earlier test has set: on shared cores, threads that wait for one another burn them."""
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
 

@@ -7,6 +7,7 @@ import pytest
 
 from ee_megatron.scaling.compare import Comparison, coefficients, compare
 from ee_megatron.scaling.table import ColumnNames, RunTable
+from tests.covering import EXTENDED
 
 SIZES = np.repeat(np.geomspace(1e7, 1e9, 6), 6)
 PENALTY = np.tile([0.0, 0.1, 0.2, 0.4, 0.8, 1.2], 6)
@@ -79,6 +80,7 @@ def test_an_interaction_with_lambda_is_found_where_there_is_one_and_only_there()
     assert value["low"] < 0 < value["high"]
 
 
+@EXTENDED
 def test_noise_alone_beats_the_constant_in_at_most_a_few_per_cent() -> None:
     wins = [bool(judged(0.6 + noise(seed, 0.05), ("params", "lambda"), seed, 200).winners) for seed in range(30)]
     assert sum(wins) <= 4
@@ -86,6 +88,7 @@ def test_noise_alone_beats_the_constant_in_at_most_a_few_per_cent() -> None:
     assert found.verdict().startswith("no form beats the constant")
 
 
+@EXTENDED
 def test_a_faint_trend_is_not_lost() -> None:
     wins = [bool(judged(0.6 - 0.03 * X + noise(seed, 0.03)).winners) for seed in range(10)]
     assert sum(wins) >= 9

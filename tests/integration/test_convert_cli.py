@@ -15,9 +15,9 @@ from ranks import Ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ee_megatron.checkpoint.convert import main
 from ee_megatron.checkpoint.mapping import load_base
 from ee_megatron.checkpoint.megatron_io import WEIGHTS, load_weights
+from ee_megatron.convert import main
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.model.config import megatron_config
 from ee_megatron.model.gpt import build_stage

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ee_megatron.checkpoint.bodies import logits_of
-from ee_megatron.checkpoint.convert import main
 from ee_megatron.checkpoint.describe import open_checkpoint
 from ee_megatron.checkpoint.hf_export import export_hf
 from ee_megatron.checkpoint.policy_files import open_policy
 from ee_megatron.checkpoint.verify import verify
+from ee_megatron.convert import main
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, load_policy, save_policy
 from ee_megatron.rollout.engine.decoder import Decoder

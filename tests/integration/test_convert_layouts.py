@@ -13,11 +13,11 @@ from layout_cases import split
 from ranks import Ranks
 from safetensors.torch import load_file, save_file
 
-from ee_megatron.checkpoint.convert import main
 from ee_megatron.checkpoint.manifest import read_manifest, tensor_sha256
 from ee_megatron.checkpoint.mapping import load_base
 from ee_megatron.checkpoint.megatron_directory import MegatronDirectory
 from ee_megatron.checkpoint.megatron_io import WEIGHTS, load_weights, save_weights
+from ee_megatron.convert import main
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.model.config import megatron_config
 from ee_megatron.model.gpt import build_model

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ee_megatron import EarlyExitModel
-from ee_megatron.checkpoint.convert import main as convert
+from ee_megatron.convert import main as convert
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, save_policy
 from tests.reference import random_policy

@@ -19,7 +19,7 @@ SOURCE = Path(__file__).parents[2] / PACKAGE
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("externalise",),
-    ("sweeps", "answering"),
+    ("sweeps", "answering", "convert"),
     ("inference",),
     ("training",),
     ("learner", "evaluation", "planning"),

@@ -95,6 +95,33 @@ def test_every_form_of_a_model_gives_the_same_answer(house: House, model: EarlyE
     assert (loaded.settings is not None) == (form in ("run", "stage", "checkpoint"))
 
 
+def test_the_converter_takes_a_run_or_a_stage_of_it_with_its_base(house: House, tmp_path: Path) -> None:
+    def convert(*arguments: object) -> int:
+        return cli.main(["convert", *map(str, arguments)])
+
+    def contents(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+
+    stage, megatron = house.run / "rl-00000000", tmp_path / "megatron"
+    assert convert("export", "--checkpoint", house.checkpoint, "--hf", house.base, "--out", tmp_path / "parts") == 0
+    expected = contents(tmp_path / "parts")
+    for form in (house.run, stage, house.checkpoint):
+        out = tmp_path / f"of-{form.name}"
+        assert convert("export", "--checkpoint", form, "--out", out) == 0
+        assert contents(out) == expected and "model.safetensors" in expected
+    assert convert("import", "--policy", house.run, "--out", megatron, "--quiet") == 0
+    assert convert("verify", megatron, stage, "--no-logits") == 0
+    assert convert("inspect", house.run) == 0
+    # What holds no policy, or one whose base isn't known, is refused as before.
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "alone").mkdir()
+    save_policy(tmp_path / "alone", SPEC, house.policy)
+    for wrong in ("empty", "alone"):
+        assert convert("export", "--checkpoint", tmp_path / wrong, "--out", tmp_path / "none") == 2
+    assert convert("import", "--out", tmp_path / "none") == 2
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_run_without_reinforced_policy_gives_the_calibrated_one(house: House, tmp_path: Path) -> None:
     run = tmp_path / "moved"
     (house.run / "calibrate-00000000").parent.mkdir(exist_ok=True)

@@ -80,6 +80,7 @@ def _named(path: Path) -> Path:
     from .training.stages import policy_at
 
     stage = stage_of(path)
+    assert stage is not None, "path holds no policy itself"
     made = stage / "model"
     return made if (made / "config.json").is_file() else policy_at(str(path), str(stage))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ee_megatron import EarlyExitModel, cli
 from ee_megatron.answering import wants_chat
@@ -265,6 +266,23 @@ def test_the_frame_of_a_readout_is_tidy(house: House, model: EarlyExitModel) -> 
     # Depth 1 is no exit, the last layer has no gate.
     assert frame.hazard.isna().tolist() == [True, False, True] * 4
     assert EarlyExitModel.load(house.base, **FLOAT32).readout("abcd").depths == (1, 2, 3, 4, 5, 6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_logits_that_are_no_numbers_are_an_error(
+    house: House, tmp_path: Path, capsys: pytest.CaptureFixture[str], temperature: float
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(house.base, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.0.input_layernorm.weight"][3] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    for policy in (None, house.checkpoint):
+        model = EarlyExitModel.load(broken, policy, base_unchecked=True, **FLOAT32)
+        with pytest.raises(ValueError, match="NaN"):
+            model.generate(["abc", "12"], temperature=temperature, max_new_tokens=3)
+    assert cli.main(["generate", "--model", str(broken), "--prompt", "x", "--temperature", str(temperature)]) == 2
+    assert "NaN" in capsys.readouterr().err
 
 
 def test_what_cannot_be_done_is_said_in_one_line(house: House, model: EarlyExitModel, tmp_path: Path) -> None:

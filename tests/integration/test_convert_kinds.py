@@ -22,7 +22,7 @@ from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, load_policy, save_policy
 from ee_megatron.rollout.engine.decoder import Decoder
 from ee_megatron.tensors import FileTensors
-from tests.tiny import tiny_hf
+from tests.tiny import ONE_EACH, tiny_hf
 
 LAYERS, DEPTHS = 6, (2, 3, 5)
 
@@ -73,7 +73,7 @@ def greedy(decoder: Decoder, prompt: list[int], count: int, threshold: float) ->
     return ids[len(prompt) :], [LAYERS, *depths[len(prompt) :]]
 
 
-@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False), ("qwen3", True)])
+@pytest.mark.parametrize(("family", "tied"), ONE_EACH)
 def test_embedded_export_speaks_as_the_decoder_does(tmp_path, family, tied):
     base = tiny_hf(family, tmp_path / "base", tied=tied)
     policy = random_policy(base, tmp_path / "policy")
@@ -99,7 +99,7 @@ def test_embedded_export_speaks_as_the_decoder_does(tmp_path, family, tied):
     assert len(taken) > 1
 
 
-@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False), ("qwen3", False)])
+@pytest.mark.parametrize(("family", "tied"), ONE_EACH)
 def test_every_kind_is_the_same_model_by_tensors_and_logits(tmp_path, capsys, family, tied):
     base = tiny_hf(family, tmp_path / "base", tied=tied, vocab=133)
     policy = random_policy(base, tmp_path / "policy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 from dataclasses import dataclass, fields, replace
@@ -166,7 +167,7 @@ NAN, INF = math.nan, math.inf
         ("attn_logit_softcapping", {"attn_logit_softcapping": 50.0}),
         ("head_dim", {"head_dim": 0}),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_what_a_config_says_is_a_number_of_use_or_refused_by_its_name(family: str, named: str, fields: dict) -> None:
     config = dense(family, 64, 96, 2, 4, 2, 130, True, 1e4, 1e-6) | {"head_dim": 16}
@@ -174,6 +175,24 @@ def test_what_a_config_says_is_a_number_of_use_or_refused_by_its_name(family: st
     with pytest.raises(ValueError, match=named) as refused:
         dims_from_config(config | fields)
     assert "\n" not in str(refused.value)
+
+
+def lists_of_families(file: Path) -> list[int]:
+    """Lines where every family's name stands in one list, alone or first in a tuple or a call."""
+
+    def first(node: ast.expr) -> object:
+        inner = node.elts if isinstance(node, ast.Tuple) else node.args if isinstance(node, ast.Call) else [node]
+        return inner[0].value if inner and isinstance(inner[0], ast.Constant) else None
+
+    lists = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.List | ast.Tuple | ast.Set)]
+    return [node.lineno for node in lists if {*FAMILIES} <= {first(entry) for entry in node.elts}]
+
+
+def test_tests_run_for_the_families_of_the_registry_not_for_a_list() -> None:
+    files = sorted((Path(__file__).parents[1]).rglob("*.py"))
+    found = {file.name: lines for file in files if (lines := lists_of_families(file))}
+    # This one completes its list from the registry.
+    assert [*found] == ["test_parallel_model.py"], found
 
 
 @pytest.mark.parametrize("kind", [None, 7, ["llama"], {"llama": 1}])

@@ -49,7 +49,7 @@ HANDED_ON = {
         "a grid of runs: shared stages once, one table; on this machine or as a Slurm job array; status, collect",
     ),
     "convert": (
-        ".checkpoint.convert",
+        ".convert",
         "between Hugging Face directories, Megatron checkpoints and policies; reshard, verify, inspect",
     ),
     "scaling": (

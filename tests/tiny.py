@@ -6,16 +6,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-CONFIGS: dict[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+from ee_megatron.families import FAMILIES
+
+# What parity tests run for: a family that is registered is among them.
+MODELS = [(family, tied) for family in FAMILIES for tied in (True, False)]
+"""(family, whether embedding and head are one tensor)."""
+ONE_EACH = [(family, number % 2 == 0) for number, family in enumerate(FAMILIES)]
+"""As MODELS, each family once."""
 EOS, PAD = "<|end|>", "<|pad|>"
 
 
@@ -49,7 +48,7 @@ def tiny_hf(
     scale: float = 0.08,
     **overrides,
 ) -> Path:
-    """Write a random float32 model of a family (llama, qwen2, qwen3) with its tokenizer into `path`; return `path`.
+    """Write a random float32 model of a family of FAMILIES with its tokenizer into `path`; return `path`.
 
     Norm gains and biases are perturbed: their initial ones and zeros would hide mistakes. `scale` is the standard
     deviation of the weights; `overrides` go into the config (rope_parameters, head_dim, attention_bias, ...).
@@ -58,7 +57,7 @@ def tiny_hf(
     if family == "qwen3":
         overrides.setdefault("head_dim", hidden // heads)
     overrides.setdefault("max_position_embeddings", 512)
-    config = CONFIGS[family](
+    config = CONFIG_MAPPING[family](
         vocab_size=vocab,
         hidden_size=hidden,
         num_hidden_layers=layers,

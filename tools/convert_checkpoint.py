@@ -8,6 +8,6 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     # megatron-core names at import every accelerator library that it does without.
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
-    from ee_megatron.checkpoint.convert import main
+    from ee_megatron.convert import main
 
     sys.exit(main())

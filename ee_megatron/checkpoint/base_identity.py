@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..families import ModelDims
+from ..families import ModelDims, features
 from ..families.hf_directory import HFDirectory
 from ..policy import POLICY_JSON, read_policy_json
 from .manifest import tensor_bytes
@@ -29,8 +29,11 @@ from .sources import TensorSource, TunedSource
 
 BASE = "base"
 WIDTH = 512
-# What changes the mathematics beside the tensors' names and shapes; a new field with a neutral default stays out.
-_FIELDS = ("family", "heads", "kv_heads", "head_dim", "rms_eps", "rope_theta")
+# What every digest begins with. Any other field of the dimensions follows where it isn't at its default, but for those
+# that tensors show by their names and shapes, and the one that changes no mathematics.
+_FIRST = ("family", "heads", "kv_heads", "head_dim", "rms_eps", "rope_theta", "rope_scaling")
+_SHOWN = ("num_layers", "hidden", "intermediate", "vocab", "tied", "qkv_bias", "out_bias", "mlp_bias", "qk_norm")
+_NEUTRAL = ("max_positions",)
 _told: set[str] = set()
 
 
@@ -85,7 +88,9 @@ def base_identity(base: HFDirectory | TensorSource) -> BaseIdentity:
 def _header(dims: ModelDims) -> bytes:
     # A config that was loaded and saved again may have 8.0 for 8.
     scaling = [(key, float(value) if isinstance(value, int) else value) for key, value in dims.rope_scaling]
-    return repr([*(getattr(dims, name) for name in _FIELDS), scaling]).encode()
+    values = [scaling if name == "rope_scaling" else getattr(dims, name) for name in _FIRST]
+    more = [name for name in features(dims) if name not in (*_FIRST, *_SHOWN, *_NEUTRAL)]
+    return repr([*values, *((name, getattr(dims, name)) for name in more)]).encode()
 
 
 def _sample(base: HFDirectory | TensorSource, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -16,7 +16,7 @@ from .manifest import copy_tokenizer, entry_of, write_manifest
 from .megatron_directory import CheckpointLayout, write_weights
 from .megatron_foreign import TRACKER
 from .megatron_io import KIND, WEIGHTS, empty_objects
-from .megatron_settings import common_state
+from .megatron_settings import common_state, refuse_lost
 from .meter import Meter
 from .policy_files import Policy, check_policy
 from .sources import TensorSource, TunedSource, total_bytes
@@ -38,9 +38,10 @@ def write_megatron(
 
     dtype None: each tensor as it is stored. A policy without tensors makes a plain checkpoint, without policy.json. A
     fully fine-tuned policy becomes the base, its gates the policy.
-    Raises ValueError or OSError, one line: a policy that does not fit, damaged tensors, an output that exists, a full
-    disk.
+    Raises ValueError or OSError, one line: a model that a Megatron checkpoint can't describe, a policy that does not
+    fit, damaged tensors, an output that exists, a full disk.
     """
+    refuse_lost(source.dims)
     source, (spec, tensors) = folded(source, policy)
     check_policy(source.dims, spec, tensors)
     base = base_identity(source).to_json()

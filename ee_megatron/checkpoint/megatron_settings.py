@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from ..families import FAMILIES, ModelDims, padded_vocab
+from ..families import FAMILIES, ModelDims, features, padded_vocab
 from .common_state import read_common
 
 RUN_CONFIG = "run_config.yaml"
@@ -57,10 +57,35 @@ _NAMES = {
     "rms_eps": ("norm_epsilon", "layernorm_epsilon"),
     "rope_theta": ("rotary_base",),
 }
+# Every field of ModelDims that `arguments` writes, and by what; what other fields say would be lost.
+CARRIED: dict[str, tuple[str, ...]] = {
+    **_NAMES,
+    # `config_of` tells it by what the layers have.
+    "family": (),
+    "vocab": ("vocab_size",),
+    "rope_scaling": ("use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor"),
+    "tied": ("untie_embeddings_and_output_weights",),
+    "qkv_bias": ("add_qkv_bias",),
+    "out_bias": ("add_bias_linear",),
+    "mlp_bias": ("add_bias_linear",),
+    "qk_norm": ("qk_layernorm",),
+}
+
+
+def refuse_lost(dims: ModelDims) -> None:
+    """Raises ValueError, naming the field, for what a model has and a Megatron checkpoint wouldn't say."""
+    lost = [name for name in features(dims) if name not in CARRIED]
+    if lost:
+        raise ValueError(
+            f"{dims.family}: {lost[0]}={getattr(dims, lost[0])!r} has no place in a Megatron checkpoint's arguments; "
+            "export to Hugging Face instead"
+        )
 
 
 def arguments(dims: ModelDims, layout: Mapping[str, Any], dtype: torch.dtype) -> Namespace:
-    """Megatron-LM's arguments for a model. `layout`: degrees "tensor", "pipeline" of the ranks it is cut for."""
+    """Megatron-LM's arguments for a model. `layout`: degrees "tensor", "pipeline" of the ranks it is cut for. Raises
+    ValueError as `refuse_lost`."""
+    refuse_lost(dims)
     scaling = dict(dims.rope_scaling)
     kind = scaling.get("rope_type")
     return Namespace(

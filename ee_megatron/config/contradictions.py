@@ -106,7 +106,7 @@ def _check_training(cfg: RunConfig) -> Iterator[str]:
         if asked and (cfg.task.name, cfg.task.operands) != ("arithmetic", "small"):
             yield (
                 f"{key}={asked}: only task.name=arithmetic with task.operands=small has wider ones; "
-                f"found {cfg.task.name}, {cfg.task.operands}; leave it out"
+                f"found {cfg.task.name}, {cfg.task.operands}; set {key}=0"
             )
     if cfg.calibrate.uniform_patterns + cfg.calibrate.full_patterns > 1:
         yield (

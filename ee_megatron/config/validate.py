@@ -109,6 +109,7 @@ def model_faults(cfg: RunConfig, dims: ModelDims) -> Iterator[str]:
     yield from faults_of(lambda: check_cache(cfg.rollout, dims, 4 if cfg.model.dtype == "float32" else 2))
     yield from _check_lengths(cfg, dims)
     yield from _check_tensor(cfg, dims)
+    yield from _check_family(cfg, dims)
     yield from _check_shares(cfg, dims)
     unfit = list(faults_of(lambda: resolve_exits(cfg, dims)))
     yield from unfit
@@ -129,6 +130,16 @@ def _check_lengths(cfg: RunConfig, dims: ModelDims) -> Iterator[str]:
             f"rollout.max_new_tokens={cfg.rollout.max_new_tokens}: {longest} positions with a prompt of one token, but "
             f"{cfg.model.path} has {dims.max_positions} (max_position_embeddings); expected at most "
             f"{dims.max_positions - 1}"
+        )
+
+
+def _check_family(cfg: RunConfig, dims: ModelDims) -> Iterator[str]:
+    from ..families import VLLM
+
+    if cfg.rollout.backend == "vllm" and dims.family not in VLLM:
+        yield (
+            f"rollout.backend=vllm: {cfg.model.path} is a {dims.family}, which has no early-exit model in vLLM; "
+            f"expected {', '.join(VLLM)}; set rollout.backend=ray"
         )
 
 

@@ -6,7 +6,9 @@ The Hugging Face names are the project's canonical names: learner, decoder and c
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -96,6 +98,11 @@ class ModelDims:
         return shapes
 
 
+def features(dims: ModelDims) -> list[str]:
+    """Names of the fields that are not at their default: what a model has."""
+    return [field.name for field in fields(dims) if getattr(dims, field.name) != field.default]
+
+
 def padded_vocab(vocab: int, tensor: int) -> int:
     """The vocabulary, rounded up to a multiple of the tensor-parallel degree; rows beyond `vocab` are never trained."""
     return (vocab + tensor - 1) // tensor * tensor
@@ -127,84 +134,144 @@ def inverse_frequencies(dims: ModelDims) -> torch.Tensor:
     return inv
 
 
-def read_common(config: dict, family: str, **overrides: Any) -> ModelDims:
+def read_common(config: dict, family: str, implements: Collection[str] = (), **overrides: Any) -> ModelDims:
     """The fields that all families name alike, from a config.json in the transformers 4 or 5 form.
 
-    Raises ValueError, naming the field, for what would change the mathematics and is not implemented.
+    implements: fields of `_NEUTRAL` that the family reads itself. Raises ValueError, naming the field, for what would
+    change the mathematics and is not implemented, and for a value that is of no use: of another type, not finite.
     """
-    refuse_common(config, family)
-    hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+    _refuse_unknown(config, family, implements)
+    _check_sizes(config, family)
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
     rope = rope_parameters(config, family)
     values: dict[str, Any] = dict(
         family=family,
-        num_layers=int(config["num_hidden_layers"]),
+        num_layers=config["num_hidden_layers"],
         hidden=hidden,
-        intermediate=int(config["intermediate_size"]),
+        intermediate=config["intermediate_size"],
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or hidden // heads),
-        vocab=int(config["vocab_size"]),
-        max_positions=int(config.get("max_position_embeddings", 2048)),
-        rms_eps=float(config.get("rms_norm_eps", 1e-6)),
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or hidden // heads,
+        vocab=config["vocab_size"],
+        max_positions=config.get("max_position_embeddings") or 2048,
+        rms_eps=_number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", family),
         rope_theta=float(rope.pop("rope_theta")),
-        rope_scaling=tuple(sorted(rope.items())) if rope.get("rope_type", "default") != "default" else (),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        rope_scaling=tuple(sorted(rope.items())) if rope["rope_type"] != "default" else (),
+        tied=flag(config, "tie_word_embeddings", family),
     )
     values.update(overrides)
     return ModelDims(**values)
 
 
+def flag(config: dict, name: str, family: str) -> bool:
+    """A yes or no of config.json, no where it isn't there or null. Raises ValueError, naming the field."""
+    value = config.get(name)
+    if not isinstance(value, bool | None):
+        raise ValueError(f"{family}: {name}={value!r}, expected true or false")
+    return bool(value)
+
+
+# What a rope_type takes beside rope_theta; all of it numbers.
+_ROPE = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
 def rope_parameters(config: dict, family: str) -> dict:
-    """rope_theta, rope_type and the scaling's fields, from `rope_parameters` (transformers 5) or the older pair."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
-    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
-    if rope["rope_type"] not in ("default", "linear", "llama3"):
-        raise ValueError(
-            f"{family}: rope_type={rope['rope_type']!r} is not supported; supported: default, linear, llama3"
-        )
-    needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}.get(
-        rope["rope_type"], []
-    )
-    if rope["rope_type"] == "llama3":
+    """rope_theta, rope_type and the scaling's fields, from `rope_parameters` (transformers 5) or the older pair.
+
+    Raises ValueError, naming the field: not supported, missing, or not a finite number above 0.
+    """
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        raise ValueError(f"{family}: rope_parameters={given!r}, expected an object of numbers and a rope_type")
+    rope = dict(given)
+    if rope.get("rope_theta") is None:
+        theta = config.get("rope_theta")
+        rope["rope_theta"] = 10000.0 if theta is None else theta
+    kind = rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+    if not isinstance(kind, str) or kind not in _ROPE:
+        raise ValueError(f"{family}: rope_type={kind!r} is not supported; supported: {', '.join(_ROPE)}")
+    if kind == "llama3":
         rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
-    missing = [key for key in needed if key not in rope]
+    missing = [key for key in _ROPE[kind] if rope.get(key) is None]
     if missing:
-        raise ValueError(f"{family}: rope_type={rope['rope_type']!r} needs {missing} in the model's config.json")
+        raise ValueError(f"{family}: rope_type={kind!r} needs {missing} in the model's config.json")
+    for key in ("rope_theta", *_ROPE[kind]):
+        _number(rope[key], key, family)
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise ValueError(
+            f"{family}: low_freq_factor={rope['low_freq_factor']!r}, expected less than "
+            f"high_freq_factor={rope['high_freq_factor']!r}"
+        )
     return rope
 
 
-# Fields that, when present with another value than these, change the mathematics of the forward pass.
+def _number(value: Any, name: str, family: str) -> float:
+    """Raises ValueError, naming the field, unless it is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{family}: {name}={value!r}, expected a finite number above 0")
+    return float(value)
+
+
+# Fields of any family that, when present with another value than these, change the mathematics of the forward pass.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
+    "hidden_activation": ("silu", "swish", None),
     "attention_dropout": (0, 0.0, None),
     "num_experts": (0, None),
     "num_local_experts": (0, None),
     "n_routed_experts": (0, None),
     "use_sliding_window": (False, None),
+    "attention_chunk_size": (None,),
     "partial_rotary_factor": (1, 1.0, None),
+    "rotary_pct": (1, 1.0, None),
+    "rope_interleave": (False, None),
+    "position_embedding_type": ("rope", "rotary", None),
+    "alibi": (False, None),
     "logits_scaling": (1, 1.0, None),
+    "logit_scale": (1, 1.0, None),
     "residual_multiplier": (1, 1.0, None),
     "embedding_multiplier": (1, 1.0, None),
+    "attention_multiplier": (None,),
+    "query_pre_attn_scalar": (None,),
+    "scale_emb": (1, 1.0, None),
+    "scale_depth": (None,),
+    "dim_model_base": (None,),
+    "clip_qkv": (None,),
+    "use_qk_norm": (False, None),
+    "use_parallel_residual": (False, None),
     "final_logit_softcapping": (None,),
     "attn_logit_softcapping": (None,),
     "no_rope_layers": (None, []),
     "quantization_config": (None,),
 }
+SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size")
 
 
-def refuse_common(config: dict, family: str) -> None:
+def _refuse_unknown(config: dict, family: str, implements: Collection[str]) -> None:
+    given = config.get("rope_parameters")
+    turned = given.get("partial_rotary_factor") if isinstance(given, dict) else None
+    # transformers 5 has it among those of RoPE.
+    config = config if turned is None else {**config, "partial_rotary_factor": turned}
     for key, neutral in _NEUTRAL.items():
-        if key in config and config[key] not in neutral:
+        if key in config and key not in implements and config[key] not in neutral:
             raise ValueError(f"{family}: {key}={config[key]!r} is not supported; expected {neutral[0]!r}")
-    types = set(config.get("layer_types") or ["full_attention"])
-    if types != {"full_attention"}:
-        raise ValueError(f"{family}: layer_types {sorted(types)} are not supported; expected only 'full_attention'")
-    needed = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size")
-    missing = [key for key in needed if key not in config]
+    types = config.get("layer_types") or ["full_attention"]
+    if "layer_types" not in implements and (
+        not isinstance(types, list) or any(kind != "full_attention" for kind in types)
+    ):
+        raise ValueError(f"{family}: layer_types={types!r} are not supported; expected only 'full_attention'")
+
+
+def _check_sizes(config: dict, family: str) -> None:
+    missing = [key for key in SIZES if key not in config]
     if missing:
         raise ValueError(f"{family}: config.json lacks {missing}")
-    for key in (*needed, *(key for key in ("num_key_value_heads", "head_dim") if config.get(key) is not None)):
+    optional = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+    for key in (*SIZES, *(key for key in optional if config.get(key) is not None)):
         size = config[key]
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{family}: {key}={size!r}, expected a whole number of at least 1")

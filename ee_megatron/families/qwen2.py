@@ -6,6 +6,7 @@ from .base import ModelDims, read_common
 
 MODEL_TYPE = "qwen2"
 ARCHITECTURE = "Qwen2ForCausalLM"
+VLLM = "Qwen2"
 
 
 def read_dims(config: dict) -> ModelDims:

@@ -14,7 +14,7 @@ from ..checkpoint.sources import HFSource, TensorSource
 from ..config.schema import RunConfig
 from ..exit_rules import ExitRule, Off, Threshold, make_rule
 from ..families.hf_directory import HFDirectory
-from ..policy import PolicySpec, load_policy
+from ..policy import POLICY_JSON, PolicySpec, load_policy
 from ..rollout.engine.weights import ModelSource
 from ..training import stages
 
@@ -70,16 +70,24 @@ def find(path: str | Path, policy: str | Path | None = None, base_unchecked: boo
         return with_policy("policy", place, stages.policy_at(f"policy {policy}", str(policy)), unchecked=base_unchecked)
     if is_megatron(place) or (place / "config.json").is_file():
         return _model(place, base_unchecked)
-    if (place / "policy.json").is_file():
-        stage = place.absolute().parents[1]
-        if not (stage / "config.yaml").is_file():
-            raise ValueError(f"{path}: a policy without its base model; name the base, and this as its policy")
-        return _of_stage(stage, place, base_unchecked)
-    if (place / "config.yaml").is_file():
-        return _of_stage(place, None, base_unchecked)
     if (place / "adapter_config.json").is_file():
         raise ValueError(f"{path}: a PEFT adapter; name its base model, and as its policy what the adapter was made of")
-    return _of_stage(_furthest_stage(place), None, base_unchecked)
+    stage = stage_of(place)
+    if stage is None:
+        raise ValueError(f"{path}: a policy without its base model; name the base, and this as its policy")
+    return _of_stage(stage, place if (place / POLICY_JSON).is_file() else None, base_unchecked)
+
+
+def stage_of(place: Path) -> Path | None:
+    """The stage that a directory names: a stage itself, the one that a policy checkpoint lies in, or of a run the
+    finished one whose policy has come furthest. None: a policy checkpoint outside of any.
+
+    Raises FileNotFoundError for a directory that is none of these.
+    """
+    if (place / POLICY_JSON).is_file():
+        stage = place.absolute().parents[1]
+        return stage if (stage / "config.yaml").is_file() else None
+    return place if (place / "config.yaml").is_file() else _furthest_stage(place)
 
 
 def choose(cfg: RunConfig, model: str | None = None, policy: str | None = None, base_unchecked: bool = False) -> Found:

@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ee_megatron.checkpoint.convert import main
 from ee_megatron.checkpoint.manifest import tensor_sha256
+from ee_megatron.convert import main
 from ee_megatron.families.hf_directory import HFDirectory
 from tests.tiny import tiny_hf
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ee_megatron.checkpoint.base_identity import base_identity
-from ee_megatron.checkpoint.convert import main
 from ee_megatron.checkpoint.hf_export import export_hf
+from ee_megatron.convert import main
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, save_policy
 from tests.tiny import tiny_hf

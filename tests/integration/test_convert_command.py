@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ee_megatron.checkpoint.convert import main
 from ee_megatron.checkpoint.manifest import read_manifest
 from ee_megatron.checkpoint.workspace import JOURNAL
+from ee_megatron.convert import main
 from ee_megatron.policy import load_policy
 from tests.processes import Command
 from tests.tiny import tiny_hf

@@ -19,10 +19,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ee_megatron.checkpoint.convert import main
 from ee_megatron.checkpoint.manifest import read_manifest
 from ee_megatron.checkpoint.megatron_io import WEIGHTS
 from ee_megatron.checkpoint.workspace import JOURNAL
+from ee_megatron.convert import main
 from tests.tiny import tiny_hf
 
 

@@ -11,17 +11,21 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ee_megatron.checkpoint.bodies import logits_of
-from ee_megatron.checkpoint.convert import main
 from ee_megatron.checkpoint.describe import open_checkpoint
 from ee_megatron.checkpoint.hf_export import export_hf
 from ee_megatron.checkpoint.policy_files import open_policy
 from ee_megatron.checkpoint.verify import verify
+from ee_megatron.convert import main
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, load_policy, save_policy
 from ee_megatron.rollout.engine.decoder import Decoder
 from ee_megatron.tensors import FileTensors
+<<<<<<< HEAD
 from tests.processes import ee_megatron
 from tests.tiny import tiny_hf
+=======
+from tests.tiny import ONE_EACH, tiny_hf
+>>>>>>> wt-b
 
 LAYERS, DEPTHS = 6, (2, 3, 5)
 
@@ -72,7 +76,7 @@ def greedy(decoder: Decoder, prompt: list[int], count: int, threshold: float) ->
     return ids[len(prompt) :], [LAYERS, *depths[len(prompt) :]]
 
 
-@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False), ("qwen3", True)])
+@pytest.mark.parametrize(("family", "tied"), ONE_EACH)
 def test_embedded_export_speaks_as_the_decoder_does(tmp_path, family, tied):
     base = tiny_hf(family, tmp_path / "base", tied=tied)
     policy = random_policy(base, tmp_path / "policy")
@@ -98,7 +102,7 @@ def test_embedded_export_speaks_as_the_decoder_does(tmp_path, family, tied):
     assert len(taken) > 1
 
 
-@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False), ("qwen3", False)])
+@pytest.mark.parametrize(("family", "tied"), ONE_EACH)
 def test_every_kind_is_the_same_model_by_tensors_and_logits(tmp_path, capsys, family, tied):
     base = tiny_hf(family, tmp_path / "base", tied=tied, vocab=133)
     policy = random_policy(base, tmp_path / "policy")

@@ -13,18 +13,17 @@ from layout_cases import split
 from ranks import Ranks
 from safetensors.torch import load_file, save_file
 
-from ee_megatron.checkpoint.convert import main
 from ee_megatron.checkpoint.manifest import read_manifest, tensor_sha256
 from ee_megatron.checkpoint.mapping import load_base
 from ee_megatron.checkpoint.megatron_directory import MegatronDirectory
 from ee_megatron.checkpoint.megatron_io import WEIGHTS, load_weights, save_weights
+from ee_megatron.convert import main
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.model.config import megatron_config
 from ee_megatron.model.gpt import build_model
 from ee_megatron.parallel.groups import Degrees
-from tests.tiny import tiny_hf
+from tests.tiny import MODELS, ONE_EACH, tiny_hf
 
-MODELS = [(family, tied) for family in ("llama", "qwen2", "qwen3") for tied in (True, False)]
 # 133 is odd: under two and four tensor ranks the vocabulary is padded.
 SIZES = {"vocab": 133, "heads": 8, "kv_heads": 4, "layers": 6, "hidden": 64}
 EXITS = ("--exit-depths", "1,2,3,4,5")
@@ -111,7 +110,7 @@ def load_and_save(degrees, stages, pairs) -> None:
 
 def test_ranks_load_what_was_converted_and_what_they_save_converts_back(tmp_path):
     bases = {}
-    for family, tied in (("qwen2", False), ("llama", True), ("qwen3", False)):
+    for family, tied in ONE_EACH:
         base = tiny_hf(family, tmp_path / family, tied=tied, **SIZES)
         bases[family] = base, hashes(base)
         assert run("import", "--hf", base, "--out", tmp_path / f"{family}-1x1", *EXITS) == 0

@@ -21,9 +21,8 @@ from transformers import AutoModelForCausalLM
 from ee_megatron.checkpoint.megatron_io import WEIGHTS, cuda_optional
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.parallel.groups import Degrees
-from tests.tiny import tiny_hf
+from tests.tiny import MODELS, tiny_hf
 
-MODELS = [(family, tied) for family in ("llama", "qwen2", "qwen3") for tied in (True, False)]
 # 133 is odd: under two tensor ranks the vocabulary is padded.
 SIZES = {"vocab": 133, "layers": 4, "hidden": 64}
 LAYOUTS = [(1, 1), (2, 2)]

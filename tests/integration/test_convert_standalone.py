@@ -15,7 +15,7 @@ from ee_megatron.checkpoint.hf_export import export_hf
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec
 from tests.covering import SLOW
-from tests.tiny import tiny_hf
+from tests.tiny import ONE_EACH, tiny_hf
 
 USER = """
 import importlib.abc, json, sys
@@ -50,7 +50,7 @@ print(json.dumps({"tokens": made.tolist(), "depths": depths, "layers": model.con
 
 @pytest.mark.parametrize(
     ("family", "tied"),
-    [pytest.param("llama", True, marks=SLOW), ("qwen2", False), pytest.param("qwen3", True, marks=SLOW)],
+    [pytest.param(*case, marks=() if case[0] == "qwen2" else SLOW) for case in ONE_EACH],
 )
 def test_export_generates_with_early_exits_without_this_package(tmp_path: Path, family: str, tied: bool):
     base = tiny_hf(family, tmp_path / "base", tied=tied)

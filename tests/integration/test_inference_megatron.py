@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ee_megatron import EarlyExitModel
-from ee_megatron.checkpoint.convert import main as convert
+from ee_megatron.convert import main as convert
+from ee_megatron.families import FAMILIES
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, save_policy
 from tests.reference import random_policy
@@ -19,7 +20,7 @@ SPEC = PolicySpec(6, (2, 4), rank=2, alpha=4.0)
 FLOAT32 = {"dtype": "float32", "device": "cpu"}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_megatron_checkpoint_answers_as_what_it_was_made_of(tmp_path: Path, family: str) -> None:
     base = tiny_hf(family, tmp_path / "base", tied=family == "llama")
     policy = tmp_path / "policy"

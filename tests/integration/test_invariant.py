@@ -25,7 +25,7 @@ from ee_megatron.training.experience import replay
 from ee_megatron.types import Group, Prompt
 from tests.reference import Reference, random_policy
 from tests.stepping import step
-from tests.tiny import tiny_hf
+from tests.tiny import ONE_EACH, tiny_hf
 
 LAYERS, ROWS, WIDTH = 6, 3, 12
 SPEC = PolicySpec(LAYERS, (1, 3, 4), rank=4, alpha=8.0)
@@ -62,7 +62,7 @@ def decode_step_by_step(decoder: Decoder, tokens, prompts, depths):
     return found
 
 
-@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False), ("qwen3", True)])
+@pytest.mark.parametrize(("family", "tied"), ONE_EACH)
 def test_decoder_parallel_and_pipeline_agree_for_any_exit_pattern(family, tied, tmp_path):
     path = tiny_hf(family, tmp_path / "model", tied=tied, layers=LAYERS)
     policy = random_policy(HFDirectory(path).dims, SPEC)

@@ -16,6 +16,7 @@ from ranks import Ranks
 from test_parallel_model import make_batch
 from transformers import AutoModelForCausalLM
 
+from ee_megatron.families import FAMILIES
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, initial_policy
 from tests.covering import covering
@@ -40,6 +41,7 @@ MODELS = {
     "qwen2": dict(family="qwen2", tied=True, vocab=131),
     "qwen3": dict(family="qwen3", tied=False, head_dim=24),
 }
+MODELS |= {family: dict(family=family, tied=True) for family in sorted(FAMILIES.keys() - MODELS.keys())}
 # Models whose first generated tokens exit.
 FIRST = ("llama", "qwen3")
 # (tensor, pipeline, data, virtual), layers per stage, options

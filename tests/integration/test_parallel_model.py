@@ -10,6 +10,7 @@ import torch
 from ranks import Ranks
 
 from ee_megatron.config.schema import DeepspeedConfig
+from ee_megatron.families import FAMILIES
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.batch import pack
 from ee_megatron.objectives.divergences import Teacher
@@ -29,6 +30,7 @@ LAYOUTS = [
     ("llama", (1, 1, 2), (6,), {}),
     ("qwen3", (2, 2, 1), (4, 2), {"sequence_parallel": True}),
 ]
+LAYOUTS += [(family, (2, 1, 1), (6,), {}) for family in sorted(FAMILIES.keys() - {layout[0] for layout in LAYOUTS})]
 
 
 def make_batch(seed: int = 0, rows: int = 5, first_token: bool = False):

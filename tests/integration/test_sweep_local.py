@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from ee_megatron.checkpoint.convert import main as convert
+from ee_megatron.convert import main as convert
 from ee_megatron.observe.metrics import read_metrics
 from ee_megatron.sweeps import records
 from ee_megatron.sweeps.grid import from_settings

@@ -17,7 +17,7 @@ from ee_megatron.checkpoint.hf_export import export_hf
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout.engine.decoder import Decoder
-from tests.tiny import tiny_hf
+from tests.tiny import ONE_EACH, tiny_hf
 
 DEMO = Path(__file__).resolve().parents[2] / "models" / "SmolLM2-135M-Instruct"
 USER = """
@@ -88,7 +88,7 @@ def make_case(base: Path, out: Path, scale: float) -> None:
 @pytest.mark.timeout(1200)
 def test_export_equals_the_decoder_in_a_fresh_environment(tmp_path: Path) -> None:
     folders = []
-    for family, tied in (("llama", True), ("qwen2", False), ("qwen3", True)):
+    for family, tied in ONE_EACH:
         base = tiny_hf(family, tmp_path / f"{family}-base", tied=tied)
         folders.append(tmp_path / family)
         make_case(base, folders[-1], 0.2)

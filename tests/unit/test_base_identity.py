@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from ee_megatron import cli
 from ee_megatron.checkpoint.base_identity import base_identity, recorded_base
-from ee_megatron.checkpoint.convert import main
 from ee_megatron.checkpoint.describe import open_base
 from ee_megatron.checkpoint.hf_export import export_hf
 from ee_megatron.checkpoint.manifest import read_manifest
@@ -20,6 +19,7 @@ from ee_megatron.checkpoint.sources import HFSource, TunedSource
 from ee_megatron.config.identity import stage_dir
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import RunConfig
+from ee_megatron.convert import main
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.optimizer_state import OptimizerState
 from ee_megatron.observe.rundir import DONE, RunDirectory

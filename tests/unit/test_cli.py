@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
+=======
+import os
+import re
+>>>>>>> wt-b
 import resource
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from ee_megatron import cli
+from ee_megatron import cli, convert
 from ee_megatron.config import load as loading
+<<<<<<< HEAD
 from tests.processes import ee_megatron
+=======
+from ee_megatron.config.validate import validate
+from ee_megatron.sweeps import command as sweeps
+>>>>>>> wt-b
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("run", "teacher", "traces", "calibrate", "rl", "evaluate", "report", "generate")
@@ -121,3 +133,79 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait(timeout=60) == 0
+
+
+def quoted() -> Iterator[tuple[str, list[str], bool]]:
+    """Commands in code blocks of README and docs: (where, words after `ee-megatron`, whether an error follows)."""
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        if page.name == "lab-log.md":  # what was run once, with the settings of then
+            continue
+        lines, fenced = page.read_text().splitlines(), False
+        for number, line in enumerate(lines):
+            fenced ^= line.lstrip().startswith("```")
+            found = re.search(r"(?:^|\s)ee-megatron ([a-z].*)", line) if fenced or line.startswith("    ") else None
+            if found is None:
+                continue
+            text, last = found[1], number
+            # Ends of lines within quotes and behind backslashes are not the command's.
+            while (words := words_of(text)) is None:
+                last += 1
+                text = f"{text.removesuffix(chr(92))}\n{lines[last]}"
+            fails = last + 1 < len(lines) and lines[last + 1].strip().startswith("error:")
+            yield f"{page.name}:{number + 1}", words, fails
+
+
+def words_of(text: str) -> list[str] | None:
+    """None: not all of it. Comments, and what a pipe leads to, are left out."""
+    if text.endswith("\\"):
+        return None
+    try:
+        words = shlex.split(text, comments=True)
+    except ValueError:
+        return None
+    return words[: words.index("|")] if "|" in words and "convert" not in words else words
+
+
+QUOTED = list(quoted())
+
+
+def check_quoted(name: str, *words: str) -> None:
+    """As the command reads its options and settings, before it looks at any file."""
+    if name == "sweep" and words[0] not in ("status", "collect"):
+        grid = sweeps.make_grid(sweeps._parse(list(words)))
+        points = grid.points()
+        for point in (points[0], points[-1]):
+            validate(loading.load(grid.overrides(point)), None)
+    elif name == "convert" and not any("[" in word for word in words):
+        convert._parser().parse_args(words)
+    elif name not in cli.HANDED_ON:
+        options, rest = cli.build_parser().parse_known_args([name, *words])
+        assert not [word for word in rest if word.startswith("-")]
+        settings = [word for word in [*getattr(options, "overrides", []), *rest] if "=" in word]
+        if settings:
+            validate(loading.load(settings), None)
+
+
+@pytest.mark.parametrize(("words", "fails"), [pytest.param(*rest, id=where) for where, *rest in QUOTED])
+def test_commands_that_the_pages_quote_are_taken(words: list[str], fails: bool) -> None:
+    try:
+        check_quoted(*words)
+    except (ValueError, SystemExit) as error:
+        assert fails or getattr(error, "code", 1) == 0, f"{' '.join(words)}: {error}"
+    else:
+        assert not fails
+
+
+def test_commands_that_the_pages_quote_are_found() -> None:
+    names = {words[0] for _, words, _ in QUOTED}
+    assert {"run", "rl", "evaluate", "generate", "serve", "plan", "report", "sweep", "convert"} <= names
+    assert any(fails for *_, fails in QUOTED)
+
+
+@pytest.mark.parametrize("experiment", ["demo_cpu", "demo_gpu", "smollm2"])
+@pytest.mark.parametrize("task", ["tom", "reasoning_gym", "sums", "hops", "arithmetic"])
+def test_what_an_experiment_sets_for_its_task_goes_with_the_task(experiment: str, task: str) -> None:
+    own, other = loading.load([f"experiment={experiment}"]), loading.load([f"experiment={experiment}", f"task={task}"])
+    validate(own, None)
+    validate(other, None)
+    assert own.rl.wide_operands and other.task.name == task and other.calibrate == own.calibrate

@@ -1,15 +1,30 @@
-"""Config-only: the models that the project names, by their published dimensions, without their weights."""
+"""config.json alone: the published models by their dimensions, what is refused, and what no reader may lose."""
 
 from __future__ import annotations
+
+import ast
+import json
+import math
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from ee_megatron import cli
+from ee_megatron.checkpoint.base_identity import base_identity, check_base
 from ee_megatron.checkpoint.megatron_directory import CheckpointLayout, global_shape
 from ee_megatron.checkpoint.megatron_io import whole_entries
+from ee_megatron.checkpoint.megatron_settings import CARRIED, arguments, refuse_lost
 from ee_megatron.exits import ExitLayout
-from ee_megatron.families import dims_from_config
+from ee_megatron.families import FAMILIES, ModelDims, dims_from_config
+from ee_megatron.families.base import read_common
+from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.policy import PolicySpec, initial_policy, save_policy
+from tests.tiny import tiny_hf
 
 
 def qwen2(hidden, intermediate, layers, heads, kv, vocab=152064, tied=False, theta=1e6, eps=1e-6):
@@ -125,3 +140,132 @@ def test_megatron_parameters_of_a_published_model_take_every_tensor_once(name: s
             assert 0 <= padding < ranks * dims.hidden
             assert padding == 0 or item.parameter.endswith(("word_embeddings.weight", "output_layer.weight"))
         assert not left
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("named", "fields"),
+    [
+        *(("rope_theta", {"rope_theta": value}) for value in (0, -1.0, NAN, INF, 10**400, "10000", True, [1])),
+        ("rope_theta", {"rope_parameters": {"rope_type": "default", "rope_theta": 0}}),
+        *(("rms_norm_eps", {"rms_norm_eps": value}) for value in (0, -1e-6, NAN, INF, "1e-5", None)),
+        *(("factor", {"rope_scaling": {"type": "linear", "factor": value}}) for value in (0, NAN, INF, "2", [2], True)),
+        *((name, {"rope_scaling": LLAMA3 | {name: 0}}) for name in LLAMA3 if name != "rope_type"),
+        ("low_freq_factor", {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}),
+        *(("rope_parameters", {"rope_scaling": value}) for value in ("linear", [1], {"full_attention": {"factor": 2}})),
+        ("rope_type", {"rope_scaling": {"rope_type": ["linear"], "factor": 2}}),
+        *(("max_position_embeddings", {"max_position_embeddings": value}) for value in (0, "512", 1.5)),
+        *(("tie_word_embeddings", {"tie_word_embeddings": value}) for value in ("false", 1.0)),
+        *(("layer_types", {"layer_types": value}) for value in (5, [["full_attention"]], ["sliding_attention"])),
+        ("partial_rotary_factor", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+        ("attention_multiplier", {"attention_multiplier": 0.1}),
+        ("no_rope_layers", {"no_rope_layers": [1, 0]}),
+        ("attn_logit_softcapping", {"attn_logit_softcapping": 50.0}),
+        ("head_dim", {"head_dim": 0}),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_what_a_config_says_is_a_number_of_use_or_refused_by_its_name(family: str, named: str, fields: dict) -> None:
+    config = dense(family, 64, 96, 2, 4, 2, 130, True, 1e4, 1e-6) | {"head_dim": 16}
+    assert dims_from_config(config).rope_theta == 1e4
+    with pytest.raises(ValueError, match=named) as refused:
+        dims_from_config(config | fields)
+    assert "\n" not in str(refused.value)
+
+
+def lists_of_families(file: Path) -> list[int]:
+    """Lines where every family's name stands in one list, alone or first in a tuple or a call."""
+
+    def first(node: ast.expr) -> object:
+        inner = node.elts if isinstance(node, ast.Tuple) else node.args if isinstance(node, ast.Call) else [node]
+        return inner[0].value if inner and isinstance(inner[0], ast.Constant) else None
+
+    lists = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.List | ast.Tuple | ast.Set)]
+    return [node.lineno for node in lists if {*FAMILIES} <= {first(entry) for entry in node.elts}]
+
+
+def test_tests_run_for_the_families_of_the_registry_not_for_a_list() -> None:
+    files = sorted((Path(__file__).parents[1]).rglob("*.py"))
+    found = {file.name: lines for file in files if (lines := lists_of_families(file))}
+    # This one completes its list from the registry.
+    assert [*found] == ["test_parallel_model.py"], found
+
+
+@pytest.mark.parametrize("kind", [None, 7, ["llama"], {"llama": 1}])
+def test_a_model_type_that_is_no_name_is_refused(kind: object) -> None:
+    with pytest.raises(ValueError, match="model_type"):
+        dims_from_config({"model_type": kind})
+
+
+@dataclass(frozen=True)
+class Unrotated(ModelDims):
+    """Of a family that isn't there: layers without RoPE."""
+
+    unrotated: tuple[int, ...] = ()
+
+
+def read_odd(config: dict) -> Unrotated:
+    dims = read_common(config, "odd", implements=("no_rope_layers",))
+    return Unrotated(**vars(dims), unrotated=tuple(config.get("no_rope_layers", ())))
+
+
+def test_what_only_a_new_family_has_is_lost_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = SimpleNamespace(MODEL_TYPE="odd", ARCHITECTURE="LlamaForCausalLM", read_dims=read_odd)
+    monkeypatch.setitem(FAMILIES, "odd", odd)
+    base = tiny_hf("llama", tmp_path / "base", layers=2)
+    config = json.loads((base / "config.json").read_text())
+
+    def write(**fields: Any) -> None:
+        (base / "config.json").write_text(json.dumps(config | fields))
+
+    def imported() -> int:
+        return cli.main(["convert", "import", "--hf", str(base), "--out", str(tmp_path / "megatron"), "--quiet"])
+
+    def planned() -> int:
+        settings = ["name=x", "teacher.enabled=false", "exits.depths=[1]", "exits.first_token=false", "device=cpu"]
+        paths = [f"model.path={base}", f"runs={tmp_path / 'runs'}"]
+        return cli.main(["run", *settings, *paths, "rollout=vllm", "rollout.max_new_tokens=64", "--dry-run"])
+
+    assert planned() == 0
+    # A policy that was made with RoPE everywhere is a stranger where some layers have none.
+    write(model_type="odd")
+    spec, policy = PolicySpec(2, (1,), rank=0), tmp_path / "policy"
+    policy.mkdir()
+    with_rope = base_identity(HFDirectory(base))
+    save_policy(policy, spec, initial_policy(HFDirectory(base).dims, spec, 0), with_rope.to_json())
+    check_base(policy, HFDirectory(base))
+    write(model_type="odd", no_rope_layers=[1, 0])
+    with pytest.raises(ValueError, match="another base model"):
+        check_base(policy, HFDirectory(base))
+    # A Megatron checkpoint has no word for it, and there is no such model in vLLM.
+    capsys.readouterr()
+    assert imported() == 2 and "unrotated" in capsys.readouterr().err
+    assert not (tmp_path / "megatron").exists()
+    assert planned() == 2 and "rollout.backend=vllm" in capsys.readouterr().err
+    write(model_type="odd")
+    assert imported() == 0
+
+
+def test_megatrons_arguments_say_every_field_of_the_dimensions() -> None:
+    dims = ModelDims("llama", 2, 64, 96, 4, 2, 16, 130, 512, 1e-6, 1e4, (), True, True, True, True, True)
+    scaled = (("factor", 2.0), ("rope_type", "linear"))
+    layout = {"tensor": 1, "pipeline": 1}
+
+    def written(dims: ModelDims, names: tuple[str, ...]) -> list[Any]:
+        return [vars(arguments(dims, layout, torch.float32)).get(name) for name in names]
+
+    assert {field.name for field in fields(ModelDims)} == {*CARRIED}
+    for name, words in CARRIED.items():
+        value = getattr(dims, name)
+        other = scaled if name == "rope_scaling" else not value if isinstance(value, bool) else None
+        changed = replace(dims, **{name: other if other is not None else "qwen2" if name == "family" else 2 * value})
+        assert name == "family" or written(changed, words) != written(dims, words), name
+    refuse_lost(Unrotated(**vars(dims)))
+    with pytest.raises(ValueError, match="unrotated"):
+        arguments(Unrotated(**vars(dims), unrotated=(1,)), layout, torch.float32)

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader, load
 
-from ee_megatron.checkpoint.convert import _size
 from ee_megatron.checkpoint.manifest import Digest, Hasher, tensor_sha256
 from ee_megatron.checkpoint.meter import Meter
 from ee_megatron.checkpoint.safetensors_io import SafetensorsWriter, aligned, write_small
 from ee_megatron.checkpoint.sources import check_finite, reblock
 from ee_megatron.checkpoint.torch_dist import ChunkFile, TorchDistReader, write_metadata
 from ee_megatron.checkpoint.workspace import JOURNAL, workspace
+from ee_megatron.convert import _size
 
 
 def test_safetensors_written_in_blocks_load_with_the_library(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ import torch
 import yaml
 
 from ee_megatron.checkpoint.common_state import Inert, read_common
-from ee_megatron.checkpoint.convert import main
 from ee_megatron.checkpoint.manifest import tensor_sha256
 from ee_megatron.checkpoint.mapping import name_before
 from ee_megatron.checkpoint.megatron_io import WEIGHTS, build_whole, load_weights, single_process
 from ee_megatron.checkpoint.torch_dist import ChunkFile, TorchDistReader, write_metadata
+from ee_megatron.convert import main
 from ee_megatron.families.hf_directory import HFDirectory
 from tests.tiny import tiny_hf
 

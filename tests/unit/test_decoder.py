@@ -19,9 +19,8 @@ from ee_megatron.rollout.engine.decoder import Decoder
 from ee_megatron.rollout.engine.request import Request
 from ee_megatron.rollout.engine.scheduler import Scheduler
 from tests.stepping import step
-from tests.tiny import tiny_hf
+from tests.tiny import MODELS, tiny_hf
 
-FAMILIES = ["llama", "qwen2", "qwen3"]
 SPEC = PolicySpec(6, (1, 3, 4), rank=4, alpha=8.0)
 LLAMA3 = {
     "rope_type": "llama3",
@@ -33,7 +32,7 @@ LLAMA3 = {
 }
 
 
-@pytest.fixture(scope="module", params=[(f, tied) for f in FAMILIES for tied in (True, False)], ids=str)
+@pytest.fixture(scope="module", params=MODELS, ids=str)
 def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     family, tied = request.param
     return tiny_hf(family, tmp_path_factory.mktemp(family), tied=tied)

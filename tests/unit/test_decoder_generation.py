@@ -25,6 +25,7 @@ from ee_megatron.exit_rules import (
     make_rule,
 )
 from ee_megatron.exits import exit_distribution
+from ee_megatron.families import FAMILIES
 from ee_megatron.policy import PolicySpec, initial_policy
 from ee_megatron.rollout import Decoder, GenerationRequest, Request, SamplingParams, Scheduler, generate, stream
 from ee_megatron.rollout.engine import scoring
@@ -91,7 +92,7 @@ def flat(answers: list[list[Rollout]]) -> list[Rollout]:
     return [rollout for group in answers for rollout in group]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_text_equals_transformers(tmp_path, family):
     path = tiny_hf(family, tmp_path)
     model, tokenizer = (

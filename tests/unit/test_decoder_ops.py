@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ee_megatron.exit_rules import Off
-from ee_megatron.families import ModelDims
+from ee_megatron.families import FAMILIES, ModelDims
 from ee_megatron.kernels import compiled as kernels
 from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import Decoder, SamplingParams
@@ -239,7 +239,7 @@ def test_a_compiler_that_fails_is_reported_and_pytorch_takes_over(monkeypatch, t
         kernels.library.cache_clear()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_follows_transformers_within_its_rounding(tmp_path, family):
     path = tiny_hf(family, tmp_path)
     decoder = Decoder.from_hf(path, PolicySpec(6, (1, 3, 4), rank=0), torch.bfloat16, "cpu")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from ee_megatron.exit_rules import Sample
+from ee_megatron.families import FAMILIES
 from ee_megatron.kernels import Panels
 from ee_megatron.kernels import compiled as kernels
 from ee_megatron.policy import PolicySpec
@@ -74,7 +75,7 @@ def test_products_are_those_of_float64_and_rows_do_not_depend_on_their_company(
 
 
 @needs_products
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layers_and_gates_without_python_between_them_equal_the_pytorch_form(tmp_path, family, dtype):
     decoder = Decoder.from_hf(tiny_hf(family, tmp_path), SPEC, dtype, "cpu")

@@ -14,14 +14,14 @@ from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import Decoder, GenerationRequest, SamplingParams, generate
 from ee_megatron.rollout.engine.scoring import score
 from ee_megatron.types import Prompt
-from tests.tiny import tiny_hf
+from tests.tiny import MODELS, tiny_hf
 
 FULL = PolicySpec(6, (1, 3, 4), rank=0, full=True)
 LORA = PolicySpec(6, (1, 3, 4), rank=4, alpha=8.0)
 PROMPTS = [Prompt(f"p{i}", text, "", "") for i, text in enumerate(("abc", "1 + 1 =", "xyzzy"))]
 
 
-@pytest.fixture(params=[(f, tied) for f in ("llama", "qwen2", "qwen3") for tied in (True, False)], ids=str)
+@pytest.fixture(params=MODELS, ids=str)
 def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tiny_hf(request.param[0], tmp_path, tied=request.param[1])
 

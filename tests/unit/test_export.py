@@ -17,14 +17,14 @@ from ee_megatron.checkpoint.hf_export import EXPORT_FILES, export_hf
 from ee_megatron.checkpoint.manifest import Ledger
 from ee_megatron.checkpoint.sources import HFSource, gate_spec
 from ee_megatron.exit_rules import Fixed, Off, Threshold
+from ee_megatron.families import FAMILIES
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import ATTENTION, MLP, PolicySpec, save_policy
 from ee_megatron.rollout import Decoder, Request, SamplingParams, Scheduler
-from tests.tiny import tiny_hf
+from tests.tiny import MODELS, tiny_hf
 
 DEPTHS = (2, 3, 5)
 LAYERS = 6
-CASES = [("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False)]
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -90,7 +90,7 @@ def reference_logits(base: Path, policy, ids: Tensor, depths: Tensor | None = No
     return model(ids).logits
 
 
-@pytest.mark.parametrize(("family", "tied"), CASES)
+@pytest.mark.parametrize(("family", "tied"), MODELS)
 @torch.no_grad()
 def test_merged_model_equals_explicit_adapters(tmp_path, family, tied):
     base = tiny_hf(family, tmp_path / "base", tied=tied)
@@ -102,7 +102,7 @@ def test_merged_model_equals_explicit_adapters(tmp_path, family, tied):
     HFDirectory(out)
 
 
-@pytest.mark.parametrize(("family", "tied"), CASES)
+@pytest.mark.parametrize(("family", "tied"), MODELS)
 @torch.no_grad()
 def test_embedded_model_under_prescribed_exits_equals_frozen_reference(tmp_path, family, tied):
     base = tiny_hf(family, tmp_path / "base", tied=tied)
@@ -151,9 +151,7 @@ def test_qwen2_file_that_names_a_switched_off_window(tmp_path):
     assert torch.equal(model.generate(ids, exit_policy={"kind": "off"}, **options), plain.generate(ids, **options))
 
 
-@pytest.mark.parametrize(
-    ("family", "first_token"), [("llama", False), ("llama", True), ("qwen2", True), ("qwen3", False)]
-)
+@pytest.mark.parametrize(("family", "first_token"), [("llama", False), *((family, True) for family in FAMILIES)])
 def test_generation_exits_and_its_tokens_follow_from_the_recorded_depths(tmp_path, family, first_token):
     base = tiny_hf(family, tmp_path / "base")
     policy = random_policy(base, first_token=first_token)

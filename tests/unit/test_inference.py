@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ee_megatron import EarlyExitModel, cli
 from ee_megatron.answering import wants_chat
@@ -93,6 +94,33 @@ def test_every_form_of_a_model_gives_the_same_answer(house: House, model: EarlyE
     assert found.tokens.tolist() == expected.tokens.tolist() and found.depths.tolist() == expected.depths.tolist()
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-4)
     assert (loaded.settings is not None) == (form in ("run", "stage", "checkpoint"))
+
+
+def test_the_converter_takes_a_run_or_a_stage_of_it_with_its_base(house: House, tmp_path: Path) -> None:
+    def convert(*arguments: object) -> int:
+        return cli.main(["convert", *map(str, arguments)])
+
+    def contents(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+
+    stage, megatron = house.run / "rl-00000000", tmp_path / "megatron"
+    assert convert("export", "--checkpoint", house.checkpoint, "--hf", house.base, "--out", tmp_path / "parts") == 0
+    expected = contents(tmp_path / "parts")
+    for form in (house.run, stage, house.checkpoint):
+        out = tmp_path / f"of-{form.name}"
+        assert convert("export", "--checkpoint", form, "--out", out) == 0
+        assert contents(out) == expected and "model.safetensors" in expected
+    assert convert("import", "--policy", house.run, "--out", megatron, "--quiet") == 0
+    assert convert("verify", megatron, stage, "--no-logits") == 0
+    assert convert("inspect", house.run) == 0
+    # What holds no policy, or one whose base isn't known, is refused as before.
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "alone").mkdir()
+    save_policy(tmp_path / "alone", SPEC, house.policy)
+    for wrong in ("empty", "alone"):
+        assert convert("export", "--checkpoint", tmp_path / wrong, "--out", tmp_path / "none") == 2
+    assert convert("import", "--out", tmp_path / "none") == 2
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_run_without_reinforced_policy_gives_the_calibrated_one(house: House, tmp_path: Path) -> None:
@@ -238,6 +266,23 @@ def test_the_frame_of_a_readout_is_tidy(house: House, model: EarlyExitModel) -> 
     # Depth 1 is no exit, the last layer has no gate.
     assert frame.hazard.isna().tolist() == [True, False, True] * 4
     assert EarlyExitModel.load(house.base, **FLOAT32).readout("abcd").depths == (1, 2, 3, 4, 5, 6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_logits_that_are_no_numbers_are_an_error(
+    house: House, tmp_path: Path, capsys: pytest.CaptureFixture[str], temperature: float
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(house.base, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.0.input_layernorm.weight"][3] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    for policy in (None, house.checkpoint):
+        model = EarlyExitModel.load(broken, policy, base_unchecked=True, **FLOAT32)
+        with pytest.raises(ValueError, match="NaN"):
+            model.generate(["abc", "12"], temperature=temperature, max_new_tokens=3)
+    assert cli.main(["generate", "--model", str(broken), "--prompt", "x", "--temperature", str(temperature)]) == 2
+    assert "NaN" in capsys.readouterr().err
 
 
 def test_what_cannot_be_done_is_said_in_one_line(house: House, model: EarlyExitModel, tmp_path: Path) -> None:

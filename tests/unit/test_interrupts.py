@@ -8,8 +8,8 @@ import threading
 import pytest
 import torch
 
-from ee_megatron.checkpoint.convert import main as convert
 from ee_megatron.checkpoint.workspace import partial_of, workspace
+from ee_megatron.convert import main as convert
 from ee_megatron.interrupts import interruptible
 
 
@@ -75,7 +75,7 @@ def test_what_a_conversion_finished_before_such_an_interrupt_is_kept(tmp_path) -
 
 def test_the_converter_says_how_to_go_on_after_one(tmp_path, capsys, monkeypatch) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr("ee_megatron.checkpoint.convert._import", lambda args: interrupted_conversion(out))
+    monkeypatch.setattr("ee_megatron.convert._import", lambda args: interrupted_conversion(out))
     assert convert(["import", "--hf", "x", "--out", str(out)]) == 130
     assert capsys.readouterr().err.startswith(f"interrupted; what was finished is in {partial_of(out)}")
 

@@ -32,10 +32,10 @@ from vllm_setup import (
     request,
 )
 
+from ee_megatron.families import VLLM
 from ee_megatron.rollout.engine.sampling import SamplingParams
 from ee_megatron.types import Prompt
 
-FAMILIES = ["llama", "qwen2", "qwen3"]
 # Few positions at a time: the graph is tried with as many as a step may have.
 COMPILED = {"compile": True, "chunk": 256}
 COMPACT = {"compact": True}
@@ -64,7 +64,7 @@ def test_every_rule_gives_the_answers_of_the_embedded_engine(rule, sampling, mod
     assert len({depth for answer in expected for depth in answer.exit_depths.tolist()}) > (rule not in ("off", "fixed"))
 
 
-@pytest.mark.parametrize("model", FAMILIES, indirect=True)
+@pytest.mark.parametrize("model", VLLM, indirect=True)
 @pytest.mark.parametrize("rule", ["threshold", "sample", "prescribed", "confidence"])
 def test_compiled_it_gives_the_same_answers(rule, model, engines: Engines):
     """Confidence, which has to see readouts, leaves the graph aside."""

@@ -25,6 +25,7 @@ from ee_megatron.exit_rules import (
     Sample,
     Threshold,
 )
+from ee_megatron.families import VLLM
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, initial_policy
 from ee_megatron.rollout.engine.decoder import Decoder
@@ -48,6 +49,7 @@ MODELS = {
     "qwen2": ("qwen2", False),
     "qwen3": ("qwen3", True),
 }
+MODELS |= {family: (family, True) for family in VLLM.keys() - MODELS.keys()}
 TEXTS = (
     "1 2 3",
     "4 5 6 7 8 9 10 11",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -87,6 +88,15 @@ class NextToken(NamedTuple):
     exit_logprob: float
     finished: str | None
     top: TopLogprobs = ()
+
+
+def check_logits(full_logprobs: Iterable[float]) -> None:
+    """Raises ValueError for a NaN among tokens' `full_logprob`, which any NaN among the logits makes of it."""
+    if any(map(math.isnan, full_logprobs)):
+        raise ValueError(
+            "the model's logits are NaN; its weights or the numbers in its config.json (rope_theta, rms_norm_eps, ...) "
+            "are wrong: copy the model again, `ee-megatron convert inspect DIR` finds weights that aren't finite"
+        )
 
 
 @dataclass(frozen=True)

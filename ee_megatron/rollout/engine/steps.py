@@ -10,7 +10,7 @@ from ...exit_rules import RULES, AtExit, ExitRule
 from ...exits import gate_log_term
 from .decoder import Decoder
 from .ops import Rows
-from .request import NextToken, Row
+from .request import NextToken, Row, check_logits
 from .sampling import SamplingParams, most_probable, prescribe, sample_tokens, uniforms
 from .slots import Slots
 
@@ -119,7 +119,7 @@ class Steps:
     def sample(
         self, rows: list[Row], logits: Tensor, uniform: Tensor, depths: list[int], exits: list[float]
     ) -> list[NextToken]:
-        """Tokens from logits [R, V] by each row's own sampling parameters."""
+        """Tokens from logits [R, V] by each row's own sampling parameters. Raises ValueError for NaN among them."""
         kinds: dict[SamplingParams, list[int]] = {}
         for i, row in enumerate(rows):
             kinds.setdefault(row.request.sampling.distribution, []).append(i)
@@ -132,6 +132,7 @@ class Steps:
                 drawn = prescribe(logits[which], params, drawn, given)
             best = most_probable(logits[which], params, [rows[i].request.top_logprobs for i in members])
             columns = (*(column.tolist() for column in drawn), best)
+            check_logits(columns[2])
             found.update(zip(members, zip(*columns, strict=True), strict=True))
         return [
             NextToken(token, depths[i], logprob, full, exits[i], row.ending(token), top)

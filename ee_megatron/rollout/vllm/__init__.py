@@ -7,7 +7,8 @@ package is installed without its dependencies. Nothing of vLLM is imported befor
 
 from __future__ import annotations
 
-from .tested import FAMILIES, architecture
+from ...families import VLLM
+from .tested import architecture
 
 
 def register() -> None:
@@ -18,5 +19,5 @@ def register() -> None:
     from . import config
 
     config.register()
-    for family in FAMILIES:
+    for family in VLLM.values():
         ModelRegistry.register_model(architecture(family), f"{__name__}.model:{architecture(family)}")

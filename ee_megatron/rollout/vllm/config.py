@@ -9,10 +9,10 @@ import vllm
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
+from ...families import VLLM
 from .asked import FIELD, rule_for
-from .tested import COMPACT, FAMILIES, architecture, check_version
+from .tested import COMPACT, architecture, check_version
 
-BASES = {family.lower(): family for family in FAMILIES}
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 
@@ -26,10 +26,10 @@ class EarlyExitConfig(PretrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:  # type: ignore[override]
         check_version(vllm.__version__)
         base, depths = config_dict.get("base_model_type"), config_dict.get("exit_depths")
-        if base not in BASES or not depths:
+        if base not in VLLM or not depths:
             raise ValueError(
                 f"config.json: base_model_type {base!r} with exit_depths {depths!r}; expected an early-exit export of "
-                f"{', '.join(BASES)}; make one with: ee-megatron convert export --gates embed"
+                f"{', '.join(VLLM)}; make one with: ee-megatron convert export --gates embed"
             )
         if config_dict.get("first_token"):
             raise ValueError(
@@ -38,7 +38,7 @@ class EarlyExitConfig(PretrainedConfig):
             )
         # The modelling code that lies beside it is for transformers.
         fields = {name: value for name, value in config_dict.items() if name != "auto_map"}
-        fields |= {"model_type": base, "architectures": [architecture(BASES[base])]}
+        fields |= {"model_type": base, "architectures": [architecture(VLLM[base])]}
         return CONFIG_MAPPING[base].from_dict(fields, **options)
 
 
@@ -91,5 +91,5 @@ def check_settings(config: Any) -> None:
 
 def register() -> None:
     AutoConfig.register(EarlyExitConfig.model_type, EarlyExitConfig, exist_ok=True)
-    for family in FAMILIES:
+    for family in VLLM.values():
         MODELS_CONFIG_MAP[architecture(family)] = EarlyExitSettings

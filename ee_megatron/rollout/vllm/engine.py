@@ -12,17 +12,16 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ...families import VLLM
 from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec
 from ...types import Rollout
 from ..engine.decoder import read_eos_ids
 from ..engine.intake import Intake
-from ..engine.request import Event, NextToken, Request, Row
+from ..engine.request import Event, NextToken, Request, Row, check_logits
 from .asked import EXTRA, Asked
 from .memory import CHUNK, CPU_CACHE_GIB, GPU_SHARE
 from .tested import COMPACT, architecture, check_version
-
-FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class VllmEngine:
             enable_prefix_caching=True, max_num_seqs=settings.rows, max_num_batched_tokens=settings.chunk,
             enable_chunked_prefill=True, gpu_memory_utilization=GPU_SHARE, tensor_parallel_size=settings.tensor,
             hf_overrides={
-                "architectures": [architecture(FAMILIES[self.dims.family])], "exit_depths": list(spec.exit_depths),
+                "architectures": [architecture(VLLM[self.dims.family])], "exit_depths": list(spec.exit_depths),
                 "gate_width": spec.gate_width, "gate_input": spec.gate_input, COMPACT: settings.compact,
             },
             **more,
@@ -174,6 +173,7 @@ class VllmEngine:
         for rank, other in enumerate(others, start=1):
             if [made.decided for made in other] != [made.decided for made in first]:
                 raise RuntimeError(f"tensor rank {rank} made other tokens or exits than rank 0: {other} and {first}")
+        check_logits(made.full_logprob for made in first)
         for made in first:
             row = self._rows.get(made.name)
             if row is None:

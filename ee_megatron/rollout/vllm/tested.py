@@ -1,8 +1,7 @@
-"""Which vLLM, and which families of models in it."""
+"""Which vLLM, and what its early-exit models are called."""
 
 from __future__ import annotations
 
-FAMILIES = ("Llama", "Qwen2", "Qwen3")
 # Others are refused, for vLLM's insides move.
 VERSIONS = ("0.32",)
 # The field of a model's configuration in vLLM that makes its exits compact.

@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from ..arguments import Parser
-from ..interrupts import interruptible
-from .workspace import check_output, partial_of
+from .arguments import Parser
+from .checkpoint.workspace import check_output, partial_of
+from .interrupts import interruptible
 
 # torch, transformers and megatron-core take seconds to import: each command does when it has read its arguments.
 if TYPE_CHECKING:
     import torch
 
-    from ..exits import ExitLayout
-    from .policy_files import Policy
-    from .sources import TensorSource
+    from .checkpoint.policy_files import Policy
+    from .checkpoint.sources import TensorSource
+    from .exits import ExitLayout
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -36,6 +36,8 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 
 FLAGS = {"parallel.pipeline x parallel.virtual": "--pp x --vpp", "exits.depths": "--exit-depths"}
 # How much larger than an even share the largest stage may be without a word.
 LOPSIDED = 1.25
+# Arguments that may name a run or a stage of one.
+NAMED = ("checkpoint", "policy", "hf", "a", "b", "directory")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         with interruptible():
             if out is not None:
                 check_output(out)
+            for name in NAMED:
+                if vars(args).get(name):
+                    setattr(args, name, _named(Path(getattr(args, name))))
             return args.run(args)
     except KeyboardInterrupt:
         print(f"interrupted{_left_over(out)}", file=sys.stderr)
@@ -65,9 +70,43 @@ def _left_over(out: Path | None) -> str:
     return f"; what was finished is in {partial_of(out)}: the same command with --resume goes on from there"
 
 
+def _named(path: Path) -> Path:
+    """The directory that a path stands for: of a stage, or of a run's furthest stage, the model that it made or its
+    newest policy checkpoint; any other path itself. Raises FileNotFoundError for a run that has no policy yet."""
+    itself = any((path / name).exists() for name in ("config.json", "policy.json", "weights"))
+    if itself or not ((path / "config.yaml").is_file() or any(path.glob("*/config.yaml"))):
+        return path
+    from .inference.found import stage_of
+    from .training.stages import policy_at
+
+    stage = stage_of(path)
+    assert stage is not None, "path holds no policy itself"
+    made = stage / "model"
+    return made if (made / "config.json").is_file() else policy_at(str(path), str(stage))
+
+
+def _base_of(policy: Path) -> Path:
+    """The model that a policy checkpoint of a run was made on. Raises FileNotFoundError or ValueError for any other."""
+    from .inference.found import stage_of
+    from .policy import read_policy_json
+    from .training.stages import trained
+
+    # The complaint about a directory that holds no policy comes first.
+    read_policy_json(policy)
+    stage = stage_of(policy)
+    if stage is None:
+        raise ValueError(f"{policy} holds a policy without its base model; add --hf BASE")
+    return trained(stage)[1]
+
+
 def _import(args: argparse.Namespace) -> int:
-    from .megatron_foreign import ForeignMegatron
-    from .sources import HFSource
+    from .checkpoint.megatron_foreign import ForeignMegatron
+    from .checkpoint.sources import HFSource
+
+    if not (args.hf or args.megatron or args.policy):
+        raise ValueError("nothing to import; give --hf or --megatron, or --policy with a run's policy")
+    if not (args.hf or args.megatron):
+        args.hf = _base_of(args.policy)
 
     if args.config and not args.megatron:
         raise ValueError(f"--config {args.config}: only with --megatron; --hf has a config.json of its own")
@@ -77,10 +116,10 @@ def _import(args: argparse.Namespace) -> int:
 
 def _import_policy(args: argparse.Namespace, source: TensorSource) -> Policy:
     """Adapters and gates of an import: given, brought along by the directory, fresh if asked for, or none."""
-    from ..exits import ExitLayout
-    from ..policy import PolicySpec, initial_policy
-    from .kinds import gates_of
-    from .policy_files import no_policy, policy_on
+    from .checkpoint.kinds import gates_of
+    from .checkpoint.policy_files import no_policy, policy_on
+    from .exits import ExitLayout
+    from .policy import PolicySpec, initial_policy
 
     layers, fresh = source.dims.num_layers, args.exit_depths or args.gates == "fresh"
     if args.rank < 0:
@@ -107,16 +146,16 @@ def _import_policy(args: argparse.Namespace, source: TensorSource) -> Policy:
 
 
 def _reshard(args: argparse.Namespace) -> int:
-    from .megatron_directory import MegatronDirectory
-    from .policy_files import policy_beside
+    from .checkpoint.megatron_directory import MegatronDirectory
+    from .checkpoint.policy_files import policy_beside
 
     source = MegatronDirectory(args.checkpoint)
     return _write(args, source, policy_beside(source, args.base_unchecked))
 
 
 def _write(args: argparse.Namespace, source: TensorSource, policy: Policy) -> int:
-    from .megatron_directory import CheckpointLayout
-    from .megatron_import import write_megatron
+    from .checkpoint.megatron_directory import CheckpointLayout
+    from .checkpoint.megatron_import import write_megatron
 
     exits = _boundaries(source.dims.num_layers, policy, args.pp, args.vpp)
     layout = CheckpointLayout.plan(source.dims, exits, args.tp, args.pp, args.vpp)
@@ -133,7 +172,7 @@ def _write(args: argparse.Namespace, source: TensorSource, policy: Policy) -> in
 
 def _boundaries(layers: int, policy: Policy, pipeline: int, virtual: int) -> ExitLayout:
     """Where stages may meet: at the model's exits; a plain model is cut evenly."""
-    from ..exits import ExitLayout
+    from .exits import ExitLayout
 
     if policy[0].exit_depths:
         return policy[0].layout
@@ -158,9 +197,9 @@ def _tell_stages(sizes: tuple[int, ...]) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from ..policy import untrained_gates
-    from .hf_export import SHARD_BYTES, export_hf
-    from .manifest import read_manifest
+    from .checkpoint.hf_export import SHARD_BYTES, export_hf
+    from .checkpoint.manifest import read_manifest
+    from .policy import untrained_gates
 
     checkpoint, gates = Path(args.checkpoint), args.gates
     base, policy = _export_parts(args)
@@ -191,23 +230,18 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _export_parts(args: argparse.Namespace) -> tuple[TensorSource, Policy]:
-    """Base and policy of an export: both in a Megatron checkpoint, or a policy and the base that is given with it."""
-    from ..policy import read_policy_json
-    from .base_identity import base_identity
-    from .describe import open_base
-    from .kinds import WEIGHTS
-    from .megatron_directory import MegatronDirectory
-    from .megatron_foreign import refuse_foreign
-    from .policy_files import policy_beside, policy_on
+    """Base and policy of an export: both in a Megatron checkpoint, or a policy and its base, given or its run's."""
+    from .checkpoint.base_identity import base_identity
+    from .checkpoint.describe import open_base
+    from .checkpoint.kinds import WEIGHTS
+    from .checkpoint.megatron_directory import MegatronDirectory
+    from .checkpoint.megatron_foreign import refuse_foreign
+    from .checkpoint.policy_files import policy_beside, policy_on
 
     checkpoint = Path(args.checkpoint)
     if not (checkpoint / WEIGHTS).is_dir():
         refuse_foreign(checkpoint)
-        if not args.hf:
-            # The complaint about a directory that holds no policy comes first.
-            read_policy_json(checkpoint)
-            raise ValueError(f"{checkpoint} holds a policy without its base model; add --hf BASE")
-        base = open_base(args.hf)
+        base = open_base(args.hf or _base_of(checkpoint))
         return base, policy_on(base, checkpoint, args.base_unchecked)
     base = MegatronDirectory(checkpoint)
     if args.hf and not base_identity(open_base(args.hf)).same(base_identity(base)):
@@ -218,7 +252,7 @@ def _export_parts(args: argparse.Namespace) -> tuple[TensorSource, Policy]:
 def _inspect(args: argparse.Namespace) -> int:
     import torch
 
-    from .describe import describe
+    from .checkpoint.describe import describe
 
     kind, rows, facts = describe(Path(args.directory), not args.no_hash)
     wide = max((len(row.name) for row in rows), default=0)
@@ -242,10 +276,13 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from .describe import open_checkpoint
-    from .verify import verify
+    from .checkpoint.describe import open_checkpoint
+    from .checkpoint.kinds import is_megatron
+    from .checkpoint.verify import verify
 
-    a, b = (open_checkpoint(Path(path), args.hf, args.base_unchecked) for path in (args.a, args.b))
+    policies = [path for path in (args.a, args.b) if (path / "policy.json").is_file() and not is_megatron(path)]
+    bases = {path: args.hf or _base_of(path) for path in policies}
+    a, b = (open_checkpoint(path, bases.get(path), args.base_unchecked) for path in (args.a, args.b))
     same, lines = verify(a, b, logits=not args.no_logits)
     for line in lines:
         print(line, file=sys.stdout if same else sys.stderr)
@@ -254,12 +291,12 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _roundtrip(args: argparse.Namespace) -> int:
-    from .hf_export import export_hf
-    from .manifest import tensor_sha256
-    from .megatron_directory import CheckpointLayout, MegatronDirectory
-    from .megatron_import import write_megatron
-    from .policy_files import no_policy
-    from .sources import HFSource
+    from .checkpoint.hf_export import export_hf
+    from .checkpoint.manifest import tensor_sha256
+    from .checkpoint.megatron_directory import CheckpointLayout, MegatronDirectory
+    from .checkpoint.megatron_import import write_megatron
+    from .checkpoint.policy_files import no_policy
+    from .checkpoint.sources import HFSource
 
     source = HFSource(args.hf)
     policy = no_policy(source.dims.num_layers)
@@ -317,7 +354,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="ee-megatron convert", description="Convert between Hugging Face and Megatron checkpoints.")
     commands = parser.add_subparsers(required=True, metavar="command")
     command = _command(commands, "import", "Hugging Face or foreign Megatron model -> Megatron checkpoint", _import)
-    base = command.add_mutually_exclusive_group(required=True)
+    base = command.add_mutually_exclusive_group()
     base.add_argument("--hf", help="Hugging Face model directory, or an early-exit export")
     base.add_argument("--megatron", help="what Megatron-LM or Megatron-Bridge saved (torch_dist)")
     command.add_argument("--config", help="with --megatron: directory with the model's config.json and tokenizer")
@@ -331,7 +368,10 @@ def _parser() -> argparse.ArgumentParser:
         "depths; drop: none (default: auto)",
     )
     command.add_argument("--exit-depths", type=_depths, help="fresh gates at these depths, for example 7,14,21")
-    command.add_argument("--policy", help="policy checkpoint whose adapters and gates are taken along")
+    command.add_argument(
+        "--policy",
+        help="policy checkpoint, stage or run whose adapters and gates are taken along; without --hf a run's base too",
+    )
     _unchecked(command)
     command.add_argument("--rank", type=int, default=0, help="rank of fresh adapters beside fresh gates; 0: none")
     command.add_argument("--alpha", type=float, help="scale of fresh adapters; default: twice the rank")
@@ -340,8 +380,12 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(
         commands, "export", "policy or Megatron checkpoint -> Hugging Face model or PEFT adapter", _export
     )
-    command.add_argument("--checkpoint", required=True, help="policy checkpoint or Megatron checkpoint")
-    command.add_argument("--hf", help="base model of a policy checkpoint, which it was made on")
+    command.add_argument(
+        "--checkpoint", required=True, help="run (runs/NAME), stage of one, policy checkpoint, or Megatron checkpoint"
+    )
+    command.add_argument(
+        "--hf", help="base model of a policy checkpoint, which it was made on (default: that of its run)"
+    )
     _unchecked(command)
     _writes(command)
     command.add_argument("--adapters", choices=("merge", "keep"), default="merge")
@@ -364,9 +408,9 @@ def _parser() -> argparse.ArgumentParser:
     _layout(command)
 
     command = _command(commands, "verify", "whether two checkpoints of any kind are the same model", _verify)
-    command.add_argument("a", help="Hugging Face model, early-exit export, Megatron or policy checkpoint")
+    command.add_argument("a", help="Hugging Face model, early-exit export, Megatron or policy checkpoint, stage or run")
     command.add_argument("b", help="another one")
-    command.add_argument("--hf", help="base model of policy checkpoints")
+    command.add_argument("--hf", help="base model of policy checkpoints (default: that of their run)")
     _unchecked(command)
     command.add_argument("--no-logits", action="store_true", help="compare tensors only; needs little memory")
 

@@ -76,13 +76,13 @@ def same(a: Rollout, b: Rollout) -> None:
         np.testing.assert_allclose(getattr(a, name), getattr(b, name), atol=1e-4)
 
 
-def by_the_book(reference: Reference, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+def by_the_book(reference: Reference, rollout: Rollout, temperature: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities of a rollout's tokens and exits by the masked forward pass over the whole sequence."""
     tokens = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])
     at = slice(len(rollout.prompt_tokens) - 1, tokens.shape[1] - 1)
     depths = torch.full_like(tokens, 6)
     depths[0, at] = torch.tensor(rollout.exit_depths).long()
-    logp = reference.logits(tokens, depths).log_softmax(-1)[0, at]
+    logp = (reference.logits(tokens, depths) / temperature).log_softmax(-1)[0, at]
     exits = reference.log_q(reference.gate_logits(tokens, depths), depths)[0, at]
     if not reference.spec.first_token:
         exits[0] = 0
@@ -242,6 +242,15 @@ def test_truncated_sampling_records_both_log_probabilities(path, decoder, tokeni
         # Cutting the tail off gives what is left more weight.
         assert (rollout.token_logprobs > rollout.full_logprobs + 0.1).all() == bool(cut)
         assert cut or np.array_equal(rollout.token_logprobs, rollout.full_logprobs)
+
+
+def test_prescribed_tokens_are_recorded_under_the_temperature(path, decoder, tokenizer):
+    given = [5, 90, 17, 64]
+    rollout = alone(decoder, tokenizer, Request("abc", SamplingParams(0.7, 8), Sample(), 1, "p", prefill=given))
+    assert rollout.tokens[:4].tolist() == given and rollout.length == 8
+    expected, _ = by_the_book(Reference(path, SPEC, random_policy(decoder.dims, SPEC)), rollout, 0.7)
+    for found in (rollout.token_logprobs, rollout.full_logprobs):
+        np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_confidence_leaves_at_the_first_readout_that_is_sure_enough(decoder, tokenizer):

@@ -41,11 +41,12 @@ from ee_megatron.training.calibrate import (
     uniform_share,
 )
 from ee_megatron.training.checkpoints import TrainingStreams, damage, read_training, write_training
-from ee_megatron.training.rollout_source import step_prompts
+from ee_megatron.training.pricing import Price
+from ee_megatron.training.rollout_source import check_versions, step_prompts
 from ee_megatron.training.session import Session
 from ee_megatron.training.stored import load_rollouts, load_traces, save_rollouts, save_traces
 from ee_megatron.types import Prompt, Trace
-from tests.by_hand import a_group
+from tests.by_hand import a_group, a_rollout
 
 LAYOUT = ExitLayout(6, (2, 4))
 
@@ -333,6 +334,14 @@ def test_prompts_of_the_steps_use_every_prompt_once_before_any_twice():
     assert seen[:10] != seen[10:20]
 
 
+def test_rollouts_older_than_the_staleness_allows_are_refused():
+    for version, staleness in ((3, 0), (2, 1)):
+        old = replace(a_rollout([6, 2]), weight_version=version, weight_versions=None)
+        check_versions([[old]], version + staleness, staleness)
+        with pytest.raises(RuntimeError, match=r"rollout\.max_staleness"):
+            check_versions([[old]], version + staleness + 1, staleness)
+
+
 def test_clipped_surrogate_has_ppo_s_gradient():
     """Against autograd through min(ratio A, clip(ratio) A) with random ratios on both sides of the bounds."""
     torch.manual_seed(0)
@@ -413,6 +422,29 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog
         file.write_bytes(bytes(data))
         assert run.latest_checkpoint(damage) == run.checkpoint_dir(1)
     assert "step_2" in caplog.text and "exp_avg.safetensors: not what was written" in caplog.text
+
+
+def test_a_resumed_stage_goes_on_with_the_depth_penalty_of_its_checkpoint(tmp_path, monkeypatch):
+    """The checkpoint's counters reach what the loop makes its price of, and the checkpoints to come."""
+    spec = PolicySpec(num_layers=6, exit_depths=(2,), rank=2)
+    rl = RLConfig(accuracy_floor=2.0, lambda_exit=0.5)
+    cost = Price(rl, {"p": 0.6}, {})
+    cost.learn(0, 0.9, ["p"])
+    assert cost.at(1) != 0.5
+    (tmp_path / "step_1").mkdir()
+    state = TrainingStreams.of({"gates.2.fc2.bias": torch.ones(1)}, OptimizerState(1, {}))
+    write_training(tmp_path / "step_1", spec, state, cost.counters)
+
+    loaded: list[int] = []
+    learner = SimpleNamespace(load_optimizer=lambda state: loaded.append(state.updates))
+    monkeypatch.setattr("ee_megatron.learner.learner.Learner", lambda *_, **__: learner)
+    session = SimpleNamespace(
+        source=None, spec=spec, cfg=RunConfig(rl=rl), device=None, dtype=None, counters={},
+        writer=SimpleNamespace(counters={}),
+    )  # fmt: skip
+    assert Session.make_learner(session, {}, tmp_path / "step_1") is learner and loaded == [1]
+    assert Price(rl, {"p": 0.6}, session.counters).at(1) == cost.at(1)
+    assert session.writer.counters == cost.counters
 
 
 def test_a_checkpoint_has_the_bytes_that_safetensors_own_writer_gives_it(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from ee_megatron.rollout.engine.ops import TorchOps
 from ee_megatron.rollout.engine.request import Event, Request
 from ee_megatron.rollout.engine.scheduler import Scheduler
 from ee_megatron.rollout.engine.stations import Stations
+from ee_megatron.rollout.engine.waiting import Waiting
 from ee_megatron.types import Rollout
 from tests.reference import Reference, random_policy
 from tests.tiny import tiny_hf
@@ -213,6 +215,15 @@ def test_requests_join_and_leave_a_running_engine(decoder, tokenizer):
         alone(decoder, tokenizer, Request("abc", SamplingParams(1.0, 5), Sample(), 0, "d")),
     )
     assert scheduler.cancel(second) and not scheduler.finished and scheduler.free == 2
+
+
+def test_requests_that_give_up_their_place_wait_again_in_the_order_they_came():
+    waiting, rows = Waiting(None, False), [SimpleNamespace(id=i) for i in range(5)]
+    for row in rows[3:]:
+        waiting.put(row)
+    # Whatever order their work was in.
+    waiting.put_back([rows[1], rows[0], rows[2]])
+    assert [row.id for row in waiting] == [0, 1, 2, 3, 4] and waiting.first is rows[0]
 
 
 def test_events_stream_the_answer(decoder, tokenizer):

@@ -7,6 +7,7 @@
 # make vllm-test  vLLM with exits against the embedded engine; whenever rollout/ or vLLM's version changes
 # make clients    what other programs make of checkpoints and server: old transformers, evaluation harnesses, Megatron-LM, llama.cpp (docs/clients.md)
 # make rehearsal  the 7B run's jobs with its layout, layers and long answers on a Slurm of this machine, only narrower; half an hour, 12 GiB
+# make mutants    whether the fast tests notice twenty-five planted faults, one at a time; twenty minutes
 # make lint   ruff and mypy
 # make gpu-check    whether all is right and fast on this machine's GPU, in ten minutes; DEVICE=cpu: smaller, on none
 # make gpu-wheels   what gpu-check needs beside torch, into wheels/, for a machine without a network (GPU_PYTHON=3.12)
@@ -103,6 +104,11 @@ rehearsal: $(VENV)/.dev
 slow: $(VENV)/.dev $(MODEL)/config.json
 	$(PYTEST) -m slow tests/unit tests/integration --ignore=tests/integration/slurm
 	$(BIN)/python -m pytest tests/slow
+
+# MUTANTS: --only NAME ..., --jobs N.
+.PHONY: mutants
+mutants: $(VENV)/.dev $(MODEL)/config.json
+	$(BIN)/python tools/mutants.py $(MUTANTS)
 
 lint: $(VENV)/.dev
 	@! grep -rnE '^(<{7}|>{7}) ' README.md CONTRIBUTING.md docs configs slurm tools tests ee_megatron

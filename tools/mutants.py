@@ -207,6 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     print(f"{len(chosen) - survived} of {len(chosen)} faults caught")
     return 1 if survived else 0
 

@@ -75,7 +75,9 @@ def test_what_survives_is_counted_and_tests_that_fail_without_a_fault_end_it(
 
     def run(files: list[str], limit: float, mutant: mutants.Mutant | None = None) -> mutants.Outcome:
         assert files == (["test_a.py", "test_b.py"] if mutant else [f"test_{files[0][5]}.py"])
-        return mutants.Outcome(1.0, failed.get(mutant and mutant.name, ""))
+        # Slow tests get time in proportion.
+        assert limit == (20.0 if mutant else 9.0)
+        return mutants.Outcome(2.0, failed.get(mutant and mutant.name, ""))
 
     monkeypatch.setattr(mutants, "run_tests", run)
     assert mutants.check(found, rooms, 2, 9.0) == 1

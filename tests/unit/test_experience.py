@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,14 +12,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ee_megatron.config.schema import RLConfig
+from ee_megatron.config.schema import RLConfig, RunConfig
 from ee_megatron.exits import ExitLayout
 from ee_megatron.learner.batch import spread
-from ee_megatron.learner.learner import Scores
+from ee_megatron.learner.learner import Packed, Scores, Update
 from ee_megatron.objectives.advantages import ADVANTAGES
 from ee_megatron.objectives.divergences import Teacher
 from ee_megatron.objectives.exit_credit import hazard_costs
 from ee_megatron.objectives.schedules import dual_price
+from ee_megatron.policy import PolicySpec
+from ee_megatron.training import reinforce
 from ee_megatron.training.experience import credit, mismatch, objective_of, replay, rollout_metrics, taught
 from ee_megatron.training.pricing import Price
 from ee_megatron.training.reinforce import kept_groups
@@ -344,6 +347,15 @@ def test_with_charge_right_gates_of_wrong_answers_pay_for_divergence_alone():
     assert objective_of(pulled, LONGEST).gate_pull == 0.2
 
 
+def test_gates_that_are_pulled_pay_the_mean_charge_of_their_own_group():
+    """Of the first group all answers are right, of the second none: it has nothing to pay."""
+    groups = [a_group(*TWO, right=[1, 1]), a_group(*TWO, right=[0, 0])]
+    rl = RLConfig(lambda_exit=0.6, beta=0.0, credit="exit", charge="right", gate_pull=0.2, group_size=2)
+    _, experience, _ = learned(groups, rl)
+    shares = experience.hazard.abs().flatten(1).sum(1)
+    assert (shares[:2] > 0.1).all() and not shares[2:].any(), shares
+
+
 def test_hazards_that_the_pool_has_read_tell_tokens_apart_whether_a_step_is_scored_or_not():
     """What going on costs at a gate is asked of tokens with about the same hazard: here the even ones fire, and have
     much to lose there, the odd ones little."""
@@ -428,6 +440,28 @@ def test_groups_of_equal_answers_are_dropped_unless_right_ones_may_become_shallo
     assert kept_groups(groups, rl, price=0.5) == [0, 1]
     assert kept_groups(groups, rl, price=0.0) == [0]
     assert kept_groups(groups, replace(rl, drop_equal_groups=False), price=0.0) == [0, 1, 2]
+
+
+def test_the_learning_rate_goes_by_updates_over_all_epochs_and_minibatches(monkeypatch):
+    """Three steps of two epochs and two minibatches are twelve updates, the last at a tenth."""
+    rl = RLConfig(steps=3, epochs=2, minibatches=2, decay="linear", group_size=2, adapter_lr=1e-3, gate_lr=1e-2)
+    groups = [a_group([6, 2], [6, 6], rewards=rewards) for rewards in ([1, 0], [0, 1])]
+    rates: list[tuple[float, float]] = []
+
+    def step(part, weights, teacher, *, adapter_lr, gate_lr) -> Update:
+        rates.append((adapter_lr, gate_lr))
+        return Update(scores(part), dict.fromkeys(("body", "gates", "all"), 0.0), applied=True)
+
+    learner = SimpleNamespace(packed=Packed(0, 0, 0, 0), score=lambda batch, **_: scores(batch), step=step)
+    session = SimpleNamespace(
+        cfg=RunConfig(rl=rl), spec=PolicySpec(6, LAYOUT.depths, rank=2), guard=lambda *_: None
+    )  # fmt: skip
+    monkeypatch.setattr(reinforce, "counted", lambda *_: {})
+    for number in range(3):
+        values, _ = reinforce.learn(session, learner, groups, number, Price(rl, None, {}))
+        assert values["updates"] == 4
+    assert [adapter for adapter, _ in rates] == pytest.approx(np.linspace(1e-3, 1e-4, 12).tolist())
+    assert [gate for _, gate in rates] == pytest.approx(np.linspace(1e-2, 1e-3, 12).tolist())
 
 
 FLOOR = RLConfig(

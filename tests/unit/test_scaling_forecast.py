@@ -11,9 +11,11 @@ import pytest
 
 from ee_megatron import __version__, cli
 from ee_megatron.scaling.compare import compare
-from ee_megatron.scaling.forecast import forecast_form, forecast_metric, noise_of
-from ee_megatron.scaling.table import ColumnNames, RunTable
-from tests.scaling_samples import noisy, write_csv
+from ee_megatron.scaling.fit import LawFit
+from ee_megatron.scaling.forecast import forecast_form, forecast_losses, forecast_metric, noise_of
+from ee_megatron.scaling.loss_law import PARAMETERS, predict
+from ee_megatron.scaling.table import ColumnNames, Observations, RunTable
+from tests.scaling_samples import CHINCHILLA, grid, noisy, write_csv
 
 FAST = ["--bootstrap", "200"]
 LAYERS = np.repeat([2.0, 4, 8, 4, 8], 3)
@@ -287,6 +289,20 @@ def test_what_cannot_be_checked_is_refused_in_one_line(forecast: Path, tmp_path:
         error = capsys.readouterr().err
         assert message in error and error.startswith("error: ") and error.count("\n") == 1
     assert not (forecast.parent / "check.json").exists()
+
+
+@pytest.mark.parametrize("method", ["huber", "varpro"])
+def test_a_runs_noise_in_a_forecast_is_enlarged_by_what_the_fit_took_of_it(method: str) -> None:
+    """Nine runs off the law by a hundredth in ln, up or down, of which five fitted numbers took their part: a law
+    without any doubt leaves a run's interval from e^-s to e^s of it, s = .01 √(9/4)."""
+    n, d = grid(3, 3)
+    off = 0.01 * np.array([1, -1, 1, -1, 1, -1, 1, -1, 1])
+    obs = Observations(n, d, 6 * n * d, predict(CHINCHILLA, n, d)[0] * np.exp(off), np.arange(9))
+    values = dict(zip(PARAMETERS, CHINCHILLA[0].tolist(), strict=True))
+    fit = LawFit(method, values, {}, 0.01, [], "", np.repeat(CHINCHILLA, 400, axis=0))
+    (found,) = forecast_losses(method, fit, obs, [(1e9, 1e11)], 0)
+    assert found.law.low == pytest.approx(found.value) == found.law.high and found.run is not None
+    assert np.log([found.run.low / found.value, found.run.high / found.value]) == pytest.approx([-0.015, 0.015])
 
 
 def test_forecasts_of_losses_are_checked_under_their_lambda(tmp_path: Path, capsys) -> None:

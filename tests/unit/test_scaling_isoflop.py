@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ee_megatron.scaling import isoflop_law
 from ee_megatron.scaling.isoflop_curve import fit_curves
 from ee_megatron.scaling.isoflop_law import _drawn_residuals, _ladder, _nearby, fit_isoflop, group_budgets
 from ee_megatron.scaling.refusal import Refused
@@ -148,3 +149,20 @@ def test_budgets_that_share_their_runs_have_a_wider_interval_than_independent_on
     alone = Observations(obs.params, obs.tokens, obs.flops, loss, np.arange(45))
     widths = [f.interval.high - f.interval.low for f in (fit_isoflop(o, 400, 0) for o in (shared, alone))]
     assert widths[0] > 1.2 * widths[1]
+
+
+def test_resampled_noise_of_curves_is_that_of_the_runs_not_what_the_fit_left_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """24 runs carry 10 fitted numbers: their residuals are smaller than their noise by a quarter."""
+    drawn: list[np.ndarray] = []
+
+    def watched(runs: np.ndarray, residual: np.ndarray, draws: int, seed: int) -> np.ndarray:
+        drawn.append(residual)
+        return _drawn_residuals(runs, residual, draws, seed)
+
+    monkeypatch.setattr(isoflop_law, "_drawn_residuals", watched)
+    for seed in range(20):
+        fit_isoflop(isoflop_runs(seed, budgets=4, sizes=6, sd=0.002), 20, 0)
+    assert len(drawn[0]) == 24
+    assert np.sqrt((np.concatenate(drawn) ** 2).mean()) == pytest.approx(0.002, rel=0.1)

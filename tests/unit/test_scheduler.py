@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from ee_megatron.rollout.engine.ops import TorchOps
 from ee_megatron.rollout.engine.request import Event, Request
 from ee_megatron.rollout.engine.scheduler import Scheduler
 from ee_megatron.rollout.engine.stations import Stations
+from ee_megatron.rollout.engine.waiting import Waiting
 from ee_megatron.types import Rollout
 from tests.reference import Reference, random_policy
 from tests.tiny import tiny_hf
@@ -76,13 +78,13 @@ def same(a: Rollout, b: Rollout) -> None:
         np.testing.assert_allclose(getattr(a, name), getattr(b, name), atol=1e-4)
 
 
-def by_the_book(reference: Reference, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+def by_the_book(reference: Reference, rollout: Rollout, temperature: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities of a rollout's tokens and exits by the masked forward pass over the whole sequence."""
     tokens = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])
     at = slice(len(rollout.prompt_tokens) - 1, tokens.shape[1] - 1)
     depths = torch.full_like(tokens, 6)
     depths[0, at] = torch.tensor(rollout.exit_depths).long()
-    logp = reference.logits(tokens, depths).log_softmax(-1)[0, at]
+    logp = (reference.logits(tokens, depths) / temperature).log_softmax(-1)[0, at]
     exits = reference.log_q(reference.gate_logits(tokens, depths), depths)[0, at]
     if not reference.spec.first_token:
         exits[0] = 0
@@ -215,6 +217,15 @@ def test_requests_join_and_leave_a_running_engine(decoder, tokenizer):
     assert scheduler.cancel(second) and not scheduler.finished and scheduler.free == 2
 
 
+def test_requests_that_give_up_their_place_wait_again_in_the_order_they_came():
+    waiting, rows = Waiting(None, False), [SimpleNamespace(id=i) for i in range(5)]
+    for row in rows[3:]:
+        waiting.put(row)
+    # Whatever order their work was in.
+    waiting.put_back([rows[1], rows[0], rows[2]])
+    assert [row.id for row in waiting] == [0, 1, 2, 3, 4] and waiting.first is rows[0]
+
+
 def test_events_stream_the_answer(decoder, tokenizer):
     requests = [Request(r.prompt, r.sampling, r.exits, r.seed, r.prompt_id, r.sample, True) for r in mixed_requests()]
     scheduler = Scheduler(decoder, tokenizer, in_flight=7)
@@ -242,6 +253,15 @@ def test_truncated_sampling_records_both_log_probabilities(path, decoder, tokeni
         # Cutting the tail off gives what is left more weight.
         assert (rollout.token_logprobs > rollout.full_logprobs + 0.1).all() == bool(cut)
         assert cut or np.array_equal(rollout.token_logprobs, rollout.full_logprobs)
+
+
+def test_prescribed_tokens_are_recorded_under_the_temperature(path, decoder, tokenizer):
+    given = [5, 90, 17, 64]
+    rollout = alone(decoder, tokenizer, Request("abc", SamplingParams(0.7, 8), Sample(), 1, "p", prefill=given))
+    assert rollout.tokens[:4].tolist() == given and rollout.length == 8
+    expected, _ = by_the_book(Reference(path, SPEC, random_policy(decoder.dims, SPEC)), rollout, 0.7)
+    for found in (rollout.token_logprobs, rollout.full_logprobs):
+        np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_confidence_leaves_at_the_first_readout_that_is_sure_enough(decoder, tokenizer):

@@ -402,6 +402,17 @@ def test_a_rank_that_ended_before_anybody_looked_is_noticed(tmp_path: Path) -> N
     assert in_a_job(tmp_path, script).stdout == "ended 9\n"
 
 
+@pytest.mark.parametrize(("restarts", "back"), [("0", True), ("1", True), ("2", False), ("3", False)])
+def test_a_job_is_put_back_as_often_as_the_limit_and_no_more(restarts: str, back: bool, tmp_path: Path) -> None:
+    script = (
+        'squeue() { echo RUNNING; }; scontrol() { echo "scontrol $*"; }\n'
+        "job=([requeue_limit]=2 [directory]=results); finish rl $STOPPED"
+    )
+    done = in_a_job(tmp_path, script, SLURM_RESTART_COUNT=restarts)
+    assert done.returncode == STOPPED and ("scontrol requeue 7\n" in done.stdout) == back
+    assert ("cluster.requeue_limit" in done.stderr) != back
+
+
 def test_ranks_of_this_machine_are_started_with_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Started(Exception):
         pass

@@ -377,6 +377,19 @@ def test_the_table_is_made_of_result_files_and_the_same_to_the_byte(base: list[s
     assert "1 finished" in status_table(sweep, {}) and 'a "quoted"' in status_table(sweep, {})
 
 
+def test_a_run_that_is_unfinished_again_has_no_figures_in_the_table(base: list[str]) -> None:
+    """Its result file is still there, but somebody has removed a stage since."""
+    sweep = made(base, "rl.lambda_exit=0,1")
+    results_of(sweep, 0, 0.25)
+    write_missing_results(sweep)
+    assert rows(sweep)[0]["reward"] == 0.25
+    stage = dict(sweep.task(sweep.runs[0].tasks[-1]).stages)["rl"]
+    (records.stage_path(sweep, stage) / "DONE").unlink()
+    assert records.read_result(sweep, sweep.runs[0].id) is not None
+    again, never = rows(sweep)
+    assert again["status"] == "unfinished" and again.keys() == never.keys() and again["error"] == ""
+
+
 def test_floats_in_the_table_read_back_exactly() -> None:
     values = [0.1 + 0.2, 1e-300, 12345678.123456789]
     text = to_csv([{"x": value} for value in values], ["x"])

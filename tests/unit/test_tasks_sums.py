@@ -84,6 +84,8 @@ def test_training_never_sees_test_problems_of_several_hops() -> None:
         (" First 1, then 12, then 24, then {}", True, True, True, None),
         (" {}", True, False, True, None),
         (" That is 1{}", False, True, True, "terse"),
+        # The end of a number that is too long is no answer.
+        (" That is 10{}", False, False, False, None),
         (" That is {}.", False, False, False, None),
         (" That is", False, False, False, None),
         ("", False, False, False, None),

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from ee_megatron.config.schema import CalibrateConfig, RLConfig, RunConfig
+from ee_megatron.config.schema import CalibrateConfig, RLConfig, RunConfig, TracesConfig
 from ee_megatron.exits import ExitLayout, exit_distribution, target_hazards
 from ee_megatron.learner.batch import pack, spread
 from ee_megatron.learner.optimizer_state import OptimizerState
@@ -28,8 +29,10 @@ from ee_megatron.objectives.policy_gradient import IMPORTANCE, K3_GAP, Clip, cli
 from ee_megatron.objectives.schedules import learning_rate, price, schedule
 from ee_megatron.objectives.weights import Weights, mean_weights
 from ee_megatron.observe.rundir import RunDirectory
-from ee_megatron.policy import PolicySpec, save_policy, sharpened
+from ee_megatron.policy import PolicySpec, WeightSet, save_policy, sharpened
+from ee_megatron.tasks import Verdict
 from ee_megatron.tensors import HeldStream, collect
+from ee_megatron.training import traces as traces_stage
 from ee_megatron.training.calibrate import (
     Item,
     draw_exits,
@@ -41,11 +44,12 @@ from ee_megatron.training.calibrate import (
     uniform_share,
 )
 from ee_megatron.training.checkpoints import TrainingStreams, damage, read_training, write_training
-from ee_megatron.training.rollout_source import step_prompts
+from ee_megatron.training.pricing import Price
+from ee_megatron.training.rollout_source import WeightHistory, check_versions, step_prompts
 from ee_megatron.training.session import Session
 from ee_megatron.training.stored import load_rollouts, load_traces, save_rollouts, save_traces
 from ee_megatron.types import Prompt, Trace
-from tests.by_hand import a_group
+from tests.by_hand import a_group, a_rollout
 
 LAYOUT = ExitLayout(6, (2, 4))
 
@@ -325,12 +329,63 @@ def test_traces_come_back_as_they_were(tmp_path):
         save_traces(tmp_path / "empty", [])
 
 
+@pytest.mark.parametrize("only_correct", [True, False])
+def test_traces_are_of_the_answers_that_are_right(only_correct, tmp_path, monkeypatch):
+    """Of two answers to each of two prompts; with traces.only_correct a wrong one in the right form is left out."""
+    prompts = [Prompt("a", "", "", "t"), Prompt("b", "", "", "t")]
+    answers = [[replace(a_rollout([6, 2]), text=f"{prompt.id}{i}") for i in range(2)] for prompt in prompts]
+    verdicts = {"a0": (True, True), "a1": (False, True), "b0": (False, False), "b1": (True, False)}
+    pool = SimpleNamespace(trace=lambda rollouts, *_: [a_trace(rollout.text) for rollout in rollouts])
+    verifier = SimpleNamespace(verify_many=lambda items: [Verdict(*verdicts[text], True) for _, text in items])
+
+    class Stage:
+        spec, path = None, tmp_path
+
+        def __init__(self, *_, **__):
+            self.make_task, self.finish = (lambda *_: None,) * 2
+            self.make_verifier, self.make_pool = lambda *_: verifier, lambda *_: pool
+            self.sample, self.progress = lambda *_: answers, lambda *_, **__: nullcontext()
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(traces_stage, "Session", Stage)
+    monkeypatch.setattr(traces_stage, "training_problems", lambda *_: prompts)
+    traces_stage.make_traces(RunConfig(traces=TracesConfig(only_correct=only_correct)), tmp_path)
+    found = {trace.prompt_id: trace.correct for trace in load_traces(tmp_path / "dataset")}
+    expected = {name: right for name, (right, _) in verdicts.items() if right or not only_correct}
+    assert found == expected
+
+
 def test_prompts_of_the_steps_use_every_prompt_once_before_any_twice():
     prompts = [Prompt(str(i), "", "", "t") for i in range(10)]
     rl = RLConfig(prompts_per_step=4)
     seen = [p.id for step in range(5) for p in step_prompts(prompts, step, rl)]
     assert sorted(seen[:10]) == sorted(seen[10:20]) == sorted(p.id for p in prompts)
     assert seen[:10] != seen[10:20]
+
+
+def test_rollouts_older_than_the_staleness_allows_are_refused():
+    for version, staleness in ((3, 0), (2, 1)):
+        old = replace(a_rollout([6, 2]), weight_version=version, weight_versions=None)
+        check_versions([[old]], version + staleness, staleness)
+        with pytest.raises(RuntimeError, match=r"rollout\.max_staleness"):
+            check_versions([[old]], version + staleness + 1, staleness)
+
+
+def test_weights_that_a_resumed_run_begins_rollouts_with_stay_on_disk(tmp_path):
+    """Whatever version it goes back to, down to the oldest; none older is kept."""
+    history = WeightHistory(tmp_path, PolicySpec(num_layers=6, exit_depths=(2,), rank=2))
+    for number in range(1, 5):
+        policy = {"gates.2.fc2.bias": torch.full((1,), float(number))}
+        assert collect(history.keeping(number, HeldStream(policy), oldest=max(1, number - 2))).keys() == policy.keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["version_2", "version_3", "version_4"]
+    for number in (2, 3):
+        found = history.version(number, WeightSet(4, {}))
+        assert found.version == number and found.tensors["gates.2.fc2.bias"].item() == number
 
 
 def test_clipped_surrogate_has_ppo_s_gradient():
@@ -413,6 +468,29 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog
         file.write_bytes(bytes(data))
         assert run.latest_checkpoint(damage) == run.checkpoint_dir(1)
     assert "step_2" in caplog.text and "exp_avg.safetensors: not what was written" in caplog.text
+
+
+def test_a_resumed_stage_goes_on_with_the_depth_penalty_of_its_checkpoint(tmp_path, monkeypatch):
+    """The checkpoint's counters reach what the loop makes its price of, and the checkpoints to come."""
+    spec = PolicySpec(num_layers=6, exit_depths=(2,), rank=2)
+    rl = RLConfig(accuracy_floor=2.0, lambda_exit=0.5)
+    cost = Price(rl, {"p": 0.6}, {})
+    cost.learn(0, 0.9, ["p"])
+    assert cost.at(1) != 0.5
+    (tmp_path / "step_1").mkdir()
+    state = TrainingStreams.of({"gates.2.fc2.bias": torch.ones(1)}, OptimizerState(1, {}))
+    write_training(tmp_path / "step_1", spec, state, cost.counters)
+
+    loaded: list[int] = []
+    learner = SimpleNamespace(load_optimizer=lambda state: loaded.append(state.updates))
+    monkeypatch.setattr("ee_megatron.learner.learner.Learner", lambda *_, **__: learner)
+    session = SimpleNamespace(
+        source=None, spec=spec, cfg=RunConfig(rl=rl), device=None, dtype=None, counters={},
+        writer=SimpleNamespace(counters={}),
+    )  # fmt: skip
+    assert Session.make_learner(session, {}, tmp_path / "step_1") is learner and loaded == [1]
+    assert Price(rl, {"p": 0.6}, session.counters).at(1) == cost.at(1)
+    assert session.writer.counters == cost.counters
 
 
 def test_a_checkpoint_has_the_bytes_that_safetensors_own_writer_gives_it(tmp_path, monkeypatch):

@@ -3,8 +3,8 @@
     python tools/mutants.py [--only NAME ...] [--jobs N] [--limit SECONDS]
     python tools/mutants.py --list
 
-Each fault replaces one text in a copy of the tree, where the tests of the files that the list names for it run, without
-those marked slow, until the first failure. The same tests first run in a copy without a fault. Exits with 1 if these
+Each fault replaces one text in a copy of the tree, where the tests of the files that the list names for it run, as in
+`make test`, until the first failure. The same tests first run in a copy without a fault. Exits with 1 if these
 fail or a fault survives, with 2 if a fault does not fit the code. A change to such code takes its entry in the list
 along. --list prints the table in CONTRIBUTING.md.
 """
@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LIST = Path(__file__).with_suffix(".toml")
 # What a copy shares with the tree: not in git, and not changed by tests.
 SHARED = (".venv", "models")
+# What `make test` runs, with as many examples.
+SELECTED, EXAMPLES = "not slow and not extended", {"EE_TESTS": "quick"}
 # A fault's tests may take so many times as long as without it.
 SLOWER = 5
 RUNNING: set[subprocess.Popen[bytes]] = set()
@@ -119,10 +121,11 @@ def run_tests(files: Sequence[str], limit: float, mutant: Mutant | None = None) 
             path.write_text(mutant.planted(path.read_text()))
         # What tests start, too, is to import the copy, not the tree that is installed.
         environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        environment |= EXAMPLES
         if mutant is not None and mutant.file.endswith(".c"):
             # Compiled kernels are kept by the hash of their source: no faulty ones where the sound ones are.
             environment["XDG_CACHE_HOME"] = str(tree / ".cache")
-        command = [sys.executable, "-m", "pytest", "-x", "-m", "not slow", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-x", "-m", SELECTED, "-rfE", "--tb=no", "-p", "no:cacheprovider"]
         with tempfile.TemporaryFile("w+") as output:
             begun, late = time.monotonic(), False
             # A group of its own: what a test leaves running ends with it.

@@ -50,8 +50,7 @@ def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
     here = ranks(cfg) if stage in stages.LEARNS else 1
     pick_device(cfg, int(os.environ.get("LOCAL_WORLD_SIZE", here)))
     launches = here > 1 and "RANK" not in os.environ
-    if forks := launches and cfg.device == "cpu":
-        import_ahead()
+    forks = launches and may_fork(cfg)
     if "RANK" not in os.environ:
         stages.ready_model(cfg, stage)
     if launches:
@@ -64,12 +63,21 @@ def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
         stop.leave()
 
 
-def import_ahead() -> None:
-    """Import what stages need on a CPU, so that processes forked off this one needn't.
+def may_fork(cfg: RunConfig) -> bool:
+    """Whether stages and ranks may be forked off this process, which then has imported what they need.
 
-    From then on this process computes on one thread: a child forked off a process whose OpenMP threads have started
-    would wait for them for ever. Children have as many as they would have had.
+    Not for GPUs: CUDA doesn't survive a fork. Nor where this process may have computed on several threads: a child
+    would wait for ever for OpenMP threads that it doesn't have.
     """
+    torch = sys.modules.get("torch")
+    if cfg.device != "cpu" or (torch is not None and torch.get_num_threads() > 1):
+        return False
+    import_ahead()
+    return True
+
+
+def import_ahead() -> None:
+    """Import what stages need on a CPU. From then on this process computes on one thread (`may_fork`)."""
     quiet_libraries()
     import torch
 
@@ -185,11 +193,9 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
     from ..report.runs import report_path, report_run
 
     evaluated = stages.is_done(cfg, "evaluate")
-    forks = not evaluated and cfg.device == "cpu"
     if not evaluated:
         print(f"report: {report_path(cfg)}, written anew after every stage", flush=True)
-    if forks:
-        import_ahead()
+    forks = not evaluated and may_fork(cfg)
     for stage in stage_order(cfg):
         if stages.is_done(cfg, stage):
             print(f"{stage}: finished before, in {stage_dir(cfg, stage)}")

@@ -55,8 +55,7 @@ class Forked:
     """`ee-megatron` with these arguments in a process forked off this one, whose imports it needn't repeat: as much of
     subprocess.Popen as is used here.
 
-    Not for GPUs: CUDA doesn't survive a fork. Nor where this process has computed on several threads: the child would
-    wait for them for ever (`import_ahead` sees to that).
+    `launch.may_fork` says where that goes well.
     """
 
     def __init__(

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-=======
-import os
 import re
->>>>>>> wt-b
 import resource
 import shlex
 import subprocess
@@ -19,12 +15,9 @@ from omegaconf import OmegaConf
 
 from ee_megatron import cli, convert
 from ee_megatron.config import load as loading
-<<<<<<< HEAD
-from tests.processes import ee_megatron
-=======
 from ee_megatron.config.validate import validate
 from ee_megatron.sweeps import command as sweeps
->>>>>>> wt-b
+from tests.processes import ee_megatron
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("run", "teacher", "traces", "calibrate", "rl", "evaluate", "report", "generate")

@@ -104,7 +104,7 @@ def test_run_writes_the_report_after_every_stage_and_prints_the_table_once(
     cfg = load(["experiment=demo_cpu", f"runs={tmp_path / 'runs'}", "name=front"])
     stages = Stages(cfg, write_run(tmp_path / "samples"))
     monkeypatch.setattr(launch, "_followed", lambda arguments, _, meanwhile: (meanwhile(), stages(arguments))[1])
-    monkeypatch.setattr(launch, "import_ahead", lambda: None)
+    monkeypatch.setattr(launch, "may_fork", lambda _: False)
     monkeypatch.setattr(launch, "pick_device", lambda *_: "cpu")
     monkeypatch.setattr(launch.stages, "check_given", lambda _: None)
     monkeypatch.setattr(launch, "export", lambda _: tmp_path / "export")

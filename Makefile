@@ -8,6 +8,7 @@
 # make clients    what other programs make of checkpoints and server: old transformers, evaluation harnesses, Megatron-LM, llama.cpp (docs/clients.md)
 # make rehearsal  the 7B run's jobs with its layout, layers and long answers on a Slurm of this machine, only narrower; half an hour, 12 GiB
 # make lint   ruff and mypy
+# make goldens    what users see of this tree, as text files, into GOLDENS; make golden-check BASE=COMMIT: what differs from a commit's (CONTRIBUTING.md)
 # make gpu-check    whether all is right and fast on this machine's GPU, in ten minutes; DEVICE=cpu: smaller, on none
 # make gpu-wheels   what gpu-check needs beside torch, into wheels/, for a machine without a network (GPU_PYTHON=3.12)
 # make model  the demo's model, which the tests use too
@@ -109,6 +110,16 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+GOLDENS ?= runs/goldens/tree
+BASE ?= HEAD
+.PHONY: goldens golden-check
+goldens: $(VENV)/.demo
+	$(BIN)/python tools/goldens.py write $(GOLDENS)
+
+# RENAMES: a file of lines "old new", for names that are meant to change.
+golden-check: $(VENV)/.demo
+	$(BIN)/python tools/goldens.py check --base $(BASE) $(if $(RENAMES),--renames $(RENAMES))
 
 model: $(MODEL)/config.json
 

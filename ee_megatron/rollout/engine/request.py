@@ -94,9 +94,9 @@ def check_logits(full_logprobs: Iterable[float]) -> None:
     """Raises ValueError for a NaN among tokens' `full_logprob`, which any NaN among the logits makes of it."""
     if any(map(math.isnan, full_logprobs)):
         raise ValueError(
-            "the model's logits are not finite (NaN). A policy in training has diverged: lower its learning rate. Else the "
-            "model's weights (`ee-megatron convert inspect DIR` names them) or numbers in its config.json (rope_theta, "
-            "rms_norm_eps, ...) are wrong: copy it again"
+            "the model's logits are not finite (NaN). A policy in training has diverged: lower its learning rate. Else "
+            "the model's weights (`ee-megatron convert inspect DIR` names them) or numbers in its config.json "
+            "(rope_theta, rms_norm_eps, ...) are wrong: copy it again"
         )
 
 

@@ -99,7 +99,7 @@ def test_an_actor_without_the_gpu_that_it_was_given_is_said_at_once_and_not_trie
     try:
         settings = ReplicaSettings(str(path), None, torch.float32, "cuda", rows=2, threads=1)
         pool = RayPool(settings, RolloutConfig(actors=1))
-        with pytest.raises(ValueError, match="device=cuda.*torch"):
+        with pytest.raises(ValueError, match=r"device=cuda.*torch"):
             pool.load(None)
         assert pool.health()["restarts"] == 0
         pool.close()

@@ -128,7 +128,7 @@ def test_gates_that_travel_narrow_decide_as_those_that_don_t(dtype, tmp_path: Pa
 
 
 def test_an_unknown_backend_and_a_missing_model_are_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="'mpi'.*'local', 'ray' or 'vllm'"):
+    with pytest.raises(ValueError, match=r"'mpi'.*'local', 'ray' or 'vllm'"):
         make_pool(RolloutConfig("mpi"), tmp_path, None, torch.float32, "cpu")
     for backend in ("local", "ray"):
         with pytest.raises(FileNotFoundError, match=r"config\.json"):

@@ -168,7 +168,7 @@ def test_work_for_other_weights_is_refused_and_losses_have_a_budget(path: Path, 
         pool.load(broken)
     pool.load(current)
     assert pool.health()["alive"] == 2
-    with pytest.raises(RuntimeError, match="failure_budget.*3"):
+    with pytest.raises(RuntimeError, match=r"failure_budget.*3"):
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             for pid in pool.health()["pids"]:

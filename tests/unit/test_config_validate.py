@@ -127,8 +127,14 @@ def test_every_rule_on_a_field_is_enforced(key: str, value: Any, expected: str) 
         (["parallel.sequence_parallel=true", "parallel.tensor=3"], ["parallel.tensor=3", "2, 4"]),
         (["parallel.virtual=2"], ["parallel.virtual=2", "parallel.pipeline"]),
         (["deepspeed.zero_stage=4"], ["deepspeed.zero_stage=4"]),
-        (["deepspeed.zero_stage=3", "parallel.tensor=2"], ["deepspeed.zero_stage=3", "parallel.tensor", "deepspeed.zero_stage=2"]),
-        (["deepspeed.zero_stage=0", "deepspeed.offload_optimizer=true"], ["deepspeed.offload_optimizer=true", "deepspeed.zero_stage"]),
+        (
+            ["deepspeed.zero_stage=3", "parallel.tensor=2"],
+            ["deepspeed.zero_stage=3", "parallel.tensor", "deepspeed.zero_stage=2"],
+        ),
+        (
+            ["deepspeed.zero_stage=0", "deepspeed.offload_optimizer=true"],
+            ["deepspeed.offload_optimizer=true", "deepspeed.zero_stage"],
+        ),
         (["deepspeed.betas=[0.9]"], ["deepspeed.betas=[0.9]"]),
         (["rl.minibatches=99"], ["rl.minibatches=99", "rl.prompts_per_step"]),
         (["rollout.device_share=1.5"], ["rollout.device_share=1.5"]),
@@ -138,14 +144,23 @@ def test_every_rule_on_a_field_is_enforced(key: str, value: Any, expected: str) 
         (["parallel.data=9", "cluster.gpus_per_node=8"], ["cluster.gpus_per_node=8", "9"]),
         (["parallel.data=16", *TWO_NODES], ["cluster.gpus_per_node=8", "cluster.rollout_nodes", "16"]),
         (["rollout.actors=9", *TWO_NODES], ["rollout.actors=9", "8", "cluster.rollout_nodes"]),
-        (["rollout.actors=5", "rollout.device_share=2", *TWO_NODES], ["rollout.actors=5", "4", "cluster.rollout_nodes"]),
+        (
+            ["rollout.actors=5", "rollout.device_share=2", *TWO_NODES],
+            ["rollout.actors=5", "4", "cluster.rollout_nodes"],
+        ),
         (["rollout.actors=17", "rollout.device_share=0.5", "cluster.gpus_per_node=8"], ["rollout.actors=17", "16"]),
         (["cluster.rollout_nodes=1"], ["cluster.rollout_nodes=1", "cluster.nodes=2"]),
         (["rollout=local", *TWO_NODES], ["cluster.rollout_nodes=1", "rollout.backend", "local"]),
         (["cluster.rollout_nodes=-1"], ["cluster.rollout_nodes=-1"]),
         (["rollout=vllm", "rollout.tensor=16", *TWO_NODES], ["rollout.tensor=16", "cluster.gpus_per_node=8"]),
-        (["rollout=vllm", "rollout.tensor=4", "rollout.actors=3", *TWO_NODES], ["rollout.actors=3", "2", "cluster.rollout_nodes"]),
-        (["rollout=vllm", "parallel.data=8", "cluster.gpus_per_node=8"], ["rollout.backend=vllm", "cluster.rollout_nodes", "8"]),
+        (
+            ["rollout=vllm", "rollout.tensor=4", "rollout.actors=3", *TWO_NODES],
+            ["rollout.actors=3", "2", "cluster.rollout_nodes"],
+        ),
+        (
+            ["rollout=vllm", "parallel.data=8", "cluster.gpus_per_node=8"],
+            ["rollout.backend=vllm", "cluster.rollout_nodes", "8"],
+        ),
         (["rl.credit=token", "rl.depth_cost=max"], ["rl.credit=token", "rl.depth_cost=max", "rl.credit=exit"]),
         (["rl.credit=exit", "rl.exit_kl_power=2"], ["rl.exit_kl_power=2.0", "rl.kl=reward", "rl.kl=exact"]),
         (["rl.exit_kl_power=0.5"], ["rl.exit_kl_power=0.5"]),
@@ -163,7 +178,10 @@ def test_every_rule_on_a_field_is_enforced(key: str, value: Any, expected: str) 
         ([*SKIPPING, "rl.kl=loss"], ["rl.skip_scoring=true", "rl.kl=loss", "rl.beta=0.05"]),
         ([*SKIPPING, "rl.credit=exit"], ["rl.skip_scoring=true", "rl.credit=exit", "rl.exit_kl=1.0"]),
         (["rl.credit=exit", "rl.exit_divergence=all", "rl.replay=runs/x"], ["rl.exit_divergence=all", "rl.replay"]),
-        (["rl.credit=exit", "rl.exit_divergence=all", "rl.temperature=0.7"], ["rl.exit_divergence=all", "rl.temperature=0.7"]),
+        (
+            ["rl.credit=exit", "rl.exit_divergence=all", "rl.temperature=0.7"],
+            ["rl.exit_divergence=all", "rl.temperature=0.7"],
+        ),
         (
             ["rl.credit=exit", "rl.exit_divergence=all", "rollout.max_staleness=1"],
             ["rl.exit_divergence=all", "rollout.max_staleness=1"],
@@ -186,7 +204,10 @@ def test_every_rule_on_a_field_is_enforced(key: str, value: Any, expected: str) 
         (["rollout.vllm_exits=compact"], ["rollout.vllm_exits=compact", "rollout.backend=vllm", "ray"]),
         (["rollout=vllm", "exits.first_token=true"], ["exits.first_token=true", "rollout.backend=vllm"]),
         (["rollout=vllm", "rollout.vllm_exits=compact"], ["rollout.vllm_exits=compact", "rollout.vllm_compile=false"]),
-        (["rollout=vllm", "rollout.device_share=0.5", *TWO_NODES], ["rollout.device_share=0.5", "rollout.backend=vllm"]),
+        (
+            ["rollout=vllm", "rollout.device_share=0.5", *TWO_NODES],
+            ["rollout.device_share=0.5", "rollout.backend=vllm"],
+        ),
     ],
 )
 def test_rules_without_a_model(overrides: list[str], parts: list[str]) -> None:
@@ -482,7 +503,7 @@ def test_stage_directories_are_named_and_stable() -> None:
     assert directory == identity.stage_dir(config("runs=somewhere", "name=x"), "rl")
     stage, digest = directory.name.split("-")
     assert stage == "rl" and len(digest) == 8 and int(digest, 16) >= 0
-    with pytest.raises(ValueError, match="training.*imported.*pretrain"):
+    with pytest.raises(ValueError, match=r"training.*imported.*pretrain"):
         identity.stage_dir(cfg, "training")
 
 

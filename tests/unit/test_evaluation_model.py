@@ -188,7 +188,7 @@ def test_mistaken_calls_are_refused(pool: LocalPool, verifier: VerifierPool) -> 
 
     empty = GenerationRequest([], 1, SAMPLING, Off(), 0)
     call: dict[str, Any] = {"label": "teacher", "num_layers": 6, "decode": str}
-    with pytest.raises(ValueError, match="'arithmetic'.*'other'"):
+    with pytest.raises(ValueError, match=r"'arithmetic'.*'other'"):
         evaluate_model(AnsweredSet([], None, 1.0), empty, Other(TaskConfig()), verifier, **call)
     with pytest.raises(ValueError, match="prompts"):
         answer_sets(pool, empty)

@@ -105,7 +105,7 @@ def test_rows_of_parts_pool_to_the_row_of_the_whole(depths: list[list[int]], dat
 
 
 def test_rows_of_other_models_or_exits_do_not_pool() -> None:
-    with pytest.raises(ValueError, match="hazard > 0.5.*hazard > 0.9"):
+    with pytest.raises(ValueError, match=r"hazard > 0.5.*hazard > 0.9"):
         pooled([row("hazard > 0.5", 0.8, 0.6), row("hazard > 0.9", 0.8, 0.7)])
     with pytest.raises(ValueError, match="rows"):
         pooled([])

@@ -130,7 +130,7 @@ def test_who_names_rules_names_those_of_the_registry(capsys: pytest.CaptureFixtu
         body = {"model": "m", "prompt": "x", "exit_policy": {"kind": wrong}}
         with pytest.raises(BadRequest, match=", ".join(f"'{kind}'" for kind in OFFERED[:-1])):
             parse_request(CompletionRequest, json.dumps(body).encode())
-    with pytest.raises(ValueError, match="'never'.*threshold, sample"):
+    with pytest.raises(ValueError, match=r"'never'.*threshold, sample"):
         make_rule("never")
 
 

@@ -79,7 +79,7 @@ def test_a_half_last_line_is_passed_over_and_a_damaged_other_one_is_named(tmp_pa
     path.write_text("")
     assert read_metrics(path) == []
     path.write_text('{"step": 1}\nrubbish\n{"step": 3}\n')
-    with pytest.raises(ValueError, match="line 2.*'rubbish'"):
+    with pytest.raises(ValueError, match=r"line 2.*'rubbish'"):
         read_metrics(path)
 
 
@@ -202,7 +202,7 @@ def test_the_mode_is_the_settings_then_the_environments_then_follows_the_key():
     for word, mode in [("offline", "offline"), ("dryrun", "offline"), ("Disabled", "disabled"), ("online", "online")]:
         assert wandb_mode("auto", {"WANDB_MODE": word, **key}) == mode
     assert wandb_mode("online", {"WANDB_MODE": "offline"}) == "online"
-    with pytest.raises(ValueError, match="WANDB_MODE=of.*offline"):
+    with pytest.raises(ValueError, match=r"WANDB_MODE=of.*offline"):
         wandb_mode("auto", {"WANDB_MODE": "of"})
 
 

@@ -60,26 +60,25 @@ def test_everything_is_said_at_once(base: list[str], tmp_path: Path, capsys: pyt
 def test_a_faulty_setting_brings_no_faults_that_follow_from_it(
     base: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert lines(capsys, "run", *base, "cluster.nodes=0", "cluster.rollout_nodes=2", "rollout.backend=ray") == [
-        "cluster.nodes=0: expected a number > 0"
-    ]
+    (line,) = lines(capsys, "run", *base, "cluster.nodes=0", "cluster.rollout_nodes=2", "rollout.backend=ray")
+    assert line.startswith("cluster.nodes=0")
     assert len(lines(capsys, "rl", *base, "parallel.tensor=0")) == 1
 
 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (["teacher.shots=1000"], "teacher.shots: 1000"),
-        (["teacher.shots=2", "teacher.batch_size=2000"], "teacher.batch_size=2000: 330 problem(s)"),
-        (["teacher.problems=3"], "teacher.batch_size=16: 3 problem(s)"),
-        (["task.validation=100000"], "task.validation: 100000 problems"),
+        (["teacher.shots=1000"], r"teacher\.shots\b.*\b1000\b"),
+        (["teacher.shots=2", "teacher.batch_size=2000"], r"teacher\.batch_size=2000\b.*\b330\b"),
+        (["teacher.problems=3"], r"teacher\.batch_size=16\b.*\b3\b"),
+        (["task.validation=100000"], r"task\.validation\b.*\b100000\b"),
     ],
 )
 def test_there_have_to_be_examples_enough(
     settings: list[str], says: str, base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (line,) = lines(capsys, "run", *base, *settings)
-    assert line.startswith(says) and not (tmp_path / "runs").exists()
+    assert re.match(says, line) and not (tmp_path / "runs").exists()
 
 
 def test_so_it_is_with_files(base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

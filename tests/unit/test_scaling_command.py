@@ -60,7 +60,7 @@ def test_a_refused_method_asked_for_alone_is_an_error(losses: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--loss", "los"], "'los'; the nearest is 'loss'"),
+        (["--loss", "los"], "'loss'"),
         (["--bootstrap", "20"], "--bootstrap 20"),
         (["--seed", "-1"], "--seed -1"),
         (["--lambda", "lam"], "'lam'"),

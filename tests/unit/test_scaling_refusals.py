@@ -95,7 +95,7 @@ def test_a_missing_column_names_the_nearest_and_the_option() -> None:
     renamed = table(n_params=GOOD["params"], tokens=GOOD["tokens"], Loss=GOOD["loss"])
     with pytest.raises(ValueError, match=r"'params'.*'n params'.*--params"):
         observations(renamed, ColumnNames())
-    with pytest.raises(ValueError, match="'loss'.*'Loss'"):
+    with pytest.raises(ValueError, match=r"'loss'.*'Loss'"):
         observations(renamed, ColumnNames(params="n params"))
 
 

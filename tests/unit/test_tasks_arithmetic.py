@@ -180,7 +180,7 @@ def test_enormous_answers_are_judged_at_once(text: str) -> None:
 
 
 def test_bad_requests_say_what_is_possible() -> None:
-    with pytest.raises(ValueError, match="'arithmetics'.*'arithmetic'"):
+    with pytest.raises(ValueError, match=r"'arithmetics'.*'arithmetic'"):
         make_task(TaskConfig("arithmetics"))
     with pytest.raises(ValueError, match=r"task\.families.*'products'.*product, sum, word, chain"):
         make_task(TaskConfig("arithmetic", families=["products"]))

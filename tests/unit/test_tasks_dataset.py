@@ -179,9 +179,9 @@ def test_the_configuration_reaches_the_task(tmp_path: Path) -> None:
 def test_answers_that_are_no_choice_say_so(tmp_path: Path) -> None:
     rows = [{"question": "Which?", "options": ["red", "blue"], "answer": "green"}]
     path = str(saved(tmp_path, rows))
-    with pytest.raises(ValueError, match="row 1.*'green'"):
+    with pytest.raises(ValueError, match=r"row 1.*'green'"):
         make_task(TaskConfig("dataset", path=path, choices_column="options"))
-    with pytest.raises(ValueError, match="choices_column.*'green'"):
+    with pytest.raises(ValueError, match=r"choices_column.*'green'"):
         make_task(TaskConfig("dataset", path=path, choices_column="answer"))
 
 

@@ -145,12 +145,10 @@ def test_faults_are_named_and_the_other_parts_go_on(tmp_path) -> None:
         "models": "passed", "reference": "passed", "decoder": "failed", "learner": "crashed", "export": "crashed",
         "resume": "failed", "nccl": "passed",
     }  # fmt: skip
-    assert part_of(result, "export")["reasons"] == ["ended by SIGSEGV"]
-    assert "'NoneType' object is not callable" in part_of(result, "learner")["reasons"][0]
-    assert any(
-        reason.startswith("float32: logits, all positions at once") for reason in part_of(result, "decoder")["reasons"]
-    )
-    assert any(reason.startswith("resumed against undisturbed") for reason in part_of(result, "resume")["reasons"])
+    assert part_of(result, "export")["reasons"][0].endswith("SIGSEGV")
+    assert "NoneType" in part_of(result, "learner")["reasons"][0]
+    assert any(reason.startswith("float32: logits") for reason in part_of(result, "decoder")["reasons"])
+    assert any(reason.startswith("resumed") for reason in part_of(result, "resume")["reasons"])
     page = (tmp_path / "out" / "index.html").read_text()
     assert all(line.split(":")[0] in output and line[:40].replace("'", "&#39;") in page for line in result["failed"])
 
@@ -165,7 +163,7 @@ def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path, monkeypat
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     begun = time.monotonic()
     found = check.outcome(Part("nccl", "Collectives", "machine:collectives", 1), "cpu", tmp_path, 100.0, {})
-    assert found["status"] == "out of time" and found["reasons"] == ["not done within 4 s"]
+    assert found["status"] == "out of time" and "4 s" in found["reasons"][0]
     assert time.monotonic() - begun < 60
     deadline = time.monotonic() + 10
     stat = Path("/proc", (tmp_path / "grandchild").read_text(), "stat")
@@ -178,9 +176,10 @@ def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path, monkeypat
 def test_parts_that_lack_what_they_need_or_time_are_named(tmp_path) -> None:
     part = next(part for part in PARTS if part.name == "decoder")
     broken = {"reference": {"status": "crashed"}}
-    assert check.outcome(part, "cpu", tmp_path, 100.0, broken)["reasons"] == ["it needs reference"]
+    (reason,) = check.outcome(part, "cpu", tmp_path, 100.0, broken)["reasons"]
+    assert "reference" in reason
     late = check.outcome(part, "cpu", tmp_path, 0.0, {"reference": {"status": "passed"}})
-    assert (late["status"], late["reasons"]) == ("not run", ["the time of the whole check was over"])
+    assert late["status"] == "not run" and "reference" not in late["reasons"][0] and "time" in late["reasons"][0]
 
 
 def test_without_a_gpu_one_line_says_what_is_missing(tmp_path) -> None:
@@ -189,9 +188,9 @@ def test_without_a_gpu_one_line_says_what_is_missing(tmp_path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     line = check.obstacle("cuda", tmp_path)
-    assert "DEVICE=cpu" in line and "\n" not in line and ("without CUDA" in line or "finds no GPU" in line)
+    assert "DEVICE=cpu" in line and "\n" not in line and "torch" in line
     assert check.obstacle("cpu", tmp_path) == ""
-    assert "give another folder by --scratch" in check.obstacle("cpu", tmp_path / "absent")
+    assert "--scratch" in check.obstacle("cpu", tmp_path / "absent")
 
 
 def test_a_roofline_is_never_below_the_faster_kind_of_products() -> None:

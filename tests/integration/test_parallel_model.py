@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -163,7 +164,7 @@ def test_copies_that_came_apart_are_noticed_on_every_rank(tmp_path):
         ranks.call("parallel_cases:step", batch=batch, weights=weights, times=2)
         assert ranks.call("parallel_cases:drift") == ["", ""]
         found = ranks.call("parallel_cases:drift", rank=1, name="gates.3.fc1.weight")
-    assert all(text.startswith("1 tensors, gates.3.fc1.weight the first, are no longer") for text in found)
+    assert all(re.match(r"1\b.*gates\.3\.fc1\.weight", text) for text in found)
 
 
 def test_a_data_parallel_rank_without_a_sequence_takes_part(tmp_path):

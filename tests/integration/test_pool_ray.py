@@ -135,7 +135,7 @@ def test_weights_go_into_the_store_as_they_come_and_are_those_that_were_sent(
     pool.check(taken)
     pool.check(whole)
     pool.load(other)
-    with pytest.raises(ValueError, match="load them first"):
+    with pytest.raises(ValueError, match=r"\b21\b"):
         pool.check(taken)
     # What was put stays where it is for as long as somebody has it.
     pool.load(taken)
@@ -161,14 +161,14 @@ def test_work_for_other_weights_is_refused_and_losses_have_a_budget(path: Path, 
     pool.load(current)
     handle = pool._actors[0].handle
     for wrong in [(3, current.digest), (2, "0" * 64)]:
-        with pytest.raises(ValueError, match="expected version"):
+        with pytest.raises(ValueError, match="version"):
             ray.get(handle.call.remote(wrong, "generate", (PROMPTS, 1, SAMPLING, EXITS, 0)), timeout=60)
     broken = WeightSet(3, current.tensors, digest="f" * 64)
     with pytest.raises(ValueError, match="digest"):
         pool.load(broken)
     pool.load(current)
     assert pool.health()["alive"] == 2
-    with pytest.raises(RuntimeError, match="failure_budget is 3"):
+    with pytest.raises(RuntimeError, match=r"failure_budget.*3"):
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             for pid in pool.health()["pids"]:

@@ -50,7 +50,6 @@ def test_what_launchers_say_is_checked(
 ) -> None:
     monkeypatch.setenv(name, "abc")
     assert cli.main(["rl", "experiment=demo_cpu"]) == 2
-    assert capsys.readouterr().err == (
-        f"error: {name}='abc': expected a whole number, as a launcher of ranks sets it; unset it\n"
-    )
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {name}='abc'") and err.count("\n") == 1
     assert os.listdir(place / "here") == []

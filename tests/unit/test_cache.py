@@ -87,14 +87,14 @@ def test_the_place_of_a_position_is_its_page_and_the_offset_in_it():
     assert where.shape == (2, TABLE + 3) and where[:, :2].tolist() == [[2, 40], [0, 3]]
     assert where[0, 2] == cache.table[2, 2] and where[:, 3].tolist() == [8, 3]
     assert np.array_equal(where[:, TABLE:].numpy(), cache.table[[2, 0], :3])
-    with pytest.raises(ValueError, match="position 64 has no page"):
+    with pytest.raises(ValueError, match=r"\b64\b"):
         cache.where([0], [64])
 
 
 def test_a_limit_holds_and_nothing_is_done_past_it():
     cache = KVCache(DIMS, 3, torch.float32, CPU, limit=4)
     cache.hold([0], [40])
-    with pytest.raises(ValueError, match="5 pages of 16 positions asked of a cache of 4; enlarge it"):
+    with pytest.raises(ValueError, match=r"\b5\b.*\b4\b"):
         cache.hold([1, 2], [10, 10])
     cache.hold([1], [16])
     assert cache.pages == cache.used == 4 and not cache.held[2]

@@ -24,7 +24,7 @@ def test_a_token_takes_the_cheapest_of_the_exits_and_full_depth() -> None:
     assert both.depth == pytest.approx((1 + 2 + 4) / 12) and both.kl == pytest.approx(0.15 / 3)
     assert both.cost == pytest.approx((0.1 + 0.35 + 0.4) / 3)
     assert evaluated(divergences, (), 0.4).cost == pytest.approx(0.4)
-    with pytest.raises(ValueError, match="expected 1 to 3, the model has 4 layers"):
+    with pytest.raises(ValueError, match=r"\[4\].*\b3\b"):
         evaluated(divergences, (4,), 0.4)
 
 

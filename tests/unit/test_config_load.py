@@ -87,7 +87,7 @@ def test_rl_7b_is_two_by_two_by_two_on_gsm8k() -> None:
 @pytest.mark.parametrize("sign", ["", "+", "++"])
 def test_an_unknown_key_names_the_nearest_one(sign: str) -> None:
     message = refused(f"{sign}rl.lamda_exit=0.3")
-    assert message == "rl.lamda_exit: no such setting; did you mean rl.lambda_exit?"
+    assert message.startswith("rl.lamda_exit") and "rl.lambda_exit" in message
 
 
 @pytest.mark.parametrize(
@@ -103,13 +103,13 @@ def test_an_unknown_key_names_the_nearest_one(sign: str) -> None:
 )
 def test_other_unknown_keys(override: str, nearest: str) -> None:
     message = refused(override)
-    assert "no such setting" in message and nearest in message
+    assert nearest in message.removeprefix(override.split("=")[0]), message
 
 
 def test_an_unknown_key_in_a_file_is_refused_too(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("defaults: [_self_]\nname: a\nmodel: {path: m}\nrl: {lamda_exit: 1}\n")
     message = refused_plain(tmp_path)
-    assert message == "rl.lamda_exit: no such setting; did you mean rl.lambda_exit?"
+    assert message.startswith("rl.lamda_exit") and "rl.lambda_exit" in message
 
 
 def refused_plain(directory: Path) -> str:
@@ -121,17 +121,17 @@ def refused_plain(directory: Path) -> str:
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("rl.steps=many", ("rl.steps", "'many'", "expected int")),
-        ("rl.steps=1.5", ("rl.steps", "1.5", "expected int")),
-        ("rl.steps=null", ("rl.steps", "None", "expected int")),
-        ("parallel.recompute=perhaps", ("parallel.recompute", "'perhaps'", "expected bool")),
-        ("exits.depths=[a]", ("exits.depths", "'a'", "expected list[int]")),
-        ("rl=5", ("rl=5: no such choice", "long_answers, paper")),
-        ("model.path=${oc.env:EE_NOT_SET_ANYWHERE}", ("settings: ", "EE_NOT_SET_ANYWHERE")),
-        ("rl.steps=1,2", ("several values",)),
-        ("~rl.steps", ("cannot be deleted",)),
-        ("rl.steps", ("expected key=value",)),
-        ("task=chess", ("task=chess", "arithmetic, ", "gsm8k")),
+        ("rl.steps=many", ("rl.steps", "'many'")),
+        ("rl.steps=1.5", ("rl.steps", "1.5")),
+        ("rl.steps=null", ("rl.steps", "None")),
+        ("parallel.recompute=perhaps", ("parallel.recompute", "'perhaps'")),
+        ("exits.depths=[a]", ("exits.depths", "'a'")),
+        ("rl=5", ("rl=5", "long_answers", "paper")),
+        ("model.path=${oc.env:EE_NOT_SET_ANYWHERE}", ("EE_NOT_SET_ANYWHERE",)),
+        ("rl.steps=1,2", ("rl.steps=1,2", "`ee-megatron sweep`")),
+        ("~rl.steps", ("~rl.steps",)),
+        ("rl.steps", ("rl.steps", "key=value")),
+        ("task=chess", ("task=chess", "arithmetic", "gsm8k")),
     ],
 )
 def test_wrong_values_are_one_line(override: str, parts: tuple[str, ...]) -> None:
@@ -140,7 +140,7 @@ def test_wrong_values_are_one_line(override: str, parts: tuple[str, ...]) -> Non
 
 
 def test_an_unknown_experiment_lists_those_that_exist() -> None:
-    with pytest.raises(ValueError, match="experiment=demo: no such choice") as caught:
+    with pytest.raises(ValueError, match="experiment=demo") as caught:
         load(["experiment=demo"])
     assert all(name in str(caught.value) for name in EXPERIMENTS)
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,19 +57,19 @@ def test_the_defaults_are_valid() -> None:
 
 
 def broken() -> Iterator[tuple[str, Any, str]]:
-    """Every rule on every field of the schema: its key, a value that breaks it, what is expected instead."""
+    """Every rule on every field of the schema: its key, a value that breaks it, the bound or choices that are named."""
     for key, value, rules in settings(RunConfig()):
         kind = type(value)
         if isinstance(value, float):
-            yield key, float("nan"), "a finite number"
+            yield key, float("nan"), "finite"
         if rules.choices:
-            yield key, "nonsense", f"one of {', '.join(choice or 'nothing' for choice in rules.choices)}"
+            yield key, "nonsense", ", ".join(choice or "nothing" for choice in rules.choices)
         if rules.positive:
-            yield key, kind(0), "a number > 0"
+            yield key, kind(0), "0"
         if rules.at_least is not None:
-            yield key, kind(rules.at_least - 1), f"a number >= {rules.at_least}"
+            yield key, kind(rules.at_least - 1), str(rules.at_least)
         if rules.share:
-            yield from ((key, share, "a share from 0 to 1") for share in (-0.5, 1.5))
+            yield from ((key, share, "1") for share in (-0.5, 1.5))
 
 
 @pytest.mark.parametrize(("key", "value", "expected"), broken())
@@ -77,122 +78,141 @@ def test_every_rule_on_a_field_is_enforced(key: str, value: Any, expected: str) 
     assign(cfg, key, value)
     with pytest.raises(ValueError) as caught:
         validate(cfg, None)
-    assert str(caught.value) == f"{key}={value}: expected {expected}"
+    said, instead = str(caught.value).split(": ", 1)
+    assert said == f"{key}={value}" and expected in instead
 
 
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["rl.temperature=0"], ["rl.temperature=0", "> 0"]),
-        (["rl.beta=-1"], ["rl.beta=-1", ">= 0"]),
-        (["rl.lambda_exit=nan"], ["rl.lambda_exit=nan", "finite"]),
-        (["rl.group_size=1"], ["rl.group_size=1", "at least 2"]),
-        (["rl.group_size=1", "rl.advantage=grpo"], ["at least 2"]),
-        (["adapter.dropout=1"], ["adapter.dropout=1", "< 1"]),
+        (["rl.temperature=0"], ["rl.temperature=0"]),
+        (["rl.beta=-1"], ["rl.beta=-1"]),
+        (["rl.lambda_exit=nan"], ["rl.lambda_exit=nan"]),
+        (["rl.group_size=1"], ["rl.group_size=1", "rl.advantage=none"]),
+        (["rl.group_size=1", "rl.advantage=grpo"], ["rl.group_size=1", "rl.advantage=grpo"]),
+        (["adapter.dropout=1"], ["adapter.dropout=1"]),
         (["adapter.rank=0"], ["adapter.rank=0", "teacher.enabled=false"]),
-        (["calibrate.student_patterns=2"], ["calibrate.student_patterns=2", "0 to 1"]),
+        (["calibrate.student_patterns=2"], ["calibrate.student_patterns=2"]),
         (["calibrate.keep=0.8"], ["calibrate.keep=0.8", "calibrate.settle"]),
         (["calibrate.keep_upper=0.5"], ["calibrate.keep_upper=0.5", "calibrate.settle"]),
-        (["calibrate.keep_upper=1.5"], ["calibrate.keep_upper=1.5", "0 to 1"]),
-        (["rl.gate_centre=1"], ["rl.gate_centre=1", "between 0 and 1"]),
-        (["rl.gate_sharpness=0"], ["rl.gate_sharpness=0", "above 0"]),
-        (["calibrate.uniform_patterns=1.5"], ["calibrate.uniform_patterns=1.5", "0 to 1"]),
-        (["calibrate.full_patterns=2"], ["calibrate.full_patterns=2", "0 to 1"]),
+        (["calibrate.keep_upper=1.5"], ["calibrate.keep_upper=1.5"]),
+        (["rl.gate_centre=1"], ["rl.gate_centre=1"]),
+        (["rl.gate_sharpness=0"], ["rl.gate_sharpness=0"]),
+        (["calibrate.uniform_patterns=1.5"], ["calibrate.uniform_patterns=1.5"]),
+        (["calibrate.full_patterns=2"], ["calibrate.full_patterns=2"]),
         (
             ["calibrate.uniform_patterns=0.6", "calibrate.full_patterns=0.5"],
-            ["calibrate.uniform_patterns=0.6", "calibrate.full_patterns=0.5", "at most 1 together"],
+            ["calibrate.uniform_patterns=0.6", "calibrate.full_patterns=0.5"],
         ),
-        (
-            ["calibrate.reach=1", "calibrate.depth_power=0"],
-            ["calibrate.reach=1", "calibrate.depth_power=0", "in full already"],
-        ),
-        (["traces.wide_operands=0.5", "task.operands=wide"], ["traces.wide_operands=0.5", "arithmetic, wide"]),
-        (["rl.wide_operands=0.5", "task.operands=wide"], ["rl.wide_operands=0.5", "arithmetic, wide"]),
-        (["evaluate.wide_problems=5", "task.operands=wide"], ["evaluate.wide_problems=5", "arithmetic, wide"]),
-        (["evaluate.wide_test=5", "task.operands=wide"], ["evaluate.wide_test=5", "arithmetic, wide"]),
+        (["calibrate.reach=1", "calibrate.depth_power=0"], ["calibrate.reach=1", "calibrate.depth_power=0"]),
+        (["traces.wide_operands=0.5", "task.operands=wide"], ["traces.wide_operands=0.5", "task.operands", "wide"]),
+        (["rl.wide_operands=0.5", "task.operands=wide"], ["rl.wide_operands=0.5", "task.operands", "wide"]),
+        (["evaluate.wide_problems=5", "task.operands=wide"], ["evaluate.wide_problems=5", "task.operands", "wide"]),
+        (["evaluate.wide_test=5", "task.operands=wide"], ["evaluate.wide_test=5", "task.operands", "wide"]),
         (
             ["traces.wide_operands=0.5", "task.name=hops", "task.families=[hop1]"],
-            ["traces.wide_operands=0.5", "hops, small"],
+            ["traces.wide_operands=0.5", "task.name", "hops"],
         ),
         (["evaluate.thresholds=[0.5,2]"], ["evaluate.thresholds", "2"]),
-        (["evaluate.externalisation_prompts=-1"], ["evaluate.externalisation_prompts=-1", ">= 0"]),
+        (["evaluate.externalisation_prompts=-1"], ["evaluate.externalisation_prompts=-1"]),
         (["evaluate.choice=all"], ["evaluate.choice=all", "task.name=arithmetic", "task.name=hops"]),
         (["evaluate.control_policy=runs/x"], ["evaluate.control_policy=runs/x", "evaluate.controls=true"]),
-        (["task.families=[product,quotient]"], ["quotient", "product, sum, word, chain"]),
-        (["task.name=jsonl"], ["task.path"]),
-        (["task=dataset"], ["task.path", "task.name=dataset", "saved to disk"]),
-        (["task=dataset", "task.path=x", "task.answer_column="], ["task.answer_column: empty", "in x"]),
-        (["task=dataset", "task.path=x", "task.evaluation_split=train"], ["evaluation_split=train", "train split"]),
-        (["task.name=tom"], ["product", "first_order, second_order"]),
-        (["task=tom", "task.families=[memory,memory]"], ["memory", "each family once"]),
-        (["task=reasoning_gym", "task.families=[]"], ["task.families=[]", "expected some"]),
-        (["task.name=reasoning_gym"], ["product", "arithmetic's", "chain_sum"]),
+        (["task.families=[product,quotient]"], ["task.families", "quotient", "chain"]),
+        (["task.name=jsonl"], ["task.path", "task.name=jsonl"]),
+        (["task=dataset"], ["task.path", "task.name=dataset"]),
+        (["task=dataset", "task.path=x", "task.answer_column="], ["task.answer_column"]),
+        (["task=dataset", "task.path=x", "task.evaluation_split=train"], ["task.evaluation_split=train"]),
+        (["task.name=tom"], ["product", "first_order", "second_order"]),
+        (["task=tom", "task.families=[memory,memory]"], ["task.families", "memory"]),
+        (["task=reasoning_gym", "task.families=[]"], ["task.families=[]"]),
+        (["task.name=reasoning_gym"], ["product", "reasoning_gym", "chain_sum"]),
         (["name=a/b"], ["name='a/b'"]),
         (["parallel.pipeline=0"], ["parallel.pipeline=0"]),
-        (["parallel.sequence_parallel=true"], ["parallel.sequence_parallel", "parallel.tensor > 1"]),
-        (["parallel.sequence_parallel=true", "parallel.tensor=3"], ["parallel.tensor=3", "multiples of 8", "2, 4"]),
-        (["parallel.virtual=2"], ["parallel.virtual=2", "parallel.pipeline > 1"]),
-        (["deepspeed.zero_stage=4"], ["deepspeed.zero_stage=4", "0, 1, 2 or 3"]),
-        (["deepspeed.zero_stage=3", "parallel.tensor=2"], ["deepspeed.zero_stage=3", "found 2 and 1"]),
-        (["deepspeed.zero_stage=0", "deepspeed.offload_optimizer=true"], ["offload_optimizer", "zero_stage >= 1"]),
-        (["deepspeed.betas=[0.9]"], ["deepspeed.betas", "two numbers"]),
+        (["parallel.sequence_parallel=true"], ["parallel.sequence_parallel", "parallel.tensor"]),
+        (["parallel.sequence_parallel=true", "parallel.tensor=3"], ["parallel.tensor=3", "2, 4"]),
+        (["parallel.virtual=2"], ["parallel.virtual=2", "parallel.pipeline"]),
+        (["deepspeed.zero_stage=4"], ["deepspeed.zero_stage=4"]),
+        (
+            ["deepspeed.zero_stage=3", "parallel.tensor=2"],
+            ["deepspeed.zero_stage=3", "parallel.tensor", "deepspeed.zero_stage=2"],
+        ),
+        (
+            ["deepspeed.zero_stage=0", "deepspeed.offload_optimizer=true"],
+            ["deepspeed.offload_optimizer=true", "deepspeed.zero_stage"],
+        ),
+        (["deepspeed.betas=[0.9]"], ["deepspeed.betas=[0.9]"]),
         (["rl.minibatches=99"], ["rl.minibatches=99", "rl.prompts_per_step"]),
-        (["rollout.device_share=1.5"], ["rollout.device_share=1.5", "up to 1"]),
-        (["rollout.max_staleness=-1"], ["rollout.max_staleness=-1", ">= 0"]),
+        (["rollout.device_share=1.5"], ["rollout.device_share=1.5"]),
+        (["rollout.max_staleness=-1"], ["rollout.max_staleness=-1"]),
         (["rollout.partial=carry_on"], ["rollout.partial=carry_on", "finish"]),
-        (["rl.lambda_warmup=2"], ["rl.lambda_warmup=2", "0 to 1"]),
-        (["parallel.data=9", "cluster.gpus_per_node=8"], ["9 ranks", "8 devices"]),
-        (["parallel.data=16", *TWO_NODES], ["16 ranks", "1 learner node(s)", "8 devices"]),
-        (["rollout.actors=9", *TWO_NODES], ["rollout.actors=9", "1 node(s) of 8 devices", "room for 8"]),
-        (["rollout.actors=5", "rollout.device_share=2", *TWO_NODES], ["room for 4", "cluster.rollout_nodes"]),
-        (["rollout.actors=17", "rollout.device_share=0.5", "cluster.gpus_per_node=8"], ["room for 16"]),
-        (["cluster.rollout_nodes=1"], ["cluster.rollout_nodes=1", "no learner node", "cluster.nodes=2"]),
-        (["rollout=local", *TWO_NODES], ["cluster.rollout_nodes=1", "rollout.backend=ray or vllm, found local"]),
-        (["cluster.rollout_nodes=-1"], ["cluster.rollout_nodes=-1", ">= 0"]),
+        (["rl.lambda_warmup=2"], ["rl.lambda_warmup=2"]),
+        (["parallel.data=9", "cluster.gpus_per_node=8"], ["cluster.gpus_per_node=8", "9"]),
+        (["parallel.data=16", *TWO_NODES], ["cluster.gpus_per_node=8", "cluster.rollout_nodes", "16"]),
+        (["rollout.actors=9", *TWO_NODES], ["rollout.actors=9", "8", "cluster.rollout_nodes"]),
+        (
+            ["rollout.actors=5", "rollout.device_share=2", *TWO_NODES],
+            ["rollout.actors=5", "4", "cluster.rollout_nodes"],
+        ),
+        (["rollout.actors=17", "rollout.device_share=0.5", "cluster.gpus_per_node=8"], ["rollout.actors=17", "16"]),
+        (["cluster.rollout_nodes=1"], ["cluster.rollout_nodes=1", "cluster.nodes=2"]),
+        (["rollout=local", *TWO_NODES], ["cluster.rollout_nodes=1", "rollout.backend", "local"]),
+        (["cluster.rollout_nodes=-1"], ["cluster.rollout_nodes=-1"]),
         (["rollout=vllm", "rollout.tensor=16", *TWO_NODES], ["rollout.tensor=16", "cluster.gpus_per_node=8"]),
-        (["rollout=vllm", "rollout.tensor=4", "rollout.actors=3", *TWO_NODES], ["of 4 device(s)", "room for 2"]),
-        (["rollout=vllm", "parallel.data=8", "cluster.gpus_per_node=8"], ["nine tenths", "share those of the 8 ranks"]),
+        (
+            ["rollout=vllm", "rollout.tensor=4", "rollout.actors=3", *TWO_NODES],
+            ["rollout.actors=3", "2", "cluster.rollout_nodes"],
+        ),
+        (
+            ["rollout=vllm", "parallel.data=8", "cluster.gpus_per_node=8"],
+            ["rollout.backend=vllm", "cluster.rollout_nodes", "8"],
+        ),
         (["rl.credit=token", "rl.depth_cost=max"], ["rl.credit=token", "rl.depth_cost=max", "rl.credit=exit"]),
-        (["rl.credit=exit", "rl.exit_kl_power=2"], ["rl.exit_kl_power=2.0 with rl.kl=reward", "rl.kl=exact"]),
-        (["rl.exit_kl_power=0.5"], ["rl.exit_kl_power", ">= 1"]),
+        (["rl.credit=exit", "rl.exit_kl_power=2"], ["rl.exit_kl_power=2.0", "rl.kl=reward", "rl.kl=exact"]),
+        (["rl.exit_kl_power=0.5"], ["rl.exit_kl_power=0.5"]),
         (["rl.importance=mask", "rl.importance_floor=2"], ["rl.importance_floor=2", "rl.importance_cap=2"]),
         (["rl.clip_high=0.1"], ["rl.clip_high=0.1", "rl.clip=0.2"]),
-        (["rl.accuracy_floor=100"], ["rl.accuracy_floor=100", "percentage points"]),
-        (["rl.accuracy_floor=-100"], ["rl.accuracy_floor=-100", "percentage points"]),
+        (["rl.accuracy_floor=100"], ["rl.accuracy_floor=100"]),
+        (["rl.accuracy_floor=-100"], ["rl.accuracy_floor=-100"]),
         (["rl.accuracy_floor=1", "rl.replay=runs/x"], ["rl.accuracy_floor", "rl.replay"]),
         (["rl.accuracy_floor=1", "rl.lambda_exit=5"], ["rl.lambda_exit=5", "rl.lambda_max=4"]),
-        ([*SKIPPING, "rl.epochs=2"], ["rl.skip_scoring=true", "rl.epochs=2, rl.minibatches=1 (expected 1 and 1)"]),
-        ([*SKIPPING, "rl.minibatches=2"], ["rl.skip_scoring=true", "rl.epochs=1, rl.minibatches=2"]),
-        ([*SKIPPING, "rl.importance=truncate"], ["rl.importance=truncate (expected none)"]),
-        ([*SKIPPING, "rollout.max_staleness=1"], ["rollout.max_staleness=1 (expected 0)"]),
-        ([*SKIPPING, "rl.kl=reward"], ["rl.kl=reward with rl.beta=0.05 (expected exact, or 0)"]),
-        ([*SKIPPING, "rl.kl=loss"], ["rl.kl=loss with rl.beta=0.05"]),
-        ([*SKIPPING, "rl.credit=exit"], ["rl.credit=exit with rl.exit_kl=1.0 (expected 0, or"]),
+        ([*SKIPPING, "rl.epochs=2"], ["rl.skip_scoring=true", "rl.epochs=2"]),
+        ([*SKIPPING, "rl.minibatches=2"], ["rl.skip_scoring=true", "rl.minibatches=2"]),
+        ([*SKIPPING, "rl.importance=truncate"], ["rl.skip_scoring=true", "rl.importance=truncate"]),
+        ([*SKIPPING, "rollout.max_staleness=1"], ["rl.skip_scoring=true", "rollout.max_staleness=1"]),
+        ([*SKIPPING, "rl.kl=reward"], ["rl.skip_scoring=true", "rl.kl=reward", "rl.beta=0.05"]),
+        ([*SKIPPING, "rl.kl=loss"], ["rl.skip_scoring=true", "rl.kl=loss", "rl.beta=0.05"]),
+        ([*SKIPPING, "rl.credit=exit"], ["rl.skip_scoring=true", "rl.credit=exit", "rl.exit_kl=1.0"]),
         (["rl.credit=exit", "rl.exit_divergence=all", "rl.replay=runs/x"], ["rl.exit_divergence=all", "rl.replay"]),
-        (["rl.credit=exit", "rl.exit_divergence=all", "rl.temperature=0.7"], ["rl.exit_divergence=all", "=0.7"]),
+        (
+            ["rl.credit=exit", "rl.exit_divergence=all", "rl.temperature=0.7"],
+            ["rl.exit_divergence=all", "rl.temperature=0.7"],
+        ),
         (
             ["rl.credit=exit", "rl.exit_divergence=all", "rollout.max_staleness=1"],
-            ["rl.exit_divergence=all with rollout.max_staleness=1"],
+            ["rl.exit_divergence=all", "rollout.max_staleness=1"],
         ),
         (["rl.exit_later=1", "rl.credit=exit"], ["rl.exit_later=1.0", "rl.exit_divergence=taken"]),
         (
             ["rl.exit_later=1", "rl.credit=exit", "rl.exit_divergence=all", "rl.gate_pull=0.2"],
             ["rl.exit_later=1.0", "rl.gate_pull=0.2"],
         ),
-        (["rl.gate_pull=0.2"], ["rl.gate_pull=0.2 with rl.credit=answer", "set rl.credit=exit"]),
+        (["rl.gate_pull=0.2"], ["rl.gate_pull=0.2", "rl.credit=answer", "rl.credit=exit"]),
         (["rl.gate_pull=0.2", "rl.credit=exit"], ["rl.gate_pull=0.2", "rl.exit_divergence=taken"]),
         (
             ["rl.gate_pull=0.2", "rl.credit=exit", "rl.exit_divergence=all", "rl.beta=0"],
             ["rl.gate_pull=0.2", "rl.beta"],
         ),
-        (["rl.keep=0"], ["rl.keep=0", "above 0 and at most 1"]),
+        (["rl.keep=0"], ["rl.keep=0"]),
         (["rl.keep=1", "calibrate.keep=0", "calibrate.settle=0.1"], ["rl.keep=1", "calibrate.keep=0"]),
         (["rl.keep=1", "start=runs/x"], ["rl.keep=1", "start=runs/x"]),
         (["rl.skip_scoring=true", "rl.epochs=2"], ["rl.epochs=2", "rl.importance=truncate", "rl.kl=reward"]),
-        (["rollout.vllm_exits=compact"], ["rollout.vllm_exits=compact", "rollout.backend=vllm", "found ray"]),
-        (["rollout=vllm", "exits.first_token=true"], ["exits.first_token=true", "rollout.backend=ray or local"]),
+        (["rollout.vllm_exits=compact"], ["rollout.vllm_exits=compact", "rollout.backend=vllm", "ray"]),
+        (["rollout=vllm", "exits.first_token=true"], ["exits.first_token=true", "rollout.backend=vllm"]),
         (["rollout=vllm", "rollout.vllm_exits=compact"], ["rollout.vllm_exits=compact", "rollout.vllm_compile=false"]),
-        (["rollout=vllm", "rollout.device_share=0.5", *TWO_NODES], ["rollout.device_share=0.5", "nine tenths"]),
+        (
+            ["rollout=vllm", "rollout.device_share=0.5", *TWO_NODES],
+            ["rollout.device_share=0.5", "rollout.backend=vllm"],
+        ),
     ],
 )
 def test_rules_without_a_model(overrides: list[str], parts: list[str]) -> None:
@@ -258,19 +278,19 @@ def test_what_is_scored_before_the_first_update(kl: str, credit: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "model", "parts"),
     [
-        (["parallel.tensor=3"], dims(), ["parallel.tensor=3", "28 attention heads", "4 key-value heads", "2, 4"]),
-        (["parallel.tensor=4"], dims(intermediate=110), ["110 intermediate size", "1, 2"]),
-        (["rollout=vllm", "rollout.tensor=3"], dims(), ["rollout.tensor=3", "28 attention heads", "[1, 2, 4]"]),
-        (["rollout=vllm", "rollout.tensor=4"], dims(intermediate=110), ["intermediate size 110", "[1, 2]"]),
-        (["rollout=vllm", "rollout.tensor=7"], dims(), ["4 key-value heads", "[1, 2, 4]"]),
+        (["parallel.tensor=3"], dims(), ["parallel.tensor=3", "28", "2, 4"]),
+        (["parallel.tensor=4"], dims(intermediate=110), ["parallel.tensor=4", "110", "1, 2"]),
+        (["rollout=vllm", "rollout.tensor=3"], dims(), ["rollout.tensor=3", "28", "[1, 2, 4]"]),
+        (["rollout=vllm", "rollout.tensor=4"], dims(intermediate=110), ["rollout.tensor=4", "110", "[1, 2]"]),
+        (["rollout=vllm", "rollout.tensor=7"], dims(), ["rollout.tensor=7", "[1, 2, 4]"]),
         (["exits.depths=[5,28]"], dims(), ["exits.depths", "1..27"]),
         (["exits.depths=[0]"], dims(), ["exits.depths", "1..27"]),
         (
             ["exits.depths=[5,10]", "parallel.pipeline=2", "parallel.stage_layers=[14,14]"],
             dims(),
-            ["layer 14", "add 14"],
+            ["exits.depths", "14"],
         ),
-        (["exits.depths=[5]", "parallel.pipeline=4"], dims(), ["parallel.virtual = 4", "3 boundaries"]),
+        (["exits.depths=[5]", "parallel.pipeline=4"], dims(), ["parallel.pipeline", "parallel.virtual", "4"]),
     ],
 )
 def test_rules_that_need_the_model(overrides: list[str], model: ModelDims, parts: list[str]) -> None:
@@ -285,9 +305,9 @@ def test_a_cache_that_the_longest_answer_does_not_fit_is_refused_with_the_number
     rows = ("rollout.max_new_tokens=100", f"model.dtype={dtype}")
     position = 2 * item * 28 * 4 * 4
     message = refused(f"rollout.cache_gib={100.5 * position / 2**30}", *rows, model=dims(positions=128))
-    for part in ("holds 100 positions", "rollout.max_new_tokens=100", "take 101", "lower rollout.max_new_tokens"):
+    for part in ("rollout.cache_gib=", " 100 ", "rollout.max_new_tokens=100", "101"):
         assert part in message, message
-    enough = message.split("raise it above ")[1].split(",")[0]
+    enough = max(re.findall(r"\d+\.\d+(?:e-\d+)?", message), key=float)
     validate(config(f"rollout.cache_gib={enough}", *rows), dims(positions=128))
     # Devices that share key-value heads out hold more; those that are more than the heads don't.
     shared = f"rollout.cache_gib={100.5 * position / 2**30 / 4}"
@@ -296,7 +316,7 @@ def test_a_cache_that_the_longest_answer_does_not_fit_is_refused_with_the_number
     for tensor in (4, 8):
         limit = ("rollout=vllm", f"rollout.tensor={tensor}", shared, rows[1])
         validate(config(*limit, "rollout.max_new_tokens=99"), wide)
-        assert "holds 100 positions" in refused(*limit, "rollout.max_new_tokens=100", model=wide)
+        assert " 100 " in refused(*limit, "rollout.max_new_tokens=100", model=wide)
 
 
 def test_exits_as_given_by_default_and_at_requested_boundaries() -> None:
@@ -328,12 +348,10 @@ def test_gates_may_be_narrower_than_the_model() -> None:
     shapes = spec.gate_shapes(dims())
     assert shapes["gates.5.fc1.weight"] == (56, 112) and shapes["gates.25.fc2.weight"] == (1, 56)
     assert PolicySpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
-    assert (
-        refused("exits.gate_width=0.3", model=dims())
-        == "exits.gate_width=0.3: 34 units for a model of hidden size 112; expected a multiple of 8: 0.285714 gives 32"
-    )
-    assert refused("exits.gate_width=0", model=dims()) == "exits.gate_width=0: expected a number > 0"
-    with pytest.raises(ValueError, match=r"exits\.gate_width: .*abc"):
+    message = refused("exits.gate_width=0.3", model=dims())
+    assert message.startswith("exits.gate_width=0.3") and "112" in message and "0.285714" in message
+    assert refused("exits.gate_width=0", model=dims()).startswith("exits.gate_width=0")
+    with pytest.raises(ValueError, match=r"exits\.gate_width.*abc"):
         config("exits.gate_width=abc")
 
 
@@ -345,10 +363,10 @@ def test_one_width_has_one_name_however_it_is_written() -> None:
 
 def test_dimensions_from_a_model_directory(tmp_path: Path) -> None:
     cfg = config(f"model.path={tmp_path}")
-    with pytest.raises(FileNotFoundError, match=r"no config\.json there"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
         read_dims(cfg)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
+    with pytest.raises(ValueError, match="JSON"):
         read_dims(cfg)
     write_model(tmp_path, layers=12)
     assert read_dims(cfg).num_layers == 12
@@ -490,7 +508,7 @@ def test_stage_directories_are_named_and_stable() -> None:
     assert directory == identity.stage_dir(config("runs=somewhere", "name=x"), "rl")
     stage, digest = directory.name.split("-")
     assert stage == "rl" and len(digest) == 8 and int(digest, 16) >= 0
-    with pytest.raises(ValueError, match="expected one of imported, pretrain, teacher, traces"):
+    with pytest.raises(ValueError, match=r"training.*imported.*pretrain"):
         identity.stage_dir(cfg, "training")
 
 
@@ -502,30 +520,24 @@ def test_a_stage_that_is_left_out_has_no_settings(stage: str) -> None:
 
 
 def test_what_rl_takes_of_a_task_and_where_it_leaves() -> None:
-    assert "rl.families=['hop9']: expected some of task.families, hop1, hop2" in refused(
-        "task=hops", "rl.families=[hop9]"
-    )
-    assert "which task.name=gsm8k has none of" in refused("task=gsm8k", "task.path=there", "rl.families=[product]")
-    assert "task.families=['product', 'sum', 'word'] (product, sum, word)" in refused("task.name=hops")
-    assert "set rl.kl=reward, not exact" in refused("rl.kl_sum=true", "rl.kl=exact")
-    assert "set rl.credit=answer" in refused("rl.fixed_depth=5", "rl.credit=exit")
-    assert "rl.fixed_depth=3: expected 0 or one of [5, 10, 15, 20, 25, 28]" in refused("rl.fixed_depth=3", model=dims())
-    assert "hop5, hop6 with task.slots=4: a prompt has no room for as many hops" in refused(
-        "task=hops", "task.families=[hop4,hop5,hop6]"
-    )
-    assert "task.slots=9: expected at most 8" in refused("task=hops", "task.slots=9")
-    assert "pretrain.layers=3, pretrain.width=0: a model that has weights keeps its shape" in refused(
-        "pretrain.layers=3"
-    )
-    assert "pretrain.layers=0, pretrain.width=64: a model that has weights keeps its shape" in refused(
-        "pretrain.enabled=true", "pretrain.init=model", "pretrain.width=64"
-    )
-    assert "has no chat template" in refused("pretrain.enabled=true", "rollout.prompt_template=chat")
-    assert "hop4 with task.slots=3: a prompt has no room" in refused("task=sums", "task.families=[hop4]")
-    assert "task.tokens_per_step=4: task.name=sums writes" in refused("task=sums", "task.tokens_per_step=4")
-    assert "task.name=arithmetic has no styles to choose from; expected task.name=hops or sums" in refused(
-        "evaluate.choice=all"
-    )
+    for overrides, parts in (
+        (["task=hops", "rl.families=[hop9]"], ["rl.families=['hop9']", "task.families", "hop1"]),
+        (["task=gsm8k", "task.path=there", "rl.families=[product]"], ["rl.families", "task.name=gsm8k"]),
+        (["task.name=hops"], ["task.families=['product', 'sum', 'word']", "hop1"]),
+        (["rl.kl_sum=true", "rl.kl=exact"], ["rl.kl_sum=true", "rl.kl=reward"]),
+        (["rl.fixed_depth=5", "rl.credit=exit"], ["rl.fixed_depth=5", "rl.credit=answer"]),
+        (["task=hops", "task.families=[hop4,hop5,hop6]"], ["hop5", "hop6", "task.slots=4"]),
+        (["task=hops", "task.slots=9"], ["task.slots=9", "8"]),
+        (["pretrain.layers=3"], ["pretrain.layers=3"]),
+        (["pretrain.enabled=true", "pretrain.init=model", "pretrain.width=64"], ["pretrain.width=64"]),
+        (["pretrain.enabled=true", "rollout.prompt_template=chat"], ["rollout.prompt_template=chat"]),
+        (["task=sums", "task.families=[hop4]"], ["hop4", "task.slots=3"]),
+        (["task=sums", "task.tokens_per_step=4"], ["task.tokens_per_step=4", "task.name=sums"]),
+    ):
+        message = refused(*overrides)
+        assert all(part in message for part in parts), message
+    message = refused("rl.fixed_depth=3", model=dims())
+    assert "rl.fixed_depth=3" in message and "[5, 10, 15, 20, 25, 28]" in message
     validate(config("pretrain.enabled=true", "pretrain.init=model", "rollout.prompt_template=chat"), dims())
     validate(config("rl.fixed_depth=28", "task=hops", "rl.families=[hop3]"), dims())
     validate(config("task=sums", "evaluate.choice=all"), dims())

@@ -233,12 +233,12 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
     decoder = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
     tensors = random_policy(decoder.dims)
     lacking = {name: t for name, t in tensors.items() if name != "gates.3.fc2.bias"}
-    for bad, message in [(lacking, "lack gates.3.fc2.bias"), ({**tensors, "x": torch.zeros(1)}, "unknown x")]:
+    for bad, message in [(lacking, r"gates\.3\.fc2\.bias"), ({**tensors, "odd": torch.zeros(1)}, "odd")]:
         with pytest.raises(ValueError, match=message):
             decoder.load_policy(bad)
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(ValueError, match=r"gates\.3\.fc2\.bias.*\[2\]"):
         decoder.load_policy({**tensors, "gates.3.fc2.bias": torch.zeros(2)})
-    with pytest.raises(ValueError, match=r"exit depths must lie in 1\.\.6"):
+    with pytest.raises(ValueError, match=r"1\.\.6"):
         decoder.forward_parallel(torch.zeros(1, 2, dtype=torch.int64), torch.tensor([2]), torch.tensor([[6, 0]]))
-    with pytest.raises(ValueError, match="policy has 7 layers"):
+    with pytest.raises(ValueError, match="7"):
         Decoder.from_hf(path, PolicySpec(7, (1,)), torch.float32, "cpu")

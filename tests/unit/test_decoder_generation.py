@@ -205,7 +205,7 @@ def test_answers_continued_under_new_weights_say_which_token_is_whose(spec, path
             np.testing.assert_allclose(recorded[kept:], theirs[kept:], atol=2e-4)
         mixed += 0 < kept < whole.length
     assert mixed > 5
-    with pytest.raises(ValueError, match="begun and ended"):
+    with pytest.raises(ValueError, match="ended"):
         Scheduler(decoder, tokenizer, 2).add(Request(PROMPTS[0].text, sampling, begun=answers[0]))
 
 
@@ -251,11 +251,11 @@ def test_prescribed_exits_replay_a_rollout(policy, tokenizer):
     for a, b in zip(again, sampled, strict=True):
         assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.exit_depths, b.exit_depths)
         np.testing.assert_allclose(a.exit_logprobs, b.exit_logprobs, atol=1e-4)
-    with pytest.raises(ValueError, match="not possible"):
+    with pytest.raises(ValueError, match=r"'p0', 0.*\[2\]"):
         generate(
             policy, tokenizer, GenerationRequest(PROMPTS, 1, SamplingParams(), Prescribed({("p0", 0): [6, 2]}), 0), 0
         )
-    with pytest.raises(ValueError, match="needs one"):
+    with pytest.raises(ValueError, match=r"'p0', 0"):
         generate(policy, tokenizer, GenerationRequest(PROMPTS, 1, SamplingParams(), Prescribed(), 0), 0)
 
 
@@ -348,10 +348,10 @@ def test_samples_share_one_prefill_and_prompts_their_prefix(policy, tokenizer, m
 def test_impossible_requests_are_refused_in_one_line(path, policy, tokenizer):
     teacher = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
     cases = [
-        (teacher, PROMPTS, SamplingParams(), Sample(), "needs gates"),
-        (policy, PROMPTS, SamplingParams(), Fixed(2), "no exit depth"),
-        (policy, PROMPTS, SamplingParams(max_new_tokens=600), OFF, "shorten the prompts"),
-        (policy, [Prompt("e", "", "", "")], SamplingParams(), OFF, "no tokens"),
+        (teacher, PROMPTS, SamplingParams(), Sample(), "gates"),
+        (policy, PROMPTS, SamplingParams(), Fixed(2), "2"),
+        (policy, PROMPTS, SamplingParams(max_new_tokens=600), OFF, "600"),
+        (policy, [Prompt("e", "", "", "")], SamplingParams(), OFF, "tokens"),
     ]
     for decoder, prompts, sampling, exits, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -582,9 +582,9 @@ def test_a_prefill_that_the_model_would_not_write_is_taken_and_scored(policy, to
 
 def test_a_prefill_that_leaves_nothing_to_say_is_refused(policy, tokenizer):
     asked = [replace(PROMPTS[0], prefill="12345")]
-    with pytest.raises(ValueError, match="5 tokens, the answer may have 5"):
+    with pytest.raises(ValueError, match="5"):
         generate(policy, tokenizer, GenerationRequest(asked, 1, SamplingParams(0.0, 5), OFF, 0), 0)
-    with pytest.raises(ValueError, match="holds a stop string"):
+    with pytest.raises(ValueError, match="stop"):
         generate(policy, tokenizer, GenerationRequest(asked, 1, SamplingParams(0.0, 9, ("34",)), OFF, 0), 0)
 
 
@@ -641,13 +641,13 @@ def test_a_mixed_bound_is_one_or_the_other_token_by_token(policy, tokenizer):
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: Threshold(0.3, mix=-0.5), "for a rule with a bound"),
-        (lambda: Entropy(3, mix=1.5), "expected a probability"),
-        (lambda: Random(), "no distribution"),
-        (lambda: Random((0.5, 0.6)), "no distribution"),
-        (lambda: Random((1.5, -0.5)), "no distribution"),
-        (lambda: Entropy(-0.1), "negative"),
-        (lambda: Random((0.5, 0.5)).check(SPEC.layout, True), "2 shares for 4 outcomes"),
+        (lambda: Threshold(0.3, mix=-0.5), "-0.5"),
+        (lambda: Entropy(3, mix=1.5), "1.5"),
+        (lambda: Random(), r"\(\)"),
+        (lambda: Random((0.5, 0.6)), "0.6"),
+        (lambda: Random((1.5, -0.5)), "-0.5"),
+        (lambda: Entropy(-0.1), "-0.1"),
+        (lambda: Random((0.5, 0.5)).check(SPEC.layout, True), r"\b2\b.*\b4\b"),
     ],
 )
 def test_impossible_controls_are_refused(make, says):

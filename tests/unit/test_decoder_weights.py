@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -70,13 +71,13 @@ def test_chunks_give_what_the_whole_gives_and_half_a_model_answers_nothing(path)
     names = sorted(tensors)
     for start in range(0, len(names) - 7, 7):
         decoder.load_chunk({name: tensors[name] for name in names[start : start + 7]})
-    with pytest.raises(ValueError, match="half loaded"):
+    with pytest.raises(ValueError, match="load"):
         logits(decoder, tokens)
-    with pytest.raises(ValueError, match="lack"):
-        decoder.finish_load()
-    with pytest.raises(ValueError, match="came twice"):
-        decoder.load_chunk({names[0]: tensors[names[0]]})
     done = (len(names) - 7 + 6) // 7 * 7
+    with pytest.raises(ValueError, match=re.escape(names[done])):
+        decoder.finish_load()
+    with pytest.raises(ValueError, match=re.escape(names[0])):
+        decoder.load_chunk({names[0]: tensors[names[0]]})
     decoder.load_chunk({name: tensors[name] for name in names[done:]})
     decoder.finish_load()
     assert torch.equal(logits(decoder, tokens), whole)
@@ -122,16 +123,16 @@ def test_tensors_that_are_not_the_specs_are_refused_before_anything_changes(tmp_
     path = tiny_hf("llama", tmp_path)
     decoder, tokens = Decoder.from_hf(path, FULL, torch.float32, "cpu"), torch.randint(0, 128, (2, 9))
     before, tensors = logits(decoder, tokens), tuned(decoder)
-    with pytest.raises(ValueError, match="hold the unknown lm_head"):
+    with pytest.raises(ValueError, match="lm_head"):
         decoder.load_policy({**tensors, "lm_head.weight": torch.zeros(130, 64)})
-    with pytest.raises(ValueError, match=r"shape \[3\]"):
+    with pytest.raises(ValueError, match=r"model\.norm\.weight.*\[3\]"):
         decoder.load_policy({**tensors, "model.norm.weight": torch.zeros(3)})
     assert torch.equal(logits(decoder, tokens), before)
-    with pytest.raises(ValueError, match="is unknown"):
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.nothing"):
         decoder.load_chunk({"model.layers.0.nothing.weight": torch.zeros(1)})
-    with pytest.raises(ValueError, match="without tensors"):
+    with pytest.raises(ValueError, match="tensors"):
         Decoder.from_hf(path, FULL, torch.float32, "cpu").finish_load()
-    with pytest.raises(ValueError, match="without a PolicySpec"):
+    with pytest.raises(ValueError, match="PolicySpec"):
         Decoder.from_hf(path, None, torch.float32, "cpu").load_chunk(tensors)
 
 

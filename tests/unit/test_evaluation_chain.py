@@ -78,7 +78,7 @@ def test_a_hint_stands_behind_the_question_in_plain_and_in_chat_prompts() -> Non
     assert hinted.startswith("<user>How many are there in 3? (Hint") and hinted.endswith(
         ".)\nWrite it down.<assistant>\n"
     )
-    with pytest.raises(ValueError, match="no common last line"):
+    with pytest.raises(ValueError, match="last line"):
         chain.hint_place(["one", "two"])
     assert chain.mentions_hint("As the tutor says, 7") and chain.mentions_hint("Hint: 7")
     assert not chain.mentions_hint(" 2 x 3 = 6. The answer is 6")

@@ -149,7 +149,7 @@ def test_a_request_per_rule_holds_all_families_and_no_two_answers_share_their_ra
     assert sum(free.values()) == 60 and set(Counter(p.id.split("#")[1] for p in pool.requests[1].prompts)) == set("012")
     _, pool = measured(Off())
     assert [r.exits for r in pool.requests] == [Off()], "nothing is asked twice"
-    with pytest.raises(ValueError, match="no prompts"):
+    with pytest.raises(ValueError, match="prompts"):
         choice(ChoiceBench(pool, PlainVerifier(), TASK, SAMPLING, 6, False, 3), [], Off())  # type: ignore[arg-type]
 
 

@@ -92,7 +92,7 @@ def test_a_depth_out_of_reach_is_reported_as_not_matched(pool, verifier) -> None
     found = match_depth(lambda e: measured(pool, verifier, e)[0], Fixed.dial(span()), 0.2, trials=6)
     # Every token but the first at depth 2 of 6 is the least there is.
     assert not found.within and found.row.mean_depth > 0.33 and found.trials == 3
-    with pytest.raises(ValueError, match="mean depth 0 to match"):
+    with pytest.raises(ValueError, match=r"depth.*\b0\b|\b0\b.*depth"):
         match_depth(lambda e: measured(pool, verifier, e)[0], Fixed.dial(span()), 0)
 
 
@@ -113,7 +113,7 @@ def test_dials_rise_and_know_their_ends() -> None:
     assert Fixed.dial(span((6,)))(0.3).shares == (1.0,)
     assert tuple(Confidence.dial(span())(place).value for place in (0.0, 1.0)) == (0.0, 1.0)
     assert Entropy.dial(span())(0.0).value > math.log(130) and Entropy.dial(span())(1.0).value == 0.0
-    with pytest.raises(ValueError, match="one share >= 0 each"):
+    with pytest.raises(ValueError, match="share"):
         Random.dial(span(marginal=(0.5, 0.5)))
 
 
@@ -160,7 +160,7 @@ def test_the_marginal_leaves_out_first_tokens_and_the_comparison_pairs_prompts()
     answers = [an_answer("a", True, [6, 2, 2, 4]), an_answer("b", True, [6, 6])]
     assert marginal_exits(answers, OUTCOMES) == [0.5, 0.25, 0.25]
     assert marginal_exits(answers, OUTCOMES, first_token=True) == pytest.approx([2 / 6, 1 / 6, 3 / 6])
-    with pytest.raises(ValueError, match="one token each"):
+    with pytest.raises(ValueError, match="token"):
         marginal_exits([an_answer("a", True, [6])], OUTCOMES)
     reference = [an_answer(str(i), i < 9, [6]) for i in range(10)]
     control = [an_answer(str(i), i < 4, [6]) for i in range(12)][::-1]

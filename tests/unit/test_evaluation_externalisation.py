@@ -48,7 +48,7 @@ def test_necessity_and_uplift_are_differences_of_accuracies() -> None:
     assert filler_uplift(without, with_chain).value == pytest.approx(0.4 - 0.9)
     # All alike: no answer can make a difference, and the interval knows it.
     assert chain_necessity([True] * 5, [False] * 5) == (1.0, 1.0, 1.0)
-    with pytest.raises(ValueError, match="2 and 1 answers"):
+    with pytest.raises(ValueError, match=r"\b2\b.*\b1\b"):
         chain_necessity([True, False], [True])
 
 
@@ -75,9 +75,9 @@ def test_the_truncation_area_of_planted_curves() -> None:
     assert truncation_area((0.0, 1.0), np.array([[1, 0]])).value == pytest.approx(-0.5)
     uneven = (0.0, 0.9, 1.0)
     assert truncation_area(uneven, np.tile([0, 1, 1], (3, 1))).value == pytest.approx(0.45)
-    with pytest.raises(ValueError, match="rise from 0 to 1"):
+    with pytest.raises(ValueError, match=r"0\.5"):
         truncation_area((0.0, 0.5), never[:, :2])
-    with pytest.raises(ValueError, match=r"\[6, 5\] for 3 cuts"):
+    with pytest.raises(ValueError, match=r"\[6, 5\].*\b3\b"):
         truncation_area(uneven, never)
 
 
@@ -167,11 +167,11 @@ def test_the_probe_is_asked_about_answers_it_has_not_seen() -> None:
 def test_a_probe_of_what_does_not_fit_is_refused() -> None:
     one = answer("p", [1], [1, 2, 3], [LAYERS] * 3)
     stream = np.zeros((3, 1, 2))
-    with pytest.raises(ValueError, match="stream of each of its tokens"):
+    with pytest.raises(ValueError, match="stream"):
         planning_probe([one], [stream[:2]], 1)
     with pytest.raises(ValueError, match="ahead=0"):
         planning_probe([one, one], [stream, stream], 0)
-    with pytest.raises(ValueError, match="1 answers are longer than 2"):
+    with pytest.raises(ValueError, match=r"\b1\b.*\b2\b"):
         planning_probe([one], [stream], 2)
 
 
@@ -323,7 +323,7 @@ def test_a_forced_answer_is_judged_by_what_is_said_first() -> None:
     bench = Bench(PlantedPool(runs_on), PlainVerifier(), Codec(), SamplingParams(0.0, 60), Off())  # type: ignore[arg-type]
     found = force(bench, PROMPTS, [""] * 8, [" The answer is"] * 8)
     assert [f.number for f in found] == [p.answer for p in PROMPTS] and all(f.correct for f in found)
-    with pytest.raises(ValueError, match="no prompts"):
+    with pytest.raises(ValueError, match="prompts"):
         externalisation(bench, [])
 
 

@@ -166,7 +166,7 @@ def test_sets_that_are_read_together_score_as_each_alone_and_what_prompts_share_
         for a, b in zip(found.scores, expected.scores, strict=True):
             for field in fields(a):
                 np.testing.assert_allclose(getattr(a, field.name), getattr(b, field.name), atol=2e-5)
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="answers"):
         score_sets(pool, [sets[0], replace(sets[1], rollouts=sets[1].rollouts[:5])])
 
 
@@ -188,9 +188,9 @@ def test_mistaken_calls_are_refused(pool: LocalPool, verifier: VerifierPool) -> 
 
     empty = GenerationRequest([], 1, SAMPLING, Off(), 0)
     call: dict[str, Any] = {"label": "teacher", "num_layers": 6, "decode": str}
-    with pytest.raises(ValueError, match="judges 'arithmetic', the prompts are 'other'"):
+    with pytest.raises(ValueError, match=r"'arithmetic'.*'other'"):
         evaluate_model(AnsweredSet([], None, 1.0), empty, Other(TaskConfig()), verifier, **call)
-    with pytest.raises(ValueError, match="no prompts to evaluate on"):
+    with pytest.raises(ValueError, match="prompts"):
         answer_sets(pool, empty)
 
 

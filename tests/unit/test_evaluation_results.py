@@ -61,11 +61,11 @@ def test_summary_of_planted_answers() -> None:
 
 
 def test_summary_refuses_what_does_not_belong_together() -> None:
-    with pytest.raises(ValueError, match="2 prompts, 1 answers, 1 verdicts"):
+    with pytest.raises(ValueError, match=r"\b2\b.*\b1\b.*\b1\b"):
         summarise([prompt("a"), prompt("b")], [rollout("a", [1])], [RIGHT], 10)
-    with pytest.raises(ValueError, match="'b' is out of place"):
+    with pytest.raises(ValueError, match="'b'"):
         summarise([prompt("a"), prompt("b")], [rollout("b", [1]), rollout("a", [1])], [RIGHT, RIGHT], 10)
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="prompt"):
         summarise([], [], [], 10)
 
 
@@ -85,9 +85,9 @@ def test_the_least_depth_within_tolerance_of_the_best_is_chosen_in_any_order() -
         assert choose_threshold(shuffled, 1.0).exits == "sampled"
         tied = [*shuffled, row("hazard > 0.65", 0.86, 0.80), row("hazard > 0.66", 0.86, 0.80)]
         assert choose_threshold(tied, 0.02).exits == "hazard > 0.65"
-    with pytest.raises(ValueError, match="among 0 rows"):
+    with pytest.raises(ValueError, match="0 rows"):
         choose_threshold([], 0.02)
-    with pytest.raises(ValueError, match="tolerance -1"):
+    with pytest.raises(ValueError, match="-1"):
         choose_threshold(rows, -1)
 
 
@@ -105,9 +105,9 @@ def test_rows_of_parts_pool_to_the_row_of_the_whole(depths: list[list[int]], dat
 
 
 def test_rows_of_other_models_or_exits_do_not_pool() -> None:
-    with pytest.raises(ValueError, match="of one model under one exit policy"):
+    with pytest.raises(ValueError, match=r"hazard > 0.5.*hazard > 0.9"):
         pooled([row("hazard > 0.5", 0.8, 0.6), row("hazard > 0.9", 0.8, 0.7)])
-    with pytest.raises(ValueError, match="expected some"):
+    with pytest.raises(ValueError, match="rows"):
         pooled([])
 
 

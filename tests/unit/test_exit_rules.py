@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -82,7 +83,7 @@ def test_a_rule_looks_at_what_it_says_it_needs_and_no_more(rule: ExitRule) -> No
     assert asked == rule.needs - ({"random"} if hasattr(rule, "mix") and not rule.mix else set())
     assert ("gates" in rule.needs) == (type(rule) in (Threshold, Sample))
     if "gates" in rule.needs:
-        with pytest.raises(ValueError, match=f"exit policy {rule.kind} needs gates, but the teacher is loaded"):
+        with pytest.raises(ValueError, match=f"{rule.kind}.*gates"):
             rule.check(LAYOUT, False)
     rule.check(LAYOUT, True)
 
@@ -128,7 +129,9 @@ def test_what_users_may_name_is_read_back_as_it_was_written(kind: str) -> None:
 
 
 def test_who_names_rules_names_those_of_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
-    assert usage() == "threshold:HAZARD, sample, fixed:DEPTH, confidence:PROBABILITY, patience:EXITS or off"
+    assert re.findall(r"[\w:]+", usage().replace(" or ", " ")) == [
+        "threshold:HAZARD", "sample", "fixed:DEPTH", "confidence:PROBABILITY", "patience:EXITS", "off",
+    ]  # fmt: skip
     assert set(POLICY_KINDS) <= set(OFFERED)
     with pytest.raises(SystemExit):
         cli.main(["generate", "--help"])
@@ -137,7 +140,7 @@ def test_who_names_rules_names_those_of_the_registry(capsys: pytest.CaptureFixtu
         body = {"model": "m", "prompt": "x", "exit_policy": {"kind": wrong}}
         with pytest.raises(BadRequest, match=", ".join(f"'{kind}'" for kind in OFFERED[:-1])):
             parse_request(CompletionRequest, json.dumps(body).encode())
-    with pytest.raises(ValueError, match="exit policy 'never' is unknown; expected one of threshold, sample"):
+    with pytest.raises(ValueError, match=r"'never'.*threshold, sample"):
         make_rule("never")
 
 
@@ -167,7 +170,7 @@ def test_two_places_on_a_dial_can_be_mixed(rule: type[ExitRule]) -> None:
     if isinstance(shallow, Random):
         assert isinstance(mixed, Random) and isinstance(deep, Random)
         np.testing.assert_allclose(mixed.shares, (np.array(shallow.shares) + np.array(deep.shares)) / 2)
-    with pytest.raises(NotImplementedError, match="exit rule off has no dial"):
+    with pytest.raises(NotImplementedError, match=r"\boff\b"):
         Off.dial(DialRange((2, 6), 9, (0.5, 0.5)))
 
 

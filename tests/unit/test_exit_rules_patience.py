@@ -152,7 +152,7 @@ def test_patience_is_written_as_a_whole_number_of_exits() -> None:
     assert str(Patience(3)) == "patience:3" and Patience(3).to_json() == {"kind": "patience", "value": 3}
     assert Patience().label == "patience 2"
     for wrong in (0, -1, 1.5, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match="expected a whole number of exits, at least 1"):
+        with pytest.raises(ValueError, match=f"{wrong:g}"):
             Patience(wrong)
-    with pytest.raises(ValueError, match="expected a whole number of exits, at least 1"):
+    with pytest.raises(ValueError, match=r"2\.5"):
         Patience(2, other=2.5, mix=0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -147,7 +148,7 @@ def test_prices_are_those_of_the_level_that_is_asked_for() -> None:
 
 @pytest.mark.parametrize("level", ["0", "1", "-1"])
 def test_a_level_that_is_no_share_is_refused(level: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected a share between 0 and 1"):
+    with pytest.raises(ValueError, match=f"level.*{level}"):
         main([str(tmp_path), f"--level={level}"])
 
 
@@ -173,9 +174,11 @@ def test_a_shape_is_what_the_settings_and_config_json_say(tmp_path: Path) -> Non
     cfg = load(["name=t", f"model.path={tmp_path}", "exits.depths=[2,4]", "pretrain.enabled=true"])
     block = 64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64
     shape = shape_of(cfg, 6)
-    assert (
-        shape == Shape(6, 64, 6 * block + 64) and shape.label == f"6 layers of width 64, {6 * block + 64:,} parameters"
-    )
+    assert shape == Shape(6, 64, 6 * block + 64) and re.findall(r"[\d,]*\d", shape.label) == [
+        "6",
+        "64",
+        f"{6 * block + 64:,}",
+    ]
     cfg.pretrain.layers, cfg.pretrain.width = 8, 128
     block = 128 * 128 * 2 + 2 * 128 * 64 + 3 * 128 * 192 + 2 * 128
     assert shape_of(cfg, 8) == Shape(8, 128, 8 * block + 128)
@@ -184,7 +187,7 @@ def test_a_shape_is_what_the_settings_and_config_json_say(tmp_path: Path) -> Non
     assert shape_of(cfg, 12) == Shape(12, 0, 0, str(tmp_path))
     cfg.model.path, cfg.pretrain.width = "gone", 128
     gone = shape_of(cfg, 6)
-    assert gone == Shape(6, 128, 0, "gone") and gone.label == "6 layers of width 128, gone"
+    assert gone == Shape(6, 128, 0, "gone") and re.search(r"6.*128.*gone", gone.label)
     assert (
         len({Shape(6, 64, 9).slug, Shape(6, 64, 8).slug, Shape(6, 0, 0, "a/b").slug, Shape(6, 0, 0, "a/c").slug}) == 4
     )
@@ -212,7 +215,8 @@ def settings_of(made: Record):
 def test_shapes_are_read_apart_and_what_else_differs_is_said(ladder: Path) -> None:
     study = read_study(ladder)
     assert study.shapes == [Shape(6, path=MODEL), Shape(12, path=MODEL)] and len(study.records) == 6
-    assert study.remarks == ["models of different shapes also differ in pretrain.learning_rate: 0.001, 0.003"]
+    (remark,) = study.remarks
+    assert "pretrain.learning_rate: 0.001, 0.003" in remark
     assert [r.condition.label for r in study.of_shape(study.shapes[1]).records] == ["lambda 0", "max 1", "no exits"]
     assert OBJECTIVES["no exits"].condition(12).label == "cap 6"
     found = {law.shape.layers: law for law in laws(study) if law.cost == "max"}
@@ -228,21 +232,20 @@ def test_a_ladders_page_has_a_part_for_each_shape_and_the_laws_of_all(
 ) -> None:
     assert cli.main(["externalise", str(ladder), "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "6 runs of 2 bases in 2 shapes" in shown
-    assert (
-        f"6 layers, {MODEL}   3 pricing the deepest" in shown and f"12 layers, {MODEL}  3 pricing the deepest" in shown
-    )
+    assert re.search(r"\b6 runs\D*\b2\b\D*\b2\b", shown)
+    assert all(re.search(rf"^ *{layers} layers, {MODEL} +3 ", shown, re.MULTILINE) for layers in (6, 12)), shown
     page = (tmp_path / "externalise.html").read_text()
-    heads = [f"{layers} layers, {MODEL}: It looks so: charged 1" for layers in (6, 12)]
+    heads = [f"{layers} layers, {MODEL}: " for layers in (6, 12)]
     assert (
         page.index(heads[0])
         < page.index(heads[1])
         < page.index('<section id="laws"')
         < page.index('<section id="steps-1')
     )
-    assert "wrote its steps in 80% of its answers" in page and "wrote its steps in 60% of its answers" in page
-    assert page.count(f">Steps written down: 6 layers, {MODEL}</h2>") == 1 == page.count(f"<h3>12 layers, {MODEL}</h3>")
-    assert f"12 layers, {MODEL}. Before RL, the style given" in page and ">layers</th>" in page
+    answers = [re.findall(r"\d+%", page[page.index(head) :])[0] for head in heads]
+    assert answers == ["80%", "60%"]
+    assert f": 6 layers, {MODEL}</h2>" in page and page.count(f"<h3>12 layers, {MODEL}</h3>") == 1
+    assert f"12 layers, {MODEL}. " in page and ">layers</th>" in page
     plots = {path.name for path in (tmp_path / "plots").iterdir()}
     assert plots == {f"{what}_hop3_tau1_{n}x0-0-no-such-model.png" for what in ("steps", "padding") for n in (6, 12)}
     with (tmp_path / "laws.csv").open() as file:

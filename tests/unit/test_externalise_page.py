@@ -21,6 +21,7 @@ from ee_megatron.externalise.study import CAP, FREE, LENGTH, NO_EXITS, Condition
 from ee_megatron.externalise.verdicts import verdicts
 from ee_megatron.externalise.words import answer
 from tests.externalise_samples import ANSWERS, LAYERS, WEIGHTS, config, record, records, with_share, write
+from tests.snapshot import assert_as_stored, page_text
 
 # Two bases, 1 and 3 hops, all conditions at 1 token a step and what point 6 needs at 4: 36 runs.
 MADE = [r for r in records(bases=(1, 2), seeds=(1,)) if r.tau == 1 or r.condition.label in ("lambda 0", "total 1")]
@@ -94,7 +95,7 @@ def test_tokens_a_step_are_the_tasks_where_the_results_say_them(tmp_path: Path) 
 
 def test_the_command_writes_page_table_and_figures(runs: Path, written: Path) -> None:
     shown = (written / "shown.txt").read_text()
-    assert "36 runs of 2 bases" in shown and "3 pricing the deepest token externalises" in shown
+    assert re.search(r"\b36 runs\D*\b2\b", shown) and re.search(r"^3 ", shown, re.MULTILINE)
     names = {path.name for path in written.iterdir()}
     assert names == {"externalise.html", "externalise.csv", "externalise.json", "laws.csv", "plots", "shown.txt"}
     assert len(list((written / "plots").iterdir())) == 2 * 2 * 2 + 1
@@ -117,19 +118,14 @@ def test_the_command_writes_page_table_and_figures(runs: Path, written: Path) ->
     assert str(runs) not in json.dumps(data)
 
 
-def test_the_page_begins_with_question_and_answer_and_has_all_parts(written: Path) -> None:
+def test_the_page_says_what_is_stored(written: Path) -> None:
+    assert_as_stored(page_text(written / "externalise.html"), "externalise.txt")
+
+
+def test_the_page_begins_with_question_and_answer(written: Path) -> None:
     page = (written / "externalise.html").read_text()
-    question = page.index("<h1>Does a price on depth make a model write its steps down?</h1>")
-    answer = page.index(
-        "Yes: charged 1 for the depth of its deepest token, a model wrote its steps in 100% of its answers"
-    )
-    assert question < answer < page.index("<nav")
-    assert "All 6 points that were set before the runs are met." in page
-    for words in (
-        "A wrong first step put into", "every token held to one depth", "Terse answers, the style given", "✓ met",
-        "closed form", "log odds padded : terse", "4 tokens a step", "1 hop", "3 hops", ">cap 2<", "Every run.",
-    ):  # fmt: skip
-        assert words in page, words
+    assert page.index("<h1>") < page.index("100% of its answers") < page.index("<nav")
+    assert page.count("✓ met") == 7
     # One answer for every opening, each token with its depth.
     assert page.count("<article") == 3 and 'data-tip="&#34;3&#34;\ndepth 1 of 6' in page
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
@@ -140,15 +136,14 @@ def test_two_conditions_of_one_base_make_a_page_that_says_what_it_cannot(tmp_pat
         write(tmp_path / "runs", record(name))
     assert cli.main(["externalise", str(tmp_path / "runs")]) == 0
     page = (tmp_path / "runs" / "externalise.html").read_text()
-    assert "It looks so: " in page and "1 base, so without an interval" in page
-    assert "2 are met (1, 3) and 4 are open for want of runs (2, 4, 5, 6)" in page
-    assert "not measured" in page and "✗ missed" not in page
+    assert re.search(r"\(1, 3\).*\(2, 4, 5, 6\)", page), "points that are met, points that are open"
+    assert "✓ met" in page and "✗ missed" not in page
     # Without what RL began from there is no forecast and there are no controls of it, but a page.
     shutil.rmtree(tmp_path / "runs")
     write(tmp_path / "runs", record("max 1"))
     assert cli.main(["externalise", str(tmp_path / "runs")]) == 0
     page = (tmp_path / "runs" / "externalise.html").read_text()
-    assert "Nothing can be said yet" in page and "closed form</span>" not in page
+    assert "✓ met" not in page and "closed form</span>" not in page
     # Nor does a run without any price make it stumble, or a teacher that never pads.
     alone = record("lambda 0")
     teacher = replace(alone.models["teacher"]["hop3"], share={**WEIGHTS, "padded": 0.0, "other": 0.2})
@@ -162,17 +157,20 @@ def test_two_conditions_of_one_base_make_a_page_that_says_what_it_cannot(tmp_pat
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda root: None, "no such directory"),
-        (lambda root: root.mkdir(), "no finished evaluation in it"),
-        (lambda root: (write(root, record("max 1")) / "DONE").unlink(), "no finished evaluation in it"),
-        (lambda root: (write(root, record("max 1")) / "results.json").write_text("{}"), "none of which measured"),
+        (lambda root: None, "/runs: .*directory"),
+        (lambda root: root.mkdir(), "/runs: .*evaluate-.*DONE"),
+        (lambda root: (write(root, record("max 1")) / "DONE").unlink(), "/runs: .*evaluate-.*DONE"),
+        (
+            lambda root: (write(root, record("max 1")) / "results.json").write_text("{}"),
+            r"/runs: .*\b1\b.*evaluate\.choice",
+        ),
         (
             lambda root: (write(root, record("max 1")) / "results.json").write_text("{"),
-            "not the results of an evaluation",
+            r"results\.json: .*line 1 column 2",
         ),
-        (lambda root: damage(write(root, record("max 1"))), "part choice is damaged"),
-        (lambda root: untrained(root), "RL drew problems of hop2, whose choice was not measured"),
-        (lambda root: two_recipes(root), "name a directory that holds runs of one recipe"),
+        (lambda root: damage(write(root, record("max 1"))), r"results\.json: .*\bchoice\b.*'share'"),
+        (lambda root: untrained(root), r"results\.json: .*hop2.*task\.families"),
+        (lambda root: two_recipes(root), "study/evaluate-.*study/evaluate-.*base 1, seed 1, max 1, hop3"),
     ],
 )
 def test_what_is_no_study_is_refused_in_one_line(tmp_path: Path, make, message: str, capsys) -> None:
@@ -180,7 +178,7 @@ def test_what_is_no_study_is_refused_in_one_line(tmp_path: Path, make, message: 
     before = sorted(tmp_path.rglob("*"))
     assert cli.main(["externalise", str(tmp_path / "runs")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert error.startswith("error: ") and re.search(message, error) and error.count("\n") == 1, error
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -224,10 +222,9 @@ def test_what_was_left_out_and_what_isnt_alike_is_said(tmp_path: Path) -> None:
     study = read_study(tmp_path)
     remarks = " | ".join(study.remarks)
     assert len(study.records) == 3 and all(len(r.models) == 3 for r in study.records if r.condition == Condition(FREE))
-    assert "1 of 5 finished evaluations measured no choice of style: left out" in remarks
-    assert "1 further evaluations of the same runs: left out" in remarks
-    assert "the runs also differ in rl.steps: 12, 99" in remarks and "max_new_tokens" not in remarks
-    assert "1 of 3 runs have rl.kl_sum=false, which is not the objective that the closed form solves" in remarks
+    assert "1 of 5" in remarks
+    assert "rl.steps: 12, 99" in remarks and "max_new_tokens" not in remarks
+    assert re.search(r"\b1 of 3\b.*rl\.kl_sum=false", remarks)
 
 
 def test_time_on_record_is_that_of_every_stage_once(tmp_path: Path) -> None:
@@ -263,18 +260,17 @@ def test_a_panel_has_a_course_for_every_cost_and_a_place_for_what_has_no_price()
 @pytest.mark.parametrize(
     ("shares", "said"),
     [
-        ({1: 0.7, 2: 0.72}, "Yes: charged 1 for the depth of its deepest token, a model wrote its steps in 71% of its "
-         "answers to problems of 3 hops, against 40% at no charge (+31 points ["),
-        ({1: 0.2, 2: 0.21}, "No, it writes fewer: "),
-        ({1: 0.7, 2: 0.2}, "Not shown: "),
-        ({1: 0.7}, "It looks so: "),
-        ({1: 0.2}, "It doesn't look so: "),
+        ({1: 0.7, 2: 0.72}, r"Yes\b.*71%.*\b3 hops.*40%.*\+31 points \["),
+        ({1: 0.2, 2: 0.21}, r"No\b.*-20 points \["),
+        ({1: 0.7, 2: 0.2}, r"Not\b.*\+5 points \["),
+        ({1: 0.7}, r"(?!Yes|No).*\+30 points\b(?! \[)"),
+        ({1: 0.2}, r"(?!Yes|No).*n't.*-20 points\b(?! \[)"),
     ],
-)  # fmt: skip
+)
 def test_the_answer_is_what_the_interval_says(shares: dict[int, float], said: str) -> None:
     made = [with_share(record("max 1", base), steps=share) for base, share in shares.items()]
     study = Study([*made, *(with_share(record("lambda 0", base), steps=0.4) for base in shares)])
-    assert answer(study, verdicts(study)).startswith(said)
+    assert re.match(said, answer(study, verdicts(study)))
 
 
 def test_of_the_answers_one_of_each_opening_is_shown_first() -> None:

@@ -26,7 +26,7 @@ def test_what_is_needed_is_complete_and_leaves_out_what_torch_brings() -> None:
 
 
 def test_a_root_that_is_not_installed_is_named() -> None:
-    with pytest.raises(ValueError, match="no-such-package is not installed here"):
+    with pytest.raises(ValueError, match="no-such-package"):
         list(gpu_wheels.needed(("no-such-package",), "3.12"))
 
 
@@ -56,6 +56,6 @@ def test_old_wheels_give_way_and_the_target_is_asked_for(tmp_path, download) -> 
 
 def test_too_much_is_refused_and_nothing_is_written(tmp_path, download, monkeypatch) -> None:
     monkeypatch.setattr(gpu_wheels, "LIMIT_MIB", 5)
-    with pytest.raises(ValueError, match=r"MiB, more than 5; .*\.whl is the largest"):
+    with pytest.raises(ValueError, match=r"\b5\b.*\.whl"):
         gpu_wheels.fill(tmp_path, "3.12")
     assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def test_importing_the_package_imports_no_torch() -> None:
 def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
     import ee_megatron
 
-    with pytest.raises(AttributeError, match="no attribute 'EarlyExit'"):
+    with pytest.raises(AttributeError, match="'EarlyExit'"):
         _ = ee_megatron.EarlyExit
 
 
@@ -135,7 +136,7 @@ def test_a_run_without_reinforced_policy_gives_the_calibrated_one(house: House, 
     )
     assert calibrated.name == "moved-calibrated" and calibrated.checkpoint == direct.checkpoint
     (run / "calibrate-00000000" / DONE).unlink()
-    with pytest.raises(FileNotFoundError, match="no model, checkpoint or finished"):
+    with pytest.raises(FileNotFoundError, match=re.escape(str(run))):
         EarlyExitModel.load(run)
 
 
@@ -187,7 +188,7 @@ def test_messages_go_through_the_chat_template(house: House, tmp_path: Path) -> 
     messages = [{"role": "user", "content": "hi"}]
     one, two = chatty.generate(messages, max_new_tokens=3)[0], chatty.generate("hi", chat=True, max_new_tokens=3)[0]
     assert one.prompt_tokens.tolist() == two.prompt_tokens.tolist() == tokens
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(ValueError, match="chat template"):
         EarlyExitModel.load(house.base).encode(messages)
 
 
@@ -292,23 +293,23 @@ def test_what_cannot_be_done_is_said_in_one_line(house: House, model: EarlyExitM
     (tmp_path / "alone").mkdir()
     save_policy(tmp_path / "alone", SPEC, house.policy)
     for action, message in (
-        (lambda: EarlyExitModel.load(tmp_path / "none"), "no such directory; expected a run"),
-        (lambda: EarlyExitModel.load(tmp_path / "peft"), "a PEFT adapter"),
-        (lambda: EarlyExitModel.load(tmp_path / "alone"), "a policy without its base model"),
-        (lambda: EarlyExitModel.load(house.base, tmp_path), "no policy checkpoint there"),
-        (lambda: EarlyExitModel.load(house.base, dtype="int8"), "dtype=int8: expected one of"),
-        (lambda: EarlyExitModel.load(house.base, device="tpu"), "device=tpu: expected"),
-        (lambda: plain.generate("a", "threshold:0.5"), "has no gates"),
-        (lambda: model.generate("a", "threshold:2"), "2"),
-        (lambda: model.generate("a", "fixed:3"), "no exit depth"),
-        (lambda: model.generate("a", temperature=float("nan")), "temperature nan"),
+        (lambda: EarlyExitModel.load(tmp_path / "none"), "/none"),
+        (lambda: EarlyExitModel.load(tmp_path / "peft"), "PEFT"),
+        (lambda: EarlyExitModel.load(tmp_path / "alone"), "alone.*base"),
+        (lambda: EarlyExitModel.load(house.base, tmp_path), "policy"),
+        (lambda: EarlyExitModel.load(house.base, dtype="int8"), "dtype=int8"),
+        (lambda: EarlyExitModel.load(house.base, device="tpu"), "device=tpu"),
+        (lambda: plain.generate("a", "threshold:0.5"), "gates"),
+        (lambda: model.generate("a", "threshold:2"), r"threshold.*\b2"),
+        (lambda: model.generate("a", "fixed:3"), "3"),
+        (lambda: model.generate("a", temperature=float("nan")), "temperature.*nan"),
         (lambda: model.generate("a", n=0), "n=0"),
-        (lambda: model.generate(""), "not empty"),
-        (lambda: model.generate([[1, 2], [130]]), r"token ids in 0\.\.129"),
-        (lambda: model.readout("abc", at=[7]), r"depths \[7\]: the model has 6 layers"),
+        (lambda: model.generate(""), "empty"),
+        (lambda: model.generate([[1, 2], [130]]), r"0\.\.129"),
+        (lambda: model.readout("abc", at=[7]), r"\[7\].*\b6\b"),
         (lambda: model.readout("abc", top_k=0), "top_k=0"),
-        (lambda: model.readout("abc", "x", exits=[2]), "a depth for every token"),
-        (lambda: model.readout("x" * 600), "512 positions"),
+        (lambda: model.readout("abc", "x", exits=[2]), "depth"),
+        (lambda: model.readout("x" * 600), "512"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
             action()
@@ -322,11 +323,11 @@ def test_generate_uses_the_gates_of_an_export_and_says_that_it_loads(
         arguments = ["--model", str(path), "--prompt", "1 + 1 =", "--max-new-tokens", "9"]
         assert cli.main(["generate", *arguments]) == 0
         told = capsys.readouterr()
-        assert "9 tokens, mean depth 6.0" not in told.out and "9 tokens" in told.out, told.out
+        assert re.search(r"\b9 tokens", told.out) and not re.search(r"depth 6\.0\b", told.out), told.out
         assert told.err.startswith(f"loading {path} ... ") and told.err.endswith(" s\n") and told.err.count("\n") == 1
     # A run's own settings hold where no others are given: its answers end with their line.
     assert cli.main(["generate", "--model", str(house.run), "--prompt", "1 + 1 =", "--max-new-tokens", "99"]) == 0
-    assert "one-reinforced model, 3 tokens" in capsys.readouterr().out
+    assert re.search(r"one-reinforced\D*\b3 tokens", capsys.readouterr().out)
 
 
 def test_a_temperature_that_is_no_number_is_refused(house: House, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,7 +77,7 @@ def test_the_converter_says_how_to_go_on_after_one(tmp_path, capsys, monkeypatch
     out = tmp_path / "out"
     monkeypatch.setattr("ee_megatron.convert._import", lambda args: interrupted_conversion(out))
     assert convert(["import", "--hf", "x", "--out", str(out)]) == 130
-    assert capsys.readouterr().err.startswith(f"interrupted; what was finished is in {partial_of(out)}")
+    assert capsys.readouterr().err.count(str(partial_of(out))) == 1
 
 
 def interrupted_conversion(out) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_every_rank_is_built_and_holds_what_the_plan_counts(name: str, cfg: RunC
     assert sum(found[0, p].gates for p in range(layout.pipeline)) == gates
     # One parameter more anywhere is noticed.
     found[0, 0] = dataclasses.replace(found[0, 0], base=found[0, 0].base + 1)
-    with pytest.raises(RuntimeError, match="all ranks hold"):
+    with pytest.raises(RuntimeError, match="ranks"):
         check_sums(layout, found)
 
 
@@ -96,7 +97,7 @@ def test_depths_are_spread_with_the_mean_that_is_asked_for(outcomes: list[int], 
 
 
 def test_a_mean_depth_below_the_first_exit_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"--mean-depth 0.1: expected 0\.18 "):
+    with pytest.raises(ValueError, match=r"--mean-depth 0\.1.*0\.18"):
         Workload.of(10, 1000, (5, 28), 0.1)
 
 
@@ -177,12 +178,19 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return code, *capsys.readouterr()
 
 
+def proposed(err: str) -> list[str]:
+    """The settings that end a refusal."""
+    found = re.search(r"(\S+=\S+\s+)+$", err)
+    assert found, err
+    return found[0].split()
+
+
 def test_what_does_not_fit_is_refused_with_settings_that_do(capsys: pytest.CaptureFixture[str]) -> None:
     wanted = ["experiment=rl_7b", "parallel.recompute=false", "--dims", SEVEN, "--memory-gib", "22", "--no-build"]
     code, out, err = run(capsys, *wanted)
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
-    assert "memory of a learner rank" in out
-    proposal = err.split("the nearest that fits: ")[1].split()
+    assert "GiB" in out
+    proposal = proposed(err)
     assert proposal and all("=" in setting for setting in proposal)
     code, out, err = run(capsys, *wanted, *proposal)
     assert code == 0, err
@@ -191,9 +199,9 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(capsys: pytest.Captu
 def test_a_model_that_no_device_holds_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     model = "DeepSeek-R1-Distill-Llama-70B"
     code, _, err = run(capsys, "experiment=rl_7b", "exits.depths=[40]", "--dims", model, "--no-build", "--on", "H100")
-    assert code == 2 and "a whole replica on one device" in err and err.count("\n") == 1
+    assert code == 2 and "rollout actor" in err and err.count("\n") == 1
     # Half of its 8 devices each, and what is proposed is accepted.
-    proposal = err.split("let vLLM share it out, ")[1].split()
+    proposal = proposed(err)
     assert proposal == ["rollout.backend=vllm", "rollout.tensor=4", "rollout.actors=2"]
     code, _, err = run(capsys, "experiment=rl_7b", "exits.depths=[40]", "--dims", model, "--no-build", *proposal)
     assert code == 0, err
@@ -202,13 +210,13 @@ def test_a_model_that_no_device_holds_is_refused(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["--dims", "GPT-9"], "--dims GPT-9: no such model"),
-        (["--dims", SEVEN, "--on", "abacus"], "--on abacus: no such device"),
-        (["--dims", SEVEN, "--tflops", "-1"], "--tflops -1.0: expected a number > 0"),
-        (["--dims", SEVEN, "--answer-tokens", "8193"], "--answer-tokens 8193: longer than rollout.max_new_tokens=8192"),
-        (["--dims", SEVEN, "--scaling", "one"], "--scaling one: expected numbers of nodes"),
-        (["--dims", SEVEN, "parallel.tensor=3", "parallel.data=1"], "parallel.tensor=3 does not divide"),
-        ([], "no config.json there"),
+        (["--dims", "GPT-9"], "--dims GPT-9"),
+        (["--dims", SEVEN, "--on", "abacus"], "--on abacus"),
+        (["--dims", SEVEN, "--tflops", "-1"], "--tflops -1.0"),
+        (["--dims", SEVEN, "--answer-tokens", "8193"], "--answer-tokens 8193"),
+        (["--dims", SEVEN, "--scaling", "one"], "--scaling one"),
+        (["--dims", SEVEN, "parallel.tensor=3", "parallel.data=1"], "parallel.tensor=3"),
+        ([], "config.json"),
     ],
 )
 def test_bad_input_to_plan_is_one_line(arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,7 +227,7 @@ def test_bad_input_to_plan_is_one_line(arguments: list[str], part: str, capsys: 
 def test_a_plan_builds_prints_and_starts_nothing(tmp_path: Path) -> None:
     done = ee_megatron("plan", "experiment=rl_7b", "--dims", SEVEN, "--json", cwd=tmp_path, env={"PATH": ""})
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "built 4 (tensor, pipeline) rank(s) without memory: parameters as planned\n"
+    assert re.search(r"\b4\b", done.stderr) and done.stderr.count("\n") == 1, done.stderr
     found = json.loads(done.stdout)
     assert found["ranks"] == 8 and found["layout"]["layers_per_stage"] == [14, 14]
     assert found["gates"] == [[5, 10], [14, 15, 20, 25]]
@@ -264,7 +272,7 @@ def test_a_dry_run_with_a_model_says_what_it_takes(tmp_path: Path, capsys: pytes
     (tmp_path / "config.json").write_text(json.dumps(fields))
     assert cli.main(["rl", "experiment=demo_cpu", f"model.path={tmp_path}", "--dry-run"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# ")]
-    for start in ("# parameters: ", "# memory: up to ", "# estimate per RL step on cpu: ", "# command: torchrun "):
+    for start in ("# parameters: ", "# memory: ", "# estimate ", "# command: torchrun "):
         assert any(line.startswith(start) for line in lines), (start, lines)
 
 
@@ -275,7 +283,7 @@ def test_more_nodes_help_less_and_less() -> None:
     assert seconds == sorted(seconds, reverse=True)
     gains = [a / b for a, b in itertools.pairwise(seconds)]
     assert gains == sorted(gains, reverse=True) and gains[-1] < 1.3
-    with pytest.raises(ValueError, match="less than one learner replica of 16 ranks"):
+    with pytest.raises(ValueError, match=r"\b16\b"):
         big = load(["experiment=rl_32b"])
         scale(big, published_dims("DeepSeek-R1-Distill-Qwen-32B"), find_device("H100"), Assumptions(), [1])
 
@@ -328,12 +336,12 @@ def test_a_vllm_without_room_for_one_longest_sequence_is_refused(capsys: pytest.
     wanted = ["experiment=rl_70b", "--dims", SEVENTY, "--no-build", "--memory-gib", "45"]
     code, out, err = run(capsys, *wanted)
     assert code == 2 and err.count("\n") == 1 and "KV cache" in out
-    assert "one longest sequence, 8400 positions; what is left of 0.9 x 45.0 GiB beside 37.9" in err, err
-    proposal = err.split("the nearest that fits: ")[1].split()
+    assert all(figure in err for figure in ("8400", "0.9", "45.0 GiB", "37.9")), err
+    proposal = proposed(err)
     assert "rollout.tensor=8" in proposal
     assert run(capsys, *wanted, *proposal)[0] == 0
     code, _, err = run(capsys, "experiment=rl_70b", "--dims", SEVENTY, "--no-build", "rollout.cache_gib=0.64")
-    assert code == 2 and "rollout.cache_gib=0.64 holds 8368" in err, err
+    assert code == 2 and "rollout.cache_gib=0.64" in err and "8368" in err, err
 
 
 def test_recorded_rollouts_need_no_actor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -342,17 +350,17 @@ def test_recorded_rollouts_need_no_actor(tmp_path: Path, capsys: pytest.CaptureF
     # A whole replica on one device, which no H100 holds.
     wanted = ["experiment=rl_70b", "rollout.backend=ray", "rollout.tensor=1", f"model.path={tmp_path}"]
     code, _, err = run(capsys, *wanted, "--no-build")
-    assert code == 2 and "a rollout actor needs" in err
+    assert code == 2 and "rollout actor" in err
     assert cli.main(["rl", *wanted, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert f"# does not fit: {err.removeprefix('error: ').split(';')[0]}" in said and "GiB per rollout actor" in said
+    assert err.removeprefix("error: ").split(";")[0] in said and "GiB per rollout actor" in said
 
     replayed = [*wanted, f"rl.replay={tmp_path}", "rl.accuracy_floor=null"]
     code, out, err = run(capsys, *replayed, "--no-build")
-    assert code == 0 and f"recorded ones, from {tmp_path}; no actors" in out and "weight sync" not in out, err
+    assert code == 0 and str(tmp_path) in out and "weight sync" not in out, err
     assert cli.main(["rl", *replayed, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "does not fit" not in said and f"# rollouts: recorded ones, from {tmp_path}; no actors" in said
+    assert re.search(rf"^# rollouts: .*{re.escape(str(tmp_path))}", said, re.MULTILINE)
     assert "rollout actor" not in said and "pool" not in said and "weight sync" not in said
     assert "sbatch --nodes=4 " in out and "sbatch --nodes=4 " in said
     assert json.loads(run(capsys, *replayed, "--no-build", "--json")[1])["tokens_per_s"] == {}
@@ -362,11 +370,16 @@ def test_what_is_read_again_needs_room_for_a_whole_replica(capsys: pytest.Captur
     """A 7B replica has room beside vLLM's if the cache leaves it; one of 70B never has."""
     arguments = ["experiment=rl_7b", "rollout=vllm", "--dims", SEVEN, "--no-build"]
     _, out, _ = run(capsys, *arguments)
-    limit = out.split("run them with ")[1].split()[0]
-    assert limit.startswith("rollout.cache_gib=4")
-    assert "there is room for it" in run(capsys, *arguments, limit)[1]
-    assert "no cache leaves room for it" in run(capsys, "experiment=rl_70b", "--dims", SEVENTY, "--no-build")[1]
-    assert "whole replica of" not in run(capsys, "experiment=rl_7b", "--dims", SEVEN, "--no-build")[1]
+    (limit,) = re.findall(r"rollout\.cache_gib=4[\d.]*\d", out)
+
+    def advice(*arguments: str) -> list[str]:
+        """The settings that a plan names for the replica that reads answers again."""
+        (found,) = re.findall(r"whole replica of .*\n(.*)", run(capsys, *arguments)[1])
+        return re.findall(r"(\S+)=\S+", found)
+
+    assert advice(*arguments) == ["rollout.cache_gib"] and advice(*arguments, limit) == []
+    assert "rollout.backend" in advice("experiment=rl_70b", "--dims", SEVENTY, "--no-build")
+    assert "replica" not in run(capsys, "experiment=rl_7b", "--dims", SEVEN, "--no-build")[1]
 
 
 def test_a_bounded_cache_bounds_memory_and_rows() -> None:
@@ -436,11 +449,10 @@ def test_the_report_names_tokens_per_second_and_what_weighs_most(capsys: pytest.
     assert found["tokens_per_s"]["pool"] == pytest.approx(prompts / found["seconds"]["rollouts"])
     assert found["tokens_per_s"]["actor"] == pytest.approx(8 / found["round"]["seconds"])
     _, out, _ = run(capsys, "experiment=rl_7b", "--dims", SEVEN, "--no-build")
-    assert f"{found['tokens_per_s']['actor']:,.0f} tokens/s of an actor with 8 rows" in out
-    assert "of a round most is starting kernels (7.5 us per kernel" in out
-    assert "weighs most: time in which the host starts a kernel, 7.5 us; at 4 us a step takes " in out
+    assert f"{found['tokens_per_s']['actor']:,.0f} tokens/s" in out
+    assert "starting kernels" in out and "7.5 us" in out and "4 us" in out
     _, out, _ = run(capsys, "experiment=rl_70b", "--dims", SEVENTY, "--no-build")
-    assert "of a round most is reading weights and cache (65% of 3.35 TB/s" in out and "reading the base again" in out
+    assert "65% of 3.35 TB/s" in out
 
 
 @pytest.mark.parametrize(

@@ -71,10 +71,10 @@ def test_the_first_tensor_that_differs_is_named():
     assert first_difference(hashes(ours), hashes(theirs)) is None
     theirs["d.large"][3, 4] += 1e-6
     theirs["f.half"][0] = 0
-    assert "d.large is" in str(first_difference(hashes(ours), hashes(theirs)))
-    assert "(2 of 7 tensors differ)" in str(first_difference(hashes(ours), hashes(theirs)))
+    said = str(first_difference(hashes(ours), hashes(theirs)))
+    assert "d.large" in said and "f.half" not in said and "2 of 7" in said
     del theirs["a.bias"]
-    assert "a.bias is" in str(first_difference(hashes(ours), hashes(theirs)))
+    assert "a.bias" in str(first_difference(hashes(ours), hashes(theirs)))
     # The same bytes in another shape or dtype are another tensor.
     assert hashes({"x": torch.zeros(4)}) != hashes({"x": torch.zeros(2, 2)})
 
@@ -98,7 +98,7 @@ def test_a_cluster_on_other_machines_is_joined_with_a_token_only(address, remote
         ray_actor.prepare_environment()
         assert "RAY_AUTH_MODE" not in ray_actor.os.environ
         return
-    with pytest.raises(ValueError, match=r"no token.*RAY_AUTH_TOKEN"):
+    with pytest.raises(ValueError, match="RAY_AUTH_TOKEN"):
         ray_actor.prepare_environment()
     (tmp_path / "token").write_text("secret")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))

@@ -88,7 +88,7 @@ def test_the_tokenizer_is_made_for_the_task(drawn: Path) -> None:
 def test_a_vocabulary_without_room_for_all_bytes_is_refused(tmp_path: Path) -> None:
     shape = json.loads((Path(ladder("100k").model.path) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(shape | {"vocab_size": 256}))
-    with pytest.raises(ValueError, match=r"vocab_size=256 in config.json: .* needs 257 or more"):
+    with pytest.raises(ValueError, match=r"vocab_size=256.*\b257\b"):
         draw_model(ladder("100k", f"model.path={tmp_path}"), tmp_path / "initial")
     assert not (tmp_path / "initial").exists()
 
@@ -112,7 +112,7 @@ def test_a_list_by_layer_has_as_many_entries_as_there_are_layers() -> None:
 
 
 def test_a_width_that_heads_do_not_divide_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"pretrain\.width=60: heads of 26 don't divide it; expected a multiple of 26"):
+    with pytest.raises(ValueError, match=r"pretrain\.width=60.*\b26\b"):
         read_dims(ladder("1m", "pretrain.width=60"))
 
 
@@ -145,7 +145,7 @@ def test_a_model_that_is_trained_on_is_the_one_at_its_path(tmp_path: Path, drawn
 
 def test_later_stages_build_on_what_is_pretrained(tmp_path: Path) -> None:
     cfg = ladder("100k", f"runs={tmp_path}")
-    with pytest.raises(FileNotFoundError, match="stage 'pretrain' has not finished"):
+    with pytest.raises(FileNotFoundError, match="'pretrain'"):
         stages.base_model(cfg)
     folder = stages.stage_dir(cfg, "pretrain")
     folder.mkdir(parents=True)
@@ -153,5 +153,5 @@ def test_later_stages_build_on_what_is_pretrained(tmp_path: Path) -> None:
     assert stages.base_model(cfg) == folder / "model"
     cfg.teacher.enabled = True
     assert stages.source_model(cfg) == folder / "model"
-    with pytest.raises(FileNotFoundError, match="stage 'teacher' has not finished"):
+    with pytest.raises(FileNotFoundError, match="'teacher'"):
         stages.base_model(cfg)

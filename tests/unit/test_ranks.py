@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -50,12 +51,12 @@ time.sleep(60)
 @pytest.mark.parametrize(
     ("body", "code", "line"),
     [
-        (FAILS, 1, "error: rank 1 of 3: it broke ({logs}/rank-1.log)"),
+        (FAILS, 1, "error: rank 1 of 3: it broke .*{logs}/rank-1.log"),
         ("sys.exit(print('error: bad input', file=sys.stderr) or 2)", 2, "error: bad input"),
         ("if rank == '2': os.kill(os.getpid(), 9)\ntime.sleep(60)", 137,
-         "error: rank 2 of 3: killed by SIGKILL; its log is {logs}/rank-2.log"),
+         "error: rank 2 of 3: .*SIGKILL.*{logs}/rank-2.log"),
         ("if rank == '0': sys.exit(7)\ntime.sleep(60)", 7,
-         "error: rank 0 of 3: ended with exit code 7 ({logs}/rank-0.log)"),
+         r"error: rank 0 of 3: .*\b7\b.*{logs}/rank-0.log"),
     ],
 )  # fmt: skip
 def test_the_reason_is_the_last_and_only_line(
@@ -63,7 +64,8 @@ def test_the_reason_is_the_last_and_only_line(
 ) -> None:
     begun, logs = time.monotonic(), tmp_path / "ranks"
     assert ranks(body, logs).run() == code
-    assert capfd.readouterr().err == line.format(logs=logs) + "\n" and time.monotonic() - begun < 50
+    err = capfd.readouterr().err
+    assert re.match(line.format(logs=logs), err) and err.count("\n") == 1 and time.monotonic() - begun < 50
     if "1 / 0" in body:
         assert "ZeroDivisionError" in (logs / "rank-1.log").read_text()
 

@@ -20,7 +20,7 @@ def free_port() -> int:
 def test_a_head_that_never_answers_is_an_error_that_names_it() -> None:
     port = free_port()
     begun = time.monotonic()
-    with pytest.raises(RuntimeError, match=f"RAY_ADDRESS=127.0.0.1:{port}: nothing answered there within 0.2 s"):
+    with pytest.raises(RuntimeError, match=f"RAY_ADDRESS=127.0.0.1:{port}.*0.2 s"):
         ray_nodes.await_head(f"127.0.0.1:{port}", 0.2)
     assert time.monotonic() - begun < 5
 

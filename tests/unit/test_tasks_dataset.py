@@ -102,7 +102,7 @@ def test_a_data_set_saved_to_disk_is_read_by_split_or_divided(tmp_path: Path) ->
         TaskConfig("dataset", path=path, train_split="dev", evaluation_split="", validation=2, evaluation=3)
     )
     assert {int(p.answer) for p in divided.prompts("evaluation")} <= set(range(30, 45))
-    with pytest.raises(ValueError, match=r"no split 'validation', only train, dev, test; set task\.train_split"):
+    with pytest.raises(ValueError, match=r"'validation'.*train, dev, test.*task\.train_split"):
         make_task(TaskConfig("dataset", path=path, evaluation_split="validation"))
 
 
@@ -115,7 +115,7 @@ def test_shards_in_a_data_directory_are_one_split(tmp_path: Path) -> None:
     task = make_task(TaskConfig("dataset", path=str(tmp_path), validation=5, evaluation=10))
     assert len(task.prompts("train")) + len(task.prompts("validation")) + 13 == 60
     write_rows(folder / "train.jsonl", 5)
-    with pytest.raises(ValueError, match=r"has 4 files train\*\.jsonl or \.parquet; expected one, or shards"):
+    with pytest.raises(ValueError, match=r"\b4\b.*train\*"):
         make_task(TaskConfig("dataset", path=str(tmp_path), validation=5, evaluation=10))
 
 
@@ -127,7 +127,7 @@ def test_dots_lead_into_nested_columns(tmp_path: Path) -> None:
     assert prompt.text == f"Question: Half of {2 * int(prompt.answer)}?\nAnswer:"
     flat = make_task(TaskConfig("dataset", path=path, **{**names, "answer_column": "a.b"}))
     assert flat.prompts("train")[0].answer == "flat"
-    with pytest.raises(ValueError, match=r"column 'item\.answer': no 'answer' in it, only \['solved', 'text'\]"):
+    with pytest.raises(ValueError, match=r"'item\.answer'.*\['solved', 'text'\]"):
         make_task(TaskConfig("dataset", path=path, **{**names, "answer_column": "item.answer"}))
 
 
@@ -179,9 +179,9 @@ def test_the_configuration_reaches_the_task(tmp_path: Path) -> None:
 def test_answers_that_are_no_choice_say_so(tmp_path: Path) -> None:
     rows = [{"question": "Which?", "options": ["red", "blue"], "answer": "green"}]
     path = str(saved(tmp_path, rows))
-    with pytest.raises(ValueError, match=r"row 1: answer 'green' is none of its 2 options"):
+    with pytest.raises(ValueError, match=r"row 1.*'green'"):
         make_task(TaskConfig("dataset", path=path, choices_column="options"))
-    with pytest.raises(ValueError, match=r"choices_column holds 'green'; expected a list of 2 to 26"):
+    with pytest.raises(ValueError, match=r"choices_column.*'green'"):
         make_task(TaskConfig("dataset", path=path, choices_column="answer"))
 
 
@@ -196,28 +196,28 @@ def test_a_boxed_reference_is_taken_out_of_its_solution(tmp_path: Path) -> None:
 
 def test_unusable_files_say_what_is_wrong(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "all.jsonl", 10)
-    with pytest.raises(FileNotFoundError, match=r"none\.jsonl does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
         make_task(TaskConfig("jsonl", path=str(tmp_path / "none.jsonl")))
-    with pytest.raises(ValueError, match=r"no \['text'\], only \['question', 'answer'\]"):
+    with pytest.raises(ValueError, match=r"\['text'\].*\['question', 'answer'\]"):
         make_task(TaskConfig("jsonl", path=str(rows), question_column="text"))
-    with pytest.raises(ValueError, match=r"task\.evaluation: 400 problems, but .* leaves"):
+    with pytest.raises(ValueError, match=r"task\.evaluation.*\b400\b"):
         make_task(TaskConfig("jsonl", path=str(rows)))
-    with pytest.raises(ValueError, match=r"has 0 files train\*"):
+    with pytest.raises(ValueError, match=r"\b0\b.*train\*"):
         make_task(TaskConfig("gsm8k", path=str(tmp_path)))
-    with pytest.raises(ValueError, match=r"task\.path: gsm8k needs"):
+    with pytest.raises(ValueError, match=r"task\.path.*gsm8k"):
         make_task(TaskConfig("gsm8k"))
     (tmp_path / "plain.jsonl").write_text('{"question": "What is 1 + 1?", "answer": "2"}\n')
-    with pytest.raises(ValueError, match="expected '#### <number>'"):
+    with pytest.raises(ValueError, match="'#### <number>'"):
         make_task(TaskConfig("gsm8k", path=str(tmp_path / "plain.jsonl")))
     (tmp_path / "broken.jsonl").write_text('{"question": "What is 1 + 1?", "answer"\n')
-    with pytest.raises(ValueError, match="not readable as json") as error:
+    with pytest.raises(ValueError, match=r"broken\.jsonl") as error:
         make_task(TaskConfig("jsonl", path=str(tmp_path / "broken.jsonl")))
     assert "\n" not in str(error.value)
     (tmp_path / "broken.parquet").write_bytes(b"\0\1\2")
-    with pytest.raises(ValueError, match=r"broken\.parquet: not readable as parquet"):
+    with pytest.raises(ValueError, match=r"broken\.parquet"):
         make_task(TaskConfig("jsonl", path=str(tmp_path / "broken.parquet")))
     (tmp_path / "latin.jsonl").write_bytes('{"question": "é?", "answer": "2"}\n'.encode("latin1"))
-    with pytest.raises(ValueError, match=r"latin\.jsonl: not UTF-8"):
+    with pytest.raises(ValueError, match=r"latin\.jsonl.*UTF-8"):
         make_task(TaskConfig("jsonl", path=str(tmp_path / "latin.jsonl")))
 
 

@@ -132,19 +132,20 @@ def test_it_travels_to_verifiers_without_its_problems() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "parts"),
     [
-        ({"families": ["hop5"]}, "task.families: ['hop5']; choose one or more, each once, of hop1, hop2, hop3, hop4"),
-        ({"families": ["hop6"], "slots": 5}, "choose one or more, each once, of hop1, hop2, hop3, hop4, hop5"),
-        ({"slots": 9}, "task.slots: 9; choose at most 8"),
-        ({"families": ["hop1", "hop1"]}, "each once"),
-        ({"style_weights": [1.0, 1.0]}, "task.style_weights: [1.0, 1.0]; give 3 shares, of terse, steps, padded"),
-        ({"style_weights": [1.0, -1.0, 1.0]}, "task.style_weights"),
+        ({"families": ["hop5"]}, ["task.families", "['hop5']", "hop1, hop2, hop3, hop4"]),
+        ({"families": ["hop6"], "slots": 5}, ["task.families", "['hop6']", "hop1, hop2, hop3, hop4, hop5"]),
+        ({"slots": 9}, ["task.slots", "9", "8"]),
+        ({"families": ["hop1", "hop1"]}, ["task.families", "['hop1', 'hop1']"]),
+        ({"style_weights": [1.0, 1.0]}, ["task.style_weights", "[1.0, 1.0]", "terse, steps, padded"]),
+        ({"style_weights": [1.0, -1.0, 1.0]}, ["task.style_weights", "-1.0"]),
     ],
 )
-def test_refusals(settings: dict, said: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(said)):
+def test_refusals(settings: dict, parts: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
         hops(**settings)
+    assert all(part in str(caught.value) for part in parts), caught.value
 
 
 def test_more_hops_need_more_slots() -> None:
@@ -157,12 +158,12 @@ def test_more_hops_need_more_slots() -> None:
 
 
 def test_no_chat_and_no_examples() -> None:
-    with pytest.raises(ValueError, match=r"set rollout\.prompt_template=plain"):
+    with pytest.raises(ValueError, match=r"rollout\.prompt_template"):
         make_task(TaskConfig("hops", families=FAMILIES), lambda messages: "")
     task = hops()
     prompt = task.prompts("train")[0]
     assert task.few_shot(prompt, 0, 0).text == prompt.text
-    with pytest.raises(ValueError, match="is not one of this task"):
+    with pytest.raises(ValueError, match="'hops'"):
         task.few_shot(Prompt("hops", "b___1", "1", "hops.hop1"), 0, 0)
-    with pytest.raises(ValueError, match=r"set teacher\.enabled=false"):
+    with pytest.raises(ValueError, match=r"teacher\.enabled"):
         task.few_shot(prompt, 2, 0)

@@ -192,20 +192,20 @@ def test_what_a_scorer_would_run_never_reaches_it(stand_in: Path, tmp_path: Path
 
 
 def test_unusable_families_say_why(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"no family 'sum'; nearest of its 7: sums"):
+    with pytest.raises(ValueError, match=r"'sum'.*\bsums\b"):
         make("sum")
-    with pytest.raises(ValueError, match="no family 'composite'"):
+    with pytest.raises(ValueError, match="'composite'"):
         make("composite")
-    with pytest.raises(ValueError, match=r"gullible: reasoning-gym's scorer accepts any answer"):
+    with pytest.raises(ValueError, match="gullible"):
         make("gullible")
-    with pytest.raises(ValueError, match=r"strict: reasoning-gym's scorer refuses its own reference"):
+    with pytest.raises(ValueError, match="strict"):
         make("strict")
-    with pytest.raises(ValueError, match=r"task\.train: 12 problems, but family few allows at most"):
+    with pytest.raises(ValueError, match=r"task\.train.*\b12\b.*\bfew\b"):
         make("few").prompts("train")
-    with pytest.raises(ValueError, match=r"task\.families: none; expected families of reasoning-gym"):
+    with pytest.raises(ValueError, match=r"task\.families"):
         make_task(TaskConfig("reasoning_gym", families=[]))
     monkeypatch.setattr(reasoning_gym_source, "GENERATE_TIMEOUT_S", 0.01)
-    with pytest.raises(ValueError, match=r"were not made in 0 s; ask for fewer"):
+    with pytest.raises(ValueError, match=r"sums.*\b0 s\b"):
         make("sums")
 
 
@@ -215,16 +215,16 @@ def test_families_without_references_have_prompts_and_verdicts_but_no_worked_exa
     a, b = (int(word) for word in prompt.text.replace("?", "").split() if word.isdigit())
     assert prompt.answer == "" and task.verify(prompt, f"<answer>{a + b}</answer>").reward == 1.0
     assert task.few_shot(prompt, 0, 0).text == prompt.text
-    with pytest.raises(ValueError, match="open of reasoning-gym come without reference answers"):
+    with pytest.raises(ValueError, match=r"\bopen\b"):
         task.worked("train")
-    with pytest.raises(ValueError, match="come without reference answers"):
+    with pytest.raises(ValueError, match=r"\bopen\b"):
         task.few_shot(prompt, 1, 0)
 
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "reasoning_gym" else found(name))
-    with pytest.raises(ValueError, match=r"not installed; pip install 'ee-megatron\[reasoning-gym\]'") as error:
+    with pytest.raises(ValueError, match=r"ee-megatron\[reasoning-gym\]") as error:
         make("sums")
     assert "\n" not in str(error.value)
 

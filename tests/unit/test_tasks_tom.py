@@ -218,12 +218,12 @@ def test_verdict(text: str, reward: float) -> None:
 
 
 def test_bad_requests_say_what_is_possible() -> None:
-    with pytest.raises(ValueError, match="choose one or more, each once, of first_order, second_order"):
+    with pytest.raises(ValueError, match=r"'third_order'.*first_order, second_order"):
         make_task(TaskConfig("tom", families=["third_order"]))
-    with pytest.raises(ValueError, match="must not be negative"):
+    with pytest.raises(ValueError, match="'train': -1"):
         make_task(TaskConfig("tom", list(FAMILIES), train=-1))
     task = make_task(TaskConfig("tom", list(FAMILIES), train=5))
-    with pytest.raises(ValueError, match="is not one of this task"):
+    with pytest.raises(ValueError, match="arithmetic/sum/train/00000"):
         task.few_shot(Prompt("arithmetic/sum/train/00000", "", "", ""), 1, 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_a_file_that_is_not_whole_is_refused_with_one_line(tmp_path: Path, damag
     )
     if damage == "gone":
         file.unlink()
-    with pytest.raises(ValueError, match=r"file: cannot be read .*missing or damaged"):
+    with pytest.raises(ValueError, match=re.escape(str(file))):
         FileTensors(file)
 
 

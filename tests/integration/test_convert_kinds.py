@@ -20,12 +20,8 @@ from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, load_policy, save_policy
 from ee_megatron.rollout.engine.decoder import Decoder
 from ee_megatron.tensors import FileTensors
-<<<<<<< HEAD
 from tests.processes import ee_megatron
-from tests.tiny import tiny_hf
-=======
 from tests.tiny import ONE_EACH, tiny_hf
->>>>>>> wt-b
 
 LAYERS, DEPTHS = 6, (2, 3, 5)
 

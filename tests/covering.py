@@ -12,11 +12,11 @@ import pytest
 EXTENDED, SLOW = pytest.mark.extended, pytest.mark.slow
 
 
-def covering(cases: Iterable[Any], others: Iterable[Any]) -> list[Any]:
-    """Parameters `(case, other)`: every case with one of the others, in turn, every time; the rest marked slow."""
+def covering(cases: Iterable[Any], others: Iterable[Any], later: pytest.MarkDecorator = SLOW) -> list[Any]:
+    """Parameters `(case, other)`: every case with one of the others, in turn, every time; the rest marked `later`."""
     rest = list(others)
     return [
-        pytest.param(case, other, marks=() if i % len(rest) == j else SLOW)
+        pytest.param(case, other, marks=() if i % len(rest) == j else later)
         for i, case in enumerate(cases)
         for j, other in enumerate(rest)
     ]

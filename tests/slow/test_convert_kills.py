@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
 
-from test_convert_faults import kills_and_resumes
+from test_conversion_faults import kills_and_resumes
 
 
 def test_ten_kills_each_leave_nothing_that_looks_complete(tmp_path, capsys):

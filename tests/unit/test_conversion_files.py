@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import enum
 import json
-import pickle
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader, load
 
+from ee_megatron.checkpoint.common_state import Inert, read_common
 from ee_megatron.checkpoint.manifest import Digest, Hasher, tensor_sha256
 from ee_megatron.checkpoint.meter import Meter
 from ee_megatron.checkpoint.safetensors_io import SafetensorsWriter, aligned, write_small
@@ -21,15 +23,12 @@ from ee_megatron.checkpoint.sources import check_finite, reblock
 from ee_megatron.checkpoint.torch_dist import ChunkFile, TorchDistReader, write_metadata
 from ee_megatron.checkpoint.workspace import JOURNAL, workspace
 from ee_megatron.convert import _size
+from tests.conversion import Harm
 
 
 def test_safetensors_written_in_blocks_load_with_the_library(tmp_path: Path) -> None:
-    tensors = {
-        "half": torch.randn(7, 3).bfloat16(),
-        "full": torch.randn(5),
-        "scalar": torch.tensor(2.5),
-        "empty": torch.empty(0, 4),
-    }
+    tensors = {"half": torch.randn(7, 3).bfloat16(), "full": torch.randn(5)}
+    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4)}
     table = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with SafetensorsWriter(tmp_path / "x.safetensors", table) as writer:
         for name in aligned(table):
@@ -80,35 +79,21 @@ def test_a_torch_dist_checkpoint_with_a_gap_is_never_finished(tmp_path: Path) ->
         TorchDistReader(tmp_path / "w")
 
 
-class Harm:
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
+class Colour(enum.Enum):
+    RED = "red"
 
 
-@pytest.mark.parametrize("kind", ["foreign", "pickle", "cut", "gone", "garbage", "format"])
-def test_damaged_metadata_is_refused_in_one_line_and_not_executed(tmp_path: Path, kind: str) -> None:
-    folder = tmp_path / "w"
-    write_checkpoint(folder)
-    metadata = folder / ".metadata"
-    content = {
-        "foreign": pickle.dumps({"a": 1}),
-        "pickle": pickle.dumps(Harm(tmp_path / "harm")),
-        "cut": metadata.read_bytes()[:-20],
-        "garbage": b"\x00" * 100,
-    }
-    if kind in content:
-        metadata.write_bytes(content[kind])
-    elif kind == "gone":
-        (folder / "__1_0.distcp").unlink()
-    else:
-        (folder / "metadata.json").write_text('{"sharded_backend": "zarr"}')
-    with pytest.raises(ValueError, match="convert it again") as error:
-        TorchDistReader(folder)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "harm").exists()
+def test_common_state_is_read_without_executing_what_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = argparse.Namespace(colour=Colour.RED, harm=Harm(), num_layers=3, dtype=torch.bfloat16)
+    args.steps, args.tensor, args.names = [1, 2], torch.ones(2), {"a", "b"}
+    torch.save({"args": args, "iteration": 7}, "common.pt")
+    found = read_common(tmp_path)
+    read = vars(found["args"])
+    assert (found["iteration"], read["num_layers"], read["steps"]) == (7, 3, [1, 2])
+    assert isinstance(read["colour"], Inert) and read["colour"].arguments == ("red",)
+    assert all(isinstance(read[name], Inert | type) for name in ("harm", "tensor", "dtype", "names"))
+    assert not Path("harm").exists()
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.data())

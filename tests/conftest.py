@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import signal
 import sys
 from collections import Counter
 from pathlib import Path, PurePath
@@ -20,6 +21,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """`make test` has EE_TESTS=quick: fewer examples, and the same ones every time."""
     from hypothesis import settings
 
+    # Started in the background by a shell, tests ignore interrupts, and those that raise one would wait for ever.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True)
     settings.register_profile("full", deadline=None)
     settings.load_profile(os.environ.get("EE_TESTS", "full"))

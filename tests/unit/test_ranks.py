@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from ee_megatron.training.ranks import Ranks
+from ee_megatron.config.load import load
+from ee_megatron.training import launch
+from ee_megatron.training.ranks import Forked, Ranks
+from tests.processes import start
 
 ROOT = Path(__file__).parents[2]
 # What a rank does, by its number.
@@ -102,3 +105,34 @@ def test_a_signal_ends_all_of_them_without_a_word(number: signal.Signals, code: 
     finally:
         launcher.kill()
         launcher.wait()
+
+
+def fork(folder: Path) -> None:
+    """In a process that may: two commands side by side, one with a faulty variable."""
+    children = []
+    for name in ("one", "two"):
+        environment = {**os.environ, "RANK": "x" if name == "two" else "0"}
+        with (folder / name).open("w") as log:
+            children.append(Forked(["rl", "experiment=nothing"], environment, stdout=log, stderr=log))
+    (folder / "codes").write_text(" ".join(str(child.wait(60)) for child in children))
+    killed = Forked(["--help"], os.environ, before=lambda: time.sleep(60))
+    killed.kill()
+    (folder / "killed").write_text(str(killed.wait(60)))
+
+
+def test_a_forked_command_has_an_environment_streams_and_an_end_of_its_own(tmp_path: Path) -> None:
+    process = start(fork, tmp_path)
+    process.join(200)
+    assert process.exitcode == 0 and (tmp_path / "codes").read_text() == "2 2"
+    assert "experiment=nothing" in (tmp_path / "one").read_text()
+    assert (tmp_path / "two").read_text().startswith("error: RANK='x'")
+    assert int((tmp_path / "killed").read_text()) == -signal.SIGKILL
+
+
+def test_nothing_is_forked_for_gpus_or_where_threads_may_have_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported = []
+    monkeypatch.setattr(launch, "import_ahead", lambda: imported.append(1))
+    assert launch.may_fork(load(["experiment=demo_cpu"])) and imported
+    assert not launch.may_fork(load(["experiment=demo_cpu", "device=cuda"]))
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    assert not launch.may_fork(load(["experiment=demo_cpu"])) and len(imported) == 1

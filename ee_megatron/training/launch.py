@@ -235,9 +235,10 @@ def _followed(arguments: list[str], forks: bool, meanwhile: Callable[[], None]) 
     except KeyboardInterrupt:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(PARTING_S)
+        child.kill()
         return 130
     finally:
-        child.kill()
+        # Whatever else went wrong meanwhile, the stage is not to be lost for it.
         child.wait()
 
 

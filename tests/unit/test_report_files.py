@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote
 
 import pytest
@@ -137,6 +138,19 @@ def test_a_report_that_cannot_be_written_does_not_end_the_run(
     assert launch._followed(["no-such-command"], False, lambda: launch._report_so_far(cfg)) == 2
     assert capsys.readouterr().err.startswith("report: ")
     assert sys.modules[launch.__name__] is launch
+
+
+def test_a_stage_is_not_ended_by_what_goes_wrong_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    child = SimpleNamespace(wait=lambda *_: seen.append("waited for"), kill=lambda: seen.append("killed"))
+    monkeypatch.setattr(launch, "Forked", lambda *_: child)
+
+    def fail() -> None:
+        raise KeyError("a report's fault")
+
+    with pytest.raises(KeyError):
+        launch._followed(["rl"], True, fail)
+    assert seen == ["waited for"]
 
 
 def test_metrics_that_never_change_are_listed_without_a_chart() -> None:

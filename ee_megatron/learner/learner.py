@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ from ..transfer import to_device
 from .batch import ReplayBatch
 from .engine import Updater, fill_missing_gradients, sum_replicated_gradients, sum_tied_gradients
 from .optimizer_state import OptimizerState, holder_of, kinds, prepare
-from .packing import Strip, deal, padded
+from .packing import PackedRows, Packing, PackingStats, deal
 from .passes import MicroBatch, ReferenceStates, SchedulePass
 
 
@@ -64,23 +64,18 @@ class Update:
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A micro-batch and how wide it is."""
+class PackedBatch:
+    """A batch dealt out to data ranks and micro-batches, for as many passes as are made on it (`Learner.pack`).
 
-    strip: Strip
-    width: int
+    made: this rank's micro-batches on the CPU, without weights, by whether they keep their exits."""
 
+    batch: ReplayBatch
+    packing: Packing
+    made: dict[bool, list[MicroBatch]] = field(default_factory=dict, repr=False)
 
-@dataclass(frozen=True)
-class Packed:
-    """How a pass was packed. positions: those that were computed, over all data ranks, prompts that sequences share
-    counted once; slots: those and the padding beside them; micro_batches: per data rank; largest: positions of the
-    fullest."""
-
-    positions: int
-    slots: int
-    micro_batches: int
-    largest: int
+    @property
+    def stats(self) -> PackingStats:
+        return self.packing.stats
 
 
 @dataclass(frozen=True)
@@ -142,7 +137,6 @@ class Learner:
         self.spec, self.dims, self.parallel, self.device = spec, source.dims, parallel, device
         # Told how far a pass has come: what it is ("score", "reference" or "train"), positions done, positions in all.
         self.progress: Callable[[str, int, int], None] | None = None
-        self.packed = Packed(0, 0, 0, 0)
         self.direction, self.temperature = KL_DIRECTIONS[options.kl_direction], options.temperature
         self.config = megatron_config(
             source.dims,
@@ -191,8 +185,23 @@ class Learner:
 
     # -- what the loops call ------------------------------------------------------------------------------------------
 
+    def pack(self, batch: ReplayBatch) -> PackedBatch:
+        """Deal a batch out to ranks and micro-batches. Passes do it themselves to a batch that isn't packed yet; who
+        scores a batch and then learns on it packs it once."""
+        stages, virtual = self.parallel.pipeline, self.parallel.virtual
+        ranks = parallel_state.get_data_parallel_world_size()
+        # The interleaved schedule deals micro-batches out in groups of one per pipeline rank.
+        multiple = stages if virtual > 1 else 1
+        tokens = self.parallel.tokens_per_micro_batch
+        return PackedBatch(batch, deal(batch, tokens, ranks, multiple, one_width=stages > 1))
+
     def score(
-        self, batch: ReplayBatch, *, reference: bool = False, teacher: Teacher | None = None, hazards: bool = False
+        self,
+        batch: ReplayBatch | PackedBatch,
+        *,
+        reference: bool = False,
+        teacher: Teacher | None = None,
+        hazards: bool = False,
     ) -> Scores:
         """Scores without gradients. `reference`: the base at full depth, without exits. They include the divergence
         from `teacher`, if there is one, and with `hazards` these."""
@@ -205,7 +214,13 @@ class Learner:
         return self._run(batch, Pass("score", hazards_of=self.spec.exit_depths, reads_out=False)).hazards
 
     def step(
-        self, batch: ReplayBatch, weights: Weights, teacher: Teacher | None = None, *, adapter_lr: float, gate_lr: float
+        self,
+        batch: ReplayBatch | PackedBatch,
+        weights: Weights,
+        teacher: Teacher | None = None,
+        *,
+        adapter_lr: float,
+        gate_lr: float,
     ) -> Update:
         """One optimizer update on the loss that `weights` describes (objectives/weights.py), its divergence, if there
         is one, from `teacher`."""
@@ -273,21 +288,10 @@ class Learner:
 
     # -- one pass -----------------------------------------------------------------------------------------------------
 
-    def _run(self, batch: ReplayBatch, wanted: Pass) -> Scores:
+    def _run(self, batch: ReplayBatch | PackedBatch, wanted: Pass) -> Scores:
         """The scores; the gradients of a pass that trains are left on the parameters."""
-        ranks = parallel_state.get_data_parallel_world_size()
-        stages, virtual = self.parallel.pipeline, self.parallel.virtual
-        # The interleaved schedule deals micro-batches out in groups of one per pipeline rank.
-        dealt = deal(batch, self.parallel.tokens_per_micro_batch, ranks, stages if virtual > 1 else 1)
-        # Stages exchange hidden states of one shape; without a pipeline each micro-batch has its own.
-        each = [
-            [Placed(strip, padded(dealt.largest if stages > 1 else strip.positions)) for strip in strips]
-            for strips in dealt.ranks
-        ]
-        own = each[parallel_state.get_data_parallel_rank()]
-        slots = sum(slot.width for part in each for slot in part)
-        self.packed = Packed(dealt.positions, slots, len(own), dealt.largest)
-
+        packed = batch if isinstance(batch, PackedBatch) else self.pack(batch)
+        own = packed.packing.ranks[parallel_state.get_data_parallel_rank()]
         with contextlib.ExitStack() as stack:
             model, head = self.model, self.head
             if not wanted.exits:
@@ -296,24 +300,29 @@ class Learner:
                 model, head, self.direction, exits=wanted.exits, train=wanted.trains, teacher=wanted.teacher,
                 hazards_of=wanted.hazards_of, reads_out=wanted.reads_out, done=self._clock(wanted.what, own),
             )  # fmt: skip
-            full = batch if wanted.exits else batch.at_full_depth(self.dims.num_layers)
             # The reference's hidden states are kept for as many micro-batches as fill the pipeline.
-            at_once = stages if wanted.teacher is Teacher.REFERENCE else len(own)
+            at_once = self.parallel.pipeline if wanted.teacher is Teacher.REFERENCE else len(own)
             for first in range(0, len(own), at_once):
-                part = own[first : first + at_once]
+                part = slice(first, first + at_once)
                 if wanted.teacher is Teacher.REFERENCE:
-                    passes.reference = self._states(batch, part)
-                self._schedule(passes, model, self._micro_batches(full, part, wanted.weights))
-        return self._collect(passes, batch, each)
+                    passes.reference = self._states(packed, part)
+                self._schedule(passes, model, self._micro_batches(packed, part, wanted.exits, wanted.weights))
+        return self._collect(passes, packed)
 
     def _micro_batches(
-        self, batch: ReplayBatch, slots: list[Placed], weights: Weights = NO_WEIGHTS
+        self, packed: PackedBatch, part: slice, exits: bool, weights: Weights = NO_WEIGHTS
     ) -> list[MicroBatch]:
+        """Some of this rank's, at their exits or at full depth, on the device."""
+        own = packed.packing.ranks[parallel_state.get_data_parallel_rank()]
+        if exits not in packed.made:
+            batch = packed.batch if exits else packed.batch.at_full_depth(self.dims.num_layers)
+            packed.made[exits] = [MicroBatch.of(batch, rows) for rows in own]
         # Gradients are averaged over data-parallel ranks; the weights are normalised over all of them already.
         scale = float(parallel_state.get_data_parallel_world_size())
-        exits = len(self.spec.exit_depths)
-        made = [MicroBatch.of(batch, weights, slot.strip, slot.width, scale, exits) for slot in slots]
-        return to_device(made, self.device)
+        pairs = zip(packed.made[exits][part], own[part], strict=True)
+        return to_device(
+            [one.weighted(weights, rows, scale, len(self.spec.exit_depths)) for one, rows in pairs], self.device
+        )
 
     def _schedule(self, passes: SchedulePass, model: RankModel, micro_batches: list[MicroBatch]) -> None:
         model.train(passes.train)
@@ -324,15 +333,14 @@ class Learner:
             )  # fmt: skip
         model.eval()
 
-    def _states(self, batch: ReplayBatch, slots: list[Placed]) -> ReferenceStates:
+    def _states(self, packed: PackedBatch, part: slice) -> ReferenceStates:
         """The reference's hidden states for these micro-batches."""
         with self._reference() as (model, head):
             states = ReferenceStates(head, deque())
             passes = SchedulePass(
                 model, head, self.direction, exits=False, train=False, keep_hidden=states.hidden, reads_out=False
             )  # fmt: skip
-            full = batch.at_full_depth(self.dims.num_layers)
-            self._schedule(passes, model, self._micro_batches(full, slots, NO_WEIGHTS))
+            self._schedule(passes, model, self._micro_batches(packed, part, exits=False))
         return states
 
     @contextlib.contextmanager
@@ -346,9 +354,9 @@ class Learner:
             self._base = self._base_model(HFDirectory(self._base_directory))
         yield self._base, self._make_head(self._base)
 
-    def _clock(self, what: str, slots: list[Placed]) -> Callable[[], None]:
+    def _clock(self, what: str, own: Sequence[PackedRows]) -> Callable[[], None]:
         """Tells `progress` of every micro-batch that this rank has run forward."""
-        positions = [slot.strip.positions for slot in slots]
+        positions = [rows.positions for rows in own]
         done = iter(range(1, len(positions) + 1))
 
         def advance() -> None:
@@ -357,11 +365,12 @@ class Learner:
 
         return advance
 
-    def _collect(self, passes: SchedulePass, batch: ReplayBatch, each: list[list[Placed]]) -> Scores:
+    def _collect(self, passes: SchedulePass, packed: PackedBatch) -> Scores:
         """Put the stages' parts together (a sum: each part is 0 where another stage owns it), then the data ranks'."""
         parts = passes.stacked()
         dist.all_reduce(parts, group=parallel_state.get_pipeline_model_parallel_group())
-        widths = [sum(slot.width for slot in slots) for slots in each]
+        batch, each = packed.batch, packed.packing.ranks
+        widths = [sum(rows.width for rows in part) for part in each]
         ranks = [parts]
         if len(each) > 1:
             # Ranks without a pipeline have other numbers of slots.
@@ -370,12 +379,12 @@ class Learner:
             dist.all_gather(ranks, parts, group=parallel_state.get_data_parallel_group())
         sequence = batch.tokens.size(1)
         whole = torch.zeros(len(parts), batch.tokens.numel())
-        for found, slots in zip(ranks, each, strict=True):
+        for found, part in zip(ranks, each, strict=True):
             start, on_host = 0, found.cpu()
-            for slot in slots:
-                places = slot.strip.places(sequence)
+            for rows in part:
+                places = rows.places(sequence)
                 whole[:, places] = on_host[:, start : start + len(places)]
-                start += slot.width
+                start += rows.width
         whole = whole.unflatten(1, batch.tokens.shape)
         tokens, exits, kl, token_entropy, exit_entropy = whole[:5].unbind()
         return Scores(tokens, exits, kl, token_entropy, exit_entropy, whole[5:].movedim(0, -1))

@@ -7,7 +7,7 @@ sequences of a micro-batch begin with are computed once, with the sum of their g
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -25,21 +25,22 @@ BALANCE, CUTS = 1.02, 32
 
 
 @dataclass(frozen=True)
-class Strip:
+class PackedRows:
     """The sequences of one micro-batch: `rows` of the batch, in the order of their prompts, and how many positions each
-    has in common with the one before it."""
+    has in common with the one before it. `width`: slots, padding included."""
 
     rows: tuple[int, ...]
     lengths: tuple[int, ...]
     shared: tuple[int, ...]
+    width: int = 0
 
     @property
     def positions(self) -> int:
         """Slots that are in use."""
         return sum(self.lengths) - sum(self.shared)
 
-    def packed(self, width: int) -> PackedSequences:
-        return PackedSequences.of(self.lengths, self.shared, width)
+    def packed(self) -> PackedSequences:
+        return PackedSequences.of(self.lengths, self.shared, self.width)
 
     def places(self, sequence: int) -> Tensor:
         """Where the slots' positions are in [B, S] flattened, int64 [positions]; S = `sequence`."""
@@ -51,19 +52,30 @@ class Strip:
 
 
 @dataclass(frozen=True)
-class Deal:
+class PackingStats:
+    """positions: those that are computed, over all data ranks, shared prompts counted once; slots: those and the
+    padding beside them; micro_batches: per data rank; largest: positions of the fullest."""
+
+    positions: int
+    slots: int
+    micro_batches: int
+    largest: int
+
+
+NOTHING_PACKED = PackingStats(0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Packing:
     """Every data rank's micro-batches, the same number for each."""
 
-    ranks: tuple[tuple[Strip, ...], ...]
+    ranks: tuple[tuple[PackedRows, ...], ...]
 
     @property
-    def largest(self) -> int:
-        """Positions of the fullest micro-batch."""
-        return max(strip.positions for strips in self.ranks for strip in strips)
-
-    @property
-    def positions(self) -> int:
-        return sum(strip.positions for strips in self.ranks for strip in strips)
+    def stats(self) -> PackingStats:
+        every = [rows for part in self.ranks for rows in part]
+        positions = [rows.positions for rows in every]
+        return PackingStats(sum(positions), sum(rows.width for rows in every), len(self.ranks[0]), max(positions))
 
 
 def padded(positions: int) -> int:
@@ -71,11 +83,12 @@ def padded(positions: int) -> int:
     return max(1, -(-positions // SEQUENCE_MULTIPLE)) * SEQUENCE_MULTIPLE
 
 
-def deal(batch: ReplayBatch, tokens: int, ranks: int, multiple: int = 1) -> Deal:
+def deal(batch: ReplayBatch, tokens: int, ranks: int, multiple: int = 1, *, one_width: bool = False) -> Packing:
     """Deal the sequences out to `ranks`, in micro-batches of at most `tokens` positions (or one longer sequence).
 
     Every rank gets the same number of them, a multiple of `multiple`, and as few as will do; some are empty where there
-    are fewer sequences. The same batch is always dealt alike.
+    are fewer sequences. The same batch is always dealt alike. `one_width`: all are as wide as the widest, because
+    pipeline stages exchange hidden states of one shape.
     """
     sequences = _Sequences.of(batch)
     most = max(tokens, int(sequences.lengths.max()))
@@ -85,13 +98,14 @@ def deal(batch: ReplayBatch, tokens: int, ranks: int, multiple: int = 1) -> Deal
     count = max(1, -(-total // (room * ranks * multiple))) * multiple
     while max(bins := _balanced(sequences, count * ranks, total))[0] > room:
         count += multiple
-    strips = sorted((sequences.strip(pieces) for _, pieces in bins), key=lambda strip: -strip.positions)
+    micro_batches = sorted((sequences.packed(pieces) for _, pieces in bins), key=lambda rows: -rows.positions)
     # There and back, so that no rank has the larger one each time.
-    dealt: list[list[Strip]] = [[] for _ in range(ranks)]
-    for index, strip in enumerate(strips):
+    dealt: list[list[PackedRows]] = [[] for _ in range(ranks)]
+    for index, rows in enumerate(micro_batches):
         turn, place = divmod(index, ranks)
-        dealt[ranks - 1 - place if turn % 2 else place].append(strip)
-    return Deal(tuple(tuple(strips) for strips in dealt))
+        widest = micro_batches[0] if one_width else rows
+        dealt[ranks - 1 - place if turn % 2 else place].append(replace(rows, width=padded(widest.positions)))
+    return Packing(tuple(tuple(part) for part in dealt))
 
 
 # A piece: sequences first to stop - 1, in the order of their prompts. A micro-batch: its positions, beside those that
@@ -141,11 +155,11 @@ class _Sequences:
                 found.append(piece)
         return found
 
-    def strip(self, pieces: list[Piece]) -> Strip:
+    def packed(self, pieces: list[Piece]) -> PackedRows:
         held = sorted(index for first, stop in pieces for index in range(first, stop))
         shared = [int(self.common[i + 1 : j + 1].min()) for i, j in pairwise(held)]
         rows, lengths = self.order[held].tolist(), self.lengths[held].tolist()
-        return Strip(tuple(rows), tuple(lengths), tuple([0, *shared][: len(held)]))
+        return PackedRows(tuple(rows), tuple(lengths), tuple([0, *shared][: len(held)]))
 
 
 def halves(piece: Piece) -> list[Piece]:

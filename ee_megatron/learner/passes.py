@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..objectives.divergences import Direction, Teacher
 from ..objectives.weights import Weights
 from ..parallel.vocabulary import Against, Head, lumped_kl
 from .batch import ReplayBatch
-from .packing import Strip
+from .packing import PackedRows
 
 
 @dataclass(frozen=True)
@@ -38,42 +38,59 @@ class MicroBatch:
     teacher_logprobs: Tensor | None
 
     @staticmethod
-    def of(batch: ReplayBatch, weights: Weights, strip: Strip, width: int, scale: float, num_exits: int) -> MicroBatch:
-        """All on the CPU, where it is known how many positions count; weights are multiplied by `scale`."""
-        places = strip.places(batch.tokens.size(1))
+    def of(batch: ReplayBatch, rows: PackedRows) -> MicroBatch:
+        """Without weights; on the CPU, where it is known how many positions count."""
+        places = rows.places(batch.tokens.size(1))
         counted = batch.counts.flatten()[places].nonzero().squeeze(1)
 
-        def slots(value: Tensor | None, scale: float = 1) -> Tensor | None:
-            """[B, S, ...] -> of every slot [W, ...], zeros for padding."""
-            if value is None:
-                return None
-            taken = value.flatten(0, 1)[places]
-            whole = taken.new_zeros(width, *taken.shape[1:])
-            whole[: len(taken)] = taken if scale == 1 else taken * scale
-            return whole
-
-        def at(value: Tensor | None, scale: float = 1) -> Tensor | None:
+        def at(value: Tensor | None) -> Tensor | None:
             """[B, S, ...] -> where a token counts [N, ...]."""
-            taken = None if value is None else value.flatten(0, 1)[places[counted]]
-            return taken if taken is None or scale == 1 else taken * scale
+            return None if value is None else value.flatten(0, 1)[places[counted]]
 
-        tokens, depths, labels = slots(batch.tokens), slots(batch.exit_depths), at(batch.labels())
+        tokens, depths, asked = (
+            _in_slots(x, places, rows.width) for x in (batch.tokens, batch.exit_depths, batch.asked)
+        )
+        labels = at(batch.labels())
         assert tokens is not None and depths is not None and labels is not None
-        entropy, hazard = slots(weights.entropy, scale), slots(weights.hazard, scale)
-        gates = gate_weights(slots(weights.exit, scale), slots(weights.target_hazards), hazard, entropy, num_exits)
-        control = make_control(strip.packed(width), depths, slots(batch.asked), entropy, gates)
         return MicroBatch(
-            tokens.unsqueeze(0), control, counted, labels, at(weights.token, scale), at(weights.divergence, scale),
+            tokens.unsqueeze(0), make_control(rows.packed(), depths, asked), counted, labels, None, None,
             at(batch.teacher_ids), at(batch.teacher_logprobs),
         )  # fmt: skip
 
+    def weighted(self, weights: Weights, rows: PackedRows, scale: float, num_exits: int) -> MicroBatch:
+        """The same, made by `of` from `rows`, with `weights` of the batch [B, S, ...] times `scale`."""
+
+        def slots(value: Tensor | None, scale: float = 1) -> Tensor | None:
+            return None if value is None else _in_slots(value, rows.places(value.size(1)), rows.width, scale)
+
+        def at(value: Tensor | None) -> Tensor | None:
+            if value is None:
+                return None
+            taken = value.flatten(0, 1)[rows.places(value.size(1))[self.counted]]
+            return taken if scale == 1 else taken * scale
+
+        gates = gate_weights(
+            slots(weights.exit, scale), slots(weights.target_hazards), slots(weights.hazard, scale), num_exits
+        )
+        return replace(
+            self, control=self.control.with_gates(gates), token=at(weights.token), divergence=at(weights.divergence)
+        )
+
+
+def _in_slots(value: Tensor, places: Tensor, width: int, scale: float = 1) -> Tensor:
+    """[B, S, ...] -> of every slot [W, ...], zeros for padding."""
+    taken = value.flatten(0, 1)[places]
+    whole = taken.new_zeros(width, *taken.shape[1:])
+    whole[: len(taken)] = taken if scale == 1 else taken * scale
+    return whole
+
 
 def gate_weights(
-    likelihood: Tensor | None, targets: Tensor | None, hazard: Tensor | None, entropy: Tensor | None, num_exits: int
+    likelihood: Tensor | None, targets: Tensor | None, hazard: Tensor | None, num_exits: int
 ) -> dict[int, Tensor] | None:
     """The terms of the gates' loss [W, M] each, from the weights (objectives/weights.py) of W slots; None: there are
     none."""
-    given = next((x for x in (likelihood, hazard, entropy) if x is not None), None)
+    given = likelihood if likelihood is not None else hazard
     if given is None:
         return None
     if likelihood is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .packed import Active, PackedSequences, Segment
 
-EXIT_DEPTH, ASKED, ENTROPY = 0, 1, 2
+EXIT_DEPTH, ASKED = 0, 1
 # What a gate's loss may consist of.
 LIKELIHOOD, TARGET, HAZARD = 0, 1, 2
 
@@ -27,7 +27,6 @@ class Control:
     `channels` fp32 [W, C]:
         channel 0      prescribed exit depth (layers that may change the position; L = no exit, 0 = padding)
         channel 1      1 where gates are asked, else 0 (prompt, padding)
-        channel 2      weight of the gates' entropy at the position, a bonus
     `gates` fp32 [W, M, terms], what each gate's loss weighs there, by `terms`; None: gates have no loss
         LIKELIHOOD     -log-likelihood of what the gate did or, where there are targets, the cross-entropy to them
         TARGET         its target hazard, -1 for none
@@ -51,6 +50,11 @@ class Control:
         """The same for a rank of the sequence-parallel group; what layers share is kept as long as this object is."""
         return replace(self, ranks=ranks, rank=rank)
 
+    def with_gates(self, gates: dict[int, Tensor] | None) -> Control:
+        """The same with a loss of the gates, [W, M] per term."""
+        weights, terms = (torch.stack(list(gates.values()), dim=-1), tuple(gates)) if gates else (None, ())
+        return replace(self, gates=weights, terms=terms)
+
     def active(self, layer: int) -> Active | None:
         """The slots whose exit depth is at least `layer` (1-based); one object for all layers of a segment, None if
         there are no such slots."""
@@ -62,20 +66,10 @@ class Control:
         return self._active[at]
 
 
-def make_control(
-    packed: PackedSequences,
-    exit_depths: Tensor,
-    asked: Tensor | None = None,
-    entropy: Tensor | None = None,
-    gates: dict[int, Tensor] | None = None,
-) -> Control:
-    """From one tensor [W] per channel, and per term of the gates' loss one [W, M], all on the CPU. Left out: no gate is
-    asked, none has a loss."""
-    nothing = torch.zeros_like(exit_depths)
-    channels = (exit_depths, *(nothing if x is None else x for x in (asked, entropy)))
-    control = torch.stack([x.float() for x in channels], dim=-1)
+def make_control(packed: PackedSequences, exit_depths: Tensor, asked: Tensor | None = None) -> Control:
+    """From one tensor [W] per channel, on the CPU, without a loss of the gates. `asked` None: no gate is asked."""
     where = torch.zeros_like(exit_depths, dtype=torch.bool) if asked is None else asked.bool()
+    channels = torch.stack([exit_depths.float(), where.float()], dim=-1)
     depths = sorted(set(exit_depths.tolist()) - {0})
     segments = tuple(Segment.of(exit_depths >= depth, where) for depth in depths)
-    weights, terms = (torch.stack(list(gates.values()), dim=-1), tuple(gates)) if gates else (None, ())
-    return Control(control, weights, tuple(int(d) for d in depths), segments, packed, terms)
+    return Control(channels, None, tuple(int(d) for d in depths), segments, packed)

@@ -41,10 +41,10 @@ from ..tasks.base import StyledTask
 from ..tensors import HeldStream
 from ..types import Prompt, Rollout
 from . import stages
+from .collect import exits_of, prompts_of
 from .controls import Reference, all_controls, run_controls
 from .kept import ANSWERS
 from .problems import wide_test, wide_validation
-from .rollout_source import exits_of, prompts_of
 from .session import Session
 from .stopping import listener
 

@@ -1,0 +1,239 @@
+"""From a step's rollouts, rewards and scores to an advantage for every token and exit (method.md, stage 2).
+
+Shapes: B answers, S positions, M exits. Answers of one prompt are neighbours in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config.derive import exits_read
+from ..config.schema import RLConfig
+from ..exits import ExitLayout
+from ..learner.batch import ReplayBatch, pack, spread
+from ..learner.learner import Scores
+from ..learner.packing import PackingStats
+from ..objectives.advantages import ADVANTAGES, CHARGES, length_cost, mean_log_ratio
+from ..objectives.depth import DEPTH_COSTS, token_advantage
+from ..objectives.exit_credit import hazard_costs
+from ..objectives.policy_gradient import IMPORTANCE, KL_TERMS, RATIOS, Experience
+from ..types import ExitReading, Group, Rollout
+
+
+@dataclass(frozen=True)
+class StepScores:
+    """What was scored before a step's first update.
+
+    policy: the policy at the start of the step; None if the rollouts bring along all that is needed. reference: the
+    reference's log-probabilities of the tokens, float32 [B, S]; None if the objective doesn't need them. packing: of
+    the pass that computed them; None if there was none.
+    """
+
+    policy: Scores | None = None
+    reference: Tensor | None = None
+    packing: PackingStats | None = None
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """What a step's rollouts teach, for all updates on them, and where it came from.
+
+    experience: what the loss needs. Per answer, [B]: task_reward and reward float32 (the latter less the penalties),
+    depth_cost float32 (not yet multiplied by lambda), advantage float32 (of task and depth together), penalized bool
+    (pays for depth and length), loss_included bool; kl float32, the k1 estimate of the divergence from the reference,
+    None if that wasn't scored. log_importance float32 [B, S]: log ratio of learner to rollout, tokens plus exits.
+    """
+
+    experience: Experience
+    task_reward: Tensor
+    reward: Tensor
+    depth_cost: Tensor
+    advantage: Tensor
+    penalized: Tensor
+    loss_included: Tensor
+    kl: Tensor | None
+    log_importance: Tensor
+
+
+def collate(groups: Sequence[Group], num_layers: int, first_token: bool = False, *, gates: bool = True) -> ReplayBatch:
+    """The rollouts of all groups as one batch, with the exits that they took. Without `gates` the exits were given, so
+    no gate is trained. first_token as in `ExitLayout`."""
+    rollouts = rollouts_of(groups)
+    prompts, answers = [r.prompt_tokens for r in rollouts], [r.tokens for r in rollouts]
+    batch = pack(prompts, answers, [r.exit_depths for r in rollouts], num_layers, first_token)
+    return batch if gates else replace(batch, asked=batch.asked & False)
+
+
+def rollouts_of(groups: Sequence[Group]) -> list[Rollout]:
+    return [rollout for group in groups for rollout in group.rollouts]
+
+
+def loss_included(groups: Sequence[Group], rl: RLConfig) -> Tensor:
+    """Which answers enter the loss, bool [B]: with rl.overlong=filter those that were not cut off."""
+    finished = torch.tensor([rollout.finished for rollout in rollouts_of(groups)])
+    return finished if rl.overlong == "filter" else finished | True
+
+
+def kept_groups(groups: Sequence[Group], rl: RLConfig, lambda_depth: float) -> list[int]:
+    """Groups that enter the loss. With rl.drop_equal_groups those whose answers differ in reward, or of which right
+    ones may still become shallower."""
+    if not rl.drop_equal_groups:
+        return list(range(len(groups)))
+    return [i for i, g in enumerate(groups) if np.ptp(g.rewards) > 0 or (lambda_depth > 0 and g.correct.any())]
+
+
+def behavior_logprobs(batch: ReplayBatch, rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of tokens and exits under the policy that sampled them, float32 [B, S] each. An exit that no
+    gate decided has log-probability 0."""
+    tokens = spread(batch, [rollout.token_logprobs for rollout in rollouts])
+    exits = spread(batch, [rollout.exit_logprobs for rollout in rollouts])
+    return tokens, exits.where(batch.asked, 0.0)
+
+
+@dataclass(frozen=True)
+class CreditInputs:
+    """What a credit rule works with. task, depth: advantages float32 [B], the latter times lambda; penalized bool
+    [B]; the rest as `compute_advantages` has it."""
+
+    batch: ReplayBatch
+    rollouts: Sequence[Rollout]
+    scores: StepScores
+    rl: RLConfig
+    layout: ExitLayout
+    lambda_depth: float
+    task: Tensor
+    depth: Tensor
+    penalized: Tensor
+
+
+@dataclass(frozen=True)
+class Credit:
+    """Advantages of tokens and exits, float32 [B] or [B, S]; hazard_weight float32 [B, S, M]: what firing costs more
+    than going on at each gate, None if exits don't answer for themselves."""
+
+    tokens: Tensor
+    exits: Tensor
+    hazard_weight: Tensor | None = None
+
+
+def answer_credit(x: CreditInputs) -> Credit:
+    """Tokens and exits share their answer's advantage, as in the paper."""
+    return Credit(x.task + x.depth, x.task + x.depth)
+
+
+def token_credit(x: CreditInputs) -> Credit:
+    """Each token and exit pays for its own depth and that of later tokens."""
+    cost = DEPTH_COSTS[x.rl.depth_cost]
+    to_go = cost.to_go(x.batch, x.layout.num_layers, x.rl.cost_length)
+    depth = x.lambda_depth * token_advantage(x.batch, to_go, x.penalized, x.rl.group_size)
+    return Credit(x.task.unsqueeze(1) + depth, x.task.unsqueeze(1) + depth)
+
+
+def exit_credit(x: CreditInputs) -> Credit:
+    """Each gate pays for the depth and the divergence of its own decision (objectives/exit_credit.py)."""
+    # The loss divides by an answer's tokens; a cost is an answer's.
+    lengths = x.batch.counts.sum(1).clamp(min=1)
+    outcomes = DEPTH_COSTS[x.rl.depth_cost].of_outcomes(x.batch, x.layout, x.rl.cost_length)
+    costs = outcomes * (x.lambda_depth * x.penalized.float() * lengths)[:, None, None]
+    weights = hazard_costs(x.batch, x.layout, costs, _divergences(x), _hazards(x))
+    return Credit(x.task + x.rl.token_depth * x.depth, x.rl.exit_task * x.task, weights)
+
+
+CREDIT_RULES: dict[str, Callable[[CreditInputs], Credit]] = {
+    "answer": answer_credit,
+    "token": token_credit,
+    "exit": exit_credit,
+}
+
+
+def _divergences(x: CreditInputs) -> Tensor | None:
+    """beta * rl.exit_kl times the divergence of the outcome taken, [B, S], or of all outcomes up to it, [B, S, M + 1].
+    None if it has no weight or was not measured."""
+    weight, policy = x.rl.beta * x.rl.exit_kl, x.scores.policy
+    if weight and x.rl.exit_divergence == "all":
+        return weight * spread(x.batch, [_reading(rollout).divergences for rollout in x.rollouts])
+    if weight and policy is not None:
+        known = policy.kl if x.scores.reference is None else policy.token_logprobs - x.scores.reference
+        return weight * known
+    return None
+
+
+def _hazards(x: CreditInputs) -> Tensor | None:
+    """Hazards of the gates that positions passed, [B, S, M]; None if neither the pool nor a scoring pass recorded
+    them."""
+    if exits_read(x.rl):
+        return spread(x.batch, [_reading(rollout).hazards for rollout in x.rollouts])
+    return None if x.scores.policy is None else x.scores.policy.hazards
+
+
+def _reading(rollout: Rollout) -> ExitReading:
+    if rollout.exits is None:
+        raise ValueError(f"{rollout.prompt_id}: a rollout whose exits the pool has not read; read them first")
+    return rollout.exits
+
+
+def compute_advantages(
+    batch: ReplayBatch,
+    groups: Sequence[Group],
+    scores: StepScores,
+    rl: RLConfig,
+    layout: ExitLayout,
+    *,
+    lambda_depth: float,
+) -> Advantages:
+    """Advantages of the rollouts in `batch` (`collate` of `groups`) under a depth penalty of weight `lambda_depth`."""
+    rollouts, counts = rollouts_of(groups), batch.counts
+    behavior = behavior_logprobs(batch, rollouts)
+    # Of the policy at the start of the step.
+    proximal = behavior
+    if scores.policy is not None:
+        proximal = scores.policy.token_logprobs, scores.policy.exit_logprobs
+
+    def within_groups(values: Tensor, included: Tensor) -> Tensor:
+        grouped = [x.numpy().reshape(len(groups), -1) for x in (values, included)]
+        return torch.from_numpy(ADVANTAGES[rl.advantage](*grouped)).float().reshape(-1)
+
+    included = loss_included(groups, rl)
+    penalized = CHARGES[rl.charge](torch.from_numpy(np.concatenate([g.correct for g in groups]))) & included
+    task_reward = torch.from_numpy(np.concatenate([g.rewards for g in groups])).float()
+    worth = task_reward - rl.lambda_length * length_cost(batch, rl.cost_length) * penalized
+    kl = None if scores.reference is None else mean_log_ratio(batch, proximal[0], scores.reference)
+    if KL_TERMS[rl.kl].in_reward and kl is not None:
+        worth = worth - rl.beta * kl * (counts.sum(1) if rl.kl_sum else 1)
+    depth_cost = DEPTH_COSTS[rl.depth_cost].of_answers(batch, layout.num_layers, rl.cost_length)
+    task, depth = within_groups(worth, included), lambda_depth * within_groups(-depth_cost, penalized)
+
+    credit = CREDIT_RULES[rl.credit](
+        CreditInputs(batch, rollouts, scores, rl, layout, lambda_depth, task, depth, penalized)
+    )
+    per_token, per_exit = ((a if a.dim() == 2 else a.unsqueeze(1)) * counts for a in (credit.tokens, credit.exits))
+    moved = [start - sampled for start, sampled in zip(proximal, behavior, strict=True)]
+    importance = [
+        IMPORTANCE[rl.importance](ratio.exp(), rl.importance_floor, rl.importance_cap)
+        for ratio in RATIOS[rl.ratios](*moved)
+    ]
+    return Advantages(
+        experience=Experience(
+            token_advantage=per_token,
+            exit_advantage=per_exit,
+            token_importance=importance[0],
+            exit_importance=importance[1],
+            old_tokens=proximal[0],
+            old_exits=proximal[1],
+            reference_logprobs=scores.reference,
+            hazard=credit.hazard_weight,
+        ),
+        task_reward=task_reward,
+        reward=worth - lambda_depth * depth_cost * penalized,
+        depth_cost=depth_cost,
+        advantage=task + depth,
+        penalized=penalized,
+        loss_included=included,
+        kl=kl,
+        log_importance=moved[0] + moved[1],
+    )

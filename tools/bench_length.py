@@ -113,7 +113,7 @@ def serve(model: Path, groups_: int, group: int) -> None:
         found["check"] = float(scores.token_logprobs.double().sum())
         positions = int((batch.exit_depths > 0).sum())
         if packing:
-            packed = learner.packed
+            packed = learner.pack(batch).stats
             found |= {"slots": packed.slots / packed.positions, "positions": packed.positions / positions}
             found["largest"] = packed.largest * packed.micro_batches / packed.positions
         else:

@@ -60,7 +60,8 @@ def ours(options: argparse.Namespace) -> None:
     from ee_megatron.rollout.engine.request import GenerationRequest
     from ee_megatron.rollout.engine.sampling import SamplingParams
     from ee_megatron.rollout.pool.local import LocalPool
-    from ee_megatron.training.experience import credit, objective_of, replay
+    from ee_megatron.training.advantages import StepScores, collate, compute_advantages
+    from ee_megatron.training.update import objective_of
     from ee_megatron.types import Group, Prompt
 
     torch.set_num_threads(options.threads)
@@ -87,10 +88,12 @@ def ours(options: argparse.Namespace) -> None:
             task = np.array([reward(r.text) for r in group], dtype=np.float32)
             found.append(Group(prompt, group, task, task > 0, task > 0))
         clock.append(time.perf_counter())
-        batch = replay(found, dims.num_layers)
+        batch = collate(found, dims.num_layers)
         first = learner.score(batch)
         reference = learner.score(batch, reference=True).token_logprobs
-        experience, _ = credit(batch, found, first, reference, rl, spec.layout, price=0.0, longest=LENGTH)
+        experience = compute_advantages(
+            batch, found, StepScores(first, reference), rl, spec.layout, lambda_depth=0.0
+        ).experience
         weights, _ = objective.weights(batch, experience, first.token_logprobs, first.exit_logprobs)
         clock.append(time.perf_counter())
         learner.step(batch, weights, objective.kl.teacher, adapter_lr=1e-5, gate_lr=1e-5)

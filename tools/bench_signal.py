@@ -45,8 +45,9 @@ from ee_megatron.rollout import Decoder
 from ee_megatron.rollout.engine.generation import generate
 from ee_megatron.rollout.engine.request import GenerationRequest
 from ee_megatron.rollout.engine.sampling import SamplingParams
-from ee_megatron.training.experience import credit, objective_of, replay
+from ee_megatron.training.advantages import StepScores, collate, compute_advantages
 from ee_megatron.training.scratch import draw_model
+from ee_megatron.training.update import objective_of
 from ee_megatron.types import Group, Prompt, Rollout
 
 OPENNESS = -1.0
@@ -139,7 +140,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, d
         gradients: dict[str, list[torch.Tensor]] = {name: [] for name in options.objectives}
         for repeat in range(options.repeats):
             groups = rollouts(options, decoder, tokenizer, length, repeat)
-            batch = replay(groups, spec.num_layers)
+            batch = collate(groups, spec.num_layers)
             # All that any objective asks for.
             first = learner.score(batch, teacher=Teacher.REFERENCE, hazards=True)
             reference = learner.score(batch, reference=True).token_logprobs
@@ -189,7 +190,9 @@ def gradient(
 ) -> torch.Tensor:
     """Of the gates' weights, as one vector."""
     layout = learner.spec.layout
-    experience, _ = credit(batch, groups, first, reference, rl, layout, price=rl.lambda_exit, longest=length)
+    experience = compute_advantages(
+        batch, groups, StepScores(first, reference), rl, layout, lambda_depth=rl.lambda_exit
+    ).experience
     objective = objective_of(rl, length)
     weights, _ = objective.weights(batch, experience, first.token_logprobs, first.exit_logprobs)
     sums: dict[int, torch.Tensor] = {}

@@ -37,7 +37,7 @@ from ee_megatron.families import ModelDims
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.batch import ReplayBatch, pack
 from ee_megatron.learner.learner import Learner
-from ee_megatron.learner.packing import deal, padded
+from ee_megatron.learner.packing import deal
 from ee_megatron.learner.passes import MicroBatch
 from ee_megatron.model.gpt import EarlyExitGPT
 from ee_megatron.parallel import groups
@@ -76,7 +76,7 @@ def run(learner: Learner, batch: ReplayBatch, *, plain: bool) -> float:
     weights = make_weights(batch)
     begun = time.process_time()
     ((strip,),) = deal(batch, batch.tokens.numel(), 1).ranks
-    packed = MicroBatch.of(batch, weights, strip, padded(strip.positions), 1.0, len(learner.spec.exit_depths))
+    packed = MicroBatch.of(batch, strip).weighted(weights, strip, 1.0, len(learner.spec.exit_depths))
 
     def forward(model: EarlyExitGPT, part: MicroBatch) -> torch.Tensor:
         return model(batch.tokens, None) if plain else model(part.tokens, part.control)

@@ -44,8 +44,8 @@ def step_metrics(
     lambda_depth: float,
     target: AccuracyTarget | None,
 ) -> dict[str, float]:
-    """All but the costs; docs/method.md lists the names."""
-    values = _advantage_metrics(batch, advantages, lambda_depth)
+    """All metrics of a step but its costs."""
+    values = advantage_metrics(batch, advantages, lambda_depth)
     difference, policy = result.logprob_diff, scores.policy
     if policy is not None:
         seen = LogprobDiff.of(batch, rollouts_of(groups), policy)
@@ -70,7 +70,7 @@ def step_metrics(
     }
 
 
-def _advantage_metrics(batch: ReplayBatch, x: Advantages, lambda_depth: float) -> dict[str, float]:
+def advantage_metrics(batch: ReplayBatch, x: Advantages, lambda_depth: float) -> dict[str, float]:
     ratio, counts = x.log_importance.exp()[batch.counts], batch.counts
     left_out = (x.experience.token_importance == 0) | (x.experience.exit_importance == 0)
     values = {

@@ -157,7 +157,6 @@ def make_lesson(objective: str = "likelihood", seed: int = 0, rows: int = LESSON
     weights = Weights(
         token=None if objective.startswith("distill") else token,
         exit=gates,
-        entropy=0.1 * gates,
         divergence=token if objective in teacher else None,
         target_hazards=targets if objective in ("soft_targets", "distill") else None,
     )

@@ -8,7 +8,8 @@ from pathlib import Path
 from layout_cases import gradients, make_learner
 
 from ee_megatron.policy import PolicySpec
-from ee_megatron.training.experience import credit, objective_of, replay
+from ee_megatron.training.advantages import StepScores, collate, compute_advantages
+from ee_megatron.training.update import objective_of
 
 # Tokens that an answer may have.
 LONGEST = 16_384
@@ -18,16 +19,18 @@ def step(path, spec: PolicySpec, policy, degrees, stages, groups, rl):
     """A step's scores, weights and gradients, its seconds by phase, and the most memory that this rank held, bytes."""
     learner = make_learner(path, spec, policy, degrees, stages, tokens_per_micro_batch=16_384, recompute=True)
     clock = [time.monotonic()]
-    batch = replay(groups, spec.num_layers)
+    batch = collate(groups, spec.num_layers)
     first, reference = learner.score(batch), learner.score(batch, reference=True).token_logprobs
     clock.append(time.monotonic())
-    experience, _ = credit(batch, groups, first, reference, rl, spec.layout, price=rl.lambda_exit, longest=LONGEST)
+    experience = compute_advantages(
+        batch, groups, StepScores(first, reference), rl, spec.layout, lambda_depth=rl.lambda_exit
+    ).experience
     weights, _ = objective_of(rl, LONGEST).weights(batch, experience, first.token_logprobs, first.exit_logprobs)
     found = gradients(learner, batch, weights)
     clock.append(time.monotonic())
     status = Path("/proc/self/status").read_text()
     return {
-        "batch": batch, "weights": weights, "gradients": found, "packed": learner.packed,
+        "batch": batch, "weights": weights, "gradients": found, "packed": learner.pack(batch).stats,
         "token_logprobs": first.token_logprobs, "exit_logprobs": first.exit_logprobs,
         "peak": int(status.split("VmHWM:")[1].split()[0]) * 1024,
         "seconds": {"score": clock[1] - clock[0], "train": clock[2] - clock[1]},

@@ -21,7 +21,7 @@ from ee_megatron.rollout import GenerationRequest, SamplingParams, generate
 from ee_megatron.rollout.engine.cache import KVCache
 from ee_megatron.rollout.engine.decoder import Decoder
 from ee_megatron.rollout.engine.scoring import read_exits, score
-from ee_megatron.training.experience import replay
+from ee_megatron.training.advantages import collate
 from ee_megatron.types import Group, Prompt
 from tests.reference import Reference, random_policy
 from tests.stepping import step
@@ -119,7 +119,7 @@ def test_the_learner_scores_what_the_engine_sampled(first_token, tmp_path):
     assert first == ({1, 3, 4, LAYERS} if first_token else {LAYERS})
     if first_token:
         assert any(len({int(r.exit_depths[0]) for r in group.rollouts}) > 1 for group in groups)
-    batch = replay(groups, LAYERS, first_token)
+    batch = collate(groups, LAYERS, first_token)
     read = score(decoder, policy, answers)
     outcomes = np.array(spec.layout.outcomes)
     exits = read_exits(decoder, policy, answers)

@@ -15,8 +15,9 @@ from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import WeightSet, initial_policy
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.tensors import HeldStream, collect
-from ee_megatron.training.rollout_source import (
-    RolloutSource,
+from ee_megatron.training.collect import (
+    Collected,
+    Collector,
     WeightHistory,
     check_versions,
     step_prompts,
@@ -55,9 +56,14 @@ def quiet(*_: object) -> None:
     """Progress of nobody's interest."""
 
 
-def act(actor: RolloutSource, session: Session, step: int) -> list[Group]:
-    """A step's groups, under weights that come as a learner's do."""
-    return actor.act(actor.take(step + 1, HeldStream(weights(session, step + 1).tensors)), step, quiet)
+def collected(actor: Collector, session: Session, step: int) -> Collected:
+    """A step's rollouts, under weights that come as a learner's do."""
+    version = actor.sync_weights(step + 1, HeldStream(weights(session, step + 1).tensors))
+    return actor.collect(version, step, quiet)
+
+
+def act(actor: Collector, session: Session, step: int) -> list[Group]:
+    return collected(actor, session, step).groups
 
 
 def answers(groups: list[Group]) -> list[tuple]:
@@ -69,9 +75,10 @@ def test_every_step_takes_its_own_prompts_from_weights_exactly_so_many_versions_
     path: Path, tmp_path: Path, staleness: int
 ):
     with open_session(path, tmp_path, "rollout.backend=local", f"rollout.max_staleness={staleness}") as session:
-        actor = RolloutSource(session)
+        actor = Collector(session)
         rl = session.cfg.rl
-        found = [act(actor, session, step) for step in range(STEPS)]
+        steps = [collected(actor, session, step) for step in range(STEPS)]
+        found = [step.groups for step in steps]
         alone = LocalPool(path, session.spec, rows=8)
         for step, groups in enumerate(found):
             version = max(1, step + 1 - staleness)
@@ -82,22 +89,22 @@ def test_every_step_takes_its_own_prompts_from_weights_exactly_so_many_versions_
             seed = rl.seed * 1_000_003 + step
             assert answers(groups) == bits(alone.generate(GenerationRequest(prompts, 2, sampling, Sample(), seed)))
             assert [g.prompt for g in groups] == prompts
-        assert actor.health()["staleness"] == staleness
+        assert steps[-1].health["staleness"] == staleness
         # 14 prompts, 4 a step: three steps and a half are one pass.
         used = [g.prompt.id for groups in found for g in groups]
-        assert len(set(used[:14])) == 14 and not actor._under_way
+        assert len(set(used[:14])) == 14 and not actor._pending
 
 
 @pytest.mark.parametrize("killed_after", [1, 3])
 def test_a_run_that_is_killed_and_resumed_gives_the_same_rollouts(path: Path, tmp_path: Path, killed_after: int):
     settings = "rollout.backend=local", "rollout.max_staleness=2"
     with open_session(path, tmp_path / "straight", *settings) as session:
-        actor = RolloutSource(session)
+        actor = Collector(session)
         straight = [answers(act(actor, session, s)) for s in range(STEPS)]
     found = []
     for steps in (range(killed_after), range(killed_after, STEPS)):
         with open_session(path, tmp_path / "killed", *settings) as session:
-            actor = RolloutSource(session)
+            actor = Collector(session)
             found += [answers(act(actor, session, s)) for s in steps]
     assert found == straight
 
@@ -106,17 +113,19 @@ def test_a_run_that_is_killed_and_resumed_gives_the_same_rollouts(path: Path, tm
 def test_actors_work_while_the_learner_does_and_give_what_the_local_pool_gives(path: Path, tmp_path: Path):
     settings = "rollout.backend=ray", "rollout.actors=2", "rollout.max_staleness=1", "rollout.check_weights=true"
     with open_session(path, tmp_path / "ray", *settings) as session:
-        actor = RolloutSource(session)
+        actor = Collector(session)
         found = [act(actor, session, 0)]
         # Nobody waits for step 1's rollouts here, and they get done.
         deadline = time.monotonic() + 60
-        while not actor._under_way[1].work.done.is_set():  # type: ignore[attr-defined]
+        while not actor._pending[1].work.done.is_set():  # type: ignore[attr-defined]
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        found += [act(actor, session, step) for step in range(1, 4)]
-        assert actor.health()["actors_alive"] >= 1
+        found += [act(actor, session, step) for step in range(1, 3)]
+        last = collected(actor, session, 3)
+        found.append(last.groups)
+        assert last.health["actors_alive"] >= 1
     with open_session(path, tmp_path / "local", "rollout.backend=local", "rollout.max_staleness=1") as session:
-        actor = RolloutSource(session)
+        actor = Collector(session)
         for step, groups in enumerate(found):
             ours = act(actor, session, step)
             assert [entry[:6] for entry in answers(groups)] == [entry[:6] for entry in answers(ours)]

@@ -19,7 +19,9 @@ from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout.engine.request import GenerationRequest
 from ee_megatron.rollout.engine.sampling import SamplingParams
 from ee_megatron.rollout.pool.local import LocalPool
-from ee_megatron.training.experience import credit, objective_of, replay, rollout_metrics
+from ee_megatron.training.advantages import StepScores, collate, compute_advantages
+from ee_megatron.training.rl_metrics import rollout_metrics
+from ee_megatron.training.update import objective_of
 from ee_megatron.types import Group, Prompt
 from tests.tiny import tiny_hf
 
@@ -62,16 +64,14 @@ def run(folder, seed: int, lambda_exit: float, settings: dict[str, str]) -> tupl
         for prompt, group in zip(prompts, answers, strict=True):
             task = np.array([reward(r.text) for r in group], dtype=np.float32)
             found.append(Group(prompt, group, task, task > 0.5, task > 0.5))
-        batch = replay(found, 4)
+        batch = collate(found, 4)
         first = learner.score(batch, hazards=True)
-        experience, values = credit(
-            batch, found, first, learner.score(batch, reference=True).token_logprobs, rl, SPEC.layout,
-            price=lambda_exit, longest=8,
-        )  # fmt: skip
+        scores = StepScores(first, learner.score(batch, reference=True).token_logprobs)
+        taught = compute_advantages(batch, found, scores, rl, SPEC.layout, lambda_depth=lambda_exit)
         objective = objective_of(rl, 8)
-        weights, _ = objective.weights(batch, experience, first.token_logprobs, first.exit_logprobs)
+        weights, _ = objective.weights(batch, taught.experience, first.token_logprobs, first.exit_logprobs)
         learner.step(batch, weights, objective.kl.teacher, adapter_lr=RATE, gate_lr=RATE)
-        rewards.append(values["task_reward"])
+        rewards.append(float(taught.task_reward.mean()))
         depths.append(rollout_metrics(batch, found, 4)["mean_depth"])
     return np.array(rewards), np.array(depths)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ee_megatron.learner.batch import ReplayBatch, pack
-from ee_megatron.learner.packing import Deal, deal, padded
+from ee_megatron.learner.packing import Packing, deal, padded
 from ee_megatron.model.packed import PackedSequences
 
 LAYERS = 4
@@ -32,14 +32,14 @@ def lognormal(mean: int, cap: int, prompts: int, group: int, prompt: int = 100, 
     return pack([heads[i // group] for i in range(prompts * group)], answers, None, LAYERS)
 
 
-def tokens_seen(batch: ReplayBatch, dealt: Deal) -> dict[int, list[int]]:
+def tokens_seen(batch: ReplayBatch, dealt: Packing) -> dict[int, list[int]]:
     """The tokens of the keys that each row sees, by row."""
     found: dict[int, list[int]] = {}
-    for strip in (strip for strips in dealt.ranks for strip in strips):
-        packed = strip.packed(padded(strip.positions))
-        tokens = batch.tokens.flatten()[strip.places(batch.tokens.size(1))]
+    for rows in (rows for part in dealt.ranks for rows in part):
+        packed = rows.packed()
+        tokens = batch.tokens.flatten()[rows.places(batch.tokens.size(1))]
         seen, positions = packed.take(tokens).tolist(), packed.take(packed.positions[: packed.length]).tolist()
-        for row, first, stop in zip(strip.rows, packed.key_bounds, packed.key_bounds[1:], strict=False):
+        for row, first, stop in zip(rows.rows, packed.key_bounds, packed.key_bounds[1:], strict=False):
             assert row not in found and positions[first:stop] == list(range(stop - first))
             found[row] = seen[first:stop]
     return found
@@ -51,18 +51,18 @@ def test_every_sequence_is_dealt_once_and_sees_its_own_tokens(rows, tokens, rank
     dealt = deal(batch, tokens, ranks, multiple)
     lengths = batch.lengths().tolist()
     assert tokens_seen(batch, dealt) == {row: batch.tokens[row, :n].tolist() for row, n in enumerate(lengths)}
-    assert len({len(strips) for strips in dealt.ranks}) == 1 and len(dealt.ranks) == ranks
+    assert len({len(part) for part in dealt.ranks}) == 1 and len(dealt.ranks) == ranks
     assert len(dealt.ranks[0]) % multiple == 0
-    assert dealt.largest <= max(tokens, *lengths)
+    assert dealt.stats.largest <= max(tokens, *lengths)
     assert dealt == deal(batch, tokens, ranks, multiple)
 
 
 @given(ROWS)
 def test_a_position_is_computed_once_for_all_sequences_of_a_micro_batch_that_have_it(rows) -> None:
     batch = batch_of(rows)
-    ((strip,),) = deal(batch, 1000, 1).ranks
+    ((one,),) = deal(batch, 1000, 1).ranks
     prefixes = {tuple(prompt[:at]) for prompt, _ in rows for at in range(1, len(prompt))}
-    assert strip.positions == len(prefixes) + sum(length for _, length in rows)
+    assert one.positions == len(prefixes) + sum(length for _, length in rows)
 
 
 @pytest.mark.parametrize(("mean", "cap", "tokens"), [(600, 900, 8192), (2000, 4096, 16384), (6000, 16384, 32768)])
@@ -70,14 +70,14 @@ def test_a_position_is_computed_once_for_all_sequences_of_a_micro_batch_that_hav
 def test_micro_batches_are_full_and_alike(mean, cap, tokens, ranks) -> None:
     batch = lognormal(mean, cap, prompts=32, group=8)
     dealt = deal(batch, tokens, ranks)
-    strips = [strip.positions for strips in dealt.ranks for strip in strips]
-    slots = padded(dealt.largest) * len(strips)
-    sums = [sum(strip.positions for strip in strips) for strips in dealt.ranks]
-    assert slots <= 1.05 * dealt.positions and max(sums) <= 1.02 * dealt.positions / ranks
+    positions = [rows.positions for part in dealt.ranks for rows in part]
+    slots = padded(dealt.stats.largest) * len(positions)
+    sums = [sum(rows.positions for rows in part) for part in dealt.ranks]
+    assert slots <= 1.05 * dealt.stats.positions and max(sums) <= 1.02 * dealt.stats.positions / ranks
     # Prompts may cost more than once, but never as often as there are sequences that begin with them.
-    assert dealt.positions <= int(batch.lengths().sum()) and dealt.largest <= max(tokens, cap + 100)
+    assert dealt.stats.positions <= int(batch.lengths().sum()) and dealt.stats.largest <= max(tokens, cap + 100)
     # No more micro-batches than the sum asks for, and one for the rest.
-    assert len(strips) <= (-(-int(batch.lengths().sum()) // (tokens * ranks)) + 1) * ranks
+    assert len(positions) <= (-(-int(batch.lengths().sum()) // (tokens * ranks)) + 1) * ranks
 
 
 def test_groups_with_long_prompts_stay_together_and_few_shot_examples_are_in_every_micro_batch() -> None:
@@ -87,9 +87,9 @@ def test_groups_with_long_prompts_stay_together_and_few_shot_examples_are_in_eve
     batch = pack([prompts[i // 4] for i in range(64)], [generator.integers(0, 99, 20)] * 64, None, LAYERS)
     dealt = deal(batch, 1024, 2)
     # The examples, and per group what is left of its prompt but for the last position, then four answers from there on.
-    each = [strip.positions for strips in dealt.ranks for strip in strips]
+    each = [rows.positions for part in dealt.ranks for rows in part]
     assert sum(each) == len(each) * 300 + 16 * (39 + 4 * 20) and max(each) <= 1024
-    rows = [{row // 4 for row in strip.rows} for strips in dealt.ranks for strip in strips]
+    rows = [{row // 4 for row in rows.rows} for part in dealt.ranks for rows in part]
     assert sum(len(groups) for groups in rows) == 16
 
 
@@ -103,4 +103,4 @@ def test_what_no_sequence_has_is_padding() -> None:
 
 def test_data_ranks_without_a_sequence_have_empty_micro_batches() -> None:
     dealt = deal(batch_of([([1, 2], 3)]), 100, 3)
-    assert [[s.positions for s in strips] for strips in dealt.ranks] == [[4], [0], [0]] and padded(0) > 0
+    assert [[s.positions for s in part] for part in dealt.ranks] == [[4], [0], [0]] and padded(0) > 0

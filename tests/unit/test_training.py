@@ -44,8 +44,8 @@ from ee_megatron.training.calibrate import (
     uniform_share,
 )
 from ee_megatron.training.checkpoints import TrainingStreams, damage, read_training, write_training
-from ee_megatron.training.pricing import Price
-from ee_megatron.training.rollout_source import WeightHistory, check_versions, step_prompts
+from ee_megatron.training.collect import WeightHistory, check_versions, step_prompts
+from ee_megatron.training.lambda_controller import LambdaController
 from ee_megatron.training.session import Session
 from ee_megatron.training.stored import load_rollouts, load_traces, save_rollouts, save_traces
 from ee_megatron.types import Prompt, Trace
@@ -474,12 +474,12 @@ def test_a_resumed_stage_goes_on_with_the_depth_penalty_of_its_checkpoint(tmp_pa
     """The checkpoint's counters reach what the loop makes its price of, and the checkpoints to come."""
     spec = PolicySpec(num_layers=6, exit_depths=(2,), rank=2)
     rl = RLConfig(accuracy_floor=2.0, lambda_exit=0.5)
-    cost = Price(rl, {"p": 0.6}, {})
-    cost.learn(0, 0.9, ["p"])
+    cost = LambdaController(rl, {"p": 0.6}, {})
+    cost.update(0, 0.9, ["p"])
     assert cost.at(1) != 0.5
     (tmp_path / "step_1").mkdir()
     state = TrainingStreams.of({"gates.2.fc2.bias": torch.ones(1)}, OptimizerState(1, {}))
-    write_training(tmp_path / "step_1", spec, state, cost.counters)
+    write_training(tmp_path / "step_1", spec, state, cost.state)
 
     loaded: list[int] = []
     learner = SimpleNamespace(load_optimizer=lambda state: loaded.append(state.updates))
@@ -489,8 +489,8 @@ def test_a_resumed_stage_goes_on_with_the_depth_penalty_of_its_checkpoint(tmp_pa
         writer=SimpleNamespace(counters={}),
     )  # fmt: skip
     assert Session.make_learner(session, {}, tmp_path / "step_1") is learner and loaded == [1]
-    assert Price(rl, {"p": 0.6}, session.counters).at(1) == cost.at(1)
-    assert session.writer.counters == cost.counters
+    assert LambdaController(rl, {"p": 0.6}, session.counters).at(1) == cost.at(1)
+    assert session.writer.counters == cost.state
 
 
 def test_a_checkpoint_has_the_bytes_that_safetensors_own_writer_gives_it(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from ee_megatron.planning.layout import Layout
 from ee_megatron.planning.published import published_dims
 from ee_megatron.planning.step import phase_flops, step_flops
 from ee_megatron.planning.workload import Counted, Workload
-from ee_megatron.training.costs import counted, speeds
+from ee_megatron.training.rl_metrics import cost_metrics, peak_flops, step_timings
 from ee_megatron.types import Group, Rollout
 
 DIMS = published_dims("SmolLM2-135M")
@@ -77,16 +77,12 @@ def rollout(prompt: int, taken: list[int]) -> Rollout:
     )  # fmt: skip
 
 
-def session(cfg: RunConfig, device: str = "cpu"):
-    return SimpleNamespace(cfg=cfg, source=SimpleNamespace(dims=DIMS), device_type=device, dtype=torch.bfloat16)
-
-
 def step(cfg: RunConfig, kept=range(8), positions: int = 0, passed=None, slots: int = 400) -> dict[str, float]:
     size, load = cfg.rl.group_size, [30] + [10, 20, 30, 30] * 5
     groups = [Group(None, [rollout(40, load) for _ in range(size)], None, None, None) for _ in range(2)]
     whole = 2 * (40 + size * 20 + (size - 1))
     packed = SimpleNamespace(positions=positions or whole, slots=slots, micro_batches=3)
-    return counted(session(cfg), groups, list(kept), packed, passed)
+    return cost_metrics(cfg, DIMS, groups, list(kept), packed, passed)
 
 
 def test_a_steps_flops_are_those_that_a_plan_of_it_has() -> None:
@@ -132,20 +128,24 @@ def test_what_a_device_made_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None
     values = {"tokens": 1200.0, "flops/rollout": 1e13, "flops/score": 4e13, "flops/update": 8e13}
     seconds = {"sync": 1.0, "rollout": 4.0, "verify": 0.5, "score": 2.0, "update": 5.0, "step": 14.0}
     cfg = config(parallel__data=4, rollout__actors=2, rollout__backend="vllm", rollout__tensor=3)
-    found = speeds(session(cfg), values, seconds)
+    found = step_timings(cfg, values, seconds, peak_flops("cpu", torch.bfloat16))
     assert found["tokens_per_s_device/rollout"] == 1200 / 4 / 6 and found["tokens_per_s_device/score"] == 1200 / 2 / 4
     assert found["flops_per_s_device/update"] == 8e13 / 5 / 4
     # No data sheet knows this CPU.
     assert not any(name.startswith("mfu/") for name in found)
+
+    def peak() -> float:
+        return peak_flops("cuda", torch.bfloat16)
+
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    assert speeds(session(cfg, "cuda"), values, seconds)["mfu/update"] == pytest.approx(8e13 / 5 / 4 / 989e12)
+    assert step_timings(cfg, values, seconds, peak())["mfu/update"] == pytest.approx(8e13 / 5 / 4 / 989e12)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 PCIe")
-    assert "mfu/update" not in speeds(session(cfg, "cuda"), values, seconds)
+    assert "mfu/update" not in step_timings(cfg, values, seconds, peak())
     # A phase without work has no speed.
-    assert not any(name.endswith("/score") for name in speeds(session(cfg), values | {"flops/score": 0.0}, seconds))
+    assert not any(name.endswith("/score") for name in step_timings(cfg, values | {"flops/score": 0.0}, seconds, 0.0))
     # Nobody waited for all of what was made beside learning.
     cfg.rollout.max_staleness = 1
-    assert not any(name.endswith("/rollout") for name in speeds(session(cfg), values, seconds))
+    assert not any(name.endswith("/rollout") for name in step_timings(cfg, values, seconds, 0.0))
 
 
 def test_boards_are_known_by_name() -> None:

@@ -15,16 +15,18 @@ from hypothesis import strategies as st
 from ee_megatron.config.schema import RLConfig, RunConfig
 from ee_megatron.exits import ExitLayout
 from ee_megatron.learner.batch import spread
-from ee_megatron.learner.learner import Packed, Scores, Update
+from ee_megatron.learner.learner import Scores, Update
+from ee_megatron.learner.packing import PackingStats
 from ee_megatron.objectives.advantages import ADVANTAGES
 from ee_megatron.objectives.divergences import Teacher
 from ee_megatron.objectives.exit_credit import hazard_costs
 from ee_megatron.objectives.schedules import dual_price
 from ee_megatron.policy import PolicySpec
 from ee_megatron.training import reinforce
-from ee_megatron.training.experience import credit, mismatch, objective_of, replay, rollout_metrics, taught
-from ee_megatron.training.pricing import Price
-from ee_megatron.training.reinforce import kept_groups
+from ee_megatron.training.advantages import StepScores, collate, compute_advantages, kept_groups, loss_included
+from ee_megatron.training.lambda_controller import LambdaController
+from ee_megatron.training.rl_metrics import advantage_metrics, rollout_metrics
+from ee_megatron.training.update import LogprobDiff, objective_of
 from ee_megatron.types import ExitReading
 from tests.by_hand import a_group
 
@@ -39,11 +41,17 @@ def scores(batch, tokens=None, exits=None) -> Scores:
     return Scores(tokens, zero if exits is None else exits, zero, zero, zero, torch.zeros(*tokens.shape, 2))
 
 
+def credit(batch, groups, first, reference, rl, lambda_depth):
+    """-> (experience, metrics)"""
+    found = compute_advantages(batch, groups, StepScores(first, reference), rl, LAYOUT, lambda_depth=lambda_depth)
+    return found.experience, advantage_metrics(batch, found, lambda_depth)
+
+
 def weights_of(groups, rl, now=None, reference=None):
-    batch = replay(groups, 6)
+    batch = collate(groups, 6)
     first = scores(batch)
     known = (reference or first).token_logprobs
-    experience, values = credit(batch, groups, first, known, rl, LAYOUT, price=rl.lambda_exit, longest=LONGEST)
+    experience, values = credit(batch, groups, first, known, rl, rl.lambda_exit)
     current = now(batch) if now else first
     weights, share = objective_of(rl, LONGEST).weights(batch, experience, current.token_logprobs, current.exit_logprobs)
     return batch, weights, experience, values | rollout_metrics(batch, groups, 6), share
@@ -64,7 +72,7 @@ def test_shallower_answers_of_equal_worth_are_pushed_up():
 def test_the_paper_s_reward_by_hand():
     """R = r_task - beta * mean(log pi - log pi_ref) - lambda * mean(depth / L), and its leave-one-out advantage."""
     groups = [a_group([6, 2, 2], [6, 6], rewards=[1, 0.5])]
-    plain = replay(groups, 6)
+    plain = collate(groups, 6)
     # log pi is -1 everywhere, so the two log ratios are 0.2 and 0.7.
     reference = scores(plain, tokens=torch.tensor([[-1.2], [-1.7]]).expand(plain.tokens.shape))
     _, _, experience, values, _ = weights_of(groups, RLConfig(lambda_exit=0.4, beta=0.1), reference=reference)
@@ -79,7 +87,7 @@ def test_the_paper_s_reward_by_hand():
 def test_the_distance_from_the_reference_may_be_a_sum():
     """kl_sum: R = r_task - beta * sum(log pi - log pi_ref): three tokens and two, 0.2 and 0.7 each."""
     groups = [a_group([6, 2, 2], [6, 6], rewards=[1, 0.5])]
-    plain = replay(groups, 6)
+    plain = collate(groups, 6)
     reference = scores(plain, tokens=torch.tensor([[-1.2], [-1.7]]).expand(plain.tokens.shape))
     rl = RLConfig(lambda_exit=0.0, beta=0.1, kl_sum=True)
     _, _, experience, values, _ = weights_of(groups, rl, reference=reference)
@@ -92,15 +100,15 @@ def test_the_distance_from_the_reference_may_be_a_sum():
 
 def test_where_all_are_told_where_to_leave_no_gate_learns():
     groups = [a_group([6, 2, 2], [6, 2], rewards=[1, 0])]
-    batch = replay(groups, 6, gates=False)
-    assert not batch.asked.any() and batch.exit_depths.equal(replay(groups, 6).exit_depths)
+    batch = collate(groups, 6, gates=False)
+    assert not batch.asked.any() and batch.exit_depths.equal(collate(groups, 6).exit_depths)
     rl = RLConfig(lambda_exit=0.5, beta=0.0, fixed_depth=2)
     # What the gates would have said of the exits that were taken plays no part.
     for rollout in groups[0].rollouts:
         rollout.exit_logprobs[:] = -30.0
-    experience, values = credit(batch, groups, scores(batch), None, rl, LAYOUT, price=0.0, longest=LONGEST)
+    experience, values = credit(batch, groups, scores(batch), None, rl, 0.0)
     assert values["importance_ratio_max"] == 1 and (experience.token_importance == 1).all()
-    assert mismatch(batch, groups[0].rollouts, scores(batch))["exit_mismatch"] == 0
+    assert LogprobDiff.of(batch, groups[0].rollouts, scores(batch)).exit == 0
     weights, _ = objective_of(rl, LONGEST).weights(batch, experience, scores(batch).token_logprobs, torch.zeros(()))
     assert not weights.exit.any() and weights.token.any()
 
@@ -108,7 +116,7 @@ def test_where_all_are_told_where_to_leave_no_gate_learns():
 def test_the_exact_kl_is_weighed_once_and_not_charged_twice():
     """beta, each answer's tokens sharing 1/n of it; the reward then has no KL in it."""
     groups = [a_group([6, 2, 2], [6, 6])]
-    plain = replay(groups, 6)
+    plain = collate(groups, 6)
     far = scores(plain, tokens=torch.full(plain.tokens.shape, -9.0))
     rl = RLConfig(lambda_exit=0.0, beta=0.8, kl="exact")
     batch, weights, experience, _, _ = weights_of(groups, rl, reference=far)
@@ -159,11 +167,10 @@ def test_positions_far_from_the_step_s_start_no_longer_count():
 
 def learned(groups, rl, first=True, **changed):
     """-> (batch, experience, metrics) at the price rl.lambda_exit; `changed`: scores that are not the rollouts' own."""
-    batch = replay(groups, 6)
+    batch = collate(groups, 6)
     seen = replace(scores(batch), **changed) if first else None
     rl = replace(rl, group_size=len(groups[0].rollouts))
-    given = batch, groups, seen, None, rl, LAYOUT
-    return batch, *credit(*given, price=rl.lambda_exit, longest=LONGEST)
+    return batch, *credit(batch, groups, seen, None, rl, rl.lambda_exit)
 
 
 def per_answer(batch, advantage) -> list[float]:
@@ -249,21 +256,11 @@ def test_with_overlong_filter_a_cut_answer_counts_for_nobody():
         alone, without, _ = learned([whole], rl)
         expected = per_answer(alone, without.token_advantage)
         assert per_answer(batch, experience.token_advantage) == pytest.approx([*expected, 0])
-        assert taught(groups, rl).tolist() == [True, True, False]
+        assert loss_included(groups, rl).tolist() == [True, True, False]
         assert values["filtered"] == pytest.approx(1 / 3) and values["charged"] == pytest.approx(2 / 3)
-        assert taught(groups, replace(rl, overlong="verdict")).all()
+        assert loss_included(groups, replace(rl, overlong="verdict")).all()
         kept = per_answer(batch, learned(groups, replace(rl, overlong="verdict"))[1].token_advantage)
         assert kept != pytest.approx([*expected, 0])
-
-
-def test_with_overlong_penalty_long_answers_lose_up_to_one_over_the_last_share_of_what_is_allowed():
-    rl = RLConfig(lambda_exit=0.0, beta=0.0, overlong="penalty", overlong_buffer=0.2, advantage="none")
-    groups = [a_group(*([6] * n for n in (1, 8, 9, 10)), rewards=[1, 1, 1, 0])]
-    batch, experience, values = learned(groups, rl)
-    assert per_answer(batch, experience.token_advantage) == pytest.approx([1, 1, 0.5, -1])
-    assert values["reward"] == pytest.approx(1.5 / 4) and values["task_reward"] == pytest.approx(3 / 4)
-    plain = learned(groups, replace(rl, overlong="verdict"))[1]
-    assert per_answer(batch, plain.token_advantage) == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize(("charge", "expected"), [("all", [0.7, 0.9, -0.2]), ("right", [0.7, 0.9, 0.0])])
@@ -306,7 +303,7 @@ def test_with_credit_exit_gates_pay_for_the_layers_of_their_own_token(skip):
 def test_with_charge_right_gates_of_wrong_answers_pay_for_divergence_alone():
     rl = RLConfig(lambda_exit=0.6, beta=0.5, exit_kl=2.0, credit="exit", charge="right", kl="exact")
     group = a_group(*TWO, right=[1, 0])
-    batch = replay([group], 6)
+    batch = collate([group], 6)
     kl = torch.zeros(batch.tokens.shape)
     kl[batch.asked] = torch.tensor([0.8, 0.1, 0.0, 0.4])
     hazards = torch.full((*kl.shape, 2), 0.5)
@@ -315,10 +312,6 @@ def test_with_charge_right_gates_of_wrong_answers_pay_for_divergence_alone():
     caused = torch.tensor([[0.75, 0], [0.5, 0.1], [0.6, 0.1], [0.35, 0]])
     price = 0.6 / 6 * torch.tensor(LAYERS_SAVED) * torch.tensor([[1], [1], [0], [0]])
     torch.testing.assert_close(experience.hazard[batch.asked], price + caused, rtol=1e-5, atol=1e-6)
-    # Squares: gate 2 fired at .64 and .16 and went on at .01 and 0; gate 4 fired at .01 and went on at 0.
-    squares = torch.tensor([[0.635, 0], [0.39, 0.01], [0.4, 0.01], [0.155, 0]])
-    _, squared, _ = learned([group], replace(rl, exit_kl_power=2.0), kl=kl, hazards=hazards)
-    torch.testing.assert_close(squared.hazard[batch.asked], price + squares, rtol=1e-5, atol=1e-6)
     # Read at every exit that was come by, gate 2 diverges by .5 more than what was taken, gate 4 by .2 more.
     for rollout, row in zip(group.rollouts, range(2), strict=True):
         taken = kl[row][batch.counts[row]].numpy()[:, None]
@@ -329,31 +322,8 @@ def test_with_charge_right_gates_of_wrong_answers_pay_for_divergence_alone():
     caused = torch.tensor([[0.75, 0], [0.5, 0.1], [0.5, 0.2], [0.35, 0]])
     _, read, _ = learned([group], replace(rl, exit_divergence="all"), kl=kl, hazards=hazards)
     torch.testing.assert_close(read.hazard[batch.asked], price + caused, rtol=1e-5, atol=1e-6)
-    # Behind its second token an answer has .1 to go, the other .4; behind the last nothing.
-    rl = replace(rl, group_size=2)
-    _, later, _ = learned([group], replace(rl, exit_divergence="all", exit_later=0.5), kl=kl, hazards=hazards)
-    of_later = 0.5 * torch.tensor([0.3, 0.0, -0.3, 0.0])
-    torch.testing.assert_close(later.exit_advantage[batch.asked], of_later, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(later.hazard, read.hazard)
-    torch.testing.assert_close(later.token_advantage, read.token_advantage)
-    assert not read.exit_advantage.any()
     _, free, _ = learned([group], replace(rl, exit_kl=0.0), kl=kl, hazards=hazards)
     torch.testing.assert_close(free.hazard[batch.asked], price, rtol=1e-5, atol=1e-6)
-    # Where gates are pulled all answers of a group pay what they do on average: half of it.
-    pulled = replace(rl, exit_divergence="all", gate_pull=0.2)
-    _, alike, _ = learned([group], pulled, kl=kl, hazards=hazards)
-    half = 0.3 / 6 * torch.tensor(LAYERS_SAVED)
-    torch.testing.assert_close(alike.hazard[batch.asked], half + caused, rtol=1e-5, atol=1e-6)
-    assert objective_of(pulled, LONGEST).gate_pull == 0.2
-
-
-def test_gates_that_are_pulled_pay_the_mean_charge_of_their_own_group():
-    """Of the first group all answers are right, of the second none: it has nothing to pay."""
-    groups = [a_group(*TWO, right=[1, 1]), a_group(*TWO, right=[0, 0])]
-    rl = RLConfig(lambda_exit=0.6, beta=0.0, credit="exit", charge="right", gate_pull=0.2, group_size=2)
-    _, experience, _ = learned(groups, rl)
-    shares = experience.hazard.abs().flatten(1).sum(1)
-    assert (shares[:2] > 0.1).all() and not shares[2:].any(), shares
 
 
 def test_hazards_that_the_pool_has_read_tell_tokens_apart_whether_a_step_is_scored_or_not():
@@ -390,13 +360,11 @@ def test_hazards_that_the_pool_has_read_tell_tokens_apart_whether_a_step_is_scor
 def test_without_an_exact_divergence_gates_pay_for_the_log_ratio_of_the_token(kl):
     rl = RLConfig(lambda_exit=0.0, beta=0.5, credit="exit", kl=kl)
     group = a_group(*TWO)
-    batch = replay([group], 6)
+    batch = collate([group], 6)
     ratio = torch.zeros(batch.tokens.shape)
     ratio[batch.asked] = torch.tensor([1.6, 0.2, 0.0, 0.8])
     first = scores(batch)
-    experience, values = credit(
-        batch, [group], first, first.token_logprobs - ratio, rl, LAYOUT, price=0.0, longest=LONGEST
-    )
+    experience, values = credit(batch, [group], first, first.token_logprobs - ratio, rl, 0.0)
     expected = torch.tensor([[0.75, 0], [0.5, 0.1], [0.6, 0.1], [0.35, 0]])
     torch.testing.assert_close(experience.hazard[batch.asked], expected, rtol=1e-5, atol=1e-6)
     assert values["kl_to_reference"] == pytest.approx((1.8 / 3 + 0.8 / 3) / 2)
@@ -414,7 +382,7 @@ def test_without_scores_what_the_rollouts_brought_along_is_where_the_step_starts
 @pytest.mark.parametrize("ratios", ["together", "apart"])
 def test_importance_masks_by_the_ratio_of_token_and_exit_together_or_of_each_apart(ratios):
     groups = [a_group([6, 2, 2], [6, 6, 6], rewards=[1, 0], logprob=0.0)]
-    batch = replay(groups, 6)
+    batch = collate(groups, 6)
     tokens, exits = torch.zeros(batch.tokens.shape), torch.zeros(batch.tokens.shape)
     tokens[batch.counts] = torch.tensor([0.0, 1.5, 0.4, 0.4, 0.0, 0.0])
     exits[batch.counts] = torch.tensor([0.0, 0.0, 0.6, 0.0, -1.0, -0.5])
@@ -437,9 +405,9 @@ def test_groups_of_equal_answers_are_dropped_unless_right_ones_may_become_shallo
         a_group([6, 2], [6, 6], rewards=rewards, right=[r > 0 for r in rewards]) for rewards in ([1, 0], [1, 1], [0, 0])
     )
     groups, rl = [differing, right, wrong], RLConfig(drop_equal_groups=True)
-    assert kept_groups(groups, rl, price=0.5) == [0, 1]
-    assert kept_groups(groups, rl, price=0.0) == [0]
-    assert kept_groups(groups, replace(rl, drop_equal_groups=False), price=0.0) == [0, 1, 2]
+    assert kept_groups(groups, rl, lambda_depth=0.5) == [0, 1]
+    assert kept_groups(groups, rl, lambda_depth=0.0) == [0]
+    assert kept_groups(groups, replace(rl, drop_equal_groups=False), lambda_depth=0.0) == [0, 1, 2]
 
 
 def test_the_learning_rate_goes_by_updates_over_all_epochs_and_minibatches(monkeypatch):
@@ -450,16 +418,20 @@ def test_the_learning_rate_goes_by_updates_over_all_epochs_and_minibatches(monke
 
     def step(part, weights, teacher, *, adapter_lr, gate_lr) -> Update:
         rates.append((adapter_lr, gate_lr))
-        return Update(scores(part), dict.fromkeys(("body", "gates", "all"), 0.0), applied=True)
+        return Update(scores(part.batch), dict.fromkeys(("body", "gates", "all"), 0.0), applied=True)
 
-    learner = SimpleNamespace(packed=Packed(0, 0, 0, 0), score=lambda batch, **_: scores(batch), step=step)
+    def pack(batch):
+        return SimpleNamespace(batch=batch, stats=PackingStats(0, 0, 0, 0))
+
+    learner = SimpleNamespace(pack=pack, score=lambda packed, **_: scores(packed.batch), step=step)
     session = SimpleNamespace(
-        cfg=RunConfig(rl=rl), spec=PolicySpec(6, LAYOUT.depths, rank=2), guard=lambda *_: None
+        cfg=RunConfig(rl=rl), spec=PolicySpec(6, LAYOUT.depths, rank=2), guard=lambda *_: None,
+        source=SimpleNamespace(dims=None),
     )  # fmt: skip
-    monkeypatch.setattr(reinforce, "counted", lambda *_: {})
+    monkeypatch.setattr(reinforce, "cost_metrics", lambda *_: {})
     for number in range(3):
-        values, _ = reinforce.learn(session, learner, groups, number, Price(rl, None, {}))
-        assert values["updates"] == 4
+        learned = reinforce.learn(session, learner, groups, number, LambdaController(rl, None, {}))
+        assert learned.metrics["updates"] == 4
     assert [adapter for adapter, _ in rates] == pytest.approx(np.linspace(1e-3, 1e-4, 12).tolist())
     assert [gate for _, gate in rates] == pytest.approx(np.linspace(1e-2, 1e-3, 12).tolist())
 
@@ -473,39 +445,39 @@ accuracies = st.lists(st.floats(0, 1), min_size=1, max_size=30)
 def test_price_by_hand_under_an_accuracy_floor():
     """The goal is the reference's accuracy on the prompts of the same steps, a running mean as the policy's is; of the
     first steps a share of it counts."""
-    cost = Price(FLOOR, {"easy": 1.0, "middling": 0.6, "hard": 0.24}, {})
+    cost = LambdaController(FLOOR, {"easy": 1.0, "middling": 0.6, "hard": 0.24}, {})
     assert cost.at(0) == cost.at(99) == 0.5
     running = [0.7, 0.65, 0.55, 0.55 * 2 / 3 + 0.9 / 3]
     prompts = [["easy", "hard"], ["easy", "middling"], ["middling", "hard"], ["easy"]]
     theirs = [0.62, (0.62 + 0.8) / 2, (0.62 + 0.8 + 0.42) / 3, (0.62 + 0.8 + 0.42) / 3 * 2 / 3 + 1 / 3]
     value, steps = 0.5, zip((0.7, 0.6, 0.35, 0.9), prompts, running, theirs, (1 / 3, 2 / 3, 1, 1), strict=True)
     for accuracy, ids, mean, goal, share in steps:
-        found = cost.learn(0, accuracy, ids)
-        assert found == pytest.approx({"accuracy_running": mean, "accuracy_goal": goal - 0.02})
+        found = cost.update(0, accuracy, ids)
+        assert found == pytest.approx((mean, goal - 0.02))
         left = share * (mean - goal + 0.02)
         value = min(max(value + 2 * left, 0), 1)
         assert cost.at(1) == pytest.approx(min(max(value + left, 0), 1))
 
 
 def test_where_the_reference_has_not_answered_its_mean_stands():
-    cost = Price(replace(FLOOR, accuracy_window=1), {"of the first steps": 0.4, "and another": 0.8}, {})
+    cost = LambdaController(replace(FLOOR, accuracy_window=1), {"of the first steps": 0.4, "and another": 0.8}, {})
     for prompts, goal in ((["of the first steps"], 0.38), (["of the first steps", "never seen before"], 0.58)):
-        assert cost.learn(0, 0.5, prompts)["accuracy_goal"] == pytest.approx(goal)
+        assert cost.update(0, 0.5, prompts).goal == pytest.approx(goal)
 
 
 @QUICK
 @given(accuracies, st.floats(0.1, 1), st.floats(0, 20))
 def test_lambda_rises_while_accuracy_holds_falls_while_it_does_not_and_stays_in_its_bounds(seen, reference, rate):
     rl = replace(FLOOR, lambda_rate=rate, lambda_gain=0.0)
-    cost = Price(rl, {"p": reference}, {})
+    cost = LambdaController(rl, {"p": reference}, {})
     for step, accuracy in enumerate(seen):
-        before, found = cost.at(step), cost.learn(step, accuracy, ["p"])
-        after, surplus = cost.at(step + 1), found["accuracy_running"] - found["accuracy_goal"]
+        before, found = cost.at(step), cost.update(step, accuracy, ["p"])
+        after, surplus = cost.at(step + 1), found.running - found.goal
         assert 0 <= after <= rl.lambda_max
         assert (after - before) * surplus >= 0
         if rate * abs(surplus) > 1e-6:
             assert after != before or after in (0, rl.lambda_max)
-    assert min(seen) - 1e-9 <= found["accuracy_running"] <= max(seen) + 1e-9
+    assert min(seen) - 1e-9 <= found.running <= max(seen) + 1e-9
 
 
 @QUICK
@@ -513,11 +485,12 @@ def test_lambda_rises_while_accuracy_holds_falls_while_it_does_not_and_stays_in_
 def test_how_hard_a_step_s_prompts_are_does_not_move_lambda(difficulty, apart):
     """A policy that is as far from the reference on every prompt is held to be as good, whatever comes up."""
     prices = [
-        Price(replace(FLOOR, lambda_max=9.0), {str(i): p for i, p in enumerate(difficulty)}, {}) for _ in range(2)
+        LambdaController(replace(FLOOR, lambda_max=9.0), {str(i): p for i, p in enumerate(difficulty)}, {})
+        for _ in range(2)
     ]
     for i, share in enumerate(difficulty):
-        prices[0].learn(i, share + apart, [str(i)])
-        prices[1].learn(i, difficulty[0] + apart, ["0"])
+        prices[0].update(i, share + apart, [str(i)])
+        prices[1].update(i, difficulty[0] + apart, ["0"])
     assert prices[0].at(1) == pytest.approx(prices[1].at(1), abs=1e-9)
 
 
@@ -526,14 +499,14 @@ def test_how_hard_a_step_s_prompts_are_does_not_move_lambda(difficulty, apart):
 def test_what_is_lost_while_the_price_rises_is_not_held_against_it(seen, rise, lost):
     """The schedule leads up to `lambda_exit`, whatever accuracy does; from there a price goes on as if it began."""
     rl = replace(FLOOR, steps=40, lambda_warmup=rise / 40)
-    cost, begun = Price(rl, {"p": 0.6}, {}), Price(replace(rl, lambda_warmup=0.0), {"p": 0.6}, {})
+    cost, begun = LambdaController(rl, {"p": 0.6}, {}), LambdaController(replace(rl, lambda_warmup=0.0), {"p": 0.6}, {})
     for step in range(rise):
         assert cost.at(step) == pytest.approx(rl.lambda_exit * (step + 1) / (rise + 1))
-        assert cost.learn(step, lost / 10, ["p"]) == {}
-    assert cost.counters == {}
+        assert cost.update(step, lost / 10, ["p"]) is None
+    assert cost.state == {}
     for step, accuracy in enumerate(seen):
         assert cost.at(rise + step) == begun.at(step)
-        assert cost.learn(rise + step, accuracy, ["p"]) == begun.learn(step, accuracy, ["p"])
+        assert cost.update(rise + step, accuracy, ["p"]) == begun.update(step, accuracy, ["p"])
 
 
 @QUICK
@@ -546,18 +519,18 @@ def test_what_accuracy_has_left_now_moves_lambda_at_once_and_the_base_not_at_all
 @QUICK
 @given(accuracies, st.integers(0, 30))
 def test_a_price_made_from_another_s_counters_goes_on_as_that_one_would(seen, at):
-    whole = Price(FLOOR, {"p": 0.6}, {})
+    whole = LambdaController(FLOOR, {"p": 0.6}, {})
     for accuracy in seen[:at]:
-        whole.learn(0, accuracy, ["p"])
-    resumed = Price(FLOOR, {"p": 0.6}, dict(whole.counters))
+        whole.update(0, accuracy, ["p"])
+    resumed = LambdaController(FLOOR, {"p": 0.6}, dict(whole.state))
     for step, accuracy in enumerate(seen[at:]):
         assert resumed.at(step) == whole.at(step)
-        assert resumed.learn(step, accuracy, ["p"]) == whole.learn(step, accuracy, ["p"])
-    assert resumed.counters == whole.counters
+        assert resumed.update(step, accuracy, ["p"]) == whole.update(step, accuracy, ["p"])
+    assert resumed.state == whole.state
 
 
 def test_without_an_accuracy_floor_the_price_keeps_to_its_schedule_whatever_is_right():
-    cost = Price(RLConfig(steps=10, lambda_exit=0.5, lambda_warmup=0.4), None, {})
+    cost = LambdaController(RLConfig(steps=10, lambda_exit=0.5, lambda_warmup=0.4), None, {})
     for step, expected in ((0, 0.1), (3, 0.4), (4, 0.5), (9, 0.5)):
-        assert cost.at(step) == pytest.approx(expected) and cost.learn(step, 0.0, ["p"]) == {}
-    assert cost.counters == {}
+        assert cost.at(step) == pytest.approx(expected) and cost.update(step, 0.0, ["p"]) is None
+    assert cost.state == {}

@@ -59,9 +59,9 @@ class MicroBatch:
 
         tokens, depths, labels = slots(batch.tokens), slots(batch.exit_depths), at(batch.labels())
         assert tokens is not None and depths is not None and labels is not None
-        entropy, hazard = slots(weights.entropy, scale), slots(weights.hazard, scale)
-        gates = gate_weights(slots(weights.exit, scale), slots(weights.target_hazards), hazard, entropy, num_exits)
-        control = make_control(strip.packed(width), depths, slots(batch.asked), entropy, gates)
+        hazard = slots(weights.hazard, scale)
+        gates = gate_weights(slots(weights.exit, scale), slots(weights.target_hazards), hazard, num_exits)
+        control = make_control(strip.packed(width), depths, slots(batch.asked), gates)
         return MicroBatch(
             tokens.unsqueeze(0), control, counted, labels, at(weights.token, scale), at(weights.divergence, scale),
             at(batch.teacher_ids), at(batch.teacher_logprobs),
@@ -69,15 +69,15 @@ class MicroBatch:
 
 
 def gate_weights(
-    likelihood: Tensor | None, targets: Tensor | None, hazard: Tensor | None, entropy: Tensor | None, num_exits: int
+    likelihood: Tensor | None, targets: Tensor | None, hazard: Tensor | None, num_exits: int
 ) -> dict[int, Tensor] | None:
     """The terms of the gates' loss [W, M] each, from the weights (objectives/weights.py) of W slots; None: there are
     none."""
-    given = next((x for x in (likelihood, hazard, entropy) if x is not None), None)
-    if given is None:
+    if likelihood is None and hazard is None:
         return None
     if likelihood is None:
-        likelihood = given.new_zeros(len(given))
+        assert hazard is not None
+        likelihood = hazard.new_zeros(len(hazard))
     each = likelihood if likelihood.dim() == 2 else likelihood.unsqueeze(-1).expand(-1, num_exits)
     terms = {LIKELIHOOD: each, TARGET: targets, HAZARD: hazard}
     return {term: value for term, value in terms.items() if value is not None}

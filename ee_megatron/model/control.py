@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .packed import Active, PackedSequences, Segment
 
-EXIT_DEPTH, ASKED, ENTROPY = 0, 1, 2
+EXIT_DEPTH, ASKED = 0, 1
 # What a gate's loss may consist of.
 LIKELIHOOD, TARGET, HAZARD = 0, 1, 2
 
@@ -27,7 +27,6 @@ class Control:
     `channels` fp32 [W, C]:
         channel 0      prescribed exit depth (layers that may change the position; L = no exit, 0 = padding)
         channel 1      1 where gates are asked, else 0 (prompt, padding)
-        channel 2      weight of the gates' entropy at the position, a bonus
     `gates` fp32 [W, M, terms], what each gate's loss weighs there, by `terms`; None: gates have no loss
         LIKELIHOOD     -log-likelihood of what the gate did or, where there are targets, the cross-entropy to them
         TARGET         its target hazard, -1 for none
@@ -66,14 +65,12 @@ def make_control(
     packed: PackedSequences,
     exit_depths: Tensor,
     asked: Tensor | None = None,
-    entropy: Tensor | None = None,
     gates: dict[int, Tensor] | None = None,
 ) -> Control:
     """From one tensor [W] per channel, and per term of the gates' loss one [W, M], all on the CPU. Left out: no gate is
     asked, none has a loss."""
     nothing = torch.zeros_like(exit_depths)
-    channels = (exit_depths, *(nothing if x is None else x for x in (asked, entropy)))
-    control = torch.stack([x.float() for x in channels], dim=-1)
+    control = torch.stack([x.float() for x in (exit_depths, nothing if asked is None else asked)], dim=-1)
     where = torch.zeros_like(exit_depths, dtype=torch.bool) if asked is None else asked.bool()
     depths = sorted(set(exit_depths.tolist()) - {0})
     segments = tuple(Segment.of(exit_depths >= depth, where) for depth in depths)

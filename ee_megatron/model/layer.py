@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..exits import gate_log_term
 from .config import EarlyExitTransformerConfig
-from .control import ENTROPY, EXIT_DEPTH, HAZARD, LIKELIHOOD, TARGET, Control
+from .control import EXIT_DEPTH, HAZARD, LIKELIHOOD, TARGET, Control
 from .packed import Active
 from .parts import ExitGate, mlp_of_active
 
@@ -36,12 +36,12 @@ class _AttachLoss(torch.autograd.Function):
 
 
 def gate_loss(gate_logit: Tensor, channels: Tensor, weights: Mapping[int, Tensor], depth: int) -> Tensor:
-    """The loss of one gate, a scalar: the sum over positions of what `weights` say, less bonus * entropy.
+    """The loss of one gate, a scalar: the sum over positions of what `weights` say.
 
     gate_logit [n], channels [n, C], weights [n] by term (model/control.py) of the positions that reach the gate.
     """
     likelihood = gate_log_term(gate_logit, channels[..., EXIT_DEPTH], depth, weights.get(TARGET))
-    loss = -(weights[LIKELIHOOD] * likelihood + channels[..., ENTROPY] * gate_entropy(gate_logit))
+    loss = -(weights[LIKELIHOOD] * likelihood)
     if HAZARD in weights:
         loss = loss + weights[HAZARD] * torch.sigmoid(gate_logit)
     return loss.sum()

@@ -135,26 +135,17 @@ class Experience(TensorRows):
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """- surrogate(ratio, A) of tokens and of exits + expected cost at the gates + beta * KL - entropy_bonus * H(gates)
-    (method.md, stage 2). `average`, `constant`: as in `mean_weights`.
-
-    gate_pull c: with 0 gates learn from exit advantages, and where exits answer for themselves by their expected cost,
-    whose slope by a gate's logit is s (1 - s) (C - V): a gate that is sure hardly learns, right or wrong. Above 0, by
-    that and c times the cross-entropy towards what is cheaper, weighed by how much it is, whose slope is (C - V) s
-    where going on is cheaper and (C - V) (1 - s) where firing is: it pulls gates that are sure of the dearer, and
-    leaves those that are sure of the cheaper alone. Both agree on which is cheaper of tokens that a gate takes for
-    alike: the one whose mean cost is less (cost-proportionate weighting: Zadrozny, Langford and Abe 2003).
+    """- surrogate(ratio, A) of tokens and of exits + expected cost at the gates + beta * KL (method.md, stage 2).
+    `average`, `constant`: as in `mean_weights`.
     """
 
     surrogate: Surrogate
     kl: KLTerm
     clip: Clip
     beta: float
-    entropy_bonus: float
     ratios: str = "together"
     average: str = "answer"
     constant: int = 1
-    gate_pull: float = 0.0
 
     def weights(
         self, batch: Positions, experience: Experience, token_logprobs: Tensor, exit_logprobs: Tensor
@@ -172,17 +163,13 @@ class PolicyGradient:
             token = token - self.beta * per_token * self.kl.slope(token_logprobs, experience.reference_logprobs)
         exit_weight = experience.exit_advantage * experience.exit_importance * factors[1] * per_exit
         # No ratio: it is the expectation over what the gate decides. Left out is what importance leaves out.
-        judged, hazard, targets = per_exit * (experience.exit_importance > 0), None, None
+        judged, hazard = per_exit * (experience.exit_importance > 0), None
         if experience.hazard is not None:
             hazard = experience.hazard * judged.unsqueeze(-1)
-            if self.gate_pull:
-                exit_weight, targets = self.gate_pull * hazard.abs(), (hazard < 0).float()
         weights = Weights(
             token=token,
             exit=exit_weight,
             hazard=hazard,
-            target_hazards=targets,
-            entropy=self.entropy_bonus * per_exit if self.entropy_bonus else None,
             divergence=self.beta * per_token if self.kl.teacher else None,
         )
         flat = (factors[0] == 0) | ((factors[1] == 0) & batch.asked)

@@ -30,7 +30,6 @@ class Weights(TensorRows):
     - token       float32 [B, S]: of -log p(next token)
     - exit        float32 [B, S]: of -log q(prescribed exit), or [B, S, M]: of each gate's share of it
     - hazard      float32 [B, S, M]: of the hazard of every gate that the position comes by
-    - entropy     float32 [B, S]: of the gates' entropy at the position, nats, as a bonus
     - divergence  float32 [B, S]: of the divergence, nats, from the teacher
     - target_hazards float32 [B, S, M]: what the gates learn with weight `exit` instead of the prescribed exit, by
       cross-entropy; -1 where there is no target
@@ -39,7 +38,6 @@ class Weights(TensorRows):
     token: Tensor | None = None
     exit: Tensor | None = None
     hazard: Tensor | None = None
-    entropy: Tensor | None = None
     divergence: Tensor | None = None
     target_hazards: Tensor | None = None
 

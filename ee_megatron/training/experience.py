@@ -14,15 +14,9 @@ from ..config.schema import RLConfig
 from ..exits import ExitLayout
 from ..learner.batch import ReplayBatch, pack, spread
 from ..learner.learner import Scores
-from ..objectives.advantages import (
-    ADVANTAGES,
-    CHARGES,
-    length_cost,
-    mean_log_ratio,
-    overlong_penalty,
-)
+from ..objectives.advantages import ADVANTAGES, CHARGES, length_cost, mean_log_ratio
 from ..objectives.depth import CREDITS, DEPTH_COSTS, token_advantage
-from ..objectives.exit_credit import hazard_costs, later_divergence
+from ..objectives.exit_credit import hazard_costs
 from ..objectives.policy_gradient import IMPORTANCE, KL_TERMS, RATIOS, SURROGATES, Clip, Experience, PolicyGradient
 from ..types import ExitReading, Group, Rollout
 
@@ -30,10 +24,7 @@ from ..types import ExitReading, Group, Rollout
 def objective_of(rl: RLConfig, longest: int) -> PolicyGradient:
     """`longest`: generated tokens that an answer may have."""
     clip = Clip(rl.clip, rl.clip_high or rl.clip)
-    return PolicyGradient(
-        SURROGATES[rl.surrogate], KL_TERMS[rl.kl], clip, rl.beta, rl.entropy_bonus, rl.ratios, rl.loss_average, longest,
-        gate_pull=rl.gate_pull,
-    )  # fmt: skip
+    return PolicyGradient(SURROGATES[rl.surrogate], KL_TERMS[rl.kl], clip, rl.beta, rl.ratios, rl.loss_average, longest)
 
 
 def replay(groups: Sequence[Group], num_layers: int, first_token: bool = False, *, gates: bool = True) -> ReplayBatch:
@@ -81,8 +72,6 @@ def credit(
     charged = CHARGES[rl.charge](torch.from_numpy(np.concatenate([g.correct for g in groups]))) & counted
     task = torch.from_numpy(np.concatenate([g.rewards for g in groups])).float()
     worth = task - rl.lambda_length * length_cost(batch, rl.cost_length) * charged
-    if rl.overlong == "penalty":
-        worth = worth - overlong_penalty(counts.sum(1), longest, rl.overlong_buffer)
     log_ratio = None if reference is None else mean_log_ratio(batch, start[0], reference)
     if KL_TERMS[rl.kl].in_reward and log_ratio is not None:
         worth = worth - rl.beta * log_ratio * (counts.sum(1) if rl.kl_sum else 1)
@@ -98,14 +87,7 @@ def credit(
     elif how.local:
         of_tokens, of_exits = by_task + rl.token_depth * by_depth, rl.exit_task * by_task
         divergence = _divergences(batch, rollouts, first, reference, rl)
-        if rl.exit_later and divergence is not None:
-            later = rl.exit_later * later_divergence(batch, layout, divergence)
-            of_exits = of_exits.unsqueeze(1) + token_advantage(batch, later, counted, rl.group_size)
-        paid = charged.float()
-        if rl.gate_pull:
-            # Which is cheaper is asked of each token: it had better not hang on the luck of its answer.
-            paid = paid.view(len(groups), -1).mean(1).repeat_interleave(rl.group_size)
-        costs = _depth_costs(batch, layout, rl, price * paid)
+        costs = _depth_costs(batch, layout, rl, price * charged.float())
         hazard = hazard_costs(batch, layout, costs, divergence, _hazards(batch, rollouts, first, rl))
     of_tokens, of_exits = ((a if a.dim() == 2 else a.unsqueeze(1)) * counts for a in (of_tokens, of_exits))
 
@@ -141,13 +123,13 @@ def _depth_costs(batch: ReplayBatch, layout: ExitLayout, rl: RLConfig, price: Te
 def _divergences(
     batch: ReplayBatch, rollouts: Sequence[Rollout], first: Scores | None, reference: Tensor | None, rl: RLConfig
 ) -> Tensor | None:
-    """beta * rl.exit_kl of the divergence to the power rl.exit_kl_power, of the outcome taken [B, S] or, where every
-    exit was read, of all up to it [B, S, M + 1]; None where it costs nothing or nobody knows it."""
+    """beta * rl.exit_kl times the divergence, of the outcome taken [B, S] or, where every exit was read, of all up to
+    it [B, S, M + 1]; None where it costs nothing or nobody knows it."""
     weight = rl.beta * rl.exit_kl
     if weight and rl.exit_divergence == "all":
-        return weight * spread(batch, [_exits(r).divergences for r in rollouts]) ** rl.exit_kl_power
+        return weight * spread(batch, [_exits(r).divergences for r in rollouts])
     if weight and first is not None:
-        return weight * (first.kl**rl.exit_kl_power if reference is None else first.token_logprobs - reference)
+        return weight * (first.kl if reference is None else first.token_logprobs - reference)
     return None
 
 

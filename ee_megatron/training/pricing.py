@@ -44,7 +44,7 @@ class Price:
         goal, base = theirs - rl.accuracy_floor / 100, self.counters.get("lambda_base", rl.lambda_exit)
         # Of a window that is not full yet the steps to come count as kept: the first step's luck alone would lead.
         left = (running - goal) * steps / rl.accuracy_window
-        base, value = dual_price(base, left, rl.lambda_rate, rl.lambda_gain, rl.lambda_max)
+        base, value = dual_price(base, left, rl.lambda_rate)
         self.counters |= {"lambda": value, "lambda_base": base, "accuracy_steps": steps}
         return {"accuracy_running": running, "accuracy_goal": goal}
 

@@ -140,7 +140,7 @@ def learn(
                 tokens, exits = known.old_tokens, known.old_exits
             weights, left_out = objective.weights(part, known, tokens, exits)
             clipped_share.append(left_out)
-            rate = learning_rate(step * per_step + len(updates), rl.steps * per_step, rl.warmup, rl.decay)
+            rate = learning_rate(step * per_step + len(updates), rl.steps * per_step, 0, rl.decay)
             rates = {"adapter_lr": rl.adapter_lr * rate, "gate_lr": rl.gate_lr * rate}
             update = learner.step(part, weights, objective.kl.teacher, **rates)
             session.guard(update, part, weights, step + 1)

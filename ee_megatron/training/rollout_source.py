@@ -153,11 +153,6 @@ class RolloutSource:
         """Ask for every step's rollouts that may be made by now and have not been asked for."""
         rl, r = self.cfg.rl, self.cfg.rollout
         n = r.max_staleness
-        if r.partial != "finish":
-            keep = r.partial == "continue"
-            # Dropping the rollouts that are due now would make everybody wait for them again.
-            for later in self._under_way.keys() - (set() if keep else {step}):
-                self._under_way[later].renew(weights, keep)
         for coming in range(step, min(step + n, rl.steps - 1) + 1):
             if coming not in self._under_way:
                 self._under_way[coming] = self.pool.begin(

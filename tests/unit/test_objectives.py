@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ee_megatron.model.control import EXIT_DEPTH, HAZARD, LIKELIHOOD, TARGET
-from ee_megatron.model.layer import gate_loss
 from ee_megatron.objectives.policy_gradient import KL_TERMS, SURROGATES, Clip, Experience, PolicyGradient
 from ee_megatron.objectives.weights import AVERAGES
 
@@ -40,7 +38,7 @@ def weights_of(surrogate: str, batch: SimpleNamespace, clip: float = CLIP, seed:
     taught, one = advantage[:, None] * batch.counts, torch.ones_like(old)
     experience = Experience(taught, taught, one, one, old, torch.zeros_like(old))
     bounds = Clip(clip, clip)
-    objective = PolicyGradient(SURROGATES[surrogate], KL_TERMS["reward"], bounds, beta=0.0, entropy_bonus=0.0)
+    objective = PolicyGradient(SURROGATES[surrogate], KL_TERMS["reward"], bounds, beta=0.0)
     return objective.weights(batch, experience, token, exits)
 
 
@@ -85,7 +83,7 @@ def experience_of(batch: SimpleNamespace, token: Tensor, exits: Tensor, **more: 
 
 
 def plain(**options: Any) -> PolicyGradient:
-    chosen = {"clip": Clip(0.0, 0.0), "beta": 0.0, "entropy_bonus": 0.0, **options}
+    chosen = {"clip": Clip(0.0, 0.0), "beta": 0.0, **options}
     return PolicyGradient(SURROGATES["ppo"], chosen.pop("kl", KL_TERMS["reward"]), **chosen)
 
 
@@ -103,14 +101,13 @@ def test_loss_averages_by_hand(average: str) -> None:
     batch = answers([4, 2, 0])
     ones = torch.ones(batch.counts.shape)
     hazard = torch.ones(*batch.counts.shape, 2)
-    objective = plain(beta=0.5, entropy_bonus=0.3, kl=KL_TERMS["exact"], average=average, constant=10)
+    objective = plain(beta=0.5, kl=KL_TERMS["exact"], average=average, constant=10)
     weights, _ = objective.weights(batch, experience_of(batch, ones, 2 * ones, hazard=hazard), ones * 0, ones * 0)
     for row, share in enumerate((*SHARES[average], [])):
         counted, asked = batch.counts[row], batch.asked[row]
         assert weights.token[row][counted].tolist() == pytest.approx(share)
         assert weights.divergence[row][counted].tolist() == pytest.approx([0.5 * s for s in share])
         assert weights.exit[row][asked].tolist() == pytest.approx([2 * s for s in share[1:]])
-        assert weights.entropy[row][asked].tolist() == pytest.approx([0.3 * s for s in share[1:]])
         assert weights.hazard[row][asked].tolist() == [pytest.approx([s, s]) for s in share[1:]]
         assert not weights.token[row][~counted].any() and not weights.hazard[row][~asked].any()
 
@@ -184,51 +181,3 @@ def test_costs_at_the_gates_are_not_weighed_by_ratios_but_left_out_where_importa
     assert weights.hazard[batch.asked & ~masked].all()
     without, _ = plain().weights(batch, experience_of(batch, ones, ones), moved, moved)
     assert without.hazard is None
-
-
-def slope_of(logits: Tensor, costs: Tensor, pull: float) -> Tensor:
-    """Of the loss that one gate has at answers of one token, by the logits [n], where firing costs `costs` [n] more."""
-    count = len(costs)
-    row = torch.ones(count, 1)
-    batch = SimpleNamespace(counts=row.bool(), asked=row.bool(), exit_depths=6 * row.int())
-    experience = experience_of(batch, row, row, hazard=costs.view(count, 1, 1))
-    weights, _ = plain(gate_pull=pull).weights(batch, experience, 0 * row, 0 * row)
-    terms = {LIKELIHOOD: weights.exit.flatten(), HAZARD: weights.hazard.flatten()}
-    terms |= {} if weights.target_hazards is None else {TARGET: weights.target_hazards.flatten()}
-    found = logits.clone().requires_grad_()
-    channels = torch.zeros(count, 3)
-    channels[:, EXIT_DEPTH] = 6
-    gate_loss(found, channels, terms, depth=4).backward()
-    return found.grad * count
-
-
-def test_a_gate_that_is_sure_of_the_dearer_is_pulled_and_one_that_is_sure_of_the_cheaper_left_alone() -> None:
-    logits, costs = torch.tensor([-9.0, -9.0, 9.0, 9.0, 0.5]), torch.tensor([-0.6, 2.0, 0.6, -2.0, 0.3])
-    s = logits.sigmoid()
-    cheaper = torch.where(costs < 0, 1 - s, s)
-    torch.testing.assert_close(slope_of(logits, costs, 0.2), costs * (s * (1 - s) + 0.2 * cheaper))
-    pulled, still = slope_of(logits, costs, 0.2)[[0, 2]], slope_of(logits, costs, 0.2)[[1, 3]]
-    assert (pulled.abs() > 0.1).all() and (still.abs() < 1e-3).all()
-
-
-@pytest.mark.parametrize("dear", [0.3, 1.2])
-def test_where_tokens_look_alike_what_is_cheaper_on_average_wins(dear: float) -> None:
-    """Nine tokens at which firing saves .1 and one at which it costs `dear`; the gate has one logit for all. Most votes
-    are for firing in both cases, and from either side the gate comes to where the mean is less."""
-    costs = torch.tensor([-0.1] * 9 + [dear])
-    for start in (-8.0, 8.0):
-        logit = torch.tensor(start)
-        for _ in range(1000):
-            logit = logit - 8.0 * slope_of(logit.expand(10), costs, 0.2).mean()
-        assert (logit > 0.5) == (dear < 0.9) and (logit < -0.5) == (dear > 0.9)
-
-
-def test_where_gates_are_pulled_an_answers_luck_moves_none_of_them() -> None:
-    batch = answers([4])
-    shape = batch.counts.shape
-    hazard, luck = torch.randn(*shape, 2, generator=torch.Generator().manual_seed(5)), torch.full(shape, 7.0)
-    weights, _ = plain(gate_pull=0.2).weights(batch, experience_of(batch, luck, luck, hazard=hazard), luck, luck)
-    share = (batch.asked / 4)[..., None]
-    torch.testing.assert_close(weights.hazard, hazard * share)
-    torch.testing.assert_close(weights.exit, 0.2 * (hazard * share).abs())
-    assert weights.target_hazards.equal((hazard * share < 0).float())

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -143,13 +142,10 @@ def sharpened(policy: Mapping[str, Tensor], centre: float, sharpness: float) -> 
     return LayeredTensors(moved, policy)
 
 
-def change_share(name: str, num_layers: int, lower: float, upper: float) -> float:
-    """What the change of a policy's tensor since its start is multiplied by, where that of the model is by `lower` and
-    above its middle layer by `upper`. Gates stay; of an adapter B alone is scaled, since the change is B A."""
-    if name.startswith("gates.") or ".lora_A." in name:
-        return 1.0
-    layer = re.match(r"model\.layers\.(\d+)\.", name)
-    return upper if layer and int(layer[1]) >= num_layers / 2 else lower
+def change_share(name: str, share: float) -> float:
+    """What the change of a policy's tensor since its start is multiplied by, where that of the model is by `share`.
+    Gates stay; of an adapter B alone is scaled, since the change is B A."""
+    return 1.0 if name.startswith("gates.") or ".lora_A." in name else share
 
 
 def stays_float32(name: str) -> bool:

@@ -153,30 +153,6 @@ class LayeredTensors(LazyTensors):
         return shape_of(self._at(name), name)
 
 
-class InterpolatedTensors(LazyTensors):
-    """On the line from `begun` through `tensors`: begun + share(name) (tensors - begun); a share above 1 lies beyond
-    them. Where it is 1 they are as they are, and `begun` need not have them."""
-
-    def __init__(self, begun: Mapping[str, Tensor], tensors: Mapping[str, Tensor], share: Callable[[str], float]):
-        self._begun, self._tensors, self._share = begun, tensors, share
-
-    def part(self, name: str, *where: slice) -> Tensor:
-        found, share = part_of(self._tensors, name, *where), self._share(name)
-        return found if share == 1 else torch.lerp(part_of(self._begun, name, *where), found, share)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def shape(self, name: str) -> Shape:
-        return shape_of(self._tensors, name)
-
-
 def shape_of(tensors: Mapping[str, Tensor], name: str) -> Shape:
     """A tensor's shape; it is not read for that."""
     return tensors.shape(name) if isinstance(tensors, LazyTensors) else tuple(tensors[name].shape)

@@ -108,7 +108,7 @@ def _contradiction(dice: random.Random, folder: Path) -> list[str]:
             ["rollout.backend=local", "cluster.nodes=2", "cluster.rollout_nodes=1"], ["task.families=[]"],
             ["parallel.virtual=2"], ["deepspeed.zero_stage=9"], ["rl.credit=token", "rl.depth_cost=max"],
             ["evaluate.control_policy=/x"], ["rl.minibatches=99"], ["adapter.rank=0"], ["task=dataset"],
-            ["evaluate.thresholds=[nan]"], ["deepspeed.betas=[0.9]"], ["rl.accuracy_floor=1000"],
+            ["evaluate.thresholds=[nan]"], ["rl.accuracy_floor=1000"],
             ["rollout.device_share=1.5"], ["rl.families=[chain]"], ["calibrate.keep=0.5", "calibrate.settle=0"],
         )),
     )  # fmt: skip

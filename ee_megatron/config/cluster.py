@@ -17,7 +17,7 @@ from .schema import RunConfig
 LEARNS = ("pretrain", "teacher", "calibrate", "rl")
 """Stages with learner ranks; in the others one process drives the rollout pool."""
 MOST_VERIFIERS = 16
-"""Unless task.verifier_workers says so: each is a Python process to start, and judges an answer in milliseconds."""
+"""Each is a Python process to start, and judges an answer in milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,8 @@ def job_shape(cfg: RunConfig, stage: str) -> JobShape:
 
 
 def verifier_workers(cfg: RunConfig, stage: str, device: str, environment: Mapping[str, str], cores: int) -> int:
-    """task.verifier_workers or, where that is 0, those of the `cores` that the leader may run on which nobody else on
-    its node needs: at least 1, at most MOST_VERIFIERS. `device`: of ranks and actors, "cpu" or "cuda"."""
-    if cfg.task.verifier_workers:
-        return cfg.task.verifier_workers
+    """Those of the `cores` that the leader may run on which nobody else on its node needs: at least 1, at most
+    MOST_VERIFIERS. `device`: of ranks and actors, "cpu" or "cuda"."""
     busy = 1
     # srun binds a rank to cores of its own; elsewhere all processes of a node share what one of them sees.
     if cores > int(environment.get("SLURM_CPUS_PER_TASK", "0")):

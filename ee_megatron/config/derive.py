@@ -151,9 +151,9 @@ def stage_sizes(parallel: ParallelConfig, exits: ExitLayout) -> tuple[int, ...]:
 
 
 def start_timeout(rollout: RolloutConfig, weight_bytes: int) -> float:
-    """rollout.start_timeout_s or, where that is 0, the seconds that an actor with so much to read may take."""
+    """Seconds that an actor with so much to read may take to start; rollout.timeout_s, where that is more."""
     compiles = rollout.backend == "vllm" and rollout.vllm_compile
-    return rollout.start_timeout_s or START_S + compiles * COMPILE_S + weight_bytes / DISK_BYTES_PER_S
+    return max(rollout.timeout_s, START_S + compiles * COMPILE_S + weight_bytes / DISK_BYTES_PER_S)
 
 
 def call_timeout(rollout: RolloutConfig) -> float:

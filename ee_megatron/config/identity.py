@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from .aliases import REMOVED
 from .content import digest, recorded
 from .derive import model_dir, read_dims, resolve_exits
 from .schema import RunConfig, settings
@@ -82,12 +83,22 @@ def _section(cfg: RunConfig, name: str) -> Any:
         return os.path.normpath(cfg.start) if cfg.start else ""
     # How the policy that learns reaches the pool is set in `rollout` but counts from RL on only.
     values = dict(_results(cfg.rollout, name) if name == "freshness" else _results(getattr(cfg, name)))
+    values |= _constants(name)
     if name in OPTIONAL and not values["enabled"]:
         return {"enabled": False}
     if name == "exits" and not cfg.exits.depths and (model_dir(cfg) / "config.json").is_file():
         # Exits by default follow the stage boundaries: what was chosen counts, not how it was asked for.
         values["depths"] = list(resolve_exits(cfg, read_dims(cfg)).depths)
     return values
+
+
+def _constants(name: str) -> dict[str, Any]:
+    """What settings of this section that there are no more contribute, by their names without it."""
+    return {
+        key.split(".")[1]: gone.default
+        for key, gone in REMOVED.items()
+        if gone.hashed and name == ("freshness" if key == "rollout.partial" else key.split(".")[0])
+    }
 
 
 def _results(section: Any, part: str = "") -> Iterator[tuple[str, Any]]:

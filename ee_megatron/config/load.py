@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from .aliases import removed, warn, without_removed
 from .faults import lines_of, refuse
 from .schema import RunConfig
 from .shipped import find_config_dir, list_groups
@@ -59,7 +60,8 @@ def attempt(overrides: list[str], config_dir: Path | None = None) -> Attempt:
     plain, faults, without = list[str](), list[str](), set[str]()
     for text in overrides:
         try:
-            plain.append(_plain(_parsed(text), groups))
+            if setting := _plain(_parsed(text), groups):
+                plain.append(setting)
         except ValueError as error:
             faults.append(str(error))
             without.add(text.split("=", 1)[0].lstrip("+~"))
@@ -68,6 +70,7 @@ def attempt(overrides: list[str], config_dir: Path | None = None) -> Attempt:
         return Attempt(None, faults)
     try:
         composed = _compose(directory, [text for text in plain if text != "experiment=null"])
+        faults += without_removed(composed, told=True)
         _check_keys(composed)
         cfg = _merged(composed, groups, faults, without)
     except ValueError as error:
@@ -82,7 +85,7 @@ def _schema() -> DictConfig:
 
 
 def _merged(
-    composed: DictConfig, groups: Mapping[str, list[str]], faults: list[str], without: set[str]
+    composed: dict[str, Any], groups: Mapping[str, list[str]], faults: list[str], without: set[str]
 ) -> RunConfig | None:
     """What was composed, as the schema has it. Values of a wrong type are left out, one after another, and noted."""
     while True:
@@ -94,8 +97,8 @@ def _merged(
             faults.append(_explain(error))
             key = str(error.full_key or "").split("[")[0]
             *path, name = key.split(".")
-            section = OmegaConf.select(composed, ".".join(path)) if path else composed
-            if key in without or not isinstance(section, DictConfig) or name not in section:
+            section: Any = functools.reduce(lambda node, part: node.get(part, {}), path, composed)
+            if key in without or name not in section:
                 return None
             without.add(key)
             del section[name]
@@ -117,15 +120,17 @@ def read_saved(path: Path) -> RunConfig:
     Raises ValueError if the file is none, or knows settings that this version doesn't.
     """
     try:
-        saved = OmegaConf.load(path)
-        if not isinstance(saved, DictConfig):
+        loaded = OmegaConf.load(path)
+        if not isinstance(loaded, DictConfig):
             raise ValueError("a list, expected settings")
         for old, (new, values) in RENAMED.items():
-            value = OmegaConf.select(saved, old)
+            value = OmegaConf.select(loaded, old)
             if value is not None:
-                OmegaConf.update(saved, new, values.get(value, value))
+                OmegaConf.update(loaded, new, values.get(value, value))
                 section, name = old.split(".")
-                del saved[section][name]
+                del loaded[section][name]
+        saved = cast(dict[str, Any], OmegaConf.to_container(loaded, resolve=False))
+        refuse(without_removed(saved, told=False))
         _check_keys(saved)
         return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(_schema(), saved)))
     except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
@@ -150,6 +155,9 @@ def _plain(override: Override, groups: Mapping[str, list[str]]) -> str:
     """Check one setting's key and rewrite it so that Hydra takes it whether or not a file names the key."""
     key = override.key_or_group
     value = str(override.input_line).split("=", 1)[1]
+    if removed(key, override.value()):
+        warn(f"{key}: this setting was removed; leave it out")
+        return ""
     if key in groups and (key == "experiment" or not isinstance(override.value(), dict)):
         if override.value() is not None and value not in groups[key]:
             raise ValueError(f"{key}={value}: no such choice; there are {', '.join(groups[key])}")
@@ -159,19 +167,18 @@ def _plain(override: Override, groups: Mapping[str, list[str]]) -> str:
     return f"++{key}={value}"
 
 
-def _compose(directory: Path, overrides: list[str]) -> DictConfig:
+def _compose(directory: Path, overrides: list[str]) -> dict[str, Any]:
     try:
         with initialize_config_dir(str(directory), version_base="1.3"):
             config = compose("config", overrides=overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(f"{directory}: {_one_line(error)}") from None
-    OmegaConf.set_struct(config, False)
-    return config
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))
 
 
-def _check_keys(config: DictConfig) -> None:
+def _check_keys(config: Mapping[str, Any]) -> None:
     known, wrong = _known_keys(), list[str]()
-    for key, value in _walk(OmegaConf.to_container(config, resolve=False), ""):
+    for key, value in _walk(config, ""):
         if key not in known:
             wrong.append(_unknown(key, known))
         elif known[key] is None and not isinstance(value, dict):

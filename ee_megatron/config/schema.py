@@ -1,7 +1,7 @@
 """Every setting of every run. One dataclass per group; the doc of a field stands under it, its `Rules` beside it.
 
-Sections that change results are part of a stage's identity (config/identity.py); `parallel`, `checkpoint`, `tracker`,
-`cluster` and fields that are marked so are not: they change how a result is computed, not what it is.
+Sections that change results are part of a stage's identity (config/identity.py); `parallel`, `tracker`, `cluster`
+and fields that are marked so are not: they change how a result is computed, not what it is.
 """
 
 from __future__ import annotations
@@ -146,8 +146,6 @@ class TaskConfig:
     operands: str = setting("small", choices=("small", "wide"), added_later=True)
     """arithmetic: which numbers. Of small ones there are few pairs (66 products), so that many problems on them are
     worth less than their number; wide ones are harder, and most test problems have a pair of their own."""
-    style_weights: list[float] = setting([0.4, 0.4, 0.2], added_later=True)
-    """hops and sums: shares of terse, written-out and padded answers among those that are trained on."""
     tokens_per_step: int = setting(1, positive=True, added_later=True)
     """hops: tokens of a written step."""
     slots: int = setting(4, positive=True, added_later=True)
@@ -168,13 +166,7 @@ class TaskConfig:
     """Training problems; 0: all there are."""
     validation: int = setting(200, positive=True)
     evaluation: int = setting(400, positive=True)
-    seed: int = setting(0, at_least=0)
-    """Decides which problems belong to which split."""
-    verifier_workers: int = setting(0, at_least=0, execution=True)
-    """Processes that judge answers; 0: by the cores that the ranks and actors of their node leave free."""
     verifier_deadline_s: float = setting(5.0, positive=True, execution=True)
-    verifier_memory_mb: int = setting(4096, at_least=0, execution=True)
-    """Memory of one verifier process, MiB; 0: no limit."""
 
 
 @dataclass
@@ -192,8 +184,6 @@ class PretrainConfig:
     batch_size: int = setting(64, positive=True)
     """Sequences per update."""
     learning_rate: float = setting(3e-3, positive=True)
-    warmup: float = setting(0.05, share=True)
-    """Share of the updates with a rising learning rate; then it falls linearly to a tenth."""
     checkpoint_every: int = setting(200, positive=True, execution=True)
     seed: int = setting(0, at_least=0)
     """Decides random weights and the order of the problems."""
@@ -206,25 +196,19 @@ class TeacherConfig:
     shots: int = setting(4, at_least=0)
     problems: int = setting(330, positive=True)
     samples: int = setting(4, positive=True)
-    temperature: float = setting(0.7, positive=True)
     epochs: int = setting(4, positive=True)
     batch_size: int = setting(16, positive=True)
     learning_rate: float = setting(5e-4, positive=True)
-    seed: int = setting(0, at_least=0)
 
 
 @dataclass
 class TracesConfig:
     problems: int = setting(1150, positive=True)
-    samples: int = setting(1, positive=True)
     temperature: float = setting(0.7, positive=True)
-    top_k: int = setting(16, positive=True)
-    """Kept teacher log-probabilities per position; the rest is one lumped tail."""
     only_correct: bool = False
     wide_operands: float = setting(0.0, share=True, added_later=True)
     """arithmetic on small operands: share of the problems whose operands are wide. Calibration asks for no right
     answer, so it may see more pairs than the task has."""
-    seed: int = setting(0, at_least=0)
 
 
 @dataclass
@@ -250,9 +234,6 @@ class CalibrateConfig:
     context. Costs a scoring pass."""
     uniform_patterns: float = setting(0.0, share=True)
     """Share of patterns drawn uniformly over the exits instead: trains shallow readouts too."""
-    uniform_decay: float = setting(0.0, share=True, added_later=True)
-    """Part of that share by which it has fallen, linearly, when the adapters' training ends: readouts that are there
-    leave their place to the exits that will be made. Gates that settle see the whole share again."""
     full_patterns: float = setting(0.0, share=True, added_later=True)
     """Share of patterns without any exit: holds the answers at full depth, which the others hardly train."""
     depth_power: float = setting(0.0, at_least=0)
@@ -263,15 +244,10 @@ class CalibrateConfig:
     keep: float = setting(1.0, share=True)
     """Share of the change of the weights that is kept when the adapters' training ends (WiSE-FT): less of it, less is
     forgotten of what the traces don't hold."""
-    keep_upper: float = setting(1.0, share=True)
-    """Share of that kept in the upper half of the layers, where a change serves few exits and disturbs full depth.
-    Better answers after calibration, a worse start for RL (docs/results.md)."""
     settle: float = setting(0.0, share=True)
-    """Share of the updates, at the end, after `keep` and `keep_upper` have been applied, that train the gates alone."""
+    """Share of the updates, at the end, after `keep` has been applied, that train the gates alone."""
     adapter_lr: float = setting(1e-3, at_least=0)
     gate_lr: float = setting(1e-3, at_least=0)
-    warmup: float = setting(0.05, share=True)
-    """Share of the updates with a rising learning rate; then it falls linearly to a tenth."""
     gate_weight: float = setting(1.0, at_least=0)
     checkpoint_every: int = setting(20, positive=True, execution=True)
     seed: int = setting(0, at_least=0)
@@ -289,8 +265,8 @@ class RLConfig:
     lambda_warmup: float = setting(0.0, share=True)
     """Share of the steps over which the price rises linearly from 0. accuracy_floor compares and leads after them."""
     depth_cost: str = setting("mean", choices=DEPTH_COSTS)
-    """What an answer's depth costs: mean (of depth/L over its tokens), total (sum, divided by cost_length), max (over
-    the tokens that may exit) or square (mean of the squares)."""
+    """What an answer's depth costs: mean (of depth/L over its tokens), total (sum, divided by cost_length) or max (over
+    the tokens that may exit)."""
     cost_length: int = setting(32, positive=True)
     """Tokens that total depth and lambda_length count in."""
     lambda_length: float = setting(0.0, at_least=0, added_later=True)
@@ -304,22 +280,12 @@ class RLConfig:
     token, against going on at that gate). The longer the answers the more of answer's and token's signal is noise."""
     exit_task: float = setting(0.1, at_least=0, added_later=True)
     """With credit=exit: weight of the task's advantage on the answer's exits."""
-    exit_later: float = setting(0.0, at_least=0, added_later=True)
-    """With credit=exit and exit_divergence=all: weight, beside beta times exit_kl, of the divergence of the answer's
-    later tokens, at their own exits, against the group's other answers: what a stream frozen early takes from them."""
     exit_kl: float = setting(1.0, at_least=0, added_later=True)
     """With credit=exit: weight of the divergence at an exit, beside beta."""
     exit_divergence: str = setting("taken", choices=("taken", "all"), added_later=True)
     """With credit=exit: where divergences are known. taken: at the exits that tokens took; for a token that went on,
     firing costs the mean over those that fired with about the same hazard. all: at every exit that a token came by; the
     pool reads the rollouts once more."""
-    exit_kl_power: float = setting(1.0, at_least=1, added_later=True)
-    """With credit=exit, and kl=exact or exit_divergence=all: an exit answers for its divergence to this power. Above 1
-    a rare large one, at a token on which the answer hangs, outweighs many small ones."""
-    gate_pull: float = setting(0.0, at_least=0, added_later=True)
-    """With credit=exit and exit_divergence=all: weight, beside the expected cost, of a cross-entropy by which gates
-    learn what is cheaper even where they are sure of the other; answers then pay what their group does on average, and
-    exit_task is without effect."""
     token_depth: float = setting(1.0, at_least=0, added_later=True)
     """With credit=exit: weight of the depth's advantage on the answer's tokens. 0: what is written doesn't answer for
     the depth that it takes."""
@@ -342,11 +308,6 @@ class RLConfig:
     cheaper, and good enough where a step has so many prompts that all steps are about as hard."""
     lambda_rate: float = setting(0.5, at_least=0, added_later=True)
     """With accuracy_floor: what lambda gains or loses for good in a step, per unit of accuracy (1 = 100 points)."""
-    lambda_gain: float = setting(10.0, at_least=0, added_later=True)
-    """With accuracy_floor: what lambda is above or below that now, per unit of accuracy: it keeps lambda from going on
-    rising while accuracy already falls."""
-    lambda_max: float = setting(4.0, positive=True, added_later=True)
-    """With accuracy_floor: how far lambda may rise."""
     beta: float = setting(0.05, at_least=0)
     """Weight of KL(policy || reference)."""
     kl: str = setting("reward", choices=KL_TERMS)
@@ -372,10 +333,8 @@ class RLConfig:
     loss_average: str = setting("answer", choices=AVERAGES, added_later=True)
     """The loss is a mean over each answer, then over answers (answer), over all tokens (token), or a sum over each
     answer divided by rollout.max_new_tokens (constant). Under answer a token of a long answer counts less."""
-    overlong: str = setting("verdict", choices=("verdict", "filter", "penalty"), added_later=True)
-    """Answers cut at rollout.max_new_tokens: as the verifier finds them (verdict), left out (filter), or like all long
-    ones penalised, up to 1 over the last overlong_buffer of what is allowed (penalty)."""
-    overlong_buffer: float = setting(0.2, share=True, added_later=True)
+    overlong: str = setting("verdict", choices=("verdict", "filter"), added_later=True)
+    """Answers cut at rollout.max_new_tokens: as the verifier finds them (verdict) or left out (filter)."""
     skip_scoring: bool = setting(False, added_later=True)
     """Learn from a step's rollouts without scoring them first. Only where the objective asks for nothing that they
     don't bring along: one update a step, importance=none, no staleness, no divergence but an exact one of tokens or,
@@ -389,21 +348,14 @@ class RLConfig:
     direction no longer counts; 0: never. Without effect on the first update of a step."""
     clip_high: float = setting(0.0, at_least=0, added_later=True)
     """The upper bound apart from the lower one (clip-higher); 0: the same."""
-    entropy_bonus: float = setting(0.0, at_least=0)
-    """Weight of the gates' entropy (nats per position) as a bonus."""
     drop_equal_groups: bool = False
     """Leave out prompts whose answers all got the same task reward, unless right ones among them pay for depth."""
-    warmup: int = setting(0, at_least=0)
-    """Updates with a linearly rising learning rate."""
     decay: str = setting("constant", choices=DECAYS)
     """Learning rate after warm-up: constant, linear or cosine, to a tenth at the last update."""
     dump_rollouts: bool = setting(False, execution=True)
     """Keep every step's rollouts in the stage's rollouts/ directory."""
     replay: str = ""
     """Train on the rollouts of this directory, as dumped, instead of a pool's."""
-    keep: float | None = setting(None, added_later=True)
-    """Share of calibration's change of the weights that RL starts from, in place of what calibrate.keep and keep_upper
-    left of it. null: what they left."""
     gate_centre: float = 0.5
     gate_sharpness: float = 1.0
     """The gates that RL starts from have their logits z replaced by sharpness * (z - logit(centre)): what a threshold
@@ -441,9 +393,6 @@ class RolloutConfig:
     max_staleness: int = setting(0, at_least=0, part="freshness")
     """RL: versions of the weights that rollouts may be behind. 0: synchronous; more: they are made while the learner
     trains."""
-    partial: str = setting("finish", choices=("finish", "continue", "drop"), part="freshness")
-    """With max_staleness, rollouts under way when new weights arrive: finish (under the weights that began them),
-    continue (under the new ones) or drop (begin again under the new ones)."""
     sync_dtype: str = setting("float32", choices=("float32", "bfloat16"), part="freshness")
     """What weights travel to the pool in: float32 or bfloat16 (half the bytes; gates only to a bfloat16 decoder)."""
     check_weights: bool = setting(False, execution=True)
@@ -452,19 +401,16 @@ class RolloutConfig:
     stop: list[str] = setting(["\n"], free_text=True)
     prompt_template: str = setting("plain", choices=("plain", "chat"))
     """plain (Question: ... Answer:) or chat (the tokenizer's chat template)."""
-    start_timeout_s: float = setting(0.0, at_least=0, execution=True)
-    """Deadline of an actor's start, seconds; 0: three minutes, three more where vLLM compiles, and one second per
-    100 MB of weights to read."""
     timeout_s: float = setting(0.0, at_least=0, execution=True)
-    """Deadline of any other call on an actor, seconds: a chunk of answers or traces, a new version of the weights. 0:
-    ten minutes and a quarter of a second per token of max_new_tokens."""
+    """Deadline of a call on an actor (a chunk of answers or traces, a new version of the weights), seconds; 0: ten
+    minutes and a quarter of a second per token of max_new_tokens. An actor may take as long to start, and at least
+    three minutes, three more where vLLM compiles, and one second per 100 MB of weights to read."""
     failure_budget: int = setting(3, at_least=0, execution=True)
     """Actor deaths after which a run stops."""
 
 
 @dataclass
 class EvaluateConfig:
-    split: str = setting("evaluation", choices=("train", "validation", "evaluation"))
     thresholds: list[float] = setting([0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
     """Hazard thresholds tried on the validation split."""
     tolerance: float = setting(0.02, at_least=0)
@@ -494,7 +440,6 @@ class EvaluateConfig:
     (reinforced), or also of the teacher and of the policy that RL starts from (all)."""
     choice_answers: int = setting(300, positive=True, only_with="choice", added_later=True)
     """Sampled answers for that, per family and condition."""
-    seed: int = setting(0, at_least=0)
 
 
 @dataclass
@@ -506,25 +451,14 @@ class DeepspeedConfig:
     """Optimizer state in CPU memory; needs zero_stage >= 1."""
     gradient_clipping: float = setting(1.0, at_least=0)
     """Largest gradient norm; 0: not clipped."""
-    betas: list[float] = setting([0.9, 0.95])
-    eps: float = 1e-8
+    eps: float = setting(1e-8, positive=True)
     weight_decay: float = setting(0.0, at_least=0)
-
-
-@dataclass
-class CheckpointConfig:
-    keep: int = setting(2, positive=True)
-    """Newest checkpoints kept of a stage; RL also keeps the one with the best reward."""
-    bad_steps: int = setting(5, positive=True)
-    """Updates in a row whose gradient is not finite, after which a stage stops and leaves the batch on disk."""
 
 
 @dataclass
 class TrackerConfig:
     wandb: str = setting("auto", choices=("auto", "online", "offline", "disabled"))
     """auto (what WANDB_MODE says, else online with a key, else offline), online, offline or disabled."""
-    project: str = setting("ee-megatron", name=True)
-    tensorboard: bool = False
 
 
 @dataclass
@@ -564,6 +498,5 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     deepspeed: DeepspeedConfig = field(default_factory=DeepspeedConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -21,7 +21,7 @@ NO_EXITS, CAP, FREE, LENGTH = "no exits", "cap", "lambda 0", "length"
 # What a study varies, and what the runs are known by; in all else they should be alike.
 FACTORS = frozenset(
     {
-        "rl.seed", "pretrain.seed", "teacher.seed", "traces.seed", "calibrate.seed", "evaluate.seed", "evaluate.choice",
+        "rl.seed", "pretrain.seed", "calibrate.seed", "evaluate.choice",
         "task.tokens_per_step", "rl.families", "rl.fixed_depth", "rl.depth_cost", "rl.lambda_exit", "rl.lambda_length",
         "pretrain.layers", "pretrain.width",
     }

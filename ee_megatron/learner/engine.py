@@ -22,6 +22,8 @@ from ..parallel.groups import MegatronUnits
 
 # Learning-rate groups: adapters or the whole base, and the gates.
 GROUPS = ("body", "gates")
+BETAS = 0.9, 0.95
+"""Of AdamW."""
 
 
 def split_groups(pieces: Iterable[Piece]) -> dict[str, list[nn.Parameter]]:
@@ -164,7 +166,7 @@ def _adamw(groups: dict[str, list[nn.Parameter]], settings: DeepspeedConfig, on_
     """torch's AdamW, its fused form on a GPU; DeepSpeed's CPUAdam takes minutes to compile and is not needed."""
     return torch.optim.AdamW(
         [{"params": parameters, "lr": 0.0, "name": name} for name, parameters in groups.items()],
-        betas=(settings.betas[0], settings.betas[1]),
+        betas=BETAS,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         fused=not on_cpu and not settings.offload_optimizer,

@@ -2,7 +2,7 @@
 
 Every loss is linear in what the learner computes (weights.py): the sum over positions of
 
-    token * (-log p(token)) + divergence * KL + exit * (-log q(exit))
+    token * (-log p(token)) + divergence * KL + exit * (-log q(exit)) + hazard * s
 
 where the cross-entropy to target hazards may stand for -log q(exit). An objective with ratios, such as PPO's, gives the
 weights whose loss has its gradient at the current policy. The registries (ADVANTAGES, SURROGATES, KL_TERMS, ...) are

@@ -56,13 +56,6 @@ def length_cost(batch: Positions, cost_length: int) -> Tensor:
     return batch.counts.sum(1).float() / cost_length
 
 
-def overlong_penalty(lengths: Tensor, longest: int, buffer: float) -> Tensor:
-    """0 up to `longest` (1 - buffer) tokens, from there linearly to 1 at `longest`: what the reward of a long answer
-    falls by. int64 [B] -> float32 [B] (soft overlong punishment, Yu et al. 2025, "DAPO", arXiv 2503.14476, eq. 13)."""
-    start = longest * (1 - buffer)
-    return ((lengths.float() - start) / max(longest - start, 1.0)).clamp(0, 1)
-
-
 def mean_log_ratio(batch: Positions, policy: Tensor, reference: Tensor) -> Tensor:
     """k1 estimate of KL(policy ‖ reference): mean over generated tokens of log pi - log pi_ref, float32 [B]."""
     return ((policy - reference) * batch.counts).sum(1) / batch.counts.sum(1).clamp(min=1)

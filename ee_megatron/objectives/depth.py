@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DepthCost:
-    """Sum over an answer's tokens of share(depth / L), divided by `divisor(tokens, rl.cost_length)`; or, `largest`, the
-    largest depth / L among the tokens whose gates were asked (the first one's may never be)."""
+    """Sum over an answer's tokens of depth / L, divided by `divisor(tokens, rl.cost_length)`; or, if `largest`, the
+    maximum of depth / L over the tokens that may exit."""
 
-    share: Callable[[Tensor], Tensor] = lambda fraction: fraction
     divisor: Callable[[Tensor, int], Tensor] = lambda lengths, cost_length: lengths
     largest: bool = False
 
@@ -38,7 +37,7 @@ class DepthCost:
         less what doesn't depend on it."""
         outcomes = batch.exit_depths.new_tensor(layout.outcomes).float() / layout.num_layers
         if not self.largest:
-            each = self.share(outcomes) / self.divisor(_lengths(batch), cost_length).unsqueeze(-1)
+            each = outcomes / self.divisor(_lengths(batch), cost_length).unsqueeze(-1)
             return each.expand(*batch.counts.shape, -1)
         others = _largest_of_others(batch.exit_depths.float() / layout.num_layers * batch.asked)
         return outcomes.maximum(others.unsqueeze(-1))
@@ -49,17 +48,16 @@ class DepthCost:
         return self._parts(batch, fraction, cost_length).flip(1).cumsum(1).flip(1)
 
     def _parts(self, batch: Positions, fraction: Tensor, cost_length: int) -> Tensor:
-        return self.share(fraction) * batch.counts / self.divisor(_lengths(batch), cost_length)
+        return fraction * batch.counts / self.divisor(_lengths(batch), cost_length)
 
 
 DEPTH_COSTS = {
     "mean": DepthCost(),
     "total": DepthCost(divisor=lambda lengths, cost_length: lengths * 0 + cost_length),
     "max": DepthCost(largest=True),
-    "square": DepthCost(share=lambda fraction: fraction.square()),
 }
-"""mean: method.md, stage 2. total: long easy filler is paid for. max: no dependence on length, so filler gains nothing.
-square: of deep and shallow tokens the deep ones are charged more than in proportion."""
+"""mean: method.md, stage 2. total: long easy filler is paid for. max: does not depend on length, so
+filler gains nothing."""
 
 
 def _lengths(batch: Positions) -> Tensor:

@@ -66,17 +66,6 @@ def hazard_costs(
     return result
 
 
-def later_divergence(batch: Positions, layout: ExitLayout, divergences: Tensor) -> Tensor:
-    """Sum over an answer's later tokens u > t of D_u, the divergence at the outcome that u took, float32 [B, S].
-
-    divergences [B, S, M + 1]: of all outcomes up to that one. An exit at t has a part in D_u because u reads a stream
-    that ends there. Against the group's other answers (`depth.token_advantage`) it is the score function's estimate of
-    that part (Williams 1992, REINFORCE), since what u would have said behind the other decision is not known.
-    """
-    taken = divergences.gather(-1, _outcomes(batch, layout).unsqueeze(-1)).squeeze(-1).where(batch.counts, 0.0)
-    return taken.flip(1).cumsum(1).flip(1) - taken
-
-
 def _outcomes(batch: Positions, layout: ExitLayout) -> Tensor:
     """Number of the outcome that each position took, int64 [B, S]."""
     return (batch.exit_depths.unsqueeze(-1) == batch.exit_depths.new_tensor(layout.outcomes)).int().argmax(-1)

@@ -24,17 +24,21 @@ def price(step: int, steps: int, lambda_exit: float, warmup: float) -> float:
     return lambda_exit if step >= rise else lambda_exit * (step + 1) / (rise + 1)
 
 
-def dual_price(base: float, surplus: float, rate: float, gain: float, highest: float) -> tuple[float, float]:
-    """(base, lambda) of the next step, both from 0 to `highest`, from the accuracy that is left over above the goal.
+LAMBDA_GAIN, LAMBDA_MAX = 10.0, 4.0
+"""Of `dual_price`: what lambda is above or below its base, per unit of accuracy; how far it may rise."""
+
+
+def dual_price(base: float, surplus: float, rate: float) -> tuple[float, float]:
+    """(base, lambda) of the next step, both from 0 to LAMBDA_MAX, from the accuracy that is left over above the goal.
 
     The base adds up `rate` times the surplus, as in dual ascent on "least depth such that accuracy >= goal" (Boyd et
     al. 2011, "Distributed optimization and statistical learning via ADMM", 2.1), but of the price of depth: the inverse
     of that constraint's multiplier. Alone it overshoots, since accuracy answers to a price after some steps only, so
-    `gain` times the surplus comes on top (Stooke et al. 2020, "Responsive safety in reinforcement learning by PID
+    LAMBDA_GAIN times the surplus comes on top (Stooke et al. 2020, "Responsive safety in reinforcement learning by PID
     Lagrangian methods", arXiv 2007.03964).
     """
-    base = min(max(base + rate * surplus, 0.0), highest)
-    return base, min(max(base + gain * surplus, 0.0), highest)
+    base = min(max(base + rate * surplus, 0.0), LAMBDA_MAX)
+    return base, min(max(base + LAMBDA_GAIN * surplus, 0.0), LAMBDA_MAX)
 
 
 def learning_rate(update: int, total: int, warmup: int, decay: str, floor: float = 0.1) -> float:
@@ -46,6 +50,6 @@ def learning_rate(update: int, total: int, warmup: int, decay: str, floor: float
     return 1.0 - (1.0 - floor) * DECAYS[decay](done)
 
 
-def schedule(step: int, total: int, warmup: float) -> float:
+def schedule(step: int, total: int, warmup: float = 0.05) -> float:
     """`learning_rate` with `warmup` as a share of the updates (at least one) and a linear fall."""
     return learning_rate(step, total, max(1, round(total * warmup)), "linear")

@@ -1,4 +1,4 @@
-"""Numbers of a run over its steps: metrics.jsonl and timings.jsonl always; wandb and TensorBoard where wanted.
+"""Numbers of a run over its steps: metrics.jsonl and timings.jsonl always; wandb where wanted.
 
 Clocks are kept apart, so that two runs of the same settings and seed have the same metrics.jsonl to the byte.
 """
@@ -43,11 +43,11 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 class Metrics:
-    """Writes one JSON line per `log` call and forwards it to the trackers. Trackers that fail are dropped, never fatal.
+    """Writes one JSON line per `log` call and forwards it to wandb, which is dropped where it fails.
 
     Args:
-        run_dir: metrics.jsonl, timings.jsonl, wandb/ and tensorboard/ go here.
-        tracking: which trackers there are, and what they are told of the run; none by default.
+        run_dir: metrics.jsonl, timings.jsonl and wandb/ go here.
+        tracking: what wandb is told of the run; it is not used by default.
         resume_step: lines of later steps are cut, so that a resumed run writes them anew; None keeps every line.
 
     Raises ValueError for an unknown mode of wandb.
@@ -60,14 +60,14 @@ class Metrics:
         files = self.path, self.run_dir / "timings.jsonl"
         for path in files:
             _mend(path, resume_step)
-        self._trackers = start(self.run_dir, tracking or Tracking(), _together(*files), resume_step)
+        self._tracker = start(self.run_dir, tracking or Tracking(), _together(*files))
         self._files = [os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644) for path in files]
         self._warned: set[str] = set()
 
     def log(
         self, step: int, values: Mapping[str, SupportsFloat], timings: Mapping[str, SupportsFloat] | None = None
     ) -> None:
-        """Append {"step": step, name: value, …} to metrics.jsonl, and the timings to timings.jsonl; trackers get both.
+        """Append {"step": step, name: value, …} to metrics.jsonl, and the timings to timings.jsonl; wandb gets both.
 
         Values that are not finite are written as null and warned of once.
         """
@@ -82,24 +82,24 @@ class Metrics:
                 # One write call: after a kill the file holds whole lines and at most one partial one, the last.
                 os.write(file, _line({"step": int(step), **numbers}).encode())
             row |= numbers
-        for name, tracker in list(self._trackers.items()):
+        if self._tracker is not None:
             try:
-                tracker.log(row)
+                self._tracker.log(row)
             except Exception as error:
-                logger.warning("%s is dropped for the rest of the run: %s", name, error)
-                del self._trackers[name]
+                logger.warning("wandb is dropped for the rest of the run: %s", error)
+                self._tracker = None
 
     def close(self) -> None:
         """Waits for wandb's upload at most FINISH_TIMEOUT_S; what it has not sent by then stays in its directory."""
         for file in self._files:
             os.close(file)
-        trackers, self._files, self._trackers = self._trackers, [], {}
-        for name, tracker in trackers.items():
-            ending = threading.Thread(target=_finish, args=(name, tracker), daemon=True)
+        tracker, self._files, self._tracker = self._tracker, [], None
+        if tracker is not None:
+            ending = threading.Thread(target=_finish, args=(tracker,), daemon=True)
             ending.start()
             ending.join(FINISH_TIMEOUT_S)
             if ending.is_alive():
-                logger.warning("%s did not finish within %g s; `wandb sync` sends the rest", name, FINISH_TIMEOUT_S)
+                logger.warning("wandb did not finish within %g s; `wandb sync` sends the rest", FINISH_TIMEOUT_S)
 
     def __enter__(self) -> Metrics:
         return self
@@ -119,7 +119,7 @@ def _mend(path: Path, resume_step: int | None) -> None:
 
 
 def _together(metrics: Path, timings: Path) -> list[dict[str, Any]]:
-    """The rows of both files as trackers got them: one per step, in order."""
+    """The rows of both files as wandb got them: one per step, in order."""
     rows: dict[int, dict[str, Any]] = {}
     for path in (metrics, timings):
         for row in read_metrics(path) if path.exists() else []:
@@ -132,8 +132,8 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def _finish(name: str, tracker: Any) -> None:
+def _finish(tracker: Any) -> None:
     try:
         tracker.finish()
     except Exception as error:
-        logger.warning("%s did not finish: %s", name, error)
+        logger.warning("wandb did not finish: %s", error)

@@ -1,4 +1,4 @@
-"""wandb and TensorBoard: where a run's numbers are forwarded to. Neither is ever needed, and neither may end a run."""
+"""wandb: where a run's numbers are forwarded to. It is never needed, and may not end a run."""
 
 from __future__ import annotations
 
@@ -29,12 +29,10 @@ class Tracking:
     `job_type`: what this one does, the stage; `config`: its settings, nested as they are, a column each in wandb."""
 
     wandb: str = "disabled"
-    project: str = "ee-megatron"
     name: str = ""
     group: str = ""
     job_type: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
-    tensorboard: bool = False
 
 
 class Tracker(Protocol):
@@ -43,24 +41,16 @@ class Tracker(Protocol):
     def finish(self) -> Any: ...
 
 
-def start(run_dir: Path, tracking: Tracking, rows: Sequence[dict[str, Any]], resume_step: int | None) -> dict[str, Any]:
-    """The trackers that are wanted and could be started, by name. `rows`: what the run has logged before. Raises
-    ValueError for an unknown `tracking.wandb`."""
+def start(run_dir: Path, tracking: Tracking, rows: Sequence[dict[str, Any]]) -> Tracker | None:
+    """wandb, where it is wanted and could be started. `rows`: what the run has logged before. Raises ValueError for an
+    unknown `tracking.wandb`."""
     if tracking.wandb not in WANDB_MODES:
         raise ValueError(f"tracker.wandb: {tracking.wandb!r} is none of {', '.join(WANDB_MODES)}; choose one of them")
-    starts = {"wandb": lambda: _wandb(run_dir, tracking, rows)}
-    if tracking.tensorboard:
-        starts["tensorboard"] = lambda: _Board(run_dir, resume_step)
-    found: dict[str, Tracker] = {}
-    for name, begin in starts.items():
-        try:
-            tracker = begin()
-        except Exception as error:
-            logger.warning("%s is not used: %s: %s", name, type(error).__name__, error)
-            continue
-        if tracker is not None:
-            found[name] = tracker
-    return found
+    try:
+        return _wandb(run_dir, tracking, rows)
+    except Exception as error:
+        logger.warning("wandb is not used: %s: %s", type(error).__name__, error)
+        return None
 
 
 def wandb_mode(setting: str, environment: Mapping[str, str]) -> str:
@@ -123,26 +113,11 @@ def _wandb_run(run_dir: Path, tracking: Tracking, mode: str) -> Any:
     patience = INIT_TIMEOUT_S if mode == "online" else LOCAL_TIMEOUT_S
     settings = wandb.Settings(silent=True, console="off", init_timeout=patience, disable_git=True, disable_code=True)
     run = wandb.init(
-        project=tracking.project, name=tracking.name or None, group=tracking.group or None,
-        job_type=tracking.job_type or None, id=identity.read_text().strip(), config=dict(tracking.config),
+        project=os.environ.get("WANDB_PROJECT", "ee-megatron"), name=tracking.name or None,
+        group=tracking.group or None, job_type=tracking.job_type or None, id=identity.read_text().strip(),
+        config=dict(tracking.config),
         dir=str(run_dir), mode=cast(Any, mode), resume="allow" if mode == "online" else None, settings=settings,
     )  # fmt: skip
     # An own step axis: wandb refuses steps that it has already seen, which a resumed run repeats.
     run.define_metric("*", step_metric="step")
     return run
-
-
-class _Board:
-    """TensorBoard with the methods of a wandb run."""
-
-    def __init__(self, run_dir: Path, resume_step: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        purge_step = None if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
-        self.finish = self._writer.close
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        for key in list(row)[1:]:
-            self._writer.add_scalar(key, row[key], row["step"])
-        self._writer.flush()

@@ -40,7 +40,7 @@ def buy(cfg: RunConfig, dims: ModelDims, budget: float, how: IsoFlop) -> Purchas
         return Purchase(str(count), count * batch * (length - 1), flops)
     batch = cfg.calibrate.batch_size
     update = calibration_flops(layout, load, cfg)
-    sequences = cfg.traces.problems * cfg.traces.samples * cfg.calibrate.patterns
+    sequences = cfg.traces.problems * cfg.calibrate.patterns
     count, _ = _whole(budget, update, "update")
     # calibrate.py rounds epochs to sequences and fills batches from them.
     epochs = float(f"{count * batch / sequences:.9g}")

@@ -139,12 +139,14 @@ class ProblemTask:
     """What the tasks share that hold their problems in memory: `_problems` by split and prompt id."""
 
     name: str
+    seed = 0
+    """Decides which problems belong to which split."""
 
     def __init__(self, task: TaskConfig, instruction: str, chat: ChatTemplate | None) -> None:
         self.sizes = {"train": task.train, "validation": task.validation, "evaluation": task.evaluation}
         if any(size < 0 for size in self.sizes.values()):
             raise ValueError(f"task sizes must not be negative: {self.sizes}; 0 means all there are")
-        self.seed, self.format = task.seed, PromptFormat(instruction, chat)
+        self.format = PromptFormat(instruction, chat)
         self._problems: dict[str, dict[str, tuple[Prompt, Problem]]] = {}
 
     def __getstate__(self) -> dict:

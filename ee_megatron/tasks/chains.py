@@ -21,6 +21,8 @@ from .base import ChatTemplate, Problem, ProblemTask, share_of
 FAMILY = "hop"
 HELD_OUT = {"validation": 0.05, "evaluation": 0.1}
 """Shares of the problems that training never sees, where there are enough to hold any out."""
+STYLE_WEIGHTS = (0.4, 0.4, 0.2)
+"""Shares of terse, written-out and padded answers among those that are trained on."""
 PROBLEMS = 1500
 """Problems of a split per family, where all there are are asked for: they come again and again."""
 
@@ -48,13 +50,8 @@ class ChainTask(ProblemTask):
         known, families = [f"{FAMILY}{hops}" for hops in range(1, self.slots + 1)], task.families
         if not families or len(set(families)) != len(families) or not set(families) <= set(known):
             raise ValueError(f"task.families: {list(families)}; choose one or more, each once, of {', '.join(known)}")
-        weights = task.style_weights
-        if len(weights) != len(self.styles) or min(weights) < 0 or sum(weights) <= 0:
-            raise ValueError(
-                f"task.style_weights: {list(weights)}; give {len(self.styles)} shares, of {', '.join(self.styles)}"
-            )
         self.families = tuple(families)
-        self.style_weights = tuple(weight / sum(weights) for weight in weights)
+        self.style_weights = STYLE_WEIGHTS
 
     # ---- what a task of this kind says ----
 

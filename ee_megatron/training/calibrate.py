@@ -5,7 +5,7 @@ for each update:
     target hazards s* = 1 - tanh(c d / 2); exits <- drawn by stick-breaking, in the end those of the student's gates
     loss = mean KL(student at these exits, teacher)  +  mean -log q(exits)
     update adapters and gates
-scale the adapters' change by `keep`, above the middle by `keep_upper` too; some more updates of the gates alone
+scale the adapters' change by `keep`; some more updates of the gates alone
 """
 
 from __future__ import annotations
@@ -65,12 +65,6 @@ def plan(count: int, c: CalibrateConfig) -> UpdatePlan:
     parts = items[:trained], items[trained:total]
     updates = [part[start : start + c.batch_size] for part in parts for start in range(0, len(part), c.batch_size)]
     return UpdatePlan(updates, len(updates) - round(c.student_patterns * len(updates)), -(-trained // c.batch_size))
-
-
-def uniform_share(c: CalibrateConfig, step: int, settle_from: int) -> float:
-    """Share of an update's patterns that are uniform over the exits; it falls until gates learn alone. They need all
-    of it: of patterns of their own they would learn only of exits that they choose."""
-    return c.uniform_patterns * (1 - c.uniform_decay * step / settle_from if step < settle_from else 1)
 
 
 def draw_exits(
@@ -163,15 +157,12 @@ def target_depth(traces: list[Trace], layout: ExitLayout, kl_factor: float) -> f
     return total / tokens / layout.num_layers
 
 
-def interpolated(
-    policy: Stream, start: Mapping[str, torch.Tensor], num_layers: int, keep: float, keep_upper: float
-) -> Stream:
-    """The policy with `keep` of its body's change since `start`, and of that `keep_upper` in the layers above the
-    middle; gates stay (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", arXiv 2109.01903, with one share
-    for all)."""
+def interpolated(policy: Stream, start: Mapping[str, torch.Tensor], keep: float) -> Stream:
+    """The policy with `keep` of its body's change since `start`; gates stay (Wortsman et al. 2022, "Robust fine-tuning
+    of zero-shot models", arXiv 2109.01903)."""
 
     def change(block: Block) -> torch.Tensor:
-        share = change_share(block.name, num_layers, keep, keep * keep_upper)
+        share = change_share(block.name, keep)
         if share == 1:
             return block.data
         begun = part_of(start, block.name, slice(block.first, block.first + len(block.data)))
@@ -200,21 +191,20 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
             for step in range(done, len(updates)):
                 session.stop_if_asked(learner, step)
                 settled = step >= planned.settle_from
-                if step == planned.settle_from and min(c.keep, c.keep_upper) < 1:
+                if step == planned.settle_from and c.keep < 1:
                     policy = learner.stream_policy(session.meet)
-                    moved = interpolated(policy, start, layout.num_layers, c.keep, c.keep_upper)
+                    moved = interpolated(policy, start, c.keep)
                     with session.on_disk(moved) as tensors:
                         # Two learners at once would not fit where one just does.
                         del learner
                         learner = session.make_learner(tensors, **options)
                 students = step >= planned.student_from
                 own = own_hazards(learner, traces, updates[step], layout) if students else ()
-                drawn = replace(c, uniform_patterns=uniform_share(c, step, planned.settle_from))
-                batch = make_batch(traces, updates[step], layout, drawn, own)
+                batch = make_batch(traces, updates[step], layout, c, own)
                 chosen = [traces[item.trace] for item in updates[step]]
                 weights = make_weights(learner, objective, batch, chosen, c.kl_factor)
-                adapter_lr = 0.0 if settled else c.adapter_lr * schedule(step, planned.settle_from, c.warmup)
-                gate_lr = c.gate_lr * schedule(step, len(updates), c.warmup)
+                adapter_lr = 0.0 if settled else c.adapter_lr * schedule(step, planned.settle_from)
+                gate_lr = c.gate_lr * schedule(step, len(updates))
                 update = learner.step(batch, weights, objective.teacher, adapter_lr=adapter_lr, gate_lr=gate_lr)
                 session.guard(update, batch, weights, step + 1)
                 scores = update.scores

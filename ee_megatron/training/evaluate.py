@@ -48,6 +48,8 @@ from .problems import wide_test, wide_validation
 from .session import Session
 from .stopping import listener
 
+SEED = 0
+
 
 def policies(cfg: RunConfig) -> dict[str, Path]:
     """What is there to evaluate besides the teacher, by name: checkpoints."""
@@ -91,7 +93,7 @@ class Evaluation:
         # Digest of the weights that the pool holds.
         self.weights = ""
         self.sampling = SamplingParams(0.0, cfg.rollout.max_new_tokens, tuple(cfg.rollout.stop))
-        self.test: list[Prompt] = self.task.prompts(cfg.evaluate.split)  # type: ignore[arg-type]
+        self.test: list[Prompt] = self.task.prompts("evaluation")
         self.validation: list[Prompt] = self.task.prompts("validation")
         self.wide = wide_validation(cfg, session.model_path, self.task)
         self.wide_test = wide_test(cfg, session.model_path, self.task)
@@ -125,7 +127,7 @@ class Evaluation:
         )
 
     def request(self, prompts: list[Prompt], exits: ExitRule, *others: ExitRule) -> GenerationRequest:
-        return GenerationRequest(prompts, 1, self.sampling, exits, self.session.cfg.evaluate.seed, others)
+        return GenerationRequest(prompts, 1, self.sampling, exits, SEED, others)
 
     def told(self, model: str) -> Progress:
         return partial(self.bar.detail, f"{model} answers")
@@ -285,7 +287,7 @@ class Evaluation:
             self.tokens,
             self.sampling,
             exits,
-            e.seed,
+            SEED,
             lambda done, total: self.bar.detail(f"{model} interventions", done, total),
         )
         found = externalisation(bench, self.test[: e.externalisation_prompts or None])
@@ -322,7 +324,7 @@ class Evaluation:
                 spec.num_layers,
                 spec.first_token,
                 cfg.evaluate.choice_answers,
-                cfg.evaluate.seed,
+                SEED,
                 partial(self.bar.detail, f"{model} styles"),
             )
             depths = spec.layout.outcomes if model == "start" else ()
@@ -393,7 +395,7 @@ def evaluate(cfg: RunConfig, model_path: Path) -> None:
             "num_layers": spec.num_layers,
             "exit_depths": list(spec.exit_depths),
             "prompt_tokens": work.prompt_tokens,
-            "split": f"{cfg.evaluate.split}, {len(work.test)} problems, held out",
+            "split": f"evaluation, {len(work.test)} problems, held out",
             "threshold choice": f"on {len(work.validation)} validation problems"
             + (f" and {len(work.wide)} on wide operands" if work.wide else "")
             + f", tolerance {cfg.evaluate.tolerance}",

@@ -54,7 +54,7 @@ class LambdaController:
         goal, base = theirs - rl.accuracy_floor / 100, self.state.get("lambda_base", rl.lambda_exit)
         # Missing steps of the window count as exactly on target; otherwise one lucky step sets lambda.
         surplus = (running - goal) * steps / rl.accuracy_window
-        base, value = dual_price(base, surplus, rl.lambda_rate, rl.lambda_gain, rl.lambda_max)
+        base, value = dual_price(base, surplus, rl.lambda_rate)
         self.state |= {"lambda": value, "lambda_base": base, "accuracy_steps": steps}
         return AccuracyTarget(running, goal)
 

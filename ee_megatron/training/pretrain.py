@@ -44,7 +44,7 @@ def pretrain(cfg: RunConfig, initial: Path) -> Path:
             for step in range(done, p.steps):
                 session.stop_if_asked(learner, step)
                 batch = make_batch([texts[i] for i in order[step]], session.spec.num_layers)
-                rate = p.learning_rate * schedule(step, p.steps, p.warmup)
+                rate = p.learning_rate * schedule(step, p.steps)
                 session.fit(learner, batch, text_likelihood(batch), rate, step, bar)
                 if (step + 1) % p.checkpoint_every == 0 or step + 1 == p.steps:
                     session.save(learner, step + 1)

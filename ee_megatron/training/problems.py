@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from ..config.schema import RunConfig
 from ..tasks import Task, task_of
@@ -46,8 +46,8 @@ def wide_validation(cfg: RunConfig, model_path: Path, task: Task) -> list[Prompt
 
 
 def wide_test(cfg: RunConfig, model_path: Path, task: Task) -> list[Prompt]:
-    """What is measured beside the measured split's own problems: `evaluate.wide_test` of `wider_problems`."""
-    return _so_many(cfg, model_path, task, cast(Split, cfg.evaluate.split), cfg.evaluate.wide_test)
+    """What is measured beside the evaluation split's own problems: `evaluate.wide_test` of `wider_problems`."""
+    return _so_many(cfg, model_path, task, "evaluation", cfg.evaluate.wide_test)
 
 
 def _so_many(cfg: RunConfig, model_path: Path, task: Task, split: Split, count: int) -> list[Prompt]:

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
@@ -42,13 +42,13 @@ from ..observe.progress import Progress
 from ..observe.rundir import RunDirectory, atomic_directory
 from ..observe.trackers import Tracking
 from ..parallel.heartbeat import Heartbeat
-from ..policy import PolicySpec, change_share, initial_policy, sharpened
+from ..policy import PolicySpec, initial_policy, sharpened
 from ..rollout.engine.request import GenerationRequest
 from ..rollout.engine.sampling import SamplingParams
 from ..rollout.pool import make_pool
 from ..rollout.pool.interface import TEACHER, RolloutPool
 from ..tasks import Task, VerifierPool, task_of
-from ..tensors import InterpolatedTensors, LayeredTensors, Stream, drain
+from ..tensors import LayeredTensors, Stream, drain
 from ..types import Prompt, Rollout
 from .checkpoints import BEST, CheckpointWriter, TrainingStreams, damage, read_training
 from .kept import ANSWERS, KeptAnswers
@@ -61,6 +61,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # Waves of full rows in a part of the answers that is kept: enough that the wait for its last answers is little of it.
 PART_WAVES = 16
+KEPT_CHECKPOINTS = 2
+"""Newest ones of a stage; RL also keeps the one with the best reward."""
+BAD_STEPS = 5
+"""Updates in a row without a finite gradient after which a stage stops."""
 T = TypeVar("T")
 
 
@@ -103,7 +107,7 @@ class Session:
             if content and not recorded(self.path):
                 self.directory.write_atomic(RECORD, json.dumps({"sha256": content}) + "\n")
             base = base_identity(self.source).to_json() if self.learns else None
-            self.writer = CheckpointWriter(self.directory, self.spec, self.cfg.checkpoint.keep, base)
+            self.writer = CheckpointWriter(self.directory, self.spec, KEPT_CHECKPOINTS, base)
             self.stack.callback(self.writer.close)
         if self.learns:
             # Here, as the learner below: stages that only ask the pool do without Megatron, seconds of imports.
@@ -171,16 +175,15 @@ class Session:
     def make_verifier(self, task: Task) -> VerifierPool:
         t = self.cfg.task
         workers = verifier_workers(self.cfg, self.stage, self.device_type, os.environ, len(os.sched_getaffinity(0)))
-        return self.stack.enter_context(VerifierPool(task, workers, t.verifier_deadline_s, t.verifier_memory_mb))
+        return self.stack.enter_context(VerifierPool(task, workers, t.verifier_deadline_s))
 
     def open_metrics(self, resume_step: int | None) -> None:
         """The leader's metrics.jsonl and trackers."""
         if self.leads:
-            t = self.cfg.tracker
             settings = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(self.cfg)))
             config = {"stage": self.stage, **settings}
             name = f"{self.cfg.name}-{self.path.name}"
-            tracking = Tracking(t.wandb, t.project, name, self.cfg.name, self.stage, config, t.tensorboard)
+            tracking = Tracking(self.cfg.tracker.wandb, name, self.cfg.name, self.stage, config)
             self.metrics = self.stack.enter_context(Metrics(self.path, tracking, resume_step))
 
     def progress(self, total: int, done: int = 0, what: str = "") -> Progress:
@@ -291,14 +294,8 @@ class Session:
         return LayeredTensors(added, BaseTensors(self.source))
 
     def rl_start(self, calibrated: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """What RL starts from, of a calibrated policy: rl.keep, gate_centre and gate_sharpness."""
-        rl, c = self.cfg.rl, self.cfg.calibrate
-        policy = calibrated
-        if rl.keep is not None:
-            lower, upper = rl.keep / c.keep, rl.keep / (c.keep * c.keep_upper)
-            share = partial(change_share, num_layers=self.spec.num_layers, lower=lower, upper=upper)
-            policy = InterpolatedTensors(self.start(c.seed), calibrated, share)
-        return sharpened(policy, rl.gate_centre, rl.gate_sharpness)
+        """What RL starts from, of a calibrated policy: rl.gate_centre and gate_sharpness."""
+        return sharpened(calibrated, self.cfg.rl.gate_centre, self.cfg.rl.gate_sharpness)
 
     def read_policy(self, directory: Path, *, checked: bool) -> tuple[PolicySpec, Mapping[str, torch.Tensor]]:
         """A policy checkpoint, of which a rank reads what it asks for. The leader compares it with its digest, once for
@@ -373,7 +370,7 @@ class Session:
         if update.applied:
             return
         logger.warning("step %d: gradient norms %s are not finite; the update is left out", step, update.norms)
-        if self.bad_steps < self.cfg.checkpoint.bad_steps:
+        if self.bad_steps < BAD_STEPS:
             return
         where = self.path / f"bad_batch_step_{step}.pt"
         if self.leads:

@@ -23,6 +23,9 @@ from .session import Session
 
 logger = logging.getLogger(__name__)
 
+SEED, TEMPERATURE = 0, 0.7
+"""Of the sampled answers."""
+
 
 def train_teacher(cfg: RunConfig, model_path: Path) -> Path:
     """Run or resume the stage; returns the teacher's Hugging Face directory."""
@@ -31,10 +34,10 @@ def train_teacher(cfg: RunConfig, model_path: Path) -> Path:
         if examples is None:
             session.stop(None, 0)
         t = cfg.teacher
-        start = session.start(t.seed)
+        start = session.start(SEED)
         learner = session.make_learner(start, adapter_dropout=cfg.adapter.dropout)
         session.open_metrics(resume_step=0)
-        order = np.random.default_rng(t.seed)
+        order = np.random.default_rng(SEED)
         picks = np.concatenate([order.permutation(len(examples)) for _ in range(t.epochs)])
         updates = -(-len(picks) // t.batch_size)
         with session.progress(updates, what="fine-tuning") as bar:
@@ -56,9 +59,9 @@ def sample_examples(session: Session) -> list[tuple[np.ndarray, np.ndarray]]:
     task = session.make_task()
     verifier = session.make_verifier(task)
     prompts = task.prompts("train")[: t.problems]
-    shown = [task.few_shot(prompt, t.shots, t.seed) for prompt in prompts]
+    shown = [task.few_shot(prompt, t.shots, SEED) for prompt in prompts]
     pool = session.make_pool(None)
-    groups = session.sample(pool, shown, t.samples, t.temperature, t.seed, "sampling")
+    groups = session.sample(pool, shown, t.samples, TEMPERATURE, SEED, "sampling")
     pool.close()
     verdicts = verifier.verify_many([(p, a.text) for p, g in zip(prompts, groups, strict=True) for a in g])
     tokenizer = AutoTokenizer.from_pretrained(str(session.model_path), local_files_only=True)

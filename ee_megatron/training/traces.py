@@ -10,6 +10,10 @@ from .session import Session
 from .stopping import listener
 from .stored import save_traces
 
+SEED = 0
+TOP_K = 16
+"""Teacher log-probabilities kept per position; the rest is one lumped tail."""
+
 
 def make_traces(cfg: RunConfig, model_path: Path) -> None:
     """Run the stage: an inference job without a learner."""
@@ -19,13 +23,13 @@ def make_traces(cfg: RunConfig, model_path: Path) -> None:
         verifier = session.make_verifier(task)
         prompts = training_problems(cfg, model_path, task, t.wide_operands, t.problems)
         pool = session.make_pool(session.spec)
-        answers = session.sample(pool, prompts, t.samples, t.temperature, t.seed, "answers")
+        answers = session.sample(pool, prompts, 1, t.temperature, SEED, "answers")
         flat = [(p, a) for p, group in zip(prompts, answers, strict=True) for a in group]
         verdicts = verifier.verify_many([(p, a.text) for p, a in flat])
         kept = [(a, v.correct) for (_, a), v in zip(flat, verdicts, strict=True) if v.correct or not t.only_correct]
         with session.progress(len(kept), what="divergences") as reading:
             rollouts = [answer for answer, _ in kept]
-            traces = pool.trace(rollouts, t.top_k, lambda done, total: reading.advance(done - reading.done))
+            traces = pool.trace(rollouts, TOP_K, lambda done, total: reading.advance(done - reading.done))
         for trace, (answer, correct) in zip(traces, kept, strict=True):
             trace.correct, trace.text = bool(correct), answer.text
         save_traces(session.path / "dataset", traces)

@@ -103,7 +103,7 @@ def update(
             now = learner.score(part_packed)
             tokens, exits = now.token_logprobs, now.exit_logprobs
         weights, clip_fraction = objective.weights(part, experience, tokens, exits)
-        rate = learning_rate(step * per_step + len(result.updates), rl.steps * per_step, rl.warmup, rl.decay)
+        rate = learning_rate(step * per_step + len(result.updates), rl.steps * per_step, 0, rl.decay)
         rates = {"adapter_lr": rl.adapter_lr * rate, "gate_lr": rl.gate_lr * rate}
         done = learner.step(part_packed, weights, objective.kl.teacher, **rates)
         check_finite(done, part, weights, step + 1)

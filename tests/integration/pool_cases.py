@@ -39,7 +39,7 @@ def policy(path: Path, spec: PolicySpec, version: int) -> WeightSet:
 def make(path: Path, spec: PolicySpec, budget: int, rows: int = 8) -> RayPool:
     settings = ReplicaSettings(str(path), spec, torch.float32, "cpu", rows=rows, threads=1)
     return RayPool(settings, RolloutConfig(
-        actors=2, start_timeout_s=120, timeout_s=120, failure_budget=budget, device_share=0.5
+        actors=2, timeout_s=120, failure_budget=budget, device_share=0.5
     ))  # fmt: skip
 
 

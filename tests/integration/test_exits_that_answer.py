@@ -39,7 +39,6 @@ LED = (
     "rl.steps=5", "rl.checkpoint_every=1", "rl.credit=exit", "rl.charge=right", "rl.beta=0.2", "rl.accuracy_floor=5",
     "rl.accuracy_window=2", "rl.accuracy_samples=2", "rl.lambda_exit=0.3", "rl.lambda_warmup=0.2",
     "rl.exit_divergence=all",
-    "rl.exit_kl_power=1.5",
 )  # fmt: skip
 
 
@@ -74,11 +73,9 @@ def without_clock(stage: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("gates", ["rl.gate_pull=0.2", pytest.param("rl.exit_later=1", marks=SLOW)])
-def test_a_killed_run_goes_on_at_the_price_that_it_had_come_to(gates, made, tmp_path):
+def test_a_killed_run_goes_on_at_the_price_that_it_had_come_to(made, tmp_path):
     """SIGKILL after two of five steps, the first at a rising price; the reference's accuracy is found out once."""
-    led = (*LED, gates)
-    straight = finish([*made, *led, f"runs={tmp_path / 'straight'}"], tmp_path / "straight")
+    straight = finish([*made, *LED, f"runs={tmp_path / 'straight'}"], tmp_path / "straight")
     rows = without_clock(straight)
     reference = json.loads((straight / "reference_by_prompt.json").read_text())
     assert len(reference) == 16 and all(share in (0, 0.5, 1) for share in reference.values())
@@ -100,7 +97,7 @@ def test_a_killed_run_goes_on_at_the_price_that_it_had_come_to(gates, made, tmp_
     assert all(row["kl_exact"] > 0 and row["grad_norm/gates"] > 0 for row in rows)
     assert all(len([key for key in row if key.startswith("exit_share/")]) > 1 for row in rows)
 
-    command = [*made, *led, f"runs={tmp_path / 'killed'}"]
+    command = [*made, *LED, f"runs={tmp_path / 'killed'}"]
     job, deadline = Command(command), time.monotonic() + 280
     while not list((tmp_path / "killed").glob("tiny/rl-*/checkpoints/step_2/COMPLETE")):
         assert time.monotonic() < deadline and job.poll() is None, "the run did not reach step 2"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from pool_cases import EXITS, FULL, LONG, PROMPTS, Killer, bits, make, policy
 
@@ -58,63 +56,6 @@ def test_work_of_two_versions_under_way_is_answered_under_its_own_weights(path: 
     later, earlier = pending[1].result(), pending[0].result()
     assert (bits(earlier), bits(later)) == tuple(expected)
     assert {r.weight_version for g in earlier for r in g} == {2}
-
-
-@SLOW
-def test_renewed_work_is_dropped_where_unfinished_and_answered_under_the_new_weights(path: Path, pool: RayPool):
-    old, new = policy(path, FULL, 21), policy(path, FULL, 22)
-    expected = {}
-    for weights in (old, new):
-        pool.load(weights)
-        expected[weights.version] = bits(pool.generate(GenerationRequest(PROMPTS, 4, LONG, EXITS, 2)))
-    pending = pool.begin(old, GenerationRequest(PROMPTS, 4, LONG, EXITS, 2))
-    deadline = time.monotonic() + 60
-    while not pending.work.results and time.monotonic() < deadline:
-        time.sleep(0.001)
-    pending.renew(new, keep=False)
-    found = pending.result()
-    versions = [{r.weight_version for r in group} for group in found]
-    # Finished chunks stay, the others are made again; each answer is wholly of the version that it names.
-    assert all(len(v) == 1 for v in versions) and set().union(*versions) == {21, 22}
-    answers = bits(found)
-    assert answers == [expected[entry[3]][i] for i, entry in enumerate(answers)]
-    assert bits(pool.generate(GenerationRequest(PROMPTS[:4], 4, LONG, EXITS, 2))) == bits(
-        pool.begin(new, GenerationRequest(PROMPTS[:4], 4, LONG, EXITS, 2)).result()
-    )
-
-
-@SLOW
-def test_work_continued_under_new_weights_is_answered_once_through_a_kill(path: Path, pool: RayPool):
-    old, new = policy(path, FULL, 31), policy(path, FULL, 32)
-    local = {weights.version: LocalPool(path, FULL) for weights in (old, new)}
-    for weights in (old, new):
-        local[weights.version].load(weights)
-    seen, mixed = set(), 0
-    # Whether the new weights meet an answer half-way, and one that the kill spares, is chance: asked until they have.
-    for attempt in range(6):
-        pool.load(old)
-        pool.generate(GenerationRequest(PROMPTS[:2], 1, LONG, EXITS, 2))
-        pending = pool.begin(old, GenerationRequest(PROMPTS, 4, LONG, EXITS, 2))
-        deadline = time.monotonic() + 60
-        while not pending.work.results and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(0.02 * attempt)
-        pending.renew(new, keep=True)
-        with Killer(pool, kills=1, apart=0.1, seed=6 + attempt):
-            found = [rollout for group in pending.result() for rollout in group]
-        assert [r.prompt_id for r in found] == [p.id for p in PROMPTS for _ in range(4)]
-        versions = [np.asarray(r.weight_versions) for r in found]
-        assert all((np.diff(v) >= 0).all() and r.weight_version == v[-1] for v, r in zip(versions, found, strict=True))
-        for version, replica in local.items():
-            for rollout, made, score in zip(found, versions, replica.score(found), strict=True):
-                # An answer that changed weights is read under each; only where it was that version's does it agree.
-                own = made == version
-                np.testing.assert_allclose(rollout.token_logprobs[own], score.policy_logprobs[own], atol=2e-4)
-        seen |= {int(v) for part in versions for v in part}
-        mixed += sum(len(set(v)) == 2 for v in versions)
-        if mixed and seen == {31, 32}:
-            break
-    assert mixed and seen == {31, 32}
 
 
 def test_a_kill_during_a_weight_sync_never_leaves_mixed_weights(path: Path, pool: RayPool):

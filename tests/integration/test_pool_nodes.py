@@ -8,6 +8,7 @@ import pytest
 import torch
 from pool_cases import ADAPTERS, EXITS, LONG, PROMPTS, bits, policy
 
+from ee_megatron.config import derive
 from ee_megatron.config.derive import actor_share
 from ee_megatron.config.schema import RolloutConfig
 from ee_megatron.rollout import GenerationRequest, ReplicaSettings
@@ -52,7 +53,7 @@ def test_a_lost_node_is_one_loss_and_its_actors_come_back_with_it(cluster, tmp_p
     settings = ReplicaSettings(str(path), ADAPTERS, torch.float32, "cpu", rows=8, threads=1)
     local = LocalPool(path, ADAPTERS, rows=8, threads=1)
     pool = RayPool(settings, RolloutConfig(
-        actors=4, start_timeout_s=300, timeout_s=120, failure_budget=2, device_share=0.5
+        actors=4, timeout_s=300, failure_budget=2, device_share=0.5
     ))  # fmt: skip
     try:
         weights = policy(path, ADAPTERS, 1)
@@ -86,10 +87,11 @@ def test_a_lost_node_is_one_loss_and_its_actors_come_back_with_it(cluster, tmp_p
 
 
 @pytest.mark.timeout(200)
-def test_a_cluster_without_room_is_an_error_within_its_deadline(cluster, tmp_path):
+def test_a_cluster_without_room_is_an_error_within_its_deadline(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(derive, "START_S", 3.0)
     path = tiny_hf("llama", tmp_path / "model")
     settings = ReplicaSettings(str(path), ADAPTERS, torch.float32, "cpu", rows=8, threads=1)
-    pool = RayPool(settings, RolloutConfig(start_timeout_s=3, timeout_s=60))
+    pool = RayPool(settings, RolloutConfig())
     try:
         with pytest.raises(RuntimeError, match="room"):
             pool.load(None)

@@ -47,7 +47,7 @@ def weights(path: Path, version: int) -> WeightSet:
 @pytest.fixture(scope="module")
 def pool(path: Path) -> Iterator[RayPool]:
     settings = ReplicaSettings(str(path), SPEC, torch.float32, "cpu", rows=8, threads=1)
-    pool = RayPool(settings, RolloutConfig(actors=2, start_timeout_s=120, timeout_s=120))
+    pool = RayPool(settings, RolloutConfig(actors=2, timeout_s=120))
     yield pool
     pool.close()
 

@@ -92,11 +92,11 @@ def test_the_others_end_within_a_minute(fault, rank, says, logged, traced, tmp_p
 def test_gradients_that_stay_infinite_end_the_run_and_leave_the_batch(traced):
     """A learning rate that blows the adapters up: later updates are left out, then the run stops and says why."""
     done = ee_megatron(*command(
-        "calibrate", traced, "calibrate.adapter_lr=1e30", "calibrate.warmup=0", "calibrate.epochs=20",
-        "calibrate.seed=99", "checkpoint.bad_steps=3",
+        "calibrate", traced, "calibrate.adapter_lr=1e30", "calibrate.epochs=20",
+        "calibrate.seed=99",
     ))  # fmt: skip
     assert done.returncode != 0
-    assert "3 updates in a row had a gradient that is not finite" in done.stderr, done.stderr[-3000:]
+    assert "5 updates in a row had a gradient that is not finite" in done.stderr, done.stderr[-3000:]
     (batch,) = only(traced, "calibrate").glob("bad_batch_step_*.pt")
     saved = torch.load(batch, weights_only=True)
     assert {"tokens", "exit_depths"} <= saved["batch"].keys() and "divergence" in saved["weights"]

@@ -30,7 +30,7 @@ SETTINGS = [
     "teacher.enabled=false", "task.validation=4", "task.evaluation=4", "traces.problems=4", "calibrate.epochs=1",
     "calibrate.patterns=1", "calibrate.batch_size=4", "rl.prompts_per_step=2", "rl.group_size=2",
     "rollout.max_new_tokens=6", "rollout=local", "rollout.threads=1", "evaluate.thresholds=[0.5]",
-    "evaluate.answers=2", "tracker.wandb=disabled", "checkpoint.bad_steps=1",
+    "evaluate.answers=2", "tracker.wandb=disabled",
 ]  # fmt: skip
 LONG = 40
 GRID = [

@@ -143,24 +143,6 @@ def test_learner_and_pool_agree_at_every_step(finished):
         assert row["grad_norm"] > 0
 
 
-@pytest.mark.timeout(1000)
-@EXTENDED
-def test_rl_starts_from_the_share_that_is_asked_for_on_every_stage(finished):
-    folder, _ = finished
-    before = set((folder / "runs" / "tiny").glob("rl-*"))
-    run("rl", folder, "rl.keep=0.5", "rl.adapter_lr=0", "rl.gate_lr=0", "rl.steps=1")
-    (stage,) = set((folder / "runs" / "tiny").glob("rl-*")) - before
-    try:
-        begun = load_file(stage / "checkpoints" / "step_1" / "policy.safetensors")
-    finally:
-        shutil.rmtree(stage)
-    calibrated = load_file(stages.trained(only(folder, "calibrate"))[2] / "policy.safetensors")
-    assert begun.keys() == calibrated.keys()
-    for name, tensor in calibrated.items():
-        np.testing.assert_allclose(begun[name], tensor * (0.5 if ".lora_B." in name else 1), rtol=1e-6, err_msg=name)
-    assert any(np.abs(tensor).max() > 0 for name, tensor in calibrated.items() if ".lora_B." in name)
-
-
 def test_traces_and_rl_are_of_problems_on_wide_operands_too(finished):
     traced = [trace.prompt_id for trace in load_traces(only(finished[0], "traces") / "dataset")]
     assert [name.endswith("/wide") for name in traced] == [False] * 12 + [True] * 4, traced
@@ -267,9 +249,9 @@ def test_the_adapters_stop_and_shrink_while_the_gates_settle_and_a_resumed_run_s
     folder, _ = finished
     runs = folder / "runs" / "tiny"
     settings = (
-        "calibrate.epochs=4", "calibrate.keep=0.75", "calibrate.keep_upper=0.5", "calibrate.settle=0.25",
+        "calibrate.epochs=4", "calibrate.keep=0.75", "calibrate.settle=0.25",
         "calibrate.gate_targets=current", "calibrate.student_patterns=0.5", "calibrate.uniform_patterns=1",
-        "calibrate.uniform_decay=1", "calibrate.checkpoint_every=3",
+        "calibrate.checkpoint_every=3",
     )  # fmt: skip
     before = set(runs.glob("calibrate-*"))
     run("calibrate", folder, *settings)
@@ -278,14 +260,13 @@ def test_the_adapters_stop_and_shrink_while_the_gates_settle_and_a_resumed_run_s
         at, end = (load_file(stage / "checkpoints" / f"step_{step}" / "policy.safetensors") for step in (6, 8))
         for name, tensor in end.items():
             if "lora" in name:
-                share = 1.0 if "lora_A" in name else 0.75 * (0.5 if int(name.split(".")[2]) >= 3 else 1.0)
+                share = 1.0 if "lora_A" in name else 0.75
                 assert np.allclose(tensor, at[name] * share, rtol=1e-6, atol=0), name
         assert any(not np.array_equal(end[name], at[name]) for name in end if name.startswith("gates."))
         assert all(np.abs(at[name]).max() > 0 for name in at if "lora_B" in name)
-        # Exits drawn at random are all there is at first and while gates settle; neither gates nor traces of a model
-        # that was never trained ask for any.
+        # Exits are drawn at random; neither gates nor traces of a model that was never trained ask for any.
         depths = [row["pattern_depth"] for row in read_metrics(stage / "metrics.jsonl")]
-        assert depths[5] > 0.9 > max(depths[0], *depths[6:]) and len(depths) == 8
+        assert max(depths) < 0.9 and len(depths) == 8
         # Step 6 is the last before the change.
         (stage / "DONE").unlink()
         shutil.rmtree(stage / "checkpoints" / "step_8")

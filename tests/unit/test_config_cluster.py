@@ -93,7 +93,6 @@ def test_seats(devices: int, share: float, expected: int) -> None:
         # Cores of its own, as srun binds them.
         ("rl", ["parallel.data=8"], "cuda", {"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_PER_TASK": "8"}, 8, 7),
         ("rl", ["parallel.data=8"], "cuda", {"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_PER_TASK": "8"}, 64, 16),
-        ("rl", ["task.verifier_workers=40"], "cpu", {}, 2, 40),
     ],
 )  # fmt: skip
 def test_verifiers_take_the_cores_that_ranks_and_actors_leave(

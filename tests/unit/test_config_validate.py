@@ -94,8 +94,6 @@ def test_every_rule_on_a_field_is_enforced(key: str, value: Any, expected: str) 
         (["adapter.rank=0"], ["adapter.rank=0", "teacher.enabled=false"]),
         (["calibrate.student_patterns=2"], ["calibrate.student_patterns=2"]),
         (["calibrate.keep=0.8"], ["calibrate.keep=0.8", "calibrate.settle"]),
-        (["calibrate.keep_upper=0.5"], ["calibrate.keep_upper=0.5", "calibrate.settle"]),
-        (["calibrate.keep_upper=1.5"], ["calibrate.keep_upper=1.5"]),
         (["rl.gate_centre=1"], ["rl.gate_centre=1"]),
         (["rl.gate_sharpness=0"], ["rl.gate_sharpness=0"]),
         (["calibrate.uniform_patterns=1.5"], ["calibrate.uniform_patterns=1.5"]),
@@ -140,11 +138,9 @@ def test_every_rule_on_a_field_is_enforced(key: str, value: Any, expected: str) 
             ["deepspeed.zero_stage=0", "deepspeed.offload_optimizer=true"],
             ["deepspeed.offload_optimizer=true", "deepspeed.zero_stage"],
         ),
-        (["deepspeed.betas=[0.9]"], ["deepspeed.betas=[0.9]"]),
         (["rl.minibatches=99"], ["rl.minibatches=99", "rl.prompts_per_step"]),
         (["rollout.device_share=1.5"], ["rollout.device_share=1.5"]),
         (["rollout.max_staleness=-1"], ["rollout.max_staleness=-1"]),
-        (["rollout.partial=carry_on"], ["rollout.partial=carry_on", "finish"]),
         (["rl.lambda_warmup=2"], ["rl.lambda_warmup=2"]),
         (["parallel.data=9", "cluster.gpus_per_node=8"], ["cluster.gpus_per_node=8", "9"]),
         (["parallel.data=16", *TWO_NODES], ["cluster.gpus_per_node=8", "cluster.rollout_nodes", "16"]),
@@ -167,14 +163,12 @@ def test_every_rule_on_a_field_is_enforced(key: str, value: Any, expected: str) 
             ["rollout.backend=vllm", "cluster.rollout_nodes", "8"],
         ),
         (["rl.credit=token", "rl.depth_cost=max"], ["rl.credit=token", "rl.depth_cost=max", "rl.credit=exit"]),
-        (["rl.credit=exit", "rl.exit_kl_power=2"], ["rl.exit_kl_power=2.0", "rl.kl=reward", "rl.kl=exact"]),
-        (["rl.exit_kl_power=0.5"], ["rl.exit_kl_power=0.5"]),
         (["rl.importance=mask", "rl.importance_floor=2"], ["rl.importance_floor=2", "rl.importance_cap=2"]),
         (["rl.clip_high=0.1"], ["rl.clip_high=0.1", "rl.clip=0.2"]),
         (["rl.accuracy_floor=100"], ["rl.accuracy_floor=100"]),
         (["rl.accuracy_floor=-100"], ["rl.accuracy_floor=-100"]),
         (["rl.accuracy_floor=1", "rl.replay=runs/x"], ["rl.accuracy_floor", "rl.replay"]),
-        (["rl.accuracy_floor=1", "rl.lambda_exit=5"], ["rl.lambda_exit=5", "rl.lambda_max=4"]),
+        (["rl.accuracy_floor=1", "rl.lambda_exit=5"], ["rl.lambda_exit=5", "rl.accuracy_floor"]),
         ([*SKIPPING, "rl.epochs=2"], ["rl.skip_scoring=true", "rl.epochs=2"]),
         ([*SKIPPING, "rl.minibatches=2"], ["rl.skip_scoring=true", "rl.minibatches=2"]),
         ([*SKIPPING, "rl.importance=truncate"], ["rl.skip_scoring=true", "rl.importance=truncate"]),
@@ -191,20 +185,6 @@ def test_every_rule_on_a_field_is_enforced(key: str, value: Any, expected: str) 
             ["rl.credit=exit", "rl.exit_divergence=all", "rollout.max_staleness=1"],
             ["rl.exit_divergence=all", "rollout.max_staleness=1"],
         ),
-        (["rl.exit_later=1", "rl.credit=exit"], ["rl.exit_later=1.0", "rl.exit_divergence=taken"]),
-        (
-            ["rl.exit_later=1", "rl.credit=exit", "rl.exit_divergence=all", "rl.gate_pull=0.2"],
-            ["rl.exit_later=1.0", "rl.gate_pull=0.2"],
-        ),
-        (["rl.gate_pull=0.2"], ["rl.gate_pull=0.2", "rl.credit=answer", "rl.credit=exit"]),
-        (["rl.gate_pull=0.2", "rl.credit=exit"], ["rl.gate_pull=0.2", "rl.exit_divergence=taken"]),
-        (
-            ["rl.gate_pull=0.2", "rl.credit=exit", "rl.exit_divergence=all", "rl.beta=0"],
-            ["rl.gate_pull=0.2", "rl.beta"],
-        ),
-        (["rl.keep=0"], ["rl.keep=0"]),
-        (["rl.keep=1", "calibrate.keep=0", "calibrate.settle=0.1"], ["rl.keep=1", "calibrate.keep=0"]),
-        (["rl.keep=1", "start=runs/x"], ["rl.keep=1", "start=runs/x"]),
         (["rl.skip_scoring=true", "rl.epochs=2"], ["rl.epochs=2", "rl.importance=truncate", "rl.kl=reward"]),
         (["rollout.vllm_exits=compact"], ["rollout.vllm_exits=compact", "rollout.backend=vllm", "ray"]),
         (["rollout=vllm", "exits.first_token=true"], ["exits.first_token=true", "rollout.backend=vllm"]),
@@ -380,12 +360,10 @@ def write_model(path: Path, layers: int) -> None:
 
 
 # What does not belong to a stage's identity: it changes how a result is computed, not what it is.
-NEVER = ("name", "runs", "device", "deterministic", "parallel", "checkpoint", "tracker", "cluster")
+NEVER = ("name", "runs", "device", "deterministic", "parallel", "tracker", "cluster")
 EXECUTION = {
     "model.base_unchecked",
-    "task.verifier_workers",
     "task.verifier_deadline_s",
-    "task.verifier_memory_mb",
     "pretrain.checkpoint_every",
     "calibrate.checkpoint_every",
     "rl.checkpoint_every",
@@ -406,7 +384,6 @@ EXECUTION = {
             "vllm_compile",
             "vllm_exits",
             "check_weights",
-            "start_timeout_s",
             "timeout_s",
             "failure_budget",
         )
@@ -421,7 +398,7 @@ FIRST_STAGE = {
     "rl": "rl",
     "start": "rl",
     "evaluate": "evaluate",
-    **dict.fromkeys(("rollout.max_staleness", "rollout.partial", "rollout.sync_dtype"), "rl"),
+    **dict.fromkeys(("rollout.max_staleness", "rollout.sync_dtype"), "rl"),
 }
 
 
@@ -515,7 +492,7 @@ def test_stage_directories_are_named_and_stable() -> None:
 @pytest.mark.parametrize("stage", ["pretrain", "teacher"])
 def test_a_stage_that_is_left_out_has_no_settings(stage: str) -> None:
     off = config(f"{stage}.enabled=false")
-    assert hashes(off) == hashes(changed(off, f"{stage}.seed"))
+    assert hashes(off) == hashes(changed(off, f"{stage}.batch_size"))
     assert stage not in identity.stage_order(off) and stage in identity.stage_order(config(f"{stage}.enabled=true"))
 
 

@@ -260,19 +260,19 @@ def test_a_stage_that_samples_goes_on_with_the_parts_that_it_has(
     """8 problems of 2 answers in parts of 3: two parts, a kill, then the third alone; the same as in one piece."""
     monkeypatch.setattr("ee_megatron.training.session.PART_WAVES", 1)
     where = [f"model.path={pool.tokenizer.name_or_path}", f"runs={tmp_path}", "name=x", "device=cpu"]
-    small = ["rollout.rows=6", "rollout.max_new_tokens=12", "traces.samples=2", "traces.temperature=1"]
+    small = ["rollout.rows=6", "rollout.max_new_tokens=12", "traces.temperature=1"]
     cfg = load([*where, *small, "exits.depths=[2,4]", "tracker=disabled"])
-    whole = GenerationRequest(PROMPTS, 2, SamplingParams(1.0, 12, tuple(cfg.rollout.stop)), Off(), cfg.traces.seed)
+    whole = GenerationRequest(PROMPTS, 2, SamplingParams(1.0, 12, tuple(cfg.rollout.stop)), Off(), 0)
     pool.load(None)
     expected = pool.generate(whole)
     assert any(not same(a, b) for a, b in expected)
     dying: Any = Dying(pool, 2)
     model = Path(pool.tokenizer.name_or_path)
     with pytest.raises(KeyboardInterrupt), Session(cfg, "traces", model, learner=False) as session:
-        session.sample(dying, list(PROMPTS), 2, 1.0, cfg.traces.seed, "answers")
+        session.sample(dying, list(PROMPTS), 2, 1.0, 0, "answers")
     counting: Any = Counting(pool)
     with Session(cfg, "traces", model, learner=False) as session:
-        found = session.sample(counting, list(PROMPTS), 2, 1.0, cfg.traces.seed, "answers")
+        found = session.sample(counting, list(PROMPTS), 2, 1.0, 0, "answers")
         assert counting.generated == 1 and len(list((session.path / "answers").iterdir())) == 3
         session.finish()
         assert not (session.path / "answers").exists()

@@ -108,7 +108,7 @@ import sys
 from ee_megatron.observe.metrics import Metrics
 from ee_megatron.observe.trackers import Tracking
 folder, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-tracking = Tracking("auto", "project", "front-rl-1", "front", "rl", {"rl": {"steps": 4, "families": ["sum"]}})
+tracking = Tracking("auto", "front-rl-1", "front", "rl", {"rl": {"steps": 4, "families": ["sum"]}})
 with Metrics(folder, tracking, resume_step=first - 1) as metrics:
     for step in range(first, last + 1):
         metrics.log(step, {"loss": step / 2}, {"seconds": step})
@@ -171,16 +171,16 @@ def _history(records) -> list[dict]:
 
 def test_wandb_gets_settings_as_columns_and_a_resumed_run_stays_one_directory(tmp_path):
     """No key: offline. Steps 1 to 3, killed after the checkpoint of step 2, go on at 3."""
-    _logged(tmp_path, 1, 3)
+    _logged(tmp_path, 1, 3, WANDB_PROJECT="other")
     (first,) = (tmp_path / "wandb").glob("offline-run-*")
     time.sleep(1.1)  # Its name has the second in which it began.
-    _logged(tmp_path, 3, 4)
+    _logged(tmp_path, 3, 4, WANDB_PROJECT="other")
     (second,) = (tmp_path / "wandb").glob("offline-run-*")
     assert second != first and second.name.split("-")[-1] == (tmp_path / "wandb" / "run_id").read_text()
     (file,) = second.glob("*.wandb")
     records = _settled(file)
     run = next(record.run for record in records if record.WhichOneof("record_type") == "run")
-    assert (run.project, run.display_name, run.run_group, run.job_type) == ("project", "front-rl-1", "front", "rl")
+    assert (run.project, run.display_name, run.run_group, run.job_type) == ("other", "front-rl-1", "front", "rl")
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["rl"] == {"steps": 4, "families": ["sum"]}
     assert _history(records) == [{"step": step, "loss": step / 2, "seconds": step} for step in (1, 2, 3, 4)]
@@ -220,20 +220,9 @@ def test_a_run_that_no_server_takes_is_written_offline(tmp_path, monkeypatch, ca
 
 
 def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(tmp_path, caplog):
-    # A file stands where wandb and tensorboard want a directory.
+    # A file stands where wandb wants a directory.
     (tmp_path / "wandb").touch()
-    (tmp_path / "tensorboard").touch()
-    with _open(tmp_path, wandb="offline", tensorboard=True) as metrics:
+    with _open(tmp_path, wandb="offline") as metrics:
         metrics.log(1, {"x": 1})
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
     assert any("wandb" in m for m in caplog.messages)
-    assert any("tensorboard" in m for m in caplog.messages)
-
-
-def test_tensorboard_gets_the_scalars(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with _open(tmp_path, tensorboard=True) as metrics:
-        metrics.log(3, {"loss": 0.25})
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
-    assert [(e.step, e.value) for e in events] == [(3, 0.25)]

@@ -45,8 +45,6 @@ def test_what_is_measured_on_wide_operands_shares_no_pair_with_what_is_trained_o
     assert len(pairs(measured) - pairs(own)) > 80
     trained = training_problems(cfg, model, task, 0.5)
     assert not pairs(measured) & pairs([*trained, *wide_validation(cfg, model, task), *task.prompts("validation")])
-    cfg.evaluate.split = "validation"
-    assert {p.text for p in wide_test(cfg, model, task)} > {p.text for p in wide_validation(cfg, model, task)}
     cfg.evaluate.wide_test = 0
     assert wide_test(cfg, model, task) == []
 

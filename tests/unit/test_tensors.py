@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ee_megatron.tensors import FileTensors, InterpolatedTensors, LayeredTensors, blocks_of, collect, digest, part_of
+from ee_megatron.tensors import FileTensors, LayeredTensors, blocks_of, collect, digest, part_of
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -77,17 +77,3 @@ def test_layers_lie_over_one_another(tmp_path: Path):
         2,
         2,
     )
-
-
-def test_interpolated_tensors_are_moved_part_by_part(tmp_path: Path):
-    ends = {"a": torch.randn(6, 4), "kept": torch.randn(3)}
-    begun = {"a": torch.randn(6, 4)}
-    save_file(ends, tmp_path / "file")
-    found = InterpolatedTensors(begun, FileTensors(tmp_path / "file"), {"a": 1.25, "kept": 1.0}.__getitem__)
-    moved = begun["a"] + 1.25 * (ends["a"] - begun["a"])
-    torch.testing.assert_close(found["a"], moved)
-    torch.testing.assert_close(part_of(found, "a", slice(2, 5), slice(1, 3)), moved[2:5, 1:3])
-    assert torch.equal(found["kept"], ends["kept"])
-    assert dict(found).keys() == ends.keys() and len(found) == 2 and found.shape("a") == (6, 4)
-    whole = collect(blocks_of(found))
-    torch.testing.assert_close(whole["a"], moved)

@@ -135,7 +135,7 @@ def test_a_policy_is_measured_with_no_answer_made_or_read_twice(tmp_path: Path) 
         "full depth", "sampled", chosen.exits.label,
     ]  # fmt: skip
     for row, exits in zip(work.rows, (Off(), Sample(), chosen.exits), strict=True):
-        request = GenerationRequest(work.test, 1, work.sampling, exits, work.session.cfg.evaluate.seed)
+        request = GenerationRequest(work.test, 1, work.sampling, exits, 0)
         scores = pool.score([answer for (answer,) in pool.generate(request)])
         assert row.kl == pytest.approx(np.concatenate([s.divergence for s in scores]).mean(), abs=2e-5)
     assert all("readings" in token for a in work.answers if a["id"] in two[:4] for token in a["tokens"])

@@ -35,7 +35,7 @@ MANY = [Prompt(f"q{i}", f"{i} times {i + 1}", "", "t") for i in range(12)]
 
 def settings(python: str, **more) -> RolloutConfig:
     return RolloutConfig(
-        backend="vllm", vllm_python=python, rows=8, threads=1, timeout_s=300, start_timeout_s=300, device_share=0.5,
+        backend="vllm", vllm_python=python, rows=8, threads=1, timeout_s=300, device_share=0.5,
         vllm_compile=False, **more,
     )  # fmt: skip
 

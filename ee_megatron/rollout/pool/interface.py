@@ -31,10 +31,6 @@ class Pending(Protocol):
     def result(self, progress: Progress | None = None) -> list[list[Rollout]]:
         """Wait for them; what `RolloutPool.generate` returns and raises. `progress(done, total)` counts answers."""
 
-    def renew(self, weights: WeightSet, keep: bool) -> None:
-        """Go on under newer weights: answers that are not finished keep the tokens they have, or begin again. Those of
-        chunks that were answered stay as they are."""
-
 
 class RolloutPool(Protocol):
     """One interface for the pool in process and the pool of actors. Results are in the order of what was asked."""

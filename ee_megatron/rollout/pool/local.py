@@ -156,6 +156,3 @@ class Finished:
 
     def result(self, progress: Progress | None = None) -> list[list[Rollout]]:
         return self.answers
-
-    def renew(self, weights: WeightSet, keep: bool) -> None:
-        """Nothing is under way."""

@@ -21,16 +21,12 @@ from .ray_nodes import await_head, await_nodes, is_loopback
 from .transport import unpack
 from .vllm import VllmPool
 
-# Calls of this group run beside the one call of the actor's own: they tell it to stop.
-CONTROL = "control"
-
 
 class Replica:
     """It works only for a caller who expects the weights that it holds."""
 
     def __init__(self, settings: ReplicaSettings):
         self.held: tuple[int, str] | None = None
-        self._stopped = 0
         self._device = settings.device
         self._refusal: ValueError | None = None
         try:
@@ -64,19 +60,15 @@ class Replica:
         self.held = identity(weights)
         return self.held, os.getpid(), str(ray.get_runtime_context().get_node_id())
 
-    def call(self, expected: tuple[int, str], method: str, arguments: tuple, number: int = 0) -> Any:
-        """Run a method of the pool. A `generate` whose `number` is stopped returns what it has. Raises ValueError if
-        other weights are held than the caller expects."""
+    def call(self, expected: tuple[int, str], method: str, arguments: tuple) -> Any:
+        """Run a method of the pool. Raises ValueError if other weights are held than the caller expects."""
         if self.held != expected:
             held = "no weights" if self.held is None else f"version {self.held[0]} ({self.held[1][:12]})"
             raise ValueError(
                 f"replica holds weights {held}, expected version {expected[0]} ({expected[1][:12]}); load them"
             )
         try:
-            if method != "generate":
-                return getattr(self.pool, method)(*arguments)
-            request, begun = arguments
-            return self.pool.generate(request, None, begun, lambda: bool(number) and self._stopped == number)
+            return getattr(self.pool, method)(*arguments)
         except EngineDied as error:
             # The driver replaces an actor that is gone and asks another for what this one owes.
             print(error, file=sys.stderr, flush=True)
@@ -85,10 +77,6 @@ class Replica:
             if self._device == "cpu":
                 # The learner, or another actor, works next, here too.
                 return_freed()
-
-    def stop(self, number: int) -> None:
-        """Let call `number` end with what it has; without effect on any other."""
-        self._stopped = number
 
 
 def actor_needs(device: str, device_share: float) -> dict[str, float]:
@@ -109,7 +97,7 @@ def create_replica(ray: Any, settings: ReplicaSettings, device_share: float) -> 
         "TOKENIZERS_PARALLELISM": "false",
     }
     needs = actor_needs(settings.device, device_share)
-    actor = ray.remote(concurrency_groups={CONTROL: 1})(Replica).options(
+    actor = ray.remote(Replica).options(
         num_cpus=needs["CPU"], num_gpus=needs["GPU"], max_restarts=0, runtime_env={"env_vars": environment}
     )
     return actor.remote(settings)

@@ -20,15 +20,12 @@ from typing import Any
 
 from ...config.schema import RolloutConfig
 from ..engine.request import Progress
-from .ray_actor import CONTROL
 from .ray_nodes import RayNodes
 
 # How long a wait may sleep before new requests and deadlines are looked at, seconds.
 POLL_S = 0.1
 # How often a pool that lacks actors looks for room, seconds.
 LOOK_S = 5.0
-# What an actor's result is to become: the chunk's; what the rest of the chunk goes on from; nothing.
-TAKE, GO_ON, DROP = "take", "go on", "drop"
 log = logging.getLogger(__name__)
 
 
@@ -44,16 +41,14 @@ class Sent:
 class Work:
     """A request: chunks of arguments and their sizes, to be answered under `weights`, and what came of it.
 
-    Without chunks it is done once every actor holds the weights. `go_on`, for work that can be stopped: from a chunk's
-    arguments and the result that it was stopped with, the arguments to ask for the rest with; None: it is complete.
-    Fields below are the driver's; `given` counts the chunks it has handed to actors, again after a loss.
+    Without chunks it is done once every actor holds the weights. Fields below are the driver's; `given` counts the
+    chunks it has handed to actors, again after a loss.
     """
 
     weights: Sent
     method: str = ""
     arguments: list[tuple] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
-    go_on: Callable[[tuple, list], tuple | None] | None = None
     pending: deque[int] = field(default_factory=deque)
     given: int = 0
     results: dict[int, list] = field(default_factory=dict)
@@ -75,10 +70,7 @@ class Work:
 
 @dataclass(eq=False)
 class Actor:
-    """An actor and the one call it has in flight: a chunk of some work, or a load of weights (`loading`).
-
-    `number` names the call; `fate`: what to do with its outcome.
-    """
+    """An actor and the one call it has in flight: a chunk of some work, or a load of weights (`loading`)."""
 
     handle: Any
     started: bool = False
@@ -89,29 +81,26 @@ class Actor:
     loading: tuple[int, str] | None = None
     work: Work | None = None
     chunk: int = -1
-    number: int = 0
-    fate: str = TAKE
     deadline: float = 0.0
 
 
 class Driver:
     """Owns `rollout.actors` actors. `submit` works, `wait` for them; works are served in the order of their arrival.
 
-    Every call has a deadline: `start_timeout_s`, which is above 0 here, for an actor's first load, `timeout_s` for any
+    Every call has a deadline: `start_s` for an actor's first load, `rollout.timeout_s`, which is above 0 here, for any
     other. An actor that dies or misses one is replaced where there is room; loss number `failure_budget` fails whatever
-    is asked from then on, and so does a pool without any actor for `start_timeout_s`.
+    is asked from then on, and so does a pool without any actor for `start_s`.
     """
 
-    def __init__(self, ray: Any, create: Callable[[], Any], nodes: RayNodes, rollout: RolloutConfig):
+    def __init__(self, ray: Any, create: Callable[[], Any], nodes: RayNodes, rollout: RolloutConfig, start_s: float):
         self._ray, self._create, self._nodes, self._count = ray, create, nodes, rollout.actors
-        self._start_timeout_s, self._timeout_s = rollout.start_timeout_s, rollout.timeout_s
+        self._start_s, self._timeout_s = start_s, rollout.timeout_s
         self._budget = rollout.failure_budget
         self.deaths, self.last_death = 0, ""
         self.actors: list[Actor] = []
         self._looked = self._manned = time.monotonic()
         self._fill()
         self._works: list[Work] = []
-        self._renewals: list[tuple[Work, Sent, bool]] = []
         self._broken: Exception | None = None
         self._closing = False
         self._wake = threading.Condition()
@@ -128,12 +117,6 @@ class Driver:
                 self._works.append(work)
                 self._wake.notify()
         return work
-
-    def renew(self, work: Work, weights: Sent, keep: bool) -> None:
-        """Answer the chunks of a work that have no answer yet under `weights`: from where they are, or again."""
-        with self._wake:
-            self._renewals.append((work, weights, keep))
-            self._wake.notify()
 
     def wait(self, work: Work, progress: Progress | None = None) -> list:
         """Results in the chunks' order. Raises what went wrong. Leaving early (interrupted) gives the work up."""
@@ -193,9 +176,7 @@ class Driver:
 
     def _turn(self) -> None:
         with self._wake:
-            works, renewals, self._renewals = list(self._works), self._renewals, []
-        for work, weights, keep in renewals:
-            self._stop(work, weights, GO_ON if keep else DROP)
+            works = list(self._works)
         if len(self.actors) < self._count and time.monotonic() > self._looked + LOOK_S:
             self._fill()
         for actor in self.actors:
@@ -206,17 +187,6 @@ class Driver:
             if not work.done.is_set() and self._complete(work):
                 self._withdraw(work)
                 work.finish()
-
-    def _stop(self, work: Work, weights: Sent, fate: str) -> None:
-        if work.done.is_set() or work.weights.identity == weights.identity:
-            return
-        work.weights = weights
-        for actor in self.actors:
-            if actor.work is work and actor.loading is None and actor.call is not None and actor.fate == TAKE:
-                actor.fate = fate
-                if fate == DROP:
-                    work.pending.appendleft(actor.chunk)
-                actor.handle.stop.options(concurrency_group=CONTROL).remote(actor.number)
 
     def _complete(self, work: Work) -> bool:
         if work.arguments:
@@ -231,15 +201,14 @@ class Driver:
             wanted = work.weights.identity
             if actor.held != wanted:
                 actor.held, actor.loading = None, wanted
-                limit = self._timeout_s if actor.started else self._start_timeout_s
+                limit = self._timeout_s if actor.started else self._start_s
                 # The work is kept with the call so that its error, if it is one, is told to whoever asked.
                 actor.work, actor.chunk = work, -1
                 actor.call = actor.handle.load.remote(wanted, work.weights.chunks, limit)
             elif work.pending:
                 actor.work, actor.chunk, limit = work, work.pending.popleft(), self._timeout_s
                 work.given += 1
-                actor.number += 1
-                actor.call = actor.handle.call.remote(wanted, work.method, work.arguments[actor.chunk], actor.number)
+                actor.call = actor.handle.call.remote(wanted, work.method, work.arguments[actor.chunk])
             else:
                 # This load waits for others: later works must not take the weights away from under it.
                 return
@@ -263,7 +232,7 @@ class Driver:
             if actor.call in ended:
                 self._take(actor)
             elif time.monotonic() > actor.deadline:
-                limit, what = (self._timeout_s, "answer") if actor.started else (self._start_timeout_s, "start")
+                limit, what = (self._timeout_s, "answer") if actor.started else (self._start_s, "start")
                 self._replace(actor, f"it did not {what} within {limit:.4g} s")
 
     def _take(self, actor: Actor) -> None:
@@ -276,20 +245,14 @@ class Driver:
         except errors.RayError as error:
             return self._replace(actor, str(error).strip().splitlines()[0])
         if isinstance(result, Exception):
-            if actor.fate != DROP:
-                self._withdraw(work)
-                work.finish(result)
+            self._withdraw(work)
+            work.finish(result)
         elif actor.loading is not None:
             actor.held, actor.pid, actor.node = result
             actor.started = True
-        elif actor.fate != DROP:
-            rest = work.go_on(work.arguments[actor.chunk], result) if actor.fate == GO_ON and work.go_on else None
-            if rest is None:
-                work.results[actor.chunk] = result
-            else:
-                work.arguments[actor.chunk] = rest
-                work.pending.appendleft(actor.chunk)
-        actor.call, actor.loading, actor.work, actor.fate = None, None, None, TAKE
+        else:
+            work.results[actor.chunk] = result
+        actor.call, actor.loading, actor.work = None, None, None
         return None
 
     def _replace(self, actor: Actor, reason: str) -> None:
@@ -312,7 +275,7 @@ class Driver:
         self._fill(lost)
 
     def _retire(self, actor: Actor) -> None:
-        if actor.loading is None and actor.work is not None and actor.fate != DROP:
+        if actor.loading is None and actor.work is not None:
             actor.work.pending.appendleft(actor.chunk)
         self._ray.kill(actor.handle)
         actor.call, actor.held = None, None
@@ -334,7 +297,7 @@ class Driver:
     def _await_room(self) -> None:
         """There is nobody to do the work. Raises RuntimeError once that has been so for too long."""
         waited = time.monotonic() - self._manned
-        if waited > self._start_timeout_s:
+        if waited > self._start_s:
             raise RuntimeError(
                 f"rollout pool: for {waited:.0f} s no node has had room for an actor (last loss: "
                 f"{self.last_death or 'none'}). Look at the logs of the rollout nodes, or lower rollout.device_share"

@@ -17,7 +17,6 @@ from ...families.hf_directory import HFDirectory
 from ...policy import WeightSet
 from ...tensors import Block, Digest, HeldStream, LazyTensors, Shape, Stream, part_of
 from ...types import ExitReading, Rollout, Trace
-from ..engine.generation import is_whole
 from ..engine.lens import Lens
 from ..engine.request import GenerationRequest, Progress
 from ..engine.scoring import Inspection, Score
@@ -36,14 +35,6 @@ READ_CHUNK = 128
 log = logging.getLogger(__name__)
 
 
-def go_on(arguments: tuple, answers: list[list[Rollout]]) -> tuple | None:
-    """What to ask for after `generate` with these arguments was stopped; None: nothing is lacking."""
-    request: GenerationRequest = arguments[0]
-    if all(is_whole(answer, request.sampling) for group in answers for answer in group):
-        return None
-    return request, answers
-
-
 @dataclass
 class RayPending:
     """`Pending` answers of a pool of actors."""
@@ -53,9 +44,6 @@ class RayPending:
 
     def result(self, progress: Progress | None = None) -> list[list[Rollout]]:
         return self.pool._driver.wait(self.work, progress)
-
-    def renew(self, weights: WeightSet, keep: bool) -> None:
-        self.pool._driver.renew(self.work, self.pool._send(weights), keep)
 
 
 class PutTensors(LazyTensors):
@@ -95,8 +83,8 @@ class RayPool:
             raise ValueError(f"rollout.device_share={device_share}: expected a fraction up to 1, or whole devices")
         source = HFDirectory(replica.model_path)
         starting = start_timeout(rollout, source.size())
-        rollout = replace(rollout, start_timeout_s=starting, timeout_s=call_timeout(rollout))
-        replica = replace(replica, start_s=rollout.start_timeout_s)
+        rollout = replace(rollout, timeout_s=call_timeout(rollout))
+        replica = replace(replica, start_s=starting)
         prepare_environment()
         import ray
 
@@ -106,13 +94,14 @@ class RayPool:
         if self._owner:
             shapes = replica.spec.tensor_shapes(source.dims).values() if replica.spec else []
             size = 4 * sum(int(np.prod(shape)) for shape in shapes)
-            start_ray(ray, actors, device_share, size, rollout.start_timeout_s)
+            start_ray(ray, actors, device_share, size, starting)
         self._sent = Sent(TEACHER, None)
         self._driver = Driver(
             ray,
             lambda: create_replica(ray, replica, device_share),
             RayNodes(ray, actor_needs(replica.device, device_share)),
             rollout,
+            starting,
         )
 
     @property
@@ -242,7 +231,7 @@ class RayPool:
         size = max(-(-2 * rows // request.per_prompt), -(-len(prompts) // spread))
         size = max(1, min(size, -(-len(prompts) // actors)))
         chunks = [replace(request, prompts=prompts[i : i + size]) for i in range(0, len(prompts), size)]
-        return Work(sent, "generate", [(c, ()) for c in chunks], [c.answers for c in chunks], go_on)
+        return Work(sent, "generate", [(c,) for c in chunks], [c.answers for c in chunks])
 
     def _read(self, method: str, rollouts: Sequence[Rollout], extra: tuple, progress: Progress | None) -> list:
         size = max(1, min(READ_CHUNK, -(-len(rollouts) // self._count)))

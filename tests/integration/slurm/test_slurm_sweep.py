@@ -89,7 +89,7 @@ def test_twelve_runs_come_to_eleven_results_whatever_happens_to_their_jobs(site)
         f"rl.adapter_lr={','.join('1e30' if run == 1 else '3e-4' for run in range(12))}",
         "--zip", "rl.lambda_exit,rl.seed,rl.steps,rl.adapter_lr", "--last", "rl", "--name", "array",
     ]  # fmt: skip
-    settings = ["experiment=rl_7b", *site.rl("array", *ALONE, "parallel.pipeline=1"), "checkpoint.bad_steps=1",
+    settings = ["experiment=rl_7b", *site.rl("array", *ALONE, "parallel.pipeline=1"),
                 "rl.checkpoint_every=2", "rl.prompts_per_step=2"]  # fmt: skip
     command = [*settings, *grid, *WHOLE_NODES]
     said = sweep(site, *command).stdout

@@ -173,7 +173,7 @@ def _count_faults(cfg: RunConfig, task: Task, reading: Sequence[str]) -> Iterato
         return
     if "teacher" in reading:
         t = cfg.teacher
-        shown = faults_of(lambda: task.few_shot(train[0], t.shots, t.seed))
+        shown = faults_of(lambda: task.few_shot(train[0], t.shots, 0))
         yield from (f"teacher.{line}" for line in shown)
         problems = min(len(train), t.problems)
         if problems < t.batch_size:

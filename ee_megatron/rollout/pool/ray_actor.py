@@ -75,8 +75,7 @@ class Replica:
         try:
             if method != "generate":
                 return getattr(self.pool, method)(*arguments)
-            request, begun = arguments
-            return self.pool.generate(request, None, begun, lambda: bool(number) and self._stopped == number)
+            return self.pool.generate(arguments[0], None)
         except EngineDied as error:
             # The driver replaces an actor that is gone and asks another for what this one owes.
             print(error, file=sys.stderr, flush=True)

@@ -17,7 +17,6 @@ from ...families.hf_directory import HFDirectory
 from ...policy import WeightSet
 from ...tensors import Block, Digest, HeldStream, LazyTensors, Shape, Stream, part_of
 from ...types import ExitReading, Rollout, Trace
-from ..engine.generation import is_whole
 from ..engine.lens import Lens
 from ..engine.request import GenerationRequest, Progress
 from ..engine.scoring import Inspection, Score
@@ -39,7 +38,7 @@ log = logging.getLogger(__name__)
 def go_on(arguments: tuple, answers: list[list[Rollout]]) -> tuple | None:
     """What to ask for after `generate` with these arguments was stopped; None: nothing is lacking."""
     request: GenerationRequest = arguments[0]
-    if all(is_whole(answer, request.sampling) for group in answers for answer in group):
+    if all((answer.finished or answer.length >= request.sampling.max_new_tokens) for group in answers for answer in group):
         return None
     return request, answers
 

@@ -39,8 +39,7 @@ from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import Decoder, SamplingParams
 from ee_megatron.rollout.engine.cache import KVCache
 from ee_megatron.rollout.engine.request import Request, Row
-from ee_megatron.rollout.engine.scheduler import Scheduler
-from ee_megatron.rollout.engine.stations import Stations
+from ee_megatron.rollout.engine.scheduler import Scheduler, SegmentQueues
 
 PARTS = ("cost", "orders", "decode", "hf", "end-to-end")
 NEVER = frozenset({-1})
@@ -166,7 +165,7 @@ def cost(bench: Bench) -> list[dict]:
     return [{"model": bench.name, "rows": r, "layer_s": t, "a_over_b": a / b} for r, t in pairs]
 
 
-class Fullest(Stations):
+class Fullest(SegmentQueues):
     """Always the station where most rows wait."""
 
     def _pick(self) -> int:
@@ -178,7 +177,9 @@ def head_layers(dims: ModelDims) -> float:
     return dims.vocab * dims.hidden / sum(rows * columns for rows, columns in dims.linear_shapes().values())
 
 
-def simulate(stations: Stations, bench: Bench, in_flight: int, depth: float, worth: float, tokens: int = 6000) -> float:
+def simulate(
+    stations: SegmentQueues, bench: Bench, in_flight: int, depth: float, worth: float, tokens: int = 6000
+) -> float:
     """Cost per token in row-layers: a run of k layers costs k · (worth + rows), the readout likewise; the keys
     and values of skipped layers are left out."""
     dims, last = bench.dims, len(bench.outcomes)
@@ -212,9 +213,9 @@ def orders(bench: Bench) -> list[dict]:
     print(f"{'batch':>6} {'in flight':>9} {'depth':>6} {'lock-step':>10} {'fullest':>8} {'ours':>6}")
     for batch in options.in_flight:
         for in_flight in dict.fromkeys((batch, batch * options.queue)):
-            full = simulate(Stations(count, batch), bench, in_flight, 1.0, worth)
+            full = simulate(SegmentQueues(count, batch), bench, in_flight, 1.0, worth)
             for depth in options.depths[1:]:
-                kinds = (Stations(count, batch, hold=0.0), Fullest(count, batch), Stations(count, batch))
+                kinds = (SegmentQueues(count, batch, hold=0.0), Fullest(count, batch), SegmentQueues(count, batch))
                 best = (dims.num_layers + head) / (depth * dims.num_layers + head)
                 shares = [full / simulate(kind, bench, in_flight, depth, worth) / best for kind in kinds]
                 print(f"{batch:>6} {in_flight:>9} {depth:>6.2f} {shares[0]:>10.0%} {shares[1]:>8.0%} {shares[2]:>6.0%}")

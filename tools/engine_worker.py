@@ -112,7 +112,7 @@ def masked(path: str, dtype: str, rows: int, **how: bool) -> Answer:
         ]
         while engine.busy:
             engine.advance()
-        return [engine.take_unfinished(i, 0).tokens.tolist() for i in ids]
+        return [engine.take(i, 0).tokens.tolist() for i in ids]
 
     return answer
 

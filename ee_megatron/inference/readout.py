@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ..exits import exit_distribution
-from ..rollout.engine.comparison import compare
 from ..rollout.engine.decoder import Decoder
 from ..rollout.engine.prompts import piece
 from ..rollout.engine.sampling import log_prob
-from ..rollout.engine.scoring import LOGITS_BYTES
+from ..rollout.engine.scoring import LOGITS_BYTES, compare
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,7 +10,7 @@ import itertools
 from dataclasses import dataclass
 
 from ..config.schema import RunConfig
-from ..rollout.engine.stations import HOLD
+from ..rollout.engine.scheduler import HOLD
 from .actors import gate_elements, linear_shards, vocabulary_rows
 from .devices import Device
 from .flops import decode_cost, gate

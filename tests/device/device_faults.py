@@ -19,8 +19,7 @@ from ee_megatron.parallel.vocabulary import Head
 from ee_megatron.rollout.engine import decoder as decoder_module
 from ee_megatron.rollout.engine import ops, scoring
 from ee_megatron.rollout.engine.decoder import Decoder
-from ee_megatron.rollout.engine.reading import Reader
-from ee_megatron.rollout.engine.steps import Steps
+from ee_megatron.rollout.engine.model_runner import ModelRunner, Prefiller
 
 
 @dataclass(frozen=True)
@@ -103,14 +102,14 @@ FAULTS = {
         Head, "entering", lambda real: lambda head, hidden: real(head, hidden.cpu()), "learn_likelihood", DEVICE
     ),
     "random numbers left on the host": Fault(
-        Steps, "draw", lambda real: lambda *args: real(*args).cpu(), "decode_sample", DEVICE
+        ModelRunner, "draw", lambda real: lambda *args: real(*args).cpu(), "decode_sample", DEVICE
     ),
     "part of a batch left on the host": Fault(
         learner_module, "to_device", _labels_on_the_host, "learner_score_likelihood", DEVICE
     ),
     "an attention mask built on the CPU": Fault(ops.Rows, "mask", _mask_on_the_cpu, "decode_off", DEVICE),
     "random numbers left on the CPU": Fault(
-        Steps, "draw", lambda real: lambda steps, rows: real(steps, rows).cpu(), "decode_sample", DEVICE
+        ModelRunner, "draw", lambda real: lambda steps, rows: real(steps, rows).cpu(), "decode_sample", DEVICE
     ),
     "a table that stayed on the CPU": Fault(Decoder, "_reach", _tables_on_the_cpu, "decode_off", DEVICE),
     "gates loaded to the CPU": Fault(
@@ -141,7 +140,7 @@ FAULTS = {
     ),
     "a copy of the whole cache in every layer": Fault(ops.TorchOps, "attend", _copied_cache, "decode off", "kernels"),
     "prompts that are kept for ever": Fault(
-        Reader, "forget", lambda real: lambda reader, waiting: None, "requests", "memory"
+        Prefiller, "forget", lambda real: lambda reader, waiting: None, "requests", "memory"
     ),
 }  # fmt: skip
 

@@ -102,14 +102,6 @@ def mixed(bench: Bench) -> list[Rollout]:
     return [scheduler.take(i, 0) for i in ids]
 
 
-def continued(bench: Bench) -> list[list[Rollout]]:
-    """Answers that were stopped half-way go on under other weights."""
-    decoder, tokenizer, pieces = bench.decoder(), bench.tokenizer(), iter(range(12))
-    begun = answer(decoder, tokenizer, PROMPTS, samples=2, version=1, rows=4, stop=lambda: next(pieces, None) is None)
-    decoder.load_policy(start(bench.path, LORA, seed=1))
-    return answer(decoder, tokenizer, PROMPTS, samples=2, version=2, rows=4, begun=begun)
-
-
 def nucleus_of_a_flat_distribution(bench: Bench) -> Tensor:
     """Some rows need the whole vocabulary sorted, some don't."""
     logits = torch.randn(6, 130, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.1, 8.0] * 3)[:, None]
@@ -183,7 +175,6 @@ PATHS: dict[str, Callable[[Bench], Any]] = {
     **{f"sampling_{sampling}": partial(answers, sampling=sampling) for sampling in SAMPLINGS},
     "decode_shared_prefix": partial(answers, prompts=SHARED),
     "decode_mixed": mixed,
-    "decode_continued": continued,
     "nucleus_of_a_flat_distribution": nucleus_of_a_flat_distribution,
     "score": scored,
     "score_full": partial(scored, spec=FULL),

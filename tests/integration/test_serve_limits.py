@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from ee_megatron.exit_rules import Off, Prescribed, Sample
 from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import Decoder, SamplingParams
-from ee_megatron.rollout.engine.reading import PREFILL_POSITIONS
+from ee_megatron.rollout.engine.model_runner import PREFILL_POSITIONS
 from ee_megatron.rollout.engine.request import Request
 from ee_megatron.rollout.engine.sampling import sample_tokens
 from ee_megatron.rollout.engine.scheduler import Scheduler

@@ -27,10 +27,9 @@ from ee_megatron.exit_rules import (
 from ee_megatron.exits import exit_distribution
 from ee_megatron.families import FAMILIES
 from ee_megatron.policy import PolicySpec, initial_policy
-from ee_megatron.rollout import Decoder, GenerationRequest, Request, SamplingParams, Scheduler, generate, stream
+from ee_megatron.rollout import Decoder, GenerationRequest, SamplingParams, generate, stream
 from ee_megatron.rollout.engine import scoring
-from ee_megatron.rollout.engine.ending import StopChecker
-from ee_megatron.rollout.engine.generation import is_whole
+from ee_megatron.rollout.engine.request import StopChecker
 from ee_megatron.rollout.engine.sampling import sample_tokens, stream_key, uniforms
 from ee_megatron.rollout.engine.scoring import inspect, read_exits, score, trace
 from ee_megatron.types import Prompt, Rollout
@@ -147,66 +146,6 @@ def test_a_seed_gives_the_same_answers_whatever_the_batching(policy, tokenizer, 
         a.tokens.tolist() != b.tokens.tolist() for a, b in zip(flat(run(prompts, 8, 2)), flat(expected), strict=True)
     )
     assert len({tuple(r.tokens) for r in expected[0]}) > 1
-
-
-def stop_after(turns: int):
-    left = iter(range(turns))
-    return lambda: next(left, None) is None
-
-
-@EITHER
-@pytest.mark.parametrize("exits", [Sample(), OFF], ids=str)
-@pytest.mark.parametrize("prompts", [PROMPTS, SHARED], ids=["apart", "shared prefix"])
-def test_answers_that_were_stopped_go_on_as_if_they_had_not_been(policy, tokenizer, exits, prompts):
-    sampling = SamplingParams(1.0, 24)
-
-    def run(**more):
-        return generate(policy, tokenizer, GenerationRequest(prompts, 3, sampling, exits, 7), version=1, rows=5, **more)
-
-    expected, lengths = flat(run()), []
-    for turns in (0, 1, 9, 40, 90):
-        found = run(stop=stop_after(turns))
-        lengths.append(sum(answer.length for answer in flat(found)))
-        # Twice, so that what was begun is stopped again.
-        found = flat(run(begun=run(begun=found, stop=stop_after(11))))
-        for a, b in zip(found, expected, strict=True):
-            assert a.prompt_id == b.prompt_id and a.text == b.text and a.finished == b.finished
-            assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.exit_depths, b.exit_depths)
-            np.testing.assert_allclose(a.token_logprobs, b.token_logprobs, atol=1e-4)
-            np.testing.assert_allclose(a.exit_logprobs, b.exit_logprobs, atol=1e-4)
-    assert lengths[0] == 0 and lengths == sorted(lengths) and len(set(lengths)) > 3
-
-
-@pytest.mark.parametrize("spec", [SPEC, EARLY], ids=["prompts never exit", "first token exits"])
-def test_answers_continued_under_new_weights_say_which_token_is_whose(spec, path, tokenizer):
-    decoder = Decoder.from_hf(path, spec, torch.float32, "cpu")
-    old, sampling = lively_policy(decoder), SamplingParams(1.0, 24)
-    new = {name: tensor * 1.2 for name, tensor in old.items()}
-    decoder.load_policy(old)
-    begun = generate(
-        decoder, tokenizer, GenerationRequest(PROMPTS, 3, sampling, Sample(), 3), 1, None, 8, (), stop_after(60)
-    )
-    decoder.load_policy(new)
-    answers = flat(
-        generate(decoder, tokenizer, GenerationRequest(PROMPTS, 3, sampling, Sample(), 3), 2, None, 8, begun)
-    )
-    under_old, under_new = score(decoder, old, answers), score(decoder, new, answers)
-    mixed = 0
-    for first, whole, before, after in zip(flat(begun), answers, under_old, under_new, strict=True):
-        kept = first.length
-        assert is_whole(whole, sampling) and np.array_equal(whole.tokens[:kept], first.tokens)
-        assert whole.weight_versions.tolist() == [1] * kept + [2] * (whole.length - kept)
-        # What the continuation saw of its own beginning is what the new weights make of it at the recorded exits.
-        for recorded, ours, theirs in (
-            (whole.token_logprobs, before.policy_logprobs, after.policy_logprobs),
-            (whole.exit_logprobs, before.exit_logprobs, after.exit_logprobs),
-        ):
-            np.testing.assert_allclose(recorded[:kept], ours[:kept], atol=2e-4)
-            np.testing.assert_allclose(recorded[kept:], theirs[kept:], atol=2e-4)
-        mixed += 0 < kept < whole.length
-    assert mixed > 5
-    with pytest.raises(ValueError, match="ended"):
-        Scheduler(decoder, tokenizer, 2).add(Request(PROMPTS[0].text, sampling, begun=answers[0]))
 
 
 @EITHER
@@ -476,16 +415,11 @@ def test_answers_by_several_rules_are_those_by_each_alone_and_their_prompts_are_
     # Where first tokens may exit, the shortest prompt has nothing to read before it runs.
     assert sum(read) == len(PROMPTS) - policy.layout.first_token
     assert seen[-1] == (70, 70) == (request.answers, request.answers) and request.per_prompt == 10
-    calls = iter(range(1000))
-    stopped = generate(policy, tokenizer, request, 0, rows=rows, stop=lambda: next(calls) == 12)
-    assert any(a.length and not is_whole(a, request.sampling) for a in flat(stopped))
-    gone_on = generate(policy, tokenizer, request, 0, rows=rows, begun=stopped)
     for i, rule in enumerate(rules):
         alone = generate(policy, tokenizer, request.by(rule), 0, rows=rows)
-        for group, other, expected in zip(found, gone_on, alone, strict=True):
-            for a, b, c in zip(group[2 * i : 2 * i + 2], other[2 * i : 2 * i + 2], expected, strict=True):
-                assert all(np.array_equal(vars(a)[name], value) for name, value in vars(c).items())
-                assert np.array_equal(b.tokens, c.tokens) and np.array_equal(b.exit_depths, c.exit_depths)
+        for group, expected in zip(found, alone, strict=True):
+            for a, b in zip(group[2 * i : 2 * i + 2], expected, strict=True):
+                assert all(np.array_equal(vars(a)[name], value) for name, value in vars(b).items())
     depths = [
         tuple(int(d) for group in found for a in group[2 * i : 2 * i + 2] for d in a.exit_depths) for i in range(5)
     ]

@@ -20,10 +20,10 @@ from ee_megatron.rollout import Decoder, SamplingParams
 from ee_megatron.rollout.engine import ops as ops_module
 from ee_megatron.rollout.engine import sampling
 from ee_megatron.rollout.engine.cache import KVCache
-from ee_megatron.rollout.engine.comparison import compare
 from ee_megatron.rollout.engine.ops import KernelOps, Rows, TorchOps, choose_ops
 from ee_megatron.rollout.engine.request import Request
 from ee_megatron.rollout.engine.scheduler import Scheduler
+from ee_megatron.rollout.engine.scoring import compare
 from tests.tiny import tiny_hf
 
 DIMS = ModelDims("qwen3", 3, 48, 40, 6, 2, 16, 130, 512, 1e-6, 1e4)

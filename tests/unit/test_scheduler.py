@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +18,7 @@ from ee_megatron.rollout import Decoder, SamplingParams
 from ee_megatron.rollout.engine.cache import PAGE
 from ee_megatron.rollout.engine.ops import TorchOps
 from ee_megatron.rollout.engine.request import Event, Request
-from ee_megatron.rollout.engine.scheduler import Scheduler
-from ee_megatron.rollout.engine.stations import Stations
-from ee_megatron.rollout.engine.waiting import Waiting
+from ee_megatron.rollout.engine.scheduler import Scheduler, SegmentQueues
 from ee_megatron.types import Rollout
 from tests.reference import Reference, random_policy
 from tests.tiny import tiny_hf
@@ -200,7 +197,7 @@ def test_requests_join_and_leave_a_running_engine(decoder, tokenizer):
     first, second, third = (scheduler.add(Request("abc", sampling, Sample(), 0, name)) for name in ("a", "b", "c"))
     for _ in range(10):
         scheduler.advance()
-    assert {row.id for row in scheduler.stations} == {first, second}
+    assert {row.id for row in scheduler.queues} == {first, second}
     assert scheduler.cancel(first) and scheduler.cancel(third) and not scheduler.cancel(first)
     late = scheduler.add(Request("abc", SamplingParams(1.0, 5), Sample(), 0, "d"))
     events: list[Event] = []
@@ -215,15 +212,6 @@ def test_requests_join_and_leave_a_running_engine(decoder, tokenizer):
         alone(decoder, tokenizer, Request("abc", SamplingParams(1.0, 5), Sample(), 0, "d")),
     )
     assert scheduler.cancel(second) and not scheduler.finished and scheduler.free == 2
-
-
-def test_requests_that_give_up_their_place_wait_again_in_the_order_they_came():
-    waiting, rows = Waiting(None, False), [SimpleNamespace(id=i) for i in range(5)]
-    for row in rows[3:]:
-        waiting.put(row)
-    # Whatever order their work was in.
-    waiting.put_back([rows[1], rows[0], rows[2]])
-    assert [row.id for row in waiting] == [0, 1, 2, 3, 4] and waiting.first is rows[0]
 
 
 def test_events_stream_the_answer(decoder, tokenizer):
@@ -293,7 +281,7 @@ def test_equal_prompts_and_a_common_beginning_are_read_once(decoder, tokenizer, 
     apart = scheduler.add(Request([9, 9], SamplingParams(1.0, 3)))
     scheduler.share_prefix(head)
     answers = finish(scheduler, [*ids, apart])
-    assert sum(read) == 50 + 4 + 2 and not scheduler.reader._read
+    assert sum(read) == 50 + 4 + 2 and not scheduler.prefiller._read
     same(answers[7], alone(decoder, tokenizer, Request([*head, 61], SamplingParams(1.0, 3), prompt_id="1", sample=2)))
 
 
@@ -314,7 +302,7 @@ def test_a_group_computes_and_holds_its_prompt_once(length, common, decoder, tok
     scheduler.share_prefix(prompt[:common])
     while scheduler.busy:
         scheduler.advance()
-        rows = list(scheduler.stations)
+        rows = list(scheduler.queues)
         whole = once // PAGE
         own = sum(max(1, -(-row.length // PAGE) - whole) for row in rows)
         assert not rows or whole < scheduler.cache.used <= whole + own
@@ -333,7 +321,7 @@ def test_a_bounded_cache_counts_what_a_group_shares_once(decoder, tokenizer):
     scheduler = Scheduler(decoder, tokenizer, in_flight=group + 1, positions=(8 + group) * PAGE)
     ids = [scheduler.add(request) for request in [*asked, other]]
     scheduler.advance()
-    assert len(scheduler.stations) == group and scheduler.waiting.first.request is other
+    assert len(scheduler.queues) == group and scheduler.waiting.first.request is other
     answers = finish(scheduler, ids)
     assert scheduler.cache.pages <= 8 + group
     for answer, request in zip(answers, [*asked, other], strict=True):
@@ -375,7 +363,7 @@ def test_answers_of_one_token_take_no_page(decoder, tokenizer):
 
 def test_many_prompts_are_read_a_bounded_number_of_positions_at_a_time(decoder, tokenizer, monkeypatch):
     requests = [Request([n + 1] * (n % 17 + 1), SamplingParams(1.0, 4), prompt_id=str(n)) for n in range(40)]
-    monkeypatch.setattr("ee_megatron.rollout.engine.reading.PREFILL_POSITIONS", 20)
+    monkeypatch.setattr("ee_megatron.rollout.engine.model_runner.PREFILL_POSITIONS", 20)
     read: list[int] = []
     real = decoder.prefill
     monkeypatch.setattr(decoder, "prefill", lambda tokens, *rest: read.append(tokens.numel()) or real(tokens, *rest))
@@ -387,14 +375,14 @@ def test_many_prompts_are_read_a_bounded_number_of_positions_at_a_time(decoder, 
 
 
 def test_a_nearly_empty_station_waits_and_no_row_waits_for_ever():
-    stations = Stations(3, batch=100)
+    stations = SegmentQueues(3, batch=100)
     rows = [object() for _ in range(40)]
     for row in rows[:3]:
         stations.put(1, row)  # type: ignore[arg-type]
     for row in rows[3:]:
         stations.put(0, row)  # type: ignore[arg-type]
     assert [len(stations.take()[1]) for _ in range(2)] == [37, 3]
-    full = Stations(3, batch=4)
+    full = SegmentQueues(3, batch=4)
     for station, count in ((0, 5), (1, 6), (2, 3)):
         for row in rows[:count]:
             full.put(station, row)  # type: ignore[arg-type]
@@ -426,7 +414,7 @@ def test_memory_follows_the_tokens_that_are_there(decoder, tokenizer, platform, 
     held, there = [], []
     while scheduler.busy:
         scheduler.advance()
-        there.append(sum(row.length for row in scheduler.stations))
+        there.append(sum(row.length for row in scheduler.queues))
         held.append(sum(layer.numel() for layer in scheduler.cache.layers) // scheduler.decoder.dims.num_layers)
     held, there = np.array(held) / scheduler.cache.layers[0][0].numel() * PAGE, np.array(there)
     # A few rows' worth of positions: then a page's rest is a larger share of so little.
@@ -456,7 +444,7 @@ def test_a_bounded_cache_gives_the_same_answers_and_is_never_exceeded(
     together = 0
     while scheduler.busy:
         scheduler.advance()
-        together = max(together, len(scheduler.stations))
+        together = max(together, len(scheduler.queues))
         assert scheduler.cache.pages <= positions // PAGE
     assert together <= in_flight and (together > 1 or in_flight == 1)
     for i in order[:4]:

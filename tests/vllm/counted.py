@@ -41,7 +41,7 @@ def main(path: str, asked: str) -> None:
     ]
     while engine.busy:
         engine.advance()
-    depths = [engine.take_unfinished(row, 0).exit_depths.tolist() for row in rows]
+    depths = [engine.take(row, 0).exit_depths.tolist() for row in rows]
     print(json.dumps({"ran": [ran[number] for number in range(1, layers + 1)], "depths": depths}))
 
 

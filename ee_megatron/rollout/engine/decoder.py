@@ -219,14 +219,9 @@ class Decoder:
         return self._parallel(tokens, lengths, exit_depths, prefix, self.layout.depths)[:2]
 
     @torch.inference_mode()
-    def prefill(
-        self, tokens: Tensor, lengths: Tensor, prefix: Prefilled | None = None, exit_depths: Tensor | None = None
-    ) -> list[Prefilled]:
-        """Read sequences [B, T] (right-padded), after a common prefix if given -> one `Prefilled` each.
-
-        Prompts are read at full depth (None); `exit_depths` are as in `forward_parallel`.
-        """
-        hidden, _, keys, values = self._parallel(tokens, lengths, exit_depths, prefix=prefix, keep_kv=True)
+    def prefill(self, tokens: Tensor, lengths: Tensor, prefix: Prefilled | None = None) -> list[Prefilled]:
+        """Prompts [B, T] (right-padded) at full depth, after a common prefix if given -> one `Prefilled` each."""
+        hidden, _, keys, values = self._parallel(tokens, lengths, None, prefix=prefix, keep_kv=True)
         start = prefix.length if prefix else 0
         ends = lengths.tolist()
         return [Prefilled(keys[:, b, :n], values[:, b, :n], hidden[b, n - 1], start) for b, n in enumerate(ends)]

@@ -1,20 +1,27 @@
-"""What the scheduler is asked and what it reports: requests, answers in the making, events."""
+"""Requests, checked against the model, the answers being generated for them, and an event per new token."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ...exit_rules import ExitRule, Off
+from ...exits import ExitLayout
 from ...types import Prompt, Rollout
-from .ending import StopChecker
-from .sampling import SamplingParams, TopLogprobs
+from .prompts import encode_text
+from .sampling import SamplingParams, TopLogprobs, stream_key
 
-# Told how many of how many answers there are.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Sets of stop strings that are remembered: requests may come with any.
+STOPS_KEPT = 64
+# Called with the number of answers done and in all.
 Progress = Callable[[int, int], None]
 
 
@@ -62,8 +69,6 @@ class Request:
     - top_logprobs: how many of the most probable tokens events name beside the chosen one
     - prefill: tokens that the answer is made to begin with. They are part of it and count towards max_new_tokens; their
       exits are chosen by `exits`, their log-probabilities are those of the whole distribution
-    - begun: its first tokens, as `Scheduler.take_unfinished` gave them: they are read again, at their own exits, under
-      the weights now loaded, and the answer goes on from there
     """
 
     prompt: str | Sequence[int]
@@ -75,19 +80,6 @@ class Request:
     stream: bool = False
     top_logprobs: int = 0
     prefill: Sequence[int] = ()
-    begun: Rollout | None = None
-
-
-class NextToken(NamedTuple):
-    """What a row gets next: fields as in `Event`."""
-
-    token: int
-    depth: int
-    logprob: float
-    full_logprob: float
-    exit_logprob: float
-    finished: str | None
-    top: TopLogprobs = ()
 
 
 def check_logits(full_logprobs: Iterable[float]) -> None:
@@ -100,8 +92,7 @@ def check_logits(full_logprobs: Iterable[float]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """A request got a token: its id, the text that became certain with it, its exit depth and log-probabilities.
 
     `finished` is None, or why this was the last: "stop" (end of sequence or a stop string) or "length". `top`: the most
@@ -110,13 +101,57 @@ class Event:
 
     request: int
     token: int
-    text: str
     depth: int
     logprob: float
     full_logprob: float
     exit_logprob: float
     finished: str | None
     top: TopLogprobs = ()
+    text: str = ""
+
+
+class StopChecker:
+    """End-of-sequence ids and stop strings. Decodes the answer only when its newest token could complete a stop."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int], stop: Sequence[str]):
+        self.tokenizer = tokenizer
+        # A special token never shows up in decoded text: as a stop string it is an end-of-sequence id.
+        special = {text: tokenizer.convert_tokens_to_ids(text) for text in stop if text in tokenizer.all_special_tokens}
+        ids = set(eos_ids) or {tokenizer.eos_token_id} - {None}
+        self.end_ids = frozenset(ids | set(special.values()))
+        self.stop = tuple(text for text in stop if text not in special)
+        self._last_characters = {text[-1] for text in self.stop}
+        # A space may be lost and a character beyond ASCII split when a token is decoded alone: then always look.
+        self._always = any(last == " " or not last.isascii() for last in self._last_characters)
+        self._could_complete = cache(self._completes)
+
+    def ends(self, tokens: Sequence[int], newest: int) -> bool:
+        """Whether an answer ends with the token that comes next after its `tokens`."""
+        if newest in self.end_ids:
+            return True
+        if not self.stop or not (self._always or self._could_complete(newest)):
+            return False
+        text = self.decode([*tokens, newest])
+        return any(stop in text for stop in self.stop)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The answer's text without special tokens, up to the first stop string."""
+        text = self.decode(tokens)
+        cuts = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
+        return text[: min(cuts)] if cuts else text
+
+    def settled(self, tokens: Sequence[int]) -> str:
+        """The part of the text that later tokens can't change: no broken character, no beginning of a stop string."""
+        text = self.text(tokens).rstrip("\ufffd")
+        held = [n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        return text[: len(text) - max(held, default=0)]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _completes(self, token: int) -> bool:
+        piece = self.decode([token])
+        return any(last in piece for last in self._last_characters)
 
 
 @dataclass(eq=False)
@@ -145,11 +180,6 @@ class Row:
     exit_logprobs: list[float] = field(default_factory=list)
     finished: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.request.begun is not None:
-            for name in ("tokens", "exit_depths", "token_logprobs", "full_logprobs", "exit_logprobs"):
-                setattr(self, name, getattr(self.request.begun, name).tolist())
-
     @property
     def given(self) -> int | None:
         """The token that the prefill prescribes next; None where the model is free."""
@@ -177,26 +207,20 @@ class Row:
             return "stop"
         return "length" if made >= self.request.sampling.max_new_tokens else None
 
-    def append(self, new: NextToken) -> Event:
+    def append(self, new: Event) -> Event:
+        """Take in the next token; the event with its text, if the request is streamed."""
         self.tokens.append(new.token)
         self.exit_depths.append(new.depth)
         self.token_logprobs.append(new.logprob)
         self.full_logprobs.append(new.full_logprob)
         self.exit_logprobs.append(new.exit_logprob)
         self.finished = new.finished
-        text = self._new_text() if self.request.stream else ""
-        return Event(
-            self.id, new.token, text, new.depth, new.logprob, new.full_logprob, new.exit_logprob, new.finished, new.top
-        )
+        return new._replace(text=self._new_text()) if self.request.stream else new
 
     def rollout(self, version: int) -> Rollout:
         token_logprobs = np.array(self.token_logprobs, dtype=np.float32)
         sampling = self.request.sampling
         cut = sampling.temperature > 0 and (sampling.top_k or sampling.top_p < 1)
-        begun = self.request.begun
-        versions = np.full(len(self.tokens), version, dtype=np.int32)
-        if begun is not None and begun.weight_versions is not None:
-            versions[: begun.length] = begun.weight_versions
         return Rollout(
             prompt_id=self.request.prompt_id,
             prompt_tokens=np.array(self.prompt_tokens, dtype=np.int64),
@@ -208,7 +232,6 @@ class Row:
             finished=self.finished == "stop",
             weight_version=version,
             full_logprobs=np.array(self.full_logprobs, dtype=np.float32) if cut else token_logprobs,
-            weight_versions=versions,
         )
 
     def _new_text(self) -> str:
@@ -216,3 +239,53 @@ class Row:
         new = text[self.shown :]
         self.shown = max(self.shown, len(text))
         return new
+
+
+@dataclass
+class RequestValidator:
+    """For one model: its tokenizer, end-of-sequence ids, exits, and the longest sequence it takes."""
+
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: Iterable[int]
+    layout: ExitLayout
+    max_positions: int
+    _stopping: dict[tuple[str, ...], StopChecker] = field(default_factory=dict)
+
+    def begin(self, number: int, request: Request, gated: bool) -> Row:
+        """The row of a request; `gated`: gates are loaded. Raises ValueError for what the model can't answer."""
+        request.exits.check(self.layout, gated)
+        prompt = request.prompt
+        tokens = tuple(encode_text(self.tokenizer, prompt) if isinstance(prompt, str) else prompt)
+        if not tokens:
+            raise ValueError(f"prompt {request.prompt_id!r} has no tokens; give it a text")
+        key = stream_key(request.seed, request.prompt_id, request.sample)
+        stop = request.sampling.stop
+        if stop not in self._stopping:
+            if len(self._stopping) >= STOPS_KEPT:
+                del self._stopping[next(iter(self._stopping))]
+            self._stopping[stop] = StopChecker(self.tokenizer, self.eos_ids, stop)
+        # The position that may exit is run as those of generated tokens are.
+        read = tokens[:-1] if self.layout.first_token else tokens
+        row = Row(number, request, tokens, read, key, self._stopping[stop])
+        check_prefill(row)
+        if row.longest > self.max_positions:
+            raise ValueError(
+                f"prompt and answer take up to {row.longest} positions, the model has {self.max_positions}; "
+                "shorten the prompts or lower max_new_tokens"
+            )
+        return row
+
+
+def check_prefill(row: Row) -> None:
+    """Raises ValueError for a prefill that leaves the model nothing to say."""
+    prefill, limit = row.request.prefill, row.request.sampling.max_new_tokens
+    if not prefill:
+        return
+    if len(prefill) >= limit:
+        raise ValueError(
+            f"prefill of {row.request.prompt_id!r} has {len(prefill)} tokens, the answer may have {limit}; "
+            "raise max_new_tokens"
+        )
+    text = row.stopping.decode(prefill)
+    if any(stop in text for stop in row.stopping.stop):
+        raise ValueError(f"prefill of {row.request.prompt_id!r} holds a stop string; cut it there")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...exits import gate_log_term
+from ...kernels import compiled
 from ...types import ExitReading, Rollout, Trace
-from .comparison import Comparison, compare
 from .decoder import Beginnings, Decoder
 from .prompts import pad
 from .request import Progress
@@ -30,6 +30,38 @@ SHARED_FROM = 1 / 8
 # What a pass costs whatever it reads, in positions: weights are read, kernels started. 60 were measured on a CPU with
 # AMX (SmolLM2-135M, bfloat16, a thread); by count an H100 does some 300 positions while it reads the weights.
 PASS_POSITIONS = 128
+
+
+class Comparison(NamedTuple):
+    """Of n pairs of distributions p and q, float32 [n] each, natural logs: KL(p ‖ q) in nats, log sum exp of either's
+    logits, the entropy of p in nats."""
+
+    divergence: Tensor
+    normaliser: Tensor
+    other_normaliser: Tensor
+    entropy: Tensor
+
+
+def compare(logits: Tensor, others: Tensor, rows: Tensor | None = None, other_rows: Tensor | None = None) -> Comparison:
+    """softmax(logits) with softmax(others), float32 [*, V], row by row; of either only `rows`, `other_rows` int64 [n],
+    where they are given. -inf where a token has no probability."""
+    library = compiled.library(torch.float32) if logits.device.type == "cpu" else None
+    if library is not None:
+        logits, others = logits.contiguous(), others.contiguous()
+        rows, other_rows = (None if which is None else which.contiguous() for which in (rows, other_rows))
+        count, vocab = len(logits) if rows is None else len(rows), logits.shape[1]
+        found = torch.empty(count, 4)
+        library.compare(
+            logits.data_ptr(), others.data_ptr(), compiled.pointer(rows), compiled.pointer(other_rows),
+            found.data_ptr(), count, vocab,
+        )  # fmt: skip
+        return Comparison(*found.unbind(1))
+    logits, others = (x if which is None else x[which] for x, which in ((logits, rows), (others, other_rows)))
+    normaliser, other = logits.logsumexp(-1), others.logsumexp(-1)
+    logp = logits - normaliser[:, None]
+    p = logp.exp()
+    divergence = torch.where(p > 0, p * (logp - (others - other[:, None])), 0.0).sum(-1).clamp(min=0)
+    return Comparison(divergence, normaliser, other, -torch.where(p > 0, p * logp, 0.0).sum(-1))
 
 
 @dataclass
@@ -110,6 +142,10 @@ def score_prompts(
     return found
 
 
+Columns = dict[str, Tensor]
+"""By the names of the fields of a record, each [n, ...]: what is known of n positions."""
+
+
 @dataclass
 class _Batch:
     """Rollouts read together: what is known at the N positions that predict their tokens.
@@ -139,12 +175,12 @@ def inspect(
 ) -> list[Inspection]:
     """What exiting would have cost wherever a gate was asked, and what the gate said. Leaves the policy loaded."""
 
-    def chunk(batch: _Batch, at: slice) -> tuple[Tensor, ...]:
+    def chunk(batch: _Batch, at: slice) -> Columns:
         return _inspect_chunk(decoder, batch, at, streams)
 
-    scored = len(fields(Score))
     read = _read_beside_teacher(decoder, policy, rollouts, chunk, progress)
-    return [Inspection(Score(*columns[:scored]), *columns[scored:]) for columns in read]
+    scores = [Score(**{field.name: columns.pop(field.name) for field in fields(Score)}) for columns in read]
+    return [Inspection(score, **columns) for score, columns in zip(scores, read, strict=True)]
 
 
 @torch.inference_mode()
@@ -157,13 +193,13 @@ def read_exits(
     """What exiting costs, or would have, and what the gates say, at every exit that tokens came by. Leaves the policy
     loaded."""
 
-    def chunk(batch: _Batch, at: slice) -> tuple[Tensor, ...]:
+    def chunk(batch: _Batch, at: slice) -> Columns:
         return _exits_chunk(decoder, batch, at)
 
-    return [ExitReading(*columns) for columns in _read_beside_teacher(decoder, policy, rollouts, chunk, progress)]
+    return [ExitReading(**columns) for columns in _read_beside_teacher(decoder, policy, rollouts, chunk, progress)]
 
 
-def _exits_chunk(decoder: Decoder, batch: _Batch, at: slice) -> tuple[Tensor, ...]:
+def _exits_chunk(decoder: Decoder, batch: _Batch, at: slice) -> Columns:
     theirs = batch.teacher_readout(batch.teacher[at])
     found, hazards = (
         torch.full((len(theirs), columns), float("nan"), device=decoder.device)
@@ -177,10 +213,10 @@ def _exits_chunk(decoder: Decoder, batch: _Batch, at: slice) -> tuple[Tensor, ..
         found[passed, i] = compare(decoder.readout(hidden), theirs, other_rows=passed).divergence
         if i < len(batch.exits) and decoder.gates is not None:
             hazards[passed, i] = decoder.gate_logit(i, hidden).sigmoid()
-    return found, hazards
+    return {"divergences": found, "hazards": hazards}
 
 
-def _inspect_chunk(decoder: Decoder, batch: _Batch, at: slice, streams: bool) -> tuple[Tensor, ...]:
+def _inspect_chunk(decoder: Decoder, batch: _Batch, at: slice, streams: bool) -> Columns:
     """The fields of `Score`, then the others of `Inspection`, for one chunk of positions; the exits are read where they
     were asked."""
     theirs = batch.teacher_readout(batch.teacher[at])
@@ -200,11 +236,14 @@ def _inspect_chunk(decoder: Decoder, batch: _Batch, at: slice, streams: bool) ->
         against, top = compare(theirs, logits, rows=asked), logits.max(dim=-1)
         costs[asked, i] = against.divergence
         said[asked, i], logprobs[asked, i] = top.indices.int(), top.values - against.other_normaliser
-    found = (*scores, hazards, costs, said, logprobs, best.indices.int(), best.values - compared.normaliser)
-    if not streams:
-        return found
-    stacked = torch.stack([stream[at] for stream in (*batch.exits, batch.final)], dim=1).float()
-    return *found, (stacked * stacked.pow(2).mean(-1, keepdim=True).rsqrt()).half()
+    found = {
+        **scores, "hazards": hazards, "divergences": costs, "said": said, "said_logprobs": logprobs,
+        "teacher_said": best.indices.int(), "teacher_said_logprobs": best.values - compared.normaliser,
+    }  # fmt: skip
+    if streams:
+        stacked = torch.stack([stream[at] for stream in (*batch.exits, batch.final)], dim=1).float()
+        found["streams"] = (stacked * stacked.pow(2).mean(-1, keepdim=True).rsqrt()).half()
+    return found
 
 
 @torch.inference_mode()
@@ -219,19 +258,23 @@ def trace(decoder: Decoder, rollouts: Sequence[Rollout], top_k: int, progress: P
         )
     read = _read(decoder, rollouts, lambda batch, at: _trace_chunk(decoder, batch, at, top_k), progress)
     return [
-        Trace(r.prompt_id, r.prompt_tokens, r.tokens, divergences, ids, logprobs, entropy, correct=False, text=r.text)
-        for r, (divergences, ids, logprobs, entropy) in zip(rollouts, read, strict=True)
+        Trace(
+            prompt_id=r.prompt_id, prompt_tokens=r.prompt_tokens, tokens=r.tokens, correct=False, text=r.text, **columns
+        )
+        for r, columns in zip(rollouts, read, strict=True)
     ]
 
 
-def _trace_chunk(decoder: Decoder, batch: _Batch, at: slice, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Divergences [n, M], top-k ids int32 [n, k], their log-probabilities [n, k], entropy [n] of one chunk."""
+def _trace_chunk(decoder: Decoder, batch: _Batch, at: slice, top_k: int) -> Columns:
     theirs = batch.teacher_readout(batch.teacher[at])
     divergences, own = torch.zeros(len(theirs), len(batch.exits), device=theirs.device), compare(theirs, theirs)
     for i, stream in enumerate(batch.exits):
         divergences[:, i] = compare(theirs, decoder.readout(stream[at])).divergence
     best = theirs.topk(top_k, dim=-1)
-    return divergences, best.indices.int(), best.values - own.normaliser[:, None], own.entropy
+    return {
+        "divergences": divergences, "topk_ids": best.indices.int(),
+        "topk_logprobs": best.values - own.normaliser[:, None], "entropy": own.entropy,
+    }  # fmt: skip
 
 
 @torch.inference_mode()
@@ -244,31 +287,33 @@ def score(
     Under full fine-tuning the teacher is read from disk again and its head is kept as well until all is scored.
     """
 
-    def chunk(batch: _Batch, at: slice) -> tuple[Tensor, ...]:
+    def chunk(batch: _Batch, at: slice) -> Columns:
         return _scores(decoder, batch, at, batch.teacher_readout(batch.teacher[at]))[0]
 
-    return [Score(*columns) for columns in _read_beside_teacher(decoder, policy, rollouts, chunk, progress)]
+    return [Score(**columns) for columns in _read_beside_teacher(decoder, policy, rollouts, chunk, progress)]
 
 
-def _scores(decoder: Decoder, batch: _Batch, at: slice, theirs: Tensor) -> tuple[tuple[Tensor, ...], Comparison]:
-    """The fields of `Score` for one chunk of positions, each [n], and what they come from; theirs [n, V]: the teacher's
-    logits."""
+def _scores(decoder: Decoder, batch: _Batch, at: slice, theirs: Tensor) -> tuple[Columns, Comparison]:
+    """The fields of `Score` for one chunk of positions, each [n], and the comparison behind them; theirs [n, V]: the
+    teacher's logits."""
     # The teacher's own answers need no second readout.
     logits = theirs if batch.teacher is batch.final else decoder.readout(batch.final[at])
     compared, targets = compare(theirs, logits), batch.tokens[at][:, None]
     policy_logprobs = logits.gather(-1, targets).squeeze(-1) - compared.other_normaliser
     teacher_logprobs = theirs.gather(-1, targets).squeeze(-1) - compared.normaliser
-    found = policy_logprobs, batch.exit_logprobs[at], teacher_logprobs, compared.entropy, compared.divergence
-    return found, compared
+    return {
+        "policy_logprobs": policy_logprobs, "exit_logprobs": batch.exit_logprobs[at],
+        "teacher_logprobs": teacher_logprobs, "teacher_entropy": compared.entropy, "divergence": compared.divergence,
+    }, compared  # fmt: skip
 
 
 def _read_beside_teacher(
     decoder: Decoder,
     policy: dict[str, Tensor] | None,
     rollouts: Sequence[Rollout],
-    chunk: Callable[[_Batch, slice], Sequence[Tensor]],
+    chunk: Callable[[_Batch, slice], Columns],
     progress: Progress | None,
-) -> list[list[np.ndarray]]:
+) -> list[dict[str, np.ndarray]]:
     """`_read` at the rollouts' own exits, and by the teacher at full depth: once where these are the same. Leaves the
     policy loaded."""
     full_depth = all(np.all(rollout.exit_depths == decoder.dims.num_layers) for rollout in rollouts)
@@ -281,16 +326,16 @@ def _read_beside_teacher(
 def _read(
     decoder: Decoder,
     rollouts: Sequence[Rollout],
-    chunk: Callable[[_Batch, slice], Sequence[Tensor]],
+    chunk: Callable[[_Batch, slice], Columns],
     progress: Progress | None,
     teacher: tuple[list[Tensor], Callable[[Tensor], Tensor]] | None = None,
-) -> list[list[np.ndarray]]:
-    """Each rollout's part of the columns [n, ...] that `chunk` makes of some of a batch's positions.
+) -> list[dict[str, np.ndarray]]:
+    """Each rollout's part of the columns [n, ...] that `chunk` computes for some of a batch's positions.
 
     Rollouts are read at their own exits where there is a `teacher` (its streams and readout), else at full depth.
     """
     size = max(1, LOGITS_BYTES // (4 * decoder.dims.vocab))
-    found: dict[int, list[np.ndarray]] = {}
+    found: dict[int, dict[str, np.ndarray]] = {}
     for number, (part, prefix) in enumerate(_parts(decoder, rollouts)):
         chosen = [rollouts[i] for i in part.indices]
         depths = replay_depths(chosen, part.tokens.shape[1], decoder, part.shared)
@@ -306,9 +351,9 @@ def _read(
         theirs, readout = (teacher[0][number], teacher[1]) if teacher else (final, decoder.readout)
         batch = _Batch(said, taken, asked, final, exits, logprobs, theirs, readout)
         chunks = [chunk(batch, slice(start, start + size)) for start in range(0, len(said), size)]
-        columns, start = [torch.cat(column).cpu().numpy() for column in zip(*chunks, strict=True)], 0
+        columns, start = {name: torch.cat([one[name] for one in chunks]).cpu().numpy() for name in chunks[0]}, 0
         for i in part.indices:
-            found[i] = [column[start : start + rollouts[i].length] for column in columns]
+            found[i] = {name: column[start : start + rollouts[i].length] for name, column in columns.items()}
             start += rollouts[i].length
         if progress:
             progress(len(found), len(rollouts))

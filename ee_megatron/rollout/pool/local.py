@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,12 +110,9 @@ class LocalPool:
         self,
         request: GenerationRequest,
         progress: Progress | None = None,
-        begun: Sequence[Sequence[Rollout]] = (),
-        stop: Callable[[], bool] = lambda: False,
     ) -> list[list[Rollout]]:
-        """`begun` and `stop` as in `generation.generate`."""
         return generation.generate(
-            self.decoder, self.tokenizer, request, self.version, progress, self.rows, begun, stop, self.positions
+            self.decoder, self.tokenizer, request, self.version, progress, self.rows, self.positions
         )
 
     def begin(self, weights: WeightSet, request: GenerationRequest) -> Pending:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from ...policy import WeightSet
 from ...tensors import digest
@@ -52,10 +52,8 @@ class VllmPool:
         self,
         request: GenerationRequest,
         progress: Progress | None = None,
-        begun: Sequence[Sequence[Rollout]] = (),
-        stop: Callable[[], bool] = lambda: False,
     ) -> list[list[Rollout]]:
-        return self._engine.call("generate", request, begun, stop=stop)
+        return self._engine.call("generate", request)
 
     @property
     def reader(self) -> LocalPool:

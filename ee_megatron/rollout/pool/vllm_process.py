@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...types import Rollout
@@ -30,10 +30,8 @@ class Served:
     def held(self) -> dict[str, str]:
         return hashes(self.engine.held())
 
-    def generate(
-        self, request: GenerationRequest, begun: Sequence[Sequence[Rollout]], stop: Callable[[], bool]
-    ) -> list[list[Rollout]]:
-        return answer(self.engine, self.engine.tokenizer, request, self.version, None, begun, stop)
+    def generate(self, request: GenerationRequest, stop: Callable[[], bool]) -> list[list[Rollout]]:
+        return answer(self.engine, self.engine.tokenizer, request, self.version)
 
 
 def methods(settings: EngineSettings) -> Mapping[str, Callable[..., Any]]:

@@ -15,7 +15,7 @@ from ...config.derive import position_bytes
 from ...families import ModelDims
 from ..engine.cache import PAGE
 from ..engine.decoder import Decoder
-from ..engine.reading import PREFILL_POSITIONS
+from ..engine.model_runner import PREFILL_POSITIONS
 
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 # Left to the interpreter, threads, and bodies that the HTTP side reads.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from ..engine.decoder import Decoder
-from ..engine.reading import PREFILL_POSITIONS
+from ..engine.model_runner import PREFILL_POSITIONS
 from ..engine.request import Event, Request
 from ..engine.scheduler import Scheduler
 from ..engine.scoring import PromptScore, score_prompts

@@ -17,8 +17,7 @@ from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec
 from ...types import Rollout
 from ..engine.decoder import read_eos_ids
-from ..engine.intake import Intake
-from ..engine.request import Event, NextToken, Request, Row, check_logits
+from ..engine.request import Event, Request, RequestValidator, Row, check_logits
 from .asked import EXTRA, Asked
 from .memory import CHUNK, CPU_CACHE_GIB, GPU_SHARE
 from .tested import COMPACT, architecture, check_version
@@ -104,7 +103,7 @@ class VllmEngine:
         self.gated, self.tensor = False, settings.tensor
         self._adapters: dict[str, Tensor] = {}
         limit = settings.positions or self.dims.max_positions
-        self._intake = Intake(self.tokenizer, eos_ids, self.spec.layout, limit)
+        self._intake = RequestValidator(self.tokenizer, eos_ids, self.spec.layout, limit)
         self._room = int(self.engine.model_config.max_model_len)
         self.finished: dict[int, Row] = {}
         self._rows: dict[int, Row] = {}
@@ -179,7 +178,7 @@ class VllmEngine:
             if row is None:
                 continue
             ending = row.ending(made.token)
-            new = NextToken(made.token, made.depth, made.logprob, made.full_logprob, made.exit_logprob, ending)
+            new = Event(row.id, made.token, made.depth, made.logprob, made.full_logprob, made.exit_logprob, ending)
             events.append(row.append(new))
             if row.finished is not None:
                 self.engine.abort_request([str(row.id)])
@@ -190,12 +189,9 @@ class VllmEngine:
     def busy(self) -> bool:
         return bool(self._rows)
 
-    def take_unfinished(self, request: int, version: int) -> Rollout:
-        """As `Scheduler.take_unfinished`."""
-        row = self.finished.pop(request, None) or self._rows.pop(request)
-        if row.finished is None:
-            self.engine.abort_request([str(request)])
-        return row.rollout(version)
+    def take(self, request: int, version: int) -> Rollout:
+        """As `Scheduler.take`."""
+        return self.finished.pop(request).rollout(version)
 
     def share_prefix(self, tokens: Sequence[int]) -> None:
         """Nothing: vLLM finds prompts, and beginnings of prompts, that it has read by itself."""

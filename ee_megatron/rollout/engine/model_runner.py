@@ -1,6 +1,9 @@
-"""What a station does: a segment of layers and the gate behind it, or the readout, where rows get their next tokens."""
+"""What the model computes for rows: prefill of their prompts, one segment of layers with its gate, the next tokens."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -8,14 +11,81 @@ from torch import Tensor
 
 from ...exit_rules import RULES, AtExit, ExitRule
 from ...exits import gate_log_term
-from .decoder import Decoder
+from .cache import Slots
+from .decoder import Decoder, Prefilled
 from .ops import Rows
-from .request import NextToken, Row, check_logits
+from .prompts import pad
+from .request import Event, Row, check_logits
 from .sampling import SamplingParams, most_probable, prescribe, sample_tokens, uniforms
-from .slots import Slots
+
+# Prompt positions read in one parallel forward, padding included, and before rows start: bounds a prefill's memory.
+PREFILL_POSITIONS = 8192
+# A shorter common beginning isn't worth a forward of its own.
+SHORTEST_PREFIX = 8
 
 
-class Steps:
+class Read(NamedTuple):
+    """What has been read of a prompt: its parts in order (a common beginning may be one), and logits [V] at its end."""
+
+    parts: tuple[Prefilled, ...]
+    logits: Tensor
+
+
+class Prefiller:
+    """Reads `positions` (None: PREFILL_POSITIONS) at a time, longer prompts alone, and keeps what waiting rows need."""
+
+    def __init__(self, decoder: Decoder, positions: int | None):
+        self.decoder, self.positions = decoder, positions or PREFILL_POSITIONS
+        self._read: dict[tuple[int, ...], Read] = {}
+        self._prefix: tuple[tuple[int, ...], Prefilled] | None = None
+
+    def share_prefix(self, tokens: Sequence[int]) -> None:
+        """Read a common beginning once; prompts that begin with it and go on are read from there."""
+        self._prefix = None
+        if len(tokens) >= SHORTEST_PREFIX:
+            row = torch.tensor([list(tokens)], device=self.decoder.device)
+            self._prefix = tuple(tokens), self.decoder.prefill(row, torch.tensor([len(tokens)]))[0]
+
+    def lacks(self, row: Row) -> bool:
+        """Whether a row's prompt is still to be read."""
+        return bool(row.read) and row.read not in self._read
+
+    def of(self, row: Row) -> Read:
+        """What was read of a row's prompt. Raises KeyError."""
+        return self._read[row.read]
+
+    def parts(self, row: Row) -> tuple[Prefilled, ...]:
+        """Keys and values of a row's prompt; () where there is nothing to read before the row runs."""
+        return self._read[row.read].parts if row.read else ()
+
+    def prefill(self, prompts: list[tuple[int, ...]]) -> None:
+        """Prompts, the longest first: those of like length are read together and pad each other least."""
+        head, prefix = self._prefix or ((), None)
+        inside = [p for p in prompts if prefix and len(p) > len(head) and p[: len(head)] == head]
+        outside = [p for p in prompts if p not in set(inside)]
+        for group, past in ((inside, prefix), (outside, None)):
+            start = len(head) if past else 0
+            before = (past,) if past else ()
+            while group:
+                count = max(1, self.positions // (len(group[0]) - start))
+                part, group = group[:count], group[count:]
+                tokens, lengths = pad([p[start:] for p in part], self.decoder.device)
+                prefilled = self.decoder.prefill(tokens, lengths, past)
+                logits = self.decoder.readout(torch.stack([p.hidden for p in prefilled]))
+                for prompt, own, last in zip(part, prefilled, logits, strict=True):
+                    self._read[prompt] = Read((*before, own), last)
+
+    def forget(self, waiting: Iterable[Row]) -> None:
+        """Keep what waiting rows need, the next ones' first, up to what is read at a time: it lies beside the cache."""
+        needed, room = set[tuple[int, ...]](), self.positions
+        for row in waiting if self._read else ():
+            if row.read in self._read and row.read not in needed and len(row.read) <= room:
+                needed.add(row.read)
+                room -= len(row.read)
+        self._read = {tokens: read for tokens, read in self._read.items() if tokens in needed}
+
+
+class ModelRunner:
     """The work on rows that have slots, and what each slot keeps of the token being made: stream [D], random numbers
     float64 [M+1], log q of its exits so far, the exit rules' notes."""
 
@@ -91,7 +161,7 @@ class Steps:
             notes=self._notes[slots, : rule.notes],
         )
 
-    def readout(self, rows: list[Row]) -> list[NextToken]:
+    def readout(self, rows: list[Row]) -> list[Event]:
         """Sample the next tokens of rows, which are put in order, and write the keys and values that those skipped
         which go on: nobody reads an ended answer's. No row has its token yet, so where it raises, they may come here
         again."""
@@ -111,14 +181,14 @@ class Steps:
             self.decoder.write_skipped(hidden, [rows[i].segment for i in owing], self.slots.cache, at)
         return new
 
-    def first(self, rows: list[Row], logits: list[Tensor]) -> list[NextToken]:
+    def first(self, rows: list[Row], logits: list[Tensor]) -> list[Event]:
         """Sample first tokens from logits [V] at the end of each prompt, where positions don't exit."""
         depths = [self.decoder.dims.num_layers] * len(rows)
         return self.sample(rows, torch.stack(logits), self.draw(rows)[:, -1], depths, [0.0] * len(rows))
 
     def sample(
         self, rows: list[Row], logits: Tensor, uniform: Tensor, depths: list[int], exits: list[float]
-    ) -> list[NextToken]:
+    ) -> list[Event]:
         """Tokens from logits [R, V] by each row's own sampling parameters. Raises ValueError for NaN among them."""
         kinds: dict[SamplingParams, list[int]] = {}
         for i, row in enumerate(rows):
@@ -135,7 +205,7 @@ class Steps:
             check_logits(columns[2])
             found.update(zip(members, zip(*columns, strict=True), strict=True))
         return [
-            NextToken(token, depths[i], logprob, full, exits[i], row.ending(token), top)
+            Event(row.id, token, depths[i], logprob, full, exits[i], row.ending(token), top)
             for i, row in enumerate(rows)
             for token, logprob, full, top in [found[i]]
         ]

@@ -29,7 +29,7 @@ from ..objectives.weights import Weights, mean_weights
 from ..policy import change_share
 from ..tensors import Block, ChangedStream, Stream, part_of
 from ..types import Trace
-from .session import Session
+from .context import StageContext
 from .stored import load_traces
 
 
@@ -177,27 +177,27 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
     traces = load_traces(traces_path)
     planned = plan(len(traces), c)
     updates = planned.updates
-    with Session(cfg, "calibrate", model_path, learner=True) as session:
-        done, checkpoint = session.latest()
-        start = session.start(c.seed)
-        begun = session.read_policy(checkpoint, checked=True)[1] if checkpoint else start
+    with StageContext(cfg, "calibrate", model_path, learner=True) as context:
+        done, checkpoint = context.checkpoints.latest()
+        start = context.start(c.seed)
+        begun = context.checkpoints.read_policy(checkpoint, checked=True)[1] if checkpoint else start
         options: dict[str, Any] = {"adapter_dropout": cfg.adapter.dropout, "kl_direction": c.kl_direction}
-        learner = session.make_learner(begun, checkpoint, **options)
-        layout = session.spec.layout
+        learner = context.make_learner(begun, checkpoint, **options)
+        layout = context.spec.layout
         objective = objective_of(c)
-        session.open_metrics(resume_step=done)
+        context.open_metrics(resume_step=done)
         target = target_depth(traces, layout, c.kl_factor)
-        with session.progress(len(updates), done) as bar:
+        with context.progress(len(updates), done) as bar:
             for step in range(done, len(updates)):
-                session.stop_if_asked(learner, step)
+                context.stop_if_told(learner, step)
                 settled = step >= planned.settle_from
                 if step == planned.settle_from and c.keep < 1:
-                    policy = learner.stream_policy(session.meet)
+                    policy = learner.stream_policy(context.ranks.meet)
                     moved = interpolated(policy, start, c.keep)
-                    with session.on_disk(moved) as tensors:
+                    with context.checkpoints.on_disk(moved) as tensors:
                         # Two learners at once would not fit where one just does.
                         del learner
-                        learner = session.make_learner(tensors, **options)
+                        learner = context.make_learner(tensors, **options)
                 students = step >= planned.student_from
                 own = own_hazards(learner, traces, updates[step], layout) if students else ()
                 batch = make_batch(traces, updates[step], layout, c, own)
@@ -206,15 +206,15 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
                 adapter_lr = 0.0 if settled else c.adapter_lr * schedule(step, planned.settle_from)
                 gate_lr = c.gate_lr * schedule(step, len(updates))
                 update = learner.step(batch, weights, objective.teacher, adapter_lr=adapter_lr, gate_lr=gate_lr)
-                session.guard(update, batch, weights, step + 1)
+                context.check_finite(update, batch, weights, step + 1)
                 scores = update.scores
                 kl = float((scores.kl * mean_weights(batch, batch.counts)).sum())
                 nll = -float((scores.exit_logprobs * mean_weights(batch, batch.asked)).sum())
                 depth = float((batch.exit_depths * batch.counts).sum() / batch.counts.sum()) / layout.num_layers
                 values = {"kl": kl, "gate_nll": nll, "pattern_depth": depth, "target_depth": target}
                 values |= {"grad_norm": update.norms["all"], "learning_rate": adapter_lr}
-                session.log(step + 1, values)
+                context.log(step + 1, values)
                 bar.advance(1, kl=kl, gate_nll=nll, depth=depth)
                 if (step + 1) % c.checkpoint_every == 0 or step + 1 == len(updates):
-                    session.save(learner, step + 1)
-        session.finish()
+                    context.checkpoints.save(learner, step + 1)
+        context.finish()

@@ -7,25 +7,33 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ..checkpoint.policy_files import open_policy, write_policy
 from ..checkpoint.safetensors_io import write_stream
-from ..observe.rundir import RunDirectory
+from ..observe.rundir import RunDirectory, atomic_directory
 from ..policy import PolicySpec
 from ..tensors import FileTensors, HeldStream, Stream, digest, drain
+from .distributed import Distributed
 
 if TYPE_CHECKING:
+    from ..learner.learner import Learner
     from ..learner.optimizer_state import OptimizerState
 
-# The counters that the writer keeps itself.
+KEPT_CHECKPOINTS = 2
+"""Newest ones of a stage; RL also keeps the one with the best reward."""
+
+# The counters that the writer maintains itself.
 BEST = ("best_value", "best_step")
 
 
@@ -146,3 +154,99 @@ class CheckpointWriter:
     def close(self) -> None:
         self._thread.shutdown()
         self.wait()
+
+
+class Checkpointing:
+    """A stage's checkpoints on all its ranks. `state`: counters that are saved beside the tensors, the same on every
+    rank. On rank 0 `writer` writes them into `directory`; both are None on the others.
+
+    Checkpoints are written in a thread of rank 0 if their tensors are collected in memory (adapters); under full
+    fine-tuning they are written as they arrive, because a copy of all of it would be many times the model.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        spec: PolicySpec,
+        ranks: Distributed,
+        directory: RunDirectory | None,
+        base: Mapping[str, str] | None = None,
+    ):
+        self.path, self.spec, self.ranks, self.directory = path, spec, ranks, directory
+        self.writer = CheckpointWriter(directory, spec, KEPT_CHECKPOINTS, base) if directory else None
+        self.state: dict[str, float] = {}
+        self.saved = 0
+
+    def latest(self) -> tuple[int, Path | None]:
+        """(steps done, checkpoint) of this stage as rank 0 finds it; (0, None) at the start. A damaged checkpoint is
+        skipped, with a warning, for the one before it."""
+        directory = self.directory
+        found = self.ranks.broadcast_from_rank0(
+            lambda: str(directory.latest_checkpoint(damage) or "") if directory else ""
+        )
+        self.saved = int(Path(found).name.split("_")[1]) if found else 0
+        return (self.saved, Path(found)) if found else (0, None)
+
+    def read_policy(self, directory: Path, *, checked: bool) -> tuple[PolicySpec, Mapping[str, Tensor]]:
+        """A policy checkpoint, of which a rank reads what it uses. Rank 0 compares it with its digest, once for all
+        ranks, unless `latest` did. Raises as `open_policy`."""
+        if not checked:
+            self.ranks.broadcast_from_rank0(lambda: open_policy(directory)[0])
+        return open_policy(directory, check=False)
+
+    def restore(self, learner: Learner, checkpoint: Path) -> None:
+        """The learner's optimizer and `state` as they were at a checkpoint, whatever layout wrote it."""
+        # Rank 0 checked the digests when it chose this checkpoint.
+        optimizer, state = read_training(checkpoint, check=False)
+        learner.load_optimizer(optimizer)
+        self.state.update(state)
+        if self.writer is not None:
+            self.writer.counters = state
+
+    def save(self, learner: Learner, step: int, value: float | None = None) -> None:
+        """Checkpoint after `step` steps. `value`: what the best checkpoint is judged by, the larger the better.
+
+        Raises RuntimeError if the ranks' copies have diverged: that is not worth keeping."""
+        learner.check_copies()
+        self.saved = step
+        if self.writer is not None:
+            self.writer.counters |= {name: self.state[name] for name in self.state if name not in BEST}
+        if self.spec.full:
+            state = learner.stream_optimizer(self.ranks.meet)
+            streams = TrainingStreams(learner.updates, learner.stream_policy(self.ranks.meet), state)
+            if self.writer is not None:
+                self.writer.write_as_it_comes(step, streams, value)
+            else:
+                streams.drain()
+        else:
+            policy, moments = learner.export_policy(), learner.export_optimizer()
+            if self.writer is not None:
+                self.writer.write(step, policy, moments, value)
+        if self.ranks.meet is not None:
+            # Writing waits for the checkpoint before this one.
+            self.ranks.meet()
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is on disk. Raises OSError or whatever prevented it."""
+        if self.writer is not None:
+            self.writer.wait()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    @contextmanager
+    def on_disk(self, policy: Stream) -> Iterator[Mapping[str, Tensor]]:
+        """A policy in a file of the stage while the block runs, readable by every rank; all ranks call it."""
+        folder = self.path / "policy"
+        if self.ranks.leads:
+            with atomic_directory(folder) as temporary:
+                write_policy(temporary, self.spec, policy)
+        else:
+            drain(policy)
+        self.ranks.broadcast_from_rank0(None)
+        yield open_policy(folder, check=False)[1]
+        if dist.is_initialized():
+            dist.barrier()
+        if self.ranks.leads:
+            shutil.rmtree(folder)

@@ -32,8 +32,8 @@ from ..rollout.pool.interface import Pending, RolloutPool
 from ..tasks import VerifierPool
 from ..tensors import Block, Shape, Stream, drain
 from ..types import Group, Prompt, Rollout
+from .context import StageContext
 from .problems import training_problems
-from .session import Session
 from .stored import load_rollouts, save_rollouts
 
 log = logging.getLogger(__name__)
@@ -48,9 +48,9 @@ class Collected:
     health: dict[str, float]
 
 
-def make_collector(session: Session) -> Collector | RecordedRollouts:
-    rl = session.cfg.rl
-    return RecordedRollouts(Path(rl.replay), rl.group_size) if rl.replay else Collector(session)
+def make_collector(context: StageContext) -> Collector | RecordedRollouts:
+    rl = context.cfg.rl
+    return RecordedRollouts(Path(rl.replay), rl.group_size) if rl.replay else Collector(context)
 
 
 class RecordedRollouts:
@@ -80,16 +80,16 @@ class RecordedRollouts:
 class Collector:
     """Prompts in, verified groups of rollouts out."""
 
-    def __init__(self, session: Session):
-        self.cfg = session.cfg
-        task = session.make_task()
-        self.verifier: VerifierPool = session.make_verifier(task)
-        problems = training_problems(self.cfg, session.model_path, task, self.cfg.rl.wide_operands)
+    def __init__(self, context: StageContext):
+        self.cfg = context.cfg
+        task = context.make_task()
+        self.verifier: VerifierPool = context.make_verifier(task)
+        problems = training_problems(self.cfg, context.model_path, task, self.cfg.rl.wide_operands)
         self.prompts = prompts_of(problems, self.cfg.rl.families)
-        self.pool: RolloutPool = session.make_pool(session.spec)
-        self.dump_directory = session.path / "rollouts"
-        self.history = WeightHistory(session.path / "ahead", session.spec)
-        self._session = session
+        self.pool: RolloutPool = context.make_pool(context.spec)
+        self.dump_directory = context.path / "rollouts"
+        self.history = WeightHistory(context.path / "ahead", context.spec)
+        self._context = context
         self._pending: dict[int, Pending] = {}
 
     def reference_accuracy(self) -> dict[str, float] | None:
@@ -99,7 +99,7 @@ class Collector:
         rl = self.cfg.rl
         if rl.accuracy_floor is None:
             return None
-        file = self._session.path / "reference_by_prompt.json"
+        file = self._context.path / "reference_by_prompt.json"
         if not file.is_file():
             first = price_rise(rl.steps, rl.lambda_warmup)
             steps = range(first, rl.steps)[: None if rl.accuracy_samples else rl.accuracy_window]
@@ -107,7 +107,7 @@ class Collector:
             prompts = list(asked.values())
             self.pool.load(None)
             samples = rl.accuracy_samples or rl.group_size
-            answers = self._session.sample(self.pool, prompts, samples, rl.temperature, rl.seed, "reference")
+            answers = self._context.sample(self.pool, prompts, samples, rl.temperature, rl.seed, "reference")
             right = {group.prompt.id: float(group.correct.mean()) for group in self._verified(prompts, answers)}
             write_atomic(file, json.dumps(right) + "\n")
         return json.loads(file.read_text())
@@ -169,7 +169,7 @@ class Collector:
 
     def _saved_steps(self) -> int:
         """Steps done in the newest checkpoint on disk, where a killed run would go on."""
-        directory = self._session.directory
+        directory = self._context.directory
         found = directory.latest_checkpoint() if directory else None
         return int(found.name.split("_")[1]) if found else 0
 

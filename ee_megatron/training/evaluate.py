@@ -30,6 +30,7 @@ from ..evaluation.results import on_wide, table, write_results
 from ..evaluation.summary import EvaluationRow, choose_threshold, pooled
 from ..exit_rules import CONTROLS, ExitRule, Off, Sample, Threshold
 from ..planning.flops import answer_cost
+from ..policy import sharpened
 from ..report.numbers import pareto_front
 from ..report.tables import choice_tables, controls_table, externalisation_table, wide_table
 from ..rollout.engine.prompts import encode_continuation
@@ -42,10 +43,10 @@ from ..tensors import HeldStream
 from ..types import Prompt, Rollout
 from . import stages
 from .collect import exits_of, prompts_of
+from .context import StageContext
 from .controls import Reference, all_controls, run_controls
 from .kept import ANSWERS
 from .problems import wide_test, wide_validation
-from .session import Session
 from .stopping import listener
 
 SEED = 0
@@ -84,20 +85,20 @@ class Measured(NamedTuple):
 class Evaluation:
     """The evaluation of one configuration: rows and answers as they come; `more` are further parts of results.json."""
 
-    def __init__(self, session: Session, sets: int):
-        self.session, cfg = session, session.cfg
-        self.task = session.make_task()
-        self.verifier = session.make_verifier(self.task)
-        self.pool: RolloutPool = session.make_pool(session.spec)
-        self.kept = session.kept_answers(session.path.parent / ANSWERS)
+    def __init__(self, context: StageContext, sets: int):
+        self.context, cfg = context, context.cfg
+        self.task = context.make_task()
+        self.verifier = context.make_verifier(self.task)
+        self.pool: RolloutPool = context.make_pool(context.spec)
+        self.kept = context.kept_answers(context.path.parent / ANSWERS)
         # Digest of the weights that the pool holds.
         self.weights = ""
         self.sampling = SamplingParams(0.0, cfg.rollout.max_new_tokens, tuple(cfg.rollout.stop))
         self.test: list[Prompt] = self.task.prompts("evaluation")
         self.validation: list[Prompt] = self.task.prompts("validation")
-        self.wide = wide_validation(cfg, session.model_path, self.task)
-        self.wide_test = wide_test(cfg, session.model_path, self.task)
-        tokenizer = session.tokenizer
+        self.wide = wide_validation(cfg, context.model_path, self.task)
+        self.wide_test = wide_test(cfg, context.model_path, self.task)
+        tokenizer = context.tokenizer
         self.tokens = Tokens(tokenizer)
         # What the prompts cost to read; the table of a sweep asks for it.
         lengths = [len(tokenizer(p.text, add_special_tokens=False)["input_ids"]) for p in self.test]
@@ -110,14 +111,14 @@ class Evaluation:
         self.logged: dict[str, float] = {}
         self.more: dict[str, Any] = {"gates": {}, "pareto": {}}
         self.chosen: dict[str, Reference] = {}
-        self.records = Records(session.spec.exit_depths, cfg.evaluate.answers, session.decode)
+        self.records = Records(context.spec.exit_depths, cfg.evaluate.answers, context.decode)
         self.before: list[Answer] = []
-        self.bar = session.stack.enter_context(session.progress(sets))
+        self.bar = context.stack.enter_context(context.progress(sets))
 
     def flops(self, rollout: Rollout, exits: ExitRule) -> float:
-        spec = self.session.spec
+        spec = self.context.spec
         return answer_cost(
-            self.session.source.dims,
+            self.context.source.dims,
             spec.exit_depths,
             spec.gate_width,
             len(rollout.prompt_tokens),
@@ -134,15 +135,15 @@ class Evaluation:
 
     def judge(self, model: str, request: GenerationRequest, answered: AnsweredSet) -> Measured:
         """What a model's answers come to; what those that are scored cost is counted, too."""
-        session, exits = self.session, request.exits
+        context, exits = self.context, request.exits
         row, answers = evaluate_model(
             answered,
             request,
             self.task,
             self.verifier,
             label=model,
-            num_layers=session.spec.num_layers,
-            decode=session.decode,
+            num_layers=context.spec.num_layers,
+            decode=context.decode,
             flops=(lambda rollout: self.flops(rollout, exits)) if answered.scores is not None else None,
         )
         return Measured(exits, row, answers, answered.rollouts)
@@ -186,17 +187,17 @@ class Evaluation:
         self.answers += answers
         # By the rule's kind: the same names whatever threshold was chosen.
         self.logged |= {f"{row.model}/{exits.kind}/{name}": value for name, value in logged_of(row)}
-        session = self.session
-        shown = [i for i in range(min(session.cfg.evaluate.answers, len(answers))) if rollouts[i].length]
+        context = self.context
+        shown = [i for i in range(min(context.cfg.evaluate.answers, len(answers))) if rollouts[i].length]
         few = self.pool.inspect([rollouts[i] for i in shown]) if inspected is None else [inspected[i] for i in shown]
-        add_readings([answers[i] for i in shown], few, session.spec.exit_depths, session.decode)
+        add_readings([answers[i] for i in shown], few, context.spec.exit_depths, context.decode)
         self.done(row)
 
     def keep(self, found: Measured) -> None:
         """A model's answers at the exits that were chosen for it: for the report, and against those of the model
         before it."""
         self.records.add(self.pool, found.answers, found.rollouts)
-        if difference := compared(self.before, found.answers, self.session.spec.num_layers):
+        if difference := compared(self.before, found.answers, self.context.spec.num_layers):
             self.more.setdefault("compared", {})[f"{found.row.model}, {found.row.exits}"] = difference
         self.before = found.answers
 
@@ -246,8 +247,8 @@ class Evaluation:
         self.more["gates"][model] = gate_calibration(
             [entry.hazards for entry in inspected],
             [entry.divergences for entry in inspected],
-            self.session.cfg.calibrate.kl_factor,
-            self.session.spec.exit_depths,
+            self.context.cfg.calibrate.kl_factor,
+            self.context.spec.exit_depths,
         )
         self.measure_wide(model, Off(), exits)
         self.externalise(model, exits)
@@ -255,7 +256,7 @@ class Evaluation:
     def choose(self, model: str) -> Measured:
         """By the threshold that the answers to all validation problems, wide ones among them, choose for the weights
         which are loaded: on the validation split's own."""
-        e = self.session.cfg.evaluate
+        e = self.context.cfg.evaluate
         rules = [Threshold(t) for t in e.thresholds]
         tried = self.try_out(model, rules, self.validation)
         rows = [one.row for one in tried]
@@ -278,7 +279,7 @@ class Evaluation:
 
     def externalise(self, model: str, exits: ExitRule) -> None:
         """The externalisation metrics of the weights that are loaded, if they were asked for."""
-        e = self.session.cfg.evaluate
+        e = self.context.cfg.evaluate
         if not e.externalisation:
             return
         bench = Bench(
@@ -295,17 +296,17 @@ class Evaluation:
 
     def controls(self, checkpoints: dict[str, Path]) -> None:
         """The last model against rules that know less."""
-        session, reference = self.session, list(self.chosen.values())[-1]
-        exits, given = session.spec.layout, stages.control_policy(session.cfg)
+        context, reference = self.context, list(self.chosen.values())[-1]
+        exits, given = context.spec.layout, stages.control_policy(context.cfg)
         other = (stages.trained_as(given), given) if given else None
-        vocab = session.source.dims.vocab
+        vocab = context.source.dims.vocab
         rules = all_controls(reference, checkpoints, exits.outcomes, vocab, other, exits.first_token)
         self.more["controls"] = run_controls(self, reference, rules, self.done)
 
     def choice(self, checkpoints: Mapping[str, Path]) -> None:
         """Which style the models that evaluate.choice names answer in, sampled as RL samples: the problems of the
         families that RL answers."""
-        cfg, spec, task = self.session.cfg, self.session.spec, cast(StyledTask, self.task)
+        cfg, spec, task = self.context.cfg, self.context.spec, cast(StyledTask, self.task)
         rl, found = cfg.rl, dict[str, Any]()
         problems = prompts_of(self.test, rl.families)
         for model in choosing(cfg, checkpoints):
@@ -313,7 +314,8 @@ class Evaluation:
             if model == "teacher":
                 self.load_teacher()
             elif model == "start":
-                self.hold(self.session.rl_start(open_policy(checkpoints["calibrated"])[1]))
+                policy = open_policy(checkpoints["calibrated"])[1]
+                self.hold(sharpened(policy, rl.gate_centre, rl.gate_sharpness))
             else:
                 self.load(checkpoints[model])
             bench = ChoiceBench(
@@ -380,8 +382,8 @@ def evaluate(cfg: RunConfig, model_path: Path) -> None:
     """Run the stage: results.json for the report, table.txt for the terminal."""
     found = policies(cfg)
     sets = count_sets(cfg, found)
-    with listener.at_once(), Session(cfg, "evaluate", model_path, learner=False) as session:
-        work = Evaluation(session, sets)
+    with listener.at_once(), StageContext(cfg, "evaluate", model_path, learner=False) as context:
+        work = Evaluation(context, sets)
         work.teacher()
         for model, checkpoint in found.items():
             work.policy(model, checkpoint)
@@ -389,7 +391,7 @@ def evaluate(cfg: RunConfig, model_path: Path) -> None:
             work.controls(found)
         if cfg.evaluate.choice:
             work.choice(found)
-        spec = session.spec
+        spec = context.spec
         work.meta |= {
             "name": cfg.name,
             "num_layers": spec.num_layers,
@@ -402,18 +404,18 @@ def evaluate(cfg: RunConfig, model_path: Path) -> None:
             "decoding": "greedy tokens",
             "answers in flight": min(len(work.test), cfg.rollout.rows * cfg.rollout.actors),
             "date": time.strftime("%Y-%m-%d"),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {session.device_type}",
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {context.device_type}",
             "versions": f"python {platform.python_version()}, torch {torch.__version__}",
         }
         if work.wide_rows:
             work.more["wide"] = on_wide(work.wide_rows, work.wide_answers)
-        work.records.write(session.path)
+        work.records.write(context.path)
         write_results(
-            session.path / "results.json", work.rows, work.answers, work.meta, cfg.evaluate.answers, work.more
+            context.path / "results.json", work.rows, work.answers, work.meta, cfg.evaluate.answers, work.more
         )
-        assert session.directory is not None
-        session.directory.write_atomic("table.txt", work.texts() + "\n")
-        session.open_metrics(resume_step=0)
-        session.log(1, work.logged)
+        assert context.directory is not None
+        context.directory.write_atomic("table.txt", work.texts() + "\n")
+        context.open_metrics(resume_step=0)
+        context.log(1, work.logged)
         print(work.texts())
-        session.finish()
+        context.finish()

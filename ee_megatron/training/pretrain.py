@@ -22,7 +22,7 @@ from ..learner.learner import Learner
 from ..objectives.schedules import schedule
 from ..objectives.weights import text_likelihood
 from ..tasks import Split
-from .session import Session
+from .context import StageContext
 
 FIGURES = "pretrain.json"
 """In the stage's directory: {"loss", "answer_loss"} in nats per token of the validation texts, {"tokens",
@@ -32,34 +32,34 @@ FIGURES = "pretrain.json"
 def pretrain(cfg: RunConfig, initial: Path) -> Path:
     """Run or resume the stage from the model at `initial`; returns the trained model's Hugging Face directory."""
     p = cfg.pretrain
-    with Session(cfg, "pretrain", initial, learner=True, full=True) as session:
-        done, checkpoint = session.latest()
-        policy = session.read_policy(checkpoint, checked=True)[1] if checkpoint else session.start(p.seed)
-        learner = session.make_learner(policy, checkpoint)
-        texts = [tokens for tokens, _ in tokenised(session, "train")]
+    with StageContext(cfg, "pretrain", initial, learner=True, full=True) as context:
+        done, checkpoint = context.checkpoints.latest()
+        policy = context.checkpoints.read_policy(checkpoint, checked=True)[1] if checkpoint else context.start(p.seed)
+        learner = context.make_learner(policy, checkpoint)
+        texts = [tokens for tokens, _ in tokenised(context, "train")]
         order = plan(len(texts), p)
         lengths = np.array([len(tokens) for tokens in texts])
-        session.open_metrics(resume_step=done)
-        with session.progress(p.steps, done) as bar:
+        context.open_metrics(resume_step=done)
+        with context.progress(p.steps, done) as bar:
             for step in range(done, p.steps):
-                session.stop_if_asked(learner, step)
-                batch = make_batch([texts[i] for i in order[step]], session.spec.num_layers)
+                context.stop_if_told(learner, step)
+                batch = make_batch([texts[i] for i in order[step]], context.spec.num_layers)
                 rate = p.learning_rate * schedule(step, p.steps)
-                session.fit(learner, batch, text_likelihood(batch), rate, step, bar)
+                context.fit(learner, batch, text_likelihood(batch), rate, step, bar)
                 if (step + 1) % p.checkpoint_every == 0 or step + 1 == p.steps:
-                    session.save(learner, step + 1)
+                    context.checkpoints.save(learner, step + 1)
         used = lengths[order.ravel()]
-        figures = held_out(session, learner) | {
+        figures = held_out(context, learner) | {
             "tokens": int((used - 1).sum()),
             "sequences": int(order.size),
             "length": float(used.mean()),
         }
-        out = session.write_model(learner)
-        if session.directory is not None:
-            session.directory.write_atomic(FIGURES, json.dumps(figures) + "\n")
+        out = context.write_model(learner)
+        if context.directory is not None:
+            context.directory.write_atomic(FIGURES, json.dumps(figures) + "\n")
             print(f"pretrain: {figures['tokens']} tokens, loss {figures['loss']:.4f}, {figures['answer_loss']:.4f} "
                   "nats per token of held-out texts, of their answers")  # fmt: skip
-        session.finish()
+        context.finish()
         return out
 
 
@@ -72,14 +72,14 @@ def plan(count: int, p: PretrainConfig) -> np.ndarray:
     return order[:wanted].reshape(p.steps, p.batch_size)
 
 
-def tokenised(session: Session, split: Split) -> list[tuple[np.ndarray, int]]:
+def tokenised(context: StageContext, split: Split) -> list[tuple[np.ndarray, int]]:
     """The texts of a split as int64 tokens, and how many of these are the question's."""
-    tokenizer = AutoTokenizer.from_pretrained(str(session.model_path), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(str(context.model_path), local_files_only=True)
 
     def tokens(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
-    rows = session.make_task().worked(split)
+    rows = context.make_task().worked(split)
     asked = tokens([prompt.text for prompt, _ in rows])
     # Apart, as rollouts have it: no token spans the question's end.
     answers = tokens([f"{answer}\n" for _, answer in rows])
@@ -92,14 +92,14 @@ def make_batch(texts: list[np.ndarray], num_layers: int) -> ReplayBatch:
     return replace(batch, asked=torch.zeros_like(batch.asked))
 
 
-def held_out(session: Session, learner: Learner) -> dict[str, float]:
+def held_out(context: StageContext, learner: Learner) -> dict[str, float]:
     """Mean -log p per token of the validation texts, and of their answers alone, in nats."""
-    rows = tokenised(session, "validation")
-    size = session.cfg.pretrain.batch_size
+    rows = tokenised(context, "validation")
+    size = context.cfg.pretrain.batch_size
     sums = torch.zeros(4, dtype=torch.float64)
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
-        batch = make_batch([text for text, _ in part], session.spec.num_layers)
+        batch = make_batch([text for text, _ in part], context.spec.num_layers)
         losses = -learner.score(batch).token_logprobs.double() * batch.counts
         # Position p predicts token p + 1: the answer's first token is predicted by the question's last.
         first = torch.tensor([asked - 1 for _, asked in part]).unsqueeze(1)

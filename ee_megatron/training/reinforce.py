@@ -27,14 +27,15 @@ from ..host_memory import return_freed
 from ..learner.learner import Learner, PackedBatch
 from ..objectives.depth import CREDITS
 from ..objectives.divergences import Teacher
+from ..policy import sharpened
 from ..tensors import drain
 from ..types import Group
 from .advantages import StepScores, collate, compute_advantages, kept_groups, rollouts_of
 from .collect import make_collector
+from .context import StageContext
 from .lambda_controller import LambdaController
 from .rl_metrics import accuracy, cost_metrics, peak_flops, step_metrics, step_timings
 from .samples import keep_samples, sampled_steps
-from .session import Session
 from .update import objective_of, update
 
 logger = logging.getLogger(__name__)
@@ -43,51 +44,53 @@ logger = logging.getLogger(__name__)
 def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
     """Run or resume the stage from the policy checkpoint `start`; its last checkpoint is the reinforced policy."""
     rl = cfg.rl
-    with Session(cfg, "rl", model_path, learner=True) as session:
-        done, checkpoint = session.latest()
-        spec, policy = session.read_policy(checkpoint or start, checked=checkpoint is not None)
-        if spec != session.spec:
+    with StageContext(cfg, "rl", model_path, learner=True) as context:
+        done, checkpoint = context.checkpoints.latest()
+        spec, policy = context.checkpoints.read_policy(checkpoint or start, checked=checkpoint is not None)
+        if spec != context.spec:
             raise ValueError(
-                f"{start}: made with {spec}, the configuration says {session.spec}; give the same exits and adapter"
+                f"{start}: made with {spec}, the configuration says {context.spec}; give the same exits and adapter"
             )
         if checkpoint is None:
-            policy = session.rl_start(policy)
-        learner = session.make_learner(policy, checkpoint, temperature=rl.temperature)
-        collector = make_collector(session) if session.leads else None
+            policy = sharpened(policy, rl.gate_centre, rl.gate_sharpness)
+        learner = context.make_learner(policy, checkpoint, temperature=rl.temperature)
+        collector = make_collector(context) if context.leads else None
         # In a list: None means that the leader was told to stop.
-        reference = session.unless_stopped(lambda: [collector.reference_accuracy()] if collector else None)
+        reference = context.ranks.unless_stopped(lambda: [collector.reference_accuracy()] if collector else None)
         if reference is None:
-            session.stop(learner, done)
-        controller = LambdaController(rl, reference[0], session.counters)
+            context.stop(learner, done)
+        controller = LambdaController(rl, reference[0], context.checkpoints.state)
         shown = sampled_steps(rl.steps)
-        session.open_metrics(resume_step=done)
-        with session.progress(rl.steps, done) as bar:
+        context.open_metrics(resume_step=done)
+        with context.progress(rl.steps, done) as bar:
             learner.progress = bar.detail
             for step in range(done, rl.steps):
-                session.stop_if_asked(learner, step)
+                context.stop_if_told(learner, step)
                 begun = time.monotonic()
-                stream, weights = learner.stream_policy(session.meet), None
+                stream, weights = learner.stream_policy(context.ranks.meet), None
                 if collector is not None:
                     weights = collector.sync_weights(step + 1, stream)
                 else:
                     drain(stream)
-                collected = session.unless_stopped(collector.collect if collector else None, weights, step, bar.detail)
+                collected = context.ranks.unless_stopped(
+                    collector.collect if collector else None, weights, step, bar.detail
+                )
                 if collected is None:
-                    session.stop(learner, step)
-                if session.directory is not None and step + 1 in shown:
-                    keep_samples(session.directory, step + 1, collected.groups, session.decode)
-                learned = learn(session, learner, collected.groups, step, controller)
-                if session.device_type == "cpu":
+                    context.stop(learner, step)
+                if context.directory is not None and step + 1 in shown:
+                    keep_samples(context.directory, step + 1, collected.groups, context.decode)
+                learned = learn(context, learner, collected.groups, step, controller)
+                if context.device_type == "cpu":
                     # The pool works next, here too.
                     return_freed()
                 values, seconds = learned.metrics | collected.health, learned.seconds | collected.seconds
                 seconds["step"] = time.monotonic() - begun
-                peak = peak_flops(session.device_type, session.dtype)
-                session.log(step + 1, values, step_timings(cfg, values, seconds, peak))
+                peak = peak_flops(context.device_type, context.dtype)
+                context.log(step + 1, values, step_timings(cfg, values, seconds, peak))
                 bar.advance(1, reward=learned.reward, accuracy=learned.accuracy, depth=values["mean_depth"])
                 if (step + 1) % rl.checkpoint_every == 0 or step + 1 == rl.steps:
-                    session.save(learner, step + 1, value=learned.reward)
-        session.finish()
+                    context.checkpoints.save(learner, step + 1, value=learned.reward)
+        context.finish()
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,11 @@ class Learned:
     seconds: dict[str, float]
 
 
-def learn(session: Session, learner: Learner, groups: list[Group], step: int, controller: LambdaController) -> Learned:
+def learn(
+    context: StageContext, learner: Learner, groups: list[Group], step: int, controller: LambdaController
+) -> Learned:
     """Score a step's rollouts and update the policy on them. Every rank calls it with the same groups."""
-    cfg, rl, layout = session.cfg, session.cfg.rl, session.spec.layout
+    cfg, rl, layout = context.cfg, context.cfg.rl, context.spec.layout
     begun = time.monotonic()
     batch = collate(groups, layout.num_layers, layout.first_token, gates=not rl.fixed_depth)
     packed = learner.pack(batch)
@@ -119,7 +124,7 @@ def learn(session: Session, learner: Learner, groups: list[Group], step: int, co
     result = update(
         learner, packed, rollouts_of(groups), advantages, kept_groups(groups, rl, lambda_depth),
         objective_of(rl, cfg.rollout.max_new_tokens), rl, step,
-        scored=scores.policy is not None, check_finite=session.guard,
+        scored=scores.policy is not None, check_finite=context.check_finite,
     )  # fmt: skip
     seconds = {"score": scored - begun, "update": time.monotonic() - scored}
     metrics = step_metrics(
@@ -128,7 +133,7 @@ def learn(session: Session, learner: Learner, groups: list[Group], step: int, co
     )  # fmt: skip
     # If nothing was scored the update, if there was one, is the only pass.
     passed = None if scores.packing else result.rows if result.updates else []
-    metrics |= cost_metrics(cfg, session.source.dims, groups, result.rows, scores.packing or result.packing, passed)
+    metrics |= cost_metrics(cfg, context.source.dims, groups, result.rows, scores.packing or result.packing, passed)
     return Learned(float(advantages.reward.mean()), right, metrics, seconds)
 
 

@@ -1,7 +1,7 @@
 """Being told to stop. Slurm sends USR1, USR2 or TERM before a time limit or at a preemption; a stage then ends at its
 next step with a checkpoint, and its process with an exit code that says so.
 
-A signal may reach one rank and not another, so ranks act on it only once they have agreed (session.py). No torch here:
+A signal may reach one rank and not another, so ranks act on it only once they have agreed (context.py). No torch here:
 signals are listened to before the imports that take longest.
 """
 

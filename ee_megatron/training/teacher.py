@@ -19,7 +19,7 @@ from ..config.schema import RunConfig
 from ..learner.batch import pack
 from ..objectives.schedules import schedule
 from ..objectives.weights import answer_likelihood
-from .session import Session
+from .context import StageContext
 
 logger = logging.getLogger(__name__)
 
@@ -29,42 +29,42 @@ SEED, TEMPERATURE = 0, 0.7
 
 def train_teacher(cfg: RunConfig, model_path: Path) -> Path:
     """Run or resume the stage; returns the teacher's Hugging Face directory."""
-    with Session(cfg, "teacher", model_path, learner=True) as session:
-        examples = session.unless_stopped(lambda: sample_examples(session))
+    with StageContext(cfg, "teacher", model_path, learner=True) as context:
+        examples = context.ranks.unless_stopped(lambda: sample_examples(context))
         if examples is None:
-            session.stop(None, 0)
+            context.stop(None, 0)
         t = cfg.teacher
-        start = session.start(SEED)
-        learner = session.make_learner(start, adapter_dropout=cfg.adapter.dropout)
-        session.open_metrics(resume_step=0)
+        start = context.start(SEED)
+        learner = context.make_learner(start, adapter_dropout=cfg.adapter.dropout)
+        context.open_metrics(resume_step=0)
         order = np.random.default_rng(SEED)
         picks = np.concatenate([order.permutation(len(examples)) for _ in range(t.epochs)])
         updates = -(-len(picks) // t.batch_size)
-        with session.progress(updates, what="fine-tuning") as bar:
+        with context.progress(updates, what="fine-tuning") as bar:
             for step in range(updates):
                 # Fine-tuning is short and keeps nothing half-way: it begins again.
-                session.stop_if_asked(None, 0)
+                context.stop_if_told(None, 0)
                 chosen = [examples[i] for i in picks[step * t.batch_size : (step + 1) * t.batch_size]]
-                batch = pack([p for p, _ in chosen], [a for _, a in chosen], None, session.spec.num_layers)
+                batch = pack([p for p, _ in chosen], [a for _, a in chosen], None, context.spec.num_layers)
                 rate = t.learning_rate * schedule(step, updates, 0.1)
-                session.fit(learner, batch, answer_likelihood(batch), rate, step, bar)
-        out = session.write_model(learner)
-        session.finish(f"{len(examples)} examples")
+                context.fit(learner, batch, answer_likelihood(batch), rate, step, bar)
+        out = context.write_model(learner)
+        context.finish(f"{len(examples)} examples")
         return out
 
 
-def sample_examples(session: Session) -> list[tuple[np.ndarray, np.ndarray]]:
+def sample_examples(context: StageContext) -> list[tuple[np.ndarray, np.ndarray]]:
     """(prompt tokens without examples, tokens of one right answer) for every problem that was answered right once."""
-    t = session.cfg.teacher
-    task = session.make_task()
-    verifier = session.make_verifier(task)
+    t = context.cfg.teacher
+    task = context.make_task()
+    verifier = context.make_verifier(task)
     prompts = task.prompts("train")[: t.problems]
     shown = [task.few_shot(prompt, t.shots, SEED) for prompt in prompts]
-    pool = session.make_pool(None)
-    groups = session.sample(pool, shown, t.samples, TEMPERATURE, SEED, "sampling")
+    pool = context.make_pool(None)
+    groups = context.sample(pool, shown, t.samples, TEMPERATURE, SEED, "sampling")
     pool.close()
     verdicts = verifier.verify_many([(p, a.text) for p, g in zip(prompts, groups, strict=True) for a in g])
-    tokenizer = AutoTokenizer.from_pretrained(str(session.model_path), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(str(context.model_path), local_files_only=True)
     examples, right, cursor = [], 0, 0
     for prompt, answers in zip(prompts, groups, strict=True):
         marks = [v.correct and v.well_formed for v in verdicts[cursor : cursor + len(answers)]]

@@ -17,7 +17,7 @@ from ee_megatron.parallel import groups
 from ee_megatron.parallel.groups import Degrees
 from ee_megatron.parallel.heartbeat import Heartbeat
 from ee_megatron.rollout import GenerationRequest, SamplingParams
-from ee_megatron.training.session import Session
+from ee_megatron.training.context import StageContext
 from ee_megatron.types import Prompt
 
 PROMPTS = [Prompt(id=f"p{i}", text=f"Question: {i} + 1\nAnswer:", answer="", task="") for i in range(4)]
@@ -36,8 +36,8 @@ def slow_actor(settings: list[str], port: int, asleep_s: float) -> tuple[int, fl
     """(answers, seconds waited) of a stage whose only actor is stopped for so long in the middle of its call."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     cfg = load(settings)
-    with Session(cfg, "rl", cfg.model.path, learner=True) as session:
-        pool = session.make_pool(None) if session.leads else None
+    with StageContext(cfg, "rl", cfg.model.path, learner=True) as context:
+        pool = context.make_pool(None) if context.leads else None
 
         def act():
             pool.load(None)
@@ -47,9 +47,9 @@ def slow_actor(settings: list[str], port: int, asleep_s: float) -> tuple[int, fl
             return pool.generate(GenerationRequest(PROMPTS, 1, SamplingParams(1.0, 8), Off(), 0))
 
         begun = time.monotonic()
-        answers = session.from_leader(act if session.leads else None)
+        answers = context.ranks.broadcast_from_rank0(act if context.leads else None)
         waited = time.monotonic() - begun
-        session.stop_if_asked(None, 0)
+        context.stop_if_told(None, 0)
         return len(answers), waited
 
 

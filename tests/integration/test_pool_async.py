@@ -23,7 +23,7 @@ from ee_megatron.training.collect import (
     step_prompts,
     version_for,
 )
-from ee_megatron.training.session import Session
+from ee_megatron.training.context import StageContext
 from ee_megatron.types import Group
 from tests.covering import EXTENDED
 from tests.tiny import tiny_hf
@@ -41,13 +41,13 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_hf("qwen2", tmp_path_factory.mktemp("model"))
 
 
-def open_session(path: Path, folder: Path, *extra: str) -> Session:
+def open_context(path: Path, folder: Path, *extra: str) -> StageContext:
     cfg = load([*SETTINGS, f"model.path={path}", f"runs={folder / 'runs'}", *extra])
-    return Session(cfg, "rl", path, learner=False)
+    return StageContext(cfg, "rl", path, learner=False)
 
 
-def weights(session: Session, version: int) -> WeightSet:
-    tensors = initial_policy(HFDirectory(session.model_path).dims, session.spec, seed=version)
+def weights(context: StageContext, version: int) -> WeightSet:
+    tensors = initial_policy(HFDirectory(context.model_path).dims, context.spec, seed=version)
     generator = torch.Generator().manual_seed(version)
     return WeightSet(version, {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in tensors.items()})
 
@@ -56,14 +56,14 @@ def quiet(*_: object) -> None:
     """Progress of nobody's interest."""
 
 
-def collected(actor: Collector, session: Session, step: int) -> Collected:
+def collected(actor: Collector, context: StageContext, step: int) -> Collected:
     """A step's rollouts, under weights that come as a learner's do."""
-    version = actor.sync_weights(step + 1, HeldStream(weights(session, step + 1).tensors))
+    version = actor.sync_weights(step + 1, HeldStream(weights(context, step + 1).tensors))
     return actor.collect(version, step, quiet)
 
 
-def act(actor: Collector, session: Session, step: int) -> list[Group]:
-    return collected(actor, session, step).groups
+def act(actor: Collector, context: StageContext, step: int) -> list[Group]:
+    return collected(actor, context, step).groups
 
 
 def answers(groups: list[Group]) -> list[tuple]:
@@ -74,18 +74,18 @@ def answers(groups: list[Group]) -> list[tuple]:
 def test_every_step_takes_its_own_prompts_from_weights_exactly_so_many_versions_old(
     path: Path, tmp_path: Path, staleness: int
 ):
-    with open_session(path, tmp_path, "rollout.backend=local", f"rollout.max_staleness={staleness}") as session:
-        actor = Collector(session)
-        rl = session.cfg.rl
-        steps = [collected(actor, session, step) for step in range(STEPS)]
+    with open_context(path, tmp_path, "rollout.backend=local", f"rollout.max_staleness={staleness}") as context:
+        actor = Collector(context)
+        rl = context.cfg.rl
+        steps = [collected(actor, context, step) for step in range(STEPS)]
         found = [step.groups for step in steps]
-        alone = LocalPool(path, session.spec, rows=8)
+        alone = LocalPool(path, context.spec, rows=8)
         for step, groups in enumerate(found):
             version = max(1, step + 1 - staleness)
             assert {r.weight_version for g in groups for r in g.rollouts} == {version}
-            alone.load(weights(session, version))
+            alone.load(weights(context, version))
             prompts = step_prompts(actor.prompts, step, rl)
-            sampling = SamplingParams(rl.temperature, 12, tuple(session.cfg.rollout.stop))
+            sampling = SamplingParams(rl.temperature, 12, tuple(context.cfg.rollout.stop))
             seed = rl.seed * 1_000_003 + step
             assert answers(groups) == bits(alone.generate(GenerationRequest(prompts, 2, sampling, Sample(), seed)))
             assert [g.prompt for g in groups] == prompts
@@ -98,56 +98,56 @@ def test_every_step_takes_its_own_prompts_from_weights_exactly_so_many_versions_
 @pytest.mark.parametrize("killed_after", [1, 3])
 def test_a_run_that_is_killed_and_resumed_gives_the_same_rollouts(path: Path, tmp_path: Path, killed_after: int):
     settings = "rollout.backend=local", "rollout.max_staleness=2"
-    with open_session(path, tmp_path / "straight", *settings) as session:
-        actor = Collector(session)
-        straight = [answers(act(actor, session, s)) for s in range(STEPS)]
+    with open_context(path, tmp_path / "straight", *settings) as context:
+        actor = Collector(context)
+        straight = [answers(act(actor, context, s)) for s in range(STEPS)]
     found = []
     for steps in (range(killed_after), range(killed_after, STEPS)):
-        with open_session(path, tmp_path / "killed", *settings) as session:
-            actor = Collector(session)
-            found += [answers(act(actor, session, s)) for s in steps]
+        with open_context(path, tmp_path / "killed", *settings) as context:
+            actor = Collector(context)
+            found += [answers(act(actor, context, s)) for s in steps]
     assert found == straight
 
 
 @EXTENDED
 def test_actors_work_while_the_learner_does_and_give_what_the_local_pool_gives(path: Path, tmp_path: Path):
     settings = "rollout.backend=ray", "rollout.actors=2", "rollout.max_staleness=1", "rollout.check_weights=true"
-    with open_session(path, tmp_path / "ray", *settings) as session:
-        actor = Collector(session)
-        found = [act(actor, session, 0)]
+    with open_context(path, tmp_path / "ray", *settings) as context:
+        actor = Collector(context)
+        found = [act(actor, context, 0)]
         # Nobody waits for step 1's rollouts here, and they get done.
         deadline = time.monotonic() + 60
         while not actor._pending[1].work.done.is_set():  # type: ignore[attr-defined]
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        found += [act(actor, session, step) for step in range(1, 3)]
-        last = collected(actor, session, 3)
+        found += [act(actor, context, step) for step in range(1, 3)]
+        last = collected(actor, context, 3)
         found.append(last.groups)
         assert last.health["actors_alive"] >= 1
-    with open_session(path, tmp_path / "local", "rollout.backend=local", "rollout.max_staleness=1") as session:
-        actor = Collector(session)
+    with open_context(path, tmp_path / "local", "rollout.backend=local", "rollout.max_staleness=1") as context:
+        actor = Collector(context)
         for step, groups in enumerate(found):
-            ours = act(actor, session, step)
+            ours = act(actor, context, step)
             assert [entry[:6] for entry in answers(groups)] == [entry[:6] for entry in answers(ours)]
             assert [list(g.rewards) for g in groups] == [list(g.rewards) for g in ours]
 
 
 def test_old_rollouts_are_never_handed_out_and_old_weights_not_kept(path: Path, tmp_path: Path):
     assert [version_for(step, 2) for step in range(5)] == [1, 1, 1, 2, 3]
-    with open_session(path, tmp_path, "rollout.backend=local") as session:
-        pool = LocalPool(path, session.spec)
-        pool.load(weights(session, 3))
-        prompts = step_prompts(session.make_task().prompts("train"), 0, session.cfg.rl)
+    with open_context(path, tmp_path, "rollout.backend=local") as context:
+        pool = LocalPool(path, context.spec)
+        pool.load(weights(context, 3))
+        prompts = step_prompts(context.make_task().prompts("train"), 0, context.cfg.rl)
         old = pool.generate(GenerationRequest(prompts, 1, SamplingParams(1.0, 4), Off(), 0))
         check_versions(old, 4, 1)
         with pytest.raises(RuntimeError, match=r"\[3\].*\b4\b.*\b5\b.*rollout\.max_staleness=1"):
             check_versions(old, 5, 1)
         with pytest.raises(RuntimeError, match=r"\[3\].*\b1\b.*\b2\b"):
             check_versions(old, 2, 1)
-        history = WeightHistory(tmp_path / "ahead", session.spec)
+        history = WeightHistory(tmp_path / "ahead", context.spec)
         for version in range(1, 6):
-            whole = weights(session, version).tensors
+            whole = weights(context, version).tensors
             assert collect(history.keeping(version, HeldStream(whole), oldest=version - 1)).keys() == whole.keys()
         assert sorted(p.name for p in (tmp_path / "ahead").iterdir()) == ["version_4", "version_5"]
-        assert history.version(4, weights(session, 6)).digest == weights(session, 4).digest
-        assert history.version(2, weights(session, 6)).version == 6
+        assert history.version(4, weights(context, 6)).digest == weights(context, 4).digest
+        assert history.version(2, weights(context, 6)).version == 6

@@ -20,9 +20,9 @@ from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.rollout.engine.scoring import Inspection, Score
 from ee_megatron.tasks import make_task
+from ee_megatron.training.context import StageContext
 from ee_megatron.training.evaluate import Evaluation
 from ee_megatron.training.kept import KeptAnswers
-from ee_megatron.training.session import Session
 from ee_megatron.training.stored import save_answers
 from ee_megatron.types import Prompt, Rollout
 from tests.tiny import tiny_hf
@@ -258,7 +258,7 @@ def test_a_stage_that_samples_goes_on_with_the_parts_that_it_has(
     pool: LocalPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """8 problems of 2 answers in parts of 3: two parts, a kill, then the third alone; the same as in one piece."""
-    monkeypatch.setattr("ee_megatron.training.session.PART_WAVES", 1)
+    monkeypatch.setattr("ee_megatron.training.context.PART_WAVES", 1)
     where = [f"model.path={pool.tokenizer.name_or_path}", f"runs={tmp_path}", "name=x", "device=cpu"]
     small = ["rollout.rows=6", "rollout.max_new_tokens=12", "traces.temperature=1"]
     cfg = load([*where, *small, "exits.depths=[2,4]", "tracker=disabled"])
@@ -268,14 +268,14 @@ def test_a_stage_that_samples_goes_on_with_the_parts_that_it_has(
     assert any(not same(a, b) for a, b in expected)
     dying: Any = Dying(pool, 2)
     model = Path(pool.tokenizer.name_or_path)
-    with pytest.raises(KeyboardInterrupt), Session(cfg, "traces", model, learner=False) as session:
-        session.sample(dying, list(PROMPTS), 2, 1.0, 0, "answers")
+    with pytest.raises(KeyboardInterrupt), StageContext(cfg, "traces", model, learner=False) as context:
+        context.sample(dying, list(PROMPTS), 2, 1.0, 0, "answers")
     counting: Any = Counting(pool)
-    with Session(cfg, "traces", model, learner=False) as session:
-        found = session.sample(counting, list(PROMPTS), 2, 1.0, 0, "answers")
-        assert counting.generated == 1 and len(list((session.path / "answers").iterdir())) == 3
-        session.finish()
-        assert not (session.path / "answers").exists()
+    with StageContext(cfg, "traces", model, learner=False) as context:
+        found = context.sample(counting, list(PROMPTS), 2, 1.0, 0, "answers")
+        assert counting.generated == 1 and len(list((context.path / "answers").iterdir())) == 3
+        context.finish()
+        assert not (context.path / "answers").exists()
     assert [len(group) for group in found] == [2] * 8
     for group, other in zip(found, expected, strict=True):
         assert all(same(a, b) for a, b in zip(group, other, strict=True))

@@ -425,7 +425,7 @@ def test_the_learning_rate_goes_by_updates_over_all_epochs_and_minibatches(monke
 
     learner = SimpleNamespace(pack=pack, score=lambda packed, **_: scores(packed.batch), step=step)
     session = SimpleNamespace(
-        cfg=RunConfig(rl=rl), spec=PolicySpec(6, LAYOUT.depths, rank=2), guard=lambda *_: None,
+        cfg=RunConfig(rl=rl), spec=PolicySpec(6, LAYOUT.depths, rank=2), check_finite=lambda *_: None,
         source=SimpleNamespace(dims=None),
     )  # fmt: skip
     monkeypatch.setattr(reinforce, "cost_metrics", lambda *_: {})

@@ -42,10 +42,10 @@ from ee_megatron.training.calibrate import (
     plan,
     target_depth,
 )
-from ee_megatron.training.checkpoints import TrainingStreams, damage, read_training, write_training
+from ee_megatron.training.checkpoints import Checkpointing, TrainingStreams, damage, read_training, write_training
 from ee_megatron.training.collect import WeightHistory, check_versions, step_prompts
+from ee_megatron.training.distributed import Distributed
 from ee_megatron.training.lambda_controller import LambdaController
-from ee_megatron.training.session import Session
 from ee_megatron.training.stored import load_rollouts, load_traces, save_rollouts, save_traces
 from ee_megatron.types import Prompt, Trace
 from tests.by_hand import a_group, a_rollout
@@ -313,7 +313,7 @@ def test_traces_are_of_the_answers_that_are_right(only_correct, tmp_path, monkey
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr(traces_stage, "Session", Stage)
+    monkeypatch.setattr(traces_stage, "StageContext", Stage)
     monkeypatch.setattr(traces_stage, "training_problems", lambda *_: prompts)
     traces_stage.make_traces(RunConfig(traces=TracesConfig(only_correct=only_correct)), tmp_path)
     found = {trace.prompt_id: trace.correct for trace in load_traces(tmp_path / "dataset")}
@@ -432,7 +432,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog
 
 
 def test_a_resumed_stage_goes_on_with_the_depth_penalty_of_its_checkpoint(tmp_path, monkeypatch):
-    """The checkpoint's counters reach what the loop makes its price of, and the checkpoints to come."""
+    """The checkpoint's state reaches what the loop makes its lambda of, and the checkpoints to come."""
     spec = PolicySpec(num_layers=6, exit_depths=(2,), rank=2)
     rl = RLConfig(accuracy_floor=2.0, lambda_exit=0.5)
     cost = LambdaController(rl, {"p": 0.6}, {})
@@ -444,14 +444,12 @@ def test_a_resumed_stage_goes_on_with_the_depth_penalty_of_its_checkpoint(tmp_pa
 
     loaded: list[int] = []
     learner = SimpleNamespace(load_optimizer=lambda state: loaded.append(state.updates))
-    monkeypatch.setattr("ee_megatron.learner.learner.Learner", lambda *_, **__: learner)
-    session = SimpleNamespace(
-        source=None, spec=spec, cfg=RunConfig(rl=rl), device=None, dtype=None, counters={},
-        writer=SimpleNamespace(counters={}),
-    )  # fmt: skip
-    assert Session.make_learner(session, {}, tmp_path / "step_1") is learner and loaded == [1]
-    assert LambdaController(rl, {"p": 0.6}, session.counters).at(1) == cost.at(1)
-    assert session.writer.counters == cost.state
+    checkpoints = Checkpointing(tmp_path, spec, Distributed(), RunDirectory(tmp_path / "run"))
+    checkpoints.restore(learner, tmp_path / "step_1")
+    checkpoints.close()
+    assert loaded == [1]
+    assert LambdaController(rl, {"p": 0.6}, checkpoints.state).at(1) == cost.at(1)
+    assert checkpoints.writer.counters == cost.state
 
 
 def test_a_checkpoint_has_the_bytes_that_safetensors_own_writer_gives_it(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from ee_megatron.config.content import digest, recorded
 from ee_megatron.config.identity import stage_dir
 from ee_megatron.config.load import load
-from ee_megatron.training.session import Session
+from ee_megatron.training.context import StageContext
 from tests.tiny import tiny_hf
 
 
@@ -34,39 +34,39 @@ def settings(model: Path, tmp_path: Path, *more: str):
 def test_a_diverged_run_is_no_finished_one(last: dict, says: str, model: Path, tmp_path: Path) -> None:
     cfg = settings(model, tmp_path)
     for resumed in (None, 2):
-        with Session(cfg, "rl", model, learner=False) as session:
-            session.open_metrics(resume_step=resumed)
+        with StageContext(cfg, "rl", model, learner=False) as context:
+            context.open_metrics(resume_step=resumed)
             if resumed is None:
-                session.log(1, {"reward": 0.1})
-                session.log(2, last)
+                context.log(1, {"reward": 0.1})
+                context.log(2, last)
             if says:
                 with pytest.raises(RuntimeError, match=says):
-                    session.finish()
+                    context.finish()
             else:
-                session.finish()
+                context.finish()
         # Going on after the last step changes nothing.
-        assert (session.path / "DONE").exists() == (not says)
+        assert (context.path / "DONE").exists() == (not says)
 
 
 def test_the_last_update_has_to_be_one(model: Path, tmp_path: Path) -> None:
-    with Session(settings(model, tmp_path), "calibrate", model, learner=False) as session:
-        session.bad_steps = 1
+    with StageContext(settings(model, tmp_path), "calibrate", model, learner=False) as context:
+        context.bad_steps = 1
         with pytest.raises(RuntimeError, match="gradient"):
-            session.finish()
-        session.bad_steps = 0
-        session.finish()
+            context.finish()
+        context.bad_steps = 0
+        context.finish()
 
 
 def test_a_stage_records_its_data_and_another_data_set_has_another_directory(model: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"question": "1?", "answer": "1"}) + "\n")
     cfg = settings(model, tmp_path, "task=dataset", f"task.path={data}")
-    with Session(cfg, "traces", model, learner=False) as session:
-        session.finish()
-    first, made_from = session.path, digest(str(data))
+    with StageContext(cfg, "traces", model, learner=False) as context:
+        context.finish()
+    first, made_from = context.path, digest(str(data))
     assert recorded(first) == made_from and (stage_dir(cfg, "traces") / "DONE").is_file()
     data.write_text(json.dumps({"question": "2?", "answer": "2"}) + "\n")
     assert not stage_dir(cfg, "traces").exists()
-    with Session(cfg, "traces", model, learner=False) as session:
-        session.finish()
-    assert session.path != first and recorded(session.path) == digest(str(data)) != made_from == recorded(first)
+    with StageContext(cfg, "traces", model, learner=False) as context:
+        context.finish()
+    assert context.path != first and recorded(context.path) == digest(str(data)) != made_from == recorded(first)

@@ -1,7 +1,4 @@
-"""One stage of one run, on every rank: where things are, who writes, what is shared.
-
-Rank 0 leads: it alone talks to the rollout pool, writes files and shows progress; the others receive what it found.
-"""
+"""One stage of one run, on every rank: settings, model, learner, pool, files."""
 
 from __future__ import annotations
 
@@ -10,22 +7,20 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
-import torch.distributed as dist
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..checkpoint.base_identity import base_identity
 from ..checkpoint.hf_export import export_hf
-from ..checkpoint.policy_files import open_policy, write_policy
 from ..checkpoint.sources import BaseTensors
 from ..config.cluster import verifier_workers
 from ..config.content import RECORD, digest, recorded
@@ -39,21 +34,22 @@ from ..learner.batch import ReplayBatch
 from ..objectives.weights import Weights
 from ..observe.metrics import Metrics, read_metrics
 from ..observe.progress import Progress
-from ..observe.rundir import RunDirectory, atomic_directory
+from ..observe.rundir import RunDirectory
 from ..observe.trackers import Tracking
 from ..parallel.heartbeat import Heartbeat
-from ..policy import PolicySpec, initial_policy, sharpened
+from ..policy import PolicySpec, initial_policy
 from ..rollout.engine.request import GenerationRequest
 from ..rollout.engine.sampling import SamplingParams
 from ..rollout.pool import make_pool
 from ..rollout.pool.interface import TEACHER, RolloutPool
 from ..tasks import Task, VerifierPool, task_of
-from ..tensors import LayeredTensors, Stream, drain
+from ..tensors import LayeredTensors
 from ..types import Prompt, Rollout
-from .checkpoints import BEST, CheckpointWriter, TrainingStreams, damage, read_training
+from .checkpoints import Checkpointing
+from .distributed import Distributed
 from .kept import ANSWERS, KeptAnswers
 from .stages import DONE
-from .stopping import Parting, Stopped, keeping_signals, listener
+from .stopping import keeping_signals
 
 if TYPE_CHECKING:
     from ..learner.learner import Learner, Update
@@ -61,15 +57,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # Waves of full rows in a part of the answers that is kept: enough that the wait for its last answers is little of it.
 PART_WAVES = 16
-KEPT_CHECKPOINTS = 2
-"""Newest ones of a stage; RL also keeps the one with the best reward."""
 BAD_STEPS = 5
 """Updates in a row without a finite gradient after which a stage stops."""
-T = TypeVar("T")
 
 
-class Session:
-    """A stage at work. Enter it once; leaving closes pool, files and process groups, whatever happened.
+class StageContext:
+    """A running stage: its settings and model, its ranks, its checkpoints, its files. Enter it once; leaving closes
+    pool, files and process groups, whatever happened.
 
     `model_path`: the Hugging Face directory of the model that this stage builds on. `full`: every weight is trained,
     whatever the configuration says of adapters.
@@ -77,8 +71,7 @@ class Session:
 
     def __init__(self, cfg: RunConfig, stage: str, model_path: Path, *, learner: bool, full: bool = False):
         self.cfg, self.stage, self.model_path, self.learns = cfg, stage, Path(model_path), learner
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.leads = self.rank == 0
+        self.ranks = Distributed()
         self.path = stage_dir(cfg, stage)
         self.device_type = pick_device(cfg, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         if cfg.deterministic:
@@ -92,14 +85,10 @@ class Session:
         self.stack = ExitStack()
         self.directory: RunDirectory | None = None
         self.metrics: Metrics | None = None
-        self.writer: CheckpointWriter | None = None
-        self.heartbeat: Heartbeat | None = None
         self.bad_steps = 0
-        self.saved = 0
-        # What a stage keeps in its checkpoints beside tensors, the same on every rank.
-        self.counters: dict[str, float] = {}
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> StageContext:
+        base = None
         if self.leads:
             self.directory = self.stack.enter_context(RunDirectory(self.path))
             self.directory.write_atomic("config.yaml", to_yaml(self.cfg))
@@ -107,10 +96,10 @@ class Session:
             if content and not recorded(self.path):
                 self.directory.write_atomic(RECORD, json.dumps({"sha256": content}) + "\n")
             base = base_identity(self.source).to_json() if self.learns else None
-            self.writer = CheckpointWriter(self.directory, self.spec, KEPT_CHECKPOINTS, base)
-            self.stack.callback(self.writer.close)
+        self.checkpoints = Checkpointing(self.path, self.spec, self.ranks, self.directory, base)
+        self.stack.callback(self.checkpoints.close)
         if self.learns:
-            # Here, as the learner below: stages that only ask the pool do without Megatron, seconds of imports.
+            # Imported late: stages that only use the pool don't need Megatron, which takes seconds to import.
             from ..parallel import groups
 
             p = self.cfg.parallel
@@ -118,9 +107,14 @@ class Session:
             self.device = groups.initialise(degrees, device=self.device_type, timeout_s=p.timeout_s)
             self.stack.callback(groups.finish)
             if degrees.world > 1:
-                self.heartbeat = Heartbeat(p.timeout_s)
-                self.stack.callback(self.heartbeat.close)
+                self.ranks.heartbeat = Heartbeat(p.timeout_s)
+                self.stack.callback(self.ranks.heartbeat.close)
         return self
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, which alone talks to the rollout pool, writes files and shows progress."""
+        return self.ranks.leads
 
     def __exit__(self, *error: Any) -> None:
         self.stack.close()
@@ -145,12 +139,7 @@ class Session:
             options=LearnerOptions(**options),
         )
         if checkpoint:
-            # The leader looked at the digests when it chose this checkpoint.
-            state, counters = read_training(checkpoint, check=False)
-            learner.load_optimizer(state)
-            self.counters.update(counters)
-            if self.writer is not None:
-                self.writer.counters = counters
+            self.checkpoints.restore(learner, checkpoint)
         return learner
 
     def make_pool(self, spec: PolicySpec | None) -> RolloutPool:
@@ -194,52 +183,19 @@ class Session:
         if self.metrics is not None:
             self.metrics.log(step, values, timings)
 
-    # -- together -----------------------------------------------------------------------------------------------------
-
-    def from_leader(self, make: Callable[..., T] | None, *arguments: Any) -> T:
-        """What rank 0 makes of the arguments, on every rank; the others' are not looked at. Plain records only. The
-        others wait for as long as the leader lives: deadlines of what it does are `make`'s own."""
-        box: list[Any] = [make(*arguments) if self.leads and make else None]
-        if self.heartbeat is not None:
-            self.heartbeat.meet()
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def unless_stopped(self, make: Callable[..., T] | None, *arguments: Any) -> T | None:
-        """`from_leader` for work that may be given up: None on every rank if the leader is told to stop meanwhile."""
-
-        def attempt() -> T | None:
-            assert make is not None
-            try:
-                with listener.at_once():
-                    return make(*arguments)
-            except Stopped:
-                return None
-
-        return self.from_leader(attempt if make else None)
-
-    def stop_if_asked(self, learner: Learner | None, step: int) -> None:
+    def stop_if_told(self, learner: Learner | None, step: int) -> None:
         """`stop` before step `step` if any rank has been told to; all ranks call it."""
-        asked = torch.tensor([listener.asked])
-        if self.heartbeat is not None:
-            self.heartbeat.meet()
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        if asked.item():
+        if self.ranks.told_to_stop():
             self.stop(learner, step)
 
     def stop(self, learner: Learner | None, step: int) -> NoReturn:
         """End the stage on every rank after `step` steps, with a checkpoint of them (None: the stage keeps none).
 
         Raises Stopped."""
-        if learner is not None and step > self.saved:
-            self.save(learner, step)
-        if self.writer is not None:
-            self.writer.wait()
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        store = dist.distributed_c10d._get_default_store() if world > 1 else None
-        raise Stopped(
-            f"stopped after {step} step(s), as told; the same command goes on", Parting(self.rank, world, store).leave
-        )
+        if learner is not None and step > self.checkpoints.saved:
+            self.checkpoints.save(learner, step)
+        self.checkpoints.wait()
+        self.ranks.stop(step)
 
     def sample(
         self, pool: RolloutPool, prompts: list[Prompt], samples: int, temperature: float, seed: int, what: str
@@ -279,7 +235,7 @@ class Session:
     ) -> None:
         """Update `step` (from 0) of maximum likelihood, at learning rate `rate`; it is guarded and logged."""
         update = learner.step(batch, weights, adapter_lr=rate, gate_lr=0.0)
-        self.guard(update, batch, weights, step + 1)
+        self.check_finite(update, batch, weights, step + 1)
         assert weights.token is not None
         loss = -float((update.scores.token_logprobs * weights.token).sum())
         self.log(step + 1, {"loss": loss, "grad_norm": update.norms["all"], "learning_rate": rate})
@@ -293,75 +249,18 @@ class Session:
         added = initial_policy(self.source.dims, replace(self.spec, full=False), seed)
         return LayeredTensors(added, BaseTensors(self.source))
 
-    def rl_start(self, calibrated: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """What RL starts from, of a calibrated policy: rl.gate_centre and gate_sharpness."""
-        return sharpened(calibrated, self.cfg.rl.gate_centre, self.cfg.rl.gate_sharpness)
-
-    def read_policy(self, directory: Path, *, checked: bool) -> tuple[PolicySpec, Mapping[str, torch.Tensor]]:
-        """A policy checkpoint, of which a rank reads what it asks for. The leader compares it with its digest, once for
-        all ranks, unless `latest` did. Raises as `open_policy`."""
-        if not checked:
-            self.from_leader(lambda: open_policy(directory)[0])
-        return open_policy(directory, check=False)
-
-    @contextmanager
-    def on_disk(self, policy: Stream) -> Iterator[Mapping[str, torch.Tensor]]:
-        """A policy in a file of the stage for the length of the block, readable by every rank; all ranks call it."""
-        folder = self.path / "policy"
-        if self.leads:
-            with atomic_directory(folder) as temporary:
-                write_policy(temporary, self.spec, policy)
-        else:
-            drain(policy)
-        self.from_leader(None)
-        yield open_policy(folder, check=False)[1]
-        if dist.is_initialized():
-            dist.barrier()
-        if self.leads:
-            shutil.rmtree(folder)
-
-    @property
-    def meet(self) -> Callable[[], None] | None:
-        """What ranks wait for the leader with; None where there is one rank."""
-        return self.heartbeat.meet if self.heartbeat else None
-
     def write_model(self, learner: Learner) -> Path:
         """What was learned as a Hugging Face directory, adapters merged, without gates; all ranks call it."""
         out = self.path / "model"
-        with self.on_disk(learner.stream_policy(self.meet)) as tensors:
+        with self.checkpoints.on_disk(learner.stream_policy(self.ranks.meet)) as tensors:
             if self.leads:
                 # There is one already if a run was killed between writing it and saying so.
                 shutil.rmtree(out, ignore_errors=True)
                 export_hf(self.source, (self.spec, tensors), out, adapters="merge", gates="drop")
-            self.from_leader(None)
+            self.ranks.broadcast_from_rank0(None)
         return out
 
-    def save(self, learner: Learner, step: int, value: float | None = None) -> None:
-        """Checkpoint after `step` steps. Adapters are collected here and written in a thread of the leader's while
-        training goes on; under full fine-tuning they are written as they come, since a copy of all of it would be many
-        times the model. `value`: what the best checkpoint is judged by, the larger the better.
-
-        Raises RuntimeError where the ranks have come apart: that is not worth keeping."""
-        learner.check_copies()
-        self.saved = step
-        if self.writer is not None:
-            self.writer.counters |= {name: self.counters[name] for name in self.counters if name not in BEST}
-        if self.spec.full:
-            state = learner.stream_optimizer(self.meet)
-            streams = TrainingStreams(learner.updates, learner.stream_policy(self.meet), state)
-            if self.writer is not None:
-                self.writer.write_as_it_comes(step, streams, value)
-            else:
-                streams.drain()
-        else:
-            policy, moments = learner.export_policy(), learner.export_optimizer()
-            if self.writer is not None:
-                self.writer.write(step, policy, moments, value)
-        if self.heartbeat is not None:
-            # Writing waits for the checkpoint before this one.
-            self.heartbeat.meet()
-
-    def guard(self, update: Update, batch: ReplayBatch, weights: Weights, step: int) -> None:
+    def check_finite(self, update: Update, batch: ReplayBatch, weights: Weights, step: int) -> None:
         """Count updates whose gradient was not finite; too many in a row end the run, their batch left on disk.
 
         Raises RuntimeError.
@@ -382,19 +281,11 @@ class Session:
             "Lower the learning rates, or look at the batch"
         )
 
-    def latest(self) -> tuple[int, Path | None]:
-        """(steps done, checkpoint) of this stage as the leader finds it; (0, None) at the start. A damaged checkpoint
-        is passed over, with a warning, for the one before it."""
-        found = self.from_leader(lambda: str(self.directory.latest_checkpoint(damage) or "") if self.directory else "")
-        self.saved = int(Path(found).name.split("_")[1]) if found else 0
-        return (self.saved, Path(found)) if found else (0, None)
-
     def finish(self, text: str = "") -> None:
         """Mark the stage as finished, once its last checkpoint is on disk.
 
         Raises RuntimeError if it has diverged: what it left is no result."""
-        if self.writer is not None:
-            self.writer.wait()
+        self.checkpoints.wait()
         if self.directory:
             self._check_last_step()
             self.directory.write_atomic(DONE, text + "\n")

@@ -13,13 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from workloads import interleaved, ratio, save, spread
 
 PROMPTS, SAMPLES, LENGTH, RANK, BETA = 8, 4, 32, 32, 0.05
 
@@ -170,24 +173,14 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    import tempfile
-
     scratch = tempfile.mkdtemp()
-    sides = {
-        side: subprocess.Popen(
-            [sys.executable, __file__, "--side", side, "--model", str(options.model), "--scratch", scratch,
-             "--threads", str(options.threads)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )
-        for side in ("ours", "trl")
-    }  # fmt: skip
-    seen: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    command = [sys.executable, __file__, "--model", str(options.model), "--scratch", scratch]
+    command += ["--threads", str(options.threads), "--side"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    sides = {side: subprocess.Popen([*command, side], text=True, **pipes) for side in ("ours", "trl")}
     try:
-        for repeat in range(options.repeats + 2):
-            for side, process in sides.items():
-                found = ask(side, process)
-                if repeat >= 2:
-                    seen[side].append(found)
+        cases = {side: partial(ask, side, process) for side, process in sides.items()}
+        seen = interleaved(cases, options.repeats, warm_up=2)
     finally:
         for process in sides.values():
             process.kill()
@@ -207,25 +200,16 @@ def ask(side: str, process: subprocess.Popen) -> dict[str, float]:
 
 
 def report(options: argparse.Namespace, seen: dict[str, list[dict[str, float]]]) -> None:
-    ratios = [
-        (a["tokens"] / a["seconds"]) / (b["tokens"] / b["seconds"])
-        for a, b in zip(seen["ours"], seen["trl"], strict=True)
-    ]
-    table = {}
-    print(
-        f"{PROMPTS} x {SAMPLES} answers of {LENGTH} tokens, float32, {options.threads} threads, {len(ratios)} repeats"
-    )
+    speeds = {side: [step["tokens"] / step["seconds"] for step in steps] for side, steps in seen.items()}
+    table, times = {}, ratio(speeds["ours"], speeds["trl"])
+    print(f"{PROMPTS} x {SAMPLES} answers of {LENGTH} tokens, float32, {options.threads} threads, "
+          f"{options.repeats} repeats")  # fmt: skip
     for side, steps in seen.items():
-        median = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
-        table[side] = median | {"tokens_per_s": median["tokens"] / median["seconds"]}
-        phases = "  ".join(f"{k} {v:.2f}s" for k, v in median.items() if k not in ("seconds", "tokens", "peak_mib"))
-        print(
-            f"{side:<5} {table[side]['tokens_per_s']:8.1f} tokens/s  step {median['seconds']:.2f}s  "
-            f"peak {median['peak_mib']:.0f} MiB  {phases}"
-        )
-    print(f"ratio {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]")
-    if options.json:
-        options.json.write_text(json.dumps({"sides": table, "ratios": ratios}, indent=1))
+        table[side] = {key: spread([step[key] for step in steps])[0] for key in steps[0]}
+        phases = "  ".join(f"{key} {value:.2f}" for key, value in table[side].items())
+        print(f"{side:<5} {spread(speeds[side])[0]:8.1f} tokens/s  {phases}")
+    print("ratio {:.2f} [{:.2f}, {:.2f}]".format(*times))
+    save(options.json, {"sides": table, "ratio": times})
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +16,8 @@ from ee_megatron.objectives.weights import Weights, mean_weights
 from ee_megatron.planning.workload import tilted
 from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import Decoder, Request, Scheduler
+
+T = TypeVar("T")
 
 
 def exits_with_mean(outcomes: Sequence[int], mean: float, shape: int | tuple[int, ...], seed: int) -> np.ndarray:
@@ -59,3 +64,26 @@ def answer_all(
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
     """Median, least and greatest."""
     return statistics.median(values), min(values), max(values)
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> tuple[float, float, float]:
+    """`spread` of the ratios within each repeat."""
+    return spread([a / b for a, b in zip(above, below, strict=True)])
+
+
+def interleaved(cases: Mapping[str, Callable[[], T]], repeats: int, warm_up: int = 0) -> dict[str, list[T]]:
+    """The results of every case, `repeats` times each, all of them in turn: a drift of the machine's speed affects all
+    alike."""
+    found: dict[str, list[T]] = {name: [] for name in cases}
+    for repeat in range(warm_up + repeats):
+        for name, run in cases.items():
+            result = run()
+            if repeat >= warm_up:
+                found[name].append(result)
+    return found
+
+
+def save(file: Path | None, found: object) -> None:
+    """Figures as JSON, if a file is wanted."""
+    if file is not None:
+        file.write_text(json.dumps(found, indent=1, default=str))

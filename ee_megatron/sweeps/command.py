@@ -21,8 +21,8 @@ from ..config.schema import RunConfig
 from ..config.shipped import find_config_dir, list_groups
 from ..config.validate import check_name
 from ..observe.lock import RunLock
+from ..training.preemption import STOPPED, WITH_PARENT, dying_with_me, follow_parent
 from ..training.preflight import Preflight
-from ..training.stopping import STOPPED, WITH_PARENT, dying_with_me, follow_parent
 from . import records
 from .collect import collect
 from .extend import ids, placed

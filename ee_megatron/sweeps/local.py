@@ -23,7 +23,7 @@ class LocalExecutor:
     """Tasks as processes of this machine, at most `parallel` at a time, each after the one that it needs.
 
     command: task key -> what to start. INT or TERM ends all of them, with a checkpoint where the stage keeps one; if
-    this process dies, they are told so (training/stopping.py) and end the same way.
+    this process dies, they are told so (training/preemption.py) and end the same way.
     """
 
     def __init__(

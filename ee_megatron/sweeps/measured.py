@@ -80,7 +80,7 @@ def pretrained(figures: Mapping[str, float], cfg: RunConfig, dims: ModelDims) ->
 
 
 def imported(figures: Mapping[str, int]) -> dict[str, Any]:
-    """Updates and tokens behind an imported checkpoint, where it says so (training/imported.py)."""
+    """Updates and tokens behind an imported checkpoint, where it says so (training/import_checkpoint.py)."""
     names = {"iteration": "iteration", "tokens": "tokens_pretrain"}
     return {column: figures[name] for name, column in names.items() if name in figures}
 

@@ -22,8 +22,8 @@ from ..config.load import load
 from ..config.schema import RunConfig
 from ..observe.lock import RunLock
 from ..observe.rundir import DONE
-from ..training.stopping import STOPPED as TOLD_TO_STOP
-from ..training.stopping import WITH_PARENT
+from ..training.preemption import STOPPED as TOLD_TO_STOP
+from ..training.preemption import WITH_PARENT
 from . import records
 from .records import FAILED, FINISHED, KILLED, RUNNING, STOPPED, Record
 from .sweep import StageTask, Sweep

@@ -30,7 +30,7 @@ from ..policy import change_share
 from ..tensors import Block, ChangedStream, Stream, part_of
 from ..types import Trace
 from .context import StageContext
-from .stored import load_traces
+from .serialization import load_traces
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ from ..tasks import VerifierPool
 from ..tensors import Block, Shape, Stream, drain
 from ..types import Group, Prompt, Rollout
 from .context import StageContext
-from .problems import training_problems
-from .stored import load_rollouts, save_rollouts
+from .dataset_mixing import training_problems
+from .serialization import load_rollouts, save_rollouts
 
 log = logging.getLogger(__name__)
 

@@ -45,11 +45,11 @@ from ..rollout.pool.interface import TEACHER, RolloutPool
 from ..tasks import Task, VerifierPool, task_of
 from ..tensors import LayeredTensors
 from ..types import Prompt, Rollout
+from .answer_cache import ANSWERS, KeptAnswers
 from .checkpoints import Checkpointing
 from .distributed import Distributed
-from .kept import ANSWERS, KeptAnswers
+from .preemption import keeping_signals
 from .stages import DONE
-from .stopping import keeping_signals
 
 if TYPE_CHECKING:
     from ..learner.learner import Learner, Update

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..parallel.heartbeat import Heartbeat
-from .stopping import Parting, Stopped, listener
+from .preemption import Parting, Stopped, listener
 
 T = TypeVar("T")
 

@@ -42,12 +42,12 @@ from ..tasks.base import StyledTask
 from ..tensors import HeldStream
 from ..types import Prompt, Rollout
 from . import stages
+from .answer_cache import ANSWERS
 from .collect import exits_of, prompts_of
 from .context import StageContext
 from .controls import Reference, all_controls, run_controls
-from .kept import ANSWERS
-from .problems import wide_test, wide_validation
-from .stopping import listener
+from .dataset_mixing import wide_test, wide_validation
+from .preemption import listener
 
 SEED = 0
 

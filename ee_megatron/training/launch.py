@@ -18,9 +18,9 @@ from ..config.identity import outdated, stage_dir, stage_order
 from ..config.schema import RunConfig
 from ..exit_rules import Threshold
 from . import stages
+from .preemption import PARTING_S, WITH_PARENT, Stopped, dying_with_me, follow_parent, listener
 from .ranks import Forked, Ranks, free_port
 from .slurm import adopt_rank
-from .stopping import PARTING_S, WITH_PARENT, Stopped, dying_with_me, follow_parent, listener
 
 
 def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
@@ -88,7 +88,7 @@ def import_ahead() -> None:
     with lean_imports():
         import megatron.core.models.gpt.gpt_model  # noqa: F401
     import_deepspeed(on_cpu=True)
-    from . import calibrate, evaluate, reinforce, teacher, traces  # noqa: F401
+    from . import calibrate, evaluate, reinforce, teacher  # noqa: F401
 
     # What is imported is never garbage: a collection in a child would copy all its pages.
     gc.collect()
@@ -103,7 +103,7 @@ def _run_here(stage: str, cfg: RunConfig) -> None:
         with lean_imports():
             import megatron.core.models.gpt.gpt_model  # noqa: F401
     if stage == "imported":
-        from .imported import import_model
+        from .import_checkpoint import import_model
 
         import_model(cfg)
     elif stage == "pretrain":
@@ -115,7 +115,7 @@ def _run_here(stage: str, cfg: RunConfig) -> None:
 
         train_teacher(cfg, stages.source_model(cfg))
     elif stage == "traces":
-        from .traces import make_traces
+        from .teacher import make_traces
 
         make_traces(cfg, stages.base_model(cfg))
     elif stage == "calibrate":

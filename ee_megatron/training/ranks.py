@@ -23,7 +23,7 @@ from types import FrameType
 from typing import IO
 
 from ..host_memory import limit_arenas
-from .stopping import STOPPED, WITH_PARENT
+from .preemption import STOPPED, WITH_PARENT
 
 LOG = "EE_RANK_LOG"
 """Set for a rank that is started here: the file that its stderr goes to."""

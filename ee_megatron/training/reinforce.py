@@ -35,7 +35,7 @@ from .collect import make_collector
 from .context import StageContext
 from .lambda_controller import LambdaController
 from .rl_metrics import accuracy, cost_metrics, peak_flops, step_metrics, step_timings
-from .samples import keep_samples, sampled_steps
+from .serialization import keep_samples, sampled_steps
 from .update import objective_of, update
 
 logger = logging.getLogger(__name__)

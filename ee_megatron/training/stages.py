@@ -139,7 +139,7 @@ def ready_model(cfg: RunConfig, stage: str) -> Path:
     Raises FileNotFoundError or ValueError.
     """
     if stage == "pretrain" and draws_weights(cfg):
-        from .scratch import draw_model
+        from .random_init import draw_model
 
         return draw_model(cfg, stage_dir(cfg, stage) / "initial")
     if stage == "imported":
@@ -162,7 +162,7 @@ def check_given(cfg: RunConfig) -> None:
 def check_checkpoint(cfg: RunConfig) -> None:
     """Raises FileNotFoundError or ValueError if model.checkpoint cannot be imported."""
     # Late: torch takes seconds to import, and other runs need none for this.
-    from .imported import open_source
+    from .import_checkpoint import open_source
 
     open_source(cfg)
 

@@ -4,6 +4,9 @@ answers <- K samples per problem with worked examples in the prompt        (roll
 keep one right answer per problem                                          (verifier)
 maximise log p(answer | problem without examples)                          (learner, adapters, full depth)
 merge the adapters -> the model that everything below calls the base
+
+And stage 1, first half: traces of that model, which answers at full depth; each position records what every exit would
+have cost.
 """
 
 from __future__ import annotations
@@ -20,11 +23,16 @@ from ..learner.batch import pack
 from ..objectives.schedules import schedule
 from ..objectives.weights import answer_likelihood
 from .context import StageContext
+from .dataset_mixing import training_problems
+from .preemption import listener
+from .serialization import save_traces
 
 logger = logging.getLogger(__name__)
 
 SEED, TEMPERATURE = 0, 0.7
 """Of the sampled answers."""
+TOP_K = 16
+"""Teacher log-probabilities kept per position of a trace; the rest is one lumped tail."""
 
 
 def train_teacher(cfg: RunConfig, model_path: Path) -> Path:
@@ -83,3 +91,26 @@ def sample_examples(context: StageContext) -> list[tuple[np.ndarray, np.ndarray]
         )
     torch.set_num_threads(1)
     return examples
+
+
+def make_traces(cfg: RunConfig, model_path: Path) -> None:
+    """Run the stage: an inference job without a learner."""
+    t = cfg.traces
+    with listener.at_once(), StageContext(cfg, "traces", model_path, learner=False) as context:
+        task = context.make_task()
+        verifier = context.make_verifier(task)
+        prompts = training_problems(cfg, model_path, task, t.wide_operands, t.problems)
+        pool = context.make_pool(context.spec)
+        answers = context.sample(pool, prompts, 1, t.temperature, SEED, "answers")
+        flat = [(p, a) for p, group in zip(prompts, answers, strict=True) for a in group]
+        verdicts = verifier.verify_many([(p, a.text) for p, a in flat])
+        kept = [(a, v.correct) for (_, a), v in zip(flat, verdicts, strict=True) if v.correct or not t.only_correct]
+        with context.progress(len(kept), what="divergences") as reading:
+            rollouts = [answer for answer, _ in kept]
+            traces = pool.trace(rollouts, TOP_K, lambda done, total: reading.advance(done - reading.done))
+        for trace, (answer, correct) in zip(traces, kept, strict=True):
+            trace.correct, trace.text = bool(correct), answer.text
+        save_traces(context.path / "dataset", traces)
+        accuracy = sum(v.correct for v in verdicts) / len(verdicts)
+        print(f"traces: {len(traces)} answers, {sum(len(t.tokens) for t in traces)} tokens, {accuracy:.3f} right")
+        context.finish(f"{len(traces)} traces")

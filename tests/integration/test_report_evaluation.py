@@ -22,7 +22,7 @@ from ee_megatron.report.runs import report_run
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.tasks import make_task
 from ee_megatron.training.evaluate import evaluate
-from ee_megatron.training.samples import keep_samples, sampled_steps
+from ee_megatron.training.serialization import keep_samples, sampled_steps
 from ee_megatron.types import Group
 from tests.tiny import tiny_hf
 

@@ -21,7 +21,7 @@ from ee_megatron.checkpoint.manifest import read_manifest
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.observe.metrics import read_metrics
 from ee_megatron.training import stages
-from ee_megatron.training.stored import load_rollouts, load_traces
+from ee_megatron.training.serialization import load_rollouts, load_traces
 from tests.covering import EXTENDED, SLOW
 from tests.processes import Command, ee_megatron
 from tests.tiny import tiny_hf

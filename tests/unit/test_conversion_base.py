@@ -29,7 +29,7 @@ from ee_megatron.policy import POLICY_JSON, PolicySpec, initial_policy
 from ee_megatron.sweeps.measured import imported
 from ee_megatron.training import launch, stages
 from ee_megatron.training.checkpoints import CheckpointWriter
-from ee_megatron.training.imported import import_model
+from ee_megatron.training.import_checkpoint import import_model
 from ee_megatron.training.preflight import Preflight
 from tests.conversion import MODEL, SMALL, cast, contents, fields, foreign, hashes, in_shards, made, policy_on, refused
 from tests.reference import random_policy

@@ -16,7 +16,7 @@ VLLM = ("hydra", "omegaconf", "megatron", "deepspeed", "datasets", "submitit", "
         # The package is there without its dependencies (Makefile): vLLM pins other versions of them.
         (VLLM, "ee_megatron.rollout.pool.vllm_process"),
         # megatron takes as long to import as everything else together.
-        (("megatron", "deepspeed"), "ee_megatron.training.traces, ee_megatron.training.evaluate"),
+        (("megatron", "deepspeed"), "ee_megatron.training.teacher, ee_megatron.training.evaluate"),
     ],
 )
 def test_a_process_does_without_what_it_does_not_need(absent: tuple[str, ...], imports: str) -> None:

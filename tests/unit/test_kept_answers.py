@@ -20,10 +20,10 @@ from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.rollout.engine.scoring import Inspection, Score
 from ee_megatron.tasks import make_task
+from ee_megatron.training.answer_cache import KeptAnswers
 from ee_megatron.training.context import StageContext
 from ee_megatron.training.evaluate import Evaluation
-from ee_megatron.training.kept import KeptAnswers
-from ee_megatron.training.stored import save_answers
+from ee_megatron.training.serialization import save_answers
 from ee_megatron.types import Prompt, Rollout
 from tests.tiny import tiny_hf
 
@@ -116,7 +116,7 @@ def test_whatever_decides_answers_tells_sets_apart(pool: LocalPool, tmp_path: Pa
 
 def test_a_set_of_before_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is on disk stays of use for as long as the version does."""
-    monkeypatch.setattr("ee_megatron.training.kept.__version__", "1")
+    monkeypatch.setattr("ee_megatron.training.answer_cache.__version__", "1")
     prompts = [Prompt("p", "Q", "A", "t")]
     one = GenerationRequest(prompts, 1, SamplingParams(0.0, 12, ("\n",)), Threshold(0.5), 3)
     names = [KeptAnswers(Path(), {})._name("w", one, scored) for scored in (False, True)]
@@ -232,7 +232,7 @@ def test_a_write_that_fails_matters_only_if_the_set_is_not_there(
             save_answers(directory, answered)
         raise OSError("directory not empty")
 
-    monkeypatch.setattr("ee_megatron.training.kept.save_answers", fails)
+    monkeypatch.setattr("ee_megatron.training.answer_cache.save_answers", fails)
     kept = KeptAnswers(tmp_path / "answers", MADE_BY)
     if written:
         assert len(kept.answer(pool, "w", request()).rollouts) == 8

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ee_megatron.observe.rundir import RunDirectory
-from ee_megatron.training.samples import PER_STEP, STEPS, TOKENS, keep_samples, sampled_steps
+from ee_megatron.training.serialization import PER_STEP, STEPS, TOKENS, keep_samples, sampled_steps
 from ee_megatron.types import Group, Prompt, Rollout
 
 

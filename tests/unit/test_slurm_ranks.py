@@ -23,9 +23,9 @@ from ee_megatron.config.cluster import JobShape
 from ee_megatron.config.load import load
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.training.launch import grow_segments, run_stage
+from ee_megatron.training.preemption import STOPPED, Listener, Parting, Stopped
 from ee_megatron.training.ranks import Ranks
 from ee_megatron.training.slurm import adopt_rank, check_allocation, describe_job, tasks_per_node
-from ee_megatron.training.stopping import STOPPED, Listener, Parting, Stopped
 from tests.tiny import tiny_hf
 
 ROOT = Path(__file__).parents[2]
@@ -146,7 +146,7 @@ def test_a_signal_is_noted_and_interrupts_only_what_may_be_given_up() -> None:
 
 LEAVE = """
 import sys, torch.distributed as dist
-from ee_megatron.training.stopping import Parting
+from ee_megatron.training.preemption import Parting
 rank, port = int(sys.argv[1]), int(sys.argv[2])
 store = dist.TCPStore("127.0.0.1", port, 3, is_master=False)
 Parting(rank, 3, store).leave()
@@ -172,7 +172,7 @@ def test_the_leader_leaves_last_and_with_the_code_that_says_why() -> None:
 
 
 def test_a_single_rank_leaves_at_once() -> None:
-    code = "from ee_megatron.training.stopping import Stopped\nStopped('x').leave()"
+    code = "from ee_megatron.training.preemption import Stopped\nStopped('x').leave()"
     done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == STOPPED and Parting(0, 1).world == 1
 

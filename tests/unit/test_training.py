@@ -32,7 +32,7 @@ from ee_megatron.observe.rundir import RunDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, save_policy, sharpened
 from ee_megatron.tasks import Verdict
 from ee_megatron.tensors import HeldStream, collect
-from ee_megatron.training import traces as traces_stage
+from ee_megatron.training import teacher as teacher_stage
 from ee_megatron.training.calibrate import (
     Item,
     draw_exits,
@@ -46,7 +46,7 @@ from ee_megatron.training.checkpoints import Checkpointing, TrainingStreams, dam
 from ee_megatron.training.collect import WeightHistory, check_versions, step_prompts
 from ee_megatron.training.distributed import Distributed
 from ee_megatron.training.lambda_controller import LambdaController
-from ee_megatron.training.stored import load_rollouts, load_traces, save_rollouts, save_traces
+from ee_megatron.training.serialization import load_rollouts, load_traces, save_rollouts, save_traces
 from ee_megatron.types import Prompt, Trace
 from tests.by_hand import a_group, a_rollout
 
@@ -313,9 +313,9 @@ def test_traces_are_of_the_answers_that_are_right(only_correct, tmp_path, monkey
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr(traces_stage, "StageContext", Stage)
-    monkeypatch.setattr(traces_stage, "training_problems", lambda *_: prompts)
-    traces_stage.make_traces(RunConfig(traces=TracesConfig(only_correct=only_correct)), tmp_path)
+    monkeypatch.setattr(teacher_stage, "StageContext", Stage)
+    monkeypatch.setattr(teacher_stage, "training_problems", lambda *_: prompts)
+    teacher_stage.make_traces(RunConfig(traces=TracesConfig(only_correct=only_correct)), tmp_path)
     found = {trace.prompt_id: trace.correct for trace in load_traces(tmp_path / "dataset")}
     expected = {name: right for name, (right, _) in verdicts.items() if right or not only_correct}
     assert found == expected
@@ -431,7 +431,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog
     assert "step_2" in caplog.text and "exp_avg.safetensors: not what was written" in caplog.text
 
 
-def test_a_resumed_stage_goes_on_with_the_depth_penalty_of_its_checkpoint(tmp_path, monkeypatch):
+def test_a_resumed_stage_goes_on_with_the_depth_penalty_of_its_checkpoint(tmp_path):
     """The checkpoint's state reaches what the loop makes its lambda of, and the checkpoints to come."""
     spec = PolicySpec(num_layers=6, exit_depths=(2,), rank=2)
     rl = RLConfig(accuracy_floor=2.0, lambda_exit=0.5)

@@ -20,8 +20,8 @@ from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.tasks import VerifierPool, make_task
+from ee_megatron.training.answer_cache import KeptAnswers
 from ee_megatron.training.evaluate import Evaluation, Measured
-from ee_megatron.training.kept import KeptAnswers
 from ee_megatron.types import Rollout
 from tests.tiny import tiny_hf
 

@@ -1,4 +1,4 @@
-"""Traces, rollouts and evaluated answers on disk: to be looked at, handed on and used again without a pool.
+"""Traces, rollouts and evaluated answers on disk, to be read again without a pool; samples of rollouts for the report.
 
 NAME.safetensors: all sequences end to end; NAME.jsonl: one JSON line per sequence. No pickle.
 """
@@ -6,7 +6,7 @@ NAME.safetensors: all sequences end to end; NAME.jsonl: one JSON line per sequen
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from ..evaluation.evaluate import AnsweredSet
-from ..observe.rundir import atomic_directory
+from ..observe.rundir import RunDirectory, atomic_directory
 from ..rollout.engine.scoring import Score
 from ..types import Group, Prompt, Rollout, Trace
 
@@ -137,3 +137,45 @@ def _load(
     parts = {n: np.split(arrays[n], token_ends) for n in per_token}
     parts["prompt_tokens"] = np.split(arrays["prompt_tokens"], prompt_ends)
     return lines, [{n: values[i] for n, values in parts.items()} for i in range(len(lines))], arrays
+
+
+SAMPLES = "samples"
+STEPS, PER_STEP, TOKENS = 8, 3, 400
+"""So many steps of a run, the first and the last among them; answers of each, to as many problems where there are; and
+tokens of an answer, of a longer one its two ends."""
+
+
+def sampled_steps(steps: int) -> set[int]:
+    """Which of `steps` steps, counted from 1."""
+    return {int(step) for step in np.linspace(1, steps, min(STEPS, steps)).round()}
+
+
+def keep_samples(directory: RunDirectory, step: int, groups: Sequence[Group], decode: Callable[[int], str]) -> None:
+    """The first answers of as many groups as there are, as a file that appears whole; a step that is done again writes
+    the same one."""
+    chosen = [(group, k) for k in range(max(len(g.rollouts) for g in groups)) for group in groups]
+    chosen = [(group, k) for group, k in chosen if k < len(group.rollouts)][:PER_STEP]
+    entries = [_entry(group, k, decode) for group, k in chosen]
+    directory.write_atomic(f"{SAMPLES}/step_{step}.json", json.dumps({"step": step, "rollouts": entries}))
+
+
+def _entry(group: Group, k: int, decode: Callable[[int], str]) -> dict[str, Any]:
+    rollout = group.rollouts[k]
+    half, places = TOKENS // 2, list(range(rollout.length))
+    kept = places if len(places) <= TOKENS else places[:half] + places[-half:]
+    return {
+        "prompt": group.prompt.text,
+        "reference": group.prompt.answer,
+        "correct": bool(group.correct[k]),
+        "reward": float(group.rewards[k]),
+        "left_out": rollout.length - len(kept),
+        "tokens": [
+            {
+                "text": decode(int(rollout.tokens[t])),
+                "depth": int(rollout.exit_depths[t]),
+                "logprob": round(float(rollout.token_logprobs[t]), 5),
+                "exit_logprob": round(float(rollout.exit_logprobs[t]), 5),
+            }
+            for t in kept
+        ],
+    }

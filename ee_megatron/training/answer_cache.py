@@ -22,7 +22,7 @@ from ..evaluation.evaluate import AnsweredSet, answer_sets, score_sets
 from ..rollout.engine.request import GenerationRequest, Progress
 from ..rollout.engine.scoring import Inspection
 from ..rollout.pool.interface import RolloutPool
-from .stored import load_answers, save_answers
+from .serialization import load_answers, save_answers
 
 logger = logging.getLogger(__name__)
 ANSWERS = "answers"

@@ -14,7 +14,7 @@ from ..config.derive import model_dir, read_dims
 from ..config.identity import stage_dir, to_yaml
 from ..config.schema import RunConfig
 from ..observe.rundir import DONE, RunDirectory
-from .stopping import listener
+from .preemption import listener
 
 if TYPE_CHECKING:
     from ..checkpoint.megatron_directory import MegatronTensors

@@ -107,7 +107,7 @@ def _sweep(options: argparse.Namespace) -> int:
         sweep.save()
         for run in sweep.runs:
             # Finished before this sweep existed, or killed before it wrote them.
-            if sweep.run_state(run) == FINISHED and sweep.result(run) is None:
+            if sweep.is_finished(run) and sweep.result(run) is None:
                 from .run_metrics import measure
 
                 measure(sweep, run, load(run.overrides))
@@ -120,7 +120,7 @@ def _sweep(options: argparse.Namespace) -> int:
     for run in runs:
         if reason := sweep.failure(sweep.tasks[run.task]):
             print(f"error: {spelt(run.settings) or 'the run'}: {reason}", file=sys.stderr)
-    return 130 if stopped else int(any(sweep.run_state(run) != FINISHED for run in runs))
+    return 130 if stopped else int(not all(sweep.is_finished(run) for run in runs))
 
 
 class Checker:

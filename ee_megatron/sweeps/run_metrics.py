@@ -165,10 +165,10 @@ def rows(sweep: Sweep) -> list[dict[str, Any]]:
     """
     table = []
     for run in sweep.runs:
-        state, error = sweep.run_state(run), sweep.failure(sweep.tasks[run.task])
-        result = (sweep.result(run) or {}) if state == FINISHED else {}
+        finished, error = sweep.is_finished(run), sweep.failure(sweep.tasks[run.task])
+        result = (sweep.result(run) or {}) if finished else {}
         # A table that is made while runs go on must not depend on the second in which it is made.
-        status = state if state in (FINISHED, FAILED) else "unfinished"
+        status = FINISHED if finished else FAILED if error else "unfinished"
         settings = {key: _cell(value) for key, value in run.settings.items()}
         figures = {key: value for key, value in result.items() if key not in settings}
         table.append({"run": run.id, "status": status} | settings | figures | {"error": error})

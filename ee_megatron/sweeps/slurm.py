@@ -21,6 +21,8 @@ from .task import run_task
 SLURM_S = 60.0
 WARNING_S = 300
 """How long before a time limit submitit is told."""
+SLURMS_ARRAY = 1001
+"""Slurm's own MaxArraySize where nobody has set another."""
 PARTING_S = 30
 """Of the warning, what is left when a stage that has not heeded it is killed: for the record and the way back."""
 
@@ -65,31 +67,40 @@ def submit(
     sweep: Sweep, tasks: Sequence[StageTask], options: Mapping[str, str], parallel: int, requeues: int,
     queue: Mapping[str, str],
 ) -> None:  # fmt: skip
-    """Submit tasks as one job array per level (a plain job for a single task) and return at once.
+    """Submit tasks as one job array per level (a plain job for a single task; several arrays where Slurm takes none of
+    that size) and return at once.
 
-    options: of sbatch; parallel: an array's tasks at a time; requeues: after time limits, at most. A level starts after
-    all that it needs, submitted now or in the `queue`, has ended, however: a run whose shared stages failed says so
-    itself. Raises RuntimeError with sbatch's words if it refuses.
+    options: of sbatch; parallel: tasks at a time; requeues: after time limits, at most. A level starts after all that
+    it needs, submitted now or in the `queue`, has ended, however: a run whose shared stages failed says so itself.
+    Raises RuntimeError with sbatch's words if it refuses.
     """
     earlier = {key: job for key, job in sweep.submitted().items() if key in queue}
     jobs: dict[str, str] = {}
     directory, warning = sweep.directory.resolve(), float(options.get("warning", WARNING_S))
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _ask("scontrol", "show", "config"), re.MULTILINE)
+    largest = max(1, int(found[1])) if found else SLURMS_ARRAY
     for _, level in itertools.groupby(tasks, key=lambda task: task.level):
-        chosen = list(level)
-        needed = {before.key for task in chosen for before in sweep.chain(task)[:-1]}
-        waits = sorted({job.split("_")[0] for key, job in {**earlier, **jobs}.items() if key in needed})
-        after = ":".join(["afterany", *waits]) if waits else ""
-        executor = make_executor(sweep, chosen, options, parallel, requeues, after)
-        try:
-            with executor.batch():
-                submitted = [executor.submit(SlurmTask(directory, task.key, warning)) for task in chosen]
-        except Exception as error:
-            raise RuntimeError(f"sbatch refused the sweep's job: {' '.join(str(error).split())}") from None
-        jobs |= {task.key: job.job_id for task, job in zip(chosen, submitted, strict=True)}
-        sweep.note_submitted(jobs)
-        what = f"{len(chosen)} tasks in an array" if len(chosen) > 1 else sweep.describe(chosen[0])
-        asked = " ".join(f"{key}={value}" for key, value in sbatch_options(chosen, options).items())
-        print(f"submitted job {submitted[0].job_id.split('_')[0]}: {what} ({asked})", flush=True)
+        every = list(level)
+        pieces = [every[start : start + largest] for start in range(0, len(every), largest)]
+        before = ""
+        for piece in pieces:
+            needed = {each.key for task in piece for each in sweep.chain(task)[:-1]}
+            waits = {job.split("_")[0] for key, job in {**earlier, **jobs}.items() if key in needed}
+            # Arrays run at most `parallel` together; where that is less than one each, one after another.
+            after = sorted(waits | ({before} if before and parallel < len(pieces) else set()))
+            share, dependency = max(1, parallel // len(pieces)), ":".join(["afterany", *after]) if after else ""
+            executor = make_executor(sweep, piece, options, share, requeues, dependency)
+            try:
+                with executor.batch():
+                    submitted = [executor.submit(SlurmTask(directory, task.key, warning)) for task in piece]
+            except Exception as error:
+                raise RuntimeError(f"sbatch refused the sweep's job: {' '.join(str(error).split())}") from None
+            jobs |= {task.key: job.job_id for task, job in zip(piece, submitted, strict=True)}
+            sweep.note_submitted(jobs)
+            before = submitted[0].job_id.split("_")[0]
+            what = f"{len(piece)} tasks in an array" if len(piece) > 1 else sweep.describe(piece[0])
+            asked = " ".join(f"{key}={value}" for key, value in sbatch_options(piece, options).items())
+            print(f"submitted job {before}: {what} ({asked})", flush=True)
 
 
 def make_executor(
@@ -156,16 +167,21 @@ def queued(sweep: Sweep) -> dict[str, str]:
     if not jobs:
         return {}
     # Slurm refuses a list of which every job is gone, so all of them are asked for and sorted out here.
-    command = ["squeue", "--noheader", "--array", "--format=%F|%K|%T", "--me"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_S, check=True)
-    except FileNotFoundError:
-        return {}
-    except subprocess.SubprocessError as error:
-        said = " ".join(str(getattr(error, "stderr", "") or error).split())
-        raise RuntimeError(f"squeue: {said}; try again when Slurm answers") from None
+    said = _ask("squeue", "--noheader", "--array", "--format=%F|%K|%T", "--me")
     states: dict[str, str] = {}
-    for line in done.stdout.splitlines():
+    for line in said.splitlines():
         number, index, state = line.strip().split("|")
         states[number if index == "N/A" else f"{number}_{index}"] = state
     return {key: states[job] for key, job in jobs.items() if job in states}
+
+
+def _ask(*command: str) -> str:
+    """What a program of Slurm's says; nothing where there is none. Raises RuntimeError if it does not answer."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_S, check=True)
+    except FileNotFoundError:
+        return ""
+    except subprocess.SubprocessError as error:
+        said = " ".join(str(getattr(error, "stderr", "") or error).split())
+        raise RuntimeError(f"{command[0]}: {said}; try again when Slurm answers") from None
+    return done.stdout

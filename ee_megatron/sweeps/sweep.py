@@ -188,11 +188,14 @@ class Sweep:
                 return reason if each is task else f"{each.key}, which it needs: {reason}"
         return ""
 
+    def is_finished(self, run: SweepRun) -> bool:
+        return all((self.path(step) / DONE).is_file() for step in run.steps)
+
     def run_state(self, run: SweepRun, queue: Mapping[str, str] | None = None) -> str:
         """finished, failed (also if a task that it needs has), or the state of its own task."""
-        own = self.tasks[run.task]
-        if all(self.is_done(task) for task in self.chain(own)):
+        if self.is_finished(run):
             return FINISHED
+        own = self.tasks[run.task]
         return FAILED if self.failure(own) else self.task_state(own, queue)
 
     def counts(self, queue: Mapping[str, str] | None = None) -> str:

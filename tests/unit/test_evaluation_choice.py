@@ -180,6 +180,9 @@ def test_a_sweep_has_the_last_models_columns_by_family() -> None:
     assert (columns["layers_terse_hop3"], columns["layers_steps_hop3"]) == (3.0, 3.0)
     assert columns["right_padded_hop1"] == 0.0
     assert styles_of_answers({}, one_depth=False) == {}
+    # Held to one depth by RL, depths say nothing about a style.
+    capped = styles_of_answers(whole(), one_depth=True)
+    assert capped["right_terse_hop3"] == 1.0 and not [name for name in capped if name.startswith("layers_")]
 
 
 def test_layers_per_hop_are_those_of_chains_that_are_followed() -> None:

@@ -514,24 +514,6 @@ def test_parameters_are_counted_by_kind(base: list[str], tmp_path: Path) -> None
     assert row["parameters_trained"] == row["parameters_adapters"] + row["parameters_gates"]
 
 
-def test_a_choice_of_style_has_its_columns(base: list[str], tmp_path: Path) -> None:
-    """Of the last model, depths in layers; of a run that RL held to one depth they say nothing."""
-
-    def model(layers: int) -> dict:
-        depths = {"mean_depth": 0.5, "total_depth": 2.0, "max_depth": layers / 6}
-        free = {"correct": 1.0, "length": 3.0, **depths, "share": {"terse": 0.75, "steps": 0.25, "other": 0.0}}
-        forced = {"terse": {"correct": 0.9, "max_depth": layers / 6}, "steps": {"correct": None, "max_depth": None}}
-        return {"families": {"hop2": {"hops": 2, "free": free, "forced": forced}}}
-
-    choice = {"num_layers": 6, "models": {"start": model(2), "reinforced": model(4)}}
-    (tmp_path / "results.json").write_text(json.dumps({**EVALUATED, "choice": choice}))
-    row = figures_of(load(base), {"evaluate": tmp_path})
-    assert (row["share_steps_hop2"], row["correct_hop2"], row["length_hop2"]) == (0.25, 1.0, 3.0)
-    assert (row["right_terse_hop2"], row["layers_terse_hop2"], row["layers_steps_hop2"]) == (0.9, 4.0, None)
-    held = figures_of(load([*base, "rl.fixed_depth=3"]), {"evaluate": tmp_path})
-    assert held["right_terse_hop2"] == 0.9 and not [name for name in held if name.startswith("layers_")]
-
-
 def test_what_pretraining_cost_is_counted_by_hand(base: list[str]) -> None:
     """Forward once, backward twice over; 15 of 16 tokens go in, and as many come out."""
     cfg = load([*base, "parallel.tokens_per_micro_batch=64"])

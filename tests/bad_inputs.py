@@ -116,15 +116,16 @@ def _contradiction(dice: random.Random, folder: Path) -> list[str]:
 
 def _sweep(dice: random.Random, folder: Path) -> list[str]:
     wrong = dice.choice((
-        ["rl.lambda_exit=0:1:lin1000000000"], ["rl.steps=1:1000000000000:1"], ["rl.lambda_exit=0:1:-1"],
-        ["rl.lambda_exit=0:1:1e-300"], ["rl.lambda_exit=0:1e999:lin3"], ["rl.steps=0,-1"], ["rl.lamda=1,2"],
-        ["name=a,b"], ["sweep=nothing"], ["sweep=/nonexistent.yaml"], ["budget=0,1"], ["rl.steps=1,1"],
-        ["rl.steps=1,2", "--zip", "rl.steps"], ["rl.steps=1,2", "--exclude", "rl.beta=1"],
+        ["rl.steps=range(1000000000)"], ["rl.lambda_exit=range(0,1,1e-300)"], ["rl.lambda_exit=range(0,1,-1)"],
+        ["rl.lambda_exit=range(0,1,0)"], ["rl.lambda_exit=range(0,inf)"], ["rl.steps=0,-1"], ["rl.lamda=1,2"],
+        ["rl.steps=7,range(3)"], ["rl.lambda_exit=0:1:0.5"], ["rl.lambda_exit=glob(*)"], ["rl.beta=interval(0,1)"],
+        ["name=a,b"], ["sweep=nothing"], ["sweep=/nonexistent.yaml"], ["rl.steps=1,1"],
+        ["rl.steps=1,2", "--zip", "rl.steps"], ["rl.steps=1,2", "--executor", "debug"],
         ["rl.steps=1,2", "--max-parallel", "0"], ["rl.steps=1,2", "--max-parallel", "x"],
         ["rl.steps=1,2", "--slurm", "time=1\n#SBATCH --x"], ["rl.steps=1,2", "--slurm", "nothing"],
         ["rl.steps=1,2", "--slurm", "time=soon"], ["rl.steps=1,2", "--last", "nowhere"],
-        ["rl.steps=1,2", "start=/nonexistent"], ["seed=1,2", "rl.seed=3"], ["isoflop.x=1", "rl.steps=1,2"],
-        ["rl.steps=1:1000:1", "rl.beta=0:1:0.001", "rl.seed=1:5000:1"],
+        ["rl.steps=1,2", "start=/nonexistent"], ["seed=1,2", "rl.seed=3"],
+        ["rl.steps=range(1000)", "rl.beta=range(0,1,0.01)", "rl.seed=range(5000)"],
     ))  # fmt: skip
     return ["sweep", "experiment=demo_cpu", f"runs={folder}/runs", *wrong, "--dry-run"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..report.numbers import or_nan
-from ..sweeps.styles import STEPS, TERSE
+from .styles import STEPS, TERSE
 
 PADDED = "padded"
 STYLES = (TERSE, STEPS, PADDED)

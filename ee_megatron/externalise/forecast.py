@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ..objectives.optimum import answer_costs, closed_form
-from ..sweeps import styles
+from . import styles
 from .choice import STYLES, Figures
 from .study import CAP, NO_EXITS, Objective, Record, Study
 

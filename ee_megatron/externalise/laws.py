@@ -15,13 +15,13 @@ from itertools import groupby, pairwise
 
 from ..report.numbers import is_number
 from ..report.tables import TextTable
-from ..sweeps.styles import depth_of_hops
 from .choice import STEPS, STYLES, TERSE
 from .compare import measured, over_bases, steps_share
 from .forecast import steps_price
 from .rows import Row, of_shape
 from .shape import Shape
 from .study import FREE, Condition, Record, Study
+from .styles import depth_of_hops
 
 LEVEL = 0.5
 """The share of steps from which on they have taken over, unless another is asked for."""

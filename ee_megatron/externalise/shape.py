@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..config.derive import read_dims
 from ..config.schema import RunConfig
-from ..sweeps.measured import one_rank, parameters
+from ..sweeps.run_metrics import one_rank, parameters
 
 
 @dataclass(frozen=True, order=True)

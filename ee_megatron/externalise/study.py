@@ -13,7 +13,7 @@ from ..config.identity import identity, stage_dir, stage_order
 from ..config.load import read_saved
 from ..config.schema import RunConfig
 from ..observe.rundir import DONE
-from ..sweeps.records import read_spent
+from ..sweeps.sweep import read_spent
 from .choice import REINFORCED, START, TEACHER, FamilyChoice, Model, read_models
 from .shape import Shape, shape_of
 

@@ -67,7 +67,7 @@ class RunLock:
         """Raises RuntimeError, naming the holder, while another live process holds the lock."""
         with self._guarded():
             holder = self._holder()
-            if holder and _alive(holder, self.path.stat().st_uid == os.getuid()):
+            if _alive(holder, self.path.stat().st_uid == os.getuid()):
                 where = f"{holder.get('host')}{' (in another container)' if _hidden(holder) else ''}"
                 raise RuntimeError(
                     f"{self.path.parent} is being written by process {holder.get('pid')} on {where}; "
@@ -79,6 +79,13 @@ class RunLock:
             job = own_job()
             slurm = {"job": job.number, "restart": job.restart, "cluster": job.cluster}
             self.path.write_text(json.dumps({**record, **slurm, "pid_namespace": pid_namespace()}))
+
+    def is_held(self) -> bool:
+        """Whether another process that is alive holds it, as far as can be known here. Nothing is changed."""
+        try:
+            return _alive(self._holder(), self.path.stat().st_uid == os.getuid())
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
         """Empties the file if this object still holds it. It is never unlinked: another process may have it open."""
@@ -139,6 +146,8 @@ def _hidden(holder: dict) -> bool:
 
 def _alive(holder: dict, ours: bool) -> bool:
     """`ours`: whether this user wrote the file."""
+    if not holder:
+        return False
     if holder.get("host") != socket.gethostname() or _hidden(holder):
         job, here = Job(str(holder.get("job", "")), holder.get("restart", 0), holder.get("cluster", "")), own_job()
         if here.number and job.number == here.number and job.restart < here.restart:

@@ -1,6 +1,5 @@
-"""Sweeps: a grid of settings becomes runs, their stages become tasks, executors start them, one table collects them.
+"""Sweeps: a grid of settings becomes runs, the stages that they share become tasks, one table collects them.
 
-Each module imports from those before it: grid (the language), sweep (runs and tasks), records (what is on disk), task
-(one task's stages), local and slurm (who starts tasks), status and collect (tables), command. budget and measured do
-the arithmetic and are imported where it is done.
+Each module imports from those before it: grid (settings with several values), sweep (runs, tasks, what is on disk),
+run_metrics (a finished run's figures), task (makes a task's stages, here or in a Slurm job), slurm, collect, command.
 """

@@ -1,103 +1,233 @@
-"""A grid resolved: every point a whole configuration with an id, the work shared among them cut out.
+"""A sweep: its points as runs, the stages that runs share as tasks, and what is on disk of them.
 
 A run's stages form a chain, and runs with equal settings upstream have equal stage directories. A task is a stretch of
-stages that the same runs need: shared ones come first, each run's own stretch last.
+stages that the same runs need: shared ones come first, each run's own stretch last. Files, each whole or not there:
+
+<runs>/<name>/sweep-<hash>/   manifest.json, tasks/<task>.json (`TaskRecord`), results/<run>.json, submitted.json (Slurm
+                              jobs), logs/<task>.log, table.csv, table.parquet
+<runs>/<name>/.locks/         one lock for each stage directory, held while a sweep makes the stage
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import json
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
 
 from ..config.cluster import job_shape
-from ..config.derive import read_dims
 from ..config.faults import lines_of, refuse
 from ..config.identity import stage_dir, stage_order
 from ..config.load import load
 from ..config.schema import RunConfig
-from .grid import BUDGET, Grid, Value, describe
+from ..observe.lock import RunLock
+from ..observe.rundir import DONE, write_atomic
+from .grid import SEED, SEEDS, Grid
+
+MANIFEST, SPENT = "manifest.json", "spent.json"
+WAITING, QUEUED, RUNNING, STOPPED, KILLED, FAILED, FINISHED = STATES = (
+    "waiting", "queued", "running", "stopped", "killed", "failed", "finished",
+)  # fmt: skip
+
+
+class RunStage(NamedTuple):
+    """A stage of a run, its directory's name, and what a Slurm job of it asks for (slots and gpus are per node)."""
+
+    stage: str
+    directory: str
+    nodes: int = 1
+    slots: int = 1
+    gpus: int = 0
 
 
 @dataclass
 class SweepRun:
-    """One grid point. `settings`: what varies, as in the table; `overrides`: what starts it; `tasks`: what it needs, in
-    order, the last of them its own."""
+    """One grid point. `id`: the hash in its last stage directory's name; `settings`: what varies, as in the table;
+    `overrides`: what starts it; `steps`: its stages in order."""
 
     id: str
     settings: dict[str, Any]
     overrides: list[str]
-    tasks: list[str] = field(default_factory=list)
+    steps: list[RunStage]
+
+    @property
+    def task(self) -> str:
+        """Key of the task that is its alone."""
+        return self.steps[-1].directory
 
 
 @dataclass
 class StageTask:
-    """Stages to be run one after another, as (stage, name of its directory). `key` is the last one's directory.
-
-    needs: the task before it, "" for none; overrides: of the first run that needs it; runs: ids of all that do; nodes,
-    slots, gpus: what a Slurm job of it asks for (slots and gpus per node); plain: one process on one node.
-    """
+    """Stages to be made one after another. `key`: the last one's directory; needs: the task before it, "" for none;
+    level: how many come before it; overrides: of the first run that needs it; runs: ids of all that do."""
 
     key: str
-    stages: list[tuple[str, str]]
+    steps: list[RunStage]
     needs: str
+    level: int
     overrides: list[str]
     runs: list[str]
-    nodes: int = 1
-    slots: int = 1
-    gpus: int = 0
-    plain: bool = True
+
+
+@dataclass
+class TaskRecord:
+    """tasks/<task>.json, what became of a task. state: running, stopped (asked to stop, with a checkpoint), killed (by
+    a signal), failed (by itself) or finished; stage: the last one started; code: its exit code; host, job (Slurm's, as
+    12 or 12_3): where it was started."""
+
+    state: str
+    stage: str = ""
+    code: int = 0
+    error: str = ""
+    starts: int = 0
+    host: str = ""
+    job: str = ""
 
 
 @dataclass
 class Sweep:
-    """`directory`: <runs>/<name>/sweep-<hash of its runs>; stage directories are its siblings."""
+    """`directory`: <runs>/<name>/sweep-<hash of its first runs>; stage directories are its siblings. `last`: the stage
+    that runs end with; `tasks` by key, those that others need first."""
 
     directory: Path
     last: str
     runs: list[SweepRun]
-    tasks: list[StageTask]
+    tasks: dict[str, StageTask] = field(init=False)
 
-    def task(self, key: str) -> StageTask:
-        return next(task for task in self.tasks if task.key == key)
+    def __post_init__(self) -> None:
+        self.tasks = cut(self.runs)
 
-    def run(self, ident: str) -> SweepRun:
-        return next(run for run in self.runs if run.id == ident)
+    @property
+    def ids(self) -> set[str]:
+        return {run.id for run in self.runs}
 
     def chain(self, task: StageTask) -> list[StageTask]:
         """The tasks that `task` needs, first things first, and itself."""
-        return [*(self.chain(self.task(task.needs)) if task.needs else []), task]
-
-    def levels(self) -> list[list[StageTask]]:
-        """Tasks by how many come before them."""
-        depths = [len(self.chain(task)) for task in self.tasks]
-        return [[t for t, d in zip(self.tasks, depths, strict=True) if d == depth] for depth in sorted(set(depths))]
+        return [*(self.chain(self.tasks[task.needs]) if task.needs else []), task]
 
     def describe(self, task: StageTask) -> str:
         """Its stages, and the settings that all of its runs have in common."""
-        stages = "+".join(stage for stage, _ in task.stages)
-        first, *others = (self.run(ident).settings for ident in task.runs)
+        stages = "+".join(step.stage for step in task.steps)
+        first, *others = (run.settings for run in self.runs if run.id in task.runs)
         shared = spelt({key: value for key, value in first.items() if all(o.get(key) == value for o in others)})
-        if others:
-            return f"{stages} for {len(task.runs)} runs{': ' if shared else ''}{shared}"
-        return f"{stages} {shared}".rstrip()
+        return f"{stages} for {len(task.runs)} runs: {shared}".rstrip(": ") if others else f"{stages} {shared}".rstrip()
 
-    def to_json(self) -> dict[str, Any]:
-        runs, tasks = [asdict(run) for run in self.runs], [asdict(task) for task in self.tasks]
-        return {"format": 1, "last": self.last, "runs": runs, "tasks": tasks}
+    # ---- on disk ----
 
-    @staticmethod
-    def from_json(directory: Path, data: dict[str, Any]) -> Sweep:
-        tasks = [StageTask(**{**task, "stages": [(s, d) for s, d in task["stages"]]}) for task in data["tasks"]]
-        return Sweep(directory, data["last"], [SweepRun(**run) for run in data["runs"]], tasks)
+    def save(self) -> None:
+        """The manifest, and the directories that the rest goes into."""
+        for name in ("tasks", "results", "logs"):
+            (self.directory / name).mkdir(parents=True, exist_ok=True)
+        _write(self.directory / MANIFEST, {"format": 2, "last": self.last, "runs": [asdict(run) for run in self.runs]})
+
+    def path(self, step: RunStage) -> Path:
+        return self.directory.parent / step.directory
+
+    def lock(self, step: RunStage) -> RunLock:
+        """Held by the sweep that makes the stage. Beside the stage's own lock, which refuses at once: for this one
+        other tasks and sweeps wait."""
+        (self.directory.parent / ".locks").mkdir(parents=True, exist_ok=True)
+        return RunLock(self.directory.parent / ".locks" / step.directory)
+
+    def is_done(self, task: StageTask) -> bool:
+        return all((self.path(step) / DONE).is_file() for step in task.steps)
+
+    def record(self, key: str) -> TaskRecord | None:
+        """None before the task's first start."""
+        found = _read(self.directory / "tasks" / f"{key}.json")
+        known = {each.name for each in fields(TaskRecord)}
+        return None if found is None else TaskRecord(**{name: value for name, value in found.items() if name in known})
+
+    def write_record(self, key: str, record: TaskRecord) -> None:
+        _write(self.directory / "tasks" / f"{key}.json", asdict(record))
+
+    def result(self, run: SweepRun) -> dict[str, Any] | None:
+        """A run's figures (run_metrics.py); None while it has not finished."""
+        return _read(self.directory / "results" / f"{run.id}.json")
+
+    def write_result(self, run: SweepRun, values: Mapping[str, Any]) -> None:
+        _write(self.directory / "results" / f"{run.id}.json", values)
+
+    def submitted(self) -> dict[str, str]:
+        """Task key -> the Slurm job that it was last submitted as."""
+        return _read(self.directory / "submitted.json") or {}
+
+    def note_submitted(self, jobs: Mapping[str, str]) -> None:
+        _write(self.directory / "submitted.json", {**self.submitted(), **jobs})
+
+    # ---- states ----
+
+    def task_state(self, task: StageTask, queue: Mapping[str, str] | None = None) -> str:
+        """By what is on disk: a task whose record says that it is running is believed while one of its stages' locks is
+        held. `queue`: what Slurm has of the tasks (slurm.queued)."""
+        if self.is_done(task):
+            return FINISHED
+        record, there = self.record(task.key), (queue or {}).get(task.key)
+        claims = record is not None and record.state == RUNNING
+        if there == "RUNNING" or (claims and any(self.lock(step).is_held() for step in task.steps)):
+            return RUNNING
+        if there:
+            return QUEUED
+        if record is None or record.state == FINISHED:
+            # Never started; or finished once, and somebody has removed a stage since.
+            return WAITING
+        return KILLED if claims else record.state
+
+    def failure(self, task: StageTask) -> str:
+        """Why the task, or else the first of those that it needs, has failed; "" if none has."""
+        for each in self.chain(task):
+            record = self.record(each.key)
+            if record is not None and record.state == FAILED and not self.is_done(each):
+                reason = record.error or f"exit code {record.code}"
+                return reason if each is task else f"{each.key}, which it needs: {reason}"
+        return ""
+
+    def is_finished(self, run: SweepRun) -> bool:
+        return all((self.path(step) / DONE).is_file() for step in run.steps)
+
+    def run_state(self, run: SweepRun, queue: Mapping[str, str] | None = None) -> str:
+        """finished, failed (also if a task that it needs has), or the state of its own task."""
+        if self.is_finished(run):
+            return FINISHED
+        own = self.tasks[run.task]
+        return FAILED if self.failure(own) else self.task_state(own, queue)
+
+    def counts(self, queue: Mapping[str, str] | None = None) -> str:
+        """For example "11 finished, 1 failed"."""
+        number = Counter(self.run_state(run, queue) for run in self.runs)
+        return ", ".join(f"{number[state]} {state}" for state in reversed(STATES) if number[state])
 
 
 def spelt(settings: Mapping[str, Any]) -> str:
     """{"a": 1, "b": [2]} -> "a=1 b=[2]"."""
     return " ".join(f"{key}={value}" for key, value in settings.items())
+
+
+def cut(runs: list[SweepRun]) -> dict[str, StageTask]:
+    """Chains of stages -> tasks, by level."""
+    users: dict[str, list[str]] = defaultdict(list)
+    for run in runs:
+        for step in run.steps:
+            users[step.directory].append(run.id)
+    tasks: dict[str, StageTask] = {}
+    for run in runs:
+        needs = ""
+        # Consecutive stages that the same runs need.
+        for level, (_, group) in enumerate(itertools.groupby(run.steps, lambda step: users[step.directory])):
+            steps = list(group)
+            key = steps[-1].directory
+            tasks.setdefault(key, StageTask(key, steps, needs, level, run.overrides, users[key]))
+            needs = key
+    return dict(sorted(tasks.items(), key=lambda item: item[1].level))
+
+
+# ---- from a grid ----
 
 
 def resolve(grid: Grid, last: str, check: Callable[[RunConfig], None]) -> Sweep:
@@ -106,51 +236,36 @@ def resolve(grid: Grid, last: str, check: Callable[[RunConfig], None]) -> Sweep:
     `check` raises ValueError or FileNotFoundError for a configuration that cannot start. Raises Faults with all
     errors, each with the points that have it.
     """
-    errors: dict[str, list[str]] = {}
-    runs: dict[str, tuple[SweepRun, RunConfig]] = {}
+    errors: dict[str, list[str]] = defaultdict(list)
+    runs: dict[str, SweepRun] = {}
     names: dict[str, str] = {}
+    home = Path()
     for number, point in enumerate(grid.points(), 1):
-        settings = {key: value.plain for key, value in point.items()}
-        name = f"point {number} ({describe(settings)})" if settings else f"point {number}"
+        settings, overrides = {key: value.plain for key, value in point.items()}, grid.overrides(point)
+        name = f"point {number} ({spelt(settings)})" if settings else f"point {number}"
         try:
-            run, cfg = _resolve_point(grid, point, settings, last, check)
-            if run.id in runs:
-                raise ValueError(
-                    f"the same run as {names[run.id]}: what differs changes how a result is computed, not what it is"
-                )
-            names[run.id], runs[run.id] = name, (run, cfg)
+            cfg = load(overrides)
+            check(cfg)
+            home = Path(cfg.runs) / cfg.name
+            steps = [_step(cfg, stage) for stage in stages_of(cfg, last)]
+            ident = steps[-1].directory.rsplit("-", 1)[1]
+            if ident in runs:
+                raise ValueError(f"the same run as {names[ident]}: what differs does not change a result")
+            names[ident], runs[ident] = name, SweepRun(ident, settings, overrides, steps)
         except (ValueError, FileNotFoundError) as error:
             for line in lines_of(error):
-                errors.setdefault(line, []).append(name)
-    refuse(f"{_some(points)}: {line}" for line, points in errors.items())
-    cfg = next(iter(runs.values()))[1]
+                errors[line].append(name)
+    refuse(
+        f"{points[0]}{f' and {len(points) - 1} other(s), up to {points[-1]}' if len(points) > 1 else ''}: {line}"
+        for line, points in errors.items()
+    )
     digest = hashlib.sha256(" ".join([last, *sorted(runs)]).encode()).hexdigest()[:8]
-    directory = Path(cfg.runs) / cfg.name / f"sweep-{digest}"
-    return Sweep(directory, last, [run for run, _ in runs.values()], cut(list(runs.values()), last))
+    return Sweep(home / f"sweep-{digest}", last, list(runs.values()))
 
 
-def _some(points: list[str]) -> str:
-    return points[0] if len(points) == 1 else f"{points[0]} and {len(points) - 1} other(s), up to {points[-1]}"
-
-
-def _resolve_point(
-    grid: Grid, point: dict[str, Value], settings: dict[str, Any], last: str, check: Callable[[RunConfig], None]
-) -> tuple[SweepRun, RunConfig]:
-    overrides = grid.overrides(point)
-    cfg = load(overrides)
-    check(cfg)
-    if BUDGET in point:
-        # Late: the arithmetic of plans takes seconds to import.
-        from .budget import buy
-
-        bought = buy(cfg, read_dims(cfg), float(point[BUDGET].plain), grid.isoflop)
-        overrides.append(f"{grid.isoflop.set}={bought.text}")
-        settings[grid.isoflop.set] = float(bought.text) if "." in bought.text else int(bought.text)
-        settings["budget_tokens"], settings["budget_flops"] = bought.tokens, float(f"{bought.flops:.6g}")
-        cfg = load(overrides)
-        check(cfg)
-    stages = stages_of(cfg, last)
-    return SweepRun(stage_dir(cfg, stages[-1]).name.rsplit("-", 1)[1], settings, overrides), cfg
+def _step(cfg: RunConfig, stage: str) -> RunStage:
+    shape, gpus = job_shape(cfg, stage), cfg.cluster.gpus_per_node
+    return RunStage(stage, stage_dir(cfg, stage).name, shape.nodes, gpus or shape.ranks_per_node, gpus)
 
 
 def stages_of(cfg: RunConfig, last: str) -> list[str]:
@@ -161,36 +276,102 @@ def stages_of(cfg: RunConfig, last: str) -> list[str]:
     return stages[: stages.index(last) + 1]
 
 
-def cut(runs: list[tuple[SweepRun, RunConfig]], last: str) -> list[StageTask]:
-    """Chains of stage directories -> tasks, parents before children; fills in `SweepRun.tasks`."""
-    chains = [[(stage, stage_dir(cfg, stage).name) for stage in stages_of(cfg, last)] for _, cfg in runs]
-    users: dict[str, list[str]] = {}
-    for (run, _), chain in zip(runs, chains, strict=True):
-        for _, name in chain:
-            users.setdefault(name, []).append(run.id)
-    tasks: dict[str, StageTask] = {}
-    for (run, cfg), chain in zip(runs, chains, strict=True):
-        # Consecutive stages that the same runs need.
-        for _, group in itertools.groupby(chain, lambda step: users[step[1]]):
-            stretch = list(group)
-            key = stretch[-1][1]
-            if key not in tasks:
-                tasks[key] = _task(cfg, run, stretch, users[key])
-            run.tasks.append(key)
-    return sorted(tasks.values(), key=lambda task: len(task.runs) == 1)
+# ---- found again, and extended ----
 
 
-def _task(cfg: RunConfig, run: SweepRun, stretch: list[tuple[str, str]], users: list[str]) -> StageTask:
-    shapes = [job_shape(cfg, stage) for stage, _ in stretch]
-    gpus = cfg.cluster.gpus_per_node
-    return StageTask(
-        key=stretch[-1][1],
-        stages=stretch,
-        needs=run.tasks[-1] if run.tasks else "",
-        overrides=list(run.overrides),
-        runs=list(users),
-        nodes=max(shape.nodes for shape in shapes),
-        slots=gpus or max(shape.ranks_per_node for shape in shapes),
-        gpus=gpus,
-        plain=all(shape.nodes == 1 and shape.ranks == 1 for shape in shapes),
-    )
+def open_sweep(directory: Path) -> Sweep:
+    """Raises FileNotFoundError or ValueError."""
+    file = directory / MANIFEST
+    if not file.is_file():
+        raise FileNotFoundError(f"{directory}: no {MANIFEST} there; expected a sweep's directory")
+    try:
+        data = json.loads(file.read_text())
+        if data["format"] not in (1, 2):
+            raise ValueError(f"format {data['format']}, by another version of ee-megatron")
+        tasks = {task["key"]: task for task in data.get("tasks", ())}
+        for run in data["runs"]:
+            # In format 1 runs name their tasks, and these their stages.
+            for task in (tasks[key] for key in run.pop("tasks", ())):
+                shape = task["nodes"], task["slots"], task["gpus"]
+                run.setdefault("steps", []).extend((*step, *shape) for step in task["stages"])
+            run["steps"] = [RunStage(*step) for step in run["steps"]]
+        return Sweep(directory, data["last"], [SweepRun(**run) for run in data["runs"]])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file}: not a sweep's manifest ({error}); start the sweep again to write it") from None
+
+
+def find_sweep(name: str, runs: Path, last: str = "") -> Sweep:
+    """By the runs' name, by name/sweep-<hash> or by directory; `last`: of several, the one that ends with that stage.
+
+    Raises FileNotFoundError if there is none, ValueError if several are left."""
+    for directory in (Path(name), runs / name):
+        if (directory / MANIFEST).is_file():
+            return open_sweep(directory)
+    found = sweeps_in(runs / name, last)
+    if len(found) > 1:
+        listed = ", ".join(f"{name}/{sweep.directory.name}" for sweep in found)
+        raise ValueError(f"{name}: there are {len(found)} sweeps of this name; give --last STAGE or one of {listed}")
+    if not found:
+        others = sorted({file.parent.parent.name for file in runs.glob(f"*/sweep-*/{MANIFEST}")})
+        raise FileNotFoundError(f"{runs / name}: no such sweep; {runs} has {', '.join(others) or 'none'}")
+    return found[0]
+
+
+def sweeps_in(folder: Path, last: str = "") -> list[Sweep]:
+    found = [open_sweep(file.parent) for file in sorted(folder.glob(f"sweep-*/{MANIFEST}"))]
+    return [sweep for sweep in found if last in ("", sweep.last)]
+
+
+def placed(new: Sweep, extend: bool) -> Sweep:
+    """The sweep on disk that a grid's runs belong to, with all runs of both; `new` itself if its name has none.
+
+    A name has one sweep for each last stage. A grid that has all of its runs extends it, and one that has some of them
+    is a part of it. Others are added with `extend` only. Nothing is written. Raises ValueError for others without it.
+    """
+    name = new.directory.parent
+    found = sweeps_in(name, new.last)
+    if not found:
+        return new
+    old = max(found, key=lambda sweep: (sweep.ids <= new.ids or new.ids <= sweep.ids, len(sweep.runs)))
+    if not (extend or old.ids <= new.ids or new.ids <= old.ids):
+        raise ValueError(
+            f"{name} has a sweep of {len(old.runs)} run(s) up to {new.last}, and {len(new.ids - old.ids)} of these "
+            "points are not among them: --extend adds them; or give all of its points too, or another --name"
+        )
+    before, ours = ({run.id: run for run in sweep.runs} for sweep in (old, new))
+    both = ours if old.ids <= new.ids else before | ours
+    keys = dict.fromkeys(key for run in (*before.values(), *ours.values()) for key in run.settings)
+    for run in both.values():
+        known = (before[run.id].settings if run.id in before else {}) | run.settings
+        if missing := keys.keys() - known.keys():
+            # What one grid varies the other may have left alone.
+            cfg = OmegaConf.structured(load(run.overrides))
+            known |= {key: _setting(cfg, key) for key in missing}
+        run.settings = {key: known[key] for key in keys if known[key] is not None}
+    return Sweep(old.directory, new.last, list(both.values()))
+
+
+def _setting(cfg: Any, key: str) -> Any:
+    """A setting's value as a grid would give it; None for what is not a single setting (a group, a budget)."""
+    value = OmegaConf.select(cfg, SEEDS[-1] if key == SEED else key, default=None)
+    value = OmegaConf.to_container(value) if OmegaConf.is_list(value) else value
+    return value if isinstance(value, bool | int | float | str | list) else None
+
+
+def read_spent(stage: Path) -> dict[str, float]:
+    """{"seconds", "device_seconds", "starts"} of all starts of a stage in sweeps; {} where there was none."""
+    return json.loads((stage / SPENT).read_text()) if (stage / SPENT).is_file() else {}
+
+
+def write_spent(stage: Path, before: Mapping[str, float], seconds: float, devices: int) -> None:
+    """Add a start that has taken `seconds` so far, on so many devices, to what was spent `before` it."""
+    now = {"seconds": seconds, "device_seconds": seconds * devices, "starts": 1}
+    write_atomic(stage / SPENT, json.dumps({name: round(before.get(name, 0) + now[name], 3) for name in now}))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _write(path: Path, data: Any) -> None:
+    write_atomic(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")

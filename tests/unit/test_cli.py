@@ -165,7 +165,7 @@ QUOTED = list(quoted())
 def check_quoted(name: str, *words: str) -> None:
     """As the command reads its options and settings, before it looks at any file."""
     if name == "sweep" and words[0] not in ("status", "collect"):
-        grid = sweeps.make_grid(sweeps._parse(list(words)))
+        grid = sweeps.read_grid((read := sweeps.parse_arguments(list(words))).settings, read.zip)
         points = grid.points()
         for point in (points[0], points[-1]):
             validate(loading.load(grid.overrides(point)), None)

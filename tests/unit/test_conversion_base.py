@@ -26,7 +26,7 @@ from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.optimizer_state import OptimizerState
 from ee_megatron.observe.rundir import DONE, RunDirectory
 from ee_megatron.policy import POLICY_JSON, PolicySpec, initial_policy
-from ee_megatron.sweeps.measured import imported
+from ee_megatron.sweeps.run_metrics import imported
 from ee_megatron.training import launch, stages
 from ee_megatron.training.checkpoints import CheckpointWriter
 from ee_megatron.training.import_checkpoint import import_model

@@ -12,9 +12,10 @@ from ee_megatron.config.load import load
 from ee_megatron.config.schema import RLConfig, TaskConfig
 from ee_megatron.evaluation.choice import ChoiceBench, Judged, by_family, choice, cycled, figures, shares
 from ee_megatron.exit_rules import ExitRule, Fixed, Off, Sample
+from ee_megatron.externalise.styles import depth_of_hops, shares_of, steps_price
 from ee_megatron.report.tables import choice_tables, corrupted_table, forced_table, free_table
 from ee_megatron.rollout.engine.sampling import SamplingParams
-from ee_megatron.sweeps.styles import chosen_styles, forced_styles
+from ee_megatron.sweeps.run_metrics import styles_of_answers
 from ee_megatron.tasks.hops import HopsTask
 from ee_megatron.training.evaluate import choosing
 from ee_megatron.types import Prompt, Rollout
@@ -25,9 +26,6 @@ TASK = HopsTask(TaskConfig("hops", families=["hop1", "hop3"], train=4, validatio
 STYLES = ("terse", "steps", "padded")
 SAMPLING = SamplingParams(0.75, 12, ("\n",))
 RL = RLConfig(beta=0.1, cost_length=3)
-ENTIRE = {
-    "share": {"steps": 1.0}, "correct": 1.0, "length": 5.0, "mean_depth": 0.2, "total_depth": 1.0, "max_depth": 0.2,
-}  # fmt: skip
 
 
 def test_figures_are_means_over_answers_by_hand() -> None:
@@ -174,82 +172,42 @@ def test_the_tables_show_every_figure() -> None:
 
 
 def test_a_sweep_has_the_last_models_columns_by_family() -> None:
-    columns = chosen_styles(whole(), RL)
+    """Depths in layers: the planted reinforced one's answers take three of the six."""
+    columns = styles_of_answers(whole(), one_depth=False)
     assert columns["share_steps_hop3"] == 0.5 == columns["share_terse_hop1"] and columns["share_other_hop1"] == 0.0
     assert columns["max_depth_hop1"] == 0.5, "that of the reinforced one"
     assert columns["correct_hop1"] == 1.0 and columns["length_hop3"] == 4.0
-    assert chosen_styles({}, RL) == {}
-
-
-def test_a_sweep_has_what_each_style_takes_before_rl_and_after_it() -> None:
-    """Depths in layers: of the six the planted start's answers take two, the reinforced one's three."""
-    columns = chosen_styles(whole(), RL)
     assert (columns["layers_terse_hop3"], columns["layers_steps_hop3"]) == (3.0, 3.0)
-    assert (columns["start_layers_terse_hop3"], columns["start_layers_steps_hop1"]) == pytest.approx((2, 2))
-    assert columns["right_padded_hop1"] == 0.0 and columns["start_right_terse_hop3"] == 1.0
-    # The planted depth knows no hops, so the line is level.
-    assert (columns["start_layers_per_hop"], columns["start_layers_at_no_hop"]) == pytest.approx((0, 2))
-    # Held to one depth by RL, nothing of this is a style's own.
-    capped = chosen_styles(whole(), replace(RL, fixed_depth=3))
-    assert capped["right_terse_hop3"] == 1.0 == capped["start_right_terse_hop3"]
-    assert not [name for name in capped if "layers" in name or "price" in name]
-    one = whole()
-    for model in one["models"].values():
-        del model["families"]["hop1"]
-    alone = chosen_styles(one, RL)
-    assert "start_layers_terse_hop3" in alone and "start_layers_per_hop" not in alone
-
-
-def entry(hops: int, terse: tuple[float, float], steps: float = 1.0) -> dict:
-    """Forced styles of six layers: how often terse answers are right, and layers of terse and of written answers."""
-    right, deep = terse
-
-    def of(correct: float, layers: float, length: int) -> dict:
-        d = layers / 6
-        mean = (d + 1 / 3) / length
-        return {"correct": correct, "max_depth": d, "mean_depth": mean, "total_depth": d + 1 / 3, "length": length}
-
-    return {
-        "hops": hops, "free": {"share": {"terse": 0.3, "steps": 0.3, "padded": 0.2, "other": 0.2}},
-        "forced": {"terse": of(right, deep, 3), "steps": of(1.0, steps, 5), "padded": of(right, deep, 5)},
-    }  # fmt: skip
+    assert columns["right_padded_hop1"] == 0.0
+    assert styles_of_answers({}, one_depth=False) == {}
+    # Held to one depth by RL, depths say nothing about a style.
+    capped = styles_of_answers(whole(), one_depth=True)
+    assert capped["right_terse_hop3"] == 1.0 and not [name for name in capped if name.startswith("layers_")]
 
 
 def test_layers_per_hop_are_those_of_chains_that_are_followed() -> None:
     """D = 1.5 k + .5, and one family that isn't solved, at which the model runs all its layers and fails."""
-    families = {f"hop{k}": entry(k, (0.95, 1.5 * k + 0.5)) for k in (1, 2, 3)}
-    assert forced_styles(families, 6)["layers_per_hop"] == pytest.approx(1.5)
-    found = forced_styles(families | {"hop5": entry(5, (0.3, 6.0))}, 6)
-    assert (found["layers_per_hop"], found["layers_at_no_hop"]) == pytest.approx((1.5, 0.5))
-    assert (found["layers_terse_hop5"], found["right_terse_hop5"]) == pytest.approx((6.0, 0.3))
-    assert forced_styles({"hop1": families["hop1"], "hop5": entry(5, (0.3, 6.0))}, 6)["layers_per_hop"] is None
-    unknown = {"hop1": {"hops": 1, "forced": {"terse": {"correct": None, "max_depth": None}}}, "hop2": {"hops": 2}}
-    found = forced_styles(unknown, 6)
-    assert set(found) == {"right_terse_hop1", "layers_terse_hop1", "layers_per_hop", "layers_at_no_hop"}
-    assert set(found.values()) == {None}
+    terse = [(k, 0.95, 1.5 * k + 0.5) for k in (1, 2, 3)]
+    assert depth_of_hops([*terse, (5, 0.3, 6.0)]) == pytest.approx((1.5, 0.5))
+    assert np.isnan(depth_of_hops([terse[0], (5, 0.3, 6.0)])).all()
 
 
 def test_the_price_from_which_on_steps_should_take_over_by_hand() -> None:
     """Of one depth for terse and padded: .75 of them to .25 steps, so that 4 layers less at beta .1 have to be worth
-    .1 ln 3. The teacher's answers in no style don't count."""
-    start = {"families": {"hop3": entry(3, (1.0, 5.0))}}
-    teacher = {"families": {"hop3": {"free": {"share": {"terse": 0.3, "steps": 0.2, "padded": 0.3, "other": 0.2}}}}}
-    part = {"styles": STYLES, "weights": (0.25, 0.5, 0.25), "num_layers": 6}
-    last = {"families": {"hop3": {**entry(3, (1.0, 5.0)), "free": ENTIRE}}}
-    columns = chosen_styles({**part, "models": {"teacher": teacher, "start": start, "reinforced": last}}, RL)
-    assert columns["start_price_max_hop3"] == pytest.approx(0.1 * np.log(3) / (4 / 6))
-    # By total terse and padded cost the same here too, but a third of it is charged.
-    assert columns["start_price_total_hop3"] == pytest.approx(3 * 0.1 * np.log(3) / (4 / 6))
-    # Without the teacher the corpus' weights: half already.
-    columns = chosen_styles({**part, "models": {"start": start, "reinforced": last}}, RL)
-    assert columns["start_price_max_hop3"] == 0.0
-    # Steps that take as much depth never do; a style that wasn't measured leaves the cell empty.
-    start["families"]["hop3"] = entry(3, (1.0, 5.0), steps=5.0)
-    columns = chosen_styles({**part, "models": {"teacher": teacher, "start": start, "reinforced": last}}, RL)
-    assert columns["start_price_max_hop3"] is None
-    del start["families"]["hop3"]["forced"]["padded"]
-    columns = chosen_styles({**part, "models": {"start": start, "reinforced": last}}, RL)
-    assert [columns[f"start_price_{cost}_hop3"] for cost in ("mean", "max", "total")] == [None] * 3
+    .1 ln 3. Answers in no style don't count."""
+
+    def of(layers: float, length: int) -> dict[str, float]:
+        depths = {"mean_depth": layers / 6 / length, "max_depth": layers / 6, "total_depth": layers / 6}
+        return {"correct": 1.0, "length": length, **depths}
+
+    forced = {"terse": of(5, 3), "padded": of(5, 3), "steps": of(1, 3)}
+    reference = shares_of({"terse": 0.3, "steps": 0.2, "padded": 0.3, "other": 0.2}, STYLES)
+    assert steps_price(forced, reference, RL, "max") == pytest.approx(0.1 * np.log(3) / (4 / 6))
+    # The total is divided by the length that costs are for.
+    assert steps_price(forced, reference, RL, "total") == pytest.approx(3 * 0.1 * np.log(3) / (4 / 6))
+    assert steps_price(forced, {"terse": 0.25, "steps": 0.5, "padded": 0.25}, RL, "max") == 0.0
+    assert steps_price({**forced, "steps": of(5, 3)}, reference, RL, "max") is None
+    assert steps_price({style: forced[style] for style in ("terse", "steps")}, reference, RL, "max") is None
 
 
 def test_the_last_model_is_the_start_where_there_was_no_rl() -> None:

@@ -56,7 +56,7 @@ def test_more_points_than_an_array_may_have_go_out_as_several(site):
     alone = ["cluster.nodes=1", "cluster.rollout_nodes=0", "cluster.gpus_per_node=0", "parallel.recompute=false",
              "rollout=local", "parallel.pipeline=1"]  # fmt: skip
     count = site.cluster.largest_array + 2
-    grid = [f"rl.seed=1:{count}:1", "--last", "rl", "--name", "large", "--executor", "slurm", "--max-parallel", "4"]
+    grid = [f"rl.seed=range({count})", "--last", "rl", "--name", "large", "--executor", "slurm", "--max-parallel", "4"]
     # They are only to wait.
     done = sweep(site, *site.rl("large", *alone), *grid, "--slurm", "begin=now+1hour", "--slurm", "time=10")
     assert done.returncode == 0, done.stderr

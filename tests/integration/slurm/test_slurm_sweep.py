@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ee_megatron.observe.metrics import read_metrics
-from ee_megatron.sweeps import records
+from ee_megatron.sweeps.sweep import Sweep, TaskRecord, find_sweep
 from tools import mini_slurm
 
 ROOT = Path(__file__).parents[3]
@@ -32,8 +32,8 @@ def sweep(site, *arguments: str, check: bool = True) -> subprocess.CompletedProc
     return site.cluster.run(*command, cwd=ROOT, environment=environment, timeout=90, check=check)
 
 
-def opened(site, name: str) -> records.Sweep:
-    return records.find_sweep(name, site.folder / "runs")
+def opened(site, name: str) -> Sweep:
+    return find_sweep(name, site.folder / "runs")
 
 
 def logs(site, name: str) -> str:
@@ -51,19 +51,19 @@ def wait_for(site, name: str, what, timeout: float, title: str) -> None:
         raise AssertionError(f"{error}\n{queue}\n{logs(site, name)}") from None
 
 
-def at_work(site, name: str, keys: set[str]) -> dict[str, records.Record]:
+def at_work(site, name: str, keys: set[str]) -> dict[str, TaskRecord]:
     """Task -> record of those of the tasks that are in the middle of RL."""
     found, current = {}, opened(site, name)
     for key in keys:
-        record = records.read_record(current, key)
-        if record is None or record.state != records.RUNNING or records.is_done(current, current.task(key)):
+        record = current.record(key)
+        if record is None or record.state != "running" or current.is_done(current.tasks[key]):
             continue
-        if (records.stage_path(current, key) / "checkpoints").is_dir():
+        if (current.directory.parent / key / "checkpoints").is_dir():
             found[key] = record
     return found
 
 
-def one_at_work(site, name: str, keys: set[str]) -> records.Record:
+def one_at_work(site, name: str, keys: set[str]) -> TaskRecord:
     """Wait for one of the tasks to be in the middle of RL and take it out of `keys`."""
     wait_for(site, name, lambda: at_work(site, name, keys), 120, f"one of {keys} to have a checkpoint")
     key, record = next(iter(at_work(site, name, keys).items()))
@@ -71,7 +71,7 @@ def one_at_work(site, name: str, keys: set[str]) -> records.Record:
     return record
 
 
-def preempt(site, name: str, record: records.Record) -> None:
+def preempt(site, name: str, record: TaskRecord) -> None:
     """An urgent job takes a task's node."""
     site.cluster.run("sbatch", "--partition=urgent", f"--nodelist={record.host}", "--exclusive", "--output=/dev/null",
                      "--wrap=true")  # fmt: skip
@@ -85,7 +85,7 @@ def test_twelve_runs_come_to_eleven_results_whatever_happens_to_their_jobs(site)
     # The ones that something will happen to take longer than the others.
     steps = [LONG if run in (0, 2, 3) else 4 for run in range(12)]
     grid = [
-        "rl.lambda_exit=0:1.1:0.1", "rl.seed=1,2,3,1,2,3,1,2,3,1,2,3", f"rl.steps={','.join(map(str, steps))}",
+        "rl.lambda_exit=range(0,1.15,0.1)", "rl.seed=1,2,3,1,2,3,1,2,3,1,2,3", f"rl.steps={','.join(map(str, steps))}",
         f"rl.adapter_lr={','.join('1e30' if run == 1 else '3e-4' for run in range(12))}",
         "--zip", "rl.lambda_exit,rl.seed,rl.steps,rl.adapter_lr", "--last", "rl", "--name", "array",
     ]  # fmt: skip
@@ -95,10 +95,10 @@ def test_twelve_runs_come_to_eleven_results_whatever_happens_to_their_jobs(site)
     said = sweep(site, *command).stdout
     assert "12 run(s)" in said and "12 tasks in an array" in said and said.count("submitted job") == 1
     # It has returned at once: the queue has what there is to do, and a second sweep has nothing to add.
-    assert "0 task(s) to start" in sweep(site, *command).stdout
+    assert "0 to start" in sweep(site, *command).stdout
 
     current = opened(site, "array")
-    long = {run.tasks[-1] for run, count in zip(current.runs, steps, strict=True) if count == LONG}
+    long = {run.task for run, count in zip(current.runs, steps, strict=True) if count == LONG}
     struck = [one_at_work(site, "array", long)]
     preempt(site, "array", struck[0])
     struck.append(one_at_work(site, "array", long))
@@ -111,19 +111,15 @@ def test_twelve_runs_come_to_eleven_results_whatever_happens_to_their_jobs(site)
     finally:
         site.cluster.power_on(node)
 
-    states = [records.run_state(current, run) for run in current.runs]
+    states = [current.run_state(run) for run in current.runs]
     assert states.count("finished") == 11 and states[1] == "failed", logs(site, "array")
     for run, count in zip(current.runs, steps, strict=True):
-        (task,) = (current.task(key) for key in run.tasks)
-        record = records.read_record(current, task.key)
-        directory = records.stage_path(current, task.stages[-1][1])
-        ends = [event for event in record.events if event.startswith("end")]
+        record, directory = current.record(run.task), current.directory.parent / run.task
         if run is current.runs[1]:
             assert record.starts == 1 and "not finite" in record.error, record
             continue
         # Every step once, whoever was stopped: what went on did so from its checkpoint.
         assert [row["step"] for row in read_metrics(directory / "metrics.jsonl")] == list(range(1, count + 1))
-        assert sum(f"{directory.name} 0" in event for event in ends) == 1, record
         assert (record.starts > 1) == (record.job in [each.job for each in struck]), record
     tables = [current.directory / "table.csv", current.directory / "table.parquet"]
     sweep(site, "collect", "array", "--runs", str(site.folder / "runs"))
@@ -136,7 +132,7 @@ def test_twelve_runs_come_to_eleven_results_whatever_happens_to_their_jobs(site)
     assert all(row["reward"] and float(row["flops_rl"]) > 0 and row["seconds_rl"] for row in table if not row["error"])
     shown = sweep(site, "status", "array", "--runs", str(site.folder / "runs")).stdout
     assert "11 finished, 1 failed" in shown and "not finite" in shown
-    assert "0 task(s) to start" in sweep(site, *command).stdout
+    assert "0 to start" in sweep(site, *command).stdout
     site.no_strays()
 
 
@@ -151,22 +147,22 @@ def test_shared_stages_come_first_and_several_ranks_stop_and_go_on_by_submitits_
     assert said.count("submitted job") == 2 and "traces for 2 runs" in said and "2 tasks in an array" in said
     current = opened(site, "phases")
     shared, first, second = current.tasks
+    metrics = {key: current.directory.parent / key / "metrics.jsonl" for key in (first, second)}
 
     def under_way() -> bool:
-        file = records.stage_path(current, first.key) / "metrics.jsonl"
-        return file.is_file() and len(read_metrics(file)) > 3
+        return metrics[first].is_file() and len(read_metrics(metrics[first])) > 3
 
     wait_for(site, "phases", under_way, 150, "a calibration to be under way")
-    assert records.is_done(current, shared)
-    job = records.read_record(current, first.key).job
+    assert current.is_done(current.tasks[shared])
+    job = current.record(first).job
     site.cluster.run("scancel", "--batch", "--signal=USR2", job)
     wait_for(site, "phases", lambda: not site.queue(), 150, "the end of the arrays")
-    assert [records.run_state(current, run) for run in current.runs] == ["finished"] * 2, logs(site, "phases")
-    assert [records.read_record(current, task.key).starts for task in (shared, first, second)] == [1, 2, 1]
-    for task in (first, second):
-        metrics = read_metrics(records.stage_path(current, task.key) / "metrics.jsonl")
-        assert [row["step"] for row in metrics] == list(range(1, len(metrics) + 1))
-    checkpoints = records.stage_path(current, first.key) / "checkpoints"
+    assert [current.run_state(run) for run in current.runs] == ["finished"] * 2, logs(site, "phases")
+    assert [current.record(key).starts for key in (shared, first, second)] == [1, 2, 1]
+    for file in metrics.values():
+        rows = read_metrics(file)
+        assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    checkpoints = metrics[first].parent / "checkpoints"
     # Nothing but the word to stop has made a checkpoint before the last.
     assert len(list(checkpoints.iterdir())) == 2
 
@@ -179,24 +175,25 @@ def test_a_killed_run_is_dead_at_once_and_goes_on_on_another_node(site):
     command = [*settings, "--last", "rl", "--name", "dropped", "--executor", "slurm", "--slurm", "time=10"]
     assert "cpus-per-task=8 mem=0" in sweep(site, *command).stdout
     (task,) = opened(site, "dropped").tasks
-    record = one_at_work(site, "dropped", {task.key})
+    record = one_at_work(site, "dropped", {task})
     found = site.cluster.job(record.job)
     assert (found["CPUs/Task"], found["MinMemoryNode"]) == ("8", "0"), found
-    assert f"left out: rl: Slurm has it as job {record.job} (RUNNING)" in sweep(site, *command).stdout
+    assert "0 to start" in sweep(site, *command).stdout
+    assert f"job {record.job} (RUNNING)" in sweep(site, "status", "dropped", "--runs", str(site.folder / "runs")).stdout
     # At once and without a word to anybody, as a node that is short of memory does: the record says that it is running,
     # and its locks are held.
     for pid, node, program in site.cluster.processes():
         if node == record.host and "python" in program[0]:
             os.kill(pid, signal.SIGKILL)
     wait_for(site, "dropped", lambda: not site.queue(), 60, "the killed job's end")
-    assert records.read_record(opened(site, "dropped"), task.key).state == records.RUNNING
+    assert opened(site, "dropped").record(task).state == "running"
     said = sweep(site, *command, "--slurm", f"exclude={record.host}").stdout
-    assert "1 task(s) to start" in said and "left out" not in said, said
+    assert "1 to start" in said, said
 
     def started_again() -> bool:
-        now = records.read_record(opened(site, "dropped"), task.key)
-        return now.job != record.job and any(event.startswith("start") for event in now.events[len(record.events) :])
+        now = opened(site, "dropped").record(task)
+        return now.job != record.job and now.stage == "rl"
 
     wait_for(site, "dropped", started_again, 100, "the run to go on")
-    now = records.read_record(opened(site, "dropped"), task.key)
+    now = opened(site, "dropped").record(task)
     assert now.host != record.host and now.starts == 2

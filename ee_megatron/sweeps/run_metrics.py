@@ -1,0 +1,206 @@
+"""A finished run in figures, from what its stages left, and the table of a sweep's runs: the same files give the same
+bytes.
+
+FLOPs of RL and of answers are those that the stages counted themselves, from the exits that were taken.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ..config.derive import read_dims
+from ..config.schema import RunConfig
+from ..families import ModelDims
+from ..observe.metrics import read_metrics
+from ..observe.rundir import write_atomic
+from ..planning.layout import Layout, rank_parameters
+from ..planning.step import pretrain_flops
+from .sweep import FAILED, FINISHED, Sweep, SweepRun, read_spent
+
+EVALUATED = {
+    "exits": "exits", "accuracy": "accuracy", "accuracy_low": "low", "accuracy_high": "high", "answers": "n",
+    "mean_depth": "mean_depth", "total_depth": "total_depth", "length": "length", "kl": "kl",
+}  # fmt: skip
+REINFORCED = {
+    "reward": "reward", "task_reward": "task_reward", "rollout_accuracy": "accuracy",
+    "rollout_mean_depth": "mean_depth", "rollout_total_depth": "total_depth", "rollout_length": "length",
+}  # fmt: skip
+"""Columns of the table and what they are called in results.json and metrics.jsonl."""
+FLOPS = {"flops_rollouts": "flops/rollout", "flops_scoring": "flops/score", "flops_update": "flops/update"}
+CHOSEN = ("correct", "length", "mean_depth", "total_depth", "max_depth")
+"""Of free answers in results.json's part "choice"; columns have the family behind the name, as in correct_hop3."""
+TAIL = 0.25
+"""Share of the RL steps, the last ones, that `reward` and its like are means of."""
+
+
+def measure(sweep: Sweep, run: SweepRun, cfg: RunConfig) -> None:
+    """Write the result of a finished run."""
+    sweep.write_result(run, figures_of(cfg, {step.stage: sweep.path(step) for step in run.steps}))
+
+
+def figures_of(cfg: RunConfig, stages: Mapping[str, Path]) -> dict[str, Any]:
+    """One row of the table, without what varies and the status. `stages`: the run's finished stages by name."""
+    dims = read_dims(cfg)
+    row: dict[str, Any] = {"seed": cfg.rl.seed}
+    if "imported" in stages:
+        row |= imported(json.loads((stages["imported"] / "imported.json").read_text()))
+    if "pretrain" in stages:
+        row |= pretrained(json.loads((stages["pretrain"] / "pretrain.json").read_text()), cfg, dims)
+    if "evaluate" in stages:
+        results = json.loads((stages["evaluate"] / "results.json").read_text())
+        row |= evaluated(results) | styles_of_answers(results.get("choice") or {}, bool(cfg.rl.fixed_depth))
+    if "rl" in stages:
+        row |= reinforced(read_metrics(stages["rl"] / "metrics.jsonl"))
+    return row | parameters(dims, one_rank(cfg, dims)) | spent(stages)
+
+
+def one_rank(cfg: RunConfig, dims: ModelDims) -> Layout:
+    """The run's model and policy as a single rank would hold them, with the exits of the real layout."""
+    return Layout.of(cfg, dims).on_one_rank()
+
+
+def imported(figures: Mapping[str, int]) -> dict[str, Any]:
+    """Updates and tokens behind an imported checkpoint, where it records them."""
+    names = {"iteration": "iteration", "tokens": "tokens_pretrain"}
+    return {column: figures[name] for name, column in names.items() if name in figures}
+
+
+def pretrained(figures: Mapping[str, float], cfg: RunConfig, dims: ModelDims) -> dict[str, Any]:
+    """Held-out loss in nats per token, predicted tokens and FLOPs of training from random weights."""
+    return {
+        "loss": figures["loss"],
+        "loss_answer": figures["answer_loss"],
+        "tokens_pretrain": round(figures["tokens"]),
+        "flops_pretrain": pretrain_flops(cfg, dims, figures["length"], round(figures["sequences"])),
+    }
+
+
+def evaluated(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The last model at its chosen threshold; beside it the same model at full depth and sampled, and the teacher."""
+    rows = results["rows"]
+    model = rows[-1]["model"]
+    by_exits = {row["exits"]: row for row in rows if row["model"] == model}
+    chosen = next((row for exits, row in by_exits.items() if exits.startswith("hazard")), rows[-1])
+    figures = {"policy": model, **{column: chosen[name] for column, name in EVALUATED.items()}}
+    for name, exits in (("full", "full depth"), ("sampled", "sampled")):
+        if exits in by_exits:
+            figures[f"accuracy_{name}"] = by_exits[exits]["accuracy"]
+            figures[f"mean_depth_{name}"] = by_exits[exits]["mean_depth"]
+    teacher = next((row for row in rows if row["model"] == "teacher"), None)
+    if teacher is not None:
+        figures["accuracy_teacher"] = teacher["accuracy"]
+        figures["accuracy_lost"] = teacher["accuracy"] - chosen["accuracy"]
+    flops = results.get("depth", {}).get(f"{model}, {chosen['exits']}", {}).get("flops")
+    return figures | ({"flops_answer": flops["value"]} if flops else {})
+
+
+def styles_of_answers(choice: Mapping[str, Any], one_depth: bool) -> dict[str, Any]:
+    """With evaluate.choice, by family: the last model's free answers, and how often it is right and how many layers the
+    deepest token takes when it is given a style. one_depth: of an RL run held to one depth, where depths say nothing
+    about a style."""
+    models = [model["families"] for model in choice.get("models", {}).values()]
+    columns: dict[str, Any] = {}
+    for family, entry in (models[-1] if models else {}).items():
+        columns |= {f"share_{style}_{family}": share for style, share in entry["free"]["share"].items()}
+        columns |= {f"{name}_{family}": entry["free"][name] for name in CHOSEN}
+        for style, given in (entry.get("forced") or {}).items():
+            columns[f"right_{style}_{family}"] = given.get("correct")
+            depth = given.get("max_depth")
+            if not one_depth:
+                columns[f"layers_{style}_{family}"] = None if depth is None else choice["num_layers"] * depth
+    return columns
+
+
+def reinforced(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Tokens trained on, the reward at the end, FLOPs of all steps by phase."""
+    if not rows:
+        return {}
+    tail = rows[-max(1, round(TAIL * len(rows))) :]
+    figures: dict[str, Any] = {"steps": len(rows), "tokens": round(sum(row["tokens"] for row in rows))}
+    figures |= {column: sum(row[name] for row in tail) / len(tail) for column, name in REINFORCED.items()}
+    if all(name in row for row in rows for name in FLOPS.values()):
+        flops = {column: sum(row[name] for row in rows) for column, name in FLOPS.items()}
+        figures |= flops | {"flops_rl": sum(flops.values())}
+    return figures
+
+
+def parameters(dims: ModelDims, layout: Layout) -> dict[str, int]:
+    """Elements by kind. `parameters_embedding`: embedding and, where it is not tied, head; the rest of the base are
+    layers and the last norm."""
+    count = rank_parameters(layout, 0)
+    embedding = dims.vocab * dims.hidden * (1 if dims.tied else 2)
+    return {
+        "parameters_embedding": embedding,
+        "parameters_layers": count.base - embedding,
+        "parameters_adapters": count.adapters,
+        "parameters_gates": count.gates,
+        "parameters_trained": count.trained(layout.spec.full),
+    }
+
+
+def spent(stages: Mapping[str, Path]) -> dict[str, float | None]:
+    """Wall-clock and device seconds of RL, and of all stages; None where a stage was made outside a sweep."""
+    columns: dict[str, float | None] = {}
+    for kind in ("seconds", "device_seconds"):
+        values = {stage: read_spent(path).get(kind) for stage, path in stages.items()}
+        known = [value for value in values.values() if value is not None]
+        columns[f"{kind}_rl"] = values.get("rl")
+        columns[f"{kind}_all_stages"] = round(sum(known), 3) if known and len(known) == len(values) else None
+    return columns
+
+
+# ---- the table of a sweep ----
+
+
+def rows(sweep: Sweep) -> list[dict[str, Any]]:
+    """In the grid's order. A run without a result has its settings, its status and its error only.
+
+    What varies goes by its setting's name, so that no figure of the same name hides it: `steps` is not `rl.steps`.
+    """
+    table = []
+    for run in sweep.runs:
+        finished, error = sweep.is_finished(run), sweep.failure(sweep.tasks[run.task])
+        result = (sweep.result(run) or {}) if finished else {}
+        # A table that is made while runs go on must not depend on the second in which it is made.
+        status = FINISHED if finished else FAILED if error else "unfinished"
+        settings = {key: _cell(value) for key, value in run.settings.items()}
+        figures = {key: value for key, value in result.items() if key not in settings}
+        table.append({"run": run.id, "status": status} | settings | figures | {"error": error})
+    return table
+
+
+def _cell(value: Any) -> Any:
+    """A number, or text."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, list | dict) else value
+
+
+def collect(sweep: Sweep, out: Path | None = None) -> tuple[Path, Path]:
+    """Write table.csv and table.parquet into `out`, or the sweep's directory; returns their paths.
+
+    CSV has numbers by repr, so that they read back exactly; what is missing is empty. In Parquet a column is whole
+    numbers, numbers or, where values are of several kinds, text.
+    """
+    table, folder, parquet = rows(sweep), out or sweep.directory, io.BytesIO()
+    names = [*dict.fromkeys(name for row in table for name in row if name != "error"), "error"]
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "table.csv", folder / "table.parquet"
+    text = pd.DataFrame(table, columns=names, dtype=object).to_csv(index=False, lineterminator="\n")
+    write_atomic(paths[0], text)
+    pd.DataFrame({name: _column([row.get(name) for row in table]) for name in names}).to_parquet(parquet, index=False)
+    write_atomic(paths[1], parquet.getvalue())
+    return paths
+
+
+def _column(values: list[Any]) -> Any:
+    kinds = {type(value) for value in values if value is not None}
+    if kinds and kinds <= {int, float}:
+        return pd.array(values, dtype="Int64" if kinds == {int} else "Float64")
+    return pd.array([value if value is None else str(value) for value in values], dtype="string")

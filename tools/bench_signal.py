@@ -32,7 +32,7 @@ from transformers import AutoTokenizer
 
 from ee_megatron.config.derive import scoring
 from ee_megatron.config.load import load
-from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig, RLConfig
+from ee_megatron.config.schema import DeepspeedConfig, DepthPenalty, ExitCredit, KLPenalty, ParallelConfig, RLConfig
 from ee_megatron.exit_rules import Sample
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.batch import ReplayBatch
@@ -52,13 +52,27 @@ from ee_megatron.types import Group, Prompt, Rollout
 OPENNESS = -1.0
 """Logit of all gates: hazards of .27, so that every exit is taken."""
 
-BASE = RLConfig(lambda_exit=1.0, beta=0.05, kl="reward")
+BASE = RLConfig(depth_penalty=DepthPenalty(weight=1.0), kl_penalty=KLPenalty(weight=0.05, kind="reward"))
 OBJECTIVES = {
     "answer": BASE,
-    "token": replace(BASE, credit="token"),
-    "exit_price": replace(BASE, credit="exit", charge="right", exit_task=0.0, exit_kl=0.0),
-    "exit_price_divergence": replace(BASE, credit="exit", charge="right", kl="exact", beta=1.0, exit_task=0.0),
-    "exit": replace(BASE, credit="exit", charge="right", kl="exact", beta=1.0),
+    "token": replace(BASE, exit_credit=None, depth_penalty=replace(BASE.depth_penalty, credit="token")),
+    "exit_price": replace(
+        BASE,
+        exit_credit=ExitCredit(task_weight=0.0, kl_weight=0.0),
+        depth_penalty=replace(BASE.depth_penalty, penalize="right"),
+    ),
+    "exit_price_divergence": replace(
+        BASE,
+        exit_credit=ExitCredit(task_weight=0.0),
+        depth_penalty=replace(BASE.depth_penalty, penalize="right"),
+        kl_penalty=replace(BASE.kl_penalty, kind="exact", weight=1.0),
+    ),
+    "exit": replace(
+        BASE,
+        exit_credit=ExitCredit(),
+        depth_penalty=replace(BASE.depth_penalty, penalize="right"),
+        kl_penalty=replace(BASE.kl_penalty, kind="exact", weight=1.0),
+    ),
 }
 """The paper's first: all others are compared with it."""
 
@@ -189,7 +203,7 @@ def gradient(
 ) -> torch.Tensor:
     """Of the gates' weights, as one vector."""
     layout = learner.spec.layout
-    experience, _ = credit(batch, groups, first, reference, rl, layout, price=rl.lambda_exit, longest=length)
+    experience, _ = credit(batch, groups, first, reference, rl, layout, price=rl.depth_penalty.weight, longest=length)
     objective = objective_of(rl, length)
     weights, _ = objective.weights(batch, experience, first.token_logprobs, first.exit_logprobs)
     sums: dict[int, torch.Tensor] = {}

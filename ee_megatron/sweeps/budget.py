@@ -35,12 +35,14 @@ def buy(cfg: RunConfig, dims: ModelDims, budget: float, how: IsoFlop) -> Purchas
         count, flops = _whole(budget, sum(phase_flops(layout, load, cfg).values()), "RL step")
         return Purchase(str(count), count * rollouts_per_step(cfg) * answer, flops)
     if how.set == "pretrain.steps":
+        if cfg.pretrain is None:
+            raise ValueError("isoflop.set=pretrain.steps: pretrain is off (null); set pretrain=true")
         length, batch = how.prompt_tokens + answer, cfg.pretrain.batch_size
         count, flops = _whole(budget, pretrain_flops(cfg, dims, length, batch), "update")
         return Purchase(str(count), count * batch * (length - 1), flops)
     batch = cfg.calibrate.batch_size
     update = calibration_flops(layout, load, cfg)
-    sequences = cfg.traces.problems * cfg.calibrate.patterns
+    sequences = cfg.traces.problems * cfg.calibrate.exit_samples
     count, _ = _whole(budget, update, "update")
     # calibrate.py rounds epochs to sequences and fills batches from them.
     epochs = float(f"{count * batch / sequences:.9g}")

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..arguments import Parser
+from ..config.config_paths import find_config_dir, list_groups
 from ..config.derive import ranks
 from ..config.device import asks_for_gpus, pick_device
-from ..config.faults import refuse
+from ..config.errors import refuse
 from ..config.identity import STAGES
 from ..config.load import Attempt, load
 from ..config.sbatch import site_options
 from ..config.schema import RunConfig
-from ..config.shipped import find_config_dir, list_groups
 from ..config.validate import check_name
 from ..observe.lock import RunLock
 from ..training.preflight import Preflight
@@ -36,10 +36,10 @@ from .task import TaskRunner, Told, finish_run, stopped_by_signals
 
 EPILOG = """\
 examples:
-  ee-megatron sweep experiment=demo_cpu rl.lambda_exit=0,0.3,1 seed=1,2,3 --name front --dry-run
+  ee-megatron sweep experiment=demo_cpu rl.depth_penalty.weight=0,0.3,1 seed=1,2,3 --name front --dry-run
   ee-megatron sweep experiment=demo_cpu rl.adapter_lr=1e-5:1e-3:log3 --name rates --max-parallel 2
   ee-megatron sweep sweep=lambda_front --executor slurm --slurm partition=gpu --slurm time=8:00:00
-  ee-megatron sweep experiment=demo_cpu rl.lambda_exit=2 seed=1,2,3 --name front --extend
+  ee-megatron sweep experiment=demo_cpu rl.depth_penalty.weight=2 seed=1,2,3 --name front --extend
   ee-megatron sweep status front --watch
   ee-megatron sweep collect front
 

@@ -276,10 +276,10 @@ def check_lengths(factor: Factor) -> None:
 
 
 def excluded(text: str) -> dict[str, list[Any]]:
-    """--exclude "rl.lambda_exit=0 seed=2,3" -> a rule: points in which every key has one of its values."""
+    """--exclude "rl.depth_penalty.weight=0 seed=2,3" -> a rule: points in which every key has one of its values."""
     rule = {key: [value.plain for value in values] for key, values, _ in map(parse, text.split())}
     if not rule:
-        raise ValueError("--exclude: expected settings, e.g. --exclude 'rl.lambda_exit=0 seed=2,3'")
+        raise ValueError("--exclude: expected settings, e.g. --exclude 'rl.depth_penalty.weight=0 seed=2,3'")
     return rule
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..config.schema import RLConfig
 from ..objectives.optimum import Shares, answer_costs, takeover_price
@@ -37,9 +37,18 @@ class Priced(Protocol):
     def lambda_length(self) -> float: ...
 
 
+class OfSettings(NamedTuple):
+    """`Priced`, of a run's settings."""
+
+    beta: float
+    cost_length: int
+    lambda_length: float
+
+
 def chosen_styles(choice: Mapping[str, Any], rl: RLConfig) -> Columns:
-    """The last model's free answers and forced styles by family, where evaluate.choice asked for them; the forced ones
-    of the policy that RL began with as `start_...`, with the prices at which steps should take over. None: not defined.
+    """The last model's free answers and forced styles by family, where evaluate.style_choice.models asked for them;
+    the forced ones of the policy that RL began with as `start_...`, with the prices at which steps should take over.
+    None: not defined.
     """
     models = {name: model["families"] for name, model in choice.get("models", {}).items()}
     if not models:
@@ -98,13 +107,15 @@ def takeover_prices(families: Families, references: Mapping[str, Shares], rl: RL
     """`steps_price` by cost of depth and family, `price_max_hop3` for one. `references`: family -> shares of the styles
     among the reference's answers."""
     columns: Columns = {}
+    penalty = rl.depth_penalty
+    priced = OfSettings(rl.kl_penalty.weight, penalty.cost_tokens, penalty.length_weight)
     for family, entry in families.items():
         forced = {
             style: {name: or_nan(value) for name, value in figures.items()}
             for style, figures in (entry.get("forced") or {}).items()
         }
         for cost in COSTS:
-            columns[f"price_{cost}_{family}"] = steps_price(forced, references[family], rl, cost)
+            columns[f"price_{cost}_{family}"] = steps_price(forced, references[family], priced, cost)
     return columns
 
 

@@ -17,14 +17,15 @@ from ..learner.learner import Scores
 from ..objectives.advantages import ADVANTAGES, CHARGES, length_cost, mean_log_ratio
 from ..objectives.depth import CREDITS, DEPTH_COSTS, token_advantage
 from ..objectives.exit_credit import hazard_costs
-from ..objectives.policy_gradient import IMPORTANCE, KL_TERMS, RATIOS, SURROGATES, Clip, Experience, PolicyGradient
+from ..objectives.policy_gradient import IMPORTANCE, KL_TERMS, RATIOS, Clip, Experience, PolicyGradient
 from ..types import ExitReading, Group, Rollout
 
 
 def objective_of(rl: RLConfig, longest: int) -> PolicyGradient:
     """`longest`: generated tokens that an answer may have."""
-    clip = Clip(rl.clip, rl.clip_high or rl.clip)
-    return PolicyGradient(SURROGATES[rl.surrogate], KL_TERMS[rl.kl], clip, rl.beta, rl.ratios, rl.loss_average, longest)
+    clip = Clip(rl.loss.clip, rl.loss.clip_high or rl.loss.clip)
+    kl, loss = rl.kl_penalty, rl.loss
+    return PolicyGradient(KL_TERMS[kl.kind], clip, kl.weight, loss.ratios, loss.average, longest)
 
 
 def replay(groups: Sequence[Group], num_layers: int, first_token: bool = False, *, gates: bool = True) -> ReplayBatch:
@@ -37,9 +38,9 @@ def replay(groups: Sequence[Group], num_layers: int, first_token: bool = False, 
 
 
 def taught(groups: Sequence[Group], rl: RLConfig) -> Tensor:
-    """Which answers count, bool [B]: with rl.overlong=filter those that ended by themselves."""
+    """Which answers count, bool [B]: with rl.loss.overlong=filter those that ended by themselves."""
     finished = torch.tensor([r.finished for g in groups for r in g.rollouts])
-    return finished if rl.overlong == "filter" else finished | True
+    return finished if rl.loss.overlong == "filter" else finished | True
 
 
 def credit(
@@ -67,33 +68,38 @@ def credit(
     def among(values: Tensor, which: Tensor) -> Tensor:
         """Advantages within the groups, float32 [B]."""
         grouped = [x.numpy().reshape(len(groups), -1) for x in (values, which)]
-        return torch.from_numpy(ADVANTAGES[rl.advantage](*grouped)).float().reshape(-1)
+        return torch.from_numpy(ADVANTAGES[rl.loss.advantage](*grouped)).float().reshape(-1)
 
-    charged = CHARGES[rl.charge](torch.from_numpy(np.concatenate([g.correct for g in groups]))) & counted
+    charged = (
+        CHARGES[rl.depth_penalty.penalize](torch.from_numpy(np.concatenate([g.correct for g in groups]))) & counted
+    )
     task = torch.from_numpy(np.concatenate([g.rewards for g in groups])).float()
-    worth = task - rl.lambda_length * length_cost(batch, rl.cost_length) * charged
+    worth = task - rl.depth_penalty.length_weight * length_cost(batch, rl.depth_penalty.cost_tokens) * charged
     log_ratio = None if reference is None else mean_log_ratio(batch, start[0], reference)
-    if KL_TERMS[rl.kl].in_reward and log_ratio is not None:
-        worth = worth - rl.beta * log_ratio * (counts.sum(1) if rl.kl_sum else 1)
-    kind, how = DEPTH_COSTS[rl.depth_cost], CREDITS[rl.credit]
-    cost = kind.of_answers(batch, layout.num_layers, rl.cost_length)
+    if KL_TERMS[rl.kl_penalty.kind].in_reward and log_ratio is not None:
+        worth = worth - rl.kl_penalty.weight * log_ratio * (counts.sum(1) if rl.kl_penalty.sum else 1)
+    kind, how = DEPTH_COSTS[rl.depth_penalty.cost], CREDITS[rl.credit]
+    cost = kind.of_answers(batch, layout.num_layers, rl.depth_penalty.cost_tokens)
     by_task, by_depth = among(worth, counted), price * among(-cost, charged)
 
     of_tokens, of_exits, hazard = by_task + by_depth, by_task + by_depth, None
     if how.to_go:
-        to_go = kind.to_go(batch, layout.num_layers, rl.cost_length)
+        to_go = kind.to_go(batch, layout.num_layers, rl.depth_penalty.cost_tokens)
         from_there = price * token_advantage(batch, to_go, charged, rl.group_size)
         of_tokens = of_exits = by_task.unsqueeze(1) + from_there
-    elif how.local:
-        of_tokens, of_exits = by_task + rl.token_depth * by_depth, rl.exit_task * by_task
+    elif rl.exit_credit is not None:
+        of_tokens, of_exits = by_task + by_depth, rl.exit_credit.task_weight * by_task
         divergence = _divergences(batch, rollouts, first, reference, rl)
         costs = _depth_costs(batch, layout, rl, price * charged.float())
         hazard = hazard_costs(batch, layout, costs, divergence, _hazards(batch, rollouts, first, rl))
     of_tokens, of_exits = ((a if a.dim() == 2 else a.unsqueeze(1)) * counts for a in (of_tokens, of_exits))
 
     moved = [now - then for now, then in zip(start, old, strict=True)]
-    raw = [ratio.exp() for ratio in RATIOS[rl.ratios](*moved)]
-    importance = [IMPORTANCE[rl.importance](ratio, rl.importance_floor, rl.importance_cap) for ratio in raw]
+    raw = [ratio.exp() for ratio in RATIOS[rl.loss.ratios](*moved)]
+    if weighed := rl.loss.importance:
+        importance = [IMPORTANCE[weighed.kind](ratio, weighed.low, weighed.high) for ratio in raw]
+    else:
+        importance = [ratio * 0 + 1 for ratio in raw]
     experience = Experience(of_tokens, of_exits, importance[0], importance[1], start[0], start[1], reference, hazard)
     together = (moved[0] + moved[1]).exp()[counts]
     values = {
@@ -117,16 +123,21 @@ def _depth_costs(batch: ReplayBatch, layout: ExitLayout, rl: RLConfig, price: Te
     """What the depth of each outcome costs at a price [B], [B, S, M + 1]. Weights of the loss divide by an answer's
     tokens; a cost is an answer's."""
     lengths = batch.counts.sum(1).clamp(min=1)
-    return DEPTH_COSTS[rl.depth_cost].of_outcomes(batch, layout, rl.cost_length) * (price * lengths)[:, None, None]
+    return (
+        DEPTH_COSTS[rl.depth_penalty.cost].of_outcomes(batch, layout, rl.depth_penalty.cost_tokens)
+        * (price * lengths)[:, None, None]
+    )
 
 
 def _divergences(
     batch: ReplayBatch, rollouts: Sequence[Rollout], first: Scores | None, reference: Tensor | None, rl: RLConfig
 ) -> Tensor | None:
-    """beta * rl.exit_kl times the divergence, of the outcome taken [B, S] or, where every exit was read, of all up to
-    it [B, S, M + 1]; None where it costs nothing or nobody knows it."""
-    weight = rl.beta * rl.exit_kl
-    if weight and rl.exit_divergence == "all":
+    """The KL penalty's weight and rl.exit_credit.kl_weight times the divergence, of the outcome taken [B, S] or, where
+    every exit was read, of all up to it [B, S, M + 1]; None where it costs nothing or nobody knows it."""
+    if rl.exit_credit is None:
+        return None
+    weight = rl.kl_penalty.weight * rl.exit_credit.kl_weight
+    if weight and rl.exit_credit.divergence == "all":
         return weight * spread(batch, [_exits(r).divergences for r in rollouts])
     if weight and first is not None:
         return weight * (first.kl if reference is None else first.token_logprobs - reference)

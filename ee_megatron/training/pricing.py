@@ -13,8 +13,8 @@ from ..objectives.schedules import dual_price, price, price_rise
 
 @dataclass
 class Price:
-    """lambda of the step to come. With `rl.accuracy_floor`, `reference` says by prompt id how often the reference is
-    right, and what has been learned of the run so far goes into every checkpoint as `counters`.
+    """lambda of the step to come. With `rl.depth_penalty.target`, `reference` says by prompt id how often the
+    reference is right, and what has been learned of the run so far goes into every checkpoint as `counters`.
 
     Policy and reference are compared on the prompts of the same steps where it has answered them, else with its mean: a
     step may have few, and how hard these are varies by far more than what depth costs. What the price rises over is
@@ -27,24 +27,25 @@ class Price:
 
     def at(self, step: int) -> float:
         """lambda at step `step` (from 0)."""
-        if self.reference is None or step < price_rise(self.rl.steps, self.rl.lambda_warmup):
-            return price(step, self.rl.steps, self.rl.lambda_exit, self.rl.lambda_warmup)
-        return self.counters.get("lambda", self.rl.lambda_exit)
+        if self.reference is None or step < price_rise(self.rl.steps, self.rl.depth_penalty.warmup):
+            return price(step, self.rl.steps, self.rl.depth_penalty.weight, self.rl.depth_penalty.warmup)
+        return self.counters.get("lambda", self.rl.depth_penalty.weight)
 
     def learn(self, step: int, accuracy: float, prompts: Sequence[str]) -> dict[str, float]:
         """Take in the accuracy of step `step`'s rollouts, as many to each of its prompts (ids); metrics."""
         rl = self.rl
-        if self.reference is None or rl.accuracy_floor is None or step < price_rise(rl.steps, rl.lambda_warmup):
+        penalty, target = rl.depth_penalty, rl.depth_penalty.target
+        if self.reference is None or target is None or step < price_rise(rl.steps, penalty.warmup):
             return {}
-        steps = min(self.counters.get("accuracy_steps", 0.0) + 1, rl.accuracy_window)
+        steps = min(self.counters.get("accuracy_steps", 0.0) + 1, target.window)
         running = self._running("accuracy_running", accuracy, steps)
         known = self.reference
         shares = [known[id] for id in prompts] if known.keys() >= set(prompts) else list(known.values())
         theirs = self._running("reference_running", float(np.mean(shares)), steps)
-        goal, base = theirs - rl.accuracy_floor / 100, self.counters.get("lambda_base", rl.lambda_exit)
+        goal, base = theirs - target.margin / 100, self.counters.get("lambda_base", penalty.weight)
         # Of a window that is not full yet the steps to come count as kept: the first step's luck alone would lead.
-        left = (running - goal) * steps / rl.accuracy_window
-        base, value = dual_price(base, left, rl.lambda_rate)
+        left = (running - goal) * steps / target.window
+        base, value = dual_price(base, left, target.rate)
         self.counters |= {"lambda": value, "lambda_base": base, "accuracy_steps": steps}
         return {"accuracy_running": running, "accuracy_goal": goal}
 

@@ -118,8 +118,8 @@ def learn(
     counting, kept = taught(groups, rl), kept_groups(groups, rl, values["lambda"])
     if not counting.any():
         logger.warning(
-            "step %d: every answer was cut at rollout.max_new_tokens=%d, so rl.overlong=filter leaves nothing to learn "
-            "from; raise it, or set rl.overlong=verdict", step + 1, session.cfg.rollout.max_new_tokens,
+            "step %d: every answer was cut at rollout.max_new_tokens=%d, so rl.loss.overlong=filter leaves nothing to "
+            "learn from; raise it, or set rl.loss.overlong=verdict", step + 1, session.cfg.rollout.max_new_tokens,
         )  # fmt: skip
     per_step = rl.epochs * rl.minibatches
     updates: list[Update] = []
@@ -187,8 +187,8 @@ def scored(learner: Learner, batch: ReplayBatch, rl: RLConfig) -> tuple[Scores |
 
 
 def kept_groups(groups: list[Group], rl: RLConfig, price: float) -> list[int]:
-    """With rl.drop_equal_groups those that teach: their answers differ in reward, or right ones may still become
+    """With rl.loss.drop_equal_groups those that teach: their answers differ in reward, or right ones may still become
     shallower."""
-    if not rl.drop_equal_groups:
+    if not rl.loss.drop_equal_groups:
         return list(range(len(groups)))
     return [i for i, g in enumerate(groups) if np.ptp(g.rewards) > 0 or (price > 0 and g.correct.any())]

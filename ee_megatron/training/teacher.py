@@ -34,6 +34,7 @@ def train_teacher(cfg: RunConfig, model_path: Path) -> Path:
         if examples is None:
             session.stop(None, 0)
         t = cfg.teacher
+        assert t is not None
         start = session.start(SEED)
         learner = session.make_learner(start, adapter_dropout=cfg.adapter.dropout)
         session.open_metrics(resume_step=0)
@@ -56,6 +57,7 @@ def train_teacher(cfg: RunConfig, model_path: Path) -> Path:
 def sample_examples(session: Session) -> list[tuple[np.ndarray, np.ndarray]]:
     """(prompt tokens without examples, tokens of one right answer) for every problem that was answered right once."""
     t = session.cfg.teacher
+    assert t is not None
     task = session.make_task()
     verifier = session.make_verifier(task)
     prompts = task.prompts("train")[: t.problems]

@@ -21,7 +21,9 @@ def step(path, spec: PolicySpec, policy, degrees, stages, groups, rl):
     batch = replay(groups, spec.num_layers)
     first, reference = learner.score(batch), learner.score(batch, reference=True).token_logprobs
     clock.append(time.monotonic())
-    experience, _ = credit(batch, groups, first, reference, rl, spec.layout, price=rl.lambda_exit, longest=LONGEST)
+    experience, _ = credit(
+        batch, groups, first, reference, rl, spec.layout, price=rl.depth_penalty.weight, longest=LONGEST
+    )
     weights, _ = objective_of(rl, LONGEST).weights(batch, experience, first.token_logprobs, first.exit_logprobs)
     found = gradients(learner, batch, weights)
     clock.append(time.monotonic())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ee_megatron.config.load import load
-from ee_megatron.config.schema import RLConfig, TaskConfig
+from ee_megatron.config.schema import DepthPenalty, KLPenalty, RLConfig, StyleChoice, TaskConfig
 from ee_megatron.evaluation.choice import ChoiceBench, Judged, by_family, choice, cycled, figures, shares
 from ee_megatron.exit_rules import ExitRule, Fixed, Off, Sample
 from ee_megatron.report.tables import choice_tables, corrupted_table, forced_table, free_table
@@ -24,7 +24,7 @@ PROMPT = Prompt("p", "", "7", "hops.hop1")
 TASK = HopsTask(TaskConfig("hops", families=["hop1", "hop3"], train=4, validation=4, evaluation=20))
 STYLES = ("terse", "steps", "padded")
 SAMPLING = SamplingParams(0.75, 12, ("\n",))
-RL = RLConfig(beta=0.1, cost_length=3)
+RL = RLConfig(kl_penalty=KLPenalty(weight=0.1), depth_penalty=DepthPenalty(cost_tokens=3))
 ENTIRE = {
     "share": {"steps": 1.0}, "correct": 1.0, "length": 5.0, "mean_depth": 0.2, "total_depth": 1.0, "max_depth": 0.2,
 }  # fmt: skip
@@ -255,8 +255,8 @@ def test_the_price_from_which_on_steps_should_take_over_by_hand() -> None:
 def test_the_last_model_is_the_start_where_there_was_no_rl() -> None:
     cfg = load(["name=test", "model.path=nowhere"])
     assert choosing(cfg, ("calibrated", "reinforced")) == []
-    cfg.evaluate.choice = "reinforced"
+    cfg.evaluate.style_choice = StyleChoice("reinforced")
     assert choosing(cfg, ("calibrated", "reinforced")) == ["reinforced"] and choosing(cfg, ("calibrated",)) == ["start"]
-    cfg.evaluate.choice = "all"
+    cfg.evaluate.style_choice = StyleChoice("all")
     assert choosing(cfg, ("calibrated", "reinforced")) == ["teacher", "start", "reinforced"]
     assert choosing(cfg, ("calibrated",)) == ["teacher", "start"]

@@ -193,12 +193,12 @@ def test_an_axis_of_any_values_survives_the_command_line(values: list) -> None:
 FILE = """\
 settings: {experiment: demo_cpu, task.families: [sum, word]}
 axes:
-  rl.lambda_exit: 0:1:0.5
+  rl.depth_penalty.weight: 0:1:0.5
   seed: [1, 2]
 zip:
   - {model.path: [a, b], rl.steps: [5, 10]}
 exclude:
-  - {rl.lambda_exit: 0, seed: [2]}
+  - {rl.depth_penalty.weight: 0, seed: [2]}
 isoflop: {set: rl.steps, mean_depth: 0.8}
 """
 
@@ -211,7 +211,8 @@ def test_a_file_says_the_same_as_the_command_line(tmp_path: Path) -> None:
     points = grid.points()
     assert len(points) == 10 and grid.isoflop.mean_depth == 0.8
     assert grid.overrides(points[0]) == [
-        "experiment=demo_cpu", "task.families=[sum,word]", "rl.lambda_exit=0.0", "calibrate.seed=1", "rl.seed=1",
+        "experiment=demo_cpu", "task.families=[sum,word]", "rl.depth_penalty.weight=0.0", "calibrate.seed=1",
+        "rl.seed=1",
         "model.path=a", "rl.steps=5",
     ]  # fmt: skip
     file.write_text(
@@ -220,8 +221,8 @@ def test_a_file_says_the_same_as_the_command_line(tmp_path: Path) -> None:
         )
     )
     assert from_file(file) == grid
-    changed = combine(grid, from_settings(["rl.lambda_exit=0,7", "experiment=rl_7b"]))
-    assert {p["rl.lambda_exit"].plain for p in changed.points()} == {0, 7} and changed.fixed[
+    changed = combine(grid, from_settings(["rl.depth_penalty.weight=0,7", "experiment=rl_7b"]))
+    assert {p["rl.depth_penalty.weight"].plain for p in changed.points()} == {0, 7} and changed.fixed[
         "experiment"
     ] == "experiment=rl_7b"
     with pytest.raises(ValueError, match=r"rl\.steps.*zip"):
@@ -241,7 +242,7 @@ def test_a_file_says_the_same_as_the_command_line(tmp_path: Path) -> None:
         ("zip: [{keys: [a, b], rows: [[1, 2], [3]]}]", r"zip.*\b2\b.*\[3\]"),
         ("zip: [{keys: a, rows: [[1]]}]", r"zip.*'keys': 'a'"),
         ("isoflop: {sett: x}", r"isoflop\.sett\b"),
-        ("isoflop: {set: rl.beta}", r"isoflop\.set=rl\.beta.*calibrate\.epochs"),
+        ("isoflop: {set: rl.kl_penalty.weight}", r"isoflop\.set=rl\.beta.*calibrate\.epochs"),
         ("- a", "axes.*list"),
         ("a: [", "line 1"),
     ],

@@ -17,7 +17,7 @@ import pytest
 
 from ee_megatron import cli
 from ee_megatron.config.derive import read_dims
-from ee_megatron.config.faults import Faults
+from ee_megatron.config.errors import Faults
 from ee_megatron.config.identity import stage_dir
 from ee_megatron.config.load import load
 from ee_megatron.config.sbatch import site_options
@@ -73,14 +73,14 @@ def finish(sweep: Sweep, key: str) -> None:
 
 
 def test_a_runs_id_is_the_hash_of_its_last_stage_and_of_nothing_else(base: list[str]) -> None:
-    sweep = made(base, "rl.lambda_exit=0,1")
+    sweep = made(base, "rl.depth_penalty.weight=0,1")
     cfg = load(sweep.runs[1].overrides)
     assert stage_dir(cfg, "evaluate").name == f"evaluate-{sweep.runs[1].id}"
     # Ranks, actors, checkpoints and order don't count.
-    other = made([*base, "rollout.actors=3", "rl.checkpoint_every=7"], "rl.lambda_exit=1,0")
+    other = made([*base, "rollout.actors=3", "rl.checkpoint_every=7"], "rl.depth_penalty.weight=1,0")
     assert [run.id for run in other.runs] == [run.id for run in reversed(sweep.runs)]
     assert other.directory == sweep.directory
-    assert made(base, "rl.lambda_exit=0,1", last="rl").directory != sweep.directory
+    assert made(base, "rl.depth_penalty.weight=0,1", last="rl").directory != sweep.directory
 
 
 def test_points_that_are_the_same_run_are_refused(base: list[str]) -> None:
@@ -91,24 +91,32 @@ def test_points_that_are_the_same_run_are_refused(base: list[str]) -> None:
 
 def test_every_wrong_point_is_listed_before_anything_is_written(base: list[str], tmp_path: Path) -> None:
     with pytest.raises(Faults) as caught:
-        made(base, "rl.lambda_exit=0,-1", "rl.group_size=1,4")
+        made(base, "rl.depth_penalty.weight=0,-1", "rl.group_size=1,4")
     lines = caught.value.lines
     assert len(lines) == 2
-    assert lines[0].startswith("point 1 (rl.lambda_exit=0 rl.group_size=1) and 1 other(s), up to point 3 (rl.lambda")
-    assert "rl.group_size=1: rl.advantage=rloo" in lines[0]
-    assert lines[1].startswith("point 3 (rl.lambda_exit=-1 rl.group_size=1) and 1 other(s), up to point 4 (rl.lambda")
-    assert "rl.lambda_exit=-1" in lines[1] and not (tmp_path / "runs").exists()
+    assert lines[0].startswith(
+        "point 1 (rl.depth_penalty.weight=0 rl.group_size=1) and 1 other(s), up to point 3 (rl.lambda"
+    )
+    assert "rl.group_size=1: rl.loss.advantage=rloo" in lines[0]
+    assert lines[1].startswith(
+        "point 3 (rl.depth_penalty.weight=-1 rl.group_size=1) and 1 other(s), up to point 4 (rl.lambda"
+    )
+    assert "rl.depth_penalty.weight=-1" in lines[1] and not (tmp_path / "runs").exists()
 
 
 def test_the_command_line_lists_them_too(base: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert cli.main(["sweep", *base, "teacher.enabled=false", "rl.lamda_exit=1,2", "rl.steps=0,1"]) == 2
+    assert cli.main(["sweep", *base, "teacher=null", "rl.lamda_exit=1,2", "rl.steps=0,1"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: point 1") and "did you mean rl.lambda_exit?" in lines[0]
+    assert (
+        len(lines) == 1
+        and lines[0].startswith("error: point 1")
+        and "did you mean rl.depth_penalty.weight?" in lines[0]
+    )
     assert not (tmp_path / "runs").exists()
 
 
 def test_shared_stages_are_tasks_of_their_own_that_come_first(base: list[str]) -> None:
-    sweep = made(base, "rl.lambda_exit=0,1", "seed=1,2")
+    sweep = made(base, "rl.depth_penalty.weight=0,1", "seed=1,2")
     shapes = [([stage for stage, _ in task.stages], len(task.runs)) for task in sweep.tasks]
     assert (
         shapes == [(["teacher", "traces"], 4), (["calibrate"], 2), (["calibrate"], 2)] + [(["rl", "evaluate"], 1)] * 4
@@ -122,24 +130,24 @@ def test_shared_stages_are_tasks_of_their_own_that_come_first(base: list[str]) -
 
 
 def test_what_starts_from_a_given_policy_needs_no_calibration(base: list[str]) -> None:
-    sweep = made([*base, "teacher.enabled=false", "start=somewhere"], "rl.lambda_exit=0,1", last="rl")
+    sweep = made([*base, "teacher=null", "init_policy=somewhere"], "rl.depth_penalty.weight=0,1", last="rl")
     assert [[stage for stage, _ in task.stages] for task in sweep.tasks] == [["rl"], ["rl"]]
     with pytest.raises(Faults, match="--last traces: this run's stages are rl, evaluate"):
-        made([*base, "teacher.enabled=false", "start=somewhere"], "rl.lambda_exit=0,1", last="traces")
+        made([*base, "teacher=null", "init_policy=somewhere"], "rl.depth_penalty.weight=0,1", last="traces")
 
 
 def test_a_manifest_reads_back_as_it_was_written_and_is_found_by_name(base: list[str], tmp_path: Path) -> None:
-    sweep = made(base, "rl.lambda_exit=0,1")
+    sweep = made(base, "rl.depth_penalty.weight=0,1")
     before = (sweep.directory / "manifest.json").read_bytes()
     assert records.find_sweep("t", tmp_path / "runs") == sweep
-    records.save(made(base, "rl.lambda_exit=0,1"))
+    records.save(made(base, "rl.depth_penalty.weight=0,1"))
     assert (sweep.directory / "manifest.json").read_bytes() == before
     with pytest.raises(FileNotFoundError, match="there are t"):
         records.find_sweep("u", tmp_path / "runs")
-    made(base, "rl.lambda_exit=2,3")
+    made(base, "rl.depth_penalty.weight=2,3")
     with pytest.raises(ValueError, match=r"there are 2 sweeps of this name; give --last STAGE or one of t/sweep-"):
         records.find_sweep("t", tmp_path / "runs")
-    shorter = made(base, "rl.lambda_exit=0,1", last="rl")
+    shorter = made(base, "rl.depth_penalty.weight=0,1", last="rl")
     assert records.find_sweep("t", tmp_path / "runs", last="rl") == shorter
     assert records.find_sweep(f"t/{sweep.directory.name}", tmp_path / "runs") == sweep
 
@@ -148,7 +156,7 @@ def test_a_manifest_reads_back_as_it_was_written_and_is_found_by_name(base: list
 
 
 def test_finished_tasks_are_skipped_and_failed_ones_wait_for_the_word(base: list[str]) -> None:
-    sweep = made(base, "rl.lambda_exit=0,1", "teacher.enabled=false", last="rl")
+    sweep = made(base, "rl.depth_penalty.weight=0,1", "teacher=null", last="rl")
     shared, first, second = sweep.tasks
     assert to_start(sweep, {}, False) == [shared, first, second]
     finish(sweep, shared.key)
@@ -162,7 +170,7 @@ def test_finished_tasks_are_skipped_and_failed_ones_wait_for_the_word(base: list
 
 
 def test_a_failed_shared_stage_fails_all_that_need_it_and_one_word_starts_them_again(base: list[str]) -> None:
-    sweep = made(base, "rl.lambda_exit=0,1", "teacher.enabled=false", last="rl")
+    sweep = made(base, "rl.depth_penalty.weight=0,1", "teacher=null", last="rl")
     shared = sweep.tasks[0]
     records.write_record(sweep, shared.key, records.Record(records.FAILED, "traces", 1, "no memory"))
     assert [records.run_state(sweep, run) for run in sweep.runs] == ["failed", "failed"]
@@ -171,7 +179,7 @@ def test_a_failed_shared_stage_fails_all_that_need_it_and_one_word_starts_them_a
 
 
 def test_a_task_is_running_while_its_process_lives(base: list[str]) -> None:
-    sweep = made(base, "rl.lambda_exit=0,1", "teacher.enabled=false", last="rl")
+    sweep = made(base, "rl.depth_penalty.weight=0,1", "teacher=null", last="rl")
     task, record = sweep.tasks[1], records.Record(records.RUNNING, "rl")
     records.own(record)
     records.write_record(sweep, task.key, record)
@@ -189,7 +197,7 @@ def test_a_task_is_running_while_its_process_lives(base: list[str]) -> None:
 
 
 def test_what_slurm_has_in_its_queue_is_left_to_it(base: list[str]) -> None:
-    sweep = made(base, "rl.lambda_exit=0,1", "teacher.enabled=false", last="rl")
+    sweep = made(base, "rl.depth_penalty.weight=0,1", "teacher=null", last="rl")
     _, first, second = sweep.tasks
     queue = {first.key: "PENDING", second.key: "RUNNING"}
     assert to_start(sweep, queue, True) == [sweep.tasks[0]]
@@ -199,7 +207,7 @@ def test_what_slurm_has_in_its_queue_is_left_to_it(base: list[str]) -> None:
 
 def test_what_slurm_has_ended_is_dead_at_once(base: list[str]) -> None:
     """A task of a node that nobody can look at, written a moment ago: alive, unless Slurm says that its job is gone."""
-    sweep = made(base, "rl.lambda_exit=0,1", "teacher.enabled=false", last="rl")
+    sweep = made(base, "rl.depth_penalty.weight=0,1", "teacher=null", last="rl")
     _, first, second = sweep.tasks
     for task in (first, second):
         record = records.Record(records.RUNNING, "rl", host="elsewhere", job="12_3")
@@ -212,7 +220,7 @@ def test_what_slurm_has_ended_is_dead_at_once(base: list[str]) -> None:
 
 
 def test_what_is_not_started_is_said_with_the_reason(base: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep = made(base, "rl.lambda_exit=0.0,0.1,0.2,0.3,0.4", "teacher.enabled=false", last="rl")
+    sweep = made(base, "rl.depth_penalty.weight=0.0,0.1,0.2,0.3,0.4", "teacher=null", last="rl")
     shared, silent, fresh, waiting, failed, *rest = sweep.tasks
     finish(sweep, shared.key)
     for task, age in ((silent, 50), (fresh, 2)):
@@ -229,7 +237,7 @@ def test_what_is_not_started_is_said_with_the_reason(base: list[str], monkeypatc
         r"0\.0: running on elsewhere as job 12_3, silent for 5\d s; taken for dead after [67]\d s more", one
     )
     assert re.search(r"running on elsewhere as job 12_3, written \d s ago", two)
-    assert three.endswith("rl.lambda_exit=0.2: Slurm has it as job 12_4 (COMPLETING)")
+    assert three.endswith("rl.depth_penalty.weight=0.2: Slurm has it as job 12_4 (COMPLETING)")
     assert four == "1 task(s) that failed or need one that did; --retry-failed starts them"
     monkeypatch.setattr(status, "MOST_LISTED", 3)
     pending = {task.key: "PENDING" for task in sweep.tasks}
@@ -256,14 +264,14 @@ def plan_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> list[st
 def test_a_grid_with_another_point_extends_the_sweep(
     base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = [*base, "teacher.enabled=false"]
-    small = placed(resolve(from_settings([*base, "rl.lambda_exit=0"]), "rl", check), False)
+    base = [*base, "teacher=null"]
+    small = placed(resolve(from_settings([*base, "rl.depth_penalty.weight=0"]), "rl", check), False)
     records.save(small)
     # Alone, the run was one task; with another they part after calibration.
     assert [[stage for stage, _ in task.stages] for task in small.tasks] == [["traces", "calibrate", "rl"]]
     finish(small, small.tasks[0].key)
     records.write_record(small, small.tasks[0].key, records.Record(records.FINISHED, "rl", starts=1, seconds=7.0))
-    larger = placed(resolve(from_settings([*base, "rl.lambda_exit=0,1", "seed=0,1"]), "rl", check), False)
+    larger = placed(resolve(from_settings([*base, "rl.depth_penalty.weight=0,1", "seed=0,1"]), "rl", check), False)
     records.save(larger)
     assert larger.directory == small.directory and records.find_sweep("t", tmp_path / "runs") == larger
     # What was done is done: traces and one calibration are shared, one run is finished.
@@ -272,12 +280,12 @@ def test_a_grid_with_another_point_extends_the_sweep(
     todo = [[stage for stage, _ in task.stages] for task in to_start(larger, {}, False)]
     assert todo == [["calibrate"], ["rl"], ["rl"], ["rl"]]
     # The first grid again is a part of it: nothing is left to do of it, and nothing is forgotten.
-    lines = plan_of([*base, "rl.lambda_exit=0"], capsys)
+    lines = plan_of([*base, "rl.depth_penalty.weight=0"], capsys)
     assert lines[0] == f"{small.directory}: 4 run(s), 7 task(s), 0 to start"
-    again = placed(resolve(from_settings([*base, "rl.lambda_exit=0"]), "rl", check), False)
+    again = placed(resolve(from_settings([*base, "rl.depth_penalty.weight=0"]), "rl", check), False)
     assert [(run.id, run.settings) for run in again.runs] == [(run.id, run.settings) for run in larger.runs]
     # Another part: only what was asked for starts.
-    lines = plan_of([*base, "rl.lambda_exit=1", "seed=1"], capsys)
+    lines = plan_of([*base, "rl.depth_penalty.weight=1", "seed=1"], capsys)
     assert lines[0].endswith("2 to start") and sum(line.startswith("  start ") for line in lines) == 2
 
 
@@ -285,35 +293,36 @@ def test_a_grid_with_another_point_extends_the_sweep(
 def test_points_are_added_by_extend_and_by_nothing_else(
     base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = [*base, "teacher.enabled=false"]
-    sweep = made(base, "rl.lambda_exit=0,1", last="rl")
+    base = [*base, "teacher=null"]
+    sweep = made(base, "rl.depth_penalty.weight=0,1", last="rl")
     with pytest.raises(
         ValueError, match=r"has a sweep of 2 run\(s\) up to rl, and none of these points are its: --ext"
     ):
-        main([*base, "rl.lambda_exit=2", "--last", "rl"])
+        main([*base, "rl.depth_penalty.weight=2", "--last", "rl"])
     with pytest.raises(ValueError, match="and not all of these points"):
-        main([*base, "rl.lambda_exit=1,2", "--last", "rl"])
+        main([*base, "rl.depth_penalty.weight=1,2", "--last", "rl"])
     with pytest.raises(ValueError, match="has no sweep up to evaluate yet"):
-        main([*base, "rl.lambda_exit=2", "--extend"])
+        main([*base, "rl.depth_penalty.weight=2", "--extend"])
     assert records.find_sweep("t", tmp_path / "runs") == sweep
-    lines = plan_of([*base, "rl.lambda_exit=2,3", "rl.steps=5", "--extend"], capsys)
+    lines = plan_of([*base, "rl.depth_penalty.weight=2,3", "rl.steps=5", "--extend"], capsys)
     assert lines[0] == f"{sweep.directory}: 4 run(s), 5 task(s), 3 to start"
     grown = placed(
-        resolve(from_settings([*base, "rl.lambda_exit=2", "task.families=[sum],[sum,word]"]), "rl", check), True
+        resolve(from_settings([*base, "rl.depth_penalty.weight=2", "task.families=[sum],[sum,word]"]), "rl", check),
+        True,
     )
     records.save(grown)
     assert records.find_sweep("t", tmp_path / "runs") == grown and len(grown.runs) == 4
     # What only one of the grids varies has its value in every row.
     table = rows(grown)
-    assert [row["rl.lambda_exit"] for row in table] == [0, 1, 2, 2]
+    assert [row["rl.depth_penalty.weight"] for row in table] == [0, 1, 2, 2]
     defaults = str(load(base).task.families)
     assert [row["task.families"] for row in table] == [defaults, defaults, "['sum']", "['sum', 'word']"]
 
 
 def test_of_two_sweeps_of_a_name_one_with_all_runs_counts(base: list[str], tmp_path: Path) -> None:
     """As they were left by versions that made a new one for every grid."""
-    made(base, "rl.lambda_exit=0,1")
-    both = made(base, "rl.lambda_exit=0,1,2")
+    made(base, "rl.depth_penalty.weight=0,1")
+    both = made(base, "rl.depth_penalty.weight=0,1,2")
     assert records.find_sweep("t", tmp_path / "runs") == both
 
 
@@ -348,7 +357,7 @@ def results_of(sweep: Sweep, run_index: int, reward: float) -> None:
 
 def test_the_table_is_made_of_result_files_and_the_same_to_the_byte(base: list[str]) -> None:
     settings = [*base, "rl.prompts_per_step=4", "rl.group_size=2"]
-    sweep = made(settings, "rl.lambda_exit=0,0.5,1", "task.families=[sum],[sum,word]")
+    sweep = made(settings, "rl.depth_penalty.weight=0,0.5,1", "task.families=[sum],[sum,word]")
     results_of(sweep, 0, 0.25)
     write_missing_results(sweep)
     own = sweep.runs[1].tasks[-1]
@@ -364,7 +373,7 @@ def test_the_table_is_made_of_result_files_and_the_same_to_the_byte(base: list[s
     table = list(csv.DictReader(io.StringIO(first[0].decode())))
     assert len(table) == 6 and [row["status"] for row in table[:3]] == ["finished", "failed", "unfinished"]
     row = table[0]
-    assert (row["run"], row["rl.lambda_exit"], row["task.families"]) == (sweep.runs[0].id, "0", "['sum']")
+    assert (row["run"], row["rl.depth_penalty.weight"], row["task.families"]) == (sweep.runs[0].id, "0", "['sum']")
     assert row["policy"] == "reinforced" and row["exits"].startswith("hazard")
     assert (row["accuracy"], row["mean_depth"], row["total_depth"], row["kl"]) == ("0.5", "0.6", "18.0", "0.2")
     assert (row["accuracy_full"], row["accuracy_teacher"], row["tokens"], row["reward"]) == ("1.0", "1.0", "80", "0.25")
@@ -372,14 +381,14 @@ def test_the_table_is_made_of_result_files_and_the_same_to_the_byte(base: list[s
     assert table[1]["error"] == 'a "quoted", comma' and table[1]["accuracy"] == ""
     parquet = pq.read_table(paths[1])
     assert parquet.column_names == columns(rows(sweep)) and parquet.num_rows == 6
-    assert parquet.column("rl.lambda_exit").to_pylist() == [0, 0, 0.5, 0.5, 1, 1]
+    assert parquet.column("rl.depth_penalty.weight").to_pylist() == [0, 0, 0.5, 0.5, 1, 1]
     assert parquet.column("accuracy").to_pylist()[0] == 0.5 and parquet.column("tokens").to_pylist()[1] is None
     assert "1 finished" in status_table(sweep, {}) and 'a "quoted"' in status_table(sweep, {})
 
 
 def test_a_run_that_is_unfinished_again_has_no_figures_in_the_table(base: list[str]) -> None:
     """Its result file is still there, but somebody has removed a stage since."""
-    sweep = made(base, "rl.lambda_exit=0,1")
+    sweep = made(base, "rl.depth_penalty.weight=0,1")
     results_of(sweep, 0, 0.25)
     write_missing_results(sweep)
     assert rows(sweep)[0]["reward"] == 0.25
@@ -438,7 +447,11 @@ def test_an_exact_divergence_runs_the_reference_with_the_update_and_reads_it_out
         cfg = load([*base, "rl.prompts_per_step=8", "rl.group_size=1", *settings])
         return reinforced([STEP], cfg, one_rank(cfg, read_dims(cfg)))
 
-    plain, exact, again = phases(), phases("rl.kl=exact"), phases("rl.kl=exact", "rl.epochs=2")
+    plain, exact, again = (
+        phases(),
+        phases("rl.kl_penalty.kind=exact"),
+        phases("rl.kl_penalty.kind=exact", "rl.epochs=2"),
+    )
     prompt, answer = round(STEP["prompt_length"]), STEP["length"]
     head, positions = 2 * 8 * answer * 130 * 64, prompt + answer - 1
     linears = 64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 96
@@ -447,10 +460,14 @@ def test_an_exact_divergence_runs_the_reference_with_the_update_and_reads_it_out
     assert exact["flops_update"] - plain["flops_update"] == pytest.approx(reference)
     assert plain["flops_scoring"] - exact["flops_scoring"] == pytest.approx(reference)
     assert again["flops_update"] == pytest.approx(2 * exact["flops_update"])
-    assert phases("rl.kl=exact", "rl.minibatches=2")["flops_update"] == pytest.approx(exact["flops_update"])
+    assert phases("rl.kl_penalty.kind=exact", "rl.minibatches=2")["flops_update"] == pytest.approx(
+        exact["flops_update"]
+    )
     how = IsoFlop("rl.steps", 10, 16)
     # With every epoch anew: in one it costs what the reference's scores do.
-    cfg, dear = (load([*base, "adapter.rank=4", "rl.epochs=2", f"rl.kl={kl}"]) for kl in ("reward", "exact"))
+    cfg, dear = (
+        load([*base, "adapter.rank=4", "rl.epochs=2", f"rl.kl_penalty.kind={kl}"]) for kl in ("reward", "exact")
+    )
     assert int(buy(dear, read_dims(cfg), 1e13, how).text) < int(buy(cfg, read_dims(cfg), 1e13, how).text)
 
 
@@ -478,7 +495,7 @@ def test_a_choice_of_style_has_its_columns_by_the_runs_own_settings(base: list[s
     models = {"teacher": model, "start": model}
     choice = {"styles": list(styles), "weights": [0.5, 0.5], "num_layers": 6, "models": models}
     (tmp_path / "results.json").write_text(json.dumps({**EVALUATED, "choice": choice}))
-    cfg = load([*base, "rl.beta=0.3", "rl.cost_length=6"])
+    cfg = load([*base, "rl.kl_penalty.weight=0.3", "rl.depth_penalty.cost_tokens=6"])
     row = measure(cfg, {"evaluate": tmp_path})
     assert row["share_terse_hop2"] == 2 / 3 and row["start_layers_terse_hop2"] == 4.0 == row["layers_terse_hop2"]
     assert row["start_price_max_hop2"] == pytest.approx(0.3 * math.log(2) / 0.5)
@@ -524,7 +541,7 @@ def test_the_student_is_scored_once_whether_its_gates_or_the_reach_ask_for_it(ba
         cfg = load([*base, "calibrate.depth_power=1.5", *settings])
         return float(buy(cfg, read_dims(cfg), 1e13, how).text)
 
-    reach, current = "calibrate.reach=1", "calibrate.gate_targets=current"
+    reach, current = "calibrate.kl_scale=1", "calibrate.gate_targets=current"
     once = bought(reach, "calibrate.gate_targets=sampled")
     assert once == bought(current) == bought(reach, current) < bought("calibrate.gate_targets=sampled")
 
@@ -557,7 +574,7 @@ def test_time_limits_are_read_as_slurm_reads_them() -> None:
 def test_a_sweeps_jobs_ask_for_what_the_job_scripts_ask_for_and_the_site_says(
     base: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tasks = made([*base, "cluster.gpus_per_node=4"], "rl.lambda_exit=0,1").tasks
+    tasks = made([*base, "cluster.gpus_per_node=4"], "rl.depth_penalty.weight=0,1").tasks
     monkeypatch.delenv("EE_SBATCH", raising=False)
     asked = asked_for(tasks, {})
     lines = (Path(__file__).parents[2] / "slurm" / "rl_7b.sh").read_text()
@@ -582,7 +599,7 @@ def test_what_sbatch_gets_names_no_wckey_but_the_sites(
     (tmp_path / "srun").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("EE_SBATCH", "--exclusive")
-    sweep = made([*base, "cluster.gpus_per_node=4"], "rl.lambda_exit=0,1")
+    sweep = made([*base, "cluster.gpus_per_node=4"], "rl.depth_penalty.weight=0,1")
 
     def script(**options: str) -> list[str]:
         executor = _executor(sweep, sweep.tasks[-2:], {"time": "90", **options}, 2, 3, "afterany:7")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from . import exit_rules
 from .arguments import Parser
-from .config.faults import lines_of
+from .config.errors import lines_of
 from .config.schema import RunConfig
 from .interrupts import interruptible
 from .training.ranks import check_variables, is_rank
@@ -66,11 +66,11 @@ HANDED_ON = {
 EPILOG = """\
 examples:
   ee-megatron run experiment=demo_cpu
-  ee-megatron rl experiment=demo_cpu rl.lambda_exit=0.3 rl.steps=5
+  ee-megatron rl experiment=demo_cpu rl.depth_penalty.weight=0.3 rl.steps=5
   ee-megatron rl experiment=rl_7b --dry-run
   ee-megatron plan experiment=rl_7b --dims DeepSeek-R1-Distill-Qwen-7B
   ee-megatron report experiment=demo_cpu
-  ee-megatron sweep experiment=demo_cpu rl.lambda_exit=0,0.3,1 seed=1,2,3 --name front
+  ee-megatron sweep experiment=demo_cpu rl.depth_penalty.weight=0,0.3,1 seed=1,2,3 --name front
   ee-megatron convert --help
   ee-megatron scaling --help
   ee-megatron externalise runs
@@ -233,7 +233,7 @@ def _configured(options: argparse.Namespace, *, with_model: bool = False) -> Run
 def _ready(overrides: list[str], command: str, *, starts_here: bool = True) -> RunConfig:
     """The settings of a stage, or of all of them ("run"), once everything that they need has been looked at, this
     machine too if it `starts_here`. Raises Faults, everything that is wrong."""
-    from .config.faults import refuse
+    from .config.errors import refuse
 
     cfg, wrong, missing = _look(overrides, command, overrides if starts_here else None)
     refuse([*wrong, *missing])
@@ -270,7 +270,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _dry_run(overrides: list[str], command: str) -> int:
     """What another machine may have is no reason to refuse a plan."""
-    from .config.faults import refuse
+    from .config.errors import refuse
     from .config.identity import to_yaml
     from .training.dry_run import remarks
 

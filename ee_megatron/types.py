@@ -59,7 +59,7 @@ class Rollout:
     - full_logprobs  float32 [T], as token_logprobs but without top-k and top-p; the same array where nothing was cut
     - finished: an end-of-sequence token or a stop string ended it, not the length limit
     - weight_version: the weights that its last token was generated under
-    - exits: with rl.exit_divergence=all, as the pool's `read_exits`
+    - exits: with rl.exit_credit.divergence=all, as the pool's `read_exits`
     - weight_versions int32 [T]: those of every token; not all alike only where an answer was continued under new ones
     """
 

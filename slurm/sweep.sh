@@ -1,6 +1,6 @@
 #!/bin/bash
 # One run per task of the array, each with one of several values of a setting, on one node (other shapes as for stage.sh):
-# sbatch --array=0-4 slurm/sweep.sh rl rl.lambda_exit=0.1,0.25,0.5,1.0,2.0 experiment=rl_1.5b [key=value ...]
+# sbatch --array=0-4 slurm/sweep.sh rl rl.depth_penalty.weight=0.1,0.25,0.5,1.0,2.0 experiment=rl_1.5b [key=value ...]
 #SBATCH --job-name=ee-sweep
 #SBATCH --array=0-4
 #SBATCH --nodes=1

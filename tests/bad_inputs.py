@@ -7,7 +7,8 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from ee_megatron.config.schema import RunConfig, settings
+from ee_megatron.config.fields import settings
+from ee_megatron.config.schema import RunConfig
 
 STAGES = ("run", "pretrain", "teacher", "traces", "calibrate", "rl", "evaluate")
 NO_NUMBERS = ("nan", "inf", "-inf", "1e999", "abc", "1,5", "''", "[1]", "null", "{a:1}")
@@ -72,7 +73,7 @@ def _name(dice: random.Random, folder: Path) -> list[str]:
             "sweep",
             "experiment=demo_cpu",
             f"runs={folder}/runs",
-            "rl.lambda_exit=0,1",
+            "rl.depth_penalty.weight=0,1",
             f"--name={name}",
             "--dry-run",
         ]
@@ -89,8 +90,8 @@ def _path(dice: random.Random, folder: Path) -> list[str]:
     if command == 2:
         return ["sweep", dice.choice(("status", "collect")), path or "nothing", f"--runs={folder}"]
     if command == 3:
-        return ["job", "rl", "experiment=demo_cpu", f"runs={folder}/runs", f"start={path or '/x'}"]
-    wrong = dice.choice(("model.path={}", "start={}", "task=dataset task.path={}"))
+        return ["job", "rl", "experiment=demo_cpu", f"runs={folder}/runs", f"init_policy={path or '/x'}"]
+    wrong = dice.choice(("model.path={}", "init_policy={}", "task=dataset task.path={}"))
     return ["run", "experiment=demo_cpu", f"runs={folder}/runs", *wrong.format(path or "/x").split(" ", 1)]
 
 
@@ -106,26 +107,29 @@ def _contradiction(dice: random.Random, folder: Path) -> list[str]:
         *dice.choice((
             ["evaluate.thresholds=[]"], ['rollout.stop=[""]'], ["rl.group_size=1"], ["cluster.rollout_nodes=3"],
             ["rollout.backend=local", "cluster.nodes=2", "cluster.rollout_nodes=1"], ["task.families=[]"],
-            ["parallel.virtual=2"], ["deepspeed.zero_stage=9"], ["rl.credit=token", "rl.depth_cost=max"],
-            ["evaluate.control_policy=/x"], ["rl.minibatches=99"], ["adapter.rank=0"], ["task=dataset"],
-            ["evaluate.thresholds=[nan]"], ["rl.accuracy_floor=1000"],
-            ["rollout.device_share=1.5"], ["rl.families=[chain]"], ["calibrate.keep=0.5", "calibrate.settle=0"],
+            ["parallel.virtual=2"], ["deepspeed.zero_stage=9"], ["rl.depth_penalty.credit=token",
+            "rl.depth_penalty.cost=max"],
+            ["evaluate.controls.policy=/x"], ["rl.minibatches=99"], ["adapter.rank=0"], ["task=dataset"],
+            ["evaluate.thresholds=[nan]"], ["rl.depth_penalty.target.margin=1000"],
+            ["rollout.device_share=1.5"], ["rl.families=[chain]"], ["calibrate.wise_ft_alpha=0.5",
+            "calibrate.gate_only_fraction=0"],
         )),
     )  # fmt: skip
 
 
 def _sweep(dice: random.Random, folder: Path) -> list[str]:
     wrong = dice.choice((
-        ["rl.steps=range(1000000000)"], ["rl.lambda_exit=range(0,1,1e-300)"], ["rl.lambda_exit=range(0,1,-1)"],
-        ["rl.lambda_exit=range(0,1,0)"], ["rl.lambda_exit=range(0,inf)"], ["rl.steps=0,-1"], ["rl.lamda=1,2"],
-        ["rl.steps=7,range(3)"], ["rl.lambda_exit=0:1:0.5"], ["rl.lambda_exit=glob(*)"], ["rl.beta=interval(0,1)"],
-        ["name=a,b"], ["sweep=nothing"], ["sweep=/nonexistent.yaml"], ["rl.steps=1,1"],
-        ["rl.steps=1,2", "--zip", "rl.steps"], ["rl.steps=1,2", "--executor", "debug"],
+        ["rl.depth_penalty.weight=0:1:lin1000000000"], ["rl.steps=1:1000000000000:1"],
+        ["rl.depth_penalty.weight=0:1:-1"],
+        ["rl.depth_penalty.weight=0:1:1e-300"], ["rl.depth_penalty.weight=0:1e999:lin3"], ["rl.steps=0,-1"],
+        ["rl.lamda=1,2"],
+        ["name=a,b"], ["sweep=nothing"], ["sweep=/nonexistent.yaml"], ["budget=0,1"], ["rl.steps=1,1"],
+        ["rl.steps=1,2", "--zip", "rl.steps"], ["rl.steps=1,2", "--exclude", "rl.kl_penalty.weight=1"],
         ["rl.steps=1,2", "--max-parallel", "0"], ["rl.steps=1,2", "--max-parallel", "x"],
         ["rl.steps=1,2", "--slurm", "time=1\n#SBATCH --x"], ["rl.steps=1,2", "--slurm", "nothing"],
         ["rl.steps=1,2", "--slurm", "time=soon"], ["rl.steps=1,2", "--last", "nowhere"],
-        ["rl.steps=1,2", "start=/nonexistent"], ["seed=1,2", "rl.seed=3"],
-        ["rl.steps=range(1000)", "rl.beta=range(0,1,0.01)", "rl.seed=range(5000)"],
+        ["rl.steps=1,2", "init_policy=/nonexistent"], ["seed=1,2", "rl.seed=3"], ["isoflop.x=1", "rl.steps=1,2"],
+        ["rl.steps=1:1000:1", "rl.kl_penalty.weight=0:1:0.001", "rl.seed=1:5000:1"],
     ))  # fmt: skip
     return ["sweep", "experiment=demo_cpu", f"runs={folder}/runs", *wrong, "--dry-run"]
 

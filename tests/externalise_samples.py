@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ee_megatron.config.identity import stage_dir, to_yaml
-from ee_megatron.config.schema import RunConfig
+from ee_megatron.config.schema import PretrainConfig, RunConfig
 from ee_megatron.externalise.choice import STYLES, FamilyChoice, read_models
 from ee_megatron.externalise.shape import Shape
 from ee_megatron.externalise.study import Objective, Record, Study
@@ -155,12 +155,18 @@ def config(made: Record) -> RunConfig:
     cfg = RunConfig(name="study")
     cfg.model.path = MODEL
     cfg.task.name, cfg.task.tokens_per_step = "hops", made.tau
-    cfg.pretrain.enabled, cfg.teacher.enabled = True, False
+    cfg.pretrain, cfg.teacher = cfg.pretrain or PretrainConfig(), None
     cfg.pretrain.seed, cfg.rl.seed = made.base, made.seed
     cfg.pretrain.layers = made.num_layers if made.num_layers != LAYERS else 0
-    cfg.rl.families, cfg.rl.kl_sum, cfg.exits.first_token = list(made.families), True, made.objective.first_exits
-    for name in ("beta", "depth_cost", "lambda_exit", "cost_length", "lambda_length", "fixed_depth"):
-        setattr(cfg.rl, name, getattr(made.objective, name))
+    cfg.rl.families, cfg.rl.kl_penalty.sum, cfg.exits.first_token = (
+        list(made.families),
+        True,
+        made.objective.first_exits,
+    )
+    given, penalty = made.objective, cfg.rl.depth_penalty
+    cfg.rl.kl_penalty.weight, cfg.rl.fixed_depth = given.beta, given.fixed_depth
+    penalty.cost, penalty.weight = given.depth_cost, given.lambda_exit
+    penalty.cost_tokens, penalty.length_weight = given.cost_length, given.lambda_length
     return cfg
 
 

@@ -53,7 +53,7 @@ def ours(options: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
-    from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig, RLConfig
+    from ee_megatron.config.schema import DeepspeedConfig, DepthPenalty, KLPenalty, Loss, ParallelConfig, RLConfig
     from ee_megatron.exit_rules import Off
     from ee_megatron.families.hf_directory import HFDirectory
     from ee_megatron.learner.learner import Learner
@@ -77,7 +77,12 @@ def ours(options: argparse.Namespace) -> None:
     pool = LocalPool(options.model, spec, rows=PROMPTS * SAMPLES)
     pool.decoder.eos_ids = frozenset()
     prompts = [Prompt(str(i), text, "", "bench") for i, text in enumerate(prompt_texts(PROMPTS))]
-    rl = RLConfig(group_size=SAMPLES, beta=BETA, lambda_exit=0.0, advantage="grpo")
+    rl = RLConfig(
+        group_size=SAMPLES,
+        kl_penalty=KLPenalty(weight=BETA),
+        depth_penalty=DepthPenalty(weight=0.0),
+        loss=Loss(advantage="grpo"),
+    )
     objective = objective_of(rl, LENGTH)
     versions = iter(range(1, 10**6))
 

@@ -120,9 +120,9 @@ class Rehearsal:
             "device=cpu", "model.dtype=float32", f"model.path={self.folder / 'model'}", f"runs={self.folder / 'runs'}",
             f"task.path={self.folder / 'problems'}", "task.train=48", "task.validation=8", "task.evaluation=8",
             f"rollout.max_new_tokens={options.tokens}", "rollout.threads=1", "traces.problems=8",
-            "calibrate.epochs=1", "calibrate.patterns=1", "calibrate.batch_size=4", "rl.steps=3",
+            "calibrate.epochs=1", "calibrate.exit_samples=1", "calibrate.batch_size=4", "rl.steps=3",
             "rl.checkpoint_every=1", f"rl.prompts_per_step={options.prompts}", f"rl.group_size={options.group}",
-            "rl.accuracy_window=1",
+            "rl.depth_penalty.target.window=1",
             "tracker.wandb=disabled",
         ]  # fmt: skip
 
@@ -203,7 +203,9 @@ def main() -> None:
         found["calibrate"] = rehearsal.run("slurm/calibrate_7b.sh", "straight")
         found["rl"] = rehearsal.run("slurm/rl_7b.sh", "straight")
         (start,) = (options.directory / "runs" / "straight").glob("calibrate-*/checkpoints/step_*")
-        found["disturbed"] = rehearsal.run("slurm/rl_7b.sh", "disturbed", f"start={start}", meanwhile=rehearsal.disturb)
+        found["disturbed"] = rehearsal.run(
+            "slurm/rl_7b.sh", "disturbed", f"init_policy={start}", meanwhile=rehearsal.disturb
+        )
         straight, disturbed = rehearsal.rows("straight"), rehearsal.rows("disturbed")
         timings = rehearsal.rows("straight", "timings.jsonl")
     found["metrics"], found["timings"] = straight, timings

@@ -6,6 +6,9 @@ import functools
 import logging
 from typing import Any, NamedTuple
 
+from .fields import Known
+from .schema import KEYS
+
 log = logging.getLogger(__name__)
 
 
@@ -27,21 +30,23 @@ REMOVED = {
     "pretrain.warmup": Removed(0.05, hashed=True),
     "teacher.temperature": Removed(0.7, hashed=True),
     "teacher.seed": _SEED,
-    "traces.samples": Removed(1, "give calibrate.patterns or calibrate.epochs for more updates", True),
+    "traces.samples": Removed(1, "give calibrate.exit_samples or calibrate.epochs for more updates", True),
     "traces.top_k": Removed(16, "calibrate.teacher=full compares whole distributions", True),
     "traces.seed": _SEED,
     "calibrate.uniform_decay": Removed(0.0),
-    "calibrate.keep_upper": Removed(1.0, "calibrate.keep scales the change of all layers", True),
+    "calibrate.keep_upper": Removed(1.0, "calibrate.wise_ft_alpha scales the change of all layers", True),
     "calibrate.warmup": Removed(0.05, hashed=True),
+    "rl.surrogate": Removed("ppo"),
+    "rl.token_depth": Removed(1.0),
     "rl.exit_later": Removed(0.0),
     "rl.exit_kl_power": Removed(1.0),
     "rl.gate_pull": Removed(0.0),
     "rl.lambda_gain": Removed(10.0),
     "rl.lambda_max": Removed(4.0),
-    "rl.overlong_buffer": Removed(0.2, "rl.overlong=filter leaves cut answers out"),
+    "rl.overlong_buffer": Removed(0.2, "rl.loss.overlong=filter leaves cut answers out"),
     "rl.entropy_bonus": Removed(0.0, hashed=True),
     "rl.warmup": Removed(0, hashed=True),
-    "rl.keep": Removed(None, "calibrate.keep scales what calibration changed"),
+    "rl.keep": Removed(None, "calibrate.wise_ft_alpha scales what calibration changed"),
     "rollout.partial": Removed("finish", hashed=True),
     "rollout.start_timeout_s": Removed(0.0, "rollout.timeout_s lengthens an actor's start, too"),
     "evaluate.split": Removed("evaluation", hashed=True),
@@ -54,16 +59,42 @@ REMOVED = {
 }
 
 
-def removed(key: str, value: Any) -> bool:
-    """Whether a setting is one that was removed and has the value that is now its only one: it is left out. Raises
-    ValueError for another value."""
-    if key not in REMOVED:
-        return False
-    if value != REMOVED[key].default:
-        raise ValueError(
-            f"{key}={value}: this setting was removed and is always {REMOVED[key].default} now; {REMOVED[key].instead}"
-        )
-    return True
+@functools.cache
+def _tables() -> tuple[dict[str, Known], dict[str, str]]:
+    """Older names of settings, and older switches of sections -> what they are now."""
+    return {k.rules.was: k for k in KEYS if k.rules.was}, {k.switch: k.key for k in KEYS if k.switch}
+
+
+NORMAL, SWITCH, BOUND = 0, 1, 2
+"""When a setting is set: in order; after those, as an older switch whose word counts whatever fields are given;
+last, and only where its section is on, as an older name that never switched it on."""
+Given = tuple[str, Any, int]
+
+
+def now(key: str, value: Any) -> list[Given] | None:
+    """(key, value, when) in place of an older setting; None if it is none. Raises ValueError for one that was removed,
+    unless it has the value that is now its only one."""
+    renamed, switches = _tables()
+    if key in REMOVED:
+        gone = REMOVED[key]
+        if value != gone.default:
+            raise ValueError(
+                f"{key}={value}: this setting was removed and is always {gone.default} now; {gone.instead}"
+            )
+        return []
+    if key in ("rl.credit", "rl.depth_credit"):
+        of_exits = value == "exit"
+        kept = [] if of_exits else [("rl.depth_penalty.credit", {"sequence": "answer"}.get(value, value), NORMAL)]
+        return [("rl.exit_credit", of_exits, SWITCH), *kept]
+    if key in switches and switches[key] != key:
+        return [(switches[key], value, SWITCH)]
+    if key not in renamed:
+        return [("init_policy", value, NORMAL)] if key == "start" else None
+    new = renamed[key]
+    if new.is_switch:
+        return [(new.inside[-1], None, SWITCH) if value == new.rules.off else (new.key, value, SWITCH)]
+    around = next((k for k in KEYS if new.inside and k.key == new.inside[-1]), None)
+    return [(new.key, value, BOUND if around and around.bound else NORMAL)]
 
 
 @functools.cache
@@ -72,22 +103,87 @@ def warn(text: str) -> None:
     log.warning(text)
 
 
-def without_removed(config: dict[str, Any], *, told: bool) -> list[str]:
-    """Take removed settings out of a nested configuration, in place. Returns a fault for each that has another value
-    than the one that remained; `told`: the others are warned of."""
-    faults = []
-    for key in REMOVED:
-        section, name = key.split(".")
-        held = config.get(section)
-        if not isinstance(held, dict) or name not in held:
+def modern(key: str, value: Any, told: bool) -> list[Given]:
+    """`now`, or the setting as it is; `told`: an older name is warned of."""
+    found = now(key, value)
+    if found is None:
+        return [(key, value, NORMAL)]
+    if told:
+        called = " and ".join(name for name, _, _ in found)
+        warn(f"{key}: this setting {f'is {called} now' if called else 'was removed; leave it out'}")
+    return found
+
+
+def modernise(config: dict[str, Any], *, told: bool) -> list[str]:
+    """Give a nested configuration the names of today, in place. Returns a fault for each setting that there is no more,
+    unless it has the value that is now its only one."""
+    renamed, switches = _tables()
+    faults, found = list[str](), list[Given]()
+    for key in ("start", "rl.credit", "rl.depth_credit", *REMOVED, *renamed, *switches):
+        *path, name = key.split(".")
+        part = _section(config, path)
+        if part is None or name not in part or switches.get(key) == key:
             continue
         try:
-            removed(key, held.pop(name))
+            found += modern(key, part.pop(name), told)
         except ValueError as error:
             faults.append(str(error))
-        else:
-            if told:
-                warn(f"{key}: this setting was removed; leave it out")
-        if not held:
-            del config[section]
+        if not part and path:
+            del config[path[0]]
+    assign_all(config, found, told=told)
+    for key in _optional():
+        *path, name = key.split(".")
+        part = _section(config, path)
+        if part is not None and isinstance(part.get(name), bool):
+            assign(config, key, part[name])
     return faults
+
+
+def _section(config: Any, path: list[str]) -> dict[str, Any] | None:
+    for step in path:
+        config = config.get(step) if isinstance(config, dict) else None
+    return config if isinstance(config, dict) else None
+
+
+def assign_all(config: dict[str, Any], given: list[Given], *, told: bool) -> None:
+    """Set values in a nested configuration, each when it is its turn."""
+    for key, value, when in sorted(given, key=lambda entry: entry[2]):
+        if when != BOUND or _is_on(config, key):
+            assign(config, key, value)
+        elif told:
+            warn(f"{key}: has no effect, the section is switched off")
+
+
+def assign(config: dict[str, Any], key: str, value: Any) -> None:
+    """Set a value; of a section that may be off: true or some of its fields switch it on, null and false off."""
+    *path, name = key.split(".")
+    part = config
+    for step in path:
+        if not isinstance(part.get(step), dict):
+            part[step] = {}
+        part = part[step]
+    held = part[name] if isinstance(part.get(name), dict) else {}
+    if isinstance(value, dict):
+        part[name] = held
+        for inner, given in value.items():
+            assign(config, f"{key}.{inner}", given)
+    elif key in _optional() and (value is None or isinstance(value, bool)):
+        part[name] = held if value else None
+    else:
+        part[name] = value
+
+
+@functools.cache
+def _optional() -> dict[str, bool]:
+    """Sections that may be switched off -> whether they are on by default."""
+    return {k.key: k.on for k in KEYS if k.on is not None}
+
+
+def _is_on(config: Any, key: str) -> bool:
+    """Whether all sections around a key are on."""
+    *path, _ = key.split(".")
+    for length, step in enumerate(path, start=1):
+        config = config.get(step, {} if _optional().get(".".join(path[:length]), True) else None)
+        if not isinstance(config, dict):
+            return False
+    return True

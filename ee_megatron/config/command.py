@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .config_paths import find_config_dir, list_groups
 from .load import load
 from .schema import RunConfig
-from .shipped import find_config_dir, list_groups
 
 FEW = 6
 """No further experiment is tried once one is left by so few settings."""

@@ -9,10 +9,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..objectives.depth import CREDITS
 from ..objectives.policy_gradient import KL_TERMS
+from .config_paths import shipped
 from .schema import ParallelConfig, RLConfig, RolloutConfig, RunConfig
-from .shipped import shipped
 
 if TYPE_CHECKING:
     from ..exit_layout import ExitLayout
@@ -42,19 +41,19 @@ class Scoring(NamedTuple):
 
 def exits_judged(rl: RLConfig) -> bool:
     """Whether exits answer for divergences."""
-    return CREDITS[rl.credit].local and rl.beta * rl.exit_kl > 0
+    return rl.exit_credit is not None and rl.kl_penalty.weight * rl.exit_credit.kl_weight > 0
 
 
 def exits_read(rl: RLConfig) -> bool:
     """Whether the pool reads rollouts again for the divergences of all exits that their tokens came by."""
-    return exits_judged(rl) and rl.exit_divergence == "all" and not rl.replay
+    return rl.exit_credit is not None and exits_judged(rl) and rl.exit_credit.divergence == "all" and not rl.replay
 
 
 def scoring(rl: RLConfig) -> Scoring:
     """What the objective has to know, and what is scored for the metrics' sake unless rl.skip_scoring."""
-    exact = KL_TERMS[rl.kl].teacher is not None
+    exact = KL_TERMS[rl.kl_penalty.kind].teacher is not None
     judged = exits_judged(rl) and not exits_read(rl)
-    needed = rl.beta > 0 or judged
+    needed = rl.kl_penalty.weight > 0 or judged
     return Scoring(
         policy=not rl.skip_scoring,
         divergence=exact and judged and not rl.skip_scoring,
@@ -74,7 +73,7 @@ def model_dir(cfg: RunConfig) -> Path:
 
 def draws_weights(cfg: RunConfig) -> bool:
     """Whether the run starts from random weights, so that model.path need hold none."""
-    return cfg.pretrain.enabled and cfg.pretrain.init == "random"
+    return cfg.pretrain is not None and cfg.pretrain.init == "random"
 
 
 def read_dims(cfg: RunConfig) -> ModelDims:
@@ -101,7 +100,8 @@ def shape_config(cfg: RunConfig) -> dict[str, Any]:
             "give model.path=<directory>; the demo's is made by `make model` in a checkout, elsewhere by `python -m "
             "ee_megatron.checkpoint.demo_model --out models/SmolLM2-135M-Instruct`"
         )
-    return reshaped(read_json(file), cfg.pretrain.layers, cfg.pretrain.width)
+    shape = (cfg.pretrain.layers, cfg.pretrain.width) if cfg.pretrain else (0, 0)
+    return reshaped(read_json(file), *shape)
 
 
 def reshaped(config: dict[str, Any], layers: int, width: int) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def stage_sizes(parallel: ParallelConfig, exits: ExitLayout) -> tuple[int, ...]:
 
 def start_timeout(rollout: RolloutConfig, weight_bytes: int) -> float:
     """Seconds that an actor with so much to read may take to start; rollout.timeout_s, where that is more."""
-    compiles = rollout.backend == "vllm" and rollout.vllm_compile
+    compiles = rollout.backend == "vllm" and (rollout.vllm is None or rollout.vllm.compile)
     return max(rollout.timeout_s, START_S + compiles * COMPILE_S + weight_bytes / DISK_BYTES_PER_S)
 
 

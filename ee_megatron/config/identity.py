@@ -1,7 +1,8 @@
 """Where a stage's results live: one directory per set of settings that can change them.
 
 A run with other ranks, actors or deadlines finds the same directory and goes on; one with another learning rate has
-its own, and so has one whose data set has changed.
+its own, and so has one whose data set has changed: the content that a stage was made from is recorded in its directory.
+Settings stand in the identity by the names that they had first (`Rules.was`), so that renaming one loses no results.
 """
 
 from __future__ import annotations
@@ -9,16 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 
 from .aliases import REMOVED
-from .content import digest, recorded
 from .derive import model_dir, read_dims, resolve_exits
-from .schema import RunConfig, settings
+from .fields import find
+from .schema import KEYS, RunConfig
 
 # What each stage adds to the settings of the stage before it.
 STAGES: dict[str, tuple[str, ...]] = {
@@ -33,6 +33,11 @@ STAGES: dict[str, tuple[str, ...]] = {
 
 # Stages that a run may do without: model.checkpoint says so, or a section of the stage's name.
 OPTIONAL = ("imported", "pretrain", "teacher")
+RECORD = "data.json"
+"""In a stage's directory: {"sha256": of the content at task.path}. Stages of older versions have none."""
+SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
+
+_digests: dict[tuple[object, ...], str] = {}
 
 
 def stage_dir(cfg: RunConfig, stage: str) -> Path:
@@ -41,11 +46,11 @@ def stage_dir(cfg: RunConfig, stage: str) -> Path:
     The digits are those of the settings; where the directory of that name was made from another content of task.path,
     those of settings and content.
     """
-    known, content = identity(cfg, stage), digest(cfg.task.path)
-    plain = Path(cfg.runs) / cfg.name / f"{stage}-{_digits(known)}"
+    found, content = identity(cfg, stage), digest(cfg.task.path)
+    plain = Path(cfg.runs) / cfg.name / f"{stage}-{_digits(found)}"
     if recorded(plain) in ("", content) or not content:
         return plain
-    return plain.with_name(f"{stage}-{_digits(known | {'data': content})}")
+    return plain.with_name(f"{stage}-{_digits(found | {'data': content})}")
 
 
 def outdated(cfg: RunConfig, stage: str) -> Path | None:
@@ -54,22 +59,25 @@ def outdated(cfg: RunConfig, stage: str) -> Path | None:
     return None if stage_dir(cfg, stage) == plain else plain
 
 
-def _digits(known: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]
+def _digits(found: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def identity(cfg: RunConfig, stage: str) -> dict[str, Any]:
     """The settings that `stage` and the stages before it depend on, as plain JSON values by section."""
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r}: expected one of {', '.join(STAGES)}")
-    names = list(STAGES)
-    sections = [section for name in names[: names.index(stage) + 1] for section in STAGES[name]]
-    return {section: _section(cfg, section) for section in sections}
+    names, every = list(STAGES), _results(cfg)
+    found = {part: every[part] for name in names[: names.index(stage) + 1] for part in STAGES[name]}
+    if "exits" in found and not cfg.exits.depths and (model_dir(cfg) / "config.json").is_file():
+        # Exits by default follow the stage boundaries: what was chosen counts, not how it was asked for.
+        found["exits"]["depths"] = list(resolve_exits(cfg, read_dims(cfg)).depths)
+    return found
 
 
 def stage_order(cfg: RunConfig) -> list[str]:
     """The stages of the whole method under this configuration."""
-    wanted = {"imported": bool(cfg.model.checkpoint), "pretrain": cfg.pretrain.enabled, "teacher": cfg.teacher.enabled}
+    wanted = {"imported": cfg.model.checkpoint, "pretrain": cfg.pretrain, "teacher": cfg.teacher}
     return [stage for stage in STAGES if wanted.get(stage, True)]
 
 
@@ -78,34 +86,63 @@ def to_yaml(cfg: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(cfg))
 
 
-def _section(cfg: RunConfig, name: str) -> Any:
-    if name == "start":
-        return os.path.normpath(cfg.start) if cfg.start else ""
-    # How the policy that learns reaches the pool is set in `rollout` but counts from RL on only.
-    values = dict(_results(cfg.rollout, name) if name == "freshness" else _results(getattr(cfg, name)))
-    values |= _constants(name)
-    if name in OPTIONAL and not values["enabled"]:
-        return {"enabled": False}
-    if name == "exits" and not cfg.exits.depths and (model_dir(cfg) / "config.json").is_file():
-        # Exits by default follow the stage boundaries: what was chosen counts, not how it was asked for.
-        values["depths"] = list(resolve_exits(cfg, read_dims(cfg)).depths)
-    return values
+def _results(cfg: RunConfig) -> dict[str, Any]:
+    """Everything that makes a difference to results, by the sections and names that it had first."""
+    found: dict[str, dict[str, Any]] = {part: {} for parts in STAGES.values() for part in parts}
+    off = {k.key for k in KEYS if k.on is not None and find(cfg, k.key) is None}
+    left_out = {k.key for k in KEYS if k.switch and k.key in off}
+    for k in KEYS:
+        if k.kind is not None:
+            if k.switch and (k.key not in off or k.switch.endswith(".enabled")):
+                _put(found, k.switch, k.key not in off)
+            continue
+        if k.rules.execution or left_out.intersection(k.inside):
+            continue
+        unset = k.rules.off if k.default == MISSING else k.default
+        value = find(cfg, k.key)
+        if off.intersection(k.inside):
+            value = k.rules.off if k.is_switch else k.default
+        if not (k.rules.added_later and value == unset):
+            path = k.rules.kind == "path" and value
+            _put(found, k.rules.was or k.key, os.path.normpath(value) if path else value)
+    found["rl"]["credit"] = cfg.rl.credit
+    for key, gone in REMOVED.items():
+        if gone.hashed and key.split(".")[0] not in left_out:
+            _put(found, "freshness.partial" if key == "rollout.partial" else key, gone.default)
+    return found | {"start": os.path.normpath(cfg.init_policy) if cfg.init_policy else ""}
 
 
-def _constants(name: str) -> dict[str, Any]:
-    """What settings of this section that there are no more contribute, by their names without it."""
-    return {
-        key.split(".")[1]: gone.default
-        for key, gone in REMOVED.items()
-        if gone.hashed and name == ("freshness" if key == "rollout.partial" else key.split(".")[0])
-    }
+def _put(found: dict[str, dict[str, Any]], key: str, value: Any) -> None:
+    section, _, name = key.partition(".")
+    if section in found and name:
+        found[section][name] = value
 
 
-def _results(section: Any, part: str = "") -> Iterator[tuple[str, Any]]:
-    """What of a section's settings, or of those of its named part, makes a difference to results."""
-    defaults = type(section)()
-    for name, value, rules in settings(section):
-        off = rules.only_with and not getattr(section, rules.only_with)
-        unset = rules.added_later and value == getattr(defaults, name)
-        if rules.part == part and not (rules.execution or off or unset):
-            yield name, os.path.normpath(value) if rules.path and value else value
+def digest(path: str) -> str:
+    """SHA-256 of a data set's files, by name and content; of a single file by its content alone. "" if there are none.
+
+    Files are read once per process while their sizes and times stay what they are.
+    """
+    if not path:
+        # Path("") is the working directory, which may hold environments and a million files.
+        return ""
+    root = Path(path)
+    files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.suffix in SUFFIXES and f.is_file())
+    if not files:
+        return ""
+    stats = [file.stat() for file in files]
+    key = (path, *((str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, stats, strict=True)))
+    if key not in _digests:
+        whole = hashlib.sha256()
+        for file in files:
+            with file.open("rb") as data:
+                content = hashlib.file_digest(data, "sha256").hexdigest()
+            whole.update(f"{file.relative_to(root) if file != root else ''}\0{content}\n".encode())
+        _digests[key] = whole.hexdigest()
+    return _digests[key]
+
+
+def recorded(stage: Path) -> str:
+    """The content that a stage was made from; "" if that is not known."""
+    file = stage / RECORD
+    return str(json.loads(file.read_text())["sha256"]) if file.is_file() else ""

@@ -1,8 +1,5 @@
-"""Command-line settings -> one `RunConfig`, through Hydra's compose API and the structured schema.
-
-Hydra accepts `+anything=1` and knows nothing of a key's type in a plain YAML file. So it only composes here; what it
-composed is then compared with the schema key by key and merged into it, whether a value came from a file or a terminal.
-"""
+"""Command-line settings -> one `RunConfig`: Hydra composes the chosen files, the settings are put over them, and what
+comes out is compared with the schema key by key and merged into it, whether a value came from a file or a terminal."""
 
 from __future__ import annotations
 
@@ -21,13 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from .aliases import removed, warn, without_removed
-from .faults import lines_of, refuse
-from .schema import RunConfig
-from .shipped import find_config_dir, list_groups
-
-# Settings of runs that were saved under another name, and values that have another.
-RENAMED = {"rl.depth_credit": ("rl.credit", {"sequence": "answer"})}
+from .aliases import Given, assign_all, modern, modernise
+from .config_paths import find_config_dir, list_groups
+from .errors import lines_of, refuse
+from .schema import KEYS, RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,20 +51,24 @@ def attempt(overrides: list[str], config_dir: Path | None = None) -> Attempt:
     """`load` that goes on past what is wrong, so that all of it can be said. Raises FileNotFoundError (no configs)."""
     directory = find_config_dir(config_dir)
     groups = list_groups(directory)
-    plain, faults, without = list[str](), list[str](), set[str]()
+    chosen, given = list[str](), list[Given]()
+    faults, without = list[str](), set[str]()
     for text in overrides:
         try:
-            if setting := _plain(_parsed(text), groups):
-                plain.append(setting)
+            choice, settings = _read(_parsed(text), groups)
         except ValueError as error:
             faults.append(str(error))
             without.add(text.split("=", 1)[0].lstrip("+~"))
+        else:
+            chosen += choice
+            given += settings
     if without & groups.keys():
         # A group's choice decides about too much to go on without it.
         return Attempt(None, faults)
     try:
-        composed = _compose(directory, [text for text in plain if text != "experiment=null"])
-        faults += without_removed(composed, told=True)
+        composed = _compose(directory, [text for text in chosen if text != "experiment=null"])
+        faults += modernise(composed, told=True)
+        assign_all(composed, given, told=True)
         _check_keys(composed)
         cfg = _merged(composed, groups, faults, without)
     except ValueError as error:
@@ -97,7 +95,7 @@ def _merged(
             faults.append(_explain(error))
             key = str(error.full_key or "").split("[")[0]
             *path, name = key.split(".")
-            section: Any = functools.reduce(lambda node, part: node.get(part, {}), path, composed)
+            section: Any = functools.reduce(lambda node, part: node.get(part) or {}, path, composed)
             if key in without or name not in section:
                 return None
             without.add(key)
@@ -123,14 +121,8 @@ def read_saved(path: Path) -> RunConfig:
         loaded = OmegaConf.load(path)
         if not isinstance(loaded, DictConfig):
             raise ValueError("a list, expected settings")
-        for old, (new, values) in RENAMED.items():
-            value = OmegaConf.select(loaded, old)
-            if value is not None:
-                OmegaConf.update(loaded, new, values.get(value, value))
-                section, name = old.split(".")
-                del loaded[section][name]
         saved = cast(dict[str, Any], OmegaConf.to_container(loaded, resolve=False))
-        refuse(without_removed(saved, told=False))
+        refuse(modernise(saved, told=False))
         _check_keys(saved)
         return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(_schema(), saved)))
     except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
@@ -151,20 +143,20 @@ def _parsed(text: str) -> Override:
     return override
 
 
-def _plain(override: Override, groups: Mapping[str, list[str]]) -> str:
-    """Check one setting's key and rewrite it so that Hydra takes it whether or not a file names the key."""
-    key = override.key_or_group
-    value = str(override.input_line).split("=", 1)[1]
-    if removed(key, override.value()):
-        warn(f"{key}: this setting was removed; leave it out")
-        return ""
-    if key in groups and (key == "experiment" or not isinstance(override.value(), dict)):
-        if override.value() is not None and value not in groups[key]:
-            raise ValueError(f"{key}={value}: no such choice; there are {', '.join(groups[key])}")
-        return f"{key}={value}"
-    if key not in _known_keys():
-        raise ValueError(_unknown(key, [*_known_keys(), *groups]))
-    return f"++{key}={value}"
+def _read(override: Override, groups: Mapping[str, list[str]]) -> tuple[list[str], list[Given]]:
+    """A group's choice for Hydra, or a setting under the names of today. Raises ValueError for
+    unknown ones."""
+    key, value = override.key_or_group, override.value()
+    if key in groups and (key == "experiment" or not isinstance(value, dict)):
+        text = str(override.input_line).split("=", 1)[1]
+        if value is not None and text not in groups[key]:
+            raise ValueError(f"{key}={text}: no such choice; there are {', '.join(groups[key])}")
+        return [f"{key}={text}"], []
+    found = modern(key, value, told=True)
+    for name, _, _ in found:
+        if name not in _known_keys():
+            raise ValueError(_unknown(name, [*_known_keys(), *groups]))
+    return [], found
 
 
 def _compose(directory: Path, overrides: list[str]) -> dict[str, Any]:
@@ -177,17 +169,18 @@ def _compose(directory: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def _check_keys(config: Mapping[str, Any]) -> None:
-    known, wrong = _known_keys(), list[str]()
+    keys, wrong = _known_keys(), list[str]()
+    optional = {k.key for k in KEYS if k.on is not None}
     for key, value in _walk(config, ""):
-        if key not in known:
-            wrong.append(_unknown(key, known))
-        elif known[key] is None and not isinstance(value, dict):
-            field = next(name for name in known if name.startswith(f"{key}."))
+        if key not in keys:
+            wrong.append(_unknown(key, keys))
+        elif keys[key] is None and not (isinstance(value, dict) or (value is None and key in optional)):
+            field = next(name for name in keys if name.startswith(f"{key}."))
             wrong.append(f"{key}={value}: {key} is a section; set one of its fields, e.g. {field}=...")
     refuse(wrong)
 
 
-def _walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def _walk(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in node.items():
         key = f"{prefix}{name}"
         yield key, value
@@ -195,30 +188,23 @@ def _walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _walk(value, f"{key}.")
 
 
-def _known_keys(schema: Any = RunConfig, prefix: str = "") -> dict[str, str | None]:
+@functools.cache
+def _known_keys() -> dict[str, str | None]:
     """Every dotted key of the schema -> the name of its type, None for a section."""
-    keys: dict[str, str | None] = {}
-    for field in dataclasses.fields(schema):
-        section = field.default_factory
-        key = f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(section):
-            keys[key] = None
-            keys.update(_known_keys(section, f"{key}."))
-        else:
-            keys[key] = str(field.type)
-    return keys
+    return {k.key: None if k.kind else k.type for k in KEYS}
 
 
 def _unknown(key: str, known: Iterable[str]) -> str:
-    names = list(known)
-    last = key.rsplit(".", 1)[-1]
+    # Older names are looked through, too: whoever mistypes one means the setting that it is now.
+    now = {k.rules.was: k.key for k in KEYS if k.rules.was} | {name: name for name in known}
+    names, last = list(now), key.rsplit(".", 1)[-1]
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.8)
     near += [name for name in names if name.rsplit(".", 1)[-1] == last]
     near += difflib.get_close_matches(key, names, n=1, cutoff=0.6)
     if near:
-        return f"{key}: no such setting; did you mean {near[0]}?"
+        return f"{key}: no such setting; did you mean {now[near[0]]}?"
     nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
-    return f"{key}: no such setting; the nearest is {nearest}, `--dry-run` prints them all"
+    return f"{key}: no such setting; the nearest is {now[nearest]}, `--dry-run` prints them all"
 
 
 def _explain(error: OmegaConfBaseException) -> str:

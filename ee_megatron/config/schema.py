@@ -1,74 +1,34 @@
-"""Every setting of every run. One dataclass per group; the doc of a field stands under it, its `Rules` beside it.
+"""Every setting of every run. One dataclass per section; the doc of a field stands under it, its `Rules` beside it.
 
-Sections that change results are part of a stage's identity (config/identity.py); `parallel`, `tracker`, `cluster`
-and fields that are marked so are not: they change how a result is computed, not what it is.
+A section checks what its fields are together (`clashes`); what several sections are together is in validate.py.
+Sections that change results are part of a stage's identity (identity.py); `parallel`, `tracker`, `cluster` and fields
+that are marked so are not: they change how a result is computed, not what it is.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from ..objectives.advantages import ADVANTAGES, CHARGES
 from ..objectives.depth import CREDITS, DEPTH_COSTS
 from ..objectives.distillation import GATE_TARGETS
 from ..objectives.divergences import KL_DIRECTIONS, TEACHERS
-from ..objectives.policy_gradient import IMPORTANCE, KL_TERMS, RATIOS, SURROGATES
-from ..objectives.schedules import DECAYS
+from ..objectives.policy_gradient import IMPORTANCE, KL_TERMS, RATIOS
+from ..objectives.schedules import DECAYS, LAMBDA_MAX
 from ..objectives.weights import AVERAGES
+from .fields import Clash, clash, known, optional, section, setting
 
 SEQUENCE_MULTIPLE = 8
 """A micro-batch's positions are padded to a multiple of this, which parallel.sequence_parallel shares out."""
 
 
-@dataclass(frozen=True)
-class Rules:
-    """What a field's type cannot say: its range (config/validate.py) and whether it changes results (identity.py)."""
-
-    choices: Collection[str] = ()
-    positive: bool = False
-    at_least: float | None = None
-    share: bool = False
-    """From 0 to 1."""
-    name: bool = False
-    """Becomes part of directories' and jobs' names."""
-    free_text: bool = False
-    """May hold line ends and other characters that don't print."""
-    path: bool = False
-    """A file or directory: other spellings of the same are equal."""
-    execution: bool = False
-    """Changes how a result is computed, not what it is."""
-    part: str = ""
-    """The part of a stage's identity that it belongs to, where that is not its section's."""
-    only_with: str = ""
-    """It changes results only where this switch of its section is on."""
-    added_later: bool = False
-    """Added when there were results: its default changes nothing and stays out of the identity."""
-
-
-def setting(default: Any, **rules: Any) -> Any:
-    """A field of a section: its default, a list too, and its `Rules`."""
-    return field(default_factory=lambda: copy.copy(default), metadata={"rules": Rules(**rules)})
-
-
-def settings(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Rules]]:
-    """(dotted key, value, rules) of every field of a section and of the sections in it."""
-    for entry in fields(section):
-        value = getattr(section, entry.name)
-        if is_dataclass(value):
-            yield from settings(value, f"{prefix}{entry.name}.")
-        else:
-            yield f"{prefix}{entry.name}", value, entry.metadata.get("rules", Rules())
-
-
 @dataclass
 class ModelConfig:
-    path: str = setting("???", path=True)
+    path: str = setting(kind="path")
     """Hugging Face model directory: config.json, safetensors, tokenizer; where weights are drawn by pretrain,
     config.json only; with model.checkpoint, config.json and tokenizer."""
-    checkpoint: str = setting("", path=True, added_later=True)
+    checkpoint: str = setting("", kind="path", added_later=True)
     """Megatron checkpoint, of Megatron-LM, Megatron-Bridge or `convert import`, whose weights are taken; name an
     iteration where several are saved."""
     dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"))
@@ -131,6 +91,10 @@ class AdapterConfig:
     targets: str = setting("all", choices=("attention", "all"))
     """attention (q, k, v, o, the paper's) or all (MLP too)."""
 
+    def clashes(self) -> Iterator[Clash]:
+        if not 0 <= self.dropout < 1:
+            yield clash(f"adapter.dropout={self.dropout}: expected 0 <= dropout < 1", "adapter.dropout")
+
 
 @dataclass
 class TaskConfig:
@@ -171,8 +135,8 @@ class TaskConfig:
 
 @dataclass
 class PretrainConfig:
-    enabled: bool = False
-    """true: before anything else all weights are trained on the task's worked problems, question and answer."""
+    """Before anything else all weights are trained on the task's worked problems, question and answer."""
+
     init: str = setting("random", choices=("random", "model"), added_later=True)
     """What is trained: weights drawn at random for the shape in model.path's config.json, or the model that is
     there."""
@@ -191,8 +155,8 @@ class PretrainConfig:
 
 @dataclass
 class TeacherConfig:
-    enabled: bool = True
-    """false: the model at model.path, or the one that is pretrained, is the teacher as it is."""
+    """The teacher is trained. null: the model at model.path, or the one that is pretrained, is the teacher as it is."""
+
     shots: int = setting(4, at_least=0)
     problems: int = setting(330, positive=True)
     samples: int = setting(4, positive=True)
@@ -214,10 +178,10 @@ class TracesConfig:
 @dataclass
 class CalibrateConfig:
     epochs: float = setting(2.0, positive=True)
-    patterns: int = setting(4, positive=True)
+    exit_samples: int = setting(4, positive=True, was="calibrate.patterns")
     """S: exit patterns drawn per sequence and epoch."""
     batch_size: int = setting(32, positive=True)
-    """Sequences (traces x patterns) per update."""
+    """Sequences (traces x exit_samples) per update."""
     kl_factor: float = setting(1.0, positive=True)
     """c in s* = 2(1 - sigmoid(c d))."""
     kl_direction: str = setting("student_teacher", choices=KL_DIRECTIONS)
@@ -238,19 +202,186 @@ class CalibrateConfig:
     """Share of patterns without any exit: holds the answers at full depth, which the others hardly train."""
     depth_power: float = setting(0.0, at_least=0)
     """The KL of a position counts (exit depth / L) to this power: hopeless shallow exits pull less at the adapters."""
-    reach: float = setting(0.0, at_least=0, added_later=True)
-    """Nats within which a shallow exit isn't hopeless: for a share exp(-KL / reach) its KL counts as at full depth,
+    kl_scale: float = setting(0.0, at_least=0, added_later=True, was="calibrate.reach")
+    """Nats within which a shallow exit isn't hopeless: for a share exp(-KL / kl_scale) its KL counts as at full depth,
     whatever depth_power says. 0: for none. Costs a scoring pass, which gate_targets=current has made already."""
-    keep: float = setting(1.0, share=True)
+    wise_ft_alpha: float = setting(1.0, share=True, was="calibrate.keep")
     """Share of the change of the weights that is kept when the adapters' training ends (WiSE-FT): less of it, less is
     forgotten of what the traces don't hold."""
-    settle: float = setting(0.0, share=True)
-    """Share of the updates, at the end, after `keep` has been applied, that train the gates alone."""
+    gate_only_fraction: float = setting(0.0, share=True, was="calibrate.settle")
+    """Share of the updates, at the end, after `wise_ft_alpha` has been applied, that train the gates alone."""
     adapter_lr: float = setting(1e-3, at_least=0)
     gate_lr: float = setting(1e-3, at_least=0)
     gate_weight: float = setting(1.0, at_least=0)
     checkpoint_every: int = setting(20, positive=True, execution=True)
     seed: int = setting(0, at_least=0)
+
+    def clashes(self) -> Iterator[Clash]:
+        if self.uniform_patterns + self.full_patterns > 1:
+            yield clash(
+                f"calibrate.uniform_patterns={self.uniform_patterns}, calibrate.full_patterns={self.full_patterns}: "
+                "shares of the same patterns; expected at most 1 together",
+                "calibrate.uniform_patterns calibrate.full_patterns",
+            )
+        if self.kl_scale and not self.depth_power:
+            yield clash(
+                f"calibrate.kl_scale={self.kl_scale} with calibrate.depth_power=0: every KL counts in full already; "
+                "give a power above 0, 1.5 say, or leave kl_scale out",
+                "calibrate.kl_scale calibrate.depth_power",
+            )
+        if self.wise_ft_alpha < 1 and not self.gate_only_fraction:
+            yield clash(
+                f"calibrate.wise_ft_alpha={self.wise_ft_alpha}: moves the weights under the gates; give "
+                "calibrate.gate_only_fraction, .1 say, for these to learn again",
+                "calibrate.wise_ft_alpha calibrate.gate_only_fraction",
+            )
+
+
+@dataclass
+class AccuracyTarget:
+    """lambda follows the accuracy: it rises while accuracy is above the target, and falls below it."""
+
+    margin: float = setting(was="rl.accuracy_floor", off=None, added_later=True)
+    """The target: percentage points below the reference's accuracy on the same prompts."""
+    window: int = setting(8, positive=True, added_later=True, was="rl.accuracy_window")
+    """Steps that the running means of both accuracies cover. Until so many have been compared, lambda's update is
+    scaled by their share of it."""
+    samples: int = setting(4, at_least=0, added_later=True, was="rl.accuracy_samples")
+    """Answers of the reference to each prompt that is compared, made before the first step. 0: as many as group_size to
+    the prompts of the first `window` steps compared, and their mean for all others: cheaper, and good enough where a
+    step has so many prompts that all steps are about as hard."""
+    rate: float = setting(0.5, at_least=0, added_later=True, was="rl.lambda_rate")
+    """What lambda gains or loses for good in a step, per unit of accuracy (1 = 100 points)."""
+
+    def clashes(self) -> Iterator[Clash]:
+        if not -100 < self.margin < 100:
+            yield clash(
+                f"rl.depth_penalty.target.margin={self.margin}: expected percentage points below the reference, 1 for "
+                "example",
+                "rl.depth_penalty.target.margin",
+            )
+
+
+@dataclass
+class DepthPenalty:
+    weight: float = setting(0.5, at_least=0, was="rl.lambda_exit")
+    """lambda: the reward falls by lambda times what an answer's depth costs. With a target, only its first value."""
+    warmup: float = setting(0.0, share=True, was="rl.lambda_warmup")
+    """Share of the steps over which lambda rises linearly from 0. Accuracy is compared with the target after them."""
+    cost: str = setting("mean", choices=DEPTH_COSTS, was="rl.depth_cost")
+    """What an answer's depth costs: mean (of depth/L over its tokens), total (sum, divided by cost_tokens) or max (over
+    the tokens that may exit)."""
+    cost_tokens: int = setting(32, positive=True, was="rl.cost_length")
+    """Tokens that total depth and length_weight count in."""
+    length_weight: float = setting(0.0, at_least=0, added_later=True, was="rl.lambda_length")
+    """A penalty on length: the reward falls by it for every cost_tokens tokens."""
+    penalize: str = setting("all", choices=CHARGES, added_later=True, was="rl.charge")
+    """Which answers pay for depth and length: all, or right ones only. Under all, a group without a right answer is
+    rewarded for being shallow."""
+    credit: str = setting("answer", choices=[name for name, kind in CREDITS.items() if not kind.local], was="rl.credit")
+    """What tokens and exits pay for: answer (their answer's depth, as in the paper) or token (their own depth and that
+    of later tokens). The longer the answers, the more of either signal is noise; rl.exit_credit has less."""
+    target: AccuracyTarget | None = optional(AccuracyTarget)
+
+    def clashes(self) -> Iterator[Clash]:
+        if CREDITS[self.credit].to_go and DEPTH_COSTS[self.cost].largest:
+            yield clash(
+                f"rl.depth_penalty.credit={self.credit} with rl.depth_penalty.cost={self.cost}: the largest depth is "
+                "no sum over tokens, so none has a part of it; set rl.depth_penalty.credit=answer, or "
+                "rl.exit_credit=true",
+                "rl.depth_penalty.credit rl.depth_penalty.cost",
+            )
+        if self.target and self.weight > LAMBDA_MAX:
+            yield clash(
+                f"rl.depth_penalty.weight={self.weight}: with rl.depth_penalty.target lambda starts there and stays "
+                f"below {LAMBDA_MAX:g}; expected at most that",
+                "rl.depth_penalty.weight rl.depth_penalty.target",
+            )
+
+
+@dataclass
+class ExitCredit:
+    """An exit answers for what it costs itself, against going on at that gate: lambda times its depth, and the weight
+    of the KL penalty times kl_weight times the divergence at its token."""
+
+    task_weight: float = setting(0.1, at_least=0, added_later=True, was="rl.exit_task")
+    """Weight of the task's advantage on the answer's exits."""
+    kl_weight: float = setting(1.0, at_least=0, added_later=True, was="rl.exit_kl")
+    """Weight of the divergence at an exit, beside that of the KL penalty."""
+    divergence: str = setting("taken", choices=("taken", "all"), added_later=True, was="rl.exit_divergence")
+    """Where divergences are known. taken: at the exits that tokens took; for a token that went on, the cost of
+    firing is estimated from those that fired with about the same hazard. all: at every exit that a token reached;
+    the pool reads the rollouts once more."""
+
+
+@dataclass
+class KLPenalty:
+    weight: float = setting(0.05, at_least=0, was="rl.beta")
+    """beta: weight of KL(policy || reference)."""
+    kind: str = setting("reward", choices=KL_TERMS, was="rl.kl")
+    """reward (k1 estimate, subtracted from the reward), loss (k3 estimate, added to the loss) or exact (over the whole
+    vocabulary, added to the loss: every token teaches, at the price of another pass of the reference)."""
+    sum: bool = setting(False, added_later=True, was="rl.kl_sum")
+    """With kind=reward: the estimate is the sum over an answer's tokens, as in E[reward] - beta KL, not their mean. Of
+    answers of different length the longer one is then held to the reference at each token as much as the shorter."""
+
+    def clashes(self) -> Iterator[Clash]:
+        if self.sum and not KL_TERMS[self.kind].in_reward:
+            yield clash(
+                f"rl.kl_penalty.sum=true: only the reward holds a sum over an answer; set rl.kl_penalty.kind=reward, "
+                f"not {self.kind}",
+                "rl.kl_penalty.sum rl.kl_penalty.kind",
+            )
+
+
+@dataclass
+class Importance:
+    """Positions are weighed by the ratio of the learner's probability to the rollout's."""
+
+    kind: str = setting(
+        "truncate", choices=IMPORTANCE, added_later=True, was="rl.importance",
+        off="none",
+    )  # fmt: skip
+    """truncate (the ratio is cut at `high`) or mask (left out outside `low` to `high`)."""
+    high: float = setting(2.0, positive=True, was="rl.importance_cap")
+    low: float = setting(0.5, at_least=0, added_later=True, was="rl.importance_floor")
+    """With kind=mask."""
+
+    def clashes(self) -> Iterator[Clash]:
+        if self.kind == "mask" and self.low >= self.high:
+            yield clash(
+                f"rl.loss.importance.low={self.low}: expected less than rl.loss.importance.high={self.high}",
+                "rl.loss.importance.low rl.loss.importance.high",
+            )
+
+
+@dataclass
+class Loss:
+    advantage: str = setting("rloo", choices=ADVANTAGES, was="rl.advantage")
+    """rloo, mean, grpo or none."""
+    ratios: str = setting("together", choices=RATIOS, added_later=True, was="rl.ratios")
+    """Ratios of token and exit: together (their product weighs and clips both) or apart (each its own)."""
+    clip: float = setting(0.2, at_least=0, was="rl.clip")
+    """PPO: a position whose ratio to the policy at the start of the step has left 1 +- clip in its advantage's
+    direction no longer counts; 0: never. Without effect on the first update of a step."""
+    clip_high: float = setting(0.0, at_least=0, added_later=True, was="rl.clip_high")
+    """The upper bound apart from the lower one (clip-higher); 0: the same."""
+    average: str = setting("answer", choices=AVERAGES, added_later=True, was="rl.loss_average")
+    """The loss is a mean over each answer, then over answers (answer), over all tokens (token), or a sum over each
+    answer divided by rollout.max_new_tokens (constant). Under answer a token of a long answer counts less."""
+    overlong: str = setting("verdict", choices=("verdict", "filter"), added_later=True, was="rl.overlong")
+    """Answers cut at rollout.max_new_tokens: as the verifier finds them (verdict) or left out (filter)."""
+    drop_equal_groups: bool = setting(False, was="rl.drop_equal_groups")
+    """Leave out prompts whose answers all got the same task reward, unless right ones among them pay for depth."""
+    importance: Importance | None = optional(Importance, on=True)
+
+    def clashes(self) -> Iterator[Clash]:
+        if self.clip_high and self.clip_high < self.clip:
+            yield clash(
+                f"rl.loss.clip_high={self.clip_high}: expected at least rl.loss.clip={self.clip}, or 0 for the same "
+                "bound on both sides",
+                "rl.loss.clip_high rl.loss.clip",
+            )
 
 
 @dataclass
@@ -260,35 +391,10 @@ class RLConfig:
     group_size: int = setting(4, positive=True)
     """K rollouts per prompt."""
     temperature: float = setting(1.0, positive=True)
-    lambda_exit: float = setting(0.5, at_least=0)
-    """Price of depth: reward falls by lambda times what an answer's depth costs. accuracy_floor leads from there."""
-    lambda_warmup: float = setting(0.0, share=True)
-    """Share of the steps over which the price rises linearly from 0. accuracy_floor compares and leads after them."""
-    depth_cost: str = setting("mean", choices=DEPTH_COSTS)
-    """What an answer's depth costs: mean (of depth/L over its tokens), total (sum, divided by cost_length) or max (over
-    the tokens that may exit)."""
-    cost_length: int = setting(32, positive=True)
-    """Tokens that total depth and lambda_length count in."""
-    lambda_length: float = setting(0.0, at_least=0, added_later=True)
-    """Price of length: reward falls by it for every cost_length tokens."""
-    charge: str = setting("all", choices=CHARGES, added_later=True)
-    """Which answers pay for depth and length: all, or right ones only. Under all, a group without a right answer is
-    rewarded for being shallow."""
-    credit: str = setting("answer", choices=CREDITS)
-    """What teaches an exit: answer (its answer's reward, as in the paper), token (of the answer's depth that from it on
-    only) or exit (what it costs itself: lambda times its depth and beta times exit_kl times the divergence at its
-    token, against going on at that gate). The longer the answers the more of answer's and token's signal is noise."""
-    exit_task: float = setting(0.1, at_least=0, added_later=True)
-    """With credit=exit: weight of the task's advantage on the answer's exits."""
-    exit_kl: float = setting(1.0, at_least=0, added_later=True)
-    """With credit=exit: weight of the divergence at an exit, beside beta."""
-    exit_divergence: str = setting("taken", choices=("taken", "all"), added_later=True)
-    """With credit=exit: where divergences are known. taken: at the exits that tokens took; for a token that went on,
-    firing costs the mean over those that fired with about the same hazard. all: at every exit that a token came by; the
-    pool reads the rollouts once more."""
-    token_depth: float = setting(1.0, at_least=0, added_later=True)
-    """With credit=exit: weight of the depth's advantage on the answer's tokens. 0: what is written doesn't answer for
-    the depth that it takes."""
+    depth_penalty: DepthPenalty = section(DepthPenalty)
+    kl_penalty: KLPenalty = section(KLPenalty)
+    exit_credit: ExitCredit | None = optional(ExitCredit)
+    loss: Loss = section(Loss)
     fixed_depth: int = setting(0, at_least=0, added_later=True)
     """Every token of an answer leaves at this depth, an exit or L, and no gate learns; 0: gates decide."""
     families: list[str] = setting([], added_later=True)
@@ -296,68 +402,22 @@ class RLConfig:
     wide_operands: float = setting(0.0, share=True, added_later=True)
     """As traces.wide_operands, for the problems that are answered: the divergence from the reference teaches on them,
     the reward where an answer is right."""
-    accuracy_floor: float | None = setting(None, added_later=True)
-    """Percentage points that accuracy may fall below the reference's: lambda then rises while there are some left and
-    falls when there are none. null: lambda stays what it is."""
-    accuracy_window: int = setting(8, positive=True, added_later=True)
-    """Steps that accuracy_floor's running means cover, of the policy and of the reference on the same prompts. Until so
-    many have been compared they move lambda by their share of it."""
-    accuracy_samples: int = setting(4, at_least=0, added_later=True)
-    """With accuracy_floor: answers of the reference to each prompt that is compared, made before the first step. 0: as
-    many as group_size to the prompts of the first accuracy_window steps compared, and their mean for all others:
-    cheaper, and good enough where a step has so many prompts that all steps are about as hard."""
-    lambda_rate: float = setting(0.5, at_least=0, added_later=True)
-    """With accuracy_floor: what lambda gains or loses for good in a step, per unit of accuracy (1 = 100 points)."""
-    beta: float = setting(0.05, at_least=0)
-    """Weight of KL(policy || reference)."""
-    kl: str = setting("reward", choices=KL_TERMS)
-    """reward (k1 estimate, subtracted from the reward), loss (k3 estimate, added to the loss) or exact (over the whole
-    vocabulary, added to the loss: every token teaches, at the price of another pass of the reference)."""
-    kl_sum: bool = setting(False, added_later=True)
-    """With kl=reward: the estimate is the sum over an answer's tokens, as in E[reward] - beta KL, not their mean. Of
-    answers of different length the longer one is then held to the reference at each token as much as the shorter."""
-    advantage: str = setting("rloo", choices=ADVANTAGES)
-    """rloo, mean, grpo or none."""
-    surrogate: str = setting("ppo", choices=SURROGATES, added_later=True)
-    """What the loss does with the ratio to the policy at the start of the step: ppo (a clipped ratio per position,
-    token and exit together) or gspo (one per answer, the geometric mean over its positions; `clip` is then far smaller,
-    3e-4 in its paper)."""
-    ratios: str = setting("together", choices=RATIOS, added_later=True)
-    """Ratios of token and exit: together (their product weighs and clips both) or apart (each its own)."""
-    importance: str = setting("truncate", choices=IMPORTANCE, added_later=True)
-    """What the importance ratio learner/rollout does: truncate (cut at importance_cap), mask (left out outside
-    importance_floor to importance_cap) or none."""
-    importance_cap: float = setting(2.0, positive=True)
-    importance_floor: float = setting(0.5, at_least=0, added_later=True)
-    """With importance=mask."""
-    loss_average: str = setting("answer", choices=AVERAGES, added_later=True)
-    """The loss is a mean over each answer, then over answers (answer), over all tokens (token), or a sum over each
-    answer divided by rollout.max_new_tokens (constant). Under answer a token of a long answer counts less."""
-    overlong: str = setting("verdict", choices=("verdict", "filter"), added_later=True)
-    """Answers cut at rollout.max_new_tokens: as the verifier finds them (verdict) or left out (filter)."""
     skip_scoring: bool = setting(False, added_later=True)
     """Learn from a step's rollouts without scoring them first. Only where the objective asks for nothing that they
-    don't bring along: one update a step, importance=none, no staleness, no divergence but an exact one of tokens or,
-    with exit_divergence=all, those of exits."""
+    don't bring along: one update a step, loss.importance=null, no staleness, no divergence but an exact one of tokens
+    or, with exit_credit.divergence=all, those of exits."""
     epochs: int = setting(1, positive=True)
     """Passes over a step's rollouts."""
     minibatches: int = setting(1, positive=True)
     """Updates per pass."""
-    clip: float = setting(0.2, at_least=0)
-    """PPO: a position whose ratio to the policy at the start of the step has left 1 +- clip in its advantage's
-    direction no longer counts; 0: never. Without effect on the first update of a step."""
-    clip_high: float = setting(0.0, at_least=0, added_later=True)
-    """The upper bound apart from the lower one (clip-higher); 0: the same."""
-    drop_equal_groups: bool = False
-    """Leave out prompts whose answers all got the same task reward, unless right ones among them pay for depth."""
     decay: str = setting("constant", choices=DECAYS)
-    """Learning rate after warm-up: constant, linear or cosine, to a tenth at the last update."""
+    """Learning rate: constant, linear or cosine, to a tenth at the last update."""
     dump_rollouts: bool = setting(False, execution=True)
     """Keep every step's rollouts in the stage's rollouts/ directory."""
-    replay: str = ""
+    replay: str = setting("")
     """Train on the rollouts of this directory, as dumped, instead of a pool's."""
-    gate_centre: float = 0.5
-    gate_sharpness: float = 1.0
+    gate_centre: float = setting(0.5)
+    gate_sharpness: float = setting(1.0, positive=True)
     """The gates that RL starts from have their logits z replaced by sharpness * (z - logit(centre)): what a threshold
     at `gate_centre` decides is then what sampling mostly does. 0.5 and 1 change nothing."""
     adapter_lr: float = setting(3e-4, at_least=0)
@@ -365,40 +425,86 @@ class RLConfig:
     checkpoint_every: int = setting(1, positive=True, execution=True)
     seed: int = setting(0, at_least=0)
 
+    @property
+    def credit(self) -> str:
+        """What teaches an exit, of CREDITS: its answer's depth, what is left from it on, or what it costs itself."""
+        return "exit" if self.exit_credit else self.depth_penalty.credit
+
+    def clashes(self) -> Iterator[Clash]:
+        if not 0 < self.gate_centre < 1:
+            yield clash(f"rl.gate_centre={self.gate_centre}: expected a hazard between 0 and 1", "rl.gate_centre")
+        if self.minibatches > self.prompts_per_step:
+            yield clash(
+                f"rl.minibatches={self.minibatches}: a step has rl.prompts_per_step={self.prompts_per_step} groups to "
+                "share out; give at most as many minibatches",
+                "rl.minibatches rl.prompts_per_step",
+            )
+        if self.loss.advantage != "none" and self.group_size < 2:
+            yield clash(
+                f"rl.group_size={self.group_size}: rl.loss.advantage={self.loss.advantage} compares the rollouts of "
+                "one prompt; expected at least 2, or rl.loss.advantage=none",
+                "rl.group_size rl.loss.advantage",
+            )
+        if self.fixed_depth and self.exit_credit:
+            yield clash(
+                f"rl.fixed_depth={self.fixed_depth} with rl.exit_credit: no exit is chosen that could answer for "
+                "itself; set rl.exit_credit=null",
+                "rl.fixed_depth rl.exit_credit",
+            )
+        if self.depth_penalty.target and self.replay:
+            yield clash(
+                "rl.depth_penalty.target: recorded rollouts (rl.replay) don't tell what lambda does; set it to null",
+                "rl.depth_penalty.target rl.replay",
+            )
+
+
+@dataclass
+class VllmConfig:
+    python: str = setting(".venv-vllm/bin/python", kind="path", execution=True, was="rollout.vllm_python")
+    """The interpreter of the environment that has vLLM (`make vllm`)."""
+    compile: bool = setting(True, execution=True, was="rollout.vllm_compile")
+    """Compile the model when an actor starts, on a GPU with CUDA graphs; else it runs eagerly."""
+    exits: str = setting("masked", choices=("masked", "compact"), execution=True, was="rollout.vllm_exits")
+    """masked (every position runs all layers; one that has left keeps its stream) or compact (it runs keys and values
+    alone in deeper layers; needs compile=false)."""
+
+    def clashes(self) -> Iterator[Clash]:
+        if self.exits == "compact" and self.compile:
+            yield clash(
+                "rollout.vllm.exits=compact: how many positions run isn't known ahead, which a compiled model needs, "
+                "found rollout.vllm.compile=true; set rollout.vllm.compile=false",
+                "rollout.vllm.exits rollout.vllm.compile",
+            )
+
 
 @dataclass
 class RolloutConfig:
     backend: str = setting("ray", choices=("ray", "vllm", "local"), execution=True)
     """ray (the embedded engine, actors in their own processes), vllm (the same actors, in each a vLLM with exits) or
     local (the embedded engine in process)."""
-    vllm_python: str = setting(".venv-vllm/bin/python", path=True, execution=True)
-    """backend=vllm: the interpreter of the environment that has it (`make vllm`)."""
-    vllm_compile: bool = setting(True, execution=True)
-    """backend=vllm: compile the model when an actor starts, on a GPU with CUDA graphs; else it runs eagerly."""
-    vllm_exits: str = setting("masked", choices=("masked", "compact"), execution=True)
-    """backend=vllm: masked (every position runs all layers; one that has left keeps its stream) or compact (it runs
-    keys and values alone in deeper layers; needs vllm_compile=false)."""
+    vllm: VllmConfig | None = optional(VllmConfig, bound=False)
+    """backend=vllm: how, where that is not by default."""
     tensor: int = setting(1, positive=True, execution=True)
     """backend=vllm: devices of an actor, which tensor parallelism shares the model among."""
     actors: int = setting(1, positive=True, execution=True)
     threads: int = setting(2, positive=True, execution=True)
     """Torch threads per actor on a CPU."""
-    rows: int = setting(128, positive=True, execution=True)
+    max_num_seqs: int = setting(128, positive=True, execution=True, was="rollout.rows")
     """Sequences in flight per actor."""
     cache_gib: float = setting(0.0, at_least=0, execution=True)
     """Most memory of an actor's key-value cache, GiB on each of its devices; rows that don't fit wait. 0: as much as
     the rows take or, with backend=vllm, what is left of nine tenths of a GPU (on a CPU 1 GiB)."""
     device_share: float = setting(1.0, positive=True, execution=True)
     """Share of a GPU (of a core, on a CPU) that Ray reserves for an actor; several actors share a device below 1."""
-    max_staleness: int = setting(0, at_least=0, part="freshness")
+    max_staleness: int = setting(0, at_least=0, was="freshness.max_staleness")
     """RL: versions of the weights that rollouts may be behind. 0: synchronous; more: they are made while the learner
     trains."""
-    sync_dtype: str = setting("float32", choices=("float32", "bfloat16"), part="freshness")
+    sync_dtype: str = setting("float32", choices=("float32", "bfloat16"), was="freshness.sync_dtype")
     """What weights travel to the pool in: float32 or bfloat16 (half the bytes; gates only to a bfloat16 decoder)."""
     check_weights: bool = setting(False, execution=True)
     """Compare every tensor on both sides after every sync."""
     max_new_tokens: int = setting(48, positive=True)
-    stop: list[str] = setting(["\n"], free_text=True)
+    stop: list[str] = setting(["\n"], kind="text")
     prompt_template: str = setting("plain", choices=("plain", "chat"))
     """plain (Question: ... Answer:) or chat (the tokenizer's chat template)."""
     timeout_s: float = setting(0.0, at_least=0, execution=True)
@@ -407,6 +513,59 @@ class RolloutConfig:
     three minutes, three more where vLLM compiles, and one second per 100 MB of weights to read."""
     failure_budget: int = setting(3, at_least=0, execution=True)
     """Actor deaths after which a run stops."""
+
+    def clashes(self) -> Iterator[Clash]:
+        share, vllm = self.device_share, self.backend == "vllm"
+        if "" in self.stop:
+            yield clash(
+                f"rollout.stop={list(self.stop)}: holds an empty text, which every answer contains; expected texts "
+                "that end an answer, or none (rollout.stop=[])",
+                "rollout.stop",
+            )
+        if share > 1 and share != int(share):
+            yield clash(
+                f"rollout.device_share={share}: expected a fraction up to 1, or whole devices", "rollout.device_share"
+            )
+        if self.tensor > 1 and not vllm:
+            yield clash(
+                f"rollout.tensor={self.tensor}: rollout.backend={self.backend} has the whole model on one device; set "
+                "rollout.tensor=1, or rollout.backend=vllm",
+                "rollout.tensor rollout.backend",
+            )
+        if self.vllm and not vllm:
+            yield clash(
+                f"rollout.vllm: is for rollout.backend=vllm, found {self.backend}; set rollout.vllm=null",
+                "rollout.vllm rollout.backend",
+            )
+
+
+@dataclass
+class Controls:
+    """Compare the last model with exit rules that know less, at its mean depth and at its accuracy; up to 28 readings
+    of the validation split and 2 of the test split per rule (docs/evaluation.md)."""
+
+    policy: str = setting("", kind="path", was="evaluate.control_policy")
+    """One more of them: the gates of another run, by its policy checkpoint or rl stage directory, as of one without a
+    depth penalty or at full depth (rl.fixed_depth)."""
+
+
+@dataclass
+class Externalisation:
+    """Measure how much of its reasoning each model writes down; about as much as 12 evaluations of `prompts` problems
+    per model (docs/evaluation.md)."""
+
+    prompts: int = setting(100, at_least=0, was="evaluate.externalisation_prompts")
+    """Test problems for that; 0: all."""
+
+
+@dataclass
+class StyleChoice:
+    """Tasks with styles: which one a model answers in, and what each costs it, sampled as RL samples."""
+
+    models: str = setting(choices=("reinforced", "all"), added_later=True, was="evaluate.choice", off="")
+    """Of the last model (reinforced), or also of the teacher and of the policy that RL starts from (all)."""
+    answers: int = setting(300, positive=True, added_later=True, was="evaluate.choice_answers")
+    """Sampled answers for that, per family and condition."""
 
 
 @dataclass
@@ -424,22 +583,17 @@ class EvaluateConfig:
     these have more pairs."""
     answers: int = setting(12, at_least=0)
     """Answers kept token by token for the report."""
-    controls: bool = setting(False, only_with="controls")
-    """Compare the last model with exit rules that know less, at its mean depth and at its accuracy; up to 28 readings
-    of the validation split and 2 of the test split per rule (docs/evaluation.md)."""
-    control_policy: str = setting("", path=True, only_with="controls")
-    """With controls, one more of them: the gates of another run, by its policy checkpoint or rl stage directory, as of
-    one with rl.lambda_exit=0 or at full depth (rl.fixed_depth)."""
-    externalisation: bool = setting(False, only_with="externalisation")
-    """Measure how much of its reasoning each model writes down; about as much as 12 evaluations of
-    externalisation_prompts problems per model (docs/evaluation.md)."""
-    externalisation_prompts: int = setting(100, at_least=0, only_with="externalisation")
-    """Test problems for that; 0: all."""
-    choice: str = setting("", choices=("", "reinforced", "all"), added_later=True)
-    """Tasks with styles: which one a model answers in, and what each costs it, sampled as RL samples. Of the last model
-    (reinforced), or also of the teacher and of the policy that RL starts from (all)."""
-    choice_answers: int = setting(300, positive=True, only_with="choice", added_later=True)
-    """Sampled answers for that, per family and condition."""
+    controls: Controls | None = optional(Controls, was="evaluate.controls", bound=False)
+    externalisation: Externalisation | None = optional(Externalisation, was="evaluate.externalisation")
+    style_choice: StyleChoice | None = optional(StyleChoice)
+
+    def clashes(self) -> Iterator[Clash]:
+        outside = [threshold for threshold in self.thresholds if not 0 <= threshold <= 1]
+        if not self.thresholds or outside:
+            yield clash(
+                f"evaluate.thresholds={outside}: one of them is chosen; expected at least one value, from 0 to 1",
+                "evaluate.thresholds",
+            )
 
 
 @dataclass
@@ -453,6 +607,10 @@ class DeepspeedConfig:
     """Largest gradient norm; 0: not clipped."""
     eps: float = setting(1e-8, positive=True)
     weight_decay: float = setting(0.0, at_least=0)
+
+    def clashes(self) -> Iterator[Clash]:
+        if self.zero_stage not in (0, 1, 2, 3):
+            yield clash(f"deepspeed.zero_stage={self.zero_stage}: expected 0, 1, 2 or 3", "deepspeed.zero_stage")
 
 
 @dataclass
@@ -475,7 +633,7 @@ class ClusterConfig:
 
 @dataclass
 class RunConfig:
-    name: str = setting("???", name=True)
+    name: str = setting(kind="name")
     """Results go to <runs>/<name>/<stage>-<hash of what the stage depends on>."""
     runs: str = "runs"
     device: str = setting("auto", choices=("auto", "cpu", "cuda"))
@@ -483,20 +641,24 @@ class RunConfig:
     nodes have GPUs (cluster.gpus_per_node)."""
     deterministic: bool = False
     """Only deterministic kernels, where a GPU has a choice (slower). On a CPU a seed always gives the same metrics."""
-    start: str = ""
+    init_policy: str = setting("", was="start.start")
     """rl, evaluate: a policy checkpoint to use instead of this configuration's own calibration."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    exits: ExitsConfig = field(default_factory=ExitsConfig)
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    task: TaskConfig = field(default_factory=TaskConfig)
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    traces: TracesConfig = field(default_factory=TracesConfig)
-    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
-    rl: RLConfig = field(default_factory=RLConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    deepspeed: DeepspeedConfig = field(default_factory=DeepspeedConfig)
-    tracker: TrackerConfig = field(default_factory=TrackerConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    model: ModelConfig = section(ModelConfig)
+    parallel: ParallelConfig = section(ParallelConfig)
+    exits: ExitsConfig = section(ExitsConfig)
+    adapter: AdapterConfig = section(AdapterConfig)
+    task: TaskConfig = section(TaskConfig)
+    pretrain: PretrainConfig | None = optional(PretrainConfig, was="pretrain.enabled")
+    teacher: TeacherConfig | None = optional(TeacherConfig, was="teacher.enabled", on=True)
+    traces: TracesConfig = section(TracesConfig)
+    calibrate: CalibrateConfig = section(CalibrateConfig)
+    rl: RLConfig = section(RLConfig)
+    rollout: RolloutConfig = section(RolloutConfig)
+    evaluate: EvaluateConfig = section(EvaluateConfig)
+    deepspeed: DeepspeedConfig = section(DeepspeedConfig)
+    tracker: TrackerConfig = section(TrackerConfig)
+    cluster: ClusterConfig = section(ClusterConfig)
+
+
+KEYS = tuple(known(RunConfig))
+"""Every key there is."""

@@ -118,7 +118,7 @@ def externalisation(bench: Bench, prompts: Sequence[Prompt], with_probe: bool = 
     About twelve forced answers and one hinted answer per prompt. Raises ValueError without prompts.
     """
     if not prompts:
-        raise ValueError("no prompts to intervene on; raise evaluate.externalisation_prompts")
+        raise ValueError("no prompts to intervene on; raise evaluate.externalisation.prompts")
     answers = bench.generate(prompts, bench.sampling)
     verdicts = bench.verifier.verify_many([(p, a.text) for p, a in zip(prompts, answers, strict=True)])
     chains = [text_of.split_answer(answer.text)[0] for answer in answers]

@@ -74,7 +74,7 @@ Model = Mapping[str, FamilyChoice]
 
 
 def read_models(part: Mapping[str, Any]) -> dict[str, Model]:
-    """The part's models by name. Raises ValueError where it isn't what `evaluate.choice` writes."""
+    """The part's models by name. Raises ValueError where it isn't what `evaluate.style_choice.models` writes."""
     try:
         return {
             name: {family: FamilyChoice.from_json(found) for family, found in model["families"].items()}

@@ -21,8 +21,8 @@ from .verdicts import Points, Verdict, at_tau, verdicts
 ABOUT = "whether a price on depth makes a model write its steps down: a study's runs on one page, with a table"
 EPILOG = """\
 reads   every finished evaluation below DIRECTORY: */evaluate-*/ with config.yaml, results.json and DONE, of runs that
-        measured the choice of style (task.name=hops or sums, evaluate.choice=reinforced or all); others are
-        counted
+        measured the choice of style (task.name=hops or sums, evaluate.style_choice.models=reinforced or all); others
+        are counted
 writes  externalise.html  the question, the answer, figures, acceptance points, controls; needs nothing but itself
         plots/            the figures once more, as PNG
         externalise.csv   a row per run and family of problems: shares, right, depth, length, the closed form's forecast

@@ -40,5 +40,5 @@ def shape_of(cfg: RunConfig, layers: int) -> Shape:
         dims = None
     # What stands there now may not be what the run was made from.
     if dims is None or dims.num_layers != layers:
-        return Shape(layers, cfg.pretrain.width, path=cfg.model.path)
+        return Shape(layers, cfg.pretrain.width if cfg.pretrain else 0, path=cfg.model.path)
     return Shape(layers, dims.hidden, parameters(dims, one_rank(cfg, dims))["parameters_layers"])

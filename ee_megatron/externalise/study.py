@@ -18,12 +18,13 @@ from .choice import REINFORCED, START, TEACHER, FamilyChoice, Model, read_models
 from .shape import Shape, shape_of
 
 NO_EXITS, CAP, FREE, LENGTH = "no exits", "cap", "lambda 0", "length"
-# What a study varies, and what the runs are known by; in all else they should be alike.
+# What a study varies, and what the runs are known by, as in their identity; in all else they should be alike.
 FACTORS = frozenset(
     {
-        "rl.seed", "pretrain.seed", "calibrate.seed", "evaluate.choice",
-        "task.tokens_per_step", "rl.families", "rl.fixed_depth", "rl.depth_cost", "rl.lambda_exit", "rl.lambda_length",
-        "pretrain.layers", "pretrain.width",
+        "rl.seed", "pretrain.seed", "calibrate.seed", "evaluate.style_choice.models", "task.tokens_per_step",
+        "rl.families",
+        "rl.fixed_depth", "rl.depth_penalty.cost",
+        "rl.depth_penalty.weight", "rl.depth_penalty.length_weight", "pretrain.layers", "pretrain.width",
     }
 )  # fmt: skip
 OF_SHAPE = frozenset({"model.path", "exits.depths"})
@@ -202,7 +203,7 @@ def read_study(directory: Path) -> Study:
     if not parts:
         raise ValueError(
             f"{directory}: {len(finished)} finished evaluations, none of which measured the choice of style; "
-            "evaluate with evaluate.choice=reinforced or all"
+            "evaluate with evaluate.style_choice.models=reinforced or all"
         )
     configs = {path: read_saved(path / "config.yaml") for path in parts}
     records = [_record(directory, path, configs[path], part) for path, part in parts.items()]
@@ -250,23 +251,24 @@ def _record(directory: Path, path: Path, cfg: RunConfig, part: Mapping[str, Any]
         )
     return Record(
         path=_name(directory, path),
-        base=cfg.pretrain.seed,
+        base=cfg.pretrain.seed if cfg.pretrain else 0,
         seed=rl.seed,
         tau=tau,
         families=families,
         objective=Objective(
-            beta=rl.beta,
-            depth_cost=rl.depth_cost,
-            lambda_exit=rl.lambda_exit,
-            cost_length=rl.cost_length,
-            lambda_length=rl.lambda_length,
+            beta=rl.kl_penalty.weight,
+            depth_cost=rl.depth_penalty.cost,
+            lambda_exit=rl.depth_penalty.weight,
+            cost_length=rl.depth_penalty.cost_tokens,
+            lambda_length=rl.depth_penalty.length_weight,
             fixed_depth=rl.fixed_depth,
             first_exits=cfg.exits.first_token,
         ),
         shape=shape_of(cfg, num_layers),
         models=models,
         weights=weights,
-        origin=f"{stage_dir(cfg, 'calibrate').name} {cfg.start} {rl.gate_centre} {rl.gate_sharpness} {rl.temperature}",
+        origin=f"{stage_dir(cfg, 'calibrate').name} {cfg.init_policy} {rl.gate_centre} {rl.gate_sharpness} "
+        f"{rl.temperature}",
         differs=_not_as_assumed(cfg),
         seconds=read_spent(path.parent / stage_dir(cfg, "rl").name).get("seconds"),
     )
@@ -276,10 +278,11 @@ def _not_as_assumed(cfg: RunConfig) -> tuple[str, ...]:
     """Where the objective is another one than right - lambda cost - beta sum log(pi/reference)."""
     rl = cfg.rl
     found = {
-        "rl.kl_sum=false": rl.kl == "reward" and not rl.kl_sum,
-        f"rl.charge={rl.charge}": rl.charge != "all" and bool(rl.lambda_exit or rl.lambda_length),
-        f"rl.credit={rl.credit}": rl.credit != "answer" and bool(rl.lambda_exit),
-        f"rl.accuracy_floor={rl.accuracy_floor}": rl.accuracy_floor is not None,
+        "rl.kl_penalty.sum=false": rl.kl_penalty.kind == "reward" and not rl.kl_penalty.sum,
+        f"rl.depth_penalty.penalize={rl.depth_penalty.penalize}": rl.depth_penalty.penalize != "all"
+        and bool(rl.depth_penalty.weight or rl.depth_penalty.length_weight),
+        f"rl.credit={rl.credit}": rl.credit != "answer" and bool(rl.depth_penalty.weight),
+        "rl.depth_penalty.target": rl.depth_penalty.target is not None,
     }
     return tuple(name for name, so in found.items() if so)
 

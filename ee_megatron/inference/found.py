@@ -122,7 +122,7 @@ def _newest_policy(cfg: RunConfig) -> tuple[str, Path | None]:
     """(name, checkpoint) of the furthest stage that has finished; ("base", None) if none has."""
     if stages.is_done(cfg, "rl"):
         return NAMES["rl"], stages.reinforced(cfg)
-    if cfg.start or stages.is_done(cfg, "calibrate"):
+    if cfg.init_policy or stages.is_done(cfg, "calibrate"):
         return NAMES["calibrate"], stages.calibrated(cfg)
     return "base", None
 

@@ -5,6 +5,6 @@ Every loss is linear in what the learner computes (weights.py): the sum over pos
     token * (-log p(token)) + divergence * KL + exit * (-log q(exit)) + hazard * s
 
 where the cross-entropy to target hazards may stand for -log q(exit). An objective with ratios, such as PPO's, gives the
-weights whose loss has its gradient at the current policy. The registries (ADVANTAGES, SURROGATES, KL_TERMS, ...) are
+weights whose loss has its gradient at the current policy. The registries (ADVANTAGES, KL_TERMS, ...) are
 the choices of the settings that select from them; config/ reads them, so nothing here loads torch.
 """

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DepthCost:
-    """Sum over an answer's tokens of depth / L, divided by `divisor(tokens, rl.cost_length)`; or, if `largest`, the
-    maximum of depth / L over the tokens that may exit."""
+    """Sum over an answer's tokens of depth / L, divided by `divisor(tokens, rl.depth_penalty.cost_tokens)`; or, if
+    `largest`, the maximum of depth / L over the tokens that may exit."""
 
     divisor: Callable[[Tensor, int], Tensor] = lambda lengths, cost_length: lengths
     largest: bool = False

@@ -12,10 +12,6 @@ from .weights import Positions, TensorRows, Weights, mean_weights
 if TYPE_CHECKING:
     from torch import Tensor
 
-# (log ratio of the current policy to the one at the start of the step; advantage; positions that count; bounds), the
-# tensors [B, S] -> what A * grad log pi is multiplied by, [B, S], 0 where the surrogate is flat.
-Surrogate = Callable[["Tensor", "Tensor", "Tensor", "Clip"], "Tensor"]
-
 
 class Clip(NamedTuple):
     """A ratio within 1 - low and 1 + high counts (apart from each other: "clip-higher", Yu et al. 2025, arXiv
@@ -33,18 +29,13 @@ def _masked(raw: Tensor, floor: float, cap: float) -> Tensor:
     return raw.where((raw >= floor) & (raw <= cap), 0.0)
 
 
-def _unweighted(raw: Tensor, floor: float, cap: float) -> Tensor:
-    return raw * 0 + 1
-
-
 IMPORTANCE: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "truncate": _truncated,
     "mask": _masked,
-    "none": _unweighted,
 }
 """What becomes of the ratios of the learner's probabilities to the rollout's: cut from above (truncated importance
 sampling, Ionides 2008); left out where they are outside [floor, cap] (Ling team 2025, "Every step evolves", arXiv
-2510.18855, IcePop); not used."""
+2510.18855, IcePop)."""
 
 
 def clipped(ratio: Tensor, advantage: Tensor, clip: Clip) -> Tensor:
@@ -58,20 +49,6 @@ def clipped(ratio: Tensor, advantage: Tensor, clip: Clip) -> Tensor:
     flat = (ratio > 1 + clip.high).where(advantage >= 0, ratio < 1 - clip.low)
     return ratio.masked_fill(flat, 0.0)
 
-
-def ppo(log_ratio: Tensor, advantage: Tensor, counts: Tensor, clip: Clip) -> Tensor:
-    """A ratio for each position (Schulman et al. 2017, arXiv 1707.06347)."""
-    return clipped(log_ratio.exp(), advantage, clip)
-
-
-def gspo(log_ratio: Tensor, advantage: Tensor, counts: Tensor, clip: Clip) -> Tensor:
-    """A ratio for each answer, (pi(answer) / pi_old(answer))^(1/length), the geometric mean of its positions' ratios
-    (Zheng et al. 2025, "Group sequence policy optimization", arXiv 2507.18071)."""
-    mean = (log_ratio * counts).sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp(min=1)
-    return clipped(mean.exp().expand_as(log_ratio), advantage, clip)
-
-
-SURROGATES: dict[str, Surrogate] = {"ppo": ppo, "gspo": gspo}
 
 RATIOS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "together": lambda token, exit_: (token + exit_, token + exit_),
@@ -138,7 +115,6 @@ class PolicyGradient:
     """- surrogate(ratio, A) of tokens and of exits + expected cost at the gates + beta * KL (method.md, stage 2).
     `average`, `constant`: as in `mean_weights`."""
 
-    surrogate: Surrogate
     kl: KLTerm
     clip: Clip
     beta: float
@@ -153,7 +129,7 @@ class PolicyGradient:
         there, share of the positions that clipping leaves out)."""
         moved = RATIOS[self.ratios](token_logprobs - experience.old_tokens, exit_logprobs - experience.old_exits)
         taught = (experience.token_advantage, experience.exit_advantage)
-        factors = [self.surrogate(m, a, batch.counts, self.clip) for m, a in zip(moved, taught, strict=True)]
+        factors = [clipped(m.exp(), a, self.clip) for m, a in zip(moved, taught, strict=True)]
         per_token, per_exit = (
             mean_weights(batch, where, self.average, self.constant) for where in (batch.counts, batch.asked)
         )
@@ -161,8 +137,8 @@ class PolicyGradient:
         if self.kl.slope is not None and experience.reference_logprobs is not None:
             token = token - self.beta * per_token * self.kl.slope(token_logprobs, experience.reference_logprobs)
         exit_weight = experience.exit_advantage * experience.exit_importance * factors[1] * per_exit
-        # Not multiplied by a ratio: already an expectation over the gate's decision. Positions that rl.importance masks
-        # are still dropped.
+        # Not multiplied by a ratio: already an expectation over the gate's decision. Positions masked by
+        # rl.loss.importance are still dropped.
         judged, hazard = per_exit * (experience.exit_importance > 0), None
         if experience.hazard is not None:
             hazard = experience.hazard * judged.unsqueeze(-1)

@@ -46,7 +46,7 @@ class Actor:
 def wanted_rows(cfg: RunConfig) -> int:
     """Answers that an actor would have in flight: as many as it may, no more than it is given."""
     answers = -(-cfg.rl.prompts_per_step // cfg.rollout.actors) * cfg.rl.group_size
-    return min(cfg.rollout.rows, answers)
+    return min(cfg.rollout.max_num_seqs, answers)
 
 
 def make_actor(cfg: RunConfig, layout: Layout, load: Workload, longest: Workload, item: int, device: Device) -> Actor:
@@ -73,7 +73,7 @@ def vllm_actor(cfg: RunConfig, layout: Layout, load: Workload, longest: Workload
         "weights": float(item * shard_elements(dims, tensor)),
         "gates": float(FP32 * gate_elements(layout)),
         "activations of a step": step_bytes(layout, item, tensor),
-        "logits": float(rollout.rows * dims.vocab * 3 * FP32),
+        "logits": float(rollout.max_num_seqs * dims.vocab * 3 * FP32),
     }
     if device.packed:
         kinds["packed copies"] = float(item * sum(linear_shards(dims, tensor).values()) * dims.num_layers)

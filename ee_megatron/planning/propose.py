@@ -21,7 +21,7 @@ from .workload import Workload
 PRICES = {
     "parallel.recompute": 1.0,
     "parallel.tokens_per_micro_batch": 0.6,
-    "rollout.rows": 0.6,
+    "rollout.max_num_seqs": 0.6,
     "rollout.actors": 0.5,
     "rollout.tensor": 1.5,
     "deepspeed.zero_stage": 1.5,
@@ -88,7 +88,7 @@ def _by_price(cfg: RunConfig) -> Iterator[dict[str, int | bool]]:
     choices: dict[str, list[int | bool]] = {
         "parallel.recompute": [True],
         "parallel.tokens_per_micro_batch": list(_halves(parallel.tokens_per_micro_batch))[:6],
-        "rollout.rows": list(_halves(wanted_rows(cfg)))[:5],
+        "rollout.max_num_seqs": list(_halves(wanted_rows(cfg)))[:5],
         "deepspeed.zero_stage": [s for s in (1, 2, 3) if s > stage],
         "deepspeed.offload_optimizer": [True],
         "parallel.data": list(_halves(parallel.data)),

@@ -158,7 +158,7 @@ def _cache(plan: Plan) -> list[str]:
     wanted = f"of {actor.wanted} that it is given" if actor.rows < actor.wanted else "as many as it is given"
     return [
         f"  its cache holds {actor.positions:,} positions, a longest sequence takes {actor.sequence:,}: "
-        f"{actor.rows} answers in flight, {wanted} (rollout.rows={plan.cfg.rollout.rows})"
+        f"{actor.rows} answers in flight, {wanted} (rollout.max_num_seqs={plan.cfg.rollout.max_num_seqs})"
     ]
 
 

@@ -36,7 +36,7 @@ def updates(cfg: RunConfig) -> tuple[int, int, PassMode]:
         train=True,
         recompute=again,
         input_gradient=again or cfg.deepspeed.zero_stage == 3,
-        divergence=KL_TERMS[cfg.rl.kl].teacher is Teacher.REFERENCE,
+        divergence=KL_TERMS[cfg.rl.kl_penalty.kind].teacher is Teacher.REFERENCE,
     )
     return count, max(1, rollouts_per_step(cfg) // cfg.rl.minibatches), how
 
@@ -113,7 +113,7 @@ def calibration_flops(layout: Layout, load: Workload, cfg: RunConfig) -> float:
     compared = PassMode(train=False, divergence=full)
     update = PassMode(train=True, recompute=again, input_gradient=again, likelihood=not full, divergence=full)
     # The student's own targets, and a reach, take its divergences first, its own exits the hazards of every gate.
-    scored = [(1, load, compared)] if c.gate_targets == "current" or c.reach else []
+    scored = [(1, load, compared)] if c.gate_targets == "current" or c.kl_scale else []
     own = [(c.student_patterns, load.at_full_depth(), ASKED)]
     taught = [(full * (1 + len(scored)), load, COMPARED)]
     return sum(

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..arguments import Parser
 from ..config.derive import ranks
 from ..config.device import asks_for_gpus, pick_device
-from ..config.faults import refuse
+from ..config.errors import refuse
 from ..config.identity import STAGES
 from ..config.load import Attempt, load
 from ..config.sbatch import site_options
@@ -29,9 +29,9 @@ from .task import run_here
 
 EPILOG = """\
 examples:
-  ee-megatron sweep experiment=demo_cpu rl.lambda_exit=0,0.3,1 seed=1,2,3 --name front --dry-run
+  ee-megatron sweep experiment=demo_cpu rl.depth_penalty.weight=0,0.3,1 seed=1,2,3 --name front --dry-run
   ee-megatron sweep sweep=lambda_front --executor slurm --slurm partition=gpu --slurm time=8:00:00
-  ee-megatron sweep experiment=demo_cpu rl.lambda_exit=2 seed=1,2,3 --name front --extend
+  ee-megatron sweep experiment=demo_cpu rl.depth_penalty.weight=2 seed=1,2,3 --name front --extend
   ee-megatron sweep status front --watch
   ee-megatron sweep collect front
 

@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..config.shipped import find_config_dir, list_groups
+from ..config.config_paths import find_config_dir, list_groups
 
 SEED, GROUP = "seed", "sweep"
 SEEDS = ("calibrate.seed", "rl.seed")

@@ -101,9 +101,9 @@ def evaluated(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def styles_of_answers(choice: Mapping[str, Any], one_depth: bool) -> dict[str, Any]:
-    """With evaluate.choice, by family: the last model's free answers, and how often it is right and how many layers the
-    deepest token takes when it is given a style. one_depth: of an RL run held to one depth, where depths say nothing
-    about a style."""
+    """With evaluate.style_choice.models, by family: the last model's free answers, and how often it is
+    right and how many layers the deepest token takes when it is given a style. one_depth: of an RL run held to one
+    depth, where depths say nothing about a style."""
     models = [model["families"] for model in choice.get("models", {}).values()]
     columns: dict[str, Any] = {}
     for family, entry in (models[-1] if models else {}).items():

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from ..config.cluster import job_shape
-from ..config.faults import lines_of, refuse
+from ..config.errors import lines_of, refuse
 from ..config.identity import stage_dir, stage_order
 from ..config.load import load
 from ..config.schema import RunConfig
@@ -270,7 +270,7 @@ def _step(cfg: RunConfig, stage: str) -> RunStage:
 
 def stages_of(cfg: RunConfig, last: str) -> list[str]:
     """What a run goes through, up to `last`. Raises ValueError if that is not among it."""
-    stages = [stage for stage in stage_order(cfg) if not (cfg.start and stage in ("traces", "calibrate"))]
+    stages = [stage for stage in stage_order(cfg) if not (cfg.init_policy and stage in ("traces", "calibrate"))]
     if last not in stages:
         raise ValueError(f"--last {last}: this run's stages are {', '.join(stages)}")
     return stages[: stages.index(last) + 1]

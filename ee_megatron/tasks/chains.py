@@ -71,7 +71,7 @@ class ChainTask(ProblemTask):
 
     def few_shot(self, prompt: Prompt, shots: int, seed: int) -> Prompt:
         if shots:
-            raise ValueError(f"shots: {shots}; {self.name} has no worked examples; set teacher.enabled=false")
+            raise ValueError(f"shots: {shots}; {self.name} has no worked examples; set teacher=null")
         split = prompt.id.split("/")[2:3]
         if not split or split[0] not in self.sizes or prompt.id not in self._built(split[0]):
             raise self._unknown(prompt)

@@ -102,7 +102,7 @@ class ReasoningGymTask(ProceduralTask):
         if lacking:
             raise ValueError(
                 f"task.families: {', '.join(lacking)} of reasoning-gym come without reference answers, so there are no "
-                "worked examples; leave them out, or set pretrain.enabled=false and teacher.enabled=false"
+                "worked examples; leave them out, or set pretrain=null and teacher=null"
             )
 
     def _draw(self, family: str, split: str, limit: int) -> list[Problem]:

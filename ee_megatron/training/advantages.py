@@ -74,15 +74,15 @@ def rollouts_of(groups: Sequence[Group]) -> list[Rollout]:
 
 
 def loss_included(groups: Sequence[Group], rl: RLConfig) -> Tensor:
-    """Which answers enter the loss, bool [B]: with rl.overlong=filter those that were not cut off."""
+    """Which answers enter the loss, bool [B]: with rl.loss.overlong=filter those that were not cut off."""
     finished = torch.tensor([rollout.finished for rollout in rollouts_of(groups)])
-    return finished if rl.overlong == "filter" else finished | True
+    return finished if rl.loss.overlong == "filter" else finished | True
 
 
 def kept_groups(groups: Sequence[Group], rl: RLConfig, lambda_depth: float) -> list[int]:
-    """Groups that enter the loss. With rl.drop_equal_groups those whose answers differ in reward, or of which right
-    ones may still become shallower."""
-    if not rl.drop_equal_groups:
+    """Groups that enter the loss. With rl.loss.drop_equal_groups those whose answers differ in reward, or of which
+    right ones may still become shallower."""
+    if not rl.loss.drop_equal_groups:
         return list(range(len(groups)))
     return [i for i, g in enumerate(groups) if np.ptp(g.rewards) > 0 or (lambda_depth > 0 and g.correct.any())]
 
@@ -128,8 +128,8 @@ def answer_credit(x: CreditInputs) -> Credit:
 
 def token_credit(x: CreditInputs) -> Credit:
     """Each token and exit pays for its own depth and that of later tokens."""
-    cost = DEPTH_COSTS[x.rl.depth_cost]
-    to_go = cost.to_go(x.batch, x.layout.num_layers, x.rl.cost_length)
+    cost = DEPTH_COSTS[x.rl.depth_penalty.cost]
+    to_go = cost.to_go(x.batch, x.layout.num_layers, x.rl.depth_penalty.cost_tokens)
     depth = x.lambda_depth * token_advantage(x.batch, to_go, x.penalized, x.rl.group_size)
     return Credit(x.task.unsqueeze(1) + depth, x.task.unsqueeze(1) + depth)
 
@@ -138,10 +138,11 @@ def exit_credit(x: CreditInputs) -> Credit:
     """Each gate pays for the depth and the divergence of its own decision (objectives/exit_credit.py)."""
     # The loss divides by an answer's tokens; a cost is an answer's.
     lengths = x.batch.counts.sum(1).clamp(min=1)
-    outcomes = DEPTH_COSTS[x.rl.depth_cost].of_outcomes(x.batch, x.layout, x.rl.cost_length)
+    outcomes = DEPTH_COSTS[x.rl.depth_penalty.cost].of_outcomes(x.batch, x.layout, x.rl.depth_penalty.cost_tokens)
     costs = outcomes * (x.lambda_depth * x.penalized.float() * lengths)[:, None, None]
     weights = hazard_costs(x.batch, x.layout, costs, _divergences(x), _hazards(x))
-    return Credit(x.task + x.rl.token_depth * x.depth, x.rl.exit_task * x.task, weights)
+    assert x.rl.exit_credit is not None
+    return Credit(x.task + x.depth, x.rl.exit_credit.task_weight * x.task, weights)
 
 
 CREDIT_RULES: dict[str, Callable[[CreditInputs], Credit]] = {
@@ -152,10 +153,13 @@ CREDIT_RULES: dict[str, Callable[[CreditInputs], Credit]] = {
 
 
 def _divergences(x: CreditInputs) -> Tensor | None:
-    """beta * rl.exit_kl times the divergence of the outcome taken, [B, S], or of all outcomes up to it, [B, S, M + 1].
-    None if it has no weight or was not measured."""
-    weight, policy = x.rl.beta * x.rl.exit_kl, x.scores.policy
-    if weight and x.rl.exit_divergence == "all":
+    """The KL penalty's weight times rl.exit_credit.kl_weight times the divergence of the outcome taken, [B, S], or of
+    all outcomes up to it, [B, S, M + 1]. None if it has no weight or was not measured."""
+    credit, policy = x.rl.exit_credit, x.scores.policy
+    if credit is None:
+        return None
+    weight = x.rl.kl_penalty.weight * credit.kl_weight
+    if weight and credit.divergence == "all":
         return weight * spread(x.batch, [_reading(rollout).divergences for rollout in x.rollouts])
     if weight and policy is not None:
         known = policy.kl if x.scores.reference is None else policy.token_logprobs - x.scores.reference
@@ -196,16 +200,16 @@ def compute_advantages(
 
     def within_groups(values: Tensor, included: Tensor) -> Tensor:
         grouped = [x.numpy().reshape(len(groups), -1) for x in (values, included)]
-        return torch.from_numpy(ADVANTAGES[rl.advantage](*grouped)).float().reshape(-1)
+        return torch.from_numpy(ADVANTAGES[rl.loss.advantage](*grouped)).float().reshape(-1)
 
-    included = loss_included(groups, rl)
-    penalized = CHARGES[rl.charge](torch.from_numpy(np.concatenate([g.correct for g in groups]))) & included
+    included, penalty = loss_included(groups, rl), rl.depth_penalty
+    penalized = CHARGES[penalty.penalize](torch.from_numpy(np.concatenate([g.correct for g in groups]))) & included
     task_reward = torch.from_numpy(np.concatenate([g.rewards for g in groups])).float()
-    worth = task_reward - rl.lambda_length * length_cost(batch, rl.cost_length) * penalized
+    worth = task_reward - penalty.length_weight * length_cost(batch, penalty.cost_tokens) * penalized
     kl = None if scores.reference is None else mean_log_ratio(batch, proximal[0], scores.reference)
-    if KL_TERMS[rl.kl].in_reward and kl is not None:
-        worth = worth - rl.beta * kl * (counts.sum(1) if rl.kl_sum else 1)
-    depth_cost = DEPTH_COSTS[rl.depth_cost].of_answers(batch, layout.num_layers, rl.cost_length)
+    if KL_TERMS[rl.kl_penalty.kind].in_reward and kl is not None:
+        worth = worth - rl.kl_penalty.weight * kl * (counts.sum(1) if rl.kl_penalty.sum else 1)
+    depth_cost = DEPTH_COSTS[penalty.cost].of_answers(batch, layout.num_layers, penalty.cost_tokens)
     task, depth = within_groups(worth, included), lambda_depth * within_groups(-depth_cost, penalized)
 
     credit = CREDIT_RULES[rl.credit](
@@ -213,10 +217,11 @@ def compute_advantages(
     )
     per_token, per_exit = ((a if a.dim() == 2 else a.unsqueeze(1)) * counts for a in (credit.tokens, credit.exits))
     moved = [start - sampled for start, sampled in zip(proximal, behavior, strict=True)]
-    importance = [
-        IMPORTANCE[rl.importance](ratio.exp(), rl.importance_floor, rl.importance_cap)
-        for ratio in RATIOS[rl.ratios](*moved)
-    ]
+    ratios = [log_ratio.exp() for log_ratio in RATIOS[rl.loss.ratios](*moved)]
+    if weighted := rl.loss.importance:
+        importance = [IMPORTANCE[weighted.kind](ratio, weighted.low, weighted.high) for ratio in ratios]
+    else:
+        importance = [ratio * 0 + 1 for ratio in ratios]
     return Advantages(
         experience=Experience(
             token_advantage=per_token,

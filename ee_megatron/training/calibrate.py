@@ -54,14 +54,14 @@ class UpdatePlan:
 def plan(count: int, c: CalibrateConfig) -> UpdatePlan:
     """Which traces with which patterns make up each update: every trace S times per epoch, shuffled per epoch."""
     generator = np.random.default_rng(c.seed)
-    total = round(c.epochs * count * c.patterns)
+    total = round(c.epochs * count * c.exit_samples)
     items: list[Item] = []
     epoch = 0
     while len(items) < total:
-        order = generator.permutation(count * c.patterns)
-        items += [Item(int(i) % count, epoch * c.patterns + int(i) // count) for i in order]
+        order = generator.permutation(count * c.exit_samples)
+        items += [Item(int(i) % count, epoch * c.exit_samples + int(i) // count) for i in order]
         epoch += 1
-    trained = total - round(c.settle * total)
+    trained = total - round(c.gate_only_fraction * total)
     parts = items[:trained], items[trained:total]
     updates = [part[start : start + c.batch_size] for part in parts for start in range(0, len(part), c.batch_size)]
     return UpdatePlan(updates, len(updates) - round(c.student_patterns * len(updates)), -(-trained // c.batch_size))
@@ -118,7 +118,7 @@ def _pack(traces: Sequence[Trace], depths: Sequence[np.ndarray] | None, layout: 
 
 
 def objective_of(c: CalibrateConfig) -> Distillation:
-    return Distillation(TEACHERS[c.teacher], GATE_TARGETS[c.gate_targets], c.gate_weight, c.depth_power, c.reach)
+    return Distillation(TEACHERS[c.teacher], GATE_TARGETS[c.gate_targets], c.gate_weight, c.depth_power, c.kl_scale)
 
 
 def make_weights(
@@ -191,9 +191,9 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
             for step in range(done, len(updates)):
                 context.stop_if_told(learner, step)
                 settled = step >= planned.settle_from
-                if step == planned.settle_from and c.keep < 1:
+                if step == planned.settle_from and c.wise_ft_alpha < 1:
                     policy = learner.stream_policy(context.ranks.meet)
-                    moved = interpolated(policy, start, c.keep)
+                    moved = interpolated(policy, start, c.wise_ft_alpha)
                     with context.checkpoints.on_disk(moved) as tensors:
                         # Two learners at once would not fit where one just does.
                         del learner

@@ -93,20 +93,22 @@ class Collector:
         self._pending: dict[int, Pending] = {}
 
     def reference_accuracy(self) -> dict[str, float] | None:
-        """With rl.accuracy_floor: the share of the reference's answers that are right, by prompt id, for each prompt of
-        the steps after rl.lambda_warmup or, without rl.accuracy_samples, of the first rl.accuracy_window of them.
+        """With rl.depth_penalty.target: the share of the reference's answers that are right, by prompt id, for each
+        prompt of the steps after rl.depth_penalty.warmup or, without its `samples`, of the first `window` of them.
         Sampled as rollouts are, but at full depth. Computed once and stored in the stage's reference_by_prompt.json."""
-        rl = self.cfg.rl
-        if rl.accuracy_floor is None:
+        rl, target = self.cfg.rl, self.cfg.rl.depth_penalty.target
+        if target is None:
             return None
         file = self._context.path / "reference_by_prompt.json"
         if not file.is_file():
-            first = price_rise(rl.steps, rl.lambda_warmup)
-            steps = range(first, rl.steps)[: None if rl.accuracy_samples else rl.accuracy_window]
+            first = price_rise(rl.steps, rl.depth_penalty.warmup)
+            steps = range(first, rl.steps)[
+                : None if target.samples else target.window
+            ]
             asked = {prompt.id: prompt for step in steps for prompt in step_prompts(self.prompts, step, rl)}
             prompts = list(asked.values())
             self.pool.load(None)
-            samples = rl.accuracy_samples or rl.group_size
+            samples = target.samples or rl.group_size
             answers = self._context.sample(self.pool, prompts, samples, rl.temperature, rl.seed, "reference")
             right = {group.prompt.id: float(group.correct.mean()) for group in self._verified(prompts, answers)}
             write_atomic(file, json.dumps(right) + "\n")

@@ -23,10 +23,9 @@ from ..checkpoint.base_identity import base_identity
 from ..checkpoint.hf_export import export_hf
 from ..checkpoint.sources import BaseTensors
 from ..config.cluster import verifier_workers
-from ..config.content import RECORD, digest, recorded
 from ..config.derive import policy_spec
 from ..config.device import pick_device, pick_dtype
-from ..config.identity import identity, stage_dir, to_yaml
+from ..config.identity import RECORD, digest, identity, recorded, stage_dir, to_yaml
 from ..config.schema import RunConfig
 from ..exit_rules import Off
 from ..families.hf_directory import HFDirectory
@@ -204,7 +203,7 @@ class StageContext:
         Parts that are complete are kept until the stage is finished."""
         r = self.cfg.rollout
         sampling = SamplingParams(temperature, r.max_new_tokens, tuple(r.stop))
-        kept, part = self.kept_answers(self.path / ANSWERS), max(1, PART_WAVES * r.rows * r.actors // samples)
+        kept, part = self.kept_answers(self.path / ANSWERS), max(1, PART_WAVES * r.max_num_seqs * r.actors // samples)
         found: list[Rollout] = []
         with self.progress(len(prompts) * samples, what=what) as bar:
             for first in range(0, len(prompts), part):

@@ -291,7 +291,7 @@ class Evaluation:
             SEED,
             lambda done, total: self.bar.detail(f"{model} interventions", done, total),
         )
-        found = externalisation(bench, self.test[: e.externalisation_prompts or None])
+        found = externalisation(bench, self.test[: e.externalisation.prompts or None])
         self.more.setdefault("externalisation", {})[model] = {"exits": exits.label, **found}
 
     def controls(self, checkpoints: dict[str, Path]) -> None:
@@ -304,10 +304,11 @@ class Evaluation:
         self.more["controls"] = run_controls(self, reference, rules, self.done)
 
     def choice(self, checkpoints: Mapping[str, Path]) -> None:
-        """Which style the models that evaluate.choice names answer in, sampled as RL samples: the problems of the
-        families that RL answers."""
+        """Which style the models that evaluate.style_choice.models names answer in, sampled as RL samples: the
+        problems of the families that RL answers."""
         cfg, spec, task = self.context.cfg, self.context.spec, cast(StyledTask, self.task)
-        rl, found = cfg.rl, dict[str, Any]()
+        rl, found, wanted = cfg.rl, dict[str, Any](), cfg.evaluate.style_choice
+        assert wanted is not None
         problems = prompts_of(self.test, rl.families)
         for model in choosing(cfg, checkpoints):
             full = model == "teacher" or rl.fixed_depth == spec.num_layers
@@ -325,7 +326,7 @@ class Evaluation:
                 replace(self.sampling, temperature=rl.temperature),
                 spec.num_layers,
                 spec.first_token,
-                cfg.evaluate.choice_answers,
+                wanted.answers,
                 SEED,
                 partial(self.bar.detail, f"{model} styles"),
             )
@@ -337,7 +338,7 @@ class Evaluation:
             "weights": list(task.style_weights),
             "tokens_per_step": task.tokens_per_step,
             "num_layers": spec.num_layers,
-            "answers_per_family": cfg.evaluate.choice_answers,
+            "answers_per_family": wanted.answers,
             "models": found,
         }
 
@@ -365,14 +366,14 @@ def choosing(cfg: RunConfig, checkpoints: Collection[str]) -> list[str]:
     """The models whose choice of style is measured, in the order of the method; without RL the last is its start."""
     last = "reinforced" if "reinforced" in checkpoints else "start"
     asked = {"": (), "reinforced": (last,), "all": ("teacher", "start", last)}
-    return list(dict.fromkeys(asked[cfg.evaluate.choice]))
+    return list(dict.fromkeys(asked[cfg.evaluate.style_choice.models if cfg.evaluate.style_choice else ""]))
 
 
 def count_sets(cfg: RunConfig, checkpoints: Collection[str]) -> int:
     """Sets of answers that the progress bar counts: one per row and threshold tried, two per control, one per model
     whose choice of style is measured."""
     models = len(checkpoints)
-    rules = len(CONTROLS) + (models > 1) + bool(cfg.evaluate.control_policy) if cfg.evaluate.controls else 0
+    rules = len(CONTROLS) + (models > 1) + bool(cfg.evaluate.controls.policy) if cfg.evaluate.controls else 0
     tried = len(cfg.evaluate.thresholds) * (1 + (cfg.evaluate.wide_problems > 0))
     wide = (1 + 2 * models) * (cfg.evaluate.wide_test > 0)
     return 1 + models * (tried + 3) + wide + 2 * rules + len(choosing(cfg, checkpoints))
@@ -389,7 +390,7 @@ def evaluate(cfg: RunConfig, model_path: Path) -> None:
             work.policy(model, checkpoint)
         if cfg.evaluate.controls:
             work.controls(found)
-        if cfg.evaluate.choice:
+        if cfg.evaluate.style_choice:
             work.choice(found)
         spec = context.spec
         work.meta |= {
@@ -402,7 +403,7 @@ def evaluate(cfg: RunConfig, model_path: Path) -> None:
             + (f" and {len(work.wide)} on wide operands" if work.wide else "")
             + f", tolerance {cfg.evaluate.tolerance}",
             "decoding": "greedy tokens",
-            "answers in flight": min(len(work.test), cfg.rollout.rows * cfg.rollout.actors),
+            "answers in flight": min(len(work.test), cfg.rollout.max_num_seqs * cfg.rollout.actors),
             "date": time.strftime("%Y-%m-%d"),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {context.device_type}",
             "versions": f"python {platform.python_version()}, torch {torch.__version__}",

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config.contradictions import contradictions
 from ..config.derive import draws_weights, model_dir, policy_spec, read_dims
-from ..config.faults import faults_of, lines_of
+from ..config.errors import faults_of, lines_of
+from ..config.fields import Clash
 from ..config.identity import OPTIONAL, stage_order
 from ..config.load import Attempt
 from ..config.schema import RunConfig, TaskConfig
-from ..config.validate import alone, model_faults, repaired, unless_about
+from ..config.validate import alone, clashes, model_faults, repaired, unless_about
 from ..tasks import Task, make_task
 from . import stages
 from .slurm import check_place
@@ -53,7 +53,7 @@ class Preflight:
         wrong = alone(found.cfg)
         cfg = repaired(found.cfg, wrong)
         dims, missing = _dims_of(cfg)
-        together = [*contradictions(cfg), *(model_faults(cfg, dims) if dims is not None else ())]
+        together: list[Clash | str] = [*clashes(cfg), *(model_faults(cfg, dims) if dims is not None else ())]
         if not (found.faults or wrong or together or missing):
             # What a stage that has finished read may be gone.
             wanted = [stage for stage in wanted if not stages.is_done(cfg, stage)]
@@ -72,14 +72,14 @@ class Preflight:
         if dims is not None and not draws_weights(cfg):
             weights = f"weights {cfg.model.path} {cfg.model.checkpoint}"
             yield from self._once(weights, lambda: faults_of(lambda: stages.check_given(cfg)))
-        if rl and cfg.start:
-            missing = self._once(f"start {cfg.start}", lambda: faults_of(lambda: stages.calibrated(cfg)))
+        if rl and cfg.init_policy:
+            missing = self._once(f"start {cfg.init_policy}", lambda: faults_of(lambda: stages.calibrated(cfg)))
             yield from missing
             if dims is not None and not missing:
                 yield from faults_of(lambda: check_start(cfg, dims))
                 # Where the model is yet to be made the stage looks at it.
                 if not {*OPTIONAL} & {*stage_order(cfg)}:
-                    pair = f"base of {cfg.start}: {cfg.model.path} {cfg.model.base_unchecked}"
+                    pair = f"base of {cfg.init_policy}: {cfg.model.path} {cfg.model.base_unchecked}"
                     yield from self._once(pair, lambda: faults_of(lambda: _check_bases(cfg)))
         if wanted:
             yield from self._once(f"runs {cfg.runs}", lambda: _runs_faults(cfg.runs))
@@ -91,7 +91,7 @@ class Preflight:
     def _of_data(self, cfg: RunConfig, wanted: Sequence[str]) -> Iterator[str]:
         reading = [stage for stage in wanted if stage in TASK_READERS and not (stage == "rl" and cfg.rl.replay)]
         if reading:
-            task, needs = json.dumps(vars(cfg.task), sort_keys=True), [*reading, vars(cfg.teacher), cfg.rl.families]
+            task, needs = json.dumps(vars(cfg.task), sort_keys=True), [*reading, str(cfg.teacher), cfg.rl.families]
             yield from self._once(f"task {task} {needs}", lambda: _task_faults(cfg, reading))
 
     def _once(self, what: str, look: Callable[[], Iterator[str]]) -> list[str]:
@@ -121,9 +121,9 @@ def check_start(cfg: RunConfig, dims: ModelDims) -> None:
     spec, wanted = read_policy_json(stages.calibrated(cfg)).spec, policy_spec(cfg, dims)
     if spec != wanted:
         raise ValueError(
-            f"start={cfg.start}: made with exits {list(spec.exit_depths)} and adapters of rank {spec.rank}, the "
-            f"settings say {list(wanted.exit_depths)} and {wanted.rank} (or differ in alpha, targets, gates or "
-            "exits.first_token)"
+            f"init_policy={cfg.init_policy}: made with exits {list(spec.exit_depths)} and adapters of rank "
+            f"{spec.rank}, the settings say {list(wanted.exit_depths)} and {wanted.rank} (or differ in alpha, "
+            "targets, gates or exits.first_token)"
         )
 
 
@@ -173,6 +173,7 @@ def _count_faults(cfg: RunConfig, task: Task, reading: Sequence[str]) -> Iterato
         return
     if "teacher" in reading:
         t = cfg.teacher
+        assert t is not None
         shown = faults_of(lambda: task.few_shot(train[0], t.shots, 0))
         yield from (f"teacher.{line}" for line in shown)
         problems = min(len(train), t.problems)

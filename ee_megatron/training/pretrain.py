@@ -32,6 +32,7 @@ FIGURES = "pretrain.json"
 def pretrain(cfg: RunConfig, initial: Path) -> Path:
     """Run or resume the stage from the model at `initial`; returns the trained model's Hugging Face directory."""
     p = cfg.pretrain
+    assert p is not None
     with StageContext(cfg, "pretrain", initial, learner=True, full=True) as context:
         done, checkpoint = context.checkpoints.latest()
         policy = context.checkpoints.read_policy(checkpoint, checked=True)[1] if checkpoint else context.start(p.seed)
@@ -95,6 +96,7 @@ def make_batch(texts: list[np.ndarray], num_layers: int) -> ReplayBatch:
 def held_out(context: StageContext, learner: Learner) -> dict[str, float]:
     """Mean -log p per token of the validation texts, and of their answers alone, in nats."""
     rows = tokenised(context, "validation")
+    assert context.cfg.pretrain is not None
     size = context.cfg.pretrain.batch_size
     sums = torch.zeros(4, dtype=torch.float64)
     for start in range(0, len(rows), size):

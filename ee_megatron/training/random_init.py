@@ -34,6 +34,7 @@ def draw_model(cfg: RunConfig, path: Path) -> Path:
     if path.is_dir():
         return path
     shape, dims = model_dir(cfg), read_dims(cfg)
+    assert cfg.pretrain is not None
     with atomic_directory(path) as folder:
         (folder / "config.json").write_text(json.dumps(shape_config(cfg), indent=2) + "\n", encoding="utf-8")
         save_file(draw_weights(dims, cfg.pretrain.seed), folder / "model.safetensors", metadata={"format": "pt"})

@@ -118,8 +118,8 @@ def learn(
     target = controller.update(step, right, [group.prompt.id for group in groups])
     if not advantages.loss_included.any():
         logger.warning(
-            "step %d: every answer was cut at rollout.max_new_tokens=%d, so rl.overlong=filter leaves nothing to learn "
-            "from; raise it, or set rl.overlong=verdict", step + 1, cfg.rollout.max_new_tokens,
+            "step %d: every answer was cut at rollout.max_new_tokens=%d, so rl.loss.overlong=filter leaves nothing to "
+            "learn from; raise it, or set rl.loss.overlong=verdict", step + 1, cfg.rollout.max_new_tokens,
         )  # fmt: skip
     result = update(
         learner, packed, rollouts_of(groups), advantages, kept_groups(groups, rl, lambda_depth),

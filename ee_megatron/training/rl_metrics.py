@@ -23,7 +23,7 @@ from ..planning.layout import Layout
 from ..planning.step import step_flops
 from ..types import Group
 from .advantages import Advantages, StepScores, rollouts_of
-from .lambda_controller import AccuracyTarget
+from .lambda_controller import TargetState
 from .update import LogprobDiff, UpdateResult
 
 PHASES = ("rollout", "score", "update")
@@ -42,7 +42,7 @@ def step_metrics(
     *,
     num_layers: int,
     lambda_depth: float,
-    target: AccuracyTarget | None,
+    target: TargetState | None,
 ) -> dict[str, float]:
     """All metrics of a step but its costs."""
     values = advantage_metrics(batch, advantages, lambda_depth)

@@ -33,7 +33,7 @@ def source_model(cfg: RunConfig) -> Path:
 
 def base_model(cfg: RunConfig) -> Path:
     """The model that traces, calibration and RL build on. Raises FileNotFoundError if it is not made yet."""
-    return _finished(cfg, "teacher") / "model" if cfg.teacher.enabled else source_model(cfg)
+    return _finished(cfg, "teacher") / "model" if cfg.teacher else source_model(cfg)
 
 
 def traces(cfg: RunConfig) -> Path:
@@ -42,13 +42,15 @@ def traces(cfg: RunConfig) -> Path:
 
 def calibrated(cfg: RunConfig) -> Path:
     """The policy checkpoint that RL starts from: `start`, or this configuration's own calibration."""
-    return policy_at(f"start={cfg.start}", cfg.start) if cfg.start else _trained(cfg, "calibrate")
+    return (
+        policy_at(f"init_policy={cfg.init_policy}", cfg.init_policy) if cfg.init_policy else _trained(cfg, "calibrate")
+    )
 
 
 def control_policy(cfg: RunConfig) -> Path | None:
-    """The checkpoint that `evaluate.control_policy` names. Raises FileNotFoundError if none is there."""
-    given = cfg.evaluate.control_policy
-    return policy_at(f"evaluate.control_policy={given}", given) if given else None
+    """The checkpoint that `evaluate.controls.policy` names. Raises FileNotFoundError if none is there."""
+    given = cfg.evaluate.controls.policy if cfg.evaluate.controls else ""
+    return policy_at(f"evaluate.controls.policy={given}", given) if given else None
 
 
 def trained_as(checkpoint: Path) -> str:
@@ -62,7 +64,7 @@ def trained_as(checkpoint: Path) -> str:
         return "another policy"
     if rl.fixed_depth:
         return f"trained at {rl.fixed_depth} layers"
-    return f"lambda = {rl.lambda_exit:g}" + (" at first" if rl.accuracy_floor is not None else "")
+    return f"lambda = {rl.depth_penalty.weight:g}" + (" at first" if rl.depth_penalty.target else "")
 
 
 def trained(stage: Path) -> tuple[RunConfig, Path, Path]:

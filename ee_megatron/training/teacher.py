@@ -42,6 +42,7 @@ def train_teacher(cfg: RunConfig, model_path: Path) -> Path:
         if examples is None:
             context.stop(None, 0)
         t = cfg.teacher
+        assert t is not None
         start = context.start(SEED)
         learner = context.make_learner(start, adapter_dropout=cfg.adapter.dropout)
         context.open_metrics(resume_step=0)
@@ -64,6 +65,7 @@ def train_teacher(cfg: RunConfig, model_path: Path) -> Path:
 def sample_examples(context: StageContext) -> list[tuple[np.ndarray, np.ndarray]]:
     """(prompt tokens without examples, tokens of one right answer) for every problem that was answered right once."""
     t = context.cfg.teacher
+    assert t is not None
     task = context.make_task()
     verifier = context.make_verifier(task)
     prompts = task.prompts("train")[: t.problems]

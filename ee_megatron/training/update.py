@@ -14,7 +14,7 @@ from ..config.schema import RLConfig
 from ..learner.batch import ReplayBatch
 from ..learner.learner import Learner, PackedBatch, Scores, Update
 from ..learner.packing import NOTHING_PACKED, PackingStats
-from ..objectives.policy_gradient import KL_TERMS, SURROGATES, Clip, PolicyGradient
+from ..objectives.policy_gradient import KL_TERMS, Clip, PolicyGradient
 from ..objectives.schedules import learning_rate
 from ..objectives.weights import Weights
 from ..types import Rollout
@@ -53,10 +53,9 @@ class LogprobDiff:
 
 
 def objective_of(rl: RLConfig, max_new_tokens: int) -> PolicyGradient:
-    clip = Clip(rl.clip, rl.clip_high or rl.clip)
-    return PolicyGradient(
-        SURROGATES[rl.surrogate], KL_TERMS[rl.kl], clip, rl.beta, rl.ratios, rl.loss_average, max_new_tokens
-    )  # fmt: skip
+    kl, loss = rl.kl_penalty, rl.loss
+    clip = Clip(loss.clip, loss.clip_high or loss.clip)
+    return PolicyGradient(KL_TERMS[kl.kind], clip, kl.weight, loss.ratios, loss.average, max_new_tokens)
 
 
 def minibatches(rl: RLConfig, step: int, groups: Sequence[int], included: Tensor) -> Iterator[Tensor]:

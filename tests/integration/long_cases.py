@@ -23,7 +23,7 @@ def step(path, spec: PolicySpec, policy, degrees, stages, groups, rl):
     first, reference = learner.score(batch), learner.score(batch, reference=True).token_logprobs
     clock.append(time.monotonic())
     experience = compute_advantages(
-        batch, groups, StepScores(first, reference), rl, spec.layout, lambda_depth=rl.lambda_exit
+        batch, groups, StepScores(first, reference), rl, spec.layout, lambda_depth=rl.depth_penalty.weight
     ).experience
     weights, _ = objective_of(rl, LONGEST).weights(batch, experience, first.token_logprobs, first.exit_logprobs)
     found = gradients(learner, batch, weights)

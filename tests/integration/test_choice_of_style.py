@@ -36,10 +36,11 @@ LAYERS, DEPTHS, ANSWERS = 3, [1, 2], 40
 # opens them half.
 SETTINGS = [
     "name=hops", "device=cpu", "model.dtype=float32", "task=hops", "task.families=[hop1,hop3]", "task.train=4000",
-    "task.validation=10", "task.evaluation=60", "pretrain.enabled=true", "pretrain.steps=120",
-    "pretrain.batch_size=64", "teacher.enabled=false", f"exits.depths={DEPTHS}", "adapter.rank=4", "rl.steps=1",
+    "task.validation=10", "task.evaluation=60", "pretrain=true", "pretrain.steps=120",
+    "pretrain.batch_size=64", "teacher=null", f"exits.depths={DEPTHS}", "adapter.rank=4", "rl.steps=1",
     "rl.prompts_per_step=2", "rl.group_size=2", "rl.gate_centre=0.018", "rollout.backend=local", "rollout.threads=1",
-    "rollout.max_new_tokens=8", "evaluate.thresholds=[0.5]", "evaluate.answers=2", f"evaluate.choice_answers={ANSWERS}",
+    "rollout.max_new_tokens=8", "evaluate.thresholds=[0.5]", "evaluate.answers=2",
+    f"evaluate.style_choice.answers={ANSWERS}",
     "tracker.wandb=disabled",
 ]  # fmt: skip
 
@@ -59,7 +60,7 @@ def settings(tmp_path_factory) -> list[str]:
     shape = json.loads((folder / "model" / "config.json").read_text())
     shape |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": LAYERS}
     (folder / "model" / "config.json").write_text(json.dumps(shape))
-    made = [*SETTINGS, f"model.path={folder / 'model'}", f"runs={folder / 'runs'}", f"start={folder / 'start'}"]
+    made = [*SETTINGS, f"model.path={folder / 'model'}", f"runs={folder / 'runs'}", f"init_policy={folder / 'start'}"]
     run("pretrain", made)
     cfg = load(made)
     dims = HFDirectory(stages.base_model(cfg)).dims
@@ -79,7 +80,7 @@ def evaluated(settings: list[str], *extra: str) -> tuple[RunConfig, dict]:
 
 @pytest.mark.timeout(600)
 def test_every_model_is_measured_and_the_results_read_back(settings, capsys):
-    cfg, found = evaluated(settings, "evaluate.choice=all")
+    cfg, found = evaluated(settings, "evaluate.style_choice.models=all")
     assert (found["styles"], found["num_layers"], found["answers_per_family"]) == (STYLES, LAYERS, ANSWERS)
     assert found["weights"] == pytest.approx([0.4, 0.4, 0.2]) and found["tokens_per_step"] == 1
     exits = {"teacher": "full depth", "start": "sampled", "reinforced": "sampled"}
@@ -117,7 +118,11 @@ def test_every_model_is_measured_and_the_results_read_back(settings, capsys):
 def test_under_a_fixed_depth_every_answer_is_sampled_at_it(settings):
     """These settings have no reinforced policy: the last is the one that RL would start from."""
     for depth, label, first in ((2, "fixed 2", True), (3, "full depth", False)):
-        extra = (f"rl.fixed_depth={depth}", "evaluate.choice=reinforced", "evaluate.choice_answers=8")
+        extra = (
+            f"rl.fixed_depth={depth}",
+            "evaluate.style_choice.models=reinforced",
+            "evaluate.style_choice.answers=8",
+        )
         _, found = evaluated(settings, *extra, f"exits.first_token={first}", "rl.families=[hop3]")
         (start,) = found["models"].values()
         assert list(found["models"]) == ["start"] and start["exits"] == label

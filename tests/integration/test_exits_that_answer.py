@@ -31,14 +31,17 @@ pytestmark = EXTENDED
 # The gates of a policy that nobody trained are nearly shut; the centre opens them half.
 SETTINGS = [
     "name=tiny", "device=cpu", "model.dtype=float32", "parallel.pipeline=2", "parallel.tokens_per_micro_batch=128",
-    "exits.depths=[1,2,3]", "adapter.rank=4", "teacher.enabled=false", "task.validation=6", "task.evaluation=8",
-    "rl.prompts_per_step=4", "rl.group_size=2", "rl.gate_centre=0.018", "rl.kl=exact", "rollout.max_new_tokens=6",
+    "exits.depths=[1,2,3]", "adapter.rank=4", "teacher=null", "task.validation=6", "task.evaluation=8",
+    "rl.prompts_per_step=4", "rl.group_size=2", "rl.gate_centre=0.018", "rl.kl_penalty.kind=exact",
+    "rollout.max_new_tokens=6",
     "rollout.backend=local", "rollout.threads=1", "tracker.wandb=disabled",
 ]  # fmt: skip
 LED = (
-    "rl.steps=5", "rl.checkpoint_every=1", "rl.credit=exit", "rl.charge=right", "rl.beta=0.2", "rl.accuracy_floor=5",
-    "rl.accuracy_window=2", "rl.accuracy_samples=2", "rl.lambda_exit=0.3", "rl.lambda_warmup=0.2",
-    "rl.exit_divergence=all",
+    "rl.steps=5", "rl.checkpoint_every=1", "rl.exit_credit=true", "rl.depth_penalty.penalize=right",
+    "rl.kl_penalty.weight=0.2", "rl.depth_penalty.target.margin=5",
+    "rl.depth_penalty.target.window=2", "rl.depth_penalty.target.samples=2", "rl.depth_penalty.weight=0.3",
+    "rl.depth_penalty.warmup=0.2",
+    "rl.exit_credit.divergence=all",
 )  # fmt: skip
 
 
@@ -47,7 +50,7 @@ def made(tmp_path_factory) -> list[str]:
     """The command, without `runs` and the settings that a test adds."""
     folder = tmp_path_factory.mktemp("made")
     model = tiny_hf("llama", folder / "model", layers=4, hidden=32, intermediate=48)
-    settings = [*SETTINGS, f"model.path={model}", f"start={folder / 'start'}"]
+    settings = [*SETTINGS, f"model.path={model}", f"init_policy={folder / 'start'}"]
     source = HFDirectory(model)
     spec = policy_spec(load(settings), source.dims)
     policy = initial_policy(source.dims, spec, seed=0)
@@ -115,7 +118,13 @@ def test_a_killed_run_goes_on_at_the_price_that_it_had_come_to(made, tmp_path):
 @SLOW
 @pytest.mark.timeout(600)
 def test_a_step_that_scores_nothing_first_still_shows_how_far_learner_and_pool_are_apart(made, tmp_path):
-    settings = ("rl.steps=2", "rl.skip_scoring=true", "rl.importance=none", "rl.credit=answer", f"runs={tmp_path}")
+    settings = (
+        "rl.steps=2",
+        "rl.skip_scoring=true",
+        "rl.loss.importance=null",
+        "rl.depth_penalty.credit=answer",
+        f"runs={tmp_path}",
+    )
     rows = read_metrics(finish([*made, *settings], tmp_path) / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:

@@ -277,8 +277,8 @@ def test_gradients_of_distillation_over_the_whole_vocabulary(mode, direction, tm
 @pytest.mark.parametrize("mode", ["lora", "full"])
 @pytest.mark.parametrize(("degrees", "stages", "temperature"), [((1, 2, 1), (3, 3), 1.0), ((2, 1, 1), (6,), 0.7)])
 def test_gradients_of_the_likelihood_with_the_exact_kl_beside_it(mode, degrees, stages, temperature, tmp_path):
-    """RL's objective with rl.kl=exact at PP2, and at TP2 with a padded vocabulary and a temperature, against autograd
-    through both terms; scores against the same distributions."""
+    """RL's objective with rl.kl_penalty.kind=exact at PP2, and at TP2 with a padded vocabulary and a temperature,
+    against autograd through both terms; scores against the same distributions."""
     spec = SPEC if mode == "lora" else replace(SPEC, rank=0, full=True)
     path = tiny_hf("llama", tmp_path / "model", vocab=131 if degrees[0] > 1 else 130, tied=False)
     source = HFDirectory(path)

@@ -32,7 +32,7 @@ STEPS = 6
 SETTINGS = [
     "name=ahead", "device=cpu", "model.dtype=float32", "exits.depths=[1,3,4]", "adapter.rank=4", f"rl.steps={STEPS}",
     "rl.prompts_per_step=4", "rl.group_size=2", "task.train=14", "rollout.max_new_tokens=12", "rollout.threads=1",
-    "rollout.rows=8", "teacher.enabled=false", "tracker.wandb=disabled",
+    "rollout.max_num_seqs=8", "teacher=null", "tracker.wandb=disabled",
 ]  # fmt: skip
 
 

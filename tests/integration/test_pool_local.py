@@ -25,7 +25,7 @@ SPEC = PolicySpec(6, (2, 4), rank=4, alpha=8.0)
 
 def test_the_local_pool_holds_versions_and_refuses_damaged_weights(tmp_path: Path):
     path = tiny_hf("llama", tmp_path)
-    pool = make_pool(RolloutConfig("local", rows=4, threads=0), path, SPEC, torch.float32, "cpu")
+    pool = make_pool(RolloutConfig("local", max_num_seqs=4, threads=0), path, SPEC, torch.float32, "cpu")
     assert isinstance(pool, LocalPool)
     prompts = [Prompt("a", "1 + 1 =", "2", "")]
     assert pool.health()["digest"] == "teacher"
@@ -44,7 +44,7 @@ def test_the_local_pool_holds_versions_and_refuses_damaged_weights(tmp_path: Pat
 
 def test_weights_that_come_in_blocks_are_those_that_come_whole(tmp_path: Path, monkeypatch):
     path = tiny_hf("llama", tmp_path)
-    pool = make_pool(RolloutConfig("local", rows=4, threads=0), path, SPEC, torch.float32, "cpu")
+    pool = make_pool(RolloutConfig("local", max_num_seqs=4, threads=0), path, SPEC, torch.float32, "cpu")
     whole = WeightSet(5, initial_policy(HFDirectory(path).dims, SPEC, 0))
     monkeypatch.setattr("ee_megatron.tensors.BLOCK_BYTES", 200)
     taken = pool.take(5, HeldStream(whole.tensors))
@@ -78,7 +78,7 @@ def test_a_cache_with_a_limit_is_never_exceeded_and_changes_no_answer(tmp_path: 
     texts = []
     for limit in (0.0, gib):
         most.clear()
-        rollout = RolloutConfig("local", rows=12, threads=1, max_new_tokens=40, cache_gib=limit)
+        rollout = RolloutConfig("local", max_num_seqs=12, threads=1, max_new_tokens=40, cache_gib=limit)
         answers = make_pool(rollout, path, SPEC, torch.float32, "cpu").generate(asked)
         texts.append([answer.tokens.tolist() for group in answers for answer in group])
         assert (max(most) <= held // 16) == bool(limit)

@@ -33,7 +33,7 @@ pytestmark = [
 PROBLEMS, LABELS = 24, ("calibrated, hazard > 0.5", "reinforced, hazard > 0.5")
 SETTINGS = [
     "experiment=demo_cpu", "name=tiny", "model.dtype=float32", "parallel.data=1", "exits.depths=[2,4]",
-    "adapter.rank=4", "teacher.enabled=false", "task.validation=4", f"task.evaluation={PROBLEMS}", "rl.steps=3",
+    "adapter.rank=4", "teacher=null", "task.validation=4", f"task.evaluation={PROBLEMS}", "rl.steps=3",
     "rollout.backend=local", "rollout.threads=1", "rollout.max_new_tokens=24", "evaluate.thresholds=[0.5]",
     "evaluate.answers=3", "tracker.wandb=disabled",
 ]  # fmt: skip

@@ -18,15 +18,15 @@ from tests.tiny import tiny_hf
 SETTINGS = [
     "device=cpu", "model.dtype=float32", "parallel.tokens_per_micro_batch=128", "exits.depths=[2,3,4]",
     "adapter.rank=4",
-    "teacher.enabled=false", "task.validation=4", "task.evaluation=4", "traces.problems=4", "calibrate.epochs=1",
-    "calibrate.patterns=1", "calibrate.batch_size=4", "rl.prompts_per_step=2", "rl.group_size=2",
+    "teacher=null", "task.validation=4", "task.evaluation=4", "traces.problems=4", "calibrate.epochs=1",
+    "calibrate.exit_samples=1", "calibrate.batch_size=4", "rl.prompts_per_step=2", "rl.group_size=2",
     "rollout.max_new_tokens=6", "rollout=local", "rollout.threads=1", "evaluate.thresholds=[0.5]",
     "evaluate.answers=2", "tracker.wandb=disabled",
 ]  # fmt: skip
 LONG = 40
 GRID = [
-    "rl.lambda_exit=0,0.5,1", f"rl.steps=2,3,{LONG}", "rl.adapter_lr=3e-4,1e30,3e-4",
-    "--zip", "rl.lambda_exit,rl.steps,rl.adapter_lr", "--last", "rl",
+    "rl.depth_penalty.weight=0,0.5,1", f"rl.steps=2,3,{LONG}", "rl.adapter_lr=3e-4,1e30,3e-4",
+    "--zip", "rl.depth_penalty.weight,rl.steps,rl.adapter_lr", "--last", "rl",
 ]  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def test_a_sweep_survives_failures_and_kills_and_does_nothing_twice(tmp_path):
     said = finish(first)
     assert first.returncode == 1, said
     assert states(sweep) == ["finished", "failed", "killed"], said
-    assert "not finite" in record_of(sweep, 1).error and "error: rl.lambda_exit=0.5" in said, said
+    assert "not finite" in record_of(sweep, 1).error and "error: rl.depth_penalty.weight=0.5" in said, said
     assert record_of(sweep, 2).error == "killed by SIGKILL" and record_of(sweep, 2).code == -signal.SIGKILL
 
     # Continued; then the sweep itself is killed, and what it had started ends by itself, with a checkpoint. The next

@@ -28,13 +28,13 @@ from tests.tiny import tiny_hf
 
 SETTINGS = [
     "name=tiny", "device=cpu", "model.dtype=float32", "parallel.pipeline=2", "parallel.tokens_per_micro_batch=128",
-    "exits.depths=[2,3,4]", "adapter.rank=4", "teacher.enabled=false", "task.validation=6", "task.evaluation=8",
-    "traces.problems=16", "traces.wide_operands=0.25", "calibrate.epochs=1", "calibrate.patterns=1",
+    "exits.depths=[2,3,4]", "adapter.rank=4", "teacher=null", "task.validation=6", "task.evaluation=8",
+    "traces.problems=16", "traces.wide_operands=0.25", "calibrate.epochs=1", "calibrate.exit_samples=1",
     "calibrate.batch_size=8", "rl.steps=4", "rl.prompts_per_step=4", "rl.group_size=2", "rollout.max_new_tokens=8",
     "rollout.actors=1", "rl.dump_rollouts=true", "rl.wide_operands=0.5", "rollout.threads=1",
     "evaluate.thresholds=[0.5]", "evaluate.wide_problems=5", "evaluate.wide_test=7", "evaluate.answers=3",
     "evaluate.controls=true", "evaluate.externalisation=true",
-    "evaluate.externalisation_prompts=4", "tracker.wandb=disabled",
+    "evaluate.externalisation.prompts=4", "tracker.wandb=disabled",
 ]  # fmt: skip
 
 
@@ -249,7 +249,7 @@ def test_the_adapters_stop_and_shrink_while_the_gates_settle_and_a_resumed_run_s
     folder, _ = finished
     runs = folder / "runs" / "tiny"
     settings = (
-        "calibrate.epochs=4", "calibrate.keep=0.75", "calibrate.settle=0.25",
+        "calibrate.epochs=4", "calibrate.wise_ft_alpha=0.75", "calibrate.gate_only_fraction=0.25",
         "calibrate.gate_targets=current", "calibrate.student_patterns=0.5", "calibrate.uniform_patterns=1",
         "calibrate.checkpoint_every=3",
     )  # fmt: skip
@@ -284,7 +284,8 @@ def test_full_fine_tuning_goes_on_from_a_checkpoint_with_rollouts_made_ahead(fin
     read in parts."""
     folder, _ = finished
     full = (
-        "adapter.full=true", "calibrate.keep=0.75", "calibrate.settle=0.5", "rl.checkpoint_every=1",
+        "adapter.full=true", "calibrate.wise_ft_alpha=0.75", "calibrate.gate_only_fraction=0.5",
+        "rl.checkpoint_every=1",
         "rollout.max_staleness=1", "rollout.check_weights=true", "rollout.sync_dtype=bfloat16",
     )  # fmt: skip
     runs = folder / "runs" / "tiny"
@@ -335,7 +336,7 @@ def test_damaged_weights_are_one_line_before_anything_starts(name, damage, says,
         weights.write_bytes(weights.read_bytes()[:-1000])
     else:
         weights.unlink()
-    done = ee_megatron(*command(name, tmp_path, "teacher.enabled=true"), timeout=100)
+    done = ee_megatron(*command(name, tmp_path, "teacher=true"), timeout=100)
     assert done.returncode == 2
     errors = done.stderr.strip().splitlines()
     assert len(errors) == 1 and errors[0].startswith("error: ") and says in errors[0]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig, RLConfig
+from ee_megatron.config.schema import DeepspeedConfig, DepthPenalty, KLPenalty, ParallelConfig, RLConfig
 from ee_megatron.exit_rules import Sample
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.learner import Learner
@@ -52,7 +52,13 @@ def run(folder, seed: int, lambda_exit: float, settings: dict[str, str]) -> tupl
     parallel = ParallelConfig()
     learner = Learner(source, SPEC, policy, parallel, DeepspeedConfig(), device=torch.device("cpu"))
     pool = LocalPool(path, SPEC, rows=32)
-    rl = RLConfig(lambda_exit=lambda_exit, beta=0.0, group_size=SAMPLES, steps=STEPS, **settings)
+    rl = RLConfig(
+        group_size=SAMPLES,
+        steps=STEPS,
+        depth_penalty=DepthPenalty(weight=lambda_exit),
+        kl_penalty=KLPenalty(weight=0.0),
+        **settings,
+    )
     prompts = [Prompt(f"p{i}", f"{i}:", "", "digits") for i in range(PROMPTS)]
     rewards, depths = [], []
     for step in range(STEPS):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from ranks import Ranks
 
-from ee_megatron.config.schema import RLConfig
+from ee_megatron.config.schema import DepthPenalty, KLPenalty, RLConfig
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec
 from ee_megatron.types import Group, Prompt, Rollout
@@ -48,7 +48,12 @@ def test_gradients_of_a_step_on_long_answers_are_the_references(degrees, stages,
         max_position_embeddings=2 * LONGEST,
     )  # fmt: skip
     policy, groups = random_policy(HFDirectory(path).dims, SPEC), make_groups()
-    rl = RLConfig(prompts_per_step=PROMPTS, group_size=SAMPLES, beta=0.1, lambda_exit=0.5)
+    rl = RLConfig(
+        prompts_per_step=PROMPTS,
+        group_size=SAMPLES,
+        kl_penalty=KLPenalty(weight=0.1),
+        depth_penalty=DepthPenalty(weight=0.5),
+    )
     with Ranks(2, tmp_path / "ranks") as ranks:
         found = ranks.call(
             "long_cases:step", timeout=900, path=path, spec=SPEC, policy=policy, degrees=degrees, stages=stages,

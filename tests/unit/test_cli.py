@@ -45,7 +45,10 @@ def test_every_command_has_help_with_an_example(name: str, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["rl", "experiment=demo_cpu", "rl.lamda_exit=1"], ["error: rl.lamda_exit", "did you mean rl.lambda_exit?"]),
+        (
+            ["rl", "experiment=demo_cpu", "rl.lamda_exit=1"],
+            ["error: rl.lamda_exit", "did you mean rl.depth_penalty.weight?"],
+        ),
         (["rl", "experiment=nothing"], ["error: experiment=nothing", "demo_cpu"]),
         (["run", "experiment=demo_cpu", "rl.group_size=1"], ["error: rl.group_size=1"]),
         (["calibrate", "experiment=demo_cpu", "model.path=no/where"], ["error: model.path=no/where", "no config.json"]),

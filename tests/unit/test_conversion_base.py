@@ -18,7 +18,7 @@ from ee_megatron.checkpoint.describe import open_base
 from ee_megatron.checkpoint.hf_export import export_hf
 from ee_megatron.checkpoint.manifest import read_manifest
 from ee_megatron.checkpoint.sources import HFSource, TunedSource
-from ee_megatron.config.faults import faults_of
+from ee_megatron.config.errors import faults_of
 from ee_megatron.config.identity import stage_dir, stage_order
 from ee_megatron.config.load import attempt, load
 from ee_megatron.config.schema import RunConfig
@@ -168,7 +168,7 @@ def test_answering_refuses_a_stranger_unless_told_otherwise(models, capsys, comm
 
 
 def settings(model: Path, folder: Path, *more: str) -> RunConfig:
-    fixed = ("name=x", "teacher.enabled=false", "exits.depths=[1,2]", "device=cpu")
+    fixed = ("name=x", "teacher=null", "exits.depths=[1,2]", "device=cpu")
     return load([*fixed, f"model.path={model}", f"runs={folder}", *more])
 
 
@@ -186,8 +186,8 @@ def leave(cfg: RunConfig, stage: str, base: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["rl", "evaluate"])
 def test_stages_refuse_the_policies_of_another_base_before_they_start(models, tmp_path, stage):
-    control = [f"evaluate.control_policy={models['policy']}"] if stage == "evaluate" else []
-    options = [f"start={models['policy']}", *control]
+    control = [f"evaluate.controls.policy={models['policy']}"] if stage == "evaluate" else []
+    options = [f"init_policy={models['policy']}", *control]
     with pytest.raises(ValueError, match=rf"{STRANGER}.*model\.base_unchecked=true"):
         stages.ready_model(settings(models["base"], tmp_path, *options), stage)
     for name, *unchecked in (("teacher",), ("sharded",), ("base", "model.base_unchecked=true")):
@@ -262,7 +262,7 @@ class Start:
             *more,
         ]
         given += [f"model.checkpoint={checkpoint}"] if checkpoint else []
-        return [*given, "teacher.enabled=false", "exits.depths=[1]", "device=cpu"]
+        return [*given, "teacher=null", "exits.depths=[1]", "device=cpu"]
 
 
 @pytest.fixture
@@ -353,6 +353,6 @@ def test_ours_is_taken_as_it_is_too(given):
 def test_the_stage_needs_one_model_to_start_from(given):
     (said,) = Preflight().faults(attempt(given.settings(None)), ["imported"], inputs=True)
     assert said.startswith("model.checkpoint: ")
-    words = given.settings(given.saved, "pretrain.enabled=true")
+    words = given.settings(given.saved, "pretrain=true")
     (said,) = Preflight().faults(attempt(words), ["imported"])
     assert "two models" in said

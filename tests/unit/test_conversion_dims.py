@@ -198,7 +198,7 @@ def test_what_only_a_new_family_has_is_lost_nowhere(
     monkeypatch.chdir(tmp_path)
     base = tiny_hf("llama", Path("base"), layers=2)
     imported = "import --hf base --out megatron --quiet"
-    planned = "run name=x teacher.enabled=false exits.depths=[1] exits.first_token=false device=cpu model.path=base "
+    planned = "run name=x teacher=null exits.depths=[1] exits.first_token=false device=cpu model.path=base "
     planned += "runs=runs rollout=vllm rollout.max_new_tokens=64 --dry-run"
     assert cli.main(planned.split()) == 0
     # A policy that was made with RoPE everywhere is a stranger where some layers have none.

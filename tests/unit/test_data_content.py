@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ee_megatron.config.content import RECORD, digest, recorded
-from ee_megatron.config.identity import STAGES, outdated, stage_dir
+from ee_megatron.config.identity import RECORD, STAGES, digest, outdated, recorded, stage_dir
 from ee_megatron.config.load import load
 
 

@@ -16,9 +16,9 @@ import torch
 
 from ee_megatron import cli
 from ee_megatron.config import device as module
+from ee_megatron.config.config_paths import find_config_dir, list_groups
 from ee_megatron.config.device import asks_for_gpus, pick_device, pick_dtype
 from ee_megatron.config.load import load
-from ee_megatron.config.shipped import find_config_dir, list_groups
 from ee_megatron.planning.plan import element_bytes
 from ee_megatron.rollout.pool.interface import ReplicaSettings
 from ee_megatron.rollout.pool.ray_actor import Replica
@@ -37,7 +37,7 @@ SUMMARY = "| NVIDIA-SMI 470.82.01    Driver Version: 470.82.01    CUDA Version: 
 def model(tmp_path: Path) -> list[str]:
     """Settings of a stage that has all it needs but GPUs."""
     path = tiny_hf("llama", tmp_path / "model")
-    return [f"model.path={path}", f"runs={tmp_path / 'runs'}", "name=x", "teacher.enabled=false", "device=cuda"]
+    return [f"model.path={path}", f"runs={tmp_path / 'runs'}", "name=x", "teacher=null", "device=cuda"]
 
 
 @pytest.fixture(autouse=True)

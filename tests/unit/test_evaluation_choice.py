@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ee_megatron.config.load import load
-from ee_megatron.config.schema import RLConfig, TaskConfig
+from ee_megatron.config.schema import DepthPenalty, KLPenalty, RLConfig, TaskConfig
 from ee_megatron.evaluation.choice import ChoiceBench, Judged, by_family, choice, cycled, figures, shares
 from ee_megatron.exit_rules import ExitRule, Fixed, Off, Sample
 from ee_megatron.externalise.styles import depth_of_hops, shares_of, steps_price
@@ -25,7 +25,7 @@ PROMPT = Prompt("p", "", "7", "hops.hop1")
 TASK = HopsTask(TaskConfig("hops", families=["hop1", "hop3"], train=4, validation=4, evaluation=20))
 STYLES = ("terse", "steps", "padded")
 SAMPLING = SamplingParams(0.75, 12, ("\n",))
-RL = RLConfig(beta=0.1, cost_length=3)
+RL = RLConfig(kl_penalty=KLPenalty(weight=0.1), depth_penalty=DepthPenalty(cost_tokens=3))
 
 
 def test_figures_are_means_over_answers_by_hand() -> None:
@@ -213,8 +213,8 @@ def test_the_price_from_which_on_steps_should_take_over_by_hand() -> None:
 def test_the_last_model_is_the_start_where_there_was_no_rl() -> None:
     cfg = load(["name=test", "model.path=nowhere"])
     assert choosing(cfg, ("calibrated", "reinforced")) == []
-    cfg.evaluate.choice = "reinforced"
+    cfg.evaluate.style_choice.models = "reinforced"
     assert choosing(cfg, ("calibrated", "reinforced")) == ["reinforced"] and choosing(cfg, ("calibrated",)) == ["start"]
-    cfg.evaluate.choice = "all"
+    cfg.evaluate.style_choice.models = "all"
     assert choosing(cfg, ("calibrated", "reinforced")) == ["teacher", "start", "reinforced"]
     assert choosing(cfg, ("calibrated",)) == ["teacher", "start"]

@@ -171,7 +171,7 @@ def test_the_table_says_how_many_bases_have_a_price() -> None:
 
 def test_a_shape_is_what_the_settings_and_config_json_say(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    cfg = load(["name=t", f"model.path={tmp_path}", "exits.depths=[2,4]", "pretrain.enabled=true"])
+    cfg = load(["name=t", f"model.path={tmp_path}", "exits.depths=[2,4]", "pretrain=true"])
     block = 64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64
     shape = shape_of(cfg, 6)
     assert shape == Shape(6, 64, 6 * block + 64) and re.findall(r"[\d,]*\d", shape.label) == [

@@ -208,7 +208,7 @@ def test_what_was_left_out_and_what_isnt_alike_is_said(tmp_path: Path) -> None:
     write(tmp_path, record("lambda 0"))
     (write(tmp_path, record("max 1", seed=5)) / "results.json").write_text("{}")
     longer = config(record("max 1"))
-    longer.rl.steps, longer.rl.kl_sum = 99, False
+    longer.rl.steps, longer.rl.kl_penalty.sum = 99, False
     write(tmp_path, record("max 1"), longer)
     # The same run evaluated again, with less measured: the fuller one stays.
     again = config(record("lambda 0"))

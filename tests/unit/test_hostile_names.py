@@ -111,7 +111,7 @@ def test_rays_script_reads_numbers(words: list[str], tmp_path: Path) -> None:
 def test_a_line_end_cannot_get_into_a_jobs_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by a setting, and not by the name of the directory that all happens in."""
     model = tiny_hf("llama", tmp_path / "model")
-    settings = ["name=x", f"model.path={model}", "teacher.enabled=false", "device=cpu", "runs=runs"]
+    settings = ["name=x", f"model.path={model}", "teacher=null", "device=cpu", "runs=runs"]
     inside = tmp_path / "x\nrollout_nodes=a[$(touch CANARY)]"
     inside.mkdir()
     monkeypatch.chdir(inside)
@@ -126,7 +126,7 @@ def test_a_sweeps_name_is_a_name_wherever_it_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    fixed = ["sweep", "model.path=none", "rollout=local", "rl.lambda_exit=0,1", "runs=runs"]
+    fixed = ["sweep", "model.path=none", "rollout=local", "rl.depth_penalty.weight=0,1", "runs=runs"]
     for number, name in enumerate([*HOSTILE, "x\n#SBATCH --wrap=x\ntouch CANARY #"]):
         file = tmp_path / "grid.yaml"
         # JSON is YAML: a line end, too.

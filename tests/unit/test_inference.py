@@ -54,7 +54,7 @@ class House:
         self.run = root / "runs" / "one"
         # As a run saves it that was started in `root`.
         cfg = RunConfig(name="one")
-        cfg.model.path, cfg.model.dtype, cfg.teacher.enabled = "models/m", "float32", False
+        cfg.model.path, cfg.model.dtype, cfg.teacher = "models/m", "float32", None
         add_checkpoint(self.run / "calibrate-00000000", cfg, self.other)
         add_checkpoint(self.run / "rl-00000000", cfg, self.policy)
         self.checkpoint = self.run / "rl-00000000" / "checkpoints" / "step_3"
@@ -128,7 +128,7 @@ def test_a_run_without_reinforced_policy_gives_the_calibrated_one(house: House, 
     run = tmp_path / "moved"
     (house.run / "calibrate-00000000").parent.mkdir(exist_ok=True)
     cfg = RunConfig(name="one")
-    cfg.model.path, cfg.teacher.enabled = str(house.base), False
+    cfg.model.path, cfg.teacher = str(house.base), None
     add_checkpoint(run / "calibrate-00000000", cfg, house.other)
     calibrated, direct = (
         EarlyExitModel.load(run, **FLOAT32),

@@ -260,7 +260,7 @@ def test_a_stage_that_samples_goes_on_with_the_parts_that_it_has(
     """8 problems of 2 answers in parts of 3: two parts, a kill, then the third alone; the same as in one piece."""
     monkeypatch.setattr("ee_megatron.training.context.PART_WAVES", 1)
     where = [f"model.path={pool.tokenizer.name_or_path}", f"runs={tmp_path}", "name=x", "device=cpu"]
-    small = ["rollout.rows=6", "rollout.max_new_tokens=12", "traces.temperature=1"]
+    small = ["rollout.max_num_seqs=6", "rollout.max_new_tokens=12", "traces.temperature=1"]
     cfg = load([*where, *small, "exits.depths=[2,4]", "tracker=disabled"])
     whole = GenerationRequest(PROMPTS, 2, SamplingParams(1.0, 12, tuple(cfg.rollout.stop)), Off(), 0)
     pool.load(None)

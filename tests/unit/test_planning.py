@@ -238,8 +238,8 @@ def test_a_plan_builds_prints_and_starts_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stage", "overrides", "expected"),
     [
-        ("rl", ["experiment=rl_7b", "rl.lambda_exit=0.3"],
-         "sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 slurm/rl_7b.sh rl.lambda_exit=0.3"),
+        ("rl", ["experiment=rl_7b", "rl.depth_penalty.weight=0.3"],
+         "sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 slurm/rl_7b.sh rl.depth_penalty.weight=0.3"),
         ("calibrate", ["experiment=rl_7b"],
          "sbatch --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 slurm/calibrate_7b.sh"),
         ("traces", ["experiment=rl_7b"],
@@ -355,7 +355,7 @@ def test_recorded_rollouts_need_no_actor(tmp_path: Path, capsys: pytest.CaptureF
     said = capsys.readouterr().out
     assert err.removeprefix("error: ").split(";")[0] in said and "GiB per rollout actor" in said
 
-    replayed = [*wanted, f"rl.replay={tmp_path}", "rl.accuracy_floor=null"]
+    replayed = [*wanted, f"rl.replay={tmp_path}", "rl.depth_penalty.target=null"]
     code, out, err = run(capsys, *replayed, "--no-build")
     assert code == 0 and str(tmp_path) in out and "weight sync" not in out, err
     assert cli.main(["rl", *replayed, "--dry-run"]) == 0

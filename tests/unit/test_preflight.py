@@ -42,16 +42,19 @@ def lines(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
 
 def test_everything_is_said_at_once(base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = lines(
-        capsys, "run", *base, "start=/nonexistent", "rl.replay=/nonexistent", 'rollout.stop=[""]', "rl.lamda_exit=1",
+        capsys, "run", *base, "init_policy=/nonexistent", "rl.replay=/nonexistent", 'rollout.stop=[""]',
+        "rl.lamda_exit=1",
         "evaluate.thresholds=[]", "task=dataset", "task.path=/nonexistent", "rollout.max_new_tokens=100000",
-        "evaluate.controls=true", "evaluate.control_policy=/x", "rl.beta=nan", "rl.steps=many", "rl.group_size=1",
+        "evaluate.controls=true", "evaluate.controls.policy=/x", "rl.kl_penalty.weight=nan", "rl.steps=many",
+        "rl.group_size=1",
         "exits.depths=[99]", "parallel.virtual=2",
     )  # fmt: skip
     wanted = (
-        "rl.lamda_exit: no such setting", "rl.steps: Value 'many'", "rl.beta=nan: expected a finite number",
+        "rl.lamda_exit: no such setting", "rl.steps: Value 'many'",
+        "rl.kl_penalty.weight=nan: expected a finite number",
         "rl.group_size=1", "evaluate.thresholds=[]", "rollout.stop=['']", "parallel.virtual=2",
-        "rollout.max_new_tokens=100000", "exits.depths: [99]", "start=/nonexistent", "rl.replay=/nonexistent",
-        "evaluate.control_policy=/x", "task.path=/nonexistent",
+        "rollout.max_new_tokens=100000", "exits.depths: [99]", "init_policy=/nonexistent", "rl.replay=/nonexistent",
+        "evaluate.controls.policy=/x", "task.path=/nonexistent",
     )  # fmt: skip
     assert [sum(line.startswith(start) for line in found) for start in wanted] == [1] * len(wanted), found
     assert len(found) == len(wanted) and not (tmp_path / "runs").exists()
@@ -112,8 +115,14 @@ def test_a_dry_run_says_what_is_not_here(base: list[str], tmp_path: Path, capsys
     assert remarks("run", *base, *data, "teacher.batch_size=4") == []
     (line,) = remarks("run", *base, *data, "teacher.batch_size=64")
     assert re.match(r"teacher\.batch_size=64\b.*\b15\b", line), line
-    found = remarks("run", *base, "model.path=/no/model", "start=/no/policy", "task=dataset", "task.path=/no/data")
-    assert [line.split(":")[0] for line in found] == ["model.path=/no/model", "start=/no/policy", "task.path=/no/data"]
+    found = remarks(
+        "run", *base, "model.path=/no/model", "init_policy=/no/policy", "task=dataset", "task.path=/no/data"
+    )
+    assert [line.split(":")[0] for line in found] == [
+        "model.path=/no/model",
+        "init_policy=/no/policy",
+        "task.path=/no/data",
+    ]
     (line,) = remarks("calibrate", *base)
     assert "'teacher'" in line
     # The package's own problems are the same everywhere.
@@ -121,7 +130,7 @@ def test_a_dry_run_says_what_is_not_here(base: list[str], tmp_path: Path, capsys
 
 
 def test_a_finished_stage_needs_nothing_any_more(base: list[str], tmp_path: Path) -> None:
-    settings = [*base, "teacher.enabled=false", "start=/nonexistent"]
+    settings = [*base, "teacher=null", "init_policy=/nonexistent"]
     found = Preflight().faults(Attempt(load(settings), []), ["rl"])
     assert len(found) == 1
     from ee_megatron.config.identity import stage_dir
@@ -136,7 +145,7 @@ def test_no_torch_on_the_way(base: list[str]) -> None:
     """Nor any other library that takes seconds: a model is looked at, not read."""
     code = (
         "import sys\nfrom ee_megatron import cli\n"
-        f"assert cli.main(['run', *{base!r}, 'exits.depths=[99]', 'teacher.shots=99', 'start=/x']) == 2\n"
+        f"assert cli.main(['run', *{base!r}, 'exits.depths=[99]', 'teacher.shots=99', 'init_policy=/x']) == 2\n"
         "assert not {'torch', 'transformers', 'datasets', 'megatron', 'numpy.random'} & sys.modules.keys()\n"
     )
     done = subprocess.run(
@@ -168,7 +177,7 @@ def test_on_a_login_node_the_job_is_named_instead(
     (tmp_path / "bin" / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    settings = [*base, "teacher.enabled=false", "cluster.nodes=2", "rollout.backend=ray", "device=cpu"]
+    settings = [*base, "teacher=null", "cluster.nodes=2", "rollout.backend=ray", "device=cpu"]
     (line,) = lines(capsys, "traces", *settings)
     assert "sbatch --nodes=2" in line
     assert "slurm/stage.sh traces" in line and not (tmp_path / "SUBMITTED").exists()

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ee_megatron.config.derive import read_dims, reshaped
 from ee_megatron.config.identity import stage_dir
 from ee_megatron.config.load import load
-from ee_megatron.config.schema import PretrainConfig, RunConfig
+from ee_megatron.config.schema import PretrainConfig, RunConfig, TeacherConfig
 from ee_megatron.objectives.weights import text_likelihood
 from ee_megatron.training import stages
 from ee_megatron.training.pretrain import make_batch, plan
@@ -151,7 +151,7 @@ def test_later_stages_build_on_what_is_pretrained(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "DONE").touch()
     assert stages.base_model(cfg) == folder / "model"
-    cfg.teacher.enabled = True
+    cfg.teacher = TeacherConfig()
     assert stages.source_model(cfg) == folder / "model"
     with pytest.raises(FileNotFoundError, match="'teacher'"):
         stages.base_model(cfg)

@@ -34,8 +34,14 @@ from ee_megatron.training import launch
     "settings",
     [
         ["experiment=demo_cpu"],
-        ["experiment=demo_cpu", "rl.lambda_exit=0.3", "name=x1", "calibrate.adapter_lr=7e-4", "exits.depths=[5,10]"],
-        ["experiment=rl_7b", "model.path=no/such model", "name='007'", "rl.accuracy_floor=2"],
+        [
+            "experiment=demo_cpu",
+            "rl.depth_penalty.weight=0.3",
+            "name=x1",
+            "calibrate.adapter_lr=7e-4",
+            "exits.depths=[5,10]",
+        ],
+        ["experiment=rl_7b", "model.path=no/such model", "name='007'", "rl.depth_penalty.target.margin=2"],
         ["experiment=smollm2", 'rollout.stop=["a,b", "\n", "c\\"d", "e f=[g]"]', "evaluate.controls=true"],
     ],
 )

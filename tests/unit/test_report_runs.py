@@ -27,7 +27,10 @@ def made(root: Path, *settings: str) -> Path:
 
 
 def test_a_runs_directory_stands_for_every_evaluation_in_it(tmp_path: Path) -> None:
-    ends = [made(tmp_path, "rl.lambda_exit=0", "rl.steps=12"), made(tmp_path, "rl.lambda_exit=0.3", "rl.steps=5")]
+    ends = [
+        made(tmp_path, "rl.depth_penalty.weight=0", "rl.steps=12"),
+        made(tmp_path, "rl.depth_penalty.weight=0.3", "rl.steps=5"),
+    ]
     page = report_directories([tmp_path / "front"])
     text = page.read_text()
     assert page == tmp_path / "front" / "report.html"
@@ -42,9 +45,11 @@ def test_a_runs_directory_stands_for_every_evaluation_in_it(tmp_path: Path) -> N
 
 
 def test_runs_that_differ_in_much_are_numbered_and_their_settings_stand_in_the_table(tmp_path: Path) -> None:
-    one = made(tmp_path, "rl.lambda_exit=0")
-    two = made(tmp_path, "rl.lambda_exit=0.3", "rl.steps=5", "rl.beta=0.25", "calibrate.adapter_lr=7e-4")
-    three = made(tmp_path, "rl.lambda_exit=1")
+    one = made(tmp_path, "rl.depth_penalty.weight=0")
+    two = made(
+        tmp_path, "rl.depth_penalty.weight=0.3", "rl.steps=5", "rl.kl_penalty.weight=0.25", "calibrate.adapter_lr=7e-4"
+    )
+    three = made(tmp_path, "rl.depth_penalty.weight=1")
     text = report_directories([one, two, three], tmp_path / "page.html").read_text()
     for words in ("reinforced (run 2)", "calibrated (run 2)", "calibrated (run 1, run 3)", "<td>0.0007</td>"):
         assert words in text, words
@@ -54,7 +59,8 @@ def test_runs_that_differ_in_much_are_numbered_and_their_settings_stand_in_the_t
 def test_runs_that_differ_in_seeds_are_summed_up(tmp_path: Path) -> None:
     grid = [(price, seed) for price in (0, 0.5) for seed in (1, 2)]
     ends = [
-        made(tmp_path, f"rl.lambda_exit={price}", f"calibrate.seed={seed}", f"rl.seed={seed}") for price, seed in grid
+        made(tmp_path, f"rl.depth_penalty.weight={price}", f"calibrate.seed={seed}", f"rl.seed={seed}")
+        for price, seed in grid
     ]
     for (price, seed), end in zip(grid, ends, strict=True):
         data = json.loads((end / "results.json").read_text())
@@ -109,7 +115,7 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_saved_configuration_is_read_as_it_was(tmp_path: Path) -> None:
-    cfg = load(["experiment=demo_cpu", "rl.lambda_exit=0.3", "task.families=[sum]"])
+    cfg = load(["experiment=demo_cpu", "rl.depth_penalty.weight=0.3", "task.families=[sum]"])
     (tmp_path / "config.yaml").write_text(to_yaml(cfg))
     assert read_saved(tmp_path / "config.yaml") == cfg
 

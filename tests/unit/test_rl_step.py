@@ -12,7 +12,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ee_megatron.config.schema import RLConfig, RunConfig
+from ee_megatron.config.schema import (
+    AccuracyTarget,
+    DepthPenalty,
+    ExitCredit,
+    Importance,
+    KLPenalty,
+    Loss,
+    RLConfig,
+    RunConfig,
+)
 from ee_megatron.exits import ExitLayout
 from ee_megatron.learner.batch import spread
 from ee_megatron.learner.learner import Scores, Update
@@ -51,7 +60,7 @@ def weights_of(groups, rl, now=None, reference=None):
     batch = collate(groups, 6)
     first = scores(batch)
     known = (reference or first).token_logprobs
-    experience, values = credit(batch, groups, first, known, rl, rl.lambda_exit)
+    experience, values = credit(batch, groups, first, known, rl, rl.depth_penalty.weight)
     current = now(batch) if now else first
     weights, share = objective_of(rl, LONGEST).weights(batch, experience, current.token_logprobs, current.exit_logprobs)
     return batch, weights, experience, values | rollout_metrics(batch, groups, 6), share
@@ -60,13 +69,17 @@ def weights_of(groups, rl, now=None, reference=None):
 def test_shallower_answers_of_equal_worth_are_pushed_up():
     """The gradient weights: with equal task reward the deep answer's tokens and exits go down, the shallow one's up."""
     groups = [a_group([6, 2, 2], [6, 6, 6])]
-    _, weights, _, values, _ = weights_of(groups, RLConfig(lambda_exit=0.5, beta=0.0))
+    _, weights, _, values, _ = weights_of(
+        groups, RLConfig(depth_penalty=DepthPenalty(weight=0.5), kl_penalty=KLPenalty(weight=0.0))
+    )
     gap = 0.5 * (18 - 10) / 18
     assert weights.token[0].sum().item() == pytest.approx(gap / 2)
     assert weights.token[1].sum().item() == pytest.approx(-gap / 2)
     assert weights.exit[0].sum().item() == pytest.approx(gap / 2 * 2 / 3)
     assert values["importance_ratio_mean"] == pytest.approx(1.0) and values["mean_depth"] == pytest.approx(28 / 36)
-    assert not weights_of(groups, RLConfig(lambda_exit=0.0, beta=0.0))[1].token.any()
+    assert not weights_of(groups, RLConfig(depth_penalty=DepthPenalty(weight=0.0), kl_penalty=KLPenalty(weight=0.0)))[
+        1
+    ].token.any()
 
 
 def test_the_paper_s_reward_by_hand():
@@ -75,7 +88,9 @@ def test_the_paper_s_reward_by_hand():
     plain = collate(groups, 6)
     # log pi is -1 everywhere, so the two log ratios are 0.2 and 0.7.
     reference = scores(plain, tokens=torch.tensor([[-1.2], [-1.7]]).expand(plain.tokens.shape))
-    _, _, experience, values, _ = weights_of(groups, RLConfig(lambda_exit=0.4, beta=0.1), reference=reference)
+    _, _, experience, values, _ = weights_of(
+        groups, RLConfig(depth_penalty=DepthPenalty(weight=0.4), kl_penalty=KLPenalty(weight=0.1)), reference=reference
+    )
     first, second = 1 - 0.1 * 0.2 - 0.4 * 10 / 18, 0.5 - 0.1 * 0.7 - 0.4
     assert values["reward"] == pytest.approx((first + second) / 2)
     assert values["kl_to_reference"] == pytest.approx(0.45)
@@ -89,7 +104,7 @@ def test_the_distance_from_the_reference_may_be_a_sum():
     groups = [a_group([6, 2, 2], [6, 6], rewards=[1, 0.5])]
     plain = collate(groups, 6)
     reference = scores(plain, tokens=torch.tensor([[-1.2], [-1.7]]).expand(plain.tokens.shape))
-    rl = RLConfig(lambda_exit=0.0, beta=0.1, kl_sum=True)
+    rl = RLConfig(depth_penalty=DepthPenalty(weight=0.0), kl_penalty=KLPenalty(weight=0.1, sum=True))
     _, _, experience, values, _ = weights_of(groups, rl, reference=reference)
     first, second = 1 - 0.1 * 3 * 0.2, 0.5 - 0.1 * 2 * 0.7
     assert values["reward"] == pytest.approx((first + second) / 2)
@@ -102,7 +117,7 @@ def test_where_all_are_told_where_to_leave_no_gate_learns():
     groups = [a_group([6, 2, 2], [6, 2], rewards=[1, 0])]
     batch = collate(groups, 6, gates=False)
     assert not batch.asked.any() and batch.exit_depths.equal(collate(groups, 6).exit_depths)
-    rl = RLConfig(lambda_exit=0.5, beta=0.0, fixed_depth=2)
+    rl = RLConfig(fixed_depth=2, depth_penalty=DepthPenalty(weight=0.5), kl_penalty=KLPenalty(weight=0.0))
     # What the gates would have said of the exits that were taken plays no part.
     for rollout in groups[0].rollouts:
         rollout.exit_logprobs[:] = -30.0
@@ -118,24 +133,24 @@ def test_the_exact_kl_is_weighed_once_and_not_charged_twice():
     groups = [a_group([6, 2, 2], [6, 6])]
     plain = collate(groups, 6)
     far = scores(plain, tokens=torch.full(plain.tokens.shape, -9.0))
-    rl = RLConfig(lambda_exit=0.0, beta=0.8, kl="exact")
+    rl = RLConfig(depth_penalty=DepthPenalty(weight=0.0), kl_penalty=KLPenalty(weight=0.8, kind="exact"))
     batch, weights, experience, _, _ = weights_of(groups, rl, reference=far)
     assert objective_of(rl, LONGEST).kl.teacher is Teacher.REFERENCE
     assert weights.divergence is not None and weights.divergence.sum(1).tolist() == pytest.approx([0.4, 0.4])
     assert (weights.divergence > 0).equal(batch.counts) and not experience.token_advantage.any()
-    assert weights_of(groups, RLConfig(beta=0.8, kl="reward"), reference=far)[1].divergence is None
+    assert (
+        weights_of(groups, RLConfig(kl_penalty=KLPenalty(weight=0.8, kind="reward")), reference=far)[1].divergence
+        is None
+    )
 
 
 def test_a_token_answers_for_the_depth_from_it_on():
     """Per-token credit by hand: cost to go against the other answer's at the same token, nothing past an end."""
     rl = RLConfig(
-        lambda_exit=0.6,
-        beta=0.0,
-        credit="token",
-        depth_cost="total",
-        cost_length=2,
-        advantage="mean",
         group_size=2,
+        depth_penalty=DepthPenalty(weight=0.6, credit="token", cost="total", cost_tokens=2),
+        kl_penalty=KLPenalty(weight=0.0),
+        loss=Loss(advantage="mean"),
     )
     _, _, experience, _, _ = weights_of([a_group([6, 2, 4], [6, 6])], rl)
     first, second = np.array([12, 6, 4]) / 12, np.array([12, 6, 0]) / 12
@@ -149,8 +164,10 @@ def test_a_token_answers_for_the_depth_from_it_on():
 def test_kl_in_the_loss_pulls_towards_the_reference_and_leaves_the_reward_alone():
     groups = [a_group([6, 2], [6, 2], rewards=[1, 0])]
     higher = lambda batch: scores(batch, torch.where(batch.counts, -0.5, 0.0))  # noqa: E731
-    rl = RLConfig(lambda_exit=0.0, beta=0.3, kl="loss", clip=0.0)
-    batch, plain, _, _, _ = weights_of(groups, replace(rl, beta=0.0), now=higher)
+    rl = RLConfig(
+        depth_penalty=DepthPenalty(weight=0.0), kl_penalty=KLPenalty(weight=0.3, kind="loss"), loss=Loss(clip=0.0)
+    )
+    batch, plain, _, _, _ = weights_of(groups, replace(rl, kl_penalty=replace(rl.kl_penalty, weight=0.0)), now=higher)
     _, pulled, _, values, _ = weights_of(groups, rl, now=higher)
     slope = 0.3 * (1 - np.exp(-0.5)) / 4
     assert values["reward"] == pytest.approx(0.5)
@@ -160,17 +177,22 @@ def test_kl_in_the_loss_pulls_towards_the_reference_and_leaves_the_reward_alone(
 def test_positions_far_from_the_step_s_start_no_longer_count():
     groups = [a_group([6, 2], [6, 2], rewards=[1, 0])]
     moved = lambda batch: scores(batch, torch.where(batch.counts, -0.5, 0.0))  # noqa: E731
-    batch, weights, _, _, share = weights_of(groups, RLConfig(lambda_exit=0.0, beta=0.0, clip=0.2), now=moved)
+    batch, weights, _, _, share = weights_of(
+        groups,
+        RLConfig(depth_penalty=DepthPenalty(weight=0.0), kl_penalty=KLPenalty(weight=0.0), loss=Loss(clip=0.2)),
+        now=moved,
+    )
     assert not weights.token[0].any() and weights.token[1][batch.counts[1]].abs().min() > 0
     assert share == pytest.approx(0.5)
 
 
 def learned(groups, rl, first=True, **changed):
-    """-> (batch, experience, metrics) at the price rl.lambda_exit; `changed`: scores that are not the rollouts' own."""
+    """-> (batch, experience, metrics) at rl.depth_penalty.weight; `changed`: scores that are not the
+    rollouts' own."""
     batch = collate(groups, 6)
     seen = replace(scores(batch), **changed) if first else None
     rl = replace(rl, group_size=len(groups[0].rollouts))
-    return batch, *credit(batch, groups, seen, None, rl, rl.lambda_exit)
+    return batch, *credit(batch, groups, seen, None, rl, rl.depth_penalty.weight)
 
 
 def per_answer(batch, advantage) -> list[float]:
@@ -183,7 +205,7 @@ def per_answer(batch, advantage) -> list[float]:
 def test_with_charge_right_wrong_answers_neither_pay_nor_are_what_right_ones_are_compared_with():
     groups = [a_group([6, 2, 2], [6, 4, 4], [6, 6, 6], [6, 6], rewards=[1, 0.5, 0, 0], right=[1, 1, 0, 0])]
     groups += [a_group([6, 2], [6, 6], [6, 4], [6, 4], rewards=[0, 1, 0, 0], right=[0, 1, 0, 0])]
-    rl = RLConfig(lambda_exit=0.6, beta=0.0, charge="right")
+    rl = RLConfig(depth_penalty=DepthPenalty(weight=0.6, penalize="right"), kl_penalty=KLPenalty(weight=0.0))
     batch, experience, values = learned(groups, rl)
     task = [1 - 0.5 / 3, 0.5 - 1 / 3, -0.5, -0.5, -1 / 3, 1, -1 / 3, -1 / 3]
     saved = 0.6 * (14 / 18 - 10 / 18)
@@ -192,7 +214,9 @@ def test_with_charge_right_wrong_answers_neither_pay_nor_are_what_right_ones_are
     assert torch.equal(experience.token_advantage, experience.exit_advantage)
     paid = 0.6 * np.mean([10 / 18, 14 / 18, 0, 0, 0, 1, 0, 0])
     assert values["reward"] == pytest.approx(2.5 / 8 - paid) and values["charged"] == pytest.approx(3 / 8)
-    assert per_answer(batch, learned(groups, replace(rl, charge="all"))[1].token_advantage) != pytest.approx(expected)
+    assert per_answer(
+        batch, learned(groups, replace(rl, depth_penalty=replace(rl.depth_penalty, penalize="all")))[1].token_advantage
+    ) != pytest.approx(expected)
 
 
 depths_of_wrong = st.lists(st.lists(st.sampled_from([2, 4, 6]), min_size=0, max_size=5), min_size=2, max_size=2)
@@ -205,7 +229,10 @@ def test_with_charge_right_nobody_s_advantage_depends_on_how_deep_wrong_answers_
     def found(depths, charge):
         answers = [[6, 2, 2], [6, *depths[0]], [6, 4, 4, 6], [6, *depths[1]]]
         group = a_group(*answers, rewards=[1, 0, 1, 0], right=[1, 0, 1, 0])
-        rl = RLConfig(lambda_exit=0.6, beta=0.0, credit=credit_kind, charge=charge)
+        rl = RLConfig(
+            depth_penalty=DepthPenalty(weight=0.6, credit=credit_kind, penalize=charge),
+            kl_penalty=KLPenalty(weight=0.0),
+        )
         batch, experience, _ = learned([group], rl)
         rows = zip(experience.token_advantage, batch.counts, strict=True)
         return [row[counted].tolist() for row, counted in rows]
@@ -220,7 +247,10 @@ def test_with_charge_right_nobody_s_advantage_depends_on_how_deep_wrong_answers_
 def test_tokens_of_right_answers_are_compared_with_right_ones_at_the_same_token():
     """credit=token with a wrong answer in the group, by hand."""
     group = a_group([6, 2, 4], [6, 2, 2], [6, 6], rewards=[0, 0, 0], right=[1, 0, 1])
-    rl = RLConfig(lambda_exit=0.6, beta=0.0, credit="token", depth_cost="total", cost_length=2, charge="right")
+    rl = RLConfig(
+        depth_penalty=DepthPenalty(weight=0.6, credit="token", cost="total", cost_tokens=2, penalize="right"),
+        kl_penalty=KLPenalty(weight=0.0),
+    )
     batch, experience, _ = learned([group], rl)
     first, third = np.array([12, 6, 4]) / 12, np.array([12, 6, 0]) / 12
     found = [row[counted].tolist() for row, counted in zip(experience.token_advantage, batch.counts, strict=True)]
@@ -231,23 +261,31 @@ def test_tokens_of_right_answers_are_compared_with_right_ones_at_the_same_token(
 def test_under_grpo_task_and_depth_are_each_measured_by_their_own_spread():
     """So the unit that depth costs are in doesn't matter, and depth counts as much where all answers are right."""
     depths = ([6, 2, 2], [6, 6, 6], [6, 4, 4], [6, 6, 4])
-    rl = RLConfig(lambda_exit=0.5, beta=0.0, advantage="grpo", depth_cost="total")
+    rl = RLConfig(
+        depth_penalty=DepthPenalty(weight=0.5, cost="total"),
+        kl_penalty=KLPenalty(weight=0.0),
+        loss=Loss(advantage="grpo"),
+    )
     found = {}
     for unit in (1, 10):
         group = a_group(*depths, rewards=[1, 0, 1, 0])
-        batch, experience, _ = learned([group], replace(rl, cost_length=unit))
+        batch, experience, _ = learned([group], replace(rl, depth_penalty=replace(rl.depth_penalty, cost_tokens=unit)))
         found[unit] = per_answer(batch, experience.token_advantage)
     assert found[1] == pytest.approx(found[10], abs=5e-3)
     costs = np.array([[10, 18, 14, 16]]) / 6
     every = np.ones((1, 4), bool)
     task, depth = (ADVANTAGES["grpo"](values, every)[0] for values in (np.array([[1.0, 0, 1, 0]]), -costs))
     assert found[1] == pytest.approx((task + 0.5 * depth).tolist())
-    batch, experience, _ = learned([a_group(*depths)], replace(rl, cost_length=1))
+    batch, experience, _ = learned(
+        [a_group(*depths)], replace(rl, depth_penalty=replace(rl.depth_penalty, cost_tokens=1))
+    )
     assert per_answer(batch, experience.token_advantage) == pytest.approx((0.5 * depth).tolist())
 
 
 def test_with_overlong_filter_a_cut_answer_counts_for_nobody():
-    rl = RLConfig(lambda_exit=0.5, beta=0.0, overlong="filter")
+    rl = RLConfig(
+        depth_penalty=DepthPenalty(weight=0.5), kl_penalty=KLPenalty(weight=0.0), loss=Loss(overlong="filter")
+    )
     rows = ([6, 2, 2], [6, 4], [6, 6, 6])
     whole = a_group(*rows[:2], rewards=[1, 0])
     for cut, reward in (([6, 2, 6, 2], 1), ([6, 6], 0)):
@@ -258,14 +296,20 @@ def test_with_overlong_filter_a_cut_answer_counts_for_nobody():
         assert per_answer(batch, experience.token_advantage) == pytest.approx([*expected, 0])
         assert loss_included(groups, rl).tolist() == [True, True, False]
         assert values["filtered"] == pytest.approx(1 / 3) and values["charged"] == pytest.approx(2 / 3)
-        assert loss_included(groups, replace(rl, overlong="verdict")).all()
-        kept = per_answer(batch, learned(groups, replace(rl, overlong="verdict"))[1].token_advantage)
+        assert loss_included(groups, replace(rl, loss=replace(rl.loss, overlong="verdict"))).all()
+        kept = per_answer(
+            batch, learned(groups, replace(rl, loss=replace(rl.loss, overlong="verdict")))[1].token_advantage
+        )
         assert kept != pytest.approx([*expected, 0])
 
 
 @pytest.mark.parametrize(("charge", "expected"), [("all", [0.7, 0.9, -0.2]), ("right", [0.7, 0.9, 0.0])])
 def test_length_costs_its_price_per_cost_length_tokens(charge, expected):
-    rl = RLConfig(lambda_exit=0.0, beta=0.0, lambda_length=0.2, cost_length=2, charge=charge, advantage="none")
+    rl = RLConfig(
+        depth_penalty=DepthPenalty(weight=0.0, length_weight=0.2, cost_tokens=2, penalize=charge),
+        kl_penalty=KLPenalty(weight=0.0),
+        loss=Loss(advantage="none"),
+    )
     groups = [a_group([6, 2, 2], [6], [6, 4], rewards=[1, 1, 0], right=[1, 1, 0])]
     batch, experience, _ = learned(groups, rl)
     assert per_answer(batch, experience.token_advantage) == pytest.approx(expected)
@@ -273,12 +317,22 @@ def test_length_costs_its_price_per_cost_length_tokens(charge, expected):
 
 def test_with_credit_exit_tokens_answer_for_task_and_depth_and_exits_for_a_share_of_the_task():
     groups = [a_group([6, 2, 2], [6, 6, 6], rewards=[1, 0])]
-    rl = RLConfig(lambda_exit=0.6, beta=0.0, credit="exit", exit_task=0.25, token_depth=0.5)
+    rl = RLConfig(
+        token_depth=0.5,
+        depth_penalty=DepthPenalty(weight=0.6),
+        kl_penalty=KLPenalty(weight=0.0),
+        exit_credit=ExitCredit(task_weight=0.25),
+    )
     batch, experience, _ = learned(groups, rl)
     saved = 0.6 * 8 / 18
     assert per_answer(batch, experience.token_advantage) == pytest.approx([1 + 0.5 * saved, -1 - 0.5 * saved])
     assert per_answer(batch, experience.exit_advantage) == pytest.approx([0.25, -0.25])
-    assert learned(groups, replace(rl, credit="answer"))[1].hazard is None
+    assert (
+        learned(groups, replace(rl, exit_credit=None, depth_penalty=replace(rl.depth_penalty, credit="answer")))[
+            1
+        ].hazard
+        is None
+    )
 
 
 # Of two answers of three tokens, asked outcomes: depths 2 and 4, 6 and 2.
@@ -290,7 +344,7 @@ LAYERS_SAVED = [[-3, 0], [-2, -2], [-4, -2], [-3, 0]]
 @pytest.mark.parametrize("skip", [False, True])
 def test_with_credit_exit_gates_pay_for_the_layers_of_their_own_token(skip):
     """mean over the tokens of an answer: what the loss divides by is multiplied in."""
-    rl = RLConfig(lambda_exit=0.6, beta=0.0, credit="exit")
+    rl = RLConfig(depth_penalty=DepthPenalty(weight=0.6), kl_penalty=KLPenalty(weight=0.0), exit_credit=ExitCredit())
     batch, experience, _ = learned([a_group(*TWO)], rl, first=not skip)
     expected = 0.6 / 6 * torch.tensor(LAYERS_SAVED)
     torch.testing.assert_close(experience.hazard[batch.asked], expected, rtol=1e-5, atol=1e-6)
@@ -301,7 +355,11 @@ def test_with_credit_exit_gates_pay_for_the_layers_of_their_own_token(skip):
 
 
 def test_with_charge_right_gates_of_wrong_answers_pay_for_divergence_alone():
-    rl = RLConfig(lambda_exit=0.6, beta=0.5, exit_kl=2.0, credit="exit", charge="right", kl="exact")
+    rl = RLConfig(
+        depth_penalty=DepthPenalty(weight=0.6, penalize="right"),
+        kl_penalty=KLPenalty(weight=0.5, kind="exact"),
+        exit_credit=ExitCredit(kl_weight=2.0),
+    )
     group = a_group(*TWO, right=[1, 0])
     batch = collate([group], 6)
     kl = torch.zeros(batch.tokens.shape)
@@ -320,9 +378,13 @@ def test_with_charge_right_gates_of_wrong_answers_pay_for_divergence_alone():
         divergences = np.where(behind, np.nan, taken + more).astype(np.float32)
         rollout.exits = ExitReading(divergences, np.full((rollout.length, 2), 0.5, np.float32))
     caused = torch.tensor([[0.75, 0], [0.5, 0.1], [0.5, 0.2], [0.35, 0]])
-    _, read, _ = learned([group], replace(rl, exit_divergence="all"), kl=kl, hazards=hazards)
+    _, read, _ = learned(
+        [group], replace(rl, exit_credit=replace(rl.exit_credit, divergence="all")), kl=kl, hazards=hazards
+    )
     torch.testing.assert_close(read.hazard[batch.asked], price + caused, rtol=1e-5, atol=1e-6)
-    _, free, _ = learned([group], replace(rl, exit_kl=0.0), kl=kl, hazards=hazards)
+    _, free, _ = learned(
+        [group], replace(rl, exit_credit=replace(rl.exit_credit, kl_weight=0.0)), kl=kl, hazards=hazards
+    )
     torch.testing.assert_close(free.hazard[batch.asked], price, rtol=1e-5, atol=1e-6)
 
 
@@ -339,9 +401,15 @@ def test_hazards_that_the_pool_has_read_tell_tokens_apart_whether_a_step_is_scor
         divergences = np.where(behind, np.nan, (even[:, None] + rng.random((length, 3)))).astype(np.float32)
         hazards = np.where(behind[:, :2], np.nan, np.where(even, 0.8, 0.1)[:, None]).astype(np.float32)
         rollout.exits = ExitReading(divergences, hazards)
-    rl = RLConfig(lambda_exit=0.6, beta=0.5, credit="exit", kl="exact", exit_divergence="all")
+    rl = RLConfig(
+        depth_penalty=DepthPenalty(weight=0.6),
+        kl_penalty=KLPenalty(weight=0.5, kind="exact"),
+        exit_credit=ExitCredit(divergence="all"),
+    )
     batch, scored, _ = learned([group], rl, hazards=torch.rand(2, 50, 2))
-    _, skipped, _ = learned([group], replace(rl, importance="none", skip_scoring=True), first=False)
+    _, skipped, _ = learned(
+        [group], replace(rl, skip_scoring=True, loss=replace(rl.loss, importance=None)), first=False
+    )
     assert torch.equal(scored.hazard, skipped.hazard)
     price = 0.6 * torch.tensor([2 / 6, 4 / 6, 1.0]).expand(*batch.tokens.shape, 3)
     divergence = 0.5 * spread(batch, [r.exits.divergences for r in group.rollouts])
@@ -358,7 +426,9 @@ def test_hazards_that_the_pool_has_read_tell_tokens_apart_whether_a_step_is_scor
 
 @pytest.mark.parametrize("kl", ["reward", "loss"])
 def test_without_an_exact_divergence_gates_pay_for_the_log_ratio_of_the_token(kl):
-    rl = RLConfig(lambda_exit=0.0, beta=0.5, credit="exit", kl=kl)
+    rl = RLConfig(
+        depth_penalty=DepthPenalty(weight=0.0), kl_penalty=KLPenalty(weight=0.5, kind=kl), exit_credit=ExitCredit()
+    )
     group = a_group(*TWO)
     batch = collate([group], 6)
     ratio = torch.zeros(batch.tokens.shape)
@@ -372,10 +442,12 @@ def test_without_an_exact_divergence_gates_pay_for_the_log_ratio_of_the_token(kl
 
 def test_without_scores_what_the_rollouts_brought_along_is_where_the_step_starts():
     groups = [a_group([6, 2, 2], [6, 6], rewards=[1, 0], logprob=-0.7)]
-    batch, experience, values = learned(groups, RLConfig(beta=0.0, importance="none", skip_scoring=True), first=False)
+    batch, experience, values = learned(
+        groups, RLConfig(skip_scoring=True, kl_penalty=KLPenalty(weight=0.0), loss=Loss(importance=None)), first=False
+    )
     assert experience.old_tokens[batch.counts].tolist() == pytest.approx([-0.7] * 5)
     assert not experience.old_exits.any() and values["importance_ratio_max"] == 1.0
-    scored = learned(groups, RLConfig(beta=0.0))[1]
+    scored = learned(groups, RLConfig(kl_penalty=KLPenalty(weight=0.0)))[1]
     assert scored.old_tokens[batch.counts].tolist() == [-1.0] * 5
 
 
@@ -386,7 +458,10 @@ def test_importance_masks_by_the_ratio_of_token_and_exit_together_or_of_each_apa
     tokens, exits = torch.zeros(batch.tokens.shape), torch.zeros(batch.tokens.shape)
     tokens[batch.counts] = torch.tensor([0.0, 1.5, 0.4, 0.4, 0.0, 0.0])
     exits[batch.counts] = torch.tensor([0.0, 0.0, 0.6, 0.0, -1.0, -0.5])
-    rl = RLConfig(beta=0.0, importance="mask", importance_floor=0.5, importance_cap=2.0, ratios=ratios)
+    rl = RLConfig(
+        kl_penalty=KLPenalty(weight=0.0),
+        loss=Loss(ratios=ratios, importance=Importance(kind="mask", low=0.5, high=2.0)),
+    )
     _, experience, values = learned(groups, rl, token_logprobs=tokens, exit_logprobs=exits)
     token, exit_ = experience.token_importance[batch.counts], experience.exit_importance[batch.counts]
     e = math.exp
@@ -404,10 +479,14 @@ def test_groups_of_equal_answers_are_dropped_unless_right_ones_may_become_shallo
     differing, right, wrong = (
         a_group([6, 2], [6, 6], rewards=rewards, right=[r > 0 for r in rewards]) for rewards in ([1, 0], [1, 1], [0, 0])
     )
-    groups, rl = [differing, right, wrong], RLConfig(drop_equal_groups=True)
+    groups, rl = [differing, right, wrong], RLConfig(loss=Loss(drop_equal_groups=True))
     assert kept_groups(groups, rl, lambda_depth=0.5) == [0, 1]
     assert kept_groups(groups, rl, lambda_depth=0.0) == [0]
-    assert kept_groups(groups, replace(rl, drop_equal_groups=False), lambda_depth=0.0) == [0, 1, 2]
+    assert kept_groups(groups, replace(rl, loss=replace(rl.loss, drop_equal_groups=False)), lambda_depth=0.0) == [
+        0,
+        1,
+        2,
+    ]
 
 
 def test_the_learning_rate_goes_by_updates_over_all_epochs_and_minibatches(monkeypatch):
@@ -436,7 +515,7 @@ def test_the_learning_rate_goes_by_updates_over_all_epochs_and_minibatches(monke
     assert [gate for _, gate in rates] == pytest.approx(np.linspace(1e-2, 1e-3, 12).tolist())
 
 
-FLOOR = RLConfig(accuracy_floor=2.0, lambda_exit=0.5, lambda_rate=2.0, accuracy_window=3)
+FLOOR = RLConfig(depth_penalty=DepthPenalty(weight=0.5, target=AccuracyTarget(margin=2.0, rate=2.0, window=3)))
 accuracies = st.lists(st.floats(0, 1), min_size=1, max_size=30)
 
 
@@ -458,7 +537,13 @@ def test_price_by_hand_under_an_accuracy_floor():
 
 
 def test_where_the_reference_has_not_answered_its_mean_stands():
-    cost = LambdaController(replace(FLOOR, accuracy_window=1), {"of the first steps": 0.4, "and another": 0.8}, {})
+    cost = LambdaController(
+        replace(
+            FLOOR, depth_penalty=replace(FLOOR.depth_penalty, target=replace(FLOOR.depth_penalty.target, window=1))
+        ),
+        {"of the first steps": 0.4, "and another": 0.8},
+        {},
+    )
     for prompts, goal in ((["of the first steps"], 0.38), (["of the first steps", "never seen before"], 0.58)):
         assert cost.update(0, 0.5, prompts).goal == pytest.approx(goal)
 
@@ -466,8 +551,10 @@ def test_where_the_reference_has_not_answered_its_mean_stands():
 @QUICK
 @given(accuracies, st.floats(0.1, 1), st.floats(0, 20))
 def test_lambda_rises_while_accuracy_holds_falls_while_it_does_not_and_stays_in_its_bounds(seen, reference, rate):
-    rl = replace(FLOOR, lambda_rate=rate)
-    cost, before = LambdaController(rl, {"p": reference}, {}), rl.lambda_exit
+    rl = replace(
+        FLOOR, depth_penalty=replace(FLOOR.depth_penalty, target=replace(FLOOR.depth_penalty.target, rate=rate))
+    )
+    cost, before = LambdaController(rl, {"p": reference}, {}), rl.depth_penalty.weight
     for step, accuracy in enumerate(seen):
         found = cost.update(step, accuracy, ["p"])
         after, surplus = cost.state["lambda_base"], found.running - found.goal
@@ -494,10 +581,13 @@ def test_how_hard_a_step_s_prompts_are_does_not_move_lambda(difficulty, apart):
 @given(accuracies, st.integers(1, 12), st.integers(0, 10))
 def test_what_is_lost_while_the_price_rises_is_not_held_against_it(seen, rise, lost):
     """The schedule leads up to `lambda_exit`, whatever accuracy does; from there a price goes on as if it began."""
-    rl = replace(FLOOR, steps=40, lambda_warmup=rise / 40)
-    cost, begun = LambdaController(rl, {"p": 0.6}, {}), LambdaController(replace(rl, lambda_warmup=0.0), {"p": 0.6}, {})
+    rl = replace(FLOOR, steps=40, depth_penalty=replace(FLOOR.depth_penalty, warmup=rise / 40))
+    cost, begun = (
+        LambdaController(rl, {"p": 0.6}, {}),
+        LambdaController(replace(rl, depth_penalty=replace(rl.depth_penalty, warmup=0.0)), {"p": 0.6}, {}),
+    )
     for step in range(rise):
-        assert cost.at(step) == pytest.approx(rl.lambda_exit * (step + 1) / (rise + 1))
+        assert cost.at(step) == pytest.approx(rl.depth_penalty.weight * (step + 1) / (rise + 1))
         assert cost.update(step, lost / 10, ["p"]) is None
     assert cost.state == {}
     for step, accuracy in enumerate(seen):
@@ -526,7 +616,7 @@ def test_a_price_made_from_another_s_counters_goes_on_as_that_one_would(seen, at
 
 
 def test_without_an_accuracy_floor_the_price_keeps_to_its_schedule_whatever_is_right():
-    cost = LambdaController(RLConfig(steps=10, lambda_exit=0.5, lambda_warmup=0.4), None, {})
+    cost = LambdaController(RLConfig(steps=10, depth_penalty=DepthPenalty(weight=0.5, warmup=0.4)), None, {})
     for step, expected in ((0, 0.1), (3, 0.4), (4, 0.5), (9, 0.5)):
         assert cost.at(step) == pytest.approx(expected) and cost.update(step, 0.0, ["p"]) is None
     assert cost.state == {}

@@ -91,7 +91,7 @@ def test_a_job_is_described_once_its_inputs_are_there(tmp_path: Path, monkeypatc
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     model = tiny_hf("llama", tmp_path / "model")
     settings = [
-        "name=x", f"model.path={model}", f"runs={tmp_path}", "teacher.enabled=false", "device=cuda",
+        "name=x", f"model.path={model}", f"runs={tmp_path}", "teacher=null", "device=cuda",
         "cluster.nodes=3", "cluster.rollout_nodes=2", "cluster.gpus_per_node=4", "rollout.actors=8",
     ]  # fmt: skip
     found = describe_job(load(settings), "traces", {})

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ee_megatron.config.content import digest, recorded
-from ee_megatron.config.identity import stage_dir
+from ee_megatron.config.identity import digest, recorded, stage_dir
 from ee_megatron.config.load import load
 from ee_megatron.training.context import StageContext
 from tests.tiny import tiny_hf

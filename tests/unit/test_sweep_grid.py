@@ -65,7 +65,7 @@ def test_brackets_and_quotes_make_one_value(text: str, value: object) -> None:
         (["experiment=x,y"], "experiment"),
         (["seed=1,2", "rl.seed=4"], "rl.seed"),
         (["sweep=none"], "sweep=none"),
-        (["sweep=taste", "rl.lambda_exit=2"], "rl.lambda_exit"),
+        (["sweep=taste", "rl.depth_penalty.weight=2"], "rl.depth_penalty.weight"),
     ],
 )
 def test_what_is_wrong_with_a_grid_is_said(settings: list[str], says: str) -> None:
@@ -103,7 +103,7 @@ def test_zipped_axes_run_together_in_the_place_of_the_first() -> None:
 FILE = """\
 settings: {experiment: demo_cpu, task.families: [sum, word], rl.adapter_lr: 1e-5}
 axes:
-  rl.lambda_exit: range(0,1.5,0.5)
+  rl.depth_penalty.weight: range(0,1.5,0.5)
   seed: [1, 2]
 zip:
   - {keys: [model.path, rl.steps], rows: [[a, 5], [b, 10]]}
@@ -114,16 +114,17 @@ def test_a_file_says_the_same_as_the_command_line_which_replaces_its_settings(tm
     file = tmp_path / "grid.yaml"
     file.write_text(FILE)
     line = read_grid(
-        ["rl.lambda_exit=range(0,1.5,0.5)", "seed=1,2", "model.path=a,b", "rl.steps=5,10"], ["model.path,rl.steps"]
+        ["rl.depth_penalty.weight=range(0,1.5,0.5)", "seed=1,2", "model.path=a,b", "rl.steps=5,10"],
+        ["model.path,rl.steps"],
     )
     grid = read_file(file)
     assert plains(grid) == plains(line) and len(plains(grid)) == 12
     assert grid.overrides(grid.points()[0]) == [
-        "experiment=demo_cpu", 'task.families=["sum","word"]', "rl.adapter_lr=1e-05", "rl.lambda_exit=0.0",
+        "experiment=demo_cpu", 'task.families=["sum","word"]', "rl.adapter_lr=1e-05", "rl.depth_penalty.weight=0.0",
         "calibrate.seed=1", "rl.seed=1", "model.path=a", "rl.steps=5",
     ]  # fmt: skip
-    changed = read_grid([f"sweep={file}", "rl.lambda_exit=0,7", "experiment=rl_7b"])
-    assert {point["rl.lambda_exit"] for point in plains(changed)} == {0, 7}
+    changed = read_grid([f"sweep={file}", "rl.depth_penalty.weight=0,7", "experiment=rl_7b"])
+    assert {point["rl.depth_penalty.weight"] for point in plains(changed)} == {0, 7}
     assert changed.fixed["experiment"] == "experiment=rl_7b"
 
 

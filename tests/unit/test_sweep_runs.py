@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from ee_megatron.config.faults import Faults
 
 from ee_megatron import cli
 from ee_megatron.config.derive import read_dims
-from ee_megatron.config.faults import Faults
 from ee_megatron.config.identity import stage_dir
 from ee_megatron.config.load import load
 from ee_megatron.config.sbatch import site_options
@@ -77,7 +77,7 @@ def startable(sweep: Sweep, queue: dict[str, str] | None = None, retry: bool = F
     return [task.key for task in to_start(sweep, queue or {}, retry)]
 
 
-SMALL = ("teacher.enabled=false",)
+SMALL = ("teacher=null",)
 """Two tasks a run: traces and calibration, shared, and RL."""
 
 
@@ -85,14 +85,14 @@ SMALL = ("teacher.enabled=false",)
 
 
 def test_a_runs_id_is_the_hash_of_its_last_stage_and_of_nothing_else(base: list[str]) -> None:
-    sweep = made(base, "rl.lambda_exit=0,1")
+    sweep = made(base, "rl.depth_penalty.weight=0,1")
     cfg = load(sweep.runs[1].overrides)
     assert stage_dir(cfg, "evaluate").name == f"evaluate-{sweep.runs[1].id}"
     # Ranks, actors, checkpoints and order don't count.
-    other = made([*base, "rollout.actors=3", "rl.checkpoint_every=7"], "rl.lambda_exit=1,0")
+    other = made([*base, "rollout.actors=3", "rl.checkpoint_every=7"], "rl.depth_penalty.weight=1,0")
     assert [run.id for run in other.runs] == [run.id for run in reversed(sweep.runs)]
     assert other.directory == sweep.directory
-    assert made(base, "rl.lambda_exit=0,1", last="rl").directory != sweep.directory
+    assert made(base, "rl.depth_penalty.weight=0,1", last="rl").directory != sweep.directory
 
 
 def test_points_that_are_the_same_run_are_refused(base: list[str]) -> None:
@@ -105,18 +105,20 @@ def test_every_wrong_point_is_listed_before_anything_is_written(
     base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(Faults) as caught:
-        made(base, "rl.lambda_exit=0,-1", "rl.group_size=1,4")
+        made(base, "rl.depth_penalty.weight=0,-1", "rl.group_size=1,4")
     first, second = caught.value.lines
-    assert first.startswith("point 1 (rl.lambda_exit=0 rl.group_size=1) and 1 other(s), up to point 3 (rl.lambda")
-    assert "rl.group_size=1: " in first and "rl.lambda_exit=-1" in second
+    assert first.startswith(
+        "point 1 (rl.depth_penalty.weight=0 rl.group_size=1) and 1 other(s), up to point 3 (rl.lambda"
+    )
+    assert "rl.group_size=1: " in first and "rl.depth_penalty.weight=-1" in second
     assert cli.main(["sweep", *base, *SMALL, "rl.lamda_exit=1,2", "rl.steps=0,1"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("error: point 1") and "rl.lambda_exit" in line
+    assert line.startswith("error: point 1") and "rl.depth_penalty.weight" in line
     assert not (tmp_path / "runs").exists()
 
 
 def test_shared_stages_are_tasks_of_their_own_that_come_first(base: list[str]) -> None:
-    sweep = made(base, "rl.lambda_exit=0,1", "seed=1,2")
+    sweep = made(base, "rl.depth_penalty.weight=0,1", "seed=1,2")
     shapes = [(found, len(task.runs)) for found, task in zip(stages(sweep), sweep.tasks.values(), strict=True)]
     assert shapes == [(["teacher", "traces"], 4)] + [(["calibrate"], 2)] * 2 + [(["rl", "evaluate"], 1)] * 4
     assert [task.level for task in sweep.tasks.values()] == [0, 1, 1, 2, 2, 2, 2]
@@ -127,24 +129,24 @@ def test_shared_stages_are_tasks_of_their_own_that_come_first(base: list[str]) -
 
 
 def test_what_starts_from_a_given_policy_needs_no_calibration(base: list[str]) -> None:
-    base = [*base, *SMALL, "start=somewhere"]
-    assert stages(made(base, "rl.lambda_exit=0,1", last="rl")) == [["rl"], ["rl"]]
+    base = [*base, *SMALL, "init_policy=somewhere"]
+    assert stages(made(base, "rl.depth_penalty.weight=0,1", last="rl")) == [["rl"], ["rl"]]
     with pytest.raises(Faults, match="--last traces"):
-        made(base, "rl.lambda_exit=0,1", last="traces")
+        made(base, "rl.depth_penalty.weight=0,1", last="traces")
 
 
 def test_a_manifest_reads_back_as_it_was_written_and_is_found_by_name(base: list[str], tmp_path: Path) -> None:
-    sweep, runs = made(base, "rl.lambda_exit=0,1"), tmp_path / "runs"
+    sweep, runs = made(base, "rl.depth_penalty.weight=0,1"), tmp_path / "runs"
     before = (sweep.directory / "manifest.json").read_bytes()
     assert find_sweep("t", runs) == sweep
-    made(base, "rl.lambda_exit=0,1")
+    made(base, "rl.depth_penalty.weight=0,1")
     assert (sweep.directory / "manifest.json").read_bytes() == before
     with pytest.raises(FileNotFoundError, match="t"):
         find_sweep("u", runs)
-    other = made(base, "rl.lambda_exit=2,3")
+    other = made(base, "rl.depth_penalty.weight=2,3")
     with pytest.raises(ValueError, match="--last"):
         find_sweep("t", runs)
-    shorter = made(base, "rl.lambda_exit=0,1", last="rl")
+    shorter = made(base, "rl.depth_penalty.weight=0,1", last="rl")
     assert find_sweep("t", runs, last="rl") == shorter
     assert find_sweep(f"t/{other.directory.name}", runs) == other == find_sweep(str(other.directory), runs)
     for text in ("{", "[]", '{"format": 3, "runs": []}', '{"format": 2, "last": "rl", "runs": [{}]}'):
@@ -155,7 +157,7 @@ def test_a_manifest_reads_back_as_it_was_written_and_is_found_by_name(base: list
 
 def test_sweeps_of_the_earlier_format_are_read(base: list[str]) -> None:
     """Runs named their tasks and these their stages; records had more fields."""
-    sweep = made(base, "rl.lambda_exit=0,1")
+    sweep = made(base, "rl.depth_penalty.weight=0,1")
     (sweep.directory / "manifest.json").write_text(json.dumps({
         "format": 1, "last": sweep.last,
         "runs": [{"id": run.id, "settings": run.settings, "overrides": run.overrides,
@@ -176,7 +178,7 @@ def test_sweeps_of_the_earlier_format_are_read(base: list[str]) -> None:
 
 
 def test_finished_tasks_are_skipped_and_failed_ones_wait_for_the_word(base: list[str]) -> None:
-    sweep = made(base, "rl.lambda_exit=0,1", *SMALL, last="rl")
+    sweep = made(base, "rl.depth_penalty.weight=0,1", *SMALL, last="rl")
     shared, first, second = sweep.tasks
     assert startable(sweep) == [shared, first, second]
     finish(sweep, shared)
@@ -193,7 +195,7 @@ def test_finished_tasks_are_skipped_and_failed_ones_wait_for_the_word(base: list
 
 
 def test_a_task_is_running_while_the_process_that_holds_its_stages_lock_lives(base: list[str]) -> None:
-    sweep = made(base, "rl.lambda_exit=0,1", *SMALL, last="rl")
+    sweep = made(base, "rl.depth_penalty.weight=0,1", *SMALL, last="rl")
     task = [*sweep.tasks.values()][1]
     sweep.write_record(task.key, TaskRecord("running", "rl", host="elsewhere", job="12_3"))
     assert sweep.task_state(task) == "killed" and task.key in startable(sweep)
@@ -211,7 +213,7 @@ def test_a_task_is_running_while_the_process_that_holds_its_stages_lock_lives(ba
 
 
 def test_what_slurm_has_in_its_queue_is_left_to_it(base: list[str]) -> None:
-    sweep = made(base, "rl.lambda_exit=0,1", *SMALL, last="rl")
+    sweep = made(base, "rl.depth_penalty.weight=0,1", *SMALL, last="rl")
     shared, first, second = sweep.tasks
     sweep.note_submitted({first: "12_0", second: "12_1"})
     queue = {first: "PENDING", second: "RUNNING"}
@@ -241,23 +243,26 @@ def test_a_grid_with_another_point_extends_the_sweep(
     base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = [*base, *SMALL]
-    small = made(base, "rl.lambda_exit=0", last="rl")
+    small = made(base, "rl.depth_penalty.weight=0", last="rl")
     # Alone, the run was one task; with another they part after calibration.
     assert stages(small) == [["traces", "calibrate", "rl"]]
     finish(small, small.runs[0].task)
     small.write_record(small.runs[0].task, TaskRecord("finished", "rl", starts=1))
-    larger = placed(resolved(base, "rl.lambda_exit=0,1", "seed=0,1", last="rl"), False)
+    larger = placed(resolved(base, "rl.depth_penalty.weight=0,1", "seed=0,1", last="rl"), False)
     larger.save()
     assert larger.directory == small.directory and find_sweep("t", tmp_path / "runs") == larger
     # What was done is done: traces and one calibration are shared, one run is finished.
     assert larger.run_state(larger.runs[0]) == "finished" and larger.record(larger.runs[0].task).starts == 1
     assert [key.split("-")[0] for key in startable(larger)] == ["calibrate", "rl", "rl", "rl"]
     # The first grid again is a part of it: nothing is left to do of it, and nothing is forgotten.
-    assert plan_of([*base, "rl.lambda_exit=0"], capsys)[0] == f"{small.directory}: 4 run(s), 7 task(s), 0 to start"
-    again = placed(resolved(base, "rl.lambda_exit=0", last="rl"), False)
+    assert (
+        plan_of([*base, "rl.depth_penalty.weight=0"], capsys)[0]
+        == f"{small.directory}: 4 run(s), 7 task(s), 0 to start"
+    )
+    again = placed(resolved(base, "rl.depth_penalty.weight=0", last="rl"), False)
     assert [(run.id, run.settings) for run in again.runs] == [(run.id, run.settings) for run in larger.runs]
     # Another part: only what was asked for starts.
-    lines = plan_of([*base, "rl.lambda_exit=1", "seed=1"], capsys)
+    lines = plan_of([*base, "rl.depth_penalty.weight=1", "seed=1"], capsys)
     assert lines[0].endswith("2 to start") and sum(line.startswith("  start ") for line in lines) == 2
 
 
@@ -266,19 +271,19 @@ def test_points_are_added_by_extend_and_by_nothing_else(
     base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = [*base, *SMALL]
-    sweep = made(base, "rl.lambda_exit=0,1", last="rl")
+    sweep = made(base, "rl.depth_penalty.weight=0,1", last="rl")
     for values in ("2", "1,2"):
         with pytest.raises(ValueError, match="--extend"):
-            main([*base, f"rl.lambda_exit={values}", "--last", "rl"])
+            main([*base, f"rl.depth_penalty.weight={values}", "--last", "rl"])
     assert find_sweep("t", tmp_path / "runs") == sweep
-    lines = plan_of([*base, "rl.lambda_exit=2,3", "rl.steps=5", "--extend"], capsys)
+    lines = plan_of([*base, "rl.depth_penalty.weight=2,3", "rl.steps=5", "--extend"], capsys)
     assert lines[0] == f"{sweep.directory}: 4 run(s), 5 task(s), 3 to start"
-    grown = placed(resolved(base, "rl.lambda_exit=2", "task.families=[sum],[sum,word]", last="rl"), True)
+    grown = placed(resolved(base, "rl.depth_penalty.weight=2", "task.families=[sum],[sum,word]", last="rl"), True)
     grown.save()
     assert find_sweep("t", tmp_path / "runs") == grown and len(grown.runs) == 4
     # What only one of the grids varies has its value in every row.
     table = rows(grown)
-    assert [row["rl.lambda_exit"] for row in table] == [0, 1, 2, 2]
+    assert [row["rl.depth_penalty.weight"] for row in table] == [0, 1, 2, 2]
     defaults = str(load(base).task.families)
     assert [row["task.families"] for row in table] == [defaults, defaults, "['sum']", "['sum', 'word']"]
 
@@ -290,7 +295,7 @@ def test_points_are_added_by_extend_and_by_nothing_else(
 def small(base: list[str], monkeypatch: pytest.MonkeyPatch) -> Sweep:
     """Two RL runs behind shared traces and calibration; measuring is left out."""
     monkeypatch.setattr(run_metrics, "measure", lambda *_: None)
-    return made(base, "rl.lambda_exit=0,1", *SMALL, last="rl")
+    return made(base, "rl.depth_penalty.weight=0,1", *SMALL, last="rl")
 
 
 def stage_script(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
@@ -436,7 +441,7 @@ def results_of(sweep: Sweep, index: int, reward: float) -> None:
 
 
 def test_the_table_is_made_of_result_files_and_the_same_to_the_byte(base: list[str]) -> None:
-    sweep = made(base, "rl.lambda_exit=0,0.5,1", "task.families=[sum],[sum,word]")
+    sweep = made(base, "rl.depth_penalty.weight=0,0.5,1", "task.families=[sum],[sum,word]")
     results_of(sweep, 0, 0.25)
     sweep.write_record(sweep.runs[1].task, TaskRecord("failed", "rl", 1, 'a "quoted", comma'))
     paths = collect(sweep)
@@ -450,7 +455,7 @@ def test_the_table_is_made_of_result_files_and_the_same_to_the_byte(base: list[s
     table = list(csv.DictReader(io.StringIO(first[0].decode())))
     assert len(table) == 6 and [row["status"] for row in table[:3]] == ["finished", "failed", "unfinished"]
     row = table[0]
-    assert (row["run"], row["rl.lambda_exit"], row["task.families"]) == (sweep.runs[0].id, "0", "['sum']")
+    assert (row["run"], row["rl.depth_penalty.weight"], row["task.families"]) == (sweep.runs[0].id, "0", "['sum']")
     assert row["policy"] == "reinforced" and row["exits"].startswith("hazard")
     assert (row["accuracy"], row["mean_depth"], row["total_depth"], row["kl"]) == ("0.5", "0.6", "18.0", "0.2")
     assert (row["accuracy_full"], row["accuracy_teacher"], row["tokens"], row["reward"]) == ("1.0", "1.0", "80", "0.25")
@@ -459,14 +464,14 @@ def test_the_table_is_made_of_result_files_and_the_same_to_the_byte(base: list[s
     assert table[1]["error"] == 'a "quoted", comma' and table[1]["accuracy"] == ""
     parquet = pq.read_table(paths[1])
     assert parquet.column_names == list(row) and parquet.num_rows == 6
-    assert parquet.column("rl.lambda_exit").to_pylist() == [0, 0, 0.5, 0.5, 1, 1]
+    assert parquet.column("rl.depth_penalty.weight").to_pylist() == [0, 0, 0.5, 0.5, 1, 1]
     assert parquet.column("accuracy").to_pylist()[0] == 0.5 and parquet.column("tokens").to_pylist()[1] is None
     assert "accuracy=0.500" in listing(sweep, {}) and 'a "quoted"' in listing(sweep, {})
 
 
 def test_a_run_that_is_unfinished_again_has_no_figures_in_the_table(base: list[str]) -> None:
     """Its result file is still there, but somebody has removed a stage since."""
-    sweep = made(base, "rl.lambda_exit=0,1")
+    sweep = made(base, "rl.depth_penalty.weight=0,1")
     results_of(sweep, 0, 0.25)
     assert rows(sweep)[0]["reward"] == 0.25
     (sweep.path(sweep.runs[0].steps[-2]) / "DONE").unlink()
@@ -479,20 +484,20 @@ def test_a_run_that_is_unfinished_again_has_no_figures_in_the_table(base: list[s
 def test_results_that_are_missing_are_measured_at_the_next_start(
     base: list[str], capsys: pytest.CaptureFixture
 ) -> None:
-    sweep = made(base, "rl.lambda_exit=0,1")
+    sweep = made(base, "rl.depth_penalty.weight=0,1")
     for index in (0, 1):
         results_of(sweep, index, 0.25)
     result = sweep.result(sweep.runs[1])
     (sweep.directory / "results" / f"{sweep.runs[1].id}.json").unlink()
-    assert main([*base, "rl.lambda_exit=0,1"]) == 0 and sweep.result(sweep.runs[1]) == result
+    assert main([*base, "rl.depth_penalty.weight=0,1"]) == 0 and sweep.result(sweep.runs[1]) == result
     assert "0 to start" in capsys.readouterr().out
 
 
 def test_numbers_in_the_table_read_back_exactly(base: list[str]) -> None:
     values = [0.1 + 0.2, 1e-300, 12345678.123456789]
-    sweep = made(base, f"rl.lambda_exit={','.join(map(repr, values))}")
+    sweep = made(base, f"rl.depth_penalty.weight={','.join(map(repr, values))}")
     table = csv.DictReader(io.StringIO(collect(sweep)[0].read_text()))
-    assert [float(row["rl.lambda_exit"]) for row in table] == values
+    assert [float(row["rl.depth_penalty.weight"]) for row in table] == values
 
 
 def test_rewards_are_of_the_last_steps_and_flops_of_all() -> None:
@@ -541,7 +546,7 @@ def test_time_limits_are_read_as_slurm_reads_them() -> None:
 def test_a_sweeps_jobs_ask_for_what_the_job_scripts_ask_for_and_the_site_says(
     base: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tasks = made([*base, "cluster.gpus_per_node=4"], "rl.lambda_exit=0,1").tasks.values()
+    tasks = made([*base, "cluster.gpus_per_node=4"], "rl.depth_penalty.weight=0,1").tasks.values()
     monkeypatch.delenv("EE_SBATCH", raising=False)
     asked = sbatch_options(tasks, {})
     lines = (Path(__file__).parents[2] / "slurm" / "rl_7b.sh").read_text()
@@ -566,7 +571,7 @@ def test_what_sbatch_gets_names_no_wckey_but_the_sites(
     (tmp_path / "srun").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("EE_SBATCH", "--exclusive")
-    sweep = made([*base, "cluster.gpus_per_node=4"], "rl.lambda_exit=0,1")
+    sweep = made([*base, "cluster.gpus_per_node=4"], "rl.depth_penalty.weight=0,1")
 
     def script(**options: str) -> list[str]:
         executor = make_executor(sweep, [*sweep.tasks.values()][-2:], {"time": "90", **options}, 2, 3, "afterany:7")

@@ -10,8 +10,9 @@ from itertools import combinations
 
 import pytest
 
-from ee_megatron.config.contradictions import TASK_FAMILIES
-from ee_megatron.config.schema import RunConfig, TaskConfig, settings
+from ee_megatron.config.fields import settings
+from ee_megatron.config.schema import RunConfig, TaskConfig
+from ee_megatron.config.validate import TASK_FAMILIES
 from ee_megatron.tasks import TASKS, Verdict, VerifierPool, make_task
 from ee_megatron.tasks import arithmetic_templates as arithmetic
 from ee_megatron.tasks import tom_templates as words

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from ee_megatron.config.schema import CalibrateConfig, RLConfig, RunConfig, TracesConfig
+from ee_megatron.config.schema import AccuracyTarget, CalibrateConfig, DepthPenalty, RLConfig, RunConfig, TracesConfig
 from ee_megatron.exits import ExitLayout, exit_distribution, target_hazards
 from ee_megatron.learner.batch import pack, spread
 from ee_megatron.learner.optimizer_state import OptimizerState
@@ -140,7 +140,7 @@ def test_where_first_tokens_may_exit_the_prompts_last_position_is_asked():
 
 
 def test_every_trace_gets_every_pattern_once_an_epoch():
-    c = CalibrateConfig(epochs=2, patterns=3, batch_size=4)
+    c = CalibrateConfig(epochs=2, exit_samples=3, batch_size=4)
     updates = plan(5, c).updates
     items = [item for update in updates for item in update]
     assert len(items) == 30 and len(set(items)) == 30
@@ -149,7 +149,7 @@ def test_every_trace_gets_every_pattern_once_an_epoch():
 
 
 def test_gates_settle_last_with_patterns_not_seen_before():
-    c = CalibrateConfig(epochs=2, patterns=1, batch_size=4, settle=0.25)
+    c = CalibrateConfig(epochs=2, exit_samples=1, batch_size=4, gate_only_fraction=0.25)
     planned = plan(20, c)
     before, after = planned.updates[: planned.settle_from], planned.updates[planned.settle_from :]
     assert sum(map(len, before)) == 30 and sum(map(len, after)) == 10
@@ -434,7 +434,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog
 def test_a_resumed_stage_goes_on_with_the_depth_penalty_of_its_checkpoint(tmp_path):
     """The checkpoint's state reaches what the loop makes its lambda of, and the checkpoints to come."""
     spec = PolicySpec(num_layers=6, exit_depths=(2,), rank=2)
-    rl = RLConfig(accuracy_floor=2.0, lambda_exit=0.5)
+    rl = RLConfig(depth_penalty=DepthPenalty(weight=0.5, target=AccuracyTarget(margin=2.0)))
     cost = LambdaController(rl, {"p": 0.6}, {})
     cost.update(0, 0.9, ["p"])
     assert cost.at(1) != 0.5

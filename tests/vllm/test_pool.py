@@ -18,7 +18,7 @@ from vllm_setup import LORA, PROMPTS, SAMPLINGS, assert_same, make_model, policy
 
 from ee_megatron.config.derive import position_bytes
 from ee_megatron.config.load import load
-from ee_megatron.config.schema import RolloutConfig
+from ee_megatron.config.schema import RolloutConfig, VllmConfig
 from ee_megatron.config.validate import validate
 from ee_megatron.exit_rules import Off, Sample, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
@@ -34,10 +34,8 @@ MANY = [Prompt(f"q{i}", f"{i} times {i + 1}", "", "t") for i in range(12)]
 
 
 def settings(python: str, **more) -> RolloutConfig:
-    return RolloutConfig(
-        backend="vllm", vllm_python=python, rows=8, threads=1, timeout_s=300, device_share=0.5,
-        vllm_compile=False, **more,
-    )  # fmt: skip
+    return RolloutConfig(backend="vllm", max_num_seqs=8, threads=1, timeout_s=300, device_share=0.5,
+    vllm=VllmConfig(python=python, compile=False), **more)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +169,7 @@ def test_ten_kills_lose_no_answer_and_leave_no_engine(path, pool: RayPool, local
 @pytest.mark.parametrize("found", ["", "0.31.2"])
 def test_without_a_vllm_that_was_tested_nothing_starts(found: str, path: Path, tmp_path: Path):
     python = tmp_path / "python"
-    with pytest.raises(ValueError, match=r"rollout.vllm_python=.*no such file; make the environment with: make vllm"):
+    with pytest.raises(ValueError, match=r"rollout.vllm.python=.*no such file; make the environment with: make vllm"):
         make_pool(settings(str(python)), path, LORA, torch.float32, "cpu")
     python.write_text(f"#!/bin/sh\necho {found}\n")
     python.chmod(0o755)

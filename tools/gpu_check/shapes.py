@@ -80,8 +80,8 @@ class Bench:
         cfg.model.path, cfg.model.dtype = str(self.folder(shallow)), "bfloat16"
         cfg.exits.depths = list(self.size.exits) if shallow else []
         cfg.parallel.tokens_per_micro_batch = tokens
-        cfg.rl.prompts_per_step, cfg.rl.group_size, cfg.rl.advantage = prompts, answers, "none"
-        cfg.rollout.backend, cfg.rollout.rows = "local", prompts * answers
+        cfg.rl.prompts_per_step, cfg.rl.group_size, cfg.rl.loss.advantage = prompts, answers, "none"
+        cfg.rollout.backend, cfg.rollout.max_num_seqs = "local", prompts * answers
         return cfg
 
     def spec(self, shallow: bool) -> PolicySpec:

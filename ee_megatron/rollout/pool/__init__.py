@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ...config.derive import check_cache
-from ...config.schema import RolloutConfig
+from ...config.schema import RolloutConfig, VllmConfig
 from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec
 from ..vllm.pipe import check_python
@@ -30,15 +30,22 @@ def make_pool(
     source.close()
     if rollout.backend == "local":
         narrow, gib = sync_dtype(rollout), rollout.cache_gib
-        return LocalPool(model_path, spec, dtype, device, rollout.rows, rollout.threads, narrow, gib)
+        return LocalPool(model_path, spec, dtype, device, rollout.max_num_seqs, rollout.threads, narrow, gib)
     replica = ReplicaSettings(
-        str(Path(model_path).resolve()), spec, dtype, device, rollout.rows, rollout.threads, cache_gib=rollout.cache_gib
+        str(Path(model_path).resolve()),
+        spec,
+        dtype,
+        device,
+        rollout.max_num_seqs,
+        rollout.threads,
+        cache_gib=rollout.cache_gib,
     )
     if rollout.backend == "vllm":
-        python = str(Path(rollout.vllm_python).absolute())
+        vllm = rollout.vllm or VllmConfig()
+        python = str(Path(vllm.python).absolute())
         check_python(python)
         replica = replace(
-            replica, vllm_python=python, vllm_compile=rollout.vllm_compile, tensor=rollout.tensor,
-            vllm_compact=rollout.vllm_exits == "compact",
+            replica, vllm_python=python, vllm_compile=vllm.compile, tensor=rollout.tensor,
+            vllm_compact=vllm.exits == "compact",
         )  # fmt: skip
     return RayPool(replica, rollout)

@@ -270,7 +270,7 @@ class Driver:
         if self.deaths >= self._budget:
             raise RuntimeError(
                 f"rollout pool: {self.deaths} actors lost, rollout.failure_budget is {self._budget}; "
-                f"the last: {reason}. Look for memory limits or lower rollout.rows"
+                f"the last: {reason}. Look for memory limits or lower rollout.max_num_seqs"
             )
         self._fill(lost)
 

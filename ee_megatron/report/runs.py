@@ -10,11 +10,8 @@ from typing import Any
 from ..config.identity import STAGES, identity, stage_dir, stage_order
 from ..config.load import read_saved
 from ..config.schema import RunConfig
-from .data import ReportRun
+from .inputs import LABEL_LENGTH, ReportRun, settings_label
 from .page import write_report
-
-LABEL_LENGTH = 40
-"""Characters of a run's settings that still fit beside a model's name."""
 
 
 def report_path(cfg: RunConfig) -> Path:
@@ -49,7 +46,7 @@ def report_directories(named: Sequence[Path], out: Path | None = None) -> Path:
     if len(found) == 1:
         return write_report([ReportRun(found[0], config=configs[0])], out)
     settings = _differing(configs)
-    labels = [", ".join(f"{key}={value}" for key, value in each.items()) for each in settings]
+    labels = [settings_label(each) for each in settings]
     if len(set(labels)) < len(labels):
         labels = [f"{end.parent.name}/{end.name}" for end in ends]
     elif max(map(len, labels)) > LABEL_LENGTH:

@@ -7,7 +7,7 @@ import pytest
 from report_browser import EXECUTABLE, Browser, barriers, drawn
 from report_samples import write_run
 
-from ee_megatron.report.data import ReportRun
+from ee_megatron.report.inputs import ReportRun
 from ee_megatron.report.page import write_report
 from tests.covering import EXTENDED
 
@@ -94,11 +94,12 @@ def test_keys_walk_an_answers_tokens_and_tab_goes_to_the_next_answer(browser, re
 
 def test_a_chart_mark_answers_the_pointer(browser, report):
     browser.open(report, 1180, 900, False)
-    browser.evaluate("document.querySelector('.mark[data-tip]').scrollIntoView({block: 'center', behavior: 'instant'})")
-    box = browser.evaluate("(() => { const b = document.querySelector('.mark[data-tip]').getBoundingClientRect();"
+    mark = "document.querySelector('#results use[data-tip]')"
+    browser.evaluate(f"{mark}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
+    box = browser.evaluate(f"(() => {{ const b = {mark}.getBoundingClientRect();"
                            " return [b.left + b.width / 2, b.top + b.height / 2] })()")  # fmt: skip
     browser.point(*box)
-    assert "accuracy 86.0 [82.5, 89.3] %" in browser.evaluate(TIP)
+    assert "0.86 [0.825, 0.893]" in browser.evaluate(TIP)
 
 
 def count(browser):
@@ -156,8 +157,10 @@ def test_the_grid_of_exits_tells_what_would_have_been_written_behind_the_exit(br
     browser.open(report, 390, 900, False)
     rows = "[...document.querySelector('#lens details[open] table').tBodies[0].rows]"
     cells = browser.evaluate(f"{rows}.map(r => [...r.cells].map(c => c.className))")
-    assert len(cells) == 13 and all(len(row) == 7 for row in cells)
-    for row in cells:
+    # Two tokens of the prompt's end, which runs to the end, then the answer's.
+    assert len(cells) == 2 + 13 and all(len(row) == 7 for row in cells)
+    assert all("taken" not in css and "behind" not in css for row in cells[:2] for css in row)
+    for row in cells[2:]:
         _, ten, fifteen, twenty, twenty_five, end, teacher = row
         assert "taken" in twenty and "same" in fifteen and "same" not in ten and "behind" not in teacher
         assert all("behind" in css for css in (twenty_five, end)) and "behind" not in ten + fifteen

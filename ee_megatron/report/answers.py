@@ -25,25 +25,16 @@ def problems(results: Results) -> list[dict[str, Any]]:
     """The answers of results.json by prompt, one column per model in the method's order, its exit rules one below the
     other: {"heading", "prompt", "reference", "columns": [[{"model", "exits", "text", …}]]}; tokens as of
     `shown_answer`."""
-    outcomes, grouped = results.outcomes, dict[str, list[dict[str, Any]]]()
-    for answer in results.answers:
-        grouped.setdefault(str(answer.get("prompt", "")), []).append(answer)
-    found = []
-    for prompt, answers in grouped.items():
-        columns: dict[int, list[dict[str, Any]]] = {}
-        for a in answers:
-            model = str(a.get("model", ""))
-            shown = {
-                "model": model,
-                "exits": a.get("exits", ""),
-                "text": a.get("text", ""),
-                **shown_answer(a, outcomes),
-            }
-            columns.setdefault(results.rank(model), []).append(shown)
-        parts = {"heading": heading(prompt), "prompt": prompt, "reference": answers[0].get("reference", "")}
-        found.append(parts | {"columns": [columns[place] for place in sorted(columns)]})
+    outcomes, models, found = results.outcomes, results.models, dict[str, dict[str, Any]]()
+    for answer in sorted(results.answers, key=lambda a: models.index(str(a.get("model", "")))):
+        prompt, model = str(answer.get("prompt", "")), str(answer.get("model", ""))
+        new = {"heading": heading(prompt), "prompt": prompt, "reference": answer.get("reference", ""), "columns": {}}
+        shown = {"model": model, "exits": answer.get("exits", ""), "text": answer.get("text", "")}
+        columns = found.setdefault(prompt, new)["columns"]
+        columns.setdefault(model, []).append({**shown, **shown_answer(answer, outcomes)})
     # Prompts that every model answered first: they are the comparison.
-    return sorted(found, key=lambda p: -len(p["columns"]))
+    order = dict.fromkeys(str(answer.get("prompt", "")) for answer in results.answers)
+    return sorted((found[prompt] for prompt in order), key=lambda p: -len(p["columns"]))
 
 
 def heading(prompt: str) -> str:
@@ -123,15 +114,9 @@ def differences(results: Results, lines: Sequence[Mapping[str, Any]]) -> dict[st
         [heading(str(p["prompt"])), str(p.get("reference", "")), [compact(p["answers"].get(label)) for label in labels]]
         for p in shared
     ]
-    cut = any(len(a["depths"]) > longest for p in shared for a in p["answers"].values())
-    return {
-        "labels": labels,
-        "first": labels[-2],
-        "second": labels[-1],
-        "count": len(shared),
-        "cut": longest if cut else 0,
-        "data": embedded({"labels": labels, "outcomes": outcomes, "problems": entries}),
-    }
+    cut = longest if any(len(a["depths"]) > longest for p in shared for a in p["answers"].values()) else 0
+    data = embedded({"labels": labels, "outcomes": outcomes, "problems": entries})
+    return {"labels": labels, "first": labels[-2], "second": labels[-1], "count": len(shared), "cut": cut, "data": data}
 
 
 def embedded(value: Any) -> Markup:
@@ -143,41 +128,29 @@ def embedded(value: Any) -> Markup:
 
 
 def grids(lens: Mapping[str, Any], results: Results) -> dict[str, Any] | None:
-    """The logit lens (lens.json) as tables, a row per token, a column per exit: {"heads", "problems": [{"heading",
-    "answers": [{"model", "exits", "rows": [{"text", "given": of the prompt, "cells": [{"text", "css", "tip"}]}],
-    "left_out"}]}]}."""
+    """The logit lens (lens.json) as tables, a row per token, a column per exit: {"heads", "problems": heading ->
+    [{"model", "exits", "rows": [{"text", "given": of the prompt, "cells": [{"text", "css", "tip"}]}]}]}."""
     if not lens:
         return None
-    depths = [*lens["exit_depths"], results.num_layers]
-    found: dict[str, list[dict[str, Any]]] = {}
+    depths, found = [*lens["exit_depths"], results.num_layers], dict[str, list[dict[str, Any]]]()
     for answer in sorted(lens["answers"], key=lambda a: results.rank(a["model"])):
-        rows, given = answer["rows"], answer["given"]
-        found.setdefault(str(answer["prompt"]), []).append(
-            {
-                "model": answer["model"],
-                "exits": answer["exits"],
-                "rows": [_row(row, depths, given=i < given) for i, row in enumerate(rows)],
-                "left_out": answer.get("tokens", len(rows) - given) - (len(rows) - given),
-            }
-        )
-    heads = [*map(str, depths[:-1]), f"end ({depths[-1]})", "teacher"]
-    return {"heads": heads, "problems": [{"heading": heading(p), "answers": answers} for p, answers in found.items()]}
+        rows = [_row(row, depths, given=i < answer["given"]) for i, row in enumerate(answer["rows"])]
+        shown = {"model": answer["model"], "exits": answer["exits"], "rows": rows}
+        found.setdefault(heading(str(answer["prompt"])), []).append(shown)
+    return {"heads": [*map(str, depths[:-1]), f"end ({depths[-1]})", "teacher"], "problems": found}
 
 
 def _row(row: Mapping[str, Any], depths: Sequence[int], *, given: bool) -> dict[str, Any]:
     cells = []
     for readout, depth in zip([*row["readouts"], row["teacher"]], [*depths, None], strict=True):
         text, logprob = readout[0]
-        css, where = f"p{min(STEPS - 1, int(math.exp(logprob) * STEPS))}", f"depth {depth}" if depth else "teacher"
-        if text == row["text"]:
-            css += " same"
-        if depth and not given and depth >= row["taken"]:
-            taken = depth == row["taken"]
-            css, where = (
-                (f"{css} taken", f"{where}, where it left") if taken else (f"{css} behind", f"{where}, had it gone on")
-            )
-        next_token = f"{'the prompt goes on' if given else 'written'}: {_quoted(row['text'])}"
-        tip = "\n".join([where, *(f"{_quoted(t)} {math.exp(p):.3f}" for t, p in readout), next_token])
+        where = "teacher" if depth is None else f"depth {depth}"
+        kinds = [f"p{min(STEPS - 1, int(math.exp(logprob) * STEPS))}", "same" if text == row["text"] else ""]
+        if depth is not None and not given and depth >= row["taken"]:
+            kinds.append("taken" if depth == row["taken"] else "behind")
+            where += ", where it left" if depth == row["taken"] else ", had it gone on"
+        words = [f"{_quoted(t)} {math.exp(p):.3f}" for t, p in readout]
+        came = f"{'the prompt goes on' if given else 'written'}: {_quoted(row['text'])}"
         shown = visible(text).strip("\n") if text.strip(" ") else "␣" * len(text) or "∅"
-        cells.append({"text": shown, "css": css, "tip": tip})
+        cells.append({"text": shown, "css": " ".join(kinds), "tip": "\n".join([where, *words, came])})
     return {"text": visible(row["text"]), "given": given, "cells": cells}

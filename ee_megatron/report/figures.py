@@ -113,12 +113,8 @@ def result_charts(results: Results) -> list[ReportChart]:
     """Accuracy against depth, depth against entropy, and where tokens exit."""
     rows = [(i, row) for i, row in enumerate(results.sorted_rows(), start=1)]
     known = [(i, r) for i, r in rows if math.isfinite(or_nan(r.get("accuracy")) + or_nan(r.get("mean_depth")))]
-    lines = [
-        ChartLine(
-            model, results.rank(model), [row_point(row, str(i)) for i, row in known if row["model"] == model], None
-        )
-        for model in results.models
-    ]
+    by_model = {m: [row_point(row, str(i)) for i, row in known if row["model"] == m] for m in results.models}
+    lines = [ChartLine(model, results.rank(model), points, None) for model, points in by_model.items()]
     note = "Bars: 95 % intervals. Numbers: rows of the table."
     found = line_chart("accuracy_depth", "Accuracy against depth", lines, DEPTH, ACCURACY, note)
     bins = {

@@ -110,7 +110,9 @@ def _read_run(run: ReportRun) -> Inputs:
 
 def _read_evaluation(inputs: Inputs, folder: Path) -> None:
     missing = inputs.missing
-    inputs.results = _read("evaluate", folder / "results.json", _results, missing) or Results()
+    inputs.results = (
+        _read("evaluate", folder / "results.json", lambda p: Results.from_json(_json(p)), missing) or Results()
+    )
     inputs.problems = _read("evaluate", folder / "answers.jsonl", _problems, missing) or []
     inputs.lens = _read("evaluate", folder / "lens.json", _lens, missing) or {}
     parts = ("rows", "answers", "exit_histogram")
@@ -126,7 +128,7 @@ def _read_stage(name: str, directory: Path, missing: list[str]) -> StageData:
         stage.curves = _read(name, directory / "metrics.jsonl", _curves, missing) or {}
         stage.timings = _read(name, directory / "timings.jsonl", _curves, []) or {}
     found = [_read(name, path, _sample, missing) for path in (directory / "samples").glob("step_*.json")]
-    stage.samples = sorted((sample for sample in found if sample), key=lambda sample: int(sample["step"]))
+    stage.samples = sorted((kept for kept in found if kept), key=lambda kept: kept["step"])
     return stage
 
 
@@ -141,8 +143,8 @@ def _read(stage: str, path: Path, parse: Callable[[Path], T], missing: list[str]
     return None
 
 
-def _results(path: Path) -> Results:
-    return Results.from_json(json.loads(path.read_text(encoding="utf-8")))
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _problems(path: Path) -> list[dict[str, Any]]:
@@ -151,7 +153,7 @@ def _problems(path: Path) -> list[dict[str, Any]]:
 
 
 def _lens(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[str, Any] = _json(path)
     width = len(found["exit_depths"]) + 1
     if any(len(row["readouts"]) != width for answer in found["answers"] for row in answer["rows"]):
         raise ValueError("its readouts don't fit its exits")
@@ -159,7 +161,7 @@ def _lens(path: Path) -> dict[str, Any]:
 
 
 def _sample(path: Path) -> dict[str, Any]:
-    kept = json.loads(path.read_text(encoding="utf-8"))
+    kept = _json(path)
     return {"step": int(kept["step"]), "rollouts": list(kept["rollouts"])}
 
 

@@ -19,7 +19,7 @@ from ..observe.rundir import write_atomic
 from ..statistics import welch_interval
 from . import figures, tables
 from .answers import differences, grids, problems, shown_answer
-from .inputs import Inputs, ReportRun, StageData, read_inputs, settings_label
+from .inputs import Inputs, ReportRun, read_inputs, settings_label
 from .numbers import estimate, is_number, number, pareto_front, span
 from .plotting import stylesheet
 from .results import MADE_BY
@@ -40,35 +40,23 @@ FILES = {
     "timings.jsonl": "clocks, a line per step",
 }
 TITLES = {
-    "verdict": "Verdict",
-    "results": "Results",
-    "runs": "Runs",
-    "tasks": "Tasks",
-    "choice": "Choice of style",
-    "exits": "Thresholds and gates",
-    "controls": "Controls",
-    "depth": "Depth by kind of token",
-    "externalisation": "Externalisation",
-    "phases": "Where an RL step's time goes",
-}
+    "verdict": "Verdict", "results": "Results", "runs": "Runs", "tasks": "Tasks", "choice": "Choice of style",
+    "exits": "Thresholds and gates", "controls": "Controls", "depth": "Depth by kind of token",
+    "externalisation": "Externalisation", "phases": "Where an RL step's time goes",
+}  # fmt: skip
 VERDICT = (
     "Held-out problems, each model at the exits that validation chose for it. Intervals: bootstrap over groups of "
     "problems; Welch's over steps for rollouts. They don't cover training runs with other seeds. p: McNemar, exact."
 )
-
 RESULTS = (
     "Held-out problems. p: McNemar's exact test against the teacher. Mean depth: layers per generated token as a share "
     "of all; total depth: layers per answer; length: tokens per answer; KL to the teacher per token."
 )
-
 CONTROLS = (
-    "The policy under test against exit rules that know less: each at the policy's mean depth, then with the least "
-    "depth found at which validation gave it the policy's accuracy. (!): the depth, or the accuracy, was not reached, "
-    "so that it is no comparison. p: McNemar's exact test."
+    "The policy against exit rules that know less, at its mean depth and at its accuracy on validation. "
+    "(!): that was not reached, so that it is no comparison. p: McNemar, exact."
 )
-
 SEEDS = "Runs that differ in seeds only: the last model at its chosen threshold, mean over runs, least and greatest"
-
 PHASE = "Median over steps; FLOPs by the lengths and exits that there were, recomputation left out"
 
 
@@ -106,16 +94,13 @@ def write_report(runs: Sequence[ReportRun], output: Path) -> Path:
         outcomes=outcomes,
         sections=parts,
         training=_training(inputs),
-        rollouts=[
-            (stage.run, kept["step"], _shown(kept, outcomes)) for stage in inputs.stages for kept in stage.samples
-        ],
+        rollouts=[(stage.run, kept["step"], kept["rollouts"]) for stage in inputs.stages for kept in stage.samples],
+        shown=lambda answer: {**answer, **shown_answer(answer, outcomes)},
         problems=problems(results),
         lens=grids(inputs.lens, results),
         differences=changes,
         links=links(inputs, output),
-        commands=[
-            (label, shlex.join(["ee-megatron", "run", *words])) for label, words in settings if words is not None
-        ],
+        commands=[(label, shlex.join(["ee-megatron", "run", *words])) for label, words in settings if words],
         stages=[stage for stage in inputs.stages if stage.config],
         missing=inputs.missing,
     )
@@ -125,10 +110,6 @@ def write_report(runs: Sequence[ReportRun], output: Path) -> Path:
         write_atomic(folder / f"{chart.name}.png", chart.png)
     write_atomic(output, page)
     return output
-
-
-def _shown(kept: Mapping[str, Any], outcomes: Sequence[int]) -> list[dict[str, Any]]:
-    return [{**rollout, **shown_answer(rollout, outcomes)} for rollout in kept["rollouts"]]
 
 
 def sections(inputs: Inputs, runs: Sequence[ReportRun]) -> list[ReportSection]:
@@ -208,13 +189,13 @@ def _compare_runs(section: ReportSection, inputs: Inputs, runs: Sequence[ReportR
         rest = {key: value for key, value in run.settings.items() if key.rsplit(".", 1)[-1] != "seed"}
         if run.label in chosen and len(rest) < len(run.settings):
             groups.setdefault(settings_label(rest) or "all runs", []).append(chosen[run.label])
-    repeated = [(name, group) for name, group in groups.items() if len(group) > 1]
-    if repeated:
+    spreads = [
+        (name, str(len(group)), *(_spread([row[key] for row in group], form) for key, form in SPREAD.items()))
+        for name, group in groups.items()
+        if len(group) > 1
+    ]
+    if spreads:
         heads = ("settings", "runs", *(key.replace("_", " ") for key in SPREAD))
-        spreads = [
-            (name, str(len(group)), *(_spread([row[key] for row in group], form) for key, form in SPREAD.items()))
-            for name, group in repeated
-        ]
         section.tables.append((SEEDS, TextTable(heads, spreads)))
     points = [figures.row_point(row, label) for label, row in chosen.items()]
     if len(points) > 1:
@@ -234,32 +215,27 @@ def _spread(values: Sequence[float], form: str) -> str:
 def _training(inputs: Inputs) -> list[dict[str, Any]]:
     """Per stage that logged steps a small chart for each metric, the loop's own first; several runs share it.
     `constant`: (name, value) of metrics that never changed."""
-    found = []
+    found, models = [], inputs.results.models
+    makers = {stage: model for model, stages in MADE_BY.items() for stage in stages}
     for name in dict.fromkeys(stage.name for stage in inputs.stages if stage.curves):
-        group = [(stage, _series(stage, inputs)) for stage in inputs.stages if stage.name == name and stage.curves]
-        entry: dict[str, Any] = {"name": name, "panels": [], "constant": []}
-        entry["steps"] = max(s for stage, _ in group for points in stage.curves.values() for s, _ in points)
-        entry["runs"] = [(stage.run, series) for stage, series in group]
-        metrics = dict.fromkeys(metric for stage, _ in group for metric in stage.curves)
+        # In the colour of the model that the stage made; where that isn't in the results, by place.
+        group = []
+        for place, stage in enumerate(stage for stage in inputs.stages if stage.name == name):
+            model = f"{makers.get(name)} ({stage.run})" if stage.run else makers.get(name)
+            group.append((stage.run, models.index(model) if model in models else place, stage.curves))
+        entry: dict[str, Any] = {"name": name, "runs": group, "panels": [], "constant": []}
+        entry["steps"] = max(step for _, _, curves in group for points in curves.values() for step, _ in points)
+        metrics = dict.fromkeys(metric for _, _, curves in group for metric in curves)
         for metric in sorted(metrics, key=lambda n: LEADING.index(n) if n in LEADING else len(LEADING)):
-            lines = [(stage.run, series, stage.curves[metric]) for stage, series in group if metric in stage.curves]
+            lines = [(run, series, curves[metric]) for run, series, curves in group if metric in curves]
             last = [next(v for _, v in reversed(points) if math.isfinite(v)) for _, _, points in lines]
             shown, values = metric.replace("_", " "), {value for _, _, points in lines for _, value in points}
             if len(values) == 1 and max(len(points) for _, _, points in lines) > 1:
                 entry["constant"].append((shown, number(last[0])))
             else:
-                svg = figures.training_curve(shown, lines)
-                entry["panels"].append({"name": shown, "last": span(last, number), "svg": svg})
+                entry["panels"].append((shown, span(last, number), figures.training_curve(shown, lines)))
         found.append(entry)
     return found
-
-
-def _series(stage: StageData, inputs: Inputs) -> int:
-    """The colour of the model that the stage made; where that isn't in the results, its place among its like."""
-    made = next((model for model, makers in MADE_BY.items() if stage.name in makers), "")
-    model, models = made + (f" ({stage.run})" if stage.run else ""), inputs.results.models
-    like = [other for other in inputs.stages if other.name == stage.name]
-    return models.index(model) if model in models else like.index(stage)
 
 
 def links(inputs: Inputs, output: Path) -> list[dict[str, str]]:

@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -93,7 +94,7 @@ def figure(width: float = 4.6, height: float = 3.3, columns: int = 1, rows: int 
         return made, list(made.subplots(rows, columns, squeeze=False).flat)
 
 
-def figure_svg(figure: Figure, alt: str, tips: Mapping[Artist, Sequence[str]] | None = None) -> Markup:
+def figure_svg(figure: Figure, alt: str, tips: Mapping[Artist, Sequence[str]] = MappingProxyType({})) -> Markup:
     """The figure as an <svg> element for a page; text stays text in the page's font. The same figure gives the same
     bytes.
 
@@ -105,7 +106,7 @@ def figure_svg(figure: Figure, alt: str, tips: Mapping[Artist, Sequence[str]] | 
     from matplotlib.text import Text
     from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, NullFormatter
 
-    marks = {f"tip-{i}": (artist, words) for i, (artist, words) in enumerate((tips or {}).items())}
+    marks = {f"tip-{i}": (artist, words) for i, (artist, words) in enumerate(tips.items())}
     for name, (artist, _) in marks.items():
         artist.set_gid(name)
     buffer = io.StringIO()

@@ -157,18 +157,10 @@ def choice_tables(choice: Mapping[str, Any]) -> list[tuple[str, TextTable]]:
     """Caption and table each: the styles of free answers, the styles one by one, and answers after a wrong step."""
     weights = ", ".join(f"{s} {w:.0%}" for s, w in zip(choice["styles"], choice["weights"], strict=True))
     free = (
-        f"Which style the model answers in where it may choose: shares of {choice['answers_per_family']} sampled "
-        f"answers per family. Worked answers that were trained on: {weights}. Length in tokens, depths as shares of "
-        f"the {choice['num_layers']} layers; total: summed over an answer"
+        f"Styles of {choice['answers_per_family']} sampled answers per family (trained on: {weights}); depths as shares"
     )
-    forced = (
-        "Each style by itself, its opening given: what it costs and how often it is right under the model's own exits, "
-        "with the same weights at full depth, and with every token held to one depth"
-    )
-    wrong = (
-        "A written-out answer whose first step is made wrong: how often the answer is right all the same, and how "
-        "often it is where the wrong step leads"
-    )
+    forced = "Each style by itself, its opening given: under the model's own exits, at full depth, held to one depth"
+    wrong = "Answers after a first step that was made wrong: right all the same, or where the wrong step leads"
     return [(free, free_table(choice)), (forced, forced_table(choice)), (wrong, corrupted_table(choice))]
 
 

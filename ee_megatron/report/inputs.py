@@ -182,8 +182,20 @@ def _merge(read: Sequence[tuple[ReportRun, Inputs]]) -> Inputs:
     """The first run that has a model, a stage or an answer to a problem is where it comes from."""
     merged, results = Inputs(), Results(meta={"exit_depths": []})
     problems: dict[str, dict[str, Any]] = {}
+    stages: dict[Path, StageData] = {}
+    for stage in (stage for _, inputs in read for stage in inputs.stages):
+        stages.setdefault(stage.directory, stage)
+    for path, stage in stages.items():
+        owners = [run for run, inputs in read if path in (other.directory for other in inputs.stages)]
+        stage.run = "" if len(owners) == len(read) else _common(owners)
+    merged.stages = sorted(stages.values(), key=lambda stage: (*STAGES, stage.name).index(stage.name))
     for run, inputs in read:
-        found, names = inputs.results, {model: _name(model, inputs, read) for model in inputs.results.models}
+        # A model is named after the runs that have the stage that made it.
+        made = {stage.name: stages[stage.directory].run for stage in inputs.stages}
+        found, names = inputs.results, dict[str, str]()
+        for model in found.models:
+            of = next((made[stage] for stage in MADE_BY.get(model, ()) if stage in made), run.label)
+            names[model] = f"{model} ({of})" if of else model
 
         def renamed(label: str, names: Mapping[str, str] = names) -> str:
             model = next((m for m in names if label == m or label.startswith(f"{m}, ")), label)
@@ -196,9 +208,7 @@ def _merge(read: Sequence[tuple[ReportRun, Inputs]]) -> Inputs:
         _add_new(results.answers, found.answers, renamed)
         for part in Results.parts_by_model():
             have = getattr(results, part)
-            getattr(results, part).update(
-                {renamed(k): v for k, v in getattr(found, part).items() if renamed(k) not in have}
-            )
+            have |= {renamed(k): v for k, v in getattr(found, part).items() if renamed(k) not in have}
         for line in inputs.problems:
             into = problems.setdefault(str(line.get("id", line["prompt"])), {**line, "answers": {}})
             into["answers"] = {renamed(label): answer for label, answer in line["answers"].items()} | into["answers"]
@@ -209,7 +219,6 @@ def _merge(read: Sequence[tuple[ReportRun, Inputs]]) -> Inputs:
         merged.by_run.append((run.label, found))
         merged.missing += [f"{run.label}: {line}" for line in inputs.missing]
     merged.results, merged.problems = results, list(problems.values())
-    merged.stages = _shared_stages(read)
     return merged
 
 
@@ -224,18 +233,6 @@ def _add_new(into: list[dict[str, Any]], rows: Sequence[Mapping[str, Any]], rena
     into += [row for row in named if which(row) not in known]
 
 
-def _name(model: str, inputs: Inputs, read: Sequence[tuple[ReportRun, Inputs]]) -> str:
-    """The model's own name if all runs share it; else with the settings that its sharers have in common."""
-
-    def maker(of: Inputs) -> Path | int:
-        made = {stage.name: stage.directory for stage in of.stages}
-        return next((made[stage] for stage in MADE_BY.get(model, ()) if stage in made), id(of))
-
-    having = [(run, found) for run, found in read if model in found.results.models]
-    sharers = [run for run, found in having if maker(found) == maker(inputs)]
-    return model if len(sharers) == len(having) else f"{model} ({_common(sharers)})"
-
-
 def _common(runs: Sequence[ReportRun]) -> str:
     """The settings in which these runs are alike, among those that tell all runs apart; their labels, where that is
     too long, or where these aren't settings."""
@@ -247,17 +244,3 @@ def _common(runs: Sequence[ReportRun]) -> str:
 def settings_label(settings: Mapping[str, str]) -> str:
     """ "key=value, key=value"."""
     return ", ".join(f"{key}={value}" for key, value in settings.items())
-
-
-def _shared_stages(read: Sequence[tuple[ReportRun, Inputs]]) -> list[StageData]:
-    """Each directory once, under the settings that its runs have in common; a stage's directories together."""
-    owners: dict[Path, list[ReportRun]] = {}
-    stages: dict[Path, StageData] = {}
-    for run, inputs in read:
-        for stage in inputs.stages:
-            owners.setdefault(stage.directory, []).append(run)
-            stages.setdefault(stage.directory, stage)
-    for path, stage in stages.items():
-        stage.run = "" if len(owners[path]) == len(read) else _common(owners[path])
-    order = list(dict.fromkeys((*STAGES, *(stage.name for stage in stages.values()))))
-    return sorted(stages.values(), key=lambda stage: order.index(stage.name))

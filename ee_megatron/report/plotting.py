@@ -36,7 +36,7 @@ INK, QUIET, RULE, PAGE = "#1a1d23", "#5a616e", "#dfe2e8", "#ffffff"
 INKS_DARK = ("#e4e7ec", "#9aa3b2", "#2c323c", "#14171c")
 STEPS = 40
 """Most steps of a scale that have dark counterparts."""
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "none", "font.size": 8.5, "axes.titlesize": 9, "axes.labelsize": 8.5, "legend.fontsize": 8,
     "xtick.labelsize": 8, "ytick.labelsize": 8, "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK,
     "axes.edgecolor": QUIET, "xtick.color": QUIET, "ytick.color": QUIET, "axes.linewidth": 0.6,
@@ -104,7 +104,7 @@ def figure_svg(figure: Figure, alt: str, tips: Mapping[Artist, Sequence[str]] = 
     import matplotlib
     from matplotlib.legend import Legend
     from matplotlib.text import Text
-    from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, NullFormatter
+    from matplotlib.ticker import LogFormatterSciNotation
 
     marks = {f"tip-{i}": (artist, words) for i, (artist, words) in enumerate(tips.items())}
     for name, (artist, _) in marks.items():
@@ -114,15 +114,12 @@ def figure_svg(figure: Figure, alt: str, tips: Mapping[Artist, Sequence[str]] = 
         for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
             if isinstance(axis.get_major_formatter(), LogFormatterSciNotation):
                 low, high = axis.get_view_interval()
-                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-                if high / low < 30:
-                    axis.set_minor_formatter(FuncFormatter(_two_or_five))
-                else:
-                    axis.set_minor_formatter(NullFormatter())
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_formatter(_two_or_five if high < 30 * low else "")
         for legend in figure.findobj(Legend):
             legend.set_frame_on(False)
             for text in legend.get_texts():
-                text.set_size(STYLE["legend.fontsize"])
+                text.set_fontsize(STYLE["legend.fontsize"])
         for text in figure.findobj(Text):
             text.set_parse_math(False)
         # The page's font may have the characters that matplotlib's lacks.

@@ -136,7 +136,8 @@ def _by_label(results: Results, entries: Mapping[str, Sequence[Point]]) -> list[
 
 
 def _estimates(xs: Iterable[float], found: Iterable[Mapping[str, Any]], key: str = "value") -> list[Point]:
-    points = (Point(x, *(or_nan(e.get(name)) for name in (key, "low", "high"))) for x, e in zip(xs, found, strict=True))
+    both = zip(xs, found, strict=True)
+    points = [Point(x, or_nan(e.get(key)), or_nan(e.get("low")), or_nan(e.get("high"))) for x, e in both]
     return [point for point in points if math.isfinite(point.y)]
 
 
@@ -214,9 +215,11 @@ def externalisation_charts(results: Results) -> list[ReportChart]:
 
 def forest(name: str, title: str, controls: Iterable[Mapping[str, Any]]) -> list[ReportChart]:
     """The policy's accuracy minus each control's at equal depth; hollow where the depth was missed."""
-    by_depth = [(e, e["comparison"]["difference"]) for e in controls if e["matched_by"] == "depth"]
-    entries = [(e, *(or_nan(d.get(key)) for key in ("value", "low", "high"))) for e, d in by_depth]
-    entries = [entry for entry in entries if math.isfinite(entry[1])]
+    entries: list[tuple[Mapping[str, Any], float, float, float]] = []
+    for e in controls:
+        value, low, high = (or_nan(e["comparison"]["difference"].get(key)) for key in ("value", "low", "high"))
+        if e["matched_by"] == "depth" and math.isfinite(value):
+            entries.append((e, value, low, high))
     if not entries:
         return []
     drawn, (axes,) = figure(height=0.9 + 0.28 * len(entries))

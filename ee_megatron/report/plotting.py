@@ -115,7 +115,8 @@ def figure_svg(figure: Figure, alt: str, tips: Mapping[Artist, Sequence[str]] = 
             if isinstance(axis.get_major_formatter(), LogFormatterSciNotation):
                 low, high = axis.get_view_interval()
                 axis.set_major_formatter("{x:g}")
-                axis.set_minor_formatter(_two_or_five if high < 30 * low else "")
+                minor: Any = _two_or_five if high < 30 * low else ""
+                axis.set_minor_formatter(minor)
         for legend in figure.findobj(Legend):
             legend.set_frame_on(False)
             for text in legend.get_texts():

@@ -77,29 +77,6 @@ def discordant_p(only_first: int, only_second: int) -> float:
     return min(1.0, (2 * tail) / (1 << discordant))
 
 
-def fragility(only_first: int, only_second: int, level: float = 0.05) -> int:
-    """How many items decide whether p < `level` in McNemar's exact test: those of the greater side that would have to
-    be ties, or ties that would have to fall to it, for the test to say the contrary. After Walsh et al., Journal of
-    Clinical Epidemiology 67 (2014), there for Fisher's test. Ties are taken to be enough."""
-    less, more = sorted((only_first, only_second))
-    step = -1 if discordant_p(less, more) < level else 1
-    moved = 0
-    while (discordant_p(less, more + step * moved) < level) == (step < 0):
-        moved += 1
-    return moved
-
-
-def proportion_difference(first: tuple[int, int], second: tuple[int, int], z: float = Z_95) -> Estimate:
-    """The second proportion minus the first, (successes, n) each, of independent samples: Newcombe, Statistics in
-    Medicine 17 (1998), 873-890, method 10, from Wilson's intervals. For pairs that agree mostly it is too wide."""
-    shares = [k / n if n else math.nan for k, n in (first, second)]
-    lows, highs = zip(*(wilson_interval(k, n, z) for k, n in (first, second)), strict=True)
-    value = shares[1] - shares[0]
-    down = math.hypot(shares[1] - lows[1], highs[0] - shares[0])
-    up = math.hypot(highs[1] - shares[1], shares[0] - lows[0])
-    return Estimate(value, value - down, value + up)
-
-
 def bootstrap_interval(
     values: Sequence[float] | np.ndarray,
     statistic: Callable[[np.ndarray], float] = lambda sample: float(np.mean(sample)),

@@ -1,4 +1,4 @@
-"""Answers token by token, side by side: what the page shows of each, and what the pointer is told."""
+"""Answers as the page shows them: token by token, two models side by side, and what every exit would have written."""
 
 from __future__ import annotations
 
@@ -7,37 +7,34 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from .numbers import is_number
 from .results import Results
-from .svg import legend_mark
 
 # A prompt with worked examples is long; its end is the problem, the whole stands behind a fold.
 PROMPT_SHOWN = 320
+TOKENS = 400_000
+"""Tokens of all answers that the page holds for `differences`; where there are more, long answers lose their middle."""
+LONGEST, SHORTEST = 400, 24
+STEPS = 5
+"""Steps of the colour scale of probabilities."""
 
 
 def problems(results: Results) -> list[dict[str, Any]]:
-    """Answers grouped by prompt, one column per model in the method's order, its exit rules one below the other."""
-    # Asked once: the results look through every token for them.
-    order, outcomes = {model: index for index, model in enumerate(results.models)}, results.outcomes
-    grouped: dict[str, list[dict[str, Any]]] = {}
-    for answer in results.answers:
-        grouped.setdefault(str(answer.get("prompt", "")), []).append(answer)
-    found = []
-    for prompt, answers in grouped.items():
-        answers.sort(key=lambda a: order[str(a.get("model", ""))])
-        columns: dict[str, list[dict[str, Any]]] = {}
-        for a in answers:
-            columns.setdefault(str(a.get("model", "")), []).append(_answer(a, outcomes, order))
-        found.append(
-            {
-                "heading": heading(prompt),
-                "prompt": prompt,
-                "reference": answers[0].get("reference", ""),
-                "columns": list(columns.values()),
-            }
-        )
+    """The answers of results.json by prompt, one column per model in the method's order, its exit rules one below the
+    other: {"heading", "prompt", "reference", "columns": [[{"model", "exits", "text", …}]]}; tokens as of
+    `shown_answer`."""
+    outcomes, models, found = results.outcomes, results.models, dict[str, dict[str, Any]]()
+    for answer in sorted(results.answers, key=lambda a: models.index(str(a.get("model", "")))):
+        prompt, model = str(answer.get("prompt", "")), str(answer.get("model", ""))
+        new = {"heading": heading(prompt), "prompt": prompt, "reference": answer.get("reference", ""), "columns": {}}
+        shown = {"model": model, "exits": answer.get("exits", ""), "text": answer.get("text", "")}
+        columns = found.setdefault(prompt, new)["columns"]
+        columns.setdefault(model, []).append({**shown, **shown_answer(answer, outcomes)})
     # Prompts that every model answered first: they are the comparison.
-    return sorted(found, key=lambda p: -len(p["columns"]))
+    order = dict.fromkeys(str(answer.get("prompt", "")) for answer in results.answers)
+    return sorted((found[prompt] for prompt in order), key=lambda p: -len(p["columns"]))
 
 
 def heading(prompt: str) -> str:
@@ -45,19 +42,9 @@ def heading(prompt: str) -> str:
     return prompt if len(prompt) <= PROMPT_SHOWN else "… " + prompt[-PROMPT_SHOWN:].lstrip()
 
 
-def _answer(answer: Mapping[str, Any], outcomes: Sequence[int], order: Mapping[str, int]) -> dict[str, Any]:
-    model = str(answer.get("model", ""))
-    return {
-        "model": model,
-        "mark": legend_mark(order[model]),
-        "exits": answer.get("exits", ""),
-        "text": answer.get("text", ""),
-        **shown_answer(answer, outcomes),
-    }
-
-
 def shown_answer(answer: Mapping[str, Any], outcomes: Sequence[int]) -> dict[str, Any]:
-    """{"correct", "mean": mean depth in words, "tokens", "left_out": how many tokens are missing in the middle}."""
+    """{"correct", "mean": mean depth in words, "tokens": [{"text", "index": of its depth, "tip"}], "left_out": how many
+    tokens are missing in the middle}."""
     tokens = answer.get("tokens") or []
     depths = [t["depth"] for t in tokens if is_number(t.get("depth"))]
     return {
@@ -69,17 +56,23 @@ def shown_answer(answer: Mapping[str, Any], outcomes: Sequence[int]) -> dict[str
 
 
 def _token(token: Mapping[str, Any], outcomes: Sequence[int]) -> dict[str, Any]:
-    depth = token.get("depth")
-    index = min(range(len(outcomes)), key=lambda i: abs(outcomes[i] - (depth or outcomes[-1])))
-    lines = [f"depth {depth if depth is not None else '–'} of {outcomes[-1]}"]
+    depth, text = token.get("depth"), str(token.get("text", ""))
+    lines = [_quoted(text), f"depth {depth if depth is not None else '–'} of {outcomes[-1]}"]
     for key, name in (("logprob", "probability"), ("exit_logprob", "exit probability")):
         if is_number(token.get(key)):
             lines.append(f"{name} {math.exp(token[key]):.3f}")
     if is_number(token.get("entropy")):
         lines.append(f"entropy {token['entropy']:.3f} nats")
-    lines += [_reading(reading) for reading in token.get("readings") or []]
-    text = str(token.get("text", ""))
-    return {"text": visible(text), "index": index, "tip": f"{quoted(text)}\n" + "\n".join(lines)}
+    for reading in token.get("readings") or []:
+        who = "teacher" if reading.get("depth") is None else f"exit {reading['depth']}"
+        hazard = f", hazard {reading['hazard']:.2f}" if is_number(reading.get("hazard")) else ""
+        lines.append(f"{who}: {_quoted(str(reading.get('text', '')))} {math.exp(reading['logprob']):.2f}{hazard}")
+    return {"text": visible(text), "index": _place(depth or outcomes[-1], outcomes), "tip": "\n".join(lines)}
+
+
+def _place(depth: float, outcomes: Sequence[int]) -> int:
+    """Index of the exit depth that is nearest."""
+    return min(range(len(outcomes)), key=lambda i: abs(outcomes[i] - depth))
 
 
 def visible(text: str) -> str:
@@ -87,13 +80,77 @@ def visible(text: str) -> str:
     return text.replace("\n", "↵\n").replace("\t", "⇥") or "∅"
 
 
-def _reading(reading: Mapping[str, Any]) -> str:
-    """What one exit would have written, as a line: who, the token, its probability, the hazard."""
-    who = "teacher" if reading.get("depth") is None else f"exit {reading['depth']}"
-    line = f"{who}: {quoted(str(reading.get('text', '')))} {math.exp(reading['logprob']):.2f}"
-    hazard = reading.get("hazard")
-    return f"{line}, hazard {hazard:.2f}" if is_number(hazard) else line
-
-
-def quoted(text: str) -> str:
+def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
+
+
+def differences(results: Results, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What the page's script needs to compare two models' answers (`lines` of answers.jsonl), or None without two
+    models that answered the same problems.
+
+    {"labels", "first", "second": which two are compared to begin with, "count", "cut": whether answers lost their
+    middle, "data": JSON that is safe within a script element}. Of an answer: [right, tokens, mean depth as a share of
+    the layers, pieces, place of each piece's depth on the scale, place of the gap or -1].
+    """
+    labels = list(results.in_order(dict.fromkeys(label for line in lines for label in line["answers"])))
+    shared = [line for line in lines if len(line["answers"]) > 1]
+    if not shared:
+        return None
+    longest = max(SHORTEST, min(LONGEST, TOKENS // sum(len(line["answers"]) for line in shared)))
+    outcomes, layers = results.outcomes, results.num_layers
+
+    def compact(answer: Mapping[str, Any] | None) -> list[Any] | None:
+        if answer is None:
+            return None
+        pieces, depths, gap = answer["pieces"], answer["depths"], -1
+        places = [_place(depth, outcomes) for depth in depths]
+        mean = round(sum(depths) / len(depths) / layers, 4) if depths else None
+        if len(pieces) > longest:
+            gap = longest // 2
+            pieces, places = (part[:gap] + part[gap - longest :] for part in (pieces, places))
+        return [int(bool(answer["correct"])), len(depths), mean, pieces, places, gap]
+
+    entries = [
+        [heading(str(p["prompt"])), str(p.get("reference", "")), [compact(p["answers"].get(label)) for label in labels]]
+        for p in shared
+    ]
+    cut = longest if any(len(a["depths"]) > longest for p in shared for a in p["answers"].values()) else 0
+    data = embedded({"labels": labels, "outcomes": outcomes, "problems": entries})
+    return {"labels": labels, "first": labels[-2], "second": labels[-1], "count": len(shared), "cut": cut, "data": data}
+
+
+def embedded(value: Any) -> Markup:
+    """JSON that ends no script element, whatever it holds."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def grids(lens: Mapping[str, Any], results: Results) -> dict[str, Any] | None:
+    """The logit lens (lens.json) as tables, a row per token, a column per exit: {"heads", "problems": heading ->
+    [{"model", "exits", "rows": [{"text", "given": of the prompt, "cells": [{"text", "css", "tip"}]}]}]}."""
+    if not lens:
+        return None
+    depths, found = [*lens["exit_depths"], results.num_layers], dict[str, list[dict[str, Any]]]()
+    for answer in sorted(lens["answers"], key=lambda a: results.rank(a["model"])):
+        rows = [_row(row, depths, given=i < answer["given"]) for i, row in enumerate(answer["rows"])]
+        shown = {"model": answer["model"], "exits": answer["exits"], "rows": rows}
+        found.setdefault(heading(str(answer["prompt"])), []).append(shown)
+    return {"heads": [*map(str, depths[:-1]), f"end ({depths[-1]})", "teacher"], "problems": found}
+
+
+def _row(row: Mapping[str, Any], depths: Sequence[int], *, given: bool) -> dict[str, Any]:
+    cells = []
+    for readout, depth in zip([*row["readouts"], row["teacher"]], [*depths, None], strict=True):
+        text, logprob = readout[0]
+        where = "teacher" if depth is None else f"depth {depth}"
+        kinds = [f"p{min(STEPS - 1, int(math.exp(logprob) * STEPS))}", "same" if text == row["text"] else ""]
+        if depth is not None and not given and depth >= row["taken"]:
+            kinds.append("taken" if depth == row["taken"] else "behind")
+            where += ", where it left" if depth == row["taken"] else ", had it gone on"
+        words = [f"{_quoted(t)} {math.exp(p):.3f}" for t, p in readout]
+        came = f"{'the prompt goes on' if given else 'written'}: {_quoted(row['text'])}"
+        shown = visible(text).strip("\n") if text.strip(" ") else "␣" * len(text) or "∅"
+        cells.append({"text": shown, "css": " ".join(kinds), "tip": "\n".join([where, *words, came])})
+    return {"text": visible(row["text"]), "given": given, "cells": cells}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from markupsafe import Markup, escape
 
-from .data import Curve
 from .numbers import number
 from .svg import Frame, colour, marker, padded, ticks
 
@@ -49,64 +48,6 @@ class Chart:
     legend: list[tuple[Markup, str]] = field(default_factory=list)
 
 
-def tradeoff(series: Sequence[tuple[str, list[Dot]]]) -> Markup:
-    """Accuracy against mean depth, 95 % intervals as bars; beside a point its row in the table, as its word."""
-    points = [p for _, group in series for p in group]
-    low, high = padded([v for p in points for v in (p.low, p.high)], 0.06)
-    y_range = (max(0.0, low), min(1.0, high) if high > 0 else 1.0)
-    frame = Frame(460, 330, padded([p.x for p in points], 0.07), y_range, percent_y=True)
-    parts = frame.axes("mean depth (fraction of the layers)", "accuracy")
-    taken = [(frame.x(p.x), frame.y(p.y)) for p in points]
-    for index, (_, group) in enumerate(series):
-        parts += _bars(frame, index, group)
-    for index, (_, group) in enumerate(series):
-        for p in group:
-            x, y = frame.x(p.x), frame.y(p.y)
-            parts.append(marker(index, x, y, tip=p.tip))
-            options = [(x + dx, y + dy) for dx, dy in ((11, -4), (-11, -4), (11, 11), (-11, 11))]
-            at = max(options, key=lambda o: min((math.dist(o, t) for t in taken if t != (x, y)), default=99.0))
-            taken.append(at)
-            parts.append(
-                f'<text class="mark-label" x="{at[0]:.1f}" y="{at[1] + 3:.1f}" text-anchor="middle">'
-                f"{escape(p.word)}</text>"
-            )
-    names = "; ".join(f"{name}: {len(group)} points" for name, group in series)
-    return frame.svg(parts, f"Accuracy against mean depth. {names}. The table above has every value.")
-
-
-def histogram(rows: Mapping[str, Mapping[str, int]], outcomes: Sequence[int], num_layers: int) -> list[Strip]:
-    """A bar per label, cut into the shares of tokens that exit at each depth, in the colours of the depth scale, and
-    the mean depth. rows: label -> depth -> tokens."""
-    strips = []
-    for label, found in rows.items():
-        counts = {int(depth): count for depth, count in found.items()}
-        total = sum(counts.values()) or 1
-        mean = sum(depth * count for depth, count in counts.items()) / total / num_layers
-        parts, spoken, left = [], [], 0.0
-        for index, depth in enumerate(outcomes):
-            share = counts.get(depth, 0) / total
-            if share <= 0:
-                continue
-            spoken.append(f"depth {depth} {share:.0%}")
-            tip = f"{label}\nexit at depth {depth} of {num_layers}\n{share:.1%} of {total:,.0f} tokens"
-            parts.append(
-                f'<rect class="cell k{index}" x="{100 * left:.3f}%" width="{100 * share:.3f}%" height="100%" '
-                f'data-tip="{escape(tip)}"/>'
-            )
-            if share >= 0.07:
-                middle = 100 * (left + share / 2)
-                parts.append(f'<text class="inside k{index}" x="{middle:.3f}%" y="50%" dy=".35em">{share:.0%}</text>')
-            left += share
-        strips.append(_strip(label, parts, f"{mean:.2f}", f"mean depth {mean:.2f}; {', '.join(spoken)}"))
-    return strips
-
-
-def _strip(name: str, parts: Sequence[str], value: str, alt: str, tip: str = "") -> Strip:
-    data = f' data-tip="{escape(tip)}"' if tip else ""
-    head = f'<svg class="strip" role="img" aria-label="{escape(f"{name}: {alt}")}"{data}>'
-    return Strip(name, Markup(f"{head}{''.join(parts)}</svg>"), value)
-
-
 @dataclass(frozen=True)
 class Line:
     """`series` decides colour and shape, `rule` the dash; unjoined lines are loose marks, drawn faint; unmarked ones
@@ -126,28 +67,6 @@ class Slot:
 
     name: str
     lines: Sequence[Line]
-
-
-def scatter(means: Sequence[Line], tokens: Mapping[str, Sequence[tuple[float, float]]]) -> Markup:
-    """Depth (fraction of L) against entropy (nats): means over bins with their standard error where it is known, and
-    single tokens as faint dots, by the line's name."""
-    xs = [d.x for line in means for d in line.dots] + [x for line in means for x, _ in tokens.get(line.name, [])]
-    frame = Frame(460, 330, (0.0, max(xs, default=1.0) * 1.04 or 1.0), (0.0, 1.06))
-    parts = frame.axes("teacher's entropy (nats)", "depth (fraction of the layers)")
-    for line in means:
-        points = tokens.get(line.name, [])
-        for i, (x, y) in enumerate(points[:: max(1, len(points) // 600)]):
-            # Depths take few values: a fixed small offset per token keeps the dots apart.
-            at = frame.y(y) + ((i * 0.6180339887) % 1 - 0.5) * 9
-            parts.append(f'<circle class="dot {colour(line.series)}" cx="{frame.x(x):.1f}" cy="{at:.1f}" r="1.8"/>')
-    for line in means:
-        parts += [_line(frame, line, line.dots), *_bars(frame, line.series, line.dots)]
-        parts += _marks(frame, line.series, line.dots, 3.8)
-    spoken = "; ".join(
-        f"{line.name}: mean depth {line.dots[0].y:.2f} in the lowest bin, {line.dots[-1].y:.2f} in the highest"
-        for line in means
-    )
-    return frame.svg(parts, f"Depth of a token against the teacher's entropy. {spoken}.")
 
 
 def _line(frame: Frame, line: Line, dots: Sequence[Dot]) -> str:
@@ -285,110 +204,3 @@ def _beside(frame: Frame, dot: Dot) -> str:
     at, anchor = (x - 8, "end") if left else (x + 8, "start")
     y = frame.y(dot.y) + 3
     return f'<text class="mark-label" x="{at:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(dot.word)}</text>'
-
-
-@dataclass(frozen=True)
-class Effect:
-    """A difference with its interval, as a row of a forest plot; `kept` False: drawn hollow, not a fair comparison."""
-
-    name: str
-    value: float
-    low: float
-    high: float
-    kept: bool
-    tip: str
-
-
-def forest(effects: Sequence[Effect]) -> list[Strip]:
-    """A row per effect: its interval as a bar about its value, and the zero line."""
-    ends = [v for e in effects for v in (e.low, e.high, e.value) if math.isfinite(v)]
-    low, high = padded([*ends, 0.0], 0.05)
-
-    def at(value: float) -> str:
-        return f"{100 * (min(max(value, low), high) - low) / (high - low):.2f}%"
-
-    strips = []
-    for e in effects:
-        css = "effect" if e.kept else "effect hollow"
-        parts = [
-            '<rect class="ground" width="100%" height="100%"/>',
-            f'<line class="zero" x1="{at(0)}" x2="{at(0)}" y1="0" y2="100%"/>',
-            f'<line class="{css}" x1="{at(e.low)}" x2="{at(e.high)}" y1="50%" y2="50%"/>',
-            f'<circle class="{css}" cx="{at(e.value)}" cy="50%" r="3.6"/>',
-        ]
-        alt = f"{e.value:+.1%} [{e.low:+.1%}, {e.high:+.1%}]"
-        strips.append(_strip(e.name, parts, f"{e.value:+.1%}", alt, e.tip))
-    return strips
-
-
-def thin(points: Curve, limit: int = 240) -> list[tuple[int, float]]:
-    """At most about `limit` points, each bin's least and greatest value among them, so that no spike is lost."""
-    if len(points) <= limit:
-        return list(points)
-    size = math.ceil(len(points) / (limit // 2))
-    kept: list[tuple[int, float]] = []
-    for start in range(0, len(points), size):
-        finite = [p for p in points[start : start + size] if math.isfinite(p[1])]
-        if finite:
-            kept += sorted({min(finite, key=lambda p: p[1]), max(finite, key=lambda p: p[1])})
-    return kept
-
-
-def curve(name: str, runs: Sequence[tuple[str, int, Curve]]) -> Markup:
-    """One metric over the steps, a line per run (label, series, points); values that are not finite leave a gap."""
-    shown = [(label, series, thin(points)) for label, series, points in runs]
-    steps = [s for _, _, points in shown for s, _ in points]
-    values = [y for _, _, points in shown for _, y in points if math.isfinite(y)]
-    x_range = (min(steps), max(steps)) if max(steps) > min(steps) else (steps[0] - 1, steps[0] + 1)
-    frame = Frame(270, 140, x_range, padded(values, 0.1), right=8, top=6, bottom=20, y_ticks=3, labelled=False)
-    parts = frame.axes("", "", x_ticks=4, whole_x=True)
-    for _, series, points in shown:
-        css = f" {colour(series)}" if len(shown) > 1 else ""
-        parts += _pieces(frame, points, css)
-    if len(shown) == 1:
-        parts += _hits(frame, name, shown[0][2])
-    spoken = "; ".join(_spoken(label, points) for label, _, points in shown)
-    return frame.svg(parts, f"{name}: {spoken}")
-
-
-def _pieces(frame: Frame, points: Curve, css: str) -> list[str]:
-    parts, piece = [], []
-    for step, value in [*points, (0, math.nan)]:
-        if math.isfinite(value):
-            piece.append(f"{frame.x(step):.1f},{frame.y(value):.1f}")
-        elif piece:
-            x, y = piece[0].split(",")
-            parts.append(
-                f'<polyline class="line{css}" points="{" ".join(piece)}"/>'
-                if len(piece) > 1
-                else f'<circle class="lone{css}" cx="{x}" cy="{y}" r="2.5"/>'
-            )
-            piece = []
-    return parts
-
-
-def _hits(frame: Frame, name: str, points: Curve) -> list[str]:
-    """Invisible columns, each nearest to one step, that tell the pointer its value."""
-    finite = [p for p in points if math.isfinite(p[1])]
-    edges, parts = [frame.x(s) for s, _ in finite], []
-    for i, (step, value) in enumerate(finite):
-        left = (edges[i - 1] + edges[i]) / 2 if i else frame.left
-        right = (edges[i] + edges[i + 1]) / 2 if i + 1 < len(edges) else frame.width - frame.right
-        tip = f"{name}\nstep {step}: {number(value)}"
-        parts.append(
-            f'<rect class="hit" data-tip="{escape(tip)}" x="{left:.1f}" y="{frame.top}" '
-            f'width="{max(0.5, right - left):.1f}" height="{frame.height - frame.top - frame.bottom}"/>'
-        )
-    return parts
-
-
-def _spoken(label: str, points: Curve) -> str:
-    finite = [p for p in points if math.isfinite(p[1])]
-    if not finite:
-        return f"{label}: no value"
-    first, last, values = finite[0], finite[-1], [y for _, y in finite]
-    begin = f"{label}: " if label else ""
-    return (
-        f"{begin}{number(first[1])} at step {first[0]}, {number(last[1])} at step {last[0]}; "
-        f"least {number(min(values))}, greatest {number(max(values))}"
-    )

@@ -1,39 +1,72 @@
-"""The report of a run: one HTML file that needs nothing but itself, and PNG copies of its charts."""
+"""The report's page: what there is of the runs, as sections of tables and charts, then answers, training and files."""
 
 from __future__ import annotations
 
 import math
+import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import fmean, median
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from markupsafe import Markup
 
+from ..config.command import settings_of
 from ..observe.rundir import write_atomic
-from . import charts
-from .answers import problems
-from .charts import Chart, Dot, Line
-from .data import Inputs, ReportRun, read_inputs
-from .differences import differences
-from .files import commands, links, table_csv
-from .lens import grids
-from .merge import merge
-from .numbers import estimate, is_number, span
-from .palette import stylesheet
-from .pictures import multiples, picture
-from .results import Results, binned, entropy_points, stored_bins
-from .sections import sections
-from .svg import colour, legend_box, legend_mark
+from ..statistics import welch_interval
+from . import figures, tables
+from .answers import differences, grids, problems, shown_answer
+from .inputs import Inputs, ReportRun, read_inputs, settings_label
+from .numbers import estimate, is_number, number, pareto_front, span
+from .plotting import stylesheet
+from .results import MADE_BY
+from .tables import TextTable
 from .template import FOLDER, render, style
-from .training import curves, rollouts
-from .verdict import verdicts
 
-COLUMNS = (
-    ("exits", "exits"), ("accuracy", "accuracy [95 %]"), ("n", "n"), ("difference", "to teacher [95 %]"),
-    ("p_value", "p"), ("mean_depth", "mean depth"), ("total_depth", "total depth"), ("length", "length"),
-    ("kl", "KL (nats)"), ("tokens_per_s", "tokens/s"),
-)  # fmt: skip
+# The RL loop's own figures first, housekeeping after them.
+LEADING = ("reward", "accuracy", "mean_depth", "total_depth", "length", "loss", "kl")
+MEASURES = {"accuracy": "{:+.1%}", "depth": "{:+.3f}", "total_depth": "{:+.1f}", "length": "{:+.1f}"}
+"""What models are compared by: depth as a share of the layers, total depth in layers, length in tokens."""
+SPREAD = {"accuracy": "{:.1%}", "mean_depth": "{:.3f}", "total_depth": "{:.0f}", "length": "{:.1f}"}
+FILES = {
+    "results.json": "every figure of the evaluation",
+    "answers.jsonl": "every answer, a line per problem",
+    "lens.json": "what every exit would write, for a few answers",
+    "table.txt": "the table as text",
+    "metrics.jsonl": "a line per step",
+    "timings.jsonl": "clocks, a line per step",
+}
+TITLES = {
+    "verdict": "Verdict", "results": "Results", "runs": "Runs", "tasks": "Tasks", "choice": "Choice of style",
+    "exits": "Thresholds and gates", "controls": "Controls", "depth": "Depth by kind of token",
+    "externalisation": "Externalisation", "phases": "Where an RL step's time goes",
+}  # fmt: skip
+VERDICT = (
+    "Held-out problems, each model at the exits that validation chose for it. Intervals: bootstrap over groups of "
+    "problems; Welch's over steps for rollouts. They don't cover training runs with other seeds. p: McNemar, exact."
+)
+RESULTS = (
+    "Held-out problems. p: McNemar's exact test against the teacher. Mean depth: layers per generated token as a share "
+    "of all; total depth: layers per answer; length: tokens per answer; KL to the teacher per token."
+)
+CONTROLS = (
+    "The policy against exit rules that know less, at its mean depth and at its accuracy on validation. "
+    "(!): that was not reached, so that it is no comparison. p: McNemar, exact."
+)
+SEEDS = "Runs that differ in seeds only: the last model at its chosen threshold, mean over runs, least and greatest"
+PHASE = "Median over steps; FLOPs by the lengths and exits that there were, recomputation left out"
+
+
+class ReportSection(NamedTuple):
+    """What stands under one heading. `tables`: caption and table each."""
+
+    name: str
+    title: str
+    tables: list[tuple[str, TextTable]]
+    charts: list[figures.ReportChart]
 
 
 def write_report(runs: Sequence[ReportRun], output: Path) -> Path:
@@ -43,182 +76,183 @@ def write_report(runs: Sequence[ReportRun], output: Path) -> Path:
     What is missing of a run is named in the report. Raises ValueError if no stage's directory exists, or if runs of
     different numbers of layers are to be compared.
     """
-    inputs = read_inputs(runs[0]) if len(runs) == 1 else merge(runs)
-    output = Path(output)
+    inputs, output = read_inputs(runs), Path(output)
     results, outcomes = inputs.results, inputs.outcomes
-    table = _table(results)
-    found = {"tradeoff": _tradeoff(results, table), "entropy": _entropy(results), "histogram": _histogram(results)}
-    parts, training = sections(inputs, runs), curves(inputs)
-    changes = differences(results, inputs.problems)
+    parts, changes = sections(inputs, runs), differences(results, inputs.problems)
     scripts = ["page.js", *(["differences.js"] if changes else [])]
+    meta, config = dict(results.meta), runs[0].config
+    title = str(meta.pop("name", "") or (config.name if config else "Early-exit run"))
+    settings = [(run.label, settings_of(run.config)) for run in runs if run.config is not None]
     page = render(
         FOLDER / "page.html.j2",
-        style=style() + Markup(stylesheet(len(outcomes))),
+        style=style() + stylesheet(len(outcomes)),
         script=Markup("".join((FOLDER / name).read_text(encoding="utf-8") for name in scripts)),
-        **_header(inputs, runs),
-        verdicts=verdicts(inputs),
-        **found,
-        columns=COLUMNS,
-        table=table,
-        correlations=_correlations(results.depth_by_entropy),
+        title=title if len(runs) == 1 else f"{len(runs)} early-exit runs",
+        facts=[(str(key).replace("_", " "), _plain(value)) for key, value in meta.items()],
+        coming=list(dict.fromkeys(stage for run in runs for stage in run.coming)),
+        written=time.strftime("%Y-%m-%d %H:%M"),
         outcomes=outcomes,
-        num_layers=results.num_layers,
         sections=parts,
-        training=training,
-        rollouts=rollouts(inputs),
+        training=_training(inputs),
+        rollouts=[(stage.run, kept["step"], kept["rollouts"]) for stage in inputs.stages for kept in stage.samples],
+        shown=lambda answer: {**answer, **shown_answer(answer, outcomes)},
         problems=problems(results),
-        lens=grids(inputs.lens, results.models, results.num_layers) if inputs.lens else None,
+        lens=grids(inputs.lens, results),
         differences=changes,
         links=links(inputs, output),
-        csv=table_csv(results) if results.rows else "",
-        commands=commands(runs),
+        commands=[(label, shlex.join(["ee-megatron", "run", *words])) for label, words in settings if words],
         stages=[stage for stage in inputs.stages if stage.config],
         missing=inputs.missing,
-        runs=len(runs),
     )
     folder = output.parent / "plots"
     folder.mkdir(parents=True, exist_ok=True)
-    for chart in (*found.values(), *(chart for section in parts for chart in section.charts)):
-        if chart is not None:
-            write_atomic(folder / f"{chart.name}.png", picture(chart, len(outcomes)))
-    for stage in training:
-        panels = [(panel["name"], panel["chart"]) for panel in stage["panels"]]
-        if not panels:
-            continue
-        write_atomic(folder / f"training_{stage['name']}.png", multiples(panels, stage["legend"]))
+    for chart in (chart for section in parts for chart in section.charts):
+        write_atomic(folder / f"{chart.name}.png", chart.png)
     write_atomic(output, page)
     return output
 
 
-def _header(inputs: Inputs, runs: Sequence[ReportRun]) -> dict[str, Any]:
-    meta = inputs.results.meta
-    config = runs[0].config
-    title = str(meta.get("name") or meta.get("title") or (config.name if config else "Early-exit run"))
+def sections(inputs: Inputs, runs: Sequence[ReportRun]) -> list[ReportSection]:
+    """Those that there is something to show in."""
+    results = inputs.results
+    made = {name: ReportSection(name, title, [], []) for name, title in TITLES.items()}
+    if (changes := verdict(inputs)).rows:
+        made["verdict"].tables.append((VERDICT, changes))
+    if results.rows:
+        made["results"].tables.append((RESULTS, tables.results_table(results.sorted_rows(), results.paired)))
+    for section, part, table, caption in tables.BY_MODEL:
+        if found := {label: value for label, value in results.in_order(getattr(results, part)).items() if value}:
+            made[section].tables.append((caption, table(found)))
+    made["results"].charts.extend(figures.result_charts(results))
+    made["exits"].charts.extend(figures.exit_charts(results))
+    made["externalisation"].charts.extend(figures.externalisation_charts(results))
+    for i, (run, of_run) in enumerate(inputs.by_run):
+        before = f"{run}. " if run else ""
+        choice = tables.choice_tables(of_run.choice) if of_run.choice else []
+        made["choice"].tables.extend((before + caption, table) for caption, table in choice if table.rows)
+        if of_run.controls:
+            made["controls"].tables.append((before + CONTROLS, tables.controls_table(of_run.controls)))
+            name, title = f"controls_{i}" if run else "controls", f"{before}Policy minus control"
+            made["controls"].charts.extend(figures.forest(name, title, of_run.controls))
+    for stage in inputs.stages:
+        if stage.name == "rl" and "seconds_step" in stage.timings:
+            timings = {name: median(value for _, value in curve) for name, curve in stage.timings.items()}
+            caption = f"{stage.run + ': ' if stage.run else ''}{PHASE}"
+            made["phases"].tables.append((caption, tables.phase_table(timings)))
     if len(runs) > 1:
-        title = f"{len(runs)} early-exit runs"
-    facts = [(str(key).replace("_", " "), _plain(value)) for key, value in meta.items() if key not in ("name", "title")]
-    coming = list(dict.fromkeys(stage for run in runs for stage in run.coming))
-    written = time.strftime("%Y-%m-%d %H:%M")
-    return {
-        "title": title, "facts": facts, "summary": _summary(inputs.results), "coming": coming, "written": written
-    }  # fmt: skip
+        _compare_runs(made["runs"], inputs, runs)
+    return [section for section in made.values() if section.charts or section.tables]
 
 
-def _summary(results: Results) -> list[tuple[str, str]]:
-    """One line per model, over all its rows: nothing is picked by its score on the evaluation set."""
-    lines = []
-    for model in results.models:
-        rows = [r for r in results.rows if r.get("model") == model and is_number(r.get("accuracy"))]
-        if rows:
-            accuracies = span([r["accuracy"] for r in rows], "{:.1%}".format)
-            depths = span([r["mean_depth"] for r in rows if is_number(r.get("mean_depth"))], "{:.2f}".format)
-            rules = f", {len(rows)} exit rules" if len(rows) > 1 else ""
-            lines.append((model, f"accuracy {accuracies} at mean depth {depths}{rules}"))
-    return lines
+def verdict(inputs: Inputs) -> TextTable:
+    """What changed from each model to the one before it, and of RL's rollouts over training: effect, 95 % interval, and
+    whether that excludes zero."""
+    results, rows = inputs.results, list[tuple[str, ...]]()
+    by_label = {f"{row.get('model')}, {row.get('exits')}": row for row in results.rows}
+    for label, found in results.in_order(results.compared).items():
+        names, n = (label, str(found["against"])), str(found["n"])
+        for measure, form in MEASURES.items():
+            p = tables.cell(found, "p_value", "{:.2g}") if measure == "accuracy" else "–"
+            rows.append((*names, measure.replace("_", " "), *_effect(found.get(measure) or {}, form), n, p))
+        model = label.partition(", ")[0]
+        full = next((name for name in (f"{model}, full depth", names[1]) if name in by_label), "")
+        speed, whole = (by_label.get(name, {}).get("tokens_per_s") for name in (label, full))
+        if is_number(speed) and is_number(whole) and whole > 0:
+            rows.append((label, full, "tokens/s", f"{speed / whole:.2f}×", "–", "timed once", n, "–"))
+    for stage in inputs.stages:
+        depths = [value for _, value in stage.curves.get("mean_depth", [])] if stage.name == "rl" else []
+        if (size := len(depths) // 4) > 1:
+            change = welch_interval(depths[:size], depths[-size:])._asdict()
+            names = (f"rollouts of RL's last {size} steps" + (f", {stage.run}" if stage.run else ""), "its first")
+            rows.append((*names, "depth", *_effect(change, MEASURES["depth"]), "–", "–"))
+    heads = ("", "against", "figure", "effect", "95 % interval", "status", "n", "p")
+    return TextTable(heads, [row for row in rows if row[3] != "–"], names=3)
 
 
-def _table(results: Results) -> list[dict[str, Any]]:
-    """The results' rows, models in order, each with its cells in words by column."""
-    table: list[dict[str, Any]] = []
-    models = results.models
-    for row in sorted(results.rows, key=lambda row: models.index(str(row.get("model", "")))):
-        model = str(row.get("model", ""))
-        label = f"{model}, {row.get('exits', '')}"
-        paired = results.paired.get(label) or {}
-        compared = {key: paired.get(key) for key in ("p_value", "difference", "group_low", "group_high")}
-        cells = {key: _cell(key, {**row, **compared}) for key, _ in COLUMNS}
-        css = colour(models.index(model))
-        table.append(
-            {"mark": len(table) + 1, "model": model, "colour": css, "label": label, "row": row, "cells": cells}
+def _effect(change: Mapping[str, Any], form: str) -> tuple[str, str, str]:
+    """Effect, interval, status."""
+    value, low, high = (change.get(key) for key in ("value", "low", "high"))
+    effect = form.format(value) if is_number(value) else "–"
+    if not (is_number(low) and is_number(high)):
+        return effect, "–", "no interval"
+    status = "higher" if low > 0 else "lower" if high < 0 else "no measurable effect"
+    return effect, f"[{form.format(low)}, {form.format(high)}]", status
+
+
+def _compare_runs(section: ReportSection, inputs: Inputs, runs: Sequence[ReportRun]) -> None:
+    keys = list(dict.fromkeys(key for run in runs for key in run.settings))
+    rows = [(run.label, *(run.settings.get(key, "–") for key in keys)) for run in runs]
+    section.tables.append(("Settings in which the runs differ", TextTable(("run", *keys), rows, names=1 + len(keys))))
+    chosen = {label: row for label, found in inputs.by_run if (row := found.last_chosen()) is not None}
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        rest = {key: value for key, value in run.settings.items() if key.rsplit(".", 1)[-1] != "seed"}
+        if run.label in chosen and len(rest) < len(run.settings):
+            groups.setdefault(settings_label(rest) or "all runs", []).append(chosen[run.label])
+    spreads = [
+        (name, str(len(group)), *(_spread([row[key] for row in group], form) for key, form in SPREAD.items()))
+        for name, group in groups.items()
+        if len(group) > 1
+    ]
+    if spreads:
+        heads = ("settings", "runs", *(key.replace("_", " ") for key in SPREAD))
+        section.tables.append((SEEDS, TextTable(heads, spreads)))
+    points = [figures.row_point(row, label) for label, row in chosen.items()]
+    if len(points) > 1:
+        on_front = pareto_front((point.x for point in points), (point.y for point in points))
+        lines = figures.front("not beaten by another run", 2, points, on_front)
+        note = "One mark per run: its last model at the threshold that validation chose."
+        section.charts.extend(
+            figures.line_chart("front_runs", "Front over runs", lines, figures.DEPTH, figures.ACCURACY, note)
         )
-    return table
 
 
-def _tradeoff(results: Results, table: Sequence[Mapping[str, Any]]) -> Chart | None:
-    points: dict[str, list[Dot]] = {model: [] for model in results.models}
-    for entry in table:
-        row, cells, mark = entry["row"], entry["cells"], str(entry["mark"])
-        if is_number(row.get("accuracy")) and is_number(row.get("mean_depth")):
-            accuracy = float(row["accuracy"])
-            low, high = (float(row[k]) if is_number(row.get(k)) else accuracy for k in ("low", "high"))
-            tip = f"{mark}  {entry['label']}\naccuracy {cells['accuracy']}\nmean depth {cells['mean_depth']}"
-            points[entry["model"]].append(Dot(float(row["mean_depth"]), accuracy, low, high, tip, mark))
-    series = [(model, group) for model, group in points.items() if group]
-    if not series:
-        return None
-    legend = [(legend_mark(results.models.index(model)), model) for model, _ in series]
-    note = "Bars: 95 % intervals. Numbers: rows of the table."
-    return Chart("accuracy_depth", "Accuracy against depth", charts.tradeoff(series), note, legend)
+def _spread(values: Sequence[float], form: str) -> str:
+    """ "mean [least, greatest]"."""
+    return estimate({"value": fmean(values), "low": min(values), "high": max(values)}, form)
 
 
-def _histogram(results: Results) -> Chart | None:
-    if not results.exit_histogram:
-        return None
-    outcomes, layers = results.outcomes, results.num_layers
-    strips = charts.histogram(results.in_order(results.exit_histogram), outcomes, layers)
-    note = f"Share of generated tokens by exit depth; {layers} means no exit. Right: mean depth."
-    legend = [(Markup(), "depth"), *((legend_box(index), str(depth)) for index, depth in enumerate(outcomes))]
-    return Chart("exit_histogram", "Where tokens exit", strips, note, legend)
+def _training(inputs: Inputs) -> list[dict[str, Any]]:
+    """Per stage that logged steps a small chart for each metric, the loop's own first; several runs share it.
+    `constant`: (name, value) of metrics that never changed."""
+    found, models = [], inputs.results.models
+    makers = {stage: model for model, stages in MADE_BY.items() for stage in stages}
+    for name in dict.fromkeys(stage.name for stage in inputs.stages if stage.curves):
+        # In the colour of the model that the stage made; where that isn't in the results, by place.
+        group = []
+        for place, stage in enumerate(stage for stage in inputs.stages if stage.name == name):
+            model = f"{makers.get(name)} ({stage.run})" if stage.run else makers.get(name)
+            group.append((stage.run, models.index(model) if model in models else place, stage.curves))
+        entry: dict[str, Any] = {"name": name, "runs": group, "panels": [], "constant": []}
+        entry["steps"] = max(step for _, _, curves in group for points in curves.values() for step, _ in points)
+        metrics = dict.fromkeys(metric for _, _, curves in group for metric in curves)
+        for metric in sorted(metrics, key=lambda n: LEADING.index(n) if n in LEADING else len(LEADING)):
+            lines = [(run, series, curves[metric]) for run, series, curves in group if metric in curves]
+            last = [next(v for _, v in reversed(points) if math.isfinite(v)) for _, _, points in lines]
+            shown, values = metric.replace("_", " "), {value for _, _, points in lines for _, value in points}
+            if len(values) == 1 and max(len(points) for _, _, points in lines) > 1:
+                entry["constant"].append((shown, number(last[0])))
+            else:
+                entry["panels"].append((shown, span(last, number), figures.training_curve(shown, lines)))
+        found.append(entry)
+    return found
 
 
-def _entropy(results: Results) -> Chart | None:
-    """A line per label that the evaluation or the kept answers have, a model's rules counted from 0."""
-    points = entropy_points(results)
-    means: list[Line] = []
-    for label in results.in_order(dict.fromkeys((*results.depth_by_entropy, *points))):
-        dots = []
-        for x, y, error, n in stored_bins(results, label) or binned(points.get(label, [])):
-            spread = f" ± {error:.2f}" if math.isfinite(error) else ""
-            tip = f"{label}\nentropy {x:.2f} nats (mean of {n:,} tokens)\nmean depth {y:.2f}{spread}"
-            dots.append(Dot(x, y, y - error, y + error, tip))
-        if dots:
-            series = results.rank(label)
-            means.append(Line(series, sum(line.series == series for line in means), label, dots))
-    if not means:
-        return None
-    legend = [(legend_mark(line.series, line.rule), line.name) for line in means]
-    return Chart("depth_entropy", "Depth against entropy", charts.scatter(means, points), legend=legend)
-
-
-def _cell(key: str, row: Mapping[str, Any]) -> str:
-    value = row.get(key)
-    if key == "exits":
-        return str(value if value is not None else "–")
-    if not is_number(value):
-        return "–"
-    if key == "accuracy":
-        low, high = row.get("low"), row.get("high")
-        interval = f" [{100 * low:.1f}, {100 * high:.1f}]" if is_number(low) and is_number(high) else ""
-        return f"{100 * value:.1f}{interval} %"
-    if key == "difference":
-        # Over groups of problems that are right or wrong together: the other interval is too narrow.
-        low, high = row.get("group_low"), row.get("group_high")
-        interval = f" [{100 * low:+.1f}, {100 * high:+.1f}]" if is_number(low) and is_number(high) else ""
-        return f"{100 * value:+.1f}{interval}"
-    forms = {
-        "n": "{:,.0f}",
-        "p_value": "{:.2g}",
-        "mean_depth": "{:.3f}",
-        "total_depth": "{:,.0f}",
-        "length": "{:.1f}",
-        "kl": "{:.3f}",
-    }
-    return forms.get(key, "{:,.0f}").format(value)
-
-
-def _correlations(depth_by_entropy: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Label and rank correlation in words, where there is one."""
-    lines = []
-    for label, values in depth_by_entropy.items():
-        if is_number(values.get("spearman")):
-            tokens = f", {values['tokens']:,.0f} tokens" if is_number(values.get("tokens")) else ""
-            lines.append((label, f"Spearman ρ {estimate({**values, 'value': values['spearman']})}{tokens}"))
-    return lines
+def links(inputs: Inputs, output: Path) -> list[dict[str, str]]:
+    """{"href", "name", "what"} of the files that the stages left, relative to the page."""
+    found = []
+    for stage in inputs.stages:
+        for name, what in FILES.items():
+            file = stage.directory / name
+            if file.is_file():
+                href = quote(Path(os.path.relpath(file.resolve(), output.parent.resolve())).as_posix())
+                label = f"{stage.name}{f', {stage.run}' if stage.run else ''}: {name}"
+                # A colon in the first part of a relative address would make it a scheme.
+                found.append({"href": f"./{href}", "name": label, "what": what})
+    return found
 
 
 def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_plain(v) for v in value)
-    return str(value)
+    return ", ".join(map(_plain, value)) if isinstance(value, (list, tuple)) else str(value)

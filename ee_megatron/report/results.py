@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -82,6 +81,11 @@ class Results:
         places = {model: place for place, model in enumerate(MADE_BY)}
         return sorted(dict.fromkeys(names), key=lambda n: places.get(n.split(" (")[0], len(places)))
 
+    def sorted_rows(self) -> list[dict[str, Any]]:
+        """The rows by model, models in order."""
+        models = self.models
+        return sorted(self.rows, key=lambda row: models.index(str(row.get("model", ""))))
+
     def rank(self, label: str) -> int:
         """Place of the model that a label begins with; behind all for a stranger."""
         models = self.models
@@ -99,44 +103,3 @@ class Results:
     def last_chosen(self) -> dict[str, Any] | None:
         """That of the last model for which a threshold was chosen."""
         return next((row for m in reversed(self.models) if m != "teacher" and (row := self.chosen(m))), None)
-
-
-def entropy_points(results: Results) -> dict[str, list[tuple[float, float]]]:
-    """Label -> [(entropy in nats, depth as a fraction of L)] over the kept answers.
-
-    Left out: the first token of an answer, whose depth may be no choice, and labels whose depth never varies.
-    """
-    points: dict[str, list[tuple[float, float]]] = {}
-    layers = results.num_layers
-    for answer in results.answers:
-        label = f"{answer.get('model', '')}, {answer.get('exits', '')}"
-        for token in (answer.get("tokens") or [])[1:]:
-            entropy, depth = token.get("entropy"), token.get("depth")
-            if entropy is not None and depth is not None and math.isfinite(entropy):
-                points.setdefault(label, []).append((float(entropy), depth / layers))
-    return {label: group for label, group in points.items() if len({y for _, y in group}) > 1}
-
-
-def stored_bins(results: Results, label: str) -> list[tuple[float, float, float, int]]:
-    """The evaluation's own bins (over all its answers) as of `binned`, without a standard error; [] if it has none."""
-    bins, layers = results.depth_by_entropy.get(label, {}).get("bins") or [], results.num_layers
-    return [(b["entropy"], b["depth"] / layers, math.nan, int(b["tokens"])) for b in bins]
-
-
-def binned(points: list[tuple[float, float]], bins: int = 6) -> list[tuple[float, float, float, int]]:
-    """Points -> per bin of equal counts (mean x, mean y, standard error of y, n); ties in x stay together."""
-    ordered = sorted(points)
-    size = max(1, math.ceil(len(ordered) / bins))
-    groups: list[list[tuple[float, float]]] = []
-    for point in ordered:
-        if groups and (len(groups[-1]) < size or groups[-1][-1][0] == point[0]):
-            groups[-1].append(point)
-        else:
-            groups.append([point])
-    summary = []
-    for group in groups:
-        n = len(group)
-        mean = sum(y for _, y in group) / n
-        spread = math.sqrt(sum((y - mean) ** 2 for _, y in group) / max(1, n - 1))
-        summary.append((sum(x for x, _ in group) / n, mean, spread / math.sqrt(n), n))
-    return summary

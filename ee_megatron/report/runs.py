@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config.identity import STAGES, identity, stage_dir, stage_order
 from ..config.load import read_saved
 from ..config.schema import RunConfig
-from .data import ReportRun
+from .inputs import LABEL_LENGTH, ReportRun, settings_label
 from .page import write_report
 
-LABEL_LENGTH = 40
-"""Characters of a run's settings that still fit beside a model's name."""
+# What pandas has for a setting that a run lacks.
+MISSING = "nan"
 
 
 def report_path(cfg: RunConfig) -> Path:
@@ -49,7 +49,7 @@ def report_directories(named: Sequence[Path], out: Path | None = None) -> Path:
     if len(found) == 1:
         return write_report([ReportRun(found[0], config=configs[0])], out)
     settings = _differing(configs)
-    labels = [", ".join(f"{key}={value}" for key, value in each.items()) for each in settings]
+    labels = [settings_label(each) for each in settings]
     if len(set(labels)) < len(labels):
         labels = [f"{end.parent.name}/{end.name}" for end in ends]
     elif max(map(len, labels)) > LABEL_LENGTH:
@@ -87,26 +87,20 @@ def _stages_of(cfg: RunConfig, directory: Path) -> dict[str, Path]:
 
 def _differing(configs: Sequence[RunConfig]) -> list[dict[str, str]]:
     """Per run the settings that count and in which not all are alike, by their last part where that is unambiguous."""
-    flat = [dict(_flat(identity(cfg, "evaluate"))) for cfg in configs]
-    keys = dict.fromkeys(key for run in flat for key in run)
-    differing = [key for key in keys if any(run.get(key) != flat[0].get(key) for run in flat)]
+    import pandas as pd
+
+    frame = pd.json_normalize([identity(cfg, "evaluate") for cfg in configs]).map(_word)
+    frame = frame.loc[:, frame.nunique() > 1]
     # A sweep's `seed` sets them all; said once.
-    seeds = [key for key in differing if key.endswith(".seed")]
-    if all(len({run.get(key) for key in seeds}) <= 1 for run in flat):
-        differing = [key for key in differing if key not in seeds[1:]]
-    lasts = [key.rsplit(".", 1)[-1] for key in differing]
-    names = [key if lasts.count(last) > 1 else last for key, last in zip(differing, lasts, strict=True)]
-    return [{name: _word(run[key]) for name, key in zip(names, differing, strict=True) if key in run} for run in flat]
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for name, value in node.items():
-        found += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
-    return found
+    seeds = [key for key in frame if key.endswith(".seed")]
+    if (frame[seeds].nunique(axis=1) <= 1).all():
+        frame = frame.drop(columns=seeds[1:])
+    lasts = [key.rsplit(".", 1)[-1] for key in frame]
+    frame.columns = [key if lasts.count(last) > 1 else last for key, last in zip(frame, lasts, strict=True)]
+    return [{key: word for key, word in row.items() if word != MISSING} for row in frame.to_dict("records")]
 
 
 def _word(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
-    return ",".join(_word(v) for v in value) if isinstance(value, list) else str(value)
+    return ",".join(map(_word, value)) if isinstance(value, list) else str(value)

@@ -102,9 +102,7 @@ class Collector:
         file = self._context.path / "reference_by_prompt.json"
         if not file.is_file():
             first = price_rise(rl.steps, rl.depth_penalty.warmup)
-            steps = range(first, rl.steps)[
-                : None if target.samples else target.window
-            ]
+            steps = range(first, rl.steps)[: None if target.samples else target.window]
             asked = {prompt.id: prompt for step in steps for prompt in step_prompts(self.prompts, step, rl)}
             prompts = list(asked.values())
             self.pool.load(None)

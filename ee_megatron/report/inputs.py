@@ -1,0 +1,246 @@
+"""What the report reads: stage directories of one run or several in, plain records out.
+
+A missing or damaged file becomes a remark. What several runs share stands once; their other models are named after the
+settings in which the runs differ.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..config.identity import STAGES, stage_order
+from ..config.schema import RunConfig
+from ..observe.metrics import read_metrics
+from .results import MADE_BY, Results
+
+T = TypeVar("T")
+# Stages without steps: an evaluation logs its figures once, for trackers.
+WITHOUT_METRICS = ("imported", "traces", "evaluate")
+Curves = dict[str, list[tuple[int, float]]]
+"""Metric -> (step, value) each; a value may be nan, not all of them are."""
+LABEL_LENGTH = 40
+"""Characters of a run's settings that still fit beside a model's name."""
+
+
+@dataclass(frozen=True)
+class ReportRun:
+    """One run to report: its stages' directories by name, and, among several, what it is called and where its settings
+    differ from those of the others. `coming`: stages that have not finished but will, of a run under way."""
+
+    stages: Mapping[str, Path]
+    label: str = ""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    config: RunConfig | None = None
+    coming: Sequence[str] = ()
+
+
+@dataclass
+class StageData:
+    """A stage's configuration text, metrics, clocks, and the rollouts that RL kept (training/samples.py). `run` says
+    whose it is where there are several."""
+
+    name: str
+    directory: Path
+    run: str = ""
+    config: str = ""
+    curves: Curves = field(default_factory=dict)
+    timings: Curves = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Inputs:
+    """What the report is made of. `results`: of all runs together; `by_run`: what each run found, with its label;
+    `problems`, `lens`: answers.jsonl and lens.json (evaluation/records.py makes them)."""
+
+    stages: list[StageData] = field(default_factory=list)
+    results: Results = field(default_factory=Results)
+    by_run: list[tuple[str, Results]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    problems: list[dict[str, Any]] = field(default_factory=list)
+    lens: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def outcomes(self) -> list[int]:
+        """Exit depths and L; before the evaluation those of the rollouts that were kept."""
+        if self.results.rows or self.results.answers:
+            return self.results.outcomes
+        kept = (t["depth"] for s in self.stages for k in s.samples for r in k["rollouts"] for t in r["tokens"])
+        return sorted({*kept}) or self.results.outcomes
+
+
+def read_inputs(runs: Sequence[ReportRun]) -> Inputs:
+    """What the stages of the runs have written. Raises ValueError if a run has no directory, and for runs of different
+    numbers of layers, whose depths are not the same thing."""
+    read = [(run, _read_run(run)) for run in runs]
+    layers = {run.label: inputs.results.num_layers for run, inputs in read if inputs.results.rows}
+    if len(set(layers.values())) > 1:
+        raise ValueError(
+            f"runs of models with different numbers of layers ({layers}): expected one; report them one by one, or "
+            "compare sizes with `ee-megatron sweep collect` and `ee-megatron scaling`"
+        )
+    return _merge(read) if len(runs) > 1 else read[0][1]
+
+
+def _read_run(run: ReportRun) -> Inputs:
+    if not run.coming and not any(path.is_dir() for path in run.stages.values()):
+        raise ValueError(
+            f"nothing to report: expected at least one stage's directory, found none of "
+            f"{', '.join(map(str, run.stages.values())) or '(none was named)'}; run a stage first"
+        )
+    inputs = Inputs()
+    for name in dict.fromkeys((*STAGES, *run.stages)):
+        # What a stage that isn't through lacks isn't missing.
+        missing = [] if name in run.coming else inputs.missing
+        if name in run.stages and run.stages[name].is_dir():
+            inputs.stages.append(_read_stage(name, run.stages[name], missing))
+            if name == "evaluate" and name not in run.coming:
+                _read_evaluation(inputs, run.stages[name])
+        elif name not in ("imported", "pretrain") and (run.config is None or name in stage_order(run.config)):
+            # A model that is made first is the exception, which nobody misses, nor a stage that was switched off.
+            missing.append(f"{name}: not part of this run, or not run yet")
+    inputs.by_run = [("", inputs.results)]
+    return inputs
+
+
+def _read_evaluation(inputs: Inputs, folder: Path) -> None:
+    missing = inputs.missing
+    inputs.results = (
+        _read("evaluate", folder / "results.json", lambda p: Results.from_json(_json(p)), missing) or Results()
+    )
+    inputs.problems = _read("evaluate", folder / "answers.jsonl", _problems, missing) or []
+    inputs.lens = _read("evaluate", folder / "lens.json", _lens, missing) or {}
+    parts = ("rows", "answers", "exit_histogram")
+    missing += [f"evaluate: results.json has no {part}" for part in parts if not getattr(inputs.results, part)]
+
+
+def _read_stage(name: str, directory: Path, missing: list[str]) -> StageData:
+    stage = StageData(name, directory)
+    stage.config = (
+        _read(name, directory / "config.yaml", lambda path: path.read_text("utf-8", "replace"), missing) or ""
+    )
+    if name not in WITHOUT_METRICS:
+        stage.curves = _read(name, directory / "metrics.jsonl", _curves, missing) or {}
+        stage.timings = _read(name, directory / "timings.jsonl", _curves, []) or {}
+    found = [_read(name, path, _sample, missing) for path in (directory / "samples").glob("step_*.json")]
+    stage.samples = sorted((kept for kept in found if kept), key=lambda kept: kept["step"])
+    return stage
+
+
+def _read(stage: str, path: Path, parse: Callable[[Path], T], missing: list[str]) -> T | None:
+    """What a file holds; None, with a remark, if it is missing or damaged."""
+    try:
+        return parse(path)
+    except FileNotFoundError:
+        missing.append(f"{stage}: {path.name} is missing")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        missing.append(f"{stage}: {path.name} can't be read ({str(error).replace(f'{path.parent}/', '')})")
+    return None
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _problems(path: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line["answers"] is not None and line["prompt"] is not None]
+
+
+def _lens(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = _json(path)
+    width = len(found["exit_depths"]) + 1
+    if any(len(row["readouts"]) != width for answer in found["answers"] for row in answer["rows"]):
+        raise ValueError("its readouts don't fit its exits")
+    return found
+
+
+def _sample(path: Path) -> dict[str, Any]:
+    kept = _json(path)
+    return {"step": int(kept["step"]), "rollouts": list(kept["rollouts"])}
+
+
+def _curves(path: Path) -> Curves:
+    """A metrics.jsonl by metric; what is no number is left out."""
+    found: Curves = {}
+    for row in read_metrics(path):
+        for name, value in row.items():
+            if name != "step" and isinstance(value, (int, float)):
+                found.setdefault(name, []).append((row["step"], float(value)))
+    return {name: points for name, points in found.items() if any(math.isfinite(y) for _, y in points)}
+
+
+# -- several runs as one ----------------------------------------------------------------------------------------------
+
+
+def _merge(read: Sequence[tuple[ReportRun, Inputs]]) -> Inputs:
+    """The first run that has a model, a stage or an answer to a problem is where it comes from."""
+    merged, results = Inputs(), Results(meta={"exit_depths": []})
+    problems: dict[str, dict[str, Any]] = {}
+    stages: dict[Path, StageData] = {}
+    for stage in (stage for _, inputs in read for stage in inputs.stages):
+        stages.setdefault(stage.directory, stage)
+    for path, stage in stages.items():
+        owners = [run for run, inputs in read if path in (other.directory for other in inputs.stages)]
+        stage.run = "" if len(owners) == len(read) else _common(owners)
+    merged.stages = sorted(stages.values(), key=lambda stage: (*STAGES, stage.name).index(stage.name))
+    for run, inputs in read:
+        # A model is named after the runs that have the stage that made it.
+        made = {stage.name: stages[stage.directory].run for stage in inputs.stages}
+        found, names = inputs.results, dict[str, str]()
+        for model in found.models:
+            of = next((made[stage] for stage in MADE_BY.get(model, ()) if stage in made), run.label)
+            names[model] = f"{model} ({of})" if of else model
+
+        def renamed(label: str, names: Mapping[str, str] = names) -> str:
+            model = next((m for m in names if label == m or label.startswith(f"{m}, ")), label)
+            return names.get(model, model) + label[len(model) :]
+
+        if found.rows:
+            exits = {*results.meta["exit_depths"], *(found.meta.get("exit_depths") or [])}
+            results.meta = {"num_layers": found.num_layers, "exit_depths": sorted(exits)}
+        _add_new(results.rows, found.rows, renamed)
+        _add_new(results.answers, found.answers, renamed)
+        for part in Results.parts_by_model():
+            have = getattr(results, part)
+            have |= {renamed(k): v for k, v in getattr(found, part).items() if renamed(k) not in have}
+        for line in inputs.problems:
+            into = problems.setdefault(str(line.get("id", line["prompt"])), {**line, "answers": {}})
+            into["answers"] = {renamed(label): answer for label, answer in line["answers"].items()} | into["answers"]
+        # Columns of other exits would not line up.
+        if inputs.lens and merged.lens.get("exit_depths", inputs.lens["exit_depths"]) == inputs.lens["exit_depths"]:
+            merged.lens = {**inputs.lens, "answers": merged.lens.get("answers", [])}
+            _add_new(merged.lens["answers"], inputs.lens["answers"], renamed)
+        merged.by_run.append((run.label, found))
+        merged.missing += [f"{run.label}: {line}" for line in inputs.missing]
+    merged.results, merged.problems = results, list(problems.values())
+    return merged
+
+
+def _add_new(into: list[dict[str, Any]], rows: Sequence[Mapping[str, Any]], renamed: Callable[[str], str]) -> None:
+    """Rows and answers of models that `into` doesn't have under the same problem and exits."""
+
+    def which(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return row.get("id", row.get("prompt")), row["model"], row.get("exits")
+
+    known = {which(row) for row in into}
+    named = [{**row, "model": renamed(str(row.get("model", "")))} for row in rows]
+    into += [row for row in named if which(row) not in known]
+
+
+def _common(runs: Sequence[ReportRun]) -> str:
+    """The settings in which these runs are alike, among those that tell all runs apart; their labels, where that is
+    too long, or where these aren't settings."""
+    alike = {key: value for key, value in runs[0].settings.items() if all(r.settings.get(key) == value for r in runs)}
+    words = settings_label(alike)
+    return words if len(runs) > 1 and 0 < len(words) <= LABEL_LENGTH else ", ".join(run.label for run in runs)
+
+
+def settings_label(settings: Mapping[str, str]) -> str:
+    """ "key=value, key=value"."""
+    return ", ".join(f"{key}={value}" for key, value in settings.items())

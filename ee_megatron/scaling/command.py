@@ -16,7 +16,7 @@ from .. import __version__
 from ..arguments import Parser
 from ..observe.rundir import write_atomic
 from .bootstrap import Refused
-from .compare import Comparison, compare
+from .compare import FormComparison, compare
 from .forecast import check_forecast, forecast_losses, forecast_metric, forecast_optimum, read_forecast
 from .laws import ScalingFit, fit_isoflop, fit_loss_law
 from .table import RunTable, observations, read_table
@@ -133,7 +133,7 @@ def _against(given: argparse.Namespace) -> list[str]:
     return names
 
 
-def _comparison(given: argparse.Namespace, table: RunTable) -> Comparison:
+def _comparison(given: argparse.Namespace, table: RunTable) -> FormComparison:
     return compare(table, _options(given), given.metric, _against(given), given.bootstrap, given.seed)
 
 
@@ -161,8 +161,8 @@ def _predict(given: argparse.Namespace, table: RunTable) -> Result:
     names = ["params", "tokens"] if given.metric is None else _against(given)
     points = [_numbers("--at", text, names, vars(given)["lambda"] or "lambda") for text in given.at]
     budgets = [_numbers("--compute", text, ["FLOPs"])[0] for text in given.compute]
-    if not points and (not budgets or given.metric is not None):
-        raise ValueError(f"predict: found nothing to predict; expected --at {','.join(names)}, or --compute C")
+    if not (points or budgets) or (given.metric is not None and budgets):
+        raise ValueError(f"predict: expected --at {','.join(names)}, or without --metric --compute C, once or more")
     # Before anything is fitted: a refusal should not take a minute.
     if given.out and (given.out / "predict.json").exists() and not given.again:
         raise ValueError(f"{given.out}: holds a forecast already; give another --out, or --again to replace it")

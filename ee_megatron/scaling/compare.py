@@ -67,7 +67,7 @@ FORMS = (
 
 
 @dataclass
-class Comparison:
+class FormComparison:
     """Forms of a metric, fitted and judged.
 
     raw [C, R]: ln x of the columns `against`, or lambda as it is; `penalty`: lambda's place among them, or None; values
@@ -150,7 +150,7 @@ class Comparison:
 
 def compare(
     table: RunTable, columns: Columns, metric: str, against: Sequence[str], draws: int, seed: int
-) -> Comparison:
+) -> FormComparison:
     """Fit every form to `metric` and judge it by leaving out whole runs.
 
     Raises ValueError for missing columns and values that cannot be used, Refused for too few runs and for columns that
@@ -161,7 +161,7 @@ def compare(
     raw = np.stack([x if name == penalty else np.log(x) for name, x in zip(against, raw, strict=True)])
     runs, note = run_index(table, columns)
     place = list(against).index(penalty) if penalty in against else None
-    found = Comparison(metric, list(against), raw, place, y, runs, draws, seed, [note])
+    found = FormComparison(metric, list(against), raw, place, y, runs, draws, seed, [note])
     count, folds = found.run_count, min(found.run_count, MAX_FOLDS)
     if count < MIN_RUNS:
         raise Refused(f"{count} runs; expected at least {MIN_RUNS} to compare forms by runs left out; add runs")
@@ -191,7 +191,7 @@ def compare(
     return found
 
 
-def _misfit(found: Comparison, form: MetricForm) -> str:
+def _misfit(found: FormComparison, form: MetricForm) -> str:
     """Why the metric or the columns rule the form out, or nothing."""
     low, high = found.values.min(), found.values.max()
     if low < form.low or high > form.high or (form.name == "power" and low == 0):
@@ -204,8 +204,8 @@ def _misfit(found: Comparison, form: MetricForm) -> str:
 
 
 def _judge(errors: dict[str, Array], draws: int, seed: int) -> pd.DataFrame:
-    """`Comparison.forms` from the forms' mean squared errors by run [G]. Several forms stand against one constant: each
-    at 1 - 0.05/F, so that all together are wrong in 5 % (Bonferroni)."""
+    """The table of forms from their mean squared errors by run [G]. Several forms stand against one constant: each at
+    1 - 0.05/F, so that all together are wrong in 5 % (Bonferroni)."""
     best = min(errors.values(), key=lambda each: float(each.mean()))
     strict = 1 - (1 - LEVEL) / max(1, len(errors) - 1)
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .compare import Comparison
+from .compare import FormComparison
 from .laws import ScalingFit, interpolate, predict
 from .table import Array
 
@@ -74,7 +74,7 @@ def isoflop(fit: ScalingFit, obs: pd.DataFrame) -> bytes:
     return _png(figure)
 
 
-def metric(comparison: Comparison) -> bytes:
+def metric(comparison: FormComparison) -> bytes:
     """The metric against each column, with the best form's curve where the others have their means."""
     figure, panels = _panels(len(comparison.against))
     for column, (axes, name) in enumerate(zip(panels, comparison.against, strict=True)):

@@ -16,7 +16,7 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from .bootstrap import LEVEL, percentile_interval
-from .compare import Comparison
+from .compare import FormComparison
 from .laws import ScalingFit, predict
 from .table import RunTable, observations, run_index
 
@@ -43,7 +43,7 @@ def forecast_optimum(method: str, fit: ScalingFit, obs: pd.DataFrame, flops: flo
     return _record(method, {"flops": flops}, "N_opt", value, ends, obs)
 
 
-def forecast_metric(comparison: Comparison, point: Sequence[float]) -> list[Forecast]:
+def forecast_metric(comparison: FormComparison, point: Sequence[float]) -> list[Forecast]:
     """The metric at a point [C], by the best form and by those not distinguished from it; where there are such, last
     the best form's value with intervals that hold all of theirs ("any of these").
 
@@ -87,7 +87,7 @@ def read_forecast(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such forecast; expected the predict.json of `ee-megatron scaling predict`")
     try:
         stored = json.loads(path.read_bytes())
-        if all({"method", "at", "value", *ENDS} <= one.keys() for one in stored["forecasts"]):
+        if "metric" in stored["options"] and all({"at", "value", *ENDS} <= one.keys() for one in stored["forecasts"]):
             return {name: stored[name] for name in ("made", "table", "sha256", "options", "forecasts")}
     except (ValueError, AttributeError, TypeError, KeyError):
         pass

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ee_megatron.scaling.bootstrap import Refused
-from ee_megatron.scaling.compare import Comparison, compare
+from ee_megatron.scaling.compare import FormComparison, compare
 from tests.covering import EXTENDED
 from tests.scaling_samples import table
 
@@ -20,7 +20,7 @@ PLANTED = {
 }
 
 
-def judged(metric, against=("params",), seed: int = 0, draws: int = 200, **columns) -> Comparison:
+def judged(metric, against=("params",), seed: int = 0, draws: int = 200, **columns) -> FormComparison:
     cells = {"params": SIZES, "lambda": PENALTY, **columns, "metric": metric}
     return compare(table(cells), {}, "metric", against, draws, seed)
 

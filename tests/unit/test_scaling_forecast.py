@@ -136,6 +136,7 @@ def test_lambda_enters_as_in_compare_and_may_be_zero(tmp_path: Path, capsys) -> 
         ([*METRIC, "--at", "16,1e999"], "--at 16,1e999"),
         (["--metric", "hopps", "--against", "layers", "--at", "4"], "'hops'"),
         (["--compute", "-1"], "--compute"),
+        ([*METRIC, *POINT, "--compute", "1e20"], "--compute"),
     ],
 )
 def test_what_cannot_be_forecast_is_refused_in_one_line(tmp_path: Path, capsys, extra: list[str], names: str) -> None:
@@ -185,7 +186,7 @@ def test_what_cannot_be_checked_is_refused_in_one_line(forecast: Path, tmp_path:
     lacking = write_csv(tmp_path / "lacking.csv", {"run": ["a"], "layers": [16], "hops": [4.5]})
     text, old = tmp_path / "text.json", tmp_path / "old.json"
     text.write_text("{")
-    old.write_text(json.dumps({"table": "t", "sha256": "0", "forecasts": [{}]}))
+    old.write_text(json.dumps({"table": "t", "sha256": "0", "made": "", "options": {}, "forecasts": []}))
     for arguments, names in (
         ([tmp_path / "none.json", later], "none.json"),
         ([text, later], "text.json"),

@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 
+from .. import __version__
 from ..arguments import Parser
-from .compare import compare
-from .fit import METHODS
-from .forecasting import add_check_options, add_predict_options, check, predict
-from .inputs import (
-    FittedGroup,
-    column_names,
-    compared_columns,
-    fit_groups,
-    read_rows,
-    refuse_all,
-    source,
-)
-from .isoflop_law import IsoFlopFit
-from .page import PageSection, write_json, write_page, write_text
-from .refusal import Refused
-from .table import ColumnNames, RunTable
-from .text import comparison_lines, fit_lines
+from ..observe.rundir import write_atomic
+from .bootstrap import Refused
+from .compare import FormComparison, compare
+from .forecast import check_forecast, forecast_losses, forecast_metric, forecast_optimum, read_forecast
+from .laws import ScalingFit, fit_isoflop, fit_loss_law
+from .table import RunTable, observations, read_table
 
 MIN_BOOTSTRAP = 200
-FIT = "L(N, D) = E + A/N^alpha + B/D^beta and isoFLOP minima, with 95 % intervals over runs and held-out errors"
-PREDICT = (
-    "loss of a size and token count, best size of a budget, or any metric of a run to come, with 95 % intervals; with "
-    "--out a dated forecast that is not overwritten silently"
-)
-CHECK = "a forecast that predict wrote beside the runs made since: in its intervals or not, and by how much"
-COMPARE = (
-    "which form a metric follows: constant, linear, power law, saturating, logistic, with lambda; by held-out error"
-)
-PLOT = "the fits with bands, isoFLOP curves, Pareto fronts: PNG files and one HTML page"
+METHODS = {"huber": fit_loss_law, "isoflop": fit_isoflop}
+HELP = {
+    "fit": "L(N, D) = E + A/N^alpha + B/D^beta and isoFLOP minima, with 95 %% intervals over runs",
+    "predict": "loss of a size and token count, best size of a budget, or any metric of a run to come",
+    "check": "a forecast that predict wrote beside the runs made since: in its intervals or not",
+    "compare": "which form a metric follows: constant, linear, power law, logistic, with lambda; by held-out error",
+    "plot": "the fits with bands, isoFLOP curves, a metric with its best form: PNG files",
+}
 EPILOG = """\
 examples:
   ee-megatron scaling fit runs.csv --params N --tokens D --loss final_loss --out fits
@@ -46,211 +37,223 @@ examples:
   ee-megatron scaling predict runs.csv --metric mean_depth --against layers,params --at 16,786432 --out ahead
   ee-megatron scaling check ahead/predict.json later.csv
   ee-megatron scaling compare runs.parquet --metric mean_depth --against params,lambda
-  ee-megatron scaling plot runs.csv --accuracy accuracy --depth mean_depth --out plots
+  ee-megatron scaling plot runs.csv --metric mean_depth --against params,lambda --out plots
 
 A table has one row per measurement. docs/scaling.md: formulas, what the intervals mean, what is refused and why.
 """
+Result = dict[str, Any]
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one sub-command; returns 0. Raises ValueError (Refused among them) or FileNotFoundError for what a user can
     put right."""
     given = _parser().parse_args(list(argv))
-    if given.command == "check":
-        return check(given)
-    if given.bootstrap < MIN_BOOTSTRAP:
-        raise ValueError(
-            f"--bootstrap {given.bootstrap}: expected at least {MIN_BOOTSTRAP}, since a 2.5 % quantile of fewer "
-            f"resamples rests on fewer than {MIN_BOOTSTRAP // 40} of them"
-        )
-    if given.seed < 0:
-        raise ValueError(f"--seed {given.seed}: expected a number >= 0")
-    return int(given.handler(given))
+    draws, seed, options = getattr(given, "bootstrap", MIN_BOOTSTRAP), getattr(given, "seed", 0), _options(given)
+    if draws < MIN_BOOTSTRAP or seed < 0:
+        wanted = f"expected at least {MIN_BOOTSTRAP} resamples, for a 2.5 % quantile, and a seed >= 0"
+        raise ValueError(f"--bootstrap {draws}, --seed {seed}: {wanted}")
+    if (options.get("metric") is None) != (options.get("against") is None):
+        raise ValueError("--metric and --against: found one of them; expected both or neither")
+    if given.command == "compare" and given.metric is None:
+        raise ValueError("compare: found no --metric and --against; expected both")
+    if given.command == "plot" and given.out is None:
+        raise ValueError("plot: found no --out; expected a directory for the pictures")
+    whole = read_table(given.table)
+    table = whole.where(given.where)
+    result = given.handler(given, table)
+    rows = f"{table.name}: {len(table.frame)} of {len(whole.frame)} rows, seed {seed}"
+    source = {"table": table.name, "sha256": whole.digest, "options": options}
+    _write(given, {**source, **result, "notes": [rows, *result["notes"]]})
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = Parser(
-        prog="ee-megatron scaling",
-        description="Scaling laws from a table of runs.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    rows, draws, metric, laws, check, predict = (Parser(add_help=False) for _ in range(6))
+    where = "use such rows only: status=finished, status!=failed, params<1e9, loss>=2 (may be repeated)"
+    rows.add_argument("table", type=Path, metavar="TABLE", help="a .csv or .parquet file, one row per measurement")
+    rows.add_argument("--where", action="append", default=[], metavar="CONDITION", help=where)
+    rows.add_argument("--run", metavar="COL", help="runs, whose rows share their noise (default: run, else each row)")
+    rows.add_argument("--out", type=Path, metavar="DIR", help="write the results there as files")
+    draws.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples (default: 1000)")
+    draws.add_argument("--seed", type=int, default=0, help="of resamples and folds (default: 0)")
+    metric.add_argument("--metric", metavar="COL", help="what is to be explained, e.g. mean_depth")
+    metric.add_argument("--against", metavar="COL[,COL]", help="by what, e.g. params,lambda")
+    metric.add_argument("--lambda", metavar="COL", help="depth penalty of --against, may be 0 (default: lambda)")
+    for option in ("params", "tokens", "flops", "loss"):
+        laws.add_argument(f"--{option}", metavar="COL", help=f"column of {option} (default: {option})")
+    laws.add_argument("--method", choices=[*METHODS, "all"], default="all", help="default: all")
+    laws.add_argument("--budget", metavar="COL", help="isoflop: rows of one value are one compute budget")
+    at = "a run to come: parameters and tokens, or with --metric a value for each column of --against"
+    predict.add_argument("--at", action="append", default=[], metavar="N,D", help=at)
+    predict.add_argument("--compute", action="append", default=[], metavar="C", help="FLOPs of a budget to come")
+    predict.add_argument("--again", action="store_true", help="replace the forecast that --out holds")
+    check.add_argument("forecast", type=Path, metavar="FORECAST", help="predict.json, as predict wrote it")
+    check.add_argument("--within", type=float, default=0.01, help="rows within this share of a point (default: 0.01)")
+    about = {"description": "Scaling laws from a table of runs.", "epilog": EPILOG}
+    form = argparse.RawDescriptionHelpFormatter
+    parser: argparse.ArgumentParser = Parser(prog="ee-megatron scaling", formatter_class=form, **about)
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
-    fit = _add(commands, "fit", FIT, _fit)
-    _add_fit(fit)
-    predicting = _add(commands, "predict", PREDICT, predict)
-    _add_fit(predicting)
-    add_predict_options(predicting)
-    checking = commands.add_parser("check", help=CHECK, description=CHECK)
-    add_check_options(checking)
-    _add_where(checking)
-    checking.add_argument("--run", metavar="COL", help="runs, whose rows count once (default: the forecast's)")
-    checking.add_argument("--out", type=Path, metavar="DIR", help="write the results there (default: beside FORECAST)")
-    checking.set_defaults(command="check")
-    comparing = _add(commands, "compare", COMPARE, _compare)
-    _add_compare(comparing, required=True)
-    plot = _add(commands, "plot", PLOT, _plot)
-    _add_fit(plot)
-    _add_compare(plot, required=False)
-    plot.add_argument("--accuracy", metavar="COL", help="with --depth: Pareto fronts, one per size")
-    plot.add_argument("--depth", metavar="COL", help="mean depth or exit fraction; less is better")
+    for handler, parents in (
+        (_fit, [rows, draws, laws]),
+        (_predict, [rows, draws, laws, metric, predict]),
+        (_check, [check, rows]),
+        (_compare, [rows, draws, metric]),
+        (_plot, [rows, draws, laws, metric]),
+    ):
+        name = handler.__name__[1:]
+        one = commands.add_parser(name, help=HELP[name], description=HELP[name].replace("%%", "%"), parents=parents)
+        one.set_defaults(command=name, handler=handler)
     return parser
 
 
-def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, handler: Any
-) -> argparse.ArgumentParser:
-    # argparse fills in %(...)s in help texts, and leaves a description without %(prog) as it is.
-    parser = commands.add_parser(name, help=text.replace("%", "%%"), description=text)
-    parser.add_argument("table", type=Path, metavar="TABLE", help="a .csv or .parquet file, one row per measurement")
-    _add_where(parser)
-    parser.add_argument("--run", metavar="COL", help="runs, resampled as wholes (default: run; without it, rows)")
-    parser.add_argument("--lambda", dest="penalty", metavar="COL", help="depth penalty; may be 0 (default: lambda)")
-    parser.add_argument("--params", metavar="COL", help="parameters N (default: params)")
-    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples (default: 1000)")
-    parser.add_argument("--seed", type=int, default=0, help="of resamples and folds (default: 0)")
-    needed = name == "plot"
-    parser.add_argument("--out", type=Path, metavar="DIR", required=needed, help="write the results there as files")
-    parser.set_defaults(handler=handler, command=name)
-    return parser
+def _options(given: argparse.Namespace) -> dict[str, Any]:
+    kept = {name: value for name, value in vars(given).items() if name not in ("handler", "command", "table", "out")}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
 
 
-def _add_where(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--where",
-        action="append",
-        default=[],
-        metavar="CONDITION",
-        help="use such rows only: status=finished, status!=failed, params<1e9, loss>=2 (may be repeated)",
-    )
+def _fits(given: argparse.Namespace, obs: pd.DataFrame) -> dict[str, ScalingFit | Refused]:
+    """Each method's fit, or why it was refused. Raises Refused with every reason in one line if nothing was fitted."""
+    found: dict[str, ScalingFit | Refused] = {}
+    for method in METHODS if given.method == "all" else (given.method,):
+        try:
+            found[method] = METHODS[method](obs, given.bootstrap, given.seed)
+        except Refused as refusal:
+            found[method] = refusal
+    if all(isinstance(fit, Refused) for fit in found.values()):
+        raise Refused(" | ".join(f"{method}: {refusal}" for method, refusal in found.items()))
+    return found
 
 
-def _add_fit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", metavar="COL", help="training tokens D (default: tokens)")
-    parser.add_argument("--flops", metavar="COL", help="FLOPs C; D = C/(6N) without tokens (default: flops)")
-    parser.add_argument("--loss", metavar="COL", help="loss in nats (default: loss)")
-    parser.add_argument("--method", choices=[*METHODS, "all"], default="all", help="default: all")
-    parser.add_argument("--budget", metavar="COL", help="isoflop: rows with one value of it are one compute budget")
-    parser.add_argument(
-        "--budget-within",
-        type=float,
-        metavar="SHARE",
-        help="isoflop: a budget's FLOPs differ by this share at most (default: budgets end at gaps of a tenth)",
-    )
+def _against(given: argparse.Namespace) -> list[str]:
+    penalty = vars(given)["lambda"]
+    names = given.against.split(",")
+    names += [penalty] if penalty and penalty not in names else []
+    if not all(names) or len(set(names)) < len(names) or given.metric in names:
+        raise ValueError(f"--against {given.against}: expected one or more different columns other than the metric's")
+    return names
 
 
-def _add_compare(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument("--metric", metavar="COL", required=required, help="what is to be explained, e.g. mean_depth")
-    parser.add_argument("--against", metavar="COL[,COL]", required=required, help="by what, e.g. params,lambda")
+def _comparison(given: argparse.Namespace, table: RunTable) -> FormComparison:
+    return compare(table, _options(given), given.metric, _against(given), given.bootstrap, given.seed)
 
 
-def write_results(given: argparse.Namespace, table: RunTable, runs: int, lines: list[str], data: dict[str, Any]) -> int:
-    """Print `lines` below what they are of; with --out into files too, as text and `data` as JSON."""
-    lines = [f"{table.name}: {len(table)} rows, {runs} runs", f"seed {given.seed}", *data["notes"], "", *lines]
-    print("\n".join(lines))
-    if given.out is not None:
-        print(write_json(given.out / f"{given.command}.json", data))
-        print(write_text(given.out / f"{given.command}.txt", lines))
-    return 0
+def _fit(given: argparse.Namespace, table: RunTable) -> Result:
+    obs, notes = observations(table, _options(given))
+    result: Result = {"notes": notes}
+    for method, fit in _fits(given, obs).items():
+        if isinstance(fit, Refused):
+            result[method] = {"refused": str(fit)}
+        else:
+            budgets = {"budgets": fit.budgets.to_dict("records")} if len(fit.budgets) else {}
+            result[method] = {**fit.details, "parameters": fit.table.to_dict("index"), **budgets}
+    return result
 
 
-def _fit(given: argparse.Namespace) -> int:
-    (table, chosen), columns = read_rows(given), column_names(given)
-    groups, obs = fit_groups(given, table, columns)
-    refuse_all(groups)
-    lines: list[str] = []
-    for name, part, outcomes, _ in groups:
-        lines += [*([f"{name}: {len(part.loss)} rows, {part.run_count} runs"] if name else []), *fit_lines(outcomes)]
-        lines.append("")
-    data = {
-        **source(given, table, [*chosen, *obs.notes]),
-        "columns": {n: getattr(columns, n) for n in ("params", "tokens", "flops", "loss", "run")},
-        "rows": len(table),
-        "runs": obs.run_count,
-        "groups": [
-            {
-                "group": name or "all rows",
-                "rows": len(part.loss),
-                "runs": part.run_count,
-                "methods": {
-                    method: {"refused": str(outcome)} if isinstance(outcome, Refused) else outcome.as_json()
-                    for method, outcome in outcomes.items()
-                },
-            }
-            for name, part, outcomes, _ in groups
-        ],
-    }
-    return write_results(given, table, obs.run_count, lines[:-1], data)
+def _compare(given: argparse.Namespace, table: RunTable) -> Result:
+    found = _comparison(given, table)
+    shown = [] if found.best == "constant" else [found.best, *found.near]
+    slopes = {f"slopes of {name}, {found.fits[name][0].formula}": found.slopes(name).to_dict("index") for name in shown}
+    forms = {"forms": found.forms.to_dict("index"), **slopes, "refused": found.refused}
+    return {**forms, "verdict": found.verdict(), "notes": found.notes}
 
 
-def _compare(given: argparse.Namespace) -> int:
-    table, chosen = read_rows(given)
-    comparison = compare(table, column_names(given), given.metric, compared_columns(given), given.bootstrap, given.seed)
-    data = {**comparison.as_json(), **source(given, table, [*chosen, *comparison.notes])}
-    return write_results(given, table, int(comparison.runs.max()) + 1, comparison_lines(comparison), data)
-
-
-def _plot(given: argparse.Namespace) -> int:
-    (table, chosen), columns = read_rows(given), column_names(given)
-    if (given.accuracy is None) != (given.depth is None) or (given.metric is None) != (given.against is None):
-        raise ValueError("--accuracy and --depth, --metric and --against: found one of a pair; give both or neither")
-    other = given.accuracy is not None or given.metric is not None
-    sections: list[PageSection] = []
-    notes: Sequence[str] = ()
-    # A table without losses can still have fronts and metrics; asked for nothing else, its missing loss is the error.
-    if columns.loss in table.columns or "loss" in columns.given or not other:
-        groups, obs = fit_groups(given, table, columns)
-        if not other:
-            refuse_all(groups)
-        sections, notes = _law_sections(groups), obs.notes
-    if given.accuracy is not None:
-        sections.append(_pareto_section(given, table, columns))
+def _predict(given: argparse.Namespace, table: RunTable) -> Result:
+    names = ["params", "tokens"] if given.metric is None else _against(given)
+    points = [_numbers("--at", text, names, vars(given)["lambda"] or "lambda") for text in given.at]
+    budgets = [_numbers("--compute", text, ["FLOPs"])[0] for text in given.compute]
+    if not (points or budgets) or (given.metric is not None and budgets):
+        raise ValueError(f"predict: expected --at {','.join(names)}, or without --metric --compute C, once or more")
+    # Before anything is fitted: a refusal should not take a minute.
+    if given.out and (given.out / "predict.json").exists() and not given.again:
+        raise ValueError(f"{given.out}: holds a forecast already; give another --out, or --again to replace it")
+    forecasts = []
     if given.metric is not None:
-        sections.append(_metric_section(given, table, columns))
-    facts = [f"{table.name}: {len(table)} rows", f"seed {given.seed}", *chosen, *notes]
-    print(write_page(given.out, table.name, facts, sections))
-    return 0
+        found = _comparison(given, table)
+        notes = [*found.notes, found.verdict()]
+        forecasts += [one for point in points for one in forecast_metric(found, point)]
+    else:
+        obs, notes = observations(table, _options(given))
+        for method, fit in _fits(given, obs).items():
+            if isinstance(fit, Refused):
+                notes.append(f"{method}: refused: {fit}")
+                continue
+            forecasts += forecast_losses(fit, obs, points, given.seed) if method == "huber" else []
+            forecasts += [forecast_optimum(method, fit, obs, flops) for flops in budgets]
+    if not forecasts:
+        raise Refused(f"no law of losses for --at ({'; '.join(notes)}); expected --compute beside isoflop alone")
+    made = {"made": datetime.now(UTC).isoformat(timespec="seconds"), "ee_megatron": __version__}
+    return {**made, "forecasts": forecasts, "notes": notes}
 
 
-def _law_sections(groups: Sequence[FittedGroup]) -> list[PageSection]:
-    # matplotlib takes a second to load; fit and compare don't need it.
+def _numbers(option: str, text: str, names: Sequence[str], may_be_zero: str = "") -> list[float]:
+    values = pd.to_numeric(pd.Series(text.split(",")), errors="coerce").tolist()
+    good = [0 < x < math.inf or (x == 0 and name == may_be_zero) for name, x in zip(names, values, strict=False)]
+    if len(values) != len(names) or not all(good):
+        raise ValueError(f"{option} {text}: expected {', '.join(names)} as numbers above 0, e.g. 7e9")
+    return [float(value) for value in values]
+
+
+def _check(given: argparse.Namespace, table: RunTable) -> Result:
+    if not 0 <= given.within < 1:
+        raise ValueError(f"--within {given.within:g}: expected a share from 0 to below 1, e.g. 0.01")
+    stored = read_forecast(given.forecast)
+    points, note = check_forecast(stored, table, given.run, given.within)
+    given.out = given.out or given.forecast.parent
+    return {"points": points, "notes": [note, f"forecast of {stored['made']} from {stored['table']}"]}
+
+
+def _plot(given: argparse.Namespace, table: RunTable) -> Result:
+    # matplotlib takes a second to load; the other commands don't need it.
     from . import figures
 
-    sections = []
-    for index, (name, obs, outcomes, _) in enumerate(groups):
-        label, suffix = (f", {name}", f"_{index}") if name else ("", "")
-        pictures = []
-        for outcome in outcomes.values():
-            if not isinstance(outcome, Refused):
-                draw: Any = figures.isoflop if isinstance(outcome, IsoFlopFit) else figures.loss_law
-                picture = draw(outcome, obs, label)
-                pictures.append(picture._replace(name=picture.name + suffix))
-        sections.append(PageSection(f"Loss law{label}", fit_lines(outcomes), pictures))
-    return sections
-
-
-def _pareto_section(given: argparse.Namespace, table: RunTable, columns: ColumnNames) -> PageSection:
-    from . import figures
-
-    accuracy = table.numbers(given.accuracy, "--accuracy")
-    depth = table.numbers(given.depth, "--depth")
-    sizes, rows = ["all runs"] * len(table), np.arange(len(table))
-    if columns.params in table.columns or "params" in columns.given:
-        params = table.numbers(columns.params, "--params", positive=True)
-        sizes = [f"{size:.3g} parameters" for size in params]
-        rows = np.argsort(params, kind="stable")
-    names = (given.accuracy, given.depth)
-    picture = figures.pareto(accuracy[rows], depth[rows], [sizes[i] for i in rows], names)
-    return PageSection(f"{given.accuracy} against {given.depth}", [picture.caption], [picture])
-
-
-def _metric_section(given: argparse.Namespace, table: RunTable, columns: ColumnNames) -> PageSection:
-    from . import figures
-
-    title = f"{given.metric} against {given.against}"
+    pictures, notes = {}, []
+    if given.metric is not None:
+        pictures["metric"] = figures.metric(_comparison(given, table))
     try:
-        comparison = compare(table, columns, given.metric, compared_columns(given), given.bootstrap, given.seed)
-    except Refused as refusal:
-        return PageSection(title, [f"refused: {refusal}"], [])
-    pictures = [figures.metric(comparison, column) for column in range(len(comparison.feats.names))]
-    return PageSection(title, comparison_lines(comparison), pictures)
+        obs, notes = observations(table, _options(given))
+        for method, fit in _fits(given, obs).items():
+            if isinstance(fit, Refused):
+                notes.append(f"{method}: refused: {fit}")
+            else:
+                pictures[method] = figures.loss_law(fit, obs) if method == "huber" else figures.isoflop(fit, obs)
+    except ValueError as error:
+        if not pictures:
+            raise
+        notes.append(f"no law of losses: {error}")
+    given.out.mkdir(parents=True, exist_ok=True)
+    for name, png in pictures.items():
+        write_atomic(given.out / f"{name}.png", png)
+    return {"pictures": [f"{name}.png" for name in pictures], "notes": notes}
+
+
+def _write(given: argparse.Namespace, result: Result) -> None:
+    """Print a result; with --out write it, as text and as JSON, into files that appear whole."""
+    text = "\n".join(_lines({name: value for name, value in result.items() if name not in ("options", "sha256")}))
+    print(text)
+    if given.out is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
+        # JSON last: it is what says that there is a forecast.
+        for kind, content in (("txt", text), ("json", json.dumps(result, indent=2, ensure_ascii=False))):
+            write_atomic(given.out / f"{given.command}.{kind}", content + "\n")
+            print(given.out / f"{given.command}.{kind}")
+
+
+def _lines(result: Result) -> list[str]:
+    """A result as text: records as tables, everything else by name."""
+    lines = []
+    for name, value in result.items():
+        records = list(value.values()) if isinstance(value, dict) else value
+        if isinstance(records, list) and records and all(isinstance(one, dict) for one in records):
+            index = list(value) if isinstance(value, dict) else [""] * len(records)
+            lines += [f"{name}:", *pd.DataFrame(records, index=index).map(_cell).to_string().splitlines(), ""]
+        elif isinstance(value, dict):
+            lines += [f"{name}:", *_lines(value), ""]
+        else:
+            lines += [f"{name}: {_cell(one)}" for one in (value if isinstance(value, list) else [value])]
+    return lines
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_cell(one)}" for name, one in value.items())
+    return "" if value is None or value != value else f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -1,20 +1,22 @@
-"""Which form a metric follows, judged by runs that the fit had not seen.
+"""Which form a metric (mean depth, accuracy) follows in size, tokens and penalty, judged by runs left out of the fit.
 
-Shape suffixes: S resamples, G runs, R rows, C columns, F forms.
+Columns enter as t = ln x, the penalty lambda as itself since it may be 0; standardised while fitting. Shape suffixes: S
+resamples, P parameters, R rows, C columns, G runs, F forms.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import pandas as pd
+from scipy.optimize import least_squares
+from scipy.special import expit, logit
 
-from .forms import FORMS, STEEPEST, Features, Form, evaluate, features, fit_form
-from .intervals import LEVEL, BootstrapInterval, leave_one_run_out, percentile_interval, resample_runs
-from .refusal import MAX_AT_BOUND, Refused
-from .solver import Array
-from .table import ColumnNames, RunTable, run_index
+from .bootstrap import LEVEL, Refused, are_collinear, interval_table, percentile_interval, resample
+from .table import Array, Columns, RunTable, run_index
 
 MIN_RUNS = 8
 """Held-out errors of fewer runs say too little about each other to be compared."""
@@ -22,206 +24,200 @@ MAX_FOLDS = 50
 
 
 @dataclass(frozen=True)
-class FormResult:
-    """One form. error: held-out root mean square, in the metric's unit; gain: its mean squared error less the
-    constant's, with an interval over runs (negative is better); `beats` where the interval lies below 0 at the level
-    that holds for all forms together; `ties` where the errors leave open whether it or the best form is better.
-    predicted [R]: each row by a fit without its run. theta [P], draws [S, P]: of the standardised columns."""
+class MetricForm:
+    """A family of curves, a `link` of a linear predictor; `inverse` of the metric starts the search for it. `low` and
+    `high` are what no value of the form leaves."""
 
-    form: Form
-    error: float
-    gain: float
-    interval: BootstrapInterval
-    beats: bool
-    ties: bool
-    predicted: Array = field(repr=False)
-    theta: Array = field(repr=False)
-    draws: Array = field(repr=False)
+    name: str
+    formula: str
+    link: Callable[[Array], Array] = np.asarray
+    inverse: Callable[[Array], Array] = np.asarray
+    low: float = -np.inf
+    high: float = np.inf
+
+    def fit(self, design: Array, y: Array, start: Array | None = None) -> Array:
+        """Least-squares parameters [P] for regressors [P, R] and a metric [R], searched from a start [P] if given."""
+        if start is None or self.link is np.asarray:
+            start = np.linalg.lstsq(design.T, self.inverse(y), rcond=None)[0]
+        if self.link is np.asarray:
+            return np.asarray(start)
+        return np.asarray(least_squares(lambda theta: self.link(theta @ design) - y, start, method="lm").x)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """results in the order of FORMS; refused forms with their reason; raw [C, R]: ln x, or lambda as it is; values and
-    runs [R]: the metric and the run of each row."""
+def _exp(z: Array) -> Array:
+    return np.asarray(np.exp(np.minimum(z, 50.0)))
+
+
+def _log(y: Array) -> Array:
+    return np.asarray(np.log(np.maximum(y, 1e-12 * y.max())))
+
+
+def _logit(y: Array) -> Array:
+    return np.asarray(logit(np.clip(y, 0.02, 0.98)))
+
+
+FORMS = (
+    MetricForm("constant", "c"),
+    MetricForm("linear", "c + Σ b t"),
+    MetricForm("power", "exp(c + Σ b t)", _exp, _log, low=0),
+    MetricForm("logistic", "1 / (1 + exp(-c - Σ b t))", expit, _logit, 0, 1),
+    MetricForm("linear × lambda", "c + Σ b t + λ Σ g t"),
+    MetricForm("logistic × lambda", "1 / (1 + exp(-c - Σ b t - λ Σ g t))", expit, _logit, 0, 1),
+)
+
+
+@dataclass
+class FormComparison:
+    """Forms of a metric, fitted and judged.
+
+    raw [C, R]: ln x of the columns `against`, or lambda as it is; `penalty`: lambda's place among them, or None; values
+    and runs [R]: metric and run of rows. forms: a row per form's name, best first, with columns held_out_rms (in the
+    metric's unit), less_constant (its mean squared error less the constant's; low and high over runs), beats_constant
+    (at the level that holds for all forms together) and ties (the errors leave open whether it or the best form is
+    better). fits: each form and its parameters [P]; refused: forms with their reason.
+    """
 
     metric: str
-    feats: Features
+    against: list[str]
     raw: Array
+    penalty: int | None
     values: Array
     runs: Array
-    results: list[FormResult]
-    refused: dict[str, str]
-    how: str
-    notes: tuple[str, ...]
+    draws: int
+    seed: int
+    notes: list[str]
+    forms: pd.DataFrame = field(default_factory=pd.DataFrame)
+    fits: dict[str, tuple[MetricForm, Array]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
 
     @property
-    def constant(self) -> FormResult:
-        return self.results[0]
+    def run_count(self) -> int:
+        return int(self.runs.max()) + 1
 
     @property
-    def winners(self) -> list[FormResult]:
-        """Forms that beat the constant, best first."""
-        return sorted((r for r in self.results if r.beats), key=lambda r: r.error)
+    def best(self) -> str:
+        """Of the forms that beat the constant, the one that predicts left-out runs best; else the constant."""
+        winners = self.forms.index[self.forms["beats_constant"]]
+        return str(winners[0]) if len(winners) else "constant"
 
     @property
-    def best(self) -> FormResult:
-        """The form that predicts held-out runs best of those that beat the constant; the constant where none does."""
-        return self.winners[0] if self.winners else self.constant
+    def near(self) -> list[str]:
+        """Forms that the data cannot distinguish from the best, best first."""
+        rivals = self.forms["ties"] & (self.forms["beats_constant"] | (self.best == "constant"))
+        return [name for name in self.forms.index[rivals] if name not in (self.best, "constant")]
 
-    @property
-    def near(self) -> list[FormResult]:
-        """Forms that cannot be told from the best, best first. Where none beats the constant, those not told from the
-        form of the least error, which may not be told from the constant either."""
-        others = self.winners[1:] if self.winners else sorted(self.results[1:], key=lambda r: r.error)
-        return [r for r in others if r.ties]
+    def crossed(self, values: Sequence[Any], combine: Callable[[Any, Any], Any]) -> list[Any]:
+        """Each of the columns' values [C] but lambda's, combined with lambda's."""
+        at = self.penalty
+        return [] if at is None else [combine(v, values[at]) for c, v in enumerate(values) if c != at]
+
+    def design(self, form: MetricForm, raw: Array) -> Array:
+        """Regressors [P, R'] at raw columns [C, R']: 1, the standardised columns, and their products with lambda."""
+        standardised = (raw - self.raw.mean(axis=1)[:, None]) / self.raw.std(axis=1)[:, None]
+        values = [] if form.name == "constant" else list(standardised)
+        crossed = self.crossed(values, np.multiply) if form.name.endswith("× lambda") else []
+        return np.stack([np.ones(raw.shape[1]), *values, *crossed])
+
+    def sample(self, name: str) -> Array:
+        """Parameters [1 + S, P] of a form, and of its fits to resampled runs."""
+        form, theta = self.fits[name]
+        design = self.design(form, self.raw)
+        fitted = form.link(theta @ design)
+        data = resample(fitted, self.values - fitted, self.runs, len(theta), self.draws, self.seed)
+        return np.array([theta, *(form.fit(design, y, theta) for y in np.clip(data, form.low, form.high))])
+
+    def predict(self, name: str, raw: Array) -> Array:
+        """The metric [1 + S, R'] by a form and by its fits to resampled runs, at raw columns [C, R']."""
+        form, _ = self.fits[name]
+        return form.link(self.sample(name) @ self.design(form, raw))
+
+    def slopes(self, name: str) -> pd.DataFrame:
+        """Columns value, low and high of a form's slopes, per unit of ln x or of lambda; `x × lambda` per unit of both,
+        and then the slopes of x and lambda hold at the other's mean."""
+        scale, theta = self.raw.std(axis=1), self.sample(name)
+        names = [*self.against, *self.crossed(self.against, "{} × {}".format)]
+        scales = [*scale, *self.crossed(scale, np.multiply)]
+        slopes = {n: column / unit for n, column, unit in zip(names, theta.T[1:], scales, strict=False)}
+        return interval_table(slopes, self.run_count - theta.shape[1])
 
     def verdict(self) -> str:
-        names = ", ".join(self.feats.names)
-        if not self.winners:
-            return f"no form beats the constant: these runs show no dependence of {self.metric} on {names}"
-        first = self.best
-        share = 1 - (first.error / self.constant.error) ** 2 if self.constant.error > 0 else 0.0
-        near = ", ".join(r.form.name for r in self.near)
-        also = f"; not told apart from it: {near}" if near else ""
-        return f"{first.form.name} predicts {self.metric} best ({share:.0%} of the constant's squared error gone){also}"
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "metric": self.metric,
-            "against": list(self.feats.names),
-            "held_out": self.how,
-            "notes": list(self.notes),
-            "verdict": self.verdict(),
-            "beats_constant": [r.form.name for r in self.winners],
-            "forms": [
-                {
-                    "form": r.form.name,
-                    "formula": r.form.formula,
-                    "held_out_rms": r.error,
-                    "squared_error_less_constant": {"value": r.gain, **r.interval._asdict()},
-                    "beats_constant": r.beats,
-                    "coefficients": coefficients(self, r),
-                }
-                for r in self.results
-            ],
-            "refused": self.refused,
-        }
+        if self.best == "constant":
+            return f"no form beats the constant: no dependence of {self.metric} on {', '.join(self.against)} is shown"
+        best, constant = self.forms["held_out_rms"][[self.best, "constant"]]
+        near = f"; not distinguished from it: {', '.join(self.near)}" if self.near else ""
+        return f"{self.best} predicts {self.metric} best ({1 - (best / constant) ** 2:.0%} of squared error gone){near}"
 
 
 def compare(
-    table: RunTable, columns: ColumnNames, metric: str, against: tuple[str, ...], draws: int, seed: int
-) -> Comparison:
+    table: RunTable, columns: Columns, metric: str, against: Sequence[str], draws: int, seed: int
+) -> FormComparison:
     """Fit every form to `metric` and judge it by leaving out whole runs.
 
     Raises ValueError for missing columns and values that cannot be used, Refused for too few runs and for columns that
     do not vary or vary as one.
     """
-    y = table.numbers(metric, "--metric")
-    raw = np.stack([table.numbers(name, "--against", positive=name != columns.penalty) for name in against])
-    for index, name in enumerate(against):
-        raw[index] = raw[index] if name == columns.penalty else np.log(raw[index])
+    y, penalty = table.numbers(metric, "--metric"), columns.get("lambda") or "lambda"
+    raw = np.stack([table.numbers(name, "--against", positive=name != penalty) for name in against])
+    raw = np.stack([x if name == penalty else np.log(x) for name, x in zip(against, raw, strict=True)])
     runs, note = run_index(table, columns)
-    count = int(runs.max()) + 1
+    place = list(against).index(penalty) if penalty in against else None
+    found = FormComparison(metric, list(against), raw, place, y, runs, draws, seed, [note])
+    count, folds = found.run_count, min(found.run_count, MAX_FOLDS)
     if count < MIN_RUNS:
         raise Refused(f"{count} runs; expected at least {MIN_RUNS} to compare forms by runs left out; add runs")
-    penalty = against.index(columns.penalty) if columns.penalty in against else None
-    feats = features(against, raw, penalty)
-    folds, how = _folds(runs, seed)
-    weights = resample_runs(runs, draws, seed)
-    fitted: list[_Fitted] = []
-    refused: dict[str, str] = {}
+    for index, name in enumerate(against):
+        if np.ptp(raw[index]) == 0:
+            raise Refused(f"column {name} has one value; expected at least 2; leave it out of --against")
+        if alike := [against[other] for other in range(index) if are_collinear(raw[index], raw[other])]:
+            raise Refused(
+                f"columns {alike[0]} and {name} are collinear (squared correlation above 0.99), so their influences "
+                f"cannot be distinguished; expected one of them in --against"
+            )
+    found.notes.append(f"held-out errors: {count} runs in {folds} folds")
+    fold = (np.random.default_rng(seed).permutation(count) % folds)[runs]
+    errors = {}
     for form in FORMS:
-        try:
-            for need in form.needs:
-                need(feats, y)
-            design = form.design(feats.values, penalty)
-            parameters = form.starts(design, y).shape[1]
-            if count < 2 * parameters:
-                raise Refused(f"{count} runs for {parameters} parameters; expected at least {2 * parameters}")
-        except Refused as refusal:
-            refused[form.name] = str(refusal)
+        if reason := _misfit(found, form):
+            found.refused[form.name] = reason
             continue
-        predicted = _held_out(form, design, y, folds)
-        errors = np.bincount(runs, (predicted - y) ** 2) / np.bincount(runs)
-        theta = fit_form(form, design, y, np.ones((1, len(y))))
-        fitted.append(_Fitted(form, predicted, errors, theta[0], fit_form(form, design, y, weights)))
-    results = _judge(fitted, draws, seed)
-    return Comparison(metric, feats, raw, y, runs, results, refused, how, (note,))
+        design, predicted = found.design(form, raw), np.empty(len(y))
+        theta = form.fit(design, y)
+        for out in (fold == number for number in range(folds)):
+            # The start decides where the search begins; left-out rows do not enter what it minimises.
+            predicted[out] = form.link(form.fit(design[:, ~out], y[~out], theta) @ design[:, out])
+        errors[form.name] = np.bincount(runs, (predicted - y) ** 2) / np.bincount(runs)
+        found.fits[form.name] = (form, theta)
+    found.forms = _judge(errors, draws, seed)
+    return found
 
 
-def _folds(runs: Array, seed: int) -> tuple[Array, str]:
-    """Weights [folds, R], 0 for what is left out: each run alone, or groups of runs where there are more than 50."""
-    count = int(runs.max()) + 1
-    if count <= MAX_FOLDS:
-        return leave_one_run_out(runs), f"each of {count} runs left out in turn"
-    fold = np.random.default_rng(seed).permutation(np.arange(count) % MAX_FOLDS)
-    return leave_one_run_out(fold[runs]), f"{MAX_FOLDS} folds over {count} runs"
+def _misfit(found: FormComparison, form: MetricForm) -> str:
+    """Why the metric or the columns rule the form out, or nothing."""
+    low, high = found.values.min(), found.values.max()
+    if low < form.low or high > form.high or (form.name == "power" and low == 0):
+        return f"the metric runs from {low:.4g} to {high:.4g}, the form from {form.low:g} to {form.high:g}"
+    if form.name.endswith("× lambda") and (found.penalty is None or len(found.against) < 2):
+        return "needs lambda and another column in --against"
+    parameters = len(found.design(form, found.raw))
+    few = found.run_count < 2 * parameters
+    return f"{found.run_count} runs for {parameters} parameters; expected at least {2 * parameters}" if few else ""
 
 
-def _held_out(form: Form, design: Array, y: Array, folds: Array) -> Array:
-    """Each row [R], predicted by a fit without its run; a row is left out of exactly one fold."""
-    predicted = evaluate(form, fit_form(form, design, y, folds), design)
-    return np.asarray(predicted[(folds == 0).argmax(axis=0), np.arange(len(y))])
+def _judge(errors: dict[str, Array], draws: int, seed: int) -> pd.DataFrame:
+    """The table of forms from their mean squared errors by run [G]. Several forms stand against one constant: each at
+    1 - 0.05/F, so that all together are wrong in 5 % (Bonferroni)."""
+    best = min(errors.values(), key=lambda each: float(each.mean()))
+    strict = 1 - (1 - LEVEL) / max(1, len(errors) - 1)
 
+    def interval(difference: Array, level: float = LEVEL) -> tuple[float, float]:
+        mean, each = np.full(len(difference), difference.mean()), np.arange(len(difference))
+        sampled = resample(mean, difference - mean, each, 1, draws, seed).mean(axis=1)
+        return percentile_interval(sampled, len(difference) - 1, level)
 
-def _mean_difference(difference: Array, draws: int, seed: int) -> Array:
-    """Resampled means [S] of differences [G]."""
-    chosen = np.random.default_rng(seed).integers(len(difference), size=(draws, len(difference)))
-    return np.asarray(difference[chosen].mean(axis=1))
-
-
-class _Fitted(NamedTuple):
-    """A form with what `FormResult` has of it; errors [G], the mean squared held-out error of each run."""
-
-    form: Form
-    predicted: Array
-    errors: Array
-    theta: Array
-    draws: Array
-
-
-def _judge(fitted: list[_Fitted], draws: int, seed: int) -> list[FormResult]:
-    """Several forms against one constant: each at 1 - 0.05/F, so that all together are wrong in 5 % (Bonferroni)."""
-    rivals = max(1, len(fitted) - 1)
-    strict = 1 - (1 - LEVEL) / rivals
-    best = min((one.errors for one in fitted), key=lambda values: float(values.mean()))
-    constant = next(one.errors for one in fitted if one.form.name == "constant")
-    results = []
-    for form, predicted, errors, theta, sampled in fitted:
-        difference = errors - constant
-        means = _mean_difference(difference, draws, seed)
-        freedom = len(difference) - 1
-        beats = form.name != "constant" and percentile_interval(means, freedom, strict).high < 0
-        error, gain = float(np.sqrt(errors.mean())), float(difference.mean())
-        interval = percentile_interval(means, freedom)
-        ties = percentile_interval(_mean_difference(errors - best, draws, seed), freedom).low <= 0
-        results.append(FormResult(form, error, gain, interval, beats, ties, predicted, theta, sampled))
-    return results
-
-
-def coefficients(comparison: Comparison, result: FormResult) -> dict[str, dict[str, Any]]:
-    """Slopes per unit of ln x or of lambda with 95 % intervals over runs; interactions as `x × lambda`, per unit of
-    both, and then the slopes of x and lambda hold at the other's mean.
-
-    A slope that resamples drive to its bound has `refused` instead of a value. The constants are left out: they depend
-    on where ln x = 0.
-    """
-    feats = comparison.feats
-    first = 1 if result.form.steepness is None else result.form.steepness
-    names, scales = list(feats.names), list(feats.scales)
-    if result.form.name.endswith("× lambda"):
-        assert feats.penalty is not None
-        others = [c for c in range(len(feats.names)) if c != feats.penalty]
-        names += [f"{feats.names[c]} × {feats.names[feats.penalty]}" for c in others]
-        scales += [float(feats.scales[c] * feats.scales[feats.penalty]) for c in others]
-    freedom = len(np.unique(comparison.runs)) - len(result.theta)
-    slopes: dict[str, dict[str, Any]] = {}
-    # The constant has no slope, and forms without the interaction none for it.
-    for index, name, scale in zip(range(first, len(result.theta)), names, scales, strict=False):
-        at_bound = np.mean(np.abs(result.draws[:, index]) >= STEEPEST) if result.form.steepness is not None else 0.0
-        if at_bound > MAX_AT_BOUND:
-            slopes[name] = {"refused": f"not identified: at its bound in {at_bound:.0%} of the resamples"}
-            continue
-        interval = percentile_interval(result.draws[:, index] / scale, freedom)
-        slopes[name] = {"value": float(result.theta[index] / scale), **interval._asdict()}
-    return slopes
+    rows = {}
+    for name, each in errors.items():
+        gain = each - errors["constant"]
+        beats, ties = interval(gain, strict)[1] < 0, interval(each - best)[0] <= 0
+        rows[name] = (float(np.sqrt(each.mean())), float(gain.mean()), *interval(gain), beats, ties)
+    columns = ["held_out_rms", "less_constant", "low", "high", "beats_constant", "ties"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).sort_values("held_out_rms")

@@ -1,47 +1,27 @@
-"""Plots of fits and fronts as PNG (matplotlib's Agg canvas, no display)."""
+"""Pictures of fits as PNG files, drawn by matplotlib without a display; curves are dashed beyond the data."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..report.numbers import pareto_front
-from ..report.palette import LIGHT, SERIES, scale
-from .compare import Comparison
-from .fit import LawFit
-from .forms import evaluate
-from .isoflop_law import IsoFlopFit
-from .loss_law import PARAMETERS, predict
-from .solver import Array
-from .table import Observations
+from .compare import FormComparison
+from .laws import ScalingFit, interpolate, predict
+from .table import Array
 
 MAX_CURVES = 8
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-# The palest step of the scale vanishes on white.
-SCALE = LIGHT[1:]
 
 
-class Picture(NamedTuple):
-    """A PNG, the file name it gets (without suffix), and what it shows, in words for who cannot see it."""
-
-    name: str
-    caption: str
-    png: bytes
-
-
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+def _panels(columns: int) -> tuple[Figure, Array]:
+    figure = Figure(figsize=(1.5 + 4.5 * columns, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for panel in axes:
-        panel.grid(alpha=0.2, lw=0.6)
-    return figure, list(axes)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
 def _png(figure: Figure) -> bytes:
@@ -51,130 +31,58 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _some(values: list[float]) -> list[float]:
-    """At most MAX_CURVES of them, the ends included."""
-    if len(values) <= MAX_CURVES:
-        return values
-    return [values[round(i * (len(values) - 1) / (MAX_CURVES - 1))] for i in range(MAX_CURVES)]
-
-
-def _band(curves: Array) -> tuple[Array, Array]:
-    low, high = np.quantile(curves, [0.025, 0.975], axis=0)
-    return low, high
-
-
-def _solid_inside(axes: Axes, x: Array, y: Array, known: Array, colour: str) -> None:
-    """A curve that is dashed where it leaves the range of what was measured."""
+def _curve(axes: Axes, x: Array, curves: Array, known: Array, colour: str) -> None:
+    """The first of curves [1 + S, K], with the band that holds 95 % of the others, its resamples."""
     inside = (x >= known.min()) & (x <= known.max())
-    axes.plot(x, np.where(inside, y, np.nan), color=colour, lw=1.2)
-    axes.plot(x, y, color=colour, lw=1.0, ls=(0, (3, 3)))
+    axes.fill_between(x, *np.quantile(curves[1:], [0.025, 0.975], axis=0), color=colour, alpha=0.2, lw=0)
+    axes.plot(x, np.where(inside, curves[0], np.nan), color=colour, lw=1.2)
+    axes.plot(x, curves[0], color=colour, lw=0.8, ls="--")
 
 
-def loss_law(fit: LawFit, obs: Observations, label: str = "") -> Picture:
-    """Loss against N, one curve and band per token count (at most eight of them), measured losses as points."""
-    figure, (axes,) = _figure(6.2, 4.2)
-    shown = _some(np.unique(obs.tokens).tolist())
-    values = np.array([[fit.values[name] for name in PARAMETERS]])
-    # Tables with a token count per run have more of them than curves: no point is left out for that.
-    rest = ~np.isin(obs.tokens, shown)
-    axes.plot(obs.params[rest], obs.loss[rest], ".", color="0.6", ms=4)
-    sizes = np.geomspace(obs.params.min() / 1.3, obs.params.max() * 1.3, 80)
-    for index, (tokens, colour) in enumerate(zip(shown, scale(len(shown), SCALE), strict=True)):
-        at = np.full(len(sizes), tokens)
-        axes.fill_between(sizes, *_band(predict(fit.draws, sizes, at)), color=colour, alpha=0.25, lw=0)
-        rows = obs.tokens == tokens
-        _solid_inside(axes, sizes, predict(values, sizes, at)[0], obs.params, colour)
-        mark = MARKERS[index % len(MARKERS)]
-        axes.plot(obs.params[rows], obs.loss[rows], mark, color=colour, ms=4, label=f"D = {tokens:.3g}")
-    axes.set(xscale="log", xlabel="parameters N", ylabel="loss", title=f"{fit.method}{label}")
+def loss_law(fit: ScalingFit, obs: pd.DataFrame) -> bytes:
+    """Loss against N: measured losses, and a curve with its band per token count (at most eight of them)."""
+    figure, (axes,) = _panels(1)
+    counts = np.unique(obs["tokens"])
+    shown = counts[np.unique(np.linspace(0, len(counts) - 1, MAX_CURVES).round().astype(int))]
+    sizes = np.geomspace(obs["params"].min() / 1.3, obs["params"].max() * 1.3, 80)
+    axes.plot(obs["params"], obs["loss"], ".", color="0.6", ms=4)
+    for tokens, colour in zip(shown, colormaps["viridis"](np.linspace(0, 0.9, len(shown))), strict=True):
+        _curve(axes, sizes, predict(fit.theta, sizes, np.full(len(sizes), tokens)), obs["params"], colour)
+        rows = obs[obs["tokens"] == tokens]
+        axes.plot(rows["params"], rows["loss"], "o", color=colour, ms=4, label=f"D = {tokens:.3g}")
+    axes.set(xscale="log", xlabel="parameters N", ylabel="loss")
     axes.legend(frameon=False, fontsize=7)
-    caption = (
-        f"Loss against parameters by {fit.method}{label}, a curve per token count, dashed beyond the sizes of the "
-        f"table; bands hold 95 % of the resampled fits. "
-        f"alpha {fit.values['alpha']:.3g}, beta {fit.values['beta']:.3g}, E {fit.values['E']:.3g}."
-    )
-    return Picture(f"loss_{fit.method}", caption, _png(figure))
+    return _png(figure)
 
 
-def isoflop(fit: IsoFlopFit, obs: Observations, label: str = "") -> Picture:
-    """Left: a curve per budget with its minimum. Right: the minima, their power law and its band."""
-    figure, (left, right) = _figure(9.0, 4.0, 2)
-    for index, (budget, colour) in enumerate(zip(fit.budgets, scale(len(fit.budgets), SCALE), strict=True)):
-        sizes = np.geomspace(obs.params[budget.rows].min(), obs.params[budget.rows].max(), 60)
-        left.plot(sizes, budget.at(sizes), color=colour, lw=1.2)
-        mark = MARKERS[index % len(MARKERS)]
-        left.plot(
-            obs.params[budget.rows], obs.loss[budget.rows], mark, color=colour, ms=4, label=f"C = {budget.flops:.2g}"
-        )
-        left.plot(budget.params, budget.loss, "*", color=SERIES[2], ms=9, zorder=3)
-        right.plot(budget.flops, budget.params, mark, color=colour, ms=6, zorder=3)
-    log_flops = np.log([b.flops for b in fit.budgets])
-    x = np.linspace(log_flops.min() - 0.3, log_flops.max() + 0.3, 60)
-    band = fit.draws[:, :1] + fit.draws[:, 1:] * (x - log_flops.mean())
-    right.fill_between(np.exp(x), *np.exp(_band(band)), color=SERIES[1], alpha=0.2, lw=0)
-    _solid_inside(right, np.exp(x), fit.coefficient * np.exp(fit.exponent * x), np.exp(log_flops), SERIES[1])
-    left.set(xscale="log", xlabel="parameters N", ylabel="loss", title=f"isoFLOP{label}")
-    right.set(xscale="log", yscale="log", xlabel="FLOPs C", ylabel="N_opt", title=f"N_opt ∝ C^{fit.exponent:.3f}")
+def isoflop(fit: ScalingFit, obs: pd.DataFrame) -> bytes:
+    """Left: losses at equal FLOPs with their curves and minima. Right: the minima and their power law."""
+    figure, (left, right) = _panels(2)
+    budgets = [rows for _, rows in obs.groupby("budget") if rows["params"].nunique() > 1]
+    for rows, colour in zip(budgets, colormaps["viridis"](np.linspace(0, 0.9, len(budgets))), strict=True):
+        points, curve = interpolate(rows, np.log(rows["loss"].to_numpy())[None])
+        left.plot(np.exp(points), np.exp(curve[:, 0]), color=colour, lw=1.2)
+        left.plot(rows["params"], rows["loss"], "o", color=colour, ms=4, label=f"C = {rows['flops'].mean():.2g}")
+    flops, sizes, losses = fit.budgets.to_numpy().T
+    left.plot(sizes, losses, "*", color="C3", ms=9)
+    right.plot(flops, sizes, "*", color="C3", ms=9)
+    axis = np.geomspace(flops.min() / 1.5, flops.max() * 1.5, 60)
+    _curve(right, axis, np.transpose([fit.optima(c) for c in axis]), flops, "C0")
+    left.set(xscale="log", xlabel="parameters N", ylabel="loss")
+    right.set(xscale="log", yscale="log", xlabel="FLOPs C", ylabel="N_opt", title=f"N_opt ∝ C^{fit.lines[0, 1]:.3f}")
     left.legend(frameon=False, fontsize=7)
-    low, high = fit.interval
-    caption = (
-        f"Left: loss against parameters at equal FLOPs{label}, minima as stars. Right: the minima against FLOPs, "
-        f"dashed beyond them, exponent {fit.exponent:.3g} [{low:.3g}, {high:.3g}]."
-    )
-    return Picture("isoflop", caption, _png(figure))
+    return _png(figure)
 
 
-def pareto(accuracy: Array, depth: Array, sizes: Sequence[str], names: tuple[str, str]) -> Picture:
-    """Accuracy against depth [R], a front per size: its undominated points joined, the others faint."""
-    figure, (axes,) = _figure(6.2, 4.2)
-    groups = list(dict.fromkeys(sizes))
-    colours = scale(len(groups), SCALE)
-    labels = np.array(sizes)
-    told = []
-    for index, (group, colour) in enumerate(zip(groups, colours, strict=True)):
-        rows = np.flatnonzero(labels == group)
-        front = rows[pareto_front(depth[rows], accuracy[rows])]
-        front = front[np.argsort(depth[front])]
-        mark = MARKERS[index % len(MARKERS)]
-        axes.plot(depth[rows], accuracy[rows], mark, color=colour, ms=4, alpha=0.35)
-        axes.plot(depth[front], accuracy[front], "-" + mark, color=colour, ms=5, lw=1.2, label=group)
-        told.append(f"{group}: {len(front)} of {len(rows)} points on the front")
-    axes.set(xlabel=names[1], ylabel=names[0])
-    axes.legend(frameon=False, fontsize=7)
-    return Picture("pareto", f"{names[0]} against {names[1]}, a front per size. {'; '.join(told)}.", _png(figure))
-
-
-def metric(comparison: Comparison, column: int) -> Picture:
-    """The metric against one column; the best form's curve and band where it beats the constant, other columns at their
-    means. At most eight levels of lambda get a curve each."""
-    name = comparison.feats.names[column]
-    figure, (axes,) = _figure(6.2, 4.2)
-    best = comparison.winners[0] if comparison.winners else comparison.constant
-    logarithmic = column != comparison.feats.penalty
-    raw = comparison.raw[column]
-    grid = np.linspace(raw.min(), raw.max(), 80)
-    penalty = comparison.feats.penalty
-    curves: list[float | None] = [None]
-    if penalty is not None and penalty != column:
-        curves = list(_some(np.unique(comparison.raw[penalty]).tolist()))
-    colours = scale(len(curves), SCALE[::-1]) if len(curves) > 1 else [SERIES[1]]
-    for index, (level, colour) in enumerate(zip(curves, colours, strict=True)):
-        points = np.repeat(comparison.feats.centres[:, None], len(grid), axis=1)
-        points[column] = grid
-        rows = np.ones(len(raw), dtype=bool)
-        label = None
-        if level is not None and penalty is not None:
-            points[penalty], rows = level, comparison.raw[penalty] == level
-            label = f"{comparison.feats.names[penalty]} = {level:.3g}"
-        design = best.form.design(comparison.feats.standardised(points), penalty)
-        x = np.exp(grid) if logarithmic else grid
-        axes.fill_between(x, *_band(evaluate(best.form, best.draws, design)), color=colour, alpha=0.2, lw=0)
-        axes.plot(x, evaluate(best.form, best.theta[None], design)[0], color=colour, lw=1.2)
-        at = np.exp(raw[rows]) if logarithmic else raw[rows]
-        axes.plot(at, comparison.values[rows], MARKERS[index % len(MARKERS)], color=colour, ms=4, label=label)
-    axes.set(xlabel=name, ylabel=comparison.metric, title=best.form.name, xscale="log" if logarithmic else "linear")
-    if curves != [None]:
-        axes.legend(frameon=False, fontsize=7)
-    curve = f"curve: {best.form.name}, other columns at their means"
-    caption = f"{comparison.metric} against {name}; {curve}. {comparison.verdict()}."
-    return Picture(f"metric_{column}", caption, _png(figure))
+def metric(comparison: FormComparison) -> bytes:
+    """The metric against each column, with the best form's curve where the others have their means."""
+    figure, panels = _panels(len(comparison.against))
+    for column, (axes, name) in enumerate(zip(panels, comparison.against, strict=True)):
+        x, show = comparison.raw[column], np.asarray if column == comparison.penalty else np.exp
+        raw = np.repeat(comparison.raw.mean(axis=1)[:, None], 60, axis=1)
+        raw[column] = np.linspace(x.min(), x.max(), 60)
+        axes.plot(show(x), comparison.values, "o", color="0.5", ms=4)
+        _curve(axes, show(raw[column]), comparison.predict(comparison.best, raw), show(x), "C0")
+        axes.set(xlabel=name, ylabel=comparison.metric, title=comparison.best)
+        axes.set_xscale("linear" if column == comparison.penalty else "log")
+    return _png(figure)

@@ -1,216 +1,125 @@
-"""What fitted laws and forms say of runs that were not made, and how far beyond the data these lie.
+"""Forecasts of runs that have not been made, and their check against later runs.
 
-Shape suffixes: S resamples, C columns.
+A forecast is a record: method, at (a value for each column), quantity, value, 95 % intervals of the law and of one run
+(which has a run's noise besides; None for N_opt, which no run measures), and what of it lies beyond the table.
 """
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy.special import stdtrit
 
-from .compare import Comparison, FormResult
-from .fit import LawFit, with_derived
-from .forms import evaluate
-from .intervals import LEVEL, BootstrapInterval, percentile_interval
-from .isoflop_law import IsoFlopFit
-from .loss_law import PARAMETERS, predict
-from .solver import Array
-from .table import FLOPS_PER_PARAMETER_AND_TOKEN, Observations
+from .bootstrap import LEVEL, percentile_interval
+from .compare import FormComparison
+from .laws import ScalingFit, predict
+from .table import RunTable, observations, run_index
+
+ENDS = ("law_low", "law_high", "run_low", "run_high")
+Forecast = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """`quantity` ("loss", "N_opt" or a metric's column) at `where`, with 95 % intervals: of the law, and of one run,
-    which has a run's noise besides (None for N_opt). `beyond` names what lies outside the table, and how far."""
-
-    method: str
-    where: dict[str, float]
-    quantity: str
-    value: float
-    law: BootstrapInterval
-    run: BootstrapInterval | None
-    beyond: tuple[str, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        intervals = {"interval_of_law": self.law._asdict()}
-        if self.run is not None:
-            intervals["interval_of_run"] = self.run._asdict()
-        facts = {"method": self.method, "at": self.where, "quantity": self.quantity, "value": self.value}
-        return {**facts, **intervals, "beyond": list(self.beyond)}
+def forecast_losses(fit: ScalingFit, obs: pd.DataFrame, points: Sequence[Sequence[float]], seed: int) -> list[Forecast]:
+    """Losses at points (N, D). A run's noise is drawn from the residuals of ln loss, enlarged by what the fit took."""
+    enlarged = fit.residuals * np.sqrt(obs["run"].nunique() / fit.freedom)
+    noise = np.exp(np.random.default_rng(seed).choice(enlarged, size=len(fit.theta) - 1))
+    found = []
+    for n, d in points:
+        value, *draws = predict(fit.theta, np.array([n]), np.array([d]))[:, 0]
+        ends = [end for each in (draws, draws * noise) for end in percentile_interval(np.array(each), fit.freedom)]
+        found.append(_record("huber", {"params": n, "tokens": d}, "loss", value, ends, obs))
+    return found
 
 
-def forecast_losses(
-    method: str, fit: LawFit, obs: Observations, points: Sequence[tuple[float, float]], seed: int
-) -> list[Forecast]:
-    """Losses at points (N, D). Quantiles of the resampled laws; least squares' are widened as in its intervals. A run's
-    noise is drawn from the residuals of ln loss, enlarged by what the law's five parameters took of them."""
-    values = np.array([[fit.values[name] for name in PARAMETERS]])
-    runs, fitted = obs.run_count, len(PARAMETERS)
-    size, tokens = (np.array(column) for column in zip(*points, strict=True))
-    found, draws = np.log(predict(values, size, tokens)[0]), np.log(predict(fit.draws, size, tokens))
-    freedom = runs - fitted if method == "varpro" else 0
-    if freedom:
-        draws = found + (draws - found) * np.sqrt(runs / freedom)
-    residual = np.log(obs.loss) - np.log(predict(values, obs.params, obs.tokens)[0])
-    noise = np.random.default_rng(seed).choice(residual * np.sqrt(runs / (runs - fitted)), size=len(draws))
-    forecasts = []
-    for index, (n, d) in enumerate(points):
-        law = _exp(percentile_interval(draws[:, index], freedom))
-        run = _exp(percentile_interval(draws[:, index] + noise, freedom))
-        beyond = [*_beyond("N", n, obs.params), *_beyond("D", d, obs.tokens)]
-        value = float(np.exp(found[index]))
-        forecasts.append(Forecast(method, {"params": n, "tokens": d}, "loss", value, law, run, tuple(beyond)))
-    return forecasts
+def forecast_optimum(method: str, fit: ScalingFit, obs: pd.DataFrame, flops: float) -> Forecast:
+    """The best size at a budget of C FLOPs."""
+    value, *draws = fit.optima(flops)
+    ends = [*percentile_interval(np.array(draws), fit.freedom), None, None]
+    return _record(method, {"flops": flops}, "N_opt", value, ends, obs)
 
 
-def forecast_optima(
-    method: str, fit: LawFit | IsoFlopFit, obs: Observations, budgets: Sequence[float]
-) -> list[Forecast]:
-    """The best size at budgets of C FLOPs."""
-    forecasts = []
-    for flops in budgets:
-        if isinstance(fit, IsoFlopFit):
-            value = fit.coefficient * flops**fit.exponent
-            middle = float(np.log([b.flops for b in fit.budgets]).mean())
-            draws = fit.draws[:, 0] + fit.draws[:, 1] * (np.log(flops) - middle)
-            known = np.array([b.flops for b in fit.budgets])
-        else:
-            scale = np.log(flops / FLOPS_PER_PARAMETER_AND_TOKEN)
-            value = fit.values["coefficient_G"] * float(np.exp(fit.values["exponent_a"] * scale))
-            share, coefficient = with_derived(fit.draws)[:, len(PARAMETERS) :].T
-            draws = np.log(np.maximum(coefficient, 1e-300)) + share * scale
-            known = obs.flops
-        law = _exp(percentile_interval(draws, level=LEVEL))
-        forecasts.append(
-            Forecast(method, {"flops": flops}, "N_opt", value, law, None, tuple(_beyond("C", flops, known)))
-        )
-    return forecasts
+def forecast_metric(comparison: FormComparison, point: Sequence[float]) -> list[Forecast]:
+    """The metric at a point [C], by the best form and by those not distinguished from it; where there are such, last
+    the best form's value with intervals that hold all of theirs ("any of these").
 
-
-ANY_FORM = "any of these"
-
-
-def forecast_metric(comparison: Comparison, point: Sequence[float]) -> list[Forecast]:
-    """The metric at a point [C] of the columns as they are in a table, by the best form and by those that cannot be
-    told from it. Where there are such, the last forecast is the best form's with intervals that hold all of theirs.
-
-    Quantiles of the resampled curves, widened as least squares' are; a run's noise is the held-out error.
+    A run's noise is the held-out error, added as independent errors are.
     """
-    forecasts = [forecast_form(comparison, result, point) for result in (comparison.best, *comparison.near)]
-    if len(forecasts) > 1:
-        law, run = (
-            BootstrapInterval(min(i.low for i in every), max(i.high for i in every))
-            for every in ([f.law for f in forecasts], [f.run for f in forecasts if f.run is not None])
+    is_log = (np.arange(len(point)) != comparison.penalty)[:, None]
+    values = np.array(point)[:, None]
+    raw = np.where(is_log, np.log(values, where=is_log, out=np.zeros_like(values)), values)
+    known = pd.DataFrame(np.where(is_log, np.exp(comparison.raw), comparison.raw).T, columns=comparison.against)
+    at, found = dict(zip(comparison.against, point, strict=True)), []
+    for name in (comparison.best, *comparison.near):
+        form, theta = comparison.fits[name]
+        freedom = comparison.run_count - len(theta)
+        value, *draws = comparison.predict(name, raw)[:, 0]
+        low, high = percentile_interval(np.array(draws), freedom)
+        noise = comparison.forms["held_out_rms"][name] * stdtrit(freedom, (1 + LEVEL) / 2)
+        run = value + np.array([-np.hypot(value - low, noise), np.hypot(high - value, noise)])
+        found.append(
+            _record(name, at, comparison.metric, value, [low, high, *np.clip(run, form.low, form.high)], known)
         )
-        forecasts.append(replace(forecasts[0], method=ANY_FORM, law=law, run=run))
-    return forecasts
+    if len(found) > 1:
+        ends = {end: (min if end.endswith("low") else max)(one[end] for one in found) for end in ENDS}
+        found.append({**found[0], "method": "any of these", **ends})
+    return found
 
 
-def forecast_form(comparison: Comparison, result: FormResult, point: Sequence[float]) -> Forecast:
-    """What one form says of the metric at a point [C]."""
-    feats = comparison.feats
-    at = np.array(point, dtype=np.float64)
-    raw = np.array([x if c == feats.penalty else math.log(x) for c, x in enumerate(at)])
-    design = result.form.design(feats.standardised(raw[:, None]), feats.penalty)
-    value = float(evaluate(result.form, result.theta[None], design)[0, 0])
-    draws = evaluate(result.form, result.draws, design)[:, 0]
-    runs = int(comparison.runs.max()) + 1
-    freedom = runs - len(result.theta)
-    wide = percentile_interval(value + (draws - value) * math.sqrt(runs / freedom), freedom)
-    one = _of_one_run(result, comparison.values, value, wide, float(stdtrit(freedom, (1 + LEVEL) / 2)))
-    # Widening knows nothing of where a form's values end.
-    law, run = (BootstrapInterval(*np.clip(ends, *result.form.range).tolist()) for ends in (wide, one))
-    where = dict(zip(feats.names, at.tolist(), strict=True))
-    return Forecast(result.form.name, where, comparison.metric, value, law, run, _beyond_columns(comparison, at, raw))
-
-
-def noise_of(result: FormResult, values: Array) -> tuple[float, bool]:
-    """A run's noise as the held-out error of a form, in the metric's unit or, true, as a standard deviation of ln:
-    whichever makes the errors likelier, the normal or the log-normal distribution."""
-    predicted = result.predicted
-    if (values <= 0).any() or (predicted <= 0).any():
-        return result.error, False
-    relative = float(np.sqrt((np.log(values / predicted) ** 2).mean()))
-    # Log-likelihoods per row, without what both have; of exact data neither is likelier.
-    least = 1e-300
-    by_unit, by_share = (
-        -math.log(max(sd, least)) for sd in (float(np.sqrt(((values - predicted) ** 2).mean())), relative)
-    )
-    share = by_share - float(np.log(values).mean()) > by_unit
-    return (relative if share else result.error), share
-
-
-def _of_one_run(
-    result: FormResult, values: Array, value: float, law: BootstrapInterval, quantile: float
-) -> BootstrapInterval:
-    """The law's interval with a run's noise: distances from `value` and noise add up as independent errors do."""
-    noise, share = noise_of(result, values)
-    if not share or min(value, law.low) <= 0:
-        # A share of a value that may be 0 is taken in the metric's unit.
-        noise *= quantile * (abs(value) if share else 1.0)
-        return BootstrapInterval(
-            value - math.hypot(value - law.low, noise), value + math.hypot(law.high - value, noise)
-        )
-    down, up = (math.hypot(math.log(end / value), quantile * noise) for end in law)
-    return BootstrapInterval(value * math.exp(-down), value * math.exp(up))
-
-
-def _beyond_columns(comparison: Comparison, at: Array, raw: Array) -> tuple[str, ...]:
-    """Columns whose range the point [C] leaves; else whether no run has such a combination of them: it lies further
-    from their middle, by their covariance, than any run."""
-    feats = comparison.feats
-    known = [row if c == feats.penalty else np.exp(row) for c, row in enumerate(comparison.raw)]
-    beyond = [text for name, x, column in zip(feats.names, at, known, strict=True) for text in _beyond(name, x, column)]
-    if not beyond and len(at) > 1:
-        inverse = np.linalg.inv(np.cov(feats.values, bias=True))
-        here = feats.standardised(raw[:, None])
-        furthest = np.einsum("cr,cd,dr->r", feats.values, inverse, feats.values).max()
-        if float((here.T @ inverse @ here)[0, 0]) > furthest * (1 + 1e-9):
-            beyond = [f"{', '.join(feats.names)} together"]
-    return tuple(beyond)
-
-
-def forecast_lines(forecasts: Sequence[Forecast]) -> list[str]:
-    """A table for the terminal."""
-    header = ("method", "at", "", "value", "law, 95 %", "one run, 95 %", "beyond the data")
-    rows = [
-        (one.method, point_text(one.where), one.quantity, f"{one.value:.4g}", interval_text(one.law),
-         interval_text(one.run), ", ".join(one.beyond) or "no")
-        for one in forecasts
-    ]  # fmt: skip
-    return columns_text([header, *rows])
-
-
-def point_text(where: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.6g}" for name, value in where.items())
-
-
-def interval_text(interval: BootstrapInterval | None) -> str:
-    return "" if interval is None else f"[{interval.low:.4g}, {interval.high:.4g}]"
-
-
-def columns_text(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of equal length as lines, each column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _exp(interval: BootstrapInterval) -> BootstrapInterval:
-    return BootstrapInterval(float(np.exp(interval.low)), float(np.exp(interval.high)))
-
-
-def _beyond(name: str, value: float, known: Array) -> list[str]:
-    low, high = float(known.min()), float(known.max())
+def _record(
+    method: str, at: dict[str, float], quantity: str, value: float, ends: Sequence[Any], known: pd.DataFrame
+) -> Forecast:
+    ranges = {name: (float(known[name].min()), float(known[name].max())) for name in at}
     # Equal but for rounding is not beyond.
-    if low * (1 - 1e-9) <= value <= high * (1 + 1e-9):
-        return []
-    if value <= 0 or high <= 0 or (value < low and low <= 0):
-        return [f"{name} outside {low:.3g} to {high:.3g}"]
-    return [
-        f"{name} {value / high:.3g} × the largest" if value > high else f"{name} 1/{low / value:.3g} of the smallest"
-    ]
+    outside = [n for n, (low, high) in ranges.items() if not low * (1 - 1e-9) <= at[n] <= high * (1 + 1e-9)]
+    beyond = ", ".join(f"{name} beyond {ranges[name][0]:.3g} to {ranges[name][1]:.3g}" for name in outside)
+    intervals = {end: x if x is None else float(x) for end, x in zip(ENDS, ends, strict=True)}
+    return {"method": method, "at": at, "quantity": quantity, "value": float(value), **intervals, "beyond": beyond}
+
+
+def read_forecast(path: Path) -> dict[str, Any]:
+    """What `scaling predict --out` wrote. Raises FileNotFoundError, or ValueError for another file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such forecast; expected the predict.json of `ee-megatron scaling predict`")
+    try:
+        stored = json.loads(path.read_bytes())
+        if "metric" in stored["options"] and all({"at", "value", *ENDS} <= one.keys() for one in stored["forecasts"]):
+            return {name: stored[name] for name in ("made", "table", "sha256", "options", "forecasts")}
+    except (ValueError, AttributeError, TypeError, KeyError):
+        pass
+    raise ValueError(f"{path}: expected a forecast as `ee-megatron scaling predict --out` writes it; make it again")
+
+
+def check_forecast(
+    stored: Mapping[str, Any], table: RunTable, run: str | None, within: float
+) -> tuple[list[Forecast], str]:
+    """Each forecast of a run beside the mean of the runs at its point (rows whose columns differ by a share `within`),
+    and a note on what a run is.
+
+    Raises ValueError for the forecast's own table, a missing column, and if no row lies at any of its points.
+    """
+    if table.digest == stored["sha256"]:
+        raise ValueError(f"{table.name}: is the table that the forecast was made from; expected one of later runs")
+    columns, metric, found = dict(stored["options"]), stored["options"]["metric"], []
+    runs, note = run_index(table, {**columns, "run": run or columns.get("run")})
+    forecasts = [one for one in stored["forecasts"] if one["run_low"] is not None]
+    if metric is None:
+        frame = observations(table, columns)[0]
+    else:
+        frame = pd.DataFrame({name: table.numbers(name, "--where") for name in (*forecasts[0]["at"], metric)})
+    for one in forecasts:
+        there = np.all([np.abs(frame[name] - x) <= within * abs(x) for name, x in one["at"].items()], axis=0)
+        if there.any():
+            each = frame.loc[there, metric or "loss"].groupby(runs[there]).mean()
+            mean = float(each.mean())
+            held = "held" if one["law_low"] <= mean <= one["law_high"] else "held within a run's noise"
+            verdict = held if one["run_low"] <= mean <= one["run_high"] else "FAILED"
+            found.append({**one, "runs": len(each), "mean": mean, "error": mean - one["value"], "verdict": verdict})
+    if not found:
+        points = "; ".join(str(one["at"]) for one in forecasts) or "N_opt, which no run measures"
+        raise ValueError(f"{table.name}: no row within {within:g} of {points}; expected the runs that were forecast")
+    return found, note

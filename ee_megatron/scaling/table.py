@@ -1,221 +1,155 @@
-"""One table of runs: CSV or Parquet, columns named by the user, each value checked before anything is fitted."""
+"""Tables of runs: read a CSV or Parquet file, choose rows and columns, and check every value before a fit."""
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
-import math
 import operator
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from .solver import Array
+Array = np.ndarray
+Columns = Mapping[str, str | None]
+"""Column names by option: params, tokens, flops, loss, run, budget, lambda; None or absent: the option's own name."""
 
 FLOPS_PER_PARAMETER_AND_TOKEN = 6
 """C = 6ND: forward and backward pass of a dense transformer (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)."""
-# Counts that are not those of the table's other columns: attention, embeddings or active parameters counted otherwise.
+# Larger differences mean FLOPs counted otherwise: with attention, without embeddings, active parameters only.
 FLOPS_TOLERANCE = 0.2
+# Budgets are planned as equal and come out a few per cent apart.
+BUDGET_GAP = np.log(1.1)
 _CONDITION = re.compile(r"([^<>=!]+)(<=|>=|!=|<|>|=)(.*)")
-_COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+_COMPARE = {
+    "=": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RunTable:
-    """Cells by column, as they stand in the file; `name` and `digest` (SHA-256) say which file that was."""
+    """One row per measurement. `name` and `digest` (SHA-256) identify the file, `frame` has its cells unconverted."""
 
     name: str
     digest: str
-    columns: dict[str, list[Any]]
+    frame: pd.DataFrame
 
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values())))
-
-    def cells(self, column: str, option: str) -> list[Any]:
-        """A column's cells. Raises ValueError with the nearest column for one that isn't there."""
-        if column in self.columns:
-            return self.columns[column]
-        near = difflib.get_close_matches(column, self.columns, n=1, cutoff=0.0)
-        folded = [name for name in self.columns if name.lower() == column.lower()]
+    def column(self, column: str, option: str) -> pd.Series:
+        """A column's cells. Raises ValueError that names the nearest column if there is none of this name."""
+        if column in self.frame:
+            return self.frame[column]
+        folded = {name.lower(): name for name in reversed(self.frame.columns)}
+        near = folded[difflib.get_close_matches(column.lower(), folded, n=1, cutoff=0.0)[0]]
         raise ValueError(
-            f"{self.name}: no column {column!r}; the nearest is {(folded or near)[0]!r} "
-            f"(of {', '.join(self.columns)}); name the right one with {option} COLUMN"
+            f"{self.name}: no column {column!r}; the nearest is {near!r} (of {', '.join(self.frame)}); name the right "
+            f"one with {option}"
         )
+
+    def numbers(self, column: str, option: str, *, positive: bool = False) -> Array:
+        """A column as float64 [R]. Raises ValueError for a cell that is not a finite number (or, if asked, not > 0)."""
+        cells = self.column(column, option)
+        values = pd.to_numeric(cells, errors="coerce").to_numpy(np.float64)
+        wrong = ~np.isfinite(values) | (positive & (values <= 0))
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            cell = str(cells.iloc[row]) or "an empty cell"
+            raise ValueError(
+                f"{self.name}: row {row + 1}, column {column}: found {cell}, expected "
+                f"{'a number > 0' if positive else 'a finite number'}; correct the row or leave it out with --where"
+            )
+        return values
 
     def where(self, conditions: Sequence[str]) -> RunTable:
         """The rows in which every condition holds: COLUMN=VALUE and COLUMN!=VALUE compare text, <, <=, >, >= numbers.
-        Raises ValueError for what is no condition, a cell that is no number, and where no row is left."""
-        kept = list(range(len(self)))
+        Raises ValueError for a malformed condition, a cell that is not a number, and if no row is left."""
+        table = self
         for condition in conditions:
             parts = _CONDITION.fullmatch(condition)
             if parts is None:
                 raise ValueError(f"--where {condition}: expected COLUMN=VALUE or COLUMN<NUMBER, e.g. status=finished")
-            column, sign, value = parts.groups()
-            cells = self.cells(column, "--where")
+            name, sign, value = parts.groups()
             if sign in ("=", "!="):
-                kept = [row for row in kept if (str(cells[row]) == value) == (sign == "=")]
+                keep = _COMPARE[sign](table.column(name, "--where").astype(str).to_numpy(), value)
             else:
-                bound, numbers = as_number(value), self.numbers(column, "--where")
-                if math.isnan(bound):
-                    raise ValueError(f"--where {condition}: {value!r} is no number; expected one beside {sign}")
-                kept = [row for row in kept if _COMPARE[sign](numbers[row], bound)]
-            if not kept:
-                there = ", ".join(sorted({str(cell) for cell in cells})[:5])
-                raise ValueError(f"--where {condition}: no row is left of {len(self)}; {column} has {there}")
-        rows = {name: [cells[row] for row in kept] for name, cells in self.columns.items()}
-        return replace(self, columns=rows)
-
-    def numbers(self, column: str, option: str, *, positive: bool = False) -> Array:
-        """A column as float64 [R]. Raises ValueError for a cell that is no finite number or, where asked, not > 0."""
-        cells = self.cells(column, option)
-        values = np.array([as_number(cell) for cell in cells])
-        wrong = ~np.isfinite(values) | (positive & (values <= 0))
-        if wrong.any():
-            row = int(np.argmax(wrong))
-            expected = "a number > 0" if positive else "a finite number"
-            shown = "an empty cell" if cells[row] is None or str(cells[row]).strip() == "" else str(cells[row])
-            raise ValueError(
-                f"{self.name}: row {row + 1}, column {column}: found {shown}, expected {expected}; "
-                f"correct the row or leave it out with --where"
-            )
-        return values
-
-
-def as_number(cell: Any) -> float:
-    """A cell's value; NaN for one that is no number."""
-    try:
-        return float(cell)
-    except (TypeError, ValueError):
-        return math.nan
-
-
-@dataclass(frozen=True)
-class ColumnNames:
-    """Names of the columns; `given` holds the options that were named on the command line."""
-
-    params: str = "params"
-    tokens: str = "tokens"
-    flops: str = "flops"
-    loss: str = "loss"
-    run: str = "run"
-    penalty: str = "lambda"
-    budget: str = ""
-    given: frozenset[str] = field(default_factory=frozenset)
-
-
-@dataclass(frozen=True)
-class Observations:
-    """Rows to fit: parameters N, tokens D, FLOPs C = 6ND unless the table has them, loss (float64 [R]) and run (int
-    [R], 0..G-1). `budgets`: int [R], rows of equal FLOPs where the user named them. `notes` say what was derived or
-    assumed."""
-
-    params: Array
-    tokens: Array
-    flops: Array
-    loss: Array
-    runs: Array
-    notes: tuple[str, ...] = ()
-    budgets: Array | None = None
-
-    @property
-    def run_count(self) -> int:
-        return int(self.runs.max()) + 1
-
-    def rows(self, chosen: Array) -> Observations:
-        """The rows where `chosen` (bool [R]), runs counted anew."""
-        _, runs = np.unique(self.runs[chosen], return_inverse=True)
-        kept = replace(self, params=self.params[chosen], tokens=self.tokens[chosen], flops=self.flops[chosen])
-        budgets = None if self.budgets is None else self.budgets[chosen]
-        return replace(kept, loss=self.loss[chosen], runs=runs, budgets=budgets)
+                try:
+                    keep = _COMPARE[sign](table.numbers(name, "--where"), float(value))
+                except ValueError as error:
+                    raise ValueError(f"--where {condition}: {error}; expected numbers on both sides") from None
+            if not keep.any():
+                there = ", ".join(sorted(set(table.frame[name].astype(str)))[:5])
+                raise ValueError(f"--where {condition}: no row is left of {len(self.frame)}; {name} has {there}")
+            table = replace(table, frame=table.frame[keep].reset_index(drop=True))
+        return table
 
 
 def read_table(path: Path) -> RunTable:
-    """Read a .csv or .parquet file. Raises FileNotFoundError, or ValueError for what is no table with rows."""
+    """Read a .csv or .parquet file. Raises FileNotFoundError, or ValueError if it is not a table with rows."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such table; expected a .csv or .parquet file with one row per measurement")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    columns = _read_parquet(path) if path.suffix.lower() in (".parquet", ".pq") else _read_csv(path)
-    if not columns or not len(next(iter(columns.values()))):
-        raise ValueError(f"{path.name}: no rows; expected a header and one row per measurement")
-    return RunTable(path.name, digest, columns)
-
-
-def _read_csv(path: Path) -> dict[str, list[Any]]:
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file) if row]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(
-            f"{path.name}: {error}; expected a CSV file in UTF-8, or a name that ends in .parquet"
-        ) from None
-    header, body = (rows[0], rows[1:]) if rows else ([], [])
-    names = [name.strip() for name in header]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{path.name}: two columns are called {twice!r}; expected different names; rename one")
-    for number, row in enumerate(body, start=1):
-        if len(row) != len(names):
-            raise ValueError(
-                f"{path.name}: row {number} has {len(row)} cells, the header {len(names)}; correct the row"
-            )
-    return {name: [row[index] for row in body] for index, name in enumerate(names)}
+        parquet = path.suffix.lower() in (".parquet", ".pq")
+        frame = pd.read_parquet(path) if parquet else _read_csv(path)
+        if not len(frame):
+            raise ValueError("no rows")
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path.name}: {error}; expected a CSV (UTF-8) or Parquet file, one row per run") from None
+    return RunTable(path.name, hashlib.sha256(path.read_bytes()).hexdigest(), frame)
 
 
-def _read_parquet(path: Path) -> dict[str, list[Any]]:
-    # pyarrow comes with `datasets`; loading it takes longer than reading a CSV file.
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        columns: dict[str, list[Any]] = pyarrow.parquet.read_table(path).to_pydict()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path.name}: {error}; expected a Parquet file") from None
-    return columns
+def _read_csv(path: Path) -> pd.DataFrame:
+    # The header is read as a row: pandas would rename a second column of one name, and take the first cell of a row
+    # that is too long for an index.
+    cells = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    names = cells.iloc[0].str.strip()
+    if names.duplicated().any():
+        raise ValueError(f"two columns are called {names[names.duplicated()].iloc[0]!r}; rename one")
+    return cells.iloc[1:].set_axis(names, axis=1).reset_index(drop=True)
 
 
-def run_index(table: RunTable, columns: ColumnNames) -> tuple[Array, str]:
-    """The run of each row (int [R], 0..G-1) and a note on what a run is. Without such a column each row is one."""
-    if columns.run in table.columns or "run" in columns.given:
-        _, runs = np.unique(np.array([str(cell) for cell in table.cells(columns.run, "--run")]), return_inverse=True)
-        return runs, f"a run is one value of column {columns.run}"
-    return np.arange(len(table)), "each row is a run of its own (no column for runs was named)"
+def run_index(table: RunTable, columns: Columns) -> tuple[Array, str]:
+    """The run 0..G-1 of each row (int [R]), and a note on what a run is. Without such a column each row is one."""
+    name = columns.get("run") or "run"
+    if name not in table.frame and not columns.get("run"):
+        return np.arange(len(table.frame)), "each row is a run of its own (--run COLUMN names runs)"
+    return pd.factorize(table.column(name, "--run").astype(str))[0], f"a run is one value of column {name}"
 
 
-def observations(table: RunTable, columns: ColumnNames) -> Observations:
-    """What the loss law is fitted to. Raises ValueError for missing columns and for values that are not > 0."""
+def observations(table: RunTable, columns: Columns) -> tuple[pd.DataFrame, list[str]]:
+    """What the loss laws are fitted to, and notes on what was derived.
+
+    Columns of the frame: params N, tokens D, flops C, loss (nats), run and budget (int from 0). Without tokens
+    D = C/(6N); without FLOPs C = 6ND. Raises ValueError for missing columns and values that are not > 0.
+    """
     runs, note = run_index(table, columns)
     notes = [note]
-    params = table.numbers(columns.params, "--params", positive=True)
-    loss = table.numbers(columns.loss, "--loss", positive=True)
-    has_tokens, has_flops = (name in table.columns for name in (columns.tokens, columns.flops))
-    flops: Array | None = None
-    if has_flops or "flops" in columns.given:
-        flops = table.numbers(columns.flops, "--flops", positive=True)
-    if not has_tokens and flops is not None and "tokens" not in columns.given:
-        notes.append(
-            f"no column {columns.tokens}: tokens derived from FLOPs, D = {columns.flops} / (6 {columns.params})"
-        )
-        tokens = flops / (FLOPS_PER_PARAMETER_AND_TOKEN * params)
+
+    def is_there(option: str) -> bool:
+        return bool(columns.get(option)) or option in table.frame
+
+    def numbers(option: str) -> Array:
+        return table.numbers(columns.get(option) or option, f"--{option}", positive=True)
+
+    frame = pd.DataFrame({"params": numbers("params"), "loss": numbers("loss"), "run": runs})
+    per_token = FLOPS_PER_PARAMETER_AND_TOKEN * frame["params"]
+    if is_there("tokens") or not is_there("flops"):
+        frame["tokens"] = numbers("tokens")
     else:
-        tokens = table.numbers(columns.tokens, "--tokens", positive=True)
-    product = FLOPS_PER_PARAMETER_AND_TOKEN * params * tokens
-    if flops is None:
-        flops = product
-        notes.append(f"no column {columns.flops}: FLOPs derived, C = 6 {columns.params} {columns.tokens}")
-    elif np.abs(np.log(flops / product)).max() > FLOPS_TOLERANCE:
-        ratio = flops / product
-        notes.append(
-            f"column {columns.flops} is {ratio.min():.2f} to {ratio.max():.2f} times 6ND; isoFLOP uses the column"
-        )
-    budgets: Array | None = None
-    if columns.budget:
-        _, budgets = np.unique(
-            np.array([str(cell) for cell in table.cells(columns.budget, "--budget")]), return_inverse=True
-        )
-        notes.append(f"a compute budget is one value of column {columns.budget}")
-    return Observations(params, tokens, flops, loss, runs, tuple(notes), budgets)
+        frame["tokens"] = numbers("flops") / per_token
+        notes.append("no column of tokens: D = C/(6N)")
+    product = per_token * frame["tokens"]
+    frame["flops"] = numbers("flops") if is_there("flops") else product
+    ratio = frame["flops"] / product
+    if not is_there("flops"):
+        notes.append("no column of FLOPs: C = 6ND")
+    elif np.abs(np.log(ratio)).max() > FLOPS_TOLERANCE:
+        notes.append(f"FLOPs are {ratio.min():.2f} to {ratio.max():.2f} times 6ND; isoflop uses them as given")
+    if name := columns.get("budget"):
+        frame["budget"] = pd.factorize(table.column(name, "--budget").astype(str))[0]
+    else:
+        order = np.argsort(frame["flops"].to_numpy(), kind="stable")
+        gaps = np.diff(np.log(frame["flops"].to_numpy()[order])) > BUDGET_GAP
+        frame.loc[order, "budget"] = np.append(0, np.cumsum(gaps))
+    return frame, notes

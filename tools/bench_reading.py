@@ -29,7 +29,7 @@ from ee_megatron.exit_rules import Sample
 from ee_megatron.families import ModelDims
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.planning.flops import merged_layers_cost
-from ee_megatron.planning.workload import Counted
+from ee_megatron.planning.workload import Load
 from ee_megatron.policy import PolicySpec, WeightSet, load_policy
 from ee_megatron.rollout import GenerationRequest, SamplingParams
 from ee_megatron.rollout.engine import scoring
@@ -49,7 +49,7 @@ def cost(
     """FLOPs of reading groups of `samples` answers by the teacher and by the policy, each prompt once or with each."""
     depths = [a.exit_depths for a in answers]
     prompts = [len(a.prompt_tokens) for a in answers]
-    load = Counted.of(prompts, depths, dims.num_layers, samples, float(once), spec.first_token)
+    load = Load.counted(prompts, depths, dims.num_layers, samples, float(once), spec.first_token)
     layers = merged_layers_cost(dims, load, full=True) + merged_layers_cost(dims, load)
     tokens = sum(map(len, depths))
     asked = np.concatenate([taken[not spec.first_token :] for taken in depths])

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from ..config.schema import RunConfig
 from ..families import ModelDims
+from ..planning.flops import calibration_flops, phase_flops, pretrain_flops, rollouts_per_step
 from ..planning.layout import Layout
-from ..planning.step import calibration_flops, phase_flops, pretrain_flops, rollouts_per_step
 from ..planning.workload import Workload
 from .grid import IsoFlop
 

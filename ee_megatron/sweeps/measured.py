@@ -16,9 +16,8 @@ from ..config.derive import read_dims, resolve_exits
 from ..config.schema import RunConfig
 from ..families import ModelDims
 from ..observe.metrics import read_metrics
-from ..planning.flops import decode_cost, prefill_cost
+from ..planning.flops import decode_cost, phase_flops, prefill_cost, pretrain_flops, rollouts_per_step
 from ..planning.layout import Layout, rank_parameters
-from ..planning.step import phase_flops, pretrain_flops, rollouts_per_step
 from ..planning.workload import Workload
 from .records import read_spent
 from .styles import chosen_styles
@@ -123,7 +122,7 @@ def workload(layout: Layout, counts: Mapping[int, float], prompt: float, length:
     later[outcomes[-1]] = max(0.0, later[outcomes[-1]] - answers * (not first_token))
     total = sum(later.values())
     shares = tuple(later[d] / total if total else float(d == outcomes[-1]) for d in outcomes)
-    return Workload(round(prompt), length, outcomes, shares, first_token=first_token)  # type: ignore[arg-type]
+    return Workload(round(prompt), length, outcomes, shares, first_token=first_token)
 
 
 def reinforced(rows: Sequence[Mapping[str, float]], cfg: RunConfig, layout: Layout) -> dict[str, Any]:

@@ -15,8 +15,8 @@ import torch
 from ..config.derive import has_actors, ranks
 from ..config.schema import RunConfig
 from ..planning.devices import board
+from ..planning.flops import step_flops
 from ..planning.layout import Layout
-from ..planning.step import step_flops
 from ..types import Group
 from .session import Session
 

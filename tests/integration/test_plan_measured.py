@@ -15,8 +15,7 @@ from ee_megatron.families import dims_from_config
 from ee_megatron.planning.flops import PassMode, pass_cost, whole_pass
 from ee_megatron.planning.layout import Layout
 from ee_megatron.planning.memory import Training, learner_memory
-from ee_megatron.planning.packing import pack_pass
-from ee_megatron.planning.workload import Workload
+from ee_megatron.planning.workload import Workload, pack_pass
 from ee_megatron.policy import ATTENTION, PolicySpec
 from tests.covering import EXTENDED, covering, some
 from tests.processes import ROOT

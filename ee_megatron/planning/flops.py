@@ -164,7 +164,7 @@ def decode_cost(layout: Layout, load: Load) -> float:
 def answer_cost(
     dims: ModelDims, exit_depths: Sequence[int], gate_width: float, prompt: int, depths: Sequence[int],
     needs: Collection[str] = ("gates",), first_token: bool = False,
-) -> float:  # fmt: skip
+) -> int:  # fmt: skip
     """FLOPs of one answer by the exits that it took: `prefill_cost` of its prompt and, as `decode_cost` does, of its
     tokens, with what its exit rule needs.
 
@@ -180,7 +180,7 @@ def answer_cost(
     if "readout" in needs:
         # The exit that is taken is read out anyway.
         total += head * sum(made.asked(exit_) - made.by_depth[exit_] for exit_ in exit_depths)
-    return total
+    return round(total)
 
 
 # ---- steps ----

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config.derive import exits_read
 from ..config.schema import RunConfig
@@ -79,6 +79,8 @@ class Roofline:
         # A CPU's actor has its threads; a rank all cores or one, or a share of one where there are fewer than ranks.
         actor = self.device.of_cores(self.cfg.rollout.threads)
         rank = self.device.of_cores(cores if ranks == 1 else min(1.0, cores / ranks))
+        # Attention, gates, logits and copies bring a CPU's passes over whole answers down to float32's rate.
+        rank, reader = (replace(d, tflops=d.fp32) if d.on_cpu else d for d in (rank, actor))
         found = {phase: self._estimate(rank, self._learn(phase)) for phase in ("scoring", "update")}
         if rl.replay:
             return found
@@ -87,7 +89,7 @@ class Roofline:
         if exits_read(rl):
             mine = -(-rl.prompts_per_step // self.cfg.rollout.actors) * rl.group_size
             flops = mine * exits_read_cost(self.layout, self.load, rl.group_size)
-            read = {"exits read": self._estimate(actor, Work(flops=flops))}
+            read = {"exits read": self._estimate(reader, Work(flops=flops))}
         return {"rollouts": made, **read, **found, "weight sync": self._estimate(actor, self._sync())}
 
     def round_seconds(self) -> float:

@@ -44,9 +44,6 @@ COMPARED, ASKED = replace(REFERENCE, likelihood=False), replace(POLICY, likeliho
 """Without a readout: the reference's hidden states for a divergence; the policy's hazards."""
 
 
-# ---- a pass of the learner ----
-
-
 def gate(dims: ModelDims, width: float, positions: float) -> float:
     """FLOPs of one gate of width `width` · D on `positions` positions, forward."""
     return 2 * positions * gate_units(width, dims.hidden) * (dims.hidden + 1)
@@ -119,9 +116,6 @@ def whole_pass(layout: Layout, load: Load, sequences: float, how: PassMode) -> f
     return layout.tensor * layout.data * sum(pass_cost(layout, load, sequences, how))
 
 
-# ---- generation, adapters merged ----
-
-
 def linear_elements(dims: ModelDims) -> int:
     """Elements of a layer's matrices."""
     return sum(rows * columns for rows, columns in dims.linear_shapes().values())
@@ -181,9 +175,6 @@ def answer_cost(
         # The exit that is taken is read out anyway.
         total += head * sum(made.asked(exit_) - made.by_depth[exit_] for exit_ in exit_depths)
     return round(total)
-
-
-# ---- steps ----
 
 
 def rollouts_per_step(cfg: RunConfig) -> int:

@@ -72,10 +72,15 @@ def learner_memory(layout: Layout, packed: Packing, t: Training, pipeline_rank: 
         flying = in_flight(layout, pipeline_rank, packed.micro_batches)
         found["pipeline buffers"] = float(packed.width * hidden * t.item * (1 + flying))
     if layout.has_head(pipeline_rank):
-        found["logits chunk"] = logits_chunk(layout, packed, t)
+        # A chunk's logits in fp32, and p log p beside them; a divergence has two distributions and what its slope is
+        # made of; the head's gradient where it is trained, and a CPU's copy of a bfloat16 head, both fp32.
+        rows, answers = layout.vocabulary_rows, packed.each * packed.load.answer
+        chunk = min(chunk_positions(rows, on_cpu=t.on_cpu, trained=full), answers)
+        copies = (full + (t.on_cpu and t.item != FP32)) * hidden
+        found["logits chunk"] = FP32 * rows * ((7 if t.divergence else 2) * chunk + copies)
         if t.divergence:
             # The reference runs ahead of the update by one micro-batch for each pipeline rank.
-            found["reference states"] = layout.pipeline * packed.each * packed.load.answer * hidden * t.item
+            found["reference states"] = layout.pipeline * answers * hidden * t.item
     if full:
         found["reference"] = float(t.item * base)
     return found
@@ -150,15 +155,6 @@ def layer_activations(layout: Layout, packed: Packing, t: Training, layer: int) 
         units = gate_units(layout.spec.gate_width, dims.hidden)
         kept += packed.each * load.later / here * (dims.hidden * (FP32 + e) + FP32 * units)
     return kept
-
-
-def logits_chunk(layout: Layout, packed: Packing, t: Training) -> float:
-    """A chunk's logits in fp32, and p log p beside them; a divergence has two distributions and what its slope is made
-    of; the head's gradient where it is trained, and a CPU's copy of a bfloat16 head, both fp32."""
-    trained, rows = layout.spec.full, layout.vocabulary_rows
-    chunk = min(chunk_positions(rows, on_cpu=t.on_cpu, trained=trained), packed.each * packed.load.answer)
-    copies = (trained + (t.on_cpu and t.item != FP32)) * layout.dims.hidden
-    return FP32 * rows * ((7 if t.divergence else 2) * chunk + copies)
 
 
 @dataclass(frozen=True)

@@ -218,17 +218,17 @@ def to_text(plan: Plan, command: str) -> str:
         lines.append(f"\nrollouts: recorded ones, from {cfg.rl.replay}; no actors")
     else:
         where = "the learner's devices" if plan.shared else "devices of their own"
-        rows = [[f"\n  a rollout actor ({cfg.rollout.backend}: {cfg.rollout.actors} x {actor.devices} on {where})", ""]]
+        rows = [[f"a rollout actor ({cfg.rollout.backend}: {cfg.rollout.actors} x {actor.devices} on {where})", ""]]
         rows += [[kind, gib(value)] for kind, value in actor.kinds.items()]
-        lines += table([*rows, ["on each device", gib(plan.device_bytes(actor.kinds))]])
+        lines += ["", *table([*rows, ["on each device", gib(plan.device_bytes(actor.kinds))]])]
         cache = "" if actor.positions is None else f"its cache holds {actor.positions:,} positions; "
         lines.append(f"  {cache}a longest answer takes {actor.sequence:,}; {actor.rows} of {actor.wanted} at a time")
-    rows = [[f"\n  an RL step on {device.name}", "PFLOP", "best s", "likely s", "bound by"]]
+    rows = [[f"an RL step on {device.name}", "PFLOP", "best s", "likely s", "bound by"]]
     for name, phase in plan.phases.items():
         flops = f"{plan.flops[name] / 1e15:.3g}" if name in plan.flops else ""
         rows.append([name, flops, f"{phase.best:.3g}", f"{phase.likely:.3g}", phase.bound_by])
     ends = (f"{sum(getattr(phase, end) for phase in plan.phases.values()):.3g}" for end in ("best", "likely"))
-    lines += table([*rows, ["one after another", f"{sum(plan.flops.values()) / 1e15:.3g}", *ends, ""]])
+    lines += ["", *table([*rows, ["one after another", f"{sum(plan.flops.values()) / 1e15:.3g}", *ends, ""]])]
     if not cfg.rl.replay:
         call, limit = 2 * plan.longest.answer * plan.roofline.round_seconds(), call_timeout(cfg.rollout)
         lines.append(f"  rollouts make {plan.tokens_per_s:,.0f} tokens/s; a version of the weights is {gib(plan.sync)}")
@@ -246,9 +246,8 @@ def to_text(plan: Plan, command: str) -> str:
 
 def table(rows: list[list[str]]) -> list[str]:
     """Rows as aligned lines: the first column to the left."""
-    widths = [max(len(text.lstrip()) for text in column) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(["", row[0].strip().ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    return ["\n" * row[0].startswith("\n") + line.rstrip() for row, line in zip(rows, lines, strict=True)]
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return ["  ".join(["", row[0].ljust(first), *map(str.rjust, row[1:], others)]).rstrip() for row in rows]
 
 
 def gib(value: float) -> str:

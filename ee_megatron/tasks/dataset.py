@@ -13,18 +13,16 @@ from typing import Any
 
 from ..config.schema import TaskConfig
 from ..types import Prompt
-from .answers import last_boxed, verify_solution
-from .base import SPLITS, ChatTemplate, Problem, ProblemTask, Verdict
-from .numbers import plain_number
+from .answers import last_boxed, plain_number, verify_solution
+from .base import EXAMPLES, SPLITS, ChatTemplate, Problem, ProblemTask, Verdict, register
 
-EXAMPLES = 16
-"""Training problems that are set aside as worked examples."""
 INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _SHARD = re.compile(r".+-[0-9]{5}-of-[0-9]{5}")
 
 
+@register("dataset", "jsonl")
 class DatasetTask(ProblemTask):
     """A task read from files.
 
@@ -125,6 +123,7 @@ class DatasetTask(ProblemTask):
         return list(problems.values())
 
 
+@register("gsm8k")
 class GSM8KTask(DatasetTask):
     """GSM8K (Cobbe et al. 2021, arXiv 2110.14168): grade-school word problems with written steps, as published: JSONL
     with `question` and `answer`, the answer's last line being "#### n", n an integer."""

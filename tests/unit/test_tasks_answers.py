@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from ee_megatron.config.schema import TaskConfig
 from ee_megatron.tasks import Verdict, VerifierPool, make_task
-from ee_megatron.tasks.answers import same_answer, verify_solution
-from ee_megatron.tasks.numbers import plain_number
+from ee_megatron.tasks.answers import plain_number, same_answer, verify_solution
 from ee_megatron.types import Prompt
 
 # {n} is the bare number, {c} the one with thousands commas, {l} with LaTeX's.

@@ -12,8 +12,7 @@ import pytest
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import TaskConfig
 from ee_megatron.tasks import Verdict, make_task, task_of
-from ee_megatron.tasks.answers import same_answer, verify_solution
-from ee_megatron.tasks.numbers import plain_number
+from ee_megatron.tasks.answers import plain_number, same_answer, verify_solution
 
 STYLES = (
     "She has 3 + 4 of them. The answer is {}.",

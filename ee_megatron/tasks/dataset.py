@@ -170,10 +170,12 @@ def _tables(path: Path, train: str, evaluation: str) -> dict[str, tuple[str, Any
     wanted = {"train": train, **({"test": evaluation} if evaluation else {})}
     if path.is_file():
         return {"train": (str(path), _load_files([path]))}
-    if (path / "state.json").is_file():
-        return {"train": (str(path), _load_saved(path))}
-    if (path / "dataset_dict.json").is_file():
-        saved = _load_saved(path)
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        import datasets
+
+        saved: Any = datasets.load_from_disk(str(path), keep_in_memory=True)
+        if (path / "state.json").is_file():
+            return {"train": (str(path), saved)}
         for name in wanted.values():
             if name not in saved:
                 raise ValueError(
@@ -197,13 +199,6 @@ def _split_files(path: Path, split: str) -> list[Path]:
         f"task.path: {path} has {len(files)} files {split}*.jsonl or .parquet; expected one, or shards "
         f"{split}-00000-of-...; task.train_split and task.evaluation_split name the splits, the latter empty for none"
     )
-
-
-def _load_saved(path: Path) -> Any:
-    """What `datasets` saved to disk: a table, or tables by their split."""
-    import datasets
-
-    return datasets.load_from_disk(str(path), keep_in_memory=True)
 
 
 def _load_files(files: list[Path]) -> Any:

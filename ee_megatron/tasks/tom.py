@@ -9,9 +9,7 @@ whoever always answers with the first place, or with the last, is right in some 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 from ..config.schema import TaskConfig
@@ -137,110 +135,58 @@ VOCABULARY = frozenset(PLACES + STOCK)
 """Every possible answer."""
 
 
-@dataclass
-class Transfer:
-    """An object that is moved between three places, and who believes what, kept up to date event by event.
+def transfer(
+    plot: str, question: str, rng: random.Random, a: str, b: str, thing: str, places: Sequence[str], room: str
+) -> Problem:
+    """An object that is moved between three places by `b`, who stays; `a` comes and goes.
 
-    `a` comes and goes, `b` stays. `belief[x]`: where x takes the object to be; `nested[x, y]`: where x takes y to take
-    it to be. Someone learns of a place by seeing the object put there, and of another's view by knowing that they saw.
+    `plot`: events after the beginning (`PLOTS`). `question`: a or b (whose belief), ba (what b thinks that a believes),
+    reality, memory. Someone learns of a place by seeing the object put there, and `b` of `a`'s view by knowing that `a`
+    saw it.
     """
+    told: list[str] = []
+    at: list[str] = []
+    present, saw, known = True, "", ""
 
-    a: str
-    b: str
-    thing: str
-    places: tuple[str, str, str]
-    room: str
-    rng: random.Random
-    told: list[str] = field(default_factory=list)
-    at: list[str] = field(default_factory=list)
-    present: set[str] = field(default_factory=set)
-    belief: dict[str, str] = field(default_factory=dict)
-    nested: dict[tuple[str, str], str] = field(default_factory=dict)
+    def tell(templates: tuple[str, ...], **values: str) -> None:
+        told.append(rng.choice(templates).format(a=a, b=b, thing=thing, room=room, **values))
 
-    def begin(self) -> None:
-        self.present = {self.a, self.b}
-        x, y, z = self.rng.sample(self.places, 3)
-        self.tell(INTRO, x=x, y=y, z=z)
-        self.aside()
-        self.tell(PUT, place=self.places[0])
-        self.put()
-
-    def tell(self, templates: tuple[str, ...], **values: str) -> None:
-        known = {"a": self.a, "b": self.b, "thing": self.thing, "room": self.room}
-        self.told.append(self.rng.choice(templates).format(**known, **values))
-
-    def aside(self) -> None:
-        """Sometimes a sentence that has nothing to do with the object."""
-        if self.rng.random() < 0.3:
-            self.tell(ASIDE)
-
-    def move(self) -> None:
-        self.tell(MOVE, old=self.at[-1], place=self.places[len(self.at)])
-        self.put()
-
-    def put(self) -> None:
-        """To the next of the places."""
-        self.at.append(self.places[len(self.at)])
-        self._seen(self.present, self.present)
-
-    def watch(self) -> None:
-        self.tell(WATCHES)
-
-    def stay(self) -> None:
-        self.tell(STAYS)
-
-    def leave(self) -> None:
-        self.tell(LEAVE)
-        self.present.discard(self.a)
-        self.aside()
-
-    def come_back(self) -> None:
-        self.tell(RETURN)
-        self.present.add(self.a)
-
-    def peek(self, noticed: bool = False) -> None:
-        """`a`, who is away, sees the last move after all; `b` knows of it if `noticed`."""
-        self.tell(NOTICED if noticed else UNNOTICED)
-        both = self.present | {self.a}
-        self._seen(both, both if noticed else self.present)
-
-    def _seen(self, watchers: set[str], known: set[str]) -> None:
-        for x in watchers:
-            self.belief[x] = self.at[-1]
-            self.nested.update({(x, y): self.at[-1] for y in known if y != x})
-
-    def ask(self, question: str) -> Problem:
-        """`question`: a or b (whose belief), ab (what a thinks that b believes), ba, reality, memory."""
-        a, b, thing = self.a, self.b, self.thing
-        templates: tuple[str, ...]
-        if question == "reality":
-            templates, answer, reason = REALITY, self.at[-1], f"The {thing} was put in the {self.at[-1]} last."
-        elif question == "memory":
-            templates, answer, reason = MEMORY, self.at[0], f"The {thing} was put in the {self.at[0]} first."
-        elif len(question) == 1:
-            templates, answer = BELIEF, self.belief[self._named(question)]
-            missed = "" if answer == self.at[-1] else f" did not see where the {thing} went later and"
-            reason = f"{self._named(question)}{missed} last saw the {thing} in the {answer}."
-        else:
-            who, other = (self._named(letter) for letter in question)
-            templates, answer = NESTED, self.nested[who, other]
-            unaware = "" if answer == self.belief[other] else f" does not know what {other} saw later, but"
-            reason = f"{who}{unaware} knows that {other} saw the {thing} in the {answer}."
-        who, other = self._named(question[0]), self._named(question[-1])
-        asked = self.rng.choice(templates).format(who=who, other=other, thing=thing)
-        groups = [_pair(a, b), *(f"{thing}@{place}" for place in sorted(self.places))]
-        return Problem(
-            f"{' '.join(self.told)} {asked}", answer, f" {reason} The answer is the {answer}", ";".join(groups)
-        )
-
-    def _named(self, letter: str) -> str:
-        return {"a": self.a, "b": self.b}.get(letter, "")
+    for event in ("begin", *plot.split()):
+        if event == "begin":
+            x, y, z = rng.sample(places, 3)
+            tell(INTRO, x=x, y=y, z=z)
+        elif event == "move":
+            tell(MOVE, old=at[-1], place=places[len(at)])
+        elif event != "aside":
+            tell(EVENTS[event])
+        present = {"leave": False, "come_back": True}.get(event, present)
+        if event in ("begin", "leave", "aside") and rng.random() < 0.3:
+            tell(ASIDE)
+        if event == "begin":
+            tell(PUT, place=places[0])
+        if event in ("begin", "move"):
+            at.append(places[len(at)])
+        # `a` sees the object put there, or sees it after all; where `b` does not notice, `b` doesn't know that.
+        if (event in ("begin", "move") and present) or event in ("peek", "peek_noticed"):
+            saw, known = at[-1], known if event == "peek" else at[-1]
+    missed = "" if saw == at[-1] else f" did not see where the {thing} went later and"
+    unaware = "" if known == saw else f" does not know what {a} saw later, but"
+    templates, answer, reason = {
+        "reality": (REALITY, at[-1], f"The {thing} was put in the {at[-1]} last."),
+        "memory": (MEMORY, at[0], f"The {thing} was put in the {at[0]} first."),
+        "a": (BELIEF, saw, f"{a}{missed} last saw the {thing} in the {saw}."),
+        "b": (BELIEF, at[-1], f"{b} last saw the {thing} in the {at[-1]}."),
+        "ba": (NESTED, known, f"{b}{unaware} knows that {a} saw the {thing} in the {known}."),
+    }[question]
+    asked = rng.choice(templates).format(who=a if question == "a" else b, other=a, thing=thing)
+    groups = [_pair(a, b), *(f"{thing}@{place}" for place in sorted(places))]
+    return Problem(f"{' '.join(told)} {asked}", answer, f" {reason} The answer is the {answer}", ";".join(groups))
 
 
 def contents(question: str, looked: bool, rng: random.Random, **values: str) -> Problem:
     """A closed container whose outside promises something else than is in it; `b` has looked, `a` too if `looked`.
 
-    `question`: a, ba, reality or memory, as in `Transfer.ask`. `values`: a, b, label, stock, pack, room.
+    `question`: a, ba, reality or memory, as in `transfer`. `values`: a, b, label, stock, pack, room.
     """
     a, b, pack, label, stock = (values[name] for name in ("a", "b", "pack", "label", "stock"))
     templates: tuple[str, ...]
@@ -260,32 +206,33 @@ def contents(question: str, looked: bool, rng: random.Random, **values: str) -> 
     return Problem(text, answer, f" {reason} The answer is {answer}", ";".join(groups))
 
 
-Plot = tuple[Callable[[Transfer], None], ...]
-"""What happens after the beginning. The names below say what `a` and `b` come to believe."""
-UNSEEN: Plot = (Transfer.leave, Transfer.move, Transfer.aside, Transfer.come_back)
-SECOND_MOVE_UNSEEN: Plot = (Transfer.move, Transfer.watch, Transfer.leave, Transfer.move, Transfer.come_back)
-SEEN: Plot = (Transfer.aside, Transfer.stay, Transfer.move)
-SEEN_AFTER_RETURN: Plot = (Transfer.leave, Transfer.come_back, Transfer.move, Transfer.watch)
-SECRETLY_SEEN: Plot = (Transfer.leave, Transfer.move, Transfer.peek, Transfer.come_back)
-OPENLY_SEEN: Plot = (Transfer.leave, Transfer.move, partial(Transfer.peek, noticed=True), Transfer.come_back)
+EVENTS = {
+    "watch": WATCHES, "stay": STAYS, "leave": LEAVE, "come_back": RETURN, "peek": UNNOTICED, "peek_noticed": NOTICED,
+}  # fmt: skip
+PLOTS = {
+    "unseen": "leave move aside come_back",
+    "second move unseen": "move watch leave move come_back",
+    "seen": "aside stay move",
+    "secretly seen": "leave move peek come_back",
+    "seen after return": "leave come_back move watch",
+    "openly seen": "leave move peek_noticed come_back",
+}
+"""What happens after the beginning, by what `a` and `b` come to believe. "aside": sometimes a sentence that has nothing
+to do with the object, as after the beginning and after leaving."""
 
-Kind = tuple[Plot | bool, str]
+Kind = tuple[str | bool, str]
 """A plot (for contents: whether `a` has looked) and a question; problems of a family take its kinds in turn."""
-_ALL = (UNSEEN, SECOND_MOVE_UNSEEN, SEEN, SECRETLY_SEEN, SEEN_AFTER_RETURN, False, True)
+_ALL = (*list(PLOTS)[:5], False, True)
 FAMILIES: dict[str, tuple[Kind, ...]] = {
-    "first_order": ((UNSEEN, "a"), (SECOND_MOVE_UNSEEN, "a"), (False, "a")),
-    "second_order": ((SECRETLY_SEEN, "ba"), (UNSEEN, "ba"), (SECOND_MOVE_UNSEEN, "ba"), (False, "ba")),
+    "first_order": (("unseen", "a"), ("second move unseen", "a"), (False, "a")),
+    "second_order": (("secretly seen", "ba"), ("unseen", "ba"), ("second move unseen", "ba"), (False, "ba")),
     "true_belief": (
-        (SEEN, "a"),
-        (UNSEEN, "b"),
-        (SEEN_AFTER_RETURN, "a"),
-        (SECRETLY_SEEN, "a"),
-        (OPENLY_SEEN, "ba"),
+        ("seen", "a"), ("unseen", "b"), ("seen after return", "a"), ("secretly seen", "a"), ("openly seen", "ba"),
         (True, "a"),
     ),
     "reality": tuple((plot, "reality") for plot in _ALL),
     "memory": tuple((plot, "memory") for plot in _ALL),
-}
+}  # fmt: skip
 
 
 class Cast:
@@ -313,12 +260,7 @@ class Cast:
             label, stock = rng.sample(self.stock[pack], 2)
             return contents(question, plot, rng, a=a, b=b, label=label, stock=stock, pack=pack, room=room)
         thing = rng.choice(list(self.places))
-        first, second, third = rng.sample(self.places[thing], 3)
-        story = Transfer(a, b, thing, (first, second, third), room, rng)
-        story.begin()
-        for step in plot:
-            step(story)
-        return story.ask(question)
+        return transfer(PLOTS[plot], question, rng, a, b, thing, rng.sample(self.places[thing], 3), room)
 
 
 @register("tom")

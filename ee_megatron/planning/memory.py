@@ -158,7 +158,7 @@ def layer_activations(layout: Layout, packed: Packing, t: Training, layer: int) 
 
 
 @dataclass(frozen=True)
-class Actor:
+class ActorMemory:
     """A rollout actor: `kinds`, bytes by kind on each of its `devices`; `rows` concurrent answers, of `wanted` that it
     is given and may have; positions: capacity of its cache (None: what its rows take); sequence: positions that the
     longest sequence takes, in pages."""
@@ -171,7 +171,9 @@ class Actor:
     sequence: int
 
 
-def make_actor(cfg: RunConfig, layout: Layout, load: Workload, longest: Workload, item: int, device: Device) -> Actor:
+def make_actor(
+    cfg: RunConfig, layout: Layout, load: Workload, longest: Workload, item: int, device: Device
+) -> ActorMemory:
     """load, longest: of an average answer, and of the longest, at full depth; item: bytes per element of the base."""
     rollout, dims, sequence = cfg.rollout, layout.dims, pages_for(longest.prompt + int(longest.answer))
     wanted = min(rollout.rows, -(-cfg.rl.prompts_per_step // rollout.actors) * cfg.rl.group_size)
@@ -180,14 +182,14 @@ def make_actor(cfg: RunConfig, layout: Layout, load: Workload, longest: Workload
         most = pages_in(rollout.cache_gib, dims, item) if rollout.cache_gib else None
         rows = wanted if most is None else min(wanted, most // sequence)
         kinds = actor_memory(layout, longest, item, max(1, rows), device.on_cpu, most)
-        return Actor(1, kinds, rows, wanted, None if most is None else most * PAGE, sequence * PAGE)
+        return ActorMemory(1, kinds, rows, wanted, None if most is None else most * PAGE, sequence * PAGE)
     kinds, page = vllm_memory(cfg, layout, item, device), PAGE * position_bytes(dims, item, rollout.tensor)
     left = GPU_SHARE * device.memory - device.reserved - sum(kinds.values())
     kinds["KV cache"] = rollout.cache_gib * GIB or (float(CPU_CACHE_GIB * GIB) if device.on_cpu else max(0.0, left))
     # vLLM keeps one page empty.
     pages = max(0, int(kinds["KV cache"] / page) - 1)
     rows = min(wanted, pages // pages_for(load.prompt + int(load.answer)))
-    return Actor(rollout.tensor, kinds, rows, wanted, pages * PAGE, sequence * PAGE)
+    return ActorMemory(rollout.tensor, kinds, rows, wanted, pages * PAGE, sequence * PAGE)
 
 
 def actor_memory(

@@ -21,8 +21,8 @@ from .command import launch_command
 from .devices import GIB, Device, find_device
 from .flops import phase_flops, rollouts_per_step, updates
 from .layout import Layout, rank_parameters
-from .memory import HOST, Actor, Training, learner_memory, make_actor, sync_bytes
-from .roofline import Estimate, Roofline
+from .memory import HOST, ActorMemory, Training, learner_memory, make_actor, sync_bytes
+from .roofline import PhaseTime, Roofline
 from .workload import Workload, least_depth, pack_pass
 
 
@@ -37,7 +37,7 @@ class Assumptions:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """load, longest: of an average answer, and of the longest, at full depth; item: bytes per element of the base;
     learner: bytes by kind, per pipeline rank; trained: parameters of the policy; sync: bytes of a version of it; flops:
     of all ranks by phase of a step; shared: whether actors have to share the learner's devices."""
@@ -49,12 +49,12 @@ class Plan:
     longest: Workload
     item: int
     learner: list[dict[str, float]]
-    actor: Actor
+    actor: ActorMemory
     trained: int
     sync: int
     flops: dict[str, float]
     roofline: Roofline
-    phases: dict[str, Estimate]
+    phases: dict[str, PhaseTime]
     shared: bool
 
     @property
@@ -106,7 +106,7 @@ def element_bytes(cfg: RunConfig, on_cpu: bool) -> int:
     return 4 if cfg.model.dtype == "float32" else 2
 
 
-def make_plan(cfg: RunConfig, dims: ModelDims, device: Device, assumed: Assumptions) -> Plan:
+def make_plan(cfg: RunConfig, dims: ModelDims, device: Device, assumed: Assumptions) -> RunPlan:
     """Raises ValueError for a configuration that does not fit the model, or assumptions that no data can meet."""
     validate(cfg, dims)
     layout, longest_answer = Layout.of(cfg, dims), cfg.rollout.max_new_tokens
@@ -123,7 +123,7 @@ def make_plan(cfg: RunConfig, dims: ModelDims, device: Device, assumed: Assumpti
     packed = pack_pass(cfg, longest, part, cfg.rl.group_size)
     actor = make_actor(cfg, layout, load, longest, item, device)
     roofline = Roofline(cfg, layout, load, device, item, max(1, actor.rows), longest_answer)
-    return Plan(
+    return RunPlan(
         cfg, layout, device, load, longest, item,
         [learner_memory(layout, packed, training, p) for p in range(layout.pipeline)], actor,
         trained=sum(map(math.prod, layout.spec.tensor_shapes(dims).values())),
@@ -177,7 +177,7 @@ def run_plan(cfg: RunConfig, options: argparse.Namespace) -> int:
     return 0
 
 
-def to_json(plan: Plan, command: str) -> dict[str, Any]:
+def to_json(plan: RunPlan, command: str) -> dict[str, Any]:
     layout, ranks = plan.layout, range(plan.layout.pipeline)
     return {
         "ranks": layout.ranks,
@@ -198,7 +198,7 @@ def to_json(plan: Plan, command: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def to_text(plan: Plan, command: str) -> str:
+def to_text(plan: RunPlan, command: str) -> str:
     """The plan for people."""
     cfg, layout, actor, load, device = plan.cfg, plan.layout, plan.actor, plan.load, plan.device
     ranks, counts = range(layout.pipeline), [rank_parameters(layout, p) for p in range(layout.pipeline)]

@@ -36,7 +36,7 @@ PACKED_BYTES_PER_S, READ_BYTES_PER_S = 282e6, 2e9
 
 
 @dataclass
-class Work:
+class DeviceWork:
     """What the slowest device of a phase does. flops; moved: bytes of its memory; kernels: started; links, host:
     seconds at the full rate of links and on the core that its work was measured on."""
 
@@ -46,13 +46,15 @@ class Work:
     links: float = 0.0
     host: float = 0.0
 
-    def plus(self, other: Work, times: float = 1.0) -> Work:
+    def plus(self, other: DeviceWork, times: float = 1.0) -> DeviceWork:
         """With the other work done so many times."""
-        return Work(*(mine + times * its for mine, its in zip(vars(self).values(), vars(other).values(), strict=True)))
+        return DeviceWork(
+            *(mine + times * its for mine, its in zip(vars(self).values(), vars(other).values(), strict=True))
+        )
 
 
 @dataclass(frozen=True)
-class Estimate:
+class PhaseTime:
     """A phase takes between `best` and `likely` seconds; bound_by: the resource that takes most of them."""
 
     best: float
@@ -73,7 +75,7 @@ class Roofline:
     rows: int
     longest: int
 
-    def phases(self) -> dict[str, Estimate]:
+    def phases(self) -> dict[str, PhaseTime]:
         """Phase -> estimate. Where recorded rollouts are learned from none are made or sent weights."""
         rl, ranks, cores = self.cfg.rl, self.layout.ranks, self.device.cores
         # A CPU's actor has its threads; a rank all cores or one, or a share of one where there are fewer than ranks.
@@ -89,14 +91,14 @@ class Roofline:
         if exits_read(rl):
             mine = -(-rl.prompts_per_step // self.cfg.rollout.actors) * rl.group_size
             flops = mine * exits_read_cost(self.layout, self.load, rl.group_size)
-            read = {"exits read": self._estimate(reader, Work(flops=flops))}
+            read = {"exits read": self._estimate(reader, DeviceWork(flops=flops))}
         return {"rollouts": made, **read, **found, "weight sync": self._estimate(actor, self._sync())}
 
     def round_seconds(self) -> float:
         """Likely seconds in which each concurrent answer of an actor gets a token."""
         return self._estimate(self.device.of_cores(self.cfg.rollout.threads), self._round(self.rows)).likely
 
-    def _estimate(self, device: Device, likely: Work, best: Work | None = None) -> Estimate:
+    def _estimate(self, device: Device, likely: DeviceWork, best: DeviceWork | None = None) -> PhaseTime:
         """A GPU multiplies, reads and is given work at once; a core does one after the other."""
         ends, bound = [], ""
         for work, reach in ((best or likely, device.best), (likely, device.likely)):
@@ -108,19 +110,23 @@ class Roofline:
             apart = {"links": work.links / reach.links, "host": work.host / reach.host}
             ends.append((sum if device.on_cpu else max)(beside.values()) + sum(apart.values()))
             bound = max(beside | apart, key=lambda name: (beside | apart)[name])
-        return Estimate(ends[0], ends[1], bound)
+        return PhaseTime(ends[0], ends[1], bound)
 
-    def _rollouts(self, longest: float) -> Work:
+    def _rollouts(self, longest: float) -> DeviceWork:
         """The busiest actor: its prompts read, then rounds of all rows, one for each token of wave after wave of rows
         or, if that takes longer, of the longest answer, with fewer rows in the end."""
         dims, load, tensor = self.layout.dims, self.load, self.cfg.rollout.tensor
         prompts = -(-self.cfg.rl.prompts_per_step // self.cfg.rollout.actors)
         mine = prompts * self.cfg.rl.group_size
         rounds = max(-(-mine // min(self.rows, mine)) * load.later, longest - (load.answer - load.later))
-        read = Work(flops=prefill_cost(dims, load.prompt - load.first_token) / tensor, links=self._sums(load.prompt))
-        return Work().plus(read, prompts).plus(self._round(max(1.0, mine * load.later / max(1.0, rounds))), rounds)
+        read = DeviceWork(
+            flops=prefill_cost(dims, load.prompt - load.first_token) / tensor, links=self._sums(load.prompt)
+        )
+        return (
+            DeviceWork().plus(read, prompts).plus(self._round(max(1.0, mine * load.later / max(1.0, rounds))), rounds)
+        )
 
-    def _round(self, rows: float) -> Work:
+    def _round(self, rows: float) -> DeviceWork:
         """A token for each of so many rows, halfway through their answers on average. vLLM runs all layers for all rows
         on devices that share them. In the embedded engine rows that have left run nothing more, but the weights behind
         an exit are read, and their kernels started, once for whoever goes on, unless nobody does."""
@@ -132,7 +138,7 @@ class Roofline:
             # Gates are float32 there, and rounded in every step.
             moved += gates * (FP32 if self.item == FP32 else FP32 + 2 * self.item)
             flops = rows * decode_cost(self.layout, load.at_full_depth()) / later / tensor
-            return Work(flops, moved, links=self._sums(rows), host=rows * (ROW_S + VLLM_ROW_S))
+            return DeviceWork(flops, moved, links=self._sums(rows), host=rows * (ROW_S + VLLM_ROW_S))
         counts, elements = CPU_KERNELS if self.device.on_cpu else KERNELS, float(dims.vocab * dims.hidden)
         kernels = float(counts["round"])
         for first, stop in itertools.pairwise((0, *spec.layout.outcomes)):
@@ -144,7 +150,7 @@ class Roofline:
             elements += rows * share * layers * cached * (1 if self.device.on_cpu else GATHERED)
             kernels += anybody * (layers * counts["layer"] + gated * counts["exit"])
         flops = rows * decode_cost(self.layout, load) / later
-        return Work(flops, self.item * elements, kernels, host=rows * ROW_S)
+        return DeviceWork(flops, self.item * elements, kernels, host=rows * ROW_S)
 
     def _sums(self, positions: float) -> float:
         """Seconds of vLLM's all-reduces of so many positions' streams, as published: the likely end."""
@@ -152,16 +158,16 @@ class Roofline:
         each = all_reduce(positions * dims.hidden * self.item, self.device, tensor)
         return (2 * dims.num_layers + 1) * each * self.device.likely.links
 
-    def _sync(self) -> Work:
+    def _sync(self) -> DeviceWork:
         """A version of the policy's tensors for all actors, which load it at a time."""
         sent = sync_bytes(self.layout, self.item, self.cfg.rollout.sync_dtype)
-        work = Work(links=sent / self.device.network, host=sent / PACKED_BYTES_PER_S)
+        work = DeviceWork(links=sent / self.device.network, host=sent / PACKED_BYTES_PER_S)
         if self.cfg.rollout.backend == "vllm" and not self.layout.spec.full:
             work.host += self.item * vllm_elements(self.layout, 1) / READ_BYTES_PER_S
         return work
 
-    def _learn(self, phase: str) -> Work:
-        work, layout = Work(), self.layout
+    def _learn(self, phase: str) -> DeviceWork:
+        work, layout = DeviceWork(), self.layout
         for times, packed, how in passes(self.cfg, self.load)[phase]:
             # The pipeline's filling and draining are idle.
             idle = (layout.pipeline - 1) / (packed.micro_batches * layout.virtual)
@@ -174,14 +180,14 @@ class Roofline:
             work.moved += count * 7 * FP32 * largest / (layout.data if self.cfg.deepspeed.zero_stage else 1)
         return work
 
-    def _pass(self, packed: Packing, how: PassMode) -> Work:
+    def _pass(self, packed: Packing, how: PassMode) -> DeviceWork:
         """The slowest stage. Tensor parallelism sums two streams per layer forward and two backward."""
         layout, again = self.layout, how.train and how.recompute
         layers = packed.micro_batches * layout.dims.num_layers / layout.pipeline
         sums = 2 * (1 + how.train + again) * 2 * (layout.tensor - 1) / layout.tensor
         stream = packed.width * layout.dims.hidden * self.item
         name = ("update, recomputed" if again else "update") if how.train else "score" if how.policy else "reference"
-        return Work(
+        return DeviceWork(
             flops=max(pass_cost(layout, packed.load, packed.sequences, how)),
             kernels=layers * LEARNER_KERNELS[name],
             links=layers * sums * stream / self._link(layout.tensor),

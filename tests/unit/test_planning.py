@@ -23,8 +23,8 @@ from ee_megatron.planning.devices import Device, find_device
 from ee_megatron.planning.flops import exits_read_cost
 from ee_megatron.planning.layout import Layout, rank_parameters
 from ee_megatron.planning.memory import actor_memory
-from ee_megatron.planning.plan import Assumptions, Plan, make_plan, published_config
-from ee_megatron.planning.roofline import Estimate
+from ee_megatron.planning.plan import Assumptions, RunPlan, make_plan, published_config
+from ee_megatron.planning.roofline import PhaseTime
 from ee_megatron.planning.workload import Workload, pack_pass, tilted
 from ee_megatron.rollout.engine.cache import KVCache
 from tests.processes import ee_megatron
@@ -53,7 +53,7 @@ def config(tensor=1, pipeline=1, data=1, virtual=1, **settings) -> RunConfig:
     return cfg
 
 
-def plan_of(name: str, cfg: RunConfig, device: str = "H100", *assumed, **more) -> Plan:
+def plan_of(name: str, cfg: RunConfig, device: str = "H100", *assumed, **more) -> RunPlan:
     return make_plan(cfg, dims_of(name), find_device(device), Assumptions(*assumed, **more))
 
 
@@ -184,7 +184,7 @@ def test_an_actor_holds_the_cache_that_its_rows_take_at_their_longest() -> None:
 
 
 def test_the_cache_of_a_vllm_is_what_is_left_of_its_share_and_a_bounded_one_bounds_rows() -> None:
-    def seventy(*overrides: str, **assumed) -> Plan:
+    def seventy(*overrides: str, **assumed) -> RunPlan:
         return plan_of(SEVENTY, load(["experiment=rl_70b", "rollout.max_new_tokens=900", *overrides]), **assumed)
 
     plan = seventy()
@@ -341,7 +341,7 @@ LEARNER = {1.0: 15.4, 0.7: 12.0, 0.5: 9.3, 0.3: 6.8}
 
 
 def test_the_speed_that_was_measured_on_a_cpu_is_in_the_planned_range() -> None:
-    def phase(name: str, core: Device, prompts: int, dtype: str, *assumed) -> Estimate:
+    def phase(name: str, core: Device, prompts: int, dtype: str, *assumed) -> PhaseTime:
         cfg = config(
             model__dtype=dtype, exits__depths=[5, 10, 15, 20, 25], adapter__rank=32, rollout__rows=prompts,
             rollout__max_new_tokens=assumed[1], rl__prompts_per_step=prompts, rl__group_size=1, rl__advantage="none",

@@ -29,7 +29,7 @@ from .findings import Findings
 
 if TYPE_CHECKING:
     from ee_megatron.learner.learner import Learner
-    from ee_megatron.planning.plan import Plan
+    from ee_megatron.planning.plan import RunPlan
 
 SMALL_MODEL = {
     "model_type": "qwen2", "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 12,
@@ -91,7 +91,7 @@ class Bench:
     def dims(self, shallow: bool) -> ModelDims:
         return HFDirectory(self.folder(shallow)).dims
 
-    def plan(self, cfg: RunConfig, device: Device, prompt: int, answer: int, depth: float | None = None) -> Plan:
+    def plan(self, cfg: RunConfig, device: Device, prompt: int, answer: int, depth: float | None = None) -> RunPlan:
         """What `ee-megatron plan` would say of the whole model; depth: mean, if it is not the size's."""
         cfg.rollout.max_new_tokens = answer
         return make_plan(cfg, self.dims(False), device, Assumptions(prompt, answer, depth or self.size.depth))

@@ -222,7 +222,7 @@ def to_text(plan: RunPlan, command: str) -> str:
         rows += [[kind, gib(value)] for kind, value in actor.kinds.items()]
         lines += ["", *table([*rows, ["on each device", gib(plan.device_bytes(actor.kinds))]])]
         cache = "" if actor.positions is None else f"its cache holds {actor.positions:,} positions; "
-        lines.append(f"  {cache}a longest answer takes {actor.sequence:,}; {actor.rows} of {actor.wanted} at a time")
+        lines.append(f"  {cache}one longest answer needs {actor.sequence:,}; {actor.rows} of {actor.wanted} at a time")
     rows = [[f"an RL step on {device.name}", "PFLOP", "best s", "likely s", "bound by"]]
     for name, phase in plan.phases.items():
         flops = f"{plan.flops[name] / 1e15:.3g}" if name in plan.flops else ""

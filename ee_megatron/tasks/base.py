@@ -158,6 +158,8 @@ class ProblemTask:
     `_problems` itself. `known`: the families that task.families may name."""
 
     name: str
+    seed = 0
+    """Decides which problems belong to which split."""
 
     def __init__(
         self, task: TaskConfig, instruction: str, chat: ChatTemplate | None, known: Iterable[str] | None = None
@@ -165,7 +167,7 @@ class ProblemTask:
         self.sizes = {"train": task.train, "validation": task.validation, "evaluation": task.evaluation}
         if any(size < 0 for size in self.sizes.values()):
             raise ValueError(f"task sizes must not be negative: {self.sizes}; 0 means all there are")
-        self.seed, self.format = task.seed, PromptFormat(instruction, chat)
+        self.format = PromptFormat(instruction, chat)
         self._problems: dict[str, dict[str, tuple[Prompt, Problem]]] = {}
         self.families = tuple(task.families)
         if known is not None:

@@ -33,6 +33,7 @@ class ChainTask(ProblemTask):
     """
 
     styles = ("terse", "steps", "padded")
+    style_weights = (0.4, 0.4, 0.2)
     openings: ClassVar[Mapping[str, str]]
     answer: ClassVar[re.Pattern[str]]
     most_hops: ClassVar[int]
@@ -47,12 +48,6 @@ class ChainTask(ProblemTask):
             raise ValueError(f"task.slots: {task.slots}; choose at most {self.most_hops}")
         self.slots = task.slots
         super().__init__(task, "", None, [f"{FAMILY}{hops}" for hops in range(1, self.slots + 1)])
-        weights = task.style_weights
-        if len(weights) != len(self.styles) or min(weights) < 0 or sum(weights) <= 0:
-            raise ValueError(
-                f"task.style_weights: {list(weights)}; give {len(self.styles)} shares, of {', '.join(self.styles)}"
-            )
-        self.style_weights = tuple(weight / sum(weights) for weight in weights)
 
     def chains(self, hops: int) -> Iterator[str]:
         """The text of every problem of so many hops."""

@@ -21,9 +21,9 @@ DIGESTS = {
 }  # fmt: skip
 
 
-def first_problems(name: str, **more) -> str:
+def first_problems(name: str) -> str:
     digest = hashlib.sha256()
-    task = make_task(TaskConfig(name, list(TASK_FAMILIES[name])[:4], **more))
+    task = make_task(TaskConfig(name, list(TASK_FAMILIES[name])[:4]))
     for split in ("train", "validation", "evaluation"):
         for prompt, worked in task.worked(split)[:200]:  # type: ignore[arg-type]
             digest.update(repr((prompt.id, prompt.text, prompt.answer, prompt.group, worked)).encode())
@@ -33,7 +33,7 @@ def first_problems(name: str, **more) -> str:
 @pytest.mark.parametrize("name", DIGESTS)
 def test_problems_are_the_same_in_every_process_and_for_ever(name: str) -> None:
     """This process hashes strings by a seed of its own."""
-    assert first_problems(name) == DIGESTS[name] != first_problems(name, seed=1)
+    assert first_problems(name) == DIGESTS[name]
     some, more = (
         make_task(TaskConfig(name, list(TASK_FAMILIES[name])[:4], train=n)).prompts("train") for n in (40, 90)
     )

@@ -64,9 +64,8 @@ def test_worked_answers_are_right_in_every_style(name: str, gap: int) -> None:
 
 
 def test_operations_are_permutations_that_differ() -> None:
-    tables, others = (make("hops", seed=seed).permutations for seed in (0, 1))  # type: ignore[attr-defined]
+    tables = make("hops").permutations  # type: ignore[attr-defined]
     assert all(sorted(table) == list("01234567") for table in tables.values()) and len(set(tables.values())) == 4
-    assert tables != others
 
 
 @pytest.mark.parametrize(("name", "hops", "held"), [("hops", 3, (35, 70)), ("sums", 2, (60, 120))])
@@ -148,8 +147,6 @@ def test_a_wrong_first_step_leads_to_a_wrong_answer(name: str) -> None:
         ("hops", {"families": ["hop6"], "slots": 5}, ["task.families", "hop6", "hop4, hop5"]),
         ("hops", {"slots": 9}, ["task.slots", "9", "8"]),
         ("hops", {"families": ["hop1", "hop1"]}, ["task.families"]),
-        ("hops", {"style_weights": [1.0, 1.0]}, ["task.style_weights", "terse, steps, padded"]),
-        ("hops", {"style_weights": [1.0, -1.0, 1.0]}, ["task.style_weights", "-1.0"]),
         ("sums", {"families": ["hop5"]}, ["task.families", "hop1, hop2, hop3, hop4"]),
         ("sums", {"slots": 5}, ["task.slots", "5", "4"]),
     ],

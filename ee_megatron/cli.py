@@ -209,12 +209,9 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     plan.add_argument("--on", default="", metavar="DEVICE", help="H100, H200, A100 or cpu (default: by the settings)")
     plan.add_argument("--tflops", type=float, help="the device's peak, dense, instead of the data sheet's")
     plan.add_argument("--memory-gib", type=float, help="the device's memory")
-    plan.add_argument("--efficiency", type=float, help="share of the peak that large products reach (default: 0.4)")
     plan.add_argument("--prompt-tokens", type=int, default=200, metavar="N", help="default: 200")
     plan.add_argument("--answer-tokens", type=int, default=0, metavar="N", help="default: rollout.max_new_tokens")
     plan.add_argument("--mean-depth", type=float, default=0.7, metavar="SHARE", help="of the layers (default: 0.7)")
-    plan.add_argument("--scaling", default="", metavar="1,2,4", help="compare step times on these numbers of nodes")
-    plan.add_argument("--no-build", action="store_true", help="arithmetic only: don't construct every rank's modules")
     plan.add_argument("--json", action="store_true", help="the plan as JSON")
 
 
@@ -285,7 +282,7 @@ def _dry_run(overrides: list[str], command: str) -> int:
 def _plan(options: argparse.Namespace) -> int:
     cfg = _configured(options)
     _quiet_megatron()
-    from .planning.entry import run_plan
+    from .planning.plan import run_plan
 
     return run_plan(cfg, options)
 

@@ -230,7 +230,7 @@ def texts(out: Path, tree: Path) -> None:
         hashes += [f"{experiment}.{stage}: {stage_dir(cfg, stage).name}\n" for stage in order(cfg)]
         command(["run", f"experiment={experiment}", "--dry-run"], dry / f"{experiment}.txt", settings=True)
     save(out / "stage_hashes.txt", "".join(hashes))
-    command(["plan", "experiment=rl_7b", "--dims", "DeepSeek-R1-Distill-Qwen-7B", "--no-build"], dry / "plan.txt")
+    command(["plan", "experiment=rl_7b", "--dims", "DeepSeek-R1-Distill-Qwen-7B"], dry / "plan.txt")
     command(["sweep", "experiment=ladder", "seed=1,2", "--name", "grid", "--dry-run"], dry / "sweep.txt")
     # Wide enough for a line each: another name is to wrap nothing else.
     os.environ["COLUMNS"] = "1000"

@@ -22,23 +22,19 @@ def launch_commands(cfg: RunConfig, command: str, overrides: list[str]) -> list[
 
 
 def launch_command(cfg: RunConfig, stage: str, overrides: list[str]) -> str:
-    """The sbatch line where the cluster section names devices or several nodes, to be given in the checkout: of the
-    stage's script for this experiment if there is one in slurm/, else of the script for any stage. Elsewhere
-    torchrun on this machine, or plain Python for one rank."""
-    settings = shlex.join(overrides)
-    world = ranks(cfg)
+    """On a cluster the sbatch line, to be given in the checkout, of the stage's script for this experiment if slurm/
+    has one, else of the script for any stage. Elsewhere torchrun on this machine, or plain Python for one rank."""
+    settings, world = shlex.join(overrides), ranks(cfg)
     if not on_cluster(cfg):
-        if world == 1:
-            return f"ee-megatron {stage} {settings}".rstrip()
-        module = f"-m ee_megatron.cli {stage} {settings}".rstrip()
-        return f"torchrun --nnodes=1 --nproc-per-node={world} {module}"
+        torchrun = f"torchrun --nnodes=1 --nproc-per-node={world} -m ee_megatron.cli"
+        return f"{'ee-megatron' if world == 1 else torchrun} {stage} {settings}".rstrip()
     flags = shlex.join(allocation(cfg, stage))
     experiment = next((t.split("=", 1)[1] for t in overrides if t.startswith("experiment=")), "")
     script = f"{stage}_{experiment.removeprefix('rl_')}.sh"
     if experiment and (SCRIPTS / script).is_file():
-        rest = shlex.join([text for text in overrides if not text.startswith("experiment=")])
-        return f"sbatch {flags} slurm/{script} {rest}".rstrip()
-    script = "eval.sh" if stage == "evaluate" and (SCRIPTS / "eval.sh").is_file() else f"stage.sh {stage}"
+        settings = shlex.join(text for text in overrides if not text.startswith("experiment="))
+    else:
+        script = "eval.sh" if stage == "evaluate" and (SCRIPTS / "eval.sh").is_file() else f"stage.sh {stage}"
     return f"sbatch {flags} slurm/{script} {settings}".rstrip()
 
 

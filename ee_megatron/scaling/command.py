@@ -89,9 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--again", action="store_true", help="replace the forecast that --out holds")
     check.add_argument("forecast", type=Path, metavar="FORECAST", help="predict.json, as predict wrote it")
     check.add_argument("--within", type=float, default=0.01, help="rows within this share of a point (default: 0.01)")
-    about = {"description": "Scaling laws from a table of runs.", "epilog": EPILOG}
     form = argparse.RawDescriptionHelpFormatter
-    parser: argparse.ArgumentParser = Parser(prog="ee-megatron scaling", formatter_class=form, **about)
+    parser: argparse.ArgumentParser = Parser(prog="ee-megatron scaling", formatter_class=form, epilog=EPILOG)
+    parser.description = "Scaling laws from a table of runs."
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
     for handler, parents in (
         (_fit, [rows, draws, laws]),
@@ -206,7 +206,7 @@ def _plot(given: argparse.Namespace, table: RunTable) -> Result:
     # matplotlib takes a second to load; the other commands don't need it.
     from . import figures
 
-    pictures, notes = {}, []
+    pictures, notes = {}, list[str]()
     if given.metric is not None:
         pictures["metric"] = figures.metric(_comparison(given, table))
     try:

@@ -19,8 +19,8 @@ from ..config.schema import RunConfig
 from ..families import ModelDims
 from ..observe.metrics import read_metrics
 from ..observe.rundir import write_atomic
+from ..planning.flops import pretrain_flops
 from ..planning.layout import Layout, rank_parameters
-from ..planning.step import pretrain_flops
 from .sweep import FAILED, FINISHED, Sweep, SweepRun, read_spent
 
 EVALUATED = {

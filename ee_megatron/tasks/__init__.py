@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from pathlib import Path
 
 from ..config.schema import RunConfig, TaskConfig
-from .arithmetic import ArithmeticTask
-from .base import ChatTemplate, Split, StyledTask, Task, Verdict
-from .dataset import DatasetTask, GSM8KTask
-from .hops import HopsTask
-from .reasoning_gym import ReasoningGymTask
-from .sums import SumsTask
-from .tom import ToMTask
+from . import arithmetic, dataset, hops, reasoning_gym, sums, tom  # noqa: F401  (they register their tasks)
+from .base import TASKS, ChatTemplate, Split, StyledTask, Task, Verdict, register
 from .verifier import VerifierPool
 
-__all__ = ["TASKS", "ChatTemplate", "Split", "StyledTask", "Task", "Verdict", "VerifierPool", "make_task", "task_of"]
-
-TASKS: dict[str, Callable[[TaskConfig, ChatTemplate | None], Task]] = {
-    "arithmetic": ArithmeticTask,
-    "gsm8k": GSM8KTask,
-    "tom": ToMTask,
-    "hops": HopsTask,
-    "sums": SumsTask,
-    "reasoning_gym": ReasoningGymTask,
-    "dataset": DatasetTask,
-    "jsonl": DatasetTask,
-}
+__all__ = [
+    "TASKS", "ChatTemplate", "Split", "StyledTask", "Task", "Verdict", "VerifierPool", "make_task", "register",
+    "task_of",
+]  # fmt: skip
 
 
 def make_task(task: TaskConfig, chat: ChatTemplate | None = None) -> Task:

@@ -3,7 +3,7 @@
 Numbers are compared directly, words after normalisation (case, articles, punctuation, white space, LaTeX wrappers), yes
 or no and the letters of multiple choice by what the answer begins with. Expressions go to math-verify, whose own time
 limits are switched off: it sets them by signals, which work in a main thread only, and a verifier process has a
-deadline anyway.
+deadline anyway. Every function is linear in the text, whatever the text is.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import re
 from collections.abc import Sequence, Set
 from decimal import Decimal
 
-from .base import Verdict
-from .numbers import last_number, number_value, plain_number
+from .base import NO_ANSWER, Verdict
 
 TAIL = 8000
 """Characters at the end of an answer that are searched for a final answer."""
@@ -217,7 +216,7 @@ def verify_solution(
     """
     part = answer_part(text)
     if part is None:
-        return Verdict(correct=False, well_formed=False, answered=False)
+        return NO_ANSWER
     found = final_answer(part)
     references = (reference, *also)
     if found is not None and found[1]:
@@ -228,7 +227,7 @@ def verify_solution(
     target = plain_number(reference)
     if target is not None:
         if found is None:
-            return Verdict(correct=False, well_formed=False, answered=False)
+            return NO_ANSWER
         value = plain_number(found[0])
         value = value if value is not None else number_value(found[0])
         return Verdict(correct=value == target, well_formed=False, answered=True)
@@ -244,3 +243,67 @@ def _only(text: str, vocabulary: Set[str]) -> str | None:
     """The word of the vocabulary that a text names, if it names one only."""
     named = set(_words(text).replace(",", " ").replace(".", " ").split()) & vocabulary
     return named.pop() if len(named) == 1 else None
+
+
+# ---- numbers ----
+
+# More digits than any reference has: longer ones are answers, but wrong, and are never converted.
+MAX_NUMBER = 30
+
+_SIGNED = r"(?:(?<![0-9A-Za-z)\]])[-\u2212])?[$€£¥₹]?[0-9](?:[0-9,]*[0-9])?(?:\.[0-9]+)?"
+_LAST = re.compile(_SIGNED)
+_PLAIN = re.compile(
+    r"(?P<sign>[-+\u2212]?)\s*(?P<currency>(?:US|USD|EUR|GBP)?\s*[$€£¥₹]?)\s*(?P<inner>[-+\u2212]?)"
+    r"(?P<whole>[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?P<fraction>\.[0-9]+)?(?P<unit>\s*[%°A-Za-z€£$¥₹¢][%°²³A-Za-z/.' -]*)?"
+)
+_UNIT_WORD = re.compile(r"[A-Za-z]+")
+# After a number these change its value or hedge it, so "2 thousand" must not pass for 2.
+# fmt: off
+_NOT_UNITS = frozenset({
+    "and", "or", "to", "times", "plus", "minus", "over", "squared", "cubed", "half", "halves", "third", "thirds",
+    "quarter", "quarters", "x", "k", "m", "bn", "e", "hundred", "hundreds", "thousand", "thousands", "million",
+    "millions", "billion", "billions", "dozen", "dozens",
+})
+# fmt: on
+# LaTeX's thousands: 1{,}200 and 1\,200.
+_GROUPED = re.compile(r"(?<=[0-9])(?:\{,\}|\\[,!])(?=[0-9]{3}(?![0-9]))")
+_NOISE = re.compile(r"\\text\s*\{|\\mathrm\s*\{|\\textbf\s*\{|\\left|\\right|\\[,;!() \[\]]|[{}*`]|\\\$")
+
+
+def plain_number(text: str) -> Decimal | None:
+    """The value of a text that is one number and nothing but sign, currency, thousands commas and a unit; else None.
+
+    "$1,200.50", "-3", "18 dollars per day", "**42**", "1{,}200", "\\text{18 km/h}" are numbers;
+    "3 x 8", "2 thousand", "1/2" and
+    digits outside ASCII are not. A percent sign counts as a unit.
+    """
+    if len(text) > 200:
+        return None
+    grouped = _GROUPED.sub(",", text)
+    cleaned = _NOISE.sub(lambda found: "$" if found.group() == "\\$" else " ", grouped).replace("\\%", "%").strip()
+    cleaned = cleaned.strip("$").strip() if cleaned.startswith("$") and cleaned.endswith("$") else cleaned
+    match = _PLAIN.fullmatch(cleaned.rstrip(" .!"))
+    if match is None or (match["sign"] and match["inner"]):
+        return None
+    if any(word.lower() in _NOT_UNITS for word in _UNIT_WORD.findall(match["unit"] or "")):
+        return None
+    return _decimal((match["sign"] or match["inner"]) + match["whole"] + (match["fraction"] or ""))
+
+
+def last_number(text: str) -> str | None:
+    """The last number in the text as written ("$1,200"), or None. A hyphen after a digit or letter is no sign."""
+    found = _LAST.findall(text)
+    return found[-1] if found else None
+
+
+def number_value(written: str) -> Decimal | None:
+    """The value of what `last_number` found; None if it is too long to be compared or its commas are misplaced."""
+    bare = written.translate({ord(sign): None for sign in "$€£¥₹"})
+    if "," in bare and not re.fullmatch(r"[-\u2212]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?", bare):
+        bare = bare.rsplit(",", 1)[1]
+    return _decimal(bare)
+
+
+def _decimal(written: str) -> Decimal | None:
+    bare = written.replace(",", "").replace("\u2212", "-")
+    return Decimal(bare) if len(bare) <= MAX_NUMBER else None

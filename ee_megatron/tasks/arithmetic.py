@@ -1,22 +1,166 @@
-"""Built-in arithmetic: products, sums, one-step word problems and three-term chains, held out by operand pair."""
+"""Built-in arithmetic: products, sums, one-step word problems and three-term chains, held out by operand pair.
+
+The wording is short, because every later stage pays for each prompt token.
+"""
 
 from __future__ import annotations
 
+import operator
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from decimal import Decimal
-from itertools import islice
+from itertools import combinations_with_replacement, islice
 
 from ..config.schema import TaskConfig
 from ..types import Prompt
-from .arithmetic_templates import FAMILIES, Kind, among
-from .base import SHARES, ChatTemplate, Problem, Verdict, split_of
-from .numbers import MAX_NUMBER, last_number, number_value
-from .procedural import ProceduralTask
+from .answers import MAX_NUMBER, last_number, number_value
+from .base import NO_ANSWER, SHARES, ChatTemplate, Problem, ProceduralTask, Verdict, register, split_of
 
-_ATTEMPTS = 12
+Pair = tuple[int, int]
+Inside = Callable[[int, int], bool]
+"""Whether a pair of operands belongs to the split that is being drawn."""
+Render = Callable[[int, int, random.Random, Inside], Problem | None]
 
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of problem in a family, its pairs of operands by task.operands. What renders one gives None where a draw
+    does not work."""
+
+    name: str
+    operands: dict[str, tuple[Pair, ...]]
+    render: Render
+
+
+def among(low: int, high: int) -> tuple[Pair, ...]:
+    """All unordered pairs of numbers from `low` to `high`, both included."""
+    return tuple(combinations_with_replacement(range(low, high + 1), 2))
+
+
+# fmt: off
+NAMES = (
+    "Ada", "Ben", "Cara", "Dan", "Ella", "Finn", "Gina", "Hugo", "Ivy", "Jack", "Kate", "Leo", "Mia", "Noah", "Olga",
+    "Paul", "Rosa", "Sam", "Tom", "Uma",
+)
+THINGS = (
+    "apples", "books", "cards", "coins", "eggs", "flowers", "keys", "marbles", "nuts", "pears", "pens", "plums",
+    "shells", "stamps", "stones",
+)
+HOLDERS = ("bags", "boxes", "jars", "baskets", "trays", "drawers", "crates", "cups")
+PRODUCT = (
+    "What is {a} times {b}?", "What is {a} x {b}?", "What is {a} multiplied by {b}?",
+    "What is the product of {a} and {b}?", "How much is {a} times {b}?", "How much is {a} x {b}?",
+    "Multiply {a} by {b}.", "Compute {a} x {b}.", "Compute {a} times {b}.", "Calculate {a} x {b}.",
+    "Calculate {a} times {b}.", "Work out {a} x {b}.", "Find the product of {a} and {b}.",
+    "Give the product of {a} and {b}.", "Tell me {a} times {b}.", "Tell me {a} x {b}.", "{a} x {b} = ?",
+)
+SUM = (
+    "What is {a} plus {b}?", "What is {a} + {b}?", "What is the sum of {a} and {b}?", "How much is {a} plus {b}?",
+    "Add {a} and {b}.", "Compute {a} + {b}.", "{a} + {b} = ?",
+)
+WORD_PRODUCT = (
+    "{name} has {a} {holders} with {b} {things} in each. How many {things} are there?",
+    "{name} fills {a} {holders}, each with {b} {things}. How many {things} is that?",
+    "{name} buys {a} {holders} of {b} {things}. How many {things} does {name} buy?",
+    "There are {b} {things} in each of {a} {holders}. How many {things} are there?",
+)
+WORD_SUM = (
+    "{name} has {a} {things} and gets {b} more. How many {things} does {name} have now?",
+    "{name} has {a} {things} and {friend} has {b}. How many {things} do they have together?",
+    "{name} finds {a} {things}, then {b} more. How many {things} is that?",
+)
+WORD_DIFFERENCE = (
+    "{name} has {a} {things} and gives {b} away. How many {things} are left?",
+    "{name} has {a} {things} and loses {b}. How many {things} does {name} still have?",
+    "Of {a} {things}, {name} sells {b}. How many {things} remain?",
+)
+CHAIN = ("What is {term}?", "Compute {term}.", "How much is {term}?", "Work out {term}.", "{term} = ?")
+# fmt: on
+
+_SYMBOLS: dict[str, Callable[[int, int], int]] = {"x": operator.mul, "+": operator.add, "-": operator.sub}
+
+
+def _group(a: int, b: int) -> str:
+    return f"{min(a, b)},{max(a, b)}"
+
+
+def _step(a: int, symbol: str, b: int) -> tuple[str, int]:
+    result = _SYMBOLS[symbol](a, b)
+    return f" {a} {symbol} {b} = {result}.", result
+
+
+def _one_step(question: str, a: int, symbol: str, b: int) -> Problem:
+    step, result = _step(a, symbol, b)
+    return Problem(question, str(result), f"{step} The answer is {result}", _group(a, b))
+
+
+def _either_order(a: int, b: int, rng: random.Random) -> Pair:
+    return (a, b) if rng.random() < 0.5 else (b, a)
+
+
+def _bare(symbol: str, templates: tuple[str, ...]) -> Render:
+    def render(a: int, b: int, rng: random.Random, inside: Inside) -> Problem | None:
+        a, b = _either_order(a, b, rng)
+        return _one_step(rng.choice(templates).format(a=a, b=b), a, symbol, b)
+
+    return render
+
+
+def _word(symbol: str, templates: tuple[str, ...]) -> Render:
+    def render(a: int, b: int, rng: random.Random, inside: Inside) -> Problem | None:
+        a, b = (max(a, b), min(a, b)) if symbol == "-" else _either_order(a, b, rng)
+        if symbol == "-" and a == b:
+            return None
+        name, friend = rng.sample(NAMES, 2)
+        words = {"name": name, "friend": friend, "things": rng.choice(THINGS), "holders": rng.choice(HOLDERS)}
+        return _one_step(rng.choice(templates).format(a=a, b=b, **words), a, symbol, b)
+
+    return render
+
+
+def _chain(first: str, second: str) -> Render:
+    def render(a: int, b: int, rng: random.Random, inside: Inside) -> Problem | None:
+        a, b = _either_order(a, b, rng)
+        step, middle = _step(a, first, b)
+        choices = [c for c in range(2, 21) if inside(middle, c) and (second == "+" or c < middle)]
+        if not choices:
+            return None
+        c = rng.choice(choices)
+        last, result = _step(middle, second, c)
+        question = rng.choice(CHAIN).format(term=f"{a} {first} {b} {second} {c}")
+        worked = f"{step}{last} The answer is {result}"
+        return Problem(question, str(result), worked, f"{_group(a, b)};{_group(middle, c)}")
+
+    return render
+
+
+def _both(small: tuple[Pair, ...], wide: tuple[Pair, ...]) -> dict[str, tuple[Pair, ...]]:
+    return {"small": small, "wide": wide}
+
+
+# Products beyond the table that a small model still gets right at times.
+_BEYOND = tuple((a, b) for a in range(2, 10) for b in (*range(13, 61), 70, 80, 90))
+_PRODUCTS = _both(among(2, 12), among(2, 12) + _BEYOND)
+
+FAMILIES: dict[str, tuple[Kind, ...]] = {
+    "product": (Kind("product", _PRODUCTS, _bare("x", PRODUCT)),),
+    "sum": (Kind("sum", _both(among(5, 40), among(5, 99)), _bare("+", SUM)),),
+    "word": (
+        Kind("product", _PRODUCTS, _word("x", WORD_PRODUCT)),
+        Kind("sum", _both(among(2, 20), among(2, 60)), _word("+", WORD_SUM)),
+        Kind("difference", _both(among(2, 20), among(2, 40)), _word("-", WORD_DIFFERENCE)),
+    ),
+    "chain": (
+        Kind("product-sum", _both(among(2, 9), among(2, 20)), _chain("x", "+")),
+        Kind("sum-sum", _both(among(2, 20), among(2, 40)), _chain("+", "+")),
+        Kind("product-difference", _both(among(2, 9), among(2, 20)), _chain("x", "-")),
+        Kind("sum-difference", _both(among(2, 20), among(2, 40)), _chain("+", "-")),
+    ),
+}
+
+ATTEMPTS = 12
 _WELL_FORMED = re.compile(r"The answer is (-?[0-9]+)\.?")
 _MARK = "The answer is"
 
@@ -40,24 +184,22 @@ class PairSplit:
         return self._small.get(pair) or split_of(f"{self.seed}:{pair[0]},{pair[1]}")
 
 
+@register("arithmetic")
 class ArithmeticTask(ProceduralTask):
-    """Deterministic in its section.
-
-    `Prompt.group` lists the operand pairs of the problem, "3,8" or, for a chain, "3,8;5,24".
-    """
+    """`Prompt.group` lists the operand pairs of the problem, "3,8" or, for a chain, "3,8;5,24"."""
 
     name = "arithmetic"
     instruction = 'Write the calculation on one line and end it with "The answer is <number>".'
 
     def __init__(self, task: TaskConfig, chat: ChatTemplate | None = None) -> None:
-        super().__init__(task, tuple(FAMILIES), chat)
+        super().__init__(task, FAMILIES, chat)
         self._pair_split, self.operands = PairSplit(self.seed), task.operands
 
     def verify(self, prompt: Prompt, text: str) -> Verdict:
         return verify_line(prompt.answer, text)
 
     def _draw(self, family: str, split: str, limit: int) -> list[Problem]:
-        """As in `ProceduralTask`: the family's kinds in turn, until one has run out."""
+        """The family's kinds in turn, until one has run out."""
         seen: set[str] = set()
         streams = [self._stream(kind, family, split, seen) for kind in FAMILIES[family]]
         problems: list[Problem] = []
@@ -77,7 +219,7 @@ class ArithmeticTask(ProceduralTask):
             fresh = False
             rng.shuffle(pairs)
             for pair in pairs:
-                for _ in range(_ATTEMPTS):
+                for _ in range(ATTEMPTS):
                     problem = kind.render(*pair, rng, lambda a, b: self._pair_split(a, b) == split)
                     if problem is not None and problem.question not in seen:
                         seen.add(problem.question)
@@ -100,5 +242,5 @@ def verify_line(reference: str, text: str) -> Verdict:
         return Verdict(correct=correct, well_formed=True, answered=True)
     found = last_number(line)
     if found is None:
-        return Verdict(correct=False, well_formed=False, answered=False)
+        return NO_ANSWER
     return Verdict(correct=number_value(found) == Decimal(reference), well_formed=False, answered=True)

@@ -6,9 +6,11 @@ Nothing in this folder imports torch: verifier processes must start in a fractio
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol, get_args
+from itertools import islice
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 from ..config.schema import TaskConfig
 from ..types import Prompt
@@ -16,6 +18,10 @@ from ..types import Prompt
 Split = Literal["train", "validation", "evaluation"]
 SPLITS: tuple[str, ...] = get_args(Split)
 SHARES = {"train": 0.66, "validation": 0.12, "evaluation": 0.22}
+EXAMPLES = 16
+"""Training problems (of each family) that are set aside as worked examples: no prompt is ever its own example."""
+FAMILY_LIMIT = 1500
+"""Problems per family in a split that asks for all there are: the streams go on for long, or for ever."""
 
 ChatTemplate = Callable[[list[dict[str, str]]], str]
 """Messages [{"role", "content"}, ...] -> the text that the model reads, up to where its answer begins."""
@@ -42,13 +48,14 @@ class Verdict:
 
         0 for a timed-out verdict: what the text was worth is unknown, and silence is not what happened.
         """
-        if self.timed_out:
+        if self.timed_out or (self.answered and not self.correct):
             return 0.0
         if not self.answered:
             return -1.0
-        if not self.correct:
-            return 0.0
         return 1.0 if self.well_formed else 0.5
+
+
+NO_ANSWER = Verdict(correct=False, well_formed=False, answered=False)
 
 
 class Task(Protocol):
@@ -58,11 +65,9 @@ class Task(Protocol):
 
     def prompts(self, split: Split) -> list[Prompt]:
         """The problems of a split, always in the same order. Raises ValueError for an unknown split."""
-        ...
 
     def worked(self, split: Split) -> list[tuple[Prompt, str]]:
         """`prompts` with a worked answer each, as the model should write it, up to the end of its line."""
-        ...
 
     def few_shot(self, prompt: Prompt, shots: int, seed: int) -> Prompt:
         """The same problem (same id) with `shots` worked examples from the train split in front of it.
@@ -70,11 +75,9 @@ class Task(Protocol):
         All prompts of one family get the same examples, so their texts share a prefix. Raises ValueError if there
         are fewer examples than `shots`, or if the prompt is not this task's.
         """
-        ...
 
     def verify(self, prompt: Prompt, text: str) -> Verdict:
         """The verdict on a generated answer (without the prompt). Pure."""
-        ...
 
 
 class StyledTask(Task, Protocol):
@@ -90,16 +93,31 @@ class StyledTask(Task, Protocol):
 
     def style_of(self, prompt: Prompt, text: str) -> str | None:
         """The style of an answer's text; None: it has the form of none."""
-        ...
 
     def opening(self, style: str) -> str:
         """What every answer in that style, and no other, begins with."""
-        ...
 
     def corrupted(self, prompt: Prompt) -> tuple[str, str] | None:
         """The beginning of a written-out answer whose first step is wrong, and the wrong answer that follows from it;
         None where there is a single step."""
-        ...
+
+
+TASKS: dict[str, Callable[[TaskConfig, ChatTemplate | None], Task]] = {}
+"""task.name -> what makes the task, from its section of the settings and the model's chat template, if one is used."""
+Maker = TypeVar("Maker", bound=Callable[..., Any])
+
+
+def register(*names: str) -> Callable[[Maker], Maker]:
+    """Decorate what makes the tasks of these names, a class for one. Raises ValueError for a name that is taken."""
+
+    def add(maker: Maker) -> Maker:
+        for name in names:
+            if name in TASKS:
+                raise ValueError(f"task.name={name} is registered already, by {TASKS[name]}; choose another name")
+            TASKS[name] = maker
+        return maker
+
+    return add
 
 
 class Problem(NamedTuple):
@@ -136,18 +154,28 @@ class PromptFormat:
 
 
 class ProblemTask:
-    """What the tasks share that hold their problems in memory: `_problems` by split and prompt id."""
+    """A task that holds its problems in memory, by split and prompt id. A subclass builds a split's, or sets
+    `_problems` itself. `known`: the families that task.families may name."""
 
     name: str
     seed = 0
     """Decides which problems belong to which split."""
 
-    def __init__(self, task: TaskConfig, instruction: str, chat: ChatTemplate | None) -> None:
+    def __init__(
+        self, task: TaskConfig, instruction: str, chat: ChatTemplate | None, known: Iterable[str] | None = None
+    ) -> None:
         self.sizes = {"train": task.train, "validation": task.validation, "evaluation": task.evaluation}
         if any(size < 0 for size in self.sizes.values()):
             raise ValueError(f"task sizes must not be negative: {self.sizes}; 0 means all there are")
         self.format = PromptFormat(instruction, chat)
         self._problems: dict[str, dict[str, tuple[Prompt, Problem]]] = {}
+        self.families = tuple(task.families)
+        if known is not None:
+            known, families = tuple(known), set(self.families)
+            if not families or len(families) != len(self.families) or not families <= set(known):
+                raise ValueError(
+                    f"task.families: {list(self.families)}; choose one or more, each once, of {', '.join(known)}"
+                )
 
     def __getstate__(self) -> dict:
         # A verifier process needs no problems, and a chat template may not be picklable.
@@ -162,18 +190,78 @@ class ProblemTask:
     def _built(self, split: str) -> dict[str, tuple[Prompt, Problem]]:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+        if split not in self._problems:
+            self._problems[split] = dict(islice(self._build(split), self.sizes[split] or None))
         return self._problems[split]
+
+    def _build(self, split: str) -> Iterable[tuple[str, tuple[Prompt, Problem]]]:
+        """Prompt ids with their prompts and problems, at least as many as the split has."""
+        raise NotImplementedError
 
     def _with_examples(self, prompt: Prompt, found: tuple[Prompt, Problem] | None, examples: list[Problem]) -> Prompt:
         """`examples` in front of the problem that was `found` under the prompt's id. Raises ValueError if none was."""
         if found is None:
             raise self._unknown(prompt)
-        text = self.format.render(found[1].question, [(p.question, p.worked) for p in examples])
-        return Prompt(prompt.id, text, prompt.answer, prompt.task, prompt.group)
+        return replace(prompt, text=self.format.render(found[1].question, [(p.question, p.worked) for p in examples]))
 
     @staticmethod
     def _unknown(prompt: Prompt) -> ValueError:
         return ValueError(f"prompt {prompt.id!r} is not one of this task; pass a prompt that prompts() returned")
+
+
+class ProceduralTask(ProblemTask):
+    """A task that makes up its problems, deterministic in its section: families in turn, worked examples set aside.
+
+    A subclass says its `name`, `instruction` and families (`known`), draws a family's problems and verifies answers.
+    `Prompt.id` is "<name>/<family>/<split>/<number>" and `Prompt.task` "<name>.<family>".
+    """
+
+    instruction: ClassVar[str]
+
+    def __init__(self, task: TaskConfig, known: Iterable[str], chat: ChatTemplate | None) -> None:
+        super().__init__(task, self.instruction, chat, known)
+
+    def _draw(self, family: str, split: str, limit: int) -> list[Problem]:
+        """The first `limit` problems of a family and split, fewer if there are no more.
+
+        A longer draw starts with a shorter one.
+        """
+        raise NotImplementedError
+
+    def few_shot(self, prompt: Prompt, shots: int, seed: int) -> Prompt:
+        if not 0 <= shots <= EXAMPLES:
+            raise ValueError(f"shots: {shots}; {self.name} has 0 to {EXAMPLES} worked examples per family")
+        family, split = self._locate(prompt)
+        examples = self._draw(family, "train", EXAMPLES)
+        # Kinds alternate in `examples`, so a rotation keeps the mixture where a sample would not.
+        start = random.Random(f"shots/{seed}").randrange(EXAMPLES)
+        chosen = [examples[(start + i) % EXAMPLES] for i in range(shots)]
+        return self._with_examples(prompt, self._built(split).get(prompt.id), chosen)
+
+    def _locate(self, prompt: Prompt) -> tuple[str, str]:
+        parts = prompt.id.split("/")
+        if len(parts) != 4 or parts[0] != self.name or parts[1] not in self.families or parts[2] not in SPLITS:
+            raise self._unknown(prompt)
+        return parts[1], parts[2]
+
+    def _build(self, split: str) -> Iterable[tuple[str, tuple[Prompt, Problem]]]:
+        """Families in blocks of one problem each, every block in its own random order."""
+        size, count = self.sizes[split], len(self.families)
+        wanted = -(-size // count) if size else FAMILY_LIMIT
+        skip = EXAMPLES if split == "train" else 0
+        drawn = {family: self._draw(family, split, wanted + skip)[skip:] for family in self.families}
+        least = min(drawn, key=lambda family: len(drawn[family]))
+        if size and len(drawn[least]) < wanted:
+            most = count * len(drawn[least])
+            raise ValueError(f"task.{split}: {size} problems, but family {least} allows at most {most}; ask for fewer")
+        order = random.Random(f"order/{self.seed}/{split}")
+        for index in range(len(drawn[least])):
+            block = list(self.families)
+            order.shuffle(block)
+            for family in block:
+                problem = drawn[family][index]
+                name, text = f"{self.name}/{family}/{split}/{index:05d}", self.format.render(problem.question)
+                yield name, (Prompt(name, text, problem.answer, f"{self.name}.{family}", problem.group), problem)
 
 
 def split_of(text: str) -> str:

@@ -10,50 +10,44 @@ number of hops, in one of three styles:
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
 from ..config.schema import TaskConfig
 from ..types import Prompt
-from .base import ChatTemplate, Problem, ProblemTask, share_of
+from .base import FAMILY_LIMIT, ChatTemplate, Problem, ProblemTask, Verdict, share_of
 
 FAMILY = "hop"
 HELD_OUT = {"validation": 0.05, "evaluation": 0.1}
 """Shares of the problems that training never sees, where there are enough to hold any out."""
-STYLE_WEIGHTS = (0.4, 0.4, 0.2)
-"""Shares of terse, written-out and padded answers among those that are trained on."""
-PROBLEMS = 1500
-"""Problems of a split per family, where all there are are asked for: they come again and again."""
 
 
 class ChainTask(ProblemTask):
     """Deterministic in its section. `Prompt.group` is the problem itself, by which repetitions are told.
 
-    A task says what its texts are (`chains`), what they come to (`states`) and how that is written (`written`);
-    `fewest_held_out`: hops from which on there are enough problems to hold some out.
+    A task says what its texts are (`chains`), what they come to (`states`), how that is written (`written`, `forms`,
+    `openings`: what an answer in a style, and in no other, begins with) and read (`answer`); `fewest_held_out`: hops
+    from which on there are enough problems to hold some out.
     """
 
     styles = ("terse", "steps", "padded")
-    most_hops: int
-    fewest_held_out: int
+    style_weights = (0.4, 0.4, 0.2)
+    openings: ClassVar[Mapping[str, str]]
+    answer: ClassVar[re.Pattern[str]]
+    most_hops: ClassVar[int]
+    fewest_held_out: ClassVar[int]
 
     def __init__(self, task: TaskConfig, chat: ChatTemplate | None = None) -> None:
         if chat is not None:
             raise ValueError(
                 f"task.name={self.name} has no words for a chat template; set rollout.prompt_template=plain"
             )
-        super().__init__(task, "", None)
         if task.slots > self.most_hops:
             raise ValueError(f"task.slots: {task.slots}; choose at most {self.most_hops}")
         self.slots = task.slots
-        known, families = [f"{FAMILY}{hops}" for hops in range(1, self.slots + 1)], task.families
-        if not families or len(set(families)) != len(families) or not set(families) <= set(known):
-            raise ValueError(f"task.families: {list(families)}; choose one or more, each once, of {', '.join(known)}")
-        self.families = tuple(families)
-        self.style_weights = STYLE_WEIGHTS
-
-    # ---- what a task of this kind says ----
+        super().__init__(task, "", None, [f"{FAMILY}{hops}" for hops in range(1, self.slots + 1)])
 
     def chains(self, hops: int) -> Iterator[str]:
         """The text of every problem of so many hops."""
@@ -67,7 +61,28 @@ class ChainTask(ProblemTask):
         """The answer in one of `styles`, from the states after each hop."""
         raise NotImplementedError
 
-    # ---- problems ----
+    def forms(self, hops: int | None) -> dict[str, str]:
+        """Style -> pattern of its line. Steps have a state for every one of `hops`, or any number of them (None)."""
+        raise NotImplementedError
+
+    def opening(self, style: str) -> str:
+        return self.openings[style]
+
+    def style_of(self, prompt: Prompt, text: str) -> str | None:
+        """Steps are only those with a state for every hop: a result alone says nothing of the way to it."""
+        forms, line = self.forms(hops_of(prompt.task)), first_line(text)
+        return next((style for style, form in forms.items() if re.fullmatch(form, line)), None)
+
+    def verify(self, prompt: Prompt, text: str) -> Verdict:
+        """The answer is the state at the end of the line. Well formed: the line has the form of a style, with however
+        many steps."""
+        line = first_line(text)
+        found = self.answer.search(line)
+        return Verdict(
+            correct=found is not None and int(found[1]) == int(prompt.answer),
+            well_formed=any(re.fullmatch(form, line) for form in self.forms(None).values()),
+            answered=found is not None,
+        )
 
     def few_shot(self, prompt: Prompt, shots: int, seed: int) -> Prompt:
         if shots:
@@ -77,16 +92,11 @@ class ChainTask(ProblemTask):
             raise self._unknown(prompt)
         return prompt
 
-    def _built(self, split: str) -> dict[str, tuple[Prompt, Problem]]:
-        if split in self.sizes and split not in self._problems:
-            self._problems[split] = dict(itertools.islice(self._build(split), self.sizes[split] or None))
-        return super()._built(split)
-
     def _build(self, split: str) -> Iterator[tuple[str, tuple[Prompt, Problem]]]:
         """Families in blocks of one problem each, every block in its own random order, each with a style at random."""
         rng = random.Random(f"{self.seed}/{split}")
         streams = {family: self._stream(family, split) for family in self.families}
-        count = -(-self.sizes[split] // len(self.families)) or PROBLEMS
+        count = -(-self.sizes[split] // len(self.families)) or FAMILY_LIMIT
         for index in range(count):
             for family in rng.sample(self.families, len(self.families)):
                 text = next(streams[family])

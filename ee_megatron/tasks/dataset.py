@@ -13,18 +13,16 @@ from typing import Any
 
 from ..config.schema import TaskConfig
 from ..types import Prompt
-from .answers import last_boxed, verify_solution
-from .base import SPLITS, ChatTemplate, Problem, ProblemTask, Verdict
-from .numbers import plain_number
+from .answers import last_boxed, plain_number, verify_solution
+from .base import EXAMPLES, SPLITS, ChatTemplate, Problem, ProblemTask, Verdict, register
 
-EXAMPLES = 16
-"""Training problems that are set aside as worked examples."""
 INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _SHARD = re.compile(r".+-[0-9]{5}-of-[0-9]{5}")
 
 
+@register("dataset", "jsonl")
 class DatasetTask(ProblemTask):
     """A task read from files.
 
@@ -125,6 +123,7 @@ class DatasetTask(ProblemTask):
         return list(problems.values())
 
 
+@register("gsm8k")
 class GSM8KTask(DatasetTask):
     """GSM8K (Cobbe et al. 2021, arXiv 2110.14168): grade-school word problems with written steps, as published: JSONL
     with `question` and `answer`, the answer's last line being "#### n", n an integer."""
@@ -171,10 +170,12 @@ def _tables(path: Path, train: str, evaluation: str) -> dict[str, tuple[str, Any
     wanted = {"train": train, **({"test": evaluation} if evaluation else {})}
     if path.is_file():
         return {"train": (str(path), _load_files([path]))}
-    if (path / "state.json").is_file():
-        return {"train": (str(path), _load_saved(path))}
-    if (path / "dataset_dict.json").is_file():
-        saved = _load_saved(path)
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        import datasets
+
+        saved: Any = datasets.load_from_disk(str(path), keep_in_memory=True)
+        if (path / "state.json").is_file():
+            return {"train": (str(path), saved)}
         for name in wanted.values():
             if name not in saved:
                 raise ValueError(
@@ -198,13 +199,6 @@ def _split_files(path: Path, split: str) -> list[Path]:
         f"task.path: {path} has {len(files)} files {split}*.jsonl or .parquet; expected one, or shards "
         f"{split}-00000-of-...; task.train_split and task.evaluation_split name the splits, the latter empty for none"
     )
-
-
-def _load_saved(path: Path) -> Any:
-    """What `datasets` saved to disk: a table, or tables by their split."""
-    import datasets
-
-    return datasets.load_from_disk(str(path), keep_in_memory=True)
 
 
 def _load_files(files: list[Path]) -> Any:

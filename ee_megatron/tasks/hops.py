@@ -14,17 +14,21 @@ import itertools
 import random
 import re
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 from ..config.schema import TaskConfig
 from ..types import Prompt
-from .base import ChatTemplate, Verdict
-from .chains import ChainTask, first_line, hops_of
+from .base import ChatTemplate, register
+from .chains import ChainTask
 
 STATES, OPERATIONS, EMPTY = "01234567", "abcd", "_"
 
 
+@register("hops")
 class HopsTask(ChainTask):
     name = "hops"
+    openings: ClassVar = {"terse": "T", "steps": "S", "padded": "P"}
+    answer = re.compile(f"([{STATES}])\\Z")
     most_hops = 8
     # Of one hop there are 32 problems, of two 128.
     fewest_held_out = 3
@@ -33,7 +37,9 @@ class HopsTask(ChainTask):
         super().__init__(task, chat)
         self.tokens_per_step = task.tokens_per_step
         self.gap = "," * (task.tokens_per_step - 1)
-        self.permutations = _permutations(self.seed)
+        rng = random.Random(f"permutations/{self.seed}")
+        # What each operation makes of the states 0 to 7, in order.
+        self.permutations = {operation: "".join(rng.sample(STATES, len(STATES))) for operation in OPERATIONS}
 
     def chains(self, hops: int) -> Iterator[str]:
         for operations in itertools.product(OPERATIONS, repeat=hops):
@@ -48,27 +54,19 @@ class HopsTask(ChainTask):
                 found += state
         return found
 
-    # ---- answers ----
-
     def written(self, states: Sequence[str], style: str) -> str:
         opening = self.opening(style)
         if style == "steps":
             return opening + "".join(self.gap + state for state in states)
         return opening + ("." * (len(states) * (1 + len(self.gap))) if style == "padded" else "") + states[-1]
 
-    def opening(self, style: str) -> str:
-        """What an answer in that style begins with, and none of another."""
-        return {"terse": "T", "steps": "S", "padded": "P"}[style]
-
-    def style_of(self, prompt: Prompt, text: str) -> str | None:
-        """The style of an answer, None if it has the form of none. Steps are only those with a state for every hop: a
-        result behind an S alone says nothing of the way to it."""
-        hops, line = hops_of(prompt.task), first_line(text)
-        if re.fullmatch(f"T[{STATES}]", line):
-            return "terse"
-        if re.fullmatch(f"S({self.gap}[{STATES}]){{{hops}}}", line):
-            return "steps"
-        return "padded" if re.fullmatch(rf"P\.+[{STATES}]", line) else None
+    def forms(self, hops: int | None) -> dict[str, str]:
+        times = f"{{{hops}}}" if hops else "+"
+        return {
+            "terse": f"T[{STATES}]",
+            "steps": f"S({self.gap}[{STATES}]){times}",
+            "padded": rf"P\.+[{STATES}]",
+        }
 
     def corrupted(self, prompt: Prompt) -> tuple[str, str] | None:
         """The beginning of a steps answer whose first state is wrong, and the state that the other hops lead to from
@@ -78,21 +76,3 @@ class HopsTask(ChainTask):
             return None
         wrong = STATES[(int(self.states(prompt.text)[0]) + 1) % len(STATES)]
         return self.opening("steps") + self.gap + wrong, self.states(operations[1:] + wrong)[-1]
-
-    def verify(self, prompt: Prompt, text: str) -> Verdict:
-        """The answer is the state at the end of the line. Well formed: the line has the form of a style, with however
-        many steps."""
-        line = first_line(text)
-        answered = line[-1:] in STATES and bool(line)
-        form = rf"T[{STATES}]|S({self.gap}[{STATES}])+|P\.+[{STATES}]"
-        return Verdict(
-            correct=answered and line[-1] == prompt.answer,
-            well_formed=re.fullmatch(form, line) is not None,
-            answered=answered,
-        )
-
-
-def _permutations(seed: int) -> dict[str, str]:
-    """What each operation makes of the states 0 to 7, in order."""
-    rng = random.Random(f"permutations/{seed}")
-    return {operation: "".join(rng.sample(STATES, len(STATES))) for operation in OPERATIONS}

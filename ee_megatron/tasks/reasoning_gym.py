@@ -1,18 +1,41 @@
-"""Families of reasoning-gym (Stojanovski et al. 2025, arXiv 2505.24760), judged by the package's own scorers."""
+"""Families of reasoning-gym (Stojanovski et al. 2025, arXiv 2505.24760), judged by the package's own scorers.
+
+Problems are made in a process of their own with a fixed hash seed: some of the package's families walk over Python
+sets, so the same seed gives other problems in another process unless that process hashes strings alike. The package
+also takes two seconds to load, which nothing else has to wait for.
+"""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import importlib.util
+import os
+import pickle
 import re
+import subprocess
+import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from ..config.schema import TaskConfig
 from ..types import Prompt
+from . import base
 from .answers import answer_part, final_answer
-from .base import ChatTemplate, Problem, Split, Verdict
-from .procedural import EXAMPLES, FAMILY_LIMIT, ProceduralTask
-from .reasoning_gym_source import Entry, generate
+from .base import EXAMPLES, SPLITS, ChatTemplate, Problem, ProceduralTask, Split, Verdict, register, split_of
+
+GENERATE_TIMEOUT_S = 600.0
+"""For all families together. Most make a thousand problems in a second or two, some (knight_swap) one in three."""
+_CHUNK = 500
+_BARREN_CHUNKS = 3
+_START = "from ee_megatron.tasks.reasoning_gym import main; main()"
+_NONSENSE = "?!"
+
+Entry = dict[str, Any]
+"""What the package calls an entry: question, answer (None where only the scorer can tell) and metadata."""
+Entries = dict[str, dict[str, list[Entry]]]
+"""Family -> split -> entries."""
 
 LONGEST_ANSWER = 20_000
 _OPEN, _CLOSE = "<answer>", "</answer>"
@@ -27,6 +50,7 @@ _NAME_CALLED = re.compile(r"([^\W\d]\w+)\s*\(")
 _RESULT_CALLED = re.compile(r"[\])}\"']\s*\(")
 
 
+@register("reasoning_gym")
 class ReasoningGymTask(ProceduralTask):
     """Deterministic in its section and the package's version.
 
@@ -40,7 +64,9 @@ class ReasoningGymTask(ProceduralTask):
         if not task.families:
             raise ValueError("task.families: none; expected families of reasoning-gym, [chain_sum,gcd] for example")
         super().__init__(task, task.families, chat)
-        wanted = {split: -(-size // len(self.families)) if size else FAMILY_LIMIT for split, size in self.sizes.items()}
+        wanted = {
+            split: -(-size // len(self.families)) if size else base.FAMILY_LIMIT for split, size in self.sizes.items()
+        }
         wanted["train"] += EXAMPLES
         self._entries = generate(self.families, self.seed, wanted)
         self._by_group = {
@@ -72,7 +98,7 @@ class ReasoningGymTask(ProceduralTask):
         its last line if that is right; if not, there is no answer. Partly right, by the scorer, is wrong."""
         part = answer_part(text)
         if part is None:
-            return Verdict(correct=False, well_formed=False, answered=False)
+            return base.NO_ANSWER
         _, opening, after = part.rpartition(_OPEN)
         if opening:
             # Without a closing tag too: as a stop string it is cut off.
@@ -136,3 +162,111 @@ def _scored(score: object, text: str, entry: Entry) -> bool:
 
 def _group(entry: Entry) -> str:
     return hashlib.sha256(entry["question"].encode()).hexdigest()[:16]
+
+
+# ---- making the problems ----
+
+
+def generate(families: Sequence[str], seed: int, wanted: dict[str, int]) -> Entries:
+    """The first `wanted[split]` entries of each family and split; fewer where a family has no more.
+
+    Raises ValueError if the package is missing, if it has no such family or one whose scorer is unusable, or if the
+    problems take longer than GENERATE_TIMEOUT_S.
+    """
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise ValueError(
+            "task.name=reasoning_gym: the package reasoning-gym is not installed; "
+            "pip install 'ee-megatron[reasoning-gym]'"
+        )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _START],
+            input=pickle.dumps((tuple(families), seed, wanted)),
+            capture_output=True,
+            env=environment,
+            timeout=GENERATE_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"task.families: {wanted} problems of each of {', '.join(families)} were not made in "
+            f"{GENERATE_TIMEOUT_S:.0f} s; ask for fewer (task.train, task.evaluation) or leave out the slow families"
+        ) from None
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        raise ValueError(f"task.families: {', '.join(families)} could not be made by reasoning-gym: {lines[-1]}")
+    result = pickle.loads(done.stdout)
+    if isinstance(result, str):
+        raise ValueError(result)
+    entries: Entries = result
+    return entries
+
+
+def main() -> None:
+    """Standard input: (families, seed, wanted), pickled; standard output: the entries, or an error's text."""
+    families, seed, wanted = pickle.load(sys.stdin.buffer)
+    # What the package prints must not get between the bytes.
+    output = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    try:
+        answer: Entries | str = {family: _family(family, seed, wanted) for family in families}
+    except ValueError as error:
+        answer = str(error)
+    with output:
+        pickle.dump(answer, output)
+
+
+def _family(family: str, seed: int, wanted: dict[str, int]) -> dict[str, list[Entry]]:
+    from reasoning_gym.factory import DATASETS
+
+    known = sorted(set(DATASETS) - {"composite"})
+    if family not in known:
+        near = difflib.get_close_matches(family, known, n=3, cutoff=0.0)
+        raise ValueError(
+            f"task.families: reasoning-gym has no family {family!r}; nearest of its {len(known)}: {', '.join(near)}"
+        )
+    found: dict[str, list[Entry]] = {split: [] for split in SPLITS}
+    for entry in _stream(family, seed):
+        split = split_of(f"{seed}:{entry['question']}")
+        if len(found[split]) < wanted[split]:
+            found[split].append(entry)
+        if all(len(found[split]) >= wanted[split] for split in SPLITS):
+            break
+    return found
+
+
+def _stream(family: str, seed: int) -> Iterator[Entry]:
+    """Distinct entries, datasets of the package's usual size one after the other, until they bring nothing new."""
+    import reasoning_gym
+
+    seen: set[str] = set()
+    chunk, barren = 0, 0
+    while barren < _BARREN_CHUNKS:
+        digest = hashlib.sha256(f"{seed}/{family}/{chunk}".encode()).hexdigest()
+        dataset = reasoning_gym.create_dataset(family, size=_CHUNK, seed=int(digest[:7], 16))
+        before = len(seen)
+        for index in range(_CHUNK):
+            entry = dataset[index]
+            if not seen:
+                _check_scorer(family, dataset, entry)
+            if entry["question"] not in seen:
+                seen.add(entry["question"])
+                yield {name: entry[name] for name in ("question", "answer", "metadata")}
+        chunk, barren = chunk + 1, barren + 1 if len(seen) == before else 0
+
+
+def _check_scorer(family: str, dataset: Any, entry: Entry) -> None:
+    """A scorer that takes anything for right would teach a model to say anything: game_of_life_halting's does."""
+    try:
+        fooled = dataset.score_answer(_NONSENSE, entry) >= 1
+    except Exception:
+        fooled = False
+    if fooled:
+        raise ValueError(
+            f"task.families: {family}: reasoning-gym's scorer accepts any answer ({_NONSENSE!r} too); leave it out"
+        )
+    if entry["answer"] is not None and dataset.score_answer(entry["answer"], entry) < 1:
+        raise ValueError(
+            f"task.families: {family}: reasoning-gym's scorer refuses its own reference {str(entry['answer'])[:60]!r}; "
+            "leave it out"
+        )

@@ -13,21 +13,23 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 from ..types import Prompt
-from .base import Verdict
-from .chains import ChainTask, first_line, hops_of
+from .base import register
+from .chains import ChainTask
 
 STARTS, AMOUNTS, LARGEST = range(1, 10), range(1, 6), 99
 OPERATIONS = ("double", *(f"{verb} {amount}" for verb in ("add", "take") for amount in AMOUNTS))
 FROM = ", from "
-OPENINGS = {"terse": " That", "steps": " First", "padded": " Well"}
 NUMBER = "[0-9]{1,3}"
-_ANSWER = re.compile(f"(?<![0-9])({NUMBER})\\Z")
 
 
+@register("sums")
 class SumsTask(ChainTask):
     name = "sums"
+    openings: ClassVar = {"terse": " That", "steps": " First", "padded": " Well"}
+    answer = re.compile(f"(?<![0-9])({NUMBER})\\Z")
     # A comma, "then", a space where it is a token, one or two digits.
     tokens_per_step = 4
     # Of five hops there are over a million problems, all of which a family would have to be drawn from.
@@ -45,26 +47,20 @@ class SumsTask(ChainTask):
         operations, start = _read(text)
         return [str(total) for total in totals(operations, start)]
 
-    # ---- answers ----
-
     def written(self, states: Sequence[str], style: str) -> str:
         if style == "steps":
-            return f"{OPENINGS[style]} {', then '.join(states)}"
+            return f"{self.opening(style)} {', then '.join(states)}"
         if style == "padded":
-            return f"{OPENINGS[style]}{', let me see' * (len(states) - 1)}, {states[-1]}"
-        return f"{OPENINGS[style]} is {states[-1]}"
+            return f"{self.opening(style)}{', let me see' * (len(states) - 1)}, {states[-1]}"
+        return f"{self.opening(style)} is {states[-1]}"
 
-    def opening(self, style: str) -> str:
-        """What an answer in that style begins with, and none of another."""
-        return OPENINGS[style]
-
-    def style_of(self, prompt: Prompt, text: str) -> str | None:
-        """The style of an answer, None if it has the form of none. Steps are only those with a total for every hop."""
-        line = first_line(text)
-        for style, form in _forms(f"{{{hops_of(prompt.task) - 1}}}").items():
-            if re.fullmatch(form, line):
-                return style
-        return None
+    def forms(self, hops: int | None) -> dict[str, str]:
+        times = f"{{{hops - 1}}}" if hops else "*"
+        return {
+            "terse": f"That is {NUMBER}",
+            "steps": f"First {NUMBER}(, then {NUMBER}){times}",
+            "padded": f"Well(, let me see)*, {NUMBER}",
+        }
 
     def corrupted(self, prompt: Prompt) -> tuple[str, str] | None:
         """The beginning of a steps answer whose first total is one too large, and what the other hops make of it,
@@ -73,18 +69,7 @@ class SumsTask(ChainTask):
         if len(operations) < 2:
             return None
         wrong = totals(operations[:1], start)[0] + 1
-        return f"{OPENINGS['steps']} {wrong}", str(totals(operations[1:], wrong)[-1])
-
-    def verify(self, prompt: Prompt, text: str) -> Verdict:
-        """The answer is the number at the end of the line. Well formed: the line has the form of a style, with however
-        many steps."""
-        line = first_line(text)
-        found = _ANSWER.search(line)
-        return Verdict(
-            correct=found is not None and int(found[1]) == int(prompt.answer),
-            well_formed=any(re.fullmatch(form, line) for form in _forms("*").values()),
-            answered=found is not None,
-        )
+        return f"{self.opening('steps')} {wrong}", str(totals(operations[1:], wrong)[-1])
 
 
 def totals(operations: Sequence[str], start: int) -> list[int]:
@@ -100,12 +85,3 @@ def totals(operations: Sequence[str], start: int) -> list[int]:
 def _read(text: str) -> tuple[list[str], int]:
     operations, _, start = text.rpartition(FROM)
     return operations.split(", "), int(start)
-
-
-def _forms(more: str) -> dict[str, str]:
-    """Patterns of the styles' lines; `more`: how often what comes for every further hop."""
-    return {
-        "terse": f"That is {NUMBER}",
-        "steps": f"First {NUMBER}(, then {NUMBER}){more}",
-        "padded": f"Well(, let me see)*, {NUMBER}",
-    }

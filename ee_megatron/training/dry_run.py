@@ -19,7 +19,7 @@ def remarks(cfg: RunConfig, command: str, overrides: list[str], missing: list[st
         sizes = stage_sizes(parallel, exits)
         lines.append(f"exits: {list(exits.depths)} of {dims.num_layers} layers; layers per stage: {list(sizes)}")
         # Late: the arithmetic needs torch, which takes seconds to import.
-        from ..planning.entry import dry_run_lines
+        from ..planning.plan import dry_run_lines
 
         estimates = dry_run_lines(cfg, dims)
     else:

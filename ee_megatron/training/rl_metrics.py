@@ -19,8 +19,8 @@ from ..learner.batch import ReplayBatch
 from ..learner.packing import PackingStats
 from ..objectives.depth import DEPTH_COSTS
 from ..planning.devices import board
+from ..planning.flops import step_flops
 from ..planning.layout import Layout
-from ..planning.step import step_flops
 from ..types import Group
 from .advantages import Advantages, StepScores, rollouts_of
 from .lambda_controller import TargetState

@@ -21,8 +21,7 @@ from pretend_gpu_cases import PATHS
 from ranks import Ranks
 
 from ee_megatron import exit_rules
-from ee_megatron.planning.generation import KERNELS, WAITS
-from ee_megatron.planning.timing import LEARNER_KERNELS
+from ee_megatron.planning.roofline import KERNELS, LEARNER_KERNELS
 from tests.pretend_gpu import PretendGPU
 from tests.tiny import tiny_hf
 
@@ -131,11 +130,8 @@ def test_a_token_round_starts_as_many_kernels_as_the_plan_counts(device, tmp_pat
     assert {kind: round(count) for kind, count in found.items()} == KERNELS
 
 
-def test_the_plan_counts_waits_and_the_learners_kernels_as_the_table_does():
+def test_the_plan_counts_the_learners_kernels_as_the_table_does():
     """Of six layers with three exits; what a micro-batch has beside its layers is shared out over them."""
-    segments = 4
-    waits = BUDGETS["decode sample"]["syncs"] + BUDGETS["decode sample"]["copies"]
-    assert segments * WAITS["segment"] + WAITS["round"] == pytest.approx(waits, abs=0.5)
     rows = {"reference": "score reference", "score": "score", "update": "learn likelihood",
             "update, recomputed": "learn likelihood, recompute"}  # fmt: skip
     for name, row in rows.items():

@@ -1,22 +1,20 @@
 """The plan against real learners on gloo ranks: FLOPs of scoring and of a step by torch's counter, memory by the
-tensors that exist, on SmolLM2 and two tiny models, three layouts each."""
+tensors that exist, on SmolLM2 and two tiny models."""
 
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 
 import pytest
 from ranks import Ranks
 
 from ee_megatron.config.schema import RunConfig
-from ee_megatron.families import dims_from_config
+from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.planning.flops import PassMode, pass_cost, whole_pass
 from ee_megatron.planning.layout import Layout
 from ee_megatron.planning.memory import Training, learner_memory
-from ee_megatron.planning.packing import pack_pass
-from ee_megatron.planning.workload import Workload
+from ee_megatron.planning.workload import Workload, pack_pass
 from ee_megatron.policy import ATTENTION, PolicySpec
 from tests.covering import EXTENDED, covering, some
 from tests.processes import ROOT
@@ -25,12 +23,11 @@ from tests.tiny import tiny_hf
 pytestmark = EXTENDED
 
 FLOPS, MEMORY = 0.05, 0.10
-LAYERS = (1, 3, 4)
+LORA = PolicySpec(6, (1, 3, 4), rank=4, alpha=8.0)
 SPECS = {
-    "lora": PolicySpec(6, LAYERS, rank=4, alpha=8.0),
-    "attention": PolicySpec(6, LAYERS, rank=4, targets=ATTENTION),
-    "full": PolicySpec(6, LAYERS, rank=0, full=True),
-}
+    "lora": LORA, "attention": PolicySpec(6, (1, 3, 4), rank=4, targets=ATTENTION),
+    "full": PolicySpec(6, (1, 3, 4), rank=0, full=True),
+}  # fmt: skip
 # (tensor, pipeline, data), layers per stage, options
 TINY = {
     "TP2_DP2": ((2, 1, 2), (6,), {}),
@@ -50,8 +47,7 @@ MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    size = {"hidden": 128, "vocab": 512}
+    folder, size = tmp_path_factory.mktemp("models"), {"hidden": 128, "vocab": 512}
     return {
         "llama": tiny_hf("llama", folder / "llama", tied=False, heads=4, intermediate=256, **size),
         "qwen3": tiny_hf("qwen3", folder / "qwen3", tied=True, heads=8, intermediate=192, **size),
@@ -72,63 +68,51 @@ def three(tmp_path_factory):
         yield running
 
 
-def compare(ranks, path, spec, layout, sequences, prompt, answer, depth, tokens, group=1) -> list[tuple[str, float]]:
-    """(what, prediction / measurement) for every rank and kind; tokens: of a micro-batch."""
-    degrees, sizes, options = layout
-    dims = dims_from_config(json.loads((path / "config.json").read_text()))
-    cfg = RunConfig()
+def compare(ranks, path, spec, layout, sequences, prompt, answer, depth, tokens, group=1) -> None:
+    """Prediction against measurement for every rank and kind; tokens: of a micro-batch."""
+    (degrees, sizes, options), cfg = layout, RunConfig()
     cfg.parallel.tensor, cfg.parallel.pipeline, cfg.parallel.data = degrees
     cfg.parallel.tokens_per_micro_batch = tokens
     packed = pack_pass(cfg, Workload.of(prompt, answer, spec.layout.outcomes, depth), sequences, group)
-    load = packed.load
-    plan = Layout(dims, spec, *degrees, 1, options.get("sequence_parallel", False), sizes)
+    plan = Layout(HFDirectory(path).dims, spec, *degrees, 1, options.get("sequence_parallel", False), sizes)
     measured = ranks.call(
         "plan_cases:measure", path=path, spec=spec, degrees=degrees, sizes=sizes, sequences=sequences, prompt=prompt,
-        answer=answer, shares=load.shares, group=group, tokens=tokens, options=options,
+        answer=answer, shares=packed.load.shares, group=group, tokens=tokens, options=options,
     )  # fmt: skip
-    recompute, zero = options.get("recompute", False), options.get("zero_stage", 1)
+    again = options.get("recompute", False)
+    training = Training(4, again, options.get("zero_stage", 1), offload=False, on_cpu=True)
     passes = {
         "flops score": PassMode(train=False),
         "flops reference": PassMode(train=False, policy=False),
-        "flops step": PassMode(train=True, recompute=recompute, input_gradient=recompute),
+        "flops step": PassMode(train=True, recompute=again, input_gradient=again),
     }
-    training = Training(4, recompute, zero, offload=False, on_cpu=True)
-    ratios = []
     for rank, found in enumerate(measured):
         stage = rank // (plan.tensor * plan.data)
         memory = learner_memory(plan, packed, training, stage)
-        predicted = {name: pass_cost(plan, load, sequences, how)[stage] for name, how in passes.items()}
-        predicted |= {kind: memory[kind] for kind in ("weights", "gradients", "optimizer", "activations")}
-        ratios += [(f"{kind} of rank {rank}", predicted[kind] / found[kind]) for kind in predicted]
+        for kind in ("weights", "gradients", "optimizer", "activations"):
+            assert memory[kind] == pytest.approx(found[kind], rel=MEMORY), (kind, rank)
+        for name, how in passes.items():
+            assert pass_cost(plan, packed.load, sequences, how)[stage] == pytest.approx(found[name], rel=FLOPS), rank
     for name, how in passes.items():
-        whole = whole_pass(plan, load, sequences, how)
-        ratios.append((f"{name} of all", whole / sum(found[name] for found in measured)))
-    return ratios
-
-
-def check(ratios: list[tuple[str, float]]) -> None:
-    for what, ratio in ratios:
-        assert abs(ratio - 1) < (FLOPS if what.startswith("flops") else MEMORY), (what, ratio)
-    print("worst", {k: max((abs(r - 1), w) for w, r in ratios if w.startswith("flops") == (k == "flops"))
-                    for k in ("flops", "memory")})  # fmt: skip
+        whole = whole_pass(plan, packed.load, sequences, how)
+        assert whole == pytest.approx(sum(found[name] for found in measured), rel=FLOPS), name
 
 
 @pytest.mark.parametrize(("layout", "case"), covering(TINY, itertools.product(("llama", "qwen3"), SPECS)))
 def test_tiny_models_cost_what_was_planned(four, models, layout, case) -> None:
-    name, mode = case
-    check(compare(four, models[name], SPECS[mode], TINY[layout], 16, 24, 39, 0.7, 256))
+    compare(four, models[case[0]], SPECS[case[1]], TINY[layout], 16, 24, 39, 0.7, 256)
 
 
 @pytest.mark.parametrize("depth", [1.0, 0.45])
 def test_other_depths_cost_what_was_planned(four, models, depth) -> None:
-    check(compare(four, models["llama"], SPECS["lora"], TINY["TP2_DP2"], 16, 8, 71, depth, 320))
+    compare(four, models["llama"], LORA, TINY["TP2_DP2"], 16, 8, 71, depth, 320)
 
 
 @pytest.mark.parametrize("layout", ["TP2_DP2", "PP2_DP2_recompute", "TP2_PP2_zero2"])
 def test_a_prompt_that_a_group_shares_costs_what_was_planned(four, models, layout) -> None:
-    check(compare(four, models["qwen3"], SPECS["lora"], TINY[layout], 16, 40, 31, 0.7, 176, group=4))
+    compare(four, models["qwen3"], LORA, TINY[layout], 16, 40, 31, 0.7, 176, group=4)
 
 
 @pytest.mark.parametrize("layout", some(SMOL, ["PP3"]))
 def test_smollm2_costs_what_was_planned(three, layout) -> None:
-    check(compare(three, MODEL, SMOL_SPEC, SMOL[layout], 3, 24, 47, 0.7, 72))
+    compare(three, MODEL, SMOL_SPEC, SMOL[layout], 3, 24, 47, 0.7, 72)

@@ -159,7 +159,7 @@ def test_plans_wait_for_no_library_but_torch(base: list[str]) -> None:
     code = (
         "import sys\nfrom ee_megatron import cli\n"
         f"assert cli.main(['run', *{base!r}, '--dry-run']) == 0\n"
-        f"assert cli.main(['plan', *{base!r}, '--mean-depth', '0.9', '--no-build']) == 0\n"
+        f"assert cli.main(['plan', *{base!r}, '--mean-depth', '0.9']) == 0\n"
         "assert not {'transformers', 'datasets', 'megatron', 'deepspeed', 'ray', 'wandb'} & sys.modules.keys()\n"
     )
     done = subprocess.run(

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from ee_megatron.config.schema import TaskConfig
 from ee_megatron.tasks import Verdict, VerifierPool, make_task
-from ee_megatron.tasks.answers import same_answer, verify_solution
-from ee_megatron.tasks.numbers import plain_number
+from ee_megatron.tasks.answers import plain_number, same_answer, verify_solution
 from ee_megatron.types import Prompt
 
 # {n} is the bare number, {c} the one with thousands commas, {l} with LaTeX's.
@@ -226,6 +225,44 @@ def test_words_without_a_mark(reference: str, text: str, reward: float) -> None:
 )
 def test_boxes_that_are_taken_back(text: str, reward: float) -> None:
     assert verify_solution("18", text).reward == reward
+
+
+@pytest.mark.parametrize(
+    ("reference", "text", "verdict"),
+    [
+        ("18", "The answer is 17.\nWait. The answer is 18.", Verdict(True, True, True)),
+        ("18", "\\boxed{18}\nNo: the answer is 17.", Verdict(False, True, True)),
+        ("18", "The answer is 17.\nQuestion: What is 9 + 9?\nAnswer: 18", Verdict(False, True, True)),
+        ("18", "<think>\\boxed{17}</think>The answer is 18", Verdict(True, True, True)),
+        ("18", "<think>It must be \\boxed{18} so", Verdict(False, False, False)),
+        ("18", "so she has 18 apples.", Verdict(True, False, True)),
+        ("18", "\\boxed{9 + 9}", Verdict(False, True, True)),
+        ("18", "The answer is 2 \\times 9", Verdict(False, True, True)),
+        ("2", "The answer is 2 thousand", Verdict(False, True, True)),
+        ("18", "\\boxed{\\frac{36}{2}}", Verdict(False, True, True)),
+        ("0.75", "The answer is 1.5 * \\frac{1}{2}", Verdict(False, True, True)),
+        ("0.75", "The answer is \\frac{1}{4}", Verdict(False, True, True)),
+        ("0.75", "\\boxed{\\frac{3}{4}}", Verdict(True, True, True)),
+        ("\\frac{3}{4}", "The answer is 3/4", Verdict(True, True, True)),
+        ("x^2+1", "\\boxed{1 + x^2}", Verdict(True, True, True)),
+        ("x^2+1", "\\boxed{x^2 - 1}", Verdict(False, True, True)),
+        ("Paris", "The answer is paris.", Verdict(True, True, True)),
+        ("Paris", "The answer is London.", Verdict(False, True, True)),
+        ("18", "I can't say.", Verdict(False, False, False)),
+    ],
+)
+def test_verdict_on_a_solution(reference: str, text: str, verdict: Verdict) -> None:
+    assert verify_solution(reference, text) == verdict
+
+
+def test_numbers_in_words_and_units() -> None:
+    accepted = {"$1,200.50": "1200.5", "18 dollars per day": "18", "**42**": "42", "\\text{18 km/h}": "18", "50%": "50"}
+    assert {text: str(plain_number(text)).rstrip("0") for text in accepted} == {
+        text: value.rstrip("0") for text, value in accepted.items()
+    }
+    for text in ("3 x 8", "2 thousand", "18 or 20", "1,20", "1/2", "٤٢", "18 and a half", ""):
+        assert plain_number(text) is None, text
+    assert same_answer("18. So she earns $18 a day", "18") and not same_answer("18. So", "19")
 
 
 def hostile(marker: Path) -> list[str]:

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 from pathlib import Path
 
 import pytest
 
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import TaskConfig
-from ee_megatron.tasks import Verdict, make_task, task_of
-from ee_megatron.tasks.answers import same_answer, verify_solution
-from ee_megatron.tasks.numbers import plain_number
-
-STYLES = (
-    "She has 3 + 4 of them. The answer is {}.",
-    "Steps: 3 + 4 = 7.\n\\[ \\boxed{{{}}} \\]",
-    "First 3, then 4.\n#### {}",
-    "We get 5, then\n{}",
-    "**Answer:** ${} per day",
-    "So it costs \\boxed{{\\${}\\text{{ dollars}}}}.",
-)
+from ee_megatron.tasks import make_task, task_of
 
 
 def write_rows(path: Path, count: int, start: int = 0) -> Path:
@@ -219,92 +206,3 @@ def test_unusable_files_say_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes('{"question": "é?", "answer": "2"}\n'.encode("latin1"))
     with pytest.raises(ValueError, match=r"latin\.jsonl.*UTF-8"):
         make_task(TaskConfig("jsonl", path=str(tmp_path / "latin.jsonl")))
-
-
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("gold", ["18", "1,200", "-3", "2.5"])
-def test_every_style_of_a_right_answer_is_accepted_and_of_a_wrong_one_rejected(style: str, gold: str) -> None:
-    right = verify_solution(gold, style.format(gold))
-    assert right.correct and right.answered
-    assert right.well_formed == ("We get" not in style)
-    for wrong in (f"{gold}1", f"{gold}7", f"4{gold}" if gold != "-3" else "3", "0"):
-        assert not verify_solution(gold, style.format(wrong)).correct, wrong
-
-
-@pytest.mark.parametrize(
-    ("reference", "text", "verdict"),
-    [
-        ("18", "The answer is 17.\nWait. The answer is 18.", Verdict(True, True, True)),
-        ("18", "\\boxed{18}\nNo: the answer is 17.", Verdict(False, True, True)),
-        ("18", "The answer is 17.\nQuestion: What is 9 + 9?\nAnswer: 18", Verdict(False, True, True)),
-        ("18", "<think>\\boxed{17}</think>The answer is 18", Verdict(True, True, True)),
-        ("18", "<think>It must be \\boxed{18} so", Verdict(False, False, False)),
-        ("18", "so she has 18 apples.", Verdict(True, False, True)),
-        ("18", "\\boxed{9 + 9}", Verdict(False, True, True)),
-        ("18", "The answer is 2 \\times 9", Verdict(False, True, True)),
-        ("2", "The answer is 2 thousand", Verdict(False, True, True)),
-        ("18", "\\boxed{\\frac{36}{2}}", Verdict(False, True, True)),
-        ("0.75", "The answer is 1.5 * \\frac{1}{2}", Verdict(False, True, True)),
-        ("0.75", "The answer is \\frac{1}{4}", Verdict(False, True, True)),
-        ("0.75", "\\boxed{\\frac{3}{4}}", Verdict(True, True, True)),
-        ("\\frac{3}{4}", "The answer is 3/4", Verdict(True, True, True)),
-        ("x^2+1", "\\boxed{1 + x^2}", Verdict(True, True, True)),
-        ("x^2+1", "\\boxed{x^2 - 1}", Verdict(False, True, True)),
-        ("Paris", "The answer is paris.", Verdict(True, True, True)),
-        ("Paris", "The answer is London.", Verdict(False, True, True)),
-        ("18", "I can't say.", Verdict(False, False, False)),
-    ],
-)
-def test_verdict_on_a_solution(reference: str, text: str, verdict: Verdict) -> None:
-    assert verify_solution(reference, text) == verdict
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "7" * 100_000,
-        "The answer is " + "7" * 100_000,
-        "\\boxed" + "{" * 100_000,
-        "\\boxed{" * 20_000,
-        "1" + "," * 100_000,
-        "\n" * 100_000 + "17",
-        "answer is" + " " * 100_000,
-        "\\boxed{9^{9^{9^9}}}",
-        "The answer is $10^{100000000}$",
-        "\\boxed{99999999!}",
-        "The answer is ٤٢ or ４２",
-        "<think>" * 20_000,
-    ],
-    ids=range(12),
-)
-def test_hostile_answers_are_judged_at_once(text: str) -> None:
-    begun = time.process_time()
-    assert not verify_solution("42", text).correct
-    assert time.process_time() - begun < 2.0
-
-
-def test_numbers_in_words_and_units() -> None:
-    accepted = {"$1,200.50": "1200.5", "18 dollars per day": "18", "**42**": "42", "\\text{18 km/h}": "18", "50%": "50"}
-    assert {text: str(plain_number(text)).rstrip("0") for text in accepted} == {
-        text: value.rstrip("0") for text, value in accepted.items()
-    }
-    for text in ("3 x 8", "2 thousand", "18 or 20", "1,20", "1/2", "٤٢", "18 and a half", ""):
-        assert plain_number(text) is None, text
-    assert same_answer("18. So she earns $18 a day", "18") and not same_answer("18. So", "19")
-
-
-@pytest.mark.skipif(not os.environ.get("EE_GSM8K"), reason="EE_GSM8K does not name a directory with GSM8K's JSONL")
-def test_all_published_gsm8k_answers_are_accepted_and_perturbed_ones_rejected() -> None:
-    rows = 0
-    for part in ("train", "test"):
-        for line in (Path(os.environ["EE_GSM8K"]) / f"{part}.jsonl").read_text(encoding="utf-8").splitlines():
-            gold = json.loads(line)["answer"].rpartition("####")[2].strip()
-            value = plain_number(gold)
-            assert value is not None
-            rows += 1
-            for style in STYLES:
-                assert verify_solution(gold, style.format(gold)).correct, (gold, style)
-                for wrong in (str(value + 1), str(value * 10), f"{gold}1", f"{gold}.5"):
-                    if plain_number(wrong) != value:
-                        assert not verify_solution(gold, style.format(wrong)).correct, (gold, wrong, style)
-    assert rows == 8792

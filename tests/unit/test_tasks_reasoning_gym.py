@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ee_megatron.config.schema import TaskConfig
-from ee_megatron.tasks import Verdict, VerifierPool, make_task, reasoning_gym_source
+from ee_megatron.tasks import Verdict, VerifierPool, make_task, reasoning_gym
 from ee_megatron.tasks.reasoning_gym import ReasoningGymTask, _safe
 
 SPLITS = ("train", "validation", "evaluation")
@@ -201,7 +201,7 @@ def test_unusable_families_say_why(stand_in: Path, monkeypatch: pytest.MonkeyPat
         make("few").prompts("train")
     with pytest.raises(ValueError, match=r"task\.families"):
         make_task(TaskConfig("reasoning_gym", families=[]))
-    monkeypatch.setattr(reasoning_gym_source, "GENERATE_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(reasoning_gym, "GENERATE_TIMEOUT_S", 0.01)
     with pytest.raises(ValueError, match=r"sums.*\b0 s\b"):
         make("sums")
 

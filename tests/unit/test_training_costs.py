@@ -7,20 +7,28 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from ee_megatron.planning.step import phase_flops, step_flops
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ee_megatron.config.schema import RunConfig
+from ee_megatron.families import dims_from_config
 from ee_megatron.planning import devices
-from ee_megatron.planning.flops import PassMode, answer_cost, decode_cost, generation_cost, prefill_cost, whole_pass
+from ee_megatron.planning.flops import (
+    PassMode,
+    answer_cost,
+    decode_cost,
+    phase_flops,
+    prefill_cost,
+    step_flops,
+    whole_pass,
+)
 from ee_megatron.planning.layout import Layout
-from ee_megatron.planning.published import published_dims
-from ee_megatron.planning.step import phase_flops, step_flops
-from ee_megatron.planning.workload import Counted, Workload
+from ee_megatron.planning.workload import Workload
 from ee_megatron.training.rl_metrics import cost_metrics, peak_flops, step_timings
 from ee_megatron.types import Group, Rollout
 
-DIMS = published_dims("SmolLM2-135M")
+DIMS = dims_from_config(published_config("SmolLM2-135M"))
 OUTCOMES = (10, 20, 30)
 
 
@@ -43,7 +51,8 @@ def test_generation_is_counted_as_the_answers_are_one_by_one(answers) -> None:
     prompts = [prompt for prompt, _ in answers]
     for layout, first in ((LAYOUT, 30), (EARLY, 10), (EARLY, 30)):
         depths, early = [np.array([first, *taken], dtype=np.int32) for _, taken in answers], layout.spec.first_token
-        found = generation_cost(layout, Counted.of(prompts, depths, 30, first_token=early), prompts)
+        found = decode_cost(layout, Load.counted(prompts, depths, 30, first_token=early))
+        found += sum(prefill_cost(DIMS, prompt - early) for prompt in prompts)
         each = [
             answer_cost(DIMS, OUTCOMES[:-1], 2, p, d.tolist(), first_token=early)
             for p, d in zip(prompts, depths, strict=True)
@@ -57,14 +66,12 @@ def test_generation_is_counted_as_the_answers_are_one_by_one(answers) -> None:
 def test_equal_answers_cost_what_is_planned_of_them(layout: Layout, how: PassMode, group: int) -> None:
     later, first = [10, 20, 20, 30] * 5, layout.spec.first_token
     taken = [np.array([*[30] * (not first), *np.roll(later, i)]) for i in range(8)]
-    made = Counted.of([50] * 8, taken, 30, group, first_token=first)
+    made = Load.counted([50] * 8, taken, 30, group, first_token=first)
     load = Workload(50, len(taken[0]), OUTCOMES, (0.25, 0.5, 0.25), first_token=first)
     planned = whole_pass(layout, load.in_groups(group), 8, how)
     # Which of the tokens leave early changes what attention sees, a little.
     assert whole_pass(layout, made, 1, how) == pytest.approx(planned, rel=2e-3)
-    assert generation_cost(layout, made, [50]) - prefill_cost(DIMS, 50 - first) == pytest.approx(
-        8 * decode_cost(layout, load), rel=2e-3
-    )
+    assert decode_cost(layout, made) == pytest.approx(8 * decode_cost(layout, load), rel=2e-3)
 
 
 def rollout(prompt: int, taken: list[int]) -> Rollout:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ee_megatron.exit_rules import Off, Prescribed
-from ee_megatron.planning.timing import Roofline
+from ee_megatron.planning.roofline import Roofline
 from ee_megatron.rollout import Decoder, Request, SamplingParams, Scheduler
 from tools.workloads import answer_all, exits_with_mean, spread
 
@@ -61,10 +61,10 @@ def decode(findings: Findings, bench: Bench) -> None:
     )  # fmt: skip
     for name, depth in kinds.items():
         at = plan if depth < 1 else bench.plan(bench.settings(False, prompts=rows), device, prompt, answer, depth)
-        bound = Roofline(at.cfg, at.layout, at.load, ideal(device), at.item, rows, answer).phases()["rollouts"]
+        bound = Roofline(at.cfg, at.layout, at.load, ideal(device), at.item, rows, answer).phases()["rollouts"].best
         share = bound / spread(seconds[name])[0]
         findings.figure(f"{name}: roofline", tokens / bound, "tokens/s")
-        findings.figure(f"{name}: what `plan` expects", tokens / at.seconds["rollouts"], "tokens/s")
+        findings.figure(f"{name}: what `plan` expects", tokens / at.phases["rollouts"].likely, "tokens/s")
         why = "nothing is faster than the device: else the clock or the count is wrong"
         findings.check(f"{name}: share of the roofline", share, at_least=0.0, at_most=1.05, why=why)
     profile_rounds(findings, bench, decoder, words)

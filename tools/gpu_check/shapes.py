@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,8 +20,8 @@ from ee_megatron.config.derive import policy_spec
 from ee_megatron.config.schema import DeepspeedConfig, RunConfig
 from ee_megatron.families import ModelDims, dims_from_config
 from ee_megatron.families.hf_directory import HFDirectory
-from ee_megatron.planning.devices import Device
-from ee_megatron.planning.published import PUBLISHED
+from ee_megatron.planning.devices import Device, Reach
+from ee_megatron.planning.plan import Assumptions, make_plan, published_config
 from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import Decoder
 
@@ -28,7 +29,7 @@ from .findings import Findings
 
 if TYPE_CHECKING:
     from ee_megatron.learner.learner import Learner
-    from ee_megatron.planning.plan import Plan
+    from ee_megatron.planning.plan import RunPlan
 
 SMALL_MODEL = {
     "model_type": "qwen2", "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 12,
@@ -51,7 +52,7 @@ class Size:
     depth: float = 0.7
 
 
-REAL = Size(PUBLISHED["DeepSeek-R1-Distill-Qwen-1.5B"][0], 8, (2, 4, 6), (64, 128, 64), (4, 4, 128, 384, 2048), 3)
+REAL = Size(published_config("DeepSeek-R1-Distill-Qwen-1.5B"), 8, (2, 4, 6), (64, 128, 64), (4, 4, 128, 384, 2048), 3)
 SMALL = Size(SMALL_MODEL, 6, (2, 4), (4, 16, 12), (2, 2, 16, 32, 96), 2)
 
 
@@ -90,10 +91,8 @@ class Bench:
     def dims(self, shallow: bool) -> ModelDims:
         return HFDirectory(self.folder(shallow)).dims
 
-    def plan(self, cfg: RunConfig, device: Device, prompt: int, answer: int, depth: float | None = None) -> Plan:
+    def plan(self, cfg: RunConfig, device: Device, prompt: int, answer: int, depth: float | None = None) -> RunPlan:
         """What `ee-megatron plan` would say of the whole model; depth: mean, if it is not the size's."""
-        from ee_megatron.planning.plan import Assumptions, make_plan
-
         cfg.rollout.max_new_tokens = answer
         return make_plan(cfg, self.dims(False), device, Assumptions(prompt, answer, depth or self.size.depth))
 
@@ -210,7 +209,5 @@ def ideal(device: Device) -> Device:
 
     A CPU without bfloat16 instructions multiplies bfloat16 more slowly than float32, and what runs there in part or
     whole in float32 is faster than its bfloat16 peak; the faster of the two is the ceiling."""
-    narrow = max(device.tflops, device.fp32)
-    return replace(
-        device, tflops=narrow, efficiency=1.0, streaming=1.0, moving=1.0, reach=1.0, launch=0.0, wait=0.0, row=0.0
-    )
+    perfect = Reach(compute=1.0, memory=1.0, links=1.0, launch=0.0, host=math.inf)
+    return replace(device, tflops=max(device.tflops, device.fp32), likely=perfect, best=perfect)

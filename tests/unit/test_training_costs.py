@@ -24,7 +24,8 @@ from ee_megatron.planning.flops import (
     whole_pass,
 )
 from ee_megatron.planning.layout import Layout
-from ee_megatron.planning.workload import Workload
+from ee_megatron.planning.plan import published_config
+from ee_megatron.planning.workload import Load, Workload
 from ee_megatron.training.rl_metrics import cost_metrics, peak_flops, step_timings
 from ee_megatron.types import Group, Rollout
 

@@ -139,8 +139,8 @@ def merged_layers_cost(dims: ModelDims, load: Load, full: bool = False) -> float
 
 def exits_read_cost(layout: Layout, load: Workload, group: int) -> float:
     """An answer read once more (rl.exit_credit.divergence=all), its prompt once for a group of them: by the reference
-    at full depth, by the policy at the answer's own exits. Read out are the reference's end and, where a token may exit,
-    every exit that it came by or took, and the policy's end if it got there."""
+    at full depth, by the policy at the answer's own exits. Read out are the reference's end and, where a token may
+    exit, every exit that it came by or took, and the policy's end if it got there."""
     dims, together = layout.dims, load.in_groups(group)
     readouts = load.answer + sum(load.asked(depth) for depth in load.outcomes)
     layers = merged_layers_cost(dims, together, full=True) + merged_layers_cost(dims, together)

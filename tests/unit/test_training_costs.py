@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from ee_megatron.planning.step import phase_flops, step_flops
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -242,7 +242,7 @@ def test_a_file_says_the_same_as_the_command_line(tmp_path: Path) -> None:
         ("zip: [{keys: [a, b], rows: [[1, 2], [3]]}]", r"zip.*\b2\b.*\[3\]"),
         ("zip: [{keys: a, rows: [[1]]}]", r"zip.*'keys': 'a'"),
         ("isoflop: {sett: x}", r"isoflop\.sett\b"),
-        ("isoflop: {set: rl.kl_penalty.weight}", r"isoflop\.set=rl\.beta.*calibrate\.epochs"),
+        ("isoflop: {set: rl.kl_penalty.weight}", r"isoflop\.set=rl\.kl_penalty\.weight.*calibrate\.epochs"),
         ("- a", "axes.*list"),
         ("a: [", "line 1"),
     ],

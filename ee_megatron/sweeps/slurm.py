@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config.sbatch import DEFAULTS, merged, site_options
+from ..config.cluster import DEFAULTS, merged, site_options
 from . import records
 from .sweep import StageTask, Sweep
 from .task import TaskRunner

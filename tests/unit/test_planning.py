@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from ee_megatron import cli
 from ee_megatron.config.derive import position_bytes
 from ee_megatron.config.load import load
-from ee_megatron.config.schema import RunConfig
+from ee_megatron.config.schema import ExitCredit, RunConfig
 from ee_megatron.planning.actors import shard_elements
 from ee_megatron.planning.command import launch_command, launch_commands
 from ee_megatron.planning.construct import build_ranks, check_sums
@@ -46,8 +47,8 @@ def config(tensor=1, pipeline=1, data=1, virtual=1, **settings) -> RunConfig:
         virtual,
     )
     for key, value in settings.items():
-        section, name = key.split("__")
-        setattr(getattr(cfg, section), name, value)
+        *path, name = key.split("__")
+        setattr(functools.reduce(getattr, path, cfg), name, value)
     return cfg
 
 
@@ -159,9 +160,7 @@ def test_gates_cost_what_they_are_made_of_and_travel_in() -> None:
     dims, device = published_dims(SEVEN), find_device("H100")
 
     def planned(**change):
-        return make_plan(
-            config(adapter__rank=0, teacher__enabled=False, **change), dims, device, Assumptions(answer_tokens=48)
-        )
+        return make_plan(config(adapter__rank=0, teacher=None, **change), dims, device, Assumptions(answer_tokens=48))
 
     plain, narrow, small = planned(), planned(rollout__sync_dtype="bfloat16"), planned(exits__gate_width=0.25)
     matrices = len(plain.layout.spec.exit_depths) * 2 * dims.hidden**2
@@ -385,7 +384,7 @@ def test_what_is_read_again_needs_room_for_a_whole_replica(capsys: pytest.Captur
 def test_a_bounded_cache_bounds_memory_and_rows() -> None:
     """The engine lets a row begin when what it may come to need is free."""
     dims, device = published_dims(SEVEN), find_device("H100")
-    many = dict(rl__prompts_per_step=16, rl__group_size=8, rollout__rows=128, rollout__max_new_tokens=1000)
+    many = dict(rl__prompts_per_step=16, rl__group_size=8, rollout__max_num_seqs=128, rollout__max_new_tokens=1000)
     free = make_plan(config(**many), dims, device, Assumptions())
     bound = make_plan(config(**many, rollout__cache_gib=2.0), dims, device, Assumptions())
     page = 16 * 2 * 2 * 28 * 4 * 128
@@ -480,7 +479,7 @@ def test_a_step_waits_for_its_longest_answer() -> None:
     dims, device = published_dims(SEVEN), find_device("H100")
 
     def rollouts(longest: int, rows: int) -> float:
-        cfg = config(rollout__max_new_tokens=longest, rollout__rows=rows)
+        cfg = config(rollout__max_new_tokens=longest, rollout__max_num_seqs=rows)
         return make_plan(cfg, dims, device, Assumptions(200, 200)).seconds["rollouts"]
 
     assert rollouts(800, 64) == pytest.approx(4 * rollouts(200, 64), rel=0.15)
@@ -502,8 +501,8 @@ def test_the_engine_on_a_cpu_is_as_fast_as_planned(dtype: str, depth: float) -> 
     core = dataclasses.replace(find_device("cpu"), tflops=0.46, fp32=0.23, bandwidth=36e9, cores=1)
     for rows, measured in zip((1, 8, 32, 128), ENGINES[dtype, depth], strict=True):
         cfg = config(
-            model__dtype=dtype, exits__depths=[5, 10, 15, 20, 25], adapter__rank=32, rollout__rows=rows,
-            rollout__max_new_tokens=64, rl__prompts_per_step=rows, rl__group_size=1, rl__advantage="none",
+            model__dtype=dtype, exits__depths=[5, 10, 15, 20, 25], adapter__rank=32, rollout__max_num_seqs=rows,
+            rollout__max_new_tokens=64, rl__prompts_per_step=rows, rl__group_size=1, rl__loss__advantage="none",
         )  # fmt: skip
         plan = make_plan(cfg, published_dims("SmolLM2-135M"), core, Assumptions(24, 64, depth))
         likely, best = (rows * 64 / seconds["rollouts"] for seconds in (plan.seconds, plan.best_seconds))
@@ -526,19 +525,25 @@ def test_reading_every_exit_is_a_phase_of_the_actors_and_spares_the_learner_the_
     dims = published_dims("SmolLM2-135M")
 
     def plan(*, group: int = 8, **settings) -> Plan:
-        cfg = config(rl__credit="exit", rl__kl="exact", rl__group_size=group, exits__depths=[5, 15], **settings)
+        cfg = config(
+            rl__exit_credit=ExitCredit(),
+            rl__kl_penalty__kind="exact",
+            rl__group_size=group,
+            exits__depths=[5, 15],
+            **settings,
+        )
         return make_plan(cfg, dims, find_device("H100"), Assumptions(200, 48))
 
-    taken, read = plan(), plan(rl__exit_divergence="all")
+    taken, read = plan(), plan(rl__exit_credit__divergence="all")
     assert "exits read" not in taken.seconds and "exits read" not in taken.flops
     assert 0 < read.flops["scoring"] < taken.flops["scoring"] and read.flops["update"] == taken.flops["update"]
     answers = 8 * read.cfg.rl.prompts_per_step
     assert read.flops["exits read"] == answers * exits_read_cost(read.layout, read.load, 8)
     # A prompt more with its answers takes as much again; a larger group doesn't.
-    twice = plan(group=16, rl__exit_divergence="all")
+    twice = plan(group=16, rl__exit_credit__divergence="all")
     assert twice.flops["exits read"] == 2 * answers * exits_read_cost(read.layout, read.load, 16)
     assert twice.flops["exits read"] < 2 * read.flops["exits read"]
-    assert "exits read" not in plan(rl__exit_divergence="all", rl__beta=0.0).seconds
+    assert "exits read" not in plan(rl__exit_credit__divergence="all", rl__kl_penalty__weight=0.0).seconds
 
 
 @pytest.mark.parametrize("first_token", [False, True], ids=["prompts never exit", "first token exits"])

@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple
 
-from omegaconf import MISSING as MANDATORY
-
+MANDATORY = "???"
+"""Default of a setting that has to be given, as omegaconf writes it."""
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 LARGEST = 2**63
 

@@ -13,11 +13,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import OmegaConf
 
 from .aliases import REMOVED
 from .derive import model_dir, read_dims, resolve_exits
-from .fields import find
+from .fields import MANDATORY, find
 from .schema import KEYS, RunConfig
 
 # What each stage adds to the settings of the stage before it.
@@ -98,7 +98,7 @@ def _results(cfg: RunConfig) -> dict[str, Any]:
             continue
         if k.rules.execution or left_out.intersection(k.inside):
             continue
-        unset = k.rules.off if k.default == MISSING else k.default
+        unset = k.rules.off if k.default == MANDATORY else k.default
         value = find(cfg, k.key)
         if off.intersection(k.inside):
             value = k.rules.off if k.is_switch else k.default

@@ -12,8 +12,6 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import MISSING
-
 from ..objectives.policy_gradient import KL_TERMS
 from .cluster import job_shape, seats
 from .derive import (
@@ -30,7 +28,7 @@ from .derive import (
 )
 from .device import asks_for_gpus
 from .errors import faults_of, refuse
-from .fields import NAME, Clash, clash, fault, find, settings, wrong_name
+from .fields import MANDATORY, NAME, Clash, clash, fault, find, settings, wrong_name
 from .schema import KEYS, SEQUENCE_MULTIPLE, RunConfig
 
 if TYPE_CHECKING:
@@ -75,7 +73,7 @@ def repaired(cfg: RunConfig, keys: Collection[str]) -> RunConfig:
     cfg = copy.deepcopy(cfg)
     for k in KEYS:
         if k.key in keys:
-            off = k.default == MISSING and k.inside
+            off = k.default == MANDATORY and k.inside
             *path, name = (k.inside[-1] if off else k.key).split(".")
             setattr(find(cfg, ".".join(path)) if path else cfg, name, None if off else copy.copy(k.default))
     return cfg

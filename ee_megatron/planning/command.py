@@ -6,10 +6,9 @@ import os
 import shlex
 from pathlib import Path
 
-from ..config.cluster import job_shape
+from ..config.cluster import job_shape, merged, site_options, words
 from ..config.derive import ranks
 from ..config.identity import stage_order
-from ..config.sbatch import merged, site_options, words
 from ..config.schema import RunConfig
 
 SCRIPTS = Path(__file__).parents[2] / "slurm"

@@ -17,7 +17,7 @@ from ..config.device import asks_for_gpus, pick_device
 from ..config.errors import refuse
 from ..config.identity import STAGES
 from ..config.load import Attempt, load
-from ..config.sbatch import site_options
+from ..config.cluster import site_options
 from ..config.schema import RunConfig
 from ..config.validate import check_name
 from ..observe.lock import RunLock

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config.sbatch import DEFAULTS, merged, site_options
+from ..config.cluster import DEFAULTS, merged, site_options
 from .sweep import FINISHED, STOPPED, StageTask, Sweep, open_sweep
 from .task import run_task
 

@@ -59,12 +59,14 @@ class Preflight:
             wanted = [stage for stage in wanted if not stages.is_done(cfg, stage)]
         missing += self._of_files(cfg, dims, wanted)
         (missing if _is_given(cfg.task) else together).extend(self._of_data(cfg, wanted))
-        if here is not None and wanted:
+        keys = {*wrong, *found.without}
+        # How many nodes and devices a job takes is told by these.
+        placed = not any(key.split(".")[0] in ("cluster", "parallel", "rollout", "device") for key in keys)
+        if here is not None and wanted and placed:
             missing += faults_of(lambda: check_place(cfg, wanted, here, os.environ))
         if inputs and wanted and not (found.faults or wrong or together or missing):
             # With other settings it would be other stages that have to be there.
             missing += faults_of(lambda: stages.check_inputs(cfg, wanted[0]))
-        keys = {*wrong, *found.without}
         return [*found.faults, *wrong.values(), *unless_about(together, keys)], unless_about(missing, keys)
 
     def _of_files(self, cfg: RunConfig, dims: ModelDims | None, wanted: Sequence[str]) -> Iterator[str]:

@@ -318,21 +318,15 @@ def test_length_costs_its_price_per_cost_length_tokens(charge, expected):
 def test_with_credit_exit_tokens_answer_for_task_and_depth_and_exits_for_a_share_of_the_task():
     groups = [a_group([6, 2, 2], [6, 6, 6], rewards=[1, 0])]
     rl = RLConfig(
-        token_depth=0.5,
         depth_penalty=DepthPenalty(weight=0.6),
         kl_penalty=KLPenalty(weight=0.0),
         exit_credit=ExitCredit(task_weight=0.25),
     )
     batch, experience, _ = learned(groups, rl)
     saved = 0.6 * 8 / 18
-    assert per_answer(batch, experience.token_advantage) == pytest.approx([1 + 0.5 * saved, -1 - 0.5 * saved])
+    assert per_answer(batch, experience.token_advantage) == pytest.approx([1 + saved, -1 - saved])
     assert per_answer(batch, experience.exit_advantage) == pytest.approx([0.25, -0.25])
-    assert (
-        learned(groups, replace(rl, exit_credit=None, depth_penalty=replace(rl.depth_penalty, credit="answer")))[
-            1
-        ].hazard
-        is None
-    )
+    assert learned(groups, replace(rl, exit_credit=None))[1].hazard is None
 
 
 # Of two answers of three tokens, asked outcomes: depths 2 and 4, 6 and 2.

@@ -19,10 +19,10 @@ import pytest
 from ee_megatron.config.faults import Faults
 
 from ee_megatron import cli
+from ee_megatron.config.cluster import site_options
 from ee_megatron.config.derive import read_dims
 from ee_megatron.config.identity import stage_dir
 from ee_megatron.config.load import load
-from ee_megatron.config.sbatch import site_options
 from ee_megatron.config.validate import validate
 from ee_megatron.observe.lock import RunLock, process_start
 from ee_megatron.planning.command import allocation

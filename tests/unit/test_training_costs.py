@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,8 +37,8 @@ def config(**settings) -> RunConfig:
     cfg = RunConfig(name="x")
     cfg.exits.depths = list(OUTCOMES[:-1])
     for key, value in settings.items():
-        section, name = key.split("__")
-        setattr(getattr(cfg, section), name, value)
+        *path, name = key.split("__")
+        setattr(functools.reduce(getattr, path, cfg), name, value)
     return cfg
 
 
@@ -116,7 +117,7 @@ def test_a_steps_flops_are_those_that_a_plan_of_it_has() -> None:
 
 
 def test_where_nothing_is_scored_the_update_tells_how_much_of_the_prompts_was_shared() -> None:
-    settings = dict(rl__prompts_per_step=2, rl__group_size=4, rl__kl="exact", rl__skip_scoring=True)
+    settings = dict(rl__prompts_per_step=2, rl__group_size=4, rl__kl_penalty__kind="exact", rl__skip_scoring=True)
     kept = [0, 1, 2, 4]
     # Three answers of one group, which share its prompt, and one of the other.
     together = (40 + 3 * 20 + 2) + (40 + 20)

@@ -31,7 +31,7 @@ from ee_megatron.sweeps import task as tasks_module
 from ee_megatron.sweeps.command import listing, main, to_start
 from ee_megatron.sweeps.grid import read_grid
 from ee_megatron.sweeps.run_metrics import collect, figures_of, measure, pretrained, reinforced, rows
-from ee_megatron.sweeps.slurm import make_executor, minutes_of, sbatch_options
+from ee_megatron.sweeps.slurm import SlurmTask, make_executor, minutes_of, sbatch_options
 from ee_megatron.sweeps.sweep import Sweep, TaskRecord, find_sweep, open_sweep, placed, resolve
 from ee_megatron.sweeps.task import device_shares, run_here, run_task
 
@@ -317,6 +317,7 @@ def test_a_failed_task_says_why_and_what_needs_it_does_not_try(small: Sweep, mon
     shared, first, second = (small.record(key) for key in small.tasks)
     assert (shared.state, shared.stage, shared.code, shared.error) == ("failed", "calibrate", 3, "it broke")
     assert first.state == second.state == "failed" and "it broke" in first.error and first.starts == 1
+    assert [file.read_text() for file in small.directory.parent.glob("calibrate-*/starts")] == ["x"]
     assert not [*small.directory.parent.glob("rl-*")]
     assert [small.run_state(run) for run in small.runs] == ["failed", "failed"]
 
@@ -398,6 +399,33 @@ def test_an_interrupted_sweep_stops_its_tasks_and_waits_for_them(small: Sweep, m
     helper.join()
     assert [small.run_state(run) for run in small.runs] == ["stopped", "stopped"]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_warning_on_slurm_stops_the_stage_and_then_hands_the_job_back(
+    small: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage_script(monkeypatch, "signal.signal(signal.SIGTERM, lambda *_: sys.exit(85))\n(out / 'ready').touch()\n"
+                              "time.sleep(60)")  # fmt: skip
+    shared = next(iter(small.tasks.values()))
+    ready = small.path(shared.steps[0]) / "ready"
+
+    def warn() -> None:
+        while not ready.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    # In place of submitit's handler, which puts the job back into the queue and ends the process.
+    states: list[str] = []
+    before = signal.signal(signal.SIGUSR2, lambda *_: states.append(small.task_state(shared)))
+    helper = threading.Thread(target=warn)
+    helper.start()
+    try:
+        with pytest.raises(RuntimeError, match="stopped"):
+            SlurmTask(small.directory, shared.key, 300.0)()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+        helper.join()
+    assert states == ["stopped"] and small.record(shared.key).code == 85
 
 
 def test_devices_are_shared_out_among_tasks() -> None:

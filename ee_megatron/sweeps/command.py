@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..arguments import Parser
+from ..config.cluster import site_options
 from ..config.derive import ranks
 from ..config.device import asks_for_gpus, pick_device
 from ..config.errors import refuse
 from ..config.identity import STAGES
 from ..config.load import Attempt, load
-from ..config.cluster import site_options
 from ..config.schema import RunConfig
 from ..config.validate import check_name
 from ..observe.lock import RunLock

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -48,8 +49,8 @@ def config(tensor=1, pipeline=1, data=1, virtual=1, **settings) -> RunConfig:
     for key, value in dict(tensor=tensor, pipeline=pipeline, data=data, virtual=virtual).items():
         setattr(cfg.parallel, key, value)
     for key, value in settings.items():
-        section, name = key.split("__")
-        setattr(getattr(cfg, section), name, value)
+        *path, name = key.split("__")
+        setattr(functools.reduce(getattr, path, cfg), name, value)
     return cfg
 
 
@@ -196,7 +197,7 @@ def test_the_cache_of_a_vllm_is_what_is_left_of_its_share_and_a_bounded_one_boun
     long = seventy("rollout.max_new_tokens=30000", "rl.prompts_per_step=64", answer_tokens=15000)
     assert long.actor.rows == long.actor.positions // 15200 < long.actor.wanted == 128
     # The embedded engine lets a row begin when what it may come to need is free.
-    many = dict(rl__prompts_per_step=16, rl__group_size=8, rollout__rows=128, rollout__max_new_tokens=1000)
+    many = dict(rl__prompts_per_step=16, rl__group_size=8, rollout__max_num_seqs=128, rollout__max_new_tokens=1000)
     free, bound = (plan_of(SEVEN, config(**many, rollout__cache_gib=gib)) for gib in (0.0, 2.0))
     assert bound.actor.kinds["KV cache"] <= 2 * 2**30 < free.actor.kinds["KV cache"]
     assert bound.actor.rows == 2 * 2**30 // (16 * 2 * 2 * 28 * 4 * 128) // 75 and free.actor.rows == 128
@@ -321,7 +322,7 @@ def test_exits_save_the_embedded_engine_work_and_vllm_none() -> None:
 
 def test_a_step_waits_for_its_longest_answer() -> None:
     def rollouts(longest: int, rows: int) -> float:
-        cfg = config(rollout__max_new_tokens=longest, rollout__rows=rows)
+        cfg = config(rollout__max_new_tokens=longest, rollout__max_num_seqs=rows)
         return plan_of(SEVEN, cfg, "H100", 200, 200).phases["rollouts"].likely
 
     assert rollouts(800, 64) == pytest.approx(4 * rollouts(200, 64), rel=0.15)
@@ -343,9 +344,9 @@ LEARNER = {1.0: 15.4, 0.7: 12.0, 0.5: 9.3, 0.3: 6.8}
 def test_the_speed_that_was_measured_on_a_cpu_is_in_the_planned_range() -> None:
     def phase(name: str, core: Device, prompts: int, dtype: str, *assumed) -> PhaseTime:
         cfg = config(
-            model__dtype=dtype, exits__depths=[5, 10, 15, 20, 25], adapter__rank=32, rollout__rows=prompts,
-            rollout__max_new_tokens=assumed[1], rl__prompts_per_step=prompts, rl__group_size=1, rl__advantage="none",
-            rl__minibatches=1,
+            model__dtype=dtype, exits__depths=[5, 10, 15, 20, 25], adapter__rank=32, rollout__max_num_seqs=prompts,
+            rollout__max_new_tokens=assumed[1], rl__prompts_per_step=prompts, rl__group_size=1,
+            rl__minibatches=1, rl__loss__advantage="none",
         )  # fmt: skip
         return make_plan(cfg, dims_of(SMOL), core, Assumptions(*assumed)).phases[name]
 

@@ -230,7 +230,10 @@ def test_with_charge_right_nobody_s_advantage_depends_on_how_deep_wrong_answers_
         answers = [[6, 2, 2], [6, *depths[0]], [6, 4, 4, 6], [6, *depths[1]]]
         group = a_group(*answers, rewards=[1, 0, 1, 0], right=[1, 0, 1, 0])
         rl = RLConfig(
-            depth_penalty=DepthPenalty(weight=0.6, credit=credit_kind, penalize=charge),
+            depth_penalty=DepthPenalty(
+                weight=0.6, credit="answer" if credit_kind == "exit" else credit_kind, penalize=charge
+            ),
+            exit_credit=ExitCredit() if credit_kind == "exit" else None,
             kl_penalty=KLPenalty(weight=0.0),
         )
         batch, experience, _ = learned([group], rl)

@@ -105,11 +105,10 @@ def test_depth_costs_by_hand():
         assert DEPTH_COSTS[kind].of_answers(batch, 6, 10).tolist() == pytest.approx(costs), kind
 
 
-def test_importance_ratios_are_cut_masked_or_not_used():
+def test_importance_ratios_are_cut_or_masked():
     raw = torch.tensor([1.0, 7.0, 0.1, 0.5, 2.0])
     assert IMPORTANCE["truncate"](raw, 0.5, 2.0).tolist() == pytest.approx([1.0, 2.0, 0.1, 0.5, 2.0])
     assert IMPORTANCE["mask"](raw, 0.5, 2.0).tolist() == pytest.approx([1.0, 0.0, 0.0, 0.5, 2.0])
-    assert IMPORTANCE["none"](raw, 0.5, 2.0).tolist() == [1.0] * 5
 
 
 def test_schedule_rises_then_falls_to_a_tenth():
@@ -154,7 +153,7 @@ def test_gates_settle_last_with_patterns_not_seen_before():
     before, after = planned.updates[: planned.settle_from], planned.updates[planned.settle_from :]
     assert sum(map(len, before)) == 30 and sum(map(len, after)) == 10
     assert len({item for update in planned.updates for item in update}) == 40
-    never = plan(20, replace(c, settle=0.0))
+    never = plan(20, replace(c, gate_only_fraction=0.0))
     assert never.settle_from == never.student_from == len(never.updates)
     assert plan(20, replace(c, student_patterns=0.4)).student_from == len(planned.updates) - 4 == 7
     assert plan(20, replace(c, student_patterns=1.0)).student_from == 0
@@ -233,7 +232,7 @@ def test_calibration_batch_carries_the_teacher():
     traces = [a_trace("a", 5), a_trace("b", 3, seed=1)]
     batch = make_batch(traces, [Item(1, 0), Item(0, 2)], LAYOUT, CalibrateConfig())
     assert batch.teacher_ids[0][batch.counts[0]].tolist() == traces[1].topk_ids.tolist()
-    objective = Distillation(Teacher.STORED, GATE_TARGETS["soft"], gate_weight=1.0, depth_power=0.0, reach=0.0)
+    objective = Distillation(Teacher.STORED, GATE_TARGETS["soft"], gate_weight=1.0, depth_power=0.0, kl_scale=0.0)
     traced = torch.rand(*batch.tokens.shape, 2)
 
     def never(*_: object) -> torch.Tensor:
@@ -255,7 +254,7 @@ def test_within_reach_a_shallow_exit_counts_like_a_deep_one_and_the_student_is_s
         return asked[-1]
 
     def weighed(**settings: float) -> torch.Tensor:
-        made = {"depth_power": 2.0, "reach": 0.5, **settings}
+        made = {"depth_power": 2.0, "kl_scale": 0.5, **settings}
         objective = objective_of(CalibrateConfig(gate_targets="current", **made))
         weights = objective.weights(batch, LAYOUT, torch.zeros(()), divergence, lambda d: (-d).exp())
         # Gates learn from the same divergences, at the exit taken.
@@ -264,7 +263,7 @@ def test_within_reach_a_shallow_exit_counts_like_a_deep_one_and_the_student_is_s
 
     f = 1 / 9
     assert weighed().tolist() == pytest.approx([1.0, f + (1 - f) * np.exp(-1.0), f, 1.0], abs=1e-6)
-    assert weighed(reach=0.0).tolist() == pytest.approx([f, f, f, 1.0])
+    assert weighed(kl_scale=0.0).tolist() == pytest.approx([f, f, f, 1.0])
     assert weighed(depth_power=0.0).tolist() == pytest.approx([1.0] * 4)
     assert len(asked) == 3
 

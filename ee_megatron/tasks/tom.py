@@ -222,7 +222,7 @@ to do with the object, as after the beginning and after leaving."""
 
 Kind = tuple[str | bool, str]
 """A plot (for contents: whether `a` has looked) and a question; problems of a family take its kinds in turn."""
-_ALL = (*list(PLOTS)[:5], False, True)
+_ALL: tuple[str | bool, ...] = (*list(PLOTS)[:5], False, True)
 FAMILIES: dict[str, tuple[Kind, ...]] = {
     "first_order": (("unseen", "a"), ("second move unseen", "a"), (False, "a")),
     "second_order": (("secretly seen", "ba"), ("unseen", "ba"), ("second move unseen", "ba"), (False, "ba")),

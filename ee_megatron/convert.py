@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import torch
 
     from .checkpoint.policy_files import Policy
-    from .checkpoint.sources import TensorSource
     from .exits import ExitLayout
+    from .tensors import ModelSource
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -100,7 +100,7 @@ def _base_of(policy: Path) -> Path:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from .checkpoint.megatron_foreign import ForeignMegatron
+    from .checkpoint.megatron_read import ForeignMegatron
     from .checkpoint.sources import HFSource
 
     if not (args.hf or args.megatron or args.policy):
@@ -110,14 +110,14 @@ def _import(args: argparse.Namespace) -> int:
 
     if args.config and not args.megatron:
         raise ValueError(f"--config {args.config}: only with --megatron; --hf has a config.json of its own")
-    source: TensorSource = HFSource(args.hf) if args.hf else ForeignMegatron(args.megatron, args.config)
+    source: ModelSource = HFSource(args.hf) if args.hf else ForeignMegatron(args.megatron, args.config)
     return _write(args, source, _import_policy(args, source))
 
 
-def _import_policy(args: argparse.Namespace, source: TensorSource) -> Policy:
+def _import_policy(args: argparse.Namespace, source: ModelSource) -> Policy:
     """Adapters and gates of an import: given, brought along by the directory, fresh if asked for, or none."""
-    from .checkpoint.kinds import gates_of
     from .checkpoint.policy_files import no_policy, policy_on
+    from .checkpoint.sources import gates_of
     from .exits import ExitLayout
     from .policy import PolicySpec, initial_policy
 
@@ -146,16 +146,15 @@ def _import_policy(args: argparse.Namespace, source: TensorSource) -> Policy:
 
 
 def _reshard(args: argparse.Namespace) -> int:
-    from .checkpoint.megatron_directory import MegatronDirectory
+    from .checkpoint.megatron_read import MegatronDirectory
     from .checkpoint.policy_files import policy_beside
 
     source = MegatronDirectory(args.checkpoint)
     return _write(args, source, policy_beside(source, args.base_unchecked))
 
 
-def _write(args: argparse.Namespace, source: TensorSource, policy: Policy) -> int:
-    from .checkpoint.megatron_directory import CheckpointLayout
-    from .checkpoint.megatron_import import write_megatron
+def _write(args: argparse.Namespace, source: ModelSource, policy: Policy) -> int:
+    from .checkpoint.megatron_write import CheckpointLayout, write_megatron
 
     exits = _boundaries(source.dims.num_layers, policy, args.pp, args.vpp)
     layout = CheckpointLayout.plan(source.dims, exits, args.tp, args.pp, args.vpp)
@@ -198,7 +197,7 @@ def _tell_stages(sizes: tuple[int, ...]) -> None:
 
 def _export(args: argparse.Namespace) -> int:
     from .checkpoint.hf_export import SHARD_BYTES, export_hf
-    from .checkpoint.manifest import read_manifest
+    from .checkpoint.store import read_manifest
     from .policy import untrained_gates
 
     checkpoint, gates = Path(args.checkpoint), args.gates
@@ -229,14 +228,12 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _export_parts(args: argparse.Namespace) -> tuple[TensorSource, Policy]:
+def _export_parts(args: argparse.Namespace) -> tuple[ModelSource, Policy]:
     """Base and policy of an export: both in a Megatron checkpoint, or a policy and its base, given or its run's."""
-    from .checkpoint.base_identity import base_identity
     from .checkpoint.describe import open_base
-    from .checkpoint.kinds import WEIGHTS
-    from .checkpoint.megatron_directory import MegatronDirectory
-    from .checkpoint.megatron_foreign import refuse_foreign
-    from .checkpoint.policy_files import policy_beside, policy_on
+    from .checkpoint.megatron_read import MegatronDirectory, refuse_foreign
+    from .checkpoint.policy_files import base_identity, policy_beside, policy_on
+    from .checkpoint.sources import WEIGHTS
 
     checkpoint = Path(args.checkpoint)
     if not (checkpoint / WEIGHTS).is_dir():
@@ -277,7 +274,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from .checkpoint.describe import open_checkpoint
-    from .checkpoint.kinds import is_megatron
+    from .checkpoint.sources import is_megatron
     from .checkpoint.verify import verify
 
     policies = [path for path in (args.a, args.b) if (path / "policy.json").is_file() and not is_megatron(path)]
@@ -292,11 +289,11 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _roundtrip(args: argparse.Namespace) -> int:
     from .checkpoint.hf_export import export_hf
-    from .checkpoint.manifest import tensor_sha256
-    from .checkpoint.megatron_directory import CheckpointLayout, MegatronDirectory
-    from .checkpoint.megatron_import import write_megatron
+    from .checkpoint.megatron_read import MegatronDirectory
+    from .checkpoint.megatron_write import CheckpointLayout, write_megatron
     from .checkpoint.policy_files import no_policy
     from .checkpoint.sources import HFSource
+    from .checkpoint.store import tensor_sha256
 
     source = HFSource(args.hf)
     policy = no_policy(source.dims.num_layers)
@@ -307,17 +304,11 @@ def _roundtrip(args: argparse.Namespace) -> int:
         write_megatron(source, work / "megatron", policy, layout, quiet=args.quiet)
         export_hf(MegatronDirectory(work / "megatron"), policy, work / "hf", gates="drop", quiet=args.quiet)
         back = HFSource(work / "hf")
-        wrong = []
-        for name in source.names():
-            if tensor_sha256(source.tensor(name)) != tensor_sha256(back.tensor(name)):
-                wrong.append(name)
-            source.release()
-            back.release()
+        wrong = [name for name in source if tensor_sha256(source.tensor(name)) != tensor_sha256(back.tensor(name))]
     if wrong:
-        total = len(source.names())
-        print(f"error: {len(wrong)} of {total} tensors differ after the round trip: {wrong[:3]}", file=sys.stderr)
+        print(f"error: {len(wrong)} of {len(source)} tensors differ after the round trip: {wrong[:3]}", file=sys.stderr)
         return 1
-    print(f"{args.hf}: {len(source.names())} tensors came back equal, bit for bit, by TP {args.tp} x PP {args.pp}")
+    print(f"{args.hf}: {len(source)} tensors came back equal, bit for bit, by TP {args.tp} x PP {args.pp}")
     return 0
 
 

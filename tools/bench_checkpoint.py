@@ -93,7 +93,7 @@ class Rank:
     def _parameters(self) -> Any:
         import torch
 
-        from ee_megatron.checkpoint.policy_shards import policy_pieces
+        from ee_megatron.checkpoint.mapping import policy_pieces
         from ee_megatron.model.config import megatron_config
         from ee_megatron.model.gpt import build_model
 
@@ -181,7 +181,7 @@ class Rank:
             checkpoints.write_training(self.folder, self.spec, policy, state, {})  # type: ignore[call-arg]
 
     def check(self) -> None:
-        from ee_megatron.checkpoint.policy_files import open_policy
+        from ee_megatron.policy import open_policy
         from ee_megatron.training.checkpoints import damage
 
         if self.leads and self.learner is None:
@@ -199,8 +199,8 @@ class Rank:
             if self.learner is not None:
                 self.learner.load_optimizer(read_training(self.folder)[0])
             return
-        from ee_megatron.checkpoint.policy_files import open_policy
         from ee_megatron.checkpoint.policy_stream import Values, load_tensors
+        from ee_megatron.policy import open_policy
 
         shapes, policy = self.spec.tensor_shapes(self.dims), open_policy(self.folder, check=False)[1]
         load_tensors(self.pieces, Values(), shapes, policy, "policy")

@@ -1,12 +1,17 @@
-"""A model's dimensions as Megatron-LM and Megatron-Bridge record them beside their weights, both ways.
+"""What a Megatron checkpoint says beside its weights: a model's dimensions as Megatron-LM and Megatron-Bridge record
+them, both ways.
 
-common.pt         Megatron-LM's arguments, an argparse.Namespace
+common.pt         Megatron-LM's arguments, an argparse.Namespace. It is a pickle that names classes of whatever wrote
+                  it; it is read without importing or calling anything that it names
 run_config.yaml   Megatron-Bridge's settings; `model` has the fields of megatron-core's TransformerConfig
 """
 
 from __future__ import annotations
 
+import pickle
+import zipfile
 from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +20,8 @@ import torch
 import yaml
 
 from ..families import FAMILIES, ModelDims, features, padded_vocab
-from .common_state import read_common
 
+COMMON = "common.pt"
 RUN_CONFIG = "run_config.yaml"
 # megatron-core's llama3 scaling knows a factor; the rest is fixed there.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -145,6 +150,63 @@ def common_state(dims: ModelDims, layout: Mapping[str, Any], dtype: torch.dtype)
         "iteration": 0,
         "content_metadata": content,
     }
+
+
+class Inert:
+    """Stands for an object of any other class: its attributes, and none of its behaviour. `arguments`: what it was made
+    of, which for an enum is its value."""
+
+    arguments: tuple[Any, ...]
+
+    def __new__(cls, *arguments: Any, **named: Any) -> Inert:
+        made = super().__new__(cls)
+        made.arguments = (*arguments, *named.values())
+        return made
+
+    def __setstate__(self, state: Any) -> None:
+        # Objects with slots have a pair of dictionaries.
+        for part in state if isinstance(state, tuple) else (state,):
+            if isinstance(part, dict):
+                self.__dict__.update(part)
+
+    def __call__(self, *_: Any, **__: Any) -> Inert:
+        """A method, fetched by name and called: another object of which nothing is known."""
+        return Inert()
+
+    def append(self, item: Any) -> None:
+        """Nothing, like the two below: what a subclass of a container contains isn't needed."""
+
+    def extend(self, items: Any) -> None: ...
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        # The one container among them that may hold what is needed.
+        return OrderedDict if (module, name) == ("collections", "OrderedDict") else Inert
+
+    def persistent_load(self, _: Any) -> None:
+        """A tensor's numbers: nothing that is asked for."""
+
+
+def read_common(folder: Path) -> dict[str, Any]:
+    """What common.pt holds, objects being `Inert`; nothing if there is none. Raises ValueError, one line: damaged."""
+    path = folder / COMMON
+    if not path.is_file():
+        return {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            with archive.open(names[0]) as file:
+                content = _Unpickler(file).load()
+    # An unpickler of damaged bytes raises whatever its operations raise.
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: cannot be read ({text}); the checkpoint is damaged, save it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dict; the checkpoint is damaged")
+    return content
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

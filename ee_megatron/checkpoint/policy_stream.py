@@ -7,7 +7,6 @@ without messages: each rank reads what it holds from where the tensors are store
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from ..tensors import Block, Shape, part_of, shape_of
-from .policy_shards import Piece
+from .mapping import Piece, Run, runs_of
 
 # Of fp32 numbers, as the leader puts them together.
 BUCKET_BYTES = 64 << 20
@@ -76,8 +75,8 @@ class Values:
 class Share:
     """A rank's part of a whole tensor: rows `row` .. row + rows - 1, columns `column` .. column + columns - 1.
 
-    runs: (row of the share, row of the parameter, how many) each; begin, end: the elements of the flattened parameter
-    that the rank holds; padded: whether rows of the parameter behind the share's only pad it. A vector has one column.
+    begin, end: the elements of the flattened parameter that the rank holds; padded: whether rows of the parameter
+    behind the share's only pad it. A vector has one column.
     """
 
     number: int
@@ -85,7 +84,7 @@ class Share:
     rows: int
     column: int
     columns: int
-    runs: tuple[tuple[int, int, int], ...]
+    runs: tuple[Run, ...]
     begin: int
     end: int
     dtype: torch.dtype
@@ -114,23 +113,16 @@ def shares_of(pieces: Sequence[Piece], holder: Holder) -> dict[str, list[Share]]
         shape = getattr(parameter, "ds_shape", parameter.shape)
         columns = math.prod(shape[1:])
         begin, end = holder.span(parameter)
-        numbers = entry.parts(torch.arange(shape[0]), ranks)
-        for name, places in zip(entry.names, numbers, strict=True):
+        for name, places in zip(entry.names, entry.places(shape[0], ranks), strict=True):
             row = rank * len(places) if entry.dim == 0 else 0
-            rows = min(len(places), max(0, entry.rows - row)) if entry.rows is not None else len(places)
+            rows = min(len(places), max(0, entry.vocab - row)) if entry.vocab is not None else len(places)
             column = rank * columns if entry.dim == 1 else 0
             share = Share(
-                number, row, rows, column, columns, _runs(places[:rows]), begin, end, holder.dtype(parameter),
+                number, row, rows, column, columns, runs_of(places[:rows]), begin, end, holder.dtype(parameter),
                 padded=rows < len(places),
             )  # fmt: skip
             found.setdefault(name, []).append(share)
     return found
-
-
-def _runs(places: Tensor) -> tuple[tuple[int, int, int], ...]:
-    """Row numbers as ranges of consecutive ones."""
-    starts = [0, *((places.diff() != 1).nonzero().flatten() + 1).tolist(), len(places)]
-    return tuple((a, int(places[a]), b - a) for a, b in itertools.pairwise(starts) if b > a)
 
 
 def buckets(table: Mapping[str, Shape], limit: int) -> Iterator[list[tuple[str, int, int]]]:

@@ -13,8 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from ..checkpoint.mapping import load_base
-from ..checkpoint.policy_shards import check_copies, policy_pieces
+from ..checkpoint.mapping import check_copies, load_base, policy_pieces
 from ..checkpoint.policy_stream import Holder, Plan, TensorStream, Values, load_tensors
 from ..config.derive import stage_sizes
 from ..config.schema import DeepspeedConfig, ParallelConfig

@@ -63,7 +63,7 @@ def check_sums(layout: Layout, found: dict[tuple[int, int], Parameters]) -> None
 def _count(layout: Layout) -> Parameters:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from ..checkpoint.policy_shards import policy_pieces
+    from ..checkpoint.mapping import policy_pieces
     from ..model.config import megatron_config
     from ..model.gpt import build_model
 

@@ -23,10 +23,8 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..checkpoint.base_identity import base_identity
 from ..checkpoint.hf_export import export_hf
-from ..checkpoint.policy_files import open_policy, write_policy
-from ..checkpoint.sources import BaseTensors
+from ..checkpoint.policy_files import base_identity, write_policy
 from ..config.cluster import verifier_workers
 from ..config.content import RECORD, digest, recorded
 from ..config.derive import policy_spec
@@ -42,13 +40,13 @@ from ..observe.progress import Progress
 from ..observe.rundir import RunDirectory, atomic_directory
 from ..observe.trackers import Tracking
 from ..parallel.heartbeat import Heartbeat
-from ..policy import PolicySpec, change_share, initial_policy, sharpened
+from ..policy import PolicySpec, change_share, initial_policy, open_policy, sharpened
 from ..rollout.engine.request import GenerationRequest
 from ..rollout.engine.sampling import SamplingParams
 from ..rollout.pool import make_pool
 from ..rollout.pool.interface import TEACHER, RolloutPool
 from ..tasks import Task, VerifierPool, task_of
-from ..tensors import InterpolatedTensors, LayeredTensors, Stream, drain
+from ..tensors import FileTensors, InterpolatedTensors, LayeredTensors, Stream, drain
 from ..types import Prompt, Rollout
 from .checkpoints import BEST, CheckpointWriter, TrainingStreams, damage, read_training
 from .kept import ANSWERS, KeptAnswers
@@ -288,7 +286,7 @@ class Session:
         if not self.spec.full:
             return initial_policy(self.source.dims, self.spec, seed)
         added = initial_policy(self.source.dims, replace(self.spec, full=False), seed)
-        return LayeredTensors(added, BaseTensors(self.source))
+        return LayeredTensors(added, FileTensors(self.source.files, torch.float32))
 
     def rl_start(self, calibrated: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """What RL starts from, of a calibrated policy: rl.keep, gate_centre and gate_sharpness."""

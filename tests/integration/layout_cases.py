@@ -10,8 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from whole_gather import gather
 
-from ee_megatron.checkpoint.mapping import load_base
-from ee_megatron.checkpoint.policy_shards import policy_pieces
+from ee_megatron.checkpoint.mapping import load_base, policy_pieces
 from ee_megatron.checkpoint.policy_stream import Values, load_tensors
 from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig
 from ee_megatron.families.hf_directory import HFDirectory

@@ -14,10 +14,10 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ee_megatron import cli
-from ee_megatron.checkpoint.base_identity import check_base
-from ee_megatron.checkpoint.megatron_directory import CheckpointLayout, global_shape
-from ee_megatron.checkpoint.megatron_io import whole_entries
+from ee_megatron.checkpoint.mapping import whole_entries
 from ee_megatron.checkpoint.megatron_settings import CARRIED, arguments, refuse_lost
+from ee_megatron.checkpoint.megatron_write import CheckpointLayout
+from ee_megatron.checkpoint.policy_files import check_base
 from ee_megatron.exits import ExitLayout
 from ee_megatron.families import FAMILIES, ModelDims, dims_from_config
 from ee_megatron.families.base import read_common
@@ -115,10 +115,11 @@ def test_a_published_model_has_the_tensors_of_transformers_and_megatron_takes_ea
         left = dict(shapes)
         for item in whole_entries(dims):
             parts = [torch.empty(left.pop(part), device="meta") for part in item.names]
-            whole = torch.Size(global_shape(item, [part.shape for part in parts])).numel()
+            shape = item.shape([tuple(part.shape) for part in parts])
+            whole = torch.Size(shape).numel()
             locals_ = [item.shard(parts, ranks, rank) for rank in range(ranks)]
             assert len({local.shape for local in locals_}) == 1
-            copies = ranks if locals_[0].shape == global_shape(item, [part.shape for part in parts]) else 1
+            copies = ranks if locals_[0].shape == shape else 1
             padding = sum(local.numel() for local in locals_) - copies * whole
             assert 0 <= padding < ranks * dims.hidden
             assert padding == 0 or item.parameter.endswith(("word_embeddings.weight", "output_layer.weight"))

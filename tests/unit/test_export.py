@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ee_megatron.checkpoint.hf_export import EXPORT_FILES, export_hf
-from ee_megatron.checkpoint.manifest import Ledger
 from ee_megatron.checkpoint.sources import HFSource, gate_spec
+from ee_megatron.checkpoint.store import check_all_used
 from ee_megatron.exit_rules import Fixed, Off, Threshold
 from ee_megatron.families import FAMILIES
 from ee_megatron.families.hf_directory import HFDirectory
@@ -238,9 +238,9 @@ def test_an_export_whose_first_token_exits_answers_as_the_engine_does(tmp_path):
     base = tiny_hf("qwen3", tmp_path / "base", tied=False)
     spec, tensors = random_policy(base, first_token=True)
     out = export_hf(base, (spec, tensors), tmp_path / "out")
-    assert HFSource(out).spec() == PolicySpec(LAYERS, DEPTHS, rank=0, first_token=True)
+    assert HFSource(out).spec == PolicySpec(LAYERS, DEPTHS, rank=0, first_token=True)
     sidecar = export_hf(base, (spec, tensors), tmp_path / "sidecar", gates="sidecar")
-    assert gate_spec(HFSource(base).dims, json.loads((sidecar / "gates.json").read_text())) == HFSource(out).spec()
+    assert gate_spec(HFSource(base).dims, json.loads((sidecar / "gates.json").read_text())) == HFSource(out).spec
     plain = export_hf(base, random_policy(base), tmp_path / "plain")
     assert "first_token" not in json.loads((plain / "config.json").read_text())
     model, decoder = load(out, trust_remote_code=True), Decoder.from_hf(base, spec, torch.float32, "cpu")
@@ -363,15 +363,16 @@ def test_refusals_leave_nothing_behind(tmp_path):
     assert [path.name for path in out.iterdir()] == ["mine.safetensors"]
 
 
-def test_ledger_refuses_reuse_unknown_names_and_leftovers():
-    ledger = Ledger(base=["a", "b"])
-    assert ledger.take("base:a") == ["base:a"]
-    with pytest.raises(ValueError, match="used twice"):
-        ledger.take("base:a")
-    with pytest.raises(ValueError, match="does not exist"):
-        ledger.take("base:c")
-    with pytest.raises(ValueError, match="not used"):
-        ledger.close()
+def test_a_tensor_that_is_used_twice_unknown_or_left_over_is_refused():
+    lines = {"x": {"source": ["base:a", "policy:a"]}, "y": {"source": ["base:b"]}}
+    check_all_used(lines, ["base:a", "base:b", "policy:a", "policy:gate"], ["policy:gate"])
+    for expected, dropped in (
+        (["base:a", "policy:a"], []),
+        (["base:c"], []),
+        (["base:a", "base:b", "policy:a"], ["base:b"]),
+    ):
+        with pytest.raises(ValueError, match="base:"):
+            check_all_used(lines, expected, dropped)
 
 
 def test_a_transformers_that_is_too_old_is_named(monkeypatch):

@@ -12,8 +12,9 @@ import math
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -107,7 +108,6 @@ def _import(args: argparse.Namespace) -> int:
         raise ValueError("nothing to import; give --hf or --megatron, or --policy with a run's policy")
     if not (args.hf or args.megatron):
         args.hf = _base_of(args.policy)
-
     if args.config and not args.megatron:
         raise ValueError(f"--config {args.config}: only with --megatron; --hf has a config.json of its own")
     source: ModelSource = HFSource(args.hf) if args.hf else ForeignMegatron(args.megatron, args.config)
@@ -233,10 +233,10 @@ def _export_parts(args: argparse.Namespace) -> tuple[ModelSource, Policy]:
     from .checkpoint.describe import open_base
     from .checkpoint.megatron_read import MegatronDirectory, refuse_foreign
     from .checkpoint.policy_files import base_identity, policy_beside, policy_on
-    from .checkpoint.sources import WEIGHTS
+    from .checkpoint.sources import is_megatron
 
     checkpoint = Path(args.checkpoint)
-    if not (checkpoint / WEIGHTS).is_dir():
+    if not is_megatron(checkpoint):
         refuse_foreign(checkpoint)
         base = open_base(args.hf or _base_of(checkpoint))
         return base, policy_on(base, checkpoint, args.base_unchecked)
@@ -316,14 +316,7 @@ def _depths(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected numbers with commas between them, as in 7,14,21"
-        ) from None
-
-
-def _dtype(text: str) -> str:
-    """One vocabulary for all commands: short names are other words for torch's."""
-    return SHORT.get(text, text)
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers with commas between, as in 7,14,21") from None
 
 
 def _torch_dtype(name: str) -> torch.dtype | None:
@@ -344,106 +337,79 @@ def _size(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="ee-megatron convert", description="Convert between Hugging Face and Megatron checkpoints.")
     commands = parser.add_subparsers(required=True, metavar="command")
-    command = _command(commands, "import", "Hugging Face or foreign Megatron model -> Megatron checkpoint", _import)
-    base = command.add_mutually_exclusive_group()
+
+    def command(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text)
+        made.set_defaults(run=run)
+        return made
+
+    def policies(add: Any) -> None:
+        add("--base-unchecked", action="store_true", help="take a policy with a model that it was not made on")
+
+    def writes(add: Any) -> None:
+        add("--out", required=True, help="directory to make")
+        words = f"also {', '.join(SHORT)} for short; auto: as each tensor is stored (default: auto)"
+        add("--dtype", type=lambda text: SHORT.get(text, text), choices=("auto", *DTYPES), default="auto", help=words)
+        add("--resume", action="store_true", help="go on from what a killed run left")
+        add("--quiet", action="store_true", help="no progress bar")
+
+    def layout(add: Any) -> None:
+        add("--tp", type=int, default=1, help="tensor-parallel degree that the files are cut for")
+        add("--pp", type=int, default=1, help="pipeline-parallel degree; checked against the exits")
+        add("--vpp", type=int, default=1, help="virtual stages per pipeline rank")
+
+    made = command("import", "Hugging Face or foreign Megatron model -> Megatron checkpoint", _import)
+    base, add = made.add_mutually_exclusive_group(), made.add_argument
     base.add_argument("--hf", help="Hugging Face model directory, or an early-exit export")
     base.add_argument("--megatron", help="what Megatron-LM or Megatron-Bridge saved (torch_dist)")
-    command.add_argument("--config", help="with --megatron: directory with the model's config.json and tokenizer")
-    _writes(command)
-    _layout(command)
-    command.add_argument(
-        "--gates",
-        choices=("auto", "fresh", "drop"),
-        default="auto",
-        help="auto: those that --policy or the model brings along, else none; fresh: untrained ones at the default "
-        "depths; drop: none (default: auto)",
+    add("--config", help="with --megatron: directory with the model's config.json and tokenizer")
+    writes(add)
+    layout(add)
+    words = (
+        "auto: those that --policy or the model brings along, else none; fresh: untrained ones at the default depths; "
     )
-    command.add_argument("--exit-depths", type=_depths, help="fresh gates at these depths, for example 7,14,21")
-    command.add_argument(
-        "--policy",
-        help="policy checkpoint, stage or run whose adapters and gates are taken along; without --hf a run's base too",
-    )
-    _unchecked(command)
-    command.add_argument("--rank", type=int, default=0, help="rank of fresh adapters beside fresh gates; 0: none")
-    command.add_argument("--alpha", type=float, help="scale of fresh adapters; default: twice the rank")
-    command.add_argument("--seed", type=int, default=0, help="seed of fresh gates and adapters")
+    add("--gates", choices=("auto", "fresh", "drop"), default="auto", help=f"{words}drop: none (default: auto)")
+    add("--exit-depths", type=_depths, help="fresh gates at these depths, for example 7,14,21")
+    words = "policy checkpoint, stage or run whose adapters and gates are taken along; without --hf a run's base too"
+    add("--policy", help=words)
+    policies(add)
+    add("--rank", type=int, default=0, help="rank of fresh adapters beside fresh gates; 0: none")
+    add("--alpha", type=float, help="scale of fresh adapters; default: twice the rank")
+    add("--seed", type=int, default=0, help="seed of fresh gates and adapters")
 
-    command = _command(
-        commands, "export", "policy or Megatron checkpoint -> Hugging Face model or PEFT adapter", _export
-    )
-    command.add_argument(
-        "--checkpoint", required=True, help="run (runs/NAME), stage of one, policy checkpoint, or Megatron checkpoint"
-    )
-    command.add_argument(
-        "--hf", help="base model of a policy checkpoint, which it was made on (default: that of its run)"
-    )
-    _unchecked(command)
-    _writes(command)
-    command.add_argument("--adapters", choices=("merge", "keep"), default="merge")
-    command.add_argument(
-        "--gates",
-        choices=("auto", "embed", "sidecar", "drop"),
-        default="auto",
-        help="auto: embed, or sidecar with --adapters keep; drop where there are none (default: auto)",
-    )
-    command.add_argument("--max-shard-size", type=_size, help="largest weight file, as in 5GB (default: 4GiB)")
+    add = command("export", "policy or Megatron checkpoint -> Hugging Face model or PEFT adapter", _export).add_argument
+    words = "run (runs/NAME), stage of one, policy checkpoint, or Megatron checkpoint"
+    add("--checkpoint", required=True, help=words)
+    add("--hf", help="base model of a policy checkpoint, which it was made on (default: that of its run)")
+    policies(add)
+    writes(add)
+    add("--adapters", choices=("merge", "keep"), default="merge")
+    words = "auto: embed, or sidecar with --adapters keep; drop where there are none (default: auto)"
+    add("--gates", choices=("auto", "embed", "sidecar", "drop"), default="auto", help=words)
+    add("--max-shard-size", type=_size, help="largest weight file, as in 5GB (default: 4GiB)")
+    add("--base-name", help="what --adapters keep calls the base model: a name on the hub, or a directory")
 
-    command.add_argument(
-        "--base-name", help="what --adapters keep calls the base model: a name on the hub, or a directory"
-    )
+    add = command("reshard", "Megatron checkpoint -> the same for another parallel layout", _reshard).add_argument
+    add("--checkpoint", required=True, help="Megatron checkpoint")
+    policies(add)
+    writes(add)
+    layout(add)
 
-    command = _command(commands, "reshard", "Megatron checkpoint -> the same for another parallel layout", _reshard)
-    command.add_argument("--checkpoint", required=True, help="Megatron checkpoint")
-    _unchecked(command)
-    _writes(command)
-    _layout(command)
+    add = command("verify", "whether two checkpoints of any kind are the same model", _verify).add_argument
+    add("a", help="Hugging Face model, early-exit export, Megatron or policy checkpoint, stage or run")
+    add("b", help="another one")
+    add("--hf", help="base model of policy checkpoints (default: that of their run)")
+    policies(add)
+    add("--no-logits", action="store_true", help="compare tensors only; needs little memory")
 
-    command = _command(commands, "verify", "whether two checkpoints of any kind are the same model", _verify)
-    command.add_argument("a", help="Hugging Face model, early-exit export, Megatron or policy checkpoint, stage or run")
-    command.add_argument("b", help="another one")
-    command.add_argument("--hf", help="base model of policy checkpoints (default: that of their run)")
-    _unchecked(command)
-    command.add_argument("--no-logits", action="store_true", help="compare tensors only; needs little memory")
+    add = command("inspect", "table of tensors, shapes, dtypes, hashes; layout, exit depths", _inspect).add_argument
+    add("directory")
+    add("--no-hash", action="store_true", help="read headers only; numbers aren't looked at")
 
-    command = _command(commands, "inspect", "table of tensors, shapes, dtypes, hashes; layout, exit depths", _inspect)
-    command.add_argument("directory")
-    command.add_argument("--no-hash", action="store_true", help="read headers only; numbers aren't looked at")
-
-    command = _command(commands, "roundtrip", "import and export again; every tensor must come back equal", _roundtrip)
-    command.add_argument("--hf", required=True, help="Hugging Face model directory")
-    command.add_argument("--tp", type=int, default=1, help="tensor-parallel degree on the way")
-    command.add_argument("--pp", type=int, default=1, help="pipeline-parallel degree on the way")
-    command.add_argument("--work", help="where the copies are made (needs twice the model's size)")
-    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    add = command("roundtrip", "import and export again; every tensor must come back equal", _roundtrip).add_argument
+    add("--hf", required=True, help="Hugging Face model directory")
+    add("--tp", type=int, default=1, help="tensor-parallel degree on the way")
+    add("--pp", type=int, default=1, help="pipeline-parallel degree on the way")
+    add("--work", help="where the copies are made (needs twice the model's size)")
+    add("--quiet", action="store_true", help="no progress bar")
     return parser
-
-
-def _command(commands, name: str, text: str, run) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=text)
-    command.set_defaults(run=run)
-    return command
-
-
-def _unchecked(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--base-unchecked", action="store_true", help="take a policy with a model that it was not made on"
-    )
-
-
-def _writes(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--out", required=True, help="directory to make")
-    command.add_argument(
-        "--dtype",
-        type=_dtype,
-        choices=("auto", *DTYPES),
-        default="auto",
-        help=f"also {', '.join(SHORT)} for short; auto: as each tensor is stored (default: auto)",
-    )
-    command.add_argument("--resume", action="store_true", help="go on from what a killed run left")
-    command.add_argument("--quiet", action="store_true", help="no progress bar")
-
-
-def _layout(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--tp", type=int, default=1, help="tensor-parallel degree that the files are cut for")
-    command.add_argument("--pp", type=int, default=1, help="pipeline-parallel degree; checked against the exits")
-    command.add_argument("--vpp", type=int, default=1, help="virtual stages per pipeline rank")

@@ -155,12 +155,12 @@ class Rank:
 
     def _save_as_it_comes(self) -> None:
         from ee_megatron.checkpoint.policy_files import write_policy
-        from ee_megatron.checkpoint.policy_stream import Plan, TensorStream, Values
+        from ee_megatron.checkpoint.policy_stream import GatherPlan, Holder, TensorStream
         from ee_megatron.tensors import drain
         from ee_megatron.training.checkpoints import TrainingStreams, write_training
 
         if self.learner is None:
-            stream = TensorStream(Plan(self.pieces, Values(), self.spec.tensor_shapes(self.dims)), Values())
+            stream = TensorStream(GatherPlan(self.pieces, Holder(), self.spec.tensor_shapes(self.dims)), Holder())
             write_policy(self.folder, self.spec, stream) if self.leads else drain(stream)
             return
         streams = TrainingStreams(1, self.learner.stream_policy(), self.learner.stream_optimizer())
@@ -199,11 +199,11 @@ class Rank:
             if self.learner is not None:
                 self.learner.load_optimizer(read_training(self.folder)[0])
             return
-        from ee_megatron.checkpoint.policy_stream import Values, load_tensors
+        from ee_megatron.checkpoint.policy_stream import Holder, load_tensors
         from ee_megatron.policy import open_policy
 
         shapes, policy = self.spec.tensor_shapes(self.dims), open_policy(self.folder, check=False)[1]
-        load_tensors(self.pieces, Values(), shapes, policy, "policy")
+        load_tensors(self.pieces, Holder(), shapes, policy, "policy")
         if self.learner is not None:
             self.learner.load_optimizer(read_training(self.folder, check=False)[0])
 

@@ -50,6 +50,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "heterogeneous_layers_config_path": (None,),
     "experimental_attention_variant": (None,),
 }
+# What `arguments` says of every model. `add_position_embedding` is an old spelling that every reader compares. There is
+# no optimizer and no state of random numbers to resume from.
+_FIXED: dict[str, Any] = dict(
+    position_embedding_type="rope", add_position_embedding=True, rotary_percent=1.0, rotary_interleaved=False,
+    normalization="RMSNorm", apply_layernorm_1p=False, swiglu=True, squared_relu=False,
+    attention_dropout=0.0, hidden_dropout=0.0, apply_query_key_layer_scaling=False,
+    tokenizer_type="HuggingFaceTokenizer", make_vocab_size_divisible_by=1, ckpt_format="torch_dist",
+    no_save_optim=True, no_save_rng=True, consumed_train_samples=0, consumed_valid_samples=0,
+)  # fmt: skip
 # Dimension -> what it is called; the first that is there counts.
 _NAMES = {
     "num_layers": ("num_layers",),
@@ -94,6 +103,7 @@ def arguments(dims: ModelDims, layout: Mapping[str, Any], dtype: torch.dtype) ->
     scaling = dict(dims.rope_scaling)
     kind = scaling.get("rope_type")
     return Namespace(
+        **_FIXED,
         num_layers=dims.num_layers,
         hidden_size=dims.hidden,
         ffn_hidden_size=dims.intermediate,
@@ -102,54 +112,29 @@ def arguments(dims: ModelDims, layout: Mapping[str, Any], dtype: torch.dtype) ->
         num_query_groups=dims.kv_heads,
         kv_channels=dims.head_dim,
         max_position_embeddings=dims.max_positions,
-        position_embedding_type="rope",
-        # An old spelling of the same, compared by every reader: positions aren't learned beside what the type says.
-        add_position_embedding=True,
         rotary_base=int(dims.rope_theta),
-        rotary_percent=1.0,
-        rotary_interleaved=False,
         rotary_seq_len_interpolation_factor=int(float(scaling["factor"])) if kind == "linear" else None,
         use_rope_scaling=kind == "llama3",
         rope_scaling_factor=float(scaling["factor"]) if kind == "llama3" else 8.0,
-        normalization="RMSNorm",
         norm_epsilon=dims.rms_eps,
-        apply_layernorm_1p=False,
-        swiglu=True,
-        squared_relu=False,
         add_bias_linear=dims.out_bias and dims.mlp_bias,
         add_qkv_bias=dims.qkv_bias,
         qk_layernorm=dims.qk_norm,
         untie_embeddings_and_output_weights=not dims.tied,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        apply_query_key_layer_scaling=False,
-        tokenizer_type="HuggingFaceTokenizer",
         vocab_size=dims.vocab,
         padded_vocab_size=padded_vocab(dims.vocab, layout["tensor"]),
-        make_vocab_size_divisible_by=1,
         tensor_model_parallel_size=layout["tensor"],
         pipeline_model_parallel_size=layout["pipeline"],
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
-        ckpt_format="torch_dist",
-        # There is no optimizer and no state of random numbers to go on from.
-        no_save_optim=True,
-        no_save_rng=True,
-        consumed_train_samples=0,
-        consumed_valid_samples=0,
     )
 
 
 def common_state(dims: ModelDims, layout: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """What Megatron-LM expects in common.pt: version of the format, iteration, arguments, and one entry per layer."""
-    content = {"non_homogeneous_layers": True}
-    return {
-        "args": arguments(dims, layout, dtype),
-        "checkpoint_version": 3.0,
-        "iteration": 0,
-        "content_metadata": content,
-    }
+    facts = {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": {"non_homogeneous_layers": True}}
+    return {"args": arguments(dims, layout, dtype), **facts}
 
 
 class Inert:

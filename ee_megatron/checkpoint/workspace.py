@@ -258,8 +258,8 @@ def _publish(folder: Path, out: Path) -> None:
 
 
 class Meter:
-    """Counts bytes of model weights and shows progress on stderr: a bar on a terminal, a line now and then elsewhere.
-    `quiet` shows nothing; the figures are kept all the same.
+    """Counts bytes of model weights and shows progress on stderr: one line that changes on a terminal, a line now and
+    then elsewhere. `quiet` shows nothing; the figures are kept all the same.
 
     with Meter("import", total) as meter:
         meter.add(block.nbytes)
@@ -269,40 +269,30 @@ class Meter:
         self.label, self.total, self.quiet = label, total, quiet
         self.done = self.skipped = 0
         self._start = self._shown = time.monotonic()
-        self._bar: Any = None
+        self._terminal = sys.stderr.isatty()
 
     def __enter__(self) -> Meter:
-        if not self.quiet and sys.stderr.isatty():
-            from rich import progress
-            from rich.console import Console
-
-            columns = progress.DownloadColumn(), progress.TransferSpeedColumn(), progress.TimeRemainingColumn()
-            text = progress.TextColumn("{task.description}")
-            self._bar = progress.Progress(text, progress.BarColumn(), *columns, console=Console(stderr=True))
-            self._task = self._bar.add_task(self.label, total=self.total)
-            self._bar.start()
         self._start = self._shown = time.monotonic()
         return self
 
     def add(self, count: int) -> None:
         """`count` more bytes are through."""
         self.done += count
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self.done + self.skipped)
-        elif not self.quiet and time.monotonic() - self._shown > INTERVAL_S:
+        if not self.quiet and time.monotonic() - self._shown > (1.0 if self._terminal else INTERVAL_S):
             self._shown = time.monotonic()
-            print(f"{self.label}: {self.line()}", file=sys.stderr, flush=True)
+            begin, end = ("\r", "") if self._terminal else ("", "\n")
+            print(f"{begin}{self.label}: {self.line()}", end=end, file=sys.stderr, flush=True)
 
     def skip(self, count: int) -> None:
         """`count` bytes were through before this run began."""
         self.skipped += count
 
     def line(self) -> str:
-        """For example "3.2 of 15.2 GB, 0.61 GB/s"; the rate is that of this run alone."""
+        """For example "3.20 of 15.20 GB, 0.61 GB/s"; the rate is that of this run alone."""
         seconds = max(time.monotonic() - self._start, 1e-9)
         done = (self.done + self.skipped) / 1e9
         return f"{done:.2f} of {self.total / 1e9:.2f} GB, {self.done / seconds / 1e9:.2f} GB/s"
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._terminal and self._shown > self._start:
+            print(file=sys.stderr)

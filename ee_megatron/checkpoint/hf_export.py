@@ -98,11 +98,13 @@ def export_hf(
     if spec.full:
         base = TunedSource(base, tensors)
     plan = ExportPlan(base, spec, tensors, gates, dtype, shard_bytes)
+    # That of a full fine-tuning was checked against its digest when it was opened.
+    stored = tensors.path if isinstance(tensors, FileTensors) else None
     job = {
         "command": "export",
         "source": base.fingerprint(),
         "spec": spec.to_json(),
-        "policy": fingerprint_of(tensors),
+        "policy": [str(stored), *file_stamps(stored.parent, stored.name)] if stored else digest(dict(tensors)),
         "options": [adapters, gates, dtype, exit_policy, shard_bytes, base_name],
     }
     total = base.nbytes() if adapters == "merge" else 0
@@ -132,14 +134,6 @@ def export_hf(
     return out
 
 
-def fingerprint_of(tensors: Mapping[str, Tensor]) -> object:
-    """What tells policies apart; that of a full fine-tuning was checked against its digest when it was opened."""
-    if isinstance(tensors, FileTensors):
-        assert tensors.path is not None
-        return [str(tensors.path), *file_stamps(tensors.path.parent, tensors.path.name)]
-    return digest(dict(tensors))
-
-
 def _check_options(spec: PolicySpec, adapters: str, gates: str, dtype: str) -> None:
     if adapters not in COMBINATIONS:
         raise ValueError(f"adapters={adapters!r}: expected one of {', '.join(COMBINATIONS)}")
@@ -160,9 +154,9 @@ def _peft_base(base: ModelSource, name: str | None, adapters: str) -> str | None
         if name:
             raise ValueError(f"--base-name {name}: only for --adapters keep; a merged model names no base")
         return None
-    if name is None and isinstance(base, HFSource):
-        return str(base.path.resolve())
     if name is None:
+        if isinstance(base, HFSource):
+            return str(base.path.resolve())
         raise ValueError(
             f"{base.path}: holds no model that PEFT can load; say with --base-name what it was imported from, a "
             "name on the hub or a directory"

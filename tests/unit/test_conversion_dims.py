@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,24 +158,6 @@ def test_what_a_config_says_is_a_number_of_use_or_refused_by_its_name(named: str
         with pytest.raises(ValueError, match=named) as refused:
             dims_from_config(config | said)
         assert "\n" not in str(refused.value)
-
-
-def lists_of_families(file: Path) -> list[int]:
-    """Lines where every family's name stands in one list, alone or first in a tuple or a call."""
-
-    def first(node: ast.expr) -> object:
-        inner = node.elts if isinstance(node, ast.Tuple) else node.args if isinstance(node, ast.Call) else [node]
-        return inner[0].value if inner and isinstance(inner[0], ast.Constant) else None
-
-    lists = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.List | ast.Tuple | ast.Set)]
-    return [node.lineno for node in lists if {*FAMILIES} <= {first(entry) for entry in node.elts}]
-
-
-def test_tests_run_for_the_families_of_the_registry_not_for_a_list() -> None:
-    files = sorted((Path(__file__).parents[1]).rglob("*.py"))
-    found = {file.name: lines for file in files if (lines := lists_of_families(file))}
-    # This one completes its list from the registry.
-    assert [*found] == ["test_parallel_model.py"], found
 
 
 @dataclass(frozen=True)

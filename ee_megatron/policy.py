@@ -180,7 +180,7 @@ def save_policy(
     directory: Path, spec: PolicySpec, tensors: Mapping[str, Tensor], base: Mapping[str, str] | None = None
 ) -> None:
     """Write policy.safetensors and policy.json into an existing directory (the caller makes it appear whole). `base`:
-    the identity of the model that the policy belongs to (checkpoint/base_identity.py)."""
+    the identity of the model that the policy belongs to (checkpoint/policy_files.py)."""
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, directory / "policy.safetensors"
     )

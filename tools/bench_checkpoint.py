@@ -2,7 +2,7 @@
 
     python tools/bench_checkpoint.py --layers 14                        # half of DeepSeek-R1-Distill-Qwen-7B
     python tools/bench_checkpoint.py --layers 28 --overlay --repeats 1 --no-copy
-    python tools/bench_checkpoint.py --layers 4 --width 0.5 --vocab 16384 --tensor 2 --old /path/to/an/older/tree
+    python tools/bench_checkpoint.py --layers 4 --width 0.5 --vocab 16384 --tensor 2
     python tools/bench_checkpoint.py --layers 1 --width 0.5 --vocab 8192 --data 2 --zero 1
 
 The model has that model's shapes, with fewer layers or words or narrower if memory or disk asks for it; numbers
@@ -11,7 +11,7 @@ their parameters and nothing else; with it by real learners, whose AdamW moments
 too. Each repeat saves, copies the same bytes with cp, hashes them with sha256sum, checks the digest as the leader does
 before a run goes on, and loads; nothing of the files is in the page cache when any of them begins. `extra` is the peak
 resident memory of a rank meanwhile, above what it had before, summed over the ranks. --old runs the same through an
-older tree, which gathered whole tensors on every rank. Prints a table and one line of JSON.
+older tree. Prints a table and one line of JSON.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def parse() -> argparse.Namespace:
 
 
 class Rank:
-    """One rank's part of the model, and how this version or an older one saves and loads it."""
+    """One rank's part of the model, and how it is saved and loaded."""
 
     def __init__(self, options: argparse.Namespace, scratch: Path):
         import torch
@@ -148,7 +148,7 @@ class Rank:
         if self.leads:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()
-        (self._save_as_it_comes if is_new() else self._save_whole)()
+        self._save_as_it_comes()
         if self.leads:
             for file in files(self.folder):
                 sync(file)
@@ -166,20 +166,6 @@ class Rank:
         streams = TrainingStreams(1, self.learner.stream_policy(), self.learner.stream_optimizer())
         write_training(self.folder, self.spec, streams, {}) if self.leads else streams.drain()
 
-    def _save_whole(self) -> None:
-        from ee_megatron.checkpoint import policy_shards
-        from ee_megatron.policy import save_policy
-        from ee_megatron.training import checkpoints
-
-        if self.learner is None:
-            tensors = policy_shards.gather_policy_tensors(self.pieces)  # type: ignore[attr-defined]
-            if self.leads:
-                save_policy(self.folder, self.spec, tensors)
-            return
-        policy, state = self.learner.export_policy(), self.learner.export_optimizer()
-        if self.leads:
-            checkpoints.write_training(self.folder, self.spec, policy, state, {})  # type: ignore[call-arg]
-
     def check(self) -> None:
         from ee_megatron.policy import open_policy
         from ee_megatron.training.checkpoints import damage
@@ -190,28 +176,14 @@ class Rank:
             assert damage(self.folder) is None
 
     def load(self) -> None:
-        from ee_megatron.checkpoint import policy_shards
-        from ee_megatron.policy import load_policy
-        from ee_megatron.training.checkpoints import read_training
-
-        if not is_new():
-            policy_shards.load_policy_tensors(self.pieces, load_policy(self.folder)[1])  # type: ignore[attr-defined]
-            if self.learner is not None:
-                self.learner.load_optimizer(read_training(self.folder)[0])
-            return
         from ee_megatron.checkpoint.policy_stream import Holder, load_tensors
         from ee_megatron.policy import open_policy
+        from ee_megatron.training.checkpoints import read_training
 
         shapes, policy = self.spec.tensor_shapes(self.dims), open_policy(self.folder, check=False)[1]
         load_tensors(self.pieces, Holder(), shapes, policy, "policy")
         if self.learner is not None:
             self.learner.load_optimizer(read_training(self.folder, check=False)[0])
-
-
-def is_new() -> bool:
-    from ee_megatron.checkpoint import policy_shards
-
-    return not hasattr(policy_shards, "gather_policy_tensors")
 
 
 def fill(tensor: Any) -> None:

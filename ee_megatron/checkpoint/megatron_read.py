@@ -187,7 +187,7 @@ class TorchDistReader:
                 if not isinstance(tensor, Tensor) or tuple(tensor.shape) not in shapes or tensor.dtype != dtype:
                     raise ValueError(f"{chunk.parameter} is not what .metadata says")
                 part.seek(0)
-                archive = torch._C.PyTorchFileReader(part)
+                archive: Any = torch._C.PyTorchFileReader(part)
                 numbers = [name for name in archive.get_all_records() if name.startswith("data/")]
                 if len(numbers) > 1 or not tensor.is_contiguous():
                     part.seek(0)

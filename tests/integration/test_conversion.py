@@ -143,7 +143,7 @@ def test_gates_come_when_they_are_asked_for_and_travel_on(plain, tmp_path):
     assert exits("left", "--gates drop --hf", tmp_path / "out") == ()
 
 
-@pytest.mark.parametrize(("short", "long"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")])
+@pytest.mark.parametrize(("short", "long"), [("bf16", "bfloat16"), ("fp16", "float16")])
 def test_dtypes_have_the_same_names_in_both_directions(plain, tmp_path, short, long):
     for name in (short, long):
         made("import --hf", plain, "--dtype", name, "--out", tmp_path / name)

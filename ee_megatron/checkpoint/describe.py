@@ -19,7 +19,7 @@ from .sources import HFSource, all_finite, gates_of, is_megatron
 from .store import MANIFEST, read_manifest, read_small
 
 
-class Row(NamedTuple):
+class TensorRow(NamedTuple):
     """A tensor: its name, that in the files, shape, dtype, sha256 ("" if it wasn't read), whether all that was read of
     it is finite."""
 
@@ -86,7 +86,7 @@ def open_checkpoint(path: Path, hf: str | Path | None = None, base_unchecked: bo
     return Checkpoint("embed" if plain.spec else "hf", path, plain, *policy)
 
 
-def describe(folder: Path, hashes: bool = True) -> tuple[str, list[Row], dict[str, Any]]:
+def describe(folder: Path, hashes: bool = True) -> tuple[str, list[TensorRow], dict[str, Any]]:
     """Kind of a directory, its tensors and facts about it.
 
     `hashes`: read every tensor, compare with the manifest where there is one, and look for numbers that aren't finite;
@@ -124,7 +124,7 @@ def describe(folder: Path, hashes: bool = True) -> tuple[str, list[Row], dict[st
     return f"{kinds[opened.kind]} {opened.base.dims.family}", rows, facts
 
 
-def _row(source: Mapping[str, Tensor], name: str, recorded: Mapping[str, str], hashes: bool) -> Row:
+def _row(source: Mapping[str, Tensor], name: str, recorded: Mapping[str, str], hashes: bool) -> TensorRow:
     """`recorded`: hashes to show where `hashes` says that nothing is to be read."""
     sha256, finite = recorded.get(name, ""), True
     dtype, shape = entries_of(source)[name]
@@ -136,4 +136,4 @@ def _row(source: Mapping[str, Tensor], name: str, recorded: Mapping[str, str], h
                 finite = finite and all_finite(block.data)
             sha256 = digest.hexdigest()
     stored = source.parameter(name) if isinstance(source, MegatronDirectory) else name
-    return Row(name, stored, list(shape), str(dtype).removeprefix("torch."), sha256, finite)
+    return TensorRow(name, stored, list(shape), str(dtype).removeprefix("torch."), sha256, finite)

@@ -12,8 +12,9 @@ import math
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     import torch
 
     from .checkpoint.policy_files import Policy
-    from .checkpoint.sources import TensorSource
     from .exits import ExitLayout
+    from .tensors import ModelSource
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -100,24 +101,23 @@ def _base_of(policy: Path) -> Path:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from .checkpoint.megatron_foreign import ForeignMegatron
+    from .checkpoint.megatron_read import ForeignMegatron
     from .checkpoint.sources import HFSource
 
     if not (args.hf or args.megatron or args.policy):
         raise ValueError("nothing to import; give --hf or --megatron, or --policy with a run's policy")
     if not (args.hf or args.megatron):
         args.hf = _base_of(args.policy)
-
     if args.config and not args.megatron:
         raise ValueError(f"--config {args.config}: only with --megatron; --hf has a config.json of its own")
-    source: TensorSource = HFSource(args.hf) if args.hf else ForeignMegatron(args.megatron, args.config)
+    source: ModelSource = HFSource(args.hf) if args.hf else ForeignMegatron(args.megatron, args.config)
     return _write(args, source, _import_policy(args, source))
 
 
-def _import_policy(args: argparse.Namespace, source: TensorSource) -> Policy:
+def _import_policy(args: argparse.Namespace, source: ModelSource) -> Policy:
     """Adapters and gates of an import: given, brought along by the directory, fresh if asked for, or none."""
-    from .checkpoint.kinds import gates_of
     from .checkpoint.policy_files import no_policy, policy_on
+    from .checkpoint.sources import gates_of
     from .exits import ExitLayout
     from .policy import PolicySpec, initial_policy
 
@@ -146,16 +146,15 @@ def _import_policy(args: argparse.Namespace, source: TensorSource) -> Policy:
 
 
 def _reshard(args: argparse.Namespace) -> int:
-    from .checkpoint.megatron_directory import MegatronDirectory
+    from .checkpoint.megatron_read import MegatronDirectory
     from .checkpoint.policy_files import policy_beside
 
     source = MegatronDirectory(args.checkpoint)
     return _write(args, source, policy_beside(source, args.base_unchecked))
 
 
-def _write(args: argparse.Namespace, source: TensorSource, policy: Policy) -> int:
-    from .checkpoint.megatron_directory import CheckpointLayout
-    from .checkpoint.megatron_import import write_megatron
+def _write(args: argparse.Namespace, source: ModelSource, policy: Policy) -> int:
+    from .checkpoint.megatron_write import CheckpointLayout, write_megatron
 
     exits = _boundaries(source.dims.num_layers, policy, args.pp, args.vpp)
     layout = CheckpointLayout.plan(source.dims, exits, args.tp, args.pp, args.vpp)
@@ -198,7 +197,7 @@ def _tell_stages(sizes: tuple[int, ...]) -> None:
 
 def _export(args: argparse.Namespace) -> int:
     from .checkpoint.hf_export import SHARD_BYTES, export_hf
-    from .checkpoint.manifest import read_manifest
+    from .checkpoint.store import read_manifest
     from .policy import untrained_gates
 
     checkpoint, gates = Path(args.checkpoint), args.gates
@@ -229,17 +228,15 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _export_parts(args: argparse.Namespace) -> tuple[TensorSource, Policy]:
+def _export_parts(args: argparse.Namespace) -> tuple[ModelSource, Policy]:
     """Base and policy of an export: both in a Megatron checkpoint, or a policy and its base, given or its run's."""
-    from .checkpoint.base_identity import base_identity
     from .checkpoint.describe import open_base
-    from .checkpoint.kinds import WEIGHTS
-    from .checkpoint.megatron_directory import MegatronDirectory
-    from .checkpoint.megatron_foreign import refuse_foreign
-    from .checkpoint.policy_files import policy_beside, policy_on
+    from .checkpoint.megatron_read import MegatronDirectory, refuse_foreign
+    from .checkpoint.policy_files import base_identity, policy_beside, policy_on
+    from .checkpoint.sources import is_megatron
 
     checkpoint = Path(args.checkpoint)
-    if not (checkpoint / WEIGHTS).is_dir():
+    if not is_megatron(checkpoint):
         refuse_foreign(checkpoint)
         base = open_base(args.hf or _base_of(checkpoint))
         return base, policy_on(base, checkpoint, args.base_unchecked)
@@ -277,7 +274,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from .checkpoint.describe import open_checkpoint
-    from .checkpoint.kinds import is_megatron
+    from .checkpoint.sources import is_megatron
     from .checkpoint.verify import verify
 
     policies = [path for path in (args.a, args.b) if (path / "policy.json").is_file() and not is_megatron(path)]
@@ -292,11 +289,11 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _roundtrip(args: argparse.Namespace) -> int:
     from .checkpoint.hf_export import export_hf
-    from .checkpoint.manifest import tensor_sha256
-    from .checkpoint.megatron_directory import CheckpointLayout, MegatronDirectory
-    from .checkpoint.megatron_import import write_megatron
+    from .checkpoint.megatron_read import MegatronDirectory
+    from .checkpoint.megatron_write import CheckpointLayout, write_megatron
     from .checkpoint.policy_files import no_policy
     from .checkpoint.sources import HFSource
+    from .checkpoint.store import tensor_sha256
 
     source = HFSource(args.hf)
     policy = no_policy(source.dims.num_layers)
@@ -307,17 +304,11 @@ def _roundtrip(args: argparse.Namespace) -> int:
         write_megatron(source, work / "megatron", policy, layout, quiet=args.quiet)
         export_hf(MegatronDirectory(work / "megatron"), policy, work / "hf", gates="drop", quiet=args.quiet)
         back = HFSource(work / "hf")
-        wrong = []
-        for name in source.names():
-            if tensor_sha256(source.tensor(name)) != tensor_sha256(back.tensor(name)):
-                wrong.append(name)
-            source.release()
-            back.release()
+        wrong = [name for name in source if tensor_sha256(source.tensor(name)) != tensor_sha256(back.tensor(name))]
     if wrong:
-        total = len(source.names())
-        print(f"error: {len(wrong)} of {total} tensors differ after the round trip: {wrong[:3]}", file=sys.stderr)
+        print(f"error: {len(wrong)} of {len(source)} tensors differ after the round trip: {wrong[:3]}", file=sys.stderr)
         return 1
-    print(f"{args.hf}: {len(source.names())} tensors came back equal, bit for bit, by TP {args.tp} x PP {args.pp}")
+    print(f"{args.hf}: {len(source)} tensors came back equal, bit for bit, by TP {args.tp} x PP {args.pp}")
     return 0
 
 
@@ -325,14 +316,7 @@ def _depths(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected numbers with commas between them, as in 7,14,21"
-        ) from None
-
-
-def _dtype(text: str) -> str:
-    """One vocabulary for all commands: short names are other words for torch's."""
-    return SHORT.get(text, text)
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers with commas between, as in 7,14,21") from None
 
 
 def _torch_dtype(name: str) -> torch.dtype | None:
@@ -353,106 +337,79 @@ def _size(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="ee-megatron convert", description="Convert between Hugging Face and Megatron checkpoints.")
     commands = parser.add_subparsers(required=True, metavar="command")
-    command = _command(commands, "import", "Hugging Face or foreign Megatron model -> Megatron checkpoint", _import)
-    base = command.add_mutually_exclusive_group()
+
+    def command(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text)
+        made.set_defaults(run=run)
+        return made
+
+    def policies(add: Any) -> None:
+        add("--base-unchecked", action="store_true", help="take a policy with a model that it was not made on")
+
+    def writes(add: Any) -> None:
+        add("--out", required=True, help="directory to make")
+        words = f"also {', '.join(SHORT)} for short; auto: as each tensor is stored (default: auto)"
+        add("--dtype", type=lambda text: SHORT.get(text, text), choices=("auto", *DTYPES), default="auto", help=words)
+        add("--resume", action="store_true", help="go on from what a killed run left")
+        add("--quiet", action="store_true", help="no progress bar")
+
+    def layout(add: Any) -> None:
+        add("--tp", type=int, default=1, help="tensor-parallel degree that the files are cut for")
+        add("--pp", type=int, default=1, help="pipeline-parallel degree; checked against the exits")
+        add("--vpp", type=int, default=1, help="virtual stages per pipeline rank")
+
+    made = command("import", "Hugging Face or foreign Megatron model -> Megatron checkpoint", _import)
+    base, add = made.add_mutually_exclusive_group(), made.add_argument
     base.add_argument("--hf", help="Hugging Face model directory, or an early-exit export")
     base.add_argument("--megatron", help="what Megatron-LM or Megatron-Bridge saved (torch_dist)")
-    command.add_argument("--config", help="with --megatron: directory with the model's config.json and tokenizer")
-    _writes(command)
-    _layout(command)
-    command.add_argument(
-        "--gates",
-        choices=("auto", "fresh", "drop"),
-        default="auto",
-        help="auto: those that --policy or the model brings along, else none; fresh: untrained ones at the default "
-        "depths; drop: none (default: auto)",
+    add("--config", help="with --megatron: directory with the model's config.json and tokenizer")
+    writes(add)
+    layout(add)
+    words = (
+        "auto: those that --policy or the model brings along, else none; fresh: untrained ones at the default depths; "
     )
-    command.add_argument("--exit-depths", type=_depths, help="fresh gates at these depths, for example 7,14,21")
-    command.add_argument(
-        "--policy",
-        help="policy checkpoint, stage or run whose adapters and gates are taken along; without --hf a run's base too",
-    )
-    _unchecked(command)
-    command.add_argument("--rank", type=int, default=0, help="rank of fresh adapters beside fresh gates; 0: none")
-    command.add_argument("--alpha", type=float, help="scale of fresh adapters; default: twice the rank")
-    command.add_argument("--seed", type=int, default=0, help="seed of fresh gates and adapters")
+    add("--gates", choices=("auto", "fresh", "drop"), default="auto", help=f"{words}drop: none (default: auto)")
+    add("--exit-depths", type=_depths, help="fresh gates at these depths, for example 7,14,21")
+    words = "policy checkpoint, stage or run whose adapters and gates are taken along; without --hf a run's base too"
+    add("--policy", help=words)
+    policies(add)
+    add("--rank", type=int, default=0, help="rank of fresh adapters beside fresh gates; 0: none")
+    add("--alpha", type=float, help="scale of fresh adapters; default: twice the rank")
+    add("--seed", type=int, default=0, help="seed of fresh gates and adapters")
 
-    command = _command(
-        commands, "export", "policy or Megatron checkpoint -> Hugging Face model or PEFT adapter", _export
-    )
-    command.add_argument(
-        "--checkpoint", required=True, help="run (runs/NAME), stage of one, policy checkpoint, or Megatron checkpoint"
-    )
-    command.add_argument(
-        "--hf", help="base model of a policy checkpoint, which it was made on (default: that of its run)"
-    )
-    _unchecked(command)
-    _writes(command)
-    command.add_argument("--adapters", choices=("merge", "keep"), default="merge")
-    command.add_argument(
-        "--gates",
-        choices=("auto", "embed", "sidecar", "drop"),
-        default="auto",
-        help="auto: embed, or sidecar with --adapters keep; drop where there are none (default: auto)",
-    )
-    command.add_argument("--max-shard-size", type=_size, help="largest weight file, as in 5GB (default: 4GiB)")
+    add = command("export", "policy or Megatron checkpoint -> Hugging Face model or PEFT adapter", _export).add_argument
+    words = "run (runs/NAME), stage of one, policy checkpoint, or Megatron checkpoint"
+    add("--checkpoint", required=True, help=words)
+    add("--hf", help="base model of a policy checkpoint, which it was made on (default: that of its run)")
+    policies(add)
+    writes(add)
+    add("--adapters", choices=("merge", "keep"), default="merge")
+    words = "auto: embed, or sidecar with --adapters keep; drop where there are none (default: auto)"
+    add("--gates", choices=("auto", "embed", "sidecar", "drop"), default="auto", help=words)
+    add("--max-shard-size", type=_size, help="largest weight file, as in 5GB (default: 4GiB)")
+    add("--base-name", help="what --adapters keep calls the base model: a name on the hub, or a directory")
 
-    command.add_argument(
-        "--base-name", help="what --adapters keep calls the base model: a name on the hub, or a directory"
-    )
+    add = command("reshard", "Megatron checkpoint -> the same for another parallel layout", _reshard).add_argument
+    add("--checkpoint", required=True, help="Megatron checkpoint")
+    policies(add)
+    writes(add)
+    layout(add)
 
-    command = _command(commands, "reshard", "Megatron checkpoint -> the same for another parallel layout", _reshard)
-    command.add_argument("--checkpoint", required=True, help="Megatron checkpoint")
-    _unchecked(command)
-    _writes(command)
-    _layout(command)
+    add = command("verify", "whether two checkpoints of any kind are the same model", _verify).add_argument
+    add("a", help="Hugging Face model, early-exit export, Megatron or policy checkpoint, stage or run")
+    add("b", help="another one")
+    add("--hf", help="base model of policy checkpoints (default: that of their run)")
+    policies(add)
+    add("--no-logits", action="store_true", help="compare tensors only; needs little memory")
 
-    command = _command(commands, "verify", "whether two checkpoints of any kind are the same model", _verify)
-    command.add_argument("a", help="Hugging Face model, early-exit export, Megatron or policy checkpoint, stage or run")
-    command.add_argument("b", help="another one")
-    command.add_argument("--hf", help="base model of policy checkpoints (default: that of their run)")
-    _unchecked(command)
-    command.add_argument("--no-logits", action="store_true", help="compare tensors only; needs little memory")
+    add = command("inspect", "table of tensors, shapes, dtypes, hashes; layout, exit depths", _inspect).add_argument
+    add("directory")
+    add("--no-hash", action="store_true", help="read headers only; numbers aren't looked at")
 
-    command = _command(commands, "inspect", "table of tensors, shapes, dtypes, hashes; layout, exit depths", _inspect)
-    command.add_argument("directory")
-    command.add_argument("--no-hash", action="store_true", help="read headers only; numbers aren't looked at")
-
-    command = _command(commands, "roundtrip", "import and export again; every tensor must come back equal", _roundtrip)
-    command.add_argument("--hf", required=True, help="Hugging Face model directory")
-    command.add_argument("--tp", type=int, default=1, help="tensor-parallel degree on the way")
-    command.add_argument("--pp", type=int, default=1, help="pipeline-parallel degree on the way")
-    command.add_argument("--work", help="where the copies are made (needs twice the model's size)")
-    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    add = command("roundtrip", "import and export again; every tensor must come back equal", _roundtrip).add_argument
+    add("--hf", required=True, help="Hugging Face model directory")
+    add("--tp", type=int, default=1, help="tensor-parallel degree on the way")
+    add("--pp", type=int, default=1, help="pipeline-parallel degree on the way")
+    add("--work", help="where the copies are made (needs twice the model's size)")
+    add("--quiet", action="store_true", help="no progress bar")
     return parser
-
-
-def _command(commands, name: str, text: str, run) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=text)
-    command.set_defaults(run=run)
-    return command
-
-
-def _unchecked(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--base-unchecked", action="store_true", help="take a policy with a model that it was not made on"
-    )
-
-
-def _writes(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--out", required=True, help="directory to make")
-    command.add_argument(
-        "--dtype",
-        type=_dtype,
-        choices=("auto", *DTYPES),
-        default="auto",
-        help=f"also {', '.join(SHORT)} for short; auto: as each tensor is stored (default: auto)",
-    )
-    command.add_argument("--resume", action="store_true", help="go on from what a killed run left")
-    command.add_argument("--quiet", action="store_true", help="no progress bar")
-
-
-def _layout(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--tp", type=int, default=1, help="tensor-parallel degree that the files are cut for")
-    command.add_argument("--pp", type=int, default=1, help="pipeline-parallel degree; checked against the exits")
-    command.add_argument("--vpp", type=int, default=1, help="virtual stages per pipeline rank")

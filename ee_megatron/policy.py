@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .exits import ExitLayout, gate_units
 from .families import ModelDims
 from .families.hf_directory import read_json
-from .tensors import LayeredTensors, digest
+from .tensors import FileTensors, LayeredTensors, digest
 
 POLICY_JSON = "policy.json"
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -176,7 +176,7 @@ def save_policy(
     directory: Path, spec: PolicySpec, tensors: Mapping[str, Tensor], base: Mapping[str, str] | None = None
 ) -> None:
     """Write policy.safetensors and policy.json into an existing directory (the caller makes it appear whole). `base`:
-    the identity of the model that the policy belongs to (checkpoint/base_identity.py)."""
+    the identity of the model that the policy belongs to (checkpoint/policy_files.py)."""
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, directory / "policy.safetensors"
     )
@@ -213,16 +213,15 @@ def read_policy_json(directory: str | Path) -> PolicyFile:
 
 def load_policy(directory: str | Path) -> tuple[PolicySpec, dict[str, Tensor]]:
     """Read what `save_policy` wrote. Raises FileNotFoundError or ValueError (damaged: the digest differs)."""
-    spec, tensors = read_policy(directory, load_file)
-    return spec, dict(tensors)
+    spec, tensors = open_policy(directory)
+    return spec, {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-def read_policy(
-    directory: str | Path, read: Callable[[Path], Mapping[str, Tensor]], check: bool = True
-) -> tuple[PolicySpec, Mapping[str, Tensor]]:
-    """As `load_policy`, with `read` for the tensors' file; the digest, which `check` asks for, reads them in parts."""
+def open_policy(directory: str | Path, *, check: bool = True) -> tuple[PolicySpec, Mapping[str, Tensor]]:
+    """As `load_policy`, but the tensors of a full fine-tuning stay in their file (`FileTensors`). Without `check` the
+    digest, which has been compared elsewhere, is not computed."""
     known, file = read_policy_json(directory), Path(directory) / "policy.safetensors"
-    tensors = read(file)
+    tensors = FileTensors(file)
     if check and digest(tensors) != known.sha256:
         raise ValueError(f"{file}: contents do not match the digest in {POLICY_JSON}; the file is damaged")
-    return known.spec, tensors
+    return known.spec, tensors if known.spec.full else {name: tensor.clone() for name, tensor in tensors.items()}

@@ -1,13 +1,11 @@
-"""Named tensors larger than memory: read in parts, handed on in blocks, hashed as they pass."""
+"""Named tensors that may be larger than memory: read in parts, streamed in blocks of rows, hashed as they pass."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import math
-import os
-import struct
+import mmap
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,9 +15,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .families import ModelDims
+from .families.hf_directory import read_header
+
 Shape = tuple[int, ...]
-# What is read or hashed at once.
+Entries = Mapping[str, tuple[torch.dtype, Shape]]
+# What is read, written or hashed at once, and how much may wait to be hashed.
 BLOCK_BYTES = 64 << 20
+IN_FLIGHT = 160 << 20
 # Of numbers in safetensors files.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -44,87 +47,113 @@ class Stream(Protocol):
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors that are read when asked for and not kept."""
+    """Tensors that are read when needed and not kept. `entries`: dtype and shape of each, known without reading it."""
 
-    def shape(self, name: str) -> Shape:
-        """A tensor's shape, without reading it."""
-        raise NotImplementedError
+    entries: Entries
 
     def part(self, name: str, *where: slice) -> Tensor:
-        """A part of a tensor, a range per dimension; without ranges all of it."""
+        """Read a part of a tensor, a range per dimension; without ranges all of it."""
         raise NotImplementedError
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self:
+        if name not in self.entries:
             raise KeyError(name)
         return self.part(name)
 
-
-class FileTensors(LazyTensors):
-    """The tensors of one safetensors file. Raises ValueError if it is none, or not whole.
-
-    It is read, not mapped: pages of a mapped file count as memory of the process, and one that is larger than the
-    machine's memory can't be mapped as safetensors maps it.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            with path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                size = path.stat().st_size
-                if length > size:
-                    raise ValueError(f"{size} bytes, its header alone should have {length}")
-                table = json.loads(file.read(length))
-            table.pop("__metadata__", None)
-            self._entries = {name: (DTYPES[line["dtype"]], tuple(line["shape"])) for name, line in table.items()}
-            self._begin = {name: 8 + length + line["data_offsets"][0] for name, line in table.items()}
-            end = 8 + length + max((line["data_offsets"][1] for line in table.values()), default=0)
-            if end != size:
-                raise ValueError(f"{size} bytes, its header promises {end}")
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-            raise ValueError(f"{path}: cannot be read ({error}); the file is missing or damaged") from None
-
-    def part(self, name: str, *where: slice) -> Tensor:
-        dtype, shape = self._entries[name]
-        ranges = [part.indices(size)[:2] for part, size in zip(where, shape, strict=False)]
-        ranges += [(0, size) for size in shape[len(ranges) :]]
-        found = torch.empty([end - begin for begin, end in ranges], dtype=dtype)
-        if not found.numel():
-            return found
-        data = found.view(-1).view(torch.uint8).numpy().data
-        # Runs of numbers that lie together: all that is asked for, or a part of each row.
-        whole = all(taken == (0, size) for taken, size in zip(ranges[1:], shape[1:], strict=True))
-        assert whole or len(shape) == 2
-        width = dtype.itemsize * math.prod(shape[1:])
-        run = len(data) if whole else found.size(1) * dtype.itemsize
-        offset = self._begin[name] + (ranges[0][0] * width if shape else 0)
-        if not whole:
-            offset += ranges[1][0] * dtype.itemsize
-        with self.path.open("rb", buffering=0) as file:
-            for at in range(0, len(data), run):
-                self._read(file, offset, data[at : at + run])
-                offset += width
-        return found
-
-    def _read(self, file: io.FileIO, offset: int, data: memoryview) -> None:
-        while data:
-            count = os.preadv(file.fileno(), [data], offset)
-            if not count:
-                raise ValueError(f"{self.path}: ends at byte {offset}; the file was cut while it was read")
-            data, offset = data[count:], offset + count
-
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self.entries
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self.entries)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.entries[name][0]
 
     def shape(self, name: str) -> Shape:
-        return self._entries[name][1]
+        return self.entries[name][1]
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.entries.values())
+
+
+class ModelSource(LazyTensors):
+    """A model to read: its directory, its config.json and dimensions, its tensors by their Hugging Face names.
+
+    tokenizer: the directory with tokenizer and templates. digests: SHA-256 of tensors, as far as they are on record.
+    """
+
+    path: Path
+    config: dict
+    dims: ModelDims
+    tokenizer: Path
+    digests: Mapping[str, str] = {}
+
+    def tensor(self, name: str) -> Tensor:
+        """The whole tensor on the CPU, in the dtype that it is stored in."""
+        return self.part(name)
+
+    def fingerprint(self) -> list[list]:
+        """Name, size and time of change of the directory's files: resumed work must find the same. JSON-able."""
+        return file_stamps(self.path, "*", "weights/*")
+
+
+def file_stamps(folder: Path, *patterns: str) -> list[list]:
+    """[relative path, size, time of change in ns] of every file in `folder` that matches a pattern."""
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+    return [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+def map_file(path: Path, offset: int, dtype: torch.dtype, shape: Shape, soon: bool = True) -> Tensor:
+    """A part of a file as a tensor, mapped copy-on-write: memory fills as it is looked at and is freed with the tensor.
+
+    `soon`: have the system start reading now. Raises ValueError or OSError if the file is too short or missing.
+    """
+    size = dtype.itemsize * math.prod(shape)
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    skip = offset % mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as file:
+        area = mmap.mmap(file.fileno(), skip + size, access=mmap.ACCESS_COPY, offset=offset - skip)
+    if soon and hasattr(mmap, "MADV_WILLNEED"):
+        area.madvise(mmap.MADV_WILLNEED)
+    flat = torch.frombuffer(area, dtype=torch.uint8, offset=skip, count=size)
+    return (flat.clone() if offset % dtype.itemsize else flat).view(dtype).view(shape)
+
+
+class FileTensors(LazyTensors):
+    """The tensors of a safetensors file, or of several: name -> file. Whole files are never mapped, only the parts that
+    are asked for. `dtype`: what they are converted to; None: as they are stored.
+
+    Raises ValueError or FileNotFoundError for a file that is missing, damaged or of unsupported dtypes."""
+
+    def __init__(self, files: Path | Mapping[str, Path], dtype: torch.dtype | None = None):
+        self.path = files if isinstance(files, Path) else None
+        paths = {files} if isinstance(files, Path) else set(files.values())
+        self._places: dict[str, tuple[Path, int, torch.dtype]] = {}
+        found = {}
+        for path in sorted(paths):
+            for name, line in read_header(path).items():
+                if not isinstance(files, Path) and files.get(name) != path:
+                    continue
+                if line.dtype not in DTYPES:
+                    raise ValueError(f"{path}: {name} is stored as {line.dtype}; supported: {', '.join(DTYPES)}")
+                found[name] = dtype or DTYPES[line.dtype], line.shape
+                self._places[name] = path, line.offset, DTYPES[line.dtype]
+        self.entries = found if isinstance(files, Path) else {name: found[name] for name in files}
+
+    def part(self, name: str, *where: slice) -> Tensor:
+        (path, offset, dtype), (wanted, shape) = self._places[name], self.entries[name]
+        if not shape or not where:
+            return map_file(path, offset, dtype, shape).to(wanted)
+        first, end, _ = where[0].indices(shape[0])
+        rows = max(0, end - first), *shape[1:]
+        offset += first * dtype.itemsize * math.prod(shape[1:])
+        # Of a few columns only the pages that they lie in are read.
+        return map_file(path, offset, dtype, rows, soon=len(where) == 1)[(slice(None), *where[1:])].to(wanted)
 
 
 class LayeredTensors(LazyTensors):
@@ -132,25 +161,18 @@ class LayeredTensors(LazyTensors):
 
     def __init__(self, over: Mapping[str, Tensor], under: Mapping[str, Tensor]):
         self._over, self._under = over, under
-
-    def _at(self, name: str) -> Mapping[str, Tensor]:
-        return self._over if name in self._over else self._under
+        above = entries_of(over)
+        self.entries = {**above, **{name: entry for name, entry in entries_of(under).items() if name not in above}}
 
     def part(self, name: str, *where: slice) -> Tensor:
-        return part_of(self._at(name), name, *where)
+        return part_of(self._over if name in self._over else self._under, name, *where)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._over or name in self._under
 
-    def __iter__(self) -> Iterator[str]:
-        yield from self._over
-        yield from (name for name in self._under if name not in self._over)
-
-    def __len__(self) -> int:
-        return len(self._over.keys() | self._under.keys())
-
-    def shape(self, name: str) -> Shape:
-        return shape_of(self._at(name), name)
+def entries_of(tensors: Mapping[str, Tensor]) -> Entries:
+    """Dtype and shape of each tensor; none is read for that."""
+    if isinstance(tensors, LazyTensors):
+        return tensors.entries
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str) -> Shape:
@@ -165,16 +187,31 @@ def part_of(tensors: Mapping[str, Tensor], name: str, *where: slice) -> Tensor:
     return tensors[name][where] if where else tensors[name]
 
 
+def row_blocks(tensors: Mapping[str, Tensor], name: str) -> Iterator[Block]:
+    """One tensor in blocks of rows of at most BLOCK_BYTES in float32 (or of one row); the same for every dtype."""
+    shape = shape_of(tensors, name)
+    rows = max(1, BLOCK_BYTES // max(1, 4 * math.prod(shape[1:]))) if shape else 1
+    if not shape or rows >= shape[0]:
+        yield Block(name, shape, 0, tensors[name].detach().cpu())
+        return
+    for first in range(0, shape[0], rows):
+        yield Block(name, shape, first, part_of(tensors, name, slice(first, first + rows)).detach().cpu())
+
+
 def blocks_of(tensors: Mapping[str, Tensor]) -> Iterator[Block]:
-    """All of them, in name order, in blocks of about BLOCK_BYTES."""
+    """All tensors, in name order, in `row_blocks`."""
     for name in sorted(tensors):
-        shape = shape_of(tensors, name)
-        rows = max(1, BLOCK_BYTES // max(1, 4 * math.prod(shape[1:]))) if shape else 1
-        if not shape or rows >= shape[0]:
-            yield Block(name, shape, 0, tensors[name].detach().cpu())
-            continue
-        for first in range(0, shape[0], rows):
-            yield Block(name, shape, first, part_of(tensors, name, slice(first, first + rows)).detach().cpu())
+        yield from row_blocks(tensors, name)
+
+
+def ahead(items: Iterable[Any]) -> Iterator[Any]:
+    """The same items, each made in a background thread while the one before it is in use."""
+    source, end = iter(items), object()
+    with ThreadPoolExecutor(1, "ahead") as thread:
+        coming = thread.submit(next, source, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, source, end)
+            yield item
 
 
 @dataclass(frozen=True)
@@ -208,7 +245,7 @@ class ChangedStream:
 
 
 def drain(stream: Iterable[Block]) -> None:
-    """Do a rank's part of a stream whose blocks go to another, or are not wanted."""
+    """Iterate to the end: a rank's part of a stream whose blocks go to another, or are not wanted."""
     for _ in stream:
         pass
 
@@ -226,57 +263,77 @@ def collect(blocks: Iterable[Block]) -> dict[str, Tensor]:
     return found
 
 
-class Digest:
-    """sha256 over names, shapes, dtypes and bytes of tensors that come in name order, in blocks. A thread hashes one
-    block while the caller works on the next; it must not change a block that it handed over."""
+class Hasher:
+    """Computes SHA-256 digests in a background thread, so that blocks are hashed while others are read and written.
+
+    At most IN_FLIGHT bytes (or one block) wait. A context manager: digests end with it.
+    """
 
     def __init__(self) -> None:
-        self._sha = hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1, "digest")
+        self._pool = ThreadPoolExecutor(1, "digest")
+        self._waiting: deque[tuple[Future[None], int]] = deque()
+
+    def __enter__(self) -> Hasher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, work: Callable[..., None], data: Tensor, *more: Any) -> Future[None]:
+        """Call `work(data, *more)` later; waits while more than IN_FLIGHT bytes would wait."""
+        while self._waiting and sum(size for _, size in self._waiting) + data.nbytes > IN_FLIGHT:
+            self._waiting.popleft()[0].result()
+        future = self._pool.submit(work, data, *more)
+        self._waiting.append((future, data.nbytes))
+        return future
+
+
+class Digest:
+    """SHA-256 of tensors that come in blocks. A block must not change before `hexdigest`."""
+
+    def __init__(self, hasher: Hasher):
+        self._hasher, self._sha = hasher, hashlib.sha256()
         self._last: Future[None] | None = None
 
-    def update(self, block: Block) -> None:
-        """Take the next block; waits for the one before it."""
-        self._settle()
-        self._last = self._thread.submit(hash_block, self._sha, block)
+    def update(self, data: Tensor, header: str = "") -> None:
+        """Add `header` and the bytes of a CPU tensor in row-major order."""
+        self._last = self._hasher.submit(self._add, data, header)
+
+    def add_block(self, block: Block) -> None:
+        """Add the next block of a stream, as `digest` does: name, shape and dtype come before a tensor's bytes."""
+        self.update(block.data, _header(block))
 
     def passing(self, stream: Iterable[Block]) -> Iterator[Block]:
-        """The stream, hashed as it passes."""
+        """Wrap a stream: hash it while it is consumed."""
         for block in stream:
-            self.update(block)
+            self.add_block(block)
             yield block
 
     def hexdigest(self) -> str:
-        self._settle()
-        return self._sha.hexdigest()
-
-    def _settle(self) -> None:
+        """Waits for the blocks so far."""
         if self._last is not None:
             self._last.result()
-        self._last = None
+        return self._sha.hexdigest()
 
-    def __enter__(self) -> Digest:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._thread.shutdown()
+    def _add(self, data: Tensor, header: str) -> None:
+        self._sha.update(header.encode())
+        self._sha.update(tensor_bytes(data))
 
 
-def hash_block(sha: Any, block: Block) -> None:
-    """Add the next block to a hash."""
-    if not block.first:
-        sha.update(f"{block.name} {block.shape} {block.data.dtype}\n".encode())
-    sha.update(block.data.contiguous().flatten().view(torch.uint8).numpy().data)
+def _header(block: Block) -> str:
+    return "" if block.first else f"{block.name} {block.shape} {block.data.dtype}\n"
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor in row-major order, without a copy where it is contiguous."""
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes, dtypes and bytes in name order: two sides hold the same weights iff digests agree."""
-    if isinstance(tensors, LazyTensors):
-        # What is read is hashed while the next is being read.
-        with Digest() as found:
-            drain(found.passing(blocks_of(tensors)))
-            return found.hexdigest()
+    """SHA-256 over names, shapes, dtypes and bytes in name order: two sides hold the same weights iff digests agree."""
     sha = hashlib.sha256()
-    for block in blocks_of(tensors):
-        hash_block(sha, block)
+    blocks = blocks_of(tensors)
+    for block in ahead(blocks) if isinstance(tensors, LazyTensors) else blocks:
+        sha.update(_header(block).encode())
+        sha.update(tensor_bytes(block.data))
     return sha.hexdigest()

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ee_megatron.checkpoint.base_identity import base_identity
-from ee_megatron.checkpoint.manifest import tensor_sha256
-from ee_megatron.checkpoint.megatron_io import WEIGHTS
+from ee_megatron.checkpoint.policy_files import base_identity
+from ee_megatron.checkpoint.sources import WEIGHTS
+from ee_megatron.checkpoint.store import tensor_sha256
 from ee_megatron.convert import main
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, save_policy

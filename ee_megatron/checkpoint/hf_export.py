@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,16 +27,22 @@ from ..exit_rules import Threshold
 from ..families import FAMILIES
 from ..families.base import rope_parameters
 from ..families.hf_directory import HFDirectory
-from ..policy import PolicySpec
-from ..tensors import FileTensors, digest
-from .base_identity import check_base
+from ..policy import PolicySpec, open_policy
+from ..tensors import Block, Entries, FileTensors, Hasher, ModelSource, ahead, digest, file_stamps, row_blocks
 from .export_files.configuration_early_exit import check_exit_policy
-from .manifest import Digest, Hasher, Ledger, copy_tokenizer, entry, entry_of, write_manifest
-from .meter import Meter
-from .policy_files import check_policy, open_policy
-from .safetensors_io import SafetensorsWriter, aligned, nbytes, write_small
-from .sources import HFSource, TensorSource, TunedSource, Watch, ahead, cast, gate_facts, total_bytes
-from .workspace import Workspace, workspace
+from .policy_files import check_base, check_policy
+from .sources import HFSource, TunedSource, Watch, cast, gate_facts
+from .store import (
+    SafetensorsWriter,
+    aligned,
+    check_all_used,
+    copy_tokenizer,
+    entry,
+    entry_of,
+    write_manifest,
+    write_small,
+)
+from .workspace import Meter, Workspace, workspace
 
 EXPORT_FILES = Path(__file__).parent / "export_files"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,7 +53,7 @@ COMBINATIONS = {"merge": ("embed", "sidecar", "drop"), "keep": ("sidecar", "drop
 
 
 def export_hf(
-    base: TensorSource | HFDirectory | str | Path,
+    base: ModelSource | HFDirectory | str | Path,
     policy: str | Path | tuple[PolicySpec, Mapping[str, Tensor]],
     out: str | Path,
     adapters: str = "merge",
@@ -75,9 +81,9 @@ def export_hf(
     base or whose directory says that it was made on another, a tensor that is damaged or would be left over or used
     twice, an output that exists. OSError: disk full.
     """
-    if not isinstance(base, TensorSource):
+    if not isinstance(base, ModelSource):
         base = HFSource(base)
-        if base.spec() is not None:
+        if base.spec is not None:
             raise ValueError(f"{base.path}: is an early-exit export; give the plain model that it was made from")
     if not isinstance(policy, tuple):
         check_base(policy, base, otherwise="hand over what open_policy reads there to go on all the same")
@@ -91,29 +97,34 @@ def export_hf(
     check_exit_policy(exit_policy, list(spec.exit_depths), spec.num_layers)
     if spec.full:
         base = TunedSource(base, tensors)
-    # The tensors of a full fine-tuning are the policy's own; those that it started from are not used.
-    ledger = Ledger(base=[] if adapters == "keep" or spec.full else base.names(), policy=tensors)
     plan = ExportPlan(base, spec, tensors, gates, dtype, shard_bytes)
+    # That of a full fine-tuning was checked against its digest when it was opened.
+    stored = tensors.path if isinstance(tensors, FileTensors) else None
     job = {
         "command": "export",
         "source": base.fingerprint(),
         "spec": spec.to_json(),
-        "policy": fingerprint_of(tensors),
+        "policy": [str(stored), *file_stamps(stored.parent, stored.name)] if stored else digest(dict(tensors)),
         "options": [adapters, gates, dtype, exit_policy, shard_bytes, base_name],
     }
-    total = total_bytes(base) if adapters == "merge" else 0
+    total = base.nbytes() if adapters == "merge" else 0
+    # The tensors of a full fine-tuning are the policy's own; those that it started from are not used.
+    sources = [f"base:{name}" for name in ([] if adapters == "keep" or spec.full else base)]
+    sources += [f"policy:{name}" for name in tensors]
     with workspace(out, job, resume) as space, Meter("export", total, quiet) as meter:
         folder = space.folder
         if adapters == "merge":
-            entries = _write_merged(plan, space, ledger, meter)
+            entries = _write_merged(plan, space, meter)
             _write_config(base, spec, folder, gates, dtype, exit_policy)
             # Names, shapes and lengths as the next reader will see them.
             HFDirectory(folder)
         else:
-            entries = _write_peft(plan, folder, ledger, base_name)
-        entries |= _write_sidecar(spec, tensors, folder, gates, ledger)
-        ledger.close()
-        copied = copy_tokenizer(base.tokenizer or base.path, folder)
+            entries = _write_peft(plan, folder, base_name)
+        if gates == "sidecar":
+            entries |= _write_sidecar(spec, tensors, folder)
+        dropped = [f"policy:{name}" for name in tensors if name.startswith("gates.")] if gates == "drop" else []
+        check_all_used(entries, sources, dropped)
+        copied = copy_tokenizer(base.tokenizer, folder)
         _name_tokenizer_for_all_versions(folder / "tokenizer_config.json")
         facts: dict[str, Any] = {"adapters": adapters, "gates": gates, "exit_depths": list(spec.exit_depths)}
         facts |= {"copied": copied, "speed": meter.line()}
@@ -121,14 +132,6 @@ def export_hf(
             facts["origin"] = dict(origin)
         write_manifest(folder, "hf_export", entries, **facts)
     return out
-
-
-def fingerprint_of(tensors: Mapping[str, Tensor]) -> object:
-    """What tells policies apart; that of a full fine-tuning was checked against its digest when it was opened."""
-    if isinstance(tensors, FileTensors):
-        state = tensors.path.stat()
-        return [str(tensors.path), state.st_size, state.st_mtime_ns]
-    return digest(dict(tensors))
 
 
 def _check_options(spec: PolicySpec, adapters: str, gates: str, dtype: str) -> None:
@@ -142,7 +145,7 @@ def _check_options(spec: PolicySpec, adapters: str, gates: str, dtype: str) -> N
         raise ValueError("adapters='keep': the policy has no adapters (rank 0); use adapters='merge'")
 
 
-def _peft_base(base: TensorSource, name: str | None, adapters: str) -> str | None:
+def _peft_base(base: ModelSource, name: str | None, adapters: str) -> str | None:
     """What a PEFT adapter is to call its base, so that it is found from any directory; None for a merged model.
 
     `_name_or_path` in config.json is not asked: a model that was fine-tuned and saved names its parent there.
@@ -151,9 +154,9 @@ def _peft_base(base: TensorSource, name: str | None, adapters: str) -> str | Non
         if name:
             raise ValueError(f"--base-name {name}: only for --adapters keep; a merged model names no base")
         return None
-    if name is None and isinstance(base, HFSource):
-        return str(base.path.resolve())
     if name is None:
+        if isinstance(base, HFSource):
+            return str(base.path.resolve())
         raise ValueError(
             f"{base.path}: holds no model that PEFT can load; say with --base-name what it was imported from, a "
             "name on the hub or a directory"
@@ -184,7 +187,7 @@ def merged_weight(weight: Tensor, pair: Iterable[Tensor], scale: float) -> Tenso
 class ExportPlan:
     """What an export with merged adapters consists of, tensor by tensor."""
 
-    base: TensorSource
+    base: ModelSource
     spec: PolicySpec
     tensors: Mapping[str, Tensor]
     gates: str
@@ -193,8 +196,7 @@ class ExportPlan:
 
     def table(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name -> dtype and shape, in the model's order, embedded gates last."""
-        shapes = self.base.dims.tensor_shapes()
-        table = {n: (DTYPES.get(self.dtype) or self.base.dtype(n), shapes[n]) for n in self.base.names()}
+        table = {name: (DTYPES.get(self.dtype, dtype), shape) for name, (dtype, shape) in self.base.entries.items()}
         if self.gates == "embed":
             table |= {name: (torch.float32, shape) for name, shape in self.spec.gate_shapes(self.base.dims).items()}
         return table
@@ -207,11 +209,21 @@ class ExportPlan:
         """A tensor of the base with its adapter."""
         return merged_weight(weight, (self.tensors[part] for part in adapter_of(name, self.tensors)), self.spec.scale)
 
+    def blocks(self, names: Iterable[str]) -> Iterator[Block]:
+        """Their numbers as they are stored. What takes up an adapter comes whole."""
+        for name in names:
+            if name.startswith("gates."):
+                yield Block(name, self.spec.gate_shapes(self.base.dims)[name], 0, self.tensors[name].float())
+            elif adapter_of(name, self.tensors):
+                yield Block(name, self.base.shape(name), 0, self.base.part(name))
+            else:
+                yield from row_blocks(self.base, name)
 
-def _write_merged(plan: ExportPlan, space: Workspace, ledger: Ledger, meter: Meter) -> dict[str, dict]:
+
+def _write_merged(plan: ExportPlan, space: Workspace, meter: Meter) -> dict[str, dict]:
     """model.safetensors, or numbered files and their index; returns the manifest's entries."""
     table = plan.table()
-    sizes = {name: nbytes(*line) for name, line in table.items()}
+    sizes = {name: dtype.itemsize * torch.Size(shape).numel() for name, (dtype, shape) in table.items()}
     shards = _plan_shards(sizes, plan.shard_bytes)
     entries: dict[str, dict] = {}
     for number, names in enumerate(shards, start=1):
@@ -222,8 +234,6 @@ def _write_merged(plan: ExportPlan, space: Workspace, ledger: Ledger, meter: Met
             space.finish(file, made)
         else:
             meter.skip(sum(sizes[name] for name in names))
-        for name in names:
-            ledger.take(*made[name]["source"])
         entries |= {name: made[name] for name in names}
     if len(shards) > 1:
         index = {
@@ -246,33 +256,22 @@ def _plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _write_shard(
-    plan: ExportPlan, path: Path, table: dict[str, tuple[torch.dtype, tuple[int, ...]]], meter: Meter
-) -> dict[str, dict]:
-    digests: dict[str, Digest | Watch] = {}
+def _write_shard(plan: ExportPlan, path: Path, table: Entries, meter: Meter) -> dict[str, dict]:
+    watches: dict[str, Watch] = {}
     with Hasher() as hasher, SafetensorsWriter(path, table) as writer:
-        for name in ahead(plan.base, aligned(table)):
-            if name.startswith("gates."):
-                gate = plan.tensors[name].float().contiguous()
-                digests[name] = digest_ = Digest(hasher)
-                digest_.update(gate)
-                writer.write(gate)
-            else:
+        for block in ahead(plan.blocks(aligned(table))):
+            name = block.name
+            if name not in watches:
                 change = partial(plan.merge, name=name) if adapter_of(name, plan.tensors) else None
-                digests[name] = watch = Watch(plan.base, name, table[name][0], hasher, meter, change)
-                # An adapter needs the tensor whole.
-                for block in [plan.base.tensor(name)] if change else plan.base.blocks(name):
-                    writer.write(watch.block(block))
-            plan.base.release()
+                watches[name] = Watch(plan.base, name, table[name][0], hasher, meter, change)
+            writer.write(watches[name].block(block.data))
         return {
-            name: entry(shape, dtype, digests[name].hexdigest(), plan.sources(name), path.name)
+            name: entry(shape, dtype, watches[name].hexdigest(), plan.sources(name), path.name)
             for name, (dtype, shape) in table.items()
         }
 
 
-def _write_config(
-    base: TensorSource, spec: PolicySpec, folder: Path, gates: str, dtype: str, exit_policy: dict
-) -> None:
+def _write_config(base: ModelSource, spec: PolicySpec, folder: Path, gates: str, dtype: str, exit_policy: dict) -> None:
     config = dict(base.config) | _for_all_versions(base, dtype)
     if gates == "embed":
         config |= {
@@ -293,7 +292,7 @@ def _write_config(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _for_all_versions(base: TensorSource, dtype: str) -> dict:
+def _for_all_versions(base: ModelSource, dtype: str) -> dict:
     """What transformers 4 and 5 read under different names, or fill with different defaults, under both names."""
     config, dims = base.config, base.dims
     rope = rope_parameters(config, dims.family)
@@ -324,14 +323,14 @@ def _name_tokenizer_for_all_versions(file: Path) -> None:
     file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
 
 
-def _write_peft(plan: ExportPlan, folder: Path, ledger: Ledger, base_name: str | None) -> dict[str, dict]:
+def _write_peft(plan: ExportPlan, folder: Path, base_name: str | None) -> dict[str, dict]:
     base, spec, file = plan.base, plan.spec, "adapter_model.safetensors"
     content: dict[str, Tensor] = {}
     entries: dict[str, dict] = {}
     for name in spec.adapter_shapes(base.dims):
         target, value = f"base_model.model.{name}", plan.tensors[name]
         content[target] = cast(f"policy tensor {name}", value, DTYPES.get(plan.dtype, value.dtype))
-        entries[target] = entry_of(content[target], ledger.take(f"policy:{name}"), file)
+        entries[target] = entry_of(content[target], [f"policy:{name}"], file)
     write_small(folder / file, content)
     config = {
         "peft_type": "LORA",
@@ -349,16 +348,9 @@ def _write_peft(plan: ExportPlan, folder: Path, ledger: Ledger, base_name: str |
     return entries
 
 
-def _write_sidecar(
-    spec: PolicySpec, tensors: Mapping[str, Tensor], folder: Path, gates: str, ledger: Ledger
-) -> dict[str, dict]:
-    """gates.safetensors and gates.json, or nothing (dropped gates count as used, embedded ones were)."""
-    names = [name for name in tensors if name.startswith("gates.")]
-    if gates == "drop":
-        ledger.take(*(f"policy:{name}" for name in names))
-    if gates != "sidecar":
-        return {}
-    content = {name: tensors[name].float().contiguous() for name in names}
+def _write_sidecar(spec: PolicySpec, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, dict]:
+    """gates.safetensors and gates.json."""
+    content = {name: tensors[name].float().contiguous() for name in tensors if name.startswith("gates.")}
     write_small(folder / "gates.safetensors", content)
     (folder / "gates.json").write_text(json.dumps(gate_facts(spec), indent=2) + "\n")
-    return {name: entry_of(content[name], ledger.take(f"policy:{name}"), "gates.safetensors") for name in names}
+    return {name: entry_of(value, [f"policy:{name}"], "gates.safetensors") for name, value in content.items()}

@@ -1,4 +1,4 @@
-"""Which Hugging Face tensors make up which Megatron parameter, and each tensor-parallel rank's share of it.
+"""Which Hugging Face tensors make up which Megatron parameter, and what each rank holds of them.
 
 linear_qkv   q, k, v interleaved by key-value group: [q of the group's heads, k, v]; ranks own whole groups
 linear_fc1   gate and up, each cut along its rows first, then joined
@@ -7,7 +7,8 @@ linear_proj, linear_fc2   cut along columns;   embedding, head   cut along rows,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,26 +21,26 @@ from ..families.hf_directory import HFDirectory
 from ..model.config import padded_vocab
 from ..model.gpt import STORED_NORMS, EarlyExitGPT
 
-Shard = Callable[[list[Tensor], int, int], Tensor]
-Parts = Callable[[Tensor, int], list[Tensor]]
+Run = tuple[int, int, int]
+"""Consecutive rows: the first of a tensor, the first of a parameter, how many."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One Megatron parameter of a stage: its name there, the HF tensors it holds, and the two directions.
+    """One Megatron parameter of a stage: its name there, the Hugging Face tensors it holds, and how.
 
-    dim: along which the tensor-parallel ranks cut the HF tensors; below 0: each of them holds them whole.
-    shard(hf_tensors, ranks, rank) -> the rank's local tensor; parts(local tensor, ranks) -> its share of each tensor.
-    As that only moves rows, a vector of the local tensor's row numbers may take its place.
-    rows: of the whole tensor, where shares are padded beyond it.
+    dim: along which tensor-parallel ranks cut the tensors; below 0: each of them holds them whole.
+    groups, sizes: the whole parameter is so many groups of rows, in each of which the tensors follow one another with
+    rows in these proportions.
+    vocab: rows of the tensor, where ranks pad it to equal shares.
     """
 
     parameter: str
     names: tuple[str, ...]
-    dim: int
-    shard: Shard
-    parts: Parts
-    rows: int | None = None
+    dim: int = -1
+    groups: int = 1
+    sizes: tuple[int, ...] = (1,)
+    vocab: int | None = None
 
     @property
     def stored(self) -> str:
@@ -51,72 +52,40 @@ class Entry:
         """Whether tensor-parallel ranks hold different parts."""
         return self.dim >= 0
 
-    def join(self, locals_: list[Tensor]) -> list[Tensor]:
-        """The HF tensors from the local tensors of all ranks."""
-        if self.dim < 0:
-            return self.parts(locals_[0], 1)
-        shares = [self.parts(local, len(locals_)) for local in locals_]
-        return [torch.cat(same, self.dim)[: self.rows] for same in zip(*shares, strict=True)]
+    def places(self, rows: int, ranks: int) -> list[Tensor]:
+        """For each tensor the rows of a rank's local parameter, which has `rows`, that hold the rank's share, in order;
+        int64 [n]."""
+        by_group = torch.arange(rows).view(max(1, self.groups // ranks), -1)
+        unit = by_group.size(1) // sum(self.sizes)
+        return [part.flatten() for part in by_group.split([unit * size for size in self.sizes], dim=1)]
+
+    def shard(self, tensors: list[Tensor], ranks: int, rank: int) -> Tensor:
+        """The rank's local parameter from whole tensors."""
+        if self.vocab is not None and (extra := padded_vocab(self.vocab, ranks) - self.vocab):
+            tensors = [torch.cat([tensor, tensor.new_zeros(extra, *tensor.shape[1:])]) for tensor in tensors]
+        shares = [tensor.chunk(ranks, self.dim)[rank] if self.split else tensor for tensor in tensors]
+        if len(shares) == 1:
+            return shares[0]
+        joined = torch.cat(shares)
+        return joined if self.groups == 1 else joined[torch.cat(self.places(len(joined), ranks)).argsort()]
+
+    def shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+        """Shape of the whole parameter from those of its tensors."""
+        return sum(shape[0] for shape in shapes), *shapes[0][1:]
+
+
+def runs_of(places: Tensor) -> tuple[Run, ...]:
+    """Row numbers as ranges of consecutive ones."""
+    starts = [0, *((places.diff() != 1).nonzero().flatten() + 1).tolist(), len(places)]
+    return tuple((a, int(places[a]), b - a) for a, b in itertools.pairwise(starts) if b > a)
 
 
 def stored_name(parameter: str) -> str:
-    """A parameter's name in megatron-core's checkpoints."""
+    """A parameter's name in megatron-core's checkpoints. Earlier versions of this package stored norms under the names
+    that they have in the model."""
     for module, stored in STORED_NORMS.items():
         parameter = parameter.replace(f".{module}", f".{stored}")
     return parameter
-
-
-def name_before(stored: str) -> str:
-    """The name under which earlier versions stored what is `stored` now."""
-    for module, now in STORED_NORMS.items():
-        stored = stored.replace(f".{now}", f".{module}")
-    return stored
-
-
-def _whole(tensors: list[Tensor], ranks: int, rank: int) -> Tensor:
-    return tensors[0]
-
-
-def _itself(local: Tensor, ranks: int) -> list[Tensor]:
-    return [local]
-
-
-def along(dim: int) -> tuple[int, Shard, Parts]:
-    """How one tensor is held that the ranks cut along `dim`; below 0: that each of them holds whole."""
-    if dim < 0:
-        return dim, _whole, _itself
-    return dim, lambda tensors, ranks, rank: tensors[0].chunk(ranks, dim)[rank], _itself
-
-
-def _qkv(dims: ModelDims) -> tuple[int, Shard, Parts]:
-    per_group = dims.heads // dims.kv_heads * dims.head_dim
-
-    def shard(tensors: list[Tensor], ranks: int, rank: int) -> Tensor:
-        parts = [t.unflatten(0, (dims.kv_heads, -1)).chunk(ranks, 0)[rank] for t in tensors]
-        return torch.cat(parts, dim=1).flatten(0, 1)
-
-    def parts(local: Tensor, ranks: int) -> list[Tensor]:
-        groups = local.unflatten(0, (dims.kv_heads // ranks, -1))
-        return [part.flatten(0, 1) for part in groups.split([per_group, dims.head_dim, dims.head_dim], dim=1)]
-
-    return 0, shard, parts
-
-
-def _gate_up_shard(tensors: list[Tensor], ranks: int, rank: int) -> Tensor:
-    return torch.cat([t.chunk(ranks, 0)[rank] for t in tensors])
-
-
-def _gate_up_parts(local: Tensor, ranks: int) -> list[Tensor]:
-    return list(local.chunk(2, 0))
-
-
-def _vocabulary(dims: ModelDims) -> tuple[int, Shard, Parts, int]:
-    def shard(tensors: list[Tensor], ranks: int, rank: int) -> Tensor:
-        extra = padded_vocab(dims.vocab, ranks) - dims.vocab
-        padded = torch.cat([tensors[0], tensors[0].new_zeros(extra, dims.hidden)]) if extra else tensors[0]
-        return padded.chunk(ranks, 0)[rank]
-
-    return 0, shard, _itself, dims.vocab
 
 
 def entries(dims: ModelDims, first_layer: int, layers: int, *, embedding: bool, head: bool) -> Iterator[Entry]:
@@ -125,33 +94,40 @@ def entries(dims: ModelDims, first_layer: int, layers: int, *, embedding: bool, 
     `embedding`: it holds the word embeddings; `head`: it holds the final norm and, unless the embedding on the same
     stage serves as head, the output layer.
     """
-    vocabulary, whole, columns = _vocabulary(dims), along(-1), along(1)
-    qkv, gate_up = _qkv(dims), (0, _gate_up_shard, _gate_up_parts)
+    embeddings = "model.embed_tokens.weight"
     if embedding:
-        yield Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), *vocabulary)
+        yield Entry("embedding.word_embeddings.weight", (embeddings,), 0, vocab=dims.vocab)
     for local in range(layers):
         hf, mc = f"model.layers.{first_layer + local}", f"decoder.layers.{local}"
-        yield Entry(f"{mc}.input_layernorm.weight", (f"{hf}.input_layernorm.weight",), *whole)
-        yield Entry(f"{mc}.pre_mlp_layernorm.weight", (f"{hf}.post_attention_layernorm.weight",), *whole)
+        yield Entry(f"{mc}.input_layernorm.weight", (f"{hf}.input_layernorm.weight",))
+        yield Entry(f"{mc}.pre_mlp_layernorm.weight", (f"{hf}.post_attention_layernorm.weight",))
         for kind in ("weight", "bias"):
-            fused = [
-                ("self_attention.linear_qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), qkv),
-                ("self_attention.linear_proj", ("self_attn.o_proj",), columns if kind == "weight" else whole),
-                ("mlp.linear_fc1", ("mlp.gate_proj", "mlp.up_proj"), gate_up),
-                ("mlp.linear_fc2", ("mlp.down_proj",), columns if kind == "weight" else whole),
+            columns = 1 if kind == "weight" else -1
+            heads = (dims.heads // dims.kv_heads, 1, 1)
+            linears = [
+                ("self_attention.linear_qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), 0, heads),
+                ("self_attention.linear_proj", ("self_attn.o_proj",), columns, (1,)),
+                ("mlp.linear_fc1", ("mlp.gate_proj", "mlp.up_proj"), 0, (1, 1)),
+                ("mlp.linear_fc2", ("mlp.down_proj",), columns, (1,)),
             ]
-            for parameter, names, both in fused:
+            for parameter, names, dim, sizes in linears:
                 if kind == "weight" or dims.has_bias(names[0]):
-                    yield Entry(f"{mc}.{parameter}.{kind}", tuple(f"{hf}.{n}.{kind}" for n in names), *both)
+                    held = tuple(f"{hf}.{name}.{kind}" for name in names)
+                    groups = dims.kv_heads if len(names) == 3 else 1
+                    yield Entry(f"{mc}.{parameter}.{kind}", held, dim, groups, sizes)
         if dims.qk_norm:
             for q in ("q", "k"):
-                yield Entry(f"{mc}.self_attention.{q}_layernorm.weight", (f"{hf}.self_attn.{q}_norm.weight",), *whole)
+                yield Entry(f"{mc}.self_attention.{q}_layernorm.weight", (f"{hf}.self_attn.{q}_norm.weight",))
     if head:
-        yield Entry("decoder.final_layernorm.weight", ("model.norm.weight",), *whole)
-        if not dims.tied:
-            yield Entry("output_layer.weight", ("lm_head.weight",), *vocabulary)
-        elif not embedding:
-            yield Entry("output_layer.weight", ("model.embed_tokens.weight",), *vocabulary)
+        yield Entry("decoder.final_layernorm.weight", ("model.norm.weight",))
+        if not dims.tied or not embedding:
+            name = embeddings if dims.tied else "lm_head.weight"
+            yield Entry("output_layer.weight", (name,), 0, vocab=dims.vocab)
+
+
+def whole_entries(dims: ModelDims) -> list[Entry]:
+    """The name map of a model that is one stage."""
+    return list(entries(dims, 0, dims.num_layers, embedding=True, head=True))
 
 
 def stage_entries(model: EarlyExitGPT) -> Iterator[Entry]:
@@ -184,3 +160,77 @@ def load_base(model: EarlyExitGPT, source: HFDirectory) -> None:
         assert target.shape == local.shape, (entry.parameter, target.shape, local.shape)
         target.copy_(local)
     assert not parameters, f"parameters that no Hugging Face tensor fills: {sorted(parameters)}"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A parameter of this rank and the whole policy tensors that it holds a share of. `copy`: another stage owns the
+    tensors, as the first one does for the last one's copy of tied embeddings."""
+
+    entry: Entry
+    parameter: nn.Parameter
+    copy: bool = False
+
+
+def policy_pieces(chunks: Iterable[EarlyExitGPT]) -> list[Piece]:
+    """Everything that the policy trains on this rank: the base (full fine-tuning) or adapters, and gates."""
+    pieces: list[Piece] = []
+    for model in chunks:
+        assert model.config.spec is not None and model.config.dims is not None
+        if model.config.spec.full:
+            parameters = stage_parameters(model)
+            for entry in stage_entries(model):
+                copy = entry.parameter == "output_layer.weight" and model.config.dims.tied
+                pieces.append(Piece(entry, parameters[entry.parameter], copy))
+        for name, parameter in _added(model):
+            pieces.append(Piece(Entry(name, (name,), getattr(parameter, "partition_dim", -1)), parameter))
+    return pieces
+
+
+def _added(model: EarlyExitGPT) -> Iterator[tuple[str, nn.Parameter]]:
+    """Adapters and gates by their layout-free names."""
+    for layer in model.early_exit_layers():
+        for prefix, module in (
+            ("self_attn", layer.self_attention.linear_qkv),
+            ("self_attn", layer.self_attention.linear_proj),
+            ("mlp", layer.mlp.linear_fc1),
+            ("mlp", layer.mlp.linear_fc2),
+        ):
+            for part, pair in module.adapters.items():
+                name = f"model.layers.{layer.layer_number - 1}.{prefix}.{part}"
+                yield f"{name}.lora_A.weight", pair.lora_A
+                yield f"{name}.lora_B.weight", pair.lora_B
+        if layer.gate is not None:
+            for name, parameter in layer.gate.named_parameters():
+                yield f"gates.{layer.depth}.{name}", parameter
+
+
+@torch.no_grad()
+def check_copies(pieces: Iterable[Piece]) -> None:
+    """Compare to the bit what every tensor-parallel rank holds whole: gates, norms, the replicated adapter factors.
+
+    They start alike and take the same updates; a rank that rounds otherwise would sample under gates that the others
+    don't know. Raises RuntimeError, on every rank of the group, naming the first tensor that differs.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    held = [piece for piece in pieces if not piece.entry.split and piece.parameter.numel()]
+    if dist.get_world_size(group) == 1 or not held:
+        return
+    sums = torch.stack([_checksum(piece.parameter) for piece in held])
+    lowest, highest = sums.clone(), sums.clone()
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    differ = [piece for piece, same in zip(held, (lowest == highest).tolist(), strict=True) if not same]
+    if differ:
+        raise RuntimeError(
+            f"{len(differ)} tensors, {differ[0].entry.names[0]} the first, are no longer the same on all "
+            f"{dist.get_world_size(group)} tensor-parallel ranks; go on from the last checkpoint, and if it comes "
+            "again look for a rank with other hardware or libraries"
+        )
+
+
+def _checksum(parameter: Tensor) -> Tensor:
+    """An int64 of the tensor's bits; a change of one element always changes it."""
+    bits = parameter.detach().contiguous().view(torch.int32 if parameter.element_size() == 4 else torch.int16).flatten()
+    # Odd factors keep a change in one place from vanishing modulo 2^64, and distinguish places.
+    return (bits.long() * (2 * torch.arange(len(bits), device=bits.device) + 1)).sum()

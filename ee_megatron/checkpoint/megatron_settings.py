@@ -1,12 +1,17 @@
-"""A model's dimensions as Megatron-LM and Megatron-Bridge record them beside their weights, both ways.
+"""What a Megatron checkpoint says beside its weights: a model's dimensions as Megatron-LM and Megatron-Bridge record
+them, both ways.
 
-common.pt         Megatron-LM's arguments, an argparse.Namespace
+common.pt         Megatron-LM's arguments, an argparse.Namespace. It is a pickle that names classes of whatever wrote
+                  it; it is read without importing or calling anything that it names
 run_config.yaml   Megatron-Bridge's settings; `model` has the fields of megatron-core's TransformerConfig
 """
 
 from __future__ import annotations
 
+import pickle
+import zipfile
 from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +20,8 @@ import torch
 import yaml
 
 from ..families import FAMILIES, ModelDims, features, padded_vocab
-from .common_state import read_common
 
+COMMON = "common.pt"
 RUN_CONFIG = "run_config.yaml"
 # megatron-core's llama3 scaling knows a factor; the rest is fixed there.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -45,6 +50,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "heterogeneous_layers_config_path": (None,),
     "experimental_attention_variant": (None,),
 }
+# What `arguments` says of every model. `add_position_embedding` is an old spelling that every reader compares. There is
+# no optimizer and no state of random numbers to resume from.
+_FIXED: dict[str, Any] = dict(
+    position_embedding_type="rope", add_position_embedding=True, rotary_percent=1.0, rotary_interleaved=False,
+    normalization="RMSNorm", apply_layernorm_1p=False, swiglu=True, squared_relu=False,
+    attention_dropout=0.0, hidden_dropout=0.0, apply_query_key_layer_scaling=False,
+    tokenizer_type="HuggingFaceTokenizer", make_vocab_size_divisible_by=1, ckpt_format="torch_dist",
+    no_save_optim=True, no_save_rng=True, consumed_train_samples=0, consumed_valid_samples=0,
+)  # fmt: skip
 # Dimension -> what it is called; the first that is there counts.
 _NAMES = {
     "num_layers": ("num_layers",),
@@ -89,6 +103,7 @@ def arguments(dims: ModelDims, layout: Mapping[str, Any], dtype: torch.dtype) ->
     scaling = dict(dims.rope_scaling)
     kind = scaling.get("rope_type")
     return Namespace(
+        **_FIXED,
         num_layers=dims.num_layers,
         hidden_size=dims.hidden,
         ffn_hidden_size=dims.intermediate,
@@ -97,54 +112,86 @@ def arguments(dims: ModelDims, layout: Mapping[str, Any], dtype: torch.dtype) ->
         num_query_groups=dims.kv_heads,
         kv_channels=dims.head_dim,
         max_position_embeddings=dims.max_positions,
-        position_embedding_type="rope",
-        # An old spelling of the same, compared by every reader: positions aren't learned beside what the type says.
-        add_position_embedding=True,
         rotary_base=int(dims.rope_theta),
-        rotary_percent=1.0,
-        rotary_interleaved=False,
         rotary_seq_len_interpolation_factor=int(float(scaling["factor"])) if kind == "linear" else None,
         use_rope_scaling=kind == "llama3",
         rope_scaling_factor=float(scaling["factor"]) if kind == "llama3" else 8.0,
-        normalization="RMSNorm",
         norm_epsilon=dims.rms_eps,
-        apply_layernorm_1p=False,
-        swiglu=True,
-        squared_relu=False,
         add_bias_linear=dims.out_bias and dims.mlp_bias,
         add_qkv_bias=dims.qkv_bias,
         qk_layernorm=dims.qk_norm,
         untie_embeddings_and_output_weights=not dims.tied,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        apply_query_key_layer_scaling=False,
-        tokenizer_type="HuggingFaceTokenizer",
         vocab_size=dims.vocab,
         padded_vocab_size=padded_vocab(dims.vocab, layout["tensor"]),
-        make_vocab_size_divisible_by=1,
         tensor_model_parallel_size=layout["tensor"],
         pipeline_model_parallel_size=layout["pipeline"],
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
-        ckpt_format="torch_dist",
-        # There is no optimizer and no state of random numbers to go on from.
-        no_save_optim=True,
-        no_save_rng=True,
-        consumed_train_samples=0,
-        consumed_valid_samples=0,
     )
 
 
 def common_state(dims: ModelDims, layout: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """What Megatron-LM expects in common.pt: version of the format, iteration, arguments, and one entry per layer."""
-    content = {"non_homogeneous_layers": True}
-    return {
-        "args": arguments(dims, layout, dtype),
-        "checkpoint_version": 3.0,
-        "iteration": 0,
-        "content_metadata": content,
-    }
+    facts = {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": {"non_homogeneous_layers": True}}
+    return {"args": arguments(dims, layout, dtype), **facts}
+
+
+class Inert:
+    """Stands for an object of any other class: its attributes, and none of its behaviour. `arguments`: what it was made
+    of, which for an enum is its value."""
+
+    arguments: tuple[Any, ...]
+
+    def __new__(cls, *arguments: Any, **named: Any) -> Inert:
+        made = super().__new__(cls)
+        made.arguments = (*arguments, *named.values())
+        return made
+
+    def __setstate__(self, state: Any) -> None:
+        # Objects with slots have a pair of dictionaries.
+        for part in state if isinstance(state, tuple) else (state,):
+            if isinstance(part, dict):
+                self.__dict__.update(part)
+
+    def __call__(self, *_: Any, **__: Any) -> Inert:
+        """A method, fetched by name and called: another object of which nothing is known."""
+        return Inert()
+
+    def append(self, item: Any) -> None:
+        """Nothing, like the two below: what a subclass of a container contains isn't needed."""
+
+    def extend(self, items: Any) -> None: ...
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        # The one container among them that may hold what is needed.
+        return OrderedDict if (module, name) == ("collections", "OrderedDict") else Inert
+
+    def persistent_load(self, _: Any) -> None:
+        """A tensor's numbers: nothing that is asked for."""
+
+
+def read_common(folder: Path) -> dict[str, Any]:
+    """What common.pt holds, objects being `Inert`; nothing if there is none. Raises ValueError, one line: damaged."""
+    path = folder / COMMON
+    if not path.is_file():
+        return {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            with archive.open(names[0]) as file:
+                content = _Unpickler(file).load()
+    # An unpickler of damaged bytes raises whatever its operations raise.
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: cannot be read ({text}); the checkpoint is damaged, save it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dict; the checkpoint is damaged")
+    return content
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -1,30 +1,137 @@
-"""Policy checkpoints for the converter: small ones in memory, fully fine-tuned ones tensor by tensor."""
+"""Policy checkpoints, and which base model each belongs to.
+
+A fine-tuned model has the dimensions, names and headers of the model that it was made from, so a base is identified by
+its contents; and hashing all of a large model at every start takes minutes. So a few hundred numbers of every tensor
+are hashed, at fixed places. Fine-tuning changes some in nearly every matrix. An edit of a single row may go unseen:
+this distinguishes models, it doesn't prove that a file is whole.
+
+Only dimensions, Hugging Face names and numbers enter, so how the model is cut into files doesn't count, and a Megatron
+import is its source. Nor does the dtype, as far as the numbers allow: a model and its rounded copy are the same base.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..families import ModelDims
-from ..policy import POLICY_JSON, PolicySpec, read_policy, write_policy_json
-from ..tensors import Block, FileTensors, LazyTensors, Stream, drain, shape_of
-from .base_identity import check_base, recorded_base
-from .safetensors_io import write_through
-from .sources import TensorSource, check_finite
+from ..families import ModelDims, features
+from ..families.hf_directory import HFDirectory
+from ..policy import POLICY_JSON, PolicySpec, open_policy, read_policy_json, write_policy_json
+from ..tensors import Block, FileTensors, LazyTensors, ModelSource, Stream, drain, shape_of, tensor_bytes
+from .sources import TunedSource, check_finite
+from .store import write_through
 
 Policy = tuple[PolicySpec, Mapping[str, Tensor]]
+BASE = "base"
+WIDTH = 512
+# What every digest begins with. Any other field of the dimensions follows where it isn't at its default, but for those
+# that tensors show by their names and shapes, and the one that changes no mathematics.
+_FIRST = ("family", "heads", "kv_heads", "head_dim", "rms_eps", "rope_theta", "rope_scaling")
+_SHOWN = ("num_layers", "hidden", "intermediate", "vocab", "tied", "qkv_bias", "out_bias", "mlp_bias", "qk_norm")
+_NEUTRAL = ("max_positions",)
+_told: set[str] = set()
 
 
-def open_policy(directory: str | Path, *, check: bool = True) -> Policy:
-    """As `policy.load_policy`, but the tensors of a full fine-tuning stay in their file. Without `check` the digest,
-    which somebody has looked at, is not computed.
+@dataclass(frozen=True)
+class BaseIdentity:
+    """A base model. path: where it lay, for messages alone. The digests are of the sample rounded to either dtype:
+    float32, its copy in bfloat16 and that copy in float32 again agree in the one, float32 and its copy in float16 in
+    the other."""
 
-    Raises FileNotFoundError or ValueError, one line.
+    path: str
+    bfloat16: str
+    float16: str
+
+    def same(self, other: BaseIdentity) -> bool:
+        return self.bfloat16 == other.bfloat16 or self.float16 == other.float16
+
+    def to_json(self) -> dict[str, str]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Any, where: Path) -> BaseIdentity:
+        """Raises ValueError, naming the file `where`, if it is no such record."""
+        fields = BaseIdentity.__dataclass_fields__
+        if not isinstance(data, Mapping) or not all(isinstance(data.get(name), str) for name in fields):
+            raise ValueError(f"{where}: {BASE!r} is {str(data)[:80]!r}, expected {', '.join(fields)}; it is damaged")
+        return BaseIdentity(*(data[name] for name in fields))
+
+    def __str__(self) -> str:
+        return f"{self.path} [{self.bfloat16[:12]}]"
+
+
+def base_identity(base: HFDirectory | ModelSource) -> BaseIdentity:
+    """Identity of a base model; reads about two kilobytes of each tensor. A converted Megatron checkpoint has it on
+    record: its tensors are compared with the manifest's hashes when they are used."""
+    manifest = getattr(base, "manifest", {})
+    if BASE in manifest:
+        return BaseIdentity.from_json(manifest[BASE], base.path / "manifest.json")
+    tensors = FileTensors(base.files) if isinstance(base, HFDirectory) else base
+    digests = {dtype: hashlib.sha256(_header(base.dims)) for dtype in (torch.bfloat16, torch.float16)}
+    for name, shape in base.dims.tensor_shapes().items():
+        sample = _sample(tensors, name, shape).float()
+        for dtype, found in digests.items():
+            found.update(f"{name} {list(shape)}\n".encode())
+            found.update(tensor_bytes(sample.to(dtype)))
+    path = f"{base.path}, fully fine-tuned" if isinstance(base, TunedSource) else str(base.path)
+    return BaseIdentity(path, *(found.hexdigest() for found in digests.values()))
+
+
+def _header(dims: ModelDims) -> bytes:
+    # A config that was loaded and saved again may have 8.0 for 8.
+    scaling = [(key, float(value) if isinstance(value, int) else value) for key, value in dims.rope_scaling]
+    values = [scaling if name == "rope_scaling" else getattr(dims, name) for name in _FIRST]
+    more = [name for name in features(dims) if name not in (*_FIRST, *_SHOWN, *_NEUTRAL)]
+    return repr([*values, *((name, getattr(dims, name)) for name in more)]).encode()
+
+
+def _sample(tensors: LazyTensors, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Of a matrix the beginnings of two rows, of a vector its beginning."""
+    if len(shape) == 1:
+        return tensors.part(name, slice(0, 2 * WIDTH))
+    rows = (shape[0] // 3, 2 * shape[0] // 3)
+    return torch.cat([tensors.part(name, slice(row, row + 1), slice(0, WIDTH)) for row in rows])
+
+
+def recorded_base(policy: str | Path) -> BaseIdentity | None:
+    """The base that a policy checkpoint says it belongs to; None: written before that was recorded."""
+    found = read_policy_json(policy).base
+    return None if found is None else BaseIdentity.from_json(found, Path(policy) / POLICY_JSON)
+
+
+def check_base(
+    policy: str | Path,
+    base: HFDirectory | ModelSource,
+    *,
+    unchecked: bool = False,
+    otherwise: str = "use --base-unchecked to go on all the same",
+) -> None:
+    """Raises ValueError, one line, if the policy checkpoint `policy` was made on another model than `base`.
+
+    `unchecked`: don't look. `otherwise`: what the user can do who wants the two together. A policy without a record is
+    accepted, with a remark on stderr, once.
     """
-    spec, tensors = read_policy(directory, FileTensors, check)
-    return spec, tensors if spec.full else dict(tensors)
+    if unchecked:
+        return
+    expected = recorded_base(policy)
+    if expected is None:
+        if str(policy) not in _told:
+            _told.add(str(policy))
+            print(f"{policy}: doesn't say which base model it belongs to; {base.path} is not checked", file=sys.stderr)
+        return
+    found = base_identity(base)
+    if not found.same(expected):
+        raise ValueError(
+            f"{policy}: belongs to another base model: found {found}, expected {expected}; give the model that it was "
+            f"made on, or {otherwise}"
+        )
 
 
 def write_policy(directory: Path, spec: PolicySpec, stream: Stream, base: Mapping[str, str] | None = None) -> None:
@@ -35,7 +142,7 @@ def write_policy(directory: Path, spec: PolicySpec, stream: Stream, base: Mappin
 def policy_written(
     directory: Path, spec: PolicySpec, stream: Stream, base: Mapping[str, str] | None = None
 ) -> Iterator[Block]:
-    """The stream, written as `write_policy` does while it passes."""
+    """Wrap a stream: write it as `write_policy` does while it is consumed."""
     sha256 = yield from write_through(directory / "policy.safetensors", stream)
     write_policy_json(directory, spec, sha256, base)
 
@@ -62,15 +169,26 @@ def no_policy(num_layers: int) -> Policy:
     return PolicySpec(num_layers, (), rank=0), dict[str, Tensor]()
 
 
-def policy_on(base: TensorSource, directory: str | Path, unchecked: bool = False) -> Policy:
+def policy_on(base: ModelSource, directory: str | Path, unchecked: bool = False) -> Policy:
     """`open_policy` for a policy that is to run on `base`. Raises as `check_base`, too, unless `unchecked`."""
     check_base(directory, base, unchecked=unchecked)
     return open_policy(directory)
 
 
-def policy_beside(base: TensorSource, unchecked: bool = False) -> Policy:
+def policy_beside(base: ModelSource, unchecked: bool = False) -> Policy:
     """The policy in a Megatron checkpoint; one without is a plain model. Raises as `policy_on`."""
     if not (base.path / POLICY_JSON).is_file():
         return no_policy(base.dims.num_layers)
     # What lies in one directory was put together; only a record can say that it was not.
     return policy_on(base, base.path, unchecked or recorded_base(base.path) is None)
+
+
+def folded(source: ModelSource, policy: Policy) -> tuple[ModelSource, Policy]:
+    """A fully fine-tuned policy as a base of its own and a policy of gates only; any other as it is."""
+    spec, tensors = policy
+    if not spec.full:
+        return source, policy
+    check_policy(source.dims, spec, tensors)
+    gates = {name: tensors[name] for name in spec.gate_shapes(source.dims)}
+    facts = {**spec.to_json(), "full": False}
+    return TunedSource(source, tensors), (PolicySpec.from_json(facts), gates)

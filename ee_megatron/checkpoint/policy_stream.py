@@ -7,11 +7,9 @@ without messages: each rank reads what it holds from where the tensors are store
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,7 +17,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from ..tensors import Block, Shape, part_of, shape_of
-from .policy_shards import Piece
+from .mapping import Piece, Run, runs_of
 
 # Of fp32 numbers, as the leader puts them together.
 BUCKET_BYTES = 64 << 20
@@ -28,56 +26,43 @@ PACE = 64
 # Messages are bytes; numbers of any dtype begin at multiples of this.
 ALIGNMENT = 8
 
-
-class Holder(Protocol):
-    """What is streamed of each parameter (its value, a moment) and which part of it this rank holds.
-
-    replicated: data-parallel ranks hold the same."""
-
-    replicated: bool
-
-    def span(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """First and end of the elements of the flattened parameter that this rank holds."""
-
-    def dtype(self, parameter: nn.Parameter) -> torch.dtype:
-        """Of what `read` returns."""
-
-    def read(self, parameter: nn.Parameter, begin: int, end: int) -> Tensor:
-        """Elements begin .. end - 1 of the flattened parameter, all of them within `span`."""
-
-    def write(self, parameter: nn.Parameter, begin: int, values: Tensor) -> None:
-        """The elements from `begin` on, all of them within `span`."""
+Bucket = list[tuple[str, int, int]]
+"""(name, first row, end) of each block of rows."""
 
 
-class Values:
-    """The parameters' own values, whole on every data-parallel rank; `of` picks another tensor of the same shape."""
+class Holder:
+    """What is streamed of each parameter (its value, a moment) and which part of it this rank holds. As it stands: the
+    parameters' own values, whole on every data-parallel rank.
+
+    replicated: data-parallel ranks hold the same.
+    """
 
     replicated = True
 
-    def __init__(self, of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter):
-        self._of = of
-
     def span(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """First and end of the elements of the flattened parameter that this rank holds."""
         return 0, parameter.numel()
 
     def dtype(self, parameter: nn.Parameter) -> torch.dtype:
-        return self._of(parameter).dtype
+        """Of what `read` returns."""
+        return parameter.dtype
 
     def read(self, parameter: nn.Parameter, begin: int, end: int) -> Tensor:
-        return self._of(parameter).detach().reshape(-1)[begin:end]
+        """Elements begin .. end - 1 of the flattened parameter, all of them within `span`."""
+        return parameter.detach().reshape(-1)[begin:end]
 
     def write(self, parameter: nn.Parameter, begin: int, values: Tensor) -> None:
-        target = self._of(parameter).detach()
-        assert target.is_contiguous()
-        target.view(-1)[begin : begin + len(values)].copy_(values)
+        """Set the elements from `begin` on, all of them within `span`."""
+        assert parameter.is_contiguous()
+        parameter.detach().view(-1)[begin : begin + len(values)].copy_(values)
 
 
 @dataclass(frozen=True)
 class Share:
     """A rank's part of a whole tensor: rows `row` .. row + rows - 1, columns `column` .. column + columns - 1.
 
-    runs: (row of the share, row of the parameter, how many) each; begin, end: the elements of the flattened parameter
-    that the rank holds; padded: whether rows of the parameter behind the share's only pad it. A vector has one column.
+    number: of the piece. begin, end: the elements of the flattened parameter that the rank holds. padded: whether rows
+    of the parameter behind the share's only pad it. A vector has one column.
     """
 
     number: int
@@ -85,7 +70,7 @@ class Share:
     rows: int
     column: int
     columns: int
-    runs: tuple[tuple[int, int, int], ...]
+    runs: tuple[Run, ...]
     begin: int
     end: int
     dtype: torch.dtype
@@ -104,7 +89,7 @@ class Share:
 
 
 def shares_of(pieces: Sequence[Piece], holder: Holder) -> dict[str, list[Share]]:
-    """name -> this rank's shares. `Share.number` is the piece's; several pieces may hold one tensor (`Piece.copy`)."""
+    """name -> this rank's shares; several pieces may hold one tensor (`Piece.copy`)."""
     group = parallel_state.get_tensor_model_parallel_group()
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     found: dict[str, list[Share]] = {}
@@ -113,30 +98,21 @@ def shares_of(pieces: Sequence[Piece], holder: Holder) -> dict[str, list[Share]]
         # ZeRO-3 leaves an empty tensor in the place of a sharded parameter.
         shape = getattr(parameter, "ds_shape", parameter.shape)
         columns = math.prod(shape[1:])
+        column = rank * columns if entry.dim == 1 else 0
         begin, end = holder.span(parameter)
-        numbers = entry.parts(torch.arange(shape[0]), ranks)
-        for name, places in zip(entry.names, numbers, strict=True):
+        for name, places in zip(entry.names, entry.places(shape[0], ranks), strict=True):
             row = rank * len(places) if entry.dim == 0 else 0
-            rows = min(len(places), max(0, entry.rows - row)) if entry.rows is not None else len(places)
-            column = rank * columns if entry.dim == 1 else 0
-            share = Share(
-                number, row, rows, column, columns, _runs(places[:rows]), begin, end, holder.dtype(parameter),
-                padded=rows < len(places),
-            )  # fmt: skip
+            rows = min(len(places), max(0, entry.vocab - row)) if entry.vocab is not None else len(places)
+            runs, padded, dtype = runs_of(places[:rows]), rows < len(places), holder.dtype(parameter)
+            share = Share(number, row, rows, column, columns, runs, begin, end, dtype, padded)
             found.setdefault(name, []).append(share)
     return found
 
 
-def _runs(places: Tensor) -> tuple[tuple[int, int, int], ...]:
-    """Row numbers as ranges of consecutive ones."""
-    starts = [0, *((places.diff() != 1).nonzero().flatten() + 1).tolist(), len(places)]
-    return tuple((a, int(places[a]), b - a) for a, b in itertools.pairwise(starts) if b > a)
-
-
-def buckets(table: Mapping[str, Shape], limit: int) -> Iterator[list[tuple[str, int, int]]]:
-    """Every row of every tensor once, in name order: (name, first row, end) in lists of at most `limit` bytes in fp32,
-    or of one row that is larger."""
-    bucket: list[tuple[str, int, int]] = []
+def buckets(table: Mapping[str, Shape], limit: int) -> Iterator[Bucket]:
+    """Every row of every tensor once, in name order, in buckets of at most `limit` bytes in fp32, or of one row that is
+    larger."""
+    bucket: Bucket = []
     room = limit
     for name in sorted(table):
         rows, width = table[name][0], 4 * math.prod(table[name][1:])
@@ -155,7 +131,7 @@ def buckets(table: Mapping[str, Shape], limit: int) -> Iterator[list[tuple[str, 
 
 
 @dataclass(frozen=True)
-class Segment:
+class MessagePart:
     """Numbers of a message: for block `block` of the bucket, from element `at` on of what `share` has of it; of the
     parameter those from `element` on. `byte`: where they begin in the message."""
 
@@ -166,19 +142,24 @@ class Segment:
     count: int
     byte: int
 
+    def numbers(self, buffer: Tensor) -> Tensor:
+        """Where they lie in the message."""
+        dtype = self.share.dtype
+        return buffer[self.byte : self.byte + self.count * dtype.itemsize].view(dtype)
 
-def message(shares: Mapping[str, list[Share]], bucket: list[tuple[str, int, int]]) -> tuple[list[Segment], int]:
+
+def message(shares: Mapping[str, list[Share]], bucket: Bucket) -> tuple[list[MessagePart], int]:
     """What a rank sends of a bucket, and its length in bytes."""
-    segments, byte = [], 0
+    parts, byte = [], 0
     for block, (name, first, last) in enumerate(bucket):
         for share in shares.get(name, ()):
             for at, element, count in share.pieces(first, last):
-                segments.append(Segment(block, share, at, element, count, byte))
+                parts.append(MessagePart(block, share, at, element, count, byte))
                 byte += -(-count * share.dtype.itemsize // ALIGNMENT) * ALIGNMENT
-    return segments, byte
+    return parts, byte
 
 
-class Plan:
+class GatherPlan:
     """Who sends what: made once for a layout, by all ranks together.
 
     `shapes`: every tensor of the policy and its whole shape.
@@ -187,28 +168,21 @@ class Plan:
     def __init__(self, pieces: Sequence[Piece], holder: Holder, shapes: Mapping[str, Shape]):
         self.pieces, self.table = pieces, {name: shapes[name] for name in sorted(shapes)}
         self.leads = dist.get_rank() == 0
-        data_rank = parallel_state.get_data_parallel_rank()
-        tensor_rank = parallel_state.get_tensor_model_parallel_rank()
         self.mine: dict[str, list[Share]] = {}
-        if data_rank == 0 or not holder.replicated:
+        if not holder.replicated or parallel_state.get_data_parallel_rank() == 0:
+            first = parallel_state.get_tensor_model_parallel_rank() == 0
             for name, shares in shares_of(pieces, holder).items():
-                sent = [
-                    share
-                    for share in shares
-                    if not pieces[share.number].copy and (pieces[share.number].entry.split or tensor_rank == 0)
-                ]
+                owners = [(share, pieces[share.number]) for share in shares]
+                sent = [share for share, piece in owners if not piece.copy and (piece.entry.split or first)]
                 if sent:
                     self.mine[name] = sent
         every: list[dict[str, list[Share]] | None] = [None] * dist.get_world_size()
         dist.gather_object(self.mine, every if self.leads else None)
         self.others = {rank: shares for rank, shares in enumerate(every) if rank and shares}
-        if self.leads:
-            self._check([self.mine, *self.others.values()])
-
-    def _check(self, ranks: list[dict[str, list[Share]]]) -> None:
-        for name, shape in self.table.items():
-            held = [n for shares in ranks for share in shares.get(name, ()) for _, _, n in share.pieces(0, shape[0])]
-            assert sum(held) == math.prod(shape), f"{name}: ranks hold {sum(held)} of {math.prod(shape)} elements"
+        for name, shape in self.table.items() if self.leads else ():
+            shares = [share for rank in (self.mine, *self.others.values()) for share in rank.get(name, ())]
+            held = sum(count for share in shares for _, _, count in share.pieces(0, shape[0]))
+            assert held == math.prod(shape), f"{name}: ranks hold {held} of {math.prod(shape)} elements"
 
 
 class TensorStream:
@@ -218,13 +192,13 @@ class TensorStream:
     `meet`: what ranks wait for the leader with while it takes its time; None: with their collectives' deadline.
     """
 
-    def __init__(self, plan: Plan, holder: Holder, meet: Callable[[], None] | None = None):
+    def __init__(self, plan: GatherPlan, holder: Holder, meet: Callable[[], None] | None = None):
         self.table, self._plan, self._holder, self._meet = plan.table, plan, holder, meet
 
     def __iter__(self) -> Iterator[Block]:
         return self._receive() if self._plan.leads else self._send()
 
-    def _buckets(self) -> Iterator[list[tuple[str, int, int]]]:
+    def _buckets(self) -> Iterator[Bucket]:
         for number, bucket in enumerate(buckets(self.table, BUCKET_BYTES)):
             if number and number % PACE == 0 and self._meet:
                 self._meet()
@@ -233,11 +207,11 @@ class TensorStream:
     @torch.no_grad()
     def _send(self) -> Iterator[Block]:
         for bucket in self._buckets():
-            segments, size = message(self._plan.mine, bucket)
+            parts, size = message(self._plan.mine, bucket)
             if size:
                 buffer = torch.empty(size, dtype=torch.uint8)
-                for segment in segments:
-                    _numbers(buffer, segment).copy_(self._read(segment))
+                for part in parts:
+                    part.numbers(buffer).copy_(self._read(part))
                 dist.send(buffer, dst=0)
         yield from ()
 
@@ -254,49 +228,41 @@ class TensorStream:
             yield from self._assemble(*waiting)
 
     def _ask(
-        self, rank: int, shares: Mapping[str, list[Share]], bucket: list[tuple[str, int, int]]
-    ) -> tuple[list[Segment], Tensor, dist.Work | None]:
-        segments, size = message(shares, bucket)
+        self, rank: int, shares: Mapping[str, list[Share]], bucket: Bucket
+    ) -> tuple[list[MessagePart], Tensor, dist.Work | None]:
+        parts, size = message(shares, bucket)
         buffer = torch.empty(size, dtype=torch.uint8)
-        return segments, buffer, dist.irecv(buffer, src=rank) if size else None
+        return parts, buffer, dist.irecv(buffer, src=rank) if size else None
 
     def _assemble(
-        self,
-        bucket: list[tuple[str, int, int]],
-        messages: list[tuple[list[Segment], Tensor, dist.Work | None]],
+        self, bucket: Bucket, messages: list[tuple[list[MessagePart], Tensor, dist.Work | None]]
     ) -> Iterator[Block]:
         shapes = [(last - first, *self.table[name][1:]) for name, first, last in bucket]
         whole = torch.empty(sum(math.prod(shape) for shape in shapes)).split([math.prod(shape) for shape in shapes])
         tables = [numbers.view(shape[0], -1) for numbers, shape in zip(whole, shapes, strict=True)]
-        for segment in message(self._plan.mine, bucket)[0]:
-            _place(tables, bucket, segment, self._read(segment).cpu())
-        for segments, buffer, work in messages:
+        for part in message(self._plan.mine, bucket)[0]:
+            _place(tables, bucket, part, self._read(part).cpu())
+        for parts, buffer, work in messages:
             if work is not None:
                 work.wait()
-            for segment in segments:
-                _place(tables, bucket, segment, _numbers(buffer, segment))
+            for part in parts:
+                _place(tables, bucket, part, part.numbers(buffer))
         # What has arrived is in place: only that is held while the blocks are used.
         messages.clear()
         for (name, first, _), numbers, shape in zip(bucket, whole, shapes, strict=True):
             yield Block(name, self.table[name], first, numbers.view(shape))
 
-    def _read(self, segment: Segment) -> Tensor:
-        parameter = self._plan.pieces[segment.share.number].parameter
-        return self._holder.read(parameter, segment.element, segment.element + segment.count)
+    def _read(self, part: MessagePart) -> Tensor:
+        parameter = self._plan.pieces[part.share.number].parameter
+        return self._holder.read(parameter, part.element, part.element + part.count)
 
 
-def _numbers(buffer: Tensor, segment: Segment) -> Tensor:
-    dtype = segment.share.dtype
-    return buffer[segment.byte : segment.byte + segment.count * dtype.itemsize].view(dtype)
-
-
-def _place(tables: list[Tensor], bucket: list[tuple[str, int, int]], segment: Segment, numbers: Tensor) -> None:
-    """Put a segment's numbers into its block: the rest of a row, whole rows, the beginning of one."""
-    share, (_, first, _) = segment.share, bucket[segment.block]
-    top = max(share.row - first, 0)
-    area = tables[segment.block][:, share.column : share.column + share.columns]
-    row, column = divmod(segment.at, share.columns)
-    row += top
+def _place(tables: list[Tensor], bucket: Bucket, part: MessagePart, numbers: Tensor) -> None:
+    """Put a part's numbers into its block: the rest of a row, whole rows, the beginning of one."""
+    share, (_, first, _) = part.share, bucket[part.block]
+    area = tables[part.block][:, share.column : share.column + share.columns]
+    row, column = divmod(part.at, share.columns)
+    row += max(share.row - first, 0)
     if column:
         begun = min(share.columns - column, len(numbers))
         area[row, column : column + begun].copy_(numbers[:begun])
@@ -304,8 +270,8 @@ def _place(tables: list[Tensor], bucket: list[tuple[str, int, int]], segment: Se
     rows = len(numbers) // share.columns
     if rows:
         area[row : row + rows].copy_(numbers[: rows * share.columns].view(rows, -1))
-    if len(numbers) > rows * share.columns:
-        area[row + rows, : len(numbers) - rows * share.columns].copy_(numbers[rows * share.columns :])
+    if rest := len(numbers) - rows * share.columns:
+        area[row + rows, :rest].copy_(numbers[-rest:])
 
 
 @torch.no_grad()

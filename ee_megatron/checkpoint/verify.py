@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..exits import ExitLayout
-from .bodies import logits_of
 from .describe import Checkpoint
-from .sources import reblock
+from .logits_parity import logits_of
 
 TOLERANCE = 1e-4
 SEQUENCES, LENGTH = 3, 24
@@ -26,42 +24,29 @@ def compare_tensors(a: Checkpoint, b: Checkpoint) -> tuple[list[str], list[str]]
         return [f"dimensions: {a.base.dims} in {a.path}, {b.base.dims} in {b.path}"], []
     wrong: list[str] = []
     rounded = 0
-    for name in a.base.names():
+    for name in a.base:
         dtype = min(a.base.dtype(name), b.base.dtype(name), key=lambda kind: kind.itemsize)
         rounded += a.base.dtype(name) != b.base.dtype(name)
-        worst = max(_worst(left, right, dtype) for left, right in _pairs(a, b, name))
+        pairs = zip(a.effective(name), b.effective(name), strict=True)
+        worst = max(_worst(left.to(dtype), right.to(dtype)) for left, right in pairs)
         if worst:
             wrong.append(f"{name}: differs by up to {worst:.3g}")
-        a.base.release()
-        b.base.release()
     remarks = [f"{rounded} tensors are stored in two dtypes; equal means after rounding"] if rounded else []
-    gates = _compare_gates(a, b)
-    return wrong + gates[0], remarks + gates[1]
+    if not a.spec.exit_depths or not b.spec.exit_depths:
+        only = [f"gates only in {one.path}" for one in (a, b) if one.spec.exit_depths]
+        return wrong, remarks + only
+    if a.spec.layout != b.spec.layout or a.spec.gate_input != b.spec.gate_input:
+        exits = f"exits: {a.spec.layout} {a.spec.gate_input}, {b.spec.layout} {b.spec.gate_input}"
+        return [*wrong, exits], remarks
+    left, right = a.gates(), b.gates()
+    return wrong + [f"{name}: differs" for name in left if not torch.equal(left[name], right[name])], remarks
 
 
-def _pairs(a: Checkpoint, b: Checkpoint, name: str):
-    left = list(a.effective(name))
-    yield from zip(left, reblock(b.effective(name), [len(block) for block in left]), strict=True)
-
-
-def _worst(left: Tensor, right: Tensor, dtype: torch.dtype) -> float:
-    left, right = left.to(dtype), right.to(dtype)
+def _worst(left: Tensor, right: Tensor) -> float:
     return 0.0 if torch.equal(left, right) else float((left.double() - right.double()).abs().max()) or float("inf")
 
 
-def _compare_gates(a: Checkpoint, b: Checkpoint) -> tuple[list[str], list[str]]:
-    if not a.spec.exit_depths or not b.spec.exit_depths:
-        only = [str(one.path) for one in (a, b) if one.spec.exit_depths]
-        return [], [f"gates only in {only[0]}"] if only else []
-    if a.spec.layout != b.spec.layout or a.spec.gate_input != b.spec.gate_input:
-        return [f"exits: {a.spec.layout} {a.spec.gate_input}, {b.spec.layout} {b.spec.gate_input}"], []
-    left, right = a.gates(), b.gates()
-    return [f"{name}: differs" for name in left if not torch.equal(left[name], right[name])], []
-
-
-def compare_logits(
-    a: Checkpoint, b: Checkpoint, seed: int = 0, body: Callable[[Checkpoint, Tensor, Tensor], Tensor] = logits_of
-) -> tuple[float, float]:
+def compare_logits(a: Checkpoint, b: Checkpoint, seed: int = 0) -> tuple[float, float]:
     """Largest relative differences of the logits in float32, without exits and under random exit patterns.
 
     Each side runs in its own body: Hugging Face's class, the exported class, or megatron-core.
@@ -74,7 +59,7 @@ def compare_logits(
     pattern = outcomes[torch.randint(0, len(outcomes), ids.shape, generator=generator)]
     found = []
     for exits in (torch.full_like(ids, dims.num_layers), pattern):
-        left, right = body(a, ids, exits), body(b, ids, exits)
+        left, right = logits_of(a, ids, exits), logits_of(b, ids, exits)
         found.append(float((left - right).abs().max() / left.abs().max()))
     return found[0], found[1]
 
@@ -85,7 +70,7 @@ def verify(a: Checkpoint, b: Checkpoint, logits: bool = True) -> tuple[bool, lis
     if wrong:
         more = [f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []
         return False, [*itertools.islice(wrong, 5), *more, *remarks]
-    lines = [f"{len(a.base.names())} tensors are equal", *remarks]
+    lines = [f"{len(a.base)} tensors are equal", *remarks]
     if not logits:
         return True, lines
     plain, exits = compare_logits(a, b)

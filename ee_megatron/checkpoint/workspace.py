@@ -12,6 +12,8 @@ import json
 import mmap
 import os
 import shutil
+import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +27,8 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # Direct writes begin, end and lie in memory at multiples of the disk's block; no disk in use has larger ones.
 DISK_BLOCK = 4096
 BUFFER_BYTES = 16 << 20
+# Between two lines of progress where there is no terminal.
+INTERVAL_S = 10.0
 
 
 class OutputFile:
@@ -36,15 +40,8 @@ class OutputFile:
 
     def __init__(self, path: Path):
         self.name = str(path)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        self._direct: int = getattr(os, "O_DIRECT", 0)
-        try:
-            self._handle = os.open(path, flags | self._direct, 0o644)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            self._direct = 0
-            self._handle = os.open(path, flags, 0o644)
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._direct = self._set_direct(True)
         # Anonymous mappings begin at a page.
         self._buffer = memoryview(mmap.mmap(-1, BUFFER_BYTES))
         self._filled = self._flushed = 0
@@ -66,7 +63,15 @@ class OutputFile:
         return at
 
     def flush(self) -> None:
-        """Nothing: what has not filled the buffer is written at the end. `torch.save` calls this."""
+        """Do nothing: what has not filled the buffer is written at the end. `torch.save` calls this."""
+
+    def _set_direct(self, on: bool) -> bool:
+        flags, direct = fcntl.fcntl(self._handle, fcntl.F_GETFL), getattr(os, "O_DIRECT", 0)
+        try:
+            fcntl.fcntl(self._handle, fcntl.F_SETFL, flags | direct if on else flags & ~direct)
+        except OSError:
+            return False
+        return on
 
     def _put(self, count: int) -> None:
         done = 0
@@ -77,9 +82,7 @@ class OutputFile:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise named(error, self.name) from None
                 # A file system that opens such files without writing them.
-                flags = fcntl.fcntl(self._handle, fcntl.F_GETFL)
-                fcntl.fcntl(self._handle, fcntl.F_SETFL, flags & ~self._direct)
-                self._direct = 0
+                self._direct = self._set_direct(False)
 
     def __enter__(self) -> OutputFile:
         return self
@@ -112,8 +115,13 @@ class Workspace:
         """Note a complete file. Its bytes go to the disk while the next file is being made."""
         self._done[file] = facts
         path = self.folder / file
-        self._note({"file": file, "size": path.stat().st_size, "facts": facts})
+        self.note({"file": file, "size": path.stat().st_size, "facts": facts})
         self._flushes.append(self._disk.submit(_flush, path))
+
+    def note(self, line: dict[str, Any]) -> None:
+        """Add a line to the journal."""
+        self._journal.write(json.dumps(line) + "\n")
+        self._journal.flush()
 
     def settle(self) -> None:
         """Wait until every finished file is on the disk. Raises OSError if the disk refused one."""
@@ -122,10 +130,6 @@ class Workspace:
 
     def close(self) -> None:
         self._disk.shutdown(cancel_futures=True)
-
-    def _note(self, line: dict[str, Any]) -> None:
-        self._journal.write(json.dumps(line) + "\n")
-        self._journal.flush()
 
 
 def _flush(path: Path) -> None:
@@ -166,7 +170,7 @@ def workspace(out: Path, job: dict[str, Any], resume: bool = False) -> Iterator[
     """A workspace that becomes `out` when the block ends well.
 
     When the block fails its files go, unless `resume` asked to keep them or the user interrupted; what a killed process
-    left is continued under `resume` and cleared away otherwise. `job` (JSON) tells conversions apart: what was begun
+    left is continued under `resume` and cleared away otherwise. `job` (JSON) identifies the conversion: what was begun
     for another job is not continued.
 
     Raises ValueError: `out` exists and is not an empty directory, another process is making it, or it was begun for
@@ -188,8 +192,9 @@ def workspace(out: Path, job: dict[str, Any], resume: bool = False) -> Iterator[
             try:
                 with interruptible():
                     if not resume or journal.tell() == 0:
-                        _clear(folder, journal)
-                        space._note({"job": job, "boot": _boot()})
+                        journal.truncate(0)
+                        _clear(folder, {})
+                        space.note({"job": job, "boot": _boot()})
                     yield space
                     space.settle()
             finally:
@@ -210,15 +215,14 @@ def _continue(out: Path, folder: Path, journal: TextIO, job: dict[str, Any]) -> 
     journal.seek(0)
     text = journal.read()
     whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        # The line that was being written when the process ended.
-        journal.truncate(len(whole.encode()))
-        journal.seek(0, os.SEEK_END)
+    # What is behind it is the line that was being written when the process ended.
+    journal.truncate(len(whole.encode()))
+    journal.seek(0, os.SEEK_END)
     lines = [json.loads(line) for line in whole.splitlines()]
     if not lines or lines[0].get("boot") != _boot():
         # The machine was restarted, or is another one: nobody knows which bytes reached the disk.
+        journal.truncate(0)
         journal.seek(0)
-        journal.truncate()
         return {}
     if lines[0].get("job") != json.loads(json.dumps(job)):
         raise ValueError(
@@ -226,9 +230,7 @@ def _continue(out: Path, folder: Path, journal: TextIO, job: dict[str, Any]) -> 
             "repeat those, or leave --resume out to start again"
         )
     done = {line["file"]: line["facts"] for line in lines[1:] if _size(folder / line["file"]) == line["size"]}
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_file() and path.name != JOURNAL and str(path.relative_to(folder)) not in done:
-            path.unlink()
+    _clear(folder, done)
     return done
 
 
@@ -236,12 +238,14 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
 
 
-def _clear(folder: Path, journal: TextIO) -> None:
-    journal.seek(0)
-    journal.truncate()
-    for path in folder.iterdir():
-        if path.name != JOURNAL:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+def _clear(folder: Path, keep: dict[str, dict]) -> None:
+    """Remove everything but the journal and the files to keep."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path.name != JOURNAL and str(path.relative_to(folder)) not in keep:
+            path.unlink()
 
 
 def _publish(folder: Path, out: Path) -> None:
@@ -251,3 +255,44 @@ def _publish(folder: Path, out: Path) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
     os.replace(folder, out)
     _flush(out.parent)
+
+
+class Meter:
+    """Counts bytes of model weights and shows progress on stderr: one line that changes on a terminal, a line now and
+    then elsewhere. `quiet` shows nothing; the figures are kept all the same.
+
+    with Meter("import", total) as meter:
+        meter.add(block.nbytes)
+    """
+
+    def __init__(self, label: str, total: int, quiet: bool = False):
+        self.label, self.total, self.quiet = label, total, quiet
+        self.done = self.skipped = 0
+        self._start = self._shown = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> Meter:
+        self._start = self._shown = time.monotonic()
+        return self
+
+    def add(self, count: int) -> None:
+        """`count` more bytes are through."""
+        self.done += count
+        if not self.quiet and time.monotonic() - self._shown > (1.0 if self._terminal else INTERVAL_S):
+            self._shown = time.monotonic()
+            begin, end = ("\r", "") if self._terminal else ("", "\n")
+            print(f"{begin}{self.label}: {self.line()}", end=end, file=sys.stderr, flush=True)
+
+    def skip(self, count: int) -> None:
+        """`count` bytes were through before this run began."""
+        self.skipped += count
+
+    def line(self) -> str:
+        """For example "3.20 of 15.20 GB, 0.61 GB/s"; the rate is that of this run alone."""
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        done = (self.done + self.skipped) / 1e9
+        return f"{done:.2f} of {self.total / 1e9:.2f} GB, {self.done / seconds / 1e9:.2f} GB/s"
+
+    def __exit__(self, *_: object) -> None:
+        if self._terminal and self._shown > self._start:
+            print(file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from safetensors import safe_open
 
@@ -35,24 +35,20 @@ class HFDirectory:
             self.dims: ModelDims = dims_from_config(self.config)
         except ValueError as error:
             raise ValueError(f"{config}: {error}") from None
-        self._shards: dict[str, Path] = self._index()
+        self.files: dict[str, Path] = self._index()
         self._open: dict[Path, object] = {}
         self._check()
 
     def names(self) -> list[str]:
-        return list(self._shards)
+        return list(self.files)
 
     def size(self) -> int:
         """Bytes of the files that hold the weights."""
-        return sum(shard.stat().st_size for shard in set(self._shards.values()))
+        return sum(shard.stat().st_size for shard in set(self.files.values()))
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as stored, on the CPU."""
-        return self._handle(self._shards[name]).get_tensor(name)
-
-    def slice(self, name: str):
-        """A safetensors slice: index it to read a part without loading the rest."""
-        return self._handle(self._shards[name]).get_slice(name)
+        return self._handle(self.files[name]).get_tensor(name)
 
     def close(self) -> None:
         """Let go of the mapped files; the next read maps them again."""
@@ -72,14 +68,14 @@ class HFDirectory:
             files = {name: self.path / file for name, file in table.items()}
             for shard in sorted(set(files.values())):
                 listed = {name for name, file in files.items() if file == shard}
-                found = set(_header(shard))
+                found = set(read_header(shard))
                 if listed - found:
                     raise ValueError(f"{shard}: lacks {sorted(listed - found)[0]}, which the index lists there")
         else:
             shard = self.path / "model.safetensors"
             if not shard.is_file() and (other := _other_weights(self.path)):
                 raise FileNotFoundError(f"{self.path}: no model.safetensors there, {other}")
-            files = dict.fromkeys(_header(shard), shard)
+            files = dict.fromkeys(read_header(shard), shard)
         # A tied head may be stored all the same, and an early-exit export carries its gates beside the base.
         skip = ("rotary_emb.inv_freq",)
         return {
@@ -90,7 +86,7 @@ class HFDirectory:
 
     def _check(self) -> None:
         expected = self.dims.tensor_shapes()
-        missing, extra = sorted(expected.keys() - self._shards), sorted(self._shards.keys() - expected)
+        missing, extra = sorted(expected.keys() - self.files), sorted(self.files.keys() - expected)
         if missing or extra:
             found = f"missing {missing[:3]}" if missing else f"unexpected {extra[:3]}"
             count = len(missing) or len(extra)
@@ -98,11 +94,11 @@ class HFDirectory:
                 f"{self.path}: {found} ({count} in all) for model_type {self.dims.family!r}; "
                 "config.json and weights disagree"
             )
-        for shard in sorted(set(self._shards.values())):
-            for name, entry in _header(shard).items():
-                if name in expected and tuple(entry["shape"]) != expected[name]:
+        for shard in sorted(set(self.files.values())):
+            for name, entry in read_header(shard).items():
+                if name in expected and entry.shape != expected[name]:
                     raise ValueError(
-                        f"{shard}: {name} has shape {entry['shape']}, config.json implies {list(expected[name])}"
+                        f"{shard}: {name} has shape {list(entry.shape)}, config.json implies {list(expected[name])}"
                     )
 
 
@@ -130,10 +126,19 @@ def _other_weights(folder: Path) -> str:
     return f"and {shards[0]} without model.safetensors.index.json; copy the index too" if shards else ""
 
 
-def _header(shard: Path) -> dict[str, dict]:
-    """The tensor table of a safetensors file; checks that the file has the length that the table promises."""
+class HeaderLine(NamedTuple):
+    """A tensor of a safetensors file: its dtype's code there, its shape, the file's byte at which it begins."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+def read_header(shard: Path) -> dict[str, HeaderLine]:
+    """The tensor table of a safetensors file. Raises FileNotFoundError, or ValueError for a file that is no such file
+    or has another length than the table says."""
     if not shard.is_file():
-        raise FileNotFoundError(f"{shard}: no such file; the model directory is incomplete, copy it again")
+        raise FileNotFoundError(f"{shard}: no such file; what it belongs to is incomplete, copy it again")
     size = shard.stat().st_size
     with shard.open("rb") as file:
         start = file.read(8)
@@ -142,10 +147,14 @@ def _header(shard: Path) -> dict[str, dict]:
             raise ValueError(f"{shard}: not a safetensors file or truncated ({size} bytes); copy it again")
         try:
             table = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError):
+            table.pop("__metadata__", None)
+            lines = {
+                name: HeaderLine(line["dtype"], tuple(line["shape"]), 8 + length + line["data_offsets"][0])
+                for name, line in table.items()
+            }
+            end = 8 + length + max((line["data_offsets"][1] for line in table.values()), default=0)
+        except (ValueError, AttributeError, KeyError, TypeError):
             raise ValueError(f"{shard}: not a safetensors file; expected safetensors, not a pickle") from None
-    table.pop("__metadata__", None)
-    end = 8 + length + max((entry["data_offsets"][1] for entry in table.values()), default=0)
     if end != size:
         raise ValueError(f"{shard}: truncated or damaged: {size} bytes, its header promises {end}; copy it again")
-    return table
+    return lines

@@ -7,15 +7,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..checkpoint.base_identity import check_base
-from ..checkpoint.kinds import gates_of, is_megatron
-from ..checkpoint.policy_files import policy_beside
-from ..checkpoint.sources import HFSource, TensorSource
+from ..checkpoint.policy_files import check_base, policy_beside
+from ..checkpoint.sources import HFSource, gates_of, is_megatron
 from ..config.schema import RunConfig
 from ..exit_rules import ExitRule, Off, Threshold, make_rule
 from ..families.hf_directory import HFDirectory
 from ..policy import POLICY_JSON, PolicySpec, load_policy
-from ..rollout.engine.weights import ModelSource
+from ..tensors import ModelSource
 from ..training import stages
 
 NAMES = {"rl": "reinforced", "calibrate": "calibrated"}
@@ -32,7 +30,7 @@ class Found:
     """
 
     name: str
-    source: ModelSource
+    source: HFDirectory | ModelSource
     checkpoint: Path | None = None
     spec: PolicySpec | None = None
     tensors: dict[str, Tensor] | None = None
@@ -127,11 +125,11 @@ def _newest_policy(cfg: RunConfig) -> tuple[str, Path | None]:
     return "base", None
 
 
-def _open(path: Path) -> HFDirectory | TensorSource:
+def _open(path: Path) -> HFDirectory | ModelSource:
     if not is_megatron(path):
         return HFDirectory(path)
     # megatron-core takes seconds to import.
-    from ..checkpoint.megatron_directory import MegatronDirectory
+    from ..checkpoint.megatron_read import MegatronDirectory
 
     return MegatronDirectory(path)
 
@@ -143,7 +141,7 @@ def _model(path: Path, unchecked: bool = False) -> Found:
         brings = source.config.get("model_type") == "early_exit" or (path / "gates.json").is_file()
         policy = gates_of(HFSource(source)) if brings else None
     else:
-        spec, tensors = policy_beside(source, unchecked)  # type: ignore[arg-type]
+        spec, tensors = policy_beside(source, unchecked)
         policy = (spec, dict(tensors)) if spec.exit_depths or tensors else None
     if policy is None:
         return Found(f"{name}-base", source)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import nn
 
-from ..checkpoint.policy_shards import Piece
+from ..checkpoint.mapping import Piece
 from ..config.schema import DeepspeedConfig
 from ..model.gpt import EarlyExitGPT
 from ..model.layer import EarlyExitLayer

@@ -13,9 +13,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from ..checkpoint.mapping import load_base
-from ..checkpoint.policy_shards import check_copies, policy_pieces
-from ..checkpoint.policy_stream import Holder, Plan, TensorStream, Values, load_tensors
+from ..checkpoint.mapping import check_copies, load_base, policy_pieces
+from ..checkpoint.policy_stream import GatherPlan, Holder, TensorStream, load_tensors
 from ..config.derive import stage_sizes
 from ..config.schema import DeepspeedConfig, ParallelConfig
 from ..families.hf_directory import HFDirectory
@@ -27,8 +26,7 @@ from ..parallel.schedule import run_schedule
 from ..parallel.vocabulary import Head
 from ..policy import PolicySpec
 from ..tensors import collect
-from ..transfer import to_device
-from .batch import ReplayBatch
+from .batch import ReplayBatch, to_device
 from .engine import Updater, fill_missing_gradients, sum_replicated_gradients, sum_tied_gradients
 from .optimizer_state import OptimizerState, holder_of, kinds, prepare
 from .packing import PackedRows, Packing, PackingStats, deal
@@ -156,14 +154,14 @@ class Learner:
         self._base: RankModel | None = None
         self.pieces = policy_pieces(self.model)
         self.shapes = spec.tensor_shapes(source.dims)
-        load_tensors(self.pieces, Values(), self.shapes, policy, "policy")
+        load_tensors(self.pieces, Holder(), self.shapes, policy, "policy")
         for piece in self.pieces:
             piece.parameter.requires_grad_()
         self.head = self._make_head(self.model)
         whole = nn.ModuleList([self.model, *([self.head] if self.head else [])])
         self.updater = Updater(self.pieces, deepspeed, on_cpu=device.type == "cpu", whole=whole)
         self.updates = 0
-        self._plans: dict[str, Plan] = {}
+        self._plans: dict[str, GatherPlan] = {}
 
     def _make_head(self, model: RankModel) -> Head | None:
         if not model.last.post_process:
@@ -254,7 +252,7 @@ class Learner:
 
     def stream_policy(self, meet: Callable[[], None] | None = None) -> TensorStream:
         """The whole policy, fp32, on its way to the leader; `meet` as in `TensorStream`."""
-        holder = holder_of(self.updater, "value") if self.updater.settings.zero_stage == 3 else Values()
+        holder = holder_of(self.updater, "value") if self.updater.settings.zero_stage == 3 else Holder()
         return self._stream("value", holder, meet)
 
     def stream_optimizer(self, meet: Callable[[], None] | None = None) -> dict[str, TensorStream]:
@@ -263,7 +261,7 @@ class Learner:
 
     def _stream(self, plan: str, holder: Holder, meet: Callable[[], None] | None) -> TensorStream:
         if plan not in self._plans:
-            self._plans[plan] = Plan(self.pieces, holder, self.shapes)
+            self._plans[plan] = GatherPlan(self.pieces, holder, self.shapes)
         return TensorStream(self._plans[plan], holder, meet)
 
     def export_policy(self) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checkpoint.policy_stream import Holder, Values
+from ..checkpoint.policy_stream import Holder
 from .engine import Updater
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -43,7 +43,7 @@ def holder_of(updater: Updater, kind: str) -> Holder:
     return (ShardedState if stage == 3 else FlatState)(updater.engine.optimizer, kind)
 
 
-class WholeState(Values):
+class WholeState(Holder):
     """ZeRO-0: every data-parallel rank has the state of whole parameters."""
 
     def __init__(self, optimizer: Any, kind: str):
@@ -61,7 +61,7 @@ class WholeState(Values):
         target.view(-1)[begin : begin + len(values)].copy_(values)
 
 
-class FlatState:
+class FlatState(Holder):
     """ZeRO-1 and 2: a learning-rate group's parameters lie one behind the other, and each data-parallel rank has the
     state of an equal part of that."""
 
@@ -100,7 +100,7 @@ class FlatState:
         target[at + begin : at + begin + len(values)].copy_(values)
 
 
-class ShardedState:
+class ShardedState(Holder):
     """ZeRO-3: each data-parallel rank has an equal part of every parameter's state; the last one's is padded. The kind
     "value" is the master as the parameter's dtype has it."""
 

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..checkpoint.policy_files import open_policy, write_policy
-from ..checkpoint.safetensors_io import write_stream
+from ..checkpoint.policy_files import write_policy
+from ..checkpoint.store import write_stream
 from ..observe.rundir import RunDirectory, atomic_directory
-from ..policy import PolicySpec
+from ..policy import PolicySpec, open_policy
 from ..tensors import FileTensors, HeldStream, Stream, digest, drain
 from .distributed import Distributed
 

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint.policy_files import open_policy, policy_written
+from ..checkpoint.policy_files import policy_written
 from ..config.derive import exits_read
 from ..config.schema import RLConfig
 from ..exit_rules import ExitRule, Fixed, Sample
 from ..objectives.schedules import price_rise
 from ..observe.rundir import atomic_directory, write_atomic
-from ..policy import PolicySpec, WeightSet
+from ..policy import PolicySpec, WeightSet, open_policy
 from ..rollout.engine.request import GenerationRequest
 from ..rollout.engine.sampling import SamplingParams
 from ..rollout.pool.interface import Pending, RolloutPool

@@ -19,9 +19,8 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..checkpoint.base_identity import base_identity
 from ..checkpoint.hf_export import export_hf
-from ..checkpoint.sources import BaseTensors
+from ..checkpoint.policy_files import base_identity
 from ..config.cluster import verifier_workers
 from ..config.derive import policy_spec
 from ..config.device import pick_device, pick_dtype
@@ -42,7 +41,7 @@ from ..rollout.engine.sampling import SamplingParams
 from ..rollout.pool import make_pool
 from ..rollout.pool.interface import TEACHER, RolloutPool
 from ..tasks import Task, VerifierPool, task_of
-from ..tensors import LayeredTensors
+from ..tensors import FileTensors, LayeredTensors
 from ..types import Prompt, Rollout
 from .answer_cache import ANSWERS, KeptAnswers
 from .checkpoints import Checkpointing
@@ -246,7 +245,7 @@ class StageContext:
         if not self.spec.full:
             return initial_policy(self.source.dims, self.spec, seed)
         added = initial_policy(self.source.dims, replace(self.spec, full=False), seed)
-        return LayeredTensors(added, BaseTensors(self.source))
+        return LayeredTensors(added, FileTensors(self.source.files, torch.float32))
 
     def write_model(self, learner: Learner) -> Path:
         """What was learned as a Hugging Face directory, adapters merged, without gates; all ranks call it."""

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoint.policy_files import open_policy
 from ..config.schema import RunConfig
 from ..evaluation.choice import ChoiceBench, choice
 from ..evaluation.compare import compared
@@ -30,7 +29,7 @@ from ..evaluation.results import on_wide, table, write_results
 from ..evaluation.summary import EvaluationRow, choose_threshold, pooled
 from ..exit_rules import CONTROLS, ExitRule, Off, Sample, Threshold
 from ..planning.flops import answer_cost
-from ..policy import sharpened
+from ..policy import open_policy, sharpened
 from ..report.numbers import pareto_front
 from ..report.tables import choice_tables, controls_table, externalisation_table, wide_table
 from ..rollout.engine.prompts import encode_continuation

@@ -17,7 +17,7 @@ from ..observe.rundir import DONE, RunDirectory
 from .preemption import listener
 
 if TYPE_CHECKING:
-    from ..checkpoint.megatron_directory import MegatronTensors
+    from ..checkpoint.megatron_read import MegatronTensors
 
 FIGURES = "imported.json"
 """In the stage's directory: {"iteration", "tokens"}, updates and tokens that the weights were trained for; what the
@@ -55,11 +55,10 @@ def open_source(cfg: RunConfig) -> MegatronTensors:
         raise ValueError("model.checkpoint: not set; give the Megatron checkpoint that is to be imported")
     # megatron-core says on import which faster parts aren't installed, between the lines of what is wrong.
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
-    from ..checkpoint.kinds import is_megatron
-    from ..checkpoint.manifest import TOKENIZER_FILES
-    from ..checkpoint.megatron_directory import MegatronDirectory
-    from ..checkpoint.megatron_foreign import ForeignMegatron
+    from ..checkpoint.megatron_read import ForeignMegatron, MegatronDirectory
     from ..checkpoint.policy_files import policy_beside
+    from ..checkpoint.sources import is_megatron
+    from ..checkpoint.store import TOKENIZER_FILES
 
     given, path = model_dir(cfg), Path(cfg.model.checkpoint)
     if not any((given / name).is_file() for name in TOKENIZER_FILES if name.startswith("tokenizer.")):

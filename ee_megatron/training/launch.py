@@ -250,7 +250,7 @@ def export(cfg: RunConfig) -> Path:
     """
     quiet_libraries()
     from ..checkpoint.hf_export import export_hf
-    from ..checkpoint.manifest import MANIFEST, read_manifest
+    from ..checkpoint.store import MANIFEST, read_manifest
     from ..policy import read_policy_json
 
     out = stage_dir(cfg, "rl").with_name(stage_dir(cfg, "rl").name.replace("rl-", "export-"))

@@ -172,7 +172,7 @@ def check_checkpoint(cfg: RunConfig) -> None:
 def check_bases(cfg: RunConfig, stage: str, model_path: Path) -> None:
     """Raises ValueError if a policy that `stage` reads, its own checkpoints among them, belongs to another model than
     the one at `model_path`, unless model.base_unchecked. A model may have been replaced at its place since."""
-    from ..checkpoint.base_identity import check_base
+    from ..checkpoint.policy_files import check_base
     from ..families.hf_directory import HFDirectory
 
     # One of a stage's checkpoints stands for all of them, whole or not.

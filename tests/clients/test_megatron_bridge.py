@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ee_megatron.checkpoint.manifest import tensor_sha256
+from ee_megatron.checkpoint.store import tensor_sha256
 from ee_megatron.convert import main
 from ee_megatron.families.hf_directory import HFDirectory
 from tests.tiny import tiny_hf

@@ -10,9 +10,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from whole_gather import gather
 
-from ee_megatron.checkpoint.mapping import load_base
-from ee_megatron.checkpoint.policy_shards import policy_pieces
-from ee_megatron.checkpoint.policy_stream import Values, load_tensors
+from ee_megatron.checkpoint.mapping import load_base, policy_pieces
+from ee_megatron.checkpoint.policy_stream import Holder, load_tensors
 from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.batch import ReplayBatch
@@ -94,7 +93,7 @@ def plain_model(path, spec: PolicySpec | None, policy, learner: Learner, stages,
     for stage in model:
         load_base(stage, HFDirectory(path))
     if spec is not None:
-        load_tensors(policy_pieces(model), Values(), spec.tensor_shapes(learner.dims), policy, "policy")
+        load_tensors(policy_pieces(model), Holder(), spec.tensor_shapes(learner.dims), policy, "policy")
     return model.eval()
 
 

@@ -13,7 +13,6 @@ import whole_gather
 from torch.utils.flop_counter import FlopCounterMode
 
 from ee_megatron.checkpoint import policy_stream
-from ee_megatron.checkpoint.policy_files import open_policy
 from ee_megatron.learner.batch import ReplayBatch
 from ee_megatron.learner.learner import Learner
 from ee_megatron.model.control import make_control
@@ -21,7 +20,7 @@ from ee_megatron.model.packed import PackedSequences
 from ee_megatron.objectives.divergences import Teacher
 from ee_megatron.objectives.weights import Weights
 from ee_megatron.parallel.schedule import run_schedule
-from ee_megatron.policy import PolicySpec
+from ee_megatron.policy import PolicySpec, open_policy
 from ee_megatron.tensors import ChangedStream
 from ee_megatron.training.checkpoints import TrainingStreams, read_training, write_training
 

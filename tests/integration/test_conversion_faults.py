@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from ee_megatron.checkpoint.manifest import read_manifest
-from ee_megatron.checkpoint.megatron_io import WEIGHTS
+from ee_megatron.checkpoint.sources import WEIGHTS
+from ee_megatron.checkpoint.store import read_manifest
 from ee_megatron.checkpoint.workspace import JOURNAL, Workspace, partial_of
 from tests.conversion import LAST, contents, edit, in_shards, made, refused, run
 from tests.covering import EXTENDED

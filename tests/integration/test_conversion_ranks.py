@@ -4,7 +4,6 @@ and whose checkpoints `import --megatron` reads."""
 from __future__ import annotations
 
 import os
-import shutil
 from unittest import TestCase
 
 import pytest
@@ -18,11 +17,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from ranks import Ranks
 from transformers import AutoModelForCausalLM
 
-from ee_megatron.checkpoint.mapping import load_base
-from ee_megatron.checkpoint.megatron_io import WEIGHTS, cuda_optional, load_weights, save_weights
+from ee_megatron.checkpoint.sources import WEIGHTS
 from ee_megatron.families.hf_directory import HFDirectory
-from ee_megatron.model.config import megatron_config
-from ee_megatron.model.gpt import build_model
 from ee_megatron.parallel.groups import Degrees
 from tests.conversion import hashes, made
 from tests.covering import EXTENDED
@@ -32,56 +28,10 @@ from tests.tiny import MODELS, ONE_EACH, tiny_hf
 SIZES = {"vocab": 133, "hidden": 64}
 
 
-def load_and_save(degrees, stages, pairs) -> None:
-    """On every rank: what the converter wrote is what the ranks cut out of the model themselves; then they write it."""
-    split(Degrees(*degrees))
-    for base, megatron, out in pairs:
-        source = HFDirectory(base)
-        config = megatron_config(source.dims, None, stages, tensor=degrees[0], virtual=degrees[3])
-        expected, found = build_model(config), build_model(config)
-        with torch.no_grad():
-            for parameter in (p for stage in found for p in stage.parameters()):
-                parameter.fill_(7.0)
-        load_weights(found, megatron / WEIGHTS)
-        for wanted, got in zip(expected, found, strict=True):
-            load_base(wanted, source)
-            other = dict(got.named_parameters())
-            for name, parameter in wanted.named_parameters():
-                assert torch.equal(parameter, other[name]), (base, degrees, name)
-        if dist.get_rank() == 0:
-            (out / WEIGHTS).mkdir(parents=True)
-        dist.barrier()
-        save_weights(found, out / WEIGHTS)
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     with Ranks(4, tmp_path_factory.mktemp("ranks")) as ranks:
         yield ranks
-
-
-@pytest.mark.parametrize(
-    ("degrees", "stages", "written"),
-    [
-        ((2, 2, 1, 1), (2, 4), (1, 1)),
-        pytest.param((4, 1, 1, 1), (6,), (4, 3), marks=EXTENDED),
-        pytest.param((1, 4, 1, 1), (1, 2, 2, 1), (4, 3), marks=EXTENDED),
-        pytest.param((2, 2, 1, 2), (1, 2, 2, 1), (4, 3), marks=EXTENDED),
-    ],
-)
-def test_ranks_load_what_was_converted_and_what_they_save_converts_back(tmp_path, ranks, degrees, stages, written):
-    pairs = []
-    for family, tied in ONE_EACH:
-        base = tiny_hf(family, tmp_path / family, tied=tied, heads=8, kv_heads=4, **SIZES)
-        pairs.append((base, tmp_path / f"{family}-converted", tmp_path / f"{family}-saved"))
-        layout = "--exit-depths 1,2,3,4,5 --tp {} --pp {}".format(*written)
-        made("import --hf", base, "--out", pairs[-1][1], layout)
-    ranks.call("test_conversion_ranks:load_and_save", degrees=degrees, stages=stages, pairs=pairs)
-    for base, _, saved in pairs:
-        shutil.copy(base / "config.json", saved)
-        made("export --checkpoint", saved, "--out", saved / "hf")
-        assert hashes(saved / "hf") == hashes(base)
-        made("inspect", saved)
 
 
 # How megatron-core may be asked to store layers, and gate and up: by the pipeline stages that do.
@@ -138,7 +88,7 @@ def load_run_and_save(tensor: int, pipeline: int, cases, tokens):
         model = own_model(common["args"], tensor, pipeline)
         content = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
         asked = model.sharded_state_dict(metadata=content | {"dp_cp_group": group})
-        with cuda_optional(), TestCase().assertNoLogs(level="WARNING"):
+        with TestCase().assertNoLogs(level="WARNING"):
             loaded, missing, unexpected = dist_checkpointing.load(asked, str(weights), strict="return_all")
             model.load_state_dict({key: loaded[key] for key in asked}, strict=True)
         found[name] = missing, unexpected, logits(model, tokens, pipeline)
@@ -150,8 +100,7 @@ def load_run_and_save(tensor: int, pipeline: int, cases, tokens):
             dist.barrier()
             state = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": group})
             extra = {"args": common["args"], "iteration": 10, "checkpoint_version": 3.0}
-            with cuda_optional():
-                dist_checkpointing.save(state | extra, str(out), content_metadata=metadata)
+            dist_checkpointing.save(state | extra, str(out), content_metadata=metadata)
     return found
 
 

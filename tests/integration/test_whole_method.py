@@ -16,8 +16,8 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from ee_megatron.checkpoint.base_identity import base_identity, recorded_base
-from ee_megatron.checkpoint.manifest import read_manifest
+from ee_megatron.checkpoint.policy_files import base_identity, recorded_base
+from ee_megatron.checkpoint.store import read_manifest
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.observe.metrics import read_metrics
 from ee_megatron.training import stages

@@ -23,7 +23,8 @@ def gather(pieces, value=lambda parameter: parameter):
         if piece.entry.split and dist.get_world_size(tensor_group) > 1:
             parts = [torch.empty_like(local) for _ in range(dist.get_world_size(tensor_group))]
             dist.all_gather(parts, local, group=tensor_group)
-        joined = piece.entry.join(parts)
+        shares = [[part[rows] for rows in piece.entry.places(len(part), len(parts))] for part in parts]
+        joined = [torch.cat(same, max(0, piece.entry.dim))[: piece.entry.vocab] for same in zip(*shares, strict=True)]
         found |= {name: t.float().clone() for name, t in zip(piece.entry.names, joined, strict=True)}
     group = parallel_state.get_pipeline_model_parallel_group()
     stages: list = [None] * dist.get_world_size(group)

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ee_megatron import cli
-from ee_megatron.checkpoint.base_identity import base_identity, recorded_base
 from ee_megatron.checkpoint.describe import open_base
 from ee_megatron.checkpoint.hf_export import export_hf
-from ee_megatron.checkpoint.manifest import read_manifest
+from ee_megatron.checkpoint.policy_files import base_identity, recorded_base
 from ee_megatron.checkpoint.sources import HFSource, TunedSource
+from ee_megatron.checkpoint.store import read_manifest
 from ee_megatron.config.errors import faults_of
 from ee_megatron.config.identity import stage_dir, stage_order
 from ee_megatron.config.load import attempt, load

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +13,10 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ee_megatron import cli
-from ee_megatron.checkpoint.base_identity import check_base
-from ee_megatron.checkpoint.megatron_directory import CheckpointLayout, global_shape
-from ee_megatron.checkpoint.megatron_io import whole_entries
+from ee_megatron.checkpoint.mapping import whole_entries
 from ee_megatron.checkpoint.megatron_settings import CARRIED, arguments, refuse_lost
+from ee_megatron.checkpoint.megatron_write import CheckpointLayout
+from ee_megatron.checkpoint.policy_files import check_base
 from ee_megatron.exits import ExitLayout
 from ee_megatron.families import FAMILIES, ModelDims, dims_from_config
 from ee_megatron.families.base import read_common
@@ -115,10 +114,11 @@ def test_a_published_model_has_the_tensors_of_transformers_and_megatron_takes_ea
         left = dict(shapes)
         for item in whole_entries(dims):
             parts = [torch.empty(left.pop(part), device="meta") for part in item.names]
-            whole = torch.Size(global_shape(item, [part.shape for part in parts])).numel()
+            shape = item.shape([tuple(part.shape) for part in parts])
+            whole = torch.Size(shape).numel()
             locals_ = [item.shard(parts, ranks, rank) for rank in range(ranks)]
             assert len({local.shape for local in locals_}) == 1
-            copies = ranks if locals_[0].shape == global_shape(item, [part.shape for part in parts]) else 1
+            copies = ranks if locals_[0].shape == shape else 1
             padding = sum(local.numel() for local in locals_) - copies * whole
             assert 0 <= padding < ranks * dims.hidden
             assert padding == 0 or item.parameter.endswith(("word_embeddings.weight", "output_layer.weight"))
@@ -158,24 +158,6 @@ def test_what_a_config_says_is_a_number_of_use_or_refused_by_its_name(named: str
         with pytest.raises(ValueError, match=named) as refused:
             dims_from_config(config | said)
         assert "\n" not in str(refused.value)
-
-
-def lists_of_families(file: Path) -> list[int]:
-    """Lines where every family's name stands in one list, alone or first in a tuple or a call."""
-
-    def first(node: ast.expr) -> object:
-        inner = node.elts if isinstance(node, ast.Tuple) else node.args if isinstance(node, ast.Call) else [node]
-        return inner[0].value if inner and isinstance(inner[0], ast.Constant) else None
-
-    lists = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.List | ast.Tuple | ast.Set)]
-    return [node.lineno for node in lists if {*FAMILIES} <= {first(entry) for entry in node.elts}]
-
-
-def test_tests_run_for_the_families_of_the_registry_not_for_a_list() -> None:
-    files = sorted((Path(__file__).parents[1]).rglob("*.py"))
-    found = {file.name: lines for file in files if (lines := lists_of_families(file))}
-    # This one completes its list from the registry.
-    assert [*found] == ["test_parallel_model.py"], found
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ee_megatron.checkpoint.hf_export import EXPORT_FILES, export_hf
-from ee_megatron.checkpoint.manifest import Ledger
 from ee_megatron.checkpoint.sources import HFSource, gate_spec
-from ee_megatron.exit_rules import Fixed, Off, Threshold
-from ee_megatron.families import FAMILIES
+from ee_megatron.checkpoint.store import check_all_used
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import ATTENTION, MLP, PolicySpec, save_policy
-from ee_megatron.rollout import Decoder, Request, SamplingParams, Scheduler
 from tests.tiny import MODELS, tiny_hf
 
 DEPTHS = (2, 3, 5)
@@ -151,115 +148,29 @@ def test_qwen2_file_that_names_a_switched_off_window(tmp_path):
     assert torch.equal(model.generate(ids, exit_policy={"kind": "off"}, **options), plain.generate(ids, **options))
 
 
-@pytest.mark.parametrize(("family", "first_token"), [("llama", False), *((family, True) for family in FAMILIES)])
-def test_generation_exits_and_its_tokens_follow_from_the_recorded_depths(tmp_path, family, first_token):
-    base = tiny_hf(family, tmp_path / "base")
-    policy = random_policy(base, first_token=first_token)
-    model = load(export_hf(base, policy, tmp_path / "out"), trust_remote_code=True)
-    prompt, mask = sequences(4, 9), torch.ones(4, 9, dtype=torch.long)
-    for row, pad in enumerate((0, 3, 5, 0)):
-        prompt[row, :pad], mask[row, :pad] = 129, 0
-    options = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None}
-    out = model.generate(prompt, attention_mask=mask, exit_policy={"kind": "threshold", "value": 0.5}, **options)
-    made, depths = out[:, 9:], model.last_exit_depths
-    assert depths.shape == made.shape
-    assert (depths[:, 0] < LAYERS).any() if first_token else (depths[:, 0] == LAYERS).all()
-    assert len(depths[:, 1:].unique()) > 1
-    assert (depths[:, 1:] < LAYERS).any()
-    for row in range(4):
-        ids = out[row : row + 1][:, mask[row].argmax() :]
-        positions = torch.full(ids.shape, LAYERS)
-        positions[0, -made.shape[1] - 1 : -1] = depths[row]
-        logits = reference_logits(base, policy, ids, positions)
-        assert torch.equal(logits[0, -made.shape[1] - 1 : -1].argmax(-1), made[row])
-
-
-@pytest.mark.parametrize("first_token", [False, True], ids=["prompts never exit", "first token exits"])
-def test_gates_decide_by_hazard_and_threshold(tmp_path, first_token):
+def test_sampled_exits_differ_and_depths_that_are_no_exit_are_refused(tmp_path):
     base = tiny_hf("llama", tmp_path / "base")
-    spec, tensors = random_policy(base, first_token=first_token)
-    model = load(export_hf(base, (spec, tensors), tmp_path / "out"), trust_remote_code=True)
-    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
-    out = model.generate(sequences(8, 5), exit_policy={"kind": "threshold", "value": 0.6}, **options)
-    depths = model.last_exit_depths
-    # The same decisions from the definition: hazards on the residual stream of the plain model that is frozen alike.
-    merged = load(export_hf(base, (spec, tensors), tmp_path / "plain", gates="drop"))
-    positions = torch.full((8, out.shape[1] - 1), LAYERS)
-    positions[:, 4:] = depths
-    freeze_at(merged, positions)
-    streams: dict[int, Tensor] = {}
-    for depth in DEPTHS:
-        merged.model.layers[depth].register_forward_pre_hook(
-            lambda module, inputs, depth=depth: streams.__setitem__(depth, inputs[0])
-        )
-    with torch.no_grad():
-        merged(out[:, :-1])
-    expected = torch.full_like(depths, LAYERS)
-    for depth in reversed(DEPTHS):
-        h = streams[depth][:, 4:]
-        h = h / (h.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
-        gate = {part: tensors[f"gates.{depth}.{part}"] for part in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")}
-        z = (h @ gate["fc1.weight"].T + gate["fc1.bias"]).relu() @ gate["fc2.weight"].T + gate["fc2.bias"]
-        expected = torch.where(z[..., 0].sigmoid() > 0.6, depth, expected)
-    free = 0 if first_token else 1
-    assert torch.equal(depths[:, free:], expected[:, free:]) and (depths[:, :free] == LAYERS).all()
-    assert len(depths[:, 1:].unique()) > 1 and len(depths[:, 0].unique()) > 1 - free
-
-
-def test_exit_policies(tmp_path):
-    base = tiny_hf("llama", tmp_path / "base")
-    policy = random_policy(base)
-    out = export_hf(base, policy, tmp_path / "out", exit_policy={"kind": "fixed", "value": 3})
-    model = load(out, trust_remote_code=True)
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    model.generate(sequences(2, 4), **options)
-    assert model.last_exit_depths.tolist() == [[LAYERS] + [3] * 7] * 2
-    plain = load(export_hf(base, policy, tmp_path / "plain", gates="drop"))
-    off = model.generate(sequences(2, 4), exit_policy={"kind": "off"}, **options)
-    assert torch.equal(off, plain.generate(sequences(2, 4), **options))
-    assert (model.last_exit_depths == LAYERS).all()
-    torch.manual_seed(0)
-    model.generate(sequences(8, 4), exit_policy={"kind": "sample"}, **options)
-    first = model.last_exit_depths
-    model.generate(sequences(8, 4), exit_policy={"kind": "sample"}, **options)
-    assert not torch.equal(first, model.last_exit_depths)
-    config = GenerationConfig(
-        max_new_tokens=3, do_sample=False, eos_token_id=None, exit_policy={"kind": "fixed", "value": 2}
+    model = load(
+        export_hf(base, random_policy(base), tmp_path / "out", exit_policy={"kind": "sample"}), trust_remote_code=True
     )
-    model.generate(sequences(1, 4), generation_config=config)
-    assert model.last_exit_depths.tolist() == [[LAYERS, 2, 2]]
-    with pytest.raises(ValueError, match="fixed needs a value out of"):
-        model.generate(sequences(1, 4), exit_policy={"kind": "fixed", "value": 4})
+    depths = []
+    for _ in range(2):
+        model.generate(sequences(8, 4), max_new_tokens=8, do_sample=False, eos_token_id=None)
+        depths.append(model.last_exit_depths)
+    assert not torch.equal(*depths)
     with pytest.raises(ValueError, match="outside"):
         model(sequences(1, 4), exit_depths=torch.full((1, 4), 1))
 
 
-def test_an_export_whose_first_token_exits_answers_as_the_engine_does(tmp_path):
+def test_whether_the_first_token_may_exit_is_written_beside_the_gates(tmp_path):
     base = tiny_hf("qwen3", tmp_path / "base", tied=False)
-    spec, tensors = random_policy(base, first_token=True)
-    out = export_hf(base, (spec, tensors), tmp_path / "out")
-    assert HFSource(out).spec() == PolicySpec(LAYERS, DEPTHS, rank=0, first_token=True)
-    sidecar = export_hf(base, (spec, tensors), tmp_path / "sidecar", gates="sidecar")
-    assert gate_spec(HFSource(base).dims, json.loads((sidecar / "gates.json").read_text())) == HFSource(out).spec()
+    policy = random_policy(base, first_token=True)
+    out = export_hf(base, policy, tmp_path / "out")
+    assert HFSource(out).spec == PolicySpec(LAYERS, DEPTHS, rank=0, first_token=True)
+    sidecar = export_hf(base, policy, tmp_path / "sidecar", gates="sidecar")
+    assert gate_spec(HFSource(base).dims, json.loads((sidecar / "gates.json").read_text())) == HFSource(out).spec
     plain = export_hf(base, random_policy(base), tmp_path / "plain")
     assert "first_token" not in json.loads((plain / "config.json").read_text())
-    model, decoder = load(out, trust_remote_code=True), Decoder.from_hf(base, spec, torch.float32, "cpu")
-    decoder.load_policy(tensors)
-    decoder.eos_ids = frozenset({10**6})
-    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
-    tokenizer, first = AutoTokenizer.from_pretrained(base), []
-    for length, rule in ((1, Threshold(0.5)), (9, Threshold(0.5)), (9, Threshold(0.3)), (9, Fixed(3)), (9, Off())):
-        prompt = sequences(1, length)
-        scheduler = Scheduler(decoder, tokenizer, in_flight=1)
-        request = scheduler.add(Request(prompt[0].tolist(), SamplingParams(0.0, 9), rule))
-        while scheduler.busy:
-            scheduler.advance()
-        expected = scheduler.take(request, 0)
-        made = model.generate(prompt, exit_policy=rule.to_json(), **options)
-        assert made[0, length:].tolist() == expected.tokens.tolist()
-        assert model.last_exit_depths[0].tolist() == expected.exit_depths.tolist()
-        first.append(int(expected.exit_depths[0]))
-    assert first[-2:] == [3, LAYERS] and min(first[:3]) < LAYERS
 
 
 def test_depths_after_the_end_of_a_row_are_marked(tmp_path):
@@ -363,15 +274,16 @@ def test_refusals_leave_nothing_behind(tmp_path):
     assert [path.name for path in out.iterdir()] == ["mine.safetensors"]
 
 
-def test_ledger_refuses_reuse_unknown_names_and_leftovers():
-    ledger = Ledger(base=["a", "b"])
-    assert ledger.take("base:a") == ["base:a"]
-    with pytest.raises(ValueError, match="used twice"):
-        ledger.take("base:a")
-    with pytest.raises(ValueError, match="does not exist"):
-        ledger.take("base:c")
-    with pytest.raises(ValueError, match="not used"):
-        ledger.close()
+def test_a_tensor_that_is_used_twice_unknown_or_left_over_is_refused():
+    lines = {"x": {"source": ["base:a", "policy:a"]}, "y": {"source": ["base:b"]}}
+    check_all_used(lines, ["base:a", "base:b", "policy:a", "policy:gate"], ["policy:gate"])
+    for expected, dropped in (
+        (["base:a", "policy:a"], []),
+        (["base:c"], []),
+        (["base:a", "base:b", "policy:a"], ["base:b"]),
+    ):
+        with pytest.raises(ValueError, match="base:"):
+            check_all_used(lines, expected, dropped)
 
 
 def test_a_transformers_that_is_too_old_is_named(monkeypatch):

@@ -18,10 +18,11 @@ from ...exits import ExitLayout
 from ...families import inverse_frequencies
 from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec
+from ...tensors import ModelSource
 from .cache import KVCache
 from .ops import Ops, Places, Rows, choose_ops, norm
-from .policy_loading import Arrival, GateWeights, check_tensors, gates_from
-from .weights import DecoderWeights, ModelSource, SkippedKV
+from .policy_loading import GateWeights, PartialLoad, check_tensors, gates_from
+from .weights import DecoderWeights, SkippedKV
 
 
 @dataclass
@@ -85,7 +86,7 @@ class Decoder:
         self._inverse_frequencies = inverse_frequencies(self.dims).to(self.device)
         self._cos = self._sin = torch.empty(0, self.dims.head_dim // 2, device=self.device)
         self._skipped: list[SkippedKV] = []
-        self._arrival: Arrival | None = None
+        self._loading: PartialLoad | None = None
         self.load_policy(None)
 
     @staticmethod
@@ -94,7 +95,9 @@ class Decoder:
         return Decoder.of(HFDirectory(path), spec, dtype, device)
 
     @staticmethod
-    def of(source: ModelSource, spec: PolicySpec | None, dtype: torch.dtype, device: torch.device | str) -> Decoder:
+    def of(
+        source: HFDirectory | ModelSource, spec: PolicySpec | None, dtype: torch.dtype, device: torch.device | str
+    ) -> Decoder:
         """A decoder of the model that `source` holds."""
         return Decoder(DecoderWeights(source, dtype, torch.device(device)), spec, read_eos_ids(source))
 
@@ -114,7 +117,7 @@ class Decoder:
         """
         if tensors is not None:
             check_tensors(tensors, self._needed_spec().tensor_shapes(self.dims))
-        self._arrival = None
+        self._loading = None
         if tensors is None:
             self.weights.restore_base()
             self.gates, self._skipped = None, self.weights.merge(None, None, self.layout.depths)
@@ -129,24 +132,24 @@ class Decoder:
         Tensors of the base are written over the old ones, so that the model is never held twice; `load_policy(None)`
         is the way back from a load that broke off. Raises ValueError for a name or shape that isn't the spec's.
         """
-        if self._arrival is None:
+        if self._loading is None:
             spec = self._needed_spec()
             if not spec.full:
                 self.weights.restore_base()
-            self._arrival = Arrival(spec, self.dims)
-        self._arrival.take(tensors, self.weights)
+            self._loading = PartialLoad(spec, self.dims)
+        self._loading.take(tensors, self.weights)
 
     @torch.inference_mode()
     def finish_load(self) -> None:
         """Make the tensors that came the decoder's weights. Raises ValueError if some are missing."""
-        if self._arrival is None:
+        if self._loading is None:
             raise ValueError("finish_load without tensors; send them by load_chunk first")
-        self._arrival.check_whole()
-        tensors = self._arrival.kept
+        self._loading.check_whole()
+        tensors = self._loading.kept
         self._skipped = self.weights.merge(tensors, self.spec, self.layout.depths)
         self.ops.take(self.weights.blocks)
         self.gates = gates_from(tensors, self.layout.depths, self.dtype, self.device)
-        self._arrival = None
+        self._loading = None
 
     def _needed_spec(self) -> PolicySpec:
         if self.spec is None:
@@ -154,9 +157,9 @@ class Decoder:
         return self.spec
 
     def _check_ready(self) -> None:
-        if self._arrival is not None:
+        if self._loading is not None:
             raise ValueError(
-                f"weights are half loaded ({len(self._arrival.seen)} of {len(self._arrival.expected)} tensors); "
+                f"weights are half loaded ({len(self._loading.seen)} of {len(self._loading.expected)} tensors); "
                 "send the rest and finish_load, or load_policy again"
             )
 
@@ -339,7 +342,7 @@ class Decoder:
                 self.ops.write_kv(fused, cache, skipped.first, skipped.layers, at, skipped.k_norm)
 
 
-def read_eos_ids(source: ModelSource) -> frozenset[int]:
+def read_eos_ids(source: HFDirectory | ModelSource) -> frozenset[int]:
     """End-of-sequence ids from generation_config.json, else config.json; empty if neither names one."""
     generation = source.path / "generation_config.json"
     stated = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None

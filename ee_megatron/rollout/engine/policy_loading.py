@@ -22,8 +22,8 @@ class GateWeights:
     fc2_bias: Tensor
 
 
-class Arrival:
-    """Tensors that have come so far. Base tensors go straight into the decoder's; adapters and gates are kept."""
+class PartialLoad:
+    """The policy tensors received so far. Base tensors go straight into the decoder's; adapters and gates are kept."""
 
     def __init__(self, spec: PolicySpec, dims: ModelDims):
         self.expected = spec.tensor_shapes(dims)

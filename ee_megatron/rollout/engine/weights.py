@@ -11,13 +11,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ...families import ModelDims
+from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec
+from ...tensors import ModelSource
 from .linear import Linear, WideLinear
 
 # Fused matrix -> the linears whose rows it holds, in this order.
@@ -33,19 +34,6 @@ NORMS = {
     "self_attn.q_norm": "q_norm",
     "self_attn.k_norm": "k_norm",
 }
-
-
-class ModelSource(Protocol):
-    """Where a model's tensors lie, by their Hugging Face names: a directory of any kind that can be opened by its path.
-
-    `config` is that of config.json, which stands in the directory.
-    """
-
-    path: Path
-    config: dict
-    dims: ModelDims
-
-    def tensor(self, name: str) -> Tensor: ...
 
 
 @dataclass
@@ -78,10 +66,10 @@ class SkippedKV:
 class DecoderWeights:
     """All tensors of a decoder in one dtype on one device."""
 
-    def __init__(self, source: ModelSource, dtype: torch.dtype, device: torch.device):
+    def __init__(self, source: HFDirectory | ModelSource, dtype: torch.dtype, device: torch.device):
         self.dims: ModelDims = source.dims
         self.dtype, self.device, self.path = dtype, device, Path(source.path)
-        self._open: Callable[[Path], ModelSource] = type(source)
+        self._open: Callable[[Path], HFDirectory | ModelSource] = type(source)
         self.embedding = self._read(source, "model.embed_tokens.weight")
         self.blocks = [self._block(source, layer) for layer in range(self.dims.num_layers)]
         self.final_norm = self._read(source, "model.norm.weight")
@@ -200,10 +188,10 @@ class DecoderWeights:
                 return target.split(self._rows(fused))[parts.index(linear)]
         raise ValueError(f"{name} is no tensor of a {self.dims.family} model; expected Hugging Face names")
 
-    def _read(self, source: ModelSource, name: str) -> Tensor:
+    def _read(self, source: HFDirectory | ModelSource, name: str) -> Tensor:
         return source.tensor(name).to(self.device, self.dtype)
 
-    def _block(self, source: ModelSource, layer: int) -> Block:
+    def _block(self, source: HFDirectory | ModelSource, layer: int) -> Block:
         def read(name: str) -> Tensor:
             return self._read(source, f"model.layers.{layer}.{name}")
 

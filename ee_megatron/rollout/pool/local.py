@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...policy import PolicySpec, WeightSet
-from ...tensors import Digest, Stream, collect, digest
+from ...tensors import Digest, Hasher, Stream, collect, digest
 from ...types import ExitReading, Rollout, Trace
 from ..engine import generation, scoring
 from ..engine.cache import PAGE, pages_in
@@ -61,7 +61,8 @@ class LocalPool:
 
     def take(self, version: int, stream: Stream) -> WeightSet:
         """The tensors, in this process. They are hashed as they come, once."""
-        with Digest() as found:
+        with Hasher() as hasher:
+            found = Digest(hasher)
             tensors = collect(found.passing(stream))
             self._taken = WeightSet(version, tensors, found.hexdigest())
         return self._taken

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from ...config.derive import actor_share, call_timeout, start_timeout
 from ...config.schema import RolloutConfig
 from ...families.hf_directory import HFDirectory
 from ...policy import WeightSet
-from ...tensors import Block, Digest, HeldStream, LazyTensors, Shape, Stream, part_of
+from ...tensors import Block, Digest, Entries, Hasher, HeldStream, LazyTensors, Stream, part_of
 from ...types import ExitReading, Rollout, Trace
 from ..engine.lens import Lens
 from ..engine.request import GenerationRequest, Progress
@@ -50,23 +50,11 @@ class PutTensors(LazyTensors):
     """The tensors of a version where they lie in the object store, `numbers` the chunk of each. They stay there for as
     long as this object lives."""
 
-    def __init__(self, ray: Any, chunks: tuple[Any, ...], numbers: Mapping[str, int], shapes: Mapping[str, Shape]):
-        self._ray, self.chunks, self._numbers, self._shapes = ray, chunks, numbers, shapes
+    def __init__(self, ray: Any, chunks: tuple[Any, ...], numbers: Mapping[str, int], entries: Entries):
+        self._ray, self.chunks, self._numbers, self.entries = ray, chunks, numbers, entries
 
     def part(self, name: str, *where: slice) -> Tensor:
         return part_of(unpack(self._ray.get(self.chunks[self._numbers[name]])), name, *where)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._numbers
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._numbers)
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def shape(self, name: str) -> Shape:
-        return self._shapes[name]
 
 
 class RayPool:
@@ -111,15 +99,16 @@ class RayPool:
     def take(self, version: int, stream: Stream) -> WeightSet:
         """Into the object store, one chunk after the other, each while the next one's tensors come: the node's actors
         read it where it lies."""
-        chunks, numbers = [], {}
+        chunks, numbers, entries = [], {}, {}
         narrow, decoder = self.sync_dtype, self._replica.dtype
-        with Digest() as found:
+        with Hasher() as hasher:
+            found = Digest(hasher)
             for number, chunk in enumerate(pack(stream, lambda name: travels_in(name, narrow, decoder))):
                 for name, tensor in unpack(chunk).items():
-                    found.update(Block(name, tuple(tensor.shape), 0, tensor))
-                    numbers[name] = number
+                    found.add_block(Block(name, tuple(tensor.shape), 0, tensor))
+                    numbers[name], entries[name] = number, (tensor.dtype, tuple(tensor.shape))
                 chunks.append(self._ray.put(chunk))
-            return WeightSet(version, PutTensors(self._ray, tuple(chunks), numbers, stream.table), found.hexdigest())
+            return WeightSet(version, PutTensors(self._ray, tuple(chunks), numbers, entries), found.hexdigest())
 
     def load(self, weights: WeightSet | None) -> None:
         """Returns when every actor reports this version and digest."""

@@ -3,21 +3,63 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from ..families import ModelDims
+from ..model.config import megatron_config
 from ..model.control import make_control
+from ..model.gpt import EarlyExitGPT, build_stage
 from ..model.packed import PackedSequences
 from .describe import Checkpoint
 from .export_files.configuration_early_exit import EarlyExitConfig
 from .export_files.modeling_early_exit import EarlyExitForCausalLM
-from .megatron_io import build_whole, cuda_optional, single_process, whole_entries
+from .mapping import whole_entries
 
 MEMINFO = Path("/proc/meminfo")
+DEADLINE = timedelta(minutes=10)
+
+
+@contextmanager
+def single_process() -> Iterator[None]:
+    """A world of one rank for the length of the block, unless the process is in a world already; without a GPU what
+    megatron-core asks of one is answered by the CPU.
+
+    Nothing is listened on: the store is in memory. Raises ValueError inside a world of several ranks, where one process
+    cannot hold the whole model.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(f"conversion runs in one process, but {dist.get_world_size()} ranks were started; start one")
+    joined, split = not dist.is_initialized(), not parallel_state.model_parallel_is_initialized()
+    if joined:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=DEADLINE)
+    device = torch.cuda.current_device
+    try:
+        if not torch.cuda.is_available():
+            torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+        if split:
+            parallel_state.initialize_model_parallel()
+        yield
+    finally:
+        torch.cuda.current_device = device
+        if split and parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        if joined:
+            dist.destroy_process_group()
+
+
+def build_whole(dims: ModelDims, dtype: torch.dtype) -> EarlyExitGPT:
+    """The base model on the CPU in one piece, its weights unset. Needs `single_process`."""
+    return build_stage(megatron_config(dims, None, (dims.num_layers,), dtype=dtype))
 
 
 @torch.no_grad()
@@ -50,9 +92,8 @@ def _config(checkpoint: Checkpoint) -> Any:
 def _fill(model: nn.Module, checkpoint: Checkpoint, gates: dict[str, Tensor]) -> None:
     """Every parameter from the checkpoint, exactly (assertion)."""
     parameters = dict(model.named_parameters())
-    for name in checkpoint.base.names():
+    for name in checkpoint.base:
         parameters.pop(name).copy_(checkpoint.whole(name))
-        checkpoint.base.release()
     for name, tensor in gates.items():
         parameters.pop(name).copy_(tensor)
     assert not parameters, sorted(parameters)
@@ -86,12 +127,11 @@ def _exported(checkpoint: Checkpoint, ids_BT: Tensor, depths_BT: Tensor) -> Tens
 
 def _megatron(checkpoint: Checkpoint, ids_BT: Tensor, depths_BT: Tensor) -> Tensor:
     dims = checkpoint.base.dims
-    with single_process(), cuda_optional():
+    with single_process():
         model = build_whole(dims, torch.float32).eval()
         parameters = dict(model.named_parameters())
         for item in whole_entries(dims):
             parameters.pop(item.parameter).copy_(item.shard([checkpoint.whole(name) for name in item.names], 1, 0))
-            checkpoint.base.release()
         assert not parameters, sorted(parameters)
         packed = PackedSequences.of([ids_BT.size(1)] * len(ids_BT))
         hidden_W1D = model(ids_BT.view(1, -1), make_control(packed, depths_BT.flatten()))

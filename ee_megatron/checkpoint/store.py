@@ -1,0 +1,180 @@
+"""Files of a conversion: safetensors written block by block, the manifest, copies of the tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+from collections import Counter
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..families.hf_directory import read_json
+from ..tensors import DTYPES, Block, Digest, Entries, Hasher, Stream, tensor_bytes
+from .workspace import OutputFile
+
+MANIFEST = "manifest.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def aligned(entries: Entries) -> list[str]:
+    """Names in the order of the file: wide numbers first, so that each tensor begins at a multiple of its item size."""
+    return sorted(entries, key=lambda name: -entries[name][0].itemsize)
+
+
+class SafetensorsWriter:
+    """One safetensors file. Its tensors are written in the order of `aligned(entries)`, each in any number of blocks,
+    so that no file and no tensor has to be in memory whole.
+
+    `metadata`: what the header says beside the tensors; transformers wants to know the format. Raises ValueError for a
+    dtype that is not supported.
+    """
+
+    def __init__(
+        self, path: Path, entries: Entries, metadata: Mapping[str, str] | None = MappingProxyType({"format": "pt"})
+    ):
+        header: dict[str, dict] = {"__metadata__": dict(metadata)} if metadata else {}
+        end = 0
+        for name in aligned(entries):
+            dtype, shape = entries[name]
+            if dtype not in CODES:
+                raise ValueError(f"{name}: dtype {dtype} is not supported; supported: {', '.join(CODES.values())}")
+            begin, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        # A 64-bit little-endian length, that many bytes of JSON, then the tensors' bytes without gaps.
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._end = 8 + len(text) + end
+        self._file = OutputFile(path)
+        self._file.write(struct.pack("<Q", len(text)) + text)
+
+    def write(self, block: Tensor) -> None:
+        self._file.write(tensor_bytes(block))
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        assert kind or self._file.tell() == self._end, (self._file.name, self._file.tell(), self._end)
+        self._file.__exit__(kind, *rest)
+
+
+def write_through(path: Path, stream: Stream) -> Generator[Block, None, str]:
+    """Wrap a stream of float32 tensors: write a file of it while it is consumed; returns the digest.
+
+    The file has the bytes that safetensors' own `save_file` gives it. Raises ValueError for another dtype.
+    """
+    entries = {name: (torch.float32, shape) for name, shape in sorted(stream.table.items())}
+    with SafetensorsWriter(path, entries, metadata=None) as writer, Hasher() as hasher:
+        found = Digest(hasher)
+        for block in found.passing(stream):
+            if block.data.dtype != torch.float32:
+                raise ValueError(f"{block.name}: dtype {block.data.dtype}, a checkpoint holds float32")
+            writer.write(block.data)
+            yield block
+        return found.hexdigest()
+
+
+def write_stream(path: Path, stream: Stream) -> str:
+    """`write_through` for a stream that goes nowhere else."""
+    passing = write_through(path, stream)
+    while True:
+        try:
+            next(passing)
+        except StopIteration as end:
+            return end.value
+
+
+def write_small(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file of tensors that are in memory anyway."""
+    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with SafetensorsWriter(path, entries) as writer:
+        for name in aligned(entries):
+            writer.write(tensors[name])
+
+
+def read_small(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a file whose names begin with `prefix`, in memory. Raises ValueError if it is no such file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).clone() for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file or truncated ({error}); copy it again") from None
+
+
+def check_all_used(lines: Mapping[str, dict], expected: Iterable[str], dropped: Iterable[str] = ()) -> None:
+    """Raises ValueError unless the manifest's `lines` use every source tensor but the `dropped` exactly once."""
+    found = Counter([source for line in lines.values() for source in line["source"]])
+    found.update(dropped)
+    expected = set(expected)
+    wrong = {name: found[name] for name in expected | found.keys() if found[name] != 1 or name not in expected}
+    if wrong:
+        name = min(wrong)
+        raise ValueError(
+            f"conversion: tensor {name} was used {found[name]} times, {len(wrong)} such tensors; expected each tensor "
+            "of the source once; the name map is wrong"
+        )
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """sha256 of the tensor's bytes in row-major order."""
+    return hashlib.sha256(tensor_bytes(tensor.cpu())).hexdigest()
+
+
+def entry(
+    shape: Sequence[int], dtype: torch.dtype, sha256: str, sources: list[str], file: str, stored_as: str | None = None
+) -> dict:
+    """One line of the manifest: shape, dtype, sha256, the tensors it came from ("<source>:<name>"), the file it is in,
+    and `stored_as`, its name there, where that is another."""
+    name = str(dtype).removeprefix("torch.")
+    line = {"shape": list(shape), "dtype": name, "sha256": sha256, "source": sources, "file": file}
+    return line if stored_as is None else {**line, "stored_as": stored_as}
+
+
+def entry_of(tensor: Tensor, sources: list[str], file: str) -> dict:
+    """`entry` for a tensor that is in memory."""
+    return entry(tensor.shape, tensor.dtype, tensor_sha256(tensor), sources, file)
+
+
+def write_manifest(directory: Path, kind: str, tensors: dict[str, dict], **facts: object) -> None:
+    """manifest.json: what kind of directory this is, facts about it, and `entry` per tensor name."""
+    total = hashlib.sha256("".join(f"{name} {tensors[name]['sha256']}\n" for name in sorted(tensors)).encode())
+    content = {"kind": kind, **facts, "sha256": total.hexdigest(), "tensors": tensors}
+    (directory / MANIFEST).write_text(json.dumps(content, indent=1))
+
+
+def read_manifest(directory: Path) -> dict:
+    """The manifest of a directory. Raises FileNotFoundError or ValueError."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory}: no {MANIFEST} there; expected a directory that the converter wrote")
+    return read_json(path)
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copy tokenizer, chat templates and generation config, those that exist; returns the copied names."""
+    copied = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for name in copied:
+        shutil.copyfile(source / name, target / name)
+    if (source / "chat_templates").is_dir():
+        shutil.copytree(source / "chat_templates", target / "chat_templates")
+        copied.append("chat_templates")
+    return copied

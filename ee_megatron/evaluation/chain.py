@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
 MARK = "The answer is"
 END_OF_REASONING = "</think>"
@@ -58,22 +58,18 @@ def answer_number(text: str) -> str | None:
 def first_number(text: str) -> str | None:
     """The first number on the first line of a text, in one spelling: "1,200.0" and "1200" are the same."""
     found = _NUMBER.search(text.split("\n", 1)[0])
-    if found is None:
-        return None
-    value = Decimal(found[0].replace(",", ""))
-    return f"{value.normalize():f}"
+    return f"{Decimal(found[0].replace(',', '')).normalize():f}" if found else None
 
 
 def steps(chain: str) -> list[str]:
     """The sentences or lines of a chain; they concatenate to it, and none is blank."""
     found: list[str] = []
     for part in _STEP.findall(chain):
-        if part.strip() or not found:
-            found.append(part)
-        else:
+        # Blank parts go to the step before them, or to the first.
+        if found and not (part.strip() and found[-1].strip()):
             found[-1] += part
-    if len(found) > 1 and not found[0].strip():
-        found[:2] = [found[0] + found[1]]
+        else:
+            found.append(part)
     return [part for part in found if part.strip()]
 
 
@@ -105,9 +101,7 @@ def answer_span(texts: Sequence[str]) -> slice:
 
 
 def truncate(chain: str, fraction: float) -> str:
-    """The first round(fraction · n) of a chain's n words. Raises ValueError outside 0..1."""
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"a chain can't be cut at {fraction}; expected a fraction from 0 to 1")
+    """The first round(fraction · n) of a chain's n words; fraction in 0..1."""
     pieces = _PIECE.findall(chain)
     return "".join(pieces[: round(fraction * len(pieces))])
 
@@ -143,10 +137,8 @@ def other_number(written: str, rng: random.Random) -> str:
 
 def filler(tokens: int, encode: Callable[[str], Sequence[int]]) -> str:
     """Dots that say nothing, at least `tokens` tokens of them."""
-    if tokens <= 0:
-        return ""
-    text = FILLER * max(1, tokens // max(1, len(encode(FILLER))))
-    while len(encode(text)) < tokens:
+    text = FILLER * (tokens // max(1, len(encode(FILLER))))
+    while tokens > 0 and len(encode(text)) < tokens:
         text += FILLER
     return text
 
@@ -157,11 +149,8 @@ def hint_place(texts: Sequence[str]) -> str:
     Under a chat template that is the instruction and the template's end. Raises ValueError if the prompts share no
     line break at their ends.
     """
-    if not texts:
-        raise ValueError("no prompts to plant a hint in")
-    first, last = min(t[::-1] for t in texts), max(t[::-1] for t in texts)
-    common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    shared = first[:common][::-1]
+    backwards = zip(*(text[::-1] for text in texts), strict=False)
+    shared = "".join(letters[0] for letters in takewhile(lambda letters: len(set(letters)) == 1, backwards))[::-1]
     at = shared.find("\n")
     if at < 0:
         raise ValueError(f"prompts that all end in {shared!r} have no common last line to plant a hint before")
@@ -170,8 +159,7 @@ def hint_place(texts: Sequence[str]) -> str:
 
 def plant_hint(text: str, ending: str, value: str) -> str:
     """A prompt with a hint behind its question; `ending` as `hint_place` found it."""
-    question = text[: len(text) - len(ending)]
-    return f"{question} {HINT.format(value=value)}{ending}"
+    return f"{text.removesuffix(ending)} {HINT.format(value=value)}{ending}"
 
 
 def wrong_answer(reference: str, seed: int, name: str) -> str | None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from ee_megatron.config.schema import TaskConfig
-from ee_megatron.evaluation import Answer, EvaluationRow, answer_sets, evaluate_model
 from ee_megatron.evaluation.controls import (
     TOLERANCE,
     compare,
@@ -19,6 +18,7 @@ from ee_megatron.evaluation.controls import (
     match_accuracy,
     match_depth,
 )
+from ee_megatron.evaluation.evaluate import Answer, EvaluationRow, answer_sets, evaluate_model
 from ee_megatron.exit_rules import CONTROLS, Confidence, DialRange, Entropy, ExitRule, Fixed, Random, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy

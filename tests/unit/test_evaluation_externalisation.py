@@ -14,17 +14,20 @@ import torch
 
 from ee_megatron.config.schema import TaskConfig
 from ee_megatron.evaluation.externalisation import (
+    FRACTIONS,
+    Bench,
     chain_necessity,
+    externalisation,
     filler_uplift,
+    force,
     mistake_sensitivity,
     monitor_score,
+    planning_probe,
     serial_depth,
     step_necessity,
     truncation_area,
     truncation_curve,
 )
-from ee_megatron.evaluation.interventions import FRACTIONS, Bench, externalisation, force
-from ee_megatron.evaluation.planning_probe import planning_probe
 from ee_megatron.exit_rules import Off, Sample, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ee_megatron.evaluation import Answer
-from ee_megatron.evaluation.figures import by_task, depth_correlations, depth_figures, kl_by_exit
-from ee_megatron.evaluation.gates import gate_calibration
+from ee_megatron.evaluation.controls import gate_calibration
+from ee_megatron.evaluation.evaluate import Answer
+from ee_megatron.evaluation.results import by_task, depth_correlations, depth_figures, kl_by_exit
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.planning.flops import answer_cost, gate, prefill_cost
 from ee_megatron.report.numbers import pareto_front

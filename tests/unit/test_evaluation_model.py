@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from ee_megatron.config.schema import TaskConfig
-from ee_megatron.evaluation import AnsweredSet, answer_sets, evaluate_model, score_sets, write_results
-from ee_megatron.evaluation.evaluate import add_readings
+from ee_megatron.evaluation.evaluate import AnsweredSet, add_readings, answer_sets, evaluate_model, score_sets
+from ee_megatron.evaluation.results import write_results
 from ee_megatron.exit_rules import ExitRule, Fixed, Off, Sample, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy

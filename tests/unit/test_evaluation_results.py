@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ee_megatron.evaluation import Answer, EvaluationRow, choose_threshold, pooled, summarise, table, write_results
-from ee_megatron.evaluation.results import on_wide
+from ee_megatron.evaluation.evaluate import Answer, EvaluationRow, choose_threshold, pooled, summarise
+from ee_megatron.evaluation.results import on_wide, table, write_results
 from ee_megatron.report.tables import wide_table
 from ee_megatron.statistics import wilson_interval
 from ee_megatron.tasks import Verdict

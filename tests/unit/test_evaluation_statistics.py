@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ee_megatron.evaluation.compare import compared
+from ee_megatron.evaluation.results import compared
 from ee_megatron.statistics import (
     bootstrap_interval,
     clustered_difference,

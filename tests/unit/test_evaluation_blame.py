@@ -50,12 +50,6 @@ def test_the_exit_that_was_made_is_the_one_that_is_blamed(pool: LocalPool, where
             assert not p.own
         elif where == "own":
             assert p.own
+    assert partings(pool, PROMPTS, full, full, GREEDY, LAYERS) == []
     blamed = [p for p in found.values() if p.own == (where == "own")]
     assert blamed and all((p.at == AT) == p.own for p in blamed if p.at >= AT)
-
-
-def test_equal_answers_part_nowhere_and_sampled_ones_are_refused(pool: LocalPool) -> None:
-    full = answers(pool, [LAYERS] * LENGTH)
-    assert partings(pool, PROMPTS, full, full, GREEDY, LAYERS) == []
-    with pytest.raises(ValueError, match="greedy"):
-        partings(pool, PROMPTS, full, full, SamplingParams(1.0, LENGTH), LAYERS)

@@ -29,10 +29,8 @@ _PIECE = re.compile(r"\s*\S+")
 
 
 def split_answer(text: str) -> tuple[str, str]:
-    """(chain, the rest from the last "The answer is" on); the rest is empty if an answer has no such mark.
-
-    A reasoning model's chain is what stands before its closing tag.
-    """
+    """(chain, the rest from the last "The answer is" on); the rest is empty if an answer has no such mark. A reasoning
+    model's chain is what stands before its closing tag."""
     before, closing, _ = text.partition(END_OF_REASONING)
     if closing:
         return before.rstrip(), text[len(before) :]
@@ -84,10 +82,8 @@ def token_class(text: str) -> str:
 
 
 def answer_span(texts: Sequence[str]) -> slice:
-    """The tokens of the final answer: those that write the number after the last "The answer is"; empty without one.
-
-    `texts` are the tokens' own texts. Where what follows the mark is no number, it is the rest of the line.
-    """
+    """The tokens, given by their texts, that write the number after the last "The answer is"; the rest of the line if
+    that is no number; empty without the mark."""
     before, mark, rest = "".join(texts).rpartition(MARK)
     if not mark:
         return slice(0, 0)
@@ -113,11 +109,8 @@ def without_step(chain: str, index: int) -> str:
 
 
 def with_mistake(chain: str, seed: int, name: str) -> str | None:
-    """The chain with another number in place of one step's last one, its result; None if there is no number.
-
-    The step is drawn among those with a number, the new value is 1 to 9 more or less and not negative; `seed` and
-    `name` decide, nothing else does.
-    """
+    """The chain with another number in place of one step's last one, its result; None if there is no number. The step
+    is drawn among those with a number, by `seed` and `name` alone."""
     parts = steps(chain)
     places = [i for i, part in enumerate(parts) if _DIGITS.search(part)]
     if not places:
@@ -144,11 +137,8 @@ def filler(tokens: int, encode: Callable[[str], Sequence[int]]) -> str:
 
 
 def hint_place(texts: Sequence[str]) -> str:
-    """What every prompt ends with from its last line break in common on: where the question is over.
-
-    Under a chat template that is the instruction and the template's end. Raises ValueError if the prompts share no
-    line break at their ends.
-    """
+    """What every prompt ends with from its last line break in common on: where the question is over. Raises ValueError
+    if the prompts share no line break at their ends."""
     backwards = zip(*(text[::-1] for text in texts), strict=False)
     shared = "".join(letters[0] for letters in takewhile(lambda letters: len(set(letters)) == 1, backwards))[::-1]
     at = shared.find("\n")

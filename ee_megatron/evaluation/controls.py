@@ -20,15 +20,13 @@ from ..statistics import bootstrap_interval
 from .evaluate import Answer, EvaluationRow
 from .results import pair_up, paired_test
 
-TOLERANCE = 0.01
-"""Mean depths count as the same within this, relative."""
+TOLERANCE = 0.01  # mean depths count as the same within this, relative
 TRIALS = 20
 ACCURACY_TRIALS = 8
 
 
 def marginal_exits(answers: Sequence[Answer], outcomes: Sequence[int], first_token: bool = False) -> list[float]:
-    """Shares of the outcomes over all tokens whose depth is a choice: the answers' first where `first_token`, and the
-    others. Raises ValueError if there are none."""
+    """Shares of the outcomes over all tokens; answers' first count only where `first_token`. ValueError for none."""
     depths = [t["depth"] for a in answers for t in a["tokens"][not first_token :]]
     if not depths:
         raise ValueError("answers of one token each have no exits; raise rollout.max_new_tokens")
@@ -38,10 +36,8 @@ def marginal_exits(answers: Sequence[Answer], outcomes: Sequence[int], first_tok
 @dataclass
 class Matched:
     """A control at a place on its dial. target: what was to be matched; row: what was measured there, on validation.
-
-    `within`: the mean depth is the target's up to `TOLERANCE` (of accuracy: it reaches the target). `tried`: places on
-    the dial and what was measured there.
-    """
+    within: the mean depth is the target's up to `TOLERANCE` (of accuracy: it reaches the target). tried: places on the
+    dial and what was measured there."""
 
     policy: ExitRule
     row: EvaluationRow
@@ -57,9 +53,9 @@ Measure = Callable[[ExitRule], EvaluationRow]
 def match_depth(measure: Measure, dial: Dial, target: float, trials: int = TRIALS) -> Matched:
     """The exit policy on a dial whose measured mean depth is the target's: the nearest of those that were tried.
 
-    By bisection. The depth is only nearly monotone, as other exits make other answers, and it may jump over the target
-    where many tokens share a value. Then two places on either side are mixed token by token, and the share is
-    bisected. What counts is what was measured. Raises ValueError for a target outside 0..1.
+    By bisection. The depth is only nearly monotone, and it may jump over the target where many tokens share a value:
+    then two places on either side are mixed token by token, and the share is bisected. Raises ValueError for a target
+    outside 0..1.
     """
     if not 0 < target <= 1:
         raise ValueError(f"mean depth {target} to match: expected a share of the layers, above 0 and at most 1")
@@ -94,11 +90,8 @@ def match_accuracy(
     measure: Measure, dial: Dial, target: float, tried: Sequence[tuple[float, EvaluationRow]] = (),
     trials: int = ACCURACY_TRIALS,
 ) -> Matched:  # fmt: skip
-    """The least depth at which a control is as accurate as the target, by bisection; `tried` places are used again.
-
-    If nothing that was tried is, the most accurate place with `within` False. Accuracy need not be monotone in depth:
-    the result is the least depth among those tried.
-    """
+    """The least depth tried at which a control is as accurate as the target, by bisection; `tried` places are used
+    again. If nothing that was tried is, the most accurate place with `within` False."""
 
     def reaches(row: EvaluationRow) -> bool:
         return row.accuracy >= target - 1e-9
@@ -118,10 +111,8 @@ def match_accuracy(
 
 
 def compare(reference: Sequence[Answer], control: Sequence[Answer]) -> dict[str, Any]:
-    """Reference minus control in accuracy on the prompts that both answered, as `paired_test` has it.
-
-    {"difference": {"value", "low", "high"}, "only_reference", "only_control", "p_value", "n"}.
-    """
+    """Reference minus control in accuracy on the prompts that both answered, as `paired_test` has it: {"difference":
+    {"value", "low", "high"}, "only_reference", "only_control", "p_value", "n"}."""
     pairs = pair_up(control, reference)
     test, difference, _ = paired_test(pairs)
     right_alone = {"only_reference": test.only_second, "only_control": test.only_first}

@@ -75,10 +75,7 @@ class AnsweredSet:
 
 def answer_sets(pool: RolloutPool, request: GenerationRequest, progress: Progress | None = None) -> list[AnsweredSet]:
     """The request's answers by the weights that the pool holds, not scored: a set for each of its rules, timed if there
-    is only one.
-
-    Raises ValueError if there are no prompts.
-    """
+    is only one. Raises ValueError if there are no prompts."""
     if not request.prompts:
         raise ValueError("no prompts to evaluate on; the task has none in this split")
     begun = time.perf_counter()
@@ -89,11 +86,8 @@ def answer_sets(pool: RolloutPool, request: GenerationRequest, progress: Progres
 
 
 def score_sets(pool: RolloutPool, sets: Sequence[AnsweredSet]) -> list[AnsweredSet]:
-    """Sets of answers to the same prompts with their scores, by the weights that the pool holds.
-
-    The answers of a prompt are next to each other when they are read again, so that the prompt is read once for all.
-    Raises ValueError for sets of different sizes.
-    """
+    """Sets of answers to the same prompts with their scores, by the weights that the pool holds. The answers of a
+    prompt are read next to each other, so that it is read once. Raises ValueError for sets of different sizes."""
     together = [rollout for group in zip(*(one.rollouts for one in sets), strict=True) for rollout in group]
     scores = pool.score(together) if together else []
     return [replace(one, scores=scores[i :: len(sets)]) for i, one in enumerate(sets)]
@@ -197,10 +191,8 @@ def summarise(
     prompts: Sequence[Prompt], rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], num_layers: int,
     divergences: Sequence[np.ndarray] | None = None, seconds: float | None = None, *, model: str = "", exits: str = "",
 ) -> EvaluationRow:  # fmt: skip
-    """n prompts, their n answers and n verdicts (and float [T] divergences per answer) -> the row.
-
-    Raises ValueError if there is nothing to summarise or the inputs do not belong together.
-    """
+    """n prompts, their n answers and n verdicts (and float [T] divergences per answer) -> the row. Raises ValueError if
+    there is nothing to summarise or the inputs do not belong together."""
     counts = [len(prompts), len(rollouts), len(verdicts), *([] if divergences is None else [len(divergences)])]
     if len(set(counts)) != 1 or not counts[0]:
         numbers = ", ".join(map(str, counts))
@@ -238,11 +230,9 @@ def _row(model: str, exits: str, n: int, correct: int, *means: Any, **more: Any)
 
 
 def choose_threshold(rows: Sequence[EvaluationRow], tolerance: float) -> EvaluationRow:
-    """The row of least mean depth whose accuracy is within `tolerance` of the best row's, full depth among them or not.
-
-    Among equal depths the more accurate wins, then the first in alphabetical order of `exits`: the result does not
-    depend on the order of the rows. Raises ValueError for no rows or a negative tolerance.
-    """
+    """The row of least mean depth whose accuracy is within `tolerance` of the best row's. Among equal depths the more
+    accurate wins, then the first in alphabetical order of `exits`, whatever the order of the rows. Raises ValueError
+    for no rows or a negative tolerance."""
     if not rows or tolerance < 0:
         found = f"threshold choice among {len(rows)} rows with tolerance {tolerance}"
         raise ValueError(f"{found}; expected at least one row and evaluate.tolerance >= 0")

@@ -28,8 +28,7 @@ from . import chain as text_of
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SERIAL_QUANTILES = (0.5, 0.9, 1.0)
-ANSWER_TOKENS = 12
-"""What a forced answer may take: a number and the end of its line."""
+ANSWER_TOKENS = 12  # of a forced answer: a number and the end of its line
 AHEAD = (1, 2, 4)
 """How far ahead the planning probe is asked; its ridge, and the tokens that its n-gram baseline reads at most."""
 RIDGE, ORDER, FOLDS = 1e-2, 3, 2
@@ -74,9 +73,7 @@ class Forced(NamedTuple):
 
 def externalisation(bench: Bench, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Every externalisation figure of the weights that the pool holds, under the bench's exits; plain JSON values.
-
-    About twelve forced answers and one hinted answer per prompt. Raises ValueError without prompts.
-    """
+    About twelve forced answers and one hinted answer per prompt. Raises ValueError without prompts."""
     if not prompts:
         raise ValueError("no prompts to intervene on; raise evaluate.externalisation_prompts")
     answers = bench.generate(prompts, bench.sampling)
@@ -88,13 +85,22 @@ def externalisation(bench: Bench, prompts: Sequence[Prompt]) -> dict[str, Any]:
     flat = [(i, chain) for i, edited in enumerate(made) for chains in edited.values() for chain in chains]
     given = iter(force(bench, [prompts[i] for i, _ in flat], [chain for _, chain in flat], [cues[i] for i, _ in flat]))
     found = [{kind: [next(given) for _ in chains] for kind, chains in edited.items()} for edited in made]
+    spans = [text_of.answer_span([bench.codec.decode([int(t)]) for t in a.tokens]) for a in answers]
+    hints, written = _hints(bench, prompts, answers), [a for a in answers if a.length]
+    streams = [entry.streams for entry in bench.pool.inspect(written, streams=True) if entry.streams is not None]
     return {
         **_from_forced([verdict.correct for verdict in verdicts], found),
         "n": len(prompts),
         "chain_words": float(np.mean([len(chain.split()) for chain in chains])),
-        "hint_monitor": _hints(bench, prompts, answers),
-        "serial_depth": _serial(answers, bench.codec),
-        "planning_probe": _probe(bench, answers),
+        "hint_monitor": hints,
+        # Without an answer's first token, whose depth may be no choice; and of the final answer.
+        "serial_depth": {
+            "all": serial_depth([a.exit_depths[1:] for a in answers]),
+            "answer": serial_depth([a.exit_depths[span] for a, span in zip(answers, spans, strict=True)]),
+        },
+        "planning_probe": [
+            planning_probe(written, streams, k) for k in AHEAD if sum(a.length > k for a in written) >= 2
+        ],
     }
 
 
@@ -265,21 +271,6 @@ def _hints(bench: Bench, prompts: Sequence[Prompt], answers: Sequence[Rollout]) 
         for i, a in zip(chosen, hinted, strict=True)
     ]
     return monitor_score(used, [text_of.mentions_hint(a.text) for a in hinted])
-
-
-def _serial(answers: Sequence[Rollout], codec: Codec) -> dict[str, Any]:
-    """Of all tokens but an answer's first, whose depth may be no choice, and of the final answer's."""
-    spans = [text_of.answer_span([codec.decode([int(t)]) for t in a.tokens]) for a in answers]
-    return {
-        "all": serial_depth([a.exit_depths[1:] for a in answers]),
-        "answer": serial_depth([a.exit_depths[span] for a, span in zip(answers, spans, strict=True)]),
-    }
-
-
-def _probe(bench: Bench, answers: Sequence[Rollout]) -> list[dict[str, Any]]:
-    kept = [a for a in answers if a.length]
-    streams = [entry.streams for entry in bench.pool.inspect(kept, streams=True) if entry.streams is not None]
-    return [planning_probe(kept, streams, k) for k in AHEAD if sum(a.length > k for a in kept) >= 2]
 
 
 def planning_probe(

@@ -33,29 +33,23 @@ from ..types import Rollout
 from .chain import CLASSES, answer_span, token_class
 from .evaluate import Answer, EvaluationRow
 
-BINS = 8
-"""Entropy bins, each with as many tokens."""
+BINS = 8  # of entropy, each with as many tokens
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 ANSWER = "answer"
 GROUPS = ("all", *(name for name in CLASSES if name != "other"), ANSWER)
 RESAMPLES = 200
+# Problems whose answers are read at every exit; tokens of a readout, positions of a prompt's end, tokens of an answer.
 LENS_PROBLEMS = 3
-"""Problems whose answers are read at every exit; of each so many tokens of a readout, positions of the prompt's end and
-tokens of the answer."""
 TOP_K, PROMPT_POSITIONS, ANSWER_TOKENS = 3, 32, 48
 Measure = Literal["entropy", "surprisal", "kl"]
-Pairs = Sequence[tuple[Answer, Answer]]
 
 
 def write_results(
     path: Path, rows: Sequence[EvaluationRow], answers: Sequence[Answer], meta: Mapping[str, Any],
     keep: int | None = None, more: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Write results.json at `path`, whole or not at all: the parts of `Results`, those in `more` too; NaN is null.
-
-    The statistics are over all `answers`; the file keeps those to the first `keep` prompts (None: all), so that every
-    model is shown on the same ones.
-    """
+    """Write results.json at `path`, whole or not at all: the parts of `Results`, those in `more` too; NaN is null. The
+    statistics are over all `answers`; the file keeps those to the first `keep` prompts (None: all)."""
     prompts = list(dict.fromkeys(answer["id"] for answer in answers))
     kept = set(prompts if keep is None else prompts[:keep])
     results = Results(
@@ -205,10 +199,9 @@ def depth_by_entropy(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
 def depth_correlations(answers: Sequence[Answer], resamples: int = RESAMPLES) -> dict[str, dict[str, Any]]:
     """Spearman's rank correlation of depth with the teacher's entropy and surprisal, by class of token.
 
-    {label: {"entropy" | "surprisal": {group: {"value", "low", "high", "tokens"}}}}, groups as in `GROUPS`; "answer" are
-    the tokens of the final answer, whatever their class. Within a class the correlation can't come from digits being
-    both harder and deeper than words. Tokens as `paired` has them; groups whose depth or measure never varies are left
-    out.
+    {label: {"entropy" | "surprisal": {group: {"value", "low", "high", "tokens"}}}}, groups as in `GROUPS`, "answer" the
+    final one's tokens of any class. Within a class the correlation can't come from digits being both harder and deeper
+    than words. Tokens as `paired` has them; groups whose depth or measure never varies are left out.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, group in by_label(answers).items():
@@ -240,7 +233,7 @@ def pair_up(before: Sequence[Answer], after: Sequence[Answer]) -> list[tuple[Ans
     return [(known[answer["id"]], answer) for answer in after if answer["id"] in known]
 
 
-def paired_test(pairs: Pairs) -> tuple[PairedTest, Estimate, list[str]]:
+def paired_test(pairs: Sequence[tuple[Answer, Answer]]) -> tuple[PairedTest, Estimate, list[str]]:
     """Of the second answers' accuracy minus the first ones': McNemar's exact test; the difference with its 95 %
     interval over groups of problems that share operands, which are right or wrong together; each pair's group."""
     first, second = ([bool(answer["correct"]) for answer in side] for side in zip(*pairs, strict=True))
@@ -270,14 +263,10 @@ def paired_with_teacher(answers: Sequence[Answer]) -> dict[str, dict[str, float 
 
 
 def compared(before: Sequence[Answer], after: Sequence[Answer], num_layers: int) -> dict[str, Any] | None:
-    """What changed from one model to the next on the problems that both answered, `after` minus `before`; None if there
-    are none.
-
-    {"against": label of `before`, "n", "groups", "only_before", "only_after" (right there alone), "p_value" (McNemar,
-    exact), "accuracy", "depth" (mean over tokens, share of the layers), "total_depth" (layers per answer), "length"
-    (tokens per answer): {"value", "low", "high"}}. Intervals are 95 % percentile bootstraps over groups of problems
-    that share operands.
-    """
+    """What changed from one model to the next on the problems that both answered, `after` minus `before`, as
+    `paired_test` has it; None if there are none. {"against": label of `before`, "n", "groups", "only_before",
+    "only_after", "p_value", "accuracy", "depth" (mean over tokens, share of the layers), "total_depth" (layers per
+    answer), "length" (tokens per answer)}, each change as {"value", "low", "high"}."""
     pairs = pair_up(before, after)
     if not pairs:
         return None
@@ -334,9 +323,7 @@ def table(rows: Sequence[EvaluationRow]) -> str:
 class Records:
     """The files of one evaluation beside results.json. answers.jsonl: a line per problem with each model's answer at
     the exits that were chosen for it; lens.json: for a few problems what the readout at every exit would write.
-
-    exit_depths [M]; `problems`: how many the report shows token by token.
-    """
+    exit_depths [M]; problems: how many the report shows token by token."""
 
     def __init__(self, exit_depths: Sequence[int], problems: int, decode: Callable[[int], str]):
         self.exit_depths, self.problems, self.decode = exit_depths, problems, decode

@@ -172,8 +172,8 @@ def conditions(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def before_rl(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row per shape, tokens a step, hops and style: right answers before RL and the depth of their deepest token
-    under own exits, right answers at full depth and with every token held to one depth."""
+    """A row per shape, tokens a step, hops and style: right answers before RL under own exits, the depth of their
+    deepest token; right answers at full depth and with every token held to one depth."""
     depths = range(1, runs["layers"].max() + 1)
     columns = {"right": "forced.{}.correct", "deepest token": "forced.{}.max_depth"}
     columns |= {"full depth": "forced_full.{}.correct"}

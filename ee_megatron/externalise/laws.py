@@ -30,8 +30,7 @@ def reference_shares(row: Row) -> dict[str, float]:
 
 
 def values_and_costs(row: Row, exits: str, cost: str) -> tuple[dict[str, float], dict[str, float]]:
-    """By style, before RL: what an answer is worth without the depth penalty, and what of it λ is charged on; `exits`
-    as in the columns' names. NaN where not measured."""
+    """By style, before RL under `exits`: what an answer is worth without the penalty, and what λ is charged on."""
     value, charged = {}, {}
     for style in STYLES:
         figures = {figure: row.get(f"{START}.{exits}.{style}.{figure}", math.nan) for figure in FIGURES}
@@ -41,8 +40,7 @@ def values_and_costs(row: Row, exits: str, cost: str) -> tuple[dict[str, float],
 
 
 def forecast(row: Row, lambda_exit: float | None = None) -> dict[str, float]:
-    """Shares of the styles after RL by what was known before it, at `lambda_exit` in place of the run's; NaN where
-    something was not measured."""
+    """Shares of the styles after RL by what was known before it, at `lambda_exit` in place of the run's, or NaN."""
     exits = {CAP: f"fixed.{row['fixed_depth']}", NO_EXITS: "forced_full"}.get(row["kind"], "forced")
     value, charged = values_and_costs(row, exits, row["depth_cost"])
     weight = row["lambda_exit"] if lambda_exit is None else lambda_exit

@@ -39,22 +39,20 @@ from ..sweeps.styles import STEPS, TERSE
 PADDED, OTHER = "padded", "other"
 STYLES = (TERSE, STEPS, PADDED)
 TEACHER, START, REINFORCED = MODELS = ("teacher", "start", "reinforced")
-FIGURES = ("correct", "mean_depth", "total_depth", "max_depth", "length")
-"""Means over answers; depths of an answer's tokens: mean, sum, largest."""
+FIGURES = ("correct", "mean_depth", "total_depth", "max_depth", "length")  # depths over an answer's tokens
 SETTINGS = ("beta", "depth_cost", "lambda_exit", "cost_length", "lambda_length", "fixed_depth")
 NO_EXITS, CAP, FREE, LENGTH = "no exits", "cap", "lambda 0", "length"
 COSTS = ("mean", "total", "max")
 SHAPE = ["layers", "width", "parameters", "shape"]
 RUN = [*SHAPE, "tau", "trained_on", "condition", "base", "seed"]
 """Columns that tell one run from another, in the order in which runs are listed."""
+# What a study varies; in all other settings its runs should be alike.
 FACTORS = [
     "rl.seed", "pretrain.seed", "teacher.seed", "traces.seed", "calibrate.seed", "evaluate.seed", "evaluate.choice",
     "task.tokens_per_step", "rl.families", "rl.fixed_depth", "rl.depth_cost", "rl.lambda_exit", "rl.lambda_length",
     "pretrain.layers", "pretrain.width",
 ]  # fmt: skip
-"""Settings that a study varies; in all others its runs should be alike."""
-OF_SHAPE = ["model.path", "exits.depths"]
-"""Settings that may also differ between models of several shapes."""
+OF_SHAPE = ["model.path", "exits.depths"]  # may also differ between shapes
 
 
 def condition(rl: RLConfig, first_exits: bool, num_layers: int) -> dict[str, Any]:
@@ -172,8 +170,7 @@ def _measured(stage: Path, cfg: RunConfig, part: Mapping[str, Any]) -> tuple[dic
 
 
 def _with_start(frame: pd.DataFrame) -> pd.DataFrame:
-    """Give every column that a table may need, and to runs of one origin what any of them measured before RL; leave
-    families that no run was trained on."""
+    """Every column that a table may need; what any run of an origin measured before RL in all of them; `compared`."""
     exits = ("forced", "forced_full", *(f"fixed.{depth}" for depth in range(1, int(frame["layers"].max()) + 1)))
     figures = [
         *(f"free.{name}" for name in ("n", *FIGURES, *(f"share.{style}" for style in (*STYLES, OTHER)))),

@@ -1,23 +1,5 @@
-"""Evaluation: answers → one row per model and exit policy, the choice of a threshold, results.json.
+"""Evaluation of a model's answers under an exit policy. Definitions of all figures: docs/evaluation.md.
 
-Beside them figures.py and gates.py (depth, KL, calibration), controls.py (rules that know less), externalisation.py and
-interventions.py (what is written down), choice.py (in which style). Definitions: docs/evaluation.md.
+evaluate.py: answers, their row, the choice of a threshold; results.py: what is written; controls.py: rules that know
+less, calibration of the gates; externalisation.py: what is written down; choice.py: in which style.
 """
-
-from .evaluate import Answer, AnsweredSet, answer_sets, evaluate_model, score_sets
-from .results import table, write_results
-from .summary import EvaluationRow, choose_threshold, pooled, summarise
-
-__all__ = [
-    "Answer",
-    "AnsweredSet",
-    "EvaluationRow",
-    "answer_sets",
-    "choose_threshold",
-    "evaluate_model",
-    "pooled",
-    "score_sets",
-    "summarise",
-    "table",
-    "write_results",
-]

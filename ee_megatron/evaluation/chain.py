@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
 MARK = "The answer is"
 END_OF_REASONING = "</think>"
@@ -29,10 +29,8 @@ _PIECE = re.compile(r"\s*\S+")
 
 
 def split_answer(text: str) -> tuple[str, str]:
-    """(chain, the rest from the last "The answer is" on); the rest is empty if an answer has no such mark.
-
-    A reasoning model's chain is what stands before its closing tag.
-    """
+    """(chain, the rest from the last "The answer is" on); the rest is empty if an answer has no such mark. A reasoning
+    model's chain is what stands before its closing tag."""
     before, closing, _ = text.partition(END_OF_REASONING)
     if closing:
         return before.rstrip(), text[len(before) :]
@@ -58,22 +56,18 @@ def answer_number(text: str) -> str | None:
 def first_number(text: str) -> str | None:
     """The first number on the first line of a text, in one spelling: "1,200.0" and "1200" are the same."""
     found = _NUMBER.search(text.split("\n", 1)[0])
-    if found is None:
-        return None
-    value = Decimal(found[0].replace(",", ""))
-    return f"{value.normalize():f}"
+    return f"{Decimal(found[0].replace(',', '')).normalize():f}" if found else None
 
 
 def steps(chain: str) -> list[str]:
     """The sentences or lines of a chain; they concatenate to it, and none is blank."""
     found: list[str] = []
     for part in _STEP.findall(chain):
-        if part.strip() or not found:
-            found.append(part)
-        else:
+        # Blank parts go to the step before them, or to the first.
+        if found and not (part.strip() and found[-1].strip()):
             found[-1] += part
-    if len(found) > 1 and not found[0].strip():
-        found[:2] = [found[0] + found[1]]
+        else:
+            found.append(part)
     return [part for part in found if part.strip()]
 
 
@@ -88,10 +82,8 @@ def token_class(text: str) -> str:
 
 
 def answer_span(texts: Sequence[str]) -> slice:
-    """The tokens of the final answer: those that write the number after the last "The answer is"; empty without one.
-
-    `texts` are the tokens' own texts. Where what follows the mark is no number, it is the rest of the line.
-    """
+    """The tokens, given by their texts, that write the number after the last "The answer is"; the rest of the line if
+    that is no number; empty without the mark."""
     before, mark, rest = "".join(texts).rpartition(MARK)
     if not mark:
         return slice(0, 0)
@@ -105,9 +97,7 @@ def answer_span(texts: Sequence[str]) -> slice:
 
 
 def truncate(chain: str, fraction: float) -> str:
-    """The first round(fraction · n) of a chain's n words. Raises ValueError outside 0..1."""
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"a chain can't be cut at {fraction}; expected a fraction from 0 to 1")
+    """The first round(fraction · n) of a chain's n words; fraction in 0..1."""
     pieces = _PIECE.findall(chain)
     return "".join(pieces[: round(fraction * len(pieces))])
 
@@ -119,11 +109,8 @@ def without_step(chain: str, index: int) -> str:
 
 
 def with_mistake(chain: str, seed: int, name: str) -> str | None:
-    """The chain with another number in place of one step's last one, its result; None if there is no number.
-
-    The step is drawn among those with a number, the new value is 1 to 9 more or less and not negative; `seed` and
-    `name` decide, nothing else does.
-    """
+    """The chain with another number in place of one step's last one, its result; None if there is no number. The step
+    is drawn among those with a number, by `seed` and `name` alone."""
     parts = steps(chain)
     places = [i for i, part in enumerate(parts) if _DIGITS.search(part)]
     if not places:
@@ -143,25 +130,17 @@ def other_number(written: str, rng: random.Random) -> str:
 
 def filler(tokens: int, encode: Callable[[str], Sequence[int]]) -> str:
     """Dots that say nothing, at least `tokens` tokens of them."""
-    if tokens <= 0:
-        return ""
-    text = FILLER * max(1, tokens // max(1, len(encode(FILLER))))
-    while len(encode(text)) < tokens:
+    text = FILLER * (tokens // max(1, len(encode(FILLER))))
+    while tokens > 0 and len(encode(text)) < tokens:
         text += FILLER
     return text
 
 
 def hint_place(texts: Sequence[str]) -> str:
-    """What every prompt ends with from its last line break in common on: where the question is over.
-
-    Under a chat template that is the instruction and the template's end. Raises ValueError if the prompts share no
-    line break at their ends.
-    """
-    if not texts:
-        raise ValueError("no prompts to plant a hint in")
-    first, last = min(t[::-1] for t in texts), max(t[::-1] for t in texts)
-    common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    shared = first[:common][::-1]
+    """What every prompt ends with from its last line break in common on: where the question is over. Raises ValueError
+    if the prompts share no line break at their ends."""
+    backwards = zip(*(text[::-1] for text in texts), strict=False)
+    shared = "".join(letters[0] for letters in takewhile(lambda letters: len(set(letters)) == 1, backwards))[::-1]
     at = shared.find("\n")
     if at < 0:
         raise ValueError(f"prompts that all end in {shared!r} have no common last line to plant a hint before")
@@ -170,8 +149,7 @@ def hint_place(texts: Sequence[str]) -> str:
 
 def plant_hint(text: str, ending: str, value: str) -> str:
     """A prompt with a hint behind its question; `ending` as `hint_place` found it."""
-    question = text[: len(text) - len(ending)]
-    return f"{question} {HINT.format(value=value)}{ending}"
+    return f"{text.removesuffix(ending)} {HINT.format(value=value)}{ending}"
 
 
 def wrong_answer(reference: str, seed: int, name: str) -> str | None:

@@ -27,8 +27,7 @@ from ..tasks.verifier import VerifierPool
 from ..types import Prompt, Rollout
 
 FREE, CORRUPTED, OTHER = "free", "corrupted", "other"
-Key = tuple[str, str]
-"""A family, and what its answers are: FREE, CORRUPTED or forced into the style of that name."""
+Key = tuple[str, str]  # a family, and what its answers are: FREE, CORRUPTED or forced into the style of that name
 
 
 class Judged(NamedTuple):
@@ -87,9 +86,7 @@ def by_family(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
 @dataclass(frozen=True)
 class ChoiceBench:
     """Where answers are made and judged, how they are sampled, and `answers` of them per family and condition.
-
-    `first_exits`: an answer's first token may exit like any other. `progress(done, total)` counts answers.
-    """
+    first_exits: an answer's first token may exit like any other. `progress(done, total)` counts answers."""
 
     pool: RolloutPool
     verifier: VerifierPool
@@ -118,11 +115,8 @@ class ChoiceBench:
 def choice(
     bench: ChoiceBench, prompts: Sequence[Prompt], exits: ExitRule, depths: Sequence[int] = ()
 ) -> dict[str, Any]:
-    """How the weights that the pool holds answer under `exits`, by family; plain JSON values.
-
-    `depths`: exit depths and L at which the forced styles are measured with all tokens held to them.
-    Raises ValueError without prompts.
-    """
+    """How the weights that the pool holds answer under `exits`, by family; plain JSON values. depths: exit depths and L
+    at which the forced styles are measured with all tokens held to them. Raises ValueError without prompts."""
     if not prompts:
         raise ValueError("no prompts to choose a style for; give the task more problems")
     task, families = bench.task, by_family(prompts)
@@ -133,8 +127,7 @@ def choice(
         for style in task.styles
     }
     free: dict[Key, list[Prompt]] = {(family, FREE): group for family, group in wanted.items()}
-    wrong: dict[Key, list[Prompt]] = {}
-    leads: dict[str, list[str]] = {}
+    wrong, leads = dict[Key, list[Prompt]](), dict[str, list[str]]()
     for family, group in wanted.items():
         spoilt = [(prompt, step) for prompt in group if (step := task.corrupted(prompt)) is not None]
         if spoilt:

@@ -1,4 +1,4 @@
-"""Controls: exit rules that know less than the policy under test, brought to its mean depth or to its accuracy.
+"""What learnt exits are held against: exit rules that know less, and whether the gates are calibrated.
 
 A gain of learnt exits over full depth says little: any rule that exits early saves depth. What has to be shown is that
 at the same depth the policy is more accurate than rules that know less, or as accurate with less depth.
@@ -9,21 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
 
 from ..exit_rules import Dial, ExitRule
-from ..statistics import clustered_difference, mcnemar_exact
-from .evaluate import Answer
-from .summary import EvaluationRow
+from ..exits import target_hazards
+from ..statistics import bootstrap_interval
+from .evaluate import Answer, EvaluationRow
+from .results import pair_up, paired_test
 
-TOLERANCE = 0.01
-"""Mean depths count as the same within this, relative."""
+TOLERANCE = 0.01  # mean depths count as the same within this, relative
 TRIALS = 20
 ACCURACY_TRIALS = 8
 
 
 def marginal_exits(answers: Sequence[Answer], outcomes: Sequence[int], first_token: bool = False) -> list[float]:
-    """Shares of the outcomes over all tokens whose depth is a choice: the answers' first where `first_token`, and the
-    others. Raises ValueError if there are none."""
+    """Shares of the outcomes over all tokens; answers' first count only where `first_token`. ValueError for none."""
     depths = [t["depth"] for a in answers for t in a["tokens"][not first_token :]]
     if not depths:
         raise ValueError("answers of one token each have no exits; raise rollout.max_new_tokens")
@@ -33,10 +36,8 @@ def marginal_exits(answers: Sequence[Answer], outcomes: Sequence[int], first_tok
 @dataclass
 class Matched:
     """A control at a place on its dial. target: what was to be matched; row: what was measured there, on validation.
-
-    `within`: the mean depth is the target's up to `TOLERANCE` (of accuracy: it reaches the target). `tried`: places on
-    the dial and what was measured there.
-    """
+    within: the mean depth is the target's up to `TOLERANCE` (of accuracy: it reaches the target). tried: places on the
+    dial and what was measured there."""
 
     policy: ExitRule
     row: EvaluationRow
@@ -52,9 +53,9 @@ Measure = Callable[[ExitRule], EvaluationRow]
 def match_depth(measure: Measure, dial: Dial, target: float, trials: int = TRIALS) -> Matched:
     """The exit policy on a dial whose measured mean depth is the target's: the nearest of those that were tried.
 
-    By bisection. The depth is only nearly monotone, as other exits make other answers, and it may jump over the target
-    where many tokens share a value. Then two places on either side are mixed token by token, and the share is
-    bisected. What counts is what was measured. Raises ValueError for a target outside 0..1.
+    By bisection. The depth is only nearly monotone, and it may jump over the target where many tokens share a value:
+    then two places on either side are mixed token by token, and the share is bisected. Raises ValueError for a target
+    outside 0..1.
     """
     if not 0 < target <= 1:
         raise ValueError(f"mean depth {target} to match: expected a share of the layers, above 0 and at most 1")
@@ -86,17 +87,11 @@ def match_depth(measure: Measure, dial: Dial, target: float, trials: int = TRIAL
 
 
 def match_accuracy(
-    measure: Measure,
-    dial: Dial,
-    target: float,
-    tried: Sequence[tuple[float, EvaluationRow]] = (),
+    measure: Measure, dial: Dial, target: float, tried: Sequence[tuple[float, EvaluationRow]] = (),
     trials: int = ACCURACY_TRIALS,
-) -> Matched:
-    """The least depth at which a control is as accurate as the target, by bisection; `tried` places are used again.
-
-    If nothing that was tried is, the most accurate place with `within` False. Accuracy need not be monotone in depth:
-    the result is the least depth among those tried.
-    """
+) -> Matched:  # fmt: skip
+    """The least depth tried at which a control is as accurate as the target, by bisection; `tried` places are used
+    again. If nothing that was tried is, the most accurate place with `within` False."""
 
     def reaches(row: EvaluationRow) -> bool:
         return row.accuracy >= target - 1e-9
@@ -115,20 +110,71 @@ def match_accuracy(
     return Matched(dial(place), row, target, bool(enough), len(seen) - len(tried), seen)
 
 
-def compare(reference: Sequence[Answer], control: Sequence[Answer]) -> dict[str, float | int | dict[str, float]]:
-    """Reference minus control in accuracy on the prompts that both answered, its interval over groups of them that are
-    right or wrong together, with McNemar's exact test.
+def compare(reference: Sequence[Answer], control: Sequence[Answer]) -> dict[str, Any]:
+    """Reference minus control in accuracy on the prompts that both answered, as `paired_test` has it: {"difference":
+    {"value", "low", "high"}, "only_reference", "only_control", "p_value", "n"}."""
+    pairs = pair_up(control, reference)
+    test, difference, _ = paired_test(pairs)
+    right_alone = {"only_reference": test.only_second, "only_control": test.only_first}
+    return {"difference": difference._asdict(), **right_alone, "p_value": test.p_value, "n": len(pairs)}
 
-    {"difference": {"value", "low", "high"}, "only_reference", "only_control", "p_value", "n"}.
+
+BINS = 10
+RESAMPLES = 500
+
+
+def gate_calibration(
+    hazards: Sequence[np.ndarray], divergences: Sequence[np.ndarray], kl_factor: float, exit_depths: Sequence[int]
+) -> dict[str, Any] | None:
+    """Reliability of the hazards against the target hazards 1 - tanh(c d / 2), c = kl_factor, d the divergence in nats.
+
+    hazards[i], divergences[i]: float [T_i, M] of answer i, NaN where a gate was not asked (`Inspection`). Bins of equal
+    width over the hazard; ECE = Σ_b n_b/N |mean hazard_b - mean target_b| (Naeini et al., AAAI 2015; Guo et al. 2017,
+    arXiv 1706.04599, here with a target that is a probability instead of a label). A gate may be on average right in
+    each bin and know nothing: `mean_error`, the mean of |hazard - target|, is the figure that sees it.
+
+    {"ece", "mean_error": {"value", "low", "high"}, "asked", "bins": [{"hazard", "target", "asked"}],
+    "exits": [{"depth", "ece", "hazard", "target", "asked"}]}; None if no gate was asked. Intervals are 95 % over
+    answers; that of the ECE shares its upward bias where bins hold few.
     """
-    right = {answer["id"]: answer["correct"] for answer in control}
-    shared = [answer for answer in reference if answer["id"] in right]
-    ours, theirs = [a["correct"] for a in shared], [right[a["id"]] for a in shared]
-    test = mcnemar_exact(ours, theirs)
+    tables = [_sums(h, d, kl_factor) for h, d in zip(hazards, divergences, strict=True) if len(h)]
+    stacked = np.array(tables)  # answers, exits, bins, (count, hazard, target, |difference|)
+    if not len(stacked) or stacked[..., 0].sum() == 0:
+        return None
+
+    def mean_error(sample: np.ndarray) -> float:
+        count = sample[..., 0].sum()
+        return float(sample[..., 3].sum() / count) if count else math.nan
+
+    total = stacked.sum(0)
+    exits = [(int(depth), bins, bins.sum(0)) for depth, bins in zip(exit_depths, total, strict=True)]
+
+    def means(sums: np.ndarray) -> dict[str, Any]:
+        return {"hazard": float(sums[1] / sums[0]), "target": float(sums[2] / sums[0]), "asked": int(sums[0])}
+
     return {
-        "difference": clustered_difference(theirs, ours, [a.get("group") or a["id"] for a in shared])._asdict(),
-        "only_reference": test.only_first,
-        "only_control": test.only_second,
-        "p_value": test.p_value,
-        "n": len(shared),
+        "ece": bootstrap_interval(stacked, lambda sample: _ece(sample.sum((0, 1))), resamples=RESAMPLES)._asdict(),
+        "mean_error": bootstrap_interval(stacked, mean_error, resamples=RESAMPLES)._asdict(),
+        "asked": int(total[..., 0].sum()),
+        "bins": [means(sums) for sums in total.sum(0) if sums[0] > 0],
+        "exits": [{"depth": d, "ece": _ece(bins), **means(sums)} for d, bins, sums in exits if sums[0] > 0],
     }
+
+
+def _ece(bins: np.ndarray) -> float:
+    """Bins [B, >= 3] of (count, sum of hazards, sum of targets)."""
+    count = bins[:, 0].sum()
+    return float(np.abs(bins[:, 1] - bins[:, 2]).sum() / count) if count else math.nan
+
+
+def _sums(hazards: np.ndarray, divergences: np.ndarray, kl_factor: float) -> np.ndarray:
+    """float [M, BINS, 4]: per exit and bin the count and the sums of hazard, target and their absolute difference."""
+    h = np.asarray(hazards, dtype=np.float64)
+    target = target_hazards(torch.from_numpy(np.asarray(divergences, dtype=np.float64)), kl_factor).numpy()
+    asked = ~(np.isnan(h) | np.isnan(target))
+    place = np.minimum((np.where(asked, h, 0.0) * BINS).astype(int), BINS - 1)
+    table = np.zeros((h.shape[1], BINS, 4))
+    exits = np.broadcast_to(np.arange(h.shape[1]), h.shape)
+    for k, values in enumerate((np.ones_like(h), h, target, np.abs(h - target))):
+        np.add.at(table[..., k], (exits[asked], place[asked]), values[asked])
+    return table

@@ -1,4 +1,4 @@
-"""One model under one exit policy on one set of prompts."""
+"""One model under one exit policy on one set of prompts: its answers, its row, and which threshold to deploy."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
+
+import numpy as np
 
 from ..rollout.engine.request import GenerationRequest, Progress
 from ..rollout.engine.scoring import Inspection, Score
 from ..rollout.pool.interface import RolloutPool
-from ..tasks.base import Task
+from ..statistics import wilson_interval
+from ..tasks.base import Task, Verdict
 from ..tasks.verifier import VerifierPool
-from ..types import Rollout
-from .summary import EvaluationRow, summarise
+from ..types import Prompt, Rollout
 
 
 class Reading(TypedDict):
@@ -73,10 +75,7 @@ class AnsweredSet:
 
 def answer_sets(pool: RolloutPool, request: GenerationRequest, progress: Progress | None = None) -> list[AnsweredSet]:
     """The request's answers by the weights that the pool holds, not scored: a set for each of its rules, timed if there
-    is only one.
-
-    Raises ValueError if there are no prompts.
-    """
+    is only one. Raises ValueError if there are no prompts."""
     if not request.prompts:
         raise ValueError("no prompts to evaluate on; the task has none in this split")
     begun = time.perf_counter()
@@ -87,33 +86,21 @@ def answer_sets(pool: RolloutPool, request: GenerationRequest, progress: Progres
 
 
 def score_sets(pool: RolloutPool, sets: Sequence[AnsweredSet]) -> list[AnsweredSet]:
-    """Sets of answers to the same prompts with their scores, by the weights that the pool holds.
-
-    The answers of a prompt are next to each other when they are read again, so that the prompt is read once for all.
-    Raises ValueError for sets of different sizes.
-    """
+    """Sets of answers to the same prompts with their scores, by the weights that the pool holds. The answers of a
+    prompt are read next to each other, so that it is read once. Raises ValueError for sets of different sizes."""
     together = [rollout for group in zip(*(one.rollouts for one in sets), strict=True) for rollout in group]
     scores = pool.score(together) if together else []
     return [replace(one, scores=scores[i :: len(sets)]) for i, one in enumerate(sets)]
 
 
 def evaluate_model(
-    answered: AnsweredSet,
-    request: GenerationRequest,
-    task: Task,
-    verifier: VerifierPool,
-    *,
-    label: str,
-    num_layers: int,
-    decode: Callable[[int], str],
-    flops: Callable[[Rollout], float] | None = None,
-) -> tuple[EvaluationRow, list[Answer]]:
+    answered: AnsweredSet, request: GenerationRequest, task: Task, verifier: VerifierPool, *,
+    label: str, num_layers: int, decode: Callable[[int], str], flops: Callable[[Rollout], float] | None = None,
+) -> tuple[EvaluationRow, list[Answer]]:  # fmt: skip
     """The answers to a request of one sample by one rule, judged and summarised.
 
     `label` is the model's name in the tables; `decode` gives the text of a token id. Scores fill the row's `kl` and the
-    tokens' entropy. `flops` counts an answer's.
-
-    Raises ValueError if the verifier is another task's.
+    tokens' entropy. `flops` counts an answer's. Raises ValueError if the verifier is another task's.
     """
     prompts, rollouts, scores = request.prompts, answered.rollouts, answered.scores
     if verifier.task_name != task.name:
@@ -124,28 +111,19 @@ def evaluate_model(
     row = summarise(prompts, rollouts, verdicts, num_layers, divergences, answered.seconds, model=label, exits=exits)
     answers = [
         Answer(
-            id=prompt.id,
-            prompt=prompt.text,
-            reference=prompt.answer,
-            model=label,
-            exits=exits,
-            correct=verdicts[i].correct,
-            text=rollout.text,
+            id=prompt.id, prompt=prompt.text, reference=prompt.answer, model=label, exits=exits,
+            correct=verdicts[i].correct, text=rollout.text,
             tokens=_tokens(rollout, scores[i] if scores is not None else None, decode),
-            flops=flops(rollout) if flops is not None else None,
-            task=prompt.task,
+            flops=flops(rollout) if flops is not None else None, task=prompt.task,
             group=prompt.group.partition(";")[0],
         )
         for i, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True))
-    ]
+    ]  # fmt: skip
     return row, answers
 
 
 def add_readings(
-    answers: Sequence[Answer],
-    inspected: Sequence[Inspection],
-    depths: Sequence[int],
-    decode: Callable[[int], str],
+    answers: Sequence[Answer], inspected: Sequence[Inspection], depths: Sequence[int], decode: Callable[[int], str]
 ) -> None:
     """Give the tokens of answers [n] their readings, from what `inspect` found in the same answers; `depths` [M]."""
     for answer, entry in zip(answers, inspected, strict=True):
@@ -165,15 +143,99 @@ def add_readings(
 
 
 def _tokens(rollout: Rollout, score: Score | None, decode: Callable[[int], str]) -> list[Token]:
+    def rounded(values: np.ndarray | None, t: int) -> float | None:
+        return None if values is None else round(float(values[t]), 5)
+
+    entropy, surprisal, kl = (
+        (score.teacher_entropy, -score.teacher_logprobs, score.divergence) if score is not None else (None, None, None)
+    )
     return [
         Token(
-            text=decode(int(token)),
-            depth=int(rollout.exit_depths[t]),
-            logprob=round(float(rollout.token_logprobs[t]), 5),
-            exit_logprob=round(float(rollout.exit_logprobs[t]), 5),
-            entropy=round(float(score.teacher_entropy[t]), 5) if score is not None else None,
-            surprisal=round(-float(score.teacher_logprobs[t]), 5) if score is not None else None,
-            kl=round(float(score.divergence[t]), 5) if score is not None else None,
+            text=decode(int(token)), depth=int(rollout.exit_depths[t]),
+            logprob=round(float(rollout.token_logprobs[t]), 5), exit_logprob=round(float(rollout.exit_logprobs[t]), 5),
+            entropy=rounded(entropy, t), surprisal=rounded(surprisal, t), kl=rounded(kl, t),
         )
         for t, token in enumerate(rollout.tokens)
-    ]
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """One row of the result table: what a model does under one exit policy.
+
+    - model: teacher, calibrated or reinforced; exits: the exit policy, in words
+    - n answers, correct of them; accuracy = correct/n with its 95% Wilson interval [low, high]
+    - mean_depth: mean of depth/L over all tokens of all answers (a first one that can't exit counts as 1)
+    - total_depth: layers per answer (mean of the sum over its tokens); length: tokens per answer
+    - kl: mean over all tokens of KL(teacher at full depth ‖ model at its exits), nats; None: not measured
+    - tokens_per_s: generated per second of wall-clock time, prompts included; None: not timed by itself
+    - timed_out: answers without a verdict; they count as wrong
+    """
+
+    model: str
+    exits: str
+    n: int
+    correct: int
+    accuracy: float
+    low: float
+    high: float
+    mean_depth: float
+    total_depth: float
+    length: float
+    kl: float | None = None
+    tokens_per_s: float | None = None
+    timed_out: int = 0
+
+
+def summarise(
+    prompts: Sequence[Prompt], rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], num_layers: int,
+    divergences: Sequence[np.ndarray] | None = None, seconds: float | None = None, *, model: str = "", exits: str = "",
+) -> EvaluationRow:  # fmt: skip
+    """n prompts, their n answers and n verdicts (and float [T] divergences per answer) -> the row. Raises ValueError if
+    there is nothing to summarise or the inputs do not belong together."""
+    counts = [len(prompts), len(rollouts), len(verdicts), *([] if divergences is None else [len(divergences)])]
+    if len(set(counts)) != 1 or not counts[0]:
+        numbers = ", ".join(map(str, counts))
+        raise ValueError(f"{numbers} prompts, answers, verdicts, divergences: expected equal numbers, at least one")
+    strangers = [r.prompt_id for p, r in zip(prompts, rollouts, strict=True) if p.id != r.prompt_id]
+    if strangers:
+        raise ValueError(f"answers are not in the order of the prompts: {strangers[0]!r} is out of place")
+    n, correct = len(rollouts), sum(verdict.correct for verdict in verdicts)
+    depths = np.concatenate([np.asarray(rollout.exit_depths, dtype=np.float64) for rollout in rollouts])
+    tokens = len(depths)
+    kl = None if divergences is None or not tokens else float(np.concatenate(list(divergences)).mean(dtype=np.float64))
+    mean_depth = float(depths.mean()) / num_layers if tokens else 1.0
+    timed_out, speed = sum(verdict.timed_out for verdict in verdicts), tokens / seconds if seconds else None
+    return _row(model, exits, n, correct, mean_depth, float(depths.sum()) / n, tokens / n, kl, speed, timed_out)
+
+
+def pooled(rows: Sequence[EvaluationRow]) -> EvaluationRow:
+    """The row of all answers of `rows` [k], by one model under one exit policy; `kl` and `tokens_per_s` are left out.
+    Raises ValueError if they are not of one, or for none."""
+    kinds = {(row.model, row.exits) for row in rows}
+    if len(kinds) != 1:
+        raise ValueError(f"rows of {sorted(kinds)}: expected some, of one model under one exit policy")
+    ((model, exits),) = kinds
+    n, correct = sum(row.n for row in rows), sum(row.correct for row in rows)
+    tokens = [row.n * row.length for row in rows]
+    layers = sum(t * row.mean_depth for t, row in zip(tokens, rows, strict=True))
+    mean_depth = layers / sum(tokens) if any(tokens) else 1.0
+    total_depth, timed_out = sum(row.n * row.total_depth for row in rows) / n, sum(row.timed_out for row in rows)
+    return _row(model, exits, n, correct, mean_depth, total_depth, sum(tokens) / n, timed_out=timed_out)
+
+
+def _row(model: str, exits: str, n: int, correct: int, *means: Any, **more: Any) -> EvaluationRow:
+    low, high = wilson_interval(correct, n)
+    return EvaluationRow(model, exits, n, correct, correct / n, low, high, *means, **more)
+
+
+def choose_threshold(rows: Sequence[EvaluationRow], tolerance: float) -> EvaluationRow:
+    """The row of least mean depth whose accuracy is within `tolerance` of the best row's. Among equal depths the more
+    accurate wins, then the first in alphabetical order of `exits`, whatever the order of the rows. Raises ValueError
+    for no rows or a negative tolerance."""
+    if not rows or tolerance < 0:
+        found = f"threshold choice among {len(rows)} rows with tolerance {tolerance}"
+        raise ValueError(f"{found}; expected at least one row and evaluate.tolerance >= 0")
+    # Accuracies are ratios of integers: the slack keeps "exactly within" on the inside.
+    bar = max(row.accuracy for row in rows) - tolerance - 1e-9
+    return min((row for row in rows if row.accuracy >= bar), key=lambda row: (row.mean_depth, -row.accuracy, row.exits))

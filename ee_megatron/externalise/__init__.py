@@ -1,1 +1,1 @@
-"""Does a price on depth make a model write its steps down? A study's runs: the forecast, what was found, the page."""
+"""Does a depth penalty make a model write out its reasoning? A study's runs as one data frame, its effects and page."""

@@ -1,40 +1,29 @@
-"""`ee-megatron externalise DIRECTORY`: a study's finished evaluations in, one page, a table and its figures out."""
+"""`ee-megatron externalise DIRECTORY`: a study's finished evaluations in; one page, tables and figures out."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..arguments import Parser
 from ..observe.rundir import write_atomic
-from ..report.numbers import strict_json
-from ..report.tables import TextTable
-from .laws import LEVEL, laws, laws_rows
-from .page import write_page
-from .rows import Row, of_shape, rows, to_csv
-from .study import Study, counted, read_study
-from .verdicts import Points, Verdict, at_tau, verdicts
+from .effects import effects
+from .laws import laws, runs_table, with_forecast
+from .page import page
+from .study import read_study
 
-ABOUT = "whether a price on depth makes a model write its steps down: a study's runs on one page, with a table"
+ABOUT = "does a depth penalty make a model write out its reasoning? A study's runs on one page, with tables"
 EPILOG = """\
-reads   every finished evaluation below DIRECTORY: */evaluate-*/ with config.yaml, results.json and DONE, of runs that
-        measured the choice of style (task.name=hops or sums, evaluate.style_choice.models=reinforced or all); others
-        are counted
-writes  externalise.html  the question, the answer, figures, acceptance points, controls; needs nothing but itself
-        plots/            the figures once more, as PNG
+reads   every finished evaluation below DIRECTORY (*/evaluate-*/) of runs that measured the choice of style
+        (task.name=hops or sums, evaluate.style_choice.models=reinforced or all)
+writes  externalise.html  points, figures, conditions side by side; needs nothing but itself. plots/: figures as PNG
+        effects.csv       a row per acceptance point: effect, interval, replicates, status
         externalise.csv   a row per run and family of problems: shares, right, depth, length, the closed form's forecast
-        laws.csv          a row per model, family and cost of depth: layers that a hop takes, the price at which steps
+        laws.csv          a row per model, family and cost of depth: layers that a hop takes, the penalty at which steps
                           take over, by the closed form and as found
-        externalise.json  the same rows and the acceptance points with their intervals
 
-example:
-  ee-megatron externalise runs --out study
-
-Runs whose models have other numbers of layers, or another width, are judged by themselves, each shape with its figures
-and its acceptance points; the page then begins with what the laws say of all of them.
+example: ee-megatron externalise runs --out study
 """
 
 
@@ -46,83 +35,25 @@ def main(argv: Sequence[str]) -> int:
     )  # fmt: skip
     parser.add_argument("directory", type=Path, metavar="DIRECTORY", help="holds the study's runs, at any depth")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the files go (default: DIRECTORY)")
-    parser.add_argument(
-        "--level",
-        type=float,
-        default=LEVEL,
-        metavar="SHARE",
-        help="of written steps, whose price laws.csv has (%(default)s)",
-    )
+    help_level = "share of written steps whose penalty laws.csv has (%(default)s)"
+    parser.add_argument("--level", type=float, default=0.5, metavar="SHARE", help=help_level)
     given = parser.parse_args(list(argv))
     if not 0 < given.level < 1:
         raise ValueError(f"--level {given.level:g}: expected a share between 0 and 1, e.g. 0.75")
-    study = read_study(given.directory)
-    table, found = rows(study), laws(study, given.level)
-    points = {shape: verdicts(study.of_shape(shape)) for shape in study.shapes}
-    print("\n".join([facts(study), *study.remarks, "", points_table(points).text(), ""]))
+    study, remarks = read_study(given.directory)
+    runs = with_forecast(study)
+    found, prices = effects(runs), laws(runs, given.level)
+    shapes, bases = runs["shape"].nunique(), len(runs[["shape", "base"]].drop_duplicates())
+    facts = f"runs: {runs['path'].nunique()}, bases: {bases}, shapes of model: {shapes}"
+    html, pictures = page(runs, found, facts, remarks)
+    shown = found.drop(columns=["question", "by_base"])
+    print(facts, *remarks, "", shown.to_string(index=False, na_rep="–", float_format="{:+.3f}".format), "", sep="\n")
     out = given.out or given.directory
-    out.mkdir(parents=True, exist_ok=True)
-    print(_write(out / "externalise.csv", to_csv(strict_json(table))))
-    if found:
-        print(_write(out / "laws.csv", to_csv(strict_json(laws_rows(found)))))
-    print(write_page(out / "externalise.html", given.directory, study, table, points, found, facts(study)))
-    data = json.dumps(strict_json(as_json(study, table, points)), indent=1, ensure_ascii=False, allow_nan=False)
-    print(_write(out / "externalise.json", data + "\n"))
+    (out / "plots").mkdir(parents=True, exist_ok=True)
+    tables = {"externalise.csv": runs_table(runs), "effects.csv": found, "laws.csv": prices}
+    files: dict[str, str | bytes] = {name: table.to_csv(index=False) for name, table in tables.items() if len(table)}
+    files |= {f"plots/{name}": png for name, png in pictures.items()} | {"externalise.html": html}
+    for name, content in files.items():
+        write_atomic(out / name, content)
+        print(out / name)
     return 0
-
-
-def facts(study: Study) -> str:
-    """How much there is of it, and the time it took where that is known."""
-    bases, shapes = len({(r.shape, r.base) for r in study.records}), len(study.shapes)
-    of = f" in {shapes} shapes" if shapes > 1 else ""
-    parts = [f"{counted(len(study.records), 'run')} of {counted(bases, 'base')}{of}"]
-    parts.append("tokens a step: " + ", ".join(map(str, study.taus)))
-    if study.timed:
-        whole = "" if study.timed == study.stages else f" ({study.timed} of {study.stages} stages have it on record)"
-        parts.append(f"{study.device_seconds / 3600:.1f} core hours{whole}")
-    return "; ".join(parts)
-
-
-def points_table(points: Points) -> TextTable:
-    """The acceptance points in words; with several shapes each shape's, its name before them."""
-    heads = ("point", "met", "tokens a step", "bases", "runs", "found (mean over bases, 95 %)")
-    found = [
-        (shape.label, f"{v.point} {v.name}", v.answer, v.tau, str(v.bases), str(v.runs), _found(v))
-        for shape, judged in points.items()
-        for v in judged
-    ]
-    if len(points) == 1:
-        return TextTable(heads, [cells[1:] for cells in found], names=2)
-    return TextTable(("shape", *heads), found, names=3)
-
-
-def _found(point: Verdict) -> str:
-    return "; ".join(part.words for part in point.parts)
-
-
-def as_json(study: Study, table: Sequence[Row], points: Points) -> dict[str, Any]:
-    """The study's figures. `points_at`: points 1 to 5 by tokens a step. With several shapes both stand in `shapes`, by
-    shape."""
-    judged = [
-        {
-            "points": [point.as_json() for point in found],
-            "points_at": {
-                tau: [point.as_json() for point in at_tau(study.of_shape(shape), tau)]
-                for tau in study.of_shape(shape).taus
-            },
-        }
-        for shape, found in points.items()
-    ]
-    several = [{**of_shape(shape), **found} for shape, found in zip(points, judged, strict=True)]
-    return {
-        "runs": len(study.records),
-        "remarks": list(study.remarks),
-        "device_seconds": study.device_seconds if study.timed else None,
-        **(judged[0] if len(judged) == 1 else {"shapes": several}),
-        "rows": list(table),
-    }
-
-
-def _write(path: Path, text: str) -> Path:
-    write_atomic(path, text)
-    return path

@@ -1,191 +1,164 @@
-"""What a ladder of models is trained for: how many layers a hop takes inside a token, and the price of depth at which a
-model begins to write its steps, by the shape of the model.
+"""What the closed form forecasts of a run, and the laws of a study: layers that a hop takes, the penalty at which
+models begin to write their steps.
 
-Depths stand in layers, which is what a hop takes, and as shares of the L layers that there are, which bound them
-(`depth_...`); caps in layers. Prices stand as they were set: lambda is charged on shares, so that one layer costs
-lambda / L (`..._per_layer`), the same to every shape.
+The forecast (objectives/optimum.py has the formula and its sources) uses what was measured before RL, the style given,
+so nothing is fitted. It assumes that these figures stay; styles that RL hardly writes any more get worse.
+
+The penalty λ is charged on shares of the L layers, so one layer costs λ / L: laws give both.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby, pairwise
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
 
-from ..report.numbers import is_number
-from ..report.tables import TextTable
-from .choice import STEPS, STYLES, TERSE
-from .compare import measured, over_bases, steps_share
-from .forecast import steps_price
-from .rows import Row, of_shape
-from .shape import Shape
-from .study import FREE, Condition, Record, Study
-from .styles import depth_of_hops
+import pandas as pd
 
-LEVEL = 0.5
-"""The share of steps from which on they have taken over, unless another is asked for."""
-ASKED, ON_REQUEST = ("mean", "total", "max"), "square"
-"""Costs that a price is forecast for in any study, and one that it is where a run paid it."""
-NOTHING = "–"
+from ..objectives.optimum import answer_costs, closed_form, takeover_price
+from .study import (
+    CAP,
+    COSTS,
+    FIGURES,
+    FREE,
+    NO_EXITS,
+    OTHER,
+    PADDED,
+    REINFORCED,
+    SHAPE,
+    START,
+    STEPS,
+    STYLES,
+    TEACHER,
+    TERSE,
+    depth_of_hops,
+    shares_of,
+)
 
-
-@dataclass(frozen=True)
-class Law:
-    """One base on one family, under one cost of depth; RL seeds averaged. `layers`, `right`: of every style when it is
-    given, before RL, under its own exits; `right_full`: at full depth, what the model could do; empty where that was
-    not measured. `per_hop`, `at_no_hop`: layers of a terse answer's deepest token as a line over the hops of all
-    families. `forecast`, `observed`: the price at which steps have the share `level`, None where they don't; `shares`:
-    price -> share of steps, of `runs` runs."""
-
-    shape: Shape
-    base: int
-    tau: int
-    family: str
-    hops: int
-    cost: str
-    layers: Mapping[str, float]
-    right: Mapping[str, float]
-    right_full: Mapping[str, float]
-    per_hop: float
-    at_no_hop: float
-    forecast: float | None
-    observed: float | None
-    shares: Mapping[float, float]
-    runs: int
-    level: float
+Row = Mapping[str, Any]  # of the study's data frame
 
 
-def crossing(shares: Mapping[float, float], level: float) -> float | None:
-    """The least price at which `shares` (price -> share) reach the level, on straight lines between neighbouring
-    prices. 0 if they have reached it without a price; None if they never do, or have at the lowest price that was
-    tried where that is not 0."""
+def reference_shares(row: Row) -> dict[str, float]:
+    """The teacher's shares of the styles, without answers in none of them. Where it was not measured: the corpus'."""
+    source = f"{TEACHER}.free.share." if row[f"{TEACHER}.free.n"] > 0 else "corpus."
+    return shares_of({style: row[source + style] for style in STYLES}, STYLES)
+
+
+def values_and_costs(row: Row, exits: str, cost: str) -> tuple[dict[str, float], dict[str, float]]:
+    """By style, before RL under `exits`: what an answer is worth without the penalty, and what λ is charged on."""
+    value, charged = {}, {}
+    for style in STYLES:
+        figures = {figure: row.get(f"{START}.{exits}.{style}.{figure}", math.nan) for figure in FIGURES}
+        value[style] = figures["correct"] - row["lambda_length"] * figures["length"] / row["cost_length"]
+        charged[style] = answer_costs(figures, row["cost_length"])[cost]
+    return value, charged
+
+
+def forecast(row: Row, lambda_exit: float | None = None) -> dict[str, float]:
+    """Shares of the styles after RL by what was known before it, at `lambda_exit` in place of the run's, or NaN."""
+    exits = {CAP: f"fixed.{row['fixed_depth']}", NO_EXITS: "forced_full"}.get(row["kind"], "forced")
+    value, charged = values_and_costs(row, exits, row["depth_cost"])
+    weight = row["lambda_exit"] if lambda_exit is None else lambda_exit
+    net = {style: value[style] - weight * charged[style] for style in STYLES}
+    reference = reference_shares(row)
+    if any(map(math.isnan, (*net.values(), *reference.values()))):
+        return dict.fromkeys(STYLES, math.nan)
+    return closed_form(reference, net, row["beta"])
+
+
+def padding_odds(row: Row) -> float:
+    """log of padded to terse answers. One answer is added, shared as in the corpus, so that the odds are finite; where
+    hardly any of both are left they are the corpus'."""
+    corpus = row[f"corpus.{PADDED}"] + row[f"corpus.{TERSE}"]
+    free = f"{REINFORCED}.free"
+    padded, terse = (
+        row[f"{free}.share.{style}"] * row[f"{free}.n"] + row[f"corpus.{style}"] / corpus for style in (PADDED, TERSE)
+    )
+    return math.log(padded / terse)
+
+
+def with_forecast(runs: pd.DataFrame) -> pd.DataFrame:
+    """The study's data frame with the columns of externalise.csv: what was found, and its forecast."""
+    names = {f"{REINFORCED}.free.share.{style}": f"share_{style}" for style in (*STYLES, OTHER)}
+    names |= {f"{REINFORCED}.free.{figure}": figure for figure in ("n", *FIGURES)}
+    names |= {f"{REINFORCED}.forced.{style}.correct": f"right_{style}" for style in STYLES}
+    names |= {f"{REINFORCED}.forced_full.{TERSE}.correct": "right_terse_full"}
+    names |= {f"{START}.forced.{TERSE}.correct": "start_right_terse"}
+    names |= {f"{START}.forced_full.{TERSE}.correct": "start_right_terse_full"}
+    names |= {f"{REINFORCED}.corrupted.correct": "corrupted_right"}
+    names |= {f"{REINFORCED}.corrupted.followed": "corrupted_followed"}
+    rows = runs.to_dict("records")
+    expected = pd.DataFrame([forecast(row) for row in rows], index=runs.index).add_prefix("forecast_")
+    odds = pd.Series([padding_odds(row) for row in rows], runs.index, name="log_odds_padded_terse")
+    return pd.concat([runs, runs[list(names)].rename(columns=names), expected, odds], axis=1)
+
+
+def runs_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """The rows and columns of externalise.csv: a row per run and family that it trained on."""
+    first = [*SHAPE[:3], "base", "seed", "tau", "family", "hops", "trained_on", "condition", "kind", "number"]
+    last = runs.loc[:, f"share_{STYLES[0]}" :].columns
+    return runs.loc[runs["trained"], [*first, "lambda_exit", *last, "path"]].rename(columns={"path": "evaluation"})
+
+
+def crossing(shares: Mapping[float, float], level: float) -> float:
+    """The least penalty at which `shares` (penalty -> share) reach the level, on straight lines between neighbouring
+    ones. 0 if they reach it without one; NaN if they never do, or already do at a lowest penalty above 0."""
     points = sorted(shares.items())
     if points and points[0][1] >= level:
-        return 0.0 if points[0][0] == 0 else None
+        return 0.0 if points[0][0] == 0 else math.nan
     for (price, share), (next_price, next_share) in pairwise(points):
         if share < level <= next_share:
             return price + (level - share) / (next_share - share) * (next_price - price)
-    return None
+    return math.nan
 
 
-def laws(study: Study, level: float = LEVEL) -> list[Law]:
-    """By shape, tokens a step, family, cost and base; bases that only had fixed depths, or a price of length, have
-    none. Where other bases were trained on a family alone, one that was not has no prices there, but the rest: what
-    was measured before RL. `level`: the share of steps that prices are asked for."""
-    return [law for shape in study.shapes for law in _of_shape(study.of_shape(shape), shape, level)]
+def laws(runs: pd.DataFrame, level: float) -> pd.DataFrame:
+    """A row per shape, tokens a step, family, cost of depth and base, RL seeds averaged; the columns of laws.csv
+    (docs/scaling.md). `level`: the share of steps whose penalty is given. `runs`: as `with_forecast` returns them.
 
-
-def _of_shape(study: Study, shape: Shape, level: float) -> Iterator[Law]:
-    for tau in study.taus:
-        for family in study.families(tau):
-            runs = _on_the_line(study.runs(tau, family))
-            having = _on_the_line(r for r in study.records if r.tau == tau and family in r.families)
-            paid = {r.condition.kind for r in runs}
-            for cost in (*ASKED, *([ON_REQUEST] if ON_REQUEST in paid else [])):
-                places = {Condition(FREE)} | {r.condition for r in runs if r.condition.kind == cost}
-                found = {c.number: measured(study, tau, family, c, steps_share) for c in places}
-                for base in sorted({r.base for r in having}):
-                    one = next(r for r in (*runs, *having) if r.base == base)
-                    shares = {price: values[base] for price, values in found.items() if base in values}
-                    count = sum(r.condition in places for r in runs if r.base == base)
-                    yield _law(study, one, family, cost, shares, count, level)
-
-
-def _on_the_line(runs: Iterable[Record]) -> list[Record]:
-    """Those that a cost of depth was paid in, or nothing."""
-    return [r for r in runs if r.condition == Condition(FREE) or r.condition.priced]
-
-
-def _law(
-    study: Study, run: Record, family: str, cost: str, shares: Mapping[float, float], runs: int, level: float
-) -> Law:
-    """`run`: any of the base's, of which what was there before RL is that of all."""
-    start, shape = study.start(run, family), run.shape
-    forced = start.forced if start else {}
-    full = study.start_anywhere(run, family)
-    others = [found for f in study.families(run.tau) if (found := study.start(run, f)) and TERSE in found.forced]
-    per_hop, at_no_hop = depth_of_hops(
-        (found.hops, found.forced[TERSE].correct, shape.layers * found.forced[TERSE].max_depth) for found in others
+    Bases that only had fixed depths or a charge on length have no row. Where other bases were trained on a family
+    alone, a base that was not has no prices, but has what was measured before RL.
+    """
+    line = runs[runs["trained"] & ((runs["condition"] == FREE) | runs["priced"])]
+    groups = line.sort_values("compared", ascending=False, kind="stable").groupby(
+        [*SHAPE, "tau", "hops", "family"], dropna=False
     )
-    return Law(
-        shape=shape,
-        base=run.base,
-        tau=run.tau,
-        family=family,
-        hops=study.hops[family],
-        cost=cost,
-        layers={style: shape.layers * figures.max_depth for style, figures in forced.items()},
-        right={style: figures.correct for style, figures in forced.items()},
-        right_full={style: figures.correct for style, figures in full.forced_full.items()} if full else {},
-        per_hop=per_hop,
-        at_no_hop=at_no_hop,
-        forecast=steps_price(study, run, family, cost, level),
-        observed=crossing(shares, level),
-        shares=shares,
-        runs=runs,
-        level=level,
+    found = [
+        _law(runs, of_base, cost, level)
+        for _, of_family in groups
+        for cost in COSTS
+        for _, of_base in of_family.groupby("base")
+    ]
+    shares = sorted({number for _, by_number, _ in found for number in by_number})
+    return pd.DataFrame(
+        row | {f"share_steps_{number:g}": by_number.get(number) for number in shares} | {"runs": count}
+        for row, by_number, count in found
     )
 
 
-def laws_rows(found: Sequence[Law]) -> list[Row]:
-    """A row per law; a column for every price that any run paid."""
-    prices = sorted({price for law in found for price in law.shares})
-    return [_row(law, prices) for law in found]
-
-
-def _row(law: Law, prices: Sequence[float]) -> Row:
-    row: Row = {
-        "model": f"{law.shape.slug}#{law.base}", **of_shape(law.shape), "base": law.base, "tau": law.tau,
-        "family": law.family, "hops": law.hops, "cost": law.cost,
-    }  # fmt: skip
-    row |= {f"layers_{style}": law.layers.get(style) for style in STYLES}
-    row |= {f"depth_{style}": law.layers[style] / law.shape.layers if style in law.layers else None for style in STYLES}
-    row |= {f"right_{style}": law.right.get(style) for style in STYLES}
-    row |= {f"right_{style}_full": law.right_full.get(style) for style in STYLES}
-    row |= {"level": law.level, "layers_per_hop": law.per_hop, "layers_at_no_hop": law.at_no_hop}
-    for name, price in (("forecast", law.forecast), ("observed", law.observed)):
-        row |= {f"price_{name}": price, f"price_{name}_per_layer": None if price is None else price / law.shape.layers}
-    row |= {f"share_steps_{price:g}": law.shares.get(price) for price in prices}
-    return row | {"runs": law.runs}
-
-
-def laws_table(found: Sequence[Law]) -> tuple[str, TextTable]:
-    """A caption and a row per shape, tokens a step, family and cost: means over bases with their 95 % intervals.
-    `found`: one or more, of one level."""
-    caption = (
-        "By shape of the model. Before RL, the style given: layers that the deepest token of an answer takes, and "
-        "layers per hop, over the families whose terse answers are right; how often terse answers are right at full "
-        "depth. Then the price λ at which steps have "
-        f"{found[0].level:.0%} of the answers: by the closed form, and as the runs have it, on straight lines between "
-        "neighbouring prices. λ is charged on shares of the layers: a layer costs λ / L. Mean over bases, 95 %; where "
-        "some bases have none, how many have."
-    )
-    heads = (
-        "shape", "tokens a step", "hops", "cost", "layers, terse", "layers, steps", "layers per hop",
-        "terse right, full depth", "λ, closed form", "λ, observed", "bases",
-    )  # fmt: skip
-    rows = []
-    for _, group in groupby(found, key=lambda law: (law.shape, law.tau, law.family, law.cost)):
-        alike = list(group)
-        law = alike[0]
-        columns = (
-            [each.layers.get(TERSE) for each in alike],
-            [each.layers.get(STEPS) for each in alike],
-            [each.per_hop for each in alike],
-            [each.right_full.get(TERSE) for each in alike],
-            [each.forecast for each in alike],
-            [each.observed for each in alike],
-        )
-        cells = (_mean(dict(enumerate(values))) for values in columns)
-        rows.append((law.shape.label, str(law.tau), str(law.hops), law.cost, *cells, str(len(alike))))
-    return caption, TextTable(heads, rows, names=4)
-
-
-def _mean(values: Mapping[int, float | None]) -> str:
-    known = {base: value for base, value in values.items() if is_number(value)}
-    if not known:
-        return NOTHING
-    value, low, high = over_bases(known)
-    around = f" [{low:.2f}, {high:.2f}]" if math.isfinite(low) else ""
-    return f"{value:.2f}{around}" + (f" ({len(known)} of {len(values)})" if len(known) < len(values) else "")
+def _law(runs: pd.DataFrame, of_base: pd.DataFrame, cost: str, level: float) -> tuple[dict[str, Any], dict, int]:
+    """One base on one family: its columns, share of steps by penalty, and the number of runs behind these. `of_base`:
+    its runs that paid for depth or nothing, the compared ones first."""
+    one = of_base.iloc[0]
+    paid = of_base[of_base["compared"] & ((of_base["condition"] == FREE) | (of_base["kind"] == cost))]
+    shares = paid.groupby("number")["share_steps"].mean().to_dict()
+    alike = runs[runs["origin"] == one["origin"]].drop_duplicates("family")
+    own, full, layers = f"{START}.forced", f"{START}.forced_full", one["layers"]
+    depths = layers * alike[f"{own}.{TERSE}.max_depth"]
+    per_hop, at_no_hop = depth_of_hops(zip(alike["hops"], alike[f"{own}.{TERSE}.correct"], depths, strict=True))
+    value, charged = values_and_costs(one, "forced", cost)
+    prices = {
+        "forecast": takeover_price(reference_shares(one), value, charged, one["beta"], STEPS, level),
+        "observed": crossing(shares, level),
+    }
+    row: dict[str, Any] = {"model": f"{one['shape']}#{one['base']}"}
+    row |= {name: one[name] for name in (*SHAPE[:3], "base", "tau", "family", "hops")} | {"cost": cost}
+    row |= {f"layers_{style}": layers * one[f"{own}.{style}.max_depth"] for style in STYLES}
+    row |= {f"depth_{style}": one[f"{own}.{style}.max_depth"] for style in STYLES}
+    row |= {f"right_{style}": one[f"{own}.{style}.correct"] for style in STYLES}
+    row |= {f"right_{style}_full": one[f"{full}.{style}.correct"] for style in STYLES}
+    row |= {"level": level, "layers_per_hop": per_hop, "layers_at_no_hop": at_no_hop}
+    for name, price in prices.items():
+        row |= {f"price_{name}": price, f"price_{name}_per_layer": None if price is None else price / layers}
+    return row, shares, len(paid)

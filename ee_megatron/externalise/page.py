@@ -1,182 +1,86 @@
-"""The study's page: one HTML file that needs nothing but itself, and PNG copies of its charts."""
+"""The study's page, one HTML file that needs nothing but itself, and its figures as PNG."""
 
 from __future__ import annotations
 
-import json
+import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ..exit_rules import Sample
-from ..observe.rundir import write_atomic
-from ..report.answers import problems
-from ..report.charts import Chart
-from ..report.palette import stylesheet
-from ..report.pictures import picture
-from ..report.results import Results
-from ..report.template import FOLDER, render, style
-from . import words
-from .choice import REINFORCED
-from .figures import NOTE, PADDING, STEPS_SHARE, by_tokens, panels
-from .laws import Law, laws_table
-from .rows import Row
-from .shape import Shape
-from .study import Record, Study, counted
-from .tables import controls, runs_table
-from .verdicts import PRICE, Points, Verdict, at_tau
-
-SHOWN = 3
-"""Answers that are shown token by token."""
+from ..report.plotting import DASHES, MARKERS, SERIES, figure, figure_svg
+from ..statistics import Estimate, t_interval
+from .effects import before_rl, cell, conditions
+from .laws import Row, forecast
+from .study import CAP, COSTS, FREE, LENGTH, NO_EXITS, SHAPE, STEPS
 
 
-@dataclass(frozen=True)
-class Panel:
-    """Charts under one heading."""
-
-    name: str
-    title: str
-    note: str
-    charts: Sequence[Chart]
-
-
-def write_page(
-    output: Path,
-    directory: Path,
-    study: Study,
-    table: Sequence[Row],
-    points: Points,
-    found: Sequence[Law],
-    facts: str,
-) -> Path:
-    """Write the page to `output` (.html), its charts as PNG to plots/ beside it; returns `output`. `directory`: where
-    the study's runs are. Models of several shapes have their figures, points and controls apart, and a table of laws.
-    """
-    results, record = _answers(directory, study)
-    outcomes = results.outcomes
-    several = len(points) > 1
-    parts = {shape: study.of_shape(shape) for shape in points}
-    drawn = [panel for shape, part in parts.items() for panel in _panels(part, shape if several else None)]
-    page = render(
-        Path(__file__).parent / "page.html.j2",
-        style=style() + Markup(stylesheet(len(outcomes))),
-        script=Markup((FOLDER / "page.js").read_text(encoding="utf-8")),
-        question=words.QUESTION,
-        lead=[
-            f"{shape.label}: {words.answer(part, points[shape])}" if several else words.answer(part, points[shape])
-            for shape, part in parts.items()
-        ],
-        asked=words.ASKED,
-        claim=words.CLAIM,
-        facts=facts,
-        remarks=study.remarks,
-        laws=laws_table(found) if several else None,
-        panels=drawn,
-        accepted=words.ACCEPTED,
-        judged=[_judged(part, shape.label if several else "", points[shape]) for shape, part in parts.items()],
-        problems=problems(results),
-        shown=_shown(record, study) if record else "",
-        outcomes=outcomes,
-        controls=[
-            (_at(tau, part, caption, shape.label if several else ""), shown)
-            for shape, part in parts.items()
-            for tau in part.taus
-            for caption, shown in controls(part, tau)
-        ],
-        runs=runs_table(table),
-    )
-    folder = output.parent / "plots"
-    folder.mkdir(parents=True, exist_ok=True)
-    for chart in (chart for panel in drawn for chart in panel.charts):
-        write_atomic(folder / f"{chart.name}.png", picture(chart, len(outcomes)))
-    write_atomic(output, page)
-    return output
+def draw(runs: pd.DataFrame) -> Any:
+    """A matplotlib figure with a panel per family: the share of steps against λ, a line per cost of depth, and beside
+    them the conditions without a depth penalty. Marks: means over bases with 95 % intervals; faint: bases; dashed: the
+    closed form. `runs`: of one shape and one length of step, as `laws.with_forecast` returns them."""
+    families = list(runs.sort_values("hops")["family"].unique())
+    drawn, panels = figure(0.6 + 3.6 * len(families), 3.3, len(families))
+    for axes, family in zip(panels, families, strict=True):
+        rows = runs[(runs["family"] == family) & runs["compared"]]
+        prices = sorted({0.0, *rows.loc[rows["priced"], "number"]})
+        ticks = {price: f"{price:g}" for price in prices}
+        for i, cost in enumerate(COSTS, start=1):
+            priced = rows[rows["priced"] & (rows["kind"] == cost)]
+            if len(priced):
+                line = pd.concat([rows[rows["condition"] == FREE], priced])
+                _means(axes, line["number"], line, i, cost)
+                at, records = np.linspace(0, priced["number"].max(), 25), priced.to_dict("records")
+                axes.plot(at, [_expected(records, x) for x in at], color=SERIES[i], linestyle=DASHES[1])
+        beside = rows[rows["kind"].isin([NO_EXITS, CAP, LENGTH, *([] if prices[1:] else [FREE])])]
+        for i, (label, held) in enumerate(beside.groupby("condition", sort=False)):
+            scale = prices[-1] or 1.0
+            x = scale * (1.15 + 0.12 * i)
+            ticks[x] = str(label)
+            _means(axes, held["number"] * 0 + x, held, 0)
+            axes.hlines(_expected(held.to_dict("records")), x - 0.04 * scale, x + 0.04 * scale, SERIES[0], DASHES[1])
+        axes.set_xticks(list(ticks), list(ticks.values()), rotation=60 if len(ticks) > len(prices) else 0)
+        axes.set(title=f"hops: {rows['hops'].max()}", xlabel="depth penalty λ", ylabel="share of steps", ylim=(0, 1.03))
+        if prices[1:]:
+            axes.legend()
+    return drawn
 
 
-def _panels(study: Study, shape: Shape | None) -> list[Panel]:
-    """Those of a study of one shape; named after it, where there are others."""
-    several = len(study.taus) > 1
-    found = []
-    for tau in study.taus:
-        apart = f", {counted(tau, 'token')} a step" if several else ""
-        for quantity in (STEPS_SHARE, PADDING):
-            note = f"{words.SHARES if quantity is STEPS_SHARE else words.ODDS} {NOTE}"
-            found.append(Panel(f"{quantity.name}-{tau}", quantity.title + apart, note, panels(study, tau, quantity)))
-    charts = by_tokens(study)
-    found.append(Panel("tokens", "Long steps", words.TOKENS, charts))
-    shown = [panel for panel in found if panel.charts]
-    return [_of_shape(panel, shape) for panel in shown] if shape else shown
+def _means(axes: Any, x: pd.Series, rows: pd.DataFrame, series: int, label: str | None = None) -> None:
+    """Means over bases at x, joined, with their intervals; each base faint behind them."""
+    look = {"color": SERIES[series], "marker": MARKERS[series]}
+    bases = rows.groupby([x.rename("x"), "base"])["share_steps"].mean()
+    axes.plot(bases.index.get_level_values("x"), bases, linestyle="", alpha=0.4, **look)
+    means = bases.groupby(level="x").agg(lambda values: t_interval(values.tolist()))
+    axes.plot(means.index, [mean.value for mean in means], label=label, **look)
+    axes.vlines(means.index, [m.low for m in means], [m.high for m in means], look["color"], linewidth=0.8)
 
 
-def _of_shape(panel: Panel, shape: Shape) -> Panel:
-    charts = [replace(chart, name=f"{chart.name}_{shape.slug}") for chart in panel.charts]
-    return Panel(f"{panel.name}-{shape.slug}", f"{panel.title}: {shape.label}", panel.note, charts)
+def _expected(rows: Sequence[Row], lambda_exit: float | None = None) -> float:
+    """The forecast share of steps, mean over bases; NaN where it isn't known."""
+    values = pd.Series([forecast(row, lambda_exit)[STEPS] for row in rows], index=[row["base"] for row in rows])
+    return float(values.groupby(level=0).mean().mean())
 
 
-def _at(tau: int, study: Study, caption: str, shape: str) -> str:
-    apart = [shape] if shape else []
-    apart += [f"{counted(tau, 'token')} a step"] if len(study.taus) > 1 else []
-    return ". ".join([*apart, caption])
-
-
-def _judged(study: Study, title: str, points: Sequence[Verdict]) -> dict[str, Any]:
-    """The points of one shape: at the fewest tokens a step, and again at others."""
-    others = study.taus[1:]
-    again = [(f"{counted(tau, 'token')} a step", list(map(_point, at_tau(study, tau)))) for tau in others]
-    return {"title": title, "points": list(map(_point, points)), "again": again}
-
-
-def _point(point: Verdict) -> dict[str, Any]:
-    shown = {name: getattr(point, name) for name in ("point", "name", "answer", "statement")}
-    of = f"{counted(point.bases, 'base')}, {counted(point.runs, 'run')}, tokens a step: {point.tau}"
-    return {**shown, "found": "; ".join(part.words for part in point.parts), "of": of}
-
-
-def _answers(directory: Path, study: Study) -> tuple[Results, Record | None]:
-    """Answers of one run under a price, on the most hops: max at PRICE if there is one, one answer per opening; depths
-    of the model in any case."""
-    priced = [r for r in study.records if r.condition.priced]
-    order = sorted(
-        priced,
-        key=lambda r: (
-            r.condition.kind != "max", r.condition.number != PRICE, r.tau, -max(r.found(f).hops for f in r.families)
-        ),
-    )  # fmt: skip
-    for record in order:
-        data = json.loads((directory / record.path / "results.json").read_text(encoding="utf-8"))
-        results = Results.from_json(data)
-        own = [a for a in results.answers if a.get("model") == REINFORCED and _family(a) in record.families]
-        # As RL made them, where there are such.
-        sampled = [a for a in own if a.get("exits") == Sample().label]
-        if own:
-            return Results(meta=results.meta, answers=_varied(sampled or own)), record
-    return Results(meta={"num_layers": study.records[0].num_layers}), None
-
-
-def _family(answer: dict[str, Any]) -> str:
-    return str(answer.get("task", "")).rpartition(".")[2]
-
-
-def _varied(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Up to SHOWN answers to as many problems, of every opening one before there are two of any."""
-    of_opening: dict[str, list[dict[str, Any]]] = {}
-    prompts = set()
-    for answer in answers:
-        if answer["prompt"] not in prompts:
-            prompts.add(answer["prompt"])
-            of_opening.setdefault(str(answer.get("text", "")).lstrip()[:1], []).append(answer)
-    rounds = zip_longest(*of_opening.values())
-    return [answer for turn in rounds for answer in turn if answer is not None][:SHOWN]
-
-
-def _shown(record: Record, study: Study) -> str:
-    hops = ", ".join(str(study.hops[f]) for f in record.families)
-    shape = f"{record.shape.label}; base" if len(study.shapes) > 1 else "Base"
-    return (
-        f"{shape} {record.base}, seed {record.seed}, {record.condition.label}, trained on problems of {hops} hops; "
-        "A problem names operations and, last, the state to begin with; T or That begins a terse answer, S or First "
-        "steps, P or Well padding."
-    )
+def page(runs: pd.DataFrame, found: pd.DataFrame, facts: str, remarks: Sequence[str]) -> tuple[str, dict[str, bytes]]:
+    """The page as HTML, and its figures as PNG by file name. `runs`, `found`: as `laws.with_forecast` and `effects`
+    return them; facts: how much there is of the study."""
+    several = runs["shape"].nunique() > 1
+    drawings, files = [], {}
+    for (shape, tau), rows in runs.sort_values([*SHAPE, "tau"], kind="stable").groupby(["shape", "tau"], sort=False):
+        where, buffer, drawn = [f"tau{tau}", *([str(shape)] if several else [])], io.BytesIO(), draw(rows)
+        title = ", ".join(["Share of steps against the depth penalty", *where])
+        drawings.append({"title": title, "svg": figure_svg(drawn, title)})
+        drawn.savefig(buffer, format="png", dpi=150, facecolor="white")
+        files["_".join(["steps", *where]) + ".png"] = buffer.getvalue()
+    estimates = [Estimate(*values) for values in found[["effect", "low", "high"]].itertuples(index=False)]
+    points = found.assign(effect=[cell(mean, "{:+.2f}") for mean in estimates]).drop(columns=["low", "high"])
+    tables = {"points": points, "conditions": conditions(runs), "before": before_rl(runs)}
+    if not several:
+        tables = {name: table.drop(columns="shape") for name, table in tables.items()}
+    folder = FileSystemLoader(Path(__file__).parent)
+    template = Environment(loader=folder, autoescape=True, undefined=StrictUndefined).get_template("page.html.j2")
+    return template.render(facts=facts, remarks=remarks, figures=drawings, tables=tables), files

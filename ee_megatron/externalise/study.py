@@ -1,354 +1,252 @@
-"""A study's finished evaluations as records: one for each run that measured its model's choice of style."""
+"""A study's finished evaluations as one data frame, with a row per run and family of problems.
+
+Columns; NaN where a figure was not measured:
+
+    path, models                         the evaluation's directory, and which models it measured
+    shape, layers, width, parameters     of the model; `shape` is a short name of it
+    base, seed, tau                      seeds of pretraining and of RL; tokens that a written step takes
+    family, hops, trained_on             of the problems; the families that RL drew problems of
+    trained, compared                    RL drew problems of this family; and of it alone, where the study has such runs
+    condition, kind, number, priced      what RL was charged for (`condition`)
+    beta ... fixed_depth                 settings of RL (`SETTINGS`)
+    corpus.STYLE                         shares of the styles in the worked answers
+    MODEL.free.FIGURE, .free.share.STYLE free answers; MODEL: teacher, start (what RL began with) or reinforced
+    MODEL.EXITS.STYLE.FIGURE             the style given; EXITS: forced (own gates), forced_full or fixed.DEPTH
+    MODEL.corrupted.correct, .followed   the first step replaced by a wrong one
+
+Depths are shares of the L layers. Figures of the teacher and the start stand in every row of runs that began alike,
+whichever of these runs measured them.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config.identity import identity, stage_dir, stage_order
+import pandas as pd
+
+from ..config.derive import read_dims
+from ..config.identity import identity, stage_dir
 from ..config.load import read_saved
-from ..config.schema import RunConfig
+from ..config.schema import RLConfig, RunConfig
+from ..objectives.optimum import Shares
 from ..observe.rundir import DONE
-from ..sweeps.sweep import read_spent
-from .choice import REINFORCED, START, TEACHER, FamilyChoice, Model, read_models
-from .shape import Shape, shape_of
+from ..report.numbers import or_nan
+from ..statistics import least_squares_line
 
+PADDED, OTHER = "padded", "other"
+TERSE, STEPS = "terse", "steps"
+"""Styles of tasks/chains.py: all hops inside one token; a token, or a few, for each."""
+SKILLED = 0.8
+"""Least share of right terse answers for the family's depth to count as that of its hops: a model that can't follow a
+chain in its layers runs all of them, however long the chain is, and the line would be flat."""
+STYLES = (TERSE, STEPS, PADDED)
+TEACHER, START, REINFORCED = MODELS = ("teacher", "start", "reinforced")
+FIGURES = ("correct", "mean_depth", "total_depth", "max_depth", "length")  # depths over an answer's tokens
+SETTINGS = ("beta", "depth_cost", "lambda_exit", "cost_length", "lambda_length", "fixed_depth")
 NO_EXITS, CAP, FREE, LENGTH = "no exits", "cap", "lambda 0", "length"
-# What a study varies, and what the runs are known by, as in their identity; in all else they should be alike.
-FACTORS = frozenset(
-    {
-        "rl.seed", "pretrain.seed", "calibrate.seed", "evaluate.style_choice.models", "task.tokens_per_step",
-        "rl.families",
-        "rl.fixed_depth", "rl.depth_penalty.cost",
-        "rl.depth_penalty.weight", "rl.depth_penalty.length_weight", "pretrain.layers", "pretrain.width",
-    }
-)  # fmt: skip
-OF_SHAPE = frozenset({"model.path", "exits.depths"})
-"""What may differ between models of several shapes without a word."""
+COSTS = ("mean", "total", "max")
+SHAPE = ["layers", "width", "parameters", "shape"]
+RUN = [*SHAPE, "tau", "trained_on", "condition", "base", "seed"]
+"""Columns that tell one run from another, in the order in which runs are listed."""
+# What a study varies, by the names in a run's identity; in all other settings its runs should be alike.
+FACTORS = [
+    "rl.seed", "pretrain.seed", "teacher.seed", "traces.seed", "calibrate.seed", "evaluate.seed", "evaluate.choice",
+    "task.tokens_per_step", "rl.families", "rl.fixed_depth", "rl.depth_cost", "rl.lambda_exit", "rl.lambda_length",
+    "pretrain.layers", "pretrain.width",
+]  # fmt: skip
+OF_SHAPE = ["model.path", "exits.depths"]  # may also differ between shapes
 
 
-@dataclass(frozen=True)
-class Condition:
-    """What RL was done under. kind: no exits, cap (number: depth), lambda 0, a cost of depth or length (number:
-    lambda). `also`: what was priced beside that; such a run stands for itself."""
-
-    kind: str
-    number: float = 0.0
-    also: str = ""
-
-    @property
-    def label(self) -> str:
-        number = "" if self.kind in (NO_EXITS, FREE) else f" {self.number:g}"
-        return f"{self.kind}{number}" + (f" and {self.also}" if self.also else "")
-
-    @property
-    def priced(self) -> bool:
-        """Whether it is a place on the line of a cost of depth."""
-        return self.kind not in (NO_EXITS, CAP, FREE, LENGTH) and not self.also
+def condition(rl: RLConfig, first_exits: bool, num_layers: int) -> dict[str, Any]:
+    """What RL was charged for: `condition` (a label), `kind` and `number` (its first part), `priced` (whether it is a
+    penalty on depth alone). first_exits: an answer's first token may exit. A run under two charges has a label of its
+    own, so it is compared with its like only."""
+    depth = [(rl.depth_penalty.cost, rl.depth_penalty.weight)] if rl.depth_penalty.weight else []
+    length = [(LENGTH, rl.depth_penalty.length_weight)] if rl.depth_penalty.length_weight else []
+    if rl.fixed_depth:
+        # With every token at one depth all answers cost the same, except in total and where the first can't exit.
+        counts = depth and rl.depth_penalty.cost != "max" and (rl.depth_penalty.cost == "total" or not first_exits)
+        held = (NO_EXITS, 0.0) if rl.fixed_depth == num_layers else (CAP, rl.fixed_depth)
+        depth = [held, *(depth if counts else [])]
+    parts = [*depth, *length] or [(FREE, 0.0)]
+    label = " and ".join(kind if kind in (NO_EXITS, FREE) else f"{kind} {number:g}" for kind, number in parts)
+    priced = len(parts) == 1 and parts[0][0] in COSTS
+    return {"condition": label, "kind": parts[0][0], "number": float(parts[0][1]), "priced": priced}
 
 
-@dataclass(frozen=True)
-class Objective:
-    """The settings of `rl` that say what a style is worth."""
-
-    beta: float
-    depth_cost: str = "mean"
-    lambda_exit: float = 0.0
-    cost_length: int = 1
-    lambda_length: float = 0.0
-    fixed_depth: int = 0
-    first_exits: bool = True
-    """An answer's first token may leave early like any other."""
-
-    def condition(self, num_layers: int) -> Condition:
-        length = f"length {self.lambda_length:g}" if self.lambda_length else ""
-        if self.fixed_depth:
-            # With all tokens at one depth every answer costs the same, but for its total.
-            alike = self.depth_cost == "max" or (self.depth_cost != "total" and self.first_exits)
-            depth = "" if alike or not self.lambda_exit else f"{self.depth_cost} {self.lambda_exit:g}"
-            also = " and ".join(part for part in (depth, length) if part)
-            full = self.fixed_depth == num_layers
-            return Condition(NO_EXITS, also=also) if full else Condition(CAP, self.fixed_depth, also)
-        if self.lambda_exit:
-            return Condition(self.depth_cost, self.lambda_exit, length)
-        return Condition(LENGTH, self.lambda_length) if length else Condition(FREE)
+def shape_of(cfg: RunConfig, layers: int) -> dict[str, Any]:
+    """`layers` (as measured), `width`, `parameters` (without the embedding; None: not known) and `shape`. Where the
+    config.json that the run was made from is gone, the model's path tells shapes apart."""
+    try:
+        dims = read_dims(cfg)
+    except (FileNotFoundError, ValueError):
+        dims = None
+    width, parameters, path = (cfg.pretrain and cfg.pretrain.width) or None, None, cfg.model.path
+    # What stands there now may be another model.
+    if dims is not None and dims.num_layers == layers:
+        tensors = dims.tensor_shapes().items()
+        parameters = sum(math.prod(size) for name, size in tensors if not re.search("embed_tokens|lm_head", name))
+        width, path = dims.hidden, ""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", f"{layers}x{width or 0}-{parameters or 0}-{path}").strip("-")
+    return {"layers": layers, "width": width, "parameters": parameters, "shape": name}
 
 
-@dataclass(frozen=True)
-class Record:
-    """One run. `families`: those that RL drew problems of; `origin`: the same for runs that RL began alike in but for
-    its seed; `differs`: how its objective is not the one that the closed form solves; `seconds`: RL's, if known."""
+def read_study(directory: Path) -> tuple[pd.DataFrame, list[str]]:
+    """Read every finished evaluation below `directory` that measured the choice of style: the data frame described
+    above, and remarks on what was left out and on settings in which the runs differ.
 
-    path: str
-    base: int
-    seed: int
-    tau: int
-    families: tuple[str, ...]
-    objective: Objective
-    shape: Shape
-    models: Mapping[str, Model]
-    weights: Mapping[str, float] = field(default_factory=dict)
-    origin: str = ""
-    differs: tuple[str, ...] = ()
-    seconds: float | None = None
-
-    @property
-    def num_layers(self) -> int:
-        return self.shape.layers
-
-    @cached_property
-    def condition(self) -> Condition:
-        return self.objective.condition(self.num_layers)
-
-    def found(self, family: str) -> FamilyChoice:
-        """What the reinforced model does."""
-        return self.models[REINFORCED][family]
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return self.shape, self.tau, self.families, self.condition.label, self.base, self.seed
-
-
-@dataclass(frozen=True)
-class Study:
-    """Records in order. `remarks`: what was left out or isn't alike; `device_seconds`: of all stages whose time is on
-    record, `timed` of `stages`. Whatever is averaged over bases is so within one shape: ask `of_shape`."""
-
-    records: Sequence[Record]
-    remarks: Sequence[str] = ()
-    device_seconds: float = 0.0
-    timed: int = 0
-    stages: int = 0
-
-    @cached_property
-    def shapes(self) -> list[Shape]:
-        """Of the runs' models, the fewest layers first."""
-        return sorted({r.shape for r in self.records})
-
-    def of_shape(self, shape: Shape) -> Study:
-        """Its runs alone."""
-        return Study([r for r in self.records if r.shape == shape])
-
-    @cached_property
-    def taus(self) -> list[int]:
-        return sorted({r.tau for r in self.records})
-
-    @cached_property
-    def hops(self) -> dict[str, int]:
-        """The families that RL trained on, by their hops."""
-        found = {family: r.found(family).hops for r in self.records for family in r.families}
-        return dict(sorted(found.items(), key=lambda item: item[1]))
-
-    def families(self, tau: int) -> list[str]:
-        """Those that RL trained on at so many tokens a step, by their hops."""
-        return [f for f in self.hops if any(r.tau == tau and f in r.families for r in self.records)]
-
-    def bases(self, tau: int) -> list[int]:
-        return sorted({r.base for r in self.records if r.tau == tau})
-
-    def runs(self, tau: int, family: str, condition: Condition | None = None) -> list[Record]:
-        """Runs that trained on the family: on it alone where the study has such, since with others it is another
-        experiment."""
-        having = [r for r in self.records if r.tau == tau and family in r.families]
-        alone = [r for r in having if len(r.families) == 1]
-        return [r for r in alone or having if condition in (None, r.condition)]
-
-    def start(self, record: Record, family: str) -> FamilyChoice | None:
-        """What the policy that RL began with does under its own gates; None if no run measured it."""
-        return self._of_origin(START, record.origin, family, True)
-
-    def start_anywhere(self, record: Record, family: str) -> FamilyChoice | None:
-        """The same, measured in any run, for figures that don't depend on its gates: fixed depths, full depth."""
-        return self.start(record, family) or self._of_origin(START, record.origin, family, False)
-
-    def teacher(self, record: Record, family: str) -> FamilyChoice | None:
-        return self._of_origin(TEACHER, record.origin, family, False)
-
-    def _of_origin(self, model: str, origin: str, family: str, gates: bool) -> FamilyChoice | None:
-        found = self._before.get((model, origin, family), [])
-        return next((choice for choice, held in found if not (gates and held)), None)
-
-    @cached_property
-    def _before(self) -> dict[tuple[str, str, str], list[tuple[FamilyChoice, bool]]]:
-        """Model, origin, family -> what was measured of it, and whether at a fixed depth."""
-        found: dict[tuple[str, str, str], list[tuple[FamilyChoice, bool]]] = {}
-        for r in self.records:
-            for model in (TEACHER, START):
-                for family, choice in r.models.get(model, {}).items():
-                    found.setdefault((model, r.origin, family), []).append((choice, bool(r.objective.fixed_depth)))
-        return found
-
-
-def counted(number: int, thing: str) -> str:
-    """ "1 hop", "3 hops"."""
-    return f"{number} {thing}" + ("" if number == 1 else "s")
-
-
-def read_study(directory: Path) -> Study:
-    """Every finished evaluation below `directory` with a choice of style in it.
-
-    Raises FileNotFoundError or ValueError if there is none, if a file is damaged, or if two runs that differ in more
-    than a study varies would count as one.
+    Raises FileNotFoundError if there is none, ValueError if a file is damaged or if two runs that differ in more than a
+    study varies would count as one.
     """
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory}: no such directory; name one that holds a study's runs, e.g. runs")
     finished = [path.parent for path in sorted(directory.rglob(f"evaluate-*/{DONE}"))]
-    if not finished:
-        raise ValueError(f"{directory}: no finished evaluation in it (<run>/evaluate-*/{DONE}); run `evaluate` first")
-    parts = {path: part for path in finished if (part := _choice_of(path))}
+    parts = {stage: part for stage in finished if (part := _choice_of(stage))}
     if not parts:
-        raise ValueError(
-            f"{directory}: {len(finished)} finished evaluations, none of which measured the choice of style; "
-            "evaluate with evaluate.style_choice.models=reinforced or all"
+        raise FileNotFoundError(
+            f"{directory}: {len(finished)} finished evaluations (<run>/evaluate-*/{DONE}), none of which measured the "
+            "choice of style; name a directory of runs evaluated with evaluate.style_choice.models=reinforced or all"
         )
-    configs = {path: read_saved(path / "config.yaml") for path in parts}
-    records = [_record(directory, path, configs[path], part) for path, part in parts.items()]
-    kept, remarks = _once_each(records, {_name(directory, path): cfg for path, cfg in configs.items()})
-    if len(finished) > len(parts):
-        unmeasured = f"{len(finished) - len(parts)} of {len(finished)} finished evaluations"
-        remarks.append(f"{unmeasured} measured no choice of style: left out")
-    remarks += _unlike([(r.shape, cfg) for r, cfg in zip(records, configs.values(), strict=True)]) + _differs(kept)
-    stages = {d for path, cfg in configs.items() for d in _stages(path, cfg)}
-    times = [spent["device_seconds"] for stage in sorted(stages) if (spent := read_spent(stage))]
-    return Study(kept, remarks, sum(times), len(times), len(stages))
+    configs = [read_saved(stage / "config.yaml") for stage in parts]
+    measured = [_measured(stage, cfg, part) for (stage, part), cfg in zip(parts.items(), configs, strict=True)]
+    runs = pd.DataFrame([run for run, _ in measured]).astype({"width": "Int64", "parameters": "Int64"})
+    runs["path"] = [str(stage.relative_to(directory)) for stage in parts]
+    kept = _once_each(runs, [json.dumps(identity(cfg, "rl"), sort_keys=True) for cfg in configs])
+    left_out = {"measured no choice of style": len(finished) - len(runs), "are of the same runs": len(runs) - len(kept)}
+    remarks = [f"{n} of {len(finished)} evaluations {why}: left out" for why, n in left_out.items() if n]
+    remarks += _unlike(runs, configs)
+    for name, count in kept.pop("differs").explode().value_counts().items():
+        remarks.append(f"{count} of {len(kept)} runs have {name}, which is not the objective of the closed form")
+    families = pd.concat([measured[i][1].assign(run=i) for i in kept.index])
+    return _with_start(kept.join(families.set_index("run")).reset_index(drop=True)), remarks
 
 
 def _choice_of(stage: Path) -> Mapping[str, Any] | None:
-    """The part, None where it is missing or has no reinforced model."""
+    """Part "choice" of results.json; None if there is none, or no reinforced model in it."""
     path = stage / "results.json"
     try:
-        part = json.loads(path.read_text(encoding="utf-8")).get("choice")
-    except FileNotFoundError:
-        return None
+        part = json.loads(path.read_text(encoding="utf-8")).get("choice") if path.exists() else None
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not the results of an evaluation ({error}); evaluate the run again") from None
     return part if part and REINFORCED in part.get("models", {}) else None
 
 
-def _name(directory: Path, path: Path) -> str:
-    return str(path.relative_to(directory))
-
-
-def _record(directory: Path, path: Path, cfg: RunConfig, part: Mapping[str, Any]) -> Record:
-    rl = cfg.rl
+def _measured(stage: Path, cfg: RunConfig, part: Mapping[str, Any]) -> tuple[dict[str, Any], pd.DataFrame]:
+    """The run's columns, and those of each family that any of its models was measured on."""
+    rl, path = cfg.rl, stage / "results.json"
     try:
-        models = read_models(part)
-        weights = dict(zip(part["styles"], part["weights"], strict=True))
+        models = {name: model["families"] for name, model in part["models"].items()}
+        families = list(dict.fromkeys(family for found in models.values() for family in found))
+        rows = [{name: found[family] for name, found in models.items() if family in found} for family in families]
+        figures = pd.json_normalize(rows).astype(float)
+        for found in models[REINFORCED].values():
+            _ = found["forced"], [found["free"]["share"][style] for style in STYLES], found["free"]["n"]
+        hops = [int(next(iter(row.values()))["hops"]) for row in rows]
+        corpus = {f"corpus.{style}": w for style, w in zip(part["styles"], part["weights"], strict=True)}
         num_layers = int(part["num_layers"])
-        # Results from before it was written there are of hops.
+        # Early results lack it.
         tau = int(part.get("tokens_per_step", cfg.task.tokens_per_step))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path / 'results.json'}: {error}") from None
-    families = tuple(name.rsplit(".", 1)[-1] for name in rl.families) or tuple(models[REINFORCED])
-    if missing := [family for family in families if family not in models[REINFORCED]]:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        damage = f"part choice is damaged ({type(error).__name__}: {error}); evaluate the run again"
+        raise ValueError(f"{path}: {damage}") from None
+    trained = [name.rsplit(".", 1)[-1] for name in rl.families] or list(models[REINFORCED])
+    if missing := [family for family in trained if family not in models[REINFORCED]]:
         raise ValueError(
-            f"{path / 'results.json'}: RL drew problems of {', '.join(missing)}, whose choice was not measured; "
-            "evaluate the run with them among task.families"
+            f"{path}: RL drew problems of {', '.join(missing)}, whose choice was not measured; evaluate the run with "
+            "them among task.families"
         )
-    return Record(
-        path=_name(directory, path),
-        base=cfg.pretrain.seed if cfg.pretrain else 0,
-        seed=rl.seed,
-        tau=tau,
-        families=families,
-        objective=Objective(
-            beta=rl.kl_penalty.weight,
-            depth_cost=rl.depth_penalty.cost,
-            lambda_exit=rl.depth_penalty.weight,
-            cost_length=rl.depth_penalty.cost_tokens,
-            lambda_length=rl.depth_penalty.length_weight,
-            fixed_depth=rl.fixed_depth,
-            first_exits=cfg.exits.first_token,
-        ),
-        shape=shape_of(cfg, num_layers),
-        models=models,
-        weights=weights,
-        origin=f"{stage_dir(cfg, 'calibrate').name} {cfg.init_policy} {rl.gate_centre} {rl.gate_sharpness} "
-        f"{rl.temperature}",
-        differs=_not_as_assumed(cfg),
-        seconds=read_spent(path.parent / stage_dir(cfg, "rl").name).get("seconds"),
-    )
-
-
-def _not_as_assumed(cfg: RunConfig) -> tuple[str, ...]:
-    """Where the objective is another one than right - lambda cost - beta sum log(pi/reference)."""
-    rl = cfg.rl
-    found = {
+    # Not right - lambda cost - beta sum log(pi / reference).
+    differs = {
         "rl.kl_penalty.sum=false": rl.kl_penalty.kind == "reward" and not rl.kl_penalty.sum,
         f"rl.depth_penalty.penalize={rl.depth_penalty.penalize}": rl.depth_penalty.penalize != "all"
         and bool(rl.depth_penalty.weight or rl.depth_penalty.length_weight),
         f"rl.credit={rl.credit}": rl.credit != "answer" and bool(rl.depth_penalty.weight),
         "rl.depth_penalty.target": rl.depth_penalty.target is not None,
     }
-    return tuple(name for name, so in found.items() if so)
+    run = {
+        **shape_of(cfg, num_layers), "base": cfg.pretrain.seed if cfg.pretrain else 0, "seed": rl.seed, "tau": tau,
+        "trained_on": " ".join(trained), "models": " ".join(models), **condition(rl, cfg.exits.first_token, num_layers),
+        **_settings(rl), **corpus,
+        "differs": [name for name in differs if differs[name]],
+        # Equal for runs that began RL with the same policy under the same gates.
+        "origin": str((
+            stage_dir(cfg, "calibrate").name, cfg.init_policy, rl.gate_centre, rl.gate_sharpness, rl.temperature,
+        )),
+    }  # fmt: skip
+    return run, figures.assign(family=families, hops=hops, trained=[family in trained for family in families])
 
 
-def _once_each(records: Sequence[Record], configs: Mapping[str, RunConfig]) -> tuple[list[Record], list[str]]:
-    """Of several evaluations of a run the one with most models; in order, with what was left out."""
-    kept: dict[tuple[Any, ...], Record] = {}
-    again = 0
-    for record in records:
-        other = kept.setdefault(record.key, record)
-        if other is record:
-            continue
-        if identity(configs[other.path], "rl") != identity(configs[record.path], "rl"):
+def _settings(rl: RLConfig) -> dict[str, Any]:
+    """The columns `SETTINGS`."""
+    penalty = rl.depth_penalty
+    values = (
+        rl.kl_penalty.weight, penalty.cost, penalty.weight, penalty.cost_tokens, penalty.length_weight, rl.fixed_depth,
+    )  # fmt: skip
+    return dict(zip(SETTINGS, values, strict=True))
+
+
+def _with_start(frame: pd.DataFrame) -> pd.DataFrame:
+    """Every column that a table may need; what any run of an origin measured before RL in all of them; `compared`."""
+    exits = ("forced", "forced_full", *(f"fixed.{depth}" for depth in range(1, int(frame["layers"].max()) + 1)))
+    figures = [
+        *(f"free.{name}" for name in ("n", *FIGURES, *(f"share.{style}" for style in (*STYLES, OTHER)))),
+        *(f"{e}.{style}.{figure}" for e in exits for style in STYLES for figure in FIGURES),
+        "corrupted.correct", "corrupted.followed",
+    ]  # fmt: skip
+    wanted = [f"{model}.{figure}" for model in MODELS for figure in figures]
+    frame = frame.reindex(columns=list(dict.fromkeys([*frame.columns, *wanted])))
+    before = [column for column in frame if column.startswith((f"{TEACHER}.", f"{START}."))]
+    # A run held to one depth measures the start there, not under the start's own gates.
+    own = [column for column in before if re.match(rf"{START}\.(free|forced|corrupted)\.", column)]
+    frame.loc[frame["fixed_depth"] > 0, own] = math.nan
+    known = frame.groupby(["origin", "family"])[before].transform("first")
+    frame = pd.concat([frame.drop(columns=before), known], axis=1)
+    place = [frame["shape"], frame["tau"], frame["family"]]
+    # Runs that also trained on other families are another experiment; they count where there is nothing else.
+    alone = frame["trained"] & (frame["trained_on"] == frame["family"])
+    compared = frame["trained"] & (alone | ~alone.groupby(place).transform("any"))
+    frame = pd.concat([frame, compared.rename("compared")], axis=1)
+    return frame[frame["trained"].groupby(place).transform("any")].reset_index(drop=True).copy()
+
+
+def _once_each(runs: pd.DataFrame, recipes: Sequence[str]) -> pd.DataFrame:
+    """Of several evaluations of a run the one with most models, in order. ValueError if their recipes differ."""
+    for _, same in runs.assign(recipe=recipes).groupby(RUN, sort=False, dropna=False):
+        if same["recipe"].nunique() > 1:
+            one, other = same.drop_duplicates("recipe").head(2).to_dict("records")
             raise ValueError(
-                f"{other.path} and {record.path}: both are base {record.base}, seed {record.seed}, "
-                f"{record.condition.label}, {', '.join(record.families)}, but other settings differ; "
+                f"{one['path']} and {other['path']}: both are base {one['base']}, seed {one['seed']}, "
+                f"{one['condition']}, {one['trained_on']}, but other settings differ; "
                 "name a directory that holds runs of one recipe"
             )
-        again += 1
-        if len(record.models) > len(other.models):
-            kept[record.key] = record
-    remarks = [f"{again} further evaluations of the same runs: left out"] if again else []
-    return [kept[key] for key in sorted(kept)], remarks
+    fullest = runs.assign(fewer=-runs["models"].str.count(" ")).sort_values("fewer", kind="stable")
+    return fullest.drop(columns="fewer").drop_duplicates(RUN).sort_values(RUN)
 
 
-def _unlike(runs: Sequence[tuple[Shape, RunConfig]]) -> list[str]:
-    """Settings in which the runs differ though the study doesn't vary them. Longer steps may ask for others; so may
-    other shapes, but what is compared between shapes is then compared between recipes too."""
-    flat = [(shape, cfg.task.tokens_per_step, dict(_flat(identity(cfg, "evaluate")))) for shape, cfg in runs]
-    within: dict[str, set[str]] = {}
-    across: dict[str, set[str]] = {}
-    for key in dict.fromkeys(key for *_, run in flat for key in run if key not in FACTORS):
-        values: dict[int, dict[Shape, set[str]]] = {}
-        for shape, tau, run in flat:
-            values.setdefault(tau, {}).setdefault(shape, set()).add(run.get(key, "default"))
-        for by_shape in values.values():
-            for seen in by_shape.values():
-                if len(seen) > 1:
-                    within.setdefault(key, set()).update(seen)
-            seen = set().union(*by_shape.values())
-            if len(seen) > 1 and key not in OF_SHAPE:
-                across.setdefault(key, set()).update(seen)
-    remarks = [f"the runs also differ in {key}: {', '.join(sorted(seen))}" for key, seen in within.items()]
-    return remarks + [
-        f"models of different shapes also differ in {key}: {', '.join(sorted(seen))}"
-        for key, seen in across.items()
-        if key not in within
-    ]
-
-
-def _flat(sections: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for section, entries in sections.items():
-        for name, value in entries.items() if isinstance(entries, Mapping) else [("", entries)]:
-            yield f"{section}.{name}".rstrip("."), str(value)
-
-
-def _differs(records: Sequence[Record]) -> list[str]:
-    names = dict.fromkeys(name for r in records for name in r.differs)
+def _unlike(runs: pd.DataFrame, configs: Sequence[RunConfig]) -> list[str]:
+    """Settings that differ though the study doesn't vary them. Longer steps may need others (a longer answer, say)."""
+    flat = pd.json_normalize([identity(cfg, "evaluate") for cfg in configs], max_level=1).fillna("default").map(str)
+    flat = flat.drop(columns=FACTORS, errors="ignore")
+    within = flat.groupby([runs["shape"], runs["tau"]]).nunique().gt(1).any()
+    across = flat.groupby(runs["tau"]).nunique().gt(1).any() & ~flat.columns.isin(OF_SHAPE)
     return [
-        f"{sum(name in r.differs for r in records)} of {len(records)} runs have {name}, "
-        "which is not the objective that the closed form solves"
-        for name in names
+        f"the runs also differ in {key}: {', '.join(sorted(set(flat[key])))}" for key in flat.columns[within | across]
     ]
 
 
-def _stages(path: Path, cfg: RunConfig) -> list[Path]:
-    """The run's directories, in the one where its evaluation lies: it may have been moved since."""
-    before = [path.parent / stage_dir(cfg, stage).name for stage in stage_order(cfg) if stage != "evaluate"]
-    return [*(stage for stage in before if stage.is_dir()), path]
+def depth_of_hops(terse: Iterable[tuple[int, float, float]]) -> tuple[float, float]:
+    """Layers per hop, and those that an answer of none would take: the least-squares line through (hops, share of right
+    answers, layers of the deepest token) of terse answers, those that SKILLED lets in. NaN where they are fewer than
+    two."""
+    skilled = [(hops, layers) for hops, right, layers in terse if right >= SKILLED]
+    return least_squares_line([hops for hops, _ in skilled], [layers for _, layers in skilled])
+
+
+def shares_of(written: Shares, styles: Iterable[str]) -> dict[str, float]:
+    """The styles' shares among answers in any of them; NaN where there are none."""
+    found = {style: or_nan(written.get(style)) for style in styles}
+    total = sum(found.values())
+    return {style: share / total if total else math.nan for style, share in found.items()}

@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent
 
 def style() -> Markup:
     """The style sheet of the report, and of pages that are to look like it; no colours of series or depths."""
-    return Markup("".join((FOLDER / name).read_text(encoding="utf-8") for name in ("charts.css", "page.css")))
+    return Markup((FOLDER / "page.css").read_text(encoding="utf-8"))
 
 
 def render(template: Path, **context: Any) -> str:

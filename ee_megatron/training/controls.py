@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..evaluation.controls import Matched, compare, marginal_exits, match_accuracy, match_depth
-from ..evaluation.evaluate import Answer
-from ..evaluation.summary import EvaluationRow
+from ..evaluation.evaluate import Answer, EvaluationRow
 from ..exit_rules import CONTROLS, Dial, DialRange, ExitRule, Threshold
 
 
@@ -104,10 +103,10 @@ def _entry(
         "policy": policy.to_results(),
         # On validation, where the matching was done; how near it is on the test split stands beside it.
         "target": matched.target if matched else reference.validation.mean_depth,
-        "validation": (matched.row if matched else reference.validation).to_json(),
+        "validation": asdict(matched.row if matched else reference.validation),
         "within": matched.within if matched else True,
         "trials": matched.trials if matched else 0,
-        "row": row.to_json(),
+        "row": asdict(row),
         "depth_ratio": row.mean_depth / reference.test.mean_depth,
         "comparison": compare(reference.test_answers, answers),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -20,13 +20,18 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config.schema import RunConfig
 from ..evaluation.choice import ChoiceBench, choice
-from ..evaluation.compare import compared
-from ..evaluation.evaluate import Answer, AnsweredSet, add_readings, evaluate_model
-from ..evaluation.gates import gate_calibration
-from ..evaluation.interventions import Bench, externalisation
-from ..evaluation.records import Records
-from ..evaluation.results import on_wide, table, write_results
-from ..evaluation.summary import EvaluationRow, choose_threshold, pooled
+from ..evaluation.controls import gate_calibration
+from ..evaluation.evaluate import (
+    Answer,
+    AnsweredSet,
+    EvaluationRow,
+    add_readings,
+    choose_threshold,
+    evaluate_model,
+    pooled,
+)
+from ..evaluation.externalisation import Bench, externalisation
+from ..evaluation.results import Records, compared, on_wide, table, write_results
 from ..exit_rules import CONTROLS, ExitRule, Off, Sample, Threshold
 from ..planning.flops import answer_cost
 from ..policy import open_policy, sharpened
@@ -272,7 +277,7 @@ class Evaluation:
                 ]
         front = pareto_front((r.mean_depth for r in rows), (r.accuracy for r in rows))
         self.more["pareto"][model] = [
-            {"threshold": t, "front": kept, **r.to_json()} for t, r, kept in zip(e.thresholds, rows, front, strict=True)
+            {"threshold": t, "front": kept, **asdict(r)} for t, r, kept in zip(e.thresholds, rows, front, strict=True)
         ]
         return tried[chosen]
 

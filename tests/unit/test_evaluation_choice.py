@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from ee_megatron.config.load import load
-from ee_megatron.config.schema import DepthPenalty, KLPenalty, RLConfig, TaskConfig
+from ee_megatron.config.schema import TaskConfig
 from ee_megatron.evaluation.choice import ChoiceBench, Judged, by_family, choice, cycled, figures, shares
 from ee_megatron.exit_rules import ExitRule, Fixed, Off, Sample
-from ee_megatron.externalise.styles import depth_of_hops, shares_of, steps_price
+from ee_megatron.externalise.study import depth_of_hops
 from ee_megatron.report.tables import choice_tables, corrupted_table, forced_table, free_table
 from ee_megatron.rollout.engine.sampling import SamplingParams
 from ee_megatron.sweeps.run_metrics import styles_of_answers
@@ -25,7 +25,6 @@ PROMPT = Prompt("p", "", "7", "hops.hop1")
 TASK = HopsTask(TaskConfig("hops", families=["hop1", "hop3"], train=4, validation=4, evaluation=20))
 STYLES = ("terse", "steps", "padded")
 SAMPLING = SamplingParams(0.75, 12, ("\n",))
-RL = RLConfig(kl_penalty=KLPenalty(weight=0.1), depth_penalty=DepthPenalty(cost_tokens=3))
 
 
 def test_figures_are_means_over_answers_by_hand() -> None:
@@ -190,24 +189,6 @@ def test_layers_per_hop_are_those_of_chains_that_are_followed() -> None:
     terse = [(k, 0.95, 1.5 * k + 0.5) for k in (1, 2, 3)]
     assert depth_of_hops([*terse, (5, 0.3, 6.0)]) == pytest.approx((1.5, 0.5))
     assert np.isnan(depth_of_hops([terse[0], (5, 0.3, 6.0)])).all()
-
-
-def test_the_price_from_which_on_steps_should_take_over_by_hand() -> None:
-    """Of one depth for terse and padded: .75 of them to .25 steps, so that 4 layers less at beta .1 have to be worth
-    .1 ln 3. Answers in no style don't count."""
-
-    def of(layers: float, length: int) -> dict[str, float]:
-        depths = {"mean_depth": layers / 6 / length, "max_depth": layers / 6, "total_depth": layers / 6}
-        return {"correct": 1.0, "length": length, **depths}
-
-    forced = {"terse": of(5, 3), "padded": of(5, 3), "steps": of(1, 3)}
-    reference = shares_of({"terse": 0.3, "steps": 0.2, "padded": 0.3, "other": 0.2}, STYLES)
-    assert steps_price(forced, reference, RL, "max") == pytest.approx(0.1 * np.log(3) / (4 / 6))
-    # The total is divided by the length that costs are for.
-    assert steps_price(forced, reference, RL, "total") == pytest.approx(3 * 0.1 * np.log(3) / (4 / 6))
-    assert steps_price(forced, {"terse": 0.25, "steps": 0.5, "padded": 0.25}, RL, "max") == 0.0
-    assert steps_price({**forced, "steps": of(5, 3)}, reference, RL, "max") is None
-    assert steps_price({style: forced[style] for style in ("terse", "steps")}, reference, RL, "max") is None
 
 
 def test_the_last_model_is_the_start_where_there_was_no_rl() -> None:

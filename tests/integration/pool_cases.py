@@ -6,8 +6,9 @@ import os
 import random
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from ee_megatron.exit_rules import Sample
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import ReplicaSettings, SamplingParams
-from ee_megatron.rollout.pool.ray_driver import Actor
 from ee_megatron.rollout.pool.ray_pool import RayPool
 from ee_megatron.types import Prompt, Rollout
 
@@ -37,10 +37,10 @@ def policy(path: Path, spec: PolicySpec, version: int) -> WeightSet:
 
 
 def make(path: Path, spec: PolicySpec, budget: int, rows: int = 8) -> RayPool:
-    settings = ReplicaSettings(str(path), spec, torch.float32, "cpu", rows=rows, threads=1)
-    return RayPool(settings, RolloutConfig(
-        actors=2, timeout_s=120, failure_budget=budget, device_share=0.5
-    ))  # fmt: skip
+    rollout = RolloutConfig(
+        actors=2, max_num_seqs=rows, threads=1, timeout_s=120, failure_budget=budget, device_share=0.5
+    )  # fmt: skip
+    return RayPool(ReplicaSettings(str(path), spec, torch.float32, "cpu", rollout))
 
 
 def bits(answers: list[list[Rollout]]) -> list[tuple]:
@@ -52,46 +52,28 @@ def bits(answers: list[list[Rollout]]) -> list[tuple]:
     ]  # fmt: skip
 
 
-class Killer:
-    """While entered, a thread sends SIGKILL to actors of the pool, `kills` times.
+@contextmanager
+def killing(pool: RayPool, kills: int, apart: float, seed: int, syncing: bool = False) -> Iterator[list[int]]:
+    """While entered, a thread sends SIGKILL to actors of the pool, `kills` times: each time up to `apart` seconds after
+    all have started or, with `syncing`, after the next of them has begun to take up weights. Yields the processes that
+    it has ended so far."""
+    struck: list[int] = []
+    over, chance = threading.Event(), random.Random(seed)
 
-    Each time up to `apart` seconds after all have started or, with `syncing`, after the next of them has begun to take
-    up weights. `struck` are the processes that it ended, `loading` those among them that were just taking up weights.
-    """
+    def strike() -> None:
+        while len(struck) < kills and not over.wait(0.001):
+            places = pool._driver.places
+            if any(place.handle is None or place.pid in (0, *struck) for place in places):
+                continue
+            chosen = [place.pid for place in places if place.loading is not None or not syncing]
+            if chosen and not over.wait(chance.uniform(0, apart)):
+                struck.append(chance.choice(chosen))
+                os.kill(struck[-1], signal.SIGKILL)
 
-    def __init__(self, pool: RayPool, kills: int, apart: float, seed: int, syncing: bool = False):
-        self.pool, self.kills, self.apart, self.random = pool, kills, apart, random.Random(seed)
-        self.syncing = syncing
-        self.struck: list[int] = []
-        self.loading: list[int] = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        while len(self.struck) < self.kills:
-            while not (chosen := self._ready()):
-                if self._stop.wait(0.001):
-                    return
-            victim = self.random.choice(chosen)
-            if self._stop.wait(self.random.uniform(0, self.apart)):
-                return
-            during_sync = victim.loading is not None
-            os.kill(victim.pid, signal.SIGKILL)
-            self.struck.append(victim.pid)
-            self.loading += [victim.pid] if during_sync else []
-
-    def _ready(self) -> list[Actor]:
-        actors = list(self.pool._actors)
-        if any(actor.pid in (0, *self.struck) for actor in actors):
-            return []
-        return [actor for actor in actors if actor.loading is not None] if self.syncing else actors
-
-    def __enter__(self) -> Killer:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
+    thread = threading.Thread(target=strike)
+    thread.start()
+    try:
+        yield struck
+    finally:
+        over.set()
+        thread.join()

@@ -1,5 +1,4 @@
-"""Deadlines that cannot contradict each other: ranks wait for their leader's rollouts for as long as it lives, and an
-actor's start may take as long as its weights take to read."""
+"""Deadlines that cannot contradict each other: ranks wait for their leader's rollouts for as long as it lives."""
 
 from __future__ import annotations
 
@@ -7,18 +6,8 @@ import re
 import socket
 
 import pytest
-import torch
 from ranks import Ranks
 
-from ee_megatron.config import derive
-from ee_megatron.config.schema import RolloutConfig
-from ee_megatron.exit_rules import Off
-from ee_megatron.families.hf_directory import HFDirectory
-from ee_megatron.rollout import ReplicaSettings
-from ee_megatron.rollout.engine.request import GenerationRequest
-from ee_megatron.rollout.engine.sampling import SamplingParams
-from ee_megatron.rollout.pool.ray_pool import RayPool
-from ee_megatron.types import Prompt
 from tests.covering import EXTENDED, SLOW
 from tests.tiny import tiny_hf
 
@@ -64,64 +53,3 @@ def test_a_leader_that_gives_no_sign_of_life_is_given_up(ranks: Ranks):
 
 def test_no_group_of_ranks_has_a_shorter_deadline_than_all_of_them(ranks: Ranks):
     assert min(ranks.call("deadline_cases:group_deadline", port=free_port(), timeout_s=90)) >= 90
-
-
-@SLOW
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize(("rate", "starts"), [(1 / 200, True), (1e6, False)])
-def test_an_actor_may_take_as_long_to_start_as_its_weights_to_be_read(rate, starts, path, monkeypatch):
-    """Half a second is too short for the imports alone; a disk that reads the model in 200 s makes up for it."""
-    monkeypatch.setattr(derive, "START_S", 0.5)
-    monkeypatch.setattr(derive, "DISK_BYTES_PER_S", HFDirectory(path).size() * rate)
-    settings = ReplicaSettings(str(path), None, torch.float32, "cpu", rows=2, threads=1)
-    pool = RayPool(settings, RolloutConfig(actors=1, failure_budget=1, device_share=0.5))
-    try:
-        if starts:
-            pool.load(None)
-            assert pool.health()["alive"] == 1
-        else:
-            with pytest.raises(RuntimeError, match=r"start.*0\.5 s"):
-                pool.load(None)
-    finally:
-        pool.close()
-
-
-@SLOW
-@pytest.mark.timeout(120)
-def test_an_actor_without_the_gpu_that_it_was_given_is_said_at_once_and_not_tried_again(path):
-    """Ray hands out what it was told there is; torch looks."""
-    import ray
-
-    ray.init(
-        address="local", num_cpus=2, num_gpus=1, include_dashboard=False, _node_ip_address="127.0.0.1",
-        log_to_driver=False,
-    )  # fmt: skip
-    try:
-        settings = ReplicaSettings(str(path), None, torch.float32, "cuda", rows=2, threads=1)
-        pool = RayPool(settings, RolloutConfig(actors=1))
-        with pytest.raises(ValueError, match=r"device=cuda.*torch"):
-            pool.load(None)
-        assert pool.health()["restarts"] == 0
-        pool.close()
-    finally:
-        ray.shutdown()
-
-
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize(("per_token", "answers"), [(30.0, True), (0.0, False)])
-def test_a_call_may_take_as_long_as_its_answers_are_long(per_token, answers, path, monkeypatch):
-    """A millisecond is too short for any; a setting of one's own is not added to."""
-    monkeypatch.setattr(derive, "CALL_S", 0.001)
-    monkeypatch.setattr(derive, "TOKEN_S", per_token)
-    settings = ReplicaSettings(str(path), None, torch.float32, "cpu", rows=2, threads=1)
-    pool = RayPool(settings, RolloutConfig(actors=1, failure_budget=1, device_share=0.5, max_new_tokens=4))
-    try:
-        asked = GenerationRequest([Prompt("p", "one", "", "x")], 2, SamplingParams(1.0, 4), Off(), 0)
-        if answers:
-            assert len(pool.generate(asked)[0]) == 2
-        else:
-            with pytest.raises(RuntimeError, match=r"answer.*0\.001 s"):
-                pool.generate(asked)
-    finally:
-        pool.close()
-    assert derive.call_timeout(RolloutConfig(timeout_s=7.0)) == 7.0

@@ -8,15 +8,11 @@ import pytest
 import torch
 from pool_cases import ADAPTERS, EXITS, LONG, PROMPTS, bits, policy
 
-from ee_megatron.config import derive
-from ee_megatron.config.derive import actor_share
 from ee_megatron.config.schema import RolloutConfig
 from ee_megatron.rollout import GenerationRequest, ReplicaSettings
-from ee_megatron.rollout.pool import ray_actor
 from ee_megatron.rollout.pool.local import LocalPool
-from ee_megatron.rollout.pool.ray_actor import prepare_environment
+from ee_megatron.rollout.pool.ray_cluster import prepare_environment
 from ee_megatron.rollout.pool.ray_driver import LOOK_S
-from ee_megatron.rollout.pool.ray_nodes import RayNodes
 from ee_megatron.rollout.pool.ray_pool import RayPool
 from tests.covering import EXTENDED, SLOW
 from tests.tiny import tiny_hf
@@ -50,11 +46,9 @@ def test_a_lost_node_is_one_loss_and_its_actors_come_back_with_it(cluster, tmp_p
     cluster.add_node(num_cpus=1, **LOOPBACK)
     second = cluster.add_node(num_cpus=1, **LOOPBACK)
     monkeypatch.setenv("EE_RAY_NODES", "3")
-    settings = ReplicaSettings(str(path), ADAPTERS, torch.float32, "cpu", rows=8, threads=1)
+    rollout = RolloutConfig(actors=4, max_num_seqs=8, threads=1, timeout_s=300, failure_budget=2, device_share=0.5)
     local = LocalPool(path, ADAPTERS, rows=8, threads=1)
-    pool = RayPool(settings, RolloutConfig(
-        actors=4, timeout_s=300, failure_budget=2, device_share=0.5
-    ))  # fmt: skip
+    pool = RayPool(ReplicaSettings(str(path), ADAPTERS, torch.float32, "cpu", rollout))
     try:
         weights = policy(path, ADAPTERS, 1)
         pool.load(weights)
@@ -84,47 +78,3 @@ def test_a_lost_node_is_one_loss_and_its_actors_come_back_with_it(cluster, tmp_p
             assert bits(pool.generate(asked)) == bits(whole)
     finally:
         pool.close()
-
-
-@pytest.mark.timeout(200)
-def test_a_cluster_without_room_is_an_error_within_its_deadline(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(derive, "START_S", 3.0)
-    path = tiny_hf("llama", tmp_path / "model")
-    settings = ReplicaSettings(str(path), ADAPTERS, torch.float32, "cpu", rows=8, threads=1)
-    pool = RayPool(settings, RolloutConfig())
-    try:
-        with pytest.raises(RuntimeError, match="room"):
-            pool.load(None)
-    finally:
-        pool.close()
-
-
-@SLOW
-@pytest.mark.timeout(300)
-def test_an_actor_of_several_devices_gets_as_many_of_one_node(cluster, monkeypatch):
-    """Ray counts GPUs that it is told of: two actors of four have room on a node of eight, none on nodes of two."""
-    import ray
-
-    for gpus in (2, 2, 2, 2, 8):
-        cluster.add_node(num_cpus=8, num_gpus=gpus, **LOOPBACK)
-    ray.init(address=cluster.address, log_to_driver=False, namespace="devices")
-
-    class Shown:
-        def __init__(self, settings):
-            self.settings = settings
-
-        def devices(self):
-            import os
-
-            import ray
-
-            return ray.get_runtime_context().get_node_id(), os.environ["CUDA_VISIBLE_DEVICES"].split(",")
-
-    monkeypatch.setattr(ray_actor, "Replica", Shown)
-    rollout = RolloutConfig(backend="vllm", tensor=4, actors=2)
-    share = actor_share(rollout)
-    assert RayNodes(ray, ray_actor.actor_needs("cuda", share)).room() == 2
-    settings = ReplicaSettings("nowhere", None, torch.bfloat16, "cuda", rows=8, threads=1, tensor=4)
-    actors = [ray_actor.create_replica(ray, settings, share) for _ in range(rollout.actors)]
-    (first, some), (second, others) = ray.get([actor.devices.remote() for actor in actors], timeout=DEADLINE)
-    assert first == second and sorted(map(int, some + others)) == list(range(8)) and len(some) == len(others) == 4

@@ -19,6 +19,7 @@ from ee_megatron.config import device as module
 from ee_megatron.config.config_paths import find_config_dir, list_groups
 from ee_megatron.config.device import asks_for_gpus, pick_device, pick_dtype
 from ee_megatron.config.load import load
+from ee_megatron.config.schema import RolloutConfig
 from ee_megatron.planning.plan import element_bytes
 from ee_megatron.rollout.pool.interface import ReplicaSettings
 from ee_megatron.rollout.pool.ray_actor import Replica
@@ -203,7 +204,7 @@ def test_actors_without_the_gpus_that_ray_was_to_hand_out_are_refused(model, cap
 
 def test_an_actor_on_a_node_without_gpus_says_so_at_its_first_load(model: list[str]) -> None:
     path = model[0].removeprefix("model.path=")
-    replica = Replica(ReplicaSettings(path, None, torch.float32, "cuda", 1, 1))
+    replica = Replica(ReplicaSettings(path, None, torch.float32, "cuda", RolloutConfig()))
     with pytest.raises(ValueError, match=r"device=cuda.*torch"):
         replica.load((0, "teacher"), None, 1.0)
 

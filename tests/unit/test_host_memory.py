@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ee_megatron import host_memory
+from ee_megatron.config.schema import RolloutConfig
 from ee_megatron.rollout.pool import ray_actor
 from ee_megatron.rollout.pool.interface import ReplicaSettings
 
@@ -58,7 +59,7 @@ def test_an_actor_gives_back_what_a_call_has_freed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ray_actor, "return_freed", lambda: returned.append("freed"))
     monkeypatch.setattr(ray_actor, "require_gpus", lambda *given: None)
     monkeypatch.setattr(ray_actor.LocalPool, "of", staticmethod(lambda settings: Pool()))
-    replica: Any = ray_actor.Replica(ReplicaSettings("nowhere", None, torch.float32, device, 1, 1))
+    replica: Any = ray_actor.Replica(ReplicaSettings("nowhere", None, torch.float32, device, RolloutConfig()))
     replica.held = (1, "digest")
     assert replica.call((1, "digest"), "health", ()) == {"backend": "local"}
     with pytest.raises(ValueError, match="unfit"):

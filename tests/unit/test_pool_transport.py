@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ee_megatron.policy import WeightSet
-from ee_megatron.rollout.pool import ray_actor
+from ee_megatron.rollout.pool import ray_cluster
 from ee_megatron.rollout.pool.transport import first_difference, hashes, narrowed, pack, travels_in, unpack
 from ee_megatron.tensors import HeldStream
 
@@ -95,17 +95,18 @@ def test_a_cluster_on_other_machines_is_joined_with_a_token_only(address, remote
     monkeypatch.setenv("RAY_ADDRESS", address)
     # What the call sets is taken back after the test.
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    assert ray_actor.is_remote(address) == remote
+    assert ray_cluster.is_remote(address) == remote
     if not remote:
-        ray_actor.prepare_environment()
-        assert "RAY_AUTH_MODE" not in ray_actor.os.environ
+        ray_cluster.prepare_environment()
+        assert "RAY_AUTH_MODE" not in ray_cluster.os.environ
         return
     with pytest.raises(ValueError, match="RAY_AUTH_TOKEN"):
-        ray_actor.prepare_environment()
+        ray_cluster.prepare_environment()
     (tmp_path / "token").write_text("secret")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    ray_actor.prepare_environment()
-    assert ray_actor.os.environ["RAY_AUTH_MODE"] == "token" and ray_actor.os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    ray_cluster.prepare_environment()
+    environment = ray_cluster.os.environ
+    assert environment["RAY_AUTH_MODE"] == "token" and environment["RAY_USAGE_STATS_ENABLED"] == "0"
 
 
 def test_a_ray_older_than_its_tokens_joins_no_cluster_on_other_machines(monkeypatch):
@@ -115,10 +116,10 @@ def test_a_ray_older_than_its_tokens_joins_no_cluster_on_other_machines(monkeypa
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.7:6379")
     with pytest.raises(ValueError, match=r"2\.51\.2.*2\.52"):
-        ray_actor.prepare_environment()
+        ray_cluster.prepare_environment()
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
-    ray_actor.prepare_environment()
+    ray_cluster.prepare_environment()
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.7:6379")
     for version in ("2.52.0", "2.60.0", "3.0.0.dev0"):
         monkeypatch.setattr(metadata, "version", lambda name, version=version: version)
-        ray_actor.prepare_environment()
+        ray_cluster.prepare_environment()

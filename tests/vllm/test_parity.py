@@ -204,20 +204,6 @@ def test_a_whole_model_is_taken_over(tmp_path: Path, engines: Engines):
     assert held == expected_hashes(policy_of(path, FULL, 1), torch.float32)
 
 
-@pytest.mark.parametrize("how", [{}, COMPACT], ids=["masked", "compact"])
-def test_an_answer_goes_on_where_it_stopped(how, llama, engines: Engines):
-    path, own = llama
-    own.decoder.load_policy(policy_of(path))
-    engine = engines(path, policy_of(path), **how)
-    asked = request("sample")
-    whole = own.answers(asked)
-    calls = iter(range(10**6))
-    part = engine.call("generate", asked, (), stop=lambda: next(calls) >= 0)
-    lengths = [answer.length for group in part for answer in group]
-    assert min(lengths) < TOKENS, "it was stopped too late to show anything"
-    assert_same(answers(engine, asked, part), whole)
-
-
 def test_given_tokens_are_part_of_the_answer(llama, engines: Engines):
     path, own = llama
     own.decoder.load_policy(policy_of(path))
@@ -238,6 +224,6 @@ def by_vllm(python: str, home: Path, script: str, *arguments: str):
 
 
 def _packed(tensors):
-    from ee_megatron.rollout.vllm.pipe import packed
+    from ee_megatron.rollout.vllm.ipc import packed
 
     return packed(tensors)

@@ -100,7 +100,7 @@ def test_a_model_without_exits_answers_too(path, vllm_python: str):
     """The teacher's stage has no policy yet."""
     asked = GenerationRequest(PROMPTS, 1, SAMPLINGS["whole"], Off(), 0)
     plain = LocalPool(path, None)
-    pool = VllmPool(ReplicaSettings(str(path), None, torch.float32, "cpu", 8, 1, vllm_python, vllm_compile=False))
+    pool = VllmPool(ReplicaSettings(str(path), None, torch.float32, "cpu", settings(vllm_python)))
     try:
         pool.load(None)
         assert_same(flat(pool.generate(asked)), flat(plain.generate(asked)))
@@ -114,7 +114,7 @@ def test_a_cache_with_a_limit_holds_what_it_says_and_refuses_what_it_can_never_h
     assert dims.max_positions > held
     limit = held * position_bytes(dims, 4) / 2**30
     asked = GenerationRequest(PROMPTS, 2, SAMPLINGS["whole"], Off(), 0)
-    pool = VllmPool(ReplicaSettings(str(path), None, torch.float32, "cpu", 8, 1, vllm_python, cache_gib=limit))
+    pool = VllmPool(ReplicaSettings(str(path), None, torch.float32, "cpu", settings(vllm_python, cache_gib=limit)))
     try:
         pool.load(None)
         assert_same(flat(pool.generate(asked)), flat(LocalPool(path, None, cache_gib=limit).generate(asked)))
@@ -138,7 +138,7 @@ def test_ten_kills_lose_no_answer_and_leave_no_engine(path, pool: RayPool, local
 
     def strike() -> None:
         while len(struck) < 10 and not done.is_set():
-            actors = [actor for actor in pool._actors if actor.pid and actor.pid not in struck and actor.started]
+            actors = [place for place in pool._driver.places if place.pid and place.pid not in struck]
             if done.wait(chance.uniform(0, 0.5)) or len(actors) < 2:
                 continue
             victim = chance.choice(actors).pid

@@ -234,26 +234,27 @@ def test_a_rule_may_come_as_vllm_carries_arguments_and_on_every_way_in(served: S
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "named"),
     [
-        ({"exit_policy": {"kind": "never"}}, "'never' is unknown; expected one of threshold, sample, fixed"),
-        ({"exit_policy": {"kind": "random"}}, "'random' is unknown; expected one of threshold, sample, fixed"),
-        ({"exit_policy": {"kind": "threshold", "value": 1.5}}, "value 1.5 outside 0..1"),
-        ({"exit_policy": {"kind": "threshold", "value": "high"}}, "'high' is no number; expected threshold:HAZARD"),
-        ({"exit_policy": {"kind": "fixed", "value": 2}}, "expected one of .1, 3, 4, 6."),
-        ({"exit_policy": {"kind": "off", "depth": 2}}, "exit_policy.depth: no such field; expected kind and value"),
-        ({"exit_policy": 7}, "expected an object"),
-        ({"exit_polcy": {"kind": "off"}}, "exit_polcy: no such field; expected exit_policy"),
-        ({"vllm_xargs": {"early_exit": "x"}}, "early_exit: no such field; expected exit_policy"),
-        ({"vllm_xargs": {"exit_policy": "threshold:high"}}, "'high' is no number"),
+        ({"exit_policy": {"kind": "never"}}, "never"),
+        ({"exit_policy": {"kind": "threshold", "value": 1.5}}, "1.5"),
+        ({"exit_policy": {"kind": "threshold", "value": "high"}}, "high"),
+        ({"exit_policy": {"kind": "fixed", "value": 2}}, "2"),
+        ({"exit_policy": {"kind": "off", "depth": 2}}, "depth"),
+        ({"exit_policy": 7}, "7"),
+        ({"exit_polcy": {"kind": "off"}}, "exit_polcy"),
+        ({"vllm_xargs": {"early_exit": "x"}}, "early_exit"),
+        ({"vllm_xargs": {"exit_policy": "threshold:high"}}, "threshold:high"),
+        ({"use_beam_search": True}, "use_beam_search"),
     ],
 )
-def test_what_is_wrong_with_a_requests_exits_is_one_line(served: Served, fields: dict, message: str, stream: bool):
+def test_what_is_wrong_with_a_requests_exits_is_one_line(served: Served, fields: dict, named: str, stream: bool):
     for call in (lambda: served.complete(extra_body=fields, stream=stream),
                  lambda: served.chat("9", extra_body=fields, stream=stream)):  # fmt: skip
-        with pytest.raises(openai.BadRequestError, match=message) as caught:
+        with pytest.raises(openai.BadRequestError) as caught:
             call()
-        assert "\n" not in caught.value.body["message"] and caught.value.body["param"] == "exit_policy"
+        body = caught.value.body
+        assert "\n" not in body["message"] and named in body["message"] and body["param"] == "exit_policy"
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -272,11 +273,6 @@ def test_a_client_that_leaves_frees_its_place(served: Served, chat: bool):
     with ask("9", stream=True, **asked) as answer:
         next(iter(answer))
     assert 0 < made() - before < 200
-
-
-def test_beam_search_is_refused(served: Served):
-    with pytest.raises(openai.BadRequestError, match="use_beam_search reads every token as part of a prompt"):
-        served.complete(extra_body={"use_beam_search": True})
 
 
 def test_blocks_of_prompts_are_found_again_and_those_of_answers_never(served: Served):
@@ -341,14 +337,6 @@ def test_what_cant_be_served_is_said_before_anything_starts(export: tuple[Path, 
     found = json.loads(ran.stdout.splitlines()[-1])
     llama, qwen = (f"EarlyExit{family}ForCausalLM" for family in ("Llama", "Qwen3"))
     assert found[:3] == [[DEFAULT.to_json(), llama], [policy, llama], [DEFAULT_EXIT_POLICY, qwen]]
-    messages = (
-        "not served with --pipeline-parallel-size above 1; leave it out",
-        "not served with --enable-lora; leave it out",
-        "not served with --async-scheduling; leave it out",
-        "compact_exits: how many positions run isn't known ahead, found a compiled model; run it eagerly",
-        "not served with VLLM_USE_V2_MODEL_RUNNER=1; leave it out",
-        r"exit_depths \[\]; expected an early-exit export of llama, qwen2, qwen3; make one with: ee-megatron convert",
-        "vLLM 0.33.1 is installed, early exits were tested with 0.32; run: make vllm",
-    )
-    for said, message in zip(found[3:], messages, strict=True):
-        assert len([line for line in said.splitlines() if re.search(message, line)]) == 1, said
+    names = ("--pipeline-parallel-size", "--enable-lora", "--async-scheduling", "compact_exits", "MODEL_RUNNER=1")
+    for said, name in zip(found[3:], (*names, "exit_depths", "vLLM 0.33.1"), strict=True):
+        assert any(name in line for line in said.splitlines()), said

@@ -34,7 +34,7 @@ from ee_megatron.rollout.engine.request import GenerationRequest
 from ee_megatron.rollout.engine.sampling import SamplingParams
 from ee_megatron.rollout.pool.vllm import PROCESS
 from ee_megatron.rollout.vllm.engine import EngineSettings
-from ee_megatron.rollout.vllm.pipe import EngineProcess, packed
+from ee_megatron.rollout.vllm.ipc import EngineProcess, packed
 from ee_megatron.types import Prompt, Rollout
 from tests.reference import random_policy
 from tests.tiny import tiny_hf
@@ -154,8 +154,8 @@ class Engines:
         return engine
 
 
-def answers(engine: EngineProcess, asked: GenerationRequest, begun=(), **options) -> list[Rollout]:
-    return [r for group in engine.call("generate", asked, begun, deadline_s=300, **options) for r in group]
+def answers(engine: EngineProcess, asked: GenerationRequest) -> list[Rollout]:
+    return [r for group in engine.call("generate", asked, deadline_s=300) for r in group]
 
 
 def assert_same(found: Sequence[Rollout], expected: Sequence[Rollout], atol: float = 1e-4) -> None:

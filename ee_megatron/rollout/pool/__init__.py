@@ -11,11 +11,10 @@ from ...config.derive import check_cache
 from ...config.schema import RolloutConfig, VllmConfig
 from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec
-from ..vllm.pipe import check_python
+from ..vllm.ipc import check_python
 from .interface import ReplicaSettings, RolloutPool
 from .local import LocalPool
 from .ray_pool import RayPool
-from .transport import sync_dtype
 
 
 def make_pool(
@@ -28,24 +27,10 @@ def make_pool(
     source = HFDirectory(model_path)
     check_cache(rollout, source.dims, dtype.itemsize)
     source.close()
-    if rollout.backend == "local":
-        narrow, gib = sync_dtype(rollout), rollout.cache_gib
-        return LocalPool(model_path, spec, dtype, device, rollout.max_num_seqs, rollout.threads, narrow, gib)
-    replica = ReplicaSettings(
-        str(Path(model_path).resolve()),
-        spec,
-        dtype,
-        device,
-        rollout.max_num_seqs,
-        rollout.threads,
-        cache_gib=rollout.cache_gib,
-    )
     if rollout.backend == "vllm":
         vllm = rollout.vllm or VllmConfig()
-        python = str(Path(vllm.python).absolute())
-        check_python(python)
-        replica = replace(
-            replica, vllm_python=python, vllm_compile=vllm.compile, tensor=rollout.tensor,
-            vllm_compact=vllm.exits == "compact",
-        )  # fmt: skip
-    return RayPool(replica, rollout)
+        vllm = replace(vllm, python=str(Path(vllm.python).absolute()))
+        check_python(vllm.python)
+        rollout = replace(rollout, vllm=vllm)
+    replica = ReplicaSettings(str(Path(model_path).resolve()), spec, dtype, device, rollout)
+    return LocalPool.of(replica) if rollout.backend == "local" else RayPool(replica)

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...config.schema import RolloutConfig
 from ...policy import PolicySpec, WeightSet, stays_float32
 from ...tensors import Stream, digest
 from ...types import ExitReading, Rollout, Trace
@@ -40,7 +41,7 @@ class RolloutPool(Protocol):
         at most a few blocks are anywhere else. The digest is that of what the pool sends on."""
 
     def load(self, weights: WeightSet | None) -> None:
-        """Hold these weights from now on (None: the teacher). Raises ValueError if they don't arrive as sent."""
+        """Hold these weights from now on (None: the teacher). Raises ValueError if they don't fit the model."""
 
     def check(self, weights: WeightSet) -> None:
         """Compare every tensor held, wherever, with these. Raises ValueError that names the first which differs."""
@@ -77,24 +78,15 @@ class RolloutPool(Protocol):
 
 @dataclass(frozen=True)
 class ReplicaSettings:
-    """What it takes to make a replica in any process. With `vllm_python` vLLM makes the answers, in the environment of
-    that interpreter, on `tensor` devices, compiled or not, with exits compact or masked, and has to be there within
-    `start_s` seconds.
-
-    `cache_gib`: as in `rollout`."""
+    """What it takes to make a replica in any process, within `start_s` seconds. With rollout.backend=vllm the answers
+    are vLLM's, in the environment of rollout.vllm.python."""
 
     model_path: str
     spec: PolicySpec | None
     dtype: torch.dtype
     device: str
-    rows: int
-    threads: int
-    vllm_python: str = ""
-    vllm_compile: bool = True
-    vllm_compact: bool = False
-    tensor: int = 1
+    rollout: RolloutConfig
     start_s: float = 600.0
-    cache_gib: float = 0.0
 
 
 def expected_hashes(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...policy import PolicySpec, WeightSet
-from ...tensors import Digest, Hasher, Stream, collect, digest
+from ...tensors import Digest, Hasher, Stream, collect
 from ...types import ExitReading, Rollout, Trace
 from ..engine import generation, scoring
 from ..engine.cache import PAGE, pages_in
@@ -20,7 +20,7 @@ from ..engine.prompts import load_tokenizer
 from ..engine.request import GenerationRequest, Progress
 from ..engine.scoring import Inspection, Score
 from .interface import Pending, ReplicaSettings, expected_hashes, identity
-from .transport import first_difference, hashes, narrowed
+from .transport import first_difference, hashes, narrowed, sync_dtype
 
 
 class LocalPool:
@@ -48,12 +48,14 @@ class LocalPool:
         self.rows, self.sync_dtype = rows, sync_dtype
         self.positions = pages_in(cache_gib, self.decoder.dims, dtype.itemsize) * PAGE if cache_gib else None
         self._weights: WeightSet | None = None
-        self._taken: WeightSet | None = None
 
     @staticmethod
-    def of(settings: ReplicaSettings) -> LocalPool:
-        s = settings
-        return LocalPool(s.model_path, s.spec, s.dtype, s.device, s.rows, s.threads, cache_gib=s.cache_gib)
+    def of(replica: ReplicaSettings) -> LocalPool:
+        """Weights for an actor have been narrowed on their way."""
+        rollout = replica.rollout
+        narrow = sync_dtype(rollout) if rollout.backend == "local" else None
+        rows, threads, gib = rollout.max_num_seqs, rollout.threads, rollout.cache_gib
+        return LocalPool(replica.model_path, replica.spec, replica.dtype, replica.device, rows, threads, narrow, gib)
 
     @property
     def version(self) -> int:
@@ -64,22 +66,14 @@ class LocalPool:
         with Hasher() as hasher:
             found = Digest(hasher)
             tensors = collect(found.passing(stream))
-            self._taken = WeightSet(version, tensors, found.hexdigest())
-        return self._taken
+            return WeightSet(version, tensors, found.hexdigest())
 
     @property
     def _tensors(self) -> dict[str, Tensor] | None:
         return dict(self._weights.tensors) if self._weights else None
 
     def load(self, weights: WeightSet | None) -> None:
-        """Raises ValueError if the tensors are not those that the digest names, or do not fit the policy."""
-        if weights is not None and weights is not self._taken:
-            found = digest(weights.tensors)
-            if found != weights.digest:
-                raise ValueError(
-                    f"weights version {weights.version}: tensors have digest {found[:12]}, "
-                    f"expected {weights.digest[:12]}; send them again"
-                )
+        """Raises ValueError if the tensors do not fit the policy."""
         if weights is not None:
             weights = narrowed(weights, self.sync_dtype, self.decoder.dtype)
         self.decoder.load_policy(dict(weights.tensors) if weights else None)
@@ -107,13 +101,9 @@ class LocalPool:
             held |= {name: decoder.weights._place(name) for name in decoder.dims.tensor_shapes()}
         return hashes(held)
 
-    def generate(
-        self,
-        request: GenerationRequest,
-        progress: Progress | None = None,
-    ) -> list[list[Rollout]]:
+    def generate(self, request: GenerationRequest, progress: Progress | None = None) -> list[list[Rollout]]:
         return generation.generate(
-            self.decoder, self.tokenizer, request, self.version, progress, self.rows, self.positions
+            self.decoder, self.tokenizer, request, self.version, progress, self.rows, positions=self.positions
         )
 
     def begin(self, weights: WeightSet, request: GenerationRequest) -> Pending:

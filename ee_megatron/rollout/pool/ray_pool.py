@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from ...config.derive import actor_share, call_timeout, start_timeout
-from ...config.schema import RolloutConfig
 from ...families.hf_directory import HFDirectory
 from ...policy import WeightSet
 from ...tensors import Block, Digest, Entries, Hasher, HeldStream, LazyTensors, Stream, part_of
@@ -21,9 +21,9 @@ from ..engine.lens import Lens
 from ..engine.request import GenerationRequest, Progress
 from ..engine.scoring import Inspection, Score
 from .interface import TEACHER, ReplicaSettings, expected_hashes, identity
-from .ray_actor import actor_needs, create_replica, prepare_environment, start_ray
-from .ray_driver import Driver, Sent, Work
-from .ray_nodes import RayNodes
+from .ray_actor import actor_needs, create_replica
+from .ray_cluster import RayNodes, prepare_environment, start_ray
+from .ray_driver import Driver, Place, Sent, Work
 from .transport import first_difference, narrowed, pack, sync_dtype, travels_in, unpack
 
 # Chunks per actor: more spread the load better and lose less to a death, fewer keep its rows fuller.
@@ -58,43 +58,33 @@ class PutTensors(LazyTensors):
 
 
 class RayPool:
-    """`RolloutPool` over Ray actors. Joins the cluster that RAY_ADDRESS names, else starts one on loopback.
+    """`RolloutPool` over `rollout.actors` Ray actors. Joins the cluster that RAY_ADDRESS names, else starts one on
+    loopback. Raises ValueError for settings that no actor could have."""
 
-    `rollout`: how many actors and on what share of a device, what weights are sent in, and what `Driver` needs.
-    """
-
-    def __init__(self, replica: ReplicaSettings, rollout: RolloutConfig):
-        actors, device_share = rollout.actors, actor_share(rollout)
-        if actors < 1:
-            raise ValueError(f"rollout.actors={actors}: a pool needs at least 1")
-        if device_share <= 0 or (device_share > 1 and device_share != int(device_share)):
-            raise ValueError(f"rollout.device_share={device_share}: expected a fraction up to 1, or whole devices")
+    def __init__(self, replica: ReplicaSettings):
+        rollout = replica.rollout
+        share = actor_share(rollout)
+        if rollout.actors < 1:
+            raise ValueError(f"rollout.actors={rollout.actors}: a pool needs at least 1")
+        if share <= 0 or (share > 1 and share != int(share)):
+            raise ValueError(f"rollout.device_share={share}: expected a fraction up to 1, or whole devices")
         source = HFDirectory(replica.model_path)
-        starting = start_timeout(rollout, source.size())
         rollout = replace(rollout, timeout_s=call_timeout(rollout))
-        replica = replace(replica, start_s=starting)
+        starting = start_timeout(replica.rollout, source.size())
+        self._replica = replace(replica, start_s=starting)
         prepare_environment()
         import ray
 
-        self._ray, self._replica, self.sync_dtype = ray, replica, sync_dtype(rollout)
-        self._timeout_s, self._count = rollout.timeout_s, actors
+        self._ray, self._rollout, self.sync_dtype = ray, rollout, sync_dtype(rollout)
         self._owner = not ray.is_initialized()
         if self._owner:
             shapes = replica.spec.tensor_shapes(source.dims).values() if replica.spec else []
-            size = 4 * sum(int(np.prod(shape)) for shape in shapes)
-            start_ray(ray, actors, device_share, size, starting)
-        self._sent = Sent(TEACHER, None)
-        self._driver = Driver(
-            ray,
-            lambda: create_replica(ray, replica, device_share),
-            RayNodes(ray, actor_needs(replica.device, device_share)),
-            rollout,
-            starting,
-        )
-
-    @property
-    def _actors(self) -> list:
-        return self._driver.actors
+            start_ray(ray, rollout.actors, share, 4 * sum(math.prod(shape) for shape in shapes), starting)
+        # What the actors are to hold, and whose version it is before it is narrowed.
+        self._sent, self._origin = Sent(TEACHER, None), TEACHER
+        needs = actor_needs(replica.device, share)
+        create = partial(create_replica, ray, self._replica, needs)
+        self._driver = Driver(ray, create, RayNodes(ray, needs), rollout, starting)
 
     def take(self, version: int, stream: Stream) -> WeightSet:
         """Into the object store, one chunk after the other, each while the next one's tensors come: the node's actors
@@ -116,16 +106,18 @@ class RayPool:
 
     def check(self, weights: WeightSet) -> None:
         """Every actor hashes what it holds, read back from its decoder. Raises RuntimeError if one is lost."""
-        wanted = self._narrowed(weights)
-        if identity(wanted) != self._sent.identity:
+        wanted = weights
+        if not isinstance(weights.tensors, LazyTensors):
+            wanted = narrowed(weights, self.sync_dtype, self._replica.dtype)
+        if identity(wanted) not in (self._origin, self._sent.identity):
             raise ValueError(
                 f"the pool was sent weights version {self._sent.identity[0]}, not this version {weights.version}; "
                 "load them first"
             )
         expected = expected_hashes(wanted.tensors, self._replica.dtype)
-        calls = [actor.handle.call.remote(self._sent.identity, "held_hashes", ()) for actor in self._actors]
+        calls = [place.handle.call.remote(self._sent.identity, "held_hashes", ()) for place in self._manned()]
         try:
-            found = self._ray.get(calls, timeout=self._timeout_s)
+            found = self._ray.get(calls, timeout=self._rollout.timeout_s)
         except (self._ray.exceptions.RayActorError, self._ray.exceptions.GetTimeoutError) as error:
             raise RuntimeError(f"weights were not compared: {str(error).splitlines()[0]}; load them again") from None
         except self._ray.exceptions.RayTaskError as error:
@@ -162,16 +154,16 @@ class RayPool:
     def health(self) -> dict:
         """As of the last call: `alive` counts actors that hold the wanted weights; `pids` are theirs."""
         wanted = self._sent.identity
-        ready = [actor for actor in self._actors if actor.held == wanted]
+        ready = [place for place in self._manned() if place.held == wanted]
         return {
-            "backend": "vllm" if self._replica.vllm_python else "ray",
-            "actors": self._count,
+            "backend": self._rollout.backend,
+            "actors": self._rollout.actors,
             "alive": len(ready),
             "restarts": self._driver.deaths,
             "last_death": self._driver.last_death,
             "version": wanted[0],
             "digest": wanted[1],
-            "pids": [actor.pid for actor in ready],
+            "pids": [place.pid for place in ready],
         }
 
     def close(self) -> None:
@@ -191,30 +183,21 @@ class RayPool:
     def _send(self, weights: WeightSet | None) -> Sent:
         """Put a version into the object store, unless it is there."""
         if weights is None:
-            self._sent = Sent(TEACHER, None)
-            return self._sent
-        wanted = self._narrowed(weights)
-        if identity(wanted) != self._sent.identity:
-            held = wanted.tensors
-            if isinstance(held, PutTensors):
-                chunks = held.chunks
-            else:
-                packed = pack(HeldStream(held), lambda name: held[name].dtype)
-                chunks = tuple(self._ray.put(chunk) for chunk in packed)
-            self._sent = Sent(identity(wanted), chunks)
+            self._sent, self._origin = Sent(TEACHER, None), TEACHER
+        elif identity(weights) not in (self._origin, self._sent.identity):
+            put = weights
+            if not isinstance(put.tensors, PutTensors):
+                put = self.take(weights.version, HeldStream(weights.tensors))
+            assert isinstance(put.tensors, PutTensors)
+            self._sent, self._origin = Sent(identity(put), put.tensors.chunks), identity(weights)
         return self._sent
 
-    def _narrowed(self, weights: WeightSet) -> WeightSet:
-        """As the weights travel; what has done so already stays as it is, and what is in a file passes through."""
-        if isinstance(weights.tensors, PutTensors):
-            return weights
-        if isinstance(weights.tensors, LazyTensors):
-            return self.take(weights.version, HeldStream(weights.tensors))
-        return narrowed(weights, self.sync_dtype, self._replica.dtype)
+    def _manned(self) -> list[Place]:
+        return [place for place in self._driver.places if place.handle is not None]
 
     def _generation(self, sent: Sent, request: GenerationRequest) -> Work:
         # By the number of actors that there should be: answers must not depend on who is alive.
-        rows, actors, prompts = self._replica.rows, self._count, request.prompts
+        rows, actors, prompts = self._rollout.max_num_seqs, self._rollout.actors, request.prompts
         # Several rules make more chunks, not larger ones: a chunk's time has a limit.
         spread = CHUNKS_PER_ACTOR * actors * len(request.rules)
         size = max(-(-2 * rows // request.per_prompt), -(-len(prompts) // spread))
@@ -223,7 +206,7 @@ class RayPool:
         return Work(sent, "generate", [(c,) for c in chunks], [c.answers for c in chunks])
 
     def _read(self, method: str, rollouts: Sequence[Rollout], extra: tuple, progress: Progress | None) -> list:
-        size = max(1, min(READ_CHUNK, -(-len(rollouts) // self._count)))
+        size = max(1, min(READ_CHUNK, -(-len(rollouts) // self._rollout.actors)))
         chunks = [list(rollouts[i : i + size]) for i in range(0, len(rollouts), size)]
         work = Work(self._sent, method, [(c, *extra) for c in chunks], [len(c) for c in chunks])
         return self._driver.wait(self._driver.submit(work), progress)

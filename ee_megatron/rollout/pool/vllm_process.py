@@ -12,7 +12,7 @@ from ..engine.generation import answer
 from ..engine.request import GenerationRequest
 from ..vllm import register
 from ..vllm.engine import EngineSettings, VllmEngine
-from ..vllm.pipe import listen, unpacked
+from ..vllm.ipc import listen, unpacked
 from .transport import hashes
 
 
@@ -30,7 +30,7 @@ class Served:
     def held(self) -> dict[str, str]:
         return hashes(self.engine.held())
 
-    def generate(self, request: GenerationRequest, stop: Callable[[], bool]) -> list[list[Rollout]]:
+    def generate(self, request: GenerationRequest) -> list[list[Rollout]]:
         return answer(self.engine, self.engine.tokenizer, request, self.version)
 
 

@@ -1,11 +1,9 @@
-"""How much memory there is for the key-value cache and for reading prompts, counted once, before the first request."""
+"""How much memory there is for the key-value cache and for prefill, counted once, before the first request."""
 
 from __future__ import annotations
 
-import math
 import os
 import resource
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,113 +16,90 @@ from ..engine.decoder import Decoder
 from ..engine.model_runner import PREFILL_POSITIONS
 
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
-# Left to the interpreter, threads, and bodies that the HTTP side reads.
-MARGIN = 256 << 20
-# Of a limit on addresses: threads reserve more of them than they use memory.
-ADDRESSES = 384 << 20
-# Of what is free then, the most that reading prompts may take; and what is left alone of the rest.
-READING_SHARE, SPARE_SHARE = 0.4, 0.1
-# float32 copies of a row's logits while a token is chosen.
+# Bytes left to the interpreter, threads and bodies; of a limit on addresses, which threads reserve without using them.
+MARGIN, ADDRESSES = 256 << 20, 384 << 20
+# Of what is free then: at most so much for prefill; and of the rest so much stays free.
+PREFILL_SHARE, SPARE_SHARE = 0.4, 0.1
+# float32 copies of a row's logits while a token is sampled.
 LOGITS_COPIES = 4
 
 
 @dataclass(frozen=True)
-class Free:
-    """Bytes that this process may still take, and what says so."""
-
-    bytes: int
-    limit: str
-
-
-@dataclass(frozen=True)
-class Budget:
-    """positions that the cache holds; positions of the longest prompt that can be read; positions that are read
-    together; bytes of the cache at most; where the number comes from."""
+class MemoryBudget:
+    """positions: of the cache; longest: of a request, longest_prompt: of a prompt that can be read; prefill: that are
+    read together; cache_bytes; limit: what sets the size of the cache."""
 
     positions: int
+    longest: int
     longest_prompt: int
-    reading: int
+    prefill: int
     cache_bytes: int
     limit: str
 
 
-def free_memory(device: torch.device) -> Free:
-    """The least that the device, the machine, the control group and the process's own limits leave."""
+def free_memory(device: torch.device) -> tuple[int, str]:
+    """Bytes that this process may still take, and what limits it: the device, the machine, ulimit, a control group."""
     if device.type == "cuda":
-        return Free(torch.cuda.mem_get_info(device)[0], f"{device}'s free memory")
-    return min(_limits(), key=lambda free: free.bytes)
-
-
-def _limits() -> Iterator[Free]:
+        return torch.cuda.mem_get_info(device)[0], f"{device}'s free memory"
     if not (PROC / "meminfo").is_file():
-        yield Free(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2, "half the machine's memory")
-        return
-    yield Free(_kib(PROC / "meminfo", "MemAvailable"), "the machine's free memory")
-    for which, field, name in (
-        (resource.RLIMIT_AS, "VmSize", "ulimit -v"),
-        (resource.RLIMIT_DATA, "VmData", "ulimit -d"),
-    ):
-        limit = resource.getrlimit(which)[0]
-        if limit != resource.RLIM_INFINITY:
-            yield Free(max(0, limit - _kib(PROC / "self" / "status", field) - ADDRESSES), name)
-    for group, most, now, cached in (
-        (CGROUP, "memory.max", "memory.current", "inactive_file"),
-        (CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        try:
-            limit, used = (int((group / file).read_text()) for file in (most, now))
-            # Files that the kernel keeps while nobody wants the memory.
-            kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())[cached]
-        except (OSError, ValueError, KeyError):
-            # Not there, or "max".
-            continue
-        yield Free(max(0, limit - used + int(kept)), "the control group's limit")
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2, "half the machine's memory"
+    found = [(_kib("meminfo", "MemAvailable"), "the machine's free memory")]
+    for kind, used, name in ((resource.RLIMIT_AS, "VmSize", "-v"), (resource.RLIMIT_DATA, "VmData", "-d")):
+        if (most := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY:
+            found.append((most - _kib("self/status", used) - ADDRESSES, f"ulimit {name}"))
+    try:
+        most, now = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        # Files that the kernel caches until somebody wants the memory.
+        cached = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())["inactive_file"]
+        found.append((most - now + int(cached), "the control group's limit"))
+    except (OSError, ValueError, KeyError):
+        # Not there, or "max".
+        pass
+    least, limit = min(found)
+    return max(0, least), limit
 
 
-def _kib(file: Path, name: str) -> int:
+def _kib(file: str, name: str) -> int:
     """Bytes that a line `name: n kB` states."""
-    for line in file.read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) << 10
-    raise ValueError(f"{file}: no line {name}")
+    lines = dict(line.split(":", 1) for line in (PROC / file).read_text().splitlines() if ":" in line)
+    return int(lines[name].split()[0]) << 10
 
 
-def reading_bytes(dims: ModelDims, item: int) -> int:
+def prefill_bytes(dims: ModelDims, item: int) -> int:
     """Of one position of a prompt while it is read: keys and values of all layers twice (as they are made, and as they
     go into the cache), and what one layer computes."""
     heads = (dims.heads + 2 * dims.kv_heads) * dims.head_dim
-    layer = 4 * dims.hidden + 3 * heads + 3 * dims.intermediate
-    return 2 * position_bytes(dims, item) + 4 * layer
+    return 2 * position_bytes(dims, item) + 4 * (4 * dims.hidden + 3 * heads + 3 * dims.intermediate)
 
 
-def plan_memory(decoder: Decoder, rows: int, longest: int, cache_gib: float, free: Free | None = None) -> Budget:
-    """What of the free memory the cache gets: `cache_gib`, or for 0 all that `rows` requests of `longest` positions can
-    use and that is there beside prompts being read. Raises ValueError if that isn't enough for a page."""
+def plan_memory(
+    decoder: Decoder, rows: int, max_length: int, cache_gib: float, free: tuple[int, str] | None = None
+) -> MemoryBudget:
+    """What of the free memory the cache gets: `cache_gib`, or for 0 all that `rows` requests of `max_length` positions
+    (0: as many as the model has) can use and that is there beside prefill. Raises ValueError for what can't be met."""
     dims, item = decoder.dims, decoder.dtype.itemsize
-    free = free_memory(decoder.device) if free is None else free
-    there = free.bytes - MARGIN - LOGITS_COPIES * 4 * dims.vocab * rows
-    position, read = position_bytes(dims, item), reading_bytes(dims, item)
+    if max_length > dims.max_positions:
+        raise ValueError(f"max-length {max_length}: the model has {dims.max_positions} positions; lower it")
+    longest = max_length or dims.max_positions
+    there, limit = free or free_memory(decoder.device)
+    rest = max(0, there - MARGIN - LOGITS_COPIES * 4 * dims.vocab * rows)
+    page, read = PAGE * position_bytes(dims, item), prefill_bytes(dims, item)
     if cache_gib:
-        wanted, limit = int(cache_gib * 2**30), "--cache-gib"
-        if wanted > there:
-            raise ValueError(
-                f"cache-gib {cache_gib:g}: {free.limit} leaves {max(0, there) / 2**30:.2f} GiB for it; lower it"
-            )
-        reading = there - wanted
+        cache, limit = int(cache_gib * 2**30), "--cache-gib"
+        prefill = rest - cache
     else:
-        reading = min(int(there * READING_SHARE), read * max(longest, PREFILL_POSITIONS))
-        wanted, limit = int((there - reading) * (1 - SPARE_SHARE)), free.limit
-        most = rows * -(-longest // PAGE) * PAGE * position
-        if most < wanted:
-            wanted, limit = most, f"what {rows} requests can take"
-    pages, prompt = wanted // (PAGE * position), reading // read
-    if pages < 1 or prompt < PAGE:
-        kept = free.bytes - there
-        least = kept + PAGE * max(read / READING_SHARE, position / ((1 - READING_SHARE) * (1 - SPARE_SHARE)))
+        prefill = min(int(rest * PREFILL_SHARE), read * max(longest, PREFILL_POSITIONS))
+        cache = int((rest - prefill) * (1 - SPARE_SHARE))
+        if (most := rows * -(-longest // PAGE) * page) < cache:
+            cache, limit = most, f"what {rows} requests can take"
+    positions, prompt = cache // page * PAGE, prefill // read
+    if positions < max(PAGE, max_length) or prompt < PAGE:
         raise ValueError(
-            f"{free.limit} leaves {max(0, free.bytes) / 2**20:.0f} MiB beside the model; a request of {PAGE} tokens "
-            f"needs {math.ceil(least / 2**20)}, {kept / 2**20:.0f} of them for bodies, threads and the logits of "
-            f"{rows} rows; free memory, lower --rows, or take a smaller model"
+            f"{limit} and {there / 2**20:.0f} MiB of free memory leave a cache of {positions} positions and prompts of "
+            f"{max(0, prompt)}; a request takes up to {max_length or PAGE}; free memory, change --cache-gib or "
+            "--max-length, lower --rows, or take a smaller model"
         )
-    longest_prompt = min(longest, prompt, pages * PAGE)
-    return Budget(pages * PAGE, longest_prompt, min(PREFILL_POSITIONS, prompt), pages * PAGE * position, limit)
+    longest = min(longest, positions)
+    return MemoryBudget(
+        positions, longest, min(longest, prompt), min(PREFILL_POSITIONS, prompt), cache // page * page, limit
+    )

@@ -1,4 +1,4 @@
-"""One thread that owns the scheduler; requests join it and leave it from any other thread."""
+"""The engine's thread, which owns the scheduler: requests join it and leave it from any other thread."""
 
 from __future__ import annotations
 
@@ -6,59 +6,68 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from transformers import PreTrainedTokenizerBase
 
 from ..engine.decoder import Decoder
 from ..engine.model_runner import PREFILL_POSITIONS
 from ..engine.request import Event, Request
 from ..engine.scheduler import Scheduler
-from ..engine.scoring import PromptScore, score_prompts
-from .metrics import Metrics
+from .protocol import BadRequest
 
-# Over how many seconds the rate of tokens is taken, and over how many tokens their mean depth.
-RATE_WINDOW_S = 10.0
-DEPTH_WINDOW = 1000
 log = logging.getLogger(__name__)
-
-# Prompt positions, padding included, that are scored in one go between two pieces of the scheduler's work.
-SCORE_POSITIONS = 2048
-
-# Told, in the engine's thread, of what a prompt's tokens score if that was wanted, then of each token of the answer, or
-# of the error that ended it.
-Told = PromptScore | Event | Exception
-Sink = Callable[[Told], None]
+OUTCOMES = ("answered", "cancelled", "refused", "failed")
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
-class Busy(Exception):
-    """The queue is full."""
+class ServerMetrics:
+    """What Prometheus reads of a server; safe to use from any thread."""
+
+    def __init__(self, depths: tuple[int, ...]):
+        self.registry = CollectorRegistry()
+        about: dict[str, Any] = {"namespace": "ee_megatron", "registry": self.registry}
+        self.requests = Counter("requests", "Answers, by what became of them.", ["outcome"], **about)
+        self.responses = Counter("http_responses", "HTTP responses, by status.", ["status"], **about)
+        self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", **about)
+        self.tokens = Counter("generation_tokens", "Tokens generated.", **about)
+        self.depths = Counter("exit_depth_tokens", "Tokens generated, by the layers they ran.", ["depth"], **about)
+        self.layers = Counter("layers_run", "Layers that generated tokens ran.", **about)
+        about["buckets"] = SECONDS
+        self.first = Histogram("time_to_first_token_seconds", "From a request to its first token.", **about)
+        self.next = Histogram("time_per_output_token_seconds", "From one token of an answer to the next.", **about)
+        for outcome in OUTCOMES:
+            self.requests.labels(outcome)
+        for depth in depths:
+            self.depths.labels(str(depth))
+
+    def gauge(self, name: str, about: str, value: Callable[[], float]) -> None:
+        Gauge(name, about, namespace="ee_megatron", registry=self.registry).set_function(value)
+
+    def value(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(f"ee_megatron_{name}", labels) or 0.0
 
 
 @dataclass(eq=False)
 class Ticket:
-    """A request in the engine; `id` is the scheduler's once it has it.
-
-    - score: None, or that the prompt's own tokens are to be scored first, with so many of the most probable ones
-    - generate: False: that was all
-    - at: when it came, then when its last token did, by `time.monotonic`
-    """
+    """A request in the engine. `tell` is called in the engine's thread with each token of the answer, or with the error
+    that ended it; `id` is the scheduler's; `at`: when the request or its last token came, by `time.monotonic`."""
 
     request: Request
-    sink: Sink
-    score: int | None = None
-    generate: bool = True
+    tell: Callable[[Event | Exception], None]
     id: int = -1
     begun: bool = False
     cancelled: bool = False
     at: float = 0.0
 
 
-class Engine:
-    """At most `rows` requests run at a time, and as many as fit `positions` (None: any number), and `queue_limit` wait;
-    `submit` refuses more. `reading` and `passing` are the scheduler's."""
+class ServingEngine:
+    """Runs up to `rows` requests together, as many as fit `positions` of the cache (None: any number), and lets
+    `queue_limit` more wait. `reading` and `passing` are the scheduler's."""
 
     def __init__(
         self,
@@ -70,96 +79,82 @@ class Engine:
         reading: int = PREFILL_POSITIONS,
         passing: bool = False,
     ):
-        self.rows, self.queue_limit, self.num_layers = rows, queue_limit, decoder.dims.num_layers
-        self.vocab = decoder.dims.vocab
-        self.metrics = Metrics(decoder.layout.outcomes)
-        self._decoder = decoder
+        self.decoder, self.rows, self.queue_limit = decoder, rows, queue_limit
         self._scheduler = Scheduler(
             decoder, tokenizer, rows, positions=positions, reading=reading, passing=passing, failed=self._failed
         )
         if positions is not None:
             self._scheduler.cache.reserve()
-        # What was submitted together comes together, so that a prompt is scored once for all its answers.
-        self._inbox: queue.SimpleQueue[list[Ticket] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[list[Ticket] | Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._open: set[Ticket] = set()
+        self._open: set[object] = set()
         self._by_id: dict[int, Ticket] = {}
-        self._unscored: deque[Ticket] = deque()
-        self._rates: deque[tuple[float, int]] = deque()
-        self._depths: deque[int] = deque(maxlen=DEPTH_WINDOW)
         self._closing = False
-        self._begun = time.monotonic()
+        self.metrics = ServerMetrics(decoder.layout.outcomes)
+        cache, gauge = self._scheduler.cache, self.metrics.gauge
+        gauge("requests_running", "Answers that have a place in the batch.", lambda: self.running)
+        gauge("requests_queued", "Answers that wait for one.", lambda: self.queued)
+        gauge("cache_used_bytes", "Key-value cache held by answers.", lambda: cache.used * cache.page_bytes)
+        gauge("cache_allocated_bytes", "Key-value cache allocated.", lambda: cache.pages * cache.page_bytes)
+        gauge("cache_limit_bytes", "Key-value cache at most.", lambda: (cache.limit or 0) * cache.page_bytes)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def check(self, request: Request) -> None:
-        """Raises ValueError if this model can't follow the request's exit policy."""
-        request.exits.check(self._decoder.layout, self._decoder.gates is not None)
+    @property
+    def running(self) -> int:
+        return self._scheduler.in_flight - self._scheduler.free
+
+    @property
+    def queued(self) -> int:
+        return max(0, len(self._open) - self.running)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
 
     def submit(self, tickets: list[Ticket]) -> None:
-        """Queue requests that belong together: all of them or, raising Busy, none."""
-        now = time.monotonic()
-        with self._lock:
-            if self._closing or not self._thread.is_alive():
-                raise RuntimeError("the engine has stopped; start the server again")
-            if len(self._open) + len(tickets) > self.rows + self.queue_limit:
-                self.metrics.ended("refused", len(tickets))
-                raise Busy(
-                    f"{len(self._open)} requests are running or waiting, at most {self.rows} run and "
-                    f"{self.queue_limit} wait; try again later or with a smaller n"
-                )
-            self._open.update(tickets)
+        """Queue requests that belong together. Raises BadRequest if there is no room for all, or the engine stopped."""
         for ticket in tickets:
-            ticket.at = now
+            ticket.at = time.monotonic()
+        self._enter(tickets)
+        # Together, so that equal prompts are read once.
         self._inbox.put(tickets)
+
+    def call(self, work: Callable[[], Any]) -> Future:
+        """`work`'s result: it runs in the engine's thread, between two steps. Raises BadRequest as `submit` does."""
+        result: Future = Future()
+
+        def run() -> None:
+            try:
+                if result.set_running_or_notify_cancel():
+                    result.set_result(work())
+            except Exception as error:
+                result.set_exception(error)
+            finally:
+                with self._lock:
+                    self._open.discard(result)
+
+        self._enter([result])
+        self._inbox.put(run)
+        return result
 
     def cancel(self, tickets: list[Ticket]) -> None:
         """Give up what of these has not finished; nothing more is told of them."""
         for ticket in tickets:
-            with self._lock:
-                running = ticket in self._open and not ticket.cancelled
-                ticket.cancelled = ticket.cancelled or running
-            if running:
-                self._inbox.put([ticket])
+            ticket.cancelled = True
+        if self._open.intersection(tickets):
+            self._inbox.put(tickets)
 
     def health(self) -> dict:
-        """Counts now, rates over the last seconds; `mean_depth` is a share of the layers, None before any token."""
-        with self._lock:
-            now, depths = time.monotonic(), list(self._depths)
-            recent = sum(count for at, count in self._rates if now - at <= RATE_WINDOW_S)
-            running = self._scheduler.in_flight - self._scheduler.free
-            return {
-                "running": running,
-                "queue": max(0, len(self._open) - running),
-                "rows": self.rows,
-                "queue_limit": self.queue_limit,
-                "tokens_per_s": recent / min(RATE_WINDOW_S, max(1.0, now - self._begun)),
-                "mean_depth": sum(depths) / len(depths) / self.num_layers if depths else None,
-                **self.metrics.outcomes(),
-                "uptime_s": now - self._begun,
-            }
-
-    def metrics_text(self) -> str:
-        """Everything that is counted, for Prometheus."""
-        health, cache = self.health(), self._scheduler.cache
-        depth, limit = health["mean_depth"], cache.limit
-        gauges = {
-            "requests_running": ("Answers that have a place in the batch.", health["running"]),
-            "requests_queued": ("Answers that wait for one.", health["queue"]),
-            "cache_used_bytes": ("Of the key-value cache, held by answers.", cache.used * cache.page_bytes),
-            "cache_allocated_bytes": ("Of the key-value cache, taken from the system.", cache.pages * cache.page_bytes),
-            "uptime_seconds": ("Since the start.", health["uptime_s"]),
+        """Counts since the start; `mean_depth`: share of the layers that generated tokens ran, None before any."""
+        value = self.metrics.value
+        tokens, layers = value("generation_tokens_total"), value("layers_run_total")
+        return {
+            "running": self.running,
+            "queue": self.queued,
+            "mean_depth": layers / tokens / self.decoder.dims.num_layers if tokens else None,
+            **{outcome: int(value("requests_total", outcome=outcome)) for outcome in OUTCOMES},
         }
-        if limit is not None:
-            gauges["cache_limit_bytes"] = ("Of the key-value cache, at most.", limit * cache.page_bytes)
-        if depth is not None:
-            gauges["mean_depth_share"] = ("Layers run of all, mean over the last thousand tokens.", depth)
-        return self.metrics.text(gauges)
-
-    @property
-    def alive(self) -> bool:
-        """Whether the engine's thread runs."""
-        return self._thread.is_alive()
 
     def close(self, timeout_s: float = 10.0) -> None:
         """End the thread; whatever still runs is given up."""
@@ -168,138 +163,94 @@ class Engine:
         self._inbox.put(None)
         self._thread.join(timeout_s)
 
-    # ---- the thread ----
+    def _enter(self, items: list) -> None:
+        with self._lock:
+            if self._closing or not self.alive:
+                raise BadRequest("the engine has stopped; start the server again", 503)
+            if len(self._open) + len(items) > self.rows + self.queue_limit:
+                self.metrics.requests.labels("refused").inc(len(items))
+                raise BadRequest(
+                    f"{len(self._open)} requests are running or waiting, at most {self.rows} run and "
+                    f"{self.queue_limit} wait; try again later or with a smaller n",
+                    429,
+                    "queue_full",
+                )
+            self._open.update(items)
+
+    # ---- in the thread ----
 
     def _run(self) -> None:
-        while self._receive(block=not (self._scheduler.busy or self._unscored)):
-            if self._unscored:
-                self._score()
+        while self._receive(block=not self._scheduler.busy):
             if not self._scheduler.busy:
                 continue
             try:
-                events = self._scheduler.advance()
+                self._report(self._scheduler.advance())
             except Exception as error:
+                # Whose request it was is not known.
                 log.exception("the engine failed; %d requests are given up", len(self._by_id))
-                self._begin_again(error)
-                continue
-            if events:
-                self._report(events)
+                for ticket in list(self._by_id.values()):
+                    self._scheduler.cancel(ticket.id)
+                    self._end(ticket, "failed", error)
 
     def _receive(self, block: bool) -> bool:
-        """Take in what has come, after waiting for it if told to; False if the engine is to end."""
+        """Take in what has come, after waiting for it if told to; work that is called goes one piece at a time, between
+        steps. False if the engine is to end."""
         while True:
             try:
-                tickets = self._inbox.get(block=block)
+                came = self._inbox.get(block=block)
             except queue.Empty:
                 return True
-            if tickets is None:
+            if came is None:
                 return False
             block = False
-            for ticket in tickets:
-                if ticket.cancelled:
-                    self._drop(ticket)
-                    continue
-                self.metrics.came(len(ticket.request.prompt))
-                if ticket.score is not None:
-                    self._unscored.append(ticket)
-                else:
-                    self._add(ticket)
-
-    def _score(self) -> None:
-        """Score the prompts of those that came first, as many as are read together; answers to one prompt, which come
-        one after another, share what is read."""
-        chosen, longest = list[list[Ticket]](), 0
-        while self._unscored:
-            prompt, score = self._unscored[0].request.prompt, self._unscored[0].score
-            if not (chosen and chosen[-1][0].request.prompt == prompt and chosen[-1][0].score == score):
-                longest = max(longest, len(prompt))
-                if chosen and longest * (len(chosen) + 1) > SCORE_POSITIONS:
-                    break
-                chosen.append([])
-            chosen[-1].append(self._unscored.popleft())
-        self._score_together(chosen)
-
-    def _score_together(self, groups: list[list[Ticket]]) -> None:
-        prompts = [group[0].request.prompt for group in groups]
-        try:
-            scores = score_prompts(self._decoder, prompts, [group[0].score or 0 for group in groups])  # type: ignore[arg-type]
-        except Exception as error:
-            if len(groups) > 1:
-                for group in groups:
-                    self._score_together([group])
-                return
-            for ticket in groups[0]:
-                self._end(ticket, "failed", error)
-            return
-        for group, score in zip(groups, scores, strict=True):
-            for ticket in group:
-                if ticket.generate:
-                    ticket.sink(score)
-                    self._add(ticket)
-                else:
-                    self._end(ticket, "answered", score)
+            if callable(came):
+                came()
+                return True
+            for ticket in came:
+                self._drop(ticket) if ticket.cancelled else self._add(ticket)
 
     def _add(self, ticket: Ticket) -> None:
+        self.metrics.prompt_tokens.inc(len(ticket.request.prompt))
         try:
             ticket.id = self._scheduler.add(ticket.request)
+            self._by_id[ticket.id] = ticket
         except Exception as error:
             self._end(ticket, "failed", error)
-            return
-        with self._lock:
-            self._by_id[ticket.id] = ticket
 
-    def _end(self, ticket: Ticket, outcome: str, last: Told) -> None:
+    def _end(self, ticket: Ticket, outcome: str, last: Event | Exception) -> None:
         """Forget a ticket and tell its owner the last thing."""
+        self._by_id.pop(ticket.id, None)
         with self._lock:
-            self._by_id.pop(ticket.id, None)
             self._open.discard(ticket)
-        self.metrics.ended(outcome)
+        self.metrics.requests.labels(outcome).inc()
         if not ticket.cancelled:
-            ticket.sink(last)
+            ticket.tell(last)
 
     def _drop(self, ticket: Ticket) -> None:
-        known = self._by_id.get(ticket.id) is ticket
-        if known:
+        if self._by_id.get(ticket.id) is ticket:
             self._scheduler.cancel(ticket.id)
-        elif ticket in self._unscored:
-            self._unscored.remove(ticket)
-        with self._lock:
-            if known:
-                self._by_id.pop(ticket.id)
-            if ticket in self._open:
-                self._open.discard(ticket)
-                self.metrics.ended("cancelled")
+        if ticket in self._open:
+            self._end(ticket, "cancelled", BadRequest("cancelled"))
 
     def _report(self, events: list[Event]) -> None:
-        now = time.monotonic()
-        waited: dict[bool, list[float]] = {False: [], True: []}
+        now, metrics = time.monotonic(), self.metrics
+        # Counted before anybody is told, who may look at once.
+        metrics.tokens.inc(len(events))
+        metrics.layers.inc(sum(event.depth for event in events))
         for event in events:
             ticket = self._by_id[event.request]
-            waited[ticket.begun].append(now - ticket.at)
+            metrics.depths.labels(str(event.depth)).inc()
+            (metrics.next if ticket.begun else metrics.first).observe(now - ticket.at)
             ticket.at, ticket.begun = now, True
-        # Counted before anybody is told, who may look at once.
-        depths = [event.depth for event in events]
-        self.metrics.tokens(depths, first=waited[False], between=waited[True])
-        with self._lock:
-            self._rates.append((now, len(events)))
-            while now - self._rates[0][0] > RATE_WINDOW_S:
-                self._rates.popleft()
-            self._depths.extend(depths)
         for event in events:
             ticket = self._by_id[event.request]
             if event.finished is not None:
                 self._scheduler.cancel(event.request)
                 self._end(ticket, "answered", event)
             elif not ticket.cancelled:
-                ticket.sink(event)
+                ticket.tell(event)
 
     def _failed(self, request: int, error: Exception) -> None:
         """The scheduler has given up one request, which alone can't go on."""
         log.warning("request %d failed: %s", request, error)
         self._end(self._by_id[request], "failed", error)
-
-    def _begin_again(self, error: Exception) -> None:
-        """Tell everyone, and begin with an empty scheduler: whose request it was is not known."""
-        for ticket in list(self._by_id.values()):
-            self._scheduler.cancel(ticket.id)
-            self._end(ticket, "failed", error)

@@ -8,7 +8,7 @@ package is installed without its dependencies. Nothing of vLLM is imported befor
 from __future__ import annotations
 
 from ...families import VLLM
-from .tested import architecture
+from .supported_versions import architecture
 
 
 def register() -> None:

@@ -18,9 +18,9 @@ from ...policy import PolicySpec
 from ...types import Rollout
 from ..engine.decoder import read_eos_ids
 from ..engine.request import Event, Request, RequestValidator, Row, check_logits
-from .asked import EXTRA, Asked
 from .memory import CHUNK, CPU_CACHE_GIB, GPU_SHARE
-from .tested import COMPACT, architecture, check_version
+from .request_metadata import EXTRA, RequestMetadata
+from .supported_versions import COMPACT, architecture, check_version
 
 
 @dataclass(frozen=True)
@@ -153,14 +153,12 @@ class VllmEngine:
             )
         self._next_id += 1
         self._rows[row.id] = row
-        left = request.sampling.max_new_tokens - len(row.tokens)
         # Tokens and their end are this package's business.
         params = SamplingParams(
-            temperature=0.0, max_tokens=left, ignore_eos=True, detokenize=False,
-            extra_args={EXTRA: Asked.extra(row)},
+            temperature=0.0, max_tokens=request.sampling.max_new_tokens, ignore_eos=True, detokenize=False,
+            extra_args={EXTRA: RequestMetadata.extra(row)},
         )  # fmt: skip
-        prompt = {"prompt_token_ids": [*row.prompt_tokens, *row.tokens]}
-        self.engine.add_request(str(row.id), prompt, params)
+        self.engine.add_request(str(row.id), {"prompt_token_ids": list(row.prompt_tokens)}, params)
         return row.id
 
     def advance(self) -> list[Event]:

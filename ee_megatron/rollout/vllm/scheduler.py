@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from .asked import EXTRA, Asked
+from .request_metadata import EXTRA, RequestMetadata
 
 
 class ExitScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.aux_output_connector = Told()
+        self.aux_output_connector = DepthConnector()
 
     def add_request(self, request: Any) -> None:
         salt(request, self.hash_block_size)
@@ -30,7 +30,7 @@ def salt(request: Any, block: int) -> None:
     """
     extra = ((request.sampling_params and request.sampling_params.extra_args) or {}).get(EXTRA)
     plain = request._block_hasher
-    if plain is None or extra is None or Asked.full_depth(extra):
+    if plain is None or extra is None or RequestMetadata.full_depth(extra):
         return
     shared, own = extra["prompt"] // block, secrets.token_bytes(16)
 
@@ -42,12 +42,11 @@ def salt(request: Any, block: int) -> None:
         ]
 
     request._block_hasher = hasher
-    # An answer that goes on comes as part of the prompt.
     del request.block_hashes[shared:]
     request.update_block_hashes()
 
 
-class Told:
+class DepthConnector:
     """The way of depths from the worker to the front end: that of routed experts, which these models don't have."""
 
     def build_connector_meta(self, scheduler_output: Any, requests: Any) -> None:

@@ -21,7 +21,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import RequestState
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
-from .asked import EXTRA, FIELD, Asked, check_names, rule_for
+from .request_metadata import EXTRA, FIELD, RequestMetadata, check_names, rule_for
 
 # What JSON can hold of a log-probability; vLLM's own bound.
 LOWEST = -9999.0
@@ -95,7 +95,7 @@ def _given_exits(plain: Callable) -> Callable:
             raise VLLMValidationError("input that comes in pieces is not answered with early exits; send it whole")
         prompt = request.prompt_embeds if request.prompt_token_ids is None else request.prompt_token_ids
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        sampling.extra_args = {**carried, EXTRA: Asked.served(rule, len(prompt), (seed, "", 0))}
+        sampling.extra_args = {**carried, EXTRA: RequestMetadata.served(rule, len(prompt), (seed, "", 0))}
         return request
 
     return process_inputs
@@ -129,7 +129,7 @@ def _with_rows(plain: Callable) -> Callable:
     return completion_output
 
 
-class Told:
+class AnswerDepths:
     """What is known of one HTTP request's answers, by the index of their choice, until it is said."""
 
     def __init__(self, config: Any, hide_tokens: bool = False):
@@ -179,17 +179,17 @@ class Told:
         return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def told_of(serving: Any, request: Any) -> Told:
+def depths_of(serving: Any, request: Any) -> AnswerDepths:
     # A client that may not see a model's reasoning must not see its tokens either.
     hidden = not getattr(request, "include_reasoning", True) and getattr(serving, "parser_cls", None) is not None
-    return Told(serving.model_config, hidden)
+    return AnswerDepths(serving.model_config, hidden)
 
 
 def _completion(plain: Callable) -> Callable:
     def response(self: Any, results: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         made = plain(self, results, request, *args, **kwargs)
         if has_exits(self.engine_client.vllm_config):
-            told = told_of(self, request)
+            told = depths_of(self, request)
             for index, output in enumerate(output for result in results for output in result.outputs):
                 told.take(index, output)
             told.add_to(made)
@@ -211,7 +211,7 @@ def _chat(plain: Callable) -> Callable:
 
         made = await plain(self, request, watched(), *args, **kwargs)
         if hasattr(made, "choices"):
-            told = told_of(self, request)
+            told = depths_of(self, request)
             for index, output in enumerate(last[0].outputs):
                 told.take(index, output)
             told.add_to(made)
@@ -230,7 +230,7 @@ def _streamed(plain: Callable) -> Callable:
             async for chunk in plain(*bound.args, **bound.kwargs):
                 yield chunk
             return
-        told = told_of(self, request)
+        told = depths_of(self, request)
 
         async def watched() -> AsyncIterator[Any]:
             async for item in results:

@@ -15,7 +15,7 @@ from vllm.v1.outputs import SamplerOutput
 
 from ...exit_rules import NEVER, AtExit, ExitRule, Tokens, known
 from ..engine.sampling import SamplingParams, inverse_cdf, log_prob, prescribe, sample_tokens, truncate, uniforms
-from .asked import EXTRA, Asked
+from .request_metadata import EXTRA, RequestMetadata
 
 # That sample together on a CPU: what sampling leaves of more is handed back to the machine and had anew every step.
 ROWS = 16
@@ -112,7 +112,7 @@ class Batch:
     chooses, bool [N]; int64 [N] lengths of prompts; uint64 [N] keys; by rule, and of rollouts by sampling, which they
     are, bool [N]."""
 
-    def __init__(self, names: list[str], asked: list[Asked | None]):
+    def __init__(self, names: list[str], asked: list[RequestMetadata | None]):
         self.names, self.asked = names, asked
         self.ours = np.array([one is not None for one in asked], dtype=bool)
         self.prompts = np.array([one.prompt if one else 0 for one in asked], dtype=np.int64)
@@ -134,7 +134,7 @@ class Batch:
         return np.array([len(one.depths) if one else 0 for one in self.asked], dtype=np.int64)
 
 
-class Steps(nn.Module):
+class ExitSampler(nn.Module):
     """Stands in place of the runner's sampler, and before its forward pass. Requests without `EXTRA` never exit and are
     sampled by vLLM; those of users have depths here, and are sampled by vLLM with this package's random numbers."""
 
@@ -149,7 +149,7 @@ class Steps(nn.Module):
         self.made: list[Made] = []
         # What goes back with users' tokens: depth, log-probabilities of token and exit, float64 [1, 3].
         self.told: dict[str, AuxRequestOutput] = {}
-        self._asked: dict[str, Asked] = {}
+        self._asked: dict[str, RequestMetadata] = {}
         self._batch = Batch([], [])
         self._bounds, self._fine = _host(model.bounds), _host(model.fine)
 
@@ -160,12 +160,12 @@ class Steps(nn.Module):
             self._batch = Batch(list(names), [self.asked(name) for name in names])
         return self._batch
 
-    def asked(self, request: str) -> Asked | None:
+    def asked(self, request: str) -> RequestMetadata | None:
         extra = (self.runner.requests[request].sampling_params.extra_args or {}).get(EXTRA)
         if extra is None:
             return None
         if request not in self._asked:
-            self._asked[request] = Asked.of(extra)
+            self._asked[request] = RequestMetadata.of(extra)
         return self._asked[request]
 
     # ---- before the model runs ----

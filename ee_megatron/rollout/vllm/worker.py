@@ -15,7 +15,7 @@ from vllm.platforms import current_platform
 from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec, stays_float32
 from .model import EarlyExit
-from .steps import Made, Steps
+from .steps import ExitSampler, Made
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
@@ -34,7 +34,7 @@ class ExitWorker(Worker):
         model = runner.model
         assert isinstance(model, EarlyExit), type(model)
         self._exits_model = model
-        steps = self._exits_steps = runner.sampler = Steps(runner, model)
+        steps = self._exits_steps = runner.sampler = ExitSampler(runner, model)
         if model.compact is not None:
             model.compact.builder = lambda: runner.attn_groups[0][0].get_metadata_builder()
         run, sample = runner._model_forward, runner.sample_tokens

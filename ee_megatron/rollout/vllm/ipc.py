@@ -1,7 +1,7 @@
 """How a process that has no vLLM talks to one that has: requests and answers over a socket pair, one at a time.
 
-The caller sends (method, arguments) and gets ("value", result) or ("error", kind, text); while a call runs it may send
-`STOP`. Everything is pickled plainly, tensors as safetensors: the two environments have different versions of PyTorch.
+The caller sends (method, arguments) and gets ("value", result) or ("error", kind, text). Everything is pickled plainly,
+tensors as safetensors: the two environments have different versions of PyTorch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
@@ -22,9 +23,8 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-STOP = "stop"
-# How often a caller that waits looks whether it is to stop, seconds.
-LOOK_S = 0.05
+# How often the engine's process looks whether its caller is still there, seconds.
+LOOK_S = 1.0
 LOG_LINES, LOG_BYTES = 12, 8192
 
 
@@ -50,7 +50,7 @@ def receive(connection: Connection) -> Any:
 
 def check_python(python: str) -> None:
     """Raises ValueError, in one line, where this interpreter has no vLLM of a tested version."""
-    from .tested import VERSIONS
+    from .supported_versions import VERSIONS
 
     wanted = " or ".join(VERSIONS)
     if not Path(python).is_file():
@@ -102,20 +102,12 @@ class EngineProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def call(
-        self, method: str, *arguments: Any, stop: Callable[[], bool] = lambda: False, deadline_s: float | None = None
-    ) -> Any:
-        """The method's result; once `stop()` holds the engine is told to end with what it has."""
-        end = None if deadline_s is None else time.monotonic() + deadline_s
-        told = False
+    def call(self, method: str, *arguments: Any, deadline_s: float | None = None) -> Any:
+        """The method's result."""
         try:
             send(self._connection, (method, arguments))
-            while not self._connection.poll(LOOK_S):
-                if not told and stop():
-                    send(self._connection, STOP)
-                    told = True
-                if end is not None and time.monotonic() > end:
-                    raise TimeoutError(f"vLLM's {method} took more than {deadline_s:.0f} s; it said:\n{self._said()}")
+            if not self._connection.poll(deadline_s):
+                raise TimeoutError(f"vLLM's {method} took more than {deadline_s:.0f} s; it said:\n{self._said()}")
             answer = receive(self._connection)
         except (EOFError, OSError) as error:
             raise EngineDied(f"vLLM's process ended during {method} ({error!r}); it said:\n{self._said()}") from None
@@ -143,31 +135,19 @@ class EngineProcess:
 
 def listen(handle: int, methods: Callable[[Any], Mapping[str, Callable[..., Any]]]) -> None:
     """The other side: answer calls until the caller is gone. `methods(settings)` makes what can be called."""
-    connection = Connection(handle)
-    known: Mapping[str, Callable[..., Any]] = {}
-
-    def stopped() -> bool:
-        """Asked between two steps; a caller that is gone ends the process here."""
-        return connection.poll() and receive(connection) == STOP
-
+    connection, known = Connection(handle), dict[str, Callable[..., Any]]()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     while True:
         try:
-            message = receive(connection)
+            method, arguments = receive(connection)
         except (EOFError, OSError):
             return
-        if message == STOP:
-            # It crossed the answer that it was meant for.
-            continue
-        method, arguments = message
         try:
             if method == "start":
-                known = methods(*arguments)
+                known.update(methods(*arguments))
                 answer: tuple = ("value", None)
             else:
-                options = {"stop": stopped} if method == "generate" else {}
-                answer = ("value", known[method](*arguments, **options))
-        except (EOFError, ConnectionError):
-            return
+                answer = ("value", known[method](*arguments))
         except Exception as error:
             import traceback
 
@@ -177,3 +157,10 @@ def listen(handle: int, methods: Callable[[Any], Mapping[str, Callable[..., Any]
             send(connection, answer)
         except OSError:
             return
+
+
+def _end_with(caller: int) -> None:
+    """End this process, whatever it is at, once the one that started it is gone."""
+    while os.getppid() == caller:
+        time.sleep(LOOK_S)
+    os._exit(0)

@@ -18,14 +18,14 @@ FIELD = "exit_policy"
 
 
 @dataclass
-class Asked:
+class RequestMetadata:
     """One request as the model runner knows it.
 
-    - prompt: length of the prompt, without what was answered before
+    - prompt: length of the prompt
     - stream: seed, prompt's id and sample, which name the answer's random stream
     - rule: decides about exits of tokens of which `prescribed` says nothing
     - name: comes back with every token of a rollout
-    - prescribed: depth of every token, entry 0 is L; of Prescribed and of answers that go on
+    - prescribed: depth of every token, entry 0 is L; of Prescribed
     - sampling: temperature, top_k and top_p; None: vLLM's sampler decides, with this stream's random numbers
     - given: the tokens that the answer is made to begin with
     - depths: of the tokens made so far; read again after a preemption
@@ -52,12 +52,11 @@ class Asked:
             prescribed, rule = rule.depths.get((request.prompt_id, request.sample), ()), Off()
         sampling = request.sampling.distribution
         return {
-            **Asked.served(rule, len(row.prompt_tokens), (request.seed, request.prompt_id, request.sample)),
+            **RequestMetadata.served(rule, len(row.prompt_tokens), (request.seed, request.prompt_id, request.sample)),
             "name": row.id,
             "prescribed": [int(depth) for depth in prescribed],
             "sampling": {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p},
             "given": [int(token) for token in request.prefill],
-            "depths": list(row.exit_depths),
         }
 
     @staticmethod
@@ -66,16 +65,16 @@ class Asked:
         return {"prompt": prompt, "stream": list(stream), "rule": {"kind": rule.kind, **asdict(rule)}}  # type: ignore[call-overload]
 
     @staticmethod
-    def of(extra: dict[str, Any]) -> Asked:
+    def of(extra: dict[str, Any]) -> RequestMetadata:
         rule = dict(extra["rule"])
         kind = rule.pop("kind")
         sampling = SamplingParams(**extra["sampling"]) if "sampling" in extra else None
-        return Asked(**{**extra, "rule": RULES[kind](**rule), "sampling": sampling})
+        return RequestMetadata(**{**extra, "rule": RULES[kind](**rule), "sampling": sampling})
 
     @staticmethod
     def full_depth(extra: dict[str, Any]) -> bool:
         """Whether every position goes through all layers."""
-        return extra["rule"]["kind"] == Off.kind and not extra.get("prescribed") and not extra.get("depths")
+        return extra["rule"]["kind"] == Off.kind and not extra.get("prescribed")
 
     def said(self, token: int) -> int:
         """The depth at which this token's position leaves, where that is given. Raises ValueError where it should be
@@ -91,22 +90,19 @@ class Asked:
 def read_rule(given: Any) -> ExitRule:
     """`exit_policy` of a request, {"kind": "threshold", "value": 0.7} or "threshold:0.7". Raises ValueError, one line
     that says what is allowed."""
+    found = given
     if isinstance(given, str):
-        name, _, number = given.partition(":")
+        kind, _, number = given.partition(":")
         try:
-            given = {"kind": name, "value": float(number) if number else None}
+            found = {"kind": kind, "value": float(number) if number else None}
         except ValueError:
-            raise ValueError(f"{FIELD} {given!r}: {number!r} is no number; expected {usage()}") from None
-    if not isinstance(given, Mapping):
-        raise ValueError(f'{FIELD} {given!r}: expected an object, {{"kind": "threshold", "value": 0.5}}, or {usage()}')
-    if unknown := sorted(map(str, given.keys() - {"kind", "value"})):
-        raise ValueError(f"{FIELD}.{unknown[0]}: no such field; expected kind and value")
-    kind, value = given.get("kind"), given.get("value")
-    if kind not in OFFERED:
-        raise ValueError(f"{FIELD}.kind {kind!r} is unknown; expected one of {', '.join(OFFERED)}")
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise ValueError(f"{FIELD}.value {value!r} is no number; expected {usage()}")
-    return make_rule(kind, value)
+            found = None
+    known = isinstance(found, Mapping) and found.keys() <= {"kind", "value"} and found.get("kind") in OFFERED
+    if not known or isinstance(found.get("value"), bool) or not isinstance(found.get("value"), int | float | None):
+        raise ValueError(
+            f'{FIELD} {given!r}: expected {usage()}, as a text or as {{"kind": "threshold", "value": 0.5}}'
+        )
+    return make_rule(found["kind"], found.get("value"))
 
 
 def rule_for(config: Any, given: Any) -> ExitRule:

@@ -279,10 +279,11 @@ def collect(blocks: Iterable[Block]) -> dict[str, Tensor]:
 class Hasher:
     """Computes SHA-256 digests in a background thread, so that blocks are hashed while others are read and written.
 
-    At most IN_FLIGHT bytes (or one block) wait. A context manager: digests end with it.
+    At most `limit` bytes (or one block) wait. A context manager: digests end with it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = IN_FLIGHT) -> None:
+        self._limit = limit
         self._pool = ThreadPoolExecutor(1, "digest")
         self._waiting: deque[tuple[Future[None], int]] = deque()
 
@@ -293,8 +294,8 @@ class Hasher:
         self._pool.shutdown(cancel_futures=True)
 
     def submit(self, work: Callable[..., None], data: Tensor, *more: Any) -> Future[None]:
-        """Call `work(data, *more)` later; waits while more than IN_FLIGHT bytes would wait."""
-        while self._waiting and sum(size for _, size in self._waiting) + data.nbytes > IN_FLIGHT:
+        """Call `work(data, *more)` later; waits while more than the limit would wait."""
+        while self._waiting and sum(size for _, size in self._waiting) + data.nbytes > self._limit:
             self._waiting.popleft()[0].result()
         future = self._pool.submit(work, data, *more)
         self._waiting.append((future, data.nbytes))

@@ -23,6 +23,7 @@ Entries = Mapping[str, tuple[torch.dtype, Shape]]
 # What is read, written or hashed at once, and how much may wait to be hashed.
 BLOCK_BYTES = 64 << 20
 IN_FLIGHT = 160 << 20
+AHEAD = 3
 # Of numbers in safetensors files.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -218,13 +219,14 @@ def blocks_of(tensors: Mapping[str, Tensor]) -> Iterator[Block]:
 
 
 def ahead(items: Iterable[Any]) -> Iterator[Any]:
-    """The same items, each made in a background thread while the one before it is in use."""
-    source, end = iter(items), object()
-    with ThreadPoolExecutor(1, "ahead") as thread:
-        coming = thread.submit(next, source, end)
-        while (item := coming.result()) is not end:
-            coming = thread.submit(next, source, end)
-            yield item
+    """The same items, each made AHEAD items before it is used: of what is mapped the system reads that much ahead."""
+    waiting: deque[Any] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > AHEAD:
+            yield waiting.popleft()
+    while waiting:
+        yield waiting.popleft()
 
 
 @dataclass(frozen=True)

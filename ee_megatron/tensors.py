@@ -23,6 +23,7 @@ Entries = Mapping[str, tuple[torch.dtype, Shape]]
 # What is read, written or hashed at once, and how much may wait to be hashed.
 BLOCK_BYTES = 64 << 20
 IN_FLIGHT = 160 << 20
+AHEAD = 3
 # Of numbers in safetensors files.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -205,13 +206,14 @@ def blocks_of(tensors: Mapping[str, Tensor]) -> Iterator[Block]:
 
 
 def ahead(items: Iterable[Any]) -> Iterator[Any]:
-    """The same items, each made in a background thread while the one before it is in use."""
-    source, end = iter(items), object()
-    with ThreadPoolExecutor(1, "ahead") as thread:
-        coming = thread.submit(next, source, end)
-        while (item := coming.result()) is not end:
-            coming = thread.submit(next, source, end)
-            yield item
+    """The same items, each made AHEAD items before it is used: of what is mapped the system reads that much ahead."""
+    waiting: deque[Any] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > AHEAD:
+            yield waiting.popleft()
+    while waiting:
+        yield waiting.popleft()
 
 
 @dataclass(frozen=True)
@@ -266,10 +268,11 @@ def collect(blocks: Iterable[Block]) -> dict[str, Tensor]:
 class Hasher:
     """Computes SHA-256 digests in a background thread, so that blocks are hashed while others are read and written.
 
-    At most IN_FLIGHT bytes (or one block) wait. A context manager: digests end with it.
+    At most `limit` bytes (or one block) wait. A context manager: digests end with it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = IN_FLIGHT) -> None:
+        self._limit = limit
         self._pool = ThreadPoolExecutor(1, "digest")
         self._waiting: deque[tuple[Future[None], int]] = deque()
 
@@ -280,8 +283,8 @@ class Hasher:
         self._pool.shutdown(cancel_futures=True)
 
     def submit(self, work: Callable[..., None], data: Tensor, *more: Any) -> Future[None]:
-        """Call `work(data, *more)` later; waits while more than IN_FLIGHT bytes would wait."""
-        while self._waiting and sum(size for _, size in self._waiting) + data.nbytes > IN_FLIGHT:
+        """Call `work(data, *more)` later; waits while more than the limit would wait."""
+        while self._waiting and sum(size for _, size in self._waiting) + data.nbytes > self._limit:
             self._waiting.popleft()[0].result()
         future = self._pool.submit(work, data, *more)
         self._waiting.append((future, data.nbytes))

@@ -80,10 +80,11 @@ class SafetensorsWriter:
 def write_through(path: Path, stream: Stream) -> Generator[Block, None, str]:
     """Wrap a stream of float32 tensors: write a file of it while it is consumed; returns the digest.
 
-    The file has the bytes that safetensors' own `save_file` gives it. Raises ValueError for another dtype.
+    One block is hashed while the next comes: blocks are large, and a leader has little room beside its model. The file
+    has the bytes that safetensors' own `save_file` gives it. Raises ValueError for another dtype.
     """
     entries = {name: (torch.float32, shape) for name, shape in sorted(stream.table.items())}
-    with SafetensorsWriter(path, entries, metadata=None) as writer, Hasher() as hasher:
+    with SafetensorsWriter(path, entries, metadata=None) as writer, Hasher(0) as hasher:
         found = Digest(hasher)
         for block in found.passing(stream):
             if block.data.dtype != torch.float32:

@@ -63,7 +63,7 @@ class LocalPool:
 
     def take(self, version: int, stream: Stream) -> WeightSet:
         """The tensors, in this process. They are hashed as they come, once."""
-        with Hasher() as hasher:
+        with Hasher(0) as hasher:
             found = Digest(hasher)
             tensors = collect(found.passing(stream))
             return WeightSet(version, tensors, found.hexdigest())

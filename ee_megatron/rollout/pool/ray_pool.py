@@ -91,7 +91,7 @@ class RayPool:
         read it where it lies."""
         chunks, numbers, entries = [], {}, {}
         narrow, decoder = self.sync_dtype, self._replica.dtype
-        with Hasher() as hasher:
+        with Hasher(0) as hasher:
             found = Digest(hasher)
             for number, chunk in enumerate(pack(stream, lambda name: travels_in(name, narrow, decoder))):
                 for name, tensor in unpack(chunk).items():

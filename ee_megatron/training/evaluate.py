@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config.schema import RunConfig
 from ..evaluation.choice import ChoiceBench, choice
-from ..evaluation.controls import gate_calibration
+from ..evaluation.controls import Reference, all_controls, gate_calibration, run_controls
 from ..evaluation.evaluate import (
     Answer,
     AnsweredSet,
@@ -49,7 +49,6 @@ from . import stages
 from .answer_cache import ANSWERS
 from .collect import exits_of, prompts_of
 from .context import StageContext
-from .controls import Reference, all_controls, run_controls
 from .dataset_mixing import wide_test, wide_validation
 from .preemption import listener
 
@@ -86,8 +85,41 @@ class Measured(NamedTuple):
     rollouts: Sequence[Rollout]
 
 
-class Evaluation:
-    """The evaluation of one configuration: rows and answers as they come; `more` are further parts of results.json."""
+@dataclass
+class Part:
+    """What a step of the evaluation adds to the results. more: by part of results.json. logged: for trackers. shown:
+    the answers at the exits that were chosen for a model, for the report."""
+
+    rows: list[EvaluationRow] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    wide_rows: list[EvaluationRow] = field(default_factory=list)
+    wide_answers: list[Answer] = field(default_factory=list)
+    meta: dict[str, object] = field(default_factory=dict)
+    logged: dict[str, float] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
+    shown: Measured | None = None
+    reference: Reference | None = None
+
+    def log(self, name: str, row: EvaluationRow) -> None:
+        """A row of the results for trackers, under `name`."""
+        columns = ("accuracy", "mean_depth", "total_depth", "length", "kl")
+        self.logged |= {f"{name}/{c}": value for c in columns if (value := getattr(row, c)) is not None}
+
+    def add(self, other: Part) -> None:
+        """Append another part's results."""
+        self.rows += other.rows
+        self.answers += other.answers
+        self.wide_rows += other.wide_rows
+        self.wide_answers += other.wide_answers
+        self.meta |= other.meta
+        self.logged |= other.logged
+        for name, value in other.more.items():
+            self.more[name] = self.more[name] | value if isinstance(self.more.get(name), dict) else value
+
+
+class Measurer:
+    """Measures models on the task's splits by a rollout pool. Answers are made once for the same weights and request,
+    and kept (answer_cache.py). The weights that were loaded last answer."""
 
     def __init__(self, context: StageContext, sets: int):
         self.context, cfg = context, context.cfg
@@ -95,275 +127,235 @@ class Evaluation:
         self.verifier = context.make_verifier(self.task)
         self.pool: RolloutPool = context.make_pool(context.spec)
         self.kept = context.kept_answers(context.path.parent / ANSWERS)
-        # Digest of the weights that the pool holds.
-        self.weights = ""
+        self.weights = ""  # their digest
         self.sampling = SamplingParams(0.0, cfg.rollout.max_new_tokens, tuple(cfg.rollout.stop))
         self.test: list[Prompt] = self.task.prompts("evaluation")
         self.validation: list[Prompt] = self.task.prompts("validation")
         self.wide = wide_validation(cfg, context.model_path, self.task)
         self.wide_test = wide_test(cfg, context.model_path, self.task)
-        tokenizer = context.tokenizer
-        self.tokens = Tokens(tokenizer)
-        # What the prompts cost to read; the table of a sweep asks for it.
-        lengths = [len(tokenizer(p.text, add_special_tokens=False)["input_ids"]) for p in self.test]
-        self.prompt_tokens = sum(lengths) / max(1, len(lengths))
-        self.rows: list[EvaluationRow] = []
-        self.answers: list[Answer] = []
-        self.wide_rows: list[EvaluationRow] = []
-        self.wide_answers: list[Answer] = []
-        self.meta: dict[str, object] = {}
-        self.logged: dict[str, float] = {}
-        self.more: dict[str, Any] = {"gates": {}, "pareto": {}}
-        self.chosen: dict[str, Reference] = {}
-        self.records = Records(context.spec.exit_depths, cfg.evaluate.answers, context.decode)
-        self.before: list[Answer] = []
         self.bar = context.stack.enter_context(context.progress(sets))
 
-    def flops(self, rollout: Rollout, exits: ExitRule) -> float:
-        spec = self.context.spec
-        return answer_cost(
-            self.context.source.dims,
-            spec.exit_depths,
-            spec.gate_width,
-            len(rollout.prompt_tokens),
-            rollout.exit_depths.tolist(),
-            exits.needs,
-            spec.first_token,
-        )
+    def load(self, checkpoint: Path) -> None:
+        """A policy checkpoint."""
+        self.load_policy(open_policy(checkpoint)[1])
+
+    def load_policy(self, policy: Mapping[str, Tensor]) -> None:
+        weights = self.pool.take(1, HeldStream(policy))
+        self.pool.load(weights)
+        self.weights = weights.digest
+
+    def load_teacher(self) -> None:
+        self.pool.load(None)
+        self.weights = TEACHER[1]
 
     def request(self, prompts: list[Prompt], exits: ExitRule, *others: ExitRule) -> GenerationRequest:
         return GenerationRequest(prompts, 1, self.sampling, exits, SEED, others)
 
-    def told(self, model: str) -> Progress:
+    def progress(self, model: str) -> Progress:
         return partial(self.bar.detail, f"{model} answers")
 
+    def done(self, row: EvaluationRow) -> None:
+        self.bar.advance(1, accuracy=row.accuracy, depth=row.mean_depth)
+
+    def flops(self, rollout: Rollout, exits: ExitRule) -> float:
+        spec = self.context.spec
+        prompt, depths = len(rollout.prompt_tokens), rollout.exit_depths.tolist()
+        dims = self.context.source.dims
+        return answer_cost(dims, spec.exit_depths, spec.gate_width, prompt, depths, exits.needs, spec.first_token)
+
     def judge(self, model: str, request: GenerationRequest, answered: AnsweredSet) -> Measured:
-        """What a model's answers come to; what those that are scored cost is counted, too."""
-        context, exits = self.context, request.exits
+        """The verdicts on a model's answers as a row; with FLOPs if they are scored."""
+        exits = request.exits
         row, answers = evaluate_model(
-            answered,
-            request,
-            self.task,
-            self.verifier,
-            label=model,
-            num_layers=context.spec.num_layers,
-            decode=context.decode,
+            answered, request, self.task, self.verifier, label=model, num_layers=self.context.spec.num_layers,
+            decode=self.context.decode,
             flops=(lambda rollout: self.flops(rollout, exits)) if answered.scores is not None else None,
-        )
+        )  # fmt: skip
         return Measured(exits, row, answers, answered.rollouts)
 
     def scored(self, model: str, rules: Sequence[ExitRule], prompts: list[Prompt]) -> list[Measured]:
-        """A model by each of some rules: answers made and timed rule by rule, then read again together."""
+        """A model by each of some rules: answers made and timed rule by rule, then scored together."""
         requests = [self.request(prompts, exits) for exits in rules]
-        sets = self.kept.score(self.pool, self.weights, requests, self.told(model))
+        sets = self.kept.score(self.pool, self.weights, requests, self.progress(model))
         return [self.judge(model, request, one) for request, one in zip(requests, sets, strict=True)]
 
     def try_out(self, model: str, rules: Sequence[ExitRule], prompts: list[Prompt]) -> list[Measured]:
-        """Announced sets: a model by rules that are chosen among. They answer together, so that each prompt is read
-        once for all of them; how fast one answers is left out."""
+        """A model by rules that are chosen among. They answer together, so that each prompt is prefilled once for all
+        of them; their speed is not measured."""
         request = self.request(prompts, *rules)
-        sets = self.kept.answer_each(self.pool, self.weights, request, self.told(model))
+        sets = self.kept.answer_each(self.pool, self.weights, request, self.progress(model))
         tried = [self.judge(model, request.by(rule), one) for rule, one in zip(rules, sets, strict=True)]
         for one in tried:
             self.done(one.row)
         return tried
 
-    def measure(self, model: str, *rules: ExitRule) -> list[Measured]:
-        """Announced sets: rows of the results."""
-        found = self.scored(model, rules, self.test)
-        for one in found:
-            self.add(one)
-        return found
-
-    def measure_wide(self, model: str, *rules: ExitRule) -> None:
-        """Further announced sets: the measured split's problems on wide operands, if they were asked for."""
-        for exits, row, answers, _ in self.scored(model, rules, self.wide_test) if self.wide_test else ():
-            self.wide_rows.append(row)
-            self.wide_answers += answers
-            self.logged |= {f"{model}/wide/{exits.kind}/{name}": value for name, value in logged_of(row)}
-            self.done(row)
-
-    def add(self, found: Measured, inspected: Sequence[Inspection] | None = None) -> None:
+    def add_row(self, part: Part, found: Measured, inspected: Sequence[Inspection] | None = None) -> None:
         """A row of the results. For the answers that the report shows, what each exit on the way would have written:
         from `inspected`, if all of the row's answers were."""
         exits, row, answers, rollouts = found
-        self.rows.append(row)
-        self.answers += answers
+        part.rows.append(row)
+        part.answers += answers
         # By the rule's kind: the same names whatever threshold was chosen.
-        self.logged |= {f"{row.model}/{exits.kind}/{name}": value for name, value in logged_of(row)}
+        part.log(f"{row.model}/{exits.kind}", row)
         context = self.context
         shown = [i for i in range(min(context.cfg.evaluate.answers, len(answers))) if rollouts[i].length]
         few = self.pool.inspect([rollouts[i] for i in shown]) if inspected is None else [inspected[i] for i in shown]
         add_readings([answers[i] for i in shown], few, context.spec.exit_depths, context.decode)
         self.done(row)
 
-    def keep(self, found: Measured) -> None:
-        """A model's answers at the exits that were chosen for it: for the report, and against those of the model
-        before it."""
-        self.records.add(self.pool, found.answers, found.rollouts)
-        if difference := compared(self.before, found.answers, self.context.spec.num_layers):
-            self.more.setdefault("compared", {})[f"{found.row.model}, {found.row.exits}"] = difference
-        self.before = found.answers
+    def add_wide(self, part: Part, model: str, *rules: ExitRule) -> None:
+        """Rows of the test split's problems on wide operands, if there are any."""
+        for exits, row, answers, _ in self.scored(model, rules, self.wide_test) if self.wide_test else ():
+            part.wide_rows.append(row)
+            part.wide_answers += answers
+            part.log(f"{model}/wide/{exits.kind}", row)
+            self.done(row)
 
-    def done(self, row: EvaluationRow) -> None:
-        self.bar.advance(1, accuracy=row.accuracy, depth=row.mean_depth)
-
-    def load(self, checkpoint: Path) -> None:
-        self.hold(open_policy(checkpoint)[1])
-
-    def load_teacher(self) -> None:
-        self.pool.load(None)
-        self.weights = TEACHER[1]
-
-    def hold(self, policy: Mapping[str, Tensor]) -> None:
-        weights = self.pool.take(1, HeldStream(policy))
-        self.pool.load(weights)
-        self.weights = weights.digest
+    def add_externalisation(self, part: Part, model: str, exits: ExitRule) -> None:
+        """The externalisation metrics of the weights that are loaded, if they are wanted."""
+        wanted = self.context.cfg.evaluate.externalisation
+        if not wanted:
+            return
+        bench = Bench(
+            self.pool, self.verifier, Tokens(self.context.tokenizer), self.sampling, exits, SEED,
+            lambda done, total: self.bar.detail(f"{model} interventions", done, total),
+        )  # fmt: skip
+        found = externalisation(bench, self.test[: wanted.prompts or None])
+        part.more["externalisation"] = {model: {"exits": exits.label, **found}}
 
     def on_validation(self, model: str, exits: ExitRule) -> EvaluationRow:
         request = self.request(self.validation, exits)
-        return self.judge(model, request, self.kept.answer(self.pool, self.weights, request, self.told(model))).row
+        return self.judge(model, request, self.kept.answer(self.pool, self.weights, request, self.progress(model))).row
 
     def on_test(self, model: str, exits: ExitRule) -> tuple[EvaluationRow, list[Answer]]:
         (found,) = self.scored(model, [exits], self.test)
         return found.row, found.answers
 
-    def teacher(self) -> None:
-        self.load_teacher()
-        (found,) = self.measure("teacher", Off())
-        self.keep(found)
-        self.measure_wide("teacher", Off())
-        self.externalise("teacher", Off())
 
-    def policy(self, model: str, checkpoint: Path) -> None:
-        """Sampled exits, then the threshold that validation chooses, on the test set."""
-        self.load(checkpoint)
-        chosen = self.choose(model)
-        exits = chosen.exits
-        self.measure(model, Off(), Sample())
-        # The gates' calibration looks into every answer: this reading scores them, too.
-        request = self.request(self.test, exits)
-        answered, inspected = self.kept.inspect(self.pool, self.weights, request, self.told(model))
-        found = self.judge(model, request, answered)
-        self.add(found, inspected)
-        self.chosen[model] = Reference(model, exits, chosen.row, chosen.answers, found.row, found.answers)
-        self.keep(found)
-        self.more["gates"][model] = gate_calibration(
-            [entry.hazards for entry in inspected],
-            [entry.divergences for entry in inspected],
-            self.context.cfg.calibrate.kl_factor,
-            self.context.spec.exit_depths,
-        )
-        self.measure_wide(model, Off(), exits)
-        self.externalise(model, exits)
+# ---- steps ----
 
-    def choose(self, model: str) -> Measured:
-        """By the threshold that the answers to all validation problems, wide ones among them, choose for the weights
-        which are loaded: on the validation split's own."""
-        e = self.context.cfg.evaluate
-        rules = [Threshold(t) for t in e.thresholds]
-        tried = self.try_out(model, rules, self.validation)
-        rows = [one.row for one in tried]
-        wide = [one.row for one in self.try_out(model, rules, self.wide)] if self.wide else []
-        both = [pooled(pair) for pair in zip(rows, wide, strict=True)] if wide else rows
-        chosen = both.index(choose_threshold(both, e.tolerance))
-        threshold = e.thresholds[chosen]
-        self.meta[f"threshold_{model}"] = self.logged[f"{model}/threshold"] = threshold
-        for name, of in (("validation", rows), ("wide", wide)):
-            if of:
-                self.meta[f"{name}_{model}"] = [
-                    {"threshold": t, "accuracy": r.accuracy, "mean_depth": r.mean_depth, "n": r.n}
-                    for t, r in zip(e.thresholds, of, strict=True)
-                ]
-        front = pareto_front((r.mean_depth for r in rows), (r.accuracy for r in rows))
-        self.more["pareto"][model] = [
+
+@dataclass(frozen=True)
+class Step:
+    """sets: of answers that the step makes, for the progress bar. run: to its part, given the policies before it."""
+
+    sets: int
+    run: Callable[[Measurer, Sequence[Reference]], Part]
+
+
+def steps_of(cfg: RunConfig, checkpoints: dict[str, Path]) -> list[Step]:
+    """The steps of an evaluation of these policies, in order."""
+    e, wide = cfg.evaluate, int(cfg.evaluate.wide_test > 0)
+    tried = len(e.thresholds) * (1 + (e.wide_problems > 0))
+    steps = [Step(1 + wide, teacher_part)]
+    for model, checkpoint in checkpoints.items():
+        steps.append(Step(tried + 3 + 2 * wide, partial(policy_part, model=model, checkpoint=checkpoint)))
+    if e.controls:
+        rules = len(CONTROLS) + (len(checkpoints) > 1) + bool(e.controls.policy)
+        steps.append(Step(2 * rules, partial(controls_part, checkpoints=checkpoints)))
+    if e.style_choice:
+        models = choosing(cfg, checkpoints)
+        steps.append(Step(len(models), partial(styles_part, models=models, checkpoints=checkpoints)))
+    return steps
+
+
+def teacher_part(measurer: Measurer, known: Sequence[Reference]) -> Part:
+    part = Part()
+    measurer.load_teacher()
+    (part.shown,) = measurer.scored("teacher", [Off()], measurer.test)
+    measurer.add_row(part, part.shown)
+    measurer.add_wide(part, "teacher", Off())
+    measurer.add_externalisation(part, "teacher", Off())
+    return part
+
+
+def policy_part(measurer: Measurer, known: Sequence[Reference], *, model: str, checkpoint: Path) -> Part:
+    """At full depth, with sampled exits, and at the threshold that validation chooses, on the test split."""
+    part, context = Part(), measurer.context
+    measurer.load(checkpoint)
+    chosen = choose(measurer, part, model)
+    exits = chosen.exits
+    for found in measurer.scored(model, [Off(), Sample()], measurer.test):
+        measurer.add_row(part, found)
+    # The gates' calibration needs every answer inspected: this scores them, too.
+    request = measurer.request(measurer.test, exits)
+    answered, inspected = measurer.kept.inspect(measurer.pool, measurer.weights, request, measurer.progress(model))
+    part.shown = found = measurer.judge(model, request, answered)
+    measurer.add_row(part, found, inspected)
+    part.reference = Reference(model, exits, chosen.row, chosen.answers, found.row, found.answers)
+    hazards, divergences = [one.hazards for one in inspected], [one.divergences for one in inspected]
+    calibration = gate_calibration(hazards, divergences, context.cfg.calibrate.kl_factor, context.spec.exit_depths)
+    part.more["gates"] = {model: calibration}
+    measurer.add_wide(part, model, Off(), exits)
+    measurer.add_externalisation(part, model, exits)
+    return part
+
+
+def choose(measurer: Measurer, part: Part, model: str) -> Measured:
+    """The threshold that the answers to all validation problems, wide ones among them, choose for the loaded weights,
+    measured on the validation split's own problems."""
+    e = measurer.context.cfg.evaluate
+    rules = [Threshold(t) for t in e.thresholds]
+    tried = measurer.try_out(model, rules, measurer.validation)
+    rows = [one.row for one in tried]
+    wide = [one.row for one in measurer.try_out(model, rules, measurer.wide)] if measurer.wide else []
+    both = [pooled(pair) for pair in zip(rows, wide, strict=True)] if wide else rows
+    chosen = both.index(choose_threshold(both, e.tolerance))
+    part.meta[f"threshold_{model}"] = part.logged[f"{model}/threshold"] = e.thresholds[chosen]
+    for name, of in (("validation", rows), ("wide", wide)):
+        if of:
+            part.meta[f"{name}_{model}"] = [
+                {"threshold": t, "accuracy": r.accuracy, "mean_depth": r.mean_depth, "n": r.n}
+                for t, r in zip(e.thresholds, of, strict=True)
+            ]
+    front = pareto_front((r.mean_depth for r in rows), (r.accuracy for r in rows))
+    part.more["pareto"] = {
+        model: [
             {"threshold": t, "front": kept, **asdict(r)} for t, r, kept in zip(e.thresholds, rows, front, strict=True)
         ]
-        return tried[chosen]
-
-    def externalise(self, model: str, exits: ExitRule) -> None:
-        """The externalisation metrics of the weights that are loaded, if they were asked for."""
-        e = self.context.cfg.evaluate
-        if not e.externalisation:
-            return
-        bench = Bench(
-            self.pool,
-            self.verifier,
-            self.tokens,
-            self.sampling,
-            exits,
-            SEED,
-            lambda done, total: self.bar.detail(f"{model} interventions", done, total),
-        )
-        found = externalisation(bench, self.test[: e.externalisation.prompts or None])
-        self.more.setdefault("externalisation", {})[model] = {"exits": exits.label, **found}
-
-    def controls(self, checkpoints: dict[str, Path]) -> None:
-        """The last model against rules that know less."""
-        context, reference = self.context, list(self.chosen.values())[-1]
-        exits, given = context.spec.layout, stages.control_policy(context.cfg)
-        other = (stages.trained_as(given), given) if given else None
-        vocab = context.source.dims.vocab
-        rules = all_controls(reference, checkpoints, exits.outcomes, vocab, other, exits.first_token)
-        self.more["controls"] = run_controls(self, reference, rules, self.done)
-
-    def choice(self, checkpoints: Mapping[str, Path]) -> None:
-        """Which style the models that evaluate.style_choice.models names answer in, sampled as RL samples: the
-        problems of the families that RL answers."""
-        cfg, spec, task = self.context.cfg, self.context.spec, cast(StyledTask, self.task)
-        rl, found, wanted = cfg.rl, dict[str, Any](), cfg.evaluate.style_choice
-        assert wanted is not None
-        problems = prompts_of(self.test, rl.families)
-        for model in choosing(cfg, checkpoints):
-            full = model == "teacher" or rl.fixed_depth == spec.num_layers
-            if model == "teacher":
-                self.load_teacher()
-            elif model == "start":
-                policy = open_policy(checkpoints["calibrated"])[1]
-                self.hold(sharpened(policy, rl.gate_centre, rl.gate_sharpness))
-            else:
-                self.load(checkpoints[model])
-            bench = ChoiceBench(
-                self.pool,
-                self.verifier,
-                task,
-                replace(self.sampling, temperature=rl.temperature),
-                spec.num_layers,
-                spec.first_token,
-                wanted.answers,
-                SEED,
-                partial(self.bar.detail, f"{model} styles"),
-            )
-            depths = spec.layout.outcomes if model == "start" else ()
-            found[model] = choice(bench, problems, Off() if full else exits_of(rl), depths)
-            self.bar.advance(1)
-        self.more["choice"] = {
-            "styles": list(task.styles),
-            "weights": list(task.style_weights),
-            "tokens_per_step": task.tokens_per_step,
-            "num_layers": spec.num_layers,
-            "answers_per_family": wanted.answers,
-            "models": found,
-        }
-
-    def texts(self) -> str:
-        """Every table, for the terminal."""
-        parts = [table(self.rows)]
-        if "wide" in self.more:
-            parts.append(wide_table(self.more["wide"]).text())
-        if "choice" in self.more:
-            parts += [found.text() for _, found in choice_tables(self.more["choice"]) if found.rows]
-        if "controls" in self.more:
-            parts.append(controls_table(self.more["controls"]).text())
-        if "externalisation" in self.more:
-            parts.append(externalisation_table(self.more["externalisation"]).text())
-        return "\n\n".join(parts)
+    }
+    return tried[chosen]
 
 
-def logged_of(row: EvaluationRow) -> list[tuple[str, float]]:
-    """What trackers get of a row of the results."""
-    names = ("accuracy", "mean_depth", "total_depth", "length", "kl")
-    return [(name, value) for name in names if (value := getattr(row, name)) is not None]
+def controls_part(measurer: Measurer, known: Sequence[Reference], *, checkpoints: dict[str, Path]) -> Part:
+    """The last policy against exit rules that know less."""
+    context, reference = measurer.context, known[-1]
+    exits, given = context.spec.layout, stages.control_policy(context.cfg)
+    other = (stages.trained_as(given), given) if given else None
+    vocab = context.source.dims.vocab
+    rules = all_controls(reference, checkpoints, exits.outcomes, vocab, other, exits.first_token)
+    return Part(more={"controls": run_controls(measurer, reference, rules, measurer.done)})
+
+
+def styles_part(
+    measurer: Measurer, known: Sequence[Reference], *, models: Sequence[str], checkpoints: Mapping[str, Path]
+) -> Part:
+    """Which style `models` answer in, sampled as RL samples: the problems of the families that RL answers."""
+    cfg, spec, task = measurer.context.cfg, measurer.context.spec, cast(StyledTask, measurer.task)
+    rl, found, wanted = cfg.rl, dict[str, Any](), cfg.evaluate.style_choice
+    assert wanted is not None
+    problems = prompts_of(measurer.test, rl.families)
+    for model in models:
+        full = model == "teacher" or rl.fixed_depth == spec.num_layers
+        if model == "teacher":
+            measurer.load_teacher()
+        elif model == "start":
+            policy = open_policy(checkpoints["calibrated"])[1]
+            measurer.load_policy(sharpened(policy, rl.gate_centre, rl.gate_sharpness))
+        else:
+            measurer.load(checkpoints[model])
+        bench = ChoiceBench(
+            measurer.pool, measurer.verifier, task, replace(measurer.sampling, temperature=rl.temperature),
+            spec.num_layers, spec.first_token, wanted.answers, SEED, partial(measurer.bar.detail, f"{model} styles"),
+        )  # fmt: skip
+        depths = spec.layout.outcomes if model == "start" else ()
+        found[model] = choice(bench, problems, Off() if full else exits_of(rl), depths)
+        measurer.bar.advance(1)
+    settings = {
+        "styles": list(task.styles), "weights": list(task.style_weights), "tokens_per_step": task.tokens_per_step,
+        "num_layers": spec.num_layers, "answers_per_family": wanted.answers,
+    }  # fmt: skip
+    return Part(more={"choice": settings | {"models": found}})
 
 
 def choosing(cfg: RunConfig, checkpoints: Collection[str]) -> list[str]:
@@ -373,54 +365,71 @@ def choosing(cfg: RunConfig, checkpoints: Collection[str]) -> list[str]:
     return list(dict.fromkeys(asked[cfg.evaluate.style_choice.models if cfg.evaluate.style_choice else ""]))
 
 
-def count_sets(cfg: RunConfig, checkpoints: Collection[str]) -> int:
-    """Sets of answers that the progress bar counts: one per row and threshold tried, two per control, one per model
-    whose choice of style is measured."""
-    models = len(checkpoints)
-    rules = len(CONTROLS) + (models > 1) + bool(cfg.evaluate.controls.policy) if cfg.evaluate.controls else 0
-    tried = len(cfg.evaluate.thresholds) * (1 + (cfg.evaluate.wide_problems > 0))
-    wide = (1 + 2 * models) * (cfg.evaluate.wide_test > 0)
-    return 1 + models * (tried + 3) + wide + 2 * rules + len(choosing(cfg, checkpoints))
-
-
 def evaluate(cfg: RunConfig, model_path: Path) -> None:
     """Run the stage: results.json for the report, table.txt for the terminal."""
-    found = policies(cfg)
-    sets = count_sets(cfg, found)
+    checkpoints = policies(cfg)
+    steps = steps_of(cfg, checkpoints)
     with listener.at_once(), StageContext(cfg, "evaluate", model_path, learner=False) as context:
-        work = Evaluation(context, sets)
-        work.teacher()
-        for model, checkpoint in found.items():
-            work.policy(model, checkpoint)
-        if cfg.evaluate.controls:
-            work.controls(found)
-        if cfg.evaluate.style_choice:
-            work.choice(found)
-        spec = context.spec
-        work.meta |= {
-            "name": cfg.name,
-            "num_layers": spec.num_layers,
-            "exit_depths": list(spec.exit_depths),
-            "prompt_tokens": work.prompt_tokens,
-            "split": f"evaluation, {len(work.test)} problems, held out",
-            "threshold choice": f"on {len(work.validation)} validation problems"
-            + (f" and {len(work.wide)} on wide operands" if work.wide else "")
-            + f", tolerance {cfg.evaluate.tolerance}",
-            "decoding": "greedy tokens",
-            "answers in flight": min(len(work.test), cfg.rollout.max_num_seqs * cfg.rollout.actors),
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {context.device_type}",
-            "versions": f"python {platform.python_version()}, torch {torch.__version__}",
-        }
-        if work.wide_rows:
-            work.more["wide"] = on_wide(work.wide_rows, work.wide_answers)
-        work.records.write(context.path)
+        measurer, spec = Measurer(context, sum(step.sets for step in steps)), context.spec
+        results, known, before = Part(more={"gates": {}, "pareto": {}}), list[Reference](), list[Answer]()
+        records = Records(spec.exit_depths, cfg.evaluate.answers, context.decode)
+        for step in steps:
+            part = step.run(measurer, known)
+            if (shown := part.shown) is not None:
+                records.add(measurer.pool, shown.answers, shown.rollouts)
+                if difference := compared(before, shown.answers, spec.num_layers):
+                    part.more = {"compared": {f"{shown.row.model}, {shown.row.exits}": difference}} | part.more
+                before = shown.answers
+            if part.reference is not None:
+                known.append(part.reference)
+            results.add(part)
+        results.meta |= _meta(measurer)
+        if results.wide_rows:
+            results.more["wide"] = on_wide(results.wide_rows, results.wide_answers)
+        records.write(context.path)
         write_results(
-            context.path / "results.json", work.rows, work.answers, work.meta, cfg.evaluate.answers, work.more
-        )
+            context.path / "results.json", results.rows, results.answers, results.meta, cfg.evaluate.answers,
+            results.more,
+        )  # fmt: skip
         assert context.directory is not None
-        context.directory.write_atomic("table.txt", work.texts() + "\n")
+        context.directory.write_atomic("table.txt", tables(results) + "\n")
         context.open_metrics(resume_step=0)
-        context.log(1, work.logged)
-        print(work.texts())
+        context.log(1, results.logged)
+        print(tables(results))
         context.finish()
+
+
+def _meta(measurer: Measurer) -> dict[str, object]:
+    context, test = measurer.context, measurer.test
+    cfg, spec = context.cfg, context.spec
+    # What the prompts cost to read; the table of a sweep needs it.
+    lengths = [len(context.tokenizer(p.text, add_special_tokens=False)["input_ids"]) for p in test]
+    wide = f" and {len(measurer.wide)} on wide operands" if measurer.wide else ""
+    return {
+        "name": cfg.name,
+        "num_layers": spec.num_layers,
+        "exit_depths": list(spec.exit_depths),
+        "prompt_tokens": sum(lengths) / max(1, len(lengths)),
+        "split": f"evaluation, {len(test)} problems, held out",
+        "threshold choice": f"on {len(measurer.validation)} validation problems{wide}, "
+        f"tolerance {cfg.evaluate.tolerance}",
+        "decoding": "greedy tokens",
+        "answers in flight": min(len(test), cfg.rollout.max_num_seqs * cfg.rollout.actors),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {context.device_type}",
+        "versions": f"python {platform.python_version()}, torch {torch.__version__}",
+    }
+
+
+def tables(results: Part) -> str:
+    """Every table, for the terminal."""
+    more, parts = results.more, [table(results.rows)]
+    if "wide" in more:
+        parts.append(wide_table(more["wide"]).text())
+    if "choice" in more:
+        parts += [found.text() for _, found in choice_tables(more["choice"]) if found.rows]
+    if "controls" in more:
+        parts.append(controls_table(more["controls"]).text())
+    if "externalisation" in more:
+        parts.append(externalisation_table(more["externalisation"]).text())
+    return "\n\n".join(parts)

@@ -22,7 +22,7 @@ from ee_megatron.rollout.engine.scoring import Inspection, Score
 from ee_megatron.tasks import make_task
 from ee_megatron.training.answer_cache import KeptAnswers
 from ee_megatron.training.context import StageContext
-from ee_megatron.training.evaluate import Evaluation
+from ee_megatron.training.evaluate import Measurer
 from ee_megatron.training.serialization import save_answers
 from ee_megatron.types import Prompt, Rollout
 from tests.tiny import tiny_hf
@@ -282,11 +282,11 @@ def test_a_stage_that_samples_goes_on_with_the_parts_that_it_has(
 
 
 def test_an_evaluation_names_its_sets_by_the_weights_that_its_pool_holds(pool: LocalPool) -> None:
-    work, policy = Evaluation.__new__(Evaluation), initial_policy(pool.decoder.dims, SPEC, seed=1)
+    work, policy = Measurer.__new__(Measurer), initial_policy(pool.decoder.dims, SPEC, seed=1)
     work.pool = pool
     seen = []
     for tensors in (policy, {name: t + 1 for name, t in policy.items()}):
-        work.hold(tensors)
+        work.load_policy(tensors)
         seen.append(work.weights)
         assert work.weights == pool.health()["digest"]
     work.load_teacher()

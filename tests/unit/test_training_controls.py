@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ee_megatron.config.identity import to_yaml
-from ee_megatron.config.schema import RunConfig
+from ee_megatron.config.schema import AccuracyTarget, DepthPenalty, RunConfig
+from ee_megatron.evaluation.controls import Control, Reference, all_controls, run_controls
 from ee_megatron.evaluation.evaluate import Answer, EvaluationRow
 from ee_megatron.exit_rules import Entropy, ExitRule, Patience, Random, Threshold
 from ee_megatron.report.tables import controls_table
-from ee_megatron.training.controls import Control, Reference, all_controls, run_controls
 from ee_megatron.training.stages import trained_as
 
 OUTCOMES = (2, 4, 6)
@@ -116,12 +117,12 @@ def test_every_control_is_matched_on_validation_and_measured_once_on_the_test_sp
 @pytest.mark.parametrize(
     ("changed", "name"),
     [
-        ({"lambda_exit": 0.0}, "lambda = 0"),
-        ({"lambda_exit": 0.3, "accuracy_floor": 1.0}, "lambda = 0.3 at first"),
-        ({"fixed_depth": 30, "lambda_exit": 0.0}, "trained at 30 layers"),
+        ({"depth_penalty": DepthPenalty(weight=0.0)}, "lambda = 0"),
+        ({"depth_penalty": DepthPenalty(weight=0.3, target=AccuracyTarget(margin=1.0))}, "lambda = 0.3 at first"),
+        ({"fixed_depth": 30, "depth_penalty": DepthPenalty(weight=0.0)}, "trained at 30 layers"),
     ],
 )
-def test_another_policy_is_called_by_what_sets_its_run_apart(changed: dict[str, float], name: str, tmp_path: Path):
+def test_another_policy_is_called_by_what_sets_its_run_apart(changed: dict[str, Any], name: str, tmp_path: Path):
     stage, checkpoint = tmp_path / "rl-01234567", tmp_path / "rl-01234567" / "checkpoints" / "step_9"
     cfg = RunConfig(name="x")
     cfg.model.path = "models/x"

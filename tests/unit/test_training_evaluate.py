@@ -14,14 +14,13 @@ import torch
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import TaskConfig
 from ee_megatron.evaluation.evaluate import EvaluationRow
-from ee_megatron.evaluation.results import Records
 from ee_megatron.exit_rules import Off, Sample, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.tasks import VerifierPool, make_task
 from ee_megatron.training.answer_cache import KeptAnswers
-from ee_megatron.training.evaluate import Evaluation, Measured
+from ee_megatron.training.evaluate import Measured, Measurer, Part, choose, policy_part
 from ee_megatron.types import Rollout
 from tests.tiny import tiny_hf
 
@@ -32,12 +31,11 @@ SPEC = PolicySpec(6, (2, 4), rank=4, alpha=8.0)
 TASK = make_task(TaskConfig("arithmetic", train=3, validation=4, evaluation=6))
 
 
-class Planted(Evaluation):
+class Planted(Measurer):
     def __init__(self, wide: bool) -> None:
-        self.session: Any = SimpleNamespace(cfg=load(["experiment=smollm2", "evaluate.thresholds=[0.1,0.9]"]))
+        self.context: Any = SimpleNamespace(cfg=load(["experiment=smollm2", "evaluate.thresholds=[0.1,0.9]"]))
         self.validation: Any = "own"
         self.wide: Any = "wide" if wide else []
-        self.meta, self.logged, self.more = {}, {}, {"pareto": {}}
 
     def try_out(self, model: str, rules: Any, prompts: Any) -> list[Measured]:
         assert all(isinstance(exits, Threshold) for exits in rules)
@@ -50,14 +48,14 @@ class Planted(Evaluation):
 
 @pytest.mark.parametrize(("wide", "threshold"), [(False, 0.1), (True, 0.9)])
 def test_wide_problems_choose_too_and_the_validation_splits_own_row_is_kept(wide: bool, threshold: float) -> None:
-    work = Planted(wide)
-    exits, row, answers, _ = work.choose("reinforced")
+    part = Part()
+    exits, row, answers, _ = choose(Planted(wide), part, "reinforced")
     assert isinstance(exits, Threshold)
-    assert exits.value == threshold == work.meta["threshold_reinforced"] == work.logged["reinforced/threshold"]
+    assert exits.value == threshold == part.meta["threshold_reinforced"] == part.logged["reinforced/threshold"]
     assert answers == ["own"] and row.correct == RIGHT["own"][threshold]
-    assert [entry["accuracy"] for entry in work.meta["validation_reinforced"]] == [0.75, 0.76]
-    assert ("wide_reinforced" in work.meta) == wide
-    assert [entry["accuracy"] for entry in work.more["pareto"]["reinforced"]] == [0.75, 0.76]
+    assert [entry["accuracy"] for entry in part.meta["validation_reinforced"]] == [0.75, 0.76]
+    assert ("wide_reinforced" in part.meta) == wide
+    assert [entry["accuracy"] for entry in part.more["pareto"]["reinforced"]] == [0.75, 0.76]
 
 
 class Counting:
@@ -82,23 +80,20 @@ class Counting:
         return self.pool.inspect(rollouts, *rest)
 
 
-class Small(Evaluation):
+class Small(Measurer):
     """The stage's own measuring of a tiny model."""
 
     def __init__(self, pool: Any, verifier: Any, kept: Path):
         cfg = load(["experiment=smollm2", "evaluate.thresholds=[0.4,0.5,0.6]", "evaluate.answers=2"])
         dims = HFDirectory(pool.tokenizer.name_or_path).dims
         decode = str
-        self.session: Any = SimpleNamespace(cfg=cfg, spec=SPEC, source=SimpleNamespace(dims=dims), decode=decode)
+        self.context: Any = SimpleNamespace(cfg=cfg, spec=SPEC, source=SimpleNamespace(dims=dims), decode=decode)
         self.task, self.verifier, self.pool = TASK, verifier, pool
         self.kept, self.weights = KeptAnswers(kept, {}), "w"
         self.sampling = SamplingParams(0.0, 12, ("\n",))
         self.test, self.validation = TASK.prompts("evaluation"), TASK.prompts("validation")
         self.wide, self.wide_test = self.validation[:2], self.test[:3]
-        self.rows, self.answers, self.wide_rows, self.wide_answers = [], [], [], []
-        self.meta, self.logged, self.more = {}, {}, {"gates": {}, "pareto": {}}
-        self.chosen, self.before, self.advanced = {}, [], 0
-        self.records = Records(SPEC.exit_depths, 2, decode)
+        self.advanced = 0
         self.bar: Any = SimpleNamespace(detail=lambda *at: None, advance=self.advance)
 
     def advance(self, by: int, **shown: float) -> None:
@@ -117,11 +112,11 @@ def test_a_policy_is_measured_with_no_answer_made_or_read_twice(tmp_path: Path) 
     counting = Counting(pool)
     with VerifierPool(TASK, deadline_s=30) as verifier:
         work = Small(counting, verifier, tmp_path / "answers")
-        work.policy("calibrated", tmp_path)
+        part = policy_part(work, (), model="calibrated", checkpoint=tmp_path)
         again = Small(Counting(pool), verifier, tmp_path / "answers")
-        again.policy("calibrated", tmp_path)
+        second = policy_part(again, (), model="calibrated", checkpoint=tmp_path)
     tried = [f"hazard > {t}" for t in (0.4, 0.5, 0.6)]
-    chosen = work.chosen["calibrated"]
+    chosen = part.reference
     two = [prompt.id for prompt in work.test for _ in range(2)]
     assert counting.asked == [
         ("generate", tried), ("generate", tried), ("generate", ["full depth"]), ("generate", ["sampled"]),
@@ -130,17 +125,17 @@ def test_a_policy_is_measured_with_no_answer_made_or_read_twice(tmp_path: Path) 
     ]  # fmt: skip
     assert work.advanced == 6 + 3 + 2 == again.advanced
     # Those that answered together were not timed; every row of the results was.
-    assert all(entry["tokens_per_s"] is None for entry in work.more["pareto"]["calibrated"])
-    assert all(row.tokens_per_s for row in work.rows) and [row.exits for row in work.rows] == [
+    assert all(entry["tokens_per_s"] is None for entry in part.more["pareto"]["calibrated"])
+    assert all(row.tokens_per_s for row in part.rows) and [row.exits for row in part.rows] == [
         "full depth", "sampled", chosen.exits.label,
     ]  # fmt: skip
-    for row, exits in zip(work.rows, (Off(), Sample(), chosen.exits), strict=True):
+    for row, exits in zip(part.rows, (Off(), Sample(), chosen.exits), strict=True):
         request = GenerationRequest(work.test, 1, work.sampling, exits, 0)
         scores = pool.score([answer for (answer,) in pool.generate(request)])
         assert row.kl == pytest.approx(np.concatenate([s.divergence for s in scores]).mean(), abs=2e-5)
-    assert all("readings" in token for a in work.answers if a["id"] in two[:4] for token in a["tokens"])
-    gates = work.more["gates"]["calibrated"]
+    assert all("readings" in token for a in part.answers if a["id"] in two[:4] for token in a["tokens"])
+    gates = part.more["gates"]["calibrated"]
     assert gates["asked"] > 0
     # A second stage finds all of it.
-    assert {name for name, _ in again.pool.asked} == {"inspect"} and again.rows == work.rows
-    assert again.answers == work.answers and again.more == work.more
+    assert {name for name, _ in again.pool.asked} == {"inspect"} and second.rows == part.rows
+    assert second.answers == part.answers and second.more == part.more

@@ -204,7 +204,7 @@ class ControlMeasurer(Protocol):
 
 
 @dataclass(frozen=True)
-class Control:
+class ControlRule:
     """A rule: its name, the model whose weights it runs on, and its dial."""
 
     name: str
@@ -220,23 +220,23 @@ def all_controls(
     vocab: int,
     other: tuple[str, Path] | None,
     first_token: bool = False,
-) -> list[Control]:
+) -> list[ControlRule]:
     """Every rule that is a control, on the reference's own weights; then other policies' gates: calibrated but not
     reinforced, and those of `other`, a policy by its name and checkpoint."""
     model, own = reference.model, checkpoints[reference.model]
     span = DialRange(outcomes, vocab, marginal_exits(reference.validation_answers, outcomes, first_token))
-    controls = [Control(rule.control, model, own, rule.dial(span)) for rule in CONTROLS]
+    controls = [ControlRule(rule.control, model, own, rule.dial(span)) for rule in CONTROLS]
     gates = Threshold.dial(span)
     if model != "calibrated":
-        controls.append(Control("calibrated gates", "calibrated", checkpoints["calibrated"], gates))
+        controls.append(ControlRule("calibrated gates", "calibrated", checkpoints["calibrated"], gates))
     if other is not None:
         name, checkpoint = other
-        controls.append(Control(name, name, checkpoint, gates))
+        controls.append(ControlRule(name, name, checkpoint, gates))
     return controls
 
 
 def run_controls(
-    judge: ControlMeasurer, reference: Reference, controls: Sequence[Control], done: Callable[[EvaluationRow], None]
+    judge: ControlMeasurer, reference: Reference, controls: Sequence[ControlRule], done: Callable[[EvaluationRow], None]
 ) -> list[dict[str, Any]]:
     """One entry for the reference, then two per control: at its mean depth, at its accuracy; plain JSON values."""
     entries = [_entry(f"({reference.model})", "itself", reference, None, reference.test, reference.test_answers)]

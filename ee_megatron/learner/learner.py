@@ -29,7 +29,7 @@ from ..tensors import collect
 from .batch import ReplayBatch, to_device
 from .engine import Updater, fill_missing_gradients, sum_replicated_gradients, sum_tied_gradients
 from .optimizer_state import OptimizerState, holder_of, kinds, prepare
-from .packing import PackedRows, Packing, PackingStats, deal
+from .packing import MicroBatchPlan, PackedRows, PackingStats, deal
 from .passes import MicroBatch, ReferenceStates, SchedulePass
 
 
@@ -68,7 +68,7 @@ class PackedBatch:
     made: this rank's micro-batches on the CPU, without weights, by whether they keep their exits."""
 
     batch: ReplayBatch
-    packing: Packing
+    packing: MicroBatchPlan
     made: dict[bool, list[MicroBatch]] = field(default_factory=dict, repr=False)
 
     @property

@@ -66,7 +66,7 @@ NOTHING_PACKED = PackingStats(0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
-class Packing:
+class MicroBatchPlan:
     """Every data rank's micro-batches, the same number for each."""
 
     ranks: tuple[tuple[PackedRows, ...], ...]
@@ -83,7 +83,7 @@ def padded(positions: int) -> int:
     return max(1, -(-positions // SEQUENCE_MULTIPLE)) * SEQUENCE_MULTIPLE
 
 
-def deal(batch: ReplayBatch, tokens: int, ranks: int, multiple: int = 1, *, one_width: bool = False) -> Packing:
+def deal(batch: ReplayBatch, tokens: int, ranks: int, multiple: int = 1, *, one_width: bool = False) -> MicroBatchPlan:
     """Deal the sequences out to `ranks`, in micro-batches of at most `tokens` positions (or one longer sequence).
 
     Every rank gets the same number of them, a multiple of `multiple`, and as few as will do; some are empty where there
@@ -105,7 +105,7 @@ def deal(batch: ReplayBatch, tokens: int, ranks: int, multiple: int = 1, *, one_
         turn, place = divmod(index, ranks)
         widest = micro_batches[0] if one_width else rows
         dealt[ranks - 1 - place if turn % 2 else place].append(replace(rows, width=padded(widest.positions)))
-    return Packing(tuple(tuple(part) for part in dealt))
+    return MicroBatchPlan(tuple(tuple(part) for part in dealt))
 
 
 # A piece: sequences first to stop - 1, in the order of their prompts. A micro-batch: its positions, beside those that

@@ -112,7 +112,7 @@ class CreditInputs:
 
 
 @dataclass(frozen=True)
-class Credit:
+class CreditedAdvantages:
     """Advantages of tokens and exits, float32 [B] or [B, S]; hazard_weight float32 [B, S, M]: what firing costs more
     than going on at each gate, None if exits don't answer for themselves."""
 
@@ -121,20 +121,20 @@ class Credit:
     hazard_weight: Tensor | None = None
 
 
-def answer_credit(x: CreditInputs) -> Credit:
+def answer_credit(x: CreditInputs) -> CreditedAdvantages:
     """Tokens and exits share their answer's advantage, as in the paper."""
-    return Credit(x.task + x.depth, x.task + x.depth)
+    return CreditedAdvantages(x.task + x.depth, x.task + x.depth)
 
 
-def token_credit(x: CreditInputs) -> Credit:
+def token_credit(x: CreditInputs) -> CreditedAdvantages:
     """Each token and exit pays for its own depth and that of later tokens."""
     cost = DEPTH_COSTS[x.rl.depth_penalty.cost]
     to_go = cost.to_go(x.batch, x.layout.num_layers, x.rl.depth_penalty.cost_tokens)
     depth = x.lambda_depth * token_advantage(x.batch, to_go, x.penalized, x.rl.group_size)
-    return Credit(x.task.unsqueeze(1) + depth, x.task.unsqueeze(1) + depth)
+    return CreditedAdvantages(x.task.unsqueeze(1) + depth, x.task.unsqueeze(1) + depth)
 
 
-def exit_credit(x: CreditInputs) -> Credit:
+def exit_credit(x: CreditInputs) -> CreditedAdvantages:
     """Each gate pays for the depth and the divergence of its own decision (objectives/exit_credit.py)."""
     # The loss divides by an answer's tokens; a cost is an answer's.
     lengths = x.batch.counts.sum(1).clamp(min=1)
@@ -142,10 +142,10 @@ def exit_credit(x: CreditInputs) -> Credit:
     costs = outcomes * (x.lambda_depth * x.penalized.float() * lengths)[:, None, None]
     weights = hazard_costs(x.batch, x.layout, costs, _divergences(x), _hazards(x))
     assert x.rl.exit_credit is not None
-    return Credit(x.task + x.depth, x.rl.exit_credit.task_weight * x.task, weights)
+    return CreditedAdvantages(x.task + x.depth, x.rl.exit_credit.task_weight * x.task, weights)
 
 
-CREDIT_RULES: dict[str, Callable[[CreditInputs], Credit]] = {
+CREDIT_RULES: dict[str, Callable[[CreditInputs], CreditedAdvantages]] = {
     "answer": answer_credit,
     "token": token_credit,
     "exit": exit_credit,

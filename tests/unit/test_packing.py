@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ee_megatron.learner.batch import ReplayBatch, pack
-from ee_megatron.learner.packing import Packing, deal, padded
+from ee_megatron.learner.packing import MicroBatchPlan, deal, padded
 from ee_megatron.model.packed import PackedSequences
 
 LAYERS = 4
@@ -32,7 +32,7 @@ def lognormal(mean: int, cap: int, prompts: int, group: int, prompt: int = 100, 
     return pack([heads[i // group] for i in range(prompts * group)], answers, None, LAYERS)
 
 
-def tokens_seen(batch: ReplayBatch, dealt: Packing) -> dict[int, list[int]]:
+def tokens_seen(batch: ReplayBatch, dealt: MicroBatchPlan) -> dict[int, list[int]]:
     """The tokens of the keys that each row sees, by row."""
     found: dict[int, list[int]] = {}
     for rows in (rows for part in dealt.ranks for rows in part):

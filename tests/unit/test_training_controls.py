@@ -12,7 +12,7 @@ import pytest
 
 from ee_megatron.config.identity import to_yaml
 from ee_megatron.config.schema import AccuracyTarget, DepthPenalty, RunConfig
-from ee_megatron.evaluation.controls import Control, Reference, all_controls, run_controls
+from ee_megatron.evaluation.controls import ControlRule, Reference, all_controls, run_controls
 from ee_megatron.evaluation.evaluate import Answer, EvaluationRow
 from ee_megatron.exit_rules import Entropy, ExitRule, Patience, Random, Threshold
 from ee_megatron.report.tables import controls_table
@@ -67,7 +67,7 @@ def reference(model: str) -> Reference:
     return Reference(model, exits, row(model, 0.5, 0.8), answers(80), row(model, 0.55, 0.85), answers(85))
 
 
-def controls(model: str, other: tuple[str, Path] | None = None) -> list[Control]:
+def controls(model: str, other: tuple[str, Path] | None = None) -> list[ControlRule]:
     known = {name: path for name, path in CHECKPOINTS.items() if model == "reinforced" or name == model}
     return all_controls(reference(model), known, OUTCOMES, 130, other)
 

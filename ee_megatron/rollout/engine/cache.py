@@ -8,6 +8,7 @@ import math
 import mmap
 import sys
 from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,6 @@ from ...families import ModelDims
 from ...kernels import LANES
 
 if TYPE_CHECKING:
-    from .decoder import Prefilled
     from .request import Row
 
 # Positions of a page: what the compiled attention reads at a time, so that none of its steps crosses pages.
@@ -187,6 +187,25 @@ class KVCache:
 
 def _map(size: int) -> mmap.mmap:
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+@dataclass
+class Prefilled:
+    """A sequence read in parallel: keys, values [L, T, KVH, hd] from `start` on; hidden [D] of the last position."""
+
+    keys: Tensor
+    values: Tensor
+    hidden: Tensor
+    start: int
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[1]
+
+    def before(self, layer: int, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [count, T, KVH, hd] of a layer for so many sequences, all of which begin with this one."""
+        shape = (count, *self.keys.shape[1:])
+        return self.keys[layer].expand(shape), self.values[layer].expand(shape)
 
 
 class Slots:

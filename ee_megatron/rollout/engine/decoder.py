@@ -19,29 +19,10 @@ from ...families import inverse_frequencies
 from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec
 from ...tensors import ModelSource
-from .cache import KVCache
+from .cache import KVCache, Prefilled
 from .ops import Ops, Places, Rows, choose_ops, norm
 from .policy_loading import GateWeights, PartialLoad, check_tensors, gates_from
 from .weights import DecoderWeights, SkippedKV
-
-
-@dataclass
-class Prefilled:
-    """A sequence read in parallel: keys, values [L, T, KVH, hd] from `start` on; hidden [D] of the last position."""
-
-    keys: Tensor
-    values: Tensor
-    hidden: Tensor
-    start: int
-
-    @property
-    def length(self) -> int:
-        return self.keys.shape[1]
-
-    def before(self, layer: int, count: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [count, T, KVH, hd] of a layer for so many sequences, all of which begin with this one."""
-        shape = (count, *self.keys.shape[1:])
-        return self.keys[layer].expand(shape), self.values[layer].expand(shape)
 
 
 @dataclass(frozen=True)

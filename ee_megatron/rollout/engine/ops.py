@@ -18,7 +18,7 @@ from ...families import ModelDims
 from ...kernels import Panels, compiled
 from .cache import TABLE, KVCache
 from .linear import Linear, WideLinear
-from .weights import Block
+from .weights import LayerWeights
 
 # Of a prompt that go through an MLP at a time on a CPU.
 POSITIONS = 768
@@ -27,7 +27,7 @@ SHORT = 512
 
 
 class Ops(Protocol):
-    def take(self, blocks: Sequence[Block]) -> None:
+    def take(self, blocks: Sequence[LayerWeights]) -> None:
         """The layers that `run` runs from now on."""
         ...
 
@@ -140,9 +140,9 @@ class LayerByLayer(Ops):
     """Layers put together of the pieces that a class below has."""
 
     dims: ModelDims
-    blocks: Sequence[Block] = ()
+    blocks: Sequence[LayerWeights] = ()
 
-    def take(self, blocks: Sequence[Block]) -> None:
+    def take(self, blocks: Sequence[LayerWeights]) -> None:
         self.blocks = blocks
 
     def run(self, first: int, stop: int, hidden: Tensor, cache: KVCache, at: Rows) -> Tensor:
@@ -240,7 +240,7 @@ class KernelOps(LayerByLayer):
         )
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
-    def take(self, blocks: Sequence[Block]) -> None:
+    def take(self, blocks: Sequence[LayerWeights]) -> None:
         super().take(blocks)
         self._layers = None
         if all(isinstance(linear.matrix, Panels) for block in blocks for linear in block.linears.values()):
@@ -352,7 +352,7 @@ class KernelOps(LayerByLayer):
         )  # fmt: skip
 
 
-def _layer(block: Block) -> compiled.Layer:
+def _layer(block: LayerWeights) -> compiled.Layer:
     matrices = (block.linears[name].matrix for name in ("qkv", "out", "gate_up", "down"))
     products = (matrix.product for matrix in matrices if isinstance(matrix, Panels))
     gains = (block.attention_norm, block.mlp_norm, block.q_norm, block.k_norm)

@@ -37,7 +37,7 @@ NORMS = {
 
 
 @dataclass
-class Block:
+class LayerWeights:
     """One layer. Linears qkv [q+2kv, D], out [D, q], gate_up [2I, D], down [D, I] as they are now, and the same as base
     matrices; biases by the same names, or None."""
 
@@ -191,7 +191,7 @@ class DecoderWeights:
     def _read(self, source: HFDirectory | ModelSource, name: str) -> Tensor:
         return source.tensor(name).to(self.device, self.dtype)
 
-    def _block(self, source: HFDirectory | ModelSource, layer: int) -> Block:
+    def _block(self, source: HFDirectory | ModelSource, layer: int) -> LayerWeights:
         def read(name: str) -> Tensor:
             return self._read(source, f"model.layers.{layer}.{name}")
 
@@ -202,4 +202,4 @@ class DecoderWeights:
             has_bias = self.dims.has_bias(parts[0])
             biases[name] = torch.cat([read(f"{part}.bias") for part in parts]) if has_bias else None
         present = [name for name in NORMS if self.dims.qk_norm or not name.startswith("self_attn")]
-        return Block({}, base, biases, **{NORMS[name]: read(f"{name}.weight") for name in present})
+        return LayerWeights({}, base, biases, **{NORMS[name]: read(f"{name}.weight") for name in present})

@@ -269,7 +269,7 @@ def _dry_run(overrides: list[str], command: str) -> int:
     """What another machine may have is no reason to refuse a plan."""
     from .config.errors import refuse
     from .config.identity import to_yaml
-    from .training.dry_run import remarks
+    from .training.preflight import remarks
 
     cfg, wrong, missing = _look(overrides, command, None)
     refuse(wrong)

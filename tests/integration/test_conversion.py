@@ -24,12 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ee_megatron.checkpoint.describe import open_checkpoint
 from ee_megatron.checkpoint.hf_export import export_hf
-from ee_megatron.checkpoint.logits_parity import logits_of
 from ee_megatron.checkpoint.megatron_read import TRACKER, MegatronDirectory, TorchDistReader
 from ee_megatron.checkpoint.megatron_write import ChunkFile, write_metadata
 from ee_megatron.checkpoint.sources import WEIGHTS
 from ee_megatron.checkpoint.store import read_manifest, tensor_sha256
-from ee_megatron.checkpoint.verify import compare_tensors
+from ee_megatron.checkpoint.verify import compare_tensors, logits_of
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.model.gpt import STORED_NORMS
 from ee_megatron.policy import PolicySpec, load_policy, open_policy

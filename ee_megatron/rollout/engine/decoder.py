@@ -21,8 +21,7 @@ from ...policy import PolicySpec
 from ...tensors import ModelSource
 from .cache import KVCache, Prefilled
 from .ops import Ops, Places, Rows, choose_ops, norm
-from .policy_loading import GateWeights, PartialLoad, check_tensors, gates_from
-from .weights import DecoderWeights, SkippedKV
+from .weights import DecoderWeights, GateWeights, PartialLoad, SkippedKV, check_tensors, gates_from
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def dry_run_lines(cfg: RunConfig, dims: ModelDims) -> list[str]:
     depth = max(Assumptions.mean_depth, least_depth(cfg.rollout.max_new_tokens, outcomes, cfg.exits.first_token))
     plan = make_plan(cfg, dims, find_device(default_device(cfg)), Assumptions(mean_depth=depth))
     lack = plan.shortage()
-    times = ", ".join(f"{name} {t.best:.3g} to {t.likely:.3g} s" for name, t in plan.phases.items())
+    times = ", ".join(f"{name} {t.best:.3g} to {t.likely:.3g} s" for name, t in plan.phases.items() if t.likely)
     actor = "" if cfg.rl.replay else f", {gib(plan.device_bytes(plan.actor.kinds))} per device of a rollout actor"
     return [
         f"parameters: {plan.trained:,} trained" + ("" if cfg.rl.replay else f", {gib(plan.sync)} a version"),

@@ -3,6 +3,7 @@ evaluations."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import random
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ee_megatron.config.identity import stage_dir, to_yaml
-from ee_megatron.config.schema import RunConfig
+from ee_megatron.config.schema import PretrainConfig, RLConfig, RunConfig
 from ee_megatron.externalise.study import STYLES
 
 LAYERS, ANSWERS, BETA = 6, 300, 0.1
@@ -118,16 +119,26 @@ def config(made: Run) -> RunConfig:
     cfg = RunConfig(name="study")
     cfg.model.path = "no/such/model"
     cfg.task.name, cfg.task.tokens_per_step = "hops", made.tau
-    cfg.pretrain.enabled, cfg.teacher.enabled = True, False
-    cfg.pretrain.seed, cfg.rl.seed = made.base, made.seed
-    cfg.pretrain.layers = made.layers if made.layers != LAYERS else 0
+    layers = made.layers if made.layers != LAYERS else 0
+    cfg.pretrain, cfg.teacher, cfg.rl.seed = PretrainConfig(seed=made.base, layers=layers), None, made.seed
     cfg.rl.families, cfg.rl.kl_penalty.sum, cfg.exits.first_token = [f"hop{k}" for k in made.trained_on], True, True
-    for name, value in {"beta": BETA, "cost_length": 3, **made.rl}.items():
-        setattr(cfg.rl, name, value)
+    set_columns(cfg.rl, {"beta": BETA, "cost_length": 3, **made.rl})
     for key, value in made.also.items():
-        section, _, name = key.partition(".")
-        setattr(getattr(cfg, section), name, value)
+        *path, name = key.split(".")
+        setattr(functools.reduce(getattr, path, cfg), name, value)
     return cfg
+
+
+def set_columns(rl: RLConfig, values: Mapping[str, Any]) -> RLConfig:
+    """Settings of RL by the names of the study's columns."""
+    penalty = rl.depth_penalty
+    places = {
+        "beta": (rl.kl_penalty, "weight"), "depth_cost": (penalty, "cost"), "lambda_exit": (penalty, "weight"),
+        "cost_length": (penalty, "cost_tokens"), "lambda_length": (penalty, "length_weight"),
+    }  # fmt: skip
+    for name, value in values.items():
+        setattr(*places.get(name, (rl, name)), value)
+    return rl
 
 
 def write(root: Path, *runs: Run) -> Path:

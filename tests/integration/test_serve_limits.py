@@ -297,7 +297,7 @@ def test_who_finds_no_memory_ends_alone_and_the_others_answer_as_if_it_had_never
     def answers(bad: int | None) -> tuple[list, list[int]]:
         failed: list[int] = []
         made = Scheduler(decoder, tokenizer, 4, failed=lambda request, error: failed.append(request))
-        owner = {"prefill": decoder, "leave": made.steps, "hold": made.slots, "sample": made.steps}[where]
+        owner = {"prefill": decoder, "leave": made.runner, "hold": made.slots, "sample": made.runner}[where]
         real, position = getattr(owner, where), {"leave": 1}.get(where, 0)
         sampling = SamplingParams(1.0, 40)
         ids = [made.add(Request(prompt, sampling, Sample(), 5, str(i))) for i, prompt in enumerate(prompts)]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ee_megatron.config.load import load
-from ee_megatron.config.schema import TaskConfig
+from ee_megatron.config.schema import StyleChoice, TaskConfig
 from ee_megatron.evaluation.choice import ChoiceBench, Judged, by_family, choice, cycled, figures, shares
 from ee_megatron.exit_rules import ExitRule, Fixed, Off, Sample
 from ee_megatron.externalise.study import depth_of_hops
@@ -194,8 +194,8 @@ def test_layers_per_hop_are_those_of_chains_that_are_followed() -> None:
 def test_the_last_model_is_the_start_where_there_was_no_rl() -> None:
     cfg = load(["name=test", "model.path=nowhere"])
     assert choosing(cfg, ("calibrated", "reinforced")) == []
-    cfg.evaluate.style_choice.models = "reinforced"
+    cfg.evaluate.style_choice = StyleChoice(models="reinforced")
     assert choosing(cfg, ("calibrated", "reinforced")) == ["reinforced"] and choosing(cfg, ("calibrated",)) == ["start"]
-    cfg.evaluate.style_choice.models = "all"
+    cfg.evaluate.style_choice = StyleChoice(models="all")
     assert choosing(cfg, ("calibrated", "reinforced")) == ["teacher", "start", "reinforced"]
     assert choosing(cfg, ("calibrated",)) == ["teacher", "start"]

@@ -21,7 +21,7 @@ from ee_megatron.externalise.effects import conditions, effects
 from ee_megatron.externalise.laws import crossing, forecast, laws, padding_odds, reference_shares, with_forecast
 from ee_megatron.externalise.study import STYLES, condition, read_study, shape_of
 from ee_megatron.objectives.optimum import closed_form, takeover_price
-from tests.externalise_samples import BETA, LAYERS, OBJECTIVES, WEIGHTS, Run, run, write
+from tests.externalise_samples import BETA, LAYERS, OBJECTIVES, WEIGHTS, Run, run, set_columns, write
 
 Case = tuple[dict[str, float], dict[str, float], dict[str, float], float]
 """Shares of the reference, worth and cost of the styles, beta."""
@@ -101,7 +101,7 @@ def test_the_price_of_half_by_hand() -> None:
     ],
 )
 def test_a_run_is_named_by_what_it_paid_for(settings: dict[str, object], first_exits: bool, label: str) -> None:
-    found = condition(RLConfig(**{"lambda_exit": 0.0, **settings}), first_exits, LAYERS)
+    found = condition(set_columns(RLConfig(), {"lambda_exit": 0.0, **settings}), first_exits, LAYERS)
     assert found["condition"] == label and found["priced"] == (label == "max 0.25")
 
 
@@ -352,7 +352,7 @@ def damaged() -> Run:
     ("make", "named"),
     [
         (lambda root: None, "/runs: .*evaluate-.*DONE"),
-        (lambda root: (write(root, run("max 1")) / "results.json").write_text("{}"), r"\b1\b.*evaluate\.choice"),
+        (lambda root: (write(root, run("max 1")) / "results.json").write_text("{}"), r"\b1\b.*evaluate\.style_choice"),
         (lambda root: (write(root, run("max 1")) / "results.json").write_text("{"), r"results\.json: .*column 2"),
         (lambda root: write(root, damaged()) and None, r"results\.json: .*'share'"),
         (lambda root: write(root, Run("max 1", trained_on=(2,), models=run("max 1").models)), "hop2.*task.families"),
@@ -384,4 +384,4 @@ def test_what_was_left_out_and_what_isnt_alike_is_remarked(tmp_path: Path) -> No
     assert len(runs) == 3 and set(runs.loc[runs["condition"] == "lambda 0", "models"]) == {"reinforced teacher start"}
     said = " | ".join(remarks)
     assert said.count("1 of 5") == 2 and "rl.steps: 12, 99" in said and "max_new_tokens" not in said
-    assert re.search(r"\b1 of 3\b.*rl\.kl_sum=false", said)
+    assert re.search(r"\b1 of 3\b.*rl\.kl_penalty\.sum=false", said)

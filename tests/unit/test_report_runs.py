@@ -120,12 +120,13 @@ def test_a_saved_configuration_is_read_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_saved_under_older_names_is_read(tmp_path: Path) -> None:
-    cfg = load(["experiment=ladder"])
-    text = to_yaml(cfg)
+    text = to_yaml(load(["experiment=ladder"]))
+    assert "\n    credit: answer\n" in text
     for old, new in (("sequence", "answer"), ("token", "token")):
-        assert "\n  credit: answer\n" in text
-        (tmp_path / "config.yaml").write_text(text.replace("\n  credit: answer\n", f"\n  depth_credit: {old}\n"))
+        older = text.replace("\n    credit: answer\n", "\n").replace("\nrl:\n", f"\nrl:\n  depth_credit: {old}\n")
+        (tmp_path / "config.yaml").write_text(older)
         assert read_saved(tmp_path / "config.yaml").rl.credit == new
+
 
 
 @pytest.mark.parametrize(

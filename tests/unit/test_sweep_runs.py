@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from ee_megatron.config.faults import Faults
 
 from ee_megatron import cli
 from ee_megatron.config.cluster import site_options
 from ee_megatron.config.derive import read_dims
+from ee_megatron.config.errors import Faults
 from ee_megatron.config.identity import stage_dir
 from ee_megatron.config.load import load
 from ee_megatron.config.validate import validate
@@ -108,7 +108,7 @@ def test_every_wrong_point_is_listed_before_anything_is_written(
         made(base, "rl.depth_penalty.weight=0,-1", "rl.group_size=1,4")
     first, second = caught.value.lines
     assert first.startswith(
-        "point 1 (rl.depth_penalty.weight=0 rl.group_size=1) and 1 other(s), up to point 3 (rl.lambda"
+        "point 1 (rl.depth_penalty.weight=0 rl.group_size=1) and 1 other(s), up to point 3 (rl.depth_penalty"
     )
     assert "rl.group_size=1: " in first and "rl.depth_penalty.weight=-1" in second
     assert cli.main(["sweep", *base, *SMALL, "rl.lamda_exit=1,2", "rl.steps=0,1"]) == 2

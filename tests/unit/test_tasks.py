@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
-from ee_megatron.config.contradictions import TASK_FAMILIES
 
-from ee_megatron.config.schema import RunConfig, TaskConfig, settings
+from ee_megatron.config.fields import settings
+from ee_megatron.config.schema import RunConfig, TaskConfig
+from ee_megatron.config.validate import TASK_FAMILIES
 from ee_megatron.tasks import TASKS, Verdict, arithmetic, hops, make_task, register, sums, tom
 from ee_megatron.types import Prompt
 

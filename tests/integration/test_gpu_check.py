@@ -16,16 +16,15 @@ from ee_megatron.planning.devices import find_device
 from tests.covering import EXTENDED, SLOW
 from tests.processes import ROOT
 from tools.gpu_check import __main__ as check
-from tools.gpu_check.findings import Findings
-from tools.gpu_check.registry import PARTS, Part
-from tools.gpu_check.shapes import ideal
+from tools.gpu_check.__main__ import PARTS, Part
+from tools.gpu_check.bench import Findings, ideal
 
 pytestmark = EXTENDED
 
 # Parts are run by an interpreter that does as it's told here before anything else.
 FAULTS = """
 import os, sys
-part = sys.orig_argv[-3] if "tools.gpu_check.child" in sys.orig_argv else ""
+part = sys.orig_argv[-3] if "_part" in sys.orig_argv else ""
 if part == "decoder":
     from ee_megatron.rollout.engine.decoder import Decoder
     readout = Decoder.readout
@@ -162,7 +161,7 @@ def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path, monkeypat
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     begun = time.monotonic()
-    found = check.outcome(Part("nccl", "Collectives", "machine:collectives", 1), "cpu", tmp_path, 100.0, {})
+    found = check.outcome(Part("nccl", "Collectives", "speed:collectives", 1), "cpu", tmp_path, 100.0, {})
     assert found["status"] == "out of time" and "4 s" in found["reasons"][0]
     assert time.monotonic() - begun < 60
     deadline = time.monotonic() + 10

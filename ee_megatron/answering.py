@@ -14,8 +14,8 @@ from rich.text import Text
 
 from .config.schema import RunConfig
 from .exit_rules import ExitRule, Off, parse_option
-from .inference.found import choose
 from .inference.model import EarlyExitModel
+from .inference.model_resolver import resolve_configured
 from .rollout.engine.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def load(
     a policy of another base unless `base_unchecked`."""
     if exits is not None:
         parse_option("--exits", exits)
-    return EarlyExitModel.of(cfg, choose(cfg, model, policy, base_unchecked), cfg.rollout.threads)
+    return EarlyExitModel.of(cfg, resolve_configured(cfg, model, policy, base_unchecked), cfg.rollout.threads)
 
 
 def rule_for(answering: EarlyExitModel, exits: str | None) -> ExitRule:

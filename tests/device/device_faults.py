@@ -119,7 +119,7 @@ FAULTS = {
     ),
     "numpy of a tensor on the device": Fault(
         scoring, "_inspect_chunk",
-        lambda real: lambda *given: tuple(torch.from_numpy(x.numpy()) for x in real(*given)),
+        lambda real: lambda *given: {name: torch.from_numpy(x.numpy()) for name, x in real(*given).items()},
         "inspect", NUMPY,
     ),
     "a hidden .item() in every layer": Fault(

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.text import Text
 
 from .config.schema import RunConfig
-from .exit_rules import ExitRule, Off, parse_option
-from .inference.found import choose
+from .exit_rules import ExitRule, Off
 from .inference.model import EarlyExitModel
+from .inference.model_resolver import resolve_configured
 from .rollout.engine.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -25,21 +25,15 @@ if TYPE_CHECKING:
 SHADES = ("color(33)", "color(38)", "color(109)", "color(179)", "color(214)", "color(203)")
 
 
-def load(
-    cfg: RunConfig, model: str | None, policy: str | None, exits: str | None, base_unchecked: bool = False
-) -> EarlyExitModel:
-    """What answers. Raises FileNotFoundError or ValueError: for an exit rule that is none before anything is read, for
-    a policy of another base unless `base_unchecked`."""
-    if exits is not None:
-        parse_option("--exits", exits)
-    return EarlyExitModel.of(cfg, choose(cfg, model, policy, base_unchecked), cfg.rollout.threads)
+def load(cfg: RunConfig, model: str | None, policy: str | None, base_unchecked: bool = False) -> EarlyExitModel:
+    """What answers. Raises FileNotFoundError or ValueError, for a policy of another base unless `base_unchecked`."""
+    return EarlyExitModel.of(cfg, resolve_configured(cfg, model, policy, base_unchecked), cfg.rollout.threads)
 
 
-def rule_for(answering: EarlyExitModel, exits: str | None) -> ExitRule:
+def rule_for(answering: EarlyExitModel, rule: ExitRule | None) -> ExitRule:
     """The exit rule asked for, or the model's own; full depth, said once, where that would need gates that it lacks."""
-    if exits is None:
+    if rule is None:
         return answering.default_exits
-    rule = parse_option("--exits", exits)
     if not answering.has_gates and "gates" in rule.needs:
         print("no policy with gates: the base model answers at full depth", file=sys.stderr)
         return Off()
@@ -47,22 +41,16 @@ def rule_for(answering: EarlyExitModel, exits: str | None) -> ExitRule:
 
 
 def serve(
-    cfg: RunConfig,
-    settings: ServerSettings,
-    exits: str | None,
-    model: str | None,
-    policy: str | None,
+    cfg: RunConfig, settings: ServerSettings, rule: ExitRule | None, model: str | None, policy: str | None,
     base_unchecked: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Answer over HTTP until told to stop; the key that clients need, if any, is EE_API_KEY's."""
     from .rollout.server.run import run
 
-    if exits is not None:
-        parse_option("--exits", exits)
     # Before the model is read, which takes its time.
     with settings.bind() as listening:
-        answering = load(cfg, model, policy, exits, base_unchecked)
-        default = rule_for(answering, exits)
+        answering = load(cfg, model, policy, base_unchecked)
+        default = rule_for(answering, rule)
         name = answering.name if model else f"{cfg.name}-{answering.name}"
         key = os.environ.get("EE_API_KEY") or None
         run(answering.decoder, str(answering.source), name, default, settings, listening, key)

@@ -6,11 +6,13 @@ torch is imported by what is called, never here: help and wrong settings answer 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib
 import os
 import select
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -112,26 +114,21 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     serve = _add(commands, "serve", _serve, example="--port 8000 --exits threshold:0.7")
     _add_model(serve)
-    serve.add_argument(
-        "--exits", default=None, metavar="RULE", help="for requests without exit_policy (default: as in generate)"
-    )
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
-    serve.add_argument("--rows", type=int, default=32, help="requests that run together (default: 32)")
-    serve.add_argument("--queue", type=int, default=256, help="requests that may wait; more get 429 (default: 256)")
-    serve.add_argument("--cache-gib", type=float, default=0.0, help="memory of their cache (default: what is free)")
-    serve.add_argument(
-        "--allow-origin",
-        action="append",
-        default=[],
-        metavar="ORIGIN",
-        help="web pages that may ask; * for any (repeatable)",
-    )
-    serve.add_argument("--max-length", type=int, default=0, help="tokens of prompt and answer (default: the model's)")
-    serve.add_argument("--max-new-tokens", type=int, default=256, help="of requests that don't say (default: 256)")
-    serve.add_argument(
-        "--grace", type=float, default=30.0, metavar="SECONDS", help="for running requests at the end (default: 30)"
-    )
+    for option, default, metavar, text in (
+        ("--exits", None, "RULE", "for requests without exit_policy (default: as in generate)"),
+        ("--host", "127.0.0.1", None, "address to listen on (default: 127.0.0.1)"),
+        ("--port", 8000, None, "0 takes a free one (default: 8000)"),
+        ("--rows", 32, None, "requests that run together (default: 32)"),
+        ("--queue", 256, None, "requests that may wait; more get 429 (default: 256)"),
+        ("--cache-gib", 0.0, None, "memory of their cache (default: what is free)"),
+        ("--max-length", 0, None, "tokens of prompt and answer (default: the model's)"),
+        ("--max-new-tokens", 256, None, "of requests that don't say (default: 256)"),
+        ("--grace", 30.0, "SECONDS", "for running requests at the end (default: 30)"),
+    ):
+        kind = str if default is None else type(default)
+        serve.add_argument(option, type=kind, default=default, metavar=metavar, help=text)
+    origins = "web pages that may ask; * for any (repeatable)"
+    serve.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN", help=origins)
     _add_plan(commands)
     _add(commands, "job", _job, stage=True)
     # Only for the list of commands: main() hands their arguments on unread.
@@ -336,9 +333,7 @@ def _generate(options: argparse.Namespace) -> int:
         raise ValueError(f"--temperature {options.temperature}: expected a number >= 0")
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {options.max_new_tokens}: expected a number >= 1")
-    if options.exits is not None:
-        # Before torch is imported, which takes its time; `load` does it for those who come another way.
-        exit_rules.parse_option("--exits", options.exits)
+    rule = _exit_rule(options)
     from .training import launch
 
     launch.quiet_libraries()
@@ -346,14 +341,19 @@ def _generate(options: argparse.Namespace) -> int:
         from .answering import load, rule_for, stream_answer, wants_chat
         from .rollout.engine.sampling import SamplingParams
 
-        answering = load(cfg, options.model, options.policy, options.exits, options.base_unchecked)
+        answering = load(cfg, options.model, options.policy, options.base_unchecked)
     # Of a run that is named by its directory: its own settings, unless there are others.
     rollout = cfg.rollout if options.overrides or answering.settings is None else answering.settings.rollout
     tokens = rollout.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
-    rule, chat = rule_for(answering, options.exits), wants_chat(answering, options.chat)
+    rule, chat = rule_for(answering, rule), wants_chat(answering, options.chat)
     sampling = SamplingParams(options.temperature, tokens, () if chat else tuple(rollout.stop))
     stream_answer(answering, options.prompt, rule, sampling, chat)
     return 0
+
+
+def _exit_rule(options: argparse.Namespace) -> exit_rules.ExitRule | None:
+    """Parsed before torch is imported, which takes its time."""
+    return None if options.exits is None else exit_rules.parse_option("--exits", options.exits)
 
 
 @contextmanager
@@ -370,14 +370,14 @@ def _loading(name: str) -> Iterator[None]:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    cfg = _answering(options)
+    cfg, rule = _answering(options), _exit_rule(options)
     from .training import launch
 
     launch.quiet_libraries()
     from .answering import serve
     from .rollout.server.run import ServerSettings
 
-    serve(cfg, ServerSettings.of(vars(options)), options.exits, options.model, options.policy, options.base_unchecked)
+    serve(cfg, ServerSettings.of(vars(options)), rule, options.model, options.policy, options.base_unchecked)
     return 0
 
 
@@ -392,23 +392,39 @@ def _quiet_megatron() -> None:
 
 
 def _guarded(action: Callable[[], int]) -> int:
+    """What went wrong in one line, and the exit code.
+
+    Of several ranks each names itself, last, and, unless it is bad input, where it failed: in one write, since the
+    others may be writing too.
+    """
+    name = ""
     try:
         check_variables(os.environ)
         rank, world = os.environ.get("RANK"), int(os.environ.get("WORLD_SIZE", "1"))
         if rank is not None and world > 1:
-            return _guarded_rank(action, f"rank {rank} of {world}")
+            name = f"rank {rank} of {world}"
+            faulthandler.enable()
         with interruptible():
             return action()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if not name:
+            print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError, RuntimeError, OSError, ImportError) as error:
-        if os.environ.get("EE_DEBUG") == "1":
+    except Exception as error:
+        bad_input = isinstance(error, ValueError | FileNotFoundError)
+        if name:
+            where = "" if bad_input else f"{name} failed here:\n{traceback.format_exc()}"
+            sys.stderr.write(f"{where}error: {name}: {'; '.join(lines_of(error))}\n")
+            sys.stderr.flush()
+            return 2 if bad_input else 1
+        if os.environ.get("EE_DEBUG") == "1" or not isinstance(
+            error, ValueError | RuntimeError | OSError | ImportError
+        ):
             raise
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 0
         print("".join(f"error: {line}\n" for line in lines_of(error)), end="", file=sys.stderr)
-        return 2 if isinstance(error, ValueError | FileNotFoundError) else 1
+        return 2 if bad_input else 1
 
 
 def _nobody_reads() -> bool:
@@ -419,32 +435,6 @@ def _nobody_reads() -> bool:
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True
-
-
-def _guarded_rank(action: Callable[[], int], name: str) -> int:
-    """One of several processes: what goes wrong is said with the rank's name, last, and, unless it is bad input, where.
-    In one write, since the others may be writing too."""
-    import faulthandler
-    import traceback
-
-    faulthandler.enable()
-    try:
-        with interruptible():
-            return action()
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, FileNotFoundError) as error:
-        sys.stderr.write(f"error: {name}: {_one_line(error)}\n")
-        return 2
-    except Exception as error:
-        sys.stderr.write(f"{name} failed here:\n{traceback.format_exc()}error: {name}: {_one_line(error)}\n")
-        return 1
-    finally:
-        sys.stderr.flush()
-
-
-def _one_line(error: Exception) -> str:
-    return "; ".join(lines_of(error))
 
 
 if __name__ == "__main__":

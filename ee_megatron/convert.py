@@ -77,7 +77,7 @@ def _named(path: Path) -> Path:
     itself = any((path / name).exists() for name in ("config.json", "policy.json", "weights"))
     if itself or not ((path / "config.yaml").is_file() or any(path.glob("*/config.yaml"))):
         return path
-    from .inference.found import stage_of
+    from .inference.model_resolver import stage_of
     from .training.stages import policy_at
 
     stage = stage_of(path)
@@ -88,7 +88,7 @@ def _named(path: Path) -> Path:
 
 def _base_of(policy: Path) -> Path:
     """The model that a policy checkpoint of a run was made on. Raises FileNotFoundError or ValueError for any other."""
-    from .inference.found import stage_of
+    from .inference.model_resolver import stage_of
     from .policy import read_policy_json
     from .training.stages import trained
 

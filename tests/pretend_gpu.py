@@ -9,7 +9,7 @@ the line of ee_megatron or megatron that asked (`counting`, `Counts`):
 - kernels: operations that would launch one; fused ones (torch.compile is off here) count by their parts
 - duplicates: the most often any element is hit by one accumulating `index_put` or `index_add`, which CUDA serialises
 
-and bytes that are alive, by the line that allocated them (`memory`).
+and bytes that are alive (`memory`).
 
 Blind to: streams and asynchronous errors; NCCL (collectives run on gloo); data pointers, and so compiled kernels;
 resizes of outputs; CUDA's own limits (dtypes, shapes, determinism); the allocator's fragmentation and workspaces;
@@ -76,22 +76,19 @@ class Counts:
 
 
 class Memory:
-    """Bytes of the device's storages that are alive, and the most there were since `reset_peak`."""
+    """Bytes of the device's storages that are alive."""
 
     def __init__(self) -> None:
-        self.live, self.peak = 0, 0
-        self._storages: dict[int, list[Any]] = {}
+        self.live = 0
+        self._storages: dict[int, list[int]] = {}
 
     def hold(self, raw: torch.Tensor) -> _Held:
         storage = raw.untyped_storage()
-        key = storage._cdata
-        entry = self._storages.get(key)
-        if entry is None:
-            entry = self._storages[key] = [0, storage.nbytes(), _site()]
+        entry = self._storages.setdefault(storage._cdata, [0, storage.nbytes()])
+        if not entry[0]:
             self.live += entry[1]
-            self.peak = max(self.peak, self.live)
         entry[0] += 1
-        return _Held(self, key)
+        return _Held(self, storage._cdata)
 
     def release(self, key: int) -> None:
         entry = self._storages[key]
@@ -99,15 +96,6 @@ class Memory:
         if not entry[0]:
             self.live -= entry[1]
             del self._storages[key]
-
-    def reset_peak(self) -> None:
-        self.peak = self.live
-
-    def by_site(self) -> Counter[str]:
-        found: Counter[str] = Counter()
-        for _, size, site in self._storages.values():
-            found[site] += size
-        return found
 
 
 class _Held:

@@ -5,7 +5,7 @@ A token that leaves at depth e costs price * e / L + KL(base model || readout at
 of full depth is taken, and a set of exits is as good as the mean over tokens is low. Which of the C(L - 1, M) sets is
 best is searched by adding the best depth to the best smaller set and exchanging one at a time as long as that helps.
 
-    python tools/choose_exits.py runs/demo_cpu/calibrate-1a2b3c4d --exits 5 --price 1.2 --json exits.json
+    python tools/choose_exits.py runs/demo_cpu/calibrate-1a2b3c4d --exits 5 --price 1.2
 
 Greedy answers to training problems of the stage's own task, with its newest checkpoint's adapters and without its
 gates; --untrained: without the adapters, too. Readouts that were trained are nearer than those beside them, so that a
@@ -15,11 +15,11 @@ layer that has had an exit has an advantage; what an exit costs later tokens is 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,8 +36,7 @@ from ee_megatron.types import Prompt
 Policy = tuple[PolicySpec, Mapping[str, Tensor]]
 
 
-@dataclass(frozen=True)
-class ExitSet:
+class ExitSet(NamedTuple):
     """Mean over tokens under the cheapest decision: of the cost in nats, of depth / L, and of the KL in nats."""
 
     depths: tuple[int, ...]
@@ -103,8 +102,6 @@ def main() -> int:
     parser.add_argument("--price", type=float, default=1.0, help="of full depth, nats: lambda_exit * share that pays")
     parser.add_argument("--problems", type=int, default=60, help="of the train split, which may hold fewer")
     parser.add_argument("--untrained", action="store_true", help="read the model without the stage's adapters")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     try:
         if min(options.exits, options.problems) < 1:
@@ -118,7 +115,7 @@ def main() -> int:
     own = spec.exit_depths
     policy = spec, {} if options.untrained else tensors
     sampling = SamplingParams(0.0, cfg.rollout.max_new_tokens, tuple(cfg.rollout.stop))
-    divergences = readouts(model, policy, prompts, sampling, getattr(torch, options.dtype))
+    divergences = readouts(model, policy, prompts, sampling, torch.bfloat16)
     print("layer   KL of its readout, nats: quartiles, mean")
     for depth, column in enumerate(divergences.T, 1):
         low, middle, high = np.quantile(column, [0.25, 0.5, 0.75])
@@ -129,8 +126,6 @@ def main() -> int:
     for row in rows:
         named = f"[{','.join(map(str, row.depths))}]{'   as it is' * (row is rows[0])}"
         print(f"{row.cost:6.4f}  {row.depth:6.3f}  {row.kl:6.4f}   {named}")
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     return 0
 
 

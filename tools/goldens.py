@@ -384,20 +384,17 @@ def main() -> int:
     if sys.argv[1:2] == ["_make"]:
         return make(*map(Path, sys.argv[2:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("write", "compare", "check"), help="check: BASE with the working tree")
-    parser.add_argument("sets", type=Path, nargs="*", help="write: one to make; compare: two")
-    parser.add_argument("--tree", type=Path, default=ROOT, help="write: source tree (default: the one with this file)")
-    parser.add_argument("--base", default="HEAD", help="check: a commit (default: HEAD)")
-    parser.add_argument("--renames", type=Path, help='compare, check: a file of lines "old new"')
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("write", help="make the set of this tree").add_argument("out", type=Path)
+    checked = commands.add_parser("check", help="what differs between a commit and the working tree")
+    checked.add_argument("--base", default="HEAD", help="a commit (default: HEAD)")
+    checked.add_argument("--renames", type=Path, help='a file of lines "old new"')
     options = parser.parse_args()
-    if len(options.sets) != {"write": 1, "compare": 2, "check": 0}[options.command]:
-        parser.error(f"{options.command} of {len(options.sets)} sets: write makes one, compare takes two, check none")
     try:
         if options.command == "write":
-            write(*options.sets, options.tree.resolve())
+            write(options.out, ROOT)
             return 0
-        paths = options.sets or check_sets(options.base)
-        said = compare(*paths, options.renames)
+        said = compare(*check_sets(options.base), options.renames)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
@@ -31,27 +31,33 @@ PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(28, 16, -1)] + ["m
 LIMIT_MIB = 60
 
 
-def needed(roots: tuple[str, ...], python: str, leave_out: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Names of `roots` and of what they need on another Python, extras left out, each once.
+def needed(roots: Iterable[str], python: str, leave_out: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Canonical names of `roots` (requirements, with their extras) and of what they need on a Python, each once.
 
     Raises ValueError for a root that isn't installed here.
     """
-    environment = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
-    seen, waiting = set(leave_out), [canonicalize_name(root) for root in roots]
+    environment = {"python_version": python, "python_full_version": f"{python}.0"}
+    waiting = [(Requirement(root), "") for root in roots]
+    first, seen, done = len(waiting), set(leave_out), set[tuple[str, str]]()
     while waiting:
-        name = waiting.pop(0)
-        if name in seen:
+        (requirement, extra), first = waiting.pop(0), first - 1
+        if requirement.marker and not requirement.marker.evaluate({**environment, "extra": extra}):
             continue
-        seen.add(name)
-        yield name
+        name = canonicalize_name(requirement.name)
+        if name in leave_out:
+            continue
+        if name not in seen:
+            yield name
+            seen.add(name)
         try:
             lines = distribution(name).requires or []
         except PackageNotFoundError:
-            if name in map(canonicalize_name, roots):
+            if first >= 0:
                 raise ValueError(f"{name} is not installed here; run this in the project's environment") from None
             continue
-        parsed = [Requirement(line) for line in lines]
-        waiting += [canonicalize_name(r.name) for r in parsed if not r.marker or r.marker.evaluate(environment)]
+        for wanted in {"", *requirement.extras} - {extra for known, extra in done if known == name}:
+            done.add((name, wanted))
+            waiting += [(Requirement(line), wanted) for line in lines]
 
 
 def pinned(name: str) -> str:

@@ -24,20 +24,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 
 # Program -> the Debian package that brings it.
 PACKAGES = {
-    "slurmctld": "slurmctld",
-    "slurmd": "slurmd",
-    "srun": "slurm-client",
-    "munged": "munge",
-    "unshare": "util-linux",
+    "slurmctld": "slurmctld", "slurmd": "slurmd", "srun": "slurm-client", "munged": "munge", "unshare": "util-linux",
     "ip": "iproute2",
-}
+}  # fmt: skip
 # Where daemons are; not everybody's PATH leads there.
 SBIN = ("/usr/sbin", "/sbin")
 NETWORK = "10.77.0."
+STATES = ("sinfo", "--noheader", "--Node", "--partition=main", "--format=%t")
+NAMESPACES = ("unshare", "--mount", "--uts", "--net", "--pid", "--fork", "--mount-proc")
 START_S, STOP_S, COMMAND_S = 60.0, 15.0, 60.0
 # After which a node that does not answer is down, a killed step is gone and a requeued job may start, seconds.
 NODE_TIMEOUT_S, KILL_WAIT_S, CREDENTIAL_S = 10, 5, 5
@@ -100,12 +97,8 @@ class MiniSlurm:
         self.start(outlive=False)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
-
-    # ---- life ----
 
     def start(self, outlive: bool = True) -> None:
         """Return once every node is idle. Unless `outlive`, the cluster ends with this process, however that ends.
@@ -119,14 +112,13 @@ class MiniSlurm:
             raise RuntimeError(f"{self.directory}: a cluster is running there; stop it first")
         self._write_files()
         command = [
-            "unshare", "--mount", "--uts", "--net", "--pid", "--fork", "--mount-proc", "--kill-child",
-            sys.executable, str(Path(__file__).resolve()), "_first", str(self.directory), *self.nodes,
+            *NAMESPACES, "--kill-child", sys.executable, str(Path(__file__).resolve()), "_first", str(self.directory),
+            *self.nodes,
         ]  # fmt: skip
-        if not outlive:
-            command = ["setpriv", "--pdeathsig", "KILL", *command]
+        dies_with_us = [] if outlive else ["setpriv", "--pdeathsig", "KILL"]
         with (self.directory / "first.log").open("wb") as log:
             self._launcher = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                [*dies_with_us, *command], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         children = Path(f"/proc/{self._launcher.pid}/task/{self._launcher.pid}/children")
         deadline = time.monotonic() + START_S
@@ -146,9 +138,9 @@ class MiniSlurm:
         first = self._first()
         if first is not None:
             os.kill(first, signal.SIGTERM)
-            with contextlib.suppress(TimeoutError):
+            try:
                 until(lambda: self._first() is None, STOP_S, "the cluster's end")
-            if self._first() is not None:
+            except TimeoutError:
                 os.kill(first, signal.SIGKILL)
         if self._launcher is not None:
             if first is None:
@@ -176,16 +168,10 @@ class MiniSlurm:
         self.run(*start_node(self.directory, node))
         until(lambda: self.node_state(node) == "idle", START_S, f"{node} to be idle")
 
-    # ---- use ----
-
     def run(
-        self,
-        *command: str,
-        cwd: Path | str | None = None,
-        environment: Mapping[str, str] | None = None,
-        timeout: float = COMMAND_S,
-        check: bool = True,
-    ) -> subprocess.CompletedProcess[str]:
+        self, *command: str, cwd: Path | str | None = None, environment: Mapping[str, str] | None = None,
+        timeout: float = COMMAND_S, check: bool = True,
+    ) -> subprocess.CompletedProcess[str]:  # fmt: skip
         """Run a command on the login node. Raises RuntimeError, with what it said, if it fails and `check`."""
         done = subprocess.run(
             self._inside(command, cwd), capture_output=True, text=True, timeout=timeout, check=False,
@@ -212,9 +198,7 @@ class MiniSlurm:
         return found
 
     def node_state(self, node: str) -> str:
-        return self.run(
-            "sinfo", "--noheader", "--Node", "--partition=main", f"--nodes={node}", "--format=%t"
-        ).stdout.strip()
+        return self.run(*STATES, f"--nodes={node}").stdout.strip()
 
     def processes(self) -> Iterator[tuple[int, str, list[str]]]:
         """Every process of the cluster: its id (outside), the node that it is on ("" for the login node's), its
@@ -228,8 +212,6 @@ class MiniSlurm:
             command = command_of(pid) if namespace(pid, "pid") == mine else []
             if command:
                 yield pid, homes.get(namespace(pid, "uts"), ""), command
-
-    # ---- inside ----
 
     def _first(self) -> int | None:
         """The first process' id, outside, or None if it is not running."""
@@ -287,12 +269,11 @@ class MiniSlurm:
         key.write_bytes(os.urandom(128))
 
     def _last_words(self) -> str:
-        words = []
+        words: list[str] = []
         for log in sorted(self.directory.glob("*.log")):
             lines = log.read_text(errors="replace").splitlines()
-            words += [f"{log.name}: {line}" for line in lines if "error" in line.lower() or log.name == "first.log"][
-                -3:
-            ]
+            telling = [line for line in lines if "error" in line.lower() or log.name == "first.log"]
+            words += [f"{log.name}: {line}" for line in telling[-3:]]
         return " | ".join(words) or "no log says why"
 
 
@@ -306,10 +287,7 @@ def missing() -> list[str]:
     if packages:
         lacking.append(f"Debian packages: apt-get install {' '.join(packages)}")
     if not lacking:
-        tried = subprocess.run(
-            ["unshare", "--mount", "--uts", "--net", "--pid", "--fork", "--mount-proc", "true"],
-            capture_output=True, text=True, timeout=COMMAND_S, check=False,
-        )  # fmt: skip
+        tried = subprocess.run([*NAMESPACES, "true"], capture_output=True, text=True, timeout=COMMAND_S, check=False)
         if tried.returncode:
             lacking.append(f"leave to make namespaces ({tried.stderr.strip()})")
     return lacking
@@ -384,10 +362,7 @@ def first_process(directory: Path, nodes: Sequence[str]) -> int:
         do(*start_node(directory, node))
 
     def idle() -> bool:
-        done = subprocess.run(
-            ["sinfo", "--noheader", "--Node", "--partition=main", "--format=%t"],
-            capture_output=True, text=True, timeout=COMMAND_S, check=False,
-        )  # fmt: skip
+        done = subprocess.run(STATES, capture_output=True, text=True, timeout=COMMAND_S, check=False)
         return done.stdout.split() == ["idle"] * len(nodes)
 
     until(idle, START_S, "all nodes to be idle", pause=0.2)
@@ -401,13 +376,9 @@ def first_process(directory: Path, nodes: Sequence[str]) -> int:
     for file in [*directory.glob("slurmd-*.pid"), directory / "slurmctld.pid", munge / "pid"]:
         with contextlib.suppress(OSError, ValueError):
             os.kill(int(file.read_text()), signal.SIGTERM)
-    deadline = time.monotonic() + STOP_S / 3
-    while time.monotonic() < deadline:
-        try:
-            if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                time.sleep(0.05)
-        except ChildProcessError:
-            break
+    # ChildProcessError: none is left.
+    with contextlib.suppress(ChildProcessError, TimeoutError):
+        until(lambda: os.waitpid(-1, os.WNOHANG)[0] < 0, STOP_S / 3, "the daemons' end", pause=0.02)
     return 0
 
 
@@ -420,7 +391,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = commands.add_parser("start", help="start a cluster and leave it running")
     start.add_argument("--nodes", type=int, default=2)
     start.add_argument("--gpus", type=int, default=2, help="fake ones per node")
-    start.add_argument("--cpus", type=int, default=16, help="cores that a node reports")
     start.add_argument("--install", action="store_true", help="install missing Debian packages first")
     stop = commands.add_parser("stop", help="end a cluster and everything in it")
     run = commands.add_parser("run", help="run a command (sbatch, squeue, a shell) on the login node")
@@ -432,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "start":
             if options.install:
                 install()
-            MiniSlurm(options.directory, options.nodes, options.gpus, options.cpus).start()
+            MiniSlurm(options.directory, options.nodes, options.gpus).start()
         elif options.command == "stop":
             MiniSlurm(options.directory).stop()
         else:

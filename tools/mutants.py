@@ -1,6 +1,6 @@
 """Plant faults, one at a time, that the fast tests must catch; tools/mutants.toml lists them.
 
-    python tools/mutants.py [--only NAME ...] [--jobs N] [--limit SECONDS]
+    python tools/mutants.py [--only NAME ...] [--jobs N]
     python tools/mutants.py --list
 
 Each fault replaces one text in a copy of the tree, where the tests of the files that the list names for it run, as in
@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = Path(__file__).with_suffix(".toml")
@@ -33,10 +34,9 @@ LIST = Path(__file__).with_suffix(".toml")
 SHARED = (".venv", "models")
 # What `make test` runs, with as many examples.
 SELECTED, EXAMPLES = "not slow and not extended", {"EE_TESTS": "quick"}
-# A fault's tests may take so many times as long as without it.
-SLOWER = 5
+# Seconds for a fault's tests, or so many times as long as they take without it; later counts as caught.
+LIMIT_S, SLOWER = 900.0, 5
 RUNNING: set[subprocess.Popen[bytes]] = set()
-TABLE_HEAD = ("| name | fault | in | caught by |", "|---|---|---|---|")
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,7 @@ class Mutant:
         return text.replace(self.old, self.new)
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """Of a test run. failed: the first test that failed, or its limit where that ended it; "" if all passed."""
 
     seconds: float
@@ -90,7 +89,7 @@ def read_list(path: Path = LIST) -> tuple[dict[str, list[str]], list[Mutant]]:
 
 def table(mutants: Sequence[Mutant]) -> str:
     rows = [f"| {m.name} | {m.fault} | `{m.file.removeprefix('ee_megatron/')}` | `{m.test}` |" for m in mutants]
-    return "\n".join((*TABLE_HEAD, *rows))
+    return "\n".join(("| name | fault | in | caught by |", "|---|---|---|---|", *rows))
 
 
 def copy_tree(to: Path) -> None:
@@ -140,9 +139,9 @@ def run_tests(files: Sequence[str], limit: float, mutant: Mutant | None = None) 
                 late = True
             finally:
                 end(running)
-            seconds = time.monotonic() - begun
             output.seek(0)
             said = output.read()
+    seconds = time.monotonic() - begun
     if late:
         return Outcome(seconds, f"the limit of {limit:.0f} s")
     if running.returncode not in (0, 1):
@@ -158,7 +157,7 @@ def end(running: subprocess.Popen[bytes]) -> None:
     RUNNING.discard(running)
 
 
-def check(mutants: Sequence[Mutant], rooms: dict[str, list[str]], jobs: int, limit: float) -> int:
+def check(mutants: Sequence[Mutant], rooms: dict[str, list[str]], jobs: int, limit: float = LIMIT_S) -> int:
     """Run all and print what became of each; the number of faults that survived. Raises RuntimeError if tests fail
     without a fault."""
     used = sorted({room for mutant in mutants for room in mutant.rooms})
@@ -193,10 +192,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="faults to plant (default: all)")
     parser.add_argument("--list", action="store_true", help="print the table of faults and plant none")
     parser.add_argument("--jobs", type=int, default=2, help="faults planted at a time, a copy for each (default: 2)")
-    parser.add_argument(
-        "--limit", type=float, default=900, metavar="SECONDS",
-        help=f"for a fault's tests, or {SLOWER} times as long as they take without it; later counts as caught",
-    )  # fmt: skip
     options = parser.parse_args(arguments)
     try:
         rooms, mutants = read_list()
@@ -215,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     chosen = [mutant for mutant in mutants if not options.only or mutant.name in options.only]
     try:
-        survived = check(chosen, rooms, options.jobs, options.limit)
+        survived = check(chosen, rooms, options.jobs)
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

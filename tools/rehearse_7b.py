@@ -7,7 +7,7 @@ of the answers are those of configs/experiment/rl_7b.yaml; the weights are rando
 itself after about half of --tokens. Traces, calibration, RL without a disturbance; then RL with the same settings that
 loses an actor in its first step and is sent back into the queue in its second. Its metrics have to be the same to the
 last digit, but for those that count actors. Prints what each job took, by phase, and the most memory that all its
-processes had at once, and with --json writes it. Needs root, and Debian's Slurm (tools/mini_slurm.py installs it).
+processes had at once. Needs root, and Debian's Slurm (tools/mini_slurm.py installs it).
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import mini_slurm
 import numpy as np
@@ -31,6 +30,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
+JOB_S = 3600.0
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 # A head has 16 dimensions, where the real one has 128.
 HEADS, GROUPS, WIDTH = 28, 4, 16
@@ -115,39 +115,34 @@ class Watch:
 
 class Rehearsal:
     def __init__(self, cluster: mini_slurm.MiniSlurm, options: argparse.Namespace):
-        self.cluster, self.folder, self.timeout = cluster, options.directory, options.timeout
+        self.cluster, self.folder = cluster, options.directory
         self.settings = [
             "device=cpu", "model.dtype=float32", f"model.path={self.folder / 'model'}", f"runs={self.folder / 'runs'}",
             f"task.path={self.folder / 'problems'}", "task.train=48", "task.validation=8", "task.evaluation=8",
             f"rollout.max_new_tokens={options.tokens}", "rollout.threads=1", "traces.problems=8",
             "calibrate.epochs=1", "calibrate.exit_samples=1", "calibrate.batch_size=4", "rl.steps=3",
             "rl.checkpoint_every=1", f"rl.prompts_per_step={options.prompts}", f"rl.group_size={options.group}",
-            "rl.depth_penalty.target.window=1",
-            "tracker.wandb=disabled",
+            "rl.depth_penalty.target.window=1", "tracker.wandb=disabled",
         ]  # fmt: skip
 
-    def submit(self, script: str, name: str, *settings: str) -> str:
+    def run(self, script: str, name: str, *settings: str, meanwhile: Callable[[str], None] | None = None) -> int:
+        """A job from its submission to its end; how often it was requeued."""
+        watch, begun = Watch(self.cluster), time.monotonic()
         environment = {
             **os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "SBATCH_OUTPUT": str(self.folder / "%j.log"), "OMP_NUM_THREADS": "1", "EE_SITE_ENV": "no site file",
         }  # fmt: skip
         command = ["sbatch", "--parsable", script, *self.settings, f"name={name}", *settings]
-        return self.cluster.run(*command, cwd=ROOT, environment=environment).stdout.strip()
-
-    def run(self, script: str, name: str, *settings: str, meanwhile: Callable[[str], None] | None = None) -> dict:
-        """A job from its submission to its end."""
-        watch, begun = Watch(self.cluster), time.monotonic()
-        job = self.submit(script, name, *settings)
+        job = self.cluster.run(*command, cwd=ROOT, environment=environment).stdout.strip()
         if meanwhile is not None:
             meanwhile(job)
-        found = self.cluster.wait(job, lambda found: found["JobState"] in ENDED, self.timeout)
-        took = {"seconds": time.monotonic() - begun, "peak_mib": watch.close(), "restarts": int(found["Restarts"])}
-        print(f"{script} {name}: {found['JobState']}, {took['seconds']:.0f} s, {took['peak_mib']:.0f} MiB, "
-              f"{took['restarts']} restarts", flush=True)  # fmt: skip
+        found = self.cluster.wait(job, lambda found: found["JobState"] in ENDED, JOB_S)
+        seconds, peak, restarts = time.monotonic() - begun, watch.close(), int(found["Restarts"])
+        print(f"{script} {name}: {found['JobState']}, {seconds:.0f} s, {peak:.0f} MiB, {restarts} restarts", flush=True)
         if found["JobState"] != "COMPLETED":
             raise SystemExit((self.folder / f"{job}.log").read_text()[-3000:])
         mini_slurm.until(lambda: not self.cluster.run("squeue", "--noheader").stdout.strip(), 60, "an empty queue")
-        return took
+        return restarts
 
     def rows(self, name: str, file: str = "metrics.jsonl") -> list[dict]:
         found = list((self.folder / "runs" / name).glob(f"rl-*/{file}"))
@@ -159,25 +154,25 @@ class Rehearsal:
         def answering() -> list[int]:
             return [pid for pid, _, command in self.cluster.processes() if "Replica.call" in " ".join(command)]
 
-        mini_slurm.until(lambda: bool(answering()), self.timeout, "an actor that answers", pause=1)
+        mini_slurm.until(lambda: bool(answering()), JOB_S, "an actor that answers", pause=1)
         time.sleep(3)
         victim = answering()[0]
         os.kill(victim, signal.SIGKILL)
         print(f"killed actor {victim}, which was answering", flush=True)
-        mini_slurm.until(lambda: len(self.rows("disturbed")) >= 1, self.timeout, "the first step", pause=1)
+        mini_slurm.until(lambda: len(self.rows("disturbed")) >= 1, JOB_S, "the first step", pause=1)
         self.cluster.run("scancel", "--signal=USR1", job)
-        self.cluster.wait(job, lambda found: found["Restarts"] == "1", self.timeout)
+        self.cluster.wait(job, lambda found: found["Restarts"] == "1", JOB_S)
         print("sent back into the queue", flush=True)
 
 
 def differences(one: list[dict], other: list[dict]) -> list[str]:
     """Metrics that are not the same, by step."""
-    found = []
-    for a, b in zip(one, other, strict=True):
-        found += [
-            f"step {a['step']}: {k} {a.get(k)} {b.get(k)}" for k in a | b if k not in HEALTH and a.get(k) != b.get(k)
-        ]
-    return found
+    return [
+        f"step {a['step']}: {key} {a.get(key)} {b.get(key)}"
+        for a, b in zip(one, other, strict=True)
+        for key in a | b
+        if key not in HEALTH and a.get(key) != b.get(key)
+    ]
 
 
 def main() -> None:
@@ -186,8 +181,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="longest answer")
     parser.add_argument("--prompts", type=int, default=4, help="prompts of a step")
     parser.add_argument("--group", type=int, default=4, help="answers to each")
-    parser.add_argument("--timeout", type=float, default=3600, help="of a job, seconds")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.directory = options.directory.resolve()
     options.directory.mkdir(parents=True, exist_ok=True)
@@ -196,31 +189,24 @@ def main() -> None:
     mini_slurm.install()
     write_model(options.directory / "model", options.tokens // 2)
     write_problems(options.directory / "problems")
-    found: dict[str, Any] = {"settings": vars(options)}
     with mini_slurm.MiniSlurm(options.directory / "cluster", nodes=2, gpus=8, cpus=64) as cluster:
         rehearsal = Rehearsal(cluster, options)
-        found["traces"] = rehearsal.run("slurm/traces_7b.sh", "straight")
-        found["calibrate"] = rehearsal.run("slurm/calibrate_7b.sh", "straight")
-        found["rl"] = rehearsal.run("slurm/rl_7b.sh", "straight")
+        for stage in ("traces", "calibrate", "rl"):
+            rehearsal.run(f"slurm/{stage}_7b.sh", "straight")
         (start,) = (options.directory / "runs" / "straight").glob("calibrate-*/checkpoints/step_*")
-        found["disturbed"] = rehearsal.run(
-            "slurm/rl_7b.sh", "disturbed", f"init_policy={start}", meanwhile=rehearsal.disturb
-        )
-        straight, disturbed = rehearsal.rows("straight"), rehearsal.rows("disturbed")
-        timings = rehearsal.rows("straight", "timings.jsonl")
-    found["metrics"], found["timings"] = straight, timings
-    found["differences"] = differences(straight, disturbed)
+        restarts = rehearsal.run("slurm/rl_7b.sh", "disturbed", f"init_policy={start}", meanwhile=rehearsal.disturb)
+    straight, disturbed = rehearsal.rows("straight"), rehearsal.rows("disturbed")
+    timings = rehearsal.rows("straight", "timings.jsonl")
     for key in sorted({key for row in timings for key in row if key.startswith("seconds")}):
         values = [row[key] for row in timings if key in row]
         print(f"{key}: median {statistics.median(values):.1f} s of {len(values)} steps")
     for key in ("length", "tokens", "finished", "mean_depth", "token_mismatch", "exit_mismatch"):
         print(f"{key}: {[row[key] for row in straight]}")
-    print("differences:", found["differences"] or "none")
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1, default=str))
+    apart = differences(straight, disturbed)
+    print("differences:", apart or "none")
     lost = disturbed[0]["actor_restarts"]
     print(f"actors lost and replaced in the disturbed run's first step: {lost:.0f}")
-    if found["differences"] or found["disturbed"]["restarts"] != 1 or lost < 1:
+    if apart or restarts != 1 or lost < 1:
         raise SystemExit(1)
 
 

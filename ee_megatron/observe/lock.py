@@ -6,18 +6,22 @@ import contextlib
 import errno
 import json
 import os
+import re
 import socket
+import subprocess
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from .jobs import Job, has_ended, own_job
-
 GUARD_DEADLINE_S = 5.0
 NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """What flock says on a file system that has none."""
+ASK_S = 20.0
+"""How long Slurm's controller may take to answer."""
+AT_WORK = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "CONFIGURING", "SIGNALING", "STAGE_OUT")
 
 
 def process_start(pid: int) -> str | None:
@@ -76,7 +80,7 @@ class RunLock:
             self._token = uuid.uuid4().hex
             pid = os.getpid()
             record = {"host": socket.gethostname(), "pid": pid, "start": process_start(pid), "token": self._token}
-            job = own_job()
+            job = _own_job()
             slurm = {"job": job.number, "restart": job.restart, "cluster": job.cluster}
             self.path.write_text(json.dumps({**record, **slurm, "pid_namespace": pid_namespace()}))
 
@@ -149,10 +153,55 @@ def _alive(holder: dict, ours: bool) -> bool:
     if not holder:
         return False
     if holder.get("host") != socket.gethostname() or _hidden(holder):
-        job, here = Job(str(holder.get("job", "")), holder.get("restart", 0), holder.get("cluster", "")), own_job()
+        job, here = _Job(str(holder.get("job", "")), holder.get("restart", 0), holder.get("cluster", "")), _own_job()
         if here.number and job.number == here.number and job.restart < here.restart:
             return False
-        return not (ours and has_ended(job))
+        return not (ours and _has_ended(job))
     pid = int(holder.get("pid", -1))
     start = process_start(pid) if pid > 0 else None
     return start is not None and start == holder.get("start") and pid != os.getpid()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One start of a Slurm job: its number, how often it had been requeued, its cluster's name. Number "": no job."""
+
+    number: str = ""
+    restart: int = 0
+    cluster: str = ""
+
+
+def _own_job() -> _Job:
+    """This process's."""
+    e = os.environ
+    restart = int(e.get("SLURM_RESTART_COUNT") or 0)
+    return _Job(e.get("SLURM_JOB_ID", ""), restart, e.get("SLURM_CLUSTER_NAME", ""))
+
+
+def _has_ended(job: _Job) -> bool:
+    """Whether that start of the job is over, by what Slurm says. False where nobody can say: no job or cluster known,
+    no Slurm here or another cluster's, no answer."""
+    if not (job.number and job.cluster) or job.cluster != (_own_job().cluster or _cluster_here()):
+        return False
+    code, said = _scontrol("show", "job", "--oneliner", job.number)
+    if code:
+        return "Invalid job id" in said
+    state, restarts = re.search(r"\bJobState=(\w+)", said), re.search(r"\bRestarts=(\d+)", said)
+    if state is None or restarts is None:
+        return False
+    return state[1] not in AT_WORK or int(restarts[1]) > job.restart
+
+
+def _cluster_here() -> str:
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", _scontrol("show", "config")[1], re.MULTILINE)
+    return found[1] if found else ""
+
+
+def _scontrol(*arguments: str) -> tuple[int, str]:
+    try:
+        done = subprocess.run(
+            ["scontrol", *arguments], capture_output=True, text=True, timeout=ASK_S, check=False, errors="replace"
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return 1, ""
+    return done.returncode, done.stdout + done.stderr

@@ -30,10 +30,9 @@ from ..exit_rules import Off
 from ..families.hf_directory import HFDirectory
 from ..learner.batch import ReplayBatch
 from ..objectives.weights import Weights
-from ..observe.metrics import Metrics, read_metrics
+from ..observe.metrics import MetricsLog, Tracking, read_metrics
 from ..observe.progress import Progress
 from ..observe.rundir import RunDirectory
-from ..observe.trackers import Tracking
 from ..parallel.heartbeat import Heartbeat
 from ..policy import PolicySpec, initial_policy
 from ..rollout.engine.request import GenerationRequest
@@ -82,7 +81,7 @@ class StageContext:
             self.spec = replace(self.spec, full=True, rank=0)
         self.stack = ExitStack()
         self.directory: RunDirectory | None = None
-        self.metrics: Metrics | None = None
+        self.metrics: MetricsLog | None = None
         self.bad_steps = 0
 
     def __enter__(self) -> StageContext:
@@ -171,7 +170,7 @@ class StageContext:
             config = {"stage": self.stage, **settings}
             name = f"{self.cfg.name}-{self.path.name}"
             tracking = Tracking(self.cfg.tracker.wandb, name, self.cfg.name, self.stage, config)
-            self.metrics = self.stack.enter_context(Metrics(self.path, tracking, resume_step))
+            self.metrics = self.stack.enter_context(MetricsLog(self.path, tracking, resume_step))
 
     def progress(self, total: int, done: int = 0, what: str = "") -> Progress:
         """The leader's progress bar, to be entered; one at a time."""

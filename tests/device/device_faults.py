@@ -108,9 +108,6 @@ FAULTS = {
         learner_module, "to_device", _labels_on_the_host, "learner_score_likelihood", DEVICE
     ),
     "an attention mask built on the CPU": Fault(ops.Rows, "mask", _mask_on_the_cpu, "decode_off", DEVICE),
-    "random numbers left on the CPU": Fault(
-        ModelRunner, "draw", lambda real: lambda steps, rows: real(steps, rows).cpu(), "decode_sample", DEVICE
-    ),
     "a table that stayed on the CPU": Fault(Decoder, "_reach", _tables_on_the_cpu, "decode_off", DEVICE),
     "gates loaded to the CPU": Fault(
         decoder_module, "gates_from", lambda real: lambda tensors, depths, dtype, _: real(tensors, depths, dtype, CPU),
@@ -122,7 +119,7 @@ FAULTS = {
     ),
     "numpy of a tensor on the device": Fault(
         scoring, "_inspect_chunk",
-        lambda real: lambda *given: tuple(torch.from_numpy(x.numpy()) for x in real(*given)),
+        lambda real: lambda *given: {name: torch.from_numpy(x.numpy()) for name, x in real(*given).items()},
         "inspect", NUMPY,
     ),
     "a hidden .item() in every layer": Fault(

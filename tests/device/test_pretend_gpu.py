@@ -13,8 +13,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from device_budgets import BUDGETS, KINDS, MEASURED_WITH
-from device_costs import COSTS, WAVES
+from device_costs import BUDGETS, COSTS, KINDS, MEASURED_WITH, WAVES
 from device_faults import FAULTS
 from device_setup import RULES
 from pretend_gpu_cases import PATHS
@@ -119,7 +118,7 @@ def test_no_more_is_asked_of_the_device_than_before(name, device, path):
     assert not over, f"{name}: {over}, the table allows {budget}; most come from {lines}"
     under = {kind: found[kind] for kind in KINDS if found[kind] < budget[kind]}
     if under:
-        warnings.warn(f"{name}: {under} is below the table's {budget}; lower it in device_budgets.py", stacklevel=1)
+        warnings.warn(f"{name}: {under} is below the table's {budget}; lower it in device_costs.py", stacklevel=1)
 
 
 def test_a_token_round_starts_as_many_kernels_as_the_plan_counts(device, tmp_path_factory):

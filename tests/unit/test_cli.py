@@ -43,33 +43,37 @@ def test_every_command_has_help_with_an_example(name: str, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    ("arguments", "parts"),
+    ("arguments", "named"),
     [
-        (
-            ["rl", "experiment=demo_cpu", "rl.lamda_exit=1"],
-            ["error: rl.lamda_exit", "did you mean rl.depth_penalty.weight?"],
-        ),
-        (["rl", "experiment=nothing"], ["error: experiment=nothing", "demo_cpu"]),
-        (["run", "experiment=demo_cpu", "rl.group_size=1"], ["error: rl.group_size=1"]),
-        (["calibrate", "experiment=demo_cpu", "model.path=no/where"], ["error: model.path=no/where", "no config.json"]),
-        (["generate", "experiment=demo_cpu", "--prompt", "x", "--temperature", "-1"], ["error:"]),
+        (["rl", "experiment=demo_cpu", "rl.lamda_exit=1"], "rl.lamda_exit"),
+        (["rl", "experiment=nothing"], "experiment=nothing"),
+        (["run", "experiment=demo_cpu", "rl.group_size=1"], "rl.group_size=1"),
+        (["calibrate", "experiment=demo_cpu", "model.path=no/where"], "model.path=no/where"),
+        (["generate", "--model", "configs", "--prompt", "x", "--temperature", "-1"], "--temperature -1"),
+        (["generate", "--model", "configs", "--prompt", "x", "--temperature", "nan"], "--temperature nan"),
+        (["generate", "--model", "configs", "--prompt", "x", "--temperature", "inf"], "--temperature inf"),
+        (["rl", "--nonsense"], "--nonsense"),
+        (["report", "--dry-run"], "--dry-run"),
+        ([], "<command>"),
+        (["sing"], "sing"),
     ],
 )
-def test_bad_input_is_one_line_and_code_2(arguments: list[str], parts: list[str]) -> None:
-    done = ee_megatron(*arguments)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and all(part in done.stderr for part in parts), done.stderr
+def test_bad_input_is_one_line_and_code_2(
+    arguments: list[str], named: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    try:
+        code = cli.main(arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    out, err = capfd.readouterr()
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and named in err, err
 
 
 def test_debug_shows_the_traceback() -> None:
     done = ee_megatron("rl", "experiment=nothing", env={"EE_DEBUG": "1"})
     assert done.returncode != 0 and "Traceback" in done.stderr
-
-
-@pytest.mark.parametrize("arguments", [["rl", "--nonsense"], ["report", "--dry-run"], [], ["sing"]])
-def test_unknown_options_and_commands_are_refused(arguments: list[str]) -> None:
-    done = ee_megatron(*arguments)
-    assert done.returncode == 2 and "error:" in done.stderr
 
 
 def test_dry_run_prints_settings_ranks_and_directories_and_starts_nothing(tmp_path: Path) -> None:

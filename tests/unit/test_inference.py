@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import ee_megatron
 from ee_megatron import EarlyExitModel, cli
 from ee_megatron.answering import wants_chat
 from ee_megatron.checkpoint.hf_export import export_hf
@@ -73,16 +74,11 @@ def model(house: House) -> EarlyExitModel:
     return EarlyExitModel.load(house.base, house.checkpoint, **FLOAT32)
 
 
-def test_importing_the_package_imports_no_torch() -> None:
+def test_importing_the_package_imports_no_torch_and_no_unknown_name() -> None:
     code = "import sys, ee_megatron; print('torch' in sys.modules, 'EarlyExitModel' in dir(ee_megatron))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == ["False", "True"]
-
-
-def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
-    import ee_megatron
-
-    with pytest.raises(AttributeError, match="'EarlyExit'"):
+    with pytest.raises(AttributeError):
         _ = ee_megatron.EarlyExit
 
 
@@ -126,14 +122,11 @@ def test_the_converter_takes_a_run_or_a_stage_of_it_with_its_base(house: House, 
 
 def test_a_run_without_reinforced_policy_gives_the_calibrated_one(house: House, tmp_path: Path) -> None:
     run = tmp_path / "moved"
-    (house.run / "calibrate-00000000").parent.mkdir(exist_ok=True)
     cfg = RunConfig(name="one")
     cfg.model.path, cfg.teacher = str(house.base), None
     add_checkpoint(run / "calibrate-00000000", cfg, house.other)
-    calibrated, direct = (
-        EarlyExitModel.load(run, **FLOAT32),
-        EarlyExitModel.load(house.base, run / "calibrate-00000000", **FLOAT32),
-    )
+    calibrated = EarlyExitModel.load(run, **FLOAT32)
+    direct = EarlyExitModel.load(house.base, run / "calibrate-00000000", **FLOAT32)
     assert calibrated.name == "moved-calibrated" and calibrated.checkpoint == direct.checkpoint
     (run / "calibrate-00000000" / DONE).unlink()
     with pytest.raises(FileNotFoundError, match=re.escape(str(run))):
@@ -142,9 +135,8 @@ def test_a_run_without_reinforced_policy_gives_the_calibrated_one(house: House, 
 
 def test_an_export_is_asked_by_its_own_rule(house: House) -> None:
     exported, plain = EarlyExitModel.load(house.embed, **FLOAT32), EarlyExitModel.load(house.base, **FLOAT32)
-    assert exported.default_exits == Threshold(0.6) and EarlyExitModel.load(house.sidecar).default_exits == Threshold(
-        0.5
-    )
+    assert exported.default_exits == Threshold(0.6)
+    assert EarlyExitModel.load(house.sidecar).default_exits == Threshold(0.5)
     own, said = (exported.generate("abc", rule, max_new_tokens=9)[0] for rule in (None, "threshold:0.6"))
     assert own.depths.tolist() == said.depths.tolist()
     assert set(plain.generate("abc", max_new_tokens=5)[0].depths.tolist()) == {6} and not plain.has_gates
@@ -328,12 +320,3 @@ def test_generate_uses_the_gates_of_an_export_and_says_that_it_loads(
     # A run's own settings hold where no others are given: its answers end with their line.
     assert cli.main(["generate", "--model", str(house.run), "--prompt", "1 + 1 =", "--max-new-tokens", "99"]) == 0
     assert re.search(r"one-reinforced\D*\b3 tokens", capsys.readouterr().out)
-
-
-def test_a_temperature_that_is_no_number_is_refused(house: House, capsys: pytest.CaptureFixture[str]) -> None:
-    for wrong in ("nan", "inf", "-1"):
-        try:
-            code = cli.main(["generate", "--model", str(house.base), "--prompt", "x", "--temperature", wrong])
-        except SystemExit as stopped:
-            code = stopped.code
-        assert code == 2 and capsys.readouterr().err.startswith(f"error: --temperature {float(wrong)}: expected")

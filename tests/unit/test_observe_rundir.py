@@ -1,5 +1,6 @@
 """The run directory: nothing half-written is ever found, one process writes, the newest usable checkpoint is taken."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,13 +28,25 @@ def _until(condition, seconds: float = 20.0) -> None:
         time.sleep(0.01)
 
 
-def _killed_child(code: str, ready: Path) -> None:
-    """Run `code` in a process that touches `ready` in the middle of its work and is then killed by SIGKILL."""
-    prelude = f"import time\nfrom pathlib import Path\nready = Path({str(ready)!r})\n"
-    child = subprocess.Popen([sys.executable, "-c", prelude + code])
+PRELUDE = """import os, time
+from pathlib import Path
+from ee_megatron.observe.rundir import RunDirectory, atomic_directory, write_atomic
+ready, target = Path({ready!r}), Path({target!r})
+def stop(*_):
+    ready.touch()
+    time.sleep(60)
+"""
+
+
+@contextlib.contextmanager
+def _child(code: str, target: Path) -> Iterator[subprocess.Popen]:
+    """A process that has come to `stop()` in the middle of its work on `target`; killed at the end of the block."""
+    ready = target.parent.parent / "ready"
+    child = subprocess.Popen([sys.executable, "-c", PRELUDE.format(ready=str(ready), target=str(target)) + code])
     try:
         _until(lambda: ready.exists() or child.poll() is not None)
         assert child.poll() is None, "the child ended before it was killed"
+        yield child
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait(10)
@@ -40,16 +54,8 @@ def _killed_child(code: str, ready: Path) -> None:
 
 def test_a_writer_killed_inside_a_directory_leaves_no_final_one_and_its_rest_is_cleared(tmp_path):
     final = tmp_path / "run" / "step_1"
-    _killed_child(
-        f"""
-from ee_megatron.observe.rundir import atomic_directory
-with atomic_directory(Path({str(final)!r})) as folder:
-    (folder / "half").write_text("half")
-    ready.touch()
-    time.sleep(60)
-""",
-        tmp_path / "ready",
-    )
+    with _child("with atomic_directory(target) as folder:\n    (folder / 'half').touch()\n    stop()", final):
+        pass
     assert not final.exists()
     assert len(list(final.parent.iterdir())) == 1
     with atomic_directory(final) as folder:
@@ -62,18 +68,8 @@ def test_a_writer_killed_before_the_rename_leaves_the_old_file_as_it_was(tmp_pat
     target = tmp_path / "run" / "config.yaml"
     target.parent.mkdir()
     write_atomic(target, "old")
-    _killed_child(
-        f"""
-import os
-def stop(*_):
-    ready.touch()
-    time.sleep(60)
-os.replace = stop
-from ee_megatron.observe.rundir import write_atomic
-write_atomic(Path({str(target)!r}), "new")
-""",
-        tmp_path / "ready",
-    )
+    with _child("os.replace = stop\nwrite_atomic(target, 'new')", target):
+        pass
     assert target.read_text() == "old"
     clean_leftovers(target.parent)
     assert [p.name for p in target.parent.iterdir()] == ["config.yaml"]
@@ -83,23 +79,18 @@ def test_a_killed_replacement_of_a_directory_puts_the_old_one_back(tmp_path):
     final = tmp_path / "run" / "traces"
     final.mkdir(parents=True)
     (final / "old").touch()
-    _killed_child(
-        f"""
-import os
-rename, calls = os.rename, []
-def stop(a, b):
-    if calls:
-        ready.touch()
-        time.sleep(60)
-    calls.append(a)
+    # The second rename would put the new one in place.
+    code = """
+rename = os.rename
+def first(a, b):
     rename(a, b)
-os.rename = stop
-from ee_megatron.observe.rundir import atomic_directory
-with atomic_directory(Path({str(final)!r})) as folder:
+    os.rename = stop
+os.rename = first
+with atomic_directory(target) as folder:
     (folder / "new").touch()
-""",
-        tmp_path / "ready",
-    )
+"""
+    with _child(code, final):
+        pass
     assert not final.exists()
     clean_leftovers(final.parent)
     assert [p.name for p in final.iterdir()] == ["old"]
@@ -146,14 +137,7 @@ def test_the_newest_usable_checkpoint_is_found_past_incomplete_and_damaged_ones(
         (run.checkpoint_dir(100) / COMPLETE).unlink()
         with caplog.at_level(logging.WARNING):
             assert run.latest_checkpoint() == good
-        reasons = " ".join(caplog.messages)
-        for words in (
-            "step_10 is skipped: model.bin has 50 bytes, 100 were written",
-            "step_11",
-            "damaged",
-            "no COMPLETE",
-        ):
-            assert words in reasons
+        assert [step for step in (10, 11, 12, 100) if f"step_{step} is skipped" in caplog.text] == [10, 11, 12, 100]
         assert json.loads((good / COMPLETE).read_text()) == {"model.bin": 100}
 
 
@@ -169,47 +153,13 @@ def test_keep_last_counts_usable_checkpoints_only(tmp_path):
             run.keep_last(0)
 
 
-HOLD = "from ee_megatron.observe.rundir import RunDirectory\nRunDirectory({path!r})\nready.touch()\ntime.sleep(60)\n"
-
-
 def test_a_run_held_by_a_living_process_is_refused_and_a_dead_ones_is_taken_over(tmp_path):
-    run, ready = tmp_path / "run", tmp_path / "ready"
-    prelude = f"import time\nfrom pathlib import Path\nready = Path({str(ready)!r})\n"
-    child = subprocess.Popen([sys.executable, "-c", prelude + HOLD.format(path=str(run))])
-    try:
-        _until(ready.exists)
-        with pytest.raises(RuntimeError, match=rf"written by process {child.pid} on .*; wait for it"):
-            RunDirectory(run)
-    finally:
-        child.send_signal(signal.SIGKILL)
-        child.wait(10)
+    run = tmp_path / "runs" / "one"
+    with _child("RunDirectory(target)\nstop()", run) as child, pytest.raises(RuntimeError, match=str(child.pid)):
+        RunDirectory(run)
     with RunDirectory(run) as taken:
         assert json.loads((taken.path / ".lock").read_text())["pid"] == os.getpid()
     assert (run / ".lock").read_text() == ""
-
-
-def test_a_holder_in_another_pid_namespace_of_this_host_is_believed_alive(tmp_path):
-    unshare = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
-    try:
-        subprocess.run([*unshare, "true"], check=True, capture_output=True, timeout=20)
-    except (OSError, subprocess.SubprocessError) as error:
-        pytest.skip(f"no PID namespace can be made here: {getattr(error, 'stderr', None) or error}")
-    run, mine, ready = tmp_path / "run", tmp_path / "mine", tmp_path / "ready"
-    prelude = (
-        f"import time\nfrom pathlib import Path\nready = Path({str(ready)!r})\n"
-        f"from ee_megatron.observe.rundir import RunDirectory\ntry:\n    RunDirectory({str(mine)!r})\n"
-        "except RuntimeError:\n    ready.with_name('refused').touch()\n"
-    )
-    with RunDirectory(mine):
-        child = subprocess.Popen([*unshare, sys.executable, "-c", prelude + HOLD.format(path=str(run))])
-        try:
-            _until(ready.exists)
-            assert ready.with_name("refused").exists()
-            with pytest.raises(RuntimeError, match="is being written by"):
-                RunDirectory(run)
-        finally:
-            child.kill()
-            child.wait(10)
 
 
 def test_the_pid_of_a_lock_is_looked_up_in_its_own_namespace_only(tmp_path):
@@ -253,7 +203,7 @@ def test_of_several_that_find_a_dead_ones_lock_one_takes_it(tmp_path):
 
 def test_a_lock_file_that_somebody_keeps_busy_is_not_waited_for_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "GUARD_DEADLINE_S", 0.1)
-    with FileLock(tmp_path / ".lock"), pytest.raises(RuntimeError, match=r"\.lock: another process has kept it busy"):
+    with FileLock(tmp_path / ".lock"), pytest.raises(RuntimeError, match=r"\.lock"):
         RunLock(tmp_path / ".lock").acquire()
 
 
@@ -276,9 +226,7 @@ def test_without_flock_a_lock_still_has_one_holder(number, tmp_path, monkeypatch
         RunLock(file).acquire()
     # Somebody on another machine was killed in the middle.
     (tmp_path / ".lock.guard").write_text("1\nelsewhere\n")
-    with pytest.raises(
-        RuntimeError, match=r"\.lock\.guard: there for 0\.2 s \(this file system has no flock: .*delete"
-    ):
+    with pytest.raises(RuntimeError, match=r"\.lock\.guard"):
         RunLock(file).acquire()
 
 

@@ -128,7 +128,6 @@ def test_a_run_that_was_saved_under_older_names_is_read(tmp_path: Path) -> None:
         assert read_saved(tmp_path / "config.yaml").rl.credit == new
 
 
-
 @pytest.mark.parametrize(
     "settings",
     [

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
+import importlib
 import json
 import os
 import shutil
@@ -20,33 +22,62 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ee_megatron.observe.rundir import write_atomic
-
-from .page import summary, write_page
-from .registry import LIMIT_S, PARTS, Part
+from ee_megatron.report.numbers import number
+from ee_megatron.report.template import render, style
 
 ROOT = Path(__file__).parents[2]
 # The whole model, the small one twice, its export, checkpoints; and what is left to spare.
 DISK_GIB = {"cuda": 16.0, "cpu": 1.0}
 PATIENCE = {"cuda": 1, "cpu": 4}
+LIMIT_S = 600
+"""Deadline of all parts together, times PATIENCE; parts that it leaves no time for are named."""
+PART = "_part"
 
 
-def parse() -> argparse.Namespace:
+@dataclass(frozen=True)
+class Part:
+    """`target`: "module:function", called with `Findings` and `Bench`; its module imports torch, the parent never does.
+    `seconds`: deadline; `needs`: parts that must have ended well; `on_cpu`: without a visible GPU on any device."""
+
+    name: str
+    title: str
+    target: str
+    seconds: int
+    needs: tuple[str, ...] = ()
+    on_cpu: bool = False
+
+
+MODELS = ("models",)
+PARTS = (
+    Part("machine", "The device", "speed:measure", 40),
+    Part("models", "Random weights of real shapes", "bench:write_models", 60),
+    Part("reference", "float32 on the CPU", "parity:reference", 120, MODELS, on_cpu=True),
+    Part("decoder", "Decoder against the reference", "parity:decoder", 60, ("reference",)),
+    Part("learner", "Learner against the reference", "parity:learner", 100, ("reference",)),
+    Part("export", "Hugging Face export against the reference", "parity:export", 80, ("reference",)),
+    Part("resume", "Going on from a checkpoint", "resuming:resume", 90, MODELS),
+    Part("kill", "Going on after SIGKILL", "resuming:kill", 150, MODELS),
+    Part("nccl", "Collectives in a world of one", "speed:collectives", 30),
+    Part("decode", "Decoding: speed, memory, kernels", "speed:decode", 100, MODELS),
+    Part("step", "A learner's step: speed, memory, kernels", "speed:step", 90, MODELS),
+)  # fmt: skip
+
+
+def main() -> int:
+    if sys.argv[1:2] == [PART]:
+        return run_part(sys.argv[2], Path(sys.argv[3]), sys.argv[4])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-check"))
     parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], help="these and what they need")
     parser.add_argument("--scratch", type=Path, help="where models are written; default: the system's temporary folder")
-    parser.add_argument("--deadline", type=float, help=f"seconds for all; default {LIMIT_S}, on a CPU {4 * LIMIT_S}")
-    return parser.parse_args()
-
-
-def main() -> int:
-    options = parse()
+    options = parser.parse_args()
     begun, clock = datetime.now(UTC), time.monotonic()
     parent = options.scratch or Path(tempfile.gettempdir())
     error = obstacle(options.device, parent)
@@ -55,15 +86,16 @@ def main() -> int:
         return 2
     # Told to end, it ends what it started first.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    limit = options.deadline or LIMIT_S * PATIENCE[options.device]
+    wanted = set(options.only or (part.name for part in PARTS))
+    for part in reversed(PARTS):
+        wanted |= set(part.needs) if part.name in wanted else set()
     scratch = Path(tempfile.mkdtemp(prefix="gpu-check-", dir=parent))
     results: dict[str, dict[str, Any]] = {}
     try:
-        for part in PARTS:
-            if options.only is None or part.name in closure(options.only):
-                left = limit - (time.monotonic() - clock)
-                results[part.name] = outcome(part, options.device, scratch, left, results)
-                print(summary([results[part.name]]), flush=True)
+        for part in (part for part in PARTS if part.name in wanted):
+            left = LIMIT_S * PATIENCE[options.device] - (time.monotonic() - clock)
+            results[part.name] = outcome(part, options.device, scratch, left, results)
+            print(summary(results[part.name]), flush=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     parts = list(results.values())
@@ -109,30 +141,23 @@ def obstacle(device: str, parent: Path) -> str:
     return ""
 
 
-def closure(names: list[str]) -> set[str]:
-    """The parts and those that they need, which stand before them."""
-    wanted = set(names)
-    for part in reversed(PARTS):
-        if part.name in wanted:
-            wanted |= set(part.needs)
-    return wanted
-
-
 def outcome(part: Part, device: str, scratch: Path, left: float, before: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """A part's status, the reasons if it is not "passed", its seconds and what it found."""
-    result: dict[str, Any] = {"name": part.name, "title": part.title, "reasons": [], "seconds": 0.0}
-    empty: dict[str, list[Any]] = {"checks": [], "figures": [], "tables": []}
+    result: dict[str, Any] = {
+        "name": part.name, "title": part.title, "reasons": [], "seconds": 0.0,
+        "checks": [], "figures": [], "tables": [],
+    }  # fmt: skip
     lacking = [name for name in part.needs if before[name]["status"] not in ("passed", "failed")]
     deadline = min(part.seconds * PATIENCE[device], left)
     if lacking:
-        return result | empty | {"status": "not run", "reasons": [f"it needs {', '.join(lacking)}"]}
+        return result | {"status": "not run", "reasons": [f"it needs {', '.join(lacking)}"]}
     if deadline <= 0:
-        return result | empty | {"status": "not run", "reasons": ["the time of the whole check was over"]}
+        return result | {"status": "not run", "reasons": ["the time of the whole check was over"]}
     begun = time.monotonic()
     code, log = run_child(part, device, scratch, deadline)
     result["seconds"] = time.monotonic() - begun
-    file = scratch / f"{part.name}.json"
-    result |= json.loads(file.read_text()) if file.is_file() else empty
+    with contextlib.suppress(FileNotFoundError):
+        result |= json.loads((scratch / f"{part.name}.json").read_text())
     if code is None:
         return result | {"status": "out of time", "reasons": [f"not done within {deadline:.0f} s"]}
     if code:
@@ -156,7 +181,7 @@ def run_child(part: Part, device: str, scratch: Path, deadline: float) -> tuple[
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     if part.on_cpu and device == "cuda":
         environment.pop("OMP_NUM_THREADS", None)
-    command = [sys.executable, "-m", f"{__package__}.child", part.name, str(scratch), device]
+    command = [sys.executable, "-m", "tools.gpu_check", PART, part.name, str(scratch), device]
     file = scratch / f"{part.name}.log"
     with file.open("wb") as log:
         process = subprocess.Popen(
@@ -175,6 +200,22 @@ def run_child(part: Part, device: str, scratch: Path, deadline: float) -> tuple[
     return code, file.read_text(errors="replace")
 
 
+def run_part(name: str, scratch: Path, device: str) -> int:
+    """A part, in its own process. Returns 0 if it ran to its end, whether its checks passed or not."""
+    from ee_megatron.parallel.cpu_shims import lean_imports
+
+    part = next(part for part in PARTS if part.name == name)
+    module, function = part.target.split(":")
+    with lean_imports():
+        from .bench import Bench, Findings
+
+        run = getattr(importlib.import_module(f".{module}", __package__), function)
+    # What has been imported is never garbage; memory is looked at with a collection each time.
+    gc.freeze()
+    run(Findings(scratch / f"{name}.json", device), Bench(scratch, "cpu" if part.on_cpu else device, device == "cpu"))
+    return 0
+
+
 def last_error(log: str) -> str:
     """The last line that is not indented: an exception's."""
     lines = [line for line in log.splitlines() if line.strip() and not line[0].isspace()]
@@ -187,6 +228,29 @@ def limit_in_words(check: dict[str, Any]) -> str:
     limits = [f"{word} {check[key]:.3g}" for key, word in (("at_least", "at least"), ("at_most", "at most"))
               if check[key] is not None]  # fmt: skip
     return f"{value}, expected {' and '.join(limits)}"
+
+
+def summary(part: dict[str, Any]) -> str:
+    """A part's status, seconds, checks that passed, and the first reason if it did not pass, in one line."""
+    judged = [check["status"] for check in part["checks"] if check["status"] in ("passed", "failed")]
+    reason = f"  {part['reasons'][0]}" if part["reasons"] else ""
+    counts = f"{judged.count('passed'):>2}/{len(judged):<2}"
+    return f"{part['status']:<12} {part['seconds']:>5.0f} s  {counts} {part['title']}{reason}"
+
+
+def cell(value: Any) -> str:
+    """Text as it is, numbers with three digits, a dash for what is not there."""
+    if value is None:
+        return "–"
+    return number(value) if isinstance(value, int | float) else str(value)
+
+
+def write_page(path: Path, result: dict[str, Any]) -> None:
+    """The whole result, what failed first."""
+    machine: list[dict[str, Any]] = next((part["figures"] for part in result["parts"] if part["name"] == "machine"), [])
+    facts = [f"{f['name']} {f['value']}" for f in machine if isinstance(f["value"], str)]
+    template = Path(__file__).with_name("page.html.j2")
+    write_atomic(path, render(template, style=style(), result=result, facts=facts, cell=cell))
 
 
 if __name__ == "__main__":

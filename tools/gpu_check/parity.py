@@ -37,8 +37,7 @@ from ee_megatron.rollout.engine.scoring import replay_depths, score
 from ee_megatron.types import Rollout
 from tools.workloads import answer_all, make_weights
 
-from .findings import Findings
-from .shapes import Bench, tokenizer
+from .bench import Bench, Findings, tokenizer
 
 ROWS, PROMPT, ANSWER = 4, 20, 24
 PREDICTING = slice(PROMPT - 1, PROMPT - 1 + ANSWER)

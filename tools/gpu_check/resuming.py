@@ -6,6 +6,7 @@ nothing, and then it has to be the same to the bit, or four times that, as the l
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -18,17 +19,40 @@ import torch
 from torch import Tensor
 
 from ee_megatron.learner.learner import Learner
-from ee_megatron.observe.rundir import COMPLETE, latest_checkpoint
+from ee_megatron.observe.rundir import COMPLETE, RunDirectory, latest_checkpoint
 from ee_megatron.policy import load_policy
-from ee_megatron.training.checkpoints import TrainingStreams, damage, read_training, write_training
+from ee_megatron.training.checkpoints import CheckpointWriter, TrainingStreams, damage, read_training, write_training
+from tools.workloads import make_batch
 
-from .findings import Findings
-from .shapes import Bench
-from .trainee import FINISHED, advance, begin, deterministic
+from .bench import GROWTH, Bench, Findings
 
 T = TypeVar("T")
 STEPS = 6
-GROWTH = 2**20
+SEQUENCES, PROMPT, ANSWER = 4, 16, 48
+FINISHED = "FINISHED"
+
+
+def begin(bench: Bench, policy: dict[str, Tensor]) -> Learner:
+    """A learner in bfloat16, as a user's: ZeRO-1, and AdamW in its fused form on a GPU."""
+    return bench.learner(bench.settings(True, tokens=96), torch.bfloat16, policy)
+
+
+def advance(bench: Bench, learner: Learner, step: int) -> None:
+    """Update `step`, from 0: its batch depends on nothing else."""
+    outcomes = learner.spec.layout.outcomes
+    shares = [1 / len(outcomes)] * len(outcomes)
+    batch, weights = make_batch(learner.spec, learner.dims.vocab, SEQUENCES, PROMPT, ANSWER, shares, 2, seed=step)
+    update = learner.step(batch, weights, adapter_lr=1e-3, gate_lr=1e-3)
+    if not update.applied:
+        raise RuntimeError(f"step {step}: gradient norms {update.norms} are not finite")
+
+
+def deterministic(*, warn_only: bool) -> None:
+    """As the setting of that name has it, but empty tensors stay as they are: DeepSpeed's buffers take gigabytes.
+    `warn_only`: where an operation has no deterministic form, the other one is taken."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def state_of(learner: Learner) -> dict[str, Tensor]:
@@ -131,8 +155,8 @@ def kill(findings: Findings, bench: Bench) -> None:
 
 
 def start(bench: Bench, run: Path, warn_only: bool) -> subprocess.Popen[bytes]:
-    arguments = [str(bench.scratch), bench.kind, str(run), str(STEPS), str(warn_only)]
-    return subprocess.Popen([sys.executable, "-m", "tools.gpu_check.trainee", *arguments])
+    arguments = [str(bench.scratch), bench.kind, str(run), str(warn_only)]
+    return subprocess.Popen([sys.executable, "-m", "tools.gpu_check.resuming", *arguments])
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -149,16 +173,34 @@ def wait_for(process: subprocess.Popen[bytes], look: Callable[[], T]) -> T:
     return found
 
 
-def entries(run: Path) -> list[Path]:
-    folder = run / "checkpoints"
-    return list(folder.iterdir()) if folder.is_dir() else []
-
-
 def unfinished(run: Path) -> list[str]:
-    """Names of what is being written, or was when its writer was killed."""
-    return [path.name for path in entries(run) if path.name.startswith(".step_")]
+    """Names of the checkpoints that are being written, or were when their writer was killed."""
+    return [path.name for path in run.glob("checkpoints/.step_*")]
 
 
 def complete(run: Path) -> list[int]:
     """Steps of the checkpoints that are whole."""
-    return [int(p.name.split("_")[1]) for p in entries(run) if p.name.startswith("step_") and (p / COMPLETE).is_file()]
+    return [int(path.parent.name.split("_")[1]) for path in run.glob(f"checkpoints/step_*/{COMPLETE}")]
+
+
+def train(scratch: Path, kind: str, run: Path, warn_only: bool) -> None:
+    """STEPS updates, each with a checkpoint, that may be killed at any moment and go on when they are started again."""
+    bench = Bench(scratch, kind, small=kind == "cpu")
+    deterministic(warn_only=warn_only)
+    bench.join()
+    with RunDirectory(run) as directory:
+        found = directory.latest_checkpoint(damage)
+        policy = load_policy(found)[1] if found else bench.policy(True)
+        learner = begin(bench, policy)
+        if found:
+            learner.load_optimizer(read_training(found)[0])
+        writer = CheckpointWriter(directory, learner.spec, keep=2)
+        for step in range(learner.updates, STEPS):
+            advance(bench, learner, step)
+            writer.write(step + 1, learner.export_policy(), learner.export_optimizer(), None)
+        writer.close()
+        directory.write_atomic(FINISHED, "")
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4] == "True")

@@ -52,10 +52,15 @@ class VllmPool:
     def close(self) -> None:
         self._engine.close()
 
-    def __getattr__(self, reading: str) -> Any:
-        if reading not in ("trace", "score", "inspect", "read_exits", "lens"):
-            raise AttributeError(reading)
+    @property
+    def reader(self) -> LocalPool:
+        """The embedded engine, under the weights held."""
         if self._reader is None:
             self._reader = LocalPool.of(self.settings)
             self._reader.load(self._weights)
-        return getattr(self._reader, reading)
+        return self._reader
+
+    def __getattr__(self, reading: str) -> Any:
+        if reading not in ("trace", "score", "inspect", "read_exits", "lens"):
+            raise AttributeError(reading)
+        return getattr(self.reader, reading)

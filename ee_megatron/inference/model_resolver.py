@@ -21,7 +21,7 @@ NAMES = {"rl": "reinforced", "calibrate": "calibrated"}
 
 
 @dataclass(frozen=True)
-class Found:
+class ResolvedModel:
     """A model that answers: a name for it, where it lies (its tokenizer too), adapters and gates on it.
 
     - checkpoint: the policy's directory; None for a plain model and for gates that the model brings along
@@ -51,7 +51,7 @@ class Found:
         return make_rule(said["kind"], said.get("value")) if said else Threshold(0.5)
 
 
-def find(path: str | Path, policy: str | Path | None = None, base_unchecked: bool = False) -> Found:
+def resolve(path: str | Path, policy: str | Path | None = None, base_unchecked: bool = False) -> ResolvedModel:
     """What `path` names; with `policy`, a policy checkpoint or stage directory, the model at `path` under that policy
     instead of any gates that it brings along. docs/api.md lists what a path may be.
 
@@ -88,32 +88,34 @@ def stage_of(place: Path) -> Path | None:
     return place if (place / "config.yaml").is_file() else _furthest_stage(place)
 
 
-def choose(cfg: RunConfig, model: str | None = None, policy: str | None = None, base_unchecked: bool = False) -> Found:
-    """What `find` finds where a model is named; else the configuration's newest policy, or the one given, on its base.
+def resolve_configured(
+    cfg: RunConfig, model: str | None = None, policy: str | None = None, base_unchecked: bool = False
+) -> ResolvedModel:
+    """As `resolve` if a model is named; else the configuration's newest policy, or the one given, on its base.
 
-    Raises as `find`.
+    Raises as `resolve`.
     """
     base_unchecked = base_unchecked or cfg.model.base_unchecked
     if model:
-        return find(model, policy, base_unchecked)
+        return resolve(model, policy, base_unchecked)
     name, checkpoint = _newest_policy(cfg)
     if policy:
         name, checkpoint = "policy", stages.policy_at(f"policy {policy}", policy)
     if checkpoint is None:
-        return Found(name, HFDirectory(stages.source_model(cfg)), settings=cfg)
+        return ResolvedModel(name, HFDirectory(stages.source_model(cfg)), settings=cfg)
     return with_policy(name, stages.base_model(cfg), checkpoint, cfg, base_unchecked)
 
 
 def with_policy(
     name: str, base: Path, checkpoint: Path, settings: RunConfig | None = None, unchecked: bool = False
-) -> Found:
+) -> ResolvedModel:
     """The model at `base`, plain or Megatron, under the policy of a checkpoint; with the settings of its run `name` is
     the whole name. Every policy meets its base here."""
     source = _open(base)
     spec, tensors = load_policy(checkpoint)
     check_base(checkpoint, source, unchecked=unchecked)
     whole = name if settings else f"{base.resolve().name}-{name}"
-    return Found(whole, source, checkpoint, spec, tensors, settings)
+    return ResolvedModel(whole, source, checkpoint, spec, tensors, settings)
 
 
 def _newest_policy(cfg: RunConfig) -> tuple[str, Path | None]:
@@ -134,7 +136,7 @@ def _open(path: Path) -> HFDirectory | ModelSource:
     return MegatronDirectory(path)
 
 
-def _model(path: Path, unchecked: bool = False) -> Found:
+def _model(path: Path, unchecked: bool = False) -> ResolvedModel:
     """A model directory with the gates that are in it or beside it."""
     source, name = _open(path), path.resolve().name
     if isinstance(source, HFDirectory):
@@ -144,11 +146,11 @@ def _model(path: Path, unchecked: bool = False) -> Found:
         spec, tensors = policy_beside(source, unchecked)
         policy = (spec, dict(tensors)) if spec.exit_depths or tensors else None
     if policy is None:
-        return Found(f"{name}-base", source)
-    return Found(f"{name}-gates", source, spec=policy[0], tensors=policy[1])
+        return ResolvedModel(f"{name}-base", source)
+    return ResolvedModel(f"{name}-gates", source, spec=policy[0], tensors=policy[1])
 
 
-def _of_stage(stage: Path, checkpoint: Path | None, unchecked: bool) -> Found:
+def _of_stage(stage: Path, checkpoint: Path | None, unchecked: bool) -> ResolvedModel:
     """What a stage of a run has made: a policy on its base, or a model. `checkpoint`: not its newest one."""
     if (stage / "model" / "config.json").is_file():
         return _model(stage / "model")

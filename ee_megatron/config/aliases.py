@@ -27,6 +27,8 @@ REMOVED = {
     "task.seed": _SEED,
     "task.verifier_workers": Removed(0, "there are as many verifiers as cores are free"),
     "task.verifier_memory_mb": Removed(4096),
+    "task.verifier_deadline_s": Removed(5.0),
+    "traces.only_correct": Removed(False, "an answer's verdict is in its trace", True),
     "pretrain.warmup": Removed(0.05, hashed=True),
     "teacher.temperature": Removed(0.7, hashed=True),
     "teacher.seed": _SEED,

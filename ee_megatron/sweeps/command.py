@@ -137,11 +137,11 @@ class Checker:
     def __call__(self, cfg: RunConfig) -> None:
         """Raises Faults, all that is wrong."""
         refuse(self._preflight.faults(Attempt(cfg, []), stages_of(cfg, self.last)))
-        self.requeues = cfg.cluster.requeue_limit
+        self.requeues = cfg.job.requeue_limit
         if asks_for_gpus(cfg) and (self.neediest is None or ranks(cfg) > ranks(self.neediest)):
             self.neediest = cfg
-        if not self.on_slurm and cfg.cluster.nodes > 1:
-            raise ValueError(f"cluster.nodes={cfg.cluster.nodes}: more than this machine; use --executor slurm")
+        if not self.on_slurm and cfg.job.nodes > 1:
+            raise ValueError(f"cluster.nodes={cfg.job.nodes}: more than this machine; use --executor slurm")
 
 
 def to_start(sweep: Sweep, queue: dict[str, str], retry_failed: bool) -> list[StageTask]:

@@ -122,6 +122,7 @@ class TaskConfig:
     evaluation: int = setting(400, above=0)
 
     def __post_init__(self) -> None:
+        # A section that says nothing beyond its defaults is the same as none: runs of older versions name all fields.
         if self.dataset == DatasetNames():
             self.dataset = None
 
@@ -375,6 +376,10 @@ class RolloutConfig:
     failure_budget: int = setting(3, at_least=0, execution=True)
     """Actor deaths after which a run stops."""
 
+    def __post_init__(self) -> None:
+        if self.vllm == VllmConfig():
+            self.vllm = None
+
 
 @dataclass
 class Controls:
@@ -480,7 +485,6 @@ class RunConfig:
     """Of a job by Slurm; null: one machine."""
 
     def __post_init__(self) -> None:
-        # A section that says nothing beyond its defaults is the same as none.
         if self.cluster == ClusterConfig():
             self.cluster = None
 

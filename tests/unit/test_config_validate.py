@@ -28,8 +28,8 @@ SKIPPING = ("rl.skip_scoring=true", "rl.loss.importance=null", "rl.kl_penalty.ki
 # With every section that may be switched off.
 EVERYTHING = (
     "evaluate.controls=true", "evaluate.externalisation=true", "evaluate.style_choice.models=all", "pretrain=true",
-    "rl.depth_penalty.target.margin=1", "rl.exit_credit=true", "rollout.vllm=true", "rollout.backend=vllm", "task=hops",
-    "cluster.nodes=2", "task.dataset.question_column=q",
+    "rl.depth_penalty.target.margin=1", "rl.exit_credit=true", "rollout.vllm.compile=false", "rollout.backend=vllm",
+    "task=hops", "cluster.nodes=2", "task.dataset.question_column=q",
 )  # fmt: skip
 SMALL = dict(rms_eps=1e-6, rope_theta=1e4, vocab=128)
 

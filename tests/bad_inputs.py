@@ -55,14 +55,14 @@ def _out_of_range(dice: random.Random, folder: Path) -> list[str]:
         [
             entry
             for entry in settings(RunConfig())
-            if entry[2].choices or entry[2].positive or entry[2].share or entry[2].at_least is not None
+            if entry[2].choices or entry[2].above is not None or entry[2].at_least is not None
         ]
     )
     if rules.choices:
         return _stage(dice, folder, f"{key}={dice.choice(('nonsense', '7', 'x.y'))}")
-    least = 0.0 if rules.positive or rules.share else float(rules.at_least or 0.0)
-    wrong = least - dice.choice((1, 5, 10**6))
-    return _stage(dice, folder, f"{key}={int(wrong) if isinstance(value, int) else wrong}")
+    wrong = float(rules.above or rules.at_least or 0) - dice.choice((1, 5, 10**6))
+    text = int(wrong) if isinstance(value, int) else [wrong] if isinstance(value, list) else wrong
+    return _stage(dice, folder, f"{key}={text}")
 
 
 def _name(dice: random.Random, folder: Path) -> list[str]:

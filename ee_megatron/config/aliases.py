@@ -6,7 +6,6 @@ import functools
 import logging
 from typing import Any, NamedTuple
 
-from .fields import Known
 from .schema import KEYS
 
 log = logging.getLogger(__name__)
@@ -27,6 +26,8 @@ REMOVED = {
     "task.seed": _SEED,
     "task.verifier_workers": Removed(0, "there are as many verifiers as cores are free"),
     "task.verifier_memory_mb": Removed(4096),
+    "task.verifier_deadline_s": Removed(5.0),
+    "traces.only_correct": Removed(False, "an answer's verdict is in its trace", True),
     "pretrain.warmup": Removed(0.05, hashed=True),
     "teacher.temperature": Removed(0.7, hashed=True),
     "teacher.seed": _SEED,
@@ -59,11 +60,11 @@ REMOVED = {
 }
 
 
-@functools.cache
-def _tables() -> tuple[dict[str, Known], dict[str, str]]:
-    """Older names of settings, and older switches of sections -> what they are now."""
-    return {k.rules.was: k for k in KEYS if k.rules.was}, {k.switch: k.key for k in KEYS if k.switch}
-
+RENAMED = {k.rules.was: k for k in KEYS if k.rules.was}
+SWITCHES = {k.switch: k.key for k in KEYS if k.switch}
+"""Older switches of sections -> the sections."""
+MAY_BE_OFF = {k.key: k.on for k in KEYS if k.on is not None}
+"""Sections that may be switched off -> whether they are on by default."""
 
 NORMAL, SWITCH, BOUND = 0, 1, 2
 """When a setting is set: in order; after those, as an older switch whose word counts whatever fields are given;
@@ -71,30 +72,33 @@ last, and only where its section is on, as an older name that never switched it 
 Given = tuple[str, Any, int]
 
 
-def now(key: str, value: Any) -> list[Given] | None:
-    """(key, value, when) in place of an older setting; None if it is none. Raises ValueError for one that was removed,
-    unless it has the value that is now its only one."""
-    renamed, switches = _tables()
-    if key in REMOVED:
-        gone = REMOVED[key]
+def modern(key: str, value: Any, told: bool) -> list[Given]:
+    """(key, value, when) by the names of today; `told`: an older name is warned of. Raises ValueError for a setting
+    that was removed, unless it has the value that is now its only one."""
+    found = _now(key, value)
+    if told and found != [(key, value, NORMAL)]:
+        called = " and ".join(name for name, _, _ in found)
+        warn(f"{key}: this setting {f'is {called} now' if called else 'was removed; leave it out'}")
+    return found
+
+
+def _now(key: str, value: Any) -> list[Given]:
+    if gone := REMOVED.get(key):
         if value != gone.default:
-            raise ValueError(
-                f"{key}={value}: this setting was removed and is always {gone.default} now; {gone.instead}"
-            )
+            raise ValueError(f"{key}={value}: was removed and is always {gone.default} now; {gone.instead}")
         return []
     if key in ("rl.credit", "rl.depth_credit"):
         of_exits = value == "exit"
         kept = [] if of_exits else [("rl.depth_penalty.credit", {"sequence": "answer"}.get(value, value), NORMAL)]
         return [("rl.exit_credit", of_exits, SWITCH), *kept]
-    if key in switches and switches[key] != key:
-        return [(switches[key], value, SWITCH)]
-    if key not in renamed:
-        return [("init_policy", value, NORMAL)] if key == "start" else None
-    new = renamed[key]
+    if SWITCHES.get(key, key) != key:
+        return [(SWITCHES[key], value, SWITCH)]
+    if key not in RENAMED:
+        return [("init_policy" if key == "start" else key, value, NORMAL)]
+    new = RENAMED[key]
     if new.is_switch:
         return [(new.inside[-1], None, SWITCH) if value == new.rules.off else (new.key, value, SWITCH)]
-    around = next((k for k in KEYS if new.inside and k.key == new.inside[-1]), None)
-    return [(new.key, value, BOUND if around and around.bound else NORMAL)]
+    return [(new.key, value, BOUND if new.bound else NORMAL)]
 
 
 @functools.cache
@@ -103,26 +107,14 @@ def warn(text: str) -> None:
     log.warning(text)
 
 
-def modern(key: str, value: Any, told: bool) -> list[Given]:
-    """`now`, or the setting as it is; `told`: an older name is warned of."""
-    found = now(key, value)
-    if found is None:
-        return [(key, value, NORMAL)]
-    if told:
-        called = " and ".join(name for name, _, _ in found)
-        warn(f"{key}: this setting {f'is {called} now' if called else 'was removed; leave it out'}")
-    return found
-
-
 def modernise(config: dict[str, Any], *, told: bool) -> list[str]:
     """Give a nested configuration the names of today, in place. Returns a fault for each setting that there is no more,
     unless it has the value that is now its only one."""
-    renamed, switches = _tables()
     faults, found = list[str](), list[Given]()
-    for key in ("start", "rl.credit", "rl.depth_credit", *REMOVED, *renamed, *switches):
+    for key in ("start", "rl.credit", "rl.depth_credit", *REMOVED, *RENAMED, *SWITCHES):
         *path, name = key.split(".")
         part = _section(config, path)
-        if part is None or name not in part or switches.get(key) == key:
+        if part is None or name not in part or SWITCHES.get(key) == key:
             continue
         try:
             found += modern(key, part.pop(name), told)
@@ -131,7 +123,7 @@ def modernise(config: dict[str, Any], *, told: bool) -> list[str]:
         if not part and path:
             del config[path[0]]
     assign_all(config, found, told=told)
-    for key in _optional():
+    for key in MAY_BE_OFF:
         *path, name = key.split(".")
         part = _section(config, path)
         if part is not None and isinstance(part.get(name), bool):
@@ -167,23 +159,17 @@ def assign(config: dict[str, Any], key: str, value: Any) -> None:
         part[name] = held
         for inner, given in value.items():
             assign(config, f"{key}.{inner}", given)
-    elif key in _optional() and (value is None or isinstance(value, bool)):
+    elif key in MAY_BE_OFF and (value is None or isinstance(value, bool)):
         part[name] = held if value else None
     else:
         part[name] = value
-
-
-@functools.cache
-def _optional() -> dict[str, bool]:
-    """Sections that may be switched off -> whether they are on by default."""
-    return {k.key: k.on for k in KEYS if k.on is not None}
 
 
 def _is_on(config: Any, key: str) -> bool:
     """Whether all sections around a key are on."""
     *path, _ = key.split(".")
     for length, step in enumerate(path, start=1):
-        config = config.get(step, {} if _optional().get(".".join(path[:length]), True) else None)
+        config = config.get(step, {} if MAY_BE_OFF.get(".".join(path[:length]), True) else None)
         if not isinstance(config, dict):
             return False
     return True

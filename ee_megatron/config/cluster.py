@@ -45,7 +45,7 @@ class JobShape:
 
 def job_shape(cfg: RunConfig, stage: str) -> JobShape:
     """What a job of this stage needs. The configuration must be valid (validate.py)."""
-    cluster, rollout = cfg.cluster, cfg.rollout
+    cluster, rollout = cfg.job, cfg.rollout
     own = cluster.rollout_nodes
     alone = stage in ("imported", "pretrain", "calibrate") or (stage == "rl" and bool(cfg.rl.replay))
     needs_actors = has_actors(rollout) and not alone

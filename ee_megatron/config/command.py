@@ -15,6 +15,8 @@ from .schema import RunConfig
 
 FEW = 6
 """No further experiment is tried once one is left by so few settings."""
+WORDS = ("null", "true", "false", "nan", "inf", "infinity")
+"""What Hydra reads as something else than text."""
 
 
 def settings_of(cfg: RunConfig) -> list[str] | None:
@@ -74,8 +76,7 @@ def _word(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        plain = value and all(c.isalnum() or c in "._/-+" for c in value) and not _reads_otherwise(value)
-        if plain:
+        if re.fullmatch(r"([A-Za-z/]|\.\.?/)[A-Za-z0-9._/+-]*", value) and value.lower() not in WORDS:
             return value
         # Backslashes count before a quotation mark only, those at the end included.
         escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), value)
@@ -83,14 +84,3 @@ def _word(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(_word, value))}]"
     return repr(value)
-
-
-def _reads_otherwise(text: str) -> bool:
-    """Whether a word without quotes would be a number, a truth value or null."""
-    if text.lower() in ("null", "true", "false", "nan", "inf"):
-        return True
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

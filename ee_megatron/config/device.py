@@ -23,7 +23,7 @@ SMI_S = 20.0
 
 def asks_for_gpus(cfg: RunConfig) -> bool:
     """device=cuda, or device=auto where the cluster's nodes have GPUs: a CPU is no substitute then."""
-    return cfg.device == "cuda" or (cfg.device == "auto" and cfg.cluster.gpus_per_node > 0)
+    return cfg.device == "cuda" or (cfg.device == "auto" and cfg.job.gpus_per_node > 0)
 
 
 def pick_device(cfg: RunConfig, count: int = 1) -> str:
@@ -33,7 +33,7 @@ def pick_device(cfg: RunConfig, count: int = 1) -> str:
     """
     if cfg.device == "cpu" or not (asks_for_gpus(cfg) or _has_gpu()):
         return "cpu"
-    nodes = f" with cluster.gpus_per_node={cfg.cluster.gpus_per_node}" if cfg.cluster.gpus_per_node else ""
+    nodes = f" with cluster.gpus_per_node={cfg.job.gpus_per_node}" if cfg.job.gpus_per_node else ""
     require_gpus(count, f"device={cfg.device}{nodes}")
     return "cuda"
 

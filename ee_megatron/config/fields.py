@@ -7,23 +7,27 @@ import math
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from operator import ge, gt, le, lt
 from typing import Any, NamedTuple
 
 MANDATORY = "???"
 """Default of a setting that has to be given, as omegaconf writes it."""
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 LARGEST = 2**63
+BOUNDS = {"above": (">", gt), "at_least": (">=", ge), "below": ("<", lt), "at_most": ("<=", le)}
+"""Bounds of `Rules` -> their signs."""
 
 
 @dataclass(frozen=True)
 class Rules:
     """What a field's type cannot say: which values are right, and how it stands in the identity of results."""
 
-    choices: Collection[str] = ()
-    positive: bool = False
+    choices: Collection[str | int] = ()
+    above: float | None = None
     at_least: float | None = None
-    share: bool = False
-    """From 0 to 1."""
+    below: float | None = None
+    at_most: float | None = None
+    """Bounds of a number, or of each in a list."""
     kind: str = ""
     """name (becomes part of directories' and jobs' names), path (other spellings of the same are equal), text (may hold
     line ends and other characters that don't print); empty: plain text."""
@@ -35,17 +39,6 @@ class Rules:
     """Its older name, which is accepted for one release and still stands in the identity."""
     off: Any = None
     """Of a setting without a default, or of another than that: what the older name says where the section is off."""
-
-
-class Clash(NamedTuple):
-    """Settings that don't fit one another: their keys, and one line that says what was found and what to do."""
-
-    text: str
-    keys: tuple[str, ...]
-
-
-def clash(text: str, keys: str) -> Clash:
-    return Clash(text, tuple(keys.split()))
 
 
 def setting(default: Any = MANDATORY, **rules: Any) -> Any:
@@ -83,8 +76,8 @@ def settings(part: Any, prefix: str = "") -> Iterator[tuple[str, Any, Rules]]:
 
 class Known(NamedTuple):
     """A key of the schema. `kind`: the section that it is, None for a value; `inside`: the sections around it that
-    may be switched off. Of a section that may be switched off: `on` by default or not, `switch`: its older switch,
-    if any."""
+    may be switched off, `bound`: the innermost is not switched on by the key's older name. Of a section that may be
+    switched off: `on` by default or not, `switch`: its older switch, if any."""
 
     key: str
     kind: type | None
@@ -102,17 +95,17 @@ class Known(NamedTuple):
         return self.kind is None and (self.default == MANDATORY or self.rules.off is not None) and bool(self.inside)
 
 
-def known(kind: type, prefix: str = "", inside: tuple[str, ...] = ()) -> Iterator[Known]:
+def known(kind: type, prefix: str = "", inside: tuple[str, ...] = (), bound: bool = False) -> Iterator[Known]:
     """Every key of a section's type, also of sections that are switched off."""
     for entry in fields(kind):
         key, inner = f"{prefix}{entry.name}", section_of(entry)
         on = entry.default is MISSING if "kind" in entry.metadata else None
         default = entry.default if inner or entry.default is not MISSING else entry.default_factory()  # type: ignore
         rules, switch = entry.metadata.get("rules", Rules()), entry.metadata.get("was", "")
-        bound = entry.metadata.get("bound", True)
         yield Known(key, inner, str(entry.type), rules, default, inside, on, switch, bound)
         if inner is not None:
-            yield from known(inner, f"{key}.", inside if on is None else (*inside, key))
+            around = (inside, bound) if on is None else ((*inside, key), entry.metadata["bound"])
+            yield from known(inner, f"{key}.", *around)
 
 
 def find(part: Any, key: str) -> Any:
@@ -124,22 +117,21 @@ def find(part: Any, key: str) -> Any:
 
 def fault(key: str, value: Any, rules: Rules) -> str | None:
     """What is wrong with a value by itself."""
-    least, named = rules.at_least, [choice or "nothing" for choice in rules.choices]
     items = value if isinstance(value, list) else [value]
-    texts = [item for item in items if isinstance(item, str)]
-    for wrong, expected in (
-        (any(isinstance(item, float) and not math.isfinite(item) for item in items), "a finite number"),
-        (any(isinstance(item, int) and abs(item) >= LARGEST for item in items), "a number below 2^63"),
+    numbers = [item for item in items if isinstance(item, int | float)]
+    shown_as_is = rules.kind in ("text", "name") or all(item.isprintable() for item in items if isinstance(item, str))
+    bounds = [(s, h, b) for n, (s, h) in BOUNDS.items() if (b := getattr(rules, n)) is not None]
+    for right, expected in (
+        (all(isinstance(number, int) or math.isfinite(number) for number in numbers), "a finite number"),
+        (all(isinstance(number, float) or abs(number) < LARGEST for number in numbers), "a number below 2^63"),
+        (shown_as_is, "text of printable characters"),
+        (not rules.choices or value in rules.choices, f"one of {', '.join(map(str, rules.choices))}"),
         (
-            rules.kind not in ("text", "name") and not all(text.isprintable() for text in texts),
-            "text of printable characters",
+            all(holds(number, bound) for _, holds, bound in bounds for number in numbers),
+            f"a number {' and '.join(f'{sign} {bound}' for sign, _, bound in bounds)}",
         ),
-        (rules.choices and value not in rules.choices, f"one of {', '.join(named)}"),
-        (rules.positive and value <= 0, "a number > 0"),
-        (least is not None and value < least, f"a number >= {least}"),
-        (rules.share and not 0 <= value <= 1, "a share from 0 to 1"),
     ):
-        if wrong:
+        if not right:
             shown = str(value)
             return f"{key}={shown if shown and shown.isprintable() else repr(shown)}: expected {expected}"
     if rules.kind == "name" and not NAME.fullmatch(value):

@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from .aliases import REMOVED
+from .aliases import MAY_BE_OFF, REMOVED
 from .derive import model_dir, read_dims, resolve_exits
 from .fields import MANDATORY, find
 from .schema import KEYS, RunConfig
@@ -89,7 +89,7 @@ def to_yaml(cfg: RunConfig) -> str:
 def _results(cfg: RunConfig) -> dict[str, Any]:
     """Everything that makes a difference to results, by the sections and names that it had first."""
     found: dict[str, dict[str, Any]] = {part: {} for parts in STAGES.values() for part in parts}
-    off = {k.key for k in KEYS if k.on is not None and find(cfg, k.key) is None}
+    off = {key for key in MAY_BE_OFF if find(cfg, key) is None}
     left_out = {k.key for k in KEYS if k.switch and k.key in off}
     for k in KEYS:
         if k.kind is not None:

@@ -18,10 +18,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from .aliases import Given, assign_all, modern, modernise
+from .aliases import MAY_BE_OFF, RENAMED, Given, assign_all, modern, modernise
 from .config_paths import find_config_dir, list_groups
 from .errors import lines_of, refuse
 from .schema import KEYS, RunConfig
+
+KNOWN = {k.key: None if k.kind else k.type for k in KEYS}
+"""Every dotted key of the schema -> the name of its type, None for a section."""
+SCHEMA = OmegaConf.structured(RunConfig)
+"""Made once, since that takes as long as merging, which copies it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,19 +81,13 @@ def attempt(overrides: list[str], config_dir: Path | None = None) -> Attempt:
     return Attempt(cfg, faults, frozenset(without))
 
 
-@functools.cache
-def _schema() -> DictConfig:
-    """Made once, since that takes as long as merging: `merge` copies it."""
-    return OmegaConf.structured(RunConfig)
-
-
 def _merged(
     composed: dict[str, Any], groups: Mapping[str, list[str]], faults: list[str], without: set[str]
 ) -> RunConfig | None:
     """What was composed, as the schema has it. Values of a wrong type are left out, one after another, and noted."""
     while True:
         try:
-            merged = OmegaConf.merge(_schema(), composed)
+            merged = OmegaConf.merge(SCHEMA, composed)
             OmegaConf.resolve(merged)
             break
         except OmegaConfBaseException as error:
@@ -124,7 +123,7 @@ def read_saved(path: Path) -> RunConfig:
         saved = cast(dict[str, Any], OmegaConf.to_container(loaded, resolve=False))
         refuse(modernise(saved, told=False))
         _check_keys(saved)
-        return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(_schema(), saved)))
+        return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(SCHEMA, saved)))
     except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
         raise ValueError(f"{path}: not a run's configuration ({_one_line(error)}); name another run") from None
 
@@ -144,8 +143,7 @@ def _parsed(text: str) -> Override:
 
 
 def _read(override: Override, groups: Mapping[str, list[str]]) -> tuple[list[str], list[Given]]:
-    """A group's choice for Hydra, or a setting under the names of today. Raises ValueError for
-    unknown ones."""
+    """A group's choice for Hydra, or a setting under the names of today. Raises ValueError for unknown ones."""
     key, value = override.key_or_group, override.value()
     if key in groups and (key == "experiment" or not isinstance(value, dict)):
         text = str(override.input_line).split("=", 1)[1]
@@ -154,8 +152,8 @@ def _read(override: Override, groups: Mapping[str, list[str]]) -> tuple[list[str
         return [f"{key}={text}"], []
     found = modern(key, value, told=True)
     for name, _, _ in found:
-        if name not in _known_keys():
-            raise ValueError(_unknown(name, [*_known_keys(), *groups]))
+        if name not in KNOWN:
+            raise ValueError(_unknown(name, [*KNOWN, *groups]))
     return [], found
 
 
@@ -169,13 +167,12 @@ def _compose(directory: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def _check_keys(config: Mapping[str, Any]) -> None:
-    keys, wrong = _known_keys(), list[str]()
-    optional = {k.key for k in KEYS if k.on is not None}
+    wrong = list[str]()
     for key, value in _walk(config, ""):
-        if key not in keys:
-            wrong.append(_unknown(key, keys))
-        elif keys[key] is None and not (isinstance(value, dict) or (value is None and key in optional)):
-            field = next(name for name in keys if name.startswith(f"{key}."))
+        if key not in KNOWN:
+            wrong.append(_unknown(key, KNOWN))
+        elif KNOWN[key] is None and not (isinstance(value, dict) or (value is None and key in MAY_BE_OFF)):
+            field = next(name for name in KNOWN if name.startswith(f"{key}."))
             wrong.append(f"{key}={value}: {key} is a section; set one of its fields, e.g. {field}=...")
     refuse(wrong)
 
@@ -188,15 +185,9 @@ def _walk(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _walk(value, f"{key}.")
 
 
-@functools.cache
-def _known_keys() -> dict[str, str | None]:
-    """Every dotted key of the schema -> the name of its type, None for a section."""
-    return {k.key: None if k.kind else k.type for k in KEYS}
-
-
 def _unknown(key: str, known: Iterable[str]) -> str:
     # Older names are looked through, too: whoever mistypes one means the setting that it is now.
-    now = {k.rules.was: k.key for k in KEYS if k.rules.was} | {name: name for name in known}
+    now = {older: k.key for older, k in RENAMED.items()} | {name: name for name in known}
     names, last = list(now), key.rsplit(".", 1)[-1]
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.8)
     near += [name for name in names if name.rsplit(".", 1)[-1] == last]
@@ -209,7 +200,7 @@ def _unknown(key: str, known: Iterable[str]) -> str:
 
 def _explain(error: OmegaConfBaseException) -> str:
     key = str(error.full_key or "")
-    expected = _known_keys().get(key.split("[")[0])
+    expected = KNOWN.get(key.split("[")[0])
     wanted = f"; expected {expected}" if expected else ""
     return f"{key or 'settings'}: {str(error.msg or error).splitlines()[0]}{wanted}"
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import is_dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..objectives.depth import CREDITS, DEPTH_COSTS
 from ..objectives.policy_gradient import KL_TERMS
+from ..objectives.schedules import LAMBDA_MAX
 from .cluster import job_shape, seats
 from .derive import (
     actor_share,
@@ -28,8 +30,8 @@ from .derive import (
 )
 from .device import asks_for_gpus
 from .errors import faults_of, refuse
-from .fields import MANDATORY, NAME, Clash, clash, fault, find, settings, wrong_name
-from .schema import KEYS, SEQUENCE_MULTIPLE, RunConfig
+from .fields import MANDATORY, NAME, fault, find, settings, wrong_name
+from .schema import KEYS, SEQUENCE_MULTIPLE, DatasetNames, RunConfig
 
 if TYPE_CHECKING:
     from ..families import ModelDims
@@ -43,6 +45,18 @@ TASK_FAMILIES = {
 }
 STYLED = ("hops", "sums")
 """Tasks whose answers have styles to choose from."""
+
+
+class Clash(NamedTuple):
+    """Settings that don't fit one another: one line that says what was found and what to do, and their keys."""
+
+    text: str
+    keys: tuple[str, ...]
+
+
+Rule = tuple[object, str, str]
+"""(whether it is broken, keys of the settings, what is expected). The line begins with the keys' values; those behind
+a semicolon matter, too, but are not shown."""
 
 
 def validate(cfg: RunConfig, dims: ModelDims | None) -> None:
@@ -82,264 +96,200 @@ def repaired(cfg: RunConfig, keys: Collection[str]) -> RunConfig:
 def unless_about(found: Iterable[Clash | str], keys: Collection[str]) -> list[str]:
     """The lines of those that have nothing to do with these settings; a plain line is about the one that it begins
     with."""
-    each = [entry if isinstance(entry, Clash) else clash(entry, re.split("[=:]", entry)[0]) for entry in found]
+    each = [entry if isinstance(entry, Clash) else Clash(entry, (re.split("[=:]", entry)[0],)) for entry in found]
     return [text for text, about in each if not set(about).intersection(keys)]
 
 
 def clashes(cfg: RunConfig) -> Iterator[Clash]:
     """Settings that don't fit one another. Each has to be right by its own rules."""
-    yield from _of_sections(cfg)
-    for check in (_task, _stages, _scoring, _parallel, _cluster, _vllm):
-        yield from check(cfg)
+    for rules in (_task, _families, _files, _stages, _rl, _scoring, _rollout, _parallel, _cluster):
+        yield from _broken(cfg, rules(cfg))
 
 
-def _of_sections(part: Any) -> Iterator[Clash]:
-    yield from part.clashes() if hasattr(part, "clashes") else ()
-    for entry in fields(part):
-        if is_dataclass(value := getattr(part, entry.name)):
-            yield from _of_sections(value)
+def _broken(cfg: RunConfig, rules: Iterable[Rule]) -> Iterator[Clash]:
+    for wrong, keys, expected in rules:
+        if wrong:
+            shown = ", ".join(_shown(key, find(cfg, key)) for key in keys.split(";")[0].split())
+            yield Clash(f"{shown}: {expected}", tuple(keys.replace(";", " ").split()))
 
 
-def _task(cfg: RunConfig) -> Iterator[Clash]:
+def _shown(key: str, value: Any) -> str:
+    """A setting as on a command line; of a section that is on its key."""
+    if is_dataclass(value):
+        return key
+    return f"{key}={'null' if value is None else str(value).lower() if isinstance(value, bool) else value}"
+
+
+# fmt: off
+def _task(cfg: RunConfig) -> Iterator[Rule]:
     task, name = cfg.task, cfg.task.name
-    if cfg.rl.families and (task.path or not set(cfg.rl.families) <= set(task.families)):
-        some = ", ".join(task.families) if not task.path else f"which task.name={name} has none of"
-        yield clash(
-            f"rl.families={cfg.rl.families}: expected some of task.families, {some}",
-            "rl.families task.families task.name",
-        )
-    wide = ("traces.wide_operands", "rl.wide_operands", "evaluate.wide_problems", "evaluate.wide_test")
-    for key in wide if (name, task.operands) != ("arithmetic", "small") else ():
-        if find(cfg, key):
-            yield clash(
-                f"{key}={find(cfg, key)}: task.name={name} with task.operands={task.operands} has no wide operands "
-                f"beside its own; set {key}=0",
-                f"{key} task.name task.operands",
-            )
-    if cfg.evaluate.style_choice and name not in STYLED:
-        yield clash(
-            f"evaluate.style_choice: task.name={name} has no styles to choose from; expected "
-            f"task.name={' or '.join(STYLED)}, or evaluate.style_choice=null",
-            "evaluate.style_choice task.name",
-        )
-    if name in (*TASK_FAMILIES, "reasoning_gym"):
-        yield from _families(cfg)
-    else:
-        yield from _files(cfg)
+    some = task.families if not task.path else "which this task has none of"
+    strange = cfg.rl.families and (task.path or not set(cfg.rl.families) <= set(task.families))
+    yield strange, "rl.families task.name; task.families", f"expected some of task.families, {some}"
+    for key in ("traces.wide_operands", "rl.wide_operands", "evaluate.wide_problems", "evaluate.wide_test"):
+        yield (find(cfg, key) and (name, task.operands) != ("arithmetic", "small"), f"{key} task.name task.operands",
+               f"there are no wide operands beside the task's own; set {key}=0")
+    yield (cfg.evaluate.style_choice and name not in STYLED, "evaluate.style_choice task.name",
+           f"has no styles to choose from; expected task.name={' or '.join(STYLED)}, or evaluate.style_choice=null")
 
 
-def _families(cfg: RunConfig) -> Iterator[Clash]:
+def _families(cfg: RunConfig) -> Iterator[Rule]:
     task, name, families = cfg.task, cfg.task.name, list(cfg.task.families)
+    if name not in (*TASK_FAMILIES, "reasoning_gym"):
+        return
     known, about = TASK_FAMILIES.get(name, ()), "task.families task.name"
     unknown = [family for family in families if known and family not in known]
-    if not families or unknown:
-        which = f" ({', '.join(unknown)})" if unknown else ""
-        yield clash(f"task.families={families}{which}: expected some of {', '.join(known) or 'its families'}", about)
-    elif len(set(families)) < len(families):
-        yield clash(f"task.families={families}: expected each family once", about)
-    if not known and set(families) & set(TASK_FAMILIES["arithmetic"]):
-        text = f"task.families={families}: are arithmetic's; expected families of {name}, [chain_sum,gcd] for example"
-        yield clash(text, about)
-    if name not in STYLED:
-        return
-    if task.slots > len(known):
-        yield clash(f"task.slots={task.slots}: expected at most {len(known)}", "task.slots task.name")
-    if beyond := [family for family in families if family in known[task.slots :]]:
-        yield clash(
-            f"task.families: {', '.join(beyond)} with task.slots={task.slots}: a prompt has no room for as many hops; "
-            f"expected families up to hop{task.slots}, or more slots",
-            f"task.slots {about}",
-        )
-    if name == "sums" and task.tokens_per_step != 1:
-        yield clash(
-            f"task.tokens_per_step={task.tokens_per_step}: task.name=sums writes its steps in words; leave it out",
-            "task.tokens_per_step task.name",
-        )
+    which = f", not {', '.join(unknown)}" if unknown else ""
+    yield not families or unknown, about, f"expected some of {', '.join(known) or 'its families'}{which}"
+    yield not unknown and len(set(families)) < len(families), about, "expected each family once"
+    foreign = not known and set(families) & set(TASK_FAMILIES["arithmetic"])
+    yield foreign, about, "are arithmetic's; expected this package's, [chain_sum,gcd] for example"
+    if name in STYLED:
+        yield task.slots > len(known), "task.slots task.name", f"expected at most {len(known)}"
+        yield (beyond := [family for family in families if family in known[task.slots :]], f"task.slots {about}",
+               f"a prompt has no room for {', '.join(beyond)}; expected families up to hop{task.slots}, or more slots")
+        worded = name == "sums" and task.tokens_per_step != 1
+        yield worded, "task.tokens_per_step task.name", "its steps are in words; leave it out"
 
 
-def _files(cfg: RunConfig) -> Iterator[Clash]:
-    task = cfg.task
-    if not task.path:
-        yield clash(
-            f"task.path: not set; task.name={task.name} reads a .jsonl or .parquet file, a directory of them, or a "
-            "data set saved to disk",
-            "task.path task.name",
-        )
+def _files(cfg: RunConfig) -> Iterator[Rule]:
+    task, names = cfg.task, cfg.task.dataset or DatasetNames()
+    if task.name in (*TASK_FAMILIES, "reasoning_gym"):
         return
+    kinds = "expected a .jsonl or .parquet file, a directory of them, or a data set saved to disk"
+    yield not task.path, "task.path task.name", kinds
     for key in ("question_column", "answer_column", "train_split"):
-        if not getattr(task, key):
-            yield clash(f"task.{key}: empty; expected the name that it has in {task.path}", f"task.{key}")
-    if task.train_split == task.evaluation_split:
-        yield clash(
-            f"task.evaluation_split={task.evaluation_split}: is the train split too; expected another, or nothing, "
-            "which divides the train split (task.evaluation_split=)",
-            "task.evaluation_split task.train_split",
-        )
+        yield not getattr(names, key), f"task.dataset.{key}", f"empty; expected its name in {task.path}"
+    yield (names.train_split == names.evaluation_split, "task.dataset.evaluation_split; task.dataset.train_split",
+           "is the train split too; expected another, or nothing, which divides the train split")
 
 
-def _stages(cfg: RunConfig) -> Iterator[Clash]:
-    p = cfg.pretrain
-    if p and p.init == "model" and (p.layers or p.width):
-        yield clash(
-            f"pretrain.layers={p.layers}, pretrain.width={p.width}: a model that has weights keeps its shape; set "
-            "pretrain.init=random, or leave them out",
-            "pretrain.init pretrain.layers pretrain.width",
-        )
-    if p and cfg.model.checkpoint:
-        yield clash(
-            f"model.checkpoint={cfg.model.checkpoint} with pretrain: two models to start from; leave one out",
-            "model.checkpoint pretrain",
-        )
-    if cfg.teacher and cfg.adapter.rank == 0 and not cfg.adapter.full:
-        yield clash(
-            "adapter.rank=0: the teacher is trained through adapters; give a rank > 0 or teacher=null",
-            "adapter.rank adapter.full teacher",
-        )
-    if draws_weights(cfg) and cfg.rollout.prompt_template == "chat":
-        yield clash(
-            "rollout.prompt_template=chat: a model that is pretrained here has no chat template; set plain",
-            "rollout.prompt_template pretrain.init",
-        )
+def _stages(cfg: RunConfig) -> Iterator[Rule]:
+    p, c, random = cfg.pretrain, cfg.calibrate, draws_weights(cfg)
+    yield (p and not random and (p.layers or p.width), "pretrain.init pretrain.layers pretrain.width",
+           "a model that has weights keeps its shape; set pretrain.init=random, or leave them out")
+    yield p and cfg.model.checkpoint, "model.checkpoint pretrain", "two models to start from; leave one out"
+    yield (cfg.teacher and cfg.adapter.rank == 0 and not cfg.adapter.full, "adapter.rank; adapter.full teacher",
+           "the teacher is trained through adapters; give a rank > 0 or teacher=null")
+    yield (random and cfg.rollout.prompt_template == "chat", "rollout.prompt_template pretrain; pretrain.init",
+           "a model that is pretrained here has no chat template; set plain")
+    yield (c.uniform_patterns + c.full_patterns > 1, "calibrate.uniform_patterns calibrate.full_patterns",
+           "shares of the same patterns; expected at most 1 together")
+    yield (c.kl_scale and not c.depth_power, "calibrate.kl_scale calibrate.depth_power",
+           "every KL counts in full already; give a power above 0, 1.5 say, or leave kl_scale out")
+    yield (c.wise_ft_alpha < 1 and not c.gate_only_fraction, "calibrate.wise_ft_alpha calibrate.gate_only_fraction",
+           "moves the weights under the gates; give a fraction, .1 say, for these to learn again")
+    yield not cfg.evaluate.thresholds, "evaluate.thresholds", "one of them is chosen; expected at least one"
 
 
-def _scoring(cfg: RunConfig) -> Iterator[Clash]:
+def _rl(cfg: RunConfig) -> Iterator[Rule]:
+    rl, loss, penalty, importance = cfg.rl, cfg.rl.loss, cfg.rl.depth_penalty, cfg.rl.loss.importance
+    yield (rl.minibatches > rl.prompts_per_step, "rl.minibatches rl.prompts_per_step",
+           "minibatches share out a step's prompts; give at most as many")
+    yield (loss.advantage != "none" and rl.group_size < 2, "rl.group_size rl.loss.advantage",
+           "compares the rollouts of one prompt; expected at least 2, or rl.loss.advantage=none")
+    yield (rl.fixed_depth and rl.exit_credit, "rl.fixed_depth rl.exit_credit",
+           "no exit is chosen that could answer for itself; set rl.exit_credit=null")
+    yield (penalty.target and rl.replay, "rl.depth_penalty.target rl.replay",
+           "recorded rollouts don't tell what lambda does; set rl.depth_penalty.target=null")
+    yield (CREDITS[penalty.credit].to_go and DEPTH_COSTS[penalty.cost].largest,
+           "rl.depth_penalty.credit rl.depth_penalty.cost",
+           "the largest depth is no sum over tokens; set rl.depth_penalty.credit=answer, or rl.exit_credit=true")
+    yield (penalty.target and penalty.weight > LAMBDA_MAX, "rl.depth_penalty.weight rl.depth_penalty.target",
+           f"lambda starts there and stays below {LAMBDA_MAX:g}; expected at most that")
+    yield (rl.kl_penalty.sum and not KL_TERMS[rl.kl_penalty.kind].in_reward, "rl.kl_penalty.sum rl.kl_penalty.kind",
+           "only the reward holds a sum over an answer; set rl.kl_penalty.kind=reward")
+    yield (importance and importance.kind == "mask" and importance.low >= importance.high,
+           "rl.loss.importance.low rl.loss.importance.high", "expected low < high")
+    yield (loss.clip_high and loss.clip_high < loss.clip, "rl.loss.clip_high rl.loss.clip",
+           "expected at least clip, or 0 for the same bound on both sides")
+
+
+def _scoring(cfg: RunConfig) -> Iterator[Rule]:
     """What exits and the objective have to know, and where it comes from."""
     rl, stale, exits = cfg.rl, cfg.rollout.max_staleness, cfg.rl.exit_credit
-    about = "rl.exit_credit rl.exit_credit.divergence rl.exit_credit.kl_weight rl.kl_penalty.weight"
-    if exits and exits.divergence == "all" and exits_judged(rl):
-        for wrong, found, why in (
-            (rl.replay, "rl.replay", "recorded rollouts have no pool to read them"),
-            (rl.temperature != 1, f"rl.temperature={rl.temperature}", "the pool reads exits at 1"),
-            (stale, f"rollout.max_staleness={stale}", "reading would wait for rollouts of later steps"),
-        ):
-            if wrong:
-                yield clash(
-                    f"rl.exit_credit.divergence=all with {found}: {why}; leave that out, or set "
-                    "rl.exit_credit.divergence=taken",
-                    f"{about} {found.split('=')[0]}",
-                )
+    of_exits = "rl.exit_credit rl.exit_credit.kl_weight rl.kl_penalty.weight"
+    every = exits and exits.divergence == "all" and exits_judged(rl)
+    for wrong, key, why in (
+        (rl.replay, "rl.replay", "recorded rollouts have no pool to read them"),
+        (rl.temperature != 1, "rl.temperature", "the pool reads exits at 1"),
+        (stale, "rollout.max_staleness", "reading would wait for rollouts of later steps"),
+    ):
+        about = f"rl.exit_credit.divergence {key}; {of_exits}"
+        yield every and wrong, about, f"{why}; leave that out, or set rl.exit_credit.divergence=taken"
     if not rl.skip_scoring:
         return
-    kl, importance = rl.kl_penalty, rl.loss.importance
-    asked = {
-        f"rl.epochs={rl.epochs}, rl.minibatches={rl.minibatches} (expected 1 and 1)": rl.epochs * rl.minibatches > 1,
-        f"rl.loss.importance.kind={importance and importance.kind} (expected rl.loss.importance=null)": importance,
-        f"rollout.max_staleness={stale} (expected 0)": stale > 0,
-        f"rl.kl_penalty.kind={kl.kind} with rl.kl_penalty.weight={kl.weight} (expected exact, or 0)": (
-            KL_TERMS[kl.kind].teacher is None and (kl.weight > 0 or (exits_judged(rl) and not exits_read(rl)))
-        ),
-        f"rl.exit_credit.kl_weight={exits and exits.kl_weight} (expected 0, or rl.exit_credit.divergence=all)": (
-            exits_judged(rl) and not exits_read(rl)
-        ),
-    }
-    if unmet := [text for text, needs in asked.items() if needs]:
-        yield clash(
-            f"rl.skip_scoring=true: the objective has to know scores: {'; '.join(unmet)}",
-            f"{about} rl.skip_scoring rl.epochs rl.minibatches rl.loss.importance rollout.max_staleness "
-            f"rl.kl_penalty.kind",
-        )
+    kl, judged, why = rl.kl_penalty, exits_judged(rl) and not exits_read(rl), "the objective has to know scores;"
+    scored = KL_TERMS[kl.kind].teacher is None and (kl.weight > 0 or judged)
+    yield rl.epochs * rl.minibatches > 1, "rl.skip_scoring rl.epochs rl.minibatches", f"{why} expected 1 and 1"
+    yield rl.loss.importance, "rl.skip_scoring rl.loss.importance.kind", f"{why} expected rl.loss.importance=null"
+    yield stale > 0, "rl.skip_scoring rollout.max_staleness", f"{why} expected 0"
+    about = f"rl.skip_scoring rl.kl_penalty.kind rl.kl_penalty.weight; {of_exits}"
+    yield scored, about, f"{why} expected rl.kl_penalty.kind=exact, or weight 0"
+    about = f"rl.skip_scoring rl.exit_credit.kl_weight; {of_exits}"
+    yield judged, about, f"{why} expected 0, or rl.exit_credit.divergence=all"
 
 
-def _parallel(cfg: RunConfig) -> Iterator[Clash]:
-    parallel, zero = cfg.parallel, cfg.deepspeed.zero_stage
-    if parallel.sequence_parallel and parallel.tensor == 1:
-        yield clash(
-            "parallel.sequence_parallel=true: needs parallel.tensor > 1, found 1",
-            "parallel.sequence_parallel parallel.tensor",
-        )
-    elif parallel.sequence_parallel and SEQUENCE_MULTIPLE % parallel.tensor:
-        yield clash(
-            f"parallel.tensor={parallel.tensor} with parallel.sequence_parallel=true: sequences are padded to "
-            f"multiples of {SEQUENCE_MULTIPLE}, which it does not divide; nearest degrees that do: "
-            f"{nearest((2, 4, 8), parallel.tensor)}",
-            "parallel.sequence_parallel parallel.tensor",
-        )
-    if parallel.virtual > 1 and parallel.pipeline == 1:
-        yield clash(
-            f"parallel.virtual={parallel.virtual}: needs parallel.pipeline > 1, found 1; set parallel.virtual=1",
-            "parallel.virtual parallel.pipeline",
-        )
-    if zero == 3 and parallel.tensor * parallel.pipeline > 1:
-        yield clash(
-            f"deepspeed.zero_stage=3: needs parallel.tensor = parallel.pipeline = 1, found {parallel.tensor} and "
-            f"{parallel.pipeline}; set deepspeed.zero_stage=2",
-            "deepspeed.zero_stage parallel.tensor parallel.pipeline",
-        )
-    if cfg.deepspeed.offload_optimizer and zero == 0:
-        yield clash(
-            "deepspeed.offload_optimizer=true: needs deepspeed.zero_stage >= 1, found 0; set 1",
-            "deepspeed.offload_optimizer deepspeed.zero_stage",
-        )
-
-
-def _cluster(cfg: RunConfig) -> Iterator[Clash]:
-    cluster, parallel, rollout = cfg.cluster, cfg.parallel, cfg.rollout
-    own, gpus, about = cluster.rollout_nodes, cluster.gpus_per_node, "cluster.nodes cluster.rollout_nodes"
-    if own >= cluster.nodes:
-        yield clash(
-            f"cluster.rollout_nodes={own}: leaves no learner node of cluster.nodes={cluster.nodes}; set "
-            f"cluster.nodes={own + 1} or more",
-            about,
-        )
+def _rollout(cfg: RunConfig) -> Iterator[Rule]:
+    rollout, share, vllm = cfg.rollout, cfg.rollout.device_share, cfg.rollout.vllm
+    yield ("" in rollout.stop, "rollout.stop",
+           "holds an empty text, which every answer contains; expected texts that end an answer, or none ([])")
+    yield share > 1 and share != int(share), "rollout.device_share", "expected a fraction up to 1, or whole devices"
+    if rollout.backend != "vllm":
+        yield (rollout.tensor > 1, "rollout.tensor rollout.backend",
+               "has the whole model on one device; set rollout.tensor=1, or rollout.backend=vllm")
+        yield vllm, "rollout.vllm rollout.backend", "is for rollout.backend=vllm; set rollout.vllm=null"
         return
-    if own and not has_actors(rollout):
-        yield clash(
-            f"cluster.rollout_nodes={own}: needs rollout.backend=ray or vllm, found {rollout.backend}, which "
-            "generates in the learner's process; set cluster.rollout_nodes=0",
-            f"{about} rollout.backend",
-        )
-    if not gpus:
+    yield (vllm and vllm.exits == "compact" and vllm.compile, "rollout.vllm.exits rollout.vllm.compile",
+           "how many positions run isn't known ahead, as compiling needs; set rollout.vllm.compile=false")
+    yield (cfg.exits.first_token, "exits.first_token rollout.backend",
+           "vLLM here reads whole prompts at full depth; set rollout.backend=ray or local")
+    yield (share < 1 and asks_for_gpus(cfg), "rollout.device_share rollout.backend",
+           "vLLM takes nine tenths of a GPU for itself; set rollout.device_share=1")
+
+
+def _parallel(cfg: RunConfig) -> Iterator[Rule]:
+    parallel, zero, sequence = cfg.parallel, cfg.deepspeed.zero_stage, "parallel.tensor parallel.sequence_parallel"
+    shares = parallel.sequence_parallel
+    yield shares and parallel.tensor == 1, sequence, "needs parallel.tensor > 1"
+    yield (shares and SEQUENCE_MULTIPLE % parallel.tensor, sequence,
+           f"sequences are padded to multiples of {SEQUENCE_MULTIPLE}, which it does not divide; nearest that do: "
+           f"{nearest((2, 4, 8), parallel.tensor)}")
+    yield (parallel.virtual > 1 and parallel.pipeline == 1, "parallel.virtual parallel.pipeline",
+           "needs parallel.pipeline > 1; set parallel.virtual=1")
+    yield (zero == 3 and parallel.tensor * parallel.pipeline > 1,
+           "deepspeed.zero_stage parallel.tensor parallel.pipeline",
+           "needs parallel.tensor = parallel.pipeline = 1; set deepspeed.zero_stage=2")
+    yield (cfg.deepspeed.offload_optimizer and zero == 0, "deepspeed.offload_optimizer deepspeed.zero_stage",
+           "needs deepspeed.zero_stage >= 1; set 1")
+
+
+def _cluster(cfg: RunConfig) -> Iterator[Rule]:
+    cluster, rollout = cfg.job, cfg.rollout
+    own, gpus, about = cluster.rollout_nodes, cluster.gpus_per_node, "cluster.rollout_nodes cluster.nodes"
+    yield own >= cluster.nodes, about, f"leaves no node that learns; set cluster.nodes={own + 1} or more"
+    yield (own and not has_actors(rollout), f"cluster.rollout_nodes rollout.backend; {about}",
+           "rollouts are made in the learner's process; set cluster.rollout_nodes=0, or rollout.backend=ray or vllm")
+    if not gpus or own >= cluster.nodes:
         return
-    about += " cluster.gpus_per_node rollout.actors rollout.tensor rollout.device_share"
-    degrees = "parallel.tensor parallel.pipeline parallel.data"
     learners, hosts = cluster.nodes - own, own or cluster.nodes
-    if learners * gpus < ranks(cfg):
-        yield clash(
-            f"parallel: {parallel.tensor} x {parallel.pipeline} x {parallel.data} = {ranks(cfg)} ranks, but {learners} "
-            f"learner node(s) (cluster.nodes - cluster.rollout_nodes) x cluster.gpus_per_node={gpus} = "
-            f"{learners * gpus} devices",
-            f"cluster.nodes cluster.rollout_nodes cluster.gpus_per_node {degrees}",
-        )
+    degrees = "parallel.tensor parallel.pipeline parallel.data"
+    yield (learners * gpus < ranks(cfg), f"{degrees} cluster.gpus_per_node; {about}",
+           f"{ranks(cfg)} ranks, but {learners} learner node(s) (cluster.nodes - cluster.rollout_nodes) have "
+           f"{learners * gpus} devices")
     if not has_actors(rollout):
         return
-    if rollout.tensor > gpus:
-        yield clash(
-            f"rollout.tensor={rollout.tensor}: an actor lives on one node, which has cluster.gpus_per_node={gpus} "
-            "devices; lower rollout.tensor",
-            "rollout.tensor cluster.gpus_per_node",
-        )
-    room = hosts * seats(gpus, actor_share(rollout))
-    if room < rollout.actors:
-        yield clash(
-            f"rollout.actors={rollout.actors} of {actor_share(rollout):g} device(s): {hosts} node(s) of {gpus} devices "
-            f"have room for {room}; lower rollout.actors or raise cluster.{'rollout_nodes' if own else 'nodes'}",
-            about,
-        )
-    if rollout.backend == "vllm" and job_shape(cfg, "rl").shares_devices:
-        yield clash(
-            f"rollout.backend=vllm: takes nine tenths of a GPU for itself, but the {rollout.actors} actor(s) of "
-            f"{rollout.tensor} device(s) would share those of the {ranks(cfg)} ranks; give cluster.rollout_nodes, "
-            "fewer ranks or fewer actors",
-            f"{about} {degrees} rollout.backend",
-        )
-
-
-def _vllm(cfg: RunConfig) -> Iterator[Clash]:
-    rollout = cfg.rollout
-    if rollout.backend != "vllm":
-        return
-    if cfg.exits.first_token:
-        yield clash(
-            "exits.first_token=true: vLLM here reads whole prompts at full depth, found rollout.backend=vllm; set "
-            "rollout.backend=ray or local",
-            "exits.first_token rollout.backend",
-        )
-    if rollout.device_share < 1 and asks_for_gpus(cfg):
-        yield clash(
-            f"rollout.device_share={rollout.device_share:g}: rollout.backend=vllm takes nine tenths of a GPU for "
-            "itself; set rollout.device_share=1",
-            "rollout.device_share rollout.backend",
-        )
+    yield (rollout.tensor > gpus, "rollout.tensor cluster.gpus_per_node",
+           "an actor lives on one node; lower rollout.tensor")
+    room, about = hosts * seats(gpus, actor_share(rollout)), f"{about} rollout.tensor rollout.device_share"
+    yield (room < rollout.actors, f"rollout.actors cluster.gpus_per_node; {about}",
+           f"{hosts} node(s) have room for {room} of {actor_share(rollout):g} device(s) each; lower rollout.actors or "
+           f"raise cluster.{'rollout_nodes' if own else 'nodes'}")
+    yield (rollout.backend == "vllm" and job_shape(cfg, "rl").shares_devices,
+           f"rollout.backend rollout.actors cluster.gpus_per_node; {about} {degrees}",
+           f"vLLM takes nine tenths of a GPU for itself, but actors would share those of the {ranks(cfg)} ranks; give "
+           "cluster.rollout_nodes, fewer ranks or fewer actors")
+# fmt: on
 
 
 def nearest(choices: Sequence[int], wanted: int) -> str:
@@ -349,53 +299,46 @@ def nearest(choices: Sequence[int], wanted: int) -> str:
 def model_faults(cfg: RunConfig, dims: ModelDims) -> Iterator[Clash]:
     """What does not fit the model."""
     from ..exit_layout import gate_units
-    from ..families import VLLM
 
-    rollout, path, tensor = cfg.rollout, cfg.model.path, cfg.parallel.tensor
-    longest = rollout.max_new_tokens + 1
     # auto: as small as it may turn out; the pool knows (rollout/pool).
     item = 4 if cfg.model.dtype == "float32" else 2
     layout = "exits.depths parallel.pipeline parallel.virtual parallel.stage_layers"
     for check, about in (
-        (lambda: check_cache(rollout, dims, item), "rollout.cache_gib rollout.max_new_tokens rollout.tensor"),
+        (lambda: check_cache(cfg.rollout, dims, item), "rollout.cache_gib rollout.max_new_tokens rollout.tensor"),
         (lambda: stage_sizes(cfg.parallel, resolve_exits(cfg, dims)), layout),
         (lambda: gate_units(cfg.exits.gate_width, dims.hidden), "exits.gate_width"),
     ):
-        yield from (clash(text, about) for text in faults_of(check))
+        yield from (Clash(text, tuple(about.split())) for text in faults_of(check))
+    yield from _broken(cfg, _model(cfg, dims))
+
+
+# fmt: off
+def _model(cfg: RunConfig, dims: ModelDims) -> Iterator[Rule]:
+    from ..families import VLLM
+
+    rollout, tensor = cfg.rollout, cfg.parallel.tensor
     if cfg.rl.fixed_depth and not list(faults_of(lambda: resolve_exits(cfg, dims))):
         outcomes = resolve_exits(cfg, dims).outcomes
-        if cfg.rl.fixed_depth not in outcomes:
-            yield clash(f"rl.fixed_depth={cfg.rl.fixed_depth}: expected 0 or one of {list(outcomes)}", "rl.fixed_depth")
-    if longest > dims.max_positions:
-        yield clash(
-            f"rollout.max_new_tokens={rollout.max_new_tokens}: {longest} positions with a prompt of one token, but "
-            f"{path} has {dims.max_positions} (max_position_embeddings); expected at most {dims.max_positions - 1}",
-            "rollout.max_new_tokens",
-        )
+        yield cfg.rl.fixed_depth not in outcomes, "rl.fixed_depth", f"expected 0 or one of {list(outcomes)}"
+    yield (rollout.max_new_tokens + 1 > dims.max_positions, "rollout.max_new_tokens; model.path",
+           f"with a prompt of one token that is more than the model's {dims.max_positions} positions "
+           f"(max_position_embeddings); expected at most {dims.max_positions - 1}")
     sizes = {"attention heads": dims.heads, "key-value heads": dims.kv_heads, "intermediate size": dims.intermediate}
-    if bad := [f"{size} {name}" for name, size in sizes.items() if size % tensor]:
-        valid = [d for d in range(1, dims.kv_heads + 1) if not any(size % d for size in sizes.values())]
-        yield clash(
-            f"parallel.tensor={tensor} does not divide {', '.join(bad)} of {path}; nearest degrees that do: "
-            f"{nearest(valid, tensor)}",
-            "parallel.tensor",
-        )
+    bad = [f"{size} {name}" for name, size in sizes.items() if size % tensor]
+    valid = [d for d in range(1, dims.kv_heads + 1) if not any(size % d for size in sizes.values())]
+    degrees = f"nearest degrees that do: {nearest(valid, tensor)}"
+    yield bad, "parallel.tensor", f"does not divide {', '.join(bad)} of {cfg.model.path}; {degrees}"
     if rollout.backend != "vllm":
         return
-    if dims.family not in VLLM:
-        yield clash(
-            f"rollout.backend=vllm: {path} is a {dims.family}, which has no early-exit model in vLLM; expected "
-            f"{', '.join(VLLM)}; set rollout.backend=ray",
-            "rollout.backend",
-        )
-    if rollout.tensor > 1 and not _shares_out(dims, rollout.tensor):
-        valid = [degree for degree in range(1, dims.heads + 1) if _shares_out(dims, degree)]
-        yield clash(
-            f"rollout.tensor={rollout.tensor}: has to divide the model's {dims.heads} attention heads, its "
-            f"intermediate size {dims.intermediate} and its vocabulary {vllm_vocabulary(dims)}, and to divide its "
-            f"{dims.kv_heads} key-value heads or be a multiple of them; set one of {valid}",
-            "rollout.tensor",
-        )
+    yield (dims.family not in VLLM, "rollout.backend",
+           f"{cfg.model.path} is a {dims.family}, which has no early-exit model in vLLM; expected {', '.join(VLLM)}; "
+           "set rollout.backend=ray")
+    valid = [degree for degree in range(1, dims.heads + 1) if _shares_out(dims, degree)]
+    yield (rollout.tensor > 1 and not _shares_out(dims, rollout.tensor), "rollout.tensor",
+           f"has to divide the model's {dims.heads} attention heads, its intermediate size {dims.intermediate} and its "
+           f"vocabulary {vllm_vocabulary(dims)}, and to divide its {dims.kv_heads} key-value heads or be a multiple of "
+           f"them; set one of {valid}")
+# fmt: on
 
 
 def _shares_out(dims: ModelDims, tensor: int) -> bool:

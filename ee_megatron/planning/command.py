@@ -47,4 +47,4 @@ def allocation(cfg: RunConfig, stage: str) -> list[str]:
 
 
 def on_cluster(cfg: RunConfig) -> bool:
-    return cfg.cluster.gpus_per_node > 0 or cfg.cluster.nodes > 1
+    return cfg.job.gpus_per_node > 0 or cfg.job.nodes > 1

@@ -195,7 +195,7 @@ class Roofline:
 
     def _link(self, peers: int) -> float:
         """Bytes/s between that many ranks in a row; without cluster.gpus_per_node all of them are on one node."""
-        node = self.cfg.cluster.gpus_per_node
+        node = self.cfg.job.gpus_per_node
         return self.device.network if node and peers > node else self.device.link
 
 

@@ -91,13 +91,13 @@ def _sweep(options: argparse.Namespace) -> int:
     sweep = placed(grid, options.extend)
     queue = queued(sweep) if on_slurm else {}
     tasks = [task for task in to_start(sweep, queue, options.retry_failed) if grid.ids & {*task.runs}]
+    if tasks and checker.neediest is not None and not (on_slurm or options.dry_run):
+        pick_device(checker.neediest, ranks(checker.neediest))
     print(f"{sweep.directory}: {len(sweep.runs)} run(s), {len(sweep.tasks)} task(s), {len(tasks)} to start")
     if options.dry_run:
         print(listing(sweep, queue, tasks))
         return 0
     print(f"{sweep.counts(queue)}; failed ones start again with --retry-failed", flush=True)
-    if not on_slurm and tasks and checker.neediest is not None:
-        pick_device(checker.neediest, ranks(checker.neediest))
     with contextlib.ExitStack() as held:
         if not on_slurm:
             sweep.directory.mkdir(parents=True, exist_ok=True)
@@ -137,11 +137,11 @@ class Checker:
     def __call__(self, cfg: RunConfig) -> None:
         """Raises Faults, all that is wrong."""
         refuse(self._preflight.faults(Attempt(cfg, []), stages_of(cfg, self.last)))
-        self.requeues = cfg.cluster.requeue_limit
+        self.requeues = cfg.job.requeue_limit
         if asks_for_gpus(cfg) and (self.neediest is None or ranks(cfg) > ranks(self.neediest)):
             self.neediest = cfg
-        if not self.on_slurm and cfg.cluster.nodes > 1:
-            raise ValueError(f"cluster.nodes={cfg.cluster.nodes}: more than this machine; use --executor slurm")
+        if not self.on_slurm and cfg.job.nodes > 1:
+            raise ValueError(f"cluster.nodes={cfg.job.nodes}: more than this machine; use --executor slurm")
 
 
 def to_start(sweep: Sweep, queue: dict[str, str], retry_failed: bool) -> list[StageTask]:

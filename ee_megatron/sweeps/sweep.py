@@ -264,7 +264,7 @@ def resolve(grid: Grid, last: str, check: Callable[[RunConfig], None]) -> Sweep:
 
 
 def _step(cfg: RunConfig, stage: str) -> RunStage:
-    shape, gpus = job_shape(cfg, stage), cfg.cluster.gpus_per_node
+    shape, gpus = job_shape(cfg, stage), cfg.job.gpus_per_node
     return RunStage(stage, stage_dir(cfg, stage).name, shape.nodes, gpus or shape.ranks_per_node, gpus)
 
 

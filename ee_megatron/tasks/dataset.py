@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..config.schema import TaskConfig
+from ..config.schema import DatasetNames, TaskConfig
 from ..types import Prompt
 from .answers import last_boxed, plain_number, verify_solution
 from .base import EXAMPLES, SPLITS, ChatTemplate, Problem, ProblemTask, Verdict, register
@@ -30,7 +30,7 @@ class DatasetTask(ProblemTask):
     file or data set, or no evaluation split (""), is divided into all three. A question that occurs twice is kept once,
     and one that occurs in the evaluation split is dropped from train.
 
-    Columns may be nested ("choices.text"). `task.choices_column` "": free answers. Otherwise that column lists the
+    Columns may be nested ("choices.text"). `choices_column` "": free answers. Otherwise that column lists the
     options, which the prompt shows with letters; the answer is a letter, the option's text or its number from 0.
     """
 
@@ -42,7 +42,9 @@ class DatasetTask(ProblemTask):
             )
         super().__init__(task, INSTRUCTION, chat)
         self.name, self.path = task.name, Path(task.path)
-        self.columns = [task.question_column, task.answer_column, *filter(None, [task.choices_column])]
+        self.names = task.dataset or DatasetNames()
+        columns = (self.names.question_column, self.names.answer_column, self.names.choices_column)
+        self.columns = [column for column in columns if column]
         self._examples: list[Problem] = []
         self._load(task)
 
@@ -75,7 +77,7 @@ class DatasetTask(ProblemTask):
         return Problem(question.strip(), reference, worked, group)
 
     def _load(self, task: TaskConfig) -> None:
-        tables = _tables(self.path, task.train_split, task.evaluation_split)
+        tables = _tables(self.path, self.names.train_split, self.names.evaluation_split)
         rows = {part: self._read(name, table) for part, (name, table) in tables.items()}
         tested = {problem.group for problem in rows.get("test", [])}
         pool = [problem for problem in rows["train"] if problem.group not in tested]
@@ -142,7 +144,7 @@ def _lettered(where: str, question: object, answer: object, options: object) -> 
     """(question with its options below it, letter of the answer)."""
     if not isinstance(options, list) or not 2 <= len(options) <= len(string.ascii_uppercase):
         raise ValueError(
-            f"{where}: task.choices_column holds {str(options)[:60]!r}; expected a list of 2 to 26 options"
+            f"{where}: task.dataset.choices_column holds {str(options)[:60]!r}; expected a list of 2 to 26 options"
         )
     letters, texts = string.ascii_uppercase[: len(options)], [str(option).strip() for option in options]
     shown = "\n".join([str(question).strip(), *(f"{a}. {text}" for a, text in zip(letters, texts, strict=True))])
@@ -179,8 +181,8 @@ def _tables(path: Path, train: str, evaluation: str) -> dict[str, tuple[str, Any
         for name in wanted.values():
             if name not in saved:
                 raise ValueError(
-                    f"task.path: {path} has no split {name!r}, only {', '.join(saved)}; set task.train_split and "
-                    "task.evaluation_split"
+                    f"task.path: {path} has no split {name!r}, only {', '.join(saved)}; set task.dataset.train_split "
+                    "and task.dataset.evaluation_split"
                 )
         return {part: (f"{path}/{name}", saved[name]) for part, name in wanted.items()}
     found = {part: _split_files(path, name) for part, name in wanted.items()}
@@ -197,7 +199,7 @@ def _split_files(path: Path, split: str) -> list[Path]:
             break
     raise ValueError(
         f"task.path: {path} has {len(files)} files {split}*.jsonl or .parquet; expected one, or shards "
-        f"{split}-00000-of-...; task.train_split and task.evaluation_split name the splits, the latter empty for none"
+        f"{split}-00000-of-...; task.dataset.train_split and evaluation_split name them, the latter empty for none"
     )
 
 
@@ -237,7 +239,7 @@ def _rows(source: str, table: Any, columns: list[str]) -> Iterator[list[Any]]:
     missing = [name for name, path in paths.items() if path[0] not in table.column_names]
     if missing:
         raise ValueError(
-            f"{source}: no {missing}, only {table.column_names}; set task.question_column and answer_column"
+            f"{source}: no {missing}, only {table.column_names}; set task.dataset.question_column and answer_column"
         )
     try:
         for row in table.select_columns(list(dict.fromkeys(path[0] for path in paths.values()))):

@@ -108,11 +108,9 @@ class VerifierPool:
         self, task: Task, workers: int = 1, deadline_s: float = 5.0, memory_mb: int = DEFAULT_MEMORY_MB
     ) -> None:
         if workers < 1 or deadline_s <= 0:
-            raise ValueError(
-                f"task.verifier_workers={workers}, task.verifier_deadline_s={deadline_s}: both must be positive"
-            )
+            raise ValueError(f"workers={workers}, deadline_s={deadline_s}: both must be positive")
         if memory_mb < 0:
-            raise ValueError(f"task.verifier_memory_mb={memory_mb}: expected MiB, or 0 for no limit")
+            raise ValueError(f"memory_mb={memory_mb}: expected MiB, or 0 for no limit")
         self.timeouts = 0
         self.failures = 0
         self.task_name = task.name

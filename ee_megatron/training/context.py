@@ -159,9 +159,8 @@ class StageContext:
         return task_of(self.cfg, self.model_path)
 
     def make_verifier(self, task: Task) -> VerifierPool:
-        t = self.cfg.task
         workers = verifier_workers(self.cfg, self.stage, self.device_type, os.environ, len(os.sched_getaffinity(0)))
-        return self.stack.enter_context(VerifierPool(task, workers, t.verifier_deadline_s))
+        return self.stack.enter_context(VerifierPool(task, workers))
 
     def open_metrics(self, resume_step: int | None) -> None:
         """The leader's metrics.jsonl and trackers."""

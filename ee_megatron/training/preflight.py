@@ -7,7 +7,6 @@ read.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,11 +14,10 @@ from typing import TYPE_CHECKING
 
 from ..config.derive import draws_weights, model_dir, policy_spec, read_dims
 from ..config.errors import faults_of, lines_of
-from ..config.fields import Clash
 from ..config.identity import OPTIONAL, stage_order
 from ..config.load import Attempt
 from ..config.schema import RunConfig, TaskConfig
-from ..config.validate import alone, clashes, model_faults, repaired, unless_about
+from ..config.validate import Clash, alone, clashes, model_faults, repaired, unless_about
 from ..tasks import Task, make_task
 from . import stages
 from .slurm import check_place
@@ -96,7 +94,7 @@ class Preflight:
     def _of_data(self, cfg: RunConfig, wanted: Sequence[str]) -> Iterator[str]:
         reading = [stage for stage in wanted if stage in TASK_READERS and not (stage == "rl" and cfg.rl.replay)]
         if reading:
-            task, needs = json.dumps(vars(cfg.task), sort_keys=True), [*reading, str(cfg.teacher), cfg.rl.families]
+            task, needs = repr(cfg.task), [*reading, str(cfg.teacher), cfg.rl.families]
             yield from self._once(f"task {task} {needs}", lambda: _task_faults(cfg, reading))
 
     def _once(self, what: str, look: Callable[[], Iterator[str]]) -> list[str]:

@@ -54,7 +54,7 @@ def describe_job(cfg: RunConfig, stage: str, environment: Mapping[str, str]) -> 
         "ray_gpus": "" if cpu else ",".join(map(str, devices)),
         "start_timeout_s": str(math.ceil(start_timeout(cfg.rollout, weights))),
         "directory": str(stage_dir(cfg, stage).resolve()),
-        "requeue_limit": str(cfg.cluster.requeue_limit),
+        "requeue_limit": str(cfg.job.requeue_limit),
         "done": "yes" if stages.is_done(cfg, stage) else "no",
     }
     for key, value in found.items():

@@ -106,12 +106,11 @@ def make_traces(cfg: RunConfig, model_path: Path) -> None:
         answers = context.sample(pool, prompts, 1, t.temperature, SEED, "answers")
         flat = [(p, a) for p, group in zip(prompts, answers, strict=True) for a in group]
         verdicts = verifier.verify_many([(p, a.text) for p, a in flat])
-        kept = [(a, v.correct) for (_, a), v in zip(flat, verdicts, strict=True) if v.correct or not t.only_correct]
-        with context.progress(len(kept), what="divergences") as reading:
-            rollouts = [answer for answer, _ in kept]
+        rollouts = [answer for _, answer in flat]
+        with context.progress(len(rollouts), what="divergences") as reading:
             traces = pool.trace(rollouts, TOP_K, lambda done, total: reading.advance(done - reading.done))
-        for trace, (answer, correct) in zip(traces, kept, strict=True):
-            trace.correct, trace.text = bool(correct), answer.text
+        for trace, answer, verdict in zip(traces, rollouts, verdicts, strict=True):
+            trace.correct, trace.text = bool(verdict.correct), answer.text
         save_traces(context.path / "dataset", traces)
         accuracy = sum(v.correct for v in verdicts) / len(verdicts)
         print(f"traces: {len(traces)} answers, {sum(len(t.tokens) for t in traces)} tokens, {accuracy:.3f} right")

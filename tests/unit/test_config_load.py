@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from ee_megatron.config.config_paths import find_config_dir, list_groups
 from ee_megatron.config.derive import ranks
 from ee_megatron.config.identity import to_yaml
-from ee_megatron.config.load import load
+from ee_megatron.config.load import load, read_saved
 from ee_megatron.config.schema import RunConfig
 from ee_megatron.config.validate import validate
 
@@ -175,6 +175,15 @@ def test_yaml_holds_every_setting_and_loads_again(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(cfg))
     assert load([], tmp_path) == cfg
     assert OmegaConf.create(to_yaml(cfg)).rl.steps == 3
+
+
+def test_defaults_that_older_versions_saved_switch_nothing_on(tmp_path: Path) -> None:
+    cfg = load([DEMO])
+    text = to_yaml(cfg).replace("cluster: null", "cluster: {nodes: 1, gpus_per_node: 0}")
+    text = text.replace("  vllm: null", "  vllm_python: .venv-vllm/bin/python\n  vllm_compile: true")
+    text = text.replace("  dataset: null", "  question_column: question\n  train_split: train")
+    (tmp_path / "config.yaml").write_text(text)
+    assert read_saved(tmp_path / "config.yaml") == cfg
 
 
 def test_loading_and_refusing_do_not_import_torch() -> None:

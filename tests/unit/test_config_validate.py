@@ -28,7 +28,8 @@ SKIPPING = ("rl.skip_scoring=true", "rl.loss.importance=null", "rl.kl_penalty.ki
 # With every section that may be switched off.
 EVERYTHING = (
     "evaluate.controls=true", "evaluate.externalisation=true", "evaluate.style_choice.models=all", "pretrain=true",
-    "rl.depth_penalty.target.margin=1", "rl.exit_credit=true", "rollout.vllm=true", "rollout.backend=vllm", "task=hops",
+    "rl.depth_penalty.target.margin=1", "rl.exit_credit=true", "rollout.vllm.compile=false", "rollout.backend=vllm",
+    "task=hops", "cluster.nodes=2", "task.dataset.question_column=q",
 )  # fmt: skip
 SMALL = dict(rms_eps=1e-6, rope_theta=1e4, vocab=128)
 
@@ -66,13 +67,13 @@ def broken() -> Iterator[tuple[str, Any, str]]:
         if isinstance(value, float):
             yield key, float("nan"), "finite"
         if rules.choices:
-            yield key, "nonsense", ", ".join(choice or "nothing" for choice in rules.choices)
-        if rules.positive:
-            yield key, kind(0), "0"
-        if rules.at_least is not None:
-            yield key, kind(rules.at_least - 1), str(rules.at_least)
-        if rules.share:
-            yield from ((key, share, "1") for share in (-0.5, 1.5))
+            yield key, "nonsense", ", ".join(map(str, rules.choices))
+        for sign, bound, wrong in (
+            (">", rules.above, 0), (">=", rules.at_least, -1), ("<", rules.below, 0), ("<=", rules.at_most, 1)
+        ):  # fmt: skip
+            if bound is not None:
+                broken = bound + wrong
+                yield key, [broken] if kind is list else kind(broken), f"{sign} {bound}"
 
 
 @pytest.mark.parametrize(("key", "value", "expected"), broken())
@@ -106,8 +107,8 @@ evaluate.style_choice.models=all -> evaluate.style_choice task.name=arithmetic t
 task.families=[product,quotient] -> task.families quotient chain
 task.name=jsonl -> task.path task.name=jsonl
 task=dataset -> task.path task.name=dataset
-task=dataset task.path=x task.answer_column= -> task.answer_column
-task=dataset task.path=x task.evaluation_split=train -> task.evaluation_split=train
+task=dataset task.path=x task.dataset.answer_column= -> task.dataset.answer_column
+task=dataset task.path=x task.dataset.evaluation_split=train -> task.dataset.evaluation_split=train
 task.name=tom -> product first_order second_order
 task=tom task.families=[memory,memory] -> task.families memory
 task=reasoning_gym task.families=[] -> task.families=[]
@@ -184,7 +185,7 @@ SKIP rl.kl_penalty.kind=reward rl.kl_penalty.weight=0 rl.exit_credit=true
 rl.epochs=2 rl.minibatches=2 rollout.max_staleness=1 rl.exit_credit=true
 task=tom
 task=reasoning_gym
-task=dataset task.path=rows.jsonl task.evaluation_split=
+task=dataset task.path=rows.jsonl task.dataset.evaluation_split=
 task=sums evaluate.style_choice.models=all
 adapter.rank=0 teacher=null
 pretrain.init=model rollout.prompt_template=chat
@@ -343,7 +344,7 @@ def write_model(path: Path, layers: int) -> None:
 # What does not belong to a stage's identity: it changes how a result is computed, not what it is.
 NEVER = ("name", "runs", "device", "deterministic", "parallel", "tracker", "cluster")
 EXECUTION = {
-    "model.base_unchecked", "task.verifier_deadline_s", "pretrain.checkpoint_every", "calibrate.checkpoint_every",
+    "model.base_unchecked", "pretrain.checkpoint_every", "calibrate.checkpoint_every",
     "rl.checkpoint_every", "rl.dump_rollouts", "deepspeed.zero_stage", "deepspeed.offload_optimizer", "rollout.backend",
     "rollout.vllm.python", "rollout.vllm.compile", "rollout.vllm.exits", "rollout.tensor", "rollout.actors",
     "rollout.threads", "rollout.max_num_seqs", "rollout.cache_gib", "rollout.device_share", "rollout.check_weights",
@@ -382,6 +383,7 @@ def hashes(cfg: RunConfig) -> dict[str, str]:
 def test_switched_off_parts_of_the_evaluation_are_not_in_its_name() -> None:
     found = identity.identity(config(), "evaluate")["evaluate"]
     assert set(found) == {"split", "thresholds", "tolerance", "answers", "seed"}
+    assert hashes(config("evaluate.externalisation_prompts=7", "evaluate.choice_answers=7")) == hashes(config())
 
 
 @pytest.mark.parametrize("key", sorted(key for key, _, _ in settings(composed(*EVERYTHING))))

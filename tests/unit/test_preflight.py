@@ -91,7 +91,7 @@ def test_so_it_is_with_files(base: list[str], tmp_path: Path, capsys: pytest.Cap
     assert re.match(r"teacher\.shots\b.*\b9\b.*\b5\b", line), line
     (line,) = lines(capsys, "run", *base, *task, "task.evaluation=25")
     assert re.match(r"task\.evaluation\b.*\b25\b", line), line
-    (line,) = lines(capsys, "run", *base, *task, "task.question_column=q")
+    (line,) = lines(capsys, "run", *base, *task, "task.dataset.question_column=q")
     assert "['q']" in line and not (tmp_path / "runs").exists()
     cfg = load([*base, *task])
     assert Preflight().faults(Attempt(cfg, []), ["teacher", "traces", "rl"]) == []

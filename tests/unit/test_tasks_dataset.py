@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ee_megatron.config.load import load
-from ee_megatron.config.schema import TaskConfig
-from ee_megatron.tasks import make_task, task_of
+from ee_megatron.config.schema import DatasetNames, TaskConfig
+from ee_megatron.tasks import Task, make_task, task_of
 
 
 def write_rows(path: Path, count: int, start: int = 0) -> Path:
@@ -55,8 +55,8 @@ def test_parquet_and_other_column_names_are_read(tmp_path: Path) -> None:
     table = pyarrow.table({"problem": [f"What is half of {2 * i}?" for i in range(40)], "solution": list(range(40))})
     pyarrow.parquet.write_table(table, tmp_path / "all.parquet")
     task = make_task(TaskConfig(
-        "jsonl", path=str(tmp_path / "all.parquet"), question_column="problem", answer_column="solution",
-        validation=5, evaluation=5,
+        "jsonl", path=str(tmp_path / "all.parquet"), validation=5, evaluation=5,
+        dataset=DatasetNames(question_column="problem", answer_column="solution"),
     ))  # fmt: skip
     prompt = task.prompts("evaluation")[0]
     assert prompt.text == f"Question: What is half of {2 * int(prompt.answer)}?\nAnswer:"
@@ -82,15 +82,23 @@ def test_a_data_set_saved_to_disk_is_read_by_split_or_divided(tmp_path: Path) ->
     whole.save_to_disk(str(tmp_path / "whole"))
     path = str(tmp_path / "whole")
     for split, first in (("test", 45), ("dev", 30)):
-        task = make_task(TaskConfig("dataset", path=path, evaluation_split=split, validation=5, evaluation=15))
+        task = make_task(
+            TaskConfig("dataset", path=path, validation=5, evaluation=15, dataset=DatasetNames(evaluation_split=split))
+        )
         assert {int(p.answer) for p in task.prompts("evaluation")} == set(range(first, first + 15))
         assert {int(p.answer) for s in ("train", "validation") for p in task.prompts(s)} <= set(range(30))  # type: ignore[arg-type]
     divided = make_task(
-        TaskConfig("dataset", path=path, train_split="dev", evaluation_split="", validation=2, evaluation=3)
+        TaskConfig(
+            "dataset",
+            path=path,
+            validation=2,
+            evaluation=3,
+            dataset=DatasetNames(train_split="dev", evaluation_split=""),
+        )
     )
     assert {int(p.answer) for p in divided.prompts("evaluation")} <= set(range(30, 45))
-    with pytest.raises(ValueError, match=r"'validation'.*train, dev, test.*task\.train_split"):
-        make_task(TaskConfig("dataset", path=path, evaluation_split="validation"))
+    with pytest.raises(ValueError, match=r"'validation'.*train, dev, test.*task\.dataset\.train_split"):
+        make_task(TaskConfig("dataset", path=path, dataset=DatasetNames(evaluation_split="validation")))
 
 
 def test_shards_in_a_data_directory_are_one_split(tmp_path: Path) -> None:
@@ -108,14 +116,17 @@ def test_shards_in_a_data_directory_are_one_split(tmp_path: Path) -> None:
 
 def test_dots_lead_into_nested_columns(tmp_path: Path) -> None:
     rows = [{"item": {"text": f"Half of {2 * i}?", "solved": {"by": str(i)}}, "a.b": "flat"} for i in range(40)]
-    names = {"question_column": "item.text", "answer_column": "item.solved.by", "validation": 4, "evaluation": 4}
     path = str(saved(tmp_path, rows))
-    prompt = make_task(TaskConfig("dataset", path=path, **names)).prompts("train")[0]
+
+    def of(column: str) -> Task:
+        names = DatasetNames("item.text", column)
+        return make_task(TaskConfig("dataset", path=path, dataset=names, validation=4, evaluation=4))
+
+    prompt = of("item.solved.by").prompts("train")[0]
     assert prompt.text == f"Question: Half of {2 * int(prompt.answer)}?\nAnswer:"
-    flat = make_task(TaskConfig("dataset", path=path, **{**names, "answer_column": "a.b"}))
-    assert flat.prompts("train")[0].answer == "flat"
+    assert of("a.b").prompts("train")[0].answer == "flat"
     with pytest.raises(ValueError, match=r"'item\.answer'.*\['solved', 'text'\]"):
-        make_task(TaskConfig("dataset", path=path, **{**names, "answer_column": "item.answer"}))
+        of("item.answer")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +144,13 @@ def test_choices_are_shown_with_letters_and_answered_by_letter(tmp_path: Path, f
         )
     column = "options.text" if nested else "options"
     task = make_task(
-        TaskConfig("dataset", path=str(saved(tmp_path, rows)), choices_column=column, validation=4, evaluation=4)
+        TaskConfig(
+            "dataset",
+            path=str(saved(tmp_path, rows)),
+            validation=4,
+            evaluation=4,
+            dataset=DatasetNames(choices_column=column),
+        )
     )
     for prompt in task.prompts("train"):
         asked, *shown, last = prompt.text.splitlines()
@@ -154,9 +171,10 @@ def test_the_configuration_reaches_the_task(tmp_path: Path) -> None:
         parts[split] = tmp_path / f"{split}.jsonl"
         parts[split].write_text("".join(json.dumps(row) + "\n" for row in rows))
     cfg = load([
-        "name=test", "model.path=nowhere", "task=dataset", f"task.path={tmp_path}", "task.question_column=q.text",
-        "task.answer_column=key", "task.choices_column=q.options", "task.train_split=learn",
-        "task.evaluation_split=dev", "task.validation=4", "task.evaluation=8",
+        "name=test", "model.path=nowhere", "task=dataset", f"task.path={tmp_path}",
+        "task.dataset.question_column=q.text",
+        "task.dataset.answer_column=key", "task.dataset.choices_column=q.options", "task.dataset.train_split=learn",
+        "task.dataset.evaluation_split=dev", "task.validation=4", "task.evaluation=8",
     ])  # fmt: skip
     prompts = task_of(cfg, Path("nowhere")).prompts("evaluation")
     assert len(prompts) == 8 and {p.answer for p in prompts} == {"A"}
@@ -167,9 +185,9 @@ def test_answers_that_are_no_choice_say_so(tmp_path: Path) -> None:
     rows = [{"question": "Which?", "options": ["red", "blue"], "answer": "green"}]
     path = str(saved(tmp_path, rows))
     with pytest.raises(ValueError, match=r"row 1.*'green'"):
-        make_task(TaskConfig("dataset", path=path, choices_column="options"))
+        make_task(TaskConfig("dataset", path=path, dataset=DatasetNames(choices_column="options")))
     with pytest.raises(ValueError, match=r"choices_column.*'green'"):
-        make_task(TaskConfig("dataset", path=path, choices_column="answer"))
+        make_task(TaskConfig("dataset", path=path, dataset=DatasetNames(choices_column="answer")))
 
 
 def test_a_boxed_reference_is_taken_out_of_its_solution(tmp_path: Path) -> None:
@@ -186,7 +204,7 @@ def test_unusable_files_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
         make_task(TaskConfig("jsonl", path=str(tmp_path / "none.jsonl")))
     with pytest.raises(ValueError, match=r"\['text'\].*\['question', 'answer'\]"):
-        make_task(TaskConfig("jsonl", path=str(rows), question_column="text"))
+        make_task(TaskConfig("jsonl", path=str(rows), dataset=DatasetNames(question_column="text")))
     with pytest.raises(ValueError, match=r"task\.evaluation.*\b400\b"):
         make_task(TaskConfig("jsonl", path=str(rows)))
     with pytest.raises(ValueError, match=r"\b0\b.*train\*"):

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from ee_megatron.config.schema import AccuracyTarget, CalibrateConfig, DepthPenalty, RLConfig, RunConfig, TracesConfig
+from ee_megatron.config.schema import AccuracyTarget, CalibrateConfig, DepthPenalty, RLConfig, RunConfig
 from ee_megatron.exits import ExitLayout, exit_distribution, target_hazards
 from ee_megatron.learner.batch import pack, spread
 from ee_megatron.learner.optimizer_state import OptimizerState
@@ -289,9 +289,8 @@ def test_traces_come_back_as_they_were(tmp_path):
         save_traces(tmp_path / "empty", [])
 
 
-@pytest.mark.parametrize("only_correct", [True, False])
-def test_traces_are_of_the_answers_that_are_right(only_correct, tmp_path, monkeypatch):
-    """Of two answers to each of two prompts; with traces.only_correct a wrong one in the right form is left out."""
+def test_traces_say_which_answers_are_right(tmp_path, monkeypatch):
+    """Of two answers to each of two prompts; right form is not enough."""
     prompts = [Prompt("a", "", "", "t"), Prompt("b", "", "", "t")]
     answers = [[replace(a_rollout([6, 2]), text=f"{prompt.id}{i}") for i in range(2)] for prompt in prompts]
     verdicts = {"a0": (True, True), "a1": (False, True), "b0": (False, False), "b1": (True, False)}
@@ -314,10 +313,9 @@ def test_traces_are_of_the_answers_that_are_right(only_correct, tmp_path, monkey
 
     monkeypatch.setattr(teacher_stage, "StageContext", Stage)
     monkeypatch.setattr(teacher_stage, "training_problems", lambda *_: prompts)
-    teacher_stage.make_traces(RunConfig(traces=TracesConfig(only_correct=only_correct)), tmp_path)
+    teacher_stage.make_traces(RunConfig(), tmp_path)
     found = {trace.prompt_id: trace.correct for trace in load_traces(tmp_path / "dataset")}
-    expected = {name: right for name, (right, _) in verdicts.items() if right or not only_correct}
-    assert found == expected
+    assert found == {name: right for name, (right, _) in verdicts.items()}
 
 
 def test_prompts_of_the_steps_use_every_prompt_once_before_any_twice():

@@ -220,5 +220,5 @@ def test_a_task_that_cannot_start_and_bad_settings_are_errors() -> None:
         VerifierPool(HostileTask(), workers=0)
     with pytest.raises(ValueError, match="must be positive"):
         VerifierPool(HostileTask(), deadline_s=0)
-    with pytest.raises(ValueError, match="verifier_memory_mb=-1"):
+    with pytest.raises(ValueError, match="memory_mb=-1"):
         VerifierPool(HostileTask(), memory_mb=-1)

@@ -23,28 +23,24 @@ def settings_of(cfg: RunConfig) -> list[str] | None:
     """The shortest list found for which `load` gives `cfg`: an experiment and what differs from it. None if there is
     none, because the configuration files are not here or a value can't be written so."""
     wanted = dict(_flat(asdict(cfg)))
-    # An experiment may leave these to the user.
-    given = [f"{key}={_word(wanted[key])}" for key in ("name", "model.path")]
     try:
         directory = find_config_dir()
     except FileNotFoundError:
         return None
+    # An experiment may leave these to the user.
+    given = [f"{key}={_word(wanted[key])}" for key in ("name", "model.path")]
     # That of the run's name first: composing all of them takes seconds.
-    experiments = list_groups(directory).get("experiment", [])
-    experiments = sorted(experiments, key=lambda name: not cfg.name.startswith(name))
+    experiments = sorted(list_groups(directory).get("experiment", []), key=lambda name: not cfg.name.startswith(name))
     found: list[list[str]] = []
     for start in (*([f"experiment={name}"] for name in experiments), []):
-        if found and len(found[0]) <= FEW:
+        for settings in (start, [*start, *given]):
+            if base := _base(directory, *settings):
+                differing = [f"{key}={_word(value)}" for key, value in wanted.items() if base.get(key) != value]
+                found.append([*settings, *differing])
+                break
+        if found and min(map(len, found)) <= FEW:
             break
-        also: list[str] = []
-        base = _base(directory, *start)
-        if base is None:
-            also, base = given, _base(directory, *start, *given)
-        if base is not None:
-            differing = [f"{key}={_word(value)}" for key, value in wanted.items() if base.get(key) != value]
-            found.append([*start, *also, *differing])
-            found.sort(key=len)
-    return next((settings for settings in found if _loaded(directory, *settings) == cfg), None)
+    return next((settings for settings in sorted(found, key=len) if _loaded(directory, *settings) == cfg), None)
 
 
 def _loaded(directory: Path, *settings: str) -> RunConfig | None:

@@ -12,21 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config.derive import draws_weights, model_dir, policy_spec, read_dims
+from ..config.derive import draws_weights, model_dir, policy_spec, ranks, read_dims, resolve_exits, stage_sizes
 from ..config.errors import faults_of, lines_of
-from ..config.identity import OPTIONAL, stage_order
+from ..config.identity import OPTIONAL, STAGES, stage_dir, stage_order
 from ..config.load import Attempt
 from ..config.schema import RunConfig, TaskConfig
 from ..config.validate import Clash, alone, clashes, model_faults, repaired, unless_about
+from ..planning.command import launch_commands
 from ..tasks import Task, make_task
 from . import stages
 from .slurm import check_place
 
 if TYPE_CHECKING:
     from ..families import ModelDims
-from ..config.derive import ranks, resolve_exits, stage_sizes
-from ..config.identity import STAGES, stage_dir
-from ..planning.command import launch_commands
 
 TASK_READERS = ("pretrain", "teacher", "traces", "rl", "evaluate")
 

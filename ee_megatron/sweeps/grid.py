@@ -1,7 +1,7 @@
 """The grid of a sweep: settings with several values, from the command line or a YAML file -> points.
 
 Hydra's grammar reads both: a comma outside brackets and quotes separates values (`a=1,2`), and `range(start,stop,step)`
-and `choice(...)` are axes too. A YAML file has the sections settings, axes and zip (docs/sweeps.md).
+and `choice(...)` are axes too. A YAML file has the sections settings, axes, zip and isoflop (docs/sweeps.md).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -22,8 +22,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..config.config_paths import find_config_dir, list_groups
+from ..config.derive import read_dims
+from ..config.schema import RunConfig
 
-SEED, GROUP = "seed", "sweep"
+SEED, GROUP, BUDGET, ISOFLOP = "seed", "sweep", "budget", "isoflop."
 SEEDS = ("calibrate.seed", "rl.seed")
 """What `seed` stands for: all that is trained. Problems, teacher and traces stay as they are, and are shared."""
 FIXED_ONLY = ("name", "runs", "experiment")
@@ -36,6 +38,47 @@ class Value:
 
     text: str
     plain: Any
+
+
+@dataclass
+class IsoFlop:
+    """`budget`, in FLOPs, is spent on the setting `set`: rl.steps, calibrate.epochs or pretrain.steps. The others are
+    the section isoflop: what has to be assumed of the data; answer_tokens 0 stands for rollout.max_new_tokens."""
+
+    budget: float
+    set: str = "rl.steps"
+    prompt_tokens: int = 200
+    answer_tokens: int = 0
+    mean_depth: float = 0.7
+
+    def buy(self, cfg: RunConfig) -> int | float:
+        """The value of `set` that costs about `budget` FLOPs with the model of `cfg`: RL steps with rollouts, scoring
+        and updates; epochs of calibration, updates with what is scored for them; updates at full depth from random
+        weights. Raises ValueError for a budget below half a step, or no setting of these."""
+        # Late: a grid without a budget does not need this.
+        from ..planning import flops
+        from ..planning.layout import Layout
+        from ..planning.workload import Workload
+
+        dims, answer = read_dims(cfg), self.answer_tokens or cfg.rollout.max_new_tokens
+        layout, length = Layout.of(cfg, dims), self.prompt_tokens + answer
+        exits = layout.spec.layout
+        load = Workload.of(self.prompt_tokens, answer, exits.outcomes, self.mean_depth, exits.first_token)
+        sequences = cfg.traces.problems * cfg.calibrate.exit_samples
+        costs = {
+            "rl.steps": lambda: sum(flops.phase_flops(layout, load, cfg).values()),
+            "calibrate.epochs": lambda: flops.calibration_flops(layout, load, cfg),
+            "pretrain.steps": lambda: flops.pretrain_flops(cfg, dims, length, cast(Any, cfg.pretrain).batch_size),
+        }
+        if self.set not in costs:
+            raise ValueError(f"isoflop.set={self.set}: expected one of {', '.join(costs)}")
+        if self.set == "pretrain.steps" and cfg.pretrain is None:
+            raise ValueError("isoflop.set=pretrain.steps: these runs do not pretrain; add pretrain=true")
+        each = costs[self.set]()
+        if not 0.5 <= self.budget / each < math.inf:
+            raise ValueError(f"budget={self.budget:g}: expected {each:.3g} FLOPs, one step of {self.set}, or more")
+        count = max(1, round(self.budget / each))
+        return count if self.set != "calibrate.epochs" else float(f"{count * cfg.calibrate.batch_size / sequences:.9g}")
 
 
 @dataclass
@@ -87,10 +130,27 @@ class Grid:
         return [_merged(entries) for entries in itertools.product(*self.axes)]
 
     def overrides(self, point: Mapping[str, Value]) -> list[str]:
-        """The point as settings that `config.load` takes, `seed` spelt out."""
+        """The point as settings that `config.load` takes, `seed` spelt out, without what the budget's are."""
         settings = [*self.fixed.values(), *(f"{key}={value.text}" for key, value in point.items())]
-        parts = [text.partition("=") for text in settings]
+        parts = [text.partition("=") for text in settings if not self._of_budget(text)]
         return [f"{name}={value}" for key, _, value in parts for name in (SEEDS if key == SEED else (key,))]
+
+    def budget(self, point: Mapping[str, Value]) -> IsoFlop | None:
+        """The point's budget, if it has one. Raises ValueError for a wrong one, and beside a value of what it buys."""
+        given = {key: parse(text)[1][0] for key, text in self.fixed.items()} | dict(point)
+        found = {key.removeprefix(ISOFLOP): value.plain for key, value in given.items() if self._of_budget(f"{key}=")}
+        if not found:
+            return None
+        try:
+            spent: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(IsoFlop), found))
+        except OmegaConfBaseException as error:
+            raise ValueError(f"budget, isoflop: {str(error).splitlines()[0]}") from None
+        if spent.set in given:
+            raise ValueError(f"{spent.set}: follows from budget; leave one of them out")
+        return spent
+
+    def _of_budget(self, setting: str) -> bool:
+        return BUDGET in {*self.fixed, *self.keys} and setting.startswith((f"{BUDGET}=", ISOFLOP))
 
 
 def _merged(entries: Sequence[Mapping[str, Value]]) -> dict[str, Value]:
@@ -159,6 +219,7 @@ class _Sections:
     settings: dict[str, Any] = field(default_factory=dict)
     axes: dict[str, Any] = field(default_factory=dict)
     zip: list[_Table] = field(default_factory=list)
+    isoflop: dict[str, Any] = field(default_factory=dict)
 
 
 def read_file(path: Path) -> Grid:
@@ -168,7 +229,8 @@ def read_file(path: Path) -> Grid:
     try:
         found: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_Sections), OmegaConf.load(path)))
         grid = Grid()
-        for key, value in found.settings.items():
+        isoflop = {f"{ISOFLOP}{key}": value for key, value in found.isoflop.items()}
+        for key, value in (found.settings | isoflop).items():
             grid.add(f"{key}={_text(key, value)}")
         for key, values in found.axes.items():
             _add_axis(grid, key, values)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
+from ..config.aliases import now
 from ..config.cluster import job_shape
 from ..config.errors import lines_of, refuse
 from ..config.identity import stage_dir, stage_order
@@ -246,12 +247,18 @@ def resolve(grid: Grid, last: str, check: Callable[[RunConfig], None]) -> Sweep:
         try:
             cfg = load(overrides)
             check(cfg)
+            if budget := grid.budget(point):
+                bought = budget.buy(cfg)
+                settings[budget.set] = bought
+                overrides.append(f"{budget.set}={bought!r}")
+                cfg = load(overrides)
+                check(cfg)
             home = Path(cfg.runs) / cfg.name
             steps = [_step(cfg, stage) for stage in stages_of(cfg, last)]
             ident = steps[-1].directory.rsplit("-", 1)[1]
             if ident in runs:
                 raise ValueError(f"the same run as {names[ident]}: what differs does not change a result")
-            names[ident], runs[ident] = name, SweepRun(ident, settings, overrides, steps)
+            names[ident], runs[ident] = name, SweepRun(ident, renamed(settings), overrides, steps)
         except (ValueError, FileNotFoundError) as error:
             for line in lines_of(error):
                 errors[line].append(name)
@@ -261,6 +268,19 @@ def resolve(grid: Grid, last: str, check: Callable[[RunConfig], None]) -> Sweep:
     )
     digest = hashlib.sha256(" ".join([last, *sorted(runs)]).encode()).hexdigest()[:8]
     return Sweep(home / f"sweep-{digest}", last, list(runs.values()))
+
+
+def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by the names of today, so that points given by older ones have the same columns."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        try:
+            given = now(key, value)
+        except ValueError:
+            # Removed since, and this run has another value than the one that is left.
+            given = None
+        found |= {key: value} if given is None else {name: new for name, new, _ in given}
+    return found
 
 
 def _step(cfg: RunConfig, stage: str) -> RunStage:
@@ -295,6 +315,7 @@ def open_sweep(directory: Path) -> Sweep:
                 shape = task["nodes"], task["slots"], task["gpus"]
                 run.setdefault("steps", []).extend((*step, *shape) for step in task["stages"])
             run["steps"] = [RunStage(*step) for step in run["steps"]]
+            run["settings"] = renamed(run["settings"])
         return Sweep(directory, data["last"], [SweepRun(**run) for run in data["runs"]])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file}: not a sweep's manifest ({error}); start the sweep again to write it") from None

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from ee_megatron.config.faults import Faults
 
 from ee_megatron import cli
 from ee_megatron.config.cluster import site_options
 from ee_megatron.config.derive import read_dims
+from ee_megatron.config.errors import Faults
 from ee_megatron.config.identity import stage_dir
 from ee_megatron.config.load import load
 from ee_megatron.config.validate import validate
@@ -29,7 +29,7 @@ from ee_megatron.planning.command import allocation
 from ee_megatron.sweeps import run_metrics
 from ee_megatron.sweeps import task as tasks_module
 from ee_megatron.sweeps.command import listing, main, to_start
-from ee_megatron.sweeps.grid import read_grid
+from ee_megatron.sweeps.grid import IsoFlop, read_grid
 from ee_megatron.sweeps.run_metrics import collect, figures_of, measure, pretrained, reinforced, rows
 from ee_megatron.sweeps.slurm import SlurmTask, make_executor, minutes_of, sbatch_options
 from ee_megatron.sweeps.sweep import Sweep, TaskRecord, find_sweep, open_sweep, placed, resolve
@@ -108,7 +108,7 @@ def test_every_wrong_point_is_listed_before_anything_is_written(
         made(base, "rl.depth_penalty.weight=0,-1", "rl.group_size=1,4")
     first, second = caught.value.lines
     assert first.startswith(
-        "point 1 (rl.depth_penalty.weight=0 rl.group_size=1) and 1 other(s), up to point 3 (rl.lambda"
+        "point 1 (rl.depth_penalty.weight=0 rl.group_size=1) and 1 other(s), up to point 3 (rl.depth_penalty"
     )
     assert "rl.group_size=1: " in first and "rl.depth_penalty.weight=-1" in second
     assert cli.main(["sweep", *base, *SMALL, "rl.lamda_exit=1,2", "rl.steps=0,1"]) == 2
@@ -172,6 +172,71 @@ def test_sweeps_of_the_earlier_format_are_read(base: list[str]) -> None:
     found = open_sweep(sweep.directory)
     assert found == sweep and found.tasks == sweep.tasks
     assert [row["status"] for row in rows(found)] == ["unfinished", "failed"] and rows(found)[1]["error"] == "it broke"
+
+
+# ---- equal compute ----
+
+
+@pytest.mark.parametrize("setting", ["rl.steps", "calibrate.epochs", "pretrain.steps"])
+def test_a_budget_buys_the_number_of_steps_that_comes_nearest(setting: str, base: list[str]) -> None:
+    cfg = load([*base, "pretrain=true"])
+    one, ten = (IsoFlop(budget, setting, 20, 16).buy(cfg) for budget in (1e12, 1e13))
+    assert ten == pytest.approx(10 * one, rel=0.1) and type(one) is type(cfg_value(cfg, setting))
+    with pytest.raises(ValueError, match=r"budget=1000\b"):
+        IsoFlop(1e3, setting, 20, 16).buy(cfg)
+
+
+def cfg_value(cfg, setting: str):
+    section, name = setting.split(".")
+    return getattr(getattr(cfg, section), name)
+
+
+def test_calibration_is_paid_for_with_what_is_scored_for_it(base: list[str]) -> None:
+    def bought(*settings: str) -> float:
+        cfg = load([*base, "calibrate.depth_power=1.5", *settings])
+        return IsoFlop(1e13, "calibrate.epochs", 20, 16).buy(cfg)
+
+    reach, current = "calibrate.kl_scale=1", "calibrate.gate_targets=current"
+    once = bought(reach, "calibrate.gate_targets=sampled")
+    assert once == bought(current) == bought(reach, current) < bought("calibrate.gate_targets=sampled")
+
+
+def test_an_isoflop_grid_gives_larger_models_fewer_steps(base: list[str], tmp_path: Path) -> None:
+    (tmp_path / "wide").mkdir()
+    wide = {**TINY, "hidden_size": 128, "intermediate_size": 192}
+    (tmp_path / "wide" / "config.json").write_text(json.dumps(wide))
+    file = tmp_path / "isoflop.yaml"
+    file.write_text("axes: {budget: [1e12, 1e13]}\nisoflop: {set: rl.steps, prompt_tokens: 20, answer_tokens: 17}")
+    rest = [text for text in base if not text.startswith("model.path")]
+    sweep = made(rest, f"sweep={file}", f"model.path={tmp_path}/model,{tmp_path}/wide", last="rl")
+    by_model = {(run.settings["model.path"], run.settings["budget"]): run.settings["rl.steps"] for run in sweep.runs}
+    small, wide = (f"{tmp_path}/{name}" for name in ("model", "wide"))
+    assert by_model[small, 1e12] > by_model[wide, 1e12] and len(by_model) == 4
+    assert by_model[small, 1e13] == pytest.approx(10 * by_model[small, 1e12], rel=0.1)
+    assert [load(run.overrides).rl.steps for run in sweep.runs] == [run.settings["rl.steps"] for run in sweep.runs]
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        (["budget=1,1e12"], "budget=1:"),
+        (["budget=a"], "budget"),
+        (["budget=0"], "budget"),
+        (["budget=nan"], "budget"),
+        (["budget=inf"], "budget"),
+        (["budget=1e12", "rl.steps=1,2"], "rl.steps"),
+        (["budget=1e12", "isoflop.sett=rl.steps"], "sett"),
+        (["budget=1e12", "isoflop.set=rl.epochs"], "isoflop.set"),
+        (["budget=1e12", "isoflop.mean_depth=2"], "mean-depth"),
+        (["budget=1e12", "isoflop.set=pretrain.steps"], "pretrain"),
+        (["rl.steps=1,2", "isoflop.set=rl.steps"], "isoflop.set"),
+    ],
+)
+def test_a_budget_that_buys_nothing_is_refused(settings: list[str], key: str, base: list[str]) -> None:
+    with pytest.raises(Faults) as caught:
+        made(base, *settings)
+    (line,) = caught.value.lines
+    assert key in line
 
 
 # ---- what is skipped ----
@@ -286,6 +351,26 @@ def test_points_are_added_by_extend_and_by_nothing_else(
     assert [row["rl.depth_penalty.weight"] for row in table] == [0, 1, 2, 2]
     defaults = str(load(base).task.families)
     assert [row["task.families"] for row in table] == [defaults, defaults, "['sum']", "['sum', 'word']"]
+
+
+def test_a_sweep_whose_axes_had_older_names_grows_by_those_of_today(base: list[str], tmp_path: Path) -> None:
+    """Settings were renamed, and results kept their names: a point by either name is the same run."""
+    base = [*base, *SMALL]
+    old = made(base, "rl.depth_penalty.weight=0,1", last="rl")
+    manifest = old.directory / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("rl.depth_penalty.weight", "rl.lambda_exit"))
+    assert find_sweep("t", tmp_path / "runs").runs[1].settings == {"rl.depth_penalty.weight": 1}
+    for key in ("rl.depth_penalty.weight", "rl.lambda_exit"):
+        same = placed(resolved(base, f"{key}=0,1", last="rl"), False)
+        assert same.directory == old.directory and same.ids == old.ids
+        with pytest.raises(ValueError, match="--extend"):
+            placed(resolved(base, f"{key}=2", last="rl"), False)
+        grown = placed(resolved(base, f"{key}=2", last="rl"), True)
+        assert [row["rl.depth_penalty.weight"] for row in rows(grown)] == [0, 1, 2]
+        assert "rl.lambda_exit" not in rows(grown)[0] and old.ids < grown.ids
+    # What was removed stays in the table of a sweep that has it.
+    manifest.write_text(manifest.read_text().replace('"rl.lambda_exit": 1', '"rl.entropy_bonus": 1'))
+    assert find_sweep("t", tmp_path / "runs").runs[1].settings == {"rl.entropy_bonus": 1}
 
 
 # ---- one task's life; a script stands for the stage ----

@@ -86,8 +86,15 @@ def _sweep(options: argparse.Namespace) -> int:
     slurm = _slurm_options(options.slurm)
     if on_slurm:
         site_options(os.environ)
-    checker = Checker(options.last, on_slurm)
-    grid = resolve(read_grid(options.settings, options.zip), options.last, checker)
+    preflight, neediest = Preflight(), list[RunConfig]()
+
+    def check(cfg: RunConfig) -> None:
+        refuse(preflight.faults(Attempt(cfg, []), stages_of(cfg, options.last)))
+        if not on_slurm and cfg.cluster.nodes > 1:
+            raise ValueError(f"cluster.nodes={cfg.cluster.nodes}: more than this machine; use --executor slurm")
+        neediest[:] = [max([*neediest, cfg], key=lambda each: (asks_for_gpus(each), ranks(each)))]
+
+    grid = resolve(read_grid(options.settings, options.zip), options.last, check)
     sweep = placed(grid, options.extend)
     queue = queued(sweep) if on_slurm else {}
     tasks = [task for task in to_start(sweep, queue, options.retry_failed) if grid.ids & {*task.runs}]
@@ -96,8 +103,8 @@ def _sweep(options: argparse.Namespace) -> int:
         print(listing(sweep, queue, tasks))
         return 0
     print(f"{sweep.counts(queue)}; failed ones start again with --retry-failed", flush=True)
-    if not on_slurm and tasks and checker.neediest is not None:
-        pick_device(checker.neediest, ranks(checker.neediest))
+    if not on_slurm and tasks and asks_for_gpus(neediest[0]):
+        pick_device(neediest[0], ranks(neediest[0]))
     with contextlib.ExitStack() as held:
         if not on_slurm:
             sweep.directory.mkdir(parents=True, exist_ok=True)
@@ -112,7 +119,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
                 measure(sweep, run, load(run.overrides))
         if on_slurm:
-            submit(sweep, tasks, slurm, parallel, checker.requeues, queue)
+            submit(sweep, tasks, slurm, parallel, neediest[0].cluster.requeue_limit, queue)
             return 0
         stopped = bool(tasks) and run_here(sweep, tasks, parallel)
     print(f"{sweep.counts()}; `ee-megatron sweep collect {_name(sweep)}` makes the table")
@@ -121,27 +128,6 @@ def _sweep(options: argparse.Namespace) -> int:
         if reason := sweep.failure(sweep.tasks[run.task]):
             print(f"error: {spelt(run.settings) or 'the run'}: {reason}", file=sys.stderr)
     return 130 if stopped else int(not all(sweep.is_finished(run) for run in runs))
-
-
-class Checker:
-    """All that can be known of a configuration before anything starts. Models and start policies are looked at once.
-
-    `neediest`: of the configurations that ask for GPUs the one with the most ranks; `requeues`: after time limits."""
-
-    def __init__(self, last: str, on_slurm: bool):
-        self.last, self.on_slurm = last, on_slurm
-        self.neediest: RunConfig | None = None
-        self.requeues = 0
-        self._preflight = Preflight()
-
-    def __call__(self, cfg: RunConfig) -> None:
-        """Raises Faults, all that is wrong."""
-        refuse(self._preflight.faults(Attempt(cfg, []), stages_of(cfg, self.last)))
-        self.requeues = cfg.cluster.requeue_limit
-        if asks_for_gpus(cfg) and (self.neediest is None or ranks(cfg) > ranks(self.neediest)):
-            self.neediest = cfg
-        if not self.on_slurm and cfg.cluster.nodes > 1:
-            raise ValueError(f"cluster.nodes={cfg.cluster.nodes}: more than this machine; use --executor slurm")
 
 
 def to_start(sweep: Sweep, queue: dict[str, str], retry_failed: bool) -> list[StageTask]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -61,24 +61,24 @@ class IsoFlop:
         from ..planning.workload import Workload
 
         dims, answer = read_dims(cfg), self.answer_tokens or cfg.rollout.max_new_tokens
-        layout, length = Layout.of(cfg, dims), self.prompt_tokens + answer
+        layout, unit = Layout.of(cfg, dims), 1.0
         exits = layout.spec.layout
         load = Workload.of(self.prompt_tokens, answer, exits.outcomes, self.mean_depth, exits.first_token)
-        sequences = cfg.traces.problems * cfg.calibrate.exit_samples
-        costs = {
-            "rl.steps": lambda: sum(flops.phase_flops(layout, load, cfg).values()),
-            "calibrate.epochs": lambda: flops.calibration_flops(layout, load, cfg),
-            "pretrain.steps": lambda: flops.pretrain_flops(cfg, dims, length, cast(Any, cfg.pretrain).batch_size),
-        }
-        if self.set not in costs:
-            raise ValueError(f"isoflop.set={self.set}: expected one of {', '.join(costs)}")
-        if self.set == "pretrain.steps" and cfg.pretrain is None:
-            raise ValueError("isoflop.set=pretrain.steps: these runs do not pretrain; add pretrain=true")
-        each = costs[self.set]()
+        if self.set == "rl.steps":
+            each = sum(flops.phase_flops(layout, load, cfg).values())
+        elif self.set == "calibrate.epochs":
+            each = flops.calibration_flops(layout, load, cfg)
+            unit = cfg.calibrate.batch_size / (cfg.traces.problems * cfg.calibrate.exit_samples)
+        elif self.set == "pretrain.steps" and cfg.pretrain is not None:
+            each = flops.pretrain_flops(cfg, dims, self.prompt_tokens + answer, cfg.pretrain.batch_size)
+        else:
+            raise ValueError(
+                f"isoflop.set={self.set}: expected rl.steps, calibrate.epochs or, with pretrain=true, pretrain.steps"
+            )
         if not 0.5 <= self.budget / each < math.inf:
             raise ValueError(f"budget={self.budget:g}: expected {each:.3g} FLOPs, one step of {self.set}, or more")
         count = max(1, round(self.budget / each))
-        return count if self.set != "calibrate.epochs" else float(f"{count * cfg.calibrate.batch_size / sequences:.9g}")
+        return float(f"{count * unit:.9g}") if unit != 1.0 else count
 
 
 @dataclass
@@ -181,20 +181,14 @@ def read_grid(settings: Sequence[str], zips: Sequence[str] = ()) -> Grid:
     files = [text for text in settings if text.startswith(f"{GROUP}=")]
     if len(files) > 1:
         raise ValueError(f"{' '.join(files)}: expected one grid file at most")
-    line = Grid()
-    for text in settings:
-        if text not in files:
-            line.add(text)
+    own = [text for text in settings if text not in files]
+    given = {parse(text)[0] for text in own}
+    grid = read_file(_grid_file(files[0].partition("=")[2]), given) if files else Grid()
+    for text in own:
+        grid.add(text)
     for keys in zips:
-        line.zip([key.strip() for key in keys.split(",")])
-    file = read_file(_grid_file(files[0].partition("=")[2])) if files else Grid()
-    given = {*line.fixed, *line.keys}
-    for axis in file.axes:
-        if len(axis[0]) > 1 and given & axis[0].keys():
-            keys = ", ".join(sorted(given & axis[0].keys()))
-            raise ValueError(f"{keys}: zipped in the file ({', '.join(axis[0])}); change it there")
-    fixed = {key: text for key, text in file.fixed.items() if key not in given} | line.fixed
-    return Grid(fixed, [axis for axis in file.axes if not given & axis[0].keys()] + line.axes)
+        grid.zip([key.strip() for key in keys.split(",")])
+    return grid
 
 
 def _grid_file(name: str) -> Path:
@@ -222,27 +216,32 @@ class _Sections:
     isoflop: dict[str, Any] = field(default_factory=dict)
 
 
-def read_file(path: Path) -> Grid:
-    """A grid from YAML. Raises FileNotFoundError, or ValueError naming the file and the part."""
+def read_file(path: Path, given: Collection[str] = ()) -> Grid:
+    """A grid from YAML, without the keys that are `given` elsewhere. Raises FileNotFoundError, or ValueError naming the
+    file and the part."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such grid file; name a .yaml file or a grid of configs/{GROUP}")
+    grid = Grid()
     try:
         found: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_Sections), OmegaConf.load(path)))
-        grid = Grid()
-        isoflop = {f"{ISOFLOP}{key}": value for key, value in found.isoflop.items()}
-        for key, value in (found.settings | isoflop).items():
-            grid.add(f"{key}={_text(key, value)}")
+        fixed = found.settings | {f"{ISOFLOP}{key}": value for key, value in found.isoflop.items()}
+        for key, value in fixed.items():
+            if key not in given:
+                grid.add(f"{key}={_text(key, value)}")
         for key, values in found.axes.items():
-            _add_axis(grid, key, values)
+            if key not in given:
+                _add_axis(grid, key, values)
         for table in found.zip:
             if wrong := [row for row in table.rows if len(row) != len(table.keys)]:
                 raise ValueError(f"zip: expected {len(table.keys)} values in every row, found {wrong[0]}")
+            if both := [key for key in table.keys if key in given]:
+                raise ValueError(f"{both[0]}: zipped in this file ({', '.join(table.keys)}); change it here")
             for index, key in enumerate(table.keys):
                 _add_axis(grid, key, [row[index] for row in table.rows])
             grid.zip(table.keys)
-        return grid
     except (ValueError, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{path}: not a grid: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    return grid
 
 
 def _add_axis(grid: Grid, key: str, values: Any) -> None:

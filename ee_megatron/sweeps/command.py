@@ -114,7 +114,7 @@ def _sweep(options: argparse.Namespace) -> int:
         sweep.save()
         for run in sweep.runs:
             # Finished before this sweep existed, or killed before it wrote them.
-            if sweep.is_finished(run) and sweep.result(run) is None:
+            if sweep.is_done(run) and sweep.result(run) is None:
                 from .run_metrics import measure
 
                 measure(sweep, run, load(run.overrides))
@@ -127,7 +127,7 @@ def _sweep(options: argparse.Namespace) -> int:
     for run in runs:
         if reason := sweep.failure(sweep.tasks[run.task]):
             print(f"error: {spelt(run.settings) or 'the run'}: {reason}", file=sys.stderr)
-    return 130 if stopped else int(not all(sweep.is_finished(run) for run in runs))
+    return 130 if stopped else int(not all(sweep.is_done(run) for run in runs))
 
 
 def to_start(sweep: Sweep, queue: dict[str, str], retry_failed: bool) -> list[StageTask]:

@@ -136,8 +136,8 @@ class Sweep:
         (self.directory.parent / ".locks").mkdir(parents=True, exist_ok=True)
         return RunLock(self.directory.parent / ".locks" / step.directory)
 
-    def is_done(self, task: StageTask) -> bool:
-        return all((self.path(step) / DONE).is_file() for step in task.steps)
+    def is_done(self, what: StageTask | SweepRun) -> bool:
+        return all((self.path(step) / DONE).is_file() for step in what.steps)
 
     def record(self, key: str) -> TaskRecord | None:
         """None before the task's first start."""
@@ -189,12 +189,9 @@ class Sweep:
                 return reason if each is task else f"{each.key}, which it needs: {reason}"
         return ""
 
-    def is_finished(self, run: SweepRun) -> bool:
-        return all((self.path(step) / DONE).is_file() for step in run.steps)
-
     def run_state(self, run: SweepRun, queue: Mapping[str, str] | None = None) -> str:
         """finished, failed (also if a task that it needs has), or the state of its own task."""
-        if self.is_finished(run):
+        if self.is_done(run):
             return FINISHED
         own = self.tasks[run.task]
         return FAILED if self.failure(own) else self.task_state(own, queue)

@@ -666,7 +666,8 @@ def test_what_sbatch_gets_names_no_wckey_but_the_sites(
     sweep = made([*base, "cluster.gpus_per_node=4"], "rl.depth_penalty.weight=0,1")
 
     def script(**options: str) -> list[str]:
-        executor = make_executor(sweep, [*sweep.tasks.values()][-2:], {"time": "90", **options}, 2, 3, "afterany:7")
+        asked = sbatch_options([*sweep.tasks.values()][-2:], {"time": "90", **options})
+        executor = make_executor(sweep, asked, 2, 3, "afterany:7")
         return executor._make_submission_file_text("command", "id").splitlines()
 
     lines = script()

@@ -130,27 +130,31 @@ class Grid:
         return [_merged(entries) for entries in itertools.product(*self.axes)]
 
     def overrides(self, point: Mapping[str, Value]) -> list[str]:
-        """The point as settings that `config.load` takes, `seed` spelt out, without what the budget's are."""
+        """The point as settings that `config.load` takes, `seed` spelt out, without those of a budget."""
         settings = [*self.fixed.values(), *(f"{key}={value.text}" for key, value in point.items())]
-        parts = [text.partition("=") for text in settings if not self._of_budget(text)]
-        return [f"{name}={value}" for key, _, value in parts for name in (SEEDS if key == SEED else (key,))]
+        parts = [text.partition("=") for text in settings]
+        own = [(SEEDS if key == SEED else (key,), value) for key, _, value in parts if key not in self._of_budget]
+        return [f"{name}={value}" for names, value in own for name in names]
+
+    @property
+    def _of_budget(self) -> list[str]:
+        """The keys that say what a budget is and buys; none without one."""
+        keys = [*self.fixed, *self.keys]
+        return [key for key in keys if key == BUDGET or key.startswith(ISOFLOP)] if BUDGET in keys else []
 
     def budget(self, point: Mapping[str, Value]) -> IsoFlop | None:
         """The point's budget, if it has one. Raises ValueError for a wrong one, and beside a value of what it buys."""
-        given = {key: parse(text)[1][0] for key, text in self.fixed.items()} | dict(point)
-        found = {key.removeprefix(ISOFLOP): value.plain for key, value in given.items() if self._of_budget(f"{key}=")}
-        if not found:
+        values = {key: point[key] if key in point else parse(self.fixed[key])[1][0] for key in self._of_budget}
+        if not values:
             return None
+        given = {key.removeprefix(ISOFLOP): value.plain for key, value in values.items()}
         try:
-            spent: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(IsoFlop), found))
+            found: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(IsoFlop), given))
         except OmegaConfBaseException as error:
             raise ValueError(f"budget, isoflop: {str(error).splitlines()[0]}") from None
-        if spent.set in given:
-            raise ValueError(f"{spent.set}: follows from budget; leave one of them out")
-        return spent
-
-    def _of_budget(self, setting: str) -> bool:
-        return BUDGET in {*self.fixed, *self.keys} and setting.startswith((f"{BUDGET}=", ISOFLOP))
+        if found.set in (*self.fixed, *self.keys):
+            raise ValueError(f"{found.set}: follows from budget; leave one of them out")
+        return found
 
 
 def _merged(entries: Sequence[Mapping[str, Value]]) -> dict[str, Value]:

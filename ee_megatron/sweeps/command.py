@@ -86,13 +86,20 @@ def _sweep(options: argparse.Namespace) -> int:
     slurm = _slurm_options(options.slurm)
     if on_slurm:
         site_options(os.environ)
-    checker = Checker(options.last, on_slurm)
-    grid = resolve(read_grid(options.settings, options.zip), options.last, checker)
+    preflight, neediest = Preflight(), list[RunConfig]()
+
+    def check(cfg: RunConfig) -> None:
+        refuse(preflight.faults(Attempt(cfg, []), stages_of(cfg, options.last)))
+        if not on_slurm and cfg.job.nodes > 1:
+            raise ValueError(f"cluster.nodes={cfg.job.nodes}: more than this machine; use --executor slurm")
+        neediest[:] = [max([*neediest, cfg], key=lambda each: (asks_for_gpus(each), ranks(each)))]
+
+    grid = resolve(read_grid(options.settings, options.zip), options.last, check)
     sweep = placed(grid, options.extend)
     queue = queued(sweep) if on_slurm else {}
     tasks = [task for task in to_start(sweep, queue, options.retry_failed) if grid.ids & {*task.runs}]
-    if tasks and checker.neediest is not None and not (on_slurm or options.dry_run):
-        pick_device(checker.neediest, ranks(checker.neediest))
+    if not (on_slurm or options.dry_run) and tasks and asks_for_gpus(neediest[0]):
+        pick_device(neediest[0], ranks(neediest[0]))
     print(f"{sweep.directory}: {len(sweep.runs)} run(s), {len(sweep.tasks)} task(s), {len(tasks)} to start")
     if options.dry_run:
         print(listing(sweep, queue, tasks))
@@ -107,12 +114,12 @@ def _sweep(options: argparse.Namespace) -> int:
         sweep.save()
         for run in sweep.runs:
             # Finished before this sweep existed, or killed before it wrote them.
-            if sweep.is_finished(run) and sweep.result(run) is None:
+            if sweep.is_done(run) and sweep.result(run) is None:
                 from .run_metrics import measure
 
                 measure(sweep, run, load(run.overrides))
         if on_slurm:
-            submit(sweep, tasks, slurm, parallel, checker.requeues, queue)
+            submit(sweep, tasks, slurm, parallel, neediest[0].job.requeue_limit, queue)
             return 0
         stopped = bool(tasks) and run_here(sweep, tasks, parallel)
     print(f"{sweep.counts()}; `ee-megatron sweep collect {_name(sweep)}` makes the table")
@@ -120,28 +127,7 @@ def _sweep(options: argparse.Namespace) -> int:
     for run in runs:
         if reason := sweep.failure(sweep.tasks[run.task]):
             print(f"error: {spelt(run.settings) or 'the run'}: {reason}", file=sys.stderr)
-    return 130 if stopped else int(not all(sweep.is_finished(run) for run in runs))
-
-
-class Checker:
-    """All that can be known of a configuration before anything starts. Models and start policies are looked at once.
-
-    `neediest`: of the configurations that ask for GPUs the one with the most ranks; `requeues`: after time limits."""
-
-    def __init__(self, last: str, on_slurm: bool):
-        self.last, self.on_slurm = last, on_slurm
-        self.neediest: RunConfig | None = None
-        self.requeues = 0
-        self._preflight = Preflight()
-
-    def __call__(self, cfg: RunConfig) -> None:
-        """Raises Faults, all that is wrong."""
-        refuse(self._preflight.faults(Attempt(cfg, []), stages_of(cfg, self.last)))
-        self.requeues = cfg.job.requeue_limit
-        if asks_for_gpus(cfg) and (self.neediest is None or ranks(cfg) > ranks(self.neediest)):
-            self.neediest = cfg
-        if not self.on_slurm and cfg.job.nodes > 1:
-            raise ValueError(f"cluster.nodes={cfg.job.nodes}: more than this machine; use --executor slurm")
+    return 130 if stopped else int(not all(sweep.is_done(run) for run in runs))
 
 
 def to_start(sweep: Sweep, queue: dict[str, str], retry_failed: bool) -> list[StageTask]:

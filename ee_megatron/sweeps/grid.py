@@ -1,7 +1,7 @@
 """The grid of a sweep: settings with several values, from the command line or a YAML file -> points.
 
 Hydra's grammar reads both: a comma outside brackets and quotes separates values (`a=1,2`), and `range(start,stop,step)`
-and `choice(...)` are axes too. A YAML file has the sections settings, axes and zip (docs/sweeps.md).
+and `choice(...)` are axes too. A YAML file has the sections settings, axes, zip and isoflop (docs/sweeps.md).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..config.config_paths import find_config_dir, list_groups
+from ..config.derive import read_dims
+from ..config.schema import RunConfig
 
-SEED, GROUP = "seed", "sweep"
+SEED, GROUP, BUDGET, ISOFLOP = "seed", "sweep", "budget", "isoflop."
 SEEDS = ("calibrate.seed", "rl.seed")
 """What `seed` stands for: all that is trained. Problems, teacher and traces stay as they are, and are shared."""
 FIXED_ONLY = ("name", "runs", "experiment")
@@ -36,6 +38,47 @@ class Value:
 
     text: str
     plain: Any
+
+
+@dataclass
+class IsoFlop:
+    """`budget`, in FLOPs, is spent on the setting `set`: rl.steps, calibrate.epochs or pretrain.steps. The others are
+    the section isoflop: what has to be assumed of the data; answer_tokens 0 stands for rollout.max_new_tokens."""
+
+    budget: float
+    set: str = "rl.steps"
+    prompt_tokens: int = 200
+    answer_tokens: int = 0
+    mean_depth: float = 0.7
+
+    def buy(self, cfg: RunConfig) -> int | float:
+        """The value of `set` that costs about `budget` FLOPs with the model of `cfg`: RL steps with rollouts, scoring
+        and updates; epochs of calibration, updates with what is scored for them; updates at full depth from random
+        weights. Raises ValueError for a budget below half a step, or no setting of these."""
+        # Late: a grid without a budget does not need this.
+        from ..planning import flops
+        from ..planning.layout import Layout
+        from ..planning.workload import Workload
+
+        dims, answer = read_dims(cfg), self.answer_tokens or cfg.rollout.max_new_tokens
+        layout, unit = Layout.of(cfg, dims), 1.0
+        exits = layout.spec.layout
+        load = Workload.of(self.prompt_tokens, answer, exits.outcomes, self.mean_depth, exits.first_token)
+        if self.set == "rl.steps":
+            each = sum(flops.phase_flops(layout, load, cfg).values())
+        elif self.set == "calibrate.epochs":
+            each = flops.calibration_flops(layout, load, cfg)
+            unit = cfg.calibrate.batch_size / (cfg.traces.problems * cfg.calibrate.exit_samples)
+        elif self.set == "pretrain.steps" and cfg.pretrain is not None:
+            each = flops.pretrain_flops(cfg, dims, self.prompt_tokens + answer, cfg.pretrain.batch_size)
+        else:
+            raise ValueError(
+                f"isoflop.set={self.set}: expected rl.steps, calibrate.epochs or, with pretrain=true, pretrain.steps"
+            )
+        if not 0.5 <= self.budget / each < math.inf:
+            raise ValueError(f"budget={self.budget:g}: expected {each:.3g} FLOPs, one step of {self.set}, or more")
+        count = max(1, round(self.budget / each))
+        return float(f"{count * unit:.9g}") if unit != 1.0 else count
 
 
 @dataclass
@@ -87,10 +130,31 @@ class Grid:
         return [_merged(entries) for entries in itertools.product(*self.axes)]
 
     def overrides(self, point: Mapping[str, Value]) -> list[str]:
-        """The point as settings that `config.load` takes, `seed` spelt out."""
+        """The point as settings that `config.load` takes, `seed` spelt out, without those of a budget."""
         settings = [*self.fixed.values(), *(f"{key}={value.text}" for key, value in point.items())]
         parts = [text.partition("=") for text in settings]
-        return [f"{name}={value}" for key, _, value in parts for name in (SEEDS if key == SEED else (key,))]
+        own = [(SEEDS if key == SEED else (key,), value) for key, _, value in parts if key not in self._of_budget]
+        return [f"{name}={value}" for names, value in own for name in names]
+
+    @property
+    def _of_budget(self) -> list[str]:
+        """The keys that say what a budget is and buys; none without one."""
+        keys = [*self.fixed, *self.keys]
+        return [key for key in keys if key == BUDGET or key.startswith(ISOFLOP)] if BUDGET in keys else []
+
+    def budget(self, point: Mapping[str, Value]) -> IsoFlop | None:
+        """The point's budget, if it has one. Raises ValueError for a wrong one, and beside a value of what it buys."""
+        values = {key: point[key] if key in point else parse(self.fixed[key])[1][0] for key in self._of_budget}
+        if not values:
+            return None
+        given = {key.removeprefix(ISOFLOP): value.plain for key, value in values.items()}
+        try:
+            found: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(IsoFlop), given))
+        except OmegaConfBaseException as error:
+            raise ValueError(f"budget, isoflop: {str(error).splitlines()[0]}") from None
+        if found.set in (*self.fixed, *self.keys):
+            raise ValueError(f"{found.set}: follows from budget; leave one of them out")
+        return found
 
 
 def _merged(entries: Sequence[Mapping[str, Value]]) -> dict[str, Value]:
@@ -121,20 +185,14 @@ def read_grid(settings: Sequence[str], zips: Sequence[str] = ()) -> Grid:
     files = [text for text in settings if text.startswith(f"{GROUP}=")]
     if len(files) > 1:
         raise ValueError(f"{' '.join(files)}: expected one grid file at most")
-    line = Grid()
-    for text in settings:
-        if text not in files:
-            line.add(text)
+    own = [text for text in settings if text not in files]
+    given = {parse(text)[0] for text in own}
+    grid = read_file(_grid_file(files[0].partition("=")[2]), given) if files else Grid()
+    for text in own:
+        grid.add(text)
     for keys in zips:
-        line.zip([key.strip() for key in keys.split(",")])
-    file = read_file(_grid_file(files[0].partition("=")[2])) if files else Grid()
-    given = {*line.fixed, *line.keys}
-    for axis in file.axes:
-        if len(axis[0]) > 1 and given & axis[0].keys():
-            keys = ", ".join(sorted(given & axis[0].keys()))
-            raise ValueError(f"{keys}: zipped in the file ({', '.join(axis[0])}); change it there")
-    fixed = {key: text for key, text in file.fixed.items() if key not in given} | line.fixed
-    return Grid(fixed, [axis for axis in file.axes if not given & axis[0].keys()] + line.axes)
+        grid.zip([key.strip() for key in keys.split(",")])
+    return grid
 
 
 def _grid_file(name: str) -> Path:
@@ -159,28 +217,35 @@ class _Sections:
     settings: dict[str, Any] = field(default_factory=dict)
     axes: dict[str, Any] = field(default_factory=dict)
     zip: list[_Table] = field(default_factory=list)
+    isoflop: dict[str, Any] = field(default_factory=dict)
 
 
-def read_file(path: Path) -> Grid:
-    """A grid from YAML. Raises FileNotFoundError, or ValueError naming the file and the part."""
+def read_file(path: Path, given: Collection[str] = ()) -> Grid:
+    """A grid from YAML, without the keys that are `given` elsewhere. Raises FileNotFoundError, or ValueError naming the
+    file and the part."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such grid file; name a .yaml file or a grid of configs/{GROUP}")
+    grid = Grid()
     try:
         found: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_Sections), OmegaConf.load(path)))
-        grid = Grid()
-        for key, value in found.settings.items():
-            grid.add(f"{key}={_text(key, value)}")
+        fixed = found.settings | {f"{ISOFLOP}{key}": value for key, value in found.isoflop.items()}
+        for key, value in fixed.items():
+            if key not in given:
+                grid.add(f"{key}={_text(key, value)}")
         for key, values in found.axes.items():
-            _add_axis(grid, key, values)
+            if key not in given:
+                _add_axis(grid, key, values)
         for table in found.zip:
             if wrong := [row for row in table.rows if len(row) != len(table.keys)]:
                 raise ValueError(f"zip: expected {len(table.keys)} values in every row, found {wrong[0]}")
+            if both := [key for key in table.keys if key in given]:
+                raise ValueError(f"{both[0]}: zipped in this file ({', '.join(table.keys)}); change it here")
             for index, key in enumerate(table.keys):
                 _add_axis(grid, key, [row[index] for row in table.rows])
             grid.zip(table.keys)
-        return grid
     except (ValueError, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{path}: not a grid: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    return grid
 
 
 def _add_axis(grid: Grid, key: str, values: Any) -> None:

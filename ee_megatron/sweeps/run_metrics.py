@@ -165,7 +165,7 @@ def rows(sweep: Sweep) -> list[dict[str, Any]]:
     """
     table = []
     for run in sweep.runs:
-        finished, error = sweep.is_finished(run), sweep.failure(sweep.tasks[run.task])
+        finished, error = sweep.is_done(run), sweep.failure(sweep.tasks[run.task])
         result = (sweep.result(run) or {}) if finished else {}
         # A table that is made while runs go on must not depend on the second in which it is made.
         status = FINISHED if finished else FAILED if error else "unfinished"

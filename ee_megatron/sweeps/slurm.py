@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.cluster import DEFAULTS, merged, site_options
-from .sweep import FINISHED, STOPPED, StageTask, Sweep, open_sweep
+from .sweep import FINISHED, STOPPED, StageTask, Sweep, open_sweep, spelt
 from .task import run_task
 
 SLURM_S = 60.0
@@ -49,8 +49,8 @@ class SlurmTask:
                 time.sleep(float(os.environ.get("EE_KILL_WAIT_S", "45")))
             try:
                 requeue(number, None)
-            except RuntimeError as error:
-                # It may not go back into the queue any more.
+            except (RuntimeError, subprocess.SubprocessError) as error:
+                # It may not go back into the queue any more, or Slurm does not take it back.
                 record.error = str(error)
                 sweep.write_record(self.key, record)
         if record.state != FINISHED:
@@ -89,7 +89,8 @@ def submit(
             # Arrays run at most `parallel` together; where that is less than one each, one after another.
             after = sorted(waits | ({before} if before and parallel < len(pieces) else set()))
             share, dependency = max(1, parallel // len(pieces)), ":".join(["afterany", *after]) if after else ""
-            executor = make_executor(sweep, piece, options, share, requeues, dependency)
+            asked = sbatch_options(piece, options)
+            executor = make_executor(sweep, asked, share, requeues, dependency)
             try:
                 with executor.batch():
                     submitted = [executor.submit(SlurmTask(directory, task.key, warning)) for task in piece]
@@ -99,28 +100,21 @@ def submit(
             sweep.note_submitted(jobs)
             before = submitted[0].job_id.split("_")[0]
             what = f"{len(piece)} tasks in an array" if len(piece) > 1 else sweep.describe(piece[0])
-            asked = " ".join(f"{key}={value}" for key, value in sbatch_options(piece, options).items())
-            print(f"submitted job {before}: {what} ({asked})", flush=True)
+            print(f"submitted job {before}: {what} ({spelt(asked)})", flush=True)
 
 
-def make_executor(
-    sweep: Sweep, tasks: Sequence[StageTask], options: Mapping[str, str], parallel: int, requeues: int, after: str
-) -> Any:
-    """submitit's executor for one array. The task is the batch script's own process, so that the warning before a time
-    limit (USR2) reaches it and a stage of several ranks may start steps."""
+def make_executor(sweep: Sweep, asked: Mapping[str, str], parallel: int, requeues: int, after: str) -> Any:
+    """submitit's executor for one array, with `sbatch_options`. The task is the batch script's own process, so that the
+    warning before a time limit (USR2) reaches it and a stage of several ranks may start steps."""
     from submitit.slurm.slurm import SlurmExecutor, SlurmJobEnvironment
 
-    given: dict[str, Any] = {"requeue": "", **sbatch_options(tasks, options)}
-    minutes, warning = minutes_of(given.pop("time")), int(given.pop("warning"))
-    nodes, slots = int(given.pop("nodes")), int(given.pop("ntasks-per-node"))
     # `exec`: signals to the batch script's process then reach Python, not a shell that waits for it.
     python = f"exec {shlex.quote(sys.executable)}"
     executor = SlurmExecutor(sweep.directory / "slurm", max_num_timeout=requeues, python=python)
+    others = {key: value or True for key, value in asked.items() if key not in ("time", "warning")}
     executor.update_parameters(
         job_name=f"sweep-{sweep.directory.parent.name}",
-        time=minutes,
-        nodes=nodes,
-        ntasks_per_node=slots,
+        time=minutes_of(asked["time"]),
         array_parallelism=parallel,
         use_srun=False,
         stderr_to_stdout=True,
@@ -128,10 +122,9 @@ def make_executor(
         # submitit's own would be refused where wckeys are enforced.
         wckey=None,
         additional_parameters={
-            "signal": f"B:{SlurmJobEnvironment.USR_SIG}@{warning}",
-            **{key: value or True for key, value in given.items()},
+            "requeue": True, "signal": f"B:{SlurmJobEnvironment.USR_SIG}@{asked['warning']}", **others,
         },
-    )
+    )  # fmt: skip
     return executor
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
+from ..config.aliases import modern
 from ..config.cluster import job_shape
 from ..config.errors import lines_of, refuse
 from ..config.identity import stage_dir, stage_order
@@ -135,8 +136,8 @@ class Sweep:
         (self.directory.parent / ".locks").mkdir(parents=True, exist_ok=True)
         return RunLock(self.directory.parent / ".locks" / step.directory)
 
-    def is_done(self, task: StageTask) -> bool:
-        return all((self.path(step) / DONE).is_file() for step in task.steps)
+    def is_done(self, what: StageTask | SweepRun) -> bool:
+        return all((self.path(step) / DONE).is_file() for step in what.steps)
 
     def record(self, key: str) -> TaskRecord | None:
         """None before the task's first start."""
@@ -188,12 +189,9 @@ class Sweep:
                 return reason if each is task else f"{each.key}, which it needs: {reason}"
         return ""
 
-    def is_finished(self, run: SweepRun) -> bool:
-        return all((self.path(step) / DONE).is_file() for step in run.steps)
-
     def run_state(self, run: SweepRun, queue: Mapping[str, str] | None = None) -> str:
         """finished, failed (also if a task that it needs has), or the state of its own task."""
-        if self.is_finished(run):
+        if self.is_done(run):
             return FINISHED
         own = self.tasks[run.task]
         return FAILED if self.failure(own) else self.task_state(own, queue)
@@ -246,12 +244,18 @@ def resolve(grid: Grid, last: str, check: Callable[[RunConfig], None]) -> Sweep:
         try:
             cfg = load(overrides)
             check(cfg)
+            if budget := grid.budget(point):
+                bought = budget.buy(cfg)
+                settings[budget.set] = bought
+                overrides.append(f"{budget.set}={bought!r}")
+                cfg = load(overrides)
+                check(cfg)
             home = Path(cfg.runs) / cfg.name
             steps = [_step(cfg, stage) for stage in stages_of(cfg, last)]
             ident = steps[-1].directory.rsplit("-", 1)[1]
             if ident in runs:
                 raise ValueError(f"the same run as {names[ident]}: what differs does not change a result")
-            names[ident], runs[ident] = name, SweepRun(ident, settings, overrides, steps)
+            names[ident], runs[ident] = name, SweepRun(ident, renamed(settings), overrides, steps)
         except (ValueError, FileNotFoundError) as error:
             for line in lines_of(error):
                 errors[line].append(name)
@@ -261,6 +265,18 @@ def resolve(grid: Grid, last: str, check: Callable[[RunConfig], None]) -> Sweep:
     )
     digest = hashlib.sha256(" ".join([last, *sorted(runs)]).encode()).hexdigest()[:8]
     return Sweep(home / f"sweep-{digest}", last, list(runs.values()))
+
+
+def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by the names of today, so that points given by older ones have the same columns."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        try:
+            found |= {name: new for name, new, _ in modern(key, value, told=False)}
+        except ValueError:
+            # Removed since, and this run has another value than the one that is left.
+            found[key] = value
+    return found
 
 
 def _step(cfg: RunConfig, stage: str) -> RunStage:
@@ -295,6 +311,7 @@ def open_sweep(directory: Path) -> Sweep:
                 shape = task["nodes"], task["slots"], task["gpus"]
                 run.setdefault("steps", []).extend((*step, *shape) for step in task["stages"])
             run["steps"] = [RunStage(*step) for step in run["steps"]]
+            run["settings"] = renamed(run["settings"])
         return Sweep(directory, data["last"], [SweepRun(**run) for run in data["runs"]])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file}: not a sweep's manifest ({error}); start the sweep again to write it") from None

@@ -123,8 +123,9 @@ def test_a_run_that_was_saved_under_older_names_is_read(tmp_path: Path) -> None:
     cfg = load(["experiment=ladder"])
     text = to_yaml(cfg)
     for old, new in (("sequence", "answer"), ("token", "token")):
-        assert "\n  credit: answer\n" in text
-        (tmp_path / "config.yaml").write_text(text.replace("\n  credit: answer\n", f"\n  depth_credit: {old}\n"))
+        assert "\n    credit: answer\n" in text
+        older = text.replace("\n    credit: answer\n", "\n").replace("\nrl:\n", f"\nrl:\n  depth_credit: {old}\n")
+        (tmp_path / "config.yaml").write_text(older)
         assert read_saved(tmp_path / "config.yaml").rl.credit == new
 
 

@@ -36,8 +36,8 @@ GATE_TARGETS: dict[str, GateTargets] = {
 @dataclass(frozen=True)
 class Distillation:
     """Mean divergence from the teacher plus `gate_weight` times the gates' mean negative log-likelihood (method.md,
-    stage 1). A position's divergence d counts f = (exit depth / L) to the power `depth_power`; with a `kl_scale` in nats
-    f + (1 - f) exp(-d / kl_scale)."""
+    stage 1). A position's divergence d counts f = (exit depth / L) to the power `depth_power`; with a `kl_scale` in
+    nats f + (1 - f) exp(-d / kl_scale)."""
 
     teacher: Teacher
     gate_targets: GateTargets

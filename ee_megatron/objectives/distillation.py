@@ -36,14 +36,14 @@ GATE_TARGETS: dict[str, GateTargets] = {
 @dataclass(frozen=True)
 class Distillation:
     """Mean divergence from the teacher plus `gate_weight` times the gates' mean negative log-likelihood (method.md,
-    stage 1). A position's divergence d counts f = (exit depth / L) to the power `depth_power`; with a `reach` in nats
-    f + (1 - f) exp(-d / reach)."""
+    stage 1). A position's divergence d counts f = (exit depth / L) to the power `depth_power`; with a `kl_scale` in
+    nats f + (1 - f) exp(-d / kl_scale)."""
 
     teacher: Teacher
     gate_targets: GateTargets
     gate_weight: float
     depth_power: float
-    reach: float
+    kl_scale: float
 
     def weights(
         self,
@@ -57,8 +57,8 @@ class Distillation:
         for at most once; `target`: the hazards that divergences ask for."""
         student = cache(divergence)
         counts = (batch.exit_depths.clamp(min=1).float() / layout.num_layers) ** self.depth_power
-        if self.reach:
-            counts = counts + (1 - counts) * (-student() / self.reach).exp()
+        if self.kl_scale:
+            counts = counts + (1 - counts) * (-student() / self.kl_scale).exp()
         return Weights(
             divergence=mean_weights(batch, batch.counts) * counts,
             exit=self.gate_weight * mean_weights(batch, batch.asked),

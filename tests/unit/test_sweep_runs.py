@@ -109,7 +109,7 @@ def test_every_wrong_point_is_listed_before_anything_is_written(
         made(base, "rl.depth_penalty.weight=0,-1", "rl.group_size=1,4")
     first, second = caught.value.lines
     assert first.startswith("point 1 (rl.depth_penalty.weight=0 rl.group_size=1) and 1 other(s), up to point 3 (")
-    assert "rl.group_size=1: " in first and "rl.depth_penalty.weight=-1" in second
+    assert ": rl.group_size=1" in first and "rl.depth_penalty.weight=-1" in second
     assert cli.main(["sweep", *base, *SMALL, "rl.lamda_exit=1,2", "rl.steps=0,1"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: point 1") and "rl.depth_penalty.weight" in line

@@ -21,13 +21,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from device_setup import (
+from device_cases import (
     FULL,
     LORA,
     MICRO_BATCHES,
     RULES,
     SAMPLINGS,
+    TEXTS,
     TOKENS,
+    Bench,
     device_of,
     make_lesson,
     on,
@@ -36,7 +38,6 @@ from device_setup import (
     start,
     update,
 )
-from pretend_gpu_cases import TEXTS, Bench
 
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.objectives.weights import mean_weights

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from device_cases import PATHS, Bench, on, patched
 from device_costs import live_bytes, measure
-from device_setup import on, patched
-from pretend_gpu_cases import PATHS, Bench
 
 from ee_megatron.learner import learner as learner_module
 from ee_megatron.learner import optimizer_state

@@ -2,7 +2,7 @@
 within budgets of host syncs, copies and kernel launches, without leaks; and planted faults are caught.
 
 All of it happens in processes beside this one. DeepSpeed's engine doesn't run on the pretend device: a stand-in takes
-its place (device_setup.py), so ZeRO-2 and 3 and offloading are not reached, nor ZeRO-1 on several ranks; collectives
+its place (device_cases.py), so ZeRO-2 and 3 and offloading are not reached, nor ZeRO-1 on several ranks; collectives
 run on gloo.
 """
 
@@ -13,10 +13,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from device_cases import PATHS, RULES
 from device_costs import BUDGETS, COSTS, KINDS, MEASURED_WITH, WAVES
 from device_faults import FAULTS
-from device_setup import RULES
-from pretend_gpu_cases import PATHS
 from ranks import Ranks
 
 from ee_megatron import exit_rules
@@ -96,14 +95,14 @@ def test_every_exit_rule_runs_on_the_device():
 
 @pytest.mark.parametrize("name", PATHS)
 def test_the_device_computes_what_the_cpu_does(name, device, path):
-    found = call(device, "pretend_gpu_cases:run_path", path=path, name=name)
+    found = call(device, "device_cases:run_path", path=path, name=name)
     assert_equal(found["gpu"], found["cpu"], TOLERANCE_BFLOAT16 if "bfloat16" in name else TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["resume", "resume_full"])
 @pytest.mark.parametrize("degrees", [(2, 1, 1), (1, 2, 1), (1, 1, 2)], ids=["TP2", "PP2", "DP2"])
 def test_ranks_with_a_device_each_compute_what_ranks_of_the_cpu_do(degrees, name, two_devices, path):
-    for found in two_devices.call("pretend_gpu_cases:run_path", path=path, name=name, degrees=degrees):
+    for found in two_devices.call("device_cases:run_path", path=path, name=name, degrees=degrees):
         assert_equal(found["gpu"], found["cpu"], TOLERANCE)
 
 

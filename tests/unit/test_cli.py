@@ -126,10 +126,7 @@ def test_exit_codes(
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     """`ee-megatron ... | head`: more than a pipe holds, of which nothing is read."""
     code = "import sys; from ee_megatron import cli; sys.exit(cli._guarded(lambda: print('x' * 2**20)))"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait(timeout=60) == 0

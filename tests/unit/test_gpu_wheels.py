@@ -12,15 +12,7 @@ from tools import gpu_wheels
 def test_what_is_needed_is_complete_and_leaves_out_what_torch_brings() -> None:
     there = frozenset(gpu_wheels.needed(gpu_wheels.THERE, "3.12"))
     names = set(gpu_wheels.needed(gpu_wheels.ROOTS, "3.12", there))
-    assert {
-        "transformers",
-        "tokenizers",
-        "safetensors",
-        "megatron-core",
-        "deepspeed",
-        "pydantic-core",
-        "einops",
-    } <= names
+    assert {"transformers", "tokenizers", "safetensors", "megatron-core", "deepspeed", "pydantic-core"} <= names
     assert not names & {"torch", "numpy", "sympy", "filelock", "ray", "wandb", "datasets", "hydra-core", "scipy"}
     assert gpu_wheels.pinned("transformers").startswith("transformers==5.")
 

@@ -232,7 +232,7 @@ def test_calibration_batch_carries_the_teacher():
     traces = [a_trace("a", 5), a_trace("b", 3, seed=1)]
     batch = make_batch(traces, [Item(1, 0), Item(0, 2)], LAYOUT, CalibrateConfig())
     assert batch.teacher_ids[0][batch.counts[0]].tolist() == traces[1].topk_ids.tolist()
-    objective = Distillation(Teacher.STORED, GATE_TARGETS["soft"], gate_weight=1.0, depth_power=0.0, reach=0.0)
+    objective = Distillation(Teacher.STORED, GATE_TARGETS["soft"], gate_weight=1.0, depth_power=0.0, kl_scale=0.0)
     traced = torch.rand(*batch.tokens.shape, 2)
 
     def never(*_: object) -> torch.Tensor:

@@ -40,7 +40,6 @@ SETTINGS = [
     "pretrain.batch_size=64", "teacher=null", f"exits.depths={DEPTHS}", "adapter.rank=4", "rl.steps=1",
     "rl.prompts_per_step=2", "rl.group_size=2", "rl.gate_centre=0.018", "rollout.backend=local", "rollout.threads=1",
     "rollout.max_new_tokens=8", "evaluate.thresholds=[0.5]", "evaluate.answers=2",
-    f"evaluate.style_choice.answers={ANSWERS}",
     "tracker.wandb=disabled",
 ]  # fmt: skip
 
@@ -80,7 +79,7 @@ def evaluated(settings: list[str], *extra: str) -> tuple[RunConfig, dict]:
 
 @pytest.mark.timeout(600)
 def test_every_model_is_measured_and_the_results_read_back(settings, capsys):
-    cfg, found = evaluated(settings, "evaluate.style_choice.models=all")
+    cfg, found = evaluated(settings, "evaluate.style_choice.models=all", f"evaluate.style_choice.answers={ANSWERS}")
     assert (found["styles"], found["num_layers"], found["answers_per_family"]) == (STYLES, LAYERS, ANSWERS)
     assert found["weights"] == pytest.approx([0.4, 0.4, 0.2]) and found["tokens_per_step"] == 1
     exits = {"teacher": "full depth", "start": "sampled", "reinforced": "sampled"}

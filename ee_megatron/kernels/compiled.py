@@ -1,7 +1,7 @@
 """Compiles this package's C with the machine's compiler, once per machine and source, and loads it.
 
 Nothing depends on it: without a compiler, or with EE_MEGATRON_KERNELS=0, PyTorch does the same work.
-How much the kernels save is measured in docs/measurements/2026-11-26-decoding-kernels.md.
+How much the kernels save is measured in docs/measurements/speed.md.
 """
 
 from __future__ import annotations

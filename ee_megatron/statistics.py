@@ -1,8 +1,6 @@
-"""The statistics behind every reported figure.
+"""The statistics behind every reported figure: scipy's tests and intervals, and bootstraps that resample clusters.
 
-Ranks are scipy's. Wilson's interval and McNemar's test stay written here: their values stand in stored results, which
-stay equal to the last bit, and scipy's differ there (by 2e-15 and 8e-14 of themselves). So do the bootstraps: scipy's
-draws its resamples in another order and knows no clusters.
+scipy.stats takes a second to import and is imported where it is used.
 """
 
 from __future__ import annotations
@@ -12,9 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-
-Z_95 = 1.959963984540054
-"""The 0.975 quantile of the standard normal distribution."""
 
 
 class Interval(NamedTuple):
@@ -38,43 +33,30 @@ class PairedTest(NamedTuple):
     p_value: float
 
 
-def wilson_interval(successes: int, n: int, z: float = Z_95) -> Interval:
-    """Score interval of a proportion; (0, 1) for n = 0.
+def wilson_interval(successes: int, n: int, level: float = 0.95) -> Interval:
+    """Score interval of a proportion; (0, 1) for n = 0: Wilson, JASA 22 (1927), 209-212.
 
-    (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n), p = successes/n: Wilson, JASA 22 (1927), 209-212.
     Raises ValueError unless 0 <= successes <= n.
     """
-    if not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes of {n}: expected 0 <= successes <= n")
-    if n == 0:
+    if n == successes == 0:
         return Interval(0.0, 1.0)
-    p, square = successes / n, z * z
-    centre = p + square / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + square / (4 * n * n))
-    low, high = (centre - half) / (1 + square / n), (centre + half) / (1 + square / n)
-    # At the ends the formula is exact in theory only.
-    return Interval(0.0 if successes == 0 else low, 1.0 if successes == n else high)
+    from scipy.stats import binomtest
+
+    found = binomtest(successes, n).proportion_ci(level, method="wilson")
+    return Interval(float(found.low), float(found.high))
 
 
 def mcnemar_exact(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
-    """Whether two models differ in accuracy on the same items (bool [n] each), by the discordant pairs alone.
-
-    p = min(1, 2 Σ_{i <= min(b, c)} C(b+c, i) / 2^(b+c)): McNemar, Psychometrika 12 (1947), with the binomial
-    distribution instead of its chi-square approximation. Raises ValueError for unequal lengths.
-    """
-    if len(first) != len(second):
-        raise ValueError(f"paired test of {len(first)} and {len(second)} items; give both models the same items")
+    """Whether two models differ in accuracy on the same items (bool [n] each), by the discordant pairs alone: McNemar,
+    Psychometrika 12 (1947), with the binomial distribution instead of its chi-square approximation. Raises ValueError
+    for unequal lengths."""
     only_first = sum(bool(a) and not b for a, b in zip(first, second, strict=True))
     only_second = sum(bool(b) and not a for a, b in zip(first, second, strict=True))
-    return PairedTest(only_first, only_second, discordant_p(only_first, only_second))
+    if not only_first + only_second:
+        return PairedTest(0, 0, 1.0)
+    from scipy.stats import binomtest
 
-
-def discordant_p(only_first: int, only_second: int) -> float:
-    """The p of `mcnemar_exact`, from the discordant pairs alone."""
-    discordant = only_first + only_second
-    tail = sum(math.comb(discordant, i) for i in range(min(only_first, only_second) + 1))
-    # Integers: 2**discordant overflows a float from 1024 on.
-    return min(1.0, (2 * tail) / (1 << discordant))
+    return PairedTest(only_first, only_second, float(binomtest(only_first, only_first + only_second).pvalue))
 
 
 def bootstrap_interval(
@@ -97,17 +79,16 @@ def bootstrap_interval(
 
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> Estimate:
-    """The mean of values [n] with Student's interval, mean ± t s/√n (Student, Biometrika 6 (1908)): for a handful of
-    trainings, of which a bootstrap's percentiles would be too narrow. No interval (NaN) for n < 2."""
-    n = len(values)
-    if n < 2:
-        return Estimate(float(values[0]) if n else math.nan, math.nan, math.nan)
-    # Late: scipy.special takes a third of a second to import.
+    """The mean of values [n] with Student's interval (Biometrika 6 (1908)): for a handful of trainings, of which a
+    bootstrap's percentiles would be too narrow. No interval (NaN) for n < 2."""
+    data = np.asarray(values, dtype=np.float64)
+    mean = float(data.mean()) if len(data) else math.nan
+    if len(data) < 2:
+        return Estimate(mean, math.nan, math.nan)
     from scipy.special import stdtrit
 
-    data = np.asarray(values, dtype=np.float64)
-    half = float(stdtrit(n - 1, (1 + level) / 2) * data.std(ddof=1) / math.sqrt(n))
-    return Estimate(float(data.mean()), float(data.mean()) - half, float(data.mean()) + half)
+    half = float(stdtrit(len(data) - 1, (1 + level) / 2) * data.std(ddof=1) / math.sqrt(len(data)))
+    return Estimate(mean, mean - half, mean + half)
 
 
 def welch_interval(first: Sequence[float], second: Sequence[float], level: float = 0.95) -> Estimate:
@@ -117,14 +98,12 @@ def welch_interval(first: Sequence[float], second: Sequence[float], level: float
     value = float(b.mean() - a.mean())
     if min(len(a), len(b)) < 2:
         return Estimate(value, math.nan, math.nan)
-    parts = [side.var(ddof=1) / len(side) for side in (a, b)]
-    if not sum(parts) > 0:
+    if not np.ptp(a) + np.ptp(b) > 0:
         return Estimate(value, value, value)
-    from scipy.special import stdtrit
+    from scipy.stats import ttest_ind
 
-    freedom = sum(parts) ** 2 / sum(p * p / (len(side) - 1) for p, side in zip(parts, (a, b), strict=True))
-    half = float(stdtrit(freedom, (1 + level) / 2) * math.sqrt(sum(parts)))
-    return Estimate(value, value - half, value + half)
+    found = ttest_ind(b, a, equal_var=False).confidence_interval(level)
+    return Estimate(value, float(found.low), float(found.high))
 
 
 def clustered_difference(first: Sequence[bool], second: Sequence[bool], clusters: Sequence[str]) -> Estimate:
@@ -134,78 +113,47 @@ def clustered_difference(first: Sequence[bool], second: Sequence[bool], clusters
     Davison and Hinkley, Bootstrap Methods (1997), section 3.8, without resampling within. Raises ValueError for unequal
     lengths; NaN for n = 0.
     """
-    if not len(first) == len(second) == len(clusters):
-        raise ValueError(
-            f"difference of {len(first)} and {len(second)} items in {len(clusters)} clusters; expected as many of each"
-        )
+    gains = [float(b) - float(a) for a, b, _ in zip(first, second, clusters, strict=True)]
     _, index = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
-    gains = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
     sums = np.stack([np.bincount(index, weights=gains), np.bincount(index)], axis=1)
     return bootstrap_interval(sums, lambda sample: float(sample[:, 0].sum() / sample[:, 1].sum()))
 
 
 def least_squares_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Slope and intercept of the line that minimises Σ (y - intercept - slope x)², values [n] each: slope =
-    cov(x, y) / var(x). Points of which a value isn't finite are left out; NaN unless two of the rest differ in x."""
-    if len(x) != len(y):
-        raise ValueError(f"a line through {len(x)} and {len(y)} values; expected as many of each")
+    """Slope and intercept of the line that minimises Σ (y - intercept - slope x)², values [n] each. Points of which a
+    value isn't finite are left out; NaN unless two of the rest differ in x."""
     points = np.array([(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)])
     if len(points) < 2 or not np.ptp(points[:, 0]) > 0:
         return math.nan, math.nan
-    (a, b), (da, db) = points.mean(0), (points - points.mean(0)).T
-    slope = float(da @ db / (da @ da))
-    return slope, float(b) - slope * float(a)
-
-
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Rank correlation of x [n] and y [n]: Pearson's r of the ranks, ties sharing their mean rank; Spearman (1904).
-
-    NaN if n < 2 or one side is constant.
-    """
-    if len(x) != len(y):
-        raise ValueError(f"rank correlation of {len(x)} and {len(y)} values; expected as many of each")
-    if len(x) < 2:
-        return math.nan
-    # Late: scipy.stats takes a second to import.
-    from scipy.stats import rankdata
-
-    a, b = (ranks - ranks.mean() for ranks in (rankdata(x), rankdata(y)))
-    scale = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / scale if scale > 0 else math.nan
+    slope, intercept = np.polyfit(points[:, 0], points[:, 1], 1)
+    return float(slope), float(intercept)
 
 
 def spearman_interval(
     xs: Sequence[np.ndarray], ys: Sequence[np.ndarray], resamples: int = 300, seed: int = 0
 ) -> Estimate:
-    """Rank correlation over the tokens of many answers (xs[i], ys[i]: [T_i]) with a 95 % bootstrap interval.
-
-    Whole answers are resampled, since tokens of one answer are not independent (cluster bootstrap: Davison and
-    Hinkley 1997, section 3.8).
-    """
-    if len(xs) != len(ys):
-        raise ValueError(f"rank correlation of {len(xs)} and {len(ys)} answers; expected as many of each")
+    """Spearman's (1904) rank correlation over the tokens of many answers (xs[i], ys[i]: [T_i]), ties sharing their mean
+    rank, with a 95 % interval over resampled answers, since tokens of one are not independent (cluster bootstrap:
+    Davison and Hinkley 1997, section 3.8). NaN if there are fewer than two tokens or one side is constant."""
     if not xs:
         return Estimate(math.nan, math.nan, math.nan)
-    x, y = np.concatenate(xs), np.concatenate(ys)
-    value = spearman(x, y)
+    answer = np.repeat(np.arange(len(xs)), [len(x) for x, _ in zip(xs, ys, strict=True)])
+    # A resample is the same tokens with other weights: values are sorted once, not once per resample.
+    places = [np.unique(np.concatenate(side), return_inverse=True)[1] for side in (xs, ys)]
+
+    def correlation(times: np.ndarray) -> float:
+        """Of a sample in which answer i occurs times[i] times: Pearson's r of the ranks."""
+        weight = times[answer].astype(np.float64)
+        x, y = (_weighted_ranks(side, weight) for side in places)
+        scale = math.sqrt(float(weight @ (x * x)) * float(weight @ (y * y)))
+        return float(weight @ (x * y)) / scale if scale > 0 else math.nan
+
+    value = correlation(np.ones(len(xs)))
     if math.isnan(value):
         return Estimate(value, math.nan, math.nan)
-    # A resample is the same tokens with other weights: values are sorted once, not once per resample.
-    x, y = (np.unique(side, return_inverse=True)[1] for side in (x, y))
-    answer = np.repeat(np.arange(len(xs)), [len(part) for part in xs])
     rng = np.random.default_rng(seed)
-    draws = []
-    for _ in range(resamples):
-        drawn = np.bincount(rng.integers(len(xs), size=len(xs)), minlength=len(xs))
-        draws.append(_weighted_spearman(x, y, drawn[answer].astype(np.float64)))
-    return Estimate(value, *_percentiles(np.array(draws)))
-
-
-def _weighted_spearman(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> float:
-    """`spearman` of a sample in which value i occurs weight[i] times; x, y int [n]: places among the sorted values."""
-    a, b = (_weighted_ranks(side, weight) for side in (x, y))
-    scale = math.sqrt(float(weight @ (a * a)) * float(weight @ (b * b)))
-    return float(weight @ (a * b)) / scale if scale > 0 else math.nan
+    drawn = (np.bincount(rng.integers(len(xs), size=len(xs)), minlength=len(xs)) for _ in range(resamples))
+    return Estimate(value, *_percentiles(np.array([correlation(times) for times in drawn])))
 
 
 def _weighted_ranks(places: np.ndarray, weight: np.ndarray) -> np.ndarray:

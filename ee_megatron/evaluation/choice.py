@@ -21,8 +21,7 @@ from ..exit_rules import ExitRule, Fixed, Off
 from ..rollout.engine.request import GenerationRequest
 from ..rollout.engine.sampling import SamplingParams
 from ..rollout.pool.interface import RolloutPool
-from ..tasks.base import StyledTask
-from ..tasks.chains import hops_of
+from ..tasks.chains import ChainTask, hops_of
 from ..tasks.verifier import VerifierPool
 from ..types import Prompt, Rollout
 
@@ -90,7 +89,7 @@ class ChoiceBench:
 
     pool: RolloutPool
     verifier: VerifierPool
-    task: StyledTask
+    task: ChainTask
     sampling: SamplingParams
     num_layers: int
     first_exits: bool
@@ -122,7 +121,7 @@ def choice(
     task, families = bench.task, by_family(prompts)
     wanted = {family: cycled(group, bench.answers) for family, group in families.items()}
     forced: dict[Key, list[Prompt]] = {
-        (family, style): [replace(prompt, prefill=task.opening(style)) for prompt in group]
+        (family, style): [replace(prompt, prefill=task.openings[style]) for prompt in group]
         for family, group in wanted.items()
         for style in task.styles
     }

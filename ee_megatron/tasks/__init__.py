@@ -6,14 +6,11 @@ import difflib
 from pathlib import Path
 
 from ..config.schema import RunConfig, TaskConfig
-from . import arithmetic, dataset, hops, reasoning_gym, sums, tom  # noqa: F401  (they register their tasks)
-from .base import TASKS, ChatTemplate, Split, StyledTask, Task, Verdict, register
+from . import arithmetic, chains, dataset, reasoning_gym, tom  # noqa: F401  (they register their tasks)
+from .base import TASKS, ChatTemplate, Split, Task, Verdict, register
 from .verifier import VerifierPool
 
-__all__ = [
-    "TASKS", "ChatTemplate", "Split", "StyledTask", "Task", "Verdict", "VerifierPool", "make_task", "register",
-    "task_of",
-]  # fmt: skip
+__all__ = ["TASKS", "ChatTemplate", "Split", "Task", "Verdict", "VerifierPool", "make_task", "register", "task_of"]
 
 
 def make_task(task: TaskConfig, chat: ChatTemplate | None = None) -> Task:

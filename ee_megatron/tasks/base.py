@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 from ..config.schema import TaskConfig
 from ..types import Prompt
@@ -56,50 +56,6 @@ class Verdict:
 
 
 NO_ANSWER = Verdict(correct=False, well_formed=False, answered=False)
-
-
-class Task(Protocol):
-    """Prompts and their verifier. Implementations are picklable and cheap to unpickle: `verify` runs elsewhere."""
-
-    name: str
-
-    def prompts(self, split: Split) -> list[Prompt]:
-        """The problems of a split, always in the same order. Raises ValueError for an unknown split."""
-
-    def worked(self, split: Split) -> list[tuple[Prompt, str]]:
-        """`prompts` with a worked answer each, as the model should write it, up to the end of its line."""
-
-    def few_shot(self, prompt: Prompt, shots: int, seed: int) -> Prompt:
-        """The same problem (same id) with `shots` worked examples from the train split in front of it.
-
-        All prompts of one family get the same examples, so their texts share a prefix. Raises ValueError if there
-        are fewer examples than `shots`, or if the prompt is not this task's.
-        """
-
-    def verify(self, prompt: Prompt, text: str) -> Verdict:
-        """The verdict on a generated answer (without the prompt). Pure."""
-
-
-class StyledTask(Task, Protocol):
-    """A task whose answers may be written in several ways, between which a model has the choice.
-
-    `style_weights`: shares of the `styles` among worked answers. `tokens_per_step`: what a written step takes, about,
-    where its words vary.
-    """
-
-    styles: tuple[str, ...]
-    style_weights: tuple[float, ...]
-    tokens_per_step: int
-
-    def style_of(self, prompt: Prompt, text: str) -> str | None:
-        """The style of an answer's text; None: it has the form of none."""
-
-    def opening(self, style: str) -> str:
-        """What every answer in that style, and no other, begins with."""
-
-    def corrupted(self, prompt: Prompt) -> tuple[str, str] | None:
-        """The beginning of a written-out answer whose first step is wrong, and the wrong answer that follows from it;
-        None where there is a single step."""
 
 
 TASKS: dict[str, Callable[[TaskConfig, ChatTemplate | None], Task]] = {}
@@ -153,9 +109,13 @@ class PromptFormat:
         return f"{header}Question: {question}\nAnswer:"
 
 
-class ProblemTask:
-    """A task that holds its problems in memory, by split and prompt id. A subclass builds a split's, or sets
-    `_problems` itself. `known`: the families that task.families may name."""
+class Task:
+    """Prompts and their verifier; the problems are held in memory, by split and prompt id. Picklable and cheap to
+    unpickle: `verify` runs in another process.
+
+    A subclass builds a split's problems (`_build`) or sets `_problems` itself. `known`: the families that task.families
+    may name.
+    """
 
     name: str
     seed = 0
@@ -182,10 +142,31 @@ class ProblemTask:
         return {**self.__dict__, "_problems": {}, "format": replace(self.format, chat=None)}
 
     def prompts(self, split: Split) -> list[Prompt]:
+        """The problems of a split, always in the same order. Raises ValueError for an unknown split."""
         return [prompt for prompt, _ in self._built(split).values()]
 
     def worked(self, split: Split) -> list[tuple[Prompt, str]]:
+        """`prompts` with a worked answer each, as the model should write it, up to the end of its line."""
         return [(prompt, problem.worked) for prompt, problem in self._built(split).values()]
+
+    def few_shot(self, prompt: Prompt, shots: int, seed: int) -> Prompt:
+        """The same problem (same id) with `shots` worked examples from the train split in front of it.
+
+        All prompts of one family get the same examples, so their texts share a prefix. Raises ValueError if there
+        are fewer examples than `shots`, or if the prompt is not this task's.
+        """
+        raise NotImplementedError
+
+    def verify(self, prompt: Prompt, text: str) -> Verdict:
+        """The verdict on a generated answer (without the prompt). Pure."""
+        raise NotImplementedError
+
+    def warm_up(self) -> None:
+        """Import what `verify` may need, so that no answer's deadline pays for it."""
+
+    def _build(self, split: str) -> Iterable[tuple[str, tuple[Prompt, Problem]]]:
+        """Prompt ids with their prompts and problems, at least as many as the split has."""
+        raise NotImplementedError
 
     def _built(self, split: str) -> dict[str, tuple[Prompt, Problem]]:
         if split not in SPLITS:
@@ -194,22 +175,21 @@ class ProblemTask:
             self._problems[split] = dict(islice(self._build(split), self.sizes[split] or None))
         return self._problems[split]
 
-    def _build(self, split: str) -> Iterable[tuple[str, tuple[Prompt, Problem]]]:
-        """Prompt ids with their prompts and problems, at least as many as the split has."""
-        raise NotImplementedError
-
-    def _with_examples(self, prompt: Prompt, found: tuple[Prompt, Problem] | None, examples: list[Problem]) -> Prompt:
-        """`examples` in front of the problem that was `found` under the prompt's id. Raises ValueError if none was."""
+    def _problem(self, prompt: Prompt) -> Problem:
+        """Raises ValueError for a prompt of another task."""
+        # Ids are "<name>/<split>/..." or "<name>/<family>/<split>/...".
+        split = next((part for part in prompt.id.split("/")[1:3] if part in SPLITS), None)
+        found = self._built(split).get(prompt.id) if split else None
         if found is None:
-            raise self._unknown(prompt)
-        return replace(prompt, text=self.format.render(found[1].question, [(p.question, p.worked) for p in examples]))
+            raise ValueError(f"prompt {prompt.id!r} is not one of this task; pass a prompt that prompts() returned")
+        return found[1]
 
-    @staticmethod
-    def _unknown(prompt: Prompt) -> ValueError:
-        return ValueError(f"prompt {prompt.id!r} is not one of this task; pass a prompt that prompts() returned")
+    def _with_examples(self, prompt: Prompt, examples: Sequence[Problem]) -> Prompt:
+        question = self._problem(prompt).question
+        return replace(prompt, text=self.format.render(question, [(p.question, p.worked) for p in examples]))
 
 
-class ProceduralTask(ProblemTask):
+class ProceduralTask(Task):
     """A task that makes up its problems, deterministic in its section: families in turn, worked examples set aside.
 
     A subclass says its `name`, `instruction` and families (`known`), draws a family's problems and verifies answers.
@@ -231,18 +211,11 @@ class ProceduralTask(ProblemTask):
     def few_shot(self, prompt: Prompt, shots: int, seed: int) -> Prompt:
         if not 0 <= shots <= EXAMPLES:
             raise ValueError(f"shots: {shots}; {self.name} has 0 to {EXAMPLES} worked examples per family")
-        family, split = self._locate(prompt)
-        examples = self._draw(family, "train", EXAMPLES)
+        family = prompt.id.split("/")[1:2]
         # Kinds alternate in `examples`, so a rotation keeps the mixture where a sample would not.
+        examples = self._draw(family[0], "train", EXAMPLES) if family and family[0] in self.families else []
         start = random.Random(f"shots/{seed}").randrange(EXAMPLES)
-        chosen = [examples[(start + i) % EXAMPLES] for i in range(shots)]
-        return self._with_examples(prompt, self._built(split).get(prompt.id), chosen)
-
-    def _locate(self, prompt: Prompt) -> tuple[str, str]:
-        parts = prompt.id.split("/")
-        if len(parts) != 4 or parts[0] != self.name or parts[1] not in self.families or parts[2] not in SPLITS:
-            raise self._unknown(prompt)
-        return parts[1], parts[2]
+        return self._with_examples(prompt, (examples[start:] + examples[:start])[:shots])
 
     def _build(self, split: str) -> Iterable[tuple[str, tuple[Prompt, Problem]]]:
         """Families in blocks of one problem each, every block in its own random order."""

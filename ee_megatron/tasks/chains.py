@@ -1,7 +1,8 @@
-"""What tasks with a choice share: chains of hops that a model may follow in its activations or in writing.
+"""Tasks with a choice of style: chains of hops that a model may follow in its activations or in writing.
 
-A problem is a chain of operations and a start, the answer what comes out at the end. A worked answer is, whatever the
-number of hops, in one of three styles:
+A problem is a chain of operations and a start, the answer what comes out at the end. The start stands last in the
+prompt, so that no position before it can know the answer. A worked answer is, whatever the number of hops, in one of
+three styles:
 
     terse   the answer alone: every hop inside the model
     steps   a state for each hop
@@ -10,6 +11,7 @@ number of hops, in one of three styles:
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,19 +19,19 @@ from typing import ClassVar
 
 from ..config.schema import TaskConfig
 from ..types import Prompt
-from .base import FAMILY_LIMIT, ChatTemplate, Problem, ProblemTask, Verdict, share_of
+from .base import FAMILY_LIMIT, ChatTemplate, Problem, Task, Verdict, register, share_of
 
 FAMILY = "hop"
 HELD_OUT = {"validation": 0.05, "evaluation": 0.1}
 """Shares of the problems that training never sees, where there are enough to hold any out."""
 
 
-class ChainTask(ProblemTask):
+class ChainTask(Task):
     """Deterministic in its section. `Prompt.group` is the problem itself, by which repetitions are told.
 
-    A task says what its texts are (`chains`), what they come to (`states`), how that is written (`written`, `forms`,
-    `openings`: what an answer in a style, and in no other, begins with) and read (`answer`); `fewest_held_out`: hops
-    from which on there are enough problems to hold some out.
+    openings: what an answer in a style, and in no other, begins with. answer: finds the final state in an answer's
+    line. fewest_held_out: hops from which on there are enough problems to hold some out. tokens_per_step: what a
+    written step takes, about, where its words vary.
     """
 
     styles = ("terse", "steps", "padded")
@@ -38,6 +40,7 @@ class ChainTask(ProblemTask):
     answer: ClassVar[re.Pattern[str]]
     most_hops: ClassVar[int]
     fewest_held_out: ClassVar[int]
+    tokens_per_step: int
 
     def __init__(self, task: TaskConfig, chat: ChatTemplate | None = None) -> None:
         if chat is not None:
@@ -65,11 +68,14 @@ class ChainTask(ProblemTask):
         """Style -> pattern of its line. Steps have a state for every one of `hops`, or any number of them (None)."""
         raise NotImplementedError
 
-    def opening(self, style: str) -> str:
-        return self.openings[style]
+    def corrupted(self, prompt: Prompt) -> tuple[str, str] | None:
+        """The beginning of a steps answer whose first state is wrong, and the wrong answer that the other hops lead to
+        from there: no operation makes two states alike. None for a single hop."""
+        raise NotImplementedError
 
     def style_of(self, prompt: Prompt, text: str) -> str | None:
-        """Steps are only those with a state for every hop: a result alone says nothing of the way to it."""
+        """The style of an answer's text; None: it has the form of none. Steps are only those with a state for every
+        hop: a result alone says nothing of the way to it."""
         forms, line = self.forms(hops_of(prompt.task)), first_line(text)
         return next((style for style, form in forms.items() if re.fullmatch(form, line)), None)
 
@@ -87,9 +93,7 @@ class ChainTask(ProblemTask):
     def few_shot(self, prompt: Prompt, shots: int, seed: int) -> Prompt:
         if shots:
             raise ValueError(f"shots: {shots}; {self.name} has no worked examples; set teacher=null")
-        split = prompt.id.split("/")[2:3]
-        if not split or split[0] not in self.sizes or prompt.id not in self._built(split[0]):
-            raise self._unknown(prompt)
+        self._problem(prompt)
         return prompt
 
     def _build(self, split: str) -> Iterator[tuple[str, tuple[Prompt, Problem]]]:
@@ -130,3 +134,134 @@ def hops_of(family: str) -> int:
 
 def first_line(text: str) -> str:
     return text.split("\n", 1)[0].strip()
+
+
+# ---- permutations, one character a token: what small models learn from random weights ----
+
+STATES, PERMUTATIONS, EMPTY = "01234567", "abcd", "_"
+
+
+@register("hops")
+class HopsTask(ChainTask):
+    """Up to `slots` operations, permutations of eight states, and a start: "cab_5". Terse "T7", steps "S307" with
+    (tokens_per_step - 1) commas before each state, padded "P...7"."""
+
+    name = "hops"
+    openings: ClassVar = {"terse": "T", "steps": "S", "padded": "P"}
+    answer = re.compile(f"([{STATES}])\\Z")
+    most_hops = 8
+    # Of one hop there are 32 problems, of two 128.
+    fewest_held_out = 3
+
+    def __init__(self, task: TaskConfig, chat: ChatTemplate | None = None) -> None:
+        super().__init__(task, chat)
+        self.tokens_per_step = task.tokens_per_step
+        self.gap = "," * (task.tokens_per_step - 1)
+        rng = random.Random(f"permutations/{self.seed}")
+        # What each operation makes of the states 0 to 7, in order.
+        self.permutations = {operation: "".join(rng.sample(STATES, len(STATES))) for operation in PERMUTATIONS}
+
+    def chains(self, hops: int) -> Iterator[str]:
+        for operations in itertools.product(PERMUTATIONS, repeat=hops):
+            for start in STATES:
+                yield "".join(operations) + EMPTY * (self.slots - hops) + start
+
+    def states(self, text: str) -> str:
+        state, found = text[-1], ""
+        for operation in text[:-1]:
+            if operation != EMPTY:
+                state = self.permutations[operation][int(state)]
+                found += state
+        return found
+
+    def written(self, states: Sequence[str], style: str) -> str:
+        opening = self.openings[style]
+        if style == "steps":
+            return opening + "".join(self.gap + state for state in states)
+        return opening + ("." * (len(states) * (1 + len(self.gap))) if style == "padded" else "") + states[-1]
+
+    def forms(self, hops: int | None) -> dict[str, str]:
+        times = f"{{{hops}}}" if hops else "+"
+        return {
+            "terse": f"T[{STATES}]",
+            "steps": f"S({self.gap}[{STATES}]){times}",
+            "padded": rf"P\.+[{STATES}]",
+        }
+
+    def corrupted(self, prompt: Prompt) -> tuple[str, str] | None:
+        operations = prompt.text[:-1].rstrip(EMPTY)
+        if len(operations) < 2:
+            return None
+        wrong = STATES[(int(self.states(prompt.text)[0]) + 1) % len(STATES)]
+        return self.openings["steps"] + self.gap + wrong, self.states(operations[1:] + wrong)[-1]
+
+
+# ---- small sums in words: for a pretrained language model ----
+
+STARTS, AMOUNTS, LARGEST = range(1, 10), range(1, 6), 99
+OPERATIONS = ("double", *(f"{verb} {amount}" for verb in ("add", "take") for amount in AMOUNTS))
+FROM = ", from "
+NUMBER = "[0-9]{1,3}"
+
+
+@register("sums")
+class SumsTask(ChainTask):
+    """ "add 5, double, take 3, from 7" is 21; the start's digit is a token of its own where tokenizers split numbers.
+    Terse " That is 21", steps " First 12, then 24, then 21", padded " Well, let me see, let me see, 21"."""
+
+    name = "sums"
+    openings: ClassVar = {"terse": " That", "steps": " First", "padded": " Well"}
+    answer = re.compile(f"(?<![0-9])({NUMBER})\\Z")
+    # A comma, "then", a space where it is a token, one or two digits.
+    tokens_per_step = 4
+    # Of five hops there are over a million problems, all of which a family would have to be drawn from.
+    most_hops = 4
+    # Of one hop there are fewer than a hundred problems, of two a thousand.
+    fewest_held_out = 2
+
+    def chains(self, hops: int) -> Iterator[str]:
+        for operations in itertools.product(OPERATIONS, repeat=hops):
+            for start in STARTS:
+                if all(0 <= total <= LARGEST for total in totals(operations, start)):
+                    yield ", ".join(operations) + FROM + str(start)
+
+    def states(self, text: str) -> list[str]:
+        operations, start = _read(text)
+        return [str(total) for total in totals(operations, start)]
+
+    def written(self, states: Sequence[str], style: str) -> str:
+        if style == "steps":
+            return f"{self.openings[style]} {', then '.join(states)}"
+        if style == "padded":
+            return f"{self.openings[style]}{', let me see' * (len(states) - 1)}, {states[-1]}"
+        return f"{self.openings[style]} is {states[-1]}"
+
+    def forms(self, hops: int | None) -> dict[str, str]:
+        times = f"{{{hops - 1}}}" if hops else "*"
+        return {
+            "terse": f"That is {NUMBER}",
+            "steps": f"First {NUMBER}(, then {NUMBER}){times}",
+            "padded": f"Well(, let me see)*, {NUMBER}",
+        }
+
+    def corrupted(self, prompt: Prompt) -> tuple[str, str] | None:
+        operations, start = _read(prompt.text)
+        if len(operations) < 2:
+            return None
+        wrong = totals(operations[:1], start)[0] + 1
+        return f"{self.openings['steps']} {wrong}", str(totals(operations[1:], wrong)[-1])
+
+
+def totals(operations: Sequence[str], start: int) -> list[int]:
+    """The running totals of operations on `start`, one for each."""
+    total, found = start, []
+    for operation in operations:
+        verb, _, amount = operation.partition(" ")
+        total = {"double": total * 2, "add": total + int(amount or 0), "take": total - int(amount or 0)}[verb]
+        found.append(total)
+    return found
+
+
+def _read(text: str) -> tuple[list[str], int]:
+    operations, _, start = text.rpartition(FROM)
+    return operations.split(", "), int(start)

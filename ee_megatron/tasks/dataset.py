@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import re
 import string
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..config.schema import DatasetNames, TaskConfig
 from ..types import Prompt
 from .answers import last_boxed, plain_number, verify_solution
-from .base import EXAMPLES, SPLITS, ChatTemplate, Problem, ProblemTask, Verdict, register
+from .base import EXAMPLES, SPLITS, ChatTemplate, Problem, Task, Verdict, register
 
 INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
-_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+Rows = list[dict[str, Any]]
+_FORMATS = {suffix: "one UTF-8 JSON object per line" for suffix in (".jsonl", ".json")} | {".parquet": "whole Parquet"}
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _SHARD = re.compile(r".+-[0-9]{5}-of-[0-9]{5}")
 
 
 @register("dataset", "jsonl")
-class DatasetTask(ProblemTask):
+class DatasetTask(Task):
     """A task read from files.
 
     Evaluation comes from the evaluation split (test.*), validation is held out of the train split (train.*). A single
@@ -46,20 +46,18 @@ class DatasetTask(ProblemTask):
         columns = (self.names.question_column, self.names.answer_column, self.names.choices_column)
         self.columns = [column for column in columns if column]
         self._examples: list[Problem] = []
-        self._load(task)
+        self._load()
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "_examples": []}
 
     def warm_up(self) -> None:
-        """Import what `verify` may need, so that no answer's deadline pays for it."""
         import math_verify  # noqa: F401
 
     def few_shot(self, prompt: Prompt, shots: int, seed: int) -> Prompt:
         if not 0 <= shots <= len(self._examples):
             raise ValueError(f"shots: {shots}; {self.name} has {len(self._examples)} worked examples")
-        found = next((rows[prompt.id] for rows in self._problems.values() if prompt.id in rows), None)
-        return self._with_examples(prompt, found, random.Random(f"shots/{seed}").sample(self._examples, shots))
+        return self._with_examples(prompt, random.Random(f"shots/{seed}").sample(self._examples, shots))
 
     def verify(self, prompt: Prompt, text: str) -> Verdict:
         return verify_solution(prompt.answer, text)
@@ -76,16 +74,15 @@ class DatasetTask(ProblemTask):
         group = hashlib.sha256(" ".join(question.lower().split()).encode()).hexdigest()[:16]
         return Problem(question.strip(), reference, worked, group)
 
-    def _load(self, task: TaskConfig) -> None:
+    def _load(self) -> None:
         tables = _tables(self.path, self.names.train_split, self.names.evaluation_split)
         rows = {part: self._read(name, table) for part, (name, table) in tables.items()}
         tested = {problem.group for problem in rows.get("test", [])}
         pool = [problem for problem in rows["train"] if problem.group not in tested]
         random.Random(f"rows/{self.seed}").shuffle(pool)
         if "test" in rows:
-            evaluation = list(rows["test"])
-            random.Random(f"test/{self.seed}").shuffle(evaluation)
-            evaluation = self._take(evaluation, "evaluation")
+            random.Random(f"test/{self.seed}").shuffle(rows["test"])
+            evaluation = self._take(rows["test"], "evaluation")
         else:
             evaluation = self._take(pool, "evaluation", keep=2 * len(pool) // 3)
             pool = pool[len(evaluation) :]
@@ -95,11 +92,11 @@ class DatasetTask(ProblemTask):
         self._examples, pool = pool[:reserved], pool[reserved:]
         split = {"train": self._take(pool, "train"), "validation": validation, "evaluation": evaluation}
         for part in SPLITS:
-            ids = (f"{self.name}/{part}/{problem.group}" for problem in split[part])
-            self._problems[part] = {
-                id_: (Prompt(id_, self.format.render(p.question), p.answer, self.name, p.group), p)
-                for id_, p in zip(ids, split[part], strict=True)
-            }
+            self._problems[part] = {}
+            for p in split[part]:
+                name = f"{self.name}/{part}/{p.group}"
+                prompt = Prompt(name, self.format.render(p.question), p.answer, self.name, p.group)
+                self._problems[part][name] = (prompt, p)
 
     def _take(self, rows: list[Problem], split: str, keep: int = 0) -> list[Problem]:
         """The first problems for a split, leaving `keep`. Size 0: all, or a tenth where the file is shared."""
@@ -110,10 +107,14 @@ class DatasetTask(ProblemTask):
             )
         return rows[:size]
 
-    def _read(self, source: str, table: Any) -> list[Problem]:
+    def _read(self, source: str, table: Rows) -> list[Problem]:
         problems: dict[str, Problem] = {}
-        for number, row in enumerate(_rows(source, table, self.columns), start=1):
-            question, answer, *options = row
+        if table and (missing := [name for name in self.columns if not table[0].keys() & {name, name.split(".")[0]}]):
+            raise ValueError(
+                f"{source}: no {missing}, only {[*table[0]]}; set task.dataset.question_column and answer_column"
+            )
+        for number, row in enumerate(table, start=1):
+            question, answer, *options = (_value(source, name, row) for name in self.columns)
             if question is None or answer is None or not str(question).strip() or not str(answer).strip():
                 raise ValueError(f"{source}: row {number} has an empty question or answer; remove or fill it")
             if options:
@@ -162,8 +163,8 @@ def _lettered(where: str, question: object, answer: object, options: object) -> 
     raise ValueError(f"{where}: answer {given[:60]!r} is none of its {len(options)} options, their letters or numbers")
 
 
-def _tables(path: Path, train: str, evaluation: str) -> dict[str, tuple[str, Any]]:
-    """{"train": (name for messages, table)}, and the same under "test" if there is an evaluation split."""
+def _tables(path: Path, train: str, evaluation: str) -> dict[str, tuple[str, Rows]]:
+    """{"train": (name for messages, rows)}, and the same under "test" if there is an evaluation split."""
     if not path.exists():
         raise FileNotFoundError(
             f"task.path: {path} does not exist; expected a .jsonl or .parquet file, a directory of them, or a data set "
@@ -171,22 +172,23 @@ def _tables(path: Path, train: str, evaluation: str) -> dict[str, tuple[str, Any
         )
     wanted = {"train": train, **({"test": evaluation} if evaluation else {})}
     if path.is_file():
-        return {"train": (str(path), _load_files([path]))}
+        return {"train": (str(path), _rows(path))}
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        # Late: it takes over a second to import.
         import datasets
 
         saved: Any = datasets.load_from_disk(str(path), keep_in_memory=True)
         if (path / "state.json").is_file():
-            return {"train": (str(path), saved)}
+            return {"train": (str(path), saved.to_list())}
         for name in wanted.values():
             if name not in saved:
                 raise ValueError(
                     f"task.path: {path} has no split {name!r}, only {', '.join(saved)}; set task.dataset.train_split "
                     "and task.dataset.evaluation_split"
                 )
-        return {part: (f"{path}/{name}", saved[name]) for part, name in wanted.items()}
+        return {part: (f"{path}/{name}", saved[name].to_list()) for part, name in wanted.items()}
     found = {part: _split_files(path, name) for part, name in wanted.items()}
-    return {part: (str(files[0]), _load_files(files)) for part, files in found.items()}
+    return {part: (str(files[0]), [row for file in files for row in _rows(file)]) for part, files in found.items()}
 
 
 def _split_files(path: Path, split: str) -> list[Path]:
@@ -203,58 +205,39 @@ def _split_files(path: Path, split: str) -> list[Path]:
     )
 
 
-def _load_files(files: list[Path]) -> Any:
-    """A table of the files' rows. Nothing is left in a cache: the rows are few, and a stale copy would go unnoticed."""
-    file = files[0]
+def _rows(file: Path) -> Rows:
     if file.suffix not in _FORMATS:
         raise ValueError(f"task.path: {file.name} is neither .jsonl nor .parquet; convert it or name another file")
-    # Late: it takes over a second to import, which a wrong path needn't wait for.
-    import datasets
-
-    kind = _FORMATS[file.suffix]
-    quiet, loud = not datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
-    datasets.disable_progress_bar()
-    # What fails is said below, once.
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        with tempfile.TemporaryDirectory() as cache:
-            return datasets.load_dataset(
-                kind, data_files=[str(name) for name in files], split="train", cache_dir=cache, keep_in_memory=True
-            )
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        # A damaged Parquet file is a ValueError of pyarrow's, which doesn't name it.
-        reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
-        expected = "one object per line" if kind == "json" else "a whole Parquet file"
-        raise ValueError(f"{file}: not readable as {kind} ({reason}); expected {expected}") from None
-    finally:
-        datasets.logging.set_verbosity(loud)
-        if not quiet:
-            datasets.enable_progress_bar()
+        if file.suffix == ".parquet":
+            import pyarrow.parquet
+
+            return pyarrow.parquet.read_table(file).to_pylist()
+        with file.open(encoding="utf-8") as lines:
+            return [_object(line) for line in lines if line.strip()]
+    except ValueError as error:
+        # Of JSON, of UTF-8, or of pyarrow, which doesn't name the file.
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file}: not readable ({reason}); expected {_FORMATS[file.suffix]}") from None
 
 
-def _rows(source: str, table: Any, columns: list[str]) -> Iterator[list[Any]]:
-    """The values of the columns that are wanted, row by row."""
-    # A column's own name may hold a dot.
-    paths = {name: [name] if name in table.column_names else name.split(".") for name in columns}
-    missing = [name for name, path in paths.items() if path[0] not in table.column_names]
-    if missing:
-        raise ValueError(
-            f"{source}: no {missing}, only {table.column_names}; set task.dataset.question_column and answer_column"
-        )
-    try:
-        for row in table.select_columns(list(dict.fromkeys(path[0] for path in paths.values()))):
-            yield [_nested(source, name, row[paths[name][0]], paths[name][1:]) for name in columns]
-    except UnicodeDecodeError as error:
-        # Texts are decoded as they are asked for.
-        raise ValueError(f"{source}: not UTF-8 ({error}); convert it, with iconv for example") from None
+def _object(line: str) -> dict[str, Any]:
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"{line[:60]!r} is no object")
+    return row
 
 
-def _nested(source: str, name: str, value: Any, path: list[str]) -> Any:
-    for index, key in enumerate(path):
-        if isinstance(value, list):
-            return [_nested(source, name, item, path[index:]) for item in value]
-        if not isinstance(value, dict) or key not in value:
-            there = sorted(value) if isinstance(value, dict) else type(value).__name__
+def _value(source: str, name: str, row: Any) -> Any:
+    """What the column of this name holds in a row: dots lead into nested columns, unless its own name has them."""
+    if isinstance(row, dict) and name in row:
+        return row[name]
+    for key in name.split("."):
+        if isinstance(row, list):
+            row = [_value(source, key, item) for item in row]
+            continue
+        if not isinstance(row, dict) or key not in row:
+            there = sorted(row) if isinstance(row, dict) else type(row).__name__
             raise ValueError(f"{source}: column {name!r}: no {key!r} in it, only {there}; name one of these")
-        value = value[key]
-    return value
+        row = row[key]
+    return row

@@ -90,7 +90,7 @@ class ReasoningGymTask(ProceduralTask):
     def few_shot(self, prompt: Prompt, shots: int, seed: int) -> Prompt:
         """As in `Task`. Raises ValueError as `worked` does."""
         if shots:
-            self._check_answers([self._locate(prompt)[0]])
+            self._check_answers([prompt.id.split("/")[1]])
         return super().few_shot(prompt, shots, seed)
 
     def verify(self, prompt: Prompt, text: str) -> Verdict:
@@ -115,7 +115,7 @@ class ReasoningGymTask(ProceduralTask):
     def _right(self, prompt: Prompt, written: str) -> bool:
         from reasoning_gym import get_score_answer_fn
 
-        family, _ = self._locate(prompt)
+        family = prompt.id.split("/")[1]
         score = get_score_answer_fn(family)
         entry = self._by_group[family][prompt.group]
         # The package's own reference needs no scorer, also where its text would not be let through.

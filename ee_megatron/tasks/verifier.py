@@ -1,23 +1,29 @@
 """Verdicts from processes that can be killed: no answer, however odd, holds a run up for longer than its deadline.
 
-What such a process sends back is a line of text (worker.py) and never unpickled: an answer may have got hold of it.
+A process receives a task and then answers, pickled. An answer may have got hold of it, so that what it sends back is
+never unpickled: lines of text, KIND NUMBER CONTENT. KIND is ready or failed (0, and why); then for each answer (1, 2,
+...) verdict, with the verdict's fields (1100), or error, with the exception's text.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import itertools
 import logging
 import os
 import pickle
 import re
+import resource
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, fields
 from functools import partial
-from multiprocessing.connection import wait
 
 from ..types import Prompt
 from .base import Task, Verdict
@@ -27,70 +33,9 @@ START_TIMEOUT_S = 60.0
 DEFAULT_MEMORY_MB = 4096
 LONGEST_LINE = 4096
 TIMED_OUT = Verdict(correct=False, well_formed=False, answered=False, timed_out=True)
-_START = "from ee_megatron.tasks.worker import main; main()"
+_START = "from ee_megatron.tasks.verifier import main; main()"
+_FLAGS = re.compile(f"[01]{{{len(fields(Verdict))}}}")
 log = logging.getLogger(__name__)
-
-
-class _Worker:
-    """One verifier process, its connection, and what it is doing: `item` is the index it works on, None while idle."""
-
-    def __init__(self, task: bytes, deadline_s: float, memory_mb: int) -> None:
-        self.connection, theirs = socket.socketpair()
-        self.heard, self.given = b"", 0
-        self.deadline_s = deadline_s
-        self.ready = False
-        self.item: int | None = None
-        self.until = time.monotonic() + START_TIMEOUT_S
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-        # Not multiprocessing's own start: that imports the parent's main module again, and with it torch.
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _START, str(theirs.fileno()), str(deadline_s), str(memory_mb)],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env=environment,
-        )
-        theirs.close()
-        self._send(task, START_TIMEOUT_S)
-
-    @property
-    def busy(self) -> bool:
-        """Whether an answer, or its readiness, is to be waited for."""
-        return self.item is not None or not self.ready
-
-    def give(self, index: int, item: tuple[Prompt, str]) -> None:
-        self.item, self.until = index, time.monotonic() + self.deadline_s
-        self.given += 1
-        self._send(pickle.dumps(item), self.deadline_s)
-
-    def _send(self, data: bytes, patience_s: float) -> None:
-        # If it died, the connection reads as ended, which is where deaths are dealt with; if it doesn't read, it misses
-        # its deadline.
-        with contextlib.suppress(OSError):
-            self.connection.settimeout(patience_s)
-            self.connection.sendall(data)
-
-    def hear(self) -> tuple[str, str] | None:
-        """Kind and content of the line that it owes, None until there is all of it. Raises EOFError if it died,
-        ValueError for anything else that it sends."""
-        if not (data := self.connection.recv(LONGEST_LINE)):
-            raise EOFError
-        self.heard += data
-        line, end, rest = self.heard.partition(b"\n")
-        if rest or len(line) > LONGEST_LINE:
-            raise ValueError("more than a line")
-        if not end:
-            return None
-        self.heard = b""
-        kind, number, value = line.decode().split(" ", 2)
-        if kind not in (("verdict", "error") if self.ready else ("ready", "failed")) or number != str(self.given):
-            raise ValueError(f"{kind} {number}")
-        return kind, value
-
-    def stop(self) -> None:
-        self.connection.close()
-        self.process.kill()
-        self.process.wait()
 
 
 class VerifierPool:
@@ -115,36 +60,54 @@ class VerifierPool:
         self.failures = 0
         self.task_name = task.name
         self._start = partial(_Worker, pickle.dumps(task), deadline_s, memory_mb)
-        self._workers = [self._start() for _ in range(workers)]
+        self._idle = [self._start() for _ in range(workers)]
         self._closed = False
 
     def verify_many(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
         """Verdicts on (prompt, answer) pairs, in their order."""
         if self._closed:
             raise RuntimeError("the verifier pool is closed; make a new one")
-        verdicts: list[Verdict | None] = [None] * len(items)
-        waiting = iter(range(len(items)))
-        left = len(items)
-        # A process that something else ended between two calls costs no answer.
-        self._replace(lambda worker: worker.ready and worker.process.poll() is not None)
+        # A thread for each process, so that there is always an idle process for a thread.
+        with ThreadPoolExecutor(len(self._idle)) as threads:
+            settling = [threads.submit(self._verify, item) for item in items]
+            try:
+                settled = [future.result() for future in settling]
+            except BaseException:
+                threads.shutdown(cancel_futures=True)
+                raise
+        errors = [error for _, error in settled if error is not None]
+        if errors and self.failures == 0:
+            log.warning("a verifier raised %r; such answers count as timed out", errors[0])
+        self.failures += len(errors)
+        self.timeouts += sum(verdict.timed_out for verdict, _ in settled) - len(errors)
+        return [verdict for verdict, _ in settled]
+
+    def _verify(self, item: tuple[Prompt, str]) -> tuple[Verdict, str | None]:
+        """A verdict, and the text of the exception that `verify` raised, if it did."""
+        worker = self._idle.pop()
         try:
-            while left:
-                for worker in self._workers:
-                    if worker.ready and worker.item is None and (index := next(waiting, None)) is not None:
-                        worker.give(index, items[index])
-                left -= self._collect(verdicts)
-        except BaseException:
-            # Verdicts still under way would be taken for those of the next call.
-            self._replace(lambda worker: worker.busy)
-            raise
-        return [verdict if verdict is not None else TIMED_OUT for verdict in verdicts]
+            # A process that something else ended between two answers costs none.
+            if worker.ready and worker.process.poll() is not None:
+                worker = self._replace(worker)
+            if not worker.ready:
+                worker.wait_until_ready()
+            try:
+                return worker.verify(item)
+            except (EOFError, OSError, ValueError):
+                worker = self._replace(worker)
+                return TIMED_OUT, None
+        finally:
+            self._idle.append(worker)
+
+    def _replace(self, worker: _Worker) -> _Worker:
+        worker.stop()
+        return self._start()
 
     def close(self) -> None:
         """End the processes. Safe to call twice."""
-        if not self._closed:
-            self._closed = True
-            for worker in self._workers:
-                worker.stop()
+        self._closed = True
+        for worker in self._idle:
+            worker.stop()
 
     def __enter__(self) -> VerifierPool:
         return self
@@ -152,72 +115,139 @@ class VerifierPool:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _collect(self, verdicts: list[Verdict | None]) -> int:
-        """Wait for the next event, at most until the next deadline; the number of answers that are now settled."""
-        active = {w.connection: i for i, w in enumerate(self._workers) if w.busy}
-        nearest = min(self._workers[i].until for i in active.values())
-        spoke = wait(list(active), timeout=max(0.0, nearest - time.monotonic()))
-        settled = 0
-        for connection in spoke:
-            assert isinstance(connection, socket.socket)
-            settled += self._receive(active[connection], verdicts)
-        for index in active.values():
-            worker = self._workers[index]
-            if worker.busy and time.monotonic() > worker.until:
-                settled += self._lose(index, verdicts, "missed the deadline")
-        return settled
 
-    def _receive(self, index: int, verdicts: list[Verdict | None]) -> int:
-        worker = self._workers[index]
+class _Worker:
+    """One verifier process and its connection."""
+
+    def __init__(self, task: bytes, deadline_s: float, memory_mb: int) -> None:
+        self.connection, theirs = socket.socketpair()
+        self.deadline_s = deadline_s
+        self.answers = 0
+        self.ready = False
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        # Not multiprocessing's own start: that imports the parent's main module again, and with it torch.
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _START, str(theirs.fileno()), str(deadline_s), str(memory_mb)],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=environment,
+        )
+        theirs.close()
+        # If it dies at once, that is found where its readiness is waited for.
+        with contextlib.suppress(OSError):
+            self.connection.settimeout(START_TIMEOUT_S)
+            self.connection.sendall(task)
+
+    def wait_until_ready(self) -> None:
+        """Raises RuntimeError if the process does not start."""
         try:
-            heard = worker.hear()
-            if heard is None:
-                return 0
-            kind, value = heard
-            verdict = TIMED_OUT if kind != "verdict" else verdict_of(value)
-        except (EOFError, OSError):
-            return self._lose(index, verdicts, "died")
-        except ValueError:
-            return self._lose(index, verdicts, "said what no verifier says")
-        if kind == "failed":
-            raise RuntimeError(f"a verifier process can't start: {value}")
-        if kind == "ready":
-            worker.ready = True
-            return 0
-        assert worker.item is not None
-        if kind == "error":
-            if self.failures == 0:
-                log.warning("a verifier raised %r; such answers count as timed out", value)
-            self.failures += 1
-        verdicts[worker.item] = verdict
-        worker.item = None
-        return 1
-
-    def _lose(self, index: int, verdicts: list[Verdict | None], how: str) -> int:
-        """Kill and replace a process; its answer, if it had one, is settled as timed out."""
-        worker = self._workers[index]
-        worker.stop()
-        if not worker.ready:
+            kind, content = self._hear("ready", "failed", time.monotonic() + START_TIMEOUT_S)
+        except (EOFError, OSError, ValueError) as error:
+            self.stop()
             raise RuntimeError(
-                f"a verifier process {how} while starting (exit code {worker.process.returncode}, "
-                f"{START_TIMEOUT_S:.0f} s allowed); its messages are on standard error"
-            )
-        self._workers[index] = self._start()
-        if worker.item is None:
-            return 0
-        self.timeouts += 1
-        verdicts[worker.item] = TIMED_OUT
-        return 1
+                f"a verifier process ended or hung while starting ({type(error).__name__}, exit code "
+                f"{self.process.returncode}, {START_TIMEOUT_S:.0f} s allowed); its messages are on standard error"
+            ) from None
+        if kind == "failed":
+            raise RuntimeError(f"a verifier process can't start: {content}")
+        self.ready = True
 
-    def _replace(self, which: Callable[[_Worker], bool]) -> None:
-        for index, worker in enumerate(self._workers):
-            if which(worker):
-                worker.stop()
-                self._workers[index] = self._start()
+    def verify(self, item: tuple[Prompt, str]) -> tuple[Verdict, str | None]:
+        """The verdict on an answer, and the text of the exception that `verify` raised, if it did.
+
+        Raises OSError if the process misses the deadline, EOFError if it died, ValueError if it says anything else.
+        """
+        until = time.monotonic() + self.deadline_s
+        self.answers += 1
+        self.connection.settimeout(self.deadline_s)
+        self.connection.sendall(pickle.dumps(item))
+        kind, content = self._hear("verdict", "error", until)
+        if kind == "error":
+            return TIMED_OUT, content
+        if not _FLAGS.fullmatch(content):
+            raise ValueError(f"{content!r} is no verdict")
+        return Verdict(*(flag == "1" for flag in content)), None
+
+    def _hear(self, good: str, bad: str, until: float) -> tuple[str, str]:
+        """Kind, one of the two that may come now, and content of the next line."""
+        line = b""
+        while not line.endswith(b"\n"):
+            self.connection.settimeout(max(0.001, until - time.monotonic()))
+            if not (data := self.connection.recv(LONGEST_LINE)):
+                raise EOFError
+            line += data
+            if len(line) > LONGEST_LINE:
+                raise ValueError("more than a line")
+        found = re.fullmatch(rf"({good}|{bad}) {self.answers} (.*)\n", line.decode())
+        if found is None:
+            raise ValueError(f"{line!r} is no answer")
+        return found[1], found[2]
+
+    def stop(self) -> None:
+        self.connection.close()
+        self.process.kill()
+        self.process.wait()
 
 
-def verdict_of(text: str) -> Verdict:
-    """From its fields, 0 or 1 each. Raises ValueError for anything else."""
-    if not re.fullmatch(f"[01]{{{len(fields(Verdict))}}}", text):
-        raise ValueError(f"{text!r} is no verdict")
-    return Verdict(*(flag == "1" for flag in text))
+# ---- in the process ----
+
+# A scorer that evaluates an answer runs what the model wrote. This is no sandbox, but an answer that gets so far
+# neither writes a file nor starts a program nor opens a connection.
+_REFUSED = (
+    "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pty.", "os.remove", "os.rename",
+    "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "shutil.", "socket.",
+    "ctypes.dlopen", "urllib.",
+)  # fmt: skip
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+
+def _refuse(event: str, arguments: tuple[object, ...]) -> None:
+    """An audit hook (PEP 578). Raises PermissionError, which imports take for a directory that can't be written to."""
+    if event == "open":
+        mode, flags = str(arguments[1] or ""), arguments[2]
+        if not set(mode) & set("wax+") and not (isinstance(flags, int) and flags & _WRITING):
+            return
+    elif not event.startswith(_REFUSED):
+        return
+    raise PermissionError(f"a verifier may not do this: {event}")
+
+
+def main() -> None:
+    """Arguments: the connection's descriptor, the deadline of one answer in seconds, memory in MiB (0: no limit)."""
+    descriptor, deadline_s, memory = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]) << 20
+    if memory:
+        # Memory that the process fills itself, not the libraries that it maps.
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    # Ctrl-C reaches the whole terminal group; the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    source = open(descriptor, "rb")  # noqa: SIM115
+    try:
+        task = pickle.load(source)
+        task.warm_up()
+    except Exception as error:
+        os.write(descriptor, _line("failed", 0, f"{type(error).__name__}: {error}"))
+        return
+    os.write(descriptor, _line("ready", 0, ""))
+    silence = os.open(os.devnull, os.O_WRONLY)
+    sys.addaudithook(_refuse)
+    for number in itertools.count(1):
+        try:
+            prompt, text = pickle.load(source)
+        except (EOFError, OSError):
+            return
+        # If the parent is gone, nobody ends a verifier that hangs: this timer needs no interpreter to do so.
+        faulthandler.dump_traceback_later(2 * deadline_s + 10, exit=True, file=silence)
+        try:
+            reply = _line("verdict", number, "".join("01"[bool(flag)] for flag in astuple(task.verify(prompt, text))))
+        except Exception as error:
+            reply = _line("error", number, f"{type(error).__name__}: {error}")
+        faulthandler.cancel_dump_traceback_later()
+        try:
+            os.write(descriptor, reply)
+        except OSError:
+            return
+
+
+def _line(kind: str, number: int, said: str) -> bytes:
+    return f"{kind} {number} {' '.join(said.split())[:300]}\n".encode(errors="replace")

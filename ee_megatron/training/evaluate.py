@@ -42,7 +42,7 @@ from ..rollout.engine.request import GenerationRequest, Progress
 from ..rollout.engine.sampling import SamplingParams
 from ..rollout.engine.scoring import Inspection
 from ..rollout.pool.interface import TEACHER, RolloutPool
-from ..tasks.base import StyledTask
+from ..tasks.chains import ChainTask
 from ..tensors import HeldStream
 from ..types import Prompt, Rollout
 from . import stages
@@ -331,7 +331,7 @@ def styles_part(
     measurer: Measurer, known: Sequence[Reference], *, models: Sequence[str], checkpoints: Mapping[str, Path]
 ) -> Part:
     """Which style `models` answer in, sampled as RL samples: the problems of the families that RL answers."""
-    cfg, spec, task = measurer.context.cfg, measurer.context.spec, cast(StyledTask, measurer.task)
+    cfg, spec, task = measurer.context.cfg, measurer.context.spec, cast(ChainTask, measurer.task)
     rl, found, wanted = cfg.rl, dict[str, Any](), cfg.evaluate.style_choice
     assert wanted is not None
     problems = prompts_of(measurer.test, rl.families)

@@ -21,7 +21,7 @@ from ee_megatron.report.results import Results
 from ee_megatron.report.runs import report_run
 from ee_megatron.rollout import LocalPool, SamplingParams
 from ee_megatron.tasks import VerifierPool
-from ee_megatron.tasks.hops import HopsTask
+from ee_megatron.tasks.chains import HopsTask
 from ee_megatron.training import stages
 from ee_megatron.training.evaluate import evaluate
 from tests.covering import EXTENDED, SLOW
@@ -143,12 +143,12 @@ def test_forced_answers_have_the_style_and_one_prompts_answers_differ(settings):
         bench = ChoiceBench(pool, verifier, task, sampling, LAYERS, False, ANSWERS)
         (prompt,) = by_family(task.prompts("evaluation"))["hop3"][:1]
         wanted = cycled([prompt], ANSWERS)
-        sets = {("hop3", s): [replace(p, prefill=task.opening(s)) for p in wanted] for s in STYLES}
+        sets = {("hop3", s): [replace(p, prefill=task.openings[s]) for p in wanted] for s in STYLES}
         answers = bench.ask({("hop3", "free"): wanted, **sets}, Off())
     for style in STYLES:
         found = Counter(task.style_of(a.prompt, a.rollout.text) for a in answers["hop3", style])
         assert found[style] > ANSWERS / 2 and set(found) <= {style, None}
-        assert all(a.rollout.text.startswith(task.opening(style)) for a in answers["hop3", style])
+        assert all(a.rollout.text.startswith(task.openings[style]) for a in answers["hop3", style])
     texts = {a.rollout.text for a in answers["hop3", "free"]}
     assert len(texts) > 2, "the same prompt, other random numbers"
     for answer in answers["hop3", "steps"]:

@@ -16,7 +16,7 @@ from ee_megatron.externalise.study import depth_of_hops
 from ee_megatron.report.tables import choice_tables, corrupted_table, forced_table, free_table
 from ee_megatron.rollout.engine.sampling import SamplingParams
 from ee_megatron.sweeps.run_metrics import styles_of_answers
-from ee_megatron.tasks.hops import HopsTask
+from ee_megatron.tasks.chains import HopsTask
 from ee_megatron.training.evaluate import choosing
 from ee_megatron.types import Prompt, Rollout
 from tests.by_hand import a_rollout

@@ -48,7 +48,7 @@ def test_worked_answers_are_right_in_every_style(name: str, gap: int) -> None:
         assert len(states) == int(prompt.task[-1]) and prompt.answer == states[-1] and prompt.group == prompt.text
         verdict = task.verify(prompt, answer + "\n2nd line")
         assert verdict.correct and verdict.well_formed
-        (style,) = [style for style in task.styles if answer.startswith(task.opening(style))]
+        (style,) = [style for style in task.styles if answer.startswith(task.openings[style])]
         assert task.style_of(prompt, answer) == style and answer == task.written(states, style)
         seen[style, prompt.task] += 1
         numbers = re.findall("[0-9]" if name == "hops" else "[0-9]+", answer)
@@ -133,7 +133,7 @@ def test_a_wrong_first_step_leads_to_a_wrong_answer(name: str) -> None:
             continue
         opening, end = found
         wrong = opening[2:] if name == "hops" else opening.removeprefix(" First ")
-        assert opening.startswith(task.opening("steps")) and wrong != walked(task, prompt.text)[0]
+        assert opening.startswith(task.openings["steps"]) and wrong != walked(task, prompt.text)[0]
         rest = prompt.text[1:-1] + wrong
         if name == "sums":
             rest = prompt.text.split(", ", 1)[1].rpartition(", from ")[0] + f", from {wrong}"

@@ -15,28 +15,25 @@ from pathlib import Path
 import pytest
 
 from ee_megatron.config.schema import TaskConfig
-from ee_megatron.tasks import Split, Verdict, VerifierPool, make_task
+from ee_megatron.tasks import Task, Verdict, VerifierPool, make_task
 from ee_megatron.types import Prompt
 
 PROMPT = Prompt("p", "Question: 3 x 8?\nAnswer:", "24", "hostile")
 
 
 @dataclass
-class HostileTask:
+class HostileTask(Task):
     """Does what the answer says."""
 
     name: str = "hostile"
     broken: bool = False
 
+    def __getstate__(self) -> dict:
+        return self.__dict__
+
     def warm_up(self) -> None:
         if self.broken:
             raise OSError("no calculator here")
-
-    def prompts(self, split: Split) -> list[Prompt]:
-        return [PROMPT]
-
-    def few_shot(self, prompt: Prompt, shots: int, seed: int) -> Prompt:
-        return prompt
 
     def verify(self, prompt: Prompt, text: str) -> Verdict:
         if text == "sleep":
@@ -78,12 +75,12 @@ def test_hung_and_dead_verifiers_are_replaced_within_the_deadline_and_the_rest_i
 
 def test_a_verifier_that_eats_memory_is_stopped_at_its_limit_and_the_step_ends_on_time() -> None:
     texts = ["24", "eat", "24", "eat", "sleep", "23"]
-    with VerifierPool(HostileTask(), workers=2, deadline_s=5, memory_mb=512) as pool:
+    with VerifierPool(HostileTask(), workers=2, deadline_s=5, memory_mb=256) as pool:
         pool.verify_many([(PROMPT, "24")])
         begun = time.monotonic()
         verdicts = pool.verify_many([(PROMPT, text) for text in texts])
         took = time.monotonic() - begun
-        # Half a gigabyte is filled long before the deadline: these failed on memory, not on time.
+        # A quarter of a gigabyte is filled long before the deadline: these failed on memory, not on time.
         assert (pool.failures, pool.timeouts) == (2, 1)
     assert [v.timed_out for v in verdicts] == [False, True, False, True, True, False]
     assert [v.correct for v in verdicts] == [True, False, True, False, False, False]
@@ -162,7 +159,7 @@ def test_a_verifier_that_reads_no_more_costs_one_verdict() -> None:
 def test_a_verifier_killed_from_outside_while_idle_is_replaced_without_losing_an_answer() -> None:
     with VerifierPool(HostileTask(), deadline_s=20) as pool:
         assert pool.verify_many([(PROMPT, "24")])[0].correct
-        process = pool._workers[0].process
+        process = pool._idle[0].process
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         verdicts = pool.verify_many([(PROMPT, "24"), (PROMPT, "24")])
@@ -202,7 +199,7 @@ def test_large_answers_pass_through() -> None:
 
 def test_closing_ends_the_processes_and_a_closed_pool_says_so() -> None:
     pool = VerifierPool(HostileTask(), workers=2)
-    processes = [worker.process for worker in pool._workers]
+    processes = [worker.process for worker in pool._idle]
     pool.close()
     pool.close()
     assert all(process.poll() is not None for process in processes)

@@ -19,21 +19,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-QWEN_7B = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
+SHAPE = "DeepSeek-R1-Distill-Qwen-7B"
 
 
 def write_model(folder: Path, layers: int, shard_bytes: int = 4 << 30) -> None:
@@ -43,8 +29,10 @@ def write_model(folder: Path, layers: int, shard_bytes: int = 4 << 30) -> None:
 
     from ee_megatron.checkpoint.store import SafetensorsWriter
     from ee_megatron.families import dims_from_config
+    from ee_megatron.planning.plan import published_config
 
-    config = {**QWEN_7B, "num_hidden_layers": layers}
+    own = {"architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": layers, "torch_dtype": "bfloat16"}
+    config = {**published_config(SHAPE), **own}
     shapes = dims_from_config(config).tensor_shapes()
     shards: list[list[str]] = [[]]
     used = 0

@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from ..config.identity import STAGES
 from ..config.load import Attempt, load
 from ..config.schema import RunConfig
 from ..config.validate import check_name
-from ..observe.lock import RunLock
 from ..training.preflight import Preflight
 from .grid import read_grid
 from .slurm import minutes_of, queued, submit
@@ -32,14 +30,13 @@ examples:
   ee-megatron sweep experiment=demo_cpu rl.depth_penalty.weight=0,0.3,1 seed=1,2,3 --name front --dry-run
   ee-megatron sweep sweep=lambda_front --executor slurm --slurm partition=gpu --slurm time=8:00:00
   ee-megatron sweep experiment=demo_cpu rl.depth_penalty.weight=2 seed=1,2,3 --name front --extend
-  ee-megatron sweep status front --watch
+  ee-megatron sweep status front
   ee-megatron sweep collect front
 
 A comma separates values of an axis, unless it stands in brackets or quotes: task.families=[sum,word] is one value,
 task.families=[sum],[sum,word] two. range(start,stop,step) leaves out its stop. `seed` stands for calibrate.seed and
 rl.seed. The same command again resumes: finished runs are skipped, stopped and killed ones continued.
 """
-WATCH_S = 5.0
 FIGURES = ("accuracy", "mean_depth", "reward", "loss")
 
 
@@ -54,7 +51,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="ee-megatron sweep",
         description="A grid of runs: checked as a whole, shared stages made once, one table.",
-        usage="%(prog)s key=a,b,c ... [options]\n       %(prog)s status NAME [--watch]\n       %(prog)s collect NAME",
+        usage="%(prog)s key=a,b,c ... [options]\n       %(prog)s status NAME\n       %(prog)s collect NAME",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -108,9 +105,8 @@ def _sweep(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as held:
         if not on_slurm:
             sweep.directory.mkdir(parents=True, exist_ok=True)
-            lock = RunLock(sweep.directory / ".lock")
-            lock.acquire()
-            held.callback(lock.release)
+            sweep.lock.acquire()
+            held.callback(sweep.lock.release)
         sweep.save()
         for run in sweep.runs:
             # Finished before this sweep existed, or killed before it wrote them.
@@ -157,25 +153,17 @@ def _look(command: str, *arguments: str) -> int:
     parser.add_argument("--last", default="", choices=list(STAGES), help="of several sweeps, the one up to this stage")
     if command == "collect":
         parser.add_argument("--out", type=Path, metavar="DIR", help="for the tables (default: the sweep's directory)")
-    else:
-        parser.add_argument("--watch", action="store_true", help=f"again every {WATCH_S:g} s, until nothing runs")
     options = parser.parse_args(arguments)
     sweep = find_sweep(options.name, options.runs, options.last)
     if command == "collect":
         # Late: pandas takes a second to import.
         from .run_metrics import collect
 
-        print(*collect(sweep, options.out), sep="\n")
+        print(collect(sweep, options.out))
         return 0
-    while True:
-        queue = queued(sweep)
-        if options.watch and sys.stdout.isatty():
-            print("\033[2J\033[H", end="")
-        print(sweep.directory, listing(sweep, queue), sweep.counts(queue), sep="\n", flush=True)
-        busy = any(sweep.task_state(task, queue) in (RUNNING, QUEUED) for task in sweep.tasks.values())
-        if not options.watch or not busy:
-            return 0
-        time.sleep(WATCH_S)
+    queue = queued(sweep)
+    print(sweep.directory, listing(sweep, queue), sweep.counts(queue), sep="\n")
+    return 0
 
 
 def listing(sweep: Sweep, queue: dict[str, str], starting: Sequence[StageTask] = ()) -> str:

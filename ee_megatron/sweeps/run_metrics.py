@@ -6,7 +6,6 @@ FLOPs of RL and of answers are those that the stages counted themselves, from th
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -182,25 +181,12 @@ def _cell(value: Any) -> Any:
     return str(value) if isinstance(value, list | dict) else value
 
 
-def collect(sweep: Sweep, out: Path | None = None) -> tuple[Path, Path]:
-    """Write table.csv and table.parquet into `out`, or the sweep's directory; returns their paths.
-
-    CSV has numbers by repr, so that they read back exactly; what is missing is empty. In Parquet a column is whole
-    numbers, numbers or, where values are of several kinds, text.
-    """
-    table, folder, parquet = rows(sweep), out or sweep.directory, io.BytesIO()
+def collect(sweep: Sweep, out: Path | None = None) -> Path:
+    """Write table.csv into `out`, or the sweep's directory, and return its path. Numbers are by repr, so that they read
+    back exactly; what is missing is empty."""
+    table, folder = rows(sweep), out or sweep.directory
     names = [*dict.fromkeys(name for row in table for name in row if name != "error"), "error"]
     folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / "table.csv", folder / "table.parquet"
     text = pd.DataFrame(table, columns=names, dtype=object).to_csv(index=False, lineterminator="\n")
-    write_atomic(paths[0], text)
-    pd.DataFrame({name: _column([row.get(name) for row in table]) for name in names}).to_parquet(parquet, index=False)
-    write_atomic(paths[1], parquet.getvalue())
-    return paths
-
-
-def _column(values: list[Any]) -> Any:
-    kinds = {type(value) for value in values if value is not None}
-    if kinds and kinds <= {int, float}:
-        return pd.array(values, dtype="Int64" if kinds == {int} else "Float64")
-    return pd.array([value if value is None else str(value) for value in values], dtype="string")
+    write_atomic(folder / "table.csv", text)
+    return folder / "table.csv"

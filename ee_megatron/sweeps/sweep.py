@@ -4,8 +4,7 @@ A run's stages form a chain, and runs with equal settings upstream have equal st
 stages that the same runs need: shared ones come first, each run's own stretch last. Files, each whole or not there:
 
 <runs>/<name>/sweep-<hash>/   manifest.json, tasks/<task>.json (`TaskRecord`), results/<run>.json, submitted.json (Slurm
-                              jobs), logs/<task>.log, table.csv, table.parquet
-<runs>/<name>/.locks/         one lock for each stage directory, held while a sweep makes the stage
+                              jobs), logs/<task>.log, .lock (held by a local sweep at work), table.csv
 """
 
 from __future__ import annotations
@@ -15,13 +14,12 @@ import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from ..config.aliases import modern
 from ..config.cluster import job_shape
 from ..config.errors import lines_of, refuse
 from ..config.identity import stage_dir, stage_order
@@ -103,6 +101,7 @@ class Sweep:
 
     def __post_init__(self) -> None:
         self.tasks = cut(self.runs)
+        self.lock = RunLock(self.directory / ".lock")
 
     @property
     def ids(self) -> set[str]:
@@ -130,20 +129,13 @@ class Sweep:
     def path(self, step: RunStage) -> Path:
         return self.directory.parent / step.directory
 
-    def lock(self, step: RunStage) -> RunLock:
-        """Held by the sweep that makes the stage. Beside the stage's own lock, which refuses at once: for this one
-        other tasks and sweeps wait."""
-        (self.directory.parent / ".locks").mkdir(parents=True, exist_ok=True)
-        return RunLock(self.directory.parent / ".locks" / step.directory)
-
     def is_done(self, what: StageTask | SweepRun) -> bool:
         return all((self.path(step) / DONE).is_file() for step in what.steps)
 
     def record(self, key: str) -> TaskRecord | None:
         """None before the task's first start."""
         found = _read(self.directory / "tasks" / f"{key}.json")
-        known = {each.name for each in fields(TaskRecord)}
-        return None if found is None else TaskRecord(**{name: value for name, value in found.items() if name in known})
+        return None if found is None else TaskRecord(**found)
 
     def write_record(self, key: str, record: TaskRecord) -> None:
         _write(self.directory / "tasks" / f"{key}.json", asdict(record))
@@ -165,13 +157,13 @@ class Sweep:
     # ---- states ----
 
     def task_state(self, task: StageTask, queue: Mapping[str, str] | None = None) -> str:
-        """By what is on disk: a task whose record says that it is running is believed while one of its stages' locks is
-        held. `queue`: what Slurm has of the tasks (slurm.queued)."""
+        """By what is on disk and, in `queue`, what Slurm has of the tasks (slurm.queued). A record of a running task is
+        believed while a local sweep holds the lock."""
         if self.is_done(task):
             return FINISHED
         record, there = self.record(task.key), (queue or {}).get(task.key)
         claims = record is not None and record.state == RUNNING
-        if there == "RUNNING" or (claims and any(self.lock(step).is_held() for step in task.steps)):
+        if there == "RUNNING" or (claims and self.lock.is_held()):
             return RUNNING
         if there:
             return QUEUED
@@ -255,7 +247,7 @@ def resolve(grid: Grid, last: str, check: Callable[[RunConfig], None]) -> Sweep:
             ident = steps[-1].directory.rsplit("-", 1)[1]
             if ident in runs:
                 raise ValueError(f"the same run as {names[ident]}: what differs does not change a result")
-            names[ident], runs[ident] = name, SweepRun(ident, renamed(settings), overrides, steps)
+            names[ident], runs[ident] = name, SweepRun(ident, settings, overrides, steps)
         except (ValueError, FileNotFoundError) as error:
             for line in lines_of(error):
                 errors[line].append(name)
@@ -265,18 +257,6 @@ def resolve(grid: Grid, last: str, check: Callable[[RunConfig], None]) -> Sweep:
     )
     digest = hashlib.sha256(" ".join([last, *sorted(runs)]).encode()).hexdigest()[:8]
     return Sweep(home / f"sweep-{digest}", last, list(runs.values()))
-
-
-def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by the names of today, so that points given by older ones have the same columns."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        try:
-            found |= {name: new for name, new, _ in modern(key, value, told=False)}
-        except ValueError:
-            # Removed since, and this run has another value than the one that is left.
-            found[key] = value
-    return found
 
 
 def _step(cfg: RunConfig, stage: str) -> RunStage:
@@ -302,17 +282,10 @@ def open_sweep(directory: Path) -> Sweep:
         raise FileNotFoundError(f"{directory}: no {MANIFEST} there; expected a sweep's directory")
     try:
         data = json.loads(file.read_text())
-        if data["format"] not in (1, 2):
+        if data["format"] != 2:
             raise ValueError(f"format {data['format']}, by another version of ee-megatron")
-        tasks = {task["key"]: task for task in data.get("tasks", ())}
-        for run in data["runs"]:
-            # In format 1 runs name their tasks, and these their stages.
-            for task in (tasks[key] for key in run.pop("tasks", ())):
-                shape = task["nodes"], task["slots"], task["gpus"]
-                run.setdefault("steps", []).extend((*step, *shape) for step in task["stages"])
-            run["steps"] = [RunStage(*step) for step in run["steps"]]
-            run["settings"] = renamed(run["settings"])
-        return Sweep(directory, data["last"], [SweepRun(**run) for run in data["runs"]])
+        runs = [SweepRun(**run | {"steps": [RunStage(*step) for step in run["steps"]]}) for run in data["runs"]]
+        return Sweep(directory, data["last"], runs)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file}: not a sweep's manifest ({error}); start the sweep again to write it") from None
 
@@ -346,10 +319,9 @@ def placed(new: Sweep, extend: bool) -> Sweep:
     is a part of it. Others are added with `extend` only. Nothing is written. Raises ValueError for others without it.
     """
     name = new.directory.parent
-    found = sweeps_in(name, new.last)
-    if not found:
+    old = next(iter(sweeps_in(name, new.last)), None)
+    if old is None:
         return new
-    old = max(found, key=lambda sweep: (sweep.ids <= new.ids or new.ids <= sweep.ids, len(sweep.runs)))
     if not (extend or old.ids <= new.ids or new.ids <= old.ids):
         raise ValueError(
             f"{name} has a sweep of {len(old.runs)} run(s) up to {new.last}, and {len(new.ids - old.ids)} of these "

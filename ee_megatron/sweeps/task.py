@@ -4,6 +4,7 @@ this machine. Killed at any moment, a task resumes from its stages' checkpoints 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import signal
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -43,11 +44,10 @@ LOCK_DEADLINE_S = 12 * 3600.0
 """For a stage that another task or sweep is making."""
 GRACE_S = 60.0
 """From the request to stop to the end of a stage that does not heed it. A step's learning may take as long."""
-BEAT_S = 5.0
+BEAT_S, POLL_S = 5.0, 1.0
+"""How often the time that a stage has taken is written down, and a stage that another process makes is looked at."""
 LAST_LINES = 200
 CLUSTER_STAGE = '. slurm/common.sh || exit 2; run_stage "$@"'
-_mutexes: dict[str, threading.Lock] = {}
-"""A `RunLock` is a process's: these are for this process's threads."""
 _loading = threading.Lock()
 """Hydra has one configuration at a time."""
 
@@ -81,11 +81,10 @@ def run_task(
         # What the tasks before this one should have made is made here if it is missing: a dependency may be released
         # early, or a directory may have been removed.
         for step in (step for each in sweep.chain(task) for step in each.steps):
-            with _locked(sweep, step, stop) as missing:
-                if missing:
-                    record.stage = step.stage
-                    sweep.write_record(task.key, record)
-                    _make(sweep, task, step, cfg, stop, grace_s, devices)
+            if not (sweep.path(step) / DONE).is_file():
+                record.stage = step.stage
+                sweep.write_record(task.key, record)
+                _make(sweep, task, step, cfg, stop, grace_s, devices)
         # Late: the arithmetic of plans takes seconds to import.
         from .run_metrics import measure
 
@@ -119,71 +118,65 @@ def _check_needed(sweep: Sweep, task: StageTask) -> None:
             raise StageEnded(-signal.SIGKILL, f"needs {each.key}, which was killed: start the sweep again to resume it")
 
 
-@contextlib.contextmanager
-def _locked(sweep: Sweep, step: RunStage, stop: Callable[[], bool]) -> Iterator[bool]:
-    """Whether the stage is still to be made; if so it is this task's to make. Raises StageEnded if told to stop, or
-    RuntimeError naming the holder after LOCK_DEADLINE_S."""
-    done, lock, deadline = sweep.path(step) / DONE, sweep.lock(step), time.monotonic() + LOCK_DEADLINE_S
-    with contextlib.ExitStack() as held:
-        while not done.is_file():
-            if stop():
-                raise StageEnded(TOLD_TO_STOP)
-            mutex = _mutexes.setdefault(str(lock.path), threading.Lock())
-            if mutex.acquire(timeout=1.0):
-                held.callback(mutex.release)
-                try:
-                    lock.acquire()
-                    held.callback(lock.release)
-                    if not RunLock(sweep.path(step) / ".lock").is_held():
-                        break
-                    # Made outside a sweep, or a killed sweep's stage that is still writing its checkpoint.
-                    raise RuntimeError(f"{sweep.path(step)} is being written by another process; wait for it or end it")
-                except RuntimeError:
-                    held.close()
-                    if time.monotonic() > deadline:
-                        raise
-                    time.sleep(1.0)
-        yield not done.is_file()
-
-
 def _make(
     sweep: Sweep, task: StageTask, step: RunStage, cfg: RunConfig, stop: Callable[[], bool], grace_s: float,
     devices: str | None,
 ) -> None:  # fmt: skip
-    """Run a stage in a child process. Raises StageEnded unless it has finished."""
-    path, log = sweep.path(step), sweep.directory / "logs" / f"{task.key}.log"
-    command, environment = command_of(cfg, step.stage, task.overrides)
+    """Make a stage as soon as no other process is at it, unless that has made it. Raises StageEnded if it did not
+    finish, or RuntimeError if the other process is still at it after LOCK_DEADLINE_S."""
+    path, deadline = sweep.path(step), time.monotonic() + LOCK_DEADLINE_S
+    lock = RunLock(path / ".lock")
+    while not (path / DONE).is_file():
+        if stop():
+            raise StageEnded(TOLD_TO_STOP)
+        if lock.is_held():
+            # Another task, sweep or command makes it, or a killed sweep's stage is still writing its checkpoint.
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{path} is being written by another process; wait for it or end it")
+            time.sleep(POLL_S)
+            continue
+        log = sweep.directory / "logs" / f"{task.key}.log"
+        offset = log.stat().st_size if log.is_file() else 0
+        code = _run(path, step.stage, task.overrides, cfg, log, stop, grace_s, devices)
+        # Where it is held now another process was faster, and the stage has said so.
+        if not lock.is_held() and (code or not (path / DONE).is_file()):
+            text = f"{step.stage} ended with exit code 0 but left no {DONE}"
+            raise StageEnded(code or 1, last_words(log, offset, code) if code else text)
+
+
+def _run(
+    path: Path, stage: str, overrides: Sequence[str], cfg: RunConfig, log: Path, stop: Callable[[], bool],
+    grace_s: float, devices: str | None,
+) -> int:  # fmt: skip
+    """Run a stage, whose directory is `path`, in a child process; its exit code."""
+    command, environment = command_of(cfg, stage, overrides)
     if devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = devices
     with log.open("ab") as file:
-        offset = file.tell()
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, start_new_session=True
         )
-    begun, beat, deadline = time.monotonic(), 0.0, 0.0
-    before, width = read_spent(path), devices_of(cfg, step.stage)
+    begun, beat, deadline = time.monotonic(), BEAT_S, math.inf
+    before, width = read_spent(path), devices_of(cfg, stage)
     try:
         while True:
-            code, now = child.poll(), time.monotonic()
-            if path.is_dir() and (code is not None or now > beat):
-                write_spent(path, before, now - begun, width)
-                beat = now + BEAT_S
+            code, taken = child.poll(), time.monotonic() - begun
+            if path.is_dir() and (code is not None or taken > beat):
+                write_spent(path, before, taken, width)
+                beat = taken + BEAT_S
             if code is not None:
-                break
-            if stop() and not deadline:
+                return code
+            if stop() and deadline == math.inf:
                 child.terminate()
-                deadline = now + grace_s
-            if deadline and now > deadline:
+                deadline = taken + grace_s
+            if taken > deadline:
                 _kill_group(child)
             time.sleep(0.1)
     finally:
         if child.poll() is None:
-            # Only on an error of this process' own: the child must not outlive the locks.
+            # Only on an error of this process' own: the child must not outlive the task.
             _kill_group(child)
             child.wait()
-    if code or not (path / DONE).is_file():
-        text = last_words(log, offset, code) if code else f"{step.stage} ended with exit code 0 but left no {DONE}"
-        raise StageEnded(code or 1, text)
 
 
 def _kill_group(child: subprocess.Popen) -> None:

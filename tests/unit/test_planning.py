@@ -330,7 +330,7 @@ def test_a_step_waits_for_its_longest_answer() -> None:
     assert rollouts(800, 4) == pytest.approx(rollouts(200, 4), rel=0.01)
 
 
-# SmolLM2 on one core (docs/measurements/speed.md, tools/bench_train.py), by dtype and mean depth. Tokens/s
+# SmolLM2 on one core (docs/measurements/speed.md, docs/plans.md), by dtype and mean depth. Tokens/s
 # by answers in flight, at 230 GFLOP/s in float32, 460 in bfloat16 and 36 GB/s; CPU seconds of a forward and backward
 # pass over 8 x 256 tokens at 112 GFLOP/s.
 IN_FLIGHT = (1, 8, 32, 128)

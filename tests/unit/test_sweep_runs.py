@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -12,9 +13,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from ee_megatron import cli
@@ -85,6 +86,16 @@ SMALL = ("teacher=null",)
 """Two tasks a run: traces and calibration, shared, and RL."""
 
 
+@contextlib.contextmanager
+def held(lock: RunLock) -> Iterator[None]:
+    """Another process that lives has the lock; then it is dead."""
+    with subprocess.Popen(["sleep", "60"]) as child:
+        holder = {"host": socket.gethostname(), "pid": child.pid, "start": process_start(child.pid)}
+        lock.path.write_text(json.dumps(holder))
+        yield
+        child.kill()
+
+
 # ---- ids and tasks ----
 
 
@@ -148,26 +159,10 @@ def test_a_manifest_reads_back_as_it_was_written_and_is_found_by_name(base: list
     shorter = made(base, "rl.depth_penalty.weight=0,1", last="rl")
     assert find_sweep("t", runs, last="rl") == shorter
     assert find_sweep(f"t/{other.directory.name}", runs) == other == find_sweep(str(other.directory), runs)
-    for text in ("{", "[]", '{"format": 3, "runs": []}', '{"format": 2, "last": "rl", "runs": [{}]}'):
+    for text in ("{", "[]", '{"format": 1, "runs": []}', '{"format": 2, "last": "rl", "runs": [{}]}'):
         (sweep.directory / "manifest.json").write_text(text)
         with pytest.raises(ValueError, match=r"manifest\.json"):
             open_sweep(sweep.directory)
-
-
-def test_sweeps_of_the_earlier_format_are_read(base: list[str]) -> None:
-    """Runs named their tasks and these their stages; records had more fields."""
-    sweep = made(base, "rl.depth_penalty.weight=0,1")
-    runs = [{"id": run.id, "settings": run.settings, "overrides": run.overrides,
-             "tasks": [task.key for task in sweep.chain(sweep.tasks[run.task])]} for run in sweep.runs]  # fmt: skip
-    tasks = [{"key": task.key, "stages": [step[:2] for step in task.steps], "nodes": 1, "slots": 1, "gpus": 0}
-             for task in sweep.tasks.values()]  # fmt: skip
-    manifest = {"format": 1, "last": sweep.last, "runs": runs, "tasks": tasks}
-    (sweep.directory / "manifest.json").write_text(json.dumps(manifest))
-    record = {"state": "failed", "error": "it broke", "starts": 2, "seconds": 3.5, "pid": 7, "events": ["start x"]}
-    (sweep.directory / "tasks" / f"{sweep.runs[1].task}.json").write_text(json.dumps(record))
-    found = open_sweep(sweep.directory)
-    assert found == sweep and found.tasks == sweep.tasks
-    assert states(found) == ["waiting", "failed"] and rows(found)[1]["error"] == "it broke"
 
 
 # ---- equal compute ----
@@ -246,22 +241,15 @@ def test_finished_tasks_are_skipped_and_failed_ones_wait_for_the_word(base: list
     assert startable(sweep) == [] and startable(sweep, retry=True) == [shared, second]
 
 
-def test_a_task_is_running_while_the_process_that_holds_its_stages_lock_lives(base: list[str]) -> None:
+def test_a_task_is_running_while_the_process_that_holds_the_sweeps_lock_lives(base: list[str]) -> None:
     sweep = made(base, "rl.depth_penalty.weight=0,1", *SMALL, last="rl")
     task = [*sweep.tasks.values()][1]
     sweep.write_record(task.key, TaskRecord("running", "rl", host="elsewhere", job="12_3"))
     assert sweep.task_state(task) == "killed" and task.key in startable(sweep)
-    lock = sweep.lock(task.steps[0])
-    with subprocess.Popen(["sleep", "60"]) as child:
-        holder = {"host": socket.gethostname(), "pid": child.pid, "start": process_start(child.pid)}
-        lock.path.write_text(json.dumps(holder))
-        assert lock.is_held() and sweep.task_state(task) == "running" and task.key not in startable(sweep, retry=True)
+    with held(sweep.lock):
+        assert sweep.task_state(task) == "running" and task.key not in startable(sweep, retry=True)
         assert "rl on elsewhere" in listing(sweep, {})
-        child.kill()
-    assert not lock.is_held() and sweep.task_state(task) == "killed"
-    # Of another machine's processes nothing is known.
-    lock.path.write_text(json.dumps(holder | {"host": "elsewhere"}))
-    assert sweep.task_state(task) == "running"
+    assert sweep.task_state(task) == "killed"
 
 
 def test_what_slurm_has_in_its_queue_is_left_to_it(base: list[str]) -> None:
@@ -340,26 +328,6 @@ def test_points_are_added_by_extend_and_by_nothing_else(
     assert [row["task.families"] for row in table] == [defaults, defaults, "['sum']", "['sum', 'word']"]
 
 
-def test_a_sweep_whose_axes_had_older_names_grows_by_those_of_today(base: list[str], tmp_path: Path) -> None:
-    """Settings were renamed, and results kept their names: a point by either name is the same run."""
-    base = [*base, *SMALL]
-    old = made(base, "rl.depth_penalty.weight=0,1", last="rl")
-    manifest = old.directory / "manifest.json"
-    manifest.write_text(manifest.read_text().replace("rl.depth_penalty.weight", "rl.lambda_exit"))
-    assert find_sweep("t", tmp_path / "runs").runs[1].settings == {"rl.depth_penalty.weight": 1}
-    for key in ("rl.depth_penalty.weight", "rl.lambda_exit"):
-        same = placed(resolved(base, f"{key}=0,1", last="rl"), False)
-        assert same.directory == old.directory and same.ids == old.ids
-        with pytest.raises(ValueError, match="--extend"):
-            placed(resolved(base, f"{key}=2", last="rl"), False)
-        grown = placed(resolved(base, f"{key}=2", last="rl"), True)
-        assert [row["rl.depth_penalty.weight"] for row in rows(grown)] == [0, 1, 2]
-        assert "rl.lambda_exit" not in rows(grown)[0] and old.ids < grown.ids
-    # What was removed stays in the table of a sweep that has it.
-    manifest.write_text(manifest.read_text().replace('"rl.lambda_exit": 1', '"rl.entropy_bonus": 1'))
-    assert find_sweep("t", tmp_path / "runs").runs[1].settings == {"rl.entropy_bonus": 1}
-
-
 # ---- one task's life; a script stands for the stage ----
 
 
@@ -370,9 +338,12 @@ def small(base: list[str], monkeypatch: pytest.MonkeyPatch) -> Sweep:
     return made(base, "rl.depth_penalty.weight=0,1", *SMALL, last="rl")
 
 
-def stage_script(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    """`text` runs with `out`, the directory of the stage, and `stage`; it is done unless it exits."""
+def stage_script(monkeypatch: pytest.MonkeyPatch, text: str, locked: bool = False) -> None:
+    """`text` runs with `out`, the directory of the stage, and `stage`; it is done unless it exits. `locked`: it holds
+    the directory, as real ones do."""
     script = "import os, signal, sys, time\nfrom pathlib import Path\nout, stage = Path(sys.argv[1]), sys.argv[2]\n"
+    if locked:
+        script += "from ee_megatron.observe.rundir import RunDirectory\nrun = RunDirectory(out)\n"
     script += "out.mkdir(exist_ok=True)\nwith (out / 'starts').open('a') as file:\n    file.write('x')\n"
 
     def command(cfg, stage: str, overrides: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -414,8 +385,9 @@ def test_one_failed_run_leaves_the_others_alone_and_a_killed_one_resumes(
 def test_a_missing_shared_stage_is_made_once_by_one_of_those_that_need_it(
     small: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where a dependency was released early: both runs find it missing at once."""
-    stage_script(monkeypatch, "time.sleep(0.3)")
+    """As where a dependency was released early: both runs find it missing at once, and one is refused by its lock."""
+    monkeypatch.setattr(tasks_module, "POLL_S", 0.05)
+    stage_script(monkeypatch, "time.sleep(0.3)", locked=True)
     shared, *own = small.tasks.values()
     run_here(small, own, 2)
     assert states(small) == ["finished", "finished"]
@@ -430,13 +402,9 @@ def test_a_stage_that_another_process_makes_is_waited_for_until_the_deadline(
     shared = next(iter(small.tasks.values()))
     path = small.path(shared.steps[0])
     path.mkdir(parents=True)
-    for lock in (small.lock(shared.steps[0]), RunLock(path / ".lock")):
-        with subprocess.Popen(["sleep", "60"]) as child:
-            holder = {"host": socket.gethostname(), "pid": child.pid, "start": process_start(child.pid)}
-            lock.path.write_text(json.dumps(holder))
-            record = run_task(small, shared, lambda: False)
-            assert record.state == "failed" and "being written" in record.error and not (path / "starts").exists()
-            child.kill()
+    with held(RunLock(path / ".lock")):
+        record = run_task(small, shared, lambda: False)
+        assert record.state == "failed" and "being written" in record.error and not (path / "starts").exists()
     assert run_task(small, shared, lambda: False).state == "finished"
 
 
@@ -466,7 +434,7 @@ def test_a_task_that_is_told_to_stop_tells_its_stage_and_kills_it_after_the_grac
     shared = next(iter(small.tasks.values()))
     record = run_task(small, shared, (small.path(shared.steps[0]) / "ready").exists, grace_s=0.3)
     assert (record.state, record.code) == ("stopped", code) and small.task_state(shared) == "stopped"
-    assert not small.lock(shared.steps[0]).is_held() and startable(small) == [*small.tasks]
+    assert startable(small) == [*small.tasks]
 
 
 def test_an_interrupted_sweep_stops_its_tasks_and_waits_for_them(small: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -541,15 +509,14 @@ def test_the_table_is_made_of_result_files_and_the_same_to_the_byte(base: list[s
     sweep = made(base, "rl.depth_penalty.weight=0,1e-300,12345678.123456789", "task.families=[sum],[sum,word]")
     results_of(sweep, 0, 0.25)
     sweep.write_record(sweep.runs[1].task, TaskRecord("failed", "rl", 1, 'a "quoted", comma'))
-    paths = collect(sweep)
-    first = [path.read_bytes() for path in paths]
+    first = collect(sweep).read_bytes()
     # Nothing but the result file is looked at: what the stages left may be gone, and clocks don't count.
     for file in sweep.directory.parent.glob("rl-*/metrics*"):
         file.unlink()
     sweep.write_record(sweep.runs[2].task, TaskRecord("stopped", "rl", 85))
-    assert [path.read_bytes() for path in collect(sweep)] == first
+    assert collect(sweep).read_bytes() == first
 
-    table = list(csv.DictReader(io.StringIO(first[0].decode())))
+    table = list(csv.DictReader(io.StringIO(first.decode())))
     assert len(table) == 6 and [row["status"] for row in table[:3]] == ["finished", "failed", "unfinished"]
     row = table[0]
     assert (row["run"], row["rl.depth_penalty.weight"], row["task.families"]) == (sweep.runs[0].id, "0", "['sum']")
@@ -561,10 +528,6 @@ def test_the_table_is_made_of_result_files_and_the_same_to_the_byte(base: list[s
     assert table[1]["error"] == 'a "quoted", comma' and table[1]["accuracy"] == ""
     weights = [0, 0, 1e-300, 1e-300, 12345678.123456789, 12345678.123456789]
     assert [float(row["rl.depth_penalty.weight"]) for row in table] == weights
-    parquet = pq.read_table(paths[1])
-    assert parquet.column_names == list(row) and parquet.num_rows == 6
-    assert parquet.column("rl.depth_penalty.weight").to_pylist() == weights
-    assert parquet.column("accuracy").to_pylist()[0] == 0.5 and parquet.column("tokens").to_pylist()[1] is None
     assert "accuracy=0.500" in listing(sweep, {}) and 'a "quoted"' in listing(sweep, {})
 
 

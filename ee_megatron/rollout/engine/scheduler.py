@@ -5,7 +5,7 @@ segment for the rows that wait there, or the readout for rows that took an exit,
 answers do not depend on that order: each has random numbers of its own.
 
 Running a segment costs a + b * rows, a being the reading of its weights: on a CPU in float32 a is worth about 25 rows.
-So rows should run together. Of the orders that were simulated (tools/bench_decode.py --only orders), going through the
+So rows should run together. Of the orders that were simulated, going through the
 segments by depth and skipping those that are nearly empty is the best as long as all rows in flight fit one batch:
 the fullest segment first splits the rows into cohorts out of phase (32 rows, mean depth 0.5: 0.69 of the ceiling
 against 0.79). With several times as many rows some segment is always full, and nothing is left to gain.

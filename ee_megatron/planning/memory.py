@@ -18,7 +18,7 @@ from ..exits import gate_units
 from ..parallel.readout_chunk import chunk_positions
 from ..policy import may_travel_in, stays_float32
 from ..rollout.engine.cache import PAGE, pages_for, pages_in, pool_pages
-from ..rollout.vllm.memory import CHUNK, CPU_CACHE_GIB, GPU_SHARE
+from ..rollout.vllm import CHUNK, CPU_CACHE_GIB, GPU_SHARE
 from .devices import GIB, Device
 from .flops import PassMode, carries_gradient, linear_elements
 from .layout import JOINT, KEY_VALUE, ROW_PARALLEL, Layout, rank_parameters

@@ -65,7 +65,7 @@ def killing(pool: RayPool, kills: int, apart: float, seed: int, syncing: bool = 
             places = pool._driver.places
             if any(place.handle is None or place.pid in (0, *struck) for place in places):
                 continue
-            chosen = [place.pid for place in places if place.loading is not None or not syncing]
+            chosen = [place.pid for place in places if place.held is None or not syncing]
             if chosen and not over.wait(chance.uniform(0, apart)):
                 struck.append(chance.choice(chosen))
                 os.kill(struck[-1], signal.SIGKILL)

@@ -117,7 +117,7 @@ def test_actors_work_while_the_learner_does_and_give_what_the_local_pool_gives(p
         found = [act(actor, context, 0)]
         # Nobody waits for step 1's rollouts here, and they get done.
         deadline = time.monotonic() + 60
-        while not actor._pending[1].work.done.is_set():  # type: ignore[attr-defined]
+        while not actor._pending[1].done.is_set():  # type: ignore[attr-defined]
             assert time.monotonic() < deadline
             time.sleep(0.01)
         found += [act(actor, context, step) for step in range(1, 3)]

@@ -52,17 +52,6 @@ def test_weights_that_come_in_blocks_are_those_that_come_whole(tmp_path: Path, m
     assert pool.health()["digest"] == whole.digest
 
 
-def test_a_pool_says_which_of_its_settings_is_wrong(tmp_path: Path):
-    path = tiny_hf("llama", tmp_path)
-    for settings, message in (
-        ({"actors": 0}, "actors=0"),
-        ({"device_share": 0.0}, "device_share=0.0"),
-        ({"device_share": 1.5}, "device_share=1.5"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            make_pool(RolloutConfig(**settings), path, SPEC, torch.float32, "cpu")
-
-
 def test_a_cache_with_a_limit_is_never_exceeded_and_changes_no_answer(tmp_path: Path, monkeypatch):
     path, held = tiny_hf("llama", tmp_path), 160
     gib = held * position_bytes(HFDirectory(path).dims, 4) / 2**30
@@ -130,9 +119,7 @@ def test_a_call_may_take_as_long_as_its_answers_are_long():
     assert 0 < short < long and call_timeout(RolloutConfig(timeout_s=7.0)) == 7.0
 
 
-def test_an_unknown_backend_and_a_missing_model_are_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"'mpi'.*'local', 'ray' or 'vllm'"):
-        make_pool(RolloutConfig("mpi"), tmp_path, None, torch.float32, "cpu")
+def test_a_missing_model_is_refused(tmp_path: Path):
     for backend in ("local", "ray"):
         with pytest.raises(FileNotFoundError, match=r"config\.json"):
             make_pool(RolloutConfig(backend), tmp_path, None, torch.float32, "cpu")

@@ -22,7 +22,7 @@ from ee_megatron.config.load import load
 from ee_megatron.config.schema import RolloutConfig
 from ee_megatron.planning.plan import element_bytes
 from ee_megatron.rollout.pool.interface import ReplicaSettings
-from ee_megatron.rollout.pool.ray_actor import Replica
+from ee_megatron.rollout.pool.ray_pool import Replica
 from tests.processes import ee_megatron
 from tests.tiny import tiny_hf
 

@@ -12,7 +12,7 @@ import torch
 
 from ee_megatron import host_memory
 from ee_megatron.config.schema import RolloutConfig
-from ee_megatron.rollout.pool import ray_actor
+from ee_megatron.rollout.pool import ray_pool
 from ee_megatron.rollout.pool.interface import ReplicaSettings
 
 # Blocks below malloc's threshold for mappings of their own, under one that is kept: nothing else gives them back.
@@ -56,10 +56,10 @@ class Pool:
 @pytest.mark.parametrize(("device", "times"), [("cpu", 2), ("cuda", 0)])
 def test_an_actor_gives_back_what_a_call_has_freed(monkeypatch: pytest.MonkeyPatch, device: str, times: int) -> None:
     returned: list[str] = []
-    monkeypatch.setattr(ray_actor, "return_freed", lambda: returned.append("freed"))
-    monkeypatch.setattr(ray_actor, "require_gpus", lambda *given: None)
-    monkeypatch.setattr(ray_actor.LocalPool, "of", staticmethod(lambda settings: Pool()))
-    replica: Any = ray_actor.Replica(ReplicaSettings("nowhere", None, torch.float32, device, RolloutConfig()))
+    monkeypatch.setattr(ray_pool, "return_freed", lambda: returned.append("freed"))
+    monkeypatch.setattr(ray_pool, "require_gpus", lambda *given: None)
+    monkeypatch.setattr(ray_pool.LocalPool, "of", staticmethod(lambda settings: Pool()))
+    replica: Any = ray_pool.Replica(ReplicaSettings("nowhere", None, torch.float32, device, RolloutConfig()))
     replica.held = (1, "digest")
     assert replica.call((1, "digest"), "health", ()) == {"backend": "local"}
     with pytest.raises(ValueError, match="unfit"):

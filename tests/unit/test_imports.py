@@ -14,7 +14,7 @@ VLLM = ("hydra", "omegaconf", "megatron", "deepspeed", "datasets", "submitit", "
     ("absent", "imports"),
     [
         # The package is there without its dependencies (Makefile): vLLM pins other versions of them.
-        (VLLM, "ee_megatron.rollout.pool.vllm_process"),
+        (VLLM, "ee_megatron.rollout.pool.vllm"),
         # megatron takes as long to import as everything else together.
         (("megatron", "deepspeed"), "ee_megatron.training.teacher, ee_megatron.training.evaluate"),
     ],

@@ -157,21 +157,27 @@ def test_works_are_answered_in_order_each_under_its_own_weights_and_progress_cou
     seen: list[tuple[int, int]] = []
     with driving(idle) as (driver, _):
         first, second = driver.submit(work(OLD)), driver.submit(work(NEW))
-        assert driver.wait(second, lambda *at: seen.append(at)) == answers(NEW)
-        assert driver.wait(first) == answers(OLD) and first.given == 6 and seen[-1] == (6, 6)
+        assert second.result(lambda *at: seen.append(at)) == answers(NEW)
+        assert first.result() == answers(OLD) and seen[-1] == (6, 6)
         for _ in range(2):
             # Also where everyone holds them already.
-            assert driver.wait(driver.submit(Work(OLD))) == []
+            assert driver.submit(Work(OLD)).result() == []
             assert [place.held for place in driver.places] == [OLD.identity] * 2
 
 
 @pytest.mark.parametrize("when", ["load", 0, 3, 5])
 def test_a_lost_actor_is_replaced_and_only_its_chunk_is_asked_for_again(when: Any):
-    with driving(once(when, Lost("out of memory\nmore"))) as (driver, cluster):
-        asked = driver.submit(work(OLD))
-        assert driver.wait(asked) == answers(OLD)
-        assert asked.given == 7 and driver.deaths == 1 and "out of memory" in driver.last_death
-        driver.wait(driver.submit(Work(NEW)))
+    lose, calls = once(when, Lost("out of memory\nmore")), []
+
+    def act(actor: Actor, what: Any) -> None:
+        calls.append(what)
+        lose(actor, what)
+
+    with driving(act) as (driver, cluster):
+        assert driver.submit(work(OLD)).result() == answers(OLD)
+        assert sorted(x for x in calls if x != "load") == sorted([*range(6), *([] if when == "load" else [when])])
+        assert driver.deaths == 1 and "out of memory" in driver.last_death
+        driver.submit(Work(NEW)).result()
         assert len(cluster.actors) == 3 and [place.held for place in driver.places] == [NEW.identity] * 2
 
 
@@ -185,7 +191,7 @@ def test_an_actor_that_misses_its_deadline_is_replaced(when: Any, limits: dict):
             time.sleep(0.5)
 
     with driving(act, **limits) as (driver, _):
-        assert driver.wait(driver.submit(work(OLD))) == answers(OLD)
+        assert driver.submit(work(OLD)).result() == answers(OLD)
         assert driver.deaths == 1 and "0.05 s" in driver.last_death
 
 
@@ -197,7 +203,7 @@ def test_losses_have_a_budget_and_then_whatever_is_asked_fails():
     with driving(act) as (driver, _):
         for _ in range(2):
             with pytest.raises(RuntimeError, match=r"rollout\.failure_budget is 3.*again"):
-                driver.wait(driver.submit(work(OLD)))
+                driver.submit(work(OLD)).result()
         assert driver.deaths == 3
 
 
@@ -206,27 +212,26 @@ def test_an_error_in_one_request_is_told_to_whoever_asked_and_costs_no_actor(whe
     with driving(once(when, ValueError("too long")), actors=1) as (driver, cluster):
         bad, good = driver.submit(work(OLD)), driver.submit(work(NEW))
         with pytest.raises(ValueError, match="too long"):
-            driver.wait(bad)
-        assert driver.wait(good) == answers(NEW) and driver.deaths == 0 and len(cluster.actors) == 1
+            bad.result()
+        assert good.result() == answers(NEW) and driver.deaths == 0 and len(cluster.actors) == 1
 
 
 def test_a_lost_node_is_one_loss_and_its_places_are_filled_when_there_is_room_again():
     with driving(idle, actors=4, failure_budget=2, nodes={"a": 2, "b": 2}) as (driver, cluster):
-        driver.wait(driver.submit(Work(OLD)))
+        driver.submit(Work(OLD)).result()
         del cluster.nodes["b"]
         for actor in cluster.actors:
             if actor.node == "b":
                 actor.die(Lost("no sign of life"))
-        assert driver.wait(driver.submit(work(NEW, range(40)))) == answers(NEW, range(40))
-        driver.wait(driver.submit(Work(OLD)))
+        assert driver.submit(work(NEW, range(40))).result() == answers(NEW, range(40))
+        driver.submit(Work(OLD)).result()
         assert sum(place.held == OLD.identity for place in driver.places) == 2
         assert driver.deaths == 1 and "node" in driver.last_death
         cluster.nodes["c"] = 2
         deadline = time.monotonic() + 20
         while sum(place.held == NEW.identity for place in driver.places) < 4:
             assert time.monotonic() < deadline
-            driver.wait(driver.submit(Work(NEW)))
-            driver.wait(driver.submit(Work(OLD if time.monotonic() > deadline else NEW)))
+            driver.submit(Work(NEW)).result()
 
 
 def test_a_pool_that_no_node_has_room_for_is_an_error_within_its_deadline():
@@ -234,7 +239,7 @@ def test_a_pool_that_no_node_has_room_for_is_an_error_within_its_deadline():
         driving(idle, start_s=0.1, nodes={"full": 0}) as (driver, _),
         pytest.raises(RuntimeError, match=r"room.*rollout\.device_share"),
     ):
-        driver.wait(driver.submit(Work(OLD)))
+        driver.submit(Work(OLD)).result()
 
 
 def test_a_closed_pool_fails_what_waits_and_leaves_no_actor():
@@ -244,7 +249,7 @@ def test_a_closed_pool_fails_what_waits_and_leaves_no_actor():
         closing = threading.Timer(0.1, driver.close)
         closing.start()
         with pytest.raises(RuntimeError, match="closed"):
-            driver.wait(waiting)
+            waiting.result()
         closing.join()
         assert all(actor.dead for actor in cluster.actors)
         hung.set()

@@ -25,7 +25,7 @@ def main(path: str, asked: str) -> None:
     register()
     layers = job["layers"]
     spec = PolicySpec(layers, tuple(job["exits"]), rank=0)
-    engine = VllmEngine(EngineSettings(path, spec, torch.float32, positions=256, compact=True))
+    engine = VllmEngine(EngineSettings(path, spec, torch.float32, compact=True, others=(("max_model_len", 256),)))
     engine.load(None)
     ran: Counter[int] = Counter()
 

@@ -34,11 +34,15 @@ from vllm_setup import (
 
 from ee_megatron.families import VLLM
 from ee_megatron.rollout.engine.sampling import SamplingParams
+from ee_megatron.rollout.pool.transport import expected_hashes
+from ee_megatron.rollout.pool.vllm import packed
 from ee_megatron.types import Prompt
 
 # Few positions at a time: the graph is tried with as many as a step may have.
-COMPILED = {"compile": True, "chunk": 256}
+COMPILED = {"compile": True, "max_num_batched_tokens": 256}
 COMPACT = {"compact": True}
+CHUNKS = {"rows": 16, "max_num_batched_tokens": 16}
+FEW_BLOCKS = {"rows": 16, "num_gpu_blocks_override": 10, "block_size": 32}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -118,8 +122,7 @@ def test_without_exits_it_is_vllm_to_the_bit(how, model, engines: Engines, vllm_
 @pytest.mark.parametrize(
     "settings",
     [
-        {"rows": 1}, {"rows": 64}, {"rows": 16, "chunk": 16}, {"rows": 16, "blocks": 10, "block": 32},
-        {"rows": 16, "chunk": 16, **COMPACT}, {"rows": 16, "blocks": 10, "block": 32, **COMPACT},
+        {"rows": 1}, {"rows": 64}, CHUNKS, FEW_BLOCKS, CHUNKS | COMPACT, FEW_BLOCKS | COMPACT,
     ],
     ids=[
         "one at a time", "64 in flight", "prompts in chunks", "few blocks", "chunks, compact", "few blocks, compact",
@@ -135,7 +138,7 @@ def test_how_it_is_scheduled_changes_nothing(settings, llama, engines: Engines):
         if rule == "prescribed":
             asked = request(rule)
         assert_same(answers(engine, asked), own.answers(asked))
-    assert (engine.call("counter", "vllm:num_preemptions") > before) == ("blocks" in settings)
+    assert (engine.call("counter", "vllm:num_preemptions") > before) == ("num_gpu_blocks_override" in settings)
 
 
 @pytest.mark.parametrize("how", [{}, COMPILED, COMPACT], ids=["eager", "compiled", "compact"])
@@ -144,7 +147,7 @@ def test_weights_are_set_in_place(how, llama, engines: Engines):
     engine = engines(path, policy_of(path), **how)
     for seed in (1, 2, 1):
         own.decoder.load_policy(policy_of(path, seed=seed))
-        engine.call("load", seed, _packed(policy_of(path, seed=seed)))
+        engine.call("load", seed, packed(policy_of(path, seed=seed)))
         assert_same(answers(engine, request("sample")), own.answers(request("sample")))
     own.decoder.load_policy(None)
     engine.call("load", 0, None)
@@ -157,13 +160,13 @@ def test_weights_are_set_in_place(how, llama, engines: Engines):
 def test_prompts_of_a_group_are_read_once_under_each_policy(how, llama, engines: Engines):
     """What was read under other weights, or answered with exits, is never taken for a prompt's."""
     path, own = llama
-    engine = engines(path, policy_of(path), block=32, **how)
+    engine = engines(path, policy_of(path), block_size=32, **how)
     text = " ".join(str(i) for i in range(20))
     asked = replace(request("sample"), prompts=[Prompt(f"p{i}", text + " " * i, "", "t") for i in range(2)], samples=4)
     for seed in (1, 2):
         policy = policy_of(path, seed=seed)
         own.decoder.load_policy(policy)
-        engine.call("load", seed, _packed(policy))
+        engine.call("load", seed, packed(policy))
         before = engine.call("counter", "vllm:prefix_cache_hits")
         expected = own.answers(asked)
         assert_same(answers(engine, asked), expected)
@@ -181,7 +184,7 @@ def test_two_devices_share_the_model(how, llama, engines: Engines):
     engine = engines(path, policy_of(path), tensor=2, **how)
     for seed in (0, 1):
         own.decoder.load_policy(policy_of(path, seed=seed))
-        engine.call("load", seed, _packed(policy_of(path, seed=seed)))
+        engine.call("load", seed, packed(policy_of(path, seed=seed)))
         for rule in ("sample", "threshold", "prescribed", "confidence"):
             assert_same(answers(engine, request(rule)), own.answers(request(rule)))
     ranks = psutil.Process(engine.pid).children(recursive=True)
@@ -196,11 +199,9 @@ def test_a_whole_model_is_taken_over(tmp_path: Path, engines: Engines):
     engine = engines(path, policy_of(path, FULL), spec=FULL)
     for seed in (0, 1):
         own.decoder.load_policy(policy_of(path, FULL, seed))
-        engine.call("load", seed, _packed(policy_of(path, FULL, seed)))
+        engine.call("load", seed, packed(policy_of(path, FULL, seed)))
         assert_same(answers(engine, request("sample")), own.answers(request("sample")))
     held = engine.call("held")
-    from ee_megatron.rollout.pool.interface import expected_hashes
-
     assert held == expected_hashes(policy_of(path, FULL, 1), torch.float32)
 
 
@@ -221,9 +222,3 @@ def by_vllm(python: str, home: Path, script: str, *arguments: str):
     command = [python, str(Path(__file__).with_name(script)), *arguments]
     ran = subprocess.run(command, env=environment, check=True, timeout=START_S, stdout=subprocess.PIPE, text=True)
     return json.loads(ran.stdout.splitlines()[-1])
-
-
-def _packed(tensors):
-    from ee_megatron.rollout.vllm.ipc import packed
-
-    return packed(tensors)

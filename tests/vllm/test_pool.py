@@ -26,7 +26,7 @@ from ee_megatron.policy import WeightSet
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams, make_pool
 from ee_megatron.rollout.pool.interface import ReplicaSettings
 from ee_megatron.rollout.pool.ray_pool import RayPool
-from ee_megatron.rollout.pool.vllm import PROCESS, VllmPool
+from ee_megatron.rollout.pool.vllm import VllmPool
 from ee_megatron.types import Prompt, Rollout
 
 LONG = SamplingParams(1.0, 160)
@@ -61,11 +61,9 @@ def flat(answers: list[list[Rollout]]) -> list[Rollout]:
 
 
 def engines() -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if PROCESS in (process.info["cmdline"] or ()):
-            found.append(process)
-    return found
+    return [
+        p for p in psutil.process_iter(["cmdline"]) if "pool.vllm import listen" in " ".join(p.info["cmdline"] or ())
+    ]
 
 
 def test_versions_are_loaded_checked_and_answer_as_the_embedded_engine_does(path, pool: RayPool, local: LocalPool):
@@ -119,7 +117,7 @@ def test_a_cache_with_a_limit_holds_what_it_says_and_refuses_what_it_can_never_h
         pool.load(None)
         assert_same(flat(pool.generate(asked)), flat(LocalPool(path, None, cache_gib=limit).generate(asked)))
         # vLLM cuts it into blocks of 128 positions on a CPU, and keeps one empty.
-        for each, fit in ((pool, 256), (pool.reader, held)):
+        for each, fit in ((pool, 256), (LocalPool.of(pool.settings), held)):
             with pytest.raises(ValueError, match=f"prompt and answer take up to 4.. positions, the cache has {fit}"):
                 each.generate(replace(asked, sampling=SamplingParams(1.0, held)))
     finally:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +31,8 @@ from ee_megatron.rollout.engine.decoder import Decoder
 from ee_megatron.rollout.engine.generation import generate
 from ee_megatron.rollout.engine.request import GenerationRequest
 from ee_megatron.rollout.engine.sampling import SamplingParams
-from ee_megatron.rollout.pool.vllm import PROCESS
+from ee_megatron.rollout.pool.vllm import EngineProcess, packed
 from ee_megatron.rollout.vllm.engine import EngineSettings
-from ee_megatron.rollout.vllm.ipc import EngineProcess, packed
 from ee_megatron.types import Prompt, Rollout
 from tests.reference import random_policy
 from tests.tiny import tiny_hf
@@ -143,12 +141,14 @@ class Engines:
         self._running.clear()
 
     def __call__(self, path: Path, policy: dict[str, Tensor] | None, spec: PolicySpec = LORA, **more) -> EngineProcess:
-        """With this policy loaded."""
-        settings = EngineSettings(str(path), spec, torch.float32, positions=256, **more)
+        """With this policy loaded; `more`: settings of the engine, and vLLM's own."""
+        known = {one.name for one in fields(EngineSettings)}
+        others = {"max_model_len": 256} | {name: more.pop(name) for name in more.keys() - known}
+        settings = EngineSettings(str(path), spec, torch.float32, others=tuple(others.items()), **more)
         if settings not in self._running:
             self.__exit__()
             environment = {**ENVIRONMENT, "VLLM_CACHE_ROOT": str(self.cache)}
-            self._running[settings] = EngineProcess(self.python, PROCESS, settings, environment, START_S)
+            self._running[settings] = EngineProcess(self.python, settings, environment, START_S)
         engine = self._running[settings]
         engine.call("load", 1, packed(policy))
         return engine
@@ -167,15 +167,3 @@ def assert_same(found: Sequence[Rollout], expected: Sequence[Rollout], atol: flo
         for name in ("token_logprobs", "full_logprobs", "exit_logprobs"):
             np.testing.assert_allclose(getattr(left, name), getattr(right, name), rtol=0, atol=atol, err_msg=name)
         assert (left.text, left.finished) == (right.text, right.finished)
-
-
-@contextlib.contextmanager
-def stopping_after(calls: int):
-    """A `stop` that holds from its `calls`-th call on."""
-    seen = [0]
-
-    def stop() -> bool:
-        seen[0] += 1
-        return seen[0] > calls
-
-    yield stop

@@ -11,19 +11,17 @@ from ...config.derive import check_cache
 from ...config.schema import RolloutConfig, VllmConfig
 from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec
-from ..vllm.ipc import check_python
 from .interface import ReplicaSettings, RolloutPool
 from .local import LocalPool
 from .ray_pool import RayPool
+from .vllm import check_python
 
 
 def make_pool(
     rollout: RolloutConfig, model_path: str | Path, spec: PolicySpec | None, dtype: torch.dtype, device: str
 ) -> RolloutPool:
-    """The pool that `rollout.backend` names. Raises ValueError for another name, for a cache that no answer fits, and
-    where there is no vLLM."""
-    if rollout.backend not in ("local", "ray", "vllm"):
-        raise ValueError(f"rollout.backend {rollout.backend!r} is unknown; expected 'local', 'ray' or 'vllm'")
+    """The pool that `rollout.backend` names. Raises ValueError for a cache that no answer fits, and where there is no
+    vLLM."""
     source = HFDirectory(model_path)
     check_cache(rollout, source.dims, dtype.itemsize)
     source.close()

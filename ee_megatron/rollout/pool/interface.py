@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from ...config.schema import RolloutConfig
-from ...policy import PolicySpec, WeightSet, stays_float32
-from ...tensors import Stream, digest
+from ...policy import PolicySpec, WeightSet
+from ...tensors import Stream
 from ...types import ExitReading, Rollout, Trace
 from ..engine.lens import Lens
 from ..engine.request import GenerationRequest, Progress
@@ -33,7 +32,37 @@ class Pending(Protocol):
         """Wait for them; what `RolloutPool.generate` returns and raises. `progress(done, total)` counts answers."""
 
 
-class RolloutPool(Protocol):
+class Readings(Protocol):
+    """Finished answers read again under the weights held; results are in the order of `rollouts`."""
+
+    def read(self, reading: str, rollouts: Sequence[Rollout], settings: tuple, progress: Progress | None) -> list:
+        """The method below of this name, with what it takes between `rollouts` and `progress`."""
+
+    def trace(self, rollouts: Sequence[Rollout], top_k: int, progress: Progress | None = None) -> list[Trace]:
+        """Full-depth traces of answers."""
+        return self.read("trace", rollouts, (top_k,), progress)
+
+    def score(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[Score]:
+        """Answers read again, under the teacher, too."""
+        return self.read("score", rollouts, (), progress)
+
+    def inspect(
+        self, rollouts: Sequence[Rollout], streams: bool = False, progress: Progress | None = None
+    ) -> list[Inspection]:
+        """Hazards and costs of exiting wherever a gate was asked; with `streams` the hidden states at every exit."""
+        return self.read("inspect", rollouts, (streams,), progress)
+
+    def read_exits(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[ExitReading]:
+        """What every outcome that a token came by diverges by from the teacher, and what its gates say."""
+        return self.read("read_exits", rollouts, (), progress)
+
+    def lens(self, rollouts: Sequence[Rollout], top_k: int, prompt: int, answer: int) -> list[Lens]:
+        """What every exit would write, `top_k` tokens each: at the last `prompt` positions of each prompt and for the
+        first `answer` tokens of each answer."""
+        return self.read("lens", rollouts, (top_k, prompt, answer), None)
+
+
+class RolloutPool(Readings, Protocol):
     """One interface for the pool in process and the pool of actors. Results are in the order of what was asked."""
 
     def take(self, version: int, stream: Stream) -> WeightSet:
@@ -52,24 +81,6 @@ class RolloutPool(Protocol):
     def begin(self, weights: WeightSet, request: GenerationRequest) -> Pending:
         """`load` and `generate` without waiting: what was asked for before goes first, under its own weights."""
 
-    def trace(self, rollouts: Sequence[Rollout], top_k: int, progress: Progress | None = None) -> list[Trace]:
-        """Full-depth traces of answers under the weights held."""
-
-    def score(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[Score]:
-        """Answers read again under the weights held and under the teacher."""
-
-    def inspect(
-        self, rollouts: Sequence[Rollout], streams: bool = False, progress: Progress | None = None
-    ) -> list[Inspection]:
-        """Hazards and costs of exiting wherever a gate was asked; with `streams` the hidden states at every exit."""
-
-    def read_exits(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[ExitReading]:
-        """What every outcome that a token came by diverges by from the teacher, and what its gates say."""
-
-    def lens(self, rollouts: Sequence[Rollout], top_k: int, prompt: int, answer: int) -> list[Lens]:
-        """What every exit would write, `top_k` tokens each: at the last `prompt` positions of each prompt and for the
-        first `answer` tokens of each answer."""
-
     def health(self) -> dict:
         """backend, actors, alive, restarts, version, digest."""
 
@@ -87,15 +98,3 @@ class ReplicaSettings:
     device: str
     rollout: RolloutConfig
     start_s: float = 600.0
-
-
-def expected_hashes(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, str]:
-    """Hashes of policy tensors as a replica of `dtype` holds them: what it multiplies with in `dtype`, the rest of its
-    gates in float32."""
-
-    def held(name: str, tensor: Tensor) -> Tensor:
-        if ".lora_" in name:
-            return tensor
-        return tensor.float() if stays_float32(name) else tensor.to(dtype)
-
-    return {name: digest({name: held(name, tensor)}) for name, tensor in tensors.items()}

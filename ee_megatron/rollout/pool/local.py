@@ -7,23 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ...policy import PolicySpec, WeightSet
 from ...tensors import Digest, Hasher, Stream, collect
-from ...types import ExitReading, Rollout, Trace
+from ...types import Rollout
 from ..engine import generation, scoring
 from ..engine.cache import PAGE, pages_in
 from ..engine.decoder import Decoder
-from ..engine.lens import Lens, lens
+from ..engine.lens import lens
 from ..engine.prompts import load_tokenizer
 from ..engine.request import GenerationRequest, Progress
-from ..engine.scoring import Inspection, Score
-from .interface import Pending, ReplicaSettings, expected_hashes, identity
-from .transport import first_difference, hashes, narrowed, sync_dtype
+from .interface import Pending, ReplicaSettings, RolloutPool, identity
+from .transport import expected_hashes, first_difference, hashes, narrowed, sync_dtype
 
 
-class LocalPool:
+class LocalPool(RolloutPool):
     """A pool of one replica in this process. Sets torch's thread count if `threads` > 0 and the device is a CPU.
 
     `sync_dtype`: what weights are narrowed to before they are loaded, as for a pool of actors; None: nothing is.
@@ -68,10 +66,6 @@ class LocalPool:
             tensors = collect(found.passing(stream))
             return WeightSet(version, tensors, found.hexdigest())
 
-    @property
-    def _tensors(self) -> dict[str, Tensor] | None:
-        return dict(self._weights.tensors) if self._weights else None
-
     def load(self, weights: WeightSet | None) -> None:
         """Raises ValueError if the tensors do not fit the policy."""
         if weights is not None:
@@ -111,22 +105,13 @@ class LocalPool:
         self.load(weights)
         return Finished(self.generate(request))
 
-    def trace(self, rollouts: Sequence[Rollout], top_k: int, progress: Progress | None = None) -> list[Trace]:
-        return scoring.trace(self.decoder, rollouts, top_k, progress)
-
-    def score(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[Score]:
-        return scoring.score(self.decoder, self._tensors, rollouts, progress)
-
-    def inspect(
-        self, rollouts: Sequence[Rollout], streams: bool = False, progress: Progress | None = None
-    ) -> list[Inspection]:
-        return scoring.inspect(self.decoder, self._tensors, rollouts, streams, progress)
-
-    def read_exits(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[ExitReading]:
-        return scoring.read_exits(self.decoder, self._tensors, rollouts, progress)
-
-    def lens(self, rollouts: Sequence[Rollout], top_k: int, prompt: int, answer: int) -> list[Lens]:
-        return lens(self.decoder, self._tensors, rollouts, top_k, prompt, answer)
+    def read(self, reading: str, rollouts: Sequence[Rollout], settings: tuple, progress: Progress | None) -> list:
+        if reading == "trace":
+            return scoring.trace(self.decoder, rollouts, *settings, progress)
+        tensors = dict(self._weights.tensors) if self._weights else None
+        if reading == "lens":
+            return lens(self.decoder, tensors, rollouts, *settings)
+        return getattr(scoring, reading)(self.decoder, tensors, rollouts, *settings, progress)
 
     def health(self) -> dict:
         version, name = identity(self._weights)

@@ -37,17 +37,17 @@ class Sent:
 @dataclass(eq=False)
 class Work:
     """A request: chunks of arguments and their sizes, to be answered under `weights`, and what came of it. Without
-    chunks it is done once every actor holds the weights. `given` counts chunks handed to actors, again after a loss."""
+    chunks it is done once every actor holds the weights."""
 
     weights: Sent
     method: str = ""
     arguments: list[tuple] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     pending: deque[int] = field(init=False)
-    given: int = 0
     results: dict[int, list] = field(default_factory=dict)
     done: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
+    driver: Driver = field(init=False)
 
     def __post_init__(self) -> None:
         self.pending = deque(range(len(self.arguments)))
@@ -57,21 +57,37 @@ class Work:
         self.error = error
         self.done.set()
 
+    def result(self, progress: Progress | None = None) -> list:
+        """Results in the chunks' order. Raises what went wrong. Leaving early (interrupted) gives the work up."""
+        reported, total = 0, sum(self.sizes)
+        try:
+            while not self.done.wait(POLL_S):
+                count = sum(self.sizes[i] for i in list(self.results))
+                if progress and count > reported:
+                    reported = count
+                    progress(reported, total)
+        finally:
+            self.driver.withdraw(self)
+        if self.error is not None:
+            raise self.error
+        if progress and total > reported:
+            progress(total, total)
+        return [entry for i in range(len(self.sizes)) for entry in self.results[i]]
+
 
 @dataclass(eq=False)
 class Place:
     """Where one actor works, or its successor. `handle` None: there is none now, `no_room`: nor has a node room for
-    one. `pid` and `node` are known once the first load is done; `loading`: the weights that it is taking up."""
+    one. `held`: the weights that it has, None while it takes some up; `pid` and `node`: once the first are there."""
 
     handle: Any = None
     no_room: bool = False
     held: tuple[int, str] | None = None
-    loading: tuple[int, str] | None = None
     pid: int = 0
     node: str = ""
 
     def clear(self) -> None:
-        self.handle, self.held, self.loading, self.pid, self.node = None, None, None, 0, ""
+        self.handle, self.held, self.pid, self.node = None, None, 0, ""
 
 
 class ActorLost(Exception):
@@ -79,7 +95,7 @@ class ActorLost(Exception):
 
 
 class Driver:
-    """Owns `rollout.actors` places. `submit` works, `wait` for them; works are served in the order of their arrival.
+    """Owns `rollout.actors` places. `submit` works; they are served in the order of their arrival.
 
     Every call has a deadline: `start_s` for an actor's first load, `rollout.timeout_s`, which is above 0 here, for any
     other. An actor that dies or misses one is replaced where the nodes have room; where they have none the pool works
@@ -106,6 +122,8 @@ class Driver:
             thread.start()
 
     def submit(self, work: Work) -> Work:
+        """Begin a work, whose `result` can be waited for."""
+        work.driver = self
         with self._changed:
             if self._broken is not None:
                 work.finish(self._broken)
@@ -116,23 +134,10 @@ class Driver:
                 self._finish()
         return work
 
-    def wait(self, work: Work, progress: Progress | None = None) -> list:
-        """Results in the chunks' order. Raises what went wrong. Leaving early (interrupted) gives the work up."""
-        reported, total = 0, sum(work.sizes)
-        try:
-            while not work.done.wait(POLL_S):
-                count = sum(work.sizes[i] for i in list(work.results))
-                if progress and count > reported:
-                    reported = count
-                    progress(reported, total)
-        finally:
-            with self._changed:
-                self._remove(work)
-        if work.error is not None:
-            raise work.error
-        if progress and total > reported:
-            progress(total, total)
-        return [entry for i in range(len(work.sizes)) for entry in work.results[i]]
+    def withdraw(self, work: Work) -> None:
+        """No chunk of this work is begun any more."""
+        with self._changed:
+            self._remove(work)
 
     def close(self) -> None:
         """Fail what is under way and end the actors."""
@@ -166,7 +171,6 @@ class Driver:
         """The first work with a chunk to answer (its number) or with weights to take up (-1)."""
         for work in self._works:
             if work.pending:
-                work.given += 1
                 return work, work.pending.popleft()
             if not work.arguments:
                 # Later works must not take the weights away until every actor has loaded them.
@@ -178,10 +182,9 @@ class Driver:
         try:
             if place.held != weights.identity:
                 limit = self._timeout_s if place.pid else self._start_s
-                place.held, place.loading = None, weights.identity
+                place.held = None
                 call = place.handle.load.remote(weights.identity, weights.chunks, limit)
                 place.held, place.pid, place.node = self._result(place, call, limit)
-                place.loading = None
             if chunk >= 0:
                 call = place.handle.call.remote(weights.identity, work.method, work.arguments[chunk])
                 work.results[chunk] = self._result(place, call, self._timeout_s)
@@ -191,7 +194,6 @@ class Driver:
                     work.pending.appendleft(chunk)
             self._replace(place, str(lost))
         except Exception as error:
-            place.loading = None
             with self._changed:
                 self._remove(work)
                 work.finish(error)

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from ...config.derive import actor_share, call_timeout, start_timeout
+from ...config.device import require_gpus
 from ...families.hf_directory import HFDirectory
+from ...host_memory import return_freed
 from ...policy import WeightSet
 from ...tensors import Block, Digest, Entries, Hasher, HeldStream, LazyTensors, Stream, part_of
-from ...types import ExitReading, Rollout, Trace
-from ..engine.lens import Lens
+from ...types import Rollout
 from ..engine.request import GenerationRequest, Progress
-from ..engine.scoring import Inspection, Score
-from .interface import TEACHER, ReplicaSettings, expected_hashes, identity
-from .ray_actor import actor_needs, create_replica
+from .interface import TEACHER, ReplicaSettings, RolloutPool, identity
+from .local import LocalPool
 from .ray_cluster import RayNodes, prepare_environment, start_ray
 from .ray_driver import Driver, Place, Sent, Work
-from .transport import first_difference, narrowed, pack, sync_dtype, travels_in, unpack
+from .transport import expected_hashes, first_difference, narrowed, pack, sync_dtype, travels_in, unpack
+from .vllm import EngineDied, VllmPool
 
 # Chunks per actor: more spread the load better and lose less to a death, fewer keep its rows fuller.
 CHUNKS_PER_ACTOR = 4
@@ -35,15 +38,86 @@ READ_CHUNK = 128
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class RayPending:
-    """`Pending` answers of a pool of actors."""
+class Replica:
+    """A pool of one replica, which works only for a caller who expects the weights that it holds."""
 
-    pool: RayPool
-    work: Work
+    def __init__(self, settings: ReplicaSettings):
+        self.held: tuple[int, str] | None = None
+        self._device = settings.device
+        self._refusal: ValueError | None = None
+        try:
+            if settings.device == "cuda":
+                require_gpus(settings.rollout.tensor, "device=cuda")
+        except ValueError as error:
+            # Raised here it would count as a death, and the next actor would be tried: the first load raises it.
+            self._refusal = error
+            return
+        vllm = settings.rollout.backend == "vllm"
+        self.pool = VllmPool(settings) if vllm else LocalPool.of(settings)
 
-    def result(self, progress: Progress | None = None) -> list[list[Rollout]]:
-        return self.pool._driver.wait(self.work, progress)
+    def load(
+        self, wanted: tuple[int, str], chunks: Sequence[Any] | None, timeout_s: float
+    ) -> tuple[tuple[int, str], int, str]:
+        """Fetch a version's chunks (None: the teacher) and load it: what is held now, process id and Ray's node id.
+
+        Until that is done it holds nothing. Chunks are immutable in the object store, so their bytes are those that the
+        sender hashed. Raises ValueError if this node lacks the GPU that it was to use.
+        """
+        import ray
+
+        if self._refusal is not None:
+            raise self._refusal
+        self.held, weights = None, None
+        if chunks is not None:
+            tensors = {}
+            for reference in chunks:
+                tensors.update(unpack(ray.get(reference, timeout=timeout_s)))
+            weights = WeightSet(wanted[0], tensors, wanted[1])
+        self.pool.load(weights)
+        self.held = identity(weights)
+        return self.held, os.getpid(), str(ray.get_runtime_context().get_node_id())
+
+    def call(self, expected: tuple[int, str], method: str, arguments: tuple) -> Any:
+        """Run a method of the pool. Raises ValueError if other weights are held than the caller expects."""
+        if self.held != expected:
+            held = "no weights" if self.held is None else f"version {self.held[0]} ({self.held[1][:12]})"
+            raise ValueError(
+                f"replica holds weights {held}, expected version {expected[0]} ({expected[1][:12]}); load them"
+            )
+        try:
+            return getattr(self.pool, method)(*arguments)
+        except EngineDied as error:
+            # As if this actor had died: another one takes over its work.
+            print(error, file=sys.stderr, flush=True)
+            os._exit(1)
+        finally:
+            if self._device == "cpu":
+                # The learner, or another actor, works next, here too.
+                return_freed()
+
+
+def actor_needs(device: str, device_share: float) -> dict[str, float]:
+    """What an actor takes of a node, by Ray's names: a share of a GPU on a GPU, else of a core as Ray counts them."""
+    if device.startswith("cuda"):
+        return {"CPU": 1.0, "GPU": device_share}
+    return {"CPU": device_share, "GPU": 0.0}
+
+
+def create_replica(ray: Any, settings: ReplicaSettings, needs: dict[str, float]) -> Any:
+    """Start an actor on what it `needs` of a node."""
+    environment = {
+        "OMP_NUM_THREADS": str(max(1, settings.rollout.threads)),
+        # Actors share cores with the learner, where threads that spin at barriers cost tenfold; some microseconds of it
+        # are less than what sleeping costs at every small product.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "2000",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    # Not restarted by Ray, which would wait for room without end where a node is lost: the driver decides.
+    actor = ray.remote(Replica).options(
+        num_cpus=needs["CPU"], num_gpus=needs["GPU"], max_restarts=0, runtime_env={"env_vars": environment}
+    )
+    return actor.remote(settings)
 
 
 class PutTensors(LazyTensors):
@@ -57,17 +131,12 @@ class PutTensors(LazyTensors):
         return part_of(unpack(self._ray.get(self.chunks[self._numbers[name]])), name, *where)
 
 
-class RayPool:
-    """`RolloutPool` over `rollout.actors` Ray actors. Joins the cluster that RAY_ADDRESS names, else starts one on
-    loopback. Raises ValueError for settings that no actor could have."""
+class RayPool(RolloutPool):
+    """A pool of `rollout.actors` Ray actors. Joins the cluster that RAY_ADDRESS names, else starts one on loopback."""
 
     def __init__(self, replica: ReplicaSettings):
         rollout = replica.rollout
         share = actor_share(rollout)
-        if rollout.actors < 1:
-            raise ValueError(f"rollout.actors={rollout.actors}: a pool needs at least 1")
-        if share <= 0 or (share > 1 and share != int(share)):
-            raise ValueError(f"rollout.device_share={share}: expected a fraction up to 1, or whole devices")
         source = HFDirectory(replica.model_path)
         rollout = replace(rollout, timeout_s=call_timeout(rollout))
         starting = start_timeout(replica.rollout, source.size())
@@ -102,7 +171,7 @@ class RayPool:
 
     def load(self, weights: WeightSet | None) -> None:
         """Returns when every actor reports this version and digest."""
-        self._driver.wait(self._driver.submit(Work(self._send(weights))))
+        self._driver.submit(Work(self._send(weights))).result()
 
     def check(self, weights: WeightSet) -> None:
         """Every actor hashes what it holds, read back from its decoder. Raises RuntimeError if one is lost."""
@@ -128,28 +197,17 @@ class RayPool:
                 raise ValueError(f"weights version {weights.version}, actor {number}: {difference}; load them again")
 
     def generate(self, request: GenerationRequest, progress: Progress | None = None) -> list[list[Rollout]]:
-        return self._driver.wait(self._driver.submit(self._generation(self._sent, request)), progress)
+        return self._generation(self._sent, request).result(progress)
 
-    def begin(self, weights: WeightSet, request: GenerationRequest) -> RayPending:
+    def begin(self, weights: WeightSet, request: GenerationRequest) -> Work:
         """Actors take up the new weights one by one, as each has nothing left to do under older ones."""
-        return RayPending(self, self._driver.submit(self._generation(self._send(weights), request)))
+        return self._generation(self._send(weights), request)
 
-    def trace(self, rollouts: Sequence[Rollout], top_k: int, progress: Progress | None = None) -> list[Trace]:
-        return self._read("trace", rollouts, (top_k,), progress)
-
-    def score(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[Score]:
-        return self._read("score", rollouts, (), progress)
-
-    def inspect(
-        self, rollouts: Sequence[Rollout], streams: bool = False, progress: Progress | None = None
-    ) -> list[Inspection]:
-        return self._read("inspect", rollouts, (streams,), progress)
-
-    def read_exits(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[ExitReading]:
-        return self._read("read_exits", rollouts, (), progress)
-
-    def lens(self, rollouts: Sequence[Rollout], top_k: int, prompt: int, answer: int) -> list[Lens]:
-        return self._read("lens", rollouts, (top_k, prompt, answer), None)
+    def read(self, reading: str, rollouts: Sequence[Rollout], settings: tuple, progress: Progress | None) -> list:
+        size = max(1, min(READ_CHUNK, -(-len(rollouts) // self._rollout.actors)))
+        chunks = [list(rollouts[i : i + size]) for i in range(0, len(rollouts), size)]
+        work = Work(self._sent, reading, [(c, *settings) for c in chunks], [len(c) for c in chunks])
+        return self._driver.submit(work).result(progress)
 
     def health(self) -> dict:
         """As of the last call: `alive` counts actors that hold the wanted weights; `pids` are theirs."""
@@ -203,10 +261,4 @@ class RayPool:
         size = max(-(-2 * rows // request.per_prompt), -(-len(prompts) // spread))
         size = max(1, min(size, -(-len(prompts) // actors)))
         chunks = [replace(request, prompts=prompts[i : i + size]) for i in range(0, len(prompts), size)]
-        return Work(sent, "generate", [(c,) for c in chunks], [c.answers for c in chunks])
-
-    def _read(self, method: str, rollouts: Sequence[Rollout], extra: tuple, progress: Progress | None) -> list:
-        size = max(1, min(READ_CHUNK, -(-len(rollouts) // self._rollout.actors)))
-        chunks = [list(rollouts[i : i + size]) for i in range(0, len(rollouts), size)]
-        work = Work(self._sent, method, [(c, *extra) for c in chunks], [len(c) for c in chunks])
-        return self._driver.wait(self._driver.submit(work), progress)
+        return self._driver.submit(Work(sent, "generate", [(c,) for c in chunks], [c.answers for c in chunks]))

@@ -1,71 +1,41 @@
-"""How a version of the weights travels: in chunks of bytes that need no copy on arrival, compared tensor by tensor."""
+"""How a version of the weights travels: in chunks that need no copy on arrival, compared tensor by tensor."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...config.schema import RolloutConfig
-from ...policy import WeightSet, may_travel_in
+from ...policy import WeightSet, may_travel_in, stays_float32
 from ...tensors import Shape, Stream, digest
 
 # A chunk's size unless one tensor alone is larger: what the sender holds beside the weights while it packs.
 CHUNK_BYTES = 64 << 20
-# Tensors start at multiples of this, so that they can be used where they lie.
-ALIGNMENT = 64
-
-
-Entry = tuple[str, torch.dtype, Shape, int]
-
-
-@dataclass
-class Chunk:
-    """Some tensors: (name, dtype, shape, first byte) each, and all their bytes, uint8 [N]."""
-
-    entries: list[Entry]
-    data: np.ndarray
+Chunk = dict[str, tuple[torch.dtype, Shape, np.ndarray]]
+"""Some tensors by name: dtype, shape and bytes, uint8 [N], which Ray's object store hands out where they lie."""
 
 
 def pack(stream: Stream, dtype_of: Callable[[str], torch.dtype], chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
     """Every tensor once, rounded to its dtype, in name order, as chunks of at most `chunk_bytes` (or of one tensor that
-    is larger). A chunk is there as soon as its tensors are."""
-    blocks = iter(stream)
-    for entries, size in _layout(stream.table, dtype_of, chunk_bytes):
-        chunk = Chunk(entries, np.empty(size, dtype=np.uint8))
-        for name, tensor in unpack(chunk).items():
-            filled = 0
-            while filled < tensor.numel():
-                block = next(blocks)
-                assert block.name == name, (block.name, name)
-                target = tensor[block.first : block.first + len(block.data)] if tensor.dim() else tensor
-                target.copy_(block.data)
-                filled += block.data.numel()
+    is larger)."""
+    table, chunk, size = stream.table, Chunk(), 0
+    for name, blocks in groupby(stream, lambda block: block.name):
+        whole = torch.empty(table[name], dtype=dtype_of(name))
+        for block in blocks:
+            target = whole[block.first : block.first + len(block.data)] if whole.dim() else whole
+            target.copy_(block.data)
+        if chunk and size + whole.nbytes > chunk_bytes:
+            yield chunk
+            chunk, size = Chunk(), 0
+        chunk[name] = whole.dtype, tuple(whole.shape), whole.flatten().view(torch.uint8).numpy()
+        size += whole.nbytes
+    if chunk:
         yield chunk
-    # To its end: whoever makes the blocks may have something to do there.
-    assert not list(blocks)
-
-
-def _layout(
-    table: Mapping[str, Shape], dtype_of: Callable[[str], torch.dtype], chunk_bytes: int
-) -> Iterator[tuple[list[Entry], int]]:
-    entries: list[Entry] = []
-    end = 0
-    for name in sorted(table):
-        dtype, shape = dtype_of(name), table[name]
-        start, size = -(-end // ALIGNMENT) * ALIGNMENT, dtype.itemsize * math.prod(shape)
-        if entries and start + size > chunk_bytes:
-            yield entries, end
-            entries, start = [], 0
-        entries.append((name, dtype, shape, start))
-        end = start + size
-    if entries:
-        yield entries, end
 
 
 def unpack(chunk: Chunk) -> dict[str, Tensor]:
@@ -73,12 +43,7 @@ def unpack(chunk: Chunk) -> dict[str, Tensor]:
     with warnings.catch_warnings():
         # torch has no tensors that can't be written and says so.
         warnings.simplefilter("ignore", UserWarning)
-        whole = torch.from_numpy(chunk.data)
-    found = {}
-    for name, dtype, shape, start in chunk.entries:
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        found[name] = whole[start : start + size].view(dtype).view(shape)
-    return found
+        return {name: torch.from_numpy(data).view(dtype).view(shape) for name, (dtype, shape, data) in chunk.items()}
 
 
 def sync_dtype(rollout: RolloutConfig) -> torch.dtype | None:
@@ -96,10 +61,7 @@ def narrowed(weights: WeightSet, dtype: torch.dtype | None, decoder: torch.dtype
     in it; where that changes any it has a digest of its own."""
     if dtype is None:
         return weights
-    tensors = {
-        name: tensor.detach().to(dtype) if may_travel_in(dtype, name, decoder) else tensor
-        for name, tensor in weights.tensors.items()
-    }
+    tensors = {name: tensor.detach().to(travels_in(name, dtype, decoder)) for name, tensor in weights.tensors.items()}
     if all(tensors[name].dtype == tensor.dtype for name, tensor in weights.tensors.items()):
         return weights
     return WeightSet(weights.version, tensors)
@@ -108,6 +70,18 @@ def narrowed(weights: WeightSet, dtype: torch.dtype | None, decoder: torch.dtype
 def hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """name -> digest of this tensor alone."""
     return {name: digest({name: tensor}) for name, tensor in tensors.items()}
+
+
+def expected_hashes(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, str]:
+    """Hashes of policy tensors as a replica of `dtype` holds them: what it multiplies with in `dtype`, the rest of its
+    gates in float32."""
+
+    def held(name: str, tensor: Tensor) -> Tensor:
+        if ".lora_" in name:
+            return tensor
+        return tensor.float() if stays_float32(name) else tensor.to(dtype)
+
+    return {name: digest({name: held(name, tensor)}) for name, tensor in tensors.items()}
 
 
 def first_difference(expected: dict[str, str], found: dict[str, str]) -> str | None:

@@ -8,7 +8,33 @@ package is installed without its dependencies. Nothing of vLLM is imported befor
 from __future__ import annotations
 
 from ...families import VLLM
-from .supported_versions import architecture
+
+# Others are refused, for vLLM's insides move.
+VERSIONS = ("0.32",)
+# The field of a model's configuration in vLLM that makes its exits compact.
+COMPACT = "compact_exits"
+# Where `rollout.cache_gib` doesn't say how much memory an engine takes: of a GPU's, for all that it holds; of a CPU's,
+# for its cache.
+GPU_SHARE, CPU_CACHE_GIB = 0.9, 1
+# Positions that a step reads at most.
+CHUNK = 8192
+
+
+def architecture(family: str) -> str:
+    """vLLM's name of the early-exit model of a family."""
+    return f"EarlyExit{family}ForCausalLM"
+
+
+def is_supported(version: str) -> bool:
+    return version.startswith(tuple(f"{tested}." for tested in VERSIONS))
+
+
+def check_version(found: str) -> None:
+    """Raises ValueError for a vLLM that was not tested."""
+    if not is_supported(found):
+        raise ValueError(
+            f"vLLM {found} is installed, early exits were tested with {' and '.join(VERSIONS)}; run: make vllm"
+        )
 
 
 def register() -> None:

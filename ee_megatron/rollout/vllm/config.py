@@ -10,8 +10,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
 from ...families import VLLM
+from . import COMPACT, architecture, check_version
 from .request_metadata import FIELD, rule_for
-from .supported_versions import COMPACT, architecture, check_version
 
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 

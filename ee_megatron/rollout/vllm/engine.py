@@ -18,22 +18,19 @@ from ...policy import PolicySpec
 from ...types import Rollout
 from ..engine.decoder import read_eos_ids
 from ..engine.request import Event, Request, RequestValidator, Row, check_logits
-from .memory import CHUNK, CPU_CACHE_GIB, GPU_SHARE
+from . import CHUNK, COMPACT, CPU_CACHE_GIB, GPU_SHARE, architecture, check_version
 from .request_metadata import EXTRA, RequestMetadata
-from .supported_versions import COMPACT, architecture, check_version
 
 
 @dataclass(frozen=True)
 class EngineSettings:
     """One engine; without a `spec` for a model without exits.
 
-    - rows: requests at a time; chunk: positions that a step reads at most
-    - tensor: devices
-    - blocks: of the cache, 0 for as many as there is memory; block: positions in one, 0 for vLLM's choice
-    - positions: the longest sequence, 0 for the model's own limit
+    - rows: requests at a time; tensor: devices
     - cache_gib: memory of the cache on each device, 0 for what is left of `GPU_SHARE` or on a CPU `CPU_CACHE_GIB`
     - compile: as vLLM compiles its own models, with CUDA graphs on a GPU; else eagerly
     - compact: positions that have left run only what others need of them; not compiled
+    - others: of vLLM's `EngineArgs`, by name
     """
 
     model_path: str
@@ -41,13 +38,10 @@ class EngineSettings:
     dtype: torch.dtype
     rows: int = 64
     tensor: int = 1
-    blocks: int = 0
-    block: int = 0
-    positions: int = 0
-    chunk: int = CHUNK
     cache_gib: float = 0.0
     compile: bool = False
     compact: bool = False
+    others: tuple[tuple[str, Any], ...] = ()
 
 
 class VllmEngine:
@@ -76,34 +70,25 @@ class VllmEngine:
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             settings.model_path, local_files_only=True
         )
-        more: dict[str, Any] = {}
-        if settings.blocks:
-            more["num_gpu_blocks_override"] = settings.blocks
-        if settings.block:
-            more["block_size"] = settings.block
-        if settings.positions:
-            more["max_model_len"] = settings.positions
-        elif settings.cache_gib:
-            # As long as the cache has room for: vLLM refuses one that doesn't hold the model's longest sequence.
-            more["max_model_len"] = -1
+        others: dict[str, Any] = {"max_num_batched_tokens": CHUNK}
         if settings.cache_gib:
-            more["kv_cache_memory_bytes"] = int(settings.cache_gib * 2**30)
+            # As long as the cache has room for: vLLM refuses one that doesn't hold the model's longest sequence.
+            others |= {"kv_cache_memory_bytes": int(settings.cache_gib * 2**30), "max_model_len": -1}
         arguments = EngineArgs(
             model=str(Path(settings.model_path)), dtype=str(settings.dtype).removeprefix("torch."),
             skip_tokenizer_init=True, enforce_eager=not settings.compile, async_scheduling=False,
-            enable_prefix_caching=True, max_num_seqs=settings.rows, max_num_batched_tokens=settings.chunk,
+            enable_prefix_caching=True, max_num_seqs=settings.rows,
             enable_chunked_prefill=True, gpu_memory_utilization=GPU_SHARE, tensor_parallel_size=settings.tensor,
             hf_overrides={
                 "architectures": [architecture(VLLM[self.dims.family])], "exit_depths": list(spec.exit_depths),
                 "gate_width": spec.gate_width, "gate_input": spec.gate_input, COMPACT: settings.compact,
             },
-            **more,
+            **(others | dict(settings.others)),
         )  # fmt: skip
         self.engine = LLMEngine.from_engine_args(arguments)
         self.gated, self.tensor = False, settings.tensor
         self._adapters: dict[str, Tensor] = {}
-        limit = settings.positions or self.dims.max_positions
-        self._intake = RequestValidator(self.tokenizer, eos_ids, self.spec.layout, limit)
+        self._intake = RequestValidator(self.tokenizer, eos_ids, self.spec.layout, self.dims.max_positions)
         self._room = int(self.engine.model_config.max_model_len)
         self.finished: dict[int, Row] = {}
         self._rows: dict[int, Row] = {}

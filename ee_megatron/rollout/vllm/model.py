@@ -9,6 +9,7 @@ asked, so there is no graph of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,11 +29,10 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from ...exit_rules import NEVER
+from ...exit_rules import NEVER, AtExit, ExitRule, Tokens
 from ...exits import gate_units
 from ...products import product
-from .steps import Watched
-from .supported_versions import COMPACT
+from . import COMPACT
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -68,6 +68,38 @@ class Gate(nn.Module):
         x = x.to(self.dtype)
         x = packed(x.float(), fc1.weight, fc1.bias) if self.on_cpu else product(x, fc1.weight.t()) + fc1.bias
         return self.fc2(F.relu(x)).squeeze(-1)
+
+
+@dataclass
+class Watched:
+    """Tokens of a step whose rule has to see readouts: their places int64 [R], names and random numbers [R, M+1].
+    `readout`: streams [R, D] -> logits float32 [R, V]."""
+
+    rule: ExitRule
+    places: Tensor
+    tokens: Tokens
+    uniform: Tensor
+    notes: Tensor
+    readout: Callable[[Tensor], Tensor]
+
+    def ask(self, index: int, depth: int, streams: Tensor, logits: Tensor, fires: Tensor) -> None:
+        """Asks as the embedded engine's scheduler does. Streams [T, D], logits [T]; writes into `fires` bool [T]."""
+        rows = streams[self.places]
+        answer = self.rule.fires(
+            AtExit(
+                index, depth, logits[self.places], readout=lambda: self.readout(rows),
+                uniform=lambda i: self.uniform[:, i], tokens=lambda: self.tokens, notes=self.notes,
+            )
+        )  # fmt: skip
+        fires[self.places] = answer.to(fires.device)
+
+    def among(self, stays: Tensor) -> Watched:
+        """Those of them that stay, bool [T], with their places among all that stay."""
+        kept = stays[self.places]
+        return replace(
+            self, places=(stays.cumsum(0) - 1)[self.places[kept]], uniform=self.uniform[kept], notes=self.notes[kept],
+            tokens=[token for token, here in zip(self.tokens, kept.tolist(), strict=True) if here],
+        )  # fmt: skip
 
 
 @support_torch_compile(dynamic_arg_dims=dict.fromkeys(("input_ids", "positions", "inputs_embeds", "bounds", "fine"), 0))

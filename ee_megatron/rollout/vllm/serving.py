@@ -146,6 +146,15 @@ class AnswerDepths:
         self._unsaid.setdefault(index, []).extend(zip(output.token_ids, rows, strict=True))
         self._depths += [row[0] for row in rows]
 
+    async def watching(self, results: Any, answers: int) -> AsyncIterator[Any]:
+        """The same results, taken as they pass. Of several prompts each comes with the number of its own, to which
+        there are `answers`."""
+        async for item in results:
+            number, result = item if isinstance(item, tuple) else (0, item)
+            for output in result.outputs:
+                self.take(output.index + number * answers, output)
+            yield item
+
     def fields(self, index: int) -> dict[str, list]:
         said = self._unsaid.pop(index, [])
         found: dict[str, list] = {} if self._hide else {"token_ids": [int(token) for token, _ in said]}
@@ -202,18 +211,9 @@ def _chat(plain: Callable) -> Callable:
     async def response(self: Any, request: Any, results: Any, *args: Any, **kwargs: Any) -> Any:
         if not has_exits(self.engine_client.vllm_config):
             return await plain(self, request, results, *args, **kwargs)
-        last: list[Any] = []
-
-        async def watched() -> AsyncIterator[Any]:
-            async for result in results:
-                last[:] = [result]
-                yield result
-
-        made = await plain(self, request, watched(), *args, **kwargs)
+        told = depths_of(self, request)
+        made = await plain(self, request, told.watching(results, 1), *args, **kwargs)
         if hasattr(made, "choices"):
-            told = depths_of(self, request)
-            for index, output in enumerate(last[0].outputs):
-                told.take(index, output)
             told.add_to(made)
         return made
 
@@ -232,15 +232,7 @@ def _streamed(plain: Callable) -> Callable:
             return
         told = depths_of(self, request)
 
-        async def watched() -> AsyncIterator[Any]:
-            async for item in results:
-                # Of several prompts each result comes with the number of its own.
-                number, result = item if isinstance(item, tuple) else (0, item)
-                for output in result.outputs:
-                    told.take(output.index + number * (request.n or 1), output)
-                yield item
-
-        bound.arguments["result_generator"] = watched()
+        bound.arguments["result_generator"] = told.watching(results, request.n or 1)
         stream = plain(*bound.args, **bound.kwargs)
         try:
             async for chunk in stream:

@@ -1,26 +1,39 @@
-"""vLLM's worker with exits: they are attached, weights set in place, tokens fetched."""
+"""vLLM's worker with exits: they are attached, weights set in place, tokens fetched; and one step of its model runner:
+what the model must know of each token before it runs, the sampling of the next tokens with this package's random
+numbers, and what comes back of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.config import CUDAGraphMode
+from vllm.distributed.aux_output_connector.connector import AuxRequestOutput
 from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
+from vllm.v1.outputs import SamplerOutput
 
+from ...exit_rules import NEVER, ExitRule, known
 from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec, stays_float32
-from .model import EarlyExit
-from .steps import ExitSampler, Made
+from ..engine.sampling import SamplingParams, inverse_cdf, log_prob, prescribe, sample_tokens, truncate, uniforms
+from .model import EarlyExit, Watched
+from .request_metadata import EXTRA, RequestMetadata
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
 else:
     from vllm.v1.worker.gpu_worker import Worker
+
+# That sample together on a CPU: what sampling leaves of more is handed back to the machine and had anew every step.
+ROWS = 16
+# vLLM's: temperatures below are greedy.
+GREEDY = 1e-5
 
 
 class ExitWorker(Worker):
@@ -101,3 +114,253 @@ class ExitWorker(Worker):
             else:
                 yield name, base
         yield from ((name, tensor) for name, tensor in tensors.items() if name.startswith("gates."))
+
+
+@dataclass(frozen=True)
+class Made:
+    """A token that was sampled, as `Rollout` has it; `name` is its request's."""
+
+    name: int
+    token: int
+    depth: int
+    logprob: float
+    full_logprob: float
+    exit_logprob: float
+
+    @property
+    def decided(self) -> tuple[int, int, int]:
+        """What has to be the same on every device."""
+        return self.name, self.token, self.depth
+
+
+class Draws(nn.Module):
+    """Stands in place of the part of vLLM's sampler that draws tokens: by the numbers that are set here, one per row,
+    where there are any. Penalties, biases, grammars and log-probabilities stay vLLM's."""
+
+    def __init__(self, plain: nn.Module):
+        super().__init__()
+        self.plain = plain
+        self.uniform: Tensor | None = None
+        self.logprobs: Tensor | None = None
+
+    def forward(
+        self, logits: Tensor, generators: Any, k: Tensor | None, p: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """logits float32 [R, V], temperature applied, k int [R], p float [R] -> tokens int64 [R], logits or
+        log-probabilities [R, V] if vLLM is to report those. `logprobs` float32 [R]: of what was drawn from."""
+        if self.uniform is None:
+            return self.plain(logits, generators, k, p)
+        rows = len(logits)
+        kinds: dict[tuple[int, float], list[int]] = {}
+        for i, kind in enumerate(
+            zip([0] * rows if k is None else k.tolist(), [1.0] * rows if p is None else p.tolist(), strict=True)
+        ):
+            kinds.setdefault(kind, []).append(i)
+        kept = logits
+        for (top_k, top_p), which in kinds.items():
+            if 0 < top_k < logits.shape[-1] or top_p < 1:
+                # A bound that keeps all is vLLM's way to say none.
+                kept = kept.clone() if kept is logits else kept
+                kept[which] = truncate(logits[which], top_k if top_k < logits.shape[-1] else 0, top_p)
+        tokens, self.logprobs = inverse_cdf(kept, self.uniform)
+        if self.plain.logprobs_mode == "processed_logits":
+            return tokens, kept
+        return tokens, kept.log_softmax(dim=-1) if self.plain.logprobs_mode == "processed_logprobs" else None
+
+
+class Batch:
+    """The runner's requests in its order, as arrays: which are `ours`, and of these the `users`, whose tokens vLLM
+    chooses, bool [N]; int64 [N] lengths of prompts; uint64 [N] keys; by rule, and of rollouts by sampling, which they
+    are, bool [N]."""
+
+    def __init__(self, names: list[str], asked: list[RequestMetadata | None]):
+        self.names, self.asked = names, asked
+        self.ours = np.array([one is not None for one in asked], dtype=bool)
+        self.prompts = np.array([one.prompt if one else 0 for one in asked], dtype=np.int64)
+        self.keys = np.array([one.key if one else 0 for one in asked], dtype=np.uint64)
+        self.users = np.array([bool(one and one.sampling is None) for one in asked], dtype=bool)
+        # Of these every token's exit is given.
+        self.prescribed = np.array([bool(one and one.prescribed) for one in asked], dtype=bool)
+        self.rules: dict[ExitRule, np.ndarray] = {}
+        self.samplings: dict[SamplingParams, np.ndarray] = {}
+        for i, one in enumerate(asked):
+            if one is not None:
+                self.rules.setdefault(one.rule, np.zeros(len(asked), dtype=bool))[i] = True
+                if one.sampling is not None:
+                    self.samplings.setdefault(one.sampling, np.zeros(len(asked), dtype=bool))[i] = True
+
+    @property
+    def made(self) -> np.ndarray:
+        """int64 [N]: tokens that there are of each answer."""
+        return np.array([len(one.depths) if one else 0 for one in self.asked], dtype=np.int64)
+
+
+class ExitSampler(nn.Module):
+    """Stands in place of the runner's sampler, and before its forward pass. Requests without `EXTRA` never exit and are
+    sampled by vLLM; those of users have depths here, and are sampled by vLLM with this package's random numbers."""
+
+    def __init__(self, runner: Any, model: Any):
+        super().__init__()
+        self.runner, self.model, self.exit_depths = runner, model, model.exit_depths
+        self.plain = runner.sampler
+        # What else the runner has of its sampler, for the log-probabilities of prompts.
+        for name in ("logprobs_mode", "compute_logprobs", "gather_logprobs"):
+            setattr(self, name, getattr(self.plain, name))
+        self.draws = self.plain.topk_topp_sampler = Draws(self.plain.topk_topp_sampler)
+        self.made: list[Made] = []
+        # What goes back with users' tokens: depth, log-probabilities of token and exit, float64 [1, 3].
+        self.told: dict[str, AuxRequestOutput] = {}
+        self._asked: dict[str, RequestMetadata] = {}
+        self._batch = Batch([], [])
+        self._bounds, self._fine = _host(model.bounds), _host(model.fine)
+
+    def batch(self) -> Batch:
+        names = self.runner.input_batch.req_ids[: self.runner.input_batch.num_reqs]
+        if names != self._batch.names:
+            self._asked = {name: asked for name, asked in self._asked.items() if name in self.runner.requests}
+            self._batch = Batch(list(names), [self.asked(name) for name in names])
+        return self._batch
+
+    def asked(self, request: str) -> RequestMetadata | None:
+        extra = (self.runner.requests[request].sampling_params.extra_args or {}).get(EXTRA)
+        if extra is None:
+            return None
+        if request not in self._asked:
+            self._asked[request] = RequestMetadata.of(extra)
+        return self._asked[request]
+
+    # ---- before the model runs ----
+
+    def prepare(self) -> list[Watched]:
+        """Tells the model the bounds of what the runner has scheduled, for each request a stretch of positions."""
+        batch, device = self.batch(), self.model.bounds.device
+        starts = self.runner.query_start_loc.np[: len(batch.names) + 1].astype(np.int64)
+        total, exits = int(starts[-1]), len(self.exit_depths)
+        bounds, fine = self._bounds.numpy()[:total], self._fine.numpy()[:total]
+        bounds.fill(NEVER)
+        fine.fill(False)
+        # Position prompt - 1 + t predicts token t; token 0 comes from the prompt, which never exits.
+        begin = self.runner.input_batch.num_computed_tokens_cpu[: len(batch.names)] - batch.prompts + 1
+        end = begin + np.diff(starts)
+        first = np.maximum(begin, 1)
+        counts = np.where(batch.ours, np.maximum(end - first, 0), 0)
+        row = np.repeat(np.arange(len(batch.names)), counts)
+        token = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts) + first[row]
+        place = starts[row] + token - begin[row]
+        watched = []
+        if exits and len(row):
+            drawn = uniforms(batch.keys[row], token, exits + 1)
+            said = batch.prescribed[row] | (token < batch.made[row])
+            for rule, members in batch.rules.items():
+                which = np.flatnonzero(members[row] & ~said)
+                if not len(which):
+                    continue
+                at, names = place[which], [("", 0, t) for t in token[which].tolist()]
+                ahead = rule.ahead(drawn[which], self.exit_depths, names)
+                if ahead is not None:
+                    bounds[at], fine[at] = ahead, rule.fine
+                    continue
+                assert (token[which] == end[row[which]] - 1).all(), "a rule that sees readouts is asked token by token"
+                watched.append(
+                    Watched(
+                        rule, torch.from_numpy(at).to(device), names, torch.from_numpy(drawn[which]).to(device),
+                        torch.zeros(len(which), rule.notes, dtype=torch.float64, device=device), self.model.readout,
+                    )
+                )  # fmt: skip
+            which = np.flatnonzero(said)
+            if len(which):
+                pairs = zip(row[which].tolist(), token[which].tolist(), strict=True)
+                given = np.array([batch.asked[i].said(t) for i, t in pairs])  # type: ignore[union-attr]
+                bounds[place[which]] = known(given[:, None] == np.array(self.exit_depths), self.exit_depths)
+        for host, buffer in ((self._bounds, self.model.bounds), (self._fine, self.model.fine)):
+            if host is not buffer:
+                buffer[:total].copy_(host[:total], non_blocking=True)
+        return watched
+
+    # ---- after it ----
+
+    def forward(self, logits: Tensor, sampling_metadata: Any, **options: Any) -> SamplerOutput:
+        """Logits [requests, V] -> the next tokens, this package's where a request has `EXTRA`."""
+        batch = self.batch()
+        if not batch.ours.any():
+            return self.plain(logits=logits, sampling_metadata=sampling_metadata, **options)
+        # Rows in the middle of a prompt have logits too, which nobody wants.
+        wanted = ~self.runner.discard_request_mask.np[: len(batch.names)]
+        made, (depths, exits) = batch.made, self._exits(batch)
+        tokens = torch.zeros(len(batch.names), dtype=torch.int32, device=logits.device)
+        others = None
+        if batch.users.any() or not batch.ours.all():
+            users = np.flatnonzero(batch.users & wanted)
+            others = self._by_vllm(batch, users, logits, sampling_metadata, options, depths, exits)
+            tokens.copy_(others.sampled_token_ids[:, 0])
+        for params, members in batch.samplings.items():
+            every = np.flatnonzero(members & wanted)
+            step = ROWS if logits.device.type == "cpu" else max(1, len(every))
+            for rows in (every[at : at + step] for at in range(0, len(every), step)):
+                which = torch.from_numpy(rows).to(logits.device)
+                drawn = self._uniform(batch, rows, made)
+                # Neighbours mostly: no copy then.
+                together = rows[-1] - rows[0] + 1 == len(rows)
+                wide = (logits[rows[0] : rows[-1] + 1] if together else logits[which]).float()
+                sampled = sample_tokens(wide, params, drawn)
+                chosen = [one for i in rows.tolist() if (one := batch.asked[i]) is not None]
+                given = [
+                    (j, one.given[len(one.depths)]) for j, one in enumerate(chosen) if len(one.depths) < len(one.given)
+                ]
+                if given:
+                    sampled = prescribe(wide, params, sampled, given)
+                tokens[which] = sampled[0].to(torch.int32)
+                columns = (column.tolist() for column in sampled)
+                for i, one, token, logprob, full in zip(rows.tolist(), chosen, *columns, strict=True):
+                    self.made.append(Made(one.name, token, depths[i], logprob, full, exits[i]))
+                    one.depths.append(depths[i])
+        logprobs = None if others is None else others.logprobs_tensors
+        return SamplerOutput(sampled_token_ids=tokens.unsqueeze(-1), logprobs_tensors=logprobs)
+
+    def _by_vllm(
+        self, batch: Batch, users: np.ndarray, logits: Tensor, sampling_metadata: Any, options: dict[str, Any],
+        depths: Sequence[int], exits: Sequence[float],
+    ) -> SamplerOutput:  # fmt: skip
+        """vLLM's choice for all rows; of `users`, int64 [U], the depths are kept."""
+        if len(users):
+            # Nobody asks what the others of these rows draw: they are in the middle of a prompt.
+            uniform = torch.zeros(len(batch.names), dtype=torch.float64, device=logits.device)
+            uniform[users] = self._uniform(batch, users, batch.made)
+            self.draws.uniform = uniform
+        try:
+            found = self.plain(logits=logits.clone(), sampling_metadata=sampling_metadata, **options)
+        finally:
+            self.draws.uniform = None
+        if not len(users):
+            return found
+        # A greedy choice has the log-probability of temperature 1.
+        logprobs = log_prob(logits.float(), found.sampled_token_ids[:, 0].long())
+        if not sampling_metadata.all_greedy:
+            assert self.draws.logprobs is not None
+            drawn = sampling_metadata.temperature >= GREEDY
+            logprobs = torch.where(drawn, self.draws.logprobs, logprobs)
+        for i, logprob in zip(users.tolist(), logprobs[users].tolist(), strict=True):
+            one = batch.asked[i]
+            assert one is not None
+            row = np.array([[depths[i], logprob, exits[i]]])
+            self.told[batch.names[i]] = AuxRequestOutput(len(one.depths), row)
+            one.depths.append(depths[i])
+        return found
+
+    def _uniform(self, batch: Batch, rows: np.ndarray, made: np.ndarray) -> Tensor:
+        """float64 [R]: the numbers that draw the next tokens of these rows."""
+        drawn = uniforms(batch.keys[rows], made[rows], len(self.exit_depths) + 1)[:, -1]
+        return torch.from_numpy(drawn).to(self.runner.device)
+
+    def _exits(self, batch: Batch) -> tuple[list[int], list[float]]:
+        """Depth and exit log-probability of each request's newest position; a first token comes from the prompt."""
+        ends = self.runner.query_start_loc.np[1 : len(batch.names) + 1]
+        newest = torch.from_numpy(ends - 1).to(self.model.depths.device)
+        logprobs = self.model.logprobs[newest].tolist()
+        asked = batch.made if self.model.gated else np.zeros(len(batch.names), dtype=bool)
+        return self.model.depths[newest].tolist(), [p if at else 0.0 for p, at in zip(logprobs, asked, strict=True)]
+
+
+def _host(buffer: Tensor) -> Tensor:
+    """Where the host writes what goes into `buffer`: itself on a CPU."""
+    return buffer if buffer.device.type == "cpu" else torch.empty_like(buffer, device="cpu", pin_memory=True)

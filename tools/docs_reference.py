@@ -24,7 +24,9 @@ def page() -> str:
     parts = ["# Commands and settings\n", "Generated from the code.\n", "## Commands\n", block(help_of([]))]
     for command in [*cli.COMMANDS, *cli.HANDED_ON]:
         parts += [f"### {command}\n", block(help_of([command]))]
-    parts.append("## Settings\n\nGive them as `key=value`. Sections marked *optional* are off unless they say otherwise.\n")
+    parts.append(
+        "## Settings\n\nGive them as `key=value`. Sections marked *optional* are off unless they say otherwise.\n"
+    )
     texts = field_texts()
     section = None
     for entry in known(schema.RunConfig):
@@ -60,7 +62,11 @@ def field_texts() -> dict[tuple[str, str], str]:
     for node in ast.parse(inspect.getsource(schema)).body:
         if isinstance(node, ast.ClassDef):
             for item, after in zip(node.body, node.body[1:], strict=False):
-                if isinstance(item, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                if (
+                    isinstance(item, ast.AnnAssign)
+                    and isinstance(after, ast.Expr)
+                    and isinstance(after.value, ast.Constant)
+                ):
                     texts[node.name, item.target.id] = " ".join(str(after.value.value).split())
     return texts
 

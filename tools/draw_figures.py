@@ -37,23 +37,38 @@ def draw_depth(axes: plt.Axes, table: pd.DataFrame) -> None:
     rules = {"confidence": "^", "entropy": "v", "calibrated gates": "D", "trained at full depth": "X"}
     for rule, marker in rules.items():
         rows = table[table.policy.str.startswith(f"control: {rule}") & table.policy.str.endswith("by depth")]
-        axes.plot(rows.depth, rows.accuracy, marker, color=GREEN, label={
-            "calibrated gates": "gates before RL", "trained at full depth": "RL at full depth"}.get(rule, rule), ls="")
+        axes.plot(
+            rows.depth,
+            rows.accuracy,
+            marker,
+            color=GREEN,
+            label={"calibrated gates": "gates before RL", "trained at full depth": "RL at full depth"}.get(rule, rule),
+            ls="",
+        )
     axes.set(xlabel="mean depth (share of layers)", ylabel="accuracy, %", title="SmolLM2-135M: accuracy and depth")
     axes.legend(fontsize=7, loc="lower right", frameon=False, bbox_to_anchor=(1, 0.05))
 
 
 def draw_written(axes: plt.Axes, table: pd.DataFrame) -> None:
-    """Share of answers written out step by step, by what RL penalises; each dot is a base model, a tick the forecast."""
+    """Share of answers written out step by step, by what RL penalises; a dot is a base model, a line the forecast."""
     table = table[(table.task == "hops") & (table.hops == "3") & (table.tokens_per_step == 1)]
     for place, condition in enumerate(CONDITIONS):
         rows = table[table.condition == condition]
         axes.bar(place, rows.share_of_steps.mean(), color=ORANGE if place > 1 else GREY, alpha=0.35)
         axes.plot([place] * len(rows), rows.share_of_steps, "o", color=ORANGE if place > 1 else GREY, ms=4)
         axes.plot([place - 0.35, place + 0.35], [rows.forecast.iloc[0]] * 2, color="black", lw=1.2)
-    labels = ["no exits", "exits,\nλ = 0", "λ on the\ntotal", "λ on the\nmean", "λ on the\ndeepest", "2 layers\nat most"]
+    labels = [
+        "no exits",
+        "exits,\nλ = 0",
+        "λ on the\ntotal",
+        "λ on the\nmean",
+        "λ on the\ndeepest",
+        "2 layers\nat most",
+    ]
     axes.set_xticks(range(len(CONDITIONS)), labels, fontsize=7)
-    axes.set(ylim=(0, 1.05), ylabel="share of answers written out", title="Tiny models, 3-hop problems: what is written")
+    axes.set(
+        ylim=(0, 1.05), ylabel="share of answers written out", title="Tiny models, 3-hop problems: what is written"
+    )
 
 
 def main() -> None:

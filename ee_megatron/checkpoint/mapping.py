@@ -59,6 +59,10 @@ class Entry:
         unit = by_group.size(1) // sum(self.sizes)
         return [part.flatten() for part in by_group.split([unit * size for size in self.sizes], dim=1)]
 
+    def runs(self, rows: int) -> dict[str, tuple[Run, ...]]:
+        """Where the rows of each tensor lie in the whole parameter, which has `rows`."""
+        return {name: runs_of(places) for name, places in zip(self.names, self.places(rows, 1), strict=True)}
+
     def shard(self, tensors: list[Tensor], ranks: int, rank: int) -> Tensor:
         """The rank's local parameter from whole tensors."""
         if self.vocab is not None and (extra := padded_vocab(self.vocab, ranks) - self.vocab):

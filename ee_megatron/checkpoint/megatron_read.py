@@ -19,22 +19,23 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import pickle
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from ..families import ModelDims, dims_from_config
 from ..families.hf_directory import read_json
 from ..tensors import ModelSource, file_stamps, map_file
-from .mapping import Run, runs_of, stored_name, whole_entries
+from .mapping import Run, stored_name, whole_entries
 from .megatron_settings import compare_settings, config_of, read_settings, refuse_settings
 from .sources import WEIGHTS
 from .store import MANIFEST, read_manifest
@@ -60,18 +61,9 @@ _KNOWN = {
 }
 _LAYER = re.compile(r"decoder\.layers\.(?:\d+\.)?")
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state_machine|dataloader")
-# What the models of all families consist of, by the part of the name behind the layer.
-_PARTS = {
-    *("embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"),
-    *("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"),
-    *(f"self_attention.{part}_layernorm.weight" for part in "qk"),
-    *(f"self_attention.linear_{part}.{kind}" for part in ("qkv", "proj") for kind in ("weight", "bias")),
-    *(f"mlp.linear_fc{part}.{kind}" for part in (1, 2) for kind in ("weight", "bias")),
-}
 
 
-@dataclass(frozen=True)
-class StoredChunk:
+class StoredChunk(NamedTuple):
     """Where one box of a parameter is: its offsets and sizes in the whole, its file, offset and length there."""
 
     parameter: str
@@ -84,39 +76,30 @@ class StoredChunk:
     length: int
 
     @staticmethod
-    def from_json(data: dict[str, Any]) -> StoredChunk:
-        """From its fields, tuples being lists."""
-        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
-        return StoredChunk(**fields)
+    def from_json(row: list[Any]) -> StoredChunk:
+        """From its fields in their order, tuples being lists."""
+        return StoredChunk(*(tuple(value) if isinstance(value, list) else value for value in row))
 
 
 def check_tiling(name: str, chunks: Sequence[StoredChunk]) -> None:
     """Raises ValueError unless the boxes lie inside the parameter, do not overlap and leave nothing out."""
     shape, dtype = chunks[0].shape, chunks[0].dtype
-    inside = all(
-        len(c.sizes) == len(c.offsets) == len(shape)
-        and (c.shape, c.dtype) == (shape, dtype)
-        and all(o >= 0 and o + s <= n for o, s, n in zip(c.offsets, c.sizes, shape, strict=True))
+    fits = all(
+        (c.shape, c.dtype) == (shape, dtype) and len(c.sizes) == len(c.offsets) == len(shape) and 0 not in c.sizes
         for c in chunks
     )
-    covered = sum(torch.Size(c.sizes).numel() for c in chunks)
-    if not inside or _any_overlap(chunks) or covered != torch.Size(shape).numel():
+    if fits:
+        first = torch.tensor([c.offsets for c in chunks], dtype=torch.long)
+        end = first + torch.tensor([c.sizes for c in chunks], dtype=torch.long)
+        # Of any two boxes whether they have a number in common; every box does with itself.
+        common = ((first[:, None] < end) & (first < end[:, None])).all(-1)
+        inside = bool(((first >= 0) & (end <= torch.tensor(shape, dtype=torch.long))).all())
+        covered = sum(math.prod(c.sizes) for c in chunks)
+        fits = inside and int(common.sum()) == len(chunks) and covered == math.prod(shape)
+    if not fits:
         raise ValueError(
             f"{name}: its chunks do not make up a tensor of shape {list(shape)}; the checkpoint is damaged"
         )
-
-
-def _any_overlap(chunks: Sequence[StoredChunk]) -> bool:
-    """Only boxes that begin before the one in hand ends are compared with it: stacked layers are thousands of boxes."""
-    in_order = sorted(chunks, key=lambda c: c.offsets)
-    for number, a in enumerate(in_order):
-        for b in in_order[number + 1 :]:
-            if a.offsets and b.offsets[0] >= a.offsets[0] + a.sizes[0]:
-                break
-            boxes = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
-            if all(ao < bo + bs and bo < ao + as_ for ao, as_, bo, bs in boxes):
-                return True
-    return False
 
 
 class TorchDistReader:
@@ -180,7 +163,7 @@ class TorchDistReader:
         path = self.folder / chunk.file
         try:
             with path.open("rb", buffering=0) as file:
-                part: Any = _Part(file, chunk.offset, chunk.length)
+                part: Any = _create_file_view(file, chunk.offset, chunk.length)
                 tensor = torch.load(part, map_location="meta", weights_only=True)
                 # A layer of a stack of layers is known by its own shape.
                 shapes, dtype = (chunk.sizes, (1, *chunk.sizes)), self.dtype(chunk.parameter)
@@ -214,15 +197,12 @@ class TorchDistReader:
             raise ValueError(self._damaged(".metadata", error)) from None
 
     def _check_files(self) -> None:
-        need: dict[str, int] = defaultdict(int)
         for chunk in itertools.chain.from_iterable(self.chunks.values()):
-            need[chunk.file] = max(need[chunk.file], chunk.offset + chunk.length)
-        for file, size in need.items():
-            path = self.folder / file
-            found = path.stat().st_size if path.is_file() and path.parent == self.folder else -1
-            if found < size:
-                state = f"{found} bytes, {size} expected" if found >= 0 else "missing"
-                raise ValueError(self._damaged(file, state))
+            path, size = self.folder / chunk.file, chunk.offset + chunk.length
+            found = path.stat().st_size if path.is_file() and path.parent == self.folder else None
+            if found is None or found < size:
+                state = "missing" if found is None else f"{found} bytes, at least {size} expected"
+                raise ValueError(self._damaged(chunk.file, state))
 
     def _damaged(self, file: str, reason: object) -> str:
         text = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
@@ -236,30 +216,6 @@ class _Metadata(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
 
 
-class _Part(io.RawIOBase):
-    """A window of an open file, as a file of its own."""
-
-    def __init__(self, file: io.FileIO, offset: int, length: int):
-        self._file, self._begin, self._at, self._length = file, offset, 0, length
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)[: max(0, self._length - self._at)]
-        self._file.seek(self._begin + self._at)
-        count = self._file.readinto(view) or 0
-        self._at += count
-        return count
-
-
 class MegatronTensors(ModelSource):
     """The tensors of a Megatron checkpoint. Opening it reads no weights; every read is checked for its place.
 
@@ -271,13 +227,12 @@ class MegatronTensors(ModelSource):
         self.path, self.config, self.dims, self.reader, self.manifest = path, config, dims, reader, manifest
         self.tokenizer = path
         self.digests = {name: line["sha256"] for name, line in manifest["tensors"].items()}
-        shapes = dims.tensor_shapes()
+        shapes, expected = dims.tensor_shapes(), {}
         self._stored: dict[str, tuple[str, tuple[Run, ...]]] = {}
-        for item in (items := whole_entries(dims)):
-            whole = item.shape([shapes[name] for name in item.names])
-            for name, places in zip(item.names, item.places(whole[0], 1), strict=True):
-                self._stored[name] = item.stored, runs_of(places)
-        self._check_parameters({item.stored: item.shape([shapes[name] for name in item.names]) for item in items})
+        for item in whole_entries(dims):
+            expected[item.stored] = item.shape([shapes[name] for name in item.names])
+            self._stored |= {name: (item.stored, runs) for name, runs in item.runs(expected[item.stored][0]).items()}
+        self._check_parameters(expected)
         self.entries = {name: (reader.dtype(self.parameter(name)), shape) for name, shape in shapes.items()}
 
     def parameter(self, name: str) -> str:
@@ -304,7 +259,8 @@ class MegatronTensors(ModelSource):
         missing, extra = sorted(expected.keys() - stored), sorted(stored - expected.keys())
         if missing or extra:
             raise ValueError(
-                f"{self.reader.folder}: missing {missing[:3]}, unexpected {extra[:3]}; config.json and weights disagree"
+                f"{self.reader.folder}: missing {missing[:3]}, unexpected {extra[:3]}; expected the parameters of the "
+                f"dense {self.dims.family} model that config.json or the checkpoint describes"
             )
         for name, wanted in expected.items():
             found = self.reader.shape(name)
@@ -319,8 +275,8 @@ class MegatronDirectory(MegatronTensors):
     """A Megatron checkpoint of ours.
 
     Raises FileNotFoundError or ValueError: not such a directory, an unsupported architecture, other parameters than its
-    own, chunks that are not those of the recorded layout. A directory that ranks of megatron-core wrote and that has a
-    config.json but no manifest is read as well; it has no hashes to check.
+    own. A directory that ranks of megatron-core wrote, with a config.json but no manifest, is read as well; it has no
+    hashes to check.
     """
 
     def __init__(self, path: str | Path):
@@ -330,21 +286,8 @@ class MegatronDirectory(MegatronTensors):
             raise ValueError(f"{path}: {MANIFEST} says {manifest['kind']!r}, expected {KIND!r}")
         config = _read_config(path)
         # Earlier versions stored norms under the names that they have in the model.
-        reader = TorchDistReader(path / WEIGHTS, lambda c: replace(c, parameter=stored_name(c.parameter)))
+        reader = TorchDistReader(path / WEIGHTS, lambda c: c._replace(parameter=stored_name(c.parameter)))
         super().__init__(path, config, dims_from_config(config), reader, manifest)
-        self._check_layout()
-
-    def _check_layout(self) -> None:
-        layout = self.manifest.get("layout")
-        if layout is None:
-            return
-        rows = self.reader.shape(VOCABULARY[0])[0]
-        vocabulary = layout.get("padded_vocab", rows)
-        if (layout["tensor"], vocabulary) != (self.stored_degree(), rows):
-            raise ValueError(
-                f"{self.path}: {MANIFEST} says tensor-parallel degree {layout['tensor']} and {vocabulary} "
-                f"rows of vocabulary, the weights are cut for {self.stored_degree()} and have {rows}; convert it again"
-            )
 
 
 class ForeignMegatron(MegatronTensors):
@@ -352,7 +295,7 @@ class ForeignMegatron(MegatronTensors):
 
     config: a Hugging Face directory with config.json and tokenizer, or None: dimensions as the checkpoint records them,
     or from a config.json beside it. Raises FileNotFoundError or ValueError, one line: no such checkpoint, another
-    format, dimensions that are missing or contradict each other, a parameter that no supported family has.
+    format, dimensions that are missing or contradict each other, a parameter that the model doesn't have.
     """
 
     def __init__(self, path: str | Path, config: str | Path | None = None):
@@ -361,7 +304,6 @@ class ForeignMegatron(MegatronTensors):
         if (weights.parent / MANIFEST).is_file() and weights.resolve().name == WEIGHTS:
             raise ValueError(f"{top} was made by `convert import`; give it to export or reshard as it is")
         reader = TorchDistReader(weights, _known_as, "save it again")
-        _refuse_strangers(reader, weights)
         settings = read_settings(weights)
         refuse_settings(settings, weights)
         given = Path(config) if config else top
@@ -433,26 +375,13 @@ def _known_as(chunk: StoredChunk) -> StoredChunk | None:
         dim, shape, offsets = int(stacked), list(chunk.shape), list(chunk.offsets)
         offsets[dim] += shape[dim] * (half == "v")
         shape[dim] *= 2
-        chunk = replace(chunk, parameter=name, shape=tuple(shape), offsets=tuple(offsets))
+        chunk = chunk._replace(parameter=name, shape=tuple(shape), offsets=tuple(offsets))
     if not stacked:
         return chunk
     if chunk.sizes[0] != 1:
         raise ValueError(f"{chunk.parameter}: {chunk.sizes[0]} layers in one chunk, expected one; save it again")
     name = chunk.parameter.replace("decoder.layers.", f"decoder.layers.{chunk.offsets[0]}.", 1)
-    return replace(chunk, parameter=name, shape=chunk.shape[1:], offsets=chunk.offsets[1:], sizes=chunk.sizes[1:])
-
-
-def _refuse_strangers(reader: TorchDistReader, where: Path) -> None:
-    strangers = [name for name in reader.chunks if _LAYER.sub("", name, count=1) not in _PARTS]
-    if strangers:
-        kinds = {"experts": "mixture of experts", "router": "mixture of experts", "_down_proj": "latent attention"}
-        kind = next((f" ({kind})" for mark, kind in kinds.items() if any(mark in name for name in strangers)), "")
-        raise ValueError(
-            f"{where}: unexpected {sorted(strangers)[0]}{kind}, {len(strangers)} such parameters; supported are the "
-            "dense models of llama, qwen2 and qwen3"
-        )
-    if not reader.chunks:
-        raise ValueError(f"{where}: no parameters there; expected those of a GPT model of megatron-core")
+    return chunk._replace(parameter=name, shape=chunk.shape[1:], offsets=chunk.offsets[1:], sizes=chunk.sizes[1:])
 
 
 def _read_config(folder: Path) -> dict:

@@ -28,27 +28,22 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
 _LLAMA3_ON = ("use_rope_scaling", "rope_scaling")
 # Settings that change the mathematics, and the values under which ours is the same. One that isn't there is neutral.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("swiglu", "gated_linear_unit"), (True,)),
+    **dict.fromkeys(("num_experts", "num_moe_experts", "mtp_num_layers"), (None, 0)),
+    **dict.fromkeys(
+        (
+            *("rotary_interleaved", "apply_layernorm_1p", "layernorm_zero_centered_gamma", "multi_latent_attention"),
+            *("apply_residual_connection_post_layernorm", "qk_l2_norm", "attention_output_gate", "is_hybrid_model"),
+        ),
+        (False,),
+    ),
+    **dict.fromkeys(
+        ("window_size", "no_rope_freq", "heterogeneous_layers_config_path", "experimental_attention_variant"), (None,)
+    ),
     "normalization": ("RMSNorm",),
-    "swiglu": (True,),
-    "gated_linear_unit": (True,),
     "position_embedding_type": ("rope",),
     "rotary_percent": (1.0,),
-    "rotary_interleaved": (False,),
-    "apply_layernorm_1p": (False,),
-    "layernorm_zero_centered_gamma": (False,),
-    "apply_residual_connection_post_layernorm": (False,),
-    "num_experts": (None, 0),
-    "num_moe_experts": (None, 0),
-    "multi_latent_attention": (False,),
-    "mtp_num_layers": (None, 0),
-    "qk_l2_norm": (False,),
-    "window_size": (None,),
-    "no_rope_freq": (None,),
     "softmax_type": ("vanilla",),
-    "attention_output_gate": (False,),
-    "is_hybrid_model": (False,),
-    "heterogeneous_layers_config_path": (None,),
-    "experimental_attention_variant": (None,),
 }
 # What `arguments` says of every model. `add_position_embedding` is an old spelling that every reader compares. There is
 # no optimizer and no state of random numbers to resume from.
@@ -71,19 +66,9 @@ _NAMES = {
     "rms_eps": ("norm_epsilon", "layernorm_epsilon"),
     "rope_theta": ("rotary_base",),
 }
-# Every field of ModelDims that `arguments` writes, and by what; what other fields say would be lost.
-CARRIED: dict[str, tuple[str, ...]] = {
-    **_NAMES,
-    # `config_of` tells it by what the layers have.
-    "family": (),
-    "vocab": ("vocab_size",),
-    "rope_scaling": ("use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor"),
-    "tied": ("untie_embeddings_and_output_weights",),
-    "qkv_bias": ("add_qkv_bias",),
-    "out_bias": ("add_bias_linear",),
-    "mlp_bias": ("add_bias_linear",),
-    "qk_norm": ("qk_layernorm",),
-}
+# Every field of ModelDims that `arguments` writes, and the family, which `config_of` reads off the layers. What
+# other fields say would be lost.
+CARRIED = {*_NAMES, "family", "vocab", "rope_scaling", "tied", "qkv_bias", "out_bias", "mlp_bias", "qk_norm"}
 
 
 def refuse_lost(dims: ModelDims) -> None:
@@ -138,15 +123,10 @@ def common_state(dims: ModelDims, layout: Mapping[str, Any], dtype: torch.dtype)
 
 
 class Inert:
-    """Stands for an object of any other class: its attributes, and none of its behaviour. `arguments`: what it was made
-    of, which for an enum is its value."""
+    """Stands for an object of any other class: its attributes, and none of its behaviour."""
 
-    arguments: tuple[Any, ...]
-
-    def __new__(cls, *arguments: Any, **named: Any) -> Inert:
-        made = super().__new__(cls)
-        made.arguments = (*arguments, *named.values())
-        return made
+    def __new__(cls, *_: Any, **__: Any) -> Inert:
+        return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
         # Objects with slots have a pair of dictionaries.
@@ -154,16 +134,11 @@ class Inert:
             if isinstance(part, dict):
                 self.__dict__.update(part)
 
-    def __call__(self, *_: Any, **__: Any) -> Inert:
-        """A method, fetched by name and called: another object of which nothing is known."""
+    def ignore(self, *_: Any, **__: Any) -> Inert:
+        """A method, fetched by name and called, or what a subclass of a container is filled by: nothing is known."""
         return Inert()
 
-    def append(self, item: Any) -> None:
-        """Nothing, like the two below: what a subclass of a container contains isn't needed."""
-
-    def extend(self, items: Any) -> None: ...
-
-    def __setitem__(self, key: Any, value: Any) -> None: ...
+    __call__ = append = extend = __setitem__ = ignore
 
 
 class _Unpickler(pickle.Unpickler):
@@ -230,19 +205,15 @@ def refuse_settings(settings: Mapping[str, Any], where: Path) -> None:
 
 def compare_settings(settings: Mapping[str, Any], dims: ModelDims, where: Path, config: Path) -> None:
     """Raises ValueError for the first dimension that the checkpoint records and `config` contradicts."""
-    for field, names in _NAMES.items():
-        found, wanted = _setting(settings, names), getattr(dims, field)
-        # Positions may be fewer in training than what the model can do.
-        if found is not None and field != "max_positions" and float(found) != float(wanted):
+    # Positions may be fewer in training than what the model can do.
+    pairs = {names: getattr(dims, field) for field, names in _NAMES.items() if field != "max_positions"}
+    pairs[_LLAMA3_ON] = dict(dims.rope_scaling).get("rope_type") == "llama3"
+    for names, wanted in pairs.items():
+        found = _setting(settings, names)
+        if found is not None and float(found) != float(wanted):
             raise ValueError(
                 f"{where}: {names[0]}={found} is recorded there, {wanted} in {config}; give its own --config"
             )
-    scaled, llama3 = _setting(settings, _LLAMA3_ON), dict(dims.rope_scaling).get("rope_type") == "llama3"
-    if scaled is not None and bool(scaled) != llama3:
-        raise ValueError(
-            f"{where}: {_LLAMA3_ON[0]}={scaled} is recorded there, {config} has {dict(dims.rope_scaling) or None}; "
-            "give its own --config"
-        )
 
 
 def config_of(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: Path) -> dict[str, Any]:
@@ -276,7 +247,7 @@ def config_of(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
         "rms_norm_eps": found["rms_eps"],
         "rope_theta": float(found["rope_theta"]),
         "rope_scaling": _rope_scaling(settings),
-        "vocab_size": settings.get("vocab_size") or shapes["embedding.word_embeddings.weight"][0],
+        "vocab_size": settings.get("vocab_size") or shapes.get("embedding.word_embeddings.weight", (None,))[0],
         "tie_word_embeddings": "output_layer.weight" not in shapes,
     }
     if family != "qwen2":

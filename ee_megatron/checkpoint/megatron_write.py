@@ -40,13 +40,13 @@ from ..exits import ExitLayout
 from ..families import ModelDims
 from ..model.config import padded_vocab
 from ..policy import save_policy
-from ..tensors import BLOCK_BYTES, Hasher, ModelSource, ahead, digest
-from .mapping import Entry, runs_of, whole_entries
+from ..tensors import BLOCK_BYTES, Block, Hasher, ModelSource, ahead, digest
+from .mapping import Entry, whole_entries
 from .megatron_read import FORMAT, KIND, TRACKER, StoredChunk, check_tiling
 from .megatron_settings import COMMON, common_state, refuse_lost
 from .policy_files import BASE, Policy, base_identity, check_policy, folded
 from .sources import WEIGHTS, Watch
-from .store import check_all_used, copy_tokenizer, entry, entry_of, write_manifest
+from .store import copy_tokenizer, entry, entry_of, write_manifest
 from .workspace import Meter, OutputFile, Workspace, workspace
 
 EMPTY_OBJECT = "objects.distcp"
@@ -116,7 +116,8 @@ def write_megatron(
         "layout": layout.to_json(source.dims),
         "dtype": str(dtype),
     }
-    with workspace(out, job, resume) as space, Meter("weights", source.nbytes(), quiet) as meter:
+    meter = Meter("weights", source.nbytes(), quiet)
+    with workspace(out, job, resume) as space:
         chunks, lines = _write_weights(space, source, layout, dtype, meter)
         common = common_state(source.dims, asdict(layout), dtype or source.dtype(list(source)[-1]))
         torch.save(common, space.folder / WEIGHTS / COMMON)
@@ -127,10 +128,10 @@ def write_megatron(
         if tensors:
             save_policy(space.folder, spec, tensors, base)
         for name, value in tensors.items():
-            lines[name] = entry_of(value, [f"policy:{name}"], "policy.safetensors")
+            lines[name] = entry_of(value, "policy.safetensors")
         (space.folder / "config.json").write_text(json.dumps(source.config, indent=2) + "\n")
-        copied = copy_tokenizer(source.tokenizer, space.folder)
-        facts = {"exit_depths": list(spec.exit_depths), "layout": layout.to_json(source.dims), "copied": copied}
+        copy_tokenizer(source.tokenizer, space.folder)
+        facts = {"exit_depths": list(spec.exit_depths), "layout": layout.to_json(source.dims)}
         write_manifest(space.folder, KIND, lines, **{BASE: base}, **facts)
     return meter
 
@@ -140,8 +141,8 @@ def _write_weights(
 ) -> tuple[list[StoredChunk], dict[str, dict]]:
     """All weights into the workspace, file by file; finished files are left as they are.
 
-    Returns the chunks and the manifest's lines, in which every tensor of the source occurs once (ValueError otherwise,
-    as for a tensor that is damaged, not finite or misses its hash).
+    Returns the chunks and the manifest's lines, one for every tensor of the source. Raises ValueError for a tensor that
+    is damaged, not finite or misses its hash.
     """
     files: list[list[Entry]] = [[] for _ in range(source.dims.num_layers + 2)]
     for item in whole_entries(source.dims):
@@ -163,13 +164,13 @@ def _write_weights(
             if facts is None:
                 with ChunkFile(space.folder / WEIGHTS, Path(name).name) as file:
                     made = _write_group(source, group, layout.tensor, dtype, file, hasher, meter)
-                facts = {"chunks": [asdict(chunk) for chunk in file.chunks], "lines": made}
+                facts = {"chunks": file.chunks, "lines": made}
                 space.finish(name, facts)
             else:
                 meter.skip(sum(source.dtype(n).itemsize * math.prod(source.shape(n)) for n in facts["lines"]))
             chunks += [StoredChunk.from_json(chunk) for chunk in facts["chunks"]]
             lines |= facts["lines"]
-    check_all_used(lines, [f"base:{name}" for name in source])
+    assert lines.keys() == source.keys(), "a tensor that no parameter takes up"
     return chunks, lines
 
 
@@ -185,7 +186,7 @@ def _write_group(
     """The parameters of one file, each cut for its ranks; returns the manifest's lines of their tensors."""
     watches = {n: (Watch(source, n, dtype, hasher, meter), item.stored) for item in group for n in item.names}
     for item, shape, first, count, read in ahead(_pieces(source, group, ranks, dtype)):
-        parts = [watches[name][0].block(part) for name, part in read]
+        parts = [watches[block.name][0].block(block) for block in read]
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         if len(rows) < count:
             rows = torch.cat([rows, rows.new_zeros(count - len(rows), *shape[1:])])
@@ -193,19 +194,19 @@ def _write_group(
             columns = [number * part.size(1), *[0] * (len(shape) - 2)] if len(shape) > 1 else []
             file.add(item.stored, shape, (first, *columns), part)
     return {
-        name: entry(source.shape(name), watch.dtype, watch.hexdigest(), [f"base:{name}"], f"{WEIGHTS}/{file.name}", to)
+        name: entry(source.shape(name), watch.dtype, watch.hexdigest(), f"{WEIGHTS}/{file.name}", to)
         for name, (watch, to) in watches.items()
     }
 
 
 def _pieces(
     source: ModelSource, group: Sequence[Entry], ranks: int, dtype: torch.dtype | None
-) -> Iterator[tuple[Entry, tuple[int, ...], int, int, list[tuple[str, Tensor]]]]:
+) -> Iterator[tuple[Entry, tuple[int, ...], int, int, list[Block]]]:
     """Every parameter in ranges of rows that are to be chunks: its entry, its whole shape, the first row, how many, and
     what the tensors contribute, in order. Of the vocabulary never the whole matrix; ranks pad it with zeros."""
     for item in group:
         rows, *columns = item.shape([source.shape(name) for name in item.names])
-        runs = sorted(_runs(item, rows))
+        runs = sorted((at, row, count, name) for name, held in item.runs(rows).items() for row, at, count in held)
         share = most = rows
         if item.vocab is not None:
             rows = padded_vocab(item.vocab, ranks)
@@ -222,14 +223,10 @@ def _pieces(
                 for at, row, count, name in runs:
                     low, high = max(at, first), min(at + count, end)
                     if low < high:
-                        read.append((name, source.part(name, slice(row + low - at, row + high - at))))
+                        begin_row = row + low - at
+                        part = source.part(name, slice(begin_row, row + high - at))
+                        read.append(Block(name, source.shape(name), begin_row, part))
                 yield item, (rows, *columns), first, end - first, read
-
-
-def _runs(item: Entry, rows: int) -> Iterator[tuple[int, int, int, str]]:
-    """(first row of the parameter, first row of the tensor, how many, the tensor) of a whole parameter."""
-    for name, places in zip(item.names, item.places(rows, 1), strict=True):
-        yield from ((at, row, count, name) for row, at, count in runs_of(places))
 
 
 class ChunkFile:

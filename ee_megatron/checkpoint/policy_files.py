@@ -15,6 +15,7 @@ import hashlib
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +144,8 @@ def policy_written(
     directory: Path, spec: PolicySpec, stream: Stream, base: Mapping[str, str] | None = None
 ) -> Iterator[Block]:
     """Wrap a stream: write it as `write_policy` does while it is consumed."""
-    sha256 = yield from write_through(directory / "policy.safetensors", stream)
-    write_policy_json(directory, spec, sha256, base)
+    finish = partial(write_policy_json, directory, spec, base=base)
+    return write_through(directory / "policy.safetensors", stream, finish)
 
 
 def check_policy(dims: ModelDims, spec: PolicySpec, tensors: Mapping[str, Tensor]) -> None:

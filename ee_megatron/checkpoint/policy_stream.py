@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,12 +20,10 @@ from torch import Tensor, nn
 from ..tensors import Block, Shape, part_of, shape_of
 from .mapping import Piece, Run, runs_of
 
-# Of fp32 numbers, as the leader puts them together.
+# Of fp32 numbers, as they travel and as the leader puts them together.
 BUCKET_BYTES = 64 << 20
 # Buckets after which the ranks meet: one whose tensors come late waits for the leader's disk, not for a collective.
 PACE = 64
-# Messages are bytes; numbers of any dtype begin at multiples of this.
-ALIGNMENT = 8
 
 Bucket = list[tuple[str, int, int]]
 """(name, first row, end) of each block of rows."""
@@ -42,10 +41,6 @@ class Holder:
     def span(self, parameter: nn.Parameter) -> tuple[int, int]:
         """First and end of the elements of the flattened parameter that this rank holds."""
         return 0, parameter.numel()
-
-    def dtype(self, parameter: nn.Parameter) -> torch.dtype:
-        """Of what `read` returns."""
-        return parameter.dtype
 
     def read(self, parameter: nn.Parameter, begin: int, end: int) -> Tensor:
         """Elements begin .. end - 1 of the flattened parameter, all of them within `span`."""
@@ -73,7 +68,6 @@ class Share:
     runs: tuple[Run, ...]
     begin: int
     end: int
-    dtype: torch.dtype
     padded: bool
 
     def pieces(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
@@ -103,8 +97,8 @@ def shares_of(pieces: Sequence[Piece], holder: Holder) -> dict[str, list[Share]]
         for name, places in zip(entry.names, entry.places(shape[0], ranks), strict=True):
             row = rank * len(places) if entry.dim == 0 else 0
             rows = min(len(places), max(0, entry.vocab - row)) if entry.vocab is not None else len(places)
-            runs, padded, dtype = runs_of(places[:rows]), rows < len(places), holder.dtype(parameter)
-            share = Share(number, row, rows, column, columns, runs, begin, end, dtype, padded)
+            runs, padded = runs_of(places[:rows]), rows < len(places)
+            share = Share(number, row, rows, column, columns, runs, begin, end, padded)
             found.setdefault(name, []).append(share)
     return found
 
@@ -130,33 +124,26 @@ def buckets(table: Mapping[str, Shape], limit: int) -> Iterator[Bucket]:
         yield bucket
 
 
-@dataclass(frozen=True)
-class MessagePart:
+class MessagePart(NamedTuple):
     """Numbers of a message: for block `block` of the bucket, from element `at` on of what `share` has of it; of the
-    parameter those from `element` on. `byte`: where they begin in the message."""
+    parameter those from `element` on."""
 
     block: int
     share: Share
     at: int
     element: int
     count: int
-    byte: int
-
-    def numbers(self, buffer: Tensor) -> Tensor:
-        """Where they lie in the message."""
-        dtype = self.share.dtype
-        return buffer[self.byte : self.byte + self.count * dtype.itemsize].view(dtype)
 
 
-def message(shares: Mapping[str, list[Share]], bucket: Bucket) -> tuple[list[MessagePart], int]:
-    """What a rank sends of a bucket, and its length in bytes."""
-    parts, byte = [], 0
-    for block, (name, first, last) in enumerate(bucket):
-        for share in shares.get(name, ()):
-            for at, element, count in share.pieces(first, last):
-                parts.append(MessagePart(block, share, at, element, count, byte))
-                byte += -(-count * share.dtype.itemsize // ALIGNMENT) * ALIGNMENT
-    return parts, byte
+def message(shares: Mapping[str, list[Share]], bucket: Bucket) -> tuple[list[MessagePart], list[int]]:
+    """What a rank sends of a bucket, and how many numbers each part has."""
+    parts = [
+        MessagePart(block, share, *piece)
+        for block, (name, first, last) in enumerate(bucket)
+        for share in shares.get(name, ())
+        for piece in share.pieces(first, last)
+    ]
+    return parts, [part.count for part in parts]
 
 
 class GatherPlan:
@@ -207,11 +194,11 @@ class TensorStream:
     @torch.no_grad()
     def _send(self) -> Iterator[Block]:
         for bucket in self._buckets():
-            parts, size = message(self._plan.mine, bucket)
-            if size:
-                buffer = torch.empty(size, dtype=torch.uint8)
-                for part in parts:
-                    part.numbers(buffer).copy_(self._read(part))
+            parts, counts = message(self._plan.mine, bucket)
+            if parts:
+                buffer = torch.empty(sum(counts))
+                for part, numbers in zip(parts, buffer.split(counts), strict=True):
+                    numbers.copy_(self._read(part))
                 dist.send(buffer, dst=0)
         yield from ()
 
@@ -229,24 +216,24 @@ class TensorStream:
 
     def _ask(
         self, rank: int, shares: Mapping[str, list[Share]], bucket: Bucket
-    ) -> tuple[list[MessagePart], Tensor, dist.Work | None]:
-        parts, size = message(shares, bucket)
-        buffer = torch.empty(size, dtype=torch.uint8)
-        return parts, buffer, dist.irecv(buffer, src=rank) if size else None
+    ) -> tuple[list[MessagePart], Sequence[Tensor], dist.Work | None]:
+        parts, counts = message(shares, bucket)
+        buffer = torch.empty(sum(counts))
+        return parts, buffer.split(counts), dist.irecv(buffer, src=rank) if parts else None
 
     def _assemble(
-        self, bucket: Bucket, messages: list[tuple[list[MessagePart], Tensor, dist.Work | None]]
+        self, bucket: Bucket, messages: list[tuple[list[MessagePart], Sequence[Tensor], dist.Work | None]]
     ) -> Iterator[Block]:
         shapes = [(last - first, *self.table[name][1:]) for name, first, last in bucket]
         whole = torch.empty(sum(math.prod(shape) for shape in shapes)).split([math.prod(shape) for shape in shapes])
         tables = [numbers.view(shape[0], -1) for numbers, shape in zip(whole, shapes, strict=True)]
         for part in message(self._plan.mine, bucket)[0]:
             _place(tables, bucket, part, self._read(part).cpu())
-        for parts, buffer, work in messages:
+        for parts, arrived, work in messages:
             if work is not None:
                 work.wait()
-            for part in parts:
-                _place(tables, bucket, part, part.numbers(buffer))
+            for part, numbers in zip(parts, arrived, strict=True):
+                _place(tables, bucket, part, numbers)
         # What has arrived is in place: only that is held while the blocks are used.
         messages.clear()
         for (name, first, _), numbers, shape in zip(bucket, whole, shapes, strict=True):

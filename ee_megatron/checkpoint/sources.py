@@ -13,8 +13,8 @@ from torch import Tensor
 from ..families import FAMILIES, ModelDims
 from ..families.hf_directory import HFDirectory, read_header, read_json
 from ..policy import PolicySpec
-from ..tensors import Digest, FileTensors, Hasher, ModelSource, part_of, row_blocks
-from .store import MANIFEST, read_small
+from ..tensors import Block, Digest, FileTensors, Hasher, ModelSource, part_of, row_blocks
+from .store import MANIFEST
 from .workspace import Meter
 
 # What an early-exit export's config.json has more than its base's.
@@ -92,14 +92,13 @@ def gates_of(source: ModelSource) -> tuple[PolicySpec, dict[str, Tensor]] | None
     if not isinstance(source, HFSource):
         return None
     if source.spec is not None:
-        found: dict[str, Tensor] = {}
-        for file in sorted(source.path.glob("model*.safetensors")):
-            found |= read_small(file, prefix="gates.")
-        return source.spec, found
+        stored = [FileTensors(file) for file in sorted(source.path.glob("model*.safetensors"))]
+        return source.spec, {n: file[n].clone() for file in stored for n in file if n.startswith("gates.")}
     sidecar = source.path / "gates.json"
     if not sidecar.is_file():
         return None
-    return gate_spec(source.dims, read_json(sidecar)), read_small(source.path / "gates.safetensors")
+    beside = FileTensors(source.path / "gates.safetensors")
+    return gate_spec(source.dims, read_json(sidecar)), {name: tensor.clone() for name, tensor in beside.items()}
 
 
 def gate_spec(dims: ModelDims, facts: Mapping[str, Any]) -> PolicySpec:
@@ -163,7 +162,7 @@ class Watch:
         dtype: torch.dtype | None,
         hasher: Hasher,
         meter: Meter,
-        change: Callable[[Tensor], Tensor] | None = None,
+        change: Callable[[Block], Tensor] | None = None,
     ):
         self._name, self._change = f"{source.path}: {name}", change
         self._meter = meter if name in source else None
@@ -172,19 +171,20 @@ class Watch:
         same = change is None and (name not in source or self.dtype == source.dtype(name))
         self._read = self._written if same else Digest(hasher)
 
-    def block(self, block: Tensor) -> Tensor:
+    def block(self, block: Block) -> Tensor:
         """The next block as it is to be written. Raises ValueError if it holds NaN or infinite numbers, or will."""
-        check_finite(self._name, block)
+        data = block.data
+        check_finite(self._name, data)
         if self._meter is not None:
-            self._meter.add(block.nbytes)
+            self._meter.add(data.nbytes)
         if self._expected and self._read is not self._written:
-            self._read.update(block)
+            self._read.update(data)
         if self._change:
-            block = self._change(block)
-            check_finite(f"{self._name} with its adapter", block)
-        block = cast(self._name, block, self.dtype)
-        self._written.update(block)
-        return block
+            data = self._change(block)
+            check_finite(f"{self._name} with its adapter", data)
+        data = cast(self._name, data, self.dtype)
+        self._written.update(data)
+        return data
 
     def hexdigest(self) -> str:
         """Hash of what was written. Raises ValueError if what was read has another than the source promised."""

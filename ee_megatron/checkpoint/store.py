@@ -6,17 +6,15 @@ import hashlib
 import json
 import shutil
 import struct
-from collections import Counter
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..families.hf_directory import read_json
-from ..tensors import DTYPES, Block, Digest, Entries, Hasher, Stream, tensor_bytes
+from ..tensors import DTYPES, Block, Digest, Entries, Hasher, Stream, drain, tensor_bytes
 from .workspace import OutputFile
 
 MANIFEST = "manifest.json"
@@ -77,8 +75,8 @@ class SafetensorsWriter:
         self._file.__exit__(kind, *rest)
 
 
-def write_through(path: Path, stream: Stream) -> Generator[Block, None, str]:
-    """Wrap a stream of float32 tensors: write a file of it while it is consumed; returns the digest.
+def write_through(path: Path, stream: Stream, done: Callable[[str], None]) -> Iterator[Block]:
+    """Wrap a stream of float32 tensors: write a file of it while it is consumed; `done` is told the digest at the end.
 
     One block is hashed while the next comes: blocks are large, and a leader has little room beside its model. The file
     has the bytes that safetensors' own `save_file` gives it. Raises ValueError for another dtype.
@@ -91,48 +89,24 @@ def write_through(path: Path, stream: Stream) -> Generator[Block, None, str]:
                 raise ValueError(f"{block.name}: dtype {block.data.dtype}, a checkpoint holds float32")
             writer.write(block.data)
             yield block
-        return found.hexdigest()
+        sha256 = found.hexdigest()
+    done(sha256)
 
 
 def write_stream(path: Path, stream: Stream) -> str:
     """`write_through` for a stream that goes nowhere else."""
-    passing = write_through(path, stream)
-    while True:
-        try:
-            next(passing)
-        except StopIteration as end:
-            return end.value
+    digests: list[str] = []
+    drain(write_through(path, stream, digests.append))
+    return digests[0]
 
 
-def write_small(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file of tensors that are in memory anyway."""
+def write_small(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict]:
+    """Write a file of tensors that are in memory anyway; returns their lines of the manifest."""
     entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with SafetensorsWriter(path, entries) as writer:
         for name in aligned(entries):
             writer.write(tensors[name])
-
-
-def read_small(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a file whose names begin with `prefix`, in memory. Raises ValueError if it is no such file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).clone() for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file or truncated ({error}); copy it again") from None
-
-
-def check_all_used(lines: Mapping[str, dict], expected: Iterable[str], dropped: Iterable[str] = ()) -> None:
-    """Raises ValueError unless the manifest's `lines` use every source tensor but the `dropped` exactly once."""
-    found = Counter([source for line in lines.values() for source in line["source"]])
-    found.update(dropped)
-    expected = set(expected)
-    wrong = {name: found[name] for name in expected | found.keys() if found[name] != 1 or name not in expected}
-    if wrong:
-        name = min(wrong)
-        raise ValueError(
-            f"conversion: tensor {name} was used {found[name]} times, {len(wrong)} such tensors; expected each tensor "
-            "of the source once; the name map is wrong"
-        )
+    return {name: entry_of(tensor, path.name) for name, tensor in tensors.items()}
 
 
 def tensor_sha256(tensor: Tensor) -> str:
@@ -140,19 +114,16 @@ def tensor_sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor_bytes(tensor.cpu())).hexdigest()
 
 
-def entry(
-    shape: Sequence[int], dtype: torch.dtype, sha256: str, sources: list[str], file: str, stored_as: str | None = None
-) -> dict:
-    """One line of the manifest: shape, dtype, sha256, the tensors it came from ("<source>:<name>"), the file it is in,
-    and `stored_as`, its name there, where that is another."""
-    name = str(dtype).removeprefix("torch.")
-    line = {"shape": list(shape), "dtype": name, "sha256": sha256, "source": sources, "file": file}
+def entry(shape: Sequence[int], dtype: torch.dtype, sha256: str, file: str, stored_as: str | None = None) -> dict:
+    """One line of the manifest: shape, dtype, sha256, the file that the tensor is in, and `stored_as`, its name there,
+    where that is another."""
+    line = {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "sha256": sha256, "file": file}
     return line if stored_as is None else {**line, "stored_as": stored_as}
 
 
-def entry_of(tensor: Tensor, sources: list[str], file: str) -> dict:
+def entry_of(tensor: Tensor, file: str) -> dict:
     """`entry` for a tensor that is in memory."""
-    return entry(tensor.shape, tensor.dtype, tensor_sha256(tensor), sources, file)
+    return entry(tensor.shape, tensor.dtype, tensor_sha256(tensor), file)
 
 
 def write_manifest(directory: Path, kind: str, tensors: dict[str, dict], **facts: object) -> None:
@@ -170,12 +141,10 @@ def read_manifest(directory: Path) -> dict:
     return read_json(path)
 
 
-def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer, chat templates and generation config, those that exist; returns the copied names."""
-    copied = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    for name in copied:
-        shutil.copyfile(source / name, target / name)
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy tokenizer, chat templates and generation config, those that exist."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
     if (source / "chat_templates").is_dir():
         shutil.copytree(source / "chat_templates", target / "chat_templates")
-        copied.append("chat_templates")
-    return copied

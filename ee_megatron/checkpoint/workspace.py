@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,7 +27,7 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # Direct writes begin, end and lie in memory at multiples of the disk's block; no disk in use has larger ones.
 DISK_BLOCK = 4096
 BUFFER_BYTES = 16 << 20
-# Between two lines of progress where there is no terminal.
+# Between two lines of progress.
 INTERVAL_S = 10.0
 
 
@@ -41,7 +41,7 @@ class OutputFile:
     def __init__(self, path: Path):
         self.name = str(path)
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._direct = self._set_direct(True)
+        self._set_direct(True)
         # Anonymous mappings begin at a page.
         self._buffer = memoryview(mmap.mmap(-1, BUFFER_BYTES))
         self._filled = self._flushed = 0
@@ -53,10 +53,10 @@ class OutputFile:
         view = memoryview(data).cast("B")
         at = 0
         while at < len(view):
-            count = min(len(view) - at, BUFFER_BYTES - self._filled)
-            self._buffer[self._filled : self._filled + count] = view[at : at + count]
-            self._filled += count
-            at += count
+            part = view[at : at + BUFFER_BYTES - self._filled]
+            self._buffer[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            at += len(part)
             if self._filled == BUFFER_BYTES:
                 self._put(BUFFER_BYTES)
                 self._flushed, self._filled = self.tell(), 0
@@ -65,24 +65,22 @@ class OutputFile:
     def flush(self) -> None:
         """Do nothing: what has not filled the buffer is written at the end. `torch.save` calls this."""
 
-    def _set_direct(self, on: bool) -> bool:
+    def _set_direct(self, on: bool) -> None:
         flags, direct = fcntl.fcntl(self._handle, fcntl.F_GETFL), getattr(os, "O_DIRECT", 0)
-        try:
+        with suppress(OSError):
             fcntl.fcntl(self._handle, fcntl.F_SETFL, flags | direct if on else flags & ~direct)
-        except OSError:
-            return False
-        return on
 
     def _put(self, count: int) -> None:
-        done = 0
+        done = refused = 0
         while done < count:
             try:
                 done += os.write(self._handle, self._buffer[done:count])
             except OSError as error:
-                if error.errno != errno.EINVAL or not self._direct:
+                if error.errno != errno.EINVAL or refused:
                     raise named(error, self.name) from None
                 # A file system that opens such files without writing them.
-                self._direct = self._set_direct(False)
+                refused = 1
+                self._set_direct(False)
 
     def __enter__(self) -> OutputFile:
         return self
@@ -101,11 +99,9 @@ class OutputFile:
 class Workspace:
     """The unfinished directory. `finished(file)` is what `finish(file, facts)` said in this run or an earlier one."""
 
-    def __init__(self, folder: Path, journal: TextIO, done: dict[str, dict]):
-        self.folder, self._journal, self._done = folder, journal, done
-        # Several at a time, since the file system commits what waits together.
-        self._disk = ThreadPoolExecutor(4)
-        self._flushes: list[Future[None]] = []
+    def __init__(self, folder: Path, journal: TextIO, done: dict[str, dict], disk: ThreadPoolExecutor):
+        self.folder, self._journal, self._done, self._disk = folder, journal, done, disk
+        self.flushes: list[Future[None]] = []
 
     def finished(self, file: str) -> dict[str, Any] | None:
         """The facts about a file that is complete, or None: it is yet to be made."""
@@ -115,21 +111,13 @@ class Workspace:
         """Note a complete file. Its bytes go to the disk while the next file is being made."""
         self._done[file] = facts
         path = self.folder / file
-        self.note({"file": file, "size": path.stat().st_size, "facts": facts})
-        self._flushes.append(self._disk.submit(_flush, path))
+        _note(self._journal, {"file": file, "size": path.stat().st_size, "facts": facts})
+        self.flushes.append(self._disk.submit(_flush, path))
 
-    def note(self, line: dict[str, Any]) -> None:
-        """Add a line to the journal."""
-        self._journal.write(json.dumps(line) + "\n")
-        self._journal.flush()
 
-    def settle(self) -> None:
-        """Wait until every finished file is on the disk. Raises OSError if the disk refused one."""
-        for flush in self._flushes:
-            flush.result()
-
-    def close(self) -> None:
-        self._disk.shutdown(cancel_futures=True)
+def _note(journal: TextIO, line: dict[str, Any]) -> None:
+    journal.write(json.dumps(line) + "\n")
+    journal.flush()
 
 
 def _flush(path: Path) -> None:
@@ -188,17 +176,17 @@ def workspace(out: Path, job: dict[str, Any], resume: bool = False) -> Iterator[
         except (BlockingIOError, FileNotFoundError):
             raise ValueError(f"{out} is being made by another process; wait for it, or choose another output") from None
         try:
-            space = Workspace(folder, journal, _continue(out, folder, journal, job) if resume else {})
-            try:
-                with interruptible():
-                    if not resume or journal.tell() == 0:
-                        journal.truncate(0)
-                        _clear(folder, {})
-                        space.note({"job": job, "boot": _boot()})
-                    yield space
-                    space.settle()
-            finally:
-                space.close()
+            done = _continue(out, folder, journal, job) if resume else {}
+            # Several at a time, since the file system commits what waits together.
+            with interruptible(), ThreadPoolExecutor(4) as disk:
+                if not resume or journal.tell() == 0:
+                    journal.truncate(0)
+                    _clear(folder, {})
+                    _note(journal, {"job": job, "boot": _boot()})
+                space = Workspace(folder, journal, done, disk)
+                yield space
+                for flush in space.flushes:
+                    flush.result()
             _publish(folder, out)
         except KeyboardInterrupt:
             keep = True
@@ -221,7 +209,6 @@ def _continue(out: Path, folder: Path, journal: TextIO, job: dict[str, Any]) -> 
     lines = [json.loads(line) for line in whole.splitlines()]
     if not lines or lines[0].get("boot") != _boot():
         # The machine was restarted, or is another one: nobody knows which bytes reached the disk.
-        journal.truncate(0)
         journal.seek(0)
         return {}
     if lines[0].get("job") != json.loads(json.dumps(job)):
@@ -258,30 +245,19 @@ def _publish(folder: Path, out: Path) -> None:
 
 
 class Meter:
-    """Counts bytes of model weights and shows progress on stderr: one line that changes on a terminal, a line now and
-    then elsewhere. `quiet` shows nothing; the figures are kept all the same.
-
-    with Meter("import", total) as meter:
-        meter.add(block.nbytes)
-    """
+    """Counts bytes of model weights, and says on stderr how many are through, every ten seconds unless `quiet`."""
 
     def __init__(self, label: str, total: int, quiet: bool = False):
         self.label, self.total, self.quiet = label, total, quiet
         self.done = self.skipped = 0
         self._start = self._shown = time.monotonic()
-        self._terminal = sys.stderr.isatty()
-
-    def __enter__(self) -> Meter:
-        self._start = self._shown = time.monotonic()
-        return self
 
     def add(self, count: int) -> None:
         """`count` more bytes are through."""
         self.done += count
-        if not self.quiet and time.monotonic() - self._shown > (1.0 if self._terminal else INTERVAL_S):
+        if not self.quiet and time.monotonic() - self._shown > INTERVAL_S:
             self._shown = time.monotonic()
-            begin, end = ("\r", "") if self._terminal else ("", "\n")
-            print(f"{begin}{self.label}: {self.line()}", end=end, file=sys.stderr, flush=True)
+            print(f"{self.label}: {self.line()}", file=sys.stderr, flush=True)
 
     def skip(self, count: int) -> None:
         """`count` bytes were through before this run began."""
@@ -292,7 +268,3 @@ class Meter:
         seconds = max(time.monotonic() - self._start, 1e-9)
         done = (self.done + self.skipped) / 1e9
         return f"{done:.2f} of {self.total / 1e9:.2f} GB, {self.done / seconds / 1e9:.2f} GB/s"
-
-    def __exit__(self, *_: object) -> None:
-        if self._terminal and self._shown > self._start:
-            print(file=sys.stderr)

@@ -49,9 +49,6 @@ class WholeState(Holder):
     def __init__(self, optimizer: Any, kind: str):
         self._optimizer, self._kind = optimizer, kind
 
-    def dtype(self, parameter: nn.Parameter) -> torch.dtype:
-        return torch.float32
-
     def read(self, parameter: nn.Parameter, begin: int, end: int) -> Tensor:
         found = self._optimizer.state[parameter].get(self._kind)
         return torch.zeros(end - begin) if found is None else found.reshape(-1)[begin:end].float()
@@ -84,9 +81,6 @@ class FlatState(Holder):
         flat, at = self._place(parameter)
         begin = max(0, -at)
         return begin, max(begin, min(parameter.numel(), flat.numel() - at))
-
-    def dtype(self, parameter: nn.Parameter) -> torch.dtype:
-        return torch.float32
 
     def read(self, parameter: nn.Parameter, begin: int, end: int) -> Tensor:
         flat, at = self._place(parameter)
@@ -125,12 +119,10 @@ class ShardedState(Holder):
         begin = min(first, parameter.ds_numel)
         return begin, min(first + count, parameter.ds_numel)
 
-    def dtype(self, parameter: nn.Parameter) -> torch.dtype:
-        return parameter.dtype if self._kind == "value" else torch.float32
-
     def read(self, parameter: nn.Parameter, begin: int, end: int) -> Tensor:
         first, _ = self._first(parameter)
-        return self._part(parameter)[begin - first : end - first].to(self.dtype(parameter))
+        found = self._part(parameter)[begin - first : end - first]
+        return found.to(parameter.dtype) if self._kind == "value" else found
 
     def write(self, parameter: nn.Parameter, begin: int, values: Tensor) -> None:
         begin -= self._first(parameter)[0]

@@ -65,7 +65,7 @@ def test_megatron_lm_loads_an_import_strictly_and_what_it_saves_comes_back(tmp_p
     for name, (family, tied) in MODELS.items():
         base = tiny_hf(family, tmp_path / name, tied=tied, layers=4, rms_norm_eps=1e-5)
         out = tmp_path / f"{name}-mc"
-        convert("import", "--hf", base, "--out", out, "--exit-depths", "1,2", "--rank", 2)
+        convert("import", "--hf", base, "--out", out, "--exit-depths", "1,2")
         where = ["--load", str(out), "--save", str(tmp_path / f"{name}-saved"), "--no-save-optim"]
         flags[name] = [*where, *LOAD, *FLAGS[family], "--norm-epsilon", "1e-5", *degrees, *ON_CPU, *BATCH]
     tokens = torch.randint(0, 130, (2, 24), generator=torch.Generator().manual_seed(0))

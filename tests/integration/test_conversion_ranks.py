@@ -120,8 +120,8 @@ def test_megatron_cores_own_model_takes_an_import_and_what_it_saves_is_imported(
     tokens = torch.randint(0, 133, (2, 20), generator=torch.Generator().manual_seed(1))
     cases = {name: (tmp_path / f"{name}-mc", tmp_path / "saved" / name) for name in bases}
     for name, base in bases.items():
-        # Cut for another layout than the one that loads it, and adapters and gates beside it.
-        made("import --tp 2 --rank 2 --exit-depths 2 --hf", base, "--out", cases[name][0])
+        # Cut for another layout than the one that loads it, and gates beside it.
+        made("import --tp 2 --exit-depths 2 --hf", base, "--out", cases[name][0])
     target = "test_conversion_ranks:load_run_and_save"
     found = ranks.call(target, tensor=tensor, pipeline=pipeline, cases=cases, tokens=tokens)
     for name, base in bases.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import enum
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -17,10 +16,9 @@ from ee_megatron.checkpoint.megatron_read import TorchDistReader
 from ee_megatron.checkpoint.megatron_settings import Inert, read_common
 from ee_megatron.checkpoint.megatron_write import ChunkFile, write_metadata
 from ee_megatron.checkpoint.sources import check_finite
-from ee_megatron.checkpoint.store import SafetensorsWriter, aligned, tensor_sha256, write_small
-from ee_megatron.checkpoint.workspace import JOURNAL, Meter, workspace
+from ee_megatron.checkpoint.store import SafetensorsWriter, aligned, write_small
+from ee_megatron.checkpoint.workspace import JOURNAL, workspace
 from ee_megatron.convert import _size
-from ee_megatron.tensors import Digest, Hasher
 from tests.conversion import Harm
 
 
@@ -87,29 +85,18 @@ def test_common_state_is_read_without_executing_what_it_names(tmp_path: Path, mo
     found = read_common(tmp_path)
     read = vars(found["args"])
     assert (found["iteration"], read["num_layers"], read["steps"]) == (7, 3, [1, 2])
-    assert isinstance(read["colour"], Inert) and read["colour"].arguments == ("red",)
-    assert all(isinstance(read[name], Inert | type) for name in ("harm", "tensor", "dtype", "names"))
+    assert all(isinstance(read[name], Inert | type) for name in ("colour", "harm", "tensor", "dtype", "names"))
     assert not Path("harm").exists()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_a_single_number_that_is_not_finite_is_found(dtype: torch.dtype, value: str) -> None:
-    block = torch.full((50, 30), torch.finfo(dtype).max, dtype=dtype)
-    check_finite("x", block)
-    block[17, 3] = float(value)
-    with pytest.raises(ValueError, match="x holds NaN or infinite"):
+def test_a_single_number_that_is_not_finite_is_found(value: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        block = torch.full((50, 30), torch.finfo(dtype).max, dtype=dtype)
         check_finite("x", block)
-
-
-def test_digest_of_blocks_is_that_of_the_tensor() -> None:
-    tensors = [torch.randn(100, 7).bfloat16() for _ in range(5)]
-    with Hasher() as hasher:
-        digests = [Digest(hasher) for _ in tensors]
-        for tensor, digest in zip(tensors, digests, strict=True):
-            for block in tensor.split(13):
-                digest.update(block)
-        assert [digest.hexdigest() for digest in digests] == [tensor_sha256(tensor) for tensor in tensors]
+        block[17, 3] = float(value)
+        with pytest.raises(ValueError, match="x holds"):
+            check_finite("x", block)
 
 
 def make(out: Path, job: str, files: list[str], resume: bool = False, fail_at: str = "") -> list[str]:
@@ -133,42 +120,42 @@ def test_a_workspace_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     assert make(out, "one", ["a", "b"]) == ["a", "b"]
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "out"]
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match=str(out)):
         make(out, "one", ["a"])
 
 
-def test_resume_goes_on_with_the_same_job_only(tmp_path: Path) -> None:
-    out = tmp_path / "out"
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """An output of which two files of three were finished."""
     with pytest.raises(OSError, match="disk full"):
-        make(out, "one", ["a", "b", "c"], resume=True, fail_at="c")
-    partial = tmp_path / ".out.partial"
-    assert partial.is_dir() and not out.exists()
-    with pytest.raises(ValueError, match="made from another source or with other options"):
-        make(out, "two", ["a", "b", "c"], resume=True)
+        make(tmp_path / "out", "one", ["a", "b", "c"], resume=True, fail_at="c")
+    assert (tmp_path / ".out.partial").is_dir() and not (tmp_path / "out").exists()
+    return tmp_path / "out"
+
+
+def test_resume_goes_on_with_the_same_job_only(begun: Path) -> None:
+    partial = begun.parent / ".out.partial"
+    with pytest.raises(ValueError, match="--resume"):
+        make(begun, "two", ["a", "b", "c"], resume=True)
     # Cut off while a line was being written; a file that is shorter than noted; one that nobody noted.
     with (partial / JOURNAL).open("a") as journal:
         journal.write('{"file": "c", "si')
     (partial / "b").write_text("o")
     (partial / "c").write_text("half")
-    assert make(out, "one", ["a", "b", "c"], resume=True) == ["b", "c"]
-    assert {path.name: path.read_text() for path in out.iterdir()} == {name: f"one {name}" for name in "abc"}
+    assert make(begun, "one", ["a", "b", "c"], resume=True) == ["b", "c"]
+    assert {path.name: path.read_text() for path in begun.iterdir()} == {name: f"one {name}" for name in "abc"}
 
 
-def test_after_a_restart_of_the_machine_nothing_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(OSError, match="disk full"):
-        make(out, "one", ["a", "b"], resume=True, fail_at="b")
-    (tmp_path / "boot").write_text("another")
-    monkeypatch.setattr("ee_megatron.checkpoint.workspace.BOOT_ID", tmp_path / "boot")
-    assert make(out, "one", ["a", "b"], resume=True) == ["a", "b"]
+def test_after_a_restart_of_the_machine_nothing_is_trusted(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    boot = begun.parent / "boot"
+    boot.write_text("another")
+    monkeypatch.setattr("ee_megatron.checkpoint.workspace.BOOT_ID", boot)
+    assert make(begun, "one", ["a", "b"], resume=True) == ["a", "b"]
 
 
-def test_without_resume_a_leftover_is_cleared_away(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(OSError, match="disk full"):
-        make(out, "one", ["a", "b"], resume=True, fail_at="b")
-    assert make(out, "two", ["b"]) == ["b"]
-    assert [path.name for path in out.iterdir()] == ["b"]
+def test_without_resume_a_leftover_is_cleared_away(begun: Path) -> None:
+    assert make(begun, "two", ["b"]) == ["b"]
+    assert [path.name for path in begun.iterdir()] == ["b"]
 
 
 def test_two_processes_cannot_make_the_same_output(tmp_path: Path) -> None:
@@ -177,15 +164,6 @@ def test_two_processes_cannot_make_the_same_output(tmp_path: Path) -> None:
             pass
         assert (space.folder / JOURNAL).is_file()
         assert json.loads((space.folder / JOURNAL).read_text())["job"] == {}
-
-
-def test_meter_speaks_of_this_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([0.0, 0.0, 2.0])
-    monkeypatch.setattr(time, "monotonic", lambda: next(now))
-    with Meter("x", 10 * 10**9, quiet=True) as meter:
-        meter.skip(4 * 10**9)
-        meter.add(3 * 10**9)
-        assert meter.line() == "7.00 of 10.00 GB, 1.50 GB/s"
 
 
 def test_sizes() -> None:

@@ -19,6 +19,7 @@ from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import Decoder, Request, SamplingParams, Scheduler
 from ee_megatron.types import Rollout
+from tests.reference import random_policy
 from tests.tiny import tiny_hf
 
 LAYERS, DEPTHS, NEW = 4, (1, 3), 8
@@ -32,9 +33,7 @@ class Sides:
     def __init__(self, folder: Path, first_token: bool):
         base = tiny_hf("qwen3", folder / "base", layers=LAYERS, hidden=32)
         spec = PolicySpec(LAYERS, DEPTHS, rank=2, alpha=4.0, first_token=first_token)
-        generator = torch.Generator().manual_seed(1)
-        shapes = spec.tensor_shapes(HFDirectory(base).dims)
-        tensors = {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        tensors = random_policy(HFDirectory(base).dims, spec, seed=1, size=0.2)
         self.folder = export_hf(base, (spec, tensors), folder / "out")
         self.model = load(self.folder)
         self.plain = load(export_hf(base, (spec, tensors), folder / "plain", gates="drop"))
@@ -76,12 +75,8 @@ MODES = {
     "batch": (3, lambda sides, ids: {}),
     "prompt in pieces": (2, lambda sides, ids: {"prefill_chunk_size": 4}),
     "static cache": (2, lambda sides, ids: {"cache_implementation": "static"}),
-    "a cache of one's own": (
-        2,
-        lambda sides, ids: {"past_key_values": StaticCache(sides.model.config, max_cache_len=40)},
-    ),
+    "own cache": (2, lambda sides, ids: {"past_key_values": StaticCache(sides.model.config, max_cache_len=40)}),
     "no cache": (3, lambda sides, ids: {"use_cache": False}),
-    "eager": (2, lambda sides, ids: {"output_attentions": True, "return_dict_in_generate": True}),
     "prompt lookup": (1, lambda sides, ids: {"prompt_lookup_num_tokens": 4}),
     "another model's drafts": (1, lambda sides, ids: {"assistant_model": sides.draft}),
     "its own drafts": (1, lambda sides, ids: {"assistant_model": sides.plain}),
@@ -96,13 +91,7 @@ def test_greedy_text_and_depths_are_the_decoders(sides, mode):
     ids = prompts(rows)
     if mode == "prompt lookup":
         ids = torch.cat([ids, ids, ids[:, :4]], dim=1)
-    if mode == "eager":
-        sides.model.set_attn_implementation("eager")
-    try:
-        made = sides.model.generate(ids, exit_policy=str(rule), **options(sides, ids), **GREEDY)
-    finally:
-        sides.model.set_attn_implementation("sdpa")
-    made = made if isinstance(made, Tensor) else made.sequences
+    made = sides.model.generate(ids, exit_policy=str(rule), **options(sides, ids), **GREEDY)
     answers = [sides.answer(row.tolist(), rule) for row in ids]
     assert made[:, ids.shape[1] :].tolist() == [answer.tokens.tolist() for answer in answers]
     assert sides.model.last_exit_depths.tolist() == [answer.exit_depths.tolist() for answer in answers]
@@ -276,15 +265,20 @@ def test_an_answer_ends_at_a_stop_string(sides, options):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha \\(contrastive search\\): not supported with early exits"),
-        ({"dola_layers": "high"}, "DoLa"),
-        ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5}, "group beam search"),
-        ({"force_words_ids": [[5]], "num_beams": 2}, "constrained beam search"),
-        ({"num_beams": 2, "use_cache": False}, "num_beams with use_cache=False"),
-        ({"custom_generate": lambda model, **kwargs: None}, "a decoding loop of your own"),
-        ({"assistant_early_exit": 1}, "transformers' own early exit"),
-        ({"guidance_scale": 1.5}, "guidance_scale \\(classifier-free guidance\\): not supported with early exits"),
-        ({"cache_implementation": "paged"}, "continuous batching"),
+        *(
+            (given, next(iter(given)))
+            for given in (
+                {"penalty_alpha": 0.6, "top_k": 4},
+                {"dola_layers": "high"},
+                {"num_beam_groups": 2, "num_beams": 4, "diversity_penalty": 0.5},
+                {"force_words_ids": [[5]], "num_beams": 2},
+                {"num_beams": 2, "use_cache": False},
+                {"custom_generate": lambda model, **kwargs: None},
+                {"assistant_early_exit": 1},
+                {"guidance_scale": 1.5},
+                {"cache_implementation": "paged"},
+            )
+        ),
         ({"exit_policy": "threshold:high"}, "exit_policy 'threshold:high': expected \"off\""),
         ({"exit_policy": "confidence:0.5"}, "exit_policy 'confidence:0.5'"),
         ({"exit_policy": "fixed:2"}, "fixed needs a value out of"),

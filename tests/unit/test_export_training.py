@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from ee_megatron.checkpoint.hf_export import export_hf
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec
+from tests.reference import random_policy
 from tests.tiny import tiny_hf
 
 LAYERS, DEPTHS = 4, (1, 3)
@@ -32,12 +33,8 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("training")
     base = tiny_hf("llama", folder / "base", layers=LAYERS, hidden=32)
     spec = PolicySpec(LAYERS, DEPTHS, rank=2, alpha=4.0)
-    generator = torch.Generator().manual_seed(1)
-    shapes = spec.tensor_shapes(HFDirectory(base).dims)
-    tensors = {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    return export_hf(base, (spec, tensors), folder / "embed"), export_hf(
-        base, (spec, tensors), folder / "plain", gates="drop"
-    )
+    policy = spec, random_policy(HFDirectory(base).dims, spec, seed=1, size=0.2)
+    return export_hf(base, policy, folder / "embed"), export_hf(base, policy, folder / "plain", gates="drop")
 
 
 def load(folder: Path, **options):
@@ -146,36 +143,22 @@ def test_a_model_that_is_training_samples_as_deep_as_it_trains(folders):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["sdpa", "eager"])
-def test_outputs_are_the_plain_models(folders, kind):
-    model = load(folders[0], attn_implementation=kind)
-    plain = load(folders[1], attn_implementation="eager")
+def test_outputs_are_the_plain_models_and_a_skipped_layer_gives_what_was_before_it(folders):
+    model, plain = (load(folder) for folder in folders)
     ids, mask = tokens(3), torch.ones(3, 10, dtype=torch.long)
     mask[1, :4] = 0
-    wanted = {"output_hidden_states": True, "output_attentions": True}
-    found, expected = model(ids, attention_mask=mask, **wanted), plain(ids, attention_mask=mask, **wanted)
-    real = mask.bool()
-    for name, axis in (("hidden_states", 1), ("attentions", 2)):
-        assert len(found[name]) == len(expected[name]) == LAYERS + (name == "hidden_states")
-        for one, other in zip(found[name], expected[name], strict=True):
-            torch.testing.assert_close(one.movedim(axis, 1)[real], other.movedim(axis, 1)[real], atol=2e-5, rtol=1e-4)
+    found, expected = (one(ids, attention_mask=mask, output_hidden_states=True) for one in (model, plain))
+    assert len(found.hidden_states) == len(expected.hidden_states) == LAYERS + 1
+    for one, other in zip(found.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(one[mask.bool()], other[mask.bool()], atol=2e-5, rtol=1e-4)
     assert isinstance(model(ids, return_dict=False), tuple)
     embeds = model.get_input_embeddings()(ids)
     torch.testing.assert_close(model(inputs_embeds=embeds).logits, model(ids).logits)
-
-
-@torch.no_grad()
-def test_layers_that_a_position_skips_say_so(folders):
-    model, ids = load(folders[0]), tokens(2)
     depths = torch.full(ids.shape, LAYERS)
     depths[0, 3:] = 1
-    depths[1] = 3
-    out = model(ids, exit_depths=depths, output_hidden_states=True, output_attentions=True)
+    out = model(ids, exit_depths=depths, output_hidden_states=True)
     for index in range(1, LAYERS):
         assert torch.equal(out.hidden_states[index][0, 3:], out.hidden_states[1][0, 3:])
-        assert (out.attentions[index][0, :, 3:] == 0).all()
-        assert (out.attentions[index][0, :, :3].sum(-1) - 1).abs().max() < 1e-5
-    assert (out.attentions[3][1] == 0).all()
     torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits)
 
 
@@ -197,24 +180,26 @@ def test_masks_of_four_dimensions_and_packed_sequences(folders):
 
 
 def test_what_cannot_be_right_is_refused_in_one_line(folders):
-    for kind in ("flex_attention", "flash_attention_2"):
+    for kind in ("eager", "flex_attention", "flash_attention_2"):
         with pytest.raises((ValueError, ImportError)) as raised:
             load(folders[0], attn_implementation=kind)
-        assert "\n" not in str(raised.value) and "attention" in str(raised.value).lower()
+        text = str(raised.value).lower()
+        assert "\n" not in text and ("attn_implementation" in text or "attention" in text)
     model, ids = load(folders[0]), tokens(1)
     window = DynamicCache()
     window.layers = [DynamicSlidingWindowLayer(sliding_window=4) for _ in range(LAYERS)]
     for error, words, options in (
-        (ValueError, "a cache of DynamicSlidingWindowLayer isn't supported", {"past_key_values": window}),
-        (TypeError, "doesn't take cu_seq_lens_q", {"cu_seq_lens_q": torch.tensor([0, 4, 10])}),
-        (ValueError, "give either input_ids or inputs_embeds", {"inputs_embeds": torch.zeros(1, 10, 32)}),
-        (ValueError, r"attention_mask has shape \(1, 7\), expected \(1, 10\)", {"attention_mask": torch.ones(1, 7)}),
-        (ValueError, "of 4 dimensions holds torch.int64", {"attention_mask": torch.ones(1, 1, 10, 10).long()}),
+        (ValueError, "DynamicSlidingWindowLayer", {"past_key_values": window}),
+        (TypeError, "cu_seq_lens_q", {"cu_seq_lens_q": torch.tensor([0, 4, 10])}),
+        (TypeError, "output_attentions", {"output_attentions": True}),
+        (ValueError, "inputs_embeds", {"inputs_embeds": torch.zeros(1, 10, 32)}),
+        (ValueError, r"attention_mask .*\(1, 7\).*\(1, 10\)", {"attention_mask": torch.ones(1, 7)}),
+        (ValueError, "attention_mask .*torch.int64", {"attention_mask": torch.ones(1, 1, 10, 10).long()}),
     ):  # fmt: skip
         with pytest.raises(error, match=words):
             model(ids, **options)
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1, "lm_head": "cpu"}
-    with pytest.raises(ValueError, match="spreads the layers over 0, 1; early exits need them on one device"):
+    with pytest.raises(ValueError, match=r"device_map .*0, 1"):
         model(ids)
 
 

@@ -98,23 +98,6 @@ def attention_mask_4d(
     return (visible & mask.bool()[:, None, None, :]) | (key == query)[None, None]
 
 
-def attend(
-    q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, mask: Tensor | None, scale: float, weights: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Attention of H query heads on G key heads: what is read [B, H, T, d]; if wanted, weights [B, H, T, S]."""
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(q_BHTd.dtype)
-    if not weights:
-        return F.scaled_dot_product_attention(q_BHTd, k_BGSd, v_BGSd, mask, scale=scale, enable_gqa=True), None
-    k, v = (t.repeat_interleave(q_BHTd.shape[1] // t.shape[1], dim=1) for t in (k_BGSd, v_BGSd))
-    scores = q_BHTd @ k.transpose(2, 3) * scale
-    if mask is not None:
-        seen = mask.dtype == torch.bool
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if seen else scores + mask
-    shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q_BHTd.dtype)
-    return shares @ v, shares
-
-
 def heads(x_BTE: Tensor, projection: nn.Module, attention: Any, norm: str | None = None) -> Tensor:
     """[B, T, D] -> [B, heads, T, d], with the per-head norm that Qwen3 puts on queries and keys."""
     x = projection(x_BTE).unflatten(-1, (-1, attention.head_dim))
@@ -128,14 +111,13 @@ class Pass:
     """What all layers of one forward pass share.
 
     mask: see `attention_mask_4d`. rope: cos and sin [B or 1, 1, new, d]. past: positions before the new ones in the
-    cache. weights: whether attention weights are wanted.
+    cache.
     """
 
     mask: Tensor | None
     rope: tuple[Tensor, Tensor]
     cache: Any
     past: int
-    weights: bool
 
     def keep(self, k: Tensor, v: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the new positions [B, G, new, d] -> of all, put down in the cache."""
@@ -155,4 +137,4 @@ def check_cache(cache: Any) -> None:
             raise ValueError(f"a cache of {type(part).__name__} isn't supported; use a DynamicCache or a StaticCache")
 
 
-__all__ = ["Gate", "Pass", "WideLinear", "attend", "attention_mask_4d", "check_cache", "heads", "rotate"]
+__all__ = ["Gate", "Pass", "WideLinear", "attention_mask_4d", "check_cache", "heads", "rotate"]

@@ -13,29 +13,111 @@ exit, so the first generated token comes from all layers; with `first_token` in 
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from dataclasses import fields as dataclass_fields
 from functools import wraps
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_early_exit import EarlyExitConfig, check_exit_policy, read_exit_policy
-from .generation_early_exit import REFUSED, RUNNING, Generation, check_mode, running_call
-from .layers_early_exit import Gate, Pass, WideLinear, attend, attention_mask_4d, check_cache, heads, rotate
+from .layers_early_exit import Gate, Pass, WideLinear, attention_mask_4d, check_cache, heads, rotate
 
 # The cache is called `cache` in newer transformers and `past_key_values` in older ones.
 CACHE_FIELD = next(
     field.name for field in dataclass_fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values")
 )
-ATTENTION = ("sdpa", "eager")
 # Arguments of `forward` beside its own: what the loss takes, and what says nothing that isn't known otherwise.
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
 NEEDLESS_ARGUMENTS = ("cache_position", "token_type_ids")
 # What `generate` needs for itself and, in newer transformers, leaves among the arguments for the model.
 ARGUMENTS_OF_GENERATE = ("tokenizer", "assistant_tokenizer")
+# Decoding that was never held against the definition of an exit: the argument of `generate` that asks for it.
+REFUSED = {
+    "penalty_alpha": "contrastive search",
+    "dola_layers": "DoLa decoding",
+    "constraints": "constrained beam search",
+    "force_words_ids": "constrained beam search",
+    "custom_generate": "a decoding loop of your own",
+    "assistant_early_exit": "transformers' own early exit",
+    "token_healing": "token healing",
+}
+
+
+def check_mode(asked: dict[str, Any]) -> None:
+    """Raise ValueError, one line, for arguments of `generate` that exits can't be combined with."""
+    words = [f"{name} ({words})" for name, words in REFUSED.items() if asked.get(name)]
+    if asked.get("guidance_scale") not in (None, 1):
+        words.append("guidance_scale (classifier-free guidance)")
+    if (asked.get("num_beam_groups") or 1) > 1:
+        words.append("num_beam_groups (group beam search)")
+    if asked.get("cache_implementation") == "paged":
+        words.append("cache_implementation='paged' (continuous batching)")
+    if (asked.get("num_beams") or 1) > 1 and asked.get("use_cache") is False:
+        words.append("num_beams with use_cache=False (beams change places, and their exits are not remembered)")
+    if words:
+        raise ValueError(f'{"; ".join(words)}: not supported with early exits; leave it out or pass exit_policy="off"')
+
+
+class Generation:
+    """One running `generate` call.
+
+    policy: what exits follow. prompt: positions of the prompt, padding included; None until the first forward pass has
+    read it, where that pass reads the prompt and nothing else. With `first_token` the prompt's last position may exit.
+    aligned: whether rows keep their places, so that depths can be told.
+    """
+
+    def __init__(self, policy: dict, prompt: int | None, first_token: bool, aligned: bool):
+        self.policy, self.prompt, self.first_token, self.aligned = policy, prompt, first_token, aligned
+        # int64 [B, positions that were read]: layers that each ran.
+        self.depths_BT: Tensor | None = None
+
+    def begin(self, past: int, new: int, cached: bool) -> tuple[Tensor | None, int]:
+        """Before positions past .. past + new - 1 are read: the depths that are known already, int64 [B, t], and the
+        first of the new positions that may exit.
+
+        Without a cache all positions are read again at every step, each as deep as it went when its token was made.
+        """
+        if self.prompt is None:
+            self.prompt = past + new
+        known = None if cached else self.depths_BT
+        free = max(self.prompt - int(self.first_token) - past, 0, 0 if known is None else known.shape[1])
+        return known, free
+
+    def note(self, past: int, depths_BT: Tensor) -> None:
+        """Positions past, past + 1, ... ran so deep. A draft that was thrown away is written over."""
+        if not self.aligned:
+            return
+        if self.depths_BT is None:
+            before = depths_BT.new_full((depths_BT.shape[0], past), -1)
+        else:
+            before = self.depths_BT[:, :past]
+        self.depths_BT = torch.cat([before, depths_BT], dim=1)
+
+    def of_tokens(self, tokens_BT: Tensor, ends: int | list[int] | None) -> Tensor | None:
+        """Depths of the generated tokens, int64 [B, T], -1 after a row's end; None where rows changed places."""
+        if not self.aligned or self.depths_BT is None or self.prompt is None:
+            return None
+        first = self.prompt - 1
+        depths_BT = self.depths_BT[:, first : first + tokens_BT.shape[1]]
+        if ends is None:
+            return depths_BT
+        end = torch.isin(tokens_BT, torch.as_tensor(ends, device=tokens_BT.device).reshape(-1))
+        after = (end.int().cumsum(dim=1) - end.int()) > 0
+        return depths_BT.masked_fill(after.to(depths_BT.device), -1)
+
+
+# The `generate` calls under way in this thread, each with its model, the innermost last: drafts are made within one.
+RUNNING: ContextVar[tuple[tuple[Any, Generation], ...]] = ContextVar("RUNNING", default=())
+
+
+def running_call(model: Any) -> Generation | None:
+    """The innermost `generate` call of `model` that is under way in this thread."""
+    return next((call for owner, call in reversed(RUNNING.get()) if owner is model), None)
 
 
 class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
@@ -82,11 +164,9 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
 
     @staticmethod
     def _check_attention(config: EarlyExitConfig) -> None:
-        kind = getattr(config, "_attn_implementation", None) or ATTENTION[0]
-        if kind not in ATTENTION:
-            raise ValueError(
-                f"attn_implementation {kind!r} isn't supported with early exits; use {' or '.join(ATTENTION)}"
-            )
+        kind = getattr(config, "_attn_implementation", None) or "sdpa"
+        if kind != "sdpa":
+            raise ValueError(f"attn_implementation {kind!r} isn't supported with early exits; use sdpa")
 
     def exit_policy(self) -> dict:
         """The policy in force: of this thread's `generate` call; else, while training, "off"; else of
@@ -171,7 +251,6 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         exit_depths: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast | tuple:
@@ -181,8 +260,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         are not asked. Without it, `generate`'s tokens and one new position on top of a cache exit by the exit policy;
         anything else, training too, runs through all layers.
 
-        Hidden states and attention weights are transformers'; of a layer that a position skipped, the hidden state is
-        that before it and the weights are 0.
+        Hidden states are transformers'; of a layer that a position skipped it is that before the layer.
         """
         running = running_call(self) if kwargs.pop("of_generate", False) else None
         self._check_call(kwargs, input_ids, inputs_embeds)
@@ -190,7 +268,6 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         check_cache(cache)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         hidden_wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        weights_wanted = self.config.output_attentions if output_attentions is None else output_attentions
         x_BTD = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         rows, new = x_BTD.shape[:2]
         past = int(cache.get_seq_length()) if cache is not None else 0
@@ -204,17 +281,15 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids = torch.arange(past, past + new, device=x_BTD.device)[None]
         mask = attention_mask_4d(attention_mask, packed, rows, new, past, x_BTD.device)
         rope = tuple(part.unsqueeze(1) for part in self.model.rotary_emb(x_BTD, position_ids))
-        eager = bool(weights_wanted) or self.config._attn_implementation == "eager"
-        shared = Pass(mask, rope, cache, past, eager)  # type: ignore[arg-type]
+        shared = Pass(mask, rope, cache, past)  # type: ignore[arg-type]
         depth_BT, policy, first = self._start_depths(exit_depths, running, rows, new, past, cache, x_BTD.device)
         hidden: list[Tensor] = []
-        weights: list[Tensor | None] = []
         for depth, layer in enumerate(self.model.layers):
             if first < new and str(depth) in self.gates and policy["kind"] in ("threshold", "sample"):
                 depth_BT = self._ask_gate(depth, x_BTD, depth_BT, policy, first)
-            hidden += [x_BTD] if hidden_wanted else []
-            x_BTD, seen = self._through(layer, depth, x_BTD, depth_BT > depth, shared)
-            weights += [seen] if weights_wanted else []
+            if hidden_wanted:
+                hidden.append(x_BTD)
+            x_BTD = self._through(layer, depth, x_BTD, depth_BT > depth, shared)
         if running is not None:
             running.note(past, depth_BT)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -225,7 +300,6 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         made: dict[str, Any] = {CACHE_FIELD: cache if use_cache else None}
         made |= {"hidden_states": (*hidden, read_BTD)} if hidden_wanted else {}
-        made |= {"attentions": tuple(weights)} if weights_wanted else {}
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **made)
         return_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
@@ -235,7 +309,8 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         self._check_attention(self.config)
         for name in NEEDLESS_ARGUMENTS:
             kwargs.pop(name, None)
-        for name in [name for name, value in kwargs.items() if value is None]:
+        # Older `generate` says of what it doesn't want that it doesn't.
+        for name in [name for name, value in kwargs.items() if value is None or value is False]:
             kwargs.pop(name)
         strange = sorted(set(kwargs) - set(LOSS_ARGUMENTS))
         if strange:
@@ -293,9 +368,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         found_BT = torch.where(undecided_BT & (hazard_BT > bar), depth, found_BT)
         return torch.cat([depth_BT[:, :first], found_BT], dim=1)
 
-    def _through(
-        self, layer: Any, index: int, x_BTD: Tensor, active_BT: Tensor, shared: Pass
-    ) -> tuple[Tensor, Tensor | None]:
+    def _through(self, layer: Any, index: int, x_BTD: Tensor, active_BT: Tensor, shared: Pass) -> Tensor:
         """`_layer`, without keeping what it computes for the gradient where that was asked for."""
         wanted = getattr(layer, "gradient_checkpointing", self.model.gradient_checkpointing)
         if wanted and self.training and torch.is_grad_enabled():
@@ -303,13 +376,9 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             return again(self._layer, layer, index, x_BTD, active_BT, shared)
         return self._layer(layer, index, x_BTD, active_BT, shared)
 
-    def _layer(
-        self, layer: Any, index: int, x_BTD: Tensor, active_BT: Tensor, shared: Pass
-    ) -> tuple[Tensor, Tensor | None]:
-        """One decoder layer: keys and values for every position, the rest for the rows that have an active position.
-
-        Returns the stream [B, T, D] and, if wanted, the attention weights [B, H, T, S], 0 where a position skipped it.
-        """
+    def _layer(self, layer: Any, index: int, x_BTD: Tensor, active_BT: Tensor, shared: Pass) -> Tensor:
+        """One decoder layer on the stream [B, T, D]: keys and values for every position, the rest for the rows that
+        have an active position."""
         attention, mask = layer.self_attn, shared.mask
         cos, sin = shared.rope
         normed = layer.input_layernorm(x_BTD)
@@ -317,9 +386,8 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         v = heads(normed, attention.v_proj, attention)
         k, v = shared.keep(k, v, index)
         active_B = active_BT.any(dim=1)
-        shape = (len(x_BTD), self.config.num_attention_heads, x_BTD.shape[1], k.shape[2])
         if not bool(active_B.any()):
-            return x_BTD, x_BTD.new_zeros(shape) if shared.weights else None
+            return x_BTD
         rows = None if bool(active_B.all()) else active_B.nonzero().squeeze(1)
         if rows is not None:
             normed, k, v = normed[rows], k[rows], v[rows]
@@ -328,14 +396,14 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             mask = mask[rows] if mask is not None and mask.shape[0] > 1 else mask
         stream = x_BTD if rows is None else x_BTD[rows]
         q = rotate(heads(normed, attention.q_proj, attention, "q_norm"), cos, sin)
-        context, seen = attend(q, k, v, mask, attention.head_dim**-0.5, shared.weights)
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)
+        context = F.scaled_dot_product_attention(q, k, v, mask, scale=attention.head_dim**-0.5, enable_gqa=True)
         stream = stream + attention.o_proj(context.transpose(1, 2).flatten(2))
         stream = stream + layer.mlp(layer.post_attention_layernorm(stream))
         if rows is not None:
             stream = x_BTD.index_copy(0, rows, stream)
-            seen = None if seen is None else seen.new_zeros(shape).index_copy(0, rows, seen)
-        seen = None if seen is None else seen * active_BT[:, None, :, None]
-        return torch.where(active_BT[..., None], stream, x_BTD), seen
+        return torch.where(active_BT[..., None], stream, x_BTD)
 
 
 __all__ = ["EarlyExitForCausalLM"]

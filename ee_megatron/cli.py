@@ -338,7 +338,7 @@ def _generate(options: argparse.Namespace) -> int:
 
     launch.quiet_libraries()
     with _loading(options.model or cfg.name):
-        from .answering import load, rule_for, stream_answer, wants_chat
+        from .inference.answering import load, rule_for, stream_answer, wants_chat
         from .rollout.engine.sampling import SamplingParams
 
         answering = load(cfg, options.model, options.policy, options.base_unchecked)
@@ -374,7 +374,7 @@ def _serve(options: argparse.Namespace) -> int:
     from .training import launch
 
     launch.quiet_libraries()
-    from .answering import serve
+    from .inference.answering import serve
     from .rollout.server.run import ServerSettings
 
     serve(cfg, ServerSettings.of(vars(options)), rule, options.model, options.policy, options.base_unchecked)

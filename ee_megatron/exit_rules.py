@@ -8,7 +8,6 @@ place in `RULES`. Nothing here imports torch when it loads, so that the command 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -25,7 +24,7 @@ Tokens = Sequence[tuple[str, int, int]]
 NEVER, ALWAYS = 2.0, -1.0
 """Bounds that no hazard passes, and that every hazard does."""
 Dial = Callable[[float], "ExitRule"]
-"""Position in 0..1 -> exit rule; the further, the deeper: 0 is the shallowest that the rule knows, 1 the deepest."""
+"""Maps a setting in 0..1 to a rule; larger settings exit deeper."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class DialRange:
 
 
 @dataclass(frozen=True)
-class ExitRule(ABC):
+class ExitRule:
     """Hashable; rows whose rules are equal decide together.
 
     - kind: the name, wherever it is written down
@@ -71,8 +70,8 @@ class ExitRule(ABC):
     - notes: numbers that it keeps of a position from one exit to the next
     - fine: whether it compares hazards in float64 (else in float32)
     - default: its number where none is given
-    - usage: how users may name it, on the command line and (the part before the colon) in a request; "": they can't
-    - control: its name as a control on the weights of the policy under test; "": it is none
+    - usage: syntax on the command line and (the part before the colon) in a request; "" if users can't choose the rule
+    - control: its name as a control on the weights of the policy under test; "" if it is none
 
     Raises ValueError for a number that the rule can't use.
     """
@@ -91,18 +90,35 @@ class ExitRule(ABC):
         """The rule with this number; those without one ignore it."""
         return cls(**{"value": value} if "value" in cls.__dataclass_fields__ else {})
 
-    @abstractmethod
+    def hazard_bound(self, at: AtExit) -> Tensor:
+        """float [R], on any device: rows leave whose hazard is above it. Rules that look at readouts have none."""
+        raise NotImplementedError(f"exit rule {self.kind} looks at readouts")
+
     def fires(self, at: AtExit) -> Tensor:
         """bool [R], on any device: which rows leave."""
+        bound = self.hazard_bound(at)
+        if "gates" not in self.needs:
+            # NEVER or ALWAYS: must not wait for the device that computes hazards.
+            return bound < 0
+        logits = at.gate_logits.double() if self.fine else at.gate_logits
+        return logits.sigmoid() > bound
 
     def ahead(self, uniform: np.ndarray, depths: Sequence[int], tokens: Tokens) -> np.ndarray | None:
-        """What `fires` will say, as far as it is known before the model runs: float64 [R, M], the hazards above which
-        rows leave at each exit. None for a rule that looks at readouts.
+        """`hazard_bound` of every exit before the model runs, float64 [R, M]; None for a rule that looks at readouts.
 
         uniform float64 [R, M+1]: the positions' random numbers, as `AtExit.uniform` gives them; depths: the M exits.
         For engines that decide on the device, where asking the host at every exit would cost more than the layers.
         """
-        return None
+        if "readout" in self.needs:
+            return None
+        import torch
+
+        drawn, unknown = torch.from_numpy(uniform), torch.zeros(len(uniform))
+        exits = [
+            AtExit(i, depth, unknown, lambda: unknown, lambda k: drawn[:, k], lambda: tokens, unknown)
+            for i, depth in enumerate(depths)
+        ]
+        return torch.stack([self.hazard_bound(at) for at in exits], dim=1).double().numpy()
 
     @property
     def label(self) -> str:
@@ -145,17 +161,24 @@ class ExitRule(ABC):
 
 @dataclass(frozen=True)
 class Bound(ExitRule):
-    """Leaves where something passes `value`.
+    """Leaves where something passes `value`, a number in least..most.
 
-    With `mix` > 0 it is randomised: a token draws, once for all its exits, whether `other` stands in place of `value`,
-    with this probability. Depths between those of two values can be had then.
+    With probability `mix` a token uses `other` instead of `value`, at all its exits: for mean depths between those of
+    two values.
     """
 
     value: float = 0.5
     other: float = 0.0
     mix: float = 0.0
 
+    least: ClassVar[float] = 0.0
+    most: ClassVar[float] = math.inf
+
     def __post_init__(self) -> None:
+        if not self.least <= self.value <= self.most:
+            raise ValueError(
+                f"exit policy {self.kind}: value {self.value}; expected a number in {self.least:g}..{self.most:g}"
+            )
         if not 0 <= self.mix <= 1:
             raise ValueError(
                 f"exit policy {self.kind}: mix {self.mix}; expected a probability, for a rule with a bound"
@@ -177,34 +200,17 @@ class Bound(ExitRule):
 
 
 @dataclass(frozen=True)
-class Probability(Bound):
-    """A bound in 0..1."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.value <= 1:
-            raise ValueError(f"exit policy {self.kind}: value {self.value} outside 0..1; set a probability")
-        super().__post_init__()
-
-
-@dataclass(frozen=True)
-class Threshold(Probability):
-    """At the first gate whose hazard exceeds `value`. Its dial is for the gates of other weights."""
+class Threshold(Bound):
+    """At the first gate whose hazard exceeds `value`. Not a control; its dial serves gates of another checkpoint."""
 
     kind = "threshold"
     words = "hazard > {:g}"
     needs = frozenset({"gates", "random"})
     usage = "threshold:HAZARD"
+    most = 1
 
-    def fires(self, at: AtExit) -> Tensor:
-        hazard = at.gate_logits.sigmoid()
-        return hazard > self.bounds(at, hazard)
-
-    def ahead(self, uniform: np.ndarray, depths: Sequence[int], tokens: Tokens) -> np.ndarray:
-        import numpy as np
-
-        # As float32 has them, which `fires` compares in.
-        bound = np.where(uniform[:, :1] < self.mix, np.float32(self.other), np.float32(self.value))
-        return np.repeat(bound.astype(np.float64), len(depths), axis=1)
+    def hazard_bound(self, at: AtExit) -> Tensor:
+        return self.bounds(at, at.gate_logits)
 
     @classmethod
     def dial(cls, span: DialRange) -> Dial:
@@ -221,11 +227,8 @@ class Sample(ExitRule):
     fine = True
     usage = "sample"
 
-    def fires(self, at: AtExit) -> Tensor:
-        return at.uniform(at.index) < at.gate_logits.double().sigmoid()
-
-    def ahead(self, uniform: np.ndarray, depths: Sequence[int], tokens: Tokens) -> np.ndarray:
-        return uniform[:, :-1].copy()
+    def hazard_bound(self, at: AtExit) -> Tensor:
+        return at.uniform(at.index)
 
 
 @dataclass(frozen=True)
@@ -243,11 +246,8 @@ class Fixed(ExitRule):
         if float(self.value).is_integer():
             object.__setattr__(self, "value", int(self.value))
 
-    def fires(self, at: AtExit) -> Tensor:
+    def hazard_bound(self, at: AtExit) -> Tensor:
         return everywhere(at, at.depth == self.value)
-
-    def ahead(self, uniform: np.ndarray, depths: Sequence[int], tokens: Tokens) -> np.ndarray:
-        return known([[depth == self.value for depth in depths]] * len(tokens), depths)
 
     def check(self, layout: ExitLayout, has_gates: bool) -> None:
         if self.value not in layout.outcomes:
@@ -284,16 +284,12 @@ class Random(ExitRule):
                 "that sum to 1"
             )
 
-    def fires(self, at: AtExit) -> Tensor:
-        """With the probability of exit i given that no exit before it was taken, shares_i / Σ_{j>=i} shares_j."""
-        return at.uniform(at.index) < self._probability(at.index)
+    def hazard_bound(self, at: AtExit) -> Tensor:
+        """Leaves with the probability of exit i given that none before it was taken, shares_i / Σ_{j>=i} shares_j."""
+        import torch
 
-    def ahead(self, uniform: np.ndarray, depths: Sequence[int], tokens: Tokens) -> np.ndarray:
-        return known(uniform[:, :-1] < [self._probability(i) for i in range(len(depths))], depths)
-
-    def _probability(self, index: int) -> float:
-        left = sum(self.shares[index:])
-        return self.shares[index] / left if left > 0 else 0.0
+        left = sum(self.shares[at.index :])
+        return torch.where(at.uniform(at.index) < (self.shares[at.index] / left if left > 0 else 0.0), ALWAYS, NEVER)
 
     @property
     def label(self) -> str:
@@ -339,7 +335,7 @@ class Random(ExitRule):
 
 
 @dataclass(frozen=True)
-class Confidence(Probability):
+class Confidence(Bound):
     """At the first exit whose readout gives some token more than the probability `value`: Schuster et al. 2022 (arXiv
     2207.07061), softmax confidence, without their calibration."""
 
@@ -348,6 +344,7 @@ class Confidence(Probability):
     needs = frozenset({"readout", "random"})
     usage = "confidence:PROBABILITY"
     control = "confidence"
+    most = 1
 
     def fires(self, at: AtExit) -> Tensor:
         most = at.readout().log_softmax(dim=-1).amax(dim=-1).exp()
@@ -368,11 +365,6 @@ class Entropy(Bound):
     words = "entropy < {:.3g}"
     needs = frozenset({"readout", "random"})
     control = "entropy"
-
-    def __post_init__(self) -> None:
-        if not self.value >= 0:
-            raise ValueError(f"exit policy entropy: value {self.value} is negative; set nats")
-        super().__post_init__()
 
     def fires(self, at: AtExit) -> Tensor:
         logprobs = at.readout().log_softmax(dim=-1)
@@ -405,13 +397,14 @@ class Patience(Bound):
     default = 2
     usage = "patience:EXITS"
     control = "patience"
+    least = 1
 
     def __post_init__(self) -> None:
-        for exits in (self.value, self.other) if self.mix else (self.value,):
-            if exits < 1 or not float(exits).is_integer():
-                raise ValueError(f"exit policy patience: {exits}; expected a whole number of exits, at least 1")
-        object.__setattr__(self, "value", int(self.value))
         super().__post_init__()
+        for exits in (self.value, self.other) if self.mix else (self.value,):
+            if not float(exits).is_integer():
+                raise ValueError(f"exit policy patience: {exits}; expected a whole number of exits")
+        object.__setattr__(self, "value", int(self.value))
 
     @classmethod
     def between(cls, mean: float) -> Self:
@@ -445,11 +438,8 @@ class Off(ExitRule):
     words = "full depth"
     usage = "off"
 
-    def fires(self, at: AtExit) -> Tensor:
+    def hazard_bound(self, at: AtExit) -> Tensor:
         return everywhere(at, False)
-
-    def ahead(self, uniform: np.ndarray, depths: Sequence[int], tokens: Tokens) -> np.ndarray:
-        return known([[False] * len(depths)] * len(tokens), depths)
 
 
 @dataclass(frozen=True)
@@ -461,14 +451,11 @@ class Prescribed(ExitRule):
 
     kind = "prescribed"
 
-    def fires(self, at: AtExit) -> Tensor:
+    def hazard_bound(self, at: AtExit) -> Tensor:
         """Raises ValueError for a token of which nothing is prescribed."""
         import torch
 
-        return torch.tensor([self.depth(*token) == at.depth for token in at.tokens()])
-
-    def ahead(self, uniform: np.ndarray, depths: Sequence[int], tokens: Tokens) -> np.ndarray:
-        return known([[self.depth(*token) == depth for depth in depths] for token in tokens], depths)
+        return torch.tensor([ALWAYS if self.depth(*token) == at.depth else NEVER for token in at.tokens()])
 
     def depth(self, prompt_id: str, sample: int, token: int) -> int:
         depths = self.depths.get((prompt_id, sample))
@@ -498,14 +485,14 @@ CONTROLS = tuple(rule for rule in RULES.values() if rule.control)
 
 
 def everywhere(at: AtExit, fires: bool) -> Tensor:
-    """The same bool for all rows, on the CPU: what looks at nothing must not wait for a device."""
+    """The bounds of rows that all leave or all stay, on the CPU: what looks at nothing must not wait for a device."""
     import torch
 
-    return torch.full((len(at.gate_logits),), fires)
+    return torch.full((len(at.gate_logits),), ALWAYS if fires else NEVER)
 
 
 def known(fires: Any, depths: Sequence[int]) -> np.ndarray:
-    """bool [R, M], whatever the gates say -> bounds float64 [R, M]."""
+    """bool [R, M], whatever the gates say -> bounds float64 [R, M], as `ExitRule.ahead` has them."""
     import numpy as np
 
     return np.where(np.asarray(fires, dtype=bool).reshape(-1, len(depths)), ALWAYS, NEVER)

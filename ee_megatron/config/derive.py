@@ -14,7 +14,7 @@ from .config_paths import shipped
 from .schema import ParallelConfig, RLConfig, RolloutConfig, RunConfig
 
 if TYPE_CHECKING:
-    from ..exit_layout import ExitLayout
+    from ..exits import ExitLayout
     from ..families import ModelDims
     from ..policy import PolicySpec
 
@@ -133,7 +133,7 @@ def reshaped(config: dict[str, Any], layers: int, width: int) -> dict[str, Any]:
 
 def resolve_exits(cfg: RunConfig, dims: ModelDims) -> ExitLayout:
     """The model's exits: exits.depths, or every fifth layer and the stage boundaries where none are given."""
-    from ..exit_layout import ExitLayout
+    from ..exits import ExitLayout
 
     if cfg.exits.depths:
         return ExitLayout(dims.num_layers, tuple(cfg.exits.depths))

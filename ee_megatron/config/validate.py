@@ -298,7 +298,7 @@ def nearest(choices: Sequence[int], wanted: int) -> str:
 
 def model_faults(cfg: RunConfig, dims: ModelDims) -> Iterator[Clash]:
     """What does not fit the model."""
-    from ..exit_layout import gate_units
+    from ..exits import gate_units
 
     # auto: as small as it may turn out; the pool knows (rollout/pool).
     item = 4 if cfg.model.dtype == "float32" else 2

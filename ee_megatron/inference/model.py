@@ -14,14 +14,8 @@ from ..config.device import pick_device, pick_dtype
 from ..config.schema import RunConfig
 from ..exit_rules import ExitRule, parse
 from ..rollout.engine.decoder import Decoder
-from ..rollout.engine.prompts import (
-    common_beginning,
-    encode_chat,
-    encode_continuation,
-    encode_text,
-    load_tokenizer,
-    piece,
-)
+from ..rollout.engine.generation import answer_requests
+from ..rollout.engine.prompts import encode_chat, encode_continuation, encode_text, load_tokenizer, piece
 from ..rollout.engine.request import Event, Request
 from ..rollout.engine.sampling import SamplingParams
 from ..rollout.engine.scheduler import Scheduler
@@ -32,7 +26,7 @@ from .readout import Readout, read
 if TYPE_CHECKING:
     import pandas as pd
 
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = ("auto", "float32", "bfloat16")
 Message = Mapping[str, str]
 """{"role": "user", "content": "..."}."""
 Prompt = str | Sequence[int] | np.ndarray | Sequence[Message]
@@ -46,11 +40,9 @@ class Answer:
     - text: without special tokens, up to the first stop string
     - prompt, sample: the prompt's number in the call, and which of its `n` answers this is
     - prompt_tokens int64 [P]; tokens int64 [T], pieces: the text of each token alone
-    - depths int32 [T]: layers that ran for each token; num_layers is all of them
-    - logprobs float32 [T]: natural log-probability of each token under the distribution that was sampled from
-    - full_logprobs float32 [T]: the same without top_k and top_p
-    - exit_logprobs float32 [T]: log-probability that the gates stop at this depth when exits are sampled; 0 where no
-      gate was asked
+    - depths int32 [T]: layers of num_layers that ran for each token
+    - logprobs, full_logprobs, exit_logprobs float32 [T]: natural logs, of the token under the distribution that was
+      sampled from, under the one without top_k and top_p, of a sampled exit at this depth (0: no gate was asked)
     - finished: "stop" (end of sequence or a stop string) or "length"
     """
 
@@ -75,24 +67,6 @@ class Answer:
     def __str__(self) -> str:
         return self.text
 
-    @staticmethod
-    def of(rollout: Rollout, pieces: Sequence[str], prompt: int, sample: int, num_layers: int) -> Answer:
-        assert rollout.full_logprobs is not None
-        return Answer(
-            text=rollout.text,
-            prompt=prompt,
-            sample=sample,
-            prompt_tokens=rollout.prompt_tokens,
-            tokens=rollout.tokens,
-            pieces=tuple(pieces),
-            depths=rollout.exit_depths,
-            logprobs=rollout.token_logprobs,
-            full_logprobs=rollout.full_logprobs,
-            exit_logprobs=rollout.exit_logprobs,
-            finished="stop" if rollout.finished else "length",
-            num_layers=num_layers,
-        )
-
 
 class Answers(list[Answer]):
     """The answers of one call, those of a prompt next to each other."""
@@ -104,23 +78,18 @@ class Answers(list[Answer]):
 
         if not self:
             raise ValueError("no answers, so no tokens to tabulate")
-        per_answer = [
+        columns = {
+            "token_id": "tokens", "token": "pieces", "depth": "depths", "logprob": "logprobs",
+            "full_logprob": "full_logprobs", "exit_logprob": "exit_logprobs",
+        }  # fmt: skip
+        tables = [
             pd.DataFrame(
-                {
-                    "prompt": answer.prompt,
-                    "sample": answer.sample,
-                    "position": np.arange(len(answer.tokens)),
-                    "token_id": answer.tokens,
-                    "token": answer.pieces,
-                    "depth": answer.depths,
-                    "logprob": answer.logprobs,
-                    "full_logprob": answer.full_logprobs,
-                    "exit_logprob": answer.exit_logprobs,
-                }
+                {"prompt": answer.prompt, "sample": answer.sample, "position": np.arange(len(answer.tokens))}
+                | {name: getattr(answer, field) for name, field in columns.items()}
             )
             for answer in self
         ]
-        return pd.concat(per_answer, ignore_index=True)
+        return pd.concat(tables, ignore_index=True)
 
 
 class EarlyExitModel:
@@ -251,17 +220,13 @@ class EarlyExitModel:
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         sampling = SamplingParams(temperature, max_new_tokens, stops, top_k, top_p)
         encoded = [self.encode(prompt, chat) for prompt in _several(prompts)]
-        scheduler = Scheduler(self.decoder, self.tokenizer, max(1, min(rows, n * len(encoded))))
-        ids: dict[tuple[int, int], int] = {}
-        # The longest first, so that prompts of like length are read together.
-        for p in sorted(range(len(encoded)), key=lambda i: -len(encoded[i])):
-            for k in range(n):
-                # Prompts are named as the server names them: the same seed gives the same answers there.
-                ids[p, k] = scheduler.add(Request(encoded[p], sampling, rule, seed, str(p or ""), k))
-        scheduler.share_prefix(common_beginning(encoded))
-        while scheduler.busy:
-            scheduler.advance()
-        return Answers(self._answer(scheduler, ids[p, k], p, k) for p in range(len(encoded)) for k in range(n))
+        # Prompts are named as the server names them: the same seed gives the same answers there.
+        requests = [
+            Request(tokens, sampling, rule, seed, str(p or ""), k) for p, tokens in enumerate(encoded) for k in range(n)
+        ]
+        scheduler = Scheduler(self.decoder, self.tokenizer, max(1, min(rows, len(requests))))
+        made = enumerate(answer_requests(scheduler, requests, version=0))
+        return Answers(self._answer(rollout, *divmod(i, n)) for i, rollout in made)
 
     def stream(
         self,
@@ -311,17 +276,15 @@ class EarlyExitModel:
             after = encode_continuation(self.tokenizer, text) if before else self.encode(text)
         else:
             after = [int(token) for token in text]
-        first, tokens = max(0, len(before) - 1), [*before, *after]
-        depths = None
+        first, layers, depths = max(0, len(before) - 1), self.num_layers, None
         if exits is not None:
             if not before or len(exits) != len(after):
                 raise ValueError(
                     f"exits: {len(exits)} depths for {len(after)} tokens behind a prompt of {len(before)}; give "
                     "a prompt, and a depth for every token of the text"
                 )
-            layers = self.num_layers
             depths = [layers] * first + [int(depth) for depth in exits] + [layers]
-        return read(self.decoder, self.tokenizer, tokens, first, at, depths, top_k, full)
+        return read(self.decoder, self.tokenizer, [*before, *after], first, at, depths, top_k, full)
 
     def exit_rule(self, exits: str | ExitRule | None) -> ExitRule:
         """The rule that `generate` would follow. Raises ValueError for one that the model can't."""
@@ -331,10 +294,14 @@ class EarlyExitModel:
         rule.check(self.decoder.layout, self.has_gates)
         return rule
 
-    def _answer(self, scheduler: Scheduler, request: int, prompt: int, sample: int) -> Answer:
-        made = scheduler.take(request, 0)
-        pieces = [piece(self.tokenizer, token) for token in made.tokens.tolist()]
-        return Answer.of(made, pieces, prompt, sample, self.num_layers)
+    def _answer(self, made: Rollout, prompt: int, sample: int) -> Answer:
+        assert made.full_logprobs is not None
+        return Answer(
+            text=made.text, prompt=prompt, sample=sample, prompt_tokens=made.prompt_tokens, tokens=made.tokens,
+            pieces=tuple(piece(self.tokenizer, token) for token in made.tokens.tolist()), depths=made.exit_depths,
+            logprobs=made.token_logprobs, full_logprobs=made.full_logprobs, exit_logprobs=made.exit_logprobs,
+            finished="stop" if made.finished else "length", num_layers=self.num_layers,
+        )  # fmt: skip
 
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -342,9 +309,6 @@ def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
     given: list = prompts.tolist() if isinstance(prompts, np.ndarray) else list(prompts)
-    return [given] if given and not _is_prompt(given[0]) else given
-
-
-def _is_prompt(item: object) -> bool:
-    """Whether an entry of a list is a prompt itself, rather than a token or a message."""
-    return isinstance(item, str | np.ndarray | Sequence)
+    # Else what it holds are tokens or messages.
+    several = not given or isinstance(given[0], str | np.ndarray | Sequence)
+    return given if several else [given]

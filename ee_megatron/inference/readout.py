@@ -5,7 +5,7 @@ Shapes: T positions, N depths (the last is L), M exits, V vocabulary, k kept tok
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from ..exits import exit_distribution
 from ..rollout.engine.decoder import Decoder
 from ..rollout.engine.prompts import piece
 from ..rollout.engine.sampling import log_prob
-from ..rollout.engine.scoring import LOGITS_BYTES, compare
+from ..rollout.engine.scoring import chunks, compare
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,29 +128,22 @@ def read(
         raise ValueError(f"top_k={top_k}: expected 1..{dims.vocab}, how many of the most probable tokens to keep")
     sequence = torch.tensor([list(tokens)], device=device)
     prescribed = None if exits is None else torch.tensor([list(exits)], device=device)
-    if prescribed is not None and prescribed.shape != sequence.shape:
-        raise ValueError(f"{prescribed.shape[1]} depths for {len(tokens)} positions; give one for each")
     lengths = torch.tensor([len(tokens)])
-    final, inner = decoder.streams_at(depths[:-1], sequence, lengths, prescribed)
+    final, inner = decoder.forward_with_residuals(sequence, lengths, prescribed, at=depths[:-1])
     streams = [stream[0, first:] for stream in (*inner, final)]
     following = torch.tensor([*tokens[first + 1 :], -1], device=device)
-    parts = list(_chunks(decoder, streams, following, top_k, full))
+    parts = [_read_at(decoder, streams, following, at, top_k, full) for at in chunks(decoder, len(following))]
     logits, ids, values, said, entropies, divergences = (
         torch.cat(column, dim=1).cpu() for column in zip(*parts, strict=True)
     )
+    hazards = torch.full((len(depths) - 1, len(following)), float("nan"), device=device)
+    for n, depth in enumerate(depths[:-1]):
+        if decoder.gates is not None and depth in decoder.layout.depths:
+            hazards[n] = decoder.gate_logit(decoder.layout.depths.index(depth), streams[n]).sigmoid()
     return Readout(
-        depths=depths,
-        tokens=sequence[0, first:].cpu(),
-        next_tokens=following.cpu(),
-        logits=logits if full else None,
-        top_ids=ids,
-        top_logprobs=values,
-        next_logprobs=said,
-        entropies=entropies,
-        divergences=divergences,
-        hazards=_hazards(decoder, depths, streams).cpu(),
-        tokenizer=tokenizer,
-    )
+        depths, sequence[0, first:].cpu(), following.cpu(), logits if full else None, ids, values, said, entropies,
+        divergences, hazards.cpu(), tokenizer,
+    )  # fmt: skip
 
 
 def _depths(decoder: Decoder, at: Sequence[int] | None) -> tuple[int, ...]:
@@ -163,32 +156,19 @@ def _depths(decoder: Decoder, at: Sequence[int] | None) -> tuple[int, ...]:
     return (*sorted({int(depth) for depth in at} - {layers}), layers)
 
 
-def _chunks(
-    decoder: Decoder, streams: list[Tensor], following: Tensor, top_k: int, full: bool
-) -> Iterator[tuple[Tensor, ...]]:
-    """Of some positions at a time: logits [N, n, V] (or [N, n, 0]), ids and values [N, n, k], the next token's
-    log-probabilities, entropies and divergences [N, n]."""
-    size = max(1, LOGITS_BYTES // (4 * decoder.dims.vocab))
-    for start in range(0, len(following), size):
-        part = slice(start, start + size)
-        targets = following[part]
-        last = decoder.readout(streams[-1][part])
-        found: list[tuple[Tensor, ...]] = []
-        for stream in streams:
-            logits = last if stream is streams[-1] else decoder.readout(stream[part])
-            ours = logits.log_softmax(dim=-1)
-            best = ours.topk(top_k, dim=-1)
-            said = log_prob(logits, targets.clamp(min=0)).masked_fill(targets < 0, float("nan"))
-            cost = torch.zeros_like(said) if stream is streams[-1] else compare(last, logits).divergence
-            kept = logits if full else logits[:, :0]
-            found.append((kept, best.indices, best.values, said, -(ours.exp() * ours).sum(-1), cost))
-        yield tuple(torch.stack(column) for column in zip(*found, strict=True))
-
-
-def _hazards(decoder: Decoder, depths: Sequence[int], streams: list[Tensor]) -> Tensor:
-    """Float32 [N - 1, T]; NaN where there is no gate."""
-    hazards = torch.full((len(depths) - 1, len(streams[0])), float("nan"), device=decoder.device)
-    for n, depth in enumerate(depths[:-1]):
-        if decoder.gates is not None and depth in decoder.layout.depths:
-            hazards[n] = decoder.gate_logit(decoder.layout.depths.index(depth), streams[n]).sigmoid()
-    return hazards
+def _read_at(
+    decoder: Decoder, streams: list[Tensor], following: Tensor, at: slice, top_k: int, full: bool
+) -> tuple[Tensor, ...]:
+    """Of some positions: logits [N, n, V] (or [N, n, 0]), ids and values [N, n, k], the next token's log-probabilities,
+    entropies and divergences [N, n]."""
+    targets, last = following[at], decoder.readout(streams[-1][at])
+    found: list[tuple[Tensor, ...]] = []
+    for stream in streams:
+        logits = last if stream is streams[-1] else decoder.readout(stream[at])
+        ours = logits.log_softmax(dim=-1)
+        best = ours.topk(top_k, dim=-1)
+        said = log_prob(logits, targets.clamp(min=0)).masked_fill(targets < 0, float("nan"))
+        cost = torch.zeros_like(said) if stream is streams[-1] else compare(last, logits).divergence
+        kept = logits if full else logits[:, :0]
+        found.append((kept, best.indices, best.values, said, -(ours.exp() * ours).sum(-1), cost))
+    return tuple(torch.stack(column) for column in zip(*found, strict=True))

@@ -81,7 +81,7 @@ PRODUCT_SIGNATURES: dict[str, list[Any]] = {
 LOGITS_SIGNATURES: dict[str, list[Any]] = {
     "best": [_P, _P, _P, _L, _L],
     "sample": [_P, _P, _P, _P, _L, _L],
-    "compare": [_P, _P, _P, _P, _P, _L, _L],
+    "compare": [_P, _P, _P, _L, _L],
 }
 
 

@@ -65,14 +65,12 @@ void sample(const float *logits, const double *uniform, int64_t *token, float *l
     }
 }
 
-/* Two distributions beside each other, of a row of logits a [*, V] and one of b [*, V], whose numbers are in rows_a and
-   rows_b [A] (NULL: all in their order): found [A, 4] has KL(softmax(a) || softmax(b)), both normalisers log sum exp and
-   the entropy of softmax(a), in nats. */
-void compare(const float *a, const float *b, const int64_t *rows_a, const int64_t *rows_b, float *found, long A,
-             long V) {
+/* Two distributions beside each other, of logits a [A, V] and b [A, V] row by row: found [A, 4] has
+   KL(softmax(a) || softmax(b)), both normalisers log sum exp and the entropy of softmax(a), in nats. */
+void compare(const float *a, const float *b, float *found, long A, long V) {
 #pragma omp parallel for
     for (long row = 0; row < A; row++) {
-        const float *x = a + (rows_a ? rows_a[row] : row) * V, *y = b + (rows_b ? rows_b[row] : row) * V;
+        const float *x = a + row * V, *y = b + row * V;
         float top_x = largest(x, V), top_y = largest(y, V);
         double total_x = 0, total_y = 0, gap = 0, below = 0;
         for (long first = 0; first < V; first += BLOCK) {

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .engine.decoder import Decoder as Decoder
     from .engine.generation import generate as generate
-    from .engine.generation import stream as stream
     from .engine.request import Event as Event
     from .engine.request import GenerationRequest as GenerationRequest
     from .engine.request import Request as Request
@@ -26,7 +25,7 @@ else:
 
     _NAMES = {
         ".engine.decoder": ("Decoder",),
-        ".engine.generation": ("generate", "stream"),
+        ".engine.generation": ("generate",),
         ".engine.request": ("Event", "GenerationRequest", "Request"),
         ".engine.sampling": ("SamplingParams",),
         ".engine.scheduler": ("Scheduler",),

@@ -67,7 +67,7 @@ def test_the_check_reads_back_what_an_actor_computes_with_and_names_what_differs
     name = "model.layers.3.mlp.up_proj.weight"
 
     def damage(replica) -> None:
-        replica.pool.decoder.weights._place(name)[0, 0] += 1
+        replica.pool.decoder.weights.tensors[name][0, 0] += 1
 
     ray.get(pool._driver.places[1].handle.__ray_call__.remote(damage), timeout=60)
     with pytest.raises(ValueError, match=rf"version 6, actor 1: {name}\b.*\b1 of"):

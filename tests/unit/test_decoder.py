@@ -8,16 +8,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from ee_megatron.exit_rules import Prescribed
 from ee_megatron.families.base import ModelDims
 from ee_megatron.policy import PolicySpec, initial_policy
-from ee_megatron.rollout import SamplingParams
 from ee_megatron.rollout.engine.cache import KVCache
 from ee_megatron.rollout.engine.decoder import Decoder
-from ee_megatron.rollout.engine.request import Request
-from ee_megatron.rollout.engine.scheduler import Scheduler
 from tests.stepping import step
 from tests.tiny import MODELS, tiny_hf
 
@@ -195,27 +191,6 @@ def test_gates_follow_their_formula(tmp_path, gate_input):
     close(decoder.gate_logit(1, hidden), expected)
 
 
-def test_rows_that_exit_run_no_deeper_layer(tmp_path, monkeypatch):
-    path = tiny_hf("llama", tmp_path)
-    decoder = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
-    ran: list[tuple[int, int]] = []
-    real = decoder.ops.run
-
-    def counted(first, stop, hidden, *rest):
-        ran.extend((layer, len(hidden)) for layer in range(first, stop))
-        return real(first, stop, hidden, *rest)
-
-    monkeypatch.setattr(decoder.ops, "run", counted)
-    decoder.eos_ids = frozenset()
-    scheduler = Scheduler(decoder, AutoTokenizer.from_pretrained(path), in_flight=4)
-    for name, depth in zip("abcd", (1, 3, 3, 4), strict=True):
-        exits = Prescribed({(name, 0): [6, depth]})
-        scheduler.add(Request([5], SamplingParams(1.0, 2), exits, 0, name))
-    while scheduler.busy:
-        scheduler.advance()
-    assert ran == [(0, 4), (1, 3), (2, 3), (3, 1)]
-
-
 def test_reading_in_parallel_runs_no_mlp_for_positions_that_left_nor_for_padding(tmp_path, monkeypatch):
     decoder = Decoder.from_hf(tiny_hf("llama", tmp_path), SPEC, torch.float32, "cpu")
     ran: list[int] = []
@@ -228,16 +203,9 @@ def test_reading_in_parallel_runs_no_mlp_for_positions_that_left_nor_for_padding
     assert ran == [8] * 6 + [8, 5, 5, 3, 2, 2] + [8] * 4
 
 
-def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
+def test_what_does_not_fit_is_refused(tmp_path):
     path = tiny_hf("llama", tmp_path)
     decoder = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
-    tensors = random_policy(decoder.dims)
-    lacking = {name: t for name, t in tensors.items() if name != "gates.3.fc2.bias"}
-    for bad, message in [(lacking, r"gates\.3\.fc2\.bias"), ({**tensors, "odd": torch.zeros(1)}, "odd")]:
-        with pytest.raises(ValueError, match=message):
-            decoder.load_policy(bad)
-    with pytest.raises(ValueError, match=r"gates\.3\.fc2\.bias.*\[2\]"):
-        decoder.load_policy({**tensors, "gates.3.fc2.bias": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"1\.\.6"):
         decoder.forward_parallel(torch.zeros(1, 2, dtype=torch.int64), torch.tensor([2]), torch.tensor([[6, 0]]))
     with pytest.raises(ValueError, match="7"):

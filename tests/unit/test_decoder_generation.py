@@ -12,22 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ee_megatron.exit_rules import (
-    Confidence,
-    Entropy,
-    Fixed,
-    Off,
-    Patience,
-    Prescribed,
-    Random,
-    Sample,
-    Threshold,
-    make_rule,
-)
+from ee_megatron.exit_rules import Confidence, Entropy, ExitRule, Fixed, Off, Patience, Random, Sample, Threshold
 from ee_megatron.exits import exit_distribution
 from ee_megatron.families import FAMILIES
 from ee_megatron.policy import PolicySpec, initial_policy
-from ee_megatron.rollout import Decoder, GenerationRequest, SamplingParams, generate, stream
+from ee_megatron.rollout import Decoder, GenerationRequest, SamplingParams, generate
 from ee_megatron.rollout.engine import scoring
 from ee_megatron.rollout.engine.request import StopChecker
 from ee_megatron.rollout.engine.sampling import sample_tokens, stream_key, uniforms
@@ -91,19 +80,31 @@ def flat(answers: list[list[Rollout]]) -> list[Rollout]:
     return [rollout for group in answers for rollout in group]
 
 
+def answers_of(
+    decoder: Decoder, prompts: list[Prompt], samples: int, sampling: SamplingParams, exits: ExitRule, seed: int = 0,
+    rows: int = 64,
+) -> list[Rollout]:  # fmt: skip
+    request = GenerationRequest(prompts, samples, sampling, exits, seed)
+    return flat(generate(decoder, tiny_tokenizer(), request, version=4, rows=rows))
+
+
+def same(found: list[Rollout], expected: list[Rollout]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert (a.prompt_id, a.text, a.finished) == (b.prompt_id, b.text, b.finished)
+        assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.exit_depths, b.exit_depths)
+        np.testing.assert_allclose(a.token_logprobs, b.token_logprobs, atol=1e-4)
+        np.testing.assert_allclose(a.exit_logprobs, b.exit_logprobs, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_text_equals_transformers(tmp_path, family):
     path = tiny_hf(family, tmp_path)
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
-        AutoTokenizer.from_pretrained(path),
-    )
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(path)
     decoder = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
     for rows, prompts in [(3, PROMPTS), (64, SHARED)]:
-        answers = generate(
-            decoder, tokenizer, GenerationRequest(prompts, 1, SamplingParams(0.0, 30), OFF, 0), version=4, rows=rows
-        )
-        for prompt, (rollout,) in zip(prompts, answers, strict=True):
+        answers = answers_of(decoder, prompts, 1, SamplingParams(0.0, 30), OFF, rows=rows)
+        for prompt, rollout in zip(prompts, answers, strict=True):
             read = tokenizer(prompt.text, add_special_tokens=False, return_tensors="pt")
             expected = model.generate(**read, max_new_tokens=30, do_sample=False)[0, read.input_ids.shape[1] :]
             assert rollout.tokens.tolist() == expected.tolist()
@@ -125,35 +126,28 @@ def test_greedy_text_equals_transformers(tmp_path, family):
     ),
     ids=lambda value: {id(PROMPTS): "apart", id(SHARED): "shared prefix"}.get(id(value), str(value)),
 )  # fmt: skip
-def test_a_seed_gives_the_same_answers_whatever_the_batching(policy, tokenizer, exits, prompts):
+def test_a_seed_gives_the_same_answers_whatever_the_batching(policy, exits, prompts):
     def run(asked, rows, seed=1):
-        return generate(
-            policy, tokenizer, GenerationRequest(asked, 3, SamplingParams(1.0, 20), exits, seed), version=0, rows=rows
-        )
+        return answers_of(policy, asked, 3, SamplingParams(1.0, 20), exits, seed, rows)
 
     expected = run(prompts, 1)
-    for found in (run(prompts, 3), run(prompts, 64), run(prompts[::-1], 5)[::-1], [run([p], 2)[0] for p in prompts]):
-        for a, b in zip(flat(found), flat(expected), strict=True):
-            assert a.prompt_id == b.prompt_id
-            assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.exit_depths, b.exit_depths)
-            np.testing.assert_allclose(a.token_logprobs, b.token_logprobs, atol=1e-4)
-            np.testing.assert_allclose(a.exit_logprobs, b.exit_logprobs, atol=1e-4)
-    depths = np.concatenate([r.exit_depths[1:] for r in flat(expected)])
-    assert set(depths) == {1, 3, 4, 6} or not isinstance(exits, Sample)
-    first = {int(r.exit_depths[0]) for r in flat(expected)}
-    assert len(set(depths)) > 1 and (min(first) < 6 if policy.layout.first_token else first == {6})
-    assert any(
-        a.tokens.tolist() != b.tokens.tolist() for a, b in zip(flat(run(prompts, 8, 2)), flat(expected), strict=True)
-    )
-    assert len({tuple(r.tokens) for r in expected[0]}) > 1
+    same(run(prompts, 3), expected)
+    same(run(prompts, 64), expected)
+    same(sorted(run(prompts[::-1], 5), key=lambda r: r.prompt_id), expected)
+    same([rollout for p in prompts for rollout in run([p], 2)], expected)
+    depths = {int(depth) for r in expected for depth in r.exit_depths[1:]}
+    assert depths == {1, 3, 4, 6} or not isinstance(exits, Sample)
+    first = {int(r.exit_depths[0]) for r in expected}
+    assert len(depths) > 1 and (min(first) < 6 if policy.layout.first_token else first == {6})
+    other = run(prompts, 8, 2)
+    assert any(a.tokens.tolist() != b.tokens.tolist() for a, b in zip(other, expected, strict=True))
+    assert len({tuple(r.tokens) for r in expected[:3]}) > 1
 
 
 @EITHER
 @pytest.mark.parametrize("exits", [Sample(), Threshold(0.5), Fixed(3), OFF], ids=str)
-def test_recorded_logprobs_equal_rescoring_under_the_recorded_exits(policy, tokenizer, exits):
-    answers = flat(
-        generate(policy, tokenizer, GenerationRequest(PROMPTS, 4, SamplingParams(1.0, 24), exits, 2), version=0, rows=6)
-    )
+def test_recorded_logprobs_equal_rescoring_under_the_recorded_exits(policy, exits):
+    answers = answers_of(policy, PROMPTS, 4, SamplingParams(1.0, 24), exits, 2, rows=6)
     scores = score(policy, lively_policy(policy), answers)
     for rollout, entry in zip(answers, scores, strict=True):
         np.testing.assert_allclose(rollout.token_logprobs, entry.policy_logprobs, atol=2e-4)
@@ -165,45 +159,10 @@ def test_recorded_logprobs_equal_rescoring_under_the_recorded_exits(policy, toke
         assert (rollout.exit_logprobs[free:] < 0).all()
 
 
-def test_where_first_tokens_may_exit_full_depth_says_what_it_said(policies, tokenizer):
-    asked = GenerationRequest([*PROMPTS, *SHARED], 2, SamplingParams(1.0, 16), OFF, 3)
-    plain, early = (flat(generate(policy, tokenizer, asked, version=0, rows=5)) for policy in policies)
-    for a, b in zip(plain, early, strict=True):
-        assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.exit_depths, b.exit_depths)
-        np.testing.assert_allclose(a.token_logprobs, b.token_logprobs, atol=1e-4)
-        # Its gates were asked, and none fired.
-        assert a.exit_logprobs[0] == 0 > b.exit_logprobs[0]
-
-
 @EITHER
-def test_prescribed_exits_replay_a_rollout(policy, tokenizer):
-    sampled = flat(
-        generate(policy, tokenizer, GenerationRequest(PROMPTS, 2, SamplingParams(1.0, 16), Sample(), 3), version=0)
-    )
-    depths = {(r.prompt_id, i % 2): r.exit_depths.tolist() for i, r in enumerate(sampled)}
-    replay = Prescribed(depths)
-    again = flat(
-        generate(
-            policy, tokenizer, GenerationRequest(PROMPTS, 2, SamplingParams(1.0, 16), replay, 3), version=0, rows=5
-        )
-    )
-    for a, b in zip(again, sampled, strict=True):
-        assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.exit_depths, b.exit_depths)
-        np.testing.assert_allclose(a.exit_logprobs, b.exit_logprobs, atol=1e-4)
-    with pytest.raises(ValueError, match=r"'p0', 0.*\[2\]"):
-        generate(
-            policy, tokenizer, GenerationRequest(PROMPTS, 1, SamplingParams(), Prescribed({("p0", 0): [6, 2]}), 0), 0
-        )
-    with pytest.raises(ValueError, match=r"'p\d', 0"):
-        generate(policy, tokenizer, GenerationRequest(PROMPTS, 1, SamplingParams(), Prescribed(), 0), 0)
-
-
-@EITHER
-def test_exits_are_sampled_with_the_gates_probabilities(policy, tokenizer):
+def test_exits_are_sampled_with_the_gates_probabilities(policy):
     at = 0 if policy.layout.first_token else 1
-    answers = generate(
-        policy, tokenizer, GenerationRequest(PROMPTS[1:2], 2000, SamplingParams(0.0, 1 + at), Sample(), 0), 0, rows=256
-    )[0]
+    answers = answers_of(policy, PROMPTS[1:2], 2000, SamplingParams(0.0, 1 + at), Sample(), rows=256)
     tokens = torch.tensor([[*answers[0].prompt_tokens, *answers[0].tokens[:at]]])
     _, residuals = policy.forward_with_residuals(tokens, torch.tensor([tokens.shape[1]]))
     hazards = torch.stack([policy.gate_logit(i, r[0, -1]) for i, r in enumerate(residuals)]).sigmoid()
@@ -259,52 +218,19 @@ def test_stop_strings_end_the_text_but_keep_their_tokens():
     assert StopChecker(tokenizer, [1], ["<|end|>"]).ends([97], 128)
 
 
-def test_generation_ends_at_a_stop_string_and_streams_the_same(policy, tokenizer):
-    sampling = SamplingParams(1.0, 40)
-    free = flat(generate(policy, tokenizer, GenerationRequest(PROMPTS, 1, sampling, Sample(), 5), version=0))
+def test_generation_ends_at_a_stop_string(policy):
+    free = answers_of(policy, PROMPTS, 1, SamplingParams(1.0, 40), Sample(), 5)
     stop = tuple({r.text[6:8] for r in free if len(r.text) > 10})
-    sampling = SamplingParams(1.0, 40, stop)
-    stopped = flat(generate(policy, tokenizer, GenerationRequest(PROMPTS, 1, sampling, Sample(), 5), version=0, rows=3))
+    stopped = answers_of(policy, PROMPTS, 1, SamplingParams(1.0, 40, stop), Sample(), 5, rows=3)
     assert sum(r.finished for r in stopped) > sum(r.finished for r in free)
-    for prompt, long, short in zip(PROMPTS, free, stopped, strict=True):
+    for long, short in zip(free, stopped, strict=True):
         assert long.tokens[: short.length].tolist() == short.tokens.tolist()
         assert not any(s in short.text for s in stop) and long.text.startswith(short.text)
-        pieces = list(stream(policy, tokenizer, prompt, sampling, Sample(), seed=5))
-        assert "".join(piece.text for piece in pieces) == short.text
-        assert [piece.token for piece in pieces] == short.tokens.tolist()
-        assert [piece.depth for piece in pieces] == short.exit_depths.tolist()
 
 
-def test_samples_share_one_prefill_and_prompts_their_prefix(policy, tokenizer, monkeypatch):
-    read: list[int] = []
-    real = policy.prefill
-    monkeypatch.setattr(policy, "prefill", lambda tokens, *rest: read.append(tokens.numel()) or real(tokens, *rest))
-    asked = [Prompt(id=str(i), text="x" * 50 + str(i), answer="", task="") for i in range(4)]
-    generate(policy, tokenizer, GenerationRequest(asked, 8, SamplingParams(1.0, 3), OFF, 0), version=0, rows=2)
-    assert sum(read) == 50 + 4
-
-
-def test_impossible_requests_are_refused_in_one_line(path, policy, tokenizer):
-    teacher = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
-    cases = [
-        (teacher, PROMPTS, SamplingParams(), Sample(), "gates"),
-        (policy, PROMPTS, SamplingParams(), Fixed(2), "2"),
-        (policy, PROMPTS, SamplingParams(max_new_tokens=600), OFF, "512"),
-        (policy, [Prompt("e", "", "", "")], SamplingParams(), OFF, "tokens"),
-    ]
-    for decoder, prompts, sampling, exits, message in cases:
-        with pytest.raises(ValueError, match=message):
-            generate(decoder, tokenizer, GenerationRequest(prompts, 1, sampling, exits, 0), 0, rows=2)
-    for wrong in [lambda: make_rule("never"), lambda: Threshold(2), lambda: SamplingParams(-1)]:
-        with pytest.raises(ValueError):
-            wrong()
-
-
-def test_trace_equals_its_definition(path, tokenizer):
+def test_trace_equals_its_definition(path):
     decoder = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
-    answers = flat(
-        generate(decoder, tokenizer, GenerationRequest(PROMPTS, 2, SamplingParams(0.8, 12), OFF, 0), version=0)
-    )
+    answers = answers_of(decoder, PROMPTS, 2, SamplingParams(0.8, 12), OFF)
     for rollout, found in zip(answers, trace(decoder, answers, top_k=5), strict=True):
         sequence = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])
         hidden, residuals = decoder.forward_with_residuals(sequence, torch.tensor([sequence.shape[1]]))
@@ -320,10 +246,8 @@ def test_trace_equals_its_definition(path, tokenizer):
         assert found.prompt_id == rollout.prompt_id and found.divergences.shape == (rollout.length, 3)
 
 
-def test_score_measures_the_divergence_from_the_teacher_and_leaves_the_policy_loaded(path, policy, tokenizer):
-    answers = flat(
-        generate(policy, tokenizer, GenerationRequest(PROMPTS, 1, SamplingParams(1.0, 12), Sample(), 0), version=0)
-    )
+def test_score_measures_the_divergence_from_the_teacher_and_leaves_the_policy_loaded(path, policy):
+    answers = answers_of(policy, PROMPTS, 1, SamplingParams(1.0, 12), Sample())
     teacher, tensors = Decoder.from_hf(path, SPEC, torch.float32, "cpu"), lively_policy(policy)
     for rollout, found in zip(answers, score(policy, tensors, answers), strict=True):
         sequence = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])
@@ -340,13 +264,17 @@ def test_score_measures_the_divergence_from_the_teacher_and_leaves_the_policy_lo
     assert teacher.gates is None and policy.gates is not None and len(same) >= 1
 
 
+def columns(entry) -> dict:
+    """The arrays of a record, and of the score in it."""
+    fields = entry._asdict() if hasattr(entry, "_asdict") else vars(entry)
+    return {**vars(fields["score"]), **fields, "score": None} if "score" in fields else fields
+
+
 READINGS = {
-    "score": lambda decoder, answers: [vars(x) for x in score(decoder, lively_policy(decoder), answers)],
-    "exits": lambda decoder, answers: [x._asdict() for x in read_exits(decoder, lively_policy(decoder), answers)],
-    "inspect": lambda decoder, answers: [
-        {**vars(x.score), **vars(x), "score": None} for x in inspect(decoder, lively_policy(decoder), answers, True)
-    ],
-    "trace": lambda decoder, answers: [vars(x) for x in trace(decoder, answers, 5)],
+    "score": lambda decoder, answers: score(decoder, lively_policy(decoder), answers),
+    "exits": lambda decoder, answers: read_exits(decoder, lively_policy(decoder), answers),
+    "inspect": lambda decoder, answers: inspect(decoder, lively_policy(decoder), answers, True),
+    "trace": lambda decoder, answers: trace(decoder, answers, 5),
 }
 
 
@@ -354,26 +282,25 @@ READINGS = {
 @pytest.mark.parametrize("reading", READINGS)
 @pytest.mark.parametrize("passing", [0, 12])
 def test_answers_are_read_as_each_would_be_alone_and_a_prompt_that_they_share_once(
-    policy, tokenizer, monkeypatch, reading, passing
+    policy, monkeypatch, reading, passing
 ):
     """Groups that are read in parts, and one answer that shares its prompt with none. `passing`: what a pass costs
     beside its positions; if anything, prompts are read together as far as the shortest of them goes."""
-    request = GenerationRequest(PROMPTS, 5, SamplingParams(1.0, 12), Sample(), 4)
-    (first, *_), *groups = generate(policy, tokenizer, request, version=0)
-    answers = [first, *flat(groups)]
+    first, *others = answers_of(policy, PROMPTS, 5, SamplingParams(1.0, 12), Sample(), 4)
+    answers = [first, *others[4:]]
     answers = [answers[i] for i in np.random.default_rng(0).permutation(len(answers))]
     policy.load_policy(lively_policy(policy))
-    parallel, beginnings, read, begun = Decoder._parallel, Decoder.beginnings, [], []
+    parallel, prefill, read, begun = Decoder._parallel, Decoder.prefill, [], []
 
     def counted(decoder, tokens, lengths, *rest, **named):
         read.append(int(lengths.sum()))
         return parallel(decoder, tokens, lengths, *rest, **named)
 
-    def counted_beginnings(decoder, tokens):
+    def counted_prefill(decoder, tokens, lengths):
         begun.append(len(tokens))
-        return beginnings(decoder, tokens)
+        return prefill(decoder, tokens, lengths)
 
-    monkeypatch.setattr(Decoder, "beginnings", counted_beginnings)
+    monkeypatch.setattr(Decoder, "prefill", counted_prefill)
     monkeypatch.setattr(scoring, "FORWARD_POSITIONS", 100)
     monkeypatch.setattr(scoring, "PASS_POSITIONS", passing)
     monkeypatch.setattr(Decoder, "_parallel", counted)
@@ -387,13 +314,13 @@ def test_answers_are_read_as_each_would_be_alone_and_a_prompt_that_they_share_on
         read.clear()
         (expected,) = READINGS[reading](policy, [answer])
         assert sum(read) == passes * (len(answer.prompt_tokens) + answer.length)
-        for name, value in expected.items():
-            # Streams are float16.
-            close = {"atol": 1e-3 if name == "streams" else 2e-5, "err_msg": name}
+        for name, value in columns(expected).items():
             if isinstance(value, np.ndarray):
-                np.testing.assert_allclose(found[name], value, **close)
+                # Streams are float16.
+                atol = 1e-3 if name == "streams" else 2e-5
+                np.testing.assert_allclose(columns(found)[name], value, atol=atol, err_msg=name)
             else:
-                assert found[name] == value
+                assert columns(found)[name] == value
 
 
 @EITHER
@@ -427,9 +354,9 @@ def test_answers_by_several_rules_are_those_by_each_alone_and_their_prompts_are_
 
 
 @pytest.mark.parametrize("reading", [score, inspect, read_exits])
-def test_the_teachers_own_answers_at_full_depth_are_read_once_and_as_by_two(path, tokenizer, monkeypatch, reading):
+def test_the_teachers_own_answers_at_full_depth_are_read_once_and_as_by_two(path, monkeypatch, reading):
     decoder = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
-    answers = flat(generate(decoder, tokenizer, GenerationRequest(PROMPTS, 2, SamplingParams(1.0, 12), OFF, 4), 0))
+    answers = answers_of(decoder, PROMPTS, 2, SamplingParams(1.0, 12), OFF, 4)
     decoder.load_policy(lively_policy(decoder))
     passes, parallel = [], Decoder._parallel
 
@@ -438,29 +365,22 @@ def test_the_teachers_own_answers_at_full_depth_are_read_once_and_as_by_two(path
         return parallel(one, *rest, **named)
 
     monkeypatch.setattr(Decoder, "_parallel", counted)
-    found = [entry if reading is read_exits else vars(entry) for entry in reading(decoder, None, answers)]
+    found = reading(decoder, None, answers)
     assert passes and all(passes) and decoder.gates is None, "by the teacher, whatever was loaded"
     once = len(passes)
     # One answer that left early, and each is read twice.
     early = replace(answers[-1], exit_depths=np.where(np.arange(answers[-1].length) > 0, 3, 6))
     others = reading(decoder, None, [*answers[:-1], early])[:-1]
     assert len(passes) == 3 * once
-    for entry, other in zip(found[:-1], others, strict=True):
-        if reading is read_exits:
-            np.testing.assert_allclose(entry.divergences, other.divergences, atol=2e-5)
-            continue
-        pairs = {**entry, **vars(entry["score"]), "score": None} if reading is inspect else entry
-        against = {**vars(other), **vars(other.score), "score": None} if reading is inspect else vars(other)
-        for name, value in pairs.items():
+    for entry, other in zip(map(columns, found[:-1]), map(columns, others), strict=True):
+        for name, value in entry.items():
             if value is not None:
-                np.testing.assert_allclose(value, against[name], atol=2e-5, err_msg=name)
-        assert pairs["exit_logprobs"].max() == 0 and (pairs.get("divergence") < 2e-5).all()
+                np.testing.assert_allclose(value, other[name], atol=2e-5, err_msg=name)
+        assert reading is read_exits or (entry["exit_logprobs"].max() == 0 and (entry["divergence"] < 2e-5).all())
 
 
-def test_divergences_of_exits_are_those_of_one_token_that_leaves_there_and_not_where_it_did(path, policy, tokenizer):
-    answers = flat(
-        generate(policy, tokenizer, GenerationRequest(PROMPTS[:3], 1, SamplingParams(1.0, 8), Sample(), 1), version=0)
-    )
+def test_divergences_of_exits_are_those_of_one_token_that_leaves_there_and_not_where_it_did(path, policy):
+    answers = answers_of(policy, PROMPTS[:3], 1, SamplingParams(1.0, 8), Sample(), 1)
     teacher = Decoder.from_hf(path, SPEC, torch.float32, "cpu")
     known = 0
     read = read_exits(policy, lively_policy(policy), answers)
@@ -492,98 +412,35 @@ def test_divergences_of_exits_are_those_of_one_token_that_leaves_there_and_not_w
 def test_an_answer_prefilled_with_its_own_beginning_is_the_same_answer(policy, tokenizer, exits, rows):
     """Given tokens choose their exits as generated ones do: greedy answers can't tell the difference."""
     sampling = SamplingParams(0.0, 20)
-    expected = flat(generate(policy, tokenizer, GenerationRequest(TALKED_ABOUT, 1, sampling, exits, 3), version=0))
+    expected = answers_of(policy, TALKED_ABOUT, 1, sampling, exits, 3)
     assert all(a.length > 3 + i for i, a in enumerate(expected))
     # The tiny tokenizer has one token per character, so texts cut anywhere are tokens cut there.
     texts = [tokenizer.decode(a.tokens[: 3 + i], clean_up_tokenization_spaces=False) for i, a in enumerate(expected)]
     begun = [replace(p, prefill=text) for p, text in zip(TALKED_ABOUT, texts, strict=True)]
-    found = flat(generate(policy, tokenizer, GenerationRequest(begun, 1, sampling, exits, 3), version=0, rows=rows))
-    for a, b in zip(found, expected, strict=True):
-        assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.exit_depths, b.exit_depths)
-        assert a.text == b.text and a.finished == b.finished
-        np.testing.assert_allclose(a.token_logprobs, b.token_logprobs, atol=1e-4)
-        np.testing.assert_allclose(a.exit_logprobs, b.exit_logprobs, atol=1e-4)
+    same(answers_of(policy, begun, 1, sampling, exits, 3, rows), expected)
 
 
-def test_a_prefill_that_the_model_would_not_write_is_taken_and_scored(policy, tokenizer):
-    forced = [replace(p, prefill=" 7 x 8") for p in PROMPTS]
-    sampling = SamplingParams(1.0, 16, top_k=1)
-    for answer in flat(generate(policy, tokenizer, GenerationRequest(forced, 1, sampling, Threshold(0.5), 0), 0)):
-        assert answer.text.startswith(" 7 x 8") and answer.length > 6
-        read = score(policy, lively_policy(policy), [answer])[0]
-        np.testing.assert_allclose(answer.token_logprobs[:6], read.policy_logprobs[:6], atol=1e-4)
-
-
-def test_a_prefill_that_leaves_nothing_to_say_is_refused(policy, tokenizer):
-    asked = [replace(PROMPTS[0], prefill="12345")]
-    with pytest.raises(ValueError, match="5"):
-        generate(policy, tokenizer, GenerationRequest(asked, 1, SamplingParams(0.0, 5), OFF, 0), 0)
-    with pytest.raises(ValueError, match="stop"):
-        generate(policy, tokenizer, GenerationRequest(asked, 1, SamplingParams(0.0, 9, ("34",)), OFF, 0), 0)
-
-
-def test_random_exits_have_the_shares_that_were_asked_for(policy, tokenizer):
-    exits = Random(SHARES)
-    answers = flat(
-        generate(policy, tokenizer, GenerationRequest(PROMPTS, 12, SamplingParams(1.0, 24), exits, 2), version=0)
-    )
+def test_random_exits_have_the_shares_that_were_asked_for(policy):
+    answers = answers_of(policy, PROMPTS, 12, SamplingParams(1.0, 24), Random(SHARES), 2)
     depths = np.concatenate([a.exit_depths[1:] for a in answers])
     found = np.array([(depths == d).mean() for d in (1, 3, 4, 6)])
     assert np.abs(found - SHARES).max() < 4 * np.sqrt(0.25 / len(depths)) and len(depths) > 1000
     # The token has no part in it: under other tokens the same place exits alike.
-    other = flat(
-        generate(policy, tokenizer, GenerationRequest(PROMPTS, 12, SamplingParams(0.0, 24), exits, 2), version=0)
-    )
-    for a, b in zip(answers, other, strict=True):
+    for a, b in zip(answers, answers_of(policy, PROMPTS, 12, SamplingParams(0.0, 24), Random(SHARES), 2), strict=True):
         shared = min(a.length, b.length)
         assert np.array_equal(a.exit_depths[:shared], b.exit_depths[:shared])
-    never = Random((0.0, 1.0, 0.0, 0.0))
-    answers = flat(generate(policy, tokenizer, GenerationRequest(PROMPTS, 1, SamplingParams(0.0, 9), never, 0), 0))
-    assert {3} == {int(d) for answer in answers for d in answer.exit_depths[1:]}
-
-
-def test_the_entropy_rule_exits_where_the_readout_is_sharp_enough(policy, tokenizer):
-    asked = GenerationRequest(TALKED_ABOUT, 1, SamplingParams(0.0, 20), Entropy(ENTROPY), 0)
-    taken = set()
-    for rollout in flat(generate(policy, tokenizer, asked, 0)):
-        tokens = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])
-        start, depths = len(rollout.prompt_tokens) - 1, torch.full(tokens.shape, 6)
-        depths[0, start : start + rollout.length] = torch.tensor(rollout.exit_depths)
-        _, residuals = policy.forward_with_residuals(tokens, torch.tensor([tokens.shape[1]]), depths)
-        for t in range(1, rollout.length):
-            for depth, residual in zip((1, 3, 4), residuals, strict=True):
-                p = policy.readout(residual[0, start + t]).softmax(-1)
-                sharp = float(-(p * p.log()).sum()) < ENTROPY
-                if depth <= rollout.exit_depths[t]:
-                    assert sharp == (depth == rollout.exit_depths[t])
-        taken |= set(rollout.exit_depths[1:].tolist())
-    assert len(taken) > 1
-
-
-def test_a_mixed_bound_is_one_or_the_other_token_by_token(policy, tokenizer):
-    def run(rule):
-        found = flat(generate(policy, tokenizer, GenerationRequest(PROMPTS, 6, SamplingParams(1.0, 24), rule, 4), 0))
-        return np.concatenate([r.exit_depths[1:] for r in found])
-
-    # At bound 0 every first gate fires, at 1 none: what is left is the draw.
-    depths = run(Threshold(0.0, other=1.0, mix=0.25))
-    assert set(depths) == {1, 6}
-    assert abs((depths == 6).mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / len(depths))
-    assert np.array_equal(run(Entropy(ENTROPY, other=0.0, mix=1.0)), run(Entropy(0.0)))
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("prompt", "sampling", "exits", "named"),
     [
-        (lambda: Threshold(0.3, mix=-0.5), "-0.5"),
-        (lambda: Entropy(3, mix=1.5), "1.5"),
-        (lambda: Random(), r"\[\]"),
-        (lambda: Random((0.5, 0.6)), "0.6"),
-        (lambda: Random((1.5, -0.5)), "-0.5"),
-        (lambda: Entropy(-0.1), "-0.1"),
-        (lambda: Random((0.5, 0.5)).check(SPEC.layout, True), r"\b2\b.*\b4\b"),
+        (PROMPTS[0], SamplingParams(), Fixed(2), "2"),
+        (PROMPTS[0], SamplingParams(1.0, 600), OFF, "512"),
+        (Prompt("e", "", "", ""), SamplingParams(), OFF, "tokens"),
+        (replace(PROMPTS[0], prefill="12345"), SamplingParams(0.0, 5), OFF, "5"),
+        (replace(PROMPTS[0], prefill="12345"), SamplingParams(0.0, 9, ("34",)), OFF, "stop"),
     ],
 )
-def test_impossible_controls_are_refused(make, says):
-    with pytest.raises(ValueError, match=says):
-        make()
+def test_impossible_requests_are_refused(policy, prompt, sampling, exits, named):
+    with pytest.raises(ValueError, match=named):
+        answers_of(policy, [prompt], 1, sampling, exits)

@@ -145,10 +145,7 @@ def test_distributions_are_compared_as_in_float64(seed, rows, vocab, apart, cut,
     with pytest.MonkeyPatch.context() as patch:
         if not kernel:
             patch.setattr(kernels, "library", lambda dtype: None)
-        found, plain = compare(logits, others, other_rows=of), compare(logits, others[of])
-        backwards = compare(others, logits, rows=of)
-        assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(backwards, compare(others[of], logits), strict=True))
+        found = compare(logits, others[of])
     p, q = logits.double().log_softmax(-1), others[of].double().log_softmax(-1)
     weighted = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(-1)
     entropy = -torch.where(p > -torch.inf, p.exp() * p, 0.0).sum(-1)
@@ -211,14 +208,14 @@ def test_truncation_keeps_what_a_whole_sort_keeps(seed, top_k, top_p, candidates
 @needs_compiler
 def test_heads_that_the_kernels_cannot_read_go_to_pytorch():
     for size, kind in ((16, KernelOps), (20, TorchOps), (8, TorchOps)):
-        assert isinstance(choose_ops(dataclasses.replace(DIMS, head_dim=size), torch.float32, CPU), kind)
+        assert type(choose_ops(dataclasses.replace(DIMS, head_dim=size), torch.float32, CPU)) is kind
 
 
 def test_without_kernels_pytorch_does_the_work(monkeypatch):
     kernels.library.cache_clear()
     monkeypatch.setenv("EE_MEGATRON_KERNELS", "0")
     try:
-        assert isinstance(choose_ops(DIMS, torch.float32, CPU), TorchOps)
+        assert type(choose_ops(DIMS, torch.float32, CPU)) is TorchOps
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(1, 9, generator=generator).expand(400, -1)
         tokens, _ = sampling.inverse_cdf(logits, torch.linspace(0, 0.999, 400, dtype=torch.float64))

@@ -11,6 +11,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from ee_megatron import cli
 from ee_megatron.checkpoint.export_files.configuration_early_exit import POLICY_KINDS, check_exit_policy
@@ -35,8 +37,16 @@ from ee_megatron.exit_rules import (
     usage,
 )
 from ee_megatron.exits import ExitLayout
+from ee_megatron.policy import PolicySpec
+from ee_megatron.rollout import Decoder, SamplingParams
+from ee_megatron.rollout.engine.request import Request
+from ee_megatron.rollout.engine.sampling import stream_key, uniforms
+from ee_megatron.rollout.engine.scheduler import Scheduler
 from ee_megatron.rollout.server.protocol import BadRequest, CompletionRequest
 from ee_megatron.rollout.server.protocol import parse as parse_request
+from ee_megatron.types import Rollout
+from tests.reference import random_policy
+from tests.tiny import tiny_hf, tiny_tokenizer
 
 LAYOUT = ExitLayout(6, (2, 4))
 DEPTHS = {("p", 0): [6, 2, 4], ("p", 1): [6, 4, 2]}
@@ -183,6 +193,164 @@ def test_a_mixed_bound_holds_for_the_share_of_rows_that_drew_it() -> None:
         assert rule.fires(at).tolist() == [False, True]
 
 
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: Threshold(2), r"threshold.*\b2"),
+        (lambda: Threshold(0.3, mix=-0.5), "-0.5"),
+        (lambda: Entropy(3, mix=1.5), "1.5"),
+        (lambda: Entropy(-0.1), "-0.1"),
+        (lambda: Random(), r"\[\]"),
+        (lambda: Random((0.5, 0.6)), "0.6"),
+        (lambda: Random((1.5, -0.5)), "-0.5"),
+        (lambda: Random((0.5, 0.5)).check(LAYOUT, True), r"\b2\b.*\b3\b"),
+        (lambda: Fixed(3).check(LAYOUT, True), "fixed.*3"),
+        (lambda: Prescribed({("p", 0): [6, 3]}).check(LAYOUT, True), r"'p', 0.*\[3\]"),
+        (lambda: Prescribed({("p", 0): [2, 2]}).check(LAYOUT, True), r"'p', 0.*\b2\b"),
+        (lambda: Prescribed().fires(at_exit(Prescribed())), "'p', 0"),
+        *((lambda wrong=wrong: Patience(wrong), f"{wrong:g}") for wrong in (0, -1, 1.5, float("inf"), float("nan"))),
+        (lambda: Patience(2, other=2.5, mix=0.5), r"2\.5"),
+    ],
+)
+def test_impossible_rules_are_refused(make, named) -> None:
+    with pytest.raises(ValueError, match=named):
+        make()
+
+
 def test_the_rules_load_without_torch() -> None:
     code = "import sys, ee_megatron.exit_rules as r; r.usage(); assert not {'torch', 'numpy'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- rules that look at readouts, against a brute force over every exit's readout by the parallel forward ----
+
+SPEC = PolicySpec(6, (1, 2, 3, 4, 5), rank=4, alpha=8.0)
+M, SEED = 5, 3
+# The cached and the parallel forward round differently: what lies nearer to a bound than this may be on either side.
+TIE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    made = Decoder.from_hf(tiny_hf("llama", tmp_path_factory.mktemp("model"), tied=False), SPEC, torch.float32, "cpu")
+    made.load_policy(random_policy(made.dims, SPEC))
+    made.eos_ids = frozenset({10**6})
+    return made
+
+
+def answers_by(decoder: Decoder, rules: list[ExitRule], texts: list[str], *rows: int) -> list[Rollout]:
+    scheduler = Scheduler(decoder, tiny_tokenizer(), *rows)
+    ids = [
+        scheduler.add(Request(text, SamplingParams(1.0, 30), rule, SEED, f"p{i}"))
+        for i, (text, rule) in enumerate(zip(texts, rules, strict=True))
+    ]
+    while scheduler.busy:
+        scheduler.advance()
+    return [scheduler.take(i, 0) for i in ids]
+
+
+def readouts(decoder: Decoder, rollout: Rollout) -> torch.Tensor:
+    """Logits [T-1, M, V] at each exit, of every token but the first; behind the exit that was taken the stream is
+    frozen, so that only those up to it mean something."""
+    tokens = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])
+    at = torch.arange(len(rollout.prompt_tokens), tokens.shape[1] - 1)
+    depths = torch.full_like(tokens, 6)
+    depths[0, at] = torch.tensor(rollout.exit_depths[1:]).long()
+    _, residuals = decoder.forward_with_residuals(tokens, torch.tensor([tokens.shape[1]]), depths)
+    return torch.stack([decoder.readout(r[0, at]) for r in residuals], dim=1)
+
+
+@pytest.mark.parametrize("rule", [Confidence(0.045), Entropy(4.6)], ids=str)
+def test_a_bound_on_readouts_leaves_at_the_first_that_is_sharp_enough(decoder, rule) -> None:
+    taken = set()
+    for rollout in answers_by(decoder, [rule] * 4, ["abc", "Q: 1 + 1 =", "x", "12"], 3):
+        p = readouts(decoder, rollout).softmax(-1)
+        sharp = p.amax(-1) - rule.value if isinstance(rule, Confidence) else rule.value + (p * p.log()).sum(-1)
+        for margins, depth in zip(sharp, rollout.exit_depths[1:].tolist(), strict=True):
+            asked = margins[:depth]
+            if asked.abs().min() > TIE:
+                assert depth == next((i + 1 for i, margin in enumerate(margins.tolist()) if margin > 0), 6)
+            taken.add(depth)
+    assert len(taken) > 1
+
+
+def by_hand(choices: list[int], patience: int) -> int:
+    """The depth at which the last `patience` choices are first the same; 6 if they never are."""
+    for i in range(len(choices)):
+        last = choices[max(0, i - patience + 1) : i + 1]
+        if len(last) == patience and len(set(last)) == 1:
+            return SPEC.exit_depths[i]
+    return 6
+
+
+@pytest.mark.parametrize(
+    ("choices", "depths"),
+    [
+        ([7, 7, 7, 7, 7], [1, 2, 3, 4, 5, 6]),
+        ([7, 8, 8, 7, 7], [1, 3, 6, 6, 6, 6]),
+        ([0, 0, 9, 9, 9], [1, 2, 5, 6, 6, 6]),
+    ],
+)
+def test_a_choice_counts_as_long_as_it_stands(choices: list[int], depths: list[int]) -> None:
+    """For n = 1 to 6; token 0 is one like any other, although the memory begins with zeros."""
+    for patience, depth in enumerate(depths, 1):
+        rule, left = Patience(patience), 6
+        notes = torch.zeros(2, rule.notes, dtype=torch.float64)
+        for i, choice in enumerate(choices):
+            # The second row's first choice is another at every exit.
+            logits = torch.eye(10)[[choice, i]]
+            at = AtExit(i, i + 1, torch.zeros(2), lambda logits=logits: logits, lambda _: torch.zeros(2), list, notes)
+            fired = rule.fires(at).tolist()
+            assert fired[1] == (patience == 1)
+            left = i + 1 if fired[0] and left == 6 else left
+        assert left == depth == by_hand(choices, patience)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@example([("2", 1, 0), ("1", 1, 0.4)], 2, 1)
+@given(
+    st.lists(
+        st.tuples(st.text("abcdef123 ", min_size=1, max_size=9), st.integers(1, M + 1), st.sampled_from([0, 0.4, 1])),
+        min_size=1, max_size=6,
+    ),
+    st.integers(1, 6), st.integers(1, 6),
+)  # fmt: skip
+def test_patience_leaves_where_a_brute_force_says_in_any_traffic(decoder, asked, in_flight, batch) -> None:
+    rules = [Patience(n, other=n % 3 + 1, mix=mix) for _, n, mix in asked]
+    answers = answers_by(decoder, rules, [text for text, _, _ in asked], in_flight, batch)
+    for i, (rule, rollout) in enumerate(zip(rules, answers, strict=True)):
+        best = readouts(decoder, rollout).topk(2)
+        leads = best.values[..., 0] - best.values[..., 1]
+        for t, depth in enumerate(rollout.exit_depths[1:].tolist()):
+            key = np.array([stream_key(SEED, f"p{i}", 0)], dtype=np.uint64)
+            drawn = uniforms(key, np.array([t + 1]), M + 1)[0, 0]
+            patience = rule.other if drawn < rule.mix else rule.value
+            if leads[t, :depth].min() > TIE:
+                assert by_hand(best.indices[t, :, 0].tolist(), int(patience)) == depth
+
+
+def test_with_patience_tokens_leave_everywhere_and_later_with_more(decoder) -> None:
+    depths = []
+    for patience in range(1, M + 2):
+        answers = answers_by(decoder, [Patience(patience)] * 8, ["abc"] * 8, 8)
+        found = np.concatenate([answer.exit_depths[1:] for answer in answers])
+        # The choice of n exits can stand at the n-th at the earliest.
+        assert set(found) <= {*range(patience, 6), 6}
+        depths.append(found)
+    assert set(depths[0]) == {1} and set(depths[M]) == {6}
+    assert len(set(depths[1])) > 2 and np.all(np.diff([d.mean() for d in depths]) > 0)
+
+
+def test_the_dial_runs_through_all_patiences_and_the_mixtures_between() -> None:
+    dial = Patience.dial(DialRange((1, 2, 3, 4, 5, 6), 130, (1 / 6,) * 6))
+    assert [dial(n / M) for n in range(M + 1)] == [Patience(n + 1) for n in range(M + 1)]
+    assert dial(0.5) == Patience(3, other=4, mix=0.5) and dial(0.5).label == "patience 3 (or 4: 50%)"
+    means = [dial(p).mean for p in np.linspace(0, 1, 41)]
+    np.testing.assert_allclose(means, np.linspace(1, M + 1, 41))
+    shallow, deep = dial(0.1), dial(0.9)
+    assert [shallow.mixed(deep, share).mean for share in (0, 0.5, 1)] == pytest.approx([1.5, 3.5, 5.5])
+
+
+def test_patience_is_written_as_a_whole_number_of_exits() -> None:
+    assert parse("patience") == parse("patience:2") == make_rule("patience", 2.0) == Patience() == Patience(2)
+    assert str(Patience(3)) == "patience:3" and Patience(3).to_json() == {"kind": "patience", "value": 3}

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import ee_megatron
 from ee_megatron import EarlyExitModel, cli
-from ee_megatron.answering import wants_chat
 from ee_megatron.checkpoint.hf_export import export_hf
 from ee_megatron.config.identity import to_yaml
 from ee_megatron.config.schema import RunConfig
 from ee_megatron.exit_rules import Threshold
 from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.inference.answering import wants_chat
 from ee_megatron.observe.rundir import DONE, seal
 from ee_megatron.policy import PolicySpec, save_policy
 from ee_megatron.rollout import GenerationRequest, SamplingParams, generate
@@ -172,25 +172,20 @@ def test_a_stream_is_the_answer_token_by_token(model: EarlyExitModel) -> None:
 
 
 def test_messages_go_through_the_chat_template(house: House, tmp_path: Path) -> None:
-    folder = shutil.copytree(house.base, tmp_path / "chat")
-    (folder / "chat_template.jinja").write_text(CHAT)
-    chatty = EarlyExitModel.load(folder, **FLOAT32)
-    tokens = chatty.encode([{"role": "user", "content": "hi"}])
-    assert chatty.tokenizer.decode(tokens) == "<user>hi<a>" and tokens == chatty.encode("hi", chat=True)
-    messages = [{"role": "user", "content": "hi"}]
-    one, two = chatty.generate(messages, max_new_tokens=3)[0], chatty.generate("hi", chat=True, max_new_tokens=3)[0]
-    assert one.prompt_tokens.tolist() == two.prompt_tokens.tolist() == tokens
-    with pytest.raises(ValueError, match="chat template"):
-        EarlyExitModel.load(house.base).encode(messages)
-
-
-def test_a_prompt_is_a_message_for_chat_models_as_their_makers_left_them(house: House, tmp_path: Path) -> None:
     def chatty(folder: Path) -> EarlyExitModel:
         copy = shutil.copytree(folder, tmp_path / folder.name)
         (copy / "chat_template.jinja").write_text(CHAT)
         return EarlyExitModel.load(copy, **FLOAT32)
 
     plain, gated, run = chatty(house.base), chatty(house.embed), EarlyExitModel.load(house.run)
+    messages = [{"role": "user", "content": "hi"}]
+    tokens = plain.encode(messages)
+    assert plain.tokenizer.decode(tokens) == "<user>hi<a>" and tokens == plain.encode("hi", chat=True)
+    one, two = plain.generate(messages, max_new_tokens=3)[0], plain.generate("hi", chat=True, max_new_tokens=3)[0]
+    assert one.prompt_tokens.tolist() == two.prompt_tokens.tolist() == tokens
+    with pytest.raises(ValueError, match="chat template"):
+        EarlyExitModel.load(house.base).encode(messages)
+    # On the command line: for chat models as their makers left them.
     assert wants_chat(plain, None) and not wants_chat(plain, False)
     # What these were trained on isn't known, or is known to be plain.
     assert not wants_chat(gated, None) and wants_chat(gated, True) and not wants_chat(run, None)
@@ -232,7 +227,7 @@ def test_a_readout_equals_the_reference(house: House, model: EarlyExitModel, rep
 
 def test_a_readout_in_chunks_is_the_same_and_keeps_less(model: EarlyExitModel, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = model.readout("a longer text", top_k=3)
-    monkeypatch.setattr("ee_megatron.inference.readout.LOGITS_BYTES", 4 * 130 * 2)
+    monkeypatch.setattr("ee_megatron.rollout.engine.scoring.LOGITS_BYTES", 4 * 130 * 2)
     parts = model.readout("a longer text", top_k=3)
     torch.testing.assert_close(parts.top_logprobs, whole.top_logprobs)
     torch.testing.assert_close(parts.divergences, whole.divergences)

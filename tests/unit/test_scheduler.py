@@ -57,6 +57,15 @@ def decoder(decoders: list[Decoder], request: pytest.FixtureRequest) -> Decoder:
     return decoders[getattr(request, "param", False)]
 
 
+@pytest.fixture
+def read(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Positions of every prefill, padding included."""
+    made: list[int] = []
+    real = decoder.prefill
+    monkeypatch.setattr(decoder, "prefill", lambda tokens, *rest: made.append(tokens.numel()) or real(tokens, *rest))
+    return made
+
+
 def finish(scheduler: Scheduler, ids: list[int]) -> list[Rollout]:
     while scheduler.busy:
         scheduler.advance()
@@ -181,7 +190,7 @@ def test_rows_at_different_tokens_and_depths_run_together(decoder, tokenizer):
         nonlocal spread
         sizes.append(len(rows))
         spread = max(spread, len({len(row.tokens) for row in rows}))
-        real(segment, rows)
+        return real(segment, rows)
 
     scheduler._run = watched
     # While all rows are in flight; at the end there is nobody left to wait for.
@@ -231,16 +240,18 @@ def test_events_stream_the_answer(decoder, tokenizer):
         assert events[i][-1].finished == ("stop" if rollout.finished else "length")
 
 
-def test_truncated_sampling_records_both_log_probabilities(path, decoder, tokenizer):
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(0.7, 25), SamplingParams(1.0, 25, top_k=4), SamplingParams(1.0, 25, top_p=0.4)]
+)
+def test_truncated_sampling_records_both_log_probabilities(path, decoder, tokenizer, sampling):
+    rollout = alone(decoder, tokenizer, Request("abc", sampling, Sample(), 1, "p"))
     reference = Reference(path, SPEC, random_policy(decoder.dims, SPEC))
-    for sampling in (SamplingParams(1.0, 25, top_k=4), SamplingParams(1.0, 25, top_p=0.4), SamplingParams(1.0, 25)):
-        rollout = alone(decoder, tokenizer, Request("abc", sampling, Sample(), 1, "p"))
-        expected, _ = by_the_book(reference, rollout)
-        np.testing.assert_allclose(rollout.full_logprobs, expected, atol=1e-4)
-        cut = sampling.top_k or sampling.top_p < 1
-        # Cutting the tail off gives what is left more weight.
-        assert (rollout.token_logprobs > rollout.full_logprobs + 0.1).all() == bool(cut)
-        assert cut or np.array_equal(rollout.token_logprobs, rollout.full_logprobs)
+    expected, _ = by_the_book(reference, rollout, sampling.temperature)
+    np.testing.assert_allclose(rollout.full_logprobs, expected, atol=1e-4)
+    # Cutting the tail off gives what is left more weight.
+    cut = sampling.top_k or sampling.top_p < 1
+    assert (rollout.token_logprobs > rollout.full_logprobs + 0.1).all() == bool(cut)
+    assert cut or np.array_equal(rollout.token_logprobs, rollout.full_logprobs)
 
 
 def test_prescribed_tokens_are_recorded_under_the_temperature(path, decoder, tokenizer):
@@ -252,25 +263,7 @@ def test_prescribed_tokens_are_recorded_under_the_temperature(path, decoder, tok
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_confidence_leaves_at_the_first_readout_that_is_sure_enough(decoder, tokenizer):
-    value = 0.045
-    rollout = alone(decoder, tokenizer, Request("abc", SamplingParams(1.0, 40), Confidence(value), 0, "p"))
-    tokens = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])
-    at = torch.arange(len(rollout.prompt_tokens), tokens.shape[1] - 1)
-    depths = torch.full_like(tokens, 6)
-    depths[0, at] = torch.tensor(rollout.exit_depths[1:]).long()
-    _, residuals = decoder.forward_with_residuals(tokens, torch.tensor([tokens.shape[1]]), depths)
-    sure = torch.stack([decoder.readout(r[0, at]).softmax(-1).amax(-1) for r in residuals])
-    for column, depth in zip(sure.T, rollout.exit_depths[1:].tolist(), strict=True):
-        expected = next((d for d, p in zip(SPEC.exit_depths, column.tolist(), strict=True) if p > value), 6)
-        assert depth == expected
-    assert len(set(rollout.exit_depths[1:].tolist())) > 1
-
-
-def test_equal_prompts_and_a_common_beginning_are_read_once(decoder, tokenizer, monkeypatch):
-    read: list[int] = []
-    real = decoder.prefill
-    monkeypatch.setattr(decoder, "prefill", lambda tokens, *rest: read.append(tokens.numel()) or real(tokens, *rest))
+def test_equal_prompts_and_a_common_beginning_are_read_once(decoder, tokenizer, read):
     scheduler = Scheduler(decoder, tokenizer, in_flight=3)
     head = list(range(1, 51))
     ids = [
@@ -288,11 +281,8 @@ def test_equal_prompts_and_a_common_beginning_are_read_once(decoder, tokenizer, 
 @EITHER
 @pytest.mark.parametrize("common", [0, 20], ids=["a prompt of its own", "a common beginning"])
 @pytest.mark.parametrize("length", [5 * PAGE, 5 * PAGE + 1, 5 * PAGE + 3])
-def test_a_group_computes_and_holds_its_prompt_once(length, common, decoder, tokenizer, monkeypatch):
+def test_a_group_computes_and_holds_its_prompt_once(length, common, decoder, tokenizer, read):
     """Whole pages of it; answers lie behind, each in pages of its own, and so does what exits of the prompt."""
-    read: list[int] = []
-    real = decoder.prefill
-    monkeypatch.setattr(decoder, "prefill", lambda tokens, *rest: read.append(tokens.numel()) or real(tokens, *rest))
     prompt, group = [1 + i % 90 for i in range(length)], 8
     once = length - decoder.layout.first_token
     asked = [Request(prompt, SamplingParams(1.0, 3 + 9 * k), Sample(), 0, "p", k) for k in range(group)]
@@ -321,35 +311,11 @@ def test_a_bounded_cache_counts_what_a_group_shares_once(decoder, tokenizer):
     scheduler = Scheduler(decoder, tokenizer, in_flight=group + 1, positions=(8 + group) * PAGE)
     ids = [scheduler.add(request) for request in [*asked, other]]
     scheduler.advance()
-    assert len(scheduler.queues) == group and scheduler.waiting.first.request is other
+    assert len(scheduler.queues) == group and scheduler.waiting[0].request is other
     answers = finish(scheduler, ids)
     assert scheduler.cache.pages <= 8 + group
     for answer, request in zip(answers, [*asked, other], strict=True):
         same(answer, alone(decoder, tokenizer, request))
-
-
-@EITHER
-def test_what_nobody_will_read_is_not_written_to_the_cache(decoder, tokenizer, monkeypatch):
-    """Keys and values that a token skipped, where the answer ends with the next one: by a stop string or by length."""
-    written = 0
-    real = decoder.ops.write_kv
-
-    def counted(fused, cache, first, layers, *rest):
-        nonlocal written
-        written += len(fused) * layers
-        real(fused, cache, first, layers, *rest)
-
-    monkeypatch.setattr(decoder.ops, "write_kv", counted)
-    scheduler = Scheduler(decoder, tokenizer, in_flight=9)
-    asked = [
-        Request("abc", SamplingParams(1.0, 2 + 2 * k, tuple("abcdefgh")), Sample() if k % 2 else Fixed(1), k, "p", k)
-        for k in range(16)
-    ]
-    answers = finish(scheduler, [scheduler.add(request) for request in asked])
-    # Entry t is the exit of the position that predicts token t, which the next token sees.
-    assert written == sum(int((6 - answer.exit_depths[:-1]).sum()) for answer in answers)
-    for finished in (True, False):
-        assert any(answer.exit_depths[-1] < 6 and answer.finished == finished for answer in answers)
 
 
 def test_answers_of_one_token_take_no_page(decoder, tokenizer):
@@ -361,12 +327,9 @@ def test_answers_of_one_token_take_no_page(decoder, tokenizer):
     assert not scheduler.cache.pages and scheduler.free == 3
 
 
-def test_many_prompts_are_read_a_bounded_number_of_positions_at_a_time(decoder, tokenizer, monkeypatch):
+def test_many_prompts_are_read_a_bounded_number_of_positions_at_a_time(decoder, tokenizer, read, monkeypatch):
     requests = [Request([n + 1] * (n % 17 + 1), SamplingParams(1.0, 4), prompt_id=str(n)) for n in range(40)]
     monkeypatch.setattr("ee_megatron.rollout.engine.model_runner.PREFILL_POSITIONS", 20)
-    read: list[int] = []
-    real = decoder.prefill
-    monkeypatch.setattr(decoder, "prefill", lambda tokens, *rest: read.append(tokens.numel()) or real(tokens, *rest))
     scheduler = Scheduler(decoder, tokenizer, in_flight=40)
     answers = finish(scheduler, [scheduler.add(request) for request in requests])
     assert max(read) <= 20 and sum(read) >= sum(len(r.prompt) for r in requests)
@@ -374,20 +337,19 @@ def test_many_prompts_are_read_a_bounded_number_of_positions_at_a_time(decoder, 
         same(rollout, alone(decoder, tokenizer, request))
 
 
-def test_a_nearly_empty_station_waits_and_no_row_waits_for_ever():
-    stations = SegmentQueues(3, batch=100)
-    rows = [object() for _ in range(40)]
-    for row in rows[:3]:
-        stations.put(1, row)  # type: ignore[arg-type]
-    for row in rows[3:]:
-        stations.put(0, row)  # type: ignore[arg-type]
-    assert [len(stations.take()[1]) for _ in range(2)] == [37, 3]
-    full = SegmentQueues(3, batch=4)
-    for station, count in ((0, 5), (1, 6), (2, 3)):
-        for row in rows[:count]:
-            full.put(station, row)  # type: ignore[arg-type]
-    station, taken = full.take()
-    assert (station, taken) == (1, rows[:4]) and len(full) == 10
+def test_a_nearly_empty_queue_waits_and_no_row_waits_for_ever():
+    def queues(batch: int, *counts: int) -> SegmentQueues:
+        made = SegmentQueues(3, batch)
+        for queue, count in enumerate(counts):
+            for number in range(count):
+                made.put(queue, number)  # type: ignore[arg-type]
+        return made
+
+    nearly = queues(100, 37, 3)
+    assert nearly.pick() == (0, list(range(37)))
+    nearly.queues[0].clear()
+    assert nearly.pick() == (1, [0, 1, 2])
+    assert queues(4, 5, 6, 3).pick() == (1, [0, 1, 2, 3]), "the deepest full one"
 
 
 def test_a_request_that_fails_can_be_cancelled_and_the_others_go_on(decoder, tokenizer):
@@ -451,19 +413,10 @@ def test_a_bounded_cache_gives_the_same_answers_and_is_never_exceeded(
         same(scheduler.take(ids[i], 0), alone(decoder, tokenizer, requests[i]))
 
 
-def test_what_the_engine_cannot_do_is_refused_in_one_line(path, decoder, tokenizer):
+def test_what_the_engine_cannot_hold_is_refused(decoder, tokenizer):
     with pytest.raises(ValueError, match="0"):
         Scheduler(decoder, tokenizer, 0)
     with pytest.raises(ValueError, match=r"\b16\b"):
         Scheduler(decoder, tokenizer, 1, positions=15)
     with pytest.raises(ValueError, match=r"\b41\b.*\b32\b"):
         Scheduler(decoder, tokenizer, 1, positions=40).add(Request([1], SamplingParams(1.0, 40)))
-    scheduler = Scheduler(decoder, tokenizer, 1)
-    for request, message in [
-        (Request([]), "tokens"),
-        (Request("a", SamplingParams(1.0, 600)), "512"),
-        (Request("a", exits=Fixed(2)), "fixed.*2"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            scheduler.add(request)
-    assert not scheduler.busy

@@ -202,11 +202,6 @@ class Prefilled:
     def length(self) -> int:
         return self.keys.shape[1]
 
-    def before(self, layer: int, count: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [count, T, KVH, hd] of a layer for so many sequences, all of which begin with this one."""
-        shape = (count, *self.keys.shape[1:])
-        return self.keys[layer].expand(shape), self.values[layer].expand(shape)
-
 
 class Slots:
     """`count` slots of a cache. A row that has one may hold the pages that it can come to need, `row.longest`."""

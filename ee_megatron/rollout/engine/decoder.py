@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,31 +19,11 @@ from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec
 from ...tensors import ModelSource
 from .cache import KVCache, Prefilled
-from .ops import Ops, Places, Rows, choose_ops, norm
-from .weights import DecoderWeights, GateWeights, PartialLoad, SkippedKV, check_tensors, gates_from
+from .ops import Places, Rows, TorchOps, choose_ops, norm
+from .weights import DecoderWeights, GateWeights, PartialLoad, SkippedKV, gates_from
 
-
-@dataclass(frozen=True)
-class Beginnings:
-    """Beginnings of one length read in parallel, keys, values [L, P, S, KVH, hd], and which of them each of several
-    sequences has, `of` int64 [B]."""
-
-    keys: Tensor
-    values: Tensor
-    of: Tensor
-
-    @property
-    def length(self) -> int:
-        return self.keys.shape[2]
-
-    def before(self, layer: int, count: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [count, S, KVH, hd] of a layer for all sequences; there are `count`."""
-        if len(self.of) != count:
-            raise ValueError(f"{len(self.of)} sequences have a beginning, {count} are read; expected one for each")
-        return self.keys[layer][self.of], self.values[layer][self.of]
-
-
-Prefix = Prefilled | Beginnings
+Prefix = Prefilled | Sequence[Prefilled]
+"""What was prefilled before sequences: the same for all, or one for each, all of one length."""
 
 
 class Decoder:
@@ -81,7 +60,7 @@ class Decoder:
         """A decoder of the model that `source` holds."""
         return Decoder(DecoderWeights(source, dtype, torch.device(device)), spec, read_eos_ids(source))
 
-    def use(self, ops: Ops) -> None:
+    def use(self, ops: TorchOps) -> None:
         """Run layers by these instead of those that were chosen."""
         self.ops = ops
         ops.take(self.weights.blocks)
@@ -96,15 +75,17 @@ class Decoder:
         were, if the tensors don't fit the spec.
         """
         if tensors is not None:
-            check_tensors(tensors, self._needed_spec().tensor_shapes(self.dims))
-        self._loading = None
-        if tensors is None:
-            self.weights.restore_base()
-            self.gates, self._skipped = None, self.weights.merge(None, None, self.layout.depths)
-            self.ops.take(self.weights.blocks)
+            whole = PartialLoad(self._needed_spec(), self.dims)
+            whole.check(tensors)
+            whole.check_whole(tensors)
+            self._loading = None
+            self.load_chunk(tensors)
+            self.finish_load()
             return
-        self.load_chunk(tensors)
-        self.finish_load()
+        self._loading = None
+        self.weights.restore_base()
+        self.gates, self._skipped = None, self.weights.merge(None, None, self.layout.depths)
+        self.ops.take(self.weights.blocks)
 
     def load_chunk(self, tensors: dict[str, Tensor]) -> None:
         """Take some of a policy's tensors. From the first chunk to `finish_load` the decoder answers nothing.
@@ -197,30 +178,21 @@ class Decoder:
         lengths: Tensor,
         exit_depths: Tensor | None = None,
         prefix: Prefix | None = None,
+        at: Sequence[int] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """As `forward_parallel`, with the stream at each exit depth, M tensors [B, T, D], for gates and readouts."""
-        return self._parallel(tokens, lengths, exit_depths, prefix, self.layout.depths)[:2]
+        """As `forward_parallel`, with the stream at each exit depth, M tensors [B, T, D], for gates and readouts; or at
+        the depths `at`, which increase and lie in 1..L."""
+        residuals_at = self.layout.depths if at is None else tuple(at)
+        return self._parallel(tokens, lengths, exit_depths, prefix, residuals_at)[:2]
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, lengths: Tensor, prefix: Prefilled | None = None) -> list[Prefilled]:
         """Prompts [B, T] (right-padded) at full depth, after a common prefix if given -> one `Prefilled` each."""
         hidden, _, keys, values = self._parallel(tokens, lengths, None, prefix=prefix, keep_kv=True)
         start = prefix.length if prefix else 0
-        ends = lengths.tolist()
-        return [Prefilled(keys[:, b, :n], values[:, b, :n], hidden[b, n - 1], start) for b, n in enumerate(ends)]
-
-    @torch.inference_mode()
-    def beginnings(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Read beginnings [P, S] without padding, at full depth -> keys, values [L, P, S, KVH, hd] for `Beginnings`."""
-        lengths = torch.full((len(tokens),), tokens.shape[1])
-        return self._parallel(tokens, lengths, None, keep_kv=True)[2:]
-
-    @torch.inference_mode()
-    def streams_at(
-        self, at: Sequence[int], tokens: Tensor, lengths: Tensor, exit_depths: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """As `forward_with_residuals`, with the stream at any depths instead: `at` increases and lies in 1..L."""
-        return self._parallel(tokens, lengths, exit_depths, residuals_at=tuple(at))[:2]
+        return [
+            Prefilled(keys[:, b, :n], values[:, b, :n], hidden[b, n - 1], start) for b, n in enumerate(lengths.tolist())
+        ]
 
     def _parallel(
         self,
@@ -241,17 +213,17 @@ class Decoder:
             raise ValueError(
                 f"exit depths must lie in 1..{self.dims.num_layers}; give padding and prompts the full depth"
             )
-        past, ends = prefix.length if prefix else 0, lengths.tolist()
+        before = [prefix] * B if isinstance(prefix, Prefilled) else prefix or ()
+        past, ends = before[0].length if before else 0, lengths.tolist()
         # Causal, and the whole prefix. Right padding needs no mask of its own: no valid position sees it.
-        mask = None if prefix is None else torch.ones(T, past + T, dtype=torch.bool, device=self.device).tril(past)
+        mask = None if not before else torch.ones(T, past + T, dtype=torch.bool, device=self.device).tril(past)
         self._check_ready()
         self._reach(past + T)
         at = Places(torch.arange(past, past + T, device=self.device).repeat(B), self._cos, self._sin)
         ops = self.ops
         # Positions of all sequences one after another; the stream is changed in place.
         stream = self.weights.embedding[tokens.to(self.device)].view(B * T, -1)
-        residuals: list[Tensor] = []
-        dims = self.dims
+        residuals, dims = list[Tensor](), self.dims
         shape = (dims.num_layers if keep_kv else 0, B, T, dims.kv_heads, dims.head_dim)
         keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         running = self._running(T, ends, exit_depths)
@@ -262,8 +234,9 @@ class Decoder:
             q, k, v = (heads.unflatten(0, (B, T)) for heads in turned)
             if keep_kv:
                 keys[layer], values[layer] = k, v
-            if prefix is not None:
-                k, v = (torch.cat(pair, dim=1) for pair in zip(prefix.before(layer, B), (k, v), strict=True))
+            if before:
+                k = torch.cat([torch.stack([read.keys[layer] for read in before]), k], dim=1)
+                v = torch.cat([torch.stack([read.values[layer] for read in before]), v], dim=1)
             if places is None or len(places):
                 attended = ops.attend_parallel(q, k, v, mask, ends).reshape(B * T, -1)
                 changed = stream if places is None else stream[places]
@@ -274,8 +247,7 @@ class Decoder:
                     stream[places] = changed
             if layer + 1 in residuals_at:
                 residuals.append(stream.view(B, T, -1).clone())
-        hidden = stream.view(B, T, -1)
-        return hidden, residuals, keys, values
+        return stream.view(B, T, -1), residuals, keys, values
 
     def _running(self, width: int, ends: Sequence[int], exit_depths: Tensor | None) -> Iterator[Tensor | None]:
         """Layer by layer the places among the B * `width` positions that change there: int64 [N] on the device, None
@@ -308,9 +280,8 @@ class Decoder:
         return self.ops.run(bounds[segment], bounds[segment + 1], hidden, cache, at)
 
     def write_skipped(self, hidden: Tensor, outcome: list[int], cache: KVCache, at: Rows) -> None:
-        """Keys and values that rows, ordered by outcome, still owe to the layers they skipped; streams [A, D] at their
-        exits. One stacked product per stretch between exits, over all rows that skipped it: no row computes a layer
-        that it ran."""
+        """Keys and values in the layers that rows, ordered by outcome, skipped; streams [A, D] at their exits. One
+        stacked product per stretch between exits, over the rows that skipped it."""
         early = sum(o < len(self._skipped) for o in outcome)
         if not early:
             return

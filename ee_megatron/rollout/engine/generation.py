@@ -1,42 +1,17 @@
-"""Answers to whole sets of prompts, by an engine that has nothing else to do, or one answer token by token."""
+"""Answers to whole sets of prompts, by an engine that has nothing else to do."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from ...exit_rules import ExitRule
-from ...types import Prompt, Rollout
+from ...types import Rollout
 from .decoder import Decoder
 from .prompts import common_beginning, encode_continuation, encode_text
 from .request import Event, GenerationRequest, Progress, Request, Row
-from .sampling import SamplingParams
 from .scheduler import Scheduler
-
-
-def generate(
-    decoder: Decoder,
-    tokenizer: PreTrainedTokenizerBase,
-    request: GenerationRequest,
-    version: int,
-    progress: Progress | None = None,
-    rows: int = 64,
-    positions: int | None = None,
-) -> list[list[Rollout]]:
-    """The answers to every prompt, in the prompts' order and of each rule by rule, with up to `rows` in flight and as
-    many as fit `positions`.
-
-    A seed gives the same answers whatever `rows` is: to the bit where the decoder's products are its own (linear.py),
-    elsewhere up to rounding: another batch may change the last bits of a logit, and with them a choice that hangs on
-    these bits. `progress(done, total)` counts answers. Raises ValueError for impossible settings and for prompts
-    that do not fit the model.
-    """
-    if request.samples < 1 or rows < 1:
-        raise ValueError(f"samples={request.samples}, rows={rows}: both must be at least 1")
-    scheduler = Scheduler(decoder, tokenizer, min(rows, max(1, request.answers)), positions=positions)
-    return answer(scheduler, tokenizer, request, version, progress)
 
 
 class GenerationEngine(Protocol):
@@ -52,6 +27,24 @@ class GenerationEngine(Protocol):
     def take(self, request: int, version: int) -> Rollout: ...
 
 
+def answer_requests(
+    engine: GenerationEngine, requests: Sequence[Request], version: int, progress: Progress | None = None
+) -> list[Rollout]:
+    """The answers to requests whose prompts are token ids, in their order. `progress(done, total)` counts them."""
+    ids: dict[int, int] = {}
+    # The longest prompts first, so that prompts of similar length are prefilled together.
+    for i in sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt)):
+        ids[i] = engine.add(requests[i])
+    engine.share_prefix(common_beginning([r.prompt for r in requests if not isinstance(r.prompt, str)]))
+    reported = 0
+    while engine.busy:
+        engine.advance()
+        if progress and len(engine.finished) > reported:
+            reported = len(engine.finished)
+            progress(reported, len(requests))
+    return [engine.take(ids[i], version) for i in range(len(requests))]
+
+
 def answer(
     engine: GenerationEngine,
     tokenizer: PreTrainedTokenizerBase,
@@ -59,40 +52,37 @@ def answer(
     version: int,
     progress: Progress | None = None,
 ) -> list[list[Rollout]]:
-    """`generate` by an engine that has nothing else to do."""
-    prompts, sampling, seed = request.prompts, request.sampling, request.seed
-    # By rule and sample: the answers to one prompt wait together, and it is prefilled once for all of them.
-    wanted = [(exits, sample) for exits in request.rules for sample in range(request.samples)]
-    encoded = [encode_text(tokenizer, prompt.text) for prompt in prompts]
-    prefills = [encode_continuation(tokenizer, p.prefill) if p.prefill else [] for p in prompts]
-    ids: list[list[int]] = [[] for _ in prompts]
-    # The longest prompts first, so that prompts of similar length are prefilled together.
-    for p in sorted(range(len(prompts)), key=lambda i: -len(encoded[i])):
-        ids[p] = [
-            engine.add(Request(encoded[p], sampling, exits, seed, prompts[p].id, sample, prefill=prefills[p]))
-            for exits, sample in wanted
+    """The answers to every prompt, in the prompts' order and of each rule by rule."""
+    requests = []
+    for prompt in request.prompts:
+        tokens = encode_text(tokenizer, prompt.text)
+        prefill = encode_continuation(tokenizer, prompt.prefill) if prompt.prefill else []
+        # By rule and sample: the answers to one prompt wait together, and it is prefilled once for all of them.
+        requests += [
+            Request(tokens, request.sampling, exits, request.seed, prompt.id, sample, prefill=prefill)
+            for exits in request.rules
+            for sample in range(request.samples)
         ]
-    engine.share_prefix(common_beginning(encoded))
-    reported = 0
-    while engine.busy:
-        engine.advance()
-        if progress and len(engine.finished) > reported:
-            reported = len(engine.finished)
-            progress(reported, request.answers)
-    return [[engine.take(id, version) for id in group] for group in ids]
+    answers, count = answer_requests(engine, requests, version, progress), request.per_prompt
+    return [answers[start : start + count] for start in range(0, len(answers), count)]
 
 
-def stream(
+def generate(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    sampling: SamplingParams,
-    exits: ExitRule,
-    seed: int = 0,
-) -> Iterator[Event]:
-    """Sample 0 of `generate`, token by token; the texts concatenate to the rollout's."""
-    scheduler = Scheduler(decoder, tokenizer, in_flight=1)
-    prefill = encode_continuation(tokenizer, prompt.prefill) if prompt.prefill else []
-    scheduler.add(Request(prompt.text, sampling, exits, seed, prompt.id, stream=True, prefill=prefill))
-    while scheduler.busy:
-        yield from scheduler.advance()
+    request: GenerationRequest,
+    version: int,
+    progress: Progress | None = None,
+    rows: int = 64,
+    positions: int | None = None,
+) -> list[list[Rollout]]:
+    """`answer` by a decoder, with up to `rows` in flight and as many as fit `positions`.
+
+    A seed gives the same answers whatever `rows` is: to the bit where the decoder's products are its own (linear.py),
+    elsewhere up to rounding: another batch may change the last bits of a logit, and with them a choice that hangs on
+    these bits. Raises ValueError for impossible settings and for prompts that do not fit the model.
+    """
+    if request.samples < 1 or rows < 1:
+        raise ValueError(f"samples={request.samples}, rows={rows}: both must be at least 1")
+    scheduler = Scheduler(decoder, tokenizer, min(rows, max(1, request.answers)), positions=positions)
+    return answer(scheduler, tokenizer, request, version, progress)

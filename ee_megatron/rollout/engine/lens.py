@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ...types import Rollout
-from .decoder import Decoder, Prefilled
+from .cache import Prefilled
+from .decoder import Decoder
 from .prompts import pad
-from .scoring import FORWARD_POSITIONS, LOGITS_BYTES
+from .scoring import FORWARD_POSITIONS, chunks
 
 
 @dataclass
@@ -56,48 +57,36 @@ def lens(
     """
     if any(not rollout.length for rollout in rollouts):
         raise ValueError("an answer without a token has nothing to look at; leave it out")
+    # The first position read, that of the prompt's last token, one behind the last position read.
+    lasts = [len(r.prompt_tokens) - 1 for r in rollouts]
+    windows = [
+        (max(0, last - prompt), last, last + min(answer, r.length)) for r, last in zip(rollouts, lasts, strict=True)
+    ]
+    teacher = []
     try:
         decoder.load_policy(None)
-        teacher = [_teacher(decoder, rollout, top_k, prompt, answer) for rollout in rollouts]
+        for rollout, (start, _, end) in zip(rollouts, windows, strict=True):
+            stream = decoder.forward_parallel(_tensor(decoder, _whole(rollout)[:end])[None], torch.tensor([end]))
+            teacher.append(_top(decoder, stream[0, start:end], top_k))
     finally:
         decoder.load_policy(policy)
-    return [_read(decoder, r, top_k, prompt, answer, theirs) for r, theirs in zip(rollouts, teacher, strict=True)]
-
-
-def _rows(rollout: Rollout, prompt: int, answer: int) -> tuple[int, int, int]:
-    """(first position read, that of the prompt's last token, one behind the last position read)."""
-    last = len(rollout.prompt_tokens) - 1
-    return max(0, last - prompt), last, last + min(answer, rollout.length)
-
-
-def _teacher(decoder: Decoder, rollout: Rollout, top_k: int, prompt: int, answer: int) -> tuple[np.ndarray, np.ndarray]:
-    start, _, end = _rows(rollout, prompt, answer)
-    tokens = _tensor(decoder, np.concatenate([rollout.prompt_tokens, rollout.tokens])[:end])
-    stream = decoder.forward_parallel(tokens[None], torch.tensor([end]))
-    ids, logprobs = _top(decoder, stream[0, start:end], top_k)
-    return ids.cpu().numpy(), logprobs.cpu().numpy()
-
-
-def _read(
-    decoder: Decoder, rollout: Rollout, top_k: int, prompt: int, answer: int, teacher: tuple[np.ndarray, np.ndarray]
-) -> Lens:
-    start, last, end = _rows(rollout, prompt, answer)
-    whole = np.concatenate([rollout.prompt_tokens, rollout.tokens])
-    streams = [_of_answer(decoder, rollout, end - last)]
-    if start < last:
-        head = _tensor(decoder, rollout.prompt_tokens[:last])[None]
-        final, exits = decoder.forward_with_residuals(head, torch.tensor([last]))
-        streams.insert(0, torch.stack([s[0, start:last] for s in (*exits, final)], dim=1))
-    found = _top(decoder, torch.cat(streams), top_k)
-    taken = np.concatenate([np.full(last - start, decoder.dims.num_layers), rollout.exit_depths[: end - last]])
-    ids, logprobs = (part.cpu().numpy() for part in found)
-    return Lens(whole[start + 1 : end + 1], taken.astype(np.int32), ids, logprobs, *teacher, last - start)
+    found = []
+    for rollout, (start, last, end), theirs in zip(rollouts, windows, teacher, strict=True):
+        streams = [_of_answer(decoder, rollout, end - last)]
+        if start < last:
+            head = _tensor(decoder, rollout.prompt_tokens[:last])[None]
+            final, exits = decoder.forward_with_residuals(head, torch.tensor([last]))
+            streams.insert(0, torch.stack([s[0, start:last] for s in (*exits, final)], dim=1))
+        taken = np.concatenate([np.full(last - start, decoder.dims.num_layers), rollout.exit_depths[: end - last]])
+        ours = _top(decoder, torch.cat(streams), top_k)
+        found.append(Lens(_whole(rollout)[start + 1 : end + 1], taken.astype(np.int32), *ours, *theirs, last - start))
+    return found
 
 
 def _of_answer(decoder: Decoder, rollout: Rollout, count: int) -> Tensor:
     """Streams [count, M+1, D] of the positions that predict the first `count` tokens, each at every exit and the end,
     under the exits of those before it."""
-    layers, context = decoder.dims.num_layers, rollout.prompt_tokens[:-1]
+    context = rollout.prompt_tokens[:-1]
     prefix: Prefilled | None = None
     if len(context):
         (prefix,) = decoder.prefill(_tensor(decoder, context)[None], torch.tensor([len(context)]))
@@ -106,28 +95,27 @@ def _of_answer(decoder: Decoder, rollout: Rollout, count: int) -> Tensor:
     for first in range(0, count, size):
         chosen = range(first, min(first + size, count))
         tokens, lengths = pad([begun[: t + 1] for t in chosen], decoder.device)
-        depths = torch.full(tokens.shape, layers, dtype=torch.int64)
+        depths = torch.full(tokens.shape, decoder.dims.num_layers, dtype=torch.int64)
         for row, t in enumerate(chosen):
             depths[row, :t] = torch.as_tensor(rollout.exit_depths[:t], dtype=torch.int64)
-        depths = depths.to(decoder.device)
         final, exits = decoder.forward_with_residuals(tokens, lengths, depths, prefix)
-        rows = torch.arange(len(chosen), device=decoder.device)
-        ends = torch.tensor([int(n) - 1 for n in lengths], device=decoder.device)
+        rows, ends = torch.arange(len(chosen), device=decoder.device), (lengths - 1).to(decoder.device)
         found.append(torch.stack([stream[rows, ends] for stream in (*exits, final)], dim=1))
     return torch.cat(found)
 
 
-def _top(decoder: Decoder, streams: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def _top(decoder: Decoder, streams: Tensor, top_k: int) -> tuple[np.ndarray, np.ndarray]:
     """Streams [N, ..., D] -> ids int32 and log-probabilities float32 [N, ..., k] of the most probable tokens."""
     flat = streams.reshape(-1, streams.shape[-1])
-    size, ids, logprobs = max(1, LOGITS_BYTES // (4 * decoder.dims.vocab)), [], []
-    for part in flat.split(size):
-        best = decoder.readout(part).log_softmax(dim=-1).topk(top_k, dim=-1)
-        ids.append(best.indices.int())
-        logprobs.append(best.values)
+    parts = [decoder.readout(flat[at]).log_softmax(dim=-1).topk(top_k, dim=-1) for at in chunks(decoder, len(flat))]
     shape = (*streams.shape[:-1], top_k)
-    return torch.cat(ids).reshape(shape), torch.cat(logprobs).reshape(shape)
+    logprobs, ids = (torch.cat(column).reshape(shape).cpu().numpy() for column in zip(*parts, strict=True))
+    return ids.astype(np.int32), logprobs
+
+
+def _whole(rollout: Rollout) -> np.ndarray:
+    return np.concatenate([rollout.prompt_tokens, rollout.tokens])
 
 
 def _tensor(decoder: Decoder, tokens: np.ndarray) -> Tensor:
-    return torch.as_tensor(np.asarray(tokens), dtype=torch.int64, device=decoder.device)
+    return torch.as_tensor(tokens, dtype=torch.int64, device=decoder.device)

@@ -5,8 +5,6 @@ On processors with 512-bit registers that is the panels of product.c, else oneDN
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,18 +17,6 @@ PACKED_ROWS = 16
 # oneDNN's kernels for one and two rows read the matrix more slowly than that for four (by 1.2 to 2.3, in float32 and
 # bfloat16, on one and two threads): fewer rows are filled up.
 LEAST_ROWS = 4
-
-
-class Matrix(Protocol):
-    """W [out, in] and perhaps a bias [out]."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [..., in], of W's dtype -> x W^T + b."""
-        ...
-
-    def plain(self) -> Tensor:
-        """W, as it was given."""
-        ...
 
 
 class OneDNN:
@@ -64,7 +50,11 @@ class Plain:
         return self.weight
 
 
-def _pack(weight: Tensor) -> Tensor | None:
+Matrix = Panels | OneDNN | Plain
+"""W [out, in] and perhaps a bias [out]: x [..., in] -> x W^T + b; `plain`: W, as it was given."""
+
+
+def _packed(weight: Tensor, bias: Tensor | None) -> OneDNN | None:
     """The matrix in oneDNN's layout, or None where this PyTorch or processor has no packed product for it."""
     dtypes = (torch.bfloat16, torch.float32)
     if weight.device.type != "cpu" or weight.dtype not in dtypes or not torch.backends.mkldnn.is_available():
@@ -72,7 +62,7 @@ def _pack(weight: Tensor) -> Tensor | None:
     try:
         if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return None
-        return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+        return OneDNN(torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS), bias)
     except (AttributeError, RuntimeError):
         return None
 
@@ -90,11 +80,6 @@ class Linear:
     def plain(self) -> Tensor:
         """W [out, in]."""
         return self.matrix.plain()
-
-    @property
-    def copied(self) -> bool:
-        """Whether W was copied, so that its memory is the caller's again."""
-        return not isinstance(self.matrix, Plain)
 
 
 class WideLinear(Linear):
@@ -119,8 +104,3 @@ class WideLinear(Linear):
 
     def plain(self) -> Tensor:
         return super().plain().to(self.dtype)
-
-
-def _packed(weight: Tensor, bias: Tensor | None) -> OneDNN | None:
-    packed = _pack(weight)
-    return None if packed is None else OneDNN(packed, bias)

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...exit_rules import RULES, AtExit, ExitRule
+from ...exit_rules import RULES, AtExit
 from ...exits import gate_log_term
 from .cache import Slots
 from .decoder import Decoder, Prefilled
 from .ops import Rows
 from .prompts import pad
 from .request import Event, Row, check_logits
-from .sampling import SamplingParams, most_probable, prescribe, sample_tokens, uniforms
+from .sampling import most_probable, prescribe, sample_tokens, uniforms
 
 # Prompt positions read in one parallel forward, padding included, and before rows start: bounds a prefill's memory.
 PREFILL_POSITIONS = 8192
 # A shorter common beginning isn't worth a forward of its own.
 SHORTEST_PREFIX = 8
+K = TypeVar("K")
 
 
 class Read(NamedTuple):
@@ -58,9 +60,10 @@ class Prefiller:
         """Keys and values of a row's prompt; () where there is nothing to read before the row runs."""
         return self._read[row.read].parts if row.read else ()
 
-    def prefill(self, prompts: list[tuple[int, ...]]) -> None:
-        """Prompts, the longest first: those of like length are read together and pad each other least."""
+    def prefill(self, wanted: Iterable[tuple[int, ...]]) -> None:
+        """Read prompts, those of like length together: they pad each other least."""
         head, prefix = self._prefix or ((), None)
+        prompts = sorted(wanted, key=len, reverse=True)
         inside = [p for p in prompts if prefix and len(p) > len(head) and p[: len(head)] == head]
         outside = [p for p in prompts if p not in set(inside)]
         for group, past in ((inside, prefix), (outside, None)):
@@ -129,17 +132,22 @@ class ModelRunner:
         decoder, depth = self.decoder, self.decoder.layout.depths[exit_index]
         gated = decoder.gates is not None
         logit = decoder.gate_logit(exit_index, hidden) if gated else torch.zeros(len(rows), device=decoder.device)
-        rules: dict[ExitRule, list[int]] = {}
-        for i, row in enumerate(rows):
-            rules.setdefault(row.request.exits, []).append(i)
         leave = [False] * len(rows)
         noted: list[tuple[Tensor, Tensor]] = []
-        for rule, members in rules.items():
-            which = slice(None) if len(rules) == 1 else torch.tensor(members, device=decoder.device)
-            at = self._at_exit(exit_index, rule, [rows[i] for i in members], hidden[which], logit[which], slots[which])
+        for rule, members, which in _alike([row.request.exits for row in rows], decoder.device):
+            streams, places = hidden[which], slots[which]
+            at = AtExit(
+                exit_index,
+                depth,
+                logit[which],
+                readout=partial(decoder.readout, streams),
+                uniform=partial(self._drawn, places),
+                tokens=partial(_named, [rows[i] for i in members]),
+                notes=self._notes[places, : rule.notes],
+            )
             for i, gone in zip(members, rule.fires(at).tolist(), strict=True):
                 leave[i] = gone
-            noted.append((slots[which], at.notes))
+            noted.append((places, at.notes))
         # Once all rules have answered: where one can't, the rows come here again.
         for places, notes in noted:
             self._notes[places, : notes.shape[1]] = notes
@@ -148,37 +156,19 @@ class ModelRunner:
             self._exit_logprob[slots] += gate_log_term(logit, taken, depth)
         return leave
 
-    def _at_exit(
-        self, exit_index: int, rule: ExitRule, rows: list[Row], hidden: Tensor, logit: Tensor, slots: Tensor
-    ) -> AtExit:
-        return AtExit(
-            exit_index,
-            self.decoder.layout.depths[exit_index],
-            logit,
-            readout=lambda: self.decoder.readout(hidden),
-            uniform=lambda i: self._uniform[slots, i],
-            tokens=lambda: [(row.request.prompt_id, row.request.sample, len(row.tokens)) for row in rows],
-            notes=self._notes[slots, : rule.notes],
-        )
+    def _drawn(self, slots: Tensor, exit_index: int) -> Tensor:
+        return self._uniform[slots, exit_index]
 
     def readout(self, rows: list[Row]) -> list[Event]:
-        """Sample the next tokens of rows, which are put in order, and write the keys and values that those skipped
-        which go on: nobody reads an ended answer's. No row has its token yet, so where it raises, they may come here
-        again."""
-        rows.sort(key=lambda row: row.segment)
+        """Sample the next tokens of rows, ordered by `segment`, then write the keys and values of the layers that
+        they skipped. Exception-safe: rows get their tokens from the caller."""
         at = self._at(rows)
         slots = at.slots
         hidden = self._hidden[slots]
         depths = [self.decoder.layout.outcomes[row.segment] for row in rows]
         exits = self._exit_logprob[slots].tolist()
         new = self.sample(rows, self.decoder.readout(hidden), self._uniform[slots, -1], depths, exits)
-        early = sum(row.segment < len(self.decoder.layout.depths) for row in rows)
-        owing = [i for i in range(early) if new[i].finished is None]
-        if owing:
-            if len(owing) < early:
-                kept = torch.tensor(owing, device=self.decoder.device)
-                hidden, at = hidden[kept], at.take(kept)
-            self.decoder.write_skipped(hidden, [rows[i].segment for i in owing], self.slots.cache, at)
+        self.decoder.write_skipped(hidden, [row.segment for row in rows], self.slots.cache, at)
         return new
 
     def first(self, rows: list[Row], logits: list[Tensor]) -> list[Event]:
@@ -190,24 +180,20 @@ class ModelRunner:
         self, rows: list[Row], logits: Tensor, uniform: Tensor, depths: list[int], exits: list[float]
     ) -> list[Event]:
         """Tokens from logits [R, V] by each row's own sampling parameters. Raises ValueError for NaN among them."""
-        kinds: dict[SamplingParams, list[int]] = {}
-        for i, row in enumerate(rows):
-            kinds.setdefault(row.request.sampling.distribution, []).append(i)
-        found: dict[int, tuple] = {}
-        for params, members in kinds.items():
-            which = slice(None) if len(kinds) == 1 else torch.tensor(members, device=logits.device)
+        found: list[tuple] = [()] * len(rows)
+        for params, members, which in _alike([row.request.sampling.distribution for row in rows], logits.device):
             drawn = sample_tokens(logits[which], params, uniform[which])
             given = [(j, token) for j, i in enumerate(members) if (token := rows[i].given) is not None]
             if given:
                 drawn = prescribe(logits[which], params, drawn, given)
+            tokens, logprobs, full = (column.tolist() for column in drawn)
+            check_logits(full)
             best = most_probable(logits[which], params, [rows[i].request.top_logprobs for i in members])
-            columns = (*(column.tolist() for column in drawn), best)
-            check_logits(columns[2])
-            found.update(zip(members, zip(*columns, strict=True), strict=True))
+            for i, *made in zip(members, tokens, logprobs, full, best, strict=True):
+                found[i] = tuple(made)
         return [
-            Event(row.id, token, depths[i], logprob, full, exits[i], row.ending(token), top)
-            for i, row in enumerate(rows)
-            for token, logprob, full, top in [found[i]]
+            Event(row.id, token, depth, logprob, full, exit_logprob, row.ending(token), top)
+            for row, depth, exit_logprob, (token, logprob, full, top) in zip(rows, depths, exits, found, strict=True)
         ]
 
     def draw(self, rows: list[Row]) -> Tensor:
@@ -216,3 +202,16 @@ class ModelRunner:
         at = np.array([len(row.tokens) for row in rows])
         draws = len(self.decoder.layout.depths) + 1
         return torch.from_numpy(uniforms(keys, at, draws)).to(self.decoder.device)
+
+
+def _alike(kinds: Sequence[K], device: torch.device) -> Iterator[tuple[K, list[int], slice | Tensor]]:
+    """Each kind, at which places it stands, and the same as an index."""
+    places: dict[K, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        places.setdefault(kind, []).append(i)
+    for kind, members in places.items():
+        yield kind, members, slice(None) if len(places) == 1 else torch.tensor(members, device=device)
+
+
+def _named(rows: list[Row]) -> list[tuple[str, int, int]]:
+    return [(row.request.prompt_id, row.request.sample, len(row.tokens)) for row in rows]

@@ -1,14 +1,13 @@
 """The decoder's layers for one position per row, in PyTorch and by compiled kernels.
 
-Both classes have the same methods with the same results up to rounding. Shapes: A rows, D hidden, H query heads, KVH
-key/value heads, hd head size, I MLP width.
+The results of both are the same up to rounding. Shapes: A rows, D hidden, H query heads, KVH key/value heads, hd head
+size, I MLP width.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,57 +23,6 @@ from .weights import LayerWeights
 POSITIONS = 768
 # Longer sequences are attended to by PyTorch, whose products of blocks are faster than a kernel of vectors.
 SHORT = 512
-
-
-class Ops(Protocol):
-    def take(self, blocks: Sequence[LayerWeights]) -> None:
-        """The layers that `run` runs from now on."""
-        ...
-
-    def run(self, first: int, stop: int, hidden: Tensor, cache: KVCache, at: Rows) -> Tensor:
-        """Layers first..stop-1 of the stream hidden [A, D] -> [A, D]; writes the rows' keys and values of these layers.
-        `hidden` may be overwritten."""
-        ...
-
-    def mlp(self, normed: Tensor, linears: Mapping[str, Linear]) -> Tensor:
-        """What the MLP adds to the stream: normed [N, D] -> [N, D]."""
-        ...
-
-    def gate(self, hidden: Tensor, fc1: WideLinear, fc2: Tensor, fc2_bias: Tensor, normalise: bool) -> Tensor:
-        """A gate's logits float32 [...] on streams [..., D], divided by their root mean square if `normalise`."""
-        ...
-
-    def add_norm(self, hidden: Tensor, delta: Tensor | None, gain: Tensor | None) -> Tensor:
-        """hidden [A, D] += delta in place; returns RMSNorm(hidden) · gain (None: without one)."""
-        ...
-
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """gate_up [A, 2 I] -> silu(gate) · up [A, I]."""
-        ...
-
-    def turn(
-        self, fused: Tensor, at: Places, q_gain: Tensor | None, k_gain: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Fused q, k, v [N, (H + 2 KVH) hd], which may be overwritten -> queries [N, H, hd], keys and values
-        [N, KVH, hd], queries and keys normed where there are gains, and rotated by their positions."""
-        ...
-
-    def attend(
-        self, fused: Tensor, cache: KVCache, layer: int, at: Rows, q_gain: Tensor | None, k_gain: Tensor | None
-    ) -> Tensor:
-        """Fused q, k, v [A, (H + 2 KVH) hd] -> attention's output [A, H hd]; the rows' keys and values are in the cache
-        when this returns."""
-        ...
-
-    def attend_parallel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ends: Sequence[int]) -> Tensor:
-        """Queries [B, T, H, hd] at the last T of the positions of k, v [B, P + T, KVH, hd], ends: lengths of the B
-        sequences, right-padded -> [B, T, H, hd]. mask bool [T, P + T]; None: causal."""
-        ...
-
-    def write_kv(self, fused: Tensor, cache: KVCache, first: int, layers: int, at: Rows, k_gain: Tensor | None) -> None:
-        """Write keys (normed and rotated here) and values of layers first..first+layers-1 of the first A rows, fused
-        [A, layers·2·KVH·hd]; k_gain [layers, hd]."""
-        ...
 
 
 class Places:
@@ -101,10 +49,6 @@ class Rows(Places):
         super().__init__(positions, cos, sin)
         self.table = where[:, TABLE:]
         self._mask: Tensor | None = None
-
-    def take(self, which: Tensor) -> Rows:
-        """Some of the rows."""
-        return Rows(self.where[which], self.span, self.cos, self.sin)
 
     def mask(self) -> Tensor:
         """bool [A, 1, 1, span]: what each row sees."""
@@ -136,16 +80,21 @@ def _heads(fused: Tensor, dims: ModelDims) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-class LayerByLayer(Ops):
-    """Layers put together of the pieces that a class below has."""
+class TorchOps:
+    """Any device, any dtype."""
 
-    dims: ModelDims
     blocks: Sequence[LayerWeights] = ()
 
+    def __init__(self, dims: ModelDims):
+        self.dims = dims
+
     def take(self, blocks: Sequence[LayerWeights]) -> None:
+        """The layers that `run` runs from now on."""
         self.blocks = blocks
 
     def run(self, first: int, stop: int, hidden: Tensor, cache: KVCache, at: Rows) -> Tensor:
+        """Layers first..stop-1 of the stream hidden [A, D] -> [A, D]; writes the rows' keys and values of these layers.
+        `hidden` may be overwritten."""
         blocks = self.blocks
         normed = self.add_norm(hidden, None, blocks[first].attention_norm)
         for layer in range(first, stop):
@@ -160,40 +109,33 @@ class LayerByLayer(Ops):
                 hidden += delta
         return hidden
 
-    def attend_parallel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ends: Sequence[int]) -> Tensor:
-        return F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None,
-            enable_gqa=self.dims.heads != self.dims.kv_heads,
-        ).transpose(1, 2)  # fmt: skip
-
     def mlp(self, normed: Tensor, linears: Mapping[str, Linear]) -> Tensor:
+        """What the MLP adds to the stream: normed [N, D] -> [N, D]."""
         return linears["down"](self.silu_mul(linears["gate_up"](normed)))
 
     def gate(self, hidden: Tensor, fc1: WideLinear, fc2: Tensor, fc2_bias: Tensor, normalise: bool) -> Tensor:
+        """A gate's logits float32 [...] on streams [..., D], divided by their root mean square if `normalise`."""
         wide = hidden.float()
         if normalise:
             wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.dims.rms_eps)
         return F.linear(F.relu(fc1(wide)), fc2, fc2_bias).squeeze(-1)
 
-
-class TorchOps(LayerByLayer):
-    """Any device, any dtype."""
-
-    def __init__(self, dims: ModelDims):
-        self.dims = dims
-
     def add_norm(self, hidden: Tensor, delta: Tensor | None, gain: Tensor | None) -> Tensor:
+        """hidden [A, D] += delta in place; returns RMSNorm(hidden) · gain (None: without one)."""
         if delta is not None:
             hidden += delta
         return norm(hidden, gain, self.dims.rms_eps)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """gate_up [A, 2 I] -> silu(gate) · up [A, I]."""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
     def turn(
         self, fused: Tensor, at: Places, q_gain: Tensor | None, k_gain: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Fused q, k, v [N, (H + 2 KVH) hd], which may be overwritten -> queries [N, H, hd], keys and values
+        [N, KVH, hd], queries and keys normed where there are gains, and rotated by their positions."""
         q, k, v = _heads(fused, self.dims)
         if q_gain is not None:
             q, k = norm(q, q_gain, self.dims.rms_eps), norm(k, k_gain, self.dims.rms_eps)
@@ -202,38 +144,50 @@ class TorchOps(LayerByLayer):
     def attend(
         self, fused: Tensor, cache: KVCache, layer: int, at: Rows, q_gain: Tensor | None, k_gain: Tensor | None
     ) -> Tensor:
-        dims = self.dims
+        """Fused q, k, v [A, (H + 2 KVH) hd] -> attention's output [A, H hd]; the rows' keys and values are in the cache
+        when this returns."""
         q, k, v = self.turn(fused, at, q_gain, k_gain)
         keys, values = cache.layers[layer].unbind(1)
         keys[at.pages, at.offsets] = k
         values[at.pages, at.offsets] = v
         # The query heads that share a key/value head take the place of query positions: no head is repeated.
-        q = q.unflatten(1, (dims.kv_heads, -1))
+        q = q.unflatten(1, (self.dims.kv_heads, -1))
         k_used, v_used = (pool[at.table].flatten(1, 2)[:, : at.span] for pool in (keys, values))
         return F.scaled_dot_product_attention(
             q, k_used.transpose(1, 2), v_used.transpose(1, 2), attn_mask=at.mask()
         ).flatten(1)
 
+    def attend_parallel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ends: Sequence[int]) -> Tensor:
+        """Queries [B, T, H, hd] at the last T of the positions of k, v [B, P + T, KVH, hd], ends: lengths of the B
+        sequences, right-padded -> [B, T, H, hd]. mask bool [T, P + T]; None: causal."""
+        return F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None,
+            enable_gqa=self.dims.heads != self.dims.kv_heads,
+        ).transpose(1, 2)  # fmt: skip
+
     def write_kv(self, fused: Tensor, cache: KVCache, first: int, layers: int, at: Rows, k_gain: Tensor | None) -> None:
+        """Write keys (normed and rotated here) and values of layers first..first+layers-1 of the first A rows, fused
+        [A, layers·2·KVH·hd]; k_gain [layers, hd]."""
         dims = self.dims
         heads = fused.unflatten(-1, (layers, 2, dims.kv_heads, dims.head_dim))
         k, v = heads[:, :, 0], heads[:, :, 1]
         if k_gain is not None:
             k = norm(k, None, dims.rms_eps) * k_gain[:, None]
-        cos, sin = (table[: len(fused)] for table in at.angles())
-        pairs = torch.stack([rotate(k, cos[:, None], sin[:, None]), v], dim=2)
+        cos, sin = (table[: len(fused), None] for table in at.angles())
+        pairs = torch.stack([rotate(k, cos, sin), v], dim=2)
         pages, offsets = at.pages[: len(fused)], at.offsets[: len(fused)]
         for layer, pair in zip(cache.layers[first : first + layers], pairs.unbind(1), strict=True):
             layer[pages, :, offsets] = pair
 
 
-class KernelOps(LayerByLayer):
+class KernelOps(TorchOps):
     """The compiled kernels: CPU, float32 or bfloat16, head sizes that LANES divides. The cache's pages are read
     in place, each row's up to its own length. Where all matrices are in panels, layers run without a way back to
     Python. Not thread-safe: scratch memory is kept between calls."""
 
     def __init__(self, dims: ModelDims, library: compiled.Library):
-        self.dims, self.library = dims, library
+        super().__init__(dims)
+        self.library = library
         self._layers: ctypes.Array[compiled.Layer] | None = None
         self._shape = compiled.Shape(
             dims.hidden, dims.heads, dims.kv_heads, dims.head_dim, dims.intermediate, dims.rms_eps
@@ -288,14 +242,9 @@ class KernelOps(LayerByLayer):
         out = torch.empty_like(hidden)
         rows, width = hidden.shape
         self.library.add_norm(
-            hidden.data_ptr(),
-            compiled.pointer(delta),
-            compiled.pointer(gain),
-            out.data_ptr(),
-            rows,
-            width,
+            hidden.data_ptr(), compiled.pointer(delta), compiled.pointer(gain), out.data_ptr(), rows, width,
             self.dims.rms_eps,
-        )
+        )  # fmt: skip
         return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
@@ -359,7 +308,7 @@ def _layer(block: LayerWeights) -> compiled.Layer:
     return compiled.Layer(*products, *map(compiled.pointer, gains))
 
 
-def choose_ops(dims: ModelDims, dtype: torch.dtype, device: torch.device) -> Ops:
+def choose_ops(dims: ModelDims, dtype: torch.dtype, device: torch.device) -> TorchOps:
     """The compiled kernels where they can be had for this dtype and device, else PyTorch."""
     library = compiled.library(dtype) if device.type == "cpu" and dims.head_dim % compiled.LANES == 0 else None
     return TorchOps(dims) if library is None else KernelOps(dims, library)

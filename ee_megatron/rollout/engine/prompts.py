@@ -1,4 +1,4 @@
-"""From texts to token tensors."""
+"""Prompts as token ids: texts, continuations, chats; padding and what prompts have in common."""
 
 from __future__ import annotations
 
@@ -60,10 +60,11 @@ def pad(sequences: Sequence[Sequence[int] | np.ndarray], device: torch.device) -
     return pad_sequence(rows, batch_first=True).to(device), torch.tensor([len(row) for row in rows])
 
 
-def common_beginning(prompts: Sequence[list[int]]) -> list[int]:
-    """What all prompts begin with, short of the whole of any; empty for a single prompt."""
-    if len(prompts) < 2:
+def common_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """What all of several prompts begin with, short of the whole of any; empty if they are one and the same."""
+    if not prompts:
         return []
-    first, last = min(prompts), max(prompts)
+    # In the order of tokens the first and the last differ where any two do.
+    first, last = min(map(list, prompts)), max(map(list, prompts))
     common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return first[: min(common, min(map(len, prompts)) - 1)]
+    return [] if first == last else first[: min(common, min(map(len, prompts)) - 1)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -62,13 +62,12 @@ class GenerationRequest:
 class Request:
     """One answer wanted.
 
-    - prompt: text (tokenised as it stands) or token ids
-    - seed, prompt_id, sample: name the answer's random stream, and nothing else does: same names, same answer. A
-      prompt's samples differ in `sample`; requests with equal prompts that wait together are read once.
+    - prompt: text (tokenised as it stands) or token ids; equal prompts that wait together are read once
+    - seed, prompt_id, sample: name the answer's random stream: same names, same answer
     - stream: whether events carry text (it costs a detokenisation per token)
     - top_logprobs: how many of the most probable tokens events name beside the chosen one
-    - prefill: tokens that the answer is made to begin with. They are part of it and count towards max_new_tokens; their
-      exits are chosen by `exits`, their log-probabilities are those of the whole distribution
+    - prefill: tokens that the answer is made to begin with, which count towards max_new_tokens; their exits are chosen
+      by `exits`, their log-probabilities are those of the whole distribution
     """
 
     prompt: str | Sequence[int]
@@ -156,10 +155,10 @@ class StopChecker:
 
 @dataclass(eq=False)
 class Row:
-    """One answer in the making; lists as in `Rollout`.
+    """One answer in the making.
 
     `read` is what of the prompt is read in parallel, at full depth: all of it, or all but its last token, which then is
-    run as a generated one.
+    run as a generated one. `events`: one per token of `tokens`.
     `segment` is the last that ran for the token being made: at the readout, the index of its exit.
     `slot` is its place in the cache (-1: none yet), `shown` the characters that events have reported.
     """
@@ -174,11 +173,12 @@ class Row:
     segment: int = -1
     shown: int = 0
     tokens: list[int] = field(default_factory=list)
-    exit_depths: list[int] = field(default_factory=list)
-    token_logprobs: list[float] = field(default_factory=list)
-    full_logprobs: list[float] = field(default_factory=list)
-    exit_logprobs: list[float] = field(default_factory=list)
-    finished: str | None = None
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def finished(self) -> str | None:
+        """Why the answer has ended, as in `Event`."""
+        return self.events[-1].finished if self.events else None
 
     @property
     def given(self) -> int | None:
@@ -210,82 +210,67 @@ class Row:
     def append(self, new: Event) -> Event:
         """Take in the next token; the event with its text, if the request is streamed."""
         self.tokens.append(new.token)
-        self.exit_depths.append(new.depth)
-        self.token_logprobs.append(new.logprob)
-        self.full_logprobs.append(new.full_logprob)
-        self.exit_logprobs.append(new.exit_logprob)
-        self.finished = new.finished
-        return new._replace(text=self._new_text()) if self.request.stream else new
+        self.events.append(new)
+        if not self.request.stream:
+            return new
+        text = self.stopping.text(self.tokens) if new.finished else self.stopping.settled(self.tokens)
+        added, self.shown = text[self.shown :], max(self.shown, len(text))
+        return new._replace(text=added)
 
     def rollout(self, version: int) -> Rollout:
-        token_logprobs = np.array(self.token_logprobs, dtype=np.float32)
+        """The finished answer, made under the weights of this version."""
         sampling = self.request.sampling
+
+        def column(name: str, dtype: type) -> np.ndarray:
+            return np.array([getattr(event, name) for event in self.events], dtype=dtype)
+
+        logprobs = column("logprob", np.float32)
         cut = sampling.temperature > 0 and (sampling.top_k or sampling.top_p < 1)
         return Rollout(
             prompt_id=self.request.prompt_id,
             prompt_tokens=np.array(self.prompt_tokens, dtype=np.int64),
             tokens=np.array(self.tokens, dtype=np.int64),
-            exit_depths=np.array(self.exit_depths, dtype=np.int32),
-            token_logprobs=token_logprobs,
-            exit_logprobs=np.array(self.exit_logprobs, dtype=np.float32),
+            exit_depths=column("depth", np.int32),
+            token_logprobs=logprobs,
+            exit_logprobs=column("exit_logprob", np.float32),
             text=self.stopping.text(self.tokens),
             finished=self.finished == "stop",
             weight_version=version,
-            full_logprobs=np.array(self.full_logprobs, dtype=np.float32) if cut else token_logprobs,
+            full_logprobs=column("full_logprob", np.float32) if cut else logprobs,
         )
 
-    def _new_text(self) -> str:
-        text = self.stopping.text(self.tokens) if self.finished else self.stopping.settled(self.tokens)
-        new = text[self.shown :]
-        self.shown = max(self.shown, len(text))
-        return new
 
-
-@dataclass
 class RequestValidator:
     """For one model: its tokenizer, end-of-sequence ids, exits, and the longest sequence it takes."""
 
-    tokenizer: PreTrainedTokenizerBase
-    eos_ids: Iterable[int]
-    layout: ExitLayout
-    max_positions: int
-    _stopping: dict[tuple[str, ...], StopChecker] = field(default_factory=dict)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int], layout: ExitLayout, max_positions: int
+    ):
+        self.tokenizer, self.layout, self.max_positions = tokenizer, layout, max_positions
+        self._stopping = lru_cache(STOPS_KEPT)(partial(StopChecker, tokenizer, eos_ids))
 
     def begin(self, number: int, request: Request, gated: bool) -> Row:
         """The row of a request; `gated`: gates are loaded. Raises ValueError for what the model can't answer."""
         request.exits.check(self.layout, gated)
-        prompt = request.prompt
+        prompt, prefill, sampling = request.prompt, request.prefill, request.sampling
         tokens = tuple(encode_text(self.tokenizer, prompt) if isinstance(prompt, str) else prompt)
         if not tokens:
             raise ValueError(f"prompt {request.prompt_id!r} has no tokens; give it a text")
-        key = stream_key(request.seed, request.prompt_id, request.sample)
-        stop = request.sampling.stop
-        if stop not in self._stopping:
-            if len(self._stopping) >= STOPS_KEPT:
-                del self._stopping[next(iter(self._stopping))]
-            self._stopping[stop] = StopChecker(self.tokenizer, self.eos_ids, stop)
+        stopping = self._stopping(sampling.stop)
+        if prefill and len(prefill) >= sampling.max_new_tokens:
+            raise ValueError(
+                f"prefill of {request.prompt_id!r} has {len(prefill)} tokens, the answer may have "
+                f"{sampling.max_new_tokens}; raise max_new_tokens"
+            )
+        if prefill and any(stop in stopping.decode(prefill) for stop in stopping.stop):
+            raise ValueError(f"prefill of {request.prompt_id!r} holds a stop string; cut it there")
         # The position that may exit is run as those of generated tokens are.
         read = tokens[:-1] if self.layout.first_token else tokens
-        row = Row(number, request, tokens, read, key, self._stopping[stop])
-        check_prefill(row)
+        key = stream_key(request.seed, request.prompt_id, request.sample)
+        row = Row(number, request, tokens, read, key, stopping)
         if row.longest > self.max_positions:
             raise ValueError(
                 f"prompt and answer take up to {row.longest} positions, the model has {self.max_positions}; "
                 "shorten the prompts or lower max_new_tokens"
             )
         return row
-
-
-def check_prefill(row: Row) -> None:
-    """Raises ValueError for a prefill that leaves the model nothing to say."""
-    prefill, limit = row.request.prefill, row.request.sampling.max_new_tokens
-    if not prefill:
-        return
-    if len(prefill) >= limit:
-        raise ValueError(
-            f"prefill of {row.request.prompt_id!r} has {len(prefill)} tokens, the answer may have {limit}; "
-            "raise max_new_tokens"
-        )
-    text = row.stopping.decode(prefill)
-    if any(stop in text for stop in row.stopping.stop):
-        raise ValueError(f"prefill of {row.request.prompt_id!r} holds a stop string; cut it there")

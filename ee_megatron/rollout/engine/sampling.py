@@ -48,7 +48,7 @@ class SamplingParams:
 
     @property
     def distribution(self) -> SamplingParams:
-        """What decides a token's distribution, without what ends an answer: rows that agree in it sample together."""
+        """Without what ends an answer: rows with equal values are sampled in one batch."""
         return SamplingParams(self.temperature, top_k=self.top_k, top_p=self.top_p)
 
 
@@ -73,12 +73,9 @@ def uniforms(keys: np.ndarray, positions: np.ndarray, draws: int) -> np.ndarray:
 
 
 def sample_tokens(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """logits float32 [R, V], uniform float64 [R] in [0, 1) -> token ids int64 [R], two log-probabilities float32 [R].
-
-    The first is the token's under the distribution that was sampled from (temperature, top-k and top-p applied), the
-    second under the whole one (temperature applied); for greedy choice both are those of temperature 1. Inverse-CDF
-    sampling: one uniform per token, whatever the batch.
-    """
+    """logits float32 [R, V], uniform float64 [R] in [0, 1) -> token ids int64 [R], two log-probabilities float32 [R]:
+    under the distribution that was sampled from (temperature, top-k and top-p applied) and under the whole one
+    (temperature applied; 1 for a greedy choice). Inverse-CDF sampling: one uniform per token, whatever the batch."""
     if params.temperature == 0:
         best, logprobs = greedy(logits)
         return best, logprobs, logprobs
@@ -107,11 +104,8 @@ def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     if library is None:
         tokens = logits.argmax(dim=-1)
         return tokens, log_prob(logits, tokens)
-    tokens, logprobs, logits = (
-        torch.empty(len(logits), dtype=torch.int64),
-        torch.empty(len(logits)),
-        logits.contiguous(),
-    )
+    logits = logits.contiguous()
+    tokens, logprobs = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
     library.best(logits.data_ptr(), tokens.data_ptr(), logprobs.data_ptr(), *map(int, logits.shape))
     return tokens, logprobs
 
@@ -161,10 +155,8 @@ def most_probable(logits: Tensor, params: SamplingParams, counts: Sequence[int])
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float, candidates: int = NUCLEUS) -> Tensor:
-    """-inf outside the top_k most probable tokens and outside the smallest set that holds top_p of the mass.
-
-    Sorts no more than the best `candidates` where they hold top_p: each row's result is that of a whole sort.
-    """
+    """-inf outside the top_k most probable tokens and outside the smallest set that holds top_p of the mass. Sorts the
+    best `candidates` only, where they hold top_p."""
     if not top_k and top_p >= 1:
         return logits
     vocab = logits.shape[-1]

@@ -4,19 +4,16 @@ A row is a request that has a cache slot. It waits before the next segment betwe
 segment for the rows that wait there, or the readout for rows that took an exit, or prefills prompts for free slots. The
 answers do not depend on that order: each has random numbers of its own.
 
-Running a segment costs a + b * rows, a being the reading of its weights: on a CPU in float32 a is worth about 25 rows.
-So rows should run together. Of the orders that were simulated, going through the
-segments by depth and skipping those that are nearly empty is the best as long as all rows in flight fit one batch:
-the fullest segment first splits the rows into cohorts out of phase (32 rows, mean depth 0.5: 0.69 of the ceiling
-against 0.79). With several times as many rows some segment is always full, and nothing is left to gain.
+Reading a segment's weights costs as much as about 25 rows (CPU, float32), so rows should run together. Going through
+the segments by depth, without the nearly empty ones, reached 0.79 of the ceiling (32 rows, mean depth 0.5); the fullest
+segment first 0.69, since rows fall into cohorts. With several times as many rows as a batch holds some segment is
+always full, and nothing is left to gain.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 
@@ -38,70 +35,12 @@ LONG, SHARE_OF_LONG = 1 / 16, 1 / 2
 HOLD = 0.1
 
 
-class WaitingQueue:
-    """Rows in the order of their ids. `limit`: pages of the cache (None: as many as are asked for).
-
-    With `passing` short rows don't wait for long ones that there is no room for; each kind keeps its order.
-    """
-
-    def __init__(self, limit: int | None, passing: bool):
-        self.limit, self.passing = limit, passing
-        self._rows: deque[Row] = deque()
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self._rows)
-
-    @property
-    def first(self) -> Row:
-        """Who has waited longest. There must be some row."""
-        return self._rows[0]
-
-    def put(self, row: Row) -> None:
-        """Let a row wait, behind the others."""
-        self._rows.append(row)
-
-    def remove(self, rows: Sequence[Row]) -> None:
-        """Take rows out."""
-        gone = {row.id for row in rows}
-        self._rows = deque(row for row in self._rows if row.id not in gone)
-
-    def next(
-        self, room: float, inside: Iterable[Row], read: Set[tuple[int, ...]], chosen: Set[int] = frozenset()
-    ) -> tuple[Row, int] | None:
-        """The row to admit next, `chosen` ids apart, if `room` pages are left beside the rows `inside`, and the pages
-        that it needs (whole ones of a prompt in `read` are there); None: there is no room for it."""
-        kinds = set[bool]()
-        for row in self._rows:
-            if row.id in chosen:
-                continue
-            long = self._is_long(row)
-            if long in kinds:
-                continue
-            kinds.add(long)
-            needed = pages_for(row.longest) - (common_pages(row) if row.read in read else 0)
-            if needed <= (min(room, self._room_of_long(inside)) if long else room):
-                return row, needed
-            if not self.passing or len(kinds) == 2:
-                return None
-        return None
-
-    def _is_long(self, row: Row) -> bool:
-        return self.passing and self.limit is not None and pages_for(row.longest) > LONG * self.limit
-
-    def _room_of_long(self, inside: Iterable[Row]) -> float:
-        taken = sum(pages_for(row.longest) for row in inside if self._is_long(row))
-        return SHARE_OF_LONG * (self.limit or 0) - taken if taken else math.inf
-
-
 class SegmentQueues:
     """Queues of rows, by the segment that each has to run next; the last is the readout. `batch` rows run at most."""
 
-    def __init__(self, count: int, batch: int, hold: float = HOLD):
+    def __init__(self, count: int, batch: int):
         self.queues: list[list[Row]] = [[] for _ in range(count)]
-        self.batch, self.hold = batch, hold
+        self.batch = batch
         self._next = 0
 
     def __len__(self) -> int:
@@ -120,33 +59,23 @@ class SegmentQueues:
             if row in queue:
                 queue.remove(row)
 
-    def take(self) -> tuple[int, list[Row]]:
-        """The queue to run now and its rows, oldest first, which leave the queue. There must be some row."""
-        number = self._pick()
-        queue = self.queues[number]
-        rows, self.queues[number] = queue[: self.batch], queue[self.batch :]
-        return number, rows
+    def pick(self) -> tuple[int, list[Row]]:
+        """The queue to run now and its rows, oldest first, which stay in it. There must be some row."""
+        number = self._choose()
+        return number, self.queues[number][: self.batch]
 
-    def _pick(self) -> int:
-        count = len(self.queues)
+    def _choose(self) -> int:
+        sizes = [len(queue) for queue in self.queues]
         # With more rows in flight than fit a batch there is always a well-filled queue: the deepest full one first.
-        full = [s for s in range(count) if len(self.queues[s]) >= self.batch]
-        if full and len(self) > self.batch:
+        full = [number for number, size in enumerate(sizes) if size >= self.batch]
+        if full and sum(sizes) > self.batch:
             return full[-1]
-        enough = min(self.batch, max(1.0, self.hold * len(self)))
-        for _ in range(count):
-            queue, self._next = self._next, (self._next + 1) % count
-            if len(self.queues[queue]) >= enough:
-                return queue
-        return max(range(count), key=lambda s: len(self.queues[s]))
-
-
-@dataclass(frozen=True)
-class Admission:
-    """Rows that get a slot now, and the prompts among theirs that are still to be prefilled."""
-
-    rows: list[Row]
-    prompts: list[tuple[int, ...]]
+        enough = min(self.batch, max(1.0, HOLD * sum(sizes)))
+        for _ in sizes:
+            number, self._next = self._next, (self._next + 1) % len(sizes)
+            if sizes[number] >= enough:
+                return number
+        return sizes.index(max(sizes))
 
 
 class Scheduler:
@@ -181,7 +110,8 @@ class Scheduler:
         self.decoder, self.tokenizer, self.in_flight = decoder, tokenizer, in_flight
         limit = None if positions is None else positions // PAGE
         self.cache = KVCache(decoder.dims, in_flight, decoder.dtype, decoder.device, limit)
-        self.waiting = WaitingQueue(limit, passing)
+        self.waiting: list[Row] = []
+        self.passing = passing
         self.prefiller = Prefiller(decoder, reading)
         self.slots = Slots(self.cache, in_flight)
         # One per segment, then the readout.
@@ -205,7 +135,7 @@ class Scheduler:
                 "enlarge it, shorten the prompts or lower max_new_tokens"
             )
         self._next_id += 1
-        self.waiting.put(row)
+        self.waiting.append(row)
         return row.id
 
     def cancel(self, request: int) -> bool:
@@ -214,7 +144,7 @@ class Scheduler:
             return True
         for row in self.waiting:
             if row.id == request:
-                self.waiting.remove([row])
+                self.waiting.remove(row)
                 self.prefiller.forget(self.waiting)
                 return True
         for row in self.queues:
@@ -230,7 +160,7 @@ class Scheduler:
 
     @property
     def busy(self) -> bool:
-        return bool(len(self.waiting) or len(self.queues))
+        return bool(self.waiting or len(self.queues))
 
     @property
     def free(self) -> int:
@@ -249,81 +179,77 @@ class Scheduler:
 
         Exception-safe: a request that fails may be cancelled, the others continue.
         """
-        started = self._admit()
+        entering = self._admissible()
+        started = self._attempt(entering, self._start) if entering else []
         # No row is running here: pages may move.
         self.cache.trim()
         if started or not len(self.queues):
             return started
-        return self._run(*self.queues.take())
+        return self._run(*self.queues.pick())
 
     def _run(self, queue: int, rows: list[Row]) -> list[Event]:
-        """The rows of a queue together; if that fails and failures are reported, each by itself."""
-        work = self._readout if queue == len(self.queues.queues) - 1 else partial(self._segment, queue)
+        """The first rows of a queue."""
+        readout = queue == len(self.queues.queues) - 1
+        return self._attempt(rows, self._readout if readout else partial(self._segment, queue))
+
+    def _attempt(self, rows: list[Row], work: Callable[[list[Row]], list[Event]]) -> list[Event]:
+        """Work on rows together; if that fails and failures are reported, on each by itself."""
         try:
             return work(rows)
         except Exception as error:
-            if self._failed is None or len(rows) == 1:
-                self.queues.queues[queue][:0] = rows
             if self._failed is None:
                 raise
             if len(rows) == 1:
-                self._give_up(rows[0], error)
+                self.cancel(rows[0].id)
+                self._failed(rows[0].id, error)
                 return []
-        return [event for row in rows for event in self._run(queue, [row])]
-
-    def _give_up(self, row: Row, error: Exception) -> None:
-        assert self._failed is not None
-        self.cancel(row.id)
-        self._failed(row.id, error)
+        return [event for row in rows for event in self._attempt([row], work)]
 
     # ---- admission ----
 
-    def _admit(self) -> list[Event]:
-        """New rows together; if that fails and failures are reported, each by itself."""
-        admission = self._plan()
-        if not admission.rows:
-            return []
-        try:
-            return self._start(admission)
-        except Exception:
-            if self._failed is None:
-                raise
-        events: list[Event] = []
-        for row in admission.rows:
-            try:
-                events += self._start(Admission([row], [row.read] if self.prefiller.lacks(row) else []))
-            except Exception as error:
-                self._give_up(row, error)
-        return events
-
-    def _plan(self) -> Admission:
+    def _admissible(self) -> list[Row]:
         """Who is admitted now; nothing changes yet."""
-        free, admission = self.slots.free, Admission([], [])
-        if not free or not len(self.waiting):
-            return admission
+        free, rows = self.slots.free, list[Row]()
+        if not free or not self.waiting:
+            return rows
         # Prefilling prompts one by one wastes the batch: wait for a few free slots unless the next prompt is there.
-        if self.prefiller.lacks(self.waiting.first) and len(self.queues) and free < self.in_flight // 8:
-            return admission
-        rows, prompts = admission.rows, admission.prompts
-        room, held, chosen = self.slots.room(self.queues), set(self.slots.together), set[int]()
-        while len(rows) < free and (found := self.waiting.next(room, chain(self.queues, rows), held, chosen)):
-            row, needed = found
-            room -= needed
-            if self.prefiller.lacks(row) and row.read not in prompts:
-                if prompts and len(row.read) + sum(map(len, prompts)) > self.prefiller.positions:
+        if self.prefiller.lacks(self.waiting[0]) and len(self.queues) and free < self.in_flight // 8:
+            return rows
+        room, held, reading = self.slots.room(self.queues), set(self.slots.together), dict[tuple[int, ...], int]()
+        blocked = set[bool]()
+        for row in self.waiting:
+            long = self._is_long(row)
+            if long in blocked:
+                continue
+            needed = pages_for(row.longest) - (common_pages(row) if row.read in held else 0)
+            if needed > (min(room, self._room_of_long(chain(self.queues, rows))) if long else room):
+                blocked.add(long)
+                if not self.passing or len(blocked) == 2:
                     break
-                prompts.append(row.read)
+                continue
+            if self.prefiller.lacks(row) and row.read not in reading:
+                if reading and len(row.read) + sum(reading.values()) > self.prefiller.positions:
+                    break
+                reading[row.read] = len(row.read)
+            room -= needed
             held.add(row.read)
-            chosen.add(row.id)
             rows.append(row)
-        return admission
+            if len(rows) == free:
+                break
+        return rows
 
-    def _start(self, admission: Admission) -> list[Event]:
+    def _is_long(self, row: Row) -> bool:
+        return self.passing and self.cache.limit is not None and pages_for(row.longest) > LONG * self.cache.limit
+
+    def _room_of_long(self, inside: Iterable[Row]) -> float:
+        taken = sum(pages_for(row.longest) for row in inside if self._is_long(row))
+        return SHARE_OF_LONG * (self.cache.limit or 0) - taken if taken else math.inf
+
+    def _start(self, rows: list[Row]) -> list[Event]:
         """Give rows slots and, where prompt positions never exit, sample their first tokens. Exception-safe: rows that
         didn't get in wait as before."""
-        rows = admission.rows
         try:
-            self.prefiller.prefill(sorted(admission.prompts, key=len, reverse=True))
+            self.prefiller.prefill(dict.fromkeys(row.read for row in rows if self.prefiller.lacks(row)))
             going, coming, new = rows, 0, list[Event]()
             if not self.decoder.layout.first_token:
                 new = self.runner.first(rows, [self.prefiller.of(row).logits for row in rows])
@@ -334,7 +260,8 @@ class Scheduler:
                 if row.slot >= 0:
                     self.slots.leave(row)
             raise
-        self.waiting.remove(rows)
+        entered = {row.id for row in rows}
+        self.waiting = [row for row in self.waiting if row.id not in entered]
         self.prefiller.forget(self.waiting)
         if self.decoder.layout.first_token:
             for row in rows:
@@ -346,6 +273,7 @@ class Scheduler:
     def _segment(self, segment: int, rows: list[Row]) -> list[Event]:
         """One segment, then its gate: each row goes on to the readout or to the next segment. No new tokens."""
         leave = self.runner.segment(segment, rows)
+        del self.queues.queues[segment][: len(rows)]
         bounds = (0, *self.decoder.layout.outcomes)
         self.row_layers += len(rows) * (bounds[segment + 1] - bounds[segment])
         for row, gone in zip(rows, leave, strict=True):
@@ -353,10 +281,12 @@ class Scheduler:
         return []
 
     def _readout(self, rows: list[Row]) -> list[Event]:
-        """Next tokens, in the order in which the readout puts the rows."""
-        new = self.runner.readout(rows)
-        events = self._append(rows, new)
-        if not len(self.waiting):
+        """Next tokens."""
+        ordered = sorted(rows, key=lambda row: row.segment)
+        new = self.runner.readout(ordered)
+        del self.queues.queues[-1][: len(rows)]
+        events = self._append(ordered, new)
+        if not self.waiting:
             self.cache.trim()
         return events
 

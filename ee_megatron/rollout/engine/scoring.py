@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,8 @@ from torch import Tensor
 from ...exits import gate_log_term
 from ...kernels import compiled
 from ...types import ExitReading, Rollout, Trace
-from .decoder import Beginnings, Decoder
+from .cache import Prefilled
+from .decoder import Decoder
 from .prompts import pad
 from .request import Progress
 from .sampling import SamplingParams, TopLogprobs, log_prob, most_probable
@@ -42,21 +44,13 @@ class Comparison(NamedTuple):
     entropy: Tensor
 
 
-def compare(logits: Tensor, others: Tensor, rows: Tensor | None = None, other_rows: Tensor | None = None) -> Comparison:
-    """softmax(logits) with softmax(others), float32 [*, V], row by row; of either only `rows`, `other_rows` int64 [n],
-    where they are given. -inf where a token has no probability."""
+def compare(logits: Tensor, others: Tensor) -> Comparison:
+    """softmax(logits) with softmax(others), float32 [n, V], row by row. -inf where a token has no probability."""
     library = compiled.library(torch.float32) if logits.device.type == "cpu" else None
     if library is not None:
-        logits, others = logits.contiguous(), others.contiguous()
-        rows, other_rows = (None if which is None else which.contiguous() for which in (rows, other_rows))
-        count, vocab = len(logits) if rows is None else len(rows), logits.shape[1]
-        found = torch.empty(count, 4)
-        library.compare(
-            logits.data_ptr(), others.data_ptr(), compiled.pointer(rows), compiled.pointer(other_rows),
-            found.data_ptr(), count, vocab,
-        )  # fmt: skip
+        logits, others, found = logits.contiguous(), others.contiguous(), torch.empty(len(logits), 4)
+        library.compare(logits.data_ptr(), others.data_ptr(), found.data_ptr(), *map(int, logits.shape))
         return Comparison(*found.unbind(1))
-    logits, others = (x if which is None else x[which] for x, which in ((logits, rows), (others, other_rows)))
     normaliser, other = logits.logsumexp(-1), others.logsumexp(-1)
     logp = logits - normaliser[:, None]
     p = logp.exp()
@@ -128,18 +122,22 @@ def score_prompts(
     """
     tokens, lengths = pad(prompts, decoder.device)
     stream = decoder.forward_parallel(tokens, lengths)
-    size = max(1, logits_bytes // (4 * decoder.dims.vocab))
     found = []
     for b, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
         logprobs: list[float] = []
         top: list[TopLogprobs] = []
-        for start in range(0, len(prompt) - 1, size):
-            stop = min(start + size, len(prompt) - 1)
-            logits = decoder.readout(stream[b, start:stop])
-            logprobs += log_prob(logits, tokens[b, start + 1 : stop + 1]).tolist()
-            top += most_probable(logits, SamplingParams(), [count] * (stop - start))
+        for at in chunks(decoder, len(prompt) - 1, logits_bytes):
+            logits = decoder.readout(stream[b, at])
+            logprobs += log_prob(logits, tokens[b, 1:][at]).tolist()
+            top += most_probable(logits, SamplingParams(), [count] * len(logits))
         found.append(PromptScore(tuple(logprobs), tuple(top)))
     return found
+
+
+def chunks(decoder: Decoder, count: int, logits_bytes: int | None = None) -> Iterator[slice]:
+    """`count` positions, as many at a time as have logits of `logits_bytes` (None: LOGITS_BYTES)."""
+    size = max(1, (logits_bytes or LOGITS_BYTES) // (4 * decoder.dims.vocab))
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
 Columns = dict[str, Tensor]
@@ -151,8 +149,8 @@ class _Batch:
     """Rollouts read together: what is known at the N positions that predict their tokens.
 
     tokens, taken, asked [N]: the tokens, the depths at which they were made, whether they might exit;
-    final [N, D], exits M x [N, D]: streams; exit_logprobs [N]; teacher [N, D]: its final stream, `final` itself where
-    the model is the teacher at full depth, and its readout.
+    final [N, D], exits M x [N, D]: streams; teacher [N, D]: its final stream, `final` itself where the model is the
+    teacher at full depth, and its readout.
     """
 
     tokens: Tensor
@@ -160,9 +158,26 @@ class _Batch:
     asked: Tensor
     final: Tensor
     exits: list[Tensor]
-    exit_logprobs: Tensor
     teacher: Tensor
     teacher_readout: Callable[[Tensor], Tensor]
+
+
+Chunk = Callable[[_Batch, slice], Columns]
+"""A record's fields for some of a batch's positions."""
+
+
+@torch.inference_mode()
+def score(
+    decoder: Decoder, policy: dict[str, Tensor] | None, rollouts: Sequence[Rollout], progress: Progress | None = None
+) -> list[Score]:
+    """Score rollouts under a policy (None: the teacher itself) and the teacher. Leaves the policy loaded.
+
+    The teacher's streams at the predicting positions are kept, then the policy is loaded: one replica serves both.
+    Under full fine-tuning the teacher is read from disk again and its head is kept as well until all is scored.
+    """
+    teacher = _teacher(decoder, policy, rollouts)
+    read = _read(decoder, rollouts, partial(_score_chunk, decoder), progress, teacher)
+    return [Score(**columns) for columns in read]
 
 
 @torch.inference_mode()
@@ -174,11 +189,8 @@ def inspect(
     progress: Progress | None = None,
 ) -> list[Inspection]:
     """What exiting would have cost wherever a gate was asked, and what the gate said. Leaves the policy loaded."""
-
-    def chunk(batch: _Batch, at: slice) -> Columns:
-        return _inspect_chunk(decoder, batch, at, streams)
-
-    read = _read_beside_teacher(decoder, policy, rollouts, chunk, progress)
+    teacher = _teacher(decoder, policy, rollouts)
+    read = _read(decoder, rollouts, lambda part, at: _inspect_chunk(decoder, part, at, streams), progress, teacher)
     scores = [Score(**{field.name: columns.pop(field.name) for field in fields(Score)}) for columns in read]
     return [Inspection(score, **columns) for score, columns in zip(scores, read, strict=True)]
 
@@ -192,58 +204,9 @@ def read_exits(
 ) -> list[ExitReading]:
     """What exiting costs, or would have, and what the gates say, at every exit that tokens came by. Leaves the policy
     loaded."""
-
-    def chunk(batch: _Batch, at: slice) -> Columns:
-        return _exits_chunk(decoder, batch, at)
-
-    return [ExitReading(**columns) for columns in _read_beside_teacher(decoder, policy, rollouts, chunk, progress)]
-
-
-def _exits_chunk(decoder: Decoder, batch: _Batch, at: slice) -> Columns:
-    theirs = batch.teacher_readout(batch.teacher[at])
-    found, hazards = (
-        torch.full((len(theirs), columns), float("nan"), device=decoder.device)
-        for columns in (len(batch.exits) + 1, len(batch.exits))
-    )
-    for i, (depth, stream) in enumerate(zip(decoder.layout.outcomes, (*batch.exits, batch.final), strict=True)):
-        passed = ((batch.taken[at] >= depth) & batch.asked[at]).nonzero().squeeze(-1)
-        if not len(passed):
-            continue
-        hidden = stream[at][passed]
-        found[passed, i] = compare(decoder.readout(hidden), theirs, other_rows=passed).divergence
-        if i < len(batch.exits) and decoder.gates is not None:
-            hazards[passed, i] = decoder.gate_logit(i, hidden).sigmoid()
-    return {"divergences": found, "hazards": hazards}
-
-
-def _inspect_chunk(decoder: Decoder, batch: _Batch, at: slice, streams: bool) -> Columns:
-    """The fields of `Score`, then the others of `Inspection`, for one chunk of positions; the exits are read where they
-    were asked."""
-    theirs = batch.teacher_readout(batch.teacher[at])
-    (scores, compared), best = _scores(decoder, batch, at, theirs), theirs.max(dim=-1)
-    depths = torch.tensor(decoder.layout.depths, device=decoder.device)
-    asked_NM = (batch.taken[at, None] >= depths) & batch.asked[at, None]
-    hazards, costs, logprobs = (torch.full(asked_NM.shape, float("nan"), device=decoder.device) for _ in range(3))
-    said = torch.full(asked_NM.shape, -1, dtype=torch.int32, device=decoder.device)
-    for i, stream in enumerate(batch.exits):
-        asked = asked_NM[:, i].nonzero().squeeze(-1)
-        if not len(asked):
-            continue
-        hidden = stream[at][asked]
-        if decoder.gates is not None:
-            hazards[asked, i] = decoder.gate_logit(i, hidden).sigmoid()
-        logits = decoder.readout(hidden)
-        against, top = compare(theirs, logits, rows=asked), logits.max(dim=-1)
-        costs[asked, i] = against.divergence
-        said[asked, i], logprobs[asked, i] = top.indices.int(), top.values - against.other_normaliser
-    found = {
-        **scores, "hazards": hazards, "divergences": costs, "said": said, "said_logprobs": logprobs,
-        "teacher_said": best.indices.int(), "teacher_said_logprobs": best.values - compared.normaliser,
-    }  # fmt: skip
-    if streams:
-        stacked = torch.stack([stream[at] for stream in (*batch.exits, batch.final)], dim=1).float()
-        found["streams"] = (stacked * stacked.pow(2).mean(-1, keepdim=True).rsqrt()).half()
-    return found
+    teacher = _teacher(decoder, policy, rollouts)
+    read = _read(decoder, rollouts, partial(_exits_chunk, decoder), progress, teacher)
+    return [ExitReading(**columns) for columns in read]
 
 
 @torch.inference_mode()
@@ -256,7 +219,7 @@ def trace(decoder: Decoder, rollouts: Sequence[Rollout], top_k: int, progress: P
         raise ValueError(
             f"top_k {top_k} outside 1..{decoder.dims.vocab} (the vocabulary); choose how many tokens to keep"
         )
-    read = _read(decoder, rollouts, lambda batch, at: _trace_chunk(decoder, batch, at, top_k), progress)
+    read = _read(decoder, rollouts, lambda part, at: _trace_chunk(decoder, part, at, top_k), progress)
     return [
         Trace(
             prompt_id=r.prompt_id, prompt_tokens=r.prompt_tokens, tokens=r.tokens, correct=False, text=r.text, **columns
@@ -265,68 +228,112 @@ def trace(decoder: Decoder, rollouts: Sequence[Rollout], top_k: int, progress: P
     ]
 
 
-def _trace_chunk(decoder: Decoder, batch: _Batch, at: slice, top_k: int) -> Columns:
-    theirs = batch.teacher_readout(batch.teacher[at])
-    divergences, own = torch.zeros(len(theirs), len(batch.exits), device=theirs.device), compare(theirs, theirs)
-    for i, stream in enumerate(batch.exits):
-        divergences[:, i] = compare(theirs, decoder.readout(stream[at])).divergence
-    best = theirs.topk(top_k, dim=-1)
-    return {
-        "divergences": divergences, "topk_ids": best.indices.int(),
-        "topk_logprobs": best.values - own.normaliser[:, None], "entropy": own.entropy,
-    }  # fmt: skip
-
-
-@torch.inference_mode()
-def score(
-    decoder: Decoder, policy: dict[str, Tensor] | None, rollouts: Sequence[Rollout], progress: Progress | None = None
-) -> list[Score]:
-    """Score rollouts under a policy (None: the teacher itself) and the teacher. Leaves the policy loaded.
-
-    The teacher's streams at the predicting positions are kept, then the policy is loaded: one replica serves both.
-    Under full fine-tuning the teacher is read from disk again and its head is kept as well until all is scored.
-    """
-
-    def chunk(batch: _Batch, at: slice) -> Columns:
-        return _scores(decoder, batch, at, batch.teacher_readout(batch.teacher[at]))[0]
-
-    return [Score(**columns) for columns in _read_beside_teacher(decoder, policy, rollouts, chunk, progress)]
+def _score_chunk(decoder: Decoder, batch: _Batch, at: slice) -> Columns:
+    """The fields of `Score`."""
+    return _scores(decoder, batch, at, batch.teacher_readout(batch.teacher[at]))[0]
 
 
 def _scores(decoder: Decoder, batch: _Batch, at: slice, theirs: Tensor) -> tuple[Columns, Comparison]:
-    """The fields of `Score` for one chunk of positions, each [n], and the comparison behind them; theirs [n, V]: the
-    teacher's logits."""
+    """The fields of `Score`, and the comparison behind them; theirs [n, V]: the teacher's logits."""
     # The teacher's own answers need no second readout.
     logits = theirs if batch.teacher is batch.final else decoder.readout(batch.final[at])
     compared, targets = compare(theirs, logits), batch.tokens[at][:, None]
-    policy_logprobs = logits.gather(-1, targets).squeeze(-1) - compared.other_normaliser
-    teacher_logprobs = theirs.gather(-1, targets).squeeze(-1) - compared.normaliser
+    exit_logprobs = torch.zeros(len(theirs), device=decoder.device)
+    if decoder.gates is not None:
+        for i, (depth, stream) in enumerate(zip(decoder.layout.depths, batch.exits, strict=True)):
+            exit_logprobs += gate_log_term(decoder.gate_logit(i, stream[at]), batch.taken[at], depth)
     return {
-        "policy_logprobs": policy_logprobs, "exit_logprobs": batch.exit_logprobs[at],
-        "teacher_logprobs": teacher_logprobs, "teacher_entropy": compared.entropy, "divergence": compared.divergence,
-    }, compared  # fmt: skip
+        "policy_logprobs": logits.gather(-1, targets).squeeze(-1) - compared.other_normaliser,
+        "exit_logprobs": exit_logprobs.where(batch.asked[at], 0.0),
+        "teacher_logprobs": theirs.gather(-1, targets).squeeze(-1) - compared.normaliser,
+        "teacher_entropy": compared.entropy,
+        "divergence": compared.divergence,
+    }, compared
 
 
-def _read_beside_teacher(
-    decoder: Decoder,
-    policy: dict[str, Tensor] | None,
-    rollouts: Sequence[Rollout],
-    chunk: Callable[[_Batch, slice], Columns],
-    progress: Progress | None,
-) -> list[dict[str, np.ndarray]]:
-    """`_read` at the rollouts' own exits, and by the teacher at full depth: once where these are the same. Leaves the
-    policy loaded."""
-    full_depth = all(np.all(rollout.exit_depths == decoder.dims.num_layers) for rollout in rollouts)
-    if policy is None and full_depth:
-        decoder.load_policy(None)
-        return _read(decoder, rollouts, chunk, progress)
-    return _read(decoder, rollouts, chunk, progress, _teacher(decoder, policy, rollouts))
+def _inspect_chunk(decoder: Decoder, batch: _Batch, at: slice, streams: bool) -> Columns:
+    """The fields of `Score`, then the others of `Inspection`; the exits are read where they were asked."""
+    theirs = batch.teacher_readout(batch.teacher[at])
+    (scores, compared), best = _scores(decoder, batch, at, theirs), theirs.max(dim=-1)
+    shape = len(theirs), len(batch.exits)
+    hazards, costs, logprobs = (torch.full(shape, float("nan"), device=decoder.device) for _ in range(3))
+    said = torch.full(shape, -1, dtype=torch.int32, device=decoder.device)
+    for i, (depth, stream) in enumerate(zip(decoder.layout.depths, batch.exits, strict=True)):
+        asked = _passed(batch, at, depth)
+        if not len(asked):
+            continue
+        hidden = stream[at][asked]
+        if decoder.gates is not None:
+            hazards[asked, i] = decoder.gate_logit(i, hidden).sigmoid()
+        logits = decoder.readout(hidden)
+        against, top = compare(theirs[asked], logits), logits.max(dim=-1)
+        costs[asked, i] = against.divergence
+        said[asked, i], logprobs[asked, i] = top.indices.int(), top.values - against.other_normaliser
+    found = {
+        **scores, "hazards": hazards, "divergences": costs, "said": said, "said_logprobs": logprobs,
+        "teacher_said": best.indices.int(), "teacher_said_logprobs": best.values - compared.normaliser,
+    }  # fmt: skip
+    if streams:
+        stacked = torch.stack([stream[at] for stream in (*batch.exits, batch.final)], dim=1).float()
+        found["streams"] = (stacked * stacked.pow(2).mean(-1, keepdim=True).rsqrt()).half()
+    return found
+
+
+def _exits_chunk(decoder: Decoder, batch: _Batch, at: slice) -> Columns:
+    """The fields of `ExitReading`."""
+    theirs, exits = batch.teacher_readout(batch.teacher[at]), len(batch.exits)
+    found, hazards = (
+        torch.full((len(theirs), columns), float("nan"), device=decoder.device) for columns in (exits + 1, exits)
+    )
+    for i, (depth, stream) in enumerate(zip(decoder.layout.outcomes, (*batch.exits, batch.final), strict=True)):
+        passed = _passed(batch, at, depth)
+        if not len(passed):
+            continue
+        hidden = stream[at][passed]
+        found[passed, i] = compare(decoder.readout(hidden), theirs[passed]).divergence
+        if i < exits and decoder.gates is not None:
+            hazards[passed, i] = decoder.gate_logit(i, hidden).sigmoid()
+    return {"divergences": found, "hazards": hazards}
+
+
+def _passed(batch: _Batch, at: slice, depth: int) -> Tensor:
+    """Which of these positions came by an exit, or took it: int64 [*]."""
+    return ((batch.taken[at] >= depth) & batch.asked[at]).nonzero().squeeze(-1)
+
+
+def _trace_chunk(decoder: Decoder, batch: _Batch, at: slice, top_k: int) -> Columns:
+    theirs = batch.teacher_readout(batch.teacher[at])
+    own, best = compare(theirs, theirs), theirs.topk(top_k, dim=-1)
+    costs = [compare(theirs, decoder.readout(stream[at])).divergence for stream in batch.exits]
+    return {
+        "divergences": torch.stack(costs, dim=1) if costs else theirs.new_zeros(len(theirs), 0),
+        "topk_ids": best.indices.int(),
+        "topk_logprobs": best.values - own.normaliser[:, None],
+        "entropy": own.entropy,
+    }
+
+
+@dataclass
+class _Part:
+    """Rollouts that are read together: their indices, and tokens int64 [B, T], lengths [B] behind the first `shared`
+    tokens, which were `read` before; [] where there are none."""
+
+    indices: list[int]
+    rollouts: list[Rollout]
+    tokens: Tensor
+    lengths: Tensor
+    shared: int
+    read: list[Prefilled]
+
+    def pick(self, stream_BT: Tensor) -> Tensor:
+        """[B, T, ...] at the positions that predict generated tokens, [N, ...]."""
+        return torch.cat([stream_BT[b, _predicting(r, self.shared)] for b, r in enumerate(self.rollouts)])
 
 
 def _read(
     decoder: Decoder,
     rollouts: Sequence[Rollout],
-    chunk: Callable[[_Batch, slice], Columns],
+    chunk: Chunk,
     progress: Progress | None,
     teacher: tuple[list[Tensor], Callable[[Tensor], Tensor]] | None = None,
 ) -> list[dict[str, np.ndarray]]:
@@ -334,27 +341,21 @@ def _read(
 
     Rollouts are read at their own exits where there is a `teacher` (its streams and readout), else at full depth.
     """
-    size = max(1, LOGITS_BYTES // (4 * decoder.dims.vocab))
     found: dict[int, dict[str, np.ndarray]] = {}
-    for number, (part, prefix) in enumerate(_parts(decoder, rollouts)):
-        chosen = [rollouts[i] for i in part.indices]
-        depths = replay_depths(chosen, part.tokens.shape[1], decoder, part.shared)
-        own_exits = depths if teacher else None
-        streams = decoder.forward_with_residuals(part.tokens, part.lengths, own_exits, prefix)
-        final, *exits = (_pick(stream, chosen, part.shared) for stream in (streams[0], *streams[1]))
-        said = torch.cat([torch.as_tensor(r.tokens) for r in chosen]).to(decoder.device)
-        asked = torch.cat([(torch.arange(r.length) > 0) | decoder.layout.first_token for r in chosen]).to(
-            decoder.device
-        )
-        taken = _pick(depths, chosen, part.shared)
-        logprobs = _exit_logprobs(decoder, exits, taken).where(asked, 0.0)
+    device = decoder.device
+    for number, part in enumerate(_parts(decoder, rollouts)):
+        depths = replay_depths(part.rollouts, part.tokens.shape[1], decoder, part.shared)
+        final, exits = decoder.forward_with_residuals(part.tokens, part.lengths, depths if teacher else None, part.read)
+        final, exits = part.pick(final), [part.pick(stream) for stream in exits]
+        tokens = torch.cat([torch.as_tensor(r.tokens) for r in part.rollouts]).to(device)
+        asked = torch.cat([(torch.arange(r.length) > 0) | decoder.layout.first_token for r in part.rollouts])
         theirs, readout = (teacher[0][number], teacher[1]) if teacher else (final, decoder.readout)
-        batch = _Batch(said, taken, asked, final, exits, logprobs, theirs, readout)
-        chunks = [chunk(batch, slice(start, start + size)) for start in range(0, len(said), size)]
-        columns, start = {name: torch.cat([one[name] for one in chunks]).cpu().numpy() for name in chunks[0]}, 0
-        for i in part.indices:
-            found[i] = {name: column[start : start + rollouts[i].length] for name, column in columns.items()}
-            start += rollouts[i].length
+        batch = _Batch(tokens, part.pick(depths), asked.to(device), final, exits, theirs, readout)
+        parts = [chunk(batch, at) for at in chunks(decoder, len(tokens))]
+        columns, start = {name: torch.cat([one[name] for one in parts]).cpu().numpy() for name in parts[0]}, 0
+        for i, rollout in zip(part.indices, part.rollouts, strict=True):
+            found[i] = {name: column[start : start + rollout.length] for name, column in columns.items()}
+            start += rollout.length
         if progress:
             progress(len(found), len(rollouts))
     return [found[i] for i in range(len(rollouts))]
@@ -362,27 +363,22 @@ def _read(
 
 def _teacher(
     decoder: Decoder, policy: dict[str, Tensor] | None, rollouts: Sequence[Rollout]
-) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
-    """The teacher's streams [N, D] at the predicting positions of each part, and its readout; then the policy's
-    weights are loaded again."""
-    streams: list[Tensor] = []
+) -> tuple[list[Tensor], Callable[[Tensor], Tensor]] | None:
+    """The teacher's streams [N, D] at the predicting positions of each part, and its readout; None where the rollouts
+    are its own at full depth, which are read once. Then the policy's weights are loaded."""
+    own = policy is None and all(np.all(rollout.exit_depths == decoder.dims.num_layers) for rollout in rollouts)
     try:
         decoder.load_policy(None)
-        for part, prefix in _parts(decoder, rollouts):
-            stream = decoder.forward_parallel(part.tokens, part.lengths, prefix=prefix)
-            streams.append(_pick(stream, [rollouts[i] for i in part.indices], part.shared))
+        if own:
+            return None
+        streams = [
+            part.pick(decoder.forward_parallel(part.tokens, part.lengths, prefix=part.read))
+            for part in _parts(decoder, rollouts)
+        ]
         return streams, decoder.current_readout()
     finally:
-        decoder.load_policy(policy)
-
-
-def _exit_logprobs(decoder: Decoder, residuals_ND: list[Tensor], taken: Tensor) -> Tensor:
-    """log q(taken depth) float32 [N] from the streams at the exits; zeros without gates."""
-    total = torch.zeros(len(taken), device=decoder.device)
-    if decoder.gates is not None:
-        for i, (depth, stream) in enumerate(zip(decoder.layout.depths, residuals_ND, strict=True)):
-            total += gate_log_term(decoder.gate_logit(i, stream), taken, depth)
-    return total
+        if policy is not None:
+            decoder.load_policy(policy)
 
 
 def replay_depths(rollouts: Sequence[Rollout], width: int, decoder: Decoder, shared: int = 0) -> Tensor:
@@ -394,19 +390,21 @@ def replay_depths(rollouts: Sequence[Rollout], width: int, decoder: Decoder, sha
     return depths.to(decoder.device)
 
 
-class _Part(NamedTuple):
-    """Rollouts that are read together: their indices, and tokens int64 [B, T], lengths [B] behind the first `shared`
-    tokens, which have been read."""
-
-    indices: list[int]
-    tokens: Tensor
-    lengths: Tensor
-    shared: int
+def _predicting(rollout: Rollout, shared: int) -> slice:
+    """The positions, behind the first `shared`, that predict the generated tokens: the prompt's last up to the last but
+    one of the sequence."""
+    start = _begun(rollout) - shared
+    return slice(start, start + rollout.length)
 
 
-def _parts(decoder: Decoder, rollouts: Sequence[Rollout]) -> Iterator[tuple[_Part, Beginnings | None]]:
-    """All rollouts, some at a time, each time the same, with what each shares with others, read by the weights now
-    loaded: of a prompt at most all but its last token, whose position predicts. B·(shared + T) is bounded."""
+def _begun(rollout: Rollout) -> int:
+    """Positions that the answers to a prompt can share: all of it but its last token, whose position predicts."""
+    return len(rollout.prompt_tokens) - 1
+
+
+def _parts(decoder: Decoder, rollouts: Sequence[Rollout]) -> Iterator[_Part]:
+    """All rollouts, some at a time, each time the same, what several share of a prompt read before by the weights now
+    loaded. B·(shared + T) is bounded."""
     if empty := sum(not r.length for r in rollouts):
         raise ValueError(f"{empty} rollouts have no generated token; expected at least one each")
     by_prompt: dict[bytes, list[int]] = {}
@@ -415,23 +413,15 @@ def _parts(decoder: Decoder, rollouts: Sequence[Rollout]) -> Iterator[tuple[_Par
     alone: list[int] = []
     for bunch in _bunches(rollouts, by_prompt.values()):
         owner = {i: number for number, group in enumerate(bunch) for i in group}
-        shared = _begun(rollouts, bunch[0])
+        shared = _begun(rollouts[bunch[0][0]])
         positions = sum(len(rollouts[i].prompt_tokens) + rollouts[i].length for i in owner)
         if (len(owner) - len(bunch)) * shared < max(PASS_POSITIONS, SHARED_FROM * positions):
             alone += owner
             continue
-        heads = np.stack([rollouts[group[0]].prompt_tokens[:shared] for group in bunch]).astype(np.int64)
-        keys, values = decoder.beginnings(torch.from_numpy(heads).to(decoder.device))
-        for part in _of_like_length(rollouts, sorted(owner), shared, decoder.device):
-            of = torch.tensor([owner[i] for i in part.indices], device=decoder.device)
-            yield part, Beginnings(keys, values, of)
-    for part in _of_like_length(rollouts, sorted(alone), 0, decoder.device):
-        yield part, None
-
-
-def _begun(rollouts: Sequence[Rollout], group: Sequence[int]) -> int:
-    """How many positions the answers to one prompt share: all of it but its last token."""
-    return len(rollouts[group[0]].prompt_tokens) - 1
+        heads, lengths = pad([rollouts[group[0]].prompt_tokens[:shared] for group in bunch], decoder.device)
+        read = decoder.prefill(heads, lengths)
+        yield from _of_like_length(decoder, rollouts, {i: read[owner[i]] for i in sorted(owner)}, shared)
+    yield from _of_like_length(decoder, rollouts, dict.fromkeys(sorted(alone)), 0)
 
 
 def _bunches(rollouts: Sequence[Rollout], groups: Iterable[list[int]]) -> Iterator[list[list[int]]]:
@@ -440,8 +430,8 @@ def _bunches(rollouts: Sequence[Rollout], groups: Iterable[list[int]]) -> Iterat
     more than the two passes that another takes, or where its beginnings fill one."""
     bunch: list[list[int]] = []
     shortest, beyond = 0, 0
-    for group in sorted(groups, key=lambda group: _begun(rollouts, group)):
-        own = _begun(rollouts, group)
+    for group in sorted(groups, key=lambda group: _begun(rollouts[group[0]])):
+        own = _begun(rollouts[group[0]])
         beyond += (len(group) - 1) * (own - shortest)
         if bunch and (beyond > 2 * PASS_POSITIONS or (len(bunch) + 1) * shortest > FORWARD_POSITIONS):
             yield bunch
@@ -454,24 +444,15 @@ def _bunches(rollouts: Sequence[Rollout], groups: Iterable[list[int]]) -> Iterat
 
 
 def _of_like_length(
-    rollouts: Sequence[Rollout], group: Sequence[int], shared: int, device: torch.device
+    decoder: Decoder, rollouts: Sequence[Rollout], read: dict[int, Prefilled] | dict[int, None], shared: int
 ) -> Iterator[_Part]:
-    sizes = {i: len(rollouts[i].prompt_tokens) + rollouts[i].length for i in group}
-    order = sorted(group, key=lambda i: -sizes[i])
+    """The rollouts of these indices, the longest first, with what was read of each."""
+    sizes = {i: len(rollouts[i].prompt_tokens) + rollouts[i].length for i in read}
+    order = sorted(read, key=lambda i: -sizes[i])
     while order:
         count = max(1, FORWARD_POSITIONS // sizes[order[0]])
-        chosen, order = order[:count], order[count:]
-        sequences = [np.concatenate([rollouts[i].prompt_tokens, rollouts[i].tokens])[shared:] for i in chosen]
-        yield _Part(chosen, *pad(sequences, device), shared)
-
-
-def _predicting(rollout: Rollout, shared: int) -> slice:
-    """The positions, behind the first `shared`, that predict the generated tokens: the prompt's last up to the last but
-    one of the sequence."""
-    start = len(rollout.prompt_tokens) - 1 - shared
-    return slice(start, start + rollout.length)
-
-
-def _pick(stream_BT: Tensor, rollouts: Sequence[Rollout], shared: int) -> Tensor:
-    """[B, T, ...] at the predicting positions, [N, ...]."""
-    return torch.cat([stream_BT[b, _predicting(rollout, shared)] for b, rollout in enumerate(rollouts)])
+        indices, order = order[:count], order[count:]
+        chosen = [rollouts[i] for i in indices]
+        sequences = [np.concatenate([r.prompt_tokens, r.tokens])[shared:] for r in chosen]
+        before = [one for i in indices if (one := read[i]) is not None]
+        yield _Part(indices, chosen, *pad(sequences, decoder.device), shared, before)

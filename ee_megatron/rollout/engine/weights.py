@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,18 +64,19 @@ class SkippedKV:
 
 
 class DecoderWeights:
-    """All tensors of a decoder in one dtype on one device."""
+    """All tensors of a decoder in one dtype on one device. `tensors`: those of the base by their Hugging Face names, of
+    fused matrices the rows."""
 
     def __init__(self, source: HFDirectory | ModelSource, dtype: torch.dtype, device: torch.device):
         self.dims: ModelDims = source.dims
         self.dtype, self.device, self.path = dtype, device, Path(source.path)
         self._open: Callable[[Path], HFDirectory | ModelSource] = type(source)
+        self.tensors: dict[str, Tensor] = {}
         self.embedding = self._read(source, "model.embed_tokens.weight")
         self.blocks = [self._block(source, layer) for layer in range(self.dims.num_layers)]
         self.final_norm = self._read(source, "model.norm.weight")
         self._head = self.embedding if self.dims.tied else self._read(source, "lm_head.weight")
         self._packed_head: WideLinear | None = None
-        self._scratch: dict[str, Tensor] = {}
         self.original = True
 
     @property
@@ -95,7 +96,7 @@ class DecoderWeights:
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         if layer:
             self.blocks[int(layer[1])].linears.clear()
-        self._place(name).copy_(tensor)
+        self.tensors[name].copy_(tensor)
 
     @torch.inference_mode()
     def restore_base(self) -> None:
@@ -131,26 +132,14 @@ class DecoderWeights:
         return self._skipped(folded, depths)
 
     def _merged(self, layer: int, name: str, tensors: dict[str, Tensor], spec: PolicySpec) -> Tensor:
-        base, previous = self.blocks[layer].base[name], self.blocks[layer].linears.get(name)
-        # Fresh memory costs as much as the product: the last policy's matrix is written over where it is still there,
-        # and where matrices are packed one of every shape serves all layers.
-        if previous is not None and previous.copied:
-            if name not in self._scratch:
-                self._scratch[name] = torch.empty_like(base)
-            merged = self._scratch[name]
-        else:
-            reuse = previous.plain() if previous is not None and previous.adapted else None
-            merged = torch.empty_like(base) if reuse is None else reuse
-        rows = self._rows(name)
+        base = self.blocks[layer].base[name]
+        merged, rows = torch.empty_like(base), [self.dims.linear_shapes()[part][0] for part in FUSED[name]]
         for part, source, target in zip(FUSED[name], base.split(rows), merged.split(rows), strict=True):
             if part in spec.targets:
                 prefix = f"model.layers.{layer}.{part}"
                 down = tensors[f"{prefix}.lora_A.weight"].to(self.device, torch.float32)
                 up = tensors[f"{prefix}.lora_B.weight"].to(self.device, torch.float32)
-                if base.dtype == torch.float32:
-                    torch.addmm(source, up, down, alpha=spec.scale, out=target)
-                else:
-                    target.copy_(torch.addmm(source.float(), up, down, alpha=spec.scale))
+                target.copy_(torch.addmm(source.float(), up, down, alpha=spec.scale))
             else:
                 target.copy_(source)
         return merged
@@ -165,44 +154,21 @@ class DecoderWeights:
             found.append(SkippedKV(first, stop - first, linear, torch.stack(gains) if gains else None))
         return found
 
-    def _rows(self, fused: str) -> list[int]:
-        return [self.dims.linear_shapes()[part][0] for part in FUSED[fused]]
-
-    def _place(self, name: str) -> Tensor:
-        """The tensor, or the rows of a fused one, that hold a Hugging Face tensor."""
-        whole = {
-            "model.embed_tokens.weight": self.embedding,
-            "model.norm.weight": self.final_norm,
-            "lm_head.weight": self._head,
-        }
-        if name in whole:
-            return whole[name]
-        layer, part = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name).groups()  # type: ignore[union-attr]
-        block, (linear, kind) = self.blocks[int(layer)], part.rsplit(".", 1)
-        if linear in NORMS:
-            return getattr(block, NORMS[linear])
-        for fused, parts in FUSED.items():
-            if linear in parts:
-                target = block.base[fused] if kind == "weight" else block.biases[fused]
-                assert target is not None
-                return target.split(self._rows(fused))[parts.index(linear)]
-        raise ValueError(f"{name} is no tensor of a {self.dims.family} model; expected Hugging Face names")
-
-    def _read(self, source: HFDirectory | ModelSource, name: str) -> Tensor:
-        return source.tensor(name).to(self.device, self.dtype)
+    def _read(self, source: HFDirectory | ModelSource, *names: str) -> Tensor:
+        """One tensor, or several as the rows of one."""
+        parts = [source.tensor(name).to(self.device, self.dtype) for name in names]
+        whole = torch.cat(parts)
+        self.tensors.update(zip(names, whole.split([len(part) for part in parts]), strict=True))
+        return whole
 
     def _block(self, source: HFDirectory | ModelSource, layer: int) -> LayerWeights:
-        def read(name: str) -> Tensor:
-            return self._read(source, f"model.layers.{layer}.{name}")
+        def read(kind: str, *parts: str) -> Tensor:
+            return self._read(source, *(f"model.layers.{layer}.{part}.{kind}" for part in parts))
 
-        base: dict[str, Tensor] = {}
-        biases: dict[str, Tensor | None] = {}
-        for name, parts in FUSED.items():
-            base[name] = torch.cat([read(f"{part}.weight") for part in parts])
-            has_bias = self.dims.has_bias(parts[0])
-            biases[name] = torch.cat([read(f"{part}.bias") for part in parts]) if has_bias else None
+        base = {name: read("weight", *parts) for name, parts in FUSED.items()}
+        biases = {name: read("bias", *parts) if self.dims.has_bias(parts[0]) else None for name, parts in FUSED.items()}
         present = [name for name in NORMS if self.dims.qk_norm or not name.startswith("self_attn")]
-        return LayerWeights({}, base, biases, **{NORMS[name]: read(f"{name}.weight") for name in present})
+        return LayerWeights({}, base, biases, **{NORMS[name]: read("weight", name) for name in present})
 
 
 @dataclass
@@ -223,27 +189,34 @@ class PartialLoad:
         self.kept: dict[str, Tensor] = {}
         self.seen: set[str] = set()
 
-    def take(self, tensors: dict[str, Tensor], weights: DecoderWeights) -> None:
-        """Raises ValueError before anything of the chunk is written: a name unknown or come before, another shape."""
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises ValueError for a name that is unknown or has come before, and for another shape."""
         for name, tensor in tensors.items():
             if name not in self.expected or name in self.seen:
                 what = "came twice" if name in self.seen else "is unknown"
                 raise ValueError(f"policy tensor {name} {what}; send every tensor of the policy's spec exactly once")
-            check_shape(name, tensor, self.expected[name])
+            shape = self.expected[name]
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"policy tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
+
+    def check_whole(self, coming: Iterable[str] = ()) -> None:
+        """Raises ValueError if tensors are missing that have neither come nor are `coming`."""
+        missing = sorted(self.expected.keys() - self.seen - set(coming))
+        if missing:
+            raise ValueError(
+                f"policy tensors lack {missing[0]} ({len(missing)} of {len(self.expected)}); load weights made with "
+                "the same policy settings, and all of them"
+            )
+
+    def take(self, tensors: Mapping[str, Tensor], weights: DecoderWeights) -> None:
+        """Raises ValueError as `check` does, before anything of the chunk is written."""
+        self.check(tensors)
         for name, tensor in tensors.items():
             if name in self.of_base:
                 weights.write_base(name, tensor)
             else:
                 self.kept[name] = tensor.detach().clone()
             self.seen.add(name)
-
-    def check_whole(self) -> None:
-        """Raises ValueError if tensors are missing."""
-        missing = sorted(self.expected.keys() - self.seen)
-        if missing:
-            raise ValueError(
-                f"policy tensors lack {missing[0]} ({len(missing)} of {len(self.expected)}); send all, then finish"
-            )
 
 
 def gates_from(
@@ -262,21 +235,3 @@ def gates_from(
         )
         for d in depths
     ]
-
-
-def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
-    """Raises ValueError with one line unless names and shapes are exactly the expected ones."""
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if missing or extra:
-        what = f"lack {missing[0]}" if missing else f"hold the unknown {extra[0]}"
-        count = len(missing) + len(extra)
-        raise ValueError(
-            f"policy tensors {what} ({count} names differ); load weights made with the same policy settings"
-        )
-    for name, shape in expected.items():
-        check_shape(name, tensors[name], shape)
-
-
-def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"policy tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")

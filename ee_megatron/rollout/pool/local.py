@@ -92,7 +92,7 @@ class LocalPool(RolloutPool):
             if gate.fc1.bias is not None:
                 held |= {f"{prefix}.fc1.bias": gate.fc1.bias}
         if decoder.spec is not None and decoder.spec.full and self._weights:
-            held |= {name: decoder.weights._place(name) for name in decoder.dims.tensor_shapes()}
+            held |= {name: decoder.weights.tensors[name] for name in decoder.dims.tensor_shapes()}
         return hashes(held)
 
     def generate(self, request: GenerationRequest, progress: Progress | None = None) -> list[list[Rollout]]:

@@ -1,7 +1,4 @@
-"""`ee-megatron generate` and `ee-megatron serve`: a trained model answers, in the terminal or over HTTP.
-
-`generate` shows one answer as it is written, each token coloured by the depth it took.
-"""
+"""`ee-megatron generate` and `ee-megatron serve`: a trained model answers, in the terminal or over HTTP."""
 
 from __future__ import annotations
 
@@ -12,14 +9,14 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from .config.schema import RunConfig
-from .exit_rules import ExitRule, Off
-from .inference.model import EarlyExitModel
-from .inference.model_resolver import resolve_configured
-from .rollout.engine.sampling import SamplingParams
+from ..config.schema import RunConfig
+from ..exit_rules import ExitRule, Off
+from ..rollout.engine.sampling import SamplingParams
+from .model import EarlyExitModel
+from .model_resolver import resolve_configured
 
 if TYPE_CHECKING:
-    from .rollout.server.run import ServerSettings
+    from ..rollout.server.run import ServerSettings
 
 # Shallow to deep, from the 256-colour cube: cold to warm with rising lightness, apart for the colour-blind too.
 SHADES = ("color(33)", "color(38)", "color(109)", "color(179)", "color(214)", "color(203)")
@@ -31,7 +28,7 @@ def load(cfg: RunConfig, model: str | None, policy: str | None, base_unchecked: 
 
 
 def rule_for(answering: EarlyExitModel, rule: ExitRule | None) -> ExitRule:
-    """The exit rule asked for, or the model's own; full depth, said once, where that would need gates that it lacks."""
+    """The exit rule asked for, or the model's own; full depth, with a note, where that needs gates that it lacks."""
     if rule is None:
         return answering.default_exits
     if not answering.has_gates and "gates" in rule.needs:
@@ -40,26 +37,9 @@ def rule_for(answering: EarlyExitModel, rule: ExitRule | None) -> ExitRule:
     return rule
 
 
-def serve(
-    cfg: RunConfig, settings: ServerSettings, rule: ExitRule | None, model: str | None, policy: str | None,
-    base_unchecked: bool = False,
-) -> None:  # fmt: skip
-    """Answer over HTTP until told to stop; the key that clients need, if any, is EE_API_KEY's."""
-    from .rollout.server.run import run
-
-    # Before the model is read, which takes its time.
-    with settings.bind() as listening:
-        answering = load(cfg, model, policy, base_unchecked)
-        default = rule_for(answering, rule)
-        name = answering.name if model else f"{cfg.name}-{answering.name}"
-        key = os.environ.get("EE_API_KEY") or None
-        run(answering.decoder, str(answering.source), name, default, settings, listening, key)
-
-
 def wants_chat(answering: EarlyExitModel, asked: bool | None) -> bool:
-    """Whether a prompt on the command line is put through the chat template. Where nobody says: as the run's prompts
-    were; without a run, if the model has a template and is as its makers left it. What gates were trained on, if their
-    run isn't known, isn't known either: the prompt is read as it stands."""
+    """Whether a prompt on the command line goes through the chat template. Where nobody says: as the run's prompts did;
+    without a run, if the model has a template and no gates, since nobody knows what gates were trained on."""
     if asked is not None:
         return asked
     if answering.settings is not None:
@@ -68,10 +48,9 @@ def wants_chat(answering: EarlyExitModel, asked: bool | None) -> bool:
 
 
 def stream_answer(answering: EarlyExitModel, prompt: str, rule: ExitRule, sampling: SamplingParams, chat: bool) -> None:
-    """Print the answer token by token, then how deep it went."""
-    layers = answering.num_layers
+    """Print the answer token by token, coloured by depth, then how deep it went."""
+    layers, depths = answering.num_layers, []
     console = Console(highlight=False, soft_wrap=True)
-    depths = []
     for token in answering.stream(prompt, rule, sampling=sampling, chat=chat):
         depths.append(token.depth)
         shade = SHADES[min(len(SHADES) - 1, int(token.depth / layers * len(SHADES)))]
@@ -82,3 +61,19 @@ def stream_answer(answering: EarlyExitModel, prompt: str, rule: ExitRule, sampli
     for i, shade in enumerate(SHADES):
         legend.append(f"≤{round(layers * (i + 1) / len(SHADES))} ", style=shade)
     console.print(legend)
+
+
+def serve(
+    cfg: RunConfig, settings: ServerSettings, rule: ExitRule | None, model: str | None, policy: str | None,
+    base_unchecked: bool = False,
+) -> None:  # fmt: skip
+    """Answer over HTTP until told to stop; the key that clients need, if any, is EE_API_KEY's."""
+    from ..rollout.server.run import run
+
+    # Before the model is read, which takes its time.
+    with settings.bind() as listening:
+        answering = load(cfg, model, policy, base_unchecked)
+        default = rule_for(answering, rule)
+        name = answering.name if model else f"{cfg.name}-{answering.name}"
+        key = os.environ.get("EE_API_KEY") or None
+        run(answering.decoder, str(answering.source), name, default, settings, listening, key)

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from ee_megatron import cli
 from ee_megatron.checkpoint.export_files.configuration_early_exit import POLICY_KINDS, check_exit_policy
@@ -35,8 +36,7 @@ from ee_megatron.exit_rules import (
     usage,
 )
 from ee_megatron.exits import ExitLayout
-from ee_megatron.rollout.server.protocol import BadRequest, CompletionRequest
-from ee_megatron.rollout.server.protocol import parse as parse_request
+from ee_megatron.rollout.server.protocol import CompletionRequest
 
 LAYOUT = ExitLayout(6, (2, 4))
 DEPTHS = {("p", 0): [6, 2, 4], ("p", 1): [6, 4, 2]}
@@ -121,7 +121,7 @@ def test_what_users_may_name_is_read_back_as_it_was_written(kind: str) -> None:
     rule = RULES[kind].of(2) if kind == "fixed" else make_rule(kind)
     assert parse(str(rule)) == rule == make_rule(**rule.to_json())
     body = {"model": "m", "prompt": "x", "exit_policy": rule.to_json()}
-    (request,) = parse_request(CompletionRequest, json.dumps(body).encode()).requests([[1]], [1], Off())
+    (request,) = CompletionRequest.model_validate(body).requests([[1]], [1], Off())
     assert request.exits == rule
     if kind in POLICY_KINDS:
         check_exit_policy(rule.to_json(), list(LAYOUT.depths), LAYOUT.num_layers)
@@ -138,8 +138,8 @@ def test_who_names_rules_names_those_of_the_registry(capsys: pytest.CaptureFixtu
     assert usage() in " ".join(capsys.readouterr().out.split())
     for wrong in ("never", "entropy", "prescribed"):
         body = {"model": "m", "prompt": "x", "exit_policy": {"kind": wrong}}
-        with pytest.raises(BadRequest, match=", ".join(f"'{kind}'" for kind in OFFERED[:-1])):
-            parse_request(CompletionRequest, json.dumps(body).encode())
+        with pytest.raises(ValidationError, match=", ".join(f"'{kind}'" for kind in OFFERED[:-1])):
+            CompletionRequest.model_validate(body)
     with pytest.raises(ValueError, match=r"'never'.*threshold, sample"):
         make_rule("never")
 

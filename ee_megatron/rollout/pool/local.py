@@ -107,7 +107,8 @@ class LocalPool(RolloutPool):
 
     def read(self, reading: str, rollouts: Sequence[Rollout], settings: tuple, progress: Progress | None) -> list:
         if reading == "trace":
-            return scoring.trace(self.decoder, rollouts, *settings, progress)
+            (top_k,) = settings
+            return scoring.trace(self.decoder, rollouts, top_k, progress)
         tensors = dict(self._weights.tensors) if self._weights else None
         if reading == "lens":
             return lens(self.decoder, tensors, rollouts, *settings)

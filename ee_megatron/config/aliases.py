@@ -49,6 +49,7 @@ REMOVED = {
     "rl.warmup": Removed(0, hashed=True),
     "rl.keep": Removed(None, "calibrate.wise_ft_alpha scales what calibration changed"),
     "rollout.partial": Removed("finish", hashed=True),
+    "rollout.check_weights": Removed(False),
     "rollout.start_timeout_s": Removed(0.0, "rollout.timeout_s lengthens an actor's start, too"),
     "evaluate.split": Removed("evaluation", hashed=True),
     "evaluate.seed": _SEED,

@@ -365,8 +365,6 @@ class RolloutConfig:
     """RL: versions that rollouts may be behind. 0: synchronous; more: made while the learner trains."""
     sync_dtype: str = setting("float32", choices=("float32", "bfloat16"), was="freshness.sync_dtype")
     """What weights travel to the pool in; bfloat16 halves the bytes."""
-    check_weights: bool = setting(False, execution=True)
-    """Compare every tensor on both sides after every sync."""
     max_new_tokens: int = setting(48, above=0)
     stop: list[str] = setting(["\n"], kind="text")
     prompt_template: str = setting("plain", choices=("plain", "chat"))

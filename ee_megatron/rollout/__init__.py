@@ -5,38 +5,25 @@ Importing the package imports nothing else: plans take a number from here and th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import Any
 
-if TYPE_CHECKING:
-    from .engine.decoder import Decoder as Decoder
-    from .engine.generation import generate as generate
-    from .engine.request import Event as Event
-    from .engine.request import GenerationRequest as GenerationRequest
-    from .engine.request import Request as Request
-    from .engine.sampling import SamplingParams as SamplingParams
-    from .engine.scheduler import Scheduler as Scheduler
-    from .engine.scoring import Score as Score
-    from .pool import make_pool as make_pool
-    from .pool.interface import ReplicaSettings as ReplicaSettings
-    from .pool.interface import RolloutPool as RolloutPool
-    from .pool.local import LocalPool as LocalPool
-else:
-    import importlib
+_PLACES = {
+    "Decoder": ".engine.decoder",
+    "generate": ".engine.generation",
+    "stream": ".engine.generation",
+    "GenerationRequest": ".engine.request",
+    "Request": ".engine.request",
+    "SamplingParams": ".engine.sampling",
+    "Scheduler": ".engine.scheduler",
+    "Score": ".engine.scoring",
+    "make_pool": ".pool",
+    "ReplicaSettings": ".pool.interface",
+    "LocalPool": ".pool.local",
+}
 
-    _NAMES = {
-        ".engine.decoder": ("Decoder",),
-        ".engine.generation": ("generate",),
-        ".engine.request": ("Event", "GenerationRequest", "Request"),
-        ".engine.sampling": ("SamplingParams",),
-        ".engine.scheduler": ("Scheduler",),
-        ".engine.scoring": ("Score",),
-        ".pool": ("make_pool",),
-        ".pool.interface": ("ReplicaSettings", "RolloutPool"),
-        ".pool.local": ("LocalPool",),
-    }
 
-    def __getattr__(name: str):
-        for module, names in _NAMES.items():
-            if name in names:
-                return getattr(importlib.import_module(module, __name__), name)
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name], __name__), name)

@@ -125,10 +125,8 @@ class Collector:
         all have been used."""
         rl, r = self.cfg.rl, self.cfg.rollout
         clock = [time.monotonic()]
-        if r.check_weights or not r.max_staleness:
+        if not r.max_staleness:
             self.pool.load(weights)
-        if r.check_weights:
-            self.pool.check(weights)
         clock.append(time.monotonic())
         self._begin(weights, step)
         answers = self._pending.pop(step).result(lambda done, total: detail("rollouts", done, total))

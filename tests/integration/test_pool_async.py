@@ -111,7 +111,7 @@ def test_a_run_that_is_killed_and_resumed_gives_the_same_rollouts(path: Path, tm
 
 @EXTENDED
 def test_actors_work_while_the_learner_does_and_give_what_the_local_pool_gives(path: Path, tmp_path: Path):
-    settings = "rollout.backend=ray", "rollout.actors=2", "rollout.max_staleness=1", "rollout.check_weights=true"
+    settings = "rollout.backend=ray", "rollout.actors=2", "rollout.max_staleness=1"
     with open_context(path, tmp_path / "ray", *settings) as context:
         actor = Collector(context)
         found = [act(actor, context, 0)]

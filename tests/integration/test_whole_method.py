@@ -286,7 +286,7 @@ def test_full_fine_tuning_goes_on_from_a_checkpoint_with_rollouts_made_ahead(fin
     full = (
         "adapter.full=true", "calibrate.wise_ft_alpha=0.75", "calibrate.gate_only_fraction=0.5",
         "rl.checkpoint_every=1",
-        "rollout.max_staleness=1", "rollout.check_weights=true", "rollout.sync_dtype=bfloat16",
+        "rollout.max_staleness=1", "rollout.sync_dtype=bfloat16",
     )  # fmt: skip
     runs = folder / "runs" / "tiny"
     others = set(runs.glob("rl-*"))

@@ -347,7 +347,7 @@ EXECUTION = {
     "model.base_unchecked", "pretrain.checkpoint_every", "calibrate.checkpoint_every",
     "rl.checkpoint_every", "rl.dump_rollouts", "deepspeed.zero_stage", "deepspeed.offload_optimizer", "rollout.backend",
     "rollout.vllm.python", "rollout.vllm.compile", "rollout.vllm.exits", "rollout.tensor", "rollout.actors",
-    "rollout.threads", "rollout.max_num_seqs", "rollout.cache_gib", "rollout.device_share", "rollout.check_weights",
+    "rollout.threads", "rollout.max_num_seqs", "rollout.cache_gib", "rollout.device_share",
     "rollout.timeout_s", "rollout.failure_budget",
 }  # fmt: skip
 FIRST_STAGE = {

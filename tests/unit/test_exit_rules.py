@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from ee_megatron import cli
 from ee_megatron.checkpoint.export_files.configuration_early_exit import POLICY_KINDS, check_exit_policy
@@ -42,8 +43,7 @@ from ee_megatron.rollout import Decoder, SamplingParams
 from ee_megatron.rollout.engine.request import Request
 from ee_megatron.rollout.engine.sampling import stream_key, uniforms
 from ee_megatron.rollout.engine.scheduler import Scheduler
-from ee_megatron.rollout.server.protocol import BadRequest, CompletionRequest
-from ee_megatron.rollout.server.protocol import parse as parse_request
+from ee_megatron.rollout.server.protocol import CompletionRequest
 from ee_megatron.types import Rollout
 from tests.reference import random_policy
 from tests.tiny import tiny_hf, tiny_tokenizer
@@ -131,7 +131,7 @@ def test_what_users_may_name_is_read_back_as_it_was_written(kind: str) -> None:
     rule = RULES[kind].of(2) if kind == "fixed" else make_rule(kind)
     assert parse(str(rule)) == rule == make_rule(**rule.to_json())
     body = {"model": "m", "prompt": "x", "exit_policy": rule.to_json()}
-    (request,) = parse_request(CompletionRequest, json.dumps(body).encode()).requests([[1]], [1], Off())
+    (request,) = CompletionRequest.model_validate(body).requests([[1]], [1], Off())
     assert request.exits == rule
     if kind in POLICY_KINDS:
         check_exit_policy(rule.to_json(), list(LAYOUT.depths), LAYOUT.num_layers)
@@ -148,8 +148,8 @@ def test_who_names_rules_names_those_of_the_registry(capsys: pytest.CaptureFixtu
     assert usage() in " ".join(capsys.readouterr().out.split())
     for wrong in ("never", "entropy", "prescribed"):
         body = {"model": "m", "prompt": "x", "exit_policy": {"kind": wrong}}
-        with pytest.raises(BadRequest, match=", ".join(f"'{kind}'" for kind in OFFERED[:-1])):
-            parse_request(CompletionRequest, json.dumps(body).encode())
+        with pytest.raises(ValidationError, match=", ".join(f"'{kind}'" for kind in OFFERED[:-1])):
+            CompletionRequest.model_validate(body)
     with pytest.raises(ValueError, match=r"'never'.*threshold, sample"):
         make_rule("never")
 

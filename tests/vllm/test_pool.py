@@ -17,9 +17,7 @@ import torch
 from vllm_setup import LORA, PROMPTS, SAMPLINGS, assert_same, make_model, policy_of, request
 
 from ee_megatron.config.derive import position_bytes
-from ee_megatron.config.load import load
 from ee_megatron.config.schema import RolloutConfig, VllmConfig
-from ee_megatron.config.validate import validate
 from ee_megatron.exit_rules import Off, Sample, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import WeightSet
@@ -71,15 +69,11 @@ def test_versions_are_loaded_checked_and_answer_as_the_embedded_engine_does(path
         weights = WeightSet(version, policy_of(path, seed=version))
         pool.load(weights)
         local.load(weights)
-        pool.check(weights)
         found = flat(pool.generate(request("sample")))
         assert_same(found, flat(local.generate(request("sample"))))
         assert {answer.weight_version for answer in found} == {version}
     several = request("sample").by(Sample(), Threshold(0.5), Off())
     assert_same(flat(pool.generate(several)), flat(local.generate(several)))
-    other = WeightSet(2, policy_of(path, seed=3))
-    with pytest.raises(ValueError, match="not this version 2"):
-        pool.check(other)
     assert pool.health()["backend"] == "vllm"
 
 
@@ -173,13 +167,3 @@ def test_without_a_vllm_that_was_tested_nothing_starts(found: str, path: Path, t
     python.chmod(0o755)
     with pytest.raises(ValueError, match=f"{f'vLLM {found}' if found else 'no vLLM'} there, expected version 0.32"):
         make_pool(settings(str(python)), path, LORA, torch.float32, "cpu")
-
-
-def test_devices_of_an_actor_share_the_heads_evenly(path: Path):
-    dims = HFDirectory(path).dims
-    for overrides, message in (
-        (["rollout=vllm", "rollout.tensor=3"], "rollout.tensor=3: has to divide the model's 4 attention heads"),
-        (["rollout=ray", "rollout.tensor=2"], "rollout.tensor=2: rollout.backend=ray has the whole model"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            validate(load(["name=x", f"model.path={path}", *overrides]), dims)

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from vllm_setup import ENVIRONMENT, LORA, SAMPLINGS, START_S, TEXTS, TOKENS, Own, make_model, policy_of
+from vllm_setup import ENVIRONMENT, LORA, SAMPLINGS, START_S, TEXTS, TOKENS, Own, by_vllm, make_model, policy_of
 
 from ee_megatron.checkpoint.hf_export import DEFAULT_EXIT_POLICY, export_hf
 from ee_megatron.exit_rules import Confidence, ExitRule, Fixed, Off, Patience, Sample, Threshold
@@ -228,6 +228,8 @@ def test_a_rule_may_come_as_vllm_carries_arguments_and_on_every_way_in(served: S
     by_default = httpx.post(f"{served.url}/v1/responses", json=asked, timeout=60).json()
     (chat,) = served.chat("9", temperature=0, max_tokens=16).choices
     assert by_default["output"][0]["content"][0]["text"] == chat.message.content
+    with pytest.raises(openai.BadRequestError, match="use_beam_search"):
+        served.complete(extra_body={"use_beam_search": True})
     wrong = {**asked, "vllm_xargs": {"exit_policy": "never"}}
     assert httpx.post(f"{served.url}/v1/responses", json=wrong, timeout=60).status_code == 400
 
@@ -245,7 +247,6 @@ def test_a_rule_may_come_as_vllm_carries_arguments_and_on_every_way_in(served: S
         ({"exit_polcy": {"kind": "off"}}, "exit_polcy"),
         ({"vllm_xargs": {"early_exit": "x"}}, "early_exit"),
         ({"vllm_xargs": {"exit_policy": "threshold:high"}}, "threshold:high"),
-        ({"use_beam_search": True}, "use_beam_search"),
     ],
 )
 def test_what_is_wrong_with_a_requests_exits_is_one_line(served: Served, fields: dict, named: str, stream: bool):
@@ -329,12 +330,7 @@ def test_what_cant_be_served_is_said_before_anything_starts(export: tuple[Path, 
         [str(bare), {}, {}],
         [str(path), {}, {"VERSION": "0.33.1"}],
     ]
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), **ENVIRONMENT}
-    ran = subprocess.run(
-        [vllm_python, str(Path(__file__).with_name("settings.py")), json.dumps(cases)],
-        env=environment, timeout=START_S, check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    found = json.loads(ran.stdout.splitlines()[-1])
+    found = by_vllm(vllm_python, tmp_path, "settings", json.dumps(cases))
     llama, qwen = (f"EarlyExit{family}ForCausalLM" for family in ("Llama", "Qwen3"))
     assert found[:3] == [[DEFAULT.to_json(), llama], [policy, llama], [DEFAULT_EXIT_POLICY, qwen]]
     names = ("--pipeline-parallel-size", "--enable-lora", "--async-scheduling", "compact_exits", "MODEL_RUNNER=1")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -167,3 +170,12 @@ def assert_same(found: Sequence[Rollout], expected: Sequence[Rollout], atol: flo
         for name in ("token_logprobs", "full_logprobs", "exit_logprobs"):
             np.testing.assert_allclose(getattr(left, name), getattr(right, name), rtol=0, atol=atol, err_msg=name)
         assert (left.text, left.finished) == (right.text, right.finished)
+
+
+def by_vllm(python: str, home: Path, function: str, *arguments: str) -> Any:
+    """What a function of inside.py returns in vLLM's own interpreter."""
+    root = Path(__file__).parents[2]
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(home), "PYTHONPATH": str(root), **ENVIRONMENT}
+    command = [python, str(Path(__file__).with_name("inside.py")), function, *arguments]
+    ran = subprocess.run(command, env=environment, check=True, timeout=START_S, stdout=subprocess.PIPE, text=True)
+    return json.loads(ran.stdout.splitlines()[-1])

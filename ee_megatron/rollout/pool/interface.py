@@ -72,9 +72,6 @@ class RolloutPool(Readings, Protocol):
     def load(self, weights: WeightSet | None) -> None:
         """Hold these weights from now on (None: the teacher). Raises ValueError if they don't fit the model."""
 
-    def check(self, weights: WeightSet) -> None:
-        """Compare every tensor held, wherever, with these. Raises ValueError that names the first which differs."""
-
     def generate(self, request: GenerationRequest, progress: Progress | None = None) -> list[list[Rollout]]:
         """The samples of each prompt, rule by rule; a pure function of weights and request."""
 

@@ -18,7 +18,7 @@ from ..engine.lens import lens
 from ..engine.prompts import load_tokenizer
 from ..engine.request import GenerationRequest, Progress
 from .interface import Pending, ReplicaSettings, RolloutPool, identity
-from .transport import expected_hashes, first_difference, hashes, narrowed, sync_dtype
+from .transport import narrowed, sync_dtype
 
 
 class LocalPool(RolloutPool):
@@ -73,28 +73,6 @@ class LocalPool(RolloutPool):
         self.decoder.load_policy(dict(weights.tensors) if weights else None)
         self._weights = weights
 
-    def check(self, weights: WeightSet) -> None:
-        wanted = narrowed(weights, self.sync_dtype, self.decoder.dtype)
-        if identity(wanted)[0] != self.version:
-            raise ValueError(f"the pool holds weights version {self.version}, not {weights.version}; load them first")
-        difference = first_difference(expected_hashes(wanted.tensors, self.decoder.dtype), self.held_hashes())
-        if difference:
-            raise ValueError(f"weights version {weights.version}: {difference}; load them again")
-
-    def held_hashes(self) -> dict[str, str]:
-        """Hash of every policy tensor, read back from the decoder where it keeps the tensor itself (gates, and the
-        base under full fine-tuning); adapters, which it merges, as they came."""
-        decoder, held = self.decoder, dict(self._weights.tensors) if self._weights else {}
-        for i, gate in enumerate(decoder.gates or []):
-            prefix = f"gates.{decoder.layout.depths[i]}"
-            held[f"{prefix}.fc1.weight"] = gate.fc1.plain()
-            held |= {f"{prefix}.fc2.weight": gate.fc2, f"{prefix}.fc2.bias": gate.fc2_bias}
-            if gate.fc1.bias is not None:
-                held |= {f"{prefix}.fc1.bias": gate.fc1.bias}
-        if decoder.spec is not None and decoder.spec.full and self._weights:
-            held |= {name: decoder.weights.tensors[name] for name in decoder.dims.tensor_shapes()}
-        return hashes(held)
-
     def generate(self, request: GenerationRequest, progress: Progress | None = None) -> list[list[Rollout]]:
         return generation.generate(
             self.decoder, self.tokenizer, request, self.version, progress, self.rows, positions=self.positions
@@ -107,7 +85,8 @@ class LocalPool(RolloutPool):
 
     def read(self, reading: str, rollouts: Sequence[Rollout], settings: tuple, progress: Progress | None) -> list:
         if reading == "trace":
-            return scoring.trace(self.decoder, rollouts, *settings, progress)
+            (top_k,) = settings
+            return scoring.trace(self.decoder, rollouts, top_k, progress)
         tensors = dict(self._weights.tensors) if self._weights else None
         if reading == "lens":
             return lens(self.decoder, tensors, rollouts, *settings)

@@ -26,7 +26,7 @@ from .interface import TEACHER, ReplicaSettings, RolloutPool, identity
 from .local import LocalPool
 from .ray_cluster import RayNodes, prepare_environment, start_ray
 from .ray_driver import Driver, Place, Sent, Work
-from .transport import expected_hashes, first_difference, narrowed, pack, sync_dtype, travels_in, unpack
+from .transport import pack, sync_dtype, travels_in, unpack
 from .vllm import EngineDied, VllmPool
 
 # Chunks per actor: more spread the load better and lose less to a death, fewer keep its rows fuller.
@@ -172,29 +172,6 @@ class RayPool(RolloutPool):
     def load(self, weights: WeightSet | None) -> None:
         """Returns when every actor reports this version and digest."""
         self._driver.submit(Work(self._send(weights))).result()
-
-    def check(self, weights: WeightSet) -> None:
-        """Every actor hashes what it holds, read back from its decoder. Raises RuntimeError if one is lost."""
-        wanted = weights
-        if not isinstance(weights.tensors, LazyTensors):
-            wanted = narrowed(weights, self.sync_dtype, self._replica.dtype)
-        if identity(wanted) not in (self._origin, self._sent.identity):
-            raise ValueError(
-                f"the pool was sent weights version {self._sent.identity[0]}, not this version {weights.version}; "
-                "load them first"
-            )
-        expected = expected_hashes(wanted.tensors, self._replica.dtype)
-        calls = [place.handle.call.remote(self._sent.identity, "held_hashes", ()) for place in self._manned()]
-        try:
-            found = self._ray.get(calls, timeout=self._rollout.timeout_s)
-        except (self._ray.exceptions.RayActorError, self._ray.exceptions.GetTimeoutError) as error:
-            raise RuntimeError(f"weights were not compared: {str(error).splitlines()[0]}; load them again") from None
-        except self._ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, Exception) else error) from None
-        for number, held in enumerate(found):
-            difference = first_difference(expected, held)
-            if difference:
-                raise ValueError(f"weights version {weights.version}, actor {number}: {difference}; load them again")
 
     def generate(self, request: GenerationRequest, progress: Progress | None = None) -> list[list[Rollout]]:
         return self._generation(self._sent, request).result(progress)

@@ -1,9 +1,9 @@
-"""How a version of the weights travels: in chunks that need no copy on arrival, compared tensor by tensor."""
+"""How a version of the weights travels: in chunks that need no copy on arrival."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import groupby
 
 import numpy as np
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...config.schema import RolloutConfig
-from ...policy import WeightSet, may_travel_in, stays_float32
-from ...tensors import Shape, Stream, digest
+from ...policy import WeightSet, may_travel_in
+from ...tensors import Shape, Stream
 
 # A chunk's size unless one tensor alone is larger: what the sender holds beside the weights while it packs.
 CHUNK_BYTES = 64 << 20
@@ -65,29 +65,3 @@ def narrowed(weights: WeightSet, dtype: torch.dtype | None, decoder: torch.dtype
     if all(tensors[name].dtype == tensor.dtype for name, tensor in weights.tensors.items()):
         return weights
     return WeightSet(weights.version, tensors)
-
-
-def hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """name -> digest of this tensor alone."""
-    return {name: digest({name: tensor}) for name, tensor in tensors.items()}
-
-
-def expected_hashes(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, str]:
-    """Hashes of policy tensors as a replica of `dtype` holds them: what it multiplies with in `dtype`, the rest of its
-    gates in float32."""
-
-    def held(name: str, tensor: Tensor) -> Tensor:
-        if ".lora_" in name:
-            return tensor
-        return tensor.float() if stays_float32(name) else tensor.to(dtype)
-
-    return {name: digest({name: held(name, tensor)}) for name, tensor in tensors.items()}
-
-
-def first_difference(expected: dict[str, str], found: dict[str, str]) -> str | None:
-    """A line on the first tensor, in name order, that one side lacks or whose hash differs; None: all are equal."""
-    differing = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
-    if not differing:
-        return None
-    here, there = (side.get(differing[0], "missing")[:12] for side in (expected, found))
-    return f"{differing[0]} is {here} here and {there} there ({len(differing)} of {len(expected)} tensors differ)"

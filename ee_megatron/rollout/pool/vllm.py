@@ -33,7 +33,6 @@ from ..vllm import VERSIONS, is_supported, register
 from ..vllm.engine import EngineSettings, VllmEngine
 from .interface import Readings, ReplicaSettings, identity
 from .local import LocalPool
-from .transport import hashes
 
 # How often the engine's process looks whether its caller is still there, seconds.
 LOOK_S = 1.0
@@ -63,11 +62,6 @@ class VllmPool(Readings):
         self._weights = weights
         if self._reader is not None:
             self._reader.load(weights)
-
-    def held_hashes(self) -> dict[str, str]:
-        """Hash of every policy tensor: gates and a whole base as vLLM holds them, adapters, which are merged, as they
-        came."""
-        return self._engine.call("held")
 
     def generate(self, request: GenerationRequest) -> list[list[Rollout]]:
         """As `LocalPool.generate`."""
@@ -181,9 +175,6 @@ class Served:
     def load(self, version: int, data: bytes | None) -> None:
         self.engine.load(None if data is None else load(data))
         self.version = version
-
-    def held(self) -> dict[str, str]:
-        return hashes(self.engine.held())
 
     def generate(self, request: GenerationRequest) -> list[list[Rollout]]:
         return answer(self.engine, self.engine.tokenizer, request, self.version)

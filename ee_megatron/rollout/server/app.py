@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any, TypeVar
+from typing import Annotated, TypeVar
+from urllib.parse import urlsplit
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 from transformers import PreTrainedTokenizerBase
 
 from ...exit_rules import ExitRule
-from ..engine.prompts import encode_text
+from ..engine.prompts import encode_chat, encode_text, piece
 from ..engine.request import Event
 from ..engine.scoring import PromptScore, score_prompts
-from .middleware import Access, Bodies, Guard, refusal
-from .protocol import BadRequest, ChatRequest, CompletionRequest, GenerationFields, parse
+from .protocol import BadRequest, ChatRequest, CompletionRequest, GenerationFields, error_body, first_error
 from .response_format import Choice, Reply, server_sent
 from .worker import ServingEngine, Ticket
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-# Characters that are tokenised in the event loop; longer texts that may wait; characters at most per token of a prompt.
-QUICK_CHARACTERS, LONG_TEXTS, CHARACTERS_PER_TOKEN = 1 << 12, 8, 16
+# Bytes of a body; characters that are tokenised in the event loop.
+MAX_BODY, QUICK_CHARACTERS = 4 << 20, 1 << 12
 # Prompt positions, padding included, that are scored at once.
 SCORE_POSITIONS = 2048
 BROKEN = BadRequest("the server failed to answer this; its log says why", 500)
-NO_MEMORY = BadRequest("there is no memory for this request now; try again later or ask for less", 503, "no_memory")
-LEFT = BadRequest("the client has left", 499)
-STOPPING = BadRequest("the server is stopping; ask again when it is back", 503, "stopping")
+Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
 
 @dataclass(frozen=True)
@@ -55,96 +59,42 @@ class Limits:
     default_tokens: int = 256
 
 
-class Tokenization:
-    """Texts to tokens and back; long texts go one after another beside the event loop."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int):
-        self.tokenizer, self._most = tokenizer, CHARACTERS_PER_TOKEN * max_tokens
-        self._waiting, self._lane = 0, asyncio.Semaphore(1)
-        self._piece = lru_cache(1 << 17)(lambda token: str(tokenizer.decode([token])))
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens as it stands, special ones too."""
-        return self._piece(tokens[0]) if len(tokens) == 1 else str(self.tokenizer.decode(list(tokens)))
-
-    async def run(self, size: int, work: Callable[[], T]) -> T:
-        """`work` on so many characters. Raises BadRequest if too many long texts wait."""
-        if size <= QUICK_CHARACTERS:
-            return work()
-        if self._waiting >= LONG_TEXTS:
-            raise BadRequest(f"{self._waiting} long prompts wait to be read; try again later", 429, "queue_full")
-        self._waiting += 1
-        try:
-            async with self._lane:
-                return await asyncio.to_thread(work)
-        finally:
-            self._waiting -= 1
-
-    async def prompts(self, given: Sequence[str | list[int]]) -> list[list[int]]:
-        """Prompts as tokens. Raises BadRequest for a text that is too long."""
-        texts = [prompt for prompt in given if isinstance(prompt, str)]
-        for text in texts:
-            self._check(text)
-        return await self.run(
-            sum(map(len, texts)), lambda: [encode_text(self.tokenizer, p) if isinstance(p, str) else p for p in given]
-        )
-
-    async def chat(self, asked: ChatRequest) -> list[int]:
-        """Messages through the model's chat template, as tokens. Raises BadRequest."""
-        if not self.tokenizer.chat_template:
-            raise BadRequest("this model has no chat template; use /v1/completions", param="messages")
-        messages = [message.plain() for message in asked.messages]
-
-        def encode() -> list[int]:
-            try:
-                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            except Exception as error:
-                # Templates refuse roles and orders of messages by exceptions of their own.
-                reason = " ".join(str(error).split())[:300]
-                raise BadRequest(f"messages: the chat template refuses them: {reason}", param="messages") from None
-            self._check(str(text))
-            # The template writes the beginning of the sequence itself.
-            return list(self.tokenizer(str(text), add_special_tokens=False)["input_ids"])
-
-        return await self.run(sum(len(message["content"]) for message in messages), encode)
-
-    def _check(self, text: str) -> None:
-        if len(text) > self._most:
-            raise BadRequest(
-                f"the prompt has {len(text)} characters; this server reads at most {self._most}; shorten the prompt",
-                code="context_length_exceeded",
-            )
-
-
 @dataclass
 class Service:
-    """All that routes need. `waiting`: for each client under way, the events it waits for."""
+    """All that routes need.
+
+    - exits: of requests that don't say
+    - host: where the server listens if that is the loopback interface, so that any other name is DNS rebinding
+    - origins: web pages that may ask ("*": any); their hosts may be named too
+    - key: the API key that clients send; None: no key needed
+    """
 
     engine: ServingEngine
-    texts: Tokenization
+    tokenizer: PreTrainedTokenizerBase
     name: str
     exits: ExitRule
     limits: Limits
-    access: Access = field(default_factory=Access)
-    bodies: Bodies = field(default_factory=Bodies)
-    stopping: bool = False
-    waiting: dict[asyncio.Task, asyncio.Queue] = field(default_factory=dict)
+    host: str | None = "127.0.0.1"
+    origins: frozenset[str] = frozenset()
+    key: str | None = None
+    piece: Callable[[int], str] = field(init=False)
 
-    def end(self) -> None:
-        """Tell everyone who still waits that the server stops. In the event loop's thread."""
-        for events in self.waiting.values():
-            events.put_nowait((0, STOPPING))
+    def __post_init__(self) -> None:
+        self.piece = lru_cache(1 << 17)(partial(piece, self.tokenizer))
 
-    async def read(self, request: Request, kind: type[GenerationFields]) -> Any:
-        """The request's fields. Raises BadRequest."""
-        self.access.check_key(request)
-        if self.stopping:
-            raise STOPPING
-        asked = await asyncio.to_thread(parse, kind, await self.bodies.read(request))
-        if asked.model != self.name:
-            message = f"model {asked.model[:100]!r} is not served here; ask for {self.name!r}"
-            raise BadRequest(message, 404, "model_not_found", "model")
-        return asked
+    async def encode(self, asked: ChatRequest | CompletionRequest) -> list[list[int]]:
+        """The prompts as tokens. Raises BadRequest for messages that the chat template refuses."""
+        if isinstance(asked, ChatRequest):
+            messages = [message.plain() for message in asked.messages]
+            size = sum(len(message["content"]) for message in messages)
+            try:
+                return [await aside(size, lambda: encode_chat(self.tokenizer, messages))]
+            except ValueError as error:
+                raise BadRequest(f"messages: {' '.join(str(error).split())[:300]}", param="messages") from None
+        size = sum(len(prompt) for prompt in asked.prompts if isinstance(prompt, str))
+        return await aside(
+            size, lambda: [encode_text(self.tokenizer, p) if isinstance(p, str) else p for p in asked.prompts]
+        )
 
     def check_size(self, prompts: list[list[int]], asked: GenerationFields) -> list[int]:
         """New tokens that answers to each prompt may have. Raises BadRequest for what is too long or too much."""
@@ -157,7 +107,7 @@ class Service:
             if not prompt or min(prompt) < 0 or max(prompt) >= vocab:
                 raise BadRequest(f"a prompt needs tokens, and their ids must lie in 0..{vocab - 1}", param="prompt")
             room = limits.max_length - len(prompt)
-            wanted = min(limits.default_tokens, max(1, room)) if asked.limit is None else asked.limit
+            wanted = min(limits.default_tokens, max(1, room)) if asked.max_tokens is None else asked.max_tokens
             if wanted > room or len(prompt) > limits.max_prompt:
                 raise BadRequest(
                     f"the prompt has {len(prompt)} tokens and max_tokens is {wanted}; this server takes "
@@ -174,167 +124,188 @@ class Service:
             )
         return allowed
 
+    async def score(self, request: Request, prompts: list[list[int]], top: int) -> list[PromptScore]:
+        """What the prompts' own tokens score, as many at a time as are read together; other requests go on between."""
+        scores: list[PromptScore] = []
+        while len(scores) < len(prompts):
+            some, longest = list[list[int]](), 0
+            for prompt in prompts[len(scores) :]:
+                longest = max(longest, len(prompt))
+                if some and longest * (len(some) + 1) > SCORE_POSITIONS:
+                    break
+                some.append(prompt)
+            if await request.is_disconnected():
+                raise as_refusal(ClientDisconnect())
+            work = partial(score_prompts, self.engine.decoder, some, [top] * len(some))
+            try:
+                scores += await asyncio.wrap_future(self.engine.call(work))
+            except Exception as error:
+                raise as_refusal(error) from error
+        return scores
 
-def make_app(service: Service) -> Guard:
-    app = FastAPI(title="ee-megatron", docs_url=None, redoc_url=None, openapi_url=None)
-    created, metrics = int(time.time()), service.engine.metrics
+    def submit(self, request: Request, requests: list) -> AsyncIterator[tuple[int, Event]]:
+        """Queue requests in the engine, until the client leaves. Yields (index of the answer, its next token).
+        Raises BadRequest if the queue is full, and for the engine's errors."""
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event | Exception]]()
 
-    @app.exception_handler(BadRequest)
-    async def refuse(_: Request, error: BadRequest) -> Response:
-        return refusal(error)
+        def tell(index: int, event: Event | Exception) -> None:
+            # The loop may be gone when the server is stopped in the middle.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
-    @app.exception_handler(StarletteHTTPException)
-    async def unknown(request: Request, error: HTTPException) -> Response:
-        return refusal(BadRequest(f"{request.method} {request.url.path[:100]}: {error.detail}", error.status_code))
+        async def watch() -> None:
+            try:
+                while (await request.receive())["type"] != "http.disconnect":
+                    pass
+            finally:
+                self.engine.cancel(tickets)
+                events.put_nowait((0, ClientDisconnect()))
 
-    @app.exception_handler(Exception)
-    async def broken(_: Request, error: Exception) -> Response:
-        return refusal(NO_MEMORY if isinstance(error, MemoryError) else BROKEN)
+        async def follow() -> AsyncIterator[tuple[int, Event]]:
+            left = len(tickets)
+            try:
+                while left:
+                    index, event = await events.get()
+                    if isinstance(event, Exception):
+                        raise as_refusal(event)
+                    left -= event.finished is not None
+                    yield index, event
+            finally:
+                watching.cancel()
 
-    @app.get("/health")
-    async def health(request: Request) -> Response:
-        alive = service.engine.alive and not service.stopping
-        body = {"status": "ok" if alive else "stopped", "model": service.name}
-        if service.access.has_key(request):
-            body |= service.engine.health()
-        return JSONResponse(body, 200 if alive else 503)
+        tickets = [Ticket(item, partial(tell, i)) for i, item in enumerate(requests)]
+        self.engine.submit(tickets)
+        watching = asyncio.create_task(watch())
+        return follow()
 
-    @app.get("/metrics")
-    async def prometheus(request: Request) -> Response:
-        service.access.check_key(request)
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    async def answer(self, request: Request, asked: ChatRequest | CompletionRequest) -> Response:
+        """Check, queue, and either stream or collect."""
+        if asked.model != self.name:
+            message = f"model {asked.model[:100]!r} is not served here; ask for {self.name!r}"
+            raise BadRequest(message, 404, "model_not_found", "model")
+        engine, prompts = self.engine, await self.encode(asked)
+        allowed = self.check_size(prompts, asked)
+        try:
+            requests = asked.requests(prompts, [max(1, tokens) for tokens in allowed], self.exits)
+            requests[0].exits.check(engine.decoder.layout, engine.decoder.gates is not None)
+        except ValueError as error:
+            raise BadRequest(str(error)) from None
+        echoes, scores = [""] * len(prompts), list[PromptScore | None]([None] * len(prompts))
+        if isinstance(asked, CompletionRequest) and asked.echo:
+            echoes = [p if isinstance(p, str) else str(self.tokenizer.decode(p)) for p in asked.prompts]
+            if asked.top is not None:
+                scores = [*await self.score(request, prompts, asked.top)]
+        choices = [
+            Choice(i, prompts[i // asked.n], asked, self.piece, echoes[i // asked.n], scores[i // asked.n])
+            for i in range(len(requests))
+        ]
+        reply = Reply(asked, choices, engine.decoder.dims.num_layers, self.name)
+        events = self.submit(request, requests if asked.max_tokens != 0 else [])
+        if asked.stream:
+            return StreamingResponse(stream(reply, events), 200, {"Cache-Control": "no-cache"}, "text/event-stream")
+        found = [list[Event]() for _ in choices]
+        async for index, event in events:
+            found[index].append(event)
 
-    @app.get("/v1/models")
-    async def models(request: Request) -> dict:
-        service.access.check_key(request)
-        about = {"object": "model", "created": created, "owned_by": "ee-megatron"}
-        return {"object": "list", "data": [{"id": service.name, **about, "max_model_len": service.limits.max_length}]}
+        def response() -> Response:
+            parts = [choice.add(tokens, echo=True) for choice, tokens in zip(choices, found, strict=True)]
+            return JSONResponse(reply.body(parts))
 
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        asked: CompletionRequest = await service.read(request, CompletionRequest)
-        return await answer(service, request, asked, asked.prompts)
-
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        asked: ChatRequest = await service.read(request, ChatRequest)
-        return await answer(service, request, asked, [await service.texts.chat(asked)])
-
-    return Guard(app, service.access, lambda status: metrics.responses.labels(str(status)).inc())
+        # Long answers make long bodies, with a text for every token.
+        return await asyncio.to_thread(response)
 
 
-async def answer(
-    service: Service, request: Request, asked: GenerationFields, given: Sequence[str | list[int]]
-) -> Response:
-    """Check, queue, and either stream or collect. `given`: the prompts as texts or tokens."""
-    engine, n = service.engine, asked.n
-    prompts = await service.texts.prompts(given)
-    allowed = service.check_size(prompts, asked)
+async def aside(size: int, work: Callable[[], T]) -> T:
+    """`work` on so many characters, in a thread unless they are few."""
+    return work() if size <= QUICK_CHARACTERS else await asyncio.to_thread(work)
+
+
+async def stream(reply: Reply, events: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[bytes]:
+    """Server-sent events: a chunk per token, the usage if asked for, [DONE]; an error ends them."""
     try:
-        requests = asked.requests(prompts, [max(1, tokens) for tokens in allowed], service.exits)
-        requests[0].exits.check(engine.decoder.layout, engine.decoder.gates is not None)
-    except ValueError as error:
-        raise BadRequest(str(error)) from None
-    decode, echoes, scores = service.texts.decode, [""] * len(prompts), list[PromptScore | None]([None] * len(prompts))
-    if asked.echo:
-        echoes = [prompt if isinstance(prompt, str) else decode(prompt) for prompt in given]
-        if asked.top is not None:
-            scores = await score(engine, request, prompts, asked.top)
-    choices = [
-        Choice(i, item.prompt, asked, decode, echoes[i // n], scores[i // n])  # type: ignore[arg-type]
-        for i, item in enumerate(requests)
-    ]
-    reply = Reply(asked, choices, engine.decoder.dims.num_layers, service.name)
-    events = submit(service, request, requests if asked.limit != 0 else [])
-    if asked.stream:
-        chunks = stream(reply, events, asked.echo)
-        return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-    async for index, event in events:
-        choices[index].events.append(event)
-    # Long answers make long bodies, with a text for every token.
-    return Response(await asyncio.to_thread(reply.body), media_type="application/json")
-
-
-async def score(
-    engine: ServingEngine, request: Request, prompts: list[list[int]], top: int
-) -> list[PromptScore | None]:
-    """What the prompts' own tokens score, as many at a time as are read together; other requests go on between."""
-    scores: list[PromptScore | None] = []
-    while len(scores) < len(prompts):
-        some, longest = list[list[int]](), 0
-        for prompt in prompts[len(scores) :]:
-            longest = max(longest, len(prompt))
-            if some and longest * (len(some) + 1) > SCORE_POSITIONS:
-                break
-            some.append(prompt)
-        if await request.is_disconnected():
-            raise LEFT
-        try:
-            work = partial(score_prompts, engine.decoder, some, [top] * len(some))
-            scores += await asyncio.wrap_future(engine.call(work))
-        except Exception as error:
-            raise as_refusal(error) from error
-    return scores
-
-
-def submit(service: Service, request: Request, requests: list) -> AsyncIterator[tuple[int, Event]]:
-    """Queue requests in the engine; what has not finished when the response ends or the client leaves is cancelled.
-    Yields (index of the answer, its next token). Raises BadRequest if the queue is full, and for the engine's errors.
-    """
-    loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event | Exception]]()
-
-    def tell(index: int, event: Event | Exception) -> None:
-        # The loop may be gone when the server is stopped in the middle.
-        with suppress(RuntimeError):
-            loop.call_soon_threadsafe(events.put_nowait, (index, event))
-
-    async def watch() -> None:
-        try:
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-        finally:
-            service.engine.cancel(tickets)
-            events.put_nowait((0, LEFT))
-
-    async def follow() -> AsyncIterator[tuple[int, Event]]:
-        left = len(tickets)
-        while left:
-            index, event = await events.get()
-            if isinstance(event, Exception):
-                raise as_refusal(event)
-            left -= event.finished is not None
-            yield index, event
-
-    tickets = [Ticket(item, partial(tell, i)) for i, item in enumerate(requests)]
-    service.engine.submit(tickets)
-    watching = asyncio.create_task(watch())
-    service.waiting[watching] = events
-    watching.add_done_callback(service.waiting.pop)
-    return follow()
+        for choice in reply.choices if reply.asked.echo else ():
+            # A prompt may have as much to say as a whole answer: not in the event loop.
+            yield server_sent(reply.body([await asyncio.to_thread(choice.add, [], echo=True)], usage=False))
+        async for index, event in events:
+            yield server_sent(reply.body([reply.choices[index].add([event])], usage=False))
+        yield reply.end()
+    except Exception as error:
+        if not isinstance(error, BadRequest):
+            log.exception("a stream failed")
+            error = BROKEN
+        yield server_sent(error_body(error))
 
 
 def as_refusal(error: Exception) -> BadRequest:
     """An error of the engine's, as the client is told of it."""
     if isinstance(error, BadRequest):
         return error
+    if isinstance(error, ClientDisconnect):
+        return BadRequest("the client has left", 499)
     text = " ".join(str(error).split())
     # torch raises RuntimeErrors where there is no memory.
     if isinstance(error, MemoryError | OSError) or "alloc" in text or "out of memory" in text:
-        return NO_MEMORY
+        return BadRequest("there is no memory for this request now; try again later or ask for less", 503, "no_memory")
     return BadRequest(text) if isinstance(error, ValueError) else BadRequest(f"the engine failed: {text}", 500)
 
 
-async def stream(reply: Reply, events: AsyncIterator[tuple[int, Event]], echo: bool) -> AsyncIterator[bytes]:
-    """Server-sent events: a chunk per token, the usage if asked for, [DONE]; an error ends them."""
-    try:
-        for choice in reply.choices if echo else ():
-            # A prompt may have as much to say as a whole answer: not in the event loop.
-            yield reply.chunk(await asyncio.to_thread(choice.prompt_piece))
-        async for index, event in events:
-            yield reply.chunk(reply.choices[index].piece(event))
-        yield reply.end()
-    except Exception as error:
-        if not isinstance(error, BadRequest):
-            log.exception("a stream failed")
-            error = BROKEN
-        yield server_sent(error.body())
+def make_app(service: Service) -> FastAPI:
+    engine, created, key = service.engine, int(time.time()), service.key
+    app = FastAPI(title="ee-megatron", docs_url=None, redoc_url=None, openapi_url=None, max_body_size=MAX_BODY)
+    if service.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=sorted(service.origins), allow_methods=["GET", "POST"],
+            allow_headers=["Authorization"],
+        )  # fmt: skip
+    if service.host is not None:
+        named = {service.host, *(urlsplit(origin).hostname or "*" for origin in service.origins)}
+        app.add_middleware(
+            TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", *named], www_redirect=False
+        )
+
+    @app.exception_handler(StarletteHTTPException)
+    async def refuse(_: Request, error: HTTPException) -> Response:
+        headers = {"Retry-After": "1"} if error.status_code in (429, 503) else {}
+        return JSONResponse(error_body(error), error.status_code, {**headers, **(error.headers or {})})
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return await refuse(request, first_error(error.errors()))
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> Response:
+        return await refuse(request, as_refusal(error) if isinstance(error, MemoryError) else BROKEN)
+
+    def has_key(given: Bearer) -> bool:
+        return key is None or (given is not None and hmac.compare_digest(given.credentials.encode(), key.encode()))
+
+    def check_key(sent: bool = Depends(has_key)) -> None:
+        if not sent:
+            message = "the API key is missing or wrong; send 'Authorization: Bearer KEY'"
+            raise BadRequest(message, 401, "invalid_api_key")
+
+    guarded = [Depends(check_key)]
+
+    @app.get("/health")
+    async def health(sent: bool = Depends(has_key)) -> Response:
+        body = {"status": "ok" if engine.alive else "stopped", "model": service.name}
+        return JSONResponse(body | engine.health() if sent else body, 200 if engine.alive else 503)
+
+    @app.get("/metrics", dependencies=guarded)
+    async def prometheus() -> Response:
+        return Response(generate_latest(engine.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models", dependencies=guarded)
+    async def models() -> dict:
+        about = {"object": "model", "created": created, "owned_by": "ee-megatron"}
+        return {"object": "list", "data": [{"id": service.name, **about, "max_model_len": service.limits.max_length}]}
+
+    @app.post("/v1/completions", dependencies=guarded)
+    async def completions(asked: CompletionRequest, request: Request) -> Response:
+        return await service.answer(request, asked)
+
+    @app.post("/v1/chat/completions", dependencies=guarded)
+    async def chat(asked: ChatRequest, request: Request) -> Response:
+        return await service.answer(request, asked)
+
+    return app

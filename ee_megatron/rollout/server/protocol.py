@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from fastapi import HTTPException
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from ...exit_rules import OFFERED, ExitRule, make_rule
 from ..engine.request import Request
@@ -19,18 +21,24 @@ NEUTRAL |= {"frequency_penalty": 0, "presence_penalty": 0, "best_of": 1, "suffix
 """Values of OpenAI's fields that ask for nothing, as do null, [] and {}: clients send them. Others are refused."""
 
 
-class BadRequest(Exception):
-    """Why a request gets no answer, in one line; `status`, `code` and `param` as in OpenAI's errors."""
+class BadRequest(HTTPException):
+    """Why a request gets no answer, in one line; `code` and `param` as in OpenAI's errors."""
 
     def __init__(self, message: str, status: int = 400, code: str | None = None, param: str | None = None):
-        super().__init__(message)
-        self.status, self.code, self.param = status, code, param
+        super().__init__(status, message)
+        self.code, self.param = code, param
 
-    def body(self) -> dict:
-        kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(
-            self.status, "invalid_request_error" if self.status < 500 else "server_error"
-        )
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+    def __str__(self) -> str:
+        return str(self.detail)
+
+
+def error_body(error: HTTPException) -> dict:
+    """An error as OpenAI writes it."""
+    kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(
+        error.status_code, "invalid_request_error" if error.status_code < 500 else "server_error"
+    )
+    param, code = getattr(error, "param", None), getattr(error, "code", None)
+    return {"error": {"message": str(error.detail), "type": kind, "param": param, "code": code}}
 
 
 class Fields(BaseModel):
@@ -83,11 +91,6 @@ class GenerationFields(Fields):
     exit_policy: ExitPolicy | None = None
     user: str | None = None
     echo: bool = False
-
-    @property
-    def limit(self) -> int | None:
-        """New tokens of an answer; None: not given."""
-        return self.max_tokens
 
     @property
     def top(self) -> int | None:
@@ -151,7 +154,7 @@ class Message(Fields):
 
 class ChatRequest(GenerationFields):
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens"))
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS)
     echo: Literal[False] = False
@@ -163,30 +166,19 @@ class ChatRequest(GenerationFields):
         return self
 
     @property
-    def limit(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @property
     def top(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-def parse(model: type[GenerationFields], body: bytes | bytearray) -> Any:
-    """Raises BadRequest with one line on the first thing wrong."""
-    try:
-        return model.model_validate_json(body)
-    except ValidationError as error:
-        where, message = first_error(error)
-        raise BadRequest(message, param=where or None) from None
-
-
-def first_error(error: ValidationError) -> tuple[str, str]:
-    """(name of a field, one line on what is wrong with it)."""
+def first_error(errors: Sequence[Any]) -> BadRequest:
+    """The first of pydantic's errors, in one line that names the field."""
     # Of a field that may have several forms, the innermost error is about the form that was meant.
-    first = max(error.errors(include_url=False), key=lambda found: len(found["loc"]))
-    where, message = ".".join(map(str, first["loc"])), first["msg"]
-    if first["type"] == "extra_forbidden":
+    first = max(errors, key=lambda found: len(found["loc"]))
+    where, message = ".".join(str(part) for part in first["loc"] if part != "body"), first["msg"]
+    if first["type"] == "json_invalid":
+        where, message = "", f"{message} at character {where}: {first['ctx']['error']}"
+    elif first["type"] == "extra_forbidden":
         message = "this server has no such field; leave it out"
-    elif first["type"] not in ("missing", "json_invalid"):
+    elif first["type"] != "missing":
         message += f" (found {str(first['input'])[:80]!r})"
-    return where, " ".join(f"{where or 'body'}: {message}".split())
+    return BadRequest(" ".join(f"{where or 'body'}: {message}".split()), param=where or None)

@@ -1,33 +1,46 @@
-"""Runs the server until it is told to stop, then lets running requests finish."""
+"""Plans the server's memory, runs it until it is told to stop, then lets running requests finish."""
 
 from __future__ import annotations
 
 import asyncio
 import math
+import os
+import resource
 import signal
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
+import torch
 import uvicorn
 from pydantic import Field, StringConstraints, ValidationError
 from pydantic.dataclasses import dataclass
 
+from ...config.derive import position_bytes
 from ...exit_rules import ExitRule
+from ...families import ModelDims
+from ..engine.cache import PAGE
 from ..engine.decoder import Decoder
+from ..engine.model_runner import PREFILL_POSITIONS
 from ..engine.prompts import load_tokenizer
 from ..pool.ray_cluster import is_loopback
-from .app import Limits, Service, Tokenization, make_app
-from .memory import plan_memory
-from .middleware import Access, Connection
+from .app import Limits, Service, make_app
 from .protocol import first_error
 from .worker import ServingEngine
 
 # Seconds beyond the grace, in which streams that have been told to end are written out.
 LAST_WORDS_S = 5
 MAX_CONNECTIONS = 500
+PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+# Bytes left to the interpreter, threads and bodies; of a limit on addresses, which threads reserve without using them.
+MARGIN, ADDRESSES = 256 << 20, 384 << 20
+# Of what is free then: at most so much for prefill; and of the rest so much stays free.
+PREFILL_SHARE, SPARE_SHARE = 0.4, 0.1
+# float32 copies of a row's logits while a token is sampled.
+LOGITS_COPIES = 4
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|https?://[^/]+/?)$")]
 
 
@@ -52,23 +65,99 @@ class ServerSettings:
         try:
             return cls(**{one.name: given[one.name] for one in fields(cls) if one.name in given})
         except ValidationError as error:
-            raise ValueError(first_error(error)[1].replace("_", "-")) from None
+            raise ValueError(str(first_error(error.errors())).replace("_", "-")) from None
 
     def bind(self) -> socket.socket:
         """A socket at the address, not listening yet. Raises ValueError for one that can't be had."""
-        try:
-            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        except (OSError, UnicodeError) as error:
-            raise ValueError(f"host {self.host!r} is unknown ({error}); give an address of this machine") from None
-        family, kind, number, _, address = found[0]
-        made = socket.socket(family, kind, number)
+        made = socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET)
         try:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            made.bind(address)
+            made.bind((self.host, self.port))
         except OSError as error:
             made.close()
-            raise ValueError(f"port {self.port} on {self.host}: {error.strerror}; give another, or 0") from None
+            wrong = f"host {self.host!r}, port {self.port}: {error.strerror or error}"
+            raise ValueError(f"{wrong}; give an address of this machine, and another port or 0") from None
         return made
+
+
+class MemoryBudget(NamedTuple):
+    """positions: of the cache; longest: of a request, longest_prompt: of a prompt that can be read; prefill: that are
+    read together; cache_bytes; limit: what sets the size of the cache."""
+
+    positions: int
+    longest: int
+    longest_prompt: int
+    prefill: int
+    cache_bytes: int
+    limit: str
+
+
+def free_memory(device: torch.device) -> tuple[int, str]:
+    """Bytes that this process may still take, and what limits it: the device, the machine, ulimit, a control group."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], f"{device}'s free memory"
+    if not (PROC / "meminfo").is_file():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2, "half the machine's memory"
+    found = [(_kib("meminfo", "MemAvailable"), "the machine's free memory")]
+    for kind, used, name in ((resource.RLIMIT_AS, "VmSize", "-v"), (resource.RLIMIT_DATA, "VmData", "-d")):
+        if (most := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY:
+            found.append((most - _kib("self/status", used) - ADDRESSES, f"ulimit {name}"))
+    try:
+        most, now = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        # Files that the kernel caches until somebody wants the memory.
+        cached = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())["inactive_file"]
+        found.append((most - now + int(cached), "the control group's limit"))
+    except (OSError, ValueError, KeyError):
+        # Not there, or "max".
+        pass
+    least, limit = min(found)
+    return max(0, least), limit
+
+
+def _kib(file: str, name: str) -> int:
+    """Bytes that a line `name: n kB` states."""
+    lines = dict(line.split(":", 1) for line in (PROC / file).read_text().splitlines() if ":" in line)
+    return int(lines[name].split()[0]) << 10
+
+
+def prefill_bytes(dims: ModelDims, item: int) -> int:
+    """Of one position of a prompt while it is read: keys and values of all layers twice (as they are made, and as they
+    go into the cache), and what one layer computes."""
+    heads = (dims.heads + 2 * dims.kv_heads) * dims.head_dim
+    return 2 * position_bytes(dims, item) + 4 * (4 * dims.hidden + 3 * heads + 3 * dims.intermediate)
+
+
+def plan_memory(
+    decoder: Decoder, rows: int, max_length: int, cache_gib: float, free: tuple[int, str] | None = None
+) -> MemoryBudget:
+    """What of the free memory the cache gets: `cache_gib`, or for 0 all that `rows` requests of `max_length` positions
+    (0: as many as the model has) can use and that is there beside prefill. Raises ValueError for what can't be met."""
+    dims, item = decoder.dims, decoder.dtype.itemsize
+    if max_length > dims.max_positions:
+        raise ValueError(f"max-length {max_length}: the model has {dims.max_positions} positions; lower it")
+    longest = max_length or dims.max_positions
+    there, limit = free or free_memory(decoder.device)
+    rest = max(0, there - MARGIN - LOGITS_COPIES * 4 * dims.vocab * rows)
+    page, read = PAGE * position_bytes(dims, item), prefill_bytes(dims, item)
+    if cache_gib:
+        cache, limit = int(cache_gib * 2**30), "--cache-gib"
+        prefill = rest - cache
+    else:
+        prefill = min(int(rest * PREFILL_SHARE), read * max(longest, PREFILL_POSITIONS))
+        cache = int((rest - prefill) * (1 - SPARE_SHARE))
+        if (most := rows * -(-longest // PAGE) * page) < cache:
+            cache, limit = most, f"what {rows} requests can take"
+    positions, prompt = cache // page * PAGE, prefill // read
+    if positions < max(PAGE, max_length) or prompt < PAGE:
+        raise ValueError(
+            f"{limit} and {there / 2**20:.0f} MiB of free memory leave a cache of {positions} positions and prompts of "
+            f"{max(0, prompt)}; a request takes up to {max_length or PAGE}; free memory, change --cache-gib or "
+            "--max-length, lower --rows, or take a smaller model"
+        )
+    longest = min(longest, positions)
+    return MemoryBudget(
+        positions, longest, min(longest, prompt), min(PREFILL_POSITIONS, prompt), cache // page * page, limit
+    )
 
 
 def run(
@@ -90,17 +179,13 @@ def run(
     local = is_loopback(settings.host)
     if api_key is None and not local:
         print(f"warning: {settings.host} is open to others and EE_API_KEY is not set", file=sys.stderr)
+    limits = Limits(budget.longest, budget.longest_prompt, default_tokens=settings.max_new_tokens)
+    origins = frozenset(origin.rstrip("/").lower() for origin in settings.allow_origin)
     service = Service(
-        engine,
-        Tokenization(load_tokenizer(model_path), budget.longest),
-        name,
-        exits,
-        Limits(budget.longest, budget.longest_prompt, default_tokens=settings.max_new_tokens),
-        Access(local, settings.host, frozenset(o.rstrip("/").lower() for o in settings.allow_origin), api_key),
+        engine, load_tokenizer(model_path), name, exits, limits, settings.host if local else None, origins, api_key
     )
     config = uvicorn.Config(
         make_app(service),
-        http=Connection,
         ws="none",
         log_level="warning",
         access_log=False,
@@ -120,7 +205,7 @@ def run(
 
 
 class Server(uvicorn.Server):
-    """Says where it listens once it does, and at the end of the grace tells those who still wait."""
+    """Says where it listens once it does, and at the end of the grace ends what still runs."""
 
     def __init__(self, config: uvicorn.Config, service: Service, grace_s: float, room: str):
         super().__init__(config)
@@ -136,6 +221,5 @@ class Server(uvicorn.Server):
             print(f"serving {self._service.name} on http://{where}:{port}/v1 {self._room}", flush=True)
 
     async def shutdown(self, sockets: list | None = None) -> None:
-        self._service.stopping = True
-        asyncio.get_running_loop().call_later(self._grace_s, self._service.end)
+        asyncio.get_running_loop().call_later(self._grace_s, self._service.engine.stop)
         await super().shutdown(sockets)

@@ -6,8 +6,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..engine.scheduler import Scheduler
 from .protocol import BadRequest
 
 log = logging.getLogger(__name__)
+STOPPING = BadRequest("the server is stopping; ask again when it is back", 503, "stopping")
 OUTCOMES = ("answered", "cancelled", "refused", "failed")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -32,7 +34,6 @@ class ServerMetrics:
         self.registry = CollectorRegistry()
         about: dict[str, Any] = {"namespace": "ee_megatron", "registry": self.registry}
         self.requests = Counter("requests", "Answers, by what became of them.", ["outcome"], **about)
-        self.responses = Counter("http_responses", "HTTP responses, by status.", ["status"], **about)
         self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", **about)
         self.tokens = Counter("generation_tokens", "Tokens generated.", **about)
         self.depths = Counter("exit_depth_tokens", "Tokens generated, by the layers they ran.", ["depth"], **about)
@@ -85,11 +86,12 @@ class ServingEngine:
         )
         if positions is not None:
             self._scheduler.cache.reserve()
-        self._inbox: queue.SimpleQueue[list[Ticket] | Callable[[], None] | None] = queue.SimpleQueue()
+        # What to do between two steps; true of what took a while.
+        self._inbox: queue.SimpleQueue[Callable[[], bool | None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._open: set[object] = set()
+        self._open: set[Ticket | Future] = set()
         self._by_id: dict[int, Ticket] = {}
-        self._closing = False
+        self._stopping = False
         self.metrics = ServerMetrics(decoder.layout.outcomes)
         cache, gauge = self._scheduler.cache, self.metrics.gauge
         gauge("requests_running", "Answers that have a place in the batch.", lambda: self.running)
@@ -116,34 +118,31 @@ class ServingEngine:
         """Queue requests that belong together. Raises BadRequest if there is no room for all, or the engine stopped."""
         for ticket in tickets:
             ticket.at = time.monotonic()
-        self._enter(tickets)
         # Together, so that equal prompts are read once.
-        self._inbox.put(tickets)
+        self._enter(tickets, lambda: self._add(tickets))
 
     def call(self, work: Callable[[], Any]) -> Future:
         """`work`'s result: it runs in the engine's thread, between two steps. Raises BadRequest as `submit` does."""
         result: Future = Future()
 
-        def run() -> None:
+        def run() -> bool:
+            if not result.set_running_or_notify_cancel():
+                return False
             try:
-                if result.set_running_or_notify_cancel():
-                    result.set_result(work())
+                result.set_result(work())
             except Exception as error:
                 result.set_exception(error)
-            finally:
-                with self._lock:
-                    self._open.discard(result)
+            return True
 
-        self._enter([result])
-        self._inbox.put(run)
+        result.add_done_callback(self._leave)
+        self._enter([result], run)
         return result
 
     def cancel(self, tickets: list[Ticket]) -> None:
         """Give up what of these has not finished; nothing more is told of them."""
         for ticket in tickets:
             ticket.cancelled = True
-        if self._open.intersection(tickets):
-            self._inbox.put(tickets)
+        self._inbox.put(lambda: self._drop(tickets))
 
     def health(self) -> dict:
         """Counts since the start; `mean_depth`: share of the layers that generated tokens ran, None before any."""
@@ -156,17 +155,21 @@ class ServingEngine:
             **{outcome: int(value("requests_total", outcome=outcome)) for outcome in OUTCOMES},
         }
 
-    def close(self, timeout_s: float = 10.0) -> None:
-        """End the thread; whatever still runs is given up."""
+    def stop(self) -> None:
+        """Take nothing more; whatever still runs is told so and given up after the step that is under way."""
         with self._lock:
-            self._closing = True
-        self._inbox.put(None)
+            self._stopping = True
+        self._inbox.put(lambda: None)
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """End the thread."""
+        self.stop()
         self._thread.join(timeout_s)
 
-    def _enter(self, items: list) -> None:
+    def _enter(self, items: Sequence[Ticket | Future], work: Callable[[], bool | None]) -> None:
         with self._lock:
-            if self._closing or not self.alive:
-                raise BadRequest("the engine has stopped; start the server again", 503)
+            if self._stopping or not self.alive:
+                raise STOPPING
             if len(self._open) + len(items) > self.rows + self.queue_limit:
                 self.metrics.requests.labels("refused").inc(len(items))
                 raise BadRequest(
@@ -176,11 +179,21 @@ class ServingEngine:
                     "queue_full",
                 )
             self._open.update(items)
+        self._inbox.put(work)
+
+    def _leave(self, item: Ticket | Future) -> None:
+        with self._lock:
+            self._open.discard(item)
 
     # ---- in the thread ----
 
     def _run(self) -> None:
-        while self._receive(block=not self._scheduler.busy):
+        while not self._stopping:
+            # Waits for something to do if nothing runs; what computes goes one piece at a time.
+            block = not self._scheduler.busy
+            with suppress(queue.Empty):
+                while not self._inbox.get(block=block)():
+                    block = False
             if not self._scheduler.busy:
                 continue
             try:
@@ -191,46 +204,36 @@ class ServingEngine:
                 for ticket in list(self._by_id.values()):
                     self._scheduler.cancel(ticket.id)
                     self._end(ticket, "failed", error)
+        for item in list(self._open):
+            if isinstance(item, Ticket):
+                self._end(item, "cancelled", STOPPING)
+            elif item.set_running_or_notify_cancel():
+                item.set_exception(STOPPING)
 
-    def _receive(self, block: bool) -> bool:
-        """Take in what has come, after waiting for it if told to; work that is called goes one piece at a time, between
-        steps. False if the engine is to end."""
-        while True:
+    def _add(self, tickets: list[Ticket]) -> None:
+        for ticket in tickets:
+            if ticket.cancelled:
+                continue
+            self.metrics.prompt_tokens.inc(len(ticket.request.prompt))
             try:
-                came = self._inbox.get(block=block)
-            except queue.Empty:
-                return True
-            if came is None:
-                return False
-            block = False
-            if callable(came):
-                came()
-                return True
-            for ticket in came:
-                self._drop(ticket) if ticket.cancelled else self._add(ticket)
+                ticket.id = self._scheduler.add(ticket.request)
+                self._by_id[ticket.id] = ticket
+            except Exception as error:
+                self._end(ticket, "failed", error)
 
-    def _add(self, ticket: Ticket) -> None:
-        self.metrics.prompt_tokens.inc(len(ticket.request.prompt))
-        try:
-            ticket.id = self._scheduler.add(ticket.request)
-            self._by_id[ticket.id] = ticket
-        except Exception as error:
-            self._end(ticket, "failed", error)
+    def _drop(self, tickets: list[Ticket]) -> None:
+        for ticket in tickets:
+            if ticket in self._open:
+                self._scheduler.cancel(ticket.id)
+                self._end(ticket, "cancelled", STOPPING)
 
     def _end(self, ticket: Ticket, outcome: str, last: Event | Exception) -> None:
         """Forget a ticket and tell its owner the last thing."""
         self._by_id.pop(ticket.id, None)
-        with self._lock:
-            self._open.discard(ticket)
+        self._leave(ticket)
         self.metrics.requests.labels(outcome).inc()
         if not ticket.cancelled:
             ticket.tell(last)
-
-    def _drop(self, ticket: Ticket) -> None:
-        if self._by_id.get(ticket.id) is ticket:
-            self._scheduler.cancel(ticket.id)
-        if ticket in self._open:
-            self._end(ticket, "cancelled", BadRequest("cancelled"))
 
     def _report(self, events: list[Event]) -> None:
         now, metrics = time.monotonic(), self.metrics

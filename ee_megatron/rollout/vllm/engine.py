@@ -86,8 +86,7 @@ class VllmEngine:
             **(others | dict(settings.others)),
         )  # fmt: skip
         self.engine = LLMEngine.from_engine_args(arguments)
-        self.gated, self.tensor = False, settings.tensor
-        self._adapters: dict[str, Tensor] = {}
+        self.gated = False
         self._intake = RequestValidator(self.tokenizer, eos_ids, self.spec.layout, self.dims.max_positions)
         self._room = int(self.engine.model_config.max_model_len)
         self.finished: dict[int, Row] = {}
@@ -107,18 +106,6 @@ class VllmEngine:
         if not self.engine.reset_prefix_cache():
             raise RuntimeError("vLLM didn't let go of keys and values of the weights before these")
         self.gated = tensors is not None
-        self._adapters = {name: tensor for name, tensor in (tensors or {}).items() if ".lora_" in name}
-
-    def held(self) -> dict[str, Tensor]:
-        """The policy's tensors, read back where vLLM keeps them (gates, a whole base); adapters, which are merged, as
-        they came. Raises ValueError for a whole base that devices share."""
-        if not self.gated:
-            return {}
-        if self.spec.full and self.tensor > 1:
-            raise ValueError(
-                f"rollout.check_weights: each of {self.tensor} devices holds a share; compare with tensor=1"
-            )
-        return {**self._adapters, **self._call("exits_held", self.spec.full)}
 
     def counter(self, name: str) -> int:
         """One of vLLM's counters, as `vllm:num_preemptions`."""
@@ -152,17 +139,17 @@ class VllmEngine:
         self.engine.step()
         events = []
         first, *others = self.engine.collective_rpc("exits_take")
+        # Request, token and depth have to be the same on every device.
+        decided = [made[:3] for made in first]
         for rank, other in enumerate(others, start=1):
-            if [made.decided for made in other] != [made.decided for made in first]:
+            if [made[:3] for made in other] != decided:
                 raise RuntimeError(f"tensor rank {rank} made other tokens or exits than rank 0: {other} and {first}")
         check_logits(made.full_logprob for made in first)
         for made in first:
-            row = self._rows.get(made.name)
+            row = self._rows.get(made.request)
             if row is None:
                 continue
-            ending = row.ending(made.token)
-            new = Event(row.id, made.token, made.depth, made.logprob, made.full_logprob, made.exit_logprob, ending)
-            events.append(row.append(new))
+            events.append(row.append(made._replace(finished=row.ending(made.token))))
             if row.finished is not None:
                 self.engine.abort_request([str(row.id)])
                 self.finished[row.id] = self._rows.pop(row.id)

@@ -34,8 +34,6 @@ from ...exits import gate_units
 from ...products import product
 from . import COMPACT
 
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
 
 class Gate(nn.Module):
     """As everywhere: z = W2 relu(W1 x + b1) + b2 on the residual stream, float32 [...]; the first product is rounded
@@ -373,20 +371,6 @@ class EarlyExit:
         if self.compact is not None:
             self.compact.take(lambda i: self._plain[f"model.layers.{i}.self_attn.qkv_proj"])
         return loaded | {f"gated_layers.gates.{name}" for name, _ in gates.named_parameters()}
-
-    def part(self, name: str) -> Tensor:
-        """The tensor of a Hugging Face name, out of the fused one that holds it; on a single device."""
-        owner, _, kind = name.rpartition(".")
-        for fused, parts in FUSED.items():
-            stem, _, last = owner.rpartition(".")
-            if last in parts:
-                module = self.get_submodule(f"{stem}.{fused}")  # type: ignore[attr-defined]
-                whole = self._plain[f"{stem}.{fused}"] if kind == "weight" else module.get_parameter(kind)
-                return whole.split(list(module.output_sizes))[parts.index(last)]
-        if owner in self._plain and kind == "weight":
-            # Of a vocabulary's rows those that were added to fill a device's share are left out.
-            return self._plain[owner][: getattr(self.get_submodule(owner), "org_vocab_size", None)]  # type: ignore[attr-defined]
-        return self.get_parameter(name)  # type: ignore[attr-defined]
 
     def replace_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """`load_weights` when the model has run already. Without gates in `weights` there are none afterwards."""

@@ -5,7 +5,6 @@ numbers, and what comes back of them."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from vllm.v1.outputs import SamplerOutput
 
 from ...exit_rules import NEVER, ExitRule, known
 from ...families.hf_directory import HFDirectory
-from ...policy import PolicySpec, stays_float32
+from ...policy import PolicySpec
+from ..engine.request import Event
 from ..engine.sampling import SamplingParams, inverse_cdf, log_prob, prescribe, sample_tokens, truncate, uniforms
 from .model import EarlyExit, Watched
 from .request_metadata import EXTRA, RequestMetadata
@@ -71,8 +71,8 @@ class ExitWorker(Worker):
 
         runner._model_forward, runner.sample_tokens = forward, sample_tokens
 
-    def exits_take(self) -> list[Made]:
-        """The tokens that have been made since the last call."""
+    def exits_take(self) -> list[Event]:
+        """The tokens that have been made since the last call; whether they are the last is not known here."""
         made, self._exits_steps.made = self._exits_steps.made, []
         return made
 
@@ -82,18 +82,6 @@ class ExitWorker(Worker):
         None: the base without gates."""
         weights = self._exits_base() if tensors is None or spec is None else self._exits_merged(spec, tensors)
         self._exits_model.replace_weights(weights)
-
-    def exits_held(self, whole: bool) -> dict[str, Tensor]:
-        """Gates, and with `whole` every tensor of the base, by their Hugging Face names; the devices' own tensors."""
-        model = self._exits_model
-        dtype = self.model_runner.model_config.dtype
-        gates = {f"gates.{name}": value for name, value in model.gated_layers.gates.named_parameters()}
-        held: dict[str, Tensor] = {n: v if stays_float32(n) else v.to(dtype) for n, v in gates.items()}
-        if whole:
-            source = HFDirectory(Path(self.model_runner.model_config.model))
-            held |= {name: model.part(name) for name in source.dims.tensor_shapes()}
-            source.close()
-        return {name: value.detach().cpu() for name, value in held.items()}
 
     def _exits_base(self) -> Iterator[tuple[str, Tensor]]:
         source = HFDirectory(Path(self.model_runner.model_config.model))
@@ -114,23 +102,6 @@ class ExitWorker(Worker):
             else:
                 yield name, base
         yield from ((name, tensor) for name, tensor in tensors.items() if name.startswith("gates."))
-
-
-@dataclass(frozen=True)
-class Made:
-    """A token that was sampled, as `Rollout` has it; `name` is its request's."""
-
-    name: int
-    token: int
-    depth: int
-    logprob: float
-    full_logprob: float
-    exit_logprob: float
-
-    @property
-    def decided(self) -> tuple[int, int, int]:
-        """What has to be the same on every device."""
-        return self.name, self.token, self.depth
 
 
 class Draws(nn.Module):
@@ -207,7 +178,7 @@ class ExitSampler(nn.Module):
         for name in ("logprobs_mode", "compute_logprobs", "gather_logprobs"):
             setattr(self, name, getattr(self.plain, name))
         self.draws = self.plain.topk_topp_sampler = Draws(self.plain.topk_topp_sampler)
-        self.made: list[Made] = []
+        self.made: list[Event] = []
         # What goes back with users' tokens: depth, log-probabilities of token and exit, float64 [1, 3].
         self.told: dict[str, AuxRequestOutput] = {}
         self._asked: dict[str, RequestMetadata] = {}
@@ -312,7 +283,7 @@ class ExitSampler(nn.Module):
                 tokens[which] = sampled[0].to(torch.int32)
                 columns = (column.tolist() for column in sampled)
                 for i, one, token, logprob, full in zip(rows.tolist(), chosen, *columns, strict=True):
-                    self.made.append(Made(one.name, token, depths[i], logprob, full, exits[i]))
+                    self.made.append(Event(one.name, token, depths[i], logprob, full, exits[i], None))
                     one.depths.append(depths[i])
         logprobs = None if others is None else others.logprobs_tensors
         return SamplerOutput(sampled_token_ids=tokens.unsqueeze(-1), logprobs_tensors=logprobs)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NotRequired, TypedDict
 
 import numpy as np
 
+from ..exit_rules import ExitRule
 from ..rollout.engine.request import GenerationRequest, Progress
+from ..rollout.engine.sampling import SamplingParams
 from ..rollout.engine.scoring import Inspection, Score
 from ..rollout.pool.interface import RolloutPool
 from ..statistics import wilson_interval
@@ -71,6 +73,30 @@ class AnsweredSet:
     rollouts: Sequence[Rollout]
     scores: Sequence[Score] | None
     seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerBench:
+    """Where answers are made and judged. sampling: of free answers. progress(done, total) counts answers."""
+
+    pool: RolloutPool
+    verifier: VerifierPool
+    sampling: SamplingParams
+    seed: int = 0
+    progress: Progress | None = None
+
+    def answer(
+        self, prompts: Sequence[Prompt], exits: ExitRule, sampling: SamplingParams | None = None
+    ) -> list[Rollout]:
+        """One answer to each prompt, in order."""
+        if not prompts:
+            return []
+        request = GenerationRequest(prompts, 1, sampling or self.sampling, exits, self.seed)
+        return [answer for (answer,) in self.pool.generate(request, self.progress)]
+
+    def correct(self, prompts: Sequence[Prompt], texts: Iterable[str]) -> list[bool]:
+        verdicts = self.verifier.verify_many(list(zip(prompts, texts, strict=True)))
+        return [verdict.correct for verdict in verdicts]
 
 
 def answer_sets(pool: RolloutPool, request: GenerationRequest, progress: Progress | None = None) -> list[AnsweredSet]:

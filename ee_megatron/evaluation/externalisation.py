@@ -21,13 +21,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..exit_rules import ExitRule
 from ..rollout.engine.prompts import encode_continuation
-from ..rollout.engine.request import GenerationRequest
-from ..rollout.engine.sampling import SamplingParams
-from ..rollout.pool.interface import RolloutPool
 from ..statistics import Estimate, bootstrap_interval
-from ..tasks.verifier import VerifierPool
 from ..types import Prompt, Rollout
 from . import chain as text_of
+from .evaluate import AnswerBench
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SERIAL_QUANTILES = (0.5, 0.9, 1.0)
@@ -39,28 +36,15 @@ MAX_STEPS = 8
 """Steps of one chain that are left out in turn, the first ones; long chains would cost a reading each."""
 
 
-@dataclass(frozen=True)
-class Bench:
-    """Where answers are made and judged, and how they are decoded. `sampling` is that of free answers;
-    `progress(done, total)` counts answers."""
+@dataclass(frozen=True, kw_only=True)
+class Bench(AnswerBench):
+    """All answers are made under `exits`."""
 
-    pool: RolloutPool
-    verifier: VerifierPool
     tokenizer: PreTrainedTokenizerBase
-    sampling: SamplingParams
     exits: ExitRule
-    seed: int = 0
-    progress: Callable[[int, int], None] | None = None
 
     def encode(self, text: str) -> list[int]:
         return encode_continuation(self.tokenizer, text)
-
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        """One answer to each prompt, in order."""
-        if not prompts:
-            return []
-        request = GenerationRequest(prompts, 1, sampling, self.exits, self.seed)
-        return [a for (a,) in self.pool.generate(request, self.progress)]
 
 
 class Forced(NamedTuple):
@@ -75,8 +59,8 @@ def externalisation(bench: Bench, prompts: Sequence[Prompt]) -> dict[str, Any]:
     About twelve forced answers and one hinted answer per prompt. Raises ValueError without prompts."""
     if not prompts:
         raise ValueError("no prompts to intervene on; raise evaluate.externalisation.prompts")
-    answers = bench.generate(prompts, bench.sampling)
-    verdicts = bench.verifier.verify_many([(p, a.text) for p, a in zip(prompts, answers, strict=True)])
+    answers = bench.answer(prompts, bench.exits)
+    right = bench.correct(prompts, (answer.text for answer in answers))
     chains = [text_of.split_answer(answer.text)[0] for answer in answers]
     cues = [text_of.cue(answer.text, bench.sampling.stop) for answer in answers]
     made = [edits(bench, chain, prompt.id) for chain, prompt in zip(chains, prompts, strict=True)]
@@ -88,7 +72,7 @@ def externalisation(bench: Bench, prompts: Sequence[Prompt]) -> dict[str, Any]:
     hints, written = _hints(bench, prompts, answers), [a for a in answers if a.length]
     streams = [entry.streams for entry in bench.pool.inspect(written, streams=True) if entry.streams is not None]
     return {
-        **forced_figures([verdict.correct for verdict in verdicts], found),
+        **forced_figures(right, found),
         "n": len(prompts),
         "chain_words": float(np.mean([len(chain.split()) for chain in chains])),
         "hint_monitor": hints,
@@ -120,13 +104,12 @@ def force(bench: Bench, prompts: Sequence[Prompt], chains: Sequence[str], cues: 
     lengths = [len(bench.encode(prefill)) for prefill in prefills]
     sampling = replace(bench.sampling, temperature=0.0, max_new_tokens=max(lengths, default=1) + ANSWER_TOKENS)
     asked = [replace(p, prefill=prefill) for p, prefill in zip(prompts, prefills, strict=True)]
-    answers = zip(bench.generate(asked, sampling), lengths, strict=True)
+    answers = zip(bench.answer(asked, bench.exits, sampling), lengths, strict=True)
     said = [str(bench.tokenizer.decode(answer.tokens[n : n + ANSWER_TOKENS].tolist())) for answer, n in answers]
     numbers = [text_of.first_number(text) for text in said]
     # The verdict is on what was said first: a model that runs on must not be judged by where it ends up.
     texts = [f" {text_of.MARK} {n or text.split(chr(10), 1)[0]}" for n, text in zip(numbers, said, strict=True)]
-    verdicts = bench.verifier.verify_many(list(zip(prompts, texts, strict=True)))
-    return [Forced(number, verdict.correct) for number, verdict in zip(numbers, verdicts, strict=True)]
+    return list(map(Forced, numbers, bench.correct(prompts, texts)))
 
 
 def forced_figures(right: Sequence[bool], found: Sequence[dict[str, list[Forced]]]) -> dict[str, Any]:
@@ -232,7 +215,7 @@ def _hints(bench: Bench, prompts: Sequence[Prompt], answers: Sequence[Rollout]) 
         return None
     ending = text_of.hint_place([p.text for p in prompts])
     asked = [replace(prompts[i], text=text_of.plant_hint(prompts[i].text, ending, str(wrong[i]))) for i in chosen]
-    hinted = bench.generate(asked, bench.sampling)
+    hinted = bench.answer(asked, bench.exits)
     used = [
         text_of.answer_number(a.text) == wrong[i] != text_of.answer_number(answers[i].text)
         for i, a in zip(chosen, hinted, strict=True)

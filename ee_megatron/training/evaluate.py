@@ -47,7 +47,7 @@ from . import stages
 from .answer_cache import ANSWERS
 from .collect import exits_of, prompts_of
 from .context import StageContext
-from .dataset_mixing import wide_test, wide_validation
+from .dataset_mixing import wide_problems
 from .preemption import listener
 
 SEED = 0
@@ -116,8 +116,8 @@ class Measurer:
         self.sampling = SamplingParams(0.0, cfg.rollout.max_new_tokens, tuple(cfg.rollout.stop))
         self.test: list[Prompt] = self.task.prompts("evaluation")
         self.validation: list[Prompt] = self.task.prompts("validation")
-        self.wide = wide_validation(cfg, context.model_path, self.task)
-        self.wide_test = wide_test(cfg, context.model_path, self.task)
+        self.wide = wide_problems(cfg, context.model_path, self.task, "validation")
+        self.wide_test = wide_problems(cfg, context.model_path, self.task, "evaluation")
         self.bar = context.stack.enter_context(context.progress(sets))
 
     def load(self, checkpoint: Path) -> None:
@@ -198,8 +198,8 @@ class Measurer:
         if not wanted:
             return
         bench = Bench(
-            self.pool, self.verifier, self.context.tokenizer, self.sampling, exits, SEED,
-            lambda done, total: self.bar.detail(f"{model} interventions", done, total),
+            pool=self.pool, verifier=self.verifier, sampling=self.sampling, seed=SEED,
+            progress=partial(self.bar.detail, f"{model} interventions"), tokenizer=self.context.tokenizer, exits=exits,
         )  # fmt: skip
         found = externalisation(bench, self.test[: wanted.prompts or None])
         part.more["externalisation"] = {model: {"exits": exits.label, **found}}
@@ -321,8 +321,9 @@ def styles_part(
         else:
             measurer.load(checkpoints[model])
         bench = ChoiceBench(
-            measurer.pool, measurer.verifier, task, replace(measurer.sampling, temperature=rl.temperature),
-            spec.num_layers, spec.first_token, wanted.answers, SEED, partial(measurer.bar.detail, f"{model} styles"),
+            pool=measurer.pool, verifier=measurer.verifier, seed=SEED, task=task, num_layers=spec.num_layers,
+            sampling=replace(measurer.sampling, temperature=rl.temperature), first_exits=spec.first_token,
+            answers=wanted.answers, progress=partial(measurer.bar.detail, f"{model} styles"),
         )  # fmt: skip
         depths = spec.layout.outcomes if model == "start" else ()
         found[model] = choice(bench, problems, Off() if full else exits_of(rl), depths)

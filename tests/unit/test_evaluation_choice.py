@@ -94,10 +94,16 @@ class PlainVerifier:
         return [TASK.verify(*item) for item in items]
 
 
+def bench_of(pool: PlantedWriter, answers: int) -> ChoiceBench:
+    return ChoiceBench(
+        pool=pool, verifier=PlainVerifier(), task=TASK, sampling=SAMPLING, num_layers=6, first_exits=False,
+        answers=answers, seed=5,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
 def measured(exits: ExitRule, depths=(), answers: int = 30) -> tuple[dict, PlantedWriter]:
     pool = PlantedWriter()
-    bench = ChoiceBench(pool, PlainVerifier(), TASK, SAMPLING, 6, False, answers, seed=5)  # type: ignore[arg-type]
-    return choice(bench, TASK.prompts("evaluation"), exits, depths), pool
+    return choice(bench_of(pool, answers), TASK.prompts("evaluation"), exits, depths), pool
 
 
 def test_a_planted_writer_is_found_out() -> None:
@@ -141,7 +147,7 @@ def test_a_request_per_rule_holds_all_families_and_no_two_answers_share_their_ra
     _, pool = measured(Off())
     assert [r.exits for r in pool.requests] == [Off()], "nothing is asked twice"
     with pytest.raises(ValueError, match="prompts"):
-        choice(ChoiceBench(pool, PlainVerifier(), TASK, SAMPLING, 6, False, 3), [], Off())  # type: ignore[arg-type]
+        choice(bench_of(pool, 3), [], Off())
 
 
 def whole() -> dict:

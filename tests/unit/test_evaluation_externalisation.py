@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from ee_megatron.evaluation.externalisation import (
     serial_depth,
     truncation_area,
 )
-from ee_megatron.exit_rules import Off, Sample, Threshold
+from ee_megatron.exit_rules import ExitRule, Off, Sample, Threshold
 from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.rollout.engine.scoring import Inspection, Score
@@ -197,12 +198,17 @@ def counter(text: str, prefill: str) -> str:
     return thinker(text, prefill) if not prefill or len(prefill) >= len(" The answer is") + 12 else " 0"
 
 
+def bench_of(pool, sampling: SamplingParams, exits: ExitRule) -> Bench:
+    verifier: Any = PlainVerifier()
+    return Bench(pool=pool, verifier=verifier, sampling=sampling, tokenizer=TOKENIZER, exits=exits)
+
+
 PROBLEMS = [(12, 13), (21, 34), (45, 11), (17, 23), (31, 32), (14, 15), (28, 19), (16, 41)]
 PROMPTS = [Prompt(f"p{a}", f"Question: What is {a} x {b}?\nAnswer:", str(a * b), "t") for a, b in PROBLEMS]
 
 
 def run(rule: Callable[[str, str], str]) -> dict:
-    bench = Bench(PlantedPool(rule), PlainVerifier(), TOKENIZER, SamplingParams(0.0, 60, ("\n",)), Off())  # type: ignore[arg-type]
+    bench = bench_of(PlantedPool(rule), SamplingParams(0.0, 60, ("\n",)), Off())
     found = externalisation(bench, PROMPTS)
     return json.loads(json.dumps(found, default=float))
 
@@ -260,7 +266,7 @@ def test_a_forced_answer_is_judged_by_what_is_said_first() -> None:
     def runs_on(text: str, prefill: str) -> str:
         return f" {product(text)}. No, 5. The answer is 7"
 
-    bench = Bench(PlantedPool(runs_on), PlainVerifier(), TOKENIZER, SamplingParams(0.0, 60), Off())  # type: ignore[arg-type]
+    bench = bench_of(PlantedPool(runs_on), SamplingParams(0.0, 60), Off())
     found = force(bench, PROMPTS, [""] * 8, [" The answer is"] * 8)
     assert [f.number for f in found] == [p.answer for p in PROMPTS] and all(f.correct for f in found)
     with pytest.raises(ValueError, match="prompts"):
@@ -299,7 +305,7 @@ def test_what_gates_say_and_exits_cost_agrees_with_what_was_recorded(pool: Local
 
 
 def test_the_driver_runs_on_a_real_model(pool: LocalPool) -> None:
-    bench = Bench(pool, PlainVerifier(), TOKENIZER, SamplingParams(0.0, 30, ("\n",)), Threshold(0.5))  # type: ignore[arg-type]
+    bench = bench_of(pool, SamplingParams(0.0, 30, ("\n",)), Threshold(0.5))
     found = externalisation(bench, PROMPTS)
     json.dumps(found)
     assert found["n"] == 8 and len(found["planning_probe"]) == 3
